@@ -1,0 +1,530 @@
+//! The agent: what it is made of, how ids become things of this machine, and what it finds when it starts.
+
+use crate::{
+    HostPolicy, facts,
+    ids::{CLAIMS, IdRanges},
+    registry::{GuestRecord, Registry},
+    sessions::Sessions,
+};
+use karst_agent::{
+    AgentEvent, EpochGuard, EventHub, GuestRef, VolumeRef,
+    names::{check_host_interface, is_daemon_id},
+};
+use karst_ct_lxc::{LxcDriver, LxcOptions};
+use karst_env::SharedEnv;
+use karst_guest::{DiskFormat, GuestDriver, Observed, ResolvedDisk, ResolvedGuest, ResolvedNic};
+use karst_host::sandbox::Launcher;
+use karst_image::ImageStore;
+use karst_model::{
+    Error, ErrorKind, InstanceId, NetworkId, PoolId, Result, VolumeId,
+    instance::{Generation, InstanceKind, RuntimeState},
+    node::HostFacts,
+    spec::GuestSpec,
+    storage::VolumeContent,
+};
+use karst_network::NetworkDriver;
+use karst_storage::{DirPool, Format, Located, PoolDriver};
+use karst_vm_qemu::{QemuDriver, QemuOptions};
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+    time::{Duration, SystemTime},
+};
+use tokio::sync::OwnedMutexGuard;
+
+/// Staged parts of images that nobody imported for so long are dropped.
+const STAGED_FOR: Duration = Duration::from_secs(3600);
+const SWEEP_EVERY: Duration = Duration::from_secs(300);
+/// Whose the id range of the image worker is.
+pub(crate) const WORKER: &str = "worker";
+
+/// What the agent is made of.
+#[derive(Debug, Clone)]
+pub struct RealOptions {
+    /// DIR; the agent keeps everything under `DIR/host`, which exists and is root's.
+    pub dir: PathBuf,
+    /// Short id of the daemon: six hexadecimal digits.
+    pub daemon_id: String,
+    /// What this host grants.
+    pub policy: HostPolicy,
+    /// How the image worker is started; `None`: `karstd image-worker`.
+    pub worker: Option<(PathBuf, Vec<String>)>,
+}
+
+/// The agent of this machine.
+pub struct RealAgent {
+    pub(crate) env: SharedEnv,
+    pub(crate) options: RealOptions,
+    pub(crate) guard: Arc<EpochGuard>,
+    pub(crate) events: Arc<EventHub>,
+    pub(crate) sessions: Arc<Sessions>,
+    pub(crate) registry: Registry,
+    pub(crate) ids: IdRanges,
+    pub(crate) networks: NetworkDriver,
+    pub(crate) images: ImageStore,
+    pub(crate) facts: tokio::sync::OnceCell<HostFacts>,
+    pools: Mutex<HashMap<PoolId, Arc<dyn PoolDriver>>>,
+    guests: Mutex<BTreeMap<InstanceId, GuestRecord>>,
+    drivers: Vec<Arc<dyn GuestDriver>>,
+    locks: Mutex<HashMap<uuid::Uuid, Arc<tokio::sync::Mutex<()>>>>,
+}
+
+/// Runs blocking work where it may block.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let outcome = tokio::task::spawn_blocking(work).await;
+    outcome.map_err(|e| Error::internal("work of the host was broken off", e))?
+}
+
+impl RealAgent {
+    /// Opens what is kept under `DIR/host`, finishes or undoes what an earlier process left half-done, and adopts networks
+    /// and guests that really run.
+    ///
+    /// # Errors
+    /// A damaged registry, or a host without what every guest needs. A network or guest that cannot be adopted is logged
+    /// and does not stop the others.
+    pub async fn open(env: SharedEnv, options: RealOptions) -> Result<Arc<Self>> {
+        if !is_daemon_id(&options.daemon_id) {
+            return Err(Error::invalid("daemon_id", "six hexadecimal digits"));
+        }
+        let root = options.dir.join("host");
+        let registry = Registry::open(root.clone())?;
+        let ids = IdRanges::open(CLAIMS, &options.daemon_id)?;
+        let worker = ids.claim(WORKER, None)?;
+        let launcher = match &options.worker {
+            None => Launcher::own("image-worker", worker.base)?,
+            Some((program, args)) => Launcher {
+                program: program.clone(),
+                args: args.iter().map(Into::into).collect(),
+                id_base: worker.base,
+            },
+        };
+        let guests_dir = root.join("guests");
+        let mut drivers: Vec<Arc<dyn GuestDriver>> = vec![];
+        match LxcDriver::new(LxcOptions { daemon_id: options.daemon_id.clone(), guests_dir }) {
+            Ok(driver) => drivers.push(Arc::new(driver)),
+            Err(e) => tracing::warn!(error = %e, "no containers on this host"),
+        }
+        match QemuDriver::new(QemuOptions {
+            daemon_id: options.daemon_id.clone(),
+            guests_dir: root.join("guests"),
+        }) {
+            Ok(driver) => drivers.push(Arc::new(driver)),
+            Err(e) => tracing::warn!(error = %e, "no virtual machines on this host"),
+        }
+        let agent = Arc::new(Self {
+            guard: Arc::new(EpochGuard::open(root.join("epoch"))?),
+            events: Arc::default(),
+            sessions: Arc::new(Sessions::new(env.clone())),
+            networks: NetworkDriver::new(&options.daemon_id, root.join("networks")),
+            images: ImageStore::open(root.join("images"), launcher).await?,
+            facts: tokio::sync::OnceCell::new(),
+            pools: Mutex::default(),
+            guests: Mutex::default(),
+            locks: Mutex::default(),
+            registry,
+            ids,
+            drivers,
+            env,
+            options,
+        });
+        agent.adopt().await?;
+        tokio::spawn(sweep_staged(Arc::downgrade(&agent)));
+        let facts = Arc::downgrade(&agent);
+        // Asked for now, so that nobody waits for `qemu --version` later.
+        tokio::spawn(async move {
+            if let Some(agent) = facts.upgrade() {
+                let _ = agent.facts().await;
+            }
+        });
+        Ok(agent)
+    }
+
+    /// The guard of epochs, for the server in front.
+    pub fn guard(&self) -> Arc<EpochGuard> {
+        self.guard.clone()
+    }
+
+    /// What this host grants beyond ordinary guests. Nothing of it can be asked for over the wire yet.
+    pub fn policy(&self) -> &HostPolicy {
+        &self.options.policy
+    }
+
+    pub(crate) async fn facts(&self) -> Result<&HostFacts> {
+        self.facts.get_or_try_init(facts::collect).await
+    }
+
+    /// Removes every trace of this daemon outside DIR: guests are ended, networks and claims given back. Volumes and images
+    /// stay; they go with DIR.
+    ///
+    /// # Errors
+    /// The first thing that could not be removed, after everything was tried.
+    pub async fn purge(&self) -> Result<()> {
+        let mut outcome = Ok(());
+        for (id, record) in self.all_guests() {
+            let driver = self.driver(record.kind)?;
+            let ended = async {
+                driver.stop(id, karst_guest::StopMode::Force).await?;
+                driver.destroy(id).await?;
+                self.forget(id).await
+            };
+            outcome = outcome.and(ended.await);
+        }
+        outcome = outcome.and(self.networks.purge().await);
+        outcome = outcome.and(
+            karst_host::cgroup::Cgroups::detect()?.remove(&format!("karst-{}", self.options.daemon_id)).await,
+        );
+        for claim in self.ids.claims()? {
+            self.ids.release(claim.range, &claim.owner);
+        }
+        outcome
+    }
+
+    async fn adopt(self: &Arc<Self>) -> Result<()> {
+        for pool in self.registry.pools()? {
+            self.open_pool(pool.id).await?;
+        }
+        let known = self.registry.guests()?;
+        {
+            let mut guests = self.guests.lock().unwrap();
+            guests.extend(known.iter().filter_map(|(id, record)| Some((*id, record.clone()?))));
+        }
+        for driver in &self.drivers {
+            self.forward(driver.events());
+            for observed in driver.adopt().await? {
+                tracing::info!(instance = %observed.instance, state = ?observed.state, "adopted a guest");
+            }
+        }
+        for (id, record) in known {
+            if record.is_none() {
+                // A directory without a record: its start was not acknowledged, or its end was.
+                for driver in &self.drivers {
+                    driver.destroy(id).await?;
+                }
+                self.registry.remove_guest(id)?;
+            }
+        }
+        for claim in self.ids.claims()? {
+            let known = claim.owner == WORKER || claim.owner.parse().is_ok_and(|id| self.guest(id).is_some());
+            if !known {
+                self.ids.release(claim.range, &claim.owner);
+            }
+        }
+        for adopted in self.networks.adopt().await? {
+            if let Err(e) = adopted.result {
+                tracing::error!(bridge = adopted.bridge, error = %e, context = e.context, "a network is not whole");
+            }
+        }
+        Ok(())
+    }
+
+    /// Hands a driver's events on.
+    fn forward(self: &Arc<Self>, mut from: tokio::sync::mpsc::Receiver<Observed>) {
+        let weak = Arc::downgrade(self);
+        tokio::spawn(async move {
+            while let Some(observed) = from.recv().await {
+                let Some(agent) = weak.upgrade() else { return };
+                agent.saw(&observed);
+            }
+        });
+    }
+
+    /// A guest changed its state.
+    pub(crate) fn saw(&self, observed: &Observed) {
+        if observed.state == RuntimeState::Stopped {
+            self.sessions.guest_ended(observed.instance);
+        }
+        self.events.publish(&AgentEvent::Guest { observed: Box::new(observed.clone()) });
+    }
+
+    /// One change of an object at a time.
+    pub(crate) async fn lock(&self, id: uuid::Uuid) -> OwnedMutexGuard<()> {
+        let lock = {
+            let mut locks = self.locks.lock().unwrap();
+            if locks.len() > 4096 {
+                locks.retain(|_, lock| Arc::strong_count(lock) > 1);
+            }
+            locks.entry(id).or_default().clone()
+        };
+        lock.lock_owned().await
+    }
+
+    pub(crate) fn driver(&self, kind: InstanceKind) -> Result<&Arc<dyn GuestDriver>> {
+        let found = self.drivers.iter().find(|d| d.kind() == kind);
+        found.ok_or_else(|| Error::unsupported(format!("this host cannot run a {kind}")))
+    }
+
+    pub(crate) fn guest(&self, id: InstanceId) -> Option<GuestRecord> {
+        self.guests.lock().unwrap().get(&id).cloned()
+    }
+
+    pub(crate) fn all_guests(&self) -> Vec<(InstanceId, GuestRecord)> {
+        self.guests.lock().unwrap().iter().map(|(id, r)| (*id, r.clone())).collect()
+    }
+
+    /// Its driver, of a guest that was started here.
+    pub(crate) fn known(&self, id: InstanceId) -> Result<(GuestRecord, &Arc<dyn GuestDriver>)> {
+        let record =
+            self.guest(id).ok_or_else(|| Error::not_found(format!("instance {id} is not on this host")))?;
+        let driver = self.driver(record.kind)?;
+        Ok((record, driver))
+    }
+
+    /// As [`Self::known`], for a guest of which no newer start is known than the one that is meant.
+    pub(crate) fn meant(&self, guest: GuestRef) -> Result<(GuestRecord, &Arc<dyn GuestDriver>)> {
+        let (record, driver) = self.known(guest.instance)?;
+        not_older(&record, guest.instance, guest.generation)?;
+        Ok((record, driver))
+    }
+
+    pub(crate) async fn runs(&self, id: InstanceId) -> Result<bool> {
+        let Ok((_, driver)) = self.known(id) else {
+            return Ok(false);
+        };
+        Ok(!matches!(driver.observe(id).await?.state, RuntimeState::Stopped | RuntimeState::Error))
+    }
+
+    /// The running guest that a volume or network belongs to, if one runs.
+    pub(crate) async fn user(&self, uses: impl Fn(&GuestRecord) -> bool) -> Result<Option<InstanceId>> {
+        for (id, record) in self.all_guests() {
+            if uses(&record) && self.runs(id).await? {
+                return Ok(Some(id));
+            }
+        }
+        Ok(None)
+    }
+
+    pub(crate) async fn open_pool(&self, id: PoolId) -> Result<()> {
+        if self.pools.lock().unwrap().contains_key(&id) {
+            return Ok(());
+        }
+        let pool = DirPool::open(self.pool_dir(id)).await?;
+        self.pools.lock().unwrap().insert(id, Arc::new(pool));
+        Ok(())
+    }
+
+    pub(crate) fn pool_dir(&self, id: PoolId) -> PathBuf {
+        self.registry.path("pools").join(id.0.to_string())
+    }
+
+    pub(crate) fn pool(&self, id: PoolId) -> Result<Arc<dyn PoolDriver>> {
+        let found = self.pools.lock().unwrap().get(&id).cloned();
+        found.ok_or_else(|| Error::not_found(format!("pool {id} is not on this host")))
+    }
+
+    pub(crate) fn forget_pool(&self, id: PoolId) {
+        self.pools.lock().unwrap().remove(&id);
+    }
+
+    pub(crate) fn all_pools(&self) -> Vec<(PoolId, Arc<dyn PoolDriver>)> {
+        self.pools.lock().unwrap().iter().map(|(id, p)| (*id, p.clone())).collect()
+    }
+
+    pub(crate) async fn locate(&self, at: VolumeRef, user: Option<u32>) -> Result<Located> {
+        self.pool(at.pool)?.locate(at.volume, user).await
+    }
+
+    /// Writes the record of a start, with an id range that is claimed before anything uses it.
+    pub(crate) fn remember(&self, spec: &GuestSpec) -> Result<GuestRecord> {
+        let old = self.guest(spec.instance);
+        let ids = self.ids.claim(&spec.instance.0.to_string(), old.map(|r| r.ids))?;
+        let record = GuestRecord {
+            kind: spec.kind,
+            generation: spec.generation,
+            ids,
+            pool: spec.root.pool,
+            root: spec.root.volume,
+            interfaces: spec.nics.iter().map(|n| n.host_interface.clone()).collect(),
+            networks: spec.nics.iter().map(|n| n.network).collect(),
+        };
+        self.registry.put_guest(spec.instance, &record)?;
+        self.guests.lock().unwrap().insert(spec.instance, record.clone());
+        Ok(record)
+    }
+
+    pub(crate) async fn forget(&self, id: InstanceId) -> Result<()> {
+        let registry = self.registry.clone();
+        blocking(move || registry.remove_guest(id)).await?;
+        let record = self.guests.lock().unwrap().remove(&id);
+        if let Some(record) = record {
+            self.ids.release(record.ids, &id.0.to_string());
+        }
+        Ok(())
+    }
+
+    /// Everything of a guest that can be wrong before anything is made of it.
+    pub(crate) async fn check(&self, spec: &GuestSpec) -> Result<BTreeMap<NetworkId, String>> {
+        check_hostname(&spec.hostname)?;
+        let volume = self.pool(spec.root.pool)?.inspect(spec.root.volume).await?;
+        let wanted = match spec.kind {
+            InstanceKind::Container => VolumeContent::Filesystem,
+            InstanceKind::VirtualMachine => VolumeContent::Block,
+        };
+        if volume.content != wanted {
+            return Err(Error::invalid("root", format!("a {} cannot run from this volume", spec.kind)));
+        }
+        let networks: BTreeMap<NetworkId, String> = self.networks.list().await?.into_iter().collect();
+        for nic in &spec.nics {
+            check_host_interface(Some(&self.options.daemon_id), &nic.host_interface)?;
+            if !networks.contains_key(&nic.network) {
+                return Err(Error::not_found(format!("network {} is not on this host", nic.network)));
+            }
+            let other = |(id, record): &(InstanceId, GuestRecord)| {
+                *id != spec.instance && record.interfaces.contains(&nic.host_interface)
+            };
+            if self.all_guests().iter().any(other) {
+                return Err(Error::conflict(format!(
+                    "interface {:?} is another guest's",
+                    nic.host_interface
+                )));
+            }
+        }
+        let root = spec.root.volume;
+        let other = self.all_guests().into_iter().filter(|(id, r)| *id != spec.instance && r.root == root);
+        for (id, _) in other {
+            if self.runs(id).await? {
+                return Err(Error::conflict(format!("the root volume is in use by instance {id}")));
+            }
+        }
+        Ok(networks)
+    }
+
+    /// Things of this machine in place of ids.
+    pub(crate) async fn resolve(
+        &self,
+        spec: GuestSpec,
+        record: &GuestRecord,
+        networks: &BTreeMap<NetworkId, String>,
+    ) -> Result<ResolvedGuest> {
+        let user = (spec.kind == InstanceKind::VirtualMachine).then_some(record.ids.base);
+        let at = VolumeRef { pool: spec.root.pool, volume: spec.root.volume };
+        let located = self.locate(at, user).await?;
+        let mut nics = vec![];
+        for nic in spec.nics {
+            let bridge = networks.get(&nic.network).cloned();
+            nics.push(ResolvedNic {
+                bridge: bridge.ok_or_else(|| {
+                    Error::not_found(format!("network {} is not on this host", nic.network))
+                })?,
+                name: nic.name,
+                slot: nic.slot,
+                guest_name: nic.guest_name,
+                mac: nic.mac,
+                host_interface: nic.host_interface,
+                mtu: nic.mtu,
+                pci: nic.pci,
+                boot_priority: nic.boot_priority,
+            });
+        }
+        let accelerator = spec.machine.as_ref().and_then(|m| m.accelerator);
+        Ok(ResolvedGuest {
+            instance: spec.instance,
+            kind: spec.kind,
+            generation: spec.generation,
+            spec_version: spec.spec_version,
+            domain_id: spec.domain_id,
+            daemon_id: self.options.daemon_id.clone(),
+            hostname: spec.hostname,
+            state_dir: self.registry.guest_dir(spec.instance),
+            ids: record.ids,
+            machine: spec.machine,
+            accelerator: match accelerator {
+                Some(forced) => forced,
+                None => karst_vm_qemu::probe::accelerator().kind,
+            },
+            limits: spec.limits,
+            security: spec.security,
+            root: ResolvedDisk {
+                name: spec.root.name,
+                slot: spec.root.slot,
+                path: located.path,
+                backing: located.backing,
+                format: match located.format {
+                    Format::Directory => DiskFormat::Directory,
+                    Format::Raw => DiskFormat::Raw,
+                    Format::Qcow2 => DiskFormat::Qcow2,
+                },
+                pci: spec.root.pci,
+                boot_priority: spec.root.boot_priority,
+            },
+            nics,
+            cloud_init: spec.cloud_init,
+            environment: spec.environment,
+        })
+    }
+}
+
+pub(crate) fn not_older(record: &GuestRecord, id: InstanceId, meant: Generation) -> Result<()> {
+    if record.generation > meant {
+        return Err(Error::conflict(format!(
+            "the host knows a newer start of instance {id} than the one that is meant"
+        )));
+    }
+    Ok(())
+}
+
+/// A DNS label: it stands in files of the guest and in those of the network's name server.
+fn check_hostname(name: &str) -> Result<()> {
+    let good = (1..=63).contains(&name.len())
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+        && !name.starts_with('-')
+        && !name.ends_with('-');
+    if good { Ok(()) } else { Err(Error::invalid("hostname", format!("{name:?} is not a DNS label"))) }
+}
+
+/// The state that nobody started here.
+pub(crate) fn never_ran(guest: GuestRef) -> Observed {
+    Observed {
+        instance: guest.instance,
+        generation: guest.generation,
+        state: RuntimeState::Stopped,
+        pid: None,
+        domain_id: None,
+        started_at: None,
+        exit: None,
+        applied_spec_version: 0,
+        accelerator: None,
+    }
+}
+
+/// A driver says "not found" of a guest that does not run; here it is known, and what fails is the state.
+pub(crate) fn as_state(id: InstanceId) -> impl Fn(Error) -> Error {
+    move |e| match e.kind {
+        ErrorKind::NotFound => Error::conflict(format!("instance {id} is not running")).with_context(e),
+        _ => e,
+    }
+}
+
+async fn sweep_staged(agent: std::sync::Weak<RealAgent>) {
+    // At the start everything goes: what was being uploaded lost its other end with the process before.
+    let mut older_than = Duration::ZERO;
+    loop {
+        let Some(directory) = agent.upgrade().map(|a| a.registry.path("staging")) else {
+            return;
+        };
+        let swept = blocking(move || sweep(&directory, older_than)).await;
+        if let Err(e) = swept {
+            tracing::warn!(error = %e, "staged parts of images could not be swept");
+        }
+        older_than = STAGED_FOR;
+        tokio::time::sleep(SWEEP_EVERY).await;
+    }
+}
+
+fn sweep(directory: &Path, older_than: Duration) -> Result<()> {
+    for entry in std::fs::read_dir(directory)?.flatten() {
+        let age =
+            entry.metadata().ok().and_then(|m| SystemTime::now().duration_since(m.modified().ok()?).ok());
+        if age.is_some_and(|a| a >= older_than) {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// A volume's user, by its record.
+pub(crate) fn has_root(volume: VolumeId) -> impl Fn(&GuestRecord) -> bool {
+    move |record| record.root == volume
+}

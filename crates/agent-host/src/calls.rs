@@ -1,0 +1,583 @@
+//! The calls, over the drivers.
+
+use crate::{
+    RealAgent,
+    agent::{as_state, blocking, has_root, never_ran, not_older},
+};
+use async_trait::async_trait;
+use karst_agent::*;
+use karst_env::EnvExt;
+use karst_guest::{Applied, FileKind, Metrics, Observed, StopMode};
+use karst_image::{Content, Staged, Upload};
+use karst_model::{
+    Error, ErrorKind, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
+    image::ImageFacts,
+    instance::{InstanceKind, RuntimeState},
+    network::Lease,
+    node::HostFacts,
+    spec::{GuestSpec, NetworkSpec, PoolSpec, VolumeSource, VolumeSpec},
+    storage::Usage,
+};
+use karst_storage::{NewVolume, Source};
+use rustix::pipe::{PipeFlags, pipe_with};
+use std::{
+    fs::File,
+    future::Future,
+    os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
+    path::PathBuf,
+    sync::Arc,
+};
+use tokio::sync::mpsc;
+
+/// Guests asked at a time for their figures.
+const AT_A_TIME: usize = 16;
+/// Most of a console log that an answer carries.
+const CONSOLE_LOG: u32 = 512 << 10;
+
+impl RealAgent {
+    /// What every call has: a deadline, and for mutations a fence.
+    async fn act<T: Send>(
+        &self,
+        name: &'static str,
+        mutation: bool,
+        context: &CallContext,
+        work: impl Future<Output = Result<T>> + Send,
+    ) -> Result<T> {
+        let fenced = async { if mutation { self.guard.run(context, work).await } else { work.await } };
+        match self.env.timeout(context.deadline, fenced).await {
+            Ok(outcome) => outcome,
+            Err(_) => {
+                Err(Error::timeout(format!("{name} did not end within its time ({:?})", context.deadline)))
+            }
+        }
+    }
+
+    async fn remove_pool(&self, id: PoolId) -> Result<()> {
+        let _lock = self.lock(id.0).await;
+        let Ok(pool) = self.pool(id) else { return Ok(()) };
+        if !pool.list().await?.is_empty() {
+            return Err(Error::conflict("the pool still has volumes"));
+        }
+        pool.settle().await;
+        self.forget_pool(id);
+        let (registry, directory) = (self.registry.clone(), self.pool_dir(id));
+        blocking(move || {
+            match std::fs::remove_dir_all(directory) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
+                _ => {}
+            }
+            registry.remove_pool(id)
+        })
+        .await
+    }
+
+    async fn create_volume(&self, spec: VolumeSpec) -> Result<()> {
+        let _lock = self.lock(spec.id.0).await;
+        let pool = self.pool(spec.pool)?;
+        let source = match spec.source {
+            VolumeSource::Empty => Source::Empty,
+            VolumeSource::Image { image } => match self.images.content(image).await? {
+                Content::Tree(path) => Source::Tree(path),
+                Content::Disk { path, size } => Source::Disk { path, size },
+            },
+        };
+        let new = NewVolume { content: spec.content, size: spec.size, source };
+        pool.create(spec.id, &new).await.map(drop)
+    }
+
+    async fn delete_volume(&self, at: VolumeRef) -> Result<()> {
+        let _lock = self.lock(at.volume.0).await;
+        if let Some(user) = self.user(has_root(at.volume)).await? {
+            return Err(Error::conflict(format!("the volume is in use by instance {user}, which runs")));
+        }
+        match self.pool(at.pool) {
+            Ok(pool) => pool.delete(at.volume).await,
+            Err(_) => Ok(()),
+        }
+    }
+
+    async fn resize_volume(&self, request: VolumeResize) -> Result<()> {
+        let at = request.volume;
+        let _lock = self.lock(at.volume.0).await;
+        let pool = self.pool(at.pool)?;
+        let now = pool.inspect(at.volume).await?.size;
+        if now == Some(request.size) {
+            return Ok(());
+        }
+        if now.is_some_and(|now| request.size < now) {
+            return Err(Error::invalid("size", "a volume can only grow"));
+        }
+        pool.resize(at.volume, request.size).await.map(drop)
+    }
+
+    fn staged(&self, image: ImageId, part: ImagePart) -> PathBuf {
+        let part = match part {
+            ImagePart::Unified => "unified",
+            ImagePart::Metadata => "metadata",
+            ImagePart::Rootfs => "rootfs",
+            ImagePart::Disk => "disk",
+        };
+        self.registry.path("staging").join(format!("{}.{part}", image.0))
+    }
+
+    async fn stage(&self, request: ImageStage) -> Result<WithFds<()>> {
+        let path = self.staged(request.image, request.part);
+        let file = blocking(move || {
+            let mut options = File::options();
+            Ok(options.write(true).create(true).truncate(true).mode(0o600).open(path)?)
+        })
+        .await?;
+        Ok(WithFds { value: (), fds: vec![file.into()] })
+    }
+
+    async fn import(&self, request: ImageImport) -> Result<ImageFacts> {
+        let _lock = self.lock(request.image.0).await;
+        if let Ok(facts) = self.images.facts(request.image).await {
+            return Ok(facts);
+        }
+        let mut parts = vec![];
+        for part in &request.parts {
+            let path = self.staged(request.image, *part);
+            let file = match tokio::fs::File::open(path).await {
+                Ok(file) => file.into_std().await,
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                    return Err(Error::not_found(format!("no {part:?} part of the image was uploaded")));
+                }
+                Err(e) => return Err(e.into()),
+            };
+            parts.push(Staged::Foreign(file.into()));
+        }
+        let mut parts = parts.into_iter();
+        let upload = match (request.parts.as_slice(), parts.next(), parts.next()) {
+            ([ImagePart::Unified], Some(image), None) => Upload::Unified { image },
+            ([ImagePart::Metadata, ImagePart::Rootfs | ImagePart::Disk], Some(metadata), Some(rootfs)) => {
+                Upload::Split { metadata, rootfs }
+            }
+            _ => {
+                let text = "an image is one unified part, or metadata and a root file system or disk";
+                return Err(Error::invalid("parts", text));
+            }
+        };
+        let facts = self.images.import(request.image, upload).await?;
+        for part in request.parts {
+            let _ = tokio::fs::remove_file(self.staged(request.image, part)).await;
+        }
+        Ok(facts)
+    }
+
+    async fn build(&self, request: ImageBuild) -> Result<ImageFacts> {
+        let _lock = self.lock(request.image.0).await;
+        if let Ok(facts) = self.images.facts(request.image).await {
+            return Ok(facts);
+        }
+        let (events, image) = (self.events.clone(), request.image);
+        let progress: karst_image::Progress = Arc::new(move |stage: &str, percent| {
+            events.publish(&AgentEvent::ImageProgress {
+                image,
+                stage: stage.to_owned(),
+                percent: Some(percent),
+            });
+        });
+        let upload = self.images.build(&request.recipe, request.kind, false, progress).await?;
+        self.images.import(request.image, upload).await
+    }
+
+    async fn delete_image(&self, image: ImageId) -> Result<()> {
+        let _lock = self.lock(image.0).await;
+        for part in [ImagePart::Unified, ImagePart::Metadata, ImagePart::Rootfs, ImagePart::Disk] {
+            match tokio::fs::remove_file(self.staged(image, part)).await {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
+                _ => {}
+            }
+        }
+        self.images.delete(image).await
+    }
+
+    async fn export(&self, image: ImageId) -> Result<WithFds<Vec<ImageFile>>> {
+        let (mut value, mut fds) = (vec![], vec![]);
+        for part in self.images.export(image).await?.parts {
+            value.push(ImageFile {
+                part: match part.field {
+                    "metadata" => ImagePart::Metadata,
+                    "rootfs" => ImagePart::Rootfs,
+                    "rootfs.img" => ImagePart::Disk,
+                    _ => ImagePart::Unified,
+                },
+                size: part.size,
+                filename: part.filename,
+            });
+            fds.push(part.file);
+        }
+        Ok(WithFds { value, fds })
+    }
+
+    async fn remove_network(&self, id: NetworkId) -> Result<()> {
+        let _lock = self.lock(id.0).await;
+        if let Some(user) = self.user(|r| r.networks.contains(&id)).await? {
+            return Err(Error::conflict(format!("instance {user}, which runs, still uses the network")));
+        }
+        self.networks.remove(id).await
+    }
+
+    async fn start(&self, spec: GuestSpec) -> Result<Observed> {
+        let id = spec.instance;
+        let _lock = self.lock(id.0).await;
+        let driver = self.driver(spec.kind)?;
+        if let Some(record) = self.guest(id) {
+            not_older(&record, id, spec.generation)?;
+            if record.kind != spec.kind {
+                return Err(Error::conflict(format!("instance {id} is a {} on this host", record.kind)));
+            }
+            let now = driver.observe(id).await?;
+            if !matches!(now.state, RuntimeState::Stopped | RuntimeState::Error) {
+                if record.generation == spec.generation {
+                    return Ok(now);
+                }
+                return Err(Error::conflict(format!(
+                    "instance {id} still runs an earlier start; stop it first"
+                )));
+            }
+        }
+        let _volume = self.lock(spec.root.volume.0).await;
+        let networks = self.check(&spec).await?;
+        let first = self.guest(id).is_none();
+        let record = self.remember(&spec)?;
+        let outcome = async {
+            let guest = self.resolve(spec, &record, &networks).await?;
+            driver.start(&guest).await
+        };
+        match outcome.await {
+            Ok(observed) => {
+                self.saw(&observed);
+                Ok(observed)
+            }
+            Err(e) => {
+                // A guest that never ran leaves nothing behind.
+                if first {
+                    driver.destroy(id).await?;
+                    self.forget(id).await?;
+                }
+                Err(e)
+            }
+        }
+    }
+
+    async fn stop(&self, request: GuestStop) -> Result<Observed> {
+        let id = request.guest.instance;
+        if self.guest(id).is_none() {
+            return Ok(never_ran(request.guest));
+        }
+        // No lock: a forced stop must get past a graceful one that waits.
+        let (_, driver) = self.meant(request.guest)?;
+        if let StopMode::Graceful { .. } = request.mode {
+            let now = driver.observe(id).await?;
+            if now.state == RuntimeState::Running {
+                self.saw(&Observed { state: RuntimeState::Stopping, ..now });
+            }
+        }
+        match driver.stop(id, request.mode).await {
+            Ok(observed) => {
+                self.saw(&observed);
+                Ok(observed)
+            }
+            Err(e) => {
+                if let Ok(now) = driver.observe(id).await {
+                    self.saw(&now);
+                }
+                Err(e)
+            }
+        }
+    }
+
+    async fn freeze(&self, guest: GuestRef, frozen: bool) -> Result<Observed> {
+        let _lock = self.lock(guest.instance.0).await;
+        let (_, driver) = self.meant(guest)?;
+        let outcome =
+            if frozen { driver.pause(guest.instance).await } else { driver.resume(guest.instance).await };
+        let observed = outcome.map_err(as_state(guest.instance))?;
+        self.saw(&observed);
+        Ok(observed)
+    }
+
+    async fn update(&self, spec: GuestSpec) -> Result<Applied> {
+        let id = spec.instance;
+        let _lock = self.lock(id.0).await;
+        let (record, driver) = self.meant(GuestRef { instance: id, generation: spec.generation })?;
+        if !self.runs(id).await? {
+            return Err(Error::conflict(format!("instance {id} is not running")));
+        }
+        let networks = self.check(&spec).await?;
+        let guest = self.resolve(spec, &record, &networks).await?;
+        driver.update(&guest).await.map_err(as_state(id))
+    }
+
+    async fn destroy(&self, id: InstanceId) -> Result<()> {
+        let _lock = self.lock(id.0).await;
+        let Ok((_, driver)) = self.known(id) else {
+            return Ok(());
+        };
+        if self.runs(id).await? {
+            return Err(Error::conflict(format!("instance {id} runs; stop it first")));
+        }
+        driver.destroy(id).await?;
+        self.forget(id).await
+    }
+
+    async fn observe_all(&self) -> Result<Vec<Observed>> {
+        use futures::StreamExt;
+        let observe = |(id, record): (InstanceId, crate::registry::GuestRecord)| async move {
+            let observed = self.driver(record.kind)?.observe(id).await?;
+            Ok(Observed {
+                // Of a start that never came so far the driver knows nothing.
+                generation: observed.generation.max(record.generation),
+                ..observed
+            })
+        };
+        let all = futures::stream::iter(self.all_guests()).map(observe).buffered(AT_A_TIME);
+        let all: Vec<Result<Observed>> = all.collect().await;
+        all.into_iter().collect()
+    }
+
+    async fn metrics(&self, instances: Vec<InstanceId>) -> Result<Vec<(InstanceId, Metrics)>> {
+        use futures::StreamExt;
+        let wanted = if instances.is_empty() {
+            self.all_guests().into_iter().map(|(id, _)| id).collect()
+        } else {
+            instances
+        };
+        let figures = |id| async move {
+            let (_, driver) = self.known(id).ok()?;
+            match driver.metrics(id).await {
+                Ok(metrics) => Some((id, metrics)),
+                Err(e) => {
+                    // It does not run, or ends at this moment: left out.
+                    tracing::debug!(instance = %id, error = %e, "no figures");
+                    None
+                }
+            }
+        };
+        let all = futures::stream::iter(wanted).map(figures).buffered(AT_A_TIME);
+        Ok(all.filter_map(|m| async { m }).collect().await)
+    }
+
+    async fn running(&self, id: InstanceId) -> Result<&Arc<dyn karst_guest::GuestDriver>> {
+        let (_, driver) = self.known(id)?;
+        match driver.observe(id).await?.state {
+            RuntimeState::Stopped | RuntimeState::Error => {
+                Err(Error::conflict(format!("instance {id} is not running")))
+            }
+            RuntimeState::Paused => Err(Error::conflict(format!("instance {id} is frozen; resume it first"))),
+            _ => Ok(driver),
+        }
+    }
+
+    async fn exec(&self, request: ExecStart) -> Result<WithFds<SessionId>> {
+        if request.request.command.first().is_none_or(String::is_empty) {
+            return Err(Error::invalid("command", "no program to run"));
+        }
+        self.sessions.room()?;
+        let driver = self.running(request.instance).await?;
+        let exec =
+            driver.exec(request.instance, request.request).await.map_err(as_state(request.instance))?;
+        let (value, fds) = self.sessions.exec(request.instance, exec);
+        Ok(WithFds { value, fds })
+    }
+
+    async fn console(&self, request: ConsoleAttach) -> Result<WithFds<SessionId>> {
+        self.sessions.room()?;
+        let (_, driver) = self.known(request.instance)?;
+        let stream =
+            driver.console(request.instance, request.force).await.map_err(as_state(request.instance))?;
+        let (value, fd) = self.sessions.console(request.instance, stream)?;
+        Ok(WithFds { value, fds: vec![fd] })
+    }
+
+    /// The driver of a guest's files, and where they lie when it does not run.
+    async fn files(&self, file: &FileRef) -> Result<(&Arc<dyn karst_guest::GuestDriver>, Option<PathBuf>)> {
+        check_path(&file.path)?;
+        let driver = self.driver(file.kind)?;
+        if driver.files().is_none() {
+            return Err(Error::unsupported(format!(
+                "files of a {} cannot be reached on this host",
+                file.kind
+            )));
+        }
+        let runs = self.runs(file.instance).await?;
+        if file.kind == InstanceKind::VirtualMachine {
+            return if runs {
+                Ok((driver, None))
+            } else {
+                Err(Error::conflict("files of a virtual machine can be reached while it runs only; start it"))
+            };
+        }
+        if let Some(record) = self.guest(file.instance)
+            && record.root != file.root.volume
+        {
+            return Err(Error::conflict("the guest has another root volume on this host"));
+        }
+        let root = self.locate(file.root, None).await?.path;
+        Ok((driver, (!runs).then_some(root)))
+    }
+
+    async fn open_file(&self, file: FileRef) -> Result<WithFds<FileOpened>> {
+        let (driver, root) = self.files(&file).await?;
+        let files = driver.files().ok_or_else(|| Error::unsupported("no files"))?;
+        let opened = files.open(file.instance, root.as_deref(), &file.path).await?;
+        Ok(WithFds {
+            value: FileOpened { info: opened.info, entries: opened.entries, target: opened.target },
+            fds: opened.content.into_iter().collect(),
+        })
+    }
+
+    async fn write_file(&self, request: FileWriteRequest) -> Result<WithFds<Option<SessionId>>> {
+        let FileWriteRequest { file, mut write } = request;
+        let (driver, root) = self.files(&file).await?;
+        write.path = file.path;
+        let instance = file.instance;
+        if write.kind != FileKind::File {
+            let files = driver.files().ok_or_else(|| Error::unsupported("no files"))?;
+            files.write(instance, root.as_deref(), write, None).await?;
+            return Ok(WithFds { value: None, fds: vec![] });
+        }
+        self.sessions.room()?;
+        let (source, sink): (OwnedFd, OwnedFd) =
+            pipe_with(PipeFlags::CLOEXEC).map_err(std::io::Error::from)?;
+        let driver = driver.clone();
+        let session = self.sessions.file_write(instance, async move {
+            let files = driver.files().ok_or_else(|| Error::unsupported("no files"))?;
+            files.write(instance, root.as_deref(), write, Some(source)).await
+        });
+        Ok(WithFds { value: Some(session), fds: vec![sink] })
+    }
+}
+
+fn check_path(path: &str) -> Result<()> {
+    if !path.starts_with('/') || path.contains('\0') || path.len() > 4095 {
+        return Err(Error::invalid("path", format!("{path:?} is not an absolute path")));
+    }
+    if path.split('/').any(|part| part == "..") {
+        return Err(Error::invalid("path", format!("{path:?} must not contain \"..\"")));
+    }
+    Ok(())
+}
+
+/// `read name(request) -> T { body }`: the body runs within [`RealAgent::act`].
+macro_rules! calls {
+    ($( $access:ident $name:ident($me:ident, $request:ident: $ty:ty) -> $answer:ty $body:block )+) => {
+        #[async_trait]
+        impl HostAgent for RealAgent {
+            $( async fn $name(&self, context: &CallContext, $request: $ty) -> Result<$answer> {
+                let $me = self;
+                // In a box: the largest of them would be in every one.
+                let work = Box::pin(async move $body);
+                self.act(stringify!($name), calls!(@ $access), context, work).await
+            } )+
+            async fn events(&self) -> Result<mpsc::Receiver<AgentEvent>> { Ok(self.events.subscribe()) }
+        }
+    };
+    (@ read) => { false };
+    (@ mutate) => { true };
+}
+
+calls! {
+    read host_facts(me, _request: ()) -> HostFacts {
+        let mut facts = me.facts().await?.clone();
+        facts.warnings.extend(me.networks.warnings().await);
+        Ok(facts)
+    }
+    read self_check(me, _request: ()) -> SelfCheck { me.self_check_now().await }
+
+    mutate pool_ensure(me, spec: PoolSpec) -> () {
+        let _lock = me.lock(spec.id.0).await;
+        match me.registry.pool(spec.id)? {
+            Some(old) if old != spec => return Err(Error::conflict(format!("pool {} is of another kind", spec.id))),
+            Some(_) => {}
+            None => {
+                let (registry, spec) = (me.registry.clone(), spec.clone());
+                blocking(move || registry.put_pool(&spec)).await?;
+            }
+        }
+        me.open_pool(spec.id).await
+    }
+    mutate pool_remove(me, pool: PoolId) -> () { me.remove_pool(pool).await }
+    read pool_usage(me, pool: PoolId) -> Usage { me.pool(pool)?.space().await }
+
+    read network_choose(me, wanted: NetworkChoose) -> NetworkChoice {
+        Ok(NetworkChoice {
+            name: me.networks.find_free_bridge_name(&wanted.name).await?,
+            ipv4: me.networks.find_free_subnet(&wanted.taken).await?,
+        })
+    }
+    mutate network_ensure(me, spec: NetworkSpec) -> () {
+        let _lock = me.lock(spec.id.0).await;
+        me.networks.ensure(&spec).await
+    }
+    mutate network_remove(me, network: NetworkId) -> () { me.remove_network(network).await }
+    read network_leases(me, network: NetworkId) -> Vec<Lease> { me.networks.leases(network).await }
+    read network_state(me, network: NetworkId) -> NetworkState {
+        let state = me.networks.state(network).await?;
+        Ok(NetworkState {
+            mac: state.mac,
+            mtu: state.mtu,
+            up: state.up,
+            addresses: state.addresses,
+            counters: state.counters,
+            ports: state.ports,
+        })
+    }
+
+    mutate volume_create(me, spec: VolumeSpec) -> () { me.create_volume(spec).await }
+    mutate volume_delete(me, at: VolumeRef) -> () { me.delete_volume(at).await }
+    mutate volume_resize(me, request: VolumeResize) -> () { me.resize_volume(request).await }
+    read volume_usage(me, at: VolumeRef) -> Usage { me.pool(at.pool)?.usage(at.volume).await }
+
+    mutate image_stage(me, part: ImageStage) -> WithFds<()> { me.stage(part).await }
+    mutate image_import(me, request: ImageImport) -> ImageFacts { me.import(request).await }
+    mutate image_build(me, request: ImageBuild) -> ImageFacts { me.build(request).await }
+    mutate image_delete(me, image: ImageId) -> () { me.delete_image(image).await }
+    read image_export(me, image: ImageId) -> WithFds<Vec<ImageFile>> { me.export(image).await }
+
+    mutate guest_start(me, spec: GuestSpec) -> Observed { me.start(spec).await }
+    mutate guest_stop(me, request: GuestStop) -> Observed { me.stop(request).await }
+    mutate guest_pause(me, guest: GuestRef) -> Observed { me.freeze(guest, true).await }
+    mutate guest_resume(me, guest: GuestRef) -> Observed { me.freeze(guest, false).await }
+    mutate guest_update(me, spec: GuestSpec) -> Applied { me.update(spec).await }
+    mutate guest_destroy(me, instance: InstanceId) -> () { me.destroy(instance).await }
+    read guest_observe_all(me, _request: ()) -> Vec<Observed> { me.observe_all().await }
+    read guest_metrics(me, instances: Vec<InstanceId>) -> Vec<(InstanceId, Metrics)> { me.metrics(instances).await }
+
+    read exec_start(me, request: ExecStart) -> WithFds<SessionId> { me.exec(request).await }
+    read session_resize(me, request: SessionResize) -> () {
+        me.sessions.get(request.session)?.resize(request.columns, request.rows).await
+    }
+    read session_signal(me, request: SessionSignal) -> () {
+        let session = me.sessions.get(request.session)?;
+        if !(1..=64).contains(&request.signal) {
+            return Err(Error::invalid("signal", format!("{} is not a signal", request.signal)));
+        }
+        session.signal(request.signal).await
+    }
+    read session_wait(me, session: SessionId) -> i32 { me.sessions.get(session)?.wait().await }
+    read session_close(me, session: SessionId) -> () {
+        me.sessions.close(session);
+        Ok(())
+    }
+    read console_attach(me, request: ConsoleAttach) -> WithFds<SessionId> { me.console(request).await }
+    read console_log(me, request: ConsoleLog) -> Vec<u8> {
+        let (_, driver) = me.known(request.instance)?;
+        let max = request.max.min(CONSOLE_LOG) as usize;
+        match driver.console_log(request.instance, max, request.clear).await {
+            // Nothing was ever written.
+            Err(e) if e.is(ErrorKind::NotFound) => Ok(vec![]),
+            other => other,
+        }
+    }
+
+    read file_open(me, file: FileRef) -> WithFds<FileOpened> { me.open_file(file).await }
+    read file_write(me, request: FileWriteRequest) -> WithFds<Option<SessionId>> { me.write_file(request).await }
+    read file_delete(me, file: FileRef) -> () {
+        let (driver, root) = me.files(&file).await?;
+        let files = driver.files().ok_or_else(|| Error::unsupported("no files"))?;
+        files.delete(file.instance, root.as_deref(), &file.path).await
+    }
+}

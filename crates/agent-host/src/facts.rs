@@ -1,0 +1,86 @@
+//! What the machine is.
+
+use karst_host::{Program, run};
+use karst_model::{
+    Result,
+    node::{AcceleratorKind, HostFacts},
+};
+use std::time::Duration;
+
+fn read(path: &str) -> String {
+    std::fs::read_to_string(path).unwrap_or_default()
+}
+
+/// Facts that hold as long as the process: asked for once. The accelerator and machine type come from the driver.
+pub(crate) async fn collect() -> Result<HostFacts> {
+    let system = rustix::system::uname();
+    let release = read("/etc/os-release");
+    let field = |key: &str| {
+        let line = release.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix('='));
+        line.unwrap_or_default().trim_matches('"').to_owned()
+    };
+    let memory = read("/proc/meminfo");
+    let memory = memory
+        .lines()
+        .find_map(|l| l.strip_prefix("MemTotal:")?.trim().split(' ').next()?.parse::<u64>().ok());
+    let mut facts = HostFacts {
+        hostname: system.nodename().to_string_lossy().into_owned(),
+        architecture: system.machine().to_string_lossy().into_owned(),
+        kernel: system.release().to_string_lossy().into_owned(),
+        os_name: field("NAME"),
+        os_version: field("VERSION_ID"),
+        cgroup_layout: cgroup_layout(&read("/proc/self/mounts")).into(),
+        cpus: std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
+        memory: memory.unwrap_or(0) << 10,
+        ..HostFacts::default()
+    };
+    facts.lxc = version(Program::LxcStart).await;
+    facts.accelerator = karst_vm_qemu::probe::accelerator();
+    // What is not installed is named below.
+    if let Ok(found) = karst_vm_qemu::probe().await {
+        (facts.qemu, facts.default_machine) = (Some(found.qemu_version), Some(found.default_machine));
+        if facts.accelerator.kind == AcceleratorKind::Tcg {
+            facts.warnings.push(facts.accelerator.reason.clone());
+        }
+    }
+    for program in
+        [Program::QemuSystemX86, Program::LxcStart, Program::Dnsmasq, Program::Nft, Program::Keeper]
+    {
+        if let Err(e) = program.path() {
+            facts.warnings.push(e.message);
+        }
+    }
+    Ok(facts)
+}
+
+fn cgroup_layout(mounts: &str) -> &'static str {
+    let has = |kind: &str| mounts.lines().any(|l| l.split(' ').nth(2) == Some(kind));
+    match (has("cgroup"), has("cgroup2")) {
+        (false, true) => "v2",
+        (true, true) => "hybrid",
+        _ => "v1",
+    }
+}
+
+/// The first number of what `--version` prints.
+async fn version(program: Program) -> Option<String> {
+    program.path().ok()?;
+    let text = run(program).arg("--version").timeout(Duration::from_secs(5)).ok().await.ok()?;
+    let text = String::from_utf8_lossy(&text);
+    let number = text.split_whitespace().find(|w| w.starts_with(|c: char| c.is_ascii_digit()))?;
+    Some(number.trim_end_matches([',', ')']).to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cgroup_layouts() {
+        assert_eq!(cgroup_layout("cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n"), "v2");
+        let hybrid =
+            "cgroup /sys/fs/cgroup/memory cgroup rw,memory 0 0\nx /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
+        assert_eq!(cgroup_layout(hybrid), "hybrid");
+        assert_eq!(cgroup_layout("cgroup /sys/fs/cgroup/memory cgroup rw,memory 0 0\n"), "v1");
+    }
+}

@@ -1,0 +1,178 @@
+//! Ranges of host user and group ids, 65,536 for each guest and for the image worker.
+//!
+//! A range is claimed in a directory that all daemons of the machine share (`/run/karst/ids`, gone with the next boot, as
+//! everything that uses a range is) before anything uses it: one file a range, made exclusively, that says whose it is.
+//! Ranges lie in 0x7000_0000 to 0x7fff_0000: above what systemd gives containers and distributions give users, below the
+//! ids that programs with signed numbers break at. Whatever /etc/subuid, /etc/subgid or the user database name there is
+//! left out. Files on disk carry unshifted owners, so that a guest may have another range after its next start.
+
+use karst_guest::IdRange;
+use karst_model::{Error, Result};
+use std::{
+    fs,
+    io::Write,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+/// Ids of a range.
+pub const COUNT: u32 = 65_536;
+const FIRST: u32 = 0x7000_0000;
+const RANGES: u32 = 0xfff;
+/// Where the claims of all daemons of a machine lie.
+pub const CLAIMS: &str = "/run/karst/ids";
+
+/// Claims of one daemon.
+#[derive(Debug, Clone)]
+pub struct IdRanges {
+    directory: PathBuf,
+    daemon_id: String,
+    /// Ids that belong to others: first and last.
+    taken: Vec<(u32, u32)>,
+}
+
+/// A claim that was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Claim {
+    /// The range.
+    pub range: IdRange,
+    /// What for: a guest's id, or `worker`.
+    pub owner: String,
+}
+
+impl IdRanges {
+    /// Claims in `directory` ([`CLAIMS`] but for tests).
+    ///
+    /// # Errors
+    /// The directory cannot be made.
+    pub fn open(directory: impl Into<PathBuf>, daemon_id: &str) -> Result<Self> {
+        let directory = directory.into();
+        fs::DirBuilder::new().recursive(true).mode(0o755).create(&directory)?;
+        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+        let mut taken = vec![];
+        for file in ["/etc/subuid", "/etc/subgid"] {
+            taken.extend(subordinate(&read(file)));
+        }
+        for file in ["/etc/passwd", "/etc/group"] {
+            let ids = read(file);
+            let ids = ids.lines().filter_map(|l| l.split(':').nth(2)?.parse().ok());
+            taken.extend(ids.map(|id: u32| (id, id)));
+        }
+        Ok(Self { directory, daemon_id: daemon_id.to_owned(), taken })
+    }
+
+    fn free_of_others(&self, base: u32) -> bool {
+        self.taken.iter().all(|(first, last)| *last < base || *first > base + (COUNT - 1))
+    }
+
+    fn file(&self, base: u32) -> PathBuf {
+        self.directory.join(base.to_string())
+    }
+
+    /// Claims one range: `wanted` again if it is still free or ours, else another.
+    ///
+    /// # Errors
+    /// Quota when all ranges of the machine are claimed.
+    pub fn claim(&self, owner: &str, wanted: Option<IdRange>) -> Result<IdRange> {
+        let mine = format!("{} {owner}\n", self.daemon_id);
+        // Spread, so that daemons seldom try for the same.
+        let start = u32::from_str_radix(&self.daemon_id, 16).unwrap_or(0) % RANGES;
+        let all = (0..RANGES).map(|n| FIRST + ((start + n) % RANGES) * COUNT);
+        let wanted = wanted.map(|r| r.base).filter(|b| all.clone().any(|a| a == *b));
+        for base in wanted.into_iter().chain(all).filter(|b| self.free_of_others(*b)) {
+            let file = self.file(base);
+            match fs::File::options().write(true).create_new(true).mode(0o644).open(&file) {
+                Ok(mut f) => {
+                    f.write_all(mine.as_bytes())?;
+                    return Ok(IdRange { base, count: COUNT });
+                }
+                Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
+                    if fs::read_to_string(&file).is_ok_and(|text| text == mine) {
+                        return Ok(IdRange { base, count: COUNT });
+                    }
+                }
+                Err(e) => return Err(Error::from(e).with_context(file.display())),
+            }
+        }
+        Err(Error::quota("all ranges of user ids of this machine are in use; delete guests"))
+    }
+
+    /// Gives a range back; one that is not ours stays.
+    pub fn release(&self, range: IdRange, owner: &str) {
+        let file = self.file(range.base);
+        if fs::read_to_string(&file).is_ok_and(|text| text == format!("{} {owner}\n", self.daemon_id)) {
+            let _ = fs::remove_file(file);
+        }
+    }
+
+    /// All claims of this daemon.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn claims(&self) -> Result<Vec<Claim>> {
+        claims_of(&self.directory, &self.daemon_id)
+    }
+}
+
+fn claims_of(directory: &Path, daemon_id: &str) -> Result<Vec<Claim>> {
+    let mut found = vec![];
+    for entry in fs::read_dir(directory)?.flatten() {
+        let base = entry.file_name().to_str().and_then(|n| n.parse().ok());
+        let text = fs::read_to_string(entry.path()).unwrap_or_default();
+        if let (Some(base), Some((id, owner))) = (base, text.trim().split_once(' '))
+            && id == daemon_id
+        {
+            found.push(Claim { range: IdRange { base, count: COUNT }, owner: owner.to_owned() });
+        }
+    }
+    Ok(found)
+}
+
+/// `name:first:count` lines.
+fn subordinate(text: &str) -> Vec<(u32, u32)> {
+    let range = |line: &str| {
+        let mut fields = line.split(':').skip(1);
+        let (first, count): (u32, u32) = (fields.next()?.parse().ok()?, fields.next()?.trim().parse().ok()?);
+        (count > 0).then(|| (first, first.saturating_add(count - 1)))
+    };
+    text.lines().filter_map(range).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_are_claimed_once_and_given_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = |id| IdRanges::open(dir.path().join("ids"), id).unwrap();
+        let (a, b) = (open("000001"), open("000001"));
+        let first = a.claim("guest-1", None).unwrap();
+        assert_eq!(b.claim("guest-1", Some(first)).unwrap(), first, "the same owner, the same range");
+        let second = b.claim("guest-2", Some(first)).unwrap();
+        assert_ne!(first, second);
+        let other = open("000002");
+        let third = other.claim("guest-1", Some(second)).unwrap();
+        assert!(third != first && third != second);
+        other.release(first, "guest-1");
+        assert_eq!(a.claims().unwrap().len(), 2, "not another's to give back");
+        a.release(first, "guest-1");
+        a.release(first, "guest-1");
+        assert_eq!(a.claims().unwrap(), [Claim { range: second, owner: "guest-2".into() }]);
+        for range in [first, second, third] {
+            assert!(range.base >= FIRST && range.base.checked_add(range.count).unwrap() < 0x8000_0000);
+        }
+    }
+
+    #[test]
+    fn what_others_have_is_left_out() {
+        assert_eq!(
+            subordinate("root:1000000:1000000000\nx:5:0\nbad\ny:7:2\n"),
+            [(1_000_000, 1_000_999_999), (7, 8)]
+        );
+        let dir = tempfile::tempdir().unwrap();
+        let mut ranges = IdRanges::open(dir.path(), "000000").unwrap();
+        ranges.taken = vec![(FIRST + 5, FIRST + 5), (FIRST + COUNT, FIRST + 3 * COUNT - 1)];
+        assert_eq!(ranges.claim("g", None).unwrap().base, FIRST + 3 * COUNT);
+    }
+}

@@ -1,0 +1,18 @@
+//! The real agent: resolves ids to things of this machine, applies the host's policy, and lets the drivers do the work.
+//!
+//! Control names things by UUID only. Every id is looked up in root's own registry or in a driver's; names that must go
+//! outside DIR (interfaces, bridges) are checked to be this daemon's. Nothing of a client's text becomes part of a path or a
+//! command line here.
+#![allow(clippy::disallowed_methods)] // the agent of a real machine lives in the real world
+
+mod agent;
+mod calls;
+mod check;
+mod facts;
+pub mod ids;
+mod policy;
+mod registry;
+mod sessions;
+
+pub use agent::{RealAgent, RealOptions};
+pub use policy::HostPolicy;

@@ -1,0 +1,129 @@
+//! `host-policy.toml`: what this host grants beyond ordinary guests. Root writes it, on this machine; control cannot, so a
+//! compromised control process gets no further than what stands there. Without the file nothing is granted.
+
+use karst_model::{Error, Result};
+use serde::Deserialize;
+use std::{
+    fs::File,
+    io::Read,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+/// Name of the file.
+pub const FILE: &str = "host-policy.toml";
+const LARGEST: u64 = 64 << 10;
+
+/// What the host grants.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HostPolicy {
+    /// Containers whose root is the host's root.
+    pub privileged_containers: bool,
+    /// Directories of the host whose content may be given to guests; absolute, without `..`.
+    pub path_prefixes: Vec<PathBuf>,
+    /// Classes of devices of the host that guests may have (`gpu`, `usb`, `unix-char`, …).
+    pub device_classes: Vec<String>,
+    /// `raw.*` keys that are passed on (`raw.lxc`, `raw.qemu`, …).
+    pub raw_keys: Vec<String>,
+    /// PCI addresses (`0000:01:00.0`) that may be passed through.
+    pub pci: Vec<String>,
+}
+
+impl HostPolicy {
+    /// The file of the first of `directories` that has one; nothing granted when none has.
+    ///
+    /// # Errors
+    /// A file that is not root's alone to write, or that says something unknown: never guessed at.
+    pub fn load(directories: &[&Path]) -> Result<Self> {
+        for directory in directories {
+            let path = directory.join(FILE);
+            match File::options().read(true).custom_flags_nofollow().open(&path) {
+                Ok(file) => return Self::read(&path, file),
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+                Err(e) => {
+                    return Err(
+                        Error::forbidden(format!("{} cannot be read", path.display())).with_context(e)
+                    );
+                }
+            }
+        }
+        Ok(Self::default())
+    }
+
+    fn read(path: &Path, mut file: File) -> Result<Self> {
+        let found = file.metadata()?;
+        if !found.is_file() || found.uid() != 0 || found.mode() & 0o022 != 0 {
+            return Err(Error::forbidden(format!(
+                "{} must be a file of root that nobody else can write; `chown root:root` and `chmod 0644` it, or remove it",
+                path.display()
+            )));
+        }
+        let mut text = String::new();
+        Read::take(&mut file, LARGEST + 1).read_to_string(&mut text)?;
+        if text.len() as u64 > LARGEST {
+            return Err(Error::too_large(format!("{} is larger than {LARGEST} bytes", path.display())));
+        }
+        let policy: Self = toml::from_str(&text).map_err(|e| {
+            Error::invalid(FILE, format!("{}: {}", path.display(), e.message())).with_context(e.to_string())
+        })?;
+        for prefix in &policy.path_prefixes {
+            let plain = prefix
+                .components()
+                .all(|c| matches!(c, std::path::Component::RootDir | std::path::Component::Normal(_)));
+            if !prefix.is_absolute() || !plain {
+                return Err(Error::invalid(
+                    "path_prefixes",
+                    format!("{}: {:?} is not an absolute path without \"..\"", path.display(), prefix),
+                ));
+            }
+        }
+        Ok(policy)
+    }
+}
+
+trait NoFollow {
+    fn custom_flags_nofollow(&mut self) -> &mut Self;
+}
+
+impl NoFollow for std::fs::OpenOptions {
+    fn custom_flags_nofollow(&mut self) -> &mut Self {
+        use std::os::unix::fs::OpenOptionsExt;
+        let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::CLOEXEC | rustix::fs::OFlags::NONBLOCK;
+        self.custom_flags(flags.bits() as i32)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{PermissionsExt, chown};
+
+    #[test]
+    fn only_roots_word_counts() {
+        if !rustix::process::geteuid().is_root() {
+            return eprintln!("skipped: needs root");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let load = || HostPolicy::load(&[Path::new("/nonexistent"), dir.path()]);
+        assert_eq!(load().unwrap(), HostPolicy::default());
+        let file = dir.path().join(FILE);
+        std::fs::write(&file, "privileged_containers = true\npath_prefixes = [\"/srv/share\"]\n").unwrap();
+        std::fs::set_permissions(&file, PermissionsExt::from_mode(0o644)).unwrap();
+        let policy = load().unwrap();
+        assert!(policy.privileged_containers && policy.raw_keys.is_empty());
+        std::fs::set_permissions(&file, PermissionsExt::from_mode(0o664)).unwrap();
+        assert!(load().unwrap_err().message.contains("chmod"));
+        std::fs::set_permissions(&file, PermissionsExt::from_mode(0o644)).unwrap();
+        chown(&file, Some(1234), None).unwrap();
+        assert!(load().is_err());
+        chown(&file, Some(0), None).unwrap();
+        std::fs::write(&file, "privileged_container = true\n").unwrap();
+        assert!(load().unwrap_err().to_string().contains("privileged_container"));
+        std::fs::write(&file, "path_prefixes = [\"/srv/../etc\"]\n").unwrap();
+        assert!(load().is_err());
+        std::fs::remove_file(&file).unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", &file).unwrap();
+        assert!(load().is_err(), "never through a link");
+    }
+}

@@ -1,0 +1,500 @@
+//! The calls of the agent protocol, version 1. One macro invocation declares each call once; the trait, the wire
+//! enumeration and the dispatcher all come from it.
+
+use async_trait::async_trait;
+use karst_model::{
+    ByteSize, ImageId, InstanceId, NetworkId, PoolId, Result, SagaId, SessionId, VolumeId,
+    guest::{Applied, ExecRequest, FileInfo, FileWrite, Metrics, Observed, StopMode},
+    image::ImageFacts,
+    instance::{Generation, InstanceKind},
+    network::Lease,
+    node::HostFacts,
+    spec::{GuestSpec, NetworkSpec, PoolSpec, VolumeSpec},
+    storage::Usage,
+};
+use serde::{Deserialize, Serialize};
+use std::{os::fd::OwnedFd, time::Duration};
+use tokio::sync::mpsc;
+
+/// Protocol versions that this build speaks; both sides offer their range at connect and use the highest in common.
+pub const VERSIONS: std::ops::RangeInclusive<u32> = 1..=1;
+
+/// What accompanies every call.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CallContext {
+    /// Time the call may take from its arrival; the agent cancels it then. Always bounded.
+    pub deadline: Duration,
+    /// Who orders a mutation. `None` is allowed for reads only.
+    pub fence: Option<Fence>,
+}
+
+/// Orders mutations: the agent durably remembers the highest epoch and refuses lower ones, so that a paused executor can
+/// do nothing after its successor took over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fence {
+    /// The saga, or the nil UUID for reconcilers.
+    pub saga: SagaId,
+    /// Epoch of the executor; grows with each start of an engine over the same store.
+    pub epoch: u64,
+    /// Step within the saga.
+    pub step: u32,
+}
+
+impl CallContext {
+    /// For a read.
+    pub fn read(deadline: Duration) -> Self {
+        Self { deadline, fence: None }
+    }
+    /// For a mutation.
+    pub fn mutate(deadline: Duration, fence: Fence) -> Self {
+        Self { deadline, fence: Some(fence) }
+    }
+}
+
+/// An answer with descriptors.
+#[derive(Debug)]
+pub struct WithFds<T> {
+    /// The answer.
+    pub value: T,
+    /// Descriptors that the host opened for the caller; at most 4.
+    pub fds: Vec<OwnedFd>,
+}
+
+/// How a call's answer becomes a value and descriptors on the wire, and back.
+pub trait Answer: Sized + Send {
+    /// Takes it apart.
+    fn split(self) -> Result<(serde_json::Value, Vec<OwnedFd>)>;
+    /// Puts it together.
+    fn join(value: serde_json::Value, fds: Vec<OwnedFd>) -> Result<Self>;
+}
+
+/// Marks plain answers (no descriptors).
+pub trait Plain: Serialize + for<'de> Deserialize<'de> + Send {}
+
+impl<T: Plain> Answer for T {
+    fn split(self) -> Result<(serde_json::Value, Vec<OwnedFd>)> {
+        Ok((serde_json::to_value(self)?, vec![]))
+    }
+    fn join(value: serde_json::Value, _: Vec<OwnedFd>) -> Result<Self> {
+        Ok(serde_json::from_value(value)?)
+    }
+}
+
+impl<T: Serialize + for<'de> Deserialize<'de> + Send> Answer for WithFds<T> {
+    fn split(self) -> Result<(serde_json::Value, Vec<OwnedFd>)> {
+        Ok((serde_json::to_value(self.value)?, self.fds))
+    }
+    fn join(value: serde_json::Value, fds: Vec<OwnedFd>) -> Result<Self> {
+        Ok(Self { value: serde_json::from_value(value)?, fds })
+    }
+}
+
+macro_rules! plain { ($($t:ty),+ $(,)?) => { $( impl Plain for $t {} )+ } }
+plain!(
+    (),
+    i32,
+    HostFacts,
+    Usage,
+    Vec<Lease>,
+    NetworkState,
+    NetworkChoice,
+    ImageFacts,
+    Observed,
+    Vec<Observed>,
+    Applied,
+    Vec<(InstanceId, Metrics)>,
+    Vec<u8>,
+    SelfCheck
+);
+
+/// `mutate` calls carry a fence and are idempotent; `read` calls change nothing that outlives a session.
+macro_rules! agent_calls {
+    ($( $(#[$doc:meta])* $access:ident fn $name:ident($variant:ident: $request:ty) -> $answer:ty; )+) => {
+        /// What the engine asks of a host. Implemented by the wire client, by the real agent and by the simulation; all
+        /// pass one contract suite. Every call is bounded by its context's deadline and may be dropped to cancel it.
+        #[async_trait]
+        pub trait HostAgent: Send + Sync {
+            $( $(#[$doc])* async fn $name(&self, context: &CallContext, request: $request) -> Result<$answer>; )+
+
+            /// What happens on the host by itself. A bounded queue: a receiver that falls behind gets
+            /// [`AgentEvent::Lost`] and must ask again for the whole ([`HostAgent::guest_observe_all`]).
+            async fn events(&self) -> Result<mpsc::Receiver<AgentEvent>>;
+        }
+
+        /// A call on the wire.
+        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+        #[serde(tag = "call", content = "request", rename_all = "snake_case")]
+        #[allow(missing_docs)]
+        pub enum Call { $( $variant($request), )+ }
+
+        impl Call {
+            /// Its name, for logs.
+            pub fn name(&self) -> &'static str { match self { $( Self::$variant(_) => stringify!($name), )+ } }
+            /// Must it carry a fence?
+            pub fn is_mutation(&self) -> bool { match self { $( Self::$variant(_) => agent_calls!(@ $access), )+ } }
+            /// All names.
+            pub const NAMES: &'static [&'static str] = &[ $( stringify!($name), )+ ];
+        }
+
+        /// Executes a call that came over the wire on `agent`.
+        pub async fn dispatch(agent: &dyn HostAgent, context: &CallContext, call: Call) -> Result<(serde_json::Value, Vec<OwnedFd>)> {
+            match call { $( Call::$variant(request) => agent.$name(context, request).await?.split(), )+ }
+        }
+
+        /// Something that carries a call to an agent elsewhere and brings back its answer; gets the whole trait by
+        /// [`agent_calls_over_transport!`].
+        #[async_trait]
+        pub trait Transport: Send + Sync {
+            /// Carries one call.
+            async fn carry(&self, context: &CallContext, call: Call) -> Result<(serde_json::Value, Vec<OwnedFd>)>;
+            /// Subscribes to events.
+            async fn subscribe(&self) -> Result<mpsc::Receiver<AgentEvent>>;
+        }
+
+        /// The trait over any transport.
+        pub struct Remote<T>(pub T);
+
+        #[async_trait]
+        impl<T: Transport> HostAgent for Remote<T> {
+            $( async fn $name(&self, context: &CallContext, request: $request) -> Result<$answer> {
+                let (value, fds) = self.0.carry(context, Call::$variant(request)).await?;
+                <$answer as Answer>::join(value, fds)
+            } )+
+            async fn events(&self) -> Result<mpsc::Receiver<AgentEvent>> { self.0.subscribe().await }
+        }
+    };
+    (@ read) => { false };
+    (@ mutate) => { true };
+}
+
+agent_calls! {
+    /// What the machine is.
+    read fn host_facts(HostFacts: ()) -> HostFacts;
+    /// Does what the agent keeps agree with what it finds (leaks, missing things)? For tests and `admin check`.
+    read fn self_check(SelfCheck: ()) -> SelfCheck;
+
+    /// Makes the pool usable.
+    mutate fn pool_ensure(PoolEnsure: PoolSpec) -> ();
+    /// Forgets an empty pool and removes its directory.
+    mutate fn pool_remove(PoolRemove: PoolId) -> ();
+    /// Space of a pool.
+    read fn pool_usage(PoolUsage: PoolId) -> Usage;
+
+    /// Chooses a free bridge name and a free IPv4 subnet.
+    read fn network_choose(NetworkChoose: NetworkChoose) -> NetworkChoice;
+    /// Makes or reconciles a network, its firewall, DHCP and DNS, and its known guests.
+    mutate fn network_ensure(NetworkEnsure: NetworkSpec) -> ();
+    /// Removes a network.
+    mutate fn network_remove(NetworkRemove: NetworkId) -> ();
+    /// DHCP leases and static assignments.
+    read fn network_leases(NetworkLeases: NetworkId) -> Vec<Lease>;
+    /// State of the bridge.
+    read fn network_state(NetworkState: NetworkId) -> NetworkState;
+
+    /// Makes a volume; complete or not at all.
+    mutate fn volume_create(VolumeCreate: VolumeSpec) -> ();
+    /// Deletes a volume.
+    mutate fn volume_delete(VolumeDelete: VolumeRef) -> ();
+    /// Grows a volume.
+    mutate fn volume_resize(VolumeResize: VolumeResize) -> ();
+    /// Space of a volume.
+    read fn volume_usage(VolumeUsage: VolumeRef) -> Usage;
+
+    /// Opens a staging file for a part of an image to be uploaded: one write-only descriptor. Staged parts that are not
+    /// imported are dropped after an hour and at the agent's start.
+    mutate fn image_stage(ImageStage: ImageStage) -> WithFds<()>;
+    /// Checks and unpacks the staged parts in a worker without privileges.
+    mutate fn image_import(ImageImport: ImageImport) -> ImageFacts;
+    /// Builds an image of a recipe; progress comes as events with the image's id.
+    mutate fn image_build(ImageBuild: ImageBuild) -> ImageFacts;
+    /// Deletes an image's content and staged parts.
+    mutate fn image_delete(ImageDelete: ImageId) -> ();
+    /// Opens the files of an image as uploaded, for reading: one descriptor each, in order.
+    read fn image_export(ImageExport: ImageId) -> WithFds<Vec<ImageFile>>;
+
+    /// Starts a guest; answers when its processes run.
+    mutate fn guest_start(GuestStart: GuestSpec) -> Observed;
+    /// Stops a guest.
+    mutate fn guest_stop(GuestStop: GuestStop) -> Observed;
+    /// Freezes a guest.
+    mutate fn guest_pause(GuestPause: GuestRef) -> Observed;
+    /// Continues a guest.
+    mutate fn guest_resume(GuestResume: GuestRef) -> Observed;
+    /// Applies changed limits to a running guest.
+    mutate fn guest_update(GuestUpdate: GuestSpec) -> Applied;
+    /// Removes all that a stopped guest has on the host but its volumes.
+    mutate fn guest_destroy(GuestDestroy: InstanceId) -> ();
+    /// Every guest that the host knows.
+    read fn guest_observe_all(GuestObserveAll: ()) -> Vec<Observed>;
+    /// Figures of these guests (all running ones when empty); one that does not run is left out.
+    read fn guest_metrics(GuestMetrics: Vec<InstanceId>) -> Vec<(InstanceId, Metrics)>;
+
+    /// Runs a program in a guest. Descriptors: one terminal, or stdin, stdout, stderr.
+    read fn exec_start(ExecStart: ExecStart) -> WithFds<SessionId>;
+    /// New size of a session's terminal.
+    read fn session_resize(SessionResize: SessionResize) -> ();
+    /// Signal to a session's program.
+    read fn session_signal(SessionSignal: SessionSignal) -> ();
+    /// Waits for the end of a session: the exit code of an exec, 0 when a file was written whole.
+    read fn session_wait(SessionWait: SessionId) -> i32;
+    /// Ends a session.
+    read fn session_close(SessionClose: SessionId) -> ();
+    /// Attaches to the console: one descriptor, both ways.
+    read fn console_attach(ConsoleAttach: ConsoleAttach) -> WithFds<SessionId>;
+    /// The kept console log.
+    read fn console_log(ConsoleLog: ConsoleLog) -> Vec<u8>;
+
+    /// Opens a file in a guest for reading; a regular file comes with one descriptor.
+    read fn file_open(FileOpen: FileRef) -> WithFds<FileOpened>;
+    /// Writes a file: for a regular file answers a session and one write-only descriptor; the file is whole when
+    /// `session_wait` answers 0. Other kinds are made at once and have no session.
+    read fn file_write(FileWrite: FileWriteRequest) -> WithFds<Option<SessionId>>;
+    /// Deletes a file or an empty directory.
+    read fn file_delete(FileDelete: FileRef) -> ();
+}
+
+/// What the agent says of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct SelfCheck {
+    /// Volumes that it keeps.
+    pub volumes: Vec<VolumeId>,
+    /// Images that it keeps.
+    pub images: Vec<ImageId>,
+    /// Networks that it keeps.
+    pub networks: Vec<NetworkId>,
+    /// Guests that it knows, running or with state.
+    pub guests: Vec<InstanceId>,
+    /// Open sessions.
+    pub sessions: u32,
+    /// Things that should not be there, in words.
+    pub leaks: Vec<String>,
+}
+
+/// What a bridge should be called if free.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkChoose {
+    /// Wanted name; a number is appended or replaced while it is taken.
+    pub name: String,
+    /// Subnets that other networks of the platform have.
+    pub taken: Vec<ipnet::Ipv4Net>,
+}
+
+/// A free name and subnet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkChoice {
+    /// Interface name.
+    pub name: String,
+    /// Host address with prefix.
+    pub ipv4: ipnet::Ipv4Net,
+}
+
+/// State of a bridge.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct NetworkState {
+    /// MAC address.
+    pub mac: String,
+    /// MTU.
+    pub mtu: u32,
+    /// Link is up.
+    pub up: bool,
+    /// Addresses: address, prefix, scope.
+    pub addresses: Vec<(std::net::IpAddr, u8, String)>,
+    /// Bytes received and sent, packets received and sent.
+    pub counters: [u64; 4],
+    /// Ports of the bridge.
+    pub ports: Vec<String>,
+}
+
+/// A volume in its pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeRef {
+    /// Pool.
+    pub pool: PoolId,
+    /// Volume.
+    pub volume: VolumeId,
+}
+
+/// A new size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeResize {
+    /// Which.
+    pub volume: VolumeRef,
+    /// How large; smaller than now is refused.
+    pub size: ByteSize,
+}
+
+/// Part of an image's upload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ImagePart {
+    /// One tarball with everything.
+    Unified,
+    /// The metadata tarball of a split image.
+    Metadata,
+    /// The root file system (tarball, squashfs) of a split image.
+    Rootfs,
+    /// The disk (qcow2) of a split image.
+    Disk,
+}
+
+/// A part to be uploaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageStage {
+    /// Image.
+    pub image: ImageId,
+    /// Part.
+    pub part: ImagePart,
+}
+
+/// Staged parts to be imported.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageImport {
+    /// Image.
+    pub image: ImageId,
+    /// Parts in the order of the fingerprint.
+    pub parts: Vec<ImagePart>,
+}
+
+/// A recipe to be built.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageBuild {
+    /// Image.
+    pub image: ImageId,
+    /// `debian/12`.
+    pub recipe: String,
+    /// For which kind.
+    pub kind: InstanceKind,
+}
+
+/// A file of an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageFile {
+    /// Part.
+    pub part: ImagePart,
+    /// Bytes.
+    pub size: u64,
+    /// File name for clients, such as `FINGERPRINT.tar.xz`.
+    pub filename: String,
+}
+
+/// A guest at a start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestRef {
+    /// Which.
+    pub instance: InstanceId,
+    /// The start that is meant; conflict when the host runs a newer one.
+    pub generation: Generation,
+}
+
+/// A guest to be stopped.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestStop {
+    /// Which.
+    pub guest: GuestRef,
+    /// How.
+    pub mode: StopMode,
+}
+
+/// A program to run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExecStart {
+    /// Where.
+    pub instance: InstanceId,
+    /// What.
+    pub request: ExecRequest,
+}
+
+/// New size of a terminal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionResize {
+    /// Session.
+    pub session: SessionId,
+    /// Columns.
+    pub columns: u16,
+    /// Rows.
+    pub rows: u16,
+}
+
+/// A signal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionSignal {
+    /// Session.
+    pub session: SessionId,
+    /// Linux' number.
+    pub signal: i32,
+}
+
+/// Console to attach to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsoleAttach {
+    /// Whose.
+    pub instance: InstanceId,
+    /// Ends the attachment that is there.
+    pub force: bool,
+}
+
+/// Console log to read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsoleLog {
+    /// Whose.
+    pub instance: InstanceId,
+    /// At most so many bytes, the newest.
+    pub max: u32,
+    /// Empty it.
+    pub clear: bool,
+}
+
+/// A file in a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileRef {
+    /// Whose.
+    pub instance: InstanceId,
+    /// Kind of the guest.
+    pub kind: InstanceKind,
+    /// Root volume, where files of a stopped container lie.
+    pub root: VolumeRef,
+    /// Absolute path inside.
+    pub path: String,
+}
+
+/// An opened file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileOpened {
+    /// What it is.
+    pub info: FileInfo,
+    /// Entries of a directory.
+    pub entries: Vec<String>,
+    /// Target of a symbolic link.
+    pub target: Option<String>,
+}
+
+/// A file to be written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileWriteRequest {
+    /// Where; its `path` is the file's.
+    pub file: FileRef,
+    /// How.
+    pub write: FileWrite,
+}
+
+/// What happens on a host by itself.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum AgentEvent {
+    /// A guest changed its state.
+    Guest {
+        /// What was seen.
+        observed: Box<Observed>,
+    },
+    /// Progress of a build or import.
+    ImageProgress {
+        /// Which.
+        image: ImageId,
+        /// Stage in words.
+        stage: String,
+        /// 0 to 100 where it is known.
+        percent: Option<u8>,
+    },
+    /// The receiver was too slow and missed events.
+    Lost,
+}

@@ -1,0 +1,402 @@
+//! Guests of one kind, from their image to their end.
+
+use super::*;
+use karst_model::{
+    SessionId,
+    guest::{ExecRequest, FileKind, FileWrite, Observed, StopMode},
+    instance::{ExitReason, RuntimeState},
+};
+
+struct Guest<'a> {
+    s: &'a Subject,
+    spec: GuestSpec,
+    root: VolumeRef,
+}
+
+impl Guest<'_> {
+    fn at(&self) -> GuestRef {
+        GuestRef { instance: self.spec.instance, generation: self.spec.generation }
+    }
+
+    async fn stop(&self, mode: StopMode) -> Observed {
+        let request = GuestStop { guest: self.at(), mode };
+        self.s.agent.guest_stop(&self.s.change(), request).await.unwrap()
+    }
+
+    fn request(&self, command: &[&str]) -> ExecStart {
+        ExecStart {
+            instance: self.spec.instance,
+            request: ExecRequest {
+                command: command.iter().map(|s| (*s).to_owned()).collect(),
+                environment: Default::default(),
+                uid: 0,
+                gid: 0,
+                cwd: None,
+                terminal: None,
+                term: None,
+            },
+        }
+    }
+
+    async fn exec(&self, command: &[&str]) -> Result<(SessionId, Vec<OwnedFd>)> {
+        let started = self.s.agent.exec_start(&self.s.read(), self.request(command)).await?;
+        Ok((started.value, started.fds))
+    }
+
+    /// Exit code, standard output, standard error.
+    async fn output(&self, command: &[&str], input: &[u8]) -> (i32, String, String) {
+        let (session, fds) = self.exec(command).await.unwrap();
+        let [stdin, stdout, stderr]: [OwnedFd; 3] = fds.try_into().expect("three descriptors");
+        let feed = write_all(stdin, input.to_vec());
+        let (_, stdout, stderr) = tokio::join!(feed, read_all(stdout), read_all(stderr));
+        let code = self.s.agent.session_wait(&self.s.read(), session).await.unwrap();
+        let again = self.s.agent.session_wait(&self.s.read(), session).await.expect("until it is closed");
+        assert_eq!(code, again);
+        self.s.agent.session_close(&self.s.read(), session).await.unwrap();
+        let text = |b: Vec<u8>| String::from_utf8_lossy(&b).into_owned();
+        (code, text(stdout), text(stderr))
+    }
+
+    fn file(&self, path: &str) -> FileRef {
+        FileRef { instance: self.spec.instance, kind: self.spec.kind, root: self.root, path: path.into() }
+    }
+}
+
+pub(super) async fn all(s: &Subject, kind: InstanceKind, source: &ImageSource) {
+    let agent = &s.agent;
+    let pool = s.pool().await;
+    let (image, _) = s.image(source).await;
+    let volume = s.volume(pool, kind, Some(image));
+    let root = VolumeRef { pool, volume: volume.id };
+    agent.volume_create(&s.change(), volume.clone()).await.unwrap();
+    agent.volume_create(&s.change(), volume).await.expect("twice is once");
+    let network = s.network();
+    agent.network_ensure(&s.change(), network.clone()).await.unwrap();
+    let mut events = agent.events().await.unwrap();
+    let mut guest = Guest { s, spec: s.guest(kind, root, network.id), root };
+
+    eprintln!("contract: {kind}: refused starts");
+    Box::pin(refused_starts(&guest)).await;
+    eprintln!("contract: {kind}: start");
+    Box::pin(start(&guest)).await;
+    let seen = s.until("the start as an event", s.boot, async || match events.try_recv() {
+        Ok(AgentEvent::Guest { observed }) if observed.instance == guest.spec.instance => Some(observed),
+        _ => None,
+    });
+    assert!(matches!(seen.await.state, RuntimeState::Running | RuntimeState::Starting));
+    eprintln!("contract: {kind}: metrics and address");
+    Box::pin(metrics(&guest)).await;
+    eprintln!("contract: {kind}: exec");
+    Box::pin(exec(&guest)).await;
+    eprintln!("contract: {kind}: files");
+    Box::pin(files(&guest)).await;
+    eprintln!("contract: {kind}: console");
+    Box::pin(console(&guest)).await;
+    eprintln!("contract: {kind}: pause, update");
+    Box::pin(pause_and_update(&guest)).await;
+
+    eprintln!("contract: {kind}: stop");
+    refused(agent.guest_destroy(&s.change(), guest.spec.instance).await, ErrorKind::Conflict);
+    refused(agent.volume_delete(&s.change(), root).await, ErrorKind::Conflict);
+    let session = guest.exec(&["sleep", "1000"]).await.unwrap().0;
+    let observed = guest.stop(StopMode::Force).await;
+    assert_eq!((observed.state, observed.pid), (RuntimeState::Stopped, None));
+    assert_eq!(observed.exit, Some(ExitReason::Forced));
+    let code = agent.session_wait(&s.read(), session).await;
+    assert!(code.is_err() || code.is_ok_and(|c| c != 0), "its exec ended with it");
+    agent.session_close(&s.read(), session).await.unwrap();
+    assert_eq!(guest.stop(StopMode::Force).await.state, RuntimeState::Stopped, "twice is once");
+    s.until("the end as an event", s.boot, async || match events.try_recv() {
+        Ok(AgentEvent::Guest { observed })
+            if observed.instance == guest.spec.instance && observed.state == RuntimeState::Stopped =>
+        {
+            Some(())
+        }
+        _ => None,
+    })
+    .await;
+    refused(guest.exec(&["true"]).await, ErrorKind::Conflict);
+
+    eprintln!("contract: {kind}: start again, stop gracefully");
+    let older = guest.at();
+    guest.spec.generation = guest.spec.generation.next();
+    Box::pin(start(&guest)).await;
+    let stop = GuestStop { guest: older, mode: StopMode::Force };
+    refused(agent.guest_stop(&s.change(), stop).await, ErrorKind::Conflict);
+    s.until("exec", s.boot, async || guest.exec(&["true"]).await.ok()).await;
+    let timeout = s.boot;
+    let observed = guest.stop(StopMode::Graceful { timeout }).await;
+    assert_eq!((observed.state, observed.exit), (RuntimeState::Stopped, Some(ExitReason::Shutdown)));
+
+    eprintln!("contract: {kind}: destroy");
+    agent.guest_destroy(&s.change(), guest.spec.instance).await.unwrap();
+    agent.guest_destroy(&s.change(), guest.spec.instance).await.expect("twice is once");
+    let known = agent.guest_observe_all(&s.read(), ()).await.unwrap();
+    assert!(known.iter().all(|o| o.instance != guest.spec.instance));
+    agent.volume_delete(&s.change(), root).await.unwrap();
+    agent.network_remove(&s.change(), network.id).await.unwrap();
+    agent.image_delete(&s.change(), image).await.unwrap();
+    agent.pool_remove(&s.change(), pool).await.unwrap();
+    let check = s.until("ended sessions", s.boot, async || {
+        let check = agent.self_check(&s.read(), ()).await.unwrap();
+        (check.sessions == 0).then_some(check)
+    });
+    let check = check.await;
+    assert!(check.leaks.is_empty(), "{check:?}");
+}
+
+async fn refused_starts(guest: &Guest<'_>) {
+    let (s, agent) = (guest.s, &guest.s.agent);
+    let mut spec = guest.spec.clone();
+    spec.root.volume = VolumeId(s.env.uuid());
+    refused(agent.guest_start(&s.change(), spec).await, ErrorKind::NotFound);
+    let mut spec = guest.spec.clone();
+    spec.nics[0].network = NetworkId(s.env.uuid());
+    refused(agent.guest_start(&s.change(), spec).await, ErrorKind::NotFound);
+    let mut spec = guest.spec.clone();
+    spec.nics[0].host_interface = "eth0".into();
+    refused(agent.guest_start(&s.change(), spec).await, ErrorKind::Invalid);
+    let known = agent.guest_observe_all(&s.read(), ()).await.unwrap();
+    assert!(known.iter().all(|o| o.instance != guest.spec.instance || o.pid.is_none()));
+}
+
+async fn start(guest: &Guest<'_>) {
+    let (s, agent) = (guest.s, &guest.s.agent);
+    let observed = agent.guest_start(&s.change(), guest.spec.clone()).await.unwrap();
+    assert_eq!((observed.instance, observed.generation), (guest.spec.instance, guest.spec.generation));
+    assert_eq!(observed.state, RuntimeState::Running);
+    assert!(observed.pid.is_some() && observed.started_at.is_some());
+    let again = agent.guest_start(&s.change(), guest.spec.clone()).await.expect("twice is once");
+    assert_eq!(again.pid, observed.pid, "the same start");
+    let mut newer = guest.spec.clone();
+    newer.generation = newer.generation.next();
+    refused(agent.guest_start(&s.change(), newer).await, ErrorKind::Conflict);
+    let mut older = guest.spec.clone();
+    older.generation.n -= 1;
+    refused(agent.guest_start(&s.change(), older).await, ErrorKind::Conflict);
+    let known = agent.guest_observe_all(&s.read(), ()).await.unwrap();
+    let known = known.into_iter().find(|o| o.instance == guest.spec.instance).unwrap();
+    assert_eq!((known.pid, known.state), (observed.pid, RuntimeState::Running));
+}
+
+async fn metrics(guest: &Guest<'_>) {
+    let (s, agent) = (guest.s, &guest.s.agent);
+    let id = guest.spec.instance;
+    let first = s.until("metrics", s.boot, async || {
+        let all = agent.guest_metrics(&s.read(), vec![]).await.unwrap();
+        all.into_iter().find(|(i, m)| *i == id && m.cpu_ns.is_some())
+    });
+    let first = first.await.1;
+    assert!(first.memory.is_some_and(|m| m > 0), "{first:?}");
+    s.until("an address on eth0", s.boot, async || {
+        let all = agent.guest_metrics(&s.read(), vec![id]).await.unwrap();
+        let (_, metrics) = all.into_iter().next()?;
+        let nic = metrics.interfaces.into_values().find(|i| i.mac == guest.spec.nics[0].mac)?;
+        nic.addresses
+            .iter()
+            .any(|(a, _, _)| {
+                s.ipv4.contains(&match a {
+                    std::net::IpAddr::V4(a) => *a,
+                    std::net::IpAddr::V6(_) => return false,
+                })
+            })
+            .then_some(())
+    })
+    .await;
+    let later = agent.guest_metrics(&s.read(), vec![id]).await.unwrap();
+    assert!(later[0].1.cpu_ns >= first.cpu_ns);
+    let leases = agent.network_leases(&s.read(), guest.spec.nics[0].network).await.unwrap();
+    assert!(leases.iter().any(|l| l.mac == guest.spec.nics[0].mac), "{leases:?}");
+    let state = agent.network_state(&s.read(), guest.spec.nics[0].network).await.unwrap();
+    assert!(state.ports.contains(&guest.spec.nics[0].host_interface), "{state:?}");
+}
+
+async fn exec(guest: &Guest<'_>) {
+    let (s, agent) = (guest.s, &guest.s.agent);
+    s.until("exec", s.boot, async || guest.exec(&["true"]).await.ok()).await;
+    assert_eq!(guest.output(&["true"], b"").await, (0, String::new(), String::new()));
+    assert_eq!(guest.output(&["false"], b"").await.0, 1);
+    assert_eq!(guest.output(&["sh", "-c", "exit 7"], b"").await.0, 7);
+    assert_eq!(guest.output(&["echo", "a  b"], b"").await.1, "a  b\n");
+    let (code, out, err) = guest.output(&["sh", "-c", "echo out; echo err >&2; exit 3"], b"").await;
+    assert_eq!((code, out.as_str(), err.as_str()), (3, "out\n", "err\n"));
+    let (code, _, _) = guest.output(&["karst-no-such-program"], b"").await;
+    assert_eq!(code, 127);
+    let long = "0123456789abcdef".repeat(20_000);
+    assert_eq!(guest.output(&["cat"], long.as_bytes()).await.1, long, "{} bytes through stdin", long.len());
+    refused(guest.exec(&[]).await, ErrorKind::Invalid);
+
+    // A signal.
+    let (session, _fds) = guest.exec(&["sleep", "1000"]).await.unwrap();
+    let context = s.read();
+    s.stays_away(agent.session_wait(&context, session)).await;
+    let signal = SessionSignal { session, signal: 15 };
+    agent.session_signal(&s.read(), signal).await.unwrap();
+    assert_eq!(agent.session_wait(&s.read(), session).await.unwrap(), 128 + 15);
+    agent.session_close(&s.read(), session).await.unwrap();
+    refused(agent.session_wait(&s.read(), session).await, ErrorKind::NotFound);
+
+    // A deadline ends a wait, and the session goes on.
+    let (session, _fds) = guest.exec(&["sleep", "1000"]).await.unwrap();
+    let mut short = s.read();
+    short.deadline = Duration::from_millis(50);
+    refused(agent.session_wait(&short, session).await, ErrorKind::Timeout);
+    agent.session_signal(&s.read(), SessionSignal { session, signal: 9 }).await.unwrap();
+    assert_eq!(agent.session_wait(&s.read(), session).await.unwrap(), 128 + 9);
+    agent.session_close(&s.read(), session).await.unwrap();
+
+    // Closing ends the program; environment, user, directory.
+    let (session, fds) = guest.exec(&["cat"]).await.unwrap();
+    agent.session_close(&s.read(), session).await.unwrap();
+    let [_stdin, stdout, _stderr]: [OwnedFd; 3] = fds.try_into().unwrap();
+    assert_eq!(read_all(stdout).await, b"");
+    let mut request = guest.request(&["sh", "-c", "pwd; id -u; printenv KARST_TEST"]);
+    request.request.cwd = Some("/tmp".into());
+    request.request.uid = 1000;
+    request.request.gid = 1000;
+    request.request.environment.insert("KARST_TEST".into(), "a=b c".into());
+    let started = agent.exec_start(&s.read(), request).await.unwrap();
+    let [stdin, stdout, stderr]: [OwnedFd; 3] = started.fds.try_into().unwrap();
+    drop(stdin);
+    assert_eq!(String::from_utf8_lossy(&read_all(stdout).await), "/tmp\n1000\na=b c\n");
+    drop(stderr);
+    assert_eq!(agent.session_wait(&s.read(), started.value).await.unwrap(), 0);
+    agent.session_close(&s.read(), started.value).await.unwrap();
+
+    // A terminal of some size, and another.
+    let mut request = guest.request(&["sh", "-c", "stty size; sleep 0.3; stty size; exit 5"]);
+    request.request.terminal = Some((81, 25));
+    request.request.term = Some("xterm".into());
+    let started = agent.exec_start(&s.read(), request).await.unwrap();
+    let terminal = one(started.fds);
+    let resize = SessionResize { session: started.value, columns: 120, rows: 40 };
+    let output = async {
+        let output = read_all(terminal).await;
+        String::from_utf8_lossy(&output).into_owned()
+    };
+    let resized = async {
+        s.env.sleep(Duration::from_millis(120)).await;
+        let resized = agent.session_resize(&s.read(), resize).await;
+        if guest.spec.kind == InstanceKind::Container {
+            resized.unwrap();
+        }
+    };
+    let (output, ()) = tokio::join!(output, resized);
+    // The programs of a virtual machine come through its guest agent, which has no terminals: one stream, no size.
+    if guest.spec.kind == InstanceKind::Container {
+        assert!(output.contains("25 81\r\n") || output.contains("40 120\r\n"), "{output:?}");
+        assert!(output.contains("40 120\r\n"), "{output:?}");
+    } else {
+        assert!(output.contains("\r\n"), "{output:?}");
+    }
+    assert_eq!(agent.session_wait(&s.read(), started.value).await.unwrap(), 5);
+    agent.session_close(&s.read(), started.value).await.unwrap();
+
+    // Several at a time.
+    let many = (0..8).map(|n| async move {
+        let script = format!("exit {n}");
+        guest.output(&["sh", "-c", script.as_str()], b"").await.0
+    });
+    assert_eq!(futures::future::join_all(many).await, (0..8).collect::<Vec<_>>());
+}
+
+async fn files(guest: &Guest<'_>) {
+    let (s, agent) = (guest.s, &guest.s.agent);
+    let write = |path: &str, kind| FileWriteRequest {
+        file: guest.file(path),
+        write: FileWrite {
+            path: path.into(),
+            kind,
+            uid: Some(7),
+            gid: Some(8),
+            mode: Some(0o640),
+            append: false,
+            target: None,
+        },
+    };
+    let mut directory = write("/tmp/karst-contract", FileKind::Directory);
+    directory.write.mode = Some(0o755);
+    let made = agent.file_write(&s.read(), directory).await.unwrap();
+    assert_eq!((made.value, made.fds.len()), (None, 0));
+    let request = write("/tmp/karst-contract/file", FileKind::File);
+    for (append, data) in [(false, b"hello ".to_vec()), (true, b"world".to_vec())] {
+        let mut request = request.clone();
+        request.write.append = append;
+        let writing = agent.file_write(&s.read(), request).await.unwrap();
+        let session = writing.value.expect("a session");
+        write_all(one(writing.fds), data).await;
+        assert_eq!(agent.session_wait(&s.read(), session).await.unwrap(), 0);
+        agent.session_close(&s.read(), session).await.unwrap();
+    }
+    let opened = agent.file_open(&s.read(), guest.file("/tmp/karst-contract/file")).await.unwrap();
+    let info = &opened.value.info;
+    assert_eq!((info.kind, info.uid, info.gid, info.mode), (FileKind::File, 7, 8, 0o640), "{info:?}");
+    assert_eq!(info.size, 11);
+    assert_eq!(read_all(one(opened.fds)).await, b"hello world");
+    let opened = agent.file_open(&s.read(), guest.file("/tmp/karst-contract")).await.unwrap();
+    assert_eq!(
+        (opened.value.info.kind, opened.value.entries),
+        (FileKind::Directory, vec!["file".to_owned()])
+    );
+    refused(agent.file_delete(&s.read(), guest.file("/tmp/karst-contract")).await, ErrorKind::Conflict);
+    agent.file_delete(&s.read(), guest.file("/tmp/karst-contract/file")).await.unwrap();
+    refused(agent.file_delete(&s.read(), guest.file("/tmp/karst-contract/file")).await, ErrorKind::NotFound);
+    agent.file_delete(&s.read(), guest.file("/tmp/karst-contract")).await.unwrap();
+    refused(agent.file_open(&s.read(), guest.file("/tmp/karst-contract")).await, ErrorKind::NotFound);
+    refused(agent.file_open(&s.read(), guest.file("relative")).await, ErrorKind::Invalid);
+    // The guest's own name, through whatever links its system has.
+    let opened = agent.file_open(&s.read(), guest.file("/etc/os-release")).await.unwrap();
+    let kind = opened.value.info.kind;
+    assert!(matches!(kind, FileKind::File | FileKind::Symlink), "{kind:?}");
+}
+
+async fn console(guest: &Guest<'_>) {
+    let (s, agent) = (guest.s, &guest.s.agent);
+    let instance = guest.spec.instance;
+    let log = |max, clear| ConsoleLog { instance, max, clear };
+    s.until("something on the console", s.boot, async || {
+        let log = agent.console_log(&s.read(), log(1 << 20, false)).await.unwrap();
+        (!log.is_empty()).then_some(())
+    })
+    .await;
+    assert!(agent.console_log(&s.read(), log(4, false)).await.unwrap().len() <= 4);
+    let first = agent.console_attach(&s.read(), ConsoleAttach { instance, force: false }).await.unwrap();
+    refused(
+        agent.console_attach(&s.read(), ConsoleAttach { instance, force: false }).await,
+        ErrorKind::Conflict,
+    );
+    let second = agent.console_attach(&s.read(), ConsoleAttach { instance, force: true }).await.unwrap();
+    read_all(one(first.fds)).await; // its end: the other took over
+    agent.session_close(&s.read(), first.value).await.unwrap();
+    agent.session_close(&s.read(), second.value).await.unwrap();
+    s.until("a console that is free again", s.boot, async || {
+        let again = agent.console_attach(&s.read(), ConsoleAttach { instance, force: false }).await.ok()?;
+        agent.session_close(&s.read(), again.value).await.unwrap();
+        Some(())
+    })
+    .await;
+    agent.console_log(&s.read(), log(1 << 20, true)).await.unwrap();
+}
+
+async fn pause_and_update(guest: &Guest<'_>) {
+    let (s, agent) = (guest.s, &guest.s.agent);
+    for _ in 0..2 {
+        let observed = agent.guest_pause(&s.change(), guest.at()).await.unwrap();
+        assert_eq!(observed.state, RuntimeState::Paused);
+    }
+    for _ in 0..2 {
+        let observed = agent.guest_resume(&s.change(), guest.at()).await.unwrap();
+        assert_eq!(observed.state, RuntimeState::Running);
+    }
+    let mut spec = guest.spec.clone();
+    spec.spec_version += 1;
+    spec.limits.memory = Some(ByteSize::mib(640));
+    let applied = agent.guest_update(&s.change(), spec.clone()).await.unwrap();
+    assert_eq!(agent.guest_update(&s.change(), spec.clone()).await.unwrap(), applied, "twice is once");
+    match guest.spec.kind {
+        InstanceKind::Container => assert!(applied.pending.is_empty(), "{applied:?}"),
+        InstanceKind::VirtualMachine => {
+            assert!(applied.pending.contains(&"limits.memory".into()), "{applied:?}")
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! Everything but guests.
+
+use super::*;
+use karst_model::network::Lease;
+
+pub(super) async fn facts(s: &Subject) {
+    let facts = s.agent.host_facts(&s.read(), ()).await.unwrap();
+    assert!(
+        !facts.hostname.is_empty() && !facts.kernel.is_empty() && facts.cpus > 0 && facts.memory > 1 << 20
+    );
+    assert!(!facts.accelerator.reason.is_empty());
+    let check = s.agent.self_check(&s.read(), ()).await.unwrap();
+    assert!(check.leaks.is_empty(), "{check:?}");
+}
+
+pub(super) async fn fences(s: &Subject) {
+    let spec = PoolSpec { id: PoolId(s.env.uuid()), kind: PoolKind::Dir };
+    let error = refused(s.agent.pool_ensure(&s.read(), spec.clone()).await, ErrorKind::Conflict);
+    assert!(error.message.contains("fence"), "{error}");
+    let mut old = s.change();
+    s.agent.pool_ensure(&s.change(), spec.clone()).await.unwrap();
+    old.fence.as_mut().unwrap().epoch -= 1;
+    refused(s.agent.pool_remove(&old, spec.id).await, ErrorKind::Conflict);
+    s.agent.pool_usage(&s.read(), spec.id).await.expect("it is still there");
+    s.agent.pool_usage(&old, spec.id).await.expect("reads pass with any fence");
+    s.agent.pool_remove(&s.change(), spec.id).await.unwrap();
+}
+
+pub(super) async fn pools(s: &Subject) {
+    let pool = s.pool().await;
+    let spec = PoolSpec { id: pool, kind: PoolKind::Dir };
+    s.agent.pool_ensure(&s.change(), spec).await.expect("twice is once");
+    let usage = s.agent.pool_usage(&s.read(), pool).await.unwrap();
+    assert!(usage.total > 0 && usage.used <= usage.total, "{usage:?}");
+    let volume = s.volume(pool, InstanceKind::Container, None);
+    s.agent.volume_create(&s.change(), volume.clone()).await.unwrap();
+    refused(s.agent.pool_remove(&s.change(), pool).await, ErrorKind::Conflict);
+    let at = VolumeRef { pool, volume: volume.id };
+    s.agent.volume_delete(&s.change(), at).await.unwrap();
+    s.agent.pool_remove(&s.change(), pool).await.unwrap();
+    s.agent.pool_remove(&s.change(), pool).await.expect("twice is once");
+    refused(s.agent.pool_usage(&s.read(), pool).await, ErrorKind::NotFound);
+}
+
+pub(super) async fn images(s: &Subject) {
+    let image = ImageId(s.env.uuid());
+    let parts = vec![ImagePart::Unified];
+    refused(
+        s.agent.image_import(&s.change(), ImageImport { image, parts: parts.clone() }).await,
+        ErrorKind::NotFound,
+    );
+    let stage = ImageStage { image, part: ImagePart::Unified };
+    let staged = s.agent.image_stage(&s.change(), stage).await.unwrap();
+    write_all(one(staged.fds), b"not an image at all".to_vec()).await;
+    let outcome = s.agent.image_import(&s.change(), ImageImport { image, parts }).await;
+    refused(outcome, ErrorKind::Invalid);
+    s.agent.image_delete(&s.change(), image).await.unwrap();
+    s.agent.image_delete(&s.change(), image).await.expect("twice is once");
+    for (kind, source) in
+        [(InstanceKind::Container, &s.container), (InstanceKind::VirtualMachine, &s.machine)]
+    {
+        let Some(source) = source else { continue };
+        let (image, facts) = s.image(source).await;
+        assert_eq!((facts.kind, facts.fingerprint.len()), (kind, 64));
+        let check = s.agent.self_check(&s.read(), ()).await.unwrap();
+        assert!(check.images.contains(&image) && check.leaks.is_empty(), "{check:?}");
+        let export = s.agent.image_export(&s.read(), image).await.unwrap();
+        assert_eq!(export.value.len(), export.fds.len());
+        let mut size = 0;
+        for (file, fd) in export.value.iter().zip(export.fds) {
+            assert_eq!(read_all(fd).await.len() as u64, file.size, "{file:?}");
+            size += file.size;
+        }
+        assert_eq!(size, facts.size);
+        s.agent.image_delete(&s.change(), image).await.unwrap();
+        refused(s.agent.image_export(&s.read(), image).await, ErrorKind::NotFound);
+    }
+}
+
+pub(super) async fn volumes(s: &Subject) {
+    let pool = s.pool().await;
+    let volume = s.volume(pool, InstanceKind::VirtualMachine, None);
+    let at = VolumeRef { pool, volume: volume.id };
+    s.agent.volume_create(&s.change(), volume.clone()).await.unwrap();
+    s.agent.volume_create(&s.change(), volume.clone()).await.expect("twice is once");
+    let check = s.agent.self_check(&s.read(), ()).await.unwrap();
+    assert!(check.volumes.contains(&volume.id) && check.leaks.is_empty(), "{check:?}");
+    s.agent.volume_usage(&s.read(), at).await.unwrap();
+    let resize = |size| VolumeResize { volume: at, size };
+    s.agent.volume_resize(&s.change(), resize(ByteSize::gib(12))).await.unwrap();
+    s.agent.volume_resize(&s.change(), resize(ByteSize::gib(12))).await.expect("twice is once");
+    refused(s.agent.volume_resize(&s.change(), resize(ByteSize::gib(1))).await, ErrorKind::Invalid);
+    s.agent.volume_delete(&s.change(), at).await.unwrap();
+    s.agent.volume_delete(&s.change(), at).await.expect("twice is once");
+    refused(s.agent.volume_usage(&s.read(), at).await, ErrorKind::NotFound);
+
+    let lost = s.volume(PoolId(s.env.uuid()), InstanceKind::Container, None);
+    refused(s.agent.volume_create(&s.change(), lost).await, ErrorKind::NotFound);
+    let no_image = s.volume(pool, InstanceKind::Container, Some(ImageId(s.env.uuid())));
+    refused(s.agent.volume_create(&s.change(), no_image).await, ErrorKind::NotFound);
+    s.agent.pool_remove(&s.change(), pool).await.expect("refused ones left nothing");
+}
+
+pub(super) async fn networks(s: &Subject) {
+    let wanted = NetworkChoose { name: s.bridge.clone(), taken: vec![s.ipv4] };
+    let choice = s.agent.network_choose(&s.read(), wanted.clone()).await.unwrap();
+    assert_eq!(choice.name, s.bridge, "it is free");
+    assert!(!choice.ipv4.contains(&s.ipv4) && !s.ipv4.contains(&choice.ipv4), "{choice:?}");
+    if let Some(foreign) = &s.foreign_bridge {
+        let wanted = NetworkChoose { name: foreign.clone(), taken: vec![] };
+        assert_ne!(s.agent.network_choose(&s.read(), wanted).await.unwrap().name, *foreign);
+        let spec = NetworkSpec { bridge: foreign.clone(), ..s.network() };
+        refused(s.agent.network_ensure(&s.change(), spec.clone()).await, ErrorKind::Conflict);
+        s.agent.network_remove(&s.change(), spec.id).await.expect("unknown is gone already");
+    }
+    let network = s.network();
+    s.agent.network_ensure(&s.change(), network.clone()).await.unwrap();
+    s.agent.network_ensure(&s.change(), network.clone()).await.expect("twice is once");
+    let state = s.agent.network_state(&s.read(), network.id).await.unwrap();
+    assert!(
+        state.addresses.iter().any(|(a, p, _)| *a == s.ipv4.addr() && *p == s.ipv4.prefix_len()),
+        "{state:?}"
+    );
+    assert_eq!(s.agent.network_leases(&s.read(), network.id).await.unwrap(), []);
+    let twin = s.network();
+    refused(s.agent.network_ensure(&s.change(), twin).await, ErrorKind::Conflict);
+
+    let address: std::net::Ipv4Addr = (u32::from(s.ipv4.network()) + 77).into();
+    let host = NetworkHost { mac: "10:66:6a:00:00:77".into(), hostname: "fixed".into(), ipv4: Some(address) };
+    let with_host = NetworkSpec { hosts: vec![host.clone()], ..network.clone() };
+    s.agent.network_ensure(&s.change(), with_host).await.unwrap();
+    let leases = s.agent.network_leases(&s.read(), network.id).await.unwrap();
+    let fixed = Lease { hostname: "fixed".into(), mac: host.mac, address: address.into(), fixed: true };
+    assert_eq!(leases, [fixed]);
+    s.agent.network_remove(&s.change(), network.id).await.unwrap();
+    s.agent.network_remove(&s.change(), network.id).await.expect("twice is once");
+    refused(s.agent.network_state(&s.read(), network.id).await, ErrorKind::NotFound);
+}
+
+pub(super) async fn unknown_things(s: &Subject) {
+    let instance = InstanceId(s.env.uuid());
+    let generation = Generation { incarnation: 1, n: 1 };
+    let guest = GuestRef { instance, generation };
+    let mode = karst_model::guest::StopMode::Force;
+    s.agent.guest_stop(&s.change(), GuestStop { guest, mode }).await.expect("it does not run already");
+    s.agent.guest_destroy(&s.change(), instance).await.expect("it is gone already");
+    refused(s.agent.guest_pause(&s.change(), guest).await, ErrorKind::NotFound);
+    refused(s.agent.guest_resume(&s.change(), guest).await, ErrorKind::NotFound);
+    assert_eq!(s.agent.guest_metrics(&s.read(), vec![instance]).await.unwrap().len(), 0);
+    let attach = ConsoleAttach { instance, force: false };
+    refused(s.agent.console_attach(&s.read(), attach).await, ErrorKind::NotFound);
+    let session = karst_model::SessionId(s.env.uuid());
+    s.agent.session_close(&s.read(), session).await.expect("it is over already");
+    refused(s.agent.session_wait(&s.read(), session).await, ErrorKind::NotFound);
+    let signal = SessionSignal { session, signal: 15 };
+    refused(s.agent.session_signal(&s.read(), signal).await, ErrorKind::NotFound);
+    let at = VolumeRef { pool: PoolId(s.env.uuid()), volume: VolumeId(s.env.uuid()) };
+    s.agent.volume_delete(&s.change(), at).await.expect("it is gone already");
+    refused(s.agent.network_leases(&s.read(), NetworkId(s.env.uuid())).await, ErrorKind::NotFound);
+}
+
+pub(super) async fn deadlines_and_cancel(s: &Subject) {
+    // A deadline that has passed: whatever the call was to do, the answer is a timeout or it was quicker; never a hang.
+    let mut context = s.read();
+    context.deadline = Duration::from_nanos(1);
+    match s.agent.host_facts(&context, ()).await {
+        Ok(_) => {}
+        Err(e) => assert_eq!(e.kind, ErrorKind::Timeout, "{e:?}"),
+    }
+    // Many at a time, and each its own answer.
+    let pools: Vec<_> = futures::future::join_all((0..20).map(|_| s.pool())).await;
+    let context = s.read();
+    let usages = pools.iter().map(|pool| s.agent.pool_usage(&context, *pool));
+    for usage in futures::future::join_all(usages).await {
+        usage.unwrap();
+    }
+    for pool in pools {
+        s.agent.pool_remove(&s.change(), pool).await.unwrap();
+    }
+}
+
+/// Last: afterwards only higher epochs are heard.
+pub(super) async fn epochs(s: &Subject) {
+    eprintln!("contract: epochs");
+    let pool = s.pool().await;
+    let before = s.change();
+    s.epoch.fetch_add(5, Ordering::SeqCst);
+    s.agent.pool_remove(&s.change(), pool).await.unwrap();
+    let spec = PoolSpec { id: pool, kind: PoolKind::Dir };
+    let error = refused(s.agent.pool_ensure(&before, spec).await, ErrorKind::Conflict);
+    assert!(error.message.contains("epoch"), "{error}");
+    refused(s.agent.pool_usage(&s.read(), pool).await, ErrorKind::NotFound);
+}

@@ -1,0 +1,24 @@
+//! The host agent: the trait that the engine calls, its wire protocol, the client, and a simulation.
+//!
+//! Between control (no privileges) and host (root) only ids travel: pool, volume, network, image, instance, device. No
+//! host path, argv, raw configuration line, nft text or environment of host processes is on this wire. Bytes (exec,
+//! console, files, images) flow through descriptors that the host opened and passed; the host never receives one.
+
+pub mod calls;
+pub mod client;
+#[cfg(feature = "testing")]
+pub mod contract;
+pub mod epoch;
+pub mod events;
+pub mod names;
+pub mod server;
+pub mod simulated;
+pub mod wire;
+
+pub use calls::*;
+pub use client::Client;
+pub use epoch::EpochGuard;
+pub use events::EventHub;
+pub use names::{check_host_interface, host_interface};
+pub use server::{ServerOptions, serve};
+pub use simulated::{Fault, SimulatedAgent, SimulatedOptions};

@@ -1,0 +1,268 @@
+//! The calls of the simulated host.
+
+use super::work::*;
+use super::{SimulatedAgent, state::Guest};
+use crate::calls::*;
+use async_trait::async_trait;
+use karst_model::{
+    ByteSize, Error, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
+    device::interface_name,
+    guest::{Applied, Metrics, Observed},
+    image::ImageFacts,
+    instance::InstanceKind,
+    network::Lease,
+    node::{Accelerator, AcceleratorKind, HostFacts},
+    spec::{GuestSpec, NetworkSpec, PoolSpec, VolumeSpec},
+    storage::Usage,
+};
+use rustix::fs::{MemfdFlags, memfd_create};
+use std::io::{Read, Seek, SeekFrom};
+use tokio::sync::mpsc;
+
+/// `read name(request) -> T { body }`: the body runs within [`SimulatedAgent::act`].
+macro_rules! calls {
+    ($( $access:ident $name:ident($me:ident, $request:ident: $ty:ty) -> $answer:ty $body:block )+) => {
+        #[async_trait]
+        impl HostAgent for SimulatedAgent {
+            $( async fn $name(&self, context: &CallContext, $request: $ty) -> Result<$answer> {
+                let $me = self;
+                let work = async move $body;
+                self.act(stringify!($name), calls!(@ $access), context, work).await
+            } )+
+            async fn events(&self) -> Result<mpsc::Receiver<AgentEvent>> { Ok(self.events.subscribe()) }
+        }
+    };
+    (@ read) => { false };
+    (@ mutate) => { true };
+}
+
+calls! {
+    read host_facts(me, _request: ()) -> HostFacts {
+        Ok(HostFacts {
+            boot_id: format!("simulated-{}", me.boots.load(std::sync::atomic::Ordering::Relaxed)),
+            hostname: me.options.name.clone(),
+            architecture: "x86_64".into(),
+            kernel: "6.1.0-simulated".into(),
+            os_name: "Debian GNU/Linux".into(),
+            os_version: "12".into(),
+            accelerator: Accelerator { kind: AcceleratorKind::Kvm, reason: "simulated".into() },
+            qemu: Some("7.2.0".into()),
+            lxc: Some("5.0.2".into()),
+            default_machine: Some("pc-q35-7.2".into()),
+            cgroup_layout: "v2".into(),
+            cpus: me.options.cpus,
+            memory: me.options.memory.bytes(),
+            warnings: vec!["this host is simulated: no guest really runs".into()],
+        })
+    }
+    read self_check(me, _request: ()) -> SelfCheck { Ok(me.check()) }
+
+    mutate pool_ensure(me, spec: PoolSpec) -> () {
+        let mut state = me.lock();
+        match state.pools.get(&spec.id) {
+            Some(old) if *old != spec => Err(Error::conflict(format!("pool {} is of another kind", spec.id))),
+            _ => {
+                state.pools.insert(spec.id, spec);
+                Ok(())
+            }
+        }
+    }
+    mutate pool_remove(me, pool: PoolId) -> () {
+        let mut state = me.lock();
+        if state.volumes.values().any(|v| v.spec.pool == pool) {
+            return Err(Error::conflict("the pool still has volumes"));
+        }
+        state.pools.remove(&pool);
+        Ok(())
+    }
+    read pool_usage(me, pool: PoolId) -> Usage {
+        let state = me.lock();
+        if !state.pools.contains_key(&pool) {
+            return Err(no_pool(pool));
+        }
+        let used = state.pool_used(pool);
+        Ok(Usage { used, total: me.options.pool_size.bytes(), inodes_used: used >> 14, inodes_total: 1 << 24 })
+    }
+
+    read network_choose(me, wanted: NetworkChoose) -> NetworkChoice {
+        interface_name("name", &wanted.name)?;
+        let state = me.lock();
+        let taken = |name: &str| {
+            me.options.foreign_bridges.iter().any(|b| b == name) || state.networks.values().any(|n| n.spec.bridge == name)
+        };
+        let name = crate::names::free_name(&wanted.name, taken)?;
+        let here = state.networks.values().filter_map(|n| n.spec.spec.ipv4);
+        let used: Vec<_> = here.chain(wanted.taken.iter().copied()).collect();
+        let free = (0..=255u8)
+            .filter_map(|n| ipnet::Ipv4Net::new([10, 77, n, 1].into(), 24).ok())
+            .find(|net| !used.iter().any(|u| u.contains(net) || net.contains(u)));
+        let ipv4 = free.ok_or_else(|| Error::conflict("no free IPv4 subnet was found; give one as ipv4.address"))?;
+        Ok(NetworkChoice { name, ipv4 })
+    }
+    mutate network_ensure(me, spec: NetworkSpec) -> () { me.ensure_network(spec) }
+    mutate network_remove(me, network: NetworkId) -> () {
+        let mut state = me.settled();
+        if state.guests.values().any(|g| g.runs() && g.spec.nics.iter().any(|n| n.network == network)) {
+            return Err(Error::conflict("guests that run still use the network"));
+        }
+        state.networks.remove(&network);
+        Ok(())
+    }
+    read network_leases(me, network: NetworkId) -> Vec<Lease> { me.leases(network) }
+    read network_state(me, network: NetworkId) -> NetworkState { me.network(network) }
+
+    mutate volume_create(me, spec: VolumeSpec) -> () { me.create_volume(spec) }
+    mutate volume_delete(me, at: VolumeRef) -> () {
+        let mut state = me.settled();
+        if let Some(user) = state.user_of(at.volume) {
+            return Err(Error::conflict(format!("the volume is in use by instance {user}, which runs")));
+        }
+        if state.volumes.get(&at.volume).is_some_and(|v| v.spec.pool == at.pool) {
+            state.volumes.remove(&at.volume);
+        }
+        Ok(())
+    }
+    mutate volume_resize(me, request: VolumeResize) -> () {
+        let mut state = me.lock();
+        let now = state.volume(request.volume)?.size;
+        if now.is_some_and(|now| request.size < now) {
+            return Err(Error::invalid("size", "a volume can only grow"));
+        }
+        if let Some(volume) = state.volumes.get_mut(&request.volume.volume) {
+            volume.size = Some(request.size);
+        }
+        Ok(())
+    }
+    read volume_usage(me, at: VolumeRef) -> Usage {
+        let state = me.lock();
+        let volume = state.volume(at)?;
+        Ok(Usage {
+            used: state.used(volume),
+            total: volume.size.map_or(0, ByteSize::bytes),
+            ..Usage::default()
+        })
+    }
+
+    mutate image_stage(me, part: ImageStage) -> WithFds<()> {
+        let fd = memfd_create("karst-staged", MemfdFlags::CLOEXEC).map_err(std::io::Error::from)?;
+        let ours = fd.try_clone()?;
+        me.lock().staged.insert((part.image, part.part), ours.into());
+        Ok(WithFds { value: (), fds: vec![fd] })
+    }
+    mutate image_import(me, request: ImageImport) -> ImageFacts { me.import(&request) }
+    mutate image_build(me, request: ImageBuild) -> ImageFacts { me.build(request).await }
+    mutate image_delete(me, image: ImageId) -> () {
+        let mut state = me.lock();
+        state.images.remove(&image);
+        state.staged.retain(|(of, _), _| *of != image);
+        Ok(())
+    }
+    read image_export(me, image: ImageId) -> WithFds<Vec<ImageFile>> {
+        let state = me.lock();
+        let image = state.images.get(&image).ok_or_else(|| Error::not_found(format!("image {image} is not on this host")))?;
+        let (mut value, mut fds) = (vec![], vec![]);
+        for (part, file, size) in &image.parts {
+            let mut file = file.try_clone()?;
+            file.seek(SeekFrom::Start(0))?;
+            let mut data = vec![];
+            file.read_to_end(&mut data)?;
+            // Of its own: descriptors of one memory file would share their place in it.
+            fds.push(super::files::content(&data)?);
+            value.push(ImageFile { part: *part, size: *size, filename: format!("{}.{part:?}", image.facts.fingerprint).to_lowercase() });
+        }
+        Ok(WithFds { value, fds })
+    }
+
+    mutate guest_start(me, spec: GuestSpec) -> Observed { me.start(spec) }
+    mutate guest_stop(me, request: GuestStop) -> Observed { me.stop(request).await }
+    mutate guest_pause(me, guest: GuestRef) -> Observed { me.set_frozen(guest, true) }
+    mutate guest_resume(me, guest: GuestRef) -> Observed { me.set_frozen(guest, false) }
+    mutate guest_update(me, spec: GuestSpec) -> Applied {
+        let mut state = me.settled();
+        let guest = state.running(GuestRef { instance: spec.instance, generation: spec.generation })?;
+        let mut pending = vec![];
+        if spec.kind == InstanceKind::VirtualMachine {
+            for (key, changed) in [
+                ("limits.cpu", spec.limits.cpu != guest.spec.limits.cpu),
+                ("limits.memory", spec.limits.memory != guest.spec.limits.memory),
+            ] {
+                if changed {
+                    pending.push(key.to_owned());
+                }
+            }
+        } else {
+            guest.spec.limits = spec.limits.clone();
+        }
+        if spec.security != guest.spec.security {
+            pending.push("security.nesting".into());
+        }
+        if pending.is_empty() {
+            guest.applied_spec_version = guest.applied_spec_version.max(spec.spec_version);
+        }
+        Ok(Applied { pending })
+    }
+    mutate guest_destroy(me, instance: InstanceId) -> () {
+        let mut state = me.settled();
+        if state.guests.get(&instance).is_some_and(Guest::runs) {
+            return Err(Error::conflict(format!("instance {instance} runs; stop it first")));
+        }
+        state.guests.remove(&instance);
+        Ok(())
+    }
+    read guest_observe_all(me, _request: ()) -> Vec<Observed> {
+        Ok(me.settled().guests.values().map(Guest::observed).collect())
+    }
+    read guest_metrics(me, instances: Vec<InstanceId>) -> Vec<(InstanceId, Metrics)> {
+        let now = me.env.monotonic();
+        let mut state = me.settled();
+        let wanted = if instances.is_empty() { state.guests.keys().copied().collect() } else { instances };
+        let after = me.options.address_after;
+        Ok(wanted.into_iter().filter_map(|i| Some((i, state.metrics(i, now, after)?))).collect())
+    }
+
+    read exec_start(me, request: ExecStart) -> WithFds<SessionId> { me.exec(request) }
+    read session_resize(me, request: SessionResize) -> () {
+        let state = me.lock();
+        let session = state.sessions.get(&request.session).ok_or_else(|| no_session(request.session))?;
+        session.resize(request.columns, request.rows);
+        Ok(())
+    }
+    read session_signal(me, request: SessionSignal) -> () {
+        if !(1..=64).contains(&request.signal) {
+            return Err(Error::invalid("signal", format!("{} is not a signal", request.signal)));
+        }
+        let state = me.lock();
+        let session = state.sessions.get(&request.session).ok_or_else(|| no_session(request.session))?;
+        session.signal(request.signal);
+        Ok(())
+    }
+    read session_wait(me, session: SessionId) -> i32 {
+        let found = me.lock().sessions.get(&session).cloned();
+        Ok(found.ok_or_else(|| no_session(session))?.wait().await)
+    }
+    read session_close(me, session: SessionId) -> () {
+        let session = me.lock().sessions.remove(&session);
+        if let Some(session) = session {
+            session.end();
+        }
+        Ok(())
+    }
+    read console_attach(me, request: ConsoleAttach) -> WithFds<SessionId> { me.console(request) }
+    read console_log(me, request: ConsoleLog) -> Vec<u8> {
+        let mut state = me.settled();
+        let guest = state.guests.get_mut(&request.instance).ok_or_else(|| no_guest(request.instance))?;
+        let log = guest.console();
+        if request.clear {
+            guest.console_cleared = true;
+            guest.console_extra.clear();
+        }
+        Ok(log[log.len().saturating_sub(request.max as usize)..].to_vec())
+    }
+
+    read file_open(me, file: FileRef) -> WithFds<FileOpened> {
+        let (value, fd) = me.settled().open_file(&file)?;
+        Ok(WithFds { value, fds: fd.into_iter().collect() })
+    }
+    read file_write(me, request: FileWriteRequest) -> WithFds<Option<SessionId>> { me.write(request) }
+    read file_delete(me, file: FileRef) -> () { me.settled().delete_file(&file) }
+}

@@ -1,0 +1,220 @@
+//! What a simulated host keeps.
+
+use super::session::Session;
+use crate::calls::ImagePart;
+use karst_model::{
+    ByteSize, ImageId, InstanceId, NetworkId, PoolId, SessionId, VolumeId,
+    guest::{FileKind, Interface, Metrics, Observed},
+    image::ImageFacts,
+    instance::{ExitReason, InstanceKind, RuntimeState},
+    spec::{CpuLimit, GuestSpec, NetworkSpec, PoolSpec, VolumeSpec},
+};
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    net::{IpAddr, Ipv4Addr},
+    sync::Arc,
+    time::Duration,
+};
+
+#[derive(Default)]
+pub(super) struct State {
+    pub pools: BTreeMap<PoolId, PoolSpec>,
+    pub networks: BTreeMap<NetworkId, Network>,
+    pub volumes: BTreeMap<VolumeId, Volume>,
+    pub images: BTreeMap<ImageId, Image>,
+    pub staged: BTreeMap<(ImageId, ImagePart), File>,
+    pub guests: BTreeMap<InstanceId, Guest>,
+    pub sessions: BTreeMap<SessionId, Session>,
+    pub next_pid: u32,
+}
+
+pub(super) struct Network {
+    pub spec: NetworkSpec,
+    /// Addresses by MAC, kept as long as the network is.
+    pub leases: BTreeMap<String, Ipv4Addr>,
+}
+
+pub(super) struct Volume {
+    pub spec: VolumeSpec,
+    pub size: Option<ByteSize>,
+    /// Only what was written; everything else is as in every guest.
+    pub files: BTreeMap<String, SimulatedFile>,
+}
+
+#[derive(Clone)]
+pub(super) struct SimulatedFile {
+    pub kind: FileKind,
+    pub data: Arc<Vec<u8>>,
+    pub uid: u32,
+    pub gid: u32,
+    pub mode: u32,
+    pub modified: i64,
+    pub target: Option<String>,
+}
+
+pub(super) struct Image {
+    pub facts: ImageFacts,
+    pub parts: Vec<(ImagePart, File, u64)>,
+}
+
+pub(super) struct Guest {
+    pub spec: GuestSpec,
+    pub state: RuntimeState,
+    pub pid: u32,
+    /// Monotonic time of the start, and of the last change.
+    pub started: Duration,
+    /// Seconds since the epoch.
+    pub started_at: i64,
+    pub stops_at: Option<Duration>,
+    pub exit: Option<ExitReason>,
+    pub applied_spec_version: u64,
+    pub ignores_shutdown: bool,
+    pub console_extra: Vec<u8>,
+    pub console_cleared: bool,
+}
+
+impl Network {
+    /// The guest's address, chosen when it is first asked for.
+    pub fn lease(&mut self, mac: &str, fixed: Option<Ipv4Addr>) -> Option<Ipv4Addr> {
+        let net = self.spec.spec.ipv4?;
+        let configured = self.spec.hosts.iter().find(|h| h.mac == mac).and_then(|h| h.ipv4);
+        if let Some(address) = fixed.or(configured) {
+            self.leases.insert(mac.to_owned(), address);
+        }
+        if let Some(address) = self.leases.get(mac) {
+            return Some(*address);
+        }
+        if !self.spec.spec.dhcp {
+            return None;
+        }
+        let (first, last) = self.spec.spec.dhcp_range.unwrap_or_else(|| {
+            let (first, last) = (u32::from(net.network()) + 2, u32::from(net.broadcast()) - 1);
+            (first.into(), last.into())
+        });
+        let reserved: Vec<Ipv4Addr> = self.spec.hosts.iter().filter_map(|h| h.ipv4).collect();
+        let address = (u32::from(first)..=u32::from(last))
+            .map(Ipv4Addr::from)
+            .find(|a| *a != net.addr() && !reserved.contains(a) && !self.leases.values().any(|l| l == a))?;
+        self.leases.insert(mac.to_owned(), address);
+        Some(address)
+    }
+}
+
+impl Guest {
+    pub fn runs(&self) -> bool {
+        !matches!(self.state, RuntimeState::Stopped | RuntimeState::Error)
+    }
+
+    pub fn ended(&mut self, _now: Duration, why: ExitReason) {
+        self.state = RuntimeState::Stopped;
+        self.exit = Some(why);
+        self.stops_at = None;
+    }
+
+    pub fn observed(&self) -> Observed {
+        let runs = self.runs();
+        Observed {
+            instance: self.spec.instance,
+            generation: self.spec.generation,
+            state: self.state,
+            pid: runs.then_some(self.pid),
+            domain_id: runs.then_some(self.spec.domain_id),
+            started_at: runs.then_some(self.started_at),
+            exit: self.exit.clone(),
+            applied_spec_version: self.applied_spec_version,
+            accelerator: (self.spec.kind == InstanceKind::VirtualMachine).then(|| "kvm".to_owned()),
+        }
+    }
+
+    pub fn console(&self) -> Vec<u8> {
+        let mut log = Vec::new();
+        if !self.console_cleared {
+            let name = &self.spec.hostname;
+            log.extend_from_slice(
+                format!("systemd[1]: Detected simulation.\r\n\r\nDebian GNU/Linux 12 {name} console\r\n\r\n{name} login: ")
+                    .as_bytes(),
+            );
+        }
+        log.extend_from_slice(&self.console_extra);
+        log
+    }
+}
+
+impl State {
+    pub fn take_sessions_of(&mut self, instance: InstanceId) -> Vec<Session> {
+        let ids: Vec<_> = self
+            .sessions
+            .iter()
+            .filter(|(_, s)| s.instance == instance && s.ends_with_guest && s.exit().is_none())
+            .map(|(id, _)| *id)
+            .collect();
+        // They stay in the table so that waiters learn how they ended.
+        ids.iter().filter_map(|id| self.sessions.get(id).cloned()).collect()
+    }
+
+    /// The guest that has this volume and runs.
+    pub fn user_of(&self, volume: VolumeId) -> Option<InstanceId> {
+        self.guests.values().find(|g| g.runs() && g.spec.root.volume == volume).map(|g| g.spec.instance)
+    }
+
+    pub fn metrics(
+        &mut self,
+        instance: InstanceId,
+        now: Duration,
+        address_after: Duration,
+    ) -> Option<Metrics> {
+        let guest = self.guests.get(&instance).filter(|g| g.runs())?;
+        let up = now.saturating_sub(guest.started);
+        let cpus = match &guest.spec.limits.cpu {
+            Some(CpuLimit::Count { n }) => u64::from(*n),
+            Some(CpuLimit::Set { cpus }) => cpus.len() as u64,
+            None => 1,
+        };
+        let total = guest.spec.limits.memory.unwrap_or(ByteSize::gib(1)).bytes();
+        let memory = (total / 8 + up.as_secs() * 4096).min(total);
+        let mut interfaces = BTreeMap::new();
+        interfaces.insert(
+            "lo".to_owned(),
+            Interface {
+                mtu: 65536,
+                up: true,
+                loopback: true,
+                addresses: vec![(Ipv4Addr::LOCALHOST.into(), 8, "local".into())],
+                ..Interface::default()
+            },
+        );
+        for nic in &guest.spec.nics {
+            let mut addresses = vec![];
+            if up >= address_after
+                && let Some(network) = self.networks.get_mut(&nic.network)
+                && let Some(address) = network.lease(&nic.mac, nic.ipv4)
+            {
+                let prefix = network.spec.spec.ipv4.map_or(32, |n| n.prefix_len());
+                addresses.push((IpAddr::from(address), prefix, "global".to_owned()));
+            }
+            let seconds = up.as_secs();
+            interfaces.insert(
+                nic.guest_name.clone(),
+                Interface {
+                    mac: nic.mac.clone(),
+                    host_name: nic.host_interface.clone(),
+                    mtu: nic.mtu.unwrap_or(1500),
+                    up: true,
+                    loopback: false,
+                    addresses,
+                    counters: [1000 + seconds * 500, 800 + seconds * 300, 10 + seconds, 8 + seconds],
+                },
+            );
+        }
+        Some(Metrics {
+            cpu_ns: Some(50_000_000 + up.as_nanos() as u64 / 20 * cpus),
+            memory: Some(memory),
+            memory_peak: Some(memory),
+            swap: Some(0),
+            memory_total: Some(total),
+            processes: Some(12),
+            interfaces,
+        })
+    }
+}

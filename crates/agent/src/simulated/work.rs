@@ -1,0 +1,521 @@
+//! What the calls of the simulated host do.
+
+use super::{
+    SimulatedAgent,
+    session::{Session, SessionKind},
+    state::{Guest, Image, Network, State, Volume},
+};
+use crate::calls::*;
+use karst_model::{
+    ByteSize, Config, Error, InstanceId, NetworkId, PoolId, Result, SessionId,
+    device::interface_name,
+    guest::{FileKind, Observed, StopMode},
+    image::ImageFacts,
+    instance::{ExitReason, Generation, InstanceKind, RuntimeState},
+    network::Lease,
+    spec::{GuestSpec, NetworkSpec, VolumeSource, VolumeSpec},
+    storage::VolumeContent,
+};
+use sha2::{Digest, Sha256};
+use std::{
+    collections::BTreeSet,
+    io::{Read, Seek, SeekFrom},
+    time::Duration,
+};
+
+const MAX_SESSIONS: usize = 512;
+/// Bytes that an empty and a cloned volume use.
+const EMPTY_VOLUME: u64 = 1 << 20;
+
+pub(super) fn no_pool(id: PoolId) -> Error {
+    Error::not_found(format!("pool {id} is not on this host"))
+}
+pub(super) fn no_guest(id: InstanceId) -> Error {
+    Error::not_found(format!("instance {id} is not on this host"))
+}
+pub(super) fn no_session(id: SessionId) -> Error {
+    Error::not_found(format!("session {id} is over"))
+}
+
+impl State {
+    pub(super) fn volume(&self, at: VolumeRef) -> Result<&Volume> {
+        self.volumes
+            .get(&at.volume)
+            .filter(|v| v.spec.pool == at.pool)
+            .ok_or_else(|| Error::not_found(format!("volume {} is not in pool {}", at.volume, at.pool)))
+    }
+
+    pub(super) fn used(&self, volume: &Volume) -> u64 {
+        let image = match volume.spec.source {
+            VolumeSource::Image { image } => self.images.get(&image).map_or(EMPTY_VOLUME, |i| i.facts.size),
+            VolumeSource::Empty => EMPTY_VOLUME,
+        };
+        image + volume.files.values().map(|f| f.data.len() as u64).sum::<u64>()
+    }
+
+    pub(super) fn pool_used(&self, pool: PoolId) -> u64 {
+        let volumes = self.volumes.values().filter(|v| v.spec.pool == pool);
+        volumes.map(|v| self.used(v)).sum()
+    }
+
+    /// The guest if it runs, and what is meant is not older than what runs.
+    pub(super) fn running(&mut self, guest: GuestRef) -> Result<&mut Guest> {
+        let g = self.guests.get_mut(&guest.instance).ok_or_else(|| no_guest(guest.instance))?;
+        not_older(g, guest.generation)?;
+        if !g.runs() {
+            return Err(Error::conflict(format!("instance {} is not running", guest.instance)));
+        }
+        Ok(g)
+    }
+
+    pub(super) fn add_session(&mut self, id: SessionId, session: Session) -> Result<()> {
+        if self.sessions.len() >= MAX_SESSIONS {
+            self.sessions.retain(|_, s| s.exit().is_none());
+        }
+        if self.sessions.len() >= MAX_SESSIONS {
+            session.end();
+            return Err(Error::unavailable("the host has too many open sessions; close some"));
+        }
+        self.sessions.insert(id, session);
+        Ok(())
+    }
+}
+
+pub(super) fn not_older(guest: &Guest, generation: Generation) -> Result<()> {
+    if guest.spec.generation > generation {
+        return Err(Error::conflict(format!(
+            "the host knows a newer start of instance {} than the one that is meant",
+            guest.spec.instance
+        )));
+    }
+    Ok(())
+}
+
+impl SimulatedAgent {
+    pub(super) fn seconds(&self) -> i64 {
+        self.env.now().as_second()
+    }
+
+    pub(super) fn check_guest(&self, state: &State, spec: &GuestSpec) -> Result<()> {
+        let at = VolumeRef { pool: spec.root.pool, volume: spec.root.volume };
+        let volume = state.volume(at)?;
+        let wanted = match spec.kind {
+            InstanceKind::Container => VolumeContent::Filesystem,
+            InstanceKind::VirtualMachine => VolumeContent::Block,
+        };
+        if volume.spec.content != wanted {
+            return Err(Error::invalid("root", format!("a {} cannot run from this volume", spec.kind)));
+        }
+        if let Some(other) = state.user_of(spec.root.volume).filter(|other| *other != spec.instance) {
+            return Err(Error::conflict(format!("the root volume is in use by instance {other}")));
+        }
+        for nic in &spec.nics {
+            if !state.networks.contains_key(&nic.network) {
+                return Err(Error::not_found(format!("network {} is not on this host", nic.network)));
+            }
+            crate::names::check_host_interface(self.options.daemon_id.as_deref(), &nic.host_interface)?;
+            let taken = state.guests.values().filter(|g| g.runs() && g.spec.instance != spec.instance);
+            if taken.flat_map(|g| &g.spec.nics).any(|n| n.host_interface == nic.host_interface) {
+                return Err(Error::conflict(format!("interface {:?} is in use", nic.host_interface)));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn start(&self, spec: GuestSpec) -> Result<Observed> {
+        let mut state = self.settled();
+        if let Some(guest) = state.guests.get(&spec.instance) {
+            not_older(guest, spec.generation)?;
+            if guest.runs() {
+                if guest.spec.generation == spec.generation {
+                    return Ok(guest.observed());
+                }
+                return Err(Error::conflict(format!(
+                    "instance {} still runs an earlier start; stop it first",
+                    spec.instance
+                )));
+            }
+        }
+        self.check_guest(&state, &spec)?;
+        state.next_pid += 1;
+        let guest = Guest {
+            state: RuntimeState::Running,
+            pid: 100_000 + state.next_pid,
+            started: self.env.monotonic(),
+            started_at: self.seconds(),
+            stops_at: None,
+            exit: None,
+            applied_spec_version: spec.spec_version,
+            ignores_shutdown: state.guests.get(&spec.instance).is_some_and(|g| g.ignores_shutdown),
+            console_extra: vec![],
+            console_cleared: false,
+            spec,
+        };
+        let observed = guest.observed();
+        state.guests.insert(observed.instance, guest);
+        drop(state);
+        self.publish(observed.clone());
+        Ok(observed)
+    }
+
+    pub(super) async fn stop(&self, request: GuestStop) -> Result<Observed> {
+        let GuestRef { instance, generation } = request.guest;
+        let began = self.env.monotonic();
+        let wait = {
+            let mut state = self.settled();
+            let Some(guest) = state.guests.get_mut(&instance) else {
+                return Ok(stopped(request.guest));
+            };
+            not_older(guest, generation)?;
+            if !guest.runs() {
+                return Ok(guest.observed());
+            }
+            match request.mode {
+                StopMode::Force => Duration::ZERO,
+                StopMode::Graceful { timeout } => {
+                    if guest.ignores_shutdown || guest.state == RuntimeState::Paused {
+                        timeout
+                    } else {
+                        let at = began + self.options.shutdown_time;
+                        guest.stops_at = Some(guest.stops_at.map_or(at, |old| old.min(at)));
+                        guest.state = RuntimeState::Stopping;
+                        let observed = guest.observed();
+                        drop(state);
+                        self.publish(observed);
+                        timeout.min(self.options.shutdown_time)
+                    }
+                }
+            }
+        };
+        if request.mode == StopMode::Force {
+            self.end_guest(instance, ExitReason::Forced);
+        } else {
+            self.env.sleep(wait).await;
+        }
+        let state = self.settled();
+        match state.guests.get(&instance) {
+            None => Ok(stopped(request.guest)),
+            Some(guest) if !guest.runs() => Ok(guest.observed()),
+            Some(_) => Err(Error::timeout(format!(
+                "instance {instance} did not shut down within {wait:?}; it still runs, stop it by force"
+            ))),
+        }
+    }
+
+    pub(super) fn set_frozen(&self, guest: GuestRef, frozen: bool) -> Result<Observed> {
+        let mut state = self.settled();
+        let guest = state.running(guest)?;
+        let wanted = if frozen { RuntimeState::Paused } else { RuntimeState::Running };
+        let changed = guest.state != wanted;
+        guest.state = wanted;
+        let observed = guest.observed();
+        drop(state);
+        if changed {
+            self.publish(observed.clone());
+        }
+        Ok(observed)
+    }
+
+    pub(super) fn import(&self, request: &ImageImport) -> Result<ImageFacts> {
+        let mut state = self.lock();
+        if let Some(image) = state.images.get(&request.image) {
+            return Ok(image.facts.clone());
+        }
+        let kind = match request.parts.as_slice() {
+            [ImagePart::Unified] | [ImagePart::Metadata, ImagePart::Rootfs] => InstanceKind::Container,
+            [ImagePart::Metadata, ImagePart::Disk] => InstanceKind::VirtualMachine,
+            _ => {
+                return Err(Error::invalid(
+                    "parts",
+                    "an image is one unified part, or metadata and a root file system or disk",
+                ));
+            }
+        };
+        let (mut hash, mut size, mut parts) = (Sha256::new(), 0, vec![]);
+        for part in &request.parts {
+            let staged = state.staged.get(&(request.image, *part));
+            let mut file = staged
+                .ok_or_else(|| Error::not_found(format!("no {part:?} part was uploaded")))?
+                .try_clone()?;
+            file.seek(SeekFrom::Start(0))?;
+            let mut data = vec![];
+            file.read_to_end(&mut data)?;
+            if data.is_empty() || data.starts_with(b"not an image") {
+                return Err(Error::invalid("image", format!("the {part:?} part is not of an image")));
+            }
+            hash.update(&data);
+            size += data.len() as u64;
+            parts.push((*part, file, data.len() as u64));
+        }
+        let facts = self.facts(&hash.finalize(), size, kind, "imported");
+        for part in &request.parts {
+            state.staged.remove(&(request.image, *part));
+        }
+        state.images.insert(request.image, Image { facts: facts.clone(), parts });
+        Ok(facts)
+    }
+
+    pub(super) fn facts(&self, hash: &[u8], size: u64, kind: InstanceKind, how: &str) -> ImageFacts {
+        let properties: Config = [
+            ("os", "Debian"),
+            ("release", "bookworm"),
+            ("architecture", "x86_64"),
+            ("description", &format!("Debian bookworm ({how}, simulated)")),
+        ]
+        .map(|(k, v)| (k.to_owned(), v.to_owned()))
+        .into();
+        ImageFacts {
+            fingerprint: hash.iter().map(|b| format!("{b:02x}")).collect(),
+            size,
+            kind,
+            architecture: "x86_64".into(),
+            properties,
+            created_at: self.seconds(),
+            expires_at: 0,
+            disk_size: if kind == InstanceKind::VirtualMachine { ByteSize::gib(2).bytes() } else { 0 },
+        }
+    }
+
+    pub(super) async fn build(&self, request: ImageBuild) -> Result<ImageFacts> {
+        if let Some(image) = self.lock().images.get(&request.image) {
+            return Ok(image.facts.clone());
+        }
+        if !matches!(request.recipe.as_str(), "debian/12" | "debian/13") {
+            return Err(Error::not_found(format!(
+                "there is no recipe {:?}; known are debian/12, debian/13",
+                request.recipe
+            ))
+            .at("recipe"));
+        }
+        for (stage, percent) in [("building root file system", 0), ("packing", 90)] {
+            self.events.publish(&AgentEvent::ImageProgress {
+                image: request.image,
+                stage: stage.into(),
+                percent: Some(percent),
+            });
+            self.env.sleep(self.options.build_time / 2).await;
+        }
+        let text = format!("{} {} {}", request.image, request.recipe, request.kind);
+        let data = super::files::content(text.as_bytes())?;
+        let part = ImagePart::Unified;
+        let facts = self.facts(&Sha256::digest(&text), text.len() as u64, request.kind, "built");
+        let image = Image { facts: facts.clone(), parts: vec![(part, data.into(), text.len() as u64)] };
+        self.lock().images.insert(request.image, image);
+        Ok(facts)
+    }
+
+    pub(super) fn create_volume(&self, spec: VolumeSpec) -> Result<()> {
+        let mut state = self.lock();
+        if let Some(volume) = state.volumes.get(&spec.id) {
+            if volume.spec == spec {
+                return Ok(());
+            }
+            return Err(Error::conflict(format!("volume {} is there already, and different", spec.id)));
+        }
+        if !state.pools.contains_key(&spec.pool) {
+            return Err(no_pool(spec.pool));
+        }
+        let mut wanted = EMPTY_VOLUME;
+        if let VolumeSource::Image { image } = spec.source {
+            let facts = state.images.get(&image).map(|i| &i.facts);
+            let facts =
+                facts.ok_or_else(|| Error::not_found(format!("image {image} is not on this host")))?;
+            let content = match facts.kind {
+                InstanceKind::Container => VolumeContent::Filesystem,
+                InstanceKind::VirtualMachine => VolumeContent::Block,
+            };
+            if content != spec.content {
+                return Err(Error::invalid("content", format!("the image is one of a {}", facts.kind)));
+            }
+            if spec.size.is_some_and(|s| s.bytes() < facts.disk_size) {
+                return Err(Error::invalid("size", "smaller than the image"));
+            }
+            wanted = facts.size;
+        }
+        if state.pool_used(spec.pool) + wanted > self.options.pool_size.bytes() {
+            return Err(Error::quota("no space left in the pool"));
+        }
+        let volume = Volume { size: spec.size, spec, files: Default::default() };
+        state.volumes.insert(volume.spec.id, volume);
+        Ok(())
+    }
+
+    pub(super) fn ensure_network(&self, spec: NetworkSpec) -> Result<()> {
+        interface_name("bridge", &spec.bridge)?;
+        let mut state = self.lock();
+        let other = state.networks.values().any(|n| n.spec.bridge == spec.bridge && n.spec.id != spec.id);
+        if other || self.options.foreign_bridges.contains(&spec.bridge) {
+            return Err(Error::conflict(format!(
+                "interface {:?} is there already and not this network's",
+                spec.bridge
+            )));
+        }
+        if let Some(network) = state.networks.get_mut(&spec.id) {
+            if network.spec.bridge != spec.bridge {
+                return Err(Error::conflict("the bridge of a network cannot be renamed"));
+            }
+            network.spec = spec;
+            return Ok(());
+        }
+        let network = Network { spec, leases: Default::default() };
+        state.networks.insert(network.spec.id, network);
+        Ok(())
+    }
+
+    pub(super) fn leases(&self, id: NetworkId) -> Result<Vec<Lease>> {
+        let now = self.env.monotonic();
+        let mut guard = self.settled();
+        let state = &mut *guard;
+        let network = state.networks.get_mut(&id).ok_or_else(|| no_network(id))?;
+        let mut leases = vec![];
+        let mut seen = BTreeSet::new();
+        for host in &network.spec.hosts {
+            if let Some(address) = host.ipv4 {
+                seen.insert(host.mac.clone());
+                leases.push(Lease {
+                    hostname: host.hostname.clone(),
+                    mac: host.mac.clone(),
+                    address: address.into(),
+                    fixed: true,
+                });
+            }
+        }
+        let up = |g: &&Guest| g.runs() && now.saturating_sub(g.started) >= self.options.address_after;
+        for guest in state.guests.values().filter(up) {
+            for nic in guest.spec.nics.iter().filter(|n| n.network == id && !seen.contains(&n.mac)) {
+                if let Some(address) = network.lease(&nic.mac, nic.ipv4) {
+                    leases.push(Lease {
+                        hostname: guest.spec.hostname.clone(),
+                        mac: nic.mac.clone(),
+                        address: address.into(),
+                        fixed: nic.ipv4.is_some(),
+                    });
+                }
+            }
+        }
+        Ok(leases)
+    }
+
+    pub(super) fn network(&self, id: NetworkId) -> Result<NetworkState> {
+        let state = self.settled();
+        let network = state.networks.get(&id).ok_or_else(|| no_network(id))?;
+        let ports = state.guests.values().filter(|g| g.runs()).flat_map(|g| &g.spec.nics);
+        Ok(NetworkState {
+            mac: "10:66:6a:00:00:01".into(),
+            mtu: network.spec.spec.mtu.unwrap_or(1500),
+            up: true,
+            addresses: network
+                .spec
+                .spec
+                .ipv4
+                .iter()
+                .map(|n| (n.addr().into(), n.prefix_len(), "global".into()))
+                .collect(),
+            counters: [0; 4],
+            ports: ports.filter(|n| n.network == id).map(|n| n.host_interface.clone()).collect(),
+        })
+    }
+
+    pub(super) fn exec(&self, request: ExecStart) -> Result<WithFds<SessionId>> {
+        let mut state = self.settled();
+        let guest = state.guests.get(&request.instance).ok_or_else(|| no_guest(request.instance))?;
+        if guest.state != RuntimeState::Running {
+            let text = format!("instance {} is not running, or is frozen", request.instance);
+            return Err(Error::conflict(text));
+        }
+        if request.request.command.is_empty() {
+            return Err(Error::invalid("command", "no program to run"));
+        }
+        let (session, fds) = Session::exec(request.instance, &guest.spec.hostname, request.request)?;
+        let id = SessionId(self.env.uuid());
+        state.add_session(id, session)?;
+        Ok(WithFds { value: id, fds })
+    }
+
+    pub(super) fn console(&self, request: ConsoleAttach) -> Result<WithFds<SessionId>> {
+        let mut state = self.settled();
+        let guest = state.guests.get(&request.instance).ok_or_else(|| no_guest(request.instance))?;
+        if !guest.runs() {
+            return Err(Error::conflict(format!("instance {} is not running", request.instance)));
+        }
+        let attached = |s: &&Session| {
+            s.kind == SessionKind::Console && s.instance == request.instance && s.exit().is_none()
+        };
+        if let Some(old) = state.sessions.values().find(attached) {
+            if !request.force {
+                return Err(Error::conflict("somebody is attached to this console; force ends that"));
+            }
+            old.end();
+        }
+        let (states, instance) = (self.state.clone(), request.instance);
+        let log = move |typed: &[u8]| {
+            if let Some(guest) = states.lock().unwrap().guests.get_mut(&instance) {
+                guest.console_extra.extend_from_slice(typed);
+                let surplus = guest.console_extra.len().saturating_sub(64 << 10);
+                guest.console_extra.drain(..surplus);
+            }
+        };
+        let (session, fd) = Session::console(request.instance, log)?;
+        let id = SessionId(self.env.uuid());
+        state.add_session(id, session)?;
+        Ok(WithFds { value: id, fds: vec![fd] })
+    }
+
+    pub(super) fn write(&self, request: FileWriteRequest) -> Result<WithFds<Option<SessionId>>> {
+        let FileWriteRequest { file, write } = request;
+        let now = self.seconds();
+        let mut state = self.settled();
+        state.may_write(&file, &write)?;
+        if write.kind != FileKind::File {
+            state.write_file(&file, &write, vec![], now)?;
+            return Ok(WithFds { value: None, fds: vec![] });
+        }
+        let states = self.state.clone();
+        let instance = file.instance;
+        let commit = move |data| states.lock().unwrap().write_file(&file, &write, data, now);
+        let (session, fd) = Session::file_write(instance, commit)?;
+        let id = SessionId(self.env.uuid());
+        state.add_session(id, session)?;
+        Ok(WithFds { value: Some(id), fds: vec![fd] })
+    }
+
+    pub(super) fn check(&self) -> SelfCheck {
+        let state = self.settled();
+        let mut leaks = vec![];
+        for volume in state.volumes.values() {
+            if !state.pools.contains_key(&volume.spec.pool) {
+                leaks.push(format!("volume {} of a pool that is gone", volume.spec.id));
+            }
+        }
+        for (image, part) in state.staged.keys() {
+            leaks.push(format!("staged part {part:?} of image {image}"));
+        }
+        let live = state.sessions.values().filter(|s| s.exit().is_none()).count();
+        SelfCheck {
+            volumes: state.volumes.keys().copied().collect(),
+            images: state.images.keys().copied().collect(),
+            networks: state.networks.keys().copied().collect(),
+            guests: state.guests.keys().copied().collect(),
+            sessions: live as u32,
+            leaks,
+        }
+    }
+}
+
+pub(super) fn no_network(id: NetworkId) -> Error {
+    Error::not_found(format!("network {id} is not on this host"))
+}
+
+pub(super) fn stopped(guest: GuestRef) -> Observed {
+    Observed {
+        instance: guest.instance,
+        generation: guest.generation,
+        state: RuntimeState::Stopped,
+        pid: None,
+        domain_id: None,
+        started_at: None,
+        exit: None,
+        applied_spec_version: 0,
+        accelerator: None,
+    }
+}

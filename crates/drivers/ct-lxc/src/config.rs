@@ -1,0 +1,284 @@
+//! The configuration that `lxc-start` gets. A pure function of the resolved guest and of what the host has.
+//!
+//! Vocabulary: `lxc.container.conf(5)` of LXC 5 and 6.
+
+use karst_guest::ResolvedGuest;
+use karst_model::{Error, Result};
+use std::{
+    fmt::Write,
+    path::{Path, PathBuf},
+};
+
+/// What of this host the configuration depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HostFeatures {
+    /// All control groups are on v2.
+    pub unified_cgroups: bool,
+    /// AppArmor is on and its parser is installed.
+    pub apparmor: bool,
+}
+
+impl HostFeatures {
+    /// Looks at this host.
+    pub fn detect(unified_cgroups: bool) -> Self {
+        let enabled = std::fs::read_to_string("/sys/module/apparmor/parameters/enabled");
+        let parser = ["/sbin/apparmor_parser", "/usr/sbin/apparmor_parser"];
+        Self {
+            unified_cgroups,
+            apparmor: enabled.is_ok_and(|s| s.trim() == "Y") && parser.iter().any(|p| Path::new(p).is_file()),
+        }
+    }
+}
+
+/// Names of a guest's control groups, relative to each hierarchy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Groups {
+    /// Limits, freezer and figures; the container's own groups lie below and it cannot reach this one.
+    pub(crate) limits: String,
+    /// The keeper.
+    pub(crate) keeper: String,
+    /// `lxc-start`.
+    pub(crate) monitor: String,
+    /// Where `lxc-start` goes while it removes the others; shared by all guests of the daemon.
+    pub(crate) pivot: String,
+}
+
+impl Groups {
+    pub(crate) fn of(daemon_id: &str, instance: karst_model::InstanceId) -> Self {
+        let base = format!("karst-{daemon_id}");
+        Self {
+            limits: format!("{base}/{instance}"),
+            keeper: format!("{base}/{instance}.keeper"),
+            monitor: format!("{base}/{instance}.monitor"),
+            pivot: format!("{base}/pivot"),
+        }
+    }
+
+    /// The group that LXC makes for the container.
+    pub(crate) fn container(&self) -> String {
+        format!("{}/guest", self.limits)
+    }
+
+    /// The root of what the container sees.
+    pub(crate) fn inner(&self) -> String {
+        format!("{}/guest/ns", self.limits)
+    }
+}
+
+/// Devices that a container may use, besides making nodes of any (which without a mapped owner is not permitted anyway):
+/// null, zero, full, random, urandom, tty, console, ptmx, pts, fuse, tun.
+const DEVICES: &[&str] = &[
+    "c *:* m",
+    "b *:* m",
+    "c 1:3 rwm",
+    "c 1:5 rwm",
+    "c 1:7 rwm",
+    "c 1:8 rwm",
+    "c 1:9 rwm",
+    "c 5:0 rwm",
+    "c 5:1 rwm",
+    "c 5:2 rwm",
+    "c 136:* rwm",
+    "c 10:229 rwm",
+    "c 10:200 rwm",
+];
+
+/// The system call filter, in liblxc's format: what is refused even to a root without rights on the host. The helper that
+/// enters containers applies the same.
+pub(crate) const SECCOMP: &str = "\
+2
+denylist
+reject_force_umount
+[all]
+kexec_load errno 1
+kexec_file_load errno 1
+open_by_handle_at errno 1
+init_module errno 1
+finit_module errno 1
+delete_module errno 1
+";
+
+fn line(value: &str, field: &str) -> Result<()> {
+    // The format has one setting a line and no escapes.
+    if value.contains(['\n', '\r', '\0']) {
+        return Err(Error::invalid(field, "must not contain line breaks or NUL"));
+    }
+    Ok(())
+}
+
+fn path(value: &Path, field: &str) -> Result<String> {
+    let text = value.to_str().ok_or_else(|| Error::invalid(field, "is no UTF-8 path"))?;
+    line(text, field)?;
+    Ok(text.to_owned())
+}
+
+/// The configuration file of a guest.
+///
+/// # Errors
+/// Invalid, with the field, for a value that the format cannot hold.
+pub fn render(guest: &ResolvedGuest, host: HostFeatures) -> Result<String> {
+    let groups = Groups::of(&guest.daemon_id, guest.instance);
+    let mut out = String::new();
+    // Writing to a string does not fail.
+    let mut set = |key: &str, value: &str| {
+        let _ = writeln!(out, "{key} = {value}");
+    };
+    line(&guest.hostname, "name")?;
+    set("lxc.uts.name", &guest.hostname);
+    let root = path(&guest.root.path, "devices.root")?;
+    set("lxc.rootfs.path", &format!("dir:{root}"));
+    // The files' owners stay unshifted on disk; the mount maps them.
+    set("lxc.rootfs.options", "idmap=container");
+    for kind in ["u", "g"] {
+        let ids = guest.ids;
+        set("lxc.idmap", &format!("{kind} 0 {} {}", ids.base, ids.count));
+    }
+
+    set("lxc.cgroup.dir.container", &groups.container());
+    set("lxc.cgroup.dir.container.inner", "ns");
+    set("lxc.cgroup.dir.monitor", &groups.monitor);
+    set("lxc.cgroup.dir.monitor.pivot", &groups.pivot);
+    let devices = if host.unified_cgroups { "lxc.cgroup2.devices" } else { "lxc.cgroup.devices" };
+    set(&format!("{devices}.deny"), "a");
+    for device in DEVICES {
+        set(&format!("{devices}.allow"), device);
+    }
+
+    set("lxc.autodev", "1");
+    set("lxc.tty.max", "0");
+    set("lxc.pty.max", "1024");
+    set("lxc.mount.auto", "proc:mixed sys:mixed cgroup:mixed");
+    for device in ["fuse", "net/tun"] {
+        set("lxc.mount.entry", &format!("/dev/{device} dev/{device} none bind,create=file,optional 0 0"));
+    }
+    if guest.security.nesting {
+        // The kernel lets a nested user namespace mount a fresh proc and sysfs only where a full one is visible.
+        set("lxc.mount.entry", "proc dev/.lxc/proc proc create=dir,optional 0 0");
+        set("lxc.mount.entry", "sys dev/.lxc/sys sysfs create=dir,optional 0 0");
+    }
+
+    set("lxc.cap.drop", "sys_time sys_module sys_rawio mac_admin mac_override");
+    set("lxc.seccomp.profile", &path(&seccomp_file(&guest.state_dir), "state directory")?);
+    if host.apparmor {
+        set("lxc.apparmor.profile", "generated");
+        // Without it systemd's units cannot have mounts of their own; the user namespace confines what that gives.
+        set("lxc.apparmor.allow_nesting", "1");
+    }
+
+    if guest.nics.is_empty() {
+        set("lxc.net.0.type", "empty");
+    }
+    for (i, nic) in guest.nics.iter().enumerate() {
+        for (value, field) in [
+            (&nic.bridge, "network"),
+            (&nic.guest_name, "name"),
+            (&nic.mac, "hwaddr"),
+            (&nic.host_interface, "host_name"),
+        ] {
+            line(value, &format!("devices.{}.{field}", nic.name))?;
+        }
+        let mut net = |key: &str, value: &str| set(&format!("lxc.net.{i}.{key}"), value);
+        net("type", "veth");
+        net("veth.pair", &nic.host_interface);
+        net("link", &nic.bridge);
+        net("name", &nic.guest_name);
+        net("hwaddr", &nic.mac);
+        net("flags", "up");
+        if let Some(mtu) = nic.mtu {
+            net("mtu", &mtu.to_string());
+        }
+    }
+    if !guest.environment.contains_key("PATH") {
+        set("lxc.environment", &format!("PATH={}", crate::attach::PATH));
+    }
+    for (k, v) in &guest.environment {
+        let field = format!("config.environment.{k}");
+        line(k, &field)?;
+        line(v, &field)?;
+        set("lxc.environment", &format!("{k}={v}"));
+    }
+    Ok(out)
+}
+
+/// Where the system call filter of a guest lies.
+pub(crate) fn seccomp_file(state_dir: &Path) -> PathBuf {
+    state_dir.join("lxc.seccomp")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use karst_guest::{DiskFormat, IdRange, ResolvedDisk, ResolvedNic};
+    use karst_model::{
+        instance::{Generation, InstanceKind},
+        node::AcceleratorKind,
+        spec::{CloudInit, Limits, Security},
+    };
+
+    fn guest() -> ResolvedGuest {
+        ResolvedGuest {
+            instance: "6c0f7f0e-0000-4000-8000-000000000001".parse().unwrap(),
+            kind: InstanceKind::Container,
+            generation: Generation { incarnation: 1, n: 3 },
+            spec_version: 7,
+            domain_id: 2,
+            daemon_id: "ab12cd".into(),
+            hostname: "c1".into(),
+            state_dir: "/var/lib/karst/guests/x".into(),
+            ids: IdRange { base: 1_000_000, count: 65_536 },
+            machine: None,
+            accelerator: AcceleratorKind::Tcg,
+            limits: Limits::default(),
+            security: Security::default(),
+            root: ResolvedDisk {
+                name: "root".into(),
+                slot: "scsi0".into(),
+                path: "/var/lib/karst/volumes/v/rootfs".into(),
+                format: DiskFormat::Directory,
+                backing: None,
+                pci: None,
+                boot_priority: 0,
+            },
+            nics: vec![ResolvedNic {
+                name: "eth0".into(),
+                slot: "net0".into(),
+                guest_name: "eth0".into(),
+                mac: "00:16:3e:01:02:03".into(),
+                host_interface: "vab12cd0001".into(),
+                bridge: "karstbr0".into(),
+                mtu: Some(1400),
+                pci: None,
+                boot_priority: 0,
+            }],
+            cloud_init: CloudInit::default(),
+            environment: [("A".to_owned(), "b c".to_owned())].into(),
+        }
+    }
+
+    #[test]
+    fn configuration_on_hybrid_control_groups() {
+        let host = HostFeatures { unified_cgroups: false, apparmor: false };
+        insta::assert_snapshot!(render(&guest(), host).unwrap());
+    }
+
+    #[test]
+    fn configuration_on_v2_with_apparmor_and_nesting_and_no_nic() {
+        let host = HostFeatures { unified_cgroups: true, apparmor: true };
+        let mut guest = guest();
+        guest.security.nesting = true;
+        guest.nics.clear();
+        insta::assert_snapshot!(render(&guest, host).unwrap());
+    }
+
+    #[test]
+    fn a_value_cannot_smuggle_in_a_setting() {
+        let host = HostFeatures { unified_cgroups: true, apparmor: false };
+        let mut bad = guest();
+        bad.environment.insert("X".into(), "1\nlxc.hook.start-host = /bin/evil".into());
+        let e = render(&bad, host).unwrap_err();
+        assert_eq!(e.field.as_deref(), Some("config.environment.X"));
+        let mut bad = guest();
+        bad.nics[0].bridge = "br0\nlxc.idmap =".into();
+        assert_eq!(render(&bad, host).unwrap_err().field.as_deref(), Some("devices.eth0.network"));
+    }
+}

@@ -1,0 +1,827 @@
+//! The driver.
+
+use crate::{
+    attach,
+    config::{Groups, HostFeatures, SECCOMP, render, seccomp_file},
+    proc::{Init, InitEnd, init_end, log_reason},
+    record::Record,
+    seed,
+};
+use async_trait::async_trait;
+use karst_guest::{
+    Applied, Exec, ExecRequest, GuestDriver, GuestFiles, Interface, Metrics, Observed, ResolvedGuest,
+    StopMode,
+    keeper::{self, Console, End, Exit, Keeper, Requested, Spec, Status, write_private},
+};
+use karst_host::{
+    Program,
+    cgroup::{CgroupLimits, Cgroups, parse_cpus},
+    link,
+    netns::NetnsProbe,
+    run,
+};
+use karst_model::{
+    Error, ErrorKind, InstanceId, Result,
+    instance::{ExitReason, InstanceKind, RuntimeState},
+    spec::{CpuAllowance, CpuLimit, Limits},
+};
+use rustix::process::Signal;
+use std::{
+    collections::HashMap,
+    hash::{DefaultHasher, Hash, Hasher},
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+use tokio::{sync::mpsc, time::timeout};
+
+/// How long a start may take until init's program runs.
+const START: Duration = Duration::from_secs(60);
+/// How long a killed container may take to be gone.
+const FORCE: Duration = Duration::from_secs(20);
+
+/// What the driver is made with.
+#[derive(Debug, Clone)]
+pub struct LxcOptions {
+    /// Short id of the daemon's instance.
+    pub daemon_id: String,
+    /// The directory whose entries are the guests' state directories, named by instance id.
+    pub guests_dir: PathBuf,
+}
+
+/// Runs containers.
+#[derive(Clone)]
+pub struct LxcDriver {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    options: LxcOptions,
+    cgroups: Arc<Cgroups>,
+    host: HostFeatures,
+    guests: Mutex<HashMap<InstanceId, Arc<Guest>>>,
+    events: Mutex<Option<mpsc::Sender<Observed>>>,
+}
+
+/// What is kept in memory of a guest; all of it can be made again.
+#[derive(Default)]
+struct Guest {
+    /// One start, destroy or clean-up at a time. Never held while waiting for a guest to follow a request.
+    changing: tokio::sync::Mutex<()>,
+    /// The network probe and the init it was opened for.
+    probe: Mutex<Option<(u32, Arc<NetnsProbe>)>>,
+    /// The keeper that a watcher watches.
+    watched: Mutex<Option<u32>>,
+}
+
+/// A guest whose keeper lives.
+pub(crate) struct Running {
+    pub(crate) record: Record,
+    groups: Groups,
+    cgroups: Arc<Cgroups>,
+    keeper: Keeper,
+    status: Status,
+}
+
+impl Running {
+    /// The control groups for a program that enters.
+    pub(crate) fn entry(&self) -> Result<Vec<PathBuf>> {
+        self.cgroups.entry(&self.groups.inner(), ".karst")
+    }
+
+    fn init(&self) -> Option<Init> {
+        Init::find(self.status.pid?)
+    }
+}
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+fn not_running() -> Error {
+    Error::not_found("the guest is not running")
+}
+
+impl LxcDriver {
+    /// Makes one; touches nothing until it is asked to.
+    ///
+    /// # Errors
+    /// Unsupported when this host has no control groups.
+    pub fn new(options: LxcOptions) -> Result<Self> {
+        let cgroups = Cgroups::detect()?;
+        let host = HostFeatures::detect(cgroups.is_unified());
+        Ok(Self {
+            shared: Arc::new(Shared {
+                options,
+                host,
+                cgroups: Arc::new(cgroups),
+                guests: Mutex::default(),
+                events: Mutex::default(),
+            }),
+        })
+    }
+
+    pub(crate) fn daemon_id(&self) -> &str {
+        &self.shared.options.daemon_id
+    }
+
+    /// The running guest and its init.
+    pub(crate) async fn init(&self, instance: InstanceId) -> Result<(Running, Init)> {
+        let running = self.shared.running(instance).await?;
+        match running.init() {
+            Some(init) => Ok((running, init)),
+            None => Err(Error::unavailable("the guest is just starting; try again")),
+        }
+    }
+}
+
+impl Shared {
+    fn dir(&self, instance: InstanceId) -> PathBuf {
+        self.options.guests_dir.join(instance.to_string())
+    }
+
+    fn guest(&self, instance: InstanceId) -> Arc<Guest> {
+        lock(&self.guests).entry(instance).or_default().clone()
+    }
+
+    async fn running(&self, instance: InstanceId) -> Result<Running> {
+        let dir = self.dir(instance);
+        let (keeper, status) = keeper::connect(&dir).await?;
+        let record = Record::read(&dir)?.ok_or_else(not_running)?;
+        Ok(Running {
+            groups: Groups::of(&record.daemon_id, instance),
+            record,
+            cgroups: self.cgroups.clone(),
+            keeper,
+            status,
+        })
+    }
+
+    /// What a running guest does now.
+    fn observed(&self, running: &Running) -> Observed {
+        let init = running.init();
+        let state = match &init {
+            _ if self.cgroups.is_frozen(&running.groups.limits) => RuntimeState::Paused,
+            Some(_) if running.status.requested == Requested::Shutdown => RuntimeState::Stopping,
+            Some(_) => RuntimeState::Running,
+            None => RuntimeState::Starting,
+        };
+        Observed {
+            state,
+            pid: init.map(|i| i.pid),
+            started_at: Some(running.status.started_at),
+            ..self.stopped(&running.record, None)
+        }
+    }
+
+    fn stopped(&self, record: &Record, exit: Option<ExitReason>) -> Observed {
+        Observed {
+            instance: record.instance,
+            generation: record.generation,
+            state: RuntimeState::Stopped,
+            pid: None,
+            domain_id: Some(record.domain_id),
+            started_at: None,
+            exit,
+            applied_spec_version: record.spec_version,
+            accelerator: None,
+        }
+    }
+
+    async fn observe(&self, instance: InstanceId) -> Result<Observed> {
+        match self.running(instance).await {
+            Ok(running) => Ok(self.observed(&running)),
+            Err(e) if e.is(ErrorKind::NotFound) => {
+                let dir = self.dir(instance);
+                Ok(match Record::read(&dir)? {
+                    Some(record) => {
+                        let exit = match keeper::read_status(&dir) {
+                            Some(s)
+                                if (s.generation.0, s.generation.1)
+                                    == (record.generation.incarnation, record.generation.n) =>
+                            {
+                                exit_reason(&ended(s), init_end(&dir.join("lxc.log")))
+                            }
+                            _ => None,
+                        };
+                        self.stopped(&record, exit)
+                    }
+                    None => Observed {
+                        instance,
+                        generation: Default::default(),
+                        state: RuntimeState::Stopped,
+                        pid: None,
+                        domain_id: None,
+                        started_at: None,
+                        exit: None,
+                        applied_spec_version: 0,
+                        accelerator: None,
+                    },
+                })
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Removes what a dead guest may have left outside its directory. The caller holds `changing` and knows that no keeper
+    /// lives.
+    async fn clear(&self, groups: &Groups, interfaces: impl Iterator<Item = &str>) -> Result<()> {
+        for group in [&groups.limits, &groups.monitor] {
+            if self.cgroups.exists(group) {
+                // Nobody, normally; after a keeper was killed, what did not die with it.
+                self.cgroups.kill(group).await?;
+                self.cgroups.remove(group).await?;
+            }
+        }
+        self.cgroups.remove(&groups.keeper).await?;
+        for name in interfaces {
+            if Path::new("/sys/class/net").join(name).exists() {
+                // It may go by itself at this moment, with its namespace.
+                let out = run(Program::Ip).args(["link", "delete", "dev", name]).output().await?;
+                if out.code != 0 && Path::new("/sys/class/net").join(name).exists() {
+                    return Err(Error::internal(
+                        "a network interface of the guest could not be removed",
+                        String::from_utf8_lossy(&out.stderr),
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn clear_record(&self, record: &Record) -> Result<()> {
+        let groups = Groups::of(&record.daemon_id, record.instance);
+        self.clear(&groups, record.nics.iter().map(|n| n.host_interface.as_str())).await
+    }
+
+    /// Waits for a guest's end in the background, clears up after it and tells.
+    fn watch(self: &Arc<Self>, instance: InstanceId, keeper: Keeper, keeper_pid: u32) {
+        let guest = self.guest(instance);
+        {
+            let mut watched = lock(&guest.watched);
+            if *watched == Some(keeper_pid) {
+                return;
+            }
+            *watched = Some(keeper_pid);
+        }
+        let weak = Arc::downgrade(self);
+        tokio::spawn(async move {
+            let end = keeper.wait_exit().await;
+            let Some(shared) = weak.upgrade() else {
+                return;
+            };
+            if let Err(e) = &end {
+                tracing::warn!(%instance, error = %e, context = e.context.as_deref(), "watching a guest failed");
+            }
+            lock(&guest.watched).take_if(|w| *w == keeper_pid);
+            let observed = shared.after_end(instance, &guest).await;
+            match observed {
+                Ok(observed) => shared.tell(observed),
+                Err(e) => {
+                    tracing::warn!(%instance, error = %e, context = e.context.as_deref(), "clearing up after a guest")
+                }
+            }
+        });
+    }
+
+    async fn after_end(&self, instance: InstanceId, guest: &Guest) -> Result<Observed> {
+        let _changing = guest.changing.lock().await;
+        let dir = self.dir(instance);
+        if !keeper::is_alive(&dir)
+            && let Some(record) = Record::read(&dir)?
+        {
+            self.clear_record(&record).await?;
+        }
+        self.observe(instance).await
+    }
+
+    fn tell(&self, observed: Observed) {
+        let sender = lock(&self.events).clone();
+        if let Some(sender) = sender
+            && sender.try_send(observed).is_err()
+        {
+            tracing::warn!("an event of a guest was dropped: nobody receives them");
+        }
+    }
+
+    async fn start(self: &Arc<Self>, guest: &ResolvedGuest) -> Result<Observed> {
+        let dir = &guest.state_dir;
+        if *dir != self.dir(guest.instance) || guest.daemon_id != self.options.daemon_id {
+            return Err(Error::internal(
+                "the guest could not be started",
+                format!("state directory {} or daemon is not this driver's", dir.display()),
+            ));
+        }
+        let kept = self.guest(guest.instance);
+        let _changing = kept.changing.lock().await;
+        let previous = Record::read(dir)?;
+        if keeper::is_alive(dir) {
+            if previous.as_ref().is_none_or(|r| r.generation != guest.generation) {
+                return Err(Error::conflict("the guest already runs, of another start"));
+            }
+            let running = self.running(guest.instance).await?;
+            self.watch(guest.instance, running.keeper.clone(), running.status.keeper_pid);
+            return Ok(self.observed(&running));
+        }
+        let groups = Groups::of(&guest.daemon_id, guest.instance);
+        let interfaces = guest.nics.iter().map(|n| n.host_interface.as_str());
+        let before = previous.iter().flat_map(|r| &r.nics).map(|n| n.host_interface.as_str());
+        self.clear(&groups, interfaces.clone().chain(before)).await?;
+        let mut record = Record::new(guest);
+        record.seed = seed_hash(guest);
+        let outcome = self.start_new(guest, &groups, &record, previous.as_ref()).await;
+        match outcome {
+            Ok(running) => {
+                *lock(&kept.probe) = None;
+                self.watch(guest.instance, running.keeper.clone(), running.status.keeper_pid);
+                Ok(self.observed(&running))
+            }
+            Err(e) => {
+                keeper::wait_gone(dir).await?;
+                self.clear(&groups, interfaces).await?;
+                Err(e)
+            }
+        }
+    }
+
+    async fn start_new(
+        &self,
+        guest: &ResolvedGuest,
+        groups: &Groups,
+        record: &Record,
+        previous: Option<&Record>,
+    ) -> Result<Running> {
+        let dir = &guest.state_dir;
+        let config = dir.join("lxc.conf");
+        let log = dir.join("lxc.log");
+        write_private(&config, render(guest, self.host)?.as_bytes())?;
+        write_private(&seccomp_file(dir), SECCOMP.as_bytes())?;
+        write_private(&log, b"")?;
+        if previous.is_none_or(|p| p.seed != record.seed) {
+            seed::apply(guest, previous.map(|p| p.hostname.as_str())).await?;
+        }
+        record.write(dir)?;
+        self.cgroups.create(&groups.limits)?;
+        self.cgroups.limit(&groups.limits, &limits(guest.instance, &guest.limits))?;
+        self.cgroups.delegate(&groups.limits);
+        let keeper_cgroups = self.cgroups.create_tracking(&groups.keeper)?;
+
+        let mut argv: Vec<std::ffi::OsString> = vec!["lxc-start".into(), "-F".into(), "-n".into()];
+        argv.push(guest.instance.to_string().into());
+        for (option, value) in [("-P", dir), ("-f", &config), ("-o", &log)] {
+            argv.extend([option.into(), value.as_os_str().to_owned()]);
+        }
+        // INFO tells how init ended, which the exit code does not (`proc::init_end`).
+        argv.extend(["-l".into(), "INFO".into()]);
+        let spec = Spec {
+            daemon: guest.daemon_id.clone(),
+            instance: guest.instance.to_string(),
+            generation: (guest.generation.incarnation, guest.generation.n),
+            program: Program::LxcStart.path()?,
+            argv,
+            env: vec![
+                // All it looks for is AppArmor's parser, in sbin. Finding `newuidmap`, which lies in bin, it would insist on
+                // ranges that /etc/subuid gives to root, and ours are kept apart from all of those.
+                ("PATH".into(), "/usr/sbin:/sbin".into()),
+                ("LC_ALL".into(), "C.UTF-8".into()),
+                ("TERM".into(), "linux".into()),
+            ],
+            keeper_cgroups,
+            console: Console::Pty,
+            kill_writes: self
+                .cgroups
+                .freezer(&groups.limits, false)
+                .map(|(file, value)| (file, value.to_owned()))
+                .into_iter()
+                .collect(),
+            ..Spec::default()
+        };
+        let keeper = keeper::launch(dir, &spec, vec![]).await?;
+        let status = keeper.status().await;
+        let running = |status| Running {
+            record: record.clone(),
+            groups: groups.clone(),
+            cgroups: self.cgroups.clone(),
+            keeper: keeper.clone(),
+            status,
+        };
+        let waiting = async {
+            let running = running(status?);
+            // Nothing tells that a process has executed its program; the set-up takes about 20 ms.
+            while running.init().is_none() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            Ok::<_, Error>(running)
+        };
+        let e = tokio::select! {
+            started = timeout(START, waiting) => match started {
+                Ok(Ok(running)) => return Ok(running),
+                // Gone again already: below.
+                Ok(Err(e)) if e.is(ErrorKind::NotFound) => None,
+                Ok(Err(e)) => Some(e),
+                Err(_) => Some(Error::timeout("the container's init did not start in time")),
+            },
+            _ = keeper.wait_exit() => None,
+        };
+        if let Some(e) = e {
+            let _ = keeper.kill().await;
+            let _ = timeout(FORCE, keeper.wait_exit()).await;
+            return Err(e);
+        }
+        let output = keeper::read_status(dir).map(|s| s.output).unwrap_or_default();
+        let reason = log_reason(&log).unwrap_or_else(|| "the container ended while it started".to_owned());
+        Err(Error::new(ErrorKind::Conflict, format!("the container could not be started: {reason}"))
+            .with_context(output))
+    }
+
+    async fn stop_graceful(&self, running: &Running, time: Duration) -> Result<()> {
+        let Some(init) = running.init() else {
+            return Err(Error::unavailable("the guest is just starting; try again, or force it"));
+        };
+        running.keeper.mark(Requested::Shutdown).await?;
+        if self.cgroups.is_frozen(&running.groups.limits) {
+            self.cgroups.freeze(&running.groups.limits, false).await?;
+        }
+        let signal = init.halt_signal();
+        let work = async {
+            // An init that has not yet installed its handler ignores the signal for good.
+            while !init.handles(signal) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            init.signal_number(signal)?;
+            running.keeper.wait_exit().await.map(drop)
+        };
+        match timeout(time, work).await {
+            Ok(Err(e)) if e.is(ErrorKind::NotFound) => Ok(()),
+            Ok(r) => r,
+            Err(_) => {
+                let _ = running.keeper.mark(Requested::Nobody).await;
+                Err(Error::timeout(format!(
+                    "the guest did not shut down within {} s; force it, or look at its console",
+                    time.as_secs()
+                )))
+            }
+        }
+    }
+
+    async fn stop_force(&self, running: &Running) -> Result<()> {
+        running.keeper.mark(Requested::Force).await?;
+        let mut unlinked = None;
+        match running.init() {
+            Some(init) => {
+                init.signal(Signal::KILL);
+                // The interfaces go while it dies: the kernel takes tens of milliseconds for each, which `lxc-start` would
+                // add to the end. Whatever is left of them is removed afterwards, and an error is told then.
+                let links: Vec<_> = running.record.nics.iter().map(|n| n.host_interface.clone()).collect();
+                unlinked = Some(tokio::task::spawn_blocking(move || {
+                    links.iter().for_each(|name| drop(link::delete(name)));
+                }));
+                if let Some((file, value)) = self.cgroups.freezer(&running.groups.limits, false)
+                    && self.cgroups.is_frozen(&running.groups.limits)
+                {
+                    // On v1 the frozen do not die; thawed they die before they run.
+                    self.cgroups.thaw_now(&file, value)?;
+                }
+            }
+            None => running.keeper.kill().await?,
+        }
+        let ended = match timeout(FORCE, running.keeper.wait_exit()).await {
+            Ok(r) => r.map(drop),
+            Err(_) => {
+                running.keeper.kill().await?;
+                timeout(FORCE, running.keeper.wait_exit())
+                    .await
+                    .map_err(|_| Error::timeout("the guest's processes do not end"))?
+                    .map(drop)
+            }
+        };
+        if let Some(unlinked) = unlinked {
+            // Before the answer: the next start makes interfaces of the same names.
+            let _ = unlinked.await;
+        }
+        ended
+    }
+
+    /// The guest's interfaces; none while it is between two lives.
+    fn interfaces(&self, running: &Running) -> Result<std::collections::BTreeMap<String, Interface>> {
+        let Some(init) = running.init() else {
+            return Ok(Default::default());
+        };
+        let guest = self.guest(running.record.instance);
+        let kept = lock(&guest.probe).clone();
+        let probe = match kept {
+            Some((pid, probe)) if pid == init.pid => probe,
+            // A reboot from inside makes a new namespace.
+            _ => {
+                let probe = Arc::new(NetnsProbe::open(&init.pidfd)?);
+                *lock(&guest.probe) = Some((init.pid, probe.clone()));
+                probe
+            }
+        };
+        let nics = &running.record.nics;
+        Ok(probe
+            .links()?
+            .into_iter()
+            .map(|link| {
+                let host = nics.iter().find(|n| n.mac.eq_ignore_ascii_case(&link.mac));
+                let interface = Interface {
+                    mac: link.mac,
+                    host_name: host.map(|n| n.host_interface.clone()).unwrap_or_default(),
+                    mtu: link.mtu,
+                    up: link.up,
+                    loopback: link.loopback,
+                    addresses: link.addresses,
+                    counters: link.counters,
+                };
+                (link.name, interface)
+            })
+            .collect())
+    }
+}
+
+/// What a status found without a living keeper means.
+fn ended(status: Status) -> End {
+    match status.state {
+        keeper::State::Exited | keeper::State::Failed => End::Exited(status),
+        _ => End::KeeperLost(Some(status)),
+    }
+}
+
+fn exit_reason(end: &End, init: Option<InitEnd>) -> Option<ExitReason> {
+    let crashed = |detail: String| Some(ExitReason::Crashed { detail });
+    match end {
+        End::KeeperLost(_) => crashed("its keeper was killed".into()),
+        End::Exited(s) => match (s.requested, s.exit, init) {
+            (Requested::Force | Requested::Deadline, ..) => Some(ExitReason::Forced),
+            (Requested::Shutdown, ..) => Some(ExitReason::Shutdown),
+            (_, Some(Exit::Signal(n)), _) => crashed(format!("lxc-start was ended by signal {n}")),
+            // The kernel ends a namespace's init with this signal when it asks for a halt or power-off.
+            (_, _, Some(InitEnd::Signal(libc::SIGINT))) => Some(ExitReason::Shutdown),
+            (_, _, Some(InitEnd::Signal(n))) => crashed(format!("its init was ended by signal {n}")),
+            (_, _, Some(InitEnd::Code(n))) => crashed(format!("its init ended with code {n}")),
+            (_, Some(Exit::Code(0)), None) => Some(ExitReason::Shutdown),
+            (_, Some(Exit::Code(n)), None) => crashed(format!("lxc-start ended with code {n}")),
+            (_, None, None) => crashed(s.reason.clone()),
+        },
+    }
+}
+
+/// Tells whether the first-boot data must be written again.
+fn seed_hash(guest: &ResolvedGuest) -> u64 {
+    let mut h = DefaultHasher::new();
+    let c = &guest.cloud_init;
+    (&guest.hostname, &c.instance_id, &c.user_data, &c.vendor_data, &c.network_config).hash(&mut h);
+    guest.root.path.hash(&mut h);
+    h.finish()
+}
+
+/// The model's limits as a control group's.
+fn limits(instance: InstanceId, limits: &Limits) -> CgroupLimits {
+    let online = std::fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
+    control_limits(instance, limits, &parse_cpus(&online))
+}
+
+fn control_limits(instance: InstanceId, limits: &Limits, online: &[u32]) -> CgroupLimits {
+    let cpus = match &limits.cpu {
+        // So many CPUs: a set of that size, so that programs inside count right. Where it begins is spread over the
+        // host by the instance's id, which is random.
+        Some(CpuLimit::Count { n }) if (*n as usize) < online.len() => {
+            let start = (instance.uuid().as_u128() % online.len() as u128) as usize;
+            let mut set: Vec<u32> = online.iter().cycle().skip(start).take(*n as usize).copied().collect();
+            set.sort_unstable();
+            Some(set)
+        }
+        Some(CpuLimit::Set { cpus }) => Some(cpus.clone()),
+        _ => None,
+    };
+    CgroupLimits {
+        memory: limits.memory.map(|m| m.bytes()),
+        processes: limits.processes,
+        cpus,
+        cpu_quota: match limits.cpu_allowance {
+            Some(CpuAllowance::Quota { quota_us, period_us }) => Some((quota_us, period_us)),
+            _ => None,
+        },
+        cpu_share: match limits.cpu_allowance {
+            Some(CpuAllowance::Share { percent }) => Some(percent),
+            _ => None,
+        },
+    }
+}
+
+#[async_trait]
+impl GuestDriver for LxcDriver {
+    fn kind(&self) -> InstanceKind {
+        InstanceKind::Container
+    }
+
+    async fn start(&self, guest: &ResolvedGuest) -> Result<Observed> {
+        self.shared.start(guest).await
+    }
+
+    async fn stop(&self, instance: InstanceId, mode: StopMode) -> Result<Observed> {
+        let shared = &self.shared;
+        let running = match shared.running(instance).await {
+            Ok(running) => running,
+            Err(e) if e.is(ErrorKind::NotFound) => {
+                return shared.after_end(instance, &shared.guest(instance)).await;
+            }
+            Err(e) => return Err(e),
+        };
+        let stopped = match mode {
+            StopMode::Graceful { timeout } => shared.stop_graceful(&running, timeout).await,
+            StopMode::Force => shared.stop_force(&running).await,
+        };
+        match stopped {
+            // It ended by itself meanwhile.
+            Err(e) if !e.is(ErrorKind::NotFound) => Err(e),
+            _ => shared.after_end(instance, &shared.guest(instance)).await,
+        }
+    }
+
+    async fn pause(&self, instance: InstanceId) -> Result<Observed> {
+        let running = self.shared.running(instance).await?;
+        self.shared.cgroups.freeze(&running.groups.limits, true).await?;
+        Ok(self.shared.observed(&running))
+    }
+
+    async fn resume(&self, instance: InstanceId) -> Result<Observed> {
+        let running = self.shared.running(instance).await?;
+        self.shared.cgroups.freeze(&running.groups.limits, false).await?;
+        Ok(self.shared.observed(&running))
+    }
+
+    async fn update(&self, guest: &ResolvedGuest) -> Result<Applied> {
+        let mut running = self.shared.running(guest.instance).await?;
+        let kept = self.shared.guest(guest.instance);
+        let _changing = kept.changing.lock().await;
+        let (cgroups, group) = (&self.shared.cgroups, &running.groups.limits);
+        cgroups.limit(group, &limits(guest.instance, &guest.limits))?;
+        let new = Record::new(guest);
+        let old = &mut running.record;
+        let mut pending = vec![];
+        if old.nics != new.nics {
+            pending.push("devices".to_owned());
+        }
+        if old.nesting != new.nesting {
+            pending.push("security.nesting".to_owned());
+        }
+        // Programs that enter from now on see it; init does not.
+        old.environment = new.environment;
+        old.spec_version = new.spec_version;
+        old.write(&guest.state_dir)?;
+        Ok(Applied { pending })
+    }
+
+    async fn observe(&self, instance: InstanceId) -> Result<Observed> {
+        self.shared.observe(instance).await
+    }
+
+    async fn adopt(&self) -> Result<Vec<Observed>> {
+        let mut adopted = vec![];
+        let options = &self.shared.options;
+        for found in keeper::find_all(&options.guests_dir)? {
+            let record = match Record::read(&found.dir) {
+                Ok(Some(r))
+                    if r.daemon_id == options.daemon_id && self.shared.dir(r.instance) == found.dir =>
+                {
+                    r
+                }
+                Ok(_) => continue, // of another driver
+                Err(e) => {
+                    tracing::warn!(dir = %found.dir.display(), error = %e, "a guest's record cannot be read");
+                    continue;
+                }
+            };
+            if found.alive {
+                match self.shared.running(record.instance).await {
+                    Ok(running) => {
+                        let shared = &self.shared;
+                        shared.watch(record.instance, running.keeper.clone(), running.status.keeper_pid);
+                        adopted.push(shared.observed(&running));
+                        continue;
+                    }
+                    Err(e) if e.is(ErrorKind::NotFound) => {} // ended at this moment
+                    Err(e) => return Err(e),
+                }
+            }
+            // It ended while nobody watched.
+            let guest = self.shared.guest(record.instance);
+            self.shared.after_end(record.instance, &guest).await?;
+        }
+        Ok(adopted)
+    }
+
+    async fn destroy(&self, instance: InstanceId) -> Result<()> {
+        let kept = self.shared.guest(instance);
+        let _changing = kept.changing.lock().await;
+        let dir = self.shared.dir(instance);
+        if keeper::is_alive(&dir) {
+            return Err(Error::conflict("the guest is running; stop it first"));
+        }
+        keeper::wait_gone(&dir).await?;
+        match Record::read(&dir)? {
+            Some(record) => self.shared.clear_record(&record).await?,
+            None => {
+                let groups = Groups::of(&self.shared.options.daemon_id, instance);
+                self.shared.clear(&groups, std::iter::empty()).await?;
+            }
+        }
+        match tokio::fs::remove_dir_all(&dir).await {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
+            _ => {}
+        }
+        lock(&self.shared.guests).remove(&instance);
+        Ok(())
+    }
+
+    async fn metrics(&self, instance: InstanceId) -> Result<Metrics> {
+        let running = self.shared.running(instance).await?;
+        let s = self.shared.cgroups.stats(&running.groups.limits);
+        Ok(Metrics {
+            cpu_ns: s.cpu_ns,
+            memory: s.memory,
+            memory_peak: s.memory_peak,
+            swap: s.swap,
+            memory_total: s.memory_limit.or_else(host_memory),
+            processes: s.processes,
+            interfaces: self.shared.interfaces(&running)?,
+        })
+    }
+
+    async fn exec(&self, instance: InstanceId, request: ExecRequest) -> Result<Exec> {
+        let (running, init) = self.init(instance).await?;
+        if self.shared.cgroups.is_frozen(&running.groups.limits) {
+            return Err(Error::conflict("the guest is frozen; resume it first"));
+        }
+        attach::exec(&running, init, request).await
+    }
+
+    async fn console(&self, instance: InstanceId, force: bool) -> Result<OwnedFd> {
+        self.shared.running(instance).await?.keeper.attach(force).await
+    }
+
+    async fn console_log(&self, instance: InstanceId, max: usize, clear: bool) -> Result<Vec<u8>> {
+        let dir = self.shared.dir(instance);
+        let log = keeper::console_log(&dir, max)?;
+        if clear {
+            keeper::clear_console_log(&dir).await?;
+        }
+        Ok(log)
+    }
+
+    fn files(&self) -> Option<&dyn GuestFiles> {
+        Some(self)
+    }
+
+    fn events(&self) -> mpsc::Receiver<Observed> {
+        let (sender, receiver) = mpsc::channel(1024);
+        *lock(&self.shared.events) = Some(sender);
+        receiver
+    }
+}
+
+/// The host's memory, bytes: what a guest without a limit can have.
+fn host_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let kib: u64 = text
+        .lines()
+        .find_map(|l| l.strip_prefix("MemTotal:")?.trim().trim_end_matches(" kB").parse().ok())?;
+    Some(kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_count_of_cpus_is_a_set_of_that_size() {
+        let id = "00000000-0000-4000-8000-000000000003".parse().unwrap();
+        let count = |n| {
+            let limits = Limits { cpu: Some(CpuLimit::Count { n }), ..Limits::default() };
+            control_limits(id, &limits, &[0, 1, 2, 3]).cpus
+        };
+        assert_eq!(count(2), Some(vec![0, 3]));
+        assert_eq!(count(4), None);
+        assert_eq!(count(9), None, "more than there are is no limit");
+    }
+
+    #[test]
+    fn why_it_ended() {
+        let end = |requested, exit, init| {
+            exit_reason(&End::Exited(Status { requested, exit: Some(exit), ..Status::default() }), init)
+        };
+        let (none, zero) = (Requested::Nobody, Exit::Code(0));
+        assert_eq!(end(none, zero, None), Some(ExitReason::Shutdown));
+        assert_eq!(end(none, zero, Some(InitEnd::Signal(2))), Some(ExitReason::Shutdown));
+        assert_eq!(end(Requested::Shutdown, Exit::Code(1), None), Some(ExitReason::Shutdown));
+        assert_eq!(end(Requested::Force, zero, Some(InitEnd::Signal(9))), Some(ExitReason::Forced));
+        let crash = end(none, zero, Some(InitEnd::Signal(9)));
+        assert!(matches!(crash, Some(ExitReason::Crashed { detail }) if detail.contains("signal 9")));
+        let crash = end(none, zero, Some(InitEnd::Code(3)));
+        assert!(matches!(crash, Some(ExitReason::Crashed { detail }) if detail.contains("code 3")));
+        let lost = exit_reason(&End::KeeperLost(None), None);
+        assert!(matches!(lost, Some(ExitReason::Crashed { .. })));
+    }
+}

@@ -1,0 +1,17 @@
+//! System containers over liblxc's `lxc-start`.
+//!
+//! A container is a child of its keeper ([`karst_guest::keeper`]); its limits stand on a control group that it cannot
+//! reach; programs and files inside are reached by the keeper's `--attach` helper. Nothing here outlives a call but a
+//! watcher per running container.
+#![allow(clippy::disallowed_methods)] // drivers live in the real world
+
+mod attach;
+mod config;
+mod driver;
+mod files;
+mod proc;
+mod record;
+mod seed;
+
+pub use config::{HostFeatures, render};
+pub use driver::{LxcDriver, LxcOptions};

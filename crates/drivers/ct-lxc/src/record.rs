@@ -1,0 +1,88 @@
+//! What the driver keeps of a guest in its state directory (`guest.json`): enough to adopt it.
+
+use karst_guest::{IdRange, ResolvedGuest, keeper::write_private};
+use karst_model::{Error, InstanceId, Result, instance::Generation};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+const FILE: &str = "guest.json";
+
+/// A NIC.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Nic {
+    pub(crate) guest_name: String,
+    pub(crate) mac: String,
+    pub(crate) host_interface: String,
+}
+
+/// The record of the last start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Record {
+    /// Of this file's format.
+    pub(crate) version: u32,
+    pub(crate) instance: InstanceId,
+    pub(crate) daemon_id: String,
+    pub(crate) generation: Generation,
+    pub(crate) spec_version: u64,
+    pub(crate) domain_id: u32,
+    pub(crate) ids: IdRange,
+    pub(crate) root: PathBuf,
+    pub(crate) nics: Vec<Nic>,
+    #[serde(default)]
+    pub(crate) environment: BTreeMap<String, String>,
+    /// Host name that was written into the root file system.
+    #[serde(default)]
+    pub(crate) hostname: String,
+    /// Hash of the first-boot data that was written.
+    #[serde(default)]
+    pub(crate) seed: u64,
+    /// Nested containers allowed.
+    #[serde(default)]
+    pub(crate) nesting: bool,
+}
+
+impl Record {
+    pub(crate) fn new(guest: &ResolvedGuest) -> Self {
+        Self {
+            version: 1,
+            instance: guest.instance,
+            daemon_id: guest.daemon_id.clone(),
+            generation: guest.generation,
+            spec_version: guest.spec_version,
+            domain_id: guest.domain_id,
+            ids: guest.ids,
+            root: guest.root.path.clone(),
+            nics: guest
+                .nics
+                .iter()
+                .map(|n| Nic {
+                    guest_name: n.guest_name.clone(),
+                    mac: n.mac.clone(),
+                    host_interface: n.host_interface.clone(),
+                })
+                .collect(),
+            environment: guest.environment.clone(),
+            hostname: guest.hostname.clone(),
+            seed: 0,
+            nesting: guest.security.nesting,
+        }
+    }
+
+    /// Reads it; `None` when there is none.
+    pub(crate) fn read(dir: &Path) -> Result<Option<Self>> {
+        match std::fs::read(dir.join(FILE)) {
+            Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|e| {
+                Error::internal("the guest's record cannot be read", e).with_context(dir.display())
+            }),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    pub(crate) fn write(&self, dir: &Path) -> Result<()> {
+        write_private(&dir.join(FILE), &serde_json::to_vec(self)?)
+    }
+}

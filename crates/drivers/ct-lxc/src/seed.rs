@@ -1,0 +1,96 @@
+//! What is written into a container's root file system before it starts: its host name, and cloud-init's NoCloud seed
+//! where cloud-init is installed. By the same helper and rules as the users' files, so a hostile image gains nothing.
+
+use crate::attach::Helper;
+use karst_guest::ResolvedGuest;
+use karst_keeper::attach::{Operation, Request};
+use karst_model::{ErrorKind, Result};
+use rustix::fs::{MemfdFlags, Mode, OFlags, memfd_create};
+use std::{
+    io::{Seek, Write},
+    os::fd::OwnedFd,
+};
+
+const SEED: &str = "/var/lib/cloud/seed/nocloud-net";
+
+struct Root<'a> {
+    guest: &'a ResolvedGuest,
+}
+
+impl Root<'_> {
+    async fn call(&self, request: Request, content: Option<&str>) -> Result<()> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root =
+            rustix::fs::open(&self.guest.root.path, flags, Mode::empty()).map_err(std::io::Error::from)?;
+        let mut rest: Vec<OwnedFd> = vec![];
+        if let Some(content) = content {
+            let memory = memfd_create("content", MemfdFlags::CLOEXEC).map_err(std::io::Error::from)?;
+            let mut file = std::fs::File::from(memory);
+            file.write_all(content.as_bytes())?;
+            file.rewind()?;
+            rest.push(file.into());
+        }
+        let instance = self.guest.instance.to_string();
+        let helper = Helper::start(&self.guest.daemon_id, &instance, &request, root, rest).await?;
+        helper.reply().await.map(drop)
+    }
+
+    async fn exists(&self, path: &str) -> Result<bool> {
+        let request = Request { operation: Operation::Open, path: path.into(), ..Request::default() };
+        match self.call(request, None).await {
+            Ok(()) => Ok(true),
+            Err(e) if matches!(e.kind, ErrorKind::NotFound | ErrorKind::Invalid) => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
+    async fn directory(&self, path: &str) -> Result<()> {
+        let request =
+            Request { operation: Operation::WriteDirectory, path: path.into(), ..Request::default() };
+        self.call(request, None).await
+    }
+
+    async fn file(&self, path: &str, mode: Option<u32>, content: &str) -> Result<()> {
+        let request =
+            Request { operation: Operation::WriteFile, path: path.into(), mode, ..Request::default() };
+        self.call(request, Some(content)).await
+    }
+}
+
+/// The NoCloud files: name, content.
+fn nocloud(guest: &ResolvedGuest) -> Result<Vec<(&'static str, String)>> {
+    let c = &guest.cloud_init;
+    // JSON is YAML, and quotes itself.
+    let meta = serde_json::json!({"instance-id": c.instance_id, "local-hostname": guest.hostname});
+    let mut files = vec![
+        ("meta-data", format!("{}\n", serde_json::to_string(&meta)?)),
+        ("user-data", c.user_data.clone().unwrap_or_else(|| "#cloud-config\n{}\n".to_owned())),
+    ];
+    if let Some(v) = &c.vendor_data {
+        files.push(("vendor-data", v.clone()));
+    }
+    if let Some(n) = &c.network_config {
+        files.push(("network-config", n.clone()));
+    }
+    Ok(files)
+}
+
+/// Writes what this start needs. `previous` is the host name that the last start wrote: a name that was changed inside
+/// since then stays.
+pub(crate) async fn apply(guest: &ResolvedGuest, previous: Option<&str>) -> Result<()> {
+    let root = Root { guest };
+    if previous != Some(guest.hostname.as_str()) {
+        // systemd takes the name from here, whatever the container was started with.
+        root.file("/etc/hostname", None, &format!("{}\n", guest.hostname)).await?;
+    }
+    let wanted = !guest.cloud_init.instance_id.is_empty();
+    if wanted && root.exists("/usr/bin/cloud-init").await? {
+        for dir in ["/var/lib/cloud", "/var/lib/cloud/seed", SEED] {
+            root.directory(dir).await?;
+        }
+        for (name, content) in nocloud(guest)? {
+            root.file(&format!("{SEED}/{name}"), Some(0o600), &content).await?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,135 @@
+//! The trait of guest drivers.
+
+use crate::ResolvedGuest;
+use async_trait::async_trait;
+use karst_model::{InstanceId, Result, instance::InstanceKind};
+use std::os::fd::OwnedFd;
+use tokio::sync::mpsc;
+
+pub use karst_model::guest::{
+    Applied, ExecRequest, FileInfo, FileKind, FileWrite, Interface, Metrics, Observed, StopMode,
+};
+
+/// A kind of guest on this host. Implementations pass one contract suite.
+///
+/// Every mutation is idempotent: `start` of the generation that already runs answers its state, `stop` of a stopped
+/// guest is fine, `destroy` of an unknown one too. A guest is a child of its keeper and never of the caller: dropping the
+/// driver or killing the process leaves guests alone; [`GuestDriver::adopt`] finds them again.
+#[async_trait]
+pub trait GuestDriver: Send + Sync {
+    /// Which kind it runs.
+    fn kind(&self) -> InstanceKind;
+
+    /// Starts the guest and answers when its processes run (not when its system has booted). On failure nothing is left.
+    async fn start(&self, guest: &ResolvedGuest) -> Result<Observed>;
+
+    /// Asks the guest to shut down (`Graceful`, answers when it has ended or the time is up) or ends it (`Force`).
+    async fn stop(&self, instance: InstanceId, mode: StopMode) -> Result<Observed>;
+
+    /// Freezes it.
+    async fn pause(&self, instance: InstanceId) -> Result<Observed>;
+
+    /// Continues it.
+    async fn resume(&self, instance: InstanceId) -> Result<Observed>;
+
+    /// Applies what can change live (limits) and says what cannot until the next start.
+    async fn update(&self, guest: &ResolvedGuest) -> Result<Applied>;
+
+    /// What it does now.
+    async fn observe(&self, instance: InstanceId) -> Result<Observed>;
+
+    /// After a start of the host process: finds the guests that really run, by their keepers, and watches them again.
+    async fn adopt(&self) -> Result<Vec<Observed>>;
+
+    /// Removes everything that belongs to a stopped guest outside its volumes: keeper, cgroups, links, state directory.
+    async fn destroy(&self, instance: InstanceId) -> Result<()>;
+
+    /// Figures of a running guest.
+    async fn metrics(&self, instance: InstanceId) -> Result<Metrics>;
+
+    /// Runs a program inside.
+    async fn exec(&self, instance: InstanceId, request: ExecRequest) -> Result<Exec>;
+
+    /// Attaches to the console: a bidirectional stream descriptor (pty master side or socket). A new attachment ends
+    /// the one before only when `force`; else conflict.
+    async fn console(&self, instance: InstanceId, force: bool) -> Result<OwnedFd>;
+
+    /// The kept console log, newest at the end, at most `max` bytes; `clear` empties it.
+    async fn console_log(&self, instance: InstanceId, max: usize, clear: bool) -> Result<Vec<u8>>;
+
+    /// Files inside; `None` where the kind has no way to reach them.
+    fn files(&self) -> Option<&dyn GuestFiles>;
+
+    /// Changes of state as they happen (a guest ended by itself). One receiver; later calls replace it.
+    fn events(&self) -> mpsc::Receiver<Observed>;
+}
+
+/// A running exec.
+pub struct Exec {
+    /// Standard streams.
+    pub streams: ExecStreams,
+    /// Controls it and tells how it ended.
+    pub control: Box<dyn ExecControl>,
+}
+
+/// The descriptors of an exec; the data never passes through root.
+#[derive(Debug)]
+pub enum ExecStreams {
+    /// Master side of a terminal (or a socket that behaves like it).
+    Terminal(OwnedFd),
+    /// Write end of stdin, read ends of stdout and stderr.
+    Pipes {
+        /// Write end.
+        stdin: OwnedFd,
+        /// Read end.
+        stdout: OwnedFd,
+        /// Read end.
+        stderr: OwnedFd,
+    },
+}
+
+/// Control of a running exec. Dropping it ends the program.
+#[async_trait]
+pub trait ExecControl: Send + Sync {
+    /// New size of the terminal.
+    async fn resize(&self, columns: u16, rows: u16) -> Result<()>;
+    /// Sends a signal to the program.
+    async fn signal(&self, signal: i32) -> Result<()>;
+    /// Waits for its end: exit code, 128 + n when signal n ended it.
+    async fn wait(&self) -> Result<i32>;
+}
+
+/// A file that was opened for reading.
+#[derive(Debug)]
+pub struct OpenedFile {
+    /// What it is.
+    pub info: FileInfo,
+    /// Content of a regular file: a readable descriptor (file or pipe).
+    pub content: Option<OwnedFd>,
+    /// Entries of a directory, sorted.
+    pub entries: Vec<String>,
+    /// Target of a symbolic link.
+    pub target: Option<String>,
+}
+
+/// Files inside a guest. Paths are the guest's own, absolute; links are followed inside the guest's root only.
+#[async_trait]
+pub trait GuestFiles: Send + Sync {
+    /// Opens for reading. `root` is where the guest's root lies when it does not run (containers).
+    async fn open(
+        &self,
+        instance: InstanceId,
+        root: Option<&std::path::Path>,
+        path: &str,
+    ) -> Result<OpenedFile>;
+    /// Writes; `content` is read to its end for a regular file.
+    async fn write(
+        &self,
+        instance: InstanceId,
+        root: Option<&std::path::Path>,
+        request: FileWrite,
+        content: Option<OwnedFd>,
+    ) -> Result<()>;
+    /// Deletes a file or an empty directory.
+    async fn delete(&self, instance: InstanceId, root: Option<&std::path::Path>, path: &str) -> Result<()>;
+}

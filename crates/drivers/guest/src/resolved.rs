@@ -1,0 +1,111 @@
+//! Resolved specifications: things of this machine in place of ids.
+
+use karst_model::{
+    InstanceId,
+    instance::{Generation, InstanceKind},
+    node::AcceleratorKind,
+    spec::{CloudInit, Limits, MachineSpec, Security},
+};
+use std::{collections::BTreeMap, path::PathBuf};
+
+/// A range of host user and group ids that belongs to one guest alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct IdRange {
+    /// First host id.
+    pub base: u32,
+    /// How many; containers map guest id 0..count onto it, a virtual machine's QEMU runs as `base`.
+    pub count: u32,
+}
+
+/// A guest with everything resolved, as drivers take it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ResolvedGuest {
+    /// Which instance; also the name of its cgroup, container and unit (with the daemon's short id in front).
+    pub instance: InstanceId,
+    /// Kind.
+    pub kind: InstanceKind,
+    /// Generation of this start.
+    pub generation: Generation,
+    /// Version of the desired record this was made of.
+    pub spec_version: u64,
+    /// libvirt's domain id of this start.
+    pub domain_id: u32,
+    /// Short id of the daemon's instance: prefix of what lies outside DIR (cgroups, container names).
+    pub daemon_id: String,
+    /// Host name for the guest.
+    pub hostname: String,
+    /// State directory of this guest, root-owned, mode 0711, exists: sockets, console log, generated configuration.
+    pub state_dir: PathBuf,
+    /// Id range.
+    pub ids: IdRange,
+    /// Virtual hardware.
+    pub machine: Option<MachineSpec>,
+    /// How virtual machines execute here.
+    pub accelerator: AcceleratorKind,
+    /// Limits.
+    pub limits: Limits,
+    /// Security switches.
+    pub security: Security,
+    /// Root disk: a directory (container, mounted or plain) or an image file or block device (virtual machine).
+    pub root: ResolvedDisk,
+    /// NICs in bus order.
+    pub nics: Vec<ResolvedNic>,
+    /// First-boot data.
+    pub cloud_init: CloudInit,
+    /// Environment seen inside the guest.
+    pub environment: BTreeMap<String, String>,
+}
+
+/// A disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ResolvedDisk {
+    /// Device name in the configuration.
+    pub name: String,
+    /// Bus slot, such as `scsi0`.
+    pub slot: String,
+    /// Where it is.
+    pub path: PathBuf,
+    /// Format of the file; stated, never probed.
+    pub format: DiskFormat,
+    /// The qcow2 file below a clone, which never changes; what the clone itself names is not followed.
+    pub backing: Option<PathBuf>,
+    /// PCI address in the guest.
+    pub pci: Option<String>,
+    /// Boot order, higher first.
+    pub boot_priority: u32,
+}
+
+/// Format of what lies at a disk's path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskFormat {
+    /// A directory tree whose files carry unshifted owners (guest id 0 is id 0 on disk): to be id-mapped at mount.
+    Directory,
+    /// Raw image or block device.
+    Raw,
+    /// qcow2.
+    Qcow2,
+}
+
+/// A NIC: an interface of the host that exists.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ResolvedNic {
+    /// Device name in the configuration.
+    pub name: String,
+    /// Bus slot, such as `net0`.
+    pub slot: String,
+    /// Interface name in the guest (containers).
+    pub guest_name: String,
+    /// MAC address.
+    pub mac: String,
+    /// Host interface: for a container the driver makes a veth of this name and puts it into `bridge`; for a virtual
+    /// machine a tap of this name.
+    pub host_interface: String,
+    /// Bridge it belongs to.
+    pub bridge: String,
+    /// MTU.
+    pub mtu: Option<u32>,
+    /// PCI address in the guest.
+    pub pci: Option<String>,
+    /// Boot order, higher first.
+    pub boot_priority: u32,
+}

@@ -1,0 +1,42 @@
+# Runs inside the new root file system of a virtual machine, as its root, once, while the image is made.
+# Arguments come as files below /karst: esp/ receives what goes into the EFI system partition, bios/ GRUB for BIOS.
+set -eu
+cd /karst
+
+# The initial RAM disk: just what reaches the root disk on the buses that hypervisors offer.
+cat > /etc/initramfs-tools/conf.d/karst <<'X'
+MODULES=list
+COMPRESS=zstd
+X
+printf '%s\n' virtio_pci virtio_blk virtio_scsi ahci sd_mod nvme ext4 crc32c >> /etc/initramfs-tools/modules
+update-initramfs -u -k all
+
+# BIOS: a core image that finds its configuration on the third partition of the disk it was loaded from.
+mkdir -p bios esp
+grub-mkimage -O i386-pc -o bios/core.img -p '(,gpt3)/boot/grub' \
+    biosdisk part_gpt ext2 normal linux configfile search search_fs_uuid echo serial terminal test sleep reboot halt minicmd
+cp /usr/lib/grub/i386-pc/boot.img bios/
+
+# EFI: Debian's signed shim and GRUB, so that Secure Boot works too.
+for d in deb/*.deb; do dpkg-deb -x "$d" deb; done
+cp deb/usr/lib/shim/shimx64.efi.signed esp/shim
+cp deb/usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed esp/grub
+rm -r deb
+
+passwd -l root >/dev/null
+rm -f /etc/machine-id /var/lib/dbus/machine-id /etc/ssh/ssh_host_* /etc/hostname /etc/resolv.conf
+touch /etc/machine-id
+ln -s ../run/systemd/resolve/stub-resolv.conf /etc/resolv.conf
+systemctl enable systemd-networkd systemd-resolved serial-getty@ttyS0.service
+# The agent answers as soon as its port is there, not after cloud-init, which takes seconds.
+mkdir -p /etc/systemd/system/qemu-guest-agent.service.d
+cat > /etc/systemd/system/qemu-guest-agent.service.d/karst.conf <<'X'
+[Unit]
+DefaultDependencies=no
+After=systemd-remount-fs.service systemd-tmpfiles-setup-dev.service
+Conflicts=shutdown.target
+Before=shutdown.target
+X
+systemctl mask apt-daily.timer apt-daily-upgrade.timer e2scrub_all.timer e2scrub_reap.service \
+    systemd-networkd-wait-online.service systemd-pstore.service
+rm -rf /usr/share/man/* /usr/share/locale/* /var/log/*.log /var/log/apt

@@ -1,0 +1,388 @@
+//! Recipes: images made here with mmdebstrap from the host's own apt sources.
+//!
+//! A build runs in a directory of its own; mmdebstrap is contained (own pid and mount namespace), so that a kill or crash
+//! leaves only that directory, which the next start removes. No loop device and no mount of the host is used: file
+//! systems and disks are written as plain files.
+
+use crate::{disk, metadata::Metadata, sources};
+use karst_host::{
+    Program,
+    sandbox::{Launcher, Sandbox},
+};
+use karst_model::{Error, Result, error::nearest, instance::InstanceKind};
+use std::{
+    fs::File,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+/// Told as a build goes on: what it does now, and how far it is in percent.
+pub type Progress = Arc<dyn Fn(&str, u8) + Send + Sync>;
+
+/// A recipe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Recipe {
+    /// As the user names it.
+    pub name: &'static str,
+    suite: &'static str,
+    release: &'static str,
+}
+
+const RECIPES: &[Recipe] = &[
+    Recipe { name: "debian/12", suite: "bookworm", release: "12" },
+    Recipe { name: "debian/13", suite: "trixie", release: "13" },
+];
+
+/// Virtual size of the disk of virtual machine images: 2 GiB; instances grow it.
+const DISK_SIZE: u64 = 2 << 30;
+
+const CONTAINER_PACKAGES: &str =
+    "systemd-sysv,dbus,iproute2,systemd-resolved,libnss-resolve,netbase,ca-certificates,iputils-ping";
+const VM_PACKAGES: &str = "systemd-sysv,dbus,iproute2,systemd-resolved,libnss-resolve,netbase,ca-certificates,iputils-ping,udev,\
+    e2fsprogs,fdisk,zstd,sudo,linux-image-cloud-amd64,initramfs-tools,grub-pc-bin,cloud-init,cloud-guest-utils,\
+    qemu-guest-agent";
+
+/// Fetches the signed boot loaders with the host's network and the new system's package lists.
+const VM_DOWNLOAD: &str = "mkdir \"$1/karst/deb\" && cd \"$1/karst/deb\" && \
+    APT_CONFIG=\"$MMDEBSTRAP_APT_CONFIG\" apt-get -q download shim-signed grub-efi-amd64-signed";
+
+const RUN_SETUP: &str = "chroot \"$1\" /bin/sh /karst/setup.sh";
+
+const CONTAINER_SETUP: &str = include_str!("../recipes/debian-container.sh");
+const VM_SETUP: &str = include_str!("../recipes/debian-vm.sh");
+const ETH0_NETWORK: &str = include_str!("../recipes/eth0.network");
+const CLOUD_CFG: &str = include_str!("../recipes/cloud.cfg");
+const GRUB_CFG: &str = include_str!("../recipes/grub.cfg");
+const ESP_GRUB_CFG: &str = include_str!("../recipes/esp-grub.cfg");
+
+/// What a build made: two files of Incus' split format.
+#[derive(Debug, Clone)]
+pub struct Built {
+    /// `metadata.yaml` in a tar.
+    pub metadata: PathBuf,
+    /// Root file system (tar, zstd) or disk (qcow2).
+    pub rootfs: PathBuf,
+}
+
+impl Recipe {
+    /// All of them.
+    pub fn all() -> &'static [Recipe] {
+        RECIPES
+    }
+
+    /// By name.
+    ///
+    /// # Errors
+    /// Not found, offering the nearest.
+    pub fn find(name: &str) -> Result<&'static Recipe> {
+        RECIPES.iter().find(|r| r.name == name).ok_or_else(|| {
+            let names = RECIPES.iter().map(|r| r.name);
+            let hint = nearest(name, names).unwrap_or("debian/12");
+            Error::not_found(format!("there is no recipe {name:?}; {hint:?} is one")).at("recipe")
+        })
+    }
+
+    /// Everything that decides what comes out, but for the packages' versions, which the date stands for.
+    pub fn key(&self, kind: InstanceKind, date: &str) -> String {
+        use sha2::Digest;
+        let mut h = sha2::Sha256::new();
+        let kind_name = format!("{kind:?}");
+        let parts: &[&str] = match kind {
+            InstanceKind::Container => &[CONTAINER_PACKAGES, CONTAINER_SETUP, ETH0_NETWORK],
+            InstanceKind::VirtualMachine => {
+                &[VM_PACKAGES, VM_DOWNLOAD, VM_SETUP, CLOUD_CFG, GRUB_CFG, ESP_GRUB_CFG]
+            }
+        };
+        for part in [self.name, self.suite, &kind_name, date].iter().chain(parts) {
+            h.update((part.len() as u64).to_le_bytes());
+            h.update(part);
+        }
+        format!("{:x}", h.finalize())
+    }
+
+    /// Builds into the existing empty directory `work`.
+    ///
+    /// # Errors
+    /// Unsupported when a tool or the host's Debian mirror is missing; timeout; internal with the tool's words as context.
+    pub async fn build(
+        &self,
+        kind: InstanceKind,
+        date: &str,
+        work: &Path,
+        launcher: &Launcher,
+        progress: &Progress,
+    ) -> Result<Built> {
+        if std::env::consts::ARCH != "x86_64" {
+            return Err(Error::unsupported(
+                "image recipes are there for x86_64 hosts only; import an image instead",
+            ));
+        }
+        progress("reading the host's package sources", 0);
+        let lines = sources::lines_for(self.suite, Path::new("/etc/apt"))?;
+        let built = Built { metadata: work.join("metadata.tar"), rootfs: work.join("rootfs") };
+        match kind {
+            InstanceKind::Container => self.container(&lines, work, &built, launcher, progress).await?,
+            InstanceKind::VirtualMachine => {
+                self.virtual_machine(&lines, work, &built, launcher, progress).await?
+            }
+        }
+        let metadata = self.metadata(kind, date).to_yaml()?;
+        write_tar(&built.metadata, &[("metadata.yaml", metadata.as_bytes(), 0o644)])?;
+        progress("built", 100);
+        Ok(built)
+    }
+
+    fn metadata(&self, kind: InstanceKind, date: &str) -> Metadata {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let serial = date.replace('-', "");
+        let what = match kind {
+            InstanceKind::Container => "",
+            InstanceKind::VirtualMachine => " disk",
+        };
+        let properties = [
+            ("os", "Debian".to_owned()),
+            ("release", self.suite.to_owned()),
+            ("version", self.release.to_owned()),
+            ("variant", "default".to_owned()),
+            ("architecture", "amd64".to_owned()),
+            ("serial", serial.clone()),
+            ("type", if what.is_empty() { "tar.zst" } else { "disk-kvm.img" }.to_owned()),
+            ("description", format!("Debian {} ({}) amd64{what} {serial}", self.release, self.suite)),
+        ];
+        Metadata {
+            architecture: "x86_64".into(),
+            creation_date: now.map_or(0, |d| d.as_secs() as i64),
+            expiry_date: 0,
+            properties: properties.into_iter().map(|(k, v)| (k.to_owned(), v)).collect(),
+        }
+    }
+
+    async fn container(
+        &self,
+        lines: &[String],
+        work: &Path,
+        built: &Built,
+        launcher: &Launcher,
+        progress: &Progress,
+    ) -> Result<()> {
+        let overlay = [
+            ("karst/setup.sh", CONTAINER_SETUP.as_bytes(), 0o755),
+            ("etc/systemd/network/50-karst.network", ETH0_NETWORK.as_bytes(), 0o644),
+        ];
+        write_tar(&work.join("overlay.tar"), &overlay)?;
+        // mmdebstrap picks the compressor by the name.
+        let packages = CONTAINER_PACKAGES;
+        let hooks = [RUN_SETUP, "rm -r \"$1/karst\""];
+        self.bootstrap(lines, work, packages, &hooks, "rootfs.tar.zst", launcher, progress, (2, 98)).await?;
+        std::fs::rename(work.join("rootfs.tar.zst"), &built.rootfs)?;
+        Ok(())
+    }
+
+    async fn virtual_machine(
+        &self,
+        lines: &[String],
+        work: &Path,
+        built: &Built,
+        launcher: &Launcher,
+        progress: &Progress,
+    ) -> Result<()> {
+        let uuid = uuid::Uuid::new_v4();
+        let root = uuid.to_string();
+        let grub_cfg = GRUB_CFG.replace("@ROOT@", &root);
+        let fstab = format!("UUID={root} / ext4 defaults,errors=remount-ro 0 1\n");
+        let overlay = [
+            ("karst/setup.sh", VM_SETUP.as_bytes(), 0o755),
+            ("etc/cloud/cloud.cfg.d/90_karst.cfg", CLOUD_CFG.as_bytes(), 0o644),
+            ("boot/grub/grub.cfg", grub_cfg.as_bytes(), 0o644),
+            ("etc/fstab", fstab.as_bytes(), 0o644),
+        ];
+        write_tar(&work.join("overlay.tar"), &overlay)?;
+        self.bootstrap(
+            lines,
+            work,
+            VM_PACKAGES,
+            &[VM_DOWNLOAD, RUN_SETUP],
+            "tree",
+            launcher,
+            progress,
+            (2, 75),
+        )
+        .await?;
+        let tree = work.join("tree");
+        let read = |name: &str| {
+            std::fs::read(tree.join("karst").join(name))
+                .map_err(|e| Error::internal("the recipe left no boot loader", e).with_context(name))
+        };
+        let (boot_img, core_img) = (read("bios/boot.img")?, read("bios/core.img")?);
+        let stub = ESP_GRUB_CFG.replace("@ROOT@", &root).into_bytes();
+        // The signed GRUB reads its configuration from /EFI/debian.
+        let efi = [
+            ("EFI/BOOT/BOOTX64.EFI", read("esp/shim")?),
+            ("EFI/BOOT/GRUBX64.EFI", read("esp/grub")?),
+            ("EFI/DEBIAN/GRUB.CFG", stub),
+        ];
+        std::fs::remove_dir_all(tree.join("karst"))?;
+
+        progress("making the root file system", 78);
+        let disks = work.join("disk");
+        std::fs::create_dir(&disks)?;
+        let file = File::create_new(disks.join("disk.raw"))?;
+        file.set_len(DISK_SIZE)?;
+        let size = format!("{}k", (DISK_SIZE - disk::ROOT_OFFSET - disk::TAIL) >> 10);
+        let offset = format!("offset={},lazy_itable_init=1,lazy_journal_init=0", disk::ROOT_OFFSET);
+        let args = [
+            "-q",
+            "-F",
+            "-t",
+            "ext4",
+            "-I",
+            "256",
+            "-O",
+            "metadata_csum,64bit,resize_inode",
+            "-U",
+            &root,
+            "-L",
+            "root",
+            "-m",
+            "1",
+            "-E",
+            &offset,
+            "-d",
+            "/tree",
+            "/disk/disk.raw",
+            &size,
+        ];
+        Sandbox::new(launcher)
+            .readable("tree", open_dir(&tree)?)
+            .writable("disk", open_dir(&disks)?)
+            .exec(Program::MkfsExt4, &args)
+            .await?
+            .ok("making the root file system of the image")?;
+        disk::write(&file, DISK_SIZE, &disk::Boot { boot_img: &boot_img, core_img: &core_img, efi: &efi })?;
+        drop(file);
+
+        progress("converting the disk", 88);
+        Sandbox::new(launcher)
+            .writable("disk", open_dir(&disks)?)
+            .exec(
+                Program::QemuImg,
+                &["convert", "-f", "raw", "-O", "qcow2", "/disk/disk.raw", "/disk/disk.qcow2"],
+            )
+            .await?
+            .ok("converting the disk of the image")?;
+        std::fs::rename(disks.join("disk.qcow2"), &built.rootfs)?;
+        progress("cleaning up", 96);
+        let (disks, tree) = (disks.clone(), tree.clone());
+        tokio::task::spawn_blocking(move || {
+            std::fs::remove_dir_all(disks)?;
+            std::fs::remove_dir_all(tree)
+        })
+        .await
+        .map_err(|e| Error::internal("a task ended unexpectedly", e))??;
+        Ok(())
+    }
+
+    /// Runs mmdebstrap in `work`, with `overlay.tar` laid over the packages, then the hooks.
+    #[allow(clippy::too_many_arguments)]
+    async fn bootstrap(
+        &self,
+        lines: &[String],
+        work: &Path,
+        packages: &str,
+        hooks: &[&str],
+        target: &str,
+        launcher: &Launcher,
+        progress: &Progress,
+        (from, to): (u8, u8),
+    ) -> Result<()> {
+        let list = work.join("sources.list");
+        std::fs::write(&list, lines.join("\n") + "\n")?;
+        let include = format!("--include={packages}");
+        // Hooks are shell text by mmdebstrap's design; these are constants. Paths are relative to the work directory.
+        let mut args = vec![
+            "--mode=root",
+            "--variant=minbase",
+            &include,
+            "--aptopt=APT::Install-Recommends \"false\"",
+            "--dpkgopt=path-exclude=/usr/share/man/*",
+            "--dpkgopt=path-exclude=/usr/share/locale/*",
+            "--dpkgopt=path-exclude=/usr/share/info/*",
+            "--dpkgopt=path-exclude=/usr/share/doc/*",
+            "--dpkgopt=path-include=/usr/share/doc/*/copyright",
+            "--customize-hook=tar-in overlay.tar /",
+        ];
+        let hooks: Vec<String> = hooks.iter().map(|h| format!("--customize-hook={h}")).collect();
+        args.extend(hooks.iter().map(String::as_str));
+        args.extend([self.suite, target, "sources.list"]);
+        let report = progress.clone();
+        let steps = [
+            ("running apt-get update", "reading package lists", 3),
+            ("downloading packages with apt", "downloading the base packages", 8),
+            ("extracting archives", "unpacking the base packages", 20),
+            ("installing essential packages", "installing the base packages", 30),
+            ("installing remaining packages", "downloading and installing packages", 45),
+            ("running --customize-hook", "setting the system up", 80),
+            ("cleaning package lists", "cleaning", 92),
+            ("creating tarball", "packing", 94),
+        ];
+        let on_line = move |line: &str| {
+            if let Some((_, text, percent)) = steps.iter().find(|(mark, ..)| line.contains(mark)) {
+                let span = u16::from(to - from);
+                report(text, from + (span * percent / 100) as u8);
+            }
+        };
+        let tmp = work.join("tmp");
+        std::fs::create_dir(&tmp)?;
+        let env = [("TMPDIR", tmp.to_string_lossy()), ("DEBIAN_FRONTEND", "noninteractive".into())];
+        let env: Vec<(&str, &str)> = env.iter().map(|(k, v)| (*k, v.as_ref())).collect();
+        let limits = karst_host::sandbox::Limits { timeout: Duration::from_secs(1800), ..Default::default() };
+        Sandbox::new(launcher)
+            .limits(limits)
+            .on_line(Box::new(on_line))
+            .contained(Program::Mmdebstrap, &args, work, &env)
+            .await?
+            .ok("mmdebstrap")?;
+        Ok(())
+    }
+}
+
+/// A directory as a descriptor.
+pub(crate) fn open_dir(path: &Path) -> Result<OwnedFd> {
+    Ok(File::open(path)?.into())
+}
+
+/// A tar with files of root.
+fn write_tar(to: &Path, files: &[(&str, &[u8], u32)]) -> Result<()> {
+    let mut tar = tar::Builder::new(File::create(to)?);
+    for (path, content, mode) in files {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(content.len() as u64);
+        header.set_mode(*mode);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mtime(0);
+        header.set_entry_type(tar::EntryType::Regular);
+        tar.append_data(&mut header, path, *content)?;
+    }
+    tar.into_inner()?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_recipe_is_found_by_name_and_keyed_by_content_and_date() {
+        let r = Recipe::find("debian/12").unwrap();
+        let e = Recipe::find("debian/21").unwrap_err();
+        assert!(e.message.contains("debian/12") || e.message.contains("debian/13"), "{e}");
+        let a = r.key(InstanceKind::Container, "2026-01-01");
+        assert_eq!(a, r.key(InstanceKind::Container, "2026-01-01"));
+        assert_ne!(a, r.key(InstanceKind::VirtualMachine, "2026-01-01"));
+        assert_ne!(a, r.key(InstanceKind::Container, "2026-01-02"));
+        assert_ne!(a, Recipe::find("debian/13").unwrap().key(InstanceKind::Container, "2026-01-01"));
+    }
+}

@@ -1,0 +1,610 @@
+//! Unpacking a foreign archive: the part that runs inside the worker.
+//!
+//! The archive is a tar stream, plain or compressed by gzip, xz, zstd or bzip2 (told by its first bytes; nothing else is
+//! probed). Each path is taken apart here and each step below the destination is opened with `openat2` beneath it and
+//! without symbolic links, so that neither `..` nor a link made by an earlier entry leads elsewhere. The namespace around
+//! it would stop what this misses; this exists so that the user reads what is wrong with the file.
+
+use crate::metadata;
+use karst_model::{Error, ErrorKind, Result};
+use rustix::{
+    fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Timestamps, XattrFlags},
+    io::Errno,
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    cell::Cell,
+    collections::BTreeMap,
+    fs::File,
+    io::{self, Read, Seek, SeekFrom, Write},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
+    rc::Rc,
+};
+
+/// Bounds of an archive.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Bounds {
+    /// Bytes of all files together.
+    pub bytes: u64,
+    /// Number of entries.
+    pub entries: u64,
+    /// Unpacked bytes for each byte of the archive, checked from 256 MiB on.
+    pub ratio: u64,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self { bytes: 256 << 30, entries: 2_000_000, ratio: 1000 }
+    }
+}
+
+/// What the archive is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Part {
+    /// `metadata.yaml`, `templates/` and `rootfs/` or `rootfs.img`.
+    Unified,
+    /// `metadata.yaml` and `templates/`.
+    Metadata,
+    /// A root file system.
+    Root,
+}
+
+/// The worker's task.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Task {
+    /// What comes on standard input.
+    pub part: Part,
+    /// Bounds.
+    pub bounds: Bounds,
+    /// The file's name in the user's vocabulary (`image`, `metadata`, `rootfs`), named in errors.
+    pub field: String,
+}
+
+/// What the worker found.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Found {
+    /// Parsed `metadata.yaml`.
+    pub metadata: Option<metadata::Metadata>,
+    /// A `rootfs/` tree was stored.
+    pub tree: bool,
+    /// A `rootfs.img` was stored.
+    pub disk: bool,
+    /// Entries stored.
+    pub entries: u64,
+    /// Bytes of files.
+    pub bytes: u64,
+}
+
+/// Unpacks `input` below the directory `out`: the root file system into `tree/`, the disk into `rootfs.img`, templates
+/// into `templates/`.
+///
+/// # Errors
+/// Invalid for anything wrong with the archive, quota when the disk is full.
+pub fn unpack(input: impl Read, out: &Path, task: &Task) -> Result<Found> {
+    let field = task.field.as_str();
+    let consumed = Rc::new(Cell::new(0));
+    let input = Counted { inner: input, consumed: consumed.clone() };
+    let inner = decompress(input, field)?;
+    let mut stream = Tail { inner, last: [1; 512], total: 0, consumed, ratio: task.bounds.ratio };
+    let root = rustix::fs::open(out, OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(io::Error::from)?;
+    let mut w = Unpacker {
+        root: &root,
+        field,
+        bounds: task.bounds,
+        found: Found::default(),
+        dirs: vec![],
+        parent: None,
+    };
+    {
+        let mut archive = tar::Archive::new(&mut stream);
+        archive.set_ignore_zeros(false);
+        let entries = archive.entries().map_err(|e| w.broken(e))?;
+        for entry in entries {
+            let entry = entry.map_err(|e| w.broken(e))?;
+            w.entry(entry, task.part)?;
+        }
+    }
+    if stream.last.iter().any(|b| *b != 0) {
+        return Err(w.invalid("the archive is cut off: it has no end mark"));
+    }
+    // What follows the end mark is padding; reading it lets the decompressor verify its checksum.
+    let mut rest = vec![0; 64 << 10];
+    let mut drained = 0u64;
+    loop {
+        match stream.read(&mut rest) {
+            Ok(0) => break,
+            Ok(n) if drained < 64 << 20 => drained += n as u64,
+            Ok(_) => return Err(w.invalid("much data follows the end of the archive")),
+            Err(e) => return Err(w.broken(e)),
+        }
+    }
+    w.finish()?;
+    let found = w.found;
+    match task.part {
+        Part::Unified | Part::Metadata if found.metadata.is_none() => {
+            Err(Error::invalid(field, "the archive has no metadata.yaml; this is not an Incus image"))
+        }
+        Part::Unified if !found.tree && !found.disk => {
+            Err(Error::invalid(field, "the archive has neither rootfs/ nor rootfs.img"))
+        }
+        Part::Unified if found.tree && found.disk => {
+            Err(Error::invalid(field, "the archive has both rootfs/ and rootfs.img"))
+        }
+        Part::Root if !found.tree => Err(Error::invalid(field, "the archive is empty")),
+        _ => Ok(found),
+    }
+}
+
+/// Counts what comes through and remembers the last 512 bytes.
+struct Tail<R> {
+    inner: R,
+    last: [u8; 512],
+    total: u64,
+    consumed: Rc<Cell<u64>>,
+    ratio: u64,
+}
+
+/// Counts the bytes of the archive itself.
+struct Counted<R> {
+    inner: R,
+    consumed: Rc<Cell<u64>>,
+}
+
+impl<R: Read> Read for Counted<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.inner.read(buffer)?;
+        self.consumed.set(self.consumed.get() + n as u64);
+        Ok(n)
+    }
+}
+
+impl<R: Read> Read for Tail<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.inner.read(buffer)?;
+        self.total += n as u64;
+        if self.total > 256 << 20 && self.total / self.ratio > self.consumed.get() {
+            return Err(io::Error::other("the data unpacks to implausibly much"));
+        }
+        if n >= 512 {
+            self.last.copy_from_slice(&buffer[n - 512..n]);
+        } else if n > 0 {
+            self.last.copy_within(n.., 0);
+            self.last[512 - n..].copy_from_slice(&buffer[..n]);
+        }
+        Ok(n)
+    }
+}
+
+fn decompress<'a>(mut input: impl Read + 'a, field: &str) -> Result<Box<dyn Read + 'a>> {
+    let mut magic = Vec::new();
+    input.by_ref().take(6).read_to_end(&mut magic)?;
+    let whole = io::BufReader::with_capacity(256 << 10, io::Cursor::new(magic.clone()).chain(input));
+    let unreadable = |e: io::Error| Error::invalid(field, "the compressed data is corrupt").with_context(e);
+    Ok(match magic.as_slice() {
+        [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(whole)),
+        [0xfd, b'7', b'z', b'X', b'Z', 0] => {
+            let flags = xz2::stream::CONCATENATED;
+            let stream = xz2::stream::Stream::new_stream_decoder(1 << 30, flags)
+                .map_err(|e| unreadable(io::Error::other(e)))?;
+            Box::new(xz2::bufread::XzDecoder::new_stream(whole, stream))
+        }
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => {
+            let mut d = zstd::stream::read::Decoder::with_buffer(whole).map_err(unreadable)?;
+            d.window_log_max(29).map_err(unreadable)?;
+            Box::new(d)
+        }
+        [b'B', b'Z', b'h', ..] => Box::new(bzip2::bufread::MultiBzDecoder::new(whole)),
+        [b'h', b's', b'q', b's', ..] => {
+            return Err(Error::invalid(
+                field,
+                "this is a squashfs image; it can only be the rootfs part of a split image",
+            ));
+        }
+        _ => Box::new(whole),
+    })
+}
+
+struct Unpacker<'a> {
+    root: &'a OwnedFd,
+    field: &'a str,
+    bounds: Bounds,
+    found: Found,
+    /// Directories and their times, set when nothing is stored in them any more.
+    dirs: Vec<(Vec<u8>, i64)>,
+    parent: Option<(Vec<u8>, OwnedFd)>,
+}
+
+impl Unpacker<'_> {
+    fn invalid(&self, what: impl Into<String>) -> Error {
+        Error::invalid(self.field, what)
+    }
+
+    /// Reading failed: the archive's fault unless the system says otherwise.
+    fn broken(&self, e: io::Error) -> Error {
+        match e.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => e.into(),
+            _ => self.invalid("the archive is corrupt or cut off").with_context(e),
+        }
+    }
+
+    fn store<T>(&self, r: rustix::io::Result<T>, path: &[u8]) -> Result<T> {
+        r.map_err(|e| match e {
+            Errno::NOSPC | Errno::DQUOT | Errno::FBIG => io::Error::from(e).into(),
+            Errno::LOOP | Errno::XDEV | Errno::NOTDIR => {
+                self.invalid(format!("{:?} leads through a symbolic link or a file", show(path)))
+            }
+            Errno::NAMETOOLONG => self.invalid(format!("{:?} is too long a name", show(path))),
+            _ => Error::internal("a file of the image could not be stored", format!("{}: {e}", show(path))),
+        })
+    }
+
+    fn entry<R: Read>(&mut self, mut entry: tar::Entry<'_, R>, part: Part) -> Result<()> {
+        self.found.entries += 1;
+        if self.found.entries > self.bounds.entries {
+            return Err(self.invalid(format!("the archive has more than {} entries", self.bounds.entries)));
+        }
+        let path = self.clean(&entry.path_bytes())?;
+        let Some(inside) = place(part, &path) else {
+            if path == b"metadata.yaml" && part != Part::Root {
+                let mut text = Vec::new();
+                entry.by_ref().take((1 << 20) + 1).read_to_end(&mut text).map_err(|e| self.broken(e))?;
+                if text.len() > 1 << 20 {
+                    return Err(self.invalid("metadata.yaml is larger than 1 MiB"));
+                }
+                self.found.metadata = Some(metadata::Metadata::parse(self.field, &text)?);
+            }
+            return Ok(()); // other entries of the archive's top mean nothing here
+        };
+        if inside == b"rootfs.img" {
+            if entry.header().entry_type().is_file() {
+                self.found.disk = true;
+            } else {
+                return Err(self.invalid("rootfs.img is not a file"));
+            }
+        } else if inside.starts_with(b"tree") {
+            self.found.tree = true;
+        }
+        self.node(entry, &inside, part)
+    }
+
+    /// The path as components below the archive's top.
+    fn clean(&self, raw: &[u8]) -> Result<Vec<u8>> {
+        if raw.first() == Some(&b'/') {
+            return Err(self.invalid(format!("{:?} is an absolute path", show(raw))));
+        }
+        let mut parts = Vec::new();
+        for part in raw.split(|b| *b == b'/') {
+            match part {
+                b"" | b"." => {}
+                b".." => return Err(self.invalid(format!("{:?} leads out of the image", show(raw)))),
+                _ if part.contains(&0) => return Err(self.invalid("a path has a NUL character")),
+                _ => parts.push(part),
+            }
+        }
+        if parts.len() > 200 || raw.len() > 4096 {
+            return Err(self.invalid(format!("{:?}… is too deep a path", show(&raw[..raw.len().min(80)]))));
+        }
+        Ok(parts.join(&b'/'))
+    }
+
+    fn open_beneath(&self, path: &[u8], flags: OFlags) -> rustix::io::Result<OwnedFd> {
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        let path = if path.is_empty() { b".".as_slice() } else { path };
+        rustix::fs::openat2(self.root, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve)
+    }
+
+    /// The directory that holds `path`, made when missing, and the last component.
+    fn parent<'p>(&mut self, path: &'p [u8]) -> Result<(BorrowedFd<'_>, &'p [u8])> {
+        let (parent, name) = match path.iter().rposition(|b| *b == b'/') {
+            Some(i) => (&path[..i], &path[i + 1..]),
+            None => (b"".as_slice(), path),
+        };
+        if self.parent.as_ref().is_none_or(|(p, _)| p != parent) {
+            let flags = OFlags::PATH | OFlags::DIRECTORY;
+            let fd = match self.open_beneath(parent, flags) {
+                Err(Errno::NOENT) => {
+                    let (above, last) = self.parent(parent)?;
+                    let made = rustix::fs::mkdirat(above, last, Mode::from(0o755));
+                    self.store(made, path)?;
+                    self.open_beneath(parent, flags)
+                }
+                r => r,
+            };
+            let fd = self.store(fd, path)?;
+            self.parent = Some((parent.to_vec(), fd));
+        }
+        let (_, fd) = self.parent.as_ref().expect("set above");
+        Ok((fd.as_fd(), name))
+    }
+
+    fn node<R: Read>(&mut self, mut entry: tar::Entry<'_, R>, path: &[u8], part: Part) -> Result<()> {
+        let attributes = self.attributes(&mut entry)?;
+        let kind = entry.header().entry_type();
+        let (size, mode) = (entry.size(), entry.header().mode().map_err(|e| self.broken(e))? & 0o7777);
+        let link = entry.link_name_bytes().map(|l| l.into_owned());
+        let (parent, name) = {
+            // Borrowing self for the cached descriptor would lock it; a duplicate is cheap beside creating a file.
+            let (parent, name) = self.parent(path)?;
+            (rustix::io::fcntl_dupfd_cloexec(parent, 0).map_err(io::Error::from)?, name)
+        };
+        let clear = |this: &Self| match rustix::fs::unlinkat(&parent, name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(Errno::ISDIR) => Err(this.invalid(format!("{:?} replaces a directory", show(path)))),
+            Err(e) => this.store(Err(e), path),
+        };
+        match kind {
+            tar::EntryType::Directory => {
+                match rustix::fs::mkdirat(&parent, name, Mode::from(0o700)) {
+                    Err(Errno::EXIST) => {}
+                    r => self.store(r, path)?,
+                }
+                let opened = self.open_beneath(path, OFlags::RDONLY | OFlags::DIRECTORY);
+                let fd = self.store(opened, path)?;
+                self.own(&fd, &attributes, mode, path)?;
+                self.dirs.push((path.to_vec(), attributes.mtime));
+            }
+            tar::EntryType::Regular | tar::EntryType::Continuous | tar::EntryType::GNUSparse => {
+                clear(self)?;
+                let room = self.bounds.bytes.saturating_sub(self.found.bytes);
+                if size > room {
+                    return Err(self.invalid(format!(
+                        "the files of the archive are larger than {} bytes together",
+                        self.bounds.bytes
+                    )));
+                }
+                let flags =
+                    OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::WRONLY | OFlags::CLOEXEC;
+                let fd = self.store(rustix::fs::openat(&parent, name, flags, Mode::from(0o600)), path)?;
+                let mut file = File::from(fd);
+                let written = self.content(&mut entry, &mut file)?;
+                if written != size {
+                    return Err(self.invalid("the archive is cut off inside a file"));
+                }
+                self.found.bytes += size;
+                self.own(&file, &attributes, mode, path)?;
+                let times = times(attributes.mtime);
+                self.store(rustix::fs::futimens(&file, &times), path)?;
+            }
+            tar::EntryType::Link => {
+                let target = self.clean(link.as_deref().unwrap_or_default())?;
+                let target = place(part, &target).filter(|t| t.starts_with(b"tree/")).ok_or_else(|| {
+                    self.invalid(format!("{:?} is a hard link out of the image", show(path)))
+                })?;
+                clear(self)?;
+                let at = target.iter().rposition(|b| *b == b'/').unwrap_or(0);
+                let opened = self.open_beneath(&target[..at], OFlags::PATH | OFlags::DIRECTORY);
+                let holder = match opened {
+                    Err(Errno::NOENT) => return Err(self.dangling(path)),
+                    r => self.store(r, path)?,
+                };
+                match rustix::fs::linkat(&holder, &target[at + 1..], &parent, name, AtFlags::empty()) {
+                    Err(Errno::NOENT | Errno::PERM) => return Err(self.dangling(path)),
+                    r => self.store(r, path)?,
+                }
+            }
+            tar::EntryType::Symlink => {
+                clear(self)?;
+                let target = link.unwrap_or_default();
+                if target.is_empty() || target.len() > 4095 || target.contains(&0) {
+                    return Err(
+                        self.invalid(format!("{:?} is a symbolic link without a usable target", show(path)))
+                    );
+                }
+                self.store(rustix::fs::symlinkat(target.as_slice(), &parent, name), path)?;
+                let (uid, gid) = attributes.owner();
+                let owned = rustix::fs::chownat(&parent, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW);
+                self.store(owned, path)?;
+                let times = times(attributes.mtime);
+                let timed = rustix::fs::utimensat(&parent, name, &times, AtFlags::SYMLINK_NOFOLLOW);
+                self.store(timed, path)?;
+            }
+            tar::EntryType::Fifo => {
+                clear(self)?;
+                let made = rustix::fs::mknodat(&parent, name, FileType::Fifo, Mode::from(mode), 0);
+                self.store(made, path)?;
+                let (uid, gid) = attributes.owner();
+                let owned = rustix::fs::chownat(&parent, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW);
+                self.store(owned, path)?;
+            }
+            // Root file systems carry a few nodes in /dev, which a container never sees: it gets its own. They are
+            // left out, as Incus does; anywhere else a device node is an attack or a mistake.
+            tar::EntryType::Char | tar::EntryType::Block if path.starts_with(b"tree/dev/") => {}
+            tar::EntryType::Char | tar::EntryType::Block => {
+                return Err(
+                    self.invalid(format!("{:?} is a device node; an image may not bring any", show(path)))
+                );
+            }
+            _ => {
+                return Err(self.invalid(format!("{:?} is of a kind that images do not have", show(path))));
+            }
+        }
+        Ok(())
+    }
+
+    fn dangling(&self, path: &[u8]) -> Error {
+        self.invalid(format!("{:?} is a hard link to a file that the archive does not have", show(path)))
+    }
+
+    fn content<R: Read>(&mut self, entry: &mut tar::Entry<'_, R>, file: &mut File) -> Result<u64> {
+        let mut buffer = vec![0u8; 128 << 10];
+        let (mut at, mut hole) = (0u64, 0u64);
+        loop {
+            let mut filled = 0;
+            while filled < buffer.len() {
+                match entry.read(&mut buffer[filled..]) {
+                    Ok(0) => break,
+                    Ok(n) => filled += n,
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                    Err(e) => return Err(self.broken(e)),
+                }
+            }
+            if filled == 0 {
+                break;
+            }
+            for chunk in buffer[..filled].chunks(4096) {
+                if chunk.len() == 4096 && chunk.iter().all(|b| *b == 0) {
+                    hole += 4096;
+                    continue;
+                }
+                if hole > 0 {
+                    file.seek(SeekFrom::Current(hole as i64))?;
+                    hole = 0;
+                }
+                file.write_all(chunk)?;
+            }
+            at += filled as u64;
+        }
+        if hole > 0 {
+            file.set_len(at)?;
+        }
+        Ok(at)
+    }
+
+    fn attributes<R: Read>(&self, entry: &mut tar::Entry<'_, R>) -> Result<Attributes> {
+        let header = entry.header();
+        let mut a = Attributes {
+            uid: header.uid().map_err(|e| self.broken(e))?,
+            gid: header.gid().map_err(|e| self.broken(e))?,
+            mtime: header.mtime().map_err(|e| self.broken(e))? as i64,
+            xattrs: BTreeMap::new(),
+        };
+        if let Some(pax) = entry.pax_extensions().map_err(|e| self.broken(e))? {
+            for record in pax {
+                let record = record.map_err(|e| self.broken(e))?;
+                let (key, value) = (record.key_bytes(), record.value_bytes());
+                let number =
+                    || std::str::from_utf8(value).ok().and_then(|v| v.split('.').next()?.parse::<i64>().ok());
+                match key {
+                    b"uid" => a.uid = number().unwrap_or(-1) as u64,
+                    b"gid" => a.gid = number().unwrap_or(-1) as u64,
+                    b"mtime" => a.mtime = number().unwrap_or(a.mtime),
+                    _ if key.starts_with(b"GNU.sparse.") => {
+                        return Err(self.invalid(
+                            "the archive uses GNU's PAX form of sparse files; pack it without --sparse",
+                        ));
+                    }
+                    _ => {
+                        if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
+                            let kept = name == b"security.capability"
+                                || name.starts_with(b"user.")
+                                || name.starts_with(b"system.posix_acl_");
+                            if kept && value.len() <= 64 << 10 && a.xattrs.len() < 64 {
+                                a.xattrs.insert(name.to_vec(), value.to_vec());
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        if a.uid >= u64::from(karst_host::sandbox::ID_COUNT)
+            || a.gid >= u64::from(karst_host::sandbox::ID_COUNT)
+        {
+            return Err(
+                self.invalid("a file's owner is not in 0..65535; pack the root file system with its own ids")
+            );
+        }
+        Ok(a)
+    }
+
+    /// Owner first: changing it clears setuid bits and file capabilities.
+    fn own(&self, fd: impl AsFd, a: &Attributes, mode: u32, path: &[u8]) -> Result<()> {
+        let (uid, gid) = a.owner();
+        self.store(rustix::fs::fchown(&fd, uid, gid), path)?;
+        self.store(rustix::fs::fchmod(&fd, Mode::from(mode)), path)?;
+        for (name, value) in &a.xattrs {
+            match rustix::fs::fsetxattr(&fd, name.as_slice(), value, XattrFlags::empty()) {
+                Err(Errno::OPNOTSUPP) => {}
+                Err(Errno::INVAL | Errno::PERM) => {
+                    return Err(self.invalid(format!("{:?} has an invalid extended attribute", show(path))));
+                }
+                r => self.store(r, path)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        for (path, mtime) in std::mem::take(&mut self.dirs).iter().rev() {
+            let opened = self.open_beneath(path, OFlags::RDONLY | OFlags::DIRECTORY);
+            let fd = self.store(opened, path)?;
+            self.store(rustix::fs::futimens(&fd, &times(*mtime)), path)?;
+        }
+        Ok(())
+    }
+}
+
+struct Attributes {
+    uid: u64,
+    gid: u64,
+    mtime: i64,
+    xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+}
+
+impl Attributes {
+    fn owner(&self) -> (Option<rustix::fs::Uid>, Option<rustix::fs::Gid>) {
+        (Some(rustix::fs::Uid::from_raw(self.uid as u32)), Some(rustix::fs::Gid::from_raw(self.gid as u32)))
+    }
+}
+
+/// Where an entry goes below the destination; `None` when nowhere.
+fn place(part: Part, path: &[u8]) -> Option<Vec<u8>> {
+    let below = |prefix: &[u8], to: &[u8]| match path.strip_prefix(prefix)? {
+        [] => Some(to.to_vec()),
+        [b'/', rest @ ..] => Some([to, b"/", rest].concat()),
+        _ => None,
+    };
+    match part {
+        Part::Root if path.is_empty() => Some(b"tree".to_vec()),
+        Part::Root => Some([b"tree/".as_slice(), path].concat()),
+        Part::Metadata => below(b"templates", b"templates"),
+        Part::Unified if path == b"rootfs.img" => Some(path.to_vec()),
+        Part::Unified => below(b"rootfs", b"tree").or_else(|| below(b"templates", b"templates")),
+    }
+}
+
+fn times(mtime: i64) -> Timestamps {
+    let t = rustix::fs::Timespec { tv_sec: mtime, tv_nsec: 0 };
+    Timestamps { last_access: t, last_modification: t }
+}
+
+fn show(path: &[u8]) -> String {
+    String::from_utf8_lossy(path.strip_prefix(b"tree/").unwrap_or(path)).into_owned()
+}
+
+/// What the worker writes on its standard output.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Answer {
+    /// Done.
+    Done(Found),
+    /// Not done.
+    Failed {
+        /// Class.
+        kind: ErrorKind,
+        /// Public text.
+        message: String,
+        /// Field.
+        field: Option<String>,
+        /// Private context.
+        context: Option<String>,
+    },
+}
+
+impl From<Result<Found>> for Answer {
+    fn from(r: Result<Found>) -> Self {
+        match r {
+            Ok(f) => Self::Done(f),
+            Err(Error { kind, message, field, context }) => Self::Failed { kind, message, field, context },
+        }
+    }
+}
+
+impl From<Answer> for Result<Found> {
+    fn from(a: Answer) -> Self {
+        match a {
+            Answer::Done(f) => Ok(f),
+            Answer::Failed { kind, message, field, context } => Err(Error { kind, message, field, context }),
+        }
+    }
+}

@@ -1,0 +1,30 @@
+//! Entry point of the worker process.
+
+use crate::unpack::{Answer, Task, unpack};
+use std::{io::Write, path::Path};
+
+/// Becomes a worker; never returns. Call it first thing in `main`, before any thread exists, from the hidden subcommand
+/// that the [`karst_host::sandbox::Launcher`] names, with the argument that follows it.
+pub fn main(plan: &str) -> ! {
+    karst_host::sandbox::main(plan, call)
+}
+
+fn call(name: &str, argument: serde_json::Value) -> i32 {
+    match name {
+        "unpack" => {
+            let answer = match serde_json::from_value::<Task>(argument) {
+                Ok(task) => Answer::from(unpack(std::io::stdin().lock(), Path::new("/out"), &task)),
+                Err(e) => Answer::from(Err(e.into())),
+            };
+            let mut out = std::io::stdout().lock();
+            match serde_json::to_writer(&mut out, &answer)
+                .map_err(std::io::Error::from)
+                .and_then(|()| out.flush())
+            {
+                Ok(()) => 0,
+                Err(_) => 1,
+            }
+        }
+        _ => 64,
+    }
+}

@@ -1,0 +1,129 @@
+//! The trait of pools.
+
+use async_trait::async_trait;
+use karst_model::{
+    ByteSize, Result, VolumeId,
+    storage::{PoolKind, Usage, VolumeContent},
+};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// A pool on this host. Implementations pass [`crate::contract`].
+///
+/// Every mutation is idempotent and crash-safe: a volume is there completely or not at all; `create` of one that is there
+/// answers it, `delete` of an unknown one is fine. Nothing here knows names: a volume's place derives from its UUID.
+#[async_trait]
+pub trait PoolDriver: Send + Sync {
+    /// Kind.
+    fn kind(&self) -> PoolKind;
+
+    /// Makes a volume. On failure nothing is left.
+    async fn create(&self, volume: VolumeId, new: &NewVolume) -> Result<VolumeInfo>;
+
+    /// Removes a volume: its name at once, its space in the background, also across a restart.
+    async fn delete(&self, volume: VolumeId) -> Result<()>;
+
+    /// What is known of a volume; not found when there is none.
+    async fn inspect(&self, volume: VolumeId) -> Result<VolumeInfo>;
+
+    /// Where a volume is, made accessible to `user` (the host id that a guest's QEMU runs as; `None`: root alone).
+    async fn locate(&self, volume: VolumeId, user: Option<u32>) -> Result<Located>;
+
+    /// Space that a volume takes now. Of a tree this reads every directory: not for a hot path.
+    async fn usage(&self, volume: VolumeId) -> Result<Usage>;
+
+    /// Changes the size limit. A disk only grows, and only while nothing has it open; a tree's limit needs
+    /// [`PoolDriver::supports_quota`].
+    async fn resize(&self, volume: VolumeId, size: ByteSize) -> Result<VolumeInfo>;
+
+    /// All volumes, by id.
+    async fn list(&self) -> Result<Vec<VolumeInfo>>;
+
+    /// Space of the pool.
+    async fn space(&self) -> Result<Usage>;
+
+    /// Are size limits of trees enforced? Disks always have their size.
+    fn supports_quota(&self) -> bool;
+
+    /// Waits until the space of all deleted volumes is free (shutdown, tests, purge).
+    async fn settle(&self);
+
+    /// Snapshots of volumes, where the pool has them.
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        None
+    }
+}
+
+/// Snapshots of volumes.
+#[async_trait]
+pub trait Snapshots: Send + Sync {
+    /// Freezes the volume's content now under `snapshot`.
+    async fn create(&self, volume: VolumeId, snapshot: karst_model::SnapshotId) -> Result<()>;
+    /// Removes a snapshot.
+    async fn delete(&self, volume: VolumeId, snapshot: karst_model::SnapshotId) -> Result<()>;
+    /// Makes the volume what it was at the snapshot.
+    async fn restore(&self, volume: VolumeId, snapshot: karst_model::SnapshotId) -> Result<()>;
+}
+
+/// A volume to make.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewVolume {
+    /// What it holds.
+    pub content: VolumeContent,
+    /// Its size; `None` is the source's for a disk (which an empty one must have) and no limit for a tree.
+    pub size: Option<ByteSize>,
+    /// What it begins as.
+    pub source: Source,
+}
+
+/// What a new volume begins as: things of this host, found by the agent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// Nothing in it.
+    Empty,
+    /// A copy of a tree that does not change meanwhile.
+    Tree(PathBuf),
+    /// A clone of a qcow2 disk that never changes again (an image's).
+    Disk {
+        /// Where.
+        path: PathBuf,
+        /// Its virtual size in bytes.
+        size: u64,
+    },
+}
+
+/// Form of a volume on disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Format {
+    /// A tree with unshifted owners (guest id 0 is id 0 on disk).
+    Directory,
+    /// qcow2 file.
+    Qcow2,
+    /// Raw file or block device.
+    Raw,
+}
+
+/// A volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeInfo {
+    /// Which.
+    pub id: VolumeId,
+    /// What it holds.
+    pub content: VolumeContent,
+    /// Form.
+    pub format: Format,
+    /// Virtual size of a disk, limit of a tree; `None` without one.
+    pub size: Option<ByteSize>,
+}
+
+/// Where a volume is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Located {
+    /// Directory, file or block device.
+    pub path: PathBuf,
+    /// Form of what is there.
+    pub format: Format,
+    /// The read-only qcow2 file below a clone, for a QEMU that gets its block nodes spelled out.
+    pub backing: Option<PathBuf>,
+}

@@ -1,0 +1,164 @@
+//! The pool kind `dir` on real file systems.
+#![allow(clippy::disallowed_methods)] // drivers and their tests are the real world
+
+use karst_model::{ErrorKind, VolumeId, storage::VolumeContent};
+use karst_storage::{DirPool, NewVolume, PoolDriver, Source, contract};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+fn skipped() -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        println!("skipped: needs root");
+    }
+    !root
+}
+
+fn entries(dir: impl AsRef<Path>) -> usize {
+    std::fs::read_dir(dir).unwrap().count()
+}
+
+fn id() -> VolumeId {
+    VolumeId(uuid::Uuid::new_v4())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dir_pool_keeps_the_contract() {
+    if skipped() {
+        return;
+    }
+    let d = tempfile::tempdir().unwrap();
+    let pool = DirPool::open(d.path().join("pool")).await.unwrap();
+    let scratch = d.path().join("scratch");
+    std::fs::create_dir(&scratch).unwrap();
+    contract::check(&pool, &scratch).await;
+    for below in ["volumes", "tmp", "trash"] {
+        assert_eq!(entries(d.path().join("pool").join(below)), 0, "{below}");
+    }
+}
+
+/// A file system in a loop file or memory, unmounted when dropped.
+struct Mounted(PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dir_pool_on_btrfs_shares_blocks() {
+    if skipped() {
+        return;
+    }
+    let d = tempfile::tempdir().unwrap();
+    let (image, at) = (d.path().join("btrfs"), d.path().join("mnt"));
+    std::fs::File::create(&image).unwrap().set_len(1 << 30).unwrap();
+    std::fs::create_dir(&at).unwrap();
+    let made = Command::new("mkfs.btrfs").arg("-q").arg(&image).status().is_ok_and(|s| s.success());
+    if !made || !Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&at).status().unwrap().success() {
+        println!("skipped: btrfs cannot be made and mounted here (package btrfs-progs)");
+        return;
+    }
+    let _mounted = Mounted(at.clone());
+    let pool = DirPool::open(at.join("pool")).await.unwrap();
+    let scratch = at.join("scratch");
+    std::fs::create_dir(&scratch).unwrap();
+    contract::check(&pool, &scratch).await;
+    let (from, to) = (at.join("from"), at.join("to"));
+    std::fs::create_dir(&from).unwrap();
+    std::fs::create_dir(&to).unwrap();
+    contract::sample_tree(&from);
+    let fd = |p| karst_host::fs::open_dir(p).unwrap();
+    assert!(karst_host::fs::copy_tree(&fd(&from), &fd(&to)).unwrap().shared);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_is_told_and_leaves_nothing() {
+    if skipped() {
+        return;
+    }
+    let d = tempfile::tempdir().unwrap();
+    let at = d.path().join("small");
+    std::fs::create_dir(&at).unwrap();
+    let mount = Command::new("mount").args(["-t", "tmpfs", "-o", "size=1m", "karst-test"]).arg(&at).status();
+    if !mount.is_ok_and(|s| s.success()) {
+        println!("skipped: tmpfs cannot be mounted here");
+        return;
+    }
+    let _mounted = Mounted(at.clone());
+    let source = d.path().join("source");
+    std::fs::create_dir(&source).unwrap();
+    std::fs::write(source.join("big"), vec![1; 4 << 20]).unwrap();
+    let pool = DirPool::open(at.join("pool")).await.unwrap();
+    let new =
+        NewVolume { content: VolumeContent::Filesystem, size: None, source: Source::Tree(source.clone()) };
+    let v = id();
+    let e = pool.create(v, &new).await.unwrap_err();
+    assert!(e.is(ErrorKind::Quota), "{e:?}");
+    pool.settle().await;
+    for below in ["volumes", "tmp", "trash"] {
+        assert_eq!(entries(at.join("pool").join(below)), 0, "{below}");
+    }
+    // The base of a disk on another file system is a copy: it does not fit either.
+    let disk = source.join("big");
+    let new = NewVolume {
+        content: VolumeContent::Block,
+        size: None,
+        source: Source::Disk { path: disk, size: 4 << 20 },
+    };
+    assert!(pool.create(v, &new).await.unwrap_err().is(ErrorKind::Quota));
+    pool.settle().await;
+    assert_eq!(entries(at.join("pool/trash")) + entries(at.join("pool/tmp")), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_killed_process_left_is_cleared_at_the_next_start() {
+    if skipped() {
+        return;
+    }
+    let d = tempfile::tempdir().unwrap();
+    let pool = DirPool::open(d.path()).await.unwrap();
+    let v = id();
+    let new = NewVolume { content: VolumeContent::Filesystem, size: None, source: Source::Empty };
+    pool.create(v, &new).await.unwrap();
+    drop(pool);
+    for left in ["tmp/half/rootfs/etc", "trash/deleted/rootfs/usr"] {
+        std::fs::create_dir_all(d.path().join(left)).unwrap();
+    }
+    let pool = DirPool::open(d.path()).await.unwrap();
+    assert_eq!(pool.list().await.unwrap().len(), 1, "complete volumes stay");
+    pool.settle().await;
+    assert_eq!(entries(d.path().join("tmp")) + entries(d.path().join("trash")), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_create_leaves_nothing() {
+    if skipped() {
+        return;
+    }
+    let d = tempfile::tempdir().unwrap();
+    let source = d.path().join("source");
+    std::fs::create_dir(&source).unwrap();
+    for i in 0..2000 {
+        std::fs::write(source.join(i.to_string()), "x").unwrap();
+    }
+    let pool = DirPool::open(d.path().join("pool")).await.unwrap();
+    let new = NewVolume { content: VolumeContent::Filesystem, size: None, source: Source::Tree(source) };
+    let v = id();
+    let cut = tokio::time::timeout(std::time::Duration::from_millis(5), pool.create(v, &new)).await;
+    assert!(cut.is_err(), "copying 2,000 files takes longer than 5 ms");
+    assert!(pool.inspect(v).await.unwrap_err().is(ErrorKind::NotFound));
+    // The copying thread notices by and by; each sweep takes what is there.
+    let trash = d.path().join("pool/trash");
+    for _ in 0..1000 {
+        pool.settle().await;
+        if entries(&trash) == 0 {
+            break;
+        }
+    }
+    assert_eq!(entries(&trash) + entries(d.path().join("pool/tmp")), 0);
+    pool.create(v, &new).await.unwrap();
+}

@@ -1,0 +1,633 @@
+//! The driver.
+
+use crate::{
+    argv::cpu_count,
+    exec, files,
+    launch::{self, Groups, explain, limits, prepare},
+    machine::{Ask, Machine, Tell, exit_reason, own, run_state},
+    probe,
+    qmp::Qmp,
+    record::Record,
+};
+use async_trait::async_trait;
+use karst_guest::{
+    Applied, Exec, ExecRequest, FileWrite, GuestDriver, GuestFiles, Interface, Metrics, Observed, OpenedFile,
+    ResolvedGuest, StopMode,
+    keeper::{self, End, Keeper, Requested, State, Status},
+};
+use karst_host::cgroup::Cgroups;
+use karst_model::{
+    Error, ErrorKind, InstanceId, Result,
+    instance::{InstanceKind, RuntimeState},
+    node::AcceleratorKind,
+};
+use serde_json::{Value, json};
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+use tokio::{sync::mpsc, time::timeout};
+
+/// How long QEMU may take from its execution to its greeting.
+const GREETING: Duration = Duration::from_secs(20);
+/// How long a killed QEMU may take to be gone.
+const FORCE: Duration = Duration::from_secs(20);
+/// How long figures wait for a guest's agent.
+const FIGURES: Duration = Duration::from_secs(1);
+
+/// What the driver is made with.
+#[derive(Debug, Clone)]
+pub struct QemuOptions {
+    /// Short id of the daemon's instance.
+    pub daemon_id: String,
+    /// The directory whose entries are the guests' state directories, named by instance id. Every directory above it
+    /// may stay closed to others: QEMU opens nothing in it.
+    pub guests_dir: PathBuf,
+}
+
+/// Runs virtual machines.
+#[derive(Clone)]
+pub struct QemuDriver {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    options: QemuOptions,
+    cgroups: Arc<Cgroups>,
+    guests: Mutex<HashMap<InstanceId, Arc<Slot>>>,
+    events: Arc<Mutex<Option<mpsc::Sender<Observed>>>>,
+}
+
+#[derive(Default)]
+struct Slot {
+    /// One start, adoption or destroy at a time.
+    changing: tokio::sync::Mutex<()>,
+    machine: Mutex<Option<Arc<Machine>>>,
+}
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+fn not_running() -> Error {
+    Error::not_found("the guest is not running")
+}
+
+impl QemuDriver {
+    /// Makes one; touches nothing until it is asked to.
+    ///
+    /// # Errors
+    /// Unsupported when this host has no control groups.
+    pub fn new(options: QemuOptions) -> Result<Self> {
+        Ok(Self {
+            shared: Arc::new(Shared {
+                options,
+                cgroups: Arc::new(Cgroups::detect()?),
+                guests: Mutex::default(),
+                events: Arc::default(),
+            }),
+        })
+    }
+}
+
+impl Shared {
+    fn dir(&self, instance: InstanceId) -> PathBuf {
+        self.options.guests_dir.join(instance.to_string())
+    }
+
+    fn slot(&self, instance: InstanceId) -> Arc<Slot> {
+        lock(&self.guests).entry(instance).or_default().clone()
+    }
+
+    /// The machine that is held and has not ended.
+    fn held(&self, instance: InstanceId) -> Option<Arc<Machine>> {
+        let slot = lock(&self.guests).get(&instance).cloned()?;
+        let machine = lock(&slot.machine).clone()?;
+        (machine.now().state != RuntimeState::Stopped).then_some(machine)
+    }
+
+    /// The machine, adopted when its keeper lives and nobody holds it yet.
+    async fn machine(&self, instance: InstanceId) -> Result<Arc<Machine>> {
+        if let Some(m) = self.held(instance) {
+            return Ok(m);
+        }
+        let dir = self.dir(instance);
+        if !keeper::is_alive(&dir) {
+            return Err(not_running());
+        }
+        let slot = self.slot(instance);
+        let _changing = slot.changing.lock().await;
+        self.adopt_one(&slot, &dir).await?.ok_or_else(not_running)
+    }
+
+    fn tell(&self) -> Tell {
+        let events = self.events.clone();
+        Arc::new(move |observed| {
+            if let Some(sender) = lock(&events).as_ref()
+                && sender.try_send(observed).is_err()
+            {
+                tracing::warn!("an event of a guest was dropped: nobody receives them");
+            }
+        })
+    }
+
+    fn observed(record: &Record, state: RuntimeState, status: Option<&Status>) -> Observed {
+        Observed {
+            instance: record.instance,
+            generation: record.generation,
+            state,
+            pid: status.and_then(|s| s.pid),
+            domain_id: Some(record.domain_id),
+            started_at: status.map(|s| s.started_at),
+            exit: None,
+            applied_spec_version: record.spec_version,
+            accelerator: Some(record.accelerator.as_str().to_owned()),
+        }
+    }
+
+    /// The caller holds `changing`.
+    async fn adopt_one(&self, slot: &Slot, dir: &Path) -> Result<Option<Arc<Machine>>> {
+        let Some(record) = Record::read(dir)? else {
+            return Ok(None);
+        };
+        if let Some(m) = self.held(record.instance) {
+            return Ok(Some(m));
+        }
+        let (keeper, status) = match keeper::connect(dir).await {
+            Err(e) if e.is(ErrorKind::NotFound) => return Ok(None),
+            other => other?,
+        };
+        // A QEMU that does not answer for the moment still runs; its owner goes on asking.
+        let state = match Self::run_state(dir, Duration::from_secs(2)).await {
+            Ok(s) => run_state(&s),
+            Err(e) => {
+                tracing::warn!(instance = %record.instance, error = %e, context = e.context, "QEMU of an adopted guest does not answer");
+                RuntimeState::Running
+            }
+        };
+        let observed = Self::observed(&record, state, Some(&status));
+        let machine = own(dir.to_owned(), record, keeper, observed, self.cgroups.clone(), self.tell());
+        *lock(&slot.machine) = Some(machine.clone());
+        Ok(Some(machine))
+    }
+
+    /// QEMU's own word for what it does.
+    async fn run_state(dir: &Path, limit: Duration) -> Result<String> {
+        let (qmp, _) = Qmp::connect(dir, launch::QMP, limit).await?;
+        let status = qmp.execute("query-status", json!({})).await?;
+        Ok(status.get("status").and_then(Value::as_str).unwrap_or_default().to_owned())
+    }
+
+    /// What is known of a guest that does not run.
+    fn stopped(&self, instance: InstanceId) -> Result<Observed> {
+        let dir = self.dir(instance);
+        let Some(record) = Record::read(&dir)? else {
+            return Ok(Observed {
+                instance,
+                generation: Default::default(),
+                state: RuntimeState::Stopped,
+                pid: None,
+                domain_id: None,
+                started_at: None,
+                exit: None,
+                applied_spec_version: 0,
+                accelerator: None,
+            });
+        };
+        let exit = record.exit.clone().or_else(|| {
+            let status = keeper::read_status(&dir)
+                .filter(|s| s.generation == (record.generation.incarnation, record.generation.n))?;
+            let end = match status.state {
+                State::Exited | State::Failed => End::Exited(status),
+                _ => End::KeeperLost(Some(status)),
+            };
+            Some(exit_reason(None, &end, &record))
+        });
+        Ok(Observed { exit, ..Self::observed(&record, RuntimeState::Stopped, None) })
+    }
+
+    /// Waits for the owner of an ended machine, so that nothing of it is removed later under a new one. The caller holds
+    /// `changing`.
+    async fn settle(&self, slot: &Slot) {
+        let old = lock(&slot.machine).take();
+        if let Some(old) = old {
+            old.ended().await;
+        }
+    }
+
+    async fn start(&self, guest: &ResolvedGuest) -> Result<Observed> {
+        let dir = &guest.state_dir;
+        if *dir != self.dir(guest.instance) || guest.daemon_id != self.options.daemon_id {
+            return Err(Error::internal(
+                "the guest could not be started",
+                format!("state directory {} or daemon is not this driver's", dir.display()),
+            ));
+        }
+        let slot = self.slot(guest.instance);
+        let _changing = slot.changing.lock().await;
+        if keeper::is_alive(dir)
+            && let Some(machine) = self.adopt_one(&slot, dir).await?
+        {
+            if machine.record().generation != guest.generation {
+                return Err(Error::conflict("the guest already runs, of another start"));
+            }
+            return Ok(machine.now());
+        }
+        self.settle(&slot).await;
+        let groups = Groups::of(&guest.daemon_id, guest.instance);
+        // Of a guest whose keeper was killed while nobody watched.
+        groups.remove(&self.cgroups).await?;
+        if guest.accelerator == AcceleratorKind::Kvm {
+            let found = probe::accelerator();
+            if found.kind != AcceleratorKind::Kvm {
+                return Err(Error::unsupported(format!(
+                    "KVM was asked for and cannot be used: {}",
+                    found.reason
+                )));
+            }
+        }
+        let record = Record::new(guest);
+        match self.start_new(guest, &groups, &record).await {
+            Ok((keeper, status)) => {
+                let observed = Self::observed(&record, RuntimeState::Running, Some(&status));
+                let machine =
+                    own(dir.clone(), record, keeper, observed.clone(), self.cgroups.clone(), self.tell());
+                *lock(&slot.machine) = Some(machine);
+                Ok(observed)
+            }
+            Err(e) => {
+                launch::remove_sockets(dir);
+                keeper::wait_gone(dir).await?;
+                groups.remove(&self.cgroups).await?;
+                Err(e)
+            }
+        }
+    }
+
+    async fn start_new(
+        &self,
+        guest: &ResolvedGuest,
+        groups: &Groups,
+        record: &Record,
+    ) -> Result<(Keeper, Status)> {
+        let dir = &guest.state_dir;
+        let (spec, fds) = {
+            let (guest, groups, cgroups) = (guest.clone(), groups.clone(), self.cgroups.clone());
+            tokio::task::spawn_blocking(move || prepare(&guest, &groups, &cgroups))
+                .await
+                .map_err(|e| Error::internal("the guest could not be started", e))??
+        };
+        record.write(dir)?;
+        let keeper = keeper::launch(dir, &spec, fds).await?;
+        let greeted = async {
+            match Self::run_state(dir, GREETING).await?.as_str() {
+                "running" => Ok(()),
+                other => Err(Error::internal("the virtual machine did not begin to run", other)),
+            }
+        };
+        let failure = tokio::select! {
+            greeted = greeted => match greeted {
+                Ok(()) => {
+                    let status = keeper.status().await?;
+                    return Ok((keeper, status));
+                }
+                Err(e) => e,
+            },
+            _ = keeper.wait_exit() => Error::unavailable("QEMU ended while it started"),
+        };
+        // When QEMU gave up by itself its last words say more than the silence of its socket.
+        let end = match timeout(Duration::from_secs(2), keeper.wait_exit()).await {
+            Ok(end) => end?,
+            Err(_) => {
+                let _ = keeper.kill().await;
+                let _ = timeout(FORCE, keeper.wait_exit()).await;
+                return Err(failure);
+            }
+        };
+        Err(match end.status() {
+            Some(s) => explain(&s.output, record),
+            None => failure,
+        })
+    }
+
+    async fn force(&self, machine: &Machine) -> Result<()> {
+        let killed = async {
+            machine.keeper.mark(Requested::Force).await?;
+            machine.keeper.kill().await
+        };
+        match killed.await {
+            // Ended at this moment.
+            Err(e) if e.is(ErrorKind::NotFound) => {}
+            // A keeper that does not answer is itself killed, and QEMU with it.
+            Err(_) => keeper::end_keeper(&machine.dir)?,
+            Ok(()) => {}
+        }
+        timeout(FORCE, machine.ended()).await.map(drop).map_err(|_| Error::timeout("QEMU does not end"))
+    }
+
+    /// The agent of a running guest; an error at once when the guest has not opened its port.
+    fn agent_of(machine: &Machine) -> Result<&Arc<crate::agent::Agent>> {
+        if *machine.agent_open.borrow() { Ok(&machine.agent) } else { Err(machine.agent.silent()) }
+    }
+
+    async fn interfaces(machine: &Machine) -> BTreeMap<String, Interface> {
+        let Ok(agent) = Self::agent_of(machine) else {
+            return BTreeMap::new();
+        };
+        let nics = machine.record().nics.clone();
+        match agent.call("guest-network-get-interfaces", json!({}), FIGURES).await {
+            Ok(v) => parse_interfaces(&v, |mac| {
+                nics.iter().find(|n| n.mac.eq_ignore_ascii_case(mac)).map(|n| n.host_interface.clone())
+            }),
+            Err(e) => {
+                tracing::debug!(error = %e, "a guest did not tell its interfaces");
+                BTreeMap::new()
+            }
+        }
+    }
+}
+
+/// At most this many interfaces and addresses are taken from a guest.
+const MOST: usize = 64;
+
+fn parse_interfaces(v: &Value, host: impl Fn(&str) -> Option<String>) -> BTreeMap<String, Interface> {
+    let mut out = BTreeMap::new();
+    for i in v.as_array().into_iter().flatten().take(MOST) {
+        let text = |k: &str| crate::line::printable(i.get(k).and_then(Value::as_str).unwrap_or(""), 64);
+        let name = text("name");
+        let mac = text("hardware-address").to_lowercase();
+        let host_name = host(&mac).unwrap_or_default();
+        let mut addresses = vec![];
+        for a in i.get("ip-addresses").and_then(Value::as_array).into_iter().flatten().take(MOST) {
+            let Some(address) =
+                a.get("ip-address").and_then(Value::as_str).and_then(|s| s.parse::<IpAddr>().ok())
+            else {
+                continue;
+            };
+            let prefix = a.get("prefix").and_then(Value::as_u64).unwrap_or(0).min(128) as u8;
+            let scope = match address {
+                a if a.is_loopback() => "local",
+                IpAddr::V4(a) if a.is_link_local() => "link",
+                IpAddr::V6(a) if a.is_unicast_link_local() => "link",
+                _ => "global",
+            };
+            addresses.push((address, prefix, scope.to_owned()));
+        }
+        let count = |k: &str| i.get("statistics").and_then(|s| s.get(k)).and_then(Value::as_u64).unwrap_or(0);
+        let mtu = match host_name.is_empty() {
+            true => 0,
+            false => std::fs::read_to_string(Path::new("/sys/class/net").join(&host_name).join("mtu"))
+                .ok()
+                .and_then(|s| s.trim().parse().ok())
+                .unwrap_or(0),
+        };
+        out.insert(
+            name.clone(),
+            Interface {
+                loopback: name == "lo"
+                    || (!addresses.is_empty() && addresses.iter().all(|(a, ..)| a.is_loopback())),
+                // The agent does not tell; an interface that is down has no addresses.
+                up: !addresses.is_empty(),
+                mac,
+                host_name,
+                mtu,
+                counters: [count("rx-bytes"), count("tx-bytes"), count("rx-packets"), count("tx-packets")],
+                addresses,
+            },
+        );
+    }
+    out
+}
+
+/// Resident memory and its peak of a process, bytes.
+fn resident(pid: u32) -> (Option<u64>, Option<u64>) {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let field = |name: &str| {
+        let line = text.lines().find_map(|l| l.strip_prefix(name))?;
+        line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok().map(|k| k << 10)
+    };
+    (field("VmRSS:"), field("VmHWM:"))
+}
+
+#[async_trait]
+impl GuestDriver for QemuDriver {
+    fn kind(&self) -> InstanceKind {
+        InstanceKind::VirtualMachine
+    }
+
+    async fn start(&self, guest: &ResolvedGuest) -> Result<Observed> {
+        self.shared.start(guest).await
+    }
+
+    async fn stop(&self, instance: InstanceId, mode: StopMode) -> Result<Observed> {
+        let machine = match self.shared.machine(instance).await {
+            Err(e) if e.is(ErrorKind::NotFound) => return self.observe(instance).await,
+            other => other?,
+        };
+        let stopped = match mode {
+            StopMode::Graceful { timeout } => machine.ask(Ask::Graceful(timeout)).await,
+            StopMode::Force => self.shared.force(&machine).await,
+        };
+        match stopped {
+            // It ended by itself meanwhile.
+            Err(e) if !e.is(ErrorKind::NotFound) => Err(e),
+            _ => Ok(machine.ended().await),
+        }
+    }
+
+    async fn pause(&self, instance: InstanceId) -> Result<Observed> {
+        let machine = self.shared.machine(instance).await?;
+        machine.ask(Ask::Pause).await?;
+        Ok(machine.now())
+    }
+
+    async fn resume(&self, instance: InstanceId) -> Result<Observed> {
+        let machine = self.shared.machine(instance).await?;
+        machine.ask(Ask::Resume).await?;
+        Ok(machine.now())
+    }
+
+    async fn update(&self, guest: &ResolvedGuest) -> Result<Applied> {
+        let machine = self.shared.machine(guest.instance).await?;
+        let slot = self.shared.slot(guest.instance);
+        let _changing = slot.changing.lock().await;
+        let groups = Groups::of(&guest.daemon_id, guest.instance);
+        self.shared.cgroups.limit(&groups.machine, &limits(guest))?;
+        let new = Record::new(guest);
+        let (pending, version) = {
+            let mut record = machine.record();
+            let pending = record.pending(&new);
+            if cpu_count(guest.limits.cpu.as_ref()) == record.cpus {
+                record.cpu = new.cpu;
+            }
+            // Programs that start from now on see it.
+            record.environment = new.environment;
+            record.spec_version = new.spec_version;
+            record.write(&guest.state_dir)?;
+            (pending, record.spec_version)
+        };
+        machine.observed.send_modify(|o| o.applied_spec_version = version);
+        Ok(Applied { pending })
+    }
+
+    async fn observe(&self, instance: InstanceId) -> Result<Observed> {
+        match self.shared.machine(instance).await {
+            Ok(machine) => Ok(machine.now()),
+            Err(e) if e.is(ErrorKind::NotFound) => self.shared.stopped(instance),
+            Err(e) => Err(e),
+        }
+    }
+
+    async fn adopt(&self) -> Result<Vec<Observed>> {
+        let mut adopted = vec![];
+        let shared = &self.shared;
+        for found in keeper::find_all(&shared.options.guests_dir)? {
+            let record = match Record::read(&found.dir) {
+                Ok(Some(r))
+                    if r.daemon_id == shared.options.daemon_id && shared.dir(r.instance) == found.dir =>
+                {
+                    r
+                }
+                Ok(_) => continue, // of another driver
+                Err(e) => {
+                    tracing::warn!(dir = %found.dir.display(), error = %e, "a guest's record cannot be read");
+                    continue;
+                }
+            };
+            let slot = shared.slot(record.instance);
+            let _changing = slot.changing.lock().await;
+            if found.alive
+                && let Some(machine) = shared.adopt_one(&slot, &found.dir).await?
+            {
+                adopted.push(machine.now());
+                continue;
+            }
+            // It ended while nobody watched.
+            launch::remove_sockets(&found.dir);
+            keeper::wait_gone(&found.dir).await?;
+            Groups::of(&record.daemon_id, record.instance).remove(&shared.cgroups).await?;
+        }
+        Ok(adopted)
+    }
+
+    async fn destroy(&self, instance: InstanceId) -> Result<()> {
+        let shared = &self.shared;
+        let slot = shared.slot(instance);
+        let _changing = slot.changing.lock().await;
+        let dir = shared.dir(instance);
+        if keeper::is_alive(&dir) {
+            return Err(Error::conflict("the guest is running; stop it first"));
+        }
+        shared.settle(&slot).await;
+        keeper::wait_gone(&dir).await?;
+        Groups::of(&shared.options.daemon_id, instance).remove(&shared.cgroups).await?;
+        match tokio::fs::remove_dir_all(&dir).await {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
+            _ => {}
+        }
+        lock(&shared.guests).remove(&instance);
+        Ok(())
+    }
+
+    async fn metrics(&self, instance: InstanceId) -> Result<Metrics> {
+        let machine = self.shared.machine(instance).await?;
+        let (groups, memory_total) = {
+            let record = machine.record();
+            (Groups::of(&record.daemon_id, instance), record.memory)
+        };
+        let stats = self.shared.cgroups.stats(&groups.machine);
+        let pid = machine.observed.borrow().pid;
+        let (memory, memory_peak) = pid.map_or((None, None), resident);
+        Ok(Metrics {
+            cpu_ns: stats.cpu_ns,
+            memory,
+            memory_peak,
+            swap: stats.swap,
+            memory_total: Some(memory_total),
+            processes: None,
+            interfaces: Shared::interfaces(&machine).await,
+        })
+    }
+
+    async fn exec(&self, instance: InstanceId, request: ExecRequest) -> Result<Exec> {
+        let machine = self.shared.machine(instance).await?;
+        let agent = Shared::agent_of(&machine)?.clone();
+        let environment = machine.record().environment.clone();
+        exec::start(agent, &environment, request).await
+    }
+
+    async fn console(&self, instance: InstanceId, force: bool) -> Result<OwnedFd> {
+        self.shared.machine(instance).await?.keeper.attach(force).await
+    }
+
+    async fn console_log(&self, instance: InstanceId, max: usize, clear: bool) -> Result<Vec<u8>> {
+        let dir = self.shared.dir(instance);
+        let log = keeper::console_log(&dir, max)?;
+        if clear {
+            keeper::clear_console_log(&dir).await?;
+        }
+        Ok(log)
+    }
+
+    fn files(&self) -> Option<&dyn GuestFiles> {
+        Some(self)
+    }
+
+    fn events(&self) -> mpsc::Receiver<Observed> {
+        let (sender, receiver) = mpsc::channel(1024);
+        *lock(&self.shared.events) = Some(sender);
+        receiver
+    }
+}
+
+/// By the guest's agent; so only while it runs.
+#[async_trait]
+impl GuestFiles for QemuDriver {
+    async fn open(&self, instance: InstanceId, _root: Option<&Path>, path: &str) -> Result<OpenedFile> {
+        let machine = self.shared.machine(instance).await?;
+        files::open(Shared::agent_of(&machine)?, path).await
+    }
+
+    async fn write(
+        &self,
+        instance: InstanceId,
+        _root: Option<&Path>,
+        request: FileWrite,
+        content: Option<OwnedFd>,
+    ) -> Result<()> {
+        let machine = self.shared.machine(instance).await?;
+        files::write(Shared::agent_of(&machine)?, request, content).await
+    }
+
+    async fn delete(&self, instance: InstanceId, _root: Option<&Path>, path: &str) -> Result<()> {
+        let machine = self.shared.machine(instance).await?;
+        files::delete(Shared::agent_of(&machine)?, path).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interfaces_of_a_guest_are_matched_by_mac_and_bounded() {
+        let v = json!([
+            {"name": "lo", "ip-addresses": [{"ip-address": "127.0.0.1", "prefix": 8}], "hardware-address": "00:00:00:00:00:00"},
+            {"name": "enp0s8\u{7}", "hardware-address": "10:66:6A:00:00:01",
+             "ip-addresses": [{"ip-address": "10.1.2.3", "prefix": 24}, {"ip-address": "fe80::1", "prefix": 64}, {"ip-address": "junk"}],
+             "statistics": {"rx-bytes": 5, "tx-packets": 6}},
+            7,
+        ]);
+        let got = parse_interfaces(&v, |mac| (mac == "10:66:6a:00:00:01").then(|| "no-such-tap".into()));
+        assert!(got["lo"].loopback);
+        let e = &got["enp0s8"];
+        assert_eq!((e.host_name.as_str(), e.counters), ("no-such-tap", [5, 0, 0, 6]));
+        assert_eq!(e.addresses.iter().map(|a| a.2.as_str()).collect::<Vec<_>>(), ["global", "link"]);
+        let many = Value::Array((0..5000).map(|i| json!({"name": format!("e{i}")})).collect());
+        assert_eq!(parse_interfaces(&many, |_| None).len(), MOST);
+    }
+}

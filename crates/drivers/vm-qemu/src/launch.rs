@@ -1,0 +1,317 @@
+//! Everything QEMU needs, made ready: files and sockets opened by root and handed on as descriptors, taps, control
+//! groups, the keeper's specification. Whatever is made here vanishes with its descriptor or is removed by the caller.
+
+use crate::{
+    argv::{self, Disk, Machine, Nic, argv, fd},
+    probe::kvm_group,
+    record::{Record, memory},
+    seed,
+};
+use karst_guest::{
+    DiskFormat, ResolvedGuest,
+    keeper::{Console, Spec},
+};
+use karst_host::{
+    Program,
+    cgroup::{CgroupLimits, Cgroups},
+    tap,
+};
+use karst_model::{
+    Error, ErrorKind, InstanceId, Result,
+    instance::Firmware,
+    node::AcceleratorKind,
+    spec::{CpuAllowance, CpuLimit},
+};
+use rustix::fs::{FileType, MemfdFlags, Mode, OFlags, SealFlags};
+use std::{
+    fs::File,
+    io::Write,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::{FileTypeExt, OpenOptionsExt},
+    },
+    path::Path,
+};
+use tokio::net::UnixStream;
+
+/// The sockets in a guest's state directory; root's alone (0600), QEMU only inherits them.
+pub(crate) const QMP: &str = "qmp.sock";
+pub(crate) const EVENTS: &str = "events.sock";
+pub(crate) const AGENT: &str = "agent.sock";
+const NVRAM: &str = "nvram.fd";
+
+/// Each file of the console log.
+const CONSOLE_LOG: u64 = 256 * 1024;
+
+/// The control groups of a guest, named as a container's.
+#[derive(Debug, Clone)]
+pub(crate) struct Groups {
+    /// QEMU, with its limits.
+    pub(crate) machine: String,
+    /// The keeper.
+    pub(crate) keeper: String,
+}
+
+impl Groups {
+    pub(crate) fn of(daemon_id: &str, instance: InstanceId) -> Self {
+        Self {
+            machine: format!("karst-{daemon_id}/{instance}"),
+            keeper: format!("karst-{daemon_id}/{instance}.keeper"),
+        }
+    }
+
+    /// Removes them, ending whatever is still inside; fine when they are not there.
+    pub(crate) async fn remove(&self, cgroups: &Cgroups) -> Result<()> {
+        if cgroups.exists(&self.machine) {
+            cgroups.kill(&self.machine).await?;
+        }
+        cgroups.remove(&self.machine).await?;
+        cgroups.remove(&self.keeper).await
+    }
+}
+
+/// Limits of QEMU's process. Memory is the guest's size and needs no second limit, which could only kill it.
+pub(crate) fn limits(guest: &ResolvedGuest) -> CgroupLimits {
+    CgroupLimits {
+        cpus: match &guest.limits.cpu {
+            Some(CpuLimit::Set { cpus }) => Some(cpus.clone()),
+            _ => None,
+        },
+        cpu_quota: match guest.limits.cpu_allowance {
+            Some(CpuAllowance::Quota { quota_us, period_us }) => Some((quota_us, period_us)),
+            _ => None,
+        },
+        cpu_share: match guest.limits.cpu_allowance {
+            Some(CpuAllowance::Share { percent }) => Some(percent),
+            _ => None,
+        },
+        ..CgroupLimits::default()
+    }
+}
+
+fn open_dir(dir: &Path) -> std::io::Result<OwnedFd> {
+    Ok(rustix::fs::open(dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
+}
+
+/// Connects to a socket of `dir`, through a descriptor because a socket's path may have 107 bytes only.
+pub(crate) async fn connect(dir: &Path, name: &str) -> std::io::Result<UnixStream> {
+    let dir = open_dir(dir)?;
+    UnixStream::connect(format!("/proc/self/fd/{}/{name}", dir.as_raw_fd())).await
+}
+
+fn listen(dir: &Path, name: &str) -> Result<OwnedFd> {
+    let dir = open_dir(dir)?;
+    let path = format!("/proc/self/fd/{}/{name}", dir.as_raw_fd());
+    match std::fs::remove_file(&path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
+        _ => {}
+    }
+    let listener = std::os::unix::net::UnixListener::bind(&path)?;
+    // Nobody else can be quicker: the directory is root's, and 0600 needs no more than write permission to connect.
+    rustix::fs::chmod(&path, Mode::from_raw_mode(0o600)).map_err(std::io::Error::from)?;
+    Ok(listener.into())
+}
+
+/// The root disk's descriptor, and whether it is a block device.
+fn open_disk(guest: &ResolvedGuest) -> Result<(OwnedFd, bool)> {
+    let path = &guest.root.path;
+    let meta = std::fs::symlink_metadata(path).map_err(|e| match e.kind() {
+        std::io::ErrorKind::NotFound => {
+            Error::not_found("the root disk of the virtual machine does not exist")
+        }
+        _ => e.into(),
+    })?;
+    let block = meta.file_type().is_block_device();
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | if block { libc::O_DIRECT } else { 0 };
+    let file = File::options().read(true).write(true).custom_flags(flags).open(path)?;
+    let kind = FileType::from_raw_mode(rustix::fs::fstat(&file).map_err(std::io::Error::from)?.st_mode);
+    match kind {
+        FileType::RegularFile | FileType::BlockDevice => Ok((file.into(), block)),
+        _ => Err(Error::invalid("root", "the root of a virtual machine is a disk image or a block device")),
+    }
+}
+
+/// The seed as a sealed, read-only descriptor without a name: user data is in no file.
+fn seed_fd(image: &[u8]) -> Result<OwnedFd> {
+    let memory = rustix::fs::memfd_create("cidata", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+        .map_err(std::io::Error::from)?;
+    let mut file = File::from(memory);
+    file.write_all(image)?;
+    rustix::fs::fcntl_add_seals(
+        &file,
+        SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE | SealFlags::SEAL,
+    )
+    .map_err(std::io::Error::from)?;
+    // QEMU takes a read-only node only from a read-only descriptor.
+    Ok(File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))?.into())
+}
+
+/// Code and template of the variables, of Debian's package `ovmf`.
+fn firmware(firmware: Firmware) -> Option<(&'static str, &'static str)> {
+    match firmware {
+        Firmware::Bios => None,
+        Firmware::Uefi => Some(("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd")),
+        Firmware::UefiSecure => {
+            Some(("/usr/share/OVMF/OVMF_CODE_4M.secboot.fd", "/usr/share/OVMF/OVMF_VARS_4M.ms.fd"))
+        }
+    }
+}
+
+/// The guest's own variables, made of the template at the first start.
+fn nvram(dir: &Path, template: &str) -> Result<OwnedFd> {
+    let path = dir.join(NVRAM);
+    let open = || File::options().read(true).write(true).custom_flags(libc::O_NOFOLLOW).open(&path);
+    match open() {
+        Ok(f) => Ok(f.into()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            let content = std::fs::read(template).map_err(|e| {
+                Error::unsupported("UEFI needs the package ovmf on this host").with_context(e)
+            })?;
+            let temporary = dir.join("nvram.new");
+            let mut file =
+                File::options().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+            file.write_all(&content)?;
+            file.sync_all()?;
+            std::fs::rename(&temporary, &path)?;
+            Ok(open()?.into())
+        }
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Makes everything; the control groups are the caller's to remove when anything fails.
+pub(crate) fn prepare(
+    guest: &ResolvedGuest,
+    groups: &Groups,
+    cgroups: &Cgroups,
+) -> Result<(Spec, Vec<OwnedFd>)> {
+    let spec = guest
+        .machine
+        .clone()
+        .ok_or_else(|| Error::invalid("hardware", "a virtual machine needs its hardware described"))?;
+    if guest.ids.base == 0 {
+        return Err(Error::internal("the guest could not be started", "QEMU would run as root"));
+    }
+    if guest.root.format == DiskFormat::Directory {
+        return Err(Error::invalid("root", "the root of a virtual machine is a disk image, not a directory"));
+    }
+    let firmware = firmware(spec.firmware);
+    let (disk, block_device) = open_disk(guest)?;
+    let mut fds = vec![(fd::ROOT, disk)];
+    if let Some(base) = &guest.root.backing {
+        let file = File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(base)?;
+        fds.push((fd::BASE, file.into()));
+    }
+    let image = seed::seed(&guest.cloud_init, &guest.hostname)?;
+    fds.push((fd::SEED, seed_fd(&image)?));
+    if let Some((_, template)) = firmware {
+        fds.push((fd::VARS, nvram(&guest.state_dir, template)?));
+    }
+    let machine = Machine {
+        name: guest.instance.to_string(),
+        spec,
+        accelerator: guest.accelerator,
+        cpus: argv::cpu_count(guest.limits.cpu.as_ref()),
+        memory: memory(guest),
+        root: Disk {
+            slot: guest.root.slot.clone(),
+            format: guest.root.format,
+            block_device,
+            cloned: guest.root.backing.is_some(),
+            pci: guest.root.pci.clone(),
+            boot_priority: guest.root.boot_priority,
+        },
+        nics: guest
+            .nics
+            .iter()
+            .map(|n| Nic {
+                slot: n.slot.clone(),
+                mac: n.mac.clone(),
+                pci: n.pci.clone(),
+                mtu: n.mtu,
+                boot_priority: n.boot_priority,
+            })
+            .collect(),
+        seed: true,
+        firmware_code: firmware.map(|(code, _)| code.to_owned()),
+    };
+    let program = Program::QemuSystemX86.path()?;
+    let mut arguments = vec!["qemu-system-x86_64".into()];
+    arguments.extend(argv(&machine)?.into_iter().map(Into::into));
+
+    fds.push((fd::QMP, listen(&guest.state_dir, QMP)?));
+    fds.push((fd::EVENTS, listen(&guest.state_dir, EVENTS)?));
+    fds.push((fd::AGENT, listen(&guest.state_dir, AGENT)?));
+    for (i, n) in guest.nics.iter().enumerate() {
+        let spec = tap::TapSpec { name: &n.host_interface, bridge: &n.bridge, guest_mac: &n.mac, mtu: n.mtu };
+        fds.push((fd::NIC + i as i32, tap::open(&spec)?));
+    }
+    cgroups.create(&groups.machine)?;
+    cgroups.limit(&groups.machine, &limits(guest))?;
+    cgroups.create(&groups.keeper)?;
+
+    let kvm = (guest.accelerator == AcceleratorKind::Kvm).then(kvm_group).flatten();
+    let (numbers, fds) = fds.into_iter().unzip();
+    let spec = Spec {
+        daemon: guest.daemon_id.clone(),
+        instance: guest.instance.to_string(),
+        generation: (guest.generation.incarnation, guest.generation.n),
+        program,
+        argv: arguments,
+        env: vec![("PATH".into(), "/usr/bin:/bin".into()), ("LC_ALL".into(), "C.UTF-8".into())],
+        user: Some((guest.ids.base, guest.ids.base, kvm.into_iter().collect())),
+        no_new_privs: true,
+        clear_capabilities: true,
+        keeper_cgroups: cgroups.dirs(&groups.keeper),
+        cgroups: cgroups.dirs(&groups.machine),
+        // No core dump: it would hold the guest's memory.
+        rlimits: vec![(libc::RLIMIT_CORE, 0, 0), (libc::RLIMIT_NOFILE, 16384, 16384)],
+        fds: numbers,
+        console: Console::Socket(fd::CONSOLE),
+        log_size: CONSOLE_LOG,
+        ..Spec::default()
+    };
+    Ok((spec, fds))
+}
+
+/// Removes the sockets of a guest that has ended.
+pub(crate) fn remove_sockets(dir: &Path) {
+    for name in [QMP, EVENTS, AGENT] {
+        let _ = std::fs::remove_file(dir.join(name));
+    }
+}
+
+/// What QEMU's last words mean, for a user.
+pub(crate) fn explain(output: &str, record: &Record) -> Error {
+    let line = output
+        .lines()
+        .rev()
+        .map(|l| l.split_once("qemu-system-x86_64: ").map_or(l, |(_, rest)| rest))
+        .map(|l| crate::line::printable(l, 400))
+        .find(|l| !l.is_empty())
+        .unwrap_or_else(|| "it wrote no reason".to_owned());
+    let (kind, text) = if output.contains("Failed to get \"write\" lock")
+        || output.contains("Failed to get shared \"write\" lock")
+    {
+        (ErrorKind::Conflict, "its disk image is in use by another program".to_owned())
+    } else if output.contains("Cannot allocate memory") || output.contains("cannot set up guest memory") {
+        (
+            ErrorKind::Quota,
+            format!("this host cannot give it {} MiB of memory; lower limits.memory", record.memory >> 20),
+        )
+    } else if output.contains("unsupported machine type") {
+        (
+            ErrorKind::Unsupported,
+            "QEMU of this host does not have its machine type; install a newer QEMU".to_owned(),
+        )
+    } else if output.contains("Could not access KVM kernel module")
+        || output.contains("failed to initialize kvm")
+    {
+        (ErrorKind::Unavailable, "KVM is not usable by it; check the group and mode of /dev/kvm".to_owned())
+    } else if output.contains("is not in qcow2 format") {
+        (ErrorKind::Invalid, "its disk image is not the qcow2 image that it should be".to_owned())
+    } else {
+        (ErrorKind::Internal, line)
+    };
+    Error::new(kind, format!("the virtual machine could not be started: {text}")).with_context(output.trim())
+}

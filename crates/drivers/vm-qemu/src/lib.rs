@@ -1,0 +1,24 @@
+//! Virtual machines by QEMU.
+//!
+//! A machine is q35 with a versioned type and fixed addresses. QEMU is a child of its keeper, runs as a user of its own
+//! without capabilities, and inherits everything it uses as descriptors. One task owns one machine and speaks QMP; the
+//! guest agent inside gives programs and files.
+
+// Deals with the real world: time and tasks are the runtime's.
+#![allow(clippy::disallowed_methods)]
+
+pub mod agent;
+pub mod argv;
+mod driver;
+pub mod exec;
+pub mod files;
+mod launch;
+pub mod line;
+mod machine;
+pub mod probe;
+pub mod qmp;
+mod record;
+pub mod seed;
+
+pub use driver::{QemuDriver, QemuOptions};
+pub use probe::{HostVirtualization, probe};

@@ -1,0 +1,513 @@
+//! One task owns one virtual machine: it alone talks QMP, follows events, and sees the end through the keeper.
+//!
+//! What may be asked in which state is a pure function ([`decide`]). Ending by force does not pass through here, so that
+//! a QEMU that hangs can always be ended.
+
+use crate::{
+    agent::Agent,
+    launch::{self, Groups, explain},
+    qmp::{Event, Qmp},
+    record::Record,
+};
+use karst_guest::{
+    Observed,
+    keeper::{End, Exit, Keeper, Requested},
+};
+use karst_host::cgroup::Cgroups;
+use karst_model::{
+    Error, Result,
+    instance::{ExitReason, RuntimeState},
+};
+use serde_json::{Value, json};
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::{Instant, sleep_until, timeout},
+};
+
+/// Between two presses of the power button: a guest that still boots misses the first ones.
+const PRESS: Duration = Duration::from_secs(5);
+/// Before following the events is tried again.
+const RECONNECT: Duration = Duration::from_secs(2);
+/// How long a greeting may take when connecting again.
+const GREETING: Duration = Duration::from_secs(2);
+
+/// What can be asked of a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ask {
+    /// Freeze.
+    Pause,
+    /// Continue.
+    Resume,
+    /// Shut down, waiting so long.
+    Graceful(Duration),
+}
+
+/// What is then done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Do {
+    /// It is so already.
+    Nothing,
+    /// QMP `stop`.
+    Stop,
+    /// QMP `cont`.
+    Cont,
+    /// Press the power button, after `cont` where it does not run.
+    PowerDown { cont: bool },
+}
+
+/// The only place that says what is legal when.
+fn decide(state: RuntimeState, ask: Ask) -> Result<Do> {
+    use RuntimeState as S;
+    match (ask, state) {
+        (_, S::Stopped) => Err(Error::not_found("the guest is not running")),
+        (Ask::Pause, S::Paused) | (Ask::Resume, S::Running | S::Stopping) => Ok(Do::Nothing),
+        (Ask::Pause, S::Stopping) => {
+            Err(Error::conflict("the guest is shutting down; wait, or force it to stop"))
+        }
+        (Ask::Pause, S::Error) => {
+            Err(Error::conflict("the guest is halted by an error; resume it or force it to stop"))
+        }
+        (Ask::Pause, S::Running | S::Starting) => Ok(Do::Stop),
+        // After an error: the guest tries again what failed.
+        (Ask::Resume, S::Paused | S::Error | S::Starting) => Ok(Do::Cont),
+        // The virtual CPUs stand still, so it could not follow.
+        (Ask::Graceful(_), S::Paused) => Ok(Do::PowerDown { cont: true }),
+        (Ask::Graceful(_), S::Error) => Err(Error::conflict(
+            "the guest is halted by an error (often a full disk) and cannot shut down; resume it or force it to stop",
+        )),
+        (Ask::Graceful(_), _) => Ok(Do::PowerDown { cont: false }),
+    }
+}
+
+/// QEMU's run state.
+pub(crate) fn run_state(status: &str) -> RuntimeState {
+    match status {
+        "paused" | "debug" | "suspended" | "save-vm" | "restore-vm" => RuntimeState::Paused,
+        "io-error" | "internal-error" | "guest-panicked" | "watchdog" => RuntimeState::Error,
+        "prelaunch" | "inmigrate" | "preconfig" => RuntimeState::Starting,
+        _ => RuntimeState::Running,
+    }
+}
+
+/// Why it ended: what QEMU said in its `SHUTDOWN` event, if we heard it, and what the keeper saw.
+pub(crate) fn exit_reason(heard: Option<&str>, end: &End, record: &Record) -> ExitReason {
+    let crashed = |detail: &str| ExitReason::Crashed { detail: detail.to_owned() };
+    let status = match end {
+        End::Exited(s) => s,
+        End::KeeperLost(_) => return crashed("its keeper was killed, and QEMU with it"),
+    };
+    match (status.requested, status.exit, heard) {
+        (Requested::Force | Requested::Deadline, ..) => ExitReason::Forced,
+        (_, Some(Exit::Code(0)), Some("guest-panic")) => crashed("the guest's kernel panicked"),
+        (_, Some(Exit::Code(0)), Some("host-signal" | "host-qmp-quit" | "host-ui")) => ExitReason::Forced,
+        (_, Some(Exit::Code(0)), _) => ExitReason::Shutdown,
+        (_, Some(Exit::Code(_)), _) => crashed(&explain(&status.output, record).message),
+        (_, Some(Exit::Signal(9)), _) => crashed("QEMU was killed; the host may have run out of memory"),
+        (_, Some(Exit::Signal(n)), _) => crashed(&format!("QEMU crashed with signal {n}")),
+        (_, None, _) => crashed(&crate::line::printable(&status.reason, 300)),
+    }
+}
+
+/// A machine as the driver holds it. When the driver lets go of it, its owner ends and QEMU runs on.
+pub(crate) struct Machine {
+    inner: Arc<Inner>,
+    requests: mpsc::Sender<(Ask, oneshot::Sender<Result<()>>)>,
+}
+
+impl std::ops::Deref for Machine {
+    type Target = Inner;
+    fn deref(&self) -> &Inner {
+        &self.inner
+    }
+}
+
+/// What the driver and the owner share.
+pub(crate) struct Inner {
+    pub(crate) dir: PathBuf,
+    pub(crate) keeper: Keeper,
+    pub(crate) agent: Arc<Agent>,
+    /// What it does; `Stopped` is set last, when everything is cleared up.
+    pub(crate) observed: watch::Sender<Observed>,
+    /// The guest's side of the agent's port is open, as QEMU tells; unknown is taken as open.
+    pub(crate) agent_open: watch::Sender<bool>,
+    record: Mutex<Record>,
+}
+
+impl Inner {
+    /// The record.
+    pub(crate) fn record(&self) -> MutexGuard<'_, Record> {
+        self.record.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+impl Machine {
+    /// What it does now.
+    pub(crate) fn now(&self) -> Observed {
+        self.observed.borrow().clone()
+    }
+
+    /// Asks, and waits until it is done.
+    pub(crate) async fn ask(&self, ask: Ask) -> Result<()> {
+        let gone = || Error::not_found("the guest is not running");
+        let (send, receive) = oneshot::channel();
+        self.requests.send((ask, send)).await.map_err(|_| gone())?;
+        receive.await.map_err(|_| gone())?
+    }
+
+    /// Waits until it has ended and nothing of it is left.
+    pub(crate) async fn ended(&self) -> Observed {
+        let mut observed = self.observed.subscribe();
+        let last = observed.wait_for(|o| o.state == RuntimeState::Stopped).await.map(|o| o.clone());
+        last.unwrap_or_else(|_| self.observed.borrow().clone())
+    }
+}
+
+/// What tells the driver of changes.
+pub(crate) type Tell = Arc<dyn Fn(Observed) + Send + Sync>;
+
+/// Begins to own a machine that runs.
+pub(crate) fn own(
+    dir: PathBuf,
+    record: Record,
+    keeper: Keeper,
+    observed: Observed,
+    cgroups: Arc<Cgroups>,
+    tell: Tell,
+) -> Arc<Machine> {
+    let (requests, receiver) = mpsc::channel(16);
+    let machine = Arc::new(Inner {
+        agent: Arc::new(Agent::new(dir.clone(), record.hostname.clone())),
+        dir,
+        keeper,
+        observed: watch::Sender::new(observed),
+        agent_open: watch::Sender::new(true),
+        record: Mutex::new(record),
+    });
+    let owner = Owner {
+        reconnect: Some(Instant::now()),
+        machine: machine.clone(),
+        following: None,
+        events: None,
+        stopping: None,
+        heard: None,
+        cgroups,
+        tell,
+    };
+    tokio::spawn(owner.run(receiver));
+    Arc::new(Machine { inner: machine, requests })
+}
+
+struct Stopping {
+    next_press: Instant,
+    waiters: Vec<(Instant, oneshot::Sender<Result<()>>)>,
+}
+
+struct Owner {
+    machine: Arc<Inner>,
+    /// Held for its events.
+    following: Option<Qmp>,
+    events: Option<mpsc::Receiver<Event>>,
+    reconnect: Option<Instant>,
+    stopping: Option<Stopping>,
+    /// Reason of the `SHUTDOWN` event.
+    heard: Option<String>,
+    cgroups: Arc<Cgroups>,
+    tell: Tell,
+}
+
+async fn next(events: &mut Option<mpsc::Receiver<Event>>) -> Option<Event> {
+    match events {
+        Some(e) => e.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+impl Owner {
+    async fn run(mut self, mut requests: mpsc::Receiver<(Ask, oneshot::Sender<Result<()>>)>) {
+        let watched = self.machine.keeper.clone();
+        let watch = |after: Duration| {
+            let keeper = watched.clone();
+            Box::pin(async move {
+                tokio::time::sleep(after).await;
+                keeper.wait_exit().await
+            })
+        };
+        let mut ended = watch(Duration::ZERO);
+        loop {
+            let alarm = [
+                self.reconnect,
+                self.stopping.as_ref().map(|s| s.next_press),
+                self.stopping.as_ref().and_then(|s| s.waiters.iter().map(|(at, _)| *at).min()),
+            ]
+            .into_iter()
+            .flatten()
+            .min();
+            let alarm = async {
+                match alarm {
+                    Some(at) => sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                end = &mut ended => match end {
+                    Ok(end) => return self.finish(end).await,
+                    Err(e) => {
+                        tracing::warn!(instance = %self.machine.record().instance, error = %e, context = e.context, "watching a guest failed");
+                        ended = watch(Duration::from_secs(1));
+                    }
+                },
+                event = next(&mut self.events) => match event {
+                    Some(event) => self.event(event).await,
+                    None => {
+                        self.events = None;
+                        self.following = None;
+                        self.reconnect = Some(Instant::now() + RECONNECT);
+                    }
+                },
+                request = requests.recv() => match request {
+                    Some((ask, reply)) => self.request(ask, reply).await,
+                    None => return, // the driver is gone; QEMU stays
+                },
+                () = alarm => self.tick().await,
+            }
+        }
+    }
+
+    fn state(&self) -> RuntimeState {
+        self.machine.observed.borrow().state
+    }
+
+    /// A change that nobody asked for is told.
+    fn set_state(&self, state: RuntimeState, told: bool) {
+        let changed = self.machine.observed.send_if_modified(|o| {
+            let changed = o.state != state;
+            o.state = state;
+            changed
+        });
+        if changed && told {
+            (self.tell)(self.machine.observed.borrow().clone());
+        }
+    }
+
+    fn running(&self) -> RuntimeState {
+        if self.stopping.is_some() { RuntimeState::Stopping } else { RuntimeState::Running }
+    }
+
+    async fn event(&mut self, event: Event) {
+        let text = |k: &str| event.data.get(k).and_then(Value::as_str);
+        match event.name.as_str() {
+            "SHUTDOWN" => self.heard = text("reason").map(str::to_owned),
+            "BLOCK_IO_ERROR" if text("action") == Some("stop") => {
+                tracing::warn!(instance = %self.machine.record().instance, reason = text("reason"), "a guest is halted by an error of its disk");
+                self.set_state(RuntimeState::Error, true);
+            }
+            // Asked rather than concluded: by now a later command may have undone it.
+            "STOP" | "RESUME" => self.refresh().await,
+            "VSERPORT_CHANGE" if text("id") == Some("agent") => {
+                let open = event.data.get("open").and_then(Value::as_bool).unwrap_or(true);
+                self.machine.agent_open.send_replace(open);
+            }
+            _ => {}
+        }
+    }
+
+    async fn execute(&self, command: &str) -> Result<Value> {
+        // The connection must not outlive the command: see there.
+        let (qmp, _) = Qmp::connect(&self.machine.dir, launch::QMP, GREETING).await?;
+        qmp.execute(command, json!({})).await
+    }
+
+    /// Learns what events could not tell while nobody followed them.
+    async fn refresh(&mut self) {
+        if let Ok(v) = self.execute("query-status").await
+            && let Some(s) = v.get("status").and_then(Value::as_str)
+        {
+            let state = match run_state(s) {
+                RuntimeState::Running => self.running(),
+                other => other,
+            };
+            self.set_state(state, true);
+        }
+        if let Ok(v) = self.execute("query-chardev").await {
+            let agent = v.as_array().into_iter().flatten().find(|c| c["label"] == "agent");
+            if let Some(open) = agent.and_then(|c| c.get("frontend-open")).and_then(Value::as_bool) {
+                self.machine.agent_open.send_replace(open);
+            }
+        }
+    }
+
+    async fn request(&mut self, ask: Ask, reply: oneshot::Sender<Result<()>>) {
+        let action = match decide(self.state(), ask) {
+            Ok(a) => a,
+            Err(e) => return drop(reply.send(Err(e))),
+        };
+        let result = match action {
+            Do::Nothing => Ok(()),
+            Do::Stop => self.command("stop", RuntimeState::Paused).await,
+            Do::Cont => {
+                let to = self.running();
+                self.command("cont", to).await
+            }
+            Do::PowerDown { cont } => {
+                let woken = if cont { self.command("cont", RuntimeState::Running).await } else { Ok(()) };
+                match woken {
+                    Err(e) => Err(e),
+                    Ok(()) => {
+                        let Ask::Graceful(time) = ask else { return };
+                        let waiter = (Instant::now() + time, reply);
+                        match &mut self.stopping {
+                            Some(s) => s.waiters.push(waiter),
+                            None => {
+                                self.stopping =
+                                    Some(Stopping { next_press: Instant::now(), waiters: vec![waiter] });
+                                let _ = self.machine.keeper.mark(Requested::Shutdown).await;
+                                self.set_state(RuntimeState::Stopping, false);
+                                self.ask_agent();
+                            }
+                        }
+                        return;
+                    }
+                }
+            }
+        };
+        let _ = reply.send(result);
+    }
+
+    async fn command(&mut self, command: &str, then: RuntimeState) -> Result<()> {
+        self.execute(command).await?;
+        self.set_state(then, false);
+        Ok(())
+    }
+
+    /// Beside the power button: some systems do not listen to the button, others have no agent.
+    fn ask_agent(&self) {
+        if *self.machine.agent_open.borrow() {
+            let agent = self.machine.agent.clone();
+            tokio::spawn(async move {
+                // It does not answer when it follows.
+                let _ =
+                    agent.call("guest-shutdown", json!({"mode": "powerdown"}), Duration::from_secs(5)).await;
+            });
+        }
+    }
+
+    async fn tick(&mut self) {
+        let now = Instant::now();
+        if self.reconnect.is_some_and(|at| at <= now) {
+            self.reconnect = None;
+            // Short: while another follows the events, this task has other things to do.
+            match Qmp::connect(&self.machine.dir, launch::EVENTS, Duration::from_millis(200)).await {
+                Ok((qmp, events)) => {
+                    self.following = Some(qmp);
+                    self.events = Some(events);
+                    self.refresh().await;
+                }
+                Err(_) => self.reconnect = Some(Instant::now() + RECONNECT),
+            }
+        }
+        let Some(stopping) = &mut self.stopping else {
+            return;
+        };
+        let (late, waiting): (Vec<_>, Vec<_>) = stopping.waiters.drain(..).partition(|(at, _)| *at <= now);
+        stopping.waiters = waiting;
+        let over = stopping.waiters.is_empty();
+        let press = stopping.next_press <= now;
+        if press {
+            stopping.next_press = now + PRESS;
+        }
+        if over {
+            self.stopping = None;
+            let _ = self.machine.keeper.mark(Requested::Nobody).await;
+            if self.state() == RuntimeState::Stopping {
+                self.set_state(RuntimeState::Running, false);
+            }
+        } else if press && let Err(e) = self.execute("system_powerdown").await {
+            tracing::debug!(error = %e, "the power button could not be pressed");
+        }
+        // Last: who is told finds the state that it is told of.
+        for (_, reply) in late {
+            let _ = reply.send(Err(Error::timeout(
+                "the guest did not shut down in time and runs on; force it, or look at its console",
+            )));
+        }
+    }
+
+    async fn finish(mut self, end: End) {
+        // QEMU's last words may still be on the way; its end closes the connection.
+        let following = self.events.is_some();
+        let _ = timeout(Duration::from_secs(u64::from(following)), async {
+            while let Some(event) = next(&mut self.events).await {
+                if event.name == "SHUTDOWN" {
+                    self.event(event).await;
+                }
+            }
+        })
+        .await;
+        let (instance, groups) = {
+            let mut record = self.machine.record();
+            let reason = exit_reason(self.heard.as_deref(), &end, &record);
+            record.exit = Some(reason);
+            if let Err(e) = record.write(&self.machine.dir) {
+                tracing::warn!(instance = %record.instance, error = %e, context = e.context, "a guest's end could not be written down");
+            }
+            (record.instance, Groups::of(&record.daemon_id, record.instance))
+        };
+        let _ = karst_guest::keeper::wait_gone(&self.machine.dir).await;
+        // Not under a successor of ours that was quicker.
+        let replaced = karst_guest::keeper::is_alive(&self.machine.dir);
+        if !replaced && let Err(e) = groups.remove(&self.cgroups).await {
+            tracing::warn!(%instance, error = %e, context = e.context, "control groups of a guest could not be removed");
+        }
+        let exit = self.machine.record().exit.clone();
+        self.machine.observed.send_modify(|o| {
+            o.state = RuntimeState::Stopped;
+            o.pid = None;
+            o.started_at = None;
+            o.exit = exit;
+        });
+        for (_, reply) in self.stopping.take().into_iter().flat_map(|s| s.waiters) {
+            let _ = reply.send(Ok(()));
+        }
+        (self.tell)(self.machine.observed.borrow().clone());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use RuntimeState as S;
+
+    #[test]
+    fn only_what_is_legal_and_the_refusal_says_what_to_do() {
+        let wait = Ask::Graceful(Duration::ZERO);
+        for ask in [Ask::Pause, Ask::Resume, wait] {
+            assert!(decide(S::Stopped, ask).unwrap_err().is(karst_model::ErrorKind::NotFound));
+        }
+        assert_eq!(decide(S::Running, Ask::Pause).unwrap(), Do::Stop);
+        assert_eq!(decide(S::Paused, Ask::Pause).unwrap(), Do::Nothing);
+        assert_eq!(decide(S::Paused, Ask::Resume).unwrap(), Do::Cont);
+        assert_eq!(decide(S::Error, Ask::Resume).unwrap(), Do::Cont);
+        assert_eq!(decide(S::Running, Ask::Resume).unwrap(), Do::Nothing);
+        assert_eq!(decide(S::Paused, wait).unwrap(), Do::PowerDown { cont: true });
+        assert_eq!(decide(S::Running, wait).unwrap(), Do::PowerDown { cont: false });
+        assert!(decide(S::Error, wait).unwrap_err().message.contains("force"));
+        assert!(decide(S::Stopping, Ask::Pause).unwrap_err().message.contains("shutting down"));
+    }
+
+    #[test]
+    fn run_states() {
+        for (text, state) in [
+            ("running", S::Running),
+            ("paused", S::Paused),
+            ("io-error", S::Error),
+            ("prelaunch", S::Starting),
+        ] {
+            assert_eq!(run_state(text), state);
+        }
+    }
+}

@@ -1,0 +1,284 @@
+//! QEMU's machine protocol (`docs/interop/qmp-spec`): capability negotiation, commands by id, events.
+//!
+//! QEMU is trusted with its guest only: lines are bounded, garbage ends the connection, every command has a deadline.
+//! A QMP socket serves one client and goes on listening. So there are two: one for commands, held for the time of one
+//! command only, and one for events, held by the host process that follows them. A host process that hangs can thus keep
+//! the events from its successor, but never the control.
+
+use crate::{
+    launch,
+    line::{Lines, object, printable},
+};
+use karst_model::{Error, Result};
+use serde_json::{Map, Value, json};
+use std::{
+    collections::HashMap,
+    path::Path,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
+    sync::{Mutex as AsyncMutex, mpsc, oneshot},
+    time::timeout,
+};
+
+/// Longest line accepted; answers to what we ask are a few KiB.
+const LINE: usize = 1 << 20;
+/// How long a command may take.
+const COMMAND: Duration = Duration::from_secs(10);
+/// Events kept for a slow owner; QEMU limits the rate of those a guest can cause.
+const EVENTS: usize = 256;
+
+/// Something that happened in QEMU.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Event {
+    /// Name, such as `SHUTDOWN`.
+    pub name: String,
+    /// What belongs to it.
+    pub data: Map<String, Value>,
+}
+
+type Pending = Arc<Mutex<Option<HashMap<u64, oneshot::Sender<Result<Value>>>>>>;
+
+/// A connection. Dropping it closes the socket.
+pub struct Qmp {
+    writer: AsyncMutex<Box<dyn AsyncWrite + Send + Unpin>>,
+    pending: Pending,
+    next: AtomicU64,
+    reader: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Qmp {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
+
+fn closed() -> Error {
+    Error::unavailable("QEMU closed its control socket")
+}
+
+impl Qmp {
+    /// Connects to the socket `name` in the state directory `dir` and negotiates. The receiver ends when the connection
+    /// does.
+    ///
+    /// # Errors
+    /// Unavailable when nobody listens or somebody else is connected (no greeting comes), timeout.
+    pub async fn connect(dir: &Path, name: &str, limit: Duration) -> Result<(Self, mpsc::Receiver<Event>)> {
+        let stream = launch::connect(dir, name)
+            .await
+            .map_err(|e| Error::unavailable("QEMU's control socket cannot be reached").with_context(e))?;
+        let (read, write) = stream.into_split();
+        timeout(limit, Self::negotiate(read, write))
+            .await
+            .map_err(|_| Error::timeout("QEMU did not greet on its control socket"))?
+    }
+
+    /// Negotiates on a stream.
+    ///
+    /// # Errors
+    /// When the peer is no QMP server.
+    pub async fn negotiate(
+        read: impl AsyncRead + Send + Unpin + 'static,
+        write: impl AsyncWrite + Send + Unpin + 'static,
+    ) -> Result<(Self, mpsc::Receiver<Event>)> {
+        let mut lines = Lines::new(read, LINE);
+        let greeting = object(&lines.next().await?.ok_or_else(closed)?)?;
+        if !greeting.contains_key("QMP") {
+            return Err(Error::internal("QEMU's control socket could not be understood", "no greeting"));
+        }
+        let pending: Pending = Arc::new(Mutex::new(Some(HashMap::new())));
+        let (events, receiver) = mpsc::channel(EVENTS);
+        let reader = tokio::spawn({
+            let pending = pending.clone();
+            async move {
+                if let Err(e) = read_all(lines, &pending, &events).await {
+                    tracing::warn!(error = %e, context = e.context, "QMP connection given up");
+                }
+                // Drops the senders: every waiter learns that the connection is gone.
+                if let Ok(mut p) = pending.lock() {
+                    *p = None;
+                }
+            }
+        });
+        let qmp = Qmp { writer: AsyncMutex::new(Box::new(write)), pending, next: AtomicU64::new(1), reader };
+        qmp.execute("qmp_capabilities", json!({})).await?;
+        Ok((qmp, receiver))
+    }
+
+    /// Runs a command and answers its `return`.
+    ///
+    /// # Errors
+    /// Internal with QEMU's class and text as context, timeout, unavailable when the connection is gone.
+    pub async fn execute(&self, command: &str, arguments: Value) -> Result<Value> {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let (send, receive) = oneshot::channel();
+        match self.pending.lock() {
+            Ok(mut p) => match p.as_mut() {
+                Some(p) => drop(p.insert(id, send)),
+                None => return Err(closed()),
+            },
+            Err(_) => return Err(closed()),
+        }
+        let mut line = json!({"execute": command, "arguments": arguments, "id": id}).to_string();
+        line.push('\n');
+        let work = async {
+            self.writer
+                .lock()
+                .await
+                .write_all(line.as_bytes())
+                .await
+                .map_err(|e| closed().with_context(e))?;
+            receive.await.map_err(|_| closed())?
+        };
+        let result = timeout(COMMAND, work).await.unwrap_or_else(|_| {
+            Err(Error::timeout(format!("QEMU did not answer {command} within {COMMAND:?}")))
+        });
+        if result.is_err()
+            && let Ok(mut p) = self.pending.lock()
+            && let Some(p) = p.as_mut()
+        {
+            p.remove(&id);
+        }
+        result
+    }
+}
+
+async fn read_all<R: AsyncRead + Unpin>(
+    mut lines: Lines<R>,
+    pending: &Pending,
+    events: &mpsc::Sender<Event>,
+) -> Result<()> {
+    while let Some(line) = lines.next().await? {
+        if line.is_empty() {
+            continue;
+        }
+        let mut message = object(&line)?;
+        if let Some(Value::String(name)) = message.remove("event") {
+            let data = match message.remove("data") {
+                Some(Value::Object(data)) => data,
+                _ => Map::new(),
+            };
+            if events.try_send(Event { name, data }).is_err() {
+                tracing::debug!("a QMP event was dropped: its owner is slow or gone");
+            }
+            continue;
+        }
+        let Some(id) = message.get("id").and_then(Value::as_u64) else {
+            continue;
+        };
+        let waiter = pending.lock().ok().and_then(|mut p| p.as_mut().and_then(|p| p.remove(&id)));
+        // An id nobody waits for: the answer came after the deadline.
+        let Some(waiter) = waiter else { continue };
+        let result = match message.remove("error") {
+            Some(e) => {
+                let field = |k: &str| printable(e.get(k).and_then(Value::as_str).unwrap_or("?"), 500);
+                Err(Error::internal("QEMU refused", format!("{}: {}", field("class"), field("desc"))))
+            }
+            None => Ok(message.remove("return").unwrap_or(Value::Null)),
+        };
+        let _ = waiter.send(result);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use karst_model::ErrorKind;
+    use tokio::io::{AsyncBufReadExt, BufReader, DuplexStream, duplex, split};
+
+    const GREETING: &str = "{\"QMP\": {\"version\": {}, \"capabilities\": []}}\n";
+
+    /// A server that greets, then answers each request line by `answer`.
+    fn server(answer: impl Fn(Value) -> String + Send + 'static) -> DuplexStream {
+        let (ours, theirs) = duplex(1 << 16);
+        tokio::spawn(async move {
+            let (read, mut write) = split(theirs);
+            if write.write_all(GREETING.as_bytes()).await.is_err() {
+                return;
+            }
+            let mut lines = BufReader::new(read).lines();
+            while let Ok(Some(line)) = lines.next_line().await {
+                let text = answer(serde_json::from_str(&line).unwrap());
+                if write.write_all(text.as_bytes()).await.is_err() {
+                    return;
+                }
+            }
+        });
+        ours
+    }
+
+    async fn open(stream: DuplexStream) -> Result<(Qmp, mpsc::Receiver<Event>)> {
+        let (r, w) = split(stream);
+        Qmp::negotiate(r, w).await
+    }
+
+    fn ok(v: &Value) -> String {
+        format!("{{\"return\": {{}}, \"id\": {}}}\n", v["id"])
+    }
+
+    #[tokio::test]
+    async fn answers_events_and_errors() {
+        let (q, mut events) = open(server(|v| match v["execute"].as_str().unwrap() {
+            "query-status" => format!(
+                "{{\"event\":\"STOP\",\"timestamp\":{{}}}}\n{{\"return\":{{\"x\":1}},\"id\":77777}}\n{{\"return\":{{\"status\":\"running\"}},\"id\":{}}}\n",
+                v["id"]
+            ),
+            "bad" => format!("{{\"error\":{{\"class\":\"GenericError\",\"desc\":\"no\\u0007pe\"}},\"id\":{}}}\n", v["id"]),
+            _ => ok(&v),
+        }))
+        .await
+        .unwrap();
+        assert_eq!(q.execute("query-status", json!({})).await.unwrap()["status"], "running");
+        assert_eq!(events.recv().await.unwrap().name, "STOP");
+        let e = q.execute("bad", json!({})).await.unwrap_err();
+        assert_eq!(e.context.as_deref(), Some("GenericError: no pe"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silence_is_a_timeout_and_a_late_answer_goes_nowhere() {
+        let (q, _e) =
+            open(server(|v| if v["execute"] == "mute" { String::new() } else { ok(&v) })).await.unwrap();
+        assert!(q.execute("mute", json!({})).await.unwrap_err().is(ErrorKind::Timeout));
+        q.execute("other", json!({})).await.unwrap();
+        assert!(q.pending.lock().unwrap().as_ref().unwrap().is_empty(), "nothing is kept for it");
+    }
+
+    #[tokio::test]
+    async fn garbage_and_endless_lines_end_the_connection() {
+        for junk in ["not json\n".to_owned(), "[1]\n".to_owned(), "x".repeat(2 << 20)] {
+            let (q, mut events) =
+                open(server(move |v| if v["execute"] == "go" { junk.clone() } else { ok(&v) }))
+                    .await
+                    .unwrap();
+            assert!(q.execute("go", json!({})).await.unwrap_err().is(ErrorKind::Unavailable));
+            assert!(events.recv().await.is_none());
+            assert!(q.execute("later", json!({})).await.unwrap_err().is(ErrorKind::Unavailable));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_flood_of_events_does_not_grow_memory() {
+        let (q, mut events) = open(server(|v| {
+            if v["execute"] == "flood" {
+                format!("{}{}", "{\"event\":\"RTC_CHANGE\"}\n".repeat(2000), ok(&v))
+            } else {
+                ok(&v)
+            }
+        }))
+        .await
+        .unwrap();
+        q.execute("flood", json!({})).await.unwrap();
+        drop(q);
+        let mut n = 0;
+        while events.recv().await.is_some() {
+            n += 1;
+        }
+        assert_eq!(n, EVENTS);
+    }
+}

@@ -1,0 +1,126 @@
+//! What the driver keeps of a guest in its state directory (`machine.json`): enough to adopt it.
+
+use crate::argv::{DEFAULT_MEMORY, cpu_count};
+use karst_guest::{IdRange, ResolvedGuest};
+use karst_model::{
+    Error, InstanceId, Result,
+    instance::{ExitReason, Generation},
+    node::AcceleratorKind,
+    spec::CpuLimit,
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::BTreeMap,
+    io::Write,
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+};
+
+const FILE: &str = "machine.json";
+
+/// A NIC.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Nic {
+    pub(crate) name: String,
+    pub(crate) mac: String,
+    pub(crate) host_interface: String,
+    pub(crate) bridge: String,
+}
+
+/// The record of the last start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Record {
+    /// Of this file's format.
+    pub(crate) version: u32,
+    pub(crate) instance: InstanceId,
+    pub(crate) daemon_id: String,
+    pub(crate) generation: Generation,
+    pub(crate) spec_version: u64,
+    pub(crate) domain_id: u32,
+    pub(crate) hostname: String,
+    pub(crate) ids: IdRange,
+    pub(crate) accelerator: AcceleratorKind,
+    pub(crate) memory: u64,
+    pub(crate) cpus: u32,
+    pub(crate) cpu: Option<CpuLimit>,
+    pub(crate) root: PathBuf,
+    pub(crate) nics: Vec<Nic>,
+    #[serde(default)]
+    pub(crate) environment: BTreeMap<String, String>,
+    /// Why it ended, where the host saw more than the keeper can know.
+    #[serde(default)]
+    pub(crate) exit: Option<ExitReason>,
+}
+
+/// Bytes of memory, in whole MiB.
+pub(crate) fn memory(guest: &ResolvedGuest) -> u64 {
+    guest.limits.memory.map_or(DEFAULT_MEMORY, |m| m.round_up(1 << 20).bytes())
+}
+
+impl Record {
+    pub(crate) fn new(guest: &ResolvedGuest) -> Self {
+        Self {
+            version: 1,
+            instance: guest.instance,
+            daemon_id: guest.daemon_id.clone(),
+            generation: guest.generation,
+            spec_version: guest.spec_version,
+            domain_id: guest.domain_id,
+            hostname: guest.hostname.clone(),
+            ids: guest.ids,
+            accelerator: guest.accelerator,
+            memory: memory(guest),
+            cpus: cpu_count(guest.limits.cpu.as_ref()),
+            cpu: guest.limits.cpu.clone(),
+            root: guest.root.path.clone(),
+            nics: guest
+                .nics
+                .iter()
+                .map(|n| Nic {
+                    name: n.name.clone(),
+                    mac: n.mac.clone(),
+                    host_interface: n.host_interface.clone(),
+                    bridge: n.bridge.clone(),
+                })
+                .collect(),
+            environment: guest.environment.clone(),
+            exit: None,
+        }
+    }
+
+    /// Keys whose new value waits for the next start.
+    pub(crate) fn pending(&self, new: &Record) -> Vec<String> {
+        let mut pending = vec![];
+        if self.cpus != new.cpus {
+            pending.push("limits.cpu".to_owned());
+        }
+        if self.memory != new.memory {
+            pending.push("limits.memory".to_owned());
+        }
+        if self.nics != new.nics || self.root != new.root {
+            pending.push("devices".to_owned());
+        }
+        pending
+    }
+
+    /// Reads it; `None` when there is none.
+    pub(crate) fn read(dir: &Path) -> Result<Option<Self>> {
+        match std::fs::read(dir.join(FILE)) {
+            Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|e| {
+                Error::internal("the guest's record cannot be read", e).with_context(dir.display())
+            }),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// Replaces it by rename; root's alone.
+    pub(crate) fn write(&self, dir: &Path) -> Result<()> {
+        let temporary = dir.join("machine.json.new");
+        let mut file =
+            std::fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+        file.write_all(&serde_json::to_vec(self)?)?;
+        std::fs::rename(temporary, dir.join(FILE))?;
+        Ok(())
+    }
+}

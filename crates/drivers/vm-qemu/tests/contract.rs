@@ -1,0 +1,22 @@
+//! The contract of guest drivers, with a real virtual machine.
+
+mod common;
+
+use karst_guest::contract::{Subject, run};
+use std::{sync::Arc, time::Duration};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn virtual_machines_keep_the_contract() {
+    let Some(place) = common::Place::new("contract") else {
+        return;
+    };
+    let options = place.options();
+    run(Subject {
+        guest: place.guest(1),
+        driver: Box::new(move || Arc::new(karst_vm_qemu::QemuDriver::new(options.clone()).unwrap())),
+        boot: Duration::from_secs(180),
+        streams: false,
+    })
+    .await;
+    place.assert_clean();
+}

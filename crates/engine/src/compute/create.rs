@@ -1,0 +1,466 @@
+//! Creating instances.
+
+use super::{expand, lock, path};
+use crate::{
+    Engine, EngineInner, Records,
+    context::Context,
+    db::Tx,
+    operations::{LiveOperation, NewOperation},
+    saga::{Saga, StepContext, runner},
+};
+use async_trait::async_trait;
+use karst_agent::VolumeRef;
+use karst_model::{
+    ByteSize, Config, Error, ImageId, InstanceId, Name, NetworkId, Result, VolumeId,
+    access::Permission,
+    device::{Device, Devices},
+    guest::Observed,
+    instance::{DesiredPower, Firmware, Generation, Hardware, Instance, InstanceKind, Lifecycle},
+    keys,
+    spec::{GuestSpec, VolumeSource, VolumeSpec},
+    storage::{Volume, VolumeContent, VolumeOwner},
+};
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeMap, time::Duration};
+
+/// What a user wants created.
+#[derive(Debug, Clone)]
+pub struct CreateInstance {
+    /// Name; one is made up when absent.
+    pub name: Option<String>,
+    /// Kind.
+    pub kind: InstanceKind,
+    /// User's text.
+    pub description: String,
+    /// Removed when it stops.
+    pub ephemeral: bool,
+    /// Configuration as written.
+    pub config: Config,
+    /// Devices as written.
+    pub devices: Devices,
+    /// Profile names; `None` is `default`.
+    pub profiles: Option<Vec<String>>,
+    /// What its root begins as.
+    pub source: InstanceSource,
+    /// Start it when it is there.
+    pub start: bool,
+    /// Name of the node it is to be on; `None`: the engine's own.
+    pub target: Option<String>,
+}
+
+/// What the root of a new instance begins as.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum InstanceSource {
+    /// Empty.
+    None,
+    /// An image by fingerprint, unique beginning of it, or alias.
+    Image(String),
+}
+
+/// Smallest root disk of a virtual machine without a size.
+const DEFAULT_VM_DISK: ByteSize = ByteSize::gib(10);
+
+impl Engine {
+    /// Creates an instance; answers its name and the operation.
+    ///
+    /// # Errors
+    /// Invalid by field, not found (profile, image, pool, network), conflict (taken name), forbidden.
+    pub async fn instance_create(
+        &self,
+        context: &Context,
+        project: &str,
+        request: CreateInstance,
+    ) -> Result<(String, LiveOperation)> {
+        let project = self.project(context, project, Permission::ResourceEdit)?;
+        let inner = self.inner();
+        let mut made_up = None;
+        let mut chosen = String::new();
+        let operation = runner::start::<InstanceCreate>(inner, context, |tx| {
+            let records = inner.inventory.read();
+            let name = match &request.name {
+                Some(n) if !n.is_empty() => Name::parse("name", n)?,
+                _ => made_up.get_or_insert_with(|| make_up_name(inner, &records, project.id)).clone(),
+            };
+            chosen = name.to_string();
+            tx.expect(&project);
+            let plan = plan(inner, &records, tx, &project, name.clone(), &request)?;
+            let mut new = NewOperation::task(
+                "Creating instance",
+                Some(project.id),
+                "instances",
+                path(&project.name, &name),
+            );
+            new.may_cancel = true;
+            Ok((plan, new))
+        })
+        .await?;
+        Ok((chosen, operation))
+    }
+}
+
+fn make_up_name(inner: &EngineInner, records: &Records, project: karst_model::ProjectId) -> Name {
+    const FIRST: [&str; 16] = [
+        "amber", "bold", "calm", "clever", "deep", "eager", "fair", "gentle", "keen", "lively", "mellow",
+        "noble", "quick", "quiet", "steady", "warm",
+    ];
+    const SECOND: [&str; 16] = [
+        "badger", "bat", "beetle", "cave", "crane", "doline", "falcon", "gorge", "heron", "lynx", "marten",
+        "olm", "otter", "polje", "spring", "swift",
+    ];
+    for _ in 0..64 {
+        let r = inner.env.random_u64();
+        let base = format!("{}-{}", FIRST[(r & 15) as usize], SECOND[(r >> 4 & 15) as usize]);
+        let name = if r >> 8 & 3 == 0 { base } else { format!("{base}-{}", r >> 16 & 0xfff) };
+        if !records.instance_names.contains_key(&(project, name.clone()))
+            && let Ok(name) = Name::parse("name", &name)
+        {
+            return name;
+        }
+    }
+    // 64 collisions: the space is full of names; a UUID cannot collide.
+    let id = inner.env.uuid().simple().to_string();
+    Name::parse("name", &format!("i-{id}")).expect("hex digits are a name")
+}
+
+fn plan(
+    inner: &EngineInner,
+    records: &Records,
+    tx: &mut Tx,
+    project: &karst_model::project::Project,
+    name: Name,
+    request: &CreateInstance,
+) -> Result<CreatePlan> {
+    inner.demand_free_name(records, project.id, &name)?;
+    let profile_names = request.profiles.clone().unwrap_or_else(|| vec!["default".into()]);
+    let mut profiles = vec![];
+    for (n, profile) in profile_names.iter().enumerate() {
+        let row = records.profile(project.id, profile).map_err(|e| e.at(format!("profiles[{n}]")))?;
+        if profiles.contains(&row.id) {
+            return Err(Error::invalid(
+                format!("profiles[{n}]"),
+                format!("profile {profile:?} is named twice"),
+            ));
+        }
+        tx.expect(row);
+        tx.touch(&crate::tenancy::profile_uses(row.id));
+        profiles.push(row.id);
+    }
+    if let Some(key) = request.config.keys().find(|k| k.starts_with("volatile.")) {
+        return Err(Error::invalid(
+            format!("config.{key}"),
+            "volatile keys are kept by the platform and cannot be set",
+        ));
+    }
+    keys::check(&request.config, Some(request.kind))?;
+    check_devices(&request.devices)?;
+    let image = match &request.source {
+        InstanceSource::None => None,
+        InstanceSource::Image(reference) => {
+            let row = inner.resolve_image(records, project.id, reference, Some(request.kind))?;
+            if row.kind != request.kind {
+                return Err(Error::invalid(
+                    "source.alias",
+                    format!("image {reference:?} is for a {}, not for a {}", row.kind, request.kind),
+                ));
+            }
+            tx.expect_unlocked(&crate::images::lock(row.id));
+            tx.expect(&row);
+            Some(row)
+        }
+    };
+    let now = inner.env.now();
+    let id = InstanceId(inner.env.uuid());
+    let volume_id = VolumeId(inner.env.uuid());
+    let node = match &request.target {
+        None => records.nodes.get(&inner.node),
+        Some(name) => records.nodes.values().find(|n| *n.name == **name),
+    };
+    let node = node.ok_or_else(|| {
+        Error::not_found(format!("node {:?} not found", request.target.as_deref().unwrap_or_default()))
+            .at("target")
+    })?;
+    let mut instance = Instance {
+        id,
+        project: project.id,
+        name: name.clone(),
+        // Given below, when nothing can be wrong any more: a refused request leaves no gap.
+        vmid: karst_model::Vmid(0),
+        kind: request.kind,
+        architecture: "x86_64".into(),
+        description: request.description.clone(),
+        ephemeral: request.ephemeral,
+        config: request.config.clone(),
+        devices: request.devices.clone(),
+        profiles,
+        image: image.as_ref().map(|i| i.id),
+        image_properties: image
+            .iter()
+            .flat_map(|i| i.properties.iter().map(|(k, v)| (format!("image.{k}"), v.clone())))
+            .collect(),
+        volatile: Config::new(),
+        identities: BTreeMap::new(),
+        hardware: None,
+        pool: karst_model::PoolId(uuid::Uuid::nil()),
+        root: volume_id,
+        node: node.id,
+        generation: Generation { incarnation: 1, n: 0 },
+        power: DesiredPower::Stopped,
+        current_snapshot: None,
+        spec_version: 1,
+        lifecycle: Lifecycle::Creating,
+        created_at: now,
+        last_used_at: None,
+    };
+    let (config, devices) = records.expanded(&instance);
+    keys::check(&config, Some(request.kind)).map_err(|e| e.with_context("expanded"))?;
+    let parsed = expand::parse_devices(&devices)?;
+    let (root_name, Device::Root { pool, size, .. }) = &parsed.root else {
+        return Err(Error::internal("the root device is no disk", &name));
+    };
+    let pool = records.pool(pool).map_err(|e| e.at(format!("devices.{root_name}.pool")))?;
+    tx.expect(pool);
+    tx.expect_unlocked(&crate::storage::pool_lock(pool.id));
+    tx.touch(&crate::storage::pool_lock(pool.id));
+    tx.touch(&crate::tenancy::project_uses(project.id));
+    instance.pool = pool.id;
+    check_nics(records, tx, &parsed)?;
+    instance.identities = expand::assign_identities(
+        &BTreeMap::new(),
+        &parsed,
+        request.kind,
+        volume_id,
+        &inner.daemon_id,
+        &mut |b| inner.env.fill_random(b),
+    );
+    if let Some(image) = &image {
+        instance.volatile.insert("volatile.base_image".into(), image.fingerprint.clone());
+    }
+    instance.volatile.insert("volatile.uuid".into(), id.to_string());
+    if request.kind == InstanceKind::VirtualMachine {
+        let facts = node.facts.as_ref().ok_or_else(|| {
+            Error::unavailable("the host has not reported what it is yet; try again in a moment")
+        })?;
+        let machine = facts.default_machine.clone().ok_or_else(|| {
+            Error::unsupported("virtual machines need QEMU on the host; install the package qemu-system-x86")
+        })?;
+        let kvm = facts.accelerator.kind == karst_model::node::AcceleratorKind::Kvm;
+        instance.hardware = Some(Hardware {
+            machine,
+            cpu_model: if kvm { "host".into() } else { "max".into() },
+            firmware: Firmware::Bios,
+            uuid: id.uuid(),
+            cloud_init_id: inner.env.uuid(),
+        });
+    }
+    let content = match request.kind {
+        InstanceKind::Container => VolumeContent::Filesystem,
+        InstanceKind::VirtualMachine => VolumeContent::Block,
+    };
+    let size = match (request.kind, size) {
+        (_, Some(s)) => Some(*s),
+        (InstanceKind::VirtualMachine, None) => Some(DEFAULT_VM_DISK),
+        (InstanceKind::Container, None) => None,
+    };
+    let volume = Volume {
+        id: volume_id,
+        pool: pool.id,
+        project: project.id,
+        name: name.to_string(),
+        content,
+        owner: VolumeOwner::Instance { instance: id },
+        size,
+        config: Config::new(),
+        created_at: now,
+    };
+    // Whatever is wrong with it is said now, not at the first start.
+    inner.guest_spec(records, &instance, 0)?;
+    instance.vmid = inner.take_vmid(records);
+    let mut start = None;
+    if request.start {
+        instance.generation = instance.generation.next();
+        instance.power = DesiredPower::Running;
+        instance.last_used_at = Some(now);
+        let spec = inner.guest_spec(records, &instance, inner.take_domain_id())?;
+        start = Some(StartPlan { networks: networks_of(&spec), spec });
+    }
+    Ok(CreatePlan {
+        path: path(&project.name, &name),
+        source: match &image {
+            Some(i) => VolumeSource::Image { image: i.id },
+            None => VolumeSource::Empty,
+        },
+        image: image.map(|i| i.id),
+        instance,
+        volume,
+        start,
+    })
+}
+
+/// Devices as written, also those that vanish when they are expanded (`type=none` masks one of a profile).
+pub(crate) fn check_devices(devices: &Devices) -> Result<()> {
+    for (name, keys) in devices {
+        Device::parse(name, keys)?;
+    }
+    Ok(())
+}
+
+/// The networks of NICs exist and stay as they were read.
+pub(crate) fn check_nics(records: &Records, tx: &mut Tx, parsed: &expand::ParsedDevices) -> Result<()> {
+    let mut seen = std::collections::BTreeSet::new();
+    for (device, nic) in &parsed.nics {
+        let Device::Nic { network, ipv4, .. } = nic else {
+            continue;
+        };
+        let row = records.network(network).map_err(|e| e.at(format!("devices.{device}.network")))?;
+        let bridge = karst_model::network::BridgeSpec::parse(&row.name, &row.config)?;
+        if let Some(address) = ipv4
+            && !bridge.ipv4.is_some_and(|n| n.contains(address))
+        {
+            return Err(Error::invalid(
+                format!("devices.{device}.ipv4.address"),
+                format!("{address} is not in the subnet of network {network:?}"),
+            ));
+        }
+        if seen.insert(row.id) {
+            tx.expect(row);
+            tx.expect_unlocked(&crate::network::lock(row.id));
+            tx.touch(&crate::network::lock(row.id));
+        }
+    }
+    Ok(())
+}
+
+/// The networks that a start needs.
+pub(crate) fn networks_of(spec: &GuestSpec) -> Vec<NetworkId> {
+    let mut ids: Vec<_> = spec.nics.iter().map(|n| n.network).collect();
+    ids.sort();
+    ids.dedup();
+    ids
+}
+
+/// How a created instance is to be started.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct StartPlan {
+    /// What the host gets.
+    pub spec: GuestSpec,
+    /// Networks to bring up to date first.
+    pub networks: Vec<NetworkId>,
+}
+
+/// Plan of [`InstanceCreate`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct CreatePlan {
+    instance: Instance,
+    volume: Volume,
+    source: VolumeSource,
+    image: Option<ImageId>,
+    start: Option<StartPlan>,
+    path: String,
+}
+
+/// Outputs of [`InstanceCreate`].
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct CreateOutputs {
+    observed: Option<Observed>,
+}
+
+/// Makes the volume, then the instance is there; starts it when asked to.
+pub struct InstanceCreate;
+
+#[async_trait]
+impl Saga for InstanceCreate {
+    const NAME: &'static str = "instance-create";
+    const STEPS: &'static [&'static str] = &["volume", "start"];
+    type Plan = CreatePlan;
+    type Outputs = CreateOutputs;
+
+    fn locks(plan: &CreatePlan) -> Vec<String> {
+        vec![lock(plan.instance.id)]
+    }
+
+    fn begin(plan: &CreatePlan, _engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        let i = &plan.instance;
+        tx.create(i);
+        tx.take_name("instances", &i.project.to_string(), &i.name, &i.id.to_string());
+        tx.take_name("vmids", "", &i.vmid.to_string(), &i.id.to_string());
+        tx.create(&plan.volume);
+        Ok(())
+    }
+
+    async fn run(
+        cx: &StepContext,
+        plan: &CreatePlan,
+        outputs: &mut CreateOutputs,
+        step: usize,
+    ) -> Result<()> {
+        let agent = cx.agent(plan.instance.node)?;
+        match step {
+            0 => {
+                let spec = VolumeSpec {
+                    id: plan.volume.id,
+                    pool: plan.volume.pool,
+                    content: plan.volume.content,
+                    size: plan.volume.size,
+                    source: plan.source.clone(),
+                };
+                agent.volume_create(&cx.mutate(Duration::from_secs(1800)), spec).await
+            }
+            _ => {
+                if let Some(start) = &plan.start {
+                    cx.engine.ensure_networks(cx, plan.instance.node, &start.networks).await?;
+                    let observed =
+                        agent.guest_start(&cx.mutate(Duration::from_secs(120)), start.spec.clone()).await?;
+                    outputs.observed = Some(observed);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    async fn undo(cx: &StepContext, plan: &CreatePlan, _outputs: &CreateOutputs, step: usize) -> Result<()> {
+        let agent = cx.agent(plan.instance.node)?;
+        match step {
+            0 => {
+                let volume = VolumeRef { pool: plan.volume.pool, volume: plan.volume.id };
+                agent.volume_delete(&cx.mutate(Duration::from_secs(300)), volume).await
+            }
+            _ => {
+                if plan.start.is_some() {
+                    super::power::force_stop(
+                        cx,
+                        plan.instance.node,
+                        plan.instance.id,
+                        plan.instance.generation,
+                    )
+                    .await?;
+                    agent.guest_destroy(&cx.mutate(Duration::from_secs(60)), plan.instance.id).await?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn commit(plan: &CreatePlan, outputs: &CreateOutputs, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        let row = engine.instance_row(plan.instance.id)?;
+        let mut instance = row.value.clone();
+        instance.lifecycle = Lifecycle::Ready;
+        tx.replace(&row, &instance);
+        if let Some(observed) = &outputs.observed {
+            let records = engine.inventory.read();
+            tx.put(&engine.runtime_of(&records, observed));
+        }
+        Ok(())
+    }
+
+    fn abort(plan: &CreatePlan, _outputs: &CreateOutputs, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        super::delete::remove_records(engine, tx, plan.instance.id)
+    }
+
+    fn announce(plan: &CreatePlan) -> Vec<(&'static str, String)> {
+        let mut events = vec![("instance-created", plan.path.clone())];
+        if plan.start.is_some() {
+            events.push(("instance-started", plan.path.clone()));
+        }
+        events
+    }
+}

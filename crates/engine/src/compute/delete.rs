@@ -1,0 +1,147 @@
+//! Deleting instances.
+
+use super::{lock, path};
+use crate::{
+    Engine, EngineInner,
+    context::Context,
+    db::Tx,
+    operations::{LiveOperation, NewOperation},
+    saga::{Saga, StepContext, runner},
+};
+use async_trait::async_trait;
+use karst_agent::VolumeRef;
+use karst_model::{
+    Error, InstanceId, NodeId, Result,
+    access::Permission,
+    instance::{Lifecycle, Runtime, Status},
+    storage::VolumeOwner,
+};
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+impl Engine {
+    /// Deletes a stopped instance with all that it owns.
+    ///
+    /// # Errors
+    /// Not found, conflict when it runs or is busy, forbidden.
+    pub async fn instance_delete(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+    ) -> Result<LiveOperation> {
+        let project = self.project(context, project, Permission::ResourceEdit)?;
+        let inner = self.inner();
+        runner::start::<InstanceDelete>(inner, context, |tx| {
+            let records = inner.inventory.read();
+            let row = records.instance(&project, name)?;
+            let status = row.status(records.runtimes.get(&row.id).map(|r| &r.value));
+            if !matches!(status, Status::Stopped | Status::Error) {
+                return Err(Error::conflict(format!(
+                    "instance {name:?} is running; stop it first, or delete it with --force"
+                )));
+            }
+            tx.expect(row);
+            let volumes = records
+                .volumes
+                .values()
+                .filter(|v| v.owner == VolumeOwner::Instance { instance: row.id })
+                .map(|v| VolumeRef { pool: v.pool, volume: v.id })
+                .collect();
+            let path = path(&project.name, name);
+            let plan = DeletePlan { instance: row.id, node: row.node, volumes, path: path.clone() };
+            Ok((plan, NewOperation::task("Deleting instance", Some(project.id), "instances", path)))
+        })
+        .await
+    }
+}
+
+/// Plan of [`InstanceDelete`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DeletePlan {
+    instance: InstanceId,
+    node: NodeId,
+    volumes: Vec<VolumeRef>,
+    path: String,
+}
+
+/// Deletes the guest's traces on its host, its volumes, then its records. What a volume held cannot be brought back, so
+/// the volumes come last, are tried several times, and have no undo: should they still fail, a stopped instance is left
+/// that can be deleted again.
+pub struct InstanceDelete;
+
+#[async_trait]
+impl Saga for InstanceDelete {
+    const NAME: &'static str = "instance-delete";
+    const STEPS: &'static [&'static str] = &["guest", "volumes"];
+    type Plan = DeletePlan;
+    type Outputs = ();
+
+    fn retries(step: usize) -> u32 {
+        if step == 1 { 5 } else { 0 }
+    }
+
+    fn locks(plan: &DeletePlan) -> Vec<String> {
+        vec![lock(plan.instance)]
+    }
+
+    fn begin(plan: &DeletePlan, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        mark(engine, tx, plan.instance, Lifecycle::Deleting)
+    }
+
+    async fn run(cx: &StepContext, plan: &DeletePlan, _: &mut (), step: usize) -> Result<()> {
+        let agent = cx.agent(plan.node)?;
+        match step {
+            0 => agent.guest_destroy(&cx.mutate(Duration::from_secs(60)), plan.instance).await,
+            _ => {
+                for volume in &plan.volumes {
+                    agent.volume_delete(&cx.mutate(Duration::from_secs(300)), *volume).await?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    async fn undo(_: &StepContext, _: &DeletePlan, _: &(), _: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn commit(plan: &DeletePlan, _: &(), engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        remove_records(engine, tx, plan.instance)
+    }
+
+    fn abort(plan: &DeletePlan, _: &(), engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        mark(engine, tx, plan.instance, Lifecycle::Ready)
+    }
+
+    fn announce(plan: &DeletePlan) -> Vec<(&'static str, String)> {
+        vec![("instance-deleted", plan.path.clone())]
+    }
+}
+
+fn mark(engine: &EngineInner, tx: &mut Tx, id: InstanceId, lifecycle: Lifecycle) -> Result<()> {
+    // `prepare` holds the compare on the same row; a second one on the same key does no harm.
+    let row = engine.instance_row(id)?;
+    let mut instance = row.value.clone();
+    instance.lifecycle = lifecycle;
+    tx.replace(&row, &instance);
+    Ok(())
+}
+
+/// Removes every record of an instance.
+pub(crate) fn remove_records(engine: &EngineInner, tx: &mut Tx, id: InstanceId) -> Result<()> {
+    let records = engine.inventory.read();
+    let Some(row) = records.instances.get(&id) else {
+        return Ok(());
+    };
+    tx.delete(row);
+    let owner = id.to_string();
+    tx.release_name("instances", &row.project.to_string(), &row.name, &owner);
+    tx.release_name("vmids", "", &row.vmid.to_string(), &owner);
+    tx.retire_vmid(&records, row.vmid.0);
+    tx.delete_id::<Runtime>(&id.to_string());
+    for volume in records.volumes.values().filter(|v| v.owner == VolumeOwner::Instance { instance: id }) {
+        tx.delete(volume);
+    }
+    Ok(())
+}

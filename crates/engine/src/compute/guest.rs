@@ -1,0 +1,320 @@
+//! What is done with a running guest: exec, console, files.
+
+use crate::{Engine, InstanceView, context::Context};
+use karst_agent::{
+    CallContext, ConsoleAttach, ConsoleLog, ExecStart, FileOpened, FileRef, FileWriteRequest, HostAgent,
+    SessionResize, SessionSignal, VolumeRef,
+};
+use karst_model::{
+    Error, Result, SessionId,
+    access::Permission,
+    guest::{ExecRequest, FileKind, FileWrite},
+    instance::{InstanceKind, Status},
+    keys,
+};
+use std::{
+    os::fd::OwnedFd,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+const CALL: Duration = Duration::from_secs(60);
+/// A session may live long; its calls are still bounded.
+const SESSION: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// A session on a guest. Dropping it ends the program or detaches the console.
+pub struct Session {
+    agent: Arc<dyn HostAgent>,
+    id: SessionId,
+    env: Arc<dyn karst_env::Env>,
+    ended: AtomicBool,
+}
+
+/// A running exec.
+pub struct ExecSession {
+    /// One descriptor (terminal), or stdin, stdout, stderr.
+    pub fds: Vec<OwnedFd>,
+    /// Control.
+    pub session: Session,
+}
+
+impl Session {
+    /// New size of the terminal.
+    ///
+    /// # Errors
+    /// Not found when it has ended.
+    pub async fn resize(&self, columns: u16, rows: u16) -> Result<()> {
+        self.agent
+            .session_resize(&CallContext::read(CALL), SessionResize { session: self.id, columns, rows })
+            .await
+    }
+
+    /// A signal to the program.
+    ///
+    /// # Errors
+    /// Not found when it has ended.
+    pub async fn signal(&self, signal: i32) -> Result<()> {
+        self.agent.session_signal(&CallContext::read(CALL), SessionSignal { session: self.id, signal }).await
+    }
+
+    /// Waits for the end.
+    ///
+    /// # Errors
+    /// Unavailable when the host went away.
+    pub async fn wait(&self) -> Result<i32> {
+        let code = self.agent.session_wait(&CallContext::read(SESSION), self.id).await?;
+        self.ended.store(true, Ordering::Relaxed);
+        Ok(code)
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if !self.ended.load(Ordering::Relaxed) {
+            let (agent, id) = (self.agent.clone(), self.id);
+            // Not waited for: a host that is gone has ended the session itself.
+            self.env.spawn(
+                "session-close",
+                Box::pin(async move {
+                    let _ = agent.session_close(&CallContext::read(CALL), id).await;
+                }),
+            );
+        }
+    }
+}
+
+/// A file that was opened for reading.
+pub struct OpenFile {
+    /// What it is.
+    pub opened: FileOpened,
+    /// Content of a regular file.
+    pub content: Option<OwnedFd>,
+}
+
+/// A regular file that is being written.
+pub struct FileUpload {
+    /// Where the content goes; close it at the end.
+    pub sink: Option<OwnedFd>,
+    session: Option<Session>,
+}
+
+impl FileUpload {
+    /// After the sink was closed: waits until the file is whole.
+    ///
+    /// # Errors
+    /// Those of the guest: no space, no such directory.
+    pub async fn finish(self) -> Result<()> {
+        drop(self.sink);
+        match self.session {
+            None => Ok(()),
+            Some(session) => match session.wait().await? {
+                0 => Ok(()),
+                code => Err(Error::internal("the file could not be written", format!("exit code {code}"))),
+            },
+        }
+    }
+}
+
+impl Engine {
+    fn running(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+    ) -> Result<(Arc<InstanceView>, Arc<dyn HostAgent>)> {
+        let view = self.find(context, project, name, Permission::InstanceUse)?;
+        match view.status {
+            Status::Running => {}
+            Status::Frozen => {
+                return Err(Error::conflict(format!("instance {name:?} is frozen; resume it first")));
+            }
+            _ => {
+                return Err(Error::conflict(format!("instance {name:?} is not running; start it first")));
+            }
+        }
+        let agent = self.inner().agents.get(view.instance.node)?;
+        Ok((view, agent))
+    }
+
+    /// Checks that a program could be run now, before a client connects its streams.
+    ///
+    /// # Errors
+    /// Not found, conflict when it does not run, invalid request, forbidden.
+    pub fn exec_check(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        request: &ExecRequest,
+    ) -> Result<Arc<InstanceView>> {
+        let (view, _) = self.running(context, project, name)?;
+        if request.command.is_empty() || request.command[0].is_empty() {
+            return Err(Error::invalid("command", "the command is empty"));
+        }
+        if request.command.iter().any(|a| a.contains('\0')) {
+            return Err(Error::invalid("command", "an argument contains a NUL byte"));
+        }
+        for (k, v) in &request.environment {
+            if k.is_empty() || k.contains(['=', '\0']) || v.contains('\0') {
+                return Err(Error::invalid(
+                    format!("environment.{k}"),
+                    "a variable's name must not be empty or contain '=' or NUL",
+                ));
+            }
+        }
+        if request.cwd.as_ref().is_some_and(|c| !c.starts_with('/') || c.contains('\0')) {
+            return Err(Error::invalid("cwd", "the working directory must be an absolute path"));
+        }
+        Ok(view)
+    }
+
+    /// Runs a program in a running guest.
+    ///
+    /// # Errors
+    /// Those of [`Engine::exec_check`] and of the guest.
+    pub async fn exec(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        mut request: ExecRequest,
+    ) -> Result<ExecSession> {
+        let view = self.exec_check(context, project, name, &request)?;
+        let agent = self.inner().agents.get(view.instance.node)?;
+        // What the user says wins over environment.*, which wins over the defaults of a login.
+        let mut environment = std::collections::BTreeMap::from([
+            ("PATH".to_owned(), "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned()),
+            ("LANG".to_owned(), "C.UTF-8".to_owned()),
+        ]);
+        if request.uid == 0 {
+            environment.insert("HOME".into(), "/root".into());
+            environment.insert("USER".into(), "root".into());
+        }
+        environment.extend(keys::environment(&view.expanded_config));
+        environment.append(&mut request.environment);
+        if let Some(term) = environment.get("TERM") {
+            request.term = Some(term.clone());
+        } else if request.terminal.is_some() {
+            environment.insert("TERM".into(), request.term.clone().unwrap_or_else(|| "xterm".into()));
+        }
+        request.environment = environment;
+        let start = ExecStart { instance: view.instance.id, request };
+        let answer = agent.exec_start(&CallContext::read(CALL), start).await?;
+        Ok(ExecSession { fds: answer.fds, session: self.session(agent, answer.value) })
+    }
+
+    fn session(&self, agent: Arc<dyn HostAgent>, id: SessionId) -> Session {
+        Session { agent, id, env: self.inner().env.clone(), ended: AtomicBool::new(false) }
+    }
+
+    /// Attaches to the console of a running guest: one descriptor, both ways.
+    ///
+    /// # Errors
+    /// Not found, conflict when it does not run or somebody is attached (unless `force`), forbidden.
+    pub async fn console(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        force: bool,
+    ) -> Result<ExecSession> {
+        let (view, agent) = self.running(context, project, name)?;
+        let attach = ConsoleAttach { instance: view.instance.id, force };
+        let answer = agent.console_attach(&CallContext::read(CALL), attach).await?;
+        Ok(ExecSession { fds: answer.fds, session: self.session(agent, answer.value) })
+    }
+
+    /// The kept console log, newest at the end; `clear` empties it.
+    ///
+    /// # Errors
+    /// Not found, forbidden.
+    pub async fn console_log(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        clear: bool,
+    ) -> Result<Vec<u8>> {
+        let permission = if clear { Permission::ResourceEdit } else { Permission::InstanceUse };
+        let view = self.find(context, project, name, permission)?;
+        let agent = self.inner().agents.get(view.instance.node)?;
+        let request = ConsoleLog { instance: view.instance.id, max: 1 << 20, clear };
+        agent.console_log(&CallContext::read(CALL), request).await
+    }
+
+    fn file_ref(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        path: &str,
+    ) -> Result<(FileRef, Arc<dyn HostAgent>)> {
+        let view = self.find(context, project, name, Permission::InstanceUse)?;
+        if path.len() > 4096 {
+            return Err(Error::invalid("path", "the path is longer than 4096 bytes"));
+        }
+        if !path.starts_with('/') || path.contains('\0') {
+            return Err(Error::invalid("path", format!("{path:?} is not an absolute path")));
+        }
+        if view.instance.kind == InstanceKind::VirtualMachine && view.status != Status::Running {
+            return Err(Error::conflict(format!(
+                "files of the virtual machine {name:?} can be reached only while it runs"
+            )));
+        }
+        let root = VolumeRef { pool: view.instance.pool, volume: view.instance.root };
+        let file =
+            FileRef { instance: view.instance.id, kind: view.instance.kind, root, path: path.to_owned() };
+        Ok((file, self.inner().agents.get(view.instance.node)?))
+    }
+
+    /// Opens a file of a guest.
+    ///
+    /// # Errors
+    /// Not found, invalid path, forbidden.
+    pub async fn file_open(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        path: &str,
+    ) -> Result<OpenFile> {
+        let (file, agent) = self.file_ref(context, project, name, path)?;
+        let answer = agent.file_open(&CallContext::read(CALL), file).await?;
+        Ok(OpenFile { opened: answer.value, content: answer.fds.into_iter().next() })
+    }
+
+    /// Writes a file, directory or link in a guest. For a regular file the content goes into the answer's sink.
+    ///
+    /// # Errors
+    /// Not found, invalid path or mode, forbidden.
+    pub async fn file_write(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        write: FileWrite,
+    ) -> Result<FileUpload> {
+        if write.mode.is_some_and(|m| m > 0o7777) {
+            return Err(Error::invalid("mode", "permission bits are at most 07777"));
+        }
+        if write.kind == FileKind::Symlink && write.target.as_deref().unwrap_or_default().is_empty() {
+            return Err(Error::invalid("target", "a symbolic link needs a target"));
+        }
+        let (file, agent) = self.file_ref(context, project, name, &write.path)?;
+        let answer = agent.file_write(&CallContext::read(CALL), FileWriteRequest { file, write }).await?;
+        let session = answer.value.map(|id| self.session(agent, id));
+        Ok(FileUpload { sink: answer.fds.into_iter().next(), session })
+    }
+
+    /// Deletes a file or an empty directory of a guest.
+    ///
+    /// # Errors
+    /// Not found, invalid path, forbidden.
+    pub async fn file_delete(&self, context: &Context, project: &str, name: &str, path: &str) -> Result<()> {
+        let (file, agent) = self.file_ref(context, project, name, path)?;
+        agent.file_delete(&CallContext::read(CALL), file).await
+    }
+}

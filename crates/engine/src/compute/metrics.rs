@@ -1,0 +1,88 @@
+//! Sampled figures of guests: at most 2 s old, asked for at most once at a time per node.
+
+use crate::{Engine, context::Context};
+use karst_agent::CallContext;
+use karst_env::EnvExt;
+use karst_model::{InstanceId, NodeId, Result, guest::Metrics, instance::Status};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+/// Oldest answer that is given.
+const MAX_AGE: Duration = Duration::from_secs(2);
+/// A host that takes longer is left out of the answer.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// Figures by instance, with their time.
+pub type Sample = Arc<HashMap<InstanceId, Metrics>>;
+
+/// The last sample of a node and when it was taken; locked while the node is asked.
+type Slot = Arc<tokio::sync::Mutex<Option<(Duration, Sample)>>>;
+
+/// The last sample of each node.
+#[derive(Default)]
+pub struct Cache {
+    nodes: Mutex<HashMap<NodeId, Slot>>,
+}
+
+impl Engine {
+    /// Figures of one running instance; `None` when it does not run.
+    ///
+    /// # Errors
+    /// Not found, forbidden.
+    pub async fn instance_metrics(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+    ) -> Result<Option<Metrics>> {
+        let view = self.instance(context, project, name)?;
+        if !matches!(view.status, Status::Running | Status::Frozen) {
+            return Ok(None);
+        }
+        let agent = self.inner().agents.get(view.instance.node)?;
+        let mut found = agent.guest_metrics(&CallContext::read(PATIENCE), vec![view.instance.id]).await?;
+        Ok(found.pop().map(|(_, m)| m))
+    }
+
+    /// Figures of all running instances, at most 2 s old. A host that does not answer is left out.
+    pub async fn all_metrics(&self) -> Sample {
+        let inner = self.inner();
+        let samples = inner.agents.all().into_iter().map(|(node, agent)| async move {
+            let slot = inner
+                .metrics
+                .nodes
+                .lock()
+                .unwrap_or_else(|e| e.into_inner())
+                .entry(node)
+                .or_default()
+                .clone();
+            let mut slot = slot.lock().await;
+            if let Some((taken, sample)) = &*slot
+                && inner.env.monotonic().saturating_sub(*taken) < MAX_AGE
+            {
+                return sample.clone();
+            }
+            let taken = inner.env.monotonic();
+            let context = CallContext::read(PATIENCE);
+            let asked = inner.env.timeout(PATIENCE, agent.guest_metrics(&context, vec![])).await;
+            let sample: Sample = match asked {
+                Ok(Ok(list)) => Arc::new(list.into_iter().collect()),
+                Ok(Err(e)) => {
+                    tracing::warn!(%node, error = %e, "a host does not tell its figures");
+                    Sample::default()
+                }
+                Err(_) => Sample::default(),
+            };
+            *slot = Some((taken, sample.clone()));
+            sample
+        });
+        let mut all = futures::future::join_all(samples).await;
+        match all.len() {
+            1 => all.pop().unwrap_or_default(),
+            _ => Arc::new(all.iter().flat_map(|s| s.iter().map(|(k, v)| (*k, v.clone()))).collect()),
+        }
+    }
+}

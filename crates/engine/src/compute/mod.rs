@@ -1,0 +1,135 @@
+//! Instances: the use cases.
+
+pub mod create;
+pub mod delete;
+pub mod expand;
+pub mod guest;
+pub mod metrics;
+pub mod power;
+pub mod update;
+
+use crate::{Engine, EngineInner, InstanceView, Records, Row, context::Context};
+use karst_model::{
+    Error, InstanceId, ProjectId, Result,
+    access::Permission,
+    instance::{Instance, Runtime},
+    spec::GuestSpec,
+};
+use std::sync::Arc;
+
+/// Path of an instance in the API, for operations and events.
+pub fn path(project: &str, name: &str) -> String {
+    if project == karst_model::project::DEFAULT_PROJECT {
+        format!("/1.0/instances/{name}")
+    } else {
+        format!("/1.0/instances/{name}?project={project}")
+    }
+}
+
+/// Lock target of an instance; covers its volumes and snapshots.
+pub fn lock(id: InstanceId) -> String {
+    format!("instances/{id}")
+}
+
+impl Engine {
+    /// All instances of a project that `context` may see, by name.
+    ///
+    /// # Errors
+    /// Not found, forbidden.
+    pub fn instances(&self, context: &Context, project: &str) -> Result<Vec<Arc<InstanceView>>> {
+        let project = self.project(context, project, Permission::ProjectView)?;
+        let inventory = &self.inner().inventory;
+        let records = inventory.read();
+        let range = (project.id, String::new())..;
+        Ok(records
+            .instance_names
+            .range(range)
+            .take_while(|((p, _), _)| *p == project.id)
+            .filter_map(|(_, id)| inventory.view(&records, *id))
+            .collect())
+    }
+
+    /// All instances of all projects that `context` may see.
+    pub fn instances_all(&self, context: &Context) -> Vec<Arc<InstanceView>> {
+        let inventory = &self.inner().inventory;
+        let records = inventory.read();
+        records
+            .instance_names
+            .iter()
+            .filter(|((p, _), _)| context.principal().may(Permission::ProjectView, Some(*p)))
+            .filter_map(|(_, id)| inventory.view(&records, *id))
+            .collect()
+    }
+
+    /// An instance by name.
+    ///
+    /// # Errors
+    /// Not found, forbidden.
+    pub fn instance(&self, context: &Context, project: &str, name: &str) -> Result<Arc<InstanceView>> {
+        self.find(context, project, name, Permission::ProjectView)
+    }
+
+    /// An instance by name, when `context` may `permission` in its project.
+    pub(crate) fn find(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        permission: Permission,
+    ) -> Result<Arc<InstanceView>> {
+        let project = self.project(context, project, permission)?;
+        let inventory = &self.inner().inventory;
+        let records = inventory.read();
+        let id = records.instance(&project, name)?.id;
+        inventory.view(&records, id).ok_or_else(|| Error::not_found(format!("instance {name:?} not found")))
+    }
+}
+
+impl EngineInner {
+    /// The current row of an instance that a saga works on.
+    pub(crate) fn instance_row(&self, id: InstanceId) -> Result<Row<Instance>> {
+        self.inventory
+            .read()
+            .instances
+            .get(&id)
+            .cloned()
+            .ok_or_else(|| Error::not_found("the instance is gone").with_context(id))
+    }
+
+    /// The next runtime record out of what a host saw.
+    pub(crate) fn runtime_of(&self, records: &Records, observed: &karst_model::guest::Observed) -> Runtime {
+        let old = records.runtimes.get(&observed.instance);
+        Runtime {
+            instance: observed.instance,
+            generation: observed.generation,
+            seq: old.filter(|o| o.generation == observed.generation).map_or(1, |o| o.seq + 1),
+            state: observed.state,
+            pid: observed.pid,
+            domain_id: observed.domain_id,
+            started_at: observed.started_at.and_then(|s| jiff::Timestamp::from_second(s).ok()),
+            exit: observed.exit.clone(),
+            applied_spec_version: observed.applied_spec_version,
+            accelerator: observed.accelerator.clone(),
+        }
+    }
+
+    /// The specification of an instance as a host gets it.
+    pub(crate) fn guest_spec(
+        &self,
+        records: &Records,
+        instance: &Instance,
+        domain_id: u32,
+    ) -> Result<GuestSpec> {
+        let (config, devices) = records.expanded(instance);
+        let lookups = expand::Lookups { network: &|name| records.network(name).ok().cloned() };
+        expand::guest_spec(instance, &config, &devices, domain_id, &lookups)
+    }
+
+    /// Conflict when an instance with `name` exists in the project.
+    pub(crate) fn demand_free_name(&self, records: &Records, project: ProjectId, name: &str) -> Result<()> {
+        if records.instance_names.contains_key(&(project, name.to_owned())) {
+            return Err(Error::conflict(format!("an instance {name:?} exists already")).at("name"));
+        }
+        Ok(())
+    }
+}

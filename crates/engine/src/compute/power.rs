@@ -1,0 +1,290 @@
+//! Power: start, stop, restart, freeze, unfreeze.
+
+use super::{
+    create::{StartPlan, networks_of},
+    expand, lock, path,
+};
+use crate::{
+    Engine, EngineInner, Records, Row,
+    context::Context,
+    db::Tx,
+    operations::{LiveOperation, NewOperation},
+    saga::{Saga, StepContext, runner},
+};
+use async_trait::async_trait;
+use karst_agent::{GuestRef, GuestStop};
+use karst_model::{
+    Error, ErrorKind, InstanceId, NodeId, Result,
+    access::Permission,
+    guest::{Observed, StopMode},
+    instance::{DesiredPower, Generation, Instance, PowerAction, RuntimeState, Status},
+};
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// How power is to change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PowerRequest {
+    /// What.
+    pub action: PowerAction,
+    /// Stop by force.
+    pub force: bool,
+    /// How long a graceful stop may take.
+    pub timeout: Option<Duration>,
+}
+
+/// Time for a graceful stop when none is given.
+pub const DEFAULT_STOP_TIMEOUT: Duration = Duration::from_secs(600);
+
+impl Engine {
+    /// Changes an instance's power.
+    ///
+    /// # Errors
+    /// Not found, conflict when the state forbids it or the instance is busy, forbidden.
+    pub async fn instance_power(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        request: PowerRequest,
+    ) -> Result<LiveOperation> {
+        let project = self.project(context, project, Permission::InstanceUse)?;
+        let inner = self.inner();
+        let mode = if request.force {
+            StopMode::Force
+        } else {
+            StopMode::Graceful { timeout: request.timeout.unwrap_or(DEFAULT_STOP_TIMEOUT) }
+        };
+        runner::start::<InstancePower>(inner, context, |tx| {
+            let records = inner.inventory.read();
+            let row = records.instance(&project, name)?;
+            let runtime = records.runtimes.get(&row.id);
+            let status = row.status(runtime.map(|r| &r.value));
+            request.action.check(name, status)?;
+            tx.expect(row);
+            let path = path(&project.name, name);
+            let words = match request.action {
+                PowerAction::Start => "Starting instance",
+                PowerAction::Stop => "Stopping instance",
+                PowerAction::Restart => "Restarting instance",
+                PowerAction::Freeze => "Freezing instance",
+                PowerAction::Unfreeze => "Unfreezing instance",
+            };
+            let mut new = NewOperation::task(words, Some(project.id), "instances", path.clone());
+            new.may_cancel =
+                matches!(request.action, PowerAction::Stop | PowerAction::Restart) && !request.force;
+            Ok((plan(inner, &records, row, request.action, status, mode, path)?, new))
+        })
+        .await
+    }
+}
+
+fn plan(
+    inner: &EngineInner,
+    records: &Records,
+    row: &Row<Instance>,
+    action: PowerAction,
+    status: Status,
+    mode: StopMode,
+    path: String,
+) -> Result<PowerPlan> {
+    let mut instance = row.value.clone();
+    let generation = records.runtimes.get(&row.id).map_or(row.generation, |r| r.generation);
+    let running = GuestRef { instance: row.id, generation };
+    let mut start = None;
+    match action {
+        PowerAction::Start | PowerAction::Restart => {
+            let (_, devices) = records.expanded(&instance);
+            let parsed = expand::parse_devices(&devices)?;
+            instance.identities = expand::assign_identities(
+                &instance.identities,
+                &parsed,
+                instance.kind,
+                instance.root,
+                &inner.daemon_id,
+                &mut |b| inner.env.fill_random(b),
+            );
+            instance.generation = instance.generation.next();
+            instance.power = DesiredPower::Running;
+            instance.last_used_at = Some(inner.env.now());
+            let spec = inner.guest_spec(records, &instance, inner.take_domain_id())?;
+            start = Some(StartPlan { networks: networks_of(&spec), spec });
+        }
+        PowerAction::Stop => instance.power = DesiredPower::Stopped,
+        PowerAction::Freeze => instance.power = DesiredPower::Paused,
+        PowerAction::Unfreeze => instance.power = DesiredPower::Running,
+    }
+    Ok(PowerPlan {
+        action,
+        path,
+        before: row.power,
+        stop: matches!(action, PowerAction::Stop | PowerAction::Restart)
+            .then_some(GuestStop { guest: running, mode }),
+        running,
+        was_frozen: status == Status::Frozen,
+        start,
+        instance,
+    })
+}
+
+/// Plan of [`InstancePower`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PowerPlan {
+    action: PowerAction,
+    path: String,
+    /// The record as it will be.
+    instance: Instance,
+    before: DesiredPower,
+    running: GuestRef,
+    was_frozen: bool,
+    stop: Option<GuestStop>,
+    start: Option<StartPlan>,
+}
+
+/// Outputs of [`InstancePower`].
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct PowerOutputs {
+    stopped: Option<Observed>,
+    observed: Option<Observed>,
+}
+
+/// One saga for all changes of power: stop what runs, then start anew, or freeze or unfreeze.
+pub struct InstancePower;
+
+#[async_trait]
+impl Saga for InstancePower {
+    const NAME: &'static str = "instance-power";
+    const STEPS: &'static [&'static str] = &["stop", "change"];
+    type Plan = PowerPlan;
+    type Outputs = PowerOutputs;
+
+    fn locks(plan: &PowerPlan) -> Vec<String> {
+        vec![lock(plan.instance.id)]
+    }
+
+    fn begin(plan: &PowerPlan, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        let row = engine.instance_row(plan.instance.id)?;
+        tx.replace(&row, &plan.instance);
+        Ok(())
+    }
+
+    async fn run(cx: &StepContext, plan: &PowerPlan, outputs: &mut PowerOutputs, step: usize) -> Result<()> {
+        let node = plan.instance.node;
+        let agent = cx.agent(node)?;
+        if step == 0 {
+            if let Some(stop) = &plan.stop {
+                if plan.was_frozen && matches!(stop.mode, StopMode::Graceful { .. }) {
+                    // A frozen guest cannot follow a request.
+                    agent.guest_resume(&cx.mutate(Duration::from_secs(30)), plan.running).await?;
+                }
+                let patience = match stop.mode {
+                    StopMode::Graceful { timeout } => timeout + Duration::from_secs(30),
+                    StopMode::Force => Duration::from_secs(60),
+                };
+                outputs.stopped = Some(agent.guest_stop(&cx.mutate(patience), stop.clone()).await?);
+            }
+            return Ok(());
+        }
+        outputs.observed = match plan.action {
+            PowerAction::Stop => outputs.stopped.clone(),
+            PowerAction::Freeze => {
+                Some(agent.guest_pause(&cx.mutate(Duration::from_secs(30)), plan.running).await?)
+            }
+            PowerAction::Unfreeze => {
+                Some(agent.guest_resume(&cx.mutate(Duration::from_secs(30)), plan.running).await?)
+            }
+            PowerAction::Start | PowerAction::Restart => match &plan.start {
+                None => return Err(Error::internal("a start has no plan", plan.instance.id)),
+                Some(start) => {
+                    cx.engine.ensure_networks(cx, node, &start.networks).await?;
+                    Some(agent.guest_start(&cx.mutate(Duration::from_secs(120)), start.spec.clone()).await?)
+                }
+            },
+        };
+        Ok(())
+    }
+
+    async fn undo(cx: &StepContext, plan: &PowerPlan, _: &PowerOutputs, step: usize) -> Result<()> {
+        let agent = cx.agent(plan.instance.node)?;
+        match (step, plan.action) {
+            // What stopped cannot be brought back to where it was: the record will say that it is stopped.
+            (0, _) | (_, PowerAction::Stop) => Ok(()),
+            (_, PowerAction::Freeze) => {
+                still_there(agent.guest_resume(&cx.mutate(Duration::from_secs(30)), plan.running).await)
+            }
+            (_, PowerAction::Unfreeze) => {
+                still_there(agent.guest_pause(&cx.mutate(Duration::from_secs(30)), plan.running).await)
+            }
+            (_, PowerAction::Start | PowerAction::Restart) => {
+                force_stop(cx, plan.instance.node, plan.instance.id, plan.instance.generation).await
+            }
+        }
+    }
+
+    fn commit(plan: &PowerPlan, outputs: &PowerOutputs, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        if let Some(observed) = &outputs.observed {
+            let records = engine.inventory.read();
+            let runtime = engine.runtime_of(&records, observed);
+            // The guest may have ended since, and the host said so: that report is newer than the step's answer.
+            let ended = records
+                .runtimes
+                .get(&plan.instance.id)
+                .is_some_and(|r| r.generation == runtime.generation && r.state == RuntimeState::Stopped);
+            if !ended {
+                tx.put(&runtime);
+            }
+        }
+        Ok(())
+    }
+
+    fn abort(plan: &PowerPlan, outputs: &PowerOutputs, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        let row = engine.instance_row(plan.instance.id)?;
+        let mut instance = row.value.clone();
+        let stopped = outputs.stopped.is_some() && plan.stop.is_some();
+        if stopped {
+            instance.power = DesiredPower::Stopped;
+        } else {
+            instance.power = plan.before;
+        }
+        tx.replace(&row, &instance);
+        if let Some(observed) = &outputs.stopped {
+            let records = engine.inventory.read();
+            tx.put(&engine.runtime_of(&records, observed));
+        }
+        Ok(())
+    }
+
+    fn announce(plan: &PowerPlan) -> Vec<(&'static str, String)> {
+        let action = match plan.action {
+            PowerAction::Start => "instance-started",
+            PowerAction::Stop => "instance-stopped",
+            PowerAction::Restart => "instance-restarted",
+            PowerAction::Freeze => "instance-paused",
+            PowerAction::Unfreeze => "instance-resumed",
+        };
+        vec![(action, plan.path.clone())]
+    }
+}
+
+/// A guest that ended meanwhile has nothing to be undone.
+fn still_there(undone: Result<Observed>) -> Result<()> {
+    match undone {
+        Err(e) if matches!(e.kind, ErrorKind::NotFound | ErrorKind::Conflict) => Ok(()),
+        other => other.map(drop),
+    }
+}
+
+/// Ends a guest of a start that failed half-way; fine when there is none.
+pub(crate) async fn force_stop(
+    cx: &StepContext,
+    node: NodeId,
+    id: InstanceId,
+    generation: Generation,
+) -> Result<()> {
+    let stop = GuestStop { guest: GuestRef { instance: id, generation }, mode: StopMode::Force };
+    match cx.agent(node)?.guest_stop(&cx.mutate(Duration::from_secs(60)), stop).await {
+        Ok(_) => Ok(()),
+        Err(e) if e.is(karst_model::ErrorKind::NotFound) => Ok(()),
+        Err(e) => Err(e),
+    }
+}

@@ -1,0 +1,336 @@
+//! Changing instances: configuration, devices, profiles, name.
+
+use super::{
+    create::{StartPlan, check_devices, check_nics, networks_of},
+    expand, lock, path,
+};
+use crate::{
+    Engine, EngineInner,
+    context::Context,
+    db::Tx,
+    operations::{LiveOperation, NewOperation},
+    saga::{Saga, StepContext, runner},
+};
+use async_trait::async_trait;
+use karst_agent::{VolumeRef, VolumeResize};
+use karst_model::{
+    Config, Error, ErrorKind, Name, ProfileId, Result,
+    access::Permission,
+    device::{Device, Devices},
+    guest::Applied,
+    instance::{Instance, InstanceKind, Status},
+    keys,
+    spec::GuestSpec,
+    storage::Volume,
+};
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// The whole of what a user may set of an instance.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UpdateInstance {
+    /// User's text.
+    pub description: String,
+    /// Removed when it stops.
+    pub ephemeral: bool,
+    /// Configuration as written; `volatile.*` and `image.*` are taken from the record whatever is said here.
+    pub config: Config,
+    /// Devices as written.
+    pub devices: Devices,
+    /// Profile names.
+    pub profiles: Vec<String>,
+    /// `spec_version` that was read (If-Match).
+    pub if_version: Option<u64>,
+}
+
+impl Engine {
+    /// Replaces what a user may set of an instance. A running guest gets at once what can change live.
+    ///
+    /// # Errors
+    /// Invalid by field, not found, precondition failed, conflict when busy, forbidden.
+    pub async fn instance_update(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        request: UpdateInstance,
+    ) -> Result<LiveOperation> {
+        let project = self.project(context, project, Permission::ResourceEdit)?;
+        let inner = self.inner();
+        runner::start::<InstanceUpdate>(inner, context, |tx| {
+            let records = inner.inventory.read();
+            let row = records.instance(&project, name)?;
+            if request.if_version.is_some_and(|v| v != row.spec_version) {
+                return Err(Error::precondition_failed(format!(
+                    "instance {name:?} has changed since it was read; read it again"
+                )));
+            }
+            tx.expect(row);
+            let mut instance = row.value.clone();
+            instance.description = request.description.clone();
+            instance.ephemeral = request.ephemeral;
+            let platform = |k: &str| k.starts_with("volatile.") || k.starts_with("image.");
+            instance.config = request
+                .config
+                .iter()
+                .filter(|(k, v)| !platform(k) && !v.is_empty())
+                .map(|(k, v)| (k.clone(), v.clone()))
+                .collect();
+            keys::check(&instance.config, Some(instance.kind))?;
+            check_devices(&request.devices)?;
+            instance.devices = request.devices.clone();
+            instance.profiles = profiles(&records, tx, project.id, &request.profiles)?;
+            instance.spec_version += 1;
+            let (config, devices) = records.expanded(&instance);
+            keys::check(&config, Some(instance.kind))?;
+            let parsed = expand::parse_devices(&devices)?;
+            let grown = check_root(&records, &instance, &parsed)?;
+            check_nics(&records, tx, &parsed)?;
+            // A profile may have got devices since the last start: they are no change of this request.
+            let mut before = row.value.clone();
+            let assign = |from: &Instance, parsed: &expand::ParsedDevices| {
+                expand::assign_identities(
+                    &from.identities,
+                    parsed,
+                    from.kind,
+                    from.root,
+                    &inner.daemon_id,
+                    &mut |b| inner.env.fill_random(b),
+                )
+            };
+            before.identities = assign(&before, &expand::parse_devices(&records.expanded(&before).1)?);
+            instance.identities = assign(&before, &parsed);
+            let runtime = records.runtimes.get(&row.id);
+            let running = matches!(row.status(runtime.map(|r| &r.value)), Status::Running | Status::Frozen);
+            let domain_id = runtime.and_then(|r| r.domain_id).unwrap_or(0);
+            if running && grown.is_some() {
+                return Err(Error::conflict(format!(
+                    "instance {name:?} is running; stop it before its disk grows"
+                ))
+                .at("devices"));
+            }
+            let mut live = None;
+            let after = inner.guest_spec(&records, &instance, domain_id)?;
+            if running {
+                let generation = runtime.map_or(row.generation, |r| r.generation);
+                let now = GuestSpec { generation, ..inner.guest_spec(&records, &before, domain_id)? };
+                demand_no_hotplug(&now, &after)?;
+                live = Some((now, GuestSpec { generation, ..after.clone() }));
+            }
+            let path = path(&project.name, name);
+            let plan = UpdatePlan {
+                networks: StartPlan { networks: networks_of(&after), spec: after }.networks,
+                instance,
+                live,
+                grown,
+                path: path.clone(),
+            };
+            Ok((plan, NewOperation::task("Updating instance", Some(project.id), "instances", path)))
+        })
+        .await
+    }
+
+    /// Renames a stopped instance.
+    ///
+    /// # Errors
+    /// Invalid name, not found, conflict (taken, running, busy), forbidden.
+    pub async fn instance_rename(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        new: &str,
+    ) -> Result<()> {
+        let project = self.project(context, project, Permission::ResourceEdit)?;
+        let inner = self.inner();
+        let new = Name::parse("name", new)?;
+        inner
+            .transact(|records, tx| {
+                let row = records.instance(&project, name)?;
+                if *row.name == *new {
+                    return Ok(());
+                }
+                if row.status(records.runtimes.get(&row.id).map(|r| &r.value)) != Status::Stopped {
+                    return Err(Error::conflict(format!(
+                        "instance {name:?} is running; stop it before it is renamed"
+                    )));
+                }
+                inner.demand_free_name(records, project.id, &new)?;
+                runner::demand_unlocked(records, &[lock(row.id)])?;
+                tx.expect_unlocked(&lock(row.id));
+                let mut instance = row.value.clone();
+                instance.name = new.clone();
+                instance.spec_version += 1;
+                tx.replace(row, &instance);
+                tx.release_name("instances", &project.id.to_string(), &row.name, &row.id.to_string());
+                tx.take_name("instances", &project.id.to_string(), &new, &row.id.to_string());
+                Ok(())
+            })
+            .await?;
+        inner.announce(context, Some(project.id), "instance-renamed", path(&project.name, &new));
+        Ok(())
+    }
+}
+
+fn profiles(
+    records: &crate::Records,
+    tx: &mut Tx,
+    project: karst_model::ProjectId,
+    names: &[String],
+) -> Result<Vec<ProfileId>> {
+    let mut ids = vec![];
+    for (n, name) in names.iter().enumerate() {
+        let row = records.profile(project, name).map_err(|e| e.at(format!("profiles[{n}]")))?;
+        if ids.contains(&row.id) {
+            return Err(Error::invalid(format!("profiles[{n}]"), format!("profile {name:?} is named twice")));
+        }
+        tx.expect(row);
+        ids.push(row.id);
+    }
+    Ok(ids)
+}
+
+/// The root stays on its pool; its size grows only. Answers the volume as it is to be when it grows.
+fn check_root(
+    records: &crate::Records,
+    instance: &Instance,
+    parsed: &expand::ParsedDevices,
+) -> Result<Option<Volume>> {
+    let (name, Device::Root { pool, size, .. }) = &parsed.root else {
+        return Err(Error::internal("the root device is no disk", instance.id));
+    };
+    if records.pool(pool).map_err(|e| e.at(format!("devices.{name}.pool")))?.id != instance.pool {
+        return Err(Error::new(ErrorKind::Unsupported, "an instance cannot change its pool this way")
+            .at(format!("devices.{name}.pool")));
+    }
+    let (Some(new), Some(volume), InstanceKind::VirtualMachine) =
+        (size, records.volumes.get(&instance.root), instance.kind)
+    else {
+        return Ok(None);
+    };
+    match volume.size {
+        Some(now) if *new < now => {
+            Err(Error::invalid(format!("devices.{name}.size"), format!("a disk cannot shrink; it has {now}")))
+        }
+        Some(now) if *new == now => Ok(None),
+        _ => Ok(Some(Volume { size: Some(*new), ..volume.value.clone() })),
+    }
+}
+
+fn demand_no_hotplug(before: &GuestSpec, after: &GuestSpec) -> Result<()> {
+    let nics = |s: &GuestSpec| {
+        s.nics.iter().map(|n| (n.device, n.network, n.mac.clone(), n.guest_name.clone())).collect::<Vec<_>>()
+    };
+    if nics(before) != nics(after) {
+        return Err(Error::unsupported("NICs of a running instance cannot be changed yet; stop it first")
+            .at("devices"));
+    }
+    Ok(())
+}
+
+/// Plan of [`InstanceUpdate`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct UpdatePlan {
+    instance: Instance,
+    /// What the running guest has, and what it is to have.
+    live: Option<(GuestSpec, GuestSpec)>,
+    /// The root volume as it is to be, when it grows.
+    #[serde(default)]
+    grown: Option<Volume>,
+    networks: Vec<karst_model::NetworkId>,
+    path: String,
+}
+
+/// Outputs of [`InstanceUpdate`].
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct UpdateOutputs {
+    applied: Option<Applied>,
+}
+
+/// Applies to the running guest what can change live, grows the root of a stopped one, then writes the record. A root that
+/// grew stays so when the saga is undone: it cannot shrink, and the record's smaller size lets it grow again.
+pub struct InstanceUpdate;
+
+#[async_trait]
+impl Saga for InstanceUpdate {
+    const NAME: &'static str = "instance-update";
+    const STEPS: &'static [&'static str] = &["apply"];
+    type Plan = UpdatePlan;
+    type Outputs = UpdateOutputs;
+
+    fn locks(plan: &UpdatePlan) -> Vec<String> {
+        vec![lock(plan.instance.id)]
+    }
+
+    fn begin(_: &UpdatePlan, _: &EngineInner, _: &mut Tx) -> Result<()> {
+        Ok(())
+    }
+
+    async fn run(cx: &StepContext, plan: &UpdatePlan, outputs: &mut UpdateOutputs, _: usize) -> Result<()> {
+        if let Some((_, after)) = &plan.live {
+            let agent = cx.agent(plan.instance.node)?;
+            outputs.applied =
+                Some(agent.guest_update(&cx.mutate(Duration::from_secs(30)), after.clone()).await?);
+        }
+        if let Some(Volume { id, pool, size: Some(size), .. }) = &plan.grown {
+            let volume = VolumeRef { pool: *pool, volume: *id };
+            let resize = VolumeResize { volume, size: *size };
+            cx.agent(plan.instance.node)?.volume_resize(&cx.mutate(Duration::from_secs(120)), resize).await?;
+        }
+        Ok(())
+    }
+
+    async fn undo(cx: &StepContext, plan: &UpdatePlan, _: &UpdateOutputs, _: usize) -> Result<()> {
+        if let Some((before, _)) = &plan.live {
+            match cx
+                .agent(plan.instance.node)?
+                .guest_update(&cx.mutate(Duration::from_secs(30)), before.clone())
+                .await
+            {
+                // A guest that ended meanwhile needs no undo.
+                Err(e) if matches!(e.kind, ErrorKind::NotFound | ErrorKind::Conflict) => {}
+                other => drop(other?),
+            }
+        }
+        Ok(())
+    }
+
+    fn commit(plan: &UpdatePlan, outputs: &UpdateOutputs, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        let row = engine.instance_row(plan.instance.id)?;
+        // The lock keeps others from the specification; power may have been observed to change.
+        let instance = Instance { power: row.power, generation: row.generation, ..plan.instance.clone() };
+        // The lock holds the instance only: what it refers to may have changed or gone while the step ran.
+        let records = engine.inventory.read();
+        for id in &instance.profiles {
+            let profile = records.profiles.get(id);
+            tx.expect(profile.ok_or_else(|| Error::conflict("a profile was deleted meanwhile"))?);
+            tx.touch(&crate::tenancy::profile_uses(*id));
+        }
+        let (_, devices) = records.expanded(&instance);
+        let parsed = expand::parse_devices(&devices)?;
+        check_root(&records, &instance, &parsed)?;
+        check_nics(&records, tx, &parsed)?;
+        tx.replace(&row, &instance);
+        if let (Some(grown), Some(volume)) = (&plan.grown, records.volumes.get(&plan.instance.root)) {
+            tx.replace(volume, grown);
+        }
+        if let Some(applied) = &outputs.applied
+            && applied.pending.is_empty()
+            && let Some(runtime) = records.runtimes.get(&plan.instance.id)
+        {
+            let mut new = runtime.value.clone();
+            new.applied_spec_version = plan.instance.spec_version;
+            new.seq += 1;
+            tx.replace(runtime, &new);
+        }
+        Ok(())
+    }
+
+    fn abort(_: &UpdatePlan, _: &UpdateOutputs, _: &EngineInner, _: &mut Tx) -> Result<()> {
+        Ok(())
+    }
+
+    fn announce(plan: &UpdatePlan) -> Vec<(&'static str, String)> {
+        vec![("instance-updated", plan.path.clone())]
+    }
+}

@@ -1,0 +1,555 @@
+//! The in-memory inventory: every record, fed by one watch over the whole prefix, applied per revision.
+//!
+//! Reads come from here. Decisions (uniqueness, ownership, quota, locks) never do by themselves: a use case takes the
+//! revision it saw into the compares of its transaction, and a mutation answers only when the inventory has reached its
+//! revision, so that whoever got an answer sees its effect in the next read.
+
+use futures::StreamExt;
+use karst_env::{Env, EnvExt};
+use karst_model::{
+    Config, Error, ImageId, InstanceId, NetworkId, NodeId, OperationId, PoolId, ProfileId, ProjectId, Result,
+    VolumeId,
+    device::{Device, Devices},
+    image::{Image, ImageAlias},
+    instance::{Instance, Runtime, Status},
+    network::Network,
+    node::Node,
+    operation::Operation,
+    profile::{Profile, expand},
+    project::Project,
+    spec::NetworkHost,
+    storage::{Pool, Volume},
+};
+use karst_store::{
+    Change, ROOT, Record, Revision, Store, StoreError, Stored, Table, WatchItem, key_part, list_prefix,
+    records::alias_id,
+};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex, RwLock, RwLockReadGuard},
+    time::Duration,
+};
+use tokio::sync::watch;
+
+/// A record as read: cheap to clone. What it dereferences to carries the revision for the compares of a transaction.
+#[derive(Debug)]
+pub struct Row<T>(Arc<Stored<T>>);
+
+impl<T> Row<T> {
+    /// The record with its revision and what this version does not know of it.
+    pub fn stored(&self) -> &Stored<T> {
+        &self.0
+    }
+}
+
+impl<T> Clone for Row<T> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<T> std::ops::Deref for Row<T> {
+    type Target = Stored<T>;
+    fn deref(&self) -> &Stored<T> {
+        &self.0
+    }
+}
+
+/// An instance with all that belongs to it, as front ends show it.
+#[derive(Debug, Clone)]
+pub struct InstanceView {
+    /// The record.
+    pub instance: Row<Instance>,
+    /// What the host last saw.
+    pub runtime: Option<Row<Runtime>>,
+    /// Its project.
+    pub project: Row<Project>,
+    /// Its profiles, in order of application.
+    pub profiles: Vec<Row<Profile>>,
+    /// Configuration with the profiles' under it.
+    pub expanded_config: Config,
+    /// Devices with the profiles' under them.
+    pub expanded_devices: Devices,
+    /// Status out of desired and observed.
+    pub status: Status,
+    /// Name of its node.
+    pub location: String,
+    /// Name of its root's pool.
+    pub pool: String,
+    /// Its NICs as networks know them: name of the network, and the guest there.
+    pub(crate) nics: Vec<(String, NetworkHost)>,
+}
+
+/// A lock on an aggregate root.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Lock {
+    /// What is locked, such as `instances/UUID`.
+    pub target: String,
+    /// Who holds it.
+    pub saga: karst_model::SagaId,
+    /// The operation that users see.
+    pub operation: OperationId,
+    /// What it does, in words.
+    pub description: String,
+}
+
+/// Changes whenever something begins to use `target`: who deletes the target compares it, because a new user does not
+/// change the target itself.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Uses {
+    /// What is used, such as `profiles/UUID`.
+    pub target: String,
+}
+
+impl Record for Uses {
+    const TABLE: &'static str = "uses";
+    fn record_id(&self) -> String {
+        self.target.clone()
+    }
+}
+
+/// Last VMID that was given out and may have come back; see [`Records::highest_vmid`].
+pub(crate) const VMID_KEY: &str = "/karst/v1/meta/highest-vmid";
+
+/// All records at one revision.
+#[derive(Debug, Default)]
+pub struct Records {
+    /// Revision of the store up to which everything is applied.
+    pub revision: Revision,
+    /// Nodes.
+    pub nodes: BTreeMap<NodeId, Row<Node>>,
+    /// Projects.
+    pub projects: BTreeMap<ProjectId, Row<Project>>,
+    /// Profiles.
+    pub profiles: BTreeMap<ProfileId, Row<Profile>>,
+    /// Pools.
+    pub pools: BTreeMap<PoolId, Row<Pool>>,
+    /// Volumes.
+    pub volumes: BTreeMap<VolumeId, Row<Volume>>,
+    /// Networks.
+    pub networks: BTreeMap<NetworkId, Row<Network>>,
+    /// Images.
+    pub images: BTreeMap<ImageId, Row<Image>>,
+    aliases: BTreeMap<String, Row<ImageAlias>>,
+    /// Instances.
+    pub instances: BTreeMap<InstanceId, Row<Instance>>,
+    /// Instances by project and name.
+    pub instance_names: BTreeMap<(ProjectId, String), InstanceId>,
+    /// Runtimes.
+    pub runtimes: BTreeMap<InstanceId, Row<Runtime>>,
+    /// Operations.
+    pub operations: BTreeMap<OperationId, Row<Operation>>,
+    locks: BTreeMap<String, Row<Lock>>,
+    uses: BTreeMap<String, Row<Uses>>,
+    project_names: HashMap<String, ProjectId>,
+    /// Highest VMID that any instance here has or had; at least 99.
+    pub highest_vmid: u32,
+    /// What the store says of it, and the revision of that: written when a number comes back.
+    pub(crate) vmid_mark: (u32, Option<Revision>),
+    /// Sagas that have not ended.
+    pub sagas: BTreeMap<karst_model::SagaId, Row<crate::saga::SagaRecord>>,
+}
+
+impl Records {
+    /// Project by name.
+    pub fn project(&self, name: &str) -> Result<&Row<Project>> {
+        self.project_names
+            .get(name)
+            .and_then(|id| self.projects.get(id))
+            .ok_or_else(|| Error::not_found(format!("project {name:?} not found")))
+    }
+
+    /// Instance by name.
+    pub fn instance(&self, project: &Project, name: &str) -> Result<&Row<Instance>> {
+        self.instance_names
+            .get(&(project.id, name.to_owned()))
+            .and_then(|id| self.instances.get(id))
+            .ok_or_else(|| {
+                Error::not_found(format!("instance {name:?} not found in project {:?}", &*project.name))
+            })
+    }
+
+    /// Alias by name.
+    pub fn alias(&self, project: ProjectId, name: &str) -> Option<&Row<ImageAlias>> {
+        self.aliases.get(&key_part(&alias_id(project, name)))
+    }
+
+    /// All aliases.
+    pub fn aliases(&self) -> impl Iterator<Item = &Row<ImageAlias>> {
+        self.aliases.values()
+    }
+
+    /// Who holds `target`.
+    pub fn lock(&self, target: &str) -> Option<&Row<Lock>> {
+        self.locks.get(&key_part(target))
+    }
+
+    /// The mark of uses of `target`.
+    pub(crate) fn uses(&self, target: &str) -> Option<&Row<Uses>> {
+        self.uses.get(&key_part(target))
+    }
+
+    /// Profile by name.
+    pub fn profile(&self, project: ProjectId, name: &str) -> Result<&Row<Profile>> {
+        self.profiles
+            .values()
+            .find(|p| p.project == project && &*p.name == name)
+            .ok_or_else(|| Error::not_found(format!("profile {name:?} not found")))
+    }
+
+    /// Pool by name.
+    pub fn pool(&self, name: &str) -> Result<&Row<Pool>> {
+        self.pools
+            .values()
+            .find(|p| &*p.name == name)
+            .ok_or_else(|| Error::not_found(format!("storage pool {name:?} not found")))
+    }
+
+    /// Network by name. Networks of the spine belong to the default project and serve all.
+    pub fn network(&self, name: &str) -> Result<&Row<Network>> {
+        self.networks
+            .values()
+            .find(|n| &*n.name == name)
+            .ok_or_else(|| Error::not_found(format!("network {name:?} not found")))
+    }
+
+    /// Image by fingerprint, a unique prefix of at least 4 characters of it, or alias.
+    pub fn image(&self, project: ProjectId, reference: &str) -> Result<&Row<Image>> {
+        if let Some(alias) = self.alias(project, reference)
+            && let Some(image) = self.images.get(&alias.image)
+        {
+            return Ok(image);
+        }
+        let missing = || Error::not_found(format!("image {reference:?} not found"));
+        if reference.len() < 4 || !reference.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Err(missing());
+        }
+        let lower = reference.to_ascii_lowercase();
+        let mut found =
+            self.images.values().filter(|i| i.project == project && i.fingerprint.starts_with(&lower));
+        match (found.next(), found.next()) {
+            (Some(image), None) => Ok(image),
+            (Some(_), Some(_)) => Err(Error::invalid(
+                "fingerprint",
+                format!("{reference:?} is the beginning of several fingerprints; write more of it"),
+            )),
+            _ => Err(missing()),
+        }
+    }
+
+    /// Devices of all instances with their owner, for uses of networks and pools.
+    pub fn expanded<'a>(&'a self, instance: &'a Instance) -> (Config, Devices) {
+        let profiles =
+            instance.profiles.iter().filter_map(|id| self.profiles.get(id)).map(|p| (&p.config, &p.devices));
+        expand(profiles, (&instance.config, &instance.devices))
+    }
+
+    fn view(&self, id: InstanceId) -> Option<InstanceView> {
+        let instance = self.instances.get(&id)?.clone();
+        let runtime = self.runtimes.get(&id).cloned();
+        let (expanded_config, expanded_devices) = self.expanded(&instance);
+        Some(InstanceView {
+            status: instance.status(runtime.as_ref().map(|r| &r.value)),
+            nics: nics(&instance, &expanded_devices),
+            runtime,
+            project: self.projects.get(&instance.project)?.clone(),
+            profiles: instance.profiles.iter().filter_map(|p| self.profiles.get(p).cloned()).collect(),
+            expanded_config,
+            expanded_devices,
+            location: self.nodes.get(&instance.node).map(|n| n.name.to_string()).unwrap_or_default(),
+            pool: self.pools.get(&instance.pool).map(|p| p.name.to_string()).unwrap_or_default(),
+            instance,
+        })
+    }
+
+    fn apply(&mut self, change: &Change) -> Touched {
+        let key = match change {
+            Change::Put(kv) => &kv.key,
+            Change::Delete { key } => key,
+        };
+        let Some((table, id)) = key.strip_prefix(ROOT).and_then(|k| k.split_once('/')) else {
+            return Touched::Nothing;
+        };
+        // A record that this build cannot read must not take the daemon down: it is logged and left out.
+        macro_rules! put {
+            ($map:expr, $key:expr) => {{
+                let Some(key) = $key else {
+                    tracing::error!(%key, "a key of the store is malformed");
+                    return Touched::Nothing;
+                };
+                match change {
+                    Change::Put(kv) => match Table::new().decode(kv) {
+                        Ok(row) => drop($map.insert(key, Row(Arc::new(row)))),
+                        Err(e) => tracing::error!(key = %kv.key, error = ?e, "a record cannot be read"),
+                    },
+                    Change::Delete { .. } => drop($map.remove(&key)),
+                }
+            }};
+        }
+        fn parse<T: std::str::FromStr>(s: &str) -> Option<T> {
+            s.parse().ok()
+        }
+        match table {
+            t if t == Node::TABLE => {
+                put!(self.nodes, parse(id));
+                Touched::All
+            }
+            t if t == Project::TABLE => {
+                let id = parse::<ProjectId>(id);
+                if let Some(old) = id.and_then(|id| self.projects.get(&id)) {
+                    self.project_names.remove(old.name.as_str());
+                }
+                put!(self.projects, id);
+                if let Some(new) = id.and_then(|id| self.projects.get(&id)) {
+                    self.project_names.insert(new.name.to_string(), new.id);
+                }
+                Touched::All
+            }
+            t if t == Profile::TABLE => {
+                put!(self.profiles, parse(id));
+                Touched::All
+            }
+            t if t == Pool::TABLE => {
+                put!(self.pools, parse(id));
+                Touched::All
+            }
+            t if t == Volume::TABLE => {
+                put!(self.volumes, parse(id));
+                Touched::Nothing
+            }
+            t if t == Network::TABLE => {
+                put!(self.networks, parse(id));
+                Touched::Nothing
+            }
+            t if t == Image::TABLE => {
+                put!(self.images, parse(id));
+                Touched::Nothing
+            }
+            t if t == ImageAlias::TABLE => {
+                put!(self.aliases, Some(id.to_owned()));
+                Touched::Nothing
+            }
+            t if t == Instance::TABLE => {
+                let Some(id) = parse::<InstanceId>(id) else {
+                    return Touched::Nothing;
+                };
+                if let Some(old) = self.instances.get(&id) {
+                    self.instance_names.remove(&(old.project, old.name.to_string()));
+                }
+                put!(self.instances, Some(id));
+                if let Some(new) = self.instances.get(&id) {
+                    self.highest_vmid = self.highest_vmid.max(new.vmid.0);
+                    self.instance_names.insert((new.project, new.name.to_string()), id);
+                }
+                Touched::Instance(id)
+            }
+            t if t == Runtime::TABLE => {
+                let id = parse::<InstanceId>(id);
+                put!(self.runtimes, id);
+                id.map_or(Touched::Nothing, Touched::Instance)
+            }
+            t if t == Operation::TABLE => {
+                put!(self.operations, parse(id));
+                Touched::Nothing
+            }
+            t if t == Lock::TABLE => {
+                put!(self.locks, Some(id.to_owned()));
+                Touched::Nothing
+            }
+            t if t == Uses::TABLE => {
+                put!(self.uses, Some(id.to_owned()));
+                Touched::Nothing
+            }
+            "meta" if *key == VMID_KEY => {
+                if let Change::Put(kv) = change {
+                    let value = std::str::from_utf8(&kv.value).ok().and_then(|s| s.parse().ok());
+                    self.vmid_mark = (value.unwrap_or(99), Some(kv.mod_revision));
+                    self.highest_vmid = self.highest_vmid.max(self.vmid_mark.0);
+                }
+                Touched::Nothing
+            }
+            t if t == crate::saga::SagaRecord::TABLE => {
+                put!(self.sagas, parse(id));
+                Touched::Nothing
+            }
+            _ => Touched::Nothing,
+        }
+    }
+}
+
+fn nics(instance: &Instance, devices: &Devices) -> Vec<(String, NetworkHost)> {
+    let mut found = vec![];
+    for (name, keys) in devices {
+        let Ok(Device::Nic { network, ipv4, .. }) = Device::parse(name, keys) else {
+            continue;
+        };
+        if let Some(mac) = instance.identities.get(name).and_then(|i| i.mac.clone()) {
+            let hostname = instance.name.dns_label();
+            found.push((network, NetworkHost { mac, hostname, ipv4 }));
+        }
+    }
+    found
+}
+
+/// Which cached views a change makes stale.
+enum Touched {
+    Nothing,
+    Instance(InstanceId),
+    All,
+}
+
+/// The inventory.
+pub struct Inventory {
+    records: RwLock<Records>,
+    views: Mutex<HashMap<InstanceId, Arc<InstanceView>>>,
+    reached: watch::Sender<Revision>,
+    env: Arc<dyn Env>,
+}
+
+impl std::fmt::Debug for Inventory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Inventory at {}", *self.reached.borrow())
+    }
+}
+
+impl Inventory {
+    /// Reads everything and keeps following the store until dropped.
+    ///
+    /// # Errors
+    /// Unavailable when the store does not answer.
+    pub async fn open(env: Arc<dyn Env>, store: Arc<dyn Store>) -> Result<Arc<Self>> {
+        let (records, revision) = list(&*store).await?;
+        let this = Arc::new(Self {
+            records: RwLock::new(records),
+            views: Mutex::default(),
+            reached: watch::channel(revision).0,
+            env: env.clone(),
+        });
+        let weak = Arc::downgrade(&this);
+        let task_env = env.clone();
+        env.spawn_task("inventory", async move {
+            let mut from = revision + 1;
+            loop {
+                match store.watch(ROOT, from).await {
+                    Ok(mut stream) => loop {
+                        let item = stream.next().await;
+                        let Some(this) = weak.upgrade() else { return };
+                        match item {
+                            Some(Ok(item)) => {
+                                from = item.revision() + 1;
+                                this.advance(item);
+                            }
+                            Some(Err(StoreError::Compacted { .. })) => break,
+                            Some(Err(e)) => {
+                                tracing::warn!(error = %e, "the watch ended; beginning again");
+                                break;
+                            }
+                            None => break,
+                        }
+                    },
+                    Err(e) => tracing::warn!(error = %e, "the store cannot be watched"),
+                }
+                let Some(this) = weak.upgrade() else { return };
+                // Whatever ended the watch: list at one revision and swap.
+                match list(&*store).await {
+                    Ok((records, revision)) => {
+                        from = revision + 1;
+                        this.swap(records, revision);
+                    }
+                    Err(_) => {
+                        drop(this);
+                        task_env.sleep(Duration::from_millis(200)).await;
+                    }
+                }
+            }
+        });
+        Ok(this)
+    }
+
+    fn advance(&self, item: WatchItem) {
+        let revision = item.revision();
+        if let WatchItem::Batch(batch) = item {
+            let mut records = self.records.write().unwrap_or_else(|e| e.into_inner());
+            let mut views = self.views.lock().unwrap_or_else(|e| e.into_inner());
+            for event in &batch.events {
+                match records.apply(&event.change) {
+                    Touched::Nothing => {}
+                    Touched::Instance(id) => drop(views.remove(&id)),
+                    Touched::All => views.clear(),
+                }
+            }
+            records.revision = revision;
+        }
+        self.reached.send_if_modified(|r| {
+            let newer = revision > *r;
+            *r = (*r).max(revision);
+            newer
+        });
+    }
+
+    fn swap(&self, records: Records, revision: Revision) {
+        *self.records.write().unwrap_or_else(|e| e.into_inner()) = records;
+        self.views.lock().unwrap_or_else(|e| e.into_inner()).clear();
+        self.reached.send_replace(revision);
+    }
+
+    /// Reads; hold the guard shortly and never across an await.
+    pub fn read(&self) -> RwLockReadGuard<'_, Records> {
+        self.records.read().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// An instance as front ends show it.
+    pub fn view(&self, records: &Records, id: InstanceId) -> Option<Arc<InstanceView>> {
+        let mut views = self.views.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(view) = views.get(&id) {
+            return Some(view.clone());
+        }
+        let view = Arc::new(records.view(id)?);
+        views.insert(id, view.clone());
+        Some(view)
+    }
+
+    /// Waits until the inventory has reached `revision`.
+    ///
+    /// # Errors
+    /// Unavailable after 10 s: the store no longer sends changes.
+    pub async fn wait_for(&self, revision: Revision) -> Result<()> {
+        let mut reached = self.reached.subscribe();
+        if *reached.borrow() >= revision {
+            return Ok(());
+        }
+        match self
+            .env
+            .timeout(
+                Duration::from_secs(10),
+                async move { reached.wait_for(|r| *r >= revision).await.is_ok() },
+            )
+            .await
+        {
+            Ok(true) => Ok(()),
+            _ => Err(Error::unavailable(
+                "the state database is not sending changes; the change was made, but is not visible yet",
+            )),
+        }
+    }
+
+    /// Completes when the inventory has reached `revision`.
+    pub(crate) async fn reaches(&self, revision: Revision) {
+        // The sender lives as long as `self`.
+        let _ = self.reached.subscribe().wait_for(|r| *r >= revision).await;
+    }
+
+    /// Hears of every change of the revision, for reconcilers.
+    pub fn changes(&self) -> watch::Receiver<Revision> {
+        self.reached.subscribe()
+    }
+}
+
+async fn list(store: &dyn Store) -> Result<(Records, Revision)> {
+    let (kvs, revision) = list_prefix(store, ROOT).await?;
+    let mut records = Records { revision, highest_vmid: 99, vmid_mark: (99, None), ..Default::default() };
+    for kv in kvs {
+        records.apply(&Change::Put(kv));
+    }
+    Ok((records, revision))
+}

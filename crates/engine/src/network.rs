@@ -1,0 +1,555 @@
+//! Managed networks: the use cases, and what hosts get of them.
+
+use crate::{
+    Engine, EngineInner, Records, Row,
+    context::Context,
+    db::Tx,
+    operations::{LiveOperation, NewOperation},
+    saga::{Saga, StepContext, runner},
+    storage::UsedBy,
+};
+use async_trait::async_trait;
+use karst_agent::{CallContext, NetworkChoose, NetworkState};
+use karst_model::{
+    Config, Error, Name, NetworkId, NodeId, ProjectId, Result,
+    access::Permission,
+    device::{Device, interface_name},
+    network::{BridgeSpec, Lease, Network},
+    project::{DEFAULT_PROJECT, Project},
+    spec::NetworkSpec,
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+/// Lock target of a network; also what `Tx::touch` takes.
+pub fn lock(id: NetworkId) -> String {
+    format!("networks/{id}")
+}
+
+const CALL: Duration = Duration::from_secs(60);
+
+/// One mutex per network: what a host gets later was read later.
+#[derive(Default)]
+pub struct Locks {
+    by_id: Mutex<HashMap<NetworkId, Arc<tokio::sync::Mutex<()>>>>,
+}
+
+/// What a user wants created.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CreateNetwork {
+    /// Name, also of the bridge interface.
+    pub name: String,
+    /// User's text.
+    pub description: String,
+    /// Configuration as written; `auto` is replaced by a free value.
+    pub config: Config,
+    /// Another name will do when this one is taken on the host.
+    pub any_name: bool,
+}
+
+impl CreateNetwork {
+    /// A NAT network with DHCP and DNS, on a free subnet.
+    pub fn automatic(name: &str) -> Self {
+        Self { name: name.into(), any_name: true, ..Default::default() }
+    }
+}
+
+/// Replaces what a user may set of a network.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UpdateNetwork {
+    /// User's text.
+    pub description: String,
+    /// Configuration as written.
+    pub config: Config,
+    /// `spec_version` that was read (If-Match).
+    pub if_version: Option<u64>,
+}
+
+impl EngineInner {
+    /// What a host gets of a network: its configuration and the guests that are known on it. Cheap with thousands of
+    /// instances: their NICs are parsed once for each change of an instance or profile.
+    pub(crate) fn network_spec(&self, records: &Records, id: NetworkId) -> Result<NetworkSpec> {
+        let network = records
+            .networks
+            .get(&id)
+            .ok_or_else(|| Error::not_found("the network is gone").with_context(id))?;
+        let mut hosts = vec![];
+        for instance in records.instances.keys() {
+            let Some(view) = self.inventory.view(records, *instance) else {
+                continue;
+            };
+            let on = view.nics.iter().filter(|(on, _)| **on == *network.name);
+            hosts.extend(on.map(|(_, host)| host.clone()));
+        }
+        hosts.sort();
+        Ok(NetworkSpec {
+            id,
+            bridge: network.name.to_string(),
+            spec: BridgeSpec::parse(&network.name, &network.config)?,
+            hosts,
+        })
+    }
+
+    /// Brings networks on a host up to date, in a saga's step.
+    pub(crate) async fn ensure_networks(
+        &self,
+        cx: &StepContext,
+        node: NodeId,
+        ids: &[NetworkId],
+    ) -> Result<()> {
+        for id in ids {
+            self.ensure_network(node, *id, &cx.mutate(CALL)).await?;
+        }
+        Ok(())
+    }
+
+    /// Brings a network on a host up to date.
+    pub(crate) async fn ensure_network(
+        &self,
+        node: NodeId,
+        id: NetworkId,
+        context: &CallContext,
+    ) -> Result<()> {
+        let _ordered = self.network_order(id).await;
+        let spec = self.network_spec(&self.inventory.read(), id)?;
+        self.agents.get(node)?.network_ensure(context, spec).await
+    }
+
+    /// As [`EngineInner::ensure_network`], but leaves a network alone that a saga changes or deletes, or that is gone: what
+    /// the saga removed must not be made again by who read the records before.
+    pub(crate) async fn reconcile_network(
+        &self,
+        node: NodeId,
+        id: NetworkId,
+        context: &CallContext,
+    ) -> Result<()> {
+        let _ordered = self.network_order(id).await;
+        let spec = {
+            let records = self.inventory.read();
+            if records.lock(&lock(id)).is_some() || !records.networks.contains_key(&id) {
+                return Ok(());
+            }
+            self.network_spec(&records, id)?
+        };
+        self.agents.get(node)?.network_ensure(context, spec).await
+    }
+
+    /// Held by whoever changes a network on a host.
+    async fn network_order(&self, id: NetworkId) -> tokio::sync::OwnedMutexGuard<()> {
+        let mutex = {
+            let mut all = self.network_locks.by_id.lock().unwrap_or_else(|e| e.into_inner());
+            // Those of networks that are gone, unless somebody still waits there.
+            if all.len() > 64 {
+                let records = self.inventory.read();
+                all.retain(|id, m| records.networks.contains_key(id) || Arc::strong_count(m) > 1);
+            }
+            all.entry(id).or_default().clone()
+        };
+        mutex.lock_owned().await
+    }
+}
+
+impl Engine {
+    /// All networks, by name.
+    ///
+    /// # Errors
+    /// Not found, forbidden.
+    pub fn networks(&self, context: &Context, project: &str) -> Result<Vec<Row<Network>>> {
+        self.project(context, project, Permission::ProjectView)?;
+        let mut all: Vec<_> = self.inner().inventory.read().networks.values().cloned().collect();
+        all.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(all)
+    }
+
+    /// A network by name.
+    ///
+    /// # Errors
+    /// Not found, forbidden.
+    pub fn network(&self, context: &Context, project: &str, name: &str) -> Result<Row<Network>> {
+        self.project(context, project, Permission::ProjectView)?;
+        self.inner().inventory.read().network(name).cloned()
+    }
+
+    /// What uses a network, as far as `context` may see it.
+    pub fn network_used_by(&self, context: &Context, network: &Network) -> UsedBy {
+        let sees = |p: ProjectId| context.principal().may(Permission::ProjectView, Some(p));
+        let records = self.inner().inventory.read();
+        let uses = |devices: &karst_model::device::Devices| {
+            devices.iter().any(|(n, keys)| {
+                matches!(Device::parse(n, keys), Ok(Device::Nic { network: on, .. }) if *on == *network.name)
+            })
+        };
+        let mut used: UsedBy = records
+            .profiles
+            .values()
+            .filter(|p| sees(p.project) && uses(&p.devices))
+            .map(|p| format!("/1.0/profiles/{}", p.name))
+            .collect();
+        for instance in records.instances.values().filter(|i| sees(i.project) && uses(&records.expanded(i).1))
+        {
+            let project =
+                records.projects.get(&instance.project).map(|p| p.name.to_string()).unwrap_or_default();
+            used.push(crate::compute::path(&project, &instance.name));
+        }
+        used
+    }
+
+    /// DHCP leases and static assignments of a network.
+    ///
+    /// # Errors
+    /// Not found, forbidden, unavailable.
+    pub async fn network_leases(&self, context: &Context, project: &str, name: &str) -> Result<Vec<Lease>> {
+        let network = self.network(context, project, name)?;
+        let agent = self.inner().agents.get(self.inner().node)?;
+        let mut leases =
+            agent.network_leases(&CallContext::read(Duration::from_secs(10)), network.id).await?;
+        // One network serves several projects: nobody learns of guests in those that he may not see.
+        let records = self.inner().inventory.read();
+        let owners: HashMap<&str, ProjectId> = records
+            .instances
+            .values()
+            .flat_map(|i| i.identities.values().filter_map(|d| Some((d.mac.as_deref()?, i.project))))
+            .collect();
+        leases.retain(|l| {
+            let owner = owners.get(l.mac.as_str()).copied().unwrap_or(network.project);
+            context.principal().may(Permission::ProjectView, Some(owner))
+        });
+        Ok(leases)
+    }
+
+    /// State of a network's bridge.
+    ///
+    /// # Errors
+    /// Not found, forbidden, unavailable.
+    pub async fn network_state(&self, context: &Context, project: &str, name: &str) -> Result<NetworkState> {
+        let network = self.network(context, project, name)?;
+        let agent = self.inner().agents.get(self.inner().node)?;
+        agent.network_state(&CallContext::read(Duration::from_secs(10)), network.id).await
+    }
+
+    /// The project that owns bridges, whichever they are asked for in: they belong to the whole host, so only who may edit
+    /// the default project may change them.
+    fn network_project(&self, context: &Context, project: &str) -> Result<Row<Project>> {
+        self.project(context, project, Permission::ProjectView)?;
+        let owner = self.inner().inventory.read().project(DEFAULT_PROJECT)?.clone();
+        if !context.principal().may(Permission::ResourceEdit, Some(owner.id)) {
+            return Err(Error::forbidden(
+                "networks belong to the default project; changing them needs the permission \"resource_edit\" there",
+            ));
+        }
+        Ok(owner)
+    }
+
+    /// Creates a network; answers its name and the operation.
+    ///
+    /// # Errors
+    /// Invalid by field, conflict (taken name or subnet), forbidden.
+    pub async fn network_create(
+        &self,
+        context: &Context,
+        project: &str,
+        request: CreateNetwork,
+    ) -> Result<(String, LiveOperation)> {
+        let project = self.network_project(context, project)?;
+        let inner = self.inner();
+        interface_name("name", &request.name)?;
+        let mut name = Name::parse("name", &request.name)?;
+        let mut config = request.config.clone();
+        let automatic = config.get("ipv4.address").is_none_or(|a| a.is_empty() || a == "auto");
+        if automatic || request.any_name {
+            let agent = inner.agents.get(inner.node)?;
+            let taken = {
+                let records = inner.inventory.read();
+                let parse = |n: &Row<Network>| BridgeSpec::parse(&n.name, &n.config).ok()?.ipv4;
+                records.networks.values().filter_map(parse).collect()
+            };
+            let ask = NetworkChoose { name: request.name.clone(), taken };
+            let choice = agent.network_choose(&CallContext::read(CALL), ask).await?;
+            if automatic {
+                config.insert("ipv4.address".into(), choice.ipv4.to_string());
+                config.entry("ipv4.nat".into()).or_insert_with(|| "true".into());
+            }
+            if request.any_name {
+                name = Name::parse("name", &choice.name)?;
+            }
+        }
+        if config.get("ipv6.address").is_none_or(|a| a.is_empty() || a == "auto") {
+            config.insert("ipv6.address".into(), "none".into());
+        }
+        let spec = BridgeSpec::parse(&name, &config)?;
+        let operation = runner::start::<NetworkCreate>(inner, context, |tx| {
+            let records = inner.inventory.read();
+            if records.network(&name).is_ok() {
+                return Err(Error::conflict(format!("a network {:?} exists already", &*name)).at("name"));
+            }
+            demand_free_subnet(&records, &spec, None)?;
+            tx.expect(&project);
+            let network = Network {
+                id: NetworkId(inner.env.uuid()),
+                project: project.id,
+                name: name.clone(),
+                description: request.description.clone(),
+                config: config.clone(),
+                spec_version: 1,
+            };
+            let new = NewOperation::task(
+                "Creating network",
+                Some(project.id),
+                "networks",
+                format!("/1.0/networks/{name}"),
+            );
+            Ok((NetworkPlan { network, node: inner.node }, new))
+        })
+        .await?;
+        Ok((name.to_string(), operation))
+    }
+
+    /// Replaces a network's configuration, live.
+    ///
+    /// # Errors
+    /// Invalid by field, not found, precondition failed, conflict, forbidden.
+    pub async fn network_update(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        request: UpdateNetwork,
+    ) -> Result<LiveOperation> {
+        let project = self.network_project(context, project)?;
+        let inner = self.inner();
+        runner::start::<NetworkUpdate>(inner, context, |tx| {
+            let records = inner.inventory.read();
+            let row = records.network(name)?;
+            if request.if_version.is_some_and(|v| v != row.spec_version) {
+                return Err(Error::precondition_failed(format!(
+                    "network {name:?} has changed since it was read; read it again"
+                )));
+            }
+            let mut network = row.value.clone();
+            network.description = request.description.clone();
+            network.config = request
+                .config
+                .iter()
+                .filter(|(_, v)| !v.is_empty())
+                .map(|(k, v)| (k.clone(), v.clone()))
+                .collect();
+            network.spec_version += 1;
+            let spec = BridgeSpec::parse(&network.name, &network.config)?;
+            demand_free_subnet(&records, &spec, Some(row.id))?;
+            tx.expect(row);
+            let new = NewOperation::task(
+                "Updating network",
+                Some(project.id),
+                "networks",
+                format!("/1.0/networks/{name}"),
+            );
+            Ok((NetworkUpdatePlan { before: row.value.clone(), after: network, node: inner.node }, new))
+        })
+        .await
+    }
+
+    /// Deletes a network that nothing uses.
+    ///
+    /// # Errors
+    /// Not found, conflict when it is used, forbidden.
+    pub async fn network_delete(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+    ) -> Result<LiveOperation> {
+        let project = self.network_project(context, project)?;
+        let inner = self.inner();
+        runner::start::<NetworkDelete>(inner, context, |tx| {
+            let row = {
+                let records = inner.inventory.read();
+                let row = records.network(name)?.clone();
+                tx.expect_untouched(&records, &lock(row.id));
+                row
+            };
+            let used = self.network_used_by(&Context::system(), &row);
+            if let Some(first) = used.first() {
+                return Err(Error::conflict(format!(
+                    "network {name:?} is used by {first}{}",
+                    if used.len() > 1 { format!(" and {} more", used.len() - 1) } else { String::new() }
+                )));
+            }
+            tx.expect(&row);
+            let new = NewOperation::task(
+                "Deleting network",
+                Some(project.id),
+                "networks",
+                format!("/1.0/networks/{name}"),
+            );
+            Ok((NetworkPlan { network: row.value.clone(), node: inner.node }, new))
+        })
+        .await
+    }
+}
+
+fn demand_free_subnet(records: &Records, spec: &BridgeSpec, except: Option<NetworkId>) -> Result<()> {
+    let Some(ours) = spec.ipv4 else { return Ok(()) };
+    for other in records.networks.values().filter(|n| Some(n.id) != except) {
+        if let Ok(BridgeSpec { ipv4: Some(theirs), .. }) = BridgeSpec::parse(&other.name, &other.config)
+            && (theirs.contains(&ours.network()) || ours.contains(&theirs.network()))
+        {
+            return Err(Error::conflict(format!(
+                "the subnet {} overlaps with network {:?}",
+                ours.trunc(),
+                &*other.name
+            ))
+            .at("config.ipv4.address"));
+        }
+    }
+    Ok(())
+}
+
+/// Plan of [`NetworkCreate`] and [`NetworkDelete`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct NetworkPlan {
+    network: Network,
+    node: NodeId,
+}
+
+fn bare_spec(network: &Network) -> Result<NetworkSpec> {
+    Ok(NetworkSpec {
+        id: network.id,
+        bridge: network.name.to_string(),
+        spec: BridgeSpec::parse(&network.name, &network.config)?,
+        hosts: vec![],
+    })
+}
+
+/// Makes the network on the host, then the record.
+pub struct NetworkCreate;
+
+#[async_trait]
+impl Saga for NetworkCreate {
+    const NAME: &'static str = "network-create";
+    const STEPS: &'static [&'static str] = &["network"];
+    type Plan = NetworkPlan;
+    type Outputs = ();
+
+    fn locks(plan: &NetworkPlan) -> Vec<String> {
+        vec![lock(plan.network.id)]
+    }
+    fn begin(plan: &NetworkPlan, _: &EngineInner, tx: &mut Tx) -> Result<()> {
+        tx.take_name("networks", "", &plan.network.name, &plan.network.id.to_string());
+        Ok(())
+    }
+    async fn run(cx: &StepContext, plan: &NetworkPlan, _: &mut (), _: usize) -> Result<()> {
+        cx.agent(plan.node)?.network_ensure(&cx.mutate(CALL), bare_spec(&plan.network)?).await
+    }
+    async fn undo(cx: &StepContext, plan: &NetworkPlan, _: &(), _: usize) -> Result<()> {
+        cx.agent(plan.node)?.network_remove(&cx.mutate(CALL), plan.network.id).await
+    }
+    fn commit(plan: &NetworkPlan, _: &(), _: &EngineInner, tx: &mut Tx) -> Result<()> {
+        tx.create(&plan.network);
+        Ok(())
+    }
+    fn abort(plan: &NetworkPlan, _: &(), _: &EngineInner, tx: &mut Tx) -> Result<()> {
+        tx.release_name("networks", "", &plan.network.name, &plan.network.id.to_string());
+        Ok(())
+    }
+    fn announce(plan: &NetworkPlan) -> Vec<(&'static str, String)> {
+        vec![("network-created", format!("/1.0/networks/{}", plan.network.name))]
+    }
+}
+
+/// Removes an unused network from the host, then the record.
+pub struct NetworkDelete;
+
+#[async_trait]
+impl Saga for NetworkDelete {
+    const NAME: &'static str = "network-delete";
+    const STEPS: &'static [&'static str] = &["network"];
+    type Plan = NetworkPlan;
+    type Outputs = ();
+
+    fn locks(plan: &NetworkPlan) -> Vec<String> {
+        vec![lock(plan.network.id)]
+    }
+    fn begin(_: &NetworkPlan, _: &EngineInner, _: &mut Tx) -> Result<()> {
+        Ok(())
+    }
+    async fn run(cx: &StepContext, plan: &NetworkPlan, _: &mut (), _: usize) -> Result<()> {
+        let _ordered = cx.engine.network_order(plan.network.id).await;
+        cx.agent(plan.node)?.network_remove(&cx.mutate(CALL), plan.network.id).await
+    }
+    async fn undo(cx: &StepContext, plan: &NetworkPlan, _: &(), _: usize) -> Result<()> {
+        let _ordered = cx.engine.network_order(plan.network.id).await;
+        cx.agent(plan.node)?.network_ensure(&cx.mutate(CALL), bare_spec(&plan.network)?).await
+    }
+    fn commit(plan: &NetworkPlan, _: &(), engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        if let Some(row) = engine.inventory.read().networks.get(&plan.network.id) {
+            tx.delete(row);
+        }
+        tx.delete_id::<crate::inventory::Uses>(&lock(plan.network.id));
+        tx.release_name("networks", "", &plan.network.name, &plan.network.id.to_string());
+        Ok(())
+    }
+    fn abort(_: &NetworkPlan, _: &(), _: &EngineInner, _: &mut Tx) -> Result<()> {
+        Ok(())
+    }
+    fn announce(plan: &NetworkPlan) -> Vec<(&'static str, String)> {
+        vec![("network-deleted", format!("/1.0/networks/{}", plan.network.name))]
+    }
+}
+
+/// Plan of [`NetworkUpdate`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct NetworkUpdatePlan {
+    before: Network,
+    after: Network,
+    node: NodeId,
+}
+
+/// Reconfigures the network on the host, then writes the record.
+pub struct NetworkUpdate;
+
+#[async_trait]
+impl Saga for NetworkUpdate {
+    const NAME: &'static str = "network-update";
+    const STEPS: &'static [&'static str] = &["network"];
+    type Plan = NetworkUpdatePlan;
+    type Outputs = ();
+
+    fn locks(plan: &NetworkUpdatePlan) -> Vec<String> {
+        vec![lock(plan.after.id)]
+    }
+    fn begin(_: &NetworkUpdatePlan, _: &EngineInner, _: &mut Tx) -> Result<()> {
+        Ok(())
+    }
+    async fn run(cx: &StepContext, plan: &NetworkUpdatePlan, _: &mut (), _: usize) -> Result<()> {
+        let _ordered = cx.engine.network_order(plan.after.id).await;
+        let spec = with_hosts(cx, &plan.after)?;
+        cx.agent(plan.node)?.network_ensure(&cx.mutate(CALL), spec).await
+    }
+    async fn undo(cx: &StepContext, plan: &NetworkUpdatePlan, _: &(), _: usize) -> Result<()> {
+        let _ordered = cx.engine.network_order(plan.before.id).await;
+        let spec = with_hosts(cx, &plan.before)?;
+        cx.agent(plan.node)?.network_ensure(&cx.mutate(CALL), spec).await
+    }
+    fn commit(plan: &NetworkUpdatePlan, _: &(), engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        let records = engine.inventory.read();
+        let row =
+            records.networks.get(&plan.after.id).ok_or_else(|| Error::not_found("the network is gone"))?;
+        tx.replace(row, &plan.after);
+        Ok(())
+    }
+    fn abort(_: &NetworkUpdatePlan, _: &(), _: &EngineInner, _: &mut Tx) -> Result<()> {
+        Ok(())
+    }
+    fn announce(plan: &NetworkUpdatePlan) -> Vec<(&'static str, String)> {
+        vec![("network-updated", format!("/1.0/networks/{}", plan.after.name))]
+    }
+}
+
+fn with_hosts(cx: &StepContext, network: &Network) -> Result<NetworkSpec> {
+    let hosts = cx.engine.network_spec(&cx.engine.inventory.read(), network.id)?.hosts;
+    Ok(NetworkSpec { hosts, ..bare_spec(network)? })
+}

@@ -1,0 +1,404 @@
+//! What follows the records without being asked: facts of hosts, observed runtimes, networks, ephemeral instances,
+//! autostart, old operations. Each is a loop without inputs, woken by changes and by a timer.
+
+use crate::{
+    Engine, EngineInner,
+    compute::power::PowerRequest,
+    context::Context,
+    db::Tx,
+    events::{Event, EventKind},
+};
+use karst_agent::{AgentEvent, CallContext, HostAgent};
+use karst_env::{EnvExt, TaskHandle};
+use karst_model::{
+    InstanceId, NodeId, Result,
+    guest::Observed,
+    instance::{DesiredPower, ExitReason, Lifecycle, PowerAction, RuntimeState},
+    keys,
+    operation::OperationState,
+    spec::NetworkSpec,
+};
+use karst_store::Revision;
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::{Arc, Weak},
+    time::Duration,
+};
+
+/// How often everything is looked at even when nothing was announced.
+const SWEEP: Duration = Duration::from_secs(30);
+/// When to look again at what could not be done.
+const SOON: Duration = Duration::from_secs(1);
+/// Ended operations that the store keeps.
+const OPERATIONS_KEPT: usize = 200;
+
+/// Starts all reconcilers; they end with the engine.
+pub(crate) fn spawn_all(inner: &Arc<EngineInner>) -> Vec<TaskHandle> {
+    let mut tasks = vec![];
+    for (node, agent) in inner.agents.all() {
+        let weak = Arc::downgrade(inner);
+        tasks.push(inner.env.spawn_task("host-sync", host_sync(weak, node, agent)));
+    }
+    tasks.push(inner.env.spawn_task("networks", networks(Arc::downgrade(inner))));
+    tasks.push(inner.env.spawn_task("housekeeping", housekeeping(Arc::downgrade(inner))));
+    tasks
+}
+
+/// Follows one host: its facts, and what it sees of its guests.
+async fn host_sync(weak: Weak<EngineInner>, node: NodeId, agent: Arc<dyn HostAgent>) {
+    let mut first = true;
+    loop {
+        let Some(inner) = weak.upgrade() else { return };
+        let env = inner.env.clone();
+        let events = agent.events().await;
+        let synced = sync_once(&inner, node, &*agent, first).await;
+        if let Err(e) = &synced {
+            tracing::warn!(%node, error = %e, "the host does not say what it runs; trying again");
+        }
+        drop(inner);
+        let (Ok(mut events), Ok(unsure)) = (events, synced) else {
+            env.sleep(Duration::from_millis(500)).await;
+            continue;
+        };
+        first = false;
+        // The next look at the whole has its time, however many events come until then.
+        let mut sweep = env.monotonic() + if unsure { SOON } else { SWEEP };
+        loop {
+            let left = sweep.saturating_sub(env.monotonic());
+            if left.is_zero() {
+                break;
+            }
+            let event = env.timeout(left, events.recv()).await;
+            let Some(inner) = weak.upgrade() else { return };
+            match event {
+                Ok(Some(AgentEvent::Guest { observed })) => match record(&inner, &observed, None).await {
+                    Ok(true) => {}
+                    Ok(false) => sweep = sweep.min(env.monotonic() + SOON),
+                    Err(e) => {
+                        tracing::warn!(%node, error = %e, "what a host saw could not be recorded; asking again for the whole");
+                        break;
+                    }
+                },
+                Ok(Some(AgentEvent::ImageProgress { .. })) => {}
+                // Missed something, lost the connection, or it is time for a sweep.
+                Ok(Some(AgentEvent::Lost) | None) | Err(_) => break,
+            }
+        }
+    }
+}
+
+/// Looks at the whole of a host. Answers whether something could not be recorded now, because a saga was at work there.
+async fn sync_once(
+    inner: &Arc<EngineInner>,
+    node: NodeId,
+    agent: &dyn HostAgent,
+    first: bool,
+) -> Result<bool> {
+    let context = CallContext::read(Duration::from_secs(20));
+    let facts = agent.host_facts(&context, ()).await?;
+    let rebooted = {
+        let records = inner.inventory.read();
+        let old = records.nodes.get(&node).and_then(|n| n.facts.as_ref());
+        old.is_some_and(|o| o.boot_id != facts.boot_id)
+    };
+    let write_facts = async || {
+        inner
+            .transact(|records, tx| {
+                if let Some(row) = records.nodes.get(&node)
+                    && row.facts.as_ref() != Some(&facts)
+                {
+                    let mut new = row.value.clone();
+                    new.facts = Some(facts.clone());
+                    tx.replace(row, &new);
+                }
+                Ok(())
+            })
+            .await
+    };
+    if !rebooted {
+        write_facts().await?;
+    }
+    if first {
+        for warning in &facts.warnings {
+            tracing::warn!(%node, "{warning}");
+        }
+    }
+    // What is recorded after this moment is newer than what the host is about to say.
+    let as_of = inner.inventory.read().revision;
+    let seen = agent.guest_observe_all(&context, ()).await?;
+    let present: BTreeSet<InstanceId> = seen.iter().map(|o| o.instance).collect();
+    let mut unsure = false;
+    for observed in &seen {
+        unsure |= !record(inner, observed, Some(as_of)).await?;
+    }
+    let missing: Vec<Observed> = {
+        let records = inner.inventory.read();
+        records
+            .runtimes
+            .values()
+            .filter(|r| r.state != RuntimeState::Stopped && !present.contains(&r.instance))
+            .filter(|r| records.instances.get(&r.instance).is_some_and(|i| i.node == node))
+            .map(|r| Observed {
+                instance: r.instance,
+                generation: r.generation,
+                state: RuntimeState::Stopped,
+                pid: None,
+                domain_id: None,
+                started_at: None,
+                exit: Some(ExitReason::Crashed {
+                    detail: if rebooted {
+                        "the host was restarted".into()
+                    } else {
+                        "the host no longer knows it".into()
+                    },
+                }),
+                applied_spec_version: r.applied_spec_version,
+                accelerator: None,
+            })
+            .collect()
+    };
+    // After a restart of the host the desired power must survive, or nothing would start again.
+    let start_again = if rebooted { autostart_candidates(inner, node) } else { vec![] };
+    for observed in &missing {
+        unsure |= !record(inner, observed, Some(as_of)).await?;
+    }
+    if first || rebooted {
+        ensure_all_networks(inner, node).await;
+    }
+    for id in start_again {
+        start(inner, id).await;
+    }
+    if rebooted {
+        // Last: whoever takes over from a daemon that dies before this finds the restart of the host anew.
+        write_facts().await?;
+    }
+    Ok(unsure)
+}
+
+fn autostart_candidates(inner: &EngineInner, node: NodeId) -> Vec<InstanceId> {
+    let records = inner.inventory.read();
+    records
+        .instances
+        .values()
+        .filter(|i| i.node == node && i.lifecycle == Lifecycle::Ready)
+        .filter(|i| {
+            let (config, _) = records.expanded(i);
+            match config.get("boot.autostart").and_then(|v| keys::parse_bool("boot.autostart", v).ok()) {
+                Some(wanted) => wanted,
+                None => i.power != DesiredPower::Stopped,
+            }
+        })
+        .map(|i| i.id)
+        .collect()
+}
+
+async fn start(inner: &Arc<EngineInner>, id: InstanceId) {
+    let (project, name) = {
+        let records = inner.inventory.read();
+        let Some(i) = records.instances.get(&id) else {
+            return;
+        };
+        let Some(p) = records.projects.get(&i.project) else {
+            return;
+        };
+        (p.name.to_string(), i.name.to_string())
+    };
+    let engine = Engine { inner: inner.clone() };
+    let request = PowerRequest { action: PowerAction::Start, force: false, timeout: None };
+    match engine.instance_power(&Context::system(), &project, &name, request).await {
+        Ok(_) => tracing::info!(instance = %name, "starts after the host's restart"),
+        Err(e) => tracing::warn!(instance = %name, error = %e, "does not start after the host's restart"),
+    }
+}
+
+/// Records what a host saw, unless it is old news. Answers `false` when that must wait: a saga is at work on the instance
+/// and reports itself, or the record is newer than `as_of`, the moment before the host was asked.
+async fn record(inner: &Arc<EngineInner>, observed: &Observed, as_of: Option<Revision>) -> Result<bool> {
+    let mut ended = None;
+    let mut now = true;
+    inner
+        .transact(|records, tx| {
+            ended = None;
+            now = true;
+            let Some(row) = records.instances.get(&observed.instance) else {
+                return Ok(());
+            };
+            let lock = crate::compute::lock(row.id);
+            if records.lock(&lock).is_some() {
+                now = false;
+                return Ok(());
+            }
+            let old = records.runtimes.get(&row.id);
+            if let Some(old) = old {
+                let same = old.generation == observed.generation
+                    && old.state == observed.state
+                    && old.pid == observed.pid
+                    && old.exit == observed.exit;
+                let over = old.generation == observed.generation && old.state == RuntimeState::Stopped;
+                if same || over || old.generation > observed.generation {
+                    return Ok(());
+                }
+                if as_of.is_some_and(|moment| old.mod_revision > moment) {
+                    now = false;
+                    return Ok(());
+                }
+            } else if observed.state == RuntimeState::Stopped {
+                return Ok(());
+            }
+            if observed.generation > row.generation {
+                return Ok(());
+            }
+            tx.expect_unlocked(&lock);
+            let runtime = inner.runtime_of(records, observed);
+            match old {
+                Some(old) => tx.replace(old, &runtime),
+                None => tx.create(&runtime),
+            }
+            if observed.state == RuntimeState::Stopped && row.power != DesiredPower::Stopped {
+                let shut_down_itself = !matches!(observed.exit, Some(ExitReason::Crashed { .. }));
+                if shut_down_itself {
+                    let mut instance = row.value.clone();
+                    instance.power = DesiredPower::Stopped;
+                    tx.replace(row, &instance);
+                }
+                ended = Some((row.project, row.name.to_string()));
+            }
+            Ok(())
+        })
+        .await?;
+    if let Some((project, name)) = ended {
+        let project_name = inner.project_name(Some(project));
+        inner.events.send(Event {
+            time: inner.env.now(),
+            project: Some(project),
+            kind: EventKind::Lifecycle {
+                action: "instance-shutdown",
+                source: crate::compute::path(&project_name, &name),
+                context: Default::default(),
+                requestor: "karst".into(),
+            },
+            project_name,
+        });
+    }
+    Ok(now)
+}
+
+async fn ensure_all_networks(inner: &Arc<EngineInner>, node: NodeId) {
+    let ids: Vec<_> = inner.inventory.read().networks.keys().copied().collect();
+    for id in ids {
+        if let Err(e) =
+            inner.reconcile_network(node, id, &inner.reconcile_context(Duration::from_secs(60))).await
+        {
+            tracing::warn!(network = %id, error = %e, context = e.context.as_deref().unwrap_or_default(), "a network could not be brought up");
+        }
+    }
+}
+
+/// Keeps DHCP, DNS and the firewall of every network in step with the instances on it.
+async fn networks(weak: Weak<EngineInner>) {
+    let mut done: HashMap<karst_model::NetworkId, NetworkSpec> = HashMap::new();
+    let Some(mut changes) = weak.upgrade().map(|i| i.inventory.changes()) else {
+        return;
+    };
+    loop {
+        let Some(inner) = weak.upgrade() else { return };
+        let specs: Vec<NetworkSpec> = {
+            let records = inner.inventory.read();
+            let idle =
+                records.networks.keys().filter(|id| records.lock(&crate::network::lock(**id)).is_none());
+            idle.filter_map(|id| inner.network_spec(&records, *id).ok()).collect()
+        };
+        done.retain(|id, _| specs.iter().any(|s| s.id == *id));
+        let mut behind = false;
+        for spec in specs {
+            if done.get(&spec.id) == Some(&spec) {
+                continue;
+            }
+            let context = inner.reconcile_context(Duration::from_secs(60));
+            match inner.reconcile_network(inner.node, spec.id, &context).await {
+                Ok(()) => drop(done.insert(spec.id, spec)),
+                Err(e) => {
+                    behind = true;
+                    tracing::warn!(network = %spec.id, error = %e, "a network is behind; trying again");
+                }
+            }
+        }
+        let env = inner.env.clone();
+        drop(inner);
+        // A burst of changes is one change.
+        env.sleep(Duration::from_millis(200)).await;
+        let patience = if behind { SOON } else { SWEEP };
+        match env.timeout(patience, changes.changed()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => return,
+            Err(_) if behind => {}
+            // Somebody may have tampered with what the host has: look again.
+            Err(_) => done.clear(),
+        }
+    }
+}
+
+/// Deletes ephemeral instances that have stopped, and old operations.
+async fn housekeeping(weak: Weak<EngineInner>) {
+    let Some(mut changes) = weak.upgrade().map(|i| i.inventory.changes()) else {
+        return;
+    };
+    loop {
+        let Some(inner) = weak.upgrade() else { return };
+        if let Err(e) = tidy(&inner).await {
+            tracing::warn!(error = %e, "housekeeping failed; trying again");
+        }
+        let env = inner.env.clone();
+        drop(inner);
+        env.sleep(Duration::from_millis(500)).await;
+        if let Ok(Err(_)) = env.timeout(SWEEP, changes.changed()).await {
+            return;
+        }
+    }
+}
+
+async fn tidy(inner: &Arc<EngineInner>) -> Result<()> {
+    crate::saga::runner::recover(inner).await?;
+    let gone: Vec<(String, String)> = {
+        let records = inner.inventory.read();
+        records
+            .instances
+            .values()
+            .filter(|i| i.ephemeral && i.lifecycle == Lifecycle::Ready && i.generation.n > 0)
+            .filter(|i| records.lock(&crate::compute::lock(i.id)).is_none())
+            .filter(|i| {
+                records
+                    .runtimes
+                    .get(&i.id)
+                    .is_some_and(|r| r.state == RuntimeState::Stopped && r.generation == i.generation)
+            })
+            .filter_map(|i| Some((records.projects.get(&i.project)?.name.to_string(), i.name.to_string())))
+            .collect()
+    };
+    let engine = Engine { inner: inner.clone() };
+    for (project, name) in gone {
+        if let Err(e) = engine.instance_delete(&Context::system(), &project, &name).await {
+            tracing::warn!(instance = %name, error = %e, "an ephemeral instance could not be deleted");
+        }
+    }
+    let mut tx = Tx::default();
+    {
+        let records = inner.inventory.read();
+        let mut ended: Vec<_> = records
+            .operations
+            .values()
+            .filter(|o| o.state.is_final() && o.state != OperationState::NeedsAttention)
+            .collect();
+        if ended.len() <= OPERATIONS_KEPT + 50 {
+            return Ok(());
+        }
+        ended.sort_by_key(|o| o.updated_at);
+        let surplus = (ended.len() - OPERATIONS_KEPT).min(100);
+        for old in &ended[..surplus] {
+            tx.delete(*old);
+        }
+    }
+    // Refused: the next round reads again.
+    let _ = inner.db.commit(tx).await?;
+    Ok(())
+}

@@ -1,0 +1,26 @@
+//! All sagas.
+
+use super::{AnySaga, Erased};
+use crate::{compute, images, network, storage};
+use std::sync::{Arc, LazyLock};
+
+static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
+    vec![
+        Arc::new(Erased::<compute::create::InstanceCreate>::new()),
+        Arc::new(Erased::<compute::delete::InstanceDelete>::new()),
+        Arc::new(Erased::<compute::power::InstancePower>::new()),
+        Arc::new(Erased::<compute::update::InstanceUpdate>::new()),
+        Arc::new(Erased::<images::ImageCreate>::new()),
+        Arc::new(Erased::<images::ImageDelete>::new()),
+        Arc::new(Erased::<network::NetworkCreate>::new()),
+        Arc::new(Erased::<network::NetworkDelete>::new()),
+        Arc::new(Erased::<network::NetworkUpdate>::new()),
+        Arc::new(Erased::<storage::PoolCreate>::new()),
+        Arc::new(Erased::<storage::PoolDelete>::new()),
+    ]
+});
+
+/// Every saga that this version can execute or take up.
+pub fn registry() -> &'static [Arc<dyn AnySaga>] {
+    &REGISTRY
+}

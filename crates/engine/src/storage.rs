@@ -1,0 +1,292 @@
+//! Storage pools and volumes: the use cases.
+
+use crate::{
+    Engine, EngineInner, Row,
+    context::Context,
+    db::Tx,
+    operations::{LiveOperation, NewOperation},
+    saga::{Saga, StepContext, runner},
+};
+use async_trait::async_trait;
+use karst_agent::{CallContext, VolumeRef};
+use karst_model::{
+    Config, Error, Name, NodeId, PoolId, ProjectId, Result,
+    access::Permission,
+    spec::PoolSpec,
+    storage::{Pool, PoolKind, Usage, Volume},
+};
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// Lock target of a pool.
+pub fn pool_lock(id: PoolId) -> String {
+    format!("pools/{id}")
+}
+
+/// What a user wants created.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CreatePool {
+    /// Name.
+    pub name: String,
+    /// Incus' driver name.
+    pub driver: String,
+    /// User's text.
+    pub description: String,
+    /// Configuration as written.
+    pub config: Config,
+}
+
+/// Who uses a pool or network, as paths of the API.
+pub type UsedBy = Vec<String>;
+
+impl Engine {
+    /// All pools, by name.
+    ///
+    /// # Errors
+    /// Forbidden.
+    pub fn pools(&self, context: &Context) -> Result<Vec<Row<Pool>>> {
+        context.demand_server(Permission::ServerView)?;
+        let mut all: Vec<_> = self.inner().inventory.read().pools.values().cloned().collect();
+        all.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(all)
+    }
+
+    /// A pool by name.
+    ///
+    /// # Errors
+    /// Not found, forbidden.
+    pub fn pool(&self, context: &Context, name: &str) -> Result<Row<Pool>> {
+        context.demand_server(Permission::ServerView)?;
+        self.inner().inventory.read().pool(name).cloned()
+    }
+
+    /// What uses a pool, as far as `context` may see it.
+    pub fn pool_used_by(&self, context: &Context, pool: &Pool) -> UsedBy {
+        let sees = |p: ProjectId| context.principal().may(Permission::ProjectView, Some(p));
+        let records = self.inner().inventory.read();
+        let mut used: UsedBy = vec![];
+        for profile in records.profiles.values().filter(|p| sees(p.project)) {
+            if profile.devices.values().any(|d| d.get("pool").is_some_and(|p| **p == *pool.name)) {
+                used.push(format!("/1.0/profiles/{}", profile.name));
+            }
+        }
+        let instances = records.instances.values();
+        for instance in instances.filter(|i| i.pool == pool.id && sees(i.project)) {
+            let project =
+                records.projects.get(&instance.project).map(|p| p.name.to_string()).unwrap_or_default();
+            used.push(crate::compute::path(&project, &instance.name));
+        }
+        used
+    }
+
+    /// Space of a pool.
+    ///
+    /// # Errors
+    /// Not found, forbidden, unavailable.
+    pub async fn pool_usage(&self, context: &Context, name: &str) -> Result<Usage> {
+        let pool = self.pool(context, name)?;
+        let agent = self.inner().agents.get(self.inner().node)?;
+        agent.pool_usage(&CallContext::read(Duration::from_secs(10)), pool.id).await
+    }
+
+    /// Volumes of a pool that `context` may see, of a project or of all.
+    ///
+    /// # Errors
+    /// Not found, forbidden.
+    pub fn volumes(&self, context: &Context, pool: &str, project: Option<&str>) -> Result<Vec<Row<Volume>>> {
+        let pool = self.pool(context, pool)?;
+        let project = project.map(|p| self.project(context, p, Permission::ProjectView)).transpose()?;
+        let records = self.inner().inventory.read();
+        Ok(records
+            .volumes
+            .values()
+            .filter(|v| v.pool == pool.id && project.as_ref().is_none_or(|p| p.id == v.project))
+            .filter(|v| context.principal().may(Permission::ProjectView, Some(v.project)))
+            .cloned()
+            .collect())
+    }
+
+    /// Space of a volume.
+    ///
+    /// # Errors
+    /// Not found, unavailable.
+    pub async fn volume_usage(&self, volume: &Volume) -> Result<Usage> {
+        let agent = self.inner().agents.get(self.inner().node)?;
+        let which = VolumeRef { pool: volume.pool, volume: volume.id };
+        agent.volume_usage(&CallContext::read(Duration::from_secs(10)), which).await
+    }
+
+    /// Creates a pool.
+    ///
+    /// # Errors
+    /// Invalid by field, conflict (taken name), forbidden.
+    pub async fn pool_create(&self, context: &Context, request: CreatePool) -> Result<LiveOperation> {
+        context.demand_server(Permission::ServerEdit)?;
+        let inner = self.inner();
+        let name = Name::parse("name", &request.name)?;
+        let kind = PoolKind::parse("driver", &request.driver)?;
+        for (key, value) in &request.config {
+            karst_model::keys::check_free(key, value)?;
+        }
+        if let Some(key) = request.config.keys().find(|k| !k.starts_with("user.")) {
+            let field = format!("config.{key}");
+            return Err(match key.as_str() {
+                "source" => Error::unsupported(
+                    "a dir pool lies in the daemon's own directory; other places are granted by host policy, which is not there yet",
+                )
+                .at(field),
+                _ => Error::invalid(field, format!("unknown pool key {key:?}; a dir pool has user.* only")),
+            });
+        }
+        runner::start::<PoolCreate>(inner, context, |_| {
+            let records = inner.inventory.read();
+            if records.pool(&name).is_ok() {
+                return Err(Error::conflict(format!("a storage pool {:?} exists already", &*name)).at("name"));
+            }
+            let pool = Pool {
+                id: PoolId(inner.env.uuid()),
+                name: name.clone(),
+                kind,
+                description: request.description.clone(),
+                config: request.config.clone(),
+                spec_version: 1,
+            };
+            let new = NewOperation::task(
+                "Creating storage pool",
+                None,
+                "storage-pools",
+                format!("/1.0/storage-pools/{name}"),
+            );
+            Ok((PoolPlan { pool, nodes: inner.agents.nodes() }, new))
+        })
+        .await
+    }
+
+    /// Deletes a pool that nothing uses.
+    ///
+    /// # Errors
+    /// Not found, conflict when it is used, forbidden.
+    pub async fn pool_delete(&self, context: &Context, name: &str) -> Result<LiveOperation> {
+        context.demand_server(Permission::ServerEdit)?;
+        let inner = self.inner();
+        runner::start::<PoolDelete>(inner, context, |tx| {
+            let row = {
+                let records = inner.inventory.read();
+                let row = records.pool(name)?.clone();
+                tx.expect_untouched(&records, &pool_lock(row.id));
+                row
+            };
+            let used = self.pool_used_by(&Context::system(), &row);
+            if let Some(first) = used.first() {
+                return Err(Error::conflict(format!(
+                    "storage pool {name:?} is used by {first}{}",
+                    if used.len() > 1 { format!(" and {} more", used.len() - 1) } else { String::new() }
+                )));
+            }
+            tx.expect(&row);
+            let new = NewOperation::task(
+                "Deleting storage pool",
+                None,
+                "storage-pools",
+                format!("/1.0/storage-pools/{name}"),
+            );
+            Ok((PoolPlan { pool: row.value.clone(), nodes: inner.agents.nodes() }, new))
+        })
+        .await
+    }
+}
+
+/// Plan of [`PoolCreate`] and [`PoolDelete`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PoolPlan {
+    pool: Pool,
+    nodes: Vec<NodeId>,
+}
+
+/// Makes the pool on every host, then the record.
+pub struct PoolCreate;
+
+#[async_trait]
+impl Saga for PoolCreate {
+    const NAME: &'static str = "pool-create";
+    const STEPS: &'static [&'static str] = &["pool"];
+    type Plan = PoolPlan;
+    type Outputs = ();
+
+    fn locks(plan: &PoolPlan) -> Vec<String> {
+        vec![pool_lock(plan.pool.id)]
+    }
+    fn begin(plan: &PoolPlan, _: &EngineInner, tx: &mut Tx) -> Result<()> {
+        tx.take_name("pools", "", &plan.pool.name, &plan.pool.id.to_string());
+        Ok(())
+    }
+    async fn run(cx: &StepContext, plan: &PoolPlan, _: &mut (), _: usize) -> Result<()> {
+        let spec = PoolSpec { id: plan.pool.id, kind: plan.pool.kind };
+        for node in &plan.nodes {
+            cx.agent(*node)?.pool_ensure(&cx.mutate(Duration::from_secs(60)), spec.clone()).await?;
+        }
+        Ok(())
+    }
+    async fn undo(cx: &StepContext, plan: &PoolPlan, _: &(), _: usize) -> Result<()> {
+        for node in &plan.nodes {
+            cx.agent(*node)?.pool_remove(&cx.mutate(Duration::from_secs(60)), plan.pool.id).await?;
+        }
+        Ok(())
+    }
+    fn commit(plan: &PoolPlan, _: &(), _: &EngineInner, tx: &mut Tx) -> Result<()> {
+        tx.create(&plan.pool);
+        Ok(())
+    }
+    fn abort(plan: &PoolPlan, _: &(), _: &EngineInner, tx: &mut Tx) -> Result<()> {
+        tx.release_name("pools", "", &plan.pool.name, &plan.pool.id.to_string());
+        Ok(())
+    }
+    fn announce(plan: &PoolPlan) -> Vec<(&'static str, String)> {
+        vec![("storage-pool-created", format!("/1.0/storage-pools/{}", plan.pool.name))]
+    }
+}
+
+/// Removes an empty pool from every host, then the record.
+pub struct PoolDelete;
+
+#[async_trait]
+impl Saga for PoolDelete {
+    const NAME: &'static str = "pool-delete";
+    const STEPS: &'static [&'static str] = &["pool"];
+    type Plan = PoolPlan;
+    type Outputs = ();
+
+    fn locks(plan: &PoolPlan) -> Vec<String> {
+        vec![pool_lock(plan.pool.id)]
+    }
+    fn begin(_: &PoolPlan, _: &EngineInner, _: &mut Tx) -> Result<()> {
+        Ok(())
+    }
+    async fn run(cx: &StepContext, plan: &PoolPlan, _: &mut (), _: usize) -> Result<()> {
+        for node in &plan.nodes {
+            cx.agent(*node)?.pool_remove(&cx.mutate(Duration::from_secs(60)), plan.pool.id).await?;
+        }
+        Ok(())
+    }
+    async fn undo(cx: &StepContext, plan: &PoolPlan, _: &(), _: usize) -> Result<()> {
+        let spec = PoolSpec { id: plan.pool.id, kind: plan.pool.kind };
+        for node in &plan.nodes {
+            cx.agent(*node)?.pool_ensure(&cx.mutate(Duration::from_secs(60)), spec.clone()).await?;
+        }
+        Ok(())
+    }
+    fn commit(plan: &PoolPlan, _: &(), engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        if let Some(row) = engine.inventory.read().pools.get(&plan.pool.id) {
+            tx.delete(row);
+        }
+        tx.delete_id::<crate::inventory::Uses>(&pool_lock(plan.pool.id));
+        tx.release_name("pools", "", &plan.pool.name, &plan.pool.id.to_string());
+        Ok(())
+    }
+    fn abort(_: &PoolPlan, _: &(), _: &EngineInner, _: &mut Tx) -> Result<()> {
+        Ok(())
+    }
+    fn announce(plan: &PoolPlan) -> Vec<(&'static str, String)> {
+        vec![("storage-pool-deleted", format!("/1.0/storage-pools/{}", plan.pool.name))]
+    }
+}

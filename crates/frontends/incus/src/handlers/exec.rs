@@ -1,0 +1,443 @@
+//! Exec and console: programs and consoles of guests on websockets.
+//!
+//! Websocket `0` carries stdin, or all of a terminal; `1` and `2` stdout and stderr; `control` resizes and signals as
+//! JSON. A text message ends a stream in either direction. Incus' clients connect `control`, `pylxd` does not: only the
+//! others are waited for.
+
+use crate::{
+    app::{Call, Taken, running},
+    respond::{Body, Reply, accepted, empty, full},
+    sessions::{self, Awaited},
+    socket::{self, Receiver, Sender, Socket},
+    stream::{FdStream, Stream},
+    wire::{self, operation::OperationView},
+};
+use futures::{SinkExt, StreamExt};
+use hyper::{
+    Response,
+    header::{CONTENT_DISPOSITION, CONTENT_TYPE, HeaderValue},
+};
+use karst_engine::{LiveOperation, NewOperation, compute::guest::ExecSession};
+use karst_model::{Error, Result, guest::ExecRequest, operation::OperationClass};
+use serde_json::{Map, Value, json};
+use std::{os::fd::OwnedFd, time::Duration};
+use tokio::{
+    io::AsyncReadExt,
+    sync::{oneshot, watch},
+};
+use tokio_tungstenite::tungstenite::Message;
+
+/// How long output is waited for after the program ended, when others still hold its pipes (background processes).
+const LINGER: Duration = Duration::from_millis(100);
+/// A terminal without a size.
+const SIZE: (u16, u16) = (80, 25);
+
+fn size(width: Option<i64>, height: Option<i64>) -> (u16, u16) {
+    let one =
+        |n: Option<i64>, default| n.and_then(|n| u16::try_from(n).ok()).filter(|n| *n > 0).unwrap_or(default);
+    (one(width, SIZE.0), one(height, SIZE.1))
+}
+
+fn id(f: &mut crate::fields::Fields, name: &'static str) -> Result<u32> {
+    let n = f.integer(name)?.unwrap_or(0);
+    u32::try_from(n).map_err(|_| Error::invalid(name, format!("{n} is not an id")))
+}
+
+/// `POST /1.0/instances/{name}/exec`
+///
+/// # Errors
+/// Those of the engine; invalid by field.
+pub async fn exec(call: Call) -> Result<Reply> {
+    let (call, mut f) = call.fields().await?;
+    let interactive = f.flag("interactive")?;
+    let environment = f.config("environment")?.unwrap_or_default();
+    let (width, height) = (f.integer("width")?, f.integer("height")?);
+    let request = ExecRequest {
+        command: f.texts("command")?.unwrap_or_default(),
+        term: environment.get("TERM").cloned().filter(|_| interactive),
+        environment,
+        uid: id(&mut f, "user")?,
+        gid: id(&mut f, "group")?,
+        cwd: f.text("cwd")?.filter(|c| !c.is_empty()),
+        terminal: interactive.then(|| size(width, height)),
+    };
+    let sockets = f.flag("wait-for-websocket")?;
+    if f.flag("record-output")? {
+        return Err(
+            Error::unsupported("recording the output is not there yet; use websockets").at("record-output")
+        );
+    }
+    f.finish(&[])?;
+    let project = call.project().to_owned();
+    let view = call.engine().exec_check(&call.context, &project, call.param(0), &request)?;
+    let mut metadata = Map::new();
+    metadata.insert("command".into(), json!(request.command));
+    metadata.insert("interactive".into(), json!(interactive));
+    let new = NewOperation {
+        description: "Executing command".into(),
+        class: if sockets { OperationClass::Websocket } else { OperationClass::Task },
+        project: Some(view.project.id),
+        resources: [(
+            "instances".into(),
+            vec![wire::path("instances", &view.instance.name, &view.project.name)],
+        )]
+        .into(),
+        may_cancel: false,
+        metadata,
+    };
+    let live = call.engine().inner().operations.begin(&call.context, new);
+    if !sockets {
+        let answer = running(&live)?;
+        tokio::spawn(async move {
+            let result = unattended(&call, &project, request).await;
+            end(&call, &live, result);
+        });
+        return Ok(answer);
+    }
+    let names: &[&'static str] = if interactive { &["control", "0"] } else { &["control", "0", "1", "2"] };
+    let (answer, awaited) = offer(&call, &live, names)?;
+    tokio::spawn(async move {
+        let result = attended(&call, &project, request, awaited).await;
+        call.app.sessions.withdraw(live.id());
+        end(&call, &live, result);
+    });
+    Ok(answer)
+}
+
+/// 202 with the secrets of the offered websockets.
+fn offer(call: &Taken, live: &LiveOperation, names: &[&'static str]) -> Result<(Reply, Awaited)> {
+    let (secrets, awaited) = call.app.sessions.offer(live.id(), names);
+    let record = live.snapshot();
+    let mut metadata = record.metadata.clone();
+    metadata.insert("fds".into(), Value::Object(secrets));
+    let answer = accepted(&record.id.to_string(), &OperationView::of(&record).with_metadata(&metadata))?;
+    Ok((answer, awaited))
+}
+
+fn end(call: &Taken, live: &LiveOperation, result: Result<i32>) {
+    let result = result.map(|code| Map::from_iter([("return".to_owned(), json!(code))]));
+    call.engine().inner().operations.end(live, result);
+}
+
+/// Runs a program nobody listens to.
+async fn unattended(call: &Taken, project: &str, request: ExecRequest) -> Result<i32> {
+    let ExecSession { fds, session } =
+        call.engine().exec(&call.context, project, call.param(0), request).await?;
+    let mut fds = fds.into_iter();
+    drop(fds.next());
+    for fd in fds {
+        let mut stream = Stream::new(fd)?;
+        tokio::spawn(async move { tokio::io::copy(&mut stream, &mut tokio::io::sink()).await });
+    }
+    session.wait().await
+}
+
+/// Runs a program on websockets.
+async fn attended(call: &Taken, project: &str, request: ExecRequest, mut awaited: Awaited) -> Result<i32> {
+    let control = awaited.remove(0);
+    let rest = awaited.split_off(1);
+    // The program starts while the client still connects what is left.
+    let first = sessions::all(awaited).await?;
+    let (session, rest) = tokio::try_join!(
+        call.engine().exec(&call.context, project, call.param(0), request),
+        sessions::all(rest)
+    )?;
+    let sockets: Vec<Socket> = first.into_iter().chain(rest).collect();
+    bridge(session, sockets, control).await
+}
+
+/// Joins a session's descriptors to websockets until it ends.
+async fn bridge(exec: ExecSession, sockets: Vec<Socket>, control: oneshot::Receiver<Socket>) -> Result<i32> {
+    let ExecSession { fds, session } = exec;
+    let (ended, has_ended) = watch::channel(false);
+    let mut outputs = vec![];
+    let mut input = None;
+    for (socket, fd) in sockets.into_iter().zip(sources(fds)?) {
+        let (sender, mut receiver) = socket.split();
+        if let Some(sink) = fd.sink {
+            input = Some(tokio::spawn(async move { socket::pump_in(&mut receiver, sink).await }));
+        } else {
+            tokio::spawn(async move { while receiver.next().await.is_some_and(|m| m.is_ok()) {} });
+        }
+        match fd.source {
+            Some(source) => outputs.push(tokio::spawn(drain(source, sender, has_ended.clone()))),
+            // The client's end of stdin needs nothing of us but to stay open.
+            None => outputs.push(tokio::spawn(hold(sender, has_ended.clone()))),
+        }
+    }
+    let (commands, mut ordered) = tokio::sync::mpsc::channel(16);
+    let controller = tokio::spawn(control_loop(control, commands));
+    let result = {
+        let wait = session.wait();
+        tokio::pin!(wait);
+        let mut heard = true;
+        loop {
+            let order = tokio::select! {
+                code = &mut wait => break code,
+                order = ordered.recv(), if heard => order,
+            };
+            match order {
+                Some(Order::Resize(columns, rows)) => log("resize", session.resize(columns, rows).await),
+                Some(Order::Signal(signal)) => log("signal", session.signal(signal).await),
+                Some(Order::Leave) => break Err(Error::cancelled("the client went away")),
+                None => heard = false,
+            }
+        }
+    };
+    ended.send_replace(true);
+    drop(session);
+    for output in outputs {
+        let _ = output.await;
+    }
+    if let Some(input) = input {
+        input.abort();
+    }
+    controller.abort();
+    result
+}
+
+fn log(what: &str, result: Result<()>) {
+    if let Err(e) = result {
+        tracing::debug!(what, error = %e, "an order to a session was not followed");
+    }
+}
+
+/// What a websocket is joined to.
+struct Ends {
+    source: Option<Stream>,
+    sink: Option<Stream>,
+}
+
+fn sources(fds: Vec<OwnedFd>) -> Result<Vec<Ends>> {
+    if fds.len() == 1 {
+        let both = fds.into_iter().map(FdStream::new).next().transpose()?;
+        return Ok(both
+            .map(|s| Ends { source: Some(Stream::Polled(s.clone())), sink: Some(Stream::Polled(s)) })
+            .into_iter()
+            .collect());
+    }
+    fds.into_iter()
+        .enumerate()
+        .map(|(n, fd)| {
+            let stream = Some(Stream::new(fd)?);
+            Ok(if n == 0 { Ends { source: None, sink: stream } } else { Ends { source: stream, sink: None } })
+        })
+        .collect()
+}
+
+/// Sends what a program writes, to its end; after the program's end only as long as there is more at once.
+async fn drain(mut source: Stream, mut sender: Sender, mut ended: watch::Receiver<bool>) {
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        let over = *ended.borrow();
+        let read = if over {
+            match tokio::time::timeout(LINGER, source.read(&mut buffer)).await {
+                Ok(read) => read,
+                Err(_) => break,
+            }
+        } else {
+            tokio::select! {
+                read = source.read(&mut buffer) => read,
+                _ = ended.changed() => continue,
+            }
+        };
+        match read {
+            Ok(n) if n > 0 => {
+                if sender.send(Message::binary(buffer[..n].to_vec())).await.is_err() {
+                    return;
+                }
+            }
+            _ => break,
+        }
+    }
+    let _ = sender.send(Message::text("")).await;
+    socket::close(sender).await;
+}
+
+async fn hold(sender: Sender, mut ended: watch::Receiver<bool>) {
+    let _ = ended.wait_for(|e| *e).await;
+    socket::close(sender).await;
+}
+
+/// What the client orders on the control websocket.
+enum Order {
+    Resize(u16, u16),
+    Signal(i32),
+    Leave,
+}
+
+async fn control_loop(control: oneshot::Receiver<Socket>, orders: tokio::sync::mpsc::Sender<Order>) {
+    let Ok(socket) = control.await else { return };
+    let (_sender, mut receiver): (Sender, Receiver) = socket.split();
+    loop {
+        let order = match receiver.next().await {
+            Some(Ok(Message::Text(text))) => match parse_order(&text) {
+                Some(order) => order,
+                None => continue,
+            },
+            Some(Ok(Message::Binary(data))) => match std::str::from_utf8(&data).ok().and_then(parse_order) {
+                Some(order) => order,
+                None => continue,
+            },
+            Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => continue,
+            Some(Ok(Message::Close(_)) | Err(_)) | None => Order::Leave,
+        };
+        let last = matches!(order, Order::Leave);
+        if orders.send(order).await.is_err() || last {
+            return;
+        }
+    }
+}
+
+fn parse_order(text: &str) -> Option<Order> {
+    let value: Value = serde_json::from_str(text).ok()?;
+    match value.get("command")?.as_str()? {
+        "window-resize" => {
+            let side = |name| match &value["args"][name] {
+                Value::String(s) => s.parse::<u16>().ok(),
+                other => other.as_u64().and_then(|n| u16::try_from(n).ok()),
+            };
+            Some(Order::Resize(side("width")?, side("height")?))
+        }
+        "signal" => {
+            let signal = i32::try_from(value.get("signal")?.as_i64()?).ok()?;
+            (1..=64).contains(&signal).then_some(Order::Signal(signal))
+        }
+        _ => None,
+    }
+}
+
+/// `POST /1.0/instances/{name}/console`
+///
+/// # Errors
+/// Those of the engine.
+pub async fn console(call: Call) -> Result<Reply> {
+    let (call, mut f) = call.fields().await?;
+    let (width, height) = (f.integer("width")?, f.integer("height")?);
+    match f.text("type")?.as_deref() {
+        None | Some("" | "console") => {}
+        Some("vga") => return Err(Error::unsupported("graphical consoles are not there yet").at("type")),
+        Some(other) => {
+            return Err(Error::invalid("type", format!("{other:?} is not a console; use \"console\"")));
+        }
+    }
+    let force = f.flag("force")?;
+    f.finish(&[])?;
+    let project = call.project().to_owned();
+    let session = call.engine().console(&call.context, &project, call.param(0), force).await?;
+    let view = call.engine().instance(&call.context, &project, call.param(0))?;
+    let new = NewOperation {
+        description: "Showing console".into(),
+        class: OperationClass::Websocket,
+        project: Some(view.project.id),
+        resources: [(
+            "instances".into(),
+            vec![wire::path("instances", &view.instance.name, &view.project.name)],
+        )]
+        .into(),
+        may_cancel: true,
+        metadata: Map::new(),
+    };
+    let live = call.engine().inner().operations.begin(&call.context, new);
+    let (answer, awaited) = offer(&call, &live, &["control", "0"])?;
+    if width.is_some_and(|w| w > 0) {
+        let (columns, rows) = size(width, height);
+        log("resize", session.session.resize(columns, rows).await);
+    }
+    tokio::spawn(async move {
+        let result = tokio::select! {
+            result = attach(session, awaited) => result,
+            () = live.cancelled() => Err(Error::cancelled("the console was detached")),
+        };
+        call.app.sessions.withdraw(live.id());
+        call.engine().inner().operations.end(&live, result.map(|()| Map::new()));
+    });
+    Ok(answer)
+}
+
+/// Joins a console to a websocket until either goes away.
+async fn attach(exec: ExecSession, mut awaited: Awaited) -> Result<()> {
+    let control = awaited.remove(0);
+    let mut sockets = sessions::all(awaited).await?;
+    let ExecSession { fds, session } = exec;
+    let fd = fds
+        .into_iter()
+        .next()
+        .ok_or_else(|| Error::internal("the console has no stream", "no descriptor"))?;
+    let stream = FdStream::new(fd)?;
+    let Some(socket) = sockets.pop() else {
+        return Ok(());
+    };
+    let (mut sender, mut receiver) = socket.split();
+    let (commands, mut ordered) = tokio::sync::mpsc::channel(16);
+    let controller = tokio::spawn(control_loop(control, commands));
+    let orders = async {
+        while let Some(order) = ordered.recv().await {
+            match order {
+                Order::Resize(columns, rows) => log("resize", session.resize(columns, rows).await),
+                Order::Signal(_) => {}
+                Order::Leave => return,
+            }
+        }
+        std::future::pending().await
+    };
+    tokio::select! {
+        _ = socket::pump_out(stream.clone(), &mut sender) => {}
+        _ = socket::pump_in(&mut receiver, stream.clone()) => {}
+        () = orders => {}
+    }
+    controller.abort();
+    socket::close(sender).await;
+    Ok(())
+}
+
+fn bytes(data: Vec<u8>) -> Reply {
+    let body: Body = full(data);
+    let mut reply = Response::new(body);
+    reply.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+    reply.headers_mut().insert(CONTENT_DISPOSITION, HeaderValue::from_static("inline;filename=console.log"));
+    reply
+}
+
+/// `GET /1.0/instances/{name}/console`: the kept log.
+///
+/// # Errors
+/// Those of the engine.
+pub async fn console_log(call: Call) -> Result<Reply> {
+    if call.query.get("type").is_some_and(|t| t != "log") {
+        return Err(Error::unsupported("screenshots are not there yet").at("type"));
+    }
+    Ok(bytes(call.engine().console_log(&call.context, call.project(), call.param(0), false).await?))
+}
+
+/// `DELETE /1.0/instances/{name}/console`: empties the log.
+///
+/// # Errors
+/// Those of the engine.
+pub async fn console_clear(call: Call) -> Result<Reply> {
+    call.engine().console_log(&call.context, call.project(), call.param(0), true).await?;
+    Ok(empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn orders_as_clients_send_them() {
+        let resize = r#"{"command":"window-resize","args":{"height":"40","width":"120"},"signal":0}"#;
+        assert!(matches!(parse_order(resize), Some(Order::Resize(120, 40))));
+        assert!(matches!(
+            parse_order(r#"{"command":"signal","args":null,"signal":15}"#),
+            Some(Order::Signal(15))
+        ));
+        for bad in [
+            "",
+            "{}",
+            r#"{"command":"signal","signal":99}"#,
+            r#"{"command":"window-resize","args":{"width":"x","height":"1"}}"#,
+        ] {
+            assert!(parse_order(bad).is_none(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,305 @@
+//! Files of guests: whole files over HTTP (`lxc`, `pylxd`, Terraform), and SFTP (`incus file`).
+
+use crate::{
+    app::Call,
+    request,
+    respond::{Reply, empty, full, stream, sync},
+    sftp::{self, Files, Opened, Write, Writer},
+    socket,
+    stream::Stream,
+};
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
+use http_body_util::{BodyExt, StreamBody};
+use hyper::{
+    Method, Response,
+    body::{Frame, Incoming},
+    header::{CONTENT_DISPOSITION, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue},
+};
+use karst_engine::{Context, Engine, compute::guest::FileUpload};
+use karst_model::{
+    Error, Result,
+    guest::{FileInfo, FileKind, FileWrite},
+};
+use tokio::io::AsyncWriteExt;
+use tokio_util::io::ReaderStream;
+
+/// Bytes read at once.
+const CHUNK: usize = 128 << 10;
+/// Longest target of a symbolic link.
+const LONGEST_TARGET: usize = 4096;
+
+fn path(call: &Call) -> Result<String> {
+    let path = call.query.get("path").ok_or_else(|| Error::invalid("path", "path is missing"))?;
+    if path.contains('\0') {
+        return Err(Error::invalid("path", "the path contains a NUL byte"));
+    }
+    Ok(sftp::absolute(path))
+}
+
+fn word(kind: FileKind) -> &'static str {
+    match kind {
+        FileKind::File => "file",
+        FileKind::Directory => "directory",
+        FileKind::Symlink => "symlink",
+    }
+}
+
+/// Sets what is known of a file, under the names that clients of Incus and of LXD read.
+fn describe(reply: &mut Reply, info: &FileInfo) {
+    let modified = jiff::Timestamp::from_second(info.modified).unwrap_or_default();
+    let modified = modified.strftime("%Y-%m-%d %H:%M:%S +0000 UTC").to_string();
+    let all = [
+        ("uid", info.uid.to_string()),
+        ("gid", info.gid.to_string()),
+        ("mode", format!("{:04o}", info.mode & 0o7777)),
+        ("modified", modified),
+        ("type", word(info.kind).to_owned()),
+    ];
+    for (name, value) in all {
+        for prefix in ["x-incus-", "x-lxd-"] {
+            if let (Ok(n), Ok(v)) =
+                (HeaderName::from_bytes(format!("{prefix}{name}").as_bytes()), HeaderValue::from_str(&value))
+            {
+                reply.headers_mut().insert(n, v);
+            }
+        }
+    }
+}
+
+/// `GET` and `HEAD /1.0/instances/{name}/files?path=…`
+///
+/// # Errors
+/// Those of the engine.
+pub async fn get(call: Call) -> Result<Reply> {
+    let path = path(&call)?;
+    let head = call.request.method() == Method::HEAD;
+    let file = call.engine().file_open(&call.context, call.project(), call.param(0), &path).await?;
+    let info = file.opened.info.clone();
+    let mut reply = match info.kind {
+        FileKind::Directory => sync(&file.opened.entries)?,
+        _ => {
+            let mut reply = match (info.kind, file.content) {
+                (FileKind::Symlink, _) => Response::new(full(file.opened.target.clone().unwrap_or_default())),
+                (_, Some(fd)) if !head => {
+                    let frames = ReaderStream::with_capacity(Stream::new(fd)?, CHUNK).map_ok(Frame::data);
+                    Response::new(stream(StreamBody::new(frames)))
+                }
+                _ => Response::new(full("")),
+            };
+            let headers = reply.headers_mut();
+            headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+            let name: String = path
+                .rsplit('/')
+                .next()
+                .unwrap_or_default()
+                .chars()
+                .filter(|c| c.is_ascii_graphic() && *c != '"')
+                .collect();
+            if let Ok(v) = HeaderValue::from_str(&format!("inline;filename={name}")) {
+                headers.insert(CONTENT_DISPOSITION, v);
+            }
+            // Files of /proc say 0 and have content: their length is not told.
+            if info.kind == FileKind::File && (info.size > 0 || head) {
+                headers.insert(CONTENT_LENGTH, HeaderValue::from(info.size));
+            }
+            reply
+        }
+    };
+    if head {
+        *reply.body_mut() = full("");
+    }
+    describe(&mut reply, &info);
+    Ok(reply)
+}
+
+fn number(call: &Call, name: &str, radix: u32) -> Result<Option<u32>> {
+    call.incus_header(name)
+        .filter(|v| !v.is_empty())
+        .map(|v| {
+            u32::from_str_radix(v, radix).map_err(|_| {
+                let kind = if radix == 8 { "an octal mode, such as 0644" } else { "an id" };
+                Error::invalid(format!("X-Incus-{name}"), format!("{v:?} is not {kind}"))
+            })
+        })
+        .transpose()
+}
+
+/// `POST /1.0/instances/{name}/files?path=…`
+///
+/// # Errors
+/// Those of the engine; invalid headers.
+pub async fn post(call: Call) -> Result<Reply> {
+    let path = path(&call)?;
+    let kind = match call.incus_header("type").unwrap_or("file") {
+        "file" | "" => FileKind::File,
+        "directory" => FileKind::Directory,
+        "symlink" => FileKind::Symlink,
+        other => {
+            return Err(Error::invalid(
+                "X-Incus-type",
+                format!("{other:?} is not a type; use file, directory or symlink"),
+            ));
+        }
+    };
+    let append = match call.incus_header("write").unwrap_or("overwrite") {
+        "overwrite" | "" => false,
+        "append" => true,
+        other => {
+            return Err(Error::invalid(
+                "X-Incus-write",
+                format!("{other:?} is neither overwrite nor append"),
+            ));
+        }
+    };
+    let (uid, gid, mode) = (number(&call, "uid", 10)?, number(&call, "gid", 10)?, number(&call, "mode", 8)?);
+    let Call { app, context, params, query, request } = call;
+    let name = params.first().map_or("", String::as_str);
+    let mut write = FileWrite { path, kind, uid, gid, mode: mode.map(|m| m & 0o7777), append, target: None };
+    if kind == FileKind::Symlink {
+        let target = request::bytes(request.into_body(), LONGEST_TARGET).await?;
+        let target = String::from_utf8(target.to_vec())
+            .map_err(|_| Error::invalid("body", "the target of the link is not UTF-8"))?;
+        write.target = Some(target);
+        // A link's own bits mean nothing.
+        write.mode = None;
+        app.engine.file_write(&context, query.project(), name, write).await?;
+        return Ok(empty());
+    }
+    if kind == FileKind::Directory {
+        app.engine.file_write(&context, query.project(), name, write).await?;
+        return Ok(empty());
+    }
+    let mut upload = match app.engine.file_write(&context, query.project(), name, write).await {
+        Ok(upload) => upload,
+        Err(e) => {
+            request::drain(request.into_body()).await;
+            return Err(e);
+        }
+    };
+    let sink = upload.sink.take();
+    let copied = copy_in(request.into_body(), sink).await;
+    let finished = upload.finish().await;
+    copied?;
+    finished?;
+    Ok(empty())
+}
+
+/// Copies a body into a descriptor and closes it.
+pub(crate) async fn copy_in(mut body: Incoming, sink: Option<std::os::fd::OwnedFd>) -> Result<()> {
+    let fd =
+        sink.ok_or_else(|| Error::internal("the file could not be written", "no stream for a regular file"))?;
+    let mut sink = Stream::new(fd)?;
+    while let Some(frame) = body.frame().await {
+        let frame =
+            frame.map_err(|e| Error::invalid("body", "the body of the request broke off").with_context(e))?;
+        if let Ok(data) = frame.into_data()
+            && let Err(e) = sink.write_all(&data).await
+        {
+            request::drain(body).await;
+            return Err(e.into());
+        }
+    }
+    sink.flush().await?;
+    Ok(())
+}
+
+/// `DELETE /1.0/instances/{name}/files?path=…`
+///
+/// # Errors
+/// Those of the engine.
+pub async fn delete(call: Call) -> Result<Reply> {
+    let path = path(&call)?;
+    call.engine().file_delete(&call.context, call.project(), call.param(0), &path).await?;
+    Ok(empty())
+}
+
+/// Files of one guest for an SFTP session.
+struct Guest {
+    engine: Engine,
+    context: Context,
+    project: String,
+    name: String,
+}
+
+struct Upload {
+    sink: Option<Stream>,
+    upload: FileUpload,
+}
+
+#[async_trait]
+impl Write for Upload {
+    async fn write(&mut self, data: &[u8]) -> Result<()> {
+        match &mut self.sink {
+            Some(sink) => Ok(sink.write_all(data).await?),
+            None => Err(Error::conflict("the file is closed")),
+        }
+    }
+    async fn finish(mut self: Box<Self>) -> Result<()> {
+        if let Some(mut sink) = self.sink.take() {
+            sink.flush().await?;
+        }
+        self.upload.finish().await
+    }
+}
+
+#[async_trait]
+impl Files for Guest {
+    async fn open(&self, path: &str) -> Result<Opened> {
+        let file = self.engine.file_open(&self.context, &self.project, &self.name, path).await?;
+        let content = file.content.map(Stream::new).transpose()?;
+        Ok(Opened {
+            info: file.opened.info,
+            entries: file.opened.entries,
+            target: file.opened.target,
+            content: content.map(|c| -> sftp::Reader { Box::pin(c) }),
+        })
+    }
+
+    async fn write(&self, write: FileWrite) -> Result<Option<Writer>> {
+        let regular = write.kind == FileKind::File;
+        let mut upload = self.engine.file_write(&self.context, &self.project, &self.name, write).await?;
+        if !regular {
+            upload.finish().await?;
+            return Ok(None);
+        }
+        let sink = upload.sink.take().map(Stream::new).transpose()?;
+        Ok(Some(Box::new(Upload { sink, upload })))
+    }
+
+    async fn delete(&self, path: &str) -> Result<()> {
+        self.engine.file_delete(&self.context, &self.project, &self.name, path).await
+    }
+}
+
+/// `GET /1.0/instances/{name}/sftp` with `Upgrade: sftp`
+///
+/// # Errors
+/// Those of the engine.
+pub async fn sftp(call: Call) -> Result<Reply> {
+    // Looks at the root first, so that a wrong name or a stopped guest is an answer rather than a broken stream.
+    call.engine().file_open(&call.context, call.project(), call.param(0), "/").await?;
+    let guest = Guest {
+        engine: call.engine().clone(),
+        context: call.context.clone(),
+        project: call.project().to_owned(),
+        name: call.param(0).to_owned(),
+    };
+    socket::raw(call.request, "sftp", |io| async move {
+        if let Err(e) = sftp::serve(io, &guest).await {
+            tracing::debug!(error = %e, "an SFTP session ended badly");
+        }
+    })
+}
+
+/// Joins byte streams of several descriptors into a body.
+pub(crate) fn frames(
+    parts: Vec<std::result::Result<Bytes, Stream>>,
+) -> impl hyper::body::Body<Data = Bytes, Error = std::io::Error> + Send + 'static {
+    let streams = parts.into_iter().map(|part| match part {
+        Ok(bytes) => futures::stream::once(async move { Ok(bytes) }).boxed(),
+        Err(source) => ReaderStream::with_capacity(source, CHUNK).boxed(),
+    });
+    StreamBody::new(futures::stream::iter(streams).flatten().map_ok(Frame::data))
+}

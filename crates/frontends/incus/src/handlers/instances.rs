@@ -1,0 +1,498 @@
+//! `/1.0/instances`: lists, creation, changes, power, state.
+
+use super::array;
+use crate::{
+    app::{App, Call, running},
+    fields::Fields,
+    filter::Filter,
+    respond::{Etag, Reply, accepted, sync, sync_etag},
+    wire::{
+        self,
+        instance::{InstanceView as Wire, StateView},
+        operation::OperationView,
+    },
+};
+use bytes::Bytes;
+use karst_engine::{
+    Context, InstanceView, NewOperation,
+    compute::{
+        create::{CreateInstance, InstanceSource},
+        power::PowerRequest,
+        update::UpdateInstance,
+    },
+};
+use karst_model::{
+    Error, Result,
+    access::Permission,
+    guest::Metrics,
+    instance::{InstanceKind, PowerAction},
+    operation::OperationClass,
+};
+use serde::Serialize;
+use std::{sync::Arc, time::Duration};
+
+/// Name of the view in ETags.
+const VIEW: &str = "instance";
+
+/// What views show of an instance and changes carry back without meaning.
+const READ_ONLY: &[&str] = &[
+    "created_at",
+    "expanded_config",
+    "expanded_devices",
+    "name",
+    "status",
+    "status_code",
+    "last_used_at",
+    "location",
+    "type",
+    "project",
+    "backups",
+    "state",
+    "snapshots",
+    "restore",
+    "stateful",
+    "architecture",
+    "disk_only",
+];
+
+fn views(call: &Call) -> Result<Vec<Arc<InstanceView>>> {
+    let mut all = if call.query.flag("all-projects") {
+        call.engine().instances_all(&call.context)
+    } else {
+        call.engine().instances(&call.context, call.project())?
+    };
+    if let Some(kind) = call.query.get("instance-type") {
+        let kind = InstanceKind::parse("instance-type", kind)?;
+        all.retain(|v| v.instance.kind == kind);
+    }
+    Ok(all)
+}
+
+fn link(view: &InstanceView) -> String {
+    wire::path("instances", &view.instance.name, &view.project.name)
+}
+
+/// An object with more fields appended before its closing brace.
+fn extended(json: &Bytes, more: &impl Serialize) -> Result<Bytes> {
+    let mut out = Vec::with_capacity(json.len() + 1024);
+    out.extend_from_slice(&json[..json.len() - 1]);
+    out.push(b',');
+    let start = out.len();
+    serde_json::to_writer(&mut out, more)?;
+    out.remove(start);
+    Ok(out.into())
+}
+
+/// What recursion adds to an instance.
+#[derive(Serialize)]
+struct Full<'a> {
+    backups: (),
+    state: StateView<'a>,
+    snapshots: (),
+}
+
+fn full(json: &Bytes, view: &InstanceView, metrics: Option<&Metrics>) -> Result<Bytes> {
+    let state = StateView::of(view, metrics);
+    extended(json, &Full { backups: (), state, snapshots: () })
+}
+
+/// `GET /1.0/instances`
+///
+/// # Errors
+/// Those of the engine.
+pub async fn list(call: Call) -> Result<Reply> {
+    let recursion = call.query.recursion()?;
+    let filter = Filter::parse(call.query.get("filter"))?;
+    let mut all = views(&call)?;
+    if recursion == 0 && filter.accepts_all() {
+        return sync(&all.iter().map(|v| link(v)).collect::<Vec<_>>());
+    }
+    let mut json = call.app.render(&all)?;
+    let metrics = match recursion {
+        2 => Some(call.engine().all_metrics().await),
+        _ => None,
+    };
+    if let Some(metrics) = &metrics {
+        json = json
+            .iter()
+            .zip(&all)
+            .map(|(j, v)| full(j, v, metrics.get(&v.instance.id)))
+            .collect::<Result<_>>()?;
+    }
+    if !filter.accepts_all() {
+        let accepted = json
+            .iter()
+            .map(|j| Ok(filter.accepts(&serde_json::from_slice(j)?)))
+            .collect::<Result<Vec<bool>>>()?;
+        let mut keep = accepted.iter();
+        all.retain(|_| *keep.next().unwrap_or(&false));
+        let mut keep = accepted.iter();
+        json.retain(|_| *keep.next().unwrap_or(&false));
+    }
+    if recursion == 0 {
+        return sync(&all.iter().map(|v| link(v)).collect::<Vec<_>>());
+    }
+    Ok(array(&json))
+}
+
+/// `GET /1.0/instances/{name}`
+///
+/// # Errors
+/// Those of the engine.
+pub async fn get(call: Call) -> Result<Reply> {
+    let view = call.engine().instance(&call.context, call.project(), call.param(0))?;
+    let tag = Etag::of(VIEW, view.instance.id.uuid(), view.instance.spec_version);
+    if call.query.recursion()? == 0 {
+        return sync_etag(&Wire::of(&view), &tag);
+    }
+    let metrics = call.engine().instance_metrics(&call.context, call.project(), call.param(0)).await?;
+    #[derive(Serialize)]
+    struct Whole<'a> {
+        #[serde(flatten)]
+        instance: Wire<'a>,
+        #[serde(flatten)]
+        full: Full<'a>,
+    }
+    let state = StateView::of(&view, metrics.as_ref());
+    sync_etag(&Whole { instance: Wire::of(&view), full: Full { backups: (), state, snapshots: () } }, &tag)
+}
+
+/// `GET /1.0/instances/{name}/state`
+///
+/// # Errors
+/// Those of the engine.
+pub async fn state(call: Call) -> Result<Reply> {
+    let view = call.engine().instance(&call.context, call.project(), call.param(0))?;
+    let metrics = call.engine().instance_metrics(&call.context, call.project(), call.param(0)).await?;
+    sync(&StateView::of(&view, metrics.as_ref()))
+}
+
+/// `POST /1.0/instances`
+///
+/// # Errors
+/// Those of the engine; invalid by field.
+pub async fn create(call: Call) -> Result<Reply> {
+    let target = call.query.get("target").filter(|t| !t.is_empty()).map(str::to_owned);
+    let (call, mut f) = call.fields().await?;
+    let name = f.text("name")?;
+    let kind = match f.text("type")?.filter(|s| !s.is_empty()) {
+        Some(s) => InstanceKind::parse("type", &s)?,
+        None => InstanceKind::Container,
+    };
+    let source = source(&mut f, &call)?;
+    let request = CreateInstance {
+        name: name.filter(|n| !n.is_empty()),
+        kind,
+        description: f.text("description")?.unwrap_or_default(),
+        ephemeral: f.flag("ephemeral")?,
+        config: f.config("config")?.unwrap_or_default(),
+        devices: f.devices("devices")?.unwrap_or_default(),
+        profiles: f.texts("profiles")?,
+        source,
+        start: f.flag("start")?,
+        target,
+    };
+    if f.text("instance_type")?.is_some_and(|t| !t.is_empty()) {
+        return Err(Error::invalid(
+            "instance_type",
+            "instance types are not known here; set limits.cpu and limits.memory",
+        ));
+    }
+    if f.flag("stateful")? {
+        return Err(Error::unsupported("stateful instances are not there yet").at("stateful"));
+    }
+    f.text("architecture")?;
+    f.text("restore")?;
+    f.finish(&["disk_only"])?;
+    let (_, operation) = call.engine().instance_create(&call.context, call.project(), request).await?;
+    running(&operation)
+}
+
+fn source(f: &mut Fields, call: &crate::app::Taken) -> Result<InstanceSource> {
+    if !f.has("source") {
+        f.take("source");
+        return Err(Error::invalid("source", "source is missing: say what the root disk begins as"));
+    }
+    let mut s = f.object("source")?;
+    let source = match s.need_text("type")?.as_str() {
+        "none" => InstanceSource::None,
+        "image" => {
+            if s.text("server")?.is_some_and(|s| !s.is_empty()) {
+                return Err(Error::unsupported(
+                    "images cannot be fetched from other servers yet; import one, or build one with karst image build",
+                )
+                .at("source.server"));
+            }
+            let fingerprint = s.text("fingerprint")?.filter(|s| !s.is_empty());
+            let alias = s.text("alias")?.filter(|s| !s.is_empty());
+            match (fingerprint, alias) {
+                (Some(reference), _) | (None, Some(reference)) => InstanceSource::Image(reference),
+                (None, None) => by_properties(&mut s, call)?,
+            }
+        }
+        kind @ ("copy" | "migration") => {
+            return Err(Error::unsupported(format!("creating an instance by {kind} is not there yet"))
+                .at("source.type"));
+        }
+        other => {
+            return Err(Error::invalid(
+                "source.type",
+                format!("{other:?} is not a source; use \"image\" or \"none\""),
+            ));
+        }
+    };
+    s.text("mode")?;
+    s.text("protocol")?;
+    s.text("project")?;
+    s.take("properties");
+    s.finish(&[
+        "certificate",
+        "allow_inconsistent",
+        "secret",
+        "alias",
+        "server",
+        "fingerprint",
+        "base-image",
+        "source",
+        "live",
+        "instance_only",
+        "refresh",
+        "refresh_exclude_older",
+        "operation",
+        "secrets",
+        "container_only",
+    ])?;
+    Ok(source)
+}
+
+/// The newest image with all these properties.
+fn by_properties(s: &mut Fields, call: &crate::app::Taken) -> Result<InstanceSource> {
+    let wanted = s.config("properties")?.filter(|p| !p.is_empty()).ok_or_else(|| {
+        Error::invalid(
+            "source.fingerprint",
+            "the image is missing: give source.fingerprint, alias or properties",
+        )
+    })?;
+    let project = call.engine().project(&call.context, call.project(), Permission::ProjectView)?;
+    let records = call.engine().inner().inventory.read();
+    records
+        .images
+        .values()
+        .filter(|i| i.project == project.id && wanted.iter().all(|(k, v)| i.properties.get(k) == Some(v)))
+        .max_by_key(|i| i.uploaded_at)
+        .map(|i| InstanceSource::Image(i.fingerprint.clone()))
+        .ok_or_else(|| Error::not_found("no image has these properties").at("source.properties"))
+}
+
+/// `PUT /1.0/instances/{name}`
+///
+/// # Errors
+/// Those of the engine; invalid by field.
+pub async fn replace(call: Call) -> Result<Reply> {
+    let view = call.engine().instance(&call.context, call.project(), call.param(0))?;
+    let if_version = call.expected(VIEW, view.instance.id.uuid(), view.instance.spec_version)?;
+    let (call, mut f) = call.fields().await?;
+    if f.text("restore")?.is_some_and(|r| !r.is_empty()) {
+        return Err(Error::unsupported("snapshots are not there yet").at("restore"));
+    }
+    let request = UpdateInstance {
+        description: f.text("description")?.unwrap_or_default(),
+        ephemeral: f.flag("ephemeral")?,
+        config: f.config("config")?.unwrap_or_default(),
+        devices: f.devices("devices")?.unwrap_or_default(),
+        profiles: f.texts("profiles")?.unwrap_or_default(),
+        if_version,
+    };
+    f.finish(READ_ONLY)?;
+    let operation =
+        call.engine().instance_update(&call.context, call.project(), call.param(0), request).await?;
+    running(&operation)
+}
+
+/// `PATCH /1.0/instances/{name}`: what is not said stays; keys of configuration and devices are merged.
+///
+/// # Errors
+/// Those of the engine; invalid by field.
+pub async fn patch(call: Call) -> Result<Reply> {
+    let view = call.engine().instance(&call.context, call.project(), call.param(0))?;
+    let i = &view.instance;
+    let if_version = call.expected(VIEW, i.id.uuid(), i.spec_version)?.or(Some(i.spec_version));
+    let (call, mut f) = call.fields().await?;
+    let mut request = UpdateInstance {
+        description: i.description.clone(),
+        ephemeral: i.ephemeral,
+        config: i.config.clone(),
+        devices: i.devices.clone(),
+        profiles: view.profiles.iter().map(|p| p.name.to_string()).collect(),
+        if_version,
+    };
+    if let Some(text) = f.text("description")? {
+        request.description = text;
+    }
+    if f.has("ephemeral") {
+        request.ephemeral = f.flag("ephemeral")?;
+    }
+    request.config.extend(f.config("config")?.unwrap_or_default());
+    request.devices.extend(f.devices("devices")?.unwrap_or_default());
+    if let Some(profiles) = f.texts("profiles")? {
+        request.profiles = profiles;
+    }
+    f.take("ephemeral");
+    f.finish(READ_ONLY)?;
+    let operation =
+        call.engine().instance_update(&call.context, call.project(), call.param(0), request).await?;
+    // Incus answers a PATCH at once.
+    crate::app::finished(&operation).await?;
+    Ok(crate::respond::empty())
+}
+
+/// `POST /1.0/instances/{name}`: rename.
+///
+/// # Errors
+/// Those of the engine; moves between pools, projects and servers are not there.
+pub async fn rename(call: Call) -> Result<Reply> {
+    let (call, mut f) = call.fields().await?;
+    let new = f.text("name")?.unwrap_or_default();
+    if f.flag("migration")? {
+        return Err(Error::unsupported(
+            "moving instances between pools, projects and servers is not there yet",
+        )
+        .at("migration"));
+    }
+    for field in ["pool", "project"] {
+        if f.text(field)?.is_some_and(|v| !v.is_empty()) {
+            return Err(
+                Error::unsupported(format!("moving instances to another {field} is not there yet")).at(field)
+            );
+        }
+    }
+    f.finish(&[
+        "live",
+        "instance_only",
+        "container_only",
+        "target",
+        "allow_inconsistent",
+        "Config",
+        "Devices",
+        "Profiles",
+        "config",
+        "devices",
+        "profiles",
+    ])?;
+    let old = call.param(0);
+    call.engine().instance_rename(&call.context, call.project(), old, &new).await?;
+    ended(&call.app, &call.context, call.project(), "Renaming instance", &new)
+}
+
+/// 202 with an operation that has ended well already: for what Incus does in the background and Karst at once.
+fn ended(app: &App, context: &Context, project: &str, description: &str, name: &str) -> Result<Reply> {
+    let id = app.engine.project(context, project, Permission::ProjectView)?.id;
+    let new = NewOperation {
+        class: OperationClass::Task,
+        ..NewOperation::task(description, Some(id), "instances", wire::path("instances", name, project))
+    };
+    let operations = &app.engine.inner().operations;
+    let live = operations.begin(context, new);
+    operations.end(&live, Ok(Default::default()));
+    let record = live.snapshot();
+    accepted(&record.id.to_string(), &OperationView::of(&record))
+}
+
+/// `DELETE /1.0/instances/{name}`
+///
+/// # Errors
+/// Those of the engine.
+pub async fn delete(call: Call) -> Result<Reply> {
+    let operation = call.engine().instance_delete(&call.context, call.project(), call.param(0)).await?;
+    running(&operation)
+}
+
+fn power(f: &mut Fields) -> Result<PowerRequest> {
+    let action = match f.need_text("action")?.as_str() {
+        "start" => PowerAction::Start,
+        "stop" => PowerAction::Stop,
+        "restart" => PowerAction::Restart,
+        "freeze" => PowerAction::Freeze,
+        "unfreeze" => PowerAction::Unfreeze,
+        other => {
+            let known = ["start", "stop", "restart", "freeze", "unfreeze"];
+            let hint = karst_model::error::nearest(other, known).unwrap_or("start");
+            return Err(Error::invalid(
+                "action",
+                format!("{other:?} is not an action; did you mean {hint:?}?"),
+            ));
+        }
+    };
+    let force = f.flag("force")?;
+    // Clients say -1 for "as long as it takes".
+    let timeout = match f.integer("timeout")? {
+        Some(n @ 1..) => Some(Duration::from_secs(n.unsigned_abs())),
+        _ => None,
+    };
+    if f.flag("stateful")? {
+        return Err(Error::unsupported("keeping the memory over a stop is not there yet").at("stateful"));
+    }
+    Ok(PowerRequest { action, force, timeout })
+}
+
+/// `PUT /1.0/instances/{name}/state`
+///
+/// # Errors
+/// Those of the engine.
+pub async fn set_state(call: Call) -> Result<Reply> {
+    let (call, mut f) = call.fields().await?;
+    let request = power(&mut f)?;
+    f.finish(&[])?;
+    let operation =
+        call.engine().instance_power(&call.context, call.project(), call.param(0), request).await?;
+    running(&operation)
+}
+
+/// `PUT /1.0/instances`: the same for all of a project.
+///
+/// # Errors
+/// Those of the engine; the operation fails when one of them fails.
+pub async fn set_state_all(call: Call) -> Result<Reply> {
+    let (call, mut f) = call.fields().await?;
+    let mut state = f.object("state")?;
+    let request = power(&mut state)?;
+    state.finish(&[])?;
+    f.finish(&[])?;
+    let project = call.engine().project(&call.context, call.project(), Permission::InstanceUse)?;
+    let names: Vec<String> = call
+        .engine()
+        .instances(&call.context, call.project())?
+        .iter()
+        .filter(|v| request.action.check(&v.instance.name, v.status).is_ok())
+        .map(|v| v.instance.name.to_string())
+        .collect();
+    let paths = names.iter().map(|n| wire::path("instances", n, &project.name)).collect();
+    let new = NewOperation {
+        description: "Updating state of instances".into(),
+        class: OperationClass::Task,
+        project: Some(project.id),
+        resources: [("instances".to_owned(), paths)].into(),
+        may_cancel: false,
+        metadata: Default::default(),
+    };
+    let live = call.engine().inner().operations.begin(&call.context, new);
+    let answer = running(&live)?;
+    tokio::spawn(async move {
+        let each = names.iter().map(|name| async {
+            let operation = call.engine().instance_power(&call.context, &project.name, name, request).await?;
+            crate::app::finished(&operation).await
+        });
+        let failed: Vec<String> = futures::future::join_all(each)
+            .await
+            .into_iter()
+            .zip(&names)
+            .filter_map(|(r, n)| r.err().map(|e| format!("{n}: {e}")))
+            .collect();
+        let result = match failed.is_empty() {
+            true => Ok(Default::default()),
+            false => Err(Error::conflict(failed.join("; "))),
+        };
+        call.engine().inner().operations.end(&live, result);
+    });
+    Ok(answer)
+}

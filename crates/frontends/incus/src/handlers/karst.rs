@@ -1,0 +1,56 @@
+//! `/1.0/karst`: what Incus lacks.
+
+use crate::{
+    app::Call,
+    respond::{Reply, sync},
+};
+use karst_model::{Result, access::Permission};
+use serde_json::json;
+
+/// `GET /1.0/karst/host`: the nodes, as their agents last described them.
+///
+/// # Errors
+/// Forbidden.
+pub async fn host(call: Call) -> Result<Reply> {
+    call.context.demand_server(Permission::ServerView)?;
+    let inner = call.engine().inner();
+    let nodes: Vec<_> = inner
+        .inventory
+        .read()
+        .nodes
+        .values()
+        .map(|n| json!({"name": &*n.name, "id": n.id, "this": n.id == inner.node, "facts": n.facts}))
+        .collect();
+    sync(
+        &json!({"version": call.app.info.version, "epoch": inner.epoch, "daemon_id": inner.daemon_id, "nodes": nodes}),
+    )
+}
+
+/// `GET /1.0/karst/check`: what disagrees between the records and the hosts: `{"leaks": […], "sagas": […]}`, in words.
+///
+/// # Errors
+/// Forbidden; unavailable when a host does not answer.
+pub async fn check(call: Call) -> Result<Reply> {
+    sync(&call.engine().health(&call.context).await?)
+}
+
+/// `GET /1.0/karst/status`: this daemon, and whether its host answers now:
+/// `{"daemon", "pid", "hosts", "instances", "host": facts or {"error"}}`.
+///
+/// # Errors
+/// Forbidden.
+pub async fn status(call: Call) -> Result<Reply> {
+    let engine = call.engine();
+    let host = match engine.probe_host(&call.context).await {
+        Ok(facts) => serde_json::to_value(facts)?,
+        Err(e) => json!({"error": e.message}),
+    };
+    let inner = engine.inner();
+    sync(&json!({
+        "daemon": inner.daemon_id,
+        "pid": std::process::id(),
+        "hosts": inner.agents.nodes().len(),
+        "instances": engine.instances_all(&call.context).len(),
+        "host": host,
+    }))
+}

@@ -1,0 +1,174 @@
+//! `/1.0/networks`.
+
+use super::list as respond_list;
+use crate::{
+    app::{Call, finished},
+    filter::Filter,
+    respond::{Etag, Reply, created, empty, sync, sync_etag},
+    wire::{
+        self,
+        misc::{AddressView, BridgeView, LeaseView, NetworkCounters, NetworkStateView, NetworkView},
+    },
+};
+use karst_engine::network::{CreateNetwork, UpdateNetwork};
+use karst_model::{Error, Result, network::Network};
+
+const VIEW: &str = "network";
+const READ_ONLY: &[&str] = &["name", "type", "used_by", "managed", "status", "locations", "project"];
+
+fn project_of(call: &Call, network: &Network) -> String {
+    call.engine().inner().project_name(Some(network.project))
+}
+
+/// `GET /1.0/networks`
+///
+/// # Errors
+/// Those of the engine.
+pub async fn list(call: Call) -> Result<Reply> {
+    let recursion = call.query.recursion()?;
+    let filter = Filter::parse(call.query.get("filter"))?;
+    let all = call.engine().networks(&call.context, call.project())?;
+    let projects: Vec<String> = all.iter().map(|n| project_of(&call, n)).collect();
+    respond_list(
+        recursion,
+        &filter,
+        all.iter().zip(&projects).map(|(n, project)| {
+            (
+                NetworkView::of(n, call.engine().network_used_by(&call.context, n), project),
+                wire::path("networks", &n.name, project),
+            )
+        }),
+    )
+}
+
+/// `GET /1.0/networks/{name}`
+///
+/// # Errors
+/// Those of the engine.
+pub async fn get(call: Call) -> Result<Reply> {
+    let network = call.engine().network(&call.context, call.project(), call.param(0))?;
+    let project = project_of(&call, &network);
+    let view = NetworkView::of(&network, call.engine().network_used_by(&call.context, &network), &project);
+    sync_etag(&view, &Etag::of(VIEW, network.id.uuid(), network.spec_version))
+}
+
+/// `POST /1.0/networks`
+///
+/// # Errors
+/// Those of the engine.
+pub async fn create(call: Call) -> Result<Reply> {
+    let (call, mut f) = call.fields().await?;
+    let name = f.need_text("name")?;
+    match f.text("type")?.as_deref() {
+        None | Some("" | "bridge") => {}
+        Some(other) => {
+            return Err(Error::unsupported(format!(
+                "networks of type {other:?} are not there yet; \"bridge\" is"
+            ))
+            .at("type"));
+        }
+    }
+    let request = CreateNetwork {
+        name,
+        description: f.text("description")?.unwrap_or_default(),
+        config: f.config("config")?.unwrap_or_default(),
+        any_name: false,
+    };
+    f.finish(&[])?;
+    let (name, operation) = call.engine().network_create(&call.context, call.project(), request).await?;
+    finished(&operation).await?;
+    created(&wire::path("networks", &name, call.project()))
+}
+
+/// `PUT` and `PATCH /1.0/networks/{name}`
+///
+/// # Errors
+/// Those of the engine.
+pub async fn change(call: Call) -> Result<Reply> {
+    let network = call.engine().network(&call.context, call.project(), call.param(0))?;
+    let if_version = call.expected(VIEW, network.id.uuid(), network.spec_version)?;
+    let patch = call.request.method() == hyper::Method::PATCH;
+    let (call, mut f) = call.fields().await?;
+    let mut request = UpdateNetwork {
+        description: f
+            .text("description")?
+            .unwrap_or_else(|| if patch { network.description.clone() } else { String::new() }),
+        config: if patch { network.config.clone() } else { Default::default() },
+        if_version: if patch { if_version.or(Some(network.spec_version)) } else { if_version },
+    };
+    request.config.extend(f.config("config")?.unwrap_or_default());
+    f.finish(READ_ONLY)?;
+    let operation =
+        call.engine().network_update(&call.context, call.project(), call.param(0), request).await?;
+    finished(&operation).await?;
+    Ok(empty())
+}
+
+/// `DELETE /1.0/networks/{name}`
+///
+/// # Errors
+/// Those of the engine.
+pub async fn delete(call: Call) -> Result<Reply> {
+    let operation = call.engine().network_delete(&call.context, call.project(), call.param(0)).await?;
+    finished(&operation).await?;
+    Ok(empty())
+}
+
+/// `GET /1.0/networks/{name}/state`
+///
+/// # Errors
+/// Those of the engine.
+pub async fn state(call: Call) -> Result<Reply> {
+    let state = call.engine().network_state(&call.context, call.project(), call.param(0)).await?;
+    let [bytes_received, bytes_sent, packets_received, packets_sent] = state.counters;
+    sync(&NetworkStateView {
+        addresses: state.addresses.iter().map(AddressView::of).collect(),
+        counters: NetworkCounters { bytes_received, bytes_sent, packets_received, packets_sent },
+        bridge: BridgeView {
+            id: format!("8000.{}", state.mac.replace(':', "")),
+            stp: false,
+            forward_delay: 0,
+            vlan_default: 0,
+            vlan_filtering: false,
+            upper_devices: state.ports,
+        },
+        hwaddr: state.mac,
+        mtu: state.mtu,
+        state: if state.up { "up" } else { "down" },
+        kind: "broadcast",
+        bond: (),
+        vlan: (),
+        ovn: (),
+    })
+}
+
+/// `GET /1.0/networks/{name}/leases`
+///
+/// # Errors
+/// Those of the engine.
+pub async fn leases(call: Call) -> Result<Reply> {
+    let network = call.engine().network(&call.context, call.project(), call.param(0))?;
+    let project = project_of(&call, &network);
+    let mut all = vec![];
+    if let Some(address) = network.config.get("ipv4.address").and_then(|a| a.split_once('/')) {
+        all.push(LeaseView {
+            hostname: format!("{}.gw", &*network.name),
+            hwaddr: String::new(),
+            address: address.0.to_owned(),
+            kind: "gateway",
+            location: "",
+            project: project.clone(),
+        });
+    }
+    for lease in call.engine().network_leases(&call.context, call.project(), call.param(0)).await? {
+        all.push(LeaseView {
+            hostname: lease.hostname,
+            hwaddr: lease.mac,
+            address: lease.address.to_string(),
+            kind: if lease.fixed { "static" } else { "dynamic" },
+            location: wire::NOWHERE,
+            project: project.clone(),
+        });
+    }
+    sync(&all)
+}

@@ -1,0 +1,256 @@
+//! `/`, `/1.0`, resources, warnings, metadata, and what `incus admin` asks for.
+
+use super::list as respond_list;
+use crate::{
+    app::Call,
+    extensions::EXTENSIONS,
+    filter::Filter,
+    respond::{Reply, empty, sync},
+    wire::{NOWHERE, misc::WarningView},
+};
+use karst_model::{
+    Error, Result,
+    access::{Identity, Permission},
+    keys::{INSTANCE_KEYS, KeyScope},
+    network::BRIDGE_KEYS,
+    node::HostFacts,
+};
+use serde_json::{Map, Value, json};
+
+/// Release of Incus whose contract this is.
+const CONTRACT: &str = "6.0.4";
+
+fn facts(call: &Call) -> HostFacts {
+    let inner = call.engine().inner();
+    let records = inner.inventory.read();
+    records.nodes.get(&inner.node).and_then(|n| n.facts.clone()).unwrap_or_default()
+}
+
+/// `GET /`
+///
+/// # Errors
+/// None.
+pub async fn root(_: Call) -> Result<Reply> {
+    sync(&["/1.0"])
+}
+
+/// `GET /1.0`
+///
+/// # Errors
+/// Forbidden.
+pub async fn get(call: Call) -> Result<Reply> {
+    let trusted = call.context.demand_server(Permission::ServerView).is_ok();
+    let mut answer = json!({
+        "config": {},
+        "api_extensions": &EXTENSIONS[..],
+        "api_status": "stable",
+        "api_version": "1.0",
+        "auth": if trusted { "trusted" } else { "untrusted" },
+        "public": false,
+        "auth_methods": ["tls"],
+    });
+    if !trusted {
+        return sync(&answer);
+    }
+    let (method, user) = match call.context.principal().identity {
+        Identity::UnixPeer { uid, .. } => {
+            ("unix", if uid == 0 { "root".to_owned() } else { uid.to_string() })
+        }
+        Identity::System | Identity::Anonymous => ("", String::new()),
+    };
+    let facts = facts(&call);
+    let drivers: Vec<(&str, String)> = [("lxc", &facts.lxc), ("qemu", &facts.qemu)]
+        .into_iter()
+        .filter_map(|(name, version)| Some((name, version.clone()?)))
+        .collect();
+    let join = |f: fn(&(&str, String)) -> String| drivers.iter().map(f).collect::<Vec<_>>().join(" | ");
+    let architectures = match facts.architecture.as_str() {
+        "x86_64" => vec!["x86_64", "i686"],
+        other => vec![other],
+    };
+    let map = answer.as_object_mut().ok_or_else(|| Error::internal("the answer is no object", "json"))?;
+    map.insert("auth_user_name".into(), user.into());
+    map.insert("auth_user_method".into(), method.into());
+    map.insert(
+        "environment".into(),
+        json!({
+            "addresses": [],
+            "architectures": architectures,
+            "certificate": "",
+            "certificate_fingerprint": "",
+            "driver": join(|d| d.0.to_owned()),
+            "driver_version": join(|d| d.1.clone()),
+            "firewall": "nftables",
+            "kernel": "Linux",
+            "kernel_architecture": facts.architecture,
+            "kernel_features": {},
+            "kernel_version": facts.kernel,
+            "lxc_features": {},
+            "os_name": facts.os_name,
+            "os_version": facts.os_version,
+            "project": call.project(),
+            "server": "karst",
+            "server_clustered": false,
+            "server_event_mode": "full-mesh",
+            "server_name": call.app.info.name,
+            "server_pid": std::process::id(),
+            "server_version": CONTRACT,
+            "karst_version": call.app.info.version,
+            "storage": "dir",
+            "storage_version": "1",
+            "storage_supported_drivers": [{"Name": "dir", "Version": "1", "Remote": false}],
+        }),
+    );
+    sync(&answer)
+}
+
+/// `GET /1.0/resources`: what the agent tells of the machine.
+///
+/// # Errors
+/// Forbidden.
+pub async fn resources(call: Call) -> Result<Reply> {
+    call.context.demand_server(Permission::ServerView)?;
+    let facts = facts(&call);
+    sync(&json!({
+        "cpu": {"architecture": facts.architecture, "sockets": [], "total": facts.cpus},
+        "memory": {"nodes": null, "hugepages_total": 0, "hugepages_used": 0, "hugepages_size": 0, "used": 0, "total": facts.memory},
+        "gpu": {"cards": [], "total": 0},
+        "network": {"cards": [], "total": 0},
+        "storage": {"disks": [], "total": 0},
+        "usb": {"devices": [], "total": 0},
+        "pci": {"devices": [], "total": 0},
+        "system": {"uuid": "", "vendor": "", "product": "", "family": "", "version": "", "sku": "", "serial": "", "type": "", "firmware": null, "chassis": null, "motherboard": null},
+        "load": {"Average1Min": 0.0, "Average5Min": 0.0, "Average10Min": 0.0, "Processes": 0},
+    }))
+}
+
+/// `GET /1.0/warnings`: what is wrong or missing on the host, and operations that need attention.
+///
+/// # Errors
+/// Forbidden.
+pub async fn warnings(call: Call) -> Result<Reply> {
+    call.context.demand_server(Permission::ServerView)?;
+    let recursion = call.query.recursion()?;
+    let filter = Filter::parse(call.query.get("filter"))?;
+    let node = call.engine().inner().node;
+    let now = call.engine().inner().env.now();
+    let mut all = vec![];
+    for text in facts(&call).warnings {
+        all.push(WarningView {
+            status: "new",
+            uuid: uuid::Uuid::new_v5(&node.uuid(), text.as_bytes()).to_string(),
+            location: NOWHERE,
+            project: "",
+            kind: "Host".into(),
+            count: 1,
+            first_seen_at: now,
+            last_seen_at: now,
+            last_message: text,
+            severity: "moderate",
+            entity_url: "",
+        });
+    }
+    let records = call.engine().inner().inventory.read();
+    for o in records
+        .operations
+        .values()
+        .filter(|o| o.state == karst_model::operation::OperationState::NeedsAttention)
+    {
+        all.push(WarningView {
+            status: "new",
+            uuid: o.id.to_string(),
+            location: NOWHERE,
+            project: "",
+            kind: "Operation needs attention".into(),
+            count: 1,
+            first_seen_at: o.created_at,
+            last_seen_at: o.updated_at,
+            last_message: format!(
+                "{}: {}",
+                o.description,
+                o.error.as_ref().map(ToString::to_string).unwrap_or_default()
+            ),
+            severity: "high",
+            entity_url: "",
+        });
+    }
+    drop(records);
+    respond_list(
+        recursion,
+        &filter,
+        all.iter().map(|w| {
+            let path = format!("/1.0/warnings/{}", w.uuid);
+            (w, path)
+        }),
+    )
+}
+
+/// `GET /1.0/metadata/configuration`: the table of keys.
+///
+/// # Errors
+/// None.
+pub async fn metadata(_: Call) -> Result<Reply> {
+    let mut groups: Map<String, Value> = Map::new();
+    for key in INSTANCE_KEYS {
+        let group = key.name.split('.').next().unwrap_or("miscellaneous").to_owned();
+        let entry = groups.entry(group).or_insert_with(|| json!({"keys": []}));
+        let condition = match key.scope {
+            KeyScope::Any => "",
+            KeyScope::Container => "container",
+            KeyScope::VirtualMachine => "virtual machine",
+        };
+        if let Some(list) = entry["keys"].as_array_mut() {
+            list.push(json!({key.name: {
+                "type": format!("{:?}", key.kind).to_lowercase(),
+                "defaultdesc": key.default,
+                "liveupdate": if key.live { "yes" } else { "no" },
+                "condition": condition,
+                "shortdesc": key.text,
+            }}));
+        }
+    }
+    let bridge: Vec<Value> = BRIDGE_KEYS.iter().map(|k| json!({*k: {"type": "string"}})).collect();
+    sync(&json!({"configs": {"instance": groups, "network-bridge": {"common": {"keys": bridge}}}}))
+}
+
+/// `GET /1.0/certificates`: there are none yet.
+///
+/// # Errors
+/// Forbidden.
+pub async fn certificates(call: Call) -> Result<Reply> {
+    call.context.demand_server(Permission::ServerView)?;
+    sync(&Vec::<Value>::new())
+}
+
+/// `GET /1.0/cluster`: this server is in none.
+///
+/// # Errors
+/// Forbidden.
+pub async fn cluster(call: Call) -> Result<Reply> {
+    call.context.demand_server(Permission::ServerView)?;
+    sync(&json!({"server_name": "", "enabled": false, "member_config": null}))
+}
+
+/// `GET /internal/ready`, for `incus admin waitready`.
+///
+/// # Errors
+/// Forbidden.
+pub async fn ready(call: Call) -> Result<Reply> {
+    call.context.demand_server(Permission::ServerView)?;
+    Ok(empty())
+}
+
+/// `PUT /internal/shutdown`, for `incus admin shutdown`. Guests run on.
+///
+/// # Errors
+/// Forbidden; unsupported when whoever runs this server does not listen for it.
+pub async fn shutdown(call: Call) -> Result<Reply> {
+    call.context.demand_server(Permission::ServerEdit)?;
+    match &call.app.info.shutdown {
+        Some(tell) => {
+            let _ = tell.try_send(());
+            Ok(empty())
+        }
+        None => Err(Error::unsupported("this server is stopped by its launcher")),
+    }
+}

@@ -1,0 +1,232 @@
+//! Requests: paths taken apart without tricks, queries, bodies of bounded size.
+
+use crate::fields::Fields;
+use bytes::{Bytes, BytesMut};
+use http_body_util::BodyExt;
+use hyper::body::{Body, Incoming};
+use karst_model::{Error, Result};
+use std::time::Duration;
+
+/// Largest JSON body, in bytes.
+pub const JSON_LIMIT: usize = 1 << 20;
+
+/// Takes a path apart into percent-decoded segments.
+///
+/// # Errors
+/// Invalid, for a broken escape, an empty segment, `.`, `..`, or a control character.
+pub fn segments(path: &str) -> Result<Vec<String>> {
+    let bad = |why: &str| Error::invalid("path", format!("the path of the request {why}"));
+    let rest = path.strip_prefix('/').ok_or_else(|| bad("does not begin with /"))?;
+    let rest = rest.strip_suffix('/').unwrap_or(rest);
+    if rest.is_empty() {
+        return Ok(vec![]);
+    }
+    rest.split('/')
+        .map(|segment| {
+            let s = decode(segment).ok_or_else(|| bad("has a broken % escape"))?;
+            match s.as_str() {
+                "" => Err(bad("has an empty segment")),
+                "." | ".." => Err(bad("has a . or .. segment")),
+                _ if s.chars().any(char::is_control) => Err(bad("has a control character")),
+                _ => Ok(s),
+            }
+        })
+        .collect()
+}
+
+fn decode(s: &str) -> Option<String> {
+    if !s.contains('%') {
+        return Some(s.to_owned());
+    }
+    let mut out = Vec::with_capacity(s.len());
+    let mut bytes = s.bytes();
+    while let Some(b) = bytes.next() {
+        if b == b'%' {
+            let high = (bytes.next()? as char).to_digit(16)?;
+            let low = (bytes.next()? as char).to_digit(16)?;
+            out.push((high * 16 + low) as u8);
+        } else {
+            out.push(b);
+        }
+    }
+    String::from_utf8(out).ok()
+}
+
+/// A query, decoded.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Query(Vec<(String, String)>);
+
+impl Query {
+    /// Parses the part after `?`.
+    ///
+    /// # Errors
+    /// Invalid, for a broken escape.
+    pub fn parse(query: Option<&str>) -> Result<Self> {
+        let Some(query) = query else {
+            return Ok(Self::default());
+        };
+        query
+            .split('&')
+            .filter(|pair| !pair.is_empty())
+            .map(|pair| {
+                let (k, v) = pair.split_once('=').unwrap_or((pair, ""));
+                let both = decode(&k.replace('+', " ")).zip(decode(&v.replace('+', " ")));
+                both.ok_or_else(|| Error::invalid("query", "the query of the request has a broken % escape"))
+            })
+            .collect::<Result<_>>()
+            .map(Self)
+    }
+
+    /// First value of `name`, unless absent or empty.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.0.iter().find(|(k, v)| k == name && !v.is_empty()).map(|(_, v)| v.as_str())
+    }
+
+    /// All pairs, in order.
+    pub fn pairs(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0.iter().map(|(k, v)| (k.as_str(), v.as_str()))
+    }
+
+    /// Is `name` true (`1`, `true`)?
+    pub fn flag(&self, name: &str) -> bool {
+        matches!(self.get(name), Some("1" | "true" | "yes" | "on"))
+    }
+
+    /// `recursion`: 0, 1 or 2.
+    ///
+    /// # Errors
+    /// Invalid, when it is no number.
+    pub fn recursion(&self) -> Result<u8> {
+        match self.get("recursion") {
+            None => Ok(0),
+            Some(s) => s
+                .parse::<u8>()
+                .map(|n| n.min(2))
+                .map_err(|_| Error::invalid("recursion", format!("recursion={s:?} is not 0, 1 or 2"))),
+        }
+    }
+
+    /// A whole number.
+    ///
+    /// # Errors
+    /// Invalid, when it is something else.
+    pub fn integer(&self, name: &'static str) -> Result<Option<i64>> {
+        self.get(name)
+            .map(|s| {
+                s.parse().map_err(|_| Error::invalid(name, format!("{name}={s:?} is not a whole number")))
+            })
+            .transpose()
+    }
+
+    /// `project`, `default` when absent.
+    pub fn project(&self) -> &str {
+        self.get("project").unwrap_or(karst_model::project::DEFAULT_PROJECT)
+    }
+}
+
+/// Reads a body of at most `limit` bytes.
+///
+/// # Errors
+/// `TooLarge`, or invalid when the connection breaks.
+pub async fn bytes(mut body: Incoming, limit: usize) -> Result<Bytes> {
+    let too_large = || {
+        Error::too_large(format!("the body is larger than the {} KiB that are accepted here", limit >> 10))
+    };
+    if body.size_hint().lower() > limit as u64 {
+        drain(body).await;
+        return Err(too_large());
+    }
+    let mut out = BytesMut::new();
+    while let Some(frame) = body.frame().await {
+        let frame =
+            frame.map_err(|e| Error::invalid("body", "the body of the request broke off").with_context(e))?;
+        if let Ok(data) = frame.into_data() {
+            if out.len() + data.len() > limit {
+                drain(body).await;
+                return Err(too_large());
+            }
+            out.extend_from_slice(&data);
+        }
+    }
+    Ok(out.freeze())
+}
+
+/// Most of a refused body that is still read, and how long.
+const DRAIN: (u64, Duration) = (64 << 20, Duration::from_secs(10));
+
+/// Reads what is left of a body whose request is refused, within bounds: a client that is still sending would otherwise
+/// see a broken connection instead of the answer.
+pub async fn drain(mut body: Incoming) {
+    let mut left = DRAIN.0;
+    let read = async {
+        while let Some(Ok(frame)) = body.frame().await {
+            let n = frame.data_ref().map_or(0, |d| d.len() as u64);
+            match left.checked_sub(n) {
+                Some(rest) => left = rest,
+                None => return,
+            }
+        }
+    };
+    let _ = tokio::time::timeout(DRAIN.1, read).await;
+}
+
+/// Reads a JSON object.
+///
+/// # Errors
+/// `TooLarge`, or invalid.
+pub async fn fields(body: Incoming) -> Result<Fields> {
+    Fields::parse(&bytes(body, JSON_LIMIT).await?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn path_tricks_are_refused() {
+        for bad in [
+            "1.0",
+            "/1.0//instances",
+            "/1.0/instances/..",
+            "/1.0/instances/%2e%2e",
+            "/1.0/instances/%2E",
+            "/1.0/instances/a%00b",
+            "/1.0/instances/%zz",
+            "/1.0/instances/%4",
+            "/1.0/instances/%ff",
+            "/1.0/instances/a%0ab",
+        ] {
+            assert!(segments(bad).is_err(), "{bad}");
+        }
+        assert_eq!(segments("/1.0/images/aliases/debian%2F12").unwrap().last().unwrap(), "debian/12");
+        assert_eq!(segments("/1.0/").unwrap(), ["1.0"]);
+        assert!(segments("/").unwrap().is_empty());
+    }
+
+    #[test]
+    fn queries_as_clients_send_them() {
+        let q = Query::parse(Some(
+            "filter=status+eq+running&recursion=2&project=&all-projects=true&path=%2Froot",
+        ))
+        .unwrap();
+        assert_eq!(q.get("filter"), Some("status eq running"));
+        assert_eq!(q.recursion().unwrap(), 2);
+        assert_eq!(q.project(), "default");
+        assert!(q.flag("all-projects"));
+        assert_eq!(q.get("path"), Some("/root"));
+        assert!(Query::parse(Some("a=%q")).is_err());
+        assert!(Query::parse(Some("recursion=x")).unwrap().recursion().is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn no_segment_leads_elsewhere(path in "/[a-zA-Z0-9./%_-]{0,60}") {
+            if let Ok(list) = segments(&path) {
+                for s in list {
+                    prop_assert!(!s.is_empty() && s != "." && s != ".." && !s.contains('\0'));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,418 @@
+//! The table of paths, and the router over it. The table is the router: what stands in it as done is served by the
+//! handler that stands beside it, what stands as open answers 501 with the reason.
+
+use crate::{
+    app::Call,
+    handlers::{
+        events, exec, files, images, instances, karst, networks, operations, profiles, projects, server,
+        storage,
+    },
+    respond::Reply,
+};
+use hyper::Method;
+use karst_model::Result;
+use std::{collections::HashMap, pin::Pin, sync::LazyLock};
+
+/// What answers a request.
+pub type Handler = fn(Call) -> Pin<Box<dyn Future<Output = Result<Reply>> + Send>>;
+
+/// How far a path is.
+#[derive(Clone, Copy)]
+pub enum State {
+    /// Served; the test named shows it.
+    Done(Handler, &'static str),
+    /// Not there; why.
+    Open(&'static str),
+}
+
+/// A row.
+pub struct Row {
+    /// Method.
+    pub method: Method,
+    /// Path with parameters in braces.
+    pub path: &'static str,
+    /// How far.
+    pub state: State,
+}
+
+macro_rules! rows {
+    ($( $method:ident $path:literal $( => $handler:path, $test:literal )? $( ; open $why:expr )? ),+ $(,)?) => {
+        vec![ $( Row { method: Method::$method, path: $path, state: rows!(@ $( $handler, $test )? $( ; $why )?) } ),+ ]
+    };
+    (@ $handler:path, $test:literal) => { State::Done(|call| Box::pin($handler(call)), $test) };
+    (@ ; $why:expr) => { State::Open($why) };
+}
+
+const SNAPSHOTS: &str = "snapshots of instances come with the next storage drivers";
+const BACKUPS: &str = "backups come with snapshots";
+const CLUSTER: &str = "this server is not a member of a cluster; clusters come with the etcd milestone";
+const CERTIFICATES: &str = "there is no HTTPS listener yet, so no certificates are trusted";
+const VOLUMES: &str = "custom volumes come with the next storage drivers";
+const BUCKETS: &str = "object storage is not planned before Ceph";
+const ACLS: &str = "network ACLs come with tenant networks";
+const OVN: &str = "this needs OVN networks, which come with tenant networks";
+const NVRAM: &str = "editing of firmware variables is not there yet";
+const TEMPLATES: &str = "image metadata and templates are not kept per instance";
+const LOGS: &str = "logs of instances are kept by their keepers and not listed yet; the console log is";
+
+/// The table.
+pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
+    rows![
+        GET "/" => server::root, "server_describes_itself",
+        GET "/1.0" => server::get, "server_describes_itself",
+        PUT "/1.0"; open "the server has no configuration of its own yet",
+        PATCH "/1.0"; open "the server has no configuration of its own yet",
+        GET "/1.0/certificates" => server::certificates, "server_describes_itself",
+        POST "/1.0/certificates"; open CERTIFICATES,
+        GET "/1.0/certificates/{fingerprint}"; open CERTIFICATES,
+        PUT "/1.0/certificates/{fingerprint}"; open CERTIFICATES,
+        PATCH "/1.0/certificates/{fingerprint}"; open CERTIFICATES,
+        DELETE "/1.0/certificates/{fingerprint}"; open CERTIFICATES,
+        GET "/1.0/cluster" => server::cluster, "server_describes_itself",
+        PUT "/1.0/cluster"; open CLUSTER,
+        PUT "/1.0/cluster/certificate"; open CLUSTER,
+        GET "/1.0/cluster/groups"; open CLUSTER,
+        POST "/1.0/cluster/groups"; open CLUSTER,
+        GET "/1.0/cluster/groups/{name}"; open CLUSTER,
+        POST "/1.0/cluster/groups/{name}"; open CLUSTER,
+        PUT "/1.0/cluster/groups/{name}"; open CLUSTER,
+        PATCH "/1.0/cluster/groups/{name}"; open CLUSTER,
+        DELETE "/1.0/cluster/groups/{name}"; open CLUSTER,
+        GET "/1.0/cluster/members"; open CLUSTER,
+        POST "/1.0/cluster/members"; open CLUSTER,
+        GET "/1.0/cluster/members/{name}"; open CLUSTER,
+        POST "/1.0/cluster/members/{name}"; open CLUSTER,
+        PUT "/1.0/cluster/members/{name}"; open CLUSTER,
+        PATCH "/1.0/cluster/members/{name}"; open CLUSTER,
+        DELETE "/1.0/cluster/members/{name}"; open CLUSTER,
+        GET "/1.0/cluster/members/{name}/state"; open CLUSTER,
+        POST "/1.0/cluster/members/{name}/state"; open CLUSTER,
+        GET "/1.0/events" => events::listen, "events_tell_what_happened",
+        GET "/1.0/images" => images::list, "images_are_uploaded_listed_and_exported",
+        POST "/1.0/images" => images::upload, "images_are_uploaded_listed_and_exported",
+        GET "/1.0/images/aliases" => images::aliases, "image_aliases_live",
+        POST "/1.0/images/aliases" => images::create_alias, "image_aliases_live",
+        GET "/1.0/images/aliases/{name}" => images::alias, "image_aliases_live",
+        POST "/1.0/images/aliases/{name}" => images::rename_alias, "image_aliases_live",
+        PUT "/1.0/images/aliases/{name}" => images::change_alias, "image_aliases_live",
+        PATCH "/1.0/images/aliases/{name}" => images::change_alias, "image_aliases_live",
+        DELETE "/1.0/images/aliases/{name}" => images::delete_alias, "image_aliases_live",
+        GET "/1.0/images/{fingerprint}" => images::get, "images_are_uploaded_listed_and_exported",
+        PUT "/1.0/images/{fingerprint}" => images::replace, "images_are_uploaded_listed_and_exported",
+        PATCH "/1.0/images/{fingerprint}" => images::patch, "images_are_uploaded_listed_and_exported",
+        DELETE "/1.0/images/{fingerprint}" => images::delete, "images_are_uploaded_listed_and_exported",
+        GET "/1.0/images/{fingerprint}/export" => images::export, "images_are_uploaded_listed_and_exported",
+        POST "/1.0/images/{fingerprint}/export"; open "pushing images to other servers is not there yet",
+        POST "/1.0/images/{fingerprint}/refresh"; open "images that follow a server are not there yet",
+        POST "/1.0/images/{fingerprint}/secret"; open "there is no HTTPS listener yet for untrusted clients",
+        GET "/1.0/instances" => instances::list, "lists_filter_and_recurse",
+        POST "/1.0/instances" => instances::create, "an_instance_is_launched_in_one_operation",
+        PUT "/1.0/instances" => instances::set_state_all, "power_changes_are_operations",
+        GET "/1.0/instances/{name}" => instances::get, "lists_filter_and_recurse",
+        POST "/1.0/instances/{name}" => instances::rename, "instances_are_changed_under_their_etag",
+        PUT "/1.0/instances/{name}" => instances::replace, "instances_are_changed_under_their_etag",
+        PATCH "/1.0/instances/{name}" => instances::patch, "instances_are_changed_under_their_etag",
+        DELETE "/1.0/instances/{name}" => instances::delete, "power_changes_are_operations",
+        GET "/1.0/instances/{name}/access"; open "the list of who may use an instance comes with tenancy",
+        GET "/1.0/instances/{name}/backups"; open BACKUPS,
+        POST "/1.0/instances/{name}/backups"; open BACKUPS,
+        GET "/1.0/instances/{name}/backups/{backup}"; open BACKUPS,
+        POST "/1.0/instances/{name}/backups/{backup}"; open BACKUPS,
+        DELETE "/1.0/instances/{name}/backups/{backup}"; open BACKUPS,
+        GET "/1.0/instances/{name}/backups/{backup}/export"; open BACKUPS,
+        POST "/1.0/instances/{name}/bitmaps"; open BACKUPS,
+        GET "/1.0/instances/{name}/console" => exec::console_log, "console_joins_both_ways",
+        POST "/1.0/instances/{name}/console" => exec::console, "console_joins_both_ways",
+        DELETE "/1.0/instances/{name}/console" => exec::console_clear, "console_joins_both_ways",
+        GET "/1.0/instances/{name}/debug/memory"; open "memory dumps are not there yet",
+        POST "/1.0/instances/{name}/debug/repair"; open "repairs of volumes are not there yet",
+        POST "/1.0/instances/{name}/exec" => exec::exec, "exec_joins_three_pipes",
+        GET "/1.0/instances/{name}/files" => files::get, "files_over_http",
+        HEAD "/1.0/instances/{name}/files" => files::get, "files_over_http",
+        POST "/1.0/instances/{name}/files" => files::post, "files_over_http",
+        DELETE "/1.0/instances/{name}/files" => files::delete, "files_over_http",
+        GET "/1.0/instances/{name}/logs"; open LOGS,
+        GET "/1.0/instances/{name}/logs/exec-output"; open LOGS,
+        GET "/1.0/instances/{name}/logs/exec-output/{filename}"; open LOGS,
+        DELETE "/1.0/instances/{name}/logs/exec-output/{filename}"; open LOGS,
+        GET "/1.0/instances/{name}/logs/{filename}"; open LOGS,
+        DELETE "/1.0/instances/{name}/logs/{filename}"; open LOGS,
+        GET "/1.0/instances/{name}/metadata"; open TEMPLATES,
+        PUT "/1.0/instances/{name}/metadata"; open TEMPLATES,
+        PATCH "/1.0/instances/{name}/metadata"; open TEMPLATES,
+        GET "/1.0/instances/{name}/metadata/templates"; open TEMPLATES,
+        POST "/1.0/instances/{name}/metadata/templates"; open TEMPLATES,
+        DELETE "/1.0/instances/{name}/metadata/templates"; open TEMPLATES,
+        GET "/1.0/instances/{name}/nbd"; open BACKUPS,
+        GET "/1.0/instances/{name}/nvram"; open NVRAM,
+        PATCH "/1.0/instances/{name}/nvram"; open NVRAM,
+        GET "/1.0/instances/{name}/nvram/{guid}"; open NVRAM,
+        GET "/1.0/instances/{name}/nvram/{guid}/{var}"; open NVRAM,
+        PUT "/1.0/instances/{name}/nvram/{guid}/{var}"; open NVRAM,
+        DELETE "/1.0/instances/{name}/nvram/{guid}/{var}"; open NVRAM,
+        POST "/1.0/instances/{name}/port-forward"; open "port forwarding through the API is not there yet",
+        POST "/1.0/instances/{name}/rebuild"; open "rebuilding is not there yet; delete and launch again",
+        GET "/1.0/instances/{name}/sftp" => files::sftp, "files_over_sftp",
+        GET "/1.0/instances/{name}/snapshots"; open SNAPSHOTS,
+        POST "/1.0/instances/{name}/snapshots"; open SNAPSHOTS,
+        GET "/1.0/instances/{name}/snapshots/{snapshot}"; open SNAPSHOTS,
+        POST "/1.0/instances/{name}/snapshots/{snapshot}"; open SNAPSHOTS,
+        PUT "/1.0/instances/{name}/snapshots/{snapshot}"; open SNAPSHOTS,
+        PATCH "/1.0/instances/{name}/snapshots/{snapshot}"; open SNAPSHOTS,
+        DELETE "/1.0/instances/{name}/snapshots/{snapshot}"; open SNAPSHOTS,
+        GET "/1.0/instances/{name}/state" => instances::state, "lists_filter_and_recurse",
+        PUT "/1.0/instances/{name}/state" => instances::set_state, "power_changes_are_operations",
+        GET "/1.0/karst/check" => karst::check, "karst_paths_answer",
+        GET "/1.0/karst/host" => karst::host, "karst_paths_answer",
+        GET "/1.0/karst/status" => karst::status, "karst_paths_answer",
+        POST "/1.0/karst/images/build" => images::build, "karst_paths_answer",
+        GET "/1.0/metadata/configuration" => server::metadata, "server_describes_itself",
+        GET "/1.0/metrics"; open "metrics come with the metering milestone",
+        GET "/1.0/network-acls"; open ACLS,
+        POST "/1.0/network-acls"; open ACLS,
+        GET "/1.0/network-acls/{name}"; open ACLS,
+        POST "/1.0/network-acls/{name}"; open ACLS,
+        PUT "/1.0/network-acls/{name}"; open ACLS,
+        PATCH "/1.0/network-acls/{name}"; open ACLS,
+        DELETE "/1.0/network-acls/{name}"; open ACLS,
+        GET "/1.0/network-acls/{name}/log"; open ACLS,
+        GET "/1.0/network-address-sets"; open ACLS,
+        POST "/1.0/network-address-sets"; open ACLS,
+        GET "/1.0/network-address-sets/{name}"; open ACLS,
+        POST "/1.0/network-address-sets/{name}"; open ACLS,
+        PUT "/1.0/network-address-sets/{name}"; open ACLS,
+        PATCH "/1.0/network-address-sets/{name}"; open ACLS,
+        DELETE "/1.0/network-address-sets/{name}"; open ACLS,
+        GET "/1.0/network-allocations"; open "the list of allocations over all networks is not there yet; leases are",
+        GET "/1.0/network-integrations"; open OVN,
+        POST "/1.0/network-integrations"; open OVN,
+        GET "/1.0/network-integrations/{integration}"; open OVN,
+        POST "/1.0/network-integrations/{integration}"; open OVN,
+        PUT "/1.0/network-integrations/{integration}"; open OVN,
+        PATCH "/1.0/network-integrations/{integration}"; open OVN,
+        DELETE "/1.0/network-integrations/{integration}"; open OVN,
+        GET "/1.0/network-zones"; open "DNS zones come with tenant networks",
+        POST "/1.0/network-zones"; open "DNS zones come with tenant networks",
+        GET "/1.0/network-zones/{zone}"; open "DNS zones come with tenant networks",
+        PUT "/1.0/network-zones/{zone}"; open "DNS zones come with tenant networks",
+        PATCH "/1.0/network-zones/{zone}"; open "DNS zones come with tenant networks",
+        DELETE "/1.0/network-zones/{zone}"; open "DNS zones come with tenant networks",
+        GET "/1.0/network-zones/{zone}/records"; open "DNS zones come with tenant networks",
+        POST "/1.0/network-zones/{zone}/records"; open "DNS zones come with tenant networks",
+        GET "/1.0/network-zones/{zone}/records/{name}"; open "DNS zones come with tenant networks",
+        PUT "/1.0/network-zones/{zone}/records/{name}"; open "DNS zones come with tenant networks",
+        PATCH "/1.0/network-zones/{zone}/records/{name}"; open "DNS zones come with tenant networks",
+        DELETE "/1.0/network-zones/{zone}/records/{name}"; open "DNS zones come with tenant networks",
+        GET "/1.0/networks" => networks::list, "networks_live_and_are_refused",
+        POST "/1.0/networks" => networks::create, "networks_live_and_are_refused",
+        GET "/1.0/networks/{name}" => networks::get, "networks_live_and_are_refused",
+        POST "/1.0/networks/{name}"; open "a network's name is its bridge's; renaming is not there yet",
+        PUT "/1.0/networks/{name}" => networks::change, "networks_live_and_are_refused",
+        PATCH "/1.0/networks/{name}" => networks::change, "networks_live_and_are_refused",
+        DELETE "/1.0/networks/{name}" => networks::delete, "networks_live_and_are_refused",
+        GET "/1.0/networks/{name}/leases" => networks::leases, "networks_live_and_are_refused",
+        GET "/1.0/networks/{name}/state" => networks::state, "networks_live_and_are_refused",
+        GET "/1.0/networks/{name}/forwards"; open OVN,
+        POST "/1.0/networks/{name}/forwards"; open OVN,
+        GET "/1.0/networks/{name}/forwards/{listenAddress}"; open OVN,
+        PUT "/1.0/networks/{name}/forwards/{listenAddress}"; open OVN,
+        PATCH "/1.0/networks/{name}/forwards/{listenAddress}"; open OVN,
+        DELETE "/1.0/networks/{name}/forwards/{listenAddress}"; open OVN,
+        GET "/1.0/networks/{name}/load-balancers"; open OVN,
+        POST "/1.0/networks/{name}/load-balancers"; open OVN,
+        GET "/1.0/networks/{name}/load-balancers/{listenAddress}"; open OVN,
+        PUT "/1.0/networks/{name}/load-balancers/{listenAddress}"; open OVN,
+        PATCH "/1.0/networks/{name}/load-balancers/{listenAddress}"; open OVN,
+        DELETE "/1.0/networks/{name}/load-balancers/{listenAddress}"; open OVN,
+        GET "/1.0/networks/{name}/load-balancers/{listenAddress}/state"; open OVN,
+        GET "/1.0/networks/{name}/peers"; open OVN,
+        POST "/1.0/networks/{name}/peers"; open OVN,
+        GET "/1.0/networks/{name}/peers/{peerName}"; open OVN,
+        PUT "/1.0/networks/{name}/peers/{peerName}"; open OVN,
+        PATCH "/1.0/networks/{name}/peers/{peerName}"; open OVN,
+        DELETE "/1.0/networks/{name}/peers/{peerName}"; open OVN,
+        GET "/1.0/operations" => operations::list, "power_changes_are_operations",
+        GET "/1.0/operations/{id}" => operations::get, "power_changes_are_operations",
+        DELETE "/1.0/operations/{id}" => operations::cancel, "console_joins_both_ways",
+        GET "/1.0/operations/{id}/wait" => operations::wait, "power_changes_are_operations",
+        GET "/1.0/operations/{id}/websocket" => operations::websocket, "exec_joins_three_pipes",
+        GET "/1.0/profiles" => profiles::list, "profiles_and_projects_live",
+        POST "/1.0/profiles" => profiles::create, "profiles_and_projects_live",
+        GET "/1.0/profiles/{name}" => profiles::get, "profiles_and_projects_live",
+        POST "/1.0/profiles/{name}" => profiles::rename, "profiles_and_projects_live",
+        PUT "/1.0/profiles/{name}" => profiles::change, "profiles_and_projects_live",
+        PATCH "/1.0/profiles/{name}" => profiles::change, "profiles_and_projects_live",
+        DELETE "/1.0/profiles/{name}" => profiles::delete, "profiles_and_projects_live",
+        GET "/1.0/projects" => projects::list, "profiles_and_projects_live",
+        POST "/1.0/projects" => projects::create, "profiles_and_projects_live",
+        GET "/1.0/projects/{name}" => projects::get, "profiles_and_projects_live",
+        POST "/1.0/projects/{name}" => projects::rename, "profiles_and_projects_live",
+        PUT "/1.0/projects/{name}" => projects::change, "profiles_and_projects_live",
+        PATCH "/1.0/projects/{name}" => projects::change, "profiles_and_projects_live",
+        DELETE "/1.0/projects/{name}" => projects::delete, "profiles_and_projects_live",
+        GET "/1.0/projects/{name}/access"; open "the list of who may use a project comes with tenancy",
+        GET "/1.0/projects/{name}/state" => projects::state, "profiles_and_projects_live",
+        GET "/1.0/resources" => server::resources, "server_describes_itself",
+        GET "/1.0/storage-pools" => storage::list, "storage_pools_live",
+        POST "/1.0/storage-pools" => storage::create, "storage_pools_live",
+        GET "/1.0/storage-pools/{name}" => storage::get, "storage_pools_live",
+        PUT "/1.0/storage-pools/{name}"; open "the dir driver has nothing to configure; descriptions come with the next drivers",
+        PATCH "/1.0/storage-pools/{name}"; open "the dir driver has nothing to configure; descriptions come with the next drivers",
+        DELETE "/1.0/storage-pools/{name}" => storage::delete, "storage_pools_live",
+        GET "/1.0/storage-pools/{name}/resources" => storage::resources, "storage_pools_live",
+        GET "/1.0/storage-pools/{name}/buckets"; open BUCKETS,
+        POST "/1.0/storage-pools/{name}/buckets"; open BUCKETS,
+        GET "/1.0/storage-pools/{name}/buckets/{bucketName}"; open BUCKETS,
+        PUT "/1.0/storage-pools/{name}/buckets/{bucketName}"; open BUCKETS,
+        PATCH "/1.0/storage-pools/{name}/buckets/{bucketName}"; open BUCKETS,
+        DELETE "/1.0/storage-pools/{name}/buckets/{bucketName}"; open BUCKETS,
+        GET "/1.0/storage-pools/{name}/buckets/{bucketName}/backups"; open BUCKETS,
+        POST "/1.0/storage-pools/{name}/buckets/{bucketName}/backups"; open BUCKETS,
+        GET "/1.0/storage-pools/{name}/buckets/{bucketName}/backups/{backupName}"; open BUCKETS,
+        POST "/1.0/storage-pools/{name}/buckets/{bucketName}/backups/{backupName}"; open BUCKETS,
+        DELETE "/1.0/storage-pools/{name}/buckets/{bucketName}/backups/{backupName}"; open BUCKETS,
+        GET "/1.0/storage-pools/{name}/buckets/{bucketName}/backups/{backupName}/export"; open BUCKETS,
+        GET "/1.0/storage-pools/{name}/buckets/{bucketName}/keys"; open BUCKETS,
+        POST "/1.0/storage-pools/{name}/buckets/{bucketName}/keys"; open BUCKETS,
+        GET "/1.0/storage-pools/{name}/buckets/{bucketName}/keys/{keyName}"; open BUCKETS,
+        PUT "/1.0/storage-pools/{name}/buckets/{bucketName}/keys/{keyName}"; open BUCKETS,
+        DELETE "/1.0/storage-pools/{name}/buckets/{bucketName}/keys/{keyName}"; open BUCKETS,
+        GET "/1.0/storage-pools/{name}/volumes" => storage::volumes, "storage_pools_live",
+        POST "/1.0/storage-pools/{name}/volumes"; open VOLUMES,
+        GET "/1.0/storage-pools/{name}/volumes/{type}" => storage::volumes, "storage_pools_live",
+        POST "/1.0/storage-pools/{name}/volumes/{type}"; open VOLUMES,
+        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}" => storage::volume, "storage_pools_live",
+        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}"; open VOLUMES,
+        PUT "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}"; open VOLUMES,
+        PATCH "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}"; open VOLUMES,
+        DELETE "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}"; open VOLUMES,
+        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups"; open BACKUPS,
+        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups"; open BACKUPS,
+        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups/{backupName}"; open BACKUPS,
+        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups/{backupName}"; open BACKUPS,
+        DELETE "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups/{backupName}"; open BACKUPS,
+        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups/{backupName}/export"; open BACKUPS,
+        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/bitmaps"; open BACKUPS,
+        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/bitmaps"; open BACKUPS,
+        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/bitmaps/{bitmapName}"; open BACKUPS,
+        DELETE "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/bitmaps/{bitmapName}"; open BACKUPS,
+        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/files"; open VOLUMES,
+        HEAD "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/files"; open VOLUMES,
+        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/files"; open VOLUMES,
+        DELETE "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/files"; open VOLUMES,
+        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/nbd"; open BACKUPS,
+        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/rebuild"; open VOLUMES,
+        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/sftp"; open VOLUMES,
+        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots"; open SNAPSHOTS,
+        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots"; open SNAPSHOTS,
+        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots/{snapshotName}"; open SNAPSHOTS,
+        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots/{snapshotName}"; open SNAPSHOTS,
+        PUT "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots/{snapshotName}"; open SNAPSHOTS,
+        PATCH "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots/{snapshotName}"; open SNAPSHOTS,
+        DELETE "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots/{snapshotName}"; open SNAPSHOTS,
+        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/state" => storage::volume_state, "storage_pools_live",
+        GET "/1.0/warnings" => server::warnings, "server_describes_itself",
+        GET "/1.0/warnings/{uuid}"; open "warnings are found anew at each look and cannot be acknowledged",
+        PUT "/1.0/warnings/{uuid}"; open "warnings are found anew at each look and cannot be acknowledged",
+        PATCH "/1.0/warnings/{uuid}"; open "warnings are found anew at each look and cannot be acknowledged",
+        DELETE "/1.0/warnings/{uuid}"; open "warnings are found anew at each look and cannot be acknowledged",
+        GET "/internal/ready" => server::ready, "karst_paths_answer",
+        PUT "/internal/shutdown" => server::shutdown, "karst_paths_answer",
+    ]
+});
+
+/// The table as a tree by segment.
+#[derive(Default)]
+struct Node {
+    literal: HashMap<&'static str, Node>,
+    parameter: Option<Box<Node>>,
+    methods: Vec<(Method, State)>,
+}
+
+static TREE: LazyLock<Node> = LazyLock::new(|| {
+    let mut root = Node::default();
+    for row in TABLE.iter() {
+        let mut node = &mut root;
+        for segment in row.path.split('/').filter(|s| !s.is_empty()) {
+            node = if segment.starts_with('{') {
+                node.parameter.get_or_insert_default()
+            } else {
+                node.literal.entry(segment).or_default()
+            };
+        }
+        node.methods.push((row.method.clone(), row.state));
+    }
+    root
+});
+
+/// What the router found.
+pub enum Found {
+    /// A row and the parameters of the path.
+    Row(State, Vec<String>),
+    /// The path is known with these methods only.
+    Methods(Vec<Method>),
+    /// No such path.
+    Nothing,
+}
+
+/// Finds the row of a request; literal segments win over parameters.
+pub fn find(method: &Method, segments: &[String]) -> Found {
+    fn walk<'a>(
+        node: &'static Node,
+        segments: &'a [String],
+        parameters: &mut Vec<&'a str>,
+    ) -> Option<&'static Node> {
+        let Some((first, rest)) = segments.split_first() else {
+            return Some(node).filter(|n| !n.methods.is_empty());
+        };
+        if let Some(next) = node.literal.get(first.as_str())
+            && let Some(found) = walk(next, rest, parameters)
+        {
+            return Some(found);
+        }
+        let next = node.parameter.as_deref()?;
+        parameters.push(first);
+        let found = walk(next, rest, parameters);
+        if found.is_none() {
+            parameters.pop();
+        }
+        found
+    }
+    // Names of image aliases contain slashes, as in `debian/12`, and clients do not always escape them.
+    let joined = match segments {
+        [version, images, aliases, name @ ..]
+            if images == "images" && aliases == "aliases" && name.len() > 1 =>
+        {
+            vec![version.clone(), images.clone(), aliases.clone(), name.join("/")]
+        }
+        _ => segments.to_vec(),
+    };
+    let mut parameters = vec![];
+    match walk(&TREE, &joined, &mut parameters) {
+        None => Found::Nothing,
+        Some(node) => match node.methods.iter().find(|(m, _)| m == method) {
+            Some((_, state)) => Found::Row(*state, parameters.into_iter().map(str::to_owned).collect()),
+            None => Found::Methods(node.methods.iter().map(|(m, _)| m.clone()).collect()),
+        },
+    }
+}
+
+/// The table as a document.
+pub fn document() -> String {
+    use std::fmt::Write;
+    let mut rows: Vec<_> = TABLE.iter().collect();
+    rows.sort_by_key(|r| (r.path, r.method.as_str().to_owned()));
+    let done = rows.iter().filter(|r| matches!(r.state, State::Done(..))).count();
+    let mut out = format!(
+        "# The Incus API, path by path\n\nGenerated from `crates/frontends/incus/src/routes.rs` by its test `the_document_is_current` (`KARST_BLESS=1` writes it).\n{done} of {} are done; the others answer 501 with the reason.\n\n| method | path | |\n|---|---|---|\n",
+        rows.len()
+    );
+    for row in rows {
+        let text = match row.state {
+            State::Done(_, test) => format!("done `{test}`"),
+            State::Open(why) => format!("open: {why}"),
+        };
+        let _ = writeln!(out, "| {} | `{}` | {text} |", row.method, row.path);
+    }
+    out
+}

@@ -1,0 +1,119 @@
+//! Websockets of exec and console: each operation offers some by name (`0`, `1`, `2`, `control`), each under a secret of
+//! its own; the client connects them at `/1.0/operations/ID/websocket?secret=…`. Secrets live here only, never in records.
+
+use crate::socket::Socket;
+use karst_model::{Error, OperationId, Result};
+use std::{
+    collections::HashMap,
+    sync::{Mutex, MutexGuard},
+    time::Duration,
+};
+use tokio::sync::oneshot;
+
+/// How long a client may take to connect what it was offered.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Slots that wait for their client.
+#[derive(Debug, Default)]
+pub struct Sessions(Mutex<HashMap<OperationId, Vec<Slot>>>);
+
+#[derive(Debug)]
+struct Slot {
+    name: &'static str,
+    secret: String,
+    /// Taken by the first who knows the secret.
+    give: Option<oneshot::Sender<Socket>>,
+}
+
+/// What is awaited: by name, in the order asked for.
+pub type Awaited = Vec<oneshot::Receiver<Socket>>;
+
+fn secret() -> String {
+    // Two random UUIDs: 244 bits of the system's randomness.
+    format!("{}{}", uuid::Uuid::new_v4().simple(), uuid::Uuid::new_v4().simple())
+}
+
+impl Sessions {
+    fn slots(&self) -> MutexGuard<'_, HashMap<OperationId, Vec<Slot>>> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Offers sockets of these names; answers the secrets by name, and the sockets to come.
+    pub fn offer(
+        &self,
+        operation: OperationId,
+        names: &[&'static str],
+    ) -> (serde_json::Map<String, serde_json::Value>, Awaited) {
+        let mut secrets = serde_json::Map::new();
+        let mut awaited = vec![];
+        let mut slots = vec![];
+        for name in names {
+            let (give, take) = oneshot::channel();
+            let secret = secret();
+            secrets.insert((*name).to_owned(), secret.clone().into());
+            slots.push(Slot { name, secret, give: Some(give) });
+            awaited.push(take);
+        }
+        self.slots().insert(operation, slots);
+        (secrets, awaited)
+    }
+
+    /// Forgets what was offered.
+    pub fn withdraw(&self, operation: OperationId) {
+        self.slots().remove(&operation);
+    }
+
+    /// The slot behind a secret; it can be taken once.
+    ///
+    /// # Errors
+    /// Forbidden, without telling whether the operation or the secret is wrong.
+    pub fn take(&self, operation: OperationId, secret: &str) -> Result<oneshot::Sender<Socket>> {
+        let wrong = || Error::forbidden("no websocket is awaited under this operation and secret");
+        let mut slots = self.slots();
+        let slot = slots
+            .get_mut(&operation)
+            .and_then(|list| list.iter_mut().find(|s| same(s.secret.as_bytes(), secret.as_bytes())))
+            .ok_or_else(wrong)?;
+        slot.give
+            .take()
+            .ok_or_else(|| Error::conflict(format!("the websocket {:?} is connected already", slot.name)))
+    }
+}
+
+/// Compares in a time that does not depend on where they differ.
+fn same(a: &[u8], b: &[u8]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).fold(0, |d, (x, y)| d | (x ^ y)) == 0
+}
+
+/// Waits for all sockets.
+///
+/// # Errors
+/// Timeout.
+pub async fn all(awaited: Awaited) -> Result<Vec<Socket>> {
+    let late = || Error::timeout("the client did not connect the websockets it was offered");
+    tokio::time::timeout(PATIENCE, futures::future::try_join_all(awaited))
+        .await
+        .map_err(|_| late())?
+        .map_err(|_| late())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_secret_opens_its_own_slot_once() {
+        let sessions = Sessions::default();
+        let (a, b) = (OperationId(uuid::Uuid::from_u128(1)), OperationId(uuid::Uuid::from_u128(2)));
+        let (secrets, _awaited) = sessions.offer(a, &["0", "control"]);
+        let zero = secrets["0"].as_str().unwrap();
+        assert_eq!(zero.len(), 64);
+        assert_ne!(zero, secrets["control"].as_str().unwrap());
+        assert!(sessions.take(a, "").is_err());
+        assert!(sessions.take(b, zero).is_err());
+        sessions.take(a, zero).unwrap();
+        assert!(sessions.take(a, zero).unwrap_err().is(karst_model::ErrorKind::Conflict));
+        sessions.withdraw(a);
+        assert!(sessions.take(a, secrets["control"].as_str().unwrap()).is_err());
+    }
+}

@@ -1,0 +1,213 @@
+//! Every path that is served, asked by nobody, by somebody of another project, and by somebody who may only look.
+#![allow(clippy::disallowed_methods)] // a test
+
+mod common;
+
+use common::Server;
+use hyper::Method;
+use karst_frontend_incus::routes::{State, TABLE};
+use karst_model::{
+    ProjectId,
+    access::{Grant, Permission, Principal, Role},
+};
+use serde_json::json;
+
+/// What is there to be asked for: an instance, an image with an alias, a network, a pool, a profile, a project.
+struct Names {
+    network: String,
+    image: String,
+}
+
+async fn furnished() -> (Server, Names) {
+    let s = Server::start().await;
+    s.container("c1", true).await;
+    let headers = [("x-incus-aliases", "alias=deb")];
+    let operation = s.done(s.send(Method::POST, "/1.0/images", &headers, "an image").await).await;
+    let image = operation["metadata"]["fingerprint"].as_str().unwrap().to_owned();
+    let network = s.get("/1.0/networks?recursion=1").await.metadata()[0]["name"].as_str().unwrap().to_owned();
+    assert_eq!(s.post("/1.0/projects", json!({"name": "other"})).await.status, 201);
+    (s, Names { network, image })
+}
+
+fn concrete(path: &str, names: &Names, operation: &str) -> String {
+    let of = |collection: &str, name: &str, path: String| {
+        path.replace(&format!("{collection}/{{name}}"), &format!("{collection}/{name}"))
+    };
+    let mut p = path.to_owned();
+    for (collection, name) in [
+        ("instances", "c1"),
+        ("networks", names.network.as_str()),
+        ("storage-pools", "default"),
+        ("profiles", "default"),
+        ("projects", "default"),
+        ("images/aliases", "deb"),
+    ] {
+        p = of(collection, name, p);
+    }
+    p = p
+        .replace("{fingerprint}", &names.image)
+        .replace("operations/{id}", &format!("operations/{operation}"));
+    p = p.replace("{type}", "container").replace("{volumeName}", "c1");
+    assert!(!p.contains('{'), "{p}");
+    if p.ends_with("/files") { p + "?path=/etc/hostname" } else { p }
+}
+
+/// A body that is well-formed, so that the refusal is about who asks.
+fn body(method: &Method, path: &str, image: &str) -> String {
+    let value = match (method.as_str(), path) {
+        ("POST", "/1.0/images") => return "x".into(),
+        ("POST", "/1.0/instances") => json!({"name": "c9", "source": {"type": "none"}}),
+        ("PUT", "/1.0/instances") => json!({"state": {"action": "start"}}),
+        ("PUT", "/1.0/instances/{name}/state") => json!({"action": "stop"}),
+        ("POST", "/1.0/instances/{name}/exec") => json!({"command": ["true"]}),
+        ("POST", "/1.0/instances/{name}/files") => return "x".into(),
+        ("POST", "/1.0/storage-pools") => json!({"name": "n9", "driver": "dir"}),
+        ("POST", "/1.0/images/aliases") => json!({"name": "n9", "target": image}),
+        ("PUT", "/1.0/images/aliases/{name}") => json!({"target": image, "description": ""}),
+        ("POST", "/1.0/karst/images/build") => json!({"recipe": "debian/12"}),
+        ("POST", "/1.0/instances/{name}/console") => json!({}),
+        ("PUT" | "PATCH", "/1.0/images/{fingerprint}") => json!({"public": false}),
+        ("POST", _) => json!({"name": "n9"}),
+        ("PUT" | "PATCH", _) => json!({"description": "x"}),
+        _ => return String::new(),
+    };
+    value.to_string()
+}
+
+fn with(role: Role, project: Option<ProjectId>) -> Principal {
+    Principal { grants: vec![Grant { role, project }], ..Principal::unix_admin(4242, 4242, 1) }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_gets_anything() {
+    let (s, names) = furnished().await;
+    for row in TABLE.iter() {
+        let path = match row.state {
+            State::Done(..) => concrete(row.path, &names, "00000000-0000-0000-0000-000000000001"),
+            State::Open(_) => continue,
+        };
+        let answer = s
+            .send_as(
+                Principal::anonymous(),
+                row.method.clone(),
+                &path,
+                body(&row.method, row.path, &names.image),
+            )
+            .await;
+        match row.path {
+            "/" | "/1.0" => assert_eq!(answer.status, 200),
+            _ => assert_eq!(answer.status, 403, "{} {path}", row.method),
+        }
+    }
+    let server = s.send_as(Principal::anonymous(), Method::GET, "/1.0", String::new()).await.metadata();
+    assert_eq!(server["auth"], "untrusted");
+    assert!(server.get("environment").is_none());
+    assert_eq!(s.get("/1.0/instances").await.metadata(), json!(["/1.0/instances/c1"]), "nothing was made");
+}
+
+/// What an operator of another project sees all the same: the server in general, and what is filtered by project.
+const SHARED: &[&str] = &[
+    "/",
+    "/1.0",
+    "/1.0/certificates",
+    "/1.0/cluster",
+    "/1.0/karst/host",
+    "/1.0/karst/status",
+    "/1.0/metadata/configuration",
+    "/1.0/projects",
+    "/1.0/resources",
+    "/1.0/storage-pools",
+    "/1.0/storage-pools/{name}",
+    "/1.0/storage-pools/{name}/resources",
+    "/1.0/warnings",
+    "/internal/ready",
+];
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_project_is_a_wall() {
+    let (s, names) = furnished().await;
+    let admin = karst_engine::Context::new(Principal::unix_admin(0, 0, 1));
+    let other = s.engine.project(&admin, "other", Permission::ProjectView).unwrap().id;
+    let operation = s.put("/1.0/instances/c1/state", json!({"action": "freeze"})).await;
+    let operation = operation.json()["operation"].as_str().unwrap().rsplit('/').next().unwrap().to_owned();
+    for row in TABLE.iter() {
+        let State::Done(..) = row.state else { continue };
+        let path = concrete(row.path, &names, &operation);
+        let answer = s
+            .send_as(
+                with(Role::Operator, Some(other)),
+                row.method.clone(),
+                &path,
+                body(&row.method, row.path, &names.image),
+            )
+            .await;
+        if row.method == Method::GET && SHARED.contains(&row.path) {
+            assert_eq!(
+                answer.status,
+                200,
+                "{} {path}: {}",
+                row.method,
+                String::from_utf8_lossy(&answer.body)
+            );
+        } else if row.path.ends_with("/websocket") {
+            assert_eq!(answer.status, 400, "a secret is needed, and an upgrade");
+        } else {
+            assert!(
+                [403, 404].contains(&answer.status),
+                "{} {path}: {} {}",
+                row.method,
+                answer.status,
+                String::from_utf8_lossy(&answer.body)
+            );
+        }
+    }
+    let seen = s
+        .send_as(with(Role::Operator, Some(other)), Method::GET, "/1.0/projects", String::new())
+        .await
+        .metadata();
+    assert_eq!(seen, json!(["/1.0/projects/other"]));
+    for path in ["/1.0/instances?all-projects=true", "/1.0/images?all-projects=true"] {
+        let seen =
+            s.send_as(with(Role::Operator, Some(other)), Method::GET, path, String::new()).await.metadata();
+        assert_eq!(seen, json!([]), "{path}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_may_look_may_not_touch() {
+    let (s, names) = furnished().await;
+    for row in TABLE.iter() {
+        let State::Done(..) = row.state else { continue };
+        let path = concrete(row.path, &names, "00000000-0000-0000-0000-000000000001");
+        let answer = s
+            .send_as(
+                with(Role::Viewer, None),
+                row.method.clone(),
+                &path,
+                body(&row.method, row.path, &names.image),
+            )
+            .await;
+        let uses = ["/files", "/console", "/sftp", "/karst/check"].iter().any(|e| row.path.ends_with(e));
+        if row.path.starts_with("/1.0/operations/") || row.path == "/1.0/events" {
+            assert!([400, 404].contains(&answer.status), "{} {path}: {}", row.method, answer.status);
+        } else if row.method == Method::GET && !uses {
+            assert_eq!(
+                answer.status,
+                200,
+                "{} {path}: {}",
+                row.method,
+                String::from_utf8_lossy(&answer.body)
+            );
+        } else {
+            assert_eq!(
+                answer.status,
+                403,
+                "{} {path}: {}",
+                row.method,
+                String::from_utf8_lossy(&answer.body)
+            );
+        }
+    }
+    let c1 = s.get("/1.0/instances/c1").await.metadata();
+    assert_eq!((c1["status"].as_str(), c1["description"].as_str()), (Some("Running"), Some("")));
+}

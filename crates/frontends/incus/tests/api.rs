@@ -1,0 +1,750 @@
+//! The API by plain HTTP and websockets. Tests named in the table of paths and in the list of extensions stand here.
+#![allow(clippy::disallowed_methods)] // a test
+
+mod common;
+
+use common::{Server, expect, next, say, stream_of};
+use hyper::Method;
+use karst_frontend_incus::{extensions, routes};
+use serde_json::{Value, json};
+use tokio_tungstenite::tungstenite::Message;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn server_describes_itself() {
+    let s = Server::start().await;
+    assert_eq!(s.get("/").await.metadata(), json!(["/1.0"]));
+    let server = s.get("/1.0").await.metadata();
+    assert_eq!(server["auth"], "trusted");
+    assert_eq!(server["auth_user_method"], "unix");
+    assert_eq!(server["environment"]["server_clustered"], false);
+    assert_eq!(server["environment"]["storage_supported_drivers"][0]["Name"], "dir");
+    assert!(server["api_extensions"].as_array().unwrap().contains(&json!("instances")));
+    assert!(s.get("/1.0/resources").await.metadata()["memory"]["total"].is_number());
+    assert!(s.get("/1.0/warnings?recursion=1").await.metadata().is_array());
+    let keys = s.get("/1.0/metadata/configuration").await.metadata();
+    assert!(keys["configs"]["instance"]["limits"]["keys"].to_string().contains("limits.memory"));
+    assert_eq!(s.get("/1.0/certificates").await.metadata(), json!([]));
+    assert_eq!(s.get("/1.0/cluster").await.metadata()["enabled"], false);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_not_there_says_so() {
+    let s = Server::start().await;
+    assert!(s.get("/1.0/nonsense").await.refused(404).contains("no such path"));
+    assert!(s.get("/2.0").await.refused(404).contains("no such path"));
+    assert!(s.get("/1.0/instances/%2e%2e").await.refused(400).contains("path"));
+    let answer = s.send(Method::DELETE, "/1.0", &[], "").await;
+    assert!(answer.header("allow").contains("GET"));
+    answer.refused(405);
+    assert!(s.get("/1.0/instances/c1/snapshots").await.refused(501).contains("snapshots"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_instance_is_launched_in_one_operation() {
+    let s = Server::start().await;
+    let body = json!({"architecture": "", "config": {"limits.memory": "64MiB"}, "devices": {}, "ephemeral": false,
+        "profiles": null, "stateful": false, "description": "", "name": "c1", "source": {"type": "none", "certificate": "",
+        "allow_inconsistent": false}, "instance_type": "", "type": "container", "start": true});
+    let answer = s.post("/1.0/instances", body.clone()).await;
+    assert_eq!(answer.json()["metadata"]["resources"]["instances"][0], "/1.0/instances/c1");
+    s.done(answer).await;
+    let c1 = s.get("/1.0/instances/c1").await.metadata();
+    assert_eq!((c1["status"].as_str(), c1["status_code"].as_u64()), (Some("Running"), Some(103)));
+    assert_eq!(c1["config"]["limits.memory"], "64MiB");
+    assert!(c1["expanded_devices"]["root"]["pool"].is_string());
+    assert!(c1["config"]["volatile.eth0.hwaddr"].is_string());
+    let mut vm = body.clone();
+    vm["name"] = json!("v1");
+    vm["type"] = json!("virtual-machine");
+    s.done(s.post("/1.0/instances", vm).await).await;
+    assert_eq!(s.get("/1.0/instances/v1").await.metadata()["type"], "virtual-machine");
+    // Each refusal names its field, and nothing is made.
+    for (change, status, part) in [
+        (json!({"name": "c1"}), 409, "c1"),
+        (json!({"name": "bad/name"}), 400, "'/'"),
+        (json!({"config": {"limits.memry": "1"}}), 400, "limits.memory"),
+        (json!({"config": {"limits.memory": "lots"}}), 400, "limits.memory"),
+        (json!({"profiles": ["nope"]}), 404, "nope"),
+        (json!({"source": {"type": "image", "fingerprint": "aabbccddeeff"}}), 404, "aabbccddeeff"),
+        (json!({"source": {"type": "iso"}}), 400, "source.type"),
+        (json!({"source": null}), 400, "source"),
+        (json!({"type": "jail"}), 400, "type"),
+        (json!({"devices": {"root": {"type": "disk", "path": "/", "pool": "nope"}}}), 404, "nope"),
+        (json!({"devices": {"eth0": {"type": "nic", "network": "nope"}}}), 404, "nope"),
+        (json!({"descripton": "x"}), 400, "description"),
+        (json!({"config": []}), 400, "config"),
+    ] {
+        let mut wrong = body.clone();
+        wrong["name"] = json!("c9");
+        wrong.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+        let error = s.post("/1.0/instances", wrong).await.refused(status);
+        assert!(error.contains(part), "{change}: {error}");
+    }
+    assert_eq!(s.get("/1.0/instances").await.metadata(), json!(["/1.0/instances/c1", "/1.0/instances/v1"]));
+    for malformed in ["", "{", "[1]", "nonsense", "{\"name\": \"x\"} trailing"] {
+        s.send(Method::POST, "/1.0/instances", &[], malformed).await.refused(400);
+    }
+    let huge = format!("{{\"description\": \"{}\"}}", "x".repeat(2 << 20));
+    assert!(s.send(Method::POST, "/1.0/instances", &[], huge).await.refused(413).contains("KiB"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lists_filter_and_recurse() {
+    let s = Server::start().await;
+    s.container("c1", true).await;
+    s.container("c2", false).await;
+    let short = s.get("/1.0/instances").await.metadata();
+    assert_eq!(short, json!(["/1.0/instances/c1", "/1.0/instances/c2"]));
+    let long = s.get("/1.0/instances?recursion=1&filter=").await.metadata();
+    assert_eq!(long.as_array().unwrap().len(), 2);
+    assert!(long[0].get("state").is_none());
+    let full = s.get("/1.0/instances?recursion=2").await.metadata();
+    assert_eq!(full[0]["state"]["status"], "Running");
+    assert!(full[0]["state"]["pid"].as_i64().unwrap() > 0);
+    assert!(full[0]["state"]["memory"]["total"].is_number());
+    assert_eq!(full[1]["state"]["status"], "Stopped");
+    assert!(full[1]["snapshots"].is_null() && full[1]["backups"].is_null());
+    let running = s.get("/1.0/instances?recursion=2&filter=status+eq+running").await.metadata();
+    assert_eq!((running.as_array().unwrap().len(), running[0]["name"].as_str()), (1, Some("c1")));
+    let filtered = s.get("/1.0/instances?filter=name+eq+c2").await.metadata();
+    assert_eq!(filtered, json!(["/1.0/instances/c2"]));
+    assert!(s.get("/1.0/instances?filter=name+is+c2").await.refused(400).contains("filter"));
+    assert_eq!(s.get("/1.0/instances?all-projects=true").await.metadata().as_array().unwrap().len(), 2);
+    assert!(s.get("/1.0/instances?project=nope").await.refused(404).contains("nope"));
+    let one = s.get("/1.0/instances/c1?recursion=1").await.metadata();
+    assert_eq!(one["state"]["status"], "Running");
+    let state = s.get("/1.0/instances/c1/state").await.metadata();
+    assert_eq!(state["pid"], one["state"]["pid"]);
+    s.get("/1.0/instances/nope").await.refused(404);
+    // What changed is seen at once, although lists are kept rendered.
+    s.done(s.put("/1.0/instances/c1/state", json!({"action": "stop", "force": true, "timeout": -1})).await)
+        .await;
+    assert_eq!(s.get("/1.0/instances?recursion=1").await.metadata()[0]["status"], "Stopped");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn power_changes_are_operations() {
+    let s = Server::start().await;
+    s.container("c1", false).await;
+    let power = |action: &'static str| {
+        s.put(
+            "/1.0/instances/c1/state",
+            json!({"action": action, "timeout": -1, "force": true, "stateful": false}),
+        )
+    };
+    let status = async || s.get("/1.0/instances/c1").await.metadata()["status"].as_str().unwrap().to_owned();
+    for (action, expected) in [
+        ("start", "Running"),
+        ("freeze", "Frozen"),
+        ("unfreeze", "Running"),
+        ("restart", "Running"),
+        ("stop", "Stopped"),
+    ] {
+        let operation = s.done(power(action).await).await;
+        assert_eq!(operation["class"], "task");
+        assert!(!operation["description"].as_str().unwrap().is_empty());
+        assert_eq!(status().await, expected, "{action}");
+    }
+    assert!(power("stop").await.refused(409).contains("already stopped"));
+    assert!(power("strt").await.refused(400).contains("start"));
+    s.put("/1.0/instances/c1/state", json!({"action": "start", "frce": true})).await.refused(400);
+    s.done(s.put("/1.0/instances", json!({"state": {"action": "start"}})).await).await;
+    assert_eq!(status().await, "Running");
+    assert!(s.delete("/1.0/instances/c1").await.refused(409).contains("running"));
+    assert!(s.get("/1.0/operations?all-projects=true&recursion=1").await.metadata().is_object());
+    s.get("/1.0/operations/00000000-0000-0000-0000-000000000009").await.refused(404);
+    s.get("/1.0/operations/nonsense").await.refused(404);
+    s.done(power("stop").await).await;
+    let answer = s.delete("/1.0/instances/c1").await;
+    let path = answer.json()["operation"].as_str().unwrap().to_owned();
+    s.done(answer).await;
+    assert_eq!(s.get(&path).await.metadata()["status"], "Success");
+    assert_eq!(s.get("/1.0/instances").await.metadata(), json!([]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn instances_are_changed_under_their_etag() {
+    let s = Server::start().await;
+    s.container("c1", false).await;
+    let got = s.get("/1.0/instances/c1").await;
+    let tag = got.header("etag").to_owned();
+    assert!(tag.starts_with('"') && tag.len() == 66);
+    // As the client does it: the whole of what it got goes back.
+    let mut body = got.metadata();
+    body["config"]["limits.memory"] = json!("1GiB");
+    body["description"] = json!("mine");
+    let change = s.send(Method::PUT, "/1.0/instances/c1", &[("if-match", &tag)], body.to_string()).await;
+    s.done(change).await;
+    let now = s.get("/1.0/instances/c1").await;
+    assert_ne!(now.header("etag"), tag);
+    assert_eq!(now.metadata()["config"]["limits.memory"], "1GiB");
+    assert_eq!(now.metadata()["description"], "mine");
+    let late = s.send(Method::PUT, "/1.0/instances/c1", &[("if-match", &tag)], body.to_string()).await;
+    assert!(late.refused(412).contains("ETag"));
+    s.patch("/1.0/instances/c1", json!({"config": {"user.a": "b"}})).await.metadata();
+    let patched = s.get("/1.0/instances/c1").await.metadata();
+    assert_eq!(
+        (patched["config"]["user.a"].as_str(), patched["config"]["limits.memory"].as_str()),
+        (Some("b"), Some("1GiB"))
+    );
+    assert_eq!(patched["description"], "mine");
+    assert!(
+        s.put("/1.0/instances/c1", json!({"config": {"limits.cpus": "2"}}))
+            .await
+            .refused(400)
+            .contains("limits.cpu")
+    );
+    let renamed = s
+        .post("/1.0/instances/c1", json!({"name": "c2", "migration": false, "live": false, "Config": null}))
+        .await;
+    s.done(renamed).await;
+    s.get("/1.0/instances/c1").await.refused(404);
+    assert_eq!(s.get("/1.0/instances/c2").await.metadata()["name"], "c2");
+    s.post("/1.0/instances/c2", json!({"name": "a/b"})).await.refused(400);
+}
+
+fn secrets(answer: &common::Answer) -> (String, Value) {
+    assert_eq!(answer.status, 202, "{}", String::from_utf8_lossy(&answer.body));
+    let json = answer.json();
+    (json["operation"].as_str().unwrap().to_owned(), json["metadata"]["metadata"]["fds"].clone())
+}
+
+fn at(operation: &str, secrets: &Value, name: &str) -> String {
+    format!("{operation}/websocket?secret={}", secrets[name].as_str().unwrap())
+}
+
+fn command(words: &[&str]) -> Value {
+    json!({"command": words, "wait-for-websocket": true, "interactive": false, "environment": {"TERM": "xterm"},
+        "width": 0, "height": 0, "record-output": false, "user": 0, "group": 0, "cwd": ""})
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn exec_joins_three_pipes() {
+    let s = Server::start().await;
+    s.container("c1", true).await;
+    let answer = s.post("/1.0/instances/c1/exec", command(&["sh", "-c", "cat; echo err >&2; exit 7"])).await;
+    let (operation, fds) = secrets(&answer);
+    assert_eq!(fds.as_object().unwrap().len(), 4);
+    let control = s.websocket(&at(&operation, &fds, "control")).await;
+    let mut stdin = s.websocket(&at(&operation, &fds, "0")).await;
+    let mut stdout = s.websocket(&at(&operation, &fds, "1")).await;
+    let mut stderr = s.websocket(&at(&operation, &fds, "2")).await;
+    say(&mut stdin, Message::binary(&b"through the pipe\n"[..])).await;
+    say(&mut stdin, Message::text("")).await;
+    assert_eq!(stream_of(&mut stdout).await, "through the pipe\n");
+    assert_eq!(stream_of(&mut stderr).await, "err\n");
+    let ended = s.get(&format!("{operation}/wait?timeout=20")).await.metadata();
+    assert_eq!((ended["status"].as_str(), ended["metadata"]["return"].as_i64()), (Some("Success"), Some(7)));
+    assert!(ended["metadata"].get("fds").is_none(), "secrets stay out of records");
+    drop(control);
+    s.get(&format!("{operation}/websocket?secret=x")).await.refused(400);
+    // Much output arrives whole.
+    let answer = s.post("/1.0/instances/c1/exec", command(&["cat"])).await;
+    let (operation, fds) = secrets(&answer);
+    let mut stdin = s.websocket(&at(&operation, &fds, "0")).await;
+    let mut stdout = s.websocket(&at(&operation, &fds, "1")).await;
+    let _stderr = s.websocket(&at(&operation, &fds, "2")).await;
+    let writer = tokio::spawn(async move {
+        for _ in 0..64 {
+            say(&mut stdin, Message::binary(vec![b'x'; 32 << 10])).await;
+        }
+        say(&mut stdin, Message::text("")).await;
+        stdin
+    });
+    assert_eq!(stream_of(&mut stdout).await.len(), 64 * (32 << 10));
+    writer.await.unwrap();
+    // Without websockets it runs all the same.
+    let mut alone = command(&["sh", "-c", "exit 3"]);
+    alone["wait-for-websocket"] = json!(false);
+    let ended = s.done(s.post("/1.0/instances/c1/exec", alone).await).await;
+    assert_eq!(ended["metadata"]["return"], 3);
+    // Refusals.
+    s.post("/1.0/instances/c1/exec", command(&[])).await.refused(400);
+    s.post("/1.0/instances/nope/exec", command(&["true"])).await.refused(404);
+    let mut negative = command(&["true"]);
+    negative["user"] = json!(-1);
+    assert!(s.post("/1.0/instances/c1/exec", negative).await.refused(400).contains("user"));
+    s.container("c2", false).await;
+    s.post("/1.0/instances/c2/exec", command(&["true"])).await.refused(409);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn exec_resizes_and_signals() {
+    let s = Server::start().await;
+    s.container("c1", true).await;
+    let mut body = command(&["sh", "-c", "stty size; cat; exit 4"]);
+    body["interactive"] = json!(true);
+    body["width"] = json!(100);
+    body["height"] = json!(30);
+    let (operation, fds) = secrets(&s.post("/1.0/instances/c1/exec", body).await);
+    assert_eq!(fds.as_object().unwrap().len(), 2);
+    let mut control = s.websocket(&at(&operation, &fds, "control")).await;
+    let mut terminal = s.websocket(&at(&operation, &fds, "0")).await;
+    expect(&mut terminal, "30 100").await;
+    say(
+        &mut control,
+        Message::text(r#"{"command":"window-resize","args":{"height":"40","width":"120"},"signal":0}"#),
+    )
+    .await;
+    say(&mut terminal, Message::binary(&b"typed\n"[..])).await;
+    expect(&mut terminal, "typed").await;
+    say(&mut control, Message::text(r#"{"command":"signal","args":null,"signal":15}"#)).await;
+    while matches!(next(&mut terminal).await, Some(Message::Binary(_))) {}
+    let ended = s.get(&format!("{operation}/wait?timeout=20")).await.metadata();
+    assert_eq!(ended["metadata"]["return"], 128 + 15);
+    // A client that goes away takes its program with it.
+    let (operation, fds) = secrets(&s.post("/1.0/instances/c1/exec", command(&["sleep", "infinity"])).await);
+    let control = s.websocket(&at(&operation, &fds, "control")).await;
+    let _streams = (
+        s.websocket(&at(&operation, &fds, "0")).await,
+        s.websocket(&at(&operation, &fds, "1")).await,
+        s.websocket(&at(&operation, &fds, "2")).await,
+    );
+    drop(control);
+    let ended = s.get(&format!("{operation}/wait?timeout=20")).await.metadata();
+    assert_eq!(ended["status"], "Cancelled", "{ended}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn exec_carries_user_group_and_directory() {
+    let s = Server::start().await;
+    s.container("c1", true).await;
+    let mut body = command(&["sh", "-c", "id; id -g; pwd; printenv A"]);
+    body["user"] = json!(1000);
+    body["group"] = json!(1001);
+    body["cwd"] = json!("/tmp");
+    body["environment"] = json!({"A": "b"});
+    let (operation, fds) = secrets(&s.post("/1.0/instances/c1/exec", body).await);
+    let _stdin = s.websocket(&at(&operation, &fds, "0")).await;
+    let mut stdout = s.websocket(&at(&operation, &fds, "1")).await;
+    let _stderr = s.websocket(&at(&operation, &fds, "2")).await;
+    assert_eq!(stream_of(&mut stdout).await, "1000\n1001\n/tmp\nb\n");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn console_joins_both_ways() {
+    let s = Server::start().await;
+    s.container("c1", true).await;
+    let open = json!({"width": 80, "height": 24, "type": "console", "force": false});
+    let (operation, fds) = secrets(&s.post("/1.0/instances/c1/console", open.clone()).await);
+    let _control = s.websocket(&at(&operation, &fds, "control")).await;
+    let mut console = s.websocket(&at(&operation, &fds, "0")).await;
+    say(&mut console, Message::binary(&b"hello console\r"[..])).await;
+    expect(&mut console, "hello console").await;
+    drop(console);
+    let ended = s.get(&format!("{operation}/wait?timeout=20")).await.metadata();
+    assert_eq!(ended["status"], "Success");
+    let log = s.get("/1.0/instances/c1/console").await;
+    assert_eq!(log.header("content-type"), "application/octet-stream");
+    assert!(String::from_utf8_lossy(&log.body).contains("hello console"));
+    s.delete("/1.0/instances/c1/console").await.metadata();
+    assert!(s.get("/1.0/instances/c1/console").await.body.is_empty());
+    // An attachment can be cancelled.
+    let (operation, fds) = secrets(&s.post("/1.0/instances/c1/console", open).await);
+    let _console = s.websocket(&at(&operation, &fds, "0")).await;
+    s.delete(&operation).await.metadata();
+    assert_eq!(s.get(&format!("{operation}/wait?timeout=20")).await.metadata()["status"], "Cancelled");
+    s.post("/1.0/instances/c1/console", json!({"type": "vga"})).await.refused(400);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn files_over_http() {
+    let s = Server::start().await;
+    s.container("c1", true).await;
+    let at = |path: &str| format!("/1.0/instances/c1/files?path={path}");
+    let headers =
+        [("x-incus-uid", "5"), ("x-incus-gid", "6"), ("x-incus-mode", "0640"), ("x-incus-type", "file")];
+    s.send(Method::POST, &at("%2Froot%2Ff1"), &headers, "hello\n").await.metadata();
+    let got = s.get(&at("root%2Ff1")).await;
+    assert_eq!(&got.body[..], b"hello\n");
+    for prefix in ["x-incus", "x-lxd"] {
+        for (name, value) in [("uid", "5"), ("gid", "6"), ("mode", "0640"), ("type", "file")] {
+            assert_eq!(got.header(&format!("{prefix}-{name}")), value);
+        }
+    }
+    s.send(Method::POST, &at("/root/f1"), &[("x-lxd-write", "append")], "more\n").await.metadata();
+    assert_eq!(&s.get(&at("/root/f1")).await.body[..], b"hello\nmore\n");
+    let head = s.send(Method::HEAD, &at("/root/f1"), &[], "").await;
+    assert_eq!(
+        (head.status, head.header("content-length"), head.header("x-incus-type")),
+        (200, "11", "file")
+    );
+    s.send(Method::POST, &at("/root/d"), &[("x-incus-type", "directory"), ("x-incus-mode", "0750")], "")
+        .await
+        .metadata();
+    s.send(Method::POST, &at("/root/d/l"), &[("x-incus-type", "symlink")], "../f1").await.metadata();
+    let directory = s.get(&at("/root/d")).await;
+    assert_eq!((directory.header("x-incus-type"), directory.metadata()), ("directory", json!(["l"])));
+    let link = s.get(&at("/root/d/l")).await;
+    assert_eq!((link.header("x-incus-type"), &link.body[..]), ("symlink", &b"../f1"[..]));
+    s.delete(&at("/root/f1")).await.metadata();
+    s.get(&at("/root/f1")).await.refused(404);
+    s.delete(&at("/root/f1")).await.refused(404);
+    assert!(s.get("/1.0/instances/c1/files").await.refused(400).contains("path"));
+    let bad = s.send(Method::POST, &at("/root/x"), &[("x-incus-mode", "rw")], "").await;
+    assert!(bad.refused(400).contains("X-Incus-mode"));
+    s.send(Method::POST, &at("/root/x"), &[("x-incus-type", "socket")], "").await.refused(400);
+    s.send(Method::POST, &at("/nowhere/x"), &[], "x").await.refused(404);
+    s.get(&at("%2Fa%00b")).await.refused(400);
+    // What climbs stays below the root.
+    s.get(&at("/../../etc/hostname")).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn events_tell_what_happened() {
+    let s = Server::start().await;
+    let mut events = s.websocket("/1.0/events").await;
+    let mut lifecycle = s.websocket("/1.0/events?type=lifecycle&all-projects=true").await;
+    s.container("c1", true).await;
+    let mut seen = vec![];
+    loop {
+        let Some(Message::Text(text)) = next(&mut events).await else { panic!("the events end") };
+        let event: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(event["location"], "none");
+        if event["type"] == "operation" {
+            assert_eq!(event["project"], "default");
+            seen.push(event["metadata"]["status"].as_str().unwrap().to_owned());
+            if event["metadata"]["status"] == "Success" {
+                break;
+            }
+        }
+    }
+    assert!(seen.len() >= 2, "{seen:?}");
+    let Some(Message::Text(text)) = next(&mut lifecycle).await else { panic!("the events end") };
+    let event: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(
+        (event["type"].as_str(), event["metadata"]["action"].as_str()),
+        (Some("lifecycle"), Some("instance-created"))
+    );
+    assert_eq!(event["metadata"]["source"], "/1.0/instances/c1");
+    assert_eq!(
+        (event["metadata"]["name"].as_str(), event["metadata"]["project"].as_str()),
+        (Some("c1"), Some("default"))
+    );
+    assert_eq!(event["metadata"]["requestor"]["protocol"], "unix");
+    s.get("/1.0/events").await.refused(400);
+    assert!(s.get("/1.0/events?type=lifecicle").await.refused(400).contains("lifecycle"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn images_are_uploaded_listed_and_exported() {
+    let s = Server::start().await;
+    let headers = [
+        ("x-incus-filename", "u.tar.gz"),
+        ("x-incus-properties", "distro=x&os=Debian"),
+        ("x-incus-aliases", "alias=deb"),
+    ];
+    let operation = s.done(s.send(Method::POST, "/1.0/images", &headers, "a unified image").await).await;
+    let fingerprint = operation["metadata"]["fingerprint"].as_str().expect("the fingerprint").to_owned();
+    assert_eq!(fingerprint.len(), 64);
+    let list = s.get("/1.0/images?recursion=1").await.metadata();
+    assert_eq!(
+        (list[0]["fingerprint"].as_str(), list[0]["properties"]["distro"].as_str()),
+        (Some(&*fingerprint), Some("x"))
+    );
+    assert_eq!(
+        (list[0]["aliases"][0]["name"].as_str(), list[0]["type"].as_str()),
+        (Some("deb"), Some("container"))
+    );
+    assert_eq!(
+        s.get("/1.0/images?all-projects=true").await.metadata(),
+        json!([format!("/1.0/images/{fingerprint}")])
+    );
+    assert_eq!(s.get("/1.0/images?filter=properties.os+eq+fedora&recursion=1").await.metadata(), json!([]));
+    let export = s.get(&format!("/1.0/images/{}/export", &fingerprint[..12])).await;
+    assert_eq!((&export.body[..], export.header("x-incus-type")), (&b"a unified image"[..], "incus"));
+    let got = s.get(&format!("/1.0/images/{fingerprint}")).await;
+    let tag = got.header("etag").to_owned();
+    let body = json!({"auto_update": false, "properties": {"os": "mine"}, "public": false, "profiles": ["default"], "expires_at": "0001-01-01T00:00:00Z"});
+    let path = format!("/1.0/images/{fingerprint}");
+    s.send(Method::PUT, &path, &[("if-match", &tag)], body.to_string()).await.metadata();
+    s.send(Method::PUT, &path, &[("if-match", &tag)], body.to_string()).await.refused(412);
+    s.patch(&path, json!({"properties": {"release": "12"}})).await.metadata();
+    assert_eq!(s.get(&path).await.metadata()["properties"], json!({"os": "mine", "release": "12"}));
+    // A split image, and what is wrong with some.
+    let multipart = |parts: &[(&str, &str)]| {
+        let mut body = String::new();
+        for (name, data) in parts {
+            body.push_str(&format!("--BB\r\nContent-Disposition: form-data; name=\"{name}\"; filename=\"{name}.tar\"\r\n\r\n{data}\r\n"));
+        }
+        body + "--BB--\r\n"
+    };
+    let kind = [("content-type", "multipart/form-data; boundary=BB")];
+    let split = s
+        .send(Method::POST, "/1.0/images", &kind, multipart(&[("metadata", "meta"), ("rootfs", "root")]))
+        .await;
+    let split = s.done(split).await["metadata"]["fingerprint"].as_str().unwrap().to_owned();
+    let export = s.get(&format!("/1.0/images/{split}/export")).await;
+    let text = String::from_utf8(export.body.to_vec()).unwrap();
+    assert!(export.header("content-type").starts_with("multipart/form-data; boundary="));
+    assert!(text.contains("name=\"metadata\"") && text.contains("\r\n\r\nroot\r\n"), "{text}");
+    for parts in [&[("rootfs", "root")][..], &[("metadata", "m")], &[("metadata", "m"), ("sources", "x")]] {
+        s.send(Method::POST, "/1.0/images", &kind, multipart(parts)).await.refused(400);
+    }
+    s.send(Method::POST, "/1.0/images", &[("content-type", "multipart/form-data")], "x").await.refused(400);
+    s.send(Method::POST, "/1.0/images", &[], "").await.refused(400);
+    let wrong = s.wait(s.send(Method::POST, "/1.0/images", &[], "not an image").await).await;
+    assert_eq!(wrong["status"], "Failure");
+    s.send(Method::POST, "/1.0/images", &[("x-incus-fingerprint", "00ff")], "x").await.refused(400);
+    let other = [("x-incus-fingerprint", "00".repeat(32))];
+    let other = other.each_ref().map(|(k, v)| (*k, v.as_str()));
+    assert_eq!(
+        s.wait(s.send(Method::POST, "/1.0/images", &other, "another").await).await["status"],
+        "Failure"
+    );
+    // An instance of it; then both go.
+    let body = json!({"name": "c1", "source": {"type": "image", "alias": "deb"}});
+    s.done(s.post("/1.0/instances", body).await).await;
+    let c1 = s.get("/1.0/instances/c1").await.metadata();
+    assert_eq!(c1["config"]["volatile.base_image"], fingerprint);
+    s.done(s.delete("/1.0/instances/c1").await).await;
+    for f in [&fingerprint, &split] {
+        s.done(s.delete(&format!("/1.0/images/{f}")).await).await;
+    }
+    assert_eq!(s.get("/1.0/images").await.metadata(), json!([]));
+    assert_eq!(s.get("/1.0/images/aliases").await.metadata(), json!([]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn image_aliases_live() {
+    let s = Server::start().await;
+    let operation = s.done(s.send(Method::POST, "/1.0/images", &[], "an image").await).await;
+    let target = operation["metadata"]["fingerprint"].as_str().unwrap().to_owned();
+    let body = json!({"description": "", "target": target, "name": "debian/12", "type": ""});
+    let created = s.post("/1.0/images/aliases", body.clone()).await;
+    assert_eq!((created.status, created.header("location")), (201, "/1.0/images/aliases/debian%2F12"));
+    s.post("/1.0/images/aliases", body).await.refused(409);
+    let alias = s.get("/1.0/images/aliases/debian%2F12").await.metadata();
+    assert_eq!(alias, json!({"description": "", "target": target, "name": "debian/12", "type": "container"}));
+    s.patch("/1.0/images/aliases/debian%2F12", json!({"description": "mine"})).await.metadata();
+    assert_eq!(s.get("/1.0/images/aliases?recursion=1").await.metadata()[0]["description"], "mine");
+    s.put("/1.0/images/aliases/debian%2F12", json!({"description": "x"})).await.refused(400);
+    assert_eq!(s.post("/1.0/images/aliases/debian%2F12", json!({"name": "deb"})).await.status, 201);
+    s.get("/1.0/images/aliases/debian%2F12").await.refused(404);
+    s.post("/1.0/images/aliases", json!({"name": "x", "target": "00000000"})).await.refused(404);
+    s.post("/1.0/images/aliases", json!({"name": "../x", "target": target})).await.refused(400);
+    s.delete("/1.0/images/aliases/deb").await.metadata();
+    s.delete("/1.0/images/aliases/deb").await.refused(404);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn networks_live_and_are_refused() {
+    let s = Server::start().await;
+    let body = json!({"config": {"ipv4.address": "10.221.8.1/24", "ipv6.address": "none"}, "description": "", "name": "n1", "type": ""});
+    let created = s.post("/1.0/networks", body.clone()).await;
+    assert_eq!((created.status, created.header("location")), (201, "/1.0/networks/n1"));
+    s.post("/1.0/networks", body).await.refused(409);
+    for (config, part) in [
+        (json!({"ipv4.addres": "10.1.1.1/24"}), "ipv4.address"),
+        (json!({"ipv4.address": "bad"}), "ipv4.address"),
+        (json!({"ipv4.address": "10.221.8.1/24"}), "overlaps"),
+    ] {
+        let answer = s.post("/1.0/networks", json!({"name": "n2", "config": config})).await;
+        assert!([400, 409].contains(&answer.status));
+        assert!(answer.json()["error"].as_str().unwrap().contains(part));
+    }
+    s.post("/1.0/networks", json!({"name": "n2", "type": "ovn"})).await.refused(400);
+    s.post("/1.0/networks", json!({"name": "much-too-long-for-a-bridge"})).await.refused(400);
+    let got = s.get("/1.0/networks/n1").await;
+    let tag = got.header("etag").to_owned();
+    assert_eq!(
+        (got.metadata()["type"].as_str(), got.metadata()["managed"].as_bool()),
+        (Some("bridge"), Some(true))
+    );
+    let body =
+        json!({"config": {"ipv4.address": "10.221.8.1/24", "user.a": "b"}, "description": "d"}).to_string();
+    s.send(Method::PUT, "/1.0/networks/n1", &[("if-match", &tag)], body.clone()).await.metadata();
+    s.send(Method::PUT, "/1.0/networks/n1", &[("if-match", &tag)], body).await.refused(412);
+    s.patch("/1.0/networks/n1", json!({"config": {"ipv4.nat": "false"}})).await.metadata();
+    let config = s.get("/1.0/networks/n1").await.metadata()["config"].clone();
+    assert_eq!((config["user.a"].as_str(), config["ipv4.nat"].as_str()), (Some("b"), Some("false")));
+    let state = s.get("/1.0/networks/n1/state").await.metadata();
+    assert_eq!(state["addresses"][0]["address"], "10.221.8.1");
+    let leases = s.get("/1.0/networks/n1/leases").await.metadata();
+    assert_eq!(
+        (leases[0]["type"].as_str(), leases[0]["address"].as_str()),
+        (Some("gateway"), Some("10.221.8.1"))
+    );
+    s.delete("/1.0/networks/n1").await.metadata();
+    s.get("/1.0/networks/n1").await.refused(404);
+    let used = s.get("/1.0/networks?recursion=1").await.metadata()[0].clone();
+    assert_eq!(used["used_by"], json!(["/1.0/profiles/default"]));
+    s.delete(&format!("/1.0/networks/{}", used["name"].as_str().unwrap())).await.refused(409);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn storage_pools_live() {
+    let s = Server::start().await;
+    s.container("c1", false).await;
+    let pools = s.get("/1.0/storage-pools?recursion=1").await.metadata();
+    assert_eq!((pools[0]["name"].as_str(), pools[0]["driver"].as_str()), (Some("default"), Some("dir")));
+    assert!(pools[0]["used_by"].to_string().contains("/1.0/instances/c1"));
+    assert!(s.get("/1.0/storage-pools/default").await.header("etag").len() == 66);
+    assert!(
+        s.get("/1.0/storage-pools/default/resources").await.metadata()["space"]["total"].as_u64().unwrap()
+            > 0
+    );
+    let volumes = s.get("/1.0/storage-pools/default/volumes?recursion=1&filter=").await.metadata();
+    assert_eq!((volumes[0]["name"].as_str(), volumes[0]["type"].as_str()), (Some("c1"), Some("container")));
+    assert_eq!(s.get("/1.0/storage-pools/default/volumes?filter=name+eq+x").await.metadata(), json!([]));
+    assert_eq!(
+        s.get("/1.0/storage-pools/default/volumes/container?all-projects=true").await.metadata(),
+        json!(["/1.0/storage-pools/default/volumes/container/c1"])
+    );
+    assert_eq!(
+        s.get("/1.0/storage-pools/default/volumes/container/c1").await.metadata()["used_by"][0],
+        "/1.0/instances/c1"
+    );
+    assert!(
+        s.get("/1.0/storage-pools/default/volumes/container/c1/state").await.metadata()["usage"].is_object()
+    );
+    s.get("/1.0/storage-pools/default/volumes/container/nope").await.refused(404);
+    s.get("/1.0/storage-pools/default/volumes/weird/c1").await.refused(400);
+    let created = s
+        .post("/1.0/storage-pools", json!({"name": "p2", "driver": "dir", "config": {}, "description": ""}))
+        .await;
+    assert_eq!((created.status, created.header("location")), (201, "/1.0/storage-pools/p2"));
+    s.post("/1.0/storage-pools", json!({"name": "p2", "driver": "dir"})).await.refused(409);
+    s.post("/1.0/storage-pools", json!({"name": "p3", "driver": "zfs"})).await.refused(400);
+    s.post("/1.0/storage-pools", json!({"name": "p3"})).await.refused(400);
+    s.delete("/1.0/storage-pools/p2").await.metadata();
+    s.delete("/1.0/storage-pools/default").await.refused(409);
+    s.get("/1.0/storage-pools/p2").await.refused(404);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn profiles_and_projects_live() {
+    let s = Server::start().await;
+    let created = s
+        .post("/1.0/profiles", json!({"config": null, "description": "", "devices": null, "name": "p1"}))
+        .await;
+    assert_eq!((created.status, created.header("location")), (201, "/1.0/profiles/p1"));
+    s.post("/1.0/profiles", json!({"name": "p1"})).await.refused(409);
+    let tag = s.get("/1.0/profiles/p1").await.header("etag").to_owned();
+    let body = json!({"config": {"limits.cpu": "1"}, "description": "", "devices": {}}).to_string();
+    s.send(Method::PUT, "/1.0/profiles/p1", &[("if-match", &tag)], body.clone()).await.metadata();
+    s.send(Method::PUT, "/1.0/profiles/p1", &[("if-match", &tag)], body).await.refused(412);
+    s.patch("/1.0/profiles/p1", json!({"devices": {"e1": {"type": "none"}}})).await.metadata();
+    let p1 = s.get("/1.0/profiles/p1").await.metadata();
+    assert_eq!(
+        (p1["config"]["limits.cpu"].as_str(), p1["devices"]["e1"]["type"].as_str()),
+        (Some("1"), Some("none"))
+    );
+    assert!(
+        s.put("/1.0/profiles/p1", json!({"config": {"limits.cpo": "1"}}))
+            .await
+            .refused(400)
+            .contains("limits.cpu")
+    );
+    assert_eq!(s.post("/1.0/profiles/p1", json!({"name": "p2"})).await.status, 201);
+    s.done(
+        s.post(
+            "/1.0/instances",
+            json!({"name": "c1", "profiles": ["default", "p2"], "source": {"type": "none"}}),
+        )
+        .await,
+    )
+    .await;
+    assert_eq!(s.get("/1.0/profiles/p2").await.metadata()["used_by"], json!(["/1.0/instances/c1"]));
+    s.delete("/1.0/profiles/p2").await.refused(409);
+    assert_eq!(s.get("/1.0/profiles?all-projects=true").await.metadata().as_array().unwrap().len(), 2);
+    s.done(s.delete("/1.0/instances/c1").await).await;
+    s.delete("/1.0/profiles/p2").await.metadata();
+
+    assert_eq!(
+        s.post("/1.0/projects", json!({"name": "pr1", "description": "", "config": {}})).await.status,
+        201
+    );
+    s.post("/1.0/projects", json!({"name": "pr1"})).await.refused(409);
+    assert_eq!(
+        s.get("/1.0/projects").await.metadata(),
+        json!(["/1.0/projects/default", "/1.0/projects/pr1"])
+    );
+    s.patch("/1.0/projects/pr1", json!({"description": "mine"})).await.metadata();
+    assert_eq!(s.get("/1.0/projects/pr1").await.metadata()["description"], "mine");
+    let tag = s.get("/1.0/projects/pr1").await.header("etag").to_owned();
+    let config = s.get("/1.0/projects/pr1").await.metadata()["config"].clone();
+    let body = json!({"description": "ours", "config": config}).to_string();
+    s.send(Method::PUT, "/1.0/projects/pr1", &[("if-match", &tag)], body).await.metadata();
+    assert_eq!(
+        s.get("/1.0/projects/pr1/state").await.metadata()["resources"]["instances"],
+        json!({"Limit": -1, "Usage": 0})
+    );
+    assert_eq!(s.get("/1.0/instances?project=pr1").await.metadata(), json!([]));
+    s.done(s.post("/1.0/projects/pr1", json!({"name": "pr2"})).await).await;
+    s.delete("/1.0/projects/pr2").await.metadata();
+    s.delete("/1.0/projects/default").await.refused(409);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn karst_paths_answer() {
+    let mut s = Server::start().await;
+    let host = s.get("/1.0/karst/host").await.metadata();
+    assert_eq!(
+        (host["nodes"][0]["name"].as_str(), host["nodes"][0]["this"].as_bool()),
+        (Some("node1"), Some(true))
+    );
+    s.done(
+        s.post(
+            "/1.0/karst/images/build",
+            json!({"recipe": "debian/12", "type": "container", "alias": "deb"}),
+        )
+        .await,
+    )
+    .await;
+    assert_eq!(s.get("/1.0/images/aliases/deb").await.metadata()["type"], "container");
+    s.post("/1.0/karst/images/build", json!({"recipe": "../x"})).await.refused(400);
+    s.get("/internal/ready").await.metadata();
+    s.put("/internal/shutdown", json!({})).await.metadata();
+    s.shutdown.recv().await.expect("the server is asked to end");
+}
+
+#[test]
+fn the_document_is_current() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../docs/incus-api-table.md");
+    let now = routes::document();
+    if std::env::var_os("KARST_BLESS").is_some() {
+        std::fs::write(path, &now).unwrap();
+    }
+    let kept = std::fs::read_to_string(path).unwrap_or_default();
+    assert!(kept == now, "docs/incus-api-table.md is stale: run this test with KARST_BLESS=1");
+}
+
+/// Every path and method of Incus' API stands in the table, and every test that the table names exists.
+#[test]
+fn the_table_is_whole() {
+    let table: Vec<(String, String)> = routes::TABLE
+        .iter()
+        .map(|r| {
+            (
+                r.method.to_string(),
+                r.path
+                    .split('/')
+                    .map(|s| if s.starts_with('{') { "{}" } else { s })
+                    .collect::<Vec<_>>()
+                    .join("/"),
+            )
+        })
+        .collect();
+    let mut unique = table.clone();
+    unique.sort();
+    unique.dedup();
+    assert_eq!(unique.len(), table.len(), "a row stands twice");
+    let api = include_str!("incus-api.txt");
+    assert!(api.lines().count() > 200);
+    for line in api.lines() {
+        let (method, path) = line.split_once(' ').unwrap();
+        assert!(table.contains(&(method.to_owned(), path.to_owned())), "{line} is missing in the table");
+    }
+    let tests = [include_str!("api.rs"), include_str!("clients.rs")].concat();
+    let named = routes::TABLE
+        .iter()
+        .filter_map(|r| match r.state {
+            routes::State::Done(_, test) => Some(test),
+            routes::State::Open(_) => None,
+        })
+        .chain(extensions::TESTED.iter().map(|(_, test)| *test));
+    for test in named {
+        assert!(tests.contains(&format!("fn {test}(")), "the test {test} does not exist");
+    }
+}

@@ -1,0 +1,217 @@
+//! A whole platform behind a unix socket: the front end over an engine on an in-memory store and a simulated host.
+#![allow(dead_code, clippy::disallowed_methods)] // each test file uses a part of it; a test tool
+
+use futures::{SinkExt, StreamExt};
+use http_body_util::{BodyExt, Full};
+use hyper::{HeaderMap, Method, Request, body::Bytes};
+use hyper_util::rt::TokioIo;
+use karst_agent::simulated::{SimulatedAgent, SimulatedOptions};
+use karst_engine::{Agents, Context, Engine, EngineConfig};
+use karst_env::RealEnv;
+use karst_frontend_incus::{App, ServerInfo, serve, serve_connection};
+use karst_model::{ByteSize, NodeId, access::Principal};
+use karst_store::{SqliteStore, Store};
+use serde_json::{Value, json};
+use std::{path::PathBuf, sync::Arc, time::Duration};
+use tokio::net::{UnixListener, UnixStream};
+use tokio_tungstenite::{WebSocketStream, tungstenite::Message};
+
+/// How long anything may take.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+pub struct Server {
+    pub app: Arc<App>,
+    pub engine: Engine,
+    /// Hears when the server is asked to end.
+    pub shutdown: tokio::sync::mpsc::Receiver<()>,
+    pub agent: Arc<SimulatedAgent>,
+    pub socket: PathBuf,
+    pub dir: tempfile::TempDir,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.task.abort();
+        self.engine.close();
+    }
+}
+
+pub struct Answer {
+    pub status: u16,
+    pub headers: HeaderMap,
+    pub body: Bytes,
+}
+
+impl Answer {
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body)
+            .unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&self.body)))
+    }
+    pub fn metadata(&self) -> Value {
+        assert!(self.status < 300, "{}: {}", self.status, String::from_utf8_lossy(&self.body));
+        self.json()["metadata"].clone()
+    }
+    pub fn header(&self, name: &str) -> &str {
+        self.headers.get(name).map_or("", |v| v.to_str().unwrap())
+    }
+    /// The error's text, after its status was checked.
+    pub fn refused(&self, status: u16) -> String {
+        let json = self.json();
+        assert_eq!((self.status, json["type"].as_str()), (status, Some("error")), "{json}");
+        assert_eq!(json["error_code"], status);
+        json["error"].as_str().unwrap().to_owned()
+    }
+}
+
+impl Server {
+    pub async fn start() -> Server {
+        let env = RealEnv::shared();
+        let store: Arc<dyn Store> = Arc::new(SqliteStore::memory(env.clone()).unwrap());
+        let options = SimulatedOptions {
+            address_after: Duration::from_millis(20),
+            pool_size: ByteSize::gib(1024),
+            ..Default::default()
+        };
+        let agent = SimulatedAgent::new(env.clone(), options);
+        let node = NodeId(uuid::Uuid::from_u128(7));
+        let agents = Agents::default();
+        agents.insert(node, agent.clone());
+        let engine = Engine::open(EngineConfig {
+            env,
+            store,
+            agents,
+            nodes: vec![(node, "node1".into())],
+            daemon_id: "5eed00".into(),
+        })
+        .await
+        .unwrap();
+        engine.bootstrap().await.unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("unix.socket");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let (tell, shutdown) = tokio::sync::mpsc::channel(1);
+        let info = ServerInfo { version: "test".into(), name: "node1".into(), shutdown: Some(tell) };
+        let app = App::new(engine.clone(), info);
+        let task = tokio::spawn(serve(app.clone(), listener));
+        Server { app, engine, shutdown, agent, socket, dir, task }
+    }
+
+    pub async fn raw(&self, request: Request<Full<Bytes>>) -> Answer {
+        let stream = UnixStream::connect(&self.socket).await.unwrap();
+        Self::exchange(stream, request).await
+    }
+
+    /// A request of somebody else than who runs the test.
+    pub async fn send_as(&self, principal: Principal, method: Method, path: &str, body: String) -> Answer {
+        let (near, far) = UnixStream::pair().unwrap();
+        tokio::spawn(serve_connection(self.app.clone(), Context::new(principal), far));
+        let request = Request::builder().method(method).uri(path).header("host", "unix.socket");
+        Self::exchange(near, request.body(Full::new(body.into())).unwrap()).await
+    }
+
+    async fn exchange(stream: UnixStream, request: Request<Full<Bytes>>) -> Answer {
+        let exchange = async {
+            let (mut sender, connection) =
+                hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+            tokio::spawn(connection);
+            let (head, body) = sender.send_request(request).await.unwrap().into_parts();
+            let body = body.collect().await.unwrap().to_bytes();
+            Answer { status: head.status.as_u16(), headers: head.headers, body }
+        };
+        tokio::time::timeout(PATIENCE, exchange).await.expect("an answer in time")
+    }
+
+    pub async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: impl Into<Bytes>,
+    ) -> Answer {
+        let mut request = Request::builder().method(method).uri(path).header("host", "unix.socket");
+        for (k, v) in headers {
+            request = request.header(*k, *v);
+        }
+        self.raw(request.body(Full::new(body.into())).unwrap()).await
+    }
+
+    pub async fn get(&self, path: &str) -> Answer {
+        self.send(Method::GET, path, &[], "").await
+    }
+    pub async fn post(&self, path: &str, body: Value) -> Answer {
+        self.send(Method::POST, path, &[], body.to_string()).await
+    }
+    pub async fn put(&self, path: &str, body: Value) -> Answer {
+        self.send(Method::PUT, path, &[], body.to_string()).await
+    }
+    pub async fn patch(&self, path: &str, body: Value) -> Answer {
+        self.send(Method::PATCH, path, &[], body.to_string()).await
+    }
+    pub async fn delete(&self, path: &str) -> Answer {
+        self.send(Method::DELETE, path, &[], "").await
+    }
+
+    /// Waits for the operation behind a 202 and answers it.
+    pub async fn wait(&self, answer: Answer) -> Value {
+        assert_eq!(answer.status, 202, "{}", String::from_utf8_lossy(&answer.body));
+        let path = answer.json()["operation"].as_str().unwrap().to_owned();
+        assert_eq!(answer.header("location"), path);
+        self.get(&format!("{path}/wait?timeout=20")).await.metadata()
+    }
+
+    /// As [`Server::wait`], and it must have ended well.
+    pub async fn done(&self, answer: Answer) -> Value {
+        let operation = self.wait(answer).await;
+        assert_eq!(operation["status_code"], 200, "{operation}");
+        operation
+    }
+
+    /// An empty container.
+    pub async fn container(&self, name: &str, start: bool) {
+        let body = json!({"name": name, "source": {"type": "none"}, "start": start});
+        self.done(self.post("/1.0/instances", body).await).await;
+    }
+
+    pub async fn websocket(&self, path: &str) -> WebSocketStream<UnixStream> {
+        let stream = UnixStream::connect(&self.socket).await.unwrap();
+        let url = format!("ws://unix.socket{path}");
+        tokio_tungstenite::client_async(url, stream).await.expect("a websocket").0
+    }
+}
+
+/// The next message that carries anything.
+pub async fn next(socket: &mut WebSocketStream<UnixStream>) -> Option<Message> {
+    loop {
+        let message = tokio::time::timeout(PATIENCE, socket.next()).await.expect("a message in time");
+        match message {
+            Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+            Some(Ok(message)) => return Some(message),
+            Some(Err(_)) | None => return None,
+        }
+    }
+}
+
+/// All that is sent until the end of the stream (an empty text), as text.
+pub async fn stream_of(socket: &mut WebSocketStream<UnixStream>) -> String {
+    let mut all = vec![];
+    while let Some(Message::Binary(data)) = next(socket).await {
+        all.extend_from_slice(&data);
+    }
+    String::from_utf8(all).unwrap()
+}
+
+/// Reads binary messages until `wanted` has come.
+pub async fn expect(socket: &mut WebSocketStream<UnixStream>, wanted: &str) {
+    let mut all = String::new();
+    while !all.contains(wanted) {
+        match next(socket).await {
+            Some(Message::Binary(data)) => all.push_str(std::str::from_utf8(&data).unwrap()),
+            other => panic!("{other:?} where {wanted:?} is expected, after {all:?}"),
+        }
+    }
+}
+
+pub async fn say(socket: &mut WebSocketStream<UnixStream>, message: Message) {
+    socket.send(message).await.unwrap();
+}

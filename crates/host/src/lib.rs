@@ -1,0 +1,20 @@
+//! The one crate that executes programs, mounts, talks netlink and writes system files.
+//!
+//! Every call is typed (`host.run(Program::Nft, ..)`), never a shell line: a fixed table of programs, argv only, a cleared
+//! environment, a timeout and an output cap. Errors carry argv, exit code and stderr as private context.
+#![allow(clippy::disallowed_methods)] // this crate is the real world
+
+pub mod cgroup;
+pub mod exec;
+pub mod fs;
+pub mod link;
+pub mod netlink;
+pub mod netns;
+pub mod nft;
+pub mod process;
+pub mod sandbox;
+mod seccomp;
+pub mod sysctl;
+pub mod tap;
+
+pub use exec::{Command, Output, Program, run};

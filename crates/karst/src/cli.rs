@@ -1,0 +1,225 @@
+//! The command line as a whole: global options, the tree of commands, usage errors in one line.
+
+use std::path::PathBuf;
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind};
+
+use crate::{
+    commands::{
+        completion, config, console, create, exec, file, host, image, info, lifecycle, list, monitor,
+        network, operation, profile, project, query, snapshot, storage, version, warning,
+    },
+    context::Context,
+    error::{Error, Result},
+};
+
+/// The command line of Karst: virtual machines and containers
+#[derive(Debug, Parser)]
+#[command(
+    name = "karst",
+    version,
+    propagate_version = false,
+    subcommand_required = true,
+    arg_required_else_help = true
+)]
+pub struct Cli {
+    /// Directory of the server, with its unix.socket
+    #[arg(long, global = true, env = "KARST_DIR", value_name = "DIR", help_heading = "Global options")]
+    dir: Option<PathBuf>,
+    /// Project to work in
+    #[arg(long, global = true, env = "KARST_PROJECT", value_name = "NAME", help_heading = "Global options")]
+    project: Option<String>,
+    /// No progress and no remarks
+    #[arg(short, long, global = true, help_heading = "Global options")]
+    quiet: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Create and start an instance from an image
+    Launch(create::Create),
+    /// Create an instance from an image
+    Create(create::Create),
+    /// List instances
+    #[command(visible_alias = "ls")]
+    List(list::List),
+    /// Show an instance, or the server when no name is given
+    Info(info::Info),
+    /// Run a command in an instance
+    Exec(exec::Exec),
+    /// A login shell in an instance
+    Shell(exec::Shell),
+    /// The console of an instance
+    Console(console::Console),
+    /// Start instances
+    Start(lifecycle::Start),
+    /// Stop instances
+    Stop(lifecycle::Stop),
+    /// Restart instances
+    Restart(lifecycle::Stop),
+    /// Freeze instances
+    Pause(lifecycle::Freeze),
+    /// Let frozen instances go on
+    Resume(lifecycle::Freeze),
+    /// Delete instances or snapshots (INSTANCE/SNAPSHOT)
+    #[command(visible_alias = "rm")]
+    Delete(lifecycle::Delete),
+    /// Rename an instance
+    Rename(lifecycle::Rename),
+    /// Configuration of instances and of the server
+    #[command(subcommand)]
+    Config(config::Config),
+    /// Snapshots of instances
+    #[command(subcommand)]
+    Snapshot(snapshot::Snapshot),
+    /// Files in instances
+    #[command(subcommand)]
+    File(file::File),
+    /// Images
+    #[command(subcommand)]
+    Image(image::Image),
+    /// Networks
+    #[command(subcommand)]
+    Network(network::Network),
+    /// Storage pools and volumes
+    #[command(subcommand)]
+    Storage(storage::Storage),
+    /// Profiles
+    #[command(subcommand)]
+    Profile(profile::Profile),
+    /// Projects
+    #[command(subcommand)]
+    Project(project::Project),
+    /// Work going on in the server
+    #[command(subcommand)]
+    Operation(operation::Operation),
+    /// Events as they happen
+    Monitor(monitor::Monitor),
+    /// Warnings of the server
+    #[command(subcommand)]
+    Warning(warning::Warning),
+    /// The host below
+    #[command(subcommand)]
+    Host(host::Host),
+    /// A request to the API as it is
+    Query(query::Query),
+    /// Versions of client and server
+    Version,
+    /// Print the completion script of a shell
+    Completion(completion::Completion),
+}
+
+/// Everything: arguments, runtime, command.
+pub fn main() -> Result<()> {
+    clap_complete::CompleteEnv::with_factory(Cli::command).complete();
+    let cli = match Cli::command().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches)) {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    if let Command::Completion(completion) = cli.command {
+        return completion.run();
+    }
+    let context = Context::new(cli.dir, cli.project, cli.quiet);
+    // One thread: starting more would cost more than all of a short command.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let result = runtime.block_on(run(&context, cli.command));
+    runtime.shutdown_background();
+    result
+}
+
+async fn run(context: &Context, command: Command) -> Result<()> {
+    match command {
+        Command::Launch(command) => command.run(context, true).await,
+        Command::Create(command) => command.run(context, false).await,
+        Command::List(command) => command.run(context).await,
+        Command::Info(command) => command.run(context).await,
+        Command::Exec(command) => command.run(context).await,
+        Command::Shell(command) => command.run(context).await,
+        Command::Console(command) => command.run(context).await,
+        Command::Start(command) => command.run(context).await,
+        Command::Pause(command) => command.run(context, lifecycle::Action::Freeze).await,
+        Command::Resume(command) => command.run(context, lifecycle::Action::Unfreeze).await,
+        Command::Stop(command) => command.run(context, lifecycle::Action::Stop).await,
+        Command::Restart(command) => command.run(context, lifecycle::Action::Restart).await,
+        Command::Delete(command) => command.run(context).await,
+        Command::Rename(command) => command.run(context).await,
+        Command::Config(command) => command.run(context).await,
+        Command::Snapshot(command) => command.run(context).await,
+        Command::File(command) => command.run(context).await,
+        Command::Image(command) => command.run(context).await,
+        Command::Network(command) => command.run(context).await,
+        Command::Storage(command) => command.run(context).await,
+        Command::Profile(command) => command.run(context).await,
+        Command::Project(command) => command.run(context).await,
+        Command::Operation(command) => command.run(context).await,
+        Command::Monitor(command) => command.run(context).await,
+        Command::Warning(command) => command.run(context).await,
+        Command::Host(command) => command.run(context).await,
+        Command::Query(command) => command.run(context).await,
+        Command::Version => version::run(context).await,
+        Command::Completion(_) => Ok(()),
+    }
+}
+
+/// Help goes to stdout and is no error; a wrong command line is one line on stderr.
+fn usage(error: &clap::Error) -> Result<()> {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            crate::output::print(&error.render().to_string())
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            use std::io::Write as _;
+            let _ = write!(std::io::stderr(), "{}", error.render());
+            Err(Error::Exit(2))
+        }
+        _ => Err(Error::Usage(usage_line(&error.render().to_string()))),
+    }
+}
+
+/// clap's paragraphs in one line: the error, its tips, and where help is.
+fn usage_line(text: &str) -> String {
+    let mut message = String::new();
+    for line in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
+        if line.starts_with("Usage:") || line.starts_with("For more information") {
+            break;
+        }
+        let line = line.trim_start_matches("error: ");
+        if !message.is_empty() {
+            message.push_str(if message.ends_with(':') { " " } else { "; " });
+        }
+        message.push_str(line);
+    }
+    let usage = text.lines().find_map(|line| line.trim().strip_prefix("Usage: "));
+    let command: Vec<&str> = usage
+        .unwrap_or("karst")
+        .split_whitespace()
+        .take_while(|word| word.chars().all(|c| c.is_ascii_lowercase() || c == '-') && !word.starts_with('-'))
+        .collect();
+    format!("{message} ({} --help shows how)", command.join(" "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(arguments: &[&str]) -> String {
+        let error = Cli::try_parse_from(arguments).unwrap_err();
+        usage(&error).unwrap_err().line().unwrap()
+    }
+
+    #[test]
+    fn the_tree_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn usage_errors_are_one_line() {
+        insta::assert_snapshot!(line(&["karst", "list", "--frmat", "json"]));
+        insta::assert_snapshot!(line(&["karst", "lst"]));
+        insta::assert_snapshot!(line(&["karst", "file", "push"]));
+        insta::assert_snapshot!(line(&["karst", "list", "--format", "xml"]));
+        insta::assert_snapshot!(line(&["karst", "stop", "--timeout", "soon", "c1"]));
+    }
+}

@@ -1,0 +1,256 @@
+//! Importing and exporting images, as streams.
+
+use std::{
+    io::{IsTerminal, Read},
+    path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt, TryStreamExt, stream};
+use hyper::{HeaderMap, Method, header::HeaderValue};
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use serde_json::json;
+use tokio::io::AsyncWriteExt;
+use tokio_util::io::ReaderStream;
+
+use super::{
+    image::Import,
+    image_alias::add_alias,
+    object::{config_object, parse_pairs},
+};
+use crate::{
+    client::{
+        Url, empty,
+        files::body_chunks,
+        multipart::{self, Part, Reader},
+        transport::{CHUNK, streamed},
+    },
+    context::{Context, at},
+    error::{Error, Result},
+    output::{self, progress::Progress, stdout_error},
+    terminal,
+};
+
+/// How a qcow2 file begins: such a disk is a virtual machine's.
+const QCOW2: &[u8] = b"QFI\xfb";
+
+/// Sends an image and gives it its aliases.
+pub async fn import(context: &Context, options: Import) -> Result<()> {
+    let url = Url::new(&["images"]);
+    let progress = context.progress("importing");
+    let answer = if options.source.starts_with("https://") || options.source.starts_with("http://") {
+        let source = json!({"type": "url", "mode": "pull", "protocol": "direct", "url": options.source});
+        let properties = config_object(&options.properties)?;
+        context
+            .client
+            .post(&url, &json!({"source": source, "public": options.public, "properties": properties}))
+            .await?
+    } else {
+        let (headers, body) = upload(&options, &progress).await?;
+        context.client.call(Method::POST, &url, headers, streamed(body)).await?
+    };
+    progress.finish();
+    let operation = context.finish(answer, "importing").await?;
+    let fingerprint = operation
+        .as_ref()
+        .and_then(|operation| operation.metadata.get("fingerprint")?.as_str())
+        .ok_or_else(|| Error::local("the server does not say the fingerprint"))?;
+    for alias in &options.alias {
+        add_alias(&context.client, alias, fingerprint).await?;
+    }
+    output::line(fingerprint)
+}
+
+/// Headers and body of an upload.
+async fn upload(
+    options: &Import,
+    progress: &Progress,
+) -> Result<(HeaderMap, stream::BoxStream<'static, std::io::Result<Bytes>>)> {
+    let mut headers = HeaderMap::new();
+    let mut set = |name: &'static str, value: &str| -> Result<()> {
+        headers.insert(
+            name,
+            HeaderValue::from_str(value).map_err(|_| Error::local(format!("\"{value}\" cannot be sent")))?,
+        );
+        Ok(())
+    };
+    if options.public {
+        set("x-incus-public", "1")?;
+    }
+    if !options.properties.is_empty() {
+        let escape = |text: &str| utf8_percent_encode(text, NON_ALPHANUMERIC).to_string();
+        let pairs = parse_pairs(&options.properties)?;
+        let pairs: Vec<String> =
+            pairs.iter().map(|(key, value)| format!("{}={}", escape(key), escape(value))).collect();
+        set("x-incus-properties", &pairs.join("&"))?;
+    }
+    let source = PathBuf::from(&options.source);
+    let Some(rootfs) = &options.rootfs else {
+        let (file, size) = open(&source).await?;
+        set("x-incus-filename", &escaped_name(&source))?;
+        set("content-type", "application/octet-stream")?;
+        return Ok((headers, progress.count(Some(size), ReaderStream::with_capacity(file, CHUNK)).boxed()));
+    };
+    let field = if begins_with(rootfs, QCOW2)? { "rootfs.img" } else { "rootfs" };
+    let (metadata, metadata_size) = open(&source).await?;
+    let (disk, disk_size) = open(rootfs).await?;
+    let part = |name, path: &Path, file| Part {
+        name,
+        filename: file_name(path),
+        chunks: ReaderStream::with_capacity(file, CHUNK).boxed(),
+    };
+    let boundary = boundary();
+    set("content-type", &format!("multipart/form-data; boundary={boundary}"))?;
+    let body =
+        multipart::encode(&boundary, vec![part("metadata", &source, metadata), part(field, rootfs, disk)]);
+    Ok((headers, progress.count(Some(metadata_size + disk_size), body).boxed()))
+}
+
+/// A boundary that no file holds by chance.
+fn boundary() -> String {
+    let nanos = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_nanos());
+    format!("karst-{:x}-{nanos:x}-8d1f0c5be2a94437", std::process::id())
+}
+
+async fn open(path: &Path) -> Result<(tokio::fs::File, u64)> {
+    let file = tokio::fs::File::open(path).await.map_err(|error| at(path, &error))?;
+    let metadata = file.metadata().await.map_err(|error| at(path, &error))?;
+    if metadata.is_dir() {
+        return Err(Error::Local(format!("{} is a directory", path.display())));
+    }
+    Ok((file, metadata.len()))
+}
+
+fn begins_with(path: &Path, magic: &[u8]) -> Result<bool> {
+    let mut beginning = Vec::new();
+    let file = std::fs::File::open(path).map_err(|error| at(path, &error))?;
+    file.take(magic.len() as u64).read_to_end(&mut beginning).map_err(|error| at(path, &error))?;
+    Ok(beginning == magic)
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// Header values are ASCII.
+fn escaped_name(path: &Path) -> String {
+    file_name(path).chars().map(|c| if c.is_ascii_graphic() { c } else { '_' }).collect()
+}
+
+/// Writes an image to one file, or to two when metadata and disk are apart.
+pub async fn export(context: &Context, fingerprint: &str, target: Option<&Path>) -> Result<()> {
+    let url = Url::new(&["images", fingerprint, "export"]);
+    let response = context.client.send(Method::GET, &url, HeaderMap::new(), empty()).await?;
+    let header = |name: hyper::header::HeaderName| {
+        response.headers().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned()
+    };
+    let boundary = multipart::boundary(&header(hyper::header::CONTENT_TYPE));
+    let name =
+        offered_name(&header(hyper::header::CONTENT_DISPOSITION)).unwrap_or_else(|| fingerprint.to_owned());
+    let size = header(hyper::header::CONTENT_LENGTH).parse().ok();
+    let progress = context.progress("exporting");
+    let chunks = progress.count(size, body_chunks(response));
+    let to_stdout = target == Some(Path::new("-"));
+    let Some(boundary) = boundary else {
+        if to_stdout {
+            if std::io::stdout().is_terminal() {
+                return Err(Error::Usage("an image is not for a terminal: redirect stdout".to_owned()));
+            }
+            return to_standard_output(chunks).await;
+        }
+        let path = match target {
+            Some(path) if path.is_dir() => path.join(&name),
+            Some(path) => path.to_owned(),
+            None => PathBuf::from(&name),
+        };
+        write(&path, chunks).await?;
+        progress.finish();
+        return output::line(&path.display().to_string());
+    };
+    if to_stdout {
+        return Err(Error::Local("this image has two files: name a directory instead of stdout".to_owned()));
+    }
+    let directory = target.unwrap_or(Path::new("."));
+    if !directory.is_dir() {
+        return Err(Error::Local(format!(
+            "this image has two files: {} must be a directory",
+            directory.display()
+        )));
+    }
+    let chunks = std::pin::pin!(chunks);
+    let mut reader = Reader::new(chunks, &boundary);
+    let mut written = Vec::new();
+    while let Some(offered) = reader.next_part().await.map_err(broken)? {
+        let path = directory
+            .join(plain_name(&offered).unwrap_or_else(|| format!("{fingerprint}.{}", written.len())));
+        let part = stream::try_unfold(&mut reader, |reader| async move {
+            Ok(reader.next_chunk().await?.map(|chunk| (chunk, reader)))
+        });
+        write(&path, part).await?;
+        written.push(path);
+    }
+    progress.finish();
+    for path in written {
+        output::line(&path.display().to_string())?;
+    }
+    Ok(())
+}
+
+fn broken(error: std::io::Error) -> Error {
+    Error::Unreachable(format!("the transfer broke: {}", crate::error::io_text(&error)))
+}
+
+/// The file name that a `Content-Disposition` offers.
+fn offered_name(disposition: &str) -> Option<String> {
+    let value = disposition.split(';').find_map(|word| word.trim().strip_prefix("filename="))?;
+    plain_name(value.trim_matches('"'))
+}
+
+/// Only the last component: a server does not choose our directories.
+fn plain_name(name: &str) -> Option<String> {
+    let name = name.rsplit('/').next()?;
+    (!matches!(name, "" | "." | "..")).then(|| name.to_owned())
+}
+
+/// Writes a file that appears when it is whole.
+async fn write(path: &Path, chunks: impl Stream<Item = std::io::Result<Bytes>>) -> Result<()> {
+    let directory = path.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let temporary = tempfile::Builder::new()
+        .prefix(".karst-")
+        .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
+        .tempfile_in(directory)
+        .map_err(|error| at(directory, &error))?;
+    let mut file = tokio::fs::File::from_std(temporary.reopen()?);
+    let mut chunks = std::pin::pin!(chunks);
+    while let Some(chunk) = chunks.try_next().await.map_err(broken)? {
+        file.write_all(&chunk).await.map_err(|error| at(path, &error))?;
+    }
+    file.flush().await.map_err(|error| at(path, &error))?;
+    temporary.persist(path).map_err(|error| at(path, &error.error))?;
+    Ok(())
+}
+
+async fn to_standard_output(chunks: impl Stream<Item = std::io::Result<Bytes>>) -> Result<()> {
+    let writer = terminal::Writer::new(terminal::Target::Stdout);
+    let mut chunks = std::pin::pin!(chunks);
+    while let Some(chunk) = chunks.try_next().await.map_err(broken)? {
+        if !writer.write(chunk).await {
+            break;
+        }
+    }
+    writer.finish().await.map_err(stdout_error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn offered_names_stay_here() {
+        assert_eq!(offered_name("inline;filename=abc.tar.xz").as_deref(), Some("abc.tar.xz"));
+        assert_eq!(offered_name("attachment; filename=\"../../etc/passwd\"").as_deref(), Some("passwd"));
+        assert_eq!(offered_name("attachment; filename=\"..\""), None);
+        assert_eq!(offered_name(""), None);
+    }
+}

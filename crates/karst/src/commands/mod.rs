@@ -1,0 +1,33 @@
+//! The commands, a file for each family.
+
+pub mod common;
+pub mod completion;
+pub mod config;
+pub mod console;
+pub mod create;
+pub mod device;
+pub mod exec;
+pub mod file;
+pub mod file_pull;
+pub mod file_push;
+pub mod host;
+pub mod image;
+pub mod image_alias;
+pub mod image_transfer;
+pub mod info;
+pub mod lifecycle;
+pub mod list;
+pub mod list_columns;
+pub mod monitor;
+pub mod network;
+pub mod object;
+pub mod operation;
+pub mod profile;
+pub mod project;
+pub mod query;
+pub mod session;
+pub mod snapshot;
+pub mod storage;
+pub mod version;
+pub mod volume;
+pub mod warning;

@@ -1,0 +1,203 @@
+//! `storage volume`.
+
+use serde_json::{Value, json};
+
+use super::{
+    completion::complete,
+    object::{Object, config_object, create, parse_settings},
+};
+use crate::{
+    client::{About, Kind, Url, operation::for_each},
+    context::Context,
+    error::Result,
+    output::{
+        member,
+        table::{FormatOption, List},
+    },
+};
+
+/// A volume of a pool.
+#[derive(Debug, clap::Args)]
+pub struct Which {
+    /// Pool
+    #[arg(add = complete(Kind::Pool))]
+    pool: String,
+    /// Volume, or TYPE/NAME where the type is not custom
+    name: String,
+}
+
+/// `storage volume ...`
+#[derive(Debug, clap::Subcommand)]
+pub enum Volume {
+    /// List the volumes of a pool
+    #[command(visible_alias = "ls")]
+    List {
+        /// Pool
+        #[arg(add = complete(Kind::Pool))]
+        pool: String,
+        #[command(flatten)]
+        format: FormatOption,
+    },
+    /// Create a volume
+    Create {
+        #[command(flatten)]
+        which: Which,
+        /// Its keys, such as size=10GiB
+        #[arg(value_name = "KEY=VALUE")]
+        keys: Vec<String>,
+        /// filesystem or block
+        #[arg(long = "type", value_name = "TYPE", default_value = "filesystem")]
+        content: String,
+        /// Description
+        #[arg(long)]
+        description: Option<String>,
+    },
+    /// Show a volume as YAML
+    Show {
+        #[command(flatten)]
+        which: Which,
+    },
+    /// Print the value of a key
+    Get {
+        #[command(flatten)]
+        which: Which,
+        /// Key
+        key: String,
+        /// A property of the volume itself, such as description
+        #[arg(short, long)]
+        property: bool,
+    },
+    /// Set keys
+    Set {
+        #[command(flatten)]
+        which: Which,
+        /// Keys
+        #[arg(required = true, value_name = "KEY=VALUE")]
+        keys: Vec<String>,
+        /// Properties of the volume itself
+        #[arg(short, long)]
+        property: bool,
+    },
+    /// Remove a key
+    Unset {
+        #[command(flatten)]
+        which: Which,
+        /// Key
+        key: String,
+        /// A property of the volume itself
+        #[arg(short, long)]
+        property: bool,
+    },
+    /// Change a volume in an editor, or replace its configuration by YAML on stdin
+    Edit {
+        #[command(flatten)]
+        which: Which,
+    },
+    /// Rename a volume
+    Rename {
+        #[command(flatten)]
+        which: Which,
+        /// Its new name
+        new_name: String,
+    },
+    /// Delete volumes
+    #[command(visible_alias = "rm")]
+    Delete {
+        /// Pool
+        #[arg(add = complete(Kind::Pool))]
+        pool: String,
+        /// Volumes
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+}
+
+/// A volume as an object with fields.
+fn volume(pool: &str, name: &str) -> Object {
+    let (kind, short) = match name.split_once('/') {
+        Some((kind @ ("custom" | "container" | "virtual-machine" | "image"), short)) => (kind, short),
+        _ => ("custom", name),
+    };
+    Object {
+        url: Url::new(&["storage-pools", pool, "volumes", kind, short]),
+        kind: Kind::Volume,
+        name: name.to_owned(),
+        fields: &["config", "description"],
+    }
+}
+
+impl Which {
+    fn object(&self) -> Object {
+        volume(&self.pool, &self.name)
+    }
+}
+
+impl Volume {
+    /// Runs it.
+    pub async fn run(self, context: &Context) -> Result<()> {
+        let client = &context.client;
+        match self {
+            Self::List { pool, format } => {
+                let url = Url::new(&["storage-pools", &pool, "volumes"]).with("recursion", 1);
+                let objects = client.get(&url).await.about(client, Kind::Pool, &pool)?.metadata;
+                list(objects).print(format.format)
+            }
+            Self::Create { which, keys, content, description } => {
+                let mut body =
+                    json!({"name": which.name, "content_type": content, "config": config_object(&keys)?});
+                if let Some(description) = description {
+                    body["description"] = json!(description);
+                }
+                let url = Url::new(&["storage-pools", &which.pool, "volumes", "custom"]);
+                let created = create(context, &url, body, format!("creating volume {}", which.name)).await;
+                created.about(client, Kind::Pool, &which.pool)
+            }
+            Self::Show { which } => which.object().show(context).await,
+            Self::Get { which, key, property } => which.object().print_key(context, &key, property).await,
+            Self::Set { which, keys, property } => {
+                which.object().set(context, parse_settings(&keys)?, property).await
+            }
+            Self::Unset { which, key, property } => which.object().unset(context, &key, property).await,
+            Self::Edit { which } => which.object().edit(context).await,
+            Self::Rename { which, new_name } => which.object().rename(context, &new_name).await,
+            Self::Delete { pool, names } => {
+                for_each(&names, |name| {
+                    let object = volume(&pool, &name);
+                    async move { object.delete(context).await }
+                })
+                .await
+            }
+        }
+    }
+}
+
+fn list(objects: Value) -> List {
+    let columns = &["TYPE", "NAME", "DESCRIPTION", "CONTENT-TYPE", "SIZE", "USED BY"];
+    let mut list = List::of(columns, objects, |volume| {
+        vec![
+            member(volume, "type"),
+            member(volume, "name"),
+            member(volume, "description"),
+            member(volume, "content_type"),
+            member(&volume["config"], "size"),
+            volume["used_by"].as_array().map_or(0, Vec::len).to_string(),
+        ]
+    });
+    list.rows.sort();
+    list
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn volumes_of_other_types() {
+        assert_eq!(volume("p", "data").url.render(None), "/1.0/storage-pools/p/volumes/custom/data");
+        assert_eq!(volume("p", "container/c1").url.render(None), "/1.0/storage-pools/p/volumes/container/c1");
+        assert_eq!(
+            volume("p", "odd/name").url.render(None),
+            "/1.0/storage-pools/p/volumes/custom/odd%2Fname"
+        );
+    }
+}

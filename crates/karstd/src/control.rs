@@ -1,0 +1,110 @@
+//! The control process: front ends, engine and store, as a user without privileges.
+
+use crate::{platform, privilege};
+use karst_agent::{Client, HostAgent};
+use karst_env::{RealEnv, SharedEnv};
+use karst_model::{Error, Result};
+use std::{
+    future::Future,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{
+    net::UnixListener,
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+
+/// Time that requests in flight have when the process is asked to end; the launcher waits 10 s.
+const GRACE: Duration = Duration::from_secs(8);
+
+/// Everything that control is made of.
+pub struct ControlContext {
+    /// DIR; control itself may write `DIR/state` only.
+    pub dir: PathBuf,
+    /// The API's socket: bound and listening, of the launcher, so that no connection is refused while control restarts.
+    pub api_listener: UnixListener,
+    /// Hosts by name; the first one is this machine's. Calls wait for the host process within their deadline.
+    pub agents: Vec<(String, Arc<dyn HostAgent>)>,
+    /// Short id of the instance: part of every name outside DIR (see [`karst_agent::names`]).
+    pub daemon_id: String,
+    /// Clock, randomness, tasks.
+    pub env: SharedEnv,
+    /// Guests that each simulated host is to begin with; `None`: the hosts are real.
+    pub simulated_guests: Option<u32>,
+    /// Becomes true when the process is to end: take no more requests, finish those that run.
+    pub shutdown: watch::Receiver<bool>,
+}
+
+impl ControlContext {}
+
+/// The control process' life. Ends when `context.shutdown` says so.
+///
+/// # Errors
+/// Whatever makes it impossible to go on; the launcher starts the process again.
+pub async fn run(context: ControlContext) -> Result<()> {
+    platform::run(context).await
+}
+
+/// The role `control`.
+///
+/// # Errors
+/// As [`run`], and when it was not started as it must be.
+pub fn start(dir: &Path, inherited: &privilege::Inherited) -> Result<()> {
+    privilege::small_heap();
+    let socket = privilege::enter(inherited, true)?;
+    block_on(|env, shutdown| {
+        let client = Client::start(env.clone(), dir.join("run/host.sock"), None);
+        let agent: Arc<dyn HostAgent> = Arc::new(client.agent());
+        Ok(run(ControlContext {
+            dir: dir.to_owned(),
+            api_listener: listener(socket)?,
+            agents: vec![(platform::node_name(), agent)],
+            daemon_id: inherited.daemon_id.clone(),
+            env,
+            simulated_guests: None,
+            shutdown,
+        }))
+    })
+}
+
+/// A listening socket for tokio.
+pub fn listener(socket: OwnedFd) -> Result<UnixListener> {
+    let socket = std::os::unix::net::UnixListener::from(socket);
+    socket.set_nonblocking(true)?;
+    Ok(UnixListener::from_std(socket)?)
+}
+
+/// Runs `make`'s future on a small runtime until it is done, or a little longer than SIGTERM or SIGINT asks for.
+pub fn block_on<F: Future<Output = Result<()>>>(
+    make: impl FnOnce(SharedEnv, watch::Receiver<bool>) -> Result<F>,
+) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(16)
+        .thread_keep_alive(Duration::from_secs(2))
+        .enable_all()
+        .build()?;
+    let outcome = runtime.block_on(async {
+        let (end, shutdown) = watch::channel(false);
+        let (mut terminate, mut interrupt) =
+            (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let work = make(RealEnv::shared(), shutdown)?;
+        tokio::pin!(work);
+        tokio::select! {
+            biased;
+            outcome = &mut work => return outcome,
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        end.send_replace(true);
+        match tokio::time::timeout(GRACE, work).await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(Error::timeout("requests in flight did not end in time")),
+        }
+    });
+    runtime.shutdown_timeout(Duration::from_millis(500));
+    outcome
+}

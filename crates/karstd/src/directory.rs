@@ -1,0 +1,235 @@
+//! DIR: what is in it, whose it is, and the lock that makes it one instance's.
+//!
+//! ```text
+//! DIR/            0711 root           lock, id
+//! DIR/unix.socket 0660 root:karst-admin  the API
+//! DIR/run/        0750 root:karst     host.sock, daemons.json
+//! DIR/state/      0700 karst          the store
+//! DIR/host/       0711 root           registry, volumes, images, guests
+//! ```
+
+use crate::privilege::User;
+use karst_model::{Error, Result};
+use rustix::{
+    fs::{FlockOperation, Gid, Mode, Uid, chown, flock},
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with},
+};
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{Read, Write},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt},
+    },
+    path::{Path, PathBuf},
+};
+
+const BACKLOG: i32 = 1024;
+
+/// DIR, locked.
+#[derive(Debug)]
+pub struct Directory {
+    /// Absolute.
+    pub path: PathBuf,
+    /// Short id of the instance: six hexadecimal digits, made once.
+    pub daemon_id: String,
+    _lock: File,
+}
+
+impl Directory {
+    /// Makes what is missing of DIR, locks it, and gives or reads its id. `control` is the user of the control process;
+    /// `None` in a simulation, where everything belongs to the caller.
+    ///
+    /// # Errors
+    /// Conflict when another launcher has it; forbidden when something in it belongs to somebody else.
+    pub fn open(path: &Path, control: Option<&User>) -> Result<Self> {
+        let path = std::path::absolute(path)?;
+        let me = User { uid: rustix::process::geteuid().as_raw(), gid: rustix::process::getegid().as_raw() };
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent).map_err(|e| Error::from(e).with_context(parent.display()))?;
+        }
+        directory(&path, 0o711, &me, me.gid)?;
+        let lock = lock(&path)?;
+        let control = control.unwrap_or(&me);
+        directory(&path.join("run"), 0o750, &me, control.gid)?;
+        directory(&path.join("state"), 0o700, control, control.gid)?;
+        directory(&path.join("host"), 0o711, &me, me.gid)?;
+        let daemon_id = identity(&path.join("id"))?;
+        Ok(Self { path, daemon_id, _lock: lock })
+    }
+
+    /// Takes over what an instance left, to remove it; makes nothing.
+    ///
+    /// # Errors
+    /// Not found when nothing of an instance is there; conflict while a launcher serves it, with its process.
+    pub fn take(path: &Path) -> Result<Self> {
+        let path = std::path::absolute(path)?;
+        if !path.join("id").is_file() {
+            return Err(Error::not_found(format!("{} is not the directory of a karstd", path.display())));
+        }
+        let lock = lock(&path)?;
+        Ok(Self { daemon_id: identity(&path.join("id"))?, path, _lock: lock })
+    }
+
+    /// A listening socket, in place of one that an instance before left behind.
+    ///
+    /// # Errors
+    /// When the path is too long for a socket.
+    pub fn socket(&self, name: &str, mode: u32, group: Option<u32>) -> Result<OwnedFd> {
+        let path = self.path.join(name);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
+            _ => {}
+        }
+        let address = SocketAddrUnix::new(&path).map_err(|_| {
+            Error::invalid(
+                "dir",
+                format!("{} is too long for a socket; give a shorter --dir", path.display()),
+            )
+        })?;
+        let io = std::io::Error::from;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(io)?;
+        // Nobody gets in before its mode and group are set.
+        let umask = rustix::process::umask(Mode::from_raw_mode(0o177));
+        let bound = bind(&socket, &address);
+        rustix::process::umask(umask);
+        bound.map_err(io)?;
+        if let Some(group) = group {
+            chown(&path, None, Some(Gid::from_raw(group))).map_err(io)?;
+        }
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
+        listen(&socket, BACKLOG).map_err(io)?;
+        Ok(socket)
+    }
+
+    /// Removes a socket at the end.
+    pub fn remove_socket(&self, name: &str) {
+        let _ = fs::remove_file(self.path.join(name));
+    }
+}
+
+/// Takes DIR's lock and says who has it.
+fn lock(path: &Path) -> Result<File> {
+    let lock = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path.join("lock"))?;
+    if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        let mut pid = String::new();
+        let _ = (&lock).take(32).read_to_string(&mut pid);
+        return Err(Error::conflict(format!(
+            "another karstd (process {}) already serves {}; stop it first or give another --dir",
+            pid.trim(),
+            path.display()
+        )));
+    }
+    lock.set_len(0)?;
+    writeln!(&lock, "{}", std::process::id())?;
+    Ok(lock)
+}
+
+fn directory(path: &Path, mode: u32, owner: &User, group: u32) -> Result<()> {
+    match fs::DirBuilder::new().mode(0o700).create(path) {
+        Ok(()) => {
+            let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(group));
+            chown(path, Some(uid), Some(gid)).map_err(std::io::Error::from)?;
+            fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
+            return Ok(());
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
+        Err(e) => return Err(Error::from(e).with_context(path.display())),
+    }
+    let found = fs::symlink_metadata(path)?;
+    if !found.is_dir() {
+        return Err(Error::conflict(format!("{} is not a directory", path.display())));
+    }
+    if found.uid() != owner.uid {
+        return Err(Error::forbidden(format!(
+            "{} belongs to user {}, not to user {}; give it to that user or choose another --dir or --user",
+            path.display(),
+            found.uid(),
+            owner.uid
+        )));
+    }
+    if found.mode() & 0o022 != 0 {
+        return Err(Error::forbidden(format!(
+            "{} may be written by others than its owner; take that away (chmod go-w)",
+            path.display()
+        )));
+    }
+    // An older release, or somebody's hand, may have left it narrower or with another group.
+    if found.gid() != group {
+        chown(path, None, Some(Gid::from_raw(group))).map_err(std::io::Error::from)?;
+    }
+    if found.mode() & 0o7777 != mode {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
+    }
+    Ok(())
+}
+
+/// Made before anything that carries it: whole or not there.
+fn identity(file: &Path) -> Result<String> {
+    match fs::read_to_string(file) {
+        Ok(text) => {
+            let id = text.trim().to_owned();
+            return if karst_agent::names::is_daemon_id(&id) {
+                Ok(id)
+            } else {
+                let text = format!("{} does not hold an id of six hexadecimal digits", file.display());
+                Err(Error::internal(text, "damaged"))
+            };
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+        Err(e) => return Err(e.into()),
+    }
+    let mut bytes = [0; 3];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    let id: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
+    let fresh = file.with_extension("new");
+    let mut f = OpenOptions::new().write(true).create(true).truncate(true).mode(0o644).open(&fresh)?;
+    writeln!(f, "{id}")?;
+    f.sync_all()?;
+    fs::rename(&fresh, file)?;
+    if let Some(parent) = file.parent() {
+        File::open(parent)?.sync_all()?;
+    }
+    Ok(id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_is_one_instances() {
+        let base = tempfile::tempdir().unwrap();
+        let dir = base.path().join("a");
+        let first = Directory::open(&dir, None).unwrap();
+        let e = Directory::open(&dir, None).unwrap_err();
+        assert!(e.message.contains(&std::process::id().to_string()) && e.message.contains("--dir"), "{e}");
+        let id = first.daemon_id.clone();
+        drop(first);
+        assert_eq!(Directory::open(&dir, None).unwrap().daemon_id, id, "its id stays");
+        let mode = |p: &str| fs::metadata(dir.join(p)).unwrap().mode() & 0o777;
+        assert_eq!((mode(""), mode("run"), mode("state"), mode("host")), (0o711, 0o750, 0o700, 0o711));
+    }
+
+    #[test]
+    fn what_others_may_write_is_refused() {
+        let base = tempfile::tempdir().unwrap();
+        let dir = base.path().join("a");
+        fs::create_dir(&dir).unwrap();
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(Directory::open(&dir, None).unwrap_err().message.contains("chmod"));
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o755)).unwrap();
+        std::os::unix::fs::symlink("/etc", dir.join("host")).unwrap();
+        assert!(Directory::open(&dir, None).unwrap_err().message.contains("not a directory"));
+        fs::remove_file(dir.join("host")).unwrap();
+        fs::write(dir.join("id"), "../../x\n").unwrap();
+        assert!(Directory::open(&dir, None).is_err());
+    }
+}

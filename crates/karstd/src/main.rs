@@ -1,0 +1,83 @@
+//! The daemon. Without a role it is the launcher, which starts, restarts and reaps the two others:
+//!
+//! | role | runs as | may |
+//! |---|---|---|
+//! | launcher | root, a few MB, one thread | make DIR and its sockets, start the others |
+//! | control | user `karst`, no capabilities | front ends, engine, store; asks the host for the rest |
+//! | host | root with the capabilities of [`privilege::HOST_CAPABILITIES`] | everything on the machine, for ids only |
+//!
+//! Guests belong to none of them but to their keepers: each of the three may end at any moment, and no guest notices.
+#![allow(clippy::disallowed_methods)] // daemons live in the real world
+
+mod control;
+mod directory;
+mod host;
+mod launcher;
+mod logging;
+mod platform;
+mod privilege;
+mod purge;
+mod simulate;
+
+use clap::{Parser, Subcommand};
+use std::{path::PathBuf, process::ExitCode};
+
+#[derive(Debug, Parser)]
+#[command(name = "karstd", version, about = "Karst: virtual machines and containers on this host")]
+struct Arguments {
+    /// Where this instance of the platform keeps everything.
+    #[arg(long, env = "KARST_DIR", default_value = "/var/lib/karst", global = true)]
+    dir: PathBuf,
+    /// Form of the log on standard error; `KARST_LOG` (such as `debug`) says how much.
+    #[arg(long, value_enum, default_value_t = logging::Format::Text, global = true)]
+    log_format: logging::Format,
+    /// User of the control process.
+    #[arg(long, default_value = "karst")]
+    user: String,
+    /// Simulate so many hosts, each for so many guests; needs no privileges and touches nothing of this machine but DIR.
+    #[arg(long, value_name = "HOSTSxGUESTS", value_parser = simulate::Size::parse)]
+    simulate: Option<simulate::Size>,
+    #[command(subcommand)]
+    role: Option<Role>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Role {
+    /// Starts, restarts and reaps the others.
+    #[command(hide = true)]
+    Launcher,
+    /// Front ends, engine and store.
+    #[command(hide = true)]
+    Control(privilege::Inherited),
+    /// The agent of this machine.
+    #[command(hide = true)]
+    Host(privilege::Inherited),
+    /// Ends the daemon and its guests and removes every trace of them from this machine, DIR included.
+    Purge,
+}
+
+fn main() -> ExitCode {
+    // The image worker: its plan follows, and it must be alone in its process.
+    let mut words = std::env::args().skip(1);
+    if words.next().as_deref() == Some("image-worker") {
+        karst_image::worker::main(&words.next().unwrap_or_default());
+    }
+    let arguments = Arguments::parse();
+    logging::start(arguments.log_format);
+    let outcome = match (&arguments.role, arguments.simulate) {
+        (None | Some(Role::Launcher), Some(size)) => simulate::run(&arguments.dir, size),
+        (None | Some(Role::Launcher), None) => {
+            launcher::run(&arguments.dir, &arguments.user, arguments.log_format)
+        }
+        (Some(Role::Control(inherited)), _) => control::start(&arguments.dir, inherited),
+        (Some(Role::Host(inherited)), _) => host::start(&arguments.dir, inherited),
+        (Some(Role::Purge), _) => purge::run(&arguments.dir),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            tracing::error!(context = e.context.as_deref(), "{e}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,75 @@
+//! `karstd purge`: every trace of one instance goes, also of one that died half-way.
+
+use crate::{control, directory::Directory};
+use karst_agent_host::{HostPolicy, RealAgent, RealOptions};
+use karst_model::{Error, ErrorKind, Result};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
+
+/// Time a launcher has to end its daemons.
+const GRACE: Duration = Duration::from_secs(30);
+
+/// Ends the daemon that serves `dir`, ends its guests, removes what lies outside `dir`, then `dir`.
+///
+/// # Errors
+/// Not root; `dir` is no instance's; something would not go: then `dir` stays, and purging again goes on.
+pub fn run(dir: &Path) -> Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        return Err(Error::forbidden("purging needs root"));
+    }
+    let directory = take(dir)?;
+    wait_for_daemons(&directory.daemon_id)?;
+    let options = RealOptions {
+        dir: directory.path.clone(),
+        daemon_id: directory.daemon_id.clone(),
+        policy: HostPolicy::default(),
+        worker: None,
+    };
+    if directory.path.join("host").is_dir() {
+        control::block_on(|env, _| Ok(async move { RealAgent::open(env, options).await?.purge().await }))?;
+    }
+    std::fs::remove_dir_all(&directory.path)?;
+    tracing::info!(dir = %directory.path.display(), "purged");
+    Ok(())
+}
+
+/// Takes DIR, after its launcher was asked to end.
+fn take(dir: &Path) -> Result<Directory> {
+    let until = Instant::now() + GRACE;
+    let mut asked = false;
+    loop {
+        match Directory::take(dir) {
+            Err(e) if e.is(ErrorKind::Conflict) && Instant::now() < until => {
+                let pid = std::fs::read_to_string(dir.join("lock")).unwrap_or_default();
+                let pid = pid.trim().parse().ok().and_then(rustix::process::Pid::from_raw);
+                if let (Some(pid), false) = (pid, asked) {
+                    tracing::info!(pid = pid.as_raw_nonzero().get(), "asking the daemon to end");
+                    rustix::process::kill_process(pid, rustix::process::Signal::TERM)
+                        .map_err(std::io::Error::from)?;
+                    asked = true;
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            other => return other,
+        }
+    }
+}
+
+/// A launcher that was killed is gone, and its lock with it, a moment before the kernel ends its daemons.
+fn wait_for_daemons(daemon_id: &str) -> Result<()> {
+    let until = Instant::now() + GRACE;
+    let mark = format!("\0--daemon-id\0{daemon_id}\0");
+    let lives = |entry: std::fs::DirEntry| {
+        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&line).contains(&mark)
+    };
+    while std::fs::read_dir("/proc")?.flatten().any(lives) {
+        if Instant::now() > until {
+            return Err(Error::conflict("processes of the daemon do not end"));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}

@@ -1,0 +1,156 @@
+//! What a host sees of its guests and what can be asked of a running one; shared by drivers, agent and engine.
+
+use crate::{
+    InstanceId,
+    instance::{ExitReason, Generation, RuntimeState},
+};
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeMap, net::IpAddr, time::Duration};
+
+/// How to stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum StopMode {
+    /// Ask, and wait this long; a timeout is an error and leaves the guest running.
+    Graceful {
+        /// How long.
+        timeout: Duration,
+    },
+    /// End it now.
+    Force,
+}
+
+/// What a host saw of a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Observed {
+    /// Which.
+    pub instance: InstanceId,
+    /// Of which start.
+    pub generation: Generation,
+    /// What it does.
+    pub state: RuntimeState,
+    /// Init's or QEMU's process id on the host.
+    pub pid: Option<u32>,
+    /// libvirt's domain id.
+    pub domain_id: Option<u32>,
+    /// Seconds since the epoch.
+    pub started_at: Option<i64>,
+    /// Why it ended.
+    pub exit: Option<ExitReason>,
+    /// `spec_version` that is applied.
+    pub applied_spec_version: u64,
+    /// `kvm` or `tcg`.
+    pub accelerator: Option<String>,
+}
+
+/// Result of a live update.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct Applied {
+    /// Keys that take effect at the next start only.
+    pub pending: Vec<String>,
+}
+
+/// Figures of a running guest; a missing one is `None`, never 0.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
+pub struct Metrics {
+    /// CPU time used in nanoseconds.
+    pub cpu_ns: Option<u64>,
+    /// Memory in use, bytes.
+    pub memory: Option<u64>,
+    /// Largest memory use, bytes.
+    pub memory_peak: Option<u64>,
+    /// Swap in use, bytes.
+    pub swap: Option<u64>,
+    /// Memory limit or size, bytes.
+    pub memory_total: Option<u64>,
+    /// Processes.
+    pub processes: Option<u64>,
+    /// Interfaces by name as the guest knows them.
+    pub interfaces: BTreeMap<String, Interface>,
+}
+
+/// A guest's interface.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct Interface {
+    /// MAC address.
+    pub mac: String,
+    /// The host's end.
+    pub host_name: String,
+    /// MTU.
+    pub mtu: u32,
+    /// `up` or `down`.
+    pub up: bool,
+    /// Loopback rather than Ethernet.
+    pub loopback: bool,
+    /// Addresses: address, prefix, scope (`global`, `link`, `local`).
+    pub addresses: Vec<(IpAddr, u8, String)>,
+    /// Bytes received and sent, packets received and sent, as the guest sees them.
+    pub counters: [u64; 4],
+}
+
+/// A program to run inside a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExecRequest {
+    /// Program and arguments; the guest's `PATH` applies.
+    pub command: Vec<String>,
+    /// Environment on top of the guest's own.
+    pub environment: BTreeMap<String, String>,
+    /// User id inside.
+    pub uid: u32,
+    /// Group id inside.
+    pub gid: u32,
+    /// Working directory inside; `/root` or `/` when absent.
+    pub cwd: Option<String>,
+    /// With a terminal of this size (columns, rows); else three pipes.
+    pub terminal: Option<(u16, u16)>,
+    /// `TERM` when with a terminal.
+    pub term: Option<String>,
+}
+
+/// Kind of a file in a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FileKind {
+    /// Regular file.
+    File,
+    /// Directory.
+    Directory,
+    /// Symbolic link.
+    Symlink,
+}
+
+/// What is known of a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileInfo {
+    /// Kind.
+    pub kind: FileKind,
+    /// Owner inside the guest.
+    pub uid: u32,
+    /// Group inside the guest.
+    pub gid: u32,
+    /// Permission bits.
+    pub mode: u32,
+    /// Bytes.
+    pub size: u64,
+    /// Modified, seconds since the epoch.
+    pub modified: i64,
+}
+
+/// How to write a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileWrite {
+    /// Absolute path inside.
+    pub path: String,
+    /// What to make.
+    pub kind: FileKind,
+    /// Owner; unchanged (or 0 for a new one) when absent.
+    pub uid: Option<u32>,
+    /// Group; as above.
+    pub gid: Option<u32>,
+    /// Permission bits; 0644 or 0755 for a new one when absent.
+    pub mode: Option<u32>,
+    /// Append rather than overwrite.
+    pub append: bool,
+    /// Target of a symbolic link.
+    pub target: Option<String>,
+}

@@ -1,0 +1,76 @@
+//! Typed UUIDs: the only references between records.
+
+use serde::{Deserialize, Serialize};
+use std::{fmt, str::FromStr};
+use uuid::Uuid;
+
+macro_rules! ids {
+    ($($(#[$doc:meta])* $name:ident),+ $(,)?) => {$(
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct $name(pub Uuid);
+
+        impl $name {
+            /// The UUID itself.
+            pub fn uuid(self) -> Uuid { self.0 }
+        }
+        impl From<Uuid> for $name { fn from(u: Uuid) -> Self { Self(u) } }
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result { self.0.fmt(f) }
+        }
+        impl FromStr for $name {
+            type Err = crate::Error;
+            fn from_str(s: &str) -> Result<Self, Self::Err> {
+                Uuid::parse_str(s).map(Self).map_err(|_| crate::Error::invalid("id", format!("{s:?} is not a UUID")))
+            }
+        }
+    )+};
+}
+
+ids! {
+    /// An instance: virtual machine or container.
+    InstanceId,
+    /// A device of an instance; survives renames of the device and its bus slot.
+    DeviceId,
+    /// A storage pool.
+    PoolId,
+    /// A storage volume.
+    VolumeId,
+    /// A node of a snapshot tree.
+    SnapshotId,
+    /// A network.
+    NetworkId,
+    /// An image (one content; its fingerprint is a property).
+    ImageId,
+    /// A profile.
+    ProfileId,
+    /// A project.
+    ProjectId,
+    /// A host that runs guests.
+    NodeId,
+    /// An operation that a user can see.
+    OperationId,
+    /// A running or finished saga.
+    SagaId,
+    /// A principal: certificate, token, unix peer.
+    PrincipalId,
+    /// An interactive session on a guest (exec, console), known to the host that opened it.
+    SessionId,
+}
+
+/// VMID: the integer that Proxmox' clients know an instance by; from 100, unique in the cluster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Vmid(pub u32);
+
+impl Vmid {
+    /// Smallest and largest VMID, as Proxmox has them.
+    pub const RANGE: std::ops::RangeInclusive<u32> = 100..=999_999_999;
+}
+
+impl fmt::Display for Vmid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}

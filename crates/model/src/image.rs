@@ -1,0 +1,98 @@
+//! Images.
+
+use crate::{Config, ImageId, Name, ProjectId, instance::InstanceKind};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+/// An image in the store of a project.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Image {
+    /// Reference.
+    pub id: ImageId,
+    /// Project that owns it.
+    pub project: ProjectId,
+    /// SHA-256 over the files as uploaded (unified: the file; split: metadata then root file system), lower-case hex.
+    pub fingerprint: String,
+    /// For which kind of instance.
+    pub kind: InstanceKind,
+    /// `x86_64`.
+    pub architecture: String,
+    /// Size of the files as uploaded, in bytes.
+    pub size: u64,
+    /// Name of the uploaded file.
+    #[serde(default)]
+    pub filename: String,
+    /// Visible to untrusted clients.
+    #[serde(default)]
+    pub public: bool,
+    /// `os`, `release`, `description`, …
+    #[serde(default)]
+    pub properties: Config,
+    /// Profiles that instances of it get by default.
+    #[serde(default)]
+    pub profiles: Vec<String>,
+    /// When the image was made.
+    pub created_at: Option<Timestamp>,
+    /// When it came here.
+    pub uploaded_at: Timestamp,
+    /// When an instance was last made of it.
+    #[serde(default)]
+    pub last_used_at: Option<Timestamp>,
+    /// When it may go.
+    #[serde(default)]
+    pub expires_at: Option<Timestamp>,
+    /// Grows with each change.
+    pub spec_version: u64,
+}
+
+/// A name for an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageAlias {
+    /// Project.
+    pub project: ProjectId,
+    /// Alias; may contain `/`, as in `debian/12`.
+    pub name: String,
+    /// User's text.
+    #[serde(default)]
+    pub description: String,
+    /// What it names.
+    pub image: ImageId,
+    /// The image's kind.
+    pub kind: InstanceKind,
+}
+
+/// Checks an alias: 1 to 128 of `[A-Za-z0-9._/-]`, no empty component, no `.` or `..`.
+pub fn check_alias(field: &str, s: &str) -> crate::Result<()> {
+    if s.is_empty() || s.len() > 128 || s.split('/').any(|part| Name::parse(field, part).is_err()) {
+        return Err(crate::Error::invalid(
+            field,
+            format!(
+                "{s:?} is not an image alias: names of A-Z a-z 0-9 . _ - separated by '/', at most 128 characters"
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// What unpacking an image's files told about it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageFacts {
+    /// SHA-256, lower-case hex.
+    pub fingerprint: String,
+    /// Bytes as uploaded.
+    pub size: u64,
+    /// For which kind of instance.
+    pub kind: InstanceKind,
+    /// `x86_64`.
+    pub architecture: String,
+    /// `properties` of its metadata.
+    pub properties: Config,
+    /// Seconds since the epoch, from its metadata.
+    pub created_at: i64,
+    /// Seconds since the epoch, from its metadata; 0 is never.
+    #[serde(default)]
+    pub expires_at: i64,
+    /// Virtual size of a disk image in bytes; 0 for containers.
+    #[serde(default)]
+    pub disk_size: u64,
+}

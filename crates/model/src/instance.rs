@@ -1,0 +1,380 @@
+//! Instances: the desired record, the observed runtime, and the status that follows from both.
+
+use crate::{
+    Config, DeviceId, Error, ImageId, InstanceId, Name, NodeId, PoolId, ProfileId, ProjectId, Result,
+    SnapshotId, Vmid, VolumeId, device::Devices,
+};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeMap, fmt};
+
+/// What kind of guest an instance is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum InstanceKind {
+    /// An LXC system container.
+    Container,
+    /// A QEMU virtual machine.
+    VirtualMachine,
+}
+
+impl InstanceKind {
+    /// Incus' name: `container` or `virtual-machine`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Container => "container",
+            Self::VirtualMachine => "virtual-machine",
+        }
+    }
+
+    /// Parses Incus' name; `field` is named in the error.
+    pub fn parse(field: &str, s: &str) -> Result<Self> {
+        match s {
+            "container" => Ok(Self::Container),
+            "virtual-machine" => Ok(Self::VirtualMachine),
+            _ => Err(Error::invalid(
+                field,
+                format!("{s:?} is not a type; use \"container\" or \"virtual-machine\""),
+            )),
+        }
+    }
+}
+
+impl fmt::Display for InstanceKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Who may run a guest is (owner, generation). A generation is ordered first by the cluster's incarnation (grows when the
+/// store is restored from a backup), then by a counter that grows with each start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, Default)]
+pub struct Generation {
+    /// Incarnation of the cluster.
+    pub incarnation: u64,
+    /// Counter within the incarnation.
+    pub n: u64,
+}
+
+impl Generation {
+    /// The next one of this incarnation.
+    pub fn next(self) -> Self {
+        Self { n: self.n + 1, ..self }
+    }
+}
+
+/// What the user wants the guest's power to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DesiredPower {
+    /// Not running.
+    Stopped,
+    /// Running.
+    Running,
+    /// Frozen in memory.
+    Paused,
+}
+
+/// Identity of a virtual machine's virtual hardware, fixed at creation so that upgrades and migration keep it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hardware {
+    /// Versioned machine type, such as `pc-q35-7.2`.
+    pub machine: String,
+    /// QEMU CPU model, such as `max` under TCG or `host` under KVM.
+    pub cpu_model: String,
+    /// Firmware and whether it checks signatures.
+    pub firmware: Firmware,
+    /// SMBIOS/libvirt UUID the guest sees.
+    pub uuid: uuid::Uuid,
+    /// cloud-init instance id; changes when the guest is to run cloud-init afresh (a copy).
+    pub cloud_init_id: uuid::Uuid,
+}
+
+/// Firmware of a virtual machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Firmware {
+    /// SeaBIOS.
+    Bios,
+    /// OVMF without secure boot.
+    Uefi,
+    /// OVMF with secure boot.
+    UefiSecure,
+}
+
+/// Stable identity of one device of the expanded configuration: survives edits of the device's keys.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceIdentity {
+    /// Stable id.
+    pub id: DeviceId,
+    /// Bus slot: `scsi0`, `virtio0`, `net0`, `eth0`.
+    pub slot: String,
+    /// libvirt's alias, such as `ua-…` or `net0`.
+    pub alias: String,
+    /// PCI address `bus:slot.function` in the guest, virtual machines only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci: Option<String>,
+    /// MAC address of a NIC, lower case with colons.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<String>,
+    /// The host's interface of a NIC; recorded before it is made, at most 15 bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_interface: Option<String>,
+    /// The volume that this disk owns.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub volume: Option<VolumeId>,
+}
+
+/// The desired record of an instance, written by the engine only.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Instance {
+    /// Reference from all other records.
+    pub id: InstanceId,
+    /// Project it belongs to.
+    pub project: ProjectId,
+    /// Unique in its project; an index key, renamable.
+    pub name: Name,
+    /// Proxmox' number.
+    pub vmid: Vmid,
+    /// Container or virtual machine.
+    pub kind: InstanceKind,
+    /// Architecture in Incus' words: `x86_64`.
+    pub architecture: String,
+    /// User's text.
+    #[serde(default)]
+    pub description: String,
+    /// Removed when it stops (libvirt: a transient domain).
+    #[serde(default)]
+    pub ephemeral: bool,
+    /// Configuration as the user wrote it; neither expanded nor `volatile.*`.
+    #[serde(default)]
+    pub config: Config,
+    /// Devices as the user wrote them.
+    #[serde(default)]
+    pub devices: Devices,
+    /// Profiles in the order of application.
+    #[serde(default)]
+    pub profiles: Vec<ProfileId>,
+    /// The image it was made of, for information.
+    #[serde(default)]
+    pub image: Option<ImageId>,
+    /// Properties of the image at creation (`image.os`, …) and its fingerprint under `volatile.base_image`.
+    #[serde(default)]
+    pub image_properties: Config,
+    /// `volatile.*` values that the platform itself keeps.
+    #[serde(default)]
+    pub volatile: Config,
+    /// Identities of devices, by device name of the expanded configuration.
+    #[serde(default)]
+    pub identities: BTreeMap<String, DeviceIdentity>,
+    /// Virtual hardware, virtual machines only.
+    #[serde(default)]
+    pub hardware: Option<Hardware>,
+    /// Pool of the root volume.
+    pub pool: PoolId,
+    /// Root volume.
+    pub root: VolumeId,
+    /// The node that owns it.
+    pub node: NodeId,
+    /// Generation of the last start that was ordered.
+    pub generation: Generation,
+    /// Power the user wants.
+    pub power: DesiredPower,
+    /// Snapshot that the present state descends from.
+    #[serde(default)]
+    pub current_snapshot: Option<SnapshotId>,
+    /// Grows with each change of desired state; base of ETag and Proxmox' digest.
+    pub spec_version: u64,
+    /// Not yet complete (being created) or no longer (being deleted): hidden from lists as a normal instance, locked.
+    #[serde(default)]
+    pub lifecycle: Lifecycle,
+    /// When it was created.
+    pub created_at: Timestamp,
+    /// When it was last started.
+    #[serde(default)]
+    pub last_used_at: Option<Timestamp>,
+}
+
+/// Whether the record is a whole instance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "snake_case")]
+pub enum Lifecycle {
+    /// A saga is making it.
+    Creating,
+    /// Whole.
+    #[default]
+    Ready,
+    /// A saga is deleting it.
+    Deleting,
+}
+
+/// What the host saw of a guest. Ordered by (generation, seq): an older report never replaces a newer one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Runtime {
+    /// Which instance.
+    pub instance: InstanceId,
+    /// The generation of the start that made it.
+    pub generation: Generation,
+    /// Counter of reports within a generation.
+    pub seq: u64,
+    /// What it does.
+    pub state: RuntimeState,
+    /// Process id of init or QEMU on its host, when running.
+    #[serde(default)]
+    pub pid: Option<u32>,
+    /// libvirt's domain id: a counter per host, new at each start.
+    #[serde(default)]
+    pub domain_id: Option<u32>,
+    /// When it started.
+    #[serde(default)]
+    pub started_at: Option<Timestamp>,
+    /// Why it ended, in words.
+    #[serde(default)]
+    pub exit: Option<ExitReason>,
+    /// `spec_version` actually applied: live against configured.
+    #[serde(default)]
+    pub applied_spec_version: u64,
+    /// `kvm` or `tcg`, virtual machines only.
+    #[serde(default)]
+    pub accelerator: Option<String>,
+}
+
+/// State of a guest on its host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RuntimeState {
+    /// No process.
+    Stopped,
+    /// Processes are being made.
+    Starting,
+    /// Runs.
+    Running,
+    /// Frozen by request.
+    Paused,
+    /// Graceful stop was asked for.
+    Stopping,
+    /// The host could not keep it (full disk, QEMU internal error).
+    Error,
+}
+
+/// Why a guest ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum ExitReason {
+    /// It shut itself down, or followed a request to.
+    Shutdown,
+    /// It was ended by force on request.
+    Forced,
+    /// It ended by itself in another way.
+    Crashed {
+        /// In words.
+        detail: String,
+    },
+}
+
+/// The status that users see; a pure function of desired and observed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Status {
+    /// No guest process.
+    Stopped,
+    /// On its way up.
+    Starting,
+    /// Up.
+    Running,
+    /// Frozen.
+    Frozen,
+    /// On its way down.
+    Stopping,
+    /// In an error.
+    Error,
+}
+
+impl Instance {
+    /// Status out of the desired record and what the host last saw. Until the host reports of the start that was last
+    /// ordered, what it reported of the one before still holds; a report of a start that was never ordered says nothing.
+    pub fn status(&self, runtime: Option<&Runtime>) -> Status {
+        match runtime {
+            Some(r) if r.generation <= self.generation => match r.state {
+                RuntimeState::Stopped => Status::Stopped,
+                RuntimeState::Starting => Status::Starting,
+                RuntimeState::Running => Status::Running,
+                RuntimeState::Paused => Status::Frozen,
+                RuntimeState::Stopping => Status::Running,
+                RuntimeState::Error => Status::Error,
+            },
+            _ => Status::Stopped,
+        }
+    }
+}
+
+impl Runtime {
+    /// May `self` replace `old`?
+    pub fn supersedes(&self, old: &Runtime) -> bool {
+        (self.generation, self.seq) > (old.generation, old.seq)
+    }
+}
+
+/// A change of power that a user asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PowerAction {
+    /// Start it.
+    Start,
+    /// Stop it.
+    Stop,
+    /// Stop and start it.
+    Restart,
+    /// Pause it.
+    Freeze,
+    /// Continue it.
+    Unfreeze,
+}
+
+impl PowerAction {
+    /// Is the action legal in `status`? The error says what to do instead.
+    pub fn check(self, name: &str, status: Status) -> Result<()> {
+        use PowerAction as A;
+        use Status as S;
+        match (self, status) {
+            (A::Start, S::Stopped | S::Error) => Ok(()),
+            (A::Start, S::Frozen) => {
+                Err(Error::conflict(format!("instance {name:?} is frozen; resume it instead")))
+            }
+            (A::Start, _) => Err(Error::conflict(format!("instance {name:?} is already running"))),
+            (A::Stop, S::Stopped) => Err(Error::conflict(format!("instance {name:?} is already stopped"))),
+            (A::Stop, _) => Ok(()),
+            (A::Restart, S::Stopped) => {
+                Err(Error::conflict(format!("instance {name:?} is not running; start it instead")))
+            }
+            (A::Restart, _) => Ok(()),
+            (A::Freeze, S::Running) => Ok(()),
+            (A::Freeze, S::Frozen) => Err(Error::conflict(format!("instance {name:?} is already frozen"))),
+            (A::Freeze, _) => Err(Error::conflict(format!("instance {name:?} is not running"))),
+            (A::Unfreeze, S::Frozen) => Ok(()),
+            (A::Unfreeze, _) => Err(Error::conflict(format!("instance {name:?} is not frozen"))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_legal_power_changes() {
+        assert!(PowerAction::Start.check("a", Status::Stopped).is_ok());
+        assert!(
+            PowerAction::Start.check("a", Status::Running).unwrap_err().message.contains("already running")
+        );
+        assert!(PowerAction::Unfreeze.check("a", Status::Running).is_err());
+        assert!(PowerAction::Stop.check("a", Status::Frozen).is_ok());
+    }
+
+    #[test]
+    fn generations_order_by_incarnation_first() {
+        let old = Generation { incarnation: 1, n: 900 };
+        let new = Generation { incarnation: 2, n: 1 };
+        assert!(new > old && old.next() > old && old.next() < new);
+    }
+}

@@ -1,0 +1,376 @@
+//! The one table of instance configuration keys: name or wildcard, type, who has it, default, live or not, text. Parser,
+//! validation, documentation, CLI help and `/1.0/metadata/configuration` come from it.
+
+use crate::{
+    ByteSize, Config, Error, Result,
+    error::nearest,
+    instance::InstanceKind,
+    spec::{CloudInit, CpuAllowance, CpuLimit, Limits, Security},
+};
+
+/// Type of a key's value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyType {
+    /// Any text.
+    Text,
+    /// `true` or `false` (also `1/0`, `yes/no`, `on/off`).
+    Bool,
+    /// A whole number within bounds.
+    Integer(i64, i64),
+    /// A size, such as `512MiB`.
+    Size,
+    /// CPUs: a number, or a set such as `0-1,3`.
+    Cpus,
+    /// `50%` or `25ms/100ms`.
+    Allowance,
+    /// One of the words.
+    OneOf(&'static [&'static str]),
+}
+
+/// Which instances have a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyScope {
+    /// Both kinds.
+    Any,
+    /// Containers only.
+    Container,
+    /// Virtual machines only.
+    VirtualMachine,
+}
+
+/// A row of the table.
+#[derive(Debug, Clone, Copy)]
+pub struct Key {
+    /// Name, or a prefix ending in `.*`.
+    pub name: &'static str,
+    /// Type.
+    pub kind: KeyType,
+    /// Who has it.
+    pub scope: KeyScope,
+    /// Default in words or as value.
+    pub default: &'static str,
+    /// Takes effect on a running guest.
+    pub live: bool,
+    /// Documentation.
+    pub text: &'static str,
+}
+
+const fn key(
+    name: &'static str,
+    kind: KeyType,
+    scope: KeyScope,
+    default: &'static str,
+    live: bool,
+    text: &'static str,
+) -> Key {
+    Key { name, kind, scope, default, live, text }
+}
+
+use KeyScope::{Any, Container, VirtualMachine};
+use KeyType::{Allowance, Bool, Cpus, Integer, OneOf, Size, Text};
+
+/// The table, by name.
+pub const INSTANCE_KEYS: &[Key] = &[
+    key("boot.autostart", Bool, Any, "last state", true, "Start the instance when its host starts."),
+    key(
+        "boot.host_shutdown_timeout",
+        Integer(0, 86400),
+        Any,
+        "30",
+        true,
+        "Seconds to wait for a graceful stop before forcing it.",
+    ),
+    key(
+        "cloud-init.network-config",
+        Text,
+        Any,
+        "DHCP on the first NIC",
+        false,
+        "cloud-init network configuration.",
+    ),
+    key("cloud-init.user-data", Text, Any, "", false, "cloud-init user data."),
+    key("cloud-init.vendor-data", Text, Any, "", false, "cloud-init vendor data."),
+    key("environment.*", Text, Any, "", true, "Environment of the container's init and of exec."),
+    key("image.*", Text, Any, "", true, "Property of the image the instance was made of."),
+    key(
+        "limits.cpu",
+        Cpus,
+        Any,
+        "containers: all; virtual machines: 1",
+        true,
+        "Number of CPUs, or a set of host CPUs such as 0-1,3.",
+    ),
+    key(
+        "limits.cpu.allowance",
+        Allowance,
+        Container,
+        "100%",
+        true,
+        "Share under contention (50%) or hard limit (25ms/100ms).",
+    ),
+    key("limits.memory", Size, Any, "containers: all; virtual machines: 1GiB", true, "Memory."),
+    key("limits.processes", Integer(1, i32::MAX as i64), Container, "no limit", true, "Number of processes."),
+    key("security.nesting", Bool, Container, "false", false, "Allow containers inside the container."),
+    key(
+        "security.privileged",
+        OneOf(&["false"]),
+        Container,
+        "false",
+        false,
+        "Privileged containers are granted by host policy only.",
+    ),
+    key(
+        "security.secureboot",
+        OneOf(&["false"]),
+        VirtualMachine,
+        "false",
+        false,
+        "Check signatures while booting.",
+    ),
+    key("user.*", Text, Any, "", true, "Free for the user."),
+    key("volatile.*", Text, Any, "", true, "Kept by the platform."),
+];
+
+impl Key {
+    /// Does the row cover `name`?
+    pub fn matches(&self, name: &str) -> bool {
+        match self.name.strip_suffix('*') {
+            Some(prefix) => name.len() > prefix.len() && name.starts_with(prefix),
+            None => self.name == name,
+        }
+    }
+
+    fn check(&self, field: &str, value: &str) -> Result<()> {
+        match self.kind {
+            Text => Ok(()),
+            Bool => parse_bool(field, value).map(drop),
+            Size => ByteSize::parse(field, value).map(drop),
+            Cpus => parse_cpus(field, value).map(drop),
+            Allowance => parse_allowance(field, value).map(drop),
+            Integer(low, high) => match value.parse::<i64>() {
+                Ok(n) if (low..=high).contains(&n) => Ok(()),
+                _ => Err(Error::invalid(
+                    field,
+                    format!("{value:?} is not a whole number from {low} to {high}"),
+                )),
+            },
+            OneOf(words) if words.contains(&value) => Ok(()),
+            OneOf(words) => Err(Error::invalid(
+                field,
+                format!("{value:?} is not possible here; use {}", words.join(" or ")),
+            )),
+        }
+    }
+}
+
+/// Row of the table for `name`.
+pub fn lookup(name: &str) -> Option<&'static Key> {
+    INSTANCE_KEYS.iter().find(|k| k.matches(name))
+}
+
+/// Checks a configuration as users write it: known keys, fitting kind, well-formed values. Empty values mean "not set".
+/// `kind` is `None` for profiles, which serve both.
+pub fn check(config: &Config, kind: Option<InstanceKind>) -> Result<()> {
+    for (name, value) in config {
+        check_free(name, value)?;
+        let field = format!("config.{name}");
+        let Some(row) = lookup(name) else {
+            let hint = match nearest(name, INSTANCE_KEYS.iter().map(|k| k.name)) {
+                Some(n) => format!("; did you mean {n:?}?"),
+                None => "; `karst config keys` lists the known ones, user.* is free".to_owned(),
+            };
+            return Err(Error::invalid(field, format!("unknown configuration key {name:?}{hint}")));
+        };
+        match (row.scope, kind) {
+            (Container, Some(InstanceKind::VirtualMachine))
+            | (VirtualMachine, Some(InstanceKind::Container)) => {
+                return Err(Error::invalid(
+                    field,
+                    format!("{name:?} does not apply to a {}", kind.map_or("", |k| k.as_str())),
+                ));
+            }
+            _ => {}
+        }
+        if name.starts_with("environment.") && name.contains('=') {
+            return Err(Error::invalid(field, "the name of a variable cannot contain '='"));
+        }
+        if !value.is_empty() {
+            row.check(&field, value)?;
+        }
+    }
+    Ok(())
+}
+
+/// Checks what holds for every key and value, also those that are free (`user.*`).
+pub fn check_free(name: &str, value: &str) -> Result<()> {
+    let field = || format!("config.{name}");
+    if name.len() > 255 || name.chars().any(char::is_control) {
+        return Err(Error::invalid(
+            "config",
+            format!(
+                "{:?} is no key: at most 255 bytes without control characters",
+                name.chars().take(64).collect::<String>()
+            ),
+        ));
+    }
+    if value.len() > 1 << 20 {
+        return Err(Error::invalid(field(), format!("the value of {name:?} is larger than 1 MiB")));
+    }
+    if value.contains('\0') {
+        return Err(Error::invalid(field(), format!("the value of {name:?} contains a NUL byte")));
+    }
+    Ok(())
+}
+
+fn set<'a>(config: &'a Config, name: &str) -> Option<&'a str> {
+    config.get(name).map(String::as_str).filter(|v| !v.is_empty())
+}
+
+/// Parses a boolean.
+pub fn parse_bool(field: &str, s: &str) -> Result<bool> {
+    match s.to_ascii_lowercase().as_str() {
+        "true" | "1" | "yes" | "on" => Ok(true),
+        "false" | "0" | "no" | "off" => Ok(false),
+        _ => Err(Error::invalid(field, format!("{s:?} is not a boolean; use true or false"))),
+    }
+}
+
+/// Parses `limits.cpu`.
+pub fn parse_cpus(field: &str, s: &str) -> Result<CpuLimit> {
+    let wrong =
+        || Error::invalid(field, format!("{s:?} is neither a number of CPUs nor a set such as 0-1,3"));
+    if let Ok(n) = s.parse::<u32>() {
+        return if (1..=4096).contains(&n) {
+            Ok(CpuLimit::Count { n })
+        } else {
+            Err(Error::invalid(field, format!("{s:?} is not a number of CPUs from 1 to 4096")))
+        };
+    }
+    let mut cpus = std::collections::BTreeSet::new();
+    for part in s.split(',') {
+        let (a, b) = part.split_once('-').unwrap_or((part, part));
+        let (a, b): (u32, u32) =
+            (a.trim().parse().map_err(|_| wrong())?, b.trim().parse().map_err(|_| wrong())?);
+        if a > b || b > 4095 {
+            return Err(wrong());
+        }
+        cpus.extend(a..=b);
+    }
+    Ok(CpuLimit::Set { cpus: cpus.into_iter().collect() })
+}
+
+/// Parses `limits.cpu.allowance`.
+pub fn parse_allowance(field: &str, s: &str) -> Result<CpuAllowance> {
+    let wrong = || {
+        Error::invalid(field, format!("{s:?} is neither a share such as 50% nor a limit such as 25ms/100ms"))
+    };
+    if let Some(p) = s.strip_suffix('%') {
+        return match p.parse() {
+            Ok(percent) if (1..=100).contains(&percent) => Ok(CpuAllowance::Share { percent }),
+            _ => Err(wrong()),
+        };
+    }
+    let ms = |t: &str| {
+        t.trim().strip_suffix("ms").and_then(|n| n.parse::<u64>().ok()).filter(|n| (1..=1000).contains(n))
+    };
+    let (q, p) = s.split_once('/').ok_or_else(wrong)?;
+    let quota = q
+        .trim()
+        .strip_suffix("ms")
+        .and_then(|n| n.parse::<u64>().ok())
+        .filter(|n| (1..=1_000_000).contains(n));
+    match (quota, ms(p)) {
+        (Some(q), Some(p)) => Ok(CpuAllowance::Quota { quota_us: q * 1000, period_us: p * 1000 }),
+        _ => Err(wrong()),
+    }
+}
+
+/// Limits out of an expanded configuration.
+pub fn limits(config: &Config) -> Result<Limits> {
+    let memory =
+        set(config, "limits.memory").map(|v| ByteSize::parse("config.limits.memory", v)).transpose()?;
+    if let Some(m) = memory
+        && m < ByteSize::mib(4)
+    {
+        return Err(Error::invalid(
+            "config.limits.memory",
+            format!("{m} of memory is too little for any guest; give at least 4MiB"),
+        ));
+    }
+    Ok(Limits {
+        cpu: set(config, "limits.cpu").map(|v| parse_cpus("config.limits.cpu", v)).transpose()?,
+        cpu_allowance: set(config, "limits.cpu.allowance")
+            .map(|v| parse_allowance("config.limits.cpu.allowance", v))
+            .transpose()?,
+        memory,
+        processes: set(config, "limits.processes").and_then(|v| v.parse().ok()),
+    })
+}
+
+/// Security switches out of an expanded configuration.
+pub fn security(config: &Config) -> Result<Security> {
+    Ok(Security {
+        nesting: set(config, "security.nesting")
+            .map(|v| parse_bool("config.security.nesting", v))
+            .transpose()?
+            .unwrap_or(false),
+    })
+}
+
+/// cloud-init data out of an expanded configuration.
+pub fn cloud_init(config: &Config, instance_id: String) -> CloudInit {
+    let text = |k: &str| set(config, k).map(str::to_owned);
+    CloudInit {
+        instance_id,
+        user_data: text("cloud-init.user-data"),
+        vendor_data: text("cloud-init.vendor-data"),
+        network_config: text("cloud-init.network-config"),
+    }
+}
+
+/// `environment.*` without its prefix.
+pub fn environment(config: &Config) -> std::collections::BTreeMap<String, String> {
+    config.iter().filter_map(|(k, v)| Some((k.strip_prefix("environment.")?.to_owned(), v.clone()))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cfg(k: &str, v: &str) -> Config {
+        Config::from([(k.to_owned(), v.to_owned())])
+    }
+
+    #[test]
+    fn table_is_sorted_and_unique() {
+        assert!(INSTANCE_KEYS.windows(2).all(|w| w[0].name < w[1].name));
+    }
+
+    #[test]
+    fn unknown_and_malformed_keys_are_refused_by_field() {
+        let e = check(&cfg("limits.memroy", "1GiB"), None).unwrap_err();
+        assert!(
+            e.message.contains("\"limits.memory\"") && e.field.as_deref() == Some("config.limits.memroy"),
+            "{e}"
+        );
+        for (k, v) in
+            [("limits.memory", "lots"), ("limits.cpu", "0"), ("limits.cpu", "3-1"), ("limits.processes", "0")]
+        {
+            assert_eq!(check(&cfg(k, v), None).unwrap_err().field.unwrap(), format!("config.{k}"));
+        }
+        assert!(check(&cfg("limits.processes", "5"), Some(InstanceKind::VirtualMachine)).is_err());
+        assert!(check(&cfg("user.anything", "x"), None).is_ok());
+        assert!(check(&cfg("user.", "x"), None).is_err());
+    }
+
+    #[test]
+    fn limits_parse() {
+        assert_eq!(parse_cpus("x", "0-1,3").unwrap(), CpuLimit::Set { cpus: vec![0, 1, 3] });
+        assert_eq!(
+            parse_allowance("x", "25ms/100ms").unwrap(),
+            CpuAllowance::Quota { quota_us: 25_000, period_us: 100_000 }
+        );
+        assert!(parse_allowance("x", "200%").is_err());
+        assert!(limits(&cfg("limits.memory", "1MiB")).is_err());
+    }
+}

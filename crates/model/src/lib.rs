@@ -1,0 +1,33 @@
+//! What exists in Karst: instances, devices, volumes, snapshots, pools, networks, profiles, projects, nodes, images,
+//! operations, principals and permissions; typed ids, sizes and states with their legal transitions; and the table of
+//! configuration keys.
+//!
+//! Invariants: no IO, no async, no clock and no randomness here. Records refer to each other by UUID only; names are
+//! index keys. Strings that users wrote are parsed once, at the edge, into the typed specifications of this crate.
+
+pub mod access;
+pub mod device;
+pub mod error;
+pub mod guest;
+pub mod id;
+pub mod image;
+pub mod instance;
+pub mod keys;
+pub mod name;
+pub mod network;
+pub mod node;
+pub mod operation;
+pub mod profile;
+pub mod project;
+pub mod size;
+pub mod snapshot;
+pub mod spec;
+pub mod storage;
+
+pub use error::{Error, ErrorKind, Result};
+pub use id::*;
+pub use name::Name;
+pub use size::ByteSize;
+
+/// Free-form user configuration, as written (`limits.memory` -> `1GiB`), in key order.
+pub type Config = std::collections::BTreeMap<String, String>;

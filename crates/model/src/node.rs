@@ -1,0 +1,84 @@
+//! Nodes: hosts that run guests, and what they report of themselves.
+
+use crate::{Name, NodeId};
+use serde::{Deserialize, Serialize};
+
+/// A host of the cluster.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Node {
+    /// Reference.
+    pub id: NodeId,
+    /// Name in lists (`location`).
+    pub name: Name,
+    /// What the host last said of itself.
+    pub facts: Option<HostFacts>,
+}
+
+/// What an agent says of its machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct HostFacts {
+    /// Host name.
+    pub hostname: String,
+    /// Identifies this run of the kernel: guests of another one are gone.
+    #[serde(default)]
+    pub boot_id: String,
+    /// `x86_64`.
+    pub architecture: String,
+    /// `Linux`' release.
+    pub kernel: String,
+    /// Operating system (`Debian GNU/Linux`) and version (`12`).
+    pub os_name: String,
+    /// Version of the operating system.
+    pub os_version: String,
+    /// Accelerator for virtual machines.
+    pub accelerator: Accelerator,
+    /// QEMU's version, `None` when it is not installed.
+    pub qemu: Option<String>,
+    /// liblxc's version, `None` when it is not installed.
+    pub lxc: Option<String>,
+    /// Machine type that new virtual machines get, such as `pc-q35-7.2`.
+    pub default_machine: Option<String>,
+    /// `v1`, `hybrid` or `v2`.
+    pub cgroup_layout: String,
+    /// Number of usable CPUs.
+    pub cpus: u32,
+    /// Total memory in bytes.
+    pub memory: u64,
+    /// What is wrong or missing, in words, each with the fix.
+    pub warnings: Vec<String>,
+}
+
+/// How virtual machines are executed here, and why.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Accelerator {
+    /// `kvm` or `tcg`.
+    pub kind: AcceleratorKind,
+    /// Why, in words.
+    pub reason: String,
+}
+
+impl Default for Accelerator {
+    fn default() -> Self {
+        Self { kind: AcceleratorKind::Tcg, reason: "not probed yet".into() }
+    }
+}
+
+/// QEMU's accelerators that Karst uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AcceleratorKind {
+    /// Hardware virtualization by the kernel.
+    Kvm,
+    /// Software emulation.
+    Tcg,
+}
+
+impl AcceleratorKind {
+    /// QEMU's name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+}

@@ -1,0 +1,243 @@
+//! The typed specification of a guest as it travels from the engine to a host's agent. Only ids travel: no host path,
+//! argv, raw configuration line or nft text. The host resolves the ids from its own registry.
+
+use crate::{
+    ByteSize, DeviceId, ImageId, InstanceId, NetworkId, PoolId, VolumeId,
+    instance::{Firmware, Generation, InstanceKind},
+    network::BridgeSpec,
+    storage::{PoolKind, VolumeContent},
+};
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeMap, net::Ipv4Addr};
+
+/// Everything the host needs to run one guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestSpec {
+    /// Which instance.
+    pub instance: InstanceId,
+    /// Kind.
+    pub kind: InstanceKind,
+    /// The start this belongs to; the agent refuses an older one.
+    pub generation: Generation,
+    /// `spec_version` of the record it was made of.
+    pub spec_version: u64,
+    /// The guest's host name (a DNS label).
+    pub hostname: String,
+    /// libvirt's domain id for this start.
+    pub domain_id: u32,
+    /// Virtual hardware, virtual machines only.
+    pub machine: Option<MachineSpec>,
+    /// Limits.
+    pub limits: Limits,
+    /// Security switches of containers.
+    #[serde(default)]
+    pub security: Security,
+    /// Root volume.
+    pub root: DiskSpec,
+    /// NICs in bus order.
+    pub nics: Vec<NicSpec>,
+    /// First-boot configuration.
+    pub cloud_init: CloudInit,
+    /// Environment of the guest's init and of exec (`environment.*`), seen inside the guest only.
+    #[serde(default)]
+    pub environment: BTreeMap<String, String>,
+}
+
+/// Virtual hardware.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineSpec {
+    /// Versioned machine type.
+    pub machine: String,
+    /// CPU model.
+    pub cpu_model: String,
+    /// Firmware.
+    pub firmware: Firmware,
+    /// SMBIOS UUID.
+    pub uuid: uuid::Uuid,
+    /// Pass the accelerator explicitly only when a test or the user forces one; otherwise the host chooses.
+    pub accelerator: Option<crate::node::AcceleratorKind>,
+}
+
+/// Limits of a guest, parsed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct Limits {
+    /// CPUs.
+    pub cpu: Option<CpuLimit>,
+    /// Share of CPU time for containers.
+    pub cpu_allowance: Option<CpuAllowance>,
+    /// Memory in bytes; for virtual machines its size.
+    pub memory: Option<ByteSize>,
+    /// Processes (containers).
+    pub processes: Option<u32>,
+}
+
+/// Which or how many CPUs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum CpuLimit {
+    /// So many.
+    Count {
+        /// At least one.
+        n: u32,
+    },
+    /// Pinned to this set of host CPUs, sorted.
+    Set {
+        /// CPU numbers.
+        cpus: Vec<u32>,
+    },
+}
+
+/// `limits.cpu.allowance`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum CpuAllowance {
+    /// `50%`: a soft share when CPUs are contended.
+    Share {
+        /// 1 to 100.
+        percent: u32,
+    },
+    /// `25ms/100ms`: a hard limit.
+    Quota {
+        /// Microseconds per period.
+        quota_us: u64,
+        /// Period in microseconds.
+        period_us: u64,
+    },
+}
+
+/// Security switches.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct Security {
+    /// Nested containers allowed.
+    #[serde(default)]
+    pub nesting: bool,
+}
+
+/// A disk by its volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskSpec {
+    /// Device.
+    pub device: DeviceId,
+    /// Device name in the configuration.
+    pub name: String,
+    /// Bus slot such as `scsi0`.
+    pub slot: String,
+    /// Pool of the volume.
+    pub pool: PoolId,
+    /// Volume.
+    pub volume: VolumeId,
+    /// PCI address in the guest, virtual machines only.
+    #[serde(default)]
+    pub pci: Option<String>,
+    /// Boot order, higher first.
+    #[serde(default)]
+    pub boot_priority: u32,
+}
+
+/// A NIC on a managed network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NicSpec {
+    /// Device.
+    pub device: DeviceId,
+    /// Device name in the configuration.
+    pub name: String,
+    /// Bus slot such as `net0`.
+    pub slot: String,
+    /// Interface name in the guest (containers).
+    pub guest_name: String,
+    /// MAC address, lower case.
+    pub mac: String,
+    /// Network.
+    pub network: NetworkId,
+    /// The host's interface; chosen by the engine, recorded before it is made, checked by the host to carry its prefix.
+    pub host_interface: String,
+    /// Static address from the configuration.
+    #[serde(default)]
+    pub ipv4: Option<Ipv4Addr>,
+    /// MTU.
+    #[serde(default)]
+    pub mtu: Option<u32>,
+    /// PCI address in the guest, virtual machines only.
+    #[serde(default)]
+    pub pci: Option<String>,
+    /// Boot order, higher first.
+    #[serde(default)]
+    pub boot_priority: u32,
+}
+
+/// cloud-init data (NoCloud).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct CloudInit {
+    /// `instance-id`; a change makes cloud-init run afresh.
+    pub instance_id: String,
+    /// `cloud-init.user-data`.
+    #[serde(default)]
+    pub user_data: Option<String>,
+    /// `cloud-init.vendor-data`.
+    #[serde(default)]
+    pub vendor_data: Option<String>,
+    /// `cloud-init.network-config`.
+    #[serde(default)]
+    pub network_config: Option<String>,
+}
+
+/// A pool for a host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolSpec {
+    /// Reference.
+    pub id: PoolId,
+    /// Kind.
+    pub kind: PoolKind,
+}
+
+/// A volume for a host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeSpec {
+    /// Reference.
+    pub id: VolumeId,
+    /// Pool.
+    pub pool: PoolId,
+    /// What it holds.
+    pub content: VolumeContent,
+    /// Size limit.
+    pub size: Option<ByteSize>,
+    /// What it begins as.
+    pub source: VolumeSource,
+}
+
+/// What a new volume begins as.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum VolumeSource {
+    /// Nothing in it.
+    Empty,
+    /// A clone of an image's content.
+    Image {
+        /// Which.
+        image: ImageId,
+    },
+}
+
+/// A network for a host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkSpec {
+    /// Reference.
+    pub id: NetworkId,
+    /// Bridge interface.
+    pub bridge: String,
+    /// How it is configured.
+    pub spec: BridgeSpec,
+    /// Known guests: DHCP reservations and names.
+    pub hosts: Vec<NetworkHost>,
+}
+
+/// A guest on a network.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct NetworkHost {
+    /// MAC address.
+    pub mac: String,
+    /// DNS label.
+    pub hostname: String,
+    /// Static address.
+    pub ipv4: Option<Ipv4Addr>,
+}

@@ -1,0 +1,43 @@
+//! The tables of the model's records.
+
+use crate::Record;
+use karst_model::{
+    image::{Image, ImageAlias},
+    instance::{Instance, Runtime},
+    network::Network,
+    node::Node,
+    operation::Operation,
+    profile::Profile,
+    project::Project,
+    snapshot::Snapshot,
+    storage::{Pool, Volume},
+};
+
+macro_rules! records {
+    ($($t:ty: $table:literal = |$r:ident| $id:expr;)+) => {$(
+        impl Record for $t {
+            const TABLE: &'static str = $table;
+            fn record_id(&self) -> String { let $r = self; $id }
+        }
+    )+};
+}
+
+records! {
+    Node: "nodes" = |r| r.id.to_string();
+    Project: "projects" = |r| r.id.to_string();
+    Profile: "profiles" = |r| r.id.to_string();
+    Pool: "pools" = |r| r.id.to_string();
+    Volume: "volumes" = |r| r.id.to_string();
+    Network: "networks" = |r| r.id.to_string();
+    Image: "images" = |r| r.id.to_string();
+    ImageAlias: "aliases" = |r| alias_id(r.project, &r.name);
+    Instance: "instances" = |r| r.id.to_string();
+    Runtime: "runtimes" = |r| r.instance.to_string();
+    Snapshot: "snapshots" = |r| r.id.to_string();
+    Operation: "operations" = |r| r.id.to_string();
+}
+
+/// Identity of an image alias in its table: it is found by project and name.
+pub fn alias_id(project: karst_model::ProjectId, name: &str) -> String {
+    format!("{project}:{name}")
+}

@@ -1,0 +1,198 @@
+//! One or more scenarios for every saga: how to get there, and what starts it.
+
+use crate::World;
+use futures::future::BoxFuture;
+use karst_engine::{
+    LiveOperation,
+    compute::{
+        create::{CreateInstance, InstanceSource},
+        power::PowerRequest,
+        update::UpdateInstance,
+    },
+    images::ImageOptions,
+    network::{CreateNetwork, UpdateNetwork},
+    storage::CreatePool,
+};
+use karst_model::{
+    Config, Result,
+    device::Devices,
+    instance::{InstanceKind, PowerAction},
+};
+
+/// A way to run a saga.
+pub struct Scenario {
+    /// [`karst_engine::saga::Saga::NAME`] of the saga that `trigger` starts.
+    pub saga: &'static str,
+    /// What is special about this one.
+    pub name: &'static str,
+    /// Makes what must be there before.
+    pub setup: for<'a> fn(&'a World) -> BoxFuture<'a, Result<()>>,
+    /// Starts the saga.
+    pub trigger: for<'a> fn(&'a World) -> BoxFuture<'a, Result<LiveOperation>>,
+}
+
+/// A container's request, of the test image or empty.
+pub fn container(name: &str) -> CreateInstance {
+    CreateInstance {
+        name: Some(name.into()),
+        kind: InstanceKind::Container,
+        description: String::new(),
+        ephemeral: false,
+        config: Config::new(),
+        devices: Devices::new(),
+        profiles: None,
+        source: InstanceSource::None,
+        start: false,
+        target: None,
+    }
+}
+
+fn power(action: PowerAction) -> PowerRequest {
+    PowerRequest { action, force: true, timeout: None }
+}
+
+async fn done(w: &World, operation: Result<LiveOperation>) -> Result<()> {
+    match &w.ended(operation?).await.error {
+        None => Ok(()),
+        Some(e) => Err(e.clone()),
+    }
+}
+
+async fn make(w: &World, name: &str, start: bool) -> Result<()> {
+    let request = CreateInstance { start, ..container(name) };
+    let (_, operation) = w.engine.instance_create(&w.admin, "default", request).await?;
+    done(w, Ok(operation)).await
+}
+
+async fn set_power(w: &World, action: PowerAction) -> Result<LiveOperation> {
+    w.engine.instance_power(&w.admin, "default", "c1", power(action)).await
+}
+
+async fn build(w: &World) -> Result<LiveOperation> {
+    w.engine
+        .image_build(&w.admin, "default", "debian/12", InstanceKind::Container, ImageOptions::default())
+        .await
+}
+
+async fn network(w: &World) -> Result<LiveOperation> {
+    Ok(w.engine.network_create(&w.admin, "default", CreateNetwork::automatic("net1")).await?.1)
+}
+
+macro_rules! scenario {
+    ($saga:literal, $name:literal, |$s:ident| $setup:expr, |$t:ident| $trigger:expr) => {
+        Scenario {
+            saga: $saga,
+            name: $name,
+            setup: |$s| Box::pin(async move { $setup }),
+            trigger: |$t| Box::pin(async move { $trigger }),
+        }
+    };
+}
+
+/// All scenarios.
+pub fn all() -> Vec<Scenario> {
+    vec![
+        scenario!("instance-create", "empty", |_w| Ok(()), |w| {
+            Ok(w.engine.instance_create(&w.admin, "default", container("c1")).await?.1)
+        }),
+        scenario!("instance-create", "of an image, started", |w| done(w, build(w).await).await, |w| {
+            let source = InstanceSource::Image("debian/12".into());
+            let request = CreateInstance { source, start: true, ..container("c1") };
+            Ok(w.engine.instance_create(&w.admin, "default", request).await?.1)
+        }),
+        scenario!("instance-create", "virtual machine", |_w| Ok(()), |w| {
+            let request =
+                CreateInstance { kind: InstanceKind::VirtualMachine, start: true, ..container("v1") };
+            Ok(w.engine.instance_create(&w.admin, "default", request).await?.1)
+        }),
+        scenario!("instance-delete", "stopped", |w| make(w, "c1", false).await, |w| w
+            .engine
+            .instance_delete(&w.admin, "default", "c1")
+            .await),
+        scenario!("instance-power", "start", |w| make(w, "c1", false).await, |w| {
+            set_power(w, PowerAction::Start).await
+        }),
+        scenario!("instance-power", "stop", |w| make(w, "c1", true).await, |w| {
+            set_power(w, PowerAction::Stop).await
+        }),
+        scenario!("instance-power", "restart", |w| make(w, "c1", true).await, |w| {
+            set_power(w, PowerAction::Restart).await
+        }),
+        scenario!("instance-power", "freeze", |w| make(w, "c1", true).await, |w| {
+            set_power(w, PowerAction::Freeze).await
+        }),
+        scenario!(
+            "instance-power",
+            "unfreeze",
+            |w| {
+                make(w, "c1", true).await?;
+                done(w, set_power(w, PowerAction::Freeze).await).await
+            },
+            |w| set_power(w, PowerAction::Unfreeze).await
+        ),
+        scenario!("instance-update", "limits of a running one", |w| make(w, "c1", true).await, |w| {
+            let update = UpdateInstance {
+                description: "changed".into(),
+                ephemeral: false,
+                config: Config::from([("limits.memory".into(), "64MiB".into())]),
+                devices: Devices::new(),
+                profiles: vec!["default".into()],
+                if_version: None,
+            };
+            w.engine.instance_update(&w.admin, "default", "c1", update).await
+        }),
+        scenario!(
+            "instance-update",
+            "a larger disk",
+            |w| {
+                let request = CreateInstance { kind: InstanceKind::VirtualMachine, ..container("c1") };
+                done(w, Ok(w.engine.instance_create(&w.admin, "default", request).await?.1)).await
+            },
+            |w| {
+                let root = [("type", "disk"), ("path", "/"), ("pool", "default"), ("size", "20GiB")];
+                let root = root.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+                let update = UpdateInstance {
+                    description: String::new(),
+                    ephemeral: false,
+                    config: Config::new(),
+                    devices: Devices::from([("root".to_owned(), root)]),
+                    profiles: vec!["default".into()],
+                    if_version: None,
+                };
+                w.engine.instance_update(&w.admin, "default", "c1", update).await
+            }
+        ),
+        scenario!("image-create", "built", |_w| Ok(()), |w| build(w).await),
+        scenario!("image-create", "there already", |w| done(w, build(w).await).await, |w| build(w).await),
+        scenario!("image-delete", "with an alias", |w| done(w, build(w).await).await, |w| w
+            .engine
+            .image_delete(&w.admin, "default", "debian/12")
+            .await),
+        scenario!("network-create", "automatic", |_w| Ok(()), |w| network(w).await),
+        scenario!("network-delete", "unused", |w| done(w, network(w).await).await, |w| w
+            .engine
+            .network_delete(&w.admin, "default", "net1")
+            .await),
+        scenario!("network-update", "another domain", |w| done(w, network(w).await).await, |w| {
+            let now = w.engine.network(&w.admin, "default", "net1")?;
+            let mut config = now.config.clone();
+            config.insert("dns.domain".into(), "example".into());
+            let update = UpdateNetwork { description: String::new(), config, if_version: None };
+            w.engine.network_update(&w.admin, "default", "net1", update).await
+        }),
+        scenario!("pool-create", "dir", |_w| Ok(()), |w| {
+            let request = CreatePool { name: "second".into(), driver: "dir".into(), ..Default::default() };
+            w.engine.pool_create(&w.admin, request).await
+        }),
+        scenario!(
+            "pool-delete",
+            "empty",
+            |w| {
+                let request =
+                    CreatePool { name: "second".into(), driver: "dir".into(), ..Default::default() };
+                done(w, w.engine.pool_create(&w.admin, request).await).await
+            },
+            |w| w.engine.pool_delete(&w.admin, "second").await
+        ),
+    ]
+}

@@ -1,0 +1,376 @@
+//! Who may call what: every public use case of the engine, called as nobody, from a foreign project, with too little, and
+//! with exactly what it needs. A use case that is missing in the table fails the test.
+
+use futures::future::BoxFuture;
+use karst_agent::ImagePart;
+use karst_engine::{
+    Context,
+    compute::{create::CreateInstance, power::PowerRequest, update::UpdateInstance},
+    images::{ImageOptions, ImageUpload, UpdateImage},
+    network::{CreateNetwork, UpdateNetwork},
+    storage::CreatePool,
+    tenancy::UpdateProfile,
+};
+use karst_env::SeededEnv;
+use karst_model::{
+    Config, ErrorKind, ImageId, OperationId, PrincipalId, ProjectId, Result,
+    access::{Grant, Identity, Principal, Role},
+    device::Devices,
+    guest::{ExecRequest, FileKind, FileWrite},
+    instance::{InstanceKind, PowerAction},
+};
+use karst_testkit::{World, scenarios::container};
+use std::{collections::BTreeSet, path::Path, time::Duration};
+
+/// What a use case needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Need {
+    /// To see the project.
+    View,
+    /// To use instances of the project.
+    Use,
+    /// To edit what is in the project.
+    Edit,
+    /// To edit what is in the default project: bridges belong to the whole host.
+    SharedEdit,
+    /// To see the server. The lowest role may, also one in a single project.
+    ServerView,
+    /// To edit the server or projects.
+    ServerEdit,
+    /// Answers only what the caller may see, to anybody: the table says why this is enough.
+    Filtered,
+}
+use Need::*;
+
+type Call = for<'a> fn(&'a Fixture, &'a Context, &'a str) -> BoxFuture<'a, Result<()>>;
+
+struct Case {
+    name: &'static str,
+    need: Need,
+    call: Call,
+}
+
+struct Fixture {
+    w: World,
+    /// A graceful stop in `here` that does not end.
+    running: OperationId,
+    here: ProjectId,
+    other: ProjectId,
+    shared: ProjectId,
+}
+
+/// The project in which things are, and the one where the foreigner is at home.
+const HERE: &str = "here";
+const OTHER: &str = "other";
+
+fn root_and_nic(w: &World) -> Devices {
+    w.engine.profile(&w.admin, "default", "default").unwrap().devices.clone()
+}
+
+async fn fixture(env: &SeededEnv) -> Fixture {
+    let w = World::new(env).await.unwrap();
+    let (e, c) = (&w.engine, &w.admin);
+    for p in [HERE, OTHER, "empty"] {
+        e.project_create(c, p, "", Config::new()).await.unwrap();
+    }
+    let update = UpdateProfile { devices: root_and_nic(&w), ..Default::default() };
+    e.profile_update(c, HERE, "default", update.clone()).await.unwrap();
+    e.profile_create(c, HERE, "spare", update).await.unwrap();
+    for (name, start) in [("run", true), ("still", false), ("stubborn", true)] {
+        let request = CreateInstance { start, ..container(name) };
+        let (_, operation) = e.instance_create(c, HERE, request).await.unwrap();
+        assert_eq!(w.ended(operation).await.error, None);
+    }
+    let options = ImageOptions::default();
+    let build = e.image_build(c, HERE, "debian/12", InstanceKind::Container, options).await.unwrap();
+    assert_eq!(w.ended(build).await.error, None);
+    let (_, operation) = e.network_create(c, "default", CreateNetwork::automatic("net1")).await.unwrap();
+    assert_eq!(w.ended(operation).await.error, None);
+    let pool = CreatePool { name: "second".into(), driver: "dir".into(), ..Default::default() };
+    let operation = e.pool_create(c, pool).await.unwrap();
+    assert_eq!(w.ended(operation).await.error, None);
+    let id = e.instance(c, HERE, "stubborn").unwrap().instance.id;
+    w.agent.set_ignores_shutdown(id, true);
+    let request = PowerRequest { action: PowerAction::Stop, force: false, timeout: None };
+    let running = e.instance_power(c, HERE, "stubborn", request).await.unwrap().id();
+    let of = |name: &str| e.project(c, name, karst_model::access::Permission::ProjectView).unwrap().id;
+    let (here, other, shared) = (of(HERE), of(OTHER), of("default"));
+    Fixture { w, running, here, other, shared }
+}
+
+fn who(role: Role, project: Option<ProjectId>) -> Context {
+    Context::new(Principal {
+        id: PrincipalId(uuid::Uuid::from_u128(4711)),
+        identity: Identity::UnixPeer { uid: 1000, gid: 1000, pid: 1 },
+        grants: vec![Grant { role, project }],
+    })
+}
+
+fn power(action: PowerAction) -> PowerRequest {
+    PowerRequest { action, force: true, timeout: None }
+}
+
+fn exec() -> ExecRequest {
+    ExecRequest {
+        command: vec!["true".into()],
+        environment: Default::default(),
+        uid: 0,
+        gid: 0,
+        cwd: None,
+        terminal: None,
+        term: None,
+    }
+}
+
+macro_rules! cases {
+    ($( $name:ident $need:ident |$f:ident, $c:ident, $p:ident| $call:expr; )+) => {
+        vec![$( Case {
+            name: stringify!($name),
+            need: $need,
+            call: |$f, $c, $p| Box::pin(async move { let _ = $p; $call }),
+        } ),+]
+    };
+}
+
+#[rustfmt::skip]
+fn cases() -> Vec<Case> {
+    cases! {
+        // The server.
+        subscribe ServerView |f, c, p| f.w.engine.subscribe(c).map(drop);
+        host_facts ServerView |f, c, p| f.w.engine.host_facts(c).map(drop);
+        probe_host ServerView |f, c, p| f.w.engine.probe_host(c).await.map(drop);
+        health ServerEdit |f, c, p| f.w.engine.health(c).await.map(drop);
+        pools ServerView |f, c, p| f.w.engine.pools(c).map(drop);
+        pool ServerView |f, c, p| f.w.engine.pool(c, "default").map(drop);
+        pool_usage ServerView |f, c, p| f.w.engine.pool_usage(c, "default").await.map(drop);
+        pool_create ServerEdit |f, c, p| f.w.engine.pool_create(c, CreatePool { name: "third".into(), driver: "dir".into(), ..Default::default() }).await.map(drop);
+        pool_delete ServerEdit |f, c, p| f.w.engine.pool_delete(c, "second").await.map(drop);
+        operation_attend ServerEdit |f, c, p| f.w.engine.operation_attend(c, f.running, false).await;
+        // Projects.
+        projects Filtered |f, c, p| { assert!(f.w.engine.projects(c).iter().all(|x| c.principal().may(karst_model::access::Permission::ProjectView, Some(x.id)))); Ok(()) };
+        project View |f, c, p| f.w.engine.project(c, p, karst_model::access::Permission::ProjectView).map(drop);
+        project_create ServerEdit |f, c, p| f.w.engine.project_create(c, "fresh", "", Config::new()).await;
+        project_update ServerEdit |f, c, p| f.w.engine.project_update(c, p, "text", Config::new(), None).await;
+        project_rename ServerEdit |f, c, p| f.w.engine.project_rename(c, p, "renamed").await;
+        project_delete ServerEdit |f, c, p| f.w.engine.project_delete(c, "empty").await;
+        // Operations.
+        operations View |f, c, p| f.w.engine.operations(c, Some(p)).map(drop);
+        operation View |f, c, p| f.w.engine.operation(c, f.running).map(drop);
+        live_operation View |f, c, p| f.w.engine.live_operation(c, f.running).map(drop);
+        operation_wait View |f, c, p| f.w.engine.operation_wait(c, f.running, Some(Duration::from_millis(1))).await.map(drop);
+        operation_cancel Edit |f, c, p| f.w.engine.operation_cancel(c, f.running);
+        // Profiles.
+        profiles View |f, c, p| f.w.engine.profiles(c, p).map(drop);
+        profile View |f, c, p| f.w.engine.profile(c, p, "spare").map(drop);
+        profile_create Edit |f, c, p| f.w.engine.profile_create(c, p, "fresh", UpdateProfile::default()).await;
+        profile_update Edit |f, c, p| f.w.engine.profile_update(c, p, "spare", UpdateProfile::default()).await;
+        profile_rename Edit |f, c, p| f.w.engine.profile_rename(c, p, "spare", "renamed").await;
+        profile_delete Edit |f, c, p| f.w.engine.profile_delete(c, p, "spare").await;
+        // Instances.
+        instances View |f, c, p| f.w.engine.instances(c, p).map(drop);
+        instances_all Filtered |f, c, p| { assert!(f.w.engine.instances_all(c).iter().all(|x| c.principal().may(karst_model::access::Permission::ProjectView, Some(x.project.id)))); Ok(()) };
+        instance View |f, c, p| f.w.engine.instance(c, p, "run").map(drop);
+        instance_metrics View |f, c, p| f.w.engine.instance_metrics(c, p, "run").await.map(drop);
+        instance_create Edit |f, c, p| f.w.engine.instance_create(c, p, container("fresh")).await.map(drop);
+        instance_update Edit |f, c, p| f.w.engine.instance_update(c, p, "still", UpdateInstance { description: "x".into(), ephemeral: false, config: Config::new(), devices: Devices::new(), profiles: vec!["default".into()], if_version: None }).await.map(drop);
+        instance_rename Edit |f, c, p| f.w.engine.instance_rename(c, p, "still", "renamed").await;
+        instance_delete Edit |f, c, p| f.w.engine.instance_delete(c, p, "still").await.map(drop);
+        instance_power Use |f, c, p| f.w.engine.instance_power(c, p, "run", power(PowerAction::Stop)).await.map(drop);
+        exec_check Use |f, c, p| f.w.engine.exec_check(c, p, "run", &exec()).map(drop);
+        exec Use |f, c, p| f.w.engine.exec(c, p, "run", exec()).await.map(drop);
+        console Use |f, c, p| f.w.engine.console(c, p, "run", false).await.map(drop);
+        console_log Use |f, c, p| f.w.engine.console_log(c, p, "run", false).await.map(drop);
+        console_log Edit |f, c, p| f.w.engine.console_log(c, p, "run", true).await.map(drop);
+        file_open Use |f, c, p| f.w.engine.file_open(c, p, "run", "/").await.map(drop);
+        file_write Use |f, c, p| f.w.engine.file_write(c, p, "run", FileWrite { path: "/tmp/x".into(), kind: FileKind::Symlink, uid: None, gid: None, mode: None, append: false, target: Some("y".into()) }).await.map(drop);
+        file_delete Use |f, c, p| {
+            let write = FileWrite { path: "/tmp/z".into(), kind: FileKind::Symlink, uid: None, gid: None, mode: None, append: false, target: Some("y".into()) };
+            f.w.engine.file_write(&f.w.admin, HERE, "run", write).await?;
+            f.w.engine.file_delete(c, p, "run", "/tmp/z").await
+        };
+        // Storage.
+        volumes View |f, c, p| f.w.engine.volumes(c, "default", Some(p)).map(drop);
+        // Networks.
+        networks View |f, c, p| f.w.engine.networks(c, p).map(drop);
+        network View |f, c, p| f.w.engine.network(c, p, "net1").map(drop);
+        network_leases View |f, c, p| f.w.engine.network_leases(c, p, "net1").await.map(drop);
+        network_state View |f, c, p| f.w.engine.network_state(c, p, "net1").await.map(drop);
+        network_create SharedEdit |f, c, p| f.w.engine.network_create(c, p, CreateNetwork::automatic("fresh")).await.map(drop);
+        network_update SharedEdit |f, c, p| f.w.engine.network_update(c, p, "net1", UpdateNetwork { description: "x".into(), config: f.w.engine.network(&f.w.admin, "default", "net1")?.config.clone(), if_version: None }).await.map(drop);
+        network_delete SharedEdit |f, c, p| f.w.engine.network_delete(c, p, "net1").await.map(drop);
+        // What follows has no answer to refuse: it leaves out what the caller may not see (see the tests below).
+        network_used_by Filtered |f, c, p| { let n = f.w.engine.network(&f.w.admin, "default", "karstbr0")?; demand_nothing_hidden(f, c, f.w.engine.network_used_by(c, &n)) };
+        pool_used_by Filtered |f, c, p| { let n = f.w.engine.pool(&f.w.admin, "default")?; demand_nothing_hidden(f, c, f.w.engine.pool_used_by(c, &n)) };
+        // Images.
+        images View |f, c, p| f.w.engine.images(c, p).map(drop);
+        image View |f, c, p| f.w.engine.image(c, p, "debian/12").map(drop);
+        image_export View |f, c, p| f.w.engine.image_export(c, p, "debian/12").await.map(drop);
+        image_aliases View |f, c, p| f.w.engine.image_aliases(c, p, None).map(drop);
+        image_alias View |f, c, p| f.w.engine.image_alias(c, p, "debian/12", None).map(drop);
+        image_alias_create Edit |f, c, p| f.w.engine.image_alias_create(c, p, "fresh", "", "debian/12").await;
+        image_alias_update Edit |f, c, p| f.w.engine.image_alias_update(c, p, "debian/12", Some("x"), None).await;
+        image_alias_rename Edit |f, c, p| f.w.engine.image_alias_rename(c, p, "debian/12", "renamed").await;
+        image_alias_delete Edit |f, c, p| f.w.engine.image_alias_delete(c, p, "debian/12").await;
+        image_upload Edit |f, c, p| f.w.engine.image_upload(c, p).map(drop);
+        image_upload_part Edit |f, c, p| f.w.engine.image_upload_part(c, p, ImageUpload { id: ImageId(uuid::Uuid::from_u128(9)) }, ImagePart::Unified).await.map(drop);
+        image_import Edit |f, c, p| f.w.engine.image_import(c, p, ImageUpload { id: ImageId(uuid::Uuid::from_u128(9)) }, vec![ImagePart::Unified], ImageOptions::default()).await.map(drop);
+        image_build Edit |f, c, p| f.w.engine.image_build(c, p, "debian/13", InstanceKind::Container, ImageOptions::default()).await.map(drop);
+        image_update Edit |f, c, p| f.w.engine.image_update(c, p, "debian/12", UpdateImage { public: false, properties: Config::new(), profiles: vec![], if_version: None }).await;
+        image_delete Edit |f, c, p| f.w.engine.image_delete(c, p, "debian/12").await.map(drop);
+    }
+}
+
+/// Public methods of the engine that take no context. Nothing may be added without a reason.
+const WITHOUT_CONTEXT: &[(&str, &str)] = &[
+    ("open", "makes the engine"),
+    ("close", "ends it; the daemon's own"),
+    ("set_hook", "the harness"),
+    ("inner", "the harness; front ends are kept from it by review"),
+    ("bootstrap", "the daemon's own, at its start"),
+    ("all_metrics", "by instance id: callers join it with the instances that a context showed them"),
+    ("volume_usage", "takes a record that a context showed"),
+    ("profile_used_by", "takes a record that a context showed; users of a profile are in its project"),
+    ("project_used_by", "takes a record that a context showed; tells what is in it"),
+    ("image_upload_abandon", "takes the handle that image_upload gave"),
+];
+
+fn demand_nothing_hidden(f: &Fixture, c: &Context, used: Vec<String>) -> Result<()> {
+    let sees = c.principal().may(karst_model::access::Permission::ProjectView, Some(f.here));
+    let shown = used.iter().any(|u| u.contains("project=here"));
+    assert_eq!(shown, sees, "{used:?}");
+    Ok(())
+}
+
+/// Name and whether it takes a context, of every public method in `impl Engine` blocks.
+fn methods(directory: &Path, found: &mut Vec<(String, bool)>) {
+    for entry in std::fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            methods(&path, found);
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            let text = std::fs::read_to_string(&path).unwrap();
+            let mut inside = false;
+            let mut lines = text.lines();
+            while let Some(line) = lines.next() {
+                match line {
+                    "impl Engine {" => inside = true,
+                    "}" => inside = false,
+                    _ => {}
+                }
+                let trimmed = line.trim_start();
+                let rest = trimmed.strip_prefix("pub async fn ").or(trimmed.strip_prefix("pub fn "));
+                let Some(rest) = rest.filter(|_| inside) else {
+                    continue;
+                };
+                let mut signature = rest.to_owned();
+                while !signature.contains('{') {
+                    signature.push_str(lines.next().expect("a body"));
+                }
+                let signature = &signature[..signature.find('{').unwrap()];
+                let end = signature.find(['(', '<']).unwrap();
+                found.push((signature[..end].to_owned(), signature.contains(": &Context")));
+            }
+        }
+    }
+}
+
+#[test]
+fn the_table_has_every_use_case() {
+    let mut found = vec![];
+    methods(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../engine/src"), &mut found);
+    let with: BTreeSet<&str> = found.iter().filter(|(_, c)| *c).map(|(n, _)| n.as_str()).collect();
+    let without: BTreeSet<&str> = found.iter().filter(|(_, c)| !*c).map(|(n, _)| n.as_str()).collect();
+    let table: Vec<Case> = cases();
+    let table: BTreeSet<&str> = table.iter().map(|c| c.name).collect();
+    assert!(with.len() > 50, "the parser finds the use cases: {}", with.len());
+    let missing: Vec<_> = with.difference(&table).collect();
+    assert!(missing.is_empty(), "use cases without a row in the table of access: {missing:?}");
+    let stale: Vec<_> = table.difference(&with).collect();
+    assert!(stale.is_empty(), "rows without a use case: {stale:?}");
+    let allowed: BTreeSet<&str> = WITHOUT_CONTEXT.iter().map(|(n, _)| *n).collect();
+    assert_eq!(without, allowed, "public methods without a context");
+}
+
+#[test]
+fn nobody_foreigners_and_the_under_privileged_are_refused() {
+    SeededEnv::run(1, |env| async move {
+        let f = fixture(&env).await;
+        let before = f.w.fingerprint();
+        let anonymous = Context::new(Principal::anonymous());
+        let foreigner = who(Role::Operator, Some(f.other));
+        for case in cases() {
+            let name = case.name;
+            let kind = |r: Result<()>| r.err().map(|e| e.kind);
+            let nobody = (case.call)(&f, &anonymous, HERE).await;
+            let foreign = (case.call)(&f, &foreigner, HERE).await;
+            if case.need == Filtered {
+                assert!(nobody.is_ok() && foreign.is_ok(), "{name}");
+                continue;
+            }
+            assert_eq!(kind(nobody), Some(ErrorKind::Unauthenticated), "{name} by nobody");
+            match case.need {
+                ServerView => assert_eq!(kind(foreign), None, "{name} by a foreigner"),
+                ServerEdit => assert_eq!(kind(foreign), Some(ErrorKind::Forbidden), "{name} by a foreigner"),
+                _ => {
+                    let foreign = foreign.expect_err(name);
+                    assert_eq!(foreign.kind, ErrorKind::NotFound, "{name} by a foreigner: {foreign}");
+                    // An existing project of others looks exactly like one that does not exist.
+                    if foreign.message.contains("project") {
+                        let never = (case.call)(&f, &foreigner, "never").await.expect_err(name);
+                        assert_eq!(foreign.message.replace(HERE, "never"), never.message, "{name}");
+                    }
+                }
+            }
+            let too_little = match case.need {
+                View | ServerView | Filtered => None,
+                Use => Some(who(Role::Viewer, Some(f.here))),
+                Edit => Some(who(Role::User, Some(f.here))),
+                SharedEdit => Some(who(Role::Operator, Some(f.here))),
+                ServerEdit => Some(who(Role::Operator, None)),
+            };
+            if let Some(who) = too_little {
+                let refused = (case.call)(&f, &who, HERE).await;
+                assert_eq!(kind(refused), Some(ErrorKind::Forbidden), "{name} with too little");
+            }
+        }
+        assert_eq!(f.w.fingerprint(), before, "refused calls change nothing");
+    });
+}
+
+#[test]
+fn the_right_role_is_enough() {
+    for case in cases() {
+        SeededEnv::run(2, |env| async move {
+            let f = fixture(&env).await;
+            let who = match case.need {
+                View | Filtered | ServerView => who(Role::Viewer, Some(f.here)),
+                Use => who(Role::User, Some(f.here)),
+                Edit => who(Role::Operator, Some(f.here)),
+                SharedEdit => who(Role::Operator, Some(f.shared)),
+                ServerEdit => who(Role::Admin, None),
+            };
+            let project = if case.need == SharedEdit { "default" } else { HERE };
+            match (case.call)(&f, &who, project).await {
+                Ok(()) => {}
+                // It runs and needs no attention: the caller was let in.
+                Err(e) if case.name == "operation_attend" => assert_eq!(e.kind, ErrorKind::Conflict, "{e}"),
+                Err(e) => panic!("{} with the right role: {e:?}", case.name),
+            }
+            f.w.engine.close();
+        });
+    }
+}
+
+#[test]
+fn leases_of_other_projects_are_not_shown() {
+    SeededEnv::run(3, |env| async move {
+        let f = fixture(&env).await;
+        let leases = async |c: &Context, p| f.w.engine.network_leases(c, p, "karstbr0").await.unwrap().len();
+        // Addresses come some time after the start.
+        karst_env::Env::sleep(&env, Duration::from_secs(5)).await;
+        f.w.engine.instance_metrics(&f.w.admin, HERE, "run").await.unwrap();
+        assert!(leases(&f.w.admin, HERE).await >= 1);
+        assert!(leases(&who(Role::Viewer, Some(f.here)), HERE).await >= 1);
+        assert_eq!(leases(&who(Role::Viewer, Some(f.other)), OTHER).await, 0);
+    });
+}

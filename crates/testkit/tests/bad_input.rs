@@ -1,0 +1,322 @@
+//! Wrong input to every use case that changes something: the right class of error, the field named, nothing changed, not
+//! even in the raw store.
+
+use futures::future::BoxFuture;
+use karst_engine::{
+    compute::{
+        create::{CreateInstance, InstanceSource},
+        power::PowerRequest,
+        update::UpdateInstance,
+    },
+    images::{ImageOptions, UpdateImage},
+    network::{CreateNetwork, UpdateNetwork},
+    storage::CreatePool,
+    tenancy::UpdateProfile,
+};
+use karst_env::SeededEnv;
+use karst_model::{
+    Config, Error, ErrorKind, Result,
+    device::Devices,
+    guest::{ExecRequest, FileKind, FileWrite},
+    instance::{InstanceKind, PowerAction},
+};
+use karst_store::list_prefix;
+use karst_testkit::{World, scenarios::container};
+
+type Call = for<'a> fn(&'a World) -> BoxFuture<'a, Result<()>>;
+
+struct Case {
+    what: &'static str,
+    kind: ErrorKind,
+    /// `""`: none is demanded, because the request as a whole is at fault.
+    field: &'static str,
+    /// Part of the message: the name at fault, or the fix.
+    says: &'static str,
+    call: Call,
+}
+
+fn config(pairs: &[(&str, &str)]) -> Config {
+    pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
+}
+
+fn device(name: &str, pairs: &[(&str, &str)]) -> Devices {
+    [(name.to_owned(), pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect())].into()
+}
+
+fn with_config(pairs: &[(&str, &str)]) -> CreateInstance {
+    CreateInstance { config: config(pairs), ..container("new") }
+}
+
+fn with_device(name: &str, pairs: &[(&str, &str)]) -> CreateInstance {
+    CreateInstance { devices: device(name, pairs), ..container("new") }
+}
+
+fn of_profiles(profiles: &[&str]) -> CreateInstance {
+    CreateInstance { profiles: Some(profiles.iter().map(|p| (*p).to_owned()).collect()), ..container("new") }
+}
+
+fn update(pairs: &[(&str, &str)], devices: Devices) -> UpdateInstance {
+    UpdateInstance {
+        description: String::new(),
+        ephemeral: false,
+        config: config(pairs),
+        devices,
+        profiles: vec!["default".into()],
+        if_version: None,
+    }
+}
+
+fn force(action: PowerAction) -> PowerRequest {
+    PowerRequest { action, force: true, timeout: None }
+}
+
+fn exec(command: &[&str]) -> ExecRequest {
+    ExecRequest {
+        command: command.iter().map(|c| (*c).to_owned()).collect(),
+        environment: Default::default(),
+        uid: 0,
+        gid: 0,
+        cwd: None,
+        terminal: None,
+        term: None,
+    }
+}
+
+fn file(path: &str) -> FileWrite {
+    FileWrite {
+        path: path.into(),
+        kind: FileKind::Directory,
+        uid: None,
+        gid: None,
+        mode: None,
+        append: false,
+        target: None,
+    }
+}
+
+fn network(pairs: &[(&str, &str)]) -> CreateNetwork {
+    CreateNetwork { name: "new".into(), description: String::new(), config: config(pairs), any_name: false }
+}
+
+const P: &str = "default";
+const ROOT: &[(&str, &str)] = &[("type", "disk"), ("path", "/"), ("pool", "default")];
+
+macro_rules! cases {
+    ($( $what:literal => $kind:ident, $field:literal, $says:literal, |$w:ident| $call:expr; )+) => {
+        vec![$( Case {
+            what: $what,
+            kind: ErrorKind::$kind,
+            field: $field,
+            says: $says,
+            call: |$w| Box::pin(async move { $call.await.map(drop) }),
+        } ),+]
+    };
+}
+
+#[rustfmt::skip]
+fn cases() -> Vec<Case> {
+    cases! {
+        // Creating instances.
+        "unknown key" => Invalid, "config.limits.memroy", "limits.memory", |w| w.engine.instance_create(&w.admin, P, with_config(&[("limits.memroy", "1GiB")]));
+        "wrong size" => Invalid, "config.limits.memory", "lots", |w| w.engine.instance_create(&w.admin, P, with_config(&[("limits.memory", "lots")]));
+        "too little memory" => Invalid, "config.limits.memory", "4MiB", |w| w.engine.instance_create(&w.admin, P, with_config(&[("limits.memory", "1MiB")]));
+        "huge size" => Invalid, "config.limits.memory", "99999999999999999999999", |w| w.engine.instance_create(&w.admin, P, with_config(&[("limits.memory", "99999999999999999999999TiB")]));
+        "overflowing size" => Invalid, "config.limits.memory", "EiB", |w| w.engine.instance_create(&w.admin, P, with_config(&[("limits.memory", "9999999EiB")]));
+        "no CPU" => Invalid, "config.limits.cpu", "1 to 4096", |w| w.engine.instance_create(&w.admin, P, with_config(&[("limits.cpu", "0")]));
+        "no processes" => Invalid, "config.limits.processes", "whole number", |w| w.engine.instance_create(&w.admin, P, with_config(&[("limits.processes", "-1")]));
+        "NUL in a value" => Invalid, "config.user.x", "NUL", |w| w.engine.instance_create(&w.admin, P, with_config(&[("user.x", "a\0b")]));
+        "NUL in a key" => Invalid, "config", "", |w| w.engine.instance_create(&w.admin, P, with_config(&[("user.a\0b", "x")]));
+        "huge value" => Invalid, "config.user.x", "1 MiB", |w| { let big = "x".repeat((1 << 20) + 1); w.engine.instance_create(&w.admin, P, with_config(&[("user.x", &big)])) };
+        "huge request" => TooLarge, "", "too large", |w| { let big = "x".repeat(600 << 10); w.engine.instance_create(&w.admin, P, with_config(&[("user.x", &big)])) };
+        "volatile key" => Invalid, "config.volatile.uuid", "volatile", |w| w.engine.instance_create(&w.admin, P, with_config(&[("volatile.uuid", "x")]));
+        "privileged" => Invalid, "config.security.privileged", "", |w| w.engine.instance_create(&w.admin, P, with_config(&[("security.privileged", "true")]));
+        "key of the other kind" => Invalid, "config.limits.processes", "virtual-machine", |w| w.engine.instance_create(&w.admin, P, CreateInstance { kind: InstanceKind::VirtualMachine, ..with_config(&[("limits.processes", "5")]) });
+        "taken name" => Conflict, "name", "run", |w| w.engine.instance_create(&w.admin, P, container("run"));
+        "name with a slash" => Invalid, "name", "../x", |w| w.engine.instance_create(&w.admin, P, container("../x"));
+        "name with NUL" => Invalid, "name", "", |w| w.engine.instance_create(&w.admin, P, container("a\0"));
+        "long name" => Invalid, "name", "63", |w| w.engine.instance_create(&w.admin, P, container(&"a".repeat(64)));
+        "name of a dot" => Invalid, "name", "", |w| w.engine.instance_create(&w.admin, P, container("."));
+        "missing project" => NotFound, "", "nope", |w| w.engine.instance_create(&w.admin, "nope", container("new"));
+        "missing profile" => NotFound, "profiles[1]", "nope", |w| w.engine.instance_create(&w.admin, P, of_profiles(&["default", "nope"]));
+        "profile twice" => Invalid, "profiles[1]", "twice", |w| w.engine.instance_create(&w.admin, P, of_profiles(&["default", "default"]));
+        "no root disk" => Invalid, "devices", "root disk", |w| w.engine.instance_create(&w.admin, P, of_profiles(&[]));
+        "two root disks" => Invalid, "devices.root", "root disks", |w| w.engine.instance_create(&w.admin, P, with_device("again", ROOT));
+        "missing pool" => NotFound, "devices.root.pool", "nope", |w| w.engine.instance_create(&w.admin, P, with_device("root", &[("type", "disk"), ("path", "/"), ("pool", "nope")]));
+        "wrong size of the root" => Invalid, "devices.root.size", "-5GiB", |w| w.engine.instance_create(&w.admin, P, with_device("root", &[("type", "disk"), ("path", "/"), ("pool", "default"), ("size", "-5GiB")]));
+        "missing network" => NotFound, "devices.eth1.network", "nope", |w| w.engine.instance_create(&w.admin, P, with_device("eth1", &[("type", "nic"), ("network", "nope")]));
+        "address outside" => Invalid, "devices.eth1.ipv4.address", "9.9.9.9", |w| w.engine.instance_create(&w.admin, P, with_device("eth1", &[("type", "nic"), ("network", "karstbr0"), ("ipv4.address", "9.9.9.9")]));
+        "interface twice" => Invalid, "devices.eth1.name", "eth0", |w| w.engine.instance_create(&w.admin, P, with_device("eth1", &[("type", "nic"), ("network", "karstbr0"), ("name", "eth0")]));
+        "wrong MAC" => Invalid, "devices.eth1.hwaddr", "MAC", |w| w.engine.instance_create(&w.admin, P, with_device("eth1", &[("type", "nic"), ("network", "karstbr0"), ("hwaddr", "zz")]));
+        "unknown device key" => Invalid, "devices.eth1.netwrk", "network", |w| w.engine.instance_create(&w.admin, P, with_device("eth1", &[("type", "nic"), ("netwrk", "x")]));
+        "unknown device type" => Invalid, "devices.x.type", "disk", |w| w.engine.instance_create(&w.admin, P, with_device("x", &[("type", "dsk")]));
+        "wrong device name" => Invalid, "devices.a b", "", |w| w.engine.instance_create(&w.admin, P, with_device("a b", &[("type", "none")]));
+        "missing image" => NotFound, "", "nope", |w| w.engine.instance_create(&w.admin, P, CreateInstance { source: InstanceSource::Image("nope".into()), ..container("new") });
+        "image of the other kind" => Invalid, "source.alias", "container", |w| w.engine.instance_create(&w.admin, P, CreateInstance { kind: InstanceKind::VirtualMachine, source: InstanceSource::Image("debian/12".into()), ..container("new") });
+        "missing node" => NotFound, "target", "nope", |w| w.engine.instance_create(&w.admin, P, CreateInstance { target: Some("nope".into()), ..container("new") });
+        // Changing them.
+        "update of a missing one" => NotFound, "", "nope", |w| w.engine.instance_update(&w.admin, P, "nope", update(&[], Devices::new()));
+        "update to an unknown key" => Invalid, "config.limits.cpus", "limits.cpu", |w| w.engine.instance_update(&w.admin, P, "run", update(&[("limits.cpus", "1")], Devices::new()));
+        "update If-Match" => PreconditionFailed, "", "changed", |w| w.engine.instance_update(&w.admin, P, "run", UpdateInstance { if_version: Some(99), ..update(&[], Devices::new()) });
+        "update to another pool" => Unsupported, "devices.root.pool", "pool", |w| w.engine.instance_update(&w.admin, P, "still", update(&[], device("root", &[("type", "disk"), ("path", "/"), ("pool", "second")])));
+        "update to a shrinking disk" => Invalid, "devices.root.size", "shrink", |w| w.engine.instance_update(&w.admin, P, "vm", update(&[], device("root", &[("type", "disk"), ("path", "/"), ("pool", "default"), ("size", "1GiB")])));
+        "update with a NIC while it runs" => Unsupported, "devices", "stop it first", |w| w.engine.instance_update(&w.admin, P, "run", update(&[], device("eth1", &[("type", "nic"), ("network", "karstbr0")])));
+        "update without a root" => Invalid, "devices", "root disk", |w| w.engine.instance_update(&w.admin, P, "still", UpdateInstance { profiles: vec![], ..update(&[], Devices::new()) });
+        "huge update" => TooLarge, "", "too large", |w| { let big = "x".repeat(600 << 10); let u = update(&[("user.x", &big)], Devices::new()); async move { w.engine.instance_update(&w.admin, P, "run", u).await } };
+        "rename of a running one" => Conflict, "", "stop it", |w| w.engine.instance_rename(&w.admin, P, "run", "other");
+        "rename to a taken name" => Conflict, "name", "run", |w| w.engine.instance_rename(&w.admin, P, "still", "run");
+        "rename to a wrong name" => Invalid, "name", "a/b", |w| w.engine.instance_rename(&w.admin, P, "still", "a/b");
+        "delete of a running one" => Conflict, "", "stop it", |w| w.engine.instance_delete(&w.admin, P, "run");
+        "delete of a missing one" => NotFound, "", "nope", |w| w.engine.instance_delete(&w.admin, P, "nope");
+        "start of a running one" => Conflict, "", "running", |w| w.engine.instance_power(&w.admin, P, "run", force(PowerAction::Start));
+        "stop of a stopped one" => Conflict, "", "stopped", |w| w.engine.instance_power(&w.admin, P, "still", force(PowerAction::Stop));
+        "restart of a stopped one" => Conflict, "", "start it", |w| w.engine.instance_power(&w.admin, P, "still", force(PowerAction::Restart));
+        "freeze of a stopped one" => Conflict, "", "not running", |w| w.engine.instance_power(&w.admin, P, "still", force(PowerAction::Freeze));
+        "unfreeze of a running one" => Conflict, "", "not frozen", |w| w.engine.instance_power(&w.admin, P, "run", force(PowerAction::Unfreeze));
+        "power of a missing one" => NotFound, "", "nope", |w| w.engine.instance_power(&w.admin, P, "nope", force(PowerAction::Start));
+        // Guests.
+        "exec in a stopped one" => Conflict, "", "start it", |w| w.engine.exec(&w.admin, P, "still", exec(&["true"]));
+        "exec of nothing" => Invalid, "command", "empty", |w| w.engine.exec(&w.admin, P, "run", exec(&[]));
+        "exec with NUL" => Invalid, "command", "NUL", |w| w.engine.exec(&w.admin, P, "run", exec(&["a\0"]));
+        "exec in a relative directory" => Invalid, "cwd", "absolute", |w| w.engine.exec(&w.admin, P, "run", ExecRequest { cwd: Some("x".into()), ..exec(&["true"]) });
+        "console of a stopped one" => Conflict, "", "start it", |w| w.engine.console(&w.admin, P, "still", false);
+        "relative path" => Invalid, "path", "absolute", |w| w.engine.file_write(&w.admin, P, "run", file("x"));
+        "path with NUL" => Invalid, "path", "", |w| w.engine.file_write(&w.admin, P, "run", file("/a\0"));
+        "long path" => Invalid, "path", "", |w| w.engine.file_write(&w.admin, P, "run", file(&format!("/{}", "a".repeat(5000))));
+        "wrong mode" => Invalid, "mode", "07777", |w| w.engine.file_write(&w.admin, P, "run", FileWrite { mode: Some(0o17777), ..file("/x") });
+        "link to nothing" => Invalid, "target", "target", |w| w.engine.file_write(&w.admin, P, "run", FileWrite { kind: FileKind::Symlink, ..file("/x") });
+        "files of a stopped machine" => Conflict, "", "runs", |w| w.engine.file_open(&w.admin, P, "vm", "/");
+        // Profiles.
+        "profile with an unknown key" => Invalid, "config.limits.memry", "limits.memory", |w| w.engine.profile_create(&w.admin, P, "new", UpdateProfile { config: config(&[("limits.memry", "1")]), ..Default::default() });
+        "profile with a volatile key" => Invalid, "config.volatile.x", "", |w| w.engine.profile_create(&w.admin, P, "new", UpdateProfile { config: config(&[("volatile.x", "1")]), ..Default::default() });
+        "profile with a taken name" => Conflict, "name", "default", |w| w.engine.profile_create(&w.admin, P, "default", UpdateProfile::default());
+        "profile with a wrong name" => Invalid, "name", "", |w| w.engine.profile_create(&w.admin, P, "a b", UpdateProfile::default());
+        "huge profile" => TooLarge, "", "", |w| { let big = "x".repeat(1 << 20); let c = config(&[("user.a", &big), ("user.b", &big)]); w.engine.profile_create(&w.admin, P, "new", UpdateProfile { config: c, ..Default::default() }) };
+        "profile edit that takes the root disk of a user" => Invalid, "devices", "would be invalid", |w| w.engine.profile_update(&w.admin, P, "default", UpdateProfile::default());
+        "profile edit that names a missing network" => NotFound, "devices.eth9.network", "nope", |w| { let mut d = w.engine.profile(&w.admin, P, "default").unwrap().devices.clone(); d.extend(device("eth9", &[("type", "nic"), ("network", "nope")])); w.engine.profile_update(&w.admin, P, "default", UpdateProfile { devices: d, ..Default::default() }) };
+        "profile If-Match" => PreconditionFailed, "", "changed", |w| w.engine.profile_update(&w.admin, P, "default", UpdateProfile { if_version: Some(99), ..Default::default() });
+        "rename of the default profile" => Conflict, "", "default", |w| w.engine.profile_rename(&w.admin, P, "default", "x");
+        "rename of a missing profile" => NotFound, "", "nope", |w| w.engine.profile_rename(&w.admin, P, "nope", "x");
+        "delete of a used profile" => Conflict, "", "used", |w| w.engine.profile_delete(&w.admin, P, "used");
+        // Projects.
+        "project with an unknown key" => Invalid, "config.features.image", "features.images", |w| w.engine.project_create(&w.admin, "new", "", config(&[("features.image", "true")]));
+        "project with a wrong value" => Invalid, "config.features.images", "boolean", |w| w.engine.project_create(&w.admin, "new", "", config(&[("features.images", "perhaps")]));
+        "project with a taken name" => Conflict, "name", "default", |w| w.engine.project_create(&w.admin, P, "", Config::new());
+        "project with a wrong name" => Invalid, "name", "", |w| w.engine.project_create(&w.admin, "a/b", "", Config::new());
+        "project If-Match" => PreconditionFailed, "", "changed", |w| w.engine.project_update(&w.admin, "other", "x", Config::new(), Some(99));
+        "rename of the default project" => Conflict, "", "default", |w| w.engine.project_rename(&w.admin, P, "x");
+        "rename of a project to a taken name" => Conflict, "name", "default", |w| w.engine.project_rename(&w.admin, "other", P);
+        "delete of a project with content" => Conflict, "", "not empty", |w| w.engine.project_delete(&w.admin, "other");
+        "delete of a missing project" => NotFound, "", "nope", |w| w.engine.project_delete(&w.admin, "nope");
+        // Networks and pools.
+        "network with an unknown key" => Invalid, "config.ipv4.adress", "ipv4.address", |w| w.engine.network_create(&w.admin, P, network(&[("ipv4.adress", "x")]));
+        "network with a wrong address" => Invalid, "config.ipv4.address", "10.1.2.0/24", |w| w.engine.network_create(&w.admin, P, network(&[("ipv4.address", "10.1.2.0/24")]));
+        "network that overlaps" => Conflict, "config.ipv4.address", "net1", |w| w.engine.network_create(&w.admin, P, network(&[("ipv4.address", "10.20.0.1/16")]));
+        "network with a taken name" => Conflict, "name", "net1", |w| w.engine.network_create(&w.admin, P, CreateNetwork { name: "net1".into(), ..network(&[("ipv4.address", "10.99.0.1/24")]) });
+        "network with a long name" => Invalid, "name", "15", |w| w.engine.network_create(&w.admin, P, CreateNetwork { name: "a-very-long-interface".into(), ..network(&[]) });
+        "network with a name for another directory" => Invalid, "name", "", |w| w.engine.network_create(&w.admin, P, CreateNetwork { name: "../x".into(), ..network(&[]) });
+        "network update that overlaps" => Conflict, "config.ipv4.address", "karstbr0", |w| { let c = w.engine.network(&w.admin, P, "karstbr0").unwrap().config.clone(); w.engine.network_update(&w.admin, P, "net1", UpdateNetwork { description: String::new(), config: c, if_version: None }) };
+        "network If-Match" => PreconditionFailed, "", "changed", |w| w.engine.network_update(&w.admin, P, "net1", UpdateNetwork { description: String::new(), config: Config::new(), if_version: Some(99) });
+        "delete of a used network" => Conflict, "", "used", |w| w.engine.network_delete(&w.admin, P, "karstbr0");
+        "delete of a missing network" => NotFound, "", "nope", |w| w.engine.network_delete(&w.admin, P, "nope");
+        "pool of an unknown kind" => Invalid, "driver", "drr", |w| w.engine.pool_create(&w.admin, CreatePool { name: "new".into(), driver: "drr".into(), ..Default::default() });
+        "pool with an unknown key" => Invalid, "config.size", "size", |w| w.engine.pool_create(&w.admin, CreatePool { name: "new".into(), driver: "dir".into(), config: config(&[("size", "1GiB")]), ..Default::default() });
+        "pool with a taken name" => Conflict, "name", "default", |w| w.engine.pool_create(&w.admin, CreatePool { name: P.into(), driver: "dir".into(), ..Default::default() });
+        "delete of a used pool" => Conflict, "", "used", |w| w.engine.pool_delete(&w.admin, "default");
+        "delete of a missing pool" => NotFound, "", "nope", |w| w.engine.pool_delete(&w.admin, "nope");
+        // Images.
+        "wrong fingerprint" => Invalid, "fingerprint", "64", |w| w.engine.image_build(&w.admin, P, "debian/13", InstanceKind::Container, ImageOptions { fingerprint: Some("abc".into()), ..Default::default() });
+        "wrong alias" => Invalid, "aliases[0].name", "", |w| w.engine.image_build(&w.admin, P, "debian/13", InstanceKind::Container, ImageOptions { aliases: vec![("a\0".into(), String::new())], ..Default::default() });
+        "wrong recipe" => Invalid, "recipe", "", |w| w.engine.image_build(&w.admin, P, "", InstanceKind::Container, ImageOptions::default());
+        "alias that is taken" => Conflict, "name", "debian/12", |w| w.engine.image_alias_create(&w.admin, P, "debian/12", "", "debian/12");
+        "alias of nothing" => NotFound, "target", "nope", |w| w.engine.image_alias_create(&w.admin, P, "new", "", "nope");
+        "rename of a missing alias" => NotFound, "", "nope", |w| w.engine.image_alias_rename(&w.admin, P, "nope", "x");
+        "image If-Match" => PreconditionFailed, "", "changed", |w| w.engine.image_update(&w.admin, P, "debian/12", UpdateImage { public: false, properties: Config::new(), profiles: vec![], if_version: Some(99) });
+        "delete of a missing image" => NotFound, "", "nope", |w| w.engine.image_delete(&w.admin, P, "nope");
+    }
+}
+
+async fn demand(w: &World, done: Result<karst_engine::LiveOperation>) {
+    assert_eq!(w.ended(done.unwrap()).await.error, None);
+}
+
+/// Everything that is stored but what says who writes.
+async fn raw(w: &World) -> Vec<(String, Vec<u8>)> {
+    let (kvs, _) = list_prefix(&*w.store, "/").await.unwrap();
+    let of = kvs.into_iter().filter(|kv| !kv.key.starts_with("/requests/"));
+    of.map(|kv| (kv.key, kv.value.to_vec())).collect()
+}
+
+#[test]
+fn wrong_input_is_refused_by_field_and_changes_nothing() {
+    SeededEnv::run(21, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        let (e, c) = (&w.engine, &w.admin);
+        demand(&w, e.image_build(c, P, "debian/12", InstanceKind::Container, ImageOptions::default()).await)
+            .await;
+        demand(
+            &w,
+            e.network_create(
+                c,
+                P,
+                CreateNetwork { name: "net1".into(), ..network(&[("ipv4.address", "10.20.30.1/24")]) },
+            )
+            .await
+            .map(|x| x.1),
+        )
+        .await;
+        demand(
+            &w,
+            e.pool_create(
+                c,
+                CreatePool { name: "second".into(), driver: "dir".into(), ..Default::default() },
+            )
+            .await,
+        )
+        .await;
+        e.project_create(c, "other", "", Config::new()).await.unwrap();
+        e.profile_create(c, "other", "something", UpdateProfile::default()).await.unwrap();
+        e.profile_create(c, P, "used", UpdateProfile::default()).await.unwrap();
+        let used =
+            CreateInstance { profiles: Some(vec!["default".into(), "used".into()]), ..container("still") };
+        for request in [
+            CreateInstance { start: true, ..container("run") },
+            CreateInstance { kind: InstanceKind::VirtualMachine, ..container("vm") },
+            used,
+        ] {
+            demand(&w, e.instance_create(c, P, request).await.map(|x| x.1)).await;
+        }
+        w.settle().await;
+        let (before, shown) = (raw(&w).await, w.fingerprint());
+        let mut wrong = vec![];
+        for case in cases() {
+            let what = case.what;
+            let mut complain = |text: String| wrong.push(format!("{what}: {text}"));
+            match (case.call)(&w).await {
+                Ok(()) => complain("was accepted".into()),
+                Err(error) => {
+                    let Error { kind, field, message, .. } = &error;
+                    if *kind != case.kind {
+                        complain(format!("is {kind:?}, not {:?}: {error:?}", case.kind));
+                    }
+                    if !case.field.is_empty() && field.as_deref() != Some(case.field) {
+                        complain(format!("names {field:?}, not {:?}: {message}", case.field));
+                    }
+                    if !message.contains(case.says) {
+                        complain(format!("does not say {:?}: {message}", case.says));
+                    }
+                    if message.contains('\n') || message.contains('\0') || message.len() > 2000 {
+                        complain(format!("the message is not one short line: {message:.200}"));
+                    }
+                }
+            }
+            if raw(&w).await != before {
+                complain("changed the store".into());
+                break;
+            }
+        }
+        assert!(wrong.is_empty(), "{wrong:#?}");
+        assert_eq!(w.fingerprint(), shown);
+        let faults = w.faults().await;
+        assert!(faults.is_empty(), "{faults:?}");
+    });
+}

@@ -1,0 +1,93 @@
+# Shared by the end-to-end suites: an own instance of the platform, checks that count, and the log that must stay clean.
+set -uo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+top=$(cd "$here/../.." && pwd)
+KARST_BIN=${KARST_BIN:-${CARGO_TARGET_DIR:-$top/target}/debug}
+export PATH="$KARST_BIN:$PATH"
+passed=0 failed=0
+
+# ok TEXT COMMAND…: the command succeeds.
+ok() {
+    local text=$1 out
+    shift
+    if out=$("$@" 2>&1); then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        printf 'FAILED %s\n  %s\n' "$text" "$(printf '%s\n' "exit $?: $*" "$out" | head -n 12 | sed '2,$s/^/  /')"
+    fi
+}
+
+# is TEXT EXPECTED COMMAND…: the command prints exactly this (trailing newlines apart).
+is() {
+    local text=$1 expected=$2 out
+    shift 2
+    out=$("$@" 2>&1)
+    if [ "$out" = "$expected" ]; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        printf 'FAILED %s\n  %s\n  expected: %s\n  printed:  %s\n' "$text" "$*" "$expected" "$(printf '%s' "$out" | head -n 12)"
+    fi
+}
+
+# like TEXT PATTERN COMMAND…: what the command prints, on either stream, matches the extended regular expression.
+like() {
+    local text=$1 pattern=$2 out
+    shift 2
+    out=$("$@" 2>&1)
+    if printf '%s\n' "$out" | grep -qE -- "$pattern"; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        printf 'FAILED %s\n  %s\n  no match for: %s\n  printed: %s\n' "$text" "$*" "$pattern" "$(printf '%s' "$out" | head -n 12)"
+    fi
+}
+
+# code TEXT CODE COMMAND…: the command exits with this code.
+code() {
+    local text=$1 expected=$2 out
+    shift 2
+    out=$("$@" 2>&1)
+    local got=$?
+    if [ $got = "$expected" ]; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        printf 'FAILED %s\n  %s\n  exit code %s, expected %s\n  printed: %s\n' "$text" "$*" $got "$expected" "$(printf '%s' "$out" | head -n 12)"
+    fi
+}
+
+# eventually TEXT SECONDS COMMAND…: the command succeeds within so many seconds.
+eventually() {
+    local text=$1 limit=$2 start=$SECONDS
+    shift 2
+    until "$@" >/dev/null 2>&1; do
+        if [ $((SECONDS - start)) -ge "$limit" ]; then
+            failed=$((failed + 1))
+            printf 'FAILED %s (not within %s s)\n  %s\n  %s\n' "$text" "$limit" "$*" "$("$@" 2>&1 | head -n 12)"
+            return 1
+        fi
+        sleep 0.1
+    done
+    passed=$((passed + 1))
+}
+
+section() { printf '%s [%ss]\n' "-- $*" "$SECONDS"; }
+
+# start_platform DIR: starts a launcher over it; its process id is in $launcher, its log in DIR.log.
+start_platform() {
+    export KARST_DIR=$1 INCUS_SOCKET=$1/unix.socket INCUS_CONF=$1.client LXD_DIR=$1 LXD_CONF=$1.client
+    getent passwd karst >/dev/null || useradd --system --home-dir /nonexistent --no-create-home --shell /usr/sbin/nologin karst
+    mkdir -p "$1" "$1.client"
+    "$KARST_BIN/karstd" --dir "$1" </dev/null >>"$1.log" 2>&1 &
+    launcher=$!
+}
+
+# unlisted_complaints LOG PATTERN: lines of level WARN or ERROR that no pattern allows.
+unlisted_complaints() { grep -aE '\b(WARN|ERROR)\b' "$1" | grep -avE "$2" | head -n 20; }
+
+finish() {
+    printf '%s passed, %s failed\n' "$passed" "$failed"
+    [ "$failed" = 0 ]
+}

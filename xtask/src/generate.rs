@@ -1,0 +1,51 @@
+//! Documents that are made of the code, checked in, and compared in CI.
+
+use crate::root;
+use karst_model::keys::{INSTANCE_KEYS, Key, KeyScope, KeyType};
+use std::fs;
+
+/// Writes or compares all documents; answers the stale ones.
+pub fn run(check: bool) -> Vec<String> {
+    let mut faults = vec![];
+    for (name, text) in [("docs/reference/instance-keys.md", instance_keys())] {
+        let path = root().join(name);
+        if fs::read_to_string(&path).unwrap_or_default() == text {
+            continue;
+        }
+        if check {
+            faults.push(format!("{name} is stale; run `cargo xtask gen`"));
+        } else if let Err(e) = fs::create_dir_all(path.parent().expect("a file lies in a directory"))
+            .and_then(|()| fs::write(&path, text))
+        {
+            faults.push(format!("{name}: {e}"));
+        }
+    }
+    faults
+}
+
+fn instance_keys() -> String {
+    let mut text = String::from(
+        "# Configuration keys of instances\n\nMade of `crates/model/src/keys.rs` by `cargo xtask gen`.\n\n\
+         | key | for | values | default | live | what it does |\n|---|---|---|---|---|---|\n",
+    );
+    for key in INSTANCE_KEYS {
+        let Key { name, default, text: what, .. } = key;
+        let scope = match key.scope {
+            KeyScope::Any => "both",
+            KeyScope::Container => "containers",
+            KeyScope::VirtualMachine => "virtual machines",
+        };
+        let values = match key.kind {
+            KeyType::Text => "text".to_owned(),
+            KeyType::Bool => "`true`, `false`".to_owned(),
+            KeyType::Integer(low, high) => format!("{low} to {high}"),
+            KeyType::Size => "size (`512MiB`)".to_owned(),
+            KeyType::Cpus => "number or set (`2`, `0-1,3`)".to_owned(),
+            KeyType::Allowance => "`50%` or `25ms/100ms`".to_owned(),
+            KeyType::OneOf(words) => words.iter().map(|w| format!("`{w}`")).collect::<Vec<_>>().join(", "),
+        };
+        let live = if key.live { "yes" } else { "at the next start" };
+        text.push_str(&format!("| `{name}` | {scope} | {values} | {default} | {live} | {what} |\n"));
+    }
+    text
+}

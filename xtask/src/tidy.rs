@@ -1,0 +1,190 @@
+//! What no compiler checks: the edges between crates, headers and sizes of files, and where programs may be executed.
+
+use crate::root;
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// Most lines of code (without blank lines and comments) of a file.
+const MAX_CODE_LINES: usize = 800;
+
+/// Which crates of ours a crate may depend on. A crate that is missing here is a fault: think before adding one.
+const EDGES: &[(&str, &[&str])] = &[
+    ("karst-model", &[]),
+    ("karst-env", &["karst-model"]),
+    ("karst-store", &["karst-model", "karst-env"]),
+    ("karst-host", &["karst-model"]),
+    ("karst-guest", &["karst-model", "karst-host", "karst-keeper"]),
+    ("karst-vm-qemu", &["karst-model", "karst-host", "karst-guest"]),
+    ("karst-ct-lxc", &["karst-model", "karst-host", "karst-guest", "karst-keeper"]),
+    ("karst-storage", &["karst-model", "karst-host"]),
+    ("karst-network", &["karst-model", "karst-host"]),
+    ("karst-image", &["karst-model", "karst-host"]),
+    ("karst-agent", &["karst-model", "karst-env"]),
+    (
+        "karst-agent-host",
+        &[
+            "karst-model",
+            "karst-env",
+            "karst-agent",
+            "karst-host",
+            "karst-guest",
+            "karst-vm-qemu",
+            "karst-ct-lxc",
+            "karst-storage",
+            "karst-network",
+            "karst-image",
+        ],
+    ),
+    ("karst-engine", &["karst-model", "karst-env", "karst-store", "karst-agent"]),
+    ("karst-frontend-incus", &["karst-model", "karst-engine"]),
+    (
+        "karstd",
+        &[
+            "karst-model",
+            "karst-env",
+            "karst-store",
+            "karst-host",
+            "karst-agent",
+            "karst-agent-host",
+            "karst-engine",
+            "karst-frontend-incus",
+            "karst-image",
+        ],
+    ),
+    ("karst-keeper", &[]),
+    ("karst", &[]),
+    ("karst-testkit", &["karst-model", "karst-env", "karst-store", "karst-agent", "karst-engine"]),
+    ("xtask", &["karst-model"]),
+];
+
+/// Places that may execute programs or write system files besides `crates/host`, each with its reason.
+const EXECUTES: &[(&str, &str)] = &[
+    ("crates/host/", "the one crate that does"),
+    ("crates/karstd/src/launcher", "starts control and host"),
+    ("crates/keeper/", "starts the guest; has no dependency on ours, to stay small"),
+    ("crates/karst/src/editor.rs", "the user's own editor, as the user"),
+    ("xtask/", "a tool"),
+    ("bench/", "a tool"),
+];
+
+/// Everything that is wrong.
+pub fn faults() -> Vec<String> {
+    let mut faults = edges();
+    let mut files = vec![];
+    for dir in ["crates", "xtask", "tests", "bench"] {
+        collect(&root().join(dir), &mut files);
+    }
+    for file in files {
+        let text = fs::read_to_string(&file).unwrap_or_default();
+        let name = file.strip_prefix(root()).unwrap_or(&file).display().to_string();
+        check_file(&name, &text, &mut faults);
+    }
+    faults
+}
+
+fn collect(dir: &Path, files: &mut Vec<PathBuf>) {
+    let Ok(entries) = fs::read_dir(dir) else { return };
+    for entry in entries.flatten() {
+        let path = entry.path();
+        if path.is_dir() && path.file_name().is_some_and(|n| n != "target" && n != "node_modules") {
+            collect(&path, files);
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            files.push(path);
+        }
+    }
+}
+
+fn check_file(name: &str, text: &str, faults: &mut Vec<String>) {
+    if !text.starts_with("//!") && !text.starts_with("#!") {
+        faults.push(format!("{name}: opens without //! (what is this file, and what not?)"));
+    }
+    let code = text.lines().filter(|l| !l.trim().is_empty() && !l.trim_start().starts_with("//")).count();
+    if code > MAX_CODE_LINES {
+        faults
+            .push(format!("{name}: {code} lines of code; at most {MAX_CODE_LINES} can be held in the head"));
+    }
+    let test = name.contains("/tests/") || name.contains("/examples/") || name.ends_with("tests.rs");
+    if test || EXECUTES.iter().any(|(prefix, _)| name.starts_with(prefix)) {
+        return;
+    }
+    let mut in_tests = false;
+    for (n, line) in text.lines().enumerate() {
+        in_tests |= line.trim() == "#[cfg(test)]";
+        let code = line.split("//").next().unwrap_or_default();
+        if in_tests {
+            continue;
+        }
+        if code.contains("Command::new(") && !code.contains("clap::Command::new(") {
+            faults.push(format!(
+                "{name}:{}: executes a program; only karst-host does (run(Program::..))",
+                n + 1
+            ));
+        }
+        let writes = ["fs::write(", "OpenOptions", "File::create("].iter().any(|w| code.contains(w));
+        if writes && ["\"/proc/", "\"/sys/"].iter().any(|p| code.contains(p)) {
+            faults.push(format!("{name}:{}: writes a system file; only karst-host does", n + 1));
+        }
+    }
+}
+
+fn edges() -> Vec<String> {
+    let mut faults = vec![];
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version", "1", "--no-deps", "--offline"])
+        .current_dir(root())
+        .output();
+    let metadata: serde_json::Value = match output {
+        Ok(o) if o.status.success() => serde_json::from_slice(&o.stdout).unwrap_or_default(),
+        Ok(o) => {
+            return vec![format!("cargo metadata failed: {}", String::from_utf8_lossy(&o.stderr))];
+        }
+        Err(e) => return vec![format!("cargo metadata cannot run: {e}")],
+    };
+    let table: BTreeMap<&str, &[&str]> = EDGES.iter().copied().collect();
+    let packages = metadata["packages"].as_array().cloned().unwrap_or_default();
+    let ours: Vec<String> = packages.iter().filter_map(|p| p["name"].as_str().map(str::to_owned)).collect();
+    for package in &packages {
+        let name = package["name"].as_str().unwrap_or_default();
+        let Some(allowed) = table.get(name) else {
+            faults.push(format!("crate {name} is not in the table of edges (xtask/src/tidy.rs)"));
+            continue;
+        };
+        for dependency in package["dependencies"].as_array().into_iter().flatten() {
+            let on = dependency["name"].as_str().unwrap_or_default();
+            let dev = dependency["kind"].as_str() == Some("dev");
+            if !dev && ours.iter().any(|o| o == on) && !allowed.contains(&on) {
+                faults.push(format!("crate {name} must not depend on {on}"));
+            }
+        }
+    }
+    faults
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn faults_of(name: &str, text: &str) -> Vec<String> {
+        let mut faults = vec![];
+        check_file(name, text, &mut faults);
+        faults
+    }
+
+    #[test]
+    fn finds_what_it_looks_for() {
+        assert!(faults_of("crates/x/src/a.rs", "//! A.\nfn a() {}\n").is_empty());
+        assert_eq!(faults_of("crates/x/src/a.rs", "fn a() {}\n").len(), 1);
+        assert_eq!(faults_of("crates/x/src/a.rs", "//! A.\nfn a() { Command::new(\"sh\"); }\n").len(), 1);
+        assert!(faults_of("crates/host/src/a.rs", "//! A.\nfn a() { Command::new(\"sh\"); }\n").is_empty());
+        assert_eq!(
+            faults_of("crates/x/src/a.rs", "//! A.\nfn a() { fs::write(\"/sys/x\", b\"\"); }\n").len(),
+            1
+        );
+        let long = format!("//! A.\n{}", "let x = 1;\n".repeat(MAX_CODE_LINES + 1));
+        assert_eq!(faults_of("crates/x/src/a.rs", &long).len(), 1);
+    }
+}
