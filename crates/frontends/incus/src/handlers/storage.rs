@@ -13,6 +13,7 @@ use crate::{
 use karst_engine::{Row, storage::CreatePool};
 use karst_model::{
     Error, Result,
+    access::Permission,
     instance::InstanceKind,
     storage::{Volume, VolumeContent, VolumeOwner},
 };
@@ -20,6 +21,15 @@ use serde::Serialize;
 
 const VIEW: &str = "storage-pool";
 const VOLUME_VIEW: &str = "storage-volume";
+
+/// Who may not inspect the server sees that a pool is there, not how it is made.
+fn shown<'a>(call: &Call, view: PoolView<'a>) -> PoolView<'a> {
+    static NOTHING: karst_model::Config = karst_model::Config::new();
+    match call.context.principal().may(Permission::ServerInspect, None) {
+        true => view,
+        false => PoolView { config: &NOTHING, ..view },
+    }
+}
 
 /// `GET /1.0/storage-pools`
 ///
@@ -34,7 +44,7 @@ pub async fn list(call: Call) -> Result<Reply> {
         &filter,
         all.iter().map(|p| {
             let path = format!("/1.0/storage-pools/{}", wire::segment(&p.name));
-            (PoolView::of(p, call.engine().pool_used_by(&call.context, p)), path)
+            (shown(&call, PoolView::of(p, call.engine().pool_used_by(&call.context, p))), path)
         }),
     )
 }
@@ -45,7 +55,7 @@ pub async fn list(call: Call) -> Result<Reply> {
 /// Those of the engine.
 pub async fn get(call: Call) -> Result<Reply> {
     let pool = call.engine().pool(&call.context, call.param(0))?;
-    let view = PoolView::of(&pool, call.engine().pool_used_by(&call.context, &pool));
+    let view = shown(&call, PoolView::of(&pool, call.engine().pool_used_by(&call.context, &pool)));
     sync_etag(&view, &Etag::of(VIEW, pool.id.uuid(), pool.spec_version))
 }
 
