@@ -56,8 +56,7 @@ impl Context {
         if self.principal.may(permission, Some(project.id)) {
             return Ok(());
         }
-        if self.principal.is_known() && !self.principal.may(Permission::ProjectView, Some(project.id))
-        {
+        if self.principal.is_known() && !self.principal.may(Permission::ProjectView, Some(project.id)) {
             return Err(Error::not_found(format!("project {:?} not found", &*project.name)));
         }
         Err(self.refusal(permission))

@@ -38,7 +38,8 @@ pub async fn run(mut context: ControlContext) -> Result<()> {
     .await?;
     let (shutdown, mut asked) = mpsc::channel(1);
     let identity = identity(&context, &name);
-    let info = ServerInfo { version: env!("CARGO_PKG_VERSION").into(), name, shutdown: Some(shutdown), identity };
+    let info =
+        ServerInfo { version: env!("CARGO_PKG_VERSION").into(), name, shutdown: Some(shutdown), identity };
     let app = App::new(engine.clone(), info);
     let listening = tokio::spawn(Remote::start(app.clone()));
     let serving = tokio::spawn(karst_frontend_incus::serve(app, context.api_listener));

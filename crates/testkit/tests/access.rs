@@ -372,7 +372,9 @@ fn nobody_foreigners_and_the_under_privileged_are_refused() {
                 ServerHidden | ServerEditHidden => {
                     assert_eq!(kind(foreign), Some(ErrorKind::NotFound), "{name} by a foreigner")
                 }
-                ServerInspect | ServerEdit => assert_eq!(kind(foreign), Some(ErrorKind::Forbidden), "{name} by a foreigner"),
+                ServerInspect | ServerEdit => {
+                    assert_eq!(kind(foreign), Some(ErrorKind::Forbidden), "{name} by a foreigner")
+                }
                 _ => {
                     let foreign = foreign.expect_err(name);
                     assert_eq!(foreign.kind, ErrorKind::NotFound, "{name} by a foreigner: {foreign}");
@@ -446,11 +448,8 @@ fn listeners_hear_of_their_projects_only_and_of_nothing_once_distrusted() {
     SeededEnv::run(4, |env| async move {
         let f = fixture(&env).await;
         let (e, c) = (&f.w.engine, &f.w.admin);
-        let restricted = CertificateSettings {
-            restricted: true,
-            projects: vec![OTHER.into()],
-            ..settings("tenant")
-        };
+        let restricted =
+            CertificateSettings { restricted: true, projects: vec![OTHER.into()], ..settings("tenant") };
         e.certificate_add(c, certificate('d'), restricted).await.unwrap();
         let tenant = Context::new(e.principal_by_certificate(&"d".repeat(64), "192.0.2.1:5"));
         let mut heard = e.subscribe(&tenant).unwrap();
@@ -476,7 +475,8 @@ fn a_trust_token_is_used_once_by_whoever_is_first() {
         let f = fixture(&env).await;
         let (e, c) = (&f.w.engine, &f.w.admin);
         let nobody = Context::new(Principal::anonymous());
-        let tenant = || CertificateSettings { restricted: true, projects: vec![HERE.into()], ..settings("t") };
+        let tenant =
+            || CertificateSettings { restricted: true, projects: vec![HERE.into()], ..settings("t") };
         let issued = e.trust_token_issue(c, tenant()).await.unwrap();
         assert_eq!(e.trust_token_issue(c, tenant()).await.unwrap_err().kind, ErrorKind::Conflict);
         let (a, b) = futures::join!(
@@ -497,7 +497,12 @@ fn a_trust_token_is_used_once_by_whoever_is_first() {
         karst_env::Env::sleep(&env, Duration::from_secs(3601)).await;
         let late = e.trust_token_redeem(&nobody, "t", &issued.secret, certificate('3')).await;
         assert_eq!(late.unwrap_err().kind, ErrorKind::Forbidden);
-        assert!(e.operations(c, None).unwrap().iter().all(|o| o.class != karst_model::operation::OperationClass::Token));
+        assert!(
+            e.operations(c, None)
+                .unwrap()
+                .iter()
+                .all(|o| o.class != karst_model::operation::OperationClass::Token)
+        );
         // A revoked one neither.
         let issued = e.trust_token_issue(c, tenant()).await.unwrap();
         e.operation_cancel(c, issued.operation.id).await.unwrap();

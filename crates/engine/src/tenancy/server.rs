@@ -78,14 +78,21 @@ fn address(field: &str, text: &str, port: u16) -> Result<Option<SocketAddr>> {
         bare.parse().ok().map(|ip| SocketAddr::new(ip, port))
     };
     found.map(Some).ok_or_else(|| {
-        Error::invalid(field, format!("{text:?} is not an address such as :{port}, 10.0.0.1:{port} or [::1]:{port}"))
+        Error::invalid(
+            field,
+            format!("{text:?} is not an address such as :{port}, 10.0.0.1:{port} or [::1]:{port}"),
+        )
     })
 }
 
 /// A time as Incus writes it: numbers with `S`, `M`, `H`, `d`, `w`, `m` (30 days), `y`.
 fn span(field: &str, text: &str) -> Result<Option<Duration>> {
-    let wrong =
-        || Error::invalid(field, format!("{text:?} is not a time such as 30M, 12H or 1d 12H (S, M, H, d, w, m, y)"));
+    let wrong = || {
+        Error::invalid(
+            field,
+            format!("{text:?} is not a time such as 30M, 12H or 1d 12H (S, M, H, d, w, m, y)"),
+        )
+    };
     let mut seconds = 0u64;
     for word in text.split_whitespace() {
         let (number, unit) = word.split_at(word.len() - word.chars().next_back().map_or(0, char::len_utf8));

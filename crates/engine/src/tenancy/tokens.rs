@@ -83,10 +83,9 @@ impl Engine {
                 let projects = project_ids(records, tx, &new.projects)?;
                 let grants = match projects.is_empty() {
                     true => vec![Grant { role: new.role, project: None }],
-                    false => projects
-                        .into_iter()
-                        .map(|p| Grant { role: new.role, project: Some(p) })
-                        .collect(),
+                    false => {
+                        projects.into_iter().map(|p| Grant { role: new.role, project: Some(p) }).collect()
+                    }
                 };
                 let id = PrincipalId(inner.env.uuid());
                 tx.take_name("api-tokens", "", &new.name, &id.to_string());

@@ -197,7 +197,8 @@ impl Engine {
     pub fn certificate(&self, context: &Context, fingerprint: &str) -> Result<Row<Certificate>> {
         context.demand_known()?;
         if !context.principal().may(Permission::ServerInspect, None) {
-            let own = self.inner().inventory.read().tenancy.certificates.get(&context.principal().id).cloned();
+            let own =
+                self.inner().inventory.read().tenancy.certificates.get(&context.principal().id).cloned();
             let lower = fingerprint.to_ascii_lowercase();
             return own
                 .filter(|c| lower.len() >= 4 && c.fingerprint.starts_with(&lower))
@@ -324,19 +325,18 @@ impl Engine {
         if id != context.principal().id {
             context.demand_server(Permission::ServerEdit)?;
         }
-        let fingerprint = self
-            .inner()
-            .transact(|records, tx| {
-                let row = records
-                    .tenancy
-                    .certificates
-                    .get(&id)
-                    .ok_or_else(|| Error::not_found(format!("certificate {fingerprint:?} not found")))?;
-                tx.delete(row);
-                tx.release_name("certificates", "", &row.fingerprint, &row.id.to_string());
-                Ok(row.fingerprint.clone())
-            })
-            .await?;
+        let fingerprint =
+            self.inner()
+                .transact(|records, tx| {
+                    let row =
+                        records.tenancy.certificates.get(&id).ok_or_else(|| {
+                            Error::not_found(format!("certificate {fingerprint:?} not found"))
+                        })?;
+                    tx.delete(row);
+                    tx.release_name("certificates", "", &row.fingerprint, &row.id.to_string());
+                    Ok(row.fingerprint.clone())
+                })
+                .await?;
         self.certificate_event(context, "certificate-deleted", &fingerprint);
         Ok(())
     }

@@ -49,7 +49,13 @@ pub struct App {
 impl App {
     /// A front end over `engine`.
     pub fn new(engine: Engine, info: ServerInfo) -> Arc<Self> {
-        Arc::new(Self { engine, info, sessions: Sessions::default(), remote: Default::default(), rendered: Mutex::default() })
+        Arc::new(Self {
+            engine,
+            info,
+            sessions: Sessions::default(),
+            remote: Default::default(),
+            rendered: Mutex::default(),
+        })
     }
 
     /// JSON of instances, in order. Serialized when a view changed only.

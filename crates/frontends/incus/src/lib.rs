@@ -59,11 +59,8 @@ const LARGEST_HEAD: usize = 64 << 10;
 /// Most connections at once that speak HTTP; those that were upgraded no longer count.
 const CONNECTIONS: usize = 4096;
 /// Methods and paths that answer nobody too: what they say to nobody is a formality, and a trust token makes a somebody.
-const PUBLIC: [(Method, &[&str]); 3] = [
-    (Method::GET, &[]),
-    (Method::GET, &["1.0"]),
-    (Method::POST, &["1.0", "certificates"]),
-];
+const PUBLIC: [(Method, &[&str]); 3] =
+    [(Method::GET, &[]), (Method::GET, &["1.0"]), (Method::POST, &["1.0", "certificates"])];
 /// Pause after a failure to accept (no descriptors left), so that it does not spin.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -154,6 +151,13 @@ pub async fn serve_connection(app: Arc<App>, context: Context, stream: UnixStrea
     serve_stream(app, Peer::Known(context), stream, never).await;
 }
 
+/// Completes when `ended` says so; a sender that is gone says nothing.
+async fn told(ended: &mut watch::Receiver<bool>) {
+    if ended.wait_for(|e| *e).await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
 /// Answers on one connection, until `ended` says that the answer in flight is the last.
 pub async fn serve_stream<S>(app: Arc<App>, peer: Peer, stream: S, mut ended: watch::Receiver<bool>)
 where
@@ -192,8 +196,7 @@ where
     let outcome = tokio::select! {
         biased;
         outcome = served.as_mut() => outcome,
-        // A sender that is gone says nothing.
-        Ok(_) = ended.wait_for(|e| *e) => {
+        () = told(&mut ended) => {
             served.as_mut().graceful_shutdown();
             served.await
         }

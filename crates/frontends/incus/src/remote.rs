@@ -127,7 +127,8 @@ impl Remote {
     async fn apply(&self, app: &Arc<App>, both: &mut Both, settings: &ServerSettings) -> Result<()> {
         let Both { api, metrics } = both;
         // All that ends ends first: one may take over the other's port.
-        for (slot, wanted) in [(&mut *api, settings.https_address), (&mut *metrics, settings.metrics_address)] {
+        for (slot, wanted) in [(&mut *api, settings.https_address), (&mut *metrics, settings.metrics_address)]
+        {
             if slot.as_ref().is_some_and(|l| Some(l.address) != wanted)
                 && let Some(old) = slot.take()
             {

@@ -4,8 +4,8 @@
 use crate::{
     app::Call,
     handlers::{
-        certificates, events, exec, files, images, instances, karst, networks, operations, profiles, projects, server,
-        storage, tokens,
+        certificates, events, exec, files, images, instances, karst, networks, operations, profiles,
+        projects, server, storage, tokens,
     },
     respond::Reply,
 };

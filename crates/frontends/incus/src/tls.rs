@@ -96,8 +96,8 @@ impl Identity {
 /// The key first and the certificate last: what is there whole is what a client can have seen.
 fn make(directory: &Path, name: &str, today: jiff::civil::Date) -> Result<()> {
     let failed = |e: rcgen::Error| Error::internal("the server's certificate could not be made", e);
-    let mut params = CertificateParams::new(vec![name.to_owned(), "127.0.0.1".into(), "::1".into()])
-        .map_err(failed)?;
+    let mut params =
+        CertificateParams::new(vec![name.to_owned(), "127.0.0.1".into(), "::1".into()]).map_err(failed)?;
     let year = i32::from(today.year());
     let (month, day) = (today.month().unsigned_abs(), today.day().unsigned_abs().min(28));
     params.not_before = date_time_ymd(year - 1, month, day);
@@ -284,7 +284,11 @@ mod tests {
         let mut longer = parsed.der.clone();
         longer.push(0);
         for wrong in ["", "x", "AAAA", &base64[4..], "-----BEGIN CERTIFICATE-----\n"] {
-            assert_eq!(ClientCertificate::parse(wrong).unwrap_err().field.as_deref(), Some("certificate"), "{wrong}");
+            assert_eq!(
+                ClientCertificate::parse(wrong).unwrap_err().field.as_deref(),
+                Some("certificate"),
+                "{wrong}"
+            );
         }
         assert!(ClientCertificate::from_der(&longer).unwrap_err().message.contains("follows"));
     }

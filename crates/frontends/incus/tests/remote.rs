@@ -69,7 +69,12 @@ impl ServerCertVerifier for Pinned {
 }
 
 impl Client {
-    fn new(s: &Server, address: SocketAddr, certificate: bool, versions: &[&'static rustls::SupportedProtocolVersion]) -> Self {
+    fn new(
+        s: &Server,
+        address: SocketAddr,
+        certificate: bool,
+        versions: &[&'static rustls::SupportedProtocolVersion],
+    ) -> Self {
         let pinned = Pinned(s.app.info.identity.as_ref().unwrap().fingerprint.clone());
         let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
             .with_protocol_versions(versions)
@@ -94,13 +99,20 @@ impl Client {
         let stream = TcpStream::connect(self.address).await?;
         let name = ServerName::try_from("karst").unwrap();
         let stream = tokio_rustls::TlsConnector::from(self.config.clone()).connect(name, stream).await?;
-        let (sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(std::io::Error::other)?;
+        let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(std::io::Error::other)?;
         tokio::spawn(connection);
         Ok(sender)
     }
 
-    async fn on(sender: &mut SendRequest<Full<Bytes>>, method: Method, path: &str, bearer: Option<&str>, body: Value) -> Answer {
+    async fn on(
+        sender: &mut SendRequest<Full<Bytes>>,
+        method: Method,
+        path: &str,
+        bearer: Option<&str>,
+        body: Value,
+    ) -> Answer {
         let mut request = Request::builder().method(method).uri(path).header("host", "karst");
         if let Some(token) = bearer {
             request = request.header("authorization", format!("Bearer {token}"));
@@ -108,8 +120,13 @@ impl Client {
         let body = if body.is_null() { String::new() } else { body.to_string() };
         sender.ready().await.unwrap();
         let exchange = sender.send_request(request.body(Full::new(body.into())).unwrap());
-        let (head, body) = tokio::time::timeout(common::PATIENCE, exchange).await.unwrap().unwrap().into_parts();
-        Answer { status: head.status.as_u16(), headers: head.headers, body: body.collect().await.unwrap().to_bytes() }
+        let (head, body) =
+            tokio::time::timeout(common::PATIENCE, exchange).await.unwrap().unwrap().into_parts();
+        Answer {
+            status: head.status.as_u16(),
+            headers: head.headers,
+            body: body.collect().await.unwrap().to_bytes(),
+        }
     }
 
     async fn get(&self, path: &str) -> Answer {
@@ -176,7 +193,9 @@ async fn the_server_is_configured_and_listens() {
     assert_eq!(s.get("/1.0").await.metadata()["config"], server["config"]);
     assert_eq!(Client::new(&s, address, false, BOTH).get("/1.0").await.status, 200);
     // Under its ETag, and by PATCH.
-    let put = |tag: &str| s.send(Method::PATCH, "/1.0", &[("if-match", tag)], r#"{"config":{"user.a":"b"}}"#);
+    let put = async |tag: &str| {
+        s.send(Method::PATCH, "/1.0", &[("if-match", tag)], r#"{"config":{"user.a":"b"}}"#).await
+    };
     assert_eq!(put(&tag).await.status, 200);
     put(&tag).await.refused(412);
     assert_eq!(s.get("/1.0").await.metadata()["config"]["core.https_address"], address.to_string());
@@ -213,7 +232,10 @@ async fn certificates_live() {
     assert_eq!(listed["running"][0]["metadata"]["request"]["name"], "me");
     assert_eq!(listed["running"][0]["metadata"]["secret"], "", "it is not known any more");
     // It is of use to who has a certificate only, and once.
-    Client::new(&s, address, false, BOTH).post("/1.0/certificates", json!({"trust_token": token})).await.refused(400);
+    Client::new(&s, address, false, BOTH)
+        .post("/1.0/certificates", json!({"trust_token": token}))
+        .await
+        .refused(400);
     let joined = client.post("/1.0/certificates", json!({"trust_token": token})).await;
     assert_eq!((joined.status, joined.header("location")), (201, path.as_str()));
     let late = Client::new(&s, address, true, BOTH);
@@ -221,7 +243,10 @@ async fn certificates_live() {
     s.get(&operation).await.refused(404);
     // It sees its project and that the server is there.
     let server = client.get("/1.0").await.metadata();
-    assert_eq!((server["auth"].as_str(), server["auth_user_method"].as_str()), (Some("trusted"), Some("tls")));
+    assert_eq!(
+        (server["auth"].as_str(), server["auth_user_method"].as_str()),
+        (Some("trusted"), Some("tls"))
+    );
     assert_eq!((&server["auth_user_name"], &server["config"]), (&json!(client.fingerprint), &json!({})));
     assert_eq!(client.get("/1.0/projects").await.metadata(), json!(["/1.0/projects/tenant"]));
     client.get("/1.0/instances").await.refused(404);
@@ -262,7 +287,9 @@ async fn certificates_live() {
     client.get("/1.0/warnings").await.refused(403);
     assert_eq!(client.get("/1.0").await.metadata()["auth"], "trusted");
     s.post("/1.0/certificates", json!({"name": "x", "certificate": "AAAA"})).await.refused(400);
-    s.post("/1.0/certificates", json!({"name": "x", "type": "server", "certificate": "AAAA"})).await.refused(400);
+    s.post("/1.0/certificates", json!({"name": "x", "type": "server", "certificate": "AAAA"}))
+        .await
+        .refused(400);
 }
 
 impl Client {
@@ -283,9 +310,14 @@ async fn tokens_are_shown_with_each_request() {
     let token = made["token"].as_str().unwrap();
     s.post("/1.0/karst/tokens", body).await.refused(409);
     s.post("/1.0/karst/tokens", json!({"name": "x", "role": "king"})).await.refused(400);
-    s.post("/1.0/karst/tokens", json!({"name": "x", "role": "user", "expires_at": "2001-01-01T00:00:00Z"})).await.refused(400);
+    s.post("/1.0/karst/tokens", json!({"name": "x", "role": "user", "expires_at": "2001-01-01T00:00:00Z"}))
+        .await
+        .refused(400);
     let listed = s.get("/1.0/karst/tokens").await;
-    assert!(!String::from_utf8_lossy(&listed.body).contains(&token[token.len() - 64..]), "no secret in lists");
+    assert!(
+        !String::from_utf8_lossy(&listed.body).contains(&token[token.len() - 64..]),
+        "no secret in lists"
+    );
     assert_eq!(listed.metadata()[0]["grants"], json!([{"role": "viewer", "project": "default"}]));
     let client = Client::new(&s, address, false, BOTH);
     let mut open = client.connect().await.unwrap();

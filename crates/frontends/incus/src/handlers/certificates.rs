@@ -62,8 +62,9 @@ pub async fn get(call: Call) -> Result<Reply> {
 
 fn kind(f: &mut Fields) -> Result<Option<CertificateKind>> {
     let Some(text) = f.text("type")? else { return Ok(None) };
-    let refused =
-        || Error::invalid("type", format!("{text:?} is not a type of certificate here; client and metrics are"));
+    let refused = || {
+        Error::invalid("type", format!("{text:?} is not a type of certificate here; client and metrics are"))
+    };
     CertificateKind::parse(&text).ok_or_else(refused).map(Some)
 }
 
@@ -93,7 +94,10 @@ pub async fn create(call: Call) -> Result<Reply> {
     }
     if wants_token {
         if sent.is_some() {
-            return Err(Error::invalid("certificate", "a token is issued for a certificate that is yet to come"));
+            return Err(Error::invalid(
+                "certificate",
+                "a token is issued for a certificate that is yet to come",
+            ));
         }
         return issue(call, settings).await;
     }
@@ -153,10 +157,7 @@ async fn issue(call: Taken, settings: CertificateSettings) -> Result<Reply> {
     }
     let issued = call.engine().trust_token_issue(&call.context, settings).await?;
     let metadata = token_metadata(&call.app, &issued.operation, &issued.secret);
-    accepted(
-        &issued.operation.id.to_string(),
-        &OperationView::of(&issued.operation).with_metadata(&metadata),
-    )
+    accepted(&issued.operation.id.to_string(), &OperationView::of(&issued.operation).with_metadata(&metadata))
 }
 
 /// Metadata of a token's operation as clients make the token of it. The secret is known when it is issued and empty later.
@@ -200,18 +201,14 @@ pub async fn change(call: Call) -> Result<Reply> {
         description: description.or(patch.then(|| c.description.clone())).unwrap_or_default(),
         kind: kind.unwrap_or(c.kind),
         restricted: restricted.or(old(c.restricted)).unwrap_or_default(),
-        projects: projects
-            .or(patch.then(|| call.engine().certificate_projects(&c)))
-            .unwrap_or_default(),
+        projects: projects.or(patch.then(|| call.engine().certificate_projects(&c))).unwrap_or_default(),
     };
     if patch {
         if_version = if_version.or(Some(c.spec_version));
     }
     let certificate = certificate.map(|text| ClientCertificate::parse(&text)).transpose()?;
     let certificate = certificate.map(|c| NewCertificate { pem: c.pem(), fingerprint: c.fingerprint });
-    call.engine()
-        .certificate_update(&call.context, call.param(0), settings, certificate, if_version)
-        .await?;
+    call.engine().certificate_update(&call.context, call.param(0), settings, certificate, if_version).await?;
     Ok(empty())
 }
 

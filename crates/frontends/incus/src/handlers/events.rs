@@ -118,9 +118,11 @@ fn render(event: &Event, wanted: &Wanted) -> Option<String> {
             };
             json("lifecycle", event, view)
         }
-        EventKind::Log { level, message, context } if wanted.logging => {
-            json("logging", event, serde_json::json!({"message": message, "level": level, "context": context}))
-        }
+        EventKind::Log { level, message, context } if wanted.logging => json(
+            "logging",
+            event,
+            serde_json::json!({"message": message, "level": level, "context": context}),
+        ),
         _ => None,
     }
 }

@@ -42,7 +42,9 @@ pub async fn create(call: Call) -> Result<Reply> {
         role: Role::parse(&f.need_text("role")?)?,
         projects: f.texts("projects")?.unwrap_or_default(),
         expires_at: expires_at
-            .map(|t| t.parse().map_err(|_| Error::invalid("expires_at", format!("{t:?} is not a time (RFC 3339)"))))
+            .map(|t| {
+                t.parse().map_err(|_| Error::invalid("expires_at", format!("{t:?} is not a time (RFC 3339)")))
+            })
             .transpose()?,
     };
     f.finish(&[])?;
