@@ -39,9 +39,7 @@ pub(crate) async fn ensure_base(inner: &Arc<EngineInner>, nodes: &[(NodeId, Stri
             if records.project(DEFAULT_PROJECT).is_err() {
                 let project = ProjectId(inner.env.uuid());
                 let config: Config =
-                    ["features.images", "features.networks", "features.profiles", "features.storage.volumes"]
-                        .map(|k| (k.to_owned(), "true".to_owned()))
-                        .into();
+                    crate::tenancy::rules::FEATURES.iter().map(|(k, _)| ((*k).to_owned(), "true".to_owned())).collect();
                 tx.take_name("projects", "", DEFAULT_PROJECT, &project.to_string());
                 tx.create(&Project {
                     id: project,

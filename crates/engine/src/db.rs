@@ -10,6 +10,8 @@ use std::{sync::Arc, time::Duration};
 #[derive(Debug, Default)]
 pub struct Tx {
     builder: TxnBuilder,
+    /// What it touches already: a transaction names a key once.
+    touched: std::collections::BTreeSet<String>,
 }
 
 impl Tx {
@@ -46,7 +48,9 @@ impl Tx {
 
     /// Says that something begins to use `target`; see [`Uses`].
     pub fn touch(&mut self, target: &str) {
-        self.put(&Uses { target: target.to_owned() });
+        if self.touched.insert(target.to_owned()) {
+            self.put(&Uses { target: target.to_owned() });
+        }
     }
 
     /// Refused when something has begun to use `target` since it was read.

@@ -25,6 +25,8 @@ pub fn lock(id: ImageId) -> String {
     format!("images/{id}")
 }
 
+/// What makes a project have images of its own.
+const FEATURE: &str = "features.images";
 const BUILD: Duration = Duration::from_secs(3600);
 const CALL: Duration = Duration::from_secs(60);
 
@@ -96,7 +98,7 @@ impl Engine {
     /// # Errors
     /// Not found, forbidden.
     pub fn images(&self, context: &Context, project: &str) -> Result<Vec<Row<Image>>> {
-        let project = self.project(context, project, Permission::ProjectView)?;
+        let project = self.project_of(context, project, FEATURE, Permission::ProjectView)?;
         let mut all: Vec<_> = self
             .inner()
             .inventory
@@ -115,7 +117,7 @@ impl Engine {
     /// # Errors
     /// Not found, invalid when ambiguous, forbidden.
     pub fn image(&self, context: &Context, project: &str, reference: &str) -> Result<Row<Image>> {
-        let project = self.project(context, project, Permission::ProjectView)?;
+        let project = self.project_of(context, project, FEATURE, Permission::ProjectView)?;
         self.inner().inventory.read().image(project.id, reference).cloned()
     }
 
@@ -129,7 +131,7 @@ impl Engine {
         project: &str,
         image: Option<ImageId>,
     ) -> Result<Vec<Row<ImageAlias>>> {
-        let project = self.project(context, project, Permission::ProjectView)?;
+        let project = self.project_of(context, project, FEATURE, Permission::ProjectView)?;
         let records = self.inner().inventory.read();
         Ok(records
             .aliases()
@@ -149,7 +151,7 @@ impl Engine {
         name: &str,
         kind: Option<InstanceKind>,
     ) -> Result<Row<ImageAlias>> {
-        let project = self.project(context, project, Permission::ProjectView)?;
+        let project = self.project_of(context, project, FEATURE, Permission::ProjectView)?;
         let records = self.inner().inventory.read();
         let get =
             |n: &str| records.alias(project.id, n).filter(|a| kind.is_none_or(|k| k == a.kind)).cloned();
@@ -172,7 +174,7 @@ impl Engine {
         description: &str,
         target: &str,
     ) -> Result<()> {
-        let project = self.project(context, project, Permission::ResourceEdit)?;
+        let project = self.project_of(context, project, FEATURE, Permission::ResourceEdit)?;
         check_alias("name", name)?;
         let inner = self.inner();
         inner
@@ -213,7 +215,7 @@ impl Engine {
         description: Option<&str>,
         target: Option<&str>,
     ) -> Result<()> {
-        let project = self.project(context, project, Permission::ResourceEdit)?;
+        let project = self.project_of(context, project, FEATURE, Permission::ResourceEdit)?;
         let inner = self.inner();
         inner
             .transact(|records, tx| {
@@ -252,7 +254,7 @@ impl Engine {
         name: &str,
         new: &str,
     ) -> Result<()> {
-        let project = self.project(context, project, Permission::ResourceEdit)?;
+        let project = self.project_of(context, project, FEATURE, Permission::ResourceEdit)?;
         check_alias("name", new)?;
         let inner = self.inner();
         inner
@@ -280,7 +282,7 @@ impl Engine {
     /// # Errors
     /// Not found, forbidden.
     pub async fn image_alias_delete(&self, context: &Context, project: &str, name: &str) -> Result<()> {
-        let project = self.project(context, project, Permission::ResourceEdit)?;
+        let project = self.project_of(context, project, FEATURE, Permission::ResourceEdit)?;
         let inner = self.inner();
         inner
             .transact(|records, tx| {
@@ -303,7 +305,7 @@ impl Engine {
     /// # Errors
     /// Not found, forbidden.
     pub fn image_upload(&self, context: &Context, project: &str) -> Result<ImageUpload> {
-        self.project(context, project, Permission::ResourceEdit)?;
+        self.project_of(context, project, FEATURE, Permission::ResourceEdit)?;
         Ok(ImageUpload { id: ImageId(self.inner().env.uuid()) })
     }
 
@@ -318,7 +320,7 @@ impl Engine {
         upload: ImageUpload,
         part: ImagePart,
     ) -> Result<OwnedFd> {
-        self.project(context, project, Permission::ResourceEdit)?;
+        self.project_of(context, project, FEATURE, Permission::ResourceEdit)?;
         let inner = self.inner();
         let agent = inner.agents.get(inner.node)?;
         let answer =
@@ -352,7 +354,7 @@ impl Engine {
         parts: Vec<ImagePart>,
         options: ImageOptions,
     ) -> Result<LiveOperation> {
-        let project = self.project(context, project, Permission::ResourceEdit)?;
+        let project = self.project_of(context, project, FEATURE, Permission::ResourceEdit)?;
         check_options(&options)?;
         let inner = self.inner();
         runner::start::<ImageCreate>(inner, context, |tx| {
@@ -389,7 +391,7 @@ impl Engine {
         kind: InstanceKind,
         mut options: ImageOptions,
     ) -> Result<LiveOperation> {
-        let project = self.project(context, project, Permission::ResourceEdit)?;
+        let project = self.project_of(context, project, FEATURE, Permission::ResourceEdit)?;
         check_alias("recipe", recipe)?;
         if options.aliases.is_empty() {
             let suffix = if kind == InstanceKind::VirtualMachine { "/vm" } else { "" };
@@ -441,7 +443,7 @@ impl Engine {
         reference: &str,
         request: UpdateImage,
     ) -> Result<()> {
-        let project = self.project(context, project, Permission::ResourceEdit)?;
+        let project = self.project_of(context, project, FEATURE, Permission::ResourceEdit)?;
         let inner = self.inner();
         let fingerprint = inner
             .transact(|records, tx| {
@@ -491,7 +493,7 @@ impl Engine {
         project: &str,
         reference: &str,
     ) -> Result<LiveOperation> {
-        let project = self.project(context, project, Permission::ResourceEdit)?;
+        let project = self.project_of(context, project, FEATURE, Permission::ResourceEdit)?;
         let inner = self.inner();
         runner::start::<ImageDelete>(inner, context, |tx| {
             let records = inner.inventory.read();

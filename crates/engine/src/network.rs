@@ -6,6 +6,7 @@ use crate::{
     db::Tx,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
+    tenancy::limits::{Planned, admit},
     storage::UsedBy,
 };
 use async_trait::async_trait;
@@ -287,7 +288,7 @@ impl Engine {
                 return Err(Error::conflict(format!("a network {:?} exists already", &*name)).at("name"));
             }
             demand_free_subnet(&records, &spec, None)?;
-            tx.expect(&project);
+            admit(&records, tx, project.id, &Planned { networks: 1, ..Default::default() })?;
             let network = Network {
                 id: NetworkId(inner.env.uuid()),
                 project: project.id,

@@ -12,6 +12,7 @@ use karst_engine::{
     images::ImageOptions,
     network::{CreateNetwork, UpdateNetwork},
     storage::CreatePool,
+    tenancy::UpdateProfile,
 };
 use karst_model::{
     Config, Result,
@@ -78,6 +79,18 @@ async fn network(w: &World) -> Result<LiveOperation> {
     Ok(w.engine.network_create(&w.admin, "default", CreateNetwork::automatic("net1")).await?.1)
 }
 
+/// The use case waits for its end; whoever walks over the saga wants its operation.
+async fn profile_update(w: &World) -> Result<LiveOperation> {
+    let profile = w.engine.profile(&w.admin, "default", "default")?;
+    let update = UpdateProfile {
+        description: "changed".into(),
+        config: Config::from([("limits.memory".into(), "64MiB".into())]),
+        devices: profile.devices.clone(),
+        if_version: None,
+    };
+    w.engine.profile_update_begin(&w.admin, "default", "default", update).await
+}
+
 macro_rules! scenario {
     ($saga:literal, $name:literal, |$s:ident| $setup:expr, |$t:ident| $trigger:expr) => {
         Scenario {
@@ -104,6 +117,9 @@ pub fn all() -> Vec<Scenario> {
             let request =
                 CreateInstance { kind: InstanceKind::VirtualMachine, start: true, ..container("v1") };
             Ok(w.engine.instance_create(&w.admin, "default", request).await?.1)
+        }),
+        scenario!("profile-update", "with a running user", |w| make(w, "c1", true).await, |w| {
+            profile_update(w).await
         }),
         scenario!("instance-delete", "stopped", |w| make(w, "c1", false).await, |w| w
             .engine

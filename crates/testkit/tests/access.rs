@@ -199,6 +199,7 @@ fn cases() -> Vec<Case> {
         // Projects.
         projects Filtered |f, c, p| { assert!(f.w.engine.projects(c).iter().all(|x| c.principal().may(karst_model::access::Permission::ProjectView, Some(x.id)))); Ok(()) };
         project View |f, c, p| f.w.engine.project(c, p, karst_model::access::Permission::ProjectView).map(drop);
+        project_state View |f, c, p| f.w.engine.project_state(c, p).map(drop);
         project_create ServerEdit |f, c, p| f.w.engine.project_create(c, "fresh", "", Config::new()).await;
         project_update ServerEdit |f, c, p| f.w.engine.project_update(c, p, "text", Config::new(), None).await;
         project_rename ServerEdit |f, c, p| f.w.engine.project_rename(c, p, "renamed").await;
@@ -214,6 +215,8 @@ fn cases() -> Vec<Case> {
         profile View |f, c, p| f.w.engine.profile(c, p, "spare").map(drop);
         profile_create Edit |f, c, p| f.w.engine.profile_create(c, p, "fresh", UpdateProfile::default()).await;
         profile_update Edit |f, c, p| f.w.engine.profile_update(c, p, "spare", UpdateProfile::default()).await;
+        profile_update_begin Edit |f, c, p| f.w.engine.profile_update_begin(c, p, "spare", UpdateProfile::default()).await.map(drop);
+        profile_used_by Filtered |f, c, p| { let x = f.w.engine.profile(&f.w.admin, HERE, "default")?; demand_nothing_hidden(f, c, f.w.engine.profile_used_by(c, &x)) };
         profile_rename Edit |f, c, p| f.w.engine.profile_rename(c, p, "spare", "renamed").await;
         profile_delete Edit |f, c, p| f.w.engine.profile_delete(c, p, "spare").await;
         // Instances.
@@ -283,7 +286,6 @@ const WITHOUT_CONTEXT: &[(&str, &str)] = &[
     ("server_settings", "the daemon's own listeners"),
     ("all_metrics", "by instance id: callers join it with the instances that a context showed them"),
     ("volume_usage", "takes a record that a context showed"),
-    ("profile_used_by", "takes a record that a context showed; users of a profile are in its project"),
     ("project_used_by", "takes a record that a context showed; tells what is in it"),
     ("image_upload_abandon", "takes the handle that image_upload gave"),
 ];

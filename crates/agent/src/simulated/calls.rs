@@ -180,6 +180,9 @@ calls! {
     mutate guest_update(me, spec: GuestSpec) -> Applied {
         let mut state = me.settled();
         let guest = state.running(GuestRef { instance: spec.instance, generation: spec.generation })?;
+        if guest.refuses_update && guest.spec.limits != spec.limits {
+            return Err(Error::conflict("the guest uses more than that"));
+        }
         let mut pending = vec![];
         if spec.kind == InstanceKind::VirtualMachine {
             for (key, changed) in [

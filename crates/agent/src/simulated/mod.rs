@@ -218,6 +218,18 @@ impl SimulatedAgent {
         }
     }
 
+    /// A guest that refuses to be changed while it runs, as one whose memory cannot be taken.
+    pub fn set_refuses_update(&self, instance: InstanceId, refuses: bool) {
+        if let Some(guest) = self.lock().guests.get_mut(&instance) {
+            guest.refuses_update = refuses;
+        }
+    }
+
+    /// The limits that a guest has now.
+    pub fn guest_limits(&self, instance: InstanceId) -> Option<karst_model::spec::Limits> {
+        self.lock().guests.get(&instance).map(|g| g.spec.limits.clone())
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }

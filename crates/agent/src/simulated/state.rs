@@ -70,6 +70,7 @@ pub(super) struct Guest {
     pub exit: Option<ExitReason>,
     pub applied_spec_version: u64,
     pub ignores_shutdown: bool,
+    pub refuses_update: bool,
     pub console_extra: Vec<u8>,
     pub console_cleared: bool,
 }

@@ -147,6 +147,7 @@ impl SimulatedAgent {
             exit: None,
             applied_spec_version: spec.spec_version,
             ignores_shutdown: state.guests.get(&spec.instance).is_some_and(|g| g.ignores_shutdown),
+            refuses_update: state.guests.get(&spec.instance).is_some_and(|g| g.refuses_update),
             console_extra: vec![],
             console_cleared: false,
             spec,

@@ -7,6 +7,7 @@ use crate::{
     db::Tx,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
+    tenancy::limits::{Planned, admit},
 };
 use async_trait::async_trait;
 use karst_agent::VolumeRef;
@@ -58,7 +59,7 @@ pub enum InstanceSource {
 }
 
 /// Smallest root disk of a virtual machine without a size.
-const DEFAULT_VM_DISK: ByteSize = ByteSize::gib(10);
+pub(crate) const DEFAULT_VM_DISK: ByteSize = ByteSize::gib(10);
 
 impl Engine {
     /// Creates an instance; answers its name and the operation.
@@ -133,8 +134,9 @@ fn plan(
     inner.demand_free_name(records, project.id, &name)?;
     let profile_names = request.profiles.clone().unwrap_or_else(|| vec!["default".into()]);
     let mut profiles = vec![];
+    let home = records.home(project, "features.profiles");
     for (n, profile) in profile_names.iter().enumerate() {
-        let row = records.profile(project.id, profile).map_err(|e| e.at(format!("profiles[{n}]")))?;
+        let row = records.profile(home, profile).map_err(|e| e.at(format!("profiles[{n}]")))?;
         if profiles.contains(&row.id) {
             return Err(Error::invalid(
                 format!("profiles[{n}]"),
@@ -142,6 +144,7 @@ fn plan(
             ));
         }
         tx.expect(row);
+        crate::tenancy::profiles::demand_idle(records, tx, row.id)?;
         tx.touch(&crate::tenancy::profile_uses(row.id));
         profiles.push(row.id);
     }
@@ -156,7 +159,7 @@ fn plan(
     let image = match &request.source {
         InstanceSource::None => None,
         InstanceSource::Image(reference) => {
-            let row = inner.resolve_image(records, project.id, reference, Some(request.kind))?;
+            let row = inner.resolve_image(records, records.home(project, "features.images"), reference, Some(request.kind))?;
             if row.kind != request.kind {
                 return Err(Error::invalid(
                     "source.alias",
@@ -220,7 +223,6 @@ fn plan(
     tx.expect(pool);
     tx.expect_unlocked(&crate::storage::pool_lock(pool.id));
     tx.touch(&crate::storage::pool_lock(pool.id));
-    tx.touch(&crate::tenancy::project_uses(project.id));
     instance.pool = pool.id;
     check_nics(records, tx, &parsed)?;
     instance.identities = expand::assign_identities(
@@ -271,6 +273,7 @@ fn plan(
         config: Config::new(),
         created_at: now,
     };
+    admit(records, tx, project.id, &Planned { instance: Some(&instance), ..Default::default() })?;
     // Whatever is wrong with it is said now, not at the first start.
     inner.guest_spec(records, &instance, 0)?;
     instance.vmid = inner.take_vmid(records);

@@ -10,6 +10,7 @@ use crate::{
     db::Tx,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
+    tenancy::limits::{Planned, admit},
 };
 use async_trait::async_trait;
 use karst_agent::{VolumeRef, VolumeResize};
@@ -79,11 +80,14 @@ impl Engine {
             keys::check(&instance.config, Some(instance.kind))?;
             check_devices(&request.devices)?;
             instance.devices = request.devices.clone();
-            instance.profiles = profiles(&records, tx, project.id, &request.profiles)?;
+            instance.profiles = profiles(&records, tx, records.home(&project, "features.profiles"), &request.profiles)?;
             instance.spec_version += 1;
             let (config, devices) = records.expanded(&instance);
             keys::check(&config, Some(instance.kind))?;
             let parsed = expand::parse_devices(&devices)?;
+            // Decided when it is written; said now, before anything is touched.
+            let planned = Planned { instance: Some(&instance), ..Default::default() };
+            admit(&records, &mut Tx::default(), project.id, &planned)?;
             let grown = check_root(&records, &instance, &parsed)?;
             check_nics(&records, tx, &parsed)?;
             // A profile may have got devices since the last start: they are no change of this request.
@@ -185,6 +189,7 @@ fn profiles(
             return Err(Error::invalid(format!("profiles[{n}]"), format!("profile {name:?} is named twice")));
         }
         tx.expect(row);
+        crate::tenancy::profiles::demand_idle(records, tx, row.id)?;
         ids.push(row.id);
     }
     Ok(ids)
@@ -305,6 +310,7 @@ impl Saga for InstanceUpdate {
             tx.expect(profile.ok_or_else(|| Error::conflict("a profile was deleted meanwhile"))?);
             tx.touch(&crate::tenancy::profile_uses(*id));
         }
+        admit(&records, tx, instance.project, &Planned { instance: Some(&instance), ..Default::default() })?;
         let (_, devices) = records.expanded(&instance);
         let parsed = expand::parse_devices(&devices)?;
         check_root(&records, &instance, &parsed)?;

@@ -86,6 +86,7 @@ pub async fn start<S: Saga>(
             return Err(Error::too_large(format!("one request may touch at most {MAX_LOCKS} objects")));
         }
         check_locks(engine, &locks)?;
+        expect_idle_profiles(engine, &mut tx, &locks)?;
         let id = SagaId(engine.env.uuid());
         let mut operation = engine.operations.record(context, new);
         operation.saga = Some(id);
@@ -161,6 +162,18 @@ async fn begin(
 /// Fails when one of `locks` is held, saying by what.
 pub fn check_locks(engine: &EngineInner, locks: &[String]) -> Result<()> {
     demand_unlocked(&engine.inventory.read(), locks)
+}
+
+/// While a profile changes nobody begins to work on its users: what they are would be of two minds.
+fn expect_idle_profiles(engine: &EngineInner, tx: &mut Tx, locks: &[String]) -> Result<()> {
+    let records = engine.inventory.read();
+    let targets = locks.iter().filter_map(|l| l.strip_prefix("instances/")?.parse().ok());
+    let instances = targets.filter_map(|id| records.instances.get(&id));
+    let profiles: std::collections::BTreeSet<_> = instances.flat_map(|i| i.profiles.clone()).collect();
+    for id in profiles {
+        crate::tenancy::profiles::demand_idle(&records, tx, id)?;
+    }
+    Ok(())
 }
 
 /// [`check_locks`] for who reads the records already: a second guard on the same thread can deadlock with a writer.

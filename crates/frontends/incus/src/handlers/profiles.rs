@@ -28,7 +28,11 @@ pub async fn list(call: Call) -> Result<Reply> {
     let mut found = vec![];
     for project in projects {
         for profile in call.engine().profiles(&call.context, &project)? {
-            found.push((profile, project.clone()));
+            // What projects share is listed once.
+            let owner = call.engine().inner().project_name(Some(profile.project));
+            if owner == project || !call.query.flag("all-projects") {
+                found.push((profile, owner));
+            }
         }
     }
     respond_list(
@@ -36,7 +40,7 @@ pub async fn list(call: Call) -> Result<Reply> {
         &filter,
         found.iter().map(|(p, project)| {
             (
-                ProfileView::of(p, call.engine().profile_used_by(p), project),
+                ProfileView::of(p, call.engine().profile_used_by(&call.context, p), project),
                 wire::path("profiles", &p.name, project),
             )
         }),
@@ -50,7 +54,7 @@ pub async fn list(call: Call) -> Result<Reply> {
 pub async fn get(call: Call) -> Result<Reply> {
     let profile = call.engine().profile(&call.context, call.project(), call.param(0))?;
     let project = call.engine().inner().project_name(Some(profile.project));
-    let view = ProfileView::of(&profile, call.engine().profile_used_by(&profile), &project);
+    let view = ProfileView::of(&profile, call.engine().profile_used_by(&call.context, &profile), &project);
     sync_etag(&view, &Etag::of(VIEW, profile.id.uuid(), profile.spec_version))
 }
 

@@ -11,8 +11,7 @@ use crate::{
     },
 };
 use karst_engine::{NewOperation, Row};
-use karst_model::{Result, access::Permission, instance::InstanceKind, project::Project};
-use std::collections::BTreeMap;
+use karst_model::{Result, access::Permission, project::Project};
 
 const VIEW: &str = "project";
 
@@ -48,31 +47,20 @@ pub async fn get(call: Call) -> Result<Reply> {
     sync_etag(&view, &Etag::of(VIEW, project.id.uuid(), project.spec_version))
 }
 
-/// `GET /1.0/projects/{name}/state`: use of a project; there are no limits yet (-1).
+/// `GET /1.0/projects/{name}/state`: use of a project beside its limits (-1: none).
 ///
 /// # Errors
 /// Those of the engine.
 pub async fn state(call: Call) -> Result<Reply> {
-    let project = find(&call)?;
-    let (mut containers, mut machines) = (0, 0);
-    for view in call.engine().instances(&call.context, &project.name)? {
-        match view.instance.kind {
-            InstanceKind::Container => containers += 1,
-            InstanceKind::VirtualMachine => machines += 1,
-        }
-    }
-    let networks = {
-        let records = call.engine().inner().inventory.read();
-        records.networks.values().filter(|n| n.project == project.id).count()
-    };
-    let resources = BTreeMap::from([
-        ("containers", containers),
-        ("instances", containers + machines),
-        ("networks", i64::try_from(networks).unwrap_or(i64::MAX)),
-        ("virtual-machines", machines),
-    ]);
+    let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+    let all = call.engine().project_state(&call.context, call.param(0))?;
     sync(&ProjectStateView {
-        resources: resources.into_iter().map(|(k, usage)| (k, LimitUsage { limit: -1, usage })).collect(),
+        resources: all
+            .into_iter()
+            .map(|(name, limit, usage)| {
+                (name, LimitUsage { limit: limit.map_or(-1, number), usage: number(usage) })
+            })
+            .collect(),
     })
 }
 

@@ -222,7 +222,7 @@ impl<'a> ProjectView<'a> {
 #[derive(Debug, Serialize)]
 #[allow(missing_docs)]
 pub struct ProjectStateView {
-    pub resources: BTreeMap<&'static str, LimitUsage>,
+    pub resources: BTreeMap<String, LimitUsage>,
 }
 
 /// Limit (-1: none) and use.

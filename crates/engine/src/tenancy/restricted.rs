@@ -1,0 +1,271 @@
+//! Restrictions of projects (`restricted.*`): what configuration and devices may not say there, whoever says it.
+//!
+//! They look at keys as written, so that a key or device type that is new to the platform is refused until it is
+//! allowed.
+
+use super::rules::ProjectRules;
+use karst_model::{Config, Error, Result, device::Devices, instance::InstanceKind, keys};
+
+const CONTAINER_LOWLEVEL: &[&str] = &[
+    "boot.host_shutdown_timeout",
+    "linux.kernel_modules",
+    "linux.sysctl.",
+    "raw.apparmor",
+    "raw.idmap",
+    "raw.lxc",
+    "raw.seccomp",
+    "security.guestapi.images",
+    "security.idmap.base",
+    "security.idmap.size",
+];
+const MACHINE_LOWLEVEL: &[&str] =
+    &["boot.host_shutdown_timeout", "limits.memory.hugepages", "raw.apparmor", "raw.idmap", "raw.qemu"];
+/// Interceptions that `allow` includes; the others need `full`.
+const HARMLESS_INTERCEPTION: &[&str] = &[
+    "security.syscalls.intercept.mknod",
+    "security.syscalls.intercept.setxattr",
+    "security.syscalls.intercept.sysinfo",
+    "security.syscalls.intercept.sched_setscheduler",
+];
+
+fn refusal(field: String, restriction: &str, what: &str) -> Error {
+    Error::forbidden(format!("{what} is not allowed in this project (its {restriction})")).at(field)
+}
+
+fn is_on(config: &Config, key: &str) -> bool {
+    config.get(key).is_some_and(|v| !v.is_empty() && keys::parse_bool(key, v).unwrap_or(true))
+}
+
+/// Demands that expanded configuration and devices conform. Without a kind (a profile) they must for both.
+///
+/// # Errors
+/// Forbidden, naming the key or device and the restriction.
+pub(crate) fn check(
+    rules: &ProjectRules,
+    kind: Option<InstanceKind>,
+    config: &Config,
+    devices: &Devices,
+) -> Result<()> {
+    if rules.restricted.is_none() {
+        return Ok(());
+    }
+    if kind != Some(InstanceKind::VirtualMachine) {
+        containers(rules, kind, config)?;
+    }
+    if kind != Some(InstanceKind::Container) {
+        machines(rules, kind, config)?;
+    }
+    for (name, keys) in devices {
+        device(rules, name, keys)?;
+    }
+    Ok(())
+}
+
+fn lowlevel(rules: &ProjectRules, restriction: &str, list: &[&str], config: &Config) -> Result<()> {
+    if rules.restriction(restriction) == Some("allow") {
+        return Ok(());
+    }
+    let low = |k: &&String| list.iter().any(|l| k.starts_with(l));
+    match config.iter().filter(|(_, v)| !v.is_empty()).map(|(k, _)| k).find(low) {
+        Some(key) => Err(refusal(format!("config.{key}"), restriction, &format!("{key:?}"))),
+        None => Ok(()),
+    }
+}
+
+fn containers(rules: &ProjectRules, kind: Option<InstanceKind>, config: &Config) -> Result<()> {
+    lowlevel(rules, "restricted.containers.lowlevel", CONTAINER_LOWLEVEL, config)?;
+    let nesting = "restricted.containers.nesting";
+    // A profile may be meant for virtual machines, where nesting is another matter.
+    if kind.is_some() && rules.restriction(nesting) == Some("block") && is_on(config, "security.nesting") {
+        return Err(refusal("config.security.nesting".into(), nesting, "nesting of containers"));
+    }
+    let privilege = "restricted.containers.privilege";
+    let level = rules.restriction(privilege);
+    if level != Some("allow") && is_on(config, "security.privileged") {
+        return Err(refusal("config.security.privileged".into(), privilege, "a privileged container"));
+    }
+    if level == Some("isolated") && kind.is_some() && !is_on(config, "security.idmap.isolated") {
+        let what = "a container without security.idmap.isolated=true";
+        return Err(refusal("config.security.idmap.isolated".into(), privilege, what));
+    }
+    let interception = "restricted.containers.interception";
+    let allowed = rules.restriction(interception).unwrap_or("full");
+    for key in config.keys().filter(|k| k.starts_with("security.syscalls.intercept.") && is_on(config, k)) {
+        let harmless = HARMLESS_INTERCEPTION.contains(&key.as_str());
+        if allowed == "block" || (allowed == "allow" && !harmless) {
+            return Err(refusal(format!("config.{key}"), interception, &format!("{key:?}")));
+        }
+    }
+    Ok(())
+}
+
+fn machines(rules: &ProjectRules, kind: Option<InstanceKind>, config: &Config) -> Result<()> {
+    lowlevel(rules, "restricted.virtual-machines.lowlevel", MACHINE_LOWLEVEL, config)?;
+    let nesting = "restricted.virtual-machines.nesting";
+    if kind.is_some() && rules.restriction(nesting) == Some("block") && is_on(config, "security.nesting") {
+        return Err(refusal("config.security.nesting".into(), nesting, "nesting of virtual machines"));
+    }
+    Ok(())
+}
+
+fn device(rules: &ProjectRules, name: &str, keys: &std::collections::BTreeMap<String, String>) -> Result<()> {
+    let get = |k: &str| keys.get(k).map_or("", String::as_str);
+    let field = |k: &str| format!("devices.{name}.{k}");
+    let pool = get("pool");
+    if !pool.is_empty() && !rules.lists("restricted.storage-pools.access", pool) {
+        let what = format!("the storage pool {pool:?}");
+        return Err(refusal(field("pool"), "restricted.storage-pools.access", &what));
+    }
+    match get("type") {
+        "none" => Ok(()),
+        "disk" if get("path") == "/" => Ok(()),
+        "disk" => {
+            let restriction = "restricted.devices.disk";
+            match rules.restriction(restriction).unwrap_or("allow") {
+                "allow" if pool.is_empty() => disk_path(rules, name, get("source")),
+                "managed" if pool.is_empty() => {
+                    Err(refusal(field("source"), restriction, "a disk that is no volume of a pool"))
+                }
+                "block" => Err(refusal(field("type"), restriction, "a disk beside the root")),
+                _ => Ok(()),
+            }
+        }
+        "nic" => {
+            let restriction = "restricted.devices.nic";
+            let network = get("network");
+            match rules.restriction(restriction).unwrap_or("allow") {
+                "block" => return Err(refusal(field("type"), restriction, "a NIC")),
+                "managed" if network.is_empty() => {
+                    return Err(refusal(field("network"), restriction, "a NIC without a managed network"));
+                }
+                _ => {}
+            }
+            let on = if network.is_empty() { get("parent") } else { network };
+            match on.is_empty() || rules.lists("restricted.networks.access", on) {
+                true => Ok(()),
+                false => {
+                    let what = format!("the network {on:?}");
+                    Err(refusal(field("network"), "restricted.networks.access", &what))
+                }
+            }
+        }
+        other => {
+            let restriction = format!("restricted.devices.{other}");
+            match rules.restriction(&restriction) {
+                Some("allow") => Ok(()),
+                _ => Err(refusal(field("type"), &restriction, &format!("a device of type {other:?}"))),
+            }
+        }
+    }
+}
+
+/// Paths of the host below those that the project lists; whether the host grants them is its own policy's business.
+fn disk_path(rules: &ProjectRules, name: &str, source: &str) -> Result<()> {
+    let key = "restricted.devices.disk.paths";
+    let list = rules.restriction(key).unwrap_or_default();
+    let below = |prefix: &str| {
+        let prefix = prefix.trim().trim_end_matches('/');
+        source == prefix || source.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('/'))
+    };
+    match list.trim().is_empty() || list.split(',').any(below) {
+        true => Ok(()),
+        false => Err(refusal(format!("devices.{name}.source"), key, &format!("the path {source:?}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn map(pairs: &[(&str, &str)]) -> std::collections::BTreeMap<String, String> {
+        pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect()
+    }
+
+    fn rules(pairs: &[(&str, &str)]) -> ProjectRules {
+        let mut config = map(pairs);
+        config.insert("restricted".into(), "true".into());
+        ProjectRules::parse(&config).unwrap()
+    }
+
+    fn refused(
+        rules: &ProjectRules,
+        kind: Option<InstanceKind>,
+        config: &[(&str, &str)],
+        keys: &[(&str, &str)],
+    ) -> Option<String> {
+        let devices = if keys.is_empty() { Devices::new() } else { Devices::from([("d".into(), map(keys))]) };
+        check(rules, kind, &map(config), &devices).err().map(|e| e.field.unwrap_or_default())
+    }
+
+    #[test]
+    fn by_default_only_what_is_harmless_and_managed() {
+        let strict = rules(&[]);
+        let ct = Some(InstanceKind::Container);
+        let vm = Some(InstanceKind::VirtualMachine);
+        for (kind, config) in [
+            (ct, ("security.privileged", "true")),
+            (ct, ("security.nesting", "true")),
+            (ct, ("raw.lxc", "x")),
+            (ct, ("linux.sysctl.net.ipv4.ip_forward", "1")),
+            (ct, ("security.syscalls.intercept.mount", "true")),
+            (vm, ("raw.qemu.conf", "x")),
+            (None, ("security.privileged", "true")),
+            (None, ("raw.qemu", "x")),
+        ] {
+            assert_eq!(refused(&strict, kind, &[config], &[]), Some(format!("config.{}", config.0)));
+        }
+        for (kind, config) in [
+            (ct, ("security.privileged", "false")),
+            (vm, ("security.nesting", "true")),
+            (ct, ("limits.memory", "1GiB")),
+            (ct, ("raw.lxc", "")),
+        ] {
+            assert_eq!(refused(&strict, kind, &[config], &[]), None, "{config:?}");
+        }
+        for (keys, field) in [
+            (&[("type", "disk"), ("path", "/"), ("pool", "p")][..], None),
+            (&[("type", "disk"), ("path", "/d"), ("pool", "p"), ("source", "v")], None),
+            (&[("type", "disk"), ("path", "/d"), ("source", "/etc")], Some("devices.d.source")),
+            (&[("type", "nic"), ("network", "n")], None),
+            (&[("type", "nic"), ("nictype", "bridged"), ("parent", "br0")], Some("devices.d.network")),
+            (&[("type", "gpu")], Some("devices.d.type")),
+            (&[("type", "proxy")], Some("devices.d.type")),
+            (&[("type", "something-new")], Some("devices.d.type")),
+            (&[("type", "none")], None),
+        ] {
+            assert_eq!(refused(&strict, ct, &[], keys).as_deref(), field, "{keys:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_allowed_is_allowed_as_far_as_it_says() {
+        let r = rules(&[
+            ("restricted.containers.privilege", "isolated"),
+            ("restricted.containers.interception", "allow"),
+            ("restricted.devices.disk", "allow"),
+            ("restricted.devices.disk.paths", "/srv/a,/srv/b/"),
+            ("restricted.networks.access", "n1"),
+            ("restricted.storage-pools.access", "p1"),
+            ("restricted.devices.gpu", "allow"),
+        ]);
+        let ct = Some(InstanceKind::Container);
+        let isolated = ("security.idmap.isolated", "true");
+        assert_eq!(refused(&r, ct, &[], &[]).as_deref(), Some("config.security.idmap.isolated"));
+        assert_eq!(refused(&r, ct, &[isolated], &[]), None);
+        let mknod = ("security.syscalls.intercept.mknod", "true");
+        assert_eq!(refused(&r, ct, &[isolated, mknod], &[]), None);
+        let mount = ("security.syscalls.intercept.mount", "true");
+        assert!(refused(&r, ct, &[isolated, mount], &[]).is_some());
+        for (keys, fine) in [
+            (&[("type", "disk"), ("path", "/d"), ("source", "/srv/a/x")][..], true),
+            (&[("type", "disk"), ("path", "/d"), ("source", "/srv/b")], true),
+            (&[("type", "disk"), ("path", "/d"), ("source", "/srv/ax")], false),
+            (&[("type", "disk"), ("path", "/"), ("pool", "p2")], false),
+            (&[("type", "nic"), ("network", "n1")], true),
+            (&[("type", "nic"), ("network", "n2")], false),
+            (&[("type", "gpu")], true),
+        ] {
+            assert_eq!(refused(&r, ct, &[isolated], keys).is_none(), fine, "{keys:?}");
+        }
+    }
+}

@@ -1,0 +1,207 @@
+//! Keys of a project: what it has of its own, its limits, its restrictions; parsed once.
+
+use karst_model::{ByteSize, Config, Error, Result, error::nearest, keys};
+use std::collections::BTreeMap;
+
+/// Switches by which a project has something of its own (`true`) or shares the default project's, and what a new project
+/// begins with.
+pub const FEATURES: &[(&str, &str)] = &[
+    ("features.images", "true"),
+    ("features.networks", "false"),
+    ("features.profiles", "true"),
+    ("features.storage.buckets", "true"),
+    ("features.storage.volumes", "true"),
+];
+
+/// Limits that are numbers, and those that are sizes.
+const NUMBERS: &[&str] = &[
+    "limits.containers",
+    "limits.cpu",
+    "limits.instances",
+    "limits.networks",
+    "limits.processes",
+    "limits.virtual-machines",
+];
+const SIZES: &[&str] = &["limits.disk", "limits.memory"];
+const POOL_LIMIT: &str = "limits.disk.pool.";
+
+/// Restrictions: key, values, and the value when it is not written. Without values it is a list of names.
+pub(crate) const RESTRICTIONS: &[(&str, &[&str], &str)] = &[
+    ("restricted.backups", &["allow", "block"], "block"),
+    ("restricted.cluster.target", &["allow", "block"], "block"),
+    ("restricted.containers.interception", &["allow", "block", "full"], "block"),
+    ("restricted.containers.lowlevel", &["allow", "block"], "block"),
+    ("restricted.containers.nesting", &["allow", "block"], "block"),
+    ("restricted.containers.privilege", &["unprivileged", "isolated", "allow"], "unprivileged"),
+    ("restricted.devices.disk", &["allow", "block", "managed"], "managed"),
+    ("restricted.devices.disk.paths", &[], ""),
+    ("restricted.devices.gpu", &["allow", "block"], "block"),
+    ("restricted.devices.infiniband", &["allow", "block"], "block"),
+    ("restricted.devices.nic", &["allow", "block", "managed"], "managed"),
+    ("restricted.devices.pci", &["allow", "block"], "block"),
+    ("restricted.devices.proxy", &["allow", "block"], "block"),
+    ("restricted.devices.unix-block", &["allow", "block"], "block"),
+    ("restricted.devices.unix-char", &["allow", "block"], "block"),
+    ("restricted.devices.unix-hotplug", &["allow", "block"], "block"),
+    ("restricted.devices.usb", &["allow", "block"], "block"),
+    ("restricted.networks.access", &[], ""),
+    ("restricted.snapshots", &["allow", "block"], "block"),
+    ("restricted.storage-pools.access", &[], ""),
+    ("restricted.virtual-machines.lowlevel", &["allow", "block"], "block"),
+    ("restricted.virtual-machines.nesting", &["allow", "block"], "allow"),
+];
+
+/// What must not be passed. `None` is without limit.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ProjectLimits {
+    /// Instances of both kinds.
+    pub instances: Option<u64>,
+    /// Containers.
+    pub containers: Option<u64>,
+    /// Virtual machines.
+    pub machines: Option<u64>,
+    /// Sum of CPUs.
+    pub cpu: Option<u64>,
+    /// Sum of memory, bytes.
+    pub memory: Option<u64>,
+    /// Sum of processes.
+    pub processes: Option<u64>,
+    /// Sum of volumes' sizes, bytes.
+    pub disk: Option<u64>,
+    /// As `disk`, by pool.
+    pub pools: BTreeMap<String, u64>,
+    /// Networks.
+    pub networks: Option<u64>,
+}
+
+/// A project's keys in typed form.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProjectRules {
+    /// Limits.
+    pub limits: ProjectLimits,
+    /// Restrictions as written, when they hold.
+    pub(crate) restricted: Option<Config>,
+}
+
+fn refuse_unknown(key: &str) -> Error {
+    let known = || {
+        let all = FEATURES.iter().map(|(k, _)| *k).chain(NUMBERS.iter().copied()).chain(SIZES.iter().copied());
+        all.chain(["restricted"]).chain(RESTRICTIONS.iter().map(|(k, ..)| *k))
+    };
+    let hint = match nearest(key, known()) {
+        Some(n) => format!("did you mean {n:?}?"),
+        None => "known are features.*, limits.*, restricted, restricted.* and user.*".into(),
+    };
+    Error::invalid(format!("config.{key}"), format!("unknown project key {key:?}; {hint}"))
+}
+
+impl ProjectRules {
+    /// Parses a project's configuration as written.
+    ///
+    /// # Errors
+    /// Invalid, naming the key.
+    pub fn parse(config: &Config) -> Result<Self> {
+        let mut limits = ProjectLimits::default();
+        let mut restricted = false;
+        for (key, value) in config {
+            let field = format!("config.{key}");
+            keys::check_free(key, value)?;
+            let number = || {
+                value.trim().parse::<u64>().map_err(|_| {
+                    Error::invalid(field.clone(), format!("{value:?} is not a whole number of at least 0"))
+                })
+            };
+            match key.as_str() {
+                k if k.starts_with("user.") => {}
+                k if FEATURES.iter().any(|(f, _)| *f == k) => {
+                    keys::parse_bool(&field, value)?;
+                }
+                "restricted" => restricted = keys::parse_bool(&field, value)?,
+                "limits.containers" => limits.containers = Some(number()?),
+                "limits.cpu" => limits.cpu = Some(number()?),
+                "limits.instances" => limits.instances = Some(number()?),
+                "limits.networks" => limits.networks = Some(number()?),
+                "limits.processes" => limits.processes = Some(number()?),
+                "limits.virtual-machines" => limits.machines = Some(number()?),
+                "limits.disk" => limits.disk = Some(ByteSize::parse(&field, value)?.0),
+                "limits.memory" => limits.memory = Some(ByteSize::parse(&field, value)?.0),
+                k if k.strip_prefix(POOL_LIMIT).is_some_and(|p| !p.is_empty()) => {
+                    let pool = k[POOL_LIMIT.len()..].to_owned();
+                    limits.pools.insert(pool, ByteSize::parse(&field, value)?.0);
+                }
+                k => {
+                    let (_, values, _) =
+                        RESTRICTIONS.iter().find(|(r, ..)| *r == k).ok_or_else(|| refuse_unknown(k))?;
+                    if !values.is_empty() && !values.contains(&value.as_str()) {
+                        let text = format!("{value:?} is not one of {}", values.join(", "));
+                        return Err(Error::invalid(field, text));
+                    }
+                }
+            }
+        }
+        Ok(Self { limits, restricted: restricted.then(|| config.clone()) })
+    }
+
+    /// Has the project its own of what `feature` names? What is not written is not its own.
+    pub fn has(config: &Config, feature: &str) -> bool {
+        config.get(feature).is_some_and(|v| keys::parse_bool(feature, v).unwrap_or(false))
+    }
+
+    /// The value of a restriction, while the project is restricted.
+    pub(crate) fn restriction(&self, key: &str) -> Option<&str> {
+        let config = self.restricted.as_ref()?;
+        let default = RESTRICTIONS.iter().find(|(r, ..)| *r == key).map_or("block", |(_, _, d)| d);
+        Some(config.get(key).map_or(default, String::as_str))
+    }
+
+    /// Is `name` in the list of a restriction? Without a list everything is.
+    pub(crate) fn lists(&self, key: &str, name: &str) -> bool {
+        let list = self.restricted.as_ref().and_then(|c| c.get(key)).filter(|l| !l.trim().is_empty());
+        list.is_none_or(|l| l.split(',').any(|one| one.trim() == name))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(pairs: &[(&str, &str)]) -> Result<ProjectRules> {
+        ProjectRules::parse(&pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect())
+    }
+
+    #[test]
+    fn keys_are_typed_and_faults_named() {
+        let rules = parse(&[
+            ("limits.memory", "2GiB"),
+            ("limits.cpu", "4"),
+            ("limits.disk.pool.fast", "1GiB"),
+            ("restricted", "true"),
+            ("restricted.devices.gpu", "allow"),
+            ("restricted.networks.access", "br0, br1"),
+            ("user.note", "x"),
+        ])
+        .unwrap();
+        assert_eq!((rules.limits.memory, rules.limits.cpu), (Some(2 << 30), Some(4)));
+        assert_eq!(rules.limits.pools["fast"], 1 << 30);
+        assert_eq!(rules.restriction("restricted.devices.gpu"), Some("allow"));
+        assert_eq!(rules.restriction("restricted.devices.usb"), Some("block"));
+        assert!(rules.lists("restricted.networks.access", "br1"));
+        assert!(!rules.lists("restricted.networks.access", "br2"));
+        assert!(rules.lists("restricted.storage-pools.access", "any"));
+        let free = parse(&[("restricted.devices.gpu", "block")]).unwrap();
+        assert_eq!(free.restriction("restricted.devices.gpu"), None, "nothing holds until `restricted` does");
+        for (key, value, says) in [
+            ("limits.cpu", "-1", "whole number"),
+            ("limits.memory", "lots", "not a size"),
+            ("limits.memroy", "1GiB", "did you mean \"limits.memory\"?"),
+            ("limits.disk.pool.", "1GiB", "unknown project key"),
+            ("restricted", "maybe", "boolean"),
+            ("restricted.devices.nic", "any", "not one of allow, block, managed"),
+            ("features.images", "x", "boolean"),
+        ] {
+            let e = parse(&[(key, value)]).unwrap_err();
+            assert_eq!(e.field, Some(format!("config.{key}")), "{e}");
+            assert!(e.message.contains(says), "{e}");
+        }
+    }
+}
