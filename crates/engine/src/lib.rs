@@ -129,6 +129,8 @@ pub struct EngineInner {
     pub node: NodeId,
     /// Grows with each start of an engine over this store.
     pub epoch: u64,
+    /// When it was opened, on the monotonic clock.
+    pub opened: Duration,
     /// Short id of the daemon's instance.
     pub daemon_id: String,
     pub(crate) next_vmid: AtomicU32,
@@ -172,6 +174,7 @@ impl Engine {
         };
         let inner = Arc::new(EngineInner {
             db: Db::new(env.clone(), store, executor_key(node), epoch),
+            opened: env.monotonic(),
             env,
             inventory,
             agents,

@@ -1,5 +1,7 @@
 //! Projects and profiles, who is trusted and what the server is told: the use cases, a module for each.
 
+pub mod access;
+pub mod figures;
 pub(crate) mod limits;
 pub mod profiles;
 pub mod projects;

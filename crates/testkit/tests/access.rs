@@ -40,6 +40,8 @@ enum Need {
     SharedEdit,
     /// To see the server. The lowest role may, also one in a single project.
     ServerView,
+    /// To read figures of the project.
+    Metrics,
     /// To see all of the server.
     ServerInspect,
     /// To edit the server or projects.
@@ -182,6 +184,7 @@ fn cases() -> Vec<Case> {
         pool_create ServerEdit |f, c, p| f.w.engine.pool_create(c, CreatePool { name: "third".into(), driver: "dir".into(), ..Default::default() }).await.map(drop);
         pool_delete ServerEdit |f, c, p| f.w.engine.pool_delete(c, "second").await.map(drop);
         operation_attend ServerEdit |f, c, p| f.w.engine.operation_attend(c, f.running, false).await;
+        metrics Metrics |f, c, p| f.w.engine.metrics(c, Some(p)).await.map(drop);
         // Who is trusted.
         certificates ServerView |f, c, p| { let all = f.w.engine.certificates(c)?; let inspects = c.principal().may(karst_model::access::Permission::ServerInspect, None); assert!(inspects || all.is_empty(), "those of others"); Ok(()) };
         certificate ServerHidden |f, c, p| f.w.engine.certificate(c, &"a".repeat(64)).map(drop);
@@ -190,6 +193,10 @@ fn cases() -> Vec<Case> {
         certificate_delete ServerEditHidden |f, c, p| f.w.engine.certificate_delete(c, &"a".repeat(64)).await;
         trust_token_issue ServerEdit |f, c, p| f.w.engine.trust_token_issue(c, settings("friend")).await.map(drop);
         trust_token_redeem Anybody |f, c, p| f.w.engine.trust_token_redeem(c, "x", "wrong", certificate('c')).await;
+        access ServerInspect |f, c, p| f.w.engine.access(c, Some(p)).map(drop);
+        access_grant ServerEdit |f, c, p| f.w.engine.access_grant(c, "robot", Role::User, Some(p)).await;
+        access_revoke ServerEdit |f, c, p| f.w.engine.access_revoke(c, "robot", Role::Viewer, None).await;
+        access_why ServerInspect |f, c, p| f.w.engine.access_why(c, "robot", karst_model::access::Permission::InstanceUse, "project/here").map(drop);
         api_tokens ServerInspect |f, c, p| f.w.engine.api_tokens(c).map(drop);
         api_token_create ServerEdit |f, c, p| f.w.engine.api_token_create(c, NewApiToken { name: "fresh".into(), description: String::new(), role: Role::Viewer, projects: vec![], expires_at: None }).await.map(drop);
         api_token_delete ServerEdit |f, c, p| f.w.engine.api_token_delete(c, "robot").await;
@@ -388,7 +395,7 @@ fn nobody_foreigners_and_the_under_privileged_are_refused() {
                 }
             }
             let too_little = match case.need {
-                View | ServerView | ServerHidden | Filtered | Anybody => None,
+                View | Metrics | ServerView | ServerHidden | Filtered | Anybody => None,
                 ServerInspect => Some(who(Role::Metrics, None)),
                 Use => Some(who(Role::Viewer, Some(f.here))),
                 Edit => Some(who(Role::User, Some(f.here))),
@@ -411,6 +418,7 @@ fn the_right_role_is_enough() {
             let f = fixture(&env).await;
             let who = match case.need {
                 View | Filtered | ServerView => who(Role::Viewer, Some(f.here)),
+                Metrics => who(Role::Metrics, Some(f.here)),
                 Use => who(Role::User, Some(f.here)),
                 Edit => who(Role::Operator, Some(f.here)),
                 SharedEdit => who(Role::Operator, Some(f.shared)),
@@ -510,5 +518,40 @@ fn a_trust_token_is_used_once_by_whoever_is_first() {
         e.operation_cancel(c, issued.operation.id).await.unwrap();
         let revoked = e.trust_token_redeem(&nobody, "t", &issued.secret, certificate('3')).await;
         assert_eq!(revoked.unwrap_err().kind, ErrorKind::Forbidden);
+    });
+}
+
+#[test]
+fn why_agrees_with_what_is_decided() {
+    use karst_model::access::Permission;
+    SeededEnv::run(6, |env| async move {
+        let f = fixture(&env).await;
+        let (e, c) = (&f.w.engine, &f.w.admin);
+        let tenant = CertificateSettings { restricted: true, projects: vec![HERE.into()], ..settings("tenant") };
+        e.certificate_add(c, certificate('f'), tenant).await.unwrap();
+        e.access_grant(c, "tenant", Role::Viewer, Some(OTHER)).await.unwrap();
+        for who in ["tenant", "robot", "client"] {
+            let principal = match who {
+                "robot" => Principal::of(PrincipalId(uuid::Uuid::nil()), Identity::System, e.api_tokens(c).unwrap()[0].grants.clone()),
+                "tenant" => e.principal_by_certificate(&"f".repeat(64), ""),
+                _ => e.principal_by_certificate(&"a".repeat(64), ""),
+            };
+            for permission in Permission::ALL {
+                for (object, project) in [("server", None), ("project/here", Some(f.here)), ("/1.0/instances/x?project=other", Some(f.other)), ("/1.0/instances/x", Some(f.shared))] {
+                    let why = e.access_why(c, who, *permission, object).unwrap();
+                    assert_eq!(why.allowed, principal.may(*permission, project), "{who} {object}: {why:?}");
+                    assert!(!why.because.is_empty());
+                }
+            }
+        }
+        let why = e.access_why(c, "tenant", Permission::ResourceEdit, "project/other").unwrap();
+        assert_eq!(why.because, ["role operator in project here (the certificate is restricted to it): does not reach project other", "role viewer in project other (given to the certificate): does not include resource_edit"]);
+        // About himself everybody may ask, about what he sees.
+        let tenant = Context::new(e.principal_by_certificate(&"f".repeat(64), ""));
+        assert!(e.access_why(&tenant, "me", Permission::InstanceUse, "project/here").unwrap().allowed);
+        assert_eq!(e.access_why(&tenant, "me", Permission::InstanceUse, "project/empty").unwrap_err().kind, ErrorKind::NotFound);
+        e.access_revoke(c, "tenant", Role::Viewer, Some(OTHER)).await.unwrap();
+        assert!(!e.access_why(c, "tenant", Permission::ProjectView, "project/other").unwrap().allowed);
+        assert_eq!(e.access_revoke(c, "tenant", Role::Operator, Some(HERE)).await.unwrap_err().kind, ErrorKind::NotFound);
     });
 }

@@ -68,12 +68,16 @@ fn concrete(path: &str, names: &Names, operation: &str) -> String {
         .replace("operations/{id}", &format!("operations/{operation}"));
     p = p.replace("{type}", "container").replace("{volumeName}", "c1");
     assert!(!p.contains('{'), "{p}");
+    if p.ends_with("/access/why") {
+        return p + "?permission=instance_use&object=server";
+    }
     if p.ends_with("/files") { p + "?path=/etc/hostname" } else { p }
 }
 
 /// A body that is well-formed, so that the refusal is about who asks.
 fn body(method: &Method, path: &str, image: &str) -> String {
     let value = match (method.as_str(), path) {
+        ("POST" | "DELETE", "/1.0/karst/access") => json!({"principal": "robot", "role": "user"}),
         ("POST", "/1.0/karst/tokens") => json!({"name": "n9", "role": "viewer"}),
         ("POST", "/1.0/certificates") => json!({"name": "n9", "certificate": OTHER_CERTIFICATE}),
         ("PUT" | "PATCH", "/1.0/certificates/{fingerprint}") => json!({"name": "n9"}),
@@ -134,7 +138,9 @@ const SHARED: &[&str] = &[
     "/1.0",
     "/1.0/certificates",
     "/1.0/cluster",
+    "/1.0/karst/access/why",
     "/1.0/metadata/configuration",
+    "/1.0/metrics",
     "/1.0/projects",
     "/1.0/resources",
     "/1.0/storage-pools",

@@ -336,3 +336,78 @@ async fn tokens_are_shown_with_each_request() {
     on(&mut open, Method::GET, "/1.0/instances", token).await.refused(403);
     s.delete("/1.0/karst/tokens/robot").await.refused(404);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn roles_are_given_and_explained() {
+    let s = Server::start().await;
+    s.container("c1", false).await;
+    let body = json!({"name": "robot", "role": "viewer", "projects": ["default"]});
+    s.post("/1.0/karst/tokens", body).await.metadata();
+    let grant = json!({"principal": "token/robot", "role": "operator", "project": "default"});
+    assert_eq!(s.post("/1.0/karst/access", grant.clone()).await.status, 200);
+    assert_eq!(s.post("/1.0/karst/access", grant.clone()).await.status, 200, "given already");
+    s.post("/1.0/karst/access", json!({"principal": "nobody", "role": "user"})).await.refused(404);
+    s.post("/1.0/karst/access", json!({"principal": "robot", "role": "owner"})).await.refused(400);
+    s.post("/1.0/karst/access", json!({"principal": "unix", "role": "user"})).await.refused(400);
+    let wanted = json!([
+        {"identifier": "robot", "role": "operator", "provider": "token"},
+        {"identifier": "robot", "role": "viewer", "provider": "token"},
+    ]);
+    assert_eq!(s.get("/1.0/projects/default/access").await.metadata(), wanted);
+    assert_eq!(s.get("/1.0/instances/c1/access").await.metadata(), wanted);
+    assert_eq!(s.get("/1.0/karst/access").await.metadata()[0]["project"], "default");
+    let why = |object: &str| format!("/1.0/karst/access/why?principal=robot&permission=resource_edit&object={object}");
+    let yes = s.get(&why("/1.0/instances/c1")).await.metadata();
+    assert_eq!((&yes["allowed"], &yes["object"]), (&json!(true), &json!("project default")));
+    let no = s.get(&why("server")).await.metadata();
+    assert_eq!(no["allowed"], false);
+    assert_eq!(no["because"].as_array().unwrap().len(), 2, "{no}");
+    s.get("/1.0/karst/access/why?permission=fly&object=server").await.refused(400);
+    let raw = s.send(Method::DELETE, "/1.0/karst/access", &[], grant.to_string()).await;
+    assert_eq!(raw.status, 200);
+    s.send(Method::DELETE, "/1.0/karst/access", &[], grant.to_string()).await.refused(404);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn metrics_are_incus() {
+    let (s, address) = listening().await;
+    assert_eq!(s.post("/1.0/projects", json!({"name": "tenant"})).await.status, 201);
+    s.container("c1", true).await;
+    let text = |a: &Answer| String::from_utf8(a.body.to_vec()).unwrap();
+    let answer = s.get("/1.0/metrics").await;
+    assert!(answer.header("content-type").starts_with("text/plain; version=0.0.4"));
+    let all = text(&answer);
+    for line in ["# TYPE incus_cpu_seconds_total counter", "# TYPE incus_procs_total gauge", "incus_operations_total 0", "# EOF"] {
+        assert!(all.lines().any(|l| l == line), "{line}: {all}");
+    }
+    assert!(all.contains("incus_memory_RSS_bytes{name=\"c1\",project=\"default\",type=\"container\"}"), "{all}");
+    let open = s.send(Method::GET, "/1.0/metrics", &[("accept", "application/openmetrics-text; version=1.0.0")], "").await;
+    assert!(open.header("content-type").starts_with("application/openmetrics-text"));
+    assert!(text(&open).contains("# TYPE incus_cpu_seconds counter"));
+    // Of one project, and of those that the caller sees.
+    assert!(!text(&s.get("/1.0/metrics?project=tenant").await).contains("c1"));
+    s.get("/1.0/metrics?project=never").await.refused(404);
+    let scraper = Client::new(&s, address, true, BOTH);
+    let add = |restricted: bool| {
+        let der = base64::engine::general_purpose::STANDARD.encode(&scraper.der);
+        let projects = if restricted { json!(["tenant"]) } else { json!([]) };
+        json!({"name": "p", "type": "metrics", "certificate": der, "restricted": restricted, "projects": projects})
+    };
+    scraper.get("/1.0/metrics").await.refused(403);
+    assert_eq!(s.post("/1.0/certificates", add(true)).await.status, 201);
+    let seen = text(&scraper.get("/1.0/metrics").await);
+    assert!(!seen.contains("c1") && !seen.contains("operations"), "{seen}");
+    assert_eq!(s.delete(&format!("/1.0/certificates/{}", scraper.fingerprint)).await.status, 200);
+    assert_eq!(s.post("/1.0/certificates", add(false)).await.status, 201);
+    assert!(text(&scraper.get("/1.0/metrics").await).contains("c1"));
+    // An address of their own, open to whoever reaches it.
+    let own = free();
+    let config = json!({"config": {"core.metrics_address": own.to_string()}});
+    assert_eq!(s.patch("/1.0", config).await.status, 200);
+    let stranger = Client::new(&s, own, false, BOTH);
+    stranger.get("/1.0/metrics").await.refused(403);
+    stranger.get("/1.0").await.refused(404);
+    assert_eq!(s.patch("/1.0", json!({"config": {"core.metrics_authentication": "false"}})).await.status, 200);
+    assert!(text(&stranger.get("/1.0/metrics").await).contains("c1"));
+    stranger.get("/1.0/instances").await.refused(404);
+}

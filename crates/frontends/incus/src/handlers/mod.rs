@@ -1,5 +1,6 @@
 //! Handlers of the API's paths: each reads its request, calls one use case of the engine and writes its answer.
 
+pub mod access;
 pub mod certificates;
 pub mod events;
 pub mod exec;
@@ -7,6 +8,7 @@ pub mod files;
 pub mod images;
 pub mod instances;
 pub mod karst;
+pub mod metrics;
 pub mod networks;
 pub mod operations;
 pub mod profiles;

@@ -1,0 +1,84 @@
+//! Figures for monitoring, as far as the caller may see them.
+
+use crate::{Engine, InstanceView, context::Context};
+use karst_model::{
+    Result,
+    access::Permission,
+    guest::Metrics,
+    operation::OperationState,
+};
+use std::{sync::Arc, time::Duration};
+
+/// What monitoring gets.
+#[derive(Debug, Clone, Default)]
+pub struct Figures {
+    /// Running instances, by project and name.
+    pub instances: Vec<(Arc<InstanceView>, Metrics)>,
+    /// The server's own; for those who may see all.
+    pub server: Option<ServerFigures>,
+}
+
+/// Figures of the server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ServerFigures {
+    /// Operations that run.
+    pub operations: usize,
+    /// Warnings that nobody acknowledged.
+    pub warnings: usize,
+    /// Time since the engine was opened.
+    pub uptime: Duration,
+}
+
+impl Engine {
+    /// Figures of all running instances that the caller may see, at most 2 s old; of one project when it is named.
+    ///
+    /// # Errors
+    /// Unauthenticated, unless metrics are open to everybody; forbidden for who may see none; not found.
+    pub async fn metrics(&self, context: &Context, project: Option<&str>) -> Result<Figures> {
+        let principal = context.principal();
+        let everything = self.server_settings().open_metrics || principal.may(Permission::MetricsView, None);
+        if !everything {
+            context.demand_known()?;
+        }
+        let inner = self.inner();
+        let mut views: Vec<Arc<InstanceView>> = {
+            let records = inner.inventory.read();
+            let sees = |p| everything || principal.may(Permission::MetricsView, Some(p));
+            if !everything && !records.projects.keys().any(|p| sees(*p)) {
+                context.demand_server(Permission::MetricsView)?;
+            }
+            let only = match project {
+                None => None,
+                Some(name) => Some(
+                    records
+                        .project(name)
+                        .ok()
+                        .filter(|p| sees(p.id))
+                        .map(|p| p.id)
+                        .ok_or_else(|| karst_model::Error::not_found(format!("project {name:?} not found")))?,
+                ),
+            };
+            records
+                .instances
+                .values()
+                .filter(|i| sees(i.project) && only.is_none_or(|o| o == i.project))
+                .filter_map(|i| inner.inventory.view(&records, i.id))
+                .collect()
+        };
+        views.sort_by(|a, b| (&*a.project.name, &*a.instance.name).cmp(&(&*b.project.name, &*b.instance.name)));
+        let sample = self.all_metrics().await;
+        let instances =
+            views.into_iter().filter_map(|v| Some((v.clone(), sample.get(&v.instance.id)?.clone()))).collect();
+        let server = (everything && project.is_none()).then(|| {
+            let records = inner.inventory.read();
+            let facts = records.nodes.values().filter_map(|n| n.facts.as_ref());
+            let stuck = records.operations.values().filter(|o| o.state == OperationState::NeedsAttention);
+            ServerFigures {
+                operations: inner.operations.running().len(),
+                warnings: facts.map(|f| f.warnings.len()).sum::<usize>() + stuck.count(),
+                uptime: inner.env.monotonic().saturating_sub(inner.opened),
+            }
+        });
+        Ok(Figures { instances, server })
+    }
+}
