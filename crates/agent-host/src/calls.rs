@@ -11,6 +11,7 @@ use karst_guest::{Applied, FileKind, Metrics, Observed, StopMode};
 use karst_image::{Content, Staged, Upload};
 use karst_model::{
     Error, ErrorKind, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
+    audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
     image::ImageFacts,
     instance::{InstanceKind, RuntimeState},
     network::Lease,
@@ -480,6 +481,23 @@ macro_rules! calls {
 }
 
 calls! {
+    mutate audit_append(me, entries: Vec<AuditEntry>) -> AuditHead {
+        let log = me.audit.clone();
+        blocking(move || log.lock().unwrap_or_else(|e| e.into_inner()).append(entries)).await
+    }
+    read audit_read(me, range: AuditRange) -> Vec<AuditRecord> {
+        let log = me.audit.clone();
+        blocking(move || log.lock().unwrap_or_else(|e| e.into_inner()).read(range)).await
+    }
+    read audit_verify(me, _request: ()) -> AuditVerdict {
+        let log = me.audit.clone();
+        blocking(move || {
+            let mut log = log.lock().unwrap_or_else(|e| e.into_inner());
+            log.sync()?;
+            log.verify()
+        })
+        .await
+    }
     read host_facts(me, _request: ()) -> HostFacts {
         let mut facts = me.facts().await?.clone();
         facts.warnings.extend(me.networks.warnings().await);

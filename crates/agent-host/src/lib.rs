@@ -6,6 +6,7 @@
 #![allow(clippy::disallowed_methods)] // the agent of a real machine lives in the real world
 
 mod agent;
+mod audit;
 mod calls;
 mod check;
 mod facts;

@@ -4,6 +4,7 @@
 use async_trait::async_trait;
 use karst_model::{
     ByteSize, ImageId, InstanceId, NetworkId, PoolId, Result, SagaId, SessionId, VolumeId,
+    audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
     guest::{Applied, ExecRequest, FileInfo, FileWrite, Metrics, Observed, StopMode},
     image::ImageFacts,
     instance::{Generation, InstanceKind},
@@ -104,7 +105,10 @@ plain!(
     Applied,
     Vec<(InstanceId, Metrics)>,
     Vec<u8>,
-    SelfCheck
+    SelfCheck,
+    AuditHead,
+    Vec<AuditRecord>,
+    AuditVerdict
 );
 
 /// `mutate` calls carry a fence and are idempotent; `read` calls change nothing that outlives a session.
@@ -168,6 +172,13 @@ macro_rules! agent_calls {
 }
 
 agent_calls! {
+    /// Adds entries to the host's audit log, in order; those that it has already, by their origin, are left out.
+    mutate fn audit_append(AuditAppend: Vec<AuditEntry>) -> AuditHead;
+    /// A part of the audit log.
+    read fn audit_read(AuditRead: AuditRange) -> Vec<AuditRecord>;
+    /// Checks the chain of the audit log as far as it is kept.
+    read fn audit_verify(AuditVerify: ()) -> AuditVerdict;
+
     /// What the machine is.
     read fn host_facts(HostFacts: ()) -> HostFacts;
     /// Does what the agent keeps agree with what it finds (leaks, missing things)? For tests and `admin check`.

@@ -99,6 +99,7 @@ impl Subject {
         parts!(
             parts::facts,
             parts::fences,
+            parts::audit,
             parts::pools,
             parts::images,
             parts::volumes,

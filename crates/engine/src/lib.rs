@@ -11,6 +11,7 @@
 //! * [`compute`], [`storage`], [`network`], [`images`], [`tenancy`]: the use cases.
 //! * [`reconcile`]: what follows the records without being asked.
 
+pub mod audit;
 pub mod bootstrap;
 pub mod compute;
 pub mod context;
@@ -125,6 +126,8 @@ pub struct EngineInner {
     pub operations: Operations,
     /// What happened.
     pub events: Events,
+    /// What is to be audited.
+    pub(crate) audit: audit::AuditQueue,
     /// This engine's node.
     pub node: NodeId,
     /// Grows with each start of an engine over this store.
@@ -180,6 +183,7 @@ impl Engine {
             agents,
             operations,
             events,
+            audit: Default::default(),
             node,
             epoch,
             daemon_id,

@@ -13,6 +13,8 @@ use tokio::sync::mpsc;
 
 /// Time that answers in flight have when the process is to end.
 const DRAIN: Duration = Duration::from_secs(5);
+/// Time for the last entries of the audit log.
+const FLUSH: Duration = Duration::from_secs(1);
 
 /// Serves until it is told to end.
 ///
@@ -51,8 +53,11 @@ pub async fn run(mut context: ControlContext) -> Result<()> {
     }
     first.abort();
     listening.abort();
-    engine.close();
     serving.abort();
+    if let Err(e) = engine.audit_flush(FLUSH).await {
+        tracing::warn!(error = %e, "the last requests are not in the audit log");
+    }
+    engine.close();
     let _ = tokio::time::timeout(DRAIN, serving).await;
     Ok(())
 }

@@ -184,6 +184,9 @@ fn cases() -> Vec<Case> {
         pool_create ServerEdit |f, c, p| f.w.engine.pool_create(c, CreatePool { name: "third".into(), driver: "dir".into(), ..Default::default() }).await.map(drop);
         pool_delete ServerEdit |f, c, p| f.w.engine.pool_delete(c, "second").await.map(drop);
         operation_attend ServerEdit |f, c, p| f.w.engine.operation_attend(c, f.running, false).await;
+        audit Filtered |f, c, p| { f.w.engine.audit(c, Default::default()); Ok(()) };
+        audit_read ServerInspect |f, c, p| f.w.engine.audit_read(c, 1, 10).await.map(drop);
+        audit_verify ServerInspect |f, c, p| f.w.engine.audit_verify(c).await.map(drop);
         metrics Metrics |f, c, p| f.w.engine.metrics(c, Some(p)).await.map(drop);
         // Who is trusted.
         certificates ServerView |f, c, p| { let all = f.w.engine.certificates(c)?; let inspects = c.principal().may(karst_model::access::Permission::ServerInspect, None); assert!(inspects || all.is_empty(), "those of others"); Ok(()) };
@@ -290,6 +293,7 @@ const WITHOUT_CONTEXT: &[(&str, &str)] = &[
     ("principal_by_certificate", "authentication itself"),
     ("principal_by_token", "authentication itself"),
     ("certificate_projects", "takes a record that a context showed"),
+    ("audit_flush", "the daemon's own, at its end"),
     ("server_settings", "the daemon's own listeners"),
     ("all_metrics", "by instance id: callers join it with the instances that a context showed them"),
     ("volume_usage", "takes a record that a context showed"),

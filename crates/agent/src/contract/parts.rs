@@ -26,6 +26,33 @@ pub(super) async fn fences(s: &Subject) {
     s.agent.pool_remove(&s.change(), spec.id).await.unwrap();
 }
 
+pub(super) async fn audit(s: &Subject) {
+    use karst_model::audit::{AuditEntry, AuditRange};
+    let before = s.agent.audit_verify(&s.read(), ()).await.unwrap();
+    assert_eq!(before.fault, None);
+    let entry = |n: u64| AuditEntry {
+        origin: (before.head.origin.0 + 1, n),
+        time: "2026-01-02T03:04:05Z".parse().unwrap(),
+        who: "contract".into(),
+        from: String::new(),
+        what: "test".into(),
+        object: format!("/1.0/instances/c{n}"),
+        project: String::new(),
+        outcome: "done".into(),
+        detail: "a \"quote\"\nand a line".into(),
+    };
+    refused(s.agent.audit_append(&s.read(), vec![entry(1)]).await, ErrorKind::Conflict);
+    let head = s.agent.audit_append(&s.change(), vec![entry(1), entry(2)]).await.unwrap();
+    assert_eq!(head.seq, before.head.seq + 2);
+    let again = s.agent.audit_append(&s.change(), vec![entry(2), entry(3)]).await.unwrap();
+    assert_eq!(again.seq, head.seq + 1, "what is there already is not added again");
+    let range = AuditRange { from: head.seq, limit: 10 };
+    let page = s.agent.audit_read(&s.read(), range).await.unwrap();
+    assert_eq!(page.iter().map(|r| r.entry.clone()).collect::<Vec<_>>(), [entry(2), entry(3)]);
+    let after = s.agent.audit_verify(&s.read(), ()).await.unwrap();
+    assert_eq!((after.fault, after.head), (None, again));
+}
+
 pub(super) async fn pools(s: &Subject) {
     let pool = s.pool().await;
     let spec = PoolSpec { id: pool, kind: PoolKind::Dir };

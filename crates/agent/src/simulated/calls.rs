@@ -6,6 +6,7 @@ use crate::calls::*;
 use async_trait::async_trait;
 use karst_model::{
     ByteSize, Error, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
+    audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
     device::interface_name,
     guest::{Applied, Metrics, Observed},
     image::ImageFacts,
@@ -37,6 +38,31 @@ macro_rules! calls {
 }
 
 calls! {
+    mutate audit_append(me, entries: Vec<AuditEntry>) -> AuditHead {
+        let mut state = me.settled();
+        for entry in entries {
+            let record = state.audit.1.link(entry)?;
+            state.audit.0.extend(record);
+        }
+        Ok(state.audit.1.clone())
+    }
+    read audit_read(me, range: AuditRange) -> Vec<AuditRecord> {
+        let state = me.settled();
+        let page = state.audit.0.iter().filter(|r| r.seq >= range.from);
+        Ok(page.take(range.limit.min(1000) as usize).cloned().collect())
+    }
+    read audit_verify(me, _request: ()) -> AuditVerdict {
+        let state = me.settled();
+        let mut verdict = AuditVerdict { first: 1, ..Default::default() };
+        for record in &state.audit.0 {
+            if let Err(e) = verdict.head.follow(record) {
+                verdict.fault = Some(e.message);
+                break;
+            }
+            verdict.checked += 1;
+        }
+        Ok(verdict)
+    }
     read host_facts(me, _request: ()) -> HostFacts {
         Ok(HostFacts {
             boot_id: format!("simulated-{}", me.boots.load(std::sync::atomic::Ordering::Relaxed)),

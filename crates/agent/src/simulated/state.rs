@@ -27,6 +27,8 @@ pub(super) struct State {
     pub guests: BTreeMap<InstanceId, Guest>,
     pub sessions: BTreeMap<SessionId, Session>,
     pub next_pid: u32,
+    /// The audit log and its end.
+    pub audit: (Vec<karst_model::audit::AuditRecord>, karst_model::audit::AuditHead),
 }
 
 pub(super) struct Network {

@@ -38,7 +38,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use karst_engine::Context;
+use karst_engine::{Context, audit::AuditRequest};
 use karst_model::{Error, Result, access::Principal};
 use remote::Surface;
 use request::Query;
@@ -213,26 +213,47 @@ pub async fn answer(
     certificate: Option<Arc<ClientCertificate>>,
     request: Request<Incoming>,
 ) -> Reply {
-    let uri = request.uri();
-    let parsed = request::segments(uri.path()).and_then(|s| Ok((s, Query::parse(uri.query())?)));
-    let (segments, query) = match parsed {
-        Ok(parsed) => parsed,
-        Err(e) => return respond::error(&e),
+    let changes = ![Method::GET, Method::HEAD, Method::OPTIONS].contains(request.method());
+    let (what, object) = (format!("request {}", request.method()), request.uri().path().to_owned());
+    let project = Query::parse(request.uri().query()).ok().and_then(|q| q.get("project").map(str::to_owned));
+    let answered = routed(&app, &context, certificate, request).await;
+    let (reply, detail) = match answered {
+        Ok(reply) => (reply, String::new()),
+        Err(e) => (respond::error(&e), e.to_string()),
     };
+    let status = reply.status();
+    if changes || status == StatusCode::FORBIDDEN {
+        let outcome = match status {
+            StatusCode::ACCEPTED => "accepted",
+            s if s.is_success() => "done",
+            StatusCode::FORBIDDEN => "refused",
+            _ => "failed",
+        };
+        let project = project.unwrap_or_default();
+        app.engine.audit(&context, AuditRequest { what, object, project, outcome, detail });
+    }
+    reply
+}
+
+async fn routed(
+    app: &Arc<App>,
+    context: &Context,
+    certificate: Option<Arc<ClientCertificate>>,
+    request: Request<Incoming>,
+) -> Result<Reply> {
+    let uri = request.uri();
+    let (segments, query) = (request::segments(uri.path())?, Query::parse(uri.query())?);
     let public = PUBLIC.iter().any(|(m, p)| m == request.method() && *p == segments)
         || (segments == ["1.0", "metrics"] && app.engine.server_settings().open_metrics);
     if !context.principal().is_known() && !public {
-        return respond::error(&Error::unauthenticated("authentication is required"));
+        return Err(Error::unauthenticated("authentication is required"));
     }
     match routes::find(request.method(), &segments) {
         Found::Row(State::Done(handler, _), params) => {
-            let call = Call { app, context, certificate, params, query, request };
-            match handler(call).await {
-                Ok(reply) => reply,
-                Err(e) => respond::error(&e),
-            }
+            let (app, context) = (app.clone(), context.clone());
+            handler(Call { app, context, certificate, params, query, request }).await
         }
-        Found::Row(State::Open(why), _) => respond::envelope_error(StatusCode::NOT_IMPLEMENTED, why),
+        Found::Row(State::Open(why), _) => Ok(respond::envelope_error(StatusCode::NOT_IMPLEMENTED, why)),
         Found::Methods(methods) => {
             let list = methods.iter().map(hyper::Method::as_str).collect::<Vec<_>>().join(", ");
             let mut reply = respond::envelope_error(
@@ -242,10 +263,10 @@ pub async fn answer(
             if let Ok(v) = list.parse() {
                 reply.headers_mut().insert(ALLOW, v);
             }
-            reply
+            Ok(reply)
         }
         Found::Nothing => {
-            respond::envelope_error(StatusCode::NOT_FOUND, "not found: the API has no such path")
+            Ok(respond::envelope_error(StatusCode::NOT_FOUND, "not found: the API has no such path"))
         }
     }
 }

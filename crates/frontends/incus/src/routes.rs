@@ -4,7 +4,7 @@
 use crate::{
     app::Call,
     handlers::{
-        access, certificates, events, exec, files, images, instances, karst, metrics, networks, operations, profiles,
+        access, audit, certificates, events, exec, files, images, instances, karst, metrics, networks, operations, profiles,
         projects, server, storage, tokens,
     },
     respond::Reply,
@@ -165,6 +165,8 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         POST "/1.0/karst/access" => access::grant, "roles_are_given_and_explained",
         DELETE "/1.0/karst/access" => access::revoke, "roles_are_given_and_explained",
         GET "/1.0/karst/access/why" => access::why, "roles_are_given_and_explained",
+        GET "/1.0/karst/audit" => audit::list, "changes_and_refusals_are_audited",
+        GET "/1.0/karst/audit/verify" => audit::verify, "changes_and_refusals_are_audited",
         GET "/1.0/karst/check" => karst::check, "karst_paths_answer",
         GET "/1.0/karst/host" => karst::host, "karst_paths_answer",
         GET "/1.0/karst/status" => karst::status, "karst_paths_answer",

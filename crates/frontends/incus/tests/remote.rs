@@ -411,3 +411,36 @@ async fn metrics_are_incus() {
     assert!(text(&stranger.get("/1.0/metrics").await).contains("c1"));
     stranger.get("/1.0/instances").await.refused(404);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn changes_and_refusals_are_audited() {
+    let (s, address) = listening().await;
+    s.container("c1", false).await;
+    s.delete("/1.0/instances/nope?project=default").await.refused(404);
+    let stranger = Client::new(&s, address, true, BOTH);
+    stranger.get("/1.0/instances").await.refused(403);
+    for _ in 0..20 {
+        stranger.get("/1.0/profiles").await.refused(403);
+    }
+    s.engine.audit_flush(common::PATIENCE).await.unwrap();
+    let records = s.get("/1.0/karst/audit").await.metadata();
+    let all: Vec<&Value> = records.as_array().unwrap().iter().map(|r| &r["entry"]).collect();
+    let has = |what: &str, object: &str, outcome: &str| {
+        let found = all.iter().filter(|e| e["what"] == what && e["object"] == object && e["outcome"] == outcome);
+        found.count()
+    };
+    assert_eq!(has("request POST", "/1.0/instances", "accepted"), 1, "{all:#?}");
+    assert_eq!(has("instance-created", "/1.0/instances/c1", "done"), 1);
+    assert_eq!(has("request DELETE", "/1.0/instances/nope", "failed"), 1);
+    assert_eq!(has("request GET", "/1.0/instances", "refused"), 1);
+    assert!(has("request GET", "/1.0/profiles", "refused") <= 15, "strangers do not fill the log");
+    let refused = all.iter().find(|e| e["outcome"] == "refused").unwrap();
+    assert_eq!(refused["who"], "anonymous");
+    let last = records.as_array().unwrap().last().unwrap();
+    let verdict = s.get("/1.0/karst/audit/verify").await.metadata()[0].clone();
+    assert_eq!((&verdict["fault"], &verdict["node"]), (&Value::Null, &json!("node1")));
+    assert!(verdict["head"]["seq"].as_u64() >= last["seq"].as_u64());
+    let page = s.get("/1.0/karst/audit?from=2&limit=1").await.metadata();
+    assert_eq!((page.as_array().unwrap().len(), &page[0]["seq"]), (1, &json!(2)));
+    s.get("/1.0/karst/audit?from=-1").await.refused(400);
+}

@@ -1,6 +1,7 @@
 //! Handlers of the API's paths: each reads its request, calls one use case of the engine and writes its answer.
 
 pub mod access;
+pub mod audit;
 pub mod certificates;
 pub mod events;
 pub mod exec;
