@@ -42,7 +42,8 @@ fn segments(directory: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut found = vec![];
     for entry in fs::read_dir(directory).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
-        let first = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_suffix(".jsonl")?.parse().ok());
+        let first =
+            path.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_suffix(".jsonl")?.parse().ok());
         found.extend(first.map(|first| (first, path)));
     }
     found.sort();
@@ -138,8 +139,7 @@ impl AuditLog {
             full.sync_all().map_err(failed)?;
         }
         let path = self.directory.join(format!("{first:020}.jsonl"));
-        let file =
-            OpenOptions::new().append(true).create(true).mode(0o600).open(&path).map_err(failed)?;
+        let file = OpenOptions::new().append(true).create(true).mode(0o600).open(&path).map_err(failed)?;
         File::open(&self.directory).and_then(|d| d.sync_all()).map_err(failed)?;
         self.file = Some((file, 0));
         let all = segments(&self.directory)?;
@@ -281,16 +281,27 @@ mod tests {
         };
         let owned = |l: Vec<&str>| l.into_iter().map(str::to_owned).collect::<Vec<_>>();
         let (log, file) = fresh("changed");
-        edit(&file, &|l| owned(l).into_iter().map(|l| l.replace("/instances/c4\"", "/instances/c5\"")).collect());
+        edit(&file, &|l| {
+            owned(l).into_iter().map(|l| l.replace("/instances/c4\"", "/instances/c5\"")).collect()
+        });
         assert!(log.verify().unwrap().fault.unwrap().contains("record 4: it was changed"));
         let (log, file) = fresh("removed");
-        edit(&file, &|mut l| { l.remove(6); owned(l) });
+        edit(&file, &|mut l| {
+            l.remove(6);
+            owned(l)
+        });
         assert!(log.verify().unwrap().fault.unwrap().contains("record 8"));
         let (log, file) = fresh("cut");
-        edit(&file, &|mut l| { l.truncate(8); owned(l) });
+        edit(&file, &|mut l| {
+            l.truncate(8);
+            owned(l)
+        });
         assert!(log.verify().unwrap().fault.unwrap().contains("cut off"));
         let (log, file) = fresh("garbage");
-        edit(&file, &|mut l| { l[3] = "{}"; owned(l) });
+        edit(&file, &|mut l| {
+            l[3] = "{}";
+            owned(l)
+        });
         assert!(log.verify().unwrap().fault.unwrap().contains("record 3 cannot be read"));
     }
 }

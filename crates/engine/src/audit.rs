@@ -112,8 +112,18 @@ fn of_event(event: &Event) -> Option<AuditEntry> {
                 _ => "failed",
             };
             let detail = o.error.as_ref().map(ToString::to_string).unwrap_or_default();
-            let detail = if detail.is_empty() { o.description.clone() } else { format!("{}: {detail}", o.description) };
-            Some(entry(&o.requestor, "operation".into(), format!("/1.0/operations/{}", o.id), outcome, detail))
+            let detail = if detail.is_empty() {
+                o.description.clone()
+            } else {
+                format!("{}: {detail}", o.description)
+            };
+            Some(entry(
+                &o.requestor,
+                "operation".into(),
+                format!("/1.0/operations/{}", o.id),
+                outcome,
+                detail,
+            ))
         }
         _ => None,
     }

@@ -38,8 +38,10 @@ pub(crate) async fn ensure_base(inner: &Arc<EngineInner>, nodes: &[(NodeId, Stri
         .transact(|records, tx: &mut Tx| {
             if records.project(DEFAULT_PROJECT).is_err() {
                 let project = ProjectId(inner.env.uuid());
-                let config: Config =
-                    crate::tenancy::rules::FEATURES.iter().map(|(k, _)| ((*k).to_owned(), "true".to_owned())).collect();
+                let config: Config = crate::tenancy::rules::FEATURES
+                    .iter()
+                    .map(|(k, _)| ((*k).to_owned(), "true".to_owned()))
+                    .collect();
                 tx.take_name("projects", "", DEFAULT_PROJECT, &project.to_string());
                 tx.create(&Project {
                     id: project,

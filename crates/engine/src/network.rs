@@ -6,8 +6,8 @@ use crate::{
     db::Tx,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
-    tenancy::limits::{Planned, admit},
     storage::UsedBy,
+    tenancy::limits::{Planned, admit},
 };
 use async_trait::async_trait;
 use karst_agent::{CallContext, NetworkChoose, NetworkState};

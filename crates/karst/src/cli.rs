@@ -6,7 +6,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind}
 
 use crate::{
     commands::{
-        completion, config, console, create, exec, file, host, image, info, lifecycle, list, monitor,
+        access, completion, config, console, create, exec, file, host, image, info, lifecycle, list, monitor,
         network, operation, profile, project, query, snapshot, storage, version, warning,
     },
     context::Context,
@@ -100,6 +100,15 @@ enum Command {
     /// Warnings of the server
     #[command(subcommand)]
     Warning(warning::Warning),
+    /// Roles: who may do what, and why
+    #[command(subcommand)]
+    Access(access::Access),
+    /// API tokens
+    #[command(subcommand)]
+    Token(access::Token),
+    /// The audit log
+    #[command(subcommand)]
+    Audit(access::Audit),
     /// The host below
     #[command(subcommand)]
     Host(host::Host),
@@ -156,6 +165,9 @@ async fn run(context: &Context, command: Command) -> Result<()> {
         Command::Operation(command) => command.run(context).await,
         Command::Monitor(command) => command.run(context).await,
         Command::Warning(command) => command.run(context).await,
+        Command::Access(command) => command.run(context).await,
+        Command::Token(command) => command.run(context).await,
+        Command::Audit(command) => command.run(context).await,
         Command::Host(command) => command.run(context).await,
         Command::Query(command) => command.run(context).await,
         Command::Version => version::run(context).await,

@@ -531,17 +531,27 @@ fn why_agrees_with_what_is_decided() {
     SeededEnv::run(6, |env| async move {
         let f = fixture(&env).await;
         let (e, c) = (&f.w.engine, &f.w.admin);
-        let tenant = CertificateSettings { restricted: true, projects: vec![HERE.into()], ..settings("tenant") };
+        let tenant =
+            CertificateSettings { restricted: true, projects: vec![HERE.into()], ..settings("tenant") };
         e.certificate_add(c, certificate('f'), tenant).await.unwrap();
         e.access_grant(c, "tenant", Role::Viewer, Some(OTHER)).await.unwrap();
         for who in ["tenant", "robot", "client"] {
             let principal = match who {
-                "robot" => Principal::of(PrincipalId(uuid::Uuid::nil()), Identity::System, e.api_tokens(c).unwrap()[0].grants.clone()),
+                "robot" => Principal::of(
+                    PrincipalId(uuid::Uuid::nil()),
+                    Identity::System,
+                    e.api_tokens(c).unwrap()[0].grants.clone(),
+                ),
                 "tenant" => e.principal_by_certificate(&"f".repeat(64), ""),
                 _ => e.principal_by_certificate(&"a".repeat(64), ""),
             };
             for permission in Permission::ALL {
-                for (object, project) in [("server", None), ("project/here", Some(f.here)), ("/1.0/instances/x?project=other", Some(f.other)), ("/1.0/instances/x", Some(f.shared))] {
+                for (object, project) in [
+                    ("server", None),
+                    ("project/here", Some(f.here)),
+                    ("/1.0/instances/x?project=other", Some(f.other)),
+                    ("/1.0/instances/x", Some(f.shared)),
+                ] {
                     let why = e.access_why(c, who, *permission, object).unwrap();
                     assert_eq!(why.allowed, principal.may(*permission, project), "{who} {object}: {why:?}");
                     assert!(!why.because.is_empty());
@@ -549,13 +559,25 @@ fn why_agrees_with_what_is_decided() {
             }
         }
         let why = e.access_why(c, "tenant", Permission::ResourceEdit, "project/other").unwrap();
-        assert_eq!(why.because, ["role operator in project here (the certificate is restricted to it): does not reach project other", "role viewer in project other (given to the certificate): does not include resource_edit"]);
+        assert_eq!(
+            why.because,
+            [
+                "role operator in project here (the certificate is restricted to it): does not reach project other",
+                "role viewer in project other (given to the certificate): does not include resource_edit"
+            ]
+        );
         // About himself everybody may ask, about what he sees.
         let tenant = Context::new(e.principal_by_certificate(&"f".repeat(64), ""));
         assert!(e.access_why(&tenant, "me", Permission::InstanceUse, "project/here").unwrap().allowed);
-        assert_eq!(e.access_why(&tenant, "me", Permission::InstanceUse, "project/empty").unwrap_err().kind, ErrorKind::NotFound);
+        assert_eq!(
+            e.access_why(&tenant, "me", Permission::InstanceUse, "project/empty").unwrap_err().kind,
+            ErrorKind::NotFound
+        );
         e.access_revoke(c, "tenant", Role::Viewer, Some(OTHER)).await.unwrap();
         assert!(!e.access_why(c, "tenant", Permission::ProjectView, "project/other").unwrap().allowed);
-        assert_eq!(e.access_revoke(c, "tenant", Role::Operator, Some(HERE)).await.unwrap_err().kind, ErrorKind::NotFound);
+        assert_eq!(
+            e.access_revoke(c, "tenant", Role::Operator, Some(HERE)).await.unwrap_err().kind,
+            ErrorKind::NotFound
+        );
     });
 }

@@ -7,10 +7,7 @@ use karst_engine::{
 };
 use karst_env::{Env, SeededEnv};
 use karst_model::{
-    Config, Error, ErrorKind, Result,
-    device::Devices,
-    instance::InstanceKind,
-    operation::OperationState,
+    Config, Error, ErrorKind, Result, device::Devices, instance::InstanceKind, operation::OperationState,
 };
 use karst_testkit::{World, scenarios::container};
 use std::time::Duration;
@@ -79,7 +76,13 @@ fn limits_are_never_passed_also_by_many_at_once() {
             for e in results.into_iter().filter_map(Result::err) {
                 assert!(matches!(e.kind, ErrorKind::Quota | ErrorKind::Conflict), "{e}");
             }
-            let names: Vec<_> = w.engine.instances(&w.admin, "p").unwrap().iter().map(|i| i.instance.name.to_string()).collect();
+            let names: Vec<_> = w
+                .engine
+                .instances(&w.admin, "p")
+                .unwrap()
+                .iter()
+                .map(|i| i.instance.name.to_string())
+                .collect();
             // Two that grow at once: 768 MiB are used, 256 MiB are left, each wants 192 MiB more.
             let grow = async |name: &str| {
                 let keys = [("limits.memory", "448MiB")];
@@ -103,7 +106,11 @@ fn each_limit_counts_what_it_says() {
         let keys = &[("limits.containers", "1"), ("limits.cpu", "3"), ("limits.disk", "12GiB")];
         project(&w, "p", keys).await;
         // What a limit sums up must be said.
-        let e = refused(create(&w, "p", container("c1")).await, ErrorKind::Invalid, "instance \"c1\" has no limits.cpu");
+        let e = refused(
+            create(&w, "p", container("c1")).await,
+            ErrorKind::Invalid,
+            "instance \"c1\" has no limits.cpu",
+        );
         assert_eq!(e.field.as_deref(), Some("config.limits.cpu"));
         let sized = |name: &str, size: &str, cpus: &str| {
             let mut devices = w.engine.profile(&w.admin, "default", "default").unwrap().devices.clone();
@@ -111,27 +118,65 @@ fn each_limit_counts_what_it_says() {
             devices.get_mut("root").unwrap().insert("size".into(), size.into());
             CreateInstance { devices, ..with(name, &[("limits.cpu", cpus)]) }
         };
-        refused(create(&w, "p", with("c1", &[("limits.cpu", "1")])).await, ErrorKind::Invalid, "the root disk of instance \"c1\" has no size");
+        refused(
+            create(&w, "p", with("c1", &[("limits.cpu", "1")])).await,
+            ErrorKind::Invalid,
+            "the root disk of instance \"c1\" has no size",
+        );
         create(&w, "p", sized("c1", "2GiB", "0-1")).await.unwrap();
         refused(create(&w, "p", sized("c2", "1GiB", "1")).await, ErrorKind::Quota, "limits.containers");
-        let machine = |size: &str, cpus: &str| CreateInstance { kind: InstanceKind::VirtualMachine, ..sized("v1", size, cpus) };
-        refused(create(&w, "p", machine("10GiB", "2")).await, ErrorKind::Quota, "would use 4 of limits.cpu, which is 3");
+        let machine = |size: &str, cpus: &str| CreateInstance {
+            kind: InstanceKind::VirtualMachine,
+            ..sized("v1", size, cpus)
+        };
+        refused(
+            create(&w, "p", machine("10GiB", "2")).await,
+            ErrorKind::Quota,
+            "would use 4 of limits.cpu, which is 3",
+        );
         refused(create(&w, "p", machine("11GiB", "1")).await, ErrorKind::Quota, "limits.disk");
         create(&w, "p", machine("10GiB", "1")).await.unwrap();
         // A limit below what is used already is refused and changes nothing; one at it is taken.
-        let set = async |keys: &[(&str, &str)]| w.engine.project_update(&w.admin, "p", "", {
-            let mut all = w.engine.project(&w.admin, "p", karst_model::access::Permission::ProjectView).unwrap().config.clone();
-            all.extend(config(keys));
-            all
-        }, None).await;
+        let set = async |keys: &[(&str, &str)]| {
+            w.engine
+                .project_update(
+                    &w.admin,
+                    "p",
+                    "",
+                    {
+                        let mut all = w
+                            .engine
+                            .project(&w.admin, "p", karst_model::access::Permission::ProjectView)
+                            .unwrap()
+                            .config
+                            .clone();
+                        all.extend(config(keys));
+                        all
+                    },
+                    None,
+                )
+                .await
+        };
         refused(set(&[("limits.instances", "1")]).await, ErrorKind::Quota, "would use 2 of limits.instances");
         refused(set(&[("limits.memory", "1GiB")]).await, ErrorKind::Invalid, "has no limits.memory");
         refused(set(&[("features.images", "false")]).await, ErrorKind::Conflict, "not empty");
         set(&[("limits.instances", "2"), ("limits.virtual-machines", "1")]).await.unwrap();
         // The profile of all is measured for all.
-        let profile = UpdateProfile { config: config(&[("limits.cpu", "4")]), devices: w.engine.profile(&w.admin, "p", "default").unwrap().devices.clone(), ..Default::default() };
+        let profile = UpdateProfile {
+            config: config(&[("limits.cpu", "4")]),
+            devices: w.engine.profile(&w.admin, "p", "default").unwrap().devices.clone(),
+            ..Default::default()
+        };
         w.engine.profile_update(&w.admin, "p", "default", profile).await.unwrap();
-        let own = w.engine.instance_update(&w.admin, "p", "c1", UpdateInstance { devices: sized("c1", "2GiB", "1").devices, ..update(&[]) }).await;
+        let own = w
+            .engine
+            .instance_update(
+                &w.admin,
+                "p",
+                "c1",
+                UpdateInstance { devices: sized("c1", "2GiB", "1").devices, ..update(&[]) },
+            )
+            .await;
         refused(own.map(drop), ErrorKind::Quota, "limits.cpu");
         w.engine.close();
     });
@@ -143,19 +188,34 @@ fn restrictions_hold_for_instances_profiles_and_what_is_there_already() {
         let w = World::new(&env).await.unwrap();
         project(&w, "p", &[("restricted", "true")]).await;
         create(&w, "p", container("c1")).await.unwrap();
-        refused(create(&w, "p", with("c2", &[("security.nesting", "true")])).await, ErrorKind::Forbidden, "restricted.containers.nesting");
+        refused(
+            create(&w, "p", with("c2", &[("security.nesting", "true")])).await,
+            ErrorKind::Forbidden,
+            "restricted.containers.nesting",
+        );
         let nested = update(&[("security.nesting", "true")]);
         let changed = w.engine.instance_update(&w.admin, "p", "c1", nested).await;
         refused(changed.map(drop), ErrorKind::Forbidden, "restricted.containers.nesting");
         let devices = w.engine.profile(&w.admin, "p", "default").unwrap().devices.clone();
-        let profile = UpdateProfile { config: config(&[("security.nesting", "true")]), devices, ..Default::default() };
-        let e = refused(w.engine.profile_update(&w.admin, "p", "default", profile).await, ErrorKind::Forbidden, "c1");
+        let profile =
+            UpdateProfile { config: config(&[("security.nesting", "true")]), devices, ..Default::default() };
+        let e = refused(
+            w.engine.profile_update(&w.admin, "p", "default", profile).await,
+            ErrorKind::Forbidden,
+            "c1",
+        );
         assert_eq!(e.field.as_deref(), Some("config.security.nesting"));
         // A project is not restricted while something in it could not be.
         project(&w, "q", &[]).await;
         create(&w, "q", with("c1", &[("security.nesting", "true")])).await.unwrap();
         let restrict = async |keys: &[(&str, &str)]| {
-            let mut all = config(&[("features.images", "true"), ("features.profiles", "true"), ("features.storage.volumes", "true"), ("features.storage.buckets", "true"), ("features.networks", "false")]);
+            let mut all = config(&[
+                ("features.images", "true"),
+                ("features.profiles", "true"),
+                ("features.storage.volumes", "true"),
+                ("features.storage.buckets", "true"),
+                ("features.networks", "false"),
+            ]);
             all.extend(config(keys));
             w.engine.project_update(&w.admin, "q", "", all, None).await
         };
@@ -170,7 +230,9 @@ fn a_project_may_share_profiles_and_images_of_the_default_project() {
     SeededEnv::run(1, |env| async move {
         let w = World::new(&env).await.unwrap();
         let (e, c) = (&w.engine, &w.admin);
-        e.project_create(c, "p", "", config(&[("features.profiles", "false"), ("features.images", "false")])).await.unwrap();
+        e.project_create(c, "p", "", config(&[("features.profiles", "false"), ("features.images", "false")]))
+            .await
+            .unwrap();
         let options = karst_engine::images::ImageOptions::default();
         let build = e.image_build(c, "default", "debian/12", InstanceKind::Container, options).await.unwrap();
         assert_eq!(w.ended(build).await.error, None);
@@ -191,17 +253,27 @@ fn a_profile_reaches_all_running_users_or_none() {
         let w = World::new(&env).await.unwrap();
         let (e, c) = (&w.engine, &w.admin);
         for n in 0..40 {
-            create(&w, "default", CreateInstance { start: true, ..container(&format!("c{n}")) }).await.unwrap();
+            create(&w, "default", CreateInstance { start: true, ..container(&format!("c{n}")) })
+                .await
+                .unwrap();
         }
         let devices = e.profile(c, "default", "default").unwrap().devices.clone();
         let change = async |memory: &str| {
             let config = config(&[("limits.memory", memory)]);
-            e.profile_update(c, "default", "default", UpdateProfile { config, devices: devices.clone(), ..Default::default() }).await
+            e.profile_update(
+                c,
+                "default",
+                "default",
+                UpdateProfile { config, devices: devices.clone(), ..Default::default() },
+            )
+            .await
         };
         change("64MiB").await.unwrap();
         let memory = || {
             let all = e.instances(c, "default").unwrap();
-            all.iter().map(|i| w.agent.guest_limits(i.instance.id).and_then(|l| l.memory).map(|m| m.0 >> 20)).collect::<Vec<_>>()
+            all.iter()
+                .map(|i| w.agent.guest_limits(i.instance.id).and_then(|l| l.memory).map(|m| m.0 >> 20))
+                .collect::<Vec<_>>()
         };
         assert_eq!(memory(), [Some(64)].repeat(40));
         // One of them refuses: it is named, and the others have what they had.

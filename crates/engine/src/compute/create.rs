@@ -159,7 +159,12 @@ fn plan(
     let image = match &request.source {
         InstanceSource::None => None,
         InstanceSource::Image(reference) => {
-            let row = inner.resolve_image(records, records.home(project, "features.images"), reference, Some(request.kind))?;
+            let row = inner.resolve_image(
+                records,
+                records.home(project, "features.images"),
+                reference,
+                Some(request.kind),
+            )?;
             if row.kind != request.kind {
                 return Err(Error::invalid(
                     "source.alias",

@@ -80,7 +80,8 @@ impl Engine {
             keys::check(&instance.config, Some(instance.kind))?;
             check_devices(&request.devices)?;
             instance.devices = request.devices.clone();
-            instance.profiles = profiles(&records, tx, records.home(&project, "features.profiles"), &request.profiles)?;
+            instance.profiles =
+                profiles(&records, tx, records.home(&project, "features.profiles"), &request.profiles)?;
             instance.spec_version += 1;
             let (config, devices) = records.expanded(&instance);
             keys::check(&config, Some(instance.kind))?;

@@ -242,9 +242,10 @@ impl Engine {
                     Subject::Socket => {
                         Err(Error::invalid("principal", "the unix socket is the administrator's, always"))
                     }
-                    Subject::Certificate(row) if row.kind == CertificateKind::Metrics => {
-                        Err(Error::invalid("principal", "a certificate for metrics reads metrics and nothing else"))
-                    }
+                    Subject::Certificate(row) if row.kind == CertificateKind::Metrics => Err(Error::invalid(
+                        "principal",
+                        "a certificate for metrics reads metrics and nothing else",
+                    )),
                     Subject::Certificate(row) => {
                         let mut new = row.value.clone();
                         change(&mut new.grants, &grant)?;

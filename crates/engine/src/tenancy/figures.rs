@@ -1,12 +1,7 @@
 //! Figures for monitoring, as far as the caller may see them.
 
 use crate::{Engine, InstanceView, context::Context};
-use karst_model::{
-    Result,
-    access::Permission,
-    guest::Metrics,
-    operation::OperationState,
-};
+use karst_model::{Result, access::Permission, guest::Metrics, operation::OperationState};
 use std::{sync::Arc, time::Duration};
 
 /// What monitoring gets.
@@ -49,14 +44,11 @@ impl Engine {
             }
             let only = match project {
                 None => None,
-                Some(name) => Some(
-                    records
-                        .project(name)
-                        .ok()
-                        .filter(|p| sees(p.id))
-                        .map(|p| p.id)
-                        .ok_or_else(|| karst_model::Error::not_found(format!("project {name:?} not found")))?,
-                ),
+                Some(name) => {
+                    Some(records.project(name).ok().filter(|p| sees(p.id)).map(|p| p.id).ok_or_else(
+                        || karst_model::Error::not_found(format!("project {name:?} not found")),
+                    )?)
+                }
             };
             records
                 .instances
@@ -65,10 +57,14 @@ impl Engine {
                 .filter_map(|i| inner.inventory.view(&records, i.id))
                 .collect()
         };
-        views.sort_by(|a, b| (&*a.project.name, &*a.instance.name).cmp(&(&*b.project.name, &*b.instance.name)));
+        views.sort_by(|a, b| {
+            (&*a.project.name, &*a.instance.name).cmp(&(&*b.project.name, &*b.instance.name))
+        });
         let sample = self.all_metrics().await;
-        let instances =
-            views.into_iter().filter_map(|v| Some((v.clone(), sample.get(&v.instance.id)?.clone()))).collect();
+        let instances = views
+            .into_iter()
+            .filter_map(|v| Some((v.clone(), sample.get(&v.instance.id)?.clone())))
+            .collect();
         let server = (everything && project.is_none()).then(|| {
             let records = inner.inventory.read();
             let facts = records.nodes.values().filter_map(|n| n.facts.as_ref());

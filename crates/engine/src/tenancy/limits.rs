@@ -52,7 +52,11 @@ pub struct ProjectUsage {
 }
 
 /// The configuration and devices of an instance, with one profile as it is to be.
-pub(crate) fn expanded(records: &Records, instance: &Instance, changed: Option<&Profile>) -> (Config, Devices) {
+pub(crate) fn expanded(
+    records: &Records,
+    instance: &Instance,
+    changed: Option<&Profile>,
+) -> (Config, Devices) {
     let profiles = instance.profiles.iter().filter_map(|id| match changed.filter(|p| p.id == *id) {
         Some(p) => Some((&p.config, &p.devices)),
         None => records.profiles.get(id).map(|p| (&p.config, &p.devices)),
@@ -79,7 +83,8 @@ impl ProjectUsage {
         }
         let changed = planned.volume.filter(|v| v.project == project);
         let others = records.volumes.values().map(|row| &row.value);
-        let all = others.filter(|v| v.project == project && changed.is_none_or(|c| c.id != v.id)).chain(changed);
+        let all =
+            others.filter(|v| v.project == project && changed.is_none_or(|c| c.id != v.id)).chain(changed);
         for volume in all.filter(|v| v.owner == VolumeOwner::Custom) {
             let pool = records.pools.get(&volume.pool).map_or("", |p| p.name.as_str());
             match volume.size {
@@ -90,8 +95,8 @@ impl ProjectUsage {
                 None => {}
             }
         }
-        usage.networks = planned.networks
-            + records.networks.values().filter(|n| n.project == project).count() as u64;
+        usage.networks =
+            planned.networks + records.networks.values().filter(|n| n.project == project).count() as u64;
         usage
     }
 
@@ -124,9 +129,9 @@ impl ProjectUsage {
             (None, InstanceKind::Container) => self.missing.push(("limits.processes", who())),
             (None, InstanceKind::VirtualMachine) => {}
         }
-        let root = devices.values().find(|d| {
-            d.get("type").is_some_and(|t| t == "disk") && d.get("path").is_some_and(|p| p == "/")
-        });
+        let root = devices
+            .values()
+            .find(|d| d.get("type").is_some_and(|t| t == "disk") && d.get("path").is_some_and(|p| p == "/"));
         let written = root.and_then(|d| d.get("size")).filter(|s| !s.is_empty());
         let written = written.and_then(|s| karst_model::ByteSize::parse("size", s).ok());
         let recorded = records.volumes.get(&instance.root).and_then(|v| v.size);
@@ -222,8 +227,10 @@ pub(crate) fn admit(records: &Records, tx: &mut Tx, project: ProjectId, planned:
     if planned.profile.is_some() {
         for instance in instances(records, project, planned) {
             let (config, devices) = expanded(records, instance, planned.profile);
-            restricted::check(&rules, Some(instance.kind), &config, &devices)
-                .map_err(|e| Error { message: format!("instance {:?}: {}", &*instance.name, e.message), ..e })?;
+            restricted::check(&rules, Some(instance.kind), &config, &devices).map_err(|e| Error {
+                message: format!("instance {:?}: {}", &*instance.name, e.message),
+                ..e
+            })?;
         }
     }
     if rules.limits != Default::default() {

@@ -340,7 +340,8 @@ fn running_users(engine: &EngineInner, profile: &Profile) -> Result<Vec<User>> {
         let runtime = records.runtimes.get(&instance.id);
         let status = instance.status(runtime.map(|r| &r.value));
         let (Status::Running | Status::Frozen, Some(runtime)) = (status, runtime) else { continue };
-        let named = |e: Error| Error { message: format!("instance {:?}: {}", &*instance.name, e.message), ..e };
+        let named =
+            |e: Error| Error { message: format!("instance {:?}: {}", &*instance.name, e.message), ..e };
         let domain = runtime.domain_id.unwrap_or(0);
         // A profile may have got devices since the start: they come with the next one.
         let devices = records.expanded(instance).1;
@@ -389,7 +390,8 @@ impl Saga for ProfileUpdate {
             loop {
                 let busy = {
                     let records = engine.inventory.read();
-                    let mut users = records.instances.values().filter(|i| i.profiles.contains(&plan.profile.id));
+                    let mut users =
+                        records.instances.values().filter(|i| i.profiles.contains(&plan.profile.id));
                     users.find_map(|i| {
                         let lock = records.lock(&crate::compute::lock(i.id))?;
                         Some((i.name.to_string(), lock.description.to_lowercase()))

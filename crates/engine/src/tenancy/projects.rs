@@ -16,11 +16,9 @@ use karst_model::{
 
 /// Features that a project cannot switch yet: what is refused, rather than taken and not kept.
 fn demand_supported(config: &Config) -> Result<()> {
-    for (key, wanted) in [
-        ("features.networks", false),
-        ("features.storage.volumes", true),
-        ("features.storage.buckets", true),
-    ] {
+    for (key, wanted) in
+        [("features.networks", false), ("features.storage.volumes", true), ("features.storage.buckets", true)]
+    {
         if config.contains_key(key) && ProjectRules::has(config, key) != wanted {
             return Err(Error::unsupported(format!(
                 "{key} can only be {wanted} as yet: {}",

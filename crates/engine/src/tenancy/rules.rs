@@ -85,7 +85,8 @@ pub struct ProjectRules {
 
 fn refuse_unknown(key: &str) -> Error {
     let known = || {
-        let all = FEATURES.iter().map(|(k, _)| *k).chain(NUMBERS.iter().copied()).chain(SIZES.iter().copied());
+        let all =
+            FEATURES.iter().map(|(k, _)| *k).chain(NUMBERS.iter().copied()).chain(SIZES.iter().copied());
         all.chain(["restricted"]).chain(RESTRICTIONS.iter().map(|(k, ..)| *k))
     };
     let hint = match nearest(key, known()) {

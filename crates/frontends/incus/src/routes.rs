@@ -4,8 +4,8 @@
 use crate::{
     app::Call,
     handlers::{
-        access, audit, certificates, events, exec, files, images, instances, karst, metrics, networks, operations, profiles,
-        projects, server, storage, tokens,
+        access, audit, certificates, events, exec, files, images, instances, karst, metrics, networks,
+        operations, profiles, projects, server, storage, tokens,
     },
     respond::Reply,
 };

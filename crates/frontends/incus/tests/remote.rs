@@ -356,7 +356,9 @@ async fn roles_are_given_and_explained() {
     assert_eq!(s.get("/1.0/projects/default/access").await.metadata(), wanted);
     assert_eq!(s.get("/1.0/instances/c1/access").await.metadata(), wanted);
     assert_eq!(s.get("/1.0/karst/access").await.metadata()[0]["project"], "default");
-    let why = |object: &str| format!("/1.0/karst/access/why?principal=robot&permission=resource_edit&object={object}");
+    let why = |object: &str| {
+        format!("/1.0/karst/access/why?principal=robot&permission=resource_edit&object={object}")
+    };
     let yes = s.get(&why("/1.0/instances/c1")).await.metadata();
     assert_eq!((&yes["allowed"], &yes["object"]), (&json!(true), &json!("project default")));
     let no = s.get(&why("server")).await.metadata();
@@ -377,11 +379,21 @@ async fn metrics_are_incus() {
     let answer = s.get("/1.0/metrics").await;
     assert!(answer.header("content-type").starts_with("text/plain; version=0.0.4"));
     let all = text(&answer);
-    for line in ["# TYPE incus_cpu_seconds_total counter", "# TYPE incus_procs_total gauge", "incus_operations_total 0", "# EOF"] {
+    for line in [
+        "# TYPE incus_cpu_seconds_total counter",
+        "# TYPE incus_procs_total gauge",
+        "incus_operations_total 0",
+        "# EOF",
+    ] {
         assert!(all.lines().any(|l| l == line), "{line}: {all}");
     }
-    assert!(all.contains("incus_memory_RSS_bytes{name=\"c1\",project=\"default\",type=\"container\"}"), "{all}");
-    let open = s.send(Method::GET, "/1.0/metrics", &[("accept", "application/openmetrics-text; version=1.0.0")], "").await;
+    assert!(
+        all.contains("incus_memory_RSS_bytes{name=\"c1\",project=\"default\",type=\"container\"}"),
+        "{all}"
+    );
+    let open = s
+        .send(Method::GET, "/1.0/metrics", &[("accept", "application/openmetrics-text; version=1.0.0")], "")
+        .await;
     assert!(open.header("content-type").starts_with("application/openmetrics-text"));
     assert!(text(&open).contains("# TYPE incus_cpu_seconds counter"));
     // Of one project, and of those that the caller sees.
@@ -407,7 +419,10 @@ async fn metrics_are_incus() {
     let stranger = Client::new(&s, own, false, BOTH);
     stranger.get("/1.0/metrics").await.refused(403);
     stranger.get("/1.0").await.refused(404);
-    assert_eq!(s.patch("/1.0", json!({"config": {"core.metrics_authentication": "false"}})).await.status, 200);
+    assert_eq!(
+        s.patch("/1.0", json!({"config": {"core.metrics_authentication": "false"}})).await.status,
+        200
+    );
     assert!(text(&stranger.get("/1.0/metrics").await).contains("c1"));
     stranger.get("/1.0/instances").await.refused(404);
 }
@@ -426,7 +441,8 @@ async fn changes_and_refusals_are_audited() {
     let records = s.get("/1.0/karst/audit").await.metadata();
     let all: Vec<&Value> = records.as_array().unwrap().iter().map(|r| &r["entry"]).collect();
     let has = |what: &str, object: &str, outcome: &str| {
-        let found = all.iter().filter(|e| e["what"] == what && e["object"] == object && e["outcome"] == outcome);
+        let found =
+            all.iter().filter(|e| e["what"] == what && e["object"] == object && e["outcome"] == outcome);
         found.count()
     };
     assert_eq!(has("request POST", "/1.0/instances", "accepted"), 1, "{all:#?}");

@@ -1,5 +1,6 @@
 //! The commands, a file for each family.
 
+pub mod access;
 pub mod common;
 pub mod completion;
 pub mod config;

@@ -13,9 +13,7 @@ use serde_json::{Value, json};
 /// As Incus writes it: who may edit a project is its operator.
 fn entries(call: &Call, project: &str) -> Result<Reply> {
     let all = call.engine().access(&call.context, Some(project))?;
-    let view = |e: &karst_engine::tenancy::access::AccessEntry| {
-        json!({"identifier": e.identifier, "role": e.role, "provider": e.provider})
-    };
+    let view = |e: &karst_engine::tenancy::access::AccessEntry| json!({"identifier": e.identifier, "role": e.role, "provider": e.provider});
     sync(&all.iter().map(view).collect::<Vec<Value>>())
 }
 

@@ -1,7 +1,10 @@
 //! `GET /1.0/metrics`: figures of instances and the server, under Incus' names, in Prometheus' text form, or as OpenMetrics
 //! when the client asks for that. A figure that is not known is left out, never 0.
 
-use crate::{app::Call, respond::{Reply, full}};
+use crate::{
+    app::Call,
+    respond::{Reply, full},
+};
 use hyper::{
     Response,
     header::{ACCEPT, CONTENT_TYPE, HeaderValue},
@@ -16,7 +19,11 @@ const FAMILIES: &[(&str, bool, &str)] = &[
     ("incus_memory_MemAvailable_bytes", false, "Amount of available memory."),
     ("incus_memory_MemFree_bytes", false, "Amount of free memory."),
     ("incus_memory_MemTotal_bytes", false, "Amount of used memory."),
-    ("incus_memory_RSS_bytes", false, "Amount of anonymous and swap cache memory (includes transparent hugepages)."),
+    (
+        "incus_memory_RSS_bytes",
+        false,
+        "Amount of anonymous and swap cache memory (includes transparent hugepages).",
+    ),
     ("incus_memory_Swap_bytes", false, "Amount of used swap memory."),
     ("incus_network_receive_bytes_total", true, "Amount of received bytes on a given interface."),
     ("incus_network_receive_packets_total", true, "Amount of received packets on a given interface."),
