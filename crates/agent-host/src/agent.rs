@@ -19,7 +19,7 @@ use karst_model::{
     Error, ErrorKind, InstanceId, NetworkId, PoolId, Result, VolumeId,
     instance::{Generation, InstanceKind, RuntimeState},
     node::HostFacts,
-    spec::GuestSpec,
+    spec::{DiskSource, DiskSpec, GuestSpec},
     storage::VolumeContent,
 };
 use karst_network::NetworkDriver;
@@ -392,6 +392,31 @@ impl RealAgent {
     }
 
     /// Things of this machine in place of ids.
+    async fn resolve_disk(&self, disk: DiskSpec, user: Option<u32>) -> Result<ResolvedDisk> {
+        let (pool, volume) = match disk.source {
+            DiskSource::Volume { pool, volume } => (pool, volume),
+            DiskSource::Host { path } => {
+                return Err(Error::forbidden(format!("this host grants no guest the path {path:?}"))
+                    .at(format!("devices.{}.source", disk.name)));
+            }
+        };
+        let located = self.locate(VolumeRef { pool, volume }, user).await?;
+        Ok(ResolvedDisk {
+            name: disk.name,
+            slot: disk.slot,
+            path: located.path,
+            backing: located.backing,
+            format: format(located.format),
+            mount_point: disk.path,
+            readonly: disk.readonly,
+            foreign: false,
+            shift: disk.shift,
+            io: disk.io,
+            pci: disk.pci,
+            boot_priority: disk.boot_priority,
+        })
+    }
+
     pub(crate) async fn resolve(
         &self,
         spec: GuestSpec,
@@ -401,6 +426,10 @@ impl RealAgent {
         let user = (spec.kind == InstanceKind::VirtualMachine).then_some(record.ids.base);
         let at = VolumeRef { pool: spec.root.pool, volume: spec.root.volume };
         let located = self.locate(at, user).await?;
+        let mut disks = vec![];
+        for disk in spec.disks {
+            disks.push(self.resolve_disk(disk, user).await?);
+        }
         let mut nics = vec![];
         for nic in spec.nics {
             let bridge = networks.get(&nic.network).cloned();
@@ -441,18 +470,28 @@ impl RealAgent {
                 slot: spec.root.slot,
                 path: located.path,
                 backing: located.backing,
-                format: match located.format {
-                    Format::Directory => DiskFormat::Directory,
-                    Format::Raw => DiskFormat::Raw,
-                    Format::Qcow2 => DiskFormat::Qcow2,
-                },
+                format: format(located.format),
+                mount_point: None,
+                readonly: false,
+                foreign: false,
+                shift: false,
+                io: spec.root.io,
                 pci: spec.root.pci,
                 boot_priority: spec.root.boot_priority,
             },
+            disks,
             nics,
             cloud_init: spec.cloud_init,
             environment: spec.environment,
         })
+    }
+}
+
+fn format(format: Format) -> DiskFormat {
+    match format {
+        Format::Directory => DiskFormat::Directory,
+        Format::Raw => DiskFormat::Raw,
+        Format::Qcow2 => DiskFormat::Qcow2,
     }
 }
 
