@@ -1,7 +1,7 @@
 //! How the program gets into a guest, always in the host's own version: as files of a medium that the host attaches.
 //!
 //! The same files lie in the share `config` (9p), which images made for Incus and LXD look for, and on the cloud-init seed,
-//! which our own images and every image with cloud-init have. See `docs/adr/0009-guest-agent.md`.
+//! which our own images and every image with cloud-init have. See `docs/adr/0014-guest-agent.md`.
 
 /// Name of the program on the medium: the one that loaders of Incus' images start.
 pub const PROGRAM: &str = "incus-agent";

@@ -236,7 +236,8 @@ mod tests {
     fn frames() -> impl Strategy<Value = Frame> {
         let byte = prop_oneof![Just(0u8), Just(255u8), any::<u8>()];
         let payload = proptest::collection::vec(byte, 0..1200);
-        (any::<u8>(), any::<u32>(), payload).prop_map(|(kind, stream, payload)| Frame::new(kind, stream, payload))
+        (any::<u8>(), any::<u32>(), payload)
+            .prop_map(|(kind, stream, payload)| Frame::new(kind, stream, payload))
     }
 
     #[test]

@@ -129,12 +129,9 @@ pub fn own_program() -> Result<PathBuf> {
 fn beside(name: &str) -> Result<PathBuf> {
     let own = own_program()?;
     // Tests run from target/debug/deps; the programs lie one directory up.
-    own.ancestors()
-        .skip(1)
-        .take(2)
-        .map(|d| d.join(name))
-        .find(|p| p.is_file())
-        .ok_or_else(|| Error::unsupported(format!("{name} is missing beside the daemon; install Karst again")))
+    own.ancestors().skip(1).take(2).map(|d| d.join(name)).find(|p| p.is_file()).ok_or_else(|| {
+        Error::unsupported(format!("{name} is missing beside the daemon; install Karst again"))
+    })
 }
 
 fn keeper_path() -> Result<PathBuf> {

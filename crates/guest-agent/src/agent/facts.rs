@@ -195,7 +195,8 @@ pub(super) fn figures() -> Result<Figures, Refused> {
     let cpus = stat.lines().filter(|l| l.starts_with("cpu") && !l.starts_with("cpu ")).count();
     let load = read("/proc/loadavg");
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let is_pid = |name: &std::ffi::OsStr| name.to_str().is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()));
+    let is_pid =
+        |name: &std::ffi::OsStr| name.to_str().is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()));
     Ok(Figures {
         memory: ["MemTotal", "MemAvailable", "MemFree", "Cached", "Buffers", "SwapTotal", "SwapFree"]
             .map(memory)
@@ -206,11 +207,7 @@ pub(super) fn figures() -> Result<Figures, Refused> {
             .map(|n| n.parse::<u64>().unwrap_or(0).saturating_mul(1_000_000_000 / ticks))
             .collect(),
         cpus: cpus as u32,
-        load: load
-            .split(' ')
-            .take(3)
-            .map(|n| n.parse::<f64>().map_or(0, |l| (l * 1000.0) as u64))
-            .collect(),
+        load: load.split(' ').take(3).map(|n| n.parse::<f64>().map_or(0, |l| (l * 1000.0) as u64)).collect(),
         processes: pids.filter(|e| is_pid(&e.file_name())).count() as u64,
         filesystems: mounts().into_iter().take(MOST).filter_map(filesystem).collect(),
         disks: disks(&read("/proc/diskstats")),
@@ -239,7 +236,12 @@ fn disks(text: &str) -> Vec<Disk> {
         let whole = Path::new("/sys/block").join(name.replace('/', "!")).exists();
         (whole && !virtual_ && number(3) + number(7) > 0).then(|| Disk {
             name: short(name),
-            counters: vec![number(3), number(5).saturating_mul(512), number(7), number(9).saturating_mul(512)],
+            counters: vec![
+                number(3),
+                number(5).saturating_mul(512),
+                number(7),
+                number(9).saturating_mul(512),
+            ],
         })
     };
     text.lines().filter_map(line).take(MOST).collect()
@@ -253,7 +255,10 @@ mod tests {
     #[test]
     fn os_release_with_all_kinds_of_quotes() {
         let os = os_release("NAME=\"A \\\"b\\\" GNU/Linux\"\n# c\nVERSION_ID='12'\nID=debian\nbroken\n=x\n");
-        assert_eq!((os["NAME"].as_str(), os["VERSION_ID"].as_str(), os["ID"].as_str()), ("A \"b\" GNU/Linux", "12", "debian"));
+        assert_eq!(
+            (os["NAME"].as_str(), os["VERSION_ID"].as_str(), os["ID"].as_str()),
+            ("A \"b\" GNU/Linux", "12", "debian")
+        );
     }
 
     #[test]

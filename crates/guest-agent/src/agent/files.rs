@@ -118,9 +118,7 @@ fn adjust(path: &Path, w: &Write) -> Result<(), Refused> {
         std::os::unix::fs::chown(path, w.uid, w.gid).map_err(failed)?;
     }
     match w.mode {
-        Some(mode) => {
-            std::fs::set_permissions(path, Permissions::from_mode(mode & 0o7777)).map_err(failed)
-        }
+        Some(mode) => std::fs::set_permissions(path, Permissions::from_mode(mode & 0o7777)).map_err(failed),
         None => Ok(()),
     }
 }

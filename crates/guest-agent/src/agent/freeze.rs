@@ -3,7 +3,7 @@
 //! Who froze may die, and a system whose disks stay frozen is lost. So a thread thaws when the time is over, whatever
 //! happens meanwhile; it is there before anything is frozen, because afterwards even that could wait for a disk.
 
-use super::{Refused, failed, facts, refused};
+use super::{Refused, facts, failed, refused};
 use crate::message::{Freeze, Frozen, MAX_FREEZE, refusal};
 use std::{
     fs::File,

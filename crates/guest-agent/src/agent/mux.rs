@@ -286,7 +286,8 @@ impl Stream {
 
     fn send(&self, kind: u8, payload: Vec<u8>) -> bool {
         // An answer that does not fit is a fault of ours; the stream then just closes.
-        payload.len() <= crate::wire::MAX_PAYLOAD && self.mux.send(self.life, &Frame::new(kind, self.id, payload))
+        payload.len() <= crate::wire::MAX_PAYLOAD
+            && self.mux.send(self.life, &Frame::new(kind, self.id, payload))
     }
 
     fn close(&self) {

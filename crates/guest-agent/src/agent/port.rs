@@ -82,7 +82,8 @@ impl Waiter {
     /// At most two seconds, should an edge be missed.
     pub(super) fn wait(&self) {
         let limit = rustix::fs::Timespec { tv_sec: 2, tv_nsec: 0 };
-        let mut events = [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
+        let mut events =
+            [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
         // An interruption is an early end.
         let _ = epoll::wait(&self.0, &mut events, Some(&limit));
     }

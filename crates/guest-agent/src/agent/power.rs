@@ -9,7 +9,8 @@ pub(super) fn set_time(time: Time) -> Result<Nothing, Refused> {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     let difference = i128::from(time.nanoseconds) - now.as_nanos() as i128;
     if difference.abs() > 100_000_000 {
-        let (seconds, rest) = (time.nanoseconds.div_euclid(1_000_000_000), time.nanoseconds.rem_euclid(1_000_000_000));
+        let (seconds, rest) =
+            (time.nanoseconds.div_euclid(1_000_000_000), time.nanoseconds.rem_euclid(1_000_000_000));
         let time = libc::timespec { tv_sec: seconds, tv_nsec: rest };
         // SAFETY: the structure is whole.
         if unsafe { libc::clock_settime(libc::CLOCK_REALTIME, &time) } < 0 {
@@ -38,7 +39,9 @@ pub(super) fn plan(how: Shutdown) -> Result<Plan, Refused> {
         false => ["/sbin/poweroff", "/usr/sbin/poweroff", "/bin/poweroff"],
     };
     let found = programs.into_iter().find(|p| Path::new(p).exists());
-    found.map(Plan::Program).ok_or_else(|| refused(refusal::UNSUPPORTED, "", format!("there is no program {name}")))
+    found
+        .map(Plan::Program)
+        .ok_or_else(|| refused(refusal::UNSUPPORTED, "", format!("there is no program {name}")))
 }
 
 impl Plan {

@@ -30,7 +30,10 @@ mod tests {
     fn lines_of_all_kinds() {
         let text = "root:x:0:0:root:/root:/bin/bash\n#comment\n+::::::\nbroken:x\n\ndaemon:*:1:1::/:/usr/sbin/nologin\nroot2:x:0:0::/other:/bin/sh\n";
         assert_eq!(parse(text, 0).unwrap().name, "root");
-        assert_eq!(parse(text, 1).unwrap(), User { name: "daemon".into(), home: "/".into(), shell: "/usr/sbin/nologin".into() });
+        assert_eq!(
+            parse(text, 1).unwrap(),
+            User { name: "daemon".into(), home: "/".into(), shell: "/usr/sbin/nologin".into() }
+        );
         assert_eq!(parse(text, 2), None);
     }
 }

@@ -106,7 +106,11 @@ fn content(stream: Arc<Stream>, path: String) -> Result<OwnedFd> {
             stream.taken(channel::OUT, bytes.len());
         }
         if stream.was_cut(channel::OUT) {
-            tracing::warn!(guest = stream.name(), path, "a file of a guest was not read to its end: the connection was lost");
+            tracing::warn!(
+                guest = stream.name(),
+                path,
+                "a file of a guest was not read to its end: the connection was lost"
+            );
         } else if let Err(e) = stream.end().await {
             tracing::warn!(guest = stream.name(), path, error = %e, "a file of a guest was not read to its end");
         }

@@ -77,7 +77,8 @@ impl Link {
     }
 
     fn nonsense(&self, what: impl std::fmt::Display) -> Error {
-        Error::unavailable(format!("Karst's guest agent of {} answers nonsense", self.name)).with_context(what)
+        Error::unavailable(format!("Karst's guest agent of {} answers nonsense", self.name))
+            .with_context(what)
     }
 
     async fn connect(&self) -> Result<Arc<Connection>> {
@@ -278,7 +279,11 @@ impl Connection {
 
     fn violation(&self, what: &str) {
         if self.lives() {
-            tracing::warn!(guest = self.name, what, "a guest's agent breaks its protocol; the connection was ended");
+            tracing::warn!(
+                guest = self.name,
+                what,
+                "a guest's agent breaks its protocol; the connection was ended"
+            );
         }
         self.end(true);
     }
@@ -665,6 +670,7 @@ fn explain(name: &str, r: &Refused) -> Error {
         _ => (ErrorKind::Internal, in_guest("it failed")),
     };
     let error = Error::new(kind, message);
-    let field: String = r.field.chars().filter(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_')).take(40).collect();
+    let field: String =
+        r.field.chars().filter(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_')).take(40).collect();
     if field.is_empty() { error } else { error.at(field) }
 }

@@ -7,22 +7,20 @@
 mod exec;
 mod files;
 mod link;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use link::Link;
 
 use crate::{agent::Agent, line::printable};
 use karst_guest::{Exec, ExecRequest, FileWrite, Interface, OpenedFile};
 use karst_guest_agent::message::{self, Figures, Frozen, Info, Nothing, Request};
-use karst_model::{Error, Result, guest::AgentKind};
-use serde_json::{Value, json};
-use std::{
-    collections::BTreeMap,
-    net::IpAddr,
-    os::fd::OwnedFd,
-    path::PathBuf,
-    sync::Arc,
-    time::Duration,
+use karst_model::{
+    Error, Result,
+    guest::{AgentKind, GuestSystem},
 };
+use serde_json::{Value, json};
+use std::{collections::BTreeMap, net::IpAddr, os::fd::OwnedFd, path::PathBuf, sync::Arc, time::Duration};
 use tokio::sync::watch;
 
 /// How long figures wait for a guest's agent.
@@ -196,16 +194,43 @@ impl Inside {
         }
     }
 
-    /// Figures of the system inside, where Karst's own agent runs.
-    pub(crate) async fn figures(&self) -> Option<Figures> {
-        let Some(Chosen::Karst(link)) = self.chosen_at_once() else { return None };
-        link.call(Request::Figures(Nothing {}), FIGURES).await.ok()
-    }
-
-    /// The system inside, where Karst's own agent runs.
-    pub(crate) async fn info(&self) -> Option<Info> {
-        let Some(Chosen::Karst(link)) = self.chosen_at_once() else { return None };
-        link.call(Request::Info(Nothing {}), FIGURES).await.ok()
+    /// Processes inside, and what the system inside is; nothing when nobody answers at once.
+    pub(crate) async fn system(&self) -> (Option<u64>, Option<GuestSystem>) {
+        let short = |s: &str| printable(s, 128);
+        match self.chosen_at_once() {
+            None => (None, None),
+            Some(Chosen::Karst(link)) => {
+                let figures = link.call::<Figures>(Request::Figures(Nothing {}), FIGURES);
+                let info = link.call::<Info>(Request::Info(Nothing {}), FIGURES);
+                let (figures, info) = tokio::join!(figures, info);
+                let system = info.ok().map(|i| GuestSystem {
+                    agent: AgentKind::Karst,
+                    os: short(&i.os),
+                    os_version: short(&i.os_version),
+                    kernel: short(&i.kernel),
+                    hostname: short(&i.hostname),
+                    fqdn: short(&i.fqdn),
+                });
+                (figures.ok().map(|f| f.processes), system)
+            }
+            Some(Chosen::Qemu(agent)) => {
+                let Ok(os) = agent.call("guest-get-osinfo", json!({}), FIGURES).await else {
+                    return (None, None);
+                };
+                let name = agent.call("guest-get-host-name", json!({}), FIGURES).await.unwrap_or_default();
+                let text = |v: &Value, k: &str| short(v.get(k).and_then(Value::as_str).unwrap_or_default());
+                let hostname = text(&name, "host-name");
+                let system = GuestSystem {
+                    agent: AgentKind::Qemu,
+                    os: text(&os, "name"),
+                    os_version: text(&os, "version-id"),
+                    kernel: text(&os, "kernel-release"),
+                    fqdn: hostname.clone(),
+                    hostname,
+                };
+                (None, Some(system))
+            }
+        }
     }
 
     /// Asks the system to go down, whichever agents there are. Returns at once.
@@ -236,8 +261,7 @@ impl Inside {
         match self.chosen().await? {
             Chosen::Karst(link) => {
                 let limit = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX).min(message::MAX_FREEZE);
-                let frozen: Frozen =
-                    link.call(Request::Freeze(message::Freeze { limit }), FREEZE).await?;
+                let frozen: Frozen = link.call(Request::Freeze(message::Freeze { limit }), FREEZE).await?;
                 Ok(frozen.count)
             }
             Chosen::Qemu(agent) => {
@@ -328,4 +352,49 @@ fn interfaces(
         (printable(&i.name, 64), interface)
     };
     all.list.into_iter().take(MOST).map(one).collect()
+}
+
+fn interfaces_of_qemu(v: &Value, host: impl Fn(&str) -> Option<String>) -> BTreeMap<String, Interface> {
+    let mut out = BTreeMap::new();
+    for i in v.as_array().into_iter().flatten().take(MOST) {
+        let text = |k: &str| printable(i.get(k).and_then(Value::as_str).unwrap_or(""), 64);
+        let name = text("name");
+        let mac = text("hardware-address").to_lowercase();
+        let host_name = host(&mac).unwrap_or_default();
+        let mut addresses = vec![];
+        for a in i.get("ip-addresses").and_then(Value::as_array).into_iter().flatten().take(MOST) {
+            let Some(address) =
+                a.get("ip-address").and_then(Value::as_str).and_then(|s| s.parse::<IpAddr>().ok())
+            else {
+                continue;
+            };
+            let prefix = a.get("prefix").and_then(Value::as_u64).unwrap_or(0).min(128) as u8;
+            addresses.push((address, prefix, scope(address).to_owned()));
+        }
+        let count = |k: &str| i.get("statistics").and_then(|s| s.get(k)).and_then(Value::as_u64).unwrap_or(0);
+        let mtu = match host_name.is_empty() {
+            true => 0,
+            false => {
+                std::fs::read_to_string(std::path::Path::new("/sys/class/net").join(&host_name).join("mtu"))
+                    .ok()
+                    .and_then(|s| s.trim().parse().ok())
+                    .unwrap_or(0)
+            }
+        };
+        out.insert(
+            name.clone(),
+            Interface {
+                loopback: name == "lo"
+                    || (!addresses.is_empty() && addresses.iter().all(|(a, ..)| a.is_loopback())),
+                // The agent does not tell; an interface that is down has no addresses.
+                up: !addresses.is_empty(),
+                mac,
+                host_name,
+                mtu,
+                counters: [count("rx-bytes"), count("tx-bytes"), count("rx-packets"), count("tx-packets")],
+                addresses,
+            },
+        );
+    }
+    out
 }
