@@ -270,6 +270,8 @@ async fn certificates_live() {
     s.send(Method::PUT, &path, &[("if-match", &tag)], record.to_string()).await.refused(412);
     assert_eq!(client.get("/1.0/projects").await.metadata(), json!(["/1.0/projects/default"]));
     s.patch(&path, json!({"projects": ["never"]})).await.refused(404);
+    assert_eq!(s.patch(&path, json!({"description": "of the tenant"})).await.status, 200);
+    assert_eq!(s.get(&path).await.metadata()["description"], "of the tenant");
     assert_eq!(s.patch(&path, json!({"restricted": false, "projects": []})).await.status, 200);
     assert_eq!(client.get("/1.0/projects").await.metadata().as_array().unwrap().len(), 2);
     client.patch_self(&path).await;
