@@ -40,6 +40,7 @@ pub(crate) fn spawn_all(inner: &Arc<EngineInner>) -> Vec<TaskHandle> {
         let weak = Arc::downgrade(inner);
         tasks.push(inner.env.spawn_task("host-sync", host_sync(weak, node, agent)));
     }
+    tasks.push(inner.env.spawn_task("warnings", crate::tenancy::warnings::reconciler(Arc::downgrade(inner))));
     tasks.push(inner.env.spawn_task("audit", crate::audit::writer(Arc::downgrade(inner))));
     tasks.push(inner.env.spawn_task("networks", networks(Arc::downgrade(inner))));
     tasks.push(inner.env.spawn_task("housekeeping", housekeeping(Arc::downgrade(inner))));

@@ -11,6 +11,7 @@ pub mod rules;
 pub mod server;
 pub mod tokens;
 pub mod trust;
+pub mod warnings;
 
 pub use profiles::UpdateProfile;
 

@@ -25,6 +25,7 @@ pub mod snapshot;
 pub mod spec;
 pub mod storage;
 pub mod trust;
+pub mod warning;
 
 pub use error::{Error, ErrorKind, Result};
 pub use id::*;

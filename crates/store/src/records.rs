@@ -12,6 +12,7 @@ use karst_model::{
     snapshot::Snapshot,
     storage::{Pool, Volume},
     trust::{ApiToken, Certificate, ServerConfig, TrustToken},
+    warning::Warning,
 };
 
 macro_rules! records {
@@ -39,6 +40,7 @@ records! {
     Certificate: "certificates" = |r| r.id.to_string();
     TrustToken: "trust-tokens" = |r| r.id.to_string();
     ApiToken: "api-tokens" = |r| r.id.to_string();
+    Warning: "warnings" = |r| r.id.to_string();
     ServerConfig: "server" = |_r| "config".into();
 }
 

@@ -74,6 +74,13 @@ struct Fixture {
     shared: ProjectId,
 }
 
+impl Fixture {
+    /// That the host is simulated.
+    fn warning(&self) -> uuid::Uuid {
+        self.w.engine.warnings(&self.w.admin).unwrap()[0].id
+    }
+}
+
 /// The project in which things are, and the one where the foreigner is at home.
 const HERE: &str = "here";
 const OTHER: &str = "other";
@@ -117,6 +124,8 @@ async fn fixture(env: &SeededEnv) -> Fixture {
     w.agent.set_ignores_shutdown(id, true);
     let request = PowerRequest { action: PowerAction::Stop, force: false, timeout: None };
     let running = e.instance_power(c, HERE, "stubborn", request).await.unwrap().id();
+    // The reconciler of warnings has looked.
+    karst_env::Env::sleep(env, Duration::from_secs(3)).await;
     let of = |name: &str| e.project(c, name, karst_model::access::Permission::ProjectView).unwrap().id;
     let (here, other, shared) = (of(HERE), of(OTHER), of("default"));
     Fixture { w, running, here, other, shared }
@@ -184,6 +193,10 @@ fn cases() -> Vec<Case> {
         pool_create ServerEdit |f, c, p| f.w.engine.pool_create(c, CreatePool { name: "third".into(), driver: "dir".into(), ..Default::default() }).await.map(drop);
         pool_delete ServerEdit |f, c, p| f.w.engine.pool_delete(c, "second").await.map(drop);
         operation_attend ServerEdit |f, c, p| f.w.engine.operation_attend(c, f.running, false).await;
+        warnings Filtered |f, c, p| match f.w.engine.warnings(c) { Ok(all) => { assert!(all.is_empty() || c.principal().may(karst_model::access::Permission::ServerInspect, None), "{all:?}"); Ok(()) } Err(e) => { assert_eq!(e.kind, ErrorKind::Unauthenticated); Ok(()) } };
+        warning ServerHidden |f, c, p| f.w.engine.warning(c, f.warning()).map(drop);
+        warning_acknowledge ServerEditHidden |f, c, p| f.w.engine.warning_acknowledge(c, f.warning(), true).await;
+        warning_delete ServerEditHidden |f, c, p| f.w.engine.warning_delete(c, f.warning()).await;
         audit Filtered |f, c, p| { f.w.engine.audit(c, Default::default()); Ok(()) };
         audit_read ServerInspect |f, c, p| f.w.engine.audit_read(c, 1, 10).await.map(drop);
         audit_verify ServerInspect |f, c, p| f.w.engine.audit_verify(c).await.map(drop);

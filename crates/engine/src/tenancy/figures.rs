@@ -67,11 +67,10 @@ impl Engine {
             .collect();
         let server = (everything && project.is_none()).then(|| {
             let records = inner.inventory.read();
-            let facts = records.nodes.values().filter_map(|n| n.facts.as_ref());
-            let stuck = records.operations.values().filter(|o| o.state == OperationState::NeedsAttention);
+            let warnings = records.tenancy.warnings.values();
             ServerFigures {
                 operations: inner.operations.running().len(),
-                warnings: facts.map(|f| f.warnings.len()).sum::<usize>() + stuck.count(),
+                warnings: warnings.filter(|w| w.status == WarningStatus::New).count(),
                 uptime: inner.env.monotonic().saturating_sub(inner.opened),
             }
         });

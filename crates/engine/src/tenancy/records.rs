@@ -4,6 +4,7 @@ use crate::Row;
 use karst_model::{
     Error, OperationId, PrincipalId, Result,
     trust::{ApiToken, Certificate, ServerConfig, TrustToken},
+    warning::Warning,
 };
 use karst_store::{Change, Record, Table};
 use std::{
@@ -21,6 +22,8 @@ pub struct TenancyRecords {
     pub trust_tokens: BTreeMap<OperationId, Row<TrustToken>>,
     /// API tokens; they may have expired.
     pub api_tokens: BTreeMap<PrincipalId, Row<ApiToken>>,
+    /// Warnings, also those that are resolved.
+    pub warnings: BTreeMap<uuid::Uuid, Row<Warning>>,
     /// The server's configuration, once it was changed.
     pub server: Option<Row<ServerConfig>>,
 }
@@ -50,6 +53,7 @@ impl TenancyRecords {
             }
             t if t == TrustToken::TABLE => put(&mut self.trust_tokens, id, change),
             t if t == ApiToken::TABLE => put(&mut self.api_tokens, id, change),
+            t if t == Warning::TABLE => put(&mut self.warnings, id, change),
             t if t == ServerConfig::TABLE => match change {
                 Change::Put(kv) => match Table::new().decode(kv) {
                     Ok(row) => self.server = Some(Row::new(row)),

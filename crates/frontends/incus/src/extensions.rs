@@ -34,10 +34,14 @@ pub const TESTED: &[(&str, &str)] = &[
     ("instance_get_full", "lists_filter_and_recurse"),
     ("instances", "lists_filter_and_recurse"),
     ("instances_state_total", "lists_filter_and_recurse"),
+    ("karst_access", "roles_are_given_and_explained"),
+    ("karst_audit", "changes_and_refusals_are_audited"),
     ("karst_host", "karst_paths_answer"),
     ("karst_images_build", "karst_paths_answer"),
     ("karst_tokens", "tokens_are_shown_with_each_request"),
     ("metadata_configuration", "server_describes_itself"),
+    ("metrics", "metrics_are_incus"),
+    ("metrics_authentication", "metrics_are_incus"),
     ("network", "networks_live_and_are_refused"),
     ("network_leases", "networks_live_and_are_refused"),
     ("network_state", "networks_live_and_are_refused"),
@@ -48,6 +52,7 @@ pub const TESTED: &[(&str, &str)] = &[
     ("profile_usedby", "profiles_and_projects_live"),
     ("profiles_all_projects", "profiles_and_projects_live"),
     ("project_usage", "profiles_and_projects_live"),
+    ("project_access", "roles_are_given_and_explained"),
     ("projects", "profiles_and_projects_live"),
     ("resources", "storage_pools_live"),
     ("server_supported_storage_drivers", "server_describes_itself"),
@@ -56,7 +61,7 @@ pub const TESTED: &[(&str, &str)] = &[
     ("storage_volume_state", "storage_pools_live"),
     ("storage_volumes_all_projects", "storage_pools_live"),
     ("virtual-machines", "an_instance_is_launched_in_one_operation"),
-    ("warnings", "server_describes_itself"),
+    ("warnings", "warnings_live"),
 ];
 
 /// Their names.

@@ -15,6 +15,7 @@ pub mod fields;
 pub mod filter;
 pub mod handlers;
 pub mod multipart;
+pub mod openapi;
 pub mod remote;
 pub mod request;
 pub mod respond;

@@ -29,6 +29,7 @@ const OTHER_CERTIFICATE: &str = "MIIBcDCCARWgAwIBAgIUG6HarbvXAkPYfQ0iFG07kfzANWM
 struct Names {
     network: String,
     image: String,
+    warning: String,
 }
 
 async fn furnished() -> (Server, Names) {
@@ -43,7 +44,17 @@ async fn furnished() -> (Server, Names) {
     assert_eq!(s.post("/1.0/certificates", certificate).await.status, 201);
     let robot = json!({"name": "robot", "role": "viewer"});
     assert_eq!(s.post("/1.0/karst/tokens", robot).await.status, 200);
-    (s, Names { network, image })
+    let first = async {
+        loop {
+            let all = s.get("/1.0/warnings?recursion=1").await.metadata();
+            match all[0]["uuid"].as_str() {
+                Some(id) => return id.to_owned(),
+                None => tokio::time::sleep(std::time::Duration::from_millis(50)).await,
+            }
+        }
+    };
+    let warning = tokio::time::timeout(common::PATIENCE, first).await.expect("a warning in time");
+    (s, Names { network, image, warning })
 }
 
 fn concrete(path: &str, names: &Names, operation: &str) -> String {
@@ -63,6 +74,7 @@ fn concrete(path: &str, names: &Names, operation: &str) -> String {
         p = of(collection, name, p);
     }
     p = p
+        .replace("warnings/{uuid}", &format!("warnings/{}", names.warning))
         .replace("certificates/{fingerprint}", &format!("certificates/{FINGERPRINT}"))
         .replace("{fingerprint}", &names.image)
         .replace("operations/{id}", &format!("operations/{operation}"));
@@ -78,6 +90,7 @@ fn concrete(path: &str, names: &Names, operation: &str) -> String {
 fn body(method: &Method, path: &str, image: &str) -> String {
     let value = match (method.as_str(), path) {
         ("POST" | "DELETE", "/1.0/karst/access") => json!({"principal": "robot", "role": "user"}),
+        ("PUT" | "PATCH", "/1.0/warnings/{uuid}") => json!({"status": "acknowledged"}),
         ("POST", "/1.0/karst/tokens") => json!({"name": "n9", "role": "viewer"}),
         ("POST", "/1.0/certificates") => json!({"name": "n9", "certificate": OTHER_CERTIFICATE}),
         ("PUT" | "PATCH", "/1.0/certificates/{fingerprint}") => json!({"name": "n9"}),
@@ -139,6 +152,7 @@ const SHARED: &[&str] = &[
     "/1.0/certificates",
     "/1.0/cluster",
     "/1.0/karst/access/why",
+    "/1.0/karst/openapi",
     "/1.0/metadata/configuration",
     "/1.0/metrics",
     "/1.0/projects",
@@ -146,6 +160,7 @@ const SHARED: &[&str] = &[
     "/1.0/storage-pools",
     "/1.0/storage-pools/{name}",
     "/1.0/storage-pools/{name}/resources",
+    "/1.0/warnings",
     "/internal/ready",
 ];
 

@@ -710,6 +710,30 @@ fn the_document_is_current() {
     assert!(kept == now, "docs/incus-api-table.md is stale: run this test with KARST_BLESS=1");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_openapi_document_is_current() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../docs/openapi.json");
+    let now = serde_json::to_string_pretty(&karst_frontend_incus::openapi::document()).unwrap() + "\n";
+    if std::env::var_os("KARST_BLESS").is_some() {
+        std::fs::write(path, &now).unwrap();
+    }
+    let kept = std::fs::read_to_string(path).unwrap_or_default();
+    assert!(kept == now, "docs/openapi.json is stale: run this test with KARST_BLESS=1");
+    let served = Server::start().await.get("/1.0/karst/openapi").await.metadata();
+    assert_eq!(served, serde_json::from_str::<Value>(&kept).unwrap());
+    // Each operation has a name of its own, and each parameter of a path is declared.
+    let mut names = std::collections::BTreeSet::new();
+    for (path, methods) in served["paths"].as_object().unwrap() {
+        for (method, operation) in methods.as_object().unwrap() {
+            assert!(names.insert(operation["operationId"].as_str().unwrap().to_owned()), "{method} {path}");
+            let declared =
+                operation["parameters"].as_array().unwrap().iter().filter(|p| p["in"] == "path").count();
+            assert_eq!(declared, path.matches('{').count(), "{method} {path}");
+        }
+    }
+    assert_eq!(names.len(), routes::TABLE.len());
+}
+
 /// Every path and method of Incus' API stands in the table, and every test that the table names exists.
 #[test]
 fn the_table_is_whole() {

@@ -462,3 +462,40 @@ async fn changes_and_refusals_are_audited() {
     assert_eq!((page.as_array().unwrap().len(), &page[0]["seq"]), (1, &json!(2)));
     s.get("/1.0/karst/audit?from=-1").await.refused(400);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn warnings_live() {
+    let s = Server::start().await;
+    // The simulated host says of itself that it is simulated.
+    let list = async || s.get("/1.0/warnings?recursion=1").await.metadata();
+    let first = async |status: &str| {
+        let wait = async {
+            loop {
+                let all = list().await;
+                match all.as_array().unwrap().iter().find(|w| w["status"] == status) {
+                    Some(found) => return found.clone(),
+                    None => tokio::time::sleep(std::time::Duration::from_millis(50)).await,
+                }
+            }
+        };
+        tokio::time::timeout(common::PATIENCE, wait).await.expect("a warning in time")
+    };
+    let found = first("new").await;
+    let path = format!("/1.0/warnings/{}", found["uuid"].as_str().unwrap());
+    assert_eq!(
+        (&found["type"], &found["severity"], &found["count"]),
+        (&json!("Host"), &json!("moderate"), &json!(1))
+    );
+    assert!(found["last_message"].as_str().unwrap().contains("simulated"));
+    assert_eq!(s.get(&path).await.metadata(), found);
+    assert_eq!(s.get("/1.0/warnings").await.metadata(), json!([path]));
+    assert_eq!(s.get("/1.0/warnings?project=default").await.metadata(), json!([]));
+    s.put(&path, json!({"status": "resolved"})).await.refused(400);
+    assert_eq!(s.patch(&path, json!({"status": "acknowledged"})).await.status, 200);
+    assert_eq!(s.get(&path).await.metadata()["status"], "acknowledged");
+    // It comes again while its reason lasts.
+    assert_eq!(s.delete(&path).await.status, 200);
+    assert_eq!(first("new").await["uuid"], found["uuid"]);
+    s.get("/1.0/warnings/00000000-0000-0000-0000-000000000001").await.refused(404);
+    s.get("/1.0/warnings/x").await.refused(404);
+}

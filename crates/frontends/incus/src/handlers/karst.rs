@@ -55,3 +55,11 @@ pub async fn status(call: Call) -> Result<Reply> {
         "host": host,
     }))
 }
+
+/// `GET /1.0/karst/openapi`: the API as an OpenAPI document, as it is in `docs/openapi.json`.
+///
+/// # Errors
+/// Internal, when it cannot be encoded.
+pub async fn openapi(_: Call) -> Result<Reply> {
+    sync(&crate::openapi::document())
+}

@@ -1,12 +1,9 @@
 //! `/`, `/1.0`, resources, warnings, metadata, and what `incus admin` asks for.
 
-use super::list as respond_list;
 use crate::{
     app::Call,
     extensions::EXTENSIONS,
-    filter::Filter,
     respond::{Etag, Reply, empty, sync, sync_etag},
-    wire::{NOWHERE, misc::WarningView},
 };
 use karst_model::{
     Config, Error, Result,
@@ -154,67 +151,6 @@ pub async fn resources(call: Call) -> Result<Reply> {
         "system": {"uuid": "", "vendor": "", "product": "", "family": "", "version": "", "sku": "", "serial": "", "type": "", "firmware": null, "chassis": null, "motherboard": null},
         "load": {"Average1Min": 0.0, "Average5Min": 0.0, "Average10Min": 0.0, "Processes": 0},
     }))
-}
-
-/// `GET /1.0/warnings`: what is wrong or missing on the host, and operations that need attention.
-///
-/// # Errors
-/// Forbidden.
-pub async fn warnings(call: Call) -> Result<Reply> {
-    call.context.demand_server(Permission::ServerInspect)?;
-    let recursion = call.query.recursion()?;
-    let filter = Filter::parse(call.query.get("filter"))?;
-    let node = call.engine().inner().node;
-    let now = call.engine().inner().env.now();
-    let mut all = vec![];
-    for text in facts(&call).warnings {
-        all.push(WarningView {
-            status: "new",
-            uuid: uuid::Uuid::new_v5(&node.uuid(), text.as_bytes()).to_string(),
-            location: NOWHERE,
-            project: "",
-            kind: "Host".into(),
-            count: 1,
-            first_seen_at: now,
-            last_seen_at: now,
-            last_message: text,
-            severity: "moderate",
-            entity_url: "",
-        });
-    }
-    let records = call.engine().inner().inventory.read();
-    for o in records
-        .operations
-        .values()
-        .filter(|o| o.state == karst_model::operation::OperationState::NeedsAttention)
-    {
-        all.push(WarningView {
-            status: "new",
-            uuid: o.id.to_string(),
-            location: NOWHERE,
-            project: "",
-            kind: "Operation needs attention".into(),
-            count: 1,
-            first_seen_at: o.created_at,
-            last_seen_at: o.updated_at,
-            last_message: format!(
-                "{}: {}",
-                o.description,
-                o.error.as_ref().map(ToString::to_string).unwrap_or_default()
-            ),
-            severity: "high",
-            entity_url: "",
-        });
-    }
-    drop(records);
-    respond_list(
-        recursion,
-        &filter,
-        all.iter().map(|w| {
-            let path = format!("/1.0/warnings/{}", w.uuid);
-            (w, path)
-        }),
-    )
 }
 
 /// `GET /1.0/metadata/configuration`: the table of keys.

@@ -251,17 +251,17 @@ pub struct CertificateView<'a> {
 /// A warning.
 #[derive(Debug, Serialize)]
 #[allow(missing_docs)]
-pub struct WarningView {
+pub struct WarningView<'a> {
     pub status: &'static str,
     pub uuid: String,
     pub location: &'static str,
-    pub project: &'static str,
+    pub project: String,
     #[serde(rename = "type")]
-    pub kind: String,
+    pub kind: &'a str,
     pub count: u32,
     pub first_seen_at: Timestamp,
     pub last_seen_at: Timestamp,
-    pub last_message: String,
+    pub last_message: &'a str,
     pub severity: &'static str,
-    pub entity_url: &'static str,
+    pub entity_url: &'a str,
 }
