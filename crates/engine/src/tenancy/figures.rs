@@ -1,7 +1,7 @@
 //! Figures for monitoring, as far as the caller may see them.
 
 use crate::{Engine, InstanceView, context::Context};
-use karst_model::{Result, access::Permission, guest::Metrics, operation::OperationState};
+use karst_model::{Result, access::Permission, guest::Metrics, warning::WarningStatus};
 use std::{sync::Arc, time::Duration};
 
 /// What monitoring gets.

@@ -5,7 +5,7 @@ use crate::{
     app::Call,
     handlers::{
         access, audit, certificates, events, exec, files, images, instances, karst, metrics, networks,
-        operations, profiles, projects, server, storage, tokens,
+        operations, profiles, projects, server, storage, tokens, warnings,
     },
     respond::Reply,
 };
