@@ -14,7 +14,7 @@ use karst_engine::{Row, storage::CreatePool};
 use karst_model::{
     Error, Result,
     instance::InstanceKind,
-    storage::{Volume, VolumeContent, VolumeOwner},
+    storage::{Volume, VolumeOwner},
 };
 use serde::Serialize;
 
@@ -149,10 +149,7 @@ impl Found {
             kind: self.kind,
             used_by: self.used_by.clone(),
             location: NOWHERE,
-            content_type: match self.volume.content {
-                VolumeContent::Filesystem => "filesystem",
-                VolumeContent::Block => "block",
-            },
+            content_type: self.volume.content.as_str(),
             project: &self.project,
             created_at: self.volume.created_at,
         }
