@@ -20,7 +20,7 @@ use karst_model::{
     Error, ErrorKind, InstanceId, NetworkId, PoolId, Result, VolumeId,
     instance::{Generation, InstanceKind, RuntimeState},
     node::HostFacts,
-    spec::{GuestSpec, PoolSpec},
+    spec::{DiskSource, DiskSpec, GuestSpec, PoolSpec},
     storage::VolumeContent,
 };
 use karst_network::NetworkDriver;
@@ -347,6 +347,7 @@ impl RealAgent {
             ids,
             pool: spec.root.pool,
             root: spec.root.volume,
+            volumes: spec.disks.iter().filter_map(DiskSpec::volume).map(|(_, volume)| volume).collect(),
             interfaces: spec.nics.iter().map(|n| n.host_interface.clone()).collect(),
             networks: spec.nics.iter().map(|n| n.network).collect(),
         };
@@ -403,6 +404,31 @@ impl RealAgent {
     }
 
     /// Things of this machine in place of ids.
+    async fn resolve_disk(&self, disk: DiskSpec, user: Option<u32>) -> Result<ResolvedDisk> {
+        let (pool, volume) = match disk.source {
+            DiskSource::Volume { pool, volume } => (pool, volume),
+            DiskSource::Host { path } => {
+                return Err(Error::forbidden(format!("this host grants no guest the path {path:?}"))
+                    .at(format!("devices.{}.source", disk.name)));
+            }
+        };
+        let located = self.locate(VolumeRef { pool, volume }, user).await?;
+        Ok(ResolvedDisk {
+            name: disk.name,
+            slot: disk.slot,
+            path: located.path,
+            backing: located.backing,
+            format: format(located.format),
+            mount_point: disk.path,
+            readonly: disk.readonly,
+            foreign: false,
+            shift: disk.shift,
+            io: disk.io,
+            pci: disk.pci,
+            boot_priority: disk.boot_priority,
+        })
+    }
+
     pub(crate) async fn resolve(
         &self,
         spec: GuestSpec,
@@ -412,6 +438,10 @@ impl RealAgent {
         let user = (spec.kind == InstanceKind::VirtualMachine).then_some(record.ids.base);
         let at = VolumeRef { pool: spec.root.pool, volume: spec.root.volume };
         let located = self.locate(at, user).await?;
+        let mut disks = vec![];
+        for disk in spec.disks {
+            disks.push(self.resolve_disk(disk, user).await?);
+        }
         let mut nics = vec![];
         for nic in spec.nics {
             let bridge = networks.get(&nic.network).cloned();
@@ -452,18 +482,28 @@ impl RealAgent {
                 slot: spec.root.slot,
                 path: located.path,
                 backing: located.backing,
-                format: match located.format {
-                    Format::Directory => DiskFormat::Directory,
-                    Format::Raw => DiskFormat::Raw,
-                    Format::Qcow2 => DiskFormat::Qcow2,
-                },
+                format: format(located.format),
+                mount_point: None,
+                readonly: false,
+                foreign: false,
+                shift: false,
+                io: spec.root.io,
                 pci: spec.root.pci,
                 boot_priority: spec.root.boot_priority,
             },
+            disks,
             nics,
             cloud_init: spec.cloud_init,
             environment: spec.environment,
         })
+    }
+}
+
+fn format(format: Format) -> DiskFormat {
+    match format {
+        Format::Directory => DiskFormat::Directory,
+        Format::Raw => DiskFormat::Raw,
+        Format::Qcow2 => DiskFormat::Qcow2,
     }
 }
 
@@ -541,6 +581,6 @@ fn sweep(directory: &Path, older_than: Duration) -> Result<()> {
 }
 
 /// A volume's user, by its record.
-pub(crate) fn has_root(volume: VolumeId) -> impl Fn(&GuestRecord) -> bool {
-    move |record| record.root == volume
+pub(crate) fn has_volume(volume: VolumeId) -> impl Fn(&GuestRecord) -> bool {
+    move |record| record.root == volume || record.volumes.contains(&volume)
 }

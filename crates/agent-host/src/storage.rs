@@ -6,7 +6,7 @@
 
 use crate::{
     RealAgent,
-    agent::{blocking, has_root},
+    agent::{blocking, has_volume},
 };
 use karst_agent::*;
 use karst_host::{
@@ -97,7 +97,7 @@ impl RealAgent {
 
     /// Nothing that runs has the volume.
     async fn unused(&self, volume: VolumeId) -> Result<()> {
-        match self.user(has_root(volume)).await? {
+        match self.user(has_volume(volume)).await? {
             Some(user) => Err(Error::conflict(format!(
                 "the volume is in use by instance {user}, which runs; stop it first"
             ))),
@@ -107,7 +107,7 @@ impl RealAgent {
 
     /// The volume can be read whole: nothing runs from it, or what runs is paused, or the pool freezes it at one instant.
     async fn still(&self, pool: &dyn PoolDriver, volume: VolumeId) -> Result<()> {
-        let Some(user) = self.user(has_root(volume)).await? else { return Ok(()) };
+        let Some(user) = self.user(has_volume(volume)).await? else { return Ok(()) };
         let (record, driver) = self.known(user)?;
         if record.kind == InstanceKind::Container || pool.snapshots().is_some_and(Snapshots::instant) {
             return Ok(());

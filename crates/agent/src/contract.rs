@@ -219,15 +219,17 @@ impl Subject {
                 ..Limits::default()
             },
             security: Security::default(),
-            root: DiskSpec {
+            root: RootSpec {
                 device: DeviceId(self.env.uuid()),
                 name: "root".into(),
                 slot: if vm { "virtio0" } else { "scsi0" }.into(),
                 pool: root.pool,
                 volume: root.volume,
+                io: Default::default(),
                 pci: vm.then(|| "00:04.0".into()),
                 boot_priority: 1,
             },
+            disks: vec![],
             nics: vec![NicSpec {
                 device: DeviceId(self.env.uuid()),
                 name: "eth0".into(),

@@ -9,7 +9,7 @@ use karst_env::{Env, EnvExt};
 use karst_model::{
     Config, Error, ImageId, InstanceId, NetworkId, NodeId, OperationId, PoolId, ProfileId, ProjectId, Result,
     VolumeId,
-    device::{Device, Devices},
+    device::{Device, Devices, NicDevice},
     image::{Image, ImageAlias},
     instance::{Instance, Runtime, Status},
     network::Network,
@@ -18,7 +18,7 @@ use karst_model::{
     profile::{Profile, expand},
     project::Project,
     spec::NetworkHost,
-    storage::{Pool, Volume},
+    storage::{Pool, Volume, VolumeOwner},
 };
 use karst_store::{
     Change, ROOT, Record, Revision, Store, StoreError, Stored, Table, WatchItem, key_part, list_prefix,
@@ -205,6 +205,14 @@ impl Records {
             .ok_or_else(|| Error::not_found(format!("storage pool {name:?} not found")))
     }
 
+    /// Custom volume of a project, by the names of its pool and its own.
+    pub fn custom_volume(&self, project: ProjectId, pool: &str, name: &str) -> Option<&Row<Volume>> {
+        let pool = self.pool(pool).ok()?.id;
+        self.volumes.values().find(|v| {
+            v.pool == pool && v.project == project && v.owner == VolumeOwner::Custom && v.name == name
+        })
+    }
+
     /// Network by name. Networks of the spine belong to the default project and serve all.
     pub fn network(&self, name: &str) -> Result<&Row<Network>> {
         self.networks
@@ -380,7 +388,7 @@ impl Records {
 fn nics(instance: &Instance, devices: &Devices) -> Vec<(String, NetworkHost)> {
     let mut found = vec![];
     for (name, keys) in devices {
-        let Ok(Device::Nic { network, ipv4, .. }) = Device::parse(name, keys) else {
+        let Ok(Device::Nic(NicDevice { network, ipv4, .. })) = Device::parse(name, keys) else {
             continue;
         };
         if let Some(mac) = instance.identities.get(name).and_then(|i| i.mac.clone()) {

@@ -180,7 +180,7 @@ impl Engine {
         let records = self.inner().inventory.read();
         let uses = |devices: &karst_model::device::Devices| {
             devices.iter().any(|(n, keys)| {
-                matches!(Device::parse(n, keys), Ok(Device::Nic { network: on, .. }) if *on == *network.name)
+                matches!(Device::parse(n, keys), Ok(Device::Nic(nic)) if nic.network == *network.name)
             })
         };
         let mut used: UsedBy = records

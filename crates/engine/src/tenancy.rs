@@ -486,19 +486,16 @@ fn demand_valid(records: &crate::Records, instance: &Instance, changed: &Profile
     };
     keys::limits(&config).map_err(because)?;
     let parsed = crate::compute::expand::parse_devices(&devices).map_err(because)?;
-    let (name, Device::Root { pool, .. }) = &parsed.root else {
-        return Ok(());
-    };
-    if records.pool(pool).map_err(because)?.id != instance.pool {
+    let (name, root) = &parsed.root;
+    crate::compute::create::check_disks(&parsed).map_err(because)?;
+    if records.pool(&root.pool).map_err(because)?.id != instance.pool {
         return Err(Error::conflict(format!(
             "instance {:?} would change its pool by device {name:?}",
             &*instance.name
         )));
     }
     for (device, nic) in &parsed.nics {
-        if let Device::Nic { network, .. } = nic {
-            records.network(network).map_err(|e| because(e.at(format!("devices.{device}.network"))))?;
-        }
+        records.network(&nic.network).map_err(|e| because(e.at(format!("devices.{device}.network"))))?;
     }
     Ok(())
 }

@@ -3,6 +3,7 @@
 
 use crate::{
     ByteSize, DeviceId, ImageId, InstanceId, NetworkId, PoolId, SnapshotId, VolumeId,
+    device::DiskIo,
     instance::{Firmware, Generation, InstanceKind},
     network::BridgeSpec,
     storage::{PoolKind, VolumeContent},
@@ -32,8 +33,11 @@ pub struct GuestSpec {
     /// Security switches of containers.
     #[serde(default)]
     pub security: Security,
-    /// Root volume.
-    pub root: DiskSpec,
+    /// Root disk.
+    pub root: RootSpec,
+    /// Other disks, in bus order. One that is added or removed in an update is plugged live.
+    #[serde(default)]
+    pub disks: Vec<DiskSpec>,
     /// NICs in bus order.
     pub nics: Vec<NicSpec>,
     /// First-boot configuration.
@@ -113,9 +117,9 @@ pub struct Security {
     pub nesting: bool,
 }
 
-/// A disk by its volume.
+/// The root disk: always a volume.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DiskSpec {
+pub struct RootSpec {
     /// Device.
     pub device: DeviceId,
     /// Device name in the configuration.
@@ -126,12 +130,78 @@ pub struct DiskSpec {
     pub pool: PoolId,
     /// Volume.
     pub volume: VolumeId,
+    /// Rates, bus and cache.
+    #[serde(default)]
+    pub io: DiskIo,
     /// PCI address in the guest, virtual machines only.
     #[serde(default)]
     pub pci: Option<String>,
     /// Boot order, higher first.
     #[serde(default)]
     pub boot_priority: u32,
+}
+
+/// A disk that is not the root.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskSpec {
+    /// Device.
+    pub device: DeviceId,
+    /// Device name in the configuration.
+    pub name: String,
+    /// Bus slot such as `scsi0`.
+    pub slot: String,
+    /// What it shows.
+    pub source: DiskSource,
+    /// Where a file system is mounted in the guest; absolute, without `..`.
+    #[serde(default)]
+    pub path: Option<String>,
+    /// The guest cannot write.
+    #[serde(default)]
+    pub readonly: bool,
+    /// Owners of a path of the host are shifted into the container's id range.
+    #[serde(default)]
+    pub shift: bool,
+    /// Rates, bus and cache.
+    #[serde(default)]
+    pub io: DiskIo,
+    /// Left out, rather than an error, when a path of the host is not there at the start.
+    #[serde(default)]
+    pub optional: bool,
+    /// PCI address in the guest, virtual machines only.
+    #[serde(default)]
+    pub pci: Option<String>,
+    /// Boot order, higher first.
+    #[serde(default)]
+    pub boot_priority: u32,
+}
+
+impl DiskSpec {
+    /// The volume that it shows, when it is one.
+    pub fn volume(&self) -> Option<(PoolId, VolumeId)> {
+        match self.source {
+            DiskSource::Volume { pool, volume } => Some((pool, volume)),
+            DiskSource::Host { .. } => None,
+        }
+    }
+}
+
+/// What a disk shows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum DiskSource {
+    /// A volume.
+    Volume {
+        /// Pool of the volume.
+        pool: PoolId,
+        /// Volume.
+        volume: VolumeId,
+    },
+    /// A directory, image file or block device of the host. The one path that crosses the wire: the host opens it beneath
+    /// a prefix that its policy grants, or refuses.
+    Host {
+        /// Absolute, without `..`.
+        path: String,
+    },
 }
 
 /// A NIC on a managed network.

@@ -159,7 +159,11 @@ impl State {
 
     /// The guest that has this volume and runs.
     pub fn user_of(&self, volume: VolumeId) -> Option<InstanceId> {
-        self.guests.values().find(|g| g.runs() && g.spec.root.volume == volume).map(|g| g.spec.instance)
+        let has = |g: &&Guest| {
+            let mut disks = g.spec.disks.iter().filter_map(|d| d.volume());
+            g.runs() && (g.spec.root.volume == volume || disks.any(|(_, v)| v == volume))
+        };
+        self.guests.values().find(has).map(|g| g.spec.instance)
     }
 
     pub fn metrics(

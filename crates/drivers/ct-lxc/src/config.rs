@@ -123,6 +123,7 @@ pub fn render(guest: &ResolvedGuest, host: HostFeatures) -> Result<String> {
     let mut set = |key: &str, value: &str| {
         let _ = writeln!(out, "{key} = {value}");
     };
+    guest.demand_no_disks()?;
     line(&guest.hostname, "name")?;
     set("lxc.uts.name", &guest.hostname);
     let root = path(&guest.root.path, "devices.root")?;
@@ -236,9 +237,15 @@ mod tests {
                 path: "/var/lib/karst/volumes/v/rootfs".into(),
                 format: DiskFormat::Directory,
                 backing: None,
+                mount_point: None,
+                readonly: false,
+                foreign: false,
+                shift: false,
+                io: Default::default(),
                 pci: None,
                 boot_priority: 0,
             },
+            disks: vec![],
             nics: vec![ResolvedNic {
                 name: "eth0".into(),
                 slot: "net0".into(),

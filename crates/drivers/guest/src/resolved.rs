@@ -1,7 +1,8 @@
 //! Resolved specifications: things of this machine in place of ids.
 
 use karst_model::{
-    InstanceId,
+    Error, InstanceId, Result,
+    device::DiskIo,
     instance::{Generation, InstanceKind},
     node::AcceleratorKind,
     spec::{CloudInit, Limits, MachineSpec, Security},
@@ -48,12 +49,30 @@ pub struct ResolvedGuest {
     pub security: Security,
     /// Root disk: a directory (container, mounted or plain) or an image file or block device (virtual machine).
     pub root: ResolvedDisk,
+    /// Other disks in bus order.
+    pub disks: Vec<ResolvedDisk>,
     /// NICs in bus order.
     pub nics: Vec<ResolvedNic>,
     /// First-boot data.
     pub cloud_init: CloudInit,
     /// Environment seen inside the guest.
     pub environment: BTreeMap<String, String>,
+}
+
+impl ResolvedGuest {
+    /// For a driver that attaches the root only.
+    ///
+    /// # Errors
+    /// Unsupported, naming the first other disk.
+    pub fn demand_no_disks(&self) -> Result<()> {
+        match self.disks.first() {
+            None => Ok(()),
+            Some(disk) => {
+                Err(Error::unsupported(format!("a {} on this host has a root disk only", self.kind))
+                    .at(format!("devices.{}", disk.name)))
+            }
+        }
+    }
 }
 
 /// A disk.
@@ -69,6 +88,16 @@ pub struct ResolvedDisk {
     pub format: DiskFormat,
     /// The qcow2 file below a clone, which never changes; what the clone itself names is not followed.
     pub backing: Option<PathBuf>,
+    /// Where a file system is mounted in the guest; absolute, without `..`. The root has none.
+    pub mount_point: Option<String>,
+    /// The guest cannot write.
+    pub readonly: bool,
+    /// The tree's owners are the host's, not a guest's: shifted into the container's range when asked, else left alone.
+    pub foreign: bool,
+    /// The owners of a foreign tree are shifted.
+    pub shift: bool,
+    /// Rates, bus and cache.
+    pub io: DiskIo,
     /// PCI address in the guest.
     pub pci: Option<String>,
     /// Boot order, higher first.

@@ -185,6 +185,7 @@ pub(crate) fn prepare(
     groups: &Groups,
     cgroups: &Cgroups,
 ) -> Result<(Spec, Vec<OwnedFd>)> {
+    guest.demand_no_disks()?;
     let spec = guest
         .machine
         .clone()

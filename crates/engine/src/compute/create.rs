@@ -13,7 +13,7 @@ use karst_agent::VolumeRef;
 use karst_model::{
     ByteSize, Config, Error, ImageId, InstanceId, Name, NetworkId, Result, VolumeId,
     access::Permission,
-    device::{Device, Devices},
+    device::{Device, Devices, NicDevice, RootDevice},
     guest::Observed,
     instance::{DesiredPower, Firmware, Generation, Hardware, Instance, InstanceKind, Lifecycle},
     keys,
@@ -214,9 +214,8 @@ fn plan(
     let (config, devices) = records.expanded(&instance);
     keys::check(&config, Some(request.kind)).map_err(|e| e.with_context("expanded"))?;
     let parsed = expand::parse_devices(&devices)?;
-    let (root_name, Device::Root { pool, size, .. }) = &parsed.root else {
-        return Err(Error::internal("the root device is no disk", &name));
-    };
+    check_disks(&parsed)?;
+    let (root_name, RootDevice { pool, size, .. }) = &parsed.root;
     let pool = records.pool(pool).map_err(|e| e.at(format!("devices.{root_name}.pool")))?;
     tx.expect(pool);
     tx.expect_unlocked(&crate::storage::pool_lock(pool.id));
@@ -304,13 +303,22 @@ pub(crate) fn check_devices(devices: &Devices) -> Result<()> {
     Ok(())
 }
 
+/// What disks beside the root name exists and may be used.
+pub(crate) fn check_disks(parsed: &expand::ParsedDevices) -> Result<()> {
+    match parsed.disks.first() {
+        None => Ok(()),
+        Some((name, _)) => Err(Error::unsupported(format!(
+            "device {name:?}: only the root disk (path=/) can be attached so far"
+        ))
+        .at(format!("devices.{name}.path"))),
+    }
+}
+
 /// The networks of NICs exist and stay as they were read.
 pub(crate) fn check_nics(records: &Records, tx: &mut Tx, parsed: &expand::ParsedDevices) -> Result<()> {
     let mut seen = std::collections::BTreeSet::new();
     for (device, nic) in &parsed.nics {
-        let Device::Nic { network, ipv4, .. } = nic else {
-            continue;
-        };
+        let NicDevice { network, ipv4, .. } = nic;
         let row = records.network(network).map_err(|e| e.at(format!("devices.{device}.network")))?;
         let bridge = karst_model::network::BridgeSpec::parse(&row.name, &row.config)?;
         if let Some(address) = ipv4

@@ -2,11 +2,12 @@
 
 use karst_model::{
     Config, DeviceId, Error, InstanceId, Result, VolumeId,
-    device::{Device, Devices},
+    device::{Device, Devices, DiskDevice, DiskOrigin, NicDevice, RootDevice},
     instance::{DeviceIdentity, Instance, InstanceKind},
     keys,
     network::Network,
-    spec::{DiskSpec, GuestSpec, MachineSpec, NicSpec},
+    spec::{DiskSource, DiskSpec, GuestSpec, MachineSpec, NicSpec, RootSpec},
+    storage::Volume,
 };
 use std::collections::BTreeMap;
 
@@ -19,9 +20,11 @@ const PCI_NIC: u32 = 0x08;
 #[derive(Debug, Clone)]
 pub struct ParsedDevices {
     /// Name and root disk.
-    pub root: (String, Device),
-    /// Name and NIC, in name order.
-    pub nics: Vec<(String, Device)>,
+    pub root: (String, RootDevice),
+    /// Names and other disks, in name order.
+    pub disks: Vec<(String, DiskDevice)>,
+    /// Names and NICs, in name order.
+    pub nics: Vec<(String, NicDevice)>,
 }
 
 /// Parses expanded devices and checks what they need of each other: exactly one root disk, distinct names and addresses
@@ -31,10 +34,10 @@ pub struct ParsedDevices {
 /// Invalid, naming the device and key.
 pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
     let mut root = None;
-    let mut nics: Vec<(String, Device)> = vec![];
+    let (mut disks, mut nics) = (vec![], vec![]);
     for (name, keys) in devices {
         match Device::parse(name, keys)? {
-            d @ Device::Root { .. } => {
+            Device::Root(d) => {
                 if let Some((other, _)) = &root {
                     return Err(Error::invalid(
                         format!("devices.{name}"),
@@ -43,7 +46,8 @@ pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
                 }
                 root = Some((name.clone(), d));
             }
-            d @ Device::Nic { .. } => nics.push((name.clone(), d)),
+            Device::Disk(d) => disks.push((name.clone(), d)),
+            Device::Nic(d) => nics.push((name.clone(), d)),
             Device::None => {}
         }
     }
@@ -57,20 +61,26 @@ pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
             ));
         }
     }
+    let mut paths = BTreeMap::new();
+    for (device, path) in disks.iter().filter_map(|(n, d)| Some((n, d.path.as_ref()?))) {
+        if let Some(other) = paths.insert(path, device) {
+            return Err(Error::invalid(
+                format!("devices.{device}.path"),
+                format!("the disks {other:?} and {device:?} are both mounted at {path:?}"),
+            ));
+        }
+    }
     let root = root.ok_or_else(|| {
         Error::invalid(
             "devices",
             "the instance has no root disk; add a disk with path=/ and a pool, or a profile that has one",
         )
     })?;
-    Ok(ParsedDevices { root, nics })
+    Ok(ParsedDevices { root, disks, nics })
 }
 
-fn nic_guest_name(device: &str, nic: &Device) -> String {
-    match nic {
-        Device::Nic { name: Some(n), .. } => n.clone(),
-        _ => device.to_owned(),
-    }
+fn nic_guest_name(device: &str, nic: &NicDevice) -> String {
+    nic.name.clone().unwrap_or_else(|| device.to_owned())
 }
 
 /// Ids and addresses for devices that have none yet; those of devices that went away are dropped, those of devices that
@@ -103,26 +113,39 @@ pub fn assign_identities(
             volume: Some(root_volume),
         }),
     );
-    let mut used: Vec<u32> =
-        old.values().filter_map(|i| i.slot.strip_prefix("net").and_then(|n| n.parse().ok())).collect();
+    let mut disks = Slots::of(old, "disk");
+    for (name, _) in &parsed.disks {
+        let identity = old.get(name).cloned().unwrap_or_else(|| {
+            let slot = disks.next();
+            DeviceIdentity {
+                id: DeviceId(uuid(random)),
+                alias: slot.clone(),
+                slot,
+                pci: None,
+                mac: None,
+                host_interface: None,
+                volume: None,
+            }
+        });
+        new.insert(name.clone(), identity);
+    }
+    let mut nics = Slots::of(old, "net");
     for (name, nic) in &parsed.nics {
-        let Device::Nic { mac, .. } = nic else { continue };
         let mut identity = old.get(name).cloned().unwrap_or_else(|| {
-            let n = (0..).find(|n| !used.contains(n)).unwrap_or_default();
-            used.push(n);
+            let (slot, n) = (nics.next(), nics.last);
             let mut suffix = [0u8; 4];
             random(&mut suffix);
             DeviceIdentity {
                 id: DeviceId(uuid(random)),
-                slot: format!("net{n}"),
-                alias: format!("net{n}"),
+                alias: slot.clone(),
+                slot,
                 pci: vm.then(|| format!("00:{:02x}.0", PCI_NIC + n)),
                 mac: None,
                 host_interface: Some(host_interface(daemon_id, suffix)),
                 volume: None,
             }
         });
-        identity.mac = Some(match (mac, identity.mac.take()) {
+        identity.mac = Some(match (&nic.mac, identity.mac.take()) {
             (Some(wanted), _) => wanted.clone(),
             (None, Some(kept)) => kept,
             (None, None) => {
@@ -137,6 +160,26 @@ pub fn assign_identities(
     new
 }
 
+/// Free numbers of a kind of slot, the lowest first; those of devices that went away may be given again.
+struct Slots {
+    kind: &'static str,
+    used: Vec<u32>,
+    last: u32,
+}
+
+impl Slots {
+    fn of(old: &BTreeMap<String, DeviceIdentity>, kind: &'static str) -> Self {
+        let used = old.values().filter_map(|i| i.slot.strip_prefix(kind)?.parse().ok()).collect();
+        Self { kind, used, last: 0 }
+    }
+
+    fn next(&mut self) -> String {
+        self.last = (0..).find(|n| !self.used.contains(n)).unwrap_or_default();
+        self.used.push(self.last);
+        format!("{}{}", self.kind, self.last)
+    }
+}
+
 /// Name of a NIC's host interface: `k`, the daemon's short id, and a random part; 14 bytes of at most 15.
 pub fn host_interface(daemon_id: &str, random: [u8; 4]) -> String {
     let part: String = random.iter().map(|b| format!("{b:02x}")).collect();
@@ -147,6 +190,13 @@ pub fn host_interface(daemon_id: &str, random: [u8; 4]) -> String {
 pub struct Lookups<'a> {
     /// Managed network by name, in the instance's project.
     pub network: &'a dyn Fn(&str) -> Option<crate::Row<Network>>,
+    /// Custom volume by the names of its pool and its own, in the instance's project.
+    pub volume: &'a dyn Fn(&str, &str) -> Option<crate::Row<Volume>>,
+}
+
+/// The number at the end of a slot's name.
+fn slot_number(slot: &str) -> Option<u32> {
+    slot.trim_start_matches(|c: char| !c.is_ascii_digit()).parse().ok()
 }
 
 /// The specification for a host.
@@ -168,43 +218,68 @@ pub fn guest_spec(
     };
     let (root_name, root_device) = &parsed.root;
     let root_identity = identity(root_name)?;
-    let Device::Root { boot_priority, .. } = root_device else {
-        return Err(Error::internal("the root device is no disk", instance.id));
-    };
-    let root = DiskSpec {
+    let root = RootSpec {
         device: root_identity.id,
         name: root_name.clone(),
         slot: root_identity.slot.clone(),
         pool: instance.pool,
         volume: instance.root,
+        io: root_device.io,
         pci: root_identity.pci.clone(),
-        boot_priority: boot_priority.unwrap_or(1),
+        boot_priority: root_device.boot_priority.unwrap_or(1),
     };
-    let mut nics = vec![];
-    for (name, device) in &parsed.nics {
-        let Device::Nic { network, ipv4, mtu, boot_priority, .. } = device else {
-            continue;
-        };
+    let mut disks = vec![];
+    for (name, disk) in &parsed.disks {
         let id = identity(name)?;
-        let found = (lookups.network)(network).ok_or_else(|| {
-            Error::not_found(format!("network {network:?} of device {name:?} not found"))
+        let source = match &disk.source {
+            DiskOrigin::Host { path } => DiskSource::Host { path: path.clone() },
+            DiskOrigin::Volume { pool, volume } => {
+                let found = (lookups.volume)(pool, volume).ok_or_else(|| {
+                    Error::not_found(format!(
+                        "volume {volume:?} of device {name:?} not found in pool {pool:?}"
+                    ))
+                    .at(format!("devices.{name}.source"))
+                })?;
+                DiskSource::Volume { pool: found.pool, volume: found.id }
+            }
+        };
+        disks.push(DiskSpec {
+            device: id.id,
+            name: name.clone(),
+            slot: id.slot.clone(),
+            source,
+            path: disk.path.clone(),
+            readonly: disk.readonly,
+            shift: disk.shift,
+            io: disk.io,
+            optional: !disk.required,
+            pci: id.pci.clone(),
+            boot_priority: disk.boot_priority.unwrap_or(0),
+        });
+    }
+    disks.sort_by_key(|d| slot_number(&d.slot));
+    let mut nics = vec![];
+    for (name, nic) in &parsed.nics {
+        let id = identity(name)?;
+        let found = (lookups.network)(&nic.network).ok_or_else(|| {
+            Error::not_found(format!("network {:?} of device {name:?} not found", nic.network))
                 .at(format!("devices.{name}.network"))
         })?;
         nics.push(NicSpec {
             device: id.id,
             name: name.clone(),
             slot: id.slot.clone(),
-            guest_name: nic_guest_name(name, device),
+            guest_name: nic_guest_name(name, nic),
             mac: id.mac.clone().unwrap_or_default(),
             network: found.id,
             host_interface: id.host_interface.clone().unwrap_or_default(),
-            ipv4: *ipv4,
-            mtu: *mtu,
+            ipv4: nic.ipv4,
+            mtu: nic.mtu,
             pci: id.pci.clone(),
-            boot_priority: boot_priority.unwrap_or(0),
+            boot_priority: nic.boot_priority.unwrap_or(0),
         });
     }
-    nics.sort_by_key(|n| n.slot.strip_prefix("net").and_then(|s| s.parse::<u32>().ok()));
+    nics.sort_by_key(|n| slot_number(&n.slot));
     let machine = match (&instance.hardware, instance.kind) {
         (Some(h), InstanceKind::VirtualMachine) => Some(MachineSpec {
             machine: h.machine.clone(),
@@ -230,6 +305,7 @@ pub fn guest_spec(
         limits: keys::limits(config)?,
         security: keys::security(config)?,
         root,
+        disks,
         nics,
         cloud_init: keys::cloud_init(config, cloud_init_id.to_string()),
         environment: keys::environment(config),

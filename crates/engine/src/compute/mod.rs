@@ -121,7 +121,10 @@ impl EngineInner {
         domain_id: u32,
     ) -> Result<GuestSpec> {
         let (config, devices) = records.expanded(instance);
-        let lookups = expand::Lookups { network: &|name| records.network(name).ok().cloned() };
+        let lookups = expand::Lookups {
+            network: &|name| records.network(name).ok().cloned(),
+            volume: &|pool, name| records.custom_volume(instance.project, pool, name).cloned(),
+        };
         expand::guest_spec(instance, &config, &devices, domain_id, &lookups)
     }
 

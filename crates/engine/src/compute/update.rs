@@ -16,7 +16,7 @@ use karst_agent::{VolumeRef, VolumeResize};
 use karst_model::{
     Config, Error, ErrorKind, Name, ProfileId, Result,
     access::Permission,
-    device::{Device, Devices},
+    device::{Devices, RootDevice},
     guest::Applied,
     instance::{Instance, InstanceKind, Status},
     keys,
@@ -196,9 +196,8 @@ fn check_root(
     instance: &Instance,
     parsed: &expand::ParsedDevices,
 ) -> Result<Option<Volume>> {
-    let (name, Device::Root { pool, size, .. }) = &parsed.root else {
-        return Err(Error::internal("the root device is no disk", instance.id));
-    };
+    let (name, RootDevice { pool, size, .. }) = &parsed.root;
+    super::create::check_disks(parsed)?;
     if records.pool(pool).map_err(|e| e.at(format!("devices.{name}.pool")))?.id != instance.pool {
         return Err(Error::new(ErrorKind::Unsupported, "an instance cannot change its pool this way")
             .at(format!("devices.{name}.pool")));

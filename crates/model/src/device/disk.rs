@@ -1,0 +1,229 @@
+//! Disks.
+
+use super::Keys;
+use crate::{ByteSize, Error, Result};
+use serde::{Deserialize, Serialize};
+
+/// The root disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RootDevice {
+    /// Pool name as written.
+    pub pool: String,
+    /// Size limit.
+    pub size: Option<ByteSize>,
+    /// Boot order: higher first.
+    pub boot_priority: Option<u32>,
+    /// How it is driven.
+    #[serde(default)]
+    pub io: DiskIo,
+}
+
+/// A disk that is not the root.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskDevice {
+    /// What is attached.
+    pub source: DiskOrigin,
+    /// Where a file system is mounted in the guest: absolute. A block volume of a virtual machine has none.
+    pub path: Option<String>,
+    /// The guest cannot write.
+    pub readonly: bool,
+    /// Owners are shifted into the container's id range also where the source has them unshifted by nature (a path of
+    /// the host).
+    pub shift: bool,
+    /// A source that is missing at the start is left out rather than an error.
+    pub required: bool,
+    /// Boot order: higher first.
+    pub boot_priority: Option<u32>,
+    /// How it is driven.
+    pub io: DiskIo,
+}
+
+/// What a disk shows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum DiskOrigin {
+    /// A custom volume by the names of its pool and its own.
+    Volume {
+        /// Pool.
+        pool: String,
+        /// Volume.
+        volume: String,
+    },
+    /// A directory, image file or block device of the host, absolute; granted by the host's policy only.
+    Host {
+        /// Path.
+        path: String,
+    },
+}
+
+/// How a disk is driven. Buses, caches and asynchronous input and output are virtual machines' alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct DiskIo {
+    /// Bus; `None` is the default for the kind of disk.
+    pub bus: Option<DiskBus>,
+    /// Cache mode.
+    pub cache: Option<DiskCache>,
+    /// Limits of rates.
+    #[serde(default)]
+    pub limits: DiskLimits,
+}
+
+/// Bus of a virtual machine's disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskBus {
+    /// virtio-scsi.
+    VirtioScsi,
+    /// virtio-blk.
+    VirtioBlk,
+    /// NVMe.
+    Nvme,
+    /// SATA (AHCI).
+    Sata,
+    /// A shared directory by virtiofs.
+    Virtiofs,
+    /// A shared directory by 9p.
+    #[serde(rename = "9p")]
+    Plan9,
+}
+
+/// Names of the buses as users write them.
+pub const DISK_BUSES: &[(&str, DiskBus)] = &[
+    ("virtio-scsi", DiskBus::VirtioScsi),
+    ("virtio-blk", DiskBus::VirtioBlk),
+    ("nvme", DiskBus::Nvme),
+    ("sata", DiskBus::Sata),
+    ("virtiofs", DiskBus::Virtiofs),
+    ("9p", DiskBus::Plan9),
+];
+
+/// Cache mode of a virtual machine's disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskCache {
+    /// Direct input and output.
+    None,
+    /// The host's page cache, with the guest's flushes.
+    Writeback,
+    /// The host's page cache, flushes ignored: loses data when the host goes.
+    Unsafe,
+}
+
+/// Names of the cache modes as users write them.
+pub const DISK_CACHES: &[(&str, DiskCache)] =
+    &[("none", DiskCache::None), ("writeback", DiskCache::Writeback), ("unsafe", DiskCache::Unsafe)];
+
+/// Limits of rates, live.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct DiskLimits {
+    /// Reads.
+    pub read: Option<DiskRate>,
+    /// Writes.
+    pub write: Option<DiskRate>,
+}
+
+/// A rate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "unit", rename_all = "snake_case")]
+pub enum DiskRate {
+    /// Bytes.
+    Bytes {
+        /// Per second, not 0.
+        per_second: u64,
+    },
+    /// Operations.
+    Operations {
+        /// Per second, not 0.
+        per_second: u64,
+    },
+}
+
+const IO_KEYS: [&str; 5] = ["io.bus", "io.cache", "limits.read", "limits.write", "limits.max"];
+
+impl DiskIo {
+    /// Parses the keys that all disks have.
+    pub fn parse(keys: &Keys<'_>) -> Result<Self> {
+        let (read, write, both) =
+            (rate(keys, "limits.read")?, rate(keys, "limits.write")?, rate(keys, "limits.max")?);
+        if both.is_some() && (read.is_some() || write.is_some()) {
+            return Err(Error::invalid(
+                keys.field("limits.max"),
+                "give either limits.max, or limits.read and limits.write",
+            ));
+        }
+        Ok(Self {
+            bus: keys.one_of("io.bus", DISK_BUSES)?,
+            cache: keys.one_of("io.cache", DISK_CACHES)?,
+            limits: DiskLimits { read: both.or(read), write: both.or(write) },
+        })
+    }
+}
+
+/// `10MiB` (bytes a second) or `100iops`.
+fn rate(keys: &Keys<'_>, key: &str) -> Result<Option<DiskRate>> {
+    let Some(text) = keys.get(key) else { return Ok(None) };
+    let rate = match text.strip_suffix("iops") {
+        Some(n) => n.trim().parse().ok().map(|per_second| DiskRate::Operations { per_second }),
+        None => Some(DiskRate::Bytes { per_second: ByteSize::parse(&keys.field(key), text)?.bytes() }),
+    };
+    match rate {
+        Some(DiskRate::Bytes { per_second: 1.. } | DiskRate::Operations { per_second: 1.. }) => Ok(rate),
+        _ => Err(Error::invalid(
+            keys.field(key),
+            format!("{text:?} is not a rate; write bytes a second as 10MiB, or operations as 100iops"),
+        )),
+    }
+}
+
+impl RootDevice {
+    pub(super) fn parse(keys: &Keys<'_>) -> Result<Self> {
+        keys.known(&[&["type", "path", "pool", "size", "boot.priority"][..], &IO_KEYS].concat())?;
+        Ok(Self {
+            pool: keys.demand("pool", "the root disk needs a pool")?.to_owned(),
+            size: keys.size("size")?,
+            boot_priority: keys.number("boot.priority")?,
+            io: DiskIo::parse(keys)?,
+        })
+    }
+}
+
+impl DiskDevice {
+    pub(super) fn parse(keys: &Keys<'_>) -> Result<Self> {
+        let own = ["type", "path", "pool", "source", "readonly", "shift", "required", "boot.priority"];
+        keys.known(&[&own[..], &IO_KEYS].concat())?;
+        let source = keys.demand("source", "a disk needs a source: a custom volume of a pool, or a path")?;
+        let source = match keys.get("pool") {
+            Some(pool) => DiskOrigin::Volume { pool: pool.to_owned(), volume: source.to_owned() },
+            None if source.starts_with('/') => {
+                DiskOrigin::Host { path: plain_path(&keys.field("source"), source)? }
+            }
+            None => {
+                return Err(Error::invalid(keys.field("pool"), "a custom volume needs the name of its pool"));
+            }
+        };
+        let path = keys.get("path").map(|p| {
+            // Incus takes it relative to the guest's root as well.
+            plain_path(&keys.field("path"), &format!("/{}", p.trim_start_matches('/')))
+        });
+        Ok(Self {
+            source,
+            path: path.transpose()?,
+            readonly: keys.boolean("readonly")?,
+            shift: keys.boolean("shift")?,
+            required: keys.get("required").is_none() || keys.boolean("required")?,
+            boot_priority: keys.number("boot.priority")?,
+            io: DiskIo::parse(keys)?,
+        })
+    }
+}
+
+/// An absolute path without `.` and `..`, with single slashes and none at the end.
+fn plain_path(field: &str, path: &str) -> Result<String> {
+    let parts: Vec<&str> = path.split('/').filter(|p| !p.is_empty()).collect();
+    let clean = !path.contains('\0') && path.len() < 4096 && parts.iter().all(|p| *p != "." && *p != "..");
+    if !clean || parts.is_empty() {
+        let text = format!("{path:?} is not an absolute path below the root without \".\" and \"..\"");
+        return Err(Error::invalid(field, text));
+    }
+    Ok(format!("/{}", parts.join("/")))
+}

@@ -1,0 +1,229 @@
+//! Devices as users write them, and their typed form: a module for each type.
+
+mod disk;
+mod nic;
+
+pub use disk::*;
+pub use nic::*;
+
+use crate::{ByteSize, Error, Result, error::nearest};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Devices by name; each a map of keys, as written.
+pub type Devices = BTreeMap<String, BTreeMap<String, String>>;
+
+/// A device, parsed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum Device {
+    /// Root disk: `path=/` and a pool.
+    Root(RootDevice),
+    /// Any other disk: a custom volume or a path of the host.
+    Disk(DiskDevice),
+    /// NIC.
+    Nic(NicDevice),
+    /// Removes a device of a profile.
+    None,
+}
+
+const TYPES: &[&str] = &["disk", "nic", "none"];
+
+impl Device {
+    /// Parses one device; errors name `devices.NAME.KEY`.
+    pub fn parse(name: &str, keys: &BTreeMap<String, String>) -> Result<Self> {
+        crate::Name::parse(&format!("devices.{name}"), name)?;
+        let keys = Keys { name, keys };
+        match keys.get("type").unwrap_or_default() {
+            "disk" if keys.get("path") == Some("/") => RootDevice::parse(&keys).map(Self::Root),
+            "disk" => DiskDevice::parse(&keys).map(Self::Disk),
+            "nic" => NicDevice::parse(&keys).map(Self::Nic),
+            "none" => Ok(Self::None),
+            "" => Err(Error::invalid(
+                keys.field("type"),
+                format!("device {name:?} has no type; known are {}", TYPES.join(", ")),
+            )),
+            other => {
+                let hint = nearest(other, TYPES.iter().copied())
+                    .map(|n| format!("; did you mean {n:?}?"))
+                    .unwrap_or_default();
+                Err(Error::invalid(
+                    keys.field("type"),
+                    format!("devices of type {other:?} are not known{hint}"),
+                ))
+            }
+        }
+    }
+}
+
+/// The keys of one device as written, with errors that name `devices.NAME.KEY`. An empty value is as none.
+#[derive(Debug, Clone, Copy)]
+pub struct Keys<'a> {
+    name: &'a str,
+    keys: &'a BTreeMap<String, String>,
+}
+
+impl<'a> Keys<'a> {
+    /// The name of a field for errors.
+    pub fn field(&self, key: &str) -> String {
+        format!("devices.{}.{key}", self.name)
+    }
+
+    /// A value, unless it is empty.
+    pub fn get(&self, key: &str) -> Option<&'a str> {
+        self.keys.get(key).map(String::as_str).filter(|v| !v.is_empty())
+    }
+
+    /// A value that is demanded; `why` completes the error.
+    pub fn demand(&self, key: &str, why: &str) -> Result<&'a str> {
+        self.get(key).ok_or_else(|| Error::invalid(self.field(key), why))
+    }
+
+    /// A whole number.
+    pub fn number(&self, key: &str) -> Result<Option<u32>> {
+        let parse = |v: &str| {
+            v.parse().map_err(|_| Error::invalid(self.field(key), format!("{v:?} is not a whole number")))
+        };
+        self.get(key).map(parse).transpose()
+    }
+
+    /// A size.
+    pub fn size(&self, key: &str) -> Result<Option<ByteSize>> {
+        self.get(key).map(|v| ByteSize::parse(&self.field(key), v)).transpose()
+    }
+
+    /// A truth value; `false` when it is not there.
+    pub fn boolean(&self, key: &str) -> Result<bool> {
+        match self.get(key) {
+            None => Ok(false),
+            Some(v) => match v.to_ascii_lowercase().as_str() {
+                "true" | "1" | "yes" | "on" => Ok(true),
+                "false" | "0" | "no" | "off" => Ok(false),
+                _ => Err(Error::invalid(self.field(key), format!("{v:?} is neither true nor false"))),
+            },
+        }
+    }
+
+    /// Anything that parses, with what it should have been.
+    pub fn parsed<T: std::str::FromStr>(&self, key: &str, what: &str) -> Result<Option<T>> {
+        let parse =
+            |v: &str| v.parse().map_err(|_| Error::invalid(self.field(key), format!("{v:?} is not {what}")));
+        self.get(key).map(parse).transpose()
+    }
+
+    /// One of these words.
+    pub fn one_of<T: Copy>(&self, key: &str, words: &[(&str, T)]) -> Result<Option<T>> {
+        let Some(v) = self.get(key) else { return Ok(None) };
+        match words.iter().find(|(w, _)| *w == v) {
+            Some((_, t)) => Ok(Some(*t)),
+            None => {
+                let known = words.iter().map(|(w, _)| *w).collect::<Vec<_>>().join(", ");
+                Err(Error::invalid(self.field(key), format!("{v:?} is not known; known are {known}")))
+            }
+        }
+    }
+
+    /// Refuses keys that are not in `allowed`, with the nearest one that is.
+    pub fn known(&self, allowed: &[&str]) -> Result<()> {
+        for key in self.keys.keys() {
+            if !allowed.contains(&key.as_str()) {
+                let hint = match nearest(key, allowed.iter().copied()) {
+                    Some(n) => format!("; did you mean {n:?}?"),
+                    None => format!("; known are {}", allowed.join(", ")),
+                };
+                return Err(Error::invalid(
+                    self.field(key),
+                    format!("unknown key {key:?} of device {:?}{hint}", self.name),
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dev(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+        pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect()
+    }
+
+    #[test]
+    fn root_and_nic() {
+        assert_eq!(
+            Device::parse(
+                "root",
+                &dev(&[("type", "disk"), ("path", "/"), ("pool", "default"), ("size", "5GiB")])
+            )
+            .unwrap(),
+            Device::Root(RootDevice {
+                pool: "default".into(),
+                size: Some(ByteSize::gib(5)),
+                boot_priority: None,
+                io: DiskIo::default(),
+            })
+        );
+        let nic = Device::parse("eth0", &dev(&[("type", "nic"), ("nictype", "bridged"), ("parent", "br0")]))
+            .unwrap();
+        assert!(matches!(nic, Device::Nic(nic) if nic.network == "br0"));
+    }
+
+    #[test]
+    fn errors_name_the_field_and_the_fix() {
+        let e = Device::parse("eth0", &dev(&[("type", "nic"), ("netwrk", "x")])).unwrap_err();
+        assert_eq!(e.field.as_deref(), Some("devices.eth0.netwrk"));
+        assert!(e.message.contains("did you mean \"network\""), "{e}");
+        let e = Device::parse("x", &dev(&[("type", "dsk")])).unwrap_err();
+        assert!(e.message.contains("\"disk\""), "{e}");
+        let e = Device::parse(
+            "eth0",
+            &dev(&[("type", "nic"), ("network", "a"), ("hwaddr", "01:00:00:00:00:00")]),
+        )
+        .unwrap_err();
+        assert!(e.message.contains("multicast"), "{e}");
+    }
+
+    #[test]
+    fn disks_of_volumes_and_of_the_host() {
+        let parse = |pairs: &[(&str, &str)]| {
+            let mut keys = dev(pairs);
+            keys.insert("type".into(), "disk".into());
+            Device::parse("data", &keys)
+        };
+        let volume = parse(&[("pool", "default"), ("source", "v1"), ("path", "/data"), ("readonly", "true")]);
+        let Ok(Device::Disk(disk)) = volume else { panic!("{volume:?}") };
+        assert_eq!(disk.source, DiskOrigin::Volume { pool: "default".into(), volume: "v1".into() });
+        assert_eq!((disk.path.as_deref(), disk.readonly), (Some("/data"), true));
+        let host = parse(&[("source", "/srv/share"), ("path", "srv")]).unwrap();
+        assert!(matches!(host, Device::Disk(d) if d.source == DiskOrigin::Host { path: "/srv/share".into() }
+            && d.path.as_deref() == Some("/srv")));
+        for (pairs, field) in [
+            (&[("path", "/data")][..], "source"),
+            (&[("source", "relative"), ("path", "/x")], "pool"),
+            (&[("source", "/a/../etc"), ("path", "/x")], "source"),
+            (&[("source", "/srv"), ("path", "/a/../etc")], "path"),
+            (&[("source", "v"), ("pool", "p"), ("path", "/x"), ("readonly", "maybe")], "readonly"),
+            (&[("source", "v"), ("pool", "p"), ("limits.read", "fast")], "limits.read"),
+            (
+                &[("source", "v"), ("pool", "p"), ("limits.max", "1MiB"), ("limits.read", "1MiB")],
+                "limits.max",
+            ),
+            (&[("source", "v"), ("pool", "p"), ("io.bus", "ide")], "io.bus"),
+        ] {
+            let e = parse(pairs).unwrap_err();
+            assert_eq!(e.field, Some(format!("devices.data.{field}")), "{pairs:?}: {e}");
+        }
+    }
+
+    #[test]
+    fn rates_are_bytes_or_operations() {
+        let limits = |read: &str| {
+            let keys = dev(&[("limits.read", read)]);
+            DiskIo::parse(&Keys { name: "d", keys: &keys }).map(|io| io.limits.read)
+        };
+        assert_eq!(limits("10MiB").unwrap(), Some(DiskRate::Bytes { per_second: 10 << 20 }));
+        assert_eq!(limits("100iops").unwrap(), Some(DiskRate::Operations { per_second: 100 }));
+        assert!(limits("0iops").is_err());
+    }
+}
