@@ -223,7 +223,7 @@ impl Saga for PoolCreate {
         Ok(())
     }
     async fn run(cx: &StepContext, plan: &PoolPlan, _: &mut (), _: usize) -> Result<()> {
-        let spec = PoolSpec { id: plan.pool.id, kind: plan.pool.kind };
+        let spec = PoolSpec::own(plan.pool.id, plan.pool.kind);
         for node in &plan.nodes {
             cx.agent(*node)?.pool_ensure(&cx.mutate(Duration::from_secs(60)), spec.clone()).await?;
         }
@@ -271,7 +271,7 @@ impl Saga for PoolDelete {
         Ok(())
     }
     async fn undo(cx: &StepContext, plan: &PoolPlan, _: &(), _: usize) -> Result<()> {
-        let spec = PoolSpec { id: plan.pool.id, kind: plan.pool.kind };
+        let spec = PoolSpec::own(plan.pool.id, plan.pool.kind);
         for node in &plan.nodes {
             cx.agent(*node)?.pool_ensure(&cx.mutate(Duration::from_secs(60)), spec.clone()).await?;
         }

@@ -19,6 +19,8 @@ pub enum Program {
     Ip,
     /// `lxc-start`: a container.
     LxcStart,
+    /// `mkfs.btrfs`: file systems of btrfs pools.
+    MkfsBtrfs,
     /// `mkfs.ext4`: file systems of disk images.
     MkfsExt4,
     /// `mmdebstrap`: Debian root file systems.
@@ -52,6 +54,7 @@ impl Program {
             Self::Dnsmasq => "dnsmasq",
             Self::Ip => "ip",
             Self::LxcStart => "lxc-start",
+            Self::MkfsBtrfs => "mkfs.btrfs",
             Self::MkfsExt4 => "mkfs.ext4",
             Self::Mmdebstrap => "mmdebstrap",
             Self::Nft => "nft",
@@ -73,6 +76,7 @@ impl Program {
             Self::Dnsmasq => "dnsmasq-base",
             Self::Ip => "iproute2",
             Self::LxcStart => "lxc",
+            Self::MkfsBtrfs => "btrfs-progs",
             Self::MkfsExt4 => "e2fsprogs",
             Self::Mmdebstrap => "mmdebstrap",
             Self::Sqfs2tar => "squashfs-tools-ng",

@@ -13,16 +13,19 @@ use serde::{Deserialize, Serialize};
 pub enum PoolKind {
     /// A directory of the host.
     Dir,
+    /// A btrfs file system: each volume a subvolume.
+    Btrfs,
 }
 
 impl PoolKind {
     /// All of them.
-    pub const ALL: &[PoolKind] = &[PoolKind::Dir];
+    pub const ALL: &[PoolKind] = &[PoolKind::Dir, PoolKind::Btrfs];
 
     /// Incus' driver name.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Dir => "dir",
+            Self::Btrfs => "btrfs",
         }
     }
 
@@ -62,6 +65,24 @@ pub enum VolumeContent {
     Filesystem,
     /// A block device or disk image.
     Block,
+    /// A disc image: as [`VolumeContent::Block`], but never written again once it was filled.
+    Iso,
+}
+
+impl VolumeContent {
+    /// Incus' word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Filesystem => "filesystem",
+            Self::Block => "block",
+            Self::Iso => "iso",
+        }
+    }
+
+    /// A disk or disc, as opposed to a tree.
+    pub fn is_disk(self) -> bool {
+        self != Self::Filesystem
+    }
 }
 
 /// Whom a volume belongs to.

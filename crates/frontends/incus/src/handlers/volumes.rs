@@ -90,10 +90,7 @@ impl Found {
             kind: self.kind,
             used_by: self.used_by.clone(),
             location: NOWHERE,
-            content_type: match self.volume.content {
-                VolumeContent::Filesystem => "filesystem",
-                VolumeContent::Block => "block",
-            },
+            content_type: self.volume.content.as_str(),
             project: &self.project,
             created_at: self.volume.created_at,
         }
