@@ -65,7 +65,9 @@ impl Users {
             name if name == DEFAULT_PROJECT => format!("/1.0/profiles/{}", p.name),
             name => format!("/1.0/profiles/{}?project={name}", p.name),
         });
-        instances.chain(profiles).collect()
+        let mut all: Vec<_> = instances.chain(profiles).collect();
+        all.sort();
+        all
     }
 }
 
