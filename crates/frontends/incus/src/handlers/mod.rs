@@ -14,6 +14,7 @@ pub mod projects;
 pub mod server;
 pub mod storage;
 pub mod tokens;
+pub mod volumes;
 
 use crate::{
     filter::Filter,
