@@ -6,6 +6,7 @@
 
 mod guests;
 mod parts;
+mod storage;
 
 use crate::calls::*;
 use karst_env::{EnvExt, SharedEnv};
@@ -103,6 +104,8 @@ impl Subject {
             parts::pools,
             parts::images,
             parts::volumes,
+            storage::trees,
+            storage::disks,
             parts::networks,
             parts::unknown_things,
             parts::deadlines_and_cancel,
@@ -140,7 +143,7 @@ impl Subject {
 
     async fn pool(&self) -> PoolId {
         let id = PoolId(self.env.uuid());
-        let spec = PoolSpec { id, kind: PoolKind::Dir };
+        let spec = PoolSpec::own(id, PoolKind::Dir);
         self.agent.pool_ensure(&self.change(), spec).await.unwrap();
         id
     }

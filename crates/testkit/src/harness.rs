@@ -110,27 +110,29 @@ pub fn walk(seed: u64, scenario: &Scenario) -> usize {
     assert_eq!(state, OperationState::Success, "{title}: undisturbed");
     assert!(faults.is_empty(), "{title}: undisturbed: {faults:#?}");
     let steps = saga.steps().len();
-    assert!((0..steps).all(|n| log.seen.contains(&Moment::AfterStep(n))), "{title}: every step runs");
+    // A plan may have fewer steps than its saga.
+    let had: Vec<usize> = (0..steps).filter(|n| log.seen.contains(&Moment::AfterStep(*n))).collect();
+    assert!(!had.is_empty(), "{title}: some step runs");
 
     let mut plans = vec![];
     let mut plan = |name: &str, fail: Option<Moment>, at: Option<Moment>, what: Interference| {
         plans.push(Plan { name: format!("{name} {fail:?} {at:?}"), fail, at, what });
     };
     plan("crash", None, Some(Moment::Begun), Interference::Crash);
-    for n in 0..steps {
+    for n in had.iter().copied() {
         plan("repeat", None, Some(Moment::BeforeStep(n)), Interference::Repeat);
         plan("fail before", None, Some(Moment::BeforeStep(n)), Interference::Fail(injected()));
         plan("fail after", None, Some(Moment::AfterStep(n)), Interference::Fail(injected()));
         plan("crash before", None, Some(Moment::BeforeStep(n)), Interference::Crash);
         plan("crash after", None, Some(Moment::AfterStep(n)), Interference::Crash);
-        if n + 1 < steps {
+        if had.last() != Some(&n) {
             plan("crash logged", None, Some(Moment::Logged(n)), Interference::Crash);
         }
     }
     // A step that is tried again does not lead to undos by failing once: fail the one before it.
-    let reachable = (0..steps).take_while(|n| saga.retries(*n) == 0).count();
-    let last = reachable.checked_sub(1).map(Moment::AfterStep);
-    for n in 0..reachable {
+    let reachable: Vec<usize> = had.into_iter().take_while(|n| saga.retries(*n) == 0).collect();
+    let last = reachable.last().copied().map(Moment::AfterStep);
+    for n in reachable {
         plan("repeat undo", last, Some(Moment::BeforeUndo(n)), Interference::Repeat);
         plan("retry undo", last, Some(Moment::BeforeUndo(n)), Interference::Fail(injected()));
         plan("crash before undo", last, Some(Moment::BeforeUndo(n)), Interference::Crash);

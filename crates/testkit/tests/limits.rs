@@ -32,6 +32,11 @@ async fn create(w: &World, project: &str, request: CreateInstance) -> Result<()>
     }
 }
 
+async fn e_volume(w: &World, request: karst_engine::volumes::create::CreateVolume) -> Result<()> {
+    let operation = w.engine.volume_create(&w.admin, "p", "default", request).await?;
+    w.ended(operation).await.error.clone().map_or(Ok(()), Err)
+}
+
 fn with(name: &str, keys: &[(&str, &str)]) -> CreateInstance {
     CreateInstance { config: config(keys), ..container(name) }
 }
@@ -161,6 +166,15 @@ fn each_limit_counts_what_it_says() {
         refused(set(&[("limits.memory", "1GiB")]).await, ErrorKind::Invalid, "has no limits.memory");
         refused(set(&[("features.images", "false")]).await, ErrorKind::Conflict, "not empty");
         set(&[("limits.instances", "2"), ("limits.virtual-machines", "1")]).await.unwrap();
+        // Custom volumes count as well.
+        let volume = |name: &str, size: &str| karst_engine::volumes::create::CreateVolume {
+            name: name.into(),
+            content: karst_model::storage::VolumeContent::Block,
+            description: String::new(),
+            config: config(&[("size", size)]),
+        };
+        let made = e_volume(&w, volume("v", "1GiB")).await;
+        refused(made, ErrorKind::Quota, "limits.disk");
         // The profile of all is measured for all.
         let profile = UpdateProfile {
             config: config(&[("limits.cpu", "4")]),

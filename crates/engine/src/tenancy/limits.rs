@@ -221,6 +221,9 @@ pub(crate) fn admit(records: &Records, tx: &mut Tx, project: ProjectId, planned:
         let (config, devices) = expanded(records, instance, planned.profile);
         restricted::check(&rules, Some(instance.kind), &config, &devices)?;
     }
+    if let Some(volume) = planned.volume {
+        restricted::check_pool(&rules, records.pools.get(&volume.pool).map_or("", |p| p.name.as_str()))?;
+    }
     if let Some(profile) = planned.profile.filter(|p| p.project == project) {
         restricted::check(&rules, None, &profile.config, &profile.devices)?;
     }

@@ -276,7 +276,7 @@ pub(crate) fn demand_idle(records: &Records, tx: &mut Tx, id: ProfileId) -> Resu
 fn demand_valid(records: &Records, tx: &mut Tx, profile: &Profile) -> Result<()> {
     let mut projects = BTreeSet::from([profile.project]);
     for instance in records.instances.values().filter(|i| i.profiles.contains(&profile.id)) {
-        demand_valid_user(records, instance, profile)?;
+        demand_valid_user(records, tx, instance, profile)?;
         projects.insert(instance.project);
     }
     for project in projects {
@@ -286,7 +286,7 @@ fn demand_valid(records: &Records, tx: &mut Tx, profile: &Profile) -> Result<()>
     Ok(())
 }
 
-fn demand_valid_user(records: &Records, instance: &Instance, changed: &Profile) -> Result<()> {
+fn demand_valid_user(records: &Records, tx: &mut Tx, instance: &Instance, changed: &Profile) -> Result<()> {
     let (config, devices) = super::limits::expanded(records, instance, Some(changed));
     let because = |e: Error| Error {
         message: format!("instance {:?} would be invalid: {}", &*instance.name, e.message),
@@ -295,7 +295,7 @@ fn demand_valid_user(records: &Records, instance: &Instance, changed: &Profile) 
     keys::limits(&config).map_err(because)?;
     let parsed = crate::compute::expand::parse_devices(&devices).map_err(because)?;
     let (name, root) = &parsed.root;
-    crate::compute::create::check_disks(&parsed).map_err(because)?;
+    crate::compute::disks::check_disks(records, tx, instance, &parsed).map_err(because)?;
     if records.pool(&root.pool).map_err(because)?.id != instance.pool {
         return Err(Error::conflict(format!(
             "instance {:?} would change its pool by device {name:?}",

@@ -106,10 +106,8 @@ impl Engine {
                 .filter(|p| of(p.project) && ProjectRules::has(&project.config, "features.profiles"))
                 .map(|p| format!("/1.0/profiles/{}{suffix}", p.name)),
         );
-        for volume in records.volumes.values().filter(|v| of(v.project) && v.owner == VolumeOwner::Custom) {
-            let pool = records.pools.get(&volume.pool).map(|p| p.name.to_string()).unwrap_or_default();
-            used.push(format!("/1.0/storage-pools/{pool}/volumes/custom/{}{suffix}", volume.name));
-        }
+        let custom = records.volumes.values().filter(|v| of(v.project) && v.owner == VolumeOwner::Custom);
+        used.extend(custom.map(|v| crate::volumes::path(&records, v)));
         used
     }
 

@@ -108,6 +108,18 @@ fn machines(rules: &ProjectRules, kind: Option<InstanceKind>, config: &Config) -
     Ok(())
 }
 
+/// Demands that the project may use a pool.
+///
+/// # Errors
+/// Forbidden.
+pub(crate) fn check_pool(rules: &ProjectRules, pool: &str) -> Result<()> {
+    let key = "restricted.storage-pools.access";
+    match rules.lists(key, pool) {
+        true => Ok(()),
+        false => Err(refusal("pool".into(), key, &format!("the storage pool {pool:?}"))),
+    }
+}
+
 fn device(rules: &ProjectRules, name: &str, keys: &std::collections::BTreeMap<String, String>) -> Result<()> {
     let get = |k: &str| keys.get(k).map_or("", String::as_str);
     let field = |k: &str| format!("devices.{name}.{k}");

@@ -44,6 +44,10 @@ async fn furnished() -> (Server, Names) {
     assert_eq!(s.post("/1.0/certificates", certificate).await.status, 201);
     let robot = json!({"name": "robot", "role": "viewer"});
     assert_eq!(s.post("/1.0/karst/tokens", robot).await.status, 200);
+    for volume in ["data", "spare"] {
+        let path = "/1.0/storage-pools/default/volumes/custom";
+        assert_eq!(s.post(path, json!({"name": volume})).await.status, 201);
+    }
     let first = async {
         loop {
             let all = s.get("/1.0/warnings?recursion=1").await.metadata();
@@ -78,7 +82,7 @@ fn concrete(path: &str, names: &Names, operation: &str) -> String {
         .replace("certificates/{fingerprint}", &format!("certificates/{FINGERPRINT}"))
         .replace("{fingerprint}", &names.image)
         .replace("operations/{id}", &format!("operations/{operation}"));
-    p = p.replace("{type}", "container").replace("{volumeName}", "c1");
+    p = p.replace("{type}", "custom").replace("{volumeName}", "data");
     assert!(!p.contains('{'), "{p}");
     if p.ends_with("/access/why") {
         return p + "?permission=instance_use&object=server";

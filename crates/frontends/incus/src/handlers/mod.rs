@@ -17,6 +17,7 @@ pub mod projects;
 pub mod server;
 pub mod storage;
 pub mod tokens;
+pub mod volumes;
 pub mod warnings;
 
 use crate::{
