@@ -91,6 +91,8 @@ async fn profile_update(w: &World) -> Result<LiveOperation> {
         if_version: None,
     };
     w.engine.profile_update_begin(&w.admin, "default", "default", update).await
+}
+
 /// A custom volume of 1 GiB.
 async fn volume(w: &World, name: &str, content: VolumeContent) -> Result<LiveOperation> {
     let config = Config::from([("size".into(), "1GiB".into())]);
