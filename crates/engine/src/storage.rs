@@ -12,7 +12,7 @@ use karst_agent::{CallContext, VolumeRef};
 use karst_model::{
     Config, Error, Name, NodeId, PoolId, ProjectId, Result,
     access::Permission,
-    storage::{Pool, PoolKind, Usage, Volume},
+    storage::{Pool, PoolKind, Usage, Volume, VolumeOwner},
 };
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -75,6 +75,8 @@ impl Engine {
                 records.projects.get(&instance.project).map(|p| p.name.to_string()).unwrap_or_default();
             used.push(crate::compute::path(&project, &instance.name));
         }
+        let custom = records.volumes.values().filter(|v| v.pool == pool.id && v.owner == VolumeOwner::Custom);
+        used.extend(custom.filter(|v| sees(v.project)).map(|v| crate::volumes::path(&records, v)));
         used
     }
 
