@@ -172,10 +172,19 @@ impl RealAgent {
             };
             outcome = outcome.and(ended.await);
         }
+        // What no record tells of any more is found by the daemon's id: processes first, then what they held.
+        let cgroups = karst_host::cgroup::Cgroups::detect()?;
+        let group = format!("karst-{}", self.options.daemon_id);
+        outcome = outcome.and(cgroups.kill(&group).await);
+        let prefix = karst_agent::names::interface_prefix(&self.options.daemon_id);
+        for link in std::fs::read_dir("/sys/class/net")?.flatten() {
+            let name = link.file_name().to_string_lossy().into_owned();
+            if name.starts_with(&prefix) && name.len() == 15 {
+                outcome = outcome.and(karst_host::link::delete(&name));
+            }
+        }
         outcome = outcome.and(self.networks.purge().await);
-        outcome = outcome.and(
-            karst_host::cgroup::Cgroups::detect()?.remove(&format!("karst-{}", self.options.daemon_id)).await,
-        );
+        outcome = outcome.and(cgroups.remove(&group).await);
         outcome = outcome.and(karst_ct_lxc::apparmor::unload(&self.options.daemon_id).await);
         for claim in self.ids.claims()? {
             self.ids.release(claim.range, &claim.owner);

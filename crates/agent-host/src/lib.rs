@@ -16,3 +16,4 @@ mod sessions;
 
 pub use agent::{RealAgent, RealOptions};
 pub use policy::HostPolicy;
+pub use registry::set_damaged_aside;
