@@ -23,8 +23,11 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use std::{
     fs::File,
     future::Future,
-    os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
-    path::PathBuf,
+    os::{
+        fd::OwnedFd,
+        unix::fs::{FileTypeExt, OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
     sync::Arc,
 };
 use tokio::sync::mpsc;
@@ -107,7 +110,30 @@ impl RealAgent {
         if now.is_some_and(|now| request.size < now) {
             return Err(Error::invalid("size", "a volume can only grow"));
         }
-        pool.resize(at.volume, request.size).await.map(drop)
+        let located = self.locate(at, None).await?;
+        // A file that QEMU has open is QEMU's to grow; a block device grows first.
+        let device = located.path.metadata().is_ok_and(|m| m.file_type().is_block_device());
+        if device {
+            pool.resize(at.volume, request.size).await?;
+        }
+        let held = self.grow_live(&located.path, request.size.bytes()).await?;
+        match (device, held) {
+            (true, _) => Ok(()),
+            (false, true) => pool.grown(at.volume, request.size).await.map(drop),
+            (false, false) => pool.resize(at.volume, request.size).await.map(drop),
+        }
+    }
+
+    /// Grows a disk through the running virtual machine that has it, if one has.
+    async fn grow_live(&self, path: &Path, size: u64) -> Result<bool> {
+        for (id, record) in self.all_guests() {
+            let Some(machine) = self.driver(record.kind)?.machine() else { continue };
+            match machine.grow(id, path, size).await {
+                Err(e) if e.is(ErrorKind::NotFound) => {}
+                other => return other.map(|()| true),
+            }
+        }
+        Ok(false)
     }
 
     fn staged(&self, image: ImageId, part: ImagePart) -> PathBuf {

@@ -357,6 +357,14 @@ impl PoolDriver for DirPool {
         Ok(info(volume, record))
     }
 
+    async fn grown(&self, volume: VolumeId, size: ByteSize) -> Result<VolumeInfo> {
+        let mut record = self.known(volume).await?;
+        record.size = Some(size.max(record.size.unwrap_or_default()));
+        let (dir, written) = (self.dir(volume), record.clone());
+        blocking(move || write_record(&dir, &written)).await?;
+        Ok(info(volume, record))
+    }
+
     async fn list(&self) -> Result<Vec<VolumeInfo>> {
         let mut dir = tokio::fs::read_dir(self.root.join("volumes")).await?;
         let mut found = Vec::new();

@@ -9,12 +9,14 @@
 
 pub mod agent;
 pub mod argv;
+pub mod devices;
 mod driver;
 pub mod exec;
 pub mod files;
 mod launch;
 pub mod line;
 mod machine;
+mod plug;
 pub mod probe;
 pub mod qmp;
 mod record;
