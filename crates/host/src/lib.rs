@@ -17,4 +17,4 @@ mod seccomp;
 pub mod sysctl;
 pub mod tap;
 
-pub use exec::{Command, Output, Program, run};
+pub use exec::{Command, Output, Program, guest_agent, run};

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 /// PCI slots of the machine's own devices on the root bus; disks and NICs carry theirs in the record.
 mod slot {
     use super::Layout;
+    pub(super) const SHARE: &str = "00:07.0";
 
     /// Random numbers. i440FX has its own devices at 01.
     pub(super) fn rng(layout: Layout) -> &'static str {
@@ -33,8 +34,12 @@ mod slot {
 pub mod fd {
     /// Listening QMP socket.
     pub const QMP: i32 = 10;
-    /// Listening guest agent socket.
+    /// Listening socket of the QEMU guest agent.
     pub const AGENT: i32 = 11;
+    /// Listening socket of Karst's own guest agent.
+    pub const LINK: i32 = 18;
+    /// Directory of the share `config`.
+    pub const SHARE: i32 = 19;
     /// Listening QMP socket of who follows the events.
     pub const EVENTS: i32 = 17;
     /// Console, one end of a socket pair whose other end the keeper drains.
@@ -212,11 +217,29 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     opt("-chardev", format!("socket,id=agent,fd={},server=on,wait=off", fd::AGENT));
     let serial = json!({"driver": "virtio-serial-pci", "id": "serial0", "max_ports": 16});
     opt("-device", fixed("serial", serial, slot::SERIAL)?);
-    let port = json!({
-        "driver": "virtserialport", "bus": "serial0.0", "nr": 1, "chardev": "agent", "id": "agent",
-        "name": "org.qemu.guest_agent.0",
-    });
-    opt("-device", port.to_string());
+    let port = |nr: u32, id: &str, chardev: Option<&str>, name: &str| {
+        let mut port =
+            json!({"driver": "virtserialport", "bus": "serial0.0", "nr": nr, "id": id, "name": name});
+        if let Some(chardev) = chardev {
+            port["chardev"] = chardev.into();
+        }
+        port.to_string()
+    };
+    opt("-device", port(1, "agent", Some("agent"), "org.qemu.guest_agent.0"));
+    opt("-chardev", format!("socket,id=karst,fd={},server=on,wait=off", fd::LINK));
+    opt("-device", port(2, "karst", Some("karst"), karst_guest_agent::PORT));
+    // Images made for Incus and LXD look into the share when they find a port of this name; nothing flows through it.
+    for (number, loader) in [(3, "incus"), (4, "lxd")] {
+        let name = format!("org.linuxcontainers.{loader}");
+        opt("-device", port(number, &format!("loader-{loader}"), None, &name));
+    }
+    // By its descriptor, so that QEMU's user needs no way to it.
+    opt(
+        "-fsdev",
+        format!("local,id=config,path=/proc/self/fd/{},readonly=on,security_model=none", fd::SHARE),
+    );
+    let share = json!({"driver": "virtio-9p-pci", "id": "config", "fsdev": "config", "mount_tag": "config"});
+    opt("-device", fixed("share", share, slot::SHARE)?);
 
     for port in layout.root_ports() {
         opt("-device", port.to_string());
@@ -380,7 +403,8 @@ pub(crate) mod tests {
 
     #[test]
     fn descriptor_numbers_differ() {
-        let mut all = vec![fd::QMP, fd::EVENTS, fd::AGENT, fd::CONSOLE, fd::SEED, fd::VARS];
+        let mut all =
+            vec![fd::LINK, fd::SHARE, fd::QMP, fd::EVENTS, fd::AGENT, fd::CONSOLE, fd::SEED, fd::VARS];
         all.extend((0..MAX_NICS as i32).map(|i| fd::NIC + i));
         all.extend((0..2 * MAX_DISKS as i32).map(|i| fd::DISK + i));
         let n = all.len();

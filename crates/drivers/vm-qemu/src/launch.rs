@@ -6,7 +6,7 @@ use crate::{
     devices::{Disk, Layout, Nic},
     probe::kvm_group,
     record::{Record, memory},
-    seed,
+    seed, share,
 };
 use karst_guest::{
     DiskFormat, ResolvedDisk, ResolvedGuest, ResolvedNic,
@@ -39,6 +39,7 @@ use tokio::net::UnixStream;
 pub(crate) const QMP: &str = "qmp.sock";
 pub(crate) const EVENTS: &str = "events.sock";
 pub(crate) const AGENT: &str = "agent.sock";
+pub(crate) const LINK: &str = "karst-agent.sock";
 const NVRAM: &str = "nvram.fd";
 
 /// Each file of the console log.
@@ -230,7 +231,9 @@ pub(crate) fn prepare(
         }
         disks.push(Disk::new(disk, block_device, layout.hotplug()));
     }
-    let image = seed::seed(&guest.cloud_init, &guest.hostname)?;
+    let medium = share::read(&guest.state_dir)?;
+    fds.push((fd::SHARE, medium.directory));
+    let image = seed::seed(&guest.cloud_init, &guest.hostname, &medium.files)?;
     fds.push((fd::SEED, seed_fd(&image)?));
     if let Some((_, template)) = firmware {
         fds.push((fd::VARS, nvram(&guest.state_dir, template)?));
@@ -254,6 +257,7 @@ pub(crate) fn prepare(
     fds.push((fd::QMP, listen(&guest.state_dir, QMP)?));
     fds.push((fd::EVENTS, listen(&guest.state_dir, EVENTS)?));
     fds.push((fd::AGENT, listen(&guest.state_dir, AGENT)?));
+    fds.push((fd::LINK, listen(&guest.state_dir, LINK)?));
     for (i, n) in guest.nics.iter().enumerate() {
         fds.push((fd::NIC + i as i32, open_tap(n)?));
     }
@@ -287,7 +291,7 @@ pub(crate) fn prepare(
 
 /// Removes the sockets of a guest that has ended.
 pub(crate) fn remove_sockets(dir: &Path) {
-    for name in [QMP, EVENTS, AGENT] {
+    for name in [QMP, EVENTS, AGENT, LINK] {
         let _ = std::fs::remove_file(dir.join(name));
     }
 }
