@@ -2,32 +2,28 @@
 
 use crate::{
     RealAgent,
-    agent::{as_state, blocking, has_root, never_ran, not_older},
+    agent::{as_state, blocking, never_ran, not_older},
 };
 use async_trait::async_trait;
 use karst_agent::*;
 use karst_env::EnvExt;
 use karst_guest::{Applied, FileKind, Metrics, Observed, StopMode};
-use karst_image::{Content, Staged, Upload};
+use karst_image::{Staged, Upload};
 use karst_model::{
     Error, ErrorKind, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
     image::ImageFacts,
     instance::{InstanceKind, RuntimeState},
     network::Lease,
     node::HostFacts,
-    spec::{GuestSpec, NetworkSpec, PoolSpec, VolumeSource, VolumeSpec},
+    spec::{GuestSpec, NetworkSpec, PoolSpec, VolumeSpec},
     storage::Usage,
 };
-use karst_storage::{NewVolume, Source};
 use rustix::pipe::{PipeFlags, pipe_with};
 use std::{
     fs::File,
     future::Future,
-    os::{
-        fd::OwnedFd,
-        unix::fs::{FileTypeExt, OpenOptionsExt},
-    },
-    path::{Path, PathBuf},
+    os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
+    path::PathBuf,
     sync::Arc,
 };
 use tokio::sync::mpsc;
@@ -53,87 +49,6 @@ impl RealAgent {
                 Err(Error::timeout(format!("{name} did not end within its time ({:?})", context.deadline)))
             }
         }
-    }
-
-    async fn remove_pool(&self, id: PoolId) -> Result<()> {
-        let _lock = self.lock(id.0).await;
-        let Ok(pool) = self.pool(id) else { return Ok(()) };
-        if !pool.list().await?.is_empty() {
-            return Err(Error::conflict("the pool still has volumes"));
-        }
-        pool.settle().await;
-        self.forget_pool(id);
-        let (registry, directory) = (self.registry.clone(), self.pool_dir(id));
-        blocking(move || {
-            match std::fs::remove_dir_all(directory) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
-                _ => {}
-            }
-            registry.remove_pool(id)
-        })
-        .await
-    }
-
-    async fn create_volume(&self, spec: VolumeSpec) -> Result<()> {
-        let _lock = self.lock(spec.id.0).await;
-        let pool = self.pool(spec.pool)?;
-        let source = match spec.source {
-            VolumeSource::Empty => Source::Empty,
-            VolumeSource::Image { image } => match self.images.content(image).await? {
-                Content::Tree(path) => Source::Tree(path),
-                Content::Disk { path, size } => Source::Disk { path, size },
-            },
-        };
-        let new = NewVolume { content: spec.content, size: spec.size, source };
-        pool.create(spec.id, &new).await.map(drop)
-    }
-
-    async fn delete_volume(&self, at: VolumeRef) -> Result<()> {
-        let _lock = self.lock(at.volume.0).await;
-        if let Some(user) = self.user(has_root(at.volume)).await? {
-            return Err(Error::conflict(format!("the volume is in use by instance {user}, which runs")));
-        }
-        match self.pool(at.pool) {
-            Ok(pool) => pool.delete(at.volume).await,
-            Err(_) => Ok(()),
-        }
-    }
-
-    async fn resize_volume(&self, request: VolumeResize) -> Result<()> {
-        let at = request.volume;
-        let _lock = self.lock(at.volume.0).await;
-        let pool = self.pool(at.pool)?;
-        let now = pool.inspect(at.volume).await?.size;
-        if now == Some(request.size) {
-            return Ok(());
-        }
-        if now.is_some_and(|now| request.size < now) {
-            return Err(Error::invalid("size", "a volume can only grow"));
-        }
-        let located = self.locate(at, None).await?;
-        // A file that QEMU has open is QEMU's to grow; a block device grows first.
-        let device = located.path.metadata().is_ok_and(|m| m.file_type().is_block_device());
-        if device {
-            pool.resize(at.volume, request.size).await?;
-        }
-        let held = self.grow_live(&located.path, request.size.bytes()).await?;
-        match (device, held) {
-            (true, _) => Ok(()),
-            (false, true) => pool.grown(at.volume, request.size).await.map(drop),
-            (false, false) => pool.resize(at.volume, request.size).await.map(drop),
-        }
-    }
-
-    /// Grows a disk through the running virtual machine that has it, if one has.
-    async fn grow_live(&self, path: &Path, size: u64) -> Result<bool> {
-        for (id, record) in self.all_guests() {
-            let Some(machine) = self.driver(record.kind)?.machine() else { continue };
-            match machine.grow(id, path, size).await {
-                Err(e) if e.is(ErrorKind::NotFound) => {}
-                other => return other.map(|()| true),
-            }
-        }
-        Ok(false)
     }
 
     fn staged(&self, image: ImageId, part: ImagePart) -> PathBuf {
@@ -216,7 +131,11 @@ impl RealAgent {
                 _ => {}
             }
         }
-        self.images.delete(image).await
+        self.images.delete(image).await?;
+        for (_, pool) in self.all_pools() {
+            pool.forget_image(image).await?;
+        }
+        Ok(())
     }
 
     async fn export(&self, image: ImageId) -> Result<WithFds<Vec<ImageFile>>> {
@@ -333,8 +252,14 @@ impl RealAgent {
             return Err(Error::conflict(format!("instance {id} is not running")));
         }
         let networks = self.check(&spec).await?;
-        let guest = self.resolve(spec, &record, &networks).await?;
-        driver.update(&guest).await.map_err(as_state(id))
+        // Before anything is plugged it is known; what goes is known until it is gone.
+        self.remember_beside(&spec, &record)?;
+        let guest = self.resolve(spec.clone(), &record, &networks).await?;
+        let applied = driver.update(&guest).await.map_err(as_state(id))?;
+        if applied.pending.is_empty() {
+            self.remember(&spec)?;
+        }
+        Ok(applied)
     }
 
     async fn destroy(&self, id: InstanceId) -> Result<()> {
@@ -489,11 +414,12 @@ fn check_path(path: &str) -> Result<()> {
 
 /// `read name(request) -> T { body }`: the body runs within [`RealAgent::act`].
 macro_rules! calls {
-    ($( $access:ident $name:ident($me:ident, $request:ident: $ty:ty) -> $answer:ty $body:block )+) => {
+    ($( $access:ident $name:ident($me:ident, $request:ident: $ty:ty $(, $with:ident)?) -> $answer:ty $body:block )+) => {
         #[async_trait]
         impl HostAgent for RealAgent {
             $( async fn $name(&self, context: &CallContext, $request: $ty) -> Result<$answer> {
                 let $me = self;
+                $( let $with = context.clone(); )?
                 // In a box: the largest of them would be in every one.
                 let work = Box::pin(async move $body);
                 self.act(stringify!($name), calls!(@ $access), context, work).await
@@ -516,14 +442,15 @@ calls! {
     mutate pool_ensure(me, spec: PoolSpec) -> () {
         let _lock = me.lock(spec.id.0).await;
         match me.registry.pool(spec.id)? {
-            Some(old) if old != spec => return Err(Error::conflict(format!("pool {} is of another kind", spec.id))),
+            Some(old) if old != spec => return Err(Error::conflict(format!("pool {} is there already, and different", spec.id))),
             Some(_) => {}
             None => {
+                // Before anything is made of it.
                 let (registry, spec) = (me.registry.clone(), spec.clone());
                 blocking(move || registry.put_pool(&spec)).await?;
             }
         }
-        me.open_pool(spec.id).await
+        me.open_pool(&spec).await
     }
     mutate pool_remove(me, pool: PoolId) -> () { me.remove_pool(pool).await }
     read pool_usage(me, pool: PoolId) -> Usage { me.pool(pool)?.space().await }
@@ -556,6 +483,14 @@ calls! {
     mutate volume_delete(me, at: VolumeRef) -> () { me.delete_volume(at).await }
     mutate volume_resize(me, request: VolumeResize) -> () { me.resize_volume(request).await }
     read volume_usage(me, at: VolumeRef) -> Usage { me.pool(at.pool)?.usage(at.volume).await }
+
+    mutate volume_snapshot_create(me, at: VolumeSnapshotRef) -> () { me.create_snapshot(at).await }
+    mutate volume_snapshot_delete(me, at: VolumeSnapshotRef) -> () { me.delete_snapshot(at).await }
+    mutate volume_snapshot_restore(me, at: VolumeSnapshotRef) -> () { me.restore_snapshot(at).await }
+    read volume_snapshots(me, at: VolumeRef) -> Vec<VolumeSnapshot> { me.snapshots_of(at).await }
+    mutate volume_refresh(me, request: VolumeRefresh) -> () { me.refresh_volume(request).await }
+    read volume_export(me, request: VolumeExport) -> WithFds<SessionId> { me.export_volume(request).await }
+    mutate volume_import(me, request: VolumeImport, context) -> WithFds<SessionId> { me.import_volume(context, request).await }
 
     mutate image_stage(me, part: ImageStage) -> WithFds<()> { me.stage(part).await }
     mutate image_import(me, request: ImageImport) -> ImageFacts { me.import(request).await }

@@ -21,6 +21,8 @@ pub enum Program {
     Ip,
     /// `lxc-start`: a container.
     LxcStart,
+    /// `mkfs.btrfs`: file systems of btrfs pools.
+    MkfsBtrfs,
     /// `mkfs.ext4`: file systems of disk images.
     MkfsExt4,
     /// `mmdebstrap`: Debian root file systems.
@@ -55,6 +57,7 @@ impl Program {
             Self::Dnsmasq => "dnsmasq",
             Self::Ip => "ip",
             Self::LxcStart => "lxc-start",
+            Self::MkfsBtrfs => "mkfs.btrfs",
             Self::MkfsExt4 => "mkfs.ext4",
             Self::Mmdebstrap => "mmdebstrap",
             Self::Nft => "nft",
@@ -77,6 +80,7 @@ impl Program {
             Self::Dnsmasq => "dnsmasq-base",
             Self::Ip => "iproute2",
             Self::LxcStart => "lxc",
+            Self::MkfsBtrfs => "btrfs-progs",
             Self::MkfsExt4 => "e2fsprogs",
             Self::Mmdebstrap => "mmdebstrap",
             Self::Sqfs2tar => "squashfs-tools-ng",
