@@ -18,7 +18,7 @@ use karst_image::{
     unpack::{Answer, Bounds, Part, Task},
 };
 use karst_model::{
-    Error, InstanceId, PoolId, Result, SessionId, SnapshotId, VolumeId,
+    Error, ErrorKind, InstanceId, PoolId, Result, SessionId, SnapshotId, VolumeId,
     instance::{InstanceKind, RuntimeState},
     spec::{VolumeSource, VolumeSpec},
     storage::VolumeContent,
