@@ -447,7 +447,7 @@ fn a_graceful_stop_that_takes_too_long_or_is_cancelled_leaves_it_running() {
             .await
             .unwrap();
         w.env.sleep(Duration::from_secs(1)).await;
-        w.engine.operation_cancel(&w.admin, operation.id()).unwrap();
+        w.engine.operation_cancel(&w.admin, operation.id()).await.unwrap();
         assert_eq!(done(&w, operation).await.state, OperationState::Cancelled);
         assert_eq!(status(&w, "c1"), Some(Status::Running));
         demand_clean(&w, "graceful stop").await;
@@ -475,7 +475,7 @@ fn a_cancelled_build_leaves_nothing() {
                 .await
                 .unwrap();
             env.sleep(Duration::from_millis(wait)).await;
-            w.engine.operation_cancel(&w.admin, build.id()).unwrap();
+            w.engine.operation_cancel(&w.admin, build.id()).await.unwrap();
             assert_eq!(done(&w, build).await.state, OperationState::Cancelled);
             demand_clean(&w, "cancelled build").await;
             assert_eq!(w.fingerprint(), before);
