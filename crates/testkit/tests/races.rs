@@ -146,7 +146,7 @@ fn a_crowd_on_few_instances() {
                                 if w.env.below(5) == 0 {
                                     w.env.sleep(Duration::from_millis(w.env.below(60))).await;
                                     // Too late, or not possible: both are answers.
-                                    let _ = e.operation_cancel(c, operation.id());
+                                    let _ = e.operation_cancel(c, operation.id()).await;
                                 }
                                 let end = done(&w, operation).await;
                                 assert_ne!(end.state, OperationState::NeedsAttention, "{end:?}");
