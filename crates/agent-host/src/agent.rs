@@ -369,6 +369,21 @@ impl RealAgent {
         Ok(record)
     }
 
+    /// Adds to the record of a running guest what an update brings.
+    pub(crate) fn remember_beside(&self, spec: &GuestSpec, now: &GuestRecord) -> Result<()> {
+        let mut record = now.clone();
+        let volumes = spec.disks.iter().filter_map(DiskSpec::volume).map(|(_, volume)| volume);
+        record.volumes.extend(volumes.filter(|v| !now.volumes.contains(v)));
+        let interfaces = spec.nics.iter().map(|n| n.host_interface.clone());
+        record.interfaces.extend(interfaces.filter(|i| !now.interfaces.contains(i)));
+        record.networks.extend(spec.nics.iter().map(|n| n.network).filter(|n| !now.networks.contains(n)));
+        if record != *now {
+            self.registry.put_guest(spec.instance, &record)?;
+            self.guests.lock().unwrap().insert(spec.instance, record);
+        }
+        Ok(())
+    }
+
     pub(crate) async fn forget(&self, id: InstanceId) -> Result<()> {
         let registry = self.registry.clone();
         blocking(move || registry.remove_guest(id)).await?;
@@ -425,6 +440,7 @@ impl RealAgent {
                     .at(format!("devices.{}.source", disk.name)));
             }
         };
+        let content = self.pool(pool)?.inspect(volume).await?.content;
         let located = self.locate(VolumeRef { pool, volume }, user).await?;
         Ok(ResolvedDisk {
             name: disk.name,
@@ -436,6 +452,8 @@ impl RealAgent {
             readonly: disk.readonly,
             foreign: false,
             shift: disk.shift,
+            cdrom: content == VolumeContent::Iso,
+            ejected: disk.ejected,
             io: disk.io,
             pci: disk.pci,
             boot_priority: disk.boot_priority,
@@ -468,6 +486,8 @@ impl RealAgent {
                 mac: nic.mac,
                 host_interface: nic.host_interface,
                 mtu: nic.mtu,
+                model: nic.model,
+                disconnected: nic.disconnected,
                 pci: nic.pci,
                 boot_priority: nic.boot_priority,
             });
@@ -500,6 +520,8 @@ impl RealAgent {
                 readonly: false,
                 foreign: false,
                 shift: false,
+                cdrom: false,
+                ejected: false,
                 io: spec.root.io,
                 pci: spec.root.pci,
                 boot_priority: spec.root.boot_priority,
