@@ -4,7 +4,7 @@ use super::session::Session;
 use crate::calls::ImagePart;
 use karst_model::{
     ByteSize, ImageId, InstanceId, NetworkId, PoolId, SessionId, VolumeId,
-    guest::{FileKind, Interface, Metrics, Observed},
+    guest::{AgentKind, FileKind, GuestSystem, Interface, Metrics, Observed},
     image::ImageFacts,
     instance::{ExitReason, InstanceKind, RuntimeState},
     spec::{CpuLimit, GuestSpec, NetworkSpec, PoolSpec, VolumeSpec},
@@ -215,7 +215,14 @@ impl State {
             memory_total: Some(total),
             processes: Some(12),
             interfaces,
-            system: None,
+            system: (self.spec.kind == InstanceKind::VirtualMachine).then(|| GuestSystem {
+                agent: AgentKind::Karst,
+                os: "Simulated".into(),
+                os_version: "1".into(),
+                kernel: "6.1.0".into(),
+                hostname: self.spec.hostname.clone(),
+                fqdn: self.spec.hostname.clone(),
+            }),
         })
     }
 }
