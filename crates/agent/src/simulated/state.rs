@@ -215,13 +215,13 @@ impl State {
             memory_total: Some(total),
             processes: Some(12),
             interfaces,
-            system: (self.spec.kind == InstanceKind::VirtualMachine).then(|| GuestSystem {
+            system: (guest.spec.kind == InstanceKind::VirtualMachine).then(|| GuestSystem {
                 agent: AgentKind::Karst,
                 os: "Simulated".into(),
                 os_version: "1".into(),
                 kernel: "6.1.0".into(),
-                hostname: self.spec.hostname.clone(),
-                fqdn: self.spec.hostname.clone(),
+                hostname: guest.spec.hostname.clone(),
+                fqdn: guest.spec.hostname.clone(),
             }),
         })
     }
