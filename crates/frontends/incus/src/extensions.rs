@@ -31,7 +31,6 @@ pub const TESTED: &[(&str, &str)] = &[
     ("instance_file_head", "files_over_http"),
     ("instance_get_full", "lists_filter_and_recurse"),
     ("instances", "lists_filter_and_recurse"),
-    ("instances_state_os_info", "incus_shows_the_system_inside"),
     ("instances_state_total", "lists_filter_and_recurse"),
     ("karst_host", "karst_paths_answer"),
     ("karst_images_build", "karst_paths_answer"),

@@ -178,21 +178,6 @@ async fn incus_lives_a_day() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn incus_shows_the_system_inside() {
-    let Some(program) = find("incus") else { return };
-    let s = Server::start().await;
-    let c = Client { program, server: &s };
-    c.ok(&["init", "--empty", "c1"]).await;
-    c.ok(&["init", "--empty", "--vm", "v1"]).await;
-    c.ok(&["start", "c1", "v1"]).await;
-    let text = c.ok(&["info", "v1"]).await;
-    assert!(text.contains("Operating System:") && text.contains("OS: Simulated"), "{text}");
-    // Which agent tells it, for who wants to know; a container's system is not asked.
-    assert!(c.ok(&["query", "/1.0/instances/v1/state"]).await.contains("\"agent\": \"karst\""));
-    assert!(!c.ok(&["info", "c1"]).await.contains("Operating System:"));
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn incus_administers() {
     let Some(program) = find("incus") else { return };
     let s = Server::start().await;
