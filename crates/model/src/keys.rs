@@ -5,6 +5,7 @@ use crate::{
     ByteSize, Config, Error, Result,
     error::nearest,
     instance::InstanceKind,
+    schedule,
     spec::{CloudInit, CpuAllowance, CpuLimit, Limits, Security},
 };
 
@@ -23,6 +24,12 @@ pub enum KeyType {
     Cpus,
     /// `50%` or `25ms/100ms`.
     Allowance,
+    /// When something is done: a line of cron, or `@daily`.
+    Schedule,
+    /// A time, such as `2w 3d`.
+    Span,
+    /// Names of snapshots, such as `snap%d`.
+    Pattern,
     /// One of the words.
     OneOf(&'static [&'static str]),
 }
@@ -67,7 +74,7 @@ const fn key(
 }
 
 use KeyScope::{Any, Container, VirtualMachine};
-use KeyType::{Allowance, Bool, Cpus, Integer, OneOf, Size, Text};
+use KeyType::{Allowance, Bool, Cpus, Integer, OneOf, Pattern, Schedule, Size, Span, Text};
 
 /// The table, by name.
 pub const INSTANCE_KEYS: &[Key] = &[
@@ -127,6 +134,39 @@ pub const INSTANCE_KEYS: &[Key] = &[
         false,
         "Check signatures while booting.",
     ),
+    key("snapshots.expiry", Span, Any, "never", true, "When snapshots of the instance go, such as 2w 3d."),
+    key(
+        "snapshots.expiry.manual",
+        Span,
+        Any,
+        "snapshots.expiry",
+        true,
+        "When snapshots go that were not taken by the schedule.",
+    ),
+    key(
+        "snapshots.pattern",
+        Pattern,
+        Any,
+        "snap%d",
+        true,
+        "Names of snapshots: %d is the next number, {{ creation_date }} the time.",
+    ),
+    key(
+        "snapshots.schedule",
+        Schedule,
+        Any,
+        "",
+        true,
+        "When snapshots are taken (UTC): a line of cron, or @hourly, @daily, @weekly, @monthly, @annually, @startup.",
+    ),
+    key(
+        "snapshots.schedule.stopped",
+        Bool,
+        Any,
+        "false",
+        true,
+        "Take scheduled snapshots of the stopped instance too.",
+    ),
     key("user.*", Text, Any, "", true, "Free for the user."),
     key("volatile.*", Text, Any, "", true, "Kept by the platform."),
 ];
@@ -147,6 +187,9 @@ impl Key {
             Size => ByteSize::parse(field, value).map(drop),
             Cpus => parse_cpus(field, value).map(drop),
             Allowance => parse_allowance(field, value).map(drop),
+            Schedule => schedule::Schedule::parse(field, value).map(drop),
+            Span => schedule::Span::parse(field, value).map(drop),
+            Pattern => schedule::check_pattern(field, value),
             Integer(low, high) => match value.parse::<i64>() {
                 Ok(n) if (low..=high).contains(&n) => Ok(()),
                 _ => Err(Error::invalid(

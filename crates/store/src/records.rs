@@ -9,7 +9,7 @@ use karst_model::{
     operation::Operation,
     profile::Profile,
     project::Project,
-    snapshot::Snapshot,
+    snapshot::{Snapshot, VolumeSnapshot},
     storage::{Pool, Volume},
 };
 
@@ -34,6 +34,7 @@ records! {
     Instance: "instances" = |r| r.id.to_string();
     Runtime: "runtimes" = |r| r.instance.to_string();
     Snapshot: "snapshots" = |r| r.id.to_string();
+    VolumeSnapshot: "volume_snapshots" = |r| r.id.to_string();
     Operation: "operations" = |r| r.id.to_string();
 }
 

@@ -36,7 +36,7 @@ async fn what_is_not_there_says_so() {
     let answer = s.send(Method::DELETE, "/1.0", &[], "").await;
     assert!(answer.header("allow").contains("GET"));
     answer.refused(405);
-    assert!(s.get("/1.0/instances/c1/snapshots").await.refused(501).contains("snapshots"));
+    assert!(s.get("/1.0/instances/c1/backups").await.refused(501).contains("backups"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -707,6 +707,146 @@ async fn custom_volumes_live() {
     s.delete("/1.0/projects/other").await.refused(409);
     s.delete(&format!("{}?project=other", at("disk"))).await.metadata();
     assert_eq!(s.delete("/1.0/projects/other").await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn snapshots_of_instances_live() {
+    let s = Server::start().await;
+    s.container("c1", true).await;
+    const ALL: &str = "/1.0/instances/c1/snapshots";
+    assert_eq!(s.get(ALL).await.metadata(), json!([]));
+    s.done(s.post(ALL, json!({"name": "first", "stateful": false})).await).await;
+    let c1 = s.get("/1.0/instances/c1?recursion=1").await.metadata();
+    assert_eq!(
+        (c1["status"].as_str(), c1["snapshots"][0]["name"].as_str()),
+        (Some("Running"), Some("first"))
+    );
+    s.patch("/1.0/instances/c1", json!({"config": {"user.a": "b"}})).await.metadata();
+    s.done(s.post(ALL, json!({})).await).await;
+    assert_eq!(s.get(ALL).await.metadata(), json!([format!("{ALL}/first"), format!("{ALL}/snap0")]));
+    for (body, status) in [
+        (json!({"name": "first"}), 409),
+        (json!({"name": "a b"}), 400),
+        (json!({"nmae": "x"}), 400),
+        (json!({"name": "x", "stateful": true}), 400),
+        (json!({"name": "x", "expires_at": "tomorrow"}), 400),
+        (json!({"name": "x", "expires_at": "2001-01-01T00:00:00Z"}), 400),
+    ] {
+        s.post(ALL, body).await.refused(status);
+    }
+    s.post("/1.0/instances/nope/snapshots", json!({})).await.refused(404);
+    // When it goes.
+    let snap = s.get(&format!("{ALL}/snap0")).await;
+    assert_eq!(snap.metadata()["expires_at"], "0001-01-01T00:00:00Z");
+    let (tag, body) =
+        (snap.header("etag").to_owned(), json!({"expires_at": "2100-01-01T00:00:00Z"}).to_string());
+    s.done(s.send(Method::PUT, &format!("{ALL}/snap0"), &[("if-match", &tag)], body.clone()).await).await;
+    s.send(Method::PUT, &format!("{ALL}/snap0"), &[("if-match", &tag)], body).await.refused(412);
+    let snap = s.get(&format!("{ALL}/snap0")).await.metadata();
+    assert_eq!(
+        (snap["expires_at"].as_str(), snap["config"]["user.a"].as_str()),
+        (Some("2100-01-01T00:00:00Z"), Some("b"))
+    );
+    // Back to the first, running as it was; the later one stays.
+    s.put("/1.0/instances/c1", json!({"restore": "nope"})).await.refused(404);
+    s.done(s.put("/1.0/instances/c1", json!({"restore": "first", "stateful": false})).await).await;
+    let c1 = s.get("/1.0/instances/c1").await.metadata();
+    assert_eq!((c1["status"].as_str(), &c1["config"]["user.a"]), (Some("Running"), &json!(null)));
+    assert_eq!(s.get(ALL).await.metadata().as_array().unwrap().len(), 2);
+    // Renamed, deleted.
+    s.post(&format!("{ALL}/snap0"), json!({"name": "first"})).await.refused(409);
+    s.done(s.post(&format!("{ALL}/snap0"), json!({"name": "second"})).await).await;
+    s.get(&format!("{ALL}/snap0")).await.refused(404);
+    s.done(s.delete(&format!("{ALL}/second")).await).await;
+    s.delete(&format!("{ALL}/second")).await.refused(404);
+    // By keys: pattern and expiry, refused when malformed.
+    let keys = json!({"config": {"snapshots.pattern": "auto-%d", "snapshots.expiry": "1d", "snapshots.schedule": "@daily"}});
+    s.patch("/1.0/instances/c1", keys).await.metadata();
+    for (key, value) in
+        [("snapshots.schedule", "often"), ("snapshots.expiry", "soon"), ("snapshots.pattern", "a/b")]
+    {
+        let why = s.patch("/1.0/instances/c1", json!({"config": {key: value}})).await.refused(400);
+        assert!(why.contains(key), "{why}");
+    }
+    s.done(s.post(ALL, json!({})).await).await;
+    let auto = s.get(&format!("{ALL}/auto-0")).await.metadata();
+    assert_ne!(auto["expires_at"], "0001-01-01T00:00:00Z");
+    s.done(s.put("/1.0/instances/c1/state", json!({"action": "stop", "force": true})).await).await;
+    s.done(s.delete("/1.0/instances/c1").await).await;
+    assert!(s.engine.inner().inventory.read().snapshots.is_empty(), "they go with their instance");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn snapshots_of_volumes_live() {
+    let s = Server::start().await;
+    const POOL: &str = "/1.0/storage-pools/default/volumes/custom";
+    assert_eq!(s.post(POOL, json!({"name": "data", "config": {"size": "1GiB"}})).await.status, 201);
+    let all = format!("{POOL}/data/snapshots");
+    s.done(s.post(&all, json!({"name": "one", "description": "before"})).await).await;
+    s.post(&all, json!({"name": "one"})).await.refused(409);
+    s.post(&format!("{POOL}/nope/snapshots"), json!({"name": "x"})).await.refused(404);
+    s.post("/1.0/storage-pools/default/volumes/container/c1/snapshots", json!({})).await.refused(400);
+    let one = s.get(&format!("{all}/one")).await.metadata();
+    assert_eq!((one["config"]["size"].as_str(), one["description"].as_str()), (Some("1GiB"), Some("before")));
+    s.put(&format!("{POOL}/data"), json!({"config": {"size": "2GiB", "snapshots.expiry": "1d"}}))
+        .await
+        .metadata();
+    s.put(&format!("{all}/one"), json!({"expires_at": "2100-01-01T00:00:00Z"})).await.metadata();
+    s.done(s.post(&all, json!({})).await).await;
+    let list = s.get(&format!("{all}?recursion=1")).await.metadata();
+    assert_eq!((list[0]["name"].as_str(), list[1]["name"].as_str()), (Some("data/one"), Some("data/snap0")));
+    s.put(&format!("{POOL}/data"), json!({"restore": "nope"})).await.refused(404);
+    s.put(&format!("{POOL}/data"), json!({"restore": "one"})).await.metadata();
+    assert_eq!(s.get(&format!("{POOL}/data")).await.metadata()["config"], json!({"size": "1GiB"}));
+    s.done(s.post(&format!("{all}/one"), json!({"name": "uno"})).await).await;
+    s.done(s.delete(&format!("{all}/snap0")).await).await;
+    assert_eq!(s.get(&all).await.metadata(), json!([format!("{all}/uno")]));
+    s.delete(&format!("{POOL}/data")).await.metadata();
+    assert!(s.engine.inner().inventory.read().volume_snapshots.is_empty(), "they go with their volume");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn instances_are_copied() {
+    let s = Server::start().await;
+    s.container("c1", true).await;
+    s.patch("/1.0/instances/c1", json!({"config": {"user.a": "1", "user.b": "2"}})).await.metadata();
+    s.done(s.post("/1.0/instances/c1/snapshots", json!({"name": "snap"})).await).await;
+    let copy = |name: &str, source: &str, more: serde_json::Value| {
+        let mut body = json!({"name": name, "source": {"type": "copy", "source": source}});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body
+    };
+    let all = "/1.0/instances";
+    s.done(s.post(all, copy("c2", "c1", json!({"config": {"user.b": "3"}}))).await).await;
+    let (c1, c2) = (s.get("/1.0/instances/c1").await.metadata(), s.get("/1.0/instances/c2").await.metadata());
+    assert_eq!((c2["status"].as_str(), c1["status"].as_str()), (Some("Stopped"), Some("Running")));
+    assert_eq!((c2["config"]["user.a"].as_str(), c2["config"]["user.b"].as_str()), (Some("1"), Some("3")));
+    for key in ["volatile.eth0.hwaddr", "volatile.uuid"] {
+        assert_ne!(c1["config"][key], c2["config"][key], "{key} is its own");
+    }
+    assert_eq!(
+        s.get("/1.0/instances/c2/snapshots").await.metadata(),
+        json!(["/1.0/instances/c2/snapshots/snap"])
+    );
+    s.done(s.post(all, copy("c3", "c1/snap", json!({"start": true}))).await).await;
+    assert_eq!(s.get("/1.0/instances/c3/snapshots").await.metadata(), json!([]));
+    assert_eq!(s.get("/1.0/instances/c3").await.metadata()["status"], "Running");
+    let only = json!({"name": "c4", "source": {"type": "copy", "source": "c1", "instance_only": true}});
+    s.done(s.post(all, only).await).await;
+    assert_eq!(s.get("/1.0/instances/c4/snapshots").await.metadata(), json!([]));
+    s.post(all, copy("c2", "c1", json!({}))).await.refused(409);
+    s.post(all, copy("c9", "nope", json!({}))).await.refused(404);
+    s.post(all, copy("c9", "c1/nope", json!({}))).await.refused(404);
+    s.post(all, copy("c9", "c1", json!({"profiles": ["nope"]}))).await.refused(404);
+    // Into another project.
+    assert_eq!(s.post("/1.0/projects", json!({"name": "other"})).await.status, 201);
+    let root = json!({"root": {"type": "disk", "path": "/", "pool": "default"}});
+    let body = json!({"name": "c1", "profiles": [], "devices": root,
+        "source": {"type": "copy", "source": "c1", "project": "default"}});
+    s.done(s.post("/1.0/instances?project=other", body).await).await;
+    assert_eq!(s.get("/1.0/instances/c1?project=other").await.metadata()["project"], "other");
+    s.delete("/1.0/instances/c2").await.metadata();
+    assert_eq!(s.get("/1.0/instances/c1/snapshots").await.metadata().as_array().unwrap().len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -11,6 +11,7 @@ pub mod operations;
 pub mod profiles;
 pub mod projects;
 pub mod server;
+pub mod snapshots;
 pub mod storage;
 pub mod volumes;
 
