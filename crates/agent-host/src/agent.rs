@@ -184,6 +184,7 @@ impl RealAgent {
         outcome = outcome.and(
             karst_host::cgroup::Cgroups::detect()?.remove(&format!("karst-{}", self.options.daemon_id)).await,
         );
+        outcome = outcome.and(karst_ct_lxc::apparmor::unload(&self.options.daemon_id).await);
         for claim in self.ids.claims()? {
             self.ids.release(claim.range, &claim.owner);
         }

@@ -13,6 +13,8 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 /// Programs that Karst may execute on a host. Nothing else is ever run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Program {
+    /// `apparmor_parser`: the profile of containers.
+    ApparmorParser,
     /// `dnsmasq`: DHCP and DNS of managed networks.
     Dnsmasq,
     /// `ip`: links and addresses.
@@ -51,6 +53,7 @@ impl Program {
     /// File name.
     pub fn name(self) -> &'static str {
         match self {
+            Self::ApparmorParser => "apparmor_parser",
             Self::Dnsmasq => "dnsmasq",
             Self::Ip => "ip",
             Self::LxcStart => "lxc-start",
@@ -73,6 +76,7 @@ impl Program {
     /// Debian's package that brings it.
     pub fn package(self) -> &'static str {
         match self {
+            Self::ApparmorParser => "apparmor",
             Self::Dnsmasq => "dnsmasq-base",
             Self::Ip => "iproute2",
             Self::LxcStart => "lxc",
