@@ -11,6 +11,7 @@ pub const TESTED: &[(&str, &str)] = &[
     ("container_exec_signal_handling", "exec_resizes_and_signals"),
     ("container_exec_user_group_cwd", "exec_carries_user_group_and_directory"),
     ("container_full", "lists_filter_and_recurse"),
+    ("container_only_migration", "instances_are_copied"),
     ("container_stop_priority", "power_changes_are_operations"),
     ("custom_block_volumes", "custom_volumes_live"),
     ("custom_volume_snapshot_expiry", "snapshots_of_volumes_live"),

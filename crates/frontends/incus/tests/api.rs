@@ -749,7 +749,7 @@ async fn snapshots_of_instances_live() {
     );
     // Back to the first, running as it was; the later one stays.
     s.put("/1.0/instances/c1", json!({"restore": "nope"})).await.refused(404);
-    s.done(s.put("/1.0/instances/c1", json!({"restore": "first", "stateful": false})).await).await;
+    s.done(s.put("/1.0/instances/c1", json!({"restore": "c1/first", "stateful": false})).await).await;
     let c1 = s.get("/1.0/instances/c1").await.metadata();
     assert_eq!((c1["status"].as_str(), &c1["config"]["user.a"]), (Some("Running"), &json!(null)));
     assert_eq!(s.get(ALL).await.metadata().as_array().unwrap().len(), 2);

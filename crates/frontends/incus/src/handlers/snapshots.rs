@@ -268,7 +268,10 @@ pub(super) async fn restore(
     snapshot: &str,
     at_once: bool,
 ) -> Result<Reply> {
-    let operation = call.engine().snapshot_restore(&call.context, origin, snapshot).await?;
+    // Clients write the name also with that of what it is of, as in `c1/snap0`.
+    let (Origin::Instance { name, .. } | Origin::Volume { name, .. }) = origin;
+    let own = snapshot.strip_prefix(name).and_then(|rest| rest.strip_prefix('/')).unwrap_or(snapshot);
+    let operation = call.engine().snapshot_restore(&call.context, origin, own).await?;
     if at_once {
         finished(&operation).await?;
         return Ok(empty());
