@@ -11,6 +11,7 @@ use karst_model::{
     project::Project,
     snapshot::{Snapshot, VolumeSnapshot},
     storage::{Pool, Volume},
+    trust::{ApiToken, Certificate, ServerConfig, TrustToken},
 };
 
 macro_rules! records {
@@ -36,6 +37,10 @@ records! {
     Snapshot: "snapshots" = |r| r.id.to_string();
     VolumeSnapshot: "volume_snapshots" = |r| r.id.to_string();
     Operation: "operations" = |r| r.id.to_string();
+    Certificate: "certificates" = |r| r.id.to_string();
+    TrustToken: "trust-tokens" = |r| r.id.to_string();
+    ApiToken: "api-tokens" = |r| r.id.to_string();
+    ServerConfig: "server" = |_r| "config".into();
 }
 
 /// Identity of an image alias in its table: it is found by project and name.

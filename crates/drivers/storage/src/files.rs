@@ -117,6 +117,21 @@ impl FilePool {
         Ok(pool)
     }
 
+    /// Removes everything that is in it. The pool is of no use afterwards.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub async fn clear(&self) -> Result<()> {
+        let (root, states) = (self.root.clone(), self.states.clone());
+        blocking(move || {
+            for below in ["snapshots", "volumes", "images", "tmp", "trash"] {
+                states.remove(&root.join(below))?;
+            }
+            Ok(())
+        })
+        .await
+    }
+
     fn dir(&self, volume: VolumeId) -> PathBuf {
         self.root.join("volumes").join(volume.to_string())
     }
@@ -516,6 +531,14 @@ impl PoolDriver for FilePool {
             Ok(Usage { used, total, inodes_used, inodes_total: 0 })
         })
         .await
+    }
+
+    async fn grown(&self, volume: VolumeId, size: ByteSize) -> Result<VolumeInfo> {
+        let mut record = self.known(volume, None).await?;
+        record.size = Some(size.max(record.size.unwrap_or_default()));
+        let (dir, written) = (self.dir(volume), record.clone());
+        blocking(move || written.write(&dir)).await?;
+        Ok(info(volume, record))
     }
 
     async fn resize(&self, volume: VolumeId, size: ByteSize) -> Result<VolumeInfo> {
