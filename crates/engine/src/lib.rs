@@ -16,6 +16,7 @@ pub mod compute;
 pub mod context;
 pub mod db;
 pub mod events;
+pub mod firewall;
 pub mod health;
 pub mod images;
 pub mod inventory;

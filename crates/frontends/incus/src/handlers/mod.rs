@@ -3,6 +3,7 @@
 pub mod events;
 pub mod exec;
 pub mod files;
+pub mod firewall;
 pub mod images;
 pub mod instances;
 pub mod karst;
