@@ -368,17 +368,17 @@ mod tests {
         interface-name=_gateway.karst,karstbr0
         rev-server=10.1.2.0/24
         no-resolv
-        dhcp-range=10.1.2.2,10.1.2.254,255.255.255.0,1h
-        dhcp-lease-max=253
         dhcp-leasefile=/var/lib/karst/host/networks/00000000-0000-0000-0000-000000000001/dnsmasq.leases
         dhcp-hostsfile=/var/lib/karst/host/networks/00000000-0000-0000-0000-000000000001/dhcp-hosts
-        dhcp-authoritative
-        dhcp-rapid-commit
         dhcp-no-override
         dhcp-ignore-names
+        quiet-dhcp
+        dhcp-range=10.1.2.2,10.1.2.254,255.255.255.0,1h
+        dhcp-lease-max=253
+        dhcp-authoritative
+        dhcp-rapid-commit
         dhcp-ignore-clid
         no-ping
-        quiet-dhcp
         dhcp-option=26,9000
         ");
         r.spec.dhcp = false;

@@ -52,8 +52,10 @@ pub fn complete(kind: Kind) -> ArgValueCompleter {
 pub fn complete_named() -> ArgValueCompleter {
     ArgValueCompleter::new(|current: &OsStr| {
         // The shell hands the line over as our own arguments.
-        let family = std::env::args().find_map(|word| match word.as_str() {
+        let families = std::env::args().filter_map(|word| match word.as_str() {
             "config" => Some(Kind::Instance),
+            "acl" => Some(Kind::Acl),
+            "address-set" => Some(Kind::AddressSet),
             "image" => Some(Kind::Image),
             "network" => Some(Kind::Network),
             "storage" => Some(Kind::Pool),
@@ -61,6 +63,8 @@ pub fn complete_named() -> ArgValueCompleter {
             "project" => Some(Kind::Project),
             _ => None,
         });
+        // The innermost says it: `network acl`.
+        let family = families.last();
         family.map(|kind| candidates(kind, current)).unwrap_or_default()
     })
 }
@@ -92,7 +96,9 @@ async fn names(client: &Client, kind: Kind) -> Result<Vec<String>> {
         Kind::Project => Url::new(&["projects"]),
         Kind::Operation => Url::new(&["operations"]),
         Kind::Warning => Url::new(&["warnings"]),
-        Kind::Volume => return Ok(Vec::new()),
+        Kind::Acl => Url::new(&["network-acls"]),
+        Kind::AddressSet => Url::new(&["network-address-sets"]),
+        Kind::Volume | Kind::Forward => return Ok(Vec::new()),
     };
     let list = match client.get(&url).await?.metadata {
         Value::Array(list) => list,

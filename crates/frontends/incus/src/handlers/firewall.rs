@@ -294,8 +294,8 @@ fn forward_of(f: &mut Fields, mut forward: UpdateForward) -> Result<UpdateForwar
     Ok(forward)
 }
 
-fn forward_path(call: &Call, listen: &str) -> String {
-    let network = wire::path("networks", call.param(0), call.project());
+fn forward_path(network: &str, project: &str, listen: &str) -> String {
+    let network = wire::path("networks", network, project);
     match network.split_once('?') {
         Some((path, query)) => format!("{path}/forwards/{listen}?{query}"),
         None => format!("{network}/forwards/{listen}"),
@@ -318,7 +318,9 @@ pub async fn forwards(call: Call) -> Result<Reply> {
     respond_list(
         recursion,
         &filter,
-        all.iter().map(|f| (ForwardView::of(f), forward_path(&call, &f.listen_address.to_string()))),
+        all.iter().map(|f| {
+            (ForwardView::of(f), forward_path(call.param(0), call.project(), &f.listen_address.to_string()))
+        }),
     )
 }
 
@@ -342,7 +344,7 @@ pub async fn create_forward(call: Call) -> Result<Reply> {
     let new = forward_of(&mut f, UpdateForward::default())?;
     f.finish(READ_ONLY)?;
     call.engine().forward_create(&call.context, call.project(), call.param(0), &listen, new).await?;
-    created(&forward_path(&call, &listen))
+    created(&forward_path(call.param(0), call.project(), &listen))
 }
 
 /// `PUT` and `PATCH /1.0/networks/{name}/forwards/{listenAddress}`
