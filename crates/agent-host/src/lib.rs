@@ -11,8 +11,10 @@ mod check;
 mod facts;
 pub mod ids;
 mod policy;
+mod pools;
 mod registry;
 mod sessions;
+mod storage;
 
 pub use agent::{RealAgent, RealOptions};
 pub use policy::HostPolicy;

@@ -13,12 +13,16 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 /// Programs that Karst may execute on a host. Nothing else is ever run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Program {
+    /// `apparmor_parser`: the profile of containers.
+    ApparmorParser,
     /// `dnsmasq`: DHCP and DNS of managed networks.
     Dnsmasq,
     /// `ip`: links and addresses.
     Ip,
     /// `lxc-start`: a container.
     LxcStart,
+    /// `mkfs.btrfs`: file systems of btrfs pools.
+    MkfsBtrfs,
     /// `mkfs.ext4`: file systems of disk images.
     MkfsExt4,
     /// `mmdebstrap`: Debian root file systems.
@@ -57,9 +61,11 @@ impl Program {
     /// File name.
     pub fn name(self) -> &'static str {
         match self {
+            Self::ApparmorParser => "apparmor_parser",
             Self::Dnsmasq => "dnsmasq",
             Self::Ip => "ip",
             Self::LxcStart => "lxc-start",
+            Self::MkfsBtrfs => "mkfs.btrfs",
             Self::MkfsExt4 => "mkfs.ext4",
             Self::Mmdebstrap => "mmdebstrap",
             Self::Nft => "nft",
@@ -82,9 +88,11 @@ impl Program {
     /// Debian's package that brings it.
     pub fn package(self) -> &'static str {
         match self {
+            Self::ApparmorParser => "apparmor",
             Self::Dnsmasq => "dnsmasq-base",
             Self::Ip => "iproute2",
             Self::LxcStart => "lxc",
+            Self::MkfsBtrfs => "btrfs-progs",
             Self::MkfsExt4 => "e2fsprogs",
             Self::Mmdebstrap => "mmdebstrap",
             Self::Sqfs2tar => "squashfs-tools-ng",
@@ -141,15 +149,25 @@ pub fn own_program() -> Result<PathBuf> {
     })
 }
 
-fn keeper_path() -> Result<PathBuf> {
+/// A program of ours that lies beside the daemon.
+fn beside(name: &str) -> Result<PathBuf> {
     let own = own_program()?;
-    // Tests run from target/debug/deps; the keeper lies one directory up.
-    own.ancestors()
-        .skip(1)
-        .take(2)
-        .map(|d| d.join("karst-keeper"))
-        .find(|p| p.is_file())
-        .ok_or_else(|| Error::unsupported("karst-keeper is missing beside the daemon; install Karst again"))
+    // Tests run from target/debug/deps; the programs lie one directory up.
+    own.ancestors().skip(1).take(2).map(|d| d.join(name)).find(|p| p.is_file()).ok_or_else(|| {
+        Error::unsupported(format!("{name} is missing beside the daemon; install Karst again"))
+    })
+}
+
+fn keeper_path() -> Result<PathBuf> {
+    beside("karst-keeper")
+}
+
+/// The agent for virtual machines: a file to hand on, never executed on the host.
+///
+/// # Errors
+/// Unsupported when it is not beside the daemon.
+pub fn guest_agent() -> Result<PathBuf> {
+    beside("karst-guest-agent")
 }
 
 /// A program call in the making.

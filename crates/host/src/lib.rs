@@ -4,10 +4,12 @@
 //! environment, a timeout and an output cap. Errors carry argv, exit code and stderr as private context.
 #![allow(clippy::disallowed_methods)] // this crate is the real world
 
+pub mod btrfs;
 pub mod cgroup;
 pub mod exec;
 pub mod fs;
 pub mod link;
+pub mod mount;
 pub mod netlink;
 pub mod netns;
 pub mod nft;
@@ -17,4 +19,4 @@ mod seccomp;
 pub mod sysctl;
 pub mod tap;
 
-pub use exec::{Command, Output, Program, run};
+pub use exec::{Command, Output, Program, guest_agent, run};

@@ -60,6 +60,8 @@ struct Shared {
     options: LxcOptions,
     cgroups: Arc<Cgroups>,
     host: HostFeatures,
+    /// Set when the AppArmor profile is loaded: once by each daemon, which may be newer than the one before.
+    profile: tokio::sync::OnceCell<()>,
     guests: Mutex<HashMap<InstanceId, Arc<Guest>>>,
     events: Mutex<Option<mpsc::Sender<Observed>>>,
 }
@@ -115,6 +117,7 @@ impl LxcDriver {
             shared: Arc::new(Shared {
                 options,
                 host,
+                profile: tokio::sync::OnceCell::new(),
                 cgroups: Arc::new(cgroups),
                 guests: Mutex::default(),
                 events: Mutex::default(),
@@ -353,6 +356,9 @@ impl Shared {
         previous: Option<&Record>,
     ) -> Result<Running> {
         let dir = &guest.state_dir;
+        if self.host.apparmor {
+            self.profile.get_or_try_init(|| crate::apparmor::load(&guest.daemon_id)).await?;
+        }
         let config = dir.join("lxc.conf");
         let log = dir.join("lxc.log");
         write_private(&config, render(guest, self.host)?.as_bytes())?;
@@ -747,6 +753,7 @@ impl GuestDriver for LxcDriver {
             memory_total: s.memory_limit.or_else(host_memory),
             processes: s.processes,
             interfaces: self.shared.interfaces(&running)?,
+            system: None,
         })
     }
 

@@ -30,6 +30,10 @@ async fn furnished() -> (Server, Names) {
     assert_eq!(s.post("/1.0/network-address-sets", json!({"name": "office"})).await.status, 201);
     let forward = json!({"listen_address": "192.0.2.50"});
     assert_eq!(s.post(&format!("/1.0/networks/{network}/forwards"), forward).await.status, 201);
+    for volume in ["data", "spare"] {
+        let path = "/1.0/storage-pools/default/volumes/custom";
+        assert_eq!(s.post(path, json!({"name": volume})).await.status, 201);
+    }
     (s, Names { network, image })
 }
 
@@ -57,7 +61,7 @@ fn concrete(path: &str, names: &Names, operation: &str) -> String {
     if p.ends_with("/network/explain") {
         p += "?from=c1&to=192.0.2.9&port=80";
     }
-    p = p.replace("{type}", "container").replace("{volumeName}", "c1");
+    p = p.replace("{type}", "custom").replace("{volumeName}", "data");
     assert!(!p.contains('{'), "{p}");
     if p.ends_with("/files") { p + "?path=/etc/hostname" } else { p }
 }
