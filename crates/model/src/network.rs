@@ -382,7 +382,7 @@ impl BridgeSpec {
             let words: Vec<&str> = r.words("ipv4.dhcp.routes").collect();
             let wrong =
                 || bad("ipv4.dhcp.routes", "write DESTINATION,GATEWAY,…, such as 10.1.0.0/16,10.20.30.5");
-            if words.len() % 2 != 0 {
+            if !words.len().is_multiple_of(2) {
                 return Err(wrong());
             }
             words

@@ -132,9 +132,6 @@ fn dhcp4(text: &mut String, spec: &BridgeSpec, net: Ipv4Net) {
 fn dhcp6(text: &mut String, spec: &BridgeSpec, net: Ipv6Net) {
     if spec.ra {
         text.push_str("enable-ra\n");
-        if let Some(mtu) = spec.mtu {
-            let _ = writeln!(text, "ra-param={},mtu:{mtu},0,0", "*");
-        }
     }
     let subnet = net.network();
     if spec.dhcp6 && spec.dhcp6_stateful {

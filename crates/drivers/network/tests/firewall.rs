@@ -124,13 +124,15 @@ fn guests_make_and_get_ipv6_addresses() {
         changed.spec.routes6.clear();
         changed.spec.hwaddr = Some("02:12:34:56:78:9a".into());
         changed.spec.mtu = Some(1400);
-        changed.spec.dhcp6_stateful = true;
         changed.spec.search = vec!["a.example".into()];
         driver.ensure(&changed).await.unwrap();
         let state = driver.state(net.id).await.unwrap();
         assert_eq!((state.mac.as_str(), state.mtu, state.ports.len()), ("02:12:34:56:78:9a", 1400, 2));
         assert!(!run(&["ip", "route", "show", "dev", "ktbr0"]).contains("10.99.0.0/16"));
         eventually("and still has its gateway", || lab.pings("a", "fd42:77:0:1::1"));
+        changed.spec.dhcp6_stateful = true;
+        driver.ensure(&changed).await.unwrap();
+        assert!(driver.state(net.id).await.unwrap().dnsmasq.is_some(), "dnsmasq takes stateful DHCPv6");
         changed.spec.ipv6 = None;
         changed.hosts[1].ipv6 = None;
         driver.ensure(&changed).await.unwrap();
