@@ -51,8 +51,8 @@ pub fn complete(kind: Kind) -> ArgValueCompleter {
 /// Completes the name of a thing of the family whose command stands on the line.
 pub fn complete_named() -> ArgValueCompleter {
     ArgValueCompleter::new(|current: &OsStr| {
-        // The shell hands the line over as our own arguments.
-        let families = std::env::args().filter_map(|word| match word.as_str() {
+        // The shell hands the line over as our own arguments; the innermost family counts: `network acl`.
+        let family = std::env::args().rev().find_map(|word| match word.as_str() {
             "config" => Some(Kind::Instance),
             "acl" => Some(Kind::Acl),
             "address-set" => Some(Kind::AddressSet),
@@ -63,8 +63,6 @@ pub fn complete_named() -> ArgValueCompleter {
             "project" => Some(Kind::Project),
             _ => None,
         });
-        // The innermost says it: `network acl`.
-        let family = families.last();
         family.map(|kind| candidates(kind, current)).unwrap_or_default()
     })
 }
