@@ -18,3 +18,4 @@ mod storage;
 
 pub use agent::{RealAgent, RealOptions};
 pub use policy::HostPolicy;
+pub use registry::set_damaged_aside;

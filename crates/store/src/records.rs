@@ -12,6 +12,7 @@ use karst_model::{
     project::Project,
     snapshot::Snapshot,
     storage::{Pool, Volume},
+    trust::{ApiToken, Certificate, ServerConfig, TrustToken},
 };
 
 macro_rules! records {
@@ -39,6 +40,10 @@ records! {
     Runtime: "runtimes" = |r| r.instance.to_string();
     Snapshot: "snapshots" = |r| r.id.to_string();
     Operation: "operations" = |r| r.id.to_string();
+    Certificate: "certificates" = |r| r.id.to_string();
+    TrustToken: "trust-tokens" = |r| r.id.to_string();
+    ApiToken: "api-tokens" = |r| r.id.to_string();
+    ServerConfig: "server" = |_r| "config".into();
 }
 
 /// Identity of a forward in its table: its network and listen address.

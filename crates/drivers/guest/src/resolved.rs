@@ -2,7 +2,7 @@
 
 use karst_model::{
     Error, InstanceId, Result,
-    device::DiskIo,
+    device::{DiskIo, NicModel},
     instance::{Generation, InstanceKind},
     node::AcceleratorKind,
     spec::{CloudInit, Limits, MachineSpec, Security},
@@ -76,7 +76,7 @@ impl ResolvedGuest {
 }
 
 /// A disk.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct ResolvedDisk {
     /// Device name in the configuration.
     pub name: String,
@@ -96,6 +96,10 @@ pub struct ResolvedDisk {
     pub foreign: bool,
     /// The owners of a foreign tree are shifted.
     pub shift: bool,
+    /// A drive of discs; the guest cannot write.
+    pub cdrom: bool,
+    /// The drive is empty.
+    pub ejected: bool,
     /// Rates, bus and cache.
     pub io: DiskIo,
     /// PCI address in the guest.
@@ -105,7 +109,8 @@ pub struct ResolvedDisk {
 }
 
 /// Format of what lies at a disk's path.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum DiskFormat {
     /// A directory tree whose files carry unshifted owners (guest id 0 is id 0 on disk): to be id-mapped at mount.
     Directory,
@@ -116,7 +121,7 @@ pub enum DiskFormat {
 }
 
 /// A NIC: an interface of the host that exists.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct ResolvedNic {
     /// Device name in the configuration.
     pub name: String,
@@ -133,6 +138,10 @@ pub struct ResolvedNic {
     pub bridge: String,
     /// MTU.
     pub mtu: Option<u32>,
+    /// What a virtual machine sees.
+    pub model: NicModel,
+    /// The cable is unplugged (virtual machines).
+    pub disconnected: bool,
     /// PCI address in the guest.
     pub pci: Option<String>,
     /// Boot order, higher first.

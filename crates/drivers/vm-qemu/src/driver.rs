@@ -2,16 +2,17 @@
 
 use crate::{
     argv::cpu_count,
+    inside::Inside,
     launch::{self, Groups, explain, limits, prepare},
     machine::{Ask, Machine, Tell, exit_reason, own, run_state},
-    probe,
+    plug, probe,
     qmp::Qmp,
     record::Record,
 };
 use async_trait::async_trait;
 use karst_guest::{
-    Applied, Exec, ExecRequest, FileWrite, GuestDriver, GuestFiles, Interface, Metrics, Observed, OpenedFile,
-    Quiesce, ResolvedGuest, StopMode,
+    Applied, Exec, ExecRequest, FileWrite, GuestDriver, GuestFiles, GuestMachine, Interface, Metrics,
+    Observed, OpenedFile, Quiesce, ResolvedGuest, StopMode,
     keeper::{self, End, Keeper, Requested, State, Status},
 };
 use karst_host::cgroup::Cgroups;
@@ -280,6 +281,11 @@ impl Shared {
         record.write(dir)?;
         let keeper = keeper::launch(dir, &spec, fds).await?;
         let greeted = async {
+            if launch::hold(guest) {
+                let (qmp, _) = Qmp::connect(dir, launch::QMP, GREETING).await?;
+                plug::before_first(&qmp, guest).await?;
+                qmp.execute("cont", json!({})).await?;
+            }
             match Self::run_state(dir, GREETING).await?.as_str() {
                 "running" => Ok(()),
                 other => Err(Error::internal("the virtual machine did not begin to run", other)),
@@ -323,6 +329,21 @@ impl Shared {
             Ok(()) => {}
         }
         timeout(FORCE, machine.ended()).await.map(drop).map_err(|_| Error::timeout("QEMU does not end"))
+    }
+
+    /// What goes on inside a machine that can answer: one whose CPUs stand still cannot.
+    async fn inside(&self, instance: InstanceId) -> Result<(Arc<Machine>, Arc<Inside>)> {
+        let machine = self.machine(instance).await?;
+        match machine.now().state {
+            RuntimeState::Paused => Err(Error::conflict("the guest is frozen; resume it first")),
+            RuntimeState::Error => {
+                Err(Error::conflict("the guest is halted by an error; resume it or force it to stop"))
+            }
+            _ => {
+                let inside = machine.inside.clone();
+                Ok((machine, inside))
+            }
+        }
     }
 
     async fn interfaces(machine: &Machine) -> BTreeMap<String, Interface> {
@@ -390,17 +411,19 @@ impl GuestDriver for QemuDriver {
         let groups = Groups::of(&guest.daemon_id, guest.instance);
         self.shared.cgroups.limit(&groups.machine, &limits(guest))?;
         let new = Record::new(guest);
-        let (pending, version) = {
+        let mut pending = plug::apply(&machine, guest).await?;
+        let version = {
             let mut record = machine.record();
-            let pending = record.pending(&new);
+            pending.extend(record.pending(&new));
             if cpu_count(guest.limits.cpu.as_ref()) == record.cpus {
                 record.cpu = new.cpu;
             }
             // Programs that start from now on see it.
             record.environment = new.environment;
+            record.nics = new.nics;
             record.spec_version = new.spec_version;
             record.write(&guest.state_dir)?;
-            (pending, record.spec_version)
+            record.spec_version
         };
         machine.observed.send_modify(|o| o.applied_spec_version = version);
         Ok(Applied { pending })
@@ -474,8 +497,12 @@ impl GuestDriver for QemuDriver {
         let stats = self.shared.cgroups.stats(&groups.machine);
         let pid = machine.observed.borrow().pid;
         let (memory, memory_peak) = pid.map_or((None, None), resident);
-        let (interfaces, (processes, system)) =
-            tokio::join!(Shared::interfaces(&machine), machine.inside.system());
+        // One whose CPUs stand still would only be waited for.
+        let answers = matches!(machine.now().state, RuntimeState::Running | RuntimeState::Stopping);
+        let (interfaces, (processes, system)) = match answers {
+            true => tokio::join!(Shared::interfaces(&machine), machine.inside.system()),
+            false => Default::default(),
+        };
         Ok(Metrics {
             cpu_ns: stats.cpu_ns,
             memory,
@@ -489,9 +516,9 @@ impl GuestDriver for QemuDriver {
     }
 
     async fn exec(&self, instance: InstanceId, request: ExecRequest) -> Result<Exec> {
-        let machine = self.shared.machine(instance).await?;
+        let (machine, inside) = self.shared.inside(instance).await?;
         let environment = machine.record().environment.clone();
-        machine.inside.exec(&environment, request).await
+        inside.exec(&environment, request).await
     }
 
     async fn console(&self, instance: InstanceId, force: bool) -> Result<OwnedFd> {
@@ -511,6 +538,10 @@ impl GuestDriver for QemuDriver {
         Some(self)
     }
 
+    fn machine(&self) -> Option<&dyn GuestMachine> {
+        Some(self)
+    }
+
     fn quiesce(&self) -> Option<&dyn Quiesce> {
         Some(self)
     }
@@ -523,13 +554,29 @@ impl GuestDriver for QemuDriver {
 }
 
 #[async_trait]
+impl GuestMachine for QemuDriver {
+    async fn grow(&self, instance: InstanceId, path: &Path, size: u64) -> Result<()> {
+        let machine = self.shared.machine(instance).await?;
+        let slot = self.shared.slot(instance);
+        let _changing = slot.changing.lock().await;
+        let found = machine
+            .record()
+            .devices
+            .as_ref()
+            .and_then(|d| d.disks.iter().find(|d| d.path == path).map(|d| d.slot.clone()));
+        let slot = found.ok_or_else(|| Error::not_found("the guest has no such disk"))?;
+        plug::grow(&machine, &slot, size).await
+    }
+}
+
+#[async_trait]
 impl Quiesce for QemuDriver {
     async fn freeze(&self, instance: InstanceId, limit: Duration) -> Result<u32> {
-        self.shared.machine(instance).await?.inside.freeze(limit).await
+        self.shared.inside(instance).await?.1.freeze(limit).await
     }
 
     async fn thaw(&self, instance: InstanceId) -> Result<u32> {
-        self.shared.machine(instance).await?.inside.thaw().await
+        self.shared.inside(instance).await?.1.thaw().await
     }
 }
 
@@ -537,8 +584,7 @@ impl Quiesce for QemuDriver {
 #[async_trait]
 impl GuestFiles for QemuDriver {
     async fn open(&self, instance: InstanceId, _root: Option<&Path>, path: &str) -> Result<OpenedFile> {
-        let machine = self.shared.machine(instance).await?;
-        machine.inside.open(path).await
+        self.shared.inside(instance).await?.1.open(path).await
     }
 
     async fn write(
@@ -548,12 +594,10 @@ impl GuestFiles for QemuDriver {
         request: FileWrite,
         content: Option<OwnedFd>,
     ) -> Result<()> {
-        let machine = self.shared.machine(instance).await?;
-        machine.inside.write(request, content).await
+        self.shared.inside(instance).await?.1.write(request, content).await
     }
 
     async fn delete(&self, instance: InstanceId, _root: Option<&Path>, path: &str) -> Result<()> {
-        let machine = self.shared.machine(instance).await?;
-        machine.inside.delete(path).await
+        self.shared.inside(instance).await?.1.delete(path).await
     }
 }

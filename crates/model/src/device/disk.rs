@@ -36,6 +36,13 @@ pub struct DiskDevice {
     pub boot_priority: Option<u32>,
     /// How it is driven.
     pub io: DiskIo,
+    /// The disk is there; a drive of discs without it is empty.
+    #[serde(default = "yes")]
+    pub attached: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// What a disk shows.
@@ -189,7 +196,8 @@ impl RootDevice {
 
 impl DiskDevice {
     pub(super) fn parse(keys: &Keys<'_>) -> Result<Self> {
-        let own = ["type", "path", "pool", "source", "readonly", "shift", "required", "boot.priority"];
+        let own =
+            ["type", "path", "pool", "source", "readonly", "shift", "required", "boot.priority", "attached"];
         keys.known(&[&own[..], &IO_KEYS].concat())?;
         let source = keys.demand("source", "a disk needs a source: a custom volume of a pool, or a path")?;
         let source = match keys.get("pool") {
@@ -213,6 +221,7 @@ impl DiskDevice {
             required: keys.get("required").is_none() || keys.boolean("required")?,
             boot_priority: keys.number("boot.priority")?,
             io: DiskIo::parse(keys)?,
+            attached: keys.get("attached").is_none() || keys.boolean("attached")?,
         })
     }
 }

@@ -166,6 +166,8 @@ fn guest(state_dir: PathBuf) -> ResolvedGuest {
             readonly: false,
             foreign: false,
             shift: false,
+            cdrom: false,
+            ejected: false,
             io: Default::default(),
             pci: None,
             boot_priority: 0,
