@@ -15,7 +15,7 @@ use karst_model::{
     instance::{InstanceKind, RuntimeState},
     network::Lease,
     node::HostFacts,
-    spec::{GuestSpec, NetworkSpec, PoolSpec, VolumeSpec},
+    spec::{GuestSpec, NetworkSpec, PoolSource, PoolSpec, VolumeSpec},
     storage::Usage,
 };
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -468,6 +468,9 @@ calls! {
             None => {
                 // Before anything is made of it.
                 let (registry, spec) = (me.registry.clone(), spec.clone());
+                if let PoolSource::Granted { source } = &spec.source {
+                    me.options.policy.check_pool_source(source)?;
+                }
                 blocking(move || registry.put_pool(&spec)).await?;
             }
         }
