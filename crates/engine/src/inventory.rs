@@ -7,9 +7,10 @@
 use futures::StreamExt;
 use karst_env::{Env, EnvExt};
 use karst_model::{
-    Config, Error, ImageId, InstanceId, NetworkId, NodeId, OperationId, PoolId, ProfileId, ProjectId, Result,
-    SnapshotId, VolumeId,
+    AclId, AddressSetId, Config, Error, ImageId, InstanceId, NetworkId, NodeId, OperationId, PoolId,
+    ProfileId, ProjectId, Result, SnapshotId, VolumeId,
     device::{Device, Devices, NicDevice},
+    firewall::{AddressSet, NetworkAcl, NetworkForward},
     image::{Image, ImageAlias},
     instance::{Instance, Runtime, Status},
     network::Network,
@@ -18,7 +19,7 @@ use karst_model::{
     profile::{Profile, expand},
     project::Project,
     snapshot::{Snapshot, VolumeSnapshot},
-    spec::NetworkHost,
+    spec::{NetworkHost, PortSpec},
     storage::{Pool, Volume, VolumeOwner},
 };
 use karst_store::{
@@ -133,6 +134,12 @@ pub struct Records {
     pub volumes: BTreeMap<VolumeId, Row<Volume>>,
     /// Networks.
     pub networks: BTreeMap<NetworkId, Row<Network>>,
+    /// Network ACLs.
+    pub acls: BTreeMap<AclId, Row<NetworkAcl>>,
+    /// Address sets.
+    pub address_sets: BTreeMap<AddressSetId, Row<AddressSet>>,
+    /// Forwards, by key.
+    pub forwards: BTreeMap<String, Row<NetworkForward>>,
     /// Images.
     pub images: BTreeMap<ImageId, Row<Image>>,
     aliases: BTreeMap<String, Row<ImageAlias>>,
@@ -261,6 +268,22 @@ impl Records {
             .ok_or_else(|| Error::not_found(format!("network {name:?} not found")))
     }
 
+    /// Network ACL by name.
+    pub fn acl(&self, name: &str) -> Result<&Row<NetworkAcl>> {
+        self.acls
+            .values()
+            .find(|a| &*a.name == name)
+            .ok_or_else(|| Error::not_found(format!("network ACL {name:?} not found")))
+    }
+
+    /// Address set by name.
+    pub fn address_set(&self, name: &str) -> Result<&Row<AddressSet>> {
+        self.address_sets
+            .values()
+            .find(|a| &*a.name == name)
+            .ok_or_else(|| Error::not_found(format!("address set {name:?} not found")))
+    }
+
     /// Image by fingerprint, a unique prefix of at least 4 characters of it, or alias.
     pub fn image(&self, project: ProjectId, reference: &str) -> Result<&Row<Image>> {
         if let Some(alias) = self.alias(project, reference)
@@ -369,6 +392,18 @@ impl Records {
                 put!(self.networks, parse(id));
                 Touched::Nothing
             }
+            t if t == NetworkAcl::TABLE => {
+                put!(self.acls, parse(id));
+                Touched::Nothing
+            }
+            t if t == AddressSet::TABLE => {
+                put!(self.address_sets, parse(id));
+                Touched::Nothing
+            }
+            t if t == NetworkForward::TABLE => {
+                put!(self.forwards, Some(id.to_owned()));
+                Touched::Nothing
+            }
             t if t == Image::TABLE => {
                 put!(self.images, parse(id));
                 Touched::Nothing
@@ -449,12 +484,16 @@ impl Records {
 fn nics(instance: &Instance, devices: &Devices) -> Vec<(String, NetworkHost)> {
     let mut found = vec![];
     for (name, keys) in devices {
-        let Ok(Device::Nic(NicDevice { network, ipv4, .. })) = Device::parse(name, keys) else {
+        let Ok(Device::Nic(NicDevice { network, ipv4, ipv6, routes, port, .. })) = Device::parse(name, keys)
+        else {
             continue;
         };
-        if let Some(mac) = instance.identities.get(name).and_then(|i| i.mac.clone()) {
+        let identity = instance.identities.get(name);
+        if let Some(mac) = identity.and_then(|i| i.mac.clone()) {
             let hostname = instance.name.dns_label();
-            found.push((network, NetworkHost { mac, hostname, ipv4 }));
+            let interface = identity.and_then(|i| i.host_interface.clone()).unwrap_or_default();
+            let port = Some(PortSpec { interface, ..port }).filter(|p| !p.interface.is_empty());
+            found.push((network, NetworkHost { mac, hostname, ipv4, ipv6, routes, port }));
         }
     }
     found

@@ -16,6 +16,8 @@ pub mod compute;
 pub mod context;
 pub mod db;
 pub mod events;
+mod explain;
+pub mod firewall;
 pub mod health;
 pub mod images;
 pub mod inventory;

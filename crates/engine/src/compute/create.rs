@@ -310,7 +310,7 @@ pub(crate) fn check_devices(devices: &Devices) -> Result<()> {
 pub(crate) fn check_nics(records: &Records, tx: &mut Tx, parsed: &expand::ParsedDevices) -> Result<()> {
     let mut seen = std::collections::BTreeSet::new();
     for (device, nic) in &parsed.nics {
-        let NicDevice { network, ipv4, .. } = nic;
+        let NicDevice { network, ipv4, ipv6, port, routes, .. } = nic;
         let row = records.network(network).map_err(|e| e.at(format!("devices.{device}.network")))?;
         let bridge = karst_model::network::BridgeSpec::parse(&row.name, &row.config)?;
         if let Some(address) = ipv4
@@ -321,6 +321,24 @@ pub(crate) fn check_nics(records: &Records, tx: &mut Tx, parsed: &expand::Parsed
                 format!("{address} is not in the subnet of network {network:?}"),
             ));
         }
+        if let Some(address) = ipv6
+            && !bridge.ipv6.is_some_and(|n| n.contains(address))
+        {
+            return Err(Error::invalid(
+                format!("devices.{device}.ipv6.address"),
+                format!("{address} is not in the subnet of network {network:?}"),
+            ));
+        }
+        // They become routes of the host: whoever may have an instance must not turn others' traffic to it.
+        if let Some(route) = routes.iter().find(|r| !bridge.routed().any(|net| net.contains(*r))) {
+            let family = if route.addr().is_ipv4() { "ipv4" } else { "ipv6" };
+            return Err(Error::invalid(
+                format!("devices.{device}.{family}.routes"),
+                format!("{route} is not within {family}.routes of network {network:?}"),
+            ));
+        }
+        let field = format!("devices.{device}.security.acls");
+        crate::firewall::check_policy(records, tx, port.policy.as_ref(), &field)?;
         if seen.insert(row.id) {
             tx.expect(row);
             tx.expect_unlocked(&crate::network::lock(row.id));

@@ -528,51 +528,6 @@ async fn image_aliases_live() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn networks_live_and_are_refused() {
-    let s = Server::start().await;
-    let body = json!({"config": {"ipv4.address": "10.221.8.1/24", "ipv6.address": "none"}, "description": "", "name": "n1", "type": ""});
-    let created = s.post("/1.0/networks", body.clone()).await;
-    assert_eq!((created.status, created.header("location")), (201, "/1.0/networks/n1"));
-    s.post("/1.0/networks", body).await.refused(409);
-    for (config, part) in [
-        (json!({"ipv4.addres": "10.1.1.1/24"}), "ipv4.address"),
-        (json!({"ipv4.address": "bad"}), "ipv4.address"),
-        (json!({"ipv4.address": "10.221.8.1/24"}), "overlaps"),
-    ] {
-        let answer = s.post("/1.0/networks", json!({"name": "n2", "config": config})).await;
-        assert!([400, 409].contains(&answer.status));
-        assert!(answer.json()["error"].as_str().unwrap().contains(part));
-    }
-    s.post("/1.0/networks", json!({"name": "n2", "type": "ovn"})).await.refused(400);
-    s.post("/1.0/networks", json!({"name": "much-too-long-for-a-bridge"})).await.refused(400);
-    let got = s.get("/1.0/networks/n1").await;
-    let tag = got.header("etag").to_owned();
-    assert_eq!(
-        (got.metadata()["type"].as_str(), got.metadata()["managed"].as_bool()),
-        (Some("bridge"), Some(true))
-    );
-    let body =
-        json!({"config": {"ipv4.address": "10.221.8.1/24", "user.a": "b"}, "description": "d"}).to_string();
-    s.send(Method::PUT, "/1.0/networks/n1", &[("if-match", &tag)], body.clone()).await.metadata();
-    s.send(Method::PUT, "/1.0/networks/n1", &[("if-match", &tag)], body).await.refused(412);
-    s.patch("/1.0/networks/n1", json!({"config": {"ipv4.nat": "false"}})).await.metadata();
-    let config = s.get("/1.0/networks/n1").await.metadata()["config"].clone();
-    assert_eq!((config["user.a"].as_str(), config["ipv4.nat"].as_str()), (Some("b"), Some("false")));
-    let state = s.get("/1.0/networks/n1/state").await.metadata();
-    assert_eq!(state["addresses"][0]["address"], "10.221.8.1");
-    let leases = s.get("/1.0/networks/n1/leases").await.metadata();
-    assert_eq!(
-        (leases[0]["type"].as_str(), leases[0]["address"].as_str()),
-        (Some("gateway"), Some("10.221.8.1"))
-    );
-    s.delete("/1.0/networks/n1").await.metadata();
-    s.get("/1.0/networks/n1").await.refused(404);
-    let used = s.get("/1.0/networks?recursion=1").await.metadata()[0].clone();
-    assert_eq!(used["used_by"], json!(["/1.0/profiles/default"]));
-    s.delete(&format!("/1.0/networks/{}", used["name"].as_str().unwrap())).await.refused(409);
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn storage_pools_live() {
     let s = Server::start().await;
     s.container("c1", false).await;
@@ -738,6 +693,7 @@ fn the_table_is_whole() {
     }
     let tests = [
         include_str!("api.rs"),
+        include_str!("networks.rs"),
         include_str!("clients.rs"),
         include_str!("remote.rs"),
         include_str!("volumes.rs"),

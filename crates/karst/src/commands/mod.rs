@@ -21,6 +21,7 @@ pub mod list;
 pub mod list_columns;
 pub mod monitor;
 pub mod network;
+pub mod network_firewall;
 pub mod object;
 pub mod operation;
 pub mod profile;

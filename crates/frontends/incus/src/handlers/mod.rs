@@ -4,6 +4,7 @@ pub mod certificates;
 pub mod events;
 pub mod exec;
 pub mod files;
+pub mod firewall;
 pub mod images;
 pub mod instances;
 pub mod karst;
