@@ -3,7 +3,7 @@
 
 use super::{
     create::{CreateInstance, CreatePlan, InstanceSource, plan as plan_create},
-    lock, path,
+    expand, lock, path,
     power::force_stop,
 };
 use crate::{
@@ -117,30 +117,27 @@ impl Engine {
             if let Some(base) = source.volatile.get("volatile.base_image") {
                 instance.volatile.insert("volatile.base_image".into(), base.clone());
             }
+            let parsed = expand::parse_devices(&records.expanded(instance).1)?;
             if let Some(hardware) = &source.hardware {
-                let fresh = Hardware {
-                    uuid: instance.id.uuid(),
-                    cloud_init_id: inner.env.uuid(),
-                    ..hardware.clone()
-                };
+                let (uuid, cloud_init_id) = (instance.id.uuid(), inner.env.uuid());
+                instance.hardware = Some(Hardware { uuid, cloud_init_id, ..hardware.clone() });
+                // The buses are those of the original's machine.
+                instance.identities = expand::assign_identities(
+                    &BTreeMap::new(),
+                    &parsed,
+                    instance.hardware.as_ref(),
+                    instance.root,
+                    &inner.daemon_id,
+                    &mut |b| inner.env.fill_random(b),
+                );
                 if let Some(start) = &mut create.start {
-                    let with = inner.guest_spec(
-                        &records,
-                        &karst_model::instance::Instance {
-                            hardware: Some(fresh.clone()),
-                            ..instance.clone()
-                        },
-                        start.spec.domain_id,
-                    )?;
-                    start.spec = with;
+                    start.spec = inner.guest_spec(&records, instance, start.spec.domain_id)?;
                 }
-                instance.hardware = Some(fresh);
             }
             let root = records
                 .volumes
                 .get(&source.root)
                 .ok_or_else(|| Error::not_found("the root volume is gone"))?;
-            let parsed = super::expand::parse_devices(&records.expanded(instance).1)?;
             create.volume.size = match (parsed.root.1.size, root.size, source.kind) {
                 (Some(wanted), Some(now), InstanceKind::VirtualMachine) if wanted < now => {
                     let field = format!("devices.{}.size", parsed.root.0);

@@ -188,10 +188,14 @@ fn before(
     }
     check_disks(records, tx, &instance, &parsed)?;
     check_nics(records, tx, &parsed)?;
-    instance.identities =
-        expand::assign_identities(&row.identities, &parsed, row.kind, row.root, &inner.daemon_id, &mut |b| {
-            inner.env.fill_random(b)
-        });
+    instance.identities = expand::assign_identities(
+        &row.identities,
+        &parsed,
+        row.hardware.as_ref(),
+        row.root,
+        &inner.daemon_id,
+        &mut |b| inner.env.fill_random(b),
+    );
     inner.guest_spec(records, &instance, 0)?;
     Ok(instance)
 }
