@@ -35,6 +35,23 @@ pub struct CgroupLimits {
     pub cpu_quota: Option<(u64, u64)>,
     /// Share when CPUs are contended: 1 to 100, where 100 is the default.
     pub cpu_share: Option<u32>,
+    /// Rates of block devices.
+    pub io: Vec<IoLimit>,
+}
+
+/// Rates of a block device, each a second; `None` means without limit.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct IoLimit {
+    /// `major:minor` of the whole disk.
+    pub device: String,
+    /// Bytes read.
+    pub read_bytes: Option<u64>,
+    /// Bytes written.
+    pub write_bytes: Option<u64>,
+    /// Reads.
+    pub read_operations: Option<u64>,
+    /// Writes.
+    pub write_operations: Option<u64>,
 }
 
 /// Figures of a group and all below; a missing one is `None`.
@@ -225,7 +242,13 @@ impl Cgroups {
     /// # Errors
     /// Internal when the kernel refuses.
     pub fn entry(&self, group: &str, leaf: &str) -> Result<Vec<PathBuf>> {
-        let mut dirs: Vec<PathBuf> = self.v1.iter().map(|(_, m)| m.join(group)).collect();
+        let nearest = |mount: &PathBuf| {
+            let mut dir = mount.join(group);
+            // Where the guest has no groups of its own it is in the one above.
+            while !dir.exists() && dir.pop() && dir != *mount {}
+            dir
+        };
+        let mut dirs: Vec<PathBuf> = self.v1.iter().map(|(_, m)| nearest(m)).collect();
         if let Some(dir) = self.v2(group) {
             let dir = dir.join(leaf);
             make(&dir)?;
@@ -259,7 +282,69 @@ impl Cgroups {
         let shares = (share * 1024 / 100).max(2).to_string();
         let asked = limits.cpu_share.is_some();
         self.set("cpu", group, "cpu.shares", "cpu.weight", &shares, &share.to_string(), asked)?;
-        self.limit_cpus(group, limits.cpus.as_deref())
+        self.limit_cpus(group, limits.cpus.as_deref())?;
+        self.limit_io(group, &limits.io)
+    }
+
+    /// Where a v1 hierarchy of disks' rates and nothing else is mounted. Its limits hold for the processes of one group, not
+    /// for groups below.
+    pub fn io_alone(&self) -> Option<PathBuf> {
+        self.v1.iter().find(|(c, _)| c.iter().all(|c| c == "blkio") && !c.is_empty()).map(|(_, m)| m.clone())
+    }
+
+    fn limit_io(&self, group: &str, limits: &[IoLimit]) -> Result<()> {
+        let unsupported = |path: &Path| {
+            Error::unsupported("this host's kernel cannot limit rates of disks, so the limit cannot be set")
+                .with_context(path.display())
+        };
+        // What the file names already and what is wanted, so that a limit that is no longer wanted goes.
+        let set = |path: &Path, value: &dyn Fn(&str, Option<&IoLimit>) -> String| -> Result<()> {
+            let Ok(now) = fs::read_to_string(path) else {
+                return if limits.is_empty() { Ok(()) } else { Err(unsupported(path)) };
+            };
+            let mut devices: Vec<&str> = now.lines().filter_map(|l| l.split(' ').next()).collect();
+            devices.extend(limits.iter().map(|l| l.device.as_str()));
+            devices.retain(|d| d.contains(':'));
+            devices.sort_unstable();
+            devices.dedup();
+            for device in devices {
+                let limit = limits.iter().find(|l| l.device == device);
+                match write(path, &value(device, limit)) {
+                    // A disk that is gone needs no limit to be taken away.
+                    Err(e) if limit.is_none() && e.raw_os_error() == Some(libc::ENODEV) => {}
+                    other => other.map_err(|e| failed("writing", path, e))?,
+                }
+            }
+            Ok(())
+        };
+        if let Some(dir) = self.v1("blkio", group) {
+            type Part = fn(&IoLimit) -> Option<u64>;
+            let files: [(&str, Part); 4] = [
+                ("read_bps", |l| l.read_bytes),
+                ("write_bps", |l| l.write_bytes),
+                ("read_iops", |l| l.read_operations),
+                ("write_iops", |l| l.write_operations),
+            ];
+            for (name, part) in files {
+                let value = |device: &str, limit: Option<&IoLimit>| {
+                    format!("{device} {}", limit.and_then(part).unwrap_or(0))
+                };
+                set(&dir.join(format!("blkio.throttle.{name}_device")), &value)?;
+            }
+            return Ok(());
+        }
+        let Some(dir) = self.v2(group) else { return Ok(()) };
+        let number = |n: Option<u64>| n.map_or("max".to_owned(), |n| n.to_string());
+        set(&dir.join("io.max"), &|device, limit| {
+            let l = limit.cloned().unwrap_or_default();
+            format!(
+                "{device} rbps={} wbps={} riops={} wiops={}",
+                number(l.read_bytes),
+                number(l.write_bytes),
+                number(l.read_operations),
+                number(l.write_operations)
+            )
+        })
     }
 
     /// Writes one limit, in the hierarchy that has the controller.
@@ -598,7 +683,14 @@ mod tests {
             cpus: Some(vec![1, 3]),
             cpu_quota: Some((25_000, 50_000)),
             cpu_share: Some(20),
+            io: vec![IoLimit {
+                device: "8:0".into(),
+                read_bytes: Some(1000),
+                write_operations: Some(7),
+                ..Default::default()
+            }],
         };
+        fs::write(dir.join("io.max"), "").unwrap();
         cgroups.limit("karst-x/guest", &limits).unwrap();
         let get = |f: &str| read(&dir.join(f)).unwrap();
         assert_eq!(get("memory.max"), "1048576");
@@ -606,6 +698,9 @@ mod tests {
         assert_eq!(get("cpu.max"), "25000 50000");
         assert_eq!(get("cpu.weight"), "20");
         assert_eq!(get("cpuset.cpus"), "1,3");
+        assert_eq!(get("io.max"), "8:0 rbps=1000 wbps=max riops=max wiops=7");
+        cgroups.limit("karst-x/guest", &CgroupLimits { io: vec![], ..limits.clone() }).unwrap();
+        assert!(get("io.max").starts_with("8:0 rbps=max wbps=max riops=max wiops=max"), "taken away again");
         fs::remove_file(dir.join("memory.max")).unwrap();
         let e = cgroups.limit("karst-x/guest", &limits).unwrap_err();
         assert!(e.is(karst_model::ErrorKind::Unsupported), "{e:?}");

@@ -8,6 +8,7 @@ pub mod cgroup;
 pub mod exec;
 pub mod fs;
 pub mod link;
+pub mod mount;
 pub mod netlink;
 pub mod netns;
 pub mod nft;

@@ -146,8 +146,8 @@ fn main() {
         Err(e) => refuse(&e),
     };
     let passed = match sys::receive_launch(launch.as_fd()) {
-        Ok(fds) if fds.len() == spec.fds.len() => fds,
-        Ok(fds) => refuse(&format!("{} descriptors passed, {} specified", fds.len(), spec.fds.len())),
+        Ok(fds) if fds.len() == spec.passed() => fds,
+        Ok(fds) => refuse(&format!("{} descriptors passed, {} specified", fds.len(), spec.passed())),
         Err(e) => refuse(&format!("launch socket: {e}")),
     };
     for cgroup in &spec.keeper_cgroups {

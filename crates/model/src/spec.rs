@@ -158,6 +158,12 @@ pub struct DiskSpec {
     /// The guest cannot write.
     #[serde(default)]
     pub readonly: bool,
+    /// What is mounted below a path of the host is seen as well.
+    #[serde(default)]
+    pub recursive: bool,
+    /// So is what the host mounts there later.
+    #[serde(default)]
+    pub follow: bool,
     /// Owners of a path of the host are shifted into the container's id range.
     #[serde(default)]
     pub shift: bool,

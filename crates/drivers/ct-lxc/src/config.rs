@@ -123,7 +123,6 @@ pub fn render(guest: &ResolvedGuest, host: HostFeatures) -> Result<String> {
     let mut set = |key: &str, value: &str| {
         let _ = writeln!(out, "{key} = {value}");
     };
-    guest.demand_no_disks()?;
     line(&guest.hostname, "name")?;
     set("lxc.uts.name", &guest.hostname);
     let root = path(&guest.root.path, "devices.root")?;
@@ -157,6 +156,8 @@ pub fn render(guest: &ResolvedGuest, host: HostFeatures) -> Result<String> {
         set("lxc.mount.entry", "proc dev/.lxc/proc proc create=dir,optional 0 0");
         set("lxc.mount.entry", "sys dev/.lxc/sys sysfs create=dir,optional 0 0");
     }
+
+    set("lxc.mount.fstab", &path(&crate::disks::fstab(&guest.state_dir), "state directory")?);
 
     set("lxc.cap.drop", "sys_time sys_module sys_rawio mac_admin mac_override");
     set("lxc.seccomp.profile", &path(&seccomp_file(&guest.state_dir), "state directory")?);
@@ -241,6 +242,9 @@ mod tests {
                 readonly: false,
                 foreign: false,
                 shift: false,
+                opened: None,
+                recursive: false,
+                follow: false,
                 io: Default::default(),
                 pci: None,
                 boot_priority: 0,

@@ -3,6 +3,8 @@
 use crate::{
     attach,
     config::{Groups, HostFeatures, SECCOMP, render, seccomp_file},
+    disks,
+    limits::limits,
     proc::{Init, InitEnd, init_end, log_reason},
     record::Record,
     seed,
@@ -15,7 +17,7 @@ use karst_guest::{
 };
 use karst_host::{
     Program,
-    cgroup::{CgroupLimits, Cgroups, parse_cpus},
+    cgroup::Cgroups,
     link,
     netns::NetnsProbe,
     run,
@@ -23,7 +25,6 @@ use karst_host::{
 use karst_model::{
     Error, ErrorKind, InstanceId, Result,
     instance::{ExitReason, InstanceKind, RuntimeState},
-    spec::{CpuAllowance, CpuLimit, Limits},
 };
 use rustix::process::Signal;
 use std::{
@@ -90,8 +91,13 @@ impl Running {
         self.cgroups.entry(&self.groups.inner(), ".karst")
     }
 
-    fn init(&self) -> Option<Init> {
+    pub(crate) fn init(&self) -> Option<Init> {
         Init::find(self.status.pid?)
+    }
+
+    /// Process id of `lxc-start`.
+    pub(crate) fn monitor(&self) -> Result<u32> {
+        self.status.pid.ok_or_else(not_running)
     }
 }
 
@@ -361,9 +367,20 @@ impl Shared {
         if previous.is_none_or(|p| p.seed != record.seed) {
             seed::apply(guest, previous.map(|p| p.hostname.as_str())).await?;
         }
+        let mut mounted = disks::wanted(guest)?;
+        // Where the controller of disks' rates has a hierarchy of its own (v1), limits do not reach groups below: the
+        // container has none there.
+        let rates = self.cgroups.io_alone();
+        let (resolved, hide) = (guest.clone(), rates.clone());
+        let prepared = tokio::task::spawn_blocking(move || {
+            let namespace = disks::namespace(&resolved, &mut mounted, hide.as_deref())?;
+            Ok::<_, Error>((mounted, namespace))
+        });
+        let (mounted, namespace) = prepared.await.map_err(|e| Error::internal("mounting was broken off", e))??;
+        let record = &Record { disks: mounted, ..record.clone() };
         record.write(dir)?;
         self.cgroups.create(&groups.limits)?;
-        self.cgroups.limit(&groups.limits, &limits(guest.instance, &guest.limits))?;
+        self.cgroups.limit(&groups.limits, &limits(guest))?;
         self.cgroups.delegate(&groups.limits);
         let keeper_cgroups = self.cgroups.create_tracking(&groups.keeper)?;
 
@@ -388,6 +405,8 @@ impl Shared {
                 ("TERM".into(), "linux".into()),
             ],
             keeper_cgroups,
+            cgroups: rates.iter().map(|mount| mount.join(&groups.limits)).collect(),
+            mount_namespace: true,
             console: Console::Pty,
             kill_writes: self
                 .cgroups
@@ -397,7 +416,7 @@ impl Shared {
                 .collect(),
             ..Spec::default()
         };
-        let keeper = keeper::launch(dir, &spec, vec![]).await?;
+        let keeper = keeper::launch(dir, &spec, vec![namespace]).await?;
         let status = keeper.status().await;
         let running = |status| Running {
             record: record.clone(),
@@ -576,40 +595,6 @@ fn seed_hash(guest: &ResolvedGuest) -> u64 {
     h.finish()
 }
 
-/// The model's limits as a control group's.
-fn limits(instance: InstanceId, limits: &Limits) -> CgroupLimits {
-    let online = std::fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
-    control_limits(instance, limits, &parse_cpus(&online))
-}
-
-fn control_limits(instance: InstanceId, limits: &Limits, online: &[u32]) -> CgroupLimits {
-    let cpus = match &limits.cpu {
-        // So many CPUs: a set of that size, so that programs inside count right. Where it begins is spread over the
-        // host by the instance's id, which is random.
-        Some(CpuLimit::Count { n }) if (*n as usize) < online.len() => {
-            let start = (instance.uuid().as_u128() % online.len() as u128) as usize;
-            let mut set: Vec<u32> = online.iter().cycle().skip(start).take(*n as usize).copied().collect();
-            set.sort_unstable();
-            Some(set)
-        }
-        Some(CpuLimit::Set { cpus }) => Some(cpus.clone()),
-        _ => None,
-    };
-    CgroupLimits {
-        memory: limits.memory.map(|m| m.bytes()),
-        processes: limits.processes,
-        cpus,
-        cpu_quota: match limits.cpu_allowance {
-            Some(CpuAllowance::Quota { quota_us, period_us }) => Some((quota_us, period_us)),
-            _ => None,
-        },
-        cpu_share: match limits.cpu_allowance {
-            Some(CpuAllowance::Share { percent }) => Some(percent),
-            _ => None,
-        },
-    }
-}
-
 #[async_trait]
 impl GuestDriver for LxcDriver {
     fn kind(&self) -> InstanceKind {
@@ -653,13 +638,17 @@ impl GuestDriver for LxcDriver {
     }
 
     async fn update(&self, guest: &ResolvedGuest) -> Result<Applied> {
-        let mut running = self.shared.running(guest.instance).await?;
         let kept = self.shared.guest(guest.instance);
         let _changing = kept.changing.lock().await;
+        let running = self.shared.running(guest.instance).await?;
         let (cgroups, group) = (&self.shared.cgroups, &running.groups.limits);
-        cgroups.limit(group, &limits(guest.instance, &guest.limits))?;
+        cgroups.limit(group, &limits(guest))?;
+        // Read again: another change may have ended while this one waited for its turn.
+        let mut record = Record::read(&guest.state_dir)?.ok_or_else(not_running)?;
+        let find = || running.init().ok_or_else(|| Error::unavailable("the guest is just starting; try again"));
+        disks::update(&running, find, guest, &mut record).await?;
         let new = Record::new(guest);
-        let old = &mut running.record;
+        let old = &mut record;
         let mut pending = vec![];
         if old.nics != new.nics {
             pending.push("devices".to_owned());
@@ -794,18 +783,6 @@ fn host_memory() -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_count_of_cpus_is_a_set_of_that_size() {
-        let id = "00000000-0000-4000-8000-000000000003".parse().unwrap();
-        let count = |n| {
-            let limits = Limits { cpu: Some(CpuLimit::Count { n }), ..Limits::default() };
-            control_limits(id, &limits, &[0, 1, 2, 3]).cpus
-        };
-        assert_eq!(count(2), Some(vec![0, 3]));
-        assert_eq!(count(4), None);
-        assert_eq!(count(9), None, "more than there are is no limit");
-    }
 
     #[test]
     fn why_it_ended() {

@@ -7,8 +7,10 @@
 
 mod attach;
 mod config;
+mod disks;
 mod driver;
 mod files;
+mod limits;
 mod proc;
 mod record;
 mod seed;

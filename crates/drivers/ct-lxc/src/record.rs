@@ -1,6 +1,7 @@
 //! What the driver keeps of a guest in its state directory (`guest.json`): enough to adopt it.
 
 use karst_guest::{IdRange, ResolvedGuest, keeper::write_private};
+use karst_host::mount::MountKey;
 use karst_model::{Error, InstanceId, Result, instance::Generation};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -18,6 +19,32 @@ pub(crate) struct Nic {
     pub(crate) host_interface: String,
 }
 
+/// A disk beside the root.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Disk {
+    /// Device name.
+    pub(crate) name: String,
+    /// Where it is mounted inside.
+    pub(crate) at: String,
+    pub(crate) source: PathBuf,
+    pub(crate) readonly: bool,
+    /// Owners are mapped into the guest's ids.
+    pub(crate) mapped: bool,
+    pub(crate) recursive: bool,
+    pub(crate) follow: bool,
+    /// A file, not a directory.
+    pub(crate) file: bool,
+    /// What the kernel calls it, once it is mounted; before, it is only intended.
+    pub(crate) key: Option<MountKey>,
+}
+
+impl Disk {
+    /// The same disk in the same way, mounted or not.
+    pub(crate) fn same(&self, other: &Self) -> bool {
+        Self { key: None, ..self.clone() } == Self { key: None, ..other.clone() }
+    }
+}
+
 /// The record of the last start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Record {
@@ -31,6 +58,8 @@ pub(crate) struct Record {
     pub(crate) ids: IdRange,
     pub(crate) root: PathBuf,
     pub(crate) nics: Vec<Nic>,
+    #[serde(default)]
+    pub(crate) disks: Vec<Disk>,
     #[serde(default)]
     pub(crate) environment: BTreeMap<String, String>,
     /// Host name that was written into the root file system.
@@ -64,6 +93,7 @@ impl Record {
                     host_interface: n.host_interface.clone(),
                 })
                 .collect(),
+            disks: vec![],
             environment: guest.environment.clone(),
             hostname: guest.hostname.clone(),
             seed: 0,

@@ -7,7 +7,7 @@ use karst_model::{
     node::AcceleratorKind,
     spec::{CloudInit, Limits, MachineSpec, Security},
 };
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{collections::BTreeMap, os::fd::OwnedFd, path::PathBuf, sync::Arc};
 
 /// A range of host user and group ids that belongs to one guest alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -96,6 +96,13 @@ pub struct ResolvedDisk {
     pub foreign: bool,
     /// The owners of a foreign tree are shifted.
     pub shift: bool,
+    /// A path of the host as it was opened beneath what the host grants; `path` is only its name then, and others may have
+    /// changed what it leads to.
+    pub opened: Option<Opened>,
+    /// What is mounted below the path is seen as well (containers).
+    pub recursive: bool,
+    /// So is what the host mounts there later (containers).
+    pub follow: bool,
     /// Rates, bus and cache.
     pub io: DiskIo,
     /// PCI address in the guest.
@@ -103,6 +110,18 @@ pub struct ResolvedDisk {
     /// Boot order, higher first.
     pub boot_priority: u32,
 }
+
+/// An open path of the host. Two are equal when they are the same descriptor.
+#[derive(Debug, Clone)]
+pub struct Opened(pub Arc<OwnedFd>);
+
+impl PartialEq for Opened {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Opened {}
 
 /// Format of what lies at a disk's path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -13,7 +13,7 @@ use karst_agent::VolumeRef;
 use karst_model::{
     ByteSize, Config, Error, ImageId, InstanceId, Name, NetworkId, Result, VolumeId,
     access::Permission,
-    device::{Device, Devices, NicDevice, RootDevice},
+    device::{Device, Devices, DiskOrigin, NicDevice, RootDevice},
     guest::Observed,
     instance::{DesiredPower, Firmware, Generation, Hardware, Instance, InstanceKind, Lifecycle},
     keys,
@@ -305,10 +305,11 @@ pub(crate) fn check_devices(devices: &Devices) -> Result<()> {
 
 /// What disks beside the root name exists and may be used.
 pub(crate) fn check_disks(parsed: &expand::ParsedDevices) -> Result<()> {
-    match parsed.disks.first() {
+    // A path of the host is granted or refused by the host, when the guest starts.
+    match parsed.disks.iter().find(|(_, d)| !matches!(d.source, DiskOrigin::Host { .. })) {
         None => Ok(()),
         Some((name, _)) => Err(Error::unsupported(format!(
-            "device {name:?}: only the root disk (path=/) can be attached so far"
+            "device {name:?}: volumes can be attached as the root disk (path=/) only so far"
         ))
         .at(format!("devices.{name}.path"))),
     }

@@ -250,6 +250,8 @@ pub fn guest_spec(
             source,
             path: disk.path.clone(),
             readonly: disk.readonly,
+            recursive: disk.recursive,
+            follow: disk.follow,
             shift: disk.shift,
             io: disk.io,
             optional: !disk.required,

@@ -205,6 +205,8 @@ mod tests {
             (&[("source", "/srv"), ("path", "/a/../etc")], "path"),
             (&[("source", "v"), ("pool", "p"), ("path", "/x"), ("readonly", "maybe")], "readonly"),
             (&[("source", "v"), ("pool", "p"), ("limits.read", "fast")], "limits.read"),
+            (&[("source", "/srv"), ("path", "/x"), ("propagation", "shared")], "propagation"),
+            (&[("source", "/srv"), ("path", "/x"), ("propagation", "often")], "propagation"),
             (
                 &[("source", "v"), ("pool", "p"), ("limits.max", "1MiB"), ("limits.read", "1MiB")],
                 "limits.max",

@@ -203,20 +203,7 @@ pub fn bare_guest(daemon_id: &str, guests: &Path, n: u32) -> ResolvedGuest {
         accelerator: AcceleratorKind::Tcg,
         limits: Limits::default(),
         security: Security::default(),
-        root: ResolvedDisk {
-            name: "root".into(),
-            slot: "scsi0".into(),
-            path: PathBuf::new(),
-            format: DiskFormat::Directory,
-            backing: None,
-            mount_point: None,
-            readonly: false,
-            foreign: false,
-            shift: false,
-            io: Default::default(),
-            pci: None,
-            boot_priority: 0,
-        },
+        root: bare_disk("root"),
         disks: vec![],
         nics: vec![ResolvedNic {
             name: "eth0".into(),
@@ -231,5 +218,26 @@ pub fn bare_guest(daemon_id: &str, guests: &Path, n: u32) -> ResolvedGuest {
         }],
         cloud_init: CloudInit::default(),
         environment: [("FROM_CONFIG".to_owned(), "yes".to_owned())].into(),
+    }
+}
+
+/// A directory without a path.
+pub fn bare_disk(name: &str) -> ResolvedDisk {
+    ResolvedDisk {
+        name: name.into(),
+        slot: "scsi0".into(),
+        path: PathBuf::new(),
+        format: DiskFormat::Directory,
+        backing: None,
+        mount_point: None,
+        readonly: false,
+        foreign: false,
+        shift: false,
+        opened: None,
+        recursive: false,
+        follow: false,
+        io: Default::default(),
+        pci: None,
+        boot_priority: 0,
     }
 }
