@@ -1,7 +1,8 @@
-//! Repository tasks: `cargo xtask check|tidy|gen`.
+//! Repository tasks: `cargo xtask check|tidy|gen|lab`.
 #![allow(clippy::disallowed_methods)] // a tool
 
 mod generate;
+mod lab;
 mod tidy;
 
 use clap::{Parser, Subcommand};
@@ -29,6 +30,8 @@ enum Task {
         #[arg(long)]
         check: bool,
     },
+    /// Guests of QEMU with a stock kernel in which Karst itself runs.
+    Lab(lab::Lab),
 }
 
 /// Root of the repository.
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
         }
         Task::Tidy => report("tidy", &tidy::faults()),
         Task::Gen { check } => report("gen", &generate::run(check)),
+        Task::Lab(lab) => return ExitCode::from(lab::run(lab)),
     };
     if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -24,6 +24,7 @@ pub(crate) async fn collect() -> Result<HostFacts> {
         .lines()
         .find_map(|l| l.strip_prefix("MemTotal:")?.trim().split(' ').next()?.parse::<u64>().ok());
     let mut facts = HostFacts {
+        boot_id: read("/proc/sys/kernel/random/boot_id").trim().to_owned(),
         hostname: system.nodename().to_string_lossy().into_owned(),
         architecture: system.machine().to_string_lossy().into_owned(),
         kernel: system.release().to_string_lossy().into_owned(),

@@ -7,6 +7,7 @@ use crate::{
     context::Context,
     db::Tx,
     events::{Event, EventKind},
+    saga::Phase,
 };
 use karst_agent::{AgentEvent, CallContext, HostAgent};
 use karst_env::{EnvExt, TaskHandle};
@@ -47,11 +48,12 @@ pub(crate) fn spawn_all(inner: &Arc<EngineInner>) -> Vec<TaskHandle> {
 /// Follows one host: its facts, and what it sees of its guests.
 async fn host_sync(weak: Weak<EngineInner>, node: NodeId, agent: Arc<dyn HostAgent>) {
     let mut first = true;
+    let mut restart = HostRestart::default();
     loop {
         let Some(inner) = weak.upgrade() else { return };
         let env = inner.env.clone();
         let events = agent.events().await;
-        let synced = sync_once(&inner, node, &*agent, first).await;
+        let synced = sync_once(&inner, node, &*agent, first, &mut restart).await;
         if let Err(e) = &synced {
             tracing::warn!(%node, error = %e, "the host does not say what it runs; trying again");
         }
@@ -87,12 +89,21 @@ async fn host_sync(weak: Weak<EngineInner>, node: NodeId, agent: Arc<dyn HostAge
     }
 }
 
+/// What was done about a restart of the host whose new boot is not recorded yet.
+#[derive(Default)]
+struct HostRestart {
+    boot_id: String,
+    /// Instances that were started, or could not be: once is enough.
+    tried: BTreeSet<InstanceId>,
+}
+
 /// Looks at the whole of a host. Answers whether something could not be recorded now, because a saga was at work there.
 async fn sync_once(
     inner: &Arc<EngineInner>,
     node: NodeId,
     agent: &dyn HostAgent,
     first: bool,
+    restart: &mut HostRestart,
 ) -> Result<bool> {
     let context = CallContext::read(Duration::from_secs(20));
     let facts = agent.host_facts(&context, ()).await?;
@@ -158,29 +169,53 @@ async fn sync_once(
             .collect()
     };
     // After a restart of the host the desired power must survive, or nothing would start again.
-    let start_again = if rebooted { autostart_candidates(inner, node) } else { vec![] };
+    let start_again = if rebooted { autostart_candidates(inner, node, &seen) } else { vec![] };
     for observed in &missing {
         unsure |= !record(inner, observed, Some(as_of)).await?;
     }
     if first || rebooted {
         ensure_all_networks(inner, node).await;
     }
-    for id in start_again {
-        start(inner, id).await;
+    if rebooted && restart.boot_id != facts.boot_id {
+        *restart = HostRestart { boot_id: facts.boot_id.clone(), ..HostRestart::default() };
     }
-    if rebooted {
+    let mut waiting = false;
+    for id in start_again {
+        if restart.tried.contains(&id) {
+            continue;
+        }
+        if at_work(inner, id) {
+            // A saga that the restart interrupted goes on there. It ends, and the next look finds the instance free.
+            waiting = true;
+            continue;
+        }
+        start(inner, id).await;
+        restart.tried.insert(id);
+    }
+    if rebooted && !waiting {
         // Last: whoever takes over from a daemon that dies before this finds the restart of the host anew.
         write_facts().await?;
     }
-    Ok(unsure)
+    Ok(unsure || waiting)
 }
 
-fn autostart_candidates(inner: &EngineInner, node: NodeId) -> Vec<InstanceId> {
+/// Does a saga hold the instance that will end by itself?
+fn at_work(inner: &EngineInner, id: InstanceId) -> bool {
+    let records = inner.inventory.read();
+    let Some(lock) = records.lock(&crate::compute::lock(id)) else { return false };
+    records.sagas.get(&lock.saga).is_some_and(|s| !matches!(s.phase, Phase::NeedsAttention { .. }))
+}
+
+fn autostart_candidates(inner: &EngineInner, node: NodeId, seen: &[Observed]) -> Vec<InstanceId> {
+    let down = |o: &&Observed| matches!(o.state, RuntimeState::Stopped | RuntimeState::Error);
+    let up: BTreeSet<_> = seen.iter().filter(|o| !down(o)).map(|o| o.instance).collect();
     let records = inner.inventory.read();
     records
         .instances
         .values()
         .filter(|i| i.node == node && i.lifecycle == Lifecycle::Ready)
+        // Not those that an earlier look at this boot has started.
+        .filter(|i| !up.contains(&i.id))
         .filter(|i| {
             let (config, _) = records.expanded(i);
             match config.get("boot.autostart").and_then(|v| keys::parse_bool("boot.autostart", v).ok()) {

@@ -111,12 +111,38 @@ fn cpu_list(cpus: &[u32]) -> String {
 }
 
 impl Cgroups {
-    /// Reads the mounts of this process.
+    /// Reads the mounts of this process. Groups are made below that of process 1, as liblxc does it: it is not the root
+    /// of the hierarchy when process 1 is that of a container, such as a CI runner's.
     ///
     /// # Errors
     /// Unsupported when no hierarchy is mounted.
     pub fn detect() -> Result<Self> {
-        Self::parse(&fs::read_to_string("/proc/self/mountinfo")?)
+        let mut found = Self::parse(&fs::read_to_string("/proc/self/mountinfo")?)?;
+        found.descend(&fs::read_to_string("/proc/1/cgroup").unwrap_or_default());
+        Ok(found)
+    }
+
+    /// Moves the bases to the groups that a text in the format of `/proc/PID/cgroup` names, where they can be seen.
+    fn descend(&mut self, groups: &str) {
+        for line in groups.lines() {
+            let mut fields = line.splitn(3, ':').skip(1);
+            let (Some(controllers), Some(group)) = (fields.next(), fields.next()) else { continue };
+            // systemd's own group is beside those that it makes, not above.
+            let group = group.strip_suffix("/init.scope").unwrap_or(group).trim_start_matches('/');
+            let mount = if controllers.is_empty() {
+                self.v2.as_mut()
+            } else {
+                let listed = |c: &String| controllers.split(',').any(|l| l == c);
+                self.v1.iter_mut().find(|(known, _)| known.iter().any(listed)).map(|(_, mount)| mount)
+            };
+            if let Some(mount) = mount
+                && !group.is_empty()
+                && !group.split('/').any(|part| part == "..")
+                && mount.join(group).is_dir()
+            {
+                *mount = mount.join(group);
+            }
+        }
     }
 
     /// Out of a text in the format of `/proc/PID/mountinfo`.
@@ -665,6 +691,26 @@ mod tests {
         assert_eq!(pure.dirs("a"), [PathBuf::from("/sys/fs/cgroup/a")]);
         assert!(Cgroups::parse("1 2 0:1 / /proc rw - proc proc rw").is_err());
         assert_eq!(parse_cpus("0-2,7\n"), [0, 1, 2, 7]);
+    }
+
+    #[test]
+    fn groups_lie_below_that_of_process_1() {
+        let root = tempfile::tempdir().unwrap();
+        let (memory, cpu, v2) = (root.path().join("m"), root.path().join("c"), root.path().join("u"));
+        fs::create_dir_all(memory.join("engine/x")).unwrap();
+        fs::create_dir_all(v2.join("engine")).unwrap();
+        let mut cgroups = Cgroups {
+            v1: vec![
+                (vec!["memory".into()], memory.clone()),
+                (vec!["cpu".into(), "cpuacct".into()], cpu.clone()),
+            ],
+            v2: Some(v2.clone()),
+        };
+        cgroups.descend("4:memory:/engine/x\n3:cpu,cpuacct:/unseen\n0::/engine/init.scope\n");
+        assert_eq!(cgroups.dirs("g"), [memory.join("engine/x/g"), cpu.join("g"), v2.join("engine/g")]);
+        let before = cgroups.clone();
+        cgroups.descend("4:memory:/../../etc\n0::/init.scope\n1:name=systemd:/\n");
+        assert_eq!(cgroups, before);
     }
 
     /// A pure v2 tree of plain files: what is written where, without a kernel behind it.

@@ -194,7 +194,7 @@ async fn console_detaches() {
     terminal.master.write_all(b"ls\x01q").unwrap();
     let status = tokio::time::timeout(PATIENCE, child.wait()).await.expect("it detaches").unwrap();
     assert_eq!(status.code(), Some(0));
-    assert_eq!(fake.typed(), b"ls");
+    fake.until("typing", |fake| fake.typed() == b"ls").await;
     assert_eq!(format!("{:?}", tcgetattr(&slave).unwrap()), before, "the terminal is as it was");
 }
 

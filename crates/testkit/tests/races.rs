@@ -362,6 +362,43 @@ fn after_a_power_cut_what_ran_starts_again() {
     }
 }
 
+/// A power cut in the middle of a change: the saga of before holds the instance when what ran is to start again.
+#[test]
+fn after_a_power_cut_what_was_busy_starts_again_too() {
+    for seed in seeds(10) {
+        run(seed, |mut w| async move {
+            let busy = started(&w, "busy").await;
+            started(&w, "idle").await;
+            // The change takes its time, before the cut and after it.
+            for _ in 0..3 {
+                w.agent.inject("guest_update", Fault::Delay(Duration::from_secs(5)));
+            }
+            let update = UpdateInstance {
+                description: "x".into(),
+                ephemeral: false,
+                config: Config::from([("limits.memory".into(), "256MiB".into())]),
+                devices: Devices::new(),
+                profiles: vec!["default".into()],
+                if_version: None,
+            };
+            w.engine.instance_update(&w.admin, "default", "busy", update).await.unwrap();
+            w.env.sleep(Duration::from_millis(w.env.below(300))).await;
+            w.engine.close();
+            w.agent.power_cut();
+            w.reopen().await.unwrap();
+            let lock = format!("instances/{busy}");
+            assert!(w.engine.inner().inventory.read().lock(&lock).is_some(), "the cut met the change");
+            // What is recorded of before the cut is not what runs.
+            w.env.sleep(Duration::from_secs(20)).await;
+            until(&w, 60, "both run again", || {
+                status(&w, "idle") == Some(Status::Running) && status(&w, "busy") == Some(Status::Running)
+            })
+            .await;
+            demand_clean(&w, "power cut in a change").await;
+        });
+    }
+}
+
 #[test]
 fn ephemeral_instances_disappear() {
     run(11, |w| async move {
