@@ -420,11 +420,12 @@ impl RealAgent {
     /// A path of the host, which its policy must grant; `None` when it is not there and may be left out.
     fn resolve_path(&self, disk: &DiskSpec, path: &str) -> Result<Option<ResolvedDisk>> {
         let field = || format!("devices.{}.source", disk.name);
-        let opened = match karst_host::mount::open_beneath(&self.options.policy.path_prefixes, Path::new(path)) {
-            Ok(opened) => opened,
-            Err(e) if disk.optional && e.is(ErrorKind::NotFound) => return Ok(None),
-            Err(e) => return Err(e.at(field())),
-        };
+        let opened =
+            match karst_host::mount::open_beneath(&self.options.policy.path_prefixes, Path::new(path)) {
+                Ok(opened) => opened,
+                Err(e) if disk.optional && e.is(ErrorKind::NotFound) => return Ok(None),
+                Err(e) => return Err(e.at(field())),
+            };
         let stat = rustix::fs::fstat(&opened).map_err(std::io::Error::from)?;
         let format = match rustix::fs::FileType::from_raw_mode(stat.st_mode) {
             rustix::fs::FileType::Directory => DiskFormat::Directory,

@@ -103,12 +103,8 @@ pub fn detached(source: BorrowedFd, options: MountOptions, ids: Option<BorrowedF
         set |= MOUNT_ATTR_IDMAP;
     }
     let propagation = if options.follow { libc::MS_SLAVE } else { libc::MS_PRIVATE };
-    let attributes = Attributes {
-        set,
-        clear: 0,
-        propagation,
-        user_namespace: ids.map_or(0, |fd| fd.as_raw_fd() as u64),
-    };
+    let attributes =
+        Attributes { set, clear: 0, propagation, user_namespace: ids.map_or(0, |fd| fd.as_raw_fd() as u64) };
     // SAFETY: the structure is what the kernel expects and lives over the call.
     let done = unsafe {
         libc::syscall(
@@ -126,7 +122,8 @@ pub fn detached(source: BorrowedFd, options: MountOptions, ids: Option<BorrowedF
     let e = io::Error::last_os_error();
     Err(match e.raw_os_error() {
         Some(libc::EINVAL) if ids.is_some() => {
-            Error::unsupported("the file system of the source cannot be mounted with other owners").with_context(e)
+            Error::unsupported("the file system of the source cannot be mounted with other owners")
+                .with_context(e)
         }
         _ => failed("mounting", e),
     })
@@ -290,7 +287,8 @@ pub fn in_namespace_of<T: Send>(pid: u32, work: impl FnOnce() -> Result<T> + Sen
     in_thread(move || {
         // SAFETY: plain calls; only this thread is changed, which ends when the work has.
         unsafe {
-            if libc::unshare(libc::CLONE_FS) < 0 || libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNS) < 0 {
+            if libc::unshare(libc::CLONE_FS) < 0 || libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNS) < 0
+            {
                 return Err(failed("entering a mount namespace", io::Error::last_os_error()));
             }
         }
@@ -361,7 +359,11 @@ pub fn block_device(path: &Path) -> Option<String> {
         // btrfs and the like have numbers of their own: the mount's source says.
         let found = entries(None).ok()?;
         let real = std::fs::canonicalize(path).ok()?;
-        let mount = found.iter().rev().filter(|e| real.starts_with(&e.at)).max_by_key(|e| e.at.components().count())?;
+        let mount = found
+            .iter()
+            .rev()
+            .filter(|e| real.starts_with(&e.at))
+            .max_by_key(|e| e.at.components().count())?;
         let source = std::fs::metadata(&mount.source).ok()?;
         let device = source.rdev();
         number = format!("{}:{}", libc::major(device), libc::minor(device));
@@ -387,10 +389,14 @@ mod tests {
 
     #[test]
     fn lines_are_understood() {
-        let text = b"36 35 98:0 /mnt1 /mnt\\0402 ro,noatime master:1 - ext3 /dev/root rw,errors=continue\njunk\n";
+        let text =
+            b"36 35 98:0 /mnt1 /mnt\\0402 ro,noatime master:1 - ext3 /dev/root rw,errors=continue\njunk\n";
         let entry = parse(text).remove(0);
         assert_eq!(entry.key, MountKey { device: "98:0".into(), root: "/mnt1".into() });
-        assert_eq!((entry.at.to_str(), entry.readonly, entry.source.as_str()), (Some("/mnt 2"), true, "/dev/root"));
+        assert_eq!(
+            (entry.at.to_str(), entry.readonly, entry.source.as_str()),
+            (Some("/mnt 2"), true, "/dev/root")
+        );
         assert_eq!(escape("/a b\\#"), "/a\\040b\\134\\043");
         assert_eq!(unescape(escape("/a b\\#").as_bytes()), b"/a b\\#");
     }

@@ -52,7 +52,8 @@ fn checked(disk: &ResolvedDisk) -> Result<Disk> {
     let Some(at) = &disk.mount_point else {
         return Err(Error::invalid(field("path"), "a disk of a container needs the path to mount it at"));
     };
-    let good = at.starts_with('/') && !at.contains(['\n', '\0']) && at.split('/').all(|p| p != ".." && p != ".");
+    let good =
+        at.starts_with('/') && !at.contains(['\n', '\0']) && at.split('/').all(|p| p != ".." && p != ".");
     if !good || matches!(at.trim_end_matches('/'), "" | "/proc" | "/sys" | "/dev") {
         return Err(Error::invalid(field("path"), format!("nothing can be mounted at {at:?}")));
     }
@@ -113,8 +114,7 @@ fn detached(guest: &ResolvedGuest, disk: &Disk, ids: &OwnedFd) -> Result<OwnedFd
         Some(opened) => opened.0.try_clone()?,
         None => mount::open_path(&disk.source)?,
     };
-    let options =
-        MountOptions { readonly: disk.readonly, recursive: disk.recursive, follow: disk.follow };
+    let options = MountOptions { readonly: disk.readonly, recursive: disk.recursive, follow: disk.follow };
     let ids = disk.mapped.then(|| ids.as_fd());
     mount::detached(source.as_fd(), options, ids).map_err(|e| e.at(field()))
 }
@@ -174,12 +174,9 @@ fn render(state_dir: &Path, disks: &[Disk]) -> String {
     disks.iter().map(line).collect()
 }
 
-/// Makes the mount namespace for a start; fills in what the kernel calls each disk. Blocks.
-pub(crate) fn namespace(
-    guest: &ResolvedGuest,
-    disks: &mut [Disk],
-    hide: Option<&Path>,
-) -> Result<OwnedFd> {
+/// Makes the mount namespace for a start; fills in what the kernel calls each disk. The mount that `hide` lies on is not in
+/// it. Blocks.
+pub(crate) fn namespace(guest: &ResolvedGuest, disks: &mut [Disk], hide: Option<&Path>) -> Result<OwnedFd> {
     let state_dir = guest.state_dir.as_path();
     let stage = stage(state_dir);
     match std::fs::create_dir(&stage) {
@@ -192,9 +189,16 @@ pub(crate) fn namespace(
     let ours = state_dir.ancestors().nth(2).unwrap_or(state_dir);
     let root = guest.root.path.as_path();
     mount::new_namespace(|| {
-        for other in mount::entries(None)?.into_iter().rev() {
+        let mounts = mount::entries(None)?;
+        let holds = |at: &Path| hide.is_some_and(|hide| hide.starts_with(at));
+        let hidden = mounts
+            .iter()
+            .map(|m| m.at.clone())
+            .filter(|at| holds(at))
+            .max_by_key(|at| at.components().count());
+        for other in mounts.into_iter().rev() {
             let needed = root.starts_with(&other.at) || other.at.starts_with(root);
-            if other.at.starts_with(ours) && !needed || Some(other.at.as_path()) == hide {
+            if other.at.starts_with(ours) && !needed || Some(&other.at) == hidden.as_ref() {
                 mount::detach(&other.at)?;
             }
         }
@@ -271,7 +275,9 @@ async fn plug(
             ..Request::default()
         };
         let from = mount::namespace_of(monitor)?;
-        inside(record, &request, init, vec![from]).await.map_err(|e| e.at(format!("devices.{}.path", new.name)))?;
+        inside(record, &request, init, vec![from])
+            .await
+            .map_err(|e| e.at(format!("devices.{}.path", new.name)))?;
         Ok::<_, Error>(new)
     };
     match plugged.await {
@@ -330,8 +336,12 @@ async fn remove(
             else {
                 break;
             };
-            let request =
-                Request { operation: Operation::Unmount, pid: init.pid, path: at.into(), ..Request::default() };
+            let request = Request {
+                operation: Operation::Unmount,
+                pid: init.pid,
+                path: at.into(),
+                ..Request::default()
+            };
             inside(record, &request, Init { pid: init.pid, pidfd: init.pidfd.try_clone()? }, vec![]).await?;
         }
     }

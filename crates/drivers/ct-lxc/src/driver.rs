@@ -15,13 +15,7 @@ use karst_guest::{
     StopMode,
     keeper::{self, Console, End, Exit, Keeper, Requested, Spec, Status, write_private},
 };
-use karst_host::{
-    Program,
-    cgroup::Cgroups,
-    link,
-    netns::NetnsProbe,
-    run,
-};
+use karst_host::{Program, cgroup::Cgroups, link, netns::NetnsProbe, run};
 use karst_model::{
     Error, ErrorKind, InstanceId, Result,
     instance::{ExitReason, InstanceKind, RuntimeState},
@@ -376,7 +370,8 @@ impl Shared {
             let namespace = disks::namespace(&resolved, &mut mounted, hide.as_deref())?;
             Ok::<_, Error>((mounted, namespace))
         });
-        let (mounted, namespace) = prepared.await.map_err(|e| Error::internal("mounting was broken off", e))??;
+        let (mounted, namespace) =
+            prepared.await.map_err(|e| Error::internal("mounting was broken off", e))??;
         let record = &Record { disks: mounted, ..record.clone() };
         record.write(dir)?;
         self.cgroups.create(&groups.limits)?;
@@ -645,7 +640,8 @@ impl GuestDriver for LxcDriver {
         cgroups.limit(group, &limits(guest))?;
         // Read again: another change may have ended while this one waited for its turn.
         let mut record = Record::read(&guest.state_dir)?.ok_or_else(not_running)?;
-        let find = || running.init().ok_or_else(|| Error::unavailable("the guest is just starting; try again"));
+        let find =
+            || running.init().ok_or_else(|| Error::unavailable("the guest is just starting; try again"));
         disks::update(&running, find, guest, &mut record).await?;
         let new = Record::new(guest);
         let old = &mut record;

@@ -28,7 +28,10 @@ pub(crate) fn limits(guest: &ResolvedGuest) -> CgroupLimits {
 fn device(disk: &ResolvedDisk) -> Option<String> {
     let device = mount::block_device(&disk.path);
     if device.is_none() {
-        tracing::warn!(disk = disk.name, "its file system lies on no block device, so its rates are not limited");
+        tracing::warn!(
+            disk = disk.name,
+            "its file system lies on no block device, so its rates are not limited"
+        );
     }
     device
 }
@@ -81,7 +84,6 @@ fn control_limits(instance: InstanceId, limits: &Limits, online: &[u32]) -> Cgro
     }
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -95,7 +97,10 @@ mod tests {
             ("8:16", DiskLimits { read: None, write: rate(1) }),
         ];
         let all = rates_of(disks.into_iter().map(|(d, l)| (d.to_owned(), l)));
-        assert_eq!((all[0].read_bytes, all[0].write_operations, all[0].write_bytes), (Some(12), Some(3), None));
+        assert_eq!(
+            (all[0].read_bytes, all[0].write_operations, all[0].write_bytes),
+            (Some(12), Some(3), None)
+        );
         assert_eq!((all[1].device.as_str(), all[1].write_bytes), ("8:16", Some(1)));
     }
 

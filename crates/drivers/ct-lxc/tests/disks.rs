@@ -76,13 +76,19 @@ async fn disks_are_there_from_the_start_and_come_and_go() {
     driver.start(&guest).await.unwrap();
 
     // Owners are the guest's own inside and unshifted on disk.
-    assert_eq!(inside(&driver, &guest, "cat '/srv/my data/greeting'; echo; cat /etc/note").await, "hello\nnote");
+    assert_eq!(
+        inside(&driver, &guest, "cat '/srv/my data/greeting'; echo; cat /etc/note").await,
+        "hello\nnote"
+    );
     inside(&driver, &guest, "echo x >'/srv/my data/new'; chown 33:33 '/srv/my data/new'").await;
     let written = std::fs::metadata(data.path.join("new")).unwrap();
     assert_eq!((written.uid(), written.gid()), (33, 33));
     // Read-only cannot be taken back from inside, and a device node is none.
     assert_ne!(shell(&driver, &guest, "touch /srv/sealed/x").await.code, 0);
-    assert_ne!(shell(&driver, &guest, "mount -o remount,rw,bind /srv/sealed && touch /srv/sealed/x").await.code, 0);
+    assert_ne!(
+        shell(&driver, &guest, "mount -o remount,rw,bind /srv/sealed && touch /srv/sealed/x").await.code,
+        0
+    );
     assert_ne!(shell(&driver, &guest, "echo x >>/etc/note").await.code, 0);
 
     // Plugged while it runs: by another process of the host than the one that started it.
@@ -95,17 +101,30 @@ async fn disks_are_there_from_the_start_and_come_and_go() {
     for _ in 0..2 {
         assert!(again.update(&guest).await.unwrap().pending.is_empty());
     }
-    assert_eq!(inside(&again, &guest, "cat /mnt/a/b/f; grep -c ' /mnt/a/b ' /proc/self/mountinfo").await, "extra1");
+    assert_eq!(
+        inside(&again, &guest, "cat /mnt/a/b/f; grep -c ' /mnt/a/b ' /proc/self/mountinfo").await,
+        "extra1"
+    );
     assert_ne!(shell(&again, &guest, "mount -o remount,rw,bind /mnt/a/b && touch /mnt/a/b/x").await.code, 0);
 
     // Changed: writable now. And another taken away although the guest moved it and hid it under a mount of its own.
     guest.disks.last_mut().unwrap().readonly = false;
-    inside(&again, &guest, "mkdir /mnt/moved && mount --bind '/srv/my data' /mnt/moved && mount -t tmpfs none /mnt/moved").await;
+    inside(
+        &again,
+        &guest,
+        "mkdir /mnt/moved && mount --bind '/srv/my data' /mnt/moved && mount -t tmpfs none /mnt/moved",
+    )
+    .await;
     guest.disks.retain(|d| d.name != "data");
     again.update(&guest).await.unwrap();
     inside(&again, &guest, "touch /mnt/a/b/x").await;
     assert!(extra.path.join("x").exists());
-    let seen = inside(&again, &guest, "ls -A /mnt/moved '/srv/my data'; grep -c test-cache.*/data /proc/self/mountinfo || true").await;
+    let seen = inside(
+        &again,
+        &guest,
+        "ls -A /mnt/moved '/srv/my data'; grep -c test-cache.*/data /proc/self/mountinfo || true",
+    )
+    .await;
     assert!(!seen.contains("greeting") && seen.ends_with('0'), "{seen}");
 
     // The guest's own reboot mounts what it has now.
@@ -113,7 +132,8 @@ async fn disks_are_there_from_the_start_and_come_and_go() {
     let pid = again.observe(guest.instance).await.unwrap().pid;
     shell(&again, &guest, "systemctl reboot").await;
     let end = Instant::now() + Duration::from_secs(60);
-    while again.observe(guest.instance).await.is_ok_and(|o| o.state != RuntimeState::Running || o.pid == pid) {
+    while again.observe(guest.instance).await.is_ok_and(|o| o.state != RuntimeState::Running || o.pid == pid)
+    {
         assert!(Instant::now() < end, "no reboot");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
@@ -166,7 +186,8 @@ async fn paths_of_the_host_keep_their_owners_unless_shifted() {
     // With what the host mounts below, also later.
     let below = shifted.path.join("below");
     std::fs::create_dir(&below).unwrap();
-    let tree = foreign(ResolvedDisk { recursive: true, follow: true, ..volume(&place, "shifted", "/srv/tree") });
+    let tree =
+        foreign(ResolvedDisk { recursive: true, follow: true, ..volume(&place, "shifted", "/srv/tree") });
     guest.disks.push(ResolvedDisk { name: "tree".into(), ..tree });
     driver.update(&guest).await.unwrap();
     assert_eq!(inside(&driver, &guest, "ls /srv/tree").await, "below\nx");
@@ -184,7 +205,9 @@ async fn paths_of_the_host_keep_their_owners_unless_shifted() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rates_of_disks_hold_from_the_start_and_live() {
     let Some(place) = Place::new() else { return };
-    if karst_host::mount::block_device(place.dir.path()).is_none() || !Path::new("/sys/fs/cgroup/blkio").exists() {
+    if karst_host::mount::block_device(place.dir.path()).is_none()
+        || !Path::new("/sys/fs/cgroup/blkio").exists()
+    {
         return println!("skipped: no block device below, or no controller of its rates");
     }
     let driver = place.driver();
@@ -209,7 +232,8 @@ async fn rates_of_disks_hold_from_the_start_and_live() {
     let cgroups = karst_host::cgroup::Cgroups::detect().unwrap();
     let group = format!("karst-{}/{}", place.daemon_id, guest.instance);
     let file = "blkio.throttle.read_bps_device";
-    let limit = || cgroups.dirs(&group).iter().find_map(|d| std::fs::read_to_string(d.join(file)).ok()).unwrap();
+    let limit =
+        || cgroups.dirs(&group).iter().find_map(|d| std::fs::read_to_string(d.join(file)).ok()).unwrap();
     assert_eq!(limit(), "");
     // It has no group of its own there, in which it could leave the limit behind.
     let own = inside(&driver, &guest, "grep blkio: /proc/1/cgroup").await;

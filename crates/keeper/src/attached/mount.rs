@@ -48,7 +48,8 @@ pub(super) fn mount(r: &Request, init: OwnedFd, rest: Vec<OwnedFd>, launch: Borr
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let dir = rustix::fs::open("/", flags, Mode::empty()).at("opening the root")?;
     let root = Root { dir, inside: true };
-    let directory = FileType::from_raw_mode(fstat(&tree).at("taking the mount")?.st_mode) == FileType::Directory;
+    let directory =
+        FileType::from_raw_mode(fstat(&tree).at("taking the mount")?.st_mode) == FileType::Directory;
     let place = place(&root, &r.path, directory)?;
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     move_mount(&tree, "", &place, "", flags).at("mounting")?;
