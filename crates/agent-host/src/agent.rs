@@ -467,6 +467,10 @@ impl RealAgent {
         for disk in spec.disks {
             disks.extend(self.resolve_disk(disk, user).await?);
         }
+        let mut nodes = vec![];
+        for node in &spec.nodes {
+            nodes.extend(crate::nodes::resolve(&self.options.policy, node)?);
+        }
         let mut nics = vec![];
         for nic in spec.nics {
             let bridge = networks.get(&nic.network).cloned();
@@ -520,6 +524,7 @@ impl RealAgent {
                 boot_priority: spec.root.boot_priority,
             },
             disks,
+            nodes,
             nics,
             cloud_init: spec.cloud_init,
             environment: spec.environment,

@@ -227,6 +227,7 @@ impl Subject {
                 boot_priority: 1,
             },
             disks: vec![],
+            nodes: vec![],
             nics: vec![NicSpec {
                 device: DeviceId(self.env.uuid()),
                 name: "eth0".into(),

@@ -17,6 +17,8 @@ pub enum Program {
     Dnsmasq,
     /// `ip`: links and addresses.
     Ip,
+    /// `lxc-cgroup`: what a running container may use of devices, on control groups v2.
+    LxcCgroup,
     /// `lxc-start`: a container.
     LxcStart,
     /// `mkfs.ext4`: file systems of disk images.
@@ -51,6 +53,7 @@ impl Program {
         match self {
             Self::Dnsmasq => "dnsmasq",
             Self::Ip => "ip",
+            Self::LxcCgroup => "lxc-cgroup",
             Self::LxcStart => "lxc-start",
             Self::MkfsExt4 => "mkfs.ext4",
             Self::Mmdebstrap => "mmdebstrap",
@@ -72,7 +75,7 @@ impl Program {
         match self {
             Self::Dnsmasq => "dnsmasq-base",
             Self::Ip => "iproute2",
-            Self::LxcStart => "lxc",
+            Self::LxcCgroup | Self::LxcStart => "lxc",
             Self::MkfsExt4 => "e2fsprogs",
             Self::Mmdebstrap => "mmdebstrap",
             Self::Sqfs2tar => "squashfs-tools-ng",

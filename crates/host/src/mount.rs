@@ -149,14 +149,14 @@ pub fn detach(at: &Path) -> Result<()> {
     }
 }
 
-/// Puts an empty file system in memory over a directory of this thread's namespace.
+/// Puts an empty file system in memory over a directory of this thread's namespace; device nodes in it work if `devices`.
 ///
 /// # Errors
 /// Internal when the kernel refuses.
-pub fn cover(directory: &Path) -> Result<()> {
+pub fn cover(directory: &Path, devices: bool) -> Result<()> {
     let path = CString::new(directory.as_os_str().as_bytes())
         .map_err(|_| Error::internal("mounting failed", "NUL in a path"))?;
-    let flags = libc::MS_NODEV | libc::MS_NOSUID | libc::MS_NOEXEC;
+    let flags = libc::MS_NOSUID | libc::MS_NOEXEC | if devices { 0 } else { libc::MS_NODEV };
     // SAFETY: all strings end in NUL and live over the call.
     let done = unsafe {
         libc::mount(
@@ -168,6 +168,53 @@ pub fn cover(directory: &Path) -> Result<()> {
         )
     };
     if done < 0 { Err(failed("mounting", io::Error::last_os_error())) } else { Ok(()) }
+}
+
+/// A device of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct DeviceNumber {
+    /// A block device, not a character device.
+    pub block: bool,
+    /// Major number.
+    pub major: u32,
+    /// Minor number.
+    pub minor: u32,
+}
+
+/// The device that a path of the host is, links followed.
+///
+/// # Errors
+/// Not found; invalid when it is no device.
+pub fn device_number(path: &Path) -> Result<DeviceNumber> {
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    let found = std::fs::metadata(path).map_err(|e| match e.kind() {
+        io::ErrorKind::NotFound => Error::not_found(format!("{path:?} does not exist on the host")),
+        _ => failed("looking at a device", e),
+    })?;
+    let (block, char) = (found.file_type().is_block_device(), found.file_type().is_char_device());
+    if !block && !char {
+        return Err(Error::invalid("source", format!("{path:?} is no device of the host")));
+    }
+    Ok(DeviceNumber { block, major: libc::major(found.rdev()), minor: libc::minor(found.rdev()) })
+}
+
+/// Makes a device node in place of whatever is there.
+///
+/// # Errors
+/// Internal when the kernel refuses.
+pub fn make_node(at: &Path, device: DeviceNumber, owner: (u32, u32), mode: u32) -> Result<()> {
+    use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+    match std::fs::remove_file(at) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed("making a device node", e)),
+        _ => {}
+    }
+    let kind = if device.block { FileType::BlockDevice } else { FileType::CharacterDevice };
+    mknodat(CWD, at, kind, Mode::empty(), makedev(device.major, device.minor))
+        .map_err(|e| failed("making a device node", e))?;
+    std::os::unix::fs::chown(at, Some(owner.0), Some(owner.1))
+        .map_err(|e| failed("making a device node", e))?;
+    std::fs::set_permissions(at, std::os::unix::fs::PermissionsExt::from_mode(mode & 0o777))
+        .map_err(|e| failed("making a device node", e))
 }
 
 /// A line of `/proc/PID/mountinfo`.

@@ -83,6 +83,11 @@ const DEVICES: &[&str] = &[
     "c 10:200 rwm",
 ];
 
+/// Is a device, as control groups name it, every container's?
+pub(crate) fn always_permitted(rule: &str) -> bool {
+    DEVICES.contains(&rule)
+}
+
 /// The system call filter, in liblxc's format: what is refused even to a root without rights on the host. The helper that
 /// enters containers applies the same.
 pub(crate) const SECCOMP: &str = "\
@@ -143,6 +148,11 @@ pub fn render(guest: &ResolvedGuest, host: HostFeatures) -> Result<String> {
     for device in DEVICES {
         set(&format!("{devices}.allow"), device);
     }
+    for disk in crate::disks::wanted(guest)? {
+        if let Some(rule) = disk.node.map(|n| n.rule()).filter(|r| !always_permitted(r)) {
+            set(&format!("{devices}.allow"), &rule);
+        }
+    }
 
     set("lxc.autodev", "1");
     set("lxc.tty.max", "0");
@@ -165,6 +175,17 @@ pub fn render(guest: &ResolvedGuest, host: HostFeatures) -> Result<String> {
         set("lxc.apparmor.profile", "generated");
         // Without it systemd's units cannot have mounts of their own; the user namespace confines what that gives.
         set("lxc.apparmor.allow_nesting", "1");
+    }
+
+    for (name, limit) in &guest.limits.kernel {
+        if !karst_model::spec::KERNEL_LIMITS.contains(&name.as_str()) {
+            return Err(Error::invalid(
+                format!("config.limits.kernel.{name}"),
+                "is no resource of the kernel",
+            ));
+        }
+        let text = |n: Option<u64>| n.map_or("unlimited".to_owned(), |n| n.to_string());
+        set(&format!("lxc.prlimit.{name}"), &format!("{}:{}", text(limit.soft), text(limit.hard)));
     }
 
     if guest.nics.is_empty() {
@@ -250,6 +271,7 @@ mod tests {
                 boot_priority: 0,
             },
             disks: vec![],
+            nodes: vec![],
             nics: vec![ResolvedNic {
                 name: "eth0".into(),
                 slot: "net0".into(),

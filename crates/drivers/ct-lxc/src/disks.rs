@@ -6,6 +6,8 @@
 //! has a user namespace of its own, it cannot take back what is locked there (read-only), and when `lxc-start` ends, all is
 //! gone by itself.
 //!
+//! Device nodes stand ready likewise, below `nodes`, owned by the container's ids.
+//!
 //! A disk that comes or goes while the container runs is first in the record, then in that namespace, then inside. Each step
 //! can run again: what is mounted is asked of the kernel.
 
@@ -13,9 +15,9 @@ use crate::{
     attach::Helper,
     driver::Running,
     proc::Init,
-    record::{Disk, Record},
+    record::{Disk, Node, Record},
 };
-use karst_guest::{DiskFormat, ResolvedDisk, ResolvedGuest};
+use karst_guest::{DiskFormat, IdRange, ResolvedDisk, ResolvedGuest, ResolvedNode};
 use karst_host::mount::{self, MountKey, MountOptions};
 use karst_keeper::attach::{Operation, Request};
 use karst_model::{Error, Result};
@@ -37,26 +39,36 @@ pub(crate) fn fstab(state_dir: &Path) -> PathBuf {
     stage(state_dir).join("fstab")
 }
 
-fn staged(state_dir: &Path, name: &str) -> PathBuf {
-    stage(state_dir).join("disks").join(name)
+fn staged(state_dir: &Path, disk: &Disk) -> PathBuf {
+    let kind = if disk.node.is_some() { "nodes" } else { "disks" };
+    stage(state_dir).join(kind).join(&disk.name)
+}
+
+fn check_name(name: &str) -> Result<()> {
+    let plain = !matches!(name, "" | "." | "..")
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+    if plain { Ok(()) } else { Err(Error::invalid("devices", format!("{name:?} is no name of a device"))) }
+}
+
+fn check_place(name: &str, at: &str) -> Result<String> {
+    let plain = !at.contains(['\n', '\0']) && at.split('/').all(|p| p != ".." && p != ".");
+    if !plain || !at.starts_with('/') || matches!(at.trim_end_matches('/'), "" | "/proc" | "/sys" | "/dev") {
+        return Err(Error::invalid(
+            format!("devices.{name}.path"),
+            format!("nothing can be mounted at {at:?}"),
+        ));
+    }
+    Ok(at.trim_end_matches('/').to_owned())
 }
 
 /// What of a disk the record keeps, after checking that it can be mounted.
 fn checked(disk: &ResolvedDisk) -> Result<Disk> {
     let field = |key: &str| format!("devices.{}.{key}", disk.name);
-    let plain = !matches!(disk.name.as_str(), "" | "." | "..")
-        && disk.name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
-    if !plain {
-        return Err(Error::invalid("devices", format!("{:?} is no name of a device", disk.name)));
-    }
+    check_name(&disk.name)?;
     let Some(at) = &disk.mount_point else {
         return Err(Error::invalid(field("path"), "a disk of a container needs the path to mount it at"));
     };
-    let good =
-        at.starts_with('/') && !at.contains(['\n', '\0']) && at.split('/').all(|p| p != ".." && p != ".");
-    if !good || matches!(at.trim_end_matches('/'), "" | "/proc" | "/sys" | "/dev") {
-        return Err(Error::invalid(field("path"), format!("nothing can be mounted at {at:?}")));
-    }
+    let at = check_place(&disk.name, at)?;
     let file = match disk.format {
         DiskFormat::Directory => false,
         // A file of the host, bound over a file.
@@ -76,13 +88,34 @@ fn checked(disk: &ResolvedDisk) -> Result<Disk> {
     };
     Ok(Disk {
         name: disk.name.clone(),
-        at: at.trim_end_matches('/').to_owned(),
+        at,
         source: disk.path.clone(),
         readonly: disk.readonly,
         mapped: !disk.foreign || disk.shift,
         recursive: disk.recursive && disk.foreign,
         follow: disk.follow && disk.foreign,
         file,
+        node: None,
+        key: None,
+    })
+}
+
+fn checked_node(node: &ResolvedNode, ids: IdRange) -> Result<Disk> {
+    check_name(&node.name)?;
+    if node.uid >= ids.count || node.gid >= ids.count {
+        let text = format!("the guest has users and groups below {} only", ids.count);
+        return Err(Error::invalid(format!("devices.{}.uid", node.name), text));
+    }
+    Ok(Disk {
+        name: node.name.clone(),
+        at: check_place(&node.name, &node.path)?,
+        source: PathBuf::new(),
+        readonly: false,
+        mapped: true,
+        recursive: false,
+        follow: false,
+        file: true,
+        node: Some(Node { device: node.device, uid: node.uid, gid: node.gid, mode: node.mode }),
         key: None,
     })
 }
@@ -100,12 +133,18 @@ fn is_block(disk: &ResolvedDisk) -> Result<bool> {
 /// A guest's disks, checked; parents before what is mounted in them.
 pub(crate) fn wanted(guest: &ResolvedGuest) -> Result<Vec<Disk>> {
     let mut disks = guest.disks.iter().map(checked).collect::<Result<Vec<_>>>()?;
+    for node in &guest.nodes {
+        disks.push(checked_node(node, guest.ids)?);
+    }
     disks.sort_by(|a, b| a.at.cmp(&b.at));
     Ok(disks)
 }
 
-/// The mount of a disk, not yet anywhere. Blocks.
-fn detached(guest: &ResolvedGuest, disk: &Disk, ids: &OwnedFd) -> Result<OwnedFd> {
+/// The mount of a disk, not yet anywhere; none of a device node. Blocks.
+fn detached(guest: &ResolvedGuest, disk: &Disk, ids: &OwnedFd) -> Result<Option<OwnedFd>> {
+    if disk.node.is_some() {
+        return Ok(None);
+    }
     let field = || format!("devices.{}.source", disk.name);
     let Some(resolved) = guest.disks.iter().find(|d| d.name == disk.name) else {
         return Err(Error::internal("a disk could not be mounted", "it is not in the specification"));
@@ -116,31 +155,45 @@ fn detached(guest: &ResolvedGuest, disk: &Disk, ids: &OwnedFd) -> Result<OwnedFd
     };
     let options = MountOptions { readonly: disk.readonly, recursive: disk.recursive, follow: disk.follow };
     let ids = disk.mapped.then(|| ids.as_fd());
-    mount::detached(source.as_fd(), options, ids).map_err(|e| e.at(field()))
+    mount::detached(source.as_fd(), options, ids).map(Some).map_err(|e| e.at(field()))
 }
 
-/// Puts a mount where the container's set-up finds it and learns what the kernel calls it; in the namespace of
+/// Puts a mount or node where the container's set-up finds it and learns what the kernel calls it; in the namespace of
 /// `lxc-start`.
-fn put(state_dir: &Path, disk: &mut Disk, mount: &OwnedFd) -> Result<()> {
-    let place = staged(state_dir, &disk.name);
-    if disk.file {
+fn put(state_dir: &Path, disk: &mut Disk, ids: IdRange, mount: Option<&OwnedFd>) -> Result<()> {
+    let place = staged(state_dir, disk);
+    if let Some(node) = &disk.node {
+        let owner = (ids.base.saturating_add(node.uid), ids.base.saturating_add(node.gid));
+        mount::make_node(&place, node.device, owner, node.mode)?;
+    } else if disk.file {
         std::fs::File::options().create(true).append(true).open(&place)?;
     } else if !place.is_dir() {
         std::fs::create_dir(&place)?;
     }
-    mount::attach(mount, &place)?;
-    disk.key = key(state_dir, &disk.name)?;
+    if let Some(mount) = mount {
+        mount::attach(mount, &place)?;
+    }
+    disk.key = key(state_dir, disk)?;
     Ok(())
 }
 
-fn key(state_dir: &Path, name: &str) -> Result<Option<MountKey>> {
-    let place = staged(state_dir, name);
-    Ok(mount::entries(None)?.into_iter().rev().find(|e| e.at == place).map(|e| e.key))
+fn key(state_dir: &Path, disk: &Disk) -> Result<Option<MountKey>> {
+    let place = staged(state_dir, disk);
+    let mounts = mount::entries(None)?;
+    let at = |place: &Path| mounts.iter().rev().find(|e| e.at == place).map(|e| e.key.clone());
+    if disk.node.is_none() {
+        return Ok(at(&place));
+    }
+    // A node is a file of the file system that it stands in.
+    let system = place.parent().and_then(at);
+    Ok(system.filter(|_| place.exists()).map(|k| MountKey { root: format!("/{}", disk.name), ..k }))
 }
 
-fn take(state_dir: &Path, name: &str) -> Result<()> {
-    let place = staged(state_dir, name);
-    mount::detach(&place)?;
+fn take(state_dir: &Path, disk: &Disk) -> Result<()> {
+    let place = staged(state_dir, disk);
+    if disk.node.is_none() {
+        mount::detach(&place)?;
+    }
     let gone = match std::fs::symlink_metadata(&place) {
         Ok(m) if m.is_dir() => std::fs::remove_dir(&place),
         Ok(_) => std::fs::remove_file(&place),
@@ -164,7 +217,7 @@ fn write_fstab(state_dir: &Path, disks: &[Disk]) -> Result<()> {
 
 fn render(state_dir: &Path, disks: &[Disk]) -> String {
     let line = |disk: &Disk| {
-        let source = staged(state_dir, &disk.name);
+        let source = staged(state_dir, disk);
         let source = mount::escape(&source.to_string_lossy());
         let at = mount::escape(disk.at.trim_start_matches('/'));
         let bind = if disk.recursive { "rbind" } else { "bind" };
@@ -184,7 +237,7 @@ pub(crate) fn namespace(guest: &ResolvedGuest, disks: &mut [Disk], hide: Option<
         _ => {}
     }
     let ids = mount::user_namespace(guest.ids.base, guest.ids.count)?;
-    let mounts = disks.iter().map(|d| detached(guest, d, &ids)).collect::<Result<Vec<_>>>()?;
+    let ready = disks.iter().map(|d| detached(guest, d, &ids)).collect::<Result<Vec<_>>>()?;
     // What is mounted for other guests must not stay in use by this one.
     let ours = state_dir.ancestors().nth(2).unwrap_or(state_dir);
     let root = guest.root.path.as_path();
@@ -202,12 +255,15 @@ pub(crate) fn namespace(guest: &ResolvedGuest, disks: &mut [Disk], hide: Option<
                 mount::detach(&other.at)?;
             }
         }
-        mount::cover(&stage)?;
-        let place = stage.join("disks");
-        std::fs::create_dir(&place)?;
-        std::fs::set_permissions(&place, std::os::unix::fs::PermissionsExt::from_mode(0o711))?;
-        for (disk, mount) in disks.iter_mut().zip(&mounts) {
-            put(state_dir, disk, mount)?;
+        mount::cover(&stage, false)?;
+        for kind in ["disks", "nodes"] {
+            let place = stage.join(kind);
+            std::fs::create_dir(&place)?;
+            std::fs::set_permissions(&place, std::os::unix::fs::PermissionsExt::from_mode(0o711))?;
+        }
+        mount::cover(&stage.join("nodes"), true)?;
+        for (disk, mount) in disks.iter_mut().zip(&ready) {
+            put(state_dir, disk, guest.ids, mount.as_ref())?;
         }
         write_fstab(state_dir, disks)
     })
@@ -261,7 +317,7 @@ async fn plug(
             let ids = mount::user_namespace(resolved.ids.base, resolved.ids.count)?;
             let mount = detached(&resolved, &new, &ids)?;
             mount::in_namespace_of(monitor, || {
-                put(&state_dir, &mut new, &mount)?;
+                put(&state_dir, &mut new, resolved.ids, mount.as_ref())?;
                 write_fstab(&state_dir, &all)
             })?;
             Ok(new)
@@ -271,10 +327,13 @@ async fn plug(
             operation: Operation::Mount,
             pid: init.pid,
             path: new.at.clone().into(),
-            target: staged(&guest.state_dir, &new.name).into(),
+            target: staged(&guest.state_dir, &new).into(),
             ..Request::default()
         };
         let from = mount::namespace_of(monitor)?;
+        if let Some(node) = &new.node {
+            running.permit_device(&node.rule(), true).await?;
+        }
         inside(record, &request, init, vec![from])
             .await
             .map_err(|e| e.at(format!("devices.{}.path", new.name)))?;
@@ -315,11 +374,11 @@ async fn remove(
 ) -> Result<()> {
     let monitor = running.monitor()?;
     let rest: Vec<Disk> = record.disks.iter().filter(|d| d.name != disk.name).cloned().collect();
-    let (state_dir, name, kept) = (guest.state_dir.clone(), disk.name.clone(), rest.clone());
+    let (state_dir, gone, kept) = (guest.state_dir.clone(), disk.clone(), rest.clone());
     let found = blocking(move || {
         mount::in_namespace_of(monitor, || {
             write_fstab(&state_dir, &kept)?;
-            key(&state_dir, &name)
+            key(&state_dir, &gone)
         })
     })
     .await?;
@@ -345,8 +404,15 @@ async fn remove(
             inside(record, &request, Init { pid: init.pid, pidfd: init.pidfd.try_clone()? }, vec![]).await?;
         }
     }
-    let (state_dir, name) = (guest.state_dir.clone(), disk.name.clone());
-    blocking(move || mount::in_namespace_of(monitor, || take(&state_dir, &name))).await?;
+    if let Some(node) = &disk.node {
+        let rule = node.rule();
+        let elsewhere = rest.iter().filter_map(|d| d.node.as_ref()).any(|n| n.rule() == rule);
+        if !elsewhere && !crate::config::always_permitted(&rule) {
+            running.permit_device(&rule, false).await?;
+        }
+    }
+    let (state_dir, gone) = (guest.state_dir.clone(), disk.clone());
+    blocking(move || mount::in_namespace_of(monitor, || take(&state_dir, &gone))).await?;
     record.disks = rest;
     record.write(&guest.state_dir)
 }
@@ -374,6 +440,7 @@ mod tests {
             recursive: name == "b",
             follow: false,
             file: name == "c",
+            node: None,
             key: None,
         };
         let disks = [disk("a", "/srv/my data"), disk("b", "/srv/b"), disk("c", "/etc/file")];

@@ -73,6 +73,7 @@ struct Guest {
 /// A guest whose keeper lives.
 pub(crate) struct Running {
     pub(crate) record: Record,
+    dir: PathBuf,
     groups: Groups,
     cgroups: Arc<Cgroups>,
     keeper: Keeper,
@@ -87,6 +88,22 @@ impl Running {
 
     pub(crate) fn init(&self) -> Option<Init> {
         Init::find(self.status.pid?)
+    }
+
+    /// Permits or forbids a device (`c 10:200 rwm`) to the container from now on.
+    pub(crate) async fn permit_device(&self, rule: &str, permit: bool) -> Result<()> {
+        if self.cgroups.permit_device(&self.groups.container(), rule, permit)? {
+            return Ok(());
+        }
+        // On v2 it is a program in the kernel that `lxc-start` has made and replaces when it is asked to.
+        let instance = self.record.instance.to_string();
+        let key = if permit { "devices.allow" } else { "devices.deny" };
+        let command = run(Program::LxcCgroup).args(["-n", &instance, "-P"]).arg(&self.dir);
+        let out = command.args([key, rule]).output().await?;
+        if out.code == 0 {
+            return Ok(());
+        }
+        Err(Error::internal("the device could not be permitted", String::from_utf8_lossy(&out.stderr)))
     }
 
     /// Process id of `lxc-start`.
@@ -150,6 +167,7 @@ impl Shared {
         let (keeper, status) = keeper::connect(&dir).await?;
         let record = Record::read(&dir)?.ok_or_else(not_running)?;
         Ok(Running {
+            dir,
             groups: Groups::of(&record.daemon_id, instance),
             record,
             cgroups: self.cgroups.clone(),
@@ -414,6 +432,7 @@ impl Shared {
         let keeper = keeper::launch(dir, &spec, vec![namespace]).await?;
         let status = keeper.status().await;
         let running = |status| Running {
+            dir: dir.clone(),
             record: record.clone(),
             groups: groups.clone(),
             cgroups: self.cgroups.clone(),

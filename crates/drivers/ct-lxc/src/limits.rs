@@ -8,7 +8,7 @@ use karst_host::{
 use karst_model::{
     InstanceId,
     device::{DiskLimits, DiskRate},
-    spec::{CpuAllowance, CpuLimit, Limits},
+    spec::{CpuAllowance, CpuLimit, Limits, SwapLimit},
 };
 use std::collections::BTreeMap;
 
@@ -80,7 +80,17 @@ fn control_limits(instance: InstanceId, limits: &Limits, online: &[u32]) -> Cgro
             Some(CpuAllowance::Share { percent }) => Some(percent),
             _ => None,
         },
+        cpu_priority: limits.cpu_priority,
         io: vec![],
+        memory_soft: limits.memory_soft,
+        swap: match limits.swap {
+            None | Some(SwapLimit::Allowed) => None,
+            Some(SwapLimit::Forbidden) => Some(0),
+            Some(SwapLimit::Bytes { bytes }) => Some(bytes),
+        },
+        // 60 is the kernel's own.
+        swappiness: limits.swap_priority.map(|p| 60 - p.min(10) * 6),
+        io_weight: limits.disk_priority.map(|p| (p.min(10) * 100).max(10)),
     }
 }
 

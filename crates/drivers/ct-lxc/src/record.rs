@@ -1,7 +1,7 @@
 //! What the driver keeps of a guest in its state directory (`guest.json`): enough to adopt it.
 
 use karst_guest::{IdRange, ResolvedGuest, keeper::write_private};
-use karst_host::mount::MountKey;
+use karst_host::mount::{DeviceNumber, MountKey};
 use karst_model::{Error, InstanceId, Result, instance::Generation};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -34,8 +34,28 @@ pub(crate) struct Disk {
     pub(crate) follow: bool,
     /// A file, not a directory.
     pub(crate) file: bool,
+    /// It is a device node.
+    #[serde(default)]
+    pub(crate) node: Option<Node>,
     /// What the kernel calls it, once it is mounted; before, it is only intended.
     pub(crate) key: Option<MountKey>,
+}
+
+/// A device node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Node {
+    pub(crate) device: DeviceNumber,
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+    pub(crate) mode: u32,
+}
+
+impl Node {
+    /// As control groups name it.
+    pub(crate) fn rule(&self) -> String {
+        let DeviceNumber { block, major, minor } = self.device;
+        format!("{} {major}:{minor} rwm", if block { 'b' } else { 'c' })
+    }
 }
 
 impl Disk {

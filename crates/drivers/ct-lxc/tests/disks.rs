@@ -3,11 +3,9 @@
 
 mod common;
 
-use common::{Place, bare_disk, until};
-use karst_guest::{
-    DiskFormat, ExecRequest, GuestDriver, Opened, ResolvedDisk, ResolvedGuest, StopMode, contract::Ran,
-    contract::collect,
-};
+use common::{Place, bare_disk, inside, shell, until};
+use karst_guest::{DiskFormat, GuestDriver, Opened, ResolvedDisk, ResolvedGuest, ResolvedNode, StopMode};
+use karst_host::mount::DeviceNumber;
 use karst_model::{
     ErrorKind,
     device::{DiskIo, DiskLimits, DiskRate},
@@ -19,25 +17,6 @@ use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
-
-async fn shell(driver: &dyn GuestDriver, guest: &ResolvedGuest, script: &str) -> Ran {
-    let r = ExecRequest {
-        command: vec!["sh".into(), "-c".into(), script.into()],
-        environment: Default::default(),
-        uid: 0,
-        gid: 0,
-        cwd: None,
-        terminal: None,
-        term: None,
-    };
-    collect(driver.exec(guest.instance, r).await.unwrap(), b"").await
-}
-
-async fn inside(driver: &dyn GuestDriver, guest: &ResolvedGuest, script: &str) -> String {
-    let ran = shell(driver, guest, script).await;
-    assert_eq!(ran.code, 0, "{script}: {ran:?}");
-    ran.stdout.trim().to_owned()
-}
 
 /// A volume: a directory whose files carry unshifted owners.
 fn volume(place: &Place, name: &str, at: &str) -> ResolvedDisk {
@@ -240,5 +219,49 @@ async fn rates_of_disks_hold_from_the_start_and_live() {
     assert!(own.ends_with(":/") || own.ends_with(&group), "{own}");
     driver.stop(guest.instance, StopMode::Force).await.unwrap();
     until("its end", || place.guests.exists()).await;
+    place.assert_clean();
+}
+
+/// Major and minor number of `/dev/loop-control`.
+const LOOPS: (u32, u32) = (10, 237);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn device_nodes_are_given_and_taken() {
+    let Some(place) = Place::new() else { return };
+    if !Path::new("/dev/loop-control").exists() {
+        return println!("skipped: no loop devices here");
+    }
+    let driver = place.driver();
+    let mut guest = place.guest(14);
+    // A device that no container has otherwise and that needs no right to be opened.
+    let node = |name: &str, path: &str, (major, minor), uid| ResolvedNode {
+        name: name.into(),
+        path: path.into(),
+        device: DeviceNumber { block: false, major, minor },
+        uid,
+        gid: 7,
+        mode: 0o640,
+    };
+    guest.nodes = vec![node("loops", "/dev/of/loops", LOOPS, 5)];
+    driver.start(&guest).await.unwrap();
+    let described = "stat -c '%F %t:%T %u:%g %a' /dev/of/loops";
+    assert_eq!(inside(&driver, &guest, described).await, "character special file a:ed 5:7 640");
+    inside(&driver, &guest, ": <>/dev/of/loops").await;
+    // Live: another comes, the first goes, and its number is forbidden again.
+    guest.nodes = vec![node("again", "/dev/again", LOOPS, 0), node("null", "/dev/null2", (1, 3), 0)];
+    driver.update(&guest).await.unwrap();
+    inside(&driver, &guest, ": <>/dev/again && echo x >/dev/null2").await;
+    assert_ne!(shell(&driver, &guest, "test -c /dev/of/loops").await.code, 0);
+    guest.nodes.clear();
+    driver.update(&guest).await.unwrap();
+    inside(&driver, &guest, "echo still >/dev/null && ! test -c /dev/again && ! test -c /dev/null2").await;
+    // Its own node of that number would be of no use either.
+    inside(&driver, &guest, "! mknod /tmp/k c 10 237").await;
+    let e = {
+        guest.nodes = vec![node("bad", "/dev/bad", LOOPS, 70_000)];
+        driver.update(&guest).await.unwrap_err()
+    };
+    assert_eq!(e.field.as_deref(), Some("devices.bad.uid"));
+    driver.stop(guest.instance, StopMode::Force).await.unwrap();
     place.assert_clean();
 }

@@ -51,6 +51,8 @@ pub struct ResolvedGuest {
     pub root: ResolvedDisk,
     /// Other disks in bus order.
     pub disks: Vec<ResolvedDisk>,
+    /// Device nodes (containers).
+    pub nodes: Vec<ResolvedNode>,
     /// NICs in bus order.
     pub nics: Vec<ResolvedNic>,
     /// First-boot data.
@@ -132,6 +134,23 @@ pub enum DiskFormat {
     Raw,
     /// qcow2.
     Qcow2,
+}
+
+/// A device node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ResolvedNode {
+    /// Device name in the configuration; a device may have several nodes.
+    pub name: String,
+    /// Where it is in the guest; absolute.
+    pub path: String,
+    /// Which device.
+    pub device: karst_host::mount::DeviceNumber,
+    /// Owner in the guest.
+    pub uid: u32,
+    /// Group in the guest.
+    pub gid: u32,
+    /// Permission bits.
+    pub mode: u32,
 }
 
 /// A NIC: an interface of the host that exists.

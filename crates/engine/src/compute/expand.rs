@@ -2,11 +2,11 @@
 
 use karst_model::{
     Config, DeviceId, Error, InstanceId, Result, VolumeId,
-    device::{Device, Devices, DiskDevice, DiskOrigin, NicDevice, RootDevice},
+    device::{Device, Devices, DiskDevice, DiskOrigin, NicDevice, NodeDevice, RootDevice},
     instance::{DeviceIdentity, Instance, InstanceKind},
     keys,
     network::Network,
-    spec::{DiskSource, DiskSpec, GuestSpec, MachineSpec, NicSpec, RootSpec},
+    spec::{DiskSource, DiskSpec, GuestSpec, MachineSpec, NicSpec, NodeSpec, RootSpec},
     storage::Volume,
 };
 use std::collections::BTreeMap;
@@ -23,6 +23,8 @@ pub struct ParsedDevices {
     pub root: (String, RootDevice),
     /// Names and other disks, in name order.
     pub disks: Vec<(String, DiskDevice)>,
+    /// Names and device nodes, in name order.
+    pub nodes: Vec<(String, NodeDevice)>,
     /// Names and NICs, in name order.
     pub nics: Vec<(String, NicDevice)>,
 }
@@ -34,7 +36,7 @@ pub struct ParsedDevices {
 /// Invalid, naming the device and key.
 pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
     let mut root = None;
-    let (mut disks, mut nics) = (vec![], vec![]);
+    let (mut disks, mut nodes, mut nics) = (vec![], vec![], vec![]);
     for (name, keys) in devices {
         match Device::parse(name, keys)? {
             Device::Root(d) => {
@@ -48,6 +50,7 @@ pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
             }
             Device::Disk(d) => disks.push((name.clone(), d)),
             Device::Nic(d) => nics.push((name.clone(), d)),
+            Device::Node(d) => nodes.push((name.clone(), d)),
             Device::None => {}
         }
     }
@@ -62,11 +65,13 @@ pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
         }
     }
     let mut paths = BTreeMap::new();
-    for (device, path) in disks.iter().filter_map(|(n, d)| Some((n, d.path.as_ref()?))) {
+    let of_disks = disks.iter().filter_map(|(n, d)| Some((n, d.path.as_ref()?)));
+    let of_nodes = nodes.iter().filter_map(|(n, d): &(String, NodeDevice)| Some((n, d.path.as_ref()?)));
+    for (device, path) in of_disks.chain(of_nodes) {
         if let Some(other) = paths.insert(path, device) {
             return Err(Error::invalid(
                 format!("devices.{device}.path"),
-                format!("the disks {other:?} and {device:?} are both mounted at {path:?}"),
+                format!("the devices {other:?} and {device:?} are both at {path:?}"),
             ));
         }
     }
@@ -76,7 +81,7 @@ pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
             "the instance has no root disk; add a disk with path=/ and a pool, or a profile that has one",
         )
     })?;
-    Ok(ParsedDevices { root, disks, nics })
+    Ok(ParsedDevices { root, disks, nodes, nics })
 }
 
 fn nic_guest_name(device: &str, nic: &NicDevice) -> String {
@@ -260,6 +265,12 @@ pub fn guest_spec(
         });
     }
     disks.sort_by_key(|d| slot_number(&d.slot));
+    if let (Some((name, _)), InstanceKind::VirtualMachine) = (parsed.nodes.first(), instance.kind) {
+        return Err(Error::unsupported("device nodes are given to containers only")
+            .at(format!("devices.{name}.type")));
+    }
+    let nodes = parsed.nodes.iter();
+    let nodes = nodes.map(|(name, d)| NodeSpec { name: name.clone(), device: d.clone() }).collect();
     let mut nics = vec![];
     for (name, nic) in &parsed.nics {
         let id = identity(name)?;
@@ -308,6 +319,7 @@ pub fn guest_spec(
         security: keys::security(config)?,
         root,
         disks,
+        nodes,
         nics,
         cloud_init: keys::cloud_init(config, cloud_init_id.to_string()),
         environment: keys::environment(config),

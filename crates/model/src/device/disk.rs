@@ -260,7 +260,7 @@ fn follow(keys: &Keys<'_>) -> Result<bool> {
 }
 
 /// An absolute path without `.` and `..`, with single slashes and none at the end.
-fn plain_path(field: &str, path: &str) -> Result<String> {
+pub(super) fn plain_path(field: &str, path: &str) -> Result<String> {
     let parts: Vec<&str> = path.split('/').filter(|p| !p.is_empty()).collect();
     let clean = !path.contains('\0') && path.len() < 4096 && parts.iter().all(|p| *p != "." && *p != "..");
     if !clean || parts.is_empty() {

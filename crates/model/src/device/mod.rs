@@ -2,9 +2,11 @@
 
 mod disk;
 mod nic;
+mod node;
 
 pub use disk::*;
 pub use nic::*;
+pub use node::*;
 
 use crate::{ByteSize, Error, Result, error::nearest};
 use serde::{Deserialize, Serialize};
@@ -23,11 +25,15 @@ pub enum Device {
     Disk(DiskDevice),
     /// NIC.
     Nic(NicDevice),
+    /// Device node of the host, or a GPU.
+    Node(NodeDevice),
     /// Removes a device of a profile.
     None,
 }
 
-const TYPES: &[&str] = &["disk", "nic", "none"];
+const TYPES: &[&str] = &["disk", "gpu", "nic", "none", "unix-block", "unix-char"];
+/// What Incus has and Karst not.
+const LATER: &[&str] = &["infiniband", "pci", "proxy", "tpm", "unix-hotplug", "usb"];
 
 impl Device {
     /// Parses one device; errors name `devices.NAME.KEY`.
@@ -38,7 +44,14 @@ impl Device {
             "disk" if keys.get("path") == Some("/") => RootDevice::parse(&keys).map(Self::Root),
             "disk" => DiskDevice::parse(&keys).map(Self::Disk),
             "nic" => NicDevice::parse(&keys).map(Self::Nic),
+            "unix-char" => NodeDevice::parse_unix(&keys, false).map(Self::Node),
+            "unix-block" => NodeDevice::parse_unix(&keys, true).map(Self::Node),
+            "gpu" => NodeDevice::parse_gpu(&keys).map(Self::Node),
             "none" => Ok(Self::None),
+            later if LATER.contains(&later) => {
+                let text = format!("devices of type {later:?} are not there yet");
+                Err(Error::unsupported(text).at(keys.field("type")))
+            }
             "" => Err(Error::invalid(
                 keys.field("type"),
                 format!("device {name:?} has no type; known are {}", TYPES.join(", ")),
@@ -215,6 +228,33 @@ mod tests {
         ] {
             let e = parse(pairs).unwrap_err();
             assert_eq!(e.field, Some(format!("devices.data.{field}")), "{pairs:?}: {e}");
+        }
+    }
+
+    #[test]
+    fn nodes_of_the_host() {
+        let parse = |pairs: &[(&str, &str)]| Device::parse("d", &dev(pairs));
+        let fuse = parse(&[("type", "unix-char"), ("path", "/dev/fuse"), ("mode", "0600"), ("uid", "5")]);
+        let Ok(Device::Node(fuse)) = fuse else { panic!("{fuse:?}") };
+        assert_eq!(fuse.source, NodeOrigin::Path { block: false, path: "/dev/fuse".into() });
+        assert_eq!((fuse.path.as_deref(), fuse.mode, fuse.uid, fuse.gid), (Some("/dev/fuse"), 0o600, 5, 0));
+        let by_number = parse(&[("type", "unix-block"), ("path", "/dev/x"), ("major", "7"), ("minor", "0")]);
+        assert!(
+            matches!(by_number, Ok(Device::Node(n)) if n.source == NodeOrigin::Number { block: true, major: 7, minor: 0 })
+        );
+        let gpu = parse(&[("type", "gpu"), ("id", "1")]).unwrap();
+        assert!(matches!(gpu, Device::Node(n) if n.source == NodeOrigin::Gpu { card: Some(1), pci: None }));
+        for (pairs, field) in [
+            (&[("type", "unix-char")][..], "source"),
+            (&[("type", "unix-char"), ("source", "/dev/../etc/x")], "source"),
+            (&[("type", "unix-char"), ("path", "/dev/x"), ("major", "7")], "minor"),
+            (&[("type", "unix-char"), ("major", "7"), ("minor", "1")], "path"),
+            (&[("type", "unix-char"), ("path", "/dev/x"), ("mode", "rw")], "mode"),
+            (&[("type", "gpu"), ("gputype", "mig")], "gputype"),
+            (&[("type", "usb")], "type"),
+        ] {
+            let e = parse(pairs).unwrap_err();
+            assert_eq!(e.field, Some(format!("devices.d.{field}")), "{pairs:?}: {e}");
         }
     }
 

@@ -3,7 +3,10 @@
 #![allow(dead_code)] // each test binary uses its part
 
 use karst_ct_lxc::{LxcDriver, LxcOptions};
-use karst_guest::{DiskFormat, GuestDriver, IdRange, ResolvedDisk, ResolvedGuest, ResolvedNic, StopMode};
+use karst_guest::{
+    DiskFormat, ExecRequest, GuestDriver, IdRange, ResolvedDisk, ResolvedGuest, ResolvedNic, StopMode,
+    contract::{Ran, collect},
+};
 use karst_model::{
     InstanceId,
     instance::{Generation, InstanceKind},
@@ -205,6 +208,7 @@ pub fn bare_guest(daemon_id: &str, guests: &Path, n: u32) -> ResolvedGuest {
         security: Security::default(),
         root: bare_disk("root"),
         disks: vec![],
+        nodes: vec![],
         nics: vec![ResolvedNic {
             name: "eth0".into(),
             slot: "net0".into(),
@@ -240,4 +244,25 @@ pub fn bare_disk(name: &str) -> ResolvedDisk {
         pci: None,
         boot_priority: 0,
     }
+}
+
+/// Runs a script inside.
+pub async fn shell(driver: &dyn GuestDriver, guest: &ResolvedGuest, script: &str) -> Ran {
+    let r = ExecRequest {
+        command: vec!["sh".into(), "-c".into(), script.into()],
+        environment: Default::default(),
+        uid: 0,
+        gid: 0,
+        cwd: None,
+        terminal: None,
+        term: None,
+    };
+    collect(driver.exec(guest.instance, r).await.unwrap(), b"").await
+}
+
+/// What a script prints that must succeed.
+pub async fn inside(driver: &dyn GuestDriver, guest: &ResolvedGuest, script: &str) -> String {
+    let ran = shell(driver, guest, script).await;
+    assert_eq!(ran.code, 0, "{script}: {ran:?}");
+    ran.stdout.trim().to_owned()
 }

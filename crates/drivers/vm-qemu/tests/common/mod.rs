@@ -261,6 +261,7 @@ impl Place {
                 boot_priority: 0,
             },
             disks: vec![],
+            nodes: vec![],
             nics: vec![ResolvedNic {
                 name: "eth0".into(),
                 slot: "net0".into(),
