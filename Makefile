@@ -29,6 +29,7 @@ test-deps:
 
 build: deps
 	@cargo build --release --bins
+	@scripts/build-guest-agent $${CARGO_TARGET_DIR:-target}/release
 
 check:
 	@cargo xtask check

@@ -18,11 +18,12 @@ const EDGES: &[(&str, &[&str])] = &[
     ("karst-store", &["karst-model", "karst-env"]),
     ("karst-host", &["karst-model"]),
     ("karst-guest", &["karst-model", "karst-host", "karst-keeper"]),
-    ("karst-vm-qemu", &["karst-model", "karst-host", "karst-guest"]),
+    ("karst-guest-agent", &[]),
+    ("karst-vm-qemu", &["karst-model", "karst-host", "karst-guest", "karst-guest-agent"]),
     ("karst-ct-lxc", &["karst-model", "karst-host", "karst-guest", "karst-keeper"]),
     ("karst-storage", &["karst-model", "karst-host"]),
     ("karst-network", &["karst-model", "karst-host"]),
-    ("karst-image", &["karst-model", "karst-host"]),
+    ("karst-image", &["karst-model", "karst-host", "karst-guest-agent"]),
     ("karst-agent", &["karst-model", "karst-env"]),
     (
         "karst-agent-host",
@@ -65,6 +66,7 @@ const EDGES: &[(&str, &[&str])] = &[
 const EXECUTES: &[(&str, &str)] = &[
     ("crates/host/", "the one crate that does"),
     ("crates/karstd/src/launcher", "starts control and host"),
+    ("crates/guest-agent/", "executes inside the guest"),
     ("crates/keeper/", "starts the guest; has no dependency on ours, to stay small"),
     ("crates/karst/src/editor.rs", "the user's own editor, as the user"),
     ("xtask/", "a tool"),

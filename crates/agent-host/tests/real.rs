@@ -53,6 +53,8 @@ impl Place {
             }
         }
         run(env!("CARGO"), &["build", "-q", "-p", "karst-keeper", "-p", "karst-image", "--bins"]);
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../../scripts/build-guest-agent");
+        run(script, &[target().join("debug").to_str().unwrap()]);
         let cache = target().join("test-cache");
         fs::create_dir_all(&cache).unwrap();
         // Those inside containers pass through it.
@@ -82,7 +84,7 @@ impl Place {
     async fn image(&self, agent: &RealAgent, kind: InstanceKind) -> ImageSource {
         let (name, root) = match kind {
             InstanceKind::Container => ("test-cache/debian-12-container", ImagePart::Rootfs),
-            InstanceKind::VirtualMachine => ("test-cache/debian-12-vm", ImagePart::Disk),
+            InstanceKind::VirtualMachine => ("test-cache/debian-12-vm-2", ImagePart::Disk),
         };
         let cache = target().join(name);
         let parts = [(ImagePart::Metadata, cache.join("metadata")), (root, cache.join("rootfs"))];

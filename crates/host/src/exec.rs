@@ -128,15 +128,25 @@ pub fn own_program() -> Result<PathBuf> {
     })
 }
 
-fn keeper_path() -> Result<PathBuf> {
+/// A program of ours that lies beside the daemon.
+fn beside(name: &str) -> Result<PathBuf> {
     let own = own_program()?;
-    // Tests run from target/debug/deps; the keeper lies one directory up.
-    own.ancestors()
-        .skip(1)
-        .take(2)
-        .map(|d| d.join("karst-keeper"))
-        .find(|p| p.is_file())
-        .ok_or_else(|| Error::unsupported("karst-keeper is missing beside the daemon; install Karst again"))
+    // Tests run from target/debug/deps; the programs lie one directory up.
+    own.ancestors().skip(1).take(2).map(|d| d.join(name)).find(|p| p.is_file()).ok_or_else(|| {
+        Error::unsupported(format!("{name} is missing beside the daemon; install Karst again"))
+    })
+}
+
+fn keeper_path() -> Result<PathBuf> {
+    beside("karst-keeper")
+}
+
+/// The agent for virtual machines: a file to hand on, never executed on the host.
+///
+/// # Errors
+/// Unsupported when it is not beside the daemon.
+pub fn guest_agent() -> Result<PathBuf> {
+    beside("karst-guest-agent")
 }
 
 /// A program call in the making.

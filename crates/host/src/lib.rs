@@ -18,4 +18,4 @@ mod seccomp;
 pub mod sysctl;
 pub mod tap;
 
-pub use exec::{Command, Output, Program, run};
+pub use exec::{Command, Output, Program, guest_agent, run};

@@ -67,6 +67,36 @@ pub struct Metrics {
     pub processes: Option<u64>,
     /// Interfaces by name as the guest knows them.
     pub interfaces: BTreeMap<String, Interface>,
+    /// The system inside, where an agent in it tells.
+    #[serde(default)]
+    pub system: Option<GuestSystem>,
+}
+
+/// Which agent answers inside a virtual machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AgentKind {
+    /// Karst's own.
+    Karst,
+    /// The QEMU guest agent.
+    Qemu,
+}
+
+/// The system inside a guest, as its agent tells; all of it text of the guest, printable and short.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestSystem {
+    /// Who tells.
+    pub agent: AgentKind,
+    /// Operating system, such as `Debian GNU/Linux`.
+    pub os: String,
+    /// Its version.
+    pub os_version: String,
+    /// Kernel release.
+    pub kernel: String,
+    /// Host name.
+    pub hostname: String,
+    /// Fully qualified name.
+    pub fqdn: String,
 }
 
 /// A guest's interface.

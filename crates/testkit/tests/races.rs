@@ -486,7 +486,7 @@ fn a_cancelled_build_leaves_nothing() {
 /// A creation whose start fails, and whose undo fails as long as `broken`.
 async fn stuck(w: &World, broken: Arc<std::sync::atomic::AtomicBool>) -> LiveOperation {
     w.engine.set_hook(Some(Arc::new(move |_: &str, moment: Moment| match moment {
-        Moment::AfterStep(1) => Interference::Fail(Error::unavailable("the start failed")),
+        Moment::AfterStep(0) => Interference::Fail(Error::unavailable("the disk is slow")),
         Moment::BeforeUndo(0) if broken.load(std::sync::atomic::Ordering::Relaxed) => {
             Interference::Fail(Error::unavailable("the disk is gone"))
         }

@@ -215,6 +215,7 @@ impl State {
             memory_total: Some(total),
             processes: Some(12),
             interfaces,
+            system: None,
         })
     }
 }

@@ -751,6 +751,7 @@ impl GuestDriver for LxcDriver {
             memory_total: s.memory_limit.or_else(host_memory),
             processes: s.processes,
             interfaces: self.shared.interfaces(&running)?,
+            system: None,
         })
     }
 

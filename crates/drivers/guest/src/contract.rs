@@ -154,6 +154,7 @@ pub async fn run(subject: Subject) {
         streams(driver, guest).await;
     }
     files(driver, guest).await;
+    quiesce(driver, guest).await;
     let metrics = driver.metrics(id).await.unwrap();
     assert!(metrics.memory.is_some_and(|m| m > 1 << 20), "{metrics:?}");
 
@@ -214,6 +215,16 @@ pub async fn run(subject: Subject) {
     second.destroy(id).await.unwrap();
     assert!(!guest.state_dir.exists());
     assert_eq!(second.observe(id).await.unwrap().state, RuntimeState::Stopped);
+}
+
+/// The part about programs, terminals and files, for a guest that runs.
+///
+/// # Panics
+/// When the driver breaks it.
+pub async fn inside(driver: &dyn GuestDriver, guest: &ResolvedGuest) {
+    exec(driver, guest).await;
+    streams(driver, guest).await;
+    files(driver, guest).await;
 }
 
 async fn exec(driver: &dyn GuestDriver, guest: &ResolvedGuest) {
@@ -315,6 +326,34 @@ async fn expect(from: &mut File, seen: &mut String, what: &str) {
         let read = tokio::time::timeout(Duration::from_secs(30), read).await;
         seen.push_str(&String::from_utf8_lossy(&read.expect("output in time").unwrap().unwrap()));
     }
+}
+
+async fn quiesce(driver: &dyn GuestDriver, guest: &ResolvedGuest) {
+    let Some(quiesce) = driver.quiesce() else { return };
+    let id = guest.instance;
+    assert!(quiesce.freeze(id, Duration::from_secs(100)).await.unwrap() > 0);
+    let e = quiesce.freeze(id, Duration::from_secs(100)).await.unwrap_err();
+    assert!(e.is(ErrorKind::Unavailable), "{e:?}");
+    let files = driver.files().unwrap();
+    let e = files.write(id, None, write_of("/root/frozen"), Some(content(b"x"))).await.unwrap_err();
+    assert!(e.is(ErrorKind::Unavailable), "{e:?}");
+    // Reading and running go on, writing waits.
+    let writer = driver.exec(id, request(&["sh", "-c", "echo x >/root/frozen"])).await.unwrap();
+    until_inside(
+        driver,
+        guest,
+        "for s in /proc/[0-9]*/stat; do read -r p n state rest <$s && [ \"$n $state\" = '(sh) D' ] && exit 0; done; exit 1",
+        Duration::from_secs(60),
+    )
+    .await;
+    assert!(quiesce.thaw(id).await.unwrap() > 0);
+    assert_eq!(collect(writer, b"").await.code, 0);
+    assert_eq!(quiesce.thaw(id).await.unwrap(), 0, "nothing is frozen");
+    // By itself, and whoever froze learns of it.
+    quiesce.freeze(id, Duration::from_secs(1)).await.unwrap();
+    assert_eq!(shell(driver, guest, "rm /root/frozen").await.code, 0);
+    assert_eq!(quiesce.thaw(id).await.unwrap_err().kind, ErrorKind::Conflict);
+    assert!(quiesce.freeze(id, Duration::ZERO).await.unwrap_err().is(ErrorKind::Invalid));
 }
 
 /// A descriptor with this content.

@@ -60,6 +60,11 @@ pub trait GuestDriver: Send + Sync {
     /// Files inside; `None` where the kind has no way to reach them.
     fn files(&self) -> Option<&dyn GuestFiles>;
 
+    /// Makes file systems inside consistent for a snapshot; `None` where the host's own file system does that.
+    fn quiesce(&self) -> Option<&dyn Quiesce> {
+        None
+    }
+
     /// Changes of state as they happen (a guest ended by itself). One receiver; later calls replace it.
     fn events(&self) -> mpsc::Receiver<Observed>;
 }
@@ -132,4 +137,15 @@ pub trait GuestFiles: Send + Sync {
     ) -> Result<()>;
     /// Deletes a file or an empty directory.
     async fn delete(&self, instance: InstanceId, root: Option<&std::path::Path>, path: &str) -> Result<()>;
+}
+
+/// File systems inside a guest that stand still while a snapshot is made.
+#[async_trait]
+pub trait Quiesce: Send + Sync {
+    /// Freezes them and answers how many. They thaw by themselves after `limit` at the latest (two minutes at most),
+    /// whatever happens to the caller, where Karst's own agent runs; QEMU's has no such limit.
+    async fn freeze(&self, instance: InstanceId, limit: std::time::Duration) -> Result<u32>;
+    /// Thaws them and answers how many. Conflict when they had thawed by themselves before: the snapshot is not
+    /// consistent then.
+    async fn thaw(&self, instance: InstanceId) -> Result<u32>;
 }

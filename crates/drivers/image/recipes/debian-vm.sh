@@ -28,15 +28,6 @@ rm -f /etc/machine-id /var/lib/dbus/machine-id /etc/ssh/ssh_host_* /etc/hostname
 touch /etc/machine-id
 ln -s ../run/systemd/resolve/stub-resolv.conf /etc/resolv.conf
 systemctl enable systemd-networkd systemd-resolved serial-getty@ttyS0.service
-# The agent answers as soon as its port is there, not after cloud-init, which takes seconds.
-mkdir -p /etc/systemd/system/qemu-guest-agent.service.d
-cat > /etc/systemd/system/qemu-guest-agent.service.d/karst.conf <<'X'
-[Unit]
-DefaultDependencies=no
-After=systemd-remount-fs.service systemd-tmpfiles-setup-dev.service
-Conflicts=shutdown.target
-Before=shutdown.target
-X
 systemctl mask apt-daily.timer apt-daily-upgrade.timer e2scrub_all.timer e2scrub_reap.service \
     systemd-networkd-wait-online.service systemd-pstore.service
 rm -rf /usr/share/man/* /usr/share/locale/* /var/log/*.log /var/log/apt

@@ -5,6 +5,7 @@
 //! systems and disks are written as plain files.
 
 use crate::{disk, metadata::Metadata, sources};
+use karst_guest_agent::delivery;
 use karst_host::{
     Program,
     sandbox::{Launcher, Sandbox},
@@ -41,8 +42,7 @@ const DISK_SIZE: u64 = 2 << 30;
 const CONTAINER_PACKAGES: &str =
     "systemd-sysv,dbus,iproute2,systemd-resolved,libnss-resolve,netbase,ca-certificates,iputils-ping";
 const VM_PACKAGES: &str = "systemd-sysv,dbus,iproute2,systemd-resolved,libnss-resolve,netbase,ca-certificates,iputils-ping,udev,\
-    e2fsprogs,fdisk,zstd,sudo,linux-image-cloud-amd64,initramfs-tools,grub-pc-bin,cloud-init,cloud-guest-utils,\
-    qemu-guest-agent";
+    e2fsprogs,fdisk,zstd,sudo,linux-image-cloud-amd64,initramfs-tools,grub-pc-bin,cloud-init,cloud-guest-utils";
 
 /// Fetches the signed boot loaders with the host's network and the new system's package lists.
 const VM_DOWNLOAD: &str = "mkdir \"$1/karst/deb\" && cd \"$1/karst/deb\" && \
@@ -56,6 +56,13 @@ const ETH0_NETWORK: &str = include_str!("../recipes/eth0.network");
 const CLOUD_CFG: &str = include_str!("../recipes/cloud.cfg");
 const GRUB_CFG: &str = include_str!("../recipes/grub.cfg");
 const ESP_GRUB_CFG: &str = include_str!("../recipes/esp-grub.cfg");
+
+/// What fetches Karst's guest agent from the host: place, content, mode.
+const AGENT: [(&str, &str, u32); 3] = [
+    ("usr/lib/karst-agent/setup", delivery::SETUP.1, 0o755),
+    ("etc/systemd/system/karst-agent.service", delivery::UNIT.1, 0o644),
+    ("etc/udev/rules.d/99-karst-agent.rules", delivery::RULES.1, 0o644),
+];
 
 /// What a build made: two files of Incus' split format.
 #[derive(Debug, Clone)]
@@ -92,7 +99,8 @@ impl Recipe {
         let parts: &[&str] = match kind {
             InstanceKind::Container => &[CONTAINER_PACKAGES, CONTAINER_SETUP, ETH0_NETWORK],
             InstanceKind::VirtualMachine => {
-                &[VM_PACKAGES, VM_DOWNLOAD, VM_SETUP, CLOUD_CFG, GRUB_CFG, ESP_GRUB_CFG]
+                let [setup, unit, rules] = AGENT.map(|(_, text, _)| text);
+                &[VM_PACKAGES, VM_DOWNLOAD, VM_SETUP, CLOUD_CFG, GRUB_CFG, ESP_GRUB_CFG, setup, unit, rules]
             }
         };
         for part in [self.name, self.suite, &kind_name, date].iter().chain(parts) {
@@ -192,12 +200,13 @@ impl Recipe {
         let root = uuid.to_string();
         let grub_cfg = GRUB_CFG.replace("@ROOT@", &root);
         let fstab = format!("UUID={root} / ext4 defaults,errors=remount-ro 0 1\n");
-        let overlay = [
+        let mut overlay = vec![
             ("karst/setup.sh", VM_SETUP.as_bytes(), 0o755),
             ("etc/cloud/cloud.cfg.d/90_karst.cfg", CLOUD_CFG.as_bytes(), 0o644),
             ("boot/grub/grub.cfg", grub_cfg.as_bytes(), 0o644),
             ("etc/fstab", fstab.as_bytes(), 0o644),
         ];
+        overlay.extend(AGENT.map(|(place, text, mode)| (place, text.as_bytes(), mode)));
         write_tar(&work.join("overlay.tar"), &overlay)?;
         self.bootstrap(
             lines,

@@ -17,6 +17,7 @@ use serde_json::json;
 mod slot {
     pub(super) const RNG: &str = "00:01.0";
     pub(super) const SERIAL: &str = "00:02.0";
+    pub(super) const SHARE: &str = "00:07.0";
 
     pub(super) const ROOT: &str = "00:04.0";
     // After the root disk, which is thus vda.
@@ -28,8 +29,12 @@ mod slot {
 pub mod fd {
     /// Listening QMP socket.
     pub const QMP: i32 = 10;
-    /// Listening guest agent socket.
+    /// Listening socket of the QEMU guest agent.
     pub const AGENT: i32 = 11;
+    /// Listening socket of Karst's own guest agent.
+    pub const LINK: i32 = 18;
+    /// Directory of the share `config`.
+    pub const SHARE: i32 = 19;
     /// Listening QMP socket of who follows the events.
     pub const EVENTS: i32 = 17;
     /// Console, one end of a socket pair whose other end the keeper drains.
@@ -245,6 +250,32 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         "-device",
         "virtserialport,bus=serial0.0,nr=1,chardev=agent,id=agent,name=org.qemu.guest_agent.0".into(),
     );
+    opt("-chardev", format!("socket,id=karst,fd={},server=on,wait=off", fd::LINK));
+    opt(
+        "-device",
+        format!("virtserialport,bus=serial0.0,nr=2,chardev=karst,id=karst,name={}", karst_guest_agent::PORT),
+    );
+    // Images made for Incus and LXD look into the share when they find a port of this name; nothing flows through it.
+    for (number, loader) in [(3, "incus"), (4, "lxd")] {
+        opt(
+            "-device",
+            format!(
+                "virtserialport,bus=serial0.0,nr={number},id=loader-{loader},name=org.linuxcontainers.{loader}"
+            ),
+        );
+    }
+    // By its descriptor, so that QEMU's user needs no way to it.
+    opt(
+        "-fsdev",
+        format!("local,id=config,path=/proc/self/fd/{},readonly=on,security_model=none", fd::SHARE),
+    );
+    opt(
+        "-device",
+        format!(
+            "virtio-9p-pci,id=config,fsdev=config,mount_tag=config,disable-legacy=on,{}",
+            address("share", slot::SHARE)?
+        ),
+    );
 
     // Higher priority boots first; QEMU counts from 1 upwards. Disks come before NICs of the same priority.
     let mut order: Vec<(u32, usize)> = vec![(m.root.boot_priority, 0)];
@@ -442,8 +473,18 @@ pub(crate) mod tests {
 
     #[test]
     fn descriptor_numbers_differ() {
-        let mut all =
-            vec![fd::QMP, fd::EVENTS, fd::AGENT, fd::CONSOLE, fd::ROOT, fd::BASE, fd::SEED, fd::VARS];
+        let mut all = vec![
+            fd::LINK,
+            fd::SHARE,
+            fd::QMP,
+            fd::EVENTS,
+            fd::AGENT,
+            fd::CONSOLE,
+            fd::ROOT,
+            fd::BASE,
+            fd::SEED,
+            fd::VARS,
+        ];
         all.extend((0..MAX_NICS as i32).map(|i| fd::NIC + i));
         let n = all.len();
         all.sort_unstable();

@@ -2,7 +2,6 @@
 
 use crate::{
     argv::cpu_count,
-    exec, files,
     launch::{self, Groups, explain, limits, prepare},
     machine::{Ask, Machine, Tell, exit_reason, own, run_state},
     probe,
@@ -12,7 +11,7 @@ use crate::{
 use async_trait::async_trait;
 use karst_guest::{
     Applied, Exec, ExecRequest, FileWrite, GuestDriver, GuestFiles, Interface, Metrics, Observed, OpenedFile,
-    ResolvedGuest, StopMode,
+    Quiesce, ResolvedGuest, StopMode,
     keeper::{self, End, Keeper, Requested, State, Status},
 };
 use karst_host::cgroup::Cgroups;
@@ -24,7 +23,6 @@ use karst_model::{
 use serde_json::{Value, json};
 use std::{
     collections::{BTreeMap, HashMap},
-    net::IpAddr,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard},
@@ -36,8 +34,6 @@ use tokio::{sync::mpsc, time::timeout};
 const GREETING: Duration = Duration::from_secs(20);
 /// How long a killed QEMU may take to be gone.
 const FORCE: Duration = Duration::from_secs(20);
-/// How long figures wait for a guest's agent.
-const FIGURES: Duration = Duration::from_secs(1);
 
 /// What the driver is made with.
 #[derive(Debug, Clone)]
@@ -329,78 +325,13 @@ impl Shared {
         timeout(FORCE, machine.ended()).await.map(drop).map_err(|_| Error::timeout("QEMU does not end"))
     }
 
-    /// The agent of a running guest; an error at once when the guest has not opened its port.
-    fn agent_of(machine: &Machine) -> Result<&Arc<crate::agent::Agent>> {
-        if *machine.agent_open.borrow() { Ok(&machine.agent) } else { Err(machine.agent.silent()) }
-    }
-
     async fn interfaces(machine: &Machine) -> BTreeMap<String, Interface> {
-        let Ok(agent) = Self::agent_of(machine) else {
-            return BTreeMap::new();
-        };
         let nics = machine.record().nics.clone();
-        match agent.call("guest-network-get-interfaces", json!({}), FIGURES).await {
-            Ok(v) => parse_interfaces(&v, |mac| {
-                nics.iter().find(|n| n.mac.eq_ignore_ascii_case(mac)).map(|n| n.host_interface.clone())
-            }),
-            Err(e) => {
-                tracing::debug!(error = %e, "a guest did not tell its interfaces");
-                BTreeMap::new()
-            }
-        }
-    }
-}
-
-/// At most this many interfaces and addresses are taken from a guest.
-const MOST: usize = 64;
-
-fn parse_interfaces(v: &Value, host: impl Fn(&str) -> Option<String>) -> BTreeMap<String, Interface> {
-    let mut out = BTreeMap::new();
-    for i in v.as_array().into_iter().flatten().take(MOST) {
-        let text = |k: &str| crate::line::printable(i.get(k).and_then(Value::as_str).unwrap_or(""), 64);
-        let name = text("name");
-        let mac = text("hardware-address").to_lowercase();
-        let host_name = host(&mac).unwrap_or_default();
-        let mut addresses = vec![];
-        for a in i.get("ip-addresses").and_then(Value::as_array).into_iter().flatten().take(MOST) {
-            let Some(address) =
-                a.get("ip-address").and_then(Value::as_str).and_then(|s| s.parse::<IpAddr>().ok())
-            else {
-                continue;
-            };
-            let prefix = a.get("prefix").and_then(Value::as_u64).unwrap_or(0).min(128) as u8;
-            let scope = match address {
-                a if a.is_loopback() => "local",
-                IpAddr::V4(a) if a.is_link_local() => "link",
-                IpAddr::V6(a) if a.is_unicast_link_local() => "link",
-                _ => "global",
-            };
-            addresses.push((address, prefix, scope.to_owned()));
-        }
-        let count = |k: &str| i.get("statistics").and_then(|s| s.get(k)).and_then(Value::as_u64).unwrap_or(0);
-        let mtu = match host_name.is_empty() {
-            true => 0,
-            false => std::fs::read_to_string(Path::new("/sys/class/net").join(&host_name).join("mtu"))
-                .ok()
-                .and_then(|s| s.trim().parse().ok())
-                .unwrap_or(0),
+        let host = |mac: &str| {
+            nics.iter().find(|n| n.mac.eq_ignore_ascii_case(mac)).map(|n| n.host_interface.clone())
         };
-        out.insert(
-            name.clone(),
-            Interface {
-                loopback: name == "lo"
-                    || (!addresses.is_empty() && addresses.iter().all(|(a, ..)| a.is_loopback())),
-                // The agent does not tell; an interface that is down has no addresses.
-                up: !addresses.is_empty(),
-                mac,
-                host_name,
-                mtu,
-                counters: [count("rx-bytes"), count("tx-bytes"), count("rx-packets"), count("tx-packets")],
-                addresses,
-            },
-        );
+        machine.inside.interfaces(host).await
     }
-    out
 }
 
 /// Resident memory and its peak of a process, bytes.
@@ -448,6 +379,7 @@ impl GuestDriver for QemuDriver {
     async fn resume(&self, instance: InstanceId) -> Result<Observed> {
         let machine = self.shared.machine(instance).await?;
         machine.ask(Ask::Resume).await?;
+        machine.inside.set_time_soon();
         Ok(machine.now())
     }
 
@@ -542,22 +474,24 @@ impl GuestDriver for QemuDriver {
         let stats = self.shared.cgroups.stats(&groups.machine);
         let pid = machine.observed.borrow().pid;
         let (memory, memory_peak) = pid.map_or((None, None), resident);
+        let (interfaces, (processes, system)) =
+            tokio::join!(Shared::interfaces(&machine), machine.inside.system());
         Ok(Metrics {
             cpu_ns: stats.cpu_ns,
             memory,
             memory_peak,
             swap: stats.swap,
             memory_total: Some(memory_total),
-            processes: None,
-            interfaces: Shared::interfaces(&machine).await,
+            processes,
+            interfaces,
+            system,
         })
     }
 
     async fn exec(&self, instance: InstanceId, request: ExecRequest) -> Result<Exec> {
         let machine = self.shared.machine(instance).await?;
-        let agent = Shared::agent_of(&machine)?.clone();
         let environment = machine.record().environment.clone();
-        exec::start(agent, &environment, request).await
+        machine.inside.exec(&environment, request).await
     }
 
     async fn console(&self, instance: InstanceId, force: bool) -> Result<OwnedFd> {
@@ -577,10 +511,25 @@ impl GuestDriver for QemuDriver {
         Some(self)
     }
 
+    fn quiesce(&self) -> Option<&dyn Quiesce> {
+        Some(self)
+    }
+
     fn events(&self) -> mpsc::Receiver<Observed> {
         let (sender, receiver) = mpsc::channel(1024);
         *lock(&self.shared.events) = Some(sender);
         receiver
+    }
+}
+
+#[async_trait]
+impl Quiesce for QemuDriver {
+    async fn freeze(&self, instance: InstanceId, limit: Duration) -> Result<u32> {
+        self.shared.machine(instance).await?.inside.freeze(limit).await
+    }
+
+    async fn thaw(&self, instance: InstanceId) -> Result<u32> {
+        self.shared.machine(instance).await?.inside.thaw().await
     }
 }
 
@@ -589,7 +538,7 @@ impl GuestDriver for QemuDriver {
 impl GuestFiles for QemuDriver {
     async fn open(&self, instance: InstanceId, _root: Option<&Path>, path: &str) -> Result<OpenedFile> {
         let machine = self.shared.machine(instance).await?;
-        files::open(Shared::agent_of(&machine)?, path).await
+        machine.inside.open(path).await
     }
 
     async fn write(
@@ -600,34 +549,11 @@ impl GuestFiles for QemuDriver {
         content: Option<OwnedFd>,
     ) -> Result<()> {
         let machine = self.shared.machine(instance).await?;
-        files::write(Shared::agent_of(&machine)?, request, content).await
+        machine.inside.write(request, content).await
     }
 
     async fn delete(&self, instance: InstanceId, _root: Option<&Path>, path: &str) -> Result<()> {
         let machine = self.shared.machine(instance).await?;
-        files::delete(Shared::agent_of(&machine)?, path).await
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn interfaces_of_a_guest_are_matched_by_mac_and_bounded() {
-        let v = json!([
-            {"name": "lo", "ip-addresses": [{"ip-address": "127.0.0.1", "prefix": 8}], "hardware-address": "00:00:00:00:00:00"},
-            {"name": "enp0s8\u{7}", "hardware-address": "10:66:6A:00:00:01",
-             "ip-addresses": [{"ip-address": "10.1.2.3", "prefix": 24}, {"ip-address": "fe80::1", "prefix": 64}, {"ip-address": "junk"}],
-             "statistics": {"rx-bytes": 5, "tx-packets": 6}},
-            7,
-        ]);
-        let got = parse_interfaces(&v, |mac| (mac == "10:66:6a:00:00:01").then(|| "no-such-tap".into()));
-        assert!(got["lo"].loopback);
-        let e = &got["enp0s8"];
-        assert_eq!((e.host_name.as_str(), e.counters), ("no-such-tap", [5, 0, 0, 6]));
-        assert_eq!(e.addresses.iter().map(|a| a.2.as_str()).collect::<Vec<_>>(), ["global", "link"]);
-        let many = Value::Array((0..5000).map(|i| json!({"name": format!("e{i}")})).collect());
-        assert_eq!(parse_interfaces(&many, |_| None).len(), MOST);
+        machine.inside.delete(path).await
     }
 }

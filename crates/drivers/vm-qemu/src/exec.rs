@@ -1,4 +1,4 @@
-//! Programs inside a guest by its agent.
+//! Programs inside a guest by the QEMU guest agent.
 //!
 //! The agent takes standard input at the start only and gives output at the end, and it has no terminals. So input is
 //! collected to its end (at most 8 MiB) before the program starts; input that stays open and empty for a second is taken
@@ -66,15 +66,15 @@ impl ExecControl for Control {
     }
 }
 
-type Reader = Pin<Box<dyn AsyncRead + Send>>;
-type Writer = Pin<Box<dyn AsyncWrite + Send>>;
+pub(crate) type Reader = Pin<Box<dyn AsyncRead + Send>>;
+pub(crate) type Writer = Pin<Box<dyn AsyncWrite + Send>>;
 
 fn nonblocking(fd: OwnedFd) -> Result<OwnedFd> {
     rustix::io::ioctl_fionbio(&fd, true).map_err(std::io::Error::from)?;
     Ok(fd)
 }
 
-fn pipes() -> Result<(ExecStreams, Reader, Writer, Writer)> {
+pub(crate) fn pipes() -> Result<(ExecStreams, Reader, Writer, Writer)> {
     let new = || pipe_with(PipeFlags::CLOEXEC).map_err(|e| Error::from(std::io::Error::from(e)));
     let ((in_read, in_write), (out_read, out_write), (err_read, err_write)) = (new()?, new()?, new()?);
     Ok((
@@ -85,7 +85,7 @@ fn pipes() -> Result<(ExecStreams, Reader, Writer, Writer)> {
     ))
 }
 
-fn terminal() -> Result<(ExecStreams, Reader, Writer, Writer)> {
+pub(crate) fn terminal() -> Result<(ExecStreams, Reader, Writer, Writer)> {
     let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
     ours.set_nonblocking(true)?;
     let (read, write) = tokio::net::UnixStream::from_std(ours)?.into_split();

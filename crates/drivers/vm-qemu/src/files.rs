@@ -1,4 +1,4 @@
-//! Files inside a guest by its agent: content by `guest-file-*`, everything else by small programs of the guest.
+//! Files inside a guest by the QEMU guest agent: content by `guest-file-*`, everything else by small programs of the guest.
 //!
 //! Needs `sh`, `stat`, `find`, `readlink`, `mkdir`, `ln`, `chmod`, `chown` in the guest (coreutils or busybox). Paths are
 //! arguments, never part of a script's text. Links are followed by the guest's own kernel, so never out of its root.

@@ -5,7 +5,7 @@ use crate::{
     argv::{self, Disk, Machine, Nic, argv, fd},
     probe::kvm_group,
     record::{Record, memory},
-    seed,
+    seed, share,
 };
 use karst_guest::{
     DiskFormat, ResolvedGuest,
@@ -38,6 +38,7 @@ use tokio::net::UnixStream;
 pub(crate) const QMP: &str = "qmp.sock";
 pub(crate) const EVENTS: &str = "events.sock";
 pub(crate) const AGENT: &str = "agent.sock";
+pub(crate) const LINK: &str = "karst-agent.sock";
 const NVRAM: &str = "nvram.fd";
 
 /// Each file of the console log.
@@ -203,7 +204,9 @@ pub(crate) fn prepare(
         let file = File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(base)?;
         fds.push((fd::BASE, file.into()));
     }
-    let image = seed::seed(&guest.cloud_init, &guest.hostname)?;
+    let medium = share::read(&guest.state_dir)?;
+    fds.push((fd::SHARE, medium.directory));
+    let image = seed::seed(&guest.cloud_init, &guest.hostname, &medium.files)?;
     fds.push((fd::SEED, seed_fd(&image)?));
     if let Some((_, template)) = firmware {
         fds.push((fd::VARS, nvram(&guest.state_dir, template)?));
@@ -243,6 +246,7 @@ pub(crate) fn prepare(
     fds.push((fd::QMP, listen(&guest.state_dir, QMP)?));
     fds.push((fd::EVENTS, listen(&guest.state_dir, EVENTS)?));
     fds.push((fd::AGENT, listen(&guest.state_dir, AGENT)?));
+    fds.push((fd::LINK, listen(&guest.state_dir, LINK)?));
     for (i, n) in guest.nics.iter().enumerate() {
         let spec = tap::TapSpec { name: &n.host_interface, bridge: &n.bridge, guest_mac: &n.mac, mtu: n.mtu };
         fds.push((fd::NIC + i as i32, tap::open(&spec)?));
@@ -277,7 +281,7 @@ pub(crate) fn prepare(
 
 /// Removes the sockets of a guest that has ended.
 pub(crate) fn remove_sockets(dir: &Path) {
-    for name in [QMP, EVENTS, AGENT] {
+    for name in [QMP, EVENTS, AGENT, LINK] {
         let _ = std::fs::remove_file(dir.join(name));
     }
 }

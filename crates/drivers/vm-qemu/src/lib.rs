@@ -2,7 +2,7 @@
 //!
 //! A machine is q35 with a versioned type and fixed addresses. QEMU is a child of its keeper, runs as a user of its own
 //! without capabilities, and inherits everything it uses as descriptors. One task owns one machine and speaks QMP; the
-//! guest agent inside gives programs and files.
+//! guest's agents (Karst's own, else QEMU's) give programs and files.
 
 // Deals with the real world: time and tasks are the runtime's.
 #![allow(clippy::disallowed_methods)]
@@ -12,6 +12,7 @@ pub mod argv;
 mod driver;
 pub mod exec;
 pub mod files;
+mod inside;
 mod launch;
 pub mod line;
 mod machine;
@@ -19,6 +20,7 @@ pub mod probe;
 pub mod qmp;
 mod record;
 pub mod seed;
+mod share;
 
 pub use driver::{QemuDriver, QemuOptions};
 pub use probe::{HostVirtualization, probe};

@@ -4,7 +4,7 @@
 //! a QEMU that hangs can always be ended.
 
 use crate::{
-    agent::Agent,
+    inside::Inside,
     launch::{self, Groups, explain},
     qmp::{Event, Qmp},
     record::Record,
@@ -130,11 +130,9 @@ impl std::ops::Deref for Machine {
 pub(crate) struct Inner {
     pub(crate) dir: PathBuf,
     pub(crate) keeper: Keeper,
-    pub(crate) agent: Arc<Agent>,
+    pub(crate) inside: Arc<Inside>,
     /// What it does; `Stopped` is set last, when everything is cleared up.
     pub(crate) observed: watch::Sender<Observed>,
-    /// The guest's side of the agent's port is open, as QEMU tells; unknown is taken as open.
-    pub(crate) agent_open: watch::Sender<bool>,
     record: Mutex<Record>,
 }
 
@@ -181,11 +179,10 @@ pub(crate) fn own(
 ) -> Arc<Machine> {
     let (requests, receiver) = mpsc::channel(16);
     let machine = Arc::new(Inner {
-        agent: Arc::new(Agent::new(dir.clone(), record.hostname.clone())),
+        inside: Arc::new(Inside::new(dir.clone(), record.hostname.clone())),
         dir,
         keeper,
         observed: watch::Sender::new(observed),
-        agent_open: watch::Sender::new(true),
         record: Mutex::new(record),
     });
     let owner = Owner {
@@ -308,9 +305,11 @@ impl Owner {
             }
             // Asked rather than concluded: by now a later command may have undone it.
             "STOP" | "RESUME" => self.refresh().await,
-            "VSERPORT_CHANGE" if text("id") == Some("agent") => {
-                let open = event.data.get("open").and_then(Value::as_bool).unwrap_or(true);
-                self.machine.agent_open.send_replace(open);
+            "VSERPORT_CHANGE" => {
+                if let (Some(id), Some(open)) = (text("id"), event.data.get("open").and_then(Value::as_bool))
+                {
+                    self.machine.inside.port(id, open);
+                }
             }
             _ => {}
         }
@@ -334,10 +333,7 @@ impl Owner {
             self.set_state(state, true);
         }
         if let Ok(v) = self.execute("query-chardev").await {
-            let agent = v.as_array().into_iter().flatten().find(|c| c["label"] == "agent");
-            if let Some(open) = agent.and_then(|c| c.get("frontend-open")).and_then(Value::as_bool) {
-                self.machine.agent_open.send_replace(open);
-            }
+            self.machine.inside.ports(&v);
         }
     }
 
@@ -367,7 +363,8 @@ impl Owner {
                                     Some(Stopping { next_press: Instant::now(), waiters: vec![waiter] });
                                 let _ = self.machine.keeper.mark(Requested::Shutdown).await;
                                 self.set_state(RuntimeState::Stopping, false);
-                                self.ask_agent();
+                                // Beside the power button: some systems do not listen to the button, others have no agent.
+                                self.machine.inside.shut_down();
                             }
                         }
                         return;
@@ -382,18 +379,6 @@ impl Owner {
         self.execute(command).await?;
         self.set_state(then, false);
         Ok(())
-    }
-
-    /// Beside the power button: some systems do not listen to the button, others have no agent.
-    fn ask_agent(&self) {
-        if *self.machine.agent_open.borrow() {
-            let agent = self.machine.agent.clone();
-            tokio::spawn(async move {
-                // It does not answer when it follows.
-                let _ =
-                    agent.call("guest-shutdown", json!({"mode": "powerdown"}), Duration::from_secs(5)).await;
-            });
-        }
     }
 
     async fn tick(&mut self) {

@@ -1,6 +1,6 @@
 //! The cloud-init seed: a small read-only ISO 9660 image labelled `cidata` (NoCloud).
 //!
-//! Written here rather than by a program: it is five short files, a start must not wait for another process, and user
+//! Written here rather than by a program: it is a few files, a start must not wait for another process, and user
 //! data (which may hold secrets) stays out of argv and temporary files. ECMA-119, with lower-case names as Linux shows
 //! them and Rock Ridge (IEEE P1282 `NM`, `PX`) so that other readers show them too.
 
@@ -10,11 +10,12 @@ const SECTOR: usize = 2048;
 /// Largest seed: cloud-init itself takes less.
 const MAX: usize = 16 << 20;
 
-/// What goes onto the seed: the instance's first-boot data and its host name.
+/// What goes onto the seed: the instance's first-boot data and its host name, and `medium`, the guest agent with what
+/// installs it. Users' own vendor data take the place of ours, which would install it.
 ///
 /// # Errors
 /// Too large when the data passes 16 MiB.
-pub fn seed(cloud_init: &CloudInit, hostname: &str) -> Result<Vec<u8>> {
+pub fn seed(cloud_init: &CloudInit, hostname: &str, medium: &[(&str, Vec<u8>)]) -> Result<Vec<u8>> {
     let text = |s: &Option<String>| s.clone().unwrap_or_default();
     // JSON is YAML; quoting is then nobody's guess.
     let meta = serde_json::json!({"instance-id": cloud_init.instance_id, "local-hostname": hostname});
@@ -29,13 +30,16 @@ pub fn seed(cloud_init: &CloudInit, hostname: &str) -> Result<Vec<u8>> {
     {
         if let Some(data) = data.as_ref().filter(|d| !d.trim().is_empty()) {
             files.push((name, data.clone()));
+        } else if name == "vendor-data" && !medium.is_empty() {
+            files.push((name, karst_guest_agent::delivery::BOOTHOOK.to_owned()));
         }
     }
     if files.iter().map(|(_, d)| d.len()).sum::<usize>() > MAX {
         return Err(Error::too_large("the cloud-init data of a virtual machine may have 16 MiB at most")
             .at("config.cloud-init"));
     }
-    let files: Vec<_> = files.iter().map(|(n, d)| (*n, d.as_bytes())).collect();
+    let mut files: Vec<_> = files.iter().map(|(n, d)| (*n, d.as_bytes())).collect();
+    files.extend(medium.iter().map(|(n, d)| (*n, d.as_slice())));
     Ok(iso9660("cidata", &files))
 }
 
@@ -184,7 +188,7 @@ mod tests {
         }
         let dir = tempfile::tempdir().unwrap();
         let image = dir.path().join("seed.iso");
-        std::fs::write(&image, seed(&data(), "v1").unwrap()).unwrap();
+        std::fs::write(&image, seed(&data(), "v1", &[("incus-agent", vec![7; 5000])]).unwrap()).unwrap();
         let out = std::process::Command::new("xorriso")
             .args(["-osirrox", "on", "-indev"])
             .arg(&image)
@@ -198,14 +202,15 @@ mod tests {
         assert_eq!(read("user-data"), data().user_data.unwrap());
         assert_eq!(read("meta-data"), "{\"instance-id\":\"i-1\",\"local-hostname\":\"v1\"}\n");
         assert_eq!(read("network-config"), "version: 2\n");
-        assert!(!dir.path().join("out/vendor-data").exists());
+        assert!(read("vendor-data").starts_with("#cloud-boothook"));
+        assert_eq!(std::fs::read(dir.path().join("out/incus-agent")).unwrap(), [7; 5000]);
     }
 
     #[test]
     fn quoting_in_names_cannot_add_meta_data() {
         let mut c = data();
         c.instance_id = "x\"\nevil: y".into();
-        let image = seed(&c, "v1").unwrap();
+        let image = seed(&c, "v1", &[]).unwrap();
         let text = String::from_utf8_lossy(&image);
         assert!(text.contains("x\\\"\\nevil: y") && !text.contains("\nevil"));
     }

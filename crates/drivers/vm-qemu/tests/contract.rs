@@ -15,7 +15,7 @@ async fn virtual_machines_keep_the_contract() {
         guest: place.guest(1),
         driver: Box::new(move || Arc::new(karst_vm_qemu::QemuDriver::new(options.clone()).unwrap())),
         boot: Duration::from_secs(180),
-        streams: false,
+        streams: true,
     })
     .await;
     place.assert_clean();

@@ -383,6 +383,10 @@ impl Saga for InstanceCreate {
     type Plan = CreatePlan;
     type Outputs = CreateOutputs;
 
+    fn has(plan: &CreatePlan, step: usize) -> bool {
+        step == 0 || plan.start.is_some()
+    }
+
     fn locks(plan: &CreatePlan) -> Vec<String> {
         vec![lock(plan.instance.id)]
     }

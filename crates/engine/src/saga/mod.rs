@@ -45,6 +45,12 @@ pub trait Saga: Send + Sync + Sized + 'static {
         0
     }
 
+    /// Does this plan have the step at all? One that it has not is neither run, nor undone, nor logged. Of a plan the
+    /// answer is always the same.
+    fn has(_plan: &Self::Plan, _step: usize) -> bool {
+        true
+    }
+
     /// Aggregate roots to lock, such as `instances/UUID`.
     fn locks(plan: &Self::Plan) -> Vec<String>;
 
@@ -182,6 +188,8 @@ pub trait AnySaga: Send + Sync {
     fn steps(&self) -> &'static [&'static str];
     /// [`Saga::retries`].
     fn retries(&self, step: usize) -> u32;
+    /// [`Saga::has`]; true for a plan that cannot be read, which the step then says.
+    fn has(&self, plan: &serde_json::Value, step: usize) -> bool;
     /// [`Saga::locks`].
     fn locks(&self, plan: &serde_json::Value) -> Result<Vec<String>>;
     /// [`Saga::begin`].
@@ -266,6 +274,9 @@ impl<S: Saga> AnySaga for Erased<S> {
     }
     fn retries(&self, step: usize) -> u32 {
         S::retries(step)
+    }
+    fn has(&self, plan: &serde_json::Value, step: usize) -> bool {
+        plan_of::<S>(plan).map_or(true, |p| S::has(&p, step))
     }
     fn locks(&self, plan: &serde_json::Value) -> Result<Vec<String>> {
         Ok(S::locks(&plan_of::<S>(plan)?))

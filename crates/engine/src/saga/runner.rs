@@ -340,14 +340,21 @@ async fn execute(
     record: &mut SagaRecord,
     live: &LiveOperation,
 ) -> Result<(), Stopped> {
+    // A pure function of the plan, which never changes.
+    let has: Vec<bool> = (0..saga.steps().len()).map(|step| saga.has(&record.plan, step)).collect();
+    let after = |next: usize| (next..has.len()).find(|step| has[*step]).unwrap_or(has.len());
+    let before = |next: usize| (0..next.min(has.len())).rev().find(|step| has[*step]);
     loop {
         match record.phase.clone() {
+            Phase::Forward { next } if after(next) != next => {
+                record.phase = Phase::Forward { next: after(next) }
+            }
             Phase::Forward { next } if next >= saga.steps().len() => {
                 match finish(engine, saga, record, live, End::Done).await {
                     Ok(()) => return Ok(()),
                     Err(Failure::Stopped(s)) => return Err(s),
                     Err(Failure::Error(error)) => {
-                        record.phase = Phase::Undoing { next: next.saturating_sub(1), error };
+                        record.phase = Phase::Undoing { next: before(next).unwrap_or(0), error };
                         write_log(engine, record, Some(live)).await?;
                     }
                 }
@@ -357,7 +364,7 @@ async fn execute(
                     record.outputs = outputs;
                     record.phase = Phase::Forward { next: next + 1 };
                     // The last step's log write is the commit.
-                    if next + 1 < saga.steps().len() {
+                    if after(next + 1) < saga.steps().len() {
                         write_log(engine, record, None).await?;
                         if engine.interfere(saga.name(), Moment::Logged(next)) == Interference::Crash {
                             return Err(Stopped::Killed);
@@ -373,7 +380,7 @@ async fn execute(
                 }
             },
             Phase::Undoing { next, error } => match undo(engine, saga, record, live, next).await {
-                Ok(()) if next == 0 => {
+                Ok(()) if before(next).is_none() => {
                     return match finish(engine, saga, record, live, End::Undone).await {
                         Ok(()) => Ok(()),
                         Err(Failure::Stopped(s)) => Err(s),
@@ -384,7 +391,7 @@ async fn execute(
                     };
                 }
                 Ok(()) => {
-                    record.phase = Phase::Undoing { next: next - 1, error };
+                    record.phase = Phase::Undoing { next: before(next).unwrap_or(0), error };
                     write_log(engine, record, None).await?;
                 }
                 Err(Failure::Stopped(s)) => return Err(s),

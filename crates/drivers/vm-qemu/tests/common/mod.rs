@@ -27,7 +27,7 @@ fn target() -> PathBuf {
     std::env::current_exe().unwrap().ancestors().nth(3).unwrap().to_owned()
 }
 
-const SIZE_MIB: u64 = 700;
+const SIZE_MIB: u64 = 1200;
 
 /// Root file system to bootable disk: MBR with GRUB behind it and one ext4 partition, made without mounting anything.
 fn make_disk(root: &Path, disk: &Path) {
@@ -100,8 +100,55 @@ fn make_disk(root: &Path, disk: &Path) {
     let _ = std::fs::remove_file(core);
 }
 
+/// What the system inside brings to be reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Inside {
+    /// What images of our recipes have; the kernel has no 9p.
+    Karst,
+    /// The QEMU guest agent alone.
+    Qemu,
+    /// What images made for Incus have: a unit that copies `incus-agent` from the share `config`. A kernel with 9p.
+    Incus,
+}
+
+impl Inside {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Karst => "karst",
+            Self::Qemu => "qemu",
+            Self::Incus => "incus",
+        }
+    }
+
+    fn packages(self) -> &'static str {
+        match self {
+            Self::Karst => "linux-image-cloud-amd64",
+            Self::Qemu => "linux-image-cloud-amd64,qemu-guest-agent",
+            Self::Incus => "linux-image-amd64",
+        }
+    }
+
+    /// Run with the root as `$1`.
+    fn hook(self, top: &Path) -> String {
+        match self {
+            Self::Karst => format!(
+                "mkdir -p \"$1/usr/lib/karst-agent\"
+install -m 0755 {0}/karst-agent-setup \"$1/usr/lib/karst-agent/setup\"
+install -m 0644 {0}/karst-agent.service \"$1/etc/systemd/system/\"
+install -m 0644 {0}/99-karst-agent.rules \"$1/etc/udev/rules.d/\"",
+                top.join("crates/guest-agent/delivery").display()
+            ),
+            Self::Qemu => "true".into(),
+            Self::Incus => {
+                let script = top.join("crates/drivers/vm-qemu/tests/common/incus-loader.sh");
+                format!("sh {} \"$1\"", script.display())
+            }
+        }
+    }
+}
+
 /// The cached disk, or why there is none.
-fn disk() -> Result<PathBuf, String> {
+fn disk(inside: Inside) -> Result<PathBuf, String> {
     if !rustix::process::geteuid().is_root() {
         return Err("not root".into());
     }
@@ -119,15 +166,23 @@ fn disk() -> Result<PathBuf, String> {
         }
     }
     run(env!("CARGO"), &["build", "-q", "-p", "karst-keeper"]);
+    let top = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(3).unwrap();
+    run(
+        top.join("scripts/build-guest-agent").to_str().unwrap(),
+        &[std::env::current_exe().unwrap().ancestors().nth(2).unwrap().to_str().unwrap()],
+    );
     let cache = target().join("test-cache");
     std::fs::create_dir_all(&cache).unwrap();
     // Grows with each change of the recipe.
-    let disk = cache.join("vm-bookworm-2.raw");
+    let disk = cache.join(format!("vm-bookworm-{}-4.raw", inside.name()));
     let lock = std::fs::File::create(cache.join("vm-lock")).unwrap();
     rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
     if !disk.exists() {
         let root = cache.join("vm-making");
         let _ = std::fs::remove_dir_all(&root);
+        let agent = inside.hook(top);
+        let packages =
+            format!("--include={},initramfs-tools,systemd-sysv,udev,dbus,iproute2", inside.packages());
         let hook = r#"printf 'virtio_pci\nvirtio_blk\next4\n' >> "$1/etc/initramfs-tools/modules"
 printf 'MODULES=list\nCOMPRESS=gzip\n' > "$1/etc/initramfs-tools/conf.d/test"
 chroot "$1" update-initramfs -u
@@ -141,10 +196,11 @@ echo '/dev/vda1 / ext4 rw 0 0' > "$1/etc/fstab""#;
             "mmdebstrap",
             &[
                 "--variant=minbase",
-                "--include=linux-image-cloud-amd64,initramfs-tools,systemd-sysv,udev,dbus,qemu-guest-agent,iproute2",
+                &packages,
                 "--dpkgopt=path-exclude=/usr/share/doc/*",
                 "--dpkgopt=path-exclude=/usr/share/man/*",
                 "--dpkgopt=path-exclude=/usr/share/locale/*",
+                &format!("--customize-hook={agent}"),
                 &format!("--customize-hook={hook}"),
                 "bookworm",
                 root.to_str().unwrap(),
@@ -169,7 +225,12 @@ pub struct Place {
 impl Place {
     /// `None`, having said why, where it cannot be.
     pub fn new(test: &str) -> Option<Self> {
-        let disk = match disk() {
+        Self::with(test, Inside::Karst)
+    }
+
+    /// The same with another system inside.
+    pub fn with(test: &str, inside: Inside) -> Option<Self> {
+        let disk = match disk(inside) {
             Ok(d) => d,
             Err(why) => {
                 println!("skipped: {why}");

@@ -5,7 +5,7 @@ use jiff::Timestamp;
 use karst_engine::InstanceView as View;
 use karst_model::{
     device::Devices,
-    guest::{Interface, Metrics},
+    guest::{AgentKind, GuestSystem, Interface, Metrics},
     instance::Status,
 };
 use serde::{Serialize, Serializer, ser::SerializeMap};
@@ -121,6 +121,32 @@ impl<'a> InstanceView<'a> {
     }
 }
 
+/// The system inside.
+#[derive(Debug, Serialize)]
+#[allow(missing_docs)] // the fields are Incus' own
+pub struct OsView<'a> {
+    pub os: &'a str,
+    pub os_version: &'a str,
+    pub kernel_version: &'a str,
+    pub hostname: &'a str,
+    pub fqdn: &'a str,
+    /// Of Karst: which agent tells it, `karst` or `qemu`.
+    pub agent: AgentKind,
+}
+
+impl<'a> OsView<'a> {
+    fn of(s: &'a GuestSystem) -> Self {
+        Self {
+            os: &s.os,
+            os_version: &s.os_version,
+            kernel_version: &s.kernel,
+            hostname: &s.hostname,
+            fqdn: &s.fqdn,
+            agent: s.agent,
+        }
+    }
+}
+
 /// State of an instance.
 #[derive(Debug, Serialize)]
 #[allow(missing_docs)]
@@ -135,7 +161,7 @@ pub struct StateView<'a> {
     pub cpu: CpuView,
     #[serde(serialize_with = "time")]
     pub started_at: Option<Timestamp>,
-    pub os_info: (),
+    pub os_info: Option<OsView<'a>>,
 }
 
 /// Memory.
@@ -239,7 +265,7 @@ impl<'a> StateView<'a> {
                 allocated_time: 0,
             },
             started_at: runtime.and_then(|r| r.started_at),
-            os_info: (),
+            os_info: metrics.and_then(|m| m.system.as_ref()).map(OsView::of),
         }
     }
 }
