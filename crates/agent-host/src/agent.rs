@@ -525,6 +525,7 @@ impl RealAgent {
             },
             disks,
             nodes,
+            proxies: spec.proxies,
             nics,
             cloud_init: spec.cloud_init,
             environment: spec.environment,

@@ -228,6 +228,7 @@ impl Subject {
             },
             disks: vec![],
             nodes: vec![],
+            proxies: vec![],
             nics: vec![NicSpec {
                 device: DeviceId(self.env.uuid()),
                 name: "eth0".into(),

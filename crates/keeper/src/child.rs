@@ -37,6 +37,7 @@ const STEPS: &[&str] = &[
     "changing into its working directory",
     "executing the program",
     "entering its mount namespace",
+    "entering its network namespace",
 ];
 
 fn c(s: &OsStr) -> Result<CString, String> {
@@ -183,6 +184,11 @@ fn prepare(
             *step = 12;
             let namespace = passed.remove(0);
             sys::check(libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNS))?;
+        }
+        if spec.network_namespace {
+            *step = 13;
+            let namespace = passed.remove(0);
+            sys::check(libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET))?;
         }
 
         *step = 9;

@@ -8,12 +8,15 @@
 //! `karst-keeper --attach --daemon ID --instance UUID` is the helper that does one thing inside a container: see
 //! [`attached`].
 //!
+//! `karst-keeper --forward` passes connections on: see [`forward`].
+//!
 //! If the keeper itself is killed, the main process follows it (`PR_SET_PDEATHSIG`), so a guest never runs unwatched.
 #![allow(clippy::disallowed_methods)] // works on the real machine: its clock and tasks are real
 
 mod attached;
 mod child;
 mod console;
+mod forward;
 mod server;
 mod sys;
 
@@ -128,6 +131,9 @@ fn prepare(a: &Arguments) -> Result<(Dir, Spec, OwnedFd), String> {
 fn main() {
     if std::env::args_os().nth(1).is_some_and(|a| a == "--attach") {
         attached::main();
+    }
+    if std::env::args_os().nth(1).is_some_and(|a| a == "--forward") {
+        forward::main();
     }
     // Nothing may be inherited that was not passed on purpose; standard input is the launch socket.
     sys::close_from(3);

@@ -56,6 +56,8 @@ pub struct Spec {
     pub fds: Vec<i32>,
     /// The first descriptor that is passed is a mount namespace, which the main process enters; it has no number.
     pub mount_namespace: bool,
+    /// The next descriptor that is passed is a network namespace, which the main process enters; it has no number.
+    pub network_namespace: bool,
     /// Console.
     pub console: Console,
     /// Size of each of the two files of the console log, bytes.
@@ -85,6 +87,7 @@ impl Default for Spec {
             rlimits: vec![],
             fds: vec![],
             mount_namespace: false,
+            network_namespace: false,
             console: Console::None,
             log_size: 128 * 1024,
             oom_score_adj: 0,
@@ -96,7 +99,7 @@ impl Default for Spec {
 impl Spec {
     /// How many descriptors are passed.
     pub fn passed(&self) -> usize {
-        self.fds.len() + usize::from(self.mount_namespace)
+        self.fds.len() + usize::from(self.mount_namespace) + usize::from(self.network_namespace)
     }
 
     /// The file's content.
@@ -137,6 +140,9 @@ impl Spec {
         }
         if self.mount_namespace {
             put("mount-namespace", b"1");
+        }
+        if self.network_namespace {
+            put("network-namespace", b"1");
         }
         match self.console {
             Console::None => put("console", b"none"),
@@ -190,6 +196,7 @@ impl Spec {
                 }
                 "fd" => spec.fds.push(text::number(key, &value)?),
                 "mount-namespace" => spec.mount_namespace = value == b"1",
+                "network-namespace" => spec.network_namespace = value == b"1",
                 "console" => {
                     spec.console = match value.as_slice() {
                         b"none" => Console::None,
@@ -265,6 +272,7 @@ mod tests {
             rlimits: vec![(7, 1024, u64::MAX)],
             fds: vec![10, 4],
             mount_namespace: true,
+            network_namespace: true,
             console: Console::Socket(3),
             oom_score_adj: -100,
             kill_writes: vec![("/f=g".into(), "THAWED".into())],

@@ -3,7 +3,7 @@
 
 use crate::{
     ByteSize, DeviceId, ImageId, InstanceId, NetworkId, PoolId, VolumeId,
-    device::{DiskIo, NodeDevice},
+    device::{DiskIo, NodeDevice, ProxyDevice},
     instance::{Firmware, Generation, InstanceKind},
     network::BridgeSpec,
     storage::{PoolKind, VolumeContent},
@@ -41,6 +41,9 @@ pub struct GuestSpec {
     /// Device nodes of the host, containers only. One that is added or removed in an update is plugged live.
     #[serde(default)]
     pub nodes: Vec<NodeSpec>,
+    /// Proxies, containers only. One that is added or removed in an update is started or ended live.
+    #[serde(default)]
+    pub proxies: Vec<ProxySpec>,
     /// NICs in bus order.
     pub nics: Vec<NicSpec>,
     /// First-boot configuration.
@@ -282,6 +285,15 @@ pub struct NodeSpec {
     pub name: String,
     /// What it is.
     pub device: NodeDevice,
+}
+
+/// A proxy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProxySpec {
+    /// Device name in the configuration.
+    pub name: String,
+    /// What it passes on.
+    pub device: ProxyDevice,
 }
 
 /// A NIC on a managed network.

@@ -272,6 +272,7 @@ mod tests {
             },
             disks: vec![],
             nodes: vec![],
+            proxies: vec![],
             nics: vec![ResolvedNic {
                 name: "eth0".into(),
                 slot: "net0".into(),

@@ -44,7 +44,7 @@ fn staged(state_dir: &Path, disk: &Disk) -> PathBuf {
     stage(state_dir).join(kind).join(&disk.name)
 }
 
-fn check_name(name: &str) -> Result<()> {
+pub(crate) fn check_name(name: &str) -> Result<()> {
     let plain = !matches!(name, "" | "." | "..")
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
     if plain { Ok(()) } else { Err(Error::invalid("devices", format!("{name:?} is no name of a device"))) }

@@ -6,6 +6,7 @@ use crate::{
     disks,
     limits::limits,
     proc::{Init, InitEnd, init_end, log_reason},
+    proxies,
     record::Record,
     seed,
 };
@@ -19,6 +20,7 @@ use karst_host::{Program, cgroup::Cgroups, link, netns::NetnsProbe, run};
 use karst_model::{
     Error, ErrorKind, InstanceId, Result,
     instance::{ExitReason, InstanceKind, RuntimeState},
+    spec::ProxySpec,
 };
 use rustix::process::Signal;
 use std::{
@@ -26,7 +28,7 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{Arc, Mutex, MutexGuard, Weak},
     time::Duration,
 };
 use tokio::{sync::mpsc, time::timeout};
@@ -244,7 +246,8 @@ impl Shared {
 
     /// Removes what a dead guest may have left outside its directory. The caller holds `changing` and knows that no keeper
     /// lives.
-    async fn clear(&self, groups: &Groups, interfaces: impl Iterator<Item = &str>) -> Result<()> {
+    async fn clear(&self, dir: &Path, groups: &Groups, interfaces: impl Iterator<Item = &str>) -> Result<()> {
+        proxies::stop_all(dir).await?;
         for group in [&groups.limits, &groups.monitor] {
             if self.cgroups.exists(group) {
                 // Nobody, normally; after a keeper was killed, what did not die with it.
@@ -270,7 +273,8 @@ impl Shared {
 
     async fn clear_record(&self, record: &Record) -> Result<()> {
         let groups = Groups::of(&record.daemon_id, record.instance);
-        self.clear(&groups, record.nics.iter().map(|n| n.host_interface.as_str())).await
+        self.clear(&self.dir(record.instance), &groups, record.nics.iter().map(|n| n.host_interface.as_str()))
+            .await
     }
 
     /// Waits for a guest's end in the background, clears up after it and tells.
@@ -285,7 +289,10 @@ impl Shared {
         }
         let weak = Arc::downgrade(self);
         tokio::spawn(async move {
-            let end = keeper.wait_exit().await;
+            let end = tokio::select! {
+                end = keeper.wait_exit() => end,
+                () = Shared::follow(&weak, instance, &guest) => return,
+            };
             let Some(shared) = weak.upgrade() else {
                 return;
             };
@@ -345,22 +352,115 @@ impl Shared {
         let groups = Groups::of(&guest.daemon_id, guest.instance);
         let interfaces = guest.nics.iter().map(|n| n.host_interface.as_str());
         let before = previous.iter().flat_map(|r| &r.nics).map(|n| n.host_interface.as_str());
-        self.clear(&groups, interfaces.clone().chain(before)).await?;
+        self.clear(dir, &groups, interfaces.clone().chain(before)).await?;
         let mut record = Record::new(guest);
         record.seed = seed_hash(guest);
         let outcome = self.start_new(guest, &groups, &record, previous.as_ref()).await;
         match outcome {
             Ok(running) => {
                 *lock(&kept.probe) = None;
+                if let Err(e) = self.start_proxies(&running, &running.record.proxies).await {
+                    let _ = self.stop_force(&running).await;
+                    keeper::wait_gone(dir).await?;
+                    self.clear(dir, &groups, interfaces).await?;
+                    return Err(e);
+                }
                 self.watch(guest.instance, running.keeper.clone(), running.status.keeper_pid);
                 Ok(self.observed(&running))
             }
             Err(e) => {
                 keeper::wait_gone(dir).await?;
-                self.clear(&groups, interfaces).await?;
+                self.clear(dir, &groups, interfaces).await?;
                 Err(e)
             }
         }
+    }
+
+    async fn start_proxies(&self, running: &Running, wanted: &[ProxySpec]) -> Result<()> {
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let init =
+            running.init().ok_or_else(|| Error::unavailable("the guest is just starting; try again"))?;
+        let place = proxies::Place {
+            state_dir: &running.dir,
+            daemon_id: &running.record.daemon_id,
+            instance: running.record.instance,
+            user: running.record.ids.base,
+            cgroups: &self.cgroups,
+            group: &running.groups.keeper,
+        };
+        for proxy in wanted {
+            proxies::start(&place, &init, proxy).await?;
+        }
+        Ok(())
+    }
+
+    /// Brings the proxies of a running guest to what is wanted; writes the record as it goes.
+    async fn update_proxies(
+        &self,
+        running: &Running,
+        wanted: &[ProxySpec],
+        record: &mut Record,
+    ) -> Result<()> {
+        let gone: Vec<_> = record.proxies.iter().filter(|p| !wanted.contains(p)).cloned().collect();
+        for proxy in gone {
+            proxies::stop(&running.dir, &proxy.name).await?;
+            record.proxies.retain(|p| *p != proxy);
+            record.write(&running.dir)?;
+        }
+        for proxy in wanted.iter().filter(|p| !record.proxies.contains(p)).cloned().collect::<Vec<_>>() {
+            record.proxies.push(proxy.clone());
+            record.write(&running.dir)?;
+            if let Err(e) = self.start_proxies(running, std::slice::from_ref(&proxy)).await {
+                proxies::stop(&running.dir, &proxy.name).await?;
+                record.proxies.retain(|p| *p != proxy);
+                record.write(&running.dir)?;
+                return Err(e);
+            }
+        }
+        // One that was killed comes back.
+        self.start_proxies(running, wanted).await
+    }
+
+    /// Follows a guest through its lives: after a reboot from inside it has another network, and control groups in which
+    /// what was permitted live is not. Never answers.
+    async fn follow(weak: &Weak<Self>, instance: InstanceId, guest: &Guest) {
+        let mut last = None;
+        loop {
+            let init = match weak.upgrade() {
+                Some(shared) => shared.running(instance).await.ok().and_then(|r| r.init()),
+                None => return std::future::pending().await,
+            };
+            let Some(init) = init else {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            };
+            if last.is_some_and(|pid| pid != init.pid)
+                && let Some(shared) = weak.upgrade()
+                && let Err(e) = shared.after_reboot(instance, guest).await
+            {
+                tracing::warn!(%instance, error = %e, context = e.context.as_deref(), "after a reboot from inside");
+            }
+            last = Some(init.pid);
+            match tokio::io::unix::AsyncFd::with_interest(init.pidfd, tokio::io::Interest::READABLE) {
+                Ok(pidfd) => drop(pidfd.readable().await),
+                Err(_) => tokio::time::sleep(Duration::from_secs(1)).await,
+            }
+        }
+    }
+
+    async fn after_reboot(&self, instance: InstanceId, guest: &Guest) -> Result<()> {
+        let _changing = guest.changing.lock().await;
+        let running = self.running(instance).await?;
+        for node in running.record.disks.iter().filter_map(|d| d.node.as_ref()) {
+            running.permit_device(&node.rule(), true).await?;
+        }
+        if !running.record.proxies.is_empty() {
+            proxies::stop_all(&running.dir).await?;
+            self.start_proxies(&running, &running.record.proxies).await?;
+        }
+        Ok(())
     }
 
     async fn start_new(
@@ -662,6 +762,7 @@ impl GuestDriver for LxcDriver {
         let find =
             || running.init().ok_or_else(|| Error::unavailable("the guest is just starting; try again"));
         disks::update(&running, find, guest, &mut record).await?;
+        self.shared.update_proxies(&running, &guest.proxies, &mut record).await?;
         let new = Record::new(guest);
         let old = &mut record;
         let mut pending = vec![];
@@ -729,7 +830,7 @@ impl GuestDriver for LxcDriver {
             Some(record) => self.shared.clear_record(&record).await?,
             None => {
                 let groups = Groups::of(&self.shared.options.daemon_id, instance);
-                self.shared.clear(&groups, std::iter::empty()).await?;
+                self.shared.clear(&dir, &groups, std::iter::empty()).await?;
             }
         }
         match tokio::fs::remove_dir_all(&dir).await {

@@ -12,6 +12,7 @@ mod driver;
 mod files;
 mod limits;
 mod proc;
+mod proxies;
 mod record;
 mod seed;
 

@@ -2,7 +2,7 @@
 
 use karst_guest::{IdRange, ResolvedGuest, keeper::write_private};
 use karst_host::mount::{DeviceNumber, MountKey};
-use karst_model::{Error, InstanceId, Result, instance::Generation};
+use karst_model::{Error, InstanceId, Result, instance::Generation, spec::ProxySpec};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
@@ -81,6 +81,8 @@ pub(crate) struct Record {
     #[serde(default)]
     pub(crate) disks: Vec<Disk>,
     #[serde(default)]
+    pub(crate) proxies: Vec<ProxySpec>,
+    #[serde(default)]
     pub(crate) environment: BTreeMap<String, String>,
     /// Host name that was written into the root file system.
     #[serde(default)]
@@ -114,6 +116,7 @@ impl Record {
                 })
                 .collect(),
             disks: vec![],
+            proxies: guest.proxies.clone(),
             environment: guest.environment.clone(),
             hostname: guest.hostname.clone(),
             seed: 0,

@@ -5,7 +5,7 @@ use karst_model::{
     device::DiskIo,
     instance::{Generation, InstanceKind},
     node::AcceleratorKind,
-    spec::{CloudInit, Limits, MachineSpec, Security},
+    spec::{CloudInit, Limits, MachineSpec, ProxySpec, Security},
 };
 use std::{collections::BTreeMap, os::fd::OwnedFd, path::PathBuf, sync::Arc};
 
@@ -53,6 +53,8 @@ pub struct ResolvedGuest {
     pub disks: Vec<ResolvedDisk>,
     /// Device nodes (containers).
     pub nodes: Vec<ResolvedNode>,
+    /// Proxies (containers).
+    pub proxies: Vec<ProxySpec>,
     /// NICs in bus order.
     pub nics: Vec<ResolvedNic>,
     /// First-boot data.

@@ -2,11 +2,11 @@
 
 use karst_model::{
     Config, DeviceId, Error, InstanceId, Result, VolumeId,
-    device::{Device, Devices, DiskDevice, DiskOrigin, NicDevice, NodeDevice, RootDevice},
+    device::{Device, Devices, DiskDevice, DiskOrigin, NicDevice, NodeDevice, ProxyDevice, RootDevice},
     instance::{DeviceIdentity, Instance, InstanceKind},
     keys,
     network::Network,
-    spec::{DiskSource, DiskSpec, GuestSpec, MachineSpec, NicSpec, NodeSpec, RootSpec},
+    spec::{DiskSource, DiskSpec, GuestSpec, MachineSpec, NicSpec, NodeSpec, ProxySpec, RootSpec},
     storage::Volume,
 };
 use std::collections::BTreeMap;
@@ -25,6 +25,8 @@ pub struct ParsedDevices {
     pub disks: Vec<(String, DiskDevice)>,
     /// Names and device nodes, in name order.
     pub nodes: Vec<(String, NodeDevice)>,
+    /// Names and proxies, in name order.
+    pub proxies: Vec<(String, ProxyDevice)>,
     /// Names and NICs, in name order.
     pub nics: Vec<(String, NicDevice)>,
 }
@@ -36,7 +38,7 @@ pub struct ParsedDevices {
 /// Invalid, naming the device and key.
 pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
     let mut root = None;
-    let (mut disks, mut nodes, mut nics) = (vec![], vec![], vec![]);
+    let (mut disks, mut nodes, mut proxies, mut nics) = (vec![], vec![], vec![], vec![]);
     for (name, keys) in devices {
         match Device::parse(name, keys)? {
             Device::Root(d) => {
@@ -51,6 +53,7 @@ pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
             Device::Disk(d) => disks.push((name.clone(), d)),
             Device::Nic(d) => nics.push((name.clone(), d)),
             Device::Node(d) => nodes.push((name.clone(), d)),
+            Device::Proxy(d) => proxies.push((name.clone(), d)),
             Device::None => {}
         }
     }
@@ -81,7 +84,7 @@ pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
             "the instance has no root disk; add a disk with path=/ and a pool, or a profile that has one",
         )
     })?;
-    Ok(ParsedDevices { root, disks, nodes, nics })
+    Ok(ParsedDevices { root, disks, nodes, proxies, nics })
 }
 
 fn nic_guest_name(device: &str, nic: &NicDevice) -> String {
@@ -269,6 +272,14 @@ pub fn guest_spec(
         return Err(Error::unsupported("device nodes are given to containers only")
             .at(format!("devices.{name}.type")));
     }
+    if let (Some((name, _)), InstanceKind::VirtualMachine) = (parsed.proxies.first(), instance.kind) {
+        return Err(Error::unsupported(
+            "proxies are given to containers only; forward a port of the network",
+        )
+        .at(format!("devices.{name}.type")));
+    }
+    let proxies = parsed.proxies.iter();
+    let proxies = proxies.map(|(name, d)| ProxySpec { name: name.clone(), device: d.clone() }).collect();
     let nodes = parsed.nodes.iter();
     let nodes = nodes.map(|(name, d)| NodeSpec { name: name.clone(), device: d.clone() }).collect();
     let mut nics = vec![];
@@ -320,6 +331,7 @@ pub fn guest_spec(
         root,
         disks,
         nodes,
+        proxies,
         nics,
         cloud_init: keys::cloud_init(config, cloud_init_id.to_string()),
         environment: keys::environment(config),

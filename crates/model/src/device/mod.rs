@@ -3,10 +3,12 @@
 mod disk;
 mod nic;
 mod node;
+mod proxy;
 
 pub use disk::*;
 pub use nic::*;
 pub use node::*;
+pub use proxy::*;
 
 use crate::{ByteSize, Error, Result, error::nearest};
 use serde::{Deserialize, Serialize};
@@ -27,13 +29,15 @@ pub enum Device {
     Nic(NicDevice),
     /// Device node of the host, or a GPU.
     Node(NodeDevice),
+    /// Proxy.
+    Proxy(ProxyDevice),
     /// Removes a device of a profile.
     None,
 }
 
-const TYPES: &[&str] = &["disk", "gpu", "nic", "none", "unix-block", "unix-char"];
+const TYPES: &[&str] = &["disk", "gpu", "nic", "none", "proxy", "unix-block", "unix-char"];
 /// What Incus has and Karst not.
-const LATER: &[&str] = &["infiniband", "pci", "proxy", "tpm", "unix-hotplug", "usb"];
+const LATER: &[&str] = &["infiniband", "pci", "tpm", "unix-hotplug", "usb"];
 
 impl Device {
     /// Parses one device; errors name `devices.NAME.KEY`.
@@ -48,6 +52,7 @@ impl Device {
             "unix-block" => NodeDevice::parse_unix(&keys, true).map(Self::Node),
             "gpu" => NodeDevice::parse_gpu(&keys).map(Self::Node),
             "none" => Ok(Self::None),
+            "proxy" => ProxyDevice::parse(&keys).map(Self::Proxy),
             later if LATER.contains(&later) => {
                 let text = format!("devices of type {later:?} are not there yet");
                 Err(Error::unsupported(text).at(keys.field("type")))
@@ -255,6 +260,35 @@ mod tests {
         ] {
             let e = parse(pairs).unwrap_err();
             assert_eq!(e.field, Some(format!("devices.d.{field}")), "{pairs:?}: {e}");
+        }
+    }
+
+    #[test]
+    fn proxies_of_both_sides() {
+        let parse = |pairs: &[(&str, &str)]| {
+            let mut keys = dev(pairs);
+            keys.insert("type".into(), "proxy".into());
+            Device::parse("p", &keys)
+        };
+        let web =
+            parse(&[("listen", "tcp:0.0.0.0:80-81,90"), ("connect", "tcp:[::1]:8080"), ("bind", "instance")]);
+        let Ok(Device::Proxy(web)) = web else { panic!("{web:?}") };
+        assert!(web.in_guest && web.protocol == ProxyProtocol::Tcp && web.pairs.len() == 3);
+        assert_eq!(web.pairs[2], ("0.0.0.0:90".parse().unwrap(), "[::1]:8080".parse().unwrap()));
+        let good = ("listen", "udp:127.0.0.1:53");
+        for (pairs, field) in [
+            (&[good][..], "connect"),
+            (&[good, ("connect", "tcp:127.0.0.1:53")], "connect"),
+            (&[good, ("connect", "udp:127.0.0.1:1-2")], "connect"),
+            (&[good, ("connect", "udp:localhost:53")], "connect"),
+            (&[good, ("connect", "unix:/run/x")], "connect"),
+            (&[("listen", "tcp:0.0.0.0:0"), ("connect", "tcp:127.0.0.1:1")], "listen"),
+            (&[("listen", "tcp:0.0.0.0:1-60000"), ("connect", "tcp:127.0.0.1:1")], "listen"),
+            (&[good, ("connect", "udp:127.0.0.1:53"), ("nat", "true")], "nat"),
+            (&[good, ("connect", "udp:127.0.0.1:53"), ("bind", "both")], "bind"),
+        ] {
+            let e = parse(pairs).unwrap_err();
+            assert_eq!(e.field, Some(format!("devices.p.{field}")), "{pairs:?}: {e}");
         }
     }
 

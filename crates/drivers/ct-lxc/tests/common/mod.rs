@@ -209,6 +209,7 @@ pub fn bare_guest(daemon_id: &str, guests: &Path, n: u32) -> ResolvedGuest {
         root: bare_disk("root"),
         disks: vec![],
         nodes: vec![],
+        proxies: vec![],
         nics: vec![ResolvedNic {
             name: "eth0".into(),
             slot: "net0".into(),

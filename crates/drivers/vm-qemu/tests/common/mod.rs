@@ -323,6 +323,7 @@ impl Place {
             },
             disks: vec![],
             nodes: vec![],
+            proxies: vec![],
             nics: vec![ResolvedNic {
                 name: "eth0".into(),
                 slot: "net0".into(),
