@@ -13,7 +13,7 @@ use karst_agent::VolumeRef;
 use karst_model::{
     ByteSize, Config, Error, ImageId, InstanceId, Name, NetworkId, Result, VolumeId,
     access::Permission,
-    device::{Device, Devices, DiskOrigin, NicDevice, RootDevice},
+    device::{Device, Devices, NicDevice, RootDevice},
     guest::Observed,
     instance::{DesiredPower, Firmware, Generation, Hardware, Instance, InstanceKind, Lifecycle},
     keys,
