@@ -397,6 +397,7 @@ async fn remove(
             };
             let request = Request {
                 operation: Operation::Unmount,
+                append: disk.node.is_some(),
                 pid: init.pid,
                 path: at.into(),
                 ..Request::default()
