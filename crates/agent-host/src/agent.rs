@@ -3,6 +3,7 @@
 use crate::{
     HostPolicy, facts,
     ids::{CLAIMS, IdRanges},
+    pools::PoolPlace,
     registry::{GuestRecord, Registry},
     sessions::Sessions,
 };
@@ -19,11 +20,11 @@ use karst_model::{
     Error, ErrorKind, InstanceId, NetworkId, PoolId, Result, VolumeId,
     instance::{Generation, InstanceKind, RuntimeState},
     node::HostFacts,
-    spec::{DiskSource, DiskSpec, GuestSpec},
+    spec::{DiskSource, DiskSpec, GuestSpec, PoolSpec},
     storage::VolumeContent,
 };
 use karst_network::NetworkDriver;
-use karst_storage::{DirPool, Format, Located, PoolDriver};
+use karst_storage::{Format, Located, PoolDriver};
 use karst_vm_qemu::{QemuDriver, QemuOptions};
 use std::{
     collections::{BTreeMap, HashMap},
@@ -63,6 +64,8 @@ pub struct RealAgent {
     pub(crate) ids: IdRanges,
     pub(crate) networks: NetworkDriver,
     pub(crate) images: ImageStore,
+    /// How workers without privileges are started.
+    pub(crate) launcher: Launcher,
     pub(crate) facts: tokio::sync::OnceCell<HostFacts>,
     pools: Mutex<HashMap<PoolId, Arc<dyn PoolDriver>>>,
     guests: Mutex<BTreeMap<InstanceId, GuestRecord>>,
@@ -119,7 +122,8 @@ impl RealAgent {
             events: Arc::default(),
             sessions: Arc::new(Sessions::new(env.clone())),
             networks: NetworkDriver::new(&options.daemon_id, root.join("networks")),
-            images: ImageStore::open(root.join("images"), launcher).await?,
+            images: ImageStore::open(root.join("images"), launcher.clone()).await?,
+            launcher,
             facts: tokio::sync::OnceCell::new(),
             pools: Mutex::default(),
             guests: Mutex::default(),
@@ -172,10 +176,15 @@ impl RealAgent {
             };
             outcome = outcome.and(ended.await);
         }
+        for pool in self.registry.pools()? {
+            self.forget_pool(pool.id);
+            outcome = outcome.and(self.pool_place(pool.id).close().await);
+        }
         outcome = outcome.and(self.networks.purge().await);
         outcome = outcome.and(
             karst_host::cgroup::Cgroups::detect()?.remove(&format!("karst-{}", self.options.daemon_id)).await,
         );
+        outcome = outcome.and(karst_ct_lxc::apparmor::unload(&self.options.daemon_id).await);
         for claim in self.ids.claims()? {
             self.ids.release(claim.range, &claim.owner);
         }
@@ -184,7 +193,10 @@ impl RealAgent {
 
     async fn adopt(self: &Arc<Self>) -> Result<()> {
         for pool in self.registry.pools()? {
-            self.open_pool(pool.id).await?;
+            // One that cannot be opened does not stop the others; it is tried again when it is next asked for.
+            if let Err(e) = self.open_pool(&pool).await {
+                tracing::error!(pool = %pool.id, error = %e, context = e.context, "a pool cannot be opened");
+            }
         }
         let known = self.registry.guests()?;
         {
@@ -296,17 +308,17 @@ impl RealAgent {
         Ok(None)
     }
 
-    pub(crate) async fn open_pool(&self, id: PoolId) -> Result<()> {
-        if self.pools.lock().unwrap().contains_key(&id) {
+    pub(crate) async fn open_pool(&self, spec: &PoolSpec) -> Result<()> {
+        if self.pools.lock().unwrap().contains_key(&spec.id) {
             return Ok(());
         }
-        let pool = DirPool::open(self.pool_dir(id)).await?;
-        self.pools.lock().unwrap().insert(id, Arc::new(pool));
+        let pool = self.pool_place(spec.id).open(spec).await?;
+        self.pools.lock().unwrap().insert(spec.id, pool);
         Ok(())
     }
 
-    pub(crate) fn pool_dir(&self, id: PoolId) -> PathBuf {
-        self.registry.path("pools").join(id.0.to_string())
+    pub(crate) fn pool_place(&self, id: PoolId) -> PoolPlace {
+        PoolPlace::new(&self.registry.path("pools"), id, self.launcher.clone())
     }
 
     pub(crate) fn pool(&self, id: PoolId) -> Result<Arc<dyn PoolDriver>> {
@@ -336,6 +348,7 @@ impl RealAgent {
             ids,
             pool: spec.root.pool,
             root: spec.root.volume,
+            volumes: spec.disks.iter().filter_map(DiskSpec::volume).map(|(_, volume)| volume).collect(),
             interfaces: spec.nics.iter().map(|n| n.host_interface.clone()).collect(),
             networks: spec.nics.iter().map(|n| n.network).collect(),
         };
@@ -421,7 +434,7 @@ impl RealAgent {
     fn resolve_path(&self, disk: &DiskSpec, path: &str) -> Result<Option<ResolvedDisk>> {
         let field = || format!("devices.{}.source", disk.name);
         let opened =
-            match karst_host::mount::open_beneath(&self.options.policy.path_prefixes, Path::new(path)) {
+            match karst_host::mountns::open_beneath(&self.options.policy.path_prefixes, Path::new(path)) {
                 Ok(opened) => opened,
                 Err(e) if disk.optional && e.is(ErrorKind::NotFound) => return Ok(None),
                 Err(e) => return Err(e.at(field())),
@@ -602,7 +615,12 @@ fn sweep(directory: &Path, older_than: Duration) -> Result<()> {
     for entry in std::fs::read_dir(directory)?.flatten() {
         let age =
             entry.metadata().ok().and_then(|m| SystemTime::now().duration_since(m.modified().ok()?).ok());
-        if age.is_some_and(|a| a >= older_than) {
+        if entry.file_type()?.is_dir() {
+            // Somebody's work, who removes it himself unless he was killed.
+            if older_than.is_zero() {
+                std::fs::remove_dir_all(entry.path())?;
+            }
+        } else if age.is_some_and(|a| a >= older_than) {
             std::fs::remove_file(entry.path())?;
         }
     }
@@ -610,6 +628,6 @@ fn sweep(directory: &Path, older_than: Duration) -> Result<()> {
 }
 
 /// A volume's user, by its record.
-pub(crate) fn has_root(volume: VolumeId) -> impl Fn(&GuestRecord) -> bool {
-    move |record| record.root == volume
+pub(crate) fn has_volume(volume: VolumeId) -> impl Fn(&GuestRecord) -> bool {
+    move |record| record.root == volume || record.volumes.contains(&volume)
 }

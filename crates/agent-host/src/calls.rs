@@ -2,23 +2,22 @@
 
 use crate::{
     RealAgent,
-    agent::{as_state, blocking, has_root, never_ran, not_older},
+    agent::{as_state, blocking, never_ran, not_older},
 };
 use async_trait::async_trait;
 use karst_agent::*;
 use karst_env::EnvExt;
 use karst_guest::{Applied, FileKind, Metrics, Observed, StopMode};
-use karst_image::{Content, Staged, Upload};
+use karst_image::{Staged, Upload};
 use karst_model::{
     Error, ErrorKind, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
     image::ImageFacts,
     instance::{InstanceKind, RuntimeState},
     network::Lease,
     node::HostFacts,
-    spec::{GuestSpec, NetworkSpec, PoolSpec, VolumeSource, VolumeSpec},
+    spec::{GuestSpec, NetworkSpec, PoolSpec, VolumeSpec},
     storage::Usage,
 };
-use karst_storage::{NewVolume, Source};
 use rustix::pipe::{PipeFlags, pipe_with};
 use std::{
     fs::File,
@@ -50,64 +49,6 @@ impl RealAgent {
                 Err(Error::timeout(format!("{name} did not end within its time ({:?})", context.deadline)))
             }
         }
-    }
-
-    async fn remove_pool(&self, id: PoolId) -> Result<()> {
-        let _lock = self.lock(id.0).await;
-        let Ok(pool) = self.pool(id) else { return Ok(()) };
-        if !pool.list().await?.is_empty() {
-            return Err(Error::conflict("the pool still has volumes"));
-        }
-        pool.settle().await;
-        self.forget_pool(id);
-        let (registry, directory) = (self.registry.clone(), self.pool_dir(id));
-        blocking(move || {
-            match std::fs::remove_dir_all(directory) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
-                _ => {}
-            }
-            registry.remove_pool(id)
-        })
-        .await
-    }
-
-    async fn create_volume(&self, spec: VolumeSpec) -> Result<()> {
-        let _lock = self.lock(spec.id.0).await;
-        let pool = self.pool(spec.pool)?;
-        let source = match spec.source {
-            VolumeSource::Empty => Source::Empty,
-            VolumeSource::Image { image } => match self.images.content(image).await? {
-                Content::Tree(path) => Source::Tree(path),
-                Content::Disk { path, size } => Source::Disk { path, size },
-            },
-        };
-        let new = NewVolume { content: spec.content, size: spec.size, source };
-        pool.create(spec.id, &new).await.map(drop)
-    }
-
-    async fn delete_volume(&self, at: VolumeRef) -> Result<()> {
-        let _lock = self.lock(at.volume.0).await;
-        if let Some(user) = self.user(has_root(at.volume)).await? {
-            return Err(Error::conflict(format!("the volume is in use by instance {user}, which runs")));
-        }
-        match self.pool(at.pool) {
-            Ok(pool) => pool.delete(at.volume).await,
-            Err(_) => Ok(()),
-        }
-    }
-
-    async fn resize_volume(&self, request: VolumeResize) -> Result<()> {
-        let at = request.volume;
-        let _lock = self.lock(at.volume.0).await;
-        let pool = self.pool(at.pool)?;
-        let now = pool.inspect(at.volume).await?.size;
-        if now == Some(request.size) {
-            return Ok(());
-        }
-        if now.is_some_and(|now| request.size < now) {
-            return Err(Error::invalid("size", "a volume can only grow"));
-        }
-        pool.resize(at.volume, request.size).await.map(drop)
     }
 
     fn staged(&self, image: ImageId, part: ImagePart) -> PathBuf {
@@ -190,7 +131,11 @@ impl RealAgent {
                 _ => {}
             }
         }
-        self.images.delete(image).await
+        self.images.delete(image).await?;
+        for (_, pool) in self.all_pools() {
+            pool.forget_image(image).await?;
+        }
+        Ok(())
     }
 
     async fn export(&self, image: ImageId) -> Result<WithFds<Vec<ImageFile>>> {
@@ -463,11 +408,12 @@ fn check_path(path: &str) -> Result<()> {
 
 /// `read name(request) -> T { body }`: the body runs within [`RealAgent::act`].
 macro_rules! calls {
-    ($( $access:ident $name:ident($me:ident, $request:ident: $ty:ty) -> $answer:ty $body:block )+) => {
+    ($( $access:ident $name:ident($me:ident, $request:ident: $ty:ty $(, $with:ident)?) -> $answer:ty $body:block )+) => {
         #[async_trait]
         impl HostAgent for RealAgent {
             $( async fn $name(&self, context: &CallContext, $request: $ty) -> Result<$answer> {
                 let $me = self;
+                $( let $with = context.clone(); )?
                 // In a box: the largest of them would be in every one.
                 let work = Box::pin(async move $body);
                 self.act(stringify!($name), calls!(@ $access), context, work).await
@@ -490,14 +436,15 @@ calls! {
     mutate pool_ensure(me, spec: PoolSpec) -> () {
         let _lock = me.lock(spec.id.0).await;
         match me.registry.pool(spec.id)? {
-            Some(old) if old != spec => return Err(Error::conflict(format!("pool {} is of another kind", spec.id))),
+            Some(old) if old != spec => return Err(Error::conflict(format!("pool {} is there already, and different", spec.id))),
             Some(_) => {}
             None => {
+                // Before anything is made of it.
                 let (registry, spec) = (me.registry.clone(), spec.clone());
                 blocking(move || registry.put_pool(&spec)).await?;
             }
         }
-        me.open_pool(spec.id).await
+        me.open_pool(&spec).await
     }
     mutate pool_remove(me, pool: PoolId) -> () { me.remove_pool(pool).await }
     read pool_usage(me, pool: PoolId) -> Usage { me.pool(pool)?.space().await }
@@ -530,6 +477,14 @@ calls! {
     mutate volume_delete(me, at: VolumeRef) -> () { me.delete_volume(at).await }
     mutate volume_resize(me, request: VolumeResize) -> () { me.resize_volume(request).await }
     read volume_usage(me, at: VolumeRef) -> Usage { me.pool(at.pool)?.usage(at.volume).await }
+
+    mutate volume_snapshot_create(me, at: VolumeSnapshotRef) -> () { me.create_snapshot(at).await }
+    mutate volume_snapshot_delete(me, at: VolumeSnapshotRef) -> () { me.delete_snapshot(at).await }
+    mutate volume_snapshot_restore(me, at: VolumeSnapshotRef) -> () { me.restore_snapshot(at).await }
+    read volume_snapshots(me, at: VolumeRef) -> Vec<VolumeSnapshot> { me.snapshots_of(at).await }
+    mutate volume_refresh(me, request: VolumeRefresh) -> () { me.refresh_volume(request).await }
+    read volume_export(me, request: VolumeExport) -> WithFds<SessionId> { me.export_volume(request).await }
+    mutate volume_import(me, request: VolumeImport, context) -> WithFds<SessionId> { me.import_volume(context, request).await }
 
     mutate image_stage(me, part: ImageStage) -> WithFds<()> { me.stage(part).await }
     mutate image_import(me, request: ImageImport) -> ImageFacts { me.import(request).await }

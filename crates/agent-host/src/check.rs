@@ -23,7 +23,13 @@ impl RealAgent {
             ..SelfCheck::default()
         };
         for (_, pool) in self.all_pools() {
-            check.volumes.extend(pool.list().await?.into_iter().map(|v| v.id));
+            for volume in pool.list().await? {
+                check.volumes.push(volume.id);
+                if let Some(snapshots) = pool.snapshots() {
+                    let all = snapshots.list(volume.id).await?;
+                    check.snapshots.extend(all.into_iter().map(|(snapshot, _)| (volume.id, snapshot)));
+                }
+            }
         }
         let guests: BTreeMap<InstanceId, GuestRecord> = self.all_guests().into_iter().collect();
         check.guests = guests.keys().copied().collect();
@@ -74,7 +80,9 @@ fn look(
     running: &BTreeSet<InstanceId>,
 ) -> Vec<String> {
     let mut leaks = vec![];
-    let unknown = names(&root.join("pools")).into_iter().filter(|n| !pools.contains(n));
+    let unknown = names(&root.join("pools"))
+        .into_iter()
+        .filter(|n| !pools.contains(n.strip_suffix(".img").unwrap_or(n)));
     leaks.extend(unknown.map(|n| format!("directory of an unknown pool {n}")));
     leaks.extend(names(&root.join("staging")).into_iter().map(|n| format!("staged part {n}")));
 
@@ -92,7 +100,9 @@ fn look(
     }
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let places = mounts.lines().filter_map(|l| l.split(' ').nth(4)).map(PathBuf::from);
-    let stray = places.filter(|p| p.starts_with(root) && !of_running(&p.to_string_lossy()));
+    let of_pool =
+        |p: &Path| p.strip_prefix(root.join("pools")).is_ok_and(|p| pools.iter().any(|n| p == Path::new(n)));
+    let stray = places.filter(|p| p.starts_with(root) && !of_running(&p.to_string_lossy()) && !of_pool(p));
     leaks.extend(stray.map(|p| format!("mount {}", p.display())));
     leaks.extend(stray_processes(root, &of_running));
     leaks

@@ -12,8 +12,10 @@ mod facts;
 pub mod ids;
 mod nodes;
 mod policy;
+mod pools;
 mod registry;
 mod sessions;
+mod storage;
 
 pub use agent::{RealAgent, RealOptions};
 pub use policy::HostPolicy;

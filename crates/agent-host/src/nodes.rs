@@ -2,7 +2,7 @@
 
 use crate::HostPolicy;
 use karst_guest::ResolvedNode;
-use karst_host::mount::{DeviceNumber, device_number};
+use karst_host::mountns::{DeviceNumber, device_number};
 use karst_model::{Error, ErrorKind, Result, device::NodeOrigin, spec::NodeSpec};
 use std::path::{Path, PathBuf};
 

@@ -35,6 +35,9 @@ pub(crate) struct GuestRecord {
     pub ids: IdRange,
     pub pool: PoolId,
     pub root: VolumeId,
+    /// Volumes of its other disks.
+    #[serde(default)]
+    pub volumes: Vec<VolumeId>,
     /// The host's interfaces, written before they are made.
     pub interfaces: Vec<String>,
     pub networks: Vec<karst_model::NetworkId>,

@@ -3,7 +3,7 @@
 
 use async_trait::async_trait;
 use karst_model::{
-    ByteSize, ImageId, InstanceId, NetworkId, PoolId, Result, SagaId, SessionId, VolumeId,
+    ByteSize, ImageId, InstanceId, NetworkId, PoolId, Result, SagaId, SessionId, SnapshotId, VolumeId,
     guest::{Applied, ExecRequest, FileInfo, FileWrite, Metrics, Observed, StopMode},
     image::ImageFacts,
     instance::{Generation, InstanceKind},
@@ -104,6 +104,7 @@ plain!(
     Applied,
     Vec<(InstanceId, Metrics)>,
     Vec<u8>,
+    Vec<VolumeSnapshot>,
     SelfCheck
 );
 
@@ -193,12 +194,34 @@ agent_calls! {
 
     /// Makes a volume; complete or not at all.
     mutate fn volume_create(VolumeCreate: VolumeSpec) -> ();
-    /// Deletes a volume.
+    /// Deletes a volume with all its snapshots.
     mutate fn volume_delete(VolumeDelete: VolumeRef) -> ();
-    /// Grows a volume.
+    /// Grows a volume; the limit of a tree may also shrink, to no less than what it holds.
     mutate fn volume_resize(VolumeResize: VolumeResize) -> ();
     /// Space of a volume.
     read fn volume_usage(VolumeUsage: VolumeRef) -> Usage;
+
+    /// Freezes a volume's content now under an id. What a running guest has not written yet is not in it (as after a power
+    /// cut), so the caller pauses the guest around the calls for all its volumes: then they are of one instant, and its
+    /// own caches are on disk if its agent froze the file systems before. A virtual machine that runs and is not paused is
+    /// refused where the pool could not take a whole disk at one instant.
+    mutate fn volume_snapshot_create(VolumeSnapshotCreate: VolumeSnapshotRef) -> ();
+    /// Deletes a snapshot; an unknown one is gone already. Snapshots do not depend on each other.
+    mutate fn volume_snapshot_delete(VolumeSnapshotDelete: VolumeSnapshotRef) -> ();
+    /// Makes the volume what it was, its size included; other snapshots, also later ones, stay. Refused while a guest uses
+    /// the volume.
+    mutate fn volume_snapshot_restore(VolumeSnapshotRestore: VolumeSnapshotRef) -> ();
+    /// Snapshots of a volume, by id.
+    read fn volume_snapshots(VolumeSnapshots: VolumeRef) -> Vec<VolumeSnapshot>;
+    /// Makes an existing volume what another of the same content is, of this or another pool, its size included; moves no
+    /// more than what differs where both pools can. Its snapshots stay. Refused while a guest uses it.
+    mutate fn volume_refresh(VolumeRefresh: VolumeRefresh) -> ();
+    /// Streams a volume's content: one descriptor to read, to its end. The stream is whole when `session_wait` answers 0.
+    read fn volume_export(VolumeExport: VolumeExport) -> WithFds<SessionId>;
+    /// Replaces the content of an existing volume by a stream: one descriptor to write and close. It is replaced, in one
+    /// step, when `session_wait` answers 0; until then, and if that fails or the session is closed before, it stays as it
+    /// was. Its snapshots stay. Refused while a guest uses the volume.
+    mutate fn volume_import(VolumeImport: VolumeImport) -> WithFds<SessionId>;
 
     /// Opens a staging file for a part of an image to be uploaded: one write-only descriptor. Staged parts that are not
     /// imported are dropped after an hour and at the agent's start.
@@ -258,6 +281,9 @@ agent_calls! {
 pub struct SelfCheck {
     /// Volumes that it keeps.
     pub volumes: Vec<VolumeId>,
+    /// Their snapshots.
+    #[serde(default)]
+    pub snapshots: Vec<(VolumeId, SnapshotId)>,
     /// Images that it keeps.
     pub images: Vec<ImageId>,
     /// Networks that it keeps.
@@ -321,6 +347,72 @@ pub struct VolumeResize {
     pub volume: VolumeRef,
     /// How large; smaller than now is refused.
     pub size: ByteSize,
+}
+
+/// A snapshot of a volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeSnapshotRef {
+    /// Pool.
+    pub pool: PoolId,
+    /// Volume.
+    pub volume: VolumeId,
+    /// Snapshot; unique among the volume's.
+    pub snapshot: SnapshotId,
+}
+
+/// What is known of a snapshot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeSnapshot {
+    /// Which.
+    pub snapshot: SnapshotId,
+    /// Size of the disk or limit of the tree then.
+    pub size: Option<ByteSize>,
+}
+
+/// A volume to be made what another is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeRefresh {
+    /// Which changes.
+    pub volume: VolumeRef,
+    /// What it becomes.
+    pub from: VolumeRef,
+    /// As that was then; `None`: now.
+    pub snapshot: Option<SnapshotId>,
+}
+
+/// How a volume's content travels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StreamFormat {
+    /// Trees: a tar stream (POSIX.1-2001 pax), paths relative to the root of the tree, numeric owners as the guest sees
+    /// them, hard links, extended attributes as `SCHILY.xattr.*`. An import may be compressed by gzip, xz, zstd or bzip2.
+    Tar,
+    /// Disks: the bytes of the disk. An import whose length is no multiple of 512 is filled up with zeros.
+    Raw,
+    /// Disks: qcow2, self-contained.
+    Qcow2,
+    /// Disks, import only: VMware's, of one file.
+    Vmdk,
+}
+
+/// A volume to be streamed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeExport {
+    /// Which.
+    pub volume: VolumeRef,
+    /// As it was then; `None`: now, by the rules of a snapshot.
+    pub snapshot: Option<SnapshotId>,
+    /// How; [`StreamFormat::Tar`] for a tree and only for one.
+    pub format: StreamFormat,
+}
+
+/// A volume to be filled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeImport {
+    /// Which. A disk grows to the size of what comes where that is larger.
+    pub volume: VolumeRef,
+    /// How the content comes: stated, never probed.
+    pub format: StreamFormat,
 }
 
 /// Part of an image's upload.

@@ -6,6 +6,7 @@
 
 mod guests;
 mod parts;
+mod storage;
 
 use crate::calls::*;
 use karst_env::{EnvExt, SharedEnv};
@@ -102,6 +103,8 @@ impl Subject {
             parts::pools,
             parts::images,
             parts::volumes,
+            storage::trees,
+            storage::disks,
             parts::networks,
             parts::unknown_things,
             parts::deadlines_and_cancel,
@@ -139,7 +142,7 @@ impl Subject {
 
     async fn pool(&self) -> PoolId {
         let id = PoolId(self.env.uuid());
-        let spec = PoolSpec { id, kind: PoolKind::Dir };
+        let spec = PoolSpec::own(id, PoolKind::Dir);
         self.agent.pool_ensure(&self.change(), spec).await.unwrap();
         id
     }

@@ -101,7 +101,7 @@ fn change(epoch: u64) -> CallContext {
 }
 
 fn pool() -> PoolSpec {
-    PoolSpec { id: PoolId(uuid::Uuid::from_u128(7)), kind: PoolKind::Dir }
+    PoolSpec::own(PoolId(uuid::Uuid::from_u128(7)), PoolKind::Dir)
 }
 
 fn request(id: u64, call: serde_json::Value) -> ToHost {

@@ -4,12 +4,13 @@ use crate::inventory::{Lock, Records, Row, Uses, VMID_KEY};
 use karst_env::Env;
 use karst_model::{Error, Result};
 use karst_store::{Compare, Record, Requests, Resolved, Revision, Store, Stored, Table, TxnBuilder};
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 /// A transaction in the making; a mutable face of [`TxnBuilder`] with the words of use cases.
 #[derive(Debug, Default)]
 pub struct Tx {
     builder: TxnBuilder,
+    touched: BTreeSet<String>,
 }
 
 impl Tx {
@@ -46,7 +47,10 @@ impl Tx {
 
     /// Says that something begins to use `target`; see [`Uses`].
     pub fn touch(&mut self, target: &str) {
-        self.put(&Uses { target: target.to_owned() });
+        // A transaction writes a key once.
+        if self.touched.insert(target.to_owned()) {
+            self.put(&Uses { target: target.to_owned() });
+        }
     }
 
     /// Refused when something has begun to use `target` since it was read.

@@ -205,8 +205,19 @@ impl Records {
             .ok_or_else(|| Error::not_found(format!("storage pool {name:?} not found")))
     }
 
-    /// Custom volume of a project, by the names of its pool and its own.
+    /// Whose custom volumes instances and users of a project have: its own, or those of the default project.
+    pub fn volume_project(&self, project: ProjectId) -> ProjectId {
+        let row = self.projects.get(&project);
+        let shared = row.and_then(|p| p.config.get("features.storage.volumes")).is_some_and(|v| v == "false");
+        match self.project(karst_model::project::DEFAULT_PROJECT) {
+            Ok(default) if shared => default.id,
+            _ => project,
+        }
+    }
+
+    /// Custom volume that a project has, by the names of its pool and its own.
     pub fn custom_volume(&self, project: ProjectId, pool: &str, name: &str) -> Option<&Row<Volume>> {
+        let project = self.volume_project(project);
         let pool = self.pool(pool).ok()?.id;
         self.volumes.values().find(|v| {
             v.pool == pool && v.project == project && v.owner == VolumeOwner::Custom && v.name == name

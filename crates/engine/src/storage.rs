@@ -13,7 +13,7 @@ use karst_model::{
     Config, Error, Name, NodeId, PoolId, ProjectId, Result,
     access::Permission,
     spec::PoolSpec,
-    storage::{Pool, PoolKind, Usage, Volume},
+    storage::{Pool, PoolKind, Usage, Volume, VolumeOwner},
 };
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -76,6 +76,8 @@ impl Engine {
                 records.projects.get(&instance.project).map(|p| p.name.to_string()).unwrap_or_default();
             used.push(crate::compute::path(&project, &instance.name));
         }
+        let custom = records.volumes.values().filter(|v| v.pool == pool.id && v.owner == VolumeOwner::Custom);
+        used.extend(custom.filter(|v| sees(v.project)).map(|v| crate::volumes::path(&records, v)));
         used
     }
 
@@ -221,7 +223,7 @@ impl Saga for PoolCreate {
         Ok(())
     }
     async fn run(cx: &StepContext, plan: &PoolPlan, _: &mut (), _: usize) -> Result<()> {
-        let spec = PoolSpec { id: plan.pool.id, kind: plan.pool.kind };
+        let spec = PoolSpec::own(plan.pool.id, plan.pool.kind);
         for node in &plan.nodes {
             cx.agent(*node)?.pool_ensure(&cx.mutate(Duration::from_secs(60)), spec.clone()).await?;
         }
@@ -269,7 +271,7 @@ impl Saga for PoolDelete {
         Ok(())
     }
     async fn undo(cx: &StepContext, plan: &PoolPlan, _: &(), _: usize) -> Result<()> {
-        let spec = PoolSpec { id: plan.pool.id, kind: plan.pool.kind };
+        let spec = PoolSpec::own(plan.pool.id, plan.pool.kind);
         for node in &plan.nodes {
             cx.agent(*node)?.pool_ensure(&cx.mutate(Duration::from_secs(60)), spec.clone()).await?;
         }

@@ -10,6 +10,7 @@ use karst_model::{
     keys,
     profile::Profile,
     project::{DEFAULT_PROJECT, Project},
+    storage::VolumeOwner,
 };
 
 /// Keys of a project.
@@ -125,6 +126,8 @@ impl Engine {
                 .filter(|n| of(n.project))
                 .map(|n| format!("/1.0/networks/{}{suffix}", n.name)),
         );
+        let custom = records.volumes.values().filter(|v| of(v.project) && v.owner == VolumeOwner::Custom);
+        used.extend(custom.map(|v| crate::volumes::path(&records, v)));
         used.extend(
             records
                 .profiles
@@ -394,7 +397,7 @@ impl Engine {
                 profile.devices = request.devices.clone();
                 profile.spec_version += 1;
                 for instance in records.instances.values().filter(|i| i.profiles.contains(&profile.id)) {
-                    demand_valid(records, instance, &profile)?;
+                    demand_valid(records, tx, instance, &profile)?;
                 }
                 tx.expect_untouched(records, &profile_uses(profile.id));
                 tx.replace(row, &profile);
@@ -472,7 +475,12 @@ impl Engine {
     }
 }
 
-fn demand_valid(records: &crate::Records, instance: &Instance, changed: &Profile) -> Result<()> {
+fn demand_valid(
+    records: &crate::Records,
+    tx: &mut crate::db::Tx,
+    instance: &Instance,
+    changed: &Profile,
+) -> Result<()> {
     let profiles = instance.profiles.iter().filter_map(|id| {
         if *id == changed.id {
             return Some((&changed.config, &changed.devices));
@@ -487,7 +495,7 @@ fn demand_valid(records: &crate::Records, instance: &Instance, changed: &Profile
     keys::limits(&config).map_err(because)?;
     let parsed = crate::compute::expand::parse_devices(&devices).map_err(because)?;
     let (name, root) = &parsed.root;
-    crate::compute::create::check_disks(&parsed).map_err(because)?;
+    crate::compute::disks::check_disks(records, tx, instance, &parsed).map_err(because)?;
     if records.pool(&root.pool).map_err(because)?.id != instance.pool {
         return Err(Error::conflict(format!(
             "instance {:?} would change its pool by device {name:?}",

@@ -721,11 +721,15 @@ fn in_use() -> Error {
         .at("limits.memory")
 }
 
+/// A group that everyone may pass through, whatever our umask: a container mounts its own below as another user.
 fn make(dir: &Path) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
     match fs::create_dir(dir) {
-        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(failed("making", dir, e)),
-        _ => Ok(()),
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(failed("making", dir, e)),
+        // Also of one that is there: an earlier version made it for root alone.
+        _ => {}
     }
+    fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).map_err(|e| failed("opening", dir, e))
 }
 
 fn groups_root(file: &Path) -> PathBuf {
@@ -790,6 +794,21 @@ mod tests {
         let before = cgroups.clone();
         cgroups.descend("4:memory:/../../etc\n0::/init.scope\n1:name=systemd:/\n");
         assert_eq!(cgroups, before);
+    }
+
+    #[test]
+    fn groups_are_open_to_pass_through() {
+        use std::os::unix::fs::PermissionsExt;
+        let root = tempfile::tempdir().unwrap();
+        let cgroups = Cgroups { v1: vec![], v2: Some(root.path().to_owned()) };
+        // As one that a process with a umask of 077 made.
+        fs::create_dir(root.path().join("karst-x")).unwrap();
+        fs::set_permissions(root.path().join("karst-x"), fs::Permissions::from_mode(0o700)).unwrap();
+        cgroups.create("karst-x/guest").unwrap();
+        for group in ["karst-x", "karst-x/guest"] {
+            let mode = fs::metadata(root.path().join(group)).unwrap().permissions().mode() & 0o777;
+            assert_eq!(mode, 0o755, "{group}");
+        }
     }
 
     /// A pure v2 tree of plain files: what is written where, without a kernel behind it.

@@ -13,6 +13,8 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 /// Programs that Karst may execute on a host. Nothing else is ever run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Program {
+    /// `apparmor_parser`: the profile of containers.
+    ApparmorParser,
     /// `dnsmasq`: DHCP and DNS of managed networks.
     Dnsmasq,
     /// `ip`: links and addresses.
@@ -21,6 +23,8 @@ pub enum Program {
     LxcCgroup,
     /// `lxc-start`: a container.
     LxcStart,
+    /// `mkfs.btrfs`: file systems of btrfs pools.
+    MkfsBtrfs,
     /// `mkfs.ext4`: file systems of disk images.
     MkfsExt4,
     /// `mmdebstrap`: Debian root file systems.
@@ -51,10 +55,12 @@ impl Program {
     /// File name.
     pub fn name(self) -> &'static str {
         match self {
+            Self::ApparmorParser => "apparmor_parser",
             Self::Dnsmasq => "dnsmasq",
             Self::Ip => "ip",
             Self::LxcCgroup => "lxc-cgroup",
             Self::LxcStart => "lxc-start",
+            Self::MkfsBtrfs => "mkfs.btrfs",
             Self::MkfsExt4 => "mkfs.ext4",
             Self::Mmdebstrap => "mmdebstrap",
             Self::Nft => "nft",
@@ -73,9 +79,11 @@ impl Program {
     /// Debian's package that brings it.
     pub fn package(self) -> &'static str {
         match self {
+            Self::ApparmorParser => "apparmor",
             Self::Dnsmasq => "dnsmasq-base",
             Self::Ip => "iproute2",
             Self::LxcCgroup | Self::LxcStart => "lxc",
+            Self::MkfsBtrfs => "btrfs-progs",
             Self::MkfsExt4 => "e2fsprogs",
             Self::Mmdebstrap => "mmdebstrap",
             Self::Sqfs2tar => "squashfs-tools-ng",

@@ -4,11 +4,13 @@
 //! environment, a timeout and an output cap. Errors carry argv, exit code and stderr as private context.
 #![allow(clippy::disallowed_methods)] // this crate is the real world
 
+pub mod btrfs;
 pub mod cgroup;
 pub mod exec;
 pub mod fs;
 pub mod link;
 pub mod mount;
+pub mod mountns;
 pub mod netlink;
 pub mod netns;
 pub mod nft;

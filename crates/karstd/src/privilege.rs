@@ -33,6 +33,7 @@ pub const HOST_CAPABILITIES: &[(u32, &str, &str)] = &[
     (24, "SYS_RESOURCE", "limits and OOM scores of guests' processes"),
     (27, "MKNOD", "device nodes of root file systems that mmdebstrap builds"),
     (31, "SETFCAP", "file capabilities of programs in root file systems; id maps"),
+    (33, "MAC_ADMIN", "the AppArmor profile of containers"),
 ];
 
 /// What the launcher hands to a daemon.

@@ -149,7 +149,7 @@ async fn a_hostile_control_process() {
     refused(agent.network_choose(&read(), NetworkChoose { name, taken: vec![] }).await.map(drop), &taken);
 
     // A guest whose parts are not its own, and whose texts are more than texts.
-    let pool = PoolSpec { id: PoolId(id(2)), kind: karst_model::storage::PoolKind::Dir };
+    let pool = PoolSpec::own(PoolId(id(2)), karst_model::storage::PoolKind::Dir);
     agent.pool_ensure(&change(5), pool.clone()).await.unwrap();
     let volume = VolumeSpec {
         id: VolumeId(id(3)),

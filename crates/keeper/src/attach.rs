@@ -75,7 +75,7 @@ pub struct Request {
     pub path: OsString,
     /// Permission bits.
     pub mode: Option<u32>,
-    /// Append.
+    /// Append; of an unmount: remove the empty file below.
     pub append: bool,
     /// Target of a symbolic link; what is mounted.
     pub target: OsString,

@@ -19,6 +19,7 @@ pub mod node;
 pub mod operation;
 pub mod profile;
 pub mod project;
+pub mod schedule;
 pub mod size;
 pub mod snapshot;
 pub mod spec;

@@ -2,7 +2,7 @@
 //! argv, raw configuration line or nft text. The host resolves the ids from its own registry.
 
 use crate::{
-    ByteSize, DeviceId, ImageId, InstanceId, NetworkId, PoolId, VolumeId,
+    ByteSize, DeviceId, ImageId, InstanceId, NetworkId, PoolId, SnapshotId, VolumeId,
     device::{DiskIo, NodeDevice, ProxyDevice},
     instance::{Firmware, Generation, InstanceKind},
     network::BridgeSpec,
@@ -350,6 +350,40 @@ pub struct PoolSpec {
     pub id: PoolId,
     /// Kind.
     pub kind: PoolKind,
+    /// What it is made of.
+    #[serde(default)]
+    pub source: PoolSource,
+}
+
+impl PoolSpec {
+    /// A pool that the host makes in its own directory, without a limit of its own.
+    pub fn own(id: PoolId, kind: PoolKind) -> Self {
+        Self { id, kind, source: PoolSource::default() }
+    }
+}
+
+/// What a pool is made of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum PoolSource {
+    /// The host's own directory: a directory for `dir`, for the others a sparse file of this size.
+    Own {
+        /// Size of the file; `None`: the host chooses (20% of the free space, 5 to 30 GiB).
+        #[serde(default)]
+        size: Option<ByteSize>,
+    },
+    /// Something of the host that its policy grants (`pool_sources`): a directory, a block device, a ZFS dataset, a
+    /// volume group. The text is compared with what root wrote there; without an entry nothing is touched.
+    Granted {
+        /// As the user wrote it.
+        source: String,
+    },
+}
+
+impl Default for PoolSource {
+    fn default() -> Self {
+        Self::Own { size: None }
+    }
 }
 
 /// A volume for a host.
@@ -377,6 +411,17 @@ pub enum VolumeSource {
     Image {
         /// Which.
         image: ImageId,
+    },
+    /// A copy of another volume of the same content, in this or another pool of the same host; it shares blocks where the
+    /// pool can. Of a volume that a running guest writes the same holds as for a snapshot.
+    Copy {
+        /// Pool of the other.
+        pool: PoolId,
+        /// Which.
+        volume: VolumeId,
+        /// Its state then; `None`: now.
+        #[serde(default)]
+        snapshot: Option<SnapshotId>,
     },
 }
 

@@ -2,6 +2,7 @@
 
 use crate::{
     ByteSize, Config, Error, ImageId, InstanceId, Name, PoolId, ProjectId, Result, VolumeId, error::nearest,
+    keys,
 };
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -12,16 +13,19 @@ use serde::{Deserialize, Serialize};
 pub enum PoolKind {
     /// A directory of the host.
     Dir,
+    /// A btrfs file system: each volume a subvolume.
+    Btrfs,
 }
 
 impl PoolKind {
     /// All of them.
-    pub const ALL: &[PoolKind] = &[PoolKind::Dir];
+    pub const ALL: &[PoolKind] = &[PoolKind::Dir, PoolKind::Btrfs];
 
     /// Incus' driver name.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Dir => "dir",
+            Self::Btrfs => "btrfs",
         }
     }
 
@@ -61,6 +65,24 @@ pub enum VolumeContent {
     Filesystem,
     /// A block device or disk image.
     Block,
+    /// A disc image: as [`VolumeContent::Block`], but never written again once it was filled.
+    Iso,
+}
+
+impl VolumeContent {
+    /// Incus' word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Filesystem => "filesystem",
+            Self::Block => "block",
+            Self::Iso => "iso",
+        }
+    }
+
+    /// A disk or disc, as opposed to a tree.
+    pub fn is_disk(self) -> bool {
+        self != Self::Filesystem
+    }
 }
 
 /// Whom a volume belongs to.
@@ -96,14 +118,94 @@ pub struct Volume {
     pub content: VolumeContent,
     /// Whose it is.
     pub owner: VolumeOwner,
+    /// User's text.
+    #[serde(default)]
+    pub description: String,
     /// Size limit; `None` is the pool's.
     #[serde(default)]
     pub size: Option<ByteSize>,
     /// As written.
     #[serde(default)]
     pub config: Config,
+    /// Grows with each change; base of the ETag.
+    #[serde(default)]
+    pub spec_version: u64,
     /// When it was made.
     pub created_at: Timestamp,
+}
+
+impl Volume {
+    /// May several instances have it at once? File systems may; of a block volume its owner must say so, because what is
+    /// in it must be made for that.
+    pub fn is_shared(&self) -> bool {
+        self.content == VolumeContent::Filesystem
+            || self.config.get("security.shared").is_some_and(|v| keys::parse_bool("", v).unwrap_or(false))
+    }
+}
+
+/// Size of a custom block volume without one.
+pub const DEFAULT_BLOCK_SIZE: ByteSize = ByteSize::gib(10);
+
+/// Keys of custom volumes.
+pub const VOLUME_KEYS: &[&str] = &[
+    "security.shared",
+    "security.shifted",
+    "size",
+    "snapshots.expiry",
+    "snapshots.expiry.manual",
+    "snapshots.pattern",
+    "snapshots.schedule",
+    "user.*",
+];
+
+/// Checks the configuration of a custom volume and answers its size; empty values mean "not set".
+///
+/// # Errors
+/// Invalid, naming the key.
+pub fn check_volume_config(config: &Config, content: VolumeContent) -> Result<Option<ByteSize>> {
+    let mut size = None;
+    for (key, value) in config {
+        keys::check_free(key, value)?;
+        let field = format!("config.{key}");
+        match key.as_str() {
+            _ if key.starts_with("user.") && key.len() > 5 => {}
+            _ if !VOLUME_KEYS.contains(&key.as_str()) => {
+                let hint = match nearest(key, VOLUME_KEYS.iter().copied()) {
+                    Some(n) => format!("; did you mean {n:?}?"),
+                    None => format!("; known are {}", VOLUME_KEYS.join(", ")),
+                };
+                return Err(Error::invalid(field, format!("unknown key {key:?} of a volume{hint}")));
+            }
+            _ if value.is_empty() => {}
+            "size" => {
+                let bytes = ByteSize::parse(&field, value)?;
+                if bytes.bytes() < 1 << 20 {
+                    return Err(Error::invalid(
+                        field,
+                        format!("{bytes} is too small; a volume has at least 1MiB"),
+                    ));
+                }
+                size = Some(bytes);
+            }
+            "security.shared" if content == VolumeContent::Filesystem => {
+                return Err(Error::invalid(
+                    field,
+                    "is for block volumes; file systems are shared without it",
+                ));
+            }
+            "security.shifted" if content != VolumeContent::Filesystem => {
+                return Err(Error::invalid(field, "is for file systems only"));
+            }
+            "security.shared" | "security.shifted" => drop(keys::parse_bool(&field, value)?),
+            "snapshots.expiry" | "snapshots.expiry.manual" => {
+                drop(crate::schedule::Span::parse(&field, value)?)
+            }
+            "snapshots.schedule" => drop(crate::schedule::Schedule::parse(&field, value)?),
+            "snapshots.pattern" => crate::schedule::check_pattern(&field, value)?,
+            _ => {}
+        }
+    }
+    Ok(size)
 }
 
 /// Space of a pool or volume in bytes.
@@ -119,4 +221,36 @@ pub struct Usage {
     /// Total inodes.
     #[serde(default)]
     pub inodes_total: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_of_volumes_are_checked_by_content() {
+        let check = |key: &str, value: &str, content| {
+            check_volume_config(&Config::from([(key.to_owned(), value.to_owned())]), content)
+        };
+        use VolumeContent::{Block, Filesystem};
+        assert_eq!(check("size", "2GiB", Block).unwrap(), Some(ByteSize::gib(2)));
+        assert_eq!(check("size", "", Block).unwrap(), None);
+        assert!(check("security.shared", "true", Block).is_ok() && check("user.x", "y", Block).is_ok());
+        for (key, value, content) in [
+            ("size", "1KiB", Block),
+            ("size", "much", Block),
+            ("sise", "1GiB", Block),
+            ("user.", "x", Block),
+            ("security.shared", "true", Filesystem),
+            ("security.shared", "perhaps", Block),
+            ("security.shifted", "true", Block),
+            ("snapshots.expiry", "soon", Block),
+            ("snapshots.schedule", "* *", Block),
+            ("snapshots.pattern", "a/b", Block),
+        ] {
+            let e = check(key, value, content).unwrap_err();
+            assert_eq!(e.field, Some(format!("config.{key}")), "{key}={value}: {e}");
+        }
+        assert!(check("sise", "1GiB", Block).unwrap_err().message.contains("did you mean \"size\""));
+    }
 }

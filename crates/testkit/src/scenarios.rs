@@ -12,11 +12,13 @@ use karst_engine::{
     images::ImageOptions,
     network::{CreateNetwork, UpdateNetwork},
     storage::CreatePool,
+    volumes::{create::CreateVolume, update::UpdateVolume},
 };
 use karst_model::{
     Config, Result,
     device::Devices,
     instance::{InstanceKind, PowerAction},
+    storage::VolumeContent,
 };
 
 /// A way to run a saga.
@@ -76,6 +78,13 @@ async fn build(w: &World) -> Result<LiveOperation> {
 
 async fn network(w: &World) -> Result<LiveOperation> {
     Ok(w.engine.network_create(&w.admin, "default", CreateNetwork::automatic("net1")).await?.1)
+}
+
+/// A custom volume of 1 GiB.
+async fn volume(w: &World, name: &str, content: VolumeContent) -> Result<LiveOperation> {
+    let config = Config::from([("size".into(), "1GiB".into())]);
+    let request = CreateVolume { name: name.into(), content, description: String::new(), config };
+    w.engine.volume_create(&w.admin, "default", "default", request).await
 }
 
 macro_rules! scenario {
@@ -193,6 +202,23 @@ pub fn all() -> Vec<Scenario> {
                 done(w, w.engine.pool_create(&w.admin, request).await).await
             },
             |w| w.engine.pool_delete(&w.admin, "second").await
+        ),
+        scenario!("volume-create", "block", |_w| Ok(()), |w| volume(w, "v1", VolumeContent::Block).await),
+        scenario!(
+            "volume-delete",
+            "unused",
+            |w| done(w, volume(w, "v1", VolumeContent::Filesystem).await).await,
+            |w| w.engine.volume_delete(&w.admin, "default", "default", "v1").await
+        ),
+        scenario!(
+            "volume-update",
+            "a smaller limit",
+            |w| done(w, volume(w, "v1", VolumeContent::Filesystem).await).await,
+            |w| {
+                let config = Config::from([("size".into(), "100MiB".into())]);
+                let update = UpdateVolume { description: "less".into(), config, if_version: None };
+                w.engine.volume_update(&w.admin, "default", "default", "v1", update).await
+            }
         ),
     ]
 }

@@ -10,6 +10,7 @@ use karst_engine::{
     network::{CreateNetwork, UpdateNetwork},
     storage::CreatePool,
     tenancy::UpdateProfile,
+    volumes::{create::CreateVolume, update::UpdateVolume},
 };
 use karst_env::SeededEnv;
 use karst_model::{
@@ -18,6 +19,7 @@ use karst_model::{
     device::Devices,
     guest::{ExecRequest, FileKind, FileWrite},
     instance::{InstanceKind, PowerAction},
+    storage::VolumeContent,
 };
 use karst_testkit::{World, scenarios::container};
 use std::{collections::BTreeSet, path::Path, time::Duration};
@@ -89,6 +91,8 @@ async fn fixture(env: &SeededEnv) -> Fixture {
     let pool = CreatePool { name: "second".into(), driver: "dir".into(), ..Default::default() };
     let operation = e.pool_create(c, pool).await.unwrap();
     assert_eq!(w.ended(operation).await.error, None);
+    let operation = e.volume_create(c, HERE, "default", volume("data")).await.unwrap();
+    assert_eq!(w.ended(operation).await.error, None);
     let id = e.instance(c, HERE, "stubborn").unwrap().instance.id;
     w.agent.set_ignores_shutdown(id, true);
     let request = PowerRequest { action: PowerAction::Stop, force: false, timeout: None };
@@ -96,6 +100,11 @@ async fn fixture(env: &SeededEnv) -> Fixture {
     let of = |name: &str| e.project(c, name, karst_model::access::Permission::ProjectView).unwrap().id;
     let (here, other, shared) = (of(HERE), of(OTHER), of("default"));
     Fixture { w, running, here, other, shared }
+}
+
+fn volume(name: &str) -> CreateVolume {
+    let content = VolumeContent::Filesystem;
+    CreateVolume { name: name.into(), content, description: String::new(), config: Config::new() }
 }
 
 fn who(role: Role, project: Option<ProjectId>) -> Context {
@@ -190,6 +199,11 @@ fn cases() -> Vec<Case> {
         };
         // Storage.
         volumes View |f, c, p| f.w.engine.volumes(c, "default", Some(p)).map(drop);
+        custom_volume View |f, c, p| f.w.engine.custom_volume(c, p, "default", "data").map(drop);
+        volume_create Edit |f, c, p| f.w.engine.volume_create(c, p, "default", volume("fresh")).await.map(drop);
+        volume_update Edit |f, c, p| f.w.engine.volume_update(c, p, "default", "data", UpdateVolume { description: "x".into(), config: Config::new(), if_version: None }).await.map(drop);
+        volume_rename Edit |f, c, p| f.w.engine.volume_rename(c, p, "default", "data", "renamed").await;
+        volume_delete Edit |f, c, p| f.w.engine.volume_delete(c, p, "default", "data").await.map(drop);
         // Networks.
         networks View |f, c, p| f.w.engine.networks(c, p).map(drop);
         network View |f, c, p| f.w.engine.network(c, p, "net1").map(drop);

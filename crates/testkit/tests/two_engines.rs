@@ -81,7 +81,7 @@ impl Pair {
         // Pools are made on the node that is asked; the same pool on the other one, as an administrator would.
         let id = a.engine.inner().inventory.read().pool("default").unwrap().id;
         let fence = Fence { saga: SagaId(uuid::Uuid::nil()), epoch: b.engine.inner().epoch, step: 0 };
-        let spec = PoolSpec { id, kind: a.engine.inner().inventory.read().pool("default").unwrap().kind };
+        let spec = PoolSpec::own(id, a.engine.inner().inventory.read().pool("default").unwrap().kind);
         b.agent.pool_ensure(&CallContext::mutate(Duration::from_secs(9), fence), spec).await.unwrap();
         Self { env: env.clone(), store, admin: Context::new(Principal::unix_admin(0, 0, 1)), a, b }
     }

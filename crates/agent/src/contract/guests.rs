@@ -372,12 +372,30 @@ async fn console(guest: &Guest<'_>) {
     agent.console_log(&s.read(), log(1 << 20, true)).await.unwrap();
 }
 
+/// Of a volume that a paused guest has, snapshots and copies can be taken, and nothing can replace what is in it.
+async fn volume_in_use(guest: &Guest<'_>) {
+    let (s, agent, volume) = (guest.s, &guest.s.agent, guest.root);
+    let snapshot = karst_model::SnapshotId(s.env.uuid());
+    let at = VolumeSnapshotRef { pool: volume.pool, volume: volume.volume, snapshot };
+    agent.volume_snapshot_create(&s.change(), at).await.unwrap();
+    refused(agent.volume_snapshot_restore(&s.change(), at).await, ErrorKind::Conflict);
+    let from = VolumeRefresh { volume, from: volume, snapshot: Some(snapshot) };
+    refused(agent.volume_refresh(&s.change(), from).await, ErrorKind::Conflict);
+    let format = match guest.spec.kind {
+        InstanceKind::Container => StreamFormat::Tar,
+        InstanceKind::VirtualMachine => StreamFormat::Raw,
+    };
+    refused(agent.volume_import(&s.change(), VolumeImport { volume, format }).await, ErrorKind::Conflict);
+    agent.volume_snapshot_delete(&s.change(), at).await.unwrap();
+}
+
 async fn pause_and_update(guest: &Guest<'_>) {
     let (s, agent) = (guest.s, &guest.s.agent);
     for _ in 0..2 {
         let observed = agent.guest_pause(&s.change(), guest.at()).await.unwrap();
         assert_eq!(observed.state, RuntimeState::Paused);
     }
+    volume_in_use(guest).await;
     for _ in 0..2 {
         let observed = agent.guest_resume(&s.change(), guest.at()).await.unwrap();
         assert_eq!(observed.state, RuntimeState::Running);

@@ -14,7 +14,7 @@ pub(super) async fn facts(s: &Subject) {
 }
 
 pub(super) async fn fences(s: &Subject) {
-    let spec = PoolSpec { id: PoolId(s.env.uuid()), kind: PoolKind::Dir };
+    let spec = PoolSpec::own(PoolId(s.env.uuid()), PoolKind::Dir);
     let error = refused(s.agent.pool_ensure(&s.read(), spec.clone()).await, ErrorKind::Conflict);
     assert!(error.message.contains("fence"), "{error}");
     let mut old = s.change();
@@ -28,7 +28,7 @@ pub(super) async fn fences(s: &Subject) {
 
 pub(super) async fn pools(s: &Subject) {
     let pool = s.pool().await;
-    let spec = PoolSpec { id: pool, kind: PoolKind::Dir };
+    let spec = PoolSpec::own(pool, PoolKind::Dir);
     s.agent.pool_ensure(&s.change(), spec).await.expect("twice is once");
     let usage = s.agent.pool_usage(&s.read(), pool).await.unwrap();
     assert!(usage.total > 0 && usage.used <= usage.total, "{usage:?}");
@@ -186,7 +186,7 @@ pub(super) async fn epochs(s: &Subject) {
     let before = s.change();
     s.epoch.fetch_add(5, Ordering::SeqCst);
     s.agent.pool_remove(&s.change(), pool).await.unwrap();
-    let spec = PoolSpec { id: pool, kind: PoolKind::Dir };
+    let spec = PoolSpec::own(pool, PoolKind::Dir);
     let error = refused(s.agent.pool_ensure(&before, spec).await, ErrorKind::Conflict);
     assert!(error.message.contains("epoch"), "{error}");
     refused(s.agent.pool_usage(&s.read(), pool).await, ErrorKind::NotFound);

@@ -112,27 +112,8 @@ calls! {
     read network_state(me, network: NetworkId) -> NetworkState { me.network(network) }
 
     mutate volume_create(me, spec: VolumeSpec) -> () { me.create_volume(spec) }
-    mutate volume_delete(me, at: VolumeRef) -> () {
-        let mut state = me.settled();
-        if let Some(user) = state.user_of(at.volume) {
-            return Err(Error::conflict(format!("the volume is in use by instance {user}, which runs")));
-        }
-        if state.volumes.get(&at.volume).is_some_and(|v| v.spec.pool == at.pool) {
-            state.volumes.remove(&at.volume);
-        }
-        Ok(())
-    }
-    mutate volume_resize(me, request: VolumeResize) -> () {
-        let mut state = me.lock();
-        let now = state.volume(request.volume)?.size;
-        if now.is_some_and(|now| request.size < now) {
-            return Err(Error::invalid("size", "a volume can only grow"));
-        }
-        if let Some(volume) = state.volumes.get_mut(&request.volume.volume) {
-            volume.size = Some(request.size);
-        }
-        Ok(())
-    }
+    mutate volume_delete(me, at: VolumeRef) -> () { me.delete_volume(at) }
+    mutate volume_resize(me, request: VolumeResize) -> () { me.resize_volume(request) }
     read volume_usage(me, at: VolumeRef) -> Usage {
         let state = me.lock();
         let volume = state.volume(at)?;
@@ -142,6 +123,14 @@ calls! {
             ..Usage::default()
         })
     }
+
+    mutate volume_snapshot_create(me, at: VolumeSnapshotRef) -> () { me.create_snapshot(at) }
+    mutate volume_snapshot_delete(me, at: VolumeSnapshotRef) -> () { me.delete_snapshot(at) }
+    mutate volume_snapshot_restore(me, at: VolumeSnapshotRef) -> () { me.restore_snapshot(at) }
+    read volume_snapshots(me, at: VolumeRef) -> Vec<VolumeSnapshot> { me.snapshots(at) }
+    mutate volume_refresh(me, request: VolumeRefresh) -> () { me.refresh_volume(request) }
+    read volume_export(me, request: VolumeExport) -> WithFds<SessionId> { me.export_volume(request) }
+    mutate volume_import(me, request: VolumeImport) -> WithFds<SessionId> { me.import_volume(request) }
 
     mutate image_stage(me, part: ImageStage) -> WithFds<()> {
         let fd = memfd_create("karst-staged", MemfdFlags::CLOEXEC).map_err(std::io::Error::from)?;

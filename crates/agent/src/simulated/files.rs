@@ -69,7 +69,7 @@ impl State {
             target: None,
         };
         let volume = self.volumes.get(&of.root.volume)?;
-        if let Some(file) = volume.files.get(path) {
+        if let Some(file) = volume.held.files.get(path) {
             return Some(file.clone());
         }
         if DIRECTORIES.contains(&path) {
@@ -89,7 +89,7 @@ impl State {
 
     fn entries(&self, of: &FileRef, path: &str) -> Vec<String> {
         let prefix = if path == "/" { "/".to_owned() } else { format!("{path}/") };
-        let written = self.volumes.get(&of.root.volume).map(|v| v.files.keys());
+        let written = self.volumes.get(&of.root.volume).map(|v| v.held.files.keys());
         let all = DIRECTORIES
             .iter()
             .copied()
@@ -162,7 +162,7 @@ impl State {
             target: write.target.clone(),
         };
         if let Some(volume) = self.volumes.get_mut(&of.root.volume) {
-            volume.files.insert(path, file);
+            volume.held.files.insert(path, file);
         }
         Ok(())
     }
@@ -173,7 +173,7 @@ impl State {
         if file.kind == FileKind::Directory && !self.entries(of, &path).is_empty() {
             return Err(Error::conflict(format!("directory {path:?} is not empty")));
         }
-        let written = self.volumes.get_mut(&of.root.volume).and_then(|v| v.files.remove(&path));
+        let written = self.volumes.get_mut(&of.root.volume).and_then(|v| v.held.files.remove(&path));
         written
             .map(|_| ())
             .ok_or_else(|| Error::unsupported(format!("{path:?} belongs to the simulation and stays")))

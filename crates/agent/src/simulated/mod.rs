@@ -8,6 +8,7 @@ mod calls;
 mod files;
 mod session;
 mod state;
+mod storage;
 mod work;
 
 use crate::{

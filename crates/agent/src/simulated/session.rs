@@ -179,6 +179,33 @@ impl Session {
     }
 }
 
+impl Session {
+    /// A stream of `data` to read.
+    pub fn export(instance: InstanceId, data: Vec<u8>) -> Result<(Self, OwnedFd)> {
+        let (session, woken) = Self::new(instance, SessionKind::FileWrite)?;
+        let (source, sink) = pipe_with(PipeFlags::CLOEXEC).map_err(std::io::Error::from)?;
+        rustix::io::ioctl_fionbio(&sink, true).map_err(std::io::Error::from)?;
+        session.play("simulated-export", move || {
+            let mut rest = data.as_slice();
+            while !rest.is_empty() {
+                let mut set = [PollFd::new(&woken, PollFlags::IN), PollFd::new(&sink, PollFlags::OUT)];
+                match poll(&mut set, None) {
+                    Err(rustix::io::Errno::INTR) => continue,
+                    Ok(_) if set[0].revents().is_empty() => {}
+                    _ => return 1,
+                }
+                match rustix::io::write(&sink, rest) {
+                    Ok(n) => rest = &rest[n..],
+                    Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
+                    Err(_) => return 1,
+                }
+            }
+            0
+        })?;
+        Ok((session, source))
+    }
+}
+
 fn pair() -> Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
         .map_err(std::io::Error::from)?)

@@ -1,14 +1,18 @@
 //! What a simulated host keeps.
 
-use super::session::Session;
+use super::{
+    session::Session,
+    storage::{Held, Snapshot},
+};
 use crate::calls::ImagePart;
 use karst_model::{
-    ByteSize, ImageId, InstanceId, NetworkId, PoolId, SessionId, VolumeId,
+    ByteSize, ImageId, InstanceId, NetworkId, PoolId, SessionId, SnapshotId, VolumeId,
     guest::{FileKind, Interface, Metrics, Observed},
     image::ImageFacts,
     instance::{ExitReason, InstanceKind, RuntimeState},
     spec::{CpuLimit, GuestSpec, NetworkSpec, PoolSpec, VolumeSpec},
 };
+use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
     fs::File,
@@ -38,11 +42,11 @@ pub(super) struct Network {
 pub(super) struct Volume {
     pub spec: VolumeSpec,
     pub size: Option<ByteSize>,
-    /// Only what was written; everything else is as in every guest.
-    pub files: BTreeMap<String, SimulatedFile>,
+    pub held: Held,
+    pub snapshots: BTreeMap<SnapshotId, Snapshot>,
 }
 
-#[derive(Clone)]
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct SimulatedFile {
     pub kind: FileKind,
     pub data: Arc<Vec<u8>>,
@@ -155,7 +159,11 @@ impl State {
 
     /// The guest that has this volume and runs.
     pub fn user_of(&self, volume: VolumeId) -> Option<InstanceId> {
-        self.guests.values().find(|g| g.runs() && g.spec.root.volume == volume).map(|g| g.spec.instance)
+        let has = |g: &&Guest| {
+            let mut disks = g.spec.disks.iter().filter_map(|d| d.volume());
+            g.runs() && (g.spec.root.volume == volume || disks.any(|(_, v)| v == volume))
+        };
+        self.guests.values().find(has).map(|g| g.spec.instance)
     }
 
     pub fn metrics(

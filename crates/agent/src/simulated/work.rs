@@ -13,7 +13,7 @@ use karst_model::{
     image::ImageFacts,
     instance::{ExitReason, Generation, InstanceKind, RuntimeState},
     network::Lease,
-    spec::{GuestSpec, NetworkSpec, VolumeSource, VolumeSpec},
+    spec::{GuestSpec, NetworkSpec, VolumeSource},
     storage::VolumeContent,
 };
 use sha2::{Digest, Sha256};
@@ -25,7 +25,7 @@ use std::{
 
 const MAX_SESSIONS: usize = 512;
 /// Bytes that an empty and a cloned volume use.
-const EMPTY_VOLUME: u64 = 1 << 20;
+pub(super) const EMPTY_VOLUME: u64 = 1 << 20;
 
 pub(super) fn no_pool(id: PoolId) -> Error {
     Error::not_found(format!("pool {id} is not on this host"))
@@ -48,9 +48,9 @@ impl State {
     pub(super) fn used(&self, volume: &Volume) -> u64 {
         let image = match volume.spec.source {
             VolumeSource::Image { image } => self.images.get(&image).map_or(EMPTY_VOLUME, |i| i.facts.size),
-            VolumeSource::Empty => EMPTY_VOLUME,
+            _ => EMPTY_VOLUME,
         };
-        image + volume.files.values().map(|f| f.data.len() as u64).sum::<u64>()
+        image + volume.held.files.values().map(|f| f.data.len() as u64).sum::<u64>()
     }
 
     pub(super) fn pool_used(&self, pool: PoolId) -> u64 {
@@ -304,42 +304,6 @@ impl SimulatedAgent {
         Ok(facts)
     }
 
-    pub(super) fn create_volume(&self, spec: VolumeSpec) -> Result<()> {
-        let mut state = self.lock();
-        if let Some(volume) = state.volumes.get(&spec.id) {
-            if volume.spec == spec {
-                return Ok(());
-            }
-            return Err(Error::conflict(format!("volume {} is there already, and different", spec.id)));
-        }
-        if !state.pools.contains_key(&spec.pool) {
-            return Err(no_pool(spec.pool));
-        }
-        let mut wanted = EMPTY_VOLUME;
-        if let VolumeSource::Image { image } = spec.source {
-            let facts = state.images.get(&image).map(|i| &i.facts);
-            let facts =
-                facts.ok_or_else(|| Error::not_found(format!("image {image} is not on this host")))?;
-            let content = match facts.kind {
-                InstanceKind::Container => VolumeContent::Filesystem,
-                InstanceKind::VirtualMachine => VolumeContent::Block,
-            };
-            if content != spec.content {
-                return Err(Error::invalid("content", format!("the image is one of a {}", facts.kind)));
-            }
-            if spec.size.is_some_and(|s| s.bytes() < facts.disk_size) {
-                return Err(Error::invalid("size", "smaller than the image"));
-            }
-            wanted = facts.size;
-        }
-        if state.pool_used(spec.pool) + wanted > self.options.pool_size.bytes() {
-            return Err(Error::quota("no space left in the pool"));
-        }
-        let volume = Volume { size: spec.size, spec, files: Default::default() };
-        state.volumes.insert(volume.spec.id, volume);
-        Ok(())
-    }
-
     pub(super) fn ensure_network(&self, spec: NetworkSpec) -> Result<()> {
         interface_name("bridge", &spec.bridge)?;
         let mut state = self.lock();
@@ -493,6 +457,11 @@ impl SimulatedAgent {
         let live = state.sessions.values().filter(|s| s.exit().is_none()).count();
         SelfCheck {
             volumes: state.volumes.keys().copied().collect(),
+            snapshots: state
+                .volumes
+                .iter()
+                .flat_map(|(id, v)| v.snapshots.keys().map(|s| (*id, *s)))
+                .collect(),
             images: state.images.keys().copied().collect(),
             networks: state.networks.keys().copied().collect(),
             guests: state.guests.keys().copied().collect(),

@@ -14,19 +14,14 @@ use std::{
 pub struct HostFeatures {
     /// All control groups are on v2.
     pub unified_cgroups: bool,
-    /// AppArmor is on and its parser is installed.
+    /// AppArmor is on and takes profiles.
     pub apparmor: bool,
 }
 
 impl HostFeatures {
     /// Looks at this host.
     pub fn detect(unified_cgroups: bool) -> Self {
-        let enabled = std::fs::read_to_string("/sys/module/apparmor/parameters/enabled");
-        let parser = ["/sbin/apparmor_parser", "/usr/sbin/apparmor_parser"];
-        Self {
-            unified_cgroups,
-            apparmor: enabled.is_ok_and(|s| s.trim() == "Y") && parser.iter().any(|p| Path::new(p).is_file()),
-        }
+        Self { unified_cgroups, apparmor: crate::apparmor::usable() }
     }
 }
 
@@ -172,9 +167,7 @@ pub fn render(guest: &ResolvedGuest, host: HostFeatures) -> Result<String> {
     set("lxc.cap.drop", "sys_time sys_module sys_rawio mac_admin mac_override");
     set("lxc.seccomp.profile", &path(&seccomp_file(&guest.state_dir), "state directory")?);
     if host.apparmor {
-        set("lxc.apparmor.profile", "generated");
-        // Without it systemd's units cannot have mounts of their own; the user namespace confines what that gives.
-        set("lxc.apparmor.allow_nesting", "1");
+        set("lxc.apparmor.profile", &crate::apparmor::profile(&guest.daemon_id));
     }
 
     for (name, limit) in &guest.limits.kernel {

@@ -18,7 +18,7 @@ use crate::{
     record::{Disk, Node, Record},
 };
 use karst_guest::{DiskFormat, IdRange, ResolvedDisk, ResolvedGuest, ResolvedNode};
-use karst_host::mount::{self, MountKey, MountOptions};
+use karst_host::mountns::{self as mount, MountKey, MountOptions};
 use karst_keeper::attach::{Operation, Request};
 use karst_model::{Error, Result};
 use std::{
@@ -397,6 +397,7 @@ async fn remove(
             };
             let request = Request {
                 operation: Operation::Unmount,
+                append: disk.node.is_some(),
                 pid: init.pid,
                 path: at.into(),
                 ..Request::default()

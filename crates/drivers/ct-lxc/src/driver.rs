@@ -57,6 +57,8 @@ struct Shared {
     options: LxcOptions,
     cgroups: Arc<Cgroups>,
     host: HostFeatures,
+    /// Set when the AppArmor profile is loaded: once by each daemon, which may be newer than the one before.
+    profile: tokio::sync::OnceCell<()>,
     guests: Mutex<HashMap<InstanceId, Arc<Guest>>>,
     events: Mutex<Option<mpsc::Sender<Observed>>>,
 }
@@ -134,6 +136,7 @@ impl LxcDriver {
             shared: Arc::new(Shared {
                 options,
                 host,
+                profile: tokio::sync::OnceCell::new(),
                 cgroups: Arc::new(cgroups),
                 guests: Mutex::default(),
                 events: Mutex::default(),
@@ -471,6 +474,9 @@ impl Shared {
         previous: Option<&Record>,
     ) -> Result<Running> {
         let dir = &guest.state_dir;
+        if self.host.apparmor {
+            self.profile.get_or_try_init(|| crate::apparmor::load(&guest.daemon_id)).await?;
+        }
         let config = dir.join("lxc.conf");
         let log = dir.join("lxc.log");
         write_private(&config, render(guest, self.host)?.as_bytes())?;

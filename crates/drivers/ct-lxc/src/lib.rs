@@ -5,6 +5,7 @@
 //! watcher per running container.
 #![allow(clippy::disallowed_methods)] // drivers live in the real world
 
+pub mod apparmor;
 mod attach;
 mod config;
 mod disks;

@@ -3,7 +3,7 @@
 use karst_guest::{ResolvedDisk, ResolvedGuest};
 use karst_host::{
     cgroup::{CgroupLimits, IoLimit, parse_cpus},
-    mount,
+    mountns as mount,
 };
 use karst_model::{
     InstanceId,

@@ -1,7 +1,7 @@
 //! What the driver keeps of a guest in its state directory (`guest.json`): enough to adopt it.
 
 use karst_guest::{IdRange, ResolvedGuest, keeper::write_private};
-use karst_host::mount::{DeviceNumber, MountKey};
+use karst_host::mountns::{DeviceNumber, MountKey};
 use karst_model::{Error, InstanceId, Result, instance::Generation, spec::ProxySpec};
 use serde::{Deserialize, Serialize};
 use std::{

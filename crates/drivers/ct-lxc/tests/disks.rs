@@ -5,7 +5,7 @@ mod common;
 
 use common::{Place, bare_disk, inside, shell, until};
 use karst_guest::{DiskFormat, GuestDriver, Opened, ResolvedDisk, ResolvedGuest, ResolvedNode, StopMode};
-use karst_host::mount::DeviceNumber;
+use karst_host::mountns::DeviceNumber;
 use karst_model::{
     ErrorKind,
     device::{DiskIo, DiskLimits, DiskRate},
@@ -28,7 +28,7 @@ fn volume(place: &Place, name: &str, at: &str) -> ResolvedDisk {
 
 /// A path of the host, opened as the agent does.
 fn foreign(disk: ResolvedDisk) -> ResolvedDisk {
-    let opened = karst_host::mount::open_path(&disk.path).unwrap();
+    let opened = karst_host::mountns::open_path(&disk.path).unwrap();
     ResolvedDisk { foreign: true, opened: Some(Opened(Arc::new(opened))), ..disk }
 }
 
@@ -184,7 +184,7 @@ async fn paths_of_the_host_keep_their_owners_unless_shifted() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rates_of_disks_hold_from_the_start_and_live() {
     let Some(place) = Place::new() else { return };
-    if karst_host::mount::block_device(place.dir.path()).is_none()
+    if karst_host::mountns::block_device(place.dir.path()).is_none()
         || !Path::new("/sys/fs/cgroup/blkio").exists()
     {
         return println!("skipped: no block device below, or no controller of its rates");
@@ -254,7 +254,7 @@ async fn device_nodes_are_given_and_taken() {
     assert_ne!(shell(&driver, &guest, "test -c /dev/of/loops").await.code, 0);
     guest.nodes.clear();
     driver.update(&guest).await.unwrap();
-    inside(&driver, &guest, "echo still >/dev/null && ! test -c /dev/again && ! test -c /dev/null2").await;
+    inside(&driver, &guest, "echo still >/dev/null && ! test -e /dev/again && ! test -e /dev/null2").await;
     // Its own node of that number would be of no use either.
     inside(&driver, &guest, "! mknod /tmp/k c 10 237").await;
     let e = {

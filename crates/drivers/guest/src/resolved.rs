@@ -146,7 +146,7 @@ pub struct ResolvedNode {
     /// Where it is in the guest; absolute.
     pub path: String,
     /// Which device.
-    pub device: karst_host::mount::DeviceNumber,
+    pub device: karst_host::mountns::DeviceNumber,
     /// Owner in the guest.
     pub uid: u32,
     /// Group in the guest.

@@ -7,6 +7,7 @@
 
 pub mod disk;
 pub mod metadata;
+pub mod pack;
 pub mod qcow2;
 pub mod recipe;
 mod sources;

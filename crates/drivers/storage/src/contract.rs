@@ -2,7 +2,7 @@
 
 use crate::{Format, NewVolume, PoolDriver, Source};
 use karst_host::{Program, run};
-use karst_model::{ByteSize, ErrorKind, VolumeId, storage::VolumeContent};
+use karst_model::{ByteSize, ErrorKind, ImageId, SnapshotId, VolumeId, storage::VolumeContent};
 use std::{
     os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink},
     path::{Path, PathBuf},
@@ -13,6 +13,9 @@ pub async fn check(pool: &dyn PoolDriver, scratch: &Path) {
     trees(pool, scratch).await;
     disks(pool, scratch).await;
     refusals(pool, scratch).await;
+    limits(pool, scratch).await;
+    snapshots(pool, scratch).await;
+    contents(pool, scratch).await;
     assert!(pool.list().await.unwrap().is_empty(), "each part removed what it made");
     let space = pool.space().await.unwrap();
     assert!(space.total > 0 && space.used <= space.total, "{space:?}");
@@ -96,8 +99,12 @@ async fn trees(pool: &dyn PoolDriver, scratch: &Path) {
     let source = scratch.join("tree");
     std::fs::create_dir(&source).unwrap();
     sample_tree(&source);
-    let new =
-        NewVolume { content: VolumeContent::Filesystem, size: None, source: Source::Tree(source.clone()) };
+    let image = ImageId(uuid::Uuid::new_v4());
+    let new = NewVolume {
+        content: VolumeContent::Filesystem,
+        size: None,
+        source: Source::Tree { path: source.clone(), image: Some(image) },
+    };
     let a = id();
     let made = pool.create(a, &new).await.unwrap();
     assert_eq!((made.id, made.format), (a, Format::Directory));
@@ -134,6 +141,14 @@ async fn trees(pool: &dyn PoolDriver, scratch: &Path) {
         pool.delete(v).await.unwrap();
         assert!(pool.inspect(v).await.unwrap_err().is(ErrorKind::NotFound));
     }
+    let copied = NewVolume { source: Source::Tree { path: source.clone(), image: None }, ..new };
+    pool.create(a, &copied).await.unwrap();
+    let at = pool.locate(a, None).await.unwrap();
+    assert_eq!(describe(&at.path), describe(&source));
+    pool.delete(a).await.unwrap();
+    for _ in 0..2 {
+        pool.forget_image(image).await.unwrap();
+    }
     pool.settle().await;
     assert!(!at.path.exists());
     std::fs::remove_dir_all(source).unwrap();
@@ -148,6 +163,13 @@ fn unreachable_by_users(path: &Path) {
     assert!(closed, "setuid files in {path:?} can be reached by users of the host");
 }
 
+const IMAGE: ImageId = ImageId(uuid::Uuid::from_u128(77));
+
+fn disk_of(image: &Path) -> Source {
+    let path = image.to_owned();
+    Source::Disk { path, format: Format::Qcow2, backing: None, size: 8 << 20, image: Some(IMAGE) }
+}
+
 async fn disks(pool: &dyn PoolDriver, scratch: &Path) {
     let image = scratch.join("image.qcow2");
     let raw = scratch.join("image.raw");
@@ -159,7 +181,7 @@ async fn disks(pool: &dyn PoolDriver, scratch: &Path) {
     convert.arg(&raw).arg(&image).ok().await.unwrap();
     std::fs::set_permissions(&image, PermissionsExt::from_mode(0o444)).unwrap();
 
-    let source = Source::Disk { path: image.clone(), size: 8 << 20 };
+    let source = disk_of(&image);
     let new = NewVolume { content: VolumeContent::Block, size: Some(ByteSize::mib(16)), source };
     let a = id();
     let made = pool.create(a, &new).await.unwrap();
@@ -173,6 +195,7 @@ async fn disks(pool: &dyn PoolDriver, scratch: &Path) {
     assert_eq!((dir.gid(), dir.mode() & 0o777), (user, 0o710));
 
     // The clone lives on without the image, and reads as it, then as zeros.
+    pool.forget_image(IMAGE).await.unwrap();
     std::fs::remove_file(&image).unwrap();
     let flat = scratch.join("flat.raw");
     let format = match made.format {
@@ -218,8 +241,14 @@ async fn refusals(pool: &dyn PoolDriver, scratch: &Path) {
     assert!(pool.resize(v, ByteSize::gib(1)).await.unwrap_err().is(ErrorKind::NotFound));
     pool.delete(v).await.unwrap();
     let disk = |size, source| NewVolume { content: VolumeContent::Block, size, source };
-    let image = || Source::Disk { path: scratch.join("none"), size: 1 << 30 };
-    let tree = Source::Tree(scratch.to_owned());
+    let image = || Source::Disk {
+        path: scratch.join("none"),
+        format: Format::Qcow2,
+        backing: None,
+        size: 1 << 30,
+        image: Some(IMAGE),
+    };
+    let tree = Source::Tree { path: scratch.to_owned(), image: None };
     for (what, new) in [
         ("an empty disk without size", disk(None, Source::Empty)),
         ("a disk of half a sector", disk(Some(ByteSize(777)), Source::Empty)),
@@ -234,4 +263,193 @@ async fn refusals(pool: &dyn PoolDriver, scratch: &Path) {
     assert!(pool.create(v, &disk(None, image())).await.is_err(), "a source that is not there");
     assert!(pool.inspect(v).await.unwrap_err().is(ErrorKind::NotFound));
     pool.settle().await;
+}
+
+fn tree(size: Option<ByteSize>, source: Source) -> NewVolume {
+    NewVolume { content: VolumeContent::Filesystem, size, source }
+}
+
+/// Limits of trees hold, or are refused.
+async fn limits(pool: &dyn PoolDriver, scratch: &Path) {
+    let (v, new) = (id(), tree(Some(ByteSize::mib(8)), Source::Empty));
+    if !pool.supports_quota() {
+        let e = pool.create(v, &new).await.unwrap_err();
+        assert!(e.is(ErrorKind::Unsupported) && e.field.as_deref() == Some("size"), "{e:?}");
+        return;
+    }
+    pool.create(v, &new).await.unwrap();
+    let at = pool.locate(v, None).await.unwrap().path;
+    let fill = |name: &str, mib: usize| {
+        let file = std::fs::File::create(at.join(name)).unwrap();
+        let piece: Vec<u8> = (0..1u32 << 20).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        (0..mib).try_for_each(|i| {
+            file.write_all_at(&piece, (i as u64) << 20)?;
+            file.sync_data()
+        })
+    };
+    fill("fits", 5).unwrap();
+    let e = fill("does-not", 40).unwrap_err();
+    assert!(
+        matches!(e.kind(), std::io::ErrorKind::QuotaExceeded | std::io::ErrorKind::StorageFull),
+        "the limit holds: {e:?}"
+    );
+    std::fs::remove_file(at.join("does-not")).unwrap();
+    assert_eq!(pool.usage(v).await.unwrap().total, 8 << 20);
+    let small = pool.resize(v, ByteSize::mib(1)).await.unwrap_err();
+    assert!(small.is(ErrorKind::Invalid) && small.field.as_deref() == Some("size"), "{small:?}");
+    assert_eq!(pool.resize(v, ByteSize::mib(64)).await.unwrap().size, Some(ByteSize::mib(64)));
+    fill("fits-now", 40).unwrap();
+    let _ = scratch;
+    pool.delete(v).await.unwrap();
+    pool.settle().await;
+}
+
+async fn snapshots(pool: &dyn PoolDriver, scratch: &Path) {
+    let Some(snapshots) = pool.snapshots() else { return };
+    let source = scratch.join("tree");
+    std::fs::create_dir(&source).unwrap();
+    sample_tree(&source);
+    let (v, first, second) = (id(), snapshot(), snapshot());
+    let made = tree(None, Source::Tree { path: source.clone(), image: None });
+    pool.create(v, &made).await.unwrap();
+    let path = pool.locate(v, None).await.unwrap().path;
+    for _ in 0..2 {
+        snapshots.create(v, first).await.unwrap();
+    }
+    let then = describe(&path);
+    std::fs::write(path.join("later"), b"x").unwrap();
+    std::fs::remove_dir_all(path.join("many")).unwrap();
+    let later = describe(&path);
+    snapshots.create(v, second).await.unwrap();
+    snapshots.create(v, first).await.expect("twice is once");
+    assert_eq!(snapshots.list(v).await.unwrap().len(), 2);
+    let read = pool.contents().unwrap().read(v, Some(first)).await.unwrap();
+    assert_eq!(describe(&read.located.path), then);
+    unreachable_by_users(&read.located.path);
+    drop(read);
+    for (back, what) in [(first, &then), (second, &later), (first, &then), (first, &then)] {
+        snapshots.restore(v, back).await.unwrap();
+        let path = pool.locate(v, None).await.unwrap().path;
+        assert_eq!(&describe(&path), what);
+        std::fs::write(path.join("changed"), b"after").unwrap();
+    }
+    let copy = id();
+    let of = |snapshot| tree(None, Source::Volume { volume: v, snapshot });
+    pool.create(copy, &of(Some(second))).await.unwrap();
+    let at = pool.locate(copy, None).await.unwrap().path;
+    assert_eq!(describe(&at), later);
+    std::fs::write(at.join("mine"), b"own").unwrap();
+    assert!(!path.join("mine").exists());
+    assert!(pool.create(id(), &of(Some(snapshot()))).await.unwrap_err().is(ErrorKind::NotFound));
+    assert!(snapshots.restore(v, snapshot()).await.unwrap_err().is(ErrorKind::NotFound));
+    assert!(snapshots.create(id(), first).await.unwrap_err().is(ErrorKind::NotFound));
+    for _ in 0..2 {
+        snapshots.delete(v, first).await.unwrap();
+        snapshots.delete(id(), first).await.unwrap();
+    }
+    assert_eq!(snapshots.list(v).await.unwrap().len(), 1);
+    pool.delete(v).await.unwrap();
+    assert!(snapshots.list(v).await.unwrap_err().is(ErrorKind::NotFound));
+    assert_eq!(describe(&at).len(), later.len() + 1, "a copy does not need what it was made of");
+    pool.delete(copy).await.unwrap();
+    pool.settle().await;
+    std::fs::remove_dir_all(source).unwrap();
+}
+
+fn snapshot() -> SnapshotId {
+    SnapshotId(uuid::Uuid::new_v4())
+}
+
+/// The bytes of a disk of the pool.
+async fn bytes(pool: &dyn PoolDriver, v: VolumeId, at: Option<SnapshotId>, scratch: &Path) -> Vec<u8> {
+    let reading = pool.contents().unwrap().read(v, at).await.unwrap();
+    let flat = scratch.join("flat");
+    let format = if reading.located.format == Format::Qcow2 { "qcow2" } else { "raw" };
+    let convert = run(Program::QemuImg).args(["convert", "-U", "-f", format, "-O", "raw"]);
+    convert.arg(&reading.located.path).arg(&flat).ok().await.unwrap();
+    let bytes = std::fs::read(&flat).unwrap();
+    std::fs::remove_file(flat).unwrap();
+    bytes
+}
+
+/// Contents that come from elsewhere, and snapshots of disks.
+async fn contents(pool: &dyn PoolDriver, scratch: &Path) {
+    let (Some(contents), Some(snapshots)) = (pool.contents(), pool.snapshots()) else { return };
+    let (image, raw) = (scratch.join("image.qcow2"), scratch.join("image.raw"));
+    std::fs::write(&raw, vec![9; 8 << 20]).unwrap();
+    let convert = run(Program::QemuImg).args(["convert", "-f", "raw", "-O", "qcow2"]);
+    convert.arg(&raw).arg(&image).ok().await.unwrap();
+    std::fs::set_permissions(&image, PermissionsExt::from_mode(0o444)).unwrap();
+    let v = id();
+    let size = Some(ByteSize::mib(8));
+    let new = NewVolume { content: VolumeContent::Block, size, source: disk_of(&image) };
+    pool.create(v, &new).await.unwrap();
+    let (first, second) = (snapshot(), snapshot());
+    snapshots.create(v, first).await.unwrap();
+    let filling = contents.begin(v).await.unwrap();
+    std::fs::write(filling.directory().join("disk.img"), vec![5; 1000]).unwrap();
+    drop(filling);
+    assert_eq!(bytes(pool, v, None, scratch).await, vec![9; 8 << 20], "what is dropped changes nothing");
+    let filling = contents.begin(v).await.unwrap();
+    std::fs::write(filling.directory().join("disk.img"), vec![5; (12 << 20) - 5]).unwrap();
+    assert_eq!(filling.commit().await.unwrap().size, Some(ByteSize::mib(12)));
+    snapshots.create(v, second).await.unwrap();
+    let got = bytes(pool, v, None, scratch).await;
+    assert!(got.len() == 12 << 20 && got[..(12 << 20) - 5].iter().all(|b| *b == 5));
+    assert_eq!(got[(12 << 20) - 5..], [0; 5]);
+    assert_eq!(snapshots.restore(v, first).await.unwrap().size, size);
+    assert_eq!(bytes(pool, v, None, scratch).await, vec![9; 8 << 20]);
+    assert_eq!(bytes(pool, v, Some(second), scratch).await, got);
+    let user = 1_999_999_998;
+    let at = pool.locate(v, Some(user)).await.unwrap();
+    assert_eq!(std::fs::metadata(&at.path).unwrap().uid(), user);
+
+    // A copy of a clone, of a snapshot, of another pool's disk, each larger than what it is of.
+    let larger = |source| NewVolume { content: VolumeContent::Block, size: Some(ByteSize::mib(20)), source };
+    let (a, b, c) = (id(), id(), id());
+    pool.create(a, &larger(Source::Volume { volume: v, snapshot: None })).await.unwrap();
+    pool.create(b, &larger(Source::Volume { volume: v, snapshot: Some(second) })).await.unwrap();
+    let overlay = scratch.join("overlay.qcow2");
+    let create = run(Program::QemuImg).args(["create", "-q", "-f", "qcow2", "-F", "qcow2"]);
+    let create = create.arg("-o").arg("backing_file=base.img,backing_fmt=qcow2").arg("-u");
+    create.arg(&overlay).arg("8M").ok().await.unwrap();
+    let elsewhere = Source::Disk {
+        path: overlay.clone(),
+        format: Format::Qcow2,
+        backing: Some(image.clone()),
+        size: 8 << 20,
+        image: None,
+    };
+    pool.create(c, &larger(elsewhere.clone())).await.unwrap();
+    for (volume, first) in [(a, 9), (b, 5), (c, 9)] {
+        let got = bytes(pool, volume, None, scratch).await;
+        assert_eq!((got.len(), got[0], got[20 << 19]), (20 << 20, first, if first == 5 { 5 } else { 0 }));
+    }
+    contents.replace(b, &elsewhere).await.unwrap();
+    contents.replace(b, &elsewhere).await.expect("twice is once");
+    assert_eq!(bytes(pool, b, None, scratch).await, vec![9; 8 << 20]);
+    let plain =
+        Source::Disk { path: raw.clone(), format: Format::Raw, backing: None, size: 8 << 20, image: None };
+    contents.replace(a, &plain).await.unwrap();
+    assert_eq!(bytes(pool, a, None, scratch).await, vec![9; 8 << 20]);
+    for v in [a, b, c, v] {
+        pool.delete(v).await.unwrap();
+    }
+
+    // A tree from elsewhere.
+    let t = id();
+    pool.create(t, &tree(None, Source::Empty)).await.unwrap();
+    let filling = contents.begin(t).await.unwrap();
+    std::fs::create_dir(filling.directory().join("tree")).unwrap();
+    sample_tree(&filling.directory().join("tree"));
+    filling.commit().await.unwrap();
+    let at = pool.locate(t, None).await.unwrap().path;
+    assert!(at.join("bin/su").exists());
+    unreachable_by_users(&at);
+    pool.delete(t).await.unwrap();
+    pool.forget_image(IMAGE).await.unwrap();
+    pool.settle().await;
+    for f in [raw, image, overlay] {
+        std::fs::remove_file(f).unwrap();
+    }
 }

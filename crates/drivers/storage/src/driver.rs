@@ -2,11 +2,11 @@
 
 use async_trait::async_trait;
 use karst_model::{
-    ByteSize, Result, VolumeId,
+    ByteSize, ImageId, Result, SnapshotId, VolumeId,
     storage::{PoolKind, Usage, VolumeContent},
 };
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// A pool on this host. Implementations pass [`crate::contract`].
 ///
@@ -33,7 +33,7 @@ pub trait PoolDriver: Send + Sync {
     async fn usage(&self, volume: VolumeId) -> Result<Usage>;
 
     /// Changes the size limit. A disk only grows, and only while nothing has it open; a tree's limit needs
-    /// [`PoolDriver::supports_quota`].
+    /// [`PoolDriver::supports_quota`] and may shrink to what the tree holds.
     async fn resize(&self, volume: VolumeId, size: ByteSize) -> Result<VolumeInfo>;
 
     /// All volumes, by id.
@@ -52,17 +52,61 @@ pub trait PoolDriver: Send + Sync {
     fn snapshots(&self) -> Option<&dyn Snapshots> {
         None
     }
+
+    /// Reading and replacing whole contents, where the pool can.
+    fn contents(&self) -> Option<&dyn Contents> {
+        None
+    }
+
+    /// An image is gone: what the pool kept of it to clone from may go too. Volumes made of it stay whole.
+    async fn forget_image(&self, _image: ImageId) -> Result<()> {
+        Ok(())
+    }
 }
 
-/// Snapshots of volumes.
+/// Snapshots of volumes. They do not depend on each other and go with their volume; all calls are idempotent.
 #[async_trait]
 pub trait Snapshots: Send + Sync {
+    /// Is a disk that is being written frozen at one instant? Otherwise its writer has to be paused.
+    fn instant(&self) -> bool;
     /// Freezes the volume's content now under `snapshot`.
-    async fn create(&self, volume: VolumeId, snapshot: karst_model::SnapshotId) -> Result<()>;
+    async fn create(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<()>;
     /// Removes a snapshot.
-    async fn delete(&self, volume: VolumeId, snapshot: karst_model::SnapshotId) -> Result<()>;
-    /// Makes the volume what it was at the snapshot.
-    async fn restore(&self, volume: VolumeId, snapshot: karst_model::SnapshotId) -> Result<()>;
+    async fn delete(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<()>;
+    /// Makes the volume what it was at the snapshot, its size included; nothing may have it open.
+    async fn restore(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<VolumeInfo>;
+    /// Snapshots of a volume, by id; the id of each info is the volume's.
+    async fn list(&self, volume: VolumeId) -> Result<Vec<(SnapshotId, VolumeInfo)>>;
+}
+
+/// Whole contents of volumes.
+#[async_trait]
+pub trait Contents: Send + Sync {
+    /// Where the content lies, for reading, as long as what is answered is kept.
+    async fn read(&self, volume: VolumeId, snapshot: Option<SnapshotId>) -> Result<Reading>;
+    /// Replaces the content in one step; snapshots stay, nothing may have the volume open. The size becomes the source's.
+    async fn replace(&self, volume: VolumeId, source: &Source) -> Result<VolumeInfo>;
+    /// Begins a content that somebody else writes.
+    async fn begin(&self, volume: VolumeId) -> Result<Box<dyn Filling>>;
+}
+
+/// The content of a volume, to be read.
+pub struct Reading {
+    /// What it is.
+    pub info: VolumeInfo,
+    /// Where; nothing is written through it.
+    pub located: Located,
+    /// Keeps it there (a mount, a clone made for reading).
+    pub guard: Option<Box<dyn Send + Sync>>,
+}
+
+/// A new content in the making; dropped it leaves nothing.
+#[async_trait]
+pub trait Filling: Send + Sync {
+    /// An empty directory: a tree is to be put into its subdirectory `tree`, a disk into its file `disk.img`, raw.
+    fn directory(&self) -> &Path;
+    /// Makes it the volume's content in one step.
+    async fn commit(self: Box<Self>) -> Result<VolumeInfo>;
 }
 
 /// A volume to make.
@@ -82,13 +126,31 @@ pub enum Source {
     /// Nothing in it.
     Empty,
     /// A copy of a tree that does not change meanwhile.
-    Tree(PathBuf),
-    /// A clone of a qcow2 disk that never changes again (an image's).
+    Tree {
+        /// Where.
+        path: PathBuf,
+        /// It is this image's: the pool may keep it under that id and clone from there.
+        image: Option<ImageId>,
+    },
+    /// A copy of a disk that does not change meanwhile.
     Disk {
         /// Where.
         path: PathBuf,
+        /// Form.
+        format: Format,
+        /// The qcow2 file below it.
+        backing: Option<PathBuf>,
         /// Its virtual size in bytes.
         size: u64,
+        /// It is this image's, which never changes again: the pool may refer to it.
+        image: Option<ImageId>,
+    },
+    /// A clone of a volume of this pool.
+    Volume {
+        /// Which.
+        volume: VolumeId,
+        /// Its state then; `None`: now.
+        snapshot: Option<SnapshotId>,
     },
 }
 

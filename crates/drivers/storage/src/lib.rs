@@ -2,8 +2,9 @@
 #![allow(clippy::disallowed_methods)] // drivers and their tests are the real world
 
 pub mod contract;
-pub mod dir;
 mod driver;
+pub mod files;
+mod states;
 
-pub use dir::DirPool;
 pub use driver::*;
+pub use files::FilePool;

@@ -1,6 +1,6 @@
 //! Creating instances.
 
-use super::{expand, lock, path};
+use super::{disks::check_disks, expand, lock, path};
 use crate::{
     Engine, EngineInner, Records,
     context::Context,
@@ -13,7 +13,7 @@ use karst_agent::VolumeRef;
 use karst_model::{
     ByteSize, Config, Error, ImageId, InstanceId, Name, NetworkId, Result, VolumeId,
     access::Permission,
-    device::{Device, Devices, DiskOrigin, NicDevice, RootDevice},
+    device::{Device, Devices, NicDevice, RootDevice},
     guest::Observed,
     instance::{DesiredPower, Firmware, Generation, Hardware, Instance, InstanceKind, Lifecycle},
     keys,
@@ -214,7 +214,7 @@ fn plan(
     let (config, devices) = records.expanded(&instance);
     keys::check(&config, Some(request.kind)).map_err(|e| e.with_context("expanded"))?;
     let parsed = expand::parse_devices(&devices)?;
-    check_disks(&parsed)?;
+    check_disks(records, tx, &instance, &parsed)?;
     let (root_name, RootDevice { pool, size, .. }) = &parsed.root;
     let pool = records.pool(pool).map_err(|e| e.at(format!("devices.{root_name}.pool")))?;
     tx.expect(pool);
@@ -267,8 +267,10 @@ fn plan(
         name: name.to_string(),
         content,
         owner: VolumeOwner::Instance { instance: id },
+        description: String::new(),
         size,
         config: Config::new(),
+        spec_version: 1,
         created_at: now,
     };
     // Whatever is wrong with it is said now, not at the first start.
@@ -301,18 +303,6 @@ pub(crate) fn check_devices(devices: &Devices) -> Result<()> {
         Device::parse(name, keys)?;
     }
     Ok(())
-}
-
-/// What disks beside the root name exists and may be used.
-pub(crate) fn check_disks(parsed: &expand::ParsedDevices) -> Result<()> {
-    // A path of the host is granted or refused by the host, when the guest starts.
-    match parsed.disks.iter().find(|(_, d)| !matches!(d.source, DiskOrigin::Host { .. })) {
-        None => Ok(()),
-        Some((name, _)) => Err(Error::unsupported(format!(
-            "device {name:?}: volumes can be attached as the root disk (path=/) only so far"
-        ))
-        .at(format!("devices.{name}.path"))),
-    }
 }
 
 /// The networks of NICs exist and stay as they were read.

@@ -2,6 +2,7 @@
 
 pub mod create;
 pub mod delete;
+pub mod disks;
 pub mod expand;
 pub mod guest;
 pub mod metrics;

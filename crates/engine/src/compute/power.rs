@@ -73,7 +73,11 @@ impl Engine {
             let mut new = NewOperation::task(words, Some(project.id), "instances", path.clone());
             new.may_cancel =
                 matches!(request.action, PowerAction::Stop | PowerAction::Restart) && !request.force;
-            Ok((plan(inner, &records, row, request.action, status, mode, path)?, new))
+            let plan = plan(inner, &records, row, request.action, status, mode, path)?;
+            if let Some(start) = &plan.start {
+                super::disks::demand_idle(&records, tx, &start.spec)?;
+            }
+            Ok((plan, new))
         })
         .await
     }

@@ -2,6 +2,7 @@
 
 use super::{
     create::{StartPlan, check_devices, check_nics, networks_of},
+    disks::check_disks,
     expand, lock, path,
 };
 use crate::{
@@ -85,6 +86,7 @@ impl Engine {
             keys::check(&config, Some(instance.kind))?;
             let parsed = expand::parse_devices(&devices)?;
             let grown = check_root(&records, &instance, &parsed)?;
+            check_disks(&records, tx, &instance, &parsed)?;
             check_nics(&records, tx, &parsed)?;
             // A profile may have got devices since the last start: they are no change of this request.
             let mut before = row.value.clone();
@@ -197,7 +199,6 @@ fn check_root(
     parsed: &expand::ParsedDevices,
 ) -> Result<Option<Volume>> {
     let (name, RootDevice { pool, size, .. }) = &parsed.root;
-    super::create::check_disks(parsed)?;
     if records.pool(pool).map_err(|e| e.at(format!("devices.{name}.pool")))?.id != instance.pool {
         return Err(Error::new(ErrorKind::Unsupported, "an instance cannot change its pool this way")
             .at(format!("devices.{name}.pool")));
@@ -308,6 +309,7 @@ impl Saga for InstanceUpdate {
         let (_, devices) = records.expanded(&instance);
         let parsed = expand::parse_devices(&devices)?;
         check_root(&records, &instance, &parsed)?;
+        check_disks(&records, tx, &instance, &parsed)?;
         check_nics(&records, tx, &parsed)?;
         tx.replace(&row, &instance);
         if let (Some(grown), Some(volume)) = (&plan.grown, records.volumes.get(&plan.instance.root)) {

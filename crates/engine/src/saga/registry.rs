@@ -1,7 +1,7 @@
 //! All sagas.
 
 use super::{AnySaga, Erased};
-use crate::{compute, images, network, storage};
+use crate::{compute, images, network, storage, volumes};
 use std::sync::{Arc, LazyLock};
 
 static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
@@ -17,6 +17,9 @@ static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
         Arc::new(Erased::<network::NetworkUpdate>::new()),
         Arc::new(Erased::<storage::PoolCreate>::new()),
         Arc::new(Erased::<storage::PoolDelete>::new()),
+        Arc::new(Erased::<volumes::create::VolumeCreate>::new()),
+        Arc::new(Erased::<volumes::delete::VolumeDelete>::new()),
+        Arc::new(Erased::<volumes::update::VolumeUpdate>::new()),
     ]
 });
 

@@ -5,7 +5,7 @@ use crate::{
     app::Call,
     handlers::{
         events, exec, files, images, instances, karst, networks, operations, profiles, projects, server,
-        storage,
+        storage, volumes,
     },
     respond::Reply,
 };
@@ -47,7 +47,8 @@ const SNAPSHOTS: &str = "snapshots of instances come with the next storage drive
 const BACKUPS: &str = "backups come with snapshots";
 const CLUSTER: &str = "this server is not a member of a cluster; clusters come with the etcd milestone";
 const CERTIFICATES: &str = "there is no HTTPS listener yet, so no certificates are trusted";
-const VOLUMES: &str = "custom volumes come with the next storage drivers";
+const VOLUMES: &str =
+    "files of custom volumes are not reached over the API yet; attach the volume to an instance";
 const BUCKETS: &str = "object storage is not planned before Ceph";
 const ACLS: &str = "network ACLs come with tenant networks";
 const OVN: &str = "this needs OVN networks, which come with tenant networks";
@@ -277,15 +278,15 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         GET "/1.0/storage-pools/{name}/buckets/{bucketName}/keys/{keyName}"; open BUCKETS,
         PUT "/1.0/storage-pools/{name}/buckets/{bucketName}/keys/{keyName}"; open BUCKETS,
         DELETE "/1.0/storage-pools/{name}/buckets/{bucketName}/keys/{keyName}"; open BUCKETS,
-        GET "/1.0/storage-pools/{name}/volumes" => storage::volumes, "storage_pools_live",
-        POST "/1.0/storage-pools/{name}/volumes"; open VOLUMES,
-        GET "/1.0/storage-pools/{name}/volumes/{type}" => storage::volumes, "storage_pools_live",
-        POST "/1.0/storage-pools/{name}/volumes/{type}"; open VOLUMES,
-        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}" => storage::volume, "storage_pools_live",
-        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}"; open VOLUMES,
-        PUT "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}"; open VOLUMES,
-        PATCH "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}"; open VOLUMES,
-        DELETE "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}"; open VOLUMES,
+        GET "/1.0/storage-pools/{name}/volumes" => volumes::list, "storage_pools_live",
+        POST "/1.0/storage-pools/{name}/volumes" => volumes::create, "custom_volumes_live",
+        GET "/1.0/storage-pools/{name}/volumes/{type}" => volumes::list, "storage_pools_live",
+        POST "/1.0/storage-pools/{name}/volumes/{type}" => volumes::create, "custom_volumes_live",
+        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}" => volumes::get, "storage_pools_live",
+        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}" => volumes::rename, "custom_volumes_live",
+        PUT "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}" => volumes::replace, "custom_volumes_live",
+        PATCH "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}" => volumes::patch, "custom_volumes_live",
+        DELETE "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}" => volumes::delete, "custom_volumes_live",
         GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups"; open BACKUPS,
         POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups"; open BACKUPS,
         GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups/{backupName}"; open BACKUPS,
@@ -310,7 +311,7 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         PUT "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots/{snapshotName}"; open SNAPSHOTS,
         PATCH "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots/{snapshotName}"; open SNAPSHOTS,
         DELETE "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots/{snapshotName}"; open SNAPSHOTS,
-        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/state" => storage::volume_state, "storage_pools_live",
+        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/state" => volumes::state, "storage_pools_live",
         GET "/1.0/warnings" => server::warnings, "server_describes_itself",
         GET "/1.0/warnings/{uuid}"; open "warnings are found anew at each look and cannot be acknowledged",
         PUT "/1.0/warnings/{uuid}"; open "warnings are found anew at each look and cannot be acknowledged",

@@ -26,6 +26,10 @@ async fn furnished() -> (Server, Names) {
     let image = operation["metadata"]["fingerprint"].as_str().unwrap().to_owned();
     let network = s.get("/1.0/networks?recursion=1").await.metadata()[0]["name"].as_str().unwrap().to_owned();
     assert_eq!(s.post("/1.0/projects", json!({"name": "other"})).await.status, 201);
+    for volume in ["data", "spare"] {
+        let path = "/1.0/storage-pools/default/volumes/custom";
+        assert_eq!(s.post(path, json!({"name": volume})).await.status, 201);
+    }
     (s, Names { network, image })
 }
 
@@ -47,7 +51,7 @@ fn concrete(path: &str, names: &Names, operation: &str) -> String {
     p = p
         .replace("{fingerprint}", &names.image)
         .replace("operations/{id}", &format!("operations/{operation}"));
-    p = p.replace("{type}", "container").replace("{volumeName}", "c1");
+    p = p.replace("{type}", "custom").replace("{volumeName}", "data");
     assert!(!p.contains('{'), "{p}");
     if p.ends_with("/files") { p + "?path=/etc/hostname" } else { p }
 }

@@ -82,7 +82,8 @@ fn place(root: &Root, path: &OsStr, directory: bool) -> Outcome<OwnedFd> {
     root.open(path, OFlags::PATH, 0).at("opening the place to mount at")
 }
 
-/// Takes away the topmost mount at `path`; fine when none is there.
+/// Takes away the topmost mount at `path`; fine when none is there. An empty file that is below, made for the mount, goes
+/// too if `append` is set.
 pub(super) fn unmount(r: &Request, root: &Root) -> Outcome<()> {
     if !root.inside {
         return Err(Failure::new("unmounting: the container does not run", libc::ESRCH));
@@ -90,7 +91,14 @@ pub(super) fn unmount(r: &Request, root: &Root) -> Outcome<()> {
     let (parent, name) = root.parent(&r.path)?;
     rustix::process::fchdir(&parent).at("unmounting")?;
     match rustix::mount::unmount(name.as_os_str(), UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
-        Ok(()) | Err(Errno::INVAL | Errno::NOENT) => Ok(()),
-        Err(e) => Err(e).at("unmounting"),
+        Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
+        Err(e) => return Err(e).at("unmounting"),
     }
+    let below = rustix::fs::statat(&parent, name.as_os_str(), rustix::fs::AtFlags::SYMLINK_NOFOLLOW);
+    if r.append
+        && below.is_ok_and(|s| FileType::from_raw_mode(s.st_mode) == FileType::RegularFile && s.st_size == 0)
+    {
+        rustix::fs::unlinkat(&parent, name.as_os_str(), rustix::fs::AtFlags::empty()).at("unmounting")?;
+    }
+    Ok(())
 }

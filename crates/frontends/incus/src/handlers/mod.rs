@@ -12,6 +12,7 @@ pub mod profiles;
 pub mod projects;
 pub mod server;
 pub mod storage;
+pub mod volumes;
 
 use crate::{
     filter::Filter,

@@ -1,12 +1,15 @@
 //! The pool kind `dir` on real file systems.
 #![allow(clippy::disallowed_methods)] // drivers and their tests are the real world
 
+use karst_host::sandbox::Launcher;
 use karst_model::{ErrorKind, VolumeId, storage::VolumeContent};
-use karst_storage::{DirPool, NewVolume, PoolDriver, Source, contract};
+use karst_storage::{FilePool, Format, NewVolume, PoolDriver, Source, contract};
 use std::{
     path::{Path, PathBuf},
     process::Command,
 };
+
+const BELOW: [&str; 5] = ["volumes", "snapshots", "images", "tmp", "trash"];
 
 fn skipped() -> bool {
     let root = rustix::process::geteuid().is_root();
@@ -14,6 +17,19 @@ fn skipped() -> bool {
         println!("skipped: needs root");
     }
     !root
+}
+
+fn launcher() -> Launcher {
+    let program = env!("CARGO_BIN_EXE_karst-storage-worker").into();
+    Launcher { program, args: vec![], id_base: 1_900_100_000 }
+}
+
+async fn open_dir(root: impl Into<PathBuf>) -> karst_model::Result<FilePool> {
+    FilePool::directory(root, launcher()).await
+}
+
+fn tree_of(path: &Path) -> Source {
+    Source::Tree { path: path.to_owned(), image: None }
 }
 
 fn entries(dir: impl AsRef<Path>) -> usize {
@@ -30,11 +46,11 @@ async fn dir_pool_keeps_the_contract() {
         return;
     }
     let d = tempfile::tempdir().unwrap();
-    let pool = DirPool::open(d.path().join("pool")).await.unwrap();
+    let pool = open_dir(d.path().join("pool")).await.unwrap();
     let scratch = d.path().join("scratch");
     std::fs::create_dir(&scratch).unwrap();
     contract::check(&pool, &scratch).await;
-    for below in ["volumes", "tmp", "trash"] {
+    for below in BELOW {
         assert_eq!(entries(d.path().join("pool").join(below)), 0, "{below}");
     }
 }
@@ -48,22 +64,28 @@ impl Drop for Mounted {
     }
 }
 
+/// A fresh btrfs file system, if this host can have one.
+fn btrfs(below: &Path) -> Option<Mounted> {
+    let (image, at) = (below.join("btrfs"), below.join("mnt"));
+    std::fs::File::create(&image).unwrap().set_len(1 << 30).unwrap();
+    std::fs::create_dir(&at).unwrap();
+    let made = Command::new("mkfs.btrfs").arg("-q").arg(&image).status().is_ok_and(|s| s.success());
+    if !made || !Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&at).status().unwrap().success() {
+        println!("skipped: btrfs cannot be made and mounted here (package btrfs-progs)");
+        return None;
+    }
+    Some(Mounted(at))
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn dir_pool_on_btrfs_shares_blocks() {
     if skipped() {
         return;
     }
     let d = tempfile::tempdir().unwrap();
-    let (image, at) = (d.path().join("btrfs"), d.path().join("mnt"));
-    std::fs::File::create(&image).unwrap().set_len(1 << 30).unwrap();
-    std::fs::create_dir(&at).unwrap();
-    let made = Command::new("mkfs.btrfs").arg("-q").arg(&image).status().is_ok_and(|s| s.success());
-    if !made || !Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&at).status().unwrap().success() {
-        println!("skipped: btrfs cannot be made and mounted here (package btrfs-progs)");
-        return;
-    }
-    let _mounted = Mounted(at.clone());
-    let pool = DirPool::open(at.join("pool")).await.unwrap();
+    let Some(mounted) = btrfs(d.path()) else { return };
+    let at = mounted.0.clone();
+    let pool = open_dir(at.join("pool")).await.unwrap();
     let scratch = at.join("scratch");
     std::fs::create_dir(&scratch).unwrap();
     contract::check(&pool, &scratch).await;
@@ -73,6 +95,48 @@ async fn dir_pool_on_btrfs_shares_blocks() {
     contract::sample_tree(&from);
     let fd = |p| karst_host::fs::open_dir(p).unwrap();
     assert!(karst_host::fs::copy_tree(&fd(&from), &fd(&to)).unwrap().shared);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn btrfs_pool_keeps_the_contract() {
+    if skipped() {
+        return;
+    }
+    let d = tempfile::tempdir().unwrap();
+    let Some(mounted) = btrfs(d.path()) else { return };
+    let root = mounted.0.join("pool");
+    std::fs::create_dir(&root).unwrap();
+    let pool = FilePool::btrfs(&root, launcher()).await.unwrap();
+    // Images lie elsewhere.
+    let scratch = d.path().join("scratch");
+    std::fs::create_dir(&scratch).unwrap();
+    contract::check(&pool, &scratch).await;
+    for below in BELOW {
+        assert_eq!(entries(root.join(below)), 0, "{below}");
+    }
+
+    // What a guest makes inside goes with it, and what a killed process left at the next start.
+    let v = id();
+    let new = NewVolume { content: VolumeContent::Filesystem, size: None, source: Source::Empty };
+    pool.create(v, &new).await.unwrap();
+    let inside = pool.locate(v, None).await.unwrap().path.join("inner");
+    karst_host::btrfs::create(&inside).unwrap();
+    std::fs::create_dir(inside.join("deep")).unwrap();
+    karst_host::btrfs::create(&inside.join("deep/er")).unwrap();
+    pool.delete(v).await.unwrap();
+    pool.settle().await;
+    assert_eq!(entries(root.join("trash")), 0);
+    drop(pool);
+    karst_host::btrfs::create(&root.join("tmp/half")).unwrap();
+    let orphan = root.join("snapshots").join(id().to_string());
+    std::fs::create_dir(&orphan).unwrap();
+    karst_host::btrfs::snapshot(&root.join("tmp/half"), &orphan.join("s"), true).unwrap();
+    let pool = FilePool::btrfs(&root, launcher()).await.unwrap();
+    pool.settle().await;
+    for below in BELOW {
+        assert_eq!(entries(root.join(below)), 0, "{below}");
+    }
+    assert!(FilePool::btrfs(d.path(), launcher()).await.is_err(), "only on btrfs");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -92,9 +156,8 @@ async fn a_full_disk_is_told_and_leaves_nothing() {
     let source = d.path().join("source");
     std::fs::create_dir(&source).unwrap();
     std::fs::write(source.join("big"), vec![1; 4 << 20]).unwrap();
-    let pool = DirPool::open(at.join("pool")).await.unwrap();
-    let new =
-        NewVolume { content: VolumeContent::Filesystem, size: None, source: Source::Tree(source.clone()) };
+    let pool = open_dir(at.join("pool")).await.unwrap();
+    let new = NewVolume { content: VolumeContent::Filesystem, size: None, source: tree_of(&source) };
     let v = id();
     let e = pool.create(v, &new).await.unwrap_err();
     assert!(e.is(ErrorKind::Quota), "{e:?}");
@@ -107,7 +170,13 @@ async fn a_full_disk_is_told_and_leaves_nothing() {
     let new = NewVolume {
         content: VolumeContent::Block,
         size: None,
-        source: Source::Disk { path: disk, size: 4 << 20 },
+        source: Source::Disk {
+            path: disk,
+            format: Format::Qcow2,
+            backing: None,
+            size: 4 << 20,
+            image: Some(karst_model::ImageId(uuid::Uuid::new_v4())),
+        },
     };
     assert!(pool.create(v, &new).await.unwrap_err().is(ErrorKind::Quota));
     pool.settle().await;
@@ -120,7 +189,7 @@ async fn what_a_killed_process_left_is_cleared_at_the_next_start() {
         return;
     }
     let d = tempfile::tempdir().unwrap();
-    let pool = DirPool::open(d.path()).await.unwrap();
+    let pool = open_dir(d.path()).await.unwrap();
     let v = id();
     let new = NewVolume { content: VolumeContent::Filesystem, size: None, source: Source::Empty };
     pool.create(v, &new).await.unwrap();
@@ -128,7 +197,7 @@ async fn what_a_killed_process_left_is_cleared_at_the_next_start() {
     for left in ["tmp/half/rootfs/etc", "trash/deleted/rootfs/usr"] {
         std::fs::create_dir_all(d.path().join(left)).unwrap();
     }
-    let pool = DirPool::open(d.path()).await.unwrap();
+    let pool = open_dir(d.path()).await.unwrap();
     assert_eq!(pool.list().await.unwrap().len(), 1, "complete volumes stay");
     pool.settle().await;
     assert_eq!(entries(d.path().join("tmp")) + entries(d.path().join("trash")), 0);
@@ -145,8 +214,8 @@ async fn a_cancelled_create_leaves_nothing() {
     for i in 0..2000 {
         std::fs::write(source.join(i.to_string()), "x").unwrap();
     }
-    let pool = DirPool::open(d.path().join("pool")).await.unwrap();
-    let new = NewVolume { content: VolumeContent::Filesystem, size: None, source: Source::Tree(source) };
+    let pool = open_dir(d.path().join("pool")).await.unwrap();
+    let new = NewVolume { content: VolumeContent::Filesystem, size: None, source: tree_of(&source) };
     let v = id();
     let cut = tokio::time::timeout(std::time::Duration::from_millis(5), pool.create(v, &new)).await;
     assert!(cut.is_err(), "copying 2,000 files takes longer than 5 ms");

@@ -1,0 +1,477 @@
+//! Pools and volumes: who may touch what when, and the streams in and out.
+//!
+//! A volume is changed by one call at a time (its lock); a call that reads another volume takes both locks, in the order of
+//! their ids. What a running guest uses is never replaced or deleted, and only frozen or copied as `volume_snapshot_create`
+//! of the protocol says.
+
+use crate::{
+    RealAgent,
+    agent::{blocking, has_volume},
+};
+use karst_agent::*;
+use karst_host::{
+    Program,
+    sandbox::{Ended, Limits, Sandbox},
+};
+use karst_image::{
+    Content, qcow2,
+    unpack::{Answer, Bounds, Part, Task},
+};
+use karst_model::{
+    Error, InstanceId, PoolId, Result, SessionId, SnapshotId, VolumeId,
+    instance::{InstanceKind, RuntimeState},
+    spec::{VolumeSource, VolumeSpec},
+    storage::VolumeContent,
+};
+use karst_storage::{Contents, Filling, Format, NewVolume, PoolDriver, Reading, Snapshots, Source};
+use rustix::pipe::{PipeFlags, pipe_with};
+use std::{
+    fs::File,
+    os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
+    path::Path,
+    time::Duration,
+};
+use tokio::sync::OwnedMutexGuard;
+
+/// A stream may take as long as the other end takes; its session ends it.
+const STREAM: Limits = Limits {
+    memory: 2 << 30,
+    cpu_seconds: 86_400,
+    file_size: 64 << 40,
+    timeout: Duration::from_secs(86_400),
+};
+/// What an import may hold: a volume may be larger than any image.
+const BOUNDS: Bounds = Bounds { bytes: 64 << 40, entries: 1 << 32, ratio: 1 << 20 };
+
+fn snapshots(pool: &dyn PoolDriver) -> Result<&dyn Snapshots> {
+    pool.snapshots().ok_or_else(|| Error::unsupported("this pool has no snapshots"))
+}
+
+fn contents(pool: &dyn PoolDriver) -> Result<&dyn Contents> {
+    pool.contents().ok_or_else(|| Error::unsupported("this pool cannot copy or stream volumes"))
+}
+
+fn open(path: &Path, write: bool) -> Result<OwnedFd> {
+    let flags = rustix::fs::OFlags::NOFOLLOW.bits() as i32;
+    Ok(File::options().read(true).write(write).custom_flags(flags).open(path)?.into())
+}
+
+fn check_format(content: VolumeContent, format: StreamFormat, export: bool) -> Result<()> {
+    let fits = match format {
+        StreamFormat::Tar => !content.is_disk(),
+        StreamFormat::Raw | StreamFormat::Qcow2 => content.is_disk(),
+        StreamFormat::Vmdk => content.is_disk() && !export,
+    };
+    if fits {
+        return Ok(());
+    }
+    Err(Error::invalid("format", format!("a volume of content {} does not travel so", content.as_str())))
+}
+
+impl RealAgent {
+    pub(crate) async fn remove_pool(&self, id: PoolId) -> Result<()> {
+        let _lock = self.lock(id.0).await;
+        let Ok(pool) = self.pool(id) else { return Ok(()) };
+        if !pool.list().await?.is_empty() {
+            return Err(Error::conflict("the pool still has volumes"));
+        }
+        pool.settle().await;
+        drop(pool);
+        self.forget_pool(id);
+        let spec = self.registry.pool(id)?;
+        if let Some(spec) = spec {
+            self.pool_place(id).remove(&spec).await?;
+        }
+        let registry = self.registry.clone();
+        blocking(move || registry.remove_pool(id)).await
+    }
+
+    async fn lock_both(
+        &self,
+        a: VolumeId,
+        b: VolumeId,
+    ) -> (OwnedMutexGuard<()>, Option<OwnedMutexGuard<()>>) {
+        let first = self.lock(a.min(b).0).await;
+        (first, if a == b { None } else { Some(self.lock(a.max(b).0).await) })
+    }
+
+    /// Nothing that runs has the volume.
+    async fn unused(&self, volume: VolumeId) -> Result<()> {
+        match self.user(has_volume(volume)).await? {
+            Some(user) => Err(Error::conflict(format!(
+                "the volume is in use by instance {user}, which runs; stop it first"
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// The volume can be read whole: nothing runs from it, or what runs is paused, or the pool freezes it at one instant.
+    async fn still(&self, pool: &dyn PoolDriver, volume: VolumeId) -> Result<()> {
+        let Some(user) = self.user(has_volume(volume)).await? else { return Ok(()) };
+        let (record, driver) = self.known(user)?;
+        if record.kind == InstanceKind::Container || pool.snapshots().is_some_and(Snapshots::instant) {
+            return Ok(());
+        }
+        match driver.observe(user).await?.state {
+            RuntimeState::Paused | RuntimeState::Stopped | RuntimeState::Error => Ok(()),
+            _ => Err(Error::conflict(format!(
+                "the volume is in use by instance {user}, which runs; pause it first"
+            ))),
+        }
+    }
+
+    pub(crate) async fn create_volume(&self, spec: VolumeSpec) -> Result<()> {
+        let other = match spec.source {
+            VolumeSource::Copy { volume, .. } => volume,
+            _ => spec.id,
+        };
+        let _locks = self.lock_both(spec.id, other).await;
+        let pool = self.pool(spec.pool)?;
+        // What is there already was made of a source that may be gone by now.
+        if let Ok(there) = pool.inspect(spec.id).await {
+            if there.content != spec.content {
+                return Err(Error::conflict(format!("volume {} is there already, and different", spec.id)));
+            }
+            return Ok(());
+        }
+        let mut held = None;
+        let source = match spec.source {
+            VolumeSource::Empty => Source::Empty,
+            VolumeSource::Image { image } => match self.images.content(image).await? {
+                Content::Tree(path) => Source::Tree { path, image: Some(image) },
+                Content::Disk { path, size } => {
+                    Source::Disk { path, format: Format::Qcow2, backing: None, size, image: Some(image) }
+                }
+            },
+            VolumeSource::Copy { pool: from, volume, snapshot } => {
+                let (source, reading) =
+                    self.source(VolumeRef { pool: from, volume }, snapshot, spec.pool, spec.content).await?;
+                held = reading;
+                source
+            }
+        };
+        let new = NewVolume { content: spec.content, size: spec.size, source };
+        pool.create(spec.id, &new).await?;
+        drop(held);
+        Ok(())
+    }
+
+    /// Another volume as the source of one in the pool `to`.
+    async fn source(
+        &self,
+        from: VolumeRef,
+        snapshot: Option<SnapshotId>,
+        to: PoolId,
+        content: VolumeContent,
+    ) -> Result<(Source, Option<Reading>)> {
+        let pool = self.pool(from.pool)?;
+        let found = pool.inspect(from.volume).await?;
+        if found.content != content {
+            return Err(Error::invalid(
+                "source",
+                format!(
+                    "the volume that is copied holds {}, not {}",
+                    found.content.as_str(),
+                    content.as_str()
+                ),
+            ));
+        }
+        if snapshot.is_none() {
+            self.still(&*pool, from.volume).await?;
+        }
+        if from.pool == to {
+            return Ok((Source::Volume { volume: from.volume, snapshot }, None));
+        }
+        let reading = contents(&*pool)?.read(from.volume, snapshot).await?;
+        let located = reading.located.clone();
+        let source = match located.format {
+            Format::Directory => Source::Tree { path: located.path, image: None },
+            format => Source::Disk {
+                path: located.path,
+                format,
+                backing: located.backing,
+                size: reading.info.size.unwrap_or_default().bytes(),
+                image: None,
+            },
+        };
+        Ok((source, Some(reading)))
+    }
+
+    pub(crate) async fn delete_volume(&self, at: VolumeRef) -> Result<()> {
+        let _lock = self.lock(at.volume.0).await;
+        self.unused(at.volume).await?;
+        match self.pool(at.pool) {
+            Ok(pool) => pool.delete(at.volume).await,
+            Err(_) => Ok(()),
+        }
+    }
+
+    pub(crate) async fn resize_volume(&self, request: VolumeResize) -> Result<()> {
+        let at = request.volume;
+        let _lock = self.lock(at.volume.0).await;
+        let pool = self.pool(at.pool)?;
+        let now = pool.inspect(at.volume).await?;
+        if now.size == Some(request.size) {
+            return Ok(());
+        }
+        if now.content.is_disk() && now.size.is_some_and(|now| request.size < now) {
+            return Err(Error::invalid("size", "a volume can only grow"));
+        }
+        pool.resize(at.volume, request.size).await.map(drop)
+    }
+
+    pub(crate) async fn create_snapshot(&self, at: VolumeSnapshotRef) -> Result<()> {
+        let _lock = self.lock(at.volume.0).await;
+        let pool = self.pool(at.pool)?;
+        let driver = snapshots(&*pool)?;
+        if driver.list(at.volume).await?.iter().any(|(id, _)| *id == at.snapshot) {
+            return Ok(());
+        }
+        self.still(&*pool, at.volume).await?;
+        driver.create(at.volume, at.snapshot).await
+    }
+
+    pub(crate) async fn delete_snapshot(&self, at: VolumeSnapshotRef) -> Result<()> {
+        let _lock = self.lock(at.volume.0).await;
+        match self.pool(at.pool) {
+            Ok(pool) => snapshots(&*pool)?.delete(at.volume, at.snapshot).await,
+            Err(_) => Ok(()),
+        }
+    }
+
+    pub(crate) async fn restore_snapshot(&self, at: VolumeSnapshotRef) -> Result<()> {
+        let _lock = self.lock(at.volume.0).await;
+        let pool = self.pool(at.pool)?;
+        self.unused(at.volume).await?;
+        snapshots(&*pool)?.restore(at.volume, at.snapshot).await.map(drop)
+    }
+
+    pub(crate) async fn snapshots_of(&self, at: VolumeRef) -> Result<Vec<VolumeSnapshot>> {
+        let pool = self.pool(at.pool)?;
+        let all = snapshots(&*pool)?.list(at.volume).await?;
+        Ok(all.into_iter().map(|(snapshot, info)| VolumeSnapshot { snapshot, size: info.size }).collect())
+    }
+
+    pub(crate) async fn refresh_volume(&self, request: VolumeRefresh) -> Result<()> {
+        let VolumeRefresh { volume: at, from, snapshot } = request;
+        let _locks = self.lock_both(at.volume, from.volume).await;
+        let pool = self.pool(at.pool)?;
+        let now = pool.inspect(at.volume).await?;
+        self.unused(at.volume).await?;
+        let (source, reading) = self.source(from, snapshot, at.pool, now.content).await?;
+        contents(&*pool)?.replace(at.volume, &source).await?;
+        drop(reading);
+        Ok(())
+    }
+
+    fn worker(&self) -> Sandbox {
+        Sandbox::new(&self.launcher).limits(STREAM)
+    }
+
+    pub(crate) async fn export_volume(&self, request: VolumeExport) -> Result<WithFds<SessionId>> {
+        let at = request.volume;
+        let lock = self.lock(at.volume.0).await;
+        let pool = self.pool(at.pool)?;
+        let info = pool.inspect(at.volume).await?;
+        check_format(info.content, request.format, true)?;
+        if request.snapshot.is_none() {
+            self.still(&*pool, at.volume).await?;
+        }
+        self.sessions.room()?;
+        let reading = contents(&*pool)?.read(at.volume, request.snapshot).await?;
+        let (source, sink): (OwnedFd, OwnedFd) =
+            pipe_with(PipeFlags::CLOEXEC).map_err(std::io::Error::from)?;
+        let located = &reading.located;
+        let work: std::pin::Pin<Box<dyn Future<Output = Result<()>> + Send>> =
+            match (request.format, located.format) {
+                (StreamFormat::Tar, _) => {
+                    let worker = self.worker().readable("tree", open(&located.path, false)?).stdout(sink);
+                    Box::pin(async move {
+                        let ended = worker.call("pack", serde_json::Value::Null).await?;
+                        ended.ok("packing the volume").map(drop)
+                    })
+                }
+                (StreamFormat::Raw, Format::Raw) => {
+                    let disk = File::from(open(&located.path, false)?);
+                    Box::pin(pour(disk, sink))
+                }
+                (format, _) => {
+                    // Converting needs a file to write to, beside the staged parts of images; it loses its name at once.
+                    let directory = self.registry.path("staging");
+                    let out = scratch(&directory)?;
+                    let from = if located.format == Format::Raw { "raw" } else { "qcow2" };
+                    let to = if format == StreamFormat::Raw { "raw" } else { "qcow2" };
+                    let mut worker = self
+                        .worker()
+                        .readable("disk.img", open(&located.path, false)?)
+                        .writable("out", open(out.path(), false)?);
+                    if let Some(base) = &located.backing {
+                        worker = worker.readable("base.img", open(base, false)?);
+                    }
+                    Box::pin(async move {
+                        let args = ["convert", "-U", "-f", from, "-O", to, "/disk.img", "/out/disk"];
+                        converted(worker.exec(Program::QemuImg, &args).await?)?;
+                        let disk = File::open(out.path().join("disk"))?;
+                        drop(out);
+                        pour(disk, sink).await
+                    })
+                }
+            };
+        let session = self.sessions.transfer(async move {
+            // Until its end nothing else happens to the volume.
+            let _held = (lock, reading, pool);
+            work.await
+        });
+        Ok(WithFds { value: session, fds: vec![source] })
+    }
+
+    pub(crate) async fn import_volume(
+        &self,
+        context: CallContext,
+        request: VolumeImport,
+    ) -> Result<WithFds<SessionId>> {
+        let at = request.volume;
+        let lock = self.lock(at.volume.0).await;
+        let pool = self.pool(at.pool)?;
+        let info = pool.inspect(at.volume).await?;
+        check_format(info.content, request.format, false)?;
+        self.unused(at.volume).await?;
+        self.sessions.room()?;
+        let filling = contents(&*pool)?.begin(at.volume).await?;
+        let (source, sink): (OwnedFd, OwnedFd) =
+            pipe_with(PipeFlags::CLOEXEC).map_err(std::io::Error::from)?;
+        let launcher = self.launcher.clone();
+        let worker = move || Sandbox::new(&launcher).limits(STREAM);
+        let work = fill(worker, filling, source, request.format);
+        let guard = self.guard.clone();
+        let session = self.sessions.transfer(async move {
+            let _held = (lock, pool);
+            // It goes on after the call's answer, and must end as the call would when another executor takes over.
+            guard.run(&context, work).await
+        });
+        Ok(WithFds { value: session, fds: vec![sink] })
+    }
+}
+
+/// Puts a stream into a new content and makes it the volume's.
+async fn fill(
+    worker: impl Fn() -> Sandbox,
+    filling: Box<dyn Filling>,
+    source: OwnedFd,
+    format: StreamFormat,
+) -> Result<()> {
+    let out = || open(filling.directory(), false);
+    let first = worker().stdin(source).writable("out", out()?);
+    if format == StreamFormat::Tar {
+        let task = Task { part: Part::Root, bounds: BOUNDS, field: "volume".into() };
+        let ended = first.call("unpack", serde_json::to_value(task)?).await?;
+        match (ended.code, serde_json::from_slice::<Answer>(&ended.stdout)) {
+            (0, Ok(answer)) => karst_model::Result::<karst_image::unpack::Found>::from(answer)?,
+            (125, _) => {
+                return Err(Error::internal("the worker that unpacks could not be set up", said(&ended)));
+            }
+            _ => {
+                return Err(Error::invalid(
+                    "volume",
+                    "the archive is corrupt or exceeds what a volume may be",
+                )
+                .with_context(said(&ended)));
+            }
+        };
+        return filling.commit().await.map(drop);
+    }
+    let ended = first.call("store", serde_json::Value::Null).await?;
+    match ended.code {
+        0 => {}
+        28 => return Err(Error::quota("no space left in the pool")),
+        _ => return Err(Error::invalid("volume", "nothing usable came").with_context(said(&ended))),
+    }
+    let (upload, disk) = (filling.directory().join("upload"), filling.directory().join("disk.img"));
+    if format == StreamFormat::Raw {
+        std::fs::rename(upload, disk)?;
+        return filling.commit().await.map(drop);
+    }
+    let name = if format == StreamFormat::Vmdk { "vmdk" } else { "qcow2" };
+    if format == StreamFormat::Qcow2 {
+        qcow2::check("volume", &File::open(&upload)?)?;
+        // Converting reads what lies past the end as zeros; only the check tells a cut or damaged file. Its exit code 3
+        // means lost clusters, which is harmless.
+        let checking = worker().writable("out", out()?);
+        let checked = checking.exec(Program::QemuImg, &["check", "-q", "-f", name, "/out/upload"]).await?;
+        if checked.code != 3 {
+            converted(checked)?;
+        }
+    }
+    let args = ["convert", "-f", name, "-O", "raw", "/out/upload", "/out/disk.img"];
+    converted(worker().writable("out", out()?).exec(Program::QemuImg, &args).await?)?;
+    blocking(move || Ok(std::fs::remove_file(upload)?)).await?;
+    filling.commit().await.map(drop)
+}
+
+fn said(ended: &Ended) -> String {
+    format!("exit code {}: {}", ended.code, String::from_utf8_lossy(&ended.stderr).trim())
+}
+
+/// What `qemu-img` said of a disk.
+fn converted(ended: Ended) -> Result<()> {
+    let said = said(&ended);
+    match ended.code {
+        0 => Ok(()),
+        125 => Err(Error::internal("the worker that reads disk images could not be set up", said)),
+        _ if said.contains("No space left") => {
+            Err(Error::quota("no space left in the pool").with_context(said))
+        }
+        _ => Err(Error::invalid("volume", "the disk image is corrupt or cut off").with_context(said)),
+    }
+}
+
+/// Copies a disk into a pipe, in the kernel.
+async fn pour(disk: File, sink: OwnedFd) -> Result<()> {
+    blocking(move || {
+        let mut at = 0;
+        loop {
+            match rustix::pipe::splice(
+                &disk,
+                Some(&mut at),
+                &sink,
+                None,
+                1 << 20,
+                rustix::pipe::SpliceFlags::empty(),
+            ) {
+                Ok(0) => return Ok(()),
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::PIPE) => {
+                    return Err(Error::conflict("nobody reads the stream any more"));
+                }
+                Err(e) => return Err(std::io::Error::from(e).into()),
+            }
+        }
+    })
+    .await
+}
+
+/// A directory that is gone when it is dropped, and at the next start.
+struct Scratch(std::path::PathBuf);
+
+impl Scratch {
+    fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Err(e) = std::fs::remove_dir_all(&self.0) {
+            tracing::warn!(error = %e, "a scratch directory was left; the next start removes it");
+        }
+    }
+}
+
+fn scratch(below: &Path) -> Result<Scratch> {
+    let path = below.join(format!("{}.work", uuid::Uuid::new_v4()));
+    std::fs::create_dir(&path)?;
+    Ok(Scratch(path))
+}
+
+/// A session of its own: nobody's guest.
+pub(crate) const NOBODY: InstanceId = InstanceId(uuid::Uuid::nil());

@@ -1,0 +1,208 @@
+//! Volumes: snapshots, copies, streams.
+
+use super::*;
+use karst_model::{
+    SessionId, SnapshotId,
+    guest::{FileKind, FileWrite},
+};
+
+impl Subject {
+    fn mark_of(&self, root: VolumeRef) -> FileRef {
+        // Of no guest that was ever started: the file lies in the volume.
+        let instance = InstanceId(self.env.uuid());
+        FileRef { instance, kind: InstanceKind::Container, root, path: "/mark".into() }
+    }
+
+    async fn mark(&self, root: VolumeRef, text: &str) {
+        let file = self.mark_of(root);
+        let write = FileWrite {
+            path: file.path.clone(),
+            uid: Some(0),
+            gid: Some(0),
+            mode: Some(0o600),
+            append: false,
+            kind: FileKind::File,
+            target: None,
+        };
+        let request = FileWriteRequest { file, write };
+        let writing = self.agent.file_write(&self.read(), request).await.unwrap();
+        write_all(one(writing.fds), text.as_bytes().to_vec()).await;
+        assert_eq!(self.ended(writing.value.unwrap()).await.unwrap(), 0);
+    }
+
+    async fn marked(&self, root: VolumeRef) -> String {
+        let opened = self.agent.file_open(&self.read(), self.mark_of(root)).await.unwrap();
+        String::from_utf8(read_all(one(opened.fds)).await).unwrap()
+    }
+
+    async fn ended(&self, session: SessionId) -> Result<i32> {
+        let code = self.agent.session_wait(&self.read(), session).await;
+        self.agent.session_close(&self.read(), session).await.unwrap();
+        code
+    }
+
+    async fn exported(
+        &self,
+        volume: VolumeRef,
+        snapshot: Option<SnapshotId>,
+        format: StreamFormat,
+    ) -> Vec<u8> {
+        let request = VolumeExport { volume, snapshot, format };
+        let export = self.agent.volume_export(&self.read(), request).await.unwrap();
+        let data = read_all(one(export.fds)).await;
+        assert_eq!(self.ended(export.value).await.unwrap(), 0);
+        data
+    }
+
+    async fn imported(&self, volume: VolumeRef, format: StreamFormat, data: &[u8]) -> Result<i32> {
+        let import = self.agent.volume_import(&self.change(), VolumeImport { volume, format }).await.unwrap();
+        write_all(one(import.fds), data.to_vec()).await;
+        self.ended(import.value).await
+    }
+
+    async fn copy(&self, of: &VolumeSpec, pool: PoolId, snapshot: Option<SnapshotId>) -> VolumeRef {
+        let source = VolumeSource::Copy { pool: of.pool, volume: of.id, snapshot };
+        let spec = VolumeSpec { id: VolumeId(self.env.uuid()), pool, source, ..of.clone() };
+        self.agent.volume_create(&self.change(), spec.clone()).await.unwrap();
+        self.agent.volume_create(&self.change(), spec.clone()).await.expect("twice is once");
+        VolumeRef { pool, volume: spec.id }
+    }
+
+    fn snapshot(&self, of: VolumeRef) -> VolumeSnapshotRef {
+        VolumeSnapshotRef { pool: of.pool, volume: of.volume, snapshot: SnapshotId(self.env.uuid()) }
+    }
+}
+
+pub(super) async fn trees(s: &Subject) {
+    let (agent, pool, other) = (&s.agent, s.pool().await, s.pool().await);
+    let spec = s.volume(pool, InstanceKind::Container, None);
+    let at = VolumeRef { pool, volume: spec.id };
+    agent.volume_create(&s.change(), spec.clone()).await.unwrap();
+    s.mark(at, "one").await;
+    let (first, second) = (s.snapshot(at), s.snapshot(at));
+    agent.volume_snapshot_create(&s.change(), first).await.unwrap();
+    s.mark(at, "two").await;
+    agent.volume_snapshot_create(&s.change(), first).await.expect("twice is once");
+    agent.volume_snapshot_create(&s.change(), second).await.unwrap();
+    let listed = agent.volume_snapshots(&s.read(), at).await.unwrap();
+    let mut ids = [first.snapshot, second.snapshot];
+    ids.sort();
+    assert_eq!(listed.iter().map(|l| l.snapshot).collect::<Vec<_>>(), ids);
+    let check = agent.self_check(&s.read(), ()).await.unwrap();
+    assert!(check.snapshots.contains(&(at.volume, first.snapshot)) && check.leaks.is_empty(), "{check:?}");
+
+    let (copy, old) = (s.copy(&spec, pool, None).await, s.copy(&spec, pool, Some(first.snapshot)).await);
+    assert_eq!((s.marked(copy).await, s.marked(old).await), ("two".into(), "one".into()));
+    s.mark(copy, "three").await;
+    assert_eq!((s.marked(at).await, s.marked(copy).await), ("two".into(), "three".into()));
+    agent.volume_snapshot_restore(&s.change(), first).await.unwrap();
+    agent.volume_snapshot_restore(&s.change(), first).await.expect("twice is once");
+    assert_eq!(s.marked(at).await, "one");
+    agent.volume_snapshot_restore(&s.change(), second).await.expect("later ones stayed");
+    assert_eq!(s.marked(at).await, "two");
+    s.mark(at, "four").await;
+    agent.volume_snapshot_restore(&s.change(), second).await.expect("a snapshot does not change");
+    assert_eq!(s.marked(at).await, "two");
+
+    // To another pool, and again what differs.
+    let far = s.copy(&spec, other, Some(first.snapshot)).await;
+    assert_eq!(s.marked(far).await, "one");
+    let kept = s.snapshot(far);
+    agent.volume_snapshot_create(&s.change(), kept).await.unwrap();
+    let refresh = VolumeRefresh { volume: far, from: at, snapshot: None };
+    agent.volume_refresh(&s.change(), refresh).await.unwrap();
+    agent.volume_refresh(&s.change(), refresh).await.expect("twice is once");
+    assert_eq!(s.marked(far).await, "two");
+    agent.volume_snapshot_restore(&s.change(), kept).await.expect("its snapshots stayed");
+    assert_eq!(s.marked(far).await, "one");
+
+    // Out and in again.
+    let stream = s.exported(at, Some(first.snapshot), StreamFormat::Tar).await;
+    assert_eq!(s.imported(copy, StreamFormat::Tar, &stream).await.unwrap(), 0);
+    assert_eq!(s.marked(copy).await, "one");
+    let request = VolumeImport { volume: copy, format: StreamFormat::Tar };
+    s.mark(copy, "five").await;
+    let import = agent.volume_import(&s.change(), request).await.unwrap();
+    agent.session_close(&s.read(), import.value).await.unwrap();
+    drop(import.fds);
+    assert_eq!(s.marked(copy).await, "five", "an import that was broken off changed nothing");
+    let export = VolumeExport { volume: at, snapshot: None, format: StreamFormat::Tar };
+    let unread = agent.volume_export(&s.read(), export).await.unwrap();
+    agent.session_close(&s.read(), unread.value).await.unwrap();
+
+    // What cannot be.
+    let wrong = VolumeExport { format: StreamFormat::Raw, ..export };
+    refused(agent.volume_export(&s.read(), wrong).await, ErrorKind::Invalid);
+    let wrong = VolumeImport { format: StreamFormat::Vmdk, ..request };
+    refused(agent.volume_import(&s.change(), wrong).await, ErrorKind::Invalid);
+    let unknown = s.snapshot(at);
+    refused(agent.volume_snapshot_restore(&s.change(), unknown).await, ErrorKind::NotFound);
+    let lost = VolumeExport { snapshot: Some(unknown.snapshot), ..export };
+    refused(agent.volume_export(&s.read(), lost).await, ErrorKind::NotFound);
+    agent.volume_snapshot_delete(&s.change(), unknown).await.expect("it is gone already");
+    let nowhere = VolumeSnapshotRef { volume: VolumeId(s.env.uuid()), ..unknown };
+    refused(agent.volume_snapshot_create(&s.change(), nowhere).await, ErrorKind::NotFound);
+    agent.volume_snapshot_delete(&s.change(), nowhere).await.expect("it is gone already");
+
+    agent.volume_snapshot_delete(&s.change(), second).await.unwrap();
+    agent.volume_snapshot_delete(&s.change(), second).await.expect("twice is once");
+    assert_eq!(s.marked(at).await, "two", "the volume does not need it");
+    for volume in [at, copy, old, far] {
+        agent.volume_delete(&s.change(), volume).await.unwrap();
+        refused(agent.volume_snapshots(&s.read(), volume).await, ErrorKind::NotFound);
+    }
+    let check = agent.self_check(&s.read(), ()).await.unwrap();
+    assert!(check.snapshots.is_empty() && check.leaks.is_empty(), "they went with their volumes: {check:?}");
+    for pool in [pool, other] {
+        agent.pool_remove(&s.change(), pool).await.unwrap();
+    }
+}
+
+pub(super) async fn disks(s: &Subject) {
+    let (agent, pool, other) = (&s.agent, s.pool().await, s.pool().await);
+    let spec =
+        VolumeSpec { size: Some(ByteSize::mib(1)), ..s.volume(pool, InstanceKind::VirtualMachine, None) };
+    let at = VolumeRef { pool, volume: spec.id };
+    agent.volume_create(&s.change(), spec.clone()).await.unwrap();
+    let content = |n: u8| (0..1u32 << 20).map(|i| (i >> 12) as u8 ^ n).collect::<Vec<u8>>();
+    assert_eq!(s.imported(at, StreamFormat::Raw, &content(1)).await.unwrap(), 0);
+    let first = s.snapshot(at);
+    agent.volume_snapshot_create(&s.change(), first).await.unwrap();
+    assert_eq!(s.imported(at, StreamFormat::Raw, &content(2)).await.unwrap(), 0);
+    let now = s.exported(at, None, StreamFormat::Raw).await;
+    assert!(now == content(2), "what was put in comes out");
+    let copy = s.copy(&spec, pool, None).await;
+    let far = s.copy(&spec, other, Some(first.snapshot)).await;
+    agent.volume_resize(&s.change(), VolumeResize { volume: at, size: ByteSize::mib(2) }).await.unwrap();
+    agent.volume_snapshot_restore(&s.change(), first).await.unwrap();
+    assert!(s.exported(at, None, StreamFormat::Raw).await == content(1), "restored, its size too");
+    assert!(s.exported(copy, None, StreamFormat::Raw).await == content(2));
+    assert!(s.exported(far, None, StreamFormat::Raw).await == content(1));
+    let packed = s.exported(copy, None, StreamFormat::Qcow2).await;
+    assert_eq!(s.imported(far, StreamFormat::Qcow2, &packed).await.unwrap(), 0);
+    assert!(s.exported(far, None, StreamFormat::Raw).await == content(2));
+    agent.volume_refresh(&s.change(), VolumeRefresh { volume: far, from: at, snapshot: None }).await.unwrap();
+    assert!(s.exported(far, None, StreamFormat::Raw).await == content(1));
+
+    let disc = VolumeSpec {
+        id: VolumeId(s.env.uuid()),
+        content: VolumeContent::Iso,
+        size: Some(ByteSize(512)),
+        ..spec.clone()
+    };
+    let disc_at = VolumeRef { pool, volume: disc.id };
+    agent.volume_create(&s.change(), disc).await.unwrap();
+    assert_eq!(s.imported(disc_at, StreamFormat::Raw, &content(3)).await.unwrap(), 0);
+    assert_eq!(agent.volume_usage(&s.read(), disc_at).await.unwrap().total, 1 << 20, "as large as what came");
+    let tar = VolumeExport { volume: at, snapshot: None, format: StreamFormat::Tar };
+    refused(agent.volume_export(&s.read(), tar).await, ErrorKind::Invalid);
+    let tree = s.volume(pool, InstanceKind::Container, None);
+    let source = VolumeSource::Copy { pool, volume: at.volume, snapshot: None };
+    refused(agent.volume_create(&s.change(), VolumeSpec { source, ..tree }).await, ErrorKind::Invalid);
+    for volume in [at, copy, far, disc_at] {
+        agent.volume_delete(&s.change(), volume).await.unwrap();
+    }
+    for pool in [pool, other] {
+        agent.pool_remove(&s.change(), pool).await.unwrap();
+    }
+}

@@ -1,0 +1,851 @@
+//! Pools on a file system that is mounted already: `dir` and `btrfs`.
+//!
+//! ```text
+//! POOL/volumes/<volume>/               a state: volume.json · rootfs/ (tree) | disk.img [+ base.img] (disk)
+//! POOL/snapshots/<volume>/<snapshot>/  a state
+//! POOL/images/<image>/                 a state to clone from, where clones are instant
+//! POOL/tmp/<uuid>/                     a state in the making; removed at the next start
+//! POOL/trash/<uuid>/                   a state on its way out
+//! ```
+//! Everything is one step: a state is made in `tmp` and appears by a rename, or by an exchange with the one that it
+//! replaces. Modes: POOL, `volumes` are 0711, so that a QEMU without privileges gets to its own disk; a tree's state is 0700
+//! (its setuid files, owned by root on disk, are out of reach of the host's users), a disk's is 0710 with the group of the
+//! guest's own user, its `disk.img` 0600 and owned by that user.
+//!
+//! What the guest's side has written (a qcow2 header can name any file of the host) is only read by a worker without
+//! privileges.
+
+use crate::{
+    Contents, Filling, Format, Located, NewVolume, PoolDriver, Reading, Snapshots, Source, VolumeInfo,
+    states::{self, Directories, Record, States, Subvolumes, check_disk_size, copy_file, link_or_copy},
+};
+use async_trait::async_trait;
+use karst_host::{
+    Program, run,
+    sandbox::{Launcher, Sandbox},
+};
+use karst_model::{
+    ByteSize, Error, ImageId, Result, SnapshotId, VolumeId,
+    storage::{PoolKind, Usage, VolumeContent},
+};
+use rustix::fs::{CWD, RenameFlags};
+use std::{
+    fs::{File, Permissions},
+    io,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+use tokio::sync::{mpsc, oneshot};
+
+/// A directory of a mounted file system as a pool. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct FilePool {
+    root: Arc<PathBuf>,
+    states: Arc<dyn States>,
+    /// How disks are converted without privileges.
+    worker: Arc<Launcher>,
+    /// Wakes the sweeper; an answer is wanted by those who wait for it.
+    sweep: mpsc::Sender<Option<oneshot::Sender<()>>>,
+    /// Trees being copied at the same time: more than a few only make the disk seek.
+    copies: Arc<tokio::sync::Semaphore>,
+    /// Images being taken in, one at a time.
+    taking: Arc<tokio::sync::Mutex<()>>,
+}
+
+impl FilePool {
+    /// Opens (and makes) a pool of kind `dir` in the directory `root`; removes what an earlier process left half-made, and
+    /// goes on freeing what it was deleting.
+    ///
+    /// # Errors
+    /// The directory cannot be used.
+    pub async fn directory(root: impl Into<PathBuf>, worker: Launcher) -> Result<Self> {
+        Self::open(root.into(), Arc::new(Directories), worker).await
+    }
+
+    /// The same of kind `btrfs`; the directory is on a file system of that kind.
+    ///
+    /// # Errors
+    /// It is not, or cannot be used.
+    pub async fn btrfs(root: impl Into<PathBuf>, worker: Launcher) -> Result<Self> {
+        let root = root.into();
+        if !karst_host::btrfs::is_btrfs(&root)? {
+            return Err(Error::invalid("source", "the directory is not on a btrfs file system"));
+        }
+        Self::open(root, Arc::new(Subvolumes), worker).await
+    }
+
+    async fn open(root: PathBuf, states: Arc<dyn States>, worker: Launcher) -> Result<Self> {
+        let at = root.clone();
+        blocking(move || {
+            for (dir, mode) in [
+                ("", 0o711),
+                ("volumes", 0o711),
+                ("snapshots", 0o700),
+                ("images", 0o700),
+                ("tmp", 0o700),
+                ("trash", 0o700),
+            ] {
+                let dir = at.join(dir);
+                std::fs::DirBuilder::new().recursive(true).mode(mode).create(&dir)?;
+                std::fs::set_permissions(&dir, Permissions::from_mode(mode))?;
+            }
+            // Half-made states take the same way out as deleted ones: no start waits for it.
+            for entry in std::fs::read_dir(at.join("tmp"))?.flatten() {
+                std::fs::rename(entry.path(), fresh(&at.join("trash")))?;
+            }
+            // So do snapshots of volumes whose deletion was interrupted.
+            for entry in std::fs::read_dir(at.join("snapshots"))?.flatten() {
+                if !at.join("volumes").join(entry.file_name()).exists() {
+                    std::fs::rename(entry.path(), fresh(&at.join("trash")))?;
+                }
+            }
+            Ok(())
+        })
+        .await?;
+        let (sweep, wanted) = mpsc::channel(64);
+        tokio::spawn(sweeper(root.join("trash"), states.clone(), wanted));
+        let pool = Self {
+            root: root.into(),
+            states,
+            worker: worker.into(),
+            sweep,
+            copies: Arc::new(tokio::sync::Semaphore::new(2)),
+            taking: Arc::default(),
+        };
+        pool.wake_sweeper();
+        Ok(pool)
+    }
+
+    fn dir(&self, volume: VolumeId) -> PathBuf {
+        self.root.join("volumes").join(volume.to_string())
+    }
+
+    fn snapshots_of(&self, volume: VolumeId) -> PathBuf {
+        self.root.join("snapshots").join(volume.to_string())
+    }
+
+    fn state(&self, volume: VolumeId, snapshot: Option<SnapshotId>) -> PathBuf {
+        match snapshot {
+            None => self.dir(volume),
+            Some(s) => self.snapshots_of(volume).join(s.to_string()),
+        }
+    }
+
+    fn wake_sweeper(&self) {
+        // A full channel means that it will run anyway.
+        let _ = self.sweep.try_send(None);
+    }
+
+    async fn record(&self, state: PathBuf) -> Result<Option<Record>> {
+        blocking(move || Record::read(&state)).await
+    }
+
+    async fn known(&self, volume: VolumeId, snapshot: Option<SnapshotId>) -> Result<Record> {
+        let found = self.record(self.dir(volume)).await?;
+        let found = found.ok_or_else(|| Error::not_found("the pool does not have the volume"))?;
+        match snapshot {
+            None => Ok(found),
+            Some(_) => self
+                .record(self.state(volume, snapshot))
+                .await?
+                .ok_or_else(|| Error::not_found("the volume does not have the snapshot")),
+        }
+    }
+
+    /// A place in `tmp`, cleared unless it is kept.
+    fn work(&self) -> Work {
+        Work { pool: self.clone(), path: Some(fresh(&self.root.join("tmp"))) }
+    }
+
+    /// Work on states where it may block, counted when it copies.
+    async fn with_states<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&dyn States) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let states = self.states.clone();
+        if states.instant() {
+            return blocking(move || work(&*states)).await;
+        }
+        let _turn = self.copies.acquire().await.map_err(|e| Error::internal("the pool is closed", e))?;
+        blocking(move || work(&*states)).await
+    }
+
+    /// Makes a state at `work` of a source, without its record.
+    async fn build(&self, work: &Path, new: &NewVolume) -> Result<Record> {
+        let record = |format, size, based| Record { content: new.content, format, size, based };
+        let at = work.to_owned();
+        match (&new.source, new.content.is_disk()) {
+            (Source::Empty, false) => {
+                self.with_states(move |states| {
+                    states.make(&at)?;
+                    Ok(std::fs::DirBuilder::new().mode(0o755).create(at.join("rootfs"))?)
+                })
+                .await?;
+                Ok(record(Format::Directory, new.size, false))
+            }
+            (Source::Empty, true) => {
+                let size = new.size.ok_or_else(|| Error::invalid("size", "an empty disk needs a size"))?;
+                check_disk_size(size.0)?;
+                self.with_states(move |states| {
+                    states.make(&at)?;
+                    let disk = at.join("disk.img");
+                    let file = File::options().write(true).create_new(true).mode(0o600).open(disk)?;
+                    Ok(file.set_len(size.0)?)
+                })
+                .await?;
+                Ok(record(Format::Raw, Some(size), false))
+            }
+            (Source::Tree { path, image }, false) => {
+                match image {
+                    Some(image) if self.states.instant() => {
+                        let base = self.image(*image, &new.source).await?;
+                        self.with_states(move |states| states.clone(&base.0, &at, &base.1, false)).await?;
+                    }
+                    _ => {
+                        let from = path.clone();
+                        self.with_states(move |states| {
+                            states.make(&at)?;
+                            states::copy_tree(&from, &at.join("rootfs"))
+                        })
+                        .await?;
+                    }
+                }
+                Ok(record(Format::Directory, new.size, false))
+            }
+            (Source::Disk { path, format, backing, size: of_image, image }, true) => {
+                let size = grown(new.size, *of_image)?;
+                let disk = at.join("disk.img");
+                let (from, of_image) = (path.clone(), *of_image);
+                match (format, image) {
+                    (Format::Qcow2, Some(_)) if !self.states.instant() => {
+                        let base = at.join("base.img");
+                        self.with_states(move |states| {
+                            states.make(&at)?;
+                            link_or_copy(&from, &base)
+                        })
+                        .await?;
+                        overlay(&disk, size).await?;
+                        return Ok(record(Format::Qcow2, Some(ByteSize(size)), true));
+                    }
+                    (Format::Qcow2, Some(image)) => {
+                        let base = self.image(*image, &new.source).await?;
+                        self.with_states(move |states| states.clone(&base.0, &at, &base.1, false)).await?;
+                    }
+                    (Format::Raw, _) => {
+                        self.with_states(move |states| {
+                            states.make(&at)?;
+                            copy_file(&from, &at.join("disk.img"), 0o600)
+                        })
+                        .await?;
+                    }
+                    (Format::Qcow2, None) => {
+                        let made = at.clone();
+                        self.with_states(move |states| states.make(&made)).await?;
+                        self.convert(path, backing.as_deref(), &at).await?;
+                    }
+                    (Format::Directory, _) => return Err(mismatch()),
+                }
+                if size > of_image {
+                    blocking(move || grow_raw(&disk, size)).await?;
+                }
+                Ok(record(Format::Raw, Some(ByteSize(size)), false))
+            }
+            (Source::Volume { volume, snapshot }, disk) => {
+                let old = self.known(*volume, *snapshot).await?;
+                if old.content.is_disk() != disk {
+                    return Err(mismatch());
+                }
+                let size = match (disk, old.size) {
+                    (true, Some(old)) => Some(ByteSize(grown(new.size, old.0)?)),
+                    _ => new.size,
+                };
+                let (from, record) =
+                    (self.state(*volume, *snapshot), Record { size, content: new.content, ..old.clone() });
+                let cloned = record.clone();
+                self.with_states(move |states| states.clone(&from, &at, &cloned, false)).await?;
+                if disk && size != old.size {
+                    self.grow(work, &record, size.unwrap_or_default()).await?;
+                }
+                Ok(record)
+            }
+            _ => Err(mismatch()),
+        }
+    }
+
+    /// Makes the file of a disk larger; the record is the caller's.
+    async fn grow(&self, state: &Path, record: &Record, size: ByteSize) -> Result<()> {
+        let disk = state.join("disk.img");
+        if record.format == Format::Raw {
+            return blocking(move || grow_raw(&disk, size.0)).await;
+        }
+        let at = state.to_owned();
+        // The worker has no guest's ids.
+        blocking(move || states::give(&at, 0)).await?;
+        let mut sandbox = self.sandbox().writable("disk.img", open(&disk, true)?);
+        if record.based {
+            sandbox = sandbox.readable("base.img", open(&state.join("base.img"), false)?);
+        }
+        let size = size.0.to_string();
+        let args = ["resize", "-q", "-f", "qcow2", "/disk.img", &size];
+        done(sandbox.exec(Program::QemuImg, &args).await?)
+    }
+
+    fn sandbox(&self) -> Sandbox {
+        Sandbox::new(&self.worker)
+    }
+
+    /// A qcow2 disk as `disk.img` in `to`, raw, by a worker that sees nothing else.
+    async fn convert(&self, disk: &Path, backing: Option<&Path>, to: &Path) -> Result<()> {
+        let mut sandbox =
+            self.sandbox().readable("disk.img", open(disk, false)?).writable("out", open(to, false)?);
+        // An overlay names its base relative to itself.
+        if let Some(base) = backing {
+            sandbox = sandbox.readable("base.img", open(base, false)?);
+        }
+        // -U: whoever has it open was paused; there is no lock to wait for.
+        let args = ["convert", "-U", "-f", "qcow2", "-O", "raw", "/disk.img", "/out/disk.img"];
+        done(sandbox.exec(Program::QemuImg, &args).await?)?;
+        let made = to.join("disk.img");
+        Ok(std::fs::set_permissions(made, Permissions::from_mode(0o600))?)
+    }
+
+    /// The state that an image's volumes are cloned from; made when it is first asked for.
+    async fn image(&self, image: ImageId, source: &Source) -> Result<(PathBuf, Record)> {
+        let at = self.root.join("images").join(image.to_string());
+        let _one = self.taking.lock().await;
+        if let Some(record) = self.record(at.clone()).await? {
+            return Ok((at, record));
+        }
+        let (content, source) = match source.clone() {
+            Source::Tree { path, .. } => (VolumeContent::Filesystem, Source::Tree { path, image: None }),
+            Source::Disk { path, format, backing, size, .. } => {
+                (VolumeContent::Block, Source::Disk { path, format, backing, size, image: None })
+            }
+            _ => return Err(mismatch()),
+        };
+        let work = self.work();
+        let record = Box::pin(self.build(work.path(), &NewVolume { content, size: None, source })).await?;
+        let (from, to, written) = (work.path().to_owned(), at.clone(), record.clone());
+        blocking(move || {
+            written.write(&from)?;
+            Ok(std::fs::rename(&from, &to)?)
+        })
+        .await?;
+        work.keep();
+        Ok((at, record))
+    }
+
+    /// Completes the state in `work`: mode, record, limit.
+    async fn complete(&self, work: &Path, record: &Record) -> Result<()> {
+        let (at, record) = (work.to_owned(), record.clone());
+        self.with_states(move |states| {
+            std::fs::set_permissions(&at, Permissions::from_mode(Record::mode(record.content)))?;
+            if Record::read(&at)?.as_ref() != Some(&record) {
+                record.write(&at)?;
+            }
+            if states.limits() && !record.content.is_disk() && record.size.is_some() {
+                states.limit(&at, record.size)?;
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// Puts the state in `work` in the place of the volume's.
+    async fn exchange(&self, work: Work, volume: VolumeId) -> Result<()> {
+        let (new, now) = (work.path().to_owned(), self.dir(volume));
+        blocking(move || {
+            Ok(rustix::fs::renameat_with(CWD, &new, CWD, &now, RenameFlags::EXCHANGE)
+                .map_err(io::Error::from)?)
+        })
+        .await
+        // What `work` has now is the old state: it goes with it.
+    }
+
+    fn check_limit(&self, new: &NewVolume) -> Result<()> {
+        if !new.content.is_disk() && new.size.is_some() && !self.states.limits() {
+            return Err(no_limits().at("size"));
+        }
+        Ok(())
+    }
+}
+
+fn no_limits() -> Error {
+    Error::unsupported(
+        "this pool does not limit the size of containers' volumes; leave the size out or use another pool",
+    )
+}
+
+fn mismatch() -> Error {
+    Error::invalid(
+        "source",
+        "a container's volume is made of a container image or volume, and a disk of a virtual machine's",
+    )
+}
+
+fn fresh(below: &Path) -> PathBuf {
+    below.join(uuid::Uuid::new_v4().to_string())
+}
+
+fn open(path: &Path, write: bool) -> Result<std::os::fd::OwnedFd> {
+    let flags = rustix::fs::OFlags::NOFOLLOW.bits() as i32;
+    Ok(File::options().read(true).write(write).custom_flags(flags).open(path)?.into())
+}
+
+/// The size of a clone.
+fn grown(wanted: Option<ByteSize>, source: u64) -> Result<u64> {
+    let size = wanted.map_or(source, |s| s.0);
+    check_disk_size(size)?;
+    if size < source {
+        return Err(Error::invalid(
+            "size",
+            format!(
+                "the disk would be smaller than its image, which has {source} bytes; choose a larger size"
+            ),
+        ));
+    }
+    Ok(size)
+}
+
+fn grow_raw(disk: &Path, size: u64) -> Result<()> {
+    let disk = File::options().write(true).open(disk)?;
+    disk.set_len(size)?;
+    Ok(disk.sync_all()?)
+}
+
+/// A qcow2 overlay over `base.img` beside it.
+async fn overlay(disk: &Path, size: u64) -> Result<()> {
+    // -u: the backing file is not opened. Its name is relative to the overlay's directory.
+    run(Program::QemuImg)
+        .args(["create", "-q", "-u", "-f", "qcow2", "-o", "backing_file=base.img,backing_fmt=qcow2"])
+        .arg(disk)
+        .arg(size.to_string())
+        .ok()
+        .await
+        .map_err(full)?;
+    Ok(std::fs::set_permissions(disk, Permissions::from_mode(0o600))?)
+}
+
+/// `qemu-img` says in words that the disk is full.
+fn full(e: Error) -> Error {
+    match &e.context {
+        Some(c) if c.contains("No space left") || c.contains("quota exceeded") => {
+            Error::quota("no space left in the pool").with_context(c)
+        }
+        // QEMU holds a lock on images that it has open.
+        Some(c) if c.contains("Failed to get") && c.contains("lock") => {
+            Error::conflict("the disk is in use; stop the virtual machine first").with_context(c)
+        }
+        _ => e,
+    }
+}
+
+fn done(ended: karst_host::sandbox::Ended) -> Result<()> {
+    ended.ok("qemu-img").map(drop).map_err(full)
+}
+
+fn info(id: VolumeId, r: Record) -> VolumeInfo {
+    VolumeInfo { id, content: r.content, format: r.format, size: r.size }
+}
+
+#[async_trait]
+impl PoolDriver for FilePool {
+    fn kind(&self) -> PoolKind {
+        self.states.kind()
+    }
+
+    async fn create(&self, volume: VolumeId, new: &NewVolume) -> Result<VolumeInfo> {
+        if let Some(record) = self.record(self.dir(volume)).await? {
+            if record.content != new.content {
+                return Err(Error::conflict("a volume of another kind has this id"));
+            }
+            return Ok(info(volume, record));
+        }
+        self.check_limit(new)?;
+        let work = self.work();
+        let record = self.build(work.path(), new).await?;
+        self.complete(work.path(), &record).await?;
+        let (from, to) = (work.path().to_owned(), self.dir(volume));
+        let flags = RenameFlags::NOREPLACE;
+        match blocking(move || Ok(rustix::fs::renameat_with(CWD, &from, CWD, &to, flags))).await? {
+            // Another call was faster; ours is thrown away.
+            Err(rustix::io::Errno::EXIST) => return self.inspect(volume).await,
+            r => r.map_err(io::Error::from)?,
+        }
+        work.keep();
+        Ok(info(volume, record))
+    }
+
+    async fn delete(&self, volume: VolumeId) -> Result<()> {
+        // The volume first: snapshots without one are swept at the next start.
+        for from in [self.dir(volume), self.snapshots_of(volume)] {
+            match tokio::fs::rename(from, fresh(&self.root.join("trash"))).await {
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                r => r?,
+            }
+        }
+        // Not synced: after a power cut the volume may be back, and whoever compares `list` with its records removes it.
+        self.wake_sweeper();
+        Ok(())
+    }
+
+    async fn inspect(&self, volume: VolumeId) -> Result<VolumeInfo> {
+        Ok(info(volume, self.known(volume, None).await?))
+    }
+
+    async fn locate(&self, volume: VolumeId, user: Option<u32>) -> Result<Located> {
+        let record = self.known(volume, None).await?;
+        let dir = self.dir(volume);
+        if record.format == Format::Directory {
+            return Ok(Located { path: dir.join("rootfs"), format: record.format, backing: None });
+        }
+        let at = dir.clone();
+        blocking(move || states::give(&at, user.unwrap_or(0))).await?;
+        let backing = record.based.then(|| dir.join("base.img"));
+        Ok(Located { path: dir.join("disk.img"), format: record.format, backing })
+    }
+
+    async fn usage(&self, volume: VolumeId) -> Result<Usage> {
+        let record = self.known(volume, None).await?;
+        let dir = self.dir(volume);
+        let limited = record.content.is_disk() || self.states.limits();
+        blocking(move || {
+            let total = record.size.filter(|_| limited).map_or(0, |s| s.0);
+            let (used, inodes_used) = states::used(&dir, &record)?;
+            Ok(Usage { used, total, inodes_used, inodes_total: 0 })
+        })
+        .await
+    }
+
+    async fn resize(&self, volume: VolumeId, size: ByteSize) -> Result<VolumeInfo> {
+        let mut record = self.known(volume, None).await?;
+        let dir = self.dir(volume);
+        if record.format == Format::Directory {
+            if !self.states.limits() {
+                return Err(no_limits());
+            }
+            let at = dir.clone();
+            let held = record.clone();
+            let (used, _) = blocking(move || states::used(&at, &held)).await?;
+            if used > size.0 {
+                return Err(Error::invalid(
+                    "size",
+                    format!("the volume holds {used} bytes, which is more than the new limit"),
+                ));
+            }
+            record.size = Some(size);
+            let written = record.clone();
+            self.with_states(move |states| {
+                states.limit(&dir, Some(size))?;
+                written.write(&dir)
+            })
+            .await?;
+            return Ok(info(volume, record));
+        }
+        check_disk_size(size.0)?;
+        let old = record.size.unwrap_or_default();
+        if size < old {
+            return Err(Error::invalid("size", format!("a disk cannot shrink; it has {} bytes", old.0)));
+        }
+        if size > old {
+            self.grow(&dir, &record, size).await?;
+            record.size = Some(size);
+            let written = record.clone();
+            blocking(move || written.write(&dir)).await?;
+        }
+        Ok(info(volume, record))
+    }
+
+    async fn list(&self) -> Result<Vec<VolumeInfo>> {
+        let volumes = self.root.join("volumes");
+        blocking(move || {
+            let mut found: Vec<_> =
+                states_in(&volumes)?.into_iter().map(|(id, r)| info(VolumeId(id), r)).collect();
+            found.sort_by_key(|v| v.id);
+            Ok(found)
+        })
+        .await
+    }
+
+    async fn space(&self) -> Result<Usage> {
+        let root = self.root.clone();
+        blocking(move || {
+            let s = rustix::fs::statvfs(root.as_path()).map_err(io::Error::from)?;
+            Ok(Usage {
+                used: (s.f_blocks - s.f_bfree) * s.f_frsize,
+                total: s.f_blocks * s.f_frsize,
+                inodes_used: s.f_files - s.f_ffree,
+                inodes_total: s.f_files,
+            })
+        })
+        .await
+    }
+
+    fn supports_quota(&self) -> bool {
+        self.states.limits()
+    }
+
+    async fn settle(&self) {
+        let (done, wait) = oneshot::channel();
+        if self.sweep.send(Some(done)).await.is_ok() {
+            let _ = wait.await;
+        }
+    }
+
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        Some(self)
+    }
+
+    fn contents(&self) -> Option<&dyn Contents> {
+        Some(self)
+    }
+
+    async fn forget_image(&self, image: ImageId) -> Result<()> {
+        let from = self.root.join("images").join(image.to_string());
+        let _one = self.taking.lock().await;
+        match tokio::fs::rename(from, fresh(&self.root.join("trash"))).await {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            r => r?,
+        }
+        self.wake_sweeper();
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Snapshots for FilePool {
+    fn instant(&self) -> bool {
+        self.states.instant()
+    }
+
+    async fn create(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<()> {
+        let record = self.known(volume, None).await?;
+        let (from, to) = (self.dir(volume), self.state(volume, Some(snapshot)));
+        let parent = self.snapshots_of(volume);
+        let work = self.work();
+        let making = work.path().to_owned();
+        let kept = self
+            .with_states(move |states| {
+                if Record::read(&to)?.is_some() {
+                    return Ok(false);
+                }
+                match std::fs::DirBuilder::new().mode(0o700).create(&parent) {
+                    Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e.into()),
+                    _ => {}
+                }
+                if states.instant() {
+                    // At once in its place: what cannot be changed cannot be moved either.
+                    states.clone(&from, &to, &record, true)?;
+                    return Ok(false);
+                }
+                states.clone(&from, &making, &record, true)?;
+                std::fs::rename(&making, &to)?;
+                Ok(true)
+            })
+            .await?;
+        if kept {
+            work.keep();
+        }
+        Ok(())
+    }
+
+    async fn delete(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<()> {
+        let from = self.state(volume, Some(snapshot));
+        if self.states.instant() {
+            return self.with_states(move |states| Ok(states.remove(&from)?)).await;
+        }
+        match tokio::fs::rename(from, fresh(&self.root.join("trash"))).await {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            r => r?,
+        }
+        self.wake_sweeper();
+        Ok(())
+    }
+
+    async fn restore(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<VolumeInfo> {
+        let record = self.known(volume, Some(snapshot)).await?;
+        let (from, at, copied) = (self.state(volume, Some(snapshot)), self.work(), record.clone());
+        let to = at.path().to_owned();
+        self.with_states(move |states| states.clone(&from, &to, &copied, false)).await?;
+        self.complete(at.path(), &record).await?;
+        self.exchange(at, volume).await?;
+        Ok(info(volume, record))
+    }
+
+    async fn list(&self, volume: VolumeId) -> Result<Vec<(SnapshotId, VolumeInfo)>> {
+        self.known(volume, None).await?;
+        let at = self.snapshots_of(volume);
+        blocking(move || {
+            let all = states_in(&at)?.into_iter();
+            let mut found: Vec<_> = all.map(|(id, r)| (SnapshotId(id), info(volume, r))).collect();
+            found.sort_by_key(|(id, _)| *id);
+            Ok(found)
+        })
+        .await
+    }
+}
+
+#[async_trait]
+impl Contents for FilePool {
+    async fn read(&self, volume: VolumeId, snapshot: Option<SnapshotId>) -> Result<Reading> {
+        let record = self.known(volume, snapshot).await?;
+        let dir = self.state(volume, snapshot);
+        let name = if record.content.is_disk() { "disk.img" } else { "rootfs" };
+        if record.format == Format::Qcow2 {
+            // Whoever has it open keeps it, the next start gives it back; the worker that converts it has no guest's ids.
+            let at = dir.clone();
+            blocking(move || states::give(&at, 0)).await?;
+        }
+        let backing = record.based.then(|| dir.join("base.img"));
+        let located = Located { path: dir.join(name), format: record.format, backing };
+        Ok(Reading { info: info(volume, record), located, guard: None })
+    }
+
+    async fn replace(&self, volume: VolumeId, source: &Source) -> Result<VolumeInfo> {
+        let old = self.known(volume, None).await?;
+        // A tree keeps its own limit.
+        let size = if old.content.is_disk() { None } else { old.size };
+        let new = NewVolume { content: old.content, size, source: source.clone() };
+        let work = self.work();
+        let record = self.build(work.path(), &new).await?;
+        self.complete(work.path(), &record).await?;
+        self.exchange(work, volume).await?;
+        Ok(info(volume, record))
+    }
+
+    async fn begin(&self, volume: VolumeId) -> Result<Box<dyn Filling>> {
+        let old = self.known(volume, None).await?;
+        let work = self.work();
+        let at = work.path().to_owned();
+        let limit = old.size.filter(|_| !old.content.is_disk() && self.states.limits());
+        self.with_states(move |states| {
+            states.make(&at)?;
+            if limit.is_some() {
+                states.limit(&at, limit)?;
+            }
+            Ok(())
+        })
+        .await?;
+        Ok(Box::new(FileFilling { work, volume, old }))
+    }
+}
+
+struct FileFilling {
+    work: Work,
+    volume: VolumeId,
+    old: Record,
+}
+
+#[async_trait]
+impl Filling for FileFilling {
+    fn directory(&self) -> &Path {
+        self.work.path()
+    }
+
+    async fn commit(self: Box<Self>) -> Result<VolumeInfo> {
+        let Self { work, volume, old } = *self;
+        let at = work.path().to_owned();
+        let record = blocking(move || {
+            if !old.content.is_disk() {
+                std::fs::rename(at.join("tree"), at.join("rootfs"))?;
+                return Ok(Record { format: Format::Directory, based: false, ..old });
+            }
+            let disk = File::options().write(true).open(at.join("disk.img"))?;
+            let came = disk.metadata()?.len().next_multiple_of(512);
+            // A disc is as large as what is on it; a disk keeps what it has beyond.
+            let size = match old.content {
+                VolumeContent::Iso => came,
+                _ => came.max(old.size.map_or(0, |s| s.0)),
+            };
+            check_disk_size(size)?;
+            disk.set_len(size)?;
+            disk.sync_all()?;
+            disk.set_permissions(Permissions::from_mode(0o600))?;
+            Ok(Record { format: Format::Raw, based: false, size: Some(ByteSize(size)), ..old })
+        })
+        .await?;
+        let pool = work.pool.clone();
+        pool.complete(work.path(), &record).await?;
+        pool.exchange(work, volume).await?;
+        Ok(info(volume, record))
+    }
+}
+
+/// States in a directory, by the ids that are their names.
+fn states_in(directory: &Path) -> Result<Vec<(uuid::Uuid, Record)>> {
+    let entries = match std::fs::read_dir(directory) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(vec![]),
+        other => other?,
+    };
+    let mut found = vec![];
+    for entry in entries.flatten() {
+        let Some(id) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else { continue };
+        found.extend(Record::read(&entry.path())?.map(|r| (id, r)));
+    }
+    Ok(found)
+}
+
+/// A place in `tmp`: to the trash unless it was kept, whatever ended the work (error, cancellation).
+struct Work {
+    pool: FilePool,
+    path: Option<PathBuf>,
+}
+
+impl Work {
+    fn path(&self) -> &Path {
+        self.path.as_deref().unwrap_or(Path::new("/nonexistent"))
+    }
+
+    fn keep(mut self) {
+        self.path = None;
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        if let Some(work) = self.path.take() {
+            match std::fs::rename(&work, fresh(&self.pool.root.join("trash"))) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    tracing::warn!(error = %e, "a half-made volume was left; the next start removes it");
+                }
+                _ => self.pool.wake_sweeper(),
+            }
+        }
+    }
+}
+
+/// Frees deleted states, one after the other. Ends with the pool.
+async fn sweeper(
+    trash: PathBuf,
+    states: Arc<dyn States>,
+    mut wanted: mpsc::Receiver<Option<oneshot::Sender<()>>>,
+) {
+    while let Some(answer) = wanted.recv().await {
+        let (trash, states) = (trash.clone(), states.clone());
+        let swept = blocking(move || {
+            for entry in std::fs::read_dir(&trash)?.flatten() {
+                match states.remove(&entry.path()) {
+                    // Its making was cancelled and is just noticing; the next sweep gets it.
+                    Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+                    Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                        tracing::warn!(error = %e, volume = ?entry.file_name(), "a deleted volume could not be freed");
+                    }
+                    _ => {}
+                }
+            }
+            Ok(())
+        })
+        .await;
+        if let Err(e) = swept {
+            tracing::warn!(error = %e, context = e.context, "deleted volumes could not be freed");
+        }
+        if let Some(answer) = answer {
+            let _ = answer.send(());
+        }
+    }
+}
+
+async fn blocking<T: Send + 'static>(f: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(f).await.map_err(|e| Error::internal("a task ended unexpectedly", e))?
+}

@@ -1,0 +1,235 @@
+//! How a file system keeps *states*: directories that hold all of a volume or snapshot, made, cloned and removed whole.
+//!
+//! A state is `volume.json` with `rootfs/` (a tree) or `disk.img` and perhaps `base.img` (a disk).
+
+use crate::Format;
+use karst_host::{btrfs, fs as hostfs};
+use karst_model::{
+    ByteSize, Error, Result,
+    storage::{PoolKind, VolumeContent},
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    fs::{File, Permissions},
+    io::{self, Write},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt},
+    path::Path,
+};
+
+/// Name of the record in a state.
+pub(crate) const RECORD: &str = "volume.json";
+
+/// What is known of a state.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Record {
+    pub content: VolumeContent,
+    pub format: Format,
+    pub size: Option<ByteSize>,
+    /// Has a `base.img`.
+    #[serde(default)]
+    pub based: bool,
+}
+
+impl Record {
+    pub fn read(state: &Path) -> Result<Option<Self>> {
+        match std::fs::read(state.join(RECORD)) {
+            Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes)?)),
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// Replaces it in one step. Its content is on disk before its name: after a power cut there is no empty one. The
+    /// content of trees is not synced (that would cost as much as copying again): see the decision record.
+    pub fn write(&self, state: &Path) -> Result<()> {
+        let fresh = state.join("volume.json.new");
+        let mut file = File::create(&fresh)?;
+        file.write_all(&serde_json::to_vec(self)?)?;
+        file.sync_all()?;
+        std::fs::rename(&fresh, state.join(RECORD)).map_err(Into::into)
+    }
+
+    /// Mode of the state's directory: a tree's setuid files, owned by root on disk, are out of reach of the host's users;
+    /// to a disk its guest's own user (by the group) gets through.
+    pub fn mode(content: VolumeContent) -> u32 {
+        if content.is_disk() { 0o710 } else { 0o700 }
+    }
+}
+
+/// A way to keep states. All calls block.
+pub(crate) trait States: Send + Sync + std::fmt::Debug {
+    fn kind(&self) -> PoolKind;
+    /// Are clones made at one instant, for next to nothing?
+    fn instant(&self) -> bool;
+    /// Makes an empty one.
+    fn make(&self, at: &Path) -> Result<()>;
+    /// Makes `to` what `from` is; `to` cannot be changed with `frozen`, where the file system has that.
+    fn clone(&self, from: &Path, to: &Path, record: &Record, frozen: bool) -> Result<()>;
+    /// Removes one, or a directory of them.
+    fn remove(&self, at: &Path) -> io::Result<()>;
+    /// Are limits of trees held?
+    fn limits(&self) -> bool;
+    /// Limits what the state may hold.
+    fn limit(&self, at: &Path, size: Option<ByteSize>) -> Result<()>;
+}
+
+/// Plain directories: a clone shares blocks where the file system can, and is a copy otherwise.
+#[derive(Debug)]
+pub(crate) struct Directories;
+
+impl States for Directories {
+    fn kind(&self) -> PoolKind {
+        PoolKind::Dir
+    }
+    fn instant(&self) -> bool {
+        false
+    }
+    fn make(&self, at: &Path) -> Result<()> {
+        Ok(std::fs::DirBuilder::new().mode(0o700).create(at)?)
+    }
+    fn clone(&self, from: &Path, to: &Path, record: &Record, _: bool) -> Result<()> {
+        self.make(to)?;
+        if record.content.is_disk() {
+            if record.based {
+                link_or_copy(&from.join("base.img"), &to.join("base.img"))?;
+            }
+            copy_file(&from.join("disk.img"), &to.join("disk.img"), 0o600)?;
+        } else {
+            copy_tree(&from.join("rootfs"), &to.join("rootfs"))?;
+        }
+        record.write(to)
+    }
+    fn remove(&self, at: &Path) -> io::Result<()> {
+        match std::fs::remove_dir_all(at) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other,
+        }
+    }
+    fn limits(&self) -> bool {
+        false
+    }
+    fn limit(&self, _: &Path, _: Option<ByteSize>) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Subvolumes of btrfs: a clone is a snapshot.
+#[derive(Debug)]
+pub(crate) struct Subvolumes;
+
+impl States for Subvolumes {
+    fn kind(&self) -> PoolKind {
+        PoolKind::Btrfs
+    }
+    fn instant(&self) -> bool {
+        true
+    }
+    fn make(&self, at: &Path) -> Result<()> {
+        btrfs::create(at)?;
+        Ok(std::fs::set_permissions(at, Permissions::from_mode(0o700))?)
+    }
+    fn clone(&self, from: &Path, to: &Path, _: &Record, frozen: bool) -> Result<()> {
+        Ok(btrfs::snapshot(from, to, frozen)?)
+    }
+    fn remove(&self, at: &Path) -> io::Result<()> {
+        match btrfs::is_subvolume(at) {
+            Ok(true) => return btrfs::destroy(at),
+            Ok(false) => {}
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err(e),
+        }
+        // A directory of states.
+        for entry in std::fs::read_dir(at)?.flatten() {
+            if entry.file_type()?.is_dir() {
+                self.remove(&entry.path())?;
+            } else {
+                std::fs::remove_file(entry.path())?;
+            }
+        }
+        std::fs::remove_dir(at)
+    }
+    fn limits(&self) -> bool {
+        true
+    }
+    fn limit(&self, at: &Path, size: Option<ByteSize>) -> Result<()> {
+        // The record lies in the state too.
+        let bytes = size.map(|s| s.0.saturating_add(1 << 20));
+        match btrfs::limit(at, bytes) {
+            Err(e) if e.raw_os_error() == Some(rustix::io::Errno::NOTCONN.raw_os_error()) => {
+                if bytes.is_none() {
+                    return Ok(()); // nothing is counted, so nothing is limited
+                }
+                btrfs::enable_quota(at)?;
+                Ok(btrfs::limit(at, bytes)?)
+            }
+            other => Ok(other?),
+        }
+    }
+}
+
+/// Copies a tree into a directory that is made for it.
+pub(crate) fn copy_tree(from: &Path, to: &Path) -> Result<()> {
+    std::fs::DirBuilder::new().mode(0o755).create(to)?;
+    let done = hostfs::copy_tree(&hostfs::open_dir(from)?, &hostfs::open_dir(to)?)?;
+    tracing::debug!(done.entries, done.bytes, done.shared, "copied a tree");
+    Ok(())
+}
+
+/// Copies a file, sharing blocks where the file system can, holes kept.
+pub(crate) fn copy_file(from: &Path, to: &Path, mode: u32) -> Result<()> {
+    let read = rustix::fs::OFlags::NOFOLLOW.bits() as i32;
+    let source = File::options().read(true).custom_flags(read).open(from)?;
+    let target = File::options().write(true).create_new(true).mode(mode).open(to)?;
+    if !hostfs::reflink(&source, &target)? {
+        let size = if source.metadata()?.is_file() {
+            source.metadata()?.len()
+        } else {
+            io::Seek::seek(&mut &source, io::SeekFrom::End(0))?
+        };
+        hostfs::copy_sparse(&source, &target, size)?;
+    }
+    // The umask may have taken some.
+    target.set_permissions(Permissions::from_mode(mode))?;
+    Ok(())
+}
+
+/// A second name of a file that never changes, or a copy where that is not possible.
+pub(crate) fn link_or_copy(from: &Path, to: &Path) -> Result<()> {
+    match std::fs::hard_link(from, to) {
+        Err(e) if matches!(e.kind(), io::ErrorKind::CrossesDevices | io::ErrorKind::TooManyLinks) => {
+            copy_file(from, to, 0o444)
+        }
+        other => Ok(other?),
+    }
+}
+
+/// Bytes that a state takes.
+pub(crate) fn used(state: &Path, record: &Record) -> Result<(u64, u64)> {
+    if record.content.is_disk() {
+        // The base is shared with the image and counts there.
+        return Ok((std::fs::symlink_metadata(state.join("disk.img"))?.blocks() * 512, 0));
+    }
+    Ok(hostfs::tree_usage(&hostfs::open_dir(&state.join("rootfs"))?)?)
+}
+
+/// What a guest's user needs of a disk.
+pub(crate) fn give(state: &Path, user: u32) -> Result<()> {
+    let disk = state.join("disk.img");
+    if std::fs::symlink_metadata(&disk)?.uid() != user {
+        std::os::unix::fs::lchown(&disk, Some(user), Some(user))?;
+    }
+    if std::fs::symlink_metadata(state)?.gid() != user {
+        std::os::unix::fs::lchown(state, Some(0), Some(user))?;
+    }
+    Ok(())
+}
+
+/// Refuses what no disk can be.
+pub(crate) fn check_disk_size(size: u64) -> Result<()> {
+    /// 64 TiB.
+    const LARGEST: u64 = 64 << 40;
+    if size == 0 || size > LARGEST || !size.is_multiple_of(512) {
+        return Err(Error::invalid("size", "a disk has 512 bytes to 64 TiB, in whole sectors of 512 bytes"));
+    }
+    Ok(())
+}

@@ -1,0 +1,80 @@
+//! Disks beside the root: what an instance may attach, and what must not be at work on it when it starts.
+
+use super::expand::ParsedDevices;
+use crate::{Records, db::Tx, saga::runner, volumes};
+use karst_model::{
+    Error, Result,
+    device::{DiskDevice, DiskOrigin},
+    instance::{Instance, InstanceKind},
+    spec::GuestSpec,
+    storage::{Volume, VolumeContent},
+};
+
+/// What disks beside the root name exists, fits the instance, and may be used by it. The volumes are touched: whoever
+/// deletes one, or decides that nobody else has it, compares that.
+///
+/// # Errors
+/// Not found, invalid or conflict, naming the device and key.
+pub(crate) fn check_disks(
+    records: &Records,
+    tx: &mut Tx,
+    instance: &Instance,
+    parsed: &ParsedDevices,
+) -> Result<()> {
+    for (device, disk) in &parsed.disks {
+        let DiskOrigin::Volume { pool, volume } = &disk.source else { continue };
+        let field = |key: &str| format!("devices.{device}.{key}");
+        records.pool(pool).map_err(|e| e.at(field("pool")))?;
+        let row = records.custom_volume(instance.project, pool, volume).ok_or_else(|| {
+            Error::not_found(format!("custom volume {volume:?} not found in pool {pool:?}"))
+                .at(field("source"))
+        })?;
+        check_content(instance.kind, row, device, disk)?;
+        let lock = volumes::lock(row.id);
+        runner::demand_unlocked(records, std::slice::from_ref(&lock))?;
+        tx.expect_unlocked(&lock);
+        if !row.is_shared() {
+            if let Some(other) =
+                volumes::users(records, row).instances.into_iter().find(|i| i.id != instance.id)
+            {
+                return Err(Error::conflict(format!(
+                    "block volume {volume:?} is attached to instance {:?}; set security.shared=true on it if what is in it may be used by several at once",
+                    &*other.name
+                ))
+                .at(field("source")));
+            }
+            tx.expect_untouched(records, &lock);
+        }
+        tx.expect(row);
+        tx.touch(&lock);
+    }
+    Ok(())
+}
+
+fn check_content(kind: InstanceKind, volume: &Volume, device: &str, disk: &DiskDevice) -> Result<()> {
+    let field = format!("devices.{device}.path");
+    match (volume.content, kind, &disk.path) {
+        (VolumeContent::Filesystem, _, None) => {
+            Err(Error::invalid(field, "a file system needs a path where it is mounted in the guest"))
+        }
+        (VolumeContent::Filesystem, ..) => Ok(()),
+        (_, InstanceKind::Container, _) => Err(Error::invalid(
+            format!("devices.{device}.source"),
+            format!("{:?} is a block volume; containers can attach file systems only", volume.name),
+        )),
+        (_, InstanceKind::VirtualMachine, Some(_)) => {
+            Err(Error::invalid(field, "a block volume has no path; the guest sees it as a disk"))
+        }
+        (_, InstanceKind::VirtualMachine, None) => Ok(()),
+    }
+}
+
+/// Nothing is at work on the volumes that a start is to attach (a restore, a resize), and nothing begins meanwhile.
+pub(crate) fn demand_idle(records: &Records, tx: &mut Tx, spec: &GuestSpec) -> Result<()> {
+    for (_, volume) in spec.disks.iter().filter_map(|d| d.volume()) {
+        let lock = volumes::lock(volume);
+        runner::demand_unlocked(records, std::slice::from_ref(&lock))?;
+        tx.expect_unlocked(&lock);
+    }
+    Ok(())
+}

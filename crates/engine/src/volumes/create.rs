@@ -1,0 +1,143 @@
+//! Creating custom volumes.
+
+use super::{demand_free, lock, path, scope};
+use crate::{
+    Engine, EngineInner,
+    context::Context,
+    db::Tx,
+    operations::{LiveOperation, NewOperation},
+    saga::{Saga, StepContext, runner},
+};
+use async_trait::async_trait;
+use karst_agent::VolumeRef;
+use karst_model::{
+    Config, Name, NodeId, Result, VolumeId,
+    access::Permission,
+    spec::{VolumeSource, VolumeSpec},
+    storage::{DEFAULT_BLOCK_SIZE, Volume, VolumeContent, VolumeOwner, check_volume_config},
+};
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// What a user wants created.
+#[derive(Debug, Clone)]
+pub struct CreateVolume {
+    /// Name, unique in project and pool.
+    pub name: String,
+    /// What it holds.
+    pub content: VolumeContent,
+    /// User's text.
+    pub description: String,
+    /// Configuration as written.
+    pub config: Config,
+}
+
+impl Engine {
+    /// Creates a custom volume in a pool.
+    ///
+    /// # Errors
+    /// Invalid by field, not found (pool), conflict (taken name), forbidden.
+    pub async fn volume_create(
+        &self,
+        context: &Context,
+        project: &str,
+        pool: &str,
+        request: CreateVolume,
+    ) -> Result<LiveOperation> {
+        let project = self.project(context, project, Permission::ResourceEdit)?;
+        let inner = self.inner();
+        let name = Name::parse("name", &request.name)?;
+        let size = check_volume_config(&request.config, request.content)?;
+        let size = size.or((request.content != VolumeContent::Filesystem).then_some(DEFAULT_BLOCK_SIZE));
+        runner::start::<VolumeCreate>(inner, context, |tx| {
+            let records = inner.inventory.read();
+            let pool = records.pool(pool)?;
+            demand_free(&records, &project, pool, &name)?;
+            tx.expect(&project);
+            tx.expect(pool);
+            tx.expect_unlocked(&crate::storage::pool_lock(pool.id));
+            tx.touch(&crate::storage::pool_lock(pool.id));
+            let owner = records.volume_project(project.id);
+            tx.touch(&crate::tenancy::project_uses(owner));
+            let volume = Volume {
+                id: VolumeId(inner.env.uuid()),
+                pool: pool.id,
+                project: owner,
+                name: name.to_string(),
+                content: request.content,
+                owner: VolumeOwner::Custom,
+                description: request.description.clone(),
+                size,
+                config: request
+                    .config
+                    .iter()
+                    .filter(|(_, v)| !v.is_empty())
+                    .map(|(k, v)| (k.clone(), v.clone()))
+                    .collect(),
+                spec_version: 1,
+                created_at: inner.env.now(),
+            };
+            let path = path(&records, &volume);
+            let plan = VolumePlan { volume, node: inner.node, path: path.clone() };
+            Ok((
+                plan,
+                NewOperation::task("Creating storage volume", Some(project.id), "storage_volumes", path),
+            ))
+        })
+        .await
+    }
+}
+
+/// Plan of [`VolumeCreate`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct VolumePlan {
+    volume: Volume,
+    node: NodeId,
+    path: String,
+}
+
+/// Makes the volume on its host, then the record. The name is taken from the beginning.
+pub struct VolumeCreate;
+
+#[async_trait]
+impl Saga for VolumeCreate {
+    const NAME: &'static str = "volume-create";
+    const STEPS: &'static [&'static str] = &["volume"];
+    type Plan = VolumePlan;
+    type Outputs = ();
+
+    fn locks(plan: &VolumePlan) -> Vec<String> {
+        vec![lock(plan.volume.id)]
+    }
+    fn begin(plan: &VolumePlan, _: &EngineInner, tx: &mut Tx) -> Result<()> {
+        let volume = &plan.volume;
+        tx.take_name("volumes", &scope(volume), &volume.name, &volume.id.to_string());
+        Ok(())
+    }
+    async fn run(cx: &StepContext, plan: &VolumePlan, _: &mut (), _: usize) -> Result<()> {
+        let spec = VolumeSpec {
+            id: plan.volume.id,
+            pool: plan.volume.pool,
+            content: plan.volume.content,
+            size: plan.volume.size,
+            source: VolumeSource::Empty,
+        };
+        cx.agent(plan.node)?.volume_create(&cx.mutate(Duration::from_secs(600)), spec).await
+    }
+    async fn undo(cx: &StepContext, plan: &VolumePlan, _: &(), _: usize) -> Result<()> {
+        let volume = VolumeRef { pool: plan.volume.pool, volume: plan.volume.id };
+        cx.agent(plan.node)?.volume_delete(&cx.mutate(Duration::from_secs(300)), volume).await
+    }
+    fn commit(plan: &VolumePlan, _: &(), _: &EngineInner, tx: &mut Tx) -> Result<()> {
+        tx.create(&plan.volume);
+        Ok(())
+    }
+    fn abort(plan: &VolumePlan, _: &(), _: &EngineInner, tx: &mut Tx) -> Result<()> {
+        let volume = &plan.volume;
+        tx.release_name("volumes", &scope(volume), &volume.name, &volume.id.to_string());
+        Ok(())
+    }
+    fn announce(plan: &VolumePlan) -> Vec<(&'static str, String)> {
+        vec![("storage-volume-created", plan.path.clone())]
+    }
+}

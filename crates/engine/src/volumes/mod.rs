@@ -1,0 +1,147 @@
+//! Custom volumes: the use cases. A volume belongs to a project and a pool; instances attach it by a device that names
+//! both. Volumes of instances and images follow their owners and are not changed here.
+
+pub mod create;
+pub mod delete;
+pub mod update;
+
+use crate::{Engine, EngineInner, Records, Row, context::Context};
+use karst_model::{
+    Error, Name, ProjectId, Result, VolumeId,
+    access::Permission,
+    instance::{Instance, Status},
+    profile::Profile,
+    project::{DEFAULT_PROJECT, Project},
+    storage::{Pool, Volume},
+};
+
+/// Lock target of a custom volume.
+pub fn lock(id: VolumeId) -> String {
+    format!("volumes/{id}")
+}
+
+/// Scope of the names of custom volumes: unique within project and pool.
+pub(crate) fn scope(volume: &Volume) -> String {
+    format!("{}:{}", volume.project, volume.pool)
+}
+
+/// Path of a custom volume in the API.
+pub(crate) fn path(records: &Records, volume: &Volume) -> String {
+    let pool = records.pools.get(&volume.pool).map(|p| p.name.to_string()).unwrap_or_default();
+    let project = records.projects.get(&volume.project).map(|p| p.name.to_string()).unwrap_or_default();
+    let suffix = if project == DEFAULT_PROJECT { String::new() } else { format!("?project={project}") };
+    format!("/1.0/storage-pools/{pool}/volumes/custom/{}{suffix}", volume.name)
+}
+
+/// Who names a volume in a device.
+pub struct Users {
+    /// Instances, by their own devices or those of profiles.
+    pub instances: Vec<Row<Instance>>,
+    /// Profiles.
+    pub profiles: Vec<Row<Profile>>,
+}
+
+impl Users {
+    /// Those that `context` may see.
+    #[must_use]
+    pub fn visible_to(mut self, context: &Context) -> Self {
+        let sees = |p: ProjectId| context.principal().may(Permission::ProjectView, Some(p));
+        self.instances.retain(|i| sees(i.project));
+        self.profiles.retain(|p| sees(p.project));
+        self
+    }
+
+    /// Nobody?
+    pub fn is_empty(&self) -> bool {
+        self.instances.is_empty() && self.profiles.is_empty()
+    }
+
+    /// As paths of the API.
+    pub fn paths(&self, records: &Records) -> Vec<String> {
+        let project =
+            |id: ProjectId| records.projects.get(&id).map(|p| p.name.to_string()).unwrap_or_default();
+        let instances = self.instances.iter().map(|i| crate::compute::path(&project(i.project), &i.name));
+        let profiles = self.profiles.iter().map(|p| match project(p.project) {
+            name if name == DEFAULT_PROJECT => format!("/1.0/profiles/{}", p.name),
+            name => format!("/1.0/profiles/{}?project={name}", p.name),
+        });
+        let mut all: Vec<_> = instances.chain(profiles).collect();
+        all.sort();
+        all
+    }
+}
+
+/// Who uses a custom volume.
+pub fn users(records: &Records, volume: &Volume) -> Users {
+    let Some(pool) = records.pools.get(&volume.pool) else {
+        return Users { instances: vec![], profiles: vec![] };
+    };
+    let names = |devices: &karst_model::device::Devices, project| {
+        records.volume_project(project) == volume.project
+            && devices.values().any(|d| {
+                d.get("type").is_some_and(|t| t == "disk")
+                    && d.get("pool").is_some_and(|p| **p == *pool.name)
+                    && d.get("source").is_some_and(|s| *s == volume.name)
+            })
+    };
+    let profiles: Vec<_> =
+        records.profiles.values().filter(|p| names(&p.devices, p.project)).cloned().collect();
+    let instances = records.instances.values().filter(|i| {
+        // What the profiles say counts unless the instance masks it: look closer only where there is a chance.
+        let chance = names(&i.devices, i.project) || profiles.iter().any(|p| i.profiles.contains(&p.id));
+        chance && names(&records.expanded(i).1, i.project)
+    });
+    Users { instances: instances.cloned().collect(), profiles }
+}
+
+/// Does the guest of an instance run?
+pub(crate) fn runs(records: &Records, instance: &Instance) -> bool {
+    let status = instance.status(records.runtimes.get(&instance.id).map(|r| &r.value));
+    !matches!(status, Status::Stopped | Status::Error)
+}
+
+impl Records {
+    /// The same as [`Records::custom_volume`], as an error for the user when there is none.
+    pub(crate) fn demand_volume(&self, project: ProjectId, pool: &str, name: &str) -> Result<&Row<Volume>> {
+        self.pool(pool)?;
+        self.custom_volume(project, pool, name)
+            .ok_or_else(|| Error::not_found(format!("custom volume {name:?} not found in pool {pool:?}")))
+    }
+}
+
+impl Engine {
+    /// A custom volume by name.
+    ///
+    /// # Errors
+    /// Not found, forbidden.
+    pub fn custom_volume(
+        &self,
+        context: &Context,
+        project: &str,
+        pool: &str,
+        name: &str,
+    ) -> Result<Row<Volume>> {
+        let project = self.project(context, project, Permission::ProjectView)?;
+        self.inner().inventory.read().demand_volume(project.id, pool, name).cloned()
+    }
+}
+
+impl EngineInner {
+    /// The current row of a volume that a saga works on.
+    pub(crate) fn volume_row(&self, id: VolumeId) -> Result<Row<Volume>> {
+        let row = self.inventory.read().volumes.get(&id).cloned();
+        row.ok_or_else(|| Error::not_found("the volume is gone").with_context(id))
+    }
+}
+
+/// A free name for a volume of a pool.
+pub(crate) fn demand_free(records: &Records, project: &Project, pool: &Pool, name: &Name) -> Result<()> {
+    match records.custom_volume(project.id, &pool.name, name) {
+        None => Ok(()),
+        Some(_) => Err(Error::conflict(format!(
+            "a custom volume {:?} exists already in pool {:?}",
+            &**name, &*pool.name
+        ))
+        .at("name")),
+    }
+}

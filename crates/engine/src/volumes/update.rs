@@ -1,0 +1,271 @@
+//! Changing custom volumes: description, configuration, size, name.
+
+use super::{demand_free, lock, path, runs, scope, users};
+use crate::{
+    Engine, EngineInner,
+    context::Context,
+    db::Tx,
+    operations::{LiveOperation, NewOperation},
+    saga::{Saga, StepContext, runner},
+};
+use async_trait::async_trait;
+use karst_agent::{VolumeRef, VolumeResize};
+use karst_model::{
+    ByteSize, Config, Error, Name, NodeId, Result,
+    access::Permission,
+    device::Devices,
+    storage::{Volume, VolumeContent, check_volume_config},
+};
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// The whole of what a user may set of a custom volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UpdateVolume {
+    /// User's text.
+    pub description: String,
+    /// Configuration as written; `volatile.*` is ignored.
+    pub config: Config,
+    /// `spec_version` that was read (If-Match).
+    pub if_version: Option<u64>,
+}
+
+impl Engine {
+    /// Replaces what a user may set of a custom volume; a changed size takes effect at once.
+    ///
+    /// # Errors
+    /// Invalid by field, not found, precondition failed, conflict when busy or in use, forbidden.
+    pub async fn volume_update(
+        &self,
+        context: &Context,
+        project: &str,
+        pool: &str,
+        name: &str,
+        request: UpdateVolume,
+    ) -> Result<LiveOperation> {
+        let project = self.project(context, project, Permission::ResourceEdit)?;
+        let inner = self.inner();
+        runner::start::<VolumeUpdate>(inner, context, |tx| {
+            let records = inner.inventory.read();
+            let row = records.demand_volume(project.id, pool, name)?;
+            if request.if_version.is_some_and(|v| v != row.spec_version) {
+                return Err(Error::precondition_failed(format!(
+                    "volume {name:?} has changed since it was read; read it again"
+                )));
+            }
+            let mut after = row.value.clone();
+            after.description = request.description.clone();
+            after.config = request
+                .config
+                .iter()
+                .filter(|(k, v)| !k.starts_with("volatile.") && !v.is_empty())
+                .map(|(k, v)| (k.clone(), v.clone()))
+                .collect();
+            let size = check_volume_config(&after.config, row.content)?;
+            after.size = new_size(row, size)?;
+            after.spec_version += 1;
+            let users = users(&records, row);
+            if row.is_shared() && !after.is_shared() && users.instances.len() > 1 {
+                return Err(Error::conflict(format!(
+                    "volume {name:?} is attached to {} instances; detach it from all but one first",
+                    users.instances.len()
+                ))
+                .at("config.security.shared"));
+            }
+            if after.size != row.size && row.content != VolumeContent::Filesystem {
+                for user in &users.instances {
+                    if runs(&records, user) {
+                        return Err(Error::conflict(format!(
+                            "instance {:?} runs with volume {name:?}; stop it before the volume grows",
+                            &*user.name
+                        ))
+                        .at("config.size"));
+                    }
+                    // A start would expect this volume to be unlocked; a start that is under way has this lock.
+                    runner::demand_unlocked(&records, &[crate::compute::lock(user.id)])?;
+                    tx.expect_unlocked(&crate::compute::lock(user.id));
+                    tx.expect(user);
+                }
+            }
+            tx.expect(row);
+            tx.expect_untouched(&records, &lock(row.id));
+            let path = path(&records, row);
+            let plan = UpdatePlan { before: row.size, after, node: inner.node, path: path.clone() };
+            Ok((
+                plan,
+                NewOperation::task("Updating storage volume", Some(project.id), "storage_volumes", path),
+            ))
+        })
+        .await
+    }
+
+    /// Renames a custom volume; devices of instances and profiles that name it follow.
+    ///
+    /// # Errors
+    /// Invalid name, not found, conflict (taken, used by a running instance, busy), forbidden.
+    pub async fn volume_rename(
+        &self,
+        context: &Context,
+        project: &str,
+        pool: &str,
+        name: &str,
+        new: &str,
+    ) -> Result<()> {
+        let project = self.project(context, project, Permission::ResourceEdit)?;
+        let inner = self.inner();
+        let new = Name::parse("name", new)?;
+        let mut renamed = String::new();
+        inner
+            .transact(|records, tx| {
+                let row = records.demand_volume(project.id, pool, name)?;
+                let pool = records.pool(pool)?;
+                if *row.name == *new {
+                    return Ok(());
+                }
+                demand_free(records, &project, pool, &new)?;
+                runner::demand_unlocked(records, &[lock(row.id)])?;
+                tx.expect_unlocked(&lock(row.id));
+                tx.expect_untouched(records, &lock(row.id));
+                let users = users(records, row);
+                for user in &users.instances {
+                    if runs(records, user) {
+                        return Err(Error::conflict(format!(
+                            "instance {:?} runs with volume {name:?}; stop it before the volume is renamed",
+                            &*user.name
+                        )));
+                    }
+                    let target = crate::compute::lock(user.id);
+                    runner::demand_unlocked(records, std::slice::from_ref(&target))?;
+                    tx.expect_unlocked(&target);
+                    let mut instance = user.value.clone();
+                    match follow(&mut instance.devices, &pool.name, name, &new) {
+                        true => {
+                            instance.spec_version += 1;
+                            tx.replace(user, &instance);
+                        }
+                        // By a profile.
+                        false => tx.expect(user),
+                    }
+                }
+                for user in &users.profiles {
+                    let mut profile = user.value.clone();
+                    if follow(&mut profile.devices, &pool.name, name, &new) {
+                        profile.spec_version += 1;
+                        tx.replace(user, &profile);
+                    }
+                }
+                let mut volume = row.value.clone();
+                volume.name = new.to_string();
+                volume.spec_version += 1;
+                tx.replace(row, &volume);
+                tx.release_name("volumes", &scope(row), name, &row.id.to_string());
+                tx.take_name("volumes", &scope(row), &new, &row.id.to_string());
+                renamed = path(records, &volume);
+                Ok(())
+            })
+            .await?;
+        inner.announce(context, Some(project.id), "storage-volume-renamed", renamed);
+        Ok(())
+    }
+}
+
+/// Lets devices name a volume by its new name; answers whether one did.
+fn follow(devices: &mut Devices, pool: &str, old: &str, new: &str) -> bool {
+    let mut changed = false;
+    for keys in devices.values_mut() {
+        let is = |key: &str, value: &str| keys.get(key).is_some_and(|v| v == value);
+        if is("type", "disk") && is("pool", pool) && is("source", old) {
+            keys.insert("source".into(), new.into());
+            changed = true;
+        }
+    }
+    changed
+}
+
+/// The size that it is to have: disks grow only, and a limit that is there stays one.
+fn new_size(volume: &Volume, wanted: Option<ByteSize>) -> Result<Option<ByteSize>> {
+    let field = "config.size";
+    match (volume.content, volume.size, wanted) {
+        (VolumeContent::Filesystem, Some(now), None) => Err(Error::invalid(
+            field,
+            format!("the limit of a volume can be changed, not removed; it has {now}"),
+        )),
+        (VolumeContent::Filesystem, _, wanted) => Ok(wanted),
+        (_, now, None) => Ok(now),
+        (_, Some(now), Some(wanted)) if wanted < now => {
+            Err(Error::invalid(field, format!("a disk cannot shrink; it has {now}")))
+        }
+        (_, _, wanted) => Ok(wanted),
+    }
+}
+
+/// Plan of [`VolumeUpdate`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct UpdatePlan {
+    /// Size before.
+    before: Option<ByteSize>,
+    after: Volume,
+    node: NodeId,
+    path: String,
+}
+
+/// Changes the size on the host when it changes, then the record. A disk that grew stays so when the saga is undone: it
+/// cannot shrink, and the record's smaller size lets it grow again.
+pub struct VolumeUpdate;
+
+impl VolumeUpdate {
+    async fn resize(cx: &StepContext, plan: &UpdatePlan, size: ByteSize) -> Result<()> {
+        let volume = VolumeRef { pool: plan.after.pool, volume: plan.after.id };
+        let resize = VolumeResize { volume, size };
+        cx.agent(plan.node)?.volume_resize(&cx.mutate(Duration::from_secs(120)), resize).await
+    }
+}
+
+#[async_trait]
+impl Saga for VolumeUpdate {
+    const NAME: &'static str = "volume-update";
+    const STEPS: &'static [&'static str] = &["resize"];
+    type Plan = UpdatePlan;
+    type Outputs = ();
+
+    fn locks(plan: &UpdatePlan) -> Vec<String> {
+        vec![lock(plan.after.id)]
+    }
+    fn begin(_: &UpdatePlan, _: &EngineInner, _: &mut Tx) -> Result<()> {
+        Ok(())
+    }
+    async fn run(cx: &StepContext, plan: &UpdatePlan, _: &mut (), _: usize) -> Result<()> {
+        match plan.after.size {
+            Some(size) if plan.before != plan.after.size => Self::resize(cx, plan, size).await,
+            _ => Ok(()),
+        }
+    }
+    async fn undo(cx: &StepContext, plan: &UpdatePlan, _: &(), _: usize) -> Result<()> {
+        match plan.before {
+            Some(size)
+                if plan.before != plan.after.size && plan.after.content == VolumeContent::Filesystem =>
+            {
+                Self::resize(cx, plan, size).await
+            }
+            _ => Ok(()),
+        }
+    }
+    fn commit(plan: &UpdatePlan, _: &(), engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        let row = engine.volume_row(plan.after.id)?;
+        if row.is_shared() && !plan.after.is_shared() {
+            let records = engine.inventory.read();
+            if users(&records, &row).instances.len() > 1 {
+                return Err(Error::conflict("the volume was attached to another instance meanwhile"));
+            }
+            tx.expect_untouched(&records, &lock(row.id));
+        }
+        tx.replace(&row, &plan.after);
+        Ok(())
+    }
+    fn abort(_: &UpdatePlan, _: &(), _: &EngineInner, _: &mut Tx) -> Result<()> {
+        Ok(())
+    }
+    fn announce(plan: &UpdatePlan) -> Vec<(&'static str, String)> {
+        vec![("storage-volume-updated", plan.path.clone())]
+    }
+}

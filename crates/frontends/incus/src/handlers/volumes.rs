@@ -1,0 +1,308 @@
+//! Volumes of pools: `/1.0/storage-pools/{name}/volumes`. Custom ones are changed here; those of instances and images are
+//! shown only.
+
+use super::list as respond_list;
+use crate::{
+    app::{Call, Taken, finished},
+    fields::Fields,
+    filter::Filter,
+    respond::{Etag, Reply, created, empty, sync, sync_etag},
+    wire::{
+        self, NOWHERE,
+        misc::{UsedTotal, VolumeView},
+    },
+};
+use karst_engine::{
+    Row,
+    volumes::{create::CreateVolume, update::UpdateVolume, users},
+};
+use karst_model::{
+    Error, Result,
+    storage::{Volume, VolumeContent, VolumeOwner},
+};
+use serde::Serialize;
+
+const VIEW: &str = "storage-volume";
+
+/// What views show of a volume and changes carry back without meaning.
+const READ_ONLY: &[&str] =
+    &["name", "type", "used_by", "location", "content_type", "project", "created_at", "pool"];
+
+fn tag(volume: &Volume) -> Etag {
+    Etag::of(VIEW, volume.id.uuid(), volume.spec_version)
+}
+
+struct Found {
+    volume: Row<Volume>,
+    kind: &'static str,
+    name: String,
+    project: String,
+    used_by: Vec<String>,
+}
+
+/// Volumes of a pool as Incus shows them: those of instances under the instance's name and type.
+fn volumes_of(call: &Call) -> Result<Vec<Found>> {
+    let project = (!call.query.flag("all-projects")).then(|| call.project());
+    let all = call.engine().volumes(&call.context, call.param(0), project)?;
+    let inner = call.engine().inner();
+    let records = inner.inventory.read();
+    Ok(all
+        .into_iter()
+        .map(|volume| {
+            let project =
+                records.projects.get(&volume.project).map(|p| p.name.to_string()).unwrap_or_default();
+            let (kind, name, used_by) = match &volume.owner {
+                VolumeOwner::Instance { instance } => match records.instances.get(instance) {
+                    Some(i) => (
+                        i.kind.as_str(),
+                        i.name.to_string(),
+                        vec![wire::path("instances", &i.name, &project)],
+                    ),
+                    None => ("container", volume.name.clone(), vec![]),
+                },
+                VolumeOwner::Image { image } => {
+                    let name = records
+                        .images
+                        .get(image)
+                        .map_or_else(|| volume.name.clone(), |i| i.fingerprint.clone());
+                    ("image", name, vec![])
+                }
+                VolumeOwner::Custom => {
+                    let used_by = users(&records, &volume).visible_to(&call.context).paths(&records);
+                    ("custom", volume.name.clone(), used_by)
+                }
+            };
+            Found { volume, kind, name, project, used_by }
+        })
+        .collect())
+}
+
+impl Found {
+    fn view(&self) -> VolumeView<'_> {
+        let mut config = self.volume.config.clone();
+        if let Some(size) = self.volume.size {
+            config.entry("size".into()).or_insert_with(|| size.to_string());
+        }
+        VolumeView {
+            config,
+            description: &self.volume.description,
+            name: &self.name,
+            kind: self.kind,
+            used_by: self.used_by.clone(),
+            location: NOWHERE,
+            content_type: self.volume.content.as_str(),
+            project: &self.project,
+            created_at: self.volume.created_at,
+        }
+    }
+
+    fn path(&self, pool: &str) -> String {
+        let kind = format!("storage-pools/{}/volumes/{}", wire::segment(pool), self.kind);
+        wire::path(&kind, &self.name, &self.project)
+    }
+}
+
+/// `GET /1.0/storage-pools/{name}/volumes` and `…/volumes/{type}`
+///
+/// # Errors
+/// Those of the engine.
+pub async fn list(call: Call) -> Result<Reply> {
+    let recursion = call.query.recursion()?;
+    let filter = Filter::parse(call.query.get("filter"))?;
+    let mut all = volumes_of(&call)?;
+    let kind = call.param(1);
+    if !kind.is_empty() {
+        known_kind(kind)?;
+        all.retain(|v| v.kind == kind);
+    }
+    respond_list(recursion, &filter, all.iter().map(|v| (v.view(), v.path(call.param(0)))))
+}
+
+fn known_kind(kind: &str) -> Result<()> {
+    if ["container", "virtual-machine", "image", "custom"].contains(&kind) {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        "type",
+        format!("{kind:?} is not a type of volume; use container, virtual-machine, image or custom"),
+    ))
+}
+
+fn find(call: &Call) -> Result<Found> {
+    let (kind, name) = (call.param(1), call.param(2));
+    known_kind(kind)?;
+    volumes_of(call)?.into_iter().find(|v| v.kind == kind && v.name == name).ok_or_else(|| {
+        Error::not_found(format!("storage volume {kind}/{name} not found in pool {:?}", call.param(0)))
+    })
+}
+
+/// `GET /1.0/storage-pools/{name}/volumes/{type}/{volume}`
+///
+/// # Errors
+/// Those of the engine.
+pub async fn get(call: Call) -> Result<Reply> {
+    let found = find(&call)?;
+    sync_etag(&found.view(), &tag(&found.volume))
+}
+
+/// `GET /1.0/storage-pools/{name}/volumes/{type}/{volume}/state`
+///
+/// # Errors
+/// Those of the engine.
+pub async fn state(call: Call) -> Result<Reply> {
+    #[derive(Serialize)]
+    struct State {
+        usage: UsedTotal,
+    }
+    let found = find(&call)?;
+    let usage = call.engine().volume_usage(&found.volume).await?;
+    sync(&State { usage: UsedTotal { used: usage.used, total: usage.total } })
+}
+
+fn content(name: &str) -> Result<VolumeContent> {
+    match name {
+        "" | "filesystem" => Ok(VolumeContent::Filesystem),
+        "block" => Ok(VolumeContent::Block),
+        other => Err(Error::invalid(
+            "content_type",
+            format!("{other:?} is not a content of volumes that can be made; use filesystem or block"),
+        )),
+    }
+}
+
+/// Only custom volumes can be made or changed by themselves.
+fn demand_custom(kind: &str) -> Result<()> {
+    known_kind(kind)?;
+    if kind == "custom" {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        "type",
+        format!("a volume of type {kind:?} follows its owner; custom ones can be changed"),
+    ))
+}
+
+/// `POST /1.0/storage-pools/{name}/volumes` and `…/volumes/{type}`
+///
+/// # Errors
+/// Those of the engine; invalid by field.
+pub async fn create(call: Call) -> Result<Reply> {
+    let (call, mut f) = call.fields().await?;
+    let kind = f.text("type")?.filter(|k| !k.is_empty());
+    let kind = match call.param(1) {
+        "" => kind.unwrap_or_else(|| "custom".into()),
+        kind => kind.to_owned(),
+    };
+    demand_custom(&kind)?;
+    let name = f.need_text("name")?;
+    let content_type = f.text("content_type")?.unwrap_or_default();
+    let description = f.text("description")?.unwrap_or_default();
+    let config = f.config("config")?.unwrap_or_default();
+    let mut source = f.object("source")?;
+    if let Some(kind) = source.text("type")?.filter(|k| !k.is_empty() && k != "none") {
+        return Err(
+            Error::unsupported(format!("making a volume by {kind} is not there yet")).at("source.type")
+        );
+    }
+    source.finish_any();
+    f.finish(&["restore", "pool"])?;
+    let content = content(&content_type)?;
+    let request = CreateVolume { name: name.clone(), content, description, config };
+    let operation =
+        call.engine().volume_create(&call.context, call.project(), call.param(0), request).await?;
+    finished(&operation).await?;
+    created(&location(&call, &name))
+}
+
+fn location(call: &Taken, name: &str) -> String {
+    let kind = format!("storage-pools/{}/volumes/custom", wire::segment(call.param(0)));
+    wire::path(&kind, name, call.project())
+}
+
+/// What a change says, over what is there.
+fn update(f: &mut Fields, now: &Volume, merge: bool, if_version: Option<u64>) -> Result<UpdateVolume> {
+    let mut request = UpdateVolume { description: String::new(), config: Default::default(), if_version };
+    if merge {
+        request.description = now.description.clone();
+        request.config = now.config.clone();
+    }
+    if let Some(text) = f.text("description")? {
+        request.description = text;
+    }
+    let config = f.config("config")?;
+    match (merge, config) {
+        (true, config) => request.config.extend(config.unwrap_or_default()),
+        (false, Some(config)) => request.config = config,
+        // As much as not said: a body with a description alone leaves the configuration.
+        (false, None) => request.config = now.config.clone(),
+    }
+    Ok(request)
+}
+
+async fn change(call: Call, merge: bool) -> Result<Reply> {
+    demand_custom(call.param(1))?;
+    let volume = call.engine().custom_volume(&call.context, call.project(), call.param(0), call.param(2))?;
+    let if_version = call.expected(VIEW, volume.id.uuid(), volume.spec_version)?;
+    let (call, mut f) = call.fields().await?;
+    if f.text("restore")?.is_some_and(|r| !r.is_empty()) {
+        return Err(Error::unsupported("snapshots of volumes are not there yet").at("restore"));
+    }
+    let request = update(&mut f, &volume, merge, if_version.or(merge.then_some(volume.spec_version)))?;
+    f.finish(READ_ONLY)?;
+    let (pool, name) = (call.param(0), call.param(2));
+    let operation = call.engine().volume_update(&call.context, call.project(), pool, name, request).await?;
+    finished(&operation).await?;
+    Ok(empty())
+}
+
+/// `PUT /1.0/storage-pools/{name}/volumes/{type}/{volume}`
+///
+/// # Errors
+/// Those of the engine; invalid by field.
+pub async fn replace(call: Call) -> Result<Reply> {
+    change(call, false).await
+}
+
+/// `PATCH /1.0/storage-pools/{name}/volumes/{type}/{volume}`: what is not said stays.
+///
+/// # Errors
+/// Those of the engine; invalid by field.
+pub async fn patch(call: Call) -> Result<Reply> {
+    change(call, true).await
+}
+
+/// `POST /1.0/storage-pools/{name}/volumes/{type}/{volume}`: rename.
+///
+/// # Errors
+/// Those of the engine; moves are not there.
+pub async fn rename(call: Call) -> Result<Reply> {
+    demand_custom(call.param(1))?;
+    let (call, mut f) = call.fields().await?;
+    let new = f.need_text("name")?;
+    for field in ["pool", "project"] {
+        if f.text(field)?.is_some_and(|v| !v.is_empty()) {
+            return Err(
+                Error::unsupported(format!("moving volumes to another {field} is not there yet")).at(field)
+            );
+        }
+    }
+    if f.flag("migration")? {
+        return Err(Error::unsupported("moving volumes between servers is not there yet").at("migration"));
+    }
+    f.finish(&["target", "source", "volume_only"])?;
+    let (pool, old) = (call.param(0), call.param(2));
+    call.engine().volume_rename(&call.context, call.project(), pool, old, &new).await?;
+    created(&location(&call, &new))
+}
+
+/// `DELETE /1.0/storage-pools/{name}/volumes/{type}/{volume}`
+///
+/// # Errors
+/// Those of the engine.
+pub async fn delete(call: Call) -> Result<Reply> {
+    demand_custom(call.param(1))?;
+    let (pool, name) = (call.param(0), call.param(2));
+    let operation = call.engine().volume_delete(&call.context, call.project(), pool, name).await?;
+    finished(&operation).await?;
+    Ok(empty())
+}
