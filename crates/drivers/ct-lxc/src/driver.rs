@@ -446,7 +446,11 @@ impl Shared {
                 tracing::warn!(%instance, error = %e, context = e.context.as_deref(), "after a reboot from inside");
             }
             last = Some(init.pid);
-            match tokio::io::unix::AsyncFd::with_interest(init.pidfd, tokio::io::Interest::READABLE) {
+            // SAFETY: it owns the only descriptor of this number and drops it together with the registration.
+            let pidfd = unsafe {
+                tokio::io::unix::AsyncFd::register_with_interest(init.pidfd, tokio::io::Interest::READABLE)
+            };
+            match pidfd {
                 Ok(pidfd) => drop(pidfd.readable().await),
                 Err(_) => tokio::time::sleep(Duration::from_secs(1)).await,
             }

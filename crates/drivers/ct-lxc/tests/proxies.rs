@@ -95,10 +95,14 @@ async fn both_ways_and_through_everything() {
     let serve = std::thread::spawn(move || server.accept().unwrap().0.write_all(b"from the host"));
     assert_eq!(inside(&again, &guest, "busybox nc 127.0.0.1 1234 </dev/null").await, "from the host");
     serve.join().unwrap().unwrap();
-    inside(&again, &guest, "echo drop | busybox nc -u -w 1 127.0.0.1 1235; true").await;
-    let mut buffer = [0; 16];
-    let (n, _) = sink.recv_from(&mut buffer).unwrap();
-    assert_eq!(&buffer[..n], b"drop\n");
+    let answer = std::thread::spawn(move || {
+        let mut buffer = [0; 16];
+        let (n, sender) = sink.recv_from(&mut buffer)?;
+        sink.send_to(&buffer[..n], sender)
+    });
+    let script = "bash -c 'exec 3<>/dev/udp/127.0.0.1/1235; echo drop >&3; timeout 10 dd bs=64 count=1 <&3 2>/dev/null'";
+    assert_eq!(inside(&again, &guest, script).await, "drop");
+    answer.join().unwrap().unwrap();
 
     // A reboot from inside: another network, the same proxies.
     let first = again.observe(guest.instance).await.unwrap().pid;
