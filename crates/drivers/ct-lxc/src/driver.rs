@@ -4,8 +4,9 @@ use crate::{
     attach,
     config::{Groups, HostFeatures, SECCOMP, render, seccomp_file},
     disks,
+    end::{ended, exit_reason},
     limits::limits,
-    proc::{Init, InitEnd, init_end, log_reason},
+    proc::{Init, init_end, log_reason},
     proxies,
     record::Record,
     seed,
@@ -14,7 +15,7 @@ use async_trait::async_trait;
 use karst_guest::{
     Applied, Exec, ExecRequest, GuestDriver, GuestFiles, Interface, Metrics, Observed, ResolvedGuest,
     StopMode,
-    keeper::{self, Console, End, Exit, Keeper, Requested, Spec, Status, write_private},
+    keeper::{self, Console, Keeper, Requested, Spec, Status, write_private},
 };
 use karst_host::{Program, cgroup::Cgroups, link, netns::NetnsProbe, run};
 use karst_model::{
@@ -683,33 +684,6 @@ impl Shared {
     }
 }
 
-/// What a status found without a living keeper means.
-fn ended(status: Status) -> End {
-    match status.state {
-        keeper::State::Exited | keeper::State::Failed => End::Exited(status),
-        _ => End::KeeperLost(Some(status)),
-    }
-}
-
-fn exit_reason(end: &End, init: Option<InitEnd>) -> Option<ExitReason> {
-    let crashed = |detail: String| Some(ExitReason::Crashed { detail });
-    match end {
-        End::KeeperLost(_) => crashed("its keeper was killed".into()),
-        End::Exited(s) => match (s.requested, s.exit, init) {
-            (Requested::Force | Requested::Deadline, ..) => Some(ExitReason::Forced),
-            (Requested::Shutdown, ..) => Some(ExitReason::Shutdown),
-            (_, Some(Exit::Signal(n)), _) => crashed(format!("lxc-start was ended by signal {n}")),
-            // The kernel ends a namespace's init with this signal when it asks for a halt or power-off.
-            (_, _, Some(InitEnd::Signal(libc::SIGINT))) => Some(ExitReason::Shutdown),
-            (_, _, Some(InitEnd::Signal(n))) => crashed(format!("its init was ended by signal {n}")),
-            (_, _, Some(InitEnd::Code(n))) => crashed(format!("its init ended with code {n}")),
-            (_, Some(Exit::Code(0)), None) => Some(ExitReason::Shutdown),
-            (_, Some(Exit::Code(n)), None) => crashed(format!("lxc-start ended with code {n}")),
-            (_, None, None) => crashed(s.reason.clone()),
-        },
-    }
-}
-
 /// Tells whether the first-boot data must be written again.
 fn seed_hash(guest: &ResolvedGuest) -> u64 {
     let mut h = DefaultHasher::new();
@@ -905,27 +879,4 @@ fn host_memory() -> Option<u64> {
         .lines()
         .find_map(|l| l.strip_prefix("MemTotal:")?.trim().trim_end_matches(" kB").parse().ok())?;
     Some(kib * 1024)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn why_it_ended() {
-        let end = |requested, exit, init| {
-            exit_reason(&End::Exited(Status { requested, exit: Some(exit), ..Status::default() }), init)
-        };
-        let (none, zero) = (Requested::Nobody, Exit::Code(0));
-        assert_eq!(end(none, zero, None), Some(ExitReason::Shutdown));
-        assert_eq!(end(none, zero, Some(InitEnd::Signal(2))), Some(ExitReason::Shutdown));
-        assert_eq!(end(Requested::Shutdown, Exit::Code(1), None), Some(ExitReason::Shutdown));
-        assert_eq!(end(Requested::Force, zero, Some(InitEnd::Signal(9))), Some(ExitReason::Forced));
-        let crash = end(none, zero, Some(InitEnd::Signal(9)));
-        assert!(matches!(crash, Some(ExitReason::Crashed { detail }) if detail.contains("signal 9")));
-        let crash = end(none, zero, Some(InitEnd::Code(3)));
-        assert!(matches!(crash, Some(ExitReason::Crashed { detail }) if detail.contains("code 3")));
-        let lost = exit_reason(&End::KeeperLost(None), None);
-        assert!(matches!(lost, Some(ExitReason::Crashed { .. })));
-    }
 }

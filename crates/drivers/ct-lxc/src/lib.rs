@@ -10,6 +10,7 @@ mod attach;
 mod config;
 mod disks;
 mod driver;
+mod end;
 mod files;
 mod limits;
 mod proc;
