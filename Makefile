@@ -2,13 +2,14 @@
 KARST_DIR ?= /var/lib/karst
 export KARST_DIR
 
-.PHONY: help run stop purge build install uninstall test test-all check bench deps test-deps
+.PHONY: help run stop purge build install uninstall test test-all check bench deps test-deps deb
 
 help:
 	@echo "make run       install what is missing, build, start Karst in $(KARST_DIR), launch c1 and v1"
 	@echo "make stop      stop Karst and its guests; their data stays"
 	@echo "make purge     remove every trace of Karst in $(KARST_DIR) from this machine"
 	@echo "make install   install programs, units and user below PREFIX (default /usr/local)"
+	@echo "make deb       the same as a Debian package, in target/deb"
 	@echo "make check     formatting, clippy, edges, generated documents"
 	@echo "make test      what CI runs; make test-all: everything; make bench: figures beside the peers"
 
@@ -49,3 +50,6 @@ install:
 
 uninstall:
 	@scripts/install --remove $(PREFIX)
+
+deb:
+	@scripts/build-deb

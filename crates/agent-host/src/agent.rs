@@ -176,14 +176,26 @@ impl RealAgent {
             };
             outcome = outcome.and(ended.await);
         }
+        // What no record tells of any more is found by the daemon's id: processes first, then what they held.
+        let cgroups = karst_host::cgroup::Cgroups::detect()?;
+        let group = format!("karst-{}", self.options.daemon_id);
+        outcome = outcome.and(cgroups.kill(&group).await);
+        let prefix = karst_agent::names::interface_prefix(&self.options.daemon_id);
+        for link in std::fs::read_dir("/sys/class/net")?.flatten() {
+            let name = link.file_name().to_string_lossy().into_owned();
+            if name.starts_with(&prefix) && name.len() == 15 {
+                // It may go by itself at this moment, with its namespace.
+                let gone = karst_host::link::delete(&name)
+                    .or_else(|e| if link.path().exists() { Err(e) } else { Ok(()) });
+                outcome = outcome.and(gone);
+            }
+        }
         for pool in self.registry.pools()? {
             self.forget_pool(pool.id);
             outcome = outcome.and(self.pool_place(pool.id).close().await);
         }
         outcome = outcome.and(self.networks.purge().await);
-        outcome = outcome.and(
-            karst_host::cgroup::Cgroups::detect()?.remove(&format!("karst-{}", self.options.daemon_id)).await,
-        );
+        outcome = outcome.and(cgroups.remove(&group).await);
         outcome = outcome.and(karst_ct_lxc::apparmor::unload(&self.options.daemon_id).await);
         for claim in self.ids.claims()? {
             self.ids.release(claim.range, &claim.owner);
@@ -357,6 +369,21 @@ impl RealAgent {
         Ok(record)
     }
 
+    /// Adds to the record of a running guest what an update brings.
+    pub(crate) fn remember_beside(&self, spec: &GuestSpec, now: &GuestRecord) -> Result<()> {
+        let mut record = now.clone();
+        let volumes = spec.disks.iter().filter_map(DiskSpec::volume).map(|(_, volume)| volume);
+        record.volumes.extend(volumes.filter(|v| !now.volumes.contains(v)));
+        let interfaces = spec.nics.iter().map(|n| n.host_interface.clone());
+        record.interfaces.extend(interfaces.filter(|i| !now.interfaces.contains(i)));
+        record.networks.extend(spec.nics.iter().map(|n| n.network).filter(|n| !now.networks.contains(n)));
+        if record != *now {
+            self.registry.put_guest(spec.instance, &record)?;
+            self.guests.lock().unwrap().insert(spec.instance, record);
+        }
+        Ok(())
+    }
+
     pub(crate) async fn forget(&self, id: InstanceId) -> Result<()> {
         let registry = self.registry.clone();
         blocking(move || registry.remove_guest(id)).await?;
@@ -410,6 +437,7 @@ impl RealAgent {
             DiskSource::Volume { pool, volume } => (pool, volume),
             DiskSource::Host { ref path } => return self.resolve_path(&disk, path),
         };
+        let content = self.pool(pool)?.inspect(volume).await?.content;
         let located = self.locate(VolumeRef { pool, volume }, user).await?;
         Ok(Some(ResolvedDisk {
             name: disk.name,
@@ -424,6 +452,8 @@ impl RealAgent {
             opened: None,
             recursive: false,
             follow: false,
+            cdrom: content == VolumeContent::Iso,
+            ejected: disk.ejected,
             io: disk.io,
             pci: disk.pci,
             boot_priority: disk.boot_priority,
@@ -461,6 +491,8 @@ impl RealAgent {
             opened: Some(Opened(Arc::new(opened))),
             recursive: disk.recursive,
             follow: disk.follow,
+            cdrom: false,
+            ejected: disk.ejected,
             io: disk.io,
             pci: disk.pci.clone(),
             boot_priority: disk.boot_priority,
@@ -497,6 +529,8 @@ impl RealAgent {
                 mac: nic.mac,
                 host_interface: nic.host_interface,
                 mtu: nic.mtu,
+                model: nic.model,
+                disconnected: nic.disconnected,
                 pci: nic.pci,
                 boot_priority: nic.boot_priority,
             });
@@ -532,6 +566,8 @@ impl RealAgent {
                 opened: None,
                 recursive: false,
                 follow: false,
+                cdrom: false,
+                ejected: false,
                 io: spec.root.io,
                 pci: spec.root.pci,
                 boot_priority: spec.root.boot_priority,

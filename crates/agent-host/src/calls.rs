@@ -252,8 +252,14 @@ impl RealAgent {
             return Err(Error::conflict(format!("instance {id} is not running")));
         }
         let networks = self.check(&spec).await?;
-        let guest = self.resolve(spec, &record, &networks).await?;
-        driver.update(&guest).await.map_err(as_state(id))
+        // Before anything is plugged it is known; what goes is known until it is gone.
+        self.remember_beside(&spec, &record)?;
+        let guest = self.resolve(spec.clone(), &record, &networks).await?;
+        let applied = driver.update(&guest).await.map_err(as_state(id))?;
+        if applied.pending.is_empty() {
+            self.remember(&spec)?;
+        }
+        Ok(applied)
     }
 
     async fn destroy(&self, id: InstanceId) -> Result<()> {

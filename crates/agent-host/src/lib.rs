@@ -19,3 +19,4 @@ mod storage;
 
 pub use agent::{RealAgent, RealOptions};
 pub use policy::HostPolicy;
+pub use registry::set_damaged_aside;

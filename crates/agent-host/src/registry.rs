@@ -134,6 +134,48 @@ impl Registry {
     }
 }
 
+/// Renames what cannot be read under `root` (`DIR/host`), so that everything else can be purged: records of pools and guests,
+/// and the highest epoch. Answers what of it is uncertain now, for people.
+///
+/// # Errors
+/// When a file cannot be renamed.
+pub fn set_damaged_aside(root: &Path) -> Result<Vec<String>> {
+    let entries = |name: &str| {
+        let found = fs::read_dir(root.join(name)).into_iter().flatten().flatten();
+        found.map(|e| e.path()).collect::<Vec<_>>()
+    };
+    let mut uncertain = vec![];
+    let mut aside = |path: &Path, text: String| -> Result<()> {
+        fs::rename(path, path.with_extension("damaged"))?;
+        uncertain.push(text);
+        Ok(())
+    };
+    for path in entries("registry/pools") {
+        if path.extension().is_some_and(|e| e == "json") && read::<PoolSpec>(&path).is_err() {
+            let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            aside(
+                &path,
+                format!("what pool {name} is; its directory in DIR goes, what it may have elsewhere stays"),
+            )?;
+        }
+    }
+    for dir in entries("guests") {
+        let path = dir.join("agent.json");
+        if read::<GuestRecord>(&path).is_err() {
+            let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            aside(
+                &path,
+                format!("what guest {name} had; its processes and interfaces are found by the daemon's id"),
+            )?;
+        }
+    }
+    let epoch = root.join("epoch");
+    if fs::read_to_string(&epoch).is_ok_and(|text| text.trim().parse::<u64>().is_err()) {
+        aside(&epoch, "the executor's epoch, which nobody needs any more".into())?;
+    }
+    Ok(uncertain)
+}
+
 fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     match fs::read(path) {
         Ok(bytes) => serde_json::from_slice(&bytes)
@@ -162,5 +204,30 @@ fn remove(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e.into()),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_damaged_is_set_aside_and_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let registry = Registry::open(dir.path().to_owned()).unwrap();
+        let guest: InstanceId = "6c0f7f0e-0000-4000-8000-000000000001".parse().unwrap();
+        assert_eq!(set_damaged_aside(dir.path()).unwrap(), Vec::<String>::new());
+        fs::write(dir.path().join("epoch"), "7\n").unwrap();
+        assert_eq!(set_damaged_aside(dir.path()).unwrap(), Vec::<String>::new());
+        fs::write(dir.path().join("epoch"), "\0\0").unwrap();
+        fs::write(dir.path().join("registry/pools/x.json"), "{\"id\":").unwrap();
+        fs::create_dir(registry.guest_dir(guest)).unwrap();
+        fs::write(registry.guest_dir(guest).join("agent.json"), "[]").unwrap();
+        assert!(registry.pools().is_err() && registry.guests().is_err());
+        let named = set_damaged_aside(dir.path()).unwrap();
+        assert_eq!(named.len(), 3, "{named:?}");
+        assert!(named[1].contains(&guest.to_string()));
+        assert_eq!(registry.pools().unwrap(), []);
+        assert_eq!(registry.guests().unwrap(), [(guest, None)]);
     }
 }

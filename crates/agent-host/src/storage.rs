@@ -18,7 +18,7 @@ use karst_image::{
     unpack::{Answer, Bounds, Part, Task},
 };
 use karst_model::{
-    Error, InstanceId, PoolId, Result, SessionId, SnapshotId, VolumeId,
+    Error, ErrorKind, InstanceId, PoolId, Result, SessionId, SnapshotId, VolumeId,
     instance::{InstanceKind, RuntimeState},
     spec::{VolumeSource, VolumeSpec},
     storage::VolumeContent,
@@ -27,7 +27,10 @@ use karst_storage::{Contents, Filling, Format, NewVolume, PoolDriver, Reading, S
 use rustix::pipe::{PipeFlags, pipe_with};
 use std::{
     fs::File,
-    os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{FileTypeExt, OpenOptionsExt},
+    },
     path::Path,
     time::Duration,
 };
@@ -217,7 +220,33 @@ impl RealAgent {
         if now.content.is_disk() && now.size.is_some_and(|now| request.size < now) {
             return Err(Error::invalid("size", "a volume can only grow"));
         }
-        pool.resize(at.volume, request.size).await.map(drop)
+        if !now.content.is_disk() {
+            return pool.resize(at.volume, request.size).await.map(drop);
+        }
+        let located = self.locate(at, None).await?;
+        // A file that QEMU has open is QEMU's to grow; a block device grows first.
+        let device = located.path.metadata().is_ok_and(|m| m.file_type().is_block_device());
+        if device {
+            pool.resize(at.volume, request.size).await?;
+        }
+        let held = self.grow_live(&located.path, request.size.bytes()).await?;
+        match (device, held) {
+            (true, _) => Ok(()),
+            (false, true) => pool.grown(at.volume, request.size).await.map(drop),
+            (false, false) => pool.resize(at.volume, request.size).await.map(drop),
+        }
+    }
+
+    /// Grows a disk through the running virtual machine that has it, if one has.
+    async fn grow_live(&self, path: &Path, size: u64) -> Result<bool> {
+        for (id, record) in self.all_guests() {
+            let Some(machine) = self.driver(record.kind)?.machine() else { continue };
+            match machine.grow(id, path, size).await {
+                Err(e) if e.is(ErrorKind::NotFound) => {}
+                other => return other.map(|()| true),
+            }
+        }
+        Ok(false)
     }
 
     pub(crate) async fn create_snapshot(&self, at: VolumeSnapshotRef) -> Result<()> {

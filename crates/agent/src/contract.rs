@@ -211,6 +211,7 @@ impl Subject {
                 cpu_model: "max".into(),
                 firmware: Firmware::Bios,
                 uuid: instance.0,
+                ports: 0,
                 accelerator: None,
             }),
             limits: Limits {
@@ -242,6 +243,8 @@ impl Subject {
                 host_interface: self.interface(),
                 ipv4: None,
                 mtu: None,
+                model: Default::default(),
+                disconnected: false,
                 pci: vm.then(|| "00:08.0".into()),
                 boot_priority: 0,
             }],

@@ -34,9 +34,9 @@ impl Context {
     /// # Errors
     /// Unauthenticated.
     pub fn demand_known(&self) -> Result<()> {
-        match self.principal.grants.is_empty() {
-            true => Err(Error::unauthenticated("authentication is required")),
-            false => Ok(()),
+        match self.principal.is_known() {
+            false => Err(Error::unauthenticated("authentication is required")),
+            true => Ok(()),
         }
     }
 
@@ -56,8 +56,7 @@ impl Context {
         if self.principal.may(permission, Some(project.id)) {
             return Ok(());
         }
-        if !self.principal.grants.is_empty() && !self.principal.may(Permission::ProjectView, Some(project.id))
-        {
+        if self.principal.is_known() && !self.principal.may(Permission::ProjectView, Some(project.id)) {
             return Err(Error::not_found(format!("project {:?} not found", &*project.name)));
         }
         Err(self.refusal(permission))
@@ -67,10 +66,7 @@ impl Context {
         if let Err(e) = self.demand_known() {
             return e;
         }
-        let name = serde_json::to_value(permission)
-            .ok()
-            .and_then(|v| v.as_str().map(str::to_owned))
-            .unwrap_or_default();
+        let name = permission.as_str();
         Error::forbidden(format!("the permission {name:?} is needed for this"))
             .with_context(self.principal.identity.describe())
     }

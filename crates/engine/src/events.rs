@@ -1,7 +1,12 @@
-//! What happened, for whoever listens: lifecycle of objects and changes of operations.
+//! What happened, for whoever listens: lifecycle of objects, changes of operations, the server's log. A listener hears
+//! what its principal may see when the event happens.
 
 use jiff::Timestamp;
-use karst_model::{ProjectId, operation::Operation};
+use karst_model::{
+    ProjectId,
+    access::{Permission, Principal},
+    operation::Operation,
+};
 use std::{collections::BTreeMap, sync::Arc};
 use tokio::sync::broadcast;
 
@@ -38,6 +43,48 @@ pub enum EventKind {
     },
     /// An operation changed.
     Operation(Arc<Operation>),
+    /// A line of the server's log.
+    Log {
+        /// `info`, `warning`, `error`.
+        level: &'static str,
+        /// What.
+        message: String,
+        /// Details.
+        context: BTreeMap<String, serde_json::Value>,
+    },
+}
+
+/// A listener.
+pub struct Subscription {
+    receiver: broadcast::Receiver<Arc<Event>>,
+    principal: Box<dyn Fn() -> Principal + Send>,
+}
+
+impl Subscription {
+    /// Listens for `principal`, which is asked anew for each event: who is trusted no longer hears nothing more.
+    pub(crate) fn new(events: &Events, principal: Box<dyn Fn() -> Principal + Send>) -> Self {
+        Self { receiver: events.subscribe(), principal }
+    }
+
+    /// The next event that the listener may see.
+    ///
+    /// # Errors
+    /// How many events were lost because the listener was too slow; the end of the engine.
+    pub async fn recv(&mut self) -> Result<Arc<Event>, broadcast::error::RecvError> {
+        loop {
+            let event = self.receiver.recv().await?;
+            let principal = (self.principal)();
+            let may = match event.project {
+                Some(project) => principal.may(Permission::ProjectView, Some(project)),
+                None => principal.may(Permission::ServerInspect, None),
+            };
+            // Who began an operation follows it wherever it belongs.
+            let own = matches!(&event.kind, EventKind::Operation(o) if o.principal == principal.id);
+            if principal.is_known() && (may || own) {
+                return Ok(event);
+            }
+        }
+    }
 }
 
 /// Distributes events to any number of listeners.
@@ -59,8 +106,8 @@ impl Events {
         let _ = self.sender.send(Arc::new(event));
     }
 
-    /// Listens from now on.
-    pub fn subscribe(&self) -> broadcast::Receiver<Arc<Event>> {
+    /// Listens from now on, to everything.
+    pub(crate) fn subscribe(&self) -> broadcast::Receiver<Arc<Event>> {
         self.sender.subscribe()
     }
 }

@@ -62,7 +62,7 @@ impl Engine {
     /// # Errors
     /// Forbidden; unavailable when it does not answer within 5 s.
     pub async fn probe_host(&self, context: &Context) -> Result<HostFacts> {
-        context.demand_server(Permission::ServerView)?;
+        context.demand_server(Permission::ServerInspect)?;
         let agent = self.inner().agents.get(self.inner().node)?;
         agent.host_facts(&CallContext::read(Duration::from_secs(5)), ()).await
     }
@@ -72,7 +72,7 @@ impl Engine {
     /// # Errors
     /// Forbidden.
     pub fn host_facts(&self, context: &Context) -> Result<Vec<(String, HostFacts)>> {
-        context.demand_server(Permission::ServerView)?;
+        context.demand_server(Permission::ServerInspect)?;
         let records = self.inner().inventory.read();
         Ok(records.nodes.values().filter_map(|n| Some((n.name.to_string(), n.facts.clone()?))).collect())
     }

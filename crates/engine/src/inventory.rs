@@ -36,6 +36,10 @@ use tokio::sync::watch;
 pub struct Row<T>(Arc<Stored<T>>);
 
 impl<T> Row<T> {
+    pub(crate) fn new(stored: Stored<T>) -> Self {
+        Self(Arc::new(stored))
+    }
+
     /// The record with its revision and what this version does not know of it.
     pub fn stored(&self) -> &Stored<T> {
         &self.0
@@ -146,6 +150,8 @@ pub struct Records {
     pub highest_vmid: u32,
     /// What the store says of it, and the revision of that: written when a number comes back.
     pub(crate) vmid_mark: (u32, Option<Revision>),
+    /// Certificates, tokens, the server's configuration.
+    pub tenancy: crate::tenancy::records::TenancyRecords,
     /// Sagas that have not ended.
     pub sagas: BTreeMap<karst_model::SagaId, Row<crate::saga::SagaRecord>>,
 }
@@ -391,7 +397,10 @@ impl Records {
                 put!(self.sagas, parse(id));
                 Touched::Nothing
             }
-            _ => Touched::Nothing,
+            _ => {
+                self.tenancy.apply(table, id, change);
+                Touched::Nothing
+            }
         }
     }
 }

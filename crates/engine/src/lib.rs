@@ -215,13 +215,15 @@ impl Engine {
         &self.inner
     }
 
-    /// Events from now on. Front ends filter by project and permission.
+    /// Events from now on, as far as `context` may see them when they happen.
     ///
     /// # Errors
-    /// Forbidden.
-    pub fn subscribe(&self, context: &Context) -> Result<tokio::sync::broadcast::Receiver<Arc<Event>>> {
-        context.demand_server(Permission::ServerView)?;
-        Ok(self.inner.events.subscribe())
+    /// Unauthenticated.
+    pub fn subscribe(&self, context: &Context) -> Result<events::Subscription> {
+        context.demand_known()?;
+        let (engine, context) = (self.clone(), context.clone());
+        let now = Box::new(move || engine.principal_now(context.principal()));
+        Ok(events::Subscription::new(&self.inner.events, now))
     }
 
     /// The project by name, when `context` may `permission` there.
@@ -243,15 +245,13 @@ impl Engine {
         let filter = match project {
             Some(name) => Some(self.project(context, name, Permission::ProjectView)?.id),
             None => {
-                context.demand_server(Permission::ServerView)?;
+                context.demand_known()?;
                 None
             }
         };
         let mut all = self.inner.operations.running();
-        all.retain(|o| {
-            (filter.is_none() || o.project.is_none() || o.project == filter)
-                && context.principal().may(Permission::ProjectView, o.project)
-        });
+        all.retain(|o| (filter.is_none() || o.project.is_none() || o.project == filter) && sees(context, o));
+        all.extend(self.trust_token_operations(context));
         Ok(all)
     }
 
@@ -266,7 +266,8 @@ impl Engine {
                 self.inner.inventory.read().operations.get(&id).map(|o| Arc::new(o.value.clone()))
             });
         found
-            .filter(|o| context.principal().may(Permission::ProjectView, o.project))
+            .filter(|o| sees(context, o))
+            .or_else(|| self.trust_token_operations(context).into_iter().find(|o| o.id == id))
             .ok_or_else(|| Error::not_found(format!("operation {id} not found")))
     }
 
@@ -296,12 +297,15 @@ impl Engine {
         }
     }
 
-    /// Cancels an operation.
+    /// Cancels an operation, or revokes the trust token that it stands for.
     ///
     /// # Errors
     /// Not found, conflict when it has ended, invalid when it cannot be cancelled.
-    pub fn operation_cancel(&self, context: &Context, id: karst_model::OperationId) -> Result<()> {
+    pub async fn operation_cancel(&self, context: &Context, id: karst_model::OperationId) -> Result<()> {
         let record = self.operation(context, id)?;
+        if self.trust_token_revoke(context, id).await? {
+            return Ok(());
+        }
         if record.principal != context.principal().id
             && !context.principal().may(Permission::ResourceEdit, record.project)
         {
@@ -410,6 +414,16 @@ impl EngineInner {
 
     pub(crate) fn take_domain_id(&self) -> u32 {
         self.next_domain_id.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+/// May it be seen? Who began it follows it wherever it belongs.
+fn sees(context: &Context, operation: &Operation) -> bool {
+    let principal = context.principal();
+    let own = principal.is_known() && operation.principal == principal.id;
+    own || match operation.project {
+        Some(project) => principal.may(Permission::ProjectView, Some(project)),
+        None => principal.may(Permission::ServerInspect, None),
     }
 }
 

@@ -1,4 +1,9 @@
-//! Projects and profiles: the use cases.
+//! Projects and profiles: the use cases. Who is trusted, and the server's own configuration, are in the modules below.
+
+pub mod records;
+pub mod server;
+pub mod tokens;
+pub mod trust;
 
 use crate::{Engine, Row, context::Context, inventory::Uses, storage::UsedBy};
 use karst_model::{

@@ -500,9 +500,18 @@ impl Cgroups {
 
     fn limit_cpus(&self, group: &str, cpus: Option<&[u32]>) -> Result<()> {
         let Some(dir) = self.v1("cpuset", group) else {
-            let list = cpus.map(cpu_list).unwrap_or_default();
-            // An empty list takes the limit away; the kernel wants a byte to be written.
-            let list = if list.is_empty() { "\n".to_owned() } else { list };
+            let list = match (cpus, self.v2(group)) {
+                (Some(cpus), _) => cpu_list(cpus),
+                // The kernel lets no group with processes go back to an empty list: then it is all that the parent has.
+                (None, Some(dir)) => {
+                    if read(&dir.join("cpuset.cpus")).is_none_or(|now| now.is_empty()) {
+                        return Ok(());
+                    }
+                    let all = dir.parent().and_then(|p| read(&p.join("cpuset.cpus.effective")));
+                    all.filter(|list| !list.is_empty()).unwrap_or_else(|| "\n".to_owned())
+                }
+                (None, None) => return Ok(()),
+            };
             return self.set("cpuset", group, "", "cpuset.cpus", "", &list, cpus.is_some());
         };
         // v1 wants every child's set within its parent's at any time: widen from the top, then narrow from the bottom.
@@ -852,6 +861,14 @@ mod tests {
         assert_eq!(get("io.max"), "8:0 rbps=1000 wbps=max riops=max wiops=7");
         cgroups.limit("karst-x/guest", &CgroupLimits { io: vec![], ..limits.clone() }).unwrap();
         assert!(get("io.max").starts_with("8:0 rbps=max wbps=max riops=max wiops=max"), "taken away again");
+        fs::write(root.path().join("karst-x/cpuset.cpus.effective"), "0-3\n").unwrap();
+        fs::write(dir.join("cpuset.cpus"), "1,3").unwrap();
+        cgroups.limit("karst-x/guest", &CgroupLimits::default()).unwrap();
+        // A file takes what is written over what was there; the kernel does not.
+        assert!(
+            get("cpuset.cpus").starts_with("0-3"),
+            "all of the parent's, as the kernel takes no empty list"
+        );
         fs::remove_file(dir.join("memory.max")).unwrap();
         let e = cgroups.limit("karst-x/guest", &limits).unwrap_err();
         assert!(e.is(karst_model::ErrorKind::Unsupported), "{e:?}");

@@ -5,7 +5,7 @@ use karst_engine::{
     Agents, Context, Engine, EngineConfig,
     compute::create::{CreateInstance, InstanceSource},
 };
-use karst_frontend_incus::{App, ServerInfo};
+use karst_frontend_incus::{App, Identity, ServerInfo, remote::Remote};
 use karst_model::{NodeId, Result, access::Principal, instance::InstanceKind, project::DEFAULT_PROJECT};
 use karst_store::{SqliteOptions, SqliteStore, Store};
 use std::{path::Path, sync::Arc, time::Duration};
@@ -37,8 +37,11 @@ pub async fn run(mut context: ControlContext) -> Result<()> {
     })
     .await?;
     let (shutdown, mut asked) = mpsc::channel(1);
-    let info = ServerInfo { version: env!("CARGO_PKG_VERSION").into(), name, shutdown: Some(shutdown) };
+    let identity = identity(&context, &name);
+    let info =
+        ServerInfo { version: env!("CARGO_PKG_VERSION").into(), name, shutdown: Some(shutdown), identity };
     let app = App::new(engine.clone(), info);
+    let listening = tokio::spawn(Remote::start(app.clone()));
     let serving = tokio::spawn(karst_frontend_incus::serve(app, context.api_listener));
     let guests = context.simulated_guests.unwrap_or(0);
     let first = tokio::spawn(begin(engine.clone(), nodes, guests));
@@ -47,10 +50,23 @@ pub async fn run(mut context: ControlContext) -> Result<()> {
         _ = asked.recv() => tracing::info!("a client asked the server to end"),
     }
     first.abort();
+    listening.abort();
     engine.close();
     serving.abort();
     let _ = tokio::time::timeout(DRAIN, serving).await;
     Ok(())
+}
+
+/// The certificate of the API over HTTPS; without it the unix socket is served all the same.
+fn identity(context: &ControlContext, name: &str) -> Option<Arc<Identity>> {
+    let today = context.env.now().to_zoned(jiff::tz::TimeZone::UTC).date();
+    match Identity::load(&context.dir.join("state"), name, today) {
+        Ok(identity) => Some(Arc::new(identity)),
+        Err(e) => {
+            tracing::error!(error = %e, context = e.context.as_deref().unwrap_or_default(), "no HTTPS");
+            None
+        }
+    }
 }
 
 async fn open_store(context: &ControlContext) -> Result<Arc<dyn Store>> {

@@ -27,7 +27,12 @@ pub fn run(dir: &Path) -> Result<()> {
         policy: HostPolicy::default(),
         worker: None,
     };
-    if directory.path.join("host").is_dir() {
+    let host = directory.path.join("host");
+    if host.is_dir() {
+        // Everything else must go also when a record cannot be read.
+        for uncertain in karst_agent_host::set_damaged_aside(&host)? {
+            tracing::warn!("a record is damaged and was set aside; uncertain: {uncertain}");
+        }
         control::block_on(|env, _| Ok(async move { RealAgent::open(env, options).await?.purge().await }))?;
     }
     std::fs::remove_dir_all(&directory.path)?;

@@ -28,7 +28,7 @@ pub const MAX: usize = 16 * 1024;
 /// First byte of the packet on the launch socket.
 pub const LAUNCH: u8 = b'F';
 /// Most descriptors that can be handed on.
-pub const MAX_FDS: usize = 64;
+pub const MAX_FDS: usize = 192;
 /// Flag of `ATTACH`: end the attachment before.
 pub const ATTACH_FORCE: u8 = 1;
 

@@ -27,6 +27,22 @@ pub enum Identity {
         /// Process id when it connected.
         pid: i32,
     },
+    /// Whoever shows a trusted certificate.
+    Certificate {
+        /// SHA-256 of it, hex.
+        fingerprint: String,
+        /// Its name here.
+        name: String,
+        /// Address and port of the client.
+        address: String,
+    },
+    /// Whoever shows an API token.
+    Token {
+        /// Its name.
+        name: String,
+        /// Address and port of the client.
+        address: String,
+    },
     /// The platform itself (reconcilers, bootstrap).
     System,
     /// Nobody: unauthenticated.
@@ -38,6 +54,8 @@ impl Identity {
     pub fn describe(&self) -> String {
         match self {
             Self::UnixPeer { uid, .. } => format!("unix user {uid}"),
+            Self::Certificate { fingerprint, name, .. } => format!("certificate {fingerprint} {name:?}"),
+            Self::Token { name, .. } => format!("token {name}"),
             Self::System => "karst".into(),
             Self::Anonymous => "anonymous".into(),
         }
@@ -65,14 +83,45 @@ pub enum Role {
     User,
     /// Sees.
     Viewer,
+    /// Reads metrics.
+    Metrics,
+}
+
+impl Role {
+    /// All of them.
+    pub const ALL: &[Role] = &[Role::Admin, Role::Operator, Role::User, Role::Viewer, Role::Metrics];
+
+    /// Its word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Admin => "admin",
+            Self::Operator => "operator",
+            Self::User => "user",
+            Self::Viewer => "viewer",
+            Self::Metrics => "metrics",
+        }
+    }
+
+    /// Of its word.
+    ///
+    /// # Errors
+    /// Invalid at `role`, naming what there is.
+    pub fn parse(text: &str) -> crate::Result<Self> {
+        Self::ALL.iter().copied().find(|r| r.as_str() == text).ok_or_else(|| {
+            let all: Vec<_> = Self::ALL.iter().map(|r| r.as_str()).collect();
+            crate::Error::invalid("role", format!("{text:?} is not a role; there are {}", all.join(", ")))
+        })
+    }
 }
 
 /// What one may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Permission {
-    /// See the server's state and configuration.
+    /// See what the server is in general: version, pools, what it can do.
     ServerView,
+    /// See all of the server's state: hosts, warnings, configuration, who is trusted.
+    ServerInspect,
     /// Change the server, its nodes, pools.
     ServerEdit,
     /// See a project and all in it.
@@ -83,22 +132,52 @@ pub enum Permission {
     ResourceEdit,
     /// Start, stop, exec, console, files.
     InstanceUse,
+    /// Read figures: of the server, or of a project's instances.
+    MetricsView,
 }
 
 impl Permission {
     /// All of them.
     pub const ALL: &[Permission] = &[
         Permission::ServerView,
+        Permission::ServerInspect,
         Permission::ServerEdit,
         Permission::ProjectView,
         Permission::ProjectEdit,
         Permission::ResourceEdit,
         Permission::InstanceUse,
+        Permission::MetricsView,
     ];
+
+    /// Its word, as in `karst access why`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::ServerView => "server_view",
+            Self::ServerInspect => "server_inspect",
+            Self::ServerEdit => "server_edit",
+            Self::ProjectView => "project_view",
+            Self::ProjectEdit => "project_edit",
+            Self::ResourceEdit => "resource_edit",
+            Self::InstanceUse => "instance_use",
+            Self::MetricsView => "metrics_view",
+        }
+    }
+
+    /// Of its word.
+    ///
+    /// # Errors
+    /// Invalid at `permission`, naming what there is.
+    pub fn parse(text: &str) -> crate::Result<Self> {
+        Self::ALL.iter().copied().find(|p| p.as_str() == text).ok_or_else(|| {
+            let all: Vec<_> = Self::ALL.iter().map(|p| p.as_str()).collect();
+            let message = format!("{text:?} is not a permission; there are {}", all.join(", "));
+            crate::Error::invalid("permission", message)
+        })
+    }
 
     /// Is it about a project's content rather than the server?
     pub fn is_project_scoped(self) -> bool {
-        matches!(self, Self::ProjectView | Self::ResourceEdit | Self::InstanceUse)
+        matches!(self, Self::ProjectView | Self::ResourceEdit | Self::InstanceUse | Self::MetricsView)
     }
 }
 
@@ -108,24 +187,39 @@ impl Role {
         use Permission as P;
         match self {
             Role::Admin => true,
-            Role::Operator => matches!(p, P::ServerView | P::ProjectView | P::ResourceEdit | P::InstanceUse),
-            Role::User => matches!(p, P::ServerView | P::ProjectView | P::InstanceUse),
-            Role::Viewer => matches!(p, P::ServerView | P::ProjectView),
+            Role::Operator => !matches!(p, P::ServerEdit | P::ProjectEdit),
+            Role::User => !matches!(p, P::ServerEdit | P::ProjectEdit | P::ResourceEdit),
+            Role::Viewer => matches!(p, P::ServerView | P::ServerInspect | P::ProjectView | P::MetricsView),
+            Role::Metrics => matches!(p, P::ServerView | P::MetricsView),
         }
     }
 }
 
 impl Principal {
-    /// May it do `p` in `project` (`None`: on the server)? A grant over one project never reaches the server's own things.
+    /// May it do `p` in `project` (`None`: on the server)? A grant over one project never reaches the server's own things,
+    /// but everybody who is known sees what the server is.
     pub fn may(&self, p: Permission, project: Option<ProjectId>) -> bool {
+        if p == Permission::ServerView && project.is_none() {
+            return self.is_known();
+        }
         self.grants.iter().any(|g| {
             g.role.allows(p)
                 && match (g.project, project) {
                     (None, _) => true,
                     (Some(have), Some(want)) => have == want,
-                    (Some(_), None) => p == Permission::ServerView,
+                    (Some(_), None) => false,
                 }
         })
+    }
+
+    /// Is it somebody?
+    pub fn is_known(&self) -> bool {
+        self.identity != Identity::Anonymous
+    }
+
+    /// Somebody who shows a certificate or token with these roles.
+    pub fn of(id: PrincipalId, identity: Identity, grants: Vec<Grant>) -> Self {
+        Self { id, identity, grants }
     }
 
     /// The platform itself.
@@ -162,8 +256,9 @@ mod tests {
         let b = ProjectId(uuid::Uuid::from_u128(11));
         let p = Principal {
             grants: vec![Grant { role: Role::Operator, project: Some(a) }],
-            ..Principal::anonymous()
+            ..Principal::unix_admin(1, 1, 1)
         };
+        assert!(p.may(Permission::ServerView, None) && !p.may(Permission::ServerInspect, None));
         assert!(p.may(Permission::ResourceEdit, Some(a)));
         assert!(!p.may(Permission::ResourceEdit, Some(b)));
         assert!(!p.may(Permission::ServerEdit, None) && !p.may(Permission::ProjectEdit, None));

@@ -84,6 +84,9 @@ pub struct Hardware {
     pub cpu_model: String,
     /// Firmware and whether it checks signatures.
     pub firmware: Firmware,
+    /// PCIe root ports: behind each one device can come and go while the machine runs.
+    #[serde(default)]
+    pub ports: u8,
     /// SMBIOS/libvirt UUID the guest sees.
     pub uuid: uuid::Uuid,
     /// cloud-init instance id; changes when the guest is to run cloud-init afresh (a copy).

@@ -24,6 +24,7 @@ pub mod size;
 pub mod snapshot;
 pub mod spec;
 pub mod storage;
+pub mod trust;
 
 pub use error::{Error, ErrorKind, Result};
 pub use id::*;

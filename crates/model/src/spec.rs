@@ -3,7 +3,7 @@
 
 use crate::{
     ByteSize, DeviceId, ImageId, InstanceId, NetworkId, PoolId, SnapshotId, VolumeId,
-    device::{DiskIo, NodeDevice, ProxyDevice},
+    device::{DiskIo, NicModel, NodeDevice, ProxyDevice},
     instance::{Firmware, Generation, InstanceKind},
     network::BridgeSpec,
     storage::{PoolKind, VolumeContent},
@@ -64,6 +64,9 @@ pub struct MachineSpec {
     pub firmware: Firmware,
     /// SMBIOS UUID.
     pub uuid: uuid::Uuid,
+    /// PCIe root ports, at which devices come and go while the machine runs; none in machines that were made before.
+    #[serde(default)]
+    pub ports: u8,
     /// Pass the accelerator explicitly only when a test or the user forces one; otherwise the host chooses.
     pub accelerator: Option<crate::node::AcceleratorKind>,
 }
@@ -238,6 +241,9 @@ pub struct DiskSpec {
     /// Rates, bus and cache.
     #[serde(default)]
     pub io: DiskIo,
+    /// A drive of discs without its disc.
+    #[serde(default)]
+    pub ejected: bool,
     /// Left out, rather than an error, when a path of the host is not there at the start.
     #[serde(default)]
     pub optional: bool,
@@ -319,6 +325,12 @@ pub struct NicSpec {
     /// MTU.
     #[serde(default)]
     pub mtu: Option<u32>,
+    /// What a virtual machine sees.
+    #[serde(default)]
+    pub model: NicModel,
+    /// The cable is unplugged (virtual machines).
+    #[serde(default)]
+    pub disconnected: bool,
     /// PCI address in the guest, virtual machines only.
     #[serde(default)]
     pub pci: Option<String>,

@@ -11,6 +11,7 @@ use karst_model::{
     project::Project,
     snapshot::Snapshot,
     storage::{Pool, Volume},
+    trust::{ApiToken, Certificate, ServerConfig, TrustToken},
 };
 
 macro_rules! records {
@@ -35,6 +36,10 @@ records! {
     Runtime: "runtimes" = |r| r.instance.to_string();
     Snapshot: "snapshots" = |r| r.id.to_string();
     Operation: "operations" = |r| r.id.to_string();
+    Certificate: "certificates" = |r| r.id.to_string();
+    TrustToken: "trust-tokens" = |r| r.id.to_string();
+    ApiToken: "api-tokens" = |r| r.id.to_string();
+    ServerConfig: "server" = |_r| "config".into();
 }
 
 /// Identity of an image alias in its table: it is found by project and name.

@@ -9,7 +9,11 @@ use karst_engine::{
     images::{ImageOptions, ImageUpload, UpdateImage},
     network::{CreateNetwork, UpdateNetwork},
     storage::CreatePool,
-    tenancy::UpdateProfile,
+    tenancy::{
+        UpdateProfile,
+        tokens::NewApiToken,
+        trust::{CertificateSettings, NewCertificate},
+    },
     volumes::{create::CreateVolume, update::UpdateVolume},
 };
 use karst_env::SeededEnv;
@@ -20,6 +24,7 @@ use karst_model::{
     guest::{ExecRequest, FileKind, FileWrite},
     instance::{InstanceKind, PowerAction},
     storage::VolumeContent,
+    trust::CertificateKind,
 };
 use karst_testkit::{World, scenarios::container};
 use std::{collections::BTreeSet, path::Path, time::Duration};
@@ -37,8 +42,16 @@ enum Need {
     SharedEdit,
     /// To see the server. The lowest role may, also one in a single project.
     ServerView,
+    /// To see all of the server.
+    ServerInspect,
     /// To edit the server or projects.
     ServerEdit,
+    /// To see all of the server; what is there is hidden from others.
+    ServerHidden,
+    /// To edit the server; what is there is hidden from those who may not see it.
+    ServerEditHidden,
+    /// Nothing: what is shown with the call decides, and it is wrong here.
+    Anybody,
     /// Answers only what the caller may see, to anybody: the table says why this is enough.
     Filtered,
 }
@@ -83,6 +96,15 @@ async fn fixture(env: &SeededEnv) -> Fixture {
         let (_, operation) = e.instance_create(c, HERE, request).await.unwrap();
         assert_eq!(w.ended(operation).await.error, None);
     }
+    e.certificate_add(c, certificate('a'), settings("client")).await.unwrap();
+    let robot = NewApiToken {
+        name: "robot".into(),
+        description: String::new(),
+        role: Role::Viewer,
+        projects: vec![],
+        expires_at: None,
+    };
+    e.api_token_create(c, robot).await.unwrap();
     let options = ImageOptions::default();
     let build = e.image_build(c, HERE, "debian/12", InstanceKind::Container, options).await.unwrap();
     assert_eq!(w.ended(build).await.error, None);
@@ -119,6 +141,20 @@ fn power(action: PowerAction) -> PowerRequest {
     PowerRequest { action, force: true, timeout: None }
 }
 
+fn certificate(digit: char) -> NewCertificate {
+    NewCertificate { fingerprint: digit.to_string().repeat(64), pem: "pem".into() }
+}
+
+fn settings(name: &str) -> CertificateSettings {
+    CertificateSettings {
+        name: name.into(),
+        description: String::new(),
+        kind: CertificateKind::Client,
+        restricted: false,
+        projects: vec![],
+    }
+}
+
 fn exec() -> ExecRequest {
     ExecRequest {
         command: vec!["true".into()],
@@ -146,8 +182,8 @@ fn cases() -> Vec<Case> {
     cases! {
         // The server.
         subscribe ServerView |f, c, p| f.w.engine.subscribe(c).map(drop);
-        host_facts ServerView |f, c, p| f.w.engine.host_facts(c).map(drop);
-        probe_host ServerView |f, c, p| f.w.engine.probe_host(c).await.map(drop);
+        host_facts ServerInspect |f, c, p| f.w.engine.host_facts(c).map(drop);
+        probe_host ServerInspect |f, c, p| f.w.engine.probe_host(c).await.map(drop);
         health ServerEdit |f, c, p| f.w.engine.health(c).await.map(drop);
         pools ServerView |f, c, p| f.w.engine.pools(c).map(drop);
         pool ServerView |f, c, p| f.w.engine.pool(c, "default").map(drop);
@@ -155,6 +191,20 @@ fn cases() -> Vec<Case> {
         pool_create ServerEdit |f, c, p| f.w.engine.pool_create(c, CreatePool { name: "third".into(), driver: "dir".into(), ..Default::default() }).await.map(drop);
         pool_delete ServerEdit |f, c, p| f.w.engine.pool_delete(c, "second").await.map(drop);
         operation_attend ServerEdit |f, c, p| f.w.engine.operation_attend(c, f.running, false).await;
+        // Who is trusted.
+        certificates ServerView |f, c, p| { let all = f.w.engine.certificates(c)?; let inspects = c.principal().may(karst_model::access::Permission::ServerInspect, None); assert!(inspects || all.is_empty(), "those of others"); Ok(()) };
+        certificate ServerHidden |f, c, p| f.w.engine.certificate(c, &"a".repeat(64)).map(drop);
+        certificate_add ServerEdit |f, c, p| f.w.engine.certificate_add(c, certificate('b'), settings("new")).await;
+        certificate_update ServerEdit |f, c, p| f.w.engine.certificate_update(c, &"a".repeat(64), settings("renamed"), None, None).await;
+        certificate_delete ServerEditHidden |f, c, p| f.w.engine.certificate_delete(c, &"a".repeat(64)).await;
+        trust_token_issue ServerEdit |f, c, p| f.w.engine.trust_token_issue(c, settings("friend")).await.map(drop);
+        trust_token_redeem Anybody |f, c, p| f.w.engine.trust_token_redeem(c, "x", "wrong", certificate('c')).await;
+        api_tokens ServerInspect |f, c, p| f.w.engine.api_tokens(c).map(drop);
+        api_token_create ServerEdit |f, c, p| f.w.engine.api_token_create(c, NewApiToken { name: "fresh".into(), description: String::new(), role: Role::Viewer, projects: vec![], expires_at: None }).await.map(drop);
+        api_token_delete ServerEdit |f, c, p| f.w.engine.api_token_delete(c, "robot").await;
+        server_config ServerInspect |f, c, p| f.w.engine.server_config(c).map(drop);
+        server_config_check ServerEdit |f, c, p| f.w.engine.server_config_check(c, &Config::new()).map(drop);
+        server_config_update ServerEdit |f, c, p| f.w.engine.server_config_update(c, Config::new(), None).await;
         // Projects.
         projects Filtered |f, c, p| { assert!(f.w.engine.projects(c).iter().all(|x| c.principal().may(karst_model::access::Permission::ProjectView, Some(x.id)))); Ok(()) };
         project View |f, c, p| f.w.engine.project(c, p, karst_model::access::Permission::ProjectView).map(drop);
@@ -167,7 +217,7 @@ fn cases() -> Vec<Case> {
         operation View |f, c, p| f.w.engine.operation(c, f.running).map(drop);
         live_operation View |f, c, p| f.w.engine.live_operation(c, f.running).map(drop);
         operation_wait View |f, c, p| f.w.engine.operation_wait(c, f.running, Some(Duration::from_millis(1))).await.map(drop);
-        operation_cancel Edit |f, c, p| f.w.engine.operation_cancel(c, f.running);
+        operation_cancel Edit |f, c, p| f.w.engine.operation_cancel(c, f.running).await;
         // Profiles.
         profiles View |f, c, p| f.w.engine.profiles(c, p).map(drop);
         profile View |f, c, p| f.w.engine.profile(c, p, "spare").map(drop);
@@ -241,6 +291,10 @@ const WITHOUT_CONTEXT: &[(&str, &str)] = &[
     ("set_hook", "the harness"),
     ("inner", "the harness; front ends are kept from it by review"),
     ("bootstrap", "the daemon's own, at its start"),
+    ("principal_by_certificate", "authentication itself"),
+    ("principal_by_token", "authentication itself"),
+    ("certificate_projects", "takes a record that a context showed"),
+    ("server_settings", "the daemon's own listeners"),
     ("all_metrics", "by instance id: callers join it with the instances that a context showed them"),
     ("volume_usage", "takes a record that a context showed"),
     ("profile_used_by", "takes a record that a context showed; users of a profile are in its project"),
@@ -321,10 +375,20 @@ fn nobody_foreigners_and_the_under_privileged_are_refused() {
                 assert!(nobody.is_ok() && foreign.is_ok(), "{name}");
                 continue;
             }
+            if case.need == Anybody {
+                assert_eq!(kind(nobody), Some(ErrorKind::Forbidden), "{name} by nobody");
+                assert_eq!(kind(foreign), Some(ErrorKind::Forbidden), "{name} by a foreigner");
+                continue;
+            }
             assert_eq!(kind(nobody), Some(ErrorKind::Unauthenticated), "{name} by nobody");
             match case.need {
                 ServerView => assert_eq!(kind(foreign), None, "{name} by a foreigner"),
-                ServerEdit => assert_eq!(kind(foreign), Some(ErrorKind::Forbidden), "{name} by a foreigner"),
+                ServerHidden | ServerEditHidden => {
+                    assert_eq!(kind(foreign), Some(ErrorKind::NotFound), "{name} by a foreigner")
+                }
+                ServerInspect | ServerEdit => {
+                    assert_eq!(kind(foreign), Some(ErrorKind::Forbidden), "{name} by a foreigner")
+                }
                 _ => {
                     let foreign = foreign.expect_err(name);
                     assert_eq!(foreign.kind, ErrorKind::NotFound, "{name} by a foreigner: {foreign}");
@@ -336,11 +400,12 @@ fn nobody_foreigners_and_the_under_privileged_are_refused() {
                 }
             }
             let too_little = match case.need {
-                View | ServerView | Filtered => None,
+                View | ServerView | ServerHidden | Filtered | Anybody => None,
+                ServerInspect => Some(who(Role::Metrics, None)),
                 Use => Some(who(Role::Viewer, Some(f.here))),
                 Edit => Some(who(Role::User, Some(f.here))),
                 SharedEdit => Some(who(Role::Operator, Some(f.here))),
-                ServerEdit => Some(who(Role::Operator, None)),
+                ServerEdit | ServerEditHidden => Some(who(Role::Operator, None)),
             };
             if let Some(who) = too_little {
                 let refused = (case.call)(&f, &who, HERE).await;
@@ -353,7 +418,7 @@ fn nobody_foreigners_and_the_under_privileged_are_refused() {
 
 #[test]
 fn the_right_role_is_enough() {
-    for case in cases() {
+    for case in cases().into_iter().filter(|c| c.need != Anybody) {
         SeededEnv::run(2, |env| async move {
             let f = fixture(&env).await;
             let who = match case.need {
@@ -361,7 +426,9 @@ fn the_right_role_is_enough() {
                 Use => who(Role::User, Some(f.here)),
                 Edit => who(Role::Operator, Some(f.here)),
                 SharedEdit => who(Role::Operator, Some(f.shared)),
-                ServerEdit => who(Role::Admin, None),
+                ServerInspect | ServerHidden => who(Role::Viewer, None),
+                ServerEdit | ServerEditHidden => who(Role::Admin, None),
+                Anybody => unreachable!("left out above"),
             };
             let project = if case.need == SharedEdit { "default" } else { HERE };
             match (case.call)(&f, &who, project).await {
@@ -386,5 +453,74 @@ fn leases_of_other_projects_are_not_shown() {
         assert!(leases(&f.w.admin, HERE).await >= 1);
         assert!(leases(&who(Role::Viewer, Some(f.here)), HERE).await >= 1);
         assert_eq!(leases(&who(Role::Viewer, Some(f.other)), OTHER).await, 0);
+    });
+}
+
+#[test]
+fn listeners_hear_of_their_projects_only_and_of_nothing_once_distrusted() {
+    use karst_engine::events::EventKind;
+    SeededEnv::run(4, |env| async move {
+        let f = fixture(&env).await;
+        let (e, c) = (&f.w.engine, &f.w.admin);
+        let restricted =
+            CertificateSettings { restricted: true, projects: vec![OTHER.into()], ..settings("tenant") };
+        e.certificate_add(c, certificate('d'), restricted).await.unwrap();
+        let tenant = Context::new(e.principal_by_certificate(&"d".repeat(64), "192.0.2.1:5"));
+        let mut heard = e.subscribe(&tenant).unwrap();
+        // Neither another project's nor the server's.
+        e.profile_create(c, HERE, "hidden", UpdateProfile::default()).await.unwrap();
+        e.certificate_add(c, certificate('e'), settings("another")).await.unwrap();
+        e.profile_create(c, OTHER, "seen", UpdateProfile::default()).await.unwrap();
+        let first = heard.recv().await.unwrap();
+        let EventKind::Lifecycle { source, .. } = &first.kind else { panic!("{first:?}") };
+        assert_eq!(source, "/1.0/profiles/seen");
+        assert!(e.operations(&tenant, None).unwrap().is_empty());
+        e.certificate_delete(c, &"d".repeat(64)).await.unwrap();
+        e.profile_create(c, OTHER, "unheard", UpdateProfile::default()).await.unwrap();
+        let quiet = karst_env::EnvExt::timeout(&env, Duration::from_secs(5), heard.recv()).await;
+        assert!(quiet.is_err(), "a certificate that is trusted no longer hears nothing");
+        assert!(!e.principal_by_certificate(&"d".repeat(64), "").is_known());
+    });
+}
+
+#[test]
+fn a_trust_token_is_used_once_by_whoever_is_first() {
+    SeededEnv::run(5, |env| async move {
+        let f = fixture(&env).await;
+        let (e, c) = (&f.w.engine, &f.w.admin);
+        let nobody = Context::new(Principal::anonymous());
+        let tenant =
+            || CertificateSettings { restricted: true, projects: vec![HERE.into()], ..settings("t") };
+        let issued = e.trust_token_issue(c, tenant()).await.unwrap();
+        assert_eq!(e.trust_token_issue(c, tenant()).await.unwrap_err().kind, ErrorKind::Conflict);
+        let (a, b) = futures::join!(
+            e.trust_token_redeem(&nobody, "t", &issued.secret, certificate('1')),
+            e.trust_token_redeem(&nobody, "t", &issued.secret, certificate('2'))
+        );
+        assert!(a.is_ok() != b.is_ok(), "{a:?} {b:?}");
+        let added: Vec<_> = e.certificates(c).unwrap().iter().filter(|x| x.name == "t").cloned().collect();
+        assert_eq!(added.len(), 1);
+        assert!(added[0].restricted && added[0].projects == [f.here]);
+        // The secret itself is nowhere.
+        let text = format!("{:?}", e.inner().inventory.read().tenancy);
+        assert!(!text.contains(&issued.secret));
+        // An expired one is worth nothing.
+        let hour = Config::from([("core.remote_token_expiry".to_owned(), "1H".to_owned())]);
+        e.server_config_update(c, hour, None).await.unwrap();
+        let issued = e.trust_token_issue(c, tenant()).await.unwrap();
+        karst_env::Env::sleep(&env, Duration::from_secs(3601)).await;
+        let late = e.trust_token_redeem(&nobody, "t", &issued.secret, certificate('3')).await;
+        assert_eq!(late.unwrap_err().kind, ErrorKind::Forbidden);
+        assert!(
+            e.operations(c, None)
+                .unwrap()
+                .iter()
+                .all(|o| o.class != karst_model::operation::OperationClass::Token)
+        );
+        // A revoked one neither.
+        let issued = e.trust_token_issue(c, tenant()).await.unwrap();
+        e.operation_cancel(c, issued.operation.id).await.unwrap();
+        let revoked = e.trust_token_redeem(&nobody, "t", &issued.secret, certificate('3')).await;
+        assert_eq!(revoked.unwrap_err().kind, ErrorKind::Forbidden);
     });
 }

@@ -146,7 +146,7 @@ fn a_crowd_on_few_instances() {
                                 if w.env.below(5) == 0 {
                                     w.env.sleep(Duration::from_millis(w.env.below(60))).await;
                                     // Too late, or not possible: both are answers.
-                                    let _ = e.operation_cancel(c, operation.id());
+                                    let _ = e.operation_cancel(c, operation.id()).await;
                                 }
                                 let end = done(&w, operation).await;
                                 assert_ne!(end.state, OperationState::NeedsAttention, "{end:?}");
@@ -447,7 +447,7 @@ fn a_graceful_stop_that_takes_too_long_or_is_cancelled_leaves_it_running() {
             .await
             .unwrap();
         w.env.sleep(Duration::from_secs(1)).await;
-        w.engine.operation_cancel(&w.admin, operation.id()).unwrap();
+        w.engine.operation_cancel(&w.admin, operation.id()).await.unwrap();
         assert_eq!(done(&w, operation).await.state, OperationState::Cancelled);
         assert_eq!(status(&w, "c1"), Some(Status::Running));
         demand_clean(&w, "graceful stop").await;
@@ -475,7 +475,7 @@ fn a_cancelled_build_leaves_nothing() {
                 .await
                 .unwrap();
             env.sleep(Duration::from_millis(wait)).await;
-            w.engine.operation_cancel(&w.admin, build.id()).unwrap();
+            w.engine.operation_cancel(&w.admin, build.id()).await.unwrap();
             assert_eq!(done(&w, build).await.state, OperationState::Cancelled);
             demand_clean(&w, "cancelled build").await;
             assert_eq!(w.fingerprint(), before);

@@ -60,6 +60,11 @@ pub trait GuestDriver: Send + Sync {
     /// Files inside; `None` where the kind has no way to reach them.
     fn files(&self) -> Option<&dyn GuestFiles>;
 
+    /// What only virtual machines can; `None` for others.
+    fn machine(&self) -> Option<&dyn GuestMachine> {
+        None
+    }
+
     /// Makes file systems inside consistent for a snapshot; `None` where the host's own file system does that.
     fn quiesce(&self) -> Option<&dyn Quiesce> {
         None
@@ -67,6 +72,14 @@ pub trait GuestDriver: Send + Sync {
 
     /// Changes of state as they happen (a guest ended by itself). One receiver; later calls replace it.
     fn events(&self) -> mpsc::Receiver<Observed>;
+}
+
+/// What only a virtual machine can, while it runs.
+#[async_trait]
+pub trait GuestMachine: Send + Sync {
+    /// Tells the guest that the disk at `path` has so many bytes, and grows the file below it when it is one; a block
+    /// device has grown before. Conflict for a disk that cannot grow live, not found when no such disk is attached.
+    async fn grow(&self, instance: InstanceId, path: &std::path::Path, size: u64) -> Result<()>;
 }
 
 /// A running exec.

@@ -2,7 +2,7 @@
 
 use karst_model::{
     Error, InstanceId, Result,
-    device::DiskIo,
+    device::{DiskIo, NicModel},
     instance::{Generation, InstanceKind},
     node::AcceleratorKind,
     spec::{CloudInit, Limits, MachineSpec, ProxySpec, Security},
@@ -80,7 +80,7 @@ impl ResolvedGuest {
 }
 
 /// A disk.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct ResolvedDisk {
     /// Device name in the configuration.
     pub name: String,
@@ -107,6 +107,10 @@ pub struct ResolvedDisk {
     pub recursive: bool,
     /// So is what the host mounts there later (containers).
     pub follow: bool,
+    /// A drive of discs; the guest cannot write.
+    pub cdrom: bool,
+    /// The drive is empty.
+    pub ejected: bool,
     /// Rates, bus and cache.
     pub io: DiskIo,
     /// PCI address in the guest.
@@ -128,7 +132,8 @@ impl PartialEq for Opened {
 impl Eq for Opened {}
 
 /// Format of what lies at a disk's path.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum DiskFormat {
     /// A directory tree whose files carry unshifted owners (guest id 0 is id 0 on disk): to be id-mapped at mount.
     Directory,
@@ -156,7 +161,7 @@ pub struct ResolvedNode {
 }
 
 /// A NIC: an interface of the host that exists.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct ResolvedNic {
     /// Device name in the configuration.
     pub name: String,
@@ -173,6 +178,10 @@ pub struct ResolvedNic {
     pub bridge: String,
     /// MTU.
     pub mtu: Option<u32>,
+    /// What a virtual machine sees.
+    pub model: NicModel,
+    /// The cable is unplugged (virtual machines).
+    pub disconnected: bool,
     /// PCI address in the guest.
     pub pci: Option<String>,
     /// Boot order, higher first.

@@ -36,6 +36,11 @@ pub trait PoolDriver: Send + Sync {
     /// [`PoolDriver::supports_quota`] and may shrink to what the tree holds.
     async fn resize(&self, volume: VolumeId, size: ByteSize) -> Result<VolumeInfo>;
 
+    /// Writes down that a disk's file was grown by the program that has it open. Pools of block devices have nothing to do.
+    async fn grown(&self, volume: VolumeId, size: ByteSize) -> Result<VolumeInfo> {
+        self.resize(volume, size).await
+    }
+
     /// All volumes, by id.
     async fn list(&self) -> Result<Vec<VolumeInfo>>;
 

@@ -518,6 +518,14 @@ impl PoolDriver for FilePool {
         .await
     }
 
+    async fn grown(&self, volume: VolumeId, size: ByteSize) -> Result<VolumeInfo> {
+        let mut record = self.known(volume, None).await?;
+        record.size = Some(size.max(record.size.unwrap_or_default()));
+        let (dir, written) = (self.dir(volume), record.clone());
+        blocking(move || written.write(&dir)).await?;
+        Ok(info(volume, record))
+    }
+
     async fn resize(&self, volume: VolumeId, size: ByteSize) -> Result<VolumeInfo> {
         let mut record = self.known(volume, None).await?;
         let dir = self.dir(volume);

@@ -4,25 +4,30 @@
 //! addresses), because they change between versions and a guest must keep its hardware. Files, taps and sockets are
 //! descriptors that the keeper hands on: QEMU runs as a user that could open none of them.
 
-use karst_guest::DiskFormat;
+use crate::devices::{Bus, Disk, Layout, MAX_DISKS, MAX_NICS, Nic};
 use karst_model::{
     Error, Result,
     instance::Firmware,
     node::AcceleratorKind,
     spec::{CpuLimit, MachineSpec},
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
-/// PCI slots of the machine's own devices on `pcie.0`; disks and NICs carry theirs in the record.
+/// PCI slots of the machine's own devices on the root bus; disks and NICs carry theirs in the record.
 mod slot {
-    pub(super) const RNG: &str = "00:01.0";
-    pub(super) const SERIAL: &str = "00:02.0";
+    use super::Layout;
     pub(super) const SHARE: &str = "00:07.0";
 
-    pub(super) const ROOT: &str = "00:04.0";
-    // After the root disk, which is thus vda.
+    /// Random numbers. i440FX has its own devices at 01.
+    pub(super) fn rng(layout: Layout) -> &'static str {
+        if layout.pc { "00:1d.0" } else { "00:01.0" }
+    }
+    pub(super) const SERIAL: &str = "00:02.0";
+    pub(super) const SCSI: &str = "00:03.0";
+    // After a virtio root disk at 04, which is thus vda.
     pub(super) const SEED: &str = "00:06.0";
-    pub(super) const NIC: usize = 8;
+    /// SATA controller of i440FX; q35 has one built in.
+    pub(super) const SATA: &str = "00:1c.0";
 }
 
 /// Descriptor numbers in QEMU's process.
@@ -39,23 +44,18 @@ pub mod fd {
     pub const EVENTS: i32 = 17;
     /// Console, one end of a socket pair whose other end the keeper drains.
     pub const CONSOLE: i32 = 12;
-    /// Root disk.
-    pub const ROOT: i32 = 13;
     /// cloud-init seed.
     pub const SEED: i32 = 14;
     /// UEFI variables.
     pub const VARS: i32 = 15;
-    /// The file below a cloned root disk, read-only.
-    pub const BASE: i32 = 16;
     /// First tap.
     pub const NIC: i32 = 20;
+    /// Of the first disk; each has this and the next, which is of the file below a clone.
+    pub const DISK: i32 = 40;
 }
 
 /// Default size of a guest's memory where no limit is set.
 pub const DEFAULT_MEMORY: u64 = 1 << 30;
-/// NICs that fit behind the fixed addresses.
-pub const MAX_NICS: usize = 16;
-
 /// What the arguments are made of.
 #[derive(Debug, Clone)]
 pub struct Machine {
@@ -69,46 +69,26 @@ pub struct Machine {
     pub cpus: u32,
     /// Bytes of memory.
     pub memory: u64,
-    /// Root disk.
-    pub root: Disk,
+    /// Disks, the root first.
+    pub disks: Vec<Disk>,
     /// NICs.
     pub nics: Vec<Nic>,
     /// Has a cloud-init seed.
     pub seed: bool,
     /// UEFI code, from the firmware package; `None` for SeaBIOS.
     pub firmware_code: Option<String>,
+    /// Waits for `cont` before its first instruction.
+    pub hold: bool,
 }
 
-/// The root disk.
-#[derive(Debug, Clone)]
-pub struct Disk {
-    /// Bus slot; `scsi0` is behind a virtio-scsi controller, anything else virtio-blk.
-    pub slot: String,
-    /// Format, stated.
-    pub format: DiskFormat,
-    /// The path is a block device.
-    pub block_device: bool,
-    /// It is a clone: the qcow2 file below it comes as [`fd::BASE`].
-    pub cloned: bool,
-    /// PCI address of disk or controller.
-    pub pci: Option<String>,
-    /// Boot order, higher first.
-    pub boot_priority: u32,
-}
-
-/// A NIC.
-#[derive(Debug, Clone)]
-pub struct Nic {
-    /// Bus slot.
-    pub slot: String,
-    /// MAC address.
-    pub mac: String,
-    /// PCI address.
-    pub pci: Option<String>,
-    /// MTU to tell the guest.
-    pub mtu: Option<u32>,
-    /// Boot order, higher first.
-    pub boot_priority: u32,
+impl Machine {
+    /// Where its devices can be.
+    ///
+    /// # Errors
+    /// Invalid for a machine type that is none of ours.
+    pub fn layout(&self) -> Result<Layout> {
+        Layout::of(&self.spec.machine, self.spec.ports)
+    }
 }
 
 /// How many virtual CPUs a limit means.
@@ -118,15 +98,6 @@ pub fn cpu_count(limit: Option<&CpuLimit>) -> u32 {
         Some(CpuLimit::Count { n }) => (*n).max(1),
         Some(CpuLimit::Set { cpus }) => (cpus.len() as u32).max(1),
     }
-}
-
-/// `00:04.0` as properties of a device on the root bus.
-fn address(field: &str, pci: &str) -> Result<String> {
-    let wrong = || Error::invalid(field, format!("{pci:?} is not a PCI address on bus 00, such as 00:04.0"));
-    let (slot, function) = pci.strip_prefix("00:").and_then(|a| a.split_once('.')).ok_or_else(wrong)?;
-    let slot = u8::from_str_radix(slot, 16).ok().filter(|s| (1..0x1f).contains(s)).ok_or_else(wrong)?;
-    let function = function.parse::<u8>().ok().filter(|f| *f < 8).ok_or_else(wrong)?;
-    Ok(format!("bus=pcie.0,addr=0x{slot:x}.0x{function:x}"))
 }
 
 /// Only what QEMU's option parser cannot mistake: a comma would begin another property.
@@ -152,12 +123,7 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         }
     };
     let machine = word("hardware.machine", &m.spec.machine, "")?;
-    if !machine.starts_with("pc-q35-") {
-        return Err(Error::invalid(
-            "hardware.machine",
-            format!("{machine:?} is not a versioned q35 machine type, such as pc-q35-7.2"),
-        ));
-    }
+    let layout = m.layout()?;
     let secure = m.spec.firmware == Firmware::UefiSecure;
     opt("-name", format!("guest={},debug-threads=on", word("instance", &m.name, "")?));
     for flag in ["-nodefaults", "-no-user-config"] {
@@ -197,12 +163,22 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     opt("-smbios", format!("type=1,manufacturer=Karst,product=Virtual Machine,uuid={}", m.spec.uuid));
     opt("-rtc", "base=utc".into());
     opt("-boot", "menu=off,strict=on".into());
-    opt("-global", "ICH9-LPC.disable_s3=1".into());
-    opt("-global", "ICH9-LPC.disable_s4=1".into());
+    let power = if layout.pc { "PIIX4_PM" } else { "ICH9-LPC" };
+    opt("-global", format!("{power}.disable_s3=1"));
+    opt("-global", format!("{power}.disable_s4=1"));
+    if m.hold {
+        opt("-S", String::new());
+    }
     if secure {
         opt("-global", "driver=cfi.pflash01,property=secure,value=on".into());
     }
 
+    // Every device is written as JSON: QEMU makes those of the older notation first, whatever their order.
+    let fixed = |field: &str, mut device: Value, pci: &str| -> Result<String> {
+        device["disable-legacy"] = "on".into();
+        layout.put(&mut device, field, pci)?;
+        Ok(device.to_string())
+    };
     let mut sets = vec![];
     if let Some(code) = &m.firmware_code {
         opt(
@@ -229,7 +205,7 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     opt("-object", "rng-random,id=rng0,filename=/dev/urandom".into());
     opt(
         "-device",
-        format!("virtio-rng-pci,id=rng0,rng=rng0,disable-legacy=on,{}", address("rng", slot::RNG)?),
+        fixed("rng", json!({"driver": "virtio-rng-pci", "id": "rng0", "rng": "rng0"}), slot::rng(layout))?,
     );
 
     opt("-chardev", format!("socket,id=console,fd={}", fd::CONSOLE));
@@ -239,103 +215,65 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     opt("-chardev", format!("socket,id=events,fd={},server=on,wait=off", fd::EVENTS));
     opt("-mon", "chardev=events,mode=control".into());
     opt("-chardev", format!("socket,id=agent,fd={},server=on,wait=off", fd::AGENT));
-    opt(
-        "-device",
-        format!(
-            "virtio-serial-pci,id=serial0,max_ports=16,disable-legacy=on,{}",
-            address("serial", slot::SERIAL)?
-        ),
-    );
-    opt(
-        "-device",
-        "virtserialport,bus=serial0.0,nr=1,chardev=agent,id=agent,name=org.qemu.guest_agent.0".into(),
-    );
+    let serial = json!({"driver": "virtio-serial-pci", "id": "serial0", "max_ports": 16});
+    opt("-device", fixed("serial", serial, slot::SERIAL)?);
+    let port = |nr: u32, id: &str, chardev: Option<&str>, name: &str| {
+        let mut port =
+            json!({"driver": "virtserialport", "bus": "serial0.0", "nr": nr, "id": id, "name": name});
+        if let Some(chardev) = chardev {
+            port["chardev"] = chardev.into();
+        }
+        port.to_string()
+    };
+    opt("-device", port(1, "agent", Some("agent"), "org.qemu.guest_agent.0"));
     opt("-chardev", format!("socket,id=karst,fd={},server=on,wait=off", fd::LINK));
-    opt(
-        "-device",
-        format!("virtserialport,bus=serial0.0,nr=2,chardev=karst,id=karst,name={}", karst_guest_agent::PORT),
-    );
+    opt("-device", port(2, "karst", Some("karst"), karst_guest_agent::PORT));
     // Images made for Incus and LXD look into the share when they find a port of this name; nothing flows through it.
     for (number, loader) in [(3, "incus"), (4, "lxd")] {
-        opt(
-            "-device",
-            format!(
-                "virtserialport,bus=serial0.0,nr={number},id=loader-{loader},name=org.linuxcontainers.{loader}"
-            ),
-        );
+        let name = format!("org.linuxcontainers.{loader}");
+        opt("-device", port(number, &format!("loader-{loader}"), None, &name));
     }
     // By its descriptor, so that QEMU's user needs no way to it.
     opt(
         "-fsdev",
         format!("local,id=config,path=/proc/self/fd/{},readonly=on,security_model=none", fd::SHARE),
     );
-    opt(
-        "-device",
-        format!(
-            "virtio-9p-pci,id=config,fsdev=config,mount_tag=config,disable-legacy=on,{}",
-            address("share", slot::SHARE)?
-        ),
-    );
+    let share = json!({"driver": "virtio-9p-pci", "id": "config", "fsdev": "config", "mount_tag": "config"});
+    opt("-device", fixed("share", share, slot::SHARE)?);
 
-    // Higher priority boots first; QEMU counts from 1 upwards. Disks come before NICs of the same priority.
-    let mut order: Vec<(u32, usize)> = vec![(m.root.boot_priority, 0)];
-    order.extend(m.nics.iter().enumerate().map(|(i, n)| (n.boot_priority, i + 1)));
-    order.sort_by_key(|(priority, i)| (std::cmp::Reverse(*priority), *i));
-    let bootindex = |which: usize| 1 + order.iter().position(|(_, i)| *i == which).unwrap_or(0);
-
-    sets.push((1, fd::ROOT, "root"));
-    if m.root.cloned {
-        sets.push((4, fd::BASE, "base"));
-        opt(
-            "-blockdev",
-            json!({"driver": "file", "node-name": "base-file", "filename": "/dev/fdset/4", "read-only": true}).to_string(),
-        );
-        let base = json!({
-            "driver": "qcow2", "node-name": "base", "file": "base-file", "read-only": true, "backing": null,
-        });
-        opt("-blockdev", base.to_string());
+    for port in layout.root_ports() {
+        opt("-device", port.to_string());
     }
-    // Files keep the host's page cache and honour the guest's flushes; a block device has its cache in the guest.
-    let direct = m.root.block_device;
-    let cache = json!({"direct": direct, "no-flush": false});
-    opt(
-        "-blockdev",
-        json!({
-            "driver": if m.root.block_device { "host_device" } else { "file" },
-            "node-name": "root-file", "filename": "/dev/fdset/1", "aio": if direct { "native" } else { "threads" },
-            "cache": cache, "discard": "unmap",
-        })
-        .to_string(),
-    );
-    let mut node = json!({
-        "driver": "raw", "node-name": "root", "file": "root-file", "cache": cache,
-        "discard": "unmap", "detect-zeroes": "unmap",
-    });
-    match m.root.format {
-        DiskFormat::Raw => {}
-        DiskFormat::Qcow2 => {
-            node["driver"] = "qcow2".into();
-            // A backing file that an image names is not opened; the one below a clone is the agent's word.
-            node["backing"] = if m.root.cloned { "base".into() } else { serde_json::Value::Null };
-        }
-        DiskFormat::Directory => {
-            return Err(Error::invalid(
-                "root",
-                "the root of a virtual machine is a disk image, not a directory",
-            ));
-        }
+    if m.disks.len() > MAX_DISKS {
+        return Err(Error::invalid("devices", format!("a virtual machine has {MAX_DISKS} disks at most")));
     }
-    opt("-blockdev", node.to_string());
-    let at = address("devices.root", m.root.pci.as_deref().unwrap_or(slot::ROOT))?;
-    let common = format!(
-        "drive=root,id=disk-root,bootindex={},write-cache=on,werror=enospc,rerror=report",
-        bootindex(0)
-    );
-    if m.root.slot.starts_with("scsi") {
-        opt("-device", format!("virtio-scsi-pci,id=scsi,disable-legacy=on,{at}"));
-        opt("-device", format!("scsi-hd,bus=scsi.0,channel=0,scsi-id=0,lun=0,{common}"));
-    } else {
-        opt("-device", format!("virtio-blk-pci,{common},disable-legacy=on,{at}"));
+    let buses = m.disks.iter().map(Disk::bus).collect::<Result<Vec<_>>>()?;
+    // Machines that devices can be plugged into have the controller also when nothing is behind it yet.
+    if layout.hotplug() || buses.iter().any(|b| matches!(b, Bus::Scsi(_))) {
+        // An older machine's root behind virtio-scsi carries the address of the controller.
+        let old = m.disks.first().filter(|d| layout.ports == 0 && d.slot.starts_with("scsi"));
+        let at = old.and_then(|d| d.pci.as_deref()).unwrap_or(slot::SCSI);
+        opt("-device", fixed("devices.root", json!({"driver": "virtio-scsi-pci", "id": "scsi"}), at)?);
+    }
+    if layout.pc && buses.iter().any(|b| matches!(b, Bus::Sata(_))) {
+        let mut controller = json!({"driver": "ich9-ahci", "id": "sata"});
+        layout.put(&mut controller, "devices", slot::SATA)?;
+        opt("-device", controller.to_string());
+    }
+    for (i, disk) in m.disks.iter().enumerate() {
+        let (file_set, base_set) = disk.fd_sets()?;
+        let number = fd::DISK + 2 * i as i32;
+        opt("-object", disk.group().to_string());
+        if !disk.ejected {
+            sets.push((file_set, number, "disk"));
+            if disk.cloned {
+                sets.push((base_set, number + 1, "base"));
+            }
+            for node in disk.nodes()? {
+                opt("-blockdev", node.to_string());
+            }
+        }
+        opt("-device", disk.device(layout)?.to_string());
     }
 
     if m.seed {
@@ -348,33 +286,17 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
             "-blockdev",
             json!({"driver": "raw", "node-name": "seed", "file": "seed-file", "read-only": true}).to_string(),
         );
-        opt(
-            "-device",
-            format!(
-                "virtio-blk-pci,drive=seed,id=seed,serial=cidata,disable-legacy=on,{}",
-                address("seed", slot::SEED)?
-            ),
-        );
+        let seed = json!({"driver": "virtio-blk-pci", "drive": "seed", "id": "seed", "serial": "cidata"});
+        opt("-device", fixed("seed", seed, slot::SEED)?);
     }
 
     if m.nics.len() > MAX_NICS {
         return Err(Error::invalid("devices", format!("a virtual machine has {MAX_NICS} NICs at most")));
     }
     for (i, nic) in m.nics.iter().enumerate() {
-        let field = format!("devices.{}", nic.slot);
-        let id = word(&field, &nic.slot, "")?;
-        let pci = nic.pci.clone().unwrap_or_else(|| format!("00:{:02x}.0", slot::NIC + i));
-        opt("-netdev", format!("tap,id=host-{id},fd={},vhost=off", fd::NIC + i as i32));
-        let mtu = nic.mtu.map(|m| format!(",host_mtu={m}")).unwrap_or_default();
-        opt(
-            "-device",
-            format!(
-                "virtio-net-pci,netdev=host-{id},id={id},mac={},bootindex={},disable-legacy=on{mtu},{}",
-                word(&field, &nic.mac, ":")?,
-                bootindex(i + 1),
-                address(&field, &pci)?
-            ),
-        );
+        let device = nic.device(layout)?;
+        opt("-netdev", nic.host(&(fd::NIC + i as i32).to_string()).to_string());
+        opt("-device", device.to_string());
     }
 
     // Descriptor sets come before what opens them.
@@ -389,6 +311,9 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::devices::tests::disk;
+    use karst_guest::DiskFormat;
+    use karst_model::device::NicModel;
 
     pub(crate) fn machine() -> Machine {
         Machine {
@@ -398,21 +323,17 @@ pub(crate) mod tests {
                 cpu_model: "max".into(),
                 firmware: Firmware::Bios,
                 uuid: uuid::Uuid::from_u128(0x42),
+                ports: 0,
                 accelerator: None,
             },
             accelerator: AcceleratorKind::Tcg,
             cpus: 2,
             memory: 1 << 30,
-            root: Disk {
-                slot: "virtio0".into(),
-                format: DiskFormat::Qcow2,
-                block_device: false,
-                cloned: false,
-                pci: Some("00:04.0".into()),
-                boot_priority: 0,
-            },
+            disks: vec![Disk { pci: Some("00:04.0".into()), format: DiskFormat::Qcow2, ..disk("virtio0") }],
             nics: vec![Nic {
+                name: "eth0".into(),
                 slot: "net0".into(),
+                model: NicModel::Virtio,
                 mac: "10:66:6a:12:34:56".into(),
                 pci: Some("00:08.0".into()),
                 mtu: None,
@@ -420,6 +341,7 @@ pub(crate) mod tests {
             }],
             seed: true,
             firmware_code: None,
+            hold: false,
         }
     }
 
@@ -444,20 +366,18 @@ pub(crate) mod tests {
         m.spec.cpu_model = "host".into();
         m.spec.firmware = Firmware::UefiSecure;
         m.firmware_code = Some("/usr/share/OVMF/OVMF_CODE_4M.secboot.fd".into());
-        m.root = Disk {
-            slot: "scsi0".into(),
-            format: DiskFormat::Raw,
-            block_device: true,
-            cloned: false,
-            pci: None,
-            boot_priority: 1,
-        };
+        m.spec.ports = 16;
+        m.disks = vec![Disk { block_device: true, boot_priority: 1, ..disk("scsi0") }];
+        m.disks.push(Disk { pci: Some("01:00.0".into()), ..disk("nvme0") });
+        m.disks.push(Disk { cdrom: true, readonly: true, ejected: true, ..disk("sata0") });
         m.nics.push(Nic {
+            name: "eth1".into(),
             slot: "net1".into(),
-            mac: "10:66:6a:12:34:57".into(),
-            pci: None,
+            model: NicModel::E1000e,
+            pci: Some("02:00.0".into()),
             mtu: Some(1400),
             boot_priority: 5,
+            mac: "10:66:6a:12:34:57".into(),
         });
         m.seed = false;
         insta::assert_snapshot!(lines(&m));
@@ -466,26 +386,27 @@ pub(crate) mod tests {
     #[test]
     fn a_clone_names_the_file_below_it() {
         let mut m = machine();
-        m.root.cloned = true;
+        m.disks[0].cloned = true;
         let text = lines(&m);
-        assert!(text.contains("set=4,fd=16,opaque=base") && text.contains(r#""backing":"base""#), "{text}");
+        assert!(text.contains("fd=41,opaque=base") && text.contains(r#""backing":"b-virtio0""#), "{text}");
+    }
+
+    #[test]
+    fn an_i440fx_machine_has_its_devices_on_its_one_bus() {
+        let mut m = machine();
+        m.spec.machine = "pc-i440fx-7.2".into();
+        m.disks.push(disk("sata1"));
+        let text = lines(&m);
+        assert!(!text.contains("pcie") && !text.contains("ICH9-LPC"), "{text}");
+        assert!(text.contains(r#""bus":"sata.1""#) && text.contains(r#""id":"scsi""#), "{text}");
     }
 
     #[test]
     fn descriptor_numbers_differ() {
-        let mut all = vec![
-            fd::LINK,
-            fd::SHARE,
-            fd::QMP,
-            fd::EVENTS,
-            fd::AGENT,
-            fd::CONSOLE,
-            fd::ROOT,
-            fd::BASE,
-            fd::SEED,
-            fd::VARS,
-        ];
+        let mut all =
+            vec![fd::LINK, fd::SHARE, fd::QMP, fd::EVENTS, fd::AGENT, fd::CONSOLE, fd::SEED, fd::VARS];
         all.extend((0..MAX_NICS as i32).map(|i| fd::NIC + i));
+        all.extend((0..2 * MAX_DISKS as i32).map(|i| fd::DISK + i));
         let n = all.len();
         all.sort_unstable();
         all.dedup();
@@ -506,12 +427,12 @@ pub(crate) mod tests {
         );
         assert_eq!(
             bad(&|m| m.nics[0].mac = "10:66:6a:12:34:56,romfile=/x".into()).field.unwrap(),
-            "devices.net0"
+            "devices.eth0.hwaddr"
         );
         for pci in ["00:00.0", "00:1f.0", "01:04.0", "00:04.8", "4", "00:04.0,x=y"] {
-            assert_eq!(bad(&|m| m.root.pci = Some(pci.into())).field.unwrap(), "devices.root", "{pci}");
+            assert_eq!(bad(&|m| m.disks[0].pci = Some(pci.into())).field.unwrap(), "devices.data", "{pci}");
         }
         assert_eq!(bad(&|m| m.memory = 1000).field.unwrap(), "config.limits.memory");
-        assert!(bad(&|m| m.root.format = DiskFormat::Directory).message.contains("disk image"));
+        assert!(bad(&|m| m.disks[0].format = DiskFormat::Directory).message.contains("disk image"));
     }
 }

@@ -4,14 +4,14 @@ use crate::{
     argv::cpu_count,
     launch::{self, Groups, explain, limits, prepare},
     machine::{Ask, Machine, Tell, exit_reason, own, run_state},
-    probe,
+    plug, probe,
     qmp::Qmp,
     record::Record,
 };
 use async_trait::async_trait;
 use karst_guest::{
-    Applied, Exec, ExecRequest, FileWrite, GuestDriver, GuestFiles, Interface, Metrics, Observed, OpenedFile,
-    Quiesce, ResolvedGuest, StopMode,
+    Applied, Exec, ExecRequest, FileWrite, GuestDriver, GuestFiles, GuestMachine, Interface, Metrics,
+    Observed, OpenedFile, Quiesce, ResolvedGuest, StopMode,
     keeper::{self, End, Keeper, Requested, State, Status},
 };
 use karst_host::cgroup::Cgroups;
@@ -280,6 +280,11 @@ impl Shared {
         record.write(dir)?;
         let keeper = keeper::launch(dir, &spec, fds).await?;
         let greeted = async {
+            if launch::hold(guest) {
+                let (qmp, _) = Qmp::connect(dir, launch::QMP, GREETING).await?;
+                plug::before_first(&qmp, guest).await?;
+                qmp.execute("cont", json!({})).await?;
+            }
             match Self::run_state(dir, GREETING).await?.as_str() {
                 "running" => Ok(()),
                 other => Err(Error::internal("the virtual machine did not begin to run", other)),
@@ -390,17 +395,19 @@ impl GuestDriver for QemuDriver {
         let groups = Groups::of(&guest.daemon_id, guest.instance);
         self.shared.cgroups.limit(&groups.machine, &limits(guest))?;
         let new = Record::new(guest);
-        let (pending, version) = {
+        let mut pending = plug::apply(&machine, guest).await?;
+        let version = {
             let mut record = machine.record();
-            let pending = record.pending(&new);
+            pending.extend(record.pending(&new));
             if cpu_count(guest.limits.cpu.as_ref()) == record.cpus {
                 record.cpu = new.cpu;
             }
             // Programs that start from now on see it.
             record.environment = new.environment;
+            record.nics = new.nics;
             record.spec_version = new.spec_version;
             record.write(&guest.state_dir)?;
-            (pending, record.spec_version)
+            record.spec_version
         };
         machine.observed.send_modify(|o| o.applied_spec_version = version);
         Ok(Applied { pending })
@@ -511,6 +518,10 @@ impl GuestDriver for QemuDriver {
         Some(self)
     }
 
+    fn machine(&self) -> Option<&dyn GuestMachine> {
+        Some(self)
+    }
+
     fn quiesce(&self) -> Option<&dyn Quiesce> {
         Some(self)
     }
@@ -519,6 +530,22 @@ impl GuestDriver for QemuDriver {
         let (sender, receiver) = mpsc::channel(1024);
         *lock(&self.shared.events) = Some(sender);
         receiver
+    }
+}
+
+#[async_trait]
+impl GuestMachine for QemuDriver {
+    async fn grow(&self, instance: InstanceId, path: &Path, size: u64) -> Result<()> {
+        let machine = self.shared.machine(instance).await?;
+        let slot = self.shared.slot(instance);
+        let _changing = slot.changing.lock().await;
+        let found = machine
+            .record()
+            .devices
+            .as_ref()
+            .and_then(|d| d.disks.iter().find(|d| d.path == path).map(|d| d.slot.clone()));
+        let slot = found.ok_or_else(|| Error::not_found("the guest has no such disk"))?;
+        plug::grow(&machine, &slot, size).await
     }
 }
 

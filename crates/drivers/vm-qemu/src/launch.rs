@@ -2,13 +2,14 @@
 //! groups, the keeper's specification. Whatever is made here vanishes with its descriptor or is removed by the caller.
 
 use crate::{
-    argv::{self, Disk, Machine, Nic, argv, fd},
+    argv::{self, Machine, argv, fd},
+    devices::{Disk, Layout, Nic},
     probe::kvm_group,
     record::{Record, memory},
     seed, share,
 };
 use karst_guest::{
-    DiskFormat, ResolvedGuest,
+    DiskFormat, ResolvedDisk, ResolvedGuest, ResolvedNic,
     keeper::{Console, Spec},
 };
 use karst_host::{
@@ -113,23 +114,41 @@ fn listen(dir: &Path, name: &str) -> Result<OwnedFd> {
     Ok(listener.into())
 }
 
-/// The root disk's descriptor, and whether it is a block device.
-fn open_disk(guest: &ResolvedGuest) -> Result<(OwnedFd, bool)> {
-    let path = &guest.root.path;
-    let meta = std::fs::symlink_metadata(path).map_err(|e| match e.kind() {
+/// Descriptors of a disk: its own, and of the file below a clone; and whether it is a block device.
+pub(crate) fn open_disk(disk: &ResolvedDisk) -> Result<(OwnedFd, Option<OwnedFd>, bool)> {
+    let field = format!("devices.{}", disk.name);
+    if disk.format == DiskFormat::Directory {
+        return Err(Error::invalid(field, "a disk of a virtual machine is a disk image, not a directory"));
+    }
+    let meta = std::fs::symlink_metadata(&disk.path).map_err(|e| match e.kind() {
         std::io::ErrorKind::NotFound => {
-            Error::not_found("the root disk of the virtual machine does not exist")
+            Error::not_found(format!("the disk {:?} of the virtual machine does not exist", disk.name))
         }
         _ => e.into(),
     })?;
     let block = meta.file_type().is_block_device();
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | if block { libc::O_DIRECT } else { 0 };
-    let file = File::options().read(true).write(true).custom_flags(flags).open(path)?;
+    let write = !(disk.readonly || disk.cdrom);
+    let file = File::options().read(true).write(write).custom_flags(flags).open(&disk.path)?;
     let kind = FileType::from_raw_mode(rustix::fs::fstat(&file).map_err(std::io::Error::from)?.st_mode);
-    match kind {
-        FileType::RegularFile | FileType::BlockDevice => Ok((file.into(), block)),
-        _ => Err(Error::invalid("root", "the root of a virtual machine is a disk image or a block device")),
+    if !matches!(kind, FileType::RegularFile | FileType::BlockDevice) {
+        return Err(Error::invalid(field, "a disk of a virtual machine is a disk image or a block device"));
     }
+    let base = match &disk.backing {
+        Some(base) => Some(File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(base)?.into()),
+        None => None,
+    };
+    Ok((file.into(), base, block))
+}
+
+/// The tap of a NIC.
+pub(crate) fn open_tap(nic: &ResolvedNic) -> Result<OwnedFd> {
+    tap::open(&tap::TapSpec {
+        name: &nic.host_interface,
+        bridge: &nic.bridge,
+        guest_mac: &nic.mac,
+        mtu: nic.mtu,
+    })
 }
 
 /// The seed as a sealed, read-only descriptor without a name: user data is in no file.
@@ -180,13 +199,17 @@ fn nvram(dir: &Path, template: &str) -> Result<OwnedFd> {
     }
 }
 
+/// Must something be said to QEMU before the guest's first instruction?
+pub(crate) fn hold(guest: &ResolvedGuest) -> bool {
+    guest.nics.iter().any(|n| n.disconnected)
+}
+
 /// Makes everything; the control groups are the caller's to remove when anything fails.
 pub(crate) fn prepare(
     guest: &ResolvedGuest,
     groups: &Groups,
     cgroups: &Cgroups,
 ) -> Result<(Spec, Vec<OwnedFd>)> {
-    guest.demand_no_disks()?;
     let spec = guest
         .machine
         .clone()
@@ -194,15 +217,19 @@ pub(crate) fn prepare(
     if guest.ids.base == 0 {
         return Err(Error::internal("the guest could not be started", "QEMU would run as root"));
     }
-    if guest.root.format == DiskFormat::Directory {
-        return Err(Error::invalid("root", "the root of a virtual machine is a disk image, not a directory"));
-    }
     let firmware = firmware(spec.firmware);
-    let (disk, block_device) = open_disk(guest)?;
-    let mut fds = vec![(fd::ROOT, disk)];
-    if let Some(base) = &guest.root.backing {
-        let file = File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(base)?;
-        fds.push((fd::BASE, file.into()));
+    let layout = Layout::of(&spec.machine, spec.ports)?;
+    let (mut fds, mut disks) = (vec![], vec![]);
+    for (i, disk) in std::iter::once(&guest.root).chain(&guest.disks).enumerate() {
+        let number = fd::DISK + 2 * i as i32;
+        let mut block_device = false;
+        if !disk.ejected {
+            let (file, base, block) = open_disk(disk)?;
+            block_device = block;
+            fds.push((number, file));
+            fds.extend(base.map(|b| (number + 1, b)));
+        }
+        disks.push(Disk::new(disk, block_device, layout.hotplug()));
     }
     let medium = share::read(&guest.state_dir)?;
     fds.push((fd::SHARE, medium.directory));
@@ -217,27 +244,11 @@ pub(crate) fn prepare(
         accelerator: guest.accelerator,
         cpus: argv::cpu_count(guest.limits.cpu.as_ref()),
         memory: memory(guest),
-        root: Disk {
-            slot: guest.root.slot.clone(),
-            format: guest.root.format,
-            block_device,
-            cloned: guest.root.backing.is_some(),
-            pci: guest.root.pci.clone(),
-            boot_priority: guest.root.boot_priority,
-        },
-        nics: guest
-            .nics
-            .iter()
-            .map(|n| Nic {
-                slot: n.slot.clone(),
-                mac: n.mac.clone(),
-                pci: n.pci.clone(),
-                mtu: n.mtu,
-                boot_priority: n.boot_priority,
-            })
-            .collect(),
+        disks,
+        nics: guest.nics.iter().map(Nic::new).collect(),
         seed: true,
         firmware_code: firmware.map(|(code, _)| code.to_owned()),
+        hold: hold(guest),
     };
     let program = Program::QemuSystemX86.path()?;
     let mut arguments = vec!["qemu-system-x86_64".into()];
@@ -248,8 +259,7 @@ pub(crate) fn prepare(
     fds.push((fd::AGENT, listen(&guest.state_dir, AGENT)?));
     fds.push((fd::LINK, listen(&guest.state_dir, LINK)?));
     for (i, n) in guest.nics.iter().enumerate() {
-        let spec = tap::TapSpec { name: &n.host_interface, bridge: &n.bridge, guest_mac: &n.mac, mtu: n.mtu };
-        fds.push((fd::NIC + i as i32, tap::open(&spec)?));
+        fds.push((fd::NIC + i as i32, open_tap(n)?));
     }
     cgroups.create(&groups.machine)?;
     cgroups.limit(&groups.machine, &limits(guest))?;

@@ -9,6 +9,7 @@
 
 pub mod agent;
 pub mod argv;
+pub mod devices;
 mod driver;
 pub mod exec;
 pub mod files;
@@ -16,6 +17,7 @@ mod inside;
 mod launch;
 pub mod line;
 mod machine;
+mod plug;
 pub mod probe;
 pub mod qmp;
 mod record;

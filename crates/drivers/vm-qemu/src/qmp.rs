@@ -10,9 +10,12 @@ use crate::{
     line::{Lines, object, printable},
 };
 use karst_model::{Error, Result};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde_json::{Map, Value, json};
 use std::{
     collections::HashMap,
+    io::IoSlice,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
     sync::{
         Arc, Mutex,
@@ -49,6 +52,8 @@ pub struct Qmp {
     writer: AsyncMutex<Box<dyn AsyncWrite + Send + Unpin>>,
     pending: Pending,
     next: AtomicU64,
+    /// The same socket, to send descriptors on.
+    socket: Option<OwnedFd>,
     reader: tokio::task::JoinHandle<()>,
 }
 
@@ -72,10 +77,13 @@ impl Qmp {
         let stream = launch::connect(dir, name)
             .await
             .map_err(|e| Error::unavailable("QEMU's control socket cannot be reached").with_context(e))?;
+        let socket = stream.as_fd().try_clone_to_owned()?;
         let (read, write) = stream.into_split();
-        timeout(limit, Self::negotiate(read, write))
+        let (mut qmp, events) = timeout(limit, Self::negotiate(read, write))
             .await
-            .map_err(|_| Error::timeout("QEMU did not greet on its control socket"))?
+            .map_err(|_| Error::timeout("QEMU did not greet on its control socket"))??;
+        qmp.socket = Some(socket);
+        Ok((qmp, events))
     }
 
     /// Negotiates on a stream.
@@ -105,7 +113,13 @@ impl Qmp {
                 }
             }
         });
-        let qmp = Qmp { writer: AsyncMutex::new(Box::new(write)), pending, next: AtomicU64::new(1), reader };
+        let qmp = Qmp {
+            writer: AsyncMutex::new(Box::new(write)),
+            pending,
+            next: AtomicU64::new(1),
+            socket: None,
+            reader,
+        };
         qmp.execute("qmp_capabilities", json!({})).await?;
         Ok((qmp, receiver))
     }
@@ -115,6 +129,56 @@ impl Qmp {
     /// # Errors
     /// Internal with QEMU's class and text as context, timeout, unavailable when the connection is gone.
     pub async fn execute(&self, command: &str, arguments: Value) -> Result<Value> {
+        self.run(command, arguments, None, COMMAND).await
+    }
+
+    /// As [`Self::execute`], for a command that takes long.
+    ///
+    /// # Errors
+    /// Those of [`Self::execute`].
+    pub async fn execute_within(&self, limit: Duration, command: &str, arguments: Value) -> Result<Value> {
+        self.run(command, arguments, None, limit).await
+    }
+
+    /// As [`Self::execute`], with a descriptor for `add-fd` or `getfd`.
+    ///
+    /// # Errors
+    /// Those of [`Self::execute`].
+    pub async fn execute_with_fd(
+        &self,
+        command: &str,
+        arguments: Value,
+        fd: BorrowedFd<'_>,
+    ) -> Result<Value> {
+        self.run(command, arguments, Some(fd), COMMAND).await
+    }
+
+    /// Sends the beginning of `line` with a descriptor; answers how much went.
+    async fn send_fd(&self, line: &[u8], fd: BorrowedFd<'_>) -> Result<usize> {
+        let socket = self.socket.as_ref().ok_or_else(closed)?;
+        loop {
+            let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            let fds = [fd];
+            control.push(SendAncillaryMessage::ScmRights(&fds));
+            match rustix::net::sendmsg(socket, &[IoSlice::new(line)], &mut control, SendFlags::NOSIGNAL) {
+                Ok(sent) => return Ok(sent),
+                // QEMU reads slowly; the caller's deadline bounds this.
+                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                Err(e) => return Err(closed().with_context(e)),
+            }
+        }
+    }
+
+    async fn run(
+        &self,
+        command: &str,
+        arguments: Value,
+        fd: Option<BorrowedFd<'_>>,
+        limit: Duration,
+    ) -> Result<Value> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (send, receive) = oneshot::channel();
         match self.pending.lock() {
@@ -127,16 +191,18 @@ impl Qmp {
         let mut line = json!({"execute": command, "arguments": arguments, "id": id}).to_string();
         line.push('\n');
         let work = async {
-            self.writer
-                .lock()
-                .await
-                .write_all(line.as_bytes())
-                .await
-                .map_err(|e| closed().with_context(e))?;
+            {
+                let mut writer = self.writer.lock().await;
+                let sent = match fd {
+                    Some(fd) => self.send_fd(line.as_bytes(), fd).await?,
+                    None => 0,
+                };
+                writer.write_all(&line.as_bytes()[sent..]).await.map_err(|e| closed().with_context(e))?;
+            }
             receive.await.map_err(|_| closed())?
         };
-        let result = timeout(COMMAND, work).await.unwrap_or_else(|_| {
-            Err(Error::timeout(format!("QEMU did not answer {command} within {COMMAND:?}")))
+        let result = timeout(limit, work).await.unwrap_or_else(|_| {
+            Err(Error::timeout(format!("QEMU did not answer {command} within {limit:?}")))
         });
         if result.is_err()
             && let Ok(mut p) = self.pending.lock()

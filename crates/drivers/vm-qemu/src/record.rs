@@ -1,7 +1,7 @@
 //! What the driver keeps of a guest in its state directory (`machine.json`): enough to adopt it.
 
 use crate::argv::{DEFAULT_MEMORY, cpu_count};
-use karst_guest::{IdRange, ResolvedGuest};
+use karst_guest::{IdRange, ResolvedDisk, ResolvedGuest, ResolvedNic};
 use karst_model::{
     Error, InstanceId, Result,
     instance::{ExitReason, Generation},
@@ -27,6 +27,30 @@ pub(crate) struct Nic {
     pub(crate) bridge: String,
 }
 
+/// Disks and NICs as they are plugged.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Devices {
+    pub(crate) machine: String,
+    pub(crate) ports: u8,
+    /// The root first. One that is about to be plugged is here before, one that is about to go until it is gone: what
+    /// QEMU really has decides.
+    pub(crate) disks: Vec<ResolvedDisk>,
+    pub(crate) nics: Vec<ResolvedNic>,
+}
+
+impl Devices {
+    pub(crate) fn of(guest: &ResolvedGuest) -> Option<Self> {
+        let machine = guest.machine.as_ref()?;
+        let disks = std::iter::once(&guest.root).chain(&guest.disks);
+        Some(Self {
+            machine: machine.machine.clone(),
+            ports: machine.ports,
+            disks: disks.cloned().collect(),
+            nics: guest.nics.clone(),
+        })
+    }
+}
+
 /// The record of the last start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Record {
@@ -47,6 +71,9 @@ pub(crate) struct Record {
     pub(crate) nics: Vec<Nic>,
     #[serde(default)]
     pub(crate) environment: BTreeMap<String, String>,
+    /// Its hardware as far as it can change while it runs; unknown of a start by an earlier version.
+    #[serde(default)]
+    pub(crate) devices: Option<Devices>,
     /// Why it ended, where the host saw more than the keeper can know.
     #[serde(default)]
     pub(crate) exit: Option<ExitReason>,
@@ -84,6 +111,7 @@ impl Record {
                 })
                 .collect(),
             environment: guest.environment.clone(),
+            devices: Devices::of(guest),
             exit: None,
         }
     }
@@ -96,9 +124,6 @@ impl Record {
         }
         if self.memory != new.memory {
             pending.push("limits.memory".to_owned());
-        }
-        if self.nics != new.nics || self.root != new.root {
-            pending.push("devices".to_owned());
         }
         pending
     }

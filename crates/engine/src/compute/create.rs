@@ -1,6 +1,6 @@
 //! Creating instances.
 
-use super::{disks::check_disks, expand, lock, path};
+use super::{disks::check_disks, expand, lock, path, slots};
 use crate::{
     Engine, EngineInner, Records,
     context::Context,
@@ -223,18 +223,6 @@ fn plan(
     tx.touch(&crate::tenancy::project_uses(project.id));
     instance.pool = pool.id;
     check_nics(records, tx, &parsed)?;
-    instance.identities = expand::assign_identities(
-        &BTreeMap::new(),
-        &parsed,
-        request.kind,
-        volume_id,
-        &inner.daemon_id,
-        &mut |b| inner.env.fill_random(b),
-    );
-    if let Some(image) = &image {
-        instance.volatile.insert("volatile.base_image".into(), image.fingerprint.clone());
-    }
-    instance.volatile.insert("volatile.uuid".into(), id.to_string());
     if request.kind == InstanceKind::VirtualMachine {
         let facts = node.facts.as_ref().ok_or_else(|| {
             Error::unavailable("the host has not reported what it is yet; try again in a moment")
@@ -247,10 +235,23 @@ fn plan(
             machine,
             cpu_model: if kvm { "host".into() } else { "max".into() },
             firmware: Firmware::Bios,
+            ports: slots::PORTS,
             uuid: id.uuid(),
             cloud_init_id: inner.env.uuid(),
         });
     }
+    instance.identities = expand::assign_identities(
+        &BTreeMap::new(),
+        &parsed,
+        instance.hardware.as_ref(),
+        volume_id,
+        &inner.daemon_id,
+        &mut |b| inner.env.fill_random(b),
+    );
+    if let Some(image) = &image {
+        instance.volatile.insert("volatile.base_image".into(), image.fingerprint.clone());
+    }
+    instance.volatile.insert("volatile.uuid".into(), id.to_string());
     let content = match request.kind {
         InstanceKind::Container => VolumeContent::Filesystem,
         InstanceKind::VirtualMachine => VolumeContent::Block,

@@ -57,6 +57,9 @@ fn check_content(kind: InstanceKind, volume: &Volume, device: &str, disk: &DiskD
         (VolumeContent::Filesystem, _, None) => {
             Err(Error::invalid(field, "a file system needs a path where it is mounted in the guest"))
         }
+        (VolumeContent::Filesystem, InstanceKind::VirtualMachine, _) => {
+            Err(Error::unsupported("directories are not shared with virtual machines yet").at(field))
+        }
         (VolumeContent::Filesystem, ..) => Ok(()),
         (_, InstanceKind::Container, _) => Err(Error::invalid(
             format!("devices.{device}.source"),

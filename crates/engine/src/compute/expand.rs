@@ -1,20 +1,18 @@
 //! From an instance's record and its profiles to the typed specification that a host gets. Pure.
 
+use super::slots;
 use karst_model::{
     Config, DeviceId, Error, InstanceId, Result, VolumeId,
-    device::{Device, Devices, DiskDevice, DiskOrigin, NicDevice, NodeDevice, ProxyDevice, RootDevice},
-    instance::{DeviceIdentity, Instance, InstanceKind},
+    device::{
+        Device, Devices, DiskBus, DiskDevice, DiskOrigin, NicDevice, NodeDevice, ProxyDevice, RootDevice,
+    },
+    instance::{DeviceIdentity, Hardware, Instance, InstanceKind},
     keys,
     network::Network,
     spec::{DiskSource, DiskSpec, GuestSpec, MachineSpec, NicSpec, NodeSpec, ProxySpec, RootSpec},
     storage::Volume,
 };
 use std::collections::BTreeMap;
-
-/// First slot of root disks and NICs on the PCI bus of new virtual machines; recorded in identities, so that a later
-/// change of the scheme touches new machines only.
-const PCI_ROOT: u32 = 0x04;
-const PCI_NIC: u32 = 0x08;
 
 /// A parsed set of expanded devices.
 #[derive(Debug, Clone)]
@@ -92,11 +90,11 @@ fn nic_guest_name(device: &str, nic: &NicDevice) -> String {
 }
 
 /// Ids and addresses for devices that have none yet; those of devices that went away are dropped, those of devices that
-/// stay are kept, also through edits of their keys.
+/// stay are kept, also through edits of their keys. `hardware` is that of a virtual machine.
 pub fn assign_identities(
     old: &BTreeMap<String, DeviceIdentity>,
     parsed: &ParsedDevices,
-    kind: InstanceKind,
+    hardware: Option<&Hardware>,
     root_volume: VolumeId,
     daemon_id: &str,
     random: &mut dyn FnMut(&mut [u8]),
@@ -107,51 +105,69 @@ pub fn assign_identities(
         random(&mut b);
         uuid::Builder::from_random_bytes(b).into_uuid()
     };
-    let vm = kind == InstanceKind::VirtualMachine;
-    let (root_name, _) = &parsed.root;
-    new.insert(
-        root_name.clone(),
-        old.get(root_name).cloned().unwrap_or_else(|| DeviceIdentity {
-            id: DeviceId(uuid(random)),
-            slot: if vm { "virtio0".into() } else { "rootfs".into() },
-            alias: if vm { "virtio-disk0".into() } else { "rootfs".into() },
-            pci: vm.then(|| format!("00:{PCI_ROOT:02x}.0")),
-            mac: None,
-            host_interface: None,
-            volume: Some(root_volume),
-        }),
-    );
-    let mut disks = Slots::of(old, "disk");
-    for (name, _) in &parsed.disks {
-        let identity = old.get(name).cloned().unwrap_or_else(|| {
-            let slot = disks.next();
-            DeviceIdentity {
-                id: DeviceId(uuid(random)),
-                alias: slot.clone(),
-                slot,
-                pci: None,
-                mac: None,
-                host_interface: None,
-                volume: None,
+    let (root_name, root) = &parsed.root;
+    let fresh = |slot: String, pci: Option<String>, random: &mut dyn FnMut(&mut [u8])| DeviceIdentity {
+        id: DeviceId(uuid(random)),
+        alias: slot.clone(),
+        slot,
+        pci,
+        mac: None,
+        host_interface: None,
+        volume: None,
+    };
+    // Devices that stay keep what they have; only what they leave free is given to others.
+    let stays = |name: &str| match hardware {
+        None => true,
+        Some(_) => {
+            let bus =
+                |slot: &str, io: Option<DiskBus>| io.is_none_or(|b| slots::prefix(b) == slots::kind_of(slot));
+            let slot = old.get(name).map(|i| i.slot.as_str()).unwrap_or_default();
+            match parsed.disks.iter().find(|(n, _)| n == name) {
+                // On another bus it is another device.
+                Some((_, disk)) => bus(slot, disk.io.bus),
+                None if name == root_name => bus(slot, root.io.bus),
+                None => true,
             }
+        }
+    };
+    let named = |name: &String| {
+        name == root_name
+            || parsed.disks.iter().any(|(n, _)| n == name)
+            || parsed.nics.iter().any(|(n, _)| n == name)
+    };
+    let kept: BTreeMap<String, DeviceIdentity> = old
+        .iter()
+        .filter(|(name, _)| named(name) && stays(name))
+        .map(|(n, i)| (n.clone(), i.clone()))
+        .collect();
+    let mut free = slots::Free::of(hardware, kept.values());
+    let root_identity = kept.get(root_name).cloned().unwrap_or_else(|| {
+        let (slot, pci) = match hardware {
+            None => ("rootfs".into(), None),
+            Some(_) => free.disk(root.io.bus.unwrap_or(DiskBus::VirtioScsi)),
+        };
+        DeviceIdentity { volume: Some(root_volume), ..fresh(slot, pci, random) }
+    });
+    new.insert(root_name.clone(), root_identity);
+    for (name, disk) in &parsed.disks {
+        let identity = kept.get(name).cloned().unwrap_or_else(|| {
+            let (slot, pci) = match hardware {
+                None => (free.slot("disk"), None),
+                Some(_) if disk.path.is_some() => free.share(),
+                Some(_) => free.disk(disk.io.bus.unwrap_or(DiskBus::VirtioScsi)),
+            };
+            fresh(slot, pci, random)
         });
         new.insert(name.clone(), identity);
     }
-    let mut nics = Slots::of(old, "net");
     for (name, nic) in &parsed.nics {
-        let mut identity = old.get(name).cloned().unwrap_or_else(|| {
-            let (slot, n) = (nics.next(), nics.last);
+        let mut identity = kept.get(name).cloned().unwrap_or_else(|| {
+            let slot = free.slot("net");
+            let pci = free.pci();
             let mut suffix = [0u8; 4];
             random(&mut suffix);
-            DeviceIdentity {
-                id: DeviceId(uuid(random)),
-                alias: slot.clone(),
-                slot,
-                pci: vm.then(|| format!("00:{:02x}.0", PCI_NIC + n)),
-                mac: None,
-                host_interface: Some(host_interface(daemon_id, suffix)),
-                volume: None,
-            }
+            let host_interface = Some(host_interface(daemon_id, suffix));
+            DeviceIdentity { host_interface, ..fresh(slot, pci, random) }
         });
         identity.mac = Some(match (&nic.mac, identity.mac.take()) {
             (Some(wanted), _) => wanted.clone(),
@@ -166,26 +182,6 @@ pub fn assign_identities(
         new.insert(name.clone(), identity);
     }
     new
-}
-
-/// Free numbers of a kind of slot, the lowest first; those of devices that went away may be given again.
-struct Slots {
-    kind: &'static str,
-    used: Vec<u32>,
-    last: u32,
-}
-
-impl Slots {
-    fn of(old: &BTreeMap<String, DeviceIdentity>, kind: &'static str) -> Self {
-        let used = old.values().filter_map(|i| i.slot.strip_prefix(kind)?.parse().ok()).collect();
-        Self { kind, used, last: 0 }
-    }
-
-    fn next(&mut self) -> String {
-        self.last = (0..).find(|n| !self.used.contains(n)).unwrap_or_default();
-        self.used.push(self.last);
-        format!("{}{}", self.kind, self.last)
-    }
 }
 
 /// Name of a NIC's host interface: `k`, the daemon's short id, and a random part; 14 bytes of at most 15.
@@ -239,6 +235,9 @@ pub fn guest_spec(
     let mut disks = vec![];
     for (name, disk) in &parsed.disks {
         let id = identity(name)?;
+        if !disk.attached && instance.kind == InstanceKind::Container {
+            continue;
+        }
         let source = match &disk.source {
             DiskOrigin::Host { path } => DiskSource::Host { path: path.clone() },
             DiskOrigin::Volume { pool, volume } => {
@@ -262,6 +261,7 @@ pub fn guest_spec(
             follow: disk.follow,
             shift: disk.shift,
             io: disk.io,
+            ejected: !disk.attached,
             optional: !disk.required,
             pci: id.pci.clone(),
             boot_priority: disk.boot_priority.unwrap_or(0),
@@ -283,7 +283,7 @@ pub fn guest_spec(
     let nodes = parsed.nodes.iter();
     let nodes = nodes.map(|(name, d)| NodeSpec { name: name.clone(), device: d.clone() }).collect();
     let mut nics = vec![];
-    for (name, nic) in &parsed.nics {
+    for (name, nic) in parsed.nics.iter().filter(|(_, nic)| nic.attached) {
         let id = identity(name)?;
         let found = (lookups.network)(&nic.network).ok_or_else(|| {
             Error::not_found(format!("network {:?} of device {name:?} not found", nic.network))
@@ -299,6 +299,8 @@ pub fn guest_spec(
             host_interface: id.host_interface.clone().unwrap_or_default(),
             ipv4: nic.ipv4,
             mtu: nic.mtu,
+            model: nic.model,
+            disconnected: !nic.connected,
             pci: id.pci.clone(),
             boot_priority: nic.boot_priority.unwrap_or(0),
         });
@@ -310,6 +312,7 @@ pub fn guest_spec(
             cpu_model: h.cpu_model.clone(),
             firmware: h.firmware,
             uuid: h.uuid,
+            ports: h.ports,
             accelerator: None,
         }),
         (None, InstanceKind::VirtualMachine) => {
@@ -382,28 +385,58 @@ mod tests {
         let volume = VolumeId(uuid::Uuid::from_u128(1));
         let mut random = counter();
         let both = parse_devices(&devices(&[ROOT, NIC, ("eth1", NIC.1)])).unwrap();
-        let first = assign_identities(
-            &BTreeMap::new(),
-            &both,
-            InstanceKind::VirtualMachine,
-            volume,
-            "abc123",
-            &mut random,
-        );
+        let machine = hardware("pc-q35-7.2", 16);
+        let first = assign_identities(&BTreeMap::new(), &both, Some(&machine), volume, "abc123", &mut random);
         assert_eq!(first["eth1"].slot, "net1");
         assert!(
             first["eth0"].host_interface.as_ref().is_some_and(|h| h.len() <= 15 && h.starts_with("kabc123"))
         );
         let one = parse_devices(&devices(&[ROOT, ("eth1", NIC.1)])).unwrap();
-        let second =
-            assign_identities(&first, &one, InstanceKind::VirtualMachine, volume, "abc123", &mut random);
+        let second = assign_identities(&first, &one, Some(&machine), volume, "abc123", &mut random);
         assert_eq!(
             second["eth1"], first["eth1"],
             "a device keeps id, slot, MAC and PCI address when another goes"
         );
-        let third =
-            assign_identities(&second, &both, InstanceKind::VirtualMachine, volume, "abc123", &mut random);
+        let third = assign_identities(&second, &both, Some(&machine), volume, "abc123", &mut random);
         assert_eq!(third["eth0"].slot, "net0");
         assert_ne!(third["eth0"].mac, first["eth0"].mac);
+    }
+
+    fn hardware(machine: &str, ports: u8) -> Hardware {
+        Hardware {
+            machine: machine.into(),
+            cpu_model: "max".into(),
+            firmware: karst_model::instance::Firmware::Bios,
+            ports,
+            uuid: uuid::Uuid::nil(),
+            cloud_init_id: uuid::Uuid::nil(),
+        }
+    }
+
+    #[test]
+    fn a_disk_on_another_bus_is_another_device_and_the_rest_stays() {
+        let machine = hardware("pc-q35-7.2", 16);
+        let volume = VolumeId(uuid::Uuid::from_u128(1));
+        let disk = |bus: &str| {
+            devices(&[
+                ROOT,
+                NIC,
+                ("data", &[("type", "disk"), ("pool", "p"), ("source", "v"), ("io.bus", bus)]),
+            ])
+        };
+        let assign = |old: &BTreeMap<String, DeviceIdentity>, devices: &Devices| {
+            let parsed = parse_devices(devices).unwrap();
+            assign_identities(old, &parsed, Some(&machine), volume, "abc123", &mut counter())
+        };
+        let first = assign(&BTreeMap::new(), &disk("virtio-scsi"));
+        assert_eq!((first["root"].slot.as_str(), first["data"].slot.as_str()), ("scsi0", "scsi1"));
+        assert_eq!(first["eth0"].pci.as_deref(), Some("01:00.0"));
+        let second = assign(&first, &disk("nvme"));
+        assert_eq!((second["data"].slot.as_str(), second["data"].pci.as_deref()), ("nvme0", Some("02:00.0")));
+        assert_eq!((&second["root"], &second["eth0"]), (&first["root"], &first["eth0"]));
+        // An earlier machine's root without a key stays on its bus.
+        let mut old = first.clone();
+        old.get_mut("root").unwrap().slot = "virtio0".into();
+        assert_eq!(assign(&old, &disk("nvme"))["root"].slot, "virtio0");
     }
 }

@@ -7,6 +7,7 @@ pub mod expand;
 pub mod guest;
 pub mod metrics;
 pub mod power;
+pub mod slots;
 pub mod update;
 
 use crate::{Engine, EngineInner, InstanceView, Records, Row, context::Context};

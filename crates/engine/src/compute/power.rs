@@ -103,7 +103,7 @@ fn plan(
             instance.identities = expand::assign_identities(
                 &instance.identities,
                 &parsed,
-                instance.kind,
+                instance.hardware.as_ref(),
                 instance.root,
                 &inner.daemon_id,
                 &mut |b| inner.env.fill_random(b),

@@ -27,6 +27,9 @@ use karst_model::{
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
+/// How long a guest may take to give devices back and take others.
+const UPDATE: Duration = Duration::from_secs(180);
+
 /// The whole of what a user may set of an instance.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UpdateInstance {
@@ -94,7 +97,7 @@ impl Engine {
                 expand::assign_identities(
                     &from.identities,
                     parsed,
-                    from.kind,
+                    from.hardware.as_ref(),
                     from.root,
                     &inner.daemon_id,
                     &mut |b| inner.env.fill_random(b),
@@ -105,18 +108,14 @@ impl Engine {
             let runtime = records.runtimes.get(&row.id);
             let running = matches!(row.status(runtime.map(|r| &r.value)), Status::Running | Status::Frozen);
             let domain_id = runtime.and_then(|r| r.domain_id).unwrap_or(0);
-            if running && grown.is_some() {
-                return Err(Error::conflict(format!(
-                    "instance {name:?} is running; stop it before its disk grows"
-                ))
-                .at("devices"));
-            }
             let mut live = None;
             let after = inner.guest_spec(&records, &instance, domain_id)?;
             if running {
                 let generation = runtime.map_or(row.generation, |r| r.generation);
                 let now = GuestSpec { generation, ..inner.guest_spec(&records, &before, domain_id)? };
-                demand_no_hotplug(&now, &after)?;
+                if instance.kind == InstanceKind::Container {
+                    demand_no_hotplug(&now, &after)?;
+                }
                 live = Some((now, GuestSpec { generation, ..after.clone() }));
             }
             let path = path(&project.name, name);
@@ -269,8 +268,7 @@ impl Saga for InstanceUpdate {
     async fn run(cx: &StepContext, plan: &UpdatePlan, outputs: &mut UpdateOutputs, _: usize) -> Result<()> {
         if let Some((_, after)) = &plan.live {
             let agent = cx.agent(plan.instance.node)?;
-            outputs.applied =
-                Some(agent.guest_update(&cx.mutate(Duration::from_secs(30)), after.clone()).await?);
+            outputs.applied = Some(agent.guest_update(&cx.mutate(UPDATE), after.clone()).await?);
         }
         if let Some(Volume { id, pool, size: Some(size), .. }) = &plan.grown {
             let volume = VolumeRef { pool: *pool, volume: *id };
@@ -282,11 +280,7 @@ impl Saga for InstanceUpdate {
 
     async fn undo(cx: &StepContext, plan: &UpdatePlan, _: &UpdateOutputs, _: usize) -> Result<()> {
         if let Some((before, _)) = &plan.live {
-            match cx
-                .agent(plan.instance.node)?
-                .guest_update(&cx.mutate(Duration::from_secs(30)), before.clone())
-                .await
-            {
+            match cx.agent(plan.instance.node)?.guest_update(&cx.mutate(UPDATE), before.clone()).await {
                 // A guest that ended meanwhile needs no undo.
                 Err(e) if matches!(e.kind, ErrorKind::NotFound | ErrorKind::Conflict) => {}
                 other => drop(other?),

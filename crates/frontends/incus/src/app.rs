@@ -28,6 +28,8 @@ pub struct ServerInfo {
     pub name: String,
     /// Told to the process that runs the server when `incus admin shutdown` asks for its end.
     pub shutdown: Option<tokio::sync::mpsc::Sender<()>>,
+    /// The certificate by which it is known on the network; without one it listens on its unix socket only.
+    pub identity: Option<Arc<crate::tls::Identity>>,
 }
 
 /// The front end.
@@ -38,6 +40,8 @@ pub struct App {
     pub info: ServerInfo,
     /// Websockets that are awaited.
     pub sessions: Sessions,
+    /// Listeners on the network.
+    pub remote: crate::remote::Remote,
     /// JSON of instances, valid as long as the engine's view is the same object.
     rendered: Mutex<HashMap<InstanceId, (Arc<InstanceView>, Bytes)>>,
 }
@@ -45,7 +49,13 @@ pub struct App {
 impl App {
     /// A front end over `engine`.
     pub fn new(engine: Engine, info: ServerInfo) -> Arc<Self> {
-        Arc::new(Self { engine, info, sessions: Sessions::default(), rendered: Mutex::default() })
+        Arc::new(Self {
+            engine,
+            info,
+            sessions: Sessions::default(),
+            remote: Default::default(),
+            rendered: Mutex::default(),
+        })
     }
 
     /// JSON of instances, in order. Serialized when a view changed only.
@@ -80,6 +90,8 @@ pub struct Call {
     pub app: Arc<App>,
     /// Who asks.
     pub context: Context,
+    /// The certificate that came with the connection, trusted or not.
+    pub certificate: Option<Arc<crate::tls::ClientCertificate>>,
     /// Parameters of the path, decoded.
     pub params: Vec<String>,
     /// The query.
@@ -145,7 +157,8 @@ impl Call {
     /// Too large, malformed.
     pub async fn fields(self) -> Result<(Taken, crate::fields::Fields)> {
         let fields = request::fields(self.request.into_body()).await?;
-        Ok((Taken { app: self.app, context: self.context, params: self.params, query: self.query }, fields))
+        let Self { app, context, certificate, params, query, .. } = self;
+        Ok((Taken { app, context, certificate, params, query }, fields))
     }
 }
 
@@ -155,6 +168,8 @@ pub struct Taken {
     pub app: Arc<App>,
     /// Who asks.
     pub context: Context,
+    /// The certificate that came with the connection, trusted or not.
+    pub certificate: Option<Arc<crate::tls::ClientCertificate>>,
     /// Parameters of the path, decoded.
     pub params: Vec<String>,
     /// The query.

@@ -4,7 +4,10 @@
 /// Announced extensions and the test that exercises each.
 pub const TESTED: &[(&str, &str)] = &[
     ("api_filtering", "lists_filter_and_recurse"),
-    ("certificate_update", "server_describes_itself"),
+    ("certificate_description", "certificates_live"),
+    ("certificate_project", "certificates_live"),
+    ("certificate_token", "certificates_live"),
+    ("certificate_update", "certificates_live"),
     ("clustering", "server_describes_itself"),
     ("console", "console_joins_both_ways"),
     ("container_exec_signal_handling", "exec_resizes_and_signals"),
@@ -34,6 +37,7 @@ pub const TESTED: &[(&str, &str)] = &[
     ("instances_state_total", "lists_filter_and_recurse"),
     ("karst_host", "karst_paths_answer"),
     ("karst_images_build", "karst_paths_answer"),
+    ("karst_tokens", "tokens_are_shown_with_each_request"),
     ("metadata_configuration", "server_describes_itself"),
     ("network", "networks_live_and_are_refused"),
     ("network_leases", "networks_live_and_are_refused"),

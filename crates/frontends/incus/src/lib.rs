@@ -1,7 +1,8 @@
 //! The Incus API (`/1.0`) as translators over the engine's use cases: Incus 6.0's contract as `incus` 6.0 and `lxc` 5.0
 //! use it. Wire types never leave this crate.
 //!
-//! [`serve`] answers on a listener that is bound already; the peer's credentials are the principal. A request goes
+//! [`serve`] answers on a listener that is bound already; the peer's credentials are the principal. [`remote`] listens on
+//! the network; there the certificate or token that comes with each request makes the principal. A request goes
 //! through [`routes`] (the one table of paths) to a handler, which calls one use case and answers in the envelope of
 //! [`respond`].
 // A front end serves real sockets on the real runtime; the seeded world ends at the engine, which gives all times that
@@ -14,6 +15,7 @@ pub mod fields;
 pub mod filter;
 pub mod handlers;
 pub mod multipart;
+pub mod remote;
 pub mod request;
 pub mod respond;
 pub mod routes;
@@ -21,22 +23,33 @@ pub mod sessions;
 pub mod sftp;
 pub mod socket;
 pub mod stream;
+pub mod tls;
 pub mod wire;
 
 pub use app::{App, ServerInfo};
+pub use tls::Identity;
 
 use app::Call;
-use hyper::{Request, StatusCode, body::Incoming, header::ALLOW, server::conn::http1, service::service_fn};
+use hyper::{
+    Method, Request, StatusCode,
+    body::Incoming,
+    header::{ALLOW, AUTHORIZATION},
+    server::conn::http1,
+    service::service_fn,
+};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use karst_engine::Context;
-use karst_model::{Error, access::Principal};
+use karst_model::{Error, Result, access::Principal};
+use remote::Surface;
 use request::Query;
 use respond::Reply;
 use routes::{Found, State};
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
+use tls::ClientCertificate;
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{UnixListener, UnixStream},
-    sync::Semaphore,
+    sync::{Semaphore, watch},
 };
 
 /// How long a client may take to send the head of a request.
@@ -45,8 +58,9 @@ const HEAD: Duration = Duration::from_secs(30);
 const LARGEST_HEAD: usize = 64 << 10;
 /// Most connections at once that speak HTTP; those that were upgraded no longer count.
 const CONNECTIONS: usize = 4096;
-/// Paths that answer nobody too; what they say to nobody is a formality.
-const PUBLIC: [&[&str]; 2] = [&[], &["1.0"]];
+/// Methods and paths that answer nobody too: what they say to nobody is a formality, and a trust token makes a somebody.
+const PUBLIC: [(Method, &[&str]); 3] =
+    [(Method::GET, &[]), (Method::GET, &["1.0"]), (Method::POST, &["1.0", "certificates"])];
 /// Pause after a failure to accept (no descriptors left), so that it does not spin.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -90,38 +104,129 @@ async fn connection(app: Arc<App>, stream: UnixStream) {
     serve_connection(app, context, stream).await;
 }
 
+/// Who is at the other end of a connection.
+#[derive(Debug, Clone)]
+pub enum Peer {
+    /// Known by the connection.
+    Known(Context),
+    /// Known by what comes with each request: trust may be given or taken away between two.
+    Remote {
+        /// The certificate that was shown, whose owner has its key.
+        certificate: Option<Arc<ClientCertificate>>,
+        /// Where from.
+        address: SocketAddr,
+        /// What the listener answers.
+        surface: Surface,
+    },
+}
+
+impl Peer {
+    /// Who sends this request.
+    ///
+    /// # Errors
+    /// Unauthenticated, for a token that is not valid.
+    fn context(&self, app: &App, request: &Request<Incoming>) -> Result<Context> {
+        let (certificate, address) = match self {
+            Self::Known(context) => return Ok(context.clone()),
+            Self::Remote { certificate, address, .. } => (certificate, address.to_string()),
+        };
+        let bearer = request.headers().get(AUTHORIZATION).map(|value| {
+            let text = value.to_str().ok().and_then(|v| v.split_once(' '));
+            text.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, token)| token.trim())
+        });
+        let principal = match (bearer, certificate) {
+            (Some(token), _) => app.engine.principal_by_token(token.unwrap_or_default(), &address)?,
+            (None, Some(c)) if c.is_valid_at(app.engine.inner().env.now().as_second()) => {
+                app.engine.principal_by_certificate(&c.fingerprint, &address)
+            }
+            _ => Principal::anonymous(),
+        };
+        Ok(Context::new(principal))
+    }
+}
+
 /// Answers on one connection of a known principal.
 pub async fn serve_connection(app: Arc<App>, context: Context, stream: UnixStream) {
+    let (_keep, never) = watch::channel(false);
+    serve_stream(app, Peer::Known(context), stream, never).await;
+}
+
+/// Completes when `ended` says so; a sender that is gone says nothing.
+async fn told(ended: &mut watch::Receiver<bool>) {
+    if ended.wait_for(|e| *e).await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Answers on one connection, until `ended` says that the answer in flight is the last.
+pub async fn serve_stream<S>(app: Arc<App>, peer: Peer, stream: S, mut ended: watch::Receiver<bool>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let service = service_fn(|request: Request<Incoming>| {
-        let (app, context) = (app.clone(), context.clone());
-        async move { Ok::<_, Infallible>(answer(app, context, request).await) }
+        let (app, peer) = (app.clone(), peer.clone());
+        async move {
+            let surface = match &peer {
+                Peer::Remote { surface, .. } => *surface,
+                Peer::Known(_) => Surface::Api,
+            };
+            if surface == Surface::Metrics && request.uri().path() != "/1.0/metrics" {
+                let text = "not found: this address answers /1.0/metrics only";
+                return Ok::<_, Infallible>(respond::envelope_error(StatusCode::NOT_FOUND, text));
+            }
+            Ok(match peer.context(&app, &request) {
+                Ok(context) => {
+                    let certificate = match &peer {
+                        Peer::Remote { certificate, .. } => certificate.clone(),
+                        Peer::Known(_) => None,
+                    };
+                    answer(app, context, certificate, request).await
+                }
+                Err(e) => respond::error(&e),
+            })
+        }
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD)
         .max_buf_size(LARGEST_HEAD.max(256 << 10))
         .serve_connection(TokioIo::new(stream), service)
-        .with_upgrades()
-        .await;
-    if let Err(e) = served {
+        .with_upgrades();
+    tokio::pin!(served);
+    let outcome = tokio::select! {
+        biased;
+        outcome = served.as_mut() => outcome,
+        () = told(&mut ended) => {
+            served.as_mut().graceful_shutdown();
+            served.await
+        }
+    };
+    if let Err(e) = outcome {
         tracing::debug!(error = %e, "a connection ended badly");
     }
 }
 
 /// Answers one request.
-pub async fn answer(app: Arc<App>, context: Context, request: Request<Incoming>) -> Reply {
+pub async fn answer(
+    app: Arc<App>,
+    context: Context,
+    certificate: Option<Arc<ClientCertificate>>,
+    request: Request<Incoming>,
+) -> Reply {
     let uri = request.uri();
     let parsed = request::segments(uri.path()).and_then(|s| Ok((s, Query::parse(uri.query())?)));
     let (segments, query) = match parsed {
         Ok(parsed) => parsed,
         Err(e) => return respond::error(&e),
     };
-    if context.principal().grants.is_empty() && !PUBLIC.iter().any(|p| *p == segments) {
+    let public = PUBLIC.iter().any(|(m, p)| m == request.method() && *p == segments)
+        || (segments == ["1.0", "metrics"] && app.engine.server_settings().open_metrics);
+    if !context.principal().is_known() && !public {
         return respond::error(&Error::unauthenticated("authentication is required"));
     }
     match routes::find(request.method(), &segments) {
         Found::Row(State::Done(handler, _), params) => {
-            let call = Call { app, context, params, query, request };
+            let call = Call { app, context, certificate, params, query, request };
             match handler(call).await {
                 Ok(reply) => reply,
                 Err(e) => respond::error(&e),

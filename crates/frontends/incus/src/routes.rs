@@ -4,8 +4,8 @@
 use crate::{
     app::Call,
     handlers::{
-        events, exec, files, images, instances, karst, networks, operations, profiles, projects, server,
-        storage, volumes,
+        certificates, events, exec, files, images, instances, karst, networks, operations, profiles,
+        projects, server, storage, tokens, volumes,
     },
     respond::Reply,
 };
@@ -46,7 +46,6 @@ macro_rules! rows {
 const SNAPSHOTS: &str = "snapshots of instances come with the next storage drivers";
 const BACKUPS: &str = "backups come with snapshots";
 const CLUSTER: &str = "this server is not a member of a cluster; clusters come with the etcd milestone";
-const CERTIFICATES: &str = "there is no HTTPS listener yet, so no certificates are trusted";
 const VOLUMES: &str =
     "files of custom volumes are not reached over the API yet; attach the volume to an instance";
 const BUCKETS: &str = "object storage is not planned before Ceph";
@@ -61,14 +60,14 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
     rows![
         GET "/" => server::root, "server_describes_itself",
         GET "/1.0" => server::get, "server_describes_itself",
-        PUT "/1.0"; open "the server has no configuration of its own yet",
-        PATCH "/1.0"; open "the server has no configuration of its own yet",
-        GET "/1.0/certificates" => server::certificates, "server_describes_itself",
-        POST "/1.0/certificates"; open CERTIFICATES,
-        GET "/1.0/certificates/{fingerprint}"; open CERTIFICATES,
-        PUT "/1.0/certificates/{fingerprint}"; open CERTIFICATES,
-        PATCH "/1.0/certificates/{fingerprint}"; open CERTIFICATES,
-        DELETE "/1.0/certificates/{fingerprint}"; open CERTIFICATES,
+        PUT "/1.0" => server::change, "the_server_is_configured_and_listens",
+        PATCH "/1.0" => server::change, "the_server_is_configured_and_listens",
+        GET "/1.0/certificates" => certificates::list, "certificates_live",
+        POST "/1.0/certificates" => certificates::create, "certificates_live",
+        GET "/1.0/certificates/{fingerprint}" => certificates::get, "certificates_live",
+        PUT "/1.0/certificates/{fingerprint}" => certificates::change, "certificates_live",
+        PATCH "/1.0/certificates/{fingerprint}" => certificates::change, "certificates_live",
+        DELETE "/1.0/certificates/{fingerprint}" => certificates::delete, "certificates_live",
         GET "/1.0/cluster" => server::cluster, "server_describes_itself",
         PUT "/1.0/cluster"; open CLUSTER,
         PUT "/1.0/cluster/certificate"; open CLUSTER,
@@ -166,6 +165,9 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         GET "/1.0/karst/check" => karst::check, "karst_paths_answer",
         GET "/1.0/karst/host" => karst::host, "karst_paths_answer",
         GET "/1.0/karst/status" => karst::status, "karst_paths_answer",
+        GET "/1.0/karst/tokens" => tokens::list, "tokens_are_shown_with_each_request",
+        POST "/1.0/karst/tokens" => tokens::create, "tokens_are_shown_with_each_request",
+        DELETE "/1.0/karst/tokens/{name}" => tokens::delete, "tokens_are_shown_with_each_request",
         POST "/1.0/karst/images/build" => images::build, "karst_paths_answer",
         GET "/1.0/metadata/configuration" => server::metadata, "server_describes_itself",
         GET "/1.0/metrics"; open "metrics come with the metering milestone",

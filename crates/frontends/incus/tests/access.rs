@@ -12,6 +12,19 @@ use karst_model::{
 };
 use serde_json::json;
 
+/// A certificate that is trusted, its fingerprint, and one that is not.
+const CERTIFICATE: &str = "MIIBbzCCARWgAwIBAgIULLqgqUeG8tQlE8CqXzfKu13SeAswCgYIKoZIzj0EAwIwDDEKMAgGA1UEAwwBYTAgFw0yNjExMjExNDE2\
+    MTdaGA8yMTI2MTAyODE0MTYxN1owDDEKMAgGA1UEAwwBYTBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABH7UFHxLWhqPhRS6KInc\
+    6Zvo6nhjx61WkHdCR4MsUDfTYtDl+jVgkRdhuK8+8UndJMSIBXGru4Cr4gouFaougvKjUzBRMB0GA1UdDgQWBBS2k9KPjSEFUTE9\
+    XY//2Yp/c5keTDAfBgNVHSMEGDAWgBS2k9KPjSEFUTE9XY//2Yp/c5keTDAPBgNVHRMBAf8EBTADAQH/MAoGCCqGSM49BAMCA0gA\
+    MEUCIQC6wnaMOztpQqPhD0vZGbAAn+KxwPcknVHAUPBLzLO77AIgZWywG6GeL5k0N/ALxTFh/qY3FQ9xysaiLm6bM0Iw4Ow=";
+const FINGERPRINT: &str = "cef7c8b474a140f2b141709f088d9fa2051e2380c674225ffd3a9ea7feb755ca";
+const OTHER_CERTIFICATE: &str = "MIIBcDCCARWgAwIBAgIUG6HarbvXAkPYfQ0iFG07kfzANWMwCgYIKoZIzj0EAwIwDDEKMAgGA1UEAwwBYjAgFw0yNjExMjExNDE2\
+    MThaGA8yMTI2MTAyODE0MTYxOFowDDEKMAgGA1UEAwwBYjBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABLjJMQKHI9f6smQmPErg\
+    CkvkX7CzggTsuWyZN2pcUgtJ1PA6zijfqLkWe0iINoNB0yFYRws63/5/yM91xv9In9qjUzBRMB0GA1UdDgQWBBQ3rvV3pVuI/y67\
+    MsIcg/7S6og8iTAfBgNVHSMEGDAWgBQ3rvV3pVuI/y67MsIcg/7S6og8iTAPBgNVHRMBAf8EBTADAQH/MAoGCCqGSM49BAMCA0kA\
+    MEYCIQCu0V5WUA8cKVmLY9GILRPOzHd1Mvoh+azaLak59kAoLwIhAOmncpPOisiVY5OEHqNG7cR9YJjri0SGeLmSUuUWFeyQ";
+
 /// What is there to be asked for: an instance, an image with an alias, a network, a pool, a profile, a project.
 struct Names {
     network: String,
@@ -26,6 +39,10 @@ async fn furnished() -> (Server, Names) {
     let image = operation["metadata"]["fingerprint"].as_str().unwrap().to_owned();
     let network = s.get("/1.0/networks?recursion=1").await.metadata()[0]["name"].as_str().unwrap().to_owned();
     assert_eq!(s.post("/1.0/projects", json!({"name": "other"})).await.status, 201);
+    let certificate = json!({"name": "friend", "certificate": CERTIFICATE});
+    assert_eq!(s.post("/1.0/certificates", certificate).await.status, 201);
+    let robot = json!({"name": "robot", "role": "viewer"});
+    assert_eq!(s.post("/1.0/karst/tokens", robot).await.status, 200);
     for volume in ["data", "spare"] {
         let path = "/1.0/storage-pools/default/volumes/custom";
         assert_eq!(s.post(path, json!({"name": volume})).await.status, 201);
@@ -45,10 +62,12 @@ fn concrete(path: &str, names: &Names, operation: &str) -> String {
         ("profiles", "default"),
         ("projects", "default"),
         ("images/aliases", "deb"),
+        ("karst/tokens", "robot"),
     ] {
         p = of(collection, name, p);
     }
     p = p
+        .replace("certificates/{fingerprint}", &format!("certificates/{FINGERPRINT}"))
         .replace("{fingerprint}", &names.image)
         .replace("operations/{id}", &format!("operations/{operation}"));
     p = p.replace("{type}", "custom").replace("{volumeName}", "data");
@@ -59,6 +78,10 @@ fn concrete(path: &str, names: &Names, operation: &str) -> String {
 /// A body that is well-formed, so that the refusal is about who asks.
 fn body(method: &Method, path: &str, image: &str) -> String {
     let value = match (method.as_str(), path) {
+        ("POST", "/1.0/karst/tokens") => json!({"name": "n9", "role": "viewer"}),
+        ("POST", "/1.0/certificates") => json!({"name": "n9", "certificate": OTHER_CERTIFICATE}),
+        ("PUT" | "PATCH", "/1.0/certificates/{fingerprint}") => json!({"name": "n9"}),
+        ("PUT" | "PATCH", "/1.0") => json!({"config": {"user.x": "y"}}),
         ("POST", "/1.0/images") => return "x".into(),
         ("POST", "/1.0/instances") => json!({"name": "c9", "source": {"type": "none"}}),
         ("PUT", "/1.0/instances") => json!({"state": {"action": "start"}}),
@@ -99,7 +122,7 @@ async fn nobody_gets_anything() {
             )
             .await;
         match row.path {
-            "/" | "/1.0" => assert_eq!(answer.status, 200),
+            "/" | "/1.0" if row.method == Method::GET => assert_eq!(answer.status, 200),
             _ => assert_eq!(answer.status, 403, "{} {path}", row.method),
         }
     }
@@ -115,15 +138,12 @@ const SHARED: &[&str] = &[
     "/1.0",
     "/1.0/certificates",
     "/1.0/cluster",
-    "/1.0/karst/host",
-    "/1.0/karst/status",
     "/1.0/metadata/configuration",
     "/1.0/projects",
     "/1.0/resources",
     "/1.0/storage-pools",
     "/1.0/storage-pools/{name}",
     "/1.0/storage-pools/{name}/resources",
-    "/1.0/warnings",
     "/internal/ready",
 ];
 

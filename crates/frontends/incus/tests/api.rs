@@ -833,7 +833,7 @@ fn the_table_is_whole() {
         let (method, path) = line.split_once(' ').unwrap();
         assert!(table.contains(&(method.to_owned(), path.to_owned())), "{line} is missing in the table");
     }
-    let tests = [include_str!("api.rs"), include_str!("clients.rs")].concat();
+    let tests = [include_str!("api.rs"), include_str!("clients.rs"), include_str!("remote.rs")].concat();
     let named = routes::TABLE
         .iter()
         .filter_map(|r| match r.state {

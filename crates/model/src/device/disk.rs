@@ -42,6 +42,13 @@ pub struct DiskDevice {
     pub boot_priority: Option<u32>,
     /// How it is driven.
     pub io: DiskIo,
+    /// The disk is there; a drive of discs without it is empty.
+    #[serde(default = "yes")]
+    pub attached: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// What a disk shows.
@@ -206,6 +213,7 @@ impl DiskDevice {
             "shift",
             "required",
             "boot.priority",
+            "attached",
         ];
         keys.known(&[&own[..], &IO_KEYS].concat())?;
         let source = keys.demand("source", "a disk needs a source: a custom volume of a pool, or a path")?;
@@ -232,6 +240,7 @@ impl DiskDevice {
             required: keys.get("required").is_none() || keys.boolean("required")?,
             boot_priority: keys.number("boot.priority")?,
             io: DiskIo::parse(keys)?,
+            attached: keys.get("attached").is_none() || keys.boolean("attached")?,
         })
     }
 }

@@ -20,7 +20,34 @@ pub struct NicDevice {
     pub mtu: Option<u32>,
     /// Boot order: higher first.
     pub boot_priority: Option<u32>,
+    /// What a virtual machine sees.
+    #[serde(default)]
+    pub model: NicModel,
+    /// The cable is plugged.
+    #[serde(default = "yes")]
+    pub connected: bool,
+    /// The device is there at all.
+    #[serde(default = "yes")]
+    pub attached: bool,
 }
+
+fn yes() -> bool {
+    true
+}
+
+/// What a virtual machine sees as its NIC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
+#[serde(rename_all = "snake_case")]
+pub enum NicModel {
+    /// virtio-net.
+    #[default]
+    Virtio,
+    /// Intel 82574L, for systems without virtio's drivers.
+    E1000e,
+}
+
+/// Names of the models as users write them (`io.bus`).
+pub const NIC_MODELS: &[(&str, NicModel)] = &[("virtio", NicModel::Virtio), ("e1000e", NicModel::E1000e)];
 
 impl NicDevice {
     pub(super) fn parse(keys: &Keys<'_>) -> Result<Self> {
@@ -34,6 +61,9 @@ impl NicDevice {
             "ipv4.address",
             "mtu",
             "boot.priority",
+            "io.bus",
+            "connected",
+            "attached",
         ])?;
         let network = match (keys.get("network"), keys.get("nictype"), keys.get("parent")) {
             (Some(n), None, _) => n,
@@ -62,6 +92,9 @@ impl NicDevice {
             ipv4: keys.parsed("ipv4.address", "an IPv4 address")?,
             mtu: keys.number("mtu")?,
             boot_priority: keys.number("boot.priority")?,
+            model: keys.one_of("io.bus", NIC_MODELS)?.unwrap_or_default(),
+            connected: keys.get("connected").is_none() || keys.boolean("connected")?,
+            attached: keys.get("attached").is_none() || keys.boolean("attached")?,
         })
     }
 }

@@ -169,6 +169,8 @@ fn guest(state_dir: PathBuf) -> ResolvedGuest {
             opened: None,
             recursive: false,
             follow: false,
+            cdrom: false,
+            ejected: false,
             io: Default::default(),
             pci: None,
             boot_priority: 0,

@@ -2,6 +2,8 @@
 #![allow(dead_code)] // each test binary uses its part
 #![allow(clippy::disallowed_methods)] // deals with the real world
 
+pub mod console;
+
 use karst_guest::{DiskFormat, GuestDriver, IdRange, ResolvedDisk, ResolvedGuest, ResolvedNic, StopMode};
 use karst_model::{
     ByteSize, InstanceId,
@@ -214,6 +216,29 @@ echo '/dev/vda1 / ext4 rw 0 0' > "$1/etc/fstab""#;
     Ok(disk)
 }
 
+/// The cached disk of `small-linux.sh`, or why there is none.
+fn small_disk() -> Result<PathBuf, String> {
+    if !rustix::process::geteuid().is_root() {
+        return Err("not root".into());
+    }
+    let needed = ["qemu-system-x86_64", "mcopy", "grub-mkimage", "busybox"];
+    if let Some(program) = needed.iter().find(|p| !Path::new("/usr/bin").join(p).exists()) {
+        return Err(format!("{program} is missing (scripts/install-dependencies test)"));
+    }
+    run(env!("CARGO"), &["build", "-q", "-p", "karst-keeper"]);
+    let cache = target().join("test-cache");
+    std::fs::create_dir_all(&cache).unwrap();
+    // Grows with each change of the script.
+    let disk = cache.join("vm-small-1.raw");
+    let lock = std::fs::File::create(cache.join("vm-small-lock")).unwrap();
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    if !disk.exists() {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/small-linux.sh");
+        run(script, &[disk.to_str().unwrap()]);
+    }
+    Ok(disk)
+}
+
 /// One test's things.
 pub struct Place {
     pub dir: PathBuf,
@@ -230,7 +255,16 @@ impl Place {
 
     /// The same with another system inside.
     pub fn with(test: &str, inside: Inside) -> Option<Self> {
-        let disk = match disk(inside) {
+        Self::on(test, disk(inside))
+    }
+
+    /// The same with the small Linux, whose shell is on the console.
+    pub fn small(test: &str) -> Option<Self> {
+        Self::on(test, small_disk())
+    }
+
+    fn on(test: &str, disk: Result<PathBuf, String>) -> Option<Self> {
+        let disk = match disk {
             Ok(d) => d,
             Err(why) => {
                 println!("skipped: {why}");
@@ -295,6 +329,7 @@ impl Place {
                 cpu_model: "max".into(),
                 firmware: Firmware::Bios,
                 uuid: uuid::Uuid::from_u128(0xabcd),
+                ports: 0,
                 accelerator: None,
             }),
             accelerator: AcceleratorKind::Tcg,
@@ -317,6 +352,8 @@ impl Place {
                 opened: None,
                 recursive: false,
                 follow: false,
+                cdrom: false,
+                ejected: false,
                 io: Default::default(),
                 pci: Some("00:04.0".into()),
                 boot_priority: 0,
@@ -332,6 +369,8 @@ impl Place {
                 host_interface: self.tap(),
                 bridge: self.bridge.clone(),
                 mtu: None,
+                model: Default::default(),
+                disconnected: false,
                 pci: Some("00:08.0".into()),
                 boot_priority: 0,
             }],

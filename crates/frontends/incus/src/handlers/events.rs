@@ -12,12 +12,11 @@ use crate::{
 use futures::{SinkExt, StreamExt};
 use karst_engine::{
     Engine,
-    events::{Event, EventKind},
+    events::{Event, EventKind, Subscription},
 };
 use karst_model::{Error, ProjectId, Result, access::Permission, error::nearest};
 use serde::Serialize;
-use std::sync::Arc;
-use tokio::sync::broadcast::{Receiver, error::RecvError};
+use tokio::sync::broadcast::error::RecvError;
 use tokio_tungstenite::tungstenite::Message;
 
 const TYPES: &[&str] = &["lifecycle", "operation", "logging", "network-acl", "ovn"];
@@ -59,7 +58,7 @@ pub async fn listen(call: Call) -> Result<Reply> {
     socket::websocket(call.request, move |socket| serve(engine, socket, events, wanted))
 }
 
-async fn serve(engine: Engine, socket: Socket, mut events: Receiver<Arc<Event>>, wanted: Wanted) {
+async fn serve(engine: Engine, socket: Socket, mut events: Subscription, wanted: Wanted) {
     let (mut sender, mut receiver) = socket.split();
     let mut pings = tokio::time::interval(PING);
     loop {
@@ -102,21 +101,28 @@ fn render(event: &Event, wanted: &Wanted) -> Option<String> {
             let name = source
                 .strip_prefix("/1.0/instances/")
                 .map_or("", |rest| rest.split(['/', '?']).next().unwrap_or_default());
-            let username = match requestor.strip_prefix("unix user ") {
-                Some("0") => "root",
-                Some(uid) => uid,
-                None => requestor,
+            let (protocol, username) = match requestor.split_once(' ') {
+                Some(("unix", "user 0")) => ("unix", "root"),
+                Some(("unix", user)) => ("unix", user.trim_start_matches("user ")),
+                Some(("certificate", who)) => ("tls", who.split(' ').next().unwrap_or(who)),
+                Some(("token", name)) => ("token", name),
+                _ => ("unix", requestor.as_str()),
             };
             let view = LifecycleView {
                 action,
                 source,
                 context,
-                requestor: Requestor { username, protocol: "unix", address: "@" },
+                requestor: Requestor { username, protocol, address: "@" },
                 name,
                 project: if name.is_empty() { "" } else { &event.project_name },
             };
             json("lifecycle", event, view)
         }
+        EventKind::Log { level, message, context } if wanted.logging => json(
+            "logging",
+            event,
+            serde_json::json!({"message": message, "level": level, "context": context}),
+        ),
         _ => None,
     }
 }

@@ -154,7 +154,7 @@ pub async fn post(call: Call) -> Result<Reply> {
         }
     };
     let (uid, gid, mode) = (number(&call, "uid", 10)?, number(&call, "gid", 10)?, number(&call, "mode", 8)?);
-    let Call { app, context, params, query, request } = call;
+    let Call { app, context, params, query, request, .. } = call;
     let name = params.first().map_or("", String::as_str);
     let mut write = FileWrite { path, kind, uid, gid, mode: mode.map(|m| m & 0o7777), append, target: None };
     if kind == FileKind::Symlink {

@@ -12,7 +12,7 @@ use serde_json::json;
 /// # Errors
 /// Forbidden.
 pub async fn host(call: Call) -> Result<Reply> {
-    call.context.demand_server(Permission::ServerView)?;
+    call.context.demand_server(Permission::ServerInspect)?;
     let inner = call.engine().inner();
     let nodes: Vec<_> = inner
         .inventory
@@ -40,6 +40,7 @@ pub async fn check(call: Call) -> Result<Reply> {
 /// # Errors
 /// Forbidden.
 pub async fn status(call: Call) -> Result<Reply> {
+    call.context.demand_server(Permission::ServerInspect)?;
     let engine = call.engine();
     let host = match engine.probe_host(&call.context).await {
         Ok(facts) => serde_json::to_value(facts)?,

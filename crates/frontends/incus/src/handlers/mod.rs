@@ -1,5 +1,6 @@
 //! Handlers of the API's paths: each reads its request, calls one use case of the engine and writes its answer.
 
+pub mod certificates;
 pub mod events;
 pub mod exec;
 pub mod files;
@@ -12,6 +13,7 @@ pub mod profiles;
 pub mod projects;
 pub mod server;
 pub mod storage;
+pub mod tokens;
 pub mod volumes;
 
 use crate::{

@@ -1,12 +1,16 @@
 //! `/1.0/operations`: lists, waiting, cancelling, websockets.
 
+use super::certificates::token_metadata;
 use crate::{
     app::Call,
     respond::{Reply, empty, sync},
     socket,
     wire::operation::OperationView,
 };
-use karst_model::{Error, Result};
+use karst_model::{
+    Error, Result,
+    operation::{Operation, OperationClass},
+};
 use serde_json::Value;
 use std::{collections::BTreeMap, time::Duration};
 
@@ -31,10 +35,16 @@ pub async fn list(call: Call) -> Result<Reply> {
     }
     let mut groups: BTreeMap<String, Vec<Value>> = BTreeMap::new();
     for o in &all {
-        let view = OperationView::of(o);
+        let metadata = metadata(&call.app, o);
+        let view = OperationView::of(o).with_metadata_if(metadata.as_ref());
         groups.entry(view.status.to_lowercase()).or_default().push(serde_json::to_value(&view)?);
     }
     sync(&groups)
+}
+
+/// What a trust token's operation shows; its secret is not known any more.
+fn metadata(app: &crate::App, operation: &Operation) -> Option<serde_json::Map<String, Value>> {
+    (operation.class == OperationClass::Token).then(|| token_metadata(app, operation, ""))
 }
 
 /// `GET /1.0/operations/{id}`
@@ -43,7 +53,8 @@ pub async fn list(call: Call) -> Result<Reply> {
 /// Not found.
 pub async fn get(call: Call) -> Result<Reply> {
     let record = call.engine().operation(&call.context, call.operation_id()?)?;
-    sync(&OperationView::of(&record))
+    let metadata = metadata(&call.app, &record);
+    sync(&OperationView::of(&record).with_metadata_if(metadata.as_ref()))
 }
 
 /// `GET /1.0/operations/{id}/wait`: `timeout` in seconds, -1 for no limit.
@@ -64,7 +75,7 @@ pub async fn wait(call: Call) -> Result<Reply> {
 /// # Errors
 /// Those of the engine.
 pub async fn cancel(call: Call) -> Result<Reply> {
-    call.engine().operation_cancel(&call.context, call.operation_id()?)?;
+    call.engine().operation_cancel(&call.context, call.operation_id()?).await?;
     Ok(empty())
 }
 

@@ -5,11 +5,11 @@ use crate::{
     app::Call,
     extensions::EXTENSIONS,
     filter::Filter,
-    respond::{Reply, empty, sync},
+    respond::{Etag, Reply, empty, sync, sync_etag},
     wire::{NOWHERE, misc::WarningView},
 };
 use karst_model::{
-    Error, Result,
+    Config, Error, Result,
     access::{Identity, Permission},
     keys::{INSTANCE_KEYS, KeyScope},
     network::BRIDGE_KEYS,
@@ -40,8 +40,10 @@ pub async fn root(_: Call) -> Result<Reply> {
 /// Forbidden.
 pub async fn get(call: Call) -> Result<Reply> {
     let trusted = call.context.demand_server(Permission::ServerView).is_ok();
+    // Who may not inspect the server sees no configuration.
+    let config = call.engine().server_config(&call.context).unwrap_or_default();
     let mut answer = json!({
-        "config": {},
+        "config": config.config,
         "api_extensions": &EXTENSIONS[..],
         "api_status": "stable",
         "api_version": "1.0",
@@ -52,10 +54,11 @@ pub async fn get(call: Call) -> Result<Reply> {
     if !trusted {
         return sync(&answer);
     }
-    let (method, user) = match call.context.principal().identity {
-        Identity::UnixPeer { uid, .. } => {
-            ("unix", if uid == 0 { "root".to_owned() } else { uid.to_string() })
-        }
+    let (method, user) = match &call.context.principal().identity {
+        Identity::UnixPeer { uid: 0, .. } => ("unix", "root".to_owned()),
+        Identity::UnixPeer { uid, .. } => ("unix", uid.to_string()),
+        Identity::Certificate { fingerprint, .. } => ("tls", fingerprint.clone()),
+        Identity::Token { name, .. } => ("token", name.clone()),
         Identity::System | Identity::Anonymous => ("", String::new()),
     };
     let facts = facts(&call);
@@ -74,10 +77,10 @@ pub async fn get(call: Call) -> Result<Reply> {
     map.insert(
         "environment".into(),
         json!({
-            "addresses": [],
+            "addresses": call.app.remote.addresses(),
             "architectures": architectures,
-            "certificate": "",
-            "certificate_fingerprint": "",
+            "certificate": call.app.info.identity.as_ref().map_or("", |i| i.certificate.as_str()),
+            "certificate_fingerprint": call.app.info.identity.as_ref().map_or("", |i| i.fingerprint.as_str()),
             "driver": join(|d| d.0.to_owned()),
             "driver_version": join(|d| d.1.clone()),
             "firewall": "nftables",
@@ -101,7 +104,36 @@ pub async fn get(call: Call) -> Result<Reply> {
             "storage_supported_drivers": [{"Name": "dir", "Version": "1", "Remote": false}],
         }),
     );
-    sync(&answer)
+    sync_etag(&answer, &etag(&call, config.spec_version))
+}
+
+const VIEW: &str = "server";
+
+fn etag(call: &Call, version: u64) -> Etag {
+    Etag::of(VIEW, call.engine().inner().node.uuid(), version)
+}
+
+/// `PUT` and `PATCH /1.0`: the server's configuration. Where it is to listen is tried before anything is recorded.
+///
+/// # Errors
+/// Those of the engine; invalid for an address that cannot be listened on.
+pub async fn change(call: Call) -> Result<Reply> {
+    let old = call.engine().server_config(&call.context)?;
+    let node = call.engine().inner().node.uuid();
+    let mut if_version = call.expected(VIEW, node, old.spec_version)?;
+    let mut config = Config::new();
+    if call.request.method() == hyper::Method::PATCH {
+        if_version = if_version.or(Some(old.spec_version));
+        config = old.config;
+    }
+    let (call, mut f) = call.fields().await?;
+    config.extend(f.config("config")?.unwrap_or_default());
+    f.finish(&[])?;
+    config.retain(|_, v| !v.is_empty());
+    let settings = call.engine().server_config_check(&call.context, &config)?;
+    let commit = call.engine().server_config_update(&call.context, config, if_version);
+    call.app.remote.change(&call.app, &settings, commit).await?;
+    Ok(empty())
 }
 
 /// `GET /1.0/resources`: what the agent tells of the machine.
@@ -129,7 +161,7 @@ pub async fn resources(call: Call) -> Result<Reply> {
 /// # Errors
 /// Forbidden.
 pub async fn warnings(call: Call) -> Result<Reply> {
-    call.context.demand_server(Permission::ServerView)?;
+    call.context.demand_server(Permission::ServerInspect)?;
     let recursion = call.query.recursion()?;
     let filter = Filter::parse(call.query.get("filter"))?;
     let node = call.engine().inner().node;
@@ -211,15 +243,6 @@ pub async fn metadata(_: Call) -> Result<Reply> {
     }
     let bridge: Vec<Value> = BRIDGE_KEYS.iter().map(|k| json!({*k: {"type": "string"}})).collect();
     sync(&json!({"configs": {"instance": groups, "network-bridge": {"common": {"keys": bridge}}}}))
-}
-
-/// `GET /1.0/certificates`: there are none yet.
-///
-/// # Errors
-/// Forbidden.
-pub async fn certificates(call: Call) -> Result<Reply> {
-    call.context.demand_server(Permission::ServerView)?;
-    sync(&Vec::<Value>::new())
 }
 
 /// `GET /1.0/cluster`: this server is in none.

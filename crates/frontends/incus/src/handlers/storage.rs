@@ -11,9 +11,18 @@ use crate::{
     },
 };
 use karst_engine::storage::CreatePool;
-use karst_model::Result;
+use karst_model::{Result, access::Permission};
 
 const VIEW: &str = "storage-pool";
+
+/// Who may not inspect the server sees that a pool is there, not how it is made.
+fn shown<'a>(call: &Call, view: PoolView<'a>) -> PoolView<'a> {
+    static NOTHING: karst_model::Config = karst_model::Config::new();
+    match call.context.principal().may(Permission::ServerInspect, None) {
+        true => view,
+        false => PoolView { config: &NOTHING, ..view },
+    }
+}
 
 /// `GET /1.0/storage-pools`
 ///
@@ -28,7 +37,7 @@ pub async fn list(call: Call) -> Result<Reply> {
         &filter,
         all.iter().map(|p| {
             let path = format!("/1.0/storage-pools/{}", wire::segment(&p.name));
-            (PoolView::of(p, call.engine().pool_used_by(&call.context, p)), path)
+            (shown(&call, PoolView::of(p, call.engine().pool_used_by(&call.context, p))), path)
         }),
     )
 }
@@ -39,7 +48,7 @@ pub async fn list(call: Call) -> Result<Reply> {
 /// Those of the engine.
 pub async fn get(call: Call) -> Result<Reply> {
     let pool = call.engine().pool(&call.context, call.param(0))?;
-    let view = PoolView::of(&pool, call.engine().pool_used_by(&call.context, &pool));
+    let view = shown(&call, PoolView::of(&pool, call.engine().pool_used_by(&call.context, &pool)));
     sync_etag(&view, &Etag::of(VIEW, pool.id.uuid(), pool.spec_version))
 }
 

@@ -234,6 +234,20 @@ pub struct LimitUsage {
     pub usage: i64,
 }
 
+/// A trusted certificate.
+#[derive(Debug, Serialize)]
+#[allow(missing_docs)]
+pub struct CertificateView<'a> {
+    pub name: &'a str,
+    #[serde(rename = "type")]
+    pub kind: &'static str,
+    pub restricted: bool,
+    pub projects: Vec<String>,
+    pub certificate: &'a str,
+    pub fingerprint: &'a str,
+    pub description: &'a str,
+}
+
 /// A warning.
 #[derive(Debug, Serialize)]
 #[allow(missing_docs)]

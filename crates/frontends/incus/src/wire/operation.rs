@@ -71,6 +71,12 @@ impl<'a> OperationView<'a> {
         self.metadata = Some(metadata);
         self
     }
+
+    /// With other metadata, if there is some.
+    pub fn with_metadata_if(mut self, metadata: Option<&'a Map<String, Value>>) -> Self {
+        self.metadata = metadata.or(self.metadata);
+        self
+    }
 }
 
 /// An event.

@@ -8,7 +8,7 @@ use hyper_util::rt::TokioIo;
 use karst_agent::simulated::{SimulatedAgent, SimulatedOptions};
 use karst_engine::{Agents, Context, Engine, EngineConfig};
 use karst_env::RealEnv;
-use karst_frontend_incus::{App, ServerInfo, serve, serve_connection};
+use karst_frontend_incus::{App, Identity, ServerInfo, serve, serve_connection};
 use karst_model::{ByteSize, NodeId, access::Principal};
 use karst_store::{SqliteStore, Store};
 use serde_json::{Value, json};
@@ -91,7 +91,10 @@ impl Server {
         let socket = dir.path().join("unix.socket");
         let listener = UnixListener::bind(&socket).unwrap();
         let (tell, shutdown) = tokio::sync::mpsc::channel(1);
-        let info = ServerInfo { version: "test".into(), name: "node1".into(), shutdown: Some(tell) };
+        let identity = Identity::load(dir.path(), "node1", jiff::civil::date(2026, 1, 1)).unwrap();
+        let identity = Some(Arc::new(identity));
+        let info =
+            ServerInfo { version: "test".into(), name: "node1".into(), shutdown: Some(tell), identity };
         let app = App::new(engine.clone(), info);
         let task = tokio::spawn(serve(app.clone(), listener));
         Server { app, engine, shutdown, agent, socket, dir, task }
@@ -110,7 +113,10 @@ impl Server {
         Self::exchange(near, request.body(Full::new(body.into())).unwrap()).await
     }
 
-    async fn exchange(stream: UnixStream, request: Request<Full<Bytes>>) -> Answer {
+    pub async fn exchange<S>(stream: S, request: Request<Full<Bytes>>) -> Answer
+    where
+        S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+    {
         let exchange = async {
             let (mut sender, connection) =
                 hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();

@@ -1,0 +1,597 @@
+//! Disks and NICs as QEMU takes them: JSON that is the same at the start (arguments) and later (commands). Pure.
+//!
+//! Everything of a device is named after its bus slot, which is its own for as long as the device lives: the device
+//! `disk-SLOT`, its nodes `f-SLOT` (file), `i-SLOT` (format), `d-SLOT` (limits of rates, the top), `b-SLOT` (below a
+//! clone), the group of its limits `t-SLOT`, and its descriptor sets. So what belongs to a slot can be found and removed
+//! without knowing how far a plugging went.
+
+use karst_guest::{DiskFormat, ResolvedDisk, ResolvedNic};
+use karst_model::{
+    Error, Result,
+    device::{DiskCache, DiskLimits, DiskRate, NicModel},
+};
+use serde_json::{Value, json};
+
+/// Disks of one machine.
+pub const MAX_DISKS: usize = 64;
+/// NICs of one machine.
+pub const MAX_NICS: usize = 16;
+/// Ports of the SATA controller.
+pub const SATA_PORTS: u32 = 6;
+/// PCIe root ports that a machine can have: the functions of two slots.
+pub const MAX_PORTS: u8 = 16;
+
+/// What decides where devices can be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Layout {
+    /// i440FX rather than q35.
+    pub pc: bool,
+    /// PCIe root ports, at which devices come and go while the machine runs.
+    pub ports: u8,
+}
+
+impl Layout {
+    /// Of a machine type.
+    ///
+    /// # Errors
+    /// Invalid when it is none of ours or not versioned.
+    pub fn of(machine: &str, ports: u8) -> Result<Self> {
+        let pc = machine.starts_with("pc-i440fx-");
+        if !pc && !machine.starts_with("pc-q35-") {
+            return Err(Error::invalid(
+                "hardware.machine",
+                format!("{machine:?} is not a versioned machine type, such as pc-q35-7.2 or pc-i440fx-7.2"),
+            ));
+        }
+        Ok(Self { pc, ports: if pc { 0 } else { ports.min(MAX_PORTS) } })
+    }
+
+    /// The root bus.
+    pub fn root_bus(self) -> &'static str {
+        if self.pc { "pci.0" } else { "pcie.0" }
+    }
+
+    /// Can PCI devices come and go while the machine runs?
+    pub fn hotplug(self) -> bool {
+        self.pc || self.ports > 0
+    }
+
+    /// Bus and address of `00:04.0` (on the root bus) or `03:00.0` (behind root port 3).
+    ///
+    /// # Errors
+    /// Invalid, naming `field`, for anything else.
+    pub fn place(self, field: &str, pci: &str) -> Result<(String, String)> {
+        let wrong = || {
+            Error::invalid(field, format!("{pci:?} is not a PCI address of this machine, such as 00:04.0"))
+        };
+        let (bus, rest) = pci.split_once(':').ok_or_else(wrong)?;
+        let (slot, function) = rest.split_once('.').ok_or_else(wrong)?;
+        let hex = |s: &str| if s.len() <= 2 { u8::from_str_radix(s, 16).ok() } else { None };
+        let (bus, slot) = (hex(bus).ok_or_else(wrong)?, hex(slot).ok_or_else(wrong)?);
+        let function = function.parse::<u8>().ok().filter(|f| *f < 8).ok_or_else(wrong)?;
+        match bus {
+            0 if (1..0x1f).contains(&slot) => {
+                Ok((self.root_bus().to_owned(), format!("0x{slot:x}.0x{function:x}")))
+            }
+            n if (1..=self.ports).contains(&n) && slot == 0 && function == 0 => {
+                Ok((format!("port{n}"), "0x0".to_owned()))
+            }
+            _ => Err(wrong()),
+        }
+    }
+
+    /// Adds the place to a device's properties.
+    pub(crate) fn put(self, device: &mut Value, field: &str, pci: &str) -> Result<()> {
+        let (bus, address) = self.place(field, pci)?;
+        device["bus"] = bus.into();
+        device["addr"] = address.into();
+        Ok(())
+    }
+
+    /// The root ports.
+    pub fn root_ports(self) -> Vec<Value> {
+        (1..=self.ports)
+            .map(|n| {
+                let (slot, function) = (0x10 + (n - 1) / 8, (n - 1) % 8);
+                let mut port = json!({
+                    "driver": "pcie-root-port", "id": format!("port{n}"), "bus": "pcie.0", "chassis": n,
+                    "addr": format!("0x{slot:x}.0x{function:x}"),
+                });
+                if function == 0 {
+                    port["multifunction"] = true.into();
+                }
+                port
+            })
+            .collect()
+    }
+}
+
+/// The bus of a disk, by its slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bus {
+    /// A target of the virtio-scsi controller.
+    Scsi(u32),
+    /// virtio-blk, a PCI device.
+    Virtio(u32),
+    /// NVMe, a PCI device.
+    Nvme(u32),
+    /// A port of the SATA controller.
+    Sata(u32),
+}
+
+impl Bus {
+    /// Of `scsi0`, `virtio1`, `nvme2`, `sata3`.
+    ///
+    /// # Errors
+    /// Invalid for another slot.
+    pub fn of(field: &str, slot: &str) -> Result<Self> {
+        let digits = slot.find(|c: char| c.is_ascii_digit()).unwrap_or(slot.len());
+        let (kind, number) = slot.split_at(digits);
+        let number = number.parse::<u32>().ok().filter(|n| *n < MAX_DISKS as u32);
+        match (kind, number) {
+            ("scsi", Some(n)) => Ok(Self::Scsi(n)),
+            ("virtio", Some(n)) => Ok(Self::Virtio(n)),
+            ("nvme", Some(n)) => Ok(Self::Nvme(n)),
+            ("sata", Some(n)) if n < SATA_PORTS => Ok(Self::Sata(n)),
+            ("sata", Some(_)) => Err(Error::invalid(
+                field,
+                format!("the SATA controller has {SATA_PORTS} ports; use another io.bus"),
+            )),
+            _ => Err(Error::invalid(field, format!("{slot:?} is not a slot of a disk of a virtual machine"))),
+        }
+    }
+
+    /// Some number of its own, below 1000: descriptor sets and order of boot follow from it.
+    fn number(self) -> u32 {
+        let most = MAX_DISKS as u32;
+        match self {
+            Self::Scsi(n) => n,
+            Self::Virtio(n) => most + n,
+            Self::Nvme(n) => 2 * most + n,
+            Self::Sata(n) => 3 * most + n,
+        }
+    }
+}
+
+/// QEMU's id of a slot's device.
+pub fn device_id(slot: &str) -> String {
+    format!("disk-{slot}")
+}
+
+/// The descriptor sets of a slot's disk and of the file below a clone.
+///
+/// # Errors
+/// Invalid for an unknown slot.
+pub fn fd_sets(field: &str, slot: &str) -> Result<(u32, u32)> {
+    let n = 100 + 2 * Bus::of(field, slot)?.number();
+    Ok((n, n + 1))
+}
+
+/// A disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk {
+    /// Device name, for messages and as the serial number that the guest sees.
+    pub name: String,
+    /// Bus slot, such as `scsi0`.
+    pub slot: String,
+    /// Format, stated.
+    pub format: DiskFormat,
+    /// It is a block device.
+    pub block_device: bool,
+    /// It is a clone: the qcow2 file below it has a descriptor set of its own.
+    pub cloned: bool,
+    /// The guest cannot write.
+    pub readonly: bool,
+    /// A drive with a disc.
+    pub cdrom: bool,
+    /// The drive is empty.
+    pub ejected: bool,
+    /// Cache mode; `None` is what fits the kind of source.
+    pub cache: Option<DiskCache>,
+    /// Limits of rates.
+    pub limits: DiskLimits,
+    /// PCI address; disks behind a controller have none.
+    pub pci: Option<String>,
+    /// Boot order, higher first.
+    pub boot_priority: u32,
+    /// The guest sees a serial number.
+    pub serial: bool,
+}
+
+/// Higher priorities boot first; of the same, disks before NICs and lower slots first. QEMU counts from 1 upwards, and
+/// no two devices may have the same number, also not one that is plugged later.
+fn boot_index(priority: u32, number: u32) -> u32 {
+    1 + (10_000 - priority.min(10_000)) * 1000 + number
+}
+
+impl Disk {
+    /// Of what was resolved; `block_device` as its file was found to be.
+    pub fn new(disk: &ResolvedDisk, block_device: bool, serial: bool) -> Self {
+        Self {
+            name: disk.name.clone(),
+            slot: disk.slot.clone(),
+            format: disk.format,
+            block_device,
+            cloned: disk.backing.is_some(),
+            readonly: disk.readonly || disk.cdrom,
+            cdrom: disk.cdrom,
+            ejected: disk.cdrom && disk.ejected,
+            cache: disk.io.cache,
+            limits: disk.io.limits,
+            pci: disk.pci.clone(),
+            boot_priority: disk.boot_priority,
+            serial,
+        }
+    }
+
+    fn field(&self) -> String {
+        format!("devices.{}", self.name)
+    }
+
+    /// Its bus.
+    ///
+    /// # Errors
+    /// Invalid for an unknown slot.
+    pub fn bus(&self) -> Result<Bus> {
+        Bus::of(&self.field(), &self.slot)
+    }
+
+    /// The descriptor sets of its file and of the file below a clone.
+    ///
+    /// # Errors
+    /// Invalid for an unknown slot.
+    pub fn fd_sets(&self) -> Result<(u32, u32)> {
+        fd_sets(&self.field(), &self.slot)
+    }
+
+    /// Can it come and go while the machine runs?
+    ///
+    /// # Errors
+    /// Invalid for an unknown slot.
+    pub fn hotplug(&self, layout: Layout) -> Result<bool> {
+        Ok(match self.bus()? {
+            Bus::Scsi(_) => true,
+            Bus::Virtio(_) | Bus::Nvme(_) => {
+                layout.hotplug() && self.pci.as_deref().is_none_or(|p| layout.pc || !p.starts_with("00:"))
+            }
+            Bus::Sata(_) => false,
+        })
+    }
+
+    /// The object that holds its limits.
+    pub fn group(&self) -> Value {
+        json!({"qom-type": "throttle-group", "id": format!("t-{}", self.slot), "limits": self.throttle()})
+    }
+
+    /// Its limits in QEMU's words; 0 is none.
+    pub fn throttle(&self) -> Value {
+        let bytes = |r: Option<DiskRate>| match r {
+            Some(DiskRate::Bytes { per_second }) => per_second,
+            _ => 0,
+        };
+        let operations = |r: Option<DiskRate>| match r {
+            Some(DiskRate::Operations { per_second }) => per_second,
+            _ => 0,
+        };
+        json!({
+            "bps-read": bytes(self.limits.read), "bps-write": bytes(self.limits.write),
+            "iops-read": operations(self.limits.read), "iops-write": operations(self.limits.write),
+        })
+    }
+
+    /// Name of the node that the device drives.
+    pub fn top(&self) -> String {
+        format!("d-{}", self.slot)
+    }
+
+    /// Its block nodes, the lowest first.
+    ///
+    /// # Errors
+    /// Invalid for a directory.
+    pub fn nodes(&self) -> Result<Vec<Value>> {
+        let slot = &self.slot;
+        let (file_set, base_set) = self.fd_sets()?;
+        let mut nodes = vec![];
+        if self.cloned {
+            nodes.push(json!({
+                "driver": "file", "node-name": format!("c-{slot}"), "filename": format!("/dev/fdset/{base_set}"),
+                "read-only": true,
+            }));
+            nodes.push(json!({
+                "driver": "qcow2", "node-name": format!("b-{slot}"), "file": format!("c-{slot}"),
+                "read-only": true, "backing": null,
+            }));
+        }
+        // Files keep the host's page cache and honour the guest's flushes; a block device has its cache in the guest.
+        let mode =
+            self.cache.unwrap_or(if self.block_device { DiskCache::None } else { DiskCache::Writeback });
+        let direct = mode == DiskCache::None;
+        let cache = json!({"direct": direct, "no-flush": mode == DiskCache::Unsafe});
+        nodes.push(json!({
+            "driver": if self.block_device { "host_device" } else { "file" },
+            "node-name": format!("f-{slot}"), "filename": format!("/dev/fdset/{file_set}"),
+            "aio": if direct { "native" } else { "threads" }, "cache": cache, "discard": "unmap",
+            "read-only": self.readonly,
+        }));
+        let mut image = json!({
+            "driver": "raw", "node-name": format!("i-{slot}"), "file": format!("f-{slot}"), "cache": cache,
+            "discard": "unmap", "read-only": self.readonly,
+        });
+        if !self.readonly {
+            image["detect-zeroes"] = "unmap".into();
+        }
+        match self.format {
+            DiskFormat::Raw => {}
+            DiskFormat::Qcow2 => {
+                image["driver"] = "qcow2".into();
+                // A backing file that an image names is not opened; the one below a clone is the agent's word.
+                image["backing"] = if self.cloned { format!("b-{slot}").into() } else { Value::Null };
+            }
+            DiskFormat::Directory => {
+                return Err(Error::invalid(
+                    self.field(),
+                    "a disk of a virtual machine is a disk image, not a directory",
+                ));
+            }
+        }
+        nodes.push(image);
+        nodes.push(json!({
+            "driver": "throttle", "node-name": self.top(), "throttle-group": format!("t-{slot}"),
+            "file": format!("i-{slot}"), "read-only": self.readonly,
+        }));
+        Ok(nodes)
+    }
+
+    /// The names of its nodes, the highest first: the order in which they can be removed.
+    pub fn node_names(slot: &str) -> [String; 5] {
+        ["d", "i", "f", "b", "c"].map(|n| format!("{n}-{slot}"))
+    }
+
+    /// The device.
+    ///
+    /// # Errors
+    /// Invalid, naming the device, for what does not fit together.
+    pub fn device(&self, layout: Layout) -> Result<Value> {
+        let field = self.field();
+        let bus = self.bus()?;
+        let mut device = json!({
+            "id": device_id(&self.slot), "bootindex": boot_index(self.boot_priority, bus.number()),
+        });
+        let serial = format!("incus_{}", self.name);
+        if !self.ejected {
+            device["drive"] = self.top().into();
+        }
+        if self.readonly && !self.cdrom && matches!(bus, Bus::Sata(_)) {
+            return Err(Error::invalid(
+                format!("{field}.io.bus"),
+                "a SATA disk cannot be read-only; use virtio-scsi",
+            ));
+        }
+        if self.cdrom && !matches!(bus, Bus::Scsi(_) | Bus::Sata(_)) {
+            return Err(Error::invalid(
+                format!("{field}.io.bus"),
+                "a disc is in a drive of virtio-scsi or sata",
+            ));
+        }
+        if !self.cdrom {
+            device["write-cache"] = "on".into();
+            device["werror"] = "enospc".into();
+            device["rerror"] = "report".into();
+        }
+        let at = |device: &mut Value| {
+            let pci = self.pci.as_deref().ok_or_else(|| no_slot(&field))?;
+            layout.put(device, &field, pci)
+        };
+        match bus {
+            Bus::Scsi(n) => {
+                device["driver"] = if self.cdrom { "scsi-cd" } else { "scsi-hd" }.into();
+                device["bus"] = "scsi.0".into();
+                device["channel"] = 0.into();
+                device["scsi-id"] = n.into();
+                device["lun"] = 0.into();
+                if self.serial {
+                    device["device_id"] = serial.chars().take(36).collect::<String>().into();
+                }
+            }
+            Bus::Virtio(_) => {
+                device["driver"] = "virtio-blk-pci".into();
+                device["disable-legacy"] = "on".into();
+                if self.serial {
+                    device["serial"] = serial.chars().take(20).collect::<String>().into();
+                }
+                at(&mut device)?;
+            }
+            Bus::Nvme(_) => {
+                device["driver"] = "nvme".into();
+                device["serial"] = serial.chars().take(20).collect::<String>().into();
+                // It has no such properties: the guest sees its errors.
+                for property in ["werror", "rerror", "write-cache"] {
+                    if let Some(d) = device.as_object_mut() {
+                        d.remove(property);
+                    }
+                }
+                at(&mut device)?;
+            }
+            Bus::Sata(n) => {
+                device["driver"] = if self.cdrom { "ide-cd" } else { "ide-hd" }.into();
+                device["bus"] = format!("{}.{n}", if layout.pc { "sata" } else { "ide" }).into();
+                if self.serial {
+                    device["serial"] = serial.chars().take(20).collect::<String>().into();
+                }
+            }
+        }
+        Ok(device)
+    }
+}
+
+fn no_slot(field: &str) -> Error {
+    Error::conflict(
+        "the virtual machine has no free PCI slot for it; remove another device, or use io.bus=virtio-scsi",
+    )
+    .at(field)
+}
+
+/// A NIC.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Nic {
+    /// Device name, for messages.
+    pub name: String,
+    /// Bus slot; QEMU's id of the device.
+    pub slot: String,
+    /// What the guest sees.
+    pub model: NicModel,
+    /// MAC address.
+    pub mac: String,
+    /// PCI address.
+    pub pci: Option<String>,
+    /// MTU to tell the guest.
+    pub mtu: Option<u32>,
+    /// Boot order, higher first.
+    pub boot_priority: u32,
+}
+
+impl Nic {
+    /// Of what was resolved.
+    pub fn new(nic: &ResolvedNic) -> Self {
+        Self {
+            name: nic.name.clone(),
+            slot: nic.slot.clone(),
+            model: nic.model,
+            mac: nic.mac.clone(),
+            pci: nic.pci.clone(),
+            mtu: nic.mtu,
+            boot_priority: nic.boot_priority,
+        }
+    }
+
+    fn field(&self) -> String {
+        format!("devices.{}", self.name)
+    }
+
+    /// QEMU's id of its host side.
+    pub fn netdev(slot: &str) -> String {
+        format!("host-{slot}")
+    }
+
+    /// Can it come and go while the machine runs?
+    pub fn hotplug(&self, layout: Layout) -> bool {
+        layout.pc || self.pci.as_deref().is_some_and(|p| layout.ports > 0 && !p.starts_with("00:"))
+    }
+
+    /// Its host side: a tap, by the number or the name of its descriptor.
+    pub fn host(&self, fd: &str) -> Value {
+        json!({"type": "tap", "id": Self::netdev(&self.slot), "fd": fd, "vhost": false})
+    }
+
+    /// The device.
+    ///
+    /// # Errors
+    /// Invalid, naming the device, for what does not fit together.
+    pub fn device(&self, layout: Layout) -> Result<Value> {
+        let field = self.field();
+        let number = self.slot.strip_prefix("net").and_then(|n| n.parse::<u32>().ok()).filter(|n| *n < 128);
+        let number = number.ok_or_else(|| {
+            Error::invalid(&field, format!("{:?} is not a slot of a NIC of a virtual machine", self.slot))
+        })?;
+        let mac = karst_model::device::parse_mac(&format!("{field}.hwaddr"), &self.mac)?;
+        let mut device = json!({
+            "id": self.slot, "netdev": Self::netdev(&self.slot), "mac": mac,
+            "bootindex": boot_index(self.boot_priority, 800 + number),
+        });
+        match self.model {
+            NicModel::Virtio => {
+                device["driver"] = "virtio-net-pci".into();
+                device["disable-legacy"] = "on".into();
+                if let Some(mtu) = self.mtu {
+                    device["host_mtu"] = mtu.into();
+                }
+            }
+            NicModel::E1000e => device["driver"] = "e1000e".into(),
+        }
+        layout.put(&mut device, &field, self.pci.as_deref().ok_or_else(|| no_slot(&field))?)?;
+        Ok(device)
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    const Q35: Layout = Layout { pc: false, ports: 16 };
+
+    pub(crate) fn disk(slot: &str) -> Disk {
+        Disk {
+            name: "data".into(),
+            slot: slot.into(),
+            format: DiskFormat::Raw,
+            block_device: false,
+            cloned: false,
+            readonly: false,
+            cdrom: false,
+            ejected: false,
+            cache: None,
+            limits: DiskLimits::default(),
+            pci: None,
+            boot_priority: 0,
+            serial: true,
+        }
+    }
+
+    #[test]
+    fn places_are_on_the_root_bus_or_behind_a_port() {
+        assert_eq!(Q35.place("x", "00:04.0").unwrap(), ("pcie.0".into(), "0x4.0x0".into()));
+        assert_eq!(Q35.place("x", "10:00.0").unwrap(), ("port16".into(), "0x0".into()));
+        let old = Layout { ports: 0, ..Q35 };
+        for (layout, pci) in
+            [(Q35, "11:00.0"), (Q35, "01:01.0"), (old, "01:00.0"), (Q35, "00:1f.0"), (Q35, "")]
+        {
+            assert_eq!(layout.place("devices.x", pci).unwrap_err().field.unwrap(), "devices.x", "{pci}");
+        }
+        assert!(Layout::of("q35", 16).is_err());
+        assert!(!Layout::of("pc-q35-7.2", 0).unwrap().hotplug());
+        assert_eq!(Layout::of("pc-i440fx-7.2", 16).unwrap().root_bus(), "pci.0");
+    }
+
+    #[test]
+    fn every_slot_has_sets_and_an_order_of_its_own() {
+        let mut sets = std::collections::BTreeSet::new();
+        let mut order = std::collections::BTreeSet::new();
+        for kind in ["scsi", "virtio", "nvme"] {
+            for n in 0..MAX_DISKS {
+                let mut d = disk(&format!("{kind}{n}"));
+                d.pci = Some("01:00.0".into());
+                let (a, b) = d.fd_sets().unwrap();
+                assert!(sets.insert(a) && sets.insert(b));
+                assert!(order.insert(d.device(Q35).unwrap()["bootindex"].as_u64().unwrap()));
+            }
+        }
+        assert!(disk("scsi64").bus().is_err() && disk("sata6").bus().is_err() && disk("ide0").bus().is_err());
+        // A higher priority comes before everything of a lower one.
+        let first = Disk { boot_priority: 1, ..disk("sata5") }.device(Q35).unwrap();
+        assert!(first["bootindex"].as_u64() < order.first().copied());
+    }
+
+    #[test]
+    fn limits_cache_and_drives() {
+        let mut d = disk("scsi3");
+        d.limits.read = Some(DiskRate::Bytes { per_second: 1 << 20 });
+        d.limits.write = Some(DiskRate::Operations { per_second: 50 });
+        let group = d.group();
+        assert_eq!(
+            (&group["limits"]["bps-read"], &group["limits"]["iops-write"]),
+            (&json!(1 << 20), &json!(50))
+        );
+        assert_eq!((&group["limits"]["iops-read"], &group["limits"]["bps-write"]), (&json!(0), &json!(0)));
+        d.cache = Some(DiskCache::None);
+        assert_eq!(d.nodes().unwrap()[0]["aio"], "native");
+        d.cache = Some(DiskCache::Unsafe);
+        assert_eq!(d.nodes().unwrap()[0]["cache"], json!({"direct": false, "no-flush": true}));
+        d.cdrom = true;
+        d.readonly = true;
+        assert_eq!(d.device(Q35).unwrap()["driver"], "scsi-cd");
+        d.slot = "nvme0".into();
+        assert_eq!(d.device(Q35).unwrap_err().field.unwrap(), "devices.data.io.bus");
+        assert!(disk("virtio1").device(Q35).unwrap_err().message.contains("no free PCI slot"));
+        assert!(!disk("sata1").hotplug(Q35).unwrap() && disk("scsi1").hotplug(Q35).unwrap());
+    }
+}

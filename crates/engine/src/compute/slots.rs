@@ -1,0 +1,118 @@
+//! Places of a virtual machine's devices: bus slots and PCI addresses, recorded in the identities so that a later change of
+//! this scheme touches new machines only.
+//!
+//! A q35 machine has root ports (`03:00.0` is behind port 3), which let devices come and go while it runs. Machines made
+//! before there were ports, and i440FX machines, have their devices on the root bus, from `00:08.0`.
+
+use karst_model::{
+    device::DiskBus,
+    instance::{DeviceIdentity, Hardware},
+};
+use std::collections::BTreeSet;
+
+/// Root ports of new q35 machines.
+pub const PORTS: u8 = 16;
+
+/// First and last slot for devices on the root bus.
+const FIRST: u8 = 0x08;
+const LAST: u8 = 0x17;
+
+/// How the slots of a bus begin.
+pub fn prefix(bus: DiskBus) -> &'static str {
+    match bus {
+        DiskBus::VirtioScsi => "scsi",
+        DiskBus::VirtioBlk => "virtio",
+        DiskBus::Nvme => "nvme",
+        DiskBus::Sata => "sata",
+        DiskBus::Virtiofs | DiskBus::Plan9 => "fs",
+    }
+}
+
+/// The letters of a slot.
+pub fn kind_of(slot: &str) -> &str {
+    slot.trim_end_matches(|c: char| c.is_ascii_digit())
+}
+
+/// What is free; the lowest is given first, and what devices that went away had may be given again.
+pub struct Free {
+    slots: BTreeSet<String>,
+    addresses: BTreeSet<String>,
+    machine: Option<(bool, u8)>,
+}
+
+impl Free {
+    /// Beside the devices that stay.
+    pub fn of<'a>(hardware: Option<&Hardware>, kept: impl Iterator<Item = &'a DeviceIdentity>) -> Self {
+        let (mut slots, mut addresses) = (BTreeSet::new(), BTreeSet::new());
+        for identity in kept {
+            slots.insert(identity.slot.clone());
+            addresses.extend(identity.pci.clone());
+        }
+        let machine = hardware.map(|h| (h.machine.starts_with("pc-i440fx-"), h.ports));
+        Self { slots, addresses, machine }
+    }
+
+    /// A slot of a kind.
+    pub fn slot(&mut self, kind: &str) -> String {
+        let slot = (0..).map(|n| format!("{kind}{n}")).find(|s| !self.slots.contains(s)).unwrap_or_default();
+        self.slots.insert(slot.clone());
+        slot
+    }
+
+    /// A PCI address; `None` for containers, and when all are taken.
+    pub fn pci(&mut self) -> Option<String> {
+        let (pc, ports) = self.machine?;
+        let ported = (1..=ports).map(|n| format!("{n:02x}:00.0"));
+        let plain = (FIRST..=LAST).map(|n| format!("00:{n:02x}.0"));
+        let found = if !pc && ports > 0 {
+            ported.into_iter().find(|a| !self.addresses.contains(a))
+        } else {
+            plain.into_iter().find(|a| !self.addresses.contains(a))
+        };
+        self.addresses.extend(found.clone());
+        found
+    }
+
+    /// Slot and address of a disk; those behind a controller have no address.
+    pub fn disk(&mut self, bus: DiskBus) -> (String, Option<String>) {
+        let slot = self.slot(prefix(bus));
+        let pci = match bus {
+            DiskBus::VirtioScsi | DiskBus::Sata => None,
+            _ => self.pci(),
+        };
+        (slot, pci)
+    }
+
+    /// Slot and address of a shared directory.
+    pub fn share(&mut self) -> (String, Option<String>) {
+        (self.slot("fs"), self.pci())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_end() {
+        let hardware = |machine: &str, ports| Hardware {
+            machine: machine.into(),
+            cpu_model: "max".into(),
+            firmware: karst_model::instance::Firmware::Bios,
+            ports,
+            uuid: uuid::Uuid::nil(),
+            cloud_init_id: uuid::Uuid::nil(),
+        };
+        for (machine, ports, first, many) in [
+            ("pc-q35-7.2", 16, "01:00.0", 16),
+            ("pc-q35-7.2", 0, "00:08.0", 16),
+            ("pc-i440fx-7.2", 0, "00:08.0", 16),
+        ] {
+            let hardware = hardware(machine, ports);
+            let mut free = Free::of(Some(&hardware), [].iter());
+            let all: Vec<_> = std::iter::from_fn(|| free.pci()).collect();
+            assert_eq!((all[0].as_str(), all.len()), (first, many), "{machine}");
+        }
+        assert_eq!(Free::of(None, [].iter()).pci(), None);
+    }
+}

@@ -1,0 +1,211 @@
+//! The server's own configuration (`/1.0`).
+
+use crate::{Engine, context::Context};
+use karst_model::{Config, Error, Result, access::Permission, error::nearest, keys, trust::ServerConfig};
+use std::{net::SocketAddr, time::Duration};
+
+/// Keys of the server: name and text. `user.*` is free.
+pub const SERVER_KEYS: &[(&str, &str)] = &[
+    ("core.https_address", "Address and port of the API over HTTPS, such as `:8443`; none when empty"),
+    ("core.metrics_address", "Address and port of an HTTPS listener that answers metrics only"),
+    ("core.metrics_authentication", "Whether metrics are for authenticated clients only (default true)"),
+    ("core.remote_token_expiry", "How long a trust token is valid, such as `1d 12H`; for ever when empty"),
+];
+
+/// Port of the API when an address names none.
+pub const DEFAULT_PORT: u16 = 8443;
+/// Port of metrics when an address names none.
+pub const METRICS_PORT: u16 = 8444;
+
+/// The server's configuration in typed form.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ServerSettings {
+    /// Where the API listens.
+    pub https_address: Option<SocketAddr>,
+    /// Where metrics listen.
+    pub metrics_address: Option<SocketAddr>,
+    /// Are metrics open to everybody who reaches them?
+    pub open_metrics: bool,
+    /// How long a trust token is valid.
+    pub token_lifetime: Option<Duration>,
+}
+
+impl ServerSettings {
+    /// Of configuration as written.
+    ///
+    /// # Errors
+    /// Invalid, naming the key.
+    pub fn parse(config: &Config) -> Result<Self> {
+        let mut settings = Self::default();
+        for (key, value) in config {
+            let field = format!("config.{key}");
+            match key.as_str() {
+                k if k.starts_with("user.") => keys::check_free(key, value)?,
+                "core.https_address" => settings.https_address = address(&field, value, DEFAULT_PORT)?,
+                "core.metrics_address" => settings.metrics_address = address(&field, value, METRICS_PORT)?,
+                "core.metrics_authentication" => settings.open_metrics = !keys::parse_bool(&field, value)?,
+                "core.remote_token_expiry" => settings.token_lifetime = span(&field, value)?,
+                _ => {
+                    let hint = match nearest(key, SERVER_KEYS.iter().map(|(k, _)| *k)) {
+                        Some(n) => format!("did you mean {n:?}?"),
+                        None => {
+                            let all: Vec<_> = SERVER_KEYS.iter().map(|(k, _)| *k).collect();
+                            format!("known are {}, user.*", all.join(", "))
+                        }
+                    };
+                    return Err(Error::invalid(field, format!("unknown server key {key:?}; {hint}")));
+                }
+            }
+        }
+        Ok(settings)
+    }
+}
+
+/// An address as Incus takes it: `:8443`, `10.0.0.1`, `[::1]:8443`, `::1`; without a host it is every one.
+fn address(field: &str, text: &str, port: u16) -> Result<Option<SocketAddr>> {
+    let text = text.trim();
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let every = |port| SocketAddr::new(std::net::Ipv6Addr::UNSPECIFIED.into(), port);
+    let port_of = |p: &str| p.parse::<u16>().ok().filter(|p| *p > 0);
+    let found = if let Some(p) = text.strip_prefix(':').filter(|p| !p.contains(':')) {
+        port_of(p).map(every)
+    } else if let Ok(full) = text.parse::<SocketAddr>() {
+        Some(full).filter(|a| a.port() > 0)
+    } else {
+        let bare = text.trim_start_matches('[').trim_end_matches(']');
+        bare.parse().ok().map(|ip| SocketAddr::new(ip, port))
+    };
+    found.map(Some).ok_or_else(|| {
+        Error::invalid(
+            field,
+            format!("{text:?} is not an address such as :{port}, 10.0.0.1:{port} or [::1]:{port}"),
+        )
+    })
+}
+
+/// A time as Incus writes it: numbers with `S`, `M`, `H`, `d`, `w`, `m` (30 days), `y`.
+fn span(field: &str, text: &str) -> Result<Option<Duration>> {
+    let wrong = || {
+        Error::invalid(
+            field,
+            format!("{text:?} is not a time such as 30M, 12H or 1d 12H (S, M, H, d, w, m, y)"),
+        )
+    };
+    let mut seconds = 0u64;
+    for word in text.split_whitespace() {
+        let (number, unit) = word.split_at(word.len() - word.chars().next_back().map_or(0, char::len_utf8));
+        let each = match unit {
+            "S" => 1,
+            "M" => 60,
+            "H" => 3600,
+            "d" => 86_400,
+            "w" => 7 * 86_400,
+            "m" => 30 * 86_400,
+            "y" => 365 * 86_400,
+            _ => return Err(wrong()),
+        };
+        let n: u64 = number.parse().map_err(|_| wrong())?;
+        seconds = n.checked_mul(each).and_then(|s| seconds.checked_add(s)).ok_or_else(wrong)?;
+    }
+    // A hundred years are for ever.
+    if seconds > 100 * 365 * 86_400 {
+        return Err(wrong());
+    }
+    Ok((seconds > 0).then(|| Duration::from_secs(seconds)))
+}
+
+impl Engine {
+    /// The server's configuration in typed form, for the daemon's own listeners.
+    pub fn server_settings(&self) -> ServerSettings {
+        let config = self.inner().inventory.read().tenancy.server.as_ref().map(|s| s.config.clone());
+        // What is recorded was checked; a later version's key must not keep this one from serving.
+        ServerSettings::parse(&config.unwrap_or_default()).unwrap_or_default()
+    }
+
+    /// The server's configuration as written, and its version.
+    ///
+    /// # Errors
+    /// Forbidden.
+    pub fn server_config(&self, context: &Context) -> Result<ServerConfig> {
+        context.demand_server(Permission::ServerInspect)?;
+        Ok(self.inner().inventory.read().tenancy.server.as_ref().map(|s| s.value.clone()).unwrap_or_default())
+    }
+
+    /// Checks a change of the server's configuration without making it.
+    ///
+    /// # Errors
+    /// Invalid by key, forbidden.
+    pub fn server_config_check(&self, context: &Context, config: &Config) -> Result<ServerSettings> {
+        context.demand_server(Permission::ServerEdit)?;
+        ServerSettings::parse(config)
+    }
+
+    /// Replaces the server's configuration.
+    ///
+    /// # Errors
+    /// Invalid by key, precondition failed, forbidden.
+    pub async fn server_config_update(
+        &self,
+        context: &Context,
+        config: Config,
+        if_version: Option<u64>,
+    ) -> Result<()> {
+        context.demand_server(Permission::ServerEdit)?;
+        ServerSettings::parse(&config)?;
+        let kept: Config = config.into_iter().filter(|(_, v)| !v.is_empty()).collect();
+        self.inner()
+            .transact(|records, tx| {
+                let old = records.tenancy.server.as_ref();
+                let version = old.map_or(0, |s| s.spec_version);
+                if if_version.is_some_and(|v| v != version) {
+                    return Err(Error::precondition_failed(
+                        "the server's configuration has changed since it was read; read it again",
+                    ));
+                }
+                let new = ServerConfig { config: kept.clone(), spec_version: version + 1 };
+                match old {
+                    Some(row) => tx.replace(row, &new),
+                    None => tx.create(&new),
+                }
+                Ok(())
+            })
+            .await?;
+        self.inner().announce(context, None, "config-updated", "/1.0".into());
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_and_times_as_incus_writes_them() {
+        let parse = |k: &str, v: &str| ServerSettings::parse(&Config::from([(k.to_owned(), v.to_owned())]));
+        for (text, wanted) in [
+            (":8443", Some("[::]:8443")),
+            ("10.0.0.1", Some("10.0.0.1:8443")),
+            ("10.0.0.1:9", Some("10.0.0.1:9")),
+            ("[::1]:9", Some("[::1]:9")),
+            ("::1", Some("[::1]:8443")),
+            ("", None),
+        ] {
+            let found = parse("core.https_address", text).unwrap().https_address;
+            assert_eq!(found.map(|a| a.to_string()).as_deref(), wanted, "{text}");
+        }
+        for wrong in ["host", ":0", ":x", "1.2.3.4:99999", "8443"] {
+            let e = parse("core.https_address", wrong).unwrap_err();
+            assert_eq!(e.field.as_deref(), Some("config.core.https_address"), "{wrong}");
+        }
+        let lifetime = |v| parse("core.remote_token_expiry", v).map(|s| s.token_lifetime);
+        assert_eq!(lifetime("1d 12H").unwrap(), Some(Duration::from_secs(36 * 3600)));
+        assert_eq!(lifetime("").unwrap(), None);
+        for wrong in ["1", "d", "1x", "-1d", "99999999999999999999y", "200y", "1ü"] {
+            assert!(lifetime(wrong).is_err(), "{wrong}");
+        }
+        let e = parse("core.https_adress", ":1").unwrap_err();
+        assert!(e.message.contains("did you mean \"core.https_address\"?"), "{e}");
+    }
+}

@@ -1,0 +1,340 @@
+//! The API over HTTPS as clients on the network meet it: who is trusted, by what, and since when no longer.
+#![allow(clippy::disallowed_methods)] // a test
+
+mod common;
+
+use base64::Engine as _;
+use common::{Answer, Server};
+use http_body_util::{BodyExt, Full};
+use hyper::{Method, Request, body::Bytes, client::conn::http1::SendRequest};
+use hyper_util::rt::TokioIo;
+use rcgen::{CertificateParams, KeyPair};
+use rustls::{
+    ClientConfig, DigitallySignedStruct, SignatureScheme,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    crypto::ring,
+    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime},
+};
+use serde_json::{Value, json};
+use std::{net::SocketAddr, sync::Arc};
+use tokio::net::TcpStream;
+
+/// A client: its certificate, if it has one, and the server's fingerprint that it insists on.
+struct Client {
+    config: Arc<ClientConfig>,
+    der: Vec<u8>,
+    fingerprint: String,
+    address: SocketAddr,
+}
+
+/// Takes the server with this fingerprint, as `incus remote add` does.
+#[derive(Debug)]
+struct Pinned(String);
+
+impl ServerCertVerifier for Pinned {
+    fn verify_server_cert(
+        &self,
+        end: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        match karst_frontend_incus::tls::fingerprint(end) == self.0 {
+            true => Ok(ServerCertVerified::assertion()),
+            false => Err(rustls::Error::General("another server".into())),
+        }
+    }
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = ring::default_provider().signature_verification_algorithms;
+        rustls::crypto::verify_tls12_signature(message, cert, dss, &algorithms)
+    }
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = ring::default_provider().signature_verification_algorithms;
+        rustls::crypto::verify_tls13_signature(message, cert, dss, &algorithms)
+    }
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        ring::default_provider().signature_verification_algorithms.supported_schemes()
+    }
+}
+
+impl Client {
+    fn new(
+        s: &Server,
+        address: SocketAddr,
+        certificate: bool,
+        versions: &[&'static rustls::SupportedProtocolVersion],
+    ) -> Self {
+        let pinned = Pinned(s.app.info.identity.as_ref().unwrap().fingerprint.clone());
+        let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_protocol_versions(versions)
+            .unwrap()
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(pinned));
+        let key = KeyPair::generate().unwrap();
+        let made = CertificateParams::new(vec!["client".into()]).unwrap().self_signed(&key).unwrap();
+        let der = made.der().to_vec();
+        let config = match certificate {
+            false => builder.with_no_client_auth(),
+            true => {
+                let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
+                builder.with_client_auth_cert(vec![made.der().clone()], key).unwrap()
+            }
+        };
+        let fingerprint = karst_frontend_incus::tls::fingerprint(&der);
+        Self { config: Arc::new(config), der, fingerprint, address }
+    }
+
+    async fn connect(&self) -> std::io::Result<SendRequest<Full<Bytes>>> {
+        let stream = TcpStream::connect(self.address).await?;
+        let name = ServerName::try_from("karst").unwrap();
+        let stream = tokio_rustls::TlsConnector::from(self.config.clone()).connect(name, stream).await?;
+        let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(std::io::Error::other)?;
+        tokio::spawn(connection);
+        Ok(sender)
+    }
+
+    async fn on(
+        sender: &mut SendRequest<Full<Bytes>>,
+        method: Method,
+        path: &str,
+        bearer: Option<&str>,
+        body: Value,
+    ) -> Answer {
+        let mut request = Request::builder().method(method).uri(path).header("host", "karst");
+        if let Some(token) = bearer {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        let body = if body.is_null() { String::new() } else { body.to_string() };
+        sender.ready().await.unwrap();
+        let exchange = sender.send_request(request.body(Full::new(body.into())).unwrap());
+        let (head, body) =
+            tokio::time::timeout(common::PATIENCE, exchange).await.unwrap().unwrap().into_parts();
+        Answer {
+            status: head.status.as_u16(),
+            headers: head.headers,
+            body: body.collect().await.unwrap().to_bytes(),
+        }
+    }
+
+    async fn get(&self, path: &str) -> Answer {
+        Self::on(&mut self.connect().await.unwrap(), Method::GET, path, None, Value::Null).await
+    }
+
+    async fn post(&self, path: &str, body: Value) -> Answer {
+        Self::on(&mut self.connect().await.unwrap(), Method::POST, path, None, body).await
+    }
+}
+
+const BOTH: &[&rustls::SupportedProtocolVersion] = &[&rustls::version::TLS12, &rustls::version::TLS13];
+
+/// A port that was free a moment ago.
+fn free() -> SocketAddr {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+async fn listening() -> (Server, SocketAddr) {
+    let s = Server::start().await;
+    let address = free();
+    let config = json!({"config": {"core.https_address": address.to_string()}});
+    assert_eq!(s.put("/1.0", config).await.status, 200);
+    (s, address)
+}
+
+/// What a client makes of a token's operation.
+fn token_of(answer: &Answer) -> String {
+    assert_eq!(answer.status, 202, "{}", String::from_utf8_lossy(&answer.body));
+    let metadata = answer.json()["metadata"]["metadata"].clone();
+    let token = json!({
+        "client_name": metadata["request"]["name"], "fingerprint": metadata["fingerprint"],
+        "addresses": metadata["addresses"], "secret": metadata["secret"],
+    });
+    base64::engine::general_purpose::STANDARD.encode(token.to_string())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_server_is_configured_and_listens() {
+    let (s, address) = listening().await;
+    for versions in [&BOTH[..1], &BOTH[1..]] {
+        let server = Client::new(&s, address, false, versions).get("/1.0").await.metadata();
+        assert_eq!(server["auth"], "untrusted");
+        assert_eq!(server["config"], json!({}));
+        assert!(server.get("environment").is_none());
+    }
+    let server = s.get("/1.0").await;
+    let tag = server.header("etag").to_owned();
+    let server = server.metadata();
+    assert_eq!(server["environment"]["addresses"], json!([address.to_string()]));
+    assert_eq!(server["config"]["core.https_address"], address.to_string());
+    let fingerprint = &s.app.info.identity.as_ref().unwrap().fingerprint;
+    assert_eq!(server["environment"]["certificate_fingerprint"], **fingerprint);
+    // What cannot be listened on changes nothing, and the old address serves again.
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    for (bad, field) in [
+        (json!({"core.https_address": taken.local_addr().unwrap().to_string()}), "core.https_address"),
+        (json!({"core.https_address": "nonsense"}), "core.https_address"),
+        (json!({"core.htps_address": ":1"}), "core.htps_address"),
+    ] {
+        let text = s.put("/1.0", json!({"config": bad})).await.refused(400);
+        assert!(text.contains(field), "{text}");
+    }
+    assert_eq!(s.get("/1.0").await.metadata()["config"], server["config"]);
+    assert_eq!(Client::new(&s, address, false, BOTH).get("/1.0").await.status, 200);
+    // Under its ETag, and by PATCH.
+    let put = async |tag: &str| {
+        s.send(Method::PATCH, "/1.0", &[("if-match", tag)], r#"{"config":{"user.a":"b"}}"#).await
+    };
+    assert_eq!(put(&tag).await.status, 200);
+    put(&tag).await.refused(412);
+    assert_eq!(s.get("/1.0").await.metadata()["config"]["core.https_address"], address.to_string());
+    // The port moves to another address of the host while its old listener goes.
+    let moved = SocketAddr::new("127.0.0.2".parse().unwrap(), address.port());
+    let config = json!({"config": {"core.https_address": format!(":{}", address.port())}});
+    assert_eq!(s.put("/1.0", config).await.status, 200);
+    assert_eq!(Client::new(&s, moved, false, BOTH).get("/1.0").await.status, 200);
+    assert_eq!(s.put("/1.0", json!({"config": {}})).await.status, 200);
+    assert!(TcpStream::connect(address).await.is_err(), "it listens no more");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn certificates_live() {
+    let (s, address) = listening().await;
+    s.container("secret", false).await;
+    assert_eq!(s.post("/1.0/projects", json!({"name": "tenant"})).await.status, 201);
+    let client = Client::new(&s, address, true, BOTH);
+    let path = format!("/1.0/certificates/{}", client.fingerprint);
+    assert_eq!(client.get("/1.0").await.metadata()["auth"], "untrusted");
+    client.get("/1.0/instances").await.refused(403);
+    client.get("/1.0/metrics").await.refused(403);
+    // Nobody trusts himself.
+    client.post("/1.0/certificates", json!({"name": "me"})).await.refused(403);
+    client.post("/1.0/certificates", json!({"name": "me", "token": true})).await.refused(403);
+    client.post("/1.0/certificates", json!({"trust_token": "x"})).await.refused(403);
+    // A token for a restricted certificate.
+    let request = json!({"name": "me", "token": true, "restricted": true, "projects": ["tenant"]});
+    let issued = s.post("/1.0/certificates", request.clone()).await;
+    let token = token_of(&issued);
+    let operation = issued.json()["operation"].as_str().unwrap().to_owned();
+    let listed = s.get("/1.0/operations?recursion=1").await.metadata();
+    assert_eq!(listed["running"][0]["class"], "token");
+    assert_eq!(listed["running"][0]["metadata"]["request"]["name"], "me");
+    assert_eq!(listed["running"][0]["metadata"]["secret"], "", "it is not known any more");
+    // It is of use to who has a certificate only, and once.
+    Client::new(&s, address, false, BOTH)
+        .post("/1.0/certificates", json!({"trust_token": token}))
+        .await
+        .refused(400);
+    let joined = client.post("/1.0/certificates", json!({"trust_token": token})).await;
+    assert_eq!((joined.status, joined.header("location")), (201, path.as_str()));
+    let late = Client::new(&s, address, true, BOTH);
+    late.post("/1.0/certificates", json!({"trust_token": token})).await.refused(403);
+    s.get(&operation).await.refused(404);
+    // It sees its project and that the server is there.
+    let server = client.get("/1.0").await.metadata();
+    assert_eq!(
+        (server["auth"].as_str(), server["auth_user_method"].as_str()),
+        (Some("trusted"), Some("tls"))
+    );
+    assert_eq!((&server["auth_user_name"], &server["config"]), (&json!(client.fingerprint), &json!({})));
+    assert_eq!(client.get("/1.0/projects").await.metadata(), json!(["/1.0/projects/tenant"]));
+    client.get("/1.0/instances").await.refused(404);
+    assert_eq!(client.get("/1.0/instances?all-projects=true").await.metadata(), json!([]));
+    client.get("/1.0/instances/secret").await.refused(404);
+    let pools = client.get("/1.0/storage-pools?recursion=1").await.metadata();
+    assert_eq!((pools[0]["config"].clone(), pools[0]["used_by"].clone()), (json!({}), json!([])));
+    assert_eq!(client.get("/1.0/certificates").await.metadata(), json!([path]), "its own only");
+    let body = json!({"name": "c1", "source": {"type": "none"}, "devices": {"root": {"type": "disk", "path": "/", "pool": "default"}}});
+    assert_eq!(client.post("/1.0/instances?project=tenant", body).await.status, 202);
+    client.post("/1.0/projects", json!({"name": "more"})).await.refused(403);
+    // The record is changed under its ETag.
+    let record = s.get(&path).await;
+    let tag = record.header("etag").to_owned();
+    let mut record = record.metadata();
+    assert_eq!((&record["name"], &record["restricted"]), (&json!("me"), &json!(true)));
+    assert_eq!((&record["projects"], &record["type"]), (&json!(["tenant"]), &json!("client")));
+    record["projects"] = json!(["default"]);
+    let put = s.send(Method::PUT, &path, &[("if-match", &tag)], record.to_string()).await;
+    assert_eq!(put.status, 200);
+    s.send(Method::PUT, &path, &[("if-match", &tag)], record.to_string()).await.refused(412);
+    assert_eq!(client.get("/1.0/projects").await.metadata(), json!(["/1.0/projects/default"]));
+    s.patch(&path, json!({"projects": ["never"]})).await.refused(404);
+    assert_eq!(s.patch(&path, json!({"description": "of the tenant"})).await.status, 200);
+    assert_eq!(s.get(&path).await.metadata()["description"], "of the tenant");
+    assert_eq!(s.patch(&path, json!({"restricted": false, "projects": []})).await.status, 200);
+    assert_eq!(client.get("/1.0/projects").await.metadata().as_array().unwrap().len(), 2);
+    client.patch_self(&path).await;
+    // Distrusted, also on a connection that is open already.
+    let mut open = client.connect().await.unwrap();
+    assert_eq!(Client::on(&mut open, Method::GET, "/1.0/instances", None, Value::Null).await.status, 200);
+    assert_eq!(s.delete(&path).await.status, 200);
+    Client::on(&mut open, Method::GET, "/1.0/instances", None, Value::Null).await.refused(403);
+    // By its content; twice is a conflict; metrics certificates read metrics only.
+    let pem = base64::engine::general_purpose::STANDARD.encode(&client.der);
+    let add = json!({"name": "prometheus", "type": "metrics", "certificate": pem});
+    assert_eq!(s.post("/1.0/certificates", add.clone()).await.status, 201);
+    s.post("/1.0/certificates", add).await.refused(409);
+    client.get("/1.0/instances").await.refused(404);
+    client.get("/1.0/warnings").await.refused(403);
+    assert_eq!(client.get("/1.0").await.metadata()["auth"], "trusted");
+    s.post("/1.0/certificates", json!({"name": "x", "certificate": "AAAA"})).await.refused(400);
+    s.post("/1.0/certificates", json!({"name": "x", "type": "server", "certificate": "AAAA"}))
+        .await
+        .refused(400);
+}
+
+impl Client {
+    /// Who is not restricted may change what he finds; here, his own name.
+    async fn patch_self(&self, path: &str) {
+        let mut open = self.connect().await.unwrap();
+        let answer = Self::on(&mut open, Method::PATCH, path, None, json!({"name": "myself"})).await;
+        assert_eq!(answer.status, 200);
+        assert_eq!(self.get(path).await.metadata()["name"], "myself");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tokens_are_shown_with_each_request() {
+    let (s, address) = listening().await;
+    let body = json!({"name": "robot", "role": "viewer", "projects": ["default"], "description": "d"});
+    let made = s.post("/1.0/karst/tokens", body.clone()).await.metadata();
+    let token = made["token"].as_str().unwrap();
+    s.post("/1.0/karst/tokens", body).await.refused(409);
+    s.post("/1.0/karst/tokens", json!({"name": "x", "role": "king"})).await.refused(400);
+    s.post("/1.0/karst/tokens", json!({"name": "x", "role": "user", "expires_at": "2001-01-01T00:00:00Z"}))
+        .await
+        .refused(400);
+    let listed = s.get("/1.0/karst/tokens").await;
+    assert!(
+        !String::from_utf8_lossy(&listed.body).contains(&token[token.len() - 64..]),
+        "no secret in lists"
+    );
+    assert_eq!(listed.metadata()[0]["grants"], json!([{"role": "viewer", "project": "default"}]));
+    let client = Client::new(&s, address, false, BOTH);
+    let mut open = client.connect().await.unwrap();
+    let on = async |open: &mut _, method, path: &str, token: &str| {
+        Client::on(open, method, path, Some(token), Value::Null).await
+    };
+    assert_eq!(on(&mut open, Method::GET, "/1.0/instances", token).await.status, 200);
+    assert_eq!(on(&mut open, Method::GET, "/1.0", token).await.metadata()["auth_user_name"], "robot");
+    on(&mut open, Method::DELETE, "/1.0/instances/x", token).await.refused(403);
+    let mut wrong = token.to_owned();
+    wrong.replace_range(token.len() - 1.., if token.ends_with('0') { "1" } else { "0" });
+    for bad in [wrong.as_str(), "", "karst_", "karst_x_y", &token[..40]] {
+        on(&mut open, Method::GET, "/1.0", bad).await.refused(403);
+    }
+    assert_eq!(s.delete("/1.0/karst/tokens/robot").await.status, 200);
+    on(&mut open, Method::GET, "/1.0/instances", token).await.refused(403);
+    s.delete("/1.0/karst/tokens/robot").await.refused(404);
+}

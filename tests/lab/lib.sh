@@ -1,0 +1,20 @@
+# Shared by the suites of the lab: the checks of the end-to-end suites, and a guest to do them in. Sourced, not executed.
+# `cargo xtask lab suite NAME` sets KARST_LAB and KARST_LAB_NAME, and removes the guest that a suite leaves.
+. "$(dirname "${BASH_SOURCE[0]}")/../e2e/lib.sh"
+target=${CARGO_TARGET_DIR:-$top/target}
+images=$target/lab/guests
+: "${KARST_LAB:?run this by: cargo xtask lab suite NAME}"
+
+lab() { "$KARST_LAB" lab "$@"; }
+# guest COMMAND…: runs it in the guest, as it is. shell TEXT: a line of shell there.
+guest() { lab run --timeout "${patience:-600}" -- "$@" </dev/null; }
+shell() { guest sh -c "$1"; }
+boot_id() { guest cat /proc/sys/kernel/random/boot_id; }
+# until_there TEXT SECONDS LINE: the line of shell succeeds there within so many seconds. It asks in the guest, where asking is cheap.
+until_there() {
+    ok "$1" shell "i=0; until $3; do i=\$((i + 1)); [ \$i -lt $2 ] || { echo 'not within $2 s:'; $3; exit 1; }; sleep 1; done"
+}
+# The daemon's WARN and ERROR since it was last asked, but for the listed.
+complaints() {
+    shell "journalctl -u karst -o cat --no-pager | grep -E '\"level\":\"(WARN|ERROR)\"' | grep -vE '$1' | head -n 5"
+}
