@@ -435,6 +435,13 @@ impl RealAgent {
     async fn resolve_disk(&self, disk: DiskSpec, user: Option<u32>) -> Result<Option<ResolvedDisk>> {
         let (pool, volume) = match disk.source {
             DiskSource::Volume { pool, volume } => (pool, volume),
+            // QEMU would open it by its name, which others may lead elsewhere.
+            DiskSource::Host { ref path } if user.is_some() => {
+                return Err(Error::forbidden(format!(
+                    "this host grants no virtual machine the path {path:?}; containers only so far"
+                ))
+                .at(format!("devices.{}.source", disk.name)));
+            }
             DiskSource::Host { ref path } => return self.resolve_path(&disk, path),
         };
         let content = self.pool(pool)?.inspect(volume).await?.content;

@@ -132,7 +132,7 @@ fn is_block(disk: &ResolvedDisk) -> Result<bool> {
 
 /// A guest's disks, checked; parents before what is mounted in them.
 pub(crate) fn wanted(guest: &ResolvedGuest) -> Result<Vec<Disk>> {
-    let mut disks = guest.disks.iter().map(checked).collect::<Result<Vec<_>>>()?;
+    let mut disks = guest.disks.iter().filter(|d| !d.ejected).map(checked).collect::<Result<Vec<_>>>()?;
     for node in &guest.nodes {
         disks.push(checked_node(node, guest.ids)?);
     }

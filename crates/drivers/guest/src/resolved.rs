@@ -102,10 +102,13 @@ pub struct ResolvedDisk {
     pub shift: bool,
     /// A path of the host as it was opened beneath what the host grants; `path` is only its name then, and others may have
     /// changed what it leads to.
+    #[serde(skip)]
     pub opened: Option<Opened>,
     /// What is mounted below the path is seen as well (containers).
+    #[serde(default)]
     pub recursive: bool,
     /// So is what the host mounts there later (containers).
+    #[serde(default)]
     pub follow: bool,
     /// A drive of discs; the guest cannot write.
     pub cdrom: bool,
