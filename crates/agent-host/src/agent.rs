@@ -20,7 +20,7 @@ use karst_model::{
     Error, ErrorKind, InstanceId, NetworkId, PoolId, Result, VolumeId,
     instance::{Generation, InstanceKind, RuntimeState},
     node::HostFacts,
-    spec::{DiskSource, DiskSpec, GuestSpec, PoolSpec},
+    spec::{DiskSource, DiskSpec, GuestSpec, PoolSource, PoolSpec},
     storage::VolumeContent,
 };
 use karst_network::NetworkDriver;
@@ -192,7 +192,12 @@ impl RealAgent {
         }
         for pool in self.registry.pools()? {
             self.forget_pool(pool.id);
-            outcome = outcome.and(self.pool_place(pool.id).close().await);
+            // What lies in DIR goes with it; what lies elsewhere goes now.
+            let place = self.pool_place(pool.id);
+            outcome = outcome.and(match pool.source {
+                PoolSource::Own { .. } => place.close().await,
+                PoolSource::Granted { .. } => place.remove(&pool).await,
+            });
         }
         outcome = outcome.and(self.networks.purge().await);
         outcome = outcome.and(cgroups.remove(&group).await);
@@ -324,7 +329,7 @@ impl RealAgent {
         if self.pools.lock().unwrap().contains_key(&spec.id) {
             return Ok(());
         }
-        let pool = self.pool_place(spec.id).open(spec).await?;
+        let pool = self.pool_place(spec.id).open(spec, &self.options.policy).await?;
         self.pools.lock().unwrap().insert(spec.id, pool);
         Ok(())
     }

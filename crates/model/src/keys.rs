@@ -5,6 +5,7 @@ use crate::{
     ByteSize, Config, Error, Result,
     error::nearest,
     instance::InstanceKind,
+    schedule,
     spec::{self, CloudInit, CpuAllowance, CpuLimit, KERNEL_LIMITS, Limits, Security, SwapLimit},
 };
 
@@ -27,6 +28,12 @@ pub enum KeyType {
     Swap,
     /// `1024`, `1024:4096`, `unlimited`.
     KernelLimit,
+    /// When something is done: a line of cron, or `@daily`.
+    Schedule,
+    /// A time, such as `2w 3d`.
+    Span,
+    /// Names of snapshots, such as `snap%d`.
+    Pattern,
     /// One of the words.
     OneOf(&'static [&'static str]),
 }
@@ -71,7 +78,9 @@ const fn key(
 }
 
 use KeyScope::{Any, Container, VirtualMachine};
-use KeyType::{Allowance, Bool, Cpus, Integer, KernelLimit, OneOf, Size, Swap, Text};
+use KeyType::{
+    Allowance, Bool, Cpus, Integer, KernelLimit, OneOf, Pattern, Schedule, Size, Span, Swap, Text,
+};
 
 /// The table, by name.
 pub const INSTANCE_KEYS: &[Key] = &[
@@ -179,6 +188,39 @@ pub const INSTANCE_KEYS: &[Key] = &[
         false,
         "Check signatures while booting.",
     ),
+    key("snapshots.expiry", Span, Any, "never", true, "When snapshots of the instance go, such as 2w 3d."),
+    key(
+        "snapshots.expiry.manual",
+        Span,
+        Any,
+        "snapshots.expiry",
+        true,
+        "When snapshots go that were not taken by the schedule.",
+    ),
+    key(
+        "snapshots.pattern",
+        Pattern,
+        Any,
+        "snap%d",
+        true,
+        "Names of snapshots: %d is the next number, {{ creation_date }} the time.",
+    ),
+    key(
+        "snapshots.schedule",
+        Schedule,
+        Any,
+        "",
+        true,
+        "When snapshots are taken (UTC): a line of cron, or @hourly, @daily, @weekly, @monthly, @annually, @startup.",
+    ),
+    key(
+        "snapshots.schedule.stopped",
+        Bool,
+        Any,
+        "false",
+        true,
+        "Take scheduled snapshots of the stopped instance too.",
+    ),
     key("user.*", Text, Any, "", true, "Free for the user."),
     key("volatile.*", Text, Any, "", true, "Kept by the platform."),
 ];
@@ -201,6 +243,9 @@ impl Key {
             Allowance => parse_allowance(field, value).map(drop),
             Swap => parse_swap(field, value).map(drop),
             KernelLimit => parse_kernel_limit(field, value).map(drop),
+            Schedule => schedule::Schedule::parse(field, value).map(drop),
+            Span => schedule::Span::parse(field, value).map(drop),
+            Pattern => schedule::check_pattern(field, value),
             Integer(low, high) => match value.parse::<i64>() {
                 Ok(n) if (low..=high).contains(&n) => Ok(()),
                 _ => Err(Error::invalid(

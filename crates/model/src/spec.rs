@@ -4,12 +4,17 @@
 use crate::{
     ByteSize, DeviceId, ImageId, InstanceId, NetworkId, PoolId, SnapshotId, VolumeId,
     device::{DiskIo, NicModel, NodeDevice, ProxyDevice},
+    firewall::{AclSpec, AddressSetSpec, ForwardSpec, Policy},
     instance::{Firmware, Generation, InstanceKind},
     network::BridgeSpec,
     storage::{PoolKind, VolumeContent},
 };
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, net::Ipv4Addr};
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, Ipv6Addr},
+};
 
 /// Everything the host needs to run one guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -446,12 +451,21 @@ pub struct NetworkSpec {
     pub bridge: String,
     /// How it is configured.
     pub spec: BridgeSpec,
-    /// Known guests: DHCP reservations and names.
+    /// Known guests: DHCP reservations, names, and what their NICs let through.
     pub hosts: Vec<NetworkHost>,
+    /// ACLs that the network and its NICs name.
+    #[serde(default)]
+    pub acls: Vec<AclSpec>,
+    /// Address sets that those ACLs name.
+    #[serde(default)]
+    pub sets: Vec<AddressSetSpec>,
+    /// Forwards to its guests.
+    #[serde(default)]
+    pub forwards: Vec<ForwardSpec>,
 }
 
 /// A guest on a network.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, Default)]
 pub struct NetworkHost {
     /// MAC address.
     pub mac: String,
@@ -459,4 +473,42 @@ pub struct NetworkHost {
     pub hostname: String,
     /// Static address.
     pub ipv4: Option<Ipv4Addr>,
+    /// Static address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ipv6: Option<Ipv6Addr>,
+    /// Subnets that are reached over it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub routes: Vec<IpNet>,
+    /// What its port lets through; `None`: everything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<PortSpec>,
+}
+
+/// What a guest's port on a bridge lets through.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, Default)]
+#[serde(default)]
+pub struct PortSpec {
+    /// The host's interface.
+    pub interface: String,
+    /// Only the guest's own MAC address as sender.
+    pub mac_filter: bool,
+    /// Only the guest's own IPv4 address as sender.
+    pub ipv4_filter: bool,
+    /// Only the guest's own IPv6 addresses as sender.
+    pub ipv6_filter: bool,
+    /// No traffic with other isolated ports.
+    pub isolated: bool,
+    /// Towards the guest, bits a second.
+    pub ingress_limit: Option<u64>,
+    /// From the guest, bits a second.
+    pub egress_limit: Option<u64>,
+    /// ACLs.
+    pub policy: Option<Policy>,
+}
+
+impl PortSpec {
+    /// Rules or filters depend on the guest's address: it must be known before the guest asks for one.
+    pub fn needs_address(&self) -> bool {
+        self.ipv4_filter || self.policy.is_some()
+    }
 }

@@ -7,7 +7,7 @@ use super::{
 use crate::calls::ImagePart;
 use karst_model::{
     ByteSize, ImageId, InstanceId, NetworkId, PoolId, SessionId, SnapshotId, VolumeId,
-    guest::{FileKind, Interface, Metrics, Observed},
+    guest::{AgentKind, FileKind, GuestSystem, Interface, Metrics, Observed},
     image::ImageFacts,
     instance::{ExitReason, InstanceKind, RuntimeState},
     spec::{CpuLimit, GuestSpec, NetworkSpec, PoolSpec, VolumeSpec},
@@ -92,7 +92,7 @@ impl Network {
         if !self.spec.spec.dhcp {
             return None;
         }
-        let (first, last) = self.spec.spec.dhcp_range.unwrap_or_else(|| {
+        let (first, last) = self.spec.spec.dhcp_ranges.first().copied().unwrap_or_else(|| {
             let (first, last) = (u32::from(net.network()) + 2, u32::from(net.broadcast()) - 1);
             (first.into(), last.into())
         });
@@ -223,7 +223,14 @@ impl State {
             memory_total: Some(total),
             processes: Some(12),
             interfaces,
-            system: None,
+            system: (guest.spec.kind == InstanceKind::VirtualMachine).then(|| GuestSystem {
+                agent: AgentKind::Karst,
+                os: "Simulated".into(),
+                os_version: "1".into(),
+                kernel: "6.1.0".into(),
+                hostname: guest.spec.hostname.clone(),
+                fqdn: guest.spec.hostname.clone(),
+            }),
         })
     }
 }

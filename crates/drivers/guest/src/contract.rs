@@ -162,6 +162,8 @@ pub async fn run(subject: Subject) {
     assert_eq!(driver.pause(id).await.unwrap().state, RuntimeState::Paused);
     assert_eq!(driver.pause(id).await.unwrap().state, RuntimeState::Paused);
     assert_eq!(driver.observe(id).await.unwrap().state, RuntimeState::Paused);
+    let e = driver.exec(id, request(&["true"])).await.err().unwrap();
+    assert!(e.is(ErrorKind::Conflict), "{e:?}");
     assert_eq!(driver.resume(id).await.unwrap().state, RuntimeState::Running);
     assert_eq!(driver.resume(id).await.unwrap().state, RuntimeState::Running);
     assert_eq!(shell(driver, guest, "echo on").await.stdout, "on\n");

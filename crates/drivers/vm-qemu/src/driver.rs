@@ -2,6 +2,7 @@
 
 use crate::{
     argv::cpu_count,
+    inside::Inside,
     launch::{self, Groups, explain, limits, prepare},
     machine::{Ask, Machine, Tell, exit_reason, own, run_state},
     plug, probe,
@@ -330,6 +331,21 @@ impl Shared {
         timeout(FORCE, machine.ended()).await.map(drop).map_err(|_| Error::timeout("QEMU does not end"))
     }
 
+    /// What goes on inside a machine that can answer: one whose CPUs stand still cannot.
+    async fn inside(&self, instance: InstanceId) -> Result<(Arc<Machine>, Arc<Inside>)> {
+        let machine = self.machine(instance).await?;
+        match machine.now().state {
+            RuntimeState::Paused => Err(Error::conflict("the guest is frozen; resume it first")),
+            RuntimeState::Error => {
+                Err(Error::conflict("the guest is halted by an error; resume it or force it to stop"))
+            }
+            _ => {
+                let inside = machine.inside.clone();
+                Ok((machine, inside))
+            }
+        }
+    }
+
     async fn interfaces(machine: &Machine) -> BTreeMap<String, Interface> {
         let nics = machine.record().nics.clone();
         let host = |mac: &str| {
@@ -481,8 +497,12 @@ impl GuestDriver for QemuDriver {
         let stats = self.shared.cgroups.stats(&groups.machine);
         let pid = machine.observed.borrow().pid;
         let (memory, memory_peak) = pid.map_or((None, None), resident);
-        let (interfaces, (processes, system)) =
-            tokio::join!(Shared::interfaces(&machine), machine.inside.system());
+        // One whose CPUs stand still would only be waited for.
+        let answers = matches!(machine.now().state, RuntimeState::Running | RuntimeState::Stopping);
+        let (interfaces, (processes, system)) = match answers {
+            true => tokio::join!(Shared::interfaces(&machine), machine.inside.system()),
+            false => Default::default(),
+        };
         Ok(Metrics {
             cpu_ns: stats.cpu_ns,
             memory,
@@ -496,9 +516,9 @@ impl GuestDriver for QemuDriver {
     }
 
     async fn exec(&self, instance: InstanceId, request: ExecRequest) -> Result<Exec> {
-        let machine = self.shared.machine(instance).await?;
+        let (machine, inside) = self.shared.inside(instance).await?;
         let environment = machine.record().environment.clone();
-        machine.inside.exec(&environment, request).await
+        inside.exec(&environment, request).await
     }
 
     async fn console(&self, instance: InstanceId, force: bool) -> Result<OwnedFd> {
@@ -552,11 +572,11 @@ impl GuestMachine for QemuDriver {
 #[async_trait]
 impl Quiesce for QemuDriver {
     async fn freeze(&self, instance: InstanceId, limit: Duration) -> Result<u32> {
-        self.shared.machine(instance).await?.inside.freeze(limit).await
+        self.shared.inside(instance).await?.1.freeze(limit).await
     }
 
     async fn thaw(&self, instance: InstanceId) -> Result<u32> {
-        self.shared.machine(instance).await?.inside.thaw().await
+        self.shared.inside(instance).await?.1.thaw().await
     }
 }
 
@@ -564,8 +584,7 @@ impl Quiesce for QemuDriver {
 #[async_trait]
 impl GuestFiles for QemuDriver {
     async fn open(&self, instance: InstanceId, _root: Option<&Path>, path: &str) -> Result<OpenedFile> {
-        let machine = self.shared.machine(instance).await?;
-        machine.inside.open(path).await
+        self.shared.inside(instance).await?.1.open(path).await
     }
 
     async fn write(
@@ -575,12 +594,10 @@ impl GuestFiles for QemuDriver {
         request: FileWrite,
         content: Option<OwnedFd>,
     ) -> Result<()> {
-        let machine = self.shared.machine(instance).await?;
-        machine.inside.write(request, content).await
+        self.shared.inside(instance).await?.1.write(request, content).await
     }
 
     async fn delete(&self, instance: InstanceId, _root: Option<&Path>, path: &str) -> Result<()> {
-        let machine = self.shared.machine(instance).await?;
-        machine.inside.delete(path).await
+        self.shared.inside(instance).await?.1.delete(path).await
     }
 }
