@@ -8,7 +8,7 @@ use futures::StreamExt;
 use karst_env::{Env, EnvExt};
 use karst_model::{
     AclId, AddressSetId, Config, Error, ImageId, InstanceId, NetworkId, NodeId, OperationId, PoolId,
-    ProfileId, ProjectId, Result, VolumeId,
+    ProfileId, ProjectId, Result, SnapshotId, VolumeId,
     device::{Device, Devices, NicDevice},
     firewall::{AddressSet, NetworkAcl, NetworkForward},
     image::{Image, ImageAlias},
@@ -18,6 +18,7 @@ use karst_model::{
     operation::Operation,
     profile::{Profile, expand},
     project::Project,
+    snapshot::{Snapshot, VolumeSnapshot},
     spec::{NetworkHost, PortSpec},
     storage::{Pool, Volume, VolumeOwner},
 };
@@ -26,7 +27,7 @@ use karst_store::{
     records::alias_id,
 };
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, Mutex, RwLock, RwLockReadGuard},
     time::Duration,
 };
@@ -146,6 +147,12 @@ pub struct Records {
     pub instances: BTreeMap<InstanceId, Row<Instance>>,
     /// Instances by project and name.
     pub instance_names: BTreeMap<(ProjectId, String), InstanceId>,
+    /// Snapshots of instances.
+    pub snapshots: BTreeMap<SnapshotId, Row<Snapshot>>,
+    snapshots_by_instance: HashMap<InstanceId, BTreeSet<SnapshotId>>,
+    /// Snapshots of custom volumes.
+    pub volume_snapshots: BTreeMap<SnapshotId, Row<VolumeSnapshot>>,
+    snapshots_by_volume: HashMap<VolumeId, BTreeSet<SnapshotId>>,
     /// Runtimes.
     pub runtimes: BTreeMap<InstanceId, Row<Runtime>>,
     /// Operations.
@@ -235,6 +242,22 @@ impl Records {
         self.volumes.values().find(|v| {
             v.pool == pool && v.project == project && v.owner == VolumeOwner::Custom && v.name == name
         })
+    }
+
+    /// Snapshots of an instance, oldest first.
+    pub fn snapshots_of(&self, instance: InstanceId) -> Vec<&Row<Snapshot>> {
+        let ids = self.snapshots_by_instance.get(&instance).into_iter().flatten();
+        let mut all: Vec<_> = ids.filter_map(|id| self.snapshots.get(id)).collect();
+        all.sort_by_key(|s| (s.created_at, s.id));
+        all
+    }
+
+    /// Snapshots of a custom volume, oldest first.
+    pub fn volume_snapshots_of(&self, volume: VolumeId) -> Vec<&Row<VolumeSnapshot>> {
+        let ids = self.snapshots_by_volume.get(&volume).into_iter().flatten();
+        let mut all: Vec<_> = ids.filter_map(|id| self.volume_snapshots.get(id)).collect();
+        all.sort_by_key(|s| (s.created_at, s.id));
+        all
     }
 
     /// Network by name. Networks of the spine belong to the default project and serve all.
@@ -403,6 +426,24 @@ impl Records {
                 }
                 Touched::Instance(id)
             }
+            t if t == Snapshot::TABLE => {
+                let Some(id) = parse::<SnapshotId>(id) else {
+                    return Touched::Nothing;
+                };
+                let old = self.snapshots.get(&id).map(|s| s.instance);
+                put!(self.snapshots, Some(id));
+                let new = self.snapshots.get(&id).map(|s| s.instance);
+                follow(&mut self.snapshots_by_instance, id, old, new)
+            }
+            t if t == VolumeSnapshot::TABLE => {
+                let Some(id) = parse::<SnapshotId>(id) else {
+                    return Touched::Nothing;
+                };
+                let old = self.volume_snapshots.get(&id).map(|s| s.volume);
+                put!(self.volume_snapshots, Some(id));
+                let new = self.volume_snapshots.get(&id).map(|s| s.volume);
+                follow(&mut self.snapshots_by_volume, id, old, new)
+            }
             t if t == Runtime::TABLE => {
                 let id = parse::<InstanceId>(id);
                 put!(self.runtimes, id);
@@ -456,6 +497,27 @@ fn nics(instance: &Instance, devices: &Devices) -> Vec<(String, NetworkHost)> {
         }
     }
     found
+}
+
+/// Keeps the index of snapshots by what they are of.
+fn follow<K: std::hash::Hash + Eq + Copy>(
+    index: &mut HashMap<K, BTreeSet<SnapshotId>>,
+    id: SnapshotId,
+    old: Option<K>,
+    new: Option<K>,
+) -> Touched {
+    if let Some(old) = old.filter(|o| Some(*o) != new)
+        && let Some(ids) = index.get_mut(&old)
+    {
+        ids.remove(&id);
+        if ids.is_empty() {
+            index.remove(&old);
+        }
+    }
+    if let Some(new) = new {
+        index.entry(new).or_default().insert(id);
+    }
+    Touched::Nothing
 }
 
 /// Which cached views a change makes stale.

@@ -10,7 +10,7 @@ use karst_model::{
     operation::Operation,
     profile::Profile,
     project::Project,
-    snapshot::Snapshot,
+    snapshot::{Snapshot, VolumeSnapshot},
     storage::{Pool, Volume},
     trust::{ApiToken, Certificate, ServerConfig, TrustToken},
 };
@@ -39,6 +39,7 @@ records! {
     Instance: "instances" = |r| r.id.to_string();
     Runtime: "runtimes" = |r| r.instance.to_string();
     Snapshot: "snapshots" = |r| r.id.to_string();
+    VolumeSnapshot: "volume_snapshots" = |r| r.id.to_string();
     Operation: "operations" = |r| r.id.to_string();
     Certificate: "certificates" = |r| r.id.to_string();
     TrustToken: "trust-tokens" = |r| r.id.to_string();

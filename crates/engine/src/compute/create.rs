@@ -122,7 +122,7 @@ fn make_up_name(inner: &EngineInner, records: &Records, project: karst_model::Pr
     Name::parse("name", &format!("i-{id}")).expect("hex digits are a name")
 }
 
-fn plan(
+pub(crate) fn plan(
     inner: &EngineInner,
     records: &Records,
     tx: &mut Tx,
@@ -368,12 +368,32 @@ pub struct StartPlan {
 /// Plan of [`InstanceCreate`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct CreatePlan {
-    instance: Instance,
-    volume: Volume,
+    pub(crate) instance: Instance,
+    pub(crate) volume: Volume,
     source: VolumeSource,
     image: Option<ImageId>,
-    start: Option<StartPlan>,
+    pub(crate) start: Option<StartPlan>,
     path: String,
+}
+
+impl CreatePlan {
+    /// The records of an instance that is being made, with its names.
+    pub(crate) fn begin(&self, tx: &mut Tx) {
+        let i = &self.instance;
+        tx.create(i);
+        tx.take_name("instances", &i.project.to_string(), &i.name, &i.id.to_string());
+        tx.take_name("vmids", "", &i.vmid.to_string(), &i.id.to_string());
+        tx.create(&self.volume);
+    }
+
+    /// What is told of it when it is there.
+    pub(crate) fn announce(&self) -> Vec<(&'static str, String)> {
+        let mut events = vec![("instance-created", self.path.clone())];
+        if self.start.is_some() {
+            events.push(("instance-started", self.path.clone()));
+        }
+        events
+    }
 }
 
 /// Outputs of [`InstanceCreate`].
@@ -401,11 +421,7 @@ impl Saga for InstanceCreate {
     }
 
     fn begin(plan: &CreatePlan, _engine: &EngineInner, tx: &mut Tx) -> Result<()> {
-        let i = &plan.instance;
-        tx.create(i);
-        tx.take_name("instances", &i.project.to_string(), &i.name, &i.id.to_string());
-        tx.take_name("vmids", "", &i.vmid.to_string(), &i.id.to_string());
-        tx.create(&plan.volume);
+        plan.begin(tx);
         Ok(())
     }
 
@@ -479,10 +495,6 @@ impl Saga for InstanceCreate {
     }
 
     fn announce(plan: &CreatePlan) -> Vec<(&'static str, String)> {
-        let mut events = vec![("instance-created", plan.path.clone())];
-        if plan.start.is_some() {
-            events.push(("instance-started", plan.path.clone()));
-        }
-        events
+        plan.announce()
     }
 }

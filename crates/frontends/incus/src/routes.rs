@@ -5,7 +5,7 @@ use crate::{
     app::Call,
     handlers::{
         certificates, events, exec, files, firewall, images, instances, karst, networks, operations,
-        profiles, projects, server, storage, tokens, volumes,
+        profiles, projects, server, snapshots, storage, tokens, volumes,
     },
     respond::Reply,
 };
@@ -43,8 +43,7 @@ macro_rules! rows {
     (@ ; $why:expr) => { State::Open($why) };
 }
 
-const SNAPSHOTS: &str = "snapshots of instances come with the next storage drivers";
-const BACKUPS: &str = "backups come with snapshots";
+const BACKUPS: &str = "backups are not there yet; copy the instance, or export an image";
 const CLUSTER: &str = "this server is not a member of a cluster; clusters come with the etcd milestone";
 const VOLUMES: &str =
     "files of custom volumes are not reached over the API yet; attach the volume to an instance";
@@ -153,13 +152,13 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         POST "/1.0/instances/{name}/port-forward"; open "port forwarding through the API is not there yet",
         POST "/1.0/instances/{name}/rebuild"; open "rebuilding is not there yet; delete and launch again",
         GET "/1.0/instances/{name}/sftp" => files::sftp, "files_over_sftp",
-        GET "/1.0/instances/{name}/snapshots"; open SNAPSHOTS,
-        POST "/1.0/instances/{name}/snapshots"; open SNAPSHOTS,
-        GET "/1.0/instances/{name}/snapshots/{snapshot}"; open SNAPSHOTS,
-        POST "/1.0/instances/{name}/snapshots/{snapshot}"; open SNAPSHOTS,
-        PUT "/1.0/instances/{name}/snapshots/{snapshot}"; open SNAPSHOTS,
-        PATCH "/1.0/instances/{name}/snapshots/{snapshot}"; open SNAPSHOTS,
-        DELETE "/1.0/instances/{name}/snapshots/{snapshot}"; open SNAPSHOTS,
+        GET "/1.0/instances/{name}/snapshots" => snapshots::list, "snapshots_of_instances_live",
+        POST "/1.0/instances/{name}/snapshots" => snapshots::create, "snapshots_of_instances_live",
+        GET "/1.0/instances/{name}/snapshots/{snapshot}" => snapshots::get, "snapshots_of_instances_live",
+        POST "/1.0/instances/{name}/snapshots/{snapshot}" => snapshots::rename, "snapshots_of_instances_live",
+        PUT "/1.0/instances/{name}/snapshots/{snapshot}" => snapshots::replace, "snapshots_of_instances_live",
+        PATCH "/1.0/instances/{name}/snapshots/{snapshot}" => snapshots::patch, "snapshots_of_instances_live",
+        DELETE "/1.0/instances/{name}/snapshots/{snapshot}" => snapshots::delete, "snapshots_of_instances_live",
         GET "/1.0/instances/{name}/state" => instances::state, "lists_filter_and_recurse",
         PUT "/1.0/instances/{name}/state" => instances::set_state, "power_changes_are_operations",
         GET "/1.0/karst/network/explain" => firewall::explain, "network_acls_live",
@@ -307,13 +306,13 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/nbd"; open BACKUPS,
         POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/rebuild"; open VOLUMES,
         GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/sftp"; open VOLUMES,
-        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots"; open SNAPSHOTS,
-        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots"; open SNAPSHOTS,
-        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots/{snapshotName}"; open SNAPSHOTS,
-        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots/{snapshotName}"; open SNAPSHOTS,
-        PUT "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots/{snapshotName}"; open SNAPSHOTS,
-        PATCH "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots/{snapshotName}"; open SNAPSHOTS,
-        DELETE "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots/{snapshotName}"; open SNAPSHOTS,
+        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots" => snapshots::list, "snapshots_of_volumes_live",
+        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots" => snapshots::create, "snapshots_of_volumes_live",
+        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots/{snapshotName}" => snapshots::get, "snapshots_of_volumes_live",
+        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots/{snapshotName}" => snapshots::rename, "snapshots_of_volumes_live",
+        PUT "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots/{snapshotName}" => snapshots::replace, "snapshots_of_volumes_live",
+        PATCH "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots/{snapshotName}" => snapshots::patch, "snapshots_of_volumes_live",
+        DELETE "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots/{snapshotName}" => snapshots::delete, "snapshots_of_volumes_live",
         GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/state" => volumes::state, "storage_pools_live",
         GET "/1.0/warnings" => server::warnings, "server_describes_itself",
         GET "/1.0/warnings/{uuid}"; open "warnings are found anew at each look and cannot be acknowledged",

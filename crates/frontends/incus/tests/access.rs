@@ -51,6 +51,9 @@ async fn furnished() -> (Server, Names) {
         let path = "/1.0/storage-pools/default/volumes/custom";
         assert_eq!(s.post(path, json!({"name": volume})).await.status, 201);
     }
+    for path in ["/1.0/instances/c1", "/1.0/storage-pools/default/volumes/custom/data"] {
+        s.done(s.post(&format!("{path}/snapshots"), json!({"name": "snap"})).await).await;
+    }
     (s, Names { network, image })
 }
 
@@ -81,6 +84,7 @@ fn concrete(path: &str, names: &Names, operation: &str) -> String {
         p += "?from=c1&to=192.0.2.9&port=80";
     }
     p = p.replace("{type}", "custom").replace("{volumeName}", "data");
+    p = p.replace("{snapshot}", "snap").replace("{snapshotName}", "snap");
     assert!(!p.contains('{'), "{p}");
     if p.ends_with("/files") { p + "?path=/etc/hostname" } else { p }
 }

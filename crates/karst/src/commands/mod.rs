@@ -4,6 +4,7 @@ pub mod common;
 pub mod completion;
 pub mod config;
 pub mod console;
+pub mod copy;
 pub mod create;
 pub mod device;
 pub mod exec;

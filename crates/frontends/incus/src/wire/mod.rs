@@ -5,6 +5,7 @@ pub mod image;
 pub mod instance;
 pub mod misc;
 pub mod operation;
+pub mod snapshot;
 
 use jiff::Timestamp;
 use serde::Serializer;
