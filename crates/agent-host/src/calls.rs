@@ -15,7 +15,7 @@ use karst_model::{
     instance::{InstanceKind, RuntimeState},
     network::Lease,
     node::HostFacts,
-    spec::{GuestSpec, NetworkSpec, PoolSpec, VolumeSpec},
+    spec::{GuestSpec, NetworkSpec, PoolSource, PoolSpec, VolumeSpec},
     storage::Usage,
 };
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -154,6 +154,27 @@ impl RealAgent {
             fds.push(part.file);
         }
         Ok(WithFds { value, fds })
+    }
+
+    /// What a network takes of this host beyond its own bridge.
+    fn check_network(&self, spec: &NetworkSpec) -> Result<()> {
+        let prefix = karst_agent::names::interface_prefix(&self.options.daemon_id);
+        for port in spec.hosts.iter().filter_map(|h| h.port.as_ref()) {
+            if !port.interface.starts_with(&prefix) {
+                return Err(Error::forbidden(format!("{:?} is not an interface of a guest", port.interface)));
+            }
+        }
+        for name in &spec.spec.external_interfaces {
+            if !self.policy().network_interfaces.iter().any(|n| n == name || n == "*") {
+                return Err(Error::forbidden(format!(
+                    "this host's policy does not grant the interface {name:?}; its administrator can, by network_interfaces \
+                     in {}",
+                    crate::policy::FILE
+                ))
+                .at("config.bridge.external_interfaces"));
+            }
+        }
+        Ok(())
     }
 
     async fn remove_network(&self, id: NetworkId) -> Result<()> {
@@ -447,6 +468,9 @@ calls! {
             None => {
                 // Before anything is made of it.
                 let (registry, spec) = (me.registry.clone(), spec.clone());
+                if let PoolSource::Granted { source } = &spec.source {
+                    me.options.policy.check_pool_source(source)?;
+                }
                 blocking(move || registry.put_pool(&spec)).await?;
             }
         }
@@ -459,10 +483,12 @@ calls! {
         Ok(NetworkChoice {
             name: me.networks.find_free_bridge_name(&wanted.name).await?,
             ipv4: me.networks.find_free_subnet(&wanted.taken).await?,
+            ipv6: me.networks.find_free_subnet6().await?,
         })
     }
     mutate network_ensure(me, spec: NetworkSpec) -> () {
         let _lock = me.lock(spec.id.0).await;
+        me.check_network(&spec)?;
         me.networks.ensure(&spec).await
     }
     mutate network_remove(me, network: NetworkId) -> () { me.remove_network(network).await }

@@ -26,8 +26,12 @@ pub struct HostPolicy {
     pub device_classes: Vec<String>,
     /// `raw.*` keys that are passed on (`raw.lxc`, `raw.qemu`, …).
     pub raw_keys: Vec<String>,
+    /// Interfaces of the host that networks and guests may have (`eth1`, …; `*`: all).
+    pub network_interfaces: Vec<String>,
     /// PCI addresses (`0000:01:00.0`) that may be passed through.
     pub pci: Vec<String>,
+    /// Directories and block devices that storage pools may be made of: each as it stands there, and directories below.
+    pub pool_sources: Vec<PathBuf>,
 }
 
 impl HostPolicy {
@@ -67,18 +71,65 @@ impl HostPolicy {
         let policy: Self = toml::from_str(&text).map_err(|e| {
             Error::invalid(FILE, format!("{}: {}", path.display(), e.message())).with_context(e.to_string())
         })?;
-        for prefix in &policy.path_prefixes {
-            let plain = prefix
-                .components()
-                .all(|c| matches!(c, std::path::Component::RootDir | std::path::Component::Normal(_)));
-            if !prefix.is_absolute() || !plain {
+        let places = policy.path_prefixes.iter().map(|p| ("path_prefixes", p));
+        for (field, prefix) in places.chain(policy.pool_sources.iter().map(|p| ("pool_sources", p))) {
+            if !plain(prefix) {
                 return Err(Error::invalid(
-                    "path_prefixes",
+                    field,
                     format!("{}: {:?} is not an absolute path without \"..\"", path.display(), prefix),
                 ));
             }
         }
         Ok(policy)
+    }
+}
+
+/// An absolute path without `..`.
+fn plain(path: &Path) -> bool {
+    let named = |c| matches!(c, std::path::Component::RootDir | std::path::Component::Normal(_));
+    path.is_absolute() && path.components().all(named)
+}
+
+impl HostPolicy {
+    /// May a pool be made of this? A path that stands in the policy is taken as root wrote it; of one below it no part is a
+    /// symbolic link.
+    ///
+    /// # Errors
+    /// Invalid for what is no plain path, forbidden for what is not granted.
+    pub fn check_pool_source(&self, source: &str) -> Result<()> {
+        let path = Path::new(source);
+        if !plain(path) || source.len() > 4000 {
+            return Err(Error::invalid(
+                "source",
+                format!("{source:?} is not an absolute path without \"..\""),
+            ));
+        }
+        if self.pool_sources.iter().any(|granted| granted == path) {
+            return Ok(());
+        }
+        let below =
+            self.pool_sources.iter().filter_map(|granted| Some((granted, path.strip_prefix(granted).ok()?)));
+        for (granted, rest) in below {
+            let Some(rest) = rest.to_str() else { continue };
+            let opened = File::open(granted).and_then(|dir| {
+                karst_host::fs::open_beneath(
+                    dir,
+                    rest,
+                    rustix::fs::OFlags::PATH | rustix::fs::OFlags::DIRECTORY,
+                )
+            });
+            return opened.map(drop).map_err(|e| {
+                Error::invalid(
+                    "source",
+                    format!("{source:?} is not a directory of this host, or leads through a link"),
+                )
+                .with_context(e)
+            });
+        }
+        Err(Error::forbidden(format!(
+            "this host does not grant {source:?} for pools; its administrator adds it to pool_sources in {FILE}"
+        ))
+        .at("source"))
     }
 }
 
@@ -98,6 +149,27 @@ impl NoFollow for std::fs::OpenOptions {
 mod tests {
     use super::*;
     use std::os::unix::fs::{PermissionsExt, chown};
+
+    #[test]
+    fn pools_are_made_of_what_is_granted_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let (granted, other) = (dir.path().join("granted"), dir.path().join("other"));
+        std::fs::create_dir_all(granted.join("below")).unwrap();
+        std::fs::create_dir(&other).unwrap();
+        std::os::unix::fs::symlink(&other, granted.join("link")).unwrap();
+        let policy = HostPolicy { pool_sources: vec![granted.clone()], ..HostPolicy::default() };
+        let check = |path: &Path| policy.check_pool_source(path.to_str().unwrap()).map_err(|e| e.kind);
+        use karst_model::ErrorKind::{Forbidden, Invalid};
+        assert_eq!(check(&granted), Ok(()));
+        assert_eq!(check(&granted.join("below")), Ok(()));
+        assert_eq!(check(&granted.join("link")), Err(Invalid));
+        assert_eq!(check(&granted.join("link/x")), Err(Invalid));
+        assert_eq!(check(&granted.join("below/../../other")), Err(Invalid));
+        assert_eq!(check(Path::new("relative")), Err(Invalid));
+        assert_eq!(check(&other), Err(Forbidden));
+        assert_eq!(check(Path::new("/")), Err(Forbidden));
+        assert_eq!(HostPolicy::default().check_pool_source("/").unwrap_err().kind, Forbidden);
+    }
 
     #[test]
     fn only_roots_word_counts() {
@@ -122,6 +194,8 @@ mod tests {
         assert!(load().unwrap_err().to_string().contains("privileged_container"));
         std::fs::write(&file, "path_prefixes = [\"/srv/../etc\"]\n").unwrap();
         assert!(load().is_err());
+        std::fs::write(&file, "pool_sources = [\"srv\"]\n").unwrap();
+        assert_eq!(load().unwrap_err().field.as_deref(), Some("pool_sources"));
         std::fs::remove_file(&file).unwrap();
         std::os::unix::fs::symlink("/etc/passwd", &file).unwrap();
         assert!(load().is_err(), "never through a link");

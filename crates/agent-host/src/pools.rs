@@ -1,13 +1,15 @@
 //! Where pools lie on this host, how they are made usable, and how they leave nothing.
 //!
 //! ```text
-//! DIR/host/pools/ID/       a dir pool, or where a pool of our own is mounted
+//! DIR/host/pools/ID/       a dir pool, or where a pool is mounted
 //! DIR/host/pools/ID.img    its file system, in a sparse file
+//! SOURCE/karst-ID/         a pool in a directory that the host's policy grants
 //! ```
 //! The pool's record is written before anything is made. Each step finds what an interrupted one left: a file system is
-//! made in `ID.img.new` and gets its name when it is whole; a mount that is there already is used.
+//! made in `ID.img.new` and gets its name when it is whole; on a block device it carries the pool's id as its own; a mount
+//! that is there already is used. Of what is granted only that is ever removed that carries the pool's id.
 
-use crate::agent::blocking;
+use crate::{HostPolicy, agent::blocking};
 use karst_host::{
     Program,
     mount::{self, is_mount_point},
@@ -22,7 +24,7 @@ use karst_model::{
 use karst_storage::{FilePool, PoolDriver};
 use std::{
     fs::File,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -30,45 +32,100 @@ use std::{
 
 /// Smallest file system that is worth its name; btrfs refuses less than about 110 MiB.
 const SMALLEST: u64 = 256 << 20;
+/// Where btrfs keeps its first superblock, and in it the file system's id and the magic number.
+const SUPERBLOCK: u64 = 64 << 10;
+const MAGIC: &[u8; 8] = b"_BHRfS_M";
 
 /// A pool's place.
 #[derive(Debug, Clone)]
 pub(crate) struct PoolPlace {
+    id: PoolId,
     directory: PathBuf,
     image: PathBuf,
     launcher: Launcher,
 }
 
+/// What a granted source is.
+enum Granted {
+    Directory(PathBuf),
+    Device(PathBuf),
+}
+
 impl PoolPlace {
     pub fn new(pools: &Path, id: PoolId, launcher: Launcher) -> Self {
         let directory = pools.join(id.0.to_string());
-        Self { image: directory.with_extension("img"), directory, launcher }
+        Self { id, image: directory.with_extension("img"), directory, launcher }
     }
 
     /// Makes what is missing and opens it.
-    pub async fn open(&self, spec: &PoolSpec) -> Result<Arc<dyn PoolDriver>> {
-        let PoolSource::Own { size } = &spec.source else {
-            return Err(Error::forbidden(
-                "this host grants no places for pools (pool_sources of host-policy.toml); leave the source out",
-            )
-            .at("source"));
-        };
-        match spec.kind {
-            PoolKind::Dir => Ok(Arc::new(FilePool::directory(&self.directory, self.launcher.clone()).await?)),
-            PoolKind::Btrfs => {
-                self.make_directory().await?;
-                if !is_mount_point(&self.directory)? {
-                    self.make_image(*size).await?;
-                    self.mount_image("btrfs").await?;
-                }
-                Ok(Arc::new(FilePool::btrfs(&self.directory, self.launcher.clone()).await?))
+    pub async fn open(&self, spec: &PoolSpec, policy: &HostPolicy) -> Result<Arc<dyn PoolDriver>> {
+        let source = match &spec.source {
+            PoolSource::Own { .. } => None,
+            PoolSource::Granted { source } => {
+                policy.check_pool_source(source)?;
+                Some(self.look(source).await?)
             }
-        }
+        };
+        let launcher = self.launcher.clone();
+        let root = match (spec.kind, source) {
+            (PoolKind::Dir, None) => self.directory.clone(),
+            (PoolKind::Dir | PoolKind::Btrfs, Some(Granted::Directory(source))) => {
+                let place = self.within(&source);
+                make_directory(place.clone()).await?;
+                place
+            }
+            (PoolKind::Dir, Some(Granted::Device(_))) => {
+                return Err(Error::invalid("source", "a dir pool lies in a directory, not on a device"));
+            }
+            (PoolKind::Btrfs, device) => {
+                make_directory(self.directory.clone()).await?;
+                if !is_mount_point(&self.directory)? {
+                    match device {
+                        Some(Granted::Device(device)) => {
+                            self.make_on_device(&device).await?;
+                            self.mount_device(device).await?;
+                        }
+                        _ => {
+                            let size = match &spec.source {
+                                PoolSource::Own { size } => *size,
+                                PoolSource::Granted { .. } => None,
+                            };
+                            self.make_image(size).await?;
+                            self.mount_image().await?;
+                        }
+                    }
+                }
+                self.directory.clone()
+            }
+        };
+        Ok(match spec.kind {
+            PoolKind::Dir => Arc::new(FilePool::directory(root, launcher).await?),
+            PoolKind::Btrfs => Arc::new(FilePool::btrfs(root, launcher).await?),
+        })
     }
 
-    async fn make_directory(&self) -> Result<()> {
-        let directory = self.directory.clone();
-        blocking(move || Ok(std::fs::DirBuilder::new().recursive(true).mode(0o711).create(directory)?)).await
+    fn within(&self, source: &Path) -> PathBuf {
+        source.join(format!("karst-{}", self.id))
+    }
+
+    async fn look(&self, source: &str) -> Result<Granted> {
+        let path = PathBuf::from(source);
+        let field = source.to_owned();
+        blocking(move || {
+            let wrong = |text: &str| Error::invalid("source", format!("{field:?} {text}"));
+            let found = std::fs::metadata(&path).map_err(|e| wrong("is not on this host").with_context(e))?;
+            if found.file_type().is_block_device() {
+                return Ok(Granted::Device(path));
+            }
+            if !found.is_dir() {
+                return Err(wrong("is neither a directory nor a block device"));
+            }
+            if found.uid() != 0 || found.mode() & 0o022 != 0 {
+                return Err(wrong("must be a directory of root that nobody else can write"));
+            }
+            Ok(Granted::Directory(path))
+        })
+        .await
     }
 
     async fn make_image(&self, size: Option<ByteSize>) -> Result<()> {
@@ -90,7 +147,7 @@ impl PoolPlace {
             Ok(file.set_len(bytes)?)
         })
         .await?;
-        run(Program::MkfsBtrfs).arg("--quiet").arg(&fresh).timeout(Duration::from_secs(120)).ok().await?;
+        self.make_file_system(&fresh).ok().await?;
         let image = self.image.clone();
         blocking(move || {
             File::open(&fresh)?.sync_all()?;
@@ -99,16 +156,49 @@ impl PoolPlace {
         .await
     }
 
-    async fn mount_image(&self, kind: &'static str) -> Result<()> {
+    fn make_file_system(&self, on: &Path) -> karst_host::Command {
+        run(Program::MkfsBtrfs)
+            .args(["--quiet", "--uuid", &self.id.to_string()])
+            .arg(on)
+            .timeout(Duration::from_secs(120))
+    }
+
+    async fn make_on_device(&self, device: &Path) -> Result<()> {
+        if self.is_ours(device)? {
+            return Ok(()); // an interrupted call made it
+        }
+        // It refuses a device on which it sees anything, or that is in use.
+        self.make_file_system(device).ok().await.map(drop).map_err(|e| {
+            Error::conflict(format!(
+                "{} is in use or holds something; if it may be lost, clear it first (wipefs -a)",
+                device.display()
+            ))
+            .at("source")
+            .with_context(e.context.unwrap_or_default())
+        })
+    }
+
+    /// Does the device hold this pool's file system?
+    fn is_ours(&self, device: &Path) -> Result<bool> {
+        let mut block = [0u8; 4096];
+        File::open(device)?.read_exact_at(&mut block, SUPERBLOCK)?;
+        Ok(&block[0x40..0x48] == MAGIC && block[0x20..0x30] == *self.id.0.as_bytes())
+    }
+
+    async fn mount_image(&self) -> Result<()> {
         let (image, directory) = (self.image.clone(), self.directory.clone());
         blocking(move || {
             let device = mount::attach(&image).map_err(|e| {
                 Error::unsupported("this host has no loop devices for the pool's file").with_context(e)
             })?;
-            mount::mount(&device.path, &directory, kind, "")
-                .map_err(|e| Error::unsupported(format!("this host cannot mount {kind}")).with_context(e))
+            mount_btrfs(&device.path, &directory)
         })
         .await
+    }
+
+    async fn mount_device(&self, device: PathBuf) -> Result<()> {
+        let directory = self.directory.clone();
+        blocking(move || mount_btrfs(&device, &directory)).await
     }
 
     /// Undoes what makes it usable; its content stays.
@@ -124,15 +214,36 @@ impl PoolPlace {
         .await
     }
 
-    /// Removes it with all that is in it.
-    pub async fn remove(&self, _spec: &PoolSpec) -> Result<()> {
+    /// Removes it with all that is in it. What a source holds beside the pool is not touched.
+    pub async fn remove(&self, spec: &PoolSpec) -> Result<()> {
+        if let PoolSource::Granted { source } = &spec.source {
+            let place = self.within(Path::new(source));
+            if tokio::fs::try_exists(&place).await? {
+                // Volumes that are still in it go with it, also as subvolumes.
+                match spec.kind {
+                    PoolKind::Dir => {
+                        FilePool::directory(&place, self.launcher.clone()).await?.clear().await?
+                    }
+                    PoolKind::Btrfs => FilePool::btrfs(&place, self.launcher.clone()).await?.clear().await?,
+                }
+            }
+        }
         self.close().await?;
-        let place = self.clone();
+        let (place, spec) = (self.clone(), spec.clone());
         blocking(move || {
             let gone = |outcome: std::io::Result<()>| match outcome {
                 Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
                 _ => Ok(()),
             };
+            if let PoolSource::Granted { source } = &spec.source {
+                gone(std::fs::remove_dir_all(place.within(Path::new(source))))?;
+                let device = std::fs::metadata(source).is_ok_and(|m| m.file_type().is_block_device());
+                if device && place.is_ours(Path::new(source))? {
+                    let device = File::options().write(true).open(source)?;
+                    device.write_all_at(&[0; 4096], SUPERBLOCK)?;
+                    device.sync_all()?;
+                }
+            }
             gone(std::fs::remove_dir_all(&place.directory))?;
             gone(std::fs::remove_file(&place.image))?;
             gone(std::fs::remove_file(place.image.with_extension("img.new")))?;
@@ -140,6 +251,15 @@ impl PoolPlace {
         })
         .await
     }
+}
+
+async fn make_directory(path: PathBuf) -> Result<()> {
+    blocking(move || Ok(std::fs::DirBuilder::new().recursive(true).mode(0o711).create(path)?)).await
+}
+
+fn mount_btrfs(device: &Path, directory: &Path) -> Result<()> {
+    mount::mount(device, directory, "btrfs", "")
+        .map_err(|e| Error::unsupported("this host cannot mount btrfs").with_context(e))
 }
 
 /// A fifth of the free space, 5 to 30 GiB; the file is sparse.

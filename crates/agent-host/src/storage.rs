@@ -74,17 +74,16 @@ fn check_format(content: VolumeContent, format: StreamFormat, export: bool) -> R
 impl RealAgent {
     pub(crate) async fn remove_pool(&self, id: PoolId) -> Result<()> {
         let _lock = self.lock(id.0).await;
-        let Ok(pool) = self.pool(id) else { return Ok(()) };
-        if !pool.list().await?.is_empty() {
-            return Err(Error::conflict("the pool still has volumes"));
+        let Some(spec) = self.registry.pool(id)? else { return Ok(()) };
+        // One that could not be opened has nothing that anybody could use.
+        if let Ok(pool) = self.pool(id) {
+            if !pool.list().await?.is_empty() {
+                return Err(Error::conflict("the pool still has volumes"));
+            }
+            pool.settle().await;
         }
-        pool.settle().await;
-        drop(pool);
         self.forget_pool(id);
-        let spec = self.registry.pool(id)?;
-        if let Some(spec) = spec {
-            self.pool_place(id).remove(&spec).await?;
-        }
+        self.pool_place(id).remove(&spec).await?;
         let registry = self.registry.clone();
         blocking(move || registry.remove_pool(id)).await
     }

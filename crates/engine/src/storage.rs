@@ -12,7 +12,6 @@ use karst_agent::{CallContext, VolumeRef};
 use karst_model::{
     Config, Error, Name, NodeId, PoolId, ProjectId, Result,
     access::Permission,
-    spec::PoolSpec,
     storage::{Pool, PoolKind, Usage, Volume, VolumeOwner},
 };
 use serde::{Deserialize, Serialize};
@@ -127,19 +126,7 @@ impl Engine {
         let inner = self.inner();
         let name = Name::parse("name", &request.name)?;
         let kind = PoolKind::parse("driver", &request.driver)?;
-        for (key, value) in &request.config {
-            karst_model::keys::check_free(key, value)?;
-        }
-        if let Some(key) = request.config.keys().find(|k| !k.starts_with("user.")) {
-            let field = format!("config.{key}");
-            return Err(match key.as_str() {
-                "source" => Error::unsupported(
-                    "a dir pool lies in the daemon's own directory; other places are granted by host policy, which is not there yet",
-                )
-                .at(field),
-                _ => Error::invalid(field, format!("unknown pool key {key:?}; a dir pool has user.* only")),
-            });
-        }
+        karst_model::storage::pool_source(kind, &request.config)?;
         runner::start::<PoolCreate>(inner, context, |_| {
             let records = inner.inventory.read();
             if records.pool(&name).is_ok() {
@@ -198,6 +185,9 @@ impl Engine {
     }
 }
 
+/// Time that a host has to make a file system.
+const MAKING: Duration = Duration::from_secs(180);
+
 /// Plan of [`PoolCreate`] and [`PoolDelete`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct PoolPlan {
@@ -223,9 +213,9 @@ impl Saga for PoolCreate {
         Ok(())
     }
     async fn run(cx: &StepContext, plan: &PoolPlan, _: &mut (), _: usize) -> Result<()> {
-        let spec = PoolSpec::own(plan.pool.id, plan.pool.kind);
+        let spec = plan.pool.spec()?;
         for node in &plan.nodes {
-            cx.agent(*node)?.pool_ensure(&cx.mutate(Duration::from_secs(60)), spec.clone()).await?;
+            cx.agent(*node)?.pool_ensure(&cx.mutate(MAKING), spec.clone()).await?;
         }
         Ok(())
     }
@@ -271,9 +261,9 @@ impl Saga for PoolDelete {
         Ok(())
     }
     async fn undo(cx: &StepContext, plan: &PoolPlan, _: &(), _: usize) -> Result<()> {
-        let spec = PoolSpec::own(plan.pool.id, plan.pool.kind);
+        let spec = plan.pool.spec()?;
         for node in &plan.nodes {
-            cx.agent(*node)?.pool_ensure(&cx.mutate(Duration::from_secs(60)), spec.clone()).await?;
+            cx.agent(*node)?.pool_ensure(&cx.mutate(MAKING), spec.clone()).await?;
         }
         Ok(())
     }

@@ -1,8 +1,10 @@
 //! Storage pools and volumes.
 
 use crate::{
-    ByteSize, Config, Error, ImageId, InstanceId, Name, PoolId, ProjectId, Result, VolumeId, error::nearest,
+    ByteSize, Config, Error, ImageId, InstanceId, Name, PoolId, ProjectId, Result, VolumeId,
+    error::nearest,
     keys,
+    spec::{PoolSource, PoolSpec},
 };
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -55,6 +57,65 @@ pub struct Pool {
     pub config: Config,
     /// Grows with each change.
     pub spec_version: u64,
+}
+
+impl Pool {
+    /// For a host.
+    ///
+    /// # Errors
+    /// Invalid, naming the key, when the configuration is not one of this kind.
+    pub fn spec(&self) -> Result<PoolSpec> {
+        Ok(PoolSpec { id: self.id, kind: self.kind, source: pool_source(self.kind, &self.config)? })
+    }
+}
+
+/// Keys of a pool's configuration beside `user.*`: key, kinds that have it.
+const POOL_KEYS: &[(&str, &[PoolKind])] =
+    &[("size", &[PoolKind::Btrfs]), ("source", &[PoolKind::Dir, PoolKind::Btrfs])];
+
+/// What a pool is made of, by its configuration.
+///
+/// # Errors
+/// Invalid, naming the key: unknown (with the nearest one that there is), of another kind, or with a value that it cannot
+/// have.
+pub fn pool_source(kind: PoolKind, config: &Config) -> Result<PoolSource> {
+    for (key, value) in config {
+        let field = format!("config.{key}");
+        crate::keys::check_free(key, value)?;
+        if key.starts_with("user.") {
+            continue;
+        }
+        match POOL_KEYS.iter().find(|(k, _)| k == key) {
+            Some((_, kinds)) if kinds.contains(&kind) => {}
+            Some(_) => {
+                let text = format!("a {} pool has no {key:?}", kind.as_str());
+                return Err(Error::invalid(field, text));
+            }
+            None => {
+                let known = POOL_KEYS.iter().filter(|(_, kinds)| kinds.contains(&kind)).map(|(k, _)| *k);
+                let hint = nearest(key, known).map(|k| format!("; did you mean {k:?}?")).unwrap_or_default();
+                return Err(Error::invalid(
+                    field,
+                    format!("unknown key {key:?} of a {} pool{hint}", kind.as_str()),
+                ));
+            }
+        }
+    }
+    let size = config.get("size").filter(|s| !s.is_empty());
+    let size = size.map(|s| ByteSize::parse("config.size", s)).transpose()?;
+    match config.get("source").filter(|s| !s.is_empty()) {
+        None => Ok(PoolSource::Own { size }),
+        Some(_) if size.is_some() => Err(Error::invalid(
+            "config.size",
+            "a pool on a source has the source's size; leave one of the two out",
+        )),
+        Some(source)
+            if !source.starts_with('/') || source.contains('\0') || source.split('/').any(|p| p == "..") =>
+        {
+            Err(Error::invalid("config.source", format!("{source:?} is not an absolute path without \"..\"")))
+        }
+        Some(source) => Ok(PoolSource::Granted { source: source.clone() }),
+    }
 }
 
 /// What a volume holds.
@@ -226,6 +287,30 @@ pub struct Usage {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_configuration_of_a_pool_is_read_once() {
+        let read = |kind, pairs: &[(&str, &str)]| {
+            let config = pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+            pool_source(kind, &config).map_err(|e| (e.field.unwrap_or_default(), e.message))
+        };
+        assert_eq!(read(PoolKind::Dir, &[("user.x", "y")]), Ok(PoolSource::Own { size: None }));
+        let size = Some(ByteSize::gib(10));
+        assert_eq!(read(PoolKind::Btrfs, &[("size", "10GiB")]), Ok(PoolSource::Own { size }));
+        let source = "/dev/sdb".to_owned();
+        assert_eq!(read(PoolKind::Btrfs, &[("source", "/dev/sdb")]), Ok(PoolSource::Granted { source }));
+        for (kind, config, field, word) in [
+            (PoolKind::Dir, &[("size", "10GiB")][..], "config.size", "dir pool"),
+            (PoolKind::Btrfs, &[("siez", "10GiB")], "config.siez", "\"size\""),
+            (PoolKind::Btrfs, &[("size", "much")], "config.size", ""),
+            (PoolKind::Dir, &[("source", "srv")], "config.source", "absolute"),
+            (PoolKind::Dir, &[("source", "/srv/../etc")], "config.source", "absolute"),
+            (PoolKind::Btrfs, &[("source", "/dev/sdb"), ("size", "10GiB")], "config.size", "leave one"),
+        ] {
+            let (at, message) = read(kind, config).unwrap_err();
+            assert!(at == field && message.contains(word), "{at}: {message}");
+        }
+    }
 
     #[test]
     fn keys_of_volumes_are_checked_by_content() {

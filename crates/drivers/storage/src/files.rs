@@ -117,6 +117,21 @@ impl FilePool {
         Ok(pool)
     }
 
+    /// Removes everything that is in it. The pool is of no use afterwards.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub async fn clear(&self) -> Result<()> {
+        let (root, states) = (self.root.clone(), self.states.clone());
+        blocking(move || {
+            for below in ["snapshots", "volumes", "images", "tmp", "trash"] {
+                states.remove(&root.join(below))?;
+            }
+            Ok(())
+        })
+        .await
+    }
+
     fn dir(&self, volume: VolumeId) -> PathBuf {
         self.root.join("volumes").join(volume.to_string())
     }

@@ -39,6 +39,10 @@ async fn furnished() -> (Server, Names) {
     let image = operation["metadata"]["fingerprint"].as_str().unwrap().to_owned();
     let network = s.get("/1.0/networks?recursion=1").await.metadata()[0]["name"].as_str().unwrap().to_owned();
     assert_eq!(s.post("/1.0/projects", json!({"name": "other"})).await.status, 201);
+    assert_eq!(s.post("/1.0/network-acls", json!({"name": "web"})).await.status, 201);
+    assert_eq!(s.post("/1.0/network-address-sets", json!({"name": "office"})).await.status, 201);
+    let forward = json!({"listen_address": "192.0.2.50"});
+    assert_eq!(s.post(&format!("/1.0/networks/{network}/forwards"), forward).await.status, 201);
     let certificate = json!({"name": "friend", "certificate": CERTIFICATE});
     assert_eq!(s.post("/1.0/certificates", certificate).await.status, 201);
     let robot = json!({"name": "robot", "role": "viewer"});
@@ -46,6 +50,9 @@ async fn furnished() -> (Server, Names) {
     for volume in ["data", "spare"] {
         let path = "/1.0/storage-pools/default/volumes/custom";
         assert_eq!(s.post(path, json!({"name": volume})).await.status, 201);
+    }
+    for path in ["/1.0/instances/c1", "/1.0/storage-pools/default/volumes/custom/data"] {
+        s.done(s.post(&format!("{path}/snapshots"), json!({"name": "snap"})).await).await;
     }
     (s, Names { network, image })
 }
@@ -58,6 +65,8 @@ fn concrete(path: &str, names: &Names, operation: &str) -> String {
     for (collection, name) in [
         ("instances", "c1"),
         ("networks", names.network.as_str()),
+        ("network-acls", "web"),
+        ("network-address-sets", "office"),
         ("storage-pools", "default"),
         ("profiles", "default"),
         ("projects", "default"),
@@ -70,7 +79,12 @@ fn concrete(path: &str, names: &Names, operation: &str) -> String {
         .replace("certificates/{fingerprint}", &format!("certificates/{FINGERPRINT}"))
         .replace("{fingerprint}", &names.image)
         .replace("operations/{id}", &format!("operations/{operation}"));
+    p = p.replace("{listenAddress}", "192.0.2.50");
+    if p.ends_with("/network/explain") {
+        p += "?from=c1&to=192.0.2.9&port=80";
+    }
     p = p.replace("{type}", "custom").replace("{volumeName}", "data");
+    p = p.replace("{snapshot}", "snap").replace("{snapshotName}", "snap");
     assert!(!p.contains('{'), "{p}");
     if p.ends_with("/files") { p + "?path=/etc/hostname" } else { p }
 }
@@ -94,6 +108,7 @@ fn body(method: &Method, path: &str, image: &str) -> String {
         ("POST", "/1.0/karst/images/build") => json!({"recipe": "debian/12"}),
         ("POST", "/1.0/instances/{name}/console") => json!({}),
         ("PUT" | "PATCH", "/1.0/images/{fingerprint}") => json!({"public": false}),
+        ("POST", "/1.0/networks/{name}/forwards") => json!({"listen_address": "192.0.2.51"}),
         ("POST", _) => json!({"name": "n9"}),
         ("PUT" | "PATCH", _) => json!({"description": "x"}),
         _ => return String::new(),
