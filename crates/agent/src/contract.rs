@@ -227,6 +227,8 @@ impl Subject {
                 boot_priority: 1,
             },
             disks: vec![],
+            nodes: vec![],
+            proxies: vec![],
             nics: vec![NicSpec {
                 device: DeviceId(self.env.uuid()),
                 name: "eth0".into(),

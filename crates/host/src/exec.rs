@@ -19,6 +19,8 @@ pub enum Program {
     Dnsmasq,
     /// `ip`: links and addresses.
     Ip,
+    /// `lxc-cgroup`: what a running container may use of devices, on control groups v2.
+    LxcCgroup,
     /// `lxc-start`: a container.
     LxcStart,
     /// `mkfs.btrfs`: file systems of btrfs pools.
@@ -64,6 +66,7 @@ impl Program {
             Self::ApparmorParser => "apparmor_parser",
             Self::Dnsmasq => "dnsmasq",
             Self::Ip => "ip",
+            Self::LxcCgroup => "lxc-cgroup",
             Self::LxcStart => "lxc-start",
             Self::MkfsBtrfs => "mkfs.btrfs",
             Self::MkfsExt4 => "mkfs.ext4",
@@ -91,7 +94,7 @@ impl Program {
             Self::ApparmorParser => "apparmor",
             Self::Dnsmasq => "dnsmasq-base",
             Self::Ip => "iproute2",
-            Self::LxcStart => "lxc",
+            Self::LxcCgroup | Self::LxcStart => "lxc",
             Self::MkfsBtrfs => "btrfs-progs",
             Self::MkfsExt4 => "e2fsprogs",
             Self::Mmdebstrap => "mmdebstrap",

@@ -3,7 +3,7 @@
 
 use crate::{
     ByteSize, DeviceId, ImageId, InstanceId, NetworkId, PoolId, SnapshotId, VolumeId,
-    device::{DiskIo, NicModel},
+    device::{DiskIo, NicModel, NodeDevice, ProxyDevice},
     firewall::{AclSpec, AddressSetSpec, ForwardSpec, Policy},
     instance::{Firmware, Generation, InstanceKind},
     network::BridgeSpec,
@@ -43,6 +43,12 @@ pub struct GuestSpec {
     /// Other disks, in bus order. One that is added or removed in an update is plugged live.
     #[serde(default)]
     pub disks: Vec<DiskSpec>,
+    /// Device nodes of the host, containers only. One that is added or removed in an update is plugged live.
+    #[serde(default)]
+    pub nodes: Vec<NodeSpec>,
+    /// Proxies, containers only. One that is added or removed in an update is started or ended live.
+    #[serde(default)]
+    pub proxies: Vec<ProxySpec>,
     /// NICs in bus order.
     pub nics: Vec<NicSpec>,
     /// First-boot configuration.
@@ -81,7 +87,69 @@ pub struct Limits {
     pub memory: Option<ByteSize>,
     /// Processes (containers).
     pub processes: Option<u32>,
+    /// Priority when CPUs are contended (containers): 0 to 10, where 10 is the default.
+    #[serde(default)]
+    pub cpu_priority: Option<u32>,
+    /// The limit of memory holds when the host is short of it only (containers).
+    #[serde(default)]
+    pub memory_soft: bool,
+    /// Swap (containers).
+    #[serde(default)]
+    pub swap: Option<SwapLimit>,
+    /// How unwillingly memory is swapped out (containers): 0 to 10, where 10 is the default.
+    #[serde(default)]
+    pub swap_priority: Option<u32>,
+    /// Priority when disks are contended (containers): 0 to 10.
+    #[serde(default)]
+    pub disk_priority: Option<u32>,
+    /// Resource limits of the container's processes by their names (`nofile`); see [`KERNEL_LIMITS`].
+    #[serde(default)]
+    pub kernel: BTreeMap<String, KernelLimit>,
 }
+
+/// `limits.memory.swap`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum SwapLimit {
+    /// As the host likes.
+    Allowed,
+    /// None.
+    Forbidden,
+    /// So many bytes.
+    Bytes {
+        /// How many.
+        bytes: u64,
+    },
+}
+
+/// `limits.kernel.*`: a soft and a hard limit; `None` is unlimited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KernelLimit {
+    /// What programs have.
+    pub soft: Option<u64>,
+    /// What they may raise it to.
+    pub hard: Option<u64>,
+}
+
+/// Names of the resource limits, as `setrlimit(2)` has them in lower case.
+pub const KERNEL_LIMITS: &[&str] = &[
+    "as",
+    "core",
+    "cpu",
+    "data",
+    "fsize",
+    "locks",
+    "memlock",
+    "msgqueue",
+    "nice",
+    "nofile",
+    "nproc",
+    "rss",
+    "rtprio",
+    "rttime",
+    "sigpending",
+    "stack",
+];
 
 /// Which or how many CPUs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -166,6 +234,12 @@ pub struct DiskSpec {
     /// The guest cannot write.
     #[serde(default)]
     pub readonly: bool,
+    /// What is mounted below a path of the host is seen as well.
+    #[serde(default)]
+    pub recursive: bool,
+    /// So is what the host mounts there later.
+    #[serde(default)]
+    pub follow: bool,
     /// Owners of a path of the host are shifted into the container's id range.
     #[serde(default)]
     pub shift: bool,
@@ -213,6 +287,24 @@ pub enum DiskSource {
         /// Absolute, without `..`.
         path: String,
     },
+}
+
+/// A device node, which the host's policy must grant.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeSpec {
+    /// Device name in the configuration.
+    pub name: String,
+    /// What it is.
+    pub device: NodeDevice,
+}
+
+/// A proxy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProxySpec {
+    /// Device name in the configuration.
+    pub name: String,
+    /// What it passes on.
+    pub device: ProxyDevice,
 }
 
 /// A NIC on a managed network.

@@ -184,6 +184,11 @@ impl Lab {
         run(&["ip", "link", "set", "up0", "up"]);
         run(&["ip", "-n", &self.ns("x"), "addr", "add", "192.0.2.2/24", "dev", "eth0"]);
         run(&["ip", "-n", &self.ns("x"), "link", "set", "eth0", "up"]);
+        // A trace taken before the link has come up would differ from every later one.
+        eventually("the link to the outside is up", || {
+            let now = run(&["ip", "-br", "addr", "show", "dev", "up0"]);
+            now.contains(" UP ") && (now.contains("fe80:") || !Path::new("/proc/sys/net/ipv6").exists())
+        });
     }
     /// Links, nft and iptables rules, settings and dnsmasq processes of this namespace.
     pub fn trace(&self) -> String {
