@@ -41,7 +41,12 @@ fn instance_keys() -> String {
             KeyType::Integer(low, high) => format!("{low} to {high}"),
             KeyType::Size => "size (`512MiB`)".to_owned(),
             KeyType::Cpus => "number or set (`2`, `0-1,3`)".to_owned(),
+            KeyType::Swap => "`true`, `false` or size".to_owned(),
+            KeyType::KernelLimit => "`1024`, `1024:4096`, `unlimited`".to_owned(),
             KeyType::Allowance => "`50%` or `25ms/100ms`".to_owned(),
+            KeyType::Schedule => "cron (`0 6 * * *`) or `@daily`".to_owned(),
+            KeyType::Span => "time (`2w 3d`)".to_owned(),
+            KeyType::Pattern => "name with `%d` or a date".to_owned(),
             KeyType::OneOf(words) => words.iter().map(|w| format!("`{w}`")).collect::<Vec<_>>().join(", "),
         };
         let live = if key.live { "yes" } else { "at the next start" };

@@ -13,7 +13,7 @@ use karst_agent::{
 };
 use karst_ct_lxc::{LxcDriver, LxcOptions};
 use karst_env::SharedEnv;
-use karst_guest::{DiskFormat, GuestDriver, Observed, ResolvedDisk, ResolvedGuest, ResolvedNic};
+use karst_guest::{DiskFormat, GuestDriver, Observed, Opened, ResolvedDisk, ResolvedGuest, ResolvedNic};
 use karst_host::sandbox::Launcher;
 use karst_image::ImageStore;
 use karst_model::{
@@ -439,17 +439,21 @@ impl RealAgent {
     }
 
     /// Things of this machine in place of ids.
-    async fn resolve_disk(&self, disk: DiskSpec, user: Option<u32>) -> Result<ResolvedDisk> {
+    async fn resolve_disk(&self, disk: DiskSpec, user: Option<u32>) -> Result<Option<ResolvedDisk>> {
         let (pool, volume) = match disk.source {
             DiskSource::Volume { pool, volume } => (pool, volume),
-            DiskSource::Host { path } => {
-                return Err(Error::forbidden(format!("this host grants no guest the path {path:?}"))
-                    .at(format!("devices.{}.source", disk.name)));
+            // QEMU would open it by its name, which others may lead elsewhere.
+            DiskSource::Host { ref path } if user.is_some() => {
+                return Err(Error::forbidden(format!(
+                    "this host grants no virtual machine the path {path:?}; containers only so far"
+                ))
+                .at(format!("devices.{}.source", disk.name)));
             }
+            DiskSource::Host { ref path } => return self.resolve_path(&disk, path),
         };
         let content = self.pool(pool)?.inspect(volume).await?.content;
         let located = self.locate(VolumeRef { pool, volume }, user).await?;
-        Ok(ResolvedDisk {
+        Ok(Some(ResolvedDisk {
             name: disk.name,
             slot: disk.slot,
             path: located.path,
@@ -459,12 +463,54 @@ impl RealAgent {
             readonly: disk.readonly,
             foreign: false,
             shift: disk.shift,
+            opened: None,
+            recursive: false,
+            follow: false,
             cdrom: content == VolumeContent::Iso,
             ejected: disk.ejected,
             io: disk.io,
             pci: disk.pci,
             boot_priority: disk.boot_priority,
-        })
+        }))
+    }
+
+    /// A path of the host, which its policy must grant; `None` when it is not there and may be left out.
+    fn resolve_path(&self, disk: &DiskSpec, path: &str) -> Result<Option<ResolvedDisk>> {
+        let field = || format!("devices.{}.source", disk.name);
+        let opened =
+            match karst_host::mountns::open_beneath(&self.options.policy.path_prefixes, Path::new(path)) {
+                Ok(opened) => opened,
+                Err(e) if disk.optional && e.is(ErrorKind::NotFound) => return Ok(None),
+                Err(e) => return Err(e.at(field())),
+            };
+        let stat = rustix::fs::fstat(&opened).map_err(std::io::Error::from)?;
+        let format = match rustix::fs::FileType::from_raw_mode(stat.st_mode) {
+            rustix::fs::FileType::Directory => DiskFormat::Directory,
+            rustix::fs::FileType::RegularFile | rustix::fs::FileType::BlockDevice => DiskFormat::Raw,
+            _ => {
+                let text = format!("{path:?} is neither a directory nor a file nor a block device");
+                return Err(Error::invalid(field(), text));
+            }
+        };
+        Ok(Some(ResolvedDisk {
+            name: disk.name.clone(),
+            slot: disk.slot.clone(),
+            path: path.into(),
+            backing: None,
+            format,
+            mount_point: disk.path.clone(),
+            readonly: disk.readonly,
+            foreign: true,
+            shift: disk.shift,
+            opened: Some(Opened(Arc::new(opened))),
+            recursive: disk.recursive,
+            follow: disk.follow,
+            cdrom: false,
+            ejected: disk.ejected,
+            io: disk.io,
+            pci: disk.pci.clone(),
+            boot_priority: disk.boot_priority,
+        }))
     }
 
     pub(crate) async fn resolve(
@@ -478,7 +524,11 @@ impl RealAgent {
         let located = self.locate(at, user).await?;
         let mut disks = vec![];
         for disk in spec.disks {
-            disks.push(self.resolve_disk(disk, user).await?);
+            disks.extend(self.resolve_disk(disk, user).await?);
+        }
+        let mut nodes = vec![];
+        for node in &spec.nodes {
+            nodes.extend(crate::nodes::resolve(&self.options.policy, node)?);
         }
         let mut nics = vec![];
         for nic in spec.nics {
@@ -527,6 +577,9 @@ impl RealAgent {
                 readonly: false,
                 foreign: false,
                 shift: false,
+                opened: None,
+                recursive: false,
+                follow: false,
                 cdrom: false,
                 ejected: false,
                 io: spec.root.io,
@@ -534,6 +587,8 @@ impl RealAgent {
                 boot_priority: spec.root.boot_priority,
             },
             disks,
+            nodes,
+            proxies: spec.proxies,
             nics,
             cloud_init: spec.cloud_init,
             environment: spec.environment,

@@ -157,6 +157,27 @@ impl RealAgent {
         Ok(WithFds { value, fds })
     }
 
+    /// What a network takes of this host beyond its own bridge.
+    fn check_network(&self, spec: &NetworkSpec) -> Result<()> {
+        let prefix = karst_agent::names::interface_prefix(&self.options.daemon_id);
+        for port in spec.hosts.iter().filter_map(|h| h.port.as_ref()) {
+            if !port.interface.starts_with(&prefix) {
+                return Err(Error::forbidden(format!("{:?} is not an interface of a guest", port.interface)));
+            }
+        }
+        for name in &spec.spec.external_interfaces {
+            if !self.policy().network_interfaces.iter().any(|n| n == name || n == "*") {
+                return Err(Error::forbidden(format!(
+                    "this host's policy does not grant the interface {name:?}; its administrator can, by network_interfaces \
+                     in {}",
+                    crate::policy::FILE
+                ))
+                .at("config.bridge.external_interfaces"));
+            }
+        }
+        Ok(())
+    }
+
     async fn remove_network(&self, id: NetworkId) -> Result<()> {
         let _lock = self.lock(id.0).await;
         if let Some(user) = self.user(|r| r.networks.contains(&id)).await? {
@@ -480,10 +501,12 @@ calls! {
         Ok(NetworkChoice {
             name: me.networks.find_free_bridge_name(&wanted.name).await?,
             ipv4: me.networks.find_free_subnet(&wanted.taken).await?,
+            ipv6: me.networks.find_free_subnet6().await?,
         })
     }
     mutate network_ensure(me, spec: NetworkSpec) -> () {
         let _lock = me.lock(spec.id.0).await;
+        me.check_network(&spec)?;
         me.networks.ensure(&spec).await
     }
     mutate network_remove(me, network: NetworkId) -> () { me.remove_network(network).await }

@@ -11,6 +11,7 @@ mod calls;
 mod check;
 mod facts;
 pub mod ids;
+mod nodes;
 mod policy;
 mod pools;
 mod registry;

@@ -26,6 +26,8 @@ pub struct HostPolicy {
     pub device_classes: Vec<String>,
     /// `raw.*` keys that are passed on (`raw.lxc`, `raw.qemu`, …).
     pub raw_keys: Vec<String>,
+    /// Interfaces of the host that networks and guests may have (`eth1`, …; `*`: all).
+    pub network_interfaces: Vec<String>,
     /// PCI addresses (`0000:01:00.0`) that may be passed through.
     pub pci: Vec<String>,
     /// Directories and block devices that storage pools may be made of: each as it stands there, and directories below.

@@ -192,7 +192,7 @@ agent_calls! {
     /// Space of a pool.
     read fn pool_usage(PoolUsage: PoolId) -> Usage;
 
-    /// Chooses a free bridge name and a free IPv4 subnet.
+    /// Chooses a free bridge name and free subnets.
     read fn network_choose(NetworkChoose: NetworkChoose) -> NetworkChoice;
     /// Makes or reconciles a network, its firewall, DHCP and DNS, and its known guests.
     mutate fn network_ensure(NetworkEnsure: NetworkSpec) -> ();
@@ -323,6 +323,9 @@ pub struct NetworkChoice {
     pub name: String,
     /// Host address with prefix.
     pub ipv4: ipnet::Ipv4Net,
+    /// A private /64, as its first host address; `None` where the host's kernel has no IPv6.
+    #[serde(default)]
+    pub ipv6: Option<ipnet::Ipv6Net>,
 }
 
 /// State of a bridge.

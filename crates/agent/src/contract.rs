@@ -184,15 +184,11 @@ impl Subject {
         NetworkSpec {
             id: NetworkId(self.env.uuid()),
             bridge: self.bridge.clone(),
-            spec: BridgeSpec {
-                ipv4: Some(self.ipv4),
-                nat: true,
-                dhcp: true,
-                dhcp_range: None,
-                domain: "karst".into(),
-                mtu: None,
-            },
+            spec: BridgeSpec { ipv4: Some(self.ipv4), nat: true, ..Default::default() },
             hosts: vec![],
+            acls: vec![],
+            sets: vec![],
+            forwards: vec![],
         }
     }
 
@@ -232,6 +228,8 @@ impl Subject {
                 boot_priority: 1,
             },
             disks: vec![],
+            nodes: vec![],
+            proxies: vec![],
             nics: vec![NicSpec {
                 device: DeviceId(self.env.uuid()),
                 name: "eth0".into(),

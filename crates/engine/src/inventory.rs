@@ -7,9 +7,10 @@
 use futures::StreamExt;
 use karst_env::{Env, EnvExt};
 use karst_model::{
-    Config, Error, ImageId, InstanceId, NetworkId, NodeId, OperationId, PoolId, ProfileId, ProjectId, Result,
-    VolumeId,
+    AclId, AddressSetId, Config, Error, ImageId, InstanceId, NetworkId, NodeId, OperationId, PoolId,
+    ProfileId, ProjectId, Result, SnapshotId, VolumeId,
     device::{Device, Devices, NicDevice},
+    firewall::{AddressSet, NetworkAcl, NetworkForward},
     image::{Image, ImageAlias},
     instance::{Instance, Runtime, Status},
     network::Network,
@@ -17,7 +18,8 @@ use karst_model::{
     operation::Operation,
     profile::{Profile, expand},
     project::Project,
-    spec::NetworkHost,
+    snapshot::{Snapshot, VolumeSnapshot},
+    spec::{NetworkHost, PortSpec},
     storage::{Pool, Volume, VolumeOwner},
 };
 use karst_store::{
@@ -25,7 +27,7 @@ use karst_store::{
     records::alias_id,
 };
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, Mutex, RwLock, RwLockReadGuard},
     time::Duration,
 };
@@ -132,6 +134,12 @@ pub struct Records {
     pub volumes: BTreeMap<VolumeId, Row<Volume>>,
     /// Networks.
     pub networks: BTreeMap<NetworkId, Row<Network>>,
+    /// Network ACLs.
+    pub acls: BTreeMap<AclId, Row<NetworkAcl>>,
+    /// Address sets.
+    pub address_sets: BTreeMap<AddressSetId, Row<AddressSet>>,
+    /// Forwards, by key.
+    pub forwards: BTreeMap<String, Row<NetworkForward>>,
     /// Images.
     pub images: BTreeMap<ImageId, Row<Image>>,
     aliases: BTreeMap<String, Row<ImageAlias>>,
@@ -139,6 +147,12 @@ pub struct Records {
     pub instances: BTreeMap<InstanceId, Row<Instance>>,
     /// Instances by project and name.
     pub instance_names: BTreeMap<(ProjectId, String), InstanceId>,
+    /// Snapshots of instances.
+    pub snapshots: BTreeMap<SnapshotId, Row<Snapshot>>,
+    snapshots_by_instance: HashMap<InstanceId, BTreeSet<SnapshotId>>,
+    /// Snapshots of custom volumes.
+    pub volume_snapshots: BTreeMap<SnapshotId, Row<VolumeSnapshot>>,
+    snapshots_by_volume: HashMap<VolumeId, BTreeSet<SnapshotId>>,
     /// Runtimes.
     pub runtimes: BTreeMap<InstanceId, Row<Runtime>>,
     /// Operations.
@@ -230,12 +244,44 @@ impl Records {
         })
     }
 
+    /// Snapshots of an instance, oldest first.
+    pub fn snapshots_of(&self, instance: InstanceId) -> Vec<&Row<Snapshot>> {
+        let ids = self.snapshots_by_instance.get(&instance).into_iter().flatten();
+        let mut all: Vec<_> = ids.filter_map(|id| self.snapshots.get(id)).collect();
+        all.sort_by_key(|s| (s.created_at, s.id));
+        all
+    }
+
+    /// Snapshots of a custom volume, oldest first.
+    pub fn volume_snapshots_of(&self, volume: VolumeId) -> Vec<&Row<VolumeSnapshot>> {
+        let ids = self.snapshots_by_volume.get(&volume).into_iter().flatten();
+        let mut all: Vec<_> = ids.filter_map(|id| self.volume_snapshots.get(id)).collect();
+        all.sort_by_key(|s| (s.created_at, s.id));
+        all
+    }
+
     /// Network by name. Networks of the spine belong to the default project and serve all.
     pub fn network(&self, name: &str) -> Result<&Row<Network>> {
         self.networks
             .values()
             .find(|n| &*n.name == name)
             .ok_or_else(|| Error::not_found(format!("network {name:?} not found")))
+    }
+
+    /// Network ACL by name.
+    pub fn acl(&self, name: &str) -> Result<&Row<NetworkAcl>> {
+        self.acls
+            .values()
+            .find(|a| &*a.name == name)
+            .ok_or_else(|| Error::not_found(format!("network ACL {name:?} not found")))
+    }
+
+    /// Address set by name.
+    pub fn address_set(&self, name: &str) -> Result<&Row<AddressSet>> {
+        self.address_sets
+            .values()
+            .find(|a| &*a.name == name)
+            .ok_or_else(|| Error::not_found(format!("address set {name:?} not found")))
     }
 
     /// Image by fingerprint, a unique prefix of at least 4 characters of it, or alias.
@@ -346,6 +392,18 @@ impl Records {
                 put!(self.networks, parse(id));
                 Touched::Nothing
             }
+            t if t == NetworkAcl::TABLE => {
+                put!(self.acls, parse(id));
+                Touched::Nothing
+            }
+            t if t == AddressSet::TABLE => {
+                put!(self.address_sets, parse(id));
+                Touched::Nothing
+            }
+            t if t == NetworkForward::TABLE => {
+                put!(self.forwards, Some(id.to_owned()));
+                Touched::Nothing
+            }
             t if t == Image::TABLE => {
                 put!(self.images, parse(id));
                 Touched::Nothing
@@ -367,6 +425,24 @@ impl Records {
                     self.instance_names.insert((new.project, new.name.to_string()), id);
                 }
                 Touched::Instance(id)
+            }
+            t if t == Snapshot::TABLE => {
+                let Some(id) = parse::<SnapshotId>(id) else {
+                    return Touched::Nothing;
+                };
+                let old = self.snapshots.get(&id).map(|s| s.instance);
+                put!(self.snapshots, Some(id));
+                let new = self.snapshots.get(&id).map(|s| s.instance);
+                follow(&mut self.snapshots_by_instance, id, old, new)
+            }
+            t if t == VolumeSnapshot::TABLE => {
+                let Some(id) = parse::<SnapshotId>(id) else {
+                    return Touched::Nothing;
+                };
+                let old = self.volume_snapshots.get(&id).map(|s| s.volume);
+                put!(self.volume_snapshots, Some(id));
+                let new = self.volume_snapshots.get(&id).map(|s| s.volume);
+                follow(&mut self.snapshots_by_volume, id, old, new)
             }
             t if t == Runtime::TABLE => {
                 let id = parse::<InstanceId>(id);
@@ -408,15 +484,40 @@ impl Records {
 fn nics(instance: &Instance, devices: &Devices) -> Vec<(String, NetworkHost)> {
     let mut found = vec![];
     for (name, keys) in devices {
-        let Ok(Device::Nic(NicDevice { network, ipv4, .. })) = Device::parse(name, keys) else {
+        let Ok(Device::Nic(NicDevice { network, ipv4, ipv6, routes, port, .. })) = Device::parse(name, keys)
+        else {
             continue;
         };
-        if let Some(mac) = instance.identities.get(name).and_then(|i| i.mac.clone()) {
+        let identity = instance.identities.get(name);
+        if let Some(mac) = identity.and_then(|i| i.mac.clone()) {
             let hostname = instance.name.dns_label();
-            found.push((network, NetworkHost { mac, hostname, ipv4 }));
+            let interface = identity.and_then(|i| i.host_interface.clone()).unwrap_or_default();
+            let port = Some(PortSpec { interface, ..port }).filter(|p| !p.interface.is_empty());
+            found.push((network, NetworkHost { mac, hostname, ipv4, ipv6, routes, port }));
         }
     }
     found
+}
+
+/// Keeps the index of snapshots by what they are of.
+fn follow<K: std::hash::Hash + Eq + Copy>(
+    index: &mut HashMap<K, BTreeSet<SnapshotId>>,
+    id: SnapshotId,
+    old: Option<K>,
+    new: Option<K>,
+) -> Touched {
+    if let Some(old) = old.filter(|o| Some(*o) != new)
+        && let Some(ids) = index.get_mut(&old)
+    {
+        ids.remove(&id);
+        if ids.is_empty() {
+            index.remove(&old);
+        }
+    }
+    if let Some(new) = new {
+        index.entry(new).or_default().insert(id);
+    }
+    Touched::Nothing
 }
 
 /// Which cached views a change makes stale.

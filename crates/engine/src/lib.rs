@@ -8,7 +8,7 @@
 //! * [`db`]: records in the store, and the transaction that use cases build.
 //! * [`saga`]: work over several resources that is all or nothing across a crash.
 //! * [`operations`], [`events`]: what users see of it.
-//! * [`compute`], [`storage`], [`volumes`], [`network`], [`images`], [`tenancy`]: the use cases.
+//! * [`compute`], [`storage`], [`volumes`], [`snapshots`], [`network`], [`images`], [`tenancy`]: the use cases.
 //! * [`reconcile`]: what follows the records without being asked.
 
 pub mod audit;
@@ -17,6 +17,8 @@ pub mod compute;
 pub mod context;
 pub mod db;
 pub mod events;
+mod explain;
+pub mod firewall;
 pub mod health;
 pub mod images;
 pub mod inventory;
@@ -24,6 +26,7 @@ pub mod network;
 pub mod operations;
 pub mod reconcile;
 pub mod saga;
+pub mod snapshots;
 pub mod storage;
 pub mod tenancy;
 pub mod volumes;

@@ -4,6 +4,7 @@ use crate::{
     Engine, EngineInner, Records, Row,
     context::Context,
     db::Tx,
+    firewall::{self, Rules},
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
     storage::UsedBy,
@@ -15,9 +16,10 @@ use karst_model::{
     Config, Error, Name, NetworkId, NodeId, ProjectId, Result,
     access::Permission,
     device::{Device, interface_name},
+    firewall::Policy,
     network::{BridgeSpec, Lease, Network},
     project::{DEFAULT_PROJECT, Project},
-    spec::NetworkSpec,
+    spec::{NetworkHost, NetworkSpec},
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -87,11 +89,27 @@ impl EngineInner {
             hosts.extend(on.map(|(_, host)| host.clone()));
         }
         hosts.sort();
+        self.network_spec_of(records, network, hosts)
+    }
+
+    fn network_spec_of(
+        &self,
+        records: &Records,
+        network: &Network,
+        hosts: Vec<NetworkHost>,
+    ) -> Result<NetworkSpec> {
+        let spec = BridgeSpec::parse(&network.name, &network.config)?;
+        let policies: Vec<&Policy> =
+            hosts.iter().filter_map(|h| h.port.as_ref().and_then(|p| p.policy.as_ref())).collect();
+        let Rules { acls, sets, forwards } = firewall::rules_of(records, network, &spec, &policies);
         Ok(NetworkSpec {
-            id,
+            id: network.id,
             bridge: network.name.to_string(),
-            spec: BridgeSpec::parse(&network.name, &network.config)?,
+            spec,
             hosts,
+            acls,
+            sets,
+            forwards,
         })
     }
 
@@ -234,7 +252,7 @@ impl Engine {
 
     /// The project that owns bridges, whichever they are asked for in: they belong to the whole host, so only who may edit
     /// the default project may change them.
-    fn network_project(&self, context: &Context, project: &str) -> Result<Row<Project>> {
+    pub(crate) fn network_project(&self, context: &Context, project: &str) -> Result<Row<Project>> {
         self.project(context, project, Permission::ProjectView)?;
         let owner = self.inner().inventory.read().project(DEFAULT_PROJECT)?.clone();
         if !context.principal().may(Permission::ResourceEdit, Some(owner.id)) {
@@ -260,8 +278,9 @@ impl Engine {
         interface_name("name", &request.name)?;
         let mut name = Name::parse("name", &request.name)?;
         let mut config = request.config.clone();
-        let automatic = config.get("ipv4.address").is_none_or(|a| a.is_empty() || a == "auto");
-        if automatic || request.any_name {
+        let auto = |key: &str| config.get(key).is_none_or(|a| a.is_empty() || a == "auto");
+        let (automatic, automatic6) = (auto("ipv4.address"), auto("ipv6.address"));
+        if automatic || automatic6 || request.any_name {
             let agent = inner.agents.get(inner.node)?;
             let taken = {
                 let records = inner.inventory.read();
@@ -274,12 +293,16 @@ impl Engine {
                 config.insert("ipv4.address".into(), choice.ipv4.to_string());
                 config.entry("ipv4.nat".into()).or_insert_with(|| "true".into());
             }
+            if automatic6 {
+                let chosen = choice.ipv6.map_or("none".to_owned(), |n| n.to_string());
+                if choice.ipv6.is_some() {
+                    config.entry("ipv6.nat".into()).or_insert_with(|| "true".into());
+                }
+                config.insert("ipv6.address".into(), chosen);
+            }
             if request.any_name {
                 name = Name::parse("name", &choice.name)?;
             }
-        }
-        if config.get("ipv6.address").is_none_or(|a| a.is_empty() || a == "auto") {
-            config.insert("ipv6.address".into(), "none".into());
         }
         let spec = BridgeSpec::parse(&name, &config)?;
         let operation = runner::start::<NetworkCreate>(inner, context, |tx| {
@@ -288,6 +311,8 @@ impl Engine {
                 return Err(Error::conflict(format!("a network {:?} exists already", &*name)).at("name"));
             }
             demand_free_subnet(&records, &spec, None)?;
+            firewall::check_policy(&records, tx, spec.policy.as_ref(), "config.security.acls")?;
+            tx.expect(&project);
             admit(&records, tx, project.id, &Planned { networks: 1, ..Default::default() })?;
             let network = Network {
                 id: NetworkId(inner.env.uuid()),
@@ -341,6 +366,16 @@ impl Engine {
             network.spec_version += 1;
             let spec = BridgeSpec::parse(&network.name, &network.config)?;
             demand_free_subnet(&records, &spec, Some(row.id))?;
+            firewall::check_policy(&records, tx, spec.policy.as_ref(), "config.security.acls")?;
+            demand_fitting(&inner.network_spec(&records, row.id)?, &spec)?;
+            for forward in records.forwards.values().filter(|f| f.network == row.id) {
+                forward.parse(&spec).map_err(|e| {
+                    Error::conflict(format!(
+                        "the forward of {} would not fit: {}",
+                        forward.listen_address, e.message
+                    ))
+                })?;
+            }
             tx.expect(row);
             let new = NewOperation::task(
                 "Updating network",
@@ -349,6 +384,51 @@ impl Engine {
                 format!("/1.0/networks/{name}"),
             );
             Ok((NetworkUpdatePlan { before: row.value.clone(), after: network, node: inner.node }, new))
+        })
+        .await
+    }
+
+    /// Renames a network that nothing uses, and its bridge.
+    ///
+    /// # Errors
+    /// Invalid name, not found, conflict (taken, used), forbidden.
+    pub async fn network_rename(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        new: &str,
+    ) -> Result<LiveOperation> {
+        let project = self.network_project(context, project)?;
+        let inner = self.inner();
+        interface_name("name", new)?;
+        let new = Name::parse("name", new)?;
+        runner::start::<NetworkUpdate>(inner, context, |tx| {
+            let row = {
+                let records = inner.inventory.read();
+                let row = records.network(name)?.clone();
+                if records.network(&new).is_ok() {
+                    return Err(Error::conflict(format!("a network {:?} exists already", &*new)).at("name"));
+                }
+                tx.expect_untouched(&records, &lock(row.id));
+                row
+            };
+            if let Some(first) = self.network_used_by(&Context::system(), &row).first() {
+                return Err(Error::conflict(format!(
+                    "network {name:?} is used by {first}; only an unused one can be renamed"
+                )));
+            }
+            let after =
+                Network { name: new.clone(), spec_version: row.spec_version + 1, ..row.value.clone() };
+            BridgeSpec::parse(&after.name, &after.config)?;
+            tx.expect(&row);
+            let new = NewOperation::task(
+                "Renaming network",
+                Some(project.id),
+                "networks",
+                format!("/1.0/networks/{name}"),
+            );
+            Ok((NetworkUpdatePlan { before: row.value.clone(), after, node: inner.node }, new))
         })
         .await
     }
@@ -392,7 +472,42 @@ impl Engine {
     }
 }
 
+/// Static addresses of guests stay inside of the network's subnets.
+fn demand_fitting(now: &NetworkSpec, spec: &BridgeSpec) -> Result<()> {
+    for host in &now.hosts {
+        let (v4, v6) = (host.ipv4, host.ipv6);
+        if let Some(a) = v4.filter(|a| !spec.ipv4.is_some_and(|n| n.contains(a))) {
+            return Err(Error::conflict(format!(
+                "guest {:?} has the static address {a}; change that first",
+                host.hostname
+            ))
+            .at("config.ipv4.address"));
+        }
+        if let Some(a) = v6.filter(|a| !spec.ipv6.is_some_and(|n| n.contains(a))) {
+            return Err(Error::conflict(format!(
+                "guest {:?} has the static address {a}; change that first",
+                host.hostname
+            ))
+            .at("config.ipv6.address"));
+        }
+    }
+    Ok(())
+}
+
 fn demand_free_subnet(records: &Records, spec: &BridgeSpec, except: Option<NetworkId>) -> Result<()> {
+    for other in records.networks.values().filter(|n| Some(n.id) != except) {
+        if let (Ok(BridgeSpec { ipv6: Some(theirs), .. }), Some(ours)) =
+            (BridgeSpec::parse(&other.name, &other.config), spec.ipv6)
+            && (theirs.contains(&ours.network()) || ours.contains(&theirs.network()))
+        {
+            return Err(Error::conflict(format!(
+                "the subnet {} overlaps with network {:?}",
+                ours.trunc(),
+                &*other.name
+            ))
+            .at("config.ipv6.address"));
+        }
+    }
     let Some(ours) = spec.ipv4 else { return Ok(()) };
     for other in records.networks.values().filter(|n| Some(n.id) != except) {
         if let Ok(BridgeSpec { ipv4: Some(theirs), .. }) = BridgeSpec::parse(&other.name, &other.config)
@@ -422,6 +537,9 @@ fn bare_spec(network: &Network) -> Result<NetworkSpec> {
         bridge: network.name.to_string(),
         spec: BridgeSpec::parse(&network.name, &network.config)?,
         hosts: vec![],
+        acls: vec![],
+        sets: vec![],
+        forwards: vec![],
     })
 }
 
@@ -489,6 +607,11 @@ impl Saga for NetworkDelete {
         if let Some(row) = engine.inventory.read().networks.get(&plan.network.id) {
             tx.delete(row);
         }
+        for forward in engine.inventory.read().forwards.values().filter(|f| f.network == plan.network.id) {
+            let listen = forward.listen_address.to_string();
+            tx.release_name("network-forwards", "", &listen, &plan.network.id.to_string());
+            tx.delete(forward);
+        }
         tx.delete_id::<crate::inventory::Uses>(&lock(plan.network.id));
         tx.release_name("networks", "", &plan.network.name, &plan.network.id.to_string());
         Ok(())
@@ -522,7 +645,10 @@ impl Saga for NetworkUpdate {
     fn locks(plan: &NetworkUpdatePlan) -> Vec<String> {
         vec![lock(plan.after.id)]
     }
-    fn begin(_: &NetworkUpdatePlan, _: &EngineInner, _: &mut Tx) -> Result<()> {
+    fn begin(plan: &NetworkUpdatePlan, _: &EngineInner, tx: &mut Tx) -> Result<()> {
+        if plan.before.name != plan.after.name {
+            tx.take_name("networks", "", &plan.after.name, &plan.after.id.to_string());
+        }
         Ok(())
     }
     async fn run(cx: &StepContext, plan: &NetworkUpdatePlan, _: &mut (), _: usize) -> Result<()> {
@@ -540,17 +666,25 @@ impl Saga for NetworkUpdate {
         let row =
             records.networks.get(&plan.after.id).ok_or_else(|| Error::not_found("the network is gone"))?;
         tx.replace(row, &plan.after);
+        if plan.before.name != plan.after.name {
+            tx.release_name("networks", "", &plan.before.name, &plan.after.id.to_string());
+        }
         Ok(())
     }
-    fn abort(_: &NetworkUpdatePlan, _: &(), _: &EngineInner, _: &mut Tx) -> Result<()> {
+    fn abort(plan: &NetworkUpdatePlan, _: &(), _: &EngineInner, tx: &mut Tx) -> Result<()> {
+        if plan.before.name != plan.after.name {
+            tx.release_name("networks", "", &plan.after.name, &plan.after.id.to_string());
+        }
         Ok(())
     }
     fn announce(plan: &NetworkUpdatePlan) -> Vec<(&'static str, String)> {
-        vec![("network-updated", format!("/1.0/networks/{}", plan.after.name))]
+        let what = if plan.before.name == plan.after.name { "network-updated" } else { "network-renamed" };
+        vec![(what, format!("/1.0/networks/{}", plan.after.name))]
     }
 }
 
 fn with_hosts(cx: &StepContext, network: &Network) -> Result<NetworkSpec> {
-    let hosts = cx.engine.network_spec(&cx.engine.inventory.read(), network.id)?.hosts;
-    Ok(NetworkSpec { hosts, ..bare_spec(network)? })
+    let records = cx.engine.inventory.read();
+    let hosts = cx.engine.network_spec(&records, network.id)?.hosts;
+    cx.engine.network_spec_of(&records, network, hosts)
 }

@@ -43,6 +43,8 @@ pub(crate) fn spawn_all(inner: &Arc<EngineInner>) -> Vec<TaskHandle> {
     tasks.push(inner.env.spawn_task("warnings", crate::tenancy::warnings::reconciler(Arc::downgrade(inner))));
     tasks.push(inner.env.spawn_task("audit", crate::audit::writer(Arc::downgrade(inner))));
     tasks.push(inner.env.spawn_task("networks", networks(Arc::downgrade(inner))));
+    let schedule = crate::snapshots::schedule::follow(Arc::downgrade(inner));
+    tasks.push(inner.env.spawn_task("snapshots", schedule));
     tasks.push(inner.env.spawn_task("housekeeping", housekeeping(Arc::downgrade(inner))));
     tasks
 }

@@ -35,6 +35,33 @@ pub struct CgroupLimits {
     pub cpu_quota: Option<(u64, u64)>,
     /// Share when CPUs are contended: 1 to 100, where 100 is the default.
     pub cpu_share: Option<u32>,
+    /// Between groups of the same share: 0 to 10, where 10 is the default.
+    pub cpu_priority: Option<u32>,
+    /// Rates of block devices.
+    pub io: Vec<IoLimit>,
+    /// Memory is limited when the host is short of it only.
+    pub memory_soft: bool,
+    /// Bytes of swap.
+    pub swap: Option<u64>,
+    /// 0 to 100, the lower the less is swapped out; v1 only.
+    pub swappiness: Option<u32>,
+    /// Weight when disks are contended: 1 to 1000, where 100 is the default.
+    pub io_weight: Option<u32>,
+}
+
+/// Rates of a block device, each a second; `None` means without limit.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct IoLimit {
+    /// `major:minor` of the whole disk.
+    pub device: String,
+    /// Bytes read.
+    pub read_bytes: Option<u64>,
+    /// Bytes written.
+    pub write_bytes: Option<u64>,
+    /// Reads.
+    pub read_operations: Option<u64>,
+    /// Writes.
+    pub write_operations: Option<u64>,
 }
 
 /// Figures of a group and all below; a missing one is `None`.
@@ -251,7 +278,13 @@ impl Cgroups {
     /// # Errors
     /// Internal when the kernel refuses.
     pub fn entry(&self, group: &str, leaf: &str) -> Result<Vec<PathBuf>> {
-        let mut dirs: Vec<PathBuf> = self.v1.iter().map(|(_, m)| m.join(group)).collect();
+        let nearest = |mount: &PathBuf| {
+            let mut dir = mount.join(group);
+            // Where the guest has no groups of its own it is in the one above.
+            while !dir.exists() && dir.pop() && dir != *mount {}
+            dir
+        };
+        let mut dirs: Vec<PathBuf> = self.v1.iter().map(|(_, m)| nearest(m)).collect();
         if let Some(dir) = self.v2(group) {
             let dir = dir.join(leaf);
             make(&dir)?;
@@ -266,7 +299,7 @@ impl Cgroups {
     /// Conflict when memory in use cannot be brought below the limit; unsupported when a limit is asked for whose
     /// controller this host does not have.
     pub fn limit(&self, group: &str, limits: &CgroupLimits) -> Result<()> {
-        self.limit_memory(group, limits.memory)?;
+        self.limit_memory(group, limits)?;
         let processes = limits.processes.map_or("max".to_owned(), |n| n.to_string());
         self.set("pids", group, "pids.max", "pids.max", &processes, &processes, limits.processes.is_some())?;
         let (quota, period) =
@@ -282,10 +315,113 @@ impl Cgroups {
         let asked = limits.cpu_quota.is_some();
         self.set("cpu", group, "cpu.cfs_quota_us", "cpu.max", &quota.to_string(), &v2, asked)?;
         let share = limits.cpu_share.unwrap_or(100).clamp(1, 100);
-        let shares = (share * 1024 / 100).max(2).to_string();
-        let asked = limits.cpu_share.is_some();
-        self.set("cpu", group, "cpu.shares", "cpu.weight", &shares, &share.to_string(), asked)?;
-        self.limit_cpus(group, limits.cpus.as_deref())
+        // A step of priority is as little as can be told apart.
+        let below = 10 - limits.cpu_priority.unwrap_or(10).min(10);
+        let shares = (share * 1024 / 100).saturating_sub(below).max(2).to_string();
+        let weight = share.saturating_sub(below).max(1).to_string();
+        let asked = limits.cpu_share.is_some() || limits.cpu_priority.is_some();
+        self.set("cpu", group, "cpu.shares", "cpu.weight", &shares, &weight, asked)?;
+        self.limit_cpus(group, limits.cpus.as_deref())?;
+        let weight = limits.io_weight.unwrap_or(100);
+        let v1 = weight.clamp(10, 1000).to_string();
+        self.set("blkio", group, "blkio.bfq.weight", "io.bfq.weight", &v1, &v1, false)?;
+        self.set("blkio", group, "blkio.weight", "io.weight", &v1, &weight.to_string(), false)?;
+        if limits.io_weight.is_some() && !self.has_io_weight(group) {
+            return Err(Error::unsupported(
+                "this host's disks have no scheduler with priorities (bfq, or io.weight)",
+            )
+            .at("config.limits.disk.priority"));
+        }
+        self.limit_io(group, &limits.io)
+    }
+
+    /// Permits or forbids a device (`c 10:200 rwm`) to a group and all below, where devices are governed by files (v1);
+    /// answers whether they are.
+    ///
+    /// # Errors
+    /// Internal when the kernel refuses.
+    pub fn permit_device(&self, group: &str, rule: &str, permit: bool) -> Result<bool> {
+        let Some(dir) = self.v1("devices", group) else { return Ok(false) };
+        let file = if permit { "devices.allow" } else { "devices.deny" };
+        // From the top: below nothing can be permitted that is not above.
+        for dir in tree(&dir) {
+            let path = dir.join(file);
+            match write(&path, rule) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed("writing", &path, e)),
+                _ => {}
+            }
+        }
+        Ok(true)
+    }
+
+    fn has_io_weight(&self, group: &str) -> bool {
+        let v1 = ["blkio.bfq.weight", "blkio.weight"];
+        let v2 = ["io.bfq.weight", "io.weight"];
+        let has = |dir: Option<PathBuf>, files: [&str; 2]| {
+            dir.is_some_and(|dir| files.iter().any(|f| dir.join(f).exists()))
+        };
+        has(self.v1("blkio", group), v1) || has(self.v2(group), v2)
+    }
+
+    /// Where a v1 hierarchy of disks' rates and nothing else is mounted. Its limits hold for the processes of one group, not
+    /// for groups below.
+    pub fn io_alone(&self) -> Option<PathBuf> {
+        self.v1.iter().find(|(c, _)| c.iter().all(|c| c == "blkio") && !c.is_empty()).map(|(_, m)| m.clone())
+    }
+
+    fn limit_io(&self, group: &str, limits: &[IoLimit]) -> Result<()> {
+        let unsupported = |path: &Path| {
+            Error::unsupported("this host's kernel cannot limit rates of disks, so the limit cannot be set")
+                .with_context(path.display())
+        };
+        // What the file names already and what is wanted, so that a limit that is no longer wanted goes.
+        let set = |path: &Path, value: &dyn Fn(&str, Option<&IoLimit>) -> String| -> Result<()> {
+            let Ok(now) = fs::read_to_string(path) else {
+                return if limits.is_empty() { Ok(()) } else { Err(unsupported(path)) };
+            };
+            let mut devices: Vec<&str> = now.lines().filter_map(|l| l.split(' ').next()).collect();
+            devices.extend(limits.iter().map(|l| l.device.as_str()));
+            devices.retain(|d| d.contains(':'));
+            devices.sort_unstable();
+            devices.dedup();
+            for device in devices {
+                let limit = limits.iter().find(|l| l.device == device);
+                match write(path, &value(device, limit)) {
+                    // A disk that is gone needs no limit to be taken away.
+                    Err(e) if limit.is_none() && e.raw_os_error() == Some(libc::ENODEV) => {}
+                    other => other.map_err(|e| failed("writing", path, e))?,
+                }
+            }
+            Ok(())
+        };
+        if let Some(dir) = self.v1("blkio", group) {
+            type Part = fn(&IoLimit) -> Option<u64>;
+            let files: [(&str, Part); 4] = [
+                ("read_bps", |l| l.read_bytes),
+                ("write_bps", |l| l.write_bytes),
+                ("read_iops", |l| l.read_operations),
+                ("write_iops", |l| l.write_operations),
+            ];
+            for (name, part) in files {
+                let value = |device: &str, limit: Option<&IoLimit>| {
+                    format!("{device} {}", limit.and_then(part).unwrap_or(0))
+                };
+                set(&dir.join(format!("blkio.throttle.{name}_device")), &value)?;
+            }
+            return Ok(());
+        }
+        let Some(dir) = self.v2(group) else { return Ok(()) };
+        let number = |n: Option<u64>| n.map_or("max".to_owned(), |n| n.to_string());
+        set(&dir.join("io.max"), &|device, limit| {
+            let l = limit.cloned().unwrap_or_default();
+            format!(
+                "{device} rbps={} wbps={} riops={} wiops={}",
+                number(l.read_bytes),
+                number(l.write_bytes),
+                number(l.read_operations),
+                number(l.write_operations)
+            )
+        })
     }
 
     /// Writes one limit, in the hierarchy that has the controller.
@@ -316,7 +452,35 @@ impl Cgroups {
         }
     }
 
-    fn limit_memory(&self, group: &str, memory: Option<u64>) -> Result<()> {
+    fn limit_memory(&self, group: &str, limits: &CgroupLimits) -> Result<()> {
+        let soft = limits.memory.filter(|_| limits.memory_soft);
+        let memory = limits.memory.filter(|_| !limits.memory_soft);
+        let number = |n: Option<u64>, none: &str| n.map_or(none.to_owned(), |n| n.to_string());
+        let (v1, v2) = (number(soft, "-1"), number(soft, "max"));
+        self.set("memory", group, "memory.soft_limit_in_bytes", "memory.high", &v1, &v2, soft.is_some())?;
+        // On v1 the sum of memory and swap is limited, never below memory: lifted first, set last.
+        let swap_v1 = self.v1("memory", group).is_some();
+        if swap_v1 {
+            self.set("memory", group, "memory.memsw.limit_in_bytes", "", "-1", "", false)?;
+        }
+        self.limit_hard_memory(group, memory)?;
+        let asked = limits.swap.is_some();
+        if swap_v1 {
+            if let (Some(swap), Some(memory)) = (limits.swap, memory) {
+                let sum = memory.saturating_add(swap).to_string();
+                self.set("memory", group, "memory.memsw.limit_in_bytes", "", &sum, "", asked)?;
+            }
+            // Without a limit of memory there is none of the sum: swapping is discouraged as far as can be.
+            let none = limits.swap == Some(0);
+            let swappiness = if none { 0 } else { limits.swappiness.unwrap_or(60) }.to_string();
+            let asked = none || limits.swappiness.is_some();
+            return self.set("memory", group, "memory.swappiness", "", &swappiness, "", asked);
+        }
+        let swap = number(limits.swap, "max");
+        self.set("memory", group, "", "memory.swap.max", "", &swap, asked && limits.swap != Some(0))
+    }
+
+    fn limit_hard_memory(&self, group: &str, memory: Option<u64>) -> Result<()> {
         let v1 = memory.map_or("-1".to_owned(), |n| n.to_string());
         let v2 = memory.map_or("max".to_owned(), |n| n.to_string());
         // v2 takes any limit and then reclaims or kills; v1 refuses what it cannot reclaim. Refuse in both.
@@ -672,7 +836,19 @@ mod tests {
             cpus: Some(vec![1, 3]),
             cpu_quota: Some((25_000, 50_000)),
             cpu_share: Some(20),
+            io: vec![IoLimit {
+                device: "8:0".into(),
+                read_bytes: Some(1000),
+                write_operations: Some(7),
+                ..Default::default()
+            }],
+            swap: Some(4096),
+            io_weight: Some(300),
+            ..CgroupLimits::default()
         };
+        for file in ["io.max", "io.weight", "memory.swap.max", "memory.high"] {
+            fs::write(dir.join(file), "").unwrap();
+        }
         cgroups.limit("karst-x/guest", &limits).unwrap();
         let get = |f: &str| read(&dir.join(f)).unwrap();
         assert_eq!(get("memory.max"), "1048576");
@@ -680,6 +856,11 @@ mod tests {
         assert_eq!(get("cpu.max"), "25000 50000");
         assert_eq!(get("cpu.weight"), "20");
         assert_eq!(get("cpuset.cpus"), "1,3");
+        assert_eq!((get("memory.swap.max").as_str(), get("memory.high").as_str()), ("4096", "max"));
+        assert_eq!(get("io.weight"), "300");
+        assert_eq!(get("io.max"), "8:0 rbps=1000 wbps=max riops=max wiops=7");
+        cgroups.limit("karst-x/guest", &CgroupLimits { io: vec![], ..limits.clone() }).unwrap();
+        assert!(get("io.max").starts_with("8:0 rbps=max wbps=max riops=max wiops=max"), "taken away again");
         fs::write(root.path().join("karst-x/cpuset.cpus.effective"), "0-3\n").unwrap();
         fs::write(dir.join("cpuset.cpus"), "1,3").unwrap();
         cgroups.limit("karst-x/guest", &CgroupLimits::default()).unwrap();

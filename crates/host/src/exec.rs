@@ -19,6 +19,8 @@ pub enum Program {
     Dnsmasq,
     /// `ip`: links and addresses.
     Ip,
+    /// `lxc-cgroup`: what a running container may use of devices, on control groups v2.
+    LxcCgroup,
     /// `lxc-start`: a container.
     LxcStart,
     /// `mkfs.btrfs`: file systems of btrfs pools.
@@ -43,6 +45,14 @@ pub enum Program {
     IptablesLegacy,
     /// `iptables-legacy-restore`.
     IptablesLegacyRestore,
+    /// The same four for IPv6: `ip6tables-nft`.
+    Ip6tablesNft,
+    /// `ip6tables-nft-restore`.
+    Ip6tablesNftRestore,
+    /// `ip6tables-legacy`.
+    Ip6tablesLegacy,
+    /// `ip6tables-legacy-restore`.
+    Ip6tablesLegacyRestore,
     /// `firewall-cmd`: firewalld.
     FirewallCmd,
     /// Karst's own keeper, beside the daemon's executable.
@@ -56,6 +66,7 @@ impl Program {
             Self::ApparmorParser => "apparmor_parser",
             Self::Dnsmasq => "dnsmasq",
             Self::Ip => "ip",
+            Self::LxcCgroup => "lxc-cgroup",
             Self::LxcStart => "lxc-start",
             Self::MkfsBtrfs => "mkfs.btrfs",
             Self::MkfsExt4 => "mkfs.ext4",
@@ -68,6 +79,10 @@ impl Program {
             Self::IptablesNftRestore => "iptables-nft-restore",
             Self::IptablesLegacy => "iptables-legacy",
             Self::IptablesLegacyRestore => "iptables-legacy-restore",
+            Self::Ip6tablesNft => "ip6tables-nft",
+            Self::Ip6tablesNftRestore => "ip6tables-nft-restore",
+            Self::Ip6tablesLegacy => "ip6tables-legacy",
+            Self::Ip6tablesLegacyRestore => "ip6tables-legacy-restore",
             Self::FirewallCmd => "firewall-cmd",
             Self::Keeper => "karst-keeper",
         }
@@ -79,7 +94,7 @@ impl Program {
             Self::ApparmorParser => "apparmor",
             Self::Dnsmasq => "dnsmasq-base",
             Self::Ip => "iproute2",
-            Self::LxcStart => "lxc",
+            Self::LxcCgroup | Self::LxcStart => "lxc",
             Self::MkfsBtrfs => "btrfs-progs",
             Self::MkfsExt4 => "e2fsprogs",
             Self::Mmdebstrap => "mmdebstrap",
@@ -90,7 +105,11 @@ impl Program {
             Self::IptablesNft
             | Self::IptablesNftRestore
             | Self::IptablesLegacy
-            | Self::IptablesLegacyRestore => "iptables",
+            | Self::IptablesLegacyRestore
+            | Self::Ip6tablesNft
+            | Self::Ip6tablesNftRestore
+            | Self::Ip6tablesLegacy
+            | Self::Ip6tablesLegacyRestore => "iptables",
             Self::FirewallCmd => "firewalld",
             Self::Keeper => "karst",
         }

@@ -10,6 +10,7 @@ pub mod exec;
 pub mod fs;
 pub mod link;
 pub mod mount;
+pub mod mountns;
 pub mod netlink;
 pub mod netns;
 pub mod nft;

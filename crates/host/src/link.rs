@@ -18,6 +18,7 @@ const RTM_NEWADDR: u16 = 20;
 const RTM_DELADDR: u16 = 21;
 const RTM_GETADDR: u16 = 22;
 const RTM_NEWROUTE: u16 = 24;
+const RTM_DELROUTE: u16 = 25;
 const RTM_GETROUTE: u16 = 26;
 
 const IFLA_ADDRESS: u16 = 1;
@@ -32,10 +33,14 @@ const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const IFA_BROADCAST: u16 = 4;
 const RTA_DST: u16 = 1;
+const RTA_OIF: u16 = 4;
+const IFLA_INFO_DATA: u16 = 2;
+const IFA_F_NODAD: u8 = 2;
 
 const IFF_UP: u32 = 1;
 const AF_UNSPEC: u8 = 0;
 const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
 
 /// A link as the kernel has it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -321,42 +326,120 @@ fn ip(value: &[u8]) -> Option<IpAddr> {
     }
 }
 
-fn change_address(
-    kind: u16,
-    flags: u16,
-    name: &str,
-    address: Ipv4Addr,
-    prefix: u8,
-    what: &str,
-) -> Result<()> {
+fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(a) => a.octets().to_vec(),
+        IpAddr::V6(a) => a.octets().to_vec(),
+    }
+}
+
+fn family(address: IpAddr) -> u8 {
+    if address.is_ipv4() { AF_INET } else { AF_INET6 }
+}
+
+fn change_address(kind: u16, flags: u16, name: &str, address: IpAddr, prefix: u8, what: &str) -> Result<()> {
     let link = get(name)?.ok_or_else(|| Error::not_found(format!("interface {name:?} does not exist")))?;
-    let mut body = [AF_INET, prefix, 0, 0, 0, 0, 0, 0];
+    // Without detection of duplicates, which a bridge without ports never ends: the address is ours to choose.
+    let mut body = [family(address), prefix, if address.is_ipv6() { IFA_F_NODAD } else { 0 }, 0, 0, 0, 0, 0];
     body[4..8].copy_from_slice(&link.index.to_ne_bytes());
-    let host_bits = u32::MAX.checked_shr(u32::from(prefix)).unwrap_or(0);
-    let broadcast = Ipv4Addr::from(u32::from(address) | host_bits);
-    let message = Message::new(kind, flags, &body)
-        .attr(IFA_LOCAL, &address.octets())
-        .attr(IFA_ADDRESS, &address.octets())
-        .attr(IFA_BROADCAST, &broadcast.octets());
+    let mut message = Message::new(kind, flags, &body)
+        .attr(IFA_LOCAL, &octets(address))
+        .attr(IFA_ADDRESS, &octets(address));
+    if let IpAddr::V4(address) = address {
+        let host_bits = u32::MAX.checked_shr(u32::from(prefix)).unwrap_or(0);
+        message = message.attr(IFA_BROADCAST, &Ipv4Addr::from(u32::from(address) | host_bits).octets());
+    }
     Socket::route()
         .and_then(|mut s| s.execute(message))
         .map_err(|e| Error::internal(format!("{address}/{prefix} could not be {what} {name:?}"), e))
 }
 
-/// Puts an IPv4 address on a link; nothing happens when it is there.
+/// Puts an address on a link; nothing happens when it is there.
 ///
 /// # Errors
 /// Not found; internal.
-pub fn add_address(name: &str, address: Ipv4Addr, prefix: u8) -> Result<()> {
-    change_address(RTM_NEWADDR, CREATE | REPLACE, name, address, prefix, "put on")
+pub fn add_address(name: &str, address: impl Into<IpAddr>, prefix: u8) -> Result<()> {
+    change_address(RTM_NEWADDR, CREATE | REPLACE, name, address.into(), prefix, "put on")
 }
 
-/// Takes an IPv4 address off a link.
+/// Takes an address off a link.
 ///
 /// # Errors
 /// Not found; internal, also when it is not there.
-pub fn delete_address(name: &str, address: Ipv4Addr, prefix: u8) -> Result<()> {
-    change_address(RTM_DELADDR, 0, name, address, prefix, "taken off")
+pub fn delete_address(name: &str, address: impl Into<IpAddr>, prefix: u8) -> Result<()> {
+    change_address(RTM_DELADDR, 0, name, address.into(), prefix, "taken off")
+}
+
+/// Who made a route (`rtm_protocol`): a number of Karst's own, so that its routes are told from others'.
+const RTPROT_KARST: u8 = 75;
+
+fn change_route(kind: u16, flags: u16, link: u32, destination: (IpAddr, u8)) -> Result<()> {
+    const RT_TABLE_MAIN: u8 = 254;
+    const RT_SCOPE_LINK: u8 = 253;
+    const RTN_UNICAST: u8 = 1;
+    let (address, prefix) = destination;
+    let scope = if address.is_ipv4() { RT_SCOPE_LINK } else { 0 };
+    let mut body = [0; 12];
+    body[..8].copy_from_slice(&[
+        family(address),
+        prefix,
+        0,
+        0,
+        RT_TABLE_MAIN,
+        RTPROT_KARST,
+        scope,
+        RTN_UNICAST,
+    ]);
+    let message =
+        Message::new(kind, flags, &body).attr(RTA_DST, &octets(address)).attr(RTA_OIF, &link.to_ne_bytes());
+    Socket::route().and_then(|mut s| s.execute(message)).map_err(|e| {
+        Error::conflict(format!("the route to {address}/{prefix} could not be changed")).with_context(e)
+    })
+}
+
+/// Makes the routes over the link with this index, as far as Karst made them, exactly `wanted` (network address and prefix
+/// length).
+///
+/// # Errors
+/// Conflict when the kernel refuses one, such as one that others have.
+pub fn set_routes(link: u32, wanted: &[(IpAddr, u8)]) -> Result<()> {
+    let mut there = vec![];
+    for family in [AF_INET, AF_INET6] {
+        let mut body = [0; 12];
+        body[0] = family;
+        for answer in dump(Message::new(RTM_GETROUTE, DUMP, &body), "routes")? {
+            if answer.kind != RTM_NEWROUTE || answer.body.get(5) != Some(&RTPROT_KARST) {
+                continue;
+            }
+            let Some(rest) = answer.body.get(12..) else { continue };
+            let on = attributes(rest).find(|(k, _)| *k == RTA_OIF).and_then(|(_, v)| u32_at(v, 0));
+            let to = attributes(rest).find(|(k, _)| *k == RTA_DST).and_then(|(_, v)| ip(v));
+            if let (true, Some(to), Some(prefix)) = (on == Some(link), to, answer.body.get(1)) {
+                there.push((to, *prefix));
+            }
+        }
+    }
+    for route in there.iter().filter(|r| !wanted.contains(r)) {
+        change_route(RTM_DELROUTE, 0, link, *route)?;
+    }
+    for route in wanted.iter().filter(|r| !there.contains(r)) {
+        change_route(RTM_NEWROUTE, CREATE | EXCLUSIVE, link, *route)?;
+    }
+    Ok(())
+}
+
+/// Switches IGMP and MLD snooping of a bridge.
+///
+/// # Errors
+/// Not found; internal, also for a link that is no bridge.
+pub fn set_multicast_snooping(name: &str, on: bool) -> Result<()> {
+    const IFLA_BR_MCAST_SNOOPING: u16 = 23;
+    set(name, 0, 0, "given its multicast snooping", |m| {
+        m.nested(IFLA_LINKINFO, |m| {
+            m.text(IFLA_INFO_KIND, "bridge")
+                .nested(IFLA_INFO_DATA, |m| m.attr(IFLA_BR_MCAST_SNOOPING, &[u8::from(on)]))
+        })
+    })
 }
 
 /// Destinations of all IPv4 routes of all tables, the default route left out: address and prefix length.

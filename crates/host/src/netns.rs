@@ -6,7 +6,7 @@
 use karst_model::{Error, Result};
 use std::{
     collections::BTreeMap,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
 };
 
@@ -139,6 +139,49 @@ impl NetnsProbe {
             }
         }
     }
+}
+
+/// The network namespace of a process.
+///
+/// # Errors
+/// Not found when the process is gone.
+pub fn namespace_of(pid: u32) -> Result<OwnedFd> {
+    let file = std::fs::File::open(format!("/proc/{pid}/ns/net"));
+    file.map(OwnedFd::from).map_err(|e| Error::not_found("the guest is not running").with_context(e))
+}
+
+/// A socket that listens at an address, in the network namespace of a process or the own one.
+///
+/// # Errors
+/// Conflict when the address is taken; invalid when the network does not have it.
+pub fn listen(inside: Option<u32>, udp: bool, at: SocketAddr) -> Result<OwnedFd> {
+    let bind = move || -> std::io::Result<OwnedFd> {
+        Ok(if udp { std::net::UdpSocket::bind(at)?.into() } else { std::net::TcpListener::bind(at)?.into() })
+    };
+    let bound = match inside {
+        None => bind(),
+        Some(pid) => {
+            let namespace = namespace_of(pid)?;
+            let fd = namespace.as_raw_fd();
+            // A thread of its own, which ends right away: entering a namespace changes the thread that does it.
+            let work = move || {
+                // SAFETY: plain call; the descriptor outlives the thread.
+                if unsafe { libc::setns(fd, libc::CLONE_NEWNET) } < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+                bind()
+            };
+            std::thread::scope(|s| s.spawn(work).join())
+                .map_err(|_| Error::internal("listening failed", "thread panicked"))?
+        }
+    };
+    bound.map_err(|e| match e.kind() {
+        std::io::ErrorKind::AddrInUse => Error::conflict(format!("{at} is taken by another program")),
+        std::io::ErrorKind::AddrNotAvailable => {
+            Error::invalid("listen", format!("the network has no address {}", at.ip()))
+        }
+        _ => Error::internal(format!("listening at {at} failed"), e),
+    })
 }
 
 /// Attributes after a header of `header` bytes.

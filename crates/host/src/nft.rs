@@ -29,6 +29,47 @@ pub async fn list_ruleset() -> Result<Vec<Value>> {
     objects(&text)
 }
 
+/// All objects of one table; none when it is not there.
+///
+/// # Errors
+/// As [`apply`].
+pub async fn list_table(family: &str, name: &str) -> Result<Vec<Value>> {
+    let out = run(Program::Nft)
+        .args(["-j", "list", "table", family, name])
+        .output_cap(LISTING_CAP)
+        .output()
+        .await?;
+    if out.code != 0 && String::from_utf8_lossy(&out.stderr).contains("No such file") {
+        return Ok(vec![]);
+    }
+    if out.code != 0 {
+        return Err(Error::internal("nft could not list a table", String::from_utf8_lossy(&out.stderr)));
+    }
+    objects(&out.stdout)
+}
+
+/// All tables and chains, without their rules.
+///
+/// # Errors
+/// As [`apply`].
+pub async fn list_chains() -> Result<Vec<Value>> {
+    let mut all = vec![];
+    for what in ["tables", "chains"] {
+        all.extend(objects(
+            &run(Program::Nft).args(["-j", "list", what]).output_cap(LISTING_CAP).ok().await?,
+        )?);
+    }
+    Ok(all)
+}
+
+/// Would the kernel take this transaction? Nothing is changed.
+///
+/// # Errors
+/// Unsupported when `nft` is missing.
+pub async fn accepts(transaction: &str) -> Result<bool> {
+    Ok(run(Program::Nft).args(["-c", "-f", "-"]).stdin(transaction).output().await?.code == 0)
+}
+
 fn objects(text: &[u8]) -> Result<Vec<Value>> {
     let mut value: Value =
         serde_json::from_slice(text).map_err(|e| Error::internal("nft's answer could not be read", e))?;

@@ -6,8 +6,8 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind}
 
 use crate::{
     commands::{
-        access, completion, config, console, create, exec, file, host, image, info, lifecycle, list, monitor,
-        network, operation, profile, project, query, snapshot, storage, version, warning,
+        access, completion, config, console, copy, create, exec, file, host, image, info, lifecycle, list,
+        monitor, network, operation, profile, project, query, snapshot, storage, version, warning,
     },
     context::Context,
     error::{Error, Result},
@@ -66,6 +66,9 @@ enum Command {
     /// Delete instances or snapshots (INSTANCE/SNAPSHOT)
     #[command(visible_alias = "rm")]
     Delete(lifecycle::Delete),
+    /// Copy an instance or one of its snapshots
+    #[command(visible_alias = "cp")]
+    Copy(copy::Copy),
     /// Rename an instance
     Rename(lifecycle::Rename),
     /// Configuration of instances and of the server
@@ -153,6 +156,7 @@ async fn run(context: &Context, command: Command) -> Result<()> {
         Command::Stop(command) => command.run(context, lifecycle::Action::Stop).await,
         Command::Restart(command) => command.run(context, lifecycle::Action::Restart).await,
         Command::Delete(command) => command.run(context).await,
+        Command::Copy(command) => command.run(context).await,
         Command::Rename(command) => command.run(context).await,
         Command::Config(command) => command.run(context).await,
         Command::Snapshot(command) => command.run(context).await,

@@ -119,15 +119,11 @@ async fn a_hostile_control_process() {
     let network = |bridge: &str| NetworkSpec {
         id: NetworkId(id(1)),
         bridge: bridge.into(),
-        spec: BridgeSpec {
-            ipv4: Some("10.213.77.1/24".parse().unwrap()),
-            nat: true,
-            dhcp: true,
-            dhcp_range: None,
-            domain: "karst".into(),
-            mtu: None,
-        },
+        spec: BridgeSpec { ipv4: Some("10.213.77.1/24".parse().unwrap()), nat: true, ..Default::default() },
         hosts: vec![],
+        acls: vec![],
+        sets: vec![],
+        forwards: vec![],
     };
     let taken = [ErrorKind::Conflict, ErrorKind::Invalid];
     for bridge in [karstd.bridge.as_str(), "lo", "../../etc/x", "a b", "", "-j", "x/y", "all", "default"] {
@@ -141,7 +137,30 @@ async fn a_hostile_control_process() {
     evil.hosts = vec![NetworkHost {
         mac: "10:66:6a:00:00:01,\naddn-hosts=/etc/shadow".into(),
         hostname: "x\nx".into(),
-        ipv4: None,
+        ..Default::default()
+    }];
+    refused(agent.network_ensure(&change(5), evil).await, &taken);
+    agent.network_remove(&change(5), NetworkId(id(1))).await.unwrap();
+    // Interfaces of the host, and names that would become nft's text.
+    let forbidden = [ErrorKind::Forbidden];
+    let mut evil = network("khostile0");
+    evil.spec.external_interfaces = vec![karstd.bridge.clone()];
+    refused(agent.network_ensure(&change(5), evil).await, &forbidden);
+    let mut evil = network("khostile0");
+    let port = PortSpec { interface: karstd.bridge.clone(), mac_filter: true, ..Default::default() };
+    evil.hosts = vec![NetworkHost {
+        mac: "10:66:6a:00:00:01".into(),
+        hostname: "x".into(),
+        port: Some(port),
+        ..Default::default()
+    }];
+    refused(agent.network_ensure(&change(5), evil).await, &forbidden);
+    let mut evil = network("khostile0");
+    evil.acls = vec![karst_model::firewall::AclSpec {
+        id: karst_model::AclId(id(4)),
+        name: "x\"; add table inet evil; #".into(),
+        ingress: vec![],
+        egress: vec![],
     }];
     refused(agent.network_ensure(&change(5), evil).await, &taken);
     agent.network_remove(&change(5), NetworkId(id(1))).await.unwrap();

@@ -4,7 +4,8 @@
 //!
 //! On the launch socket the driver sends one packet `F` with descriptors: the request itself (a memory file), the pidfd of
 //! the container's init (or the root directory of a stopped container), then standard input, output and error of a program
-//! without a terminal, or the content of a file to write. Replies have the form of [`crate::protocol`]; a failure's body is
+//! without a terminal, or the content of a file to write,
+//! or the mount namespace to mount from. Replies have the form of [`crate::protocol`]; a failure's body is
 //! the error number (`i32`) and a text. After a program was started the driver may send `S signal: u8`; the helper sends
 //! one `EVENT` with the exit code (`i32`) at the end. If the driver's end closes, the program is killed.
 
@@ -32,6 +33,10 @@ pub enum Operation {
     WriteSymlink,
     /// Delete a file or an empty directory.
     Delete,
+    /// Mount what lies at `target` in the mount namespace whose descriptor follows.
+    Mount,
+    /// Take away what is mounted at the path.
+    Unmount,
 }
 
 const OPERATIONS: &[(Operation, &str)] = &[
@@ -41,6 +46,8 @@ const OPERATIONS: &[(Operation, &str)] = &[
     (Operation::WriteDirectory, "directory"),
     (Operation::WriteSymlink, "symlink"),
     (Operation::Delete, "delete"),
+    (Operation::Mount, "mount"),
+    (Operation::Unmount, "unmount"),
 ];
 
 /// A request.
@@ -68,9 +75,9 @@ pub struct Request {
     pub path: OsString,
     /// Permission bits.
     pub mode: Option<u32>,
-    /// Append.
+    /// Append; of an unmount: remove the empty file below.
     pub append: bool,
-    /// Target of a symbolic link.
+    /// Target of a symbolic link; what is mounted.
     pub target: OsString,
 }
 

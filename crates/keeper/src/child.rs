@@ -36,6 +36,8 @@ const STEPS: &[&str] = &[
     "placing its descriptors",
     "changing into its working directory",
     "executing the program",
+    "entering its mount namespace",
+    "entering its network namespace",
 ];
 
 fn c(s: &OsStr) -> Result<CString, String> {
@@ -133,7 +135,7 @@ pub(crate) fn spawn(spec: &Spec, passed: Vec<OwnedFd>, console: ChildEnd) -> Res
 
 fn prepare(
     spec: &Spec,
-    passed: Vec<OwnedFd>,
+    mut passed: Vec<OwnedFd>,
     console: &ChildEnd,
     output: &OwnedFd,
     above: RawFd,
@@ -176,6 +178,18 @@ fn prepare(
             std::path::Path::new("/proc/self/oom_score_adj"),
             spec.oom_score_adj.to_string().as_bytes(),
         );
+
+        if spec.mount_namespace {
+            // After the cgroups, whose places need not be the same in there.
+            *step = 12;
+            let namespace = passed.remove(0);
+            sys::check(libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNS))?;
+        }
+        if spec.network_namespace {
+            *step = 13;
+            let namespace = passed.remove(0);
+            sys::check(libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET))?;
+        }
 
         *step = 9;
         for (fd, number) in passed.into_iter().zip(&spec.fds) {

@@ -8,12 +8,15 @@
 //! `karst-keeper --attach --daemon ID --instance UUID` is the helper that does one thing inside a container: see
 //! [`attached`].
 //!
+//! `karst-keeper --forward` passes connections on: see [`forward`].
+//!
 //! If the keeper itself is killed, the main process follows it (`PR_SET_PDEATHSIG`), so a guest never runs unwatched.
 #![allow(clippy::disallowed_methods)] // works on the real machine: its clock and tasks are real
 
 mod attached;
 mod child;
 mod console;
+mod forward;
 mod server;
 mod sys;
 
@@ -129,6 +132,9 @@ fn main() {
     if std::env::args_os().nth(1).is_some_and(|a| a == "--attach") {
         attached::main();
     }
+    if std::env::args_os().nth(1).is_some_and(|a| a == "--forward") {
+        forward::main();
+    }
     // Nothing may be inherited that was not passed on purpose; standard input is the launch socket.
     sys::close_from(3);
     let launch = sys::take_stdin();
@@ -146,8 +152,8 @@ fn main() {
         Err(e) => refuse(&e),
     };
     let passed = match sys::receive_launch(launch.as_fd()) {
-        Ok(fds) if fds.len() == spec.fds.len() => fds,
-        Ok(fds) => refuse(&format!("{} descriptors passed, {} specified", fds.len(), spec.fds.len())),
+        Ok(fds) if fds.len() == spec.passed() => fds,
+        Ok(fds) => refuse(&format!("{} descriptors passed, {} specified", fds.len(), spec.passed())),
         Err(e) => refuse(&format!("launch socket: {e}")),
     };
     for cgroup in &spec.keeper_cgroups {

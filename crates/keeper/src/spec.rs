@@ -54,6 +54,10 @@ pub struct Spec {
     pub rlimits: Vec<(u32, u64, u64)>,
     /// Numbers that the handed-on descriptors get in the main process, in the order they are passed.
     pub fds: Vec<i32>,
+    /// The first descriptor that is passed is a mount namespace, which the main process enters; it has no number.
+    pub mount_namespace: bool,
+    /// The next descriptor that is passed is a network namespace, which the main process enters; it has no number.
+    pub network_namespace: bool,
     /// Console.
     pub console: Console,
     /// Size of each of the two files of the console log, bytes.
@@ -82,6 +86,8 @@ impl Default for Spec {
             cgroups: vec![],
             rlimits: vec![],
             fds: vec![],
+            mount_namespace: false,
+            network_namespace: false,
             console: Console::None,
             log_size: 128 * 1024,
             oom_score_adj: 0,
@@ -91,6 +97,11 @@ impl Default for Spec {
 }
 
 impl Spec {
+    /// How many descriptors are passed.
+    pub fn passed(&self) -> usize {
+        self.fds.len() + usize::from(self.mount_namespace) + usize::from(self.network_namespace)
+    }
+
     /// The file's content.
     pub fn render(&self) -> Vec<u8> {
         let mut out = HEADER.to_vec();
@@ -126,6 +137,12 @@ impl Spec {
         }
         for n in &self.fds {
             put("fd", n.to_string().as_bytes());
+        }
+        if self.mount_namespace {
+            put("mount-namespace", b"1");
+        }
+        if self.network_namespace {
+            put("network-namespace", b"1");
         }
         match self.console {
             Console::None => put("console", b"none"),
@@ -178,6 +195,8 @@ impl Spec {
                     ));
                 }
                 "fd" => spec.fds.push(text::number(key, &value)?),
+                "mount-namespace" => spec.mount_namespace = value == b"1",
+                "network-namespace" => spec.network_namespace = value == b"1",
                 "console" => {
                     spec.console = match value.as_slice() {
                         b"none" => Console::None,
@@ -252,6 +271,8 @@ mod tests {
             cgroups: vec!["/c".into(), "/d".into()],
             rlimits: vec![(7, 1024, u64::MAX)],
             fds: vec![10, 4],
+            mount_namespace: true,
+            network_namespace: true,
             console: Console::Socket(3),
             oom_score_adj: -100,
             kill_writes: vec![("/f=g".into(), "THAWED".into())],

@@ -41,6 +41,10 @@ ids! {
     SnapshotId,
     /// A network.
     NetworkId,
+    /// A network ACL.
+    AclId,
+    /// A set of addresses that ACLs name.
+    AddressSetId,
     /// An image (one content; its fingerprint is a property).
     ImageId,
     /// A profile.

@@ -5,7 +5,8 @@ use crate::{
     ByteSize, Config, Error, Result,
     error::nearest,
     instance::InstanceKind,
-    spec::{CloudInit, CpuAllowance, CpuLimit, Limits, Security},
+    schedule,
+    spec::{self, CloudInit, CpuAllowance, CpuLimit, KERNEL_LIMITS, Limits, Security, SwapLimit},
 };
 
 /// Type of a key's value.
@@ -23,6 +24,16 @@ pub enum KeyType {
     Cpus,
     /// `50%` or `25ms/100ms`.
     Allowance,
+    /// `true`, `false` or a size.
+    Swap,
+    /// `1024`, `1024:4096`, `unlimited`.
+    KernelLimit,
+    /// When something is done: a line of cron, or `@daily`.
+    Schedule,
+    /// A time, such as `2w 3d`.
+    Span,
+    /// Names of snapshots, such as `snap%d`.
+    Pattern,
     /// One of the words.
     OneOf(&'static [&'static str]),
 }
@@ -67,7 +78,9 @@ const fn key(
 }
 
 use KeyScope::{Any, Container, VirtualMachine};
-use KeyType::{Allowance, Bool, Cpus, Integer, OneOf, Size, Text};
+use KeyType::{
+    Allowance, Bool, Cpus, Integer, KernelLimit, OneOf, Pattern, Schedule, Size, Span, Swap, Text,
+};
 
 /// The table, by name.
 pub const INSTANCE_KEYS: &[Key] = &[
@@ -108,7 +121,55 @@ pub const INSTANCE_KEYS: &[Key] = &[
         true,
         "Share under contention (50%) or hard limit (25ms/100ms).",
     ),
+    key(
+        "limits.cpu.priority",
+        Integer(0, 10),
+        Container,
+        "10",
+        true,
+        "Priority when CPUs are contended; between containers of the same share.",
+    ),
+    key(
+        "limits.disk.priority",
+        Integer(0, 10),
+        Container,
+        "5",
+        true,
+        "Priority when disks are contended, where the host's scheduler of disks has one.",
+    ),
+    key(
+        "limits.kernel.*",
+        KernelLimit,
+        Container,
+        "the host's",
+        false,
+        "Resource limit of processes, such as nofile: a number, soft:hard, or unlimited.",
+    ),
     key("limits.memory", Size, Any, "containers: all; virtual machines: 1GiB", true, "Memory."),
+    key(
+        "limits.memory.enforce",
+        OneOf(&["hard", "soft"]),
+        Container,
+        "hard",
+        true,
+        "A hard limit holds always, a soft one when the host is short of memory.",
+    ),
+    key(
+        "limits.memory.swap",
+        Swap,
+        Container,
+        "true",
+        true,
+        "May memory be swapped out: true, false, or at most so much.",
+    ),
+    key(
+        "limits.memory.swap.priority",
+        Integer(0, 10),
+        Container,
+        "10",
+        true,
+        "The higher, the less is swapped out (control groups v1 only).",
+    ),
     key("limits.processes", Integer(1, i32::MAX as i64), Container, "no limit", true, "Number of processes."),
     key("security.nesting", Bool, Container, "false", false, "Allow containers inside the container."),
     key(
@@ -126,6 +187,39 @@ pub const INSTANCE_KEYS: &[Key] = &[
         "false",
         false,
         "Check signatures while booting.",
+    ),
+    key("snapshots.expiry", Span, Any, "never", true, "When snapshots of the instance go, such as 2w 3d."),
+    key(
+        "snapshots.expiry.manual",
+        Span,
+        Any,
+        "snapshots.expiry",
+        true,
+        "When snapshots go that were not taken by the schedule.",
+    ),
+    key(
+        "snapshots.pattern",
+        Pattern,
+        Any,
+        "snap%d",
+        true,
+        "Names of snapshots: %d is the next number, {{ creation_date }} the time.",
+    ),
+    key(
+        "snapshots.schedule",
+        Schedule,
+        Any,
+        "",
+        true,
+        "When snapshots are taken (UTC): a line of cron, or @hourly, @daily, @weekly, @monthly, @annually, @startup.",
+    ),
+    key(
+        "snapshots.schedule.stopped",
+        Bool,
+        Any,
+        "false",
+        true,
+        "Take scheduled snapshots of the stopped instance too.",
     ),
     key("user.*", Text, Any, "", true, "Free for the user."),
     key("volatile.*", Text, Any, "", true, "Kept by the platform."),
@@ -147,6 +241,11 @@ impl Key {
             Size => ByteSize::parse(field, value).map(drop),
             Cpus => parse_cpus(field, value).map(drop),
             Allowance => parse_allowance(field, value).map(drop),
+            Swap => parse_swap(field, value).map(drop),
+            KernelLimit => parse_kernel_limit(field, value).map(drop),
+            Schedule => schedule::Schedule::parse(field, value).map(drop),
+            Span => schedule::Span::parse(field, value).map(drop),
+            Pattern => schedule::check_pattern(field, value),
             Integer(low, high) => match value.parse::<i64>() {
                 Ok(n) if (low..=high).contains(&n) => Ok(()),
                 _ => Err(Error::invalid(
@@ -190,6 +289,15 @@ pub fn check(config: &Config, kind: Option<InstanceKind>) -> Result<()> {
                 ));
             }
             _ => {}
+        }
+        if let Some(resource) = name.strip_prefix("limits.kernel.")
+            && !KERNEL_LIMITS.contains(&resource)
+        {
+            let known = KERNEL_LIMITS.join(", ");
+            return Err(Error::invalid(
+                field,
+                format!("{resource:?} is no resource of the kernel; known are {known}"),
+            ));
         }
         if name.starts_with("environment.") && name.contains('=') {
             return Err(Error::invalid(field, "the name of a variable cannot contain '='"));
@@ -285,6 +393,41 @@ pub fn parse_allowance(field: &str, s: &str) -> Result<CpuAllowance> {
     }
 }
 
+/// Parses `limits.memory.swap`.
+pub fn parse_swap(field: &str, s: &str) -> Result<SwapLimit> {
+    match parse_bool(field, s) {
+        Ok(true) => Ok(SwapLimit::Allowed),
+        Ok(false) => Ok(SwapLimit::Forbidden),
+        Err(_) => match ByteSize::parse(field, s) {
+            Ok(size) => Ok(SwapLimit::Bytes { bytes: size.bytes() }),
+            Err(_) => {
+                Err(Error::invalid(field, format!("{s:?} is neither true, false nor a size such as 512MiB")))
+            }
+        },
+    }
+}
+
+/// Parses `limits.kernel.*`.
+pub fn parse_kernel_limit(field: &str, s: &str) -> Result<spec::KernelLimit> {
+    let wrong = || {
+        Error::invalid(
+            field,
+            format!("{s:?} is no limit; write a number, soft:hard with soft not above hard, or unlimited"),
+        )
+    };
+    let one = |t: &str| match t.trim() {
+        "unlimited" => Ok(None),
+        n => n.parse::<u64>().map(Some).map_err(|_| wrong()),
+    };
+    let (soft, hard) = s.split_once(':').unwrap_or((s, s));
+    let limit = spec::KernelLimit { soft: one(soft)?, hard: one(hard)? };
+    match (limit.soft, limit.hard) {
+        (None, Some(_)) => Err(wrong()),
+        (Some(soft), Some(hard)) if soft > hard => Err(wrong()),
+        _ => Ok(limit),
+    }
+}
+
 /// Limits out of an expanded configuration.
 pub fn limits(config: &Config) -> Result<Limits> {
     let memory =
@@ -304,6 +447,19 @@ pub fn limits(config: &Config) -> Result<Limits> {
             .transpose()?,
         memory,
         processes: set(config, "limits.processes").and_then(|v| v.parse().ok()),
+        cpu_priority: set(config, "limits.cpu.priority").and_then(|v| v.parse().ok()),
+        memory_soft: set(config, "limits.memory.enforce") == Some("soft"),
+        swap: set(config, "limits.memory.swap")
+            .map(|v| parse_swap("config.limits.memory.swap", v))
+            .transpose()?,
+        swap_priority: set(config, "limits.memory.swap.priority").and_then(|v| v.parse().ok()),
+        disk_priority: set(config, "limits.disk.priority").and_then(|v| v.parse().ok()),
+        kernel: config
+            .iter()
+            .filter(|(_, v)| !v.is_empty())
+            .filter_map(|(k, v)| Some((k.strip_prefix("limits.kernel.")?, k, v)))
+            .map(|(name, k, v)| Ok((name.to_owned(), parse_kernel_limit(&format!("config.{k}"), v)?)))
+            .collect::<Result<_>>()?,
     })
 }
 
@@ -372,5 +528,14 @@ mod tests {
         );
         assert!(parse_allowance("x", "200%").is_err());
         assert!(limits(&cfg("limits.memory", "1MiB")).is_err());
+        let nofile = limits(&cfg("limits.kernel.nofile", "10:unlimited")).unwrap().kernel["nofile"];
+        assert_eq!((nofile.soft, nofile.hard), (Some(10), None));
+        for bad in ["20:10", "unlimited:5", "many", "-1"] {
+            assert!(parse_kernel_limit("x", bad).is_err(), "{bad}");
+        }
+        let e = check(&cfg("limits.kernel.files", "5"), None).unwrap_err();
+        assert!(e.message.contains("nofile"), "{e}");
+        assert_eq!(parse_swap("x", "1MiB").unwrap(), SwapLimit::Bytes { bytes: 1 << 20 });
+        assert!(parse_swap("x", "some").is_err());
     }
 }

@@ -9,6 +9,7 @@ pub mod access;
 pub mod audit;
 pub mod device;
 pub mod error;
+pub mod firewall;
 pub mod guest;
 pub mod id;
 pub mod image;

@@ -1,9 +1,18 @@
-//! Managed networks.
+//! Managed networks: the record, the typed form of a bridge's configuration, and leases.
 
-use crate::{Config, Error, Name, NetworkId, ProjectId, Result, device::interface_name, error::nearest};
-use ipnet::Ipv4Net;
+use crate::{
+    Config, Error, Name, NetworkId, ProjectId, Result,
+    device::{interface_name, parse_mac},
+    error::nearest,
+    firewall::{self, Policy},
+    keys::parse_bool,
+};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
-use std::net::Ipv4Addr;
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    str::FromStr,
+};
 
 /// A managed network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,126 +33,475 @@ pub struct Network {
     pub spec_version: u64,
 }
 
+/// Who decides the names in a network's DNS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "snake_case")]
+pub enum DnsMode {
+    /// Nobody: upstream names only.
+    None,
+    /// The names of the guests, as Karst knows them.
+    #[default]
+    Managed,
+    /// Also what guests say of themselves by DHCP.
+    Dynamic,
+}
+
 /// A bridge, parsed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct BridgeSpec {
     /// IPv4 address of the bridge with its prefix; `None` when `ipv4.address=none`.
     pub ipv4: Option<Ipv4Net>,
-    /// Masquerade traffic that leaves.
+    /// Translate IPv4 addresses of what leaves.
     pub nat: bool,
-    /// Serve DHCP.
+    /// To this address rather than the outgoing interface's.
+    pub nat_address: Option<Ipv4Addr>,
+    /// Behind the translations of others rather than before them.
+    pub nat_after: bool,
+    /// Serve DHCPv4.
     pub dhcp: bool,
-    /// Range of DHCP addresses, inclusive; the whole subnet when absent.
-    pub dhcp_range: Option<(Ipv4Addr, Ipv4Addr)>,
+    /// Ranges of DHCPv4 addresses, inclusive; the whole subnet when there is none.
+    pub dhcp_ranges: Vec<(Ipv4Addr, Ipv4Addr)>,
+    /// Seconds for which a DHCPv4 lease holds; 0: for ever.
+    pub dhcp_expiry: u32,
+    /// Gateway that DHCPv4 names instead of the bridge.
+    pub dhcp_gateway: Option<Ipv4Addr>,
+    /// Routes that DHCPv4 tells guests: destination, gateway.
+    pub dhcp_routes: Vec<(Ipv4Net, Ipv4Addr)>,
+    /// Route IPv4 between the bridge and the rest.
+    pub routing: bool,
+    /// Open other firewalls of the host for IPv4 of this network.
+    pub firewall: bool,
+    /// Further IPv4 destinations that are reached over the bridge.
+    pub routes: Vec<Ipv4Net>,
+    /// IPv6 address of the bridge with its prefix.
+    pub ipv6: Option<Ipv6Net>,
+    /// Translate IPv6 addresses of what leaves.
+    pub nat6: bool,
+    /// As `nat_address`.
+    pub nat6_address: Option<Ipv6Addr>,
+    /// As `nat_after`.
+    pub nat6_after: bool,
+    /// Serve DHCPv6: beside SLAAC for options only, or addresses too.
+    pub dhcp6: bool,
+    /// DHCPv6 gives addresses; guests make none themselves.
+    pub dhcp6_stateful: bool,
+    /// Ranges of stateful DHCPv6.
+    pub dhcp6_ranges: Vec<(Ipv6Addr, Ipv6Addr)>,
+    /// Seconds for which a DHCPv6 lease holds; 0: for ever.
+    pub dhcp6_expiry: u32,
+    /// Announce the router.
+    pub ra: bool,
+    /// Route IPv6 between the bridge and the rest.
+    pub routing6: bool,
+    /// Open other firewalls of the host for IPv6 of this network.
+    pub firewall6: bool,
+    /// Further IPv6 destinations that are reached over the bridge.
+    pub routes6: Vec<Ipv6Net>,
     /// DNS domain of the guests.
     pub domain: String,
+    /// Who decides the names.
+    pub dns_mode: DnsMode,
+    /// Domains in which guests search for short names.
+    pub search: Vec<String>,
+    /// Name servers that guests are told instead of the bridge.
+    pub nameservers: Vec<IpAddr>,
     /// MTU of the bridge.
     pub mtu: Option<u32>,
+    /// MAC address of the bridge; otherwise one is derived.
+    pub hwaddr: Option<String>,
+    /// IGMP and MLD snooping; the kernel's default (on) when absent.
+    pub multicast_snooping: Option<bool>,
+    /// Interfaces of the host that become ports of the bridge.
+    pub external_interfaces: Vec<String>,
+    /// What passes between the bridge and the rest, where ACLs decide that.
+    pub policy: Option<Policy>,
 }
 
-/// Keys of a bridge network.
-pub const BRIDGE_KEYS: &[&str] = &[
-    "ipv4.address",
-    "ipv4.nat",
-    "ipv4.dhcp",
-    "ipv4.dhcp.ranges",
-    "ipv6.address",
-    "dns.domain",
-    "bridge.mtu",
+impl Default for BridgeSpec {
+    fn default() -> Self {
+        Self {
+            ipv4: None,
+            nat: false,
+            nat_address: None,
+            nat_after: false,
+            dhcp: true,
+            dhcp_ranges: vec![],
+            dhcp_expiry: HOUR,
+            dhcp_gateway: None,
+            dhcp_routes: vec![],
+            routing: true,
+            firewall: true,
+            routes: vec![],
+            ipv6: None,
+            nat6: false,
+            nat6_address: None,
+            nat6_after: false,
+            dhcp6: true,
+            dhcp6_stateful: false,
+            dhcp6_ranges: vec![],
+            dhcp6_expiry: HOUR,
+            ra: true,
+            routing6: true,
+            firewall6: true,
+            routes6: vec![],
+            domain: "karst".into(),
+            dns_mode: DnsMode::Managed,
+            search: vec![],
+            nameservers: vec![],
+            mtu: None,
+            hwaddr: None,
+            multicast_snooping: None,
+            external_interfaces: vec![],
+            policy: None,
+        }
+    }
+}
+
+const HOUR: u32 = 3600;
+
+/// Keys of a bridge network with what they mean, in order.
+pub const BRIDGE_KEYS: &[(&str, &str)] = &[
+    ("bridge.driver", "native"),
+    ("bridge.external_interfaces", "interfaces of the host that become ports of the bridge, comma-separated"),
+    ("bridge.hwaddr", "MAC address of the bridge"),
+    ("bridge.mtu", "MTU of the bridge, 1280 to 65535"),
+    ("bridge.multicast_snooping", "IGMP and MLD snooping (true)"),
+    ("dns.domain", "DNS domain of the guests (karst)"),
+    ("dns.mode", "names of the guests: managed, dynamic (also what they say themselves) or none"),
+    ("dns.nameservers", "name servers that guests are told instead of the bridge, comma-separated"),
+    ("dns.search", "domains in which guests search for short names, comma-separated"),
+    ("ipv4.address", "address of the bridge with its prefix, auto or none"),
+    ("ipv4.dhcp", "serve DHCPv4 (true)"),
+    ("ipv4.dhcp.expiry", "how long leases hold, such as 1h (the default) or infinite"),
+    ("ipv4.dhcp.gateway", "gateway that guests are told instead of the bridge"),
+    ("ipv4.dhcp.ranges", "ranges FIRST-LAST for leases, comma-separated; all addresses when absent"),
+    ("ipv4.dhcp.routes", "routes that guests are told: DESTINATION,GATEWAY,DESTINATION,GATEWAY,…"),
+    ("ipv4.firewall", "open other firewalls of the host for the network (true)"),
+    ("ipv4.nat", "translate addresses of what leaves (false; true with an automatic address)"),
+    ("ipv4.nat.address", "source address of what leaves translated"),
+    ("ipv4.nat.order", "before or after the translations of others (before)"),
+    ("ipv4.routes", "further subnets that are reached over the bridge, comma-separated"),
+    ("ipv4.routing", "route between the bridge and the rest (true)"),
+    ("ipv6.address", "address of the bridge with its prefix, auto or none"),
+    ("ipv6.dhcp", "serve DHCPv6 (true)"),
+    ("ipv6.dhcp.expiry", "how long leases hold, such as 1h (the default) or infinite"),
+    ("ipv6.dhcp.ranges", "ranges FIRST-LAST for stateful leases, comma-separated"),
+    ("ipv6.dhcp.stateful", "DHCPv6 gives addresses; otherwise guests make theirs by SLAAC (false)"),
+    ("ipv6.firewall", "open other firewalls of the host for the network (true)"),
+    ("ipv6.nat", "translate addresses of what leaves (false; true with an automatic address)"),
+    ("ipv6.nat.address", "source address of what leaves translated"),
+    ("ipv6.nat.order", "before or after the translations of others (before)"),
+    ("ipv6.ra", "announce the router (true)"),
+    ("ipv6.routes", "further subnets that are reached over the bridge, comma-separated"),
+    ("ipv6.routing", "route between the bridge and the rest (true)"),
+    ("security.acls", "ACLs for what passes between the bridge and the rest, comma-separated"),
+    ("security.acls.default.egress.action", "for what no rule matches: allow, reject (the default) or drop"),
+    ("security.acls.default.egress.logged", "log what no rule matches (false)"),
+    ("security.acls.default.ingress.action", "for what no rule matches: allow, reject (the default) or drop"),
+    ("security.acls.default.ingress.logged", "log what no rule matches (false)"),
 ];
+
+fn bad(key: &str, text: impl Into<String>) -> Error {
+    Error::invalid(format!("config.{key}"), text)
+}
+
+/// Reads a configuration key by key.
+struct Reader<'a>(&'a Config);
+
+impl<'a> Reader<'a> {
+    fn get(&self, key: &str) -> Option<&'a str> {
+        self.0.get(key).map(String::as_str).filter(|v| !v.is_empty())
+    }
+    fn flag(&self, key: &str, default: bool) -> Result<bool> {
+        self.get(key).map_or(Ok(default), |v| parse_bool(&format!("config.{key}"), v))
+    }
+    fn one<T: FromStr>(&self, key: &str, what: &str) -> Result<Option<T>> {
+        self.get(key).map(|v| v.parse().map_err(|_| bad(key, format!("{v:?} is not {what}")))).transpose()
+    }
+    fn words(&self, key: &str) -> impl Iterator<Item = &'a str> {
+        self.get(key).unwrap_or_default().split(',').map(str::trim).filter(|w| !w.is_empty())
+    }
+    fn many<T: FromStr>(&self, key: &str, what: &str) -> Result<Vec<T>> {
+        self.words(key).map(|w| w.parse().map_err(|_| bad(key, format!("{w:?} is not {what}")))).collect()
+    }
+    fn ranges<A: FromStr + Ord + Copy>(&self, key: &str, inside: impl Fn(A) -> bool) -> Result<Vec<(A, A)>> {
+        let mut all: Vec<(A, A)> = vec![];
+        for word in self.words(key) {
+            let wrong = || bad(key, format!("{word:?} is not a range FIRST-LAST inside the subnet"));
+            let (a, b) = word.split_once('-').ok_or_else(wrong)?;
+            let (a, b): (A, A) =
+                (a.trim().parse().map_err(|_| wrong())?, b.trim().parse().map_err(|_| wrong())?);
+            if a > b || !inside(a) || !inside(b) {
+                return Err(wrong());
+            }
+            if all.iter().any(|(c, d)| a <= *d && *c <= b) {
+                return Err(bad(key, format!("the range {word:?} overlaps another")));
+            }
+            all.push((a, b));
+        }
+        Ok(all)
+    }
+    /// Seconds; 0 for ever.
+    fn expiry(&self, key: &str) -> Result<u32> {
+        let Some(text) = self.get(key) else { return Ok(HOUR) };
+        if text == "infinite" {
+            return Ok(0);
+        }
+        let (number, unit) = match text.find(|c: char| !c.is_ascii_digit()) {
+            Some(at) => text.split_at(at),
+            None => (text, "s"),
+        };
+        let factor = match unit {
+            "s" => Some(1),
+            "m" => Some(60),
+            "h" => Some(HOUR),
+            "d" => Some(24 * HOUR),
+            "w" => Some(7 * 24 * HOUR),
+            _ => None,
+        };
+        number
+            .parse::<u32>()
+            .ok()
+            .zip(factor)
+            .and_then(|(n, f)| n.checked_mul(f))
+            .filter(|s| *s >= 120)
+            .ok_or_else(|| {
+                bad(key, format!("{text:?} is not a time from 2m (s, m, h, d, w) and not \"infinite\""))
+            })
+    }
+    /// `auto` must have been replaced.
+    fn address<N: FromStr>(&self, key: &str, example: &str) -> Result<Option<N>> {
+        match self.get(key) {
+            None | Some("none") => Ok(None),
+            Some(s) => s
+                .parse()
+                .map(Some)
+                .map_err(|_| bad(key, format!("{s:?} is not an address with prefix, such as {example}"))),
+        }
+    }
+    fn order(&self, key: &str) -> Result<bool> {
+        match self.get(key) {
+            None | Some("before") => Ok(false),
+            Some("after") => Ok(true),
+            Some(v) => Err(bad(key, format!("{v:?} is neither \"before\" nor \"after\""))),
+        }
+    }
+}
+
+fn domain(key: &str, text: &str) -> Result<()> {
+    let label = |l: &str| {
+        (1..=63).contains(&l.len()) && l.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+    };
+    if text.len() > 253 || !text.split('.').all(label) {
+        return Err(bad(key, format!("{text:?} is not a DNS domain")));
+    }
+    Ok(())
+}
+
+fn known_keys(config: &Config) -> Result<()> {
+    for (key, value) in config {
+        crate::keys::check_free(key, value)?;
+        if key.starts_with("user.") || BRIDGE_KEYS.iter().any(|(k, _)| k == key) {
+            continue;
+        }
+        let unsupported = |why: &str| Err(Error::unsupported(why).at(format!("config.{key}")));
+        match key.as_str() {
+            "raw.dnsmasq" => {
+                return Err(Error::forbidden(
+                    "raw.dnsmasq would let a network's configuration run programs as root; this host's policy does not grant it",
+                )
+                .at("config.raw.dnsmasq"));
+            }
+            k if k.starts_with("bgp.") => {
+                return unsupported("BGP is not there; use ipv4.routes and ipv6.routes");
+            }
+            k if k.starts_with("tunnel.") => {
+                return unsupported(
+                    "tunnels between bridges are not there; put a VXLAN link of the host into bridge.external_interfaces",
+                );
+            }
+            k if k.starts_with("dns.zone.") => return unsupported("DNS zones are not there"),
+            _ => {}
+        }
+        let hint = match nearest(key, BRIDGE_KEYS.iter().map(|(k, _)| *k)) {
+            Some(n) => format!("; did you mean {n:?}?"),
+            None => "; `incus network show` lists what is set, the reference all keys of a bridge".into(),
+        };
+        return Err(bad(key, format!("unknown network key {key:?}{hint}")));
+    }
+    Ok(())
+}
 
 impl BridgeSpec {
     /// Parses a network's configuration; `auto` must have been replaced before.
+    ///
+    /// # Errors
+    /// Invalid, forbidden or unsupported, naming the key.
     pub fn parse(name: &str, config: &Config) -> Result<Self> {
         interface_name("name", name)?;
-        for (key, value) in config {
-            crate::keys::check_free(key, value)?;
-            if !BRIDGE_KEYS.contains(&key.as_str()) && !key.starts_with("user.") {
-                let hint = match nearest(key, BRIDGE_KEYS.iter().copied()) {
-                    Some(n) => format!("; did you mean {n:?}?"),
-                    None => format!("; known are {}, user.*", BRIDGE_KEYS.join(", ")),
-                };
-                return Err(Error::invalid(
-                    format!("config.{key}"),
-                    format!("unknown network key {key:?}{hint}"),
+        known_keys(config)?;
+        let r = Reader(config);
+        if let Some(driver) = r.get("bridge.driver").filter(|d| *d != "native") {
+            return Err(Error::unsupported(format!(
+                "bridges of driver {driver:?} are not there; \"native\" is"
+            ))
+            .at("config.bridge.driver"));
+        }
+        let ipv4: Option<Ipv4Net> = r.address("ipv4.address", "10.20.30.1/24")?;
+        if let Some(net) = ipv4
+            && (net.prefix_len() > 29 || net.addr() == net.network() || net.addr() == net.broadcast())
+        {
+            return Err(bad(
+                "ipv4.address",
+                format!("{net} must be a host address in a subnet of /29 or larger, such as 10.20.30.1/24"),
+            ));
+        }
+        let ipv6: Option<Ipv6Net> = r.address("ipv6.address", "fd42:1:2:3::1/64")?;
+        let dhcp6_stateful = r.flag("ipv6.dhcp.stateful", false)?;
+        if let Some(net) = ipv6 {
+            if net.prefix_len() > 120 || net.prefix_len() < 16 || net.addr() == net.network() {
+                return Err(bad(
+                    "ipv6.address",
+                    format!(
+                        "{net} must be a host address in a subnet of /16 to /120, such as fd42:1:2:3::1/64"
+                    ),
+                ));
+            }
+            if net.addr().is_multicast() || net.addr().is_unicast_link_local() || net.addr().is_loopback() {
+                return Err(bad("ipv6.address", format!("{net} is not an address that can be routed")));
+            }
+            if net.prefix_len() != 64 && !dhcp6_stateful && r.flag("ipv6.ra", true)? {
+                return Err(bad(
+                    "ipv6.address",
+                    format!("SLAAC needs a /64, not {net}; or set ipv6.dhcp.stateful=true"),
                 ));
             }
         }
-        let flag = |key: &str, default: bool| match config.get(key).map(String::as_str) {
-            None | Some("") => Ok(default),
-            Some("true" | "1" | "on" | "yes") => Ok(true),
-            Some("false" | "0" | "off" | "no") => Ok(false),
-            Some(v) => Err(Error::invalid(
-                format!("config.{key}"),
-                format!("{v:?} is not a boolean; use true or false"),
-            )),
-        };
-        let ipv4 = match config.get("ipv4.address").map(String::as_str) {
-            None | Some("" | "none") => None,
-            Some(s) => {
-                let net: Ipv4Net = s.parse().map_err(|_| {
-                    Error::invalid(
-                        "config.ipv4.address",
-                        format!("{s:?} is not an address with prefix, such as 10.20.30.1/24"),
-                    )
-                })?;
-                if net.prefix_len() > 29 || net.addr() == net.network() || net.addr() == net.broadcast() {
-                    return Err(Error::invalid(
-                        "config.ipv4.address",
-                        format!(
-                            "{s:?} must be a host address in a subnet of /29 or larger, such as 10.20.30.1/24"
-                        ),
-                    ));
-                }
-                Some(net)
+        let dhcp_routes = {
+            let words: Vec<&str> = r.words("ipv4.dhcp.routes").collect();
+            let wrong =
+                || bad("ipv4.dhcp.routes", "write DESTINATION,GATEWAY,…, such as 10.1.0.0/16,10.20.30.5");
+            if !words.len().is_multiple_of(2) {
+                return Err(wrong());
             }
+            words
+                .chunks(2)
+                .map(|c| Ok((c[0].parse().map_err(|_| wrong())?, c[1].parse().map_err(|_| wrong())?)))
+                .collect::<Result<Vec<_>>>()?
         };
-        match config.get("ipv6.address").map(String::as_str) {
-            None | Some("" | "none") => {}
-            Some(_) => {
-                return Err(Error::unsupported("managed IPv6 is not there yet; set it to \"none\"")
-                    .at("config.ipv6.address"));
-            }
-        }
-        let dhcp_range = match config.get("ipv4.dhcp.ranges").filter(|s| !s.is_empty()) {
-            None => None,
-            Some(s) => {
-                let wrong = || {
-                    Error::invalid(
-                        "config.ipv4.dhcp.ranges",
-                        format!("{s:?} is not a range FIRST-LAST inside the subnet"),
-                    )
-                };
-                let (a, b) = s.split_once('-').ok_or_else(wrong)?;
-                let (a, b): (Ipv4Addr, Ipv4Addr) =
-                    (a.trim().parse().map_err(|_| wrong())?, b.trim().parse().map_err(|_| wrong())?);
-                if a > b || !ipv4.is_some_and(|n| n.contains(&a) && n.contains(&b)) {
-                    return Err(wrong());
-                }
-                Some((a, b))
-            }
-        };
-        let mtu = config
+        let mtu = r
             .get("bridge.mtu")
             .map(|s| {
-                s.parse().ok().filter(|m| (1280..=65535).contains(m)).ok_or_else(|| {
-                    Error::invalid("config.bridge.mtu", format!("{s:?} is not an MTU from 1280 to 65535"))
-                })
+                s.parse()
+                    .ok()
+                    .filter(|m| (1280..=65535).contains(m))
+                    .ok_or_else(|| bad("bridge.mtu", format!("{s:?} is not an MTU from 1280 to 65535")))
             })
             .transpose()?;
-        let domain = config.get("dns.domain").cloned().unwrap_or_else(|| "karst".into());
-        if domain.is_empty() || domain.split('.').any(|l| crate::Name::parse("x", l).is_err()) {
-            return Err(Error::invalid("config.dns.domain", format!("{domain:?} is not a DNS domain")));
+        let domain_text = r.get("dns.domain").unwrap_or("karst").to_owned();
+        domain("dns.domain", &domain_text)?;
+        let search: Vec<String> = r.words("dns.search").map(str::to_owned).collect();
+        search.iter().try_for_each(|s| domain("dns.search", s))?;
+        let external_interfaces: Vec<String> =
+            r.words("bridge.external_interfaces").map(str::to_owned).collect();
+        for (n, interface) in external_interfaces.iter().enumerate() {
+            if interface.contains('/') {
+                return Err(Error::unsupported(
+                    "VLAN interfaces (NAME/PARENT/VLAN) are not made here; make the interface on the host and name it",
+                )
+                .at("config.bridge.external_interfaces"));
+            }
+            interface_name("config.bridge.external_interfaces", interface)?;
+            if interface == name || external_interfaces[..n].contains(interface) {
+                return Err(bad("bridge.external_interfaces", format!("{interface:?} is named twice")));
+            }
         }
-        Ok(Self {
-            ipv4,
-            nat: flag("ipv4.nat", false)?,
-            dhcp: flag("ipv4.dhcp", true)?,
-            dhcp_range,
-            domain,
+        let spec = Self {
+            nat: r.flag("ipv4.nat", false)?,
+            nat_address: r.one("ipv4.nat.address", "an IPv4 address")?,
+            nat_after: r.order("ipv4.nat.order")?,
+            dhcp: r.flag("ipv4.dhcp", true)?,
+            dhcp_ranges: r.ranges("ipv4.dhcp.ranges", |a| ipv4.is_some_and(|n| n.contains(&a)))?,
+            dhcp_expiry: r.expiry("ipv4.dhcp.expiry")?,
+            dhcp_gateway: r.one("ipv4.dhcp.gateway", "an IPv4 address")?,
+            dhcp_routes,
+            routing: r.flag("ipv4.routing", true)?,
+            firewall: r.flag("ipv4.firewall", true)?,
+            routes: r.many("ipv4.routes", "an IPv4 subnet")?,
+            nat6: r.flag("ipv6.nat", false)?,
+            nat6_address: r.one("ipv6.nat.address", "an IPv6 address")?,
+            nat6_after: r.order("ipv6.nat.order")?,
+            dhcp6: r.flag("ipv6.dhcp", true)?,
+            dhcp6_stateful,
+            dhcp6_ranges: r.ranges("ipv6.dhcp.ranges", |a| ipv6.is_some_and(|n| n.contains(&a)))?,
+            dhcp6_expiry: r.expiry("ipv6.dhcp.expiry")?,
+            ra: r.flag("ipv6.ra", true)?,
+            routing6: r.flag("ipv6.routing", true)?,
+            firewall6: r.flag("ipv6.firewall", true)?,
+            routes6: r.many("ipv6.routes", "an IPv6 subnet")?,
+            domain: domain_text,
+            dns_mode: match r.get("dns.mode") {
+                None | Some("managed") => DnsMode::Managed,
+                Some("dynamic") => DnsMode::Dynamic,
+                Some("none") => DnsMode::None,
+                Some(v) => {
+                    return Err(bad(
+                        "dns.mode",
+                        format!("{v:?} is none of \"managed\", \"dynamic\", \"none\""),
+                    ));
+                }
+            },
+            search,
+            nameservers: r.many("dns.nameservers", "an IP address")?,
             mtu,
-        })
+            hwaddr: r.get("bridge.hwaddr").map(|m| parse_mac("config.bridge.hwaddr", m)).transpose()?,
+            multicast_snooping: r
+                .get("bridge.multicast_snooping")
+                .map(|_| r.flag("bridge.multicast_snooping", true))
+                .transpose()?,
+            external_interfaces,
+            policy: firewall::policy("config.", &|k| r.get(k), firewall::Action::Reject)?,
+            ipv4,
+            ipv6,
+        };
+        if let Some(all) = spec.routed().find(|n| n.prefix_len() == 0) {
+            let key = if all.addr().is_ipv4() { "ipv4.routes" } else { "ipv6.routes" };
+            return Err(bad(key, "the default route cannot lead into a network of guests"));
+        }
+        if spec.ra && spec.ipv6.is_some() && !spec.dhcp6 && spec.dhcp6_stateful {
+            return Err(bad("ipv6.dhcp.stateful", "stateful DHCPv6 needs ipv6.dhcp=true"));
+        }
+        Ok(spec)
     }
+
+    /// Subnets of the network and what is routed over it.
+    pub fn subnets(&self) -> impl Iterator<Item = IpNet> {
+        let v4 = self.ipv4.map(|n| n.trunc()).into_iter().chain(self.routes.iter().map(|n| n.trunc()));
+        let v6 = self.ipv6.map(|n| n.trunc()).into_iter().chain(self.routes6.iter().map(|n| n.trunc()));
+        v4.map(IpNet::V4).chain(v6.map(IpNet::V6))
+    }
+
+    /// Subnets beyond its own that are reached over the bridge.
+    pub fn routed(&self) -> impl Iterator<Item = IpNet> {
+        let v4 = self.routes.iter().map(|n| IpNet::V4(n.trunc()));
+        v4.chain(self.routes6.iter().map(|n| IpNet::V6(n.trunc())))
+    }
+
+    /// Guests make their IPv6 addresses themselves.
+    pub fn slaac(&self) -> bool {
+        self.ra && !self.dhcp6_stateful && self.ipv6.is_some_and(|n| n.prefix_len() == 64)
+    }
+}
+
+/// The address that a guest with this MAC address makes for itself in a /64 (modified EUI-64, RFC 4291).
+pub fn eui64(net: Ipv6Net, mac: &str) -> Option<Ipv6Addr> {
+    let octets: Vec<u8> =
+        mac.split(':').map(|p| u8::from_str_radix(p, 16)).collect::<std::result::Result<_, _>>().ok()?;
+    let [a, b, c, d, e, f]: [u8; 6] = octets.try_into().ok()?;
+    let mut address = net.network().octets();
+    address[8..].copy_from_slice(&[a ^ 2, b, c, 0xff, 0xfe, d, e, f]);
+    Some(address.into())
 }
 
 /// A DHCP lease or static assignment.
@@ -168,20 +526,68 @@ mod tests {
     }
 
     #[test]
+    fn keys_are_sorted() {
+        assert!(BRIDGE_KEYS.windows(2).all(|w| w[0].0 < w[1].0));
+    }
+
+    #[test]
     fn parses_and_refuses() {
-        let s =
-            BridgeSpec::parse("br0", &cfg(&[("ipv4.address", "10.1.2.1/24"), ("ipv4.nat", "true")])).unwrap();
-        assert!(s.nat && s.dhcp && s.ipv4.unwrap().prefix_len() == 24);
+        let s = BridgeSpec::parse(
+            "br0",
+            &cfg(&[
+                ("ipv4.address", "10.1.2.1/24"),
+                ("ipv4.nat", "true"),
+                ("ipv4.dhcp.ranges", "10.1.2.5-10.1.2.9, 10.1.2.20-10.1.2.30"),
+                ("ipv4.dhcp.expiry", "2d"),
+                ("ipv4.dhcp.routes", "10.9.0.0/16,10.1.2.7"),
+                ("ipv6.address", "fd42:1:2:3::1/64"),
+                ("ipv6.routes", "fd42:1:2:9::/64"),
+                ("dns.search", "a.example,b.example"),
+            ]),
+        )
+        .unwrap();
+        assert!(s.nat && s.dhcp && s.ipv4.unwrap().prefix_len() == 24 && s.slaac());
+        assert_eq!((s.dhcp_ranges.len(), s.dhcp_expiry, s.search.len()), (2, 172_800, 2));
+        let subnets: Vec<String> = s.subnets().map(|n| n.to_string()).collect();
+        assert_eq!(subnets, ["10.1.2.0/24", "fd42:1:2:3::/64", "fd42:1:2:9::/64"]);
+        assert_eq!(
+            eui64(s.ipv6.unwrap(), "10:66:6a:12:34:56").unwrap().to_string(),
+            "fd42:1:2:3:1266:6aff:fe12:3456"
+        );
         for (k, v) in [
             ("ipv4.address", "10.1.2.0/24"),
             ("ipv4.nat", "perhaps"),
             ("bridge.mtu", "12"),
+            ("bridge.hwaddr", "x"),
+            ("bridge.external_interfaces", "eth1,eth1"),
+            ("bridge.external_interfaces", "br0"),
             ("ipv4.dhcp.ranges", "10.9.9.9-10.9.9.10"),
+            ("ipv4.dhcp.ranges", "10.1.2.5-10.1.2.9,10.1.2.9-10.1.2.10"),
+            ("ipv4.dhcp.expiry", "soon"),
+            ("ipv4.dhcp.expiry", "10"),
+            ("ipv4.dhcp.routes", "10.9.0.0/16"),
+            ("ipv4.nat.order", "between"),
+            ("ipv4.routes", "10.9.0.0/33"),
+            ("ipv4.routes", "0.0.0.0/0"),
+            ("ipv6.address", "fd42::/64"),
+            ("ipv6.address", "fd42::1/56"),
+            ("ipv6.address", "fe80::1/64"),
             ("dns.domain", "a b"),
+            ("dns.mode", "some"),
+            ("dns.search", "ok,a\nb"),
+            ("dns.nameservers", "ns1"),
+            ("raw.dnsmasq", "dhcp-script=/bin/sh"),
+            ("bgp.peers.x.asn", "1"),
+            ("bridge.driver", "openvswitch"),
+            ("security.acls.default.egress.action", "perhaps"),
         ] {
-            let mut c = cfg(&[("ipv4.address", "10.1.2.1/24")]);
+            let mut c = cfg(&[("ipv4.address", "10.1.2.1/24"), ("security.acls", "web")]);
             c.insert(k.into(), v.into());
-            assert_eq!(BridgeSpec::parse("br0", &c).unwrap_err().field.unwrap(), format!("config.{k}"));
+            assert_eq!(
+                BridgeSpec::parse("br0", &c).unwrap_err().field.unwrap(),
+                format!("config.{k}"),
+                "{k}={v}"
+            );
         }
         assert!(
             BridgeSpec::parse("br0", &cfg(&[("ipv4.adress", "x")]))

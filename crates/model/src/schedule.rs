@@ -200,16 +200,16 @@ fn set(part: &str, n: usize) -> Option<u64> {
 /// # Errors
 /// Invalid.
 pub fn check_pattern(field: &str, pattern: &str) -> Result<()> {
-    let example = name(field, pattern, Timestamp::UNIX_EPOCH, &|_| false)?;
+    let example = name(field, pattern, Timestamp::UNIX_EPOCH, &[])?;
     crate::Name::parse(field, &example).map(drop)
 }
 
-/// The name of a new snapshot: `%d` becomes the lowest number that is free, `{{ creation_date }}` the time, also as
+/// The name of a new snapshot: `%d` becomes the number after the highest of `taken`, `{{ creation_date }}` the time, also as
 /// `{{ creation_date|date:'2006-01-02_15-04-05' }}` in Go's notation. A name that is taken gets a number after it.
 ///
 /// # Errors
 /// Invalid, when the pattern is malformed.
-pub fn name(field: &str, pattern: &str, now: Timestamp, taken: &dyn Fn(&str) -> bool) -> Result<String> {
+pub fn name(field: &str, pattern: &str, now: Timestamp, taken: &[&str]) -> Result<String> {
     let mut text = String::new();
     let mut rest = pattern;
     while let Some((before, after)) = rest.split_once("{{") {
@@ -239,11 +239,13 @@ pub fn name(field: &str, pattern: &str, now: Timestamp, taken: &dyn Fn(&str) -> 
     }
     text.push_str(rest);
     if let Some((before, after)) = text.split_once("%d") {
-        let numbered = (0..).map(|n: u32| format!("{before}{n}{after}")).find(|name| !taken(name));
-        return Ok(numbered.unwrap_or(text));
+        let number = |name: &&str| name.strip_prefix(before)?.strip_suffix(after)?.parse::<u32>().ok();
+        let next = taken.iter().filter_map(number).max().map_or(0, |n| n.saturating_add(1));
+        return Ok(format!("{before}{next}{after}"));
     }
-    if taken(&text) {
-        return Ok((0..).map(|n: u32| format!("{text}-{n}")).find(|name| !taken(name)).unwrap_or(text));
+    if taken.contains(&&*text) {
+        let numbered = (0..).map(|n: u32| format!("{text}-{n}")).find(|name| !taken.contains(&&**name));
+        return Ok(numbered.unwrap_or(text));
     }
     Ok(text)
 }
@@ -330,8 +332,9 @@ mod tests {
     #[test]
     fn names() {
         let now = at("2026-11-21T14:05:06Z");
-        let name = |pattern: &str, taken: &[&str]| name("x", pattern, now, &|n| taken.contains(&n)).unwrap();
-        assert_eq!(name("snap%d", &["snap0", "snap2"]), "snap1");
+        let name = |pattern: &str, taken: &[&str]| name("x", pattern, now, taken).unwrap();
+        assert_eq!(name("snap%d", &["snap0", "snap2", "mine", "snapshot"]), "snap3");
+        assert_eq!(name("snap%d", &[]), "snap0");
         assert_eq!(name("{{ creation_date|date:'2006-01-02_15-04-05' }}", &[]), "2026-11-21_14-05-06");
         assert_eq!(name("auto-{{creation_date|date:'20060102'}}-%d", &[]), "auto-20261121-0");
         assert_eq!(name("same", &["same"]), "same-0");

@@ -1,6 +1,6 @@
-//! Snapshots: nodes of a tree per instance.
+//! Snapshots: nodes of a tree per instance, and of custom volumes.
 
-use crate::{Config, InstanceId, Name, SnapshotId, VolumeId, device::Devices};
+use crate::{ByteSize, Config, InstanceId, Name, ProfileId, SnapshotId, VolumeId, device::Devices};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -17,6 +17,15 @@ pub struct Snapshot {
     /// The snapshot it descends from.
     #[serde(default)]
     pub parent: Option<SnapshotId>,
+    /// User's text then.
+    #[serde(default)]
+    pub description: String,
+    /// Was it removed when it stops?
+    #[serde(default)]
+    pub ephemeral: bool,
+    /// Profiles then, in the order of application.
+    #[serde(default)]
+    pub profiles: Vec<ProfileId>,
     /// Configuration then.
     #[serde(default)]
     pub config: Config,
@@ -34,4 +43,35 @@ pub struct Snapshot {
     /// When it may go.
     #[serde(default)]
     pub expires_at: Option<Timestamp>,
+    /// Grows with each change; base of the ETag.
+    #[serde(default)]
+    pub spec_version: u64,
+}
+
+/// A snapshot of a custom volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeSnapshot {
+    /// Reference; the host's id of it too.
+    pub id: SnapshotId,
+    /// Volume it belongs to.
+    pub volume: VolumeId,
+    /// Unique among the volume's snapshots.
+    pub name: Name,
+    /// User's text.
+    #[serde(default)]
+    pub description: String,
+    /// Size of the volume then.
+    #[serde(default)]
+    pub size: Option<ByteSize>,
+    /// Configuration of the volume then.
+    #[serde(default)]
+    pub config: Config,
+    /// When it was taken.
+    pub created_at: Timestamp,
+    /// When it may go.
+    #[serde(default)]
+    pub expires_at: Option<Timestamp>,
+    /// Grows with each change; base of the ETag.
+    #[serde(default)]
+    pub spec_version: u64,
 }

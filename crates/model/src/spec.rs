@@ -3,13 +3,18 @@
 
 use crate::{
     ByteSize, DeviceId, ImageId, InstanceId, NetworkId, PoolId, SnapshotId, VolumeId,
-    device::{DiskIo, NicModel},
+    device::{DiskIo, NicModel, NodeDevice, ProxyDevice},
+    firewall::{AclSpec, AddressSetSpec, ForwardSpec, Policy},
     instance::{Firmware, Generation, InstanceKind},
     network::BridgeSpec,
     storage::{PoolKind, VolumeContent},
 };
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, net::Ipv4Addr};
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, Ipv6Addr},
+};
 
 /// Everything the host needs to run one guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,6 +43,12 @@ pub struct GuestSpec {
     /// Other disks, in bus order. One that is added or removed in an update is plugged live.
     #[serde(default)]
     pub disks: Vec<DiskSpec>,
+    /// Device nodes of the host, containers only. One that is added or removed in an update is plugged live.
+    #[serde(default)]
+    pub nodes: Vec<NodeSpec>,
+    /// Proxies, containers only. One that is added or removed in an update is started or ended live.
+    #[serde(default)]
+    pub proxies: Vec<ProxySpec>,
     /// NICs in bus order.
     pub nics: Vec<NicSpec>,
     /// First-boot configuration.
@@ -76,7 +87,69 @@ pub struct Limits {
     pub memory: Option<ByteSize>,
     /// Processes (containers).
     pub processes: Option<u32>,
+    /// Priority when CPUs are contended (containers): 0 to 10, where 10 is the default.
+    #[serde(default)]
+    pub cpu_priority: Option<u32>,
+    /// The limit of memory holds when the host is short of it only (containers).
+    #[serde(default)]
+    pub memory_soft: bool,
+    /// Swap (containers).
+    #[serde(default)]
+    pub swap: Option<SwapLimit>,
+    /// How unwillingly memory is swapped out (containers): 0 to 10, where 10 is the default.
+    #[serde(default)]
+    pub swap_priority: Option<u32>,
+    /// Priority when disks are contended (containers): 0 to 10.
+    #[serde(default)]
+    pub disk_priority: Option<u32>,
+    /// Resource limits of the container's processes by their names (`nofile`); see [`KERNEL_LIMITS`].
+    #[serde(default)]
+    pub kernel: BTreeMap<String, KernelLimit>,
 }
+
+/// `limits.memory.swap`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum SwapLimit {
+    /// As the host likes.
+    Allowed,
+    /// None.
+    Forbidden,
+    /// So many bytes.
+    Bytes {
+        /// How many.
+        bytes: u64,
+    },
+}
+
+/// `limits.kernel.*`: a soft and a hard limit; `None` is unlimited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KernelLimit {
+    /// What programs have.
+    pub soft: Option<u64>,
+    /// What they may raise it to.
+    pub hard: Option<u64>,
+}
+
+/// Names of the resource limits, as `setrlimit(2)` has them in lower case.
+pub const KERNEL_LIMITS: &[&str] = &[
+    "as",
+    "core",
+    "cpu",
+    "data",
+    "fsize",
+    "locks",
+    "memlock",
+    "msgqueue",
+    "nice",
+    "nofile",
+    "nproc",
+    "rss",
+    "rtprio",
+    "rttime",
+    "sigpending",
+    "stack",
+];
 
 /// Which or how many CPUs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -161,6 +234,12 @@ pub struct DiskSpec {
     /// The guest cannot write.
     #[serde(default)]
     pub readonly: bool,
+    /// What is mounted below a path of the host is seen as well.
+    #[serde(default)]
+    pub recursive: bool,
+    /// So is what the host mounts there later.
+    #[serde(default)]
+    pub follow: bool,
     /// Owners of a path of the host are shifted into the container's id range.
     #[serde(default)]
     pub shift: bool,
@@ -208,6 +287,24 @@ pub enum DiskSource {
         /// Absolute, without `..`.
         path: String,
     },
+}
+
+/// A device node, which the host's policy must grant.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeSpec {
+    /// Device name in the configuration.
+    pub name: String,
+    /// What it is.
+    pub device: NodeDevice,
+}
+
+/// A proxy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProxySpec {
+    /// Device name in the configuration.
+    pub name: String,
+    /// What it passes on.
+    pub device: ProxyDevice,
 }
 
 /// A NIC on a managed network.
@@ -354,12 +451,21 @@ pub struct NetworkSpec {
     pub bridge: String,
     /// How it is configured.
     pub spec: BridgeSpec,
-    /// Known guests: DHCP reservations and names.
+    /// Known guests: DHCP reservations, names, and what their NICs let through.
     pub hosts: Vec<NetworkHost>,
+    /// ACLs that the network and its NICs name.
+    #[serde(default)]
+    pub acls: Vec<AclSpec>,
+    /// Address sets that those ACLs name.
+    #[serde(default)]
+    pub sets: Vec<AddressSetSpec>,
+    /// Forwards to its guests.
+    #[serde(default)]
+    pub forwards: Vec<ForwardSpec>,
 }
 
 /// A guest on a network.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, Default)]
 pub struct NetworkHost {
     /// MAC address.
     pub mac: String,
@@ -367,4 +473,42 @@ pub struct NetworkHost {
     pub hostname: String,
     /// Static address.
     pub ipv4: Option<Ipv4Addr>,
+    /// Static address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ipv6: Option<Ipv6Addr>,
+    /// Subnets that are reached over it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub routes: Vec<IpNet>,
+    /// What its port lets through; `None`: everything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<PortSpec>,
+}
+
+/// What a guest's port on a bridge lets through.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, Default)]
+#[serde(default)]
+pub struct PortSpec {
+    /// The host's interface.
+    pub interface: String,
+    /// Only the guest's own MAC address as sender.
+    pub mac_filter: bool,
+    /// Only the guest's own IPv4 address as sender.
+    pub ipv4_filter: bool,
+    /// Only the guest's own IPv6 addresses as sender.
+    pub ipv6_filter: bool,
+    /// No traffic with other isolated ports.
+    pub isolated: bool,
+    /// Towards the guest, bits a second.
+    pub ingress_limit: Option<u64>,
+    /// From the guest, bits a second.
+    pub egress_limit: Option<u64>,
+    /// ACLs.
+    pub policy: Option<Policy>,
+}
+
+impl PortSpec {
+    /// Rules or filters depend on the guest's address: it must be known before the guest asks for one.
+    pub fn needs_address(&self) -> bool {
+        self.ipv4_filter || self.policy.is_some()
+    }
 }

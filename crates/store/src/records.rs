@@ -2,6 +2,7 @@
 
 use crate::Record;
 use karst_model::{
+    firewall::{AddressSet, NetworkAcl, NetworkForward},
     image::{Image, ImageAlias},
     instance::{Instance, Runtime},
     network::Network,
@@ -9,7 +10,7 @@ use karst_model::{
     operation::Operation,
     profile::Profile,
     project::Project,
-    snapshot::Snapshot,
+    snapshot::{Snapshot, VolumeSnapshot},
     storage::{Pool, Volume},
     trust::{ApiToken, Certificate, ServerConfig, TrustToken},
     warning::Warning,
@@ -31,17 +32,26 @@ records! {
     Pool: "pools" = |r| r.id.to_string();
     Volume: "volumes" = |r| r.id.to_string();
     Network: "networks" = |r| r.id.to_string();
+    NetworkAcl: "network_acls" = |r| r.id.to_string();
+    AddressSet: "address_sets" = |r| r.id.to_string();
+    NetworkForward: "network_forwards" = |r| forward_id(r.network, r.listen_address);
     Image: "images" = |r| r.id.to_string();
     ImageAlias: "aliases" = |r| alias_id(r.project, &r.name);
     Instance: "instances" = |r| r.id.to_string();
     Runtime: "runtimes" = |r| r.instance.to_string();
     Snapshot: "snapshots" = |r| r.id.to_string();
+    VolumeSnapshot: "volume_snapshots" = |r| r.id.to_string();
     Operation: "operations" = |r| r.id.to_string();
     Certificate: "certificates" = |r| r.id.to_string();
     TrustToken: "trust-tokens" = |r| r.id.to_string();
     ApiToken: "api-tokens" = |r| r.id.to_string();
     Warning: "warnings" = |r| r.id.to_string();
     ServerConfig: "server" = |_r| "config".into();
+}
+
+/// Identity of a forward in its table: its network and listen address.
+pub fn forward_id(network: karst_model::NetworkId, listen: std::net::IpAddr) -> String {
+    format!("{network}:{listen}")
 }
 
 /// Identity of an image alias in its table: it is found by project and name.

@@ -5,12 +5,14 @@ use futures::future::BoxFuture;
 use karst_engine::{
     LiveOperation,
     compute::{
+        copy::CopyInstance,
         create::{CreateInstance, InstanceSource},
         power::PowerRequest,
         update::UpdateInstance,
     },
     images::ImageOptions,
     network::{CreateNetwork, UpdateNetwork},
+    snapshots::{Origin, create::CreateSnapshot},
     storage::CreatePool,
     tenancy::UpdateProfile,
     volumes::{create::CreateVolume, update::UpdateVolume},
@@ -98,6 +100,43 @@ async fn volume(w: &World, name: &str, content: VolumeContent) -> Result<LiveOpe
     let config = Config::from([("size".into(), "1GiB".into())]);
     let request = CreateVolume { name: name.into(), content, description: String::new(), config };
     w.engine.volume_create(&w.admin, "default", "default", request).await
+}
+
+const OF_C1: Origin<'static> = Origin::Instance { project: "default", name: "c1" };
+const OF_V1: Origin<'static> = Origin::Volume { project: "default", pool: "default", name: "v1" };
+
+async fn snapshot(w: &World, of: Origin<'_>, name: &str) -> Result<LiveOperation> {
+    let request = CreateSnapshot { name: Some(name.into()), ..CreateSnapshot::default() };
+    w.engine.snapshot_create(&w.admin, of, request).await
+}
+
+/// A stopped container with three snapshots, changed after each.
+async fn tree(w: &World) -> Result<()> {
+    make(w, "c1", false).await?;
+    for name in ["s1", "s2", "s3"] {
+        done(w, snapshot(w, OF_C1, name).await).await?;
+        let update = UpdateInstance {
+            description: String::new(),
+            ephemeral: false,
+            config: Config::from([("user.after".into(), name.into())]),
+            devices: Devices::new(),
+            profiles: vec!["default".into()],
+            if_version: None,
+        };
+        done(w, w.engine.instance_update(&w.admin, "default", "c1", update).await).await?;
+    }
+    Ok(())
+}
+
+async fn copy(w: &World, snapshot: Option<&str>, start: bool) -> Result<LiveOperation> {
+    let request = CopyInstance {
+        project: "default".into(),
+        name: "c1".into(),
+        snapshot: snapshot.map(str::to_owned),
+        instance_only: false,
+        copy: CreateInstance { start, ..container("c2") },
+    };
+    Ok(w.engine.instance_copy(&w.admin, "default", request).await?.1)
 }
 
 macro_rules! scenario {
@@ -219,6 +258,43 @@ pub fn all() -> Vec<Scenario> {
             },
             |w| w.engine.pool_delete(&w.admin, "second").await
         ),
+        scenario!("snapshot-create", "of a running instance", |w| make(w, "c1", true).await, |w| {
+            snapshot(w, OF_C1, "s1").await
+        }),
+        scenario!(
+            "snapshot-create",
+            "of a volume",
+            |w| done(w, volume(w, "v1", VolumeContent::Filesystem).await).await,
+            |w| snapshot(w, OF_V1, "s1").await
+        ),
+        scenario!("snapshot-delete", "in the middle of a tree", |w| tree(w).await, |w| {
+            w.engine.snapshot_delete(&w.admin, OF_C1, "s2").await
+        }),
+        scenario!("snapshot-restore", "of an instance", |w| tree(w).await, |w| {
+            w.engine.snapshot_restore(&w.admin, OF_C1, "s2").await
+        }),
+        scenario!(
+            "snapshot-restore",
+            "of a volume",
+            |w| {
+                done(w, volume(w, "v1", VolumeContent::Filesystem).await).await?;
+                done(w, snapshot(w, OF_V1, "s1").await).await?;
+                let config = Config::from([("size".into(), "100MiB".into())]);
+                let update = UpdateVolume { description: "less".into(), config, if_version: None };
+                done(w, w.engine.volume_update(&w.admin, "default", "default", "v1", update).await).await
+            },
+            |w| w.engine.snapshot_restore(&w.admin, OF_V1, "s1").await
+        ),
+        scenario!(
+            "instance-copy",
+            "of a running one with snapshots, started",
+            |w| {
+                tree(w).await?;
+                done(w, set_power(w, PowerAction::Start).await).await
+            },
+            |w| copy(w, None, true).await
+        ),
+        scenario!("instance-copy", "of a snapshot", |w| tree(w).await, |w| copy(w, Some("s2"), false).await),
         scenario!("volume-create", "block", |_w| Ok(()), |w| volume(w, "v1", VolumeContent::Block).await),
         scenario!(
             "volume-delete",

@@ -149,6 +149,7 @@ pub async fn faults(engine: &Engine, store: &dyn Store, agents: &[&SimulatedAgen
             agent.self_check(&CallContext::read(Duration::from_secs(10)), ()).await.expect("self check");
         faults.extend(one.leaks.iter().map(|l| format!("the host says: {l}")));
         check.volumes.extend(one.volumes);
+        check.snapshots.extend(one.snapshots);
         check.images.extend(one.images);
         check.networks.extend(one.networks);
         check.guests.extend(one.guests);
@@ -186,6 +187,13 @@ pub async fn faults(engine: &Engine, store: &dyn Store, agents: &[&SimulatedAgen
     compare("volume", &check.volumes, records.volumes.keys().copied(), &mut faults);
     compare("image", &check.images, records.images.keys().copied(), &mut faults);
     compare("network", &check.networks, records.networks.keys().copied(), &mut faults);
+    let taken = records.snapshots.values().flat_map(|s| s.volumes.iter().copied());
+    let taken = taken.chain(records.volume_snapshots.values().map(|s| (s.volume, s.id)));
+    let taken: BTreeSet<_> = taken.collect();
+    let kept: BTreeSet<_> = check.snapshots.iter().copied().collect();
+    for (volume, id) in taken.symmetric_difference(&kept) {
+        faults.push(format!("snapshot {id} of volume {volume} is known to one side only"));
+    }
     for guest in &check.guests {
         if !records.instances.contains_key(guest) {
             faults.push(format!("the host has guest {guest} that no record knows"));
@@ -217,6 +225,15 @@ pub fn fingerprint(engine: &Engine) -> String {
             &*i.name, i.kind, view.status, i.power, i.config, i.devices
         ));
     }
+    for s in records.snapshots.values() {
+        let parent = s.parent.and_then(|p| records.snapshots.get(&p)).map(|p| p.name.to_string());
+        let of = records.instances.get(&s.instance).map(|i| i.name.to_string());
+        lines.push(format!("snapshot {} of {of:?} after {parent:?} {:?}", &*s.name, s.config));
+    }
+    lines.extend(records.volume_snapshots.values().map(|s| {
+        let of = records.volumes.get(&s.volume).map(|v| v.name.clone());
+        format!("snapshot {} of volume {of:?} {:?}", &*s.name, s.size)
+    }));
     lines.extend(records.images.values().map(|i| format!("image {} {}", i.fingerprint, i.kind)));
     lines.extend(records.aliases().map(|a| format!("alias {}", a.name)));
     lines.extend(records.networks.values().map(|n| format!("network {} {:?}", &*n.name, n.config)));

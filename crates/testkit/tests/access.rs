@@ -5,9 +5,10 @@ use futures::future::BoxFuture;
 use karst_agent::ImagePart;
 use karst_engine::{
     Context,
-    compute::{create::CreateInstance, power::PowerRequest, update::UpdateInstance},
+    compute::{copy::CopyInstance, create::CreateInstance, power::PowerRequest, update::UpdateInstance},
     images::{ImageOptions, ImageUpload, UpdateImage},
     network::{CreateNetwork, UpdateNetwork},
+    snapshots::{Origin, change::UpdateSnapshot, create::CreateSnapshot},
     storage::CreatePool,
     tenancy::{
         UpdateProfile,
@@ -124,6 +125,9 @@ async fn fixture(env: &SeededEnv) -> Fixture {
     assert_eq!(w.ended(operation).await.error, None);
     let operation = e.volume_create(c, HERE, "default", volume("data")).await.unwrap();
     assert_eq!(w.ended(operation).await.error, None);
+    let request = CreateSnapshot { name: Some("snap".into()), ..CreateSnapshot::default() };
+    let operation = e.snapshot_create(c, of_still(HERE), request).await.unwrap();
+    assert_eq!(w.ended(operation).await.error, None);
     let id = e.instance(c, HERE, "stubborn").unwrap().instance.id;
     w.agent.set_ignores_shutdown(id, true);
     let request = PowerRequest { action: PowerAction::Stop, force: false, timeout: None };
@@ -133,6 +137,10 @@ async fn fixture(env: &SeededEnv) -> Fixture {
     let of = |name: &str| e.project(c, name, karst_model::access::Permission::ProjectView).unwrap().id;
     let (here, other, shared) = (of(HERE), of(OTHER), of("default"));
     Fixture { w, running, here, other, shared }
+}
+
+fn of_still(project: &str) -> Origin<'_> {
+    Origin::Instance { project, name: "still" }
 }
 
 fn volume(name: &str) -> CreateVolume {
@@ -275,6 +283,14 @@ fn cases() -> Vec<Case> {
         };
         // Storage.
         volumes View |f, c, p| f.w.engine.volumes(c, "default", Some(p)).map(drop);
+        snapshots View |f, c, p| f.w.engine.snapshots(c, of_still(p)).map(drop);
+        snapshot View |f, c, p| f.w.engine.snapshot(c, of_still(p), "snap").map(drop);
+        snapshot_create Edit |f, c, p| f.w.engine.snapshot_create(c, of_still(p), CreateSnapshot::default()).await.map(drop);
+        snapshot_update Edit |f, c, p| f.w.engine.snapshot_update(c, of_still(p), "snap", UpdateSnapshot::default()).await;
+        snapshot_rename Edit |f, c, p| f.w.engine.snapshot_rename(c, of_still(p), "snap", "renamed").await;
+        snapshot_restore Edit |f, c, p| f.w.engine.snapshot_restore(c, of_still(p), "snap").await.map(drop);
+        snapshot_delete Edit |f, c, p| f.w.engine.snapshot_delete(c, of_still(p), "snap").await.map(drop);
+        instance_copy Edit |f, c, p| f.w.engine.instance_copy(c, p, CopyInstance { project: p.into(), name: "still".into(), snapshot: None, instance_only: false, copy: container("copied") }).await.map(drop);
         custom_volume View |f, c, p| f.w.engine.custom_volume(c, p, "default", "data").map(drop);
         volume_create Edit |f, c, p| f.w.engine.volume_create(c, p, "default", volume("fresh")).await.map(drop);
         volume_update Edit |f, c, p| f.w.engine.volume_update(c, p, "default", "data", UpdateVolume { description: "x".into(), config: Config::new(), if_version: None }).await.map(drop);

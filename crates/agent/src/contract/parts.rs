@@ -153,15 +153,30 @@ pub(super) async fn networks(s: &Subject) {
     refused(s.agent.network_ensure(&s.change(), twin).await, ErrorKind::Conflict);
 
     let address: std::net::Ipv4Addr = (u32::from(s.ipv4.network()) + 77).into();
-    let host = NetworkHost { mac: "10:66:6a:00:00:77".into(), hostname: "fixed".into(), ipv4: Some(address) };
+    let host = NetworkHost {
+        mac: "10:66:6a:00:00:77".into(),
+        hostname: "fixed".into(),
+        ipv4: Some(address),
+        ..Default::default()
+    };
     let with_host = NetworkSpec { hosts: vec![host.clone()], ..network.clone() };
     s.agent.network_ensure(&s.change(), with_host).await.unwrap();
     let leases = s.agent.network_leases(&s.read(), network.id).await.unwrap();
     let fixed = Lease { hostname: "fixed".into(), mac: host.mac, address: address.into(), fixed: true };
     assert_eq!(leases, [fixed]);
+    // Nobody is on it: it may get another name.
+    let renamed = NetworkSpec { bridge: choice_of(&network.bridge), ..network.clone() };
+    s.agent.network_ensure(&s.change(), renamed.clone()).await.unwrap();
+    s.agent.network_ensure(&s.change(), network.clone()).await.expect("and the old one back");
     s.agent.network_remove(&s.change(), network.id).await.unwrap();
     s.agent.network_remove(&s.change(), network.id).await.expect("twice is once");
     refused(s.agent.network_state(&s.read(), network.id).await, ErrorKind::NotFound);
+}
+
+/// A name like it.
+fn choice_of(bridge: &str) -> String {
+    let stem = bridge.trim_end_matches(|c: char| c.is_ascii_digit());
+    format!("{}{}", &stem[..stem.len().min(11)], 9_871)
 }
 
 pub(super) async fn unknown_things(s: &Subject) {

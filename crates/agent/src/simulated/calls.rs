@@ -123,7 +123,9 @@ calls! {
             .filter_map(|n| ipnet::Ipv4Net::new([10, 77, n, 1].into(), 24).ok())
             .find(|net| !used.iter().any(|u| u.contains(net) || net.contains(u)));
         let ipv4 = free.ok_or_else(|| Error::conflict("no free IPv4 subnet was found; give one as ipv4.address"))?;
-        Ok(NetworkChoice { name, ipv4 })
+        let [_, _, n, _] = ipv4.addr().octets();
+        let ipv6 = ipnet::Ipv6Net::new([0xfd42, 0, 0, n.into(), 0, 0, 0, 1].into(), 64).ok();
+        Ok(NetworkChoice { name, ipv4, ipv6 })
     }
     mutate network_ensure(me, spec: NetworkSpec) -> () { me.ensure_network(spec) }
     mutate network_remove(me, network: NetworkId) -> () {

@@ -95,7 +95,7 @@ impl Network {
         if !self.spec.spec.dhcp {
             return None;
         }
-        let (first, last) = self.spec.spec.dhcp_range.unwrap_or_else(|| {
+        let (first, last) = self.spec.spec.dhcp_ranges.first().copied().unwrap_or_else(|| {
             let (first, last) = (u32::from(net.network()) + 2, u32::from(net.broadcast()) - 1);
             (first.into(), last.into())
         });

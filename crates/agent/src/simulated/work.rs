@@ -315,9 +315,11 @@ impl SimulatedAgent {
                 spec.bridge
             )));
         }
+        let used =
+            state.guests.values().any(|g| g.runs() && g.spec.nics.iter().any(|n| n.network == spec.id));
         if let Some(network) = state.networks.get_mut(&spec.id) {
-            if network.spec.bridge != spec.bridge {
-                return Err(Error::conflict("the bridge of a network cannot be renamed"));
+            if network.spec.bridge != spec.bridge && used {
+                return Err(Error::conflict("the bridge is in use by guests; stop them first"));
             }
             network.spec = spec;
             return Ok(());

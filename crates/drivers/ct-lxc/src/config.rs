@@ -78,6 +78,11 @@ const DEVICES: &[&str] = &[
     "c 10:200 rwm",
 ];
 
+/// Is a device, as control groups name it, every container's?
+pub(crate) fn always_permitted(rule: &str) -> bool {
+    DEVICES.contains(&rule)
+}
+
 /// The system call filter, in liblxc's format: what is refused even to a root without rights on the host. The helper that
 /// enters containers applies the same.
 pub(crate) const SECCOMP: &str = "\
@@ -118,7 +123,6 @@ pub fn render(guest: &ResolvedGuest, host: HostFeatures) -> Result<String> {
     let mut set = |key: &str, value: &str| {
         let _ = writeln!(out, "{key} = {value}");
     };
-    guest.demand_no_disks()?;
     line(&guest.hostname, "name")?;
     set("lxc.uts.name", &guest.hostname);
     let root = path(&guest.root.path, "devices.root")?;
@@ -139,6 +143,11 @@ pub fn render(guest: &ResolvedGuest, host: HostFeatures) -> Result<String> {
     for device in DEVICES {
         set(&format!("{devices}.allow"), device);
     }
+    for disk in crate::disks::wanted(guest)? {
+        if let Some(rule) = disk.node.map(|n| n.rule()).filter(|r| !always_permitted(r)) {
+            set(&format!("{devices}.allow"), &rule);
+        }
+    }
 
     set("lxc.autodev", "1");
     set("lxc.tty.max", "0");
@@ -153,10 +162,23 @@ pub fn render(guest: &ResolvedGuest, host: HostFeatures) -> Result<String> {
         set("lxc.mount.entry", "sys dev/.lxc/sys sysfs create=dir,optional 0 0");
     }
 
+    set("lxc.mount.fstab", &path(&crate::disks::fstab(&guest.state_dir), "state directory")?);
+
     set("lxc.cap.drop", "sys_time sys_module sys_rawio mac_admin mac_override");
     set("lxc.seccomp.profile", &path(&seccomp_file(&guest.state_dir), "state directory")?);
     if host.apparmor {
         set("lxc.apparmor.profile", &crate::apparmor::profile(&guest.daemon_id));
+    }
+
+    for (name, limit) in &guest.limits.kernel {
+        if !karst_model::spec::KERNEL_LIMITS.contains(&name.as_str()) {
+            return Err(Error::invalid(
+                format!("config.limits.kernel.{name}"),
+                "is no resource of the kernel",
+            ));
+        }
+        let text = |n: Option<u64>| n.map_or("unlimited".to_owned(), |n| n.to_string());
+        set(&format!("lxc.prlimit.{name}"), &format!("{}:{}", text(limit.soft), text(limit.hard)));
     }
 
     if guest.nics.is_empty() {
@@ -234,6 +256,9 @@ mod tests {
                 readonly: false,
                 foreign: false,
                 shift: false,
+                opened: None,
+                recursive: false,
+                follow: false,
                 cdrom: false,
                 ejected: false,
                 io: Default::default(),
@@ -241,6 +266,8 @@ mod tests {
                 boot_priority: 0,
             },
             disks: vec![],
+            nodes: vec![],
+            proxies: vec![],
             nics: vec![ResolvedNic {
                 name: "eth0".into(),
                 slot: "net0".into(),

@@ -3,7 +3,11 @@
 use crate::{
     attach,
     config::{Groups, HostFeatures, SECCOMP, render, seccomp_file},
-    proc::{Init, InitEnd, init_end, log_reason},
+    disks,
+    end::{ended, exit_reason},
+    limits::limits,
+    proc::{Init, init_end, log_reason},
+    proxies,
     record::Record,
     seed,
 };
@@ -11,19 +15,13 @@ use async_trait::async_trait;
 use karst_guest::{
     Applied, Exec, ExecRequest, GuestDriver, GuestFiles, Interface, Metrics, Observed, ResolvedGuest,
     StopMode,
-    keeper::{self, Console, End, Exit, Keeper, Requested, Spec, Status, write_private},
+    keeper::{self, Console, Keeper, Requested, Spec, Status, write_private},
 };
-use karst_host::{
-    Program,
-    cgroup::{CgroupLimits, Cgroups, parse_cpus},
-    link,
-    netns::NetnsProbe,
-    run,
-};
+use karst_host::{Program, cgroup::Cgroups, link, netns::NetnsProbe, run};
 use karst_model::{
     Error, ErrorKind, InstanceId, Result,
     instance::{ExitReason, InstanceKind, RuntimeState},
-    spec::{CpuAllowance, CpuLimit, Limits},
+    spec::ProxySpec,
 };
 use rustix::process::Signal;
 use std::{
@@ -31,7 +29,7 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{Arc, Mutex, MutexGuard, Weak},
     time::Duration,
 };
 use tokio::{sync::mpsc, time::timeout};
@@ -80,6 +78,7 @@ struct Guest {
 /// A guest whose keeper lives.
 pub(crate) struct Running {
     pub(crate) record: Record,
+    dir: PathBuf,
     groups: Groups,
     cgroups: Arc<Cgroups>,
     keeper: Keeper,
@@ -92,8 +91,29 @@ impl Running {
         self.cgroups.entry(&self.groups.inner(), ".karst")
     }
 
-    fn init(&self) -> Option<Init> {
+    pub(crate) fn init(&self) -> Option<Init> {
         Init::find(self.status.pid?)
+    }
+
+    /// Permits or forbids a device (`c 10:200 rwm`) to the container from now on.
+    pub(crate) async fn permit_device(&self, rule: &str, permit: bool) -> Result<()> {
+        if self.cgroups.permit_device(&self.groups.container(), rule, permit)? {
+            return Ok(());
+        }
+        // On v2 it is a program in the kernel that `lxc-start` has made and replaces when it is asked to.
+        let instance = self.record.instance.to_string();
+        let key = if permit { "devices.allow" } else { "devices.deny" };
+        let command = run(Program::LxcCgroup).args(["-n", &instance, "-P"]).arg(&self.dir);
+        let out = command.args([key, rule]).output().await?;
+        if out.code == 0 {
+            return Ok(());
+        }
+        Err(Error::internal("the device could not be permitted", String::from_utf8_lossy(&out.stderr)))
+    }
+
+    /// Process id of `lxc-start`.
+    pub(crate) fn monitor(&self) -> Result<u32> {
+        self.status.pid.ok_or_else(not_running)
     }
 }
 
@@ -153,6 +173,7 @@ impl Shared {
         let (keeper, status) = keeper::connect(&dir).await?;
         let record = Record::read(&dir)?.ok_or_else(not_running)?;
         Ok(Running {
+            dir,
             groups: Groups::of(&record.daemon_id, instance),
             record,
             cgroups: self.cgroups.clone(),
@@ -229,7 +250,8 @@ impl Shared {
 
     /// Removes what a dead guest may have left outside its directory. The caller holds `changing` and knows that no keeper
     /// lives.
-    async fn clear(&self, groups: &Groups, interfaces: impl Iterator<Item = &str>) -> Result<()> {
+    async fn clear(&self, dir: &Path, groups: &Groups, interfaces: impl Iterator<Item = &str>) -> Result<()> {
+        proxies::stop_all(dir).await?;
         for group in [&groups.limits, &groups.monitor] {
             if self.cgroups.exists(group) {
                 // Nobody, normally; after a keeper was killed, what did not die with it.
@@ -255,7 +277,8 @@ impl Shared {
 
     async fn clear_record(&self, record: &Record) -> Result<()> {
         let groups = Groups::of(&record.daemon_id, record.instance);
-        self.clear(&groups, record.nics.iter().map(|n| n.host_interface.as_str())).await
+        self.clear(&self.dir(record.instance), &groups, record.nics.iter().map(|n| n.host_interface.as_str()))
+            .await
     }
 
     /// Waits for a guest's end in the background, clears up after it and tells.
@@ -270,7 +293,10 @@ impl Shared {
         }
         let weak = Arc::downgrade(self);
         tokio::spawn(async move {
-            let end = keeper.wait_exit().await;
+            let end = tokio::select! {
+                end = keeper.wait_exit() => end,
+                () = Shared::follow(&weak, instance, &guest) => return,
+            };
             let Some(shared) = weak.upgrade() else {
                 return;
             };
@@ -330,22 +356,119 @@ impl Shared {
         let groups = Groups::of(&guest.daemon_id, guest.instance);
         let interfaces = guest.nics.iter().map(|n| n.host_interface.as_str());
         let before = previous.iter().flat_map(|r| &r.nics).map(|n| n.host_interface.as_str());
-        self.clear(&groups, interfaces.clone().chain(before)).await?;
+        self.clear(dir, &groups, interfaces.clone().chain(before)).await?;
         let mut record = Record::new(guest);
         record.seed = seed_hash(guest);
         let outcome = self.start_new(guest, &groups, &record, previous.as_ref()).await;
         match outcome {
             Ok(running) => {
                 *lock(&kept.probe) = None;
+                if let Err(e) = self.start_proxies(&running, &running.record.proxies).await {
+                    let _ = self.stop_force(&running).await;
+                    keeper::wait_gone(dir).await?;
+                    self.clear(dir, &groups, interfaces).await?;
+                    return Err(e);
+                }
                 self.watch(guest.instance, running.keeper.clone(), running.status.keeper_pid);
                 Ok(self.observed(&running))
             }
             Err(e) => {
                 keeper::wait_gone(dir).await?;
-                self.clear(&groups, interfaces).await?;
+                self.clear(dir, &groups, interfaces).await?;
                 Err(e)
             }
         }
+    }
+
+    async fn start_proxies(&self, running: &Running, wanted: &[ProxySpec]) -> Result<()> {
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let init =
+            running.init().ok_or_else(|| Error::unavailable("the guest is just starting; try again"))?;
+        let place = proxies::Place {
+            state_dir: &running.dir,
+            daemon_id: &running.record.daemon_id,
+            instance: running.record.instance,
+            user: running.record.ids.base,
+            cgroups: &self.cgroups,
+            group: &running.groups.keeper,
+        };
+        for proxy in wanted {
+            proxies::start(&place, &init, proxy).await?;
+        }
+        Ok(())
+    }
+
+    /// Brings the proxies of a running guest to what is wanted; writes the record as it goes.
+    async fn update_proxies(
+        &self,
+        running: &Running,
+        wanted: &[ProxySpec],
+        record: &mut Record,
+    ) -> Result<()> {
+        let gone: Vec<_> = record.proxies.iter().filter(|p| !wanted.contains(p)).cloned().collect();
+        for proxy in gone {
+            proxies::stop(&running.dir, &proxy.name).await?;
+            record.proxies.retain(|p| *p != proxy);
+            record.write(&running.dir)?;
+        }
+        for proxy in wanted.iter().filter(|p| !record.proxies.contains(p)).cloned().collect::<Vec<_>>() {
+            record.proxies.push(proxy.clone());
+            record.write(&running.dir)?;
+            if let Err(e) = self.start_proxies(running, std::slice::from_ref(&proxy)).await {
+                proxies::stop(&running.dir, &proxy.name).await?;
+                record.proxies.retain(|p| *p != proxy);
+                record.write(&running.dir)?;
+                return Err(e);
+            }
+        }
+        // One that was killed comes back.
+        self.start_proxies(running, wanted).await
+    }
+
+    /// Follows a guest through its lives: after a reboot from inside it has another network, and control groups in which
+    /// what was permitted live is not. Never answers.
+    async fn follow(weak: &Weak<Self>, instance: InstanceId, guest: &Guest) {
+        let mut last = None;
+        loop {
+            let init = match weak.upgrade() {
+                Some(shared) => shared.running(instance).await.ok().and_then(|r| r.init()),
+                None => return std::future::pending().await,
+            };
+            let Some(init) = init else {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            };
+            if last.is_some_and(|pid| pid != init.pid)
+                && let Some(shared) = weak.upgrade()
+                && let Err(e) = shared.after_reboot(instance, guest).await
+            {
+                tracing::warn!(%instance, error = %e, context = e.context.as_deref(), "after a reboot from inside");
+            }
+            last = Some(init.pid);
+            // SAFETY: it owns the only descriptor of this number and drops it together with the registration.
+            let pidfd = unsafe {
+                tokio::io::unix::AsyncFd::register_with_interest(init.pidfd, tokio::io::Interest::READABLE)
+            };
+            match pidfd {
+                Ok(pidfd) => drop(pidfd.readable().await),
+                Err(_) => tokio::time::sleep(Duration::from_secs(1)).await,
+            }
+        }
+    }
+
+    async fn after_reboot(&self, instance: InstanceId, guest: &Guest) -> Result<()> {
+        let _changing = guest.changing.lock().await;
+        let running = self.running(instance).await?;
+        for node in running.record.disks.iter().filter_map(|d| d.node.as_ref()) {
+            running.permit_device(&node.rule(), true).await?;
+        }
+        if !running.record.proxies.is_empty() {
+            proxies::stop_all(&running.dir).await?;
+            self.start_proxies(&running, &running.record.proxies).await?;
+        }
+        Ok(())
     }
 
     async fn start_new(
@@ -367,9 +490,21 @@ impl Shared {
         if previous.is_none_or(|p| p.seed != record.seed) {
             seed::apply(guest, previous.map(|p| p.hostname.as_str())).await?;
         }
+        let mut mounted = disks::wanted(guest)?;
+        // Where the controller of disks' rates has a hierarchy of its own (v1), limits do not reach groups below: the
+        // container has none there.
+        let rates = self.cgroups.io_alone();
+        let (resolved, hide) = (guest.clone(), rates.clone());
+        let prepared = tokio::task::spawn_blocking(move || {
+            let namespace = disks::namespace(&resolved, &mut mounted, hide.as_deref())?;
+            Ok::<_, Error>((mounted, namespace))
+        });
+        let (mounted, namespace) =
+            prepared.await.map_err(|e| Error::internal("mounting was broken off", e))??;
+        let record = &Record { disks: mounted, ..record.clone() };
         record.write(dir)?;
         self.cgroups.create(&groups.limits)?;
-        self.cgroups.limit(&groups.limits, &limits(guest.instance, &guest.limits))?;
+        self.cgroups.limit(&groups.limits, &limits(guest))?;
         self.cgroups.delegate(&groups.limits);
         let keeper_cgroups = self.cgroups.create_tracking(&groups.keeper)?;
 
@@ -394,6 +529,8 @@ impl Shared {
                 ("TERM".into(), "linux".into()),
             ],
             keeper_cgroups,
+            cgroups: rates.iter().map(|mount| mount.join(&groups.limits)).collect(),
+            mount_namespace: true,
             console: Console::Pty,
             kill_writes: self
                 .cgroups
@@ -403,9 +540,10 @@ impl Shared {
                 .collect(),
             ..Spec::default()
         };
-        let keeper = keeper::launch(dir, &spec, vec![]).await?;
+        let keeper = keeper::launch(dir, &spec, vec![namespace]).await?;
         let status = keeper.status().await;
         let running = |status| Running {
+            dir: dir.clone(),
             record: record.clone(),
             groups: groups.clone(),
             cgroups: self.cgroups.clone(),
@@ -546,33 +684,6 @@ impl Shared {
     }
 }
 
-/// What a status found without a living keeper means.
-fn ended(status: Status) -> End {
-    match status.state {
-        keeper::State::Exited | keeper::State::Failed => End::Exited(status),
-        _ => End::KeeperLost(Some(status)),
-    }
-}
-
-fn exit_reason(end: &End, init: Option<InitEnd>) -> Option<ExitReason> {
-    let crashed = |detail: String| Some(ExitReason::Crashed { detail });
-    match end {
-        End::KeeperLost(_) => crashed("its keeper was killed".into()),
-        End::Exited(s) => match (s.requested, s.exit, init) {
-            (Requested::Force | Requested::Deadline, ..) => Some(ExitReason::Forced),
-            (Requested::Shutdown, ..) => Some(ExitReason::Shutdown),
-            (_, Some(Exit::Signal(n)), _) => crashed(format!("lxc-start was ended by signal {n}")),
-            // The kernel ends a namespace's init with this signal when it asks for a halt or power-off.
-            (_, _, Some(InitEnd::Signal(libc::SIGINT))) => Some(ExitReason::Shutdown),
-            (_, _, Some(InitEnd::Signal(n))) => crashed(format!("its init was ended by signal {n}")),
-            (_, _, Some(InitEnd::Code(n))) => crashed(format!("its init ended with code {n}")),
-            (_, Some(Exit::Code(0)), None) => Some(ExitReason::Shutdown),
-            (_, Some(Exit::Code(n)), None) => crashed(format!("lxc-start ended with code {n}")),
-            (_, None, None) => crashed(s.reason.clone()),
-        },
-    }
-}
-
 /// Tells whether the first-boot data must be written again.
 fn seed_hash(guest: &ResolvedGuest) -> u64 {
     let mut h = DefaultHasher::new();
@@ -580,40 +691,6 @@ fn seed_hash(guest: &ResolvedGuest) -> u64 {
     (&guest.hostname, &c.instance_id, &c.user_data, &c.vendor_data, &c.network_config).hash(&mut h);
     guest.root.path.hash(&mut h);
     h.finish()
-}
-
-/// The model's limits as a control group's.
-fn limits(instance: InstanceId, limits: &Limits) -> CgroupLimits {
-    let online = std::fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
-    control_limits(instance, limits, &parse_cpus(&online))
-}
-
-fn control_limits(instance: InstanceId, limits: &Limits, online: &[u32]) -> CgroupLimits {
-    let cpus = match &limits.cpu {
-        // So many CPUs: a set of that size, so that programs inside count right. Where it begins is spread over the
-        // host by the instance's id, which is random.
-        Some(CpuLimit::Count { n }) if (*n as usize) < online.len() => {
-            let start = (instance.uuid().as_u128() % online.len() as u128) as usize;
-            let mut set: Vec<u32> = online.iter().cycle().skip(start).take(*n as usize).copied().collect();
-            set.sort_unstable();
-            Some(set)
-        }
-        Some(CpuLimit::Set { cpus }) => Some(cpus.clone()),
-        _ => None,
-    };
-    CgroupLimits {
-        memory: limits.memory.map(|m| m.bytes()),
-        processes: limits.processes,
-        cpus,
-        cpu_quota: match limits.cpu_allowance {
-            Some(CpuAllowance::Quota { quota_us, period_us }) => Some((quota_us, period_us)),
-            _ => None,
-        },
-        cpu_share: match limits.cpu_allowance {
-            Some(CpuAllowance::Share { percent }) => Some(percent),
-            _ => None,
-        },
-    }
 }
 
 #[async_trait]
@@ -659,13 +736,19 @@ impl GuestDriver for LxcDriver {
     }
 
     async fn update(&self, guest: &ResolvedGuest) -> Result<Applied> {
-        let mut running = self.shared.running(guest.instance).await?;
         let kept = self.shared.guest(guest.instance);
         let _changing = kept.changing.lock().await;
+        let running = self.shared.running(guest.instance).await?;
         let (cgroups, group) = (&self.shared.cgroups, &running.groups.limits);
-        cgroups.limit(group, &limits(guest.instance, &guest.limits))?;
+        cgroups.limit(group, &limits(guest))?;
+        // Read again: another change may have ended while this one waited for its turn.
+        let mut record = Record::read(&guest.state_dir)?.ok_or_else(not_running)?;
+        let find =
+            || running.init().ok_or_else(|| Error::unavailable("the guest is just starting; try again"));
+        disks::update(&running, find, guest, &mut record).await?;
+        self.shared.update_proxies(&running, &guest.proxies, &mut record).await?;
         let new = Record::new(guest);
-        let old = &mut running.record;
+        let old = &mut record;
         let mut pending = vec![];
         if old.nics != new.nics {
             pending.push("devices".to_owned());
@@ -731,7 +814,7 @@ impl GuestDriver for LxcDriver {
             Some(record) => self.shared.clear_record(&record).await?,
             None => {
                 let groups = Groups::of(&self.shared.options.daemon_id, instance);
-                self.shared.clear(&groups, std::iter::empty()).await?;
+                self.shared.clear(&dir, &groups, std::iter::empty()).await?;
             }
         }
         match tokio::fs::remove_dir_all(&dir).await {
@@ -796,39 +879,4 @@ fn host_memory() -> Option<u64> {
         .lines()
         .find_map(|l| l.strip_prefix("MemTotal:")?.trim().trim_end_matches(" kB").parse().ok())?;
     Some(kib * 1024)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_count_of_cpus_is_a_set_of_that_size() {
-        let id = "00000000-0000-4000-8000-000000000003".parse().unwrap();
-        let count = |n| {
-            let limits = Limits { cpu: Some(CpuLimit::Count { n }), ..Limits::default() };
-            control_limits(id, &limits, &[0, 1, 2, 3]).cpus
-        };
-        assert_eq!(count(2), Some(vec![0, 3]));
-        assert_eq!(count(4), None);
-        assert_eq!(count(9), None, "more than there are is no limit");
-    }
-
-    #[test]
-    fn why_it_ended() {
-        let end = |requested, exit, init| {
-            exit_reason(&End::Exited(Status { requested, exit: Some(exit), ..Status::default() }), init)
-        };
-        let (none, zero) = (Requested::Nobody, Exit::Code(0));
-        assert_eq!(end(none, zero, None), Some(ExitReason::Shutdown));
-        assert_eq!(end(none, zero, Some(InitEnd::Signal(2))), Some(ExitReason::Shutdown));
-        assert_eq!(end(Requested::Shutdown, Exit::Code(1), None), Some(ExitReason::Shutdown));
-        assert_eq!(end(Requested::Force, zero, Some(InitEnd::Signal(9))), Some(ExitReason::Forced));
-        let crash = end(none, zero, Some(InitEnd::Signal(9)));
-        assert!(matches!(crash, Some(ExitReason::Crashed { detail }) if detail.contains("signal 9")));
-        let crash = end(none, zero, Some(InitEnd::Code(3)));
-        assert!(matches!(crash, Some(ExitReason::Crashed { detail }) if detail.contains("code 3")));
-        let lost = exit_reason(&End::KeeperLost(None), None);
-        assert!(matches!(lost, Some(ExitReason::Crashed { .. })));
-    }
 }

@@ -8,9 +8,13 @@
 pub mod apparmor;
 mod attach;
 mod config;
+mod disks;
 mod driver;
+mod end;
 mod files;
+mod limits;
 mod proc;
+mod proxies;
 mod record;
 mod seed;
 

@@ -1,7 +1,8 @@
 //! What the driver keeps of a guest in its state directory (`guest.json`): enough to adopt it.
 
 use karst_guest::{IdRange, ResolvedGuest, keeper::write_private};
-use karst_model::{Error, InstanceId, Result, instance::Generation};
+use karst_host::mountns::{DeviceNumber, MountKey};
+use karst_model::{Error, InstanceId, Result, instance::Generation, spec::ProxySpec};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
@@ -18,6 +19,52 @@ pub(crate) struct Nic {
     pub(crate) host_interface: String,
 }
 
+/// A disk beside the root.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Disk {
+    /// Device name.
+    pub(crate) name: String,
+    /// Where it is mounted inside.
+    pub(crate) at: String,
+    pub(crate) source: PathBuf,
+    pub(crate) readonly: bool,
+    /// Owners are mapped into the guest's ids.
+    pub(crate) mapped: bool,
+    pub(crate) recursive: bool,
+    pub(crate) follow: bool,
+    /// A file, not a directory.
+    pub(crate) file: bool,
+    /// It is a device node.
+    #[serde(default)]
+    pub(crate) node: Option<Node>,
+    /// What the kernel calls it, once it is mounted; before, it is only intended.
+    pub(crate) key: Option<MountKey>,
+}
+
+/// A device node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Node {
+    pub(crate) device: DeviceNumber,
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+    pub(crate) mode: u32,
+}
+
+impl Node {
+    /// As control groups name it.
+    pub(crate) fn rule(&self) -> String {
+        let DeviceNumber { block, major, minor } = self.device;
+        format!("{} {major}:{minor} rwm", if block { 'b' } else { 'c' })
+    }
+}
+
+impl Disk {
+    /// The same disk in the same way, mounted or not.
+    pub(crate) fn same(&self, other: &Self) -> bool {
+        Self { key: None, ..self.clone() } == Self { key: None, ..other.clone() }
+    }
+}
+
 /// The record of the last start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Record {
@@ -31,6 +78,10 @@ pub(crate) struct Record {
     pub(crate) ids: IdRange,
     pub(crate) root: PathBuf,
     pub(crate) nics: Vec<Nic>,
+    #[serde(default)]
+    pub(crate) disks: Vec<Disk>,
+    #[serde(default)]
+    pub(crate) proxies: Vec<ProxySpec>,
     #[serde(default)]
     pub(crate) environment: BTreeMap<String, String>,
     /// Host name that was written into the root file system.
@@ -64,6 +115,8 @@ impl Record {
                     host_interface: n.host_interface.clone(),
                 })
                 .collect(),
+            disks: vec![],
+            proxies: guest.proxies.clone(),
             environment: guest.environment.clone(),
             hostname: guest.hostname.clone(),
             seed: 0,

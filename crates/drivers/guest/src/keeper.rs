@@ -73,7 +73,7 @@ pub struct Found {
 /// Conflict when a keeper lives there; internal, with the step and the reason as context, when the program could not
 /// be executed. Nothing is left then.
 pub async fn launch(dir: &Path, spec: &Spec, fds: Vec<OwnedFd>) -> Result<Keeper> {
-    if fds.len() != spec.fds.len() || fds.len() > p::MAX_FDS {
+    if fds.len() != spec.passed() || fds.len() > p::MAX_FDS {
         return Err(Error::internal(
             "the guest could not be started",
             "descriptors do not match the specification",

@@ -5,9 +5,9 @@ use karst_model::{
     device::{DiskIo, NicModel},
     instance::{Generation, InstanceKind},
     node::AcceleratorKind,
-    spec::{CloudInit, Limits, MachineSpec, Security},
+    spec::{CloudInit, Limits, MachineSpec, ProxySpec, Security},
 };
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{collections::BTreeMap, os::fd::OwnedFd, path::PathBuf, sync::Arc};
 
 /// A range of host user and group ids that belongs to one guest alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -51,6 +51,10 @@ pub struct ResolvedGuest {
     pub root: ResolvedDisk,
     /// Other disks in bus order.
     pub disks: Vec<ResolvedDisk>,
+    /// Device nodes (containers).
+    pub nodes: Vec<ResolvedNode>,
+    /// Proxies (containers).
+    pub proxies: Vec<ProxySpec>,
     /// NICs in bus order.
     pub nics: Vec<ResolvedNic>,
     /// First-boot data.
@@ -96,6 +100,16 @@ pub struct ResolvedDisk {
     pub foreign: bool,
     /// The owners of a foreign tree are shifted.
     pub shift: bool,
+    /// A path of the host as it was opened beneath what the host grants; `path` is only its name then, and others may have
+    /// changed what it leads to.
+    #[serde(skip)]
+    pub opened: Option<Opened>,
+    /// What is mounted below the path is seen as well (containers).
+    #[serde(default)]
+    pub recursive: bool,
+    /// So is what the host mounts there later (containers).
+    #[serde(default)]
+    pub follow: bool,
     /// A drive of discs; the guest cannot write.
     pub cdrom: bool,
     /// The drive is empty.
@@ -108,6 +122,18 @@ pub struct ResolvedDisk {
     pub boot_priority: u32,
 }
 
+/// An open path of the host. Two are equal when they are the same descriptor.
+#[derive(Debug, Clone)]
+pub struct Opened(pub Arc<OwnedFd>);
+
+impl PartialEq for Opened {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Opened {}
+
 /// Format of what lies at a disk's path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -118,6 +144,23 @@ pub enum DiskFormat {
     Raw,
     /// qcow2.
     Qcow2,
+}
+
+/// A device node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ResolvedNode {
+    /// Device name in the configuration; a device may have several nodes.
+    pub name: String,
+    /// Where it is in the guest; absolute.
+    pub path: String,
+    /// Which device.
+    pub device: karst_host::mountns::DeviceNumber,
+    /// Owner in the guest.
+    pub uid: u32,
+    /// Group in the guest.
+    pub gid: u32,
+    /// Permission bits.
+    pub mode: u32,
 }
 
 /// A NIC: an interface of the host that exists.

@@ -4,21 +4,30 @@ use crate::{
     record::{Paths, Record},
     render,
 };
+use ipnet::IpNet;
 use karst_host::{
     link::{self, Link},
     sysctl,
 };
-use karst_model::{Error, NetworkId, Result};
+use karst_model::{Error, NetworkId, Result, spec::NetworkSpec};
 use std::net::IpAddr;
 use uuid::Uuid;
 
 /// The bridge's MAC address: stable over its life, different on each host, and known before the bridge is made, so that one
 /// whose mark was not yet set is recognized after a crash (the kernel takes address and kind in one step, the alias in a
 /// second).
-pub(crate) fn mac(daemon: &str, id: NetworkId) -> [u8; 6] {
+fn derived_mac(daemon: &str, id: NetworkId) -> [u8; 6] {
     let hash = Uuid::new_v5(&id.uuid(), daemon.as_bytes());
     let b = hash.as_bytes();
     [0x02, b[0], b[1], b[2], b[3], b[4]] // locally administered, unicast
+}
+
+/// The MAC address that it is to have.
+fn wanted_mac(daemon: &str, record: &Record) -> Result<[u8; 6]> {
+    match &record.spec.hwaddr {
+        Some(mac) => link::parse_mac(mac),
+        None => Ok(derived_mac(daemon, record.id)),
+    }
 }
 
 fn is_ours(daemon: &str, id: NetworkId, recorded: bool, found: &Link) -> bool {
@@ -27,7 +36,7 @@ fn is_ours(daemon: &str, id: NetworkId, recorded: bool, found: &Link) -> bool {
     }
     match &found.alias {
         Some(alias) => *alias == render::alias(daemon, id),
-        None => recorded && found.mac.as_deref() == Some(link::format_mac(&mac(daemon, id)).as_str()),
+        None => recorded && found.mac.as_deref() == Some(link::format_mac(&derived_mac(daemon, id)).as_str()),
     }
 }
 
@@ -47,7 +56,14 @@ pub(crate) fn ensure(daemon: &str, paths: &Paths, wanted: &Record) -> Result<()>
             return Err(Error::conflict(format!("{b} overlaps {a} of the network on {:?}", other.bridge))
                 .at("config.ipv4.address"));
         }
+        if let (Some(a), Some(b)) = (other.spec.ipv6, wanted.spec.ipv6)
+            && (a.contains(&b.network()) || b.contains(&a.network()))
+        {
+            return Err(Error::conflict(format!("{b} overlaps {a} of the network on {:?}", other.bridge))
+                .at("config.ipv6.address"));
+        }
     }
+    let recorded_external = before.as_ref().map(|r| r.spec.external_interfaces.clone()).unwrap_or_default();
     let recorded = before.as_ref().is_some_and(|r| r.bridge == wanted.bridge);
     let mut found = link::get(&wanted.bridge)?;
     if let Some(other) = found.as_ref().filter(|f| !is_ours(daemon, id, recorded, f)) {
@@ -75,7 +91,7 @@ pub(crate) fn ensure(daemon: &str, paths: &Paths, wanted: &Record) -> Result<()>
     }
     let name = &wanted.bridge;
     if found.is_none() {
-        link::create_bridge(name, mac(daemon, id), wanted.spec.mtu)?;
+        link::create_bridge(name, derived_mac(daemon, id), wanted.spec.mtu)?;
         tracing::info!(bridge = %name, network = %id, "bridge made");
         found = link::get(name)?;
     }
@@ -84,17 +100,68 @@ pub(crate) fn ensure(daemon: &str, paths: &Paths, wanted: &Record) -> Result<()>
     if found.alias.is_none() {
         link::set_alias(name, &render::alias(daemon, id))?;
     }
-    if found.mac.as_deref() != Some(link::format_mac(&mac(daemon, id)).as_str()) {
-        link::set_mac(name, mac(daemon, id))?;
+    let mac = wanted_mac(daemon, wanted)?;
+    if found.mac.as_deref() != Some(link::format_mac(&mac).as_str()) {
+        link::set_mac(name, mac)?;
     }
-    if let Some(mtu) = wanted.spec.mtu.filter(|m| *m != found.mtu) {
+    let mtu = wanted.spec.mtu.or_else(|| before.and_then(|b| b.spec.mtu).map(|_| 1500));
+    if let Some(mtu) = mtu.filter(|m| *m != found.mtu) {
         link::set_mtu(name, mtu)?;
+    }
+    if let Some(on) = wanted.spec.multicast_snooping {
+        link::set_multicast_snooping(name, on)?;
     }
     settings(paths, wanted)?;
     if !found.up {
         link::set_up(name, true)?;
     }
-    addresses(wanted, found.index)
+    addresses(wanted, found.index)?;
+    external(wanted, &recorded_external, found.index)
+}
+
+/// Interfaces of the host in the bridge: those that are wanted go in, those that no longer are come out.
+fn external(wanted: &Record, before: &[String], bridge: u32) -> Result<()> {
+    for name in before.iter().filter(|n| !wanted.spec.external_interfaces.contains(n)) {
+        if link::get(name)?.is_some_and(|l| l.master == Some(bridge)) {
+            link::set_master(name, None)?;
+        }
+    }
+    for name in &wanted.spec.external_interfaces {
+        let field = "config.bridge.external_interfaces";
+        let found = link::get(name)?
+            .ok_or_else(|| Error::not_found(format!("this host has no interface {name:?}")).at(field))?;
+        match found.master {
+            Some(master) if master == bridge => continue,
+            Some(_) => {
+                return Err(Error::conflict(format!("the interface {name:?} is in another bridge")).at(field));
+            }
+            None => {}
+        }
+        if link::addresses(Some(found.index))?.iter().any(|a| a.scope == 0) {
+            return Err(Error::conflict(format!(
+                "the interface {name:?} has addresses of its own, which would stop working in a bridge; remove them first"
+            ))
+            .at(field));
+        }
+        link::set_master(name, Some(&wanted.bridge))?;
+        link::set_up(name, true)?;
+    }
+    Ok(())
+}
+
+/// Routes over the bridge: those of the network, and those of its guests.
+pub(crate) fn routes(spec: &NetworkSpec) -> Result<()> {
+    let Some(found) = link::get(&spec.bridge)? else { return Ok(()) };
+    let own = |net: IpNet| {
+        spec.spec.ipv4.is_some_and(|n| IpNet::V4(n.trunc()) == net)
+            || spec.spec.ipv6.is_some_and(|n| IpNet::V6(n.trunc()) == net)
+    };
+    let guests = spec.hosts.iter().flat_map(|h| h.routes.iter().map(IpNet::trunc));
+    let mut wanted: Vec<(IpAddr, u8)> =
+        spec.spec.subnets().filter(|n| !own(*n)).chain(guests).map(|n| (n.addr(), n.prefix_len())).collect();
+    wanted.sort();
+    wanted.dedup();
+    link::set_routes(found.index, &wanted)
 }
 
 fn settings(paths: &Paths, wanted: &Record) -> Result<()> {
@@ -111,27 +178,53 @@ fn settings(paths: &Paths, wanted: &Record) -> Result<()> {
         // No guest may send from an address that would not be routed back to it.
         sysctl::set(&["net", "ipv4", "conf", name, "rp_filter"], "1")?;
     }
-    // Managed IPv6 is not there: the host must not be reachable by link-local addresses that no rule knows.
-    sysctl::set(&["net", "ipv6", "conf", name, "disable_ipv6"], "1")?;
+    let own = |key: &'static str| ["net", "ipv6", "conf", name, key];
+    if wanted.spec.ipv6.is_none() {
+        // The host must not be reachable by link-local addresses that no rule knows.
+        sysctl::set(&own("disable_ipv6"), "1")?;
+        return Ok(());
+    }
+    if !sysctl::set(&own("disable_ipv6"), "0")? {
+        return Err(Error::unsupported("this host's kernel has no IPv6; set ipv6.address=none")
+            .at("config.ipv6.address"));
+    }
+    let forward = ["net", "ipv6", "conf", "all", "forwarding"];
+    if sysctl::get(&forward)?.as_deref() == Some("0") {
+        let mut host = paths.read_host()?;
+        host.forwarding6_switched_on = true;
+        // A router no longer listens to announcements, unless it is told so: the host would lose its own way out.
+        let listening = |l: &Link| {
+            sysctl::get(&["net", "ipv6", "conf", &l.name, "accept_ra"])
+                .is_ok_and(|v| v.as_deref() == Some("1"))
+        };
+        let uplinks: Vec<String> =
+            link::list()?.into_iter().filter(|l| l.name != *name && listening(l)).map(|l| l.name).collect();
+        host.accept_ra.extend(uplinks.iter().cloned());
+        paths.write_host(&host)?;
+        for uplink in uplinks {
+            sysctl::set(&["net", "ipv6", "conf", &uplink, "accept_ra"], "2")?;
+        }
+        sysctl::set(&forward, "1")?;
+    }
+    sysctl::set(&own("accept_ra"), "0")?;
+    sysctl::set(&own("accept_dad"), "0")?;
     Ok(())
 }
 
 fn addresses(wanted: &Record, index: u32) -> Result<()> {
-    let mut there = false;
-    for address in link::addresses(Some(index))? {
-        let IpAddr::V4(own) = address.address else {
-            continue;
-        };
-        if wanted.spec.ipv4.is_some_and(|w| w.addr() == own && w.prefix_len() == address.prefix) {
-            there = true;
-        } else {
-            link::delete_address(&wanted.bridge, own, address.prefix)?;
+    let v4 = wanted.spec.ipv4.map(|n| (IpAddr::V4(n.addr()), n.prefix_len()));
+    let v6 = wanted.spec.ipv6.map(|n| (IpAddr::V6(n.addr()), n.prefix_len()));
+    let mut missing: Vec<(IpAddr, u8)> = v4.into_iter().chain(v6).collect();
+    for found in link::addresses(Some(index))? {
+        let link_local = matches!(found.address, IpAddr::V6(a) if a.is_unicast_link_local());
+        let at = missing.iter().position(|w| *w == (found.address, found.prefix));
+        match at {
+            Some(at) => drop(missing.remove(at)),
+            None if link_local => {}
+            None => link::delete_address(&wanted.bridge, found.address, found.prefix)?,
         }
     }
-    match wanted.spec.ipv4 {
-        Some(net) if !there => link::add_address(&wanted.bridge, net.addr(), net.prefix_len()),
-        _ => Ok(()),
-    }
+    missing.into_iter().try_for_each(|(address, prefix)| link::add_address(&wanted.bridge, address, prefix))
 }
 
 /// Deletes the bridge of a network: the recorded one, and any that carries its mark.

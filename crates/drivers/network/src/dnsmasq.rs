@@ -107,21 +107,11 @@ fn account() -> Result<Account> {
 pub(crate) fn write_hosts(paths: &Paths, record: &Record, hosts: &[NetworkHost]) -> Result<bool> {
     let gid = Some(account()?.gid);
     record::make_directory(&paths.network(record.id), 0o750, gid)?;
-    let json = serde_json::to_vec(hosts)?;
-    record::write_if_changed(&paths.file(record.id, "hosts.json"), &json, 0o600, None)?;
     let dhcp = render::dhcp_hosts(hosts);
     let names = render::dns_hosts(&record.spec.domain, hosts);
     let one = record::write_if_changed(&paths.file(record.id, "dhcp-hosts"), dhcp.as_bytes(), 0o640, gid)?;
     let two = record::write_if_changed(&paths.file(record.id, "hosts"), names.as_bytes(), 0o640, gid)?;
     Ok(one || two)
-}
-
-/// Guests that were written last.
-pub(crate) fn read_hosts(paths: &Paths, id: NetworkId) -> Vec<NetworkHost> {
-    fs::read(paths.file(id, "hosts.json"))
-        .ok()
-        .and_then(|bytes| serde_json::from_slice(&bytes).ok())
-        .unwrap_or_default()
 }
 
 /// Writes the configuration. `None` when the network needs no dnsmasq; otherwise whether it changed, and then whatever ran

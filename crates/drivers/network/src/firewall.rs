@@ -1,4 +1,4 @@
-//! The firewall of all networks of this daemon: its own nft table, and, where somebody else's firewall drops by default,
+//! The firewall of all networks of this daemon: its own nft tables, and, where somebody else's firewall drops by default,
 //! accepts in *that* firewall. An accept in a table of ours would not do: netfilter runs every base chain of a hook, and one
 //! drop is final.
 //!
@@ -8,74 +8,167 @@
 //! - Any other base chain that drops by default is named in a warning.
 
 use crate::{
-    record::{Paths, Record},
-    render,
+    record::Paths,
+    rules,
+    ruleset::{Table, comparable},
 };
 use karst_host::{Program, nft, run};
-use karst_model::Result;
+use karst_model::{Result, spec::NetworkSpec};
 use serde_json::Value;
 use std::{collections::BTreeSet, fmt::Write};
 
 /// What was seen and done last.
 #[derive(Debug, Default)]
 pub(crate) struct Firewall {
+    /// Networks as they are wanted, by id: filled by the driver.
+    pub known: Vec<NetworkSpec>,
     /// Generation of the ruleset at which everything was found right, and what was wanted then.
-    settled: Option<(u32, Vec<Record>)>,
-    /// The daemon's table as nft listed it after it was applied, and the text that was applied.
-    table: Option<(Vec<Value>, String)>,
+    settled: Option<(u32, Vec<NetworkSpec>)>,
+    /// The daemon's tables as they were applied last.
+    tables: Option<Applied>,
     /// Our iptables lines as they were listed after being applied, per backend, with the text that was applied.
-    iptables: [Option<(Vec<String>, String)>; 2],
+    iptables: [Option<(Vec<String>, String)>; 4],
+    /// This kernel can answer what it refuses on a bridge.
+    bridge_reject: Option<bool>,
+    /// What others' firewalls were made to accept, and at which generation that was found so.
+    others: Option<(u32, Vec<Others>)>,
     /// Base chains of others that drop what guests send or receive.
     pub warnings: Vec<String>,
 }
 
+#[derive(Debug)]
+struct Applied {
+    tables: [Table; 2],
+    /// Generation of the ruleset right after, when nobody else changed it in between.
+    generation: Option<u32>,
+    /// How nft lists them: taken when somebody else changed something, since it costs with many rules.
+    listing: Option<[Vec<Value>; 2]>,
+}
+
+/// What of a network concerns other firewalls.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Others {
+    bridge: String,
+    v4: Option<std::net::Ipv4Addr>,
+    v6: Option<std::net::Ipv6Addr>,
+    firewall: [bool; 2],
+    translated: [bool; 2],
+    dhcp: [bool; 2],
+    forwards: bool,
+}
+
+impl Others {
+    fn of(n: &NetworkSpec) -> Self {
+        Self {
+            bridge: n.bridge.clone(),
+            v4: n.spec.ipv4.map(|a| a.addr()),
+            v6: n.spec.ipv6.map(|a| a.addr()),
+            firewall: [n.spec.firewall, n.spec.firewall6],
+            translated: [n.spec.nat, n.spec.nat6],
+            dhcp: [n.spec.dhcp, n.spec.dhcp6],
+            forwards: !n.forwards.is_empty(),
+        }
+    }
+    fn concerns(&self, v6: bool) -> bool {
+        self.firewall[usize::from(v6)] && if v6 { self.v6.is_some() } else { true }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Backend {
-    Nft,
-    Legacy,
+struct Backend {
+    legacy: bool,
+    v6: bool,
 }
 
 impl Backend {
+    fn index(self) -> usize {
+        usize::from(self.legacy) + 2 * usize::from(self.v6)
+    }
     fn list(self) -> Program {
-        match self {
-            Self::Nft => Program::IptablesNft,
-            Self::Legacy => Program::IptablesLegacy,
+        match (self.v6, self.legacy) {
+            (false, false) => Program::IptablesNft,
+            (false, true) => Program::IptablesLegacy,
+            (true, false) => Program::Ip6tablesNft,
+            (true, true) => Program::Ip6tablesLegacy,
         }
     }
     fn restore(self) -> Program {
-        match self {
-            Self::Nft => Program::IptablesNftRestore,
-            Self::Legacy => Program::IptablesLegacyRestore,
+        match (self.v6, self.legacy) {
+            (false, false) => Program::IptablesNftRestore,
+            (false, true) => Program::IptablesLegacyRestore,
+            (true, false) => Program::Ip6tablesNftRestore,
+            (true, true) => Program::Ip6tablesLegacyRestore,
         }
+    }
+    fn family(self) -> &'static str {
+        if self.v6 { "ip6" } else { "ip" }
     }
 }
 
 impl Firewall {
-    /// Makes the host's rules what `records` want. Microseconds when nobody changed anything since the last time.
-    pub async fn reconcile(&mut self, daemon: &str, paths: &Paths, records: &[Record]) -> Result<()> {
-        let legacy = legacy_in_use("filter");
+    /// Makes the host's rules what the known networks want. Microseconds when nobody changed anything since the last time;
+    /// a change of ours alone costs what it changes.
+    pub async fn reconcile(&mut self, daemon: &str, paths: &Paths) -> Result<()> {
+        let networks = std::mem::take(&mut self.known);
+        let result = self.reconcile_all(daemon, paths, &networks).await;
+        self.known = networks;
+        result
+    }
+
+    async fn reconcile_all(&mut self, daemon: &str, paths: &Paths, networks: &[NetworkSpec]) -> Result<()> {
+        let others: Vec<Others> = networks.iter().map(Others::of).collect();
+        let legacy: Vec<Backend> = [false, true]
+            .into_iter()
+            .filter(|v6| legacy_in_use(*v6, "filter"))
+            .map(|v6| Backend { legacy: true, v6 })
+            .collect();
         let generation = nft::generation()?;
-        if self.settled.as_ref().is_some_and(|(g, r)| *g == generation && r == records) {
+        if self.settled.as_ref().is_some_and(|(g, n)| *g == generation && n == networks) {
             // Legacy tables have no generation: where they are in use, they alone are read each time.
-            if legacy {
-                self.iptables(Backend::Legacy, daemon, paths, records).await?;
+            for backend in &legacy {
+                self.iptables(*backend, daemon, paths, &others).await?;
             }
             return Ok(());
         }
         self.settled = None;
-        let ruleset = nft::list_ruleset().await?;
-        self.own_table(daemon, records, &ruleset).await?;
-        let mut host = paths.read_host()?;
-        if has_table(&ruleset, "ip", "filter") {
-            self.iptables(Backend::Nft, daemon, paths, records).await?;
+        let after = self.own_tables(daemon, networks, generation).await?;
+        for backend in &legacy {
+            self.iptables(*backend, daemon, paths, &others).await?;
         }
-        if legacy {
-            self.iptables(Backend::Legacy, daemon, paths, records).await?;
+        if self.others.as_ref().is_some_and(|(g, o)| *g == generation && *o == others) {
+            // Nothing but our own tables has changed since others were looked at.
+            self.others = Some((after, others));
+            self.settled = Some((after, networks.to_vec()));
+            return Ok(());
         }
+        let chains = nft::list_chains().await?;
+        for v6 in [false, true] {
+            let backend = Backend { legacy: false, v6 };
+            if has_table(&chains, backend.family(), "filter") {
+                self.iptables(backend, daemon, paths, &others).await?;
+            }
+        }
+        let mut warnings = self.firewalld(paths, &chains, &others).await?;
+        if !networks.is_empty() {
+            warnings.extend(foreign_drops(&chains));
+        }
+        for warning in warnings.iter().filter(|w| !self.warnings.contains(w)) {
+            tracing::warn!("{warning}");
+        }
+        self.warnings = warnings;
+        // The generation from before the listing: where something was changed since, by us or by others, the next call looks
+        // once more, and only what was found right at one generation counts as settled.
+        self.others = Some((after, others));
+        self.settled = Some((after, networks.to_vec()));
+        Ok(())
+    }
+
+    async fn firewalld(&mut self, paths: &Paths, chains: &[Value], others: &[Others]) -> Result<Vec<String>> {
         let mut warnings = Vec::new();
-        let bridges: BTreeSet<String> = records.iter().map(|r| r.bridge.clone()).collect();
-        if ["inet", "ip", "ip6"].iter().any(|family| has_table(&ruleset, family, "firewalld")) {
-            host = paths.read_host()?;
+        let mut host = paths.read_host()?;
+        let bridges: BTreeSet<String> =
+            others.iter().filter(|o| o.firewall.contains(&true)).map(|o| o.bridge.clone()).collect();
+        if ["inet", "ip", "ip6"].iter().any(|family| has_table(chains, family, "firewalld")) {
             let stale: Vec<String> = host.firewalld.difference(&bridges).cloned().collect();
             if !bridges.is_subset(&host.firewalld) {
                 host.firewalld.extend(bridges.iter().cloned());
@@ -96,39 +189,92 @@ impl Firewall {
                 host.firewalld.remove(&bridge);
                 paths.write_host(&host)?;
             }
-        } else if !host.firewalld.is_empty() && records.is_empty() {
+        } else if !host.firewalld.is_empty() && others.is_empty() {
             // firewalld is gone, and what it knew at run time with it.
             host.firewalld.clear();
             paths.write_host(&host)?;
         }
-        if !records.is_empty() {
-            warnings.extend(foreign_drops(&ruleset));
-        }
-        for warning in warnings.iter().filter(|w| !self.warnings.contains(w)) {
-            tracing::warn!("{warning}");
-        }
-        self.warnings = warnings;
-        // The generation from before the listing: where something was changed since, by us or by others, the next call lists
-        // once more, and only what was found right at one generation counts as settled.
-        self.settled = Some((generation, records.to_vec()));
-        Ok(())
+        Ok(warnings)
     }
 
-    async fn own_table(&mut self, daemon: &str, records: &[Record], ruleset: &[Value]) -> Result<()> {
-        let wanted = render::nft_table(daemon, records);
-        let name = render::table_name(daemon);
-        let found = table_objects(ruleset, "inet", &name);
+    /// Brings the daemon's own tables up to date. Answers the generation at which they are, and everything else is as it was
+    /// at `generation`.
+    async fn own_tables(&mut self, daemon: &str, networks: &[NetworkSpec], generation: u32) -> Result<u32> {
+        let wanted = rules::tables(daemon, networks, self.bridge_reject().await?);
+        if let Some(applied) = &mut self.tables
+            && applied.generation == Some(generation)
+        {
+            if applied.tables == wanted {
+                return Ok(generation);
+            }
+            let [a, b] = [0, 1].map(|i| wanted[i].change(&applied.tables[i]));
+            if let (Some(a), Some(b)) = (a, b) {
+                nft::apply(&format!("{a}{b}")).await?;
+                return self.applied(wanted, generation);
+            }
+        }
+        let name = rules::table_name(daemon);
+        let list = async || {
+            let [inet, bridge] =
+                [nft::list_table("inet", &name).await?, nft::list_table("bridge", &name).await?];
+            Ok::<_, karst_model::Error>([comparable(&inet), comparable(&bridge)])
+        };
+        let there = list().await?;
         // Only a comparison with what nft itself listed after applying is independent of how a version of nft writes rules.
-        if self.table.as_ref().is_some_and(|(listed, text)| *listed == found && *text == wanted) {
-            return Ok(());
+        if let Some(applied) = &mut self.tables
+            && applied.tables == wanted
+            && applied.listing.as_ref() == Some(&there)
+        {
+            applied.generation = Some(generation);
+            return Ok(generation);
         }
-        if found.is_empty() && !wanted.contains("chain ") {
-            self.table = Some((found, wanted));
-            return Ok(());
+        let text = format!("{}{}", wanted[0].replace(&there[0]), wanted[1].replace(&there[1]));
+        if text.is_empty() {
+            self.tables =
+                Some(Applied { tables: wanted, generation: Some(generation), listing: Some(there) });
+            return Ok(generation);
         }
-        nft::apply(&wanted).await?;
-        self.table = Some((table_objects(&nft::list_ruleset().await?, "inet", &name), wanted));
-        Ok(())
+        if let Err(e) = nft::apply(&text).await {
+            // Something that cannot be taken apart: anew, at the price of what the kernel remembers.
+            tracing::warn!(error = %e, context = e.context, "our tables are made anew");
+            let anew: String = wanted
+                .iter()
+                .map(|t| {
+                    format!("add table {0} {1}\ndelete table {0} {1}\n{2}", t.family, t.name, t.replace(&[]))
+                })
+                .collect();
+            nft::apply(&anew).await?;
+        }
+        let after = self.applied(wanted, generation)?;
+        let listing = list().await?;
+        if let Some(applied) = &mut self.tables {
+            applied.listing = Some(listing);
+        }
+        Ok(after)
+    }
+
+    fn applied(&mut self, tables: [Table; 2], before: u32) -> Result<u32> {
+        let now = nft::generation()?;
+        // One transaction is one generation: more, and somebody else was there too.
+        let alone = now == before.wrapping_add(1);
+        self.tables = Some(Applied { tables, generation: alone.then_some(now), listing: None });
+        Ok(if alone { now } else { before })
+    }
+
+    async fn bridge_reject(&mut self) -> Result<bool> {
+        if let Some(known) = self.bridge_reject {
+            return Ok(known);
+        }
+        let probe =
+            "table bridge karst_probe { chain c { type filter hook prerouting priority 0; reject; }; }\n";
+        let can = nft::accepts(probe).await?;
+        if !can {
+            tracing::info!(
+                "this kernel cannot answer what it refuses on a bridge: ACLs of NICs drop what they reject"
+            );
+        }
+        self.bridge_reject = Some(can);
+        Ok(can)
     }
 
     async fn iptables(
@@ -136,28 +282,30 @@ impl Firewall {
         backend: Backend,
         daemon: &str,
         paths: &Paths,
-        records: &[Record],
+        others: &[Others],
     ) -> Result<()> {
         let listing = match list_iptables(backend).await {
             Ok(listing) => listing,
-            Err(e) if backend == Backend::Nft => {
+            Err(e) if !backend.legacy => {
                 // A table `ip filter` made by nft itself, or no iptables on this host: not ours to understand.
-                tracing::debug!(error = %e, context = e.context, "the table ip filter is not iptables'");
+                tracing::debug!(error = %e, context = e.context, "the table filter is not iptables'");
                 return Ok(());
             }
             Err(e) => return Err(e),
         };
-        let wanted = plan(&listing, daemon, records);
-        let known = &self.iptables[backend as usize];
+        let wanted = plan(&listing, daemon, others, backend.v6);
+        let known = &self.iptables[backend.index()];
         let own = own_lines(&listing, daemon);
         if wanted.lines == own || known.as_ref().is_some_and(|(l, text)| *l == own && *text == wanted.text) {
             return Ok(());
         }
         if !wanted.lines.is_empty() {
             let mut host = paths.read_host()?;
-            let flag = match backend {
-                Backend::Nft => &mut host.iptables_nft,
-                Backend::Legacy => &mut host.iptables_legacy,
+            let flag = match (backend.v6, backend.legacy) {
+                (false, false) => &mut host.iptables_nft,
+                (false, true) => &mut host.iptables_legacy,
+                (true, false) => &mut host.ip6tables_nft,
+                (true, true) => &mut host.ip6tables_legacy,
             };
             if !std::mem::replace(flag, true) {
                 paths.write_host(&host)?;
@@ -165,7 +313,7 @@ impl Firewall {
         }
         restore(backend, &wanted.text).await?;
         let after = own_lines(&list_iptables(backend).await?, daemon);
-        self.iptables[backend as usize] = Some((after, wanted.text));
+        self.iptables[backend.index()] = Some((after, wanted.text));
         Ok(())
     }
 
@@ -173,13 +321,18 @@ impl Firewall {
     pub async fn purge(&mut self, daemon: &str, paths: &Paths) -> Result<()> {
         *self = Self::default();
         let host = paths.read_host()?;
-        nft::delete_table("inet", &render::table_name(daemon)).await?;
-        let in_nft = has_table(&nft::list_ruleset().await?, "ip", "filter");
-        for (backend, here) in
-            [(Backend::Nft, in_nft || host.iptables_nft), (Backend::Legacy, legacy_in_use("filter"))]
-        {
-            if here {
-                self.iptables(backend, daemon, paths, &[]).await?;
+        for family in ["inet", "bridge"] {
+            nft::delete_table(family, &rules::table_name(daemon)).await?;
+        }
+        let chains = nft::list_chains().await?;
+        for v6 in [false, true] {
+            let family = if v6 { "ip6" } else { "ip" };
+            let recorded = if v6 { host.ip6tables_nft } else { host.iptables_nft };
+            if has_table(&chains, family, "filter") || recorded {
+                self.iptables(Backend { legacy: false, v6 }, daemon, paths, &[]).await?;
+            }
+            if legacy_in_use(v6, "filter") {
+                self.iptables(Backend { legacy: true, v6 }, daemon, paths, &[]).await?;
             }
         }
         for bridge in &host.firewalld {
@@ -201,7 +354,7 @@ pub(crate) async fn others_forward() -> Result<bool> {
             })
         })
     };
-    if legacy_in_use("nat") || ruleset.iter().any(|o| translates(&o["rule"])) {
+    if legacy_in_use(false, "nat") || ruleset.iter().any(|o| translates(&o["rule"])) {
         return Ok(true);
     }
     let addresses = karst_host::link::addresses(None)?;
@@ -212,8 +365,9 @@ pub(crate) async fn others_forward() -> Result<bool> {
 }
 
 /// Are the kernel's legacy tables in use in this network namespace? (Asking `iptables-legacy` would create them.)
-fn legacy_in_use(table: &str) -> bool {
-    std::fs::read_to_string("/proc/net/ip_tables_names").is_ok_and(|names| names.lines().any(|l| l == table))
+fn legacy_in_use(v6: bool, table: &str) -> bool {
+    let names = if v6 { "/proc/net/ip6_tables_names" } else { "/proc/net/ip_tables_names" };
+    std::fs::read_to_string(names).is_ok_and(|names| names.lines().any(|l| l == table))
 }
 
 async fn list_iptables(backend: Backend) -> Result<Vec<String>> {
@@ -255,37 +409,14 @@ fn has_table(ruleset: &[Value], family: &str, name: &str) -> bool {
     ruleset.iter().any(|o| o["table"]["family"] == family && o["table"]["name"] == name)
 }
 
-/// Objects of one table without their handles, which change with each application.
-fn table_objects(ruleset: &[Value], family: &str, name: &str) -> Vec<Value> {
-    ruleset
-        .iter()
-        .filter(|object| {
-            object.as_object().is_some_and(|o| {
-                o.iter().any(|(kind, v)| {
-                    v["family"] == family && (v["table"] == name || (kind == "table" && v["name"] == name))
-                })
-            })
-        })
-        .map(|object| {
-            let mut object = object.clone();
-            for value in object.as_object_mut().into_iter().flat_map(|o| o.values_mut()) {
-                if let Some(fields) = value.as_object_mut() {
-                    fields.remove("handle");
-                }
-            }
-            object
-        })
-        .collect()
-}
-
 /// Base chains that drop by default and belong to nobody that we know how to ask.
 fn foreign_drops(ruleset: &[Value]) -> Vec<String> {
     ruleset
         .iter()
         .map(|o| &o["chain"])
         .filter(|c| c["policy"] == "drop" && (c["hook"] == "forward" || c["hook"] == "input"))
-        .filter(|c| c["family"] == "inet" || c["family"] == "ip")
-        .filter(|c| !(c["table"] == "filter" && c["family"] == "ip") && c["table"] != "firewalld")
+        .filter(|c| ["inet", "ip", "ip6"].iter().any(|f| c["family"] == *f))
+        .filter(|c| !(c["table"] == "filter" && c["family"] != "inet") && c["table"] != "firewalld")
         .map(|c| {
             let text = |key: &str| c[key].as_str().unwrap_or_default().to_owned();
             format!(
@@ -323,7 +454,8 @@ fn own_lines(listing: &[String], daemon: &str) -> Vec<String> {
     own
 }
 
-fn plan(listing: &[String], daemon: &str, records: &[Record]) -> Plan {
+fn plan(listing: &[String], daemon: &str, networks: &[Others], v6: bool) -> Plan {
+    let networks: Vec<&Others> = networks.iter().filter(|o| o.concerns(v6)).collect();
     let chains = chains(daemon);
     let own = own_lines(listing, daemon);
     let foreign: Vec<&String> = listing.iter().filter(|l| !own.contains(*l)).collect();
@@ -336,7 +468,7 @@ fn plan(listing: &[String], daemon: &str, records: &[Record]) -> Plan {
     };
     let docker = foreign.iter().any(|l| *l == "-A FORWARD -j DOCKER-USER");
     let parents = [if docker { "DOCKER-USER" } else { "FORWARD" }, "INPUT"];
-    let needed = [filters("FORWARD"), filters("INPUT")].map(|n| n && !records.is_empty());
+    let needed = [filters("FORWARD"), filters("INPUT")].map(|n| n && !networks.is_empty());
 
     let mut text = String::from("*filter\n");
     let mut lines = Vec::new();
@@ -361,7 +493,9 @@ fn plan(listing: &[String], daemon: &str, records: &[Record]) -> Plan {
             let _ = writeln!(text, "-X {chain}");
             continue;
         }
-        for rule in records.iter().flat_map(|r| if i == 0 { forward_rules(r) } else { input_rules(r) }) {
+        for rule in
+            networks.iter().flat_map(|n| if i == 0 { forward_rules(n, v6) } else { input_rules(n, v6) })
+        {
             let line = format!("-A {chain} {rule} -j ACCEPT");
             let _ = writeln!(text, "{line}");
             lines.push(line);
@@ -376,29 +510,38 @@ fn plan(listing: &[String], daemon: &str, records: &[Record]) -> Plan {
     Plan { text, lines }
 }
 
-/// Guests may send anywhere; to them come answers and, in a network that is not translated, everything. What guests send
-/// each other is filtered too where br_netfilter is loaded, as Docker does.
-fn forward_rules(record: &Record) -> Vec<String> {
-    let bridge = &record.bridge;
+/// Guests may send anywhere; to them come answers, what a forward leads there and, in a network that is not translated,
+/// everything. What guests send each other is filtered too where br_netfilter is loaded, as Docker does.
+fn forward_rules(network: &Others, v6: bool) -> Vec<String> {
+    let bridge = &network.bridge;
     let mut rules = vec![format!("-i {bridge}")];
-    rules.push(if record.spec.nat {
-        format!("-o {bridge} -m conntrack --ctstate RELATED,ESTABLISHED")
+    if network.translated[usize::from(v6)] {
+        rules.push(format!("-o {bridge} -m conntrack --ctstate RELATED,ESTABLISHED"));
+        if network.forwards {
+            rules.push(format!("-o {bridge} -m conntrack --ctstate DNAT"));
+        }
     } else {
-        format!("-o {bridge}")
-    });
+        rules.push(format!("-o {bridge}"));
+    }
     rules
 }
 
-/// DHCP (first asked by broadcast) and DNS.
-fn input_rules(record: &Record) -> Vec<String> {
-    let (bridge, Some(net)) = (&record.bridge, record.spec.ipv4) else {
-        return vec![];
+/// DHCP (first asked by broadcast or multicast), DNS, and neighbour discovery.
+fn input_rules(network: &Others, v6: bool) -> Vec<String> {
+    let bridge = &network.bridge;
+    let dhcp = network.dhcp[usize::from(v6)];
+    let own = match (v6, network.v4, network.v6) {
+        (false, Some(own), _) => format!("-d {own}/32 -i {bridge}"),
+        (true, _, Some(own)) => format!("-d {own}/128 -i {bridge}"),
+        _ => return vec![],
     };
-    let own = format!("-d {}/32 -i {bridge}", net.addr());
     let mut rules =
         vec![format!("{own} -p udp -m udp --dport 53"), format!("{own} -p tcp -m tcp --dport 53")];
-    if record.spec.dhcp {
-        rules.push(format!("-i {bridge} -p udp -m udp --dport 67"));
+    if dhcp {
+        rules.push(format!("-i {bridge} -p udp -m udp --dport {}", if v6 { 547 } else { 67 }));
+    }
+    if v6 {
+        rules.push(format!("-i {bridge} -p ipv6-icmp"));
     }
     rules
 }
@@ -406,22 +549,17 @@ fn input_rules(record: &Record) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use karst_model::network::BridgeSpec;
     use serde_json::json;
 
-    fn record(bridge: &str) -> Record {
-        Record {
-            id: uuid::Uuid::from_u128(1).into(),
+    fn record(bridge: &str) -> Others {
+        Others {
             bridge: bridge.into(),
-            spec: BridgeSpec {
-                ipv4: Some("10.1.2.1/24".parse().unwrap()),
-                nat: true,
-                dhcp: true,
-                dhcp_range: None,
-                domain: "karst".into(),
-                mtu: None,
-            },
-            removing: false,
+            v4: Some("10.1.2.1".parse().unwrap()),
+            v6: Some("fd42::1".parse().unwrap()),
+            firewall: [true, true],
+            translated: [true, false],
+            dhcp: [true, true],
+            forwards: false,
         }
     }
 
@@ -432,7 +570,7 @@ mod tests {
     #[test]
     fn nothing_is_done_where_everything_is_accepted() {
         let open = listing("-P INPUT ACCEPT\n-P FORWARD ACCEPT\n-P OUTPUT DROP");
-        let plan = plan(&open, "ab12cd", &[record("karstbr0")]);
+        let plan = plan(&open, "ab12cd", &[record("karstbr0")], false);
         assert_eq!(plan, Plan { text: "*filter\nCOMMIT\n".into(), lines: vec![] });
     }
 
@@ -441,7 +579,7 @@ mod tests {
         let docker = listing(
             "-P INPUT ACCEPT\n-P FORWARD DROP\n-P OUTPUT ACCEPT\n-N DOCKER-USER\n-A FORWARD -j DOCKER-USER\n-A DOCKER-USER -j RETURN",
         );
-        insta::assert_snapshot!(plan(&docker, "ab12cd", &[record("karstbr0")]).text, @r"
+        insta::assert_snapshot!(plan(&docker, "ab12cd", &[record("karstbr0")], false).text, @r"
         *filter
         :KARST_ab12cd_FWD - [0:0]
         -A KARST_ab12cd_FWD -i karstbr0 -j ACCEPT
@@ -454,7 +592,7 @@ mod tests {
     #[test]
     fn beside_ufw_and_again_and_away() {
         let ufw = "-P INPUT DROP\n-P FORWARD DROP\n-P OUTPUT ACCEPT\n-N ufw-before-input\n-A INPUT -j ufw-before-input";
-        let first = plan(&listing(ufw), "ab12cd", &[record("karstbr0")]);
+        let first = plan(&listing(ufw), "ab12cd", &[record("karstbr0")], false);
         insta::assert_snapshot!(first.text, @r"
         *filter
         :KARST_ab12cd_FWD - [0:0]
@@ -474,14 +612,14 @@ mod tests {
         now.extend(listing(
             "-A FORWARD -j KARST_ab12cd_FWD\n-A FORWARD -j DOCKER-USER\n-N KARST_ffffff_IN\n-A INPUT -j KARST_ffffff_IN",
         ));
-        let again = plan(&now, "ab12cd", &[record("karstbr0")]);
+        let again = plan(&now, "ab12cd", &[record("karstbr0")], false);
         assert_eq!(again.text.matches("-D FORWARD -j KARST_ab12cd_FWD").count(), 2, "{}", again.text);
         assert!(
             again.text.contains("-I DOCKER-USER 1") && again.text.contains("-I INPUT 1"),
             "{}",
             again.text
         );
-        let gone = plan(&now, "ab12cd", &[]);
+        let gone = plan(&now, "ab12cd", &[], false);
         assert!(gone.lines.is_empty() && !gone.text.contains("ffffff"), "{}", gone.text);
         assert!(
             gone.text.contains("-X KARST_ab12cd_IN") && gone.text.contains("-X KARST_ab12cd_FWD"),

@@ -11,10 +11,12 @@ mod firewall;
 mod leases;
 mod record;
 mod render;
+mod rules;
+mod ruleset;
 mod subnet;
 
 use firewall::Firewall;
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 use karst_host::{link, nft, process::Process, sysctl};
 use karst_model::{
     Error, NetworkId, Result,
@@ -24,7 +26,7 @@ use karst_model::{
 use record::{Paths, Record};
 use serde::{Deserialize, Serialize};
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::{IpAddr, Ipv4Addr},
     path::PathBuf,
     sync::{Arc, Mutex, OnceLock, Weak},
@@ -152,21 +154,49 @@ impl NetworkDriver {
 
     async fn ensure_locked(&self, live: &mut Live, spec: &NetworkSpec) -> Result<()> {
         render::check(&spec.bridge, &spec.spec)?;
-        let hosts = render::check_hosts(spec.spec.ipv4, &spec.hosts)?;
+        check_rules(spec)?;
+        let told = NetworkSpec { hosts: render::check_hosts(&spec.spec, &spec.hosts)?, ..spec.clone() };
         let record =
             Record { id: spec.id, bridge: spec.bridge.clone(), spec: spec.spec.clone(), removing: false };
         // Writing records and looking at those of others is one step against a second network made at the same time.
         let mut firewall = self.0.firewall.lock().await;
         let (paths, daemon, wanted) = (self.0.paths.clone(), self.0.daemon.clone(), record.clone());
-        let records = blocking(move || {
+        let known: Vec<NetworkId> = firewall.known.iter().map(|n| n.id).collect();
+        let (records, effective, missing, gone) = blocking(move || {
             paths.prepare()?;
             bridge::ensure(&daemon, &paths, &wanted)?;
-            paths.records()
+            let before = paths.read_spec(&wanted).hosts;
+            let effective = reserve(&paths, &told)?;
+            paths.write_spec(&told)?;
+            bridge::routes(&effective)?;
+            let records = paths.records()?;
+            let missing = records.iter().filter(|r| r.id != wanted.id && !known.contains(&r.id));
+            let missing =
+                missing.map(|r| reserve(&paths, &paths.read_spec(r))).collect::<Result<Vec<_>>>()?;
+            let gone: Vec<_> = read_leases(&paths, wanted.id)
+                .into_iter()
+                .filter(|e| {
+                    before.iter().any(|h| h.mac == e.mac) && !effective.hosts.iter().any(|h| h.mac == e.mac)
+                })
+                .collect();
+            Ok((records, effective, missing, gone))
         })
         .await?;
-        firewall.reconcile(&self.0.daemon, &self.0.paths, &records).await?;
+        firewall.known.retain(|n| n.id != spec.id && records.iter().any(|r| r.id == n.id));
+        firewall.known.extend(missing);
+        firewall.known.push(effective.clone());
+        firewall.known.sort_by_key(|n| n.id);
+        firewall.reconcile(&self.0.daemon, &self.0.paths).await?;
         drop(firewall);
-        self.ensure_dnsmasq(live, record, hosts).await
+        self.ensure_dnsmasq(live, record, effective.hosts).await?;
+        if let Some(net) = spec.spec.ipv4
+            && !gone.is_empty()
+            && let Err(e) = release(&spec.bridge, net.addr(), &gone).await
+        {
+            // They run out by themselves within the hour.
+            tracing::warn!(bridge = %spec.bridge, error = %e, "leases of guests that are gone could not be given back");
+        }
+        Ok(())
     }
 
     async fn ensure_dnsmasq(&self, live: &mut Live, record: Record, hosts: Vec<NetworkHost>) -> Result<()> {
@@ -235,38 +265,9 @@ impl NetworkDriver {
     /// # Errors
     /// Not found; invalid; conflict when two guests have the same MAC or static address.
     pub async fn set_hosts(&self, id: NetworkId, hosts: &[NetworkHost]) -> Result<()> {
-        let live = self.live(id);
-        let live = live.lock().await;
         let paths = self.0.paths.clone();
-        let (hosts, running) = (hosts.to_vec(), live.dnsmasq.clone());
-        let (record, gone) = blocking(move || {
-            let record = known(&paths, id)?;
-            let hosts = render::check_hosts(record.spec.ipv4, &hosts)?;
-            let before = dnsmasq::read_hosts(&paths, id);
-            let running = match running.filter(Process::alive) {
-                None => dnsmasq::find(&paths, id)?,
-                some => some,
-            };
-            if dnsmasq::write_hosts(&paths, &record, &hosts)?
-                && let Some(process) = running
-            {
-                dnsmasq::reload(&process)?;
-            }
-            let gone: Vec<_> = read_leases(&paths, id)
-                .into_iter()
-                .filter(|e| before.iter().any(|h| h.mac == e.mac) && !hosts.iter().any(|h| h.mac == e.mac))
-                .collect();
-            Ok((record, gone))
-        })
-        .await?;
-        if let Some(net) = record.spec.ipv4
-            && !gone.is_empty()
-            && let Err(e) = release(&record.bridge, net.addr(), &gone).await
-        {
-            // They run out by themselves within the hour.
-            tracing::warn!(bridge = %record.bridge, error = %e, "leases of guests that are gone could not be given back");
-        }
-        Ok(())
+        let spec = blocking(move || Ok(paths.read_spec(&known(&paths, id)?))).await?;
+        self.ensure(&NetworkSpec { hosts: hosts.to_vec(), ..spec }).await
     }
 
     /// Removes a network and all that belongs to it. Idempotent: also finishes what an earlier call began, and removes what
@@ -288,10 +289,12 @@ impl NetworkDriver {
                 paths.write(&Record { removing: true, ..record })?;
             }
             dnsmasq::stop(&paths, id)?;
-            paths.records()
+            let records = paths.records()?;
+            records.iter().map(|r| reserve(&paths, &paths.read_spec(r))).collect::<Result<Vec<_>>>()
         })
         .await?;
-        firewall.reconcile(&self.0.daemon, &self.0.paths, &records).await?;
+        firewall.known = records;
+        firewall.reconcile(&self.0.daemon, &self.0.paths).await?;
         let (paths, daemon) = (self.0.paths.clone(), self.0.daemon.clone());
         blocking(move || {
             bridge::delete(&daemon, &paths, id)?;
@@ -310,8 +313,8 @@ impl NetworkDriver {
     pub async fn leases(&self, id: NetworkId) -> Result<Vec<Lease>> {
         let paths = self.0.paths.clone();
         blocking(move || {
-            known(&paths, id)?;
-            Ok(leases::merge(&read_leases(&paths, id), &dnsmasq::read_hosts(&paths, id)))
+            let told = paths.read_spec(&known(&paths, id)?);
+            Ok(leases::merge(&read_leases(&paths, id), &told.spec, &told.hosts))
         })
         .await
     }
@@ -370,19 +373,21 @@ impl NetworkDriver {
                 .ids()?
                 .into_iter()
                 .map(|id| {
-                    Ok((id, paths.read(id)?, dnsmasq::read_hosts(&paths, id), dnsmasq::find(&paths, id)?))
+                    let record = paths.read(id)?;
+                    let spec = record.as_ref().map(|r| paths.read_spec(r));
+                    Ok((id, record, spec, dnsmasq::find(&paths, id)?))
                 })
                 .collect::<Result<Vec<_>>>()
         })
         .await?;
         let mut adopted = Vec::new();
-        for (id, record, hosts, running) in records {
-            let Some(record) = record.filter(|r| !r.removing) else {
+        for (id, record, spec, running) in records {
+            let (Some(record), Some(spec)) = (record.filter(|r| !r.removing), spec) else {
                 // Begun or torn: nothing of it was acknowledged.
                 self.remove(id).await?;
                 continue;
             };
-            let spec = NetworkSpec { id, bridge: record.bridge.clone(), spec: record.spec, hosts };
+            let spec = NetworkSpec { bridge: record.bridge.clone(), spec: record.spec, ..spec };
             let result = self.ensure(&spec).await;
             let now = self.live(id).lock().await.dnsmasq.as_ref().map(Process::pid);
             let survived = running.is_some() && running.map(|p| p.pid()) == now;
@@ -418,6 +423,33 @@ impl NetworkDriver {
                 Error::conflict("this host's addresses and routes leave no private subnet free; choose one by ipv4.address")
                     .at("config.ipv4.address")
             })
+        })
+        .await
+    }
+
+    /// A private /64 (RFC 4193), as its first host address; `None` when this kernel has no IPv6.
+    ///
+    /// # Errors
+    /// Internal.
+    pub async fn find_free_subnet6(&self) -> Result<Option<Ipv6Net>> {
+        let paths = self.0.paths.clone();
+        blocking(move || {
+            if sysctl::get(&["net", "ipv6", "conf", "all", "forwarding"])?.is_none() {
+                return Ok(None);
+            }
+            let taken: Vec<Ipv6Net> = paths.records()?.iter().filter_map(|r| r.spec.ipv6).collect();
+            for _ in 0..64 {
+                let mut b = *uuid::Uuid::new_v4().as_bytes();
+                b[0] = 0xfd;
+                b[1] = 0x42;
+                b[8..].fill(0);
+                b[15] = 1;
+                let net = Ipv6Net::new_assert(b.into(), 64);
+                if !taken.iter().any(|t| t.contains(&net.network()) || net.contains(&t.network())) {
+                    return Ok(Some(net));
+                }
+            }
+            Ok(None)
         })
         .await
     }
@@ -459,15 +491,102 @@ impl NetworkDriver {
         let switched_on = blocking(move || {
             dnsmasq::stop_all(&paths)?;
             bridge::delete_all(&daemon)?;
-            Ok(paths.read_host()?.forwarding_switched_on)
+            paths.read_host()
         })
         .await?;
-        if switched_on && !firewall::others_forward().await? {
-            sysctl::set(&["net", "ipv4", "ip_forward"], "0")?;
+        if (switched_on.forwarding_switched_on || switched_on.forwarding6_switched_on)
+            && !firewall::others_forward().await?
+        {
+            if switched_on.forwarding_switched_on {
+                sysctl::set(&["net", "ipv4", "ip_forward"], "0")?;
+            }
+            if switched_on.forwarding6_switched_on {
+                sysctl::set(&["net", "ipv6", "conf", "all", "forwarding"], "0")?;
+                for link in &switched_on.accept_ra {
+                    sysctl::set(&["net", "ipv6", "conf", link, "accept_ra"], "1")?;
+                }
+            }
         }
         let paths = self.0.paths.clone();
         blocking(move || remove_directory(&paths.0)).await
     }
+}
+
+/// Names that come to stand in nft's text, beyond what the types say.
+fn check_rules(spec: &NetworkSpec) -> Result<()> {
+    for name in spec.acls.iter().map(|a| &a.name).chain(spec.sets.iter().map(|s| &s.name)) {
+        karst_model::firewall::object_name("acl", name)?;
+    }
+    if spec.forwards.iter().flat_map(|f| &f.targets).any(|t| {
+        t.listen.0 == 0
+            || t.listen.0 > t.listen.1
+            || !t.single && t.port.is_some_and(|p| p.checked_add(t.listen.1 - t.listen.0).is_none())
+    }) {
+        return Err(Error::invalid(
+            "forwards",
+            "a range of ports is upside down or leads beyond the last port",
+        ));
+    }
+    Ok(())
+}
+
+/// The network with an IPv4 address for each guest whose rules depend on one: kept by MAC address as long as the guest is
+/// there, so that its rules never have to wait for its DHCP client.
+fn reserve(paths: &Paths, spec: &NetworkSpec) -> Result<NetworkSpec> {
+    let mut effective = spec.clone();
+    let Some(net) = spec.spec.ipv4 else { return Ok(effective) };
+    let before = paths.read_reserved(spec.id);
+    let needs = |h: &NetworkHost| h.ipv4.is_none() && h.port.as_ref().is_some_and(|p| p.needs_address());
+    if before.is_empty() && !spec.hosts.iter().any(needs) {
+        return Ok(effective);
+    }
+    let ranges = if spec.spec.dhcp_ranges.is_empty() {
+        vec![render::whole(net)]
+    } else {
+        spec.spec.dhcp_ranges.clone()
+    };
+    let inside = |a: &Ipv4Addr| net.contains(a) && ranges.iter().any(|(f, l)| (f..=l).contains(&a));
+    let mut taken: BTreeSet<Ipv4Addr> = spec.hosts.iter().filter_map(|h| h.ipv4).collect();
+    taken.insert(net.addr());
+    let mut reserved: BTreeMap<String, Ipv4Addr> = BTreeMap::new();
+    for host in spec.hosts.iter().filter(|h| needs(h)) {
+        if let Some(address) = before.get(&host.mac).filter(|a| inside(a) && !taken.contains(a)) {
+            taken.insert(*address);
+            reserved.insert(host.mac.clone(), *address);
+        }
+    }
+    // What it has now, if it has one; otherwise the first that nobody has.
+    let leases: Vec<(String, Ipv4Addr)> = read_leases(paths, spec.id)
+        .into_iter()
+        .filter_map(|e| match e.address {
+            IpAddr::V4(a) => Some((e.mac, a)),
+            IpAddr::V6(_) => None,
+        })
+        .collect();
+    for host in spec.hosts.iter().filter(|h| needs(h)) {
+        if reserved.contains_key(&host.mac) {
+            continue;
+        }
+        let own =
+            leases.iter().find(|(m, a)| *m == host.mac && inside(a) && !taken.contains(a)).map(|(_, a)| *a);
+        let free = || {
+            let all = ranges.iter().flat_map(|(f, l)| (u32::from(*f)..=u32::from(*l)).map(Ipv4Addr::from));
+            all.filter(|a| !leases.iter().any(|(_, l)| l == a)).find(|a| !taken.contains(a))
+        };
+        let Some(address) = own.or_else(free) else {
+            tracing::warn!(bridge = %spec.bridge, mac = %host.mac, "no address is left for a guest whose rules need one");
+            continue;
+        };
+        taken.insert(address);
+        reserved.insert(host.mac.clone(), address);
+    }
+    paths.write_reserved(spec.id, &reserved)?;
+    for host in &mut effective.hosts {
+        if let Some(address) = reserved.get(&host.mac) {
+            host.ipv4 = Some(*address);
+        }
+    }
+    Ok(effective)
 }
 
 fn known(paths: &Paths, id: NetworkId) -> Result<Record> {
@@ -492,7 +611,8 @@ async fn release(bridge: &str, server: Ipv4Addr, gone: &[leases::Entry]) -> Resu
     // dnsmasq's own socket hears this bridge alone, and a packet sent from here counts as the bridge's only so.
     socket.bind_device(Some(bridge.as_bytes()))?;
     for (n, entry) in gone.iter().enumerate() {
-        let packet = leases::release(link::parse_mac(&entry.mac)?, entry.address, server, n as u32 + 1);
+        let IpAddr::V4(address) = entry.address else { continue };
+        let packet = leases::release(link::parse_mac(&entry.mac)?, address, server, n as u32 + 1);
         socket.send_to(&packet, (server, 67)).await?;
     }
     Ok(())
@@ -564,12 +684,7 @@ async fn watch_firewall(inner: Weak<Inner>, mut watch: nft::Watch) {
         }
         let Some(inner) = inner.upgrade() else { return };
         let mut firewall = inner.firewall.lock().await;
-        let paths = inner.paths.clone();
-        let result = match blocking(move || paths.records()).await {
-            Ok(records) => firewall.reconcile(&inner.daemon, &inner.paths, &records).await,
-            Err(e) => Err(e),
-        };
-        if let Err(e) = result {
+        if let Err(e) = firewall.reconcile(&inner.daemon, &inner.paths).await {
             tracing::error!(error = %e, context = e.context, "the firewall could not be repaired");
         }
     }

@@ -1,12 +1,13 @@
 //! What the driver remembers on disk, written before the thing itself is made: `network.json` in a directory per network,
 //! `host.json` for what it changed outside of its own objects.
 
-use karst_model::{Error, NetworkId, Result, network::BridgeSpec};
+use karst_model::{Error, NetworkId, Result, network::BridgeSpec, spec::NetworkSpec};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs,
     io::{ErrorKind, Write},
+    net::Ipv4Addr,
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
 };
@@ -36,6 +37,18 @@ pub(crate) struct HostRecord {
     /// The same in the legacy tables.
     #[serde(default)]
     pub iptables_legacy: bool,
+    /// The same two for IPv6.
+    #[serde(default)]
+    pub ip6tables_nft: bool,
+    /// See above.
+    #[serde(default)]
+    pub ip6tables_legacy: bool,
+    /// `net.ipv6.conf.all.forwarding` was 0 and we set it.
+    #[serde(default)]
+    pub forwarding6_switched_on: bool,
+    /// Interfaces that would have lost their router's announcements by that, and were told to go on hearing them.
+    #[serde(default)]
+    pub accept_ra: BTreeSet<String>,
     /// Bridges that were put into firewalld's zone `trusted`.
     #[serde(default)]
     pub firewalld: BTreeSet<String>,
@@ -65,6 +78,35 @@ impl Paths {
             None,
             true,
         )
+    }
+
+    /// The network as the driver was last told, with its guests and rules; bare where that is lost.
+    pub fn read_spec(&self, record: &Record) -> NetworkSpec {
+        let known: Option<NetworkSpec> = read_json(&self.file(record.id, "spec.json")).unwrap_or_default();
+        known.unwrap_or_else(|| NetworkSpec {
+            id: record.id,
+            bridge: record.bridge.clone(),
+            spec: record.spec.clone(),
+            hosts: vec![],
+            acls: vec![],
+            sets: vec![],
+            forwards: vec![],
+        })
+    }
+
+    /// Not synced: after a power cut no guest runs to whom it could apply.
+    pub fn write_spec(&self, spec: &NetworkSpec) -> Result<()> {
+        write_if_changed(&self.file(spec.id, "spec.json"), &serde_json::to_vec(spec)?, 0o600, None).map(drop)
+    }
+
+    /// Addresses by MAC that are kept for guests whose rules depend on them.
+    pub fn read_reserved(&self, id: NetworkId) -> BTreeMap<String, Ipv4Addr> {
+        read_json(&self.file(id, "reserved.json")).unwrap_or_default().unwrap_or_default()
+    }
+
+    pub fn write_reserved(&self, id: NetworkId, reserved: &BTreeMap<String, Ipv4Addr>) -> Result<()> {
+        write_if_changed(&self.file(id, "reserved.json"), &serde_json::to_vec(reserved)?, 0o600, None)
+            .map(drop)
     }
 
     /// Ids of all directories, with a readable record or not.

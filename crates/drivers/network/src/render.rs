@@ -1,46 +1,19 @@
-//! Text for other programs, made of checked values only: the nft table, dnsmasq's configuration and its lists of hosts.
+//! Text for other programs, made of checked values only: dnsmasq's configuration and its lists of hosts.
 
 use crate::record::{Paths, Record};
-use ipnet::Ipv4Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 use karst_host::link::parse_mac;
-use karst_model::{Error, Result, device::interface_name, spec::NetworkHost};
+use karst_model::{
+    Error, Result,
+    device::interface_name,
+    network::{BridgeSpec, DnsMode},
+    spec::NetworkHost,
+};
 use std::{collections::BTreeSet, fmt::Write, net::Ipv4Addr};
-
-/// Name of the daemon's table in family `inet`.
-pub(crate) fn table_name(daemon: &str) -> String {
-    format!("karst_{daemon}")
-}
 
 /// The mark on a link.
 pub(crate) fn alias(daemon: &str, id: karst_model::NetworkId) -> String {
     format!("karst:{daemon}:{id}")
-}
-
-/// One transaction that replaces the daemon's table by what `records` want, or deletes it when they want nothing. Our base
-/// chains only translate addresses: an accept in them could not overrule the drop of another's chain.
-pub(crate) fn nft_table(daemon: &str, records: &[Record]) -> String {
-    let table = table_name(daemon);
-    let mut text = format!("add table inet {table}\ndelete table inet {table}\n");
-    let translated: Vec<_> =
-        records.iter().filter(|r| r.spec.nat).filter_map(|r| Some((r, r.spec.ipv4?.trunc()))).collect();
-    if translated.is_empty() {
-        return text;
-    }
-    let _ = write!(
-        text,
-        "table inet {table} {{\n\tchain postrouting {{\n\t\ttype nat hook postrouting priority srcnat; policy accept;\n"
-    );
-    for (record, subnet) in translated {
-        // `oifname`: with br_netfilter the guests' own multicasts pass here too, and must keep their source.
-        let _ = writeln!(
-            text,
-            "\t\tip saddr {subnet} ip daddr != {subnet} oifname != \"{}\" masquerade comment \"{}\"",
-            record.bridge,
-            alias(daemon, record.id)
-        );
-    }
-    text.push_str("\t}\n}\n");
-    text
 }
 
 /// What decides dnsmasq's configuration besides the record.
@@ -58,15 +31,15 @@ pub(crate) struct DnsmasqContext<'a> {
 
 /// dnsmasq's configuration; `None` for a network without an address, which has neither DHCP nor DNS.
 pub(crate) fn dnsmasq(record: &Record, context: &DnsmasqContext<'_>) -> Option<String> {
-    let net = record.spec.ipv4?;
-    let file = |name: &str| context.paths.file(record.id, name).display().to_string();
     let Record { bridge, spec, .. } = record;
+    if spec.ipv4.is_none() && spec.ipv6.is_none() {
+        return None;
+    }
+    let file = |name: &str| context.paths.file(record.id, name).display().to_string();
     let mut text = format!(
         "# Made by Karst {daemon} for network {id}, link {link}. Changes are overwritten.\n\
          user={user}\ngroup={group}\npid-file={pid}\nlog-facility={log}\n\
-         interface={bridge}\nexcept-interface=lo\nbind-dynamic\n\
-         no-hosts\naddn-hosts={hosts}\ndomain={domain}\nlocal=/{domain}/\ndomain-needed\n\
-         interface-name=_gateway.{domain},{bridge}\n",
+         interface={bridge}\nexcept-interface=lo\nbind-dynamic\nno-hosts\n",
         daemon = context.daemon,
         id = record.id,
         link = context.link,
@@ -74,36 +47,126 @@ pub(crate) fn dnsmasq(record: &Record, context: &DnsmasqContext<'_>) -> Option<S
         group = context.group,
         pid = file("dnsmasq.pid"),
         log = file("dnsmasq.log"),
-        hosts = file("hosts"),
-        domain = spec.domain,
     );
-    if matches!(net.prefix_len(), 8 | 16 | 24) {
-        // Addresses of guests are looked up here alone. Older dnsmasq takes whole octets only.
-        let _ = writeln!(text, "rev-server={}", net.trunc());
+    if spec.dns_mode != DnsMode::None {
+        let _ = write!(
+            text,
+            "addn-hosts={hosts}\ndomain={domain}\nlocal=/{domain}/\ndomain-needed\n\
+             interface-name=_gateway.{domain},{bridge}\n",
+            hosts = file("hosts"),
+            domain = spec.domain
+        );
+        if let Some(net) = spec.ipv4.filter(|n| matches!(n.prefix_len(), 8 | 16 | 24)) {
+            // Addresses of guests are looked up here alone. Older dnsmasq takes whole octets only.
+            let _ = writeln!(text, "rev-server={}", net.trunc());
+        }
     }
     if !context.upstream {
         text.push_str("no-resolv\n");
     }
-    if spec.dhcp {
-        let (first, last) = spec.dhcp_range.unwrap_or_else(|| whole(net));
+    let v4 = spec.ipv4.filter(|_| spec.dhcp);
+    let v6 = spec.ipv6.filter(|_| spec.ra || spec.dhcp6);
+    if v4.is_some() || v6.is_some() {
+        let names = if spec.dns_mode == DnsMode::Dynamic { "" } else { "dhcp-ignore-names\n" };
         let _ = write!(
             text,
-            "dhcp-range={first},{last},{mask},1h\ndhcp-lease-max={max}\ndhcp-leasefile={leases}\ndhcp-hostsfile={hosts}\n\
-             dhcp-authoritative\ndhcp-rapid-commit\ndhcp-no-override\ndhcp-ignore-names\ndhcp-ignore-clid\nno-ping\nquiet-dhcp\n",
-            mask = net.netmask(),
-            max = (u64::from(u32::from(last)) - u64::from(u32::from(first)) + 1).min(65_536),
+            "dhcp-leasefile={leases}\ndhcp-hostsfile={hosts}\ndhcp-no-override\n{names}quiet-dhcp\n",
             leases = file("dnsmasq.leases"),
             hosts = file("dhcp-hosts"),
         );
-        if let Some(mtu) = spec.mtu {
-            let _ = writeln!(text, "dhcp-option=26,{mtu}");
-        }
+    }
+    if let Some(net) = v4 {
+        dhcp4(&mut text, spec, net);
+    }
+    if let Some(net) = v6 {
+        dhcp6(&mut text, spec, net);
     }
     Some(text)
 }
 
+fn joined<T: ToString>(list: impl IntoIterator<Item = T>) -> String {
+    list.into_iter().map(|x| x.to_string()).collect::<Vec<_>>().join(",")
+}
+
+fn time(seconds: u32) -> String {
+    match seconds {
+        0 => "infinite".into(),
+        s if s.is_multiple_of(3600) => format!("{}h", s / 3600),
+        s => s.to_string(),
+    }
+}
+
+fn dhcp4(text: &mut String, spec: &BridgeSpec, net: Ipv4Net) {
+    let ranges = if spec.dhcp_ranges.is_empty() { vec![whole(net)] } else { spec.dhcp_ranges.clone() };
+    let mut count: u64 = 0;
+    for (first, last) in ranges {
+        let _ = writeln!(text, "dhcp-range={first},{last},{},{}", net.netmask(), time(spec.dhcp_expiry));
+        count += u64::from(u32::from(last)) - u64::from(u32::from(first)) + 1;
+    }
+    let _ = write!(
+        text,
+        "dhcp-lease-max={}\ndhcp-authoritative\ndhcp-rapid-commit\ndhcp-ignore-clid\nno-ping\n",
+        count.min(65_536)
+    );
+    if let Some(mtu) = spec.mtu {
+        let _ = writeln!(text, "dhcp-option=26,{mtu}");
+    }
+    if let Some(gateway) = spec.dhcp_gateway {
+        let _ = writeln!(text, "dhcp-option=3,{gateway}");
+    }
+    if !spec.dhcp_routes.is_empty() {
+        let routes = joined(spec.dhcp_routes.iter().map(|(to, via)| format!("{to},{via}")));
+        // A client that hears of routes does not look at the gateway (RFC 3442).
+        let gateway = spec.dhcp_gateway.unwrap_or_else(|| net.addr());
+        let _ = writeln!(text, "dhcp-option=121,0.0.0.0/0,{gateway},{routes}");
+    }
+    let servers: Vec<_> = spec.nameservers.iter().filter(|a| a.is_ipv4()).collect();
+    if !servers.is_empty() {
+        let _ = writeln!(text, "dhcp-option=6,{}", joined(servers));
+    }
+    if !spec.search.is_empty() {
+        let _ = writeln!(text, "dhcp-option=119,{}", joined(&spec.search));
+    }
+}
+
+fn dhcp6(text: &mut String, spec: &BridgeSpec, net: Ipv6Net) {
+    if spec.ra {
+        text.push_str("enable-ra\n");
+    }
+    let subnet = net.network();
+    if spec.dhcp6 && spec.dhcp6_stateful {
+        let base = u128::from(subnet);
+        let all = u128::from(net.broadcast());
+        let ranges = if spec.dhcp6_ranges.is_empty() {
+            vec![((base + 2).into(), all.into())]
+        } else {
+            spec.dhcp6_ranges.clone()
+        };
+        for (first, last) in ranges {
+            // dnsmasq's ranges are of /64 at least.
+            let _ = writeln!(
+                text,
+                "dhcp-range={first},{last},{},{}",
+                net.prefix_len().max(64),
+                time(spec.dhcp6_expiry)
+            );
+        }
+    } else if spec.dhcp6 {
+        let _ = writeln!(text, "dhcp-range={subnet},ra-stateless,ra-names,64,{}", time(spec.dhcp6_expiry));
+    } else {
+        let _ = writeln!(text, "dhcp-range={subnet},ra-only,64,{}", time(spec.dhcp6_expiry));
+    }
+    let servers: Vec<_> = spec.nameservers.iter().filter(|a| a.is_ipv6()).map(|a| format!("[{a}]")).collect();
+    if !servers.is_empty() {
+        let _ = writeln!(text, "dhcp-option=option6:dns-server,{}", joined(servers));
+    }
+    if !spec.search.is_empty() {
+        let _ = writeln!(text, "dhcp-option=option6:domain-search,{}", joined(&spec.search));
+    }
+}
+
 /// First and last host of a subnet. dnsmasq itself never gives out the bridge's own address.
-fn whole(net: Ipv4Net) -> (Ipv4Addr, Ipv4Addr) {
+pub(crate) fn whole(net: Ipv4Net) -> (Ipv4Addr, Ipv4Addr) {
     let (first, last) = (u32::from(net.network()) + 1, u32::from(net.broadcast()) - 1);
     // The usual case, the bridge being the first, reads better without it.
     let first = if first == u32::from(net.addr()) { first + 1 } else { first };
@@ -117,8 +180,17 @@ pub(crate) fn check(bridge: &str, spec: &karst_model::network::BridgeSpec) -> Re
         // `net.ipv4.conf.all` is every interface of the host.
         return Err(Error::invalid("name", format!("a bridge cannot be called {bridge:?}")));
     }
+    for name in &spec.external_interfaces {
+        interface_name("config.bridge.external_interfaces", name)?;
+    }
+    if let Some(mac) = &spec.hwaddr {
+        parse_mac(mac)?;
+    }
     let label =
         |l: &str| !l.is_empty() && l.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
+    if let Some(wrong) = spec.search.iter().find(|d| !d.split('.').all(label)) {
+        return Err(Error::invalid("config.dns.search", format!("{wrong:?} is not a DNS domain")));
+    }
     if !spec.domain.split('.').all(label) {
         return Err(Error::invalid("config.dns.domain", format!("{:?} is not a DNS domain", spec.domain)));
     }
@@ -126,7 +198,8 @@ pub(crate) fn check(bridge: &str, spec: &karst_model::network::BridgeSpec) -> Re
 }
 
 /// Checks the guests of a network and puts them into a fixed order. A name that two have goes to the first of them.
-pub(crate) fn check_hosts(ipv4: Option<Ipv4Net>, hosts: &[NetworkHost]) -> Result<Vec<NetworkHost>> {
+pub(crate) fn check_hosts(spec: &BridgeSpec, hosts: &[NetworkHost]) -> Result<Vec<NetworkHost>> {
+    let (ipv4, ipv6) = (spec.ipv4, spec.ipv6);
     let mut checked: Vec<NetworkHost> = Vec::with_capacity(hosts.len());
     for host in hosts {
         parse_mac(&host.mac)?;
@@ -148,11 +221,24 @@ pub(crate) fn check_hosts(ipv4: Option<Ipv4Net>, hosts: &[NetworkHost]) -> Resul
                 format!("{address} is not an address for a guest of this network"),
             ));
         }
-        checked.push(NetworkHost { mac: host.mac.to_ascii_lowercase(), hostname: name, ipv4: host.ipv4 });
+        if let Some(address) = host.ipv6
+            && !ipv6
+                .is_some_and(|net| net.contains(&address) && ![net.addr(), net.network()].contains(&address))
+        {
+            return Err(Error::invalid(
+                "ipv6.address",
+                format!("{address} is not an address for a guest of this network"),
+            ));
+        }
+        if let Some(port) = &host.port {
+            interface_name("host_name", &port.interface)?;
+        }
+        checked.push(NetworkHost { mac: host.mac.to_ascii_lowercase(), hostname: name, ..host.clone() });
     }
     checked.sort();
     checked.dedup();
     let (mut macs, mut names, mut addresses) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+    let mut addresses6 = BTreeSet::new();
     for host in &mut checked {
         if !macs.insert(host.mac.clone()) {
             return Err(Error::conflict(format!(
@@ -165,6 +251,11 @@ pub(crate) fn check_hosts(ipv4: Option<Ipv4Net>, hosts: &[NetworkHost]) -> Resul
                 "two guests of this network have the address {}",
                 host.ipv4.expect("just seen")
             )));
+        }
+        if let Some(address) = host.ipv6
+            && !addresses6.insert(address)
+        {
+            return Err(Error::conflict(format!("two guests of this network have the address {address}")));
         }
         // `localhost` must mean the guest itself; a second guest of a name would take it from the first.
         if !host.hostname.is_empty() && (host.hostname == "localhost" || !names.insert(host.hostname.clone()))
@@ -184,6 +275,9 @@ pub(crate) fn dhcp_hosts(hosts: &[NetworkHost]) -> String {
         if let Some(address) = host.ipv4 {
             let _ = write!(text, ",{address}");
         }
+        if let Some(address) = host.ipv6 {
+            let _ = write!(text, ",[{address}]");
+        }
         if !host.hostname.is_empty() {
             let _ = write!(text, ",{}", host.hostname);
         }
@@ -196,7 +290,8 @@ pub(crate) fn dhcp_hosts(hosts: &[NetworkHost]) -> String {
 pub(crate) fn dns_hosts(domain: &str, hosts: &[NetworkHost]) -> String {
     let mut text = String::new();
     for host in hosts.iter().filter(|h| !h.hostname.is_empty()) {
-        if let Some(address) = host.ipv4 {
+        let v4 = host.ipv4.map(std::net::IpAddr::V4);
+        for address in v4.into_iter().chain(host.ipv6.map(std::net::IpAddr::V6)) {
             let _ = writeln!(text, "{address} {name}.{domain} {name}", name = host.hostname);
         }
     }
@@ -222,49 +317,22 @@ pub(crate) fn nameservers(resolv_conf: &str) -> impl Iterator<Item = std::net::I
 #[cfg(test)]
 mod tests {
     use super::*;
-    use karst_model::network::BridgeSpec;
-
     fn record(n: u128, bridge: &str, ipv4: Option<&str>) -> Record {
         Record {
             id: uuid::Uuid::from_u128(n).into(),
             bridge: bridge.into(),
-            spec: BridgeSpec {
-                ipv4: ipv4.map(|s| s.parse().unwrap()),
-                nat: true,
-                dhcp: true,
-                dhcp_range: None,
-                domain: "karst".into(),
-                mtu: None,
-            },
+            spec: BridgeSpec { ipv4: ipv4.map(|s| s.parse().unwrap()), nat: true, ..Default::default() },
             removing: false,
         }
     }
 
     fn host(mac: &str, hostname: &str, ipv4: Option<&str>) -> NetworkHost {
-        NetworkHost { mac: mac.into(), hostname: hostname.into(), ipv4: ipv4.map(|s| s.parse().unwrap()) }
-    }
-
-    #[test]
-    fn nft() {
-        let mut routed = record(2, "routed0", Some("10.9.0.1/16"));
-        routed.spec.nat = false;
-        insta::assert_snapshot!(nft_table(
-            "ab12cd",
-            &[record(1, "karstbr0", Some("10.1.2.1/24")), routed, record(3, "plain0", None)]
-        ), @r#"
-        add table inet karst_ab12cd
-        delete table inet karst_ab12cd
-        table inet karst_ab12cd {
-        	chain postrouting {
-        		type nat hook postrouting priority srcnat; policy accept;
-        		ip saddr 10.1.2.0/24 ip daddr != 10.1.2.0/24 oifname != "karstbr0" masquerade comment "karst:ab12cd:00000000-0000-0000-0000-000000000001"
-        	}
+        NetworkHost {
+            mac: mac.into(),
+            hostname: hostname.into(),
+            ipv4: ipv4.map(|s| s.parse().unwrap()),
+            ..Default::default()
         }
-        "#);
-        insta::assert_snapshot!(nft_table("ab12cd", &[]), @r"
-        add table inet karst_ab12cd
-        delete table inet karst_ab12cd
-        ");
     }
 
     #[test]
@@ -297,17 +365,17 @@ mod tests {
         interface-name=_gateway.karst,karstbr0
         rev-server=10.1.2.0/24
         no-resolv
-        dhcp-range=10.1.2.2,10.1.2.254,255.255.255.0,1h
-        dhcp-lease-max=253
         dhcp-leasefile=/var/lib/karst/host/networks/00000000-0000-0000-0000-000000000001/dnsmasq.leases
         dhcp-hostsfile=/var/lib/karst/host/networks/00000000-0000-0000-0000-000000000001/dhcp-hosts
-        dhcp-authoritative
-        dhcp-rapid-commit
         dhcp-no-override
         dhcp-ignore-names
+        quiet-dhcp
+        dhcp-range=10.1.2.2,10.1.2.254,255.255.255.0,1h
+        dhcp-lease-max=253
+        dhcp-authoritative
+        dhcp-rapid-commit
         dhcp-ignore-clid
         no-ping
-        quiet-dhcp
         dhcp-option=26,9000
         ");
         r.spec.dhcp = false;
@@ -319,9 +387,9 @@ mod tests {
 
     #[test]
     fn hosts_are_checked_and_written() {
-        let net = Some("10.1.2.1/24".parse().unwrap());
+        let net = BridgeSpec { ipv4: Some("10.1.2.1/24".parse().unwrap()), ..Default::default() };
         let hosts = check_hosts(
-            net,
+            &net,
             &[
                 host("02:00:00:00:00:02", "v1", Some("10.1.2.50")),
                 host("02:00:00:00:00:0A", "C1", None),
@@ -345,10 +413,10 @@ mod tests {
             host("02:00:00:00:00:02", "a", Some("10.1.2.1")),
             host("02:00:00:00:00:02", "a", Some("10.1.2.255")),
         ] {
-            assert!(check_hosts(net, std::slice::from_ref(&bad)).is_err(), "{bad:?}");
+            assert!(check_hosts(&net, std::slice::from_ref(&bad)).is_err(), "{bad:?}");
         }
         let twice = [host("02:00:00:00:00:02", "a", None), host("02:00:00:00:00:02", "b", None)];
-        assert!(check_hosts(net, &twice).unwrap_err().is(karst_model::ErrorKind::Conflict));
+        assert!(check_hosts(&net, &twice).unwrap_err().is(karst_model::ErrorKind::Conflict));
     }
 
     #[test]

@@ -20,22 +20,23 @@ use std::{
 };
 
 fn host(mac: &str, name: &str, ipv4: Option<&str>) -> NetworkHost {
-    NetworkHost { mac: mac.into(), hostname: name.into(), ipv4: ipv4.map(|a| a.parse().unwrap()) }
+    NetworkHost {
+        mac: mac.into(),
+        hostname: name.into(),
+        ipv4: ipv4.map(|a| a.parse().unwrap()),
+        ..Default::default()
+    }
 }
 
 fn network(n: u128, bridge: &str, ipv4: &str, hosts: Vec<NetworkHost>) -> NetworkSpec {
     NetworkSpec {
         id: NetworkId(uuid::Uuid::from_u128(n)),
         bridge: bridge.into(),
-        spec: BridgeSpec {
-            ipv4: Some(ipv4.parse().unwrap()),
-            nat: true,
-            dhcp: true,
-            dhcp_range: None,
-            domain: "karst".into(),
-            mtu: None,
-        },
+        spec: BridgeSpec { ipv4: Some(ipv4.parse().unwrap()), nat: true, ..Default::default() },
         hosts,
+        acls: vec![],
+        sets: vec![],
+        forwards: vec![],
     }
 }
 

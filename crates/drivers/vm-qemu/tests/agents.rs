@@ -11,7 +11,7 @@ use karst_guest::{
 use karst_model::{ErrorKind, guest::AgentKind};
 use std::time::Duration;
 
-const BOOT: Duration = Duration::from_secs(240);
+const BOOT: Duration = Duration::from_secs(600);
 
 fn long() -> bool {
     let long = std::env::var_os("KARST_TEST_LONG").is_some();

@@ -123,7 +123,7 @@ fn make_up_name(inner: &EngineInner, records: &Records, project: karst_model::Pr
     Name::parse("name", &format!("i-{id}")).expect("hex digits are a name")
 }
 
-fn plan(
+pub(crate) fn plan(
     inner: &EngineInner,
     records: &Records,
     tx: &mut Tx,
@@ -318,7 +318,7 @@ pub(crate) fn check_devices(devices: &Devices) -> Result<()> {
 pub(crate) fn check_nics(records: &Records, tx: &mut Tx, parsed: &expand::ParsedDevices) -> Result<()> {
     let mut seen = std::collections::BTreeSet::new();
     for (device, nic) in &parsed.nics {
-        let NicDevice { network, ipv4, .. } = nic;
+        let NicDevice { network, ipv4, ipv6, port, routes, .. } = nic;
         let row = records.network(network).map_err(|e| e.at(format!("devices.{device}.network")))?;
         let bridge = karst_model::network::BridgeSpec::parse(&row.name, &row.config)?;
         if let Some(address) = ipv4
@@ -329,6 +329,24 @@ pub(crate) fn check_nics(records: &Records, tx: &mut Tx, parsed: &expand::Parsed
                 format!("{address} is not in the subnet of network {network:?}"),
             ));
         }
+        if let Some(address) = ipv6
+            && !bridge.ipv6.is_some_and(|n| n.contains(address))
+        {
+            return Err(Error::invalid(
+                format!("devices.{device}.ipv6.address"),
+                format!("{address} is not in the subnet of network {network:?}"),
+            ));
+        }
+        // They become routes of the host: whoever may have an instance must not turn others' traffic to it.
+        if let Some(route) = routes.iter().find(|r| !bridge.routed().any(|net| net.contains(*r))) {
+            let family = if route.addr().is_ipv4() { "ipv4" } else { "ipv6" };
+            return Err(Error::invalid(
+                format!("devices.{device}.{family}.routes"),
+                format!("{route} is not within {family}.routes of network {network:?}"),
+            ));
+        }
+        let field = format!("devices.{device}.security.acls");
+        crate::firewall::check_policy(records, tx, port.policy.as_ref(), &field)?;
         if seen.insert(row.id) {
             tx.expect(row);
             tx.expect_unlocked(&crate::network::lock(row.id));
@@ -358,12 +376,32 @@ pub struct StartPlan {
 /// Plan of [`InstanceCreate`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct CreatePlan {
-    instance: Instance,
-    volume: Volume,
+    pub(crate) instance: Instance,
+    pub(crate) volume: Volume,
     source: VolumeSource,
     image: Option<ImageId>,
-    start: Option<StartPlan>,
+    pub(crate) start: Option<StartPlan>,
     path: String,
+}
+
+impl CreatePlan {
+    /// The records of an instance that is being made, with its names.
+    pub(crate) fn begin(&self, tx: &mut Tx) {
+        let i = &self.instance;
+        tx.create(i);
+        tx.take_name("instances", &i.project.to_string(), &i.name, &i.id.to_string());
+        tx.take_name("vmids", "", &i.vmid.to_string(), &i.id.to_string());
+        tx.create(&self.volume);
+    }
+
+    /// What is told of it when it is there.
+    pub(crate) fn announce(&self) -> Vec<(&'static str, String)> {
+        let mut events = vec![("instance-created", self.path.clone())];
+        if self.start.is_some() {
+            events.push(("instance-started", self.path.clone()));
+        }
+        events
+    }
 }
 
 /// Outputs of [`InstanceCreate`].
@@ -391,11 +429,7 @@ impl Saga for InstanceCreate {
     }
 
     fn begin(plan: &CreatePlan, _engine: &EngineInner, tx: &mut Tx) -> Result<()> {
-        let i = &plan.instance;
-        tx.create(i);
-        tx.take_name("instances", &i.project.to_string(), &i.name, &i.id.to_string());
-        tx.take_name("vmids", "", &i.vmid.to_string(), &i.id.to_string());
-        tx.create(&plan.volume);
+        plan.begin(tx);
         Ok(())
     }
 
@@ -469,10 +503,6 @@ impl Saga for InstanceCreate {
     }
 
     fn announce(plan: &CreatePlan) -> Vec<(&'static str, String)> {
-        let mut events = vec![("instance-created", plan.path.clone())];
-        if plan.start.is_some() {
-            events.push(("instance-started", plan.path.clone()));
-        }
-        events
+        plan.announce()
     }
 }

@@ -97,7 +97,7 @@ impl Saga for InstanceDelete {
                 for volume in &plan.volumes {
                     agent.volume_delete(&cx.mutate(Duration::from_secs(300)), *volume).await?;
                 }
-                Ok(())
+                cx.engine.forget_snapshots(Some(plan.instance), None).await
             }
         }
     }

@@ -3,11 +3,13 @@
 use super::slots;
 use karst_model::{
     Config, DeviceId, Error, InstanceId, Result, VolumeId,
-    device::{Device, Devices, DiskBus, DiskDevice, DiskOrigin, NicDevice, RootDevice},
+    device::{
+        Device, Devices, DiskBus, DiskDevice, DiskOrigin, NicDevice, NodeDevice, ProxyDevice, RootDevice,
+    },
     instance::{DeviceIdentity, Hardware, Instance, InstanceKind},
     keys,
     network::Network,
-    spec::{DiskSource, DiskSpec, GuestSpec, MachineSpec, NicSpec, RootSpec},
+    spec::{DiskSource, DiskSpec, GuestSpec, MachineSpec, NicSpec, NodeSpec, ProxySpec, RootSpec},
     storage::Volume,
 };
 use std::collections::BTreeMap;
@@ -19,6 +21,10 @@ pub struct ParsedDevices {
     pub root: (String, RootDevice),
     /// Names and other disks, in name order.
     pub disks: Vec<(String, DiskDevice)>,
+    /// Names and device nodes, in name order.
+    pub nodes: Vec<(String, NodeDevice)>,
+    /// Names and proxies, in name order.
+    pub proxies: Vec<(String, ProxyDevice)>,
     /// Names and NICs, in name order.
     pub nics: Vec<(String, NicDevice)>,
 }
@@ -30,7 +36,7 @@ pub struct ParsedDevices {
 /// Invalid, naming the device and key.
 pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
     let mut root = None;
-    let (mut disks, mut nics) = (vec![], vec![]);
+    let (mut disks, mut nodes, mut proxies, mut nics) = (vec![], vec![], vec![], vec![]);
     for (name, keys) in devices {
         match Device::parse(name, keys)? {
             Device::Root(d) => {
@@ -44,6 +50,8 @@ pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
             }
             Device::Disk(d) => disks.push((name.clone(), d)),
             Device::Nic(d) => nics.push((name.clone(), d)),
+            Device::Node(d) => nodes.push((name.clone(), d)),
+            Device::Proxy(d) => proxies.push((name.clone(), d)),
             Device::None => {}
         }
     }
@@ -58,11 +66,13 @@ pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
         }
     }
     let mut paths = BTreeMap::new();
-    for (device, path) in disks.iter().filter_map(|(n, d)| Some((n, d.path.as_ref()?))) {
+    let of_disks = disks.iter().filter_map(|(n, d)| Some((n, d.path.as_ref()?)));
+    let of_nodes = nodes.iter().filter_map(|(n, d): &(String, NodeDevice)| Some((n, d.path.as_ref()?)));
+    for (device, path) in of_disks.chain(of_nodes) {
         if let Some(other) = paths.insert(path, device) {
             return Err(Error::invalid(
                 format!("devices.{device}.path"),
-                format!("the disks {other:?} and {device:?} are both mounted at {path:?}"),
+                format!("the devices {other:?} and {device:?} are both at {path:?}"),
             ));
         }
     }
@@ -72,7 +82,7 @@ pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
             "the instance has no root disk; add a disk with path=/ and a pool, or a profile that has one",
         )
     })?;
-    Ok(ParsedDevices { root, disks, nics })
+    Ok(ParsedDevices { root, disks, nodes, proxies, nics })
 }
 
 fn nic_guest_name(device: &str, nic: &NicDevice) -> String {
@@ -247,6 +257,8 @@ pub fn guest_spec(
             source,
             path: disk.path.clone(),
             readonly: disk.readonly,
+            recursive: disk.recursive,
+            follow: disk.follow,
             shift: disk.shift,
             io: disk.io,
             ejected: !disk.attached,
@@ -256,6 +268,20 @@ pub fn guest_spec(
         });
     }
     disks.sort_by_key(|d| slot_number(&d.slot));
+    if let (Some((name, _)), InstanceKind::VirtualMachine) = (parsed.nodes.first(), instance.kind) {
+        return Err(Error::unsupported("device nodes are given to containers only")
+            .at(format!("devices.{name}.type")));
+    }
+    if let (Some((name, _)), InstanceKind::VirtualMachine) = (parsed.proxies.first(), instance.kind) {
+        return Err(Error::unsupported(
+            "proxies are given to containers only; forward a port of the network",
+        )
+        .at(format!("devices.{name}.type")));
+    }
+    let proxies = parsed.proxies.iter();
+    let proxies = proxies.map(|(name, d)| ProxySpec { name: name.clone(), device: d.clone() }).collect();
+    let nodes = parsed.nodes.iter();
+    let nodes = nodes.map(|(name, d)| NodeSpec { name: name.clone(), device: d.clone() }).collect();
     let mut nics = vec![];
     for (name, nic) in parsed.nics.iter().filter(|(_, nic)| nic.attached) {
         let id = identity(name)?;
@@ -307,6 +333,8 @@ pub fn guest_spec(
         security: keys::security(config)?,
         root,
         disks,
+        nodes,
+        proxies,
         nics,
         cloud_init: keys::cloud_init(config, cloud_init_id.to_string()),
         environment: keys::environment(config),

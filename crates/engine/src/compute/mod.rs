@@ -1,5 +1,6 @@
 //! Instances: the use cases.
 
+pub mod copy;
 pub mod create;
 pub mod delete;
 pub mod disks;

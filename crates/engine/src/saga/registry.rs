@@ -1,11 +1,12 @@
 //! All sagas.
 
 use super::{AnySaga, Erased};
-use crate::{compute, images, network, storage, tenancy, volumes};
+use crate::{compute, images, network, snapshots, storage, tenancy, volumes};
 use std::sync::{Arc, LazyLock};
 
 static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
     vec![
+        Arc::new(Erased::<compute::copy::InstanceCopy>::new()),
         Arc::new(Erased::<compute::create::InstanceCreate>::new()),
         Arc::new(Erased::<compute::delete::InstanceDelete>::new()),
         Arc::new(Erased::<compute::power::InstancePower>::new()),
@@ -15,6 +16,9 @@ static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
         Arc::new(Erased::<network::NetworkCreate>::new()),
         Arc::new(Erased::<network::NetworkDelete>::new()),
         Arc::new(Erased::<network::NetworkUpdate>::new()),
+        Arc::new(Erased::<snapshots::create::SnapshotCreate>::new()),
+        Arc::new(Erased::<snapshots::delete::SnapshotDelete>::new()),
+        Arc::new(Erased::<snapshots::restore::SnapshotRestore>::new()),
         Arc::new(Erased::<storage::PoolCreate>::new()),
         Arc::new(Erased::<storage::PoolDelete>::new()),
         Arc::new(Erased::<tenancy::profiles::ProfileUpdate>::new()),

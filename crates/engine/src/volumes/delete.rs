@@ -82,7 +82,8 @@ impl Saga for VolumeDelete {
     }
     async fn run(cx: &StepContext, plan: &DeletePlan, _: &mut (), _: usize) -> Result<()> {
         let volume = VolumeRef { pool: plan.volume.pool, volume: plan.volume.id };
-        cx.agent(plan.node)?.volume_delete(&cx.mutate(Duration::from_secs(300)), volume).await
+        cx.agent(plan.node)?.volume_delete(&cx.mutate(Duration::from_secs(300)), volume).await?;
+        cx.engine.forget_snapshots(None, Some(plan.volume.id)).await
     }
     async fn undo(_: &StepContext, _: &DeletePlan, _: &(), _: usize) -> Result<()> {
         Ok(())

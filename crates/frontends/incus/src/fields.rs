@@ -123,6 +123,11 @@ impl Fields {
         }
     }
 
+    /// Is the text `key` of the nested object `name` this one? Takes nothing.
+    pub fn is(&self, name: &str, key: &str, text: &str) -> bool {
+        self.map.get(name).and_then(|o| o.get(key)).is_some_and(|v| v == text)
+    }
+
     /// A nested object; an empty one when absent.
     ///
     /// # Errors

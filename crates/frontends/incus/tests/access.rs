@@ -40,6 +40,10 @@ async fn furnished() -> (Server, Names) {
     let image = operation["metadata"]["fingerprint"].as_str().unwrap().to_owned();
     let network = s.get("/1.0/networks?recursion=1").await.metadata()[0]["name"].as_str().unwrap().to_owned();
     assert_eq!(s.post("/1.0/projects", json!({"name": "other"})).await.status, 201);
+    assert_eq!(s.post("/1.0/network-acls", json!({"name": "web"})).await.status, 201);
+    assert_eq!(s.post("/1.0/network-address-sets", json!({"name": "office"})).await.status, 201);
+    let forward = json!({"listen_address": "192.0.2.50"});
+    assert_eq!(s.post(&format!("/1.0/networks/{network}/forwards"), forward).await.status, 201);
     let certificate = json!({"name": "friend", "certificate": CERTIFICATE});
     assert_eq!(s.post("/1.0/certificates", certificate).await.status, 201);
     let robot = json!({"name": "robot", "role": "viewer"});
@@ -47,6 +51,9 @@ async fn furnished() -> (Server, Names) {
     for volume in ["data", "spare"] {
         let path = "/1.0/storage-pools/default/volumes/custom";
         assert_eq!(s.post(path, json!({"name": volume})).await.status, 201);
+    }
+    for path in ["/1.0/instances/c1", "/1.0/storage-pools/default/volumes/custom/data"] {
+        s.done(s.post(&format!("{path}/snapshots"), json!({"name": "snap"})).await).await;
     }
     let first = async {
         loop {
@@ -69,6 +76,8 @@ fn concrete(path: &str, names: &Names, operation: &str) -> String {
     for (collection, name) in [
         ("instances", "c1"),
         ("networks", names.network.as_str()),
+        ("network-acls", "web"),
+        ("network-address-sets", "office"),
         ("storage-pools", "default"),
         ("profiles", "default"),
         ("projects", "default"),
@@ -82,7 +91,12 @@ fn concrete(path: &str, names: &Names, operation: &str) -> String {
         .replace("certificates/{fingerprint}", &format!("certificates/{FINGERPRINT}"))
         .replace("{fingerprint}", &names.image)
         .replace("operations/{id}", &format!("operations/{operation}"));
+    p = p.replace("{listenAddress}", "192.0.2.50");
+    if p.ends_with("/network/explain") {
+        p += "?from=c1&to=192.0.2.9&port=80";
+    }
     p = p.replace("{type}", "custom").replace("{volumeName}", "data");
+    p = p.replace("{snapshot}", "snap").replace("{snapshotName}", "snap");
     assert!(!p.contains('{'), "{p}");
     if p.ends_with("/access/why") {
         return p + "?permission=instance_use&object=server";
@@ -111,6 +125,7 @@ fn body(method: &Method, path: &str, image: &str) -> String {
         ("POST", "/1.0/karst/images/build") => json!({"recipe": "debian/12"}),
         ("POST", "/1.0/instances/{name}/console") => json!({}),
         ("PUT" | "PATCH", "/1.0/images/{fingerprint}") => json!({"public": false}),
+        ("POST", "/1.0/networks/{name}/forwards") => json!({"listen_address": "192.0.2.51"}),
         ("POST", _) => json!({"name": "n9"}),
         ("PUT" | "PATCH", _) => json!({"description": "x"}),
         _ => return String::new(),

@@ -36,7 +36,7 @@ async fn what_is_not_there_says_so() {
     let answer = s.send(Method::DELETE, "/1.0", &[], "").await;
     assert!(answer.header("allow").contains("GET"));
     answer.refused(405);
-    assert!(s.get("/1.0/instances/c1/snapshots").await.refused(501).contains("snapshots"));
+    assert!(s.get("/1.0/instances/c1/backups").await.refused(501).contains("backups"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -528,51 +528,6 @@ async fn image_aliases_live() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn networks_live_and_are_refused() {
-    let s = Server::start().await;
-    let body = json!({"config": {"ipv4.address": "10.221.8.1/24", "ipv6.address": "none"}, "description": "", "name": "n1", "type": ""});
-    let created = s.post("/1.0/networks", body.clone()).await;
-    assert_eq!((created.status, created.header("location")), (201, "/1.0/networks/n1"));
-    s.post("/1.0/networks", body).await.refused(409);
-    for (config, part) in [
-        (json!({"ipv4.addres": "10.1.1.1/24"}), "ipv4.address"),
-        (json!({"ipv4.address": "bad"}), "ipv4.address"),
-        (json!({"ipv4.address": "10.221.8.1/24"}), "overlaps"),
-    ] {
-        let answer = s.post("/1.0/networks", json!({"name": "n2", "config": config})).await;
-        assert!([400, 409].contains(&answer.status));
-        assert!(answer.json()["error"].as_str().unwrap().contains(part));
-    }
-    s.post("/1.0/networks", json!({"name": "n2", "type": "ovn"})).await.refused(400);
-    s.post("/1.0/networks", json!({"name": "much-too-long-for-a-bridge"})).await.refused(400);
-    let got = s.get("/1.0/networks/n1").await;
-    let tag = got.header("etag").to_owned();
-    assert_eq!(
-        (got.metadata()["type"].as_str(), got.metadata()["managed"].as_bool()),
-        (Some("bridge"), Some(true))
-    );
-    let body =
-        json!({"config": {"ipv4.address": "10.221.8.1/24", "user.a": "b"}, "description": "d"}).to_string();
-    s.send(Method::PUT, "/1.0/networks/n1", &[("if-match", &tag)], body.clone()).await.metadata();
-    s.send(Method::PUT, "/1.0/networks/n1", &[("if-match", &tag)], body).await.refused(412);
-    s.patch("/1.0/networks/n1", json!({"config": {"ipv4.nat": "false"}})).await.metadata();
-    let config = s.get("/1.0/networks/n1").await.metadata()["config"].clone();
-    assert_eq!((config["user.a"].as_str(), config["ipv4.nat"].as_str()), (Some("b"), Some("false")));
-    let state = s.get("/1.0/networks/n1/state").await.metadata();
-    assert_eq!(state["addresses"][0]["address"], "10.221.8.1");
-    let leases = s.get("/1.0/networks/n1/leases").await.metadata();
-    assert_eq!(
-        (leases[0]["type"].as_str(), leases[0]["address"].as_str()),
-        (Some("gateway"), Some("10.221.8.1"))
-    );
-    s.delete("/1.0/networks/n1").await.metadata();
-    s.get("/1.0/networks/n1").await.refused(404);
-    let used = s.get("/1.0/networks?recursion=1").await.metadata()[0].clone();
-    assert_eq!(used["used_by"], json!(["/1.0/profiles/default"]));
-    s.delete(&format!("/1.0/networks/{}", used["name"].as_str().unwrap())).await.refused(409);
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn storage_pools_live() {
     let s = Server::start().await;
     s.container("c1", false).await;
@@ -610,103 +565,6 @@ async fn storage_pools_live() {
     s.delete("/1.0/storage-pools/p2").await.metadata();
     s.delete("/1.0/storage-pools/default").await.refused(409);
     s.get("/1.0/storage-pools/p2").await.refused(404);
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn custom_volumes_live() {
-    let s = Server::start().await;
-    s.container("c1", false).await;
-    s.container("c2", false).await;
-    const ALL: &str = "/1.0/storage-pools/default/volumes";
-    let at = |name: &str| format!("{ALL}/custom/{name}").trim_end_matches('/').to_owned();
-    let made = s
-        .post(
-            &at(""),
-            json!({"name": "data", "config": {"size": "1GiB", "user.a": "b"}, "description": "mine"}),
-        )
-        .await;
-    assert_eq!((made.status, made.header("location")), (201, &*at("data")));
-    let made = s.post(ALL, json!({"name": "disk", "type": "custom", "content_type": "block"})).await;
-    assert_eq!(made.status, 201);
-    let disk = s.get(&at("disk")).await.metadata();
-    assert_eq!(
-        (disk["content_type"].as_str(), disk["config"]["size"].as_str()),
-        (Some("block"), Some("10GiB"))
-    );
-    for (body, status) in [
-        (json!({"name": "data"}), 409),
-        (json!({"name": "a b"}), 400),
-        (json!({"name": "x", "content_type": "weird"}), 400),
-        (json!({"name": "x", "config": {"sise": "1GiB"}}), 400),
-        (json!({"name": "x", "config": {"size": "big"}}), 400),
-        (json!({"name": "x", "type": "container"}), 400),
-        (json!({}), 400),
-    ] {
-        s.post(ALL, body).await.refused(status);
-    }
-    s.post("/1.0/storage-pools/nope/volumes/custom", json!({"name": "x"})).await.refused(404);
-    let names = s.get(&at("")).await.metadata();
-    assert_eq!(names, json!([at("data"), at("disk")]));
-    let filtered = s.get(&format!("{ALL}?recursion=1&filter=content_type+eq+block")).await.metadata();
-    assert_eq!((filtered.as_array().unwrap().len(), filtered[0]["name"].as_str()), (1, Some("disk")));
-
-    // Changes, under the ETag.
-    let seen = s.get(&at("data")).await;
-    let tag = seen.header("etag").to_owned();
-    let body = json!({"description": "changed", "config": {"size": "2GiB"}}).to_string();
-    s.send(Method::PUT, &at("data"), &[("if-match", &tag)], body.clone()).await.metadata();
-    s.send(Method::PUT, &at("data"), &[("if-match", &tag)], body).await.refused(412);
-    s.patch(&at("data"), json!({"config": {"user.b": "c"}})).await.metadata();
-    let seen = s.get(&at("data")).await.metadata();
-    assert_eq!(seen["config"], json!({"size": "2GiB", "user.b": "c"}));
-    assert_eq!(seen["description"], "changed");
-    s.put(&at("disk"), json!({"config": {"size": "5GiB"}})).await.refused(400);
-    s.put(&at("disk"), json!({"config": {"size": "11GiB"}})).await.metadata();
-    s.put(&format!("{ALL}/container/c1"), json!({"description": "x"})).await.refused(400);
-
-    // Attached: a file system to both, named by the devices; not a disk to a container.
-    let disk = |source: &str, path: &str| json!({"devices": {"d": {"type": "disk", "pool": "default", "source": source, "path": path}}});
-    for c in ["c1", "c2"] {
-        s.patch(&format!("/1.0/instances/{c}"), disk("data", "/data")).await.metadata();
-    }
-    assert!(s.patch("/1.0/instances/c1", disk("disk", "")).await.refused(400).contains("block volume"));
-    assert!(s.patch("/1.0/instances/c1", disk("data", "")).await.refused(400).contains("path"));
-    assert!(s.patch("/1.0/instances/c1", disk("gone", "/x")).await.refused(404).contains("gone"));
-    let seen = s.get(&at("data")).await.metadata();
-    assert_eq!(seen["used_by"], json!(["/1.0/instances/c1", "/1.0/instances/c2"]));
-    assert!(s.delete(&at("data")).await.refused(409).contains("/1.0/instances/c1"));
-    let moved = s.post(&at("data"), json!({"name": "moved"})).await;
-    assert_eq!((moved.status, moved.header("location")), (201, &*at("moved")));
-    let c2 = s.get("/1.0/instances/c2").await.metadata();
-    assert_eq!(c2["devices"]["d"]["source"], "moved", "devices follow");
-    s.post(&at("moved"), json!({"name": "disk"})).await.refused(409);
-    s.post(&at("moved"), json!({"name": "x", "pool": "other"})).await.refused(400);
-    for c in ["c1", "c2"] {
-        s.wait(s.put(&format!("/1.0/instances/{c}"), json!({"profiles": ["default"]})).await).await;
-    }
-    s.delete(&at("moved")).await.metadata();
-    s.get(&at("moved")).await.refused(404);
-
-    // A disk belongs to one virtual machine, unless it says otherwise.
-    let vm = |name: &str| {
-        let disk = json!({"type": "disk", "pool": "default", "source": "disk"});
-        json!({"name": name, "type": "virtual-machine", "source": {"type": "none"}, "devices": {"d": disk}})
-    };
-    assert_eq!(s.done(s.post("/1.0/instances", vm("v1")).await).await["status"], "Success");
-    assert!(s.post("/1.0/instances", vm("v2")).await.refused(409).contains("security.shared"));
-    s.patch(&at("disk"), json!({"config": {"security.shared": "true"}})).await.metadata();
-    assert_eq!(s.done(s.post("/1.0/instances", vm("v2")).await).await["status"], "Success");
-    s.patch(&at("disk"), json!({"config": {"security.shared": "false"}})).await.refused(409);
-    s.delete("/1.0/storage-pools/default").await.refused(409);
-
-    // Another project has its own.
-    assert_eq!(s.post("/1.0/projects", json!({"name": "other"})).await.status, 201);
-    s.get(&format!("{}?project=other", at("disk"))).await.refused(404);
-    let made = s.post(&format!("{}?project=other", at("")), json!({"name": "disk"})).await;
-    assert_eq!(made.header("location"), format!("{}?project=other", at("disk")));
-    s.delete("/1.0/projects/other").await.refused(409);
-    s.delete(&format!("{}?project=other", at("disk"))).await.metadata();
-    assert_eq!(s.delete("/1.0/projects/other").await.status, 200);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -857,7 +715,14 @@ fn the_table_is_whole() {
         let (method, path) = line.split_once(' ').unwrap();
         assert!(table.contains(&(method.to_owned(), path.to_owned())), "{line} is missing in the table");
     }
-    let tests = [include_str!("api.rs"), include_str!("clients.rs"), include_str!("remote.rs")].concat();
+    let tests = [
+        include_str!("api.rs"),
+        include_str!("networks.rs"),
+        include_str!("clients.rs"),
+        include_str!("remote.rs"),
+        include_str!("volumes.rs"),
+    ]
+    .concat();
     let named = routes::TABLE
         .iter()
         .filter_map(|r| match r.state {

@@ -12,6 +12,12 @@ pub enum Kind {
     Image,
     /// A network.
     Network,
+    /// A network ACL.
+    Acl,
+    /// A set of addresses.
+    AddressSet,
+    /// A forward of a network.
+    Forward,
     /// A storage pool.
     Pool,
     /// A volume in a pool.
@@ -33,6 +39,9 @@ impl Kind {
             Self::Instance => "instance",
             Self::Image => "image",
             Self::Network => "network",
+            Self::Acl => "network ACL",
+            Self::AddressSet => "address set",
+            Self::Forward => "forward",
             Self::Pool => "storage pool",
             Self::Volume => "volume",
             Self::Profile => "profile",
@@ -48,6 +57,9 @@ impl Kind {
             Self::Instance => "karst list",
             Self::Image => "karst image list",
             Self::Network => "karst network list",
+            Self::Acl => "karst network acl list",
+            Self::AddressSet => "karst network address-set list",
+            Self::Forward => "karst network forward list NETWORK",
             Self::Pool => "karst storage list",
             Self::Volume => "karst storage volume list POOL",
             Self::Profile => "karst profile list",

@@ -51,9 +51,11 @@ pub fn complete(kind: Kind) -> ArgValueCompleter {
 /// Completes the name of a thing of the family whose command stands on the line.
 pub fn complete_named() -> ArgValueCompleter {
     ArgValueCompleter::new(|current: &OsStr| {
-        // The shell hands the line over as our own arguments.
-        let family = std::env::args().find_map(|word| match word.as_str() {
+        // The shell hands the line over as our own arguments; the innermost family counts: `network acl`.
+        let family = std::env::args().rev().find_map(|word| match word.as_str() {
             "config" => Some(Kind::Instance),
+            "acl" => Some(Kind::Acl),
+            "address-set" => Some(Kind::AddressSet),
             "image" => Some(Kind::Image),
             "network" => Some(Kind::Network),
             "storage" => Some(Kind::Pool),
@@ -92,7 +94,9 @@ async fn names(client: &Client, kind: Kind) -> Result<Vec<String>> {
         Kind::Project => Url::new(&["projects"]),
         Kind::Operation => Url::new(&["operations"]),
         Kind::Warning => Url::new(&["warnings"]),
-        Kind::Volume => return Ok(Vec::new()),
+        Kind::Acl => Url::new(&["network-acls"]),
+        Kind::AddressSet => Url::new(&["network-address-sets"]),
+        Kind::Volume | Kind::Forward => return Ok(Vec::new()),
     };
     let list = match client.get(&url).await?.metadata {
         Value::Array(list) => list,

@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use super::{
     common::Common,
     completion::complete,
+    network_firewall::{Acl, AddressSet, Explain, Forward},
     object::{Object, config_object, create},
 };
 use crate::{
@@ -55,6 +56,17 @@ pub enum Network {
         #[command(flatten)]
         format: FormatOption,
     },
+    /// Network ACLs: what guests may send and get
+    #[command(subcommand)]
+    Acl(Acl),
+    /// Sets of addresses that ACLs name
+    #[command(subcommand)]
+    AddressSet(AddressSet),
+    /// Ports of the host that lead to guests
+    #[command(subcommand)]
+    Forward(Forward),
+    /// Say whether a connection would come about, and which rule decides
+    Explain(Explain),
     #[command(flatten)]
     Common(Common),
 }
@@ -108,6 +120,10 @@ impl Network {
                 });
                 list.print(format.format)
             }
+            Self::Acl(command) => command.run(context).await,
+            Self::AddressSet(command) => command.run(context).await,
+            Self::Forward(command) => command.run(context).await,
+            Self::Explain(command) => command.run(context).await,
             Self::Common(command) => command.run(context, network).await,
         }
     }

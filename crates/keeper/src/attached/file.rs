@@ -33,12 +33,13 @@ pub(super) fn run(r: &Request, root: Root, content: Option<OwnedFd>, launch: Bor
         sys::send(launch, &[p::VERSION, p::code::OK], body, fd);
     };
     match r.operation {
-        Operation::Exec => return Err(Failure::new("no file operation", libc::EINVAL)),
+        Operation::Exec | Operation::Mount => return Err(Failure::new("no file operation", libc::EINVAL)),
         Operation::Open => return open(r, &root, ok),
         Operation::WriteFile => write_file(r, &root, content)?,
         Operation::WriteDirectory => write_directory(r, &root)?,
         Operation::WriteSymlink => write_symlink(r, &root)?,
         Operation::Delete => delete(r, &root)?,
+        Operation::Unmount => super::mount::unmount(r, &root)?,
     }
     ok(&[], None);
     Ok(())
@@ -46,7 +47,7 @@ pub(super) fn run(r: &Request, root: Root, content: Option<OwnedFd>, launch: Bor
 
 impl Root {
     /// Opens beneath the root; `..` and links end at it, links of `/proc` that jump are refused.
-    fn open(&self, path: &OsStr, flags: OFlags, mode: u32) -> rustix::io::Result<OwnedFd> {
+    pub(super) fn open(&self, path: &OsStr, flags: OFlags, mode: u32) -> rustix::io::Result<OwnedFd> {
         let mut resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
         if !self.inside {
             // A stopped container's directory has nothing mounted in it.
@@ -64,7 +65,7 @@ impl Root {
     }
 
     /// The directory that holds the last part of `path`, and that part.
-    fn parent(&self, path: &OsStr) -> Outcome<(OwnedFd, OsString)> {
+    pub(super) fn parent(&self, path: &OsStr) -> Outcome<(OwnedFd, OsString)> {
         let bytes = path.as_bytes();
         let end = bytes.iter().rposition(|b| *b != b'/').map_or(0, |i| i + 1);
         let at = bytes[..end].iter().rposition(|b| *b == b'/').map_or(0, |i| i + 1);

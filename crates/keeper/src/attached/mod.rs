@@ -12,6 +12,7 @@
 
 mod exec;
 mod file;
+mod mount;
 mod seccomp;
 
 use crate::sys;
@@ -75,6 +76,7 @@ pub(crate) fn main() -> ! {
     unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) };
     let result = receive(launch.as_fd()).and_then(|(request, subject, rest)| match request.operation {
         Operation::Exec => exec::run(&request, subject, rest, launch.as_fd()),
+        Operation::Mount => mount::mount(&request, subject, rest, launch.as_fd()),
         _ => {
             let root = enter_for_files(&request, subject)?;
             file::run(&request, root, rest.into_iter().next(), launch.as_fd())

@@ -27,6 +27,12 @@ pub struct DiskDevice {
     pub path: Option<String>,
     /// The guest cannot write.
     pub readonly: bool,
+    /// What is mounted below a path of the host is seen as well.
+    #[serde(default)]
+    pub recursive: bool,
+    /// So is what the host mounts there later.
+    #[serde(default)]
+    pub follow: bool,
     /// Owners are shifted into the container's id range also where the source has them unshifted by nature (a path of
     /// the host).
     pub shift: bool,
@@ -196,8 +202,19 @@ impl RootDevice {
 
 impl DiskDevice {
     pub(super) fn parse(keys: &Keys<'_>) -> Result<Self> {
-        let own =
-            ["type", "path", "pool", "source", "readonly", "shift", "required", "boot.priority", "attached"];
+        let own = [
+            "type",
+            "path",
+            "pool",
+            "source",
+            "readonly",
+            "recursive",
+            "propagation",
+            "shift",
+            "required",
+            "boot.priority",
+            "attached",
+        ];
         keys.known(&[&own[..], &IO_KEYS].concat())?;
         let source = keys.demand("source", "a disk needs a source: a custom volume of a pool, or a path")?;
         let source = match keys.get("pool") {
@@ -217,6 +234,8 @@ impl DiskDevice {
             source,
             path: path.transpose()?,
             readonly: keys.boolean("readonly")?,
+            recursive: keys.boolean("recursive")?,
+            follow: follow(keys)?,
             shift: keys.boolean("shift")?,
             required: keys.get("required").is_none() || keys.boolean("required")?,
             boot_priority: keys.number("boot.priority")?,
@@ -226,8 +245,31 @@ impl DiskDevice {
     }
 }
 
+/// `propagation`: a guest can follow the host's mounts, but not the host a guest's.
+fn follow(keys: &Keys<'_>) -> Result<bool> {
+    match keys.get("propagation") {
+        Some("shared" | "rshared") => Err(Error::unsupported(
+            "mounts of a guest cannot be seen by the host; use slave or rslave, by which the guest sees the host's",
+        )
+        .at(keys.field("propagation"))),
+        _ => keys
+            .one_of(
+                "propagation",
+                &[
+                    ("private", false),
+                    ("rprivate", false),
+                    ("unbindable", false),
+                    ("runbindable", false),
+                    ("slave", true),
+                    ("rslave", true),
+                ],
+            )
+            .map(Option::unwrap_or_default),
+    }
+}
+
 /// An absolute path without `.` and `..`, with single slashes and none at the end.
-fn plain_path(field: &str, path: &str) -> Result<String> {
+pub(super) fn plain_path(field: &str, path: &str) -> Result<String> {
     let parts: Vec<&str> = path.split('/').filter(|p| !p.is_empty()).collect();
     let clean = !path.contains('\0') && path.len() < 4096 && parts.iter().all(|p| *p != "." && *p != "..");
     if !clean || parts.is_empty() {

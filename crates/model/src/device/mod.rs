@@ -2,9 +2,13 @@
 
 mod disk;
 mod nic;
+mod node;
+mod proxy;
 
 pub use disk::*;
 pub use nic::*;
+pub use node::*;
+pub use proxy::*;
 
 use crate::{ByteSize, Error, Result, error::nearest};
 use serde::{Deserialize, Serialize};
@@ -23,11 +27,17 @@ pub enum Device {
     Disk(DiskDevice),
     /// NIC.
     Nic(NicDevice),
+    /// Device node of the host, or a GPU.
+    Node(NodeDevice),
+    /// Proxy.
+    Proxy(ProxyDevice),
     /// Removes a device of a profile.
     None,
 }
 
-const TYPES: &[&str] = &["disk", "nic", "none"];
+const TYPES: &[&str] = &["disk", "gpu", "nic", "none", "proxy", "unix-block", "unix-char"];
+/// What Incus has and Karst not.
+const LATER: &[&str] = &["infiniband", "pci", "tpm", "unix-hotplug", "usb"];
 
 impl Device {
     /// Parses one device; errors name `devices.NAME.KEY`.
@@ -38,7 +48,15 @@ impl Device {
             "disk" if keys.get("path") == Some("/") => RootDevice::parse(&keys).map(Self::Root),
             "disk" => DiskDevice::parse(&keys).map(Self::Disk),
             "nic" => NicDevice::parse(&keys).map(Self::Nic),
+            "unix-char" => NodeDevice::parse_unix(&keys, false).map(Self::Node),
+            "unix-block" => NodeDevice::parse_unix(&keys, true).map(Self::Node),
+            "gpu" => NodeDevice::parse_gpu(&keys).map(Self::Node),
             "none" => Ok(Self::None),
+            "proxy" => ProxyDevice::parse(&keys).map(Self::Proxy),
+            later if LATER.contains(&later) => {
+                let text = format!("devices of type {later:?} are not there yet");
+                Err(Error::unsupported(text).at(keys.field("type")))
+            }
             "" => Err(Error::invalid(
                 keys.field("type"),
                 format!("device {name:?} has no type; known are {}", TYPES.join(", ")),
@@ -205,6 +223,8 @@ mod tests {
             (&[("source", "/srv"), ("path", "/a/../etc")], "path"),
             (&[("source", "v"), ("pool", "p"), ("path", "/x"), ("readonly", "maybe")], "readonly"),
             (&[("source", "v"), ("pool", "p"), ("limits.read", "fast")], "limits.read"),
+            (&[("source", "/srv"), ("path", "/x"), ("propagation", "shared")], "propagation"),
+            (&[("source", "/srv"), ("path", "/x"), ("propagation", "often")], "propagation"),
             (
                 &[("source", "v"), ("pool", "p"), ("limits.max", "1MiB"), ("limits.read", "1MiB")],
                 "limits.max",
@@ -213,6 +233,62 @@ mod tests {
         ] {
             let e = parse(pairs).unwrap_err();
             assert_eq!(e.field, Some(format!("devices.data.{field}")), "{pairs:?}: {e}");
+        }
+    }
+
+    #[test]
+    fn nodes_of_the_host() {
+        let parse = |pairs: &[(&str, &str)]| Device::parse("d", &dev(pairs));
+        let fuse = parse(&[("type", "unix-char"), ("path", "/dev/fuse"), ("mode", "0600"), ("uid", "5")]);
+        let Ok(Device::Node(fuse)) = fuse else { panic!("{fuse:?}") };
+        assert_eq!(fuse.source, NodeOrigin::Path { block: false, path: "/dev/fuse".into() });
+        assert_eq!((fuse.path.as_deref(), fuse.mode, fuse.uid, fuse.gid), (Some("/dev/fuse"), 0o600, 5, 0));
+        let by_number = parse(&[("type", "unix-block"), ("path", "/dev/x"), ("major", "7"), ("minor", "0")]);
+        assert!(
+            matches!(by_number, Ok(Device::Node(n)) if n.source == NodeOrigin::Number { block: true, major: 7, minor: 0 })
+        );
+        let gpu = parse(&[("type", "gpu"), ("id", "1")]).unwrap();
+        assert!(matches!(gpu, Device::Node(n) if n.source == NodeOrigin::Gpu { card: Some(1), pci: None }));
+        for (pairs, field) in [
+            (&[("type", "unix-char")][..], "source"),
+            (&[("type", "unix-char"), ("source", "/dev/../etc/x")], "source"),
+            (&[("type", "unix-char"), ("path", "/dev/x"), ("major", "7")], "minor"),
+            (&[("type", "unix-char"), ("major", "7"), ("minor", "1")], "path"),
+            (&[("type", "unix-char"), ("path", "/dev/x"), ("mode", "rw")], "mode"),
+            (&[("type", "gpu"), ("gputype", "mig")], "gputype"),
+            (&[("type", "usb")], "type"),
+        ] {
+            let e = parse(pairs).unwrap_err();
+            assert_eq!(e.field, Some(format!("devices.d.{field}")), "{pairs:?}: {e}");
+        }
+    }
+
+    #[test]
+    fn proxies_of_both_sides() {
+        let parse = |pairs: &[(&str, &str)]| {
+            let mut keys = dev(pairs);
+            keys.insert("type".into(), "proxy".into());
+            Device::parse("p", &keys)
+        };
+        let web =
+            parse(&[("listen", "tcp:0.0.0.0:80-81,90"), ("connect", "tcp:[::1]:8080"), ("bind", "instance")]);
+        let Ok(Device::Proxy(web)) = web else { panic!("{web:?}") };
+        assert!(web.in_guest && web.protocol == ProxyProtocol::Tcp && web.pairs.len() == 3);
+        assert_eq!(web.pairs[2], ("0.0.0.0:90".parse().unwrap(), "[::1]:8080".parse().unwrap()));
+        let good = ("listen", "udp:127.0.0.1:53");
+        for (pairs, field) in [
+            (&[good][..], "connect"),
+            (&[good, ("connect", "tcp:127.0.0.1:53")], "connect"),
+            (&[good, ("connect", "udp:127.0.0.1:1-2")], "connect"),
+            (&[good, ("connect", "udp:localhost:53")], "connect"),
+            (&[good, ("connect", "unix:/run/x")], "connect"),
+            (&[("listen", "tcp:0.0.0.0:0"), ("connect", "tcp:127.0.0.1:1")], "listen"),
+            (&[("listen", "tcp:0.0.0.0:1-60000"), ("connect", "tcp:127.0.0.1:1")], "listen"),
+            (&[good, ("connect", "udp:127.0.0.1:53"), ("nat", "true")], "nat"),
+            (&[good, ("connect", "udp:127.0.0.1:53"), ("bind", "both")], "bind"),
+        ] {
+            let e = parse(pairs).unwrap_err();
+            assert_eq!(e.field, Some(format!("devices.p.{field}")), "{pairs:?}: {e}");
         }
     }
 

@@ -1,9 +1,15 @@
 //! NICs.
 
 use super::Keys;
-use crate::{Error, Result};
+use crate::{
+    Error, Result,
+    firewall::{Action, policy},
+    keys::parse_bool,
+    spec::PortSpec,
+};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 /// A NIC on a managed network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,6 +22,15 @@ pub struct NicDevice {
     pub mac: Option<String>,
     /// Static IPv4 address.
     pub ipv4: Option<Ipv4Addr>,
+    /// Static IPv6 address.
+    #[serde(default)]
+    pub ipv6: Option<Ipv6Addr>,
+    /// Subnets that are reached over it.
+    #[serde(default)]
+    pub routes: Vec<IpNet>,
+    /// Filters, limits and ACLs; the interface is not named yet.
+    #[serde(default)]
+    pub port: PortSpec,
     /// MTU.
     pub mtu: Option<u32>,
     /// Boot order: higher first.
@@ -59,6 +74,21 @@ impl NicDevice {
             "name",
             "hwaddr",
             "ipv4.address",
+            "ipv4.routes",
+            "ipv6.address",
+            "ipv6.routes",
+            "limits.egress",
+            "limits.ingress",
+            "limits.max",
+            "security.acls",
+            "security.acls.default.egress.action",
+            "security.acls.default.egress.logged",
+            "security.acls.default.ingress.action",
+            "security.acls.default.ingress.logged",
+            "security.ipv4_filtering",
+            "security.ipv6_filtering",
+            "security.mac_filtering",
+            "security.port_isolation",
             "mtu",
             "boot.priority",
             "io.bus",
@@ -90,6 +120,9 @@ impl NicDevice {
             name: name.map(str::to_owned),
             mac: keys.get("hwaddr").map(|m| parse_mac(&keys.field("hwaddr"), m)).transpose()?,
             ipv4: keys.parsed("ipv4.address", "an IPv4 address")?,
+            ipv6: keys.parsed("ipv6.address", "an IPv6 address")?,
+            routes: routes(keys)?,
+            port: port(keys)?,
             mtu: keys.number("mtu")?,
             boot_priority: keys.number("boot.priority")?,
             model: keys.one_of("io.bus", NIC_MODELS)?.unwrap_or_default(),
@@ -97,6 +130,65 @@ impl NicDevice {
             attached: keys.get("attached").is_none() || keys.boolean("attached")?,
         })
     }
+}
+
+fn routes(keys: &Keys<'_>) -> Result<Vec<IpNet>> {
+    let mut all = vec![];
+    for (key, v4) in [("ipv4.routes", true), ("ipv6.routes", false)] {
+        for word in keys.get(key).unwrap_or_default().split(',').map(str::trim).filter(|w| !w.is_empty()) {
+            let net = if v4 {
+                word.parse::<Ipv4Net>().map(|n| IpNet::V4(n.trunc()))
+            } else {
+                word.parse::<Ipv6Net>().map(|n| IpNet::V6(n.trunc()))
+            };
+            all.push(net.map_err(|_| Error::invalid(keys.field(key), format!("{word:?} is not a subnet")))?);
+        }
+    }
+    Ok(all)
+}
+
+fn port(keys: &Keys<'_>) -> Result<PortSpec> {
+    let flag = |key: &str| keys.get(key).map_or(Ok(false), |v| parse_bool(&keys.field(key), v));
+    let limit = |key: &str| keys.get(key).map(|v| bits(&keys.field(key), v)).transpose();
+    let max = limit("limits.max")?;
+    for key in ["limits.ingress", "limits.egress"] {
+        if max.is_some() && keys.get(key).is_some() {
+            return Err(Error::invalid(keys.field(key), "limits.max says both directions: give either"));
+        }
+    }
+    let prefix = keys.field("");
+    Ok(PortSpec {
+        interface: String::new(),
+        mac_filter: flag("security.mac_filtering")?,
+        ipv4_filter: flag("security.ipv4_filtering")?,
+        ipv6_filter: flag("security.ipv6_filtering")?,
+        isolated: flag("security.port_isolation")?,
+        ingress_limit: limit("limits.ingress")?.or(max),
+        egress_limit: limit("limits.egress")?.or(max),
+        policy: policy(&prefix, &|k| keys.get(k), Action::Drop)?,
+    })
+}
+
+/// Bits a second, as Incus writes them: `10Mbit`, `1Gibit`, `250kbit`, or a number.
+fn bits(field: &str, text: &str) -> Result<u64> {
+    let wrong = || {
+        Error::invalid(field, format!("{text:?} is not a rate of at least 8kbit, such as 10Mbit or 1Gbit"))
+    };
+    let at = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(at);
+    let factor: u64 = match unit.trim().strip_suffix("bit").unwrap_or(unit.trim()) {
+        "" => 1,
+        "k" => 1000,
+        "M" => 1_000_000,
+        "G" => 1_000_000_000,
+        "T" => 1_000_000_000_000,
+        "Ki" => 1 << 10,
+        "Mi" => 1 << 20,
+        "Gi" => 1 << 30,
+        "Ti" => 1 << 40,
+        _ => return Err(wrong()),
+    };
+    number.parse::<u64>().ok().and_then(|n| n.checked_mul(factor)).filter(|b| *b >= 8000).ok_or_else(wrong)
 }
 
 /// Checks an interface name as Linux takes it (1 to 15 bytes, no `/`, no white space); names that programs would take for

@@ -3,7 +3,10 @@
 #![allow(dead_code)] // each test binary uses its part
 
 use karst_ct_lxc::{LxcDriver, LxcOptions};
-use karst_guest::{DiskFormat, GuestDriver, IdRange, ResolvedDisk, ResolvedGuest, ResolvedNic, StopMode};
+use karst_guest::{
+    DiskFormat, ExecRequest, GuestDriver, IdRange, ResolvedDisk, ResolvedGuest, ResolvedNic, StopMode,
+    contract::{Ran, collect},
+};
 use karst_model::{
     InstanceId,
     instance::{Generation, InstanceKind},
@@ -203,23 +206,10 @@ pub fn bare_guest(daemon_id: &str, guests: &Path, n: u32) -> ResolvedGuest {
         accelerator: AcceleratorKind::Tcg,
         limits: Limits::default(),
         security: Security::default(),
-        root: ResolvedDisk {
-            name: "root".into(),
-            slot: "scsi0".into(),
-            path: PathBuf::new(),
-            format: DiskFormat::Directory,
-            backing: None,
-            mount_point: None,
-            readonly: false,
-            foreign: false,
-            shift: false,
-            cdrom: false,
-            ejected: false,
-            io: Default::default(),
-            pci: None,
-            boot_priority: 0,
-        },
+        root: bare_disk("root"),
         disks: vec![],
+        nodes: vec![],
+        proxies: vec![],
         nics: vec![ResolvedNic {
             name: "eth0".into(),
             slot: "net0".into(),
@@ -236,4 +226,48 @@ pub fn bare_guest(daemon_id: &str, guests: &Path, n: u32) -> ResolvedGuest {
         cloud_init: CloudInit::default(),
         environment: [("FROM_CONFIG".to_owned(), "yes".to_owned())].into(),
     }
+}
+
+/// A directory without a path.
+pub fn bare_disk(name: &str) -> ResolvedDisk {
+    ResolvedDisk {
+        name: name.into(),
+        slot: "scsi0".into(),
+        path: PathBuf::new(),
+        format: DiskFormat::Directory,
+        backing: None,
+        mount_point: None,
+        readonly: false,
+        foreign: false,
+        shift: false,
+        opened: None,
+        recursive: false,
+        follow: false,
+        cdrom: false,
+        ejected: false,
+        io: Default::default(),
+        pci: None,
+        boot_priority: 0,
+    }
+}
+
+/// Runs a script inside.
+pub async fn shell(driver: &dyn GuestDriver, guest: &ResolvedGuest, script: &str) -> Ran {
+    let r = ExecRequest {
+        command: vec!["sh".into(), "-c".into(), script.into()],
+        environment: Default::default(),
+        uid: 0,
+        gid: 0,
+        cwd: None,
+        terminal: None,
+        term: None,
+    };
+    collect(driver.exec(guest.instance, r).await.unwrap(), b"").await
+}
+
+/// What a script prints that must succeed.
+pub async fn inside(driver: &dyn GuestDriver, guest: &ResolvedGuest, script: &str) -> String {
+    let ran = shell(driver, guest, script).await;
+    assert_eq!(ran.code, 0, "{script}: {ran:?}");
+    ran.stdout.trim().to_owned()
 }

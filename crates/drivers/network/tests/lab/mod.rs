@@ -1,4 +1,5 @@
 //! The lab of the tests: network namespaces that play host, guests and the outside.
+#![allow(dead_code)] // each suite uses a part
 
 use karst_network::NetworkDriver;
 use std::{
@@ -55,7 +56,7 @@ pub struct Lab {
     pub dir: PathBuf,
 }
 
-/// Runs `inside` in a namespace of its own with two guests `-a`, `-b` and the outside `-x` beside.
+/// Runs `inside` in a namespace of its own with guests `-a`, `-b`, `-c` and the outside `-x` beside.
 pub fn lab<F: Future<Output = ()>>(test: &str, programs: &[&str], inside: impl FnOnce(Lab) -> F) {
     if let Ok(prefix) = std::env::var(INSIDE) {
         // Orphans (dnsmasq) come to this process, which outlives them: a host without a reaping init keeps no zombies of ours.
@@ -74,7 +75,7 @@ pub fn lab<F: Future<Output = ()>>(test: &str, programs: &[&str], inside: impl F
     }
     let prefix = format!("kn{}{}", std::process::id(), &test[..3]);
     let host = format!("{prefix}-h");
-    let names: Vec<String> = ["h", "a", "b", "x"].iter().map(|n| format!("{prefix}-{n}")).collect();
+    let names: Vec<String> = ["h", "a", "b", "c", "x"].iter().map(|n| format!("{prefix}-{n}")).collect();
     let guard = Namespaces(names.clone());
     for name in &names {
         run(&["ip", "netns", "add", name]);
@@ -183,6 +184,11 @@ impl Lab {
         run(&["ip", "link", "set", "up0", "up"]);
         run(&["ip", "-n", &self.ns("x"), "addr", "add", "192.0.2.2/24", "dev", "eth0"]);
         run(&["ip", "-n", &self.ns("x"), "link", "set", "eth0", "up"]);
+        // A trace taken before the link has come up would differ from every later one.
+        eventually("the link to the outside is up", || {
+            let now = run(&["ip", "-br", "addr", "show", "dev", "up0"]);
+            now.contains(" UP ") && (now.contains("fe80:") || !Path::new("/proc/sys/net/ipv6").exists())
+        });
     }
     /// Links, nft and iptables rules, settings and dnsmasq processes of this namespace.
     pub fn trace(&self) -> String {

@@ -349,6 +349,9 @@ impl Place {
                 readonly: false,
                 foreign: false,
                 shift: false,
+                opened: None,
+                recursive: false,
+                follow: false,
                 cdrom: false,
                 ejected: false,
                 io: Default::default(),
@@ -356,6 +359,8 @@ impl Place {
                 boot_priority: 0,
             },
             disks: vec![],
+            nodes: vec![],
+            proxies: vec![],
             nics: vec![ResolvedNic {
                 name: "eth0".into(),
                 slot: "net0".into(),

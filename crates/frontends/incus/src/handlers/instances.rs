@@ -10,16 +10,19 @@ use crate::{
         self,
         instance::{InstanceView as Wire, StateView},
         operation::OperationView,
+        snapshot::SnapshotView,
     },
 };
 use bytes::Bytes;
 use karst_engine::{
-    Context, InstanceView, NewOperation,
+    Context, InstanceView, NewOperation, Records,
     compute::{
+        copy::CopyInstance,
         create::{CreateInstance, InstanceSource},
         power::PowerRequest,
         update::UpdateInstance,
     },
+    snapshots::Origin,
 };
 use karst_model::{
     Error, Result,
@@ -88,12 +91,17 @@ fn extended(json: &Bytes, more: &impl Serialize) -> Result<Bytes> {
 struct Full<'a> {
     backups: (),
     state: StateView<'a>,
-    snapshots: (),
+    /// Null when there are none, as Incus says it.
+    snapshots: Option<Vec<SnapshotView<'a>>>,
 }
 
-fn full(json: &Bytes, view: &InstanceView, metrics: Option<&Metrics>) -> Result<Bytes> {
-    let state = StateView::of(view, metrics);
-    extended(json, &Full { backups: (), state, snapshots: () })
+impl<'a> Full<'a> {
+    fn of(records: &'a Records, view: &'a InstanceView, metrics: Option<&'a Metrics>) -> Self {
+        let taken = records.snapshots_of(view.instance.id);
+        let snapshots = taken.iter().map(|s| SnapshotView::of(records, s)).collect();
+        let snapshots = Some(snapshots).filter(|all: &Vec<_>| !all.is_empty());
+        Self { backups: (), state: StateView::of(view, metrics), snapshots }
+    }
 }
 
 /// `GET /1.0/instances`
@@ -113,10 +121,11 @@ pub async fn list(call: Call) -> Result<Reply> {
         _ => None,
     };
     if let Some(metrics) = &metrics {
+        let records = call.engine().inner().inventory.read();
         json = json
             .iter()
             .zip(&all)
-            .map(|(j, v)| full(j, v, metrics.get(&v.instance.id)))
+            .map(|(j, v)| extended(j, &Full::of(&records, v, metrics.get(&v.instance.id))))
             .collect::<Result<_>>()?;
     }
     if !filter.accepts_all() {
@@ -153,8 +162,9 @@ pub async fn get(call: Call) -> Result<Reply> {
         #[serde(flatten)]
         full: Full<'a>,
     }
-    let state = StateView::of(&view, metrics.as_ref());
-    sync_etag(&Whole { instance: Wire::of(&view), full: Full { backups: (), state, snapshots: () } }, &tag)
+    let records = call.engine().inner().inventory.read();
+    let full = Full::of(&records, &view, metrics.as_ref());
+    sync_etag(&Whole { instance: Wire::of(&view), full }, &tag)
 }
 
 /// `GET /1.0/instances/{name}/state`
@@ -179,7 +189,10 @@ pub async fn create(call: Call) -> Result<Reply> {
         Some(s) => InstanceKind::parse("type", &s)?,
         None => InstanceKind::Container,
     };
-    let source = source(&mut f, &call)?;
+    let (source, original) = match copied(&mut f, &call)? {
+        Some(original) => (InstanceSource::None, Some(original)),
+        None => (source(&mut f, &call)?, None),
+    };
     let request = CreateInstance {
         name: name.filter(|n| !n.is_empty()),
         kind,
@@ -204,8 +217,69 @@ pub async fn create(call: Call) -> Result<Reply> {
     f.text("architecture")?;
     f.text("restore")?;
     f.finish(&["disk_only"])?;
-    let (_, operation) = call.engine().instance_create(&call.context, call.project(), request).await?;
+    let engine = call.engine();
+    let (_, operation) = match original {
+        None => engine.instance_create(&call.context, call.project(), request).await?,
+        Some(original) => {
+            let copy = CopyInstance { copy: request, ..original };
+            engine.instance_copy(&call.context, call.project(), copy).await?
+        }
+    };
     running(&operation)
+}
+
+/// The original, when the source is one; the copy itself is filled in later.
+fn copied(f: &mut Fields, call: &crate::app::Taken) -> Result<Option<CopyInstance>> {
+    if !f.is("source", "type", "copy") {
+        return Ok(None);
+    }
+    let mut s = f.object("source")?;
+    s.text("type")?;
+    let full = s.need_text("source")?;
+    let (name, snapshot) = match full.split_once('/') {
+        Some((name, snapshot)) => (name.to_owned(), Some(snapshot.to_owned())),
+        None => (full, None),
+    };
+    let project = s.text("project")?.filter(|p| !p.is_empty());
+    let instance_only = s.flag("instance_only")? | s.flag("container_only")?;
+    if s.flag("refresh")? {
+        return Err(Error::unsupported("refreshing a copy is not there yet; delete it and copy again")
+            .at("source.refresh"));
+    }
+    s.finish(&[
+        "allow_inconsistent",
+        "base-image",
+        "live",
+        "mode",
+        "refresh_exclude_older",
+        "certificate",
+        "secret",
+        "server",
+        "protocol",
+        "alias",
+        "fingerprint",
+        "properties",
+        "operation",
+        "secrets",
+    ])?;
+    Ok(Some(CopyInstance {
+        project: project.unwrap_or_else(|| call.project().to_owned()),
+        name,
+        snapshot,
+        instance_only,
+        copy: CreateInstance {
+            name: None,
+            kind: InstanceKind::Container,
+            description: String::new(),
+            ephemeral: false,
+            config: Default::default(),
+            devices: Default::default(),
+            profiles: None,
+            source: InstanceSource::None,
+            start: false,
+            target: None,
+        },
+    }))
 }
 
 fn source(f: &mut Fields, call: &crate::app::Taken) -> Result<InstanceSource> {
@@ -230,14 +304,14 @@ fn source(f: &mut Fields, call: &crate::app::Taken) -> Result<InstanceSource> {
                 (None, None) => by_properties(&mut s, call)?,
             }
         }
-        kind @ ("copy" | "migration") => {
+        kind @ "migration" => {
             return Err(Error::unsupported(format!("creating an instance by {kind} is not there yet"))
                 .at("source.type"));
         }
         other => {
             return Err(Error::invalid(
                 "source.type",
-                format!("{other:?} is not a source; use \"image\" or \"none\""),
+                format!("{other:?} is not a source; use \"image\", \"copy\" or \"none\""),
             ));
         }
     };
@@ -292,8 +366,14 @@ pub async fn replace(call: Call) -> Result<Reply> {
     let view = call.engine().instance(&call.context, call.project(), call.param(0))?;
     let if_version = call.expected(VIEW, view.instance.id.uuid(), view.instance.spec_version)?;
     let (call, mut f) = call.fields().await?;
-    if f.text("restore")?.is_some_and(|r| !r.is_empty()) {
-        return Err(Error::unsupported("snapshots are not there yet").at("restore"));
+    if let Some(snapshot) = f.text("restore")?.filter(|r| !r.is_empty()) {
+        if f.flag("stateful")? {
+            return Err(
+                Error::unsupported("snapshots with the memory of the guest are not there yet").at("stateful")
+            );
+        }
+        let origin = Origin::Instance { project: call.project(), name: call.param(0) };
+        return super::snapshots::restore(&call, origin, &snapshot, false).await;
     }
     let request = UpdateInstance {
         description: f.text("description")?.unwrap_or_default(),

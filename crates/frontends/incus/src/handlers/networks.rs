@@ -104,6 +104,19 @@ pub async fn change(call: Call) -> Result<Reply> {
     Ok(empty())
 }
 
+/// `POST /1.0/networks/{name}`: rename.
+///
+/// # Errors
+/// Those of the engine.
+pub async fn rename(call: Call) -> Result<Reply> {
+    let (call, mut f) = call.fields().await?;
+    let new = f.need_text("name")?;
+    f.finish(&[])?;
+    let operation = call.engine().network_rename(&call.context, call.project(), call.param(0), &new).await?;
+    finished(&operation).await?;
+    created(&wire::path("networks", &new, call.project()))
+}
+
 /// `DELETE /1.0/networks/{name}`
 ///
 /// # Errors
@@ -150,7 +163,9 @@ pub async fn leases(call: Call) -> Result<Reply> {
     let network = call.engine().network(&call.context, call.project(), call.param(0))?;
     let project = project_of(&call, &network);
     let mut all = vec![];
-    if let Some(address) = network.config.get("ipv4.address").and_then(|a| a.split_once('/')) {
+    let own =
+        ["ipv4.address", "ipv6.address"].into_iter().filter_map(|k| network.config.get(k)?.split_once('/'));
+    for address in own {
         all.push(LeaseView {
             hostname: format!("{}.gw", &*network.name),
             hwaddr: String::new(),

@@ -177,7 +177,8 @@ pub async fn metadata(_: Call) -> Result<Reply> {
             }}));
         }
     }
-    let bridge: Vec<Value> = BRIDGE_KEYS.iter().map(|k| json!({*k: {"type": "string"}})).collect();
+    let bridge: Vec<Value> =
+        BRIDGE_KEYS.iter().map(|(key, text)| json!({*key: {"type": "string", "shortdesc": text}})).collect();
     sync(&json!({"configs": {"instance": groups, "network-bridge": {"common": {"keys": bridge}}}}))
 }
 

@@ -14,6 +14,7 @@ use crate::{
 };
 use karst_engine::{
     Row,
+    snapshots::Origin,
     volumes::{create::CreateVolume, update::UpdateVolume, users},
 };
 use karst_model::{
@@ -46,7 +47,7 @@ fn volumes_of(call: &Call) -> Result<Vec<Found>> {
     let all = call.engine().volumes(&call.context, call.param(0), project)?;
     let inner = call.engine().inner();
     let records = inner.inventory.read();
-    Ok(all
+    let mut found: Vec<_> = all
         .into_iter()
         .map(|volume| {
             let project =
@@ -74,7 +75,9 @@ fn volumes_of(call: &Call) -> Result<Vec<Found>> {
             };
             Found { volume, kind, name, project, used_by }
         })
-        .collect())
+        .collect();
+    found.sort_by(|a, b| (a.kind, &a.name, &a.project).cmp(&(b.kind, &b.name, &b.project)));
+    Ok(found)
 }
 
 impl Found {
@@ -171,7 +174,7 @@ fn content(name: &str) -> Result<VolumeContent> {
 }
 
 /// Only custom volumes can be made or changed by themselves.
-fn demand_custom(kind: &str) -> Result<()> {
+pub(super) fn demand_custom(kind: &str) -> Result<()> {
     known_kind(kind)?;
     if kind == "custom" {
         return Ok(());
@@ -244,8 +247,10 @@ async fn change(call: Call, merge: bool) -> Result<Reply> {
     let volume = call.engine().custom_volume(&call.context, call.project(), call.param(0), call.param(2))?;
     let if_version = call.expected(VIEW, volume.id.uuid(), volume.spec_version)?;
     let (call, mut f) = call.fields().await?;
-    if f.text("restore")?.is_some_and(|r| !r.is_empty()) {
-        return Err(Error::unsupported("snapshots of volumes are not there yet").at("restore"));
+    if let Some(snapshot) = f.text("restore")?.filter(|r| !r.is_empty()) {
+        let (project, pool, name) = (call.project(), call.param(0), call.param(2));
+        let origin = Origin::Volume { project, pool, name };
+        return super::snapshots::restore(&call, origin, &snapshot, true).await;
     }
     let request = update(&mut f, &volume, merge, if_version.or(merge.then_some(volume.spec_version)))?;
     f.finish(READ_ONLY)?;

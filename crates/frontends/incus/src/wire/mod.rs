@@ -1,9 +1,11 @@
 //! What goes over the wire: views of the model's records in Incus' JSON, field for field as Incus 6.0 writes them.
 
+pub mod firewall;
 pub mod image;
 pub mod instance;
 pub mod misc;
 pub mod operation;
+pub mod snapshot;
 
 use jiff::Timestamp;
 use serde::Serializer;

@@ -1,0 +1,411 @@
+//! Copies of instances: the root with its snapshots, the configuration with what the request changes, and a new identity
+//! (UUID, addresses, cloud-init id).
+
+use super::{
+    create::{CreateInstance, CreatePlan, InstanceSource, plan as plan_create},
+    expand, lock, path,
+    power::force_stop,
+};
+use crate::{
+    Engine, EngineInner,
+    context::Context,
+    db::Tx,
+    operations::{LiveOperation, NewOperation},
+    saga::{Saga, StepContext, runner},
+    snapshots::create::{PausedGuest, guest, resume, unless_ended},
+};
+use async_trait::async_trait;
+use karst_agent::{HostAgent, VolumeRef, VolumeRefresh, VolumeSnapshotRef};
+use karst_model::{
+    Config, Error, InstanceId, Name, NodeId, Result, SnapshotId, VolumeId,
+    access::Permission,
+    guest::Observed,
+    instance::{Hardware, InstanceKind, Lifecycle, RuntimeState},
+    snapshot::Snapshot,
+    spec::{VolumeSource, VolumeSpec},
+};
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeMap, time::Duration};
+
+/// What a user wants copied, and what is to be different.
+#[derive(Debug, Clone)]
+pub struct CopyInstance {
+    /// Project of the original.
+    pub project: String,
+    /// Name of the original.
+    pub name: String,
+    /// As it was then; `None`: now, with its snapshots unless `instance_only`.
+    pub snapshot: Option<String>,
+    /// Without the snapshots.
+    pub instance_only: bool,
+    /// The copy: what is said of configuration, devices and profiles (`None`: those of the original) goes over what the
+    /// original has. Its kind and source are the original's whatever is said.
+    pub copy: CreateInstance,
+}
+
+const LONG: Duration = Duration::from_secs(3600);
+const CALL: Duration = Duration::from_secs(30);
+
+impl Engine {
+    /// Copies an instance; answers the name of the copy and the operation. A guest that runs is paused for the moment in
+    /// which its state is taken.
+    ///
+    /// # Errors
+    /// Invalid by field, not found, conflict (taken name, busy), forbidden.
+    pub async fn instance_copy(
+        &self,
+        context: &Context,
+        project: &str,
+        request: CopyInstance,
+    ) -> Result<(String, LiveOperation)> {
+        let project = self.project(context, project, Permission::ResourceEdit)?;
+        let origin = self
+            .project(context, &request.project, Permission::InstanceUse)
+            .map_err(|e| e.at("source.project"))?;
+        let inner = self.inner();
+        let mut chosen = String::new();
+        let operation = runner::start::<InstanceCopy>(inner, context, |tx| {
+            let records = inner.inventory.read();
+            let source = records.instance(&origin, &request.name).map_err(|e| e.at("source.source"))?;
+            if source.lifecycle != Lifecycle::Ready {
+                return Err(Error::conflict(format!("instance {:?} is being made or deleted", request.name)));
+            }
+            tx.expect(source);
+            let all = records.snapshots_of(source.id);
+            let at = match request.snapshot.as_deref() {
+                None => None,
+                Some(name) => Some(all.iter().find(|s| *s.name == *name).ok_or_else(|| {
+                    Error::not_found(format!("snapshot {name:?} of instance {:?} not found", request.name))
+                        .at("source.source")
+                })?),
+            };
+            let name = match request.copy.name.as_deref().filter(|n| !n.is_empty()) {
+                Some(name) => Name::parse("name", name)?,
+                None => return Err(Error::invalid("name", "a copy needs a name")),
+            };
+            chosen = name.to_string();
+            tx.expect(&project);
+            let (config, devices, profiles) = match at {
+                Some(s) => (&s.config, &s.devices, &s.profiles),
+                None => (&source.config, &source.devices, &source.profiles),
+            };
+            let mut copy = request.copy.clone();
+            copy.kind = source.kind;
+            copy.source = InstanceSource::None;
+            let own = |k: &str| k.starts_with("volatile.") || k.starts_with("image.");
+            let mut merged: Config = config.clone();
+            merged.extend(copy.config.into_iter().filter(|(k, _)| !own(k)));
+            merged.retain(|_, v| !v.is_empty());
+            copy.config = merged;
+            let mut all_devices = devices.clone();
+            all_devices.append(&mut copy.devices);
+            copy.devices = all_devices;
+            if copy.profiles.is_none() {
+                let name = |id| records.profiles.get(id).map(|p| p.name.to_string());
+                copy.profiles = Some(profiles.iter().filter_map(name).collect());
+            }
+            if copy.description.is_empty() {
+                copy.description.clone_from(&source.description);
+            }
+            let mut create = plan_create(inner, &records, tx, &project, name.clone(), &copy)?;
+            let instance = &mut create.instance;
+            if instance.node != source.node {
+                return Err(Error::unsupported("copies to another node are not there yet").at("target"));
+            }
+            instance.image = source.image;
+            instance.image_properties = source.image_properties.clone();
+            if let Some(base) = source.volatile.get("volatile.base_image") {
+                instance.volatile.insert("volatile.base_image".into(), base.clone());
+            }
+            let parsed = expand::parse_devices(&records.expanded(instance).1)?;
+            if let Some(hardware) = &source.hardware {
+                let (uuid, cloud_init_id) = (instance.id.uuid(), inner.env.uuid());
+                instance.hardware = Some(Hardware { uuid, cloud_init_id, ..hardware.clone() });
+                // The buses are those of the original's machine.
+                instance.identities = expand::assign_identities(
+                    &BTreeMap::new(),
+                    &parsed,
+                    instance.hardware.as_ref(),
+                    instance.root,
+                    &inner.daemon_id,
+                    &mut |b| inner.env.fill_random(b),
+                );
+                if let Some(start) = &mut create.start {
+                    start.spec = inner.guest_spec(&records, instance, start.spec.domain_id)?;
+                }
+            }
+            let root = records
+                .volumes
+                .get(&source.root)
+                .ok_or_else(|| Error::not_found("the root volume is gone"))?;
+            create.volume.size = match (parsed.root.1.size, root.size, source.kind) {
+                (Some(wanted), Some(now), InstanceKind::VirtualMachine) if wanted < now => {
+                    let field = format!("devices.{}.size", parsed.root.0);
+                    return Err(Error::invalid(
+                        field,
+                        format!("a copy cannot be smaller than the original, which has {now}"),
+                    ));
+                }
+                (wanted, now, _) => wanted.or(now),
+            };
+            let from = VolumeRef { pool: root.pool, volume: root.id };
+            let (history, snapshots) = match at.is_some() || request.instance_only {
+                true => (vec![], vec![]),
+                false => history(inner, &all, from.volume, create.instance.id, create.volume.id),
+            };
+            let tip = source.current_snapshot.and_then(|id| {
+                snapshots.iter().position(|s| history.iter().any(|(old, new)| *old == id && *new == s.id))
+            });
+            create.instance.current_snapshot = tip.map(|n| snapshots[n].id);
+            let paused = if at.is_none() { guest(&records, source) } else { None };
+            let frozen = paused.map(|_| SnapshotId(inner.env.uuid()));
+            let at = at.and_then(|s| s.volumes.iter().find(|(v, _)| *v == from.volume)).map(|(_, s)| *s);
+            let plan = CopyPlan {
+                guest: paused,
+                frozen,
+                source: source.id,
+                copy: VolumeCopy {
+                    spec: VolumeSpec {
+                        id: create.volume.id,
+                        pool: create.volume.pool,
+                        content: create.volume.content,
+                        size: create.volume.size,
+                        source: VolumeSource::Empty,
+                    },
+                    from,
+                    history,
+                    last: frozen.or(at),
+                },
+                snapshots,
+                node: source.node,
+                create,
+            };
+            let mut new = NewOperation::task(
+                "Copying instance",
+                Some(project.id),
+                "instances",
+                path(&project.name, &name),
+            );
+            new.may_cancel = true;
+            Ok((plan, new))
+        })
+        .await?;
+        Ok((chosen, operation))
+    }
+}
+
+/// The snapshots of a copy, with the ids that they are made of, oldest first.
+fn history(
+    inner: &EngineInner,
+    all: &[&crate::Row<Snapshot>],
+    old_root: VolumeId,
+    instance: InstanceId,
+    root: VolumeId,
+) -> (Vec<(SnapshotId, SnapshotId)>, Vec<Snapshot>) {
+    let ids: BTreeMap<SnapshotId, SnapshotId> =
+        all.iter().map(|s| (s.id, SnapshotId(inner.env.uuid()))).collect();
+    let kept = |s: &Snapshot| s.volumes.iter().find(|(v, _)| *v == old_root).map(|(_, at)| *at);
+    let mut history = vec![];
+    let mut snapshots = vec![];
+    for old in all {
+        let (Some(at), Some(id)) = (kept(old), ids.get(&old.id)) else { continue };
+        history.push((at, *id));
+        snapshots.push(Snapshot {
+            id: *id,
+            instance,
+            parent: old.parent.and_then(|p| ids.get(&p).copied()),
+            volumes: vec![(root, *id)],
+            spec_version: 1,
+            ..old.value.clone()
+        });
+    }
+    (history, snapshots)
+}
+
+/// A volume that becomes a copy of another with its snapshots.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct VolumeCopy {
+    /// The new one; its source is set by what is copied first.
+    pub(crate) spec: VolumeSpec,
+    pub(crate) from: VolumeRef,
+    /// Snapshots of the original and what those of the copy are called, oldest first.
+    pub(crate) history: Vec<(SnapshotId, SnapshotId)>,
+    /// What the copy is in the end: the original at this snapshot, or now.
+    pub(crate) last: Option<SnapshotId>,
+}
+
+impl VolumeCopy {
+    /// Makes it. May be called again after a crash: each snapshot is taken once, and in the end the content is brought to
+    /// where it belongs.
+    pub(crate) async fn run(&self, cx: &StepContext, agent: &dyn HostAgent) -> Result<()> {
+        let first = self.history.first().map(|(old, _)| *old).or(self.last);
+        let source = VolumeSource::Copy { pool: self.from.pool, volume: self.from.volume, snapshot: first };
+        agent.volume_create(&cx.mutate(LONG), VolumeSpec { source, ..self.spec.clone() }).await?;
+        let volume = VolumeRef { pool: self.spec.pool, volume: self.spec.id };
+        for (n, (old, new)) in self.history.iter().enumerate() {
+            if n > 0 {
+                let refresh = VolumeRefresh { volume, from: self.from, snapshot: Some(*old) };
+                agent.volume_refresh(&cx.mutate(LONG), refresh).await?;
+            }
+            let at = VolumeSnapshotRef { pool: volume.pool, volume: volume.volume, snapshot: *new };
+            agent.volume_snapshot_create(&cx.mutate(LONG), at).await?;
+        }
+        if !self.history.is_empty() {
+            let refresh = VolumeRefresh { volume, from: self.from, snapshot: self.last };
+            agent.volume_refresh(&cx.mutate(LONG), refresh).await?;
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn undo(&self, cx: &StepContext, agent: &dyn HostAgent) -> Result<()> {
+        let volume = VolumeRef { pool: self.spec.pool, volume: self.spec.id };
+        agent.volume_delete(&cx.mutate(Duration::from_secs(300)), volume).await
+    }
+}
+
+/// Plan of [`InstanceCopy`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct CopyPlan {
+    create: CreatePlan,
+    copy: VolumeCopy,
+    /// The original, when it runs.
+    guest: Option<PausedGuest>,
+    /// A snapshot of the running original, gone in the end.
+    frozen: Option<SnapshotId>,
+    source: InstanceId,
+    snapshots: Vec<Snapshot>,
+    node: NodeId,
+}
+
+impl CopyPlan {
+    fn frozen(&self) -> Option<VolumeSnapshotRef> {
+        let VolumeRef { pool, volume } = self.copy.from;
+        self.frozen.map(|snapshot| VolumeSnapshotRef { pool, volume, snapshot })
+    }
+}
+
+/// Outputs of [`InstanceCopy`].
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct CopyOutputs {
+    resumed: Vec<Observed>,
+    started: Option<Observed>,
+}
+
+/// Freezes the state of an original that runs, copies the volume with its snapshots, writes their records, and drops what
+/// was frozen; then the copy is there, and started when asked to.
+pub struct InstanceCopy;
+
+#[async_trait]
+impl Saga for InstanceCopy {
+    const NAME: &'static str = "instance-copy";
+    const STEPS: &'static [&'static str] =
+        &["pause", "freeze", "resume", "volume", "snapshots", "drop", "start"];
+    type Plan = CopyPlan;
+    type Outputs = CopyOutputs;
+
+    fn has(plan: &CopyPlan, step: usize) -> bool {
+        match step {
+            0..=2 | 5 => plan.frozen.is_some(),
+            4 => !plan.snapshots.is_empty(),
+            6 => plan.create.start.is_some(),
+            _ => true,
+        }
+    }
+
+    fn locks(plan: &CopyPlan) -> Vec<String> {
+        vec![lock(plan.create.instance.id), lock(plan.source)]
+    }
+
+    fn begin(plan: &CopyPlan, _: &EngineInner, tx: &mut Tx) -> Result<()> {
+        plan.create.begin(tx);
+        Ok(())
+    }
+
+    async fn run(cx: &StepContext, plan: &CopyPlan, outputs: &mut CopyOutputs, step: usize) -> Result<()> {
+        let agent = cx.agent(plan.node)?;
+        let paused: &[PausedGuest] = plan.guest.as_slice();
+        match (step, plan.frozen()) {
+            (0, _) => {
+                for guest in paused {
+                    unless_ended(agent.guest_pause(&cx.mutate(CALL), guest.at).await)?;
+                }
+            }
+            (1, Some(at)) => agent.volume_snapshot_create(&cx.mutate(LONG), at).await?,
+            (2, _) => outputs.resumed = resume(cx, paused).await?,
+            (3, _) => plan.copy.run(cx, &*agent).await?,
+            (4, _) => {
+                for some in plan.snapshots.chunks(40) {
+                    cx.engine
+                        .transact(|records, tx| {
+                            for snapshot in some.iter().filter(|s| !records.snapshots.contains_key(&s.id)) {
+                                tx.create(snapshot);
+                                let scope = snapshot.instance.to_string();
+                                tx.take_name("snapshots", &scope, &snapshot.name, &snapshot.id.to_string());
+                            }
+                            Ok(())
+                        })
+                        .await?;
+                }
+            }
+            (5, Some(at)) => agent.volume_snapshot_delete(&cx.mutate(LONG), at).await?,
+            (6, _) => {
+                if let Some(start) = &plan.create.start {
+                    cx.engine.ensure_networks(cx, plan.node, &start.networks).await?;
+                    let started =
+                        agent.guest_start(&cx.mutate(Duration::from_secs(120)), start.spec.clone()).await?;
+                    outputs.started = Some(started);
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    async fn undo(cx: &StepContext, plan: &CopyPlan, _: &CopyOutputs, step: usize) -> Result<()> {
+        let agent = cx.agent(plan.node)?;
+        let instance = &plan.create.instance;
+        match (step, plan.frozen()) {
+            (0, _) => drop(resume(cx, plan.guest.as_slice()).await?),
+            (1, Some(at)) => agent.volume_snapshot_delete(&cx.mutate(LONG), at).await?,
+            (3, _) => plan.copy.undo(cx, &*agent).await?,
+            (4, _) => cx.engine.forget_snapshots(Some(instance.id), None).await?,
+            (6, _) if plan.create.start.is_some() => {
+                force_stop(cx, plan.node, instance.id, instance.generation).await?;
+                agent.guest_destroy(&cx.mutate(Duration::from_secs(60)), instance.id).await?;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn commit(plan: &CopyPlan, outputs: &CopyOutputs, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        let row = engine.instance_row(plan.create.instance.id)?;
+        let mut instance = row.value.clone();
+        instance.lifecycle = Lifecycle::Ready;
+        tx.replace(&row, &instance);
+        let records = engine.inventory.read();
+        if let Some(observed) = &outputs.started {
+            tx.put(&engine.runtime_of(&records, observed));
+        }
+        for observed in &outputs.resumed {
+            let runtime = engine.runtime_of(&records, observed);
+            let old = records.runtimes.get(&observed.instance);
+            let known = old.is_some_and(|r| {
+                r.generation == runtime.generation
+                    && (r.state == RuntimeState::Stopped || r.state == runtime.state)
+            });
+            if !known {
+                tx.put(&runtime);
+            }
+        }
+        Ok(())
+    }
+
+    fn abort(plan: &CopyPlan, _: &CopyOutputs, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        super::delete::remove_records(engine, tx, plan.create.instance.id)
+    }
+
+    fn announce(plan: &CopyPlan) -> Vec<(&'static str, String)> {
+        plan.create.announce()
+    }
+}

@@ -1,0 +1,741 @@
+//! Network ACLs, address sets and forwards: the use cases, and what of them a host gets.
+//!
+//! Like networks they belong to the default project: a bridge is the whole host's. A change writes the record, then brings the
+//! networks that it concerns up to date before it answers; where the host does not answer, the reconciler of networks does
+//! so later.
+
+use crate::{Engine, EngineInner, Records, Row, context::Context, db::Tx, storage::UsedBy};
+use karst_model::{
+    AclId, AddressSetId, Config, Error, NetworkId, ProjectId, Result,
+    access::Permission,
+    firewall::{
+        AclRule, AclSpec, AddressSet, AddressSetSpec, ForwardPort, ForwardSpec, NetworkAcl, NetworkForward,
+        Policy, Subject, object_name,
+    },
+    network::{BridgeSpec, Network},
+    spec::NetworkSpec,
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    time::Duration,
+};
+
+const CALL: Duration = Duration::from_secs(60);
+
+/// The whole of what a user may set of an ACL.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct UpdateAcl {
+    /// User's text.
+    pub description: String,
+    /// `user.*`.
+    pub config: Config,
+    /// Rules for what comes to guests.
+    pub ingress: Vec<AclRule>,
+    /// Rules for what guests send.
+    pub egress: Vec<AclRule>,
+    /// `spec_version` that was read (If-Match).
+    pub if_version: Option<u64>,
+}
+
+/// The whole of what a user may set of an address set.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct UpdateAddressSet {
+    /// User's text.
+    pub description: String,
+    /// `user.*`.
+    pub config: Config,
+    /// Addresses, subnets, ranges.
+    pub addresses: Vec<String>,
+    /// `spec_version` that was read (If-Match).
+    pub if_version: Option<u64>,
+}
+
+/// The whole of what a user may set of a forward.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct UpdateForward {
+    /// User's text.
+    pub description: String,
+    /// `target_address` and `user.*`.
+    pub config: Config,
+    /// Ports.
+    pub ports: Vec<ForwardPort>,
+    /// `spec_version` that was read (If-Match).
+    pub if_version: Option<u64>,
+}
+
+fn user_keys(config: &Config) -> Result<()> {
+    for (key, value) in config {
+        karst_model::keys::check_free(key, value)?;
+        if !key.starts_with("user.") {
+            return Err(Error::invalid(
+                format!("config.{key}"),
+                format!("unknown key {key:?}; known are user.*"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn version(read: Option<u64>, now: u64, what: &str, name: &str) -> Result<()> {
+    if read.is_some_and(|v| v != now) {
+        return Err(Error::precondition_failed(format!(
+            "{what} {name:?} has changed since it was read; read it again"
+        )));
+    }
+    Ok(())
+}
+
+/// What [`Tx::touch`] takes for an ACL or address set.
+fn uses(kind: &str, name: &str) -> String {
+    format!("network-{kind}/{name}")
+}
+
+/// ACLs that a policy names exist; marked as used.
+pub(crate) fn check_policy(
+    records: &Records,
+    tx: &mut Tx,
+    policy: Option<&Policy>,
+    field: &str,
+) -> Result<()> {
+    for name in policy.into_iter().flat_map(|p| &p.acls) {
+        tx.expect(records.acl(name).map_err(|e| e.at(field))?);
+        tx.touch(&uses("acls", name));
+    }
+    Ok(())
+}
+
+/// What of the firewall a network's host gets.
+pub(crate) struct Rules {
+    pub acls: Vec<AclSpec>,
+    pub sets: Vec<AddressSetSpec>,
+    pub forwards: Vec<ForwardSpec>,
+}
+
+/// Everything that the network, its NICs, and the ACLs of those refer to.
+pub(crate) fn rules_of(
+    records: &Records,
+    network: &Network,
+    spec: &BridgeSpec,
+    policies: &[&Policy],
+) -> Rules {
+    let mut names: BTreeSet<&str> = policies
+        .iter()
+        .copied()
+        .chain(&spec.policy)
+        .flat_map(|p| p.acls.iter().map(String::as_str))
+        .collect();
+    let (mut acls, mut sets) = (BTreeMap::new(), BTreeMap::new());
+    let mut parsed: Vec<AclSpec> = vec![];
+    for name in std::mem::take(&mut names) {
+        // Checked when it was written; what cannot be read any more leaves its default action.
+        if let Some(acl) = records.acl(name).ok().and_then(|row| row.parse().ok()) {
+            parsed.push(acl);
+        }
+    }
+    for acl in parsed {
+        for subject in acl.ingress.iter().chain(&acl.egress).flat_map(|r| r.references()) {
+            match subject {
+                Subject::Set(name) => {
+                    if let Some(set) = records.address_set(name).ok().and_then(|row| row.parse().ok()) {
+                        sets.insert(set.name.clone(), set);
+                    }
+                }
+                Subject::Acl(name) => {
+                    if let Ok(row) = records.acl(name) {
+                        let bare =
+                            AclSpec { id: row.id, name: name.clone(), ingress: vec![], egress: vec![] };
+                        acls.entry(name.clone()).or_insert(bare);
+                    }
+                }
+                _ => {}
+            }
+        }
+        acls.insert(acl.name.clone(), acl);
+    }
+    let forwards = records.forwards.values().filter(|f| f.network == network.id);
+    Rules {
+        acls: acls.into_values().collect(),
+        sets: sets.into_values().collect(),
+        forwards: forwards.filter_map(|f| f.parse(spec).ok()).collect(),
+    }
+}
+
+/// Whose devices and networks name an ACL: paths, as far as `sees`.
+fn acl_users(records: &Records, name: &str, sees: &dyn Fn(ProjectId) -> bool) -> UsedBy {
+    let mut used: UsedBy = vec![];
+    let names = |text: Option<&String>| text.is_some_and(|t| t.split(',').any(|w| w.trim() == name));
+    for network in records.networks.values().filter(|n| sees(n.project)) {
+        if names(network.config.get("security.acls")) {
+            used.push(format!("/1.0/networks/{}", network.name));
+        }
+    }
+    let in_devices = |devices: &karst_model::device::Devices| {
+        devices
+            .values()
+            .any(|keys| keys.get("type").is_some_and(|t| t == "nic") && names(keys.get("security.acls")))
+    };
+    for profile in records.profiles.values().filter(|p| sees(p.project) && in_devices(&p.devices)) {
+        used.push(format!("/1.0/profiles/{}", profile.name));
+    }
+    for instance in records.instances.values().filter(|i| sees(i.project) && in_devices(&i.devices)) {
+        let project = records.projects.get(&instance.project).map(|p| p.name.to_string()).unwrap_or_default();
+        used.push(crate::compute::path(&project, &instance.name));
+    }
+    for acl in records.acls.values().filter(|a| *a.name != *name && sees(a.project)) {
+        if refers(acl, &Subject::Acl(name.to_owned())) {
+            used.push(format!("/1.0/network-acls/{}", acl.name));
+        }
+    }
+    used
+}
+
+fn refers(acl: &NetworkAcl, to: &Subject) -> bool {
+    acl.parse().is_ok_and(|a| a.ingress.iter().chain(&a.egress).flat_map(|r| r.references()).any(|s| s == to))
+}
+
+fn demand_unused(what: &str, name: &str, used: &UsedBy) -> Result<()> {
+    match used.first() {
+        None => Ok(()),
+        Some(first) => Err(Error::conflict(format!(
+            "{what} {name:?} is used by {first}{}",
+            if used.len() > 1 { format!(" and {} more", used.len() - 1) } else { String::new() }
+        ))),
+    }
+}
+
+/// An ACL's references exist and stay; the typed form is right.
+fn check_acl(records: &Records, tx: &mut Tx, acl: &NetworkAcl) -> Result<()> {
+    user_keys(&acl.config)?;
+    let spec = acl.parse()?;
+    for (rules, direction) in [(&spec.ingress, "ingress"), (&spec.egress, "egress")] {
+        for rule in rules {
+            for subject in rule.references() {
+                let side = if direction == "ingress" { "source" } else { "destination" };
+                let field = format!("{direction}[{}].{side}", rule.number);
+                match subject {
+                    Subject::Acl(name) if *name != *acl.name => {
+                        tx.expect(records.acl(name).map_err(|e| e.at(field))?);
+                        tx.touch(&uses("acls", name));
+                    }
+                    Subject::Set(name) => {
+                        tx.expect(records.address_set(name).map_err(|e| e.at(field))?);
+                        tx.touch(&uses("sets", name));
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+impl EngineInner {
+    /// Brings all networks of this node up to date whose specification `concerns` picks.
+    async fn push_rules(&self, concerns: impl Fn(&NetworkSpec) -> bool) {
+        let ids: Vec<NetworkId> = {
+            let records = self.inventory.read();
+            let specs = records.networks.keys().filter_map(|id| self.network_spec(&records, *id).ok());
+            specs.filter(|s| concerns(s)).map(|s| s.id).collect()
+        };
+        for id in ids {
+            if let Err(e) = self.reconcile_network(self.node, id, &self.reconcile_context(CALL)).await {
+                tracing::warn!(network = %id, error = %e, "the network's rules are behind; its reconciler tries again");
+            }
+        }
+    }
+}
+
+impl Engine {
+    /// All ACLs, by name.
+    ///
+    /// # Errors
+    /// Not found, forbidden.
+    pub fn acls(&self, context: &Context, project: &str) -> Result<Vec<Row<NetworkAcl>>> {
+        self.project(context, project, Permission::ProjectView)?;
+        let mut all: Vec<_> = self.inner().inventory.read().acls.values().cloned().collect();
+        all.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(all)
+    }
+
+    /// An ACL by name.
+    ///
+    /// # Errors
+    /// Not found, forbidden.
+    pub fn acl(&self, context: &Context, project: &str, name: &str) -> Result<Row<NetworkAcl>> {
+        self.project(context, project, Permission::ProjectView)?;
+        self.inner().inventory.read().acl(name).cloned()
+    }
+
+    /// What names an ACL, as far as `context` may see it.
+    pub fn acl_used_by(&self, context: &Context, acl: &NetworkAcl) -> UsedBy {
+        let sees = |p: ProjectId| context.principal().may(Permission::ProjectView, Some(p));
+        acl_users(&self.inner().inventory.read(), &acl.name, &sees)
+    }
+
+    /// Creates an ACL.
+    ///
+    /// # Errors
+    /// Invalid by field, conflict (taken name), forbidden.
+    pub async fn acl_create(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        new: UpdateAcl,
+    ) -> Result<()> {
+        let project = self.network_project(context, project)?;
+        let inner = self.inner();
+        let name = object_name("name", name)?;
+        let id = AclId(inner.env.uuid());
+        inner
+            .transact(|records, tx| {
+                if records.acl(&name).is_ok() {
+                    return Err(
+                        Error::conflict(format!("a network ACL {:?} exists already", &*name)).at("name")
+                    );
+                }
+                let acl = NetworkAcl {
+                    id,
+                    project: project.id,
+                    name: name.clone(),
+                    description: new.description.clone(),
+                    config: new.config.clone(),
+                    ingress: new.ingress.clone(),
+                    egress: new.egress.clone(),
+                    spec_version: 1,
+                };
+                check_acl(records, tx, &acl)?;
+                tx.take_name("network-acls", "", &name, &id.to_string());
+                tx.create(&acl);
+                Ok(())
+            })
+            .await?;
+        inner.announce(context, Some(project.id), "network-acl-created", format!("/1.0/network-acls/{name}"));
+        Ok(())
+    }
+
+    /// Replaces an ACL, live.
+    ///
+    /// # Errors
+    /// Invalid by field, not found, precondition failed, forbidden.
+    pub async fn acl_update(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        new: UpdateAcl,
+    ) -> Result<()> {
+        let project = self.network_project(context, project)?;
+        let inner = self.inner();
+        inner
+            .transact(|records, tx| {
+                let row = records.acl(name)?;
+                version(new.if_version, row.spec_version, "network ACL", name)?;
+                let acl = NetworkAcl {
+                    description: new.description.clone(),
+                    config: new.config.clone(),
+                    ingress: new.ingress.clone(),
+                    egress: new.egress.clone(),
+                    spec_version: row.spec_version + 1,
+                    ..row.value.clone()
+                };
+                check_acl(records, tx, &acl)?;
+                tx.replace(row, &acl);
+                Ok(())
+            })
+            .await?;
+        inner.push_rules(|s| s.acls.iter().any(|a| a.name == name)).await;
+        inner.announce(context, Some(project.id), "network-acl-updated", format!("/1.0/network-acls/{name}"));
+        Ok(())
+    }
+
+    /// Renames an ACL that nothing uses.
+    ///
+    /// # Errors
+    /// Invalid name, not found, conflict (taken, used), forbidden.
+    pub async fn acl_rename(&self, context: &Context, project: &str, name: &str, new: &str) -> Result<()> {
+        let project = self.network_project(context, project)?;
+        let inner = self.inner();
+        let new = object_name("name", new)?;
+        inner
+            .transact(|records, tx| {
+                let row = records.acl(name)?;
+                if records.acl(&new).is_ok() {
+                    return Err(
+                        Error::conflict(format!("a network ACL {:?} exists already", &*new)).at("name")
+                    );
+                }
+                demand_unused("network ACL", name, &acl_users(records, name, &|_| true))?;
+                tx.expect_untouched(records, &uses("acls", name));
+                let acl =
+                    NetworkAcl { name: new.clone(), spec_version: row.spec_version + 1, ..row.value.clone() };
+                tx.release_name("network-acls", "", name, &row.id.to_string());
+                tx.take_name("network-acls", "", &new, &row.id.to_string());
+                tx.replace(row, &acl);
+                Ok(())
+            })
+            .await?;
+        inner.announce(context, Some(project.id), "network-acl-renamed", format!("/1.0/network-acls/{new}"));
+        Ok(())
+    }
+
+    /// Deletes an ACL that nothing uses.
+    ///
+    /// # Errors
+    /// Not found, conflict when it is used, forbidden.
+    pub async fn acl_delete(&self, context: &Context, project: &str, name: &str) -> Result<()> {
+        let project = self.network_project(context, project)?;
+        let inner = self.inner();
+        inner
+            .transact(|records, tx| {
+                let row = records.acl(name)?;
+                demand_unused("network ACL", name, &acl_users(records, name, &|_| true))?;
+                tx.expect_untouched(records, &uses("acls", name));
+                tx.release_name("network-acls", "", name, &row.id.to_string());
+                tx.delete(row);
+                Ok(())
+            })
+            .await?;
+        inner.announce(context, Some(project.id), "network-acl-deleted", format!("/1.0/network-acls/{name}"));
+        Ok(())
+    }
+
+    /// All address sets, by name.
+    ///
+    /// # Errors
+    /// Not found, forbidden.
+    pub fn address_sets(&self, context: &Context, project: &str) -> Result<Vec<Row<AddressSet>>> {
+        self.project(context, project, Permission::ProjectView)?;
+        let mut all: Vec<_> = self.inner().inventory.read().address_sets.values().cloned().collect();
+        all.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(all)
+    }
+
+    /// An address set by name.
+    ///
+    /// # Errors
+    /// Not found, forbidden.
+    pub fn address_set(&self, context: &Context, project: &str, name: &str) -> Result<Row<AddressSet>> {
+        self.project(context, project, Permission::ProjectView)?;
+        self.inner().inventory.read().address_set(name).cloned()
+    }
+
+    /// ACLs that name an address set.
+    pub fn address_set_used_by(&self, set: &AddressSet) -> UsedBy {
+        set_users(&self.inner().inventory.read(), &set.name)
+    }
+
+    /// Creates an address set.
+    ///
+    /// # Errors
+    /// Invalid by field, conflict (taken name), forbidden.
+    pub async fn address_set_create(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        new: UpdateAddressSet,
+    ) -> Result<()> {
+        let project = self.network_project(context, project)?;
+        let inner = self.inner();
+        let name = object_name("name", name)?;
+        let set = AddressSet {
+            id: AddressSetId(inner.env.uuid()),
+            project: project.id,
+            name: name.clone(),
+            description: new.description,
+            config: new.config,
+            addresses: new.addresses,
+            spec_version: 1,
+        };
+        user_keys(&set.config)?;
+        set.parse()?;
+        inner
+            .transact(|records, tx| {
+                if records.address_set(&name).is_ok() {
+                    return Err(
+                        Error::conflict(format!("an address set {:?} exists already", &*name)).at("name")
+                    );
+                }
+                tx.take_name("network-address-sets", "", &name, &set.id.to_string());
+                tx.create(&set);
+                Ok(())
+            })
+            .await?;
+        let path = format!("/1.0/network-address-sets/{name}");
+        inner.announce(context, Some(project.id), "network-address-set-created", path);
+        Ok(())
+    }
+
+    /// Replaces an address set, live.
+    ///
+    /// # Errors
+    /// Invalid by field, not found, precondition failed, forbidden.
+    pub async fn address_set_update(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        new: UpdateAddressSet,
+    ) -> Result<()> {
+        let project = self.network_project(context, project)?;
+        let inner = self.inner();
+        inner
+            .transact(|records, tx| {
+                let row = records.address_set(name)?;
+                version(new.if_version, row.spec_version, "address set", name)?;
+                let set = AddressSet {
+                    description: new.description.clone(),
+                    config: new.config.clone(),
+                    addresses: new.addresses.clone(),
+                    spec_version: row.spec_version + 1,
+                    ..row.value.clone()
+                };
+                user_keys(&set.config)?;
+                set.parse()?;
+                tx.replace(row, &set);
+                Ok(())
+            })
+            .await?;
+        inner.push_rules(|s| s.sets.iter().any(|a| a.name == name)).await;
+        let path = format!("/1.0/network-address-sets/{name}");
+        inner.announce(context, Some(project.id), "network-address-set-updated", path);
+        Ok(())
+    }
+
+    /// Renames an address set that nothing uses.
+    ///
+    /// # Errors
+    /// Invalid name, not found, conflict (taken, used), forbidden.
+    pub async fn address_set_rename(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        new: &str,
+    ) -> Result<()> {
+        let project = self.network_project(context, project)?;
+        let inner = self.inner();
+        let new = object_name("name", new)?;
+        inner
+            .transact(|records, tx| {
+                let row = records.address_set(name)?;
+                if records.address_set(&new).is_ok() {
+                    return Err(
+                        Error::conflict(format!("an address set {:?} exists already", &*new)).at("name")
+                    );
+                }
+                demand_unused("address set", name, &set_users(records, name))?;
+                tx.expect_untouched(records, &uses("sets", name));
+                let set =
+                    AddressSet { name: new.clone(), spec_version: row.spec_version + 1, ..row.value.clone() };
+                tx.release_name("network-address-sets", "", name, &row.id.to_string());
+                tx.take_name("network-address-sets", "", &new, &row.id.to_string());
+                tx.replace(row, &set);
+                Ok(())
+            })
+            .await?;
+        let path = format!("/1.0/network-address-sets/{new}");
+        inner.announce(context, Some(project.id), "network-address-set-renamed", path);
+        Ok(())
+    }
+
+    /// Deletes an address set that nothing uses.
+    ///
+    /// # Errors
+    /// Not found, conflict when it is used, forbidden.
+    pub async fn address_set_delete(&self, context: &Context, project: &str, name: &str) -> Result<()> {
+        let project = self.network_project(context, project)?;
+        let inner = self.inner();
+        inner
+            .transact(|records, tx| {
+                let row = records.address_set(name)?;
+                demand_unused("address set", name, &set_users(records, name))?;
+                tx.expect_untouched(records, &uses("sets", name));
+                tx.release_name("network-address-sets", "", name, &row.id.to_string());
+                tx.delete(row);
+                Ok(())
+            })
+            .await?;
+        let path = format!("/1.0/network-address-sets/{name}");
+        inner.announce(context, Some(project.id), "network-address-set-deleted", path);
+        Ok(())
+    }
+
+    /// Forwards of a network, by listen address.
+    ///
+    /// # Errors
+    /// Not found, forbidden.
+    pub fn forwards(
+        &self,
+        context: &Context,
+        project: &str,
+        network: &str,
+    ) -> Result<Vec<Row<NetworkForward>>> {
+        let network = self.network(context, project, network)?;
+        let records = self.inner().inventory.read();
+        let mut all: Vec<_> =
+            records.forwards.values().filter(|f| f.network == network.id).cloned().collect();
+        all.sort_by_key(|f| f.listen_address);
+        Ok(all)
+    }
+
+    /// A forward by its listen address.
+    ///
+    /// # Errors
+    /// Not found, forbidden.
+    pub fn forward(
+        &self,
+        context: &Context,
+        project: &str,
+        network: &str,
+        listen: &str,
+    ) -> Result<Row<NetworkForward>> {
+        let network = self.network(context, project, network)?;
+        let records = self.inner().inventory.read();
+        forward_row(&records, network.id, listen).cloned()
+    }
+
+    /// Creates a forward, live.
+    ///
+    /// # Errors
+    /// Invalid by field, conflict (the address is taken), not found, forbidden.
+    pub async fn forward_create(
+        &self,
+        context: &Context,
+        project: &str,
+        network: &str,
+        listen: &str,
+        new: UpdateForward,
+    ) -> Result<()> {
+        let owner = self.network_project(context, project)?;
+        let inner = self.inner();
+        let listen: IpAddr = listen
+            .parse()
+            .map_err(|_| Error::invalid("listen_address", format!("{listen:?} is not an IP address")))?;
+        let id = inner
+            .transact(|records, tx| {
+                let row = records.network(network)?;
+                let forward = NetworkForward {
+                    network: row.id,
+                    listen_address: listen,
+                    description: new.description.clone(),
+                    config: new.config.clone(),
+                    ports: new.ports.clone(),
+                    spec_version: 1,
+                };
+                forward.parse(&BridgeSpec::parse(&row.name, &row.config)?)?;
+                if let Some(other) = records.forwards.values().find(|f| f.listen_address == listen) {
+                    let of =
+                        records.networks.get(&other.network).map(|n| n.name.to_string()).unwrap_or_default();
+                    return Err(Error::conflict(format!("network {of:?} has a forward of {listen} already"))
+                        .at("listen_address"));
+                }
+                if let Some(other) = records.networks.values().find(|n| {
+                    BridgeSpec::parse(&n.name, &n.config)
+                        .is_ok_and(|s| s.subnets().any(|net| net.contains(&listen)))
+                }) {
+                    return Err(Error::conflict(format!("{listen} belongs to network {:?}", &*other.name))
+                        .at("listen_address"));
+                }
+                tx.expect(row);
+                tx.expect_unlocked(&crate::network::lock(row.id));
+                // One listen address, whichever networks two creations name.
+                tx.take_name("network-forwards", "", &listen.to_string(), &row.id.to_string());
+                tx.create(&forward);
+                Ok(row.id)
+            })
+            .await?;
+        inner.push_rules(|s| s.id == id).await;
+        let path = format!("/1.0/networks/{network}/forwards/{listen}");
+        inner.announce(context, Some(owner.id), "network-forward-created", path);
+        Ok(())
+    }
+
+    /// Replaces a forward, live.
+    ///
+    /// # Errors
+    /// Invalid by field, not found, precondition failed, forbidden.
+    pub async fn forward_update(
+        &self,
+        context: &Context,
+        project: &str,
+        network: &str,
+        listen: &str,
+        new: UpdateForward,
+    ) -> Result<()> {
+        let owner = self.network_project(context, project)?;
+        let inner = self.inner();
+        let id = inner
+            .transact(|records, tx| {
+                let net = records.network(network)?;
+                let row = forward_row(records, net.id, listen)?;
+                version(new.if_version, row.spec_version, "forward", listen)?;
+                let forward = NetworkForward {
+                    description: new.description.clone(),
+                    config: new.config.clone(),
+                    ports: new.ports.clone(),
+                    spec_version: row.spec_version + 1,
+                    ..row.value.clone()
+                };
+                forward.parse(&BridgeSpec::parse(&net.name, &net.config)?)?;
+                tx.expect(net);
+                tx.replace(row, &forward);
+                Ok(net.id)
+            })
+            .await?;
+        inner.push_rules(|s| s.id == id).await;
+        let path = format!("/1.0/networks/{network}/forwards/{listen}");
+        inner.announce(context, Some(owner.id), "network-forward-updated", path);
+        Ok(())
+    }
+
+    /// Deletes a forward, live.
+    ///
+    /// # Errors
+    /// Not found, forbidden.
+    pub async fn forward_delete(
+        &self,
+        context: &Context,
+        project: &str,
+        network: &str,
+        listen: &str,
+    ) -> Result<()> {
+        let owner = self.network_project(context, project)?;
+        let inner = self.inner();
+        let id = inner
+            .transact(|records, tx| {
+                let net = records.network(network)?;
+                let row = forward_row(records, net.id, listen)?;
+                tx.release_name("network-forwards", "", &row.listen_address.to_string(), &net.id.to_string());
+                tx.delete(row);
+                Ok(net.id)
+            })
+            .await?;
+        inner.push_rules(|s| s.id == id).await;
+        let path = format!("/1.0/networks/{network}/forwards/{listen}");
+        inner.announce(context, Some(owner.id), "network-forward-deleted", path);
+        Ok(())
+    }
+}
+
+fn set_users(records: &Records, name: &str) -> UsedBy {
+    let subject = Subject::Set(name.to_owned());
+    records
+        .acls
+        .values()
+        .filter(|a| refers(a, &subject))
+        .map(|a| format!("/1.0/network-acls/{}", a.name))
+        .collect()
+}
+
+fn forward_row<'a>(
+    records: &'a Records,
+    network: NetworkId,
+    listen: &str,
+) -> Result<&'a Row<NetworkForward>> {
+    let missing = || Error::not_found(format!("the network has no forward of {listen:?}"));
+    let listen: IpAddr = listen.parse().map_err(|_| missing())?;
+    records.forwards.values().find(|f| f.network == network && f.listen_address == listen).ok_or_else(missing)
+}

@@ -1,0 +1,285 @@
+//! Taking snapshots.
+
+use super::{Found, Origin, Taken, automatic_name, expiry, owned};
+use crate::{
+    Engine, EngineInner, Records,
+    context::Context,
+    db::Tx,
+    operations::{LiveOperation, NewOperation},
+    saga::{Saga, StepContext, runner},
+    volumes,
+};
+use async_trait::async_trait;
+use jiff::Timestamp;
+use karst_agent::{GuestRef, VolumeSnapshotRef};
+use karst_model::{
+    Error, ErrorKind, Name, NodeId, Result, SnapshotId,
+    access::Permission,
+    guest::Observed,
+    instance::{Instance, RuntimeState, Status},
+    snapshot::{Snapshot, VolumeSnapshot},
+};
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// What a user wants.
+#[derive(Debug, Clone, Default)]
+pub struct CreateSnapshot {
+    /// Name; by the pattern of the configuration when absent.
+    pub name: Option<String>,
+    /// When it goes: as the configuration says (`None`), never (`Some(None)`), or then.
+    pub expires_at: Option<Option<Timestamp>>,
+    /// User's text; volumes only.
+    pub description: String,
+    /// Taken by the schedule.
+    pub automatic: bool,
+}
+
+impl Engine {
+    /// Takes a snapshot of an instance or custom volume. Guests that run are paused for the moment it takes.
+    ///
+    /// # Errors
+    /// Invalid by field, not found, conflict (taken name, busy), forbidden.
+    pub async fn snapshot_create(
+        &self,
+        context: &Context,
+        origin: Origin<'_>,
+        request: CreateSnapshot,
+    ) -> Result<LiveOperation> {
+        let project = self.project(context, origin.project(), Permission::ResourceEdit)?;
+        let inner = self.inner();
+        runner::start::<SnapshotCreate>(inner, context, |tx| {
+            let records = inner.inventory.read();
+            let found = origin.find(&records, project.id)?;
+            found.demand_ready()?;
+            found.expect(tx);
+            let (now, config, taken) = (inner.env.now(), found.config(&records), found.taken(&records));
+            let name = match request.name.as_deref().filter(|n| !n.is_empty()) {
+                Some(name) => Name::parse("name", name)?,
+                None => Name::parse("config.snapshots.pattern", &automatic_name(&config, &taken, now)?)?,
+            };
+            if taken.iter().any(|s| s.name() == &*name) {
+                return Err(Error::conflict(format!(
+                    "{} has a snapshot {:?} already",
+                    found.words(),
+                    &*name
+                ))
+                .at("name"));
+            }
+            let expires_at = match request.expires_at {
+                Some(chosen) => chosen,
+                None => expiry(&config, !request.automatic, now)?,
+            };
+            if expires_at.is_some_and(|t| t <= now) {
+                return Err(Error::invalid("expires_at", "the time at which it goes is over already"));
+            }
+            let id = SnapshotId(inner.env.uuid());
+            let path = found.path(&records, &name);
+            let mut guests = vec![];
+            let (snapshot, refs) = match &found {
+                Found::Instance(row) => {
+                    let volumes = owned(&records, row);
+                    guests.extend(guest(&records, row));
+                    let refs: Vec<_> = volumes
+                        .iter()
+                        .map(|v| VolumeSnapshotRef { pool: v.pool, volume: v.id, snapshot: id })
+                        .collect();
+                    let snapshot = Snapshot {
+                        id,
+                        instance: row.id,
+                        name,
+                        parent: row.current_snapshot,
+                        description: row.description.clone(),
+                        ephemeral: row.ephemeral,
+                        profiles: row.profiles.clone(),
+                        config: row.config.clone(),
+                        devices: row.devices.clone(),
+                        volumes: volumes.iter().map(|v| (v.id, id)).collect(),
+                        stateful: false,
+                        created_at: now,
+                        expires_at,
+                        spec_version: 1,
+                    };
+                    (Taken::Instance { snapshot: Box::new(snapshot) }, refs)
+                }
+                Found::Volume(row) => {
+                    for user in volumes::users(&records, row).instances {
+                        guests.extend(guest(&records, &user));
+                    }
+                    let snapshot = VolumeSnapshot {
+                        id,
+                        volume: row.id,
+                        name,
+                        description: request.description.clone(),
+                        size: row.size,
+                        config: row.config.clone(),
+                        created_at: now,
+                        expires_at,
+                        spec_version: 1,
+                    };
+                    let at = VolumeSnapshotRef { pool: row.pool, volume: row.id, snapshot: id };
+                    (Taken::Volume { snapshot: Box::new(snapshot) }, vec![at])
+                }
+            };
+            let mut locks = vec![found.lock()];
+            locks.extend(guests.iter().map(|g| crate::compute::lock(g.at.instance)));
+            locks.sort();
+            locks.dedup();
+            let node = match &found {
+                Found::Instance(row) => row.node,
+                Found::Volume(_) => inner.node,
+            };
+            let plan = SnapshotPlan { snapshot, volumes: refs, guests, locks, node, path: path.clone() };
+            Ok((plan, NewOperation::task("Snapshotting", Some(project.id), found.kind(), path)))
+        })
+        .await
+    }
+}
+
+/// The guest of an instance that is to be paused while a snapshot is taken: one that runs and is not paused already.
+pub(crate) fn guest(records: &Records, instance: &Instance) -> Option<PausedGuest> {
+    let runtime = records.runtimes.get(&instance.id)?;
+    let running = instance.status(Some(&runtime.value)) == Status::Running;
+    let at = GuestRef { instance: instance.id, generation: runtime.generation };
+    running.then_some(PausedGuest { at, node: instance.node })
+}
+
+/// A guest that is paused for the moment of a snapshot.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(crate) struct PausedGuest {
+    pub(crate) at: GuestRef,
+    pub(crate) node: NodeId,
+}
+
+/// Plan of [`SnapshotCreate`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SnapshotPlan {
+    snapshot: Taken,
+    volumes: Vec<VolumeSnapshotRef>,
+    guests: Vec<PausedGuest>,
+    locks: Vec<String>,
+    node: NodeId,
+    path: String,
+}
+
+/// Outputs of [`SnapshotCreate`].
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct SnapshotOutputs {
+    resumed: Vec<Observed>,
+}
+
+/// Pauses the guests, takes a snapshot of each volume, lets the guests go on, then the record is there.
+pub struct SnapshotCreate;
+
+const CALL: Duration = Duration::from_secs(30);
+
+/// What ended meanwhile needs neither pause nor resume.
+pub(crate) fn unless_ended(done: Result<Observed>) -> Result<Option<Observed>> {
+    match done {
+        Err(e) if matches!(e.kind, ErrorKind::NotFound | ErrorKind::Conflict) => Ok(None),
+        other => other.map(Some),
+    }
+}
+
+pub(crate) async fn resume(cx: &StepContext, guests: &[PausedGuest]) -> Result<Vec<Observed>> {
+    let mut seen = vec![];
+    for guest in guests {
+        seen.extend(unless_ended(cx.agent(guest.node)?.guest_resume(&cx.mutate(CALL), guest.at).await)?);
+    }
+    Ok(seen)
+}
+
+#[async_trait]
+impl Saga for SnapshotCreate {
+    const NAME: &'static str = "snapshot-create";
+    const STEPS: &'static [&'static str] = &["pause", "volumes", "resume"];
+    type Plan = SnapshotPlan;
+    type Outputs = SnapshotOutputs;
+
+    fn has(plan: &SnapshotPlan, step: usize) -> bool {
+        step == 1 || !plan.guests.is_empty()
+    }
+
+    fn locks(plan: &SnapshotPlan) -> Vec<String> {
+        plan.locks.clone()
+    }
+    fn begin(plan: &SnapshotPlan, _: &EngineInner, tx: &mut Tx) -> Result<()> {
+        plan.snapshot.take_name(tx);
+        Ok(())
+    }
+    async fn run(
+        cx: &StepContext,
+        plan: &SnapshotPlan,
+        outputs: &mut SnapshotOutputs,
+        step: usize,
+    ) -> Result<()> {
+        match step {
+            0 => {
+                for guest in &plan.guests {
+                    unless_ended(cx.agent(guest.node)?.guest_pause(&cx.mutate(CALL), guest.at).await)?;
+                }
+            }
+            1 => {
+                for at in &plan.volumes {
+                    let agent = cx.agent(plan.node)?;
+                    agent.volume_snapshot_create(&cx.mutate(Duration::from_secs(1800)), *at).await?;
+                }
+            }
+            _ => outputs.resumed = resume(cx, &plan.guests).await?,
+        }
+        Ok(())
+    }
+    async fn undo(cx: &StepContext, plan: &SnapshotPlan, _: &SnapshotOutputs, step: usize) -> Result<()> {
+        match step {
+            0 => drop(resume(cx, &plan.guests).await?),
+            1 => {
+                for at in &plan.volumes {
+                    let agent = cx.agent(plan.node)?;
+                    agent.volume_snapshot_delete(&cx.mutate(Duration::from_secs(300)), *at).await?;
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+    fn commit(
+        plan: &SnapshotPlan,
+        outputs: &SnapshotOutputs,
+        engine: &EngineInner,
+        tx: &mut Tx,
+    ) -> Result<()> {
+        match &plan.snapshot {
+            Taken::Instance { snapshot } => {
+                tx.create(&**snapshot);
+                let row = engine.instance_row(snapshot.instance)?;
+                let instance = Instance { current_snapshot: Some(snapshot.id), ..row.value.clone() };
+                tx.replace(&row, &instance);
+            }
+            Taken::Volume { snapshot } => tx.create(&**snapshot),
+        }
+        let records = engine.inventory.read();
+        for observed in &outputs.resumed {
+            let runtime = engine.runtime_of(&records, observed);
+            let old = records.runtimes.get(&observed.instance);
+            let known = old.is_some_and(|r| {
+                r.generation == runtime.generation
+                    && (r.state == RuntimeState::Stopped || r.state == runtime.state)
+            });
+            if !known {
+                tx.put(&runtime);
+            }
+        }
+        Ok(())
+    }
+    fn abort(plan: &SnapshotPlan, _: &SnapshotOutputs, _: &EngineInner, tx: &mut Tx) -> Result<()> {
+        plan.snapshot.release_name(tx);
+        Ok(())
+    }
+    fn announce(plan: &SnapshotPlan) -> Vec<(&'static str, String)> {
+        let action = match plan.snapshot {
+            Taken::Instance { .. } => "instance-snapshot-created",
+            Taken::Volume { .. } => "storage-volume-snapshot-created",
+        };
+        vec![(action, plan.path.clone())]
+    }
+}

@@ -1,0 +1,328 @@
+//! Putting instances and custom volumes back to a snapshot.
+
+use super::{Found, Origin, Taken};
+use crate::{
+    Engine, EngineInner, Records,
+    compute::{create::check_nics, disks::check_disks, expand, power::PowerRequest},
+    context::Context,
+    db::Tx,
+    operations::{LiveOperation, NewOperation},
+    saga::{Saga, StepContext, runner},
+    volumes,
+};
+use async_trait::async_trait;
+use karst_agent::{CallContext, VolumeRef, VolumeSnapshotRef};
+use karst_env::EnvExt;
+use karst_model::{
+    ByteSize, Error, ErrorKind, NodeId, Result, SnapshotId, VolumeId,
+    access::Permission,
+    instance::{Instance, PowerAction},
+    snapshot::Snapshot,
+    storage::Volume,
+};
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+impl Engine {
+    /// Makes an instance or custom volume what it was at a snapshot, its configuration included; other snapshots, also
+    /// later ones, stay. An instance that runs is stopped by force for it and started again: each of the three is whole
+    /// in itself, so that a crash between them leaves a stopped instance.
+    ///
+    /// # Errors
+    /// Not found, conflict when a running instance uses the volume or something is busy, forbidden.
+    pub async fn snapshot_restore(
+        &self,
+        context: &Context,
+        origin: Origin<'_>,
+        name: &str,
+    ) -> Result<LiveOperation> {
+        let project = self.project(context, origin.project(), Permission::ResourceEdit)?;
+        let Origin::Instance { name: instance, project: project_name } = origin else {
+            return self.restore_stopped(context, origin, name).await;
+        };
+        let path = {
+            let records = self.inner().inventory.read();
+            let found = origin.find(&records, project.id)?;
+            found.demand(&records, name)?;
+            let Found::Instance(row) = &found else {
+                return Err(Error::internal("an instance is none", instance));
+            };
+            volumes::runs(&records, row).then(|| crate::compute::path(project_name, instance))
+        };
+        let Some(path) = path else {
+            return self.restore_stopped(context, origin, name).await;
+        };
+        let operations = &self.inner().operations;
+        let new = NewOperation::task("Restoring snapshot", Some(project.id), "instances", path);
+        let live = operations.begin(context, new);
+        let (engine, context, outer) = (self.clone(), context.clone(), live.clone());
+        let (project, instance, name) = (project_name.to_owned(), instance.to_owned(), name.to_owned());
+        self.inner().env.spawn_task("restore", async move {
+            let done = engine.restore_running(&context, &project, &instance, &name).await;
+            engine.inner().operations.end(&outer, done.map(|()| Default::default()));
+        });
+        Ok(live)
+    }
+
+    async fn restore_running(
+        &self,
+        context: &Context,
+        project: &str,
+        instance: &str,
+        name: &str,
+    ) -> Result<()> {
+        let ended = async |operation: LiveOperation| match &operation.ended().await.error {
+            Some(e) => Err(e.clone()),
+            None => Ok(()),
+        };
+        let power = |action| PowerRequest { action, force: true, timeout: None };
+        ended(self.instance_power(context, project, instance, power(PowerAction::Stop)).await?).await?;
+        let origin = Origin::Instance { project, name: instance };
+        let restored = match self.restore_stopped(context, origin, name).await {
+            Ok(operation) => ended(operation).await,
+            Err(e) => Err(e),
+        };
+        // Started also when it is as before: it ran.
+        let started = match self.instance_power(context, project, instance, power(PowerAction::Start)).await {
+            Ok(operation) => ended(operation).await,
+            Err(e) => Err(e),
+        };
+        restored.and(started)
+    }
+
+    async fn restore_stopped(
+        &self,
+        context: &Context,
+        origin: Origin<'_>,
+        name: &str,
+    ) -> Result<LiveOperation> {
+        let project = self.project(context, origin.project(), Permission::ResourceEdit)?;
+        let inner = self.inner();
+        runner::start::<SnapshotRestore>(inner, context, |tx| {
+            let records = inner.inventory.read();
+            let found = origin.find(&records, project.id)?;
+            found.expect(tx);
+            let row = found.demand(&records, name)?;
+            row.expect(tx);
+            let target = match (&found, row.taken()) {
+                (Found::Instance(row), Taken::Instance { snapshot }) => {
+                    if volumes::runs(&records, row) {
+                        return Err(Error::conflict(format!(
+                            "instance {:?} is running; stop it first",
+                            &*row.name
+                        )));
+                    }
+                    Target::Instance { instance: Box::new(before(inner, &records, tx, row, &snapshot)?) }
+                }
+                (Found::Volume(row), Taken::Volume { snapshot }) => {
+                    for user in volumes::users(&records, row).instances {
+                        if volumes::runs(&records, &user) {
+                            return Err(Error::conflict(format!(
+                                "instance {:?} runs with volume {:?}; stop it before the volume is restored",
+                                &*user.name, row.name
+                            )));
+                        }
+                        let lock = crate::compute::lock(user.id);
+                        runner::demand_unlocked(&records, std::slice::from_ref(&lock))?;
+                        tx.expect_unlocked(&lock);
+                        tx.expect(&user);
+                    }
+                    let mut volume = row.value.clone();
+                    volume.config = snapshot.config.clone();
+                    volume.size = snapshot.size;
+                    volume.spec_version += 1;
+                    Target::Volume { volume: Box::new(volume) }
+                }
+                _ => return Err(Error::internal("a snapshot of another kind", name)),
+            };
+            let volumes = row.taken().volumes(&records);
+            let saved =
+                volumes.iter().map(|v| VolumeSnapshotRef { snapshot: SnapshotId(inner.env.uuid()), ..*v });
+            let path = found.path(&records, name);
+            let plan = RestorePlan {
+                saved: saved.collect(),
+                volumes,
+                target,
+                lock: found.lock(),
+                node: match &found {
+                    Found::Instance(row) => row.node,
+                    Found::Volume(_) => inner.node,
+                },
+                path: path.clone(),
+            };
+            Ok((plan, NewOperation::task("Restoring snapshot", Some(project.id), found.kind(), path)))
+        })
+        .await
+    }
+}
+
+/// An instance as it was at a snapshot, as far as what it refers to is still there.
+fn before(
+    inner: &EngineInner,
+    records: &Records,
+    tx: &mut Tx,
+    row: &Instance,
+    snapshot: &Snapshot,
+) -> Result<Instance> {
+    let mut instance = row.clone();
+    instance.description = snapshot.description.clone();
+    instance.ephemeral = snapshot.ephemeral;
+    instance.config = snapshot.config.clone();
+    instance.devices = snapshot.devices.clone();
+    instance.profiles =
+        snapshot.profiles.iter().copied().filter(|p| records.profiles.contains_key(p)).collect();
+    for profile in instance.profiles.iter().filter_map(|id| records.profiles.get(id)) {
+        tx.expect(profile);
+        tx.touch(&crate::tenancy::profile_uses(profile.id));
+    }
+    instance.current_snapshot = Some(snapshot.id);
+    instance.spec_version += 1;
+    let parsed = expand::parse_devices(&records.expanded(&instance).1)?;
+    let (device, root) = &parsed.root;
+    if records.pool(&root.pool).map_err(|e| e.at(format!("devices.{device}.pool")))?.id != row.pool {
+        return Err(Error::conflict(format!(
+            "at that time the root disk was in pool {:?}, and it is in another one now",
+            root.pool
+        ))
+        .at(format!("devices.{device}.pool")));
+    }
+    check_disks(records, tx, &instance, &parsed)?;
+    check_nics(records, tx, &parsed)?;
+    instance.identities = expand::assign_identities(
+        &row.identities,
+        &parsed,
+        row.hardware.as_ref(),
+        row.root,
+        &inner.daemon_id,
+        &mut |b| inner.env.fill_random(b),
+    );
+    inner.guest_spec(records, &instance, 0)?;
+    Ok(instance)
+}
+
+/// What is restored, as its record will be.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "of", rename_all = "snake_case")]
+enum Target {
+    Instance { instance: Box<Instance> },
+    Volume { volume: Box<Volume> },
+}
+
+/// Plan of [`SnapshotRestore`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RestorePlan {
+    target: Target,
+    volumes: Vec<VolumeSnapshotRef>,
+    /// What the volumes are now, until the end.
+    saved: Vec<VolumeSnapshotRef>,
+    lock: String,
+    node: NodeId,
+    path: String,
+}
+
+/// Outputs of [`SnapshotRestore`].
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct RestoreOutputs {
+    sizes: Vec<(VolumeId, Option<ByteSize>)>,
+}
+
+/// Saves what the volumes are, restores them, writes the record as it was and drops what was saved. Until the last step
+/// all can be undone. Dropping is tried several times; should it still fail, what was saved is put back.
+pub struct SnapshotRestore;
+
+const LONG: Duration = Duration::from_secs(1800);
+
+#[async_trait]
+impl Saga for SnapshotRestore {
+    const NAME: &'static str = "snapshot-restore";
+    const STEPS: &'static [&'static str] = &["save", "restore", "clean"];
+    type Plan = RestorePlan;
+    type Outputs = RestoreOutputs;
+
+    fn retries(step: usize) -> u32 {
+        if step == 2 { 5 } else { 0 }
+    }
+    fn locks(plan: &RestorePlan) -> Vec<String> {
+        vec![plan.lock.clone()]
+    }
+    fn begin(_: &RestorePlan, _: &EngineInner, _: &mut Tx) -> Result<()> {
+        Ok(())
+    }
+    async fn run(
+        cx: &StepContext,
+        plan: &RestorePlan,
+        outputs: &mut RestoreOutputs,
+        step: usize,
+    ) -> Result<()> {
+        let agent = cx.agent(plan.node)?;
+        match step {
+            0 => {
+                for at in &plan.saved {
+                    agent.volume_snapshot_create(&cx.mutate(LONG), *at).await?;
+                }
+            }
+            1 => {
+                outputs.sizes.clear();
+                for at in &plan.volumes {
+                    agent.volume_snapshot_restore(&cx.mutate(LONG), *at).await?;
+                    let volume = VolumeRef { pool: at.pool, volume: at.volume };
+                    let all =
+                        agent.volume_snapshots(&CallContext::read(Duration::from_secs(30)), volume).await?;
+                    let size = all.iter().find(|s| s.snapshot == at.snapshot).and_then(|s| s.size);
+                    outputs.sizes.push((at.volume, size));
+                }
+            }
+            _ => {
+                for at in &plan.saved {
+                    agent.volume_snapshot_delete(&cx.mutate(LONG), *at).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+    async fn undo(cx: &StepContext, plan: &RestorePlan, _: &RestoreOutputs, step: usize) -> Result<()> {
+        let agent = cx.agent(plan.node)?;
+        for at in &plan.saved {
+            match step {
+                0 => agent.volume_snapshot_delete(&cx.mutate(LONG), *at).await?,
+                1 => match agent.volume_snapshot_restore(&cx.mutate(LONG), *at).await {
+                    // Dropped already, by a last step that failed in the middle: it stays restored.
+                    Err(e) if e.is(ErrorKind::NotFound) => {}
+                    other => other?,
+                },
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+    fn commit(plan: &RestorePlan, outputs: &RestoreOutputs, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        match &plan.target {
+            Target::Instance { instance } => {
+                let row = engine.instance_row(instance.id)?;
+                let restored =
+                    Instance { power: row.power, generation: row.generation, ..(**instance).clone() };
+                tx.replace(&row, &restored);
+                let records = engine.inventory.read();
+                for (id, size) in &outputs.sizes {
+                    if let Some(volume) = records.volumes.get(id)
+                        && volume.size != *size
+                    {
+                        tx.replace(volume, &Volume { size: *size, ..volume.value.clone() });
+                    }
+                }
+            }
+            Target::Volume { volume } => tx.replace(&engine.volume_row(volume.id)?, &**volume),
+        }
+        Ok(())
+    }
+    fn abort(_: &RestorePlan, _: &RestoreOutputs, _: &EngineInner, _: &mut Tx) -> Result<()> {
+        Ok(())
+    }
+    fn announce(plan: &RestorePlan) -> Vec<(&'static str, String)> {
+        let action = match plan.target {
+            Target::Instance { .. } => "instance-restored",
+            Target::Volume { .. } => "storage-volume-restored",
+        };
+        vec![(action, plan.path.clone())]
+    }
+}

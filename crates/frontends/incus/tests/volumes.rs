@@ -1,0 +1,245 @@
+//! Custom volumes, snapshots and copies over the API.
+#![allow(clippy::disallowed_methods)] // a test
+
+mod common;
+
+use common::Server;
+use hyper::Method;
+use serde_json::json;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn custom_volumes_live() {
+    let s = Server::start().await;
+    s.container("c1", false).await;
+    s.container("c2", false).await;
+    const ALL: &str = "/1.0/storage-pools/default/volumes";
+    let at = |name: &str| format!("{ALL}/custom/{name}").trim_end_matches('/').to_owned();
+    let made = s
+        .post(
+            &at(""),
+            json!({"name": "data", "config": {"size": "1GiB", "user.a": "b"}, "description": "mine"}),
+        )
+        .await;
+    assert_eq!((made.status, made.header("location")), (201, &*at("data")));
+    let made = s.post(ALL, json!({"name": "disk", "type": "custom", "content_type": "block"})).await;
+    assert_eq!(made.status, 201);
+    let disk = s.get(&at("disk")).await.metadata();
+    assert_eq!(
+        (disk["content_type"].as_str(), disk["config"]["size"].as_str()),
+        (Some("block"), Some("10GiB"))
+    );
+    for (body, status) in [
+        (json!({"name": "data"}), 409),
+        (json!({"name": "a b"}), 400),
+        (json!({"name": "x", "content_type": "weird"}), 400),
+        (json!({"name": "x", "config": {"sise": "1GiB"}}), 400),
+        (json!({"name": "x", "config": {"size": "big"}}), 400),
+        (json!({"name": "x", "type": "container"}), 400),
+        (json!({}), 400),
+    ] {
+        s.post(ALL, body).await.refused(status);
+    }
+    s.post("/1.0/storage-pools/nope/volumes/custom", json!({"name": "x"})).await.refused(404);
+    let names = s.get(&at("")).await.metadata();
+    assert_eq!(names, json!([at("data"), at("disk")]));
+    let filtered = s.get(&format!("{ALL}?recursion=1&filter=content_type+eq+block")).await.metadata();
+    assert_eq!((filtered.as_array().unwrap().len(), filtered[0]["name"].as_str()), (1, Some("disk")));
+
+    // Changes, under the ETag.
+    let seen = s.get(&at("data")).await;
+    let tag = seen.header("etag").to_owned();
+    let body = json!({"description": "changed", "config": {"size": "2GiB"}}).to_string();
+    s.send(Method::PUT, &at("data"), &[("if-match", &tag)], body.clone()).await.metadata();
+    s.send(Method::PUT, &at("data"), &[("if-match", &tag)], body).await.refused(412);
+    s.patch(&at("data"), json!({"config": {"user.b": "c"}})).await.metadata();
+    let seen = s.get(&at("data")).await.metadata();
+    assert_eq!(seen["config"], json!({"size": "2GiB", "user.b": "c"}));
+    assert_eq!(seen["description"], "changed");
+    s.put(&at("disk"), json!({"config": {"size": "5GiB"}})).await.refused(400);
+    s.put(&at("disk"), json!({"config": {"size": "11GiB"}})).await.metadata();
+    s.put(&format!("{ALL}/container/c1"), json!({"description": "x"})).await.refused(400);
+
+    // Attached: a file system to both, named by the devices; not a disk to a container.
+    let disk = |source: &str, path: &str| json!({"devices": {"d": {"type": "disk", "pool": "default", "source": source, "path": path}}});
+    for c in ["c1", "c2"] {
+        s.patch(&format!("/1.0/instances/{c}"), disk("data", "/data")).await.metadata();
+    }
+    assert!(s.patch("/1.0/instances/c1", disk("disk", "")).await.refused(400).contains("block volume"));
+    assert!(s.patch("/1.0/instances/c1", disk("data", "")).await.refused(400).contains("path"));
+    assert!(s.patch("/1.0/instances/c1", disk("gone", "/x")).await.refused(404).contains("gone"));
+    let seen = s.get(&at("data")).await.metadata();
+    assert_eq!(seen["used_by"], json!(["/1.0/instances/c1", "/1.0/instances/c2"]));
+    assert!(s.delete(&at("data")).await.refused(409).contains("/1.0/instances/c1"));
+    let moved = s.post(&at("data"), json!({"name": "moved"})).await;
+    assert_eq!((moved.status, moved.header("location")), (201, &*at("moved")));
+    let c2 = s.get("/1.0/instances/c2").await.metadata();
+    assert_eq!(c2["devices"]["d"]["source"], "moved", "devices follow");
+    s.post(&at("moved"), json!({"name": "disk"})).await.refused(409);
+    s.post(&at("moved"), json!({"name": "x", "pool": "other"})).await.refused(400);
+    for c in ["c1", "c2"] {
+        s.wait(s.put(&format!("/1.0/instances/{c}"), json!({"profiles": ["default"]})).await).await;
+    }
+    s.delete(&at("moved")).await.metadata();
+    s.get(&at("moved")).await.refused(404);
+
+    // A disk belongs to one virtual machine, unless it says otherwise.
+    let vm = |name: &str| {
+        let disk = json!({"type": "disk", "pool": "default", "source": "disk"});
+        json!({"name": name, "type": "virtual-machine", "source": {"type": "none"}, "devices": {"d": disk}})
+    };
+    assert_eq!(s.done(s.post("/1.0/instances", vm("v1")).await).await["status"], "Success");
+    assert!(s.post("/1.0/instances", vm("v2")).await.refused(409).contains("security.shared"));
+    s.patch(&at("disk"), json!({"config": {"security.shared": "true"}})).await.metadata();
+    assert_eq!(s.done(s.post("/1.0/instances", vm("v2")).await).await["status"], "Success");
+    s.patch(&at("disk"), json!({"config": {"security.shared": "false"}})).await.refused(409);
+    s.delete("/1.0/storage-pools/default").await.refused(409);
+
+    // Another project has its own.
+    assert_eq!(s.post("/1.0/projects", json!({"name": "other"})).await.status, 201);
+    s.get(&format!("{}?project=other", at("disk"))).await.refused(404);
+    let made = s.post(&format!("{}?project=other", at("")), json!({"name": "disk"})).await;
+    assert_eq!(made.header("location"), format!("{}?project=other", at("disk")));
+    s.delete("/1.0/projects/other").await.refused(409);
+    s.delete(&format!("{}?project=other", at("disk"))).await.metadata();
+    assert_eq!(s.delete("/1.0/projects/other").await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn snapshots_of_instances_live() {
+    let s = Server::start().await;
+    s.container("c1", true).await;
+    const ALL: &str = "/1.0/instances/c1/snapshots";
+    assert_eq!(s.get(ALL).await.metadata(), json!([]));
+    s.done(s.post(ALL, json!({"name": "first", "stateful": false})).await).await;
+    let c1 = s.get("/1.0/instances/c1?recursion=1").await.metadata();
+    assert_eq!(
+        (c1["status"].as_str(), c1["snapshots"][0]["name"].as_str()),
+        (Some("Running"), Some("first"))
+    );
+    s.patch("/1.0/instances/c1", json!({"config": {"user.a": "b"}})).await.metadata();
+    s.done(s.post(ALL, json!({})).await).await;
+    assert_eq!(s.get(ALL).await.metadata(), json!([format!("{ALL}/first"), format!("{ALL}/snap0")]));
+    for (body, status) in [
+        (json!({"name": "first"}), 409),
+        (json!({"name": "a b"}), 400),
+        (json!({"nmae": "x"}), 400),
+        (json!({"name": "x", "stateful": true}), 400),
+        (json!({"name": "x", "expires_at": "tomorrow"}), 400),
+        (json!({"name": "x", "expires_at": "2001-01-01T00:00:00Z"}), 400),
+    ] {
+        s.post(ALL, body).await.refused(status);
+    }
+    s.post("/1.0/instances/nope/snapshots", json!({})).await.refused(404);
+    // When it goes.
+    let snap = s.get(&format!("{ALL}/snap0")).await;
+    assert_eq!(snap.metadata()["expires_at"], "0001-01-01T00:00:00Z");
+    let (tag, body) =
+        (snap.header("etag").to_owned(), json!({"expires_at": "2100-01-01T00:00:00Z"}).to_string());
+    s.done(s.send(Method::PUT, &format!("{ALL}/snap0"), &[("if-match", &tag)], body.clone()).await).await;
+    s.send(Method::PUT, &format!("{ALL}/snap0"), &[("if-match", &tag)], body).await.refused(412);
+    let snap = s.get(&format!("{ALL}/snap0")).await.metadata();
+    assert_eq!(
+        (snap["expires_at"].as_str(), snap["config"]["user.a"].as_str()),
+        (Some("2100-01-01T00:00:00Z"), Some("b"))
+    );
+    // Back to the first, running as it was; the later one stays.
+    s.put("/1.0/instances/c1", json!({"restore": "nope"})).await.refused(404);
+    s.done(s.put("/1.0/instances/c1", json!({"restore": "c1/first", "stateful": false})).await).await;
+    let c1 = s.get("/1.0/instances/c1").await.metadata();
+    assert_eq!((c1["status"].as_str(), &c1["config"]["user.a"]), (Some("Running"), &json!(null)));
+    assert_eq!(s.get(ALL).await.metadata().as_array().unwrap().len(), 2);
+    // Renamed, deleted.
+    s.post(&format!("{ALL}/snap0"), json!({"name": "first"})).await.refused(409);
+    s.done(s.post(&format!("{ALL}/snap0"), json!({"name": "second"})).await).await;
+    s.get(&format!("{ALL}/snap0")).await.refused(404);
+    s.done(s.delete(&format!("{ALL}/second")).await).await;
+    s.delete(&format!("{ALL}/second")).await.refused(404);
+    // By keys: pattern and expiry, refused when malformed.
+    let keys = json!({"config": {"snapshots.pattern": "auto-%d", "snapshots.expiry": "1d", "snapshots.schedule": "@daily"}});
+    s.patch("/1.0/instances/c1", keys).await.metadata();
+    for (key, value) in
+        [("snapshots.schedule", "often"), ("snapshots.expiry", "soon"), ("snapshots.pattern", "a/b")]
+    {
+        let why = s.patch("/1.0/instances/c1", json!({"config": {key: value}})).await.refused(400);
+        assert!(why.contains(key), "{why}");
+    }
+    s.done(s.post(ALL, json!({})).await).await;
+    let auto = s.get(&format!("{ALL}/auto-0")).await.metadata();
+    assert_ne!(auto["expires_at"], "0001-01-01T00:00:00Z");
+    s.done(s.put("/1.0/instances/c1/state", json!({"action": "stop", "force": true})).await).await;
+    s.done(s.delete("/1.0/instances/c1").await).await;
+    assert!(s.engine.inner().inventory.read().snapshots.is_empty(), "they go with their instance");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn snapshots_of_volumes_live() {
+    let s = Server::start().await;
+    const POOL: &str = "/1.0/storage-pools/default/volumes/custom";
+    assert_eq!(s.post(POOL, json!({"name": "data", "config": {"size": "1GiB"}})).await.status, 201);
+    let all = format!("{POOL}/data/snapshots");
+    s.done(s.post(&all, json!({"name": "one", "description": "before"})).await).await;
+    s.post(&all, json!({"name": "one"})).await.refused(409);
+    s.post(&format!("{POOL}/nope/snapshots"), json!({"name": "x"})).await.refused(404);
+    s.post("/1.0/storage-pools/default/volumes/container/c1/snapshots", json!({})).await.refused(400);
+    let one = s.get(&format!("{all}/one")).await.metadata();
+    assert_eq!((one["config"]["size"].as_str(), one["description"].as_str()), (Some("1GiB"), Some("before")));
+    s.put(&format!("{POOL}/data"), json!({"config": {"size": "2GiB", "snapshots.expiry": "1d"}}))
+        .await
+        .metadata();
+    s.put(&format!("{all}/one"), json!({"expires_at": "2100-01-01T00:00:00Z"})).await.metadata();
+    s.done(s.post(&all, json!({})).await).await;
+    let list = s.get(&format!("{all}?recursion=1")).await.metadata();
+    assert_eq!((list[0]["name"].as_str(), list[1]["name"].as_str()), (Some("data/one"), Some("data/snap0")));
+    s.put(&format!("{POOL}/data"), json!({"restore": "nope"})).await.refused(404);
+    s.put(&format!("{POOL}/data"), json!({"restore": "one"})).await.metadata();
+    assert_eq!(s.get(&format!("{POOL}/data")).await.metadata()["config"], json!({"size": "1GiB"}));
+    s.done(s.post(&format!("{all}/one"), json!({"name": "uno"})).await).await;
+    s.done(s.delete(&format!("{all}/snap0")).await).await;
+    assert_eq!(s.get(&all).await.metadata(), json!([format!("{all}/uno")]));
+    s.delete(&format!("{POOL}/data")).await.metadata();
+    assert!(s.engine.inner().inventory.read().volume_snapshots.is_empty(), "they go with their volume");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn instances_are_copied() {
+    let s = Server::start().await;
+    s.container("c1", true).await;
+    s.patch("/1.0/instances/c1", json!({"config": {"user.a": "1", "user.b": "2"}})).await.metadata();
+    s.done(s.post("/1.0/instances/c1/snapshots", json!({"name": "snap"})).await).await;
+    let copy = |name: &str, source: &str, more: serde_json::Value| {
+        let mut body = json!({"name": name, "source": {"type": "copy", "source": source}});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body
+    };
+    let all = "/1.0/instances";
+    s.done(s.post(all, copy("c2", "c1", json!({"config": {"user.b": "3"}}))).await).await;
+    let (c1, c2) = (s.get("/1.0/instances/c1").await.metadata(), s.get("/1.0/instances/c2").await.metadata());
+    assert_eq!((c2["status"].as_str(), c1["status"].as_str()), (Some("Stopped"), Some("Running")));
+    assert_eq!((c2["config"]["user.a"].as_str(), c2["config"]["user.b"].as_str()), (Some("1"), Some("3")));
+    for key in ["volatile.eth0.hwaddr", "volatile.uuid"] {
+        assert_ne!(c1["config"][key], c2["config"][key], "{key} is its own");
+    }
+    assert_eq!(
+        s.get("/1.0/instances/c2/snapshots").await.metadata(),
+        json!(["/1.0/instances/c2/snapshots/snap"])
+    );
+    s.done(s.post(all, copy("c3", "c1/snap", json!({"start": true}))).await).await;
+    assert_eq!(s.get("/1.0/instances/c3/snapshots").await.metadata(), json!([]));
+    assert_eq!(s.get("/1.0/instances/c3").await.metadata()["status"], "Running");
+    let only = json!({"name": "c4", "source": {"type": "copy", "source": "c1", "instance_only": true}});
+    s.done(s.post(all, only).await).await;
+    assert_eq!(s.get("/1.0/instances/c4/snapshots").await.metadata(), json!([]));
+    s.post(all, copy("c2", "c1", json!({}))).await.refused(409);
+    s.post(all, copy("c9", "nope", json!({}))).await.refused(404);
+    s.post(all, copy("c9", "c1/nope", json!({}))).await.refused(404);
+    s.post(all, copy("c9", "c1", json!({"profiles": ["nope"]}))).await.refused(404);
+    // Into another project.
+    assert_eq!(s.post("/1.0/projects", json!({"name": "other"})).await.status, 201);
+    let root = json!({"root": {"type": "disk", "path": "/", "pool": "default"}});
+    let body = json!({"name": "c1", "profiles": [], "devices": root,
+        "source": {"type": "copy", "source": "c1", "project": "default"}});
+    s.done(s.post("/1.0/instances?project=other", body).await).await;
+    assert_eq!(s.get("/1.0/instances/c1?project=other").await.metadata()["project"], "other");
+    s.delete("/1.0/instances/c2").await.metadata();
+    assert_eq!(s.get("/1.0/instances/c1/snapshots").await.metadata().as_array().unwrap().len(), 1);
+}
