@@ -349,7 +349,7 @@ fn running_users(engine: &EngineInner, profile: &Profile) -> Result<Vec<User>> {
         now.identities = expand::assign_identities(
             &instance.identities,
             &expand::parse_devices(&devices).map_err(named)?,
-            instance.kind,
+            instance.hardware.as_ref(),
             instance.root,
             &engine.daemon_id,
             &mut |b| engine.env.fill_random(b),
