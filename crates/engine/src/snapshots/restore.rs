@@ -8,6 +8,7 @@ use crate::{
     db::Tx,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
+    tenancy::limits::{Planned, admit},
     volumes,
 };
 use async_trait::async_trait;
@@ -197,6 +198,8 @@ fn before(
         &mut |b| inner.env.fill_random(b),
     );
     inner.guest_spec(records, &instance, 0)?;
+    // What it was then may be more than the project has room for now, or than it may have.
+    admit(records, tx, instance.project, &Planned { instance: Some(&instance), ..Default::default() })?;
     Ok(instance)
 }
 

@@ -150,7 +150,7 @@ impl ProjectUsage {
     }
 
     /// Every limit of `rules` with its key, its unit and what is used of it.
-    fn against<'a>(&self, rules: &'a ProjectRules) -> Vec<(String, Option<u64>, u64, Option<&'static str>)> {
+    fn against(&self, rules: &ProjectRules) -> Vec<(String, Option<u64>, u64, Option<&'static str>)> {
         let l = &rules.limits;
         let mut all = vec![
             ("containers".into(), l.containers, self.containers, None),
