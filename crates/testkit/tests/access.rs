@@ -107,6 +107,13 @@ async fn fixture(env: &SeededEnv) -> Fixture {
         expires_at: None,
     };
     e.api_token_create(c, robot).await.unwrap();
+    e.acl_create(c, "default", "used", UpdateAcl::default()).await.unwrap();
+    let nic = [("type", "nic"), ("network", "karstbr0"), ("security.acls", "used")];
+    let nic = nic.map(|(k, v)| (k.to_owned(), v.to_owned())).into_iter().collect();
+    let mut walled = container("walled");
+    walled.devices.insert("eth0".into(), nic);
+    let (_, operation) = e.instance_create(c, HERE, walled).await.unwrap();
+    assert_eq!(w.ended(operation).await.error, None);
     let options = ImageOptions::default();
     let build = e.image_build(c, HERE, "debian/12", InstanceKind::Container, options).await.unwrap();
     assert_eq!(w.ended(build).await.error, None);
@@ -293,9 +300,10 @@ fn cases() -> Vec<Case> {
         acl_update SharedEdit |f, c, p| f.w.engine.acl_update(c, p, "web", UpdateAcl { description: "x".into(), ..Default::default() }).await.map(drop);
         acl_rename SharedEdit |f, c, p| f.w.engine.acl_rename(c, p, "web", "web2").await.map(drop);
         acl_delete SharedEdit |f, c, p| f.w.engine.acl_delete(c, p, "web").await.map(drop);
-        acl_used_by Filtered |f, c, p| { let acl = f.w.engine.acl(&f.w.admin, "default", "web")?; demand_nothing_hidden(f, c, f.w.engine.acl_used_by(c, &acl)) };
+        acl_used_by Filtered |f, c, p| { let acl = f.w.engine.acl(&f.w.admin, "default", "used")?; demand_nothing_hidden(f, c, f.w.engine.acl_used_by(c, &acl)) };
         address_sets View |f, c, p| f.w.engine.address_sets(c, p).map(drop);
         address_set View |f, c, p| f.w.engine.address_set(c, p, "office").map(drop);
+        address_set_used_by Filtered |f, c, p| { let set = f.w.engine.address_set(&f.w.admin, "default", "office")?; assert!(f.w.engine.address_set_used_by(c, &set).is_empty()); Ok(()) };
         address_set_create SharedEdit |f, c, p| f.w.engine.address_set_create(c, p, "fresh", UpdateAddressSet::default()).await.map(drop);
         address_set_update SharedEdit |f, c, p| f.w.engine.address_set_update(c, p, "office", UpdateAddressSet { description: "x".into(), ..Default::default() }).await.map(drop);
         address_set_rename SharedEdit |f, c, p| f.w.engine.address_set_rename(c, p, "office", "home").await.map(drop);
