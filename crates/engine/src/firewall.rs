@@ -422,8 +422,12 @@ impl Engine {
     }
 
     /// ACLs that name an address set.
-    pub fn address_set_used_by(&self, set: &AddressSet) -> UsedBy {
-        set_users(&self.inner().inventory.read(), &set.name)
+    pub fn address_set_used_by(&self, context: &Context, set: &AddressSet) -> UsedBy {
+        // Sets and ACLs belong to the same project: who may see the set may see them.
+        match context.principal().may(Permission::ProjectView, Some(set.project)) {
+            true => set_users(&self.inner().inventory.read(), &set.name),
+            false => vec![],
+        }
     }
 
     /// Creates an address set.

@@ -496,6 +496,19 @@ fn demand_fitting(now: &NetworkSpec, spec: &BridgeSpec) -> Result<()> {
 
 fn demand_free_subnet(records: &Records, spec: &BridgeSpec, except: Option<NetworkId>) -> Result<()> {
     for other in records.networks.values().filter(|n| Some(n.id) != except) {
+        if let (Ok(BridgeSpec { ipv4: Some(theirs), .. }), Some(ours)) =
+            (BridgeSpec::parse(&other.name, &other.config), spec.ipv4)
+            && (theirs.contains(&ours.network()) || ours.contains(&theirs.network()))
+        {
+            return Err(Error::conflict(format!(
+                "the subnet {} overlaps with network {:?}",
+                ours.trunc(),
+                &*other.name
+            ))
+            .at("config.ipv4.address"));
+        }
+    }
+    for other in records.networks.values().filter(|n| Some(n.id) != except) {
         if let (Ok(BridgeSpec { ipv6: Some(theirs), .. }), Some(ours)) =
             (BridgeSpec::parse(&other.name, &other.config), spec.ipv6)
             && (theirs.contains(&ours.network()) || ours.contains(&theirs.network()))
@@ -506,19 +519,6 @@ fn demand_free_subnet(records: &Records, spec: &BridgeSpec, except: Option<Netwo
                 &*other.name
             ))
             .at("config.ipv6.address"));
-        }
-    }
-    let Some(ours) = spec.ipv4 else { return Ok(()) };
-    for other in records.networks.values().filter(|n| Some(n.id) != except) {
-        if let Ok(BridgeSpec { ipv4: Some(theirs), .. }) = BridgeSpec::parse(&other.name, &other.config)
-            && (theirs.contains(&ours.network()) || ours.contains(&theirs.network()))
-        {
-            return Err(Error::conflict(format!(
-                "the subnet {} overlaps with network {:?}",
-                ours.trunc(),
-                &*other.name
-            ))
-            .at("config.ipv4.address"));
         }
     }
     Ok(())

@@ -6,6 +6,7 @@ use karst_agent::ImagePart;
 use karst_engine::{
     Context,
     compute::{copy::CopyInstance, create::CreateInstance, power::PowerRequest, update::UpdateInstance},
+    firewall::{UpdateAcl, UpdateAddressSet, UpdateForward},
     images::{ImageOptions, ImageUpload, UpdateImage},
     network::{CreateNetwork, UpdateNetwork},
     snapshots::{Origin, change::UpdateSnapshot, create::CreateSnapshot},
@@ -115,11 +116,21 @@ async fn fixture(env: &SeededEnv) -> Fixture {
         expires_at: None,
     };
     e.api_token_create(c, robot).await.unwrap();
+    e.acl_create(c, "default", "used", UpdateAcl::default()).await.unwrap();
+    let nic = [("type", "nic"), ("network", "karstbr0"), ("security.acls", "used")];
+    let nic = nic.map(|(k, v)| (k.to_owned(), v.to_owned())).into_iter().collect();
+    let mut walled = container("walled");
+    walled.devices.insert("eth0".into(), nic);
+    let (_, operation) = e.instance_create(c, HERE, walled).await.unwrap();
+    assert_eq!(w.ended(operation).await.error, None);
     let options = ImageOptions::default();
     let build = e.image_build(c, HERE, "debian/12", InstanceKind::Container, options).await.unwrap();
     assert_eq!(w.ended(build).await.error, None);
     let (_, operation) = e.network_create(c, "default", CreateNetwork::automatic("net1")).await.unwrap();
     assert_eq!(w.ended(operation).await.error, None);
+    e.acl_create(c, "default", "web", UpdateAcl::default()).await.unwrap();
+    e.address_set_create(c, "default", "office", UpdateAddressSet::default()).await.unwrap();
+    e.forward_create(c, "default", "net1", LISTEN, UpdateForward::default()).await.unwrap();
     let pool = CreatePool { name: "second".into(), driver: "dir".into(), ..Default::default() };
     let operation = e.pool_create(c, pool).await.unwrap();
     assert_eq!(w.ended(operation).await.error, None);
@@ -138,6 +149,9 @@ async fn fixture(env: &SeededEnv) -> Fixture {
     let (here, other, shared) = (of(HERE), of(OTHER), of("default"));
     Fixture { w, running, here, other, shared }
 }
+
+/// Where a forward of `net1` listens.
+const LISTEN: &str = "192.0.2.50";
 
 fn of_still(project: &str) -> Origin<'_> {
     Origin::Instance { project, name: "still" }
@@ -304,6 +318,27 @@ fn cases() -> Vec<Case> {
         network_create SharedEdit |f, c, p| f.w.engine.network_create(c, p, CreateNetwork::automatic("fresh")).await.map(drop);
         network_update SharedEdit |f, c, p| f.w.engine.network_update(c, p, "net1", UpdateNetwork { description: "x".into(), config: f.w.engine.network(&f.w.admin, "default", "net1")?.config.clone(), if_version: None }).await.map(drop);
         network_delete SharedEdit |f, c, p| f.w.engine.network_delete(c, p, "net1").await.map(drop);
+        network_rename SharedEdit |f, c, p| f.w.engine.network_rename(c, p, "net1", "net2").await.map(drop);
+        network_explain View |f, c, p| f.w.engine.network_explain(c, p, "192.0.2.1", "192.0.2.2", "80").await.map(drop);
+        acls View |f, c, p| f.w.engine.acls(c, p).map(drop);
+        acl View |f, c, p| f.w.engine.acl(c, p, "web").map(drop);
+        acl_create SharedEdit |f, c, p| f.w.engine.acl_create(c, p, "fresh", UpdateAcl::default()).await.map(drop);
+        acl_update SharedEdit |f, c, p| f.w.engine.acl_update(c, p, "web", UpdateAcl { description: "x".into(), ..Default::default() }).await.map(drop);
+        acl_rename SharedEdit |f, c, p| f.w.engine.acl_rename(c, p, "web", "web2").await.map(drop);
+        acl_delete SharedEdit |f, c, p| f.w.engine.acl_delete(c, p, "web").await.map(drop);
+        acl_used_by Filtered |f, c, p| { let acl = f.w.engine.acl(&f.w.admin, "default", "used")?; demand_nothing_hidden(f, c, f.w.engine.acl_used_by(c, &acl)) };
+        address_sets View |f, c, p| f.w.engine.address_sets(c, p).map(drop);
+        address_set View |f, c, p| f.w.engine.address_set(c, p, "office").map(drop);
+        address_set_used_by Filtered |f, c, p| { let set = f.w.engine.address_set(&f.w.admin, "default", "office")?; assert!(f.w.engine.address_set_used_by(c, &set).is_empty()); Ok(()) };
+        address_set_create SharedEdit |f, c, p| f.w.engine.address_set_create(c, p, "fresh", UpdateAddressSet::default()).await.map(drop);
+        address_set_update SharedEdit |f, c, p| f.w.engine.address_set_update(c, p, "office", UpdateAddressSet { description: "x".into(), ..Default::default() }).await.map(drop);
+        address_set_rename SharedEdit |f, c, p| f.w.engine.address_set_rename(c, p, "office", "home").await.map(drop);
+        address_set_delete SharedEdit |f, c, p| f.w.engine.address_set_delete(c, p, "office").await.map(drop);
+        forwards View |f, c, p| f.w.engine.forwards(c, p, "net1").map(drop);
+        forward View |f, c, p| f.w.engine.forward(c, p, "net1", LISTEN).map(drop);
+        forward_create SharedEdit |f, c, p| f.w.engine.forward_create(c, p, "net1", "192.0.2.51", UpdateForward::default()).await.map(drop);
+        forward_update SharedEdit |f, c, p| f.w.engine.forward_update(c, p, "net1", LISTEN, UpdateForward { description: "x".into(), ..Default::default() }).await.map(drop);
+        forward_delete SharedEdit |f, c, p| f.w.engine.forward_delete(c, p, "net1", LISTEN).await.map(drop);
         // What follows has no answer to refuse: it leaves out what the caller may not see (see the tests below).
         network_used_by Filtered |f, c, p| { let n = f.w.engine.network(&f.w.admin, "default", "karstbr0")?; demand_nothing_hidden(f, c, f.w.engine.network_used_by(c, &n)) };
         pool_used_by Filtered |f, c, p| { let n = f.w.engine.pool(&f.w.admin, "default")?; demand_nothing_hidden(f, c, f.w.engine.pool_used_by(c, &n)) };

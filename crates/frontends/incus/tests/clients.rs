@@ -174,7 +174,10 @@ async fn incus_lives_a_day() {
     ])
     .await;
     c.fails(&["cluster", "list"], "cluster").await;
-    c.fails(&["snapshot", "create", "q1", "s1"], "snapshots").await;
+    c.ok(&["snapshot", "create", "q1", "s1"]).await;
+    assert!(c.ok(&["snapshot", "list", "q1", "--format", "csv"]).await.starts_with("s1,"));
+    c.fails(&["snapshot", "create", "q1", "s1"], "s1").await;
+    c.ok(&["snapshot", "delete", "q1", "s1"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

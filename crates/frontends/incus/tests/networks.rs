@@ -127,8 +127,12 @@ async fn network_acls_live() {
 
     // On a NIC, and what that means for a packet.
     let network = s.get("/1.0/networks?recursion=1").await.metadata()[0]["name"].as_str().unwrap().to_owned();
-    let nic =
-        |acls: &str| json!({"devices": {"eth0": {"type": "nic", "network": network, "security.acls": acls}}});
+    let own = s.get(&format!("/1.0/networks/{network}")).await.metadata()["config"]["ipv4.address"].clone();
+    let address = own.as_str().and_then(|a| a.strip_suffix("1/24")).map(|a| format!("{a}9")).unwrap();
+    let nic = |acls: &str| {
+        let nic = json!({"type": "nic", "network": network, "ipv4.address": address, "security.acls": acls});
+        json!({"devices": {"eth0": nic}})
+    };
     let answer = s.patch("/1.0/instances/c1", nic("nope")).await;
     assert_eq!(answer.status, 404, "{}", answer.json());
     assert_eq!(s.patch("/1.0/instances/c1", nic("web")).await.status, 200);

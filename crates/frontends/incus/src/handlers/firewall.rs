@@ -207,7 +207,7 @@ pub async fn sets(call: Call) -> Result<Reply> {
         &filter,
         all.iter().zip(&projects).map(|(set, project)| {
             (
-                AddressSetView::of(set, call.engine().address_set_used_by(set), project),
+                AddressSetView::of(set, call.engine().address_set_used_by(&call.context, set), project),
                 wire::path("network-address-sets", &set.name, project),
             )
         }),
@@ -221,7 +221,7 @@ pub async fn sets(call: Call) -> Result<Reply> {
 pub async fn set(call: Call) -> Result<Reply> {
     let set = call.engine().address_set(&call.context, call.project(), call.param(0))?;
     let project = call.engine().inner().project_name(Some(set.project));
-    let view = AddressSetView::of(&set, call.engine().address_set_used_by(&set), &project);
+    let view = AddressSetView::of(&set, call.engine().address_set_used_by(&call.context, &set), &project);
     sync_etag(&view, &Etag::of(SET, set.id.uuid(), set.spec_version))
 }
 
