@@ -28,7 +28,7 @@ impl Engine {
         name: &str,
         new: &str,
     ) -> Result<()> {
-        let project = self.project(context, origin.project(), Permission::ResourceEdit)?;
+        let project = origin.editor(self, context)?;
         let inner = self.inner();
         let new = Name::parse("name", new)?;
         let mut told = None;
@@ -91,7 +91,7 @@ impl Engine {
         name: &str,
         update: UpdateSnapshot,
     ) -> Result<()> {
-        let project = self.project(context, origin.project(), Permission::ResourceEdit)?;
+        let project = origin.editor(self, context)?;
         let inner = self.inner();
         let now = inner.env.now();
         let mut told = None;

@@ -46,7 +46,7 @@ impl Engine {
         origin: Origin<'_>,
         request: CreateSnapshot,
     ) -> Result<LiveOperation> {
-        let project = self.project(context, origin.project(), Permission::ResourceEdit)?;
+        let project = origin.editor(self, context)?;
         let inner = self.inner();
         runner::start::<SnapshotCreate>(inner, context, |tx| {
             let records = inner.inventory.read();

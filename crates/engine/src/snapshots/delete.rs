@@ -25,7 +25,7 @@ impl Engine {
         origin: Origin<'_>,
         name: &str,
     ) -> Result<LiveOperation> {
-        let project = self.project(context, origin.project(), Permission::ResourceEdit)?;
+        let project = origin.editor(self, context)?;
         let inner = self.inner();
         runner::start::<SnapshotDelete>(inner, context, |tx| {
             let records = inner.inventory.read();

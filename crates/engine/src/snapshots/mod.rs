@@ -17,7 +17,7 @@ use karst_model::{
     Config, Error, InstanceId, ProjectId, Result, SnapshotId, VolumeId,
     access::Permission,
     instance::Instance,
-    project::DEFAULT_PROJECT,
+    project::{DEFAULT_PROJECT, Project},
     schedule::{self as calendar, Span},
     snapshot::{Snapshot, VolumeSnapshot},
     storage::{Volume, VolumeOwner},
@@ -62,6 +62,17 @@ pub enum Origin<'a> {
 }
 
 impl Origin<'_> {
+    /// The project, for a request that changes snapshots.
+    ///
+    /// # Errors
+    /// Not found, forbidden.
+    pub(crate) fn editor(&self, engine: &crate::Engine, context: &Context) -> Result<Row<Project>> {
+        match self {
+            Self::Instance { project, .. } => engine.project(context, project, Permission::ResourceEdit),
+            Self::Volume { project, .. } => engine.volume_editor(context, project),
+        }
+    }
+
     /// The project.
     pub fn project(&self) -> &str {
         match self {

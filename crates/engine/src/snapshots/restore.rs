@@ -37,7 +37,7 @@ impl Engine {
         origin: Origin<'_>,
         name: &str,
     ) -> Result<LiveOperation> {
-        let project = self.project(context, origin.project(), Permission::ResourceEdit)?;
+        let project = origin.editor(self, context)?;
         let Origin::Instance { name: instance, project: project_name } = origin else {
             return self.restore_stopped(context, origin, name).await;
         };
@@ -97,7 +97,7 @@ impl Engine {
         origin: Origin<'_>,
         name: &str,
     ) -> Result<LiveOperation> {
-        let project = self.project(context, origin.project(), Permission::ResourceEdit)?;
+        let project = origin.editor(self, context)?;
         let inner = self.inner();
         runner::start::<SnapshotRestore>(inner, context, |tx| {
             let records = inner.inventory.read();

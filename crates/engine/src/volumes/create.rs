@@ -45,7 +45,7 @@ impl Engine {
         pool: &str,
         request: CreateVolume,
     ) -> Result<LiveOperation> {
-        let project = self.project(context, project, Permission::ResourceEdit)?;
+        let project = self.volume_editor(context, project)?;
         let inner = self.inner();
         let name = Name::parse("name", &request.name)?;
         let size = check_volume_config(&request.config, request.content)?;

@@ -27,7 +27,7 @@ impl Engine {
         pool: &str,
         name: &str,
     ) -> Result<LiveOperation> {
-        let project = self.project(context, project, Permission::ResourceEdit)?;
+        let project = self.volume_editor(context, project)?;
         let inner = self.inner();
         runner::start::<VolumeDelete>(inner, context, |tx| {
             let records = inner.inventory.read();

@@ -100,6 +100,26 @@ pub(crate) fn runs(records: &Records, instance: &Instance) -> bool {
     !matches!(status, Status::Stopped | Status::Error)
 }
 
+impl crate::Engine {
+    /// The project of a request that changes custom volumes. Where they are those of the default project, the caller must
+    /// be allowed to change them there too: a project that shares them gives no power over them.
+    ///
+    /// # Errors
+    /// Not found, forbidden.
+    pub(crate) fn volume_editor(&self, context: &Context, project: &str) -> Result<Row<Project>> {
+        let project = self.project(context, project, Permission::ResourceEdit)?;
+        let records = self.inner().inventory.read();
+        let owner = records.volume_project(project.id);
+        if !context.principal().may(Permission::ResourceEdit, Some(owner)) {
+            return Err(Error::forbidden(format!(
+                "the custom volumes of project {:?} are those of project {DEFAULT_PROJECT:?}, which you may not change",
+                &*project.name
+            )));
+        }
+        Ok(project)
+    }
+}
+
 impl Records {
     /// The same as [`Records::custom_volume`], as an error for the user when there is none.
     pub(crate) fn demand_volume(&self, project: ProjectId, pool: &str, name: &str) -> Result<&Row<Volume>> {

@@ -44,7 +44,7 @@ impl Engine {
         name: &str,
         request: UpdateVolume,
     ) -> Result<LiveOperation> {
-        let project = self.project(context, project, Permission::ResourceEdit)?;
+        let project = self.volume_editor(context, project)?;
         let inner = self.inner();
         runner::start::<VolumeUpdate>(inner, context, |tx| {
             let records = inner.inventory.read();
@@ -116,7 +116,7 @@ impl Engine {
         name: &str,
         new: &str,
     ) -> Result<()> {
-        let project = self.project(context, project, Permission::ResourceEdit)?;
+        let project = self.volume_editor(context, project)?;
         let inner = self.inner();
         let new = Name::parse("name", new)?;
         let mut renamed = String::new();
