@@ -14,7 +14,6 @@ use jiff::Timestamp;
 use karst_agent::{GuestRef, VolumeSnapshotRef};
 use karst_model::{
     Error, ErrorKind, Name, NodeId, Result, SnapshotId,
-    access::Permission,
     guest::Observed,
     instance::{Instance, RuntimeState, Status},
     snapshot::{Snapshot, VolumeSnapshot},

@@ -16,7 +16,6 @@ use karst_agent::{CallContext, VolumeRef, VolumeSnapshotRef};
 use karst_env::EnvExt;
 use karst_model::{
     ByteSize, Error, ErrorKind, NodeId, Result, SnapshotId, VolumeId,
-    access::Permission,
     instance::{Instance, PowerAction},
     snapshot::Snapshot,
     storage::Volume,

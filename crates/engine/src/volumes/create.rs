@@ -13,7 +13,6 @@ use async_trait::async_trait;
 use karst_agent::VolumeRef;
 use karst_model::{
     Config, Name, NodeId, Result, VolumeId,
-    access::Permission,
     spec::{VolumeSource, VolumeSpec},
     storage::{DEFAULT_BLOCK_SIZE, Volume, VolumeContent, VolumeOwner, check_volume_config},
 };

@@ -11,7 +11,7 @@ use crate::{
 };
 use async_trait::async_trait;
 use karst_agent::VolumeRef;
-use karst_model::{Error, NodeId, Result, access::Permission, storage::Volume};
+use karst_model::{Error, NodeId, Result, storage::Volume};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 

@@ -13,7 +13,6 @@ use async_trait::async_trait;
 use karst_agent::{VolumeRef, VolumeResize};
 use karst_model::{
     ByteSize, Config, Error, Name, NodeId, Result,
-    access::Permission,
     device::Devices,
     storage::{Volume, VolumeContent, check_volume_config},
 };
