@@ -3,7 +3,7 @@
 use super::{Found, Origin, Row2};
 use crate::{Engine, context::Context, saga::runner};
 use jiff::Timestamp;
-use karst_model::{Error, Name, Result, access::Permission};
+use karst_model::{Error, Name, Result};
 
 /// What a user may set of a snapshot.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -10,7 +10,7 @@ use crate::{
 };
 use async_trait::async_trait;
 use karst_agent::VolumeSnapshotRef;
-use karst_model::{NodeId, Result, SnapshotId, access::Permission, instance::Instance, snapshot::Snapshot};
+use karst_model::{NodeId, Result, SnapshotId, instance::Instance, snapshot::Snapshot};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
