@@ -102,6 +102,10 @@ pub(crate) fn ensure(daemon: &str, paths: &Paths, wanted: &Record) -> Result<()>
     }
     let mac = wanted_mac(daemon, wanted)?;
     if found.mac.as_deref() != Some(link::format_mac(&mac).as_str()) {
+        // Guests hear at once that their gateway has another address, rather than when their caches expire. A kernel
+        // without these settings only lets them wait.
+        sysctl::set(&["net", "ipv4", "conf", name, "arp_notify"], "1")?;
+        sysctl::set(&["net", "ipv6", "conf", name, "ndisc_notify"], "1")?;
         link::set_mac(name, mac)?;
     }
     let mtu = wanted.spec.mtu.or_else(|| before.and_then(|b| b.spec.mtu).map(|_| 1500));
