@@ -259,8 +259,8 @@ mod tests {
         assert_eq!((verdict.fault.clone(), verdict.head.seq), (None, 200));
         assert!(verdict.first > 1 && segments(&path).unwrap().len() <= KEPT, "{verdict:?}");
         assert_eq!(verdict.checked, 200 - verdict.first + 1);
-        let page = log.read(AuditRange { from: 150, limit: 5 }).unwrap();
-        assert_eq!(page.iter().map(|r| r.seq).collect::<Vec<_>>(), [150, 151, 152, 153, 154]);
+        let page = log.read(AuditRange { from: 180, limit: 5 }).unwrap();
+        assert_eq!(page.iter().map(|r| r.seq).collect::<Vec<_>>(), [180, 181, 182, 183, 184]);
         assert_eq!(log.read(AuditRange { from: 1, limit: 1 }).unwrap()[0].seq, verdict.first);
         assert!(log.read(AuditRange { from: 201, limit: 5 }).unwrap().is_empty());
     }
