@@ -405,8 +405,10 @@ fn welcome((nonce, _): Hello) -> Vec<u8> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hostile_guest_loses_its_connection_and_is_left_alone_for_a_while() {
     let started = Frame::new(kind::REPLY, 1, Reply(Ok(Started { pid: 1 })).encoded()).encode();
-    let flood: Vec<u8> =
-        (0..WINDOW / 1000 + 2).flat_map(|_| Frame::data(1, channel::OUT, &[b'x'; 1000]).encode()).collect();
+    // More than the window and what the pipe that nobody reads takes, for which credit is given again.
+    let flood: Vec<u8> = (0..2 * WINDOW / 1000 + 100)
+        .flat_map(|_| Frame::data(1, channel::OUT, &[b'x'; 1000]).encode())
+        .collect();
     for (what, bytes) in [
         ("no frame", b"\x05ab\0".to_vec()),
         ("not opened", Frame::new(kind::REPLY, 7, vec![0]).encode()),
