@@ -521,31 +521,6 @@ fn the_right_role_is_enough() {
 }
 
 #[test]
-fn a_project_that_shares_the_default_projects_volumes_gives_no_power_over_them() {
-    SeededEnv::run(4, |env| async move {
-        let f = fixture(&env).await;
-        let (e, admin) = (&f.w.engine, &f.w.admin);
-        let config = [("features.storage.volumes".to_owned(), "false".to_owned())].into();
-        e.project_create(admin, "sharing", "", config).await.unwrap();
-        let operation = e.volume_create(admin, "default", "default", volume("precious")).await.unwrap();
-        assert_eq!(f.w.ended(operation).await.error, None);
-        let id = e.project(admin, "sharing", karst_model::access::Permission::ProjectView).unwrap().id;
-        let operator = who(Role::Operator, Some(id));
-        let origin = Origin::Volume { project: "sharing", pool: "default", name: "precious" };
-        let refused = [
-            e.volume_delete(&operator, "sharing", "default", "precious").await.map(drop),
-            e.volume_rename(&operator, "sharing", "default", "precious", "mine").await,
-            e.volume_create(&operator, "sharing", "default", volume("more")).await.map(drop),
-            e.snapshot_create(&operator, origin, CreateSnapshot::default()).await.map(drop),
-        ];
-        for result in refused {
-            assert!(result.as_ref().is_err_and(|e| e.is(ErrorKind::Forbidden)), "{result:?}");
-        }
-        e.volume_rename(admin, "sharing", "default", "precious", "renamed").await.unwrap();
-    });
-}
-
-#[test]
 fn leases_of_other_projects_are_not_shown() {
     SeededEnv::run(3, |env| async move {
         let f = fixture(&env).await;
