@@ -212,7 +212,7 @@ impl RealAgent {
 
     async fn adopt(self: &Arc<Self>) -> Result<()> {
         for pool in self.registry.pools()? {
-            // One that cannot be opened does not stop the others; it is tried again when it is next asked for.
+            // One that cannot be opened does not stop the others; `pool_ensure` tries it again.
             if let Err(e) = self.open_pool(&pool).await {
                 tracing::error!(pool = %pool.id, error = %e, context = e.context, "a pool cannot be opened");
             }
