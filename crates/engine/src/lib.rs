@@ -28,6 +28,7 @@ pub mod reconcile;
 pub mod saga;
 pub mod snapshots;
 pub mod storage;
+pub mod stream;
 pub mod tenancy;
 pub mod volumes;
 
