@@ -39,6 +39,7 @@ test: test-deps
 	@scripts/test
 
 test-all: test-deps
+	@scripts/install-dependencies clients
 	@scripts/test --all
 
 bench: test-deps
