@@ -156,6 +156,11 @@ async fn resources_are_the_hosts() {
     assert_eq!(r["cpu"]["architecture"], "x86_64");
     assert!(r["memory"]["total"].as_u64().unwrap() > 0 && r["load"]["Processes"].as_u64().unwrap() > 0);
     assert!(r["system"]["firmware"].is_null(), "a simulated host has none");
+    assert_eq!(r["cpu"]["sockets"][0]["cores"][0]["die"], 0);
+    assert!(r["system"]["type"].is_string());
+    for (kind, list) in [("pci", "devices"), ("usb", "devices"), ("storage", "disks"), ("network", "cards")] {
+        assert_eq!(r[kind]["total"].as_u64().unwrap(), r[kind][list].as_array().unwrap().len() as u64);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
