@@ -759,6 +759,7 @@ fn the_table_is_whole() {
     let tests = [
         include_str!("api.rs"),
         include_str!("networks.rs"),
+        include_str!("pools.rs"),
         include_str!("clients.rs"),
         include_str!("remote.rs"),
         include_str!("volumes.rs"),
