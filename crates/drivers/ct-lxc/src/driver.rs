@@ -5,6 +5,7 @@ use crate::{
     config::{Groups, HostFeatures, SECCOMP, render, seccomp_file},
     disks,
     end::{ended, exit_reason},
+    ending::Held,
     limits::limits,
     proc::{Init, init_end, log_reason},
     proxies,
@@ -119,6 +120,19 @@ impl Running {
 
 fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// It ended by itself meanwhile.
+fn gone_is_fine(e: Error) -> Result<()> {
+    if e.is(ErrorKind::NotFound) { Ok(()) } else { Err(e) }
+}
+
+/// Writes a file that is mostly the same at each start.
+fn write_unless_same(path: &Path, content: &[u8]) -> Result<()> {
+    if std::fs::read(path).is_ok_and(|old| old == content) {
+        return Ok(());
+    }
+    write_private(path, content)
 }
 
 fn not_running() -> Error {
@@ -251,6 +265,17 @@ impl Shared {
     /// Removes what a dead guest may have left outside its directory. The caller holds `changing` and knows that no keeper
     /// lives.
     async fn clear(&self, dir: &Path, groups: &Groups, interfaces: impl Iterator<Item = &str>) -> Result<()> {
+        self.clear_guest(dir, groups, interfaces).await?;
+        self.cgroups.remove(&groups.keeper).await
+    }
+
+    /// As [`Self::clear`], without the group of a keeper that may still be on its way out.
+    async fn clear_guest(
+        &self,
+        dir: &Path,
+        groups: &Groups,
+        interfaces: impl Iterator<Item = &str>,
+    ) -> Result<()> {
         proxies::stop_all(dir).await?;
         for group in [&groups.limits, &groups.monitor] {
             if self.cgroups.exists(group) {
@@ -259,7 +284,6 @@ impl Shared {
                 self.cgroups.remove(group).await?;
             }
         }
-        self.cgroups.remove(&groups.keeper).await?;
         for name in interfaces {
             if Path::new("/sys/class/net").join(name).exists() {
                 // It may go by itself at this moment, with its namespace.
@@ -275,10 +299,29 @@ impl Shared {
         Ok(())
     }
 
+    /// As [`Self::clear`], of what a record tells.
     async fn clear_record(&self, record: &Record) -> Result<()> {
         let groups = Groups::of(&record.daemon_id, record.instance);
         self.clear(&self.dir(record.instance), &groups, record.nics.iter().map(|n| n.host_interface.as_str()))
             .await
+    }
+
+    /// Removes the group of a keeper once that has gone, which syncs its last words after it told them: nobody waits for
+    /// that. Whoever starts or destroys the guest does it first if it is not done by then.
+    fn clear_keeper(&self, instance: InstanceId, groups: &Groups) {
+        let (cgroups, dir, group) = (self.cgroups.clone(), self.dir(instance), groups.keeper.clone());
+        let guest = self.guest(instance);
+        tokio::spawn(async move {
+            let gone = keeper::wait_gone(&dir).await;
+            // The next keeper's is made under the same name: not while that happens, and not when it lives.
+            let _changing = guest.changing.lock().await;
+            if gone.is_ok()
+                && !keeper::is_alive(&dir)
+                && let Err(e) = cgroups.remove(&group).await
+            {
+                tracing::debug!(group, error = %e, "a keeper's control group is left for the next start");
+            }
+        });
     }
 
     /// Waits for a guest's end in the background, clears up after it and tells.
@@ -320,7 +363,10 @@ impl Shared {
         if !keeper::is_alive(&dir)
             && let Some(record) = Record::read(&dir)?
         {
-            self.clear_record(&record).await?;
+            let groups = Groups::of(&record.daemon_id, instance);
+            let interfaces = record.nics.iter().map(|n| n.host_interface.as_str());
+            self.clear_guest(&dir, &groups, interfaces).await?;
+            self.clear_keeper(instance, &groups);
         }
         self.observe(instance).await
     }
@@ -484,9 +530,13 @@ impl Shared {
         }
         let config = dir.join("lxc.conf");
         let log = dir.join("lxc.log");
-        write_private(&config, render(guest, self.host)?.as_bytes())?;
-        write_private(&seccomp_file(dir), SECCOMP.as_bytes())?;
-        write_private(&log, b"")?;
+        let (rendered, place) = (render(guest, self.host)?, dir.clone());
+        // Beside what follows: neither needs the other.
+        let written = tokio::task::spawn_blocking(move || {
+            write_unless_same(&place.join("lxc.conf"), rendered.as_bytes())?;
+            write_unless_same(&seccomp_file(&place), SECCOMP.as_bytes())?;
+            write_private(&place.join("lxc.log"), b"")
+        });
         if previous.is_none_or(|p| p.seed != record.seed) {
             seed::apply(guest, previous.map(|p| p.hostname.as_str())).await?;
         }
@@ -507,6 +557,7 @@ impl Shared {
         self.cgroups.limit(&groups.limits, &limits(guest))?;
         self.cgroups.delegate(&groups.limits);
         let keeper_cgroups = self.cgroups.create_tracking(&groups.keeper)?;
+        written.await.map_err(|e| Error::internal("writing was broken off", e))??;
 
         let mut argv: Vec<std::ffi::OsString> = vec!["lxc-start".into(), "-F".into(), "-n".into()];
         argv.push(guest.instance.to_string().into());
@@ -612,15 +663,23 @@ impl Shared {
     async fn stop_force(&self, running: &Running) -> Result<()> {
         running.keeper.mark(Requested::Force).await?;
         let mut unlinked = None;
+        // Closed at the end of this function, in the background.
+        let mut _held = Held::default();
         match running.init() {
             Some(init) => {
-                init.signal(Signal::KILL);
                 // The interfaces go while it dies: the kernel takes tens of milliseconds for each, which `lxc-start` would
                 // add to the end. Whatever is left of them is removed afterwards, and an error is told then.
                 let links: Vec<_> = running.record.nics.iter().map(|n| n.host_interface.clone()).collect();
                 unlinked = Some(tokio::task::spawn_blocking(move || {
                     links.iter().for_each(|name| drop(link::delete(name)));
                 }));
+                let (cgroups, group) = (self.cgroups.clone(), running.groups.limits.clone());
+                let held = move || Held::take(&cgroups.processes(&group));
+                _held = tokio::task::spawn_blocking(held).await.unwrap_or_default();
+                init.signal(Signal::KILL);
+                // All that `lxc-start` would do at the end is done by `clear` too. Its children become the keeper's, which
+                // ends when the last of them has.
+                running.keeper.kill().await.or_else(gone_is_fine)?;
                 if let Some((file, value)) = self.cgroups.freezer(&running.groups.limits, false)
                     && self.cgroups.is_frozen(&running.groups.limits)
                 {
