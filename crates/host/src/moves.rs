@@ -7,7 +7,7 @@
 
 use std::{
     fs, io,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         OnceLock,
         atomic::{AtomicBool, Ordering},
@@ -43,7 +43,7 @@ fn find(groups: &str, mounts: &str) -> Option<PathBuf> {
             _ => *kind == "cgroup" && controllers.split(',').all(|c| options.split(',').any(|o| o == c)),
         })
     };
-    let places = groups.lines().filter_map(|line| {
+    let mut places = groups.lines().filter_map(|line| {
         let mut fields = line.splitn(3, ':').skip(1);
         let (controllers, group) = (fields.next()?, fields.next()?);
         if group.split('/').any(|part| part == "..") {
@@ -53,11 +53,12 @@ fn find(groups: &str, mounts: &str) -> Option<PathBuf> {
         place.extend(group.split('/').filter(|part| !part.is_empty()));
         Some(place.join("cgroup.procs"))
     });
-    places.last()
+    // On a hybrid of both the second version comes last.
+    places.next_back()
 }
 
 /// Moves this process to where it is. Blocks for the grace period.
-fn enter(file: &PathBuf) -> io::Result<()> {
+fn enter(file: &Path) -> io::Result<()> {
     use io::Write;
     fs::File::options().write(true).open(file)?.write_all(b"0")
 }

@@ -5,7 +5,6 @@ use crate::{
     config::{Groups, HostFeatures, SECCOMP, render, seccomp_file},
     disks,
     end::{ended, exit_reason},
-    ending::Held,
     limits::limits,
     proc::{Init, init_end, log_reason},
     proxies,
@@ -14,17 +13,15 @@ use crate::{
 };
 use async_trait::async_trait;
 use karst_guest::{
-    Applied, Exec, ExecRequest, GuestDriver, GuestFiles, Interface, Metrics, Observed, ResolvedGuest,
-    StopMode,
+    Applied, Exec, ExecRequest, GuestDriver, GuestFiles, Metrics, Observed, ResolvedGuest, StopMode,
     keeper::{self, Console, Keeper, Requested, Spec, Status, write_private},
 };
-use karst_host::{Program, cgroup::Cgroups, link, netns::NetnsProbe, run};
+use karst_host::{Program, cgroup::Cgroups, run};
 use karst_model::{
     Error, ErrorKind, InstanceId, Result,
     instance::{ExitReason, InstanceKind, RuntimeState},
     spec::ProxySpec,
 };
-use rustix::process::Signal;
 use std::{
     collections::HashMap,
     hash::{DefaultHasher, Hash, Hasher},
@@ -34,6 +31,9 @@ use std::{
     time::Duration,
 };
 use tokio::{sync::mpsc, time::timeout};
+
+mod clearing;
+mod sampling;
 
 /// How long a start may take until init's program runs.
 const START: Duration = Duration::from_secs(60);
@@ -70,8 +70,8 @@ struct Shared {
 struct Guest {
     /// One start, destroy or clean-up at a time. Never held while waiting for a guest to follow a request.
     changing: tokio::sync::Mutex<()>,
-    /// The network probe and the init it was opened for.
-    probe: Mutex<Option<(u32, Arc<NetnsProbe>)>>,
+    /// What samples are made with.
+    sampled: Mutex<Option<Arc<sampling::Sampled>>>,
     /// The keeper that a watcher watches.
     watched: Mutex<Option<u32>>,
 }
@@ -120,11 +120,6 @@ impl Running {
 
 fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(|e| e.into_inner())
-}
-
-/// It ended by itself meanwhile.
-fn gone_is_fine(e: Error) -> Result<()> {
-    if e.is(ErrorKind::NotFound) { Ok(()) } else { Err(e) }
 }
 
 /// Writes a file that is mostly the same at each start.
@@ -262,68 +257,6 @@ impl Shared {
         }
     }
 
-    /// Removes what a dead guest may have left outside its directory. The caller holds `changing` and knows that no keeper
-    /// lives.
-    async fn clear(&self, dir: &Path, groups: &Groups, interfaces: impl Iterator<Item = &str>) -> Result<()> {
-        self.clear_guest(dir, groups, interfaces).await?;
-        self.cgroups.remove(&groups.keeper).await
-    }
-
-    /// As [`Self::clear`], without the group of a keeper that may still be on its way out.
-    async fn clear_guest(
-        &self,
-        dir: &Path,
-        groups: &Groups,
-        interfaces: impl Iterator<Item = &str>,
-    ) -> Result<()> {
-        proxies::stop_all(dir).await?;
-        for group in [&groups.limits, &groups.monitor] {
-            if self.cgroups.exists(group) {
-                // Nobody, normally; after a keeper was killed, what did not die with it.
-                self.cgroups.kill(group).await?;
-                self.cgroups.remove(group).await?;
-            }
-        }
-        for name in interfaces {
-            if Path::new("/sys/class/net").join(name).exists() {
-                // It may go by itself at this moment, with its namespace.
-                let out = run(Program::Ip).args(["link", "delete", "dev", name]).output().await?;
-                if out.code != 0 && Path::new("/sys/class/net").join(name).exists() {
-                    return Err(Error::internal(
-                        "a network interface of the guest could not be removed",
-                        String::from_utf8_lossy(&out.stderr),
-                    ));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// As [`Self::clear`], of what a record tells.
-    async fn clear_record(&self, record: &Record) -> Result<()> {
-        let groups = Groups::of(&record.daemon_id, record.instance);
-        self.clear(&self.dir(record.instance), &groups, record.nics.iter().map(|n| n.host_interface.as_str()))
-            .await
-    }
-
-    /// Removes the group of a keeper once that has gone, which syncs its last words after it told them: nobody waits for
-    /// that. Whoever starts or destroys the guest does it first if it is not done by then.
-    fn clear_keeper(&self, instance: InstanceId, groups: &Groups) {
-        let (cgroups, dir, group) = (self.cgroups.clone(), self.dir(instance), groups.keeper.clone());
-        let guest = self.guest(instance);
-        tokio::spawn(async move {
-            let gone = keeper::wait_gone(&dir).await;
-            // The next keeper's is made under the same name: not while that happens, and not when it lives.
-            let _changing = guest.changing.lock().await;
-            if gone.is_ok()
-                && !keeper::is_alive(&dir)
-                && let Err(e) = cgroups.remove(&group).await
-            {
-                tracing::debug!(group, error = %e, "a keeper's control group is left for the next start");
-            }
-        });
-    }
-
     /// Waits for a guest's end in the background, clears up after it and tells.
     fn watch(self: &Arc<Self>, instance: InstanceId, keeper: Keeper, keeper_pid: u32) {
         let guest = self.guest(instance);
@@ -359,6 +292,8 @@ impl Shared {
 
     async fn after_end(&self, instance: InstanceId, guest: &Guest) -> Result<Observed> {
         let _changing = guest.changing.lock().await;
+        // It holds the network namespace.
+        *lock(&guest.sampled) = None;
         let dir = self.dir(instance);
         if !keeper::is_alive(&dir)
             && let Some(record) = Record::read(&dir)?
@@ -408,7 +343,7 @@ impl Shared {
         let outcome = self.start_new(guest, &groups, &record, previous.as_ref()).await;
         match outcome {
             Ok(running) => {
-                *lock(&kept.probe) = None;
+                *lock(&kept.sampled) = None;
                 if let Err(e) = self.start_proxies(&running, &running.record.proxies).await {
                     let _ = self.stop_force(&running).await;
                     keeper::wait_gone(dir).await?;
@@ -659,88 +594,6 @@ impl Shared {
             }
         }
     }
-
-    async fn stop_force(&self, running: &Running) -> Result<()> {
-        running.keeper.mark(Requested::Force).await?;
-        let mut unlinked = None;
-        // Closed at the end of this function, in the background.
-        let mut _held = Held::default();
-        match running.init() {
-            Some(init) => {
-                // The interfaces go while it dies: the kernel takes tens of milliseconds for each, which `lxc-start` would
-                // add to the end. Whatever is left of them is removed afterwards, and an error is told then.
-                let links: Vec<_> = running.record.nics.iter().map(|n| n.host_interface.clone()).collect();
-                unlinked = Some(tokio::task::spawn_blocking(move || {
-                    links.iter().for_each(|name| drop(link::delete(name)));
-                }));
-                let (cgroups, group) = (self.cgroups.clone(), running.groups.limits.clone());
-                let held = move || Held::take(&cgroups.processes(&group));
-                _held = tokio::task::spawn_blocking(held).await.unwrap_or_default();
-                init.signal(Signal::KILL);
-                // All that `lxc-start` would do at the end is done by `clear` too. Its children become the keeper's, which
-                // ends when the last of them has.
-                running.keeper.kill().await.or_else(gone_is_fine)?;
-                if let Some((file, value)) = self.cgroups.freezer(&running.groups.limits, false)
-                    && self.cgroups.is_frozen(&running.groups.limits)
-                {
-                    // On v1 the frozen do not die; thawed they die before they run.
-                    self.cgroups.thaw_now(&file, value)?;
-                }
-            }
-            None => running.keeper.kill().await?,
-        }
-        let ended = match timeout(FORCE, running.keeper.wait_exit()).await {
-            Ok(r) => r.map(drop),
-            Err(_) => {
-                running.keeper.kill().await?;
-                timeout(FORCE, running.keeper.wait_exit())
-                    .await
-                    .map_err(|_| Error::timeout("the guest's processes do not end"))?
-                    .map(drop)
-            }
-        };
-        if let Some(unlinked) = unlinked {
-            // Before the answer: the next start makes interfaces of the same names.
-            let _ = unlinked.await;
-        }
-        ended
-    }
-
-    /// The guest's interfaces; none while it is between two lives.
-    fn interfaces(&self, running: &Running) -> Result<std::collections::BTreeMap<String, Interface>> {
-        let Some(init) = running.init() else {
-            return Ok(Default::default());
-        };
-        let guest = self.guest(running.record.instance);
-        let kept = lock(&guest.probe).clone();
-        let probe = match kept {
-            Some((pid, probe)) if pid == init.pid => probe,
-            // A reboot from inside makes a new namespace.
-            _ => {
-                let probe = Arc::new(NetnsProbe::open(&init.pidfd)?);
-                *lock(&guest.probe) = Some((init.pid, probe.clone()));
-                probe
-            }
-        };
-        let nics = &running.record.nics;
-        Ok(probe
-            .links()?
-            .into_iter()
-            .map(|link| {
-                let host = nics.iter().find(|n| n.mac.eq_ignore_ascii_case(&link.mac));
-                let interface = Interface {
-                    mac: link.mac,
-                    host_name: host.map(|n| n.host_interface.clone()).unwrap_or_default(),
-                    mtu: link.mtu,
-                    up: link.up,
-                    loopback: link.loopback,
-                    addresses: link.addresses,
-                    counters: link.counters,
-                };
-                (link.name, interface)
-            })
-            .collect())
-    }
 }
 
 /// Tells whether the first-boot data must be written again.
@@ -819,6 +672,7 @@ impl GuestDriver for LxcDriver {
         old.environment = new.environment;
         old.spec_version = new.spec_version;
         old.write(&guest.state_dir)?;
+        *lock(&kept.sampled) = None;
         Ok(Applied { pending })
     }
 
@@ -885,18 +739,7 @@ impl GuestDriver for LxcDriver {
     }
 
     async fn metrics(&self, instance: InstanceId) -> Result<Metrics> {
-        let running = self.shared.running(instance).await?;
-        let s = self.shared.cgroups.stats(&running.groups.limits);
-        Ok(Metrics {
-            cpu_ns: s.cpu_ns,
-            memory: s.memory,
-            memory_peak: s.memory_peak,
-            swap: s.swap,
-            memory_total: s.memory_limit.or_else(host_memory),
-            processes: s.processes,
-            interfaces: self.shared.interfaces(&running)?,
-            system: None,
-        })
+        self.shared.sample(instance).await
     }
 
     async fn exec(&self, instance: InstanceId, request: ExecRequest) -> Result<Exec> {
@@ -929,13 +772,4 @@ impl GuestDriver for LxcDriver {
         *lock(&self.shared.events) = Some(sender);
         receiver
     }
-}
-
-/// The host's memory, bytes: what a guest without a limit can have.
-fn host_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let kib: u64 = text
-        .lines()
-        .find_map(|l| l.strip_prefix("MemTotal:")?.trim().trim_end_matches(" kB").parse().ok())?;
-    Some(kib * 1024)
 }

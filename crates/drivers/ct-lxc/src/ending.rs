@@ -33,8 +33,7 @@ impl Held {
     }
 
     fn of(&mut self, pid: u32) {
-        let Some(pidfd) =
-            Pid::from_raw(pid as i32).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok())
+        let Some(pidfd) = Pid::from_raw(pid as i32).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok())
         else {
             return;
         };

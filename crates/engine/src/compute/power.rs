@@ -55,6 +55,10 @@ impl Engine {
         } else {
             StopMode::Graceful { timeout: request.timeout.unwrap_or(DEFAULT_STOP_TIMEOUT) }
         };
+        if matches!(request.action, PowerAction::Start | PowerAction::Restart) {
+            let node = inner.inventory.read().instance(&project, name).ok().map(|row| row.node);
+            node.into_iter().for_each(|node| inner.expect_entry(node));
+        }
         runner::start::<InstancePower>(inner, context, |tx| {
             let records = inner.inventory.read();
             let row = records.instance(&project, name)?;
