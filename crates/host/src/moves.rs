@@ -104,9 +104,8 @@ mod tests {
     fn it_leaves_the_process_where_it_is() {
         let groups = || fs::read_to_string("/proc/self/cgroup").unwrap();
         let before = groups();
-        let file = own().expect("this process has a group that it can see");
         // Who may not, as a test without privileges, is refused; it moves nowhere either.
-        let _ = enter(file);
+        let _ = own().map(|file| enter(file));
         assert_eq!(groups(), before);
     }
 }
