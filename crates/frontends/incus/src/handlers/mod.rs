@@ -2,6 +2,7 @@
 
 pub mod access;
 pub mod audit;
+pub mod backups;
 pub mod certificates;
 pub mod events;
 pub mod exec;

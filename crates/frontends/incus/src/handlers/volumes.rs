@@ -190,6 +190,9 @@ pub(super) fn demand_custom(kind: &str) -> Result<()> {
 /// # Errors
 /// Those of the engine; invalid by field.
 pub async fn create(call: Call) -> Result<Reply> {
+    if super::backups::is_upload(&call) {
+        return super::backups::import_volume(call).await;
+    }
     let (call, mut f) = call.fields().await?;
     let kind = f.text("type")?.filter(|k| !k.is_empty());
     let kind = match call.param(1) {
