@@ -19,7 +19,7 @@ use karst_engine::{
     snapshots::{Origin, create::CreateSnapshot},
     storage::CreatePool,
     tenancy::UpdateProfile,
-    volumes::{create::CreateVolume, update::UpdateVolume},
+    volumes::{copy::CopyVolume, create::CreateVolume, update::UpdateVolume},
 };
 use karst_model::{
     BackupId, Config, Result,
@@ -159,6 +159,30 @@ pub async fn upload(w: &World, of: Origin<'_>) -> Result<BackupId> {
     let staged = w.engine.backup_upload_open(&w.admin, "default", id).await?;
     std::fs::File::from(staged).write_all(&data)?;
     Ok(id)
+}
+
+/// A copy of `v1` in another pool.
+pub async fn copy_volume(w: &World, snapshot: Option<&str>) -> Result<LiveOperation> {
+    let copy = CreateVolume {
+        name: "v2".into(),
+        content: VolumeContent::Filesystem,
+        description: String::new(),
+        config: Config::new(),
+    };
+    let request = CopyVolume {
+        project: "default".into(),
+        pool: "default".into(),
+        name: "v1".into(),
+        snapshot: snapshot.map(str::to_owned),
+        volume_only: false,
+        copy,
+    };
+    w.engine.volume_copy(&w.admin, "default", "second", request).await
+}
+
+async fn second_pool(w: &World) -> Result<()> {
+    let request = CreatePool { name: "second".into(), driver: "dir".into(), ..Default::default() };
+    done(w, w.engine.pool_create(&w.admin, request).await).await
 }
 
 macro_rules! scenario {
@@ -383,6 +407,32 @@ pub fn all() -> Vec<Scenario> {
                 let request = ImportVolume { upload, name: Some("disc".into()), disc: true };
                 w.engine.volume_import(&w.admin, "default", "default", request).await
             }
+        ),
+        scenario!(
+            "volume-copy",
+            "with snapshots, in use by a running instance, to another pool",
+            |w| {
+                second_pool(w).await?;
+                done(w, volume(w, "v1", VolumeContent::Filesystem).await).await?;
+                done(w, snapshot(w, OF_V1, "s1").await).await?;
+                done(w, snapshot(w, OF_V1, "s2").await).await?;
+                let data = [("type", "disk"), ("pool", "default"), ("source", "v1"), ("path", "/data")];
+                let data = data.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+                let devices = Devices::from([("data".to_owned(), data)]);
+                let request = CreateInstance { start: true, devices, ..container("c1") };
+                done(w, Ok(w.engine.instance_create(&w.admin, "default", request).await?.1)).await
+            },
+            |w| copy_volume(w, None).await
+        ),
+        scenario!(
+            "volume-copy",
+            "of a snapshot",
+            |w| {
+                second_pool(w).await?;
+                done(w, volume(w, "v1", VolumeContent::Block).await).await?;
+                done(w, snapshot(w, OF_V1, "s1").await).await
+            },
+            |w| copy_volume(w, Some("s1")).await
         ),
         scenario!("volume-create", "block", |_w| Ok(()), |w| volume(w, "v1", VolumeContent::Block).await),
         scenario!(

@@ -20,7 +20,7 @@ use karst_engine::{
         tokens::NewApiToken,
         trust::{CertificateSettings, NewCertificate},
     },
-    volumes::{create::CreateVolume, update::UpdateVolume},
+    volumes::{copy::CopyVolume, create::CreateVolume, update::UpdateVolume},
 };
 use karst_env::SeededEnv;
 use karst_model::{
@@ -330,6 +330,7 @@ fn cases() -> Vec<Case> {
         volume_import Edit |f, c, p| { let upload = upload(&f.w, of_still(HERE)).await?; f.w.engine.volume_import(c, p, "default", ImportVolume { upload, name: Some("disc".into()), disc: true }).await.map(drop) };
         custom_volume View |f, c, p| f.w.engine.custom_volume(c, p, "default", "data").map(drop);
         volume_create Edit |f, c, p| f.w.engine.volume_create(c, p, "default", volume("fresh")).await.map(drop);
+        volume_copy Edit |f, c, p| f.w.engine.volume_copy(c, p, "default", CopyVolume { project: p.into(), pool: "default".into(), name: "data".into(), snapshot: None, volume_only: false, copy: volume("copied") }).await.map(drop);
         volume_update Edit |f, c, p| f.w.engine.volume_update(c, p, "default", "data", UpdateVolume { description: "x".into(), config: Config::new(), if_version: None }).await.map(drop);
         volume_rename Edit |f, c, p| f.w.engine.volume_rename(c, p, "default", "data", "renamed").await;
         volume_delete Edit |f, c, p| f.w.engine.volume_delete(c, p, "default", "data").await.map(drop);

@@ -447,8 +447,8 @@ impl Fill {
     }
 }
 
-/// Writes the records of imported snapshots, in as many transactions as that takes.
-async fn record(cx: &StepContext, taken: Vec<Taken>) -> Result<()> {
+/// Writes the records of snapshots that came with a volume, in as many transactions as that takes.
+pub(crate) async fn record(cx: &StepContext, taken: Vec<Taken>) -> Result<()> {
     for some in taken.chunks(40) {
         cx.engine
             .transact(|records, tx| {

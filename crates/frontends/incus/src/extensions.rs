@@ -94,6 +94,7 @@ pub const TESTED: &[(&str, &str)] = &[
     ("snapshot_schedule_aliases", "snapshots_of_instances_live"),
     ("snapshot_scheduling", "snapshots_of_instances_live"),
     ("storage", "storage_pools_live"),
+    ("storage_api_local_volume_handling", "custom_volumes_are_copied"),
     ("storage_api_volume_rename", "custom_volumes_live"),
     ("storage_api_volume_snapshots", "snapshots_of_volumes_live"),
     ("storage_volume_api_filtering", "storage_pools_live"),
