@@ -12,6 +12,7 @@ mod disks;
 mod driver;
 mod end;
 mod files;
+mod guest_api;
 mod limits;
 mod proc;
 mod proxies;
