@@ -199,7 +199,10 @@ impl Server {
             Some((name, value)) if name == "state" && value == "Ready" => true,
             Some((name, value)) if name == "state" && value == "Started" => false,
             _ => {
-                return Response::error(400, "the body is {\"state\": \"Ready\"} or {\"state\": \"Started\"}");
+                return Response::error(
+                    400,
+                    "the body is {\"state\": \"Ready\"} or {\"state\": \"Started\"}",
+                );
             }
         };
         match self.data.say(ready) {
