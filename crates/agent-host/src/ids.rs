@@ -88,7 +88,9 @@ impl IdRanges {
         // Spread, so that daemons seldom try for the same.
         let start = u32::from_str_radix(&self.daemon_id, 16).unwrap_or(0) % RANGES;
         let all = (0..RANGES).map(|n| FIRST + ((start + n) % RANGES) * COUNT);
-        let fits = |base: u32| base >= FIRST && base % COUNT == 0 && (base - FIRST) / COUNT + slots <= RANGES;
+        let fits = |base: u32| {
+            base >= FIRST && base.is_multiple_of(COUNT) && (base - FIRST) / COUNT + slots <= RANGES
+        };
         if there && !wanted.is_some_and(fits) {
             return Err(Error::invalid(
                 "config.security.idmap.base",
