@@ -136,6 +136,7 @@ impl RealAgent {
             env,
             options,
         });
+        crate::backups::sweep(&agent.registry.path("backups"))?;
         agent.adopt().await?;
         tokio::spawn(sweep_staged(Arc::downgrade(&agent)));
         let facts = Arc::downgrade(&agent);

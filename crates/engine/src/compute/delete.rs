@@ -13,6 +13,7 @@ use karst_agent::VolumeRef;
 use karst_model::{
     Error, InstanceId, NodeId, Result,
     access::Permission,
+    backup::BackupOwner,
     instance::{Lifecycle, Runtime, Status},
     storage::VolumeOwner,
 };
@@ -103,6 +104,8 @@ impl Saga for InstanceDelete {
                 for volume in &plan.volumes {
                     agent.volume_delete(&cx.mutate(Duration::from_secs(300)), *volume).await?;
                 }
+                let owner = BackupOwner::Instance { instance: plan.instance };
+                cx.engine.forget_backups(cx, owner).await?;
                 cx.engine.forget_snapshots(Some(plan.instance), None).await
             }
         }
