@@ -7,6 +7,7 @@
 
 mod agent;
 mod audit;
+mod backups;
 mod calls;
 mod check;
 mod facts;
@@ -15,6 +16,7 @@ mod nodes;
 mod policy;
 mod pools;
 mod registry;
+mod resources;
 mod sessions;
 mod storage;
 

@@ -4,6 +4,7 @@
 //! host path, argv, raw configuration line, nft text or environment of host processes is on this wire. Bytes (exec,
 //! console, files, images) flow through descriptors that the host opened and passed; the host never receives one.
 
+pub mod backups;
 pub mod calls;
 pub mod client;
 #[cfg(feature = "testing")]
@@ -11,10 +12,12 @@ pub mod contract;
 pub mod epoch;
 pub mod events;
 pub mod names;
+pub mod resources;
 pub mod server;
 pub mod simulated;
 pub mod wire;
 
+pub use backups::*;
 pub use calls::*;
 pub use client::Client;
 pub use epoch::EpochGuard;

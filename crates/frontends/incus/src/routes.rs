@@ -4,8 +4,9 @@
 use crate::{
     app::Call,
     handlers::{
-        access, audit, certificates, events, exec, files, firewall, images, instances, karst, metrics,
-        networks, operations, profiles, projects, server, snapshots, storage, tokens, volumes, warnings,
+        access, allocations, audit, backups, certificates, events, exec, files, firewall, images, instances,
+        karst, metrics, networks, operations, profiles, projects, resources, server, snapshots, storage,
+        tokens, volumes, warnings,
     },
     respond::Reply,
 };
@@ -43,8 +44,8 @@ macro_rules! rows {
     (@ ; $why:expr) => { State::Open($why) };
 }
 
-const BACKUPS: &str = "backups are not there yet; copy the instance, or export an image";
-const CLUSTER: &str = "this server is not a member of a cluster; clusters come with the etcd milestone";
+const BACKUPS: &str = "blocks that changed since a backup are not kept yet; backups are whole";
+const CLUSTER: &str = "Server is not clustered; clusters come with the etcd milestone";
 const VOLUMES: &str =
     "files of custom volumes are not reached over the API yet; attach the volume to an instance";
 const BUCKETS: &str = "object storage is not planned before Ceph";
@@ -113,12 +114,12 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         PATCH "/1.0/instances/{name}" => instances::patch, "instances_are_changed_under_their_etag",
         DELETE "/1.0/instances/{name}" => instances::delete, "power_changes_are_operations",
         GET "/1.0/instances/{name}/access" => access::instance, "roles_are_given_and_explained",
-        GET "/1.0/instances/{name}/backups"; open BACKUPS,
-        POST "/1.0/instances/{name}/backups"; open BACKUPS,
-        GET "/1.0/instances/{name}/backups/{backup}"; open BACKUPS,
-        POST "/1.0/instances/{name}/backups/{backup}"; open BACKUPS,
-        DELETE "/1.0/instances/{name}/backups/{backup}"; open BACKUPS,
-        GET "/1.0/instances/{name}/backups/{backup}/export"; open BACKUPS,
+        GET "/1.0/instances/{name}/backups" => backups::list, "backups_of_instances_live",
+        POST "/1.0/instances/{name}/backups" => backups::create, "backups_of_instances_live",
+        GET "/1.0/instances/{name}/backups/{backup}" => backups::get, "backups_of_instances_live",
+        POST "/1.0/instances/{name}/backups/{backup}" => backups::rename, "backups_of_instances_live",
+        DELETE "/1.0/instances/{name}/backups/{backup}" => backups::delete, "backups_of_instances_live",
+        GET "/1.0/instances/{name}/backups/{backup}/export" => backups::export, "backups_of_instances_live",
         POST "/1.0/instances/{name}/bitmaps"; open BACKUPS,
         GET "/1.0/instances/{name}/console" => exec::console_log, "console_joins_both_ways",
         POST "/1.0/instances/{name}/console" => exec::console, "console_joins_both_ways",
@@ -193,7 +194,7 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         PUT "/1.0/network-address-sets/{name}" => firewall::change_set, "network_acls_live",
         PATCH "/1.0/network-address-sets/{name}" => firewall::change_set, "network_acls_live",
         DELETE "/1.0/network-address-sets/{name}" => firewall::delete_set, "network_acls_live",
-        GET "/1.0/network-allocations"; open "the list of allocations over all networks is not there yet; leases are",
+        GET "/1.0/network-allocations" => allocations::list, "allocations_are_listed",
         GET "/1.0/network-integrations"; open OVN,
         POST "/1.0/network-integrations"; open OVN,
         GET "/1.0/network-integrations/{integration}"; open OVN,
@@ -262,12 +263,12 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         DELETE "/1.0/projects/{name}" => projects::delete, "profiles_and_projects_live",
         GET "/1.0/projects/{name}/access" => access::project, "roles_are_given_and_explained",
         GET "/1.0/projects/{name}/state" => projects::state, "profiles_and_projects_live",
-        GET "/1.0/resources" => server::resources, "server_describes_itself",
+        GET "/1.0/resources" => resources::get, "resources_are_the_hosts",
         GET "/1.0/storage-pools" => storage::list, "storage_pools_live",
         POST "/1.0/storage-pools" => storage::create, "storage_pools_live",
         GET "/1.0/storage-pools/{name}" => storage::get, "storage_pools_live",
-        PUT "/1.0/storage-pools/{name}"; open "the dir driver has nothing to configure; descriptions come with the next drivers",
-        PATCH "/1.0/storage-pools/{name}"; open "the dir driver has nothing to configure; descriptions come with the next drivers",
+        PUT "/1.0/storage-pools/{name}" => storage::change, "pools_are_described",
+        PATCH "/1.0/storage-pools/{name}" => storage::change, "pools_are_described",
         DELETE "/1.0/storage-pools/{name}" => storage::delete, "storage_pools_live",
         GET "/1.0/storage-pools/{name}/resources" => storage::resources, "storage_pools_live",
         GET "/1.0/storage-pools/{name}/buckets"; open BUCKETS,
@@ -296,12 +297,12 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         PUT "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}" => volumes::replace, "custom_volumes_live",
         PATCH "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}" => volumes::patch, "custom_volumes_live",
         DELETE "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}" => volumes::delete, "custom_volumes_live",
-        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups"; open BACKUPS,
-        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups"; open BACKUPS,
-        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups/{backupName}"; open BACKUPS,
-        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups/{backupName}"; open BACKUPS,
-        DELETE "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups/{backupName}"; open BACKUPS,
-        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups/{backupName}/export"; open BACKUPS,
+        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups" => backups::list, "backups_of_volumes_live",
+        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups" => backups::create, "backups_of_volumes_live",
+        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups/{backupName}" => backups::get, "backups_of_volumes_live",
+        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups/{backupName}" => backups::rename, "backups_of_volumes_live",
+        DELETE "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups/{backupName}" => backups::delete, "backups_of_volumes_live",
+        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups/{backupName}/export" => backups::export, "backups_of_volumes_live",
         GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/bitmaps"; open BACKUPS,
         POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/bitmaps"; open BACKUPS,
         GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/bitmaps/{bitmapName}"; open BACKUPS,

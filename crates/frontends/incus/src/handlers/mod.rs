@@ -1,7 +1,9 @@
 //! Handlers of the API's paths: each reads its request, calls one use case of the engine and writes its answer.
 
 pub mod access;
+pub mod allocations;
 pub mod audit;
+pub mod backups;
 pub mod certificates;
 pub mod events;
 pub mod exec;
@@ -15,6 +17,7 @@ pub mod networks;
 pub mod operations;
 pub mod profiles;
 pub mod projects;
+pub mod resources;
 pub mod server;
 pub mod snapshots;
 pub mod storage;
