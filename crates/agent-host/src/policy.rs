@@ -32,6 +32,8 @@ pub struct HostPolicy {
     pub pci: Vec<String>,
     /// Directories and block devices that storage pools may be made of: each as it stands there, and directories below.
     pub pool_sources: Vec<PathBuf>,
+    /// What uploads of images may take.
+    pub uploads: crate::staging::UploadLimits,
 }
 
 impl HostPolicy {

@@ -57,8 +57,14 @@ impl PoolPlace {
         Self { id, image: directory.with_extension("img"), directory, launcher }
     }
 
-    /// Makes what is missing and opens it.
-    pub async fn open(&self, spec: &PoolSpec, policy: &HostPolicy) -> Result<Arc<dyn PoolDriver>> {
+    /// Opens it. `make`: what is missing is made; without it that is an error, because what was once made is only hidden,
+    /// by a file system that is not mounted, say.
+    pub async fn open(
+        &self,
+        spec: &PoolSpec,
+        policy: &HostPolicy,
+        make: bool,
+    ) -> Result<Arc<dyn PoolDriver>> {
         let source = match &spec.source {
             PoolSource::Own { .. } => None,
             PoolSource::Granted { source } => {
@@ -66,6 +72,9 @@ impl PoolPlace {
                 Some(self.look(source).await?)
             }
         };
+        if !make {
+            self.demand_made(spec.kind, source.as_ref())?;
+        }
         let launcher = self.launcher.clone();
         let root = match (spec.kind, source) {
             (PoolKind::Dir, None) => self.directory.clone(),
@@ -102,6 +111,21 @@ impl PoolPlace {
             PoolKind::Dir => Arc::new(FilePool::directory(root, launcher).await?),
             PoolKind::Btrfs => Arc::new(FilePool::btrfs(root, launcher).await?),
         })
+    }
+
+    /// Refuses a pool of which nothing is there.
+    fn demand_made(&self, kind: PoolKind, source: Option<&Granted>) -> Result<()> {
+        let (there, place) = match (kind, source) {
+            (_, Some(Granted::Directory(source))) => (self.within(source).is_dir(), self.within(source)),
+            (_, Some(Granted::Device(device))) => (self.is_ours(device)?, device.clone()),
+            (PoolKind::Dir, None) => (self.directory.is_dir(), self.directory.clone()),
+            (_, None) => (self.image.is_file(), self.image.clone()),
+        };
+        if there {
+            return Ok(());
+        }
+        Err(Error::unavailable("what it is made of is not there; is its disk attached and mounted?")
+            .with_context(place.display()))
     }
 
     fn within(&self, source: &Path) -> PathBuf {

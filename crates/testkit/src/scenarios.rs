@@ -320,6 +320,25 @@ pub fn all() -> Vec<Scenario> {
             w.engine.snapshot_restore(&w.admin, OF_C1, "s2").await
         }),
         scenario!(
+            "snapshot-restore-running",
+            "of an instance that runs",
+            |w| {
+                tree(w).await?;
+                done(w, set_power(w, PowerAction::Start).await).await
+            },
+            |w| w.engine.snapshot_restore(&w.admin, OF_C1, "s2").await
+        ),
+        scenario!(
+            "snapshot-restore-running",
+            "of an instance that is frozen",
+            |w| {
+                tree(w).await?;
+                done(w, set_power(w, PowerAction::Start).await).await?;
+                done(w, set_power(w, PowerAction::Freeze).await).await
+            },
+            |w| w.engine.snapshot_restore(&w.admin, OF_C1, "s2").await
+        ),
+        scenario!(
             "snapshot-restore",
             "of a volume",
             |w| {

@@ -658,7 +658,9 @@ impl GuestDriver for LxcDriver {
         }
         // Programs that enter from now on see it; init does not.
         old.environment = new.environment;
-        old.spec_version = new.spec_version;
+        if pending.is_empty() {
+            old.spec_version = new.spec_version;
+        }
         old.write(&guest.state_dir)?;
         *lock(&kept.sampled) = None;
         Ok(Applied { pending })
