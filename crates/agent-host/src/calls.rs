@@ -335,7 +335,7 @@ impl RealAgent {
         let (_, driver) = self.known(request.instance)?;
         let stream =
             driver.console(request.instance, request.force).await.map_err(as_state(request.instance))?;
-        let (value, fd) = self.sessions.console(request.instance, stream, driver.clone())?;
+        let (value, fd) = self.sessions.console(request.instance, stream)?;
         Ok(WithFds { value, fds: vec![fd] })
     }
 
