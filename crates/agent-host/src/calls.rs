@@ -365,6 +365,21 @@ impl RealAgent {
         Ok(WithFds { value, fds: vec![fd] })
     }
 
+    /// What only virtual machines can.
+    fn machine(&self, id: InstanceId) -> Result<&dyn karst_guest::GuestMachine> {
+        let (_, driver) = self.known(id)?;
+        driver.machine().ok_or_else(|| {
+            Error::unsupported("only virtual machines have a screen, a keyboard and a reset button")
+        })
+    }
+
+    async fn display(&self, id: InstanceId) -> Result<WithFds<SessionId>> {
+        self.sessions.room()?;
+        let stream = self.machine(id)?.display(id).await.map_err(as_state(id))?;
+        let (value, fd) = self.sessions.console(id, stream)?;
+        Ok(WithFds { value, fds: vec![fd] })
+    }
+
     /// The driver of a guest's files, and where they lie when it does not run.
     async fn files(&self, file: &FileRef) -> Result<(&Arc<dyn karst_guest::GuestDriver>, Option<PathBuf>)> {
         check_path(&file.path)?;
@@ -568,6 +583,23 @@ calls! {
         Ok(())
     }
     read console_attach(me, request: ConsoleAttach) -> WithFds<SessionId> { me.console(request).await }
+    read guest_reset(me, guest: GuestRef) -> () {
+        let _lock = me.lock(guest.instance.0).await;
+        me.meant(guest)?;
+        me.machine(guest.instance)?.reset(guest.instance).await.map_err(as_state(guest.instance))
+    }
+    read guest_keys(me, request: KeyPresses) -> () {
+        let id = request.instance;
+        // Not trusted to have been checked.
+        let chords: Vec<String> = request.chords.iter().map(|c| c.join("-")).collect();
+        let chords = karst_model::keyboard::chords(&chords)?;
+        me.machine(id)?.press(id, &chords).await.map_err(as_state(id))
+    }
+    read guest_screenshot(me, instance: InstanceId) -> WithFds<()> {
+        let file = me.machine(instance)?.screenshot(instance).await.map_err(as_state(instance))?;
+        Ok(WithFds { value: (), fds: vec![file] })
+    }
+    read display_attach(me, instance: InstanceId) -> WithFds<SessionId> { me.display(instance).await }
     read console_log(me, request: ConsoleLog) -> Vec<u8> {
         let (_, driver) = me.known(request.instance)?;
         let max = request.max.min(CONSOLE_LOG) as usize;

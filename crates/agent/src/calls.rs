@@ -275,6 +275,14 @@ agent_calls! {
     read fn session_close(SessionClose: SessionId) -> ();
     /// Attaches to the console: one descriptor, both ways.
     read fn console_attach(ConsoleAttach: ConsoleAttach) -> WithFds<SessionId>;
+    /// Presses the reset button of a running virtual machine.
+    read fn guest_reset(GuestReset: GuestRef) -> ();
+    /// Presses keys of a running virtual machine.
+    read fn guest_keys(GuestKeys: KeyPresses) -> ();
+    /// What a running virtual machine shows: one descriptor that reads a PNG file.
+    read fn guest_screenshot(GuestScreenshot: InstanceId) -> WithFds<()>;
+    /// Attaches to the display of a running virtual machine: one descriptor, both ways, that speaks RFB (VNC).
+    read fn display_attach(DisplayAttach: InstanceId) -> WithFds<SessionId>;
     /// The kept console log.
     read fn console_log(ConsoleLog: ConsoleLog) -> Vec<u8>;
 
@@ -537,6 +545,15 @@ pub struct ConsoleAttach {
     pub instance: InstanceId,
     /// Ends the attachment that is there.
     pub force: bool,
+}
+
+/// Keys to press, one chord after the other.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyPresses {
+    /// Whose.
+    pub instance: InstanceId,
+    /// Chords of checked key names, such as `["ctrl", "alt", "delete"]`.
+    pub chords: Vec<Vec<String>>,
 }
 
 /// Console log to read.

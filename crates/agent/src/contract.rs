@@ -209,6 +209,7 @@ impl Subject {
                 firmware: Firmware::Bios,
                 uuid: instance.0,
                 ports: 0,
+                display: true,
                 accelerator: None,
             }),
             limits: Limits {

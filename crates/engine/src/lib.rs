@@ -25,6 +25,7 @@ pub mod inventory;
 pub mod network;
 pub mod operations;
 pub mod reconcile;
+mod restarts;
 pub mod saga;
 pub mod snapshots;
 pub mod storage;

@@ -87,6 +87,9 @@ pub struct Hardware {
     /// PCIe root ports: behind each one device can come and go while the machine runs.
     #[serde(default)]
     pub ports: u8,
+    /// It has a screen.
+    #[serde(default)]
+    pub display: bool,
     /// SMBIOS/libvirt UUID the guest sees.
     pub uuid: uuid::Uuid,
     /// cloud-init instance id; changes when the guest is to run cloud-init afresh (a copy).

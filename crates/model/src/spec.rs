@@ -72,6 +72,9 @@ pub struct MachineSpec {
     /// PCIe root ports, at which devices come and go while the machine runs; none in machines that were made before.
     #[serde(default)]
     pub ports: u8,
+    /// It has a screen; machines that were made before have none.
+    #[serde(default)]
+    pub display: bool,
     /// Pass the accelerator explicitly only when a test or the user forces one; otherwise the host chooses.
     pub accelerator: Option<crate::node::AcceleratorKind>,
 }

@@ -268,6 +268,25 @@ calls! {
         Ok(())
     }
     read console_attach(me, request: ConsoleAttach) -> WithFds<SessionId> { me.console(request) }
+    read guest_reset(me, guest: GuestRef) -> () {
+        let mut state = me.settled();
+        demand_machine(state.running(guest)?)
+    }
+    read guest_keys(me, request: KeyPresses) -> () {
+        let mut state = me.settled();
+        let guest = state.guests.get_mut(&request.instance).ok_or_else(|| no_guest(request.instance))?;
+        demand_machine(guest)?;
+        for chord in request.chords {
+            guest.console_extra.extend_from_slice(chord.join("-").as_bytes());
+        }
+        Ok(())
+    }
+    read guest_screenshot(me, instance: InstanceId) -> WithFds<()> {
+        let state = me.settled();
+        demand_machine(state.guests.get(&instance).ok_or_else(|| no_guest(instance))?)?;
+        Ok(WithFds { value: (), fds: vec![super::files::content(b"\x89PNG\r\n\x1a\nsimulated")?] })
+    }
+    read display_attach(me, instance: InstanceId) -> WithFds<SessionId> { me.display(instance) }
     read console_log(me, request: ConsoleLog) -> Vec<u8> {
         let mut state = me.settled();
         let guest = state.guests.get_mut(&request.instance).ok_or_else(|| no_guest(request.instance))?;

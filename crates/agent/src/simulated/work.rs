@@ -37,6 +37,17 @@ pub(super) fn no_session(id: SessionId) -> Error {
     Error::not_found(format!("session {id} is over"))
 }
 
+/// For what only a running virtual machine can.
+pub(super) fn demand_machine(guest: &Guest) -> Result<()> {
+    if guest.spec.kind != InstanceKind::VirtualMachine {
+        return Err(Error::unsupported("only virtual machines have a screen, a keyboard and a reset button"));
+    }
+    if !guest.runs() {
+        return Err(Error::conflict(format!("instance {} is not running", guest.spec.instance)));
+    }
+    Ok(())
+}
+
 impl State {
     pub(super) fn volume(&self, at: VolumeRef) -> Result<&Volume> {
         self.volumes
@@ -423,6 +434,16 @@ impl SimulatedAgent {
             }
         };
         let (session, fd) = Session::console(request.instance, log)?;
+        let id = SessionId(self.env.uuid());
+        state.add_session(id, session)?;
+        Ok(WithFds { value: id, fds: vec![fd] })
+    }
+
+    /// A display that says what an RFB server says first, and echoes.
+    pub(super) fn display(&self, instance: InstanceId) -> Result<WithFds<SessionId>> {
+        let mut state = self.settled();
+        demand_machine(state.guests.get(&instance).ok_or_else(|| no_guest(instance))?)?;
+        let (session, fd) = Session::display(instance)?;
         let id = SessionId(self.env.uuid());
         state.add_session(id, session)?;
         Ok(WithFds { value: id, fds: vec![fd] })

@@ -80,6 +80,18 @@ pub trait GuestMachine: Send + Sync {
     /// Tells the guest that the disk at `path` has so many bytes, and grows the file below it when it is one; a block
     /// device has grown before. Conflict for a disk that cannot grow live, not found when no such disk is attached.
     async fn grow(&self, instance: InstanceId, path: &std::path::Path, size: u64) -> Result<()>;
+
+    /// Presses the reset button.
+    async fn reset(&self, instance: InstanceId) -> Result<()>;
+
+    /// Presses chords of keys, one after the other.
+    async fn press(&self, instance: InstanceId, chords: &[Vec<String>]) -> Result<()>;
+
+    /// What it shows: a descriptor that reads a PNG file. Unsupported for a machine without a display.
+    async fn screenshot(&self, instance: InstanceId) -> Result<OwnedFd>;
+
+    /// A connection to its display, in RFB (VNC); any number at a time. Unsupported for a machine without a display.
+    async fn display(&self, instance: InstanceId) -> Result<OwnedFd>;
 }
 
 /// A running exec.

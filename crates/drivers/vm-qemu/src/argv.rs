@@ -22,6 +22,7 @@ mod slot {
     pub(super) fn rng(layout: Layout) -> &'static str {
         if layout.pc { "00:1d.0" } else { "00:01.0" }
     }
+    pub(super) const DISPLAY: &str = "00:1b.0";
     pub(super) const SERIAL: &str = "00:02.0";
     pub(super) const SCSI: &str = "00:03.0";
     // After a virtio root disk at 04, which is thus vda.
@@ -241,6 +242,13 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     let share = json!({"driver": "virtio-9p-pci", "id": "config", "fsdev": "config", "mount_tag": "config"});
     opt("-device", fixed("share", share, slot::SHARE)?);
 
+    if m.spec.display {
+        // Shown to whoever is handed a connection; it listens nowhere.
+        opt("-vnc", "none".into());
+        let mut vga = json!({"driver": "VGA", "id": "video", "vgamem_mb": 16});
+        layout.put(&mut vga, "display", slot::DISPLAY)?;
+        opt("-device", vga.to_string());
+    }
     for port in layout.root_ports() {
         opt("-device", port.to_string());
     }
@@ -324,6 +332,7 @@ pub(crate) mod tests {
                 firmware: Firmware::Bios,
                 uuid: uuid::Uuid::from_u128(0x42),
                 ports: 0,
+                display: false,
                 accelerator: None,
             },
             accelerator: AcceleratorKind::Tcg,

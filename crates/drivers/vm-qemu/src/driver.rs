@@ -2,6 +2,7 @@
 
 use crate::{
     argv::cpu_count,
+    display,
     inside::Inside,
     launch::{self, Groups, explain, limits, prepare},
     machine::{Ask, Machine, Tell, exit_reason, own, run_state},
@@ -566,6 +567,22 @@ impl GuestMachine for QemuDriver {
             .and_then(|d| d.disks.iter().find(|d| d.path == path).map(|d| d.slot.clone()));
         let slot = found.ok_or_else(|| Error::not_found("the guest has no such disk"))?;
         plug::grow(&machine, &slot, size).await
+    }
+
+    async fn reset(&self, instance: InstanceId) -> Result<()> {
+        display::reset(&*self.shared.machine(instance).await?).await
+    }
+
+    async fn press(&self, instance: InstanceId, chords: &[Vec<String>]) -> Result<()> {
+        display::press(&*self.shared.machine(instance).await?, chords).await
+    }
+
+    async fn screenshot(&self, instance: InstanceId) -> Result<OwnedFd> {
+        display::screenshot(&*self.shared.machine(instance).await?).await
+    }
+
+    async fn display(&self, instance: InstanceId) -> Result<OwnedFd> {
+        display::attach(&*self.shared.machine(instance).await?).await
     }
 }
 

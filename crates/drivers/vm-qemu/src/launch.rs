@@ -40,7 +40,11 @@ pub(crate) const QMP: &str = "qmp.sock";
 pub(crate) const EVENTS: &str = "events.sock";
 pub(crate) const AGENT: &str = "agent.sock";
 pub(crate) const LINK: &str = "karst-agent.sock";
-const NVRAM: &str = "nvram.fd";
+/// Variables of the two kinds of UEFI firmware: those without enrolled keys are of no use under secure boot, nor the others
+/// without it.
+fn nvram_file(firmware: Firmware) -> &'static str {
+    if firmware == Firmware::UefiSecure { "nvram.secure.fd" } else { "nvram.fd" }
+}
 
 /// Each file of the console log.
 const CONSOLE_LOG: u64 = 256 * 1024;
@@ -178,8 +182,8 @@ fn firmware(firmware: Firmware) -> Option<(&'static str, &'static str)> {
 }
 
 /// The guest's own variables, made of the template at the first start.
-fn nvram(dir: &Path, template: &str) -> Result<OwnedFd> {
-    let path = dir.join(NVRAM);
+fn nvram(dir: &Path, name: &str, template: &str) -> Result<OwnedFd> {
+    let path = dir.join(name);
     let open = || File::options().read(true).write(true).custom_flags(libc::O_NOFOLLOW).open(&path);
     match open() {
         Ok(f) => Ok(f.into()),
@@ -217,7 +221,7 @@ pub(crate) fn prepare(
     if guest.ids.base == 0 {
         return Err(Error::internal("the guest could not be started", "QEMU would run as root"));
     }
-    let firmware = firmware(spec.firmware);
+    let code = firmware(spec.firmware);
     let layout = Layout::of(&spec.machine, spec.ports)?;
     let (mut fds, mut disks) = (vec![], vec![]);
     for (i, disk) in std::iter::once(&guest.root).chain(&guest.disks).enumerate() {
@@ -235,8 +239,8 @@ pub(crate) fn prepare(
     fds.push((fd::SHARE, medium.directory));
     let image = seed::seed(&guest.cloud_init, &guest.hostname, &medium.files)?;
     fds.push((fd::SEED, seed_fd(&image)?));
-    if let Some((_, template)) = firmware {
-        fds.push((fd::VARS, nvram(&guest.state_dir, template)?));
+    if let Some((_, template)) = code {
+        fds.push((fd::VARS, nvram(&guest.state_dir, nvram_file(spec.firmware), template)?));
     }
     let machine = Machine {
         name: guest.instance.to_string(),
@@ -247,7 +251,7 @@ pub(crate) fn prepare(
         disks,
         nics: guest.nics.iter().map(Nic::new).collect(),
         seed: true,
-        firmware_code: firmware.map(|(code, _)| code.to_owned()),
+        firmware_code: code.map(|(code, _)| code.to_owned()),
         hold: hold(guest),
     };
     let program = Program::QemuSystemX86.path()?;

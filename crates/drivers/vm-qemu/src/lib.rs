@@ -10,6 +10,7 @@
 pub mod agent;
 pub mod argv;
 pub mod devices;
+mod display;
 mod driver;
 pub mod exec;
 pub mod files;

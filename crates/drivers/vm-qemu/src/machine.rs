@@ -31,6 +31,10 @@ use tokio::{
 
 /// Between two presses of the power button: a guest that still boots misses the first ones.
 const PRESS: Duration = Duration::from_secs(5);
+/// Between two looks at whether a full disk has room again.
+const ROOM_EVERY: Duration = Duration::from_secs(5);
+/// What must be free before a guest that a full disk halted goes on.
+const ROOM: u64 = 64 << 20;
 /// Before following the events is tried again.
 const RECONNECT: Duration = Duration::from_secs(2);
 /// How long a greeting may take when connecting again.
@@ -191,6 +195,7 @@ pub(crate) fn own(
         following: None,
         events: None,
         stopping: None,
+        full: None,
         heard: None,
         cgroups,
         tell,
@@ -211,6 +216,8 @@ struct Owner {
     events: Option<mpsc::Receiver<Event>>,
     reconnect: Option<Instant>,
     stopping: Option<Stopping>,
+    /// Halted by a full disk: when to look again whether there is room.
+    full: Option<Instant>,
     /// Reason of the `SHUTDOWN` event.
     heard: Option<String>,
     cgroups: Arc<Cgroups>,
@@ -238,6 +245,7 @@ impl Owner {
         loop {
             let alarm = [
                 self.reconnect,
+                self.full,
                 self.stopping.as_ref().map(|s| s.next_press),
                 self.stopping.as_ref().and_then(|s| s.waiters.iter().map(|(at, _)| *at).min()),
             ]
@@ -301,6 +309,7 @@ impl Owner {
             "SHUTDOWN" => self.heard = text("reason").map(str::to_owned),
             "BLOCK_IO_ERROR" if text("action") == Some("stop") => {
                 tracing::warn!(instance = %self.machine.record().instance, reason = text("reason"), "a guest is halted by an error of its disk");
+                self.full = Some(Instant::now() + ROOM_EVERY);
                 self.set_state(RuntimeState::Error, true);
             }
             // Asked rather than concluded: by now a later command may have undone it.
@@ -330,6 +339,8 @@ impl Owner {
                 RuntimeState::Running => self.running(),
                 other => other,
             };
+            // Also after an adoption, and when somebody else has resumed it.
+            self.full = (s == "io-error").then(|| self.full.unwrap_or(Instant::now() + ROOM_EVERY));
             self.set_state(state, true);
         }
         if let Ok(v) = self.execute("query-chardev").await {
@@ -395,6 +406,10 @@ impl Owner {
                 Err(_) => self.reconnect = Some(Instant::now() + RECONNECT),
             }
         }
+        if self.full.is_some_and(|at| at <= now) {
+            self.full = None;
+            self.go_on_with_room().await;
+        }
         let Some(stopping) = &mut self.stopping else {
             return;
         };
@@ -419,6 +434,36 @@ impl Owner {
             let _ = reply.send(Err(Error::timeout(
                 "the guest did not shut down in time and runs on; force it, or look at its console",
             )));
+        }
+    }
+
+    /// A guest that a full disk halted goes on by itself when there is room. A block device does not tell: there it is tried,
+    /// and QEMU halts the guest again when it was too early.
+    async fn go_on_with_room(&mut self) {
+        if self.state() != RuntimeState::Error {
+            return;
+        }
+        let devices = self.machine.record().devices.clone();
+        let paths: Vec<PathBuf> = devices
+            .into_iter()
+            .flat_map(|d| d.disks)
+            .filter(|d| !d.readonly && !d.cdrom)
+            .map(|d| d.path)
+            .collect();
+        let room = tokio::task::spawn_blocking(move || paths.iter().all(|p| has_room(p))).await;
+        if !room.unwrap_or(false) {
+            self.full = Some(Instant::now() + ROOM_EVERY);
+            return;
+        }
+        match self.execute("cont").await {
+            Ok(_) => {
+                tracing::info!(instance = %self.machine.record().instance, "a guest that a full disk halted goes on");
+                self.refresh().await;
+            }
+            Err(e) => {
+                tracing::debug!(error = %e, "a halted guest does not go on yet");
+                self.full = Some(Instant::now() + ROOM_EVERY);
+            }
         }
     }
 
@@ -459,6 +504,14 @@ impl Owner {
             let _ = reply.send(Ok(()));
         }
         (self.tell)(self.machine.observed.borrow().clone());
+    }
+}
+
+/// Has the file system of a disk's file room for more? What cannot be asked is no reason to wait.
+fn has_room(path: &std::path::Path) -> bool {
+    match rustix::fs::statvfs(path) {
+        Ok(s) if path.is_file() => s.f_bavail.saturating_mul(s.f_frsize) >= ROOM,
+        _ => true,
     }
 }
 

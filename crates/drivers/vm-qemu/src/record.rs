@@ -32,6 +32,8 @@ pub(crate) struct Nic {
 pub(crate) struct Devices {
     pub(crate) machine: String,
     pub(crate) ports: u8,
+    #[serde(default)]
+    pub(crate) display: bool,
     /// The root first. One that is about to be plugged is here before, one that is about to go until it is gone: what
     /// QEMU really has decides.
     pub(crate) disks: Vec<ResolvedDisk>,
@@ -45,6 +47,7 @@ impl Devices {
         Some(Self {
             machine: machine.machine.clone(),
             ports: machine.ports,
+            display: machine.display,
             disks: disks.cloned().collect(),
             nics: guest.nics.clone(),
         })

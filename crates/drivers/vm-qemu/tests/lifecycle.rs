@@ -283,7 +283,8 @@ async fn failures(place: &Place, driver: &dyn GuestDriver) {
             g.generation = g.generation.next();
             driver.start(&g).await.unwrap();
             driver.stop(g.instance, StopMode::Force).await.unwrap();
-            assert!(g.state_dir.join("nvram.fd").exists());
+            let variables = if firmware == Firmware::Uefi { "nvram.fd" } else { "nvram.secure.fd" };
+            assert!(g.state_dir.join(variables).exists());
         }
     } else {
         println!("skipped: UEFI, the package ovmf is not installed");

@@ -313,6 +313,7 @@ pub fn guest_spec(
             firmware: h.firmware,
             uuid: h.uuid,
             ports: h.ports,
+            display: h.display,
             accelerator: None,
         }),
         (None, InstanceKind::VirtualMachine) => {
@@ -408,6 +409,7 @@ mod tests {
             cpu_model: "max".into(),
             firmware: karst_model::instance::Firmware::Bios,
             ports,
+            display: false,
             uuid: uuid::Uuid::nil(),
             cloud_init_id: uuid::Uuid::nil(),
         }

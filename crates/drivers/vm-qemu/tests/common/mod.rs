@@ -330,6 +330,7 @@ impl Place {
                 firmware: Firmware::Bios,
                 uuid: uuid::Uuid::from_u128(0xabcd),
                 ports: 0,
+                display: false,
                 accelerator: None,
             }),
             accelerator: AcceleratorKind::Tcg,
