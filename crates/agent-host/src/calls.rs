@@ -373,6 +373,13 @@ impl RealAgent {
         })
     }
 
+    /// The driver of virtual machines, also for one that never ran here.
+    fn machines(&self) -> Result<&dyn karst_guest::GuestMachine> {
+        self.driver(InstanceKind::VirtualMachine)?
+            .machine()
+            .ok_or_else(|| Error::unsupported("this host runs no virtual machines"))
+    }
+
     async fn display(&self, id: InstanceId) -> Result<WithFds<SessionId>> {
         self.sessions.room()?;
         let stream = self.machine(id)?.display(id).await.map_err(as_state(id))?;
@@ -562,6 +569,20 @@ calls! {
     mutate guest_pause(me, guest: GuestRef) -> Observed { me.freeze(guest, true).await }
     mutate guest_resume(me, guest: GuestRef) -> Observed { me.freeze(guest, false).await }
     mutate guest_update(me, spec: GuestSpec) -> Applied { me.update(spec).await }
+    mutate machine_state_save(me, request: MachineStateSave) -> () {
+        let MachineStateRef { instance, snapshot } = request.at;
+        let _lock = me.lock(instance.0).await;
+        me.machines()?.state_save(instance, snapshot, request.memory).await
+    }
+    mutate machine_state_restore(me, request: MachineStateRestore) -> () {
+        let MachineStateRef { instance, snapshot } = request.at;
+        let _lock = me.lock(instance.0).await;
+        me.machines()?.state_restore(instance, snapshot, request.memory).await
+    }
+    mutate machine_state_delete(me, at: MachineStateRef) -> () {
+        let _lock = me.lock(at.instance.0).await;
+        me.machines()?.state_delete(at.instance, at.snapshot).await
+    }
     mutate guest_destroy(me, instance: InstanceId) -> () { me.destroy(instance).await }
     read guest_observe_all(me, _request: ()) -> Vec<Observed> { me.observe_all().await }
     read guest_metrics(me, instances: Vec<InstanceId>) -> Vec<(InstanceId, Metrics)> { me.metrics(instances).await }

@@ -210,6 +210,11 @@ impl Subject {
                 uuid: instance.0,
                 ports: 0,
                 display: true,
+                tpm: false,
+                stateful: false,
+                boot_menu: false,
+                windows: false,
+                resume: false,
                 accelerator: None,
             }),
             limits: Limits {

@@ -257,7 +257,7 @@ async fn start(inner: &Arc<EngineInner>, id: InstanceId, why: &str) {
         (p.name.to_string(), i.name.to_string())
     };
     let engine = Engine { inner: inner.clone() };
-    let request = PowerRequest { action: PowerAction::Start, force: false, timeout: None };
+    let request = PowerRequest { action: PowerAction::Start, force: false, timeout: None, stateful: true };
     match engine.instance_power(&Context::system(), &project, &name, request).await {
         Ok(_) => tracing::info!(instance = %name, "starts {why}"),
         Err(e) => tracing::warn!(instance = %name, error = %e, "does not start {why}"),

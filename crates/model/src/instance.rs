@@ -189,6 +189,9 @@ pub struct Instance {
     /// Snapshot that the present state descends from.
     #[serde(default)]
     pub current_snapshot: Option<SnapshotId>,
+    /// Its memory was kept when it was stopped; a start goes on from there.
+    #[serde(default)]
+    pub stateful: bool,
     /// Grows with each change of desired state; base of ETag and Proxmox' digest.
     pub spec_version: u64,
     /// Not yet complete (being created) or no longer (being deleted): hidden from lists as a normal instance, locked.

@@ -129,6 +129,14 @@ pub const INSTANCE_KEYS: &[Key] = &[
     key("cloud-init.vendor-data", Text, Any, "", false, "cloud-init vendor data."),
     key("environment.*", Text, Any, "", true, "Environment of the container's init and of exec."),
     key(
+        "hardware.boot_menu",
+        Bool,
+        VirtualMachine,
+        "false",
+        false,
+        "The firmware waits some seconds for a key that opens its menu of what to boot.",
+    ),
+    key(
         "hardware.cpu.model",
         Text,
         VirtualMachine,
@@ -211,6 +219,14 @@ pub const INSTANCE_KEYS: &[Key] = &[
         "The higher, the less is swapped out (control groups v1 only).",
     ),
     key("limits.processes", Integer(1, i32::MAX as i64), Container, "no limit", true, "Number of processes."),
+    key(
+        "migration.stateful",
+        Bool,
+        VirtualMachine,
+        "false",
+        false,
+        "The memory can be kept over a stop and in snapshots; devices that forbid it are left out.",
+    ),
     key(
         "security.csm",
         Bool,

@@ -141,7 +141,7 @@ async fn fixture(env: &SeededEnv) -> Fixture {
     assert_eq!(w.ended(operation).await.error, None);
     let id = e.instance(c, HERE, "stubborn").unwrap().instance.id;
     w.agent.set_ignores_shutdown(id, true);
-    let request = PowerRequest { action: PowerAction::Stop, force: false, timeout: None };
+    let request = PowerRequest { action: PowerAction::Stop, force: false, timeout: None, stateful: false };
     let running = e.instance_power(c, HERE, "stubborn", request).await.unwrap().id();
     // The reconciler of warnings has looked.
     karst_env::Env::sleep(env, Duration::from_secs(3)).await;
@@ -171,7 +171,7 @@ fn who(role: Role, project: Option<ProjectId>) -> Context {
 }
 
 fn power(action: PowerAction) -> PowerRequest {
-    PowerRequest { action, force: true, timeout: None }
+    PowerRequest { action, force: true, timeout: None, stateful: false }
 }
 
 fn certificate(digit: char) -> NewCertificate {

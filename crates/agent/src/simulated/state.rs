@@ -29,6 +29,8 @@ pub(super) struct State {
     pub images: BTreeMap<ImageId, Image>,
     pub staged: BTreeMap<(ImageId, ImagePart), File>,
     pub guests: BTreeMap<InstanceId, Guest>,
+    /// What is kept of virtual machines with snapshots, and whether with their memory.
+    pub machine_states: BTreeMap<(InstanceId, SnapshotId), bool>,
     pub sessions: BTreeMap<SessionId, Session>,
     pub next_pid: u32,
     /// The audit log and its end.
@@ -77,6 +79,8 @@ pub(super) struct Guest {
     pub applied_spec_version: u64,
     pub ignores_shutdown: bool,
     pub refuses_update: bool,
+    /// Its memory is kept.
+    pub saved: bool,
     pub console_extra: Vec<u8>,
     pub console_cleared: bool,
 }

@@ -148,6 +148,10 @@ impl SimulatedAgent {
             }
         }
         self.check_guest(&state, &spec)?;
+        let resume = spec.machine.as_ref().is_some_and(|m| m.resume);
+        if resume && !state.guests.get(&spec.instance).is_some_and(|g| g.saved) {
+            return Err(Error::not_found("there is no saved memory of this virtual machine; start it without"));
+        }
         state.next_pid += 1;
         let guest = Guest {
             state: RuntimeState::Running,
@@ -159,6 +163,7 @@ impl SimulatedAgent {
             applied_spec_version: spec.spec_version,
             ignores_shutdown: state.guests.get(&spec.instance).is_some_and(|g| g.ignores_shutdown),
             refuses_update: state.guests.get(&spec.instance).is_some_and(|g| g.refuses_update),
+            saved: false,
             console_extra: vec![],
             console_cleared: false,
             spec,
@@ -184,6 +189,11 @@ impl SimulatedAgent {
             }
             match request.mode {
                 StopMode::Force => Duration::ZERO,
+                StopMode::Save => {
+                    demand_machine(guest)?;
+                    guest.saved = true;
+                    Duration::ZERO
+                }
                 StopMode::Graceful { timeout } => {
                     if guest.ignores_shutdown || guest.state == RuntimeState::Paused {
                         timeout
@@ -199,7 +209,7 @@ impl SimulatedAgent {
                 }
             }
         };
-        if request.mode == StopMode::Force {
+        if matches!(request.mode, StopMode::Force | StopMode::Save) {
             self.end_guest(instance, ExitReason::Forced);
         } else {
             self.env.sleep(wait).await;
@@ -489,6 +499,7 @@ impl SimulatedAgent {
             images: state.images.keys().copied().collect(),
             networks: state.networks.keys().copied().collect(),
             guests: state.guests.keys().copied().collect(),
+            machine_states: state.machine_states.keys().copied().collect(),
             sessions: live as u32,
             leaks,
         }

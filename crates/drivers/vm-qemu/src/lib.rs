@@ -22,8 +22,11 @@ mod plug;
 pub mod probe;
 pub mod qmp;
 mod record;
+mod saved;
 pub mod seed;
 mod share;
+mod states;
+mod tpm;
 
 pub use driver::{QemuDriver, QemuOptions};
 pub use probe::{HostVirtualization, probe};

@@ -8,6 +8,7 @@ use crate::{
     launch::{self, Groups, explain},
     qmp::{Event, Qmp},
     record::Record,
+    saved, tpm,
 };
 use karst_guest::{
     Observed,
@@ -91,7 +92,9 @@ fn decide(state: RuntimeState, ask: Ask) -> Result<Do> {
 /// QEMU's run state.
 pub(crate) fn run_state(status: &str) -> RuntimeState {
     match status {
-        "paused" | "debug" | "suspended" | "save-vm" | "restore-vm" => RuntimeState::Paused,
+        "paused" | "debug" | "suspended" | "save-vm" | "restore-vm" | "finish-migrate" | "postmigrate" => {
+            RuntimeState::Paused
+        }
         "io-error" | "internal-error" | "guest-panicked" | "watchdog" => RuntimeState::Error,
         "prelaunch" | "inmigrate" | "preconfig" => RuntimeState::Starting,
         _ => RuntimeState::Running,
@@ -358,10 +361,10 @@ impl Owner {
             Do::Stop => self.command("stop", RuntimeState::Paused).await,
             Do::Cont => {
                 let to = self.running();
-                self.command("cont", to).await
+                self.cont(to).await
             }
             Do::PowerDown { cont } => {
-                let woken = if cont { self.command("cont", RuntimeState::Running).await } else { Ok(()) };
+                let woken = if cont { self.cont(RuntimeState::Running).await } else { Ok(()) };
                 match woken {
                     Err(e) => Err(e),
                     Ok(()) => {
@@ -384,6 +387,12 @@ impl Owner {
             }
         };
         let _ = reply.send(result);
+    }
+
+    /// Lets the processors run: memory that was saved before is then of the past.
+    async fn cont(&mut self, then: RuntimeState) -> Result<()> {
+        saved::discard(&self.machine.dir)?;
+        self.command("cont", then).await
     }
 
     async fn command(&mut self, command: &str, then: RuntimeState) -> Result<()> {
@@ -490,6 +499,9 @@ impl Owner {
         let _ = karst_guest::keeper::wait_gone(&self.machine.dir).await;
         // Not under a successor of ours that was quicker.
         let replaced = karst_guest::keeper::is_alive(&self.machine.dir);
+        if !replaced && let Err(e) = tpm::end(&self.machine.dir).await {
+            tracing::warn!(%instance, error = %e, context = e.context, "the TPM of a guest could not be ended");
+        }
         if !replaced && let Err(e) = groups.remove(&self.cgroups).await {
             tracing::warn!(%instance, error = %e, context = e.context, "control groups of a guest could not be removed");
         }

@@ -6,7 +6,7 @@ use karst_model::{
     Error, InstanceId, Result,
     instance::{ExitReason, Generation},
     node::AcceleratorKind,
-    spec::CpuLimit,
+    spec::{CpuLimit, MachineSpec},
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -77,6 +77,12 @@ pub(crate) struct Record {
     /// Its hardware as far as it can change while it runs; unknown of a start by an earlier version.
     #[serde(default)]
     pub(crate) devices: Option<Devices>,
+    /// What it was made of; unknown of a start by an earlier version.
+    #[serde(default)]
+    pub(crate) hardware: Option<MachineSpec>,
+    /// Its memory is being loaded: it has executed nothing since its start.
+    #[serde(default)]
+    pub(crate) resuming: bool,
     /// Why it ended, where the host saw more than the keeper can know.
     #[serde(default)]
     pub(crate) exit: Option<ExitReason>,
@@ -115,6 +121,8 @@ impl Record {
                 .collect(),
             environment: guest.environment.clone(),
             devices: Devices::of(guest),
+            hardware: guest.machine.clone(),
+            resuming: guest.machine.as_ref().is_some_and(|m| m.resume),
             exit: None,
         }
     }
@@ -127,6 +135,14 @@ impl Record {
         }
         if self.memory != new.memory {
             pending.push("limits.memory".to_owned());
+        }
+        if let (Some(now), Some(new)) = (&self.hardware, &new.hardware) {
+            let changes = [
+                ("devices.tpm", now.tpm != new.tpm),
+                ("migration.stateful", now.stateful != new.stateful),
+                ("hardware.boot_menu", now.boot_menu != new.boot_menu),
+            ];
+            pending.extend(changes.iter().filter(|(_, changed)| *changed).map(|(key, _)| (*key).to_owned()));
         }
         pending
     }

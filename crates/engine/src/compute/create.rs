@@ -214,6 +214,7 @@ pub(crate) fn plan(
         generation: Generation { incarnation: 1, n: 0 },
         power: DesiredPower::Stopped,
         current_snapshot: None,
+        stateful: false,
         spec_version: 1,
         lifecycle: Lifecycle::Creating,
         created_at: now,
