@@ -210,6 +210,7 @@ impl Subject {
                 uuid: instance.0,
                 ports: 0,
                 display: true,
+                balloon: false,
                 tpm: false,
                 stateful: false,
                 boot_menu: false,

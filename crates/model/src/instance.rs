@@ -90,6 +90,9 @@ pub struct Hardware {
     /// It has a screen.
     #[serde(default)]
     pub display: bool,
+    /// It has a balloon.
+    #[serde(default)]
+    pub balloon: bool,
     /// SMBIOS/libvirt UUID the guest sees.
     pub uuid: uuid::Uuid,
     /// cloud-init instance id; changes when the guest is to run cloud-init afresh (a copy).

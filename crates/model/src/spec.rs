@@ -75,6 +75,9 @@ pub struct MachineSpec {
     /// It has a screen; machines that were made before have none.
     #[serde(default)]
     pub display: bool,
+    /// It has a balloon: its memory can shrink and grow back while it runs.
+    #[serde(default)]
+    pub balloon: bool,
     /// It has a TPM 2.0.
     #[serde(default)]
     pub tpm: bool,

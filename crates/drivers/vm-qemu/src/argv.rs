@@ -23,6 +23,7 @@ mod slot {
         if layout.pc { "00:1d.0" } else { "00:01.0" }
     }
     pub(super) const DISPLAY: &str = "00:1b.0";
+    pub(super) const BALLOON: &str = "00:05.0";
     pub(super) const SERIAL: &str = "00:02.0";
     pub(super) const SCSI: &str = "00:03.0";
     // After a virtio root disk at 04, which is thus vda.
@@ -74,6 +75,8 @@ pub struct Machine {
     pub accelerator: AcceleratorKind,
     /// CPUs.
     pub cpus: u32,
+    /// CPUs that it can have later.
+    pub max_cpus: u32,
     /// Bytes of memory.
     pub memory: u64,
     /// Disks, the root first.
@@ -163,7 +166,8 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         cpu.push_str(HYPER_V);
     }
     opt("-cpu", cpu);
-    opt("-smp", format!("cpus={0},sockets=1,cores={0},threads=1", m.cpus.max(1)));
+    let (cpus, most) = (m.cpus.max(1), m.max_cpus.max(m.cpus).max(1));
+    opt("-smp", format!("cpus={cpus},maxcpus={most},sockets=1,cores={most},threads=1"));
     if m.memory < 64 << 20 || !m.memory.is_multiple_of(1 << 20) {
         return Err(Error::invalid(
             "config.limits.memory",
@@ -259,6 +263,11 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         let share =
             json!({"driver": "virtio-9p-pci", "id": "config", "fsdev": "config", "mount_tag": "config"});
         opt("-device", fixed("share", share, slot::SHARE)?);
+    }
+    if m.spec.balloon {
+        // What the guest frees goes back to the host by itself.
+        let balloon = json!({"driver": "virtio-balloon-pci", "id": "balloon", "free-page-reporting": true});
+        opt("-device", fixed("balloon", balloon, slot::BALLOON)?);
     }
     if m.spec.tpm {
         opt("-chardev", format!("socket,id=tpm,fd={}", fd::TPM));
@@ -357,6 +366,7 @@ pub(crate) mod tests {
                 uuid: uuid::Uuid::from_u128(0x42),
                 ports: 0,
                 display: false,
+                balloon: false,
                 tpm: false,
                 stateful: false,
                 boot_menu: false,
@@ -366,6 +376,7 @@ pub(crate) mod tests {
             },
             accelerator: AcceleratorKind::Tcg,
             cpus: 2,
+            max_cpus: 4,
             memory: 1 << 30,
             disks: vec![Disk { pci: Some("00:04.0".into()), format: DiskFormat::Qcow2, ..disk("virtio0") }],
             nics: vec![Nic {

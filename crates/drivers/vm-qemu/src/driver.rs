@@ -9,7 +9,7 @@ use crate::{
     plug, probe,
     qmp::Qmp,
     record::Record,
-    saved, states, tpm,
+    resize, saved, states, tpm,
 };
 use async_trait::async_trait;
 use karst_guest::{
@@ -262,9 +262,9 @@ impl Shared {
                 )));
             }
         }
-        let record = Record::new(guest);
+        let mut record = Record::new(guest);
         if record.resuming {
-            saved::demand_fit(&saved::place(dir), &record)?;
+            saved::demand_fit(&saved::place(dir), &mut record)?;
         } else {
             saved::discard(dir)?;
         }
@@ -300,7 +300,8 @@ impl Shared {
         let dir = &guest.state_dir;
         let (mut spec, mut fds) = {
             let (guest, groups, cgroups) = (guest.clone(), groups.clone(), self.cgroups.clone());
-            tokio::task::spawn_blocking(move || prepare(&guest, &groups, &cgroups))
+            let record = record.clone();
+            tokio::task::spawn_blocking(move || prepare(&guest, &record, &groups, &cgroups))
                 .await
                 .map_err(|e| Error::internal("the guest could not be started", e))??
         };
@@ -475,6 +476,7 @@ impl GuestDriver for QemuDriver {
         self.shared.cgroups.limit(&groups.machine, &limits(guest))?;
         let new = Record::new(guest);
         let mut pending = plug::apply(&machine, guest).await?;
+        pending.extend(resize::apply(&machine, &new).await?);
         let version = {
             let mut record = machine.record();
             pending.extend(record.pending(&new));
@@ -557,7 +559,7 @@ impl GuestDriver for QemuDriver {
         let machine = self.shared.machine(instance).await?;
         let (groups, memory_total) = {
             let record = machine.record();
-            (Groups::of(&record.daemon_id, instance), record.memory)
+            (Groups::of(&record.daemon_id, instance), record.balloon.unwrap_or(record.memory))
         };
         let stats = self.shared.cgroups.stats(&groups.machine);
         let pid = machine.observed.borrow().pid;

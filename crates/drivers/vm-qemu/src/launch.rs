@@ -2,10 +2,10 @@
 //! groups, the keeper's specification. Whatever is made here vanishes with its descriptor or is removed by the caller.
 
 use crate::{
-    argv::{self, Machine, argv, fd},
+    argv::{Machine, argv, fd},
     devices::{Disk, Layout, Nic},
     probe::kvm_group,
-    record::{Record, memory},
+    record::Record,
     seed, share,
 };
 use karst_guest::{
@@ -211,6 +211,7 @@ pub(crate) fn hold(guest: &ResolvedGuest) -> bool {
 /// Makes everything; the control groups are the caller's to remove when anything fails.
 pub(crate) fn prepare(
     guest: &ResolvedGuest,
+    record: &Record,
     groups: &Groups,
     cgroups: &Cgroups,
 ) -> Result<(Spec, Vec<OwnedFd>)> {
@@ -246,8 +247,9 @@ pub(crate) fn prepare(
         name: guest.instance.to_string(),
         spec,
         accelerator: guest.accelerator,
-        cpus: argv::cpu_count(guest.limits.cpu.as_ref()),
-        memory: memory(guest),
+        cpus: record.cpus,
+        max_cpus: record.max_cpus,
+        memory: record.memory,
         disks,
         nics: guest.nics.iter().map(Nic::new).collect(),
         seed: true,

@@ -22,6 +22,7 @@ mod plug;
 pub mod probe;
 pub mod qmp;
 mod record;
+mod resize;
 mod saved;
 pub mod seed;
 mod share;

@@ -1,6 +1,9 @@
 //! What the driver keeps of a guest in its state directory (`machine.json`): enough to adopt it.
 
-use crate::argv::{DEFAULT_MEMORY, cpu_count};
+use crate::{
+    argv::{DEFAULT_MEMORY, cpu_count},
+    resize::most_cpus,
+};
 use karst_guest::{IdRange, ResolvedDisk, ResolvedGuest, ResolvedNic};
 use karst_model::{
     Error, InstanceId, Result,
@@ -69,6 +72,12 @@ pub(crate) struct Record {
     pub(crate) accelerator: AcceleratorKind,
     pub(crate) memory: u64,
     pub(crate) cpus: u32,
+    /// Processors that it can have without a new start; 0 of a start by an earlier version.
+    #[serde(default)]
+    pub(crate) max_cpus: u32,
+    /// What its balloon leaves it of `memory`.
+    #[serde(default)]
+    pub(crate) balloon: Option<u64>,
     pub(crate) cpu: Option<CpuLimit>,
     pub(crate) root: PathBuf,
     pub(crate) nics: Vec<Nic>,
@@ -107,6 +116,8 @@ impl Record {
             accelerator: guest.accelerator,
             memory: memory(guest),
             cpus: cpu_count(guest.limits.cpu.as_ref()),
+            max_cpus: most_cpus(cpu_count(guest.limits.cpu.as_ref())),
+            balloon: None,
             cpu: guest.limits.cpu.clone(),
             root: guest.root.path.clone(),
             nics: guest
@@ -130,12 +141,6 @@ impl Record {
     /// Keys whose new value waits for the next start.
     pub(crate) fn pending(&self, new: &Record) -> Vec<String> {
         let mut pending = vec![];
-        if self.cpus != new.cpus {
-            pending.push("limits.cpu".to_owned());
-        }
-        if self.memory != new.memory {
-            pending.push("limits.memory".to_owned());
-        }
         if let (Some(now), Some(new)) = (&self.hardware, &new.hardware) {
             let changes = [
                 ("devices.tpm", now.tpm != new.tpm),

@@ -39,7 +39,9 @@ struct Shape {
     hardware: Option<MachineSpec>,
     accelerator: String,
     cpus: u32,
+    max_cpus: u32,
     memory: u64,
+    balloon: Option<u64>,
     /// Slots and addresses.
     disks: Vec<(String, Option<String>)>,
     nics: Vec<(String, Option<String>, String)>,
@@ -64,7 +66,9 @@ impl Shape {
                 .map(|h| MachineSpec { resume: false, boot_menu: false, accelerator: None, ..h }),
             accelerator: record.accelerator.as_str().to_owned(),
             cpus: record.cpus,
+            max_cpus: record.max_cpus,
             memory: record.memory,
+            balloon: record.balloon,
             disks,
             nics,
         }
@@ -113,15 +117,20 @@ pub(crate) fn discard(dir: &Path) -> Result<()> {
     }
 }
 
-/// Refuses a start from memory that does not fit the machine as it would be now, or that is not there.
+/// Refuses a start from memory that does not fit the machine as it would be now, or that is not there. What the machine had
+/// been given beyond its limits (room for more processors, memory that its balloon holds) it gets again.
 ///
 /// # Errors
 /// Not found, conflict naming what differs.
-pub(crate) fn demand_fit(place: &Path, record: &Record) -> Result<()> {
+pub(crate) fn demand_fit(place: &Path, record: &mut Record) -> Result<()> {
     if !there(place) {
         return Err(Error::not_found("there is no saved memory of this virtual machine; start it without"));
     }
     let shape: Shape = serde_json::from_slice(&std::fs::read(place.join(SHAPE))?)?;
+    record.max_cpus = shape.max_cpus;
+    if shape.balloon == Some(record.memory) {
+        (record.memory, record.balloon) = (shape.memory, shape.balloon);
+    }
     match shape.differs(&Shape::of(record)) {
         None => Ok(()),
         Some(what) => Err(Error::conflict(format!(

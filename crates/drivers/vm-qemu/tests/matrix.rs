@@ -7,9 +7,10 @@ mod common;
 use common::{Place, console::Shell};
 use karst_guest::{GuestDriver, ResolvedDisk, ResolvedGuest, StopMode};
 use karst_model::{
-    ErrorKind, SnapshotId,
+    ByteSize, ErrorKind, SnapshotId,
     device::NicModel,
     instance::{ExitReason, Firmware, RuntimeState},
+    spec::CpuLimit,
 };
 
 #[derive(Debug, Clone, Copy)]
@@ -56,9 +57,10 @@ fn guest(place: &Place, kind: Kind, n: u128) -> ResolvedGuest {
         machine.stateful = true;
         machine.display = true;
         machine.tpm = true;
+        machine.balloon = true;
     }
     guest.limits.cpu = None;
-    guest.limits.memory = Some(karst_model::ByteSize::mib(384));
+    guest.limits.memory = Some(ByteSize::mib(384));
     guest.root.slot = kind.bus.into();
     let pci = matches!(kind.bus, "virtio0" | "nvme0");
     guest.root.pci = pci.then(|| if pc { "00:09.0".into() } else { "02:00.0".into() });
@@ -125,6 +127,27 @@ async fn one(place: &Place, driver: &dyn GuestDriver, kind: Kind, n: u128) {
     let gone = if disk == "sda" { sectors.to_string() } else { String::new() };
     shell.until(sizes, &gone);
 
+    // Processors and memory within what was set aside; more waits for the next start.
+    guest.spec_version += 1;
+    guest.limits.cpu = Some(CpuLimit::Count { n: 2 });
+    guest.limits.memory = Some(ByteSize::mib(256));
+    assert_eq!(driver.update(&guest).await.unwrap().pending, Vec::<String>::new());
+    let total = |m: &karst_guest::Metrics| m.memory_total;
+    assert_eq!(total(&driver.metrics(id).await.unwrap()), Some(256 << 20));
+    shell.until("echo 1 >/sys/devices/system/cpu/cpu1/online; nproc", "2");
+    shell.until("free -m | awk '/^Mem/ { print ($2 < 260) }'", "1");
+    guest.spec_version += 1;
+    guest.limits.cpu = None;
+    guest.limits.memory = Some(ByteSize::mib(384));
+    assert_eq!(driver.update(&guest).await.unwrap().pending, Vec::<String>::new());
+    shell.until("nproc", "1");
+    shell.until("free -m | awk '/^Mem/ { print ($2 > 260) }'", "1");
+    let mut more = guest.clone();
+    more.limits.cpu = Some(CpuLimit::Count { n: 4000 });
+    more.limits.memory = Some(ByteSize::mib(512));
+    assert_eq!(driver.update(&more).await.unwrap().pending, ["limits.memory", "limits.cpu"]);
+    driver.update(&guest).await.unwrap();
+
     // A reset: the same QEMU, and the system boots again.
     let pid = driver.observe(id).await.unwrap().pid;
     machine.reset(id).await.unwrap();
@@ -143,7 +166,7 @@ async fn one(place: &Place, driver: &dyn GuestDriver, kind: Kind, n: u128) {
     // It fits this machine only; that is said and it stays.
     let mut other = guest.clone();
     next(&mut other, true);
-    other.limits.memory = Some(karst_model::ByteSize::mib(512));
+    other.limits.memory = Some(ByteSize::mib(512));
     let e = driver.start(&other).await.unwrap_err();
     assert!(e.is(ErrorKind::Conflict) && e.message.contains("limits.memory"), "{e}");
     next(&mut guest, true);

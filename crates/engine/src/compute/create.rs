@@ -244,6 +244,7 @@ pub(crate) fn plan(
         instance.hardware = Some(Hardware {
             ports: slots::ports(&machine),
             display: true,
+            balloon: true,
             machine,
             cpu_model: choice.cpu_model.unwrap_or_else(|| if kvm { "host".into() } else { "max".into() }),
             firmware: choice.firmware,

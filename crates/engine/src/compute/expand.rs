@@ -324,6 +324,7 @@ pub fn guest_spec(
             uuid: h.uuid,
             ports: h.ports,
             display: h.display,
+            balloon: h.balloon,
             tpm: parsed.tpm.is_some(),
             stateful: keys::flag(config, "migration.stateful").unwrap_or(false),
             boot_menu: keys::flag(config, "hardware.boot_menu").unwrap_or(false),
@@ -435,6 +436,7 @@ mod tests {
             firmware: karst_model::instance::Firmware::Bios,
             ports,
             display: false,
+            balloon: false,
             uuid: uuid::Uuid::nil(),
             cloud_init_id: uuid::Uuid::nil(),
         }

@@ -138,6 +138,7 @@ mod tests {
             firmware: karst_model::instance::Firmware::Bios,
             ports,
             display: false,
+            balloon: false,
             uuid: uuid::Uuid::nil(),
             cloud_init_id: uuid::Uuid::nil(),
         };

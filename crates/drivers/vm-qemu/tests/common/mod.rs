@@ -331,6 +331,7 @@ impl Place {
                 uuid: uuid::Uuid::from_u128(0xabcd),
                 ports: 0,
                 display: false,
+                balloon: false,
                 tpm: false,
                 stateful: false,
                 boot_menu: false,
