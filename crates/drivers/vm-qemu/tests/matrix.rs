@@ -260,3 +260,65 @@ async fn secure_boot_refuses_what_is_not_signed() {
     driver.destroy(plain.instance).await.unwrap();
     place.assert_clean();
 }
+
+/// A file system of its own, unmounted when the test ends.
+struct Room(std::path::PathBuf);
+
+impl Room {
+    fn new(place: &Place, size: &str) -> Self {
+        let at = place.dir.join("room");
+        std::fs::create_dir(&at).unwrap();
+        common::run("mount", &["-t", "tmpfs", "-o", &format!("size={size}"), "none", at.to_str().unwrap()]);
+        Self(at)
+    }
+
+    fn grow(&self, size: &str) {
+        common::run("mount", &["-o", &format!("remount,size={size}"), self.0.to_str().unwrap()]);
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        // QEMU may still have it open after a failure; it goes when that ends.
+        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+async fn until_state(driver: &dyn GuestDriver, guest: &ResolvedGuest, wanted: RuntimeState) {
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(240);
+    loop {
+        let now = driver.observe(guest.instance).await.unwrap().state;
+        if now == wanted {
+            return;
+        }
+        assert!(std::time::Instant::now() < end, "{now:?}, not {wanted:?}");
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    }
+}
+
+/// What the guest writes is neither lost nor an error inside: it waits, and goes on by itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_disk_halts_the_machine_until_there_is_room() {
+    if std::env::var_os("KARST_TEST_LONG").is_none() {
+        return println!("skipped: a long test; `make test-all` runs it (KARST_TEST_LONG=1)");
+    }
+    let Some(place) = Place::small("full") else { return };
+    let room = Room::new(&place, "24m");
+    let mut guest = guest(&place, Kind { firmware: Firmware::Bios, ..SAMPLE[0] }, 1);
+    guest.machine.as_mut().unwrap().tpm = false;
+    let path = room.0.join("data");
+    std::fs::File::create(&path).unwrap().set_len(200 << 20).unwrap();
+    guest.disks.push(ResolvedDisk { name: "data".into(), slot: "scsi1".into(), path, ..guest.root.clone() });
+    let driver = place.driver();
+    driver.start(&guest).await.unwrap();
+    let mut shell = Shell::open(&driver, guest.instance).await;
+    shell.until_up();
+    shell.run("(dd if=/dev/urandom of=/dev/sdb bs=1M count=60 conv=fsync 2>/dev/null && echo written >/done) & true");
+    until_state(&driver, &guest, RuntimeState::Error).await;
+    room.grow("300m");
+    until_state(&driver, &guest, RuntimeState::Running).await;
+    shell.until("cat /done", "written");
+    driver.stop(guest.instance, StopMode::Force).await.unwrap();
+    driver.destroy(guest.instance).await.unwrap();
+    place.assert_clean();
+}
