@@ -237,7 +237,7 @@ calls! {
         if state.machine_states.contains_key(&(instance, snapshot)) {
             return Ok(());
         }
-        if request.memory && guest.state != RuntimeState::Paused {
+        if request.memory && guest.state != karst_model::instance::RuntimeState::Paused {
             return Err(Error::conflict("memory is kept of a machine that is paused"));
         }
         let memory = request.memory || (guest.saved && !guest.runs());
