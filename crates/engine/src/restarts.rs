@@ -105,7 +105,8 @@ async fn round(inner: &Arc<EngineInner>, crashes: &mut HashMap<InstanceId, Crash
     }
     let engine = Engine { inner: inner.clone() };
     for (project, name, id) in due {
-        let request = PowerRequest { action: PowerAction::Start, force: false, timeout: None, stateful: true };
+        let request =
+            PowerRequest { action: PowerAction::Start, force: false, timeout: None, stateful: true };
         match engine.instance_power(&Context::system(), &project, &name, request).await {
             Ok(_) => tracing::info!(instance = %name, "starts again after a crash"),
             Err(e) => {

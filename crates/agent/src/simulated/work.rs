@@ -150,7 +150,9 @@ impl SimulatedAgent {
         self.check_guest(&state, &spec)?;
         let resume = spec.machine.as_ref().is_some_and(|m| m.resume);
         if resume && !state.guests.get(&spec.instance).is_some_and(|g| g.saved) {
-            return Err(Error::not_found("there is no saved memory of this virtual machine; start it without"));
+            return Err(Error::not_found(
+                "there is no saved memory of this virtual machine; start it without",
+            ));
         }
         state.next_pid += 1;
         let guest = Guest {

@@ -452,8 +452,17 @@ pub(crate) mod tests {
 
     #[test]
     fn descriptor_numbers_differ() {
-        let mut all =
-            vec![fd::TPM, fd::LINK, fd::SHARE, fd::QMP, fd::EVENTS, fd::AGENT, fd::CONSOLE, fd::SEED, fd::VARS];
+        let mut all = vec![
+            fd::TPM,
+            fd::LINK,
+            fd::SHARE,
+            fd::QMP,
+            fd::EVENTS,
+            fd::AGENT,
+            fd::CONSOLE,
+            fd::SEED,
+            fd::VARS,
+        ];
         all.extend((0..MAX_NICS as i32).map(|i| fd::NIC + i));
         all.extend((0..2 * MAX_DISKS as i32).map(|i| fd::DISK + i));
         let n = all.len();

@@ -150,7 +150,8 @@ async fn unplug(qmp: &Qmp, path: &str, have: u32) -> Result<()> {
 
 /// A Linux does not use new processors by itself everywhere; its agent, if there is one, sees to it.
 async fn bring_up(machine: &Machine) {
-    let line = "for c in /sys/devices/system/cpu/cpu[0-9]*/online; do [ \"$(cat $c)\" = 1 ] || echo 1 >$c; done";
+    let line =
+        "for c in /sys/devices/system/cpu/cpu[0-9]*/online; do [ \"$(cat $c)\" = 1 ] || echo 1 >$c; done";
     let request = ExecRequest {
         command: vec!["/bin/sh".into(), "-c".into(), line.into()],
         environment: BTreeMap::new(),

@@ -60,10 +60,12 @@ impl Shape {
         disks.sort();
         nics.sort();
         Self {
-            hardware: record
-                .hardware
-                .clone()
-                .map(|h| MachineSpec { resume: false, boot_menu: false, accelerator: None, ..h }),
+            hardware: record.hardware.clone().map(|h| MachineSpec {
+                resume: false,
+                boot_menu: false,
+                accelerator: None,
+                ..h
+            }),
             accelerator: record.accelerator.as_str().to_owned(),
             cpus: record.cpus,
             max_cpus: record.max_cpus,
@@ -226,7 +228,10 @@ async fn write(qmp: &Qmp, file: &File) -> Result<()> {
 fn explain(e: Error) -> Error {
     let text = e.context.clone();
     let text = text.as_deref().unwrap_or_default();
-    if text.contains("Migration is disabled") || text.contains("non-migratable") || text.contains("unmigratable") {
+    if text.contains("Migration is disabled")
+        || text.contains("non-migratable")
+        || text.contains("unmigratable")
+    {
         return Error::new(
             ErrorKind::Unsupported,
             "this virtual machine has a device whose state QEMU cannot save; set migration.stateful=true and start it anew",

@@ -131,7 +131,9 @@ pub(crate) fn restore(dir: &Path, snapshot: SnapshotId, memory: bool) -> Result<
     }
     let state = tpm::state(dir);
     remove(&state)?;
-    if copy_files(&from.join(TPM), &state)? && let Some(above) = state.parent() {
+    if copy_files(&from.join(TPM), &state)?
+        && let Some(above) = state.parent()
+    {
         File::open(above)?.sync_all()?;
     }
     if memory {

@@ -55,7 +55,8 @@ pub(crate) async fn start(guest: &ResolvedGuest, groups: &Groups, cgroups: &Cgro
     }
     give(&state(&guest.state_dir), guest.ids.base)?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let place = rustix::fs::open(state(&guest.state_dir), flags, Mode::empty()).map_err(std::io::Error::from)?;
+    let place =
+        rustix::fs::open(state(&guest.state_dir), flags, Mode::empty()).map_err(std::io::Error::from)?;
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
         .map_err(std::io::Error::from)?;
     let argv = [

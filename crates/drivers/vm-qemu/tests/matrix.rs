@@ -21,12 +21,8 @@ struct Kind {
     nic: NicModel,
 }
 
-const SAMPLE: &[Kind] = &[Kind {
-    firmware: Firmware::UefiSecure,
-    machine: "pc-q35-7.2",
-    bus: "scsi0",
-    nic: NicModel::Virtio,
-}];
+const SAMPLE: &[Kind] =
+    &[Kind { firmware: Firmware::UefiSecure, machine: "pc-q35-7.2", bus: "scsi0", nic: NicModel::Virtio }];
 
 fn all() -> Vec<Kind> {
     let mut all = vec![];
@@ -112,7 +108,13 @@ async fn one(place: &Place, driver: &dyn GuestDriver, kind: Kind, n: u128) {
     std::fs::File::create(&data).unwrap().set_len(5 << 20).unwrap();
     let mut more = guest.clone();
     more.spec_version += 1;
-    more.disks.push(ResolvedDisk { name: "data".into(), slot: "scsi7".into(), path: data.clone(), pci: None, ..guest.root.clone() });
+    more.disks.push(ResolvedDisk {
+        name: "data".into(),
+        slot: "scsi7".into(),
+        path: data.clone(),
+        pci: None,
+        ..guest.root.clone()
+    });
     assert_eq!(driver.update(&more).await.unwrap().pending, Vec::<String>::new());
     let sizes = "cat /sys/block/sd*/size 2>/dev/null | tr '\\n' ' '";
     let with = |mib: u64| {

@@ -338,8 +338,9 @@ pub fn guest_spec(
         _ => None,
     };
     if let (Some(name), InstanceKind::Container) = (&parsed.tpm, instance.kind) {
-        return Err(Error::unsupported("TPMs are given to virtual machines only")
-            .at(format!("devices.{name}.type")));
+        return Err(
+            Error::unsupported("TPMs are given to virtual machines only").at(format!("devices.{name}.type"))
+        );
     }
     let cloud_init_id = instance.hardware.as_ref().map_or(instance.id.uuid(), |h| h.cloud_init_id);
     Ok(GuestSpec {

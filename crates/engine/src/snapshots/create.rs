@@ -139,7 +139,8 @@ impl Engine {
                 Found::Instance(row) => row.node,
                 Found::Volume(_) => inner.node,
             };
-            let plan = SnapshotPlan { snapshot, volumes: refs, machine, guests, locks, node, path: path.clone() };
+            let plan =
+                SnapshotPlan { snapshot, volumes: refs, machine, guests, locks, node, path: path.clone() };
             Ok((plan, NewOperation::task("Snapshotting", Some(project.id), found.kind(), path)))
         })
         .await
