@@ -196,7 +196,7 @@ pub async fn faults(engine: &Engine, store: &dyn Store, agents: &[&SimulatedAgen
         faults.push(format!("snapshot {id} of volume {volume} is known to one side only"));
     }
     for (instance, id) in &check.machine_states {
-        if !records.snapshots.get(id).is_some_and(|s| s.instance == *instance) {
+        if records.snapshots.get(id).is_none_or(|s| s.instance != *instance) {
             faults.push(format!("the host keeps a state {id} of machine {instance} that no record knows"));
         }
     }
