@@ -116,7 +116,11 @@ impl Record {
             accelerator: guest.accelerator,
             memory: memory(guest),
             cpus: cpu_count(guest.limits.cpu.as_ref()),
-            max_cpus: most_cpus(cpu_count(guest.limits.cpu.as_ref())),
+            max_cpus: most_cpus(
+                guest.accelerator,
+                guest.machine.as_ref().map(|m| m.firmware),
+                cpu_count(guest.limits.cpu.as_ref()),
+            ),
             balloon: None,
             cpu: guest.limits.cpu.clone(),
             root: guest.root.path.clone(),

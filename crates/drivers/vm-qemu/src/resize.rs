@@ -3,7 +3,7 @@
 
 use crate::{launch, machine::Machine, qmp::Qmp, record::Record};
 use karst_guest::ExecRequest;
-use karst_model::{Error, Result};
+use karst_model::{Error, Result, instance::Firmware, node::AcceleratorKind};
 use serde_json::{Value, json};
 use std::{collections::BTreeMap, time::Duration};
 use tokio::time::{Instant, sleep, timeout};
@@ -15,8 +15,13 @@ const LOOK: Duration = Duration::from_millis(100);
 /// A balloon stops short of its goal by a few pages.
 const NEAR: u64 = 16 << 20;
 
-/// Processors that a machine can have later: those of this host, as far as a machine of any type can have them.
-pub(crate) fn most_cpus(now: u32) -> u32 {
+/// Processors that a machine can have later: those of this host, as far as a machine of any type can have them. TCG ends with
+/// an assertion when a processor comes that had been there before. With secure boot a new processor is first the
+/// firmware's, in system management mode, and a guest was seen to stand still in that.
+pub(crate) fn most_cpus(accelerator: AcceleratorKind, firmware: Option<Firmware>, now: u32) -> u32 {
+    if accelerator == AcceleratorKind::Tcg || firmware == Some(Firmware::UefiSecure) {
+        return now;
+    }
     let host = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     now.max(host.min(240))
 }
