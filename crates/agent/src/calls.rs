@@ -270,6 +270,9 @@ agent_calls! {
     /// Figures of these guests (all running ones when empty); one that does not run is left out.
     read fn guest_metrics(GuestMetrics: Vec<InstanceId>) -> Vec<(InstanceId, Metrics)>;
 
+    /// A process is about to enter the groups of a guest, which starts or is to run a program. A hint that lets the host
+    /// prepare; nothing follows from it and it may be lost.
+    read fn entry_expected(EntryExpected: ()) -> ();
     /// Runs a program in a guest. Descriptors: one terminal, or stdin, stdout, stderr.
     read fn exec_start(ExecStart: ExecStart) -> WithFds<SessionId>;
     /// New size of a session's terminal.

@@ -70,6 +70,7 @@ pub async fn exec(call: Call) -> Result<Reply> {
     f.finish(&[])?;
     let project = call.project().to_owned();
     let view = call.engine().exec_check(&call.context, &project, call.param(0), &request)?;
+    call.engine().exec_expected(&view);
     let mut metadata = Map::new();
     metadata.insert("command".into(), json!(request.command));
     metadata.insert("interactive".into(), json!(interactive));
