@@ -20,7 +20,7 @@ use karst_engine::{
 };
 use karst_env::SeededEnv;
 use karst_model::{
-    Config, ErrorKind, ImageId, OperationId, PrincipalId, ProjectId, Result,
+    Config, Error, ErrorKind, ImageId, OperationId, PrincipalId, ProjectId, Result,
     access::{Grant, Identity, Principal, Role},
     device::Devices,
     guest::{ExecRequest, FileKind, FileWrite},
