@@ -502,6 +502,9 @@ calls! {
         facts.warnings.extend(me.networks.warnings().await);
         Ok(facts)
     }
+    read host_resources(_me, _request: ()) -> karst_agent::resources::HostResources {
+        blocking(|| Ok(crate::resources::Machine::default().resources())).await
+    }
     read self_check(me, _request: ()) -> SelfCheck { me.self_check_now().await }
 
     mutate pool_ensure(me, spec: PoolSpec) -> () {

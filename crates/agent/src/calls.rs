@@ -95,6 +95,7 @@ plain!(
     (),
     i32,
     HostFacts,
+    crate::resources::HostResources,
     Usage,
     Vec<Lease>,
     NetworkState,
@@ -182,6 +183,8 @@ agent_calls! {
 
     /// What the machine is.
     read fn host_facts(HostFacts: ()) -> HostFacts;
+    /// What hardware it has.
+    read fn host_resources(HostResources: ()) -> crate::resources::HostResources;
     /// Does what the agent keeps agree with what it finds (leaks, missing things)? For tests and `admin check`.
     read fn self_check(SelfCheck: ()) -> SelfCheck;
 
