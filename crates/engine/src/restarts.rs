@@ -74,7 +74,8 @@ async fn round(inner: &Arc<EngineInner>, crashes: &mut HashMap<InstanceId, Crash
                 && instance.lifecycle == Lifecycle::Ready
                 && !instance.ephemeral
                 && records.lock(&crate::compute::lock(instance.id)).is_none();
-            if !wanted || keys::flag(&records.expanded(instance).0, "boot.autorestart") != Some(true) {
+            if !wanted || keys::optional_flag(&records.expanded(instance).0, "boot.autorestart") != Some(true)
+            {
                 continue;
             }
             let entry = crashes.entry(instance.id);

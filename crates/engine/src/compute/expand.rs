@@ -9,7 +9,7 @@ use karst_model::{
     instance::{DeviceIdentity, Hardware, Instance, InstanceKind},
     keys,
     network::Network,
-    spec::{DiskSource, DiskSpec, GuestSpec, MachineSpec, NicSpec, NodeSpec, ProxySpec, RootSpec},
+    spec::{DiskSource, DiskSpec, GuestApi, GuestSpec, MachineSpec, NicSpec, NodeSpec, ProxySpec, RootSpec},
     storage::Volume,
 };
 use std::collections::BTreeMap;
@@ -206,6 +206,8 @@ pub struct Lookups<'a> {
     pub network: &'a dyn Fn(&str) -> Option<crate::Row<Network>>,
     /// Custom volume by the names of its pool and its own, in the instance's project.
     pub volume: &'a dyn Fn(&str, &str) -> Option<crate::Row<Volume>>,
+    /// Name of the instance's host.
+    pub location: &'a str,
 }
 
 /// The number at the end of a slot's name.
@@ -326,8 +328,8 @@ pub fn guest_spec(
             display: h.display,
             balloon: h.balloon,
             tpm: parsed.tpm.is_some(),
-            stateful: keys::flag(config, "migration.stateful").unwrap_or(false),
-            boot_menu: keys::flag(config, "hardware.boot_menu").unwrap_or(false),
+            stateful: keys::optional_flag(config, "migration.stateful").unwrap_or(false),
+            boot_menu: keys::optional_flag(config, "hardware.boot_menu").unwrap_or(false),
             windows: is_windows(config, instance),
             resume: false,
             accelerator: None,
@@ -342,6 +344,15 @@ pub fn guest_spec(
             Error::unsupported("TPMs are given to virtual machines only").at(format!("devices.{name}.type"))
         );
     }
+    let mut security = keys::security(config)?;
+    if let (Some(config), InstanceKind::Container) = (keys::guest_api(config)?, instance.kind) {
+        security.guest_api = Some(GuestApi {
+            name: instance.name.to_string(),
+            location: lookups.location.to_owned(),
+            config,
+            devices: shown_devices(instance, devices),
+        });
+    }
     let cloud_init_id = instance.hardware.as_ref().map_or(instance.id.uuid(), |h| h.cloud_init_id);
     Ok(GuestSpec {
         instance: instance.id,
@@ -352,7 +363,7 @@ pub fn guest_spec(
         domain_id,
         machine,
         limits: keys::limits(config)?,
-        security: keys::security(config)?,
+        security,
         root,
         disks,
         nodes,
@@ -367,6 +378,20 @@ pub fn guest_spec(
 fn is_windows(config: &Config, instance: &Instance) -> bool {
     let os = config.get("image.os").or_else(|| instance.image_properties.get("image.os"));
     os.is_some_and(|os| os.to_ascii_lowercase().starts_with("windows"))
+}
+
+/// Devices as their guest sees them: with the addresses they got, without the paths of the host.
+fn shown_devices(instance: &Instance, devices: &Devices) -> Devices {
+    let mut shown = devices.clone();
+    for (name, keys) in &mut shown {
+        if keys.get("source").is_some_and(|s| s.starts_with('/')) {
+            keys.remove("source");
+        }
+        if let Some(mac) = instance.identities.get(name).and_then(|i| i.mac.clone()) {
+            keys.entry("hwaddr".into()).or_insert(mac);
+        }
+    }
+    shown
 }
 
 /// Names a temporary id for errors about instances that are not recorded yet.

@@ -112,7 +112,7 @@ pub(crate) fn demand_stateful(instance: &Instance, config: &Config) -> Result<()
     if instance.kind != InstanceKind::VirtualMachine {
         return Err(Error::unsupported("the memory of virtual machines only can be kept").at("stateful"));
     }
-    if keys::flag(config, "migration.stateful") != Some(true) {
+    if keys::optional_flag(config, "migration.stateful") != Some(true) {
         return Err(Error::conflict(format!(
             "the memory of instance {:?} cannot be kept; stop it, set migration.stateful=true and start it anew",
             &*instance.name
