@@ -4,8 +4,8 @@
 use crate::backups::{BackupCreate, BackupFacts, VolumeFill, VolumeFilled};
 use async_trait::async_trait;
 use karst_model::{
-    BackupId, ByteSize, ImageId, InstanceId, NetworkId, PoolId, Result, SagaId, SessionId, SnapshotId,
-    VolumeId,
+    BackupId, ByteSize, ImageId, InstanceId, NetworkId, NodeId, PoolId, Result, SagaId, SessionId,
+    SnapshotId, VolumeId,
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
     guest::{Applied, ExecRequest, FileInfo, FileWrite, Metrics, Observed, StopMode},
     image::ImageFacts,
@@ -31,13 +31,24 @@ pub struct CallContext {
     pub fence: Option<Fence>,
 }
 
-/// Orders mutations: the agent durably remembers the highest epoch and refuses lower ones, so that a paused executor can
-/// do nothing after its successor took over.
+/// Who executes sagas: the engine that acts for a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Executor {
+    /// The node.
+    pub node: NodeId,
+    /// Grows with each start of an engine over the same store.
+    pub epoch: u64,
+}
+
+/// Orders mutations: the agent durably remembers the highest epoch of each executor and refuses lower ones of the same, so
+/// that a paused executor can do nothing after its successor took over, and those of other nodes go on (ADR 18).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fence {
     /// The saga, or the nil UUID for reconcilers.
     pub saga: SagaId,
-    /// Epoch of the executor; grows with each start of an engine over the same store.
+    /// Node of the executor. A saga has one; who takes it over from a dead node takes a new epoch in this node's name.
+    pub executor: NodeId,
+    /// Epoch of the executor.
     pub epoch: u64,
     /// Step within the saga.
     pub step: u32,
