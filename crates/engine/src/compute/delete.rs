@@ -42,6 +42,12 @@ impl Engine {
                     "instance {name:?} is running; stop it first, or delete it with --force"
                 )));
             }
+            let (config, _) = records.expanded(row);
+            if karst_model::keys::flag(&config, "security.protection.delete")? {
+                return Err(Error::conflict(format!(
+                    "instance {name:?} is protected from being deleted; unset security.protection.delete first"
+                )));
+            }
             tx.expect(row);
             let volumes = records
                 .volumes
