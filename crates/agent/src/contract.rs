@@ -217,6 +217,13 @@ impl Subject {
                 firmware: Firmware::Bios,
                 uuid: instance.0,
                 ports: 0,
+                display: true,
+                balloon: false,
+                tpm: false,
+                stateful: false,
+                boot_menu: false,
+                windows: false,
+                resume: false,
                 accelerator: None,
             }),
             limits: Limits {

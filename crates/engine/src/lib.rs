@@ -26,6 +26,7 @@ pub mod inventory;
 pub mod network;
 pub mod operations;
 pub mod reconcile;
+mod restarts;
 pub mod saga;
 pub mod snapshots;
 pub mod storage;
