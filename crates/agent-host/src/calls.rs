@@ -10,7 +10,7 @@ use karst_env::EnvExt;
 use karst_guest::{Applied, FileKind, Metrics, Observed, StopMode};
 use karst_image::{Staged, Upload};
 use karst_model::{
-    Error, ErrorKind, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
+    BackupId, Error, ErrorKind, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
     image::ImageFacts,
     instance::{InstanceKind, RuntimeState},
@@ -542,6 +542,13 @@ calls! {
     mutate volume_refresh(me, request: VolumeRefresh) -> () { me.refresh_volume(request).await }
     read volume_export(me, request: VolumeExport) -> WithFds<SessionId> { me.export_volume(request).await }
     mutate volume_import(me, request: VolumeImport, context) -> WithFds<SessionId> { me.import_volume(context, request).await }
+
+    mutate backup_create(me, request: BackupCreate) -> BackupFacts { me.create_backup(request).await }
+    mutate backup_stage(me, id: BackupId) -> WithFds<()> { me.stage_backup(id).await }
+    read backup_inspect(me, id: BackupId) -> BackupFacts { me.inspect_backup(id).await }
+    read backup_open(me, id: BackupId) -> WithFds<BackupFacts> { me.open_backup(id).await }
+    mutate backup_delete(me, id: BackupId) -> () { me.delete_backup(id).await }
+    mutate volume_fill(me, request: VolumeFill) -> VolumeFilled { me.fill_volume(request).await }
 
     mutate image_stage(me, part: ImageStage) -> WithFds<()> { me.stage(part).await }
     mutate image_import(me, request: ImageImport) -> ImageFacts { me.import(request).await }

@@ -7,6 +7,7 @@
 
 mod agent;
 mod audit;
+mod backups;
 mod calls;
 mod check;
 mod facts;

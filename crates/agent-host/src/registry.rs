@@ -7,6 +7,7 @@
 //!   pools/ID/                  its volumes, by their ids
 //!   images/ networks/          of their drivers
 //!   staging/ID.PART      0600  parts of images being uploaded
+//!   backups/ID           0600  backups that were made here
 //!   guests/ID/           0711  state of a guest that was started: the driver's, and agent.json
 //! ```
 //! Ids come over the wire as UUIDs and are written as such: no name of a client ever becomes part of a path. Guests'
@@ -59,9 +60,13 @@ fn directory(path: &Path, mode: u32) -> Result<()> {
 
 impl Registry {
     pub fn open(root: PathBuf) -> Result<Self> {
-        for (name, mode) in
-            [("registry", 0o700), ("registry/pools", 0o700), ("staging", 0o700), ("guests", 0o711)]
-        {
+        for (name, mode) in [
+            ("registry", 0o700),
+            ("registry/pools", 0o700),
+            ("staging", 0o700),
+            ("backups", 0o700),
+            ("guests", 0o711),
+        ] {
             directory(&root.join(name), mode)?;
         }
         Ok(Self { root })

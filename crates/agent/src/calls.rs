@@ -1,9 +1,11 @@
 //! The calls of the agent protocol, version 1. One macro invocation declares each call once; the trait, the wire
 //! enumeration and the dispatcher all come from it.
 
+use crate::backups::{BackupCreate, BackupFacts, VolumeFill, VolumeFilled};
 use async_trait::async_trait;
 use karst_model::{
-    ByteSize, ImageId, InstanceId, NetworkId, PoolId, Result, SagaId, SessionId, SnapshotId, VolumeId,
+    BackupId, ByteSize, ImageId, InstanceId, NetworkId, PoolId, Result, SagaId, SessionId, SnapshotId,
+    VolumeId,
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
     guest::{Applied, ExecRequest, FileInfo, FileWrite, Metrics, Observed, StopMode},
     image::ImageFacts,
@@ -104,6 +106,8 @@ plain!(
     Observed,
     Vec<Observed>,
     Applied,
+    BackupFacts,
+    VolumeFilled,
     Vec<(InstanceId, Metrics)>,
     Vec<u8>,
     Vec<VolumeSnapshot>,
@@ -237,6 +241,21 @@ agent_calls! {
     /// was. Its snapshots stay. Refused while a guest uses the volume.
     mutate fn volume_import(VolumeImport: VolumeImport) -> WithFds<SessionId>;
 
+    /// Packs a volume with snapshots into one file in Incus' backup format; complete or not at all.
+    mutate fn backup_create(BackupCreate: BackupCreate) -> BackupFacts;
+    /// Opens a staging file for a backup to be uploaded: one write-only descriptor. It is dropped an hour after it was last
+    /// touched and at the agent's start.
+    mutate fn backup_stage(BackupStage: BackupId) -> WithFds<()>;
+    /// What a staged backup says of itself, read by a worker without privileges.
+    read fn backup_inspect(BackupInspect: BackupId) -> BackupFacts;
+    /// Opens a backup that was made here for reading: one descriptor.
+    read fn backup_open(BackupOpen: BackupId) -> WithFds<BackupFacts>;
+    /// Deletes a backup, made or staged; an unknown one is gone already.
+    mutate fn backup_delete(BackupDelete: BackupId) -> ();
+    /// Replaces the content of an existing volume by what a staged backup has of it, in one step; on failure it stays as it
+    /// was. Its snapshots stay. Refused while a guest uses the volume.
+    mutate fn volume_fill(VolumeFill: VolumeFill) -> VolumeFilled;
+
     /// Opens a staging file for a part of an image to be uploaded: one write-only descriptor. Staged parts that are not
     /// imported are dropped after an hour and at the agent's start.
     mutate fn image_stage(ImageStage: ImageStage) -> WithFds<()>;
@@ -301,6 +320,9 @@ pub struct SelfCheck {
     /// Their snapshots.
     #[serde(default)]
     pub snapshots: Vec<(VolumeId, SnapshotId)>,
+    /// Backups that it keeps.
+    #[serde(default)]
+    pub backups: Vec<BackupId>,
     /// Images that it keeps.
     pub images: Vec<ImageId>,
     /// Networks that it keeps.

@@ -4,11 +4,12 @@
 //! Each part makes what it needs with fresh ids, asserts, and removes it. It panics with the part's name at the first
 //! breach, so it stands in a `#[test]`.
 
+mod backups;
 mod guests;
 mod parts;
 mod storage;
 
-use crate::calls::*;
+use crate::{backups::*, calls::*};
 use karst_env::{EnvExt, SharedEnv};
 use karst_model::{
     ByteSize, DeviceId, Error, ErrorKind, ImageId, InstanceId, NetworkId, PoolId, Result, SagaId, VolumeId,
@@ -106,6 +107,8 @@ impl Subject {
             parts::volumes,
             storage::trees,
             storage::disks,
+            backups::trees,
+            backups::disks,
             parts::networks,
             parts::unknown_things,
             parts::deadlines_and_cancel,

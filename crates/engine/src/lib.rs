@@ -8,10 +8,11 @@
 //! * [`db`]: records in the store, and the transaction that use cases build.
 //! * [`saga`]: work over several resources that is all or nothing across a crash.
 //! * [`operations`], [`events`]: what users see of it.
-//! * [`compute`], [`storage`], [`volumes`], [`snapshots`], [`network`], [`images`], [`tenancy`]: the use cases.
+//! * [`compute`], [`storage`], [`volumes`], [`snapshots`], [`backups`], [`network`], [`images`], [`tenancy`]: the use cases.
 //! * [`reconcile`]: what follows the records without being asked.
 
 pub mod audit;
+pub mod backups;
 pub mod bootstrap;
 pub mod compute;
 pub mod context;
@@ -28,6 +29,7 @@ pub mod reconcile;
 pub mod saga;
 pub mod snapshots;
 pub mod storage;
+pub mod stream;
 pub mod tenancy;
 pub mod volumes;
 

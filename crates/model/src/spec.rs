@@ -191,6 +191,28 @@ pub struct Security {
     /// Nested containers allowed.
     #[serde(default)]
     pub nesting: bool,
+    /// First host id of the guest's range; chosen by the host when absent.
+    #[serde(default)]
+    pub idmap_base: Option<u32>,
+    /// How many ids the guest has, a multiple of 65,536; that when absent.
+    #[serde(default)]
+    pub idmap_size: Option<u32>,
+    /// What the guest's own API shows; none is served when absent.
+    #[serde(default)]
+    pub guest_api: Option<GuestApi>,
+}
+
+/// What a guest is shown of itself. The host passes it on and acts on none of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct GuestApi {
+    /// Name of the instance.
+    pub name: String,
+    /// Name of the host.
+    pub location: String,
+    /// `user.*` and `cloud-init.*`.
+    pub config: BTreeMap<String, String>,
+    /// Devices by name, without the paths of the host.
+    pub devices: BTreeMap<String, BTreeMap<String, String>>,
 }
 
 /// The root disk: always a volume.

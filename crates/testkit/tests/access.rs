@@ -5,6 +5,10 @@ use futures::future::BoxFuture;
 use karst_agent::ImagePart;
 use karst_engine::{
     Context,
+    backups::{
+        create::CreateBackup,
+        import::{ImportInstance, ImportVolume},
+    },
     compute::{copy::CopyInstance, create::CreateInstance, power::PowerRequest, update::UpdateInstance},
     firewall::{UpdateAcl, UpdateAddressSet, UpdateForward},
     images::{ImageOptions, ImageUpload, UpdateImage},
@@ -16,7 +20,7 @@ use karst_engine::{
         tokens::NewApiToken,
         trust::{CertificateSettings, NewCertificate},
     },
-    volumes::{create::CreateVolume, update::UpdateVolume},
+    volumes::{copy::CopyVolume, create::CreateVolume, update::UpdateVolume},
 };
 use karst_env::SeededEnv;
 use karst_model::{
@@ -28,7 +32,10 @@ use karst_model::{
     storage::VolumeContent,
     trust::CertificateKind,
 };
-use karst_testkit::{World, scenarios::container};
+use karst_testkit::{
+    World,
+    scenarios::{container, upload},
+};
 use std::{collections::BTreeSet, path::Path, time::Duration};
 
 /// What a use case needs.
@@ -137,6 +144,8 @@ async fn fixture(env: &SeededEnv) -> Fixture {
     let operation = e.volume_create(c, HERE, "default", volume("data")).await.unwrap();
     assert_eq!(w.ended(operation).await.error, None);
     let request = CreateSnapshot { name: Some("snap".into()), ..CreateSnapshot::default() };
+    let (_, backup) = e.backup_create(c, of_still(HERE), kept()).await.unwrap();
+    assert_eq!(w.ended(backup).await.error, None);
     let operation = e.snapshot_create(c, of_still(HERE), request).await.unwrap();
     assert_eq!(w.ended(operation).await.error, None);
     let id = e.instance(c, HERE, "stubborn").unwrap().instance.id;
@@ -155,6 +164,10 @@ const LISTEN: &str = "192.0.2.50";
 
 fn of_still(project: &str) -> Origin<'_> {
     Origin::Instance { project, name: "still" }
+}
+
+fn kept() -> CreateBackup {
+    CreateBackup { name: Some("kept".into()), ..CreateBackup::default() }
 }
 
 fn volume(name: &str) -> CreateVolume {
@@ -307,8 +320,19 @@ fn cases() -> Vec<Case> {
         snapshot_restore Edit |f, c, p| f.w.engine.snapshot_restore(c, of_still(p), "snap").await.map(drop);
         snapshot_delete Edit |f, c, p| f.w.engine.snapshot_delete(c, of_still(p), "snap").await.map(drop);
         instance_copy Edit |f, c, p| f.w.engine.instance_copy(c, p, CopyInstance { project: p.into(), name: "still".into(), snapshot: None, instance_only: false, copy: container("copied") }).await.map(drop);
+        backups View |f, c, p| f.w.engine.backups(c, of_still(p)).map(drop);
+        backup View |f, c, p| f.w.engine.backup(c, of_still(p), "kept").map(drop);
+        backup_open Edit |f, c, p| f.w.engine.backup_open(c, of_still(p), "kept").await.map(drop);
+        backup_create Edit |f, c, p| f.w.engine.backup_create(c, of_still(p), CreateBackup::default()).await.map(drop);
+        backup_rename Edit |f, c, p| f.w.engine.backup_rename(c, of_still(p), "kept", "renamed").await;
+        backup_delete Edit |f, c, p| f.w.engine.backup_delete(c, of_still(p), "kept").await.map(drop);
+        backup_upload Edit |f, c, p| f.w.engine.backup_upload(c, p).map(drop);
+        backup_upload_open Edit |f, c, p| f.w.engine.backup_upload_open(c, p, karst_model::BackupId(uuid::Uuid::from_u128(9))).await.map(drop);
+        instance_import Edit |f, c, p| { let upload = upload(&f.w, of_still(HERE)).await?; f.w.engine.instance_import(c, p, ImportInstance { upload, name: Some("imported".into()), pool: None }).await.map(drop) };
+        volume_import Edit |f, c, p| { let upload = upload(&f.w, of_still(HERE)).await?; f.w.engine.volume_import(c, p, "default", ImportVolume { upload, name: Some("disc".into()), disc: true }).await.map(drop) };
         custom_volume View |f, c, p| f.w.engine.custom_volume(c, p, "default", "data").map(drop);
         volume_create Edit |f, c, p| f.w.engine.volume_create(c, p, "default", volume("fresh")).await.map(drop);
+        volume_copy Edit |f, c, p| f.w.engine.volume_copy(c, p, "default", CopyVolume { project: p.into(), pool: "default".into(), name: "data".into(), snapshot: None, volume_only: false, copy: volume("copied") }).await.map(drop);
         volume_update Edit |f, c, p| f.w.engine.volume_update(c, p, "default", "data", UpdateVolume { description: "x".into(), config: Config::new(), if_version: None }).await.map(drop);
         volume_rename Edit |f, c, p| f.w.engine.volume_rename(c, p, "default", "data", "renamed").await;
         volume_delete Edit |f, c, p| f.w.engine.volume_delete(c, p, "default", "data").await.map(drop);
@@ -378,6 +402,7 @@ const WITHOUT_CONTEXT: &[(&str, &str)] = &[
     ("all_metrics", "by instance id: callers join it with the instances that a context showed them"),
     ("volume_usage", "takes a record that a context showed"),
     ("project_used_by", "takes a record that a context showed; tells what is in it"),
+    ("backup_upload_abandon", "takes the handle that backup_upload gave"),
     ("image_upload_abandon", "takes the handle that image_upload gave"),
 ];
 

@@ -2,10 +2,10 @@
 
 use super::work::*;
 use super::{SimulatedAgent, state::Guest};
-use crate::calls::*;
+use crate::{backups::*, calls::*};
 use async_trait::async_trait;
 use karst_model::{
-    ByteSize, Error, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
+    BackupId, ByteSize, Error, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
     device::interface_name,
     guest::{Applied, Metrics, Observed},
@@ -170,6 +170,28 @@ calls! {
     mutate volume_refresh(me, request: VolumeRefresh) -> () { me.refresh_volume(request) }
     read volume_export(me, request: VolumeExport) -> WithFds<SessionId> { me.export_volume(request) }
     mutate volume_import(me, request: VolumeImport) -> WithFds<SessionId> { me.import_volume(request) }
+
+    mutate backup_create(me, request: BackupCreate) -> BackupFacts { me.create_backup(&request) }
+    mutate backup_stage(me, id: BackupId) -> WithFds<()> {
+        let fd = memfd_create("karst-staged", MemfdFlags::CLOEXEC).map_err(std::io::Error::from)?;
+        let ours = fd.try_clone()?;
+        me.lock().staged_backups.insert(id, ours.into());
+        Ok(WithFds { value: (), fds: vec![fd] })
+    }
+    read backup_inspect(me, id: BackupId) -> BackupFacts { me.inspect_backup(id) }
+    read backup_open(me, id: BackupId) -> WithFds<BackupFacts> {
+        let state = me.lock();
+        let data = state.backups.get(&id).ok_or_else(|| Error::not_found("this host does not have the backup"))?;
+        let value = BackupFacts { size: data.len() as u64, index: serde_json::Value::Null };
+        Ok(WithFds { value, fds: vec![super::files::content(data)?] })
+    }
+    mutate backup_delete(me, id: BackupId) -> () {
+        let mut state = me.lock();
+        state.backups.remove(&id);
+        state.staged_backups.remove(&id);
+        Ok(())
+    }
+    mutate volume_fill(me, request: VolumeFill) -> VolumeFilled { me.fill_volume(&request) }
 
     mutate image_stage(me, part: ImageStage) -> WithFds<()> {
         let fd = memfd_create("karst-staged", MemfdFlags::CLOEXEC).map_err(std::io::Error::from)?;

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::calls::ImagePart;
 use karst_model::{
-    ByteSize, ImageId, InstanceId, NetworkId, PoolId, SessionId, SnapshotId, VolumeId,
+    BackupId, ByteSize, ImageId, InstanceId, NetworkId, PoolId, SessionId, SnapshotId, VolumeId,
     guest::{AgentKind, FileKind, GuestSystem, Interface, Metrics, Observed},
     image::ImageFacts,
     instance::{ExitReason, InstanceKind, RuntimeState},
@@ -28,6 +28,9 @@ pub(super) struct State {
     pub volumes: BTreeMap<VolumeId, Volume>,
     pub images: BTreeMap<ImageId, Image>,
     pub staged: BTreeMap<(ImageId, ImagePart), File>,
+    /// Files of backups.
+    pub backups: BTreeMap<BackupId, Vec<u8>>,
+    pub staged_backups: BTreeMap<BackupId, File>,
     pub guests: BTreeMap<InstanceId, Guest>,
     pub sessions: BTreeMap<SessionId, Session>,
     pub next_pid: u32,

@@ -457,6 +457,7 @@ impl SimulatedAgent {
         for (image, part) in state.staged.keys() {
             leaks.push(format!("staged part {part:?} of image {image}"));
         }
+        leaks.extend(state.staged_backups.keys().map(|id| format!("staged backup {id}")));
         let live = state.sessions.values().filter(|s| s.exit().is_none()).count();
         SelfCheck {
             volumes: state.volumes.keys().copied().collect(),
@@ -465,6 +466,7 @@ impl SimulatedAgent {
                 .iter()
                 .flat_map(|(id, v)| v.snapshots.keys().map(|s| (*id, *s)))
                 .collect(),
+            backups: state.backups.keys().copied().collect(),
             images: state.images.keys().copied().collect(),
             networks: state.networks.keys().copied().collect(),
             guests: state.guests.keys().copied().collect(),

@@ -9,7 +9,7 @@ use karst_model::{
     instance::{DeviceIdentity, Hardware, Instance, InstanceKind},
     keys,
     network::Network,
-    spec::{DiskSource, DiskSpec, GuestSpec, MachineSpec, NicSpec, NodeSpec, ProxySpec, RootSpec},
+    spec::{DiskSource, DiskSpec, GuestApi, GuestSpec, MachineSpec, NicSpec, NodeSpec, ProxySpec, RootSpec},
     storage::Volume,
 };
 use std::collections::BTreeMap;
@@ -196,6 +196,8 @@ pub struct Lookups<'a> {
     pub network: &'a dyn Fn(&str) -> Option<crate::Row<Network>>,
     /// Custom volume by the names of its pool and its own, in the instance's project.
     pub volume: &'a dyn Fn(&str, &str) -> Option<crate::Row<Volume>>,
+    /// Name of the instance's host.
+    pub location: &'a str,
 }
 
 /// The number at the end of a slot's name.
@@ -320,6 +322,15 @@ pub fn guest_spec(
         }
         _ => None,
     };
+    let mut security = keys::security(config)?;
+    if let (Some(config), InstanceKind::Container) = (keys::guest_api(config)?, instance.kind) {
+        security.guest_api = Some(GuestApi {
+            name: instance.name.to_string(),
+            location: lookups.location.to_owned(),
+            config,
+            devices: shown_devices(instance, devices),
+        });
+    }
     let cloud_init_id = instance.hardware.as_ref().map_or(instance.id.uuid(), |h| h.cloud_init_id);
     Ok(GuestSpec {
         instance: instance.id,
@@ -330,7 +341,7 @@ pub fn guest_spec(
         domain_id,
         machine,
         limits: keys::limits(config)?,
-        security: keys::security(config)?,
+        security,
         root,
         disks,
         nodes,
@@ -339,6 +350,20 @@ pub fn guest_spec(
         cloud_init: keys::cloud_init(config, cloud_init_id.to_string()),
         environment: keys::environment(config),
     })
+}
+
+/// Devices as their guest sees them: with the addresses they got, without the paths of the host.
+fn shown_devices(instance: &Instance, devices: &Devices) -> Devices {
+    let mut shown = devices.clone();
+    for (name, keys) in &mut shown {
+        if keys.get("source").is_some_and(|s| s.starts_with('/')) {
+            keys.remove("source");
+        }
+        if let Some(mac) = instance.identities.get(name).and_then(|i| i.mac.clone()) {
+            keys.entry("hwaddr".into()).or_insert(mac);
+        }
+    }
+    shown
 }
 
 /// Names a temporary id for errors about instances that are not recorded yet.

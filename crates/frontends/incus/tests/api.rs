@@ -36,7 +36,7 @@ async fn what_is_not_there_says_so() {
     let answer = s.send(Method::DELETE, "/1.0", &[], "").await;
     assert!(answer.header("allow").contains("GET"));
     answer.refused(405);
-    assert!(s.get("/1.0/instances/c1/backups").await.refused(501).contains("backups"));
+    assert!(s.get("/1.0/instances/c1/nbd").await.refused(501).contains("backups"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -758,6 +758,7 @@ fn the_table_is_whole() {
     }
     let tests = [
         include_str!("api.rs"),
+        include_str!("backups.rs"),
         include_str!("networks.rs"),
         include_str!("pools.rs"),
         include_str!("clients.rs"),

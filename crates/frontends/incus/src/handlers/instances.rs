@@ -201,6 +201,9 @@ pub async fn state(call: Call) -> Result<Reply> {
 /// # Errors
 /// Those of the engine; invalid by field.
 pub async fn create(call: Call) -> Result<Reply> {
+    if super::backups::is_upload(&call) {
+        return super::backups::import_instance(call).await;
+    }
     let target = call.query.get("target").filter(|t| !t.is_empty()).map(str::to_owned);
     let (call, mut f) = call.fields().await?;
     let name = f.text("name")?;
