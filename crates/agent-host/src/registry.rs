@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! DIR/host/              0711  root
-//!   epoch                      highest executor epoch
+//!   epoch                      highest epoch of each executor
 //!   registry/pools/ID.json     what control called a pool
 //!   pools/ID/                  its volumes, by their ids
 //!   images/ networks/          of their drivers
@@ -175,8 +175,8 @@ pub fn set_damaged_aside(root: &Path) -> Result<Vec<String>> {
         }
     }
     let epoch = root.join("epoch");
-    if fs::read_to_string(&epoch).is_ok_and(|text| text.trim().parse::<u64>().is_err()) {
-        aside(&epoch, "the executor's epoch, which nobody needs any more".into())?;
+    if karst_agent::EpochGuard::open(&epoch).is_err() {
+        aside(&epoch, "the executors' epochs, which nobody needs any more".into())?;
     }
     Ok(uncertain)
 }

@@ -12,7 +12,8 @@ mod storage;
 use crate::{backups::*, calls::*};
 use karst_env::{EnvExt, SharedEnv};
 use karst_model::{
-    ByteSize, DeviceId, Error, ErrorKind, ImageId, InstanceId, NetworkId, PoolId, Result, SagaId, VolumeId,
+    ByteSize, DeviceId, Error, ErrorKind, ImageId, InstanceId, NetworkId, NodeId, PoolId, Result, SagaId,
+    VolumeId,
     image::ImageFacts,
     instance::{Firmware, Generation, InstanceKind},
     network::BridgeSpec,
@@ -132,8 +133,12 @@ impl Subject {
     }
 
     fn change(&self) -> CallContext {
-        let fence =
-            Fence { saga: SagaId(self.env.uuid()), epoch: self.epoch.load(Ordering::SeqCst), step: 1 };
+        let fence = Fence {
+            saga: SagaId(self.env.uuid()),
+            executor: NodeId(uuid::Uuid::nil()),
+            epoch: self.epoch.load(Ordering::SeqCst),
+            step: 1,
+        };
         CallContext::mutate(CALL, fence)
     }
 
@@ -212,6 +217,13 @@ impl Subject {
                 firmware: Firmware::Bios,
                 uuid: instance.0,
                 ports: 0,
+                display: true,
+                balloon: false,
+                tpm: false,
+                stateful: false,
+                boot_menu: false,
+                windows: false,
+                resume: false,
                 accelerator: None,
             }),
             limits: Limits {

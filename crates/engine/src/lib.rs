@@ -26,6 +26,7 @@ pub mod inventory;
 pub mod network;
 pub mod operations;
 pub mod reconcile;
+mod restarts;
 pub mod saga;
 pub mod snapshots;
 pub mod storage;
@@ -366,7 +367,9 @@ impl EngineInner {
 
     /// A call context for mutations outside sagas (reconcilers).
     pub(crate) fn reconcile_context(&self, deadline: Duration) -> CallContext {
-        CallContext::mutate(deadline, Fence { saga: SagaId(uuid::Uuid::nil()), epoch: self.epoch, step: 0 })
+        let fence =
+            Fence { saga: SagaId(uuid::Uuid::nil()), executor: self.node, epoch: self.epoch, step: 0 };
+        CallContext::mutate(deadline, fence)
     }
 
     /// Commits a transaction of a synchronous use case that `build` makes of what it reads, again when it is refused, and

@@ -37,6 +37,8 @@ pub enum Program {
     QemuSystemX86,
     /// `sqfs2tar`: a squashfs image as a tar stream.
     Sqfs2tar,
+    /// `swtpm`: the TPM of a virtual machine.
+    Swtpm,
     /// `iptables-nft`: the rules of Docker, ufw and others, kept by the kernel's nftables.
     IptablesNft,
     /// `iptables-nft-restore`: several of them in one transaction.
@@ -75,6 +77,7 @@ impl Program {
             Self::QemuImg => "qemu-img",
             Self::QemuSystemX86 => "qemu-system-x86_64",
             Self::Sqfs2tar => "sqfs2tar",
+            Self::Swtpm => "swtpm",
             Self::IptablesNft => "iptables-nft",
             Self::IptablesNftRestore => "iptables-nft-restore",
             Self::IptablesLegacy => "iptables-legacy",
@@ -99,6 +102,7 @@ impl Program {
             Self::MkfsExt4 => "e2fsprogs",
             Self::Mmdebstrap => "mmdebstrap",
             Self::Sqfs2tar => "squashfs-tools-ng",
+            Self::Swtpm => "swtpm",
             Self::Nft => "nftables",
             Self::QemuImg => "qemu-utils",
             Self::QemuSystemX86 => "qemu-system-x86",

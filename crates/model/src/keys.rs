@@ -84,7 +84,31 @@ use KeyType::{
 
 /// The table, by name.
 pub const INSTANCE_KEYS: &[Key] = &[
+    key(
+        "boot.autorestart",
+        Bool,
+        Any,
+        "false",
+        true,
+        "Start the instance again when it crashed, each time a little later.",
+    ),
     key("boot.autostart", Bool, Any, "last state", true, "Start the instance when its host starts."),
+    key(
+        "boot.autostart.delay",
+        Integer(0, 3600),
+        Any,
+        "0",
+        true,
+        "Seconds to wait after its start before the next instance is started.",
+    ),
+    key(
+        "boot.autostart.priority",
+        Integer(0, 1_000_000),
+        Any,
+        "0",
+        true,
+        "When the host starts, instances of higher priority are started first.",
+    ),
     key(
         "boot.host_shutdown_timeout",
         Integer(0, 86400),
@@ -104,6 +128,30 @@ pub const INSTANCE_KEYS: &[Key] = &[
     key("cloud-init.user-data", Text, Any, "", false, "cloud-init user data."),
     key("cloud-init.vendor-data", Text, Any, "", false, "cloud-init vendor data."),
     key("environment.*", Text, Any, "", true, "Environment of the container's init and of exec."),
+    key(
+        "hardware.boot_menu",
+        Bool,
+        VirtualMachine,
+        "false",
+        false,
+        "The firmware waits some seconds for a key that opens its menu of what to boot.",
+    ),
+    key(
+        "hardware.cpu.model",
+        Text,
+        VirtualMachine,
+        "host with KVM, max without",
+        false,
+        "QEMU's CPU model, such as host, max or EPYC-v4; changes when the machine is stopped.",
+    ),
+    key(
+        "hardware.machine",
+        Text,
+        VirtualMachine,
+        "q35",
+        false,
+        "Machine type: q35 or pc for the newest of the host, or a version such as pc-q35-7.2. Fixed when the machine is made.",
+    ),
     key("image.*", Text, Any, "", true, "Property of the image the instance was made of."),
     key(
         "limits.cpu",
@@ -172,6 +220,22 @@ pub const INSTANCE_KEYS: &[Key] = &[
     ),
     key("limits.processes", Integer(1, i32::MAX as i64), Container, "no limit", true, "Number of processes."),
     key(
+        "migration.stateful",
+        Bool,
+        VirtualMachine,
+        "false",
+        false,
+        "The memory can be kept over a stop and in snapshots; devices that forbid it are left out.",
+    ),
+    key(
+        "security.csm",
+        Bool,
+        VirtualMachine,
+        "false",
+        false,
+        "Legacy firmware (SeaBIOS) rather than UEFI. Changes when the machine is stopped.",
+    ),
+    key(
         "security.guestapi",
         Bool,
         Container,
@@ -231,11 +295,11 @@ pub const INSTANCE_KEYS: &[Key] = &[
     ),
     key(
         "security.secureboot",
-        OneOf(&["false"]),
+        Bool,
         VirtualMachine,
-        "false",
+        "true, false with security.csm or hardware.machine pc",
         false,
-        "Check signatures while booting.",
+        "The UEFI firmware starts only what is signed by the enrolled keys (Microsoft's). Changes when the machine is stopped.",
     ),
     key("snapshots.expiry", Span, Any, "never", true, "When snapshots of the instance go, such as 2w 3d."),
     key(
@@ -379,7 +443,7 @@ pub fn check_free(name: &str, value: &str) -> Result<()> {
     Ok(())
 }
 
-fn set<'a>(config: &'a Config, name: &str) -> Option<&'a str> {
+pub(crate) fn set<'a>(config: &'a Config, name: &str) -> Option<&'a str> {
     config.get(name).map(String::as_str).filter(|v| !v.is_empty())
 }
 
@@ -527,6 +591,11 @@ pub fn security(config: &Config) -> Result<Security> {
         idmap_size: ids("security.idmap.size")?,
         guest_api: None,
     })
+}
+
+/// A truth value out of an expanded configuration; `None` when it is not set.
+pub fn optional_flag(config: &Config, key: &str) -> Option<bool> {
+    parse_bool(key, set(config, key)?).ok()
 }
 
 /// A boolean of an expanded configuration; `false` when it is not set.

@@ -58,7 +58,7 @@ pub fn container(name: &str) -> CreateInstance {
 }
 
 fn power(action: PowerAction) -> PowerRequest {
-    PowerRequest { action, force: true, timeout: None }
+    PowerRequest { action, force: true, timeout: None, stateful: false }
 }
 
 async fn done(w: &World, operation: Result<LiveOperation>) -> Result<()> {
@@ -72,6 +72,25 @@ async fn make(w: &World, name: &str, start: bool) -> Result<()> {
     let request = CreateInstance { start, ..container(name) };
     let (_, operation) = w.engine.instance_create(&w.admin, "default", request).await?;
     done(w, Ok(operation)).await
+}
+
+/// A virtual machine that runs and whose memory can be kept.
+async fn machine(w: &World) -> Result<()> {
+    let config = Config::from([("migration.stateful".into(), "true".into())]);
+    let kind = InstanceKind::VirtualMachine;
+    let request = CreateInstance { start: true, kind, config, ..container("c1") };
+    let (_, operation) = w.engine.instance_create(&w.admin, "default", request).await?;
+    done(w, Ok(operation)).await
+}
+
+async fn stateful(w: &World, action: PowerAction) -> Result<LiveOperation> {
+    let request = PowerRequest { force: false, stateful: true, ..power(action) };
+    w.engine.instance_power(&w.admin, "default", "c1", request).await
+}
+
+async fn snapshot_with_memory(w: &World) -> Result<LiveOperation> {
+    let request = CreateSnapshot { name: Some("s1".into()), stateful: true, ..CreateSnapshot::default() };
+    w.engine.snapshot_create(&w.admin, OF_C1, request).await
 }
 
 async fn set_power(w: &World, action: PowerAction) -> Result<LiveOperation> {
@@ -312,6 +331,40 @@ pub fn all() -> Vec<Scenario> {
             "of a volume",
             |w| done(w, volume(w, "v1", VolumeContent::Filesystem).await).await,
             |w| snapshot(w, OF_V1, "s1").await
+        ),
+        scenario!("instance-power", "stop that keeps the memory", |w| machine(w).await, |w| {
+            stateful(w, PowerAction::Stop).await
+        }),
+        scenario!(
+            "instance-power",
+            "start from memory that was kept",
+            |w| {
+                machine(w).await?;
+                done(w, stateful(w, PowerAction::Stop).await).await
+            },
+            |w| stateful(w, PowerAction::Start).await
+        ),
+        scenario!("snapshot-create", "of a virtual machine with its memory", |w| machine(w).await, |w| {
+            snapshot_with_memory(w).await
+        }),
+        scenario!(
+            "snapshot-delete",
+            "of a virtual machine with its memory",
+            |w| {
+                machine(w).await?;
+                done(w, snapshot_with_memory(w).await).await
+            },
+            |w| w.engine.snapshot_delete(&w.admin, OF_C1, "s1").await
+        ),
+        scenario!(
+            "snapshot-restore",
+            "of a virtual machine whose memory was kept over a stop",
+            |w| {
+                machine(w).await?;
+                done(w, snapshot_with_memory(w).await).await?;
+                done(w, stateful(w, PowerAction::Stop).await).await
+            },
+            |w| w.engine.snapshot_restore(&w.admin, OF_C1, "s1").await
         ),
         scenario!("snapshot-delete", "in the middle of a tree", |w| tree(w).await, |w| {
             w.engine.snapshot_delete(&w.admin, OF_C1, "s2").await

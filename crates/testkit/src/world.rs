@@ -154,6 +154,7 @@ pub async fn faults(engine: &Engine, store: &dyn Store, agents: &[&SimulatedAgen
         check.images.extend(one.images);
         check.networks.extend(one.networks);
         check.guests.extend(one.guests);
+        check.machine_states.extend(one.machine_states);
     }
     let (kvs, _) = list_prefix(store, karst_store::ROOT).await.expect("list");
     let keys: Vec<(String, String)> =
@@ -195,6 +196,11 @@ pub async fn faults(engine: &Engine, store: &dyn Store, agents: &[&SimulatedAgen
     let kept: BTreeSet<_> = check.snapshots.iter().copied().collect();
     for (volume, id) in taken.symmetric_difference(&kept) {
         faults.push(format!("snapshot {id} of volume {volume} is known to one side only"));
+    }
+    for (instance, id) in &check.machine_states {
+        if records.snapshots.get(id).is_none_or(|s| s.instance != *instance) {
+            faults.push(format!("the host keeps a state {id} of machine {instance} that no record knows"));
+        }
     }
     for guest in &check.guests {
         if !records.instances.contains_key(guest) {

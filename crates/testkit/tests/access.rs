@@ -24,7 +24,7 @@ use karst_engine::{
 };
 use karst_env::SeededEnv;
 use karst_model::{
-    Config, ErrorKind, ImageId, OperationId, PrincipalId, ProjectId, Result,
+    Config, Error, ErrorKind, ImageId, OperationId, PrincipalId, ProjectId, Result,
     access::{Grant, Identity, Principal, Role},
     device::Devices,
     guest::{ExecRequest, FileKind, FileWrite},
@@ -150,7 +150,7 @@ async fn fixture(env: &SeededEnv) -> Fixture {
     assert_eq!(w.ended(operation).await.error, None);
     let id = e.instance(c, HERE, "stubborn").unwrap().instance.id;
     w.agent.set_ignores_shutdown(id, true);
-    let request = PowerRequest { action: PowerAction::Stop, force: false, timeout: None };
+    let request = PowerRequest { action: PowerAction::Stop, force: false, timeout: None, stateful: false };
     let running = e.instance_power(c, HERE, "stubborn", request).await.unwrap().id();
     // The reconciler of warnings has looked.
     karst_env::Env::sleep(env, Duration::from_secs(3)).await;
@@ -183,8 +183,16 @@ fn who(role: Role, project: Option<ProjectId>) -> Context {
     })
 }
 
+/// Who may is told that the instance is a container.
+fn of_a_machine(outcome: Result<()>) -> Result<()> {
+    match outcome {
+        Err(e) if e.kind == ErrorKind::Unsupported => Ok(()),
+        other => other.and_then(|()| Err(Error::internal("a container took it", ""))),
+    }
+}
+
 fn power(action: PowerAction) -> PowerRequest {
-    PowerRequest { action, force: true, timeout: None }
+    PowerRequest { action, force: true, timeout: None, stateful: false }
 }
 
 fn certificate(digit: char) -> NewCertificate {
@@ -303,6 +311,10 @@ fn cases() -> Vec<Case> {
         console Use |f, c, p| f.w.engine.console(c, p, "run", false).await.map(drop);
         console_log Use |f, c, p| f.w.engine.console_log(c, p, "run", false).await.map(drop);
         console_log Edit |f, c, p| f.w.engine.console_log(c, p, "run", true).await.map(drop);
+        machine_reset Use |f, c, p| of_a_machine(f.w.engine.machine_reset(c, p, "run").await);
+        machine_keys Use |f, c, p| of_a_machine(f.w.engine.machine_keys(c, p, "run", &["a".into()]).await);
+        machine_screenshot Use |f, c, p| of_a_machine(f.w.engine.machine_screenshot(c, p, "run").await.map(drop));
+        machine_display Use |f, c, p| of_a_machine(f.w.engine.machine_display(c, p, "run").await.map(drop));
         file_open Use |f, c, p| f.w.engine.file_open(c, p, "run", "/").await.map(drop);
         file_write Use |f, c, p| f.w.engine.file_write(c, p, "run", FileWrite { path: "/tmp/x".into(), kind: FileKind::Symlink, uid: None, gid: None, mode: None, append: false, target: Some("y".into()) }).await.map(drop);
         file_delete Use |f, c, p| {
@@ -318,6 +330,7 @@ fn cases() -> Vec<Case> {
         snapshot_update Edit |f, c, p| f.w.engine.snapshot_update(c, of_still(p), "snap", UpdateSnapshot::default()).await;
         snapshot_rename Edit |f, c, p| f.w.engine.snapshot_rename(c, of_still(p), "snap", "renamed").await;
         snapshot_restore Edit |f, c, p| f.w.engine.snapshot_restore(c, of_still(p), "snap").await.map(drop);
+        snapshot_restore_with Edit |f, c, p| f.w.engine.snapshot_restore_with(c, of_still(p), "snap", false).await.map(drop);
         snapshot_delete Edit |f, c, p| f.w.engine.snapshot_delete(c, of_still(p), "snap").await.map(drop);
         instance_copy Edit |f, c, p| f.w.engine.instance_copy(c, p, CopyInstance { project: p.into(), name: "still".into(), snapshot: None, instance_only: false, copy: container("copied") }).await.map(drop);
         backups View |f, c, p| f.w.engine.backups(c, of_still(p)).map(drop);

@@ -72,7 +72,7 @@ fn update(pairs: &[(&str, &str)], devices: Devices) -> UpdateInstance {
 }
 
 fn force(action: PowerAction) -> PowerRequest {
-    PowerRequest { action, force: true, timeout: None }
+    PowerRequest { action, force: true, timeout: None, stateful: false }
 }
 
 fn exec(command: &[&str]) -> ExecRequest {

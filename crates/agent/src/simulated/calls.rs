@@ -260,6 +260,40 @@ calls! {
             return Err(Error::conflict(format!("instance {instance} runs; stop it first")));
         }
         state.guests.remove(&instance);
+        state.machine_states.retain(|(i, _), _| *i != instance);
+        Ok(())
+    }
+    mutate machine_state_save(me, request: MachineStateSave) -> () {
+        let MachineStateRef { instance, snapshot } = request.at;
+        let mut state = me.settled();
+        let Some(guest) = state.guests.get(&instance) else { return Ok(()) };
+        if state.machine_states.contains_key(&(instance, snapshot)) {
+            return Ok(());
+        }
+        if request.memory && guest.state != karst_model::instance::RuntimeState::Paused {
+            return Err(Error::conflict("memory is kept of a machine that is paused"));
+        }
+        let memory = request.memory || (guest.saved && !guest.runs());
+        state.machine_states.insert((instance, snapshot), memory);
+        Ok(())
+    }
+    mutate machine_state_restore(me, request: MachineStateRestore) -> () {
+        let MachineStateRef { instance, snapshot } = request.at;
+        let mut state = me.settled();
+        let memory = state.machine_states.get(&(instance, snapshot)).copied().unwrap_or(false);
+        if request.memory && !memory {
+            return Err(Error::not_found("the snapshot has no memory of the virtual machine"));
+        }
+        if let Some(guest) = state.guests.get_mut(&instance) {
+            if guest.runs() {
+                return Err(Error::conflict("the guest is running; stop it first"));
+            }
+            guest.saved = request.memory;
+        }
+        Ok(())
+    }
+    mutate machine_state_delete(me, at: MachineStateRef) -> () {
+        me.settled().machine_states.remove(&(at.instance, at.snapshot));
         Ok(())
     }
     read guest_observe_all(me, _request: ()) -> Vec<Observed> {
@@ -305,6 +339,25 @@ calls! {
         Ok(())
     }
     read console_attach(me, request: ConsoleAttach) -> WithFds<SessionId> { me.console(request) }
+    read guest_reset(me, guest: GuestRef) -> () {
+        let mut state = me.settled();
+        demand_machine(state.running(guest)?)
+    }
+    read guest_keys(me, request: KeyPresses) -> () {
+        let mut state = me.settled();
+        let guest = state.guests.get_mut(&request.instance).ok_or_else(|| no_guest(request.instance))?;
+        demand_machine(guest)?;
+        for chord in request.chords {
+            guest.console_extra.extend_from_slice(chord.join("-").as_bytes());
+        }
+        Ok(())
+    }
+    read guest_screenshot(me, instance: InstanceId) -> WithFds<()> {
+        let state = me.settled();
+        demand_machine(state.guests.get(&instance).ok_or_else(|| no_guest(instance))?)?;
+        Ok(WithFds { value: (), fds: vec![super::files::content(b"\x89PNG\r\n\x1a\nsimulated")?] })
+    }
+    read display_attach(me, instance: InstanceId) -> WithFds<SessionId> { me.display(instance) }
     read console_log(me, request: ConsoleLog) -> Vec<u8> {
         let mut state = me.settled();
         let guest = state.guests.get_mut(&request.instance).ok_or_else(|| no_guest(request.instance))?;

@@ -604,6 +604,7 @@ impl GuestDriver for LxcDriver {
         let stopped = match mode {
             StopMode::Graceful { timeout } => shared.stop_graceful(&running, timeout).await,
             StopMode::Force => shared.stop_force(&running).await,
+            StopMode::Save => Err(Error::unsupported("the memory of a container cannot be kept")),
         };
         match stopped {
             // It ended by itself meanwhile.

@@ -174,12 +174,8 @@ pub async fn create(call: Call) -> Result<Reply> {
         expires_at: time(&mut f, "expires_at")?,
         description: f.text("description")?.unwrap_or_default(),
         automatic: false,
+        stateful: f.flag("stateful")?,
     };
-    if f.flag("stateful")? {
-        return Err(
-            Error::unsupported("snapshots with the memory of the guest are not there yet").at("stateful")
-        );
-    }
     f.finish(&["disk_only"])?;
     running(&call.engine().snapshot_create(&call.context, place.origin(), request).await?)
 }
@@ -283,12 +279,12 @@ pub(super) async fn restore(
     call: &TakenCall,
     origin: Origin<'_>,
     snapshot: &str,
-    at_once: bool,
+    (at_once, memory): (bool, bool),
 ) -> Result<Reply> {
     // Clients write the name also with that of what it is of, as in `c1/snap0`.
     let (Origin::Instance { name, .. } | Origin::Volume { name, .. }) = origin;
     let own = snapshot.strip_prefix(name).and_then(|rest| rest.strip_prefix('/')).unwrap_or(snapshot);
-    let operation = call.engine().snapshot_restore(&call.context, origin, own).await?;
+    let operation = call.engine().snapshot_restore_with(&call.context, origin, own, memory).await?;
     if at_once {
         finished(&operation).await?;
         return Ok(empty());

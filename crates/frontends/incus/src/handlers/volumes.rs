@@ -292,7 +292,7 @@ async fn change(call: Call, merge: bool) -> Result<Reply> {
     if let Some(snapshot) = f.text("restore")?.filter(|r| !r.is_empty()) {
         let (project, pool, name) = (call.project(), call.param(0), call.param(2));
         let origin = Origin::Volume { project, pool, name };
-        return super::snapshots::restore(&call, origin, &snapshot, true).await;
+        return super::snapshots::restore(&call, origin, &snapshot, (true, false)).await;
     }
     let request = update(&mut f, &volume, merge, if_version.or(merge.then_some(volume.spec_version)))?;
     f.finish(READ_ONLY)?;

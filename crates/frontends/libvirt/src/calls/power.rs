@@ -30,7 +30,8 @@ async fn begin(
     action: PowerAction,
     force: bool,
 ) -> Result<LiveOperation, VirError> {
-    let request = PowerRequest { action, force, timeout: Some(SHUTDOWN) };
+    let request =
+        PowerRequest { action, force, timeout: Some(SHUTDOWN), stateful: action == PowerAction::Start };
     let session = &call.session;
     let (engine, context) = (&session.front.engine, &session.context);
     Ok(engine.instance_power(context, &view.project.name, &view.instance.name, request).await?)
