@@ -242,7 +242,8 @@ impl PoolPlace {
     pub async fn remove(&self, spec: &PoolSpec) -> Result<()> {
         if let PoolSource::Granted { source } = &spec.source {
             let place = self.within(Path::new(source));
-            if tokio::fs::try_exists(&place).await? {
+            // A source that is a device has nothing below it, which the system calls "not a directory".
+            if tokio::fs::metadata(&place).await.is_ok_and(|found| found.is_dir()) {
                 // Volumes that are still in it go with it, also as subvolumes.
                 match spec.kind {
                     PoolKind::Dir => {
@@ -260,8 +261,10 @@ impl PoolPlace {
                 _ => Ok(()),
             };
             if let PoolSource::Granted { source } = &spec.source {
-                gone(std::fs::remove_dir_all(place.within(Path::new(source))))?;
                 let device = std::fs::metadata(source).is_ok_and(|m| m.file_type().is_block_device());
+                if !device {
+                    gone(std::fs::remove_dir_all(place.within(Path::new(source))))?;
+                }
                 if device && place.is_ours(Path::new(source))? {
                     let device = File::options().write(true).open(source)?;
                     device.write_all_at(&[0; 4096], SUPERBLOCK)?;

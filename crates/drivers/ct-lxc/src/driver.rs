@@ -415,6 +415,7 @@ impl Shared {
         previous: Option<&Record>,
     ) -> Result<Running> {
         let dir = &guest.state_dir;
+        self.make_room();
         if self.host.apparmor {
             self.profile.get_or_try_init(|| crate::apparmor::load(&guest.daemon_id)).await?;
         }
