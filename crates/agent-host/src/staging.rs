@@ -256,7 +256,7 @@ impl Staging {
             tracing::warn!(%image, ?part, size, error = %fault, "an upload was cut off");
             let mine = allocated(&p.file);
             (total, free) = (total - mine, free.saturating_add(mine));
-            let emptied = p.file.set_len(0).and_then(|()| Ok(remove(&self.path(*image, *part))?));
+            let emptied = p.file.set_len(0).and_then(|()| remove(&self.path(*image, *part)));
             if let Err(e) = emptied {
                 tracing::warn!(%image, error = %e, "a part that was cut off could not be emptied; trying again");
             }

@@ -415,6 +415,7 @@ const WITHOUT_CONTEXT: &[(&str, &str)] = &[
     ("server_settings", "the daemon's own listeners"),
     ("all_metrics", "by instance id: callers join it with the instances that a context showed them"),
     ("volume_usage", "takes a record that a context showed"),
+    ("exec_expected", "takes an instance that exec_check showed"),
     ("project_used_by", "takes a record that a context showed; tells what is in it"),
     ("backup_upload_abandon", "takes the handle that backup_upload gave"),
 ];
