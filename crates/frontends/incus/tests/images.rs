@@ -3,8 +3,15 @@
 
 mod common;
 
-use common::Server;
-use serde_json::json;
+use common::{Answer, Server};
+use hyper::Method;
+use serde_json::{Value, json};
+
+/// What is no upload says so, as every client does.
+async fn publish(s: &Server, body: Value) -> Answer {
+    let json = [("content-type", "application/json")];
+    s.send(Method::POST, "/1.0/images", &json, body.to_string()).await
+}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn images_are_published() {
@@ -19,7 +26,7 @@ async fn images_are_published() {
         "expires_at": "2100-01-01T00:00:00Z",
         "compression_algorithm": "zstd",
     });
-    let made = s.done(s.post("/1.0/images", body.clone()).await).await;
+    let made = s.done(publish(&s, body.clone()).await).await;
     let fingerprint = made["metadata"]["fingerprint"].as_str().expect("the fingerprint").to_owned();
     let image = s.get(&format!("/1.0/images/{fingerprint}")).await.metadata();
     assert_eq!(
@@ -31,10 +38,10 @@ async fn images_are_published() {
             &json!("2100-01-01T00:00:00Z")
         )
     );
-    s.post("/1.0/images", body).await.refused(409);
+    publish(&s, body).await.refused(409);
     let of_snapshot =
         json!({"source": {"type": "snapshot", "name": "c1/snap"}, "properties": {"os": "then"}});
-    let made = s.done(s.post("/1.0/images", of_snapshot).await).await;
+    let made = s.done(publish(&s, of_snapshot).await).await;
     assert_ne!(made["metadata"]["fingerprint"], fingerprint);
     for (body, status) in [
         (json!({"source": {"type": "instance", "name": "nope"}}), 404),
@@ -49,7 +56,7 @@ async fn images_are_published() {
         (json!({"source": {"type": "instance", "name": "c1"}, "expires_at": "2000-01-01T00:00:00Z"}), 400),
         (json!({"source": {"type": "instance", "name": "c1", "project": "nope"}}), 404),
     ] {
-        s.post("/1.0/images", body).await.refused(status);
+        publish(&s, body).await.refused(status);
     }
     assert_eq!(
         s.get("/1.0/images").await.metadata().as_array().unwrap().len(),
@@ -68,7 +75,7 @@ async fn instances_are_rebuilt() {
     let s = Server::start().await;
     s.container("c1", true).await;
     let body = json!({"source": {"type": "instance", "name": "c1"}, "aliases": [{"name": "mine"}], "properties": {"os": "own"}});
-    let made = s.done(s.post("/1.0/images", body).await).await;
+    let made = s.done(publish(&s, body).await).await;
     let rebuild = "/1.0/instances/c1/rebuild";
     let of_image = json!({"source": {"type": "image", "alias": "mine"}});
     s.post(rebuild, of_image.clone()).await.refused(409);
