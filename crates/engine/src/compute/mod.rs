@@ -10,6 +10,7 @@ pub mod expand;
 pub mod guest;
 pub mod metrics;
 pub mod power;
+pub mod rebuild;
 pub mod slots;
 pub mod update;
 
