@@ -244,7 +244,7 @@ fn check_root(
     let (name, RootDevice { pool, size, .. }) = &parsed.root;
     let custom = super::disks::custom_root(records, instance, parsed)?.map(|v| v.id);
     let own = records.volumes.get(&instance.root).is_some_and(|v| v.owner != VolumeOwner::Custom);
-    if custom.is_some() != !own || custom.is_some_and(|id| id != instance.root) {
+    if custom.is_some() == own || custom.is_some_and(|id| id != instance.root) {
         return Err(Error::unsupported(
             "an instance keeps its root disk; make a new instance with the other one",
         )

@@ -159,6 +159,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     191 DOMAIN_SNAPSHOT_CURRENT See snapshots::current;
     192 DOMAIN_REVERT_TO_SNAPSHOT Change snapshots::revert;
     193 DOMAIN_SNAPSHOT_DELETE Change snapshots::delete;
+    194 DOMAIN_GET_BLOCK_INFO See devices::block_info;
     196 DOMAIN_CREATE_WITH_FLAGS Change power::create_with_flags;
     199 DOMAIN_SET_VCPUS_FLAGS Change devices::set_vcpus_flags;
     200 DOMAIN_GET_VCPUS_FLAGS See domain::vcpus;

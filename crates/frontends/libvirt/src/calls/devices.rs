@@ -408,6 +408,29 @@ async fn set_device(
     write(call, view, (view.instance.config.clone(), devices), live, &[format!("devices.{device}")]).await
 }
 
+/// `DOMAIN_GET_BLOCK_INFO`: what the disk's volume has and takes.
+pub async fn block_info(call: Call) -> Answered {
+    let (named, disk, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.string()?, r.u32()?)))?;
+    call.known_flags(flags, 0)?;
+    let view = call.guest(&named)?;
+    let device = disk_of(&view, &disk)?;
+    let engine = &call.session.front.engine;
+    let found = {
+        let records = engine.inner().inventory.read();
+        let keys = &view.expanded_devices[&device];
+        match (keys.get("pool"), keys.get("source")) {
+            (Some(pool), Some(source)) => records.custom_volume(view.instance.project, pool, source).cloned(),
+            _ => records.volumes.get(&view.instance.root).cloned(),
+        }
+    };
+    let volume = found.ok_or_else(|| VirError::argument(format!("disk {disk} is empty")))?;
+    let usage = engine.volume_usage(&volume).await?;
+    let capacity = volume.size.map_or(usage.total, |s| s.bytes());
+    let mut w = Writer::new();
+    w.u64(usage.used).u64(capacity).u64(usage.used);
+    Ok(w.finish().into())
+}
+
 /// `DOMAIN_BLOCK_RESIZE`
 pub async fn block_resize(call: Call) -> Answered {
     let (named, disk, size, flags) =

@@ -78,8 +78,8 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
             return Err(refuse(element, why));
         }
     }
-    let mut opaque = Opaque::default();
-    opaque.domain = root.elements().iter().filter(|e| !TYPED.contains(&e.name())).cloned().collect();
+    let kept = root.elements().iter().filter(|e| !TYPED.contains(&e.name())).cloned();
+    let opaque = Opaque { domain: kept.collect(), ..Opaque::default() };
     let order = Order::of(os);
     let mut all = Machine {
         kvm,
