@@ -9,6 +9,16 @@ lab() { "$KARST_LAB" lab "$@"; }
 # guest COMMAND…: runs it in the guest, as it is. shell TEXT: a line of shell there.
 guest() { lab run --timeout "${patience:-600}" -- "$@" </dev/null; }
 shell() { guest sh -c "$1"; }
+# A guest whose QEMU has ended makes everything fail: the suite ends there. MADE is set once there is a guest.
+section() {
+    printf '%s [%ss]\n' "-- $*" "$SECONDS"
+    if [ -n "${made:-}" ] && ! guest true; then
+        failed=$((failed + 1))
+        echo "FAILED the guest of the lab does not answer any more"
+        finish
+        exit 1
+    fi
+}
 boot_id() { guest cat /proc/sys/kernel/random/boot_id; }
 # until_there TEXT SECONDS LINE: the line of shell succeeds there within so many seconds. It asks in the guest, where asking is cheap.
 until_there() {
@@ -32,6 +42,7 @@ machine() {
     [ -x "$KARST_BIN/karst-guest-agent" ] || "$top/scripts/build-guest-agent" "$KARST_BIN" || exit 1
     "$here/../lab/guest-images" "$images" "${kinds[@]}" || { echo "the images of guests could not be made"; exit 1; }
     lab up --variant "$variant" "${files[@]}" "$@" || exit 1
+    made=1
     ok "make install" shell 'cp -a /lab/src /root/karst && cd /root/karst && KARST_BIN=/lab/bin make install'
     until_there "the unit runs and the API answers" 120 'karst query /1.0' || exit 1
     for kind in "${kinds[@]}"; do
