@@ -30,7 +30,7 @@ complaints() {
 }
 
 # machine VARIANT KIND… [-- OPTION…]: a guest of that variant with Karst installed as a stranger would, and images of these kinds
-# as debian/12 (debian/12/vm). Everything else in a suite stands on it, so a failure ends the suite.
+# as debian/12 (debian/12/vm; small: as such). Everything else in a suite stands on it, so a failure ends the suite.
 machine() {
     local variant=$1 kinds=() files=() kind alias
     shift
@@ -48,8 +48,7 @@ machine() {
     ok "make install" shell 'cp -a /lab/src /root/karst && cd /root/karst && KARST_BIN=/lab/bin make install'
     until_there "the unit runs and the API answers" 120 'karst query /1.0' || exit 1
     for kind in "${kinds[@]}"; do
-        alias=debian/12
-        [ "$kind" = container ] || alias=debian/12/vm
+        case $kind in container) alias=debian/12 ;; vm) alias=debian/12/vm ;; *) alias=$kind ;; esac
         ok "import the image ($kind)" shell "karst image import /lab/files/$kind/meta-* \$(ls /lab/files/$kind/* | grep -v -e meta- -e complete) --alias $alias"
     done
 }
