@@ -26,6 +26,7 @@ use karst_model::{
     device::Devices,
     instance::{InstanceKind, PowerAction},
     storage::VolumeContent,
+    uplink::NetworkKind,
 };
 use std::io::{Read, Write};
 
@@ -116,6 +117,17 @@ async fn publish(w: &World, snapshot: Option<&str>) -> Result<LiveOperation> {
 
 async fn network(w: &World) -> Result<LiveOperation> {
     Ok(w.engine.network_create(&w.admin, "default", CreateNetwork::automatic("net1")).await?.1)
+}
+
+/// A network that is the simulated host's one granted interface.
+async fn uplink(w: &World) -> Result<LiveOperation> {
+    let request = CreateNetwork {
+        name: "lan".into(),
+        kind: NetworkKind::Macvlan,
+        config: Config::from([("parent".into(), "granted0".into())]),
+        ..Default::default()
+    };
+    Ok(w.engine.network_create(&w.admin, "default", request).await?.1)
 }
 
 /// The use case waits for its end; whoever walks over the saga wants its operation.
@@ -281,6 +293,19 @@ pub fn all() -> Vec<Scenario> {
             };
             w.engine.instance_update(&w.admin, "default", "c1", update).await
         }),
+        scenario!("instance-update", "a NIC for a running one", |w| make(w, "c1", true).await, |w| {
+            let lan = [("type", "nic"), ("nictype", "macvlan"), ("parent", "granted0")];
+            let lan = lan.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+            let update = UpdateInstance {
+                description: String::new(),
+                ephemeral: false,
+                config: Config::new(),
+                devices: Devices::from([("lan0".into(), lan)]),
+                profiles: vec!["default".into()],
+                if_version: None,
+            };
+            w.engine.instance_update(&w.admin, "default", "c1", update).await
+        }),
         scenario!(
             "instance-update",
             "a larger disk",
@@ -353,6 +378,17 @@ pub fn all() -> Vec<Scenario> {
             config.insert("dns.domain".into(), "example".into());
             let update = UpdateNetwork { description: String::new(), config, if_version: None };
             w.engine.network_update(&w.admin, "default", "net1", update).await
+        }),
+        scenario!("network-create", "interface of the host", |_w| Ok(()), |w| uplink(w).await),
+        scenario!("network-delete", "interface of the host", |w| done(w, uplink(w).await).await, |w| w
+            .engine
+            .network_delete(&w.admin, "default", "lan")
+            .await),
+        scenario!("network-update", "MTU of an interface", |w| done(w, uplink(w).await).await, |w| {
+            let config = [("parent", "granted0"), ("mtu", "1400")];
+            let config = config.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+            let update = UpdateNetwork { description: String::new(), config, if_version: None };
+            w.engine.network_update(&w.admin, "default", "lan", update).await
         }),
         scenario!("pool-create", "dir", |_w| Ok(()), |w| {
             let request = CreatePool { name: "second".into(), driver: "dir".into(), ..Default::default() };
