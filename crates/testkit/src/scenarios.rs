@@ -11,6 +11,7 @@ use karst_engine::{
     compute::{
         copy::CopyInstance,
         create::{CreateInstance, InstanceSource},
+        define::{DefineMachine, Place},
         power::PowerRequest,
         update::UpdateInstance,
     },
@@ -28,7 +29,10 @@ use karst_model::{
     storage::VolumeContent,
     uplink::NetworkKind,
 };
-use std::io::{Read, Write};
+use std::{
+    collections::BTreeMap,
+    io::{Read, Write},
+};
 
 /// A way to run a saga.
 pub struct Scenario {
@@ -82,6 +86,22 @@ async fn machine(w: &World) -> Result<()> {
     let request = CreateInstance { start: true, kind, config, ..container("c1") };
     let (_, operation) = w.engine.instance_create(&w.admin, "default", request).await?;
     done(w, Ok(operation)).await
+}
+
+/// A machine whose root is the custom volume `v1`.
+async fn defined(w: &World) -> Result<LiveOperation> {
+    let root = [("type", "disk"), ("path", "/"), ("pool", "default"), ("source", "v1")];
+    let root = root.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+    let create = CreateInstance {
+        kind: InstanceKind::VirtualMachine,
+        start: true,
+        profiles: Some(vec![]),
+        devices: Devices::from([("sda".into(), root)]),
+        ..container("c1")
+    };
+    let places = BTreeMap::from([("sda".into(), Place { slot: "scsi3".into(), alias: None, pci: None })]);
+    let uuid = Some(uuid::Uuid::from_u128(77));
+    Ok(w.engine.machine_define(&w.admin, "default", DefineMachine { create, uuid, places }).await?.1)
 }
 
 async fn stateful(w: &World, action: PowerAction) -> Result<LiveOperation> {
@@ -261,6 +281,43 @@ pub fn all() -> Vec<Scenario> {
             .engine
             .instance_delete(&w.admin, "default", "c1")
             .await),
+        scenario!(
+            "instance-create",
+            "defined on a custom volume",
+            |w| done(w, volume(w, "v1", VolumeContent::Block).await).await,
+            |w| defined(w).await
+        ),
+        scenario!(
+            "instance-delete",
+            "its volume stays, its snapshot does not",
+            |w| {
+                make(w, "c1", false).await?;
+                done(w, snapshot(w, OF_C1, "s1").await).await
+            },
+            |w| w.engine.instance_undefine(&w.admin, "default", "c1").await
+        ),
+        scenario!(
+            "instance-delete",
+            "of a custom volume",
+            |w| {
+                done(w, volume(w, "v1", VolumeContent::Block).await).await?;
+                done(w, defined(w).await).await?;
+                done(w, snapshot(w, OF_C1, "s1").await).await?;
+                done(w, set_power(w, PowerAction::Stop).await).await
+            },
+            |w| w.engine.instance_delete(&w.admin, "default", "c1").await
+        ),
+        scenario!("instance-update", "from the next start on", |w| make(w, "c1", true).await, |w| {
+            let update = UpdateInstance {
+                description: "changed".into(),
+                ephemeral: false,
+                config: Config::from([("limits.memory".into(), "64MiB".into())]),
+                devices: Devices::new(),
+                profiles: vec!["default".into()],
+                if_version: None,
+            };
+            w.engine.instance_configure(&w.admin, "default", "c1", update).await
+        }),
         scenario!("instance-power", "start", |w| make(w, "c1", false).await, |w| {
             set_power(w, PowerAction::Start).await
         }),

@@ -98,6 +98,16 @@ pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
     Ok(ParsedDevices { root, disks, nodes, proxies, nics, tpm })
 }
 
+/// Makes the root disk one that the instance owns: that of a copy is never the original's volume.
+pub(crate) fn own_root(devices: &mut Devices) {
+    for keys in devices.values_mut() {
+        let is = |key: &str, value: &str| keys.get(key).is_some_and(|v| v == value);
+        if is("type", "disk") && is("path", "/") {
+            keys.remove("source");
+        }
+    }
+}
+
 fn nic_guest_name(device: &str, nic: &NicDevice) -> String {
     nic.name.clone().unwrap_or_else(|| device.to_owned())
 }

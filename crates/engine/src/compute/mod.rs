@@ -3,6 +3,7 @@
 pub mod applied;
 pub mod copy;
 pub mod create;
+pub mod define;
 pub mod delete;
 pub mod disks;
 pub mod expand;

@@ -191,6 +191,7 @@ mod tests {
             .unwrap(),
             Device::Root(RootDevice {
                 pool: "default".into(),
+                source: None,
                 size: Some(ByteSize::gib(5)),
                 boot_priority: None,
                 io: DiskIo::default(),
