@@ -205,7 +205,11 @@ pub(crate) fn drop_link(nic: &ResolvedNic) -> Result<()> {
 
 /// The same for all NICs of a machine that has ended.
 pub(crate) fn drop_links(record: &Record) -> Result<()> {
-    record.devices.iter().flat_map(|d| &d.nics).map(drop_link).fold(Ok(()), |all, one| all.and(one))
+    let mut outcome = Ok(());
+    for nic in record.devices.iter().flat_map(|d| &d.nics) {
+        outcome = outcome.and(drop_link(nic));
+    }
+    outcome
 }
 
 /// The seed as a sealed, read-only descriptor without a name: user data is in no file.
