@@ -132,11 +132,10 @@ impl RealAgent {
         let field = |key: &str| format!("devices.{}.{key}", nic.name);
         let granted = |name: &str| policy.check_interface(name).map_err(|e| e.at(field("parent")));
         let routed = |key: &str, nets: &mut dyn Iterator<Item = IpNet>| {
-            nets.map(|n| {
+            nets.try_for_each(|n| {
                 let family = if n.addr().is_ipv4() { "ipv4" } else { "ipv6" };
                 policy.check_route(n).map_err(|e| e.at(field(&format!("{family}.{key}"))))
             })
-            .collect::<Result<()>>()
         };
         let there = |name: &str| {
             link::get(name)?.ok_or_else(|| {
