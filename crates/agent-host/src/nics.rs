@@ -131,8 +131,8 @@ impl RealAgent {
         let policy = self.policy();
         let field = |key: &str| format!("devices.{}.{key}", nic.name);
         let granted = |name: &str| policy.check_interface(name).map_err(|e| e.at(field("parent")));
-        let routed = |key: &str, nets: &mut dyn Iterator<Item = IpNet>| {
-            nets.try_for_each(|n| {
+        let routed = |key: &str, nets: Vec<IpNet>| {
+            nets.into_iter().try_for_each(|n| {
                 let family = if n.addr().is_ipv4() { "ipv4" } else { "ipv6" };
                 policy.check_route(n).map_err(|e| e.at(field(&format!("{family}.{key}"))))
             })
@@ -177,21 +177,24 @@ impl RealAgent {
                     .await
                     .map_err(|e| e.at(field("parent")));
             }
-            NicLink::PointToPoint(routes) => return routed("routes", &mut routes.iter().copied()),
+            NicLink::PointToPoint(routes) => return routed("routes", routes.clone()),
             NicLink::Routed { link, routes } => {
                 if let Some(parent) = &link.parent {
                     granted(&parent.parent)?;
                     there(&parent.parent)?;
                 }
-                routed("address", &mut link.addresses.iter().map(|a| IpNet::from(*a)))?;
-                routed("routes", &mut routes.iter().copied())?;
+                routed("address", link.addresses.iter().map(|a| IpNet::from(*a)).collect())?;
+                routed("routes", routes.clone())?;
                 let hosts = [IpAddr::V4(link.host.0), IpAddr::V6(link.host.1)];
                 let local = |a: &IpAddr| match a {
                     IpAddr::V4(a) => a.is_link_local(),
                     IpAddr::V6(a) => a.is_unicast_link_local(),
                 };
                 // An address beyond the link would become the host's own.
-                return routed("host_address", &mut hosts.into_iter().filter(|a| !local(a)).map(IpNet::from));
+                return routed(
+                    "host_address",
+                    hosts.into_iter().filter(|a| !local(a)).map(IpNet::from).collect(),
+                );
             }
         };
         if !nic.vlans.is_empty() && !filters_vlans(bridge)? {
