@@ -8,7 +8,8 @@ use crate::{
     end::{ended, exit_reason},
     guest_api,
     limits::limits,
-    proc::{Init, init_end, log_reason},
+    nics,
+    proc::{Init, init_end, log_reason, new_network},
     proxies,
     record::Record,
     seed,
@@ -35,6 +36,7 @@ use tokio::{sync::mpsc, time::timeout};
 
 mod beside;
 mod clearing;
+mod network;
 mod sampling;
 
 /// How long a start may take until init's program runs.
@@ -308,6 +310,7 @@ impl Shared {
             let groups = Groups::of(&record.daemon_id, instance);
             let interfaces = record.nics.iter().map(|n| n.host_interface.as_str());
             self.clear_guest(&dir, &groups, interfaces).await?;
+            network::clear(&dir, &record).await?;
             self.clear_keeper(instance, &groups);
         }
         self.observe(instance).await
@@ -345,7 +348,13 @@ impl Shared {
         let interfaces = guest.nics.iter().map(|n| n.host_interface.as_str());
         let before = previous.iter().flat_map(|r| &r.nics).map(|n| n.host_interface.as_str());
         self.clear(dir, &groups, interfaces.clone().chain(before)).await?;
+        if let Some(previous) = &previous {
+            network::clear(dir, previous).await?;
+        }
         let mut record = Record::new(guest);
+        for nic in &mut record.nics {
+            nic.home = nic.spec.as_ref().map(nics::home).transpose()?.flatten();
+        }
         record.seed = seed_hash(guest);
         let outcome = self.start_new(guest, &groups, &record, previous.as_ref()).await;
         match outcome {
@@ -355,6 +364,7 @@ impl Shared {
                     let _ = self.stop_force(&running).await;
                     keeper::wait_gone(dir).await?;
                     self.clear(dir, &groups, interfaces).await?;
+                    network::clear(dir, &record).await?;
                     return Err(e);
                 }
                 self.watch(guest.instance, running.keeper.clone(), running.status.keeper_pid);
@@ -363,6 +373,7 @@ impl Shared {
             Err(e) => {
                 keeper::wait_gone(dir).await?;
                 self.clear(dir, &groups, interfaces).await?;
+                network::clear(dir, &record).await?;
                 Err(e)
             }
         }
@@ -406,6 +417,7 @@ impl Shared {
         for node in running.record.disks.iter().filter_map(|d| d.node.as_ref()) {
             running.permit_device(&node.rule(), true).await?;
         }
+        network::again(&running).await?;
         if !running.record.proxies.is_empty() {
             proxies::stop_all(&running.dir).await?;
             self.start_proxies(&running, &running.record.proxies).await?;
@@ -523,9 +535,17 @@ impl Shared {
         };
         let waiting = async {
             let running = running(status?);
+            let mut missing = record.nics.iter().any(|n| n.plugged);
             // Nothing tells that a process has executed its program; the set-up takes about 20 ms.
-            while running.init().is_none() {
+            while missing || running.init().is_none() {
+                if missing && let Some((_, namespace)) = running.status.pid.and_then(new_network) {
+                    network::plug(dir, record, namespace).await?;
+                    missing = false;
+                }
                 tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            for nic in record.nics.iter().filter(|n| !n.plugged).filter_map(|n| n.spec.as_ref()) {
+                nics::settle(nic)?;
             }
             Ok::<_, Error>(running)
         };
@@ -649,10 +669,11 @@ impl GuestDriver for LxcDriver {
             || running.init().ok_or_else(|| Error::unavailable("the guest is just starting; try again"));
         disks::update(&running, find, guest, &mut record).await?;
         self.shared.update_proxies(&running, &guest.proxies, &mut record).await?;
+        network::update(&running, guest, &mut record).await?;
         let new = Record::new(guest);
         let old = &mut record;
         let mut pending = vec![];
-        if old.nics != new.nics || old.free_rates && !limits.io.is_empty() {
+        if old.free_rates && !limits.io.is_empty() {
             pending.push("devices".to_owned());
         }
         if old.nesting != new.nesting {

@@ -16,6 +16,7 @@ mod ending;
 mod files;
 mod guest_api;
 mod limits;
+mod nics;
 mod proc;
 mod proxies;
 mod record;
