@@ -27,6 +27,7 @@ use karst_model::{
     device::Devices,
     instance::{InstanceKind, PowerAction},
     storage::VolumeContent,
+    uplink::NetworkKind,
 };
 use std::{
     collections::BTreeMap,
@@ -136,6 +137,17 @@ async fn publish(w: &World, snapshot: Option<&str>) -> Result<LiveOperation> {
 
 async fn network(w: &World) -> Result<LiveOperation> {
     Ok(w.engine.network_create(&w.admin, "default", CreateNetwork::automatic("net1")).await?.1)
+}
+
+/// A network that is the simulated host's one granted interface.
+async fn uplink(w: &World) -> Result<LiveOperation> {
+    let request = CreateNetwork {
+        name: "lan".into(),
+        kind: NetworkKind::Macvlan,
+        config: Config::from([("parent".into(), "granted0".into())]),
+        ..Default::default()
+    };
+    Ok(w.engine.network_create(&w.admin, "default", request).await?.1)
 }
 
 /// The use case waits for its end; whoever walks over the saga wants its operation.
@@ -338,6 +350,19 @@ pub fn all() -> Vec<Scenario> {
             };
             w.engine.instance_update(&w.admin, "default", "c1", update).await
         }),
+        scenario!("instance-update", "a NIC for a running one", |w| make(w, "c1", true).await, |w| {
+            let lan = [("type", "nic"), ("nictype", "macvlan"), ("parent", "granted0")];
+            let lan = lan.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+            let update = UpdateInstance {
+                description: String::new(),
+                ephemeral: false,
+                config: Config::new(),
+                devices: Devices::from([("lan0".into(), lan)]),
+                profiles: vec!["default".into()],
+                if_version: None,
+            };
+            w.engine.instance_update(&w.admin, "default", "c1", update).await
+        }),
         scenario!(
             "instance-update",
             "a larger disk",
@@ -411,6 +436,17 @@ pub fn all() -> Vec<Scenario> {
             let update = UpdateNetwork { description: String::new(), config, if_version: None };
             w.engine.network_update(&w.admin, "default", "net1", update).await
         }),
+        scenario!("network-create", "interface of the host", |_w| Ok(()), |w| uplink(w).await),
+        scenario!("network-delete", "interface of the host", |w| done(w, uplink(w).await).await, |w| w
+            .engine
+            .network_delete(&w.admin, "default", "lan")
+            .await),
+        scenario!("network-update", "MTU of an interface", |w| done(w, uplink(w).await).await, |w| {
+            let config = [("parent", "granted0"), ("mtu", "1400")];
+            let config = config.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+            let update = UpdateNetwork { description: String::new(), config, if_version: None };
+            w.engine.network_update(&w.admin, "default", "lan", update).await
+        }),
         scenario!("pool-create", "dir", |_w| Ok(()), |w| {
             let request = CreatePool { name: "second".into(), driver: "dir".into(), ..Default::default() };
             w.engine.pool_create(&w.admin, request).await
@@ -474,6 +510,44 @@ pub fn all() -> Vec<Scenario> {
         scenario!("snapshot-restore", "of an instance", |w| tree(w).await, |w| {
             w.engine.snapshot_restore(&w.admin, OF_C1, "s2").await
         }),
+        scenario!(
+            "snapshot-restore-running",
+            "of an instance that runs",
+            |w| {
+                tree(w).await?;
+                done(w, set_power(w, PowerAction::Start).await).await
+            },
+            |w| w.engine.snapshot_restore(&w.admin, OF_C1, "s2").await
+        ),
+        scenario!(
+            "snapshot-restore-running",
+            "of an instance that is frozen",
+            |w| {
+                tree(w).await?;
+                done(w, set_power(w, PowerAction::Start).await).await?;
+                done(w, set_power(w, PowerAction::Freeze).await).await
+            },
+            |w| w.engine.snapshot_restore(&w.admin, OF_C1, "s2").await
+        ),
+        scenario!(
+            "snapshot-restore-running",
+            "of a virtual machine that runs, with its memory",
+            |w| {
+                machine(w).await?;
+                done(w, snapshot_with_memory(w).await).await
+            },
+            |w| w.engine.snapshot_restore_with(&w.admin, OF_C1, "s1", true).await
+        ),
+        scenario!(
+            "snapshot-restore-running",
+            "with its memory, of a virtual machine whose memory was kept over a stop",
+            |w| {
+                machine(w).await?;
+                done(w, snapshot_with_memory(w).await).await?;
+                done(w, stateful(w, PowerAction::Stop).await).await
+            },
+            |w| w.engine.snapshot_restore_with(&w.admin, OF_C1, "s1", true).await
+        ),
         scenario!(
             "snapshot-restore",
             "of a volume",

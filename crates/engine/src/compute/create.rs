@@ -18,8 +18,9 @@ use karst_model::{
     guest::Observed,
     instance::{DesiredPower, Generation, Hardware, Instance, InstanceKind, Lifecycle},
     keys, keys_machine,
-    spec::{GuestSpec, VolumeSource, VolumeSpec},
+    spec::{GuestSpec, NicSpec, VolumeSource, VolumeSpec},
     storage::{Volume, VolumeContent, VolumeOwner},
+    uplink::NetworkForm,
 };
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, time::Duration};
@@ -246,7 +247,10 @@ pub(crate) fn plan(
             Error::unavailable("the host has not reported what it is yet; try again in a moment")
         })?;
         let machine = facts.default_machine.clone().ok_or_else(|| {
-            Error::unsupported("virtual machines need QEMU on the host; install the package qemu-system-x86")
+            Error::unsupported(
+                "virtual machines need QEMU, of which the host does not know; install the package qemu-system-x86, \
+                 or look at the host's warnings",
+            )
         })?;
         let kvm = facts.accelerator.kind == karst_model::node::AcceleratorKind::Kvm;
         let choice = keys_machine::hardware(&config)?;
@@ -335,9 +339,20 @@ pub(crate) fn check_devices(devices: &Devices) -> Result<()> {
 pub(crate) fn check_nics(records: &Records, tx: &mut Tx, parsed: &expand::ParsedDevices) -> Result<()> {
     let mut seen = std::collections::BTreeSet::new();
     for (device, nic) in &parsed.nics {
-        let NicDevice { network, ipv4, ipv6, port, routes, .. } = nic;
-        let row = records.network(network).map_err(|e| e.at(format!("devices.{device}.network")))?;
-        let bridge = karst_model::network::BridgeSpec::parse(&row.name, &row.config)?;
+        let NicDevice { ipv4, ipv6, port, routes, .. } = nic;
+        let Some((network, row)) = super::nics::network_of(records, device, nic)? else { continue };
+        let bridge = match row.form()? {
+            NetworkForm::Bridge(bridge) => bridge,
+            NetworkForm::Uplink(uplink) => {
+                super::nics::demand_plain(device, nic, uplink.kind)?;
+                if seen.insert(row.id) {
+                    tx.expect(row);
+                    tx.expect_unlocked(&crate::network::lock(row.id));
+                    tx.touch(&crate::network::lock(row.id));
+                }
+                continue;
+            }
+        };
         if let Some(address) = ipv4
             && !bridge.ipv4.is_some_and(|n| n.contains(address))
         {
@@ -375,7 +390,7 @@ pub(crate) fn check_nics(records: &Records, tx: &mut Tx, parsed: &expand::Parsed
 
 /// The networks that a start needs.
 pub(crate) fn networks_of(spec: &GuestSpec) -> Vec<NetworkId> {
-    let mut ids: Vec<_> = spec.nics.iter().map(|n| n.network).collect();
+    let mut ids: Vec<_> = spec.nics.iter().filter_map(NicSpec::network).collect();
     ids.sort();
     ids.dedup();
     ids

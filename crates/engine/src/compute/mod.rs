@@ -9,6 +9,7 @@ pub mod disks;
 pub mod expand;
 pub mod guest;
 pub mod metrics;
+pub(crate) mod nics;
 pub mod power;
 pub mod rebuild;
 pub mod slots;

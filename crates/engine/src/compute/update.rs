@@ -176,9 +176,6 @@ impl Engine {
             if running && now {
                 let generation = runtime.map_or(row.generation, |r| r.generation);
                 let now = GuestSpec { generation, ..inner.guest_spec(&records, &before, domain_id)? };
-                if instance.kind == InstanceKind::Container {
-                    demand_no_hotplug(&now, &after)?;
-                }
                 live = Some((now, GuestSpec { generation, ..after.clone() }));
             }
             let path = path(&project.name, name);
@@ -359,17 +356,6 @@ fn change_hardware(
     Ok(())
 }
 
-fn demand_no_hotplug(before: &GuestSpec, after: &GuestSpec) -> Result<()> {
-    let nics = |s: &GuestSpec| {
-        s.nics.iter().map(|n| (n.device, n.network, n.mac.clone(), n.guest_name.clone())).collect::<Vec<_>>()
-    };
-    if nics(before) != nics(after) {
-        return Err(Error::unsupported("NICs of a running instance cannot be changed yet; stop it first")
-            .at("devices"));
-    }
-    Ok(())
-}
-
 /// Plan of [`InstanceUpdate`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct UpdatePlan {
@@ -409,8 +395,12 @@ impl Saga for InstanceUpdate {
     }
 
     async fn run(cx: &StepContext, plan: &UpdatePlan, outputs: &mut UpdateOutputs, _: usize) -> Result<()> {
-        if let Some((_, after)) = &plan.live {
+        if let Some((before, after)) = &plan.live {
             let agent = cx.agent(plan.instance.node)?;
+            // What a NIC may send is settled before it comes.
+            if before.nics != after.nics {
+                cx.engine.ensure_networks_for(cx, &plan.instance, &plan.networks).await?;
+            }
             outputs.applied = Some(agent.guest_update(&cx.mutate(UPDATE), after.clone()).await?);
         }
         if let Some(Volume { id, pool, size: Some(size), .. }) = &plan.grown {
@@ -422,11 +412,14 @@ impl Saga for InstanceUpdate {
     }
 
     async fn undo(cx: &StepContext, plan: &UpdatePlan, _: &UpdateOutputs, _: usize) -> Result<()> {
-        if let Some((before, _)) = &plan.live {
+        if let Some((before, after)) = &plan.live {
             match cx.agent(plan.instance.node)?.guest_update(&cx.mutate(UPDATE), before.clone()).await {
                 // A guest that ended meanwhile needs no undo.
                 Err(e) if matches!(e.kind, ErrorKind::NotFound | ErrorKind::Conflict) => {}
                 other => drop(other?),
+            }
+            if before.nics != after.nics {
+                cx.engine.ensure_networks(cx, plan.instance.node, &plan.networks).await?;
             }
         }
         Ok(())

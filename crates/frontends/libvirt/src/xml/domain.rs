@@ -26,7 +26,7 @@ use karst_model::{
 /// A NIC with what the instance's record keeps of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Nic {
-    /// Name of the network.
+    /// Name of the network; empty when it is on none.
     pub network: String,
     /// MAC address.
     pub mac: String,
@@ -47,7 +47,7 @@ pub fn nics(view: &InstanceView) -> Result<Vec<Nic>, VirError> {
         .filter_map(|(name, nic)| {
             let identity = with(name)?;
             Some(Nic {
-                network: nic.network.clone(),
+                network: nic.network().unwrap_or_default().to_owned(),
                 mac: identity.mac.clone()?,
                 host_interface: identity.host_interface.clone().unwrap_or_default(),
             })
@@ -165,7 +165,8 @@ fn container(e: &mut Element, facts: &HostFacts, parsed: &ParsedDevices, view: &
     for (name, nic) in parsed.nics.iter().filter(|(_, nic)| nic.attached) {
         let Some(identity) = view.instance.identities.get(name) else { continue };
         let guest = nic.name.as_ref().unwrap_or(name);
-        let i = interface(identity, &nic.network, live).child(Element::new("guest").with("dev", guest));
+        let i = interface(identity, nic.network().unwrap_or_default(), live)
+            .child(Element::new("guest").with("dev", guest));
         devices.push(i);
     }
     devices.push(

@@ -481,7 +481,7 @@ fn interface(
     live: bool,
     kept: Option<&Element>,
 ) -> Element {
-    let mut e = super::super::domain::interface(identity, &nic.network, live);
+    let mut e = super::super::domain::interface(identity, nic.network().unwrap_or_default(), live);
     e.push(Element::new("model").with(
         "type",
         match nic.model {
