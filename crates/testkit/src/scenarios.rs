@@ -665,16 +665,6 @@ pub fn all() -> Vec<Scenario> {
         ),
         scenario!("volume-create", "block", |_w| Ok(()), |w| volume(w, "v1", VolumeContent::Block).await),
         scenario!(
-            "volume-wipe",
-            "of a stopped machine",
-            |w| {
-                done(w, volume(w, "v1", VolumeContent::Block).await).await?;
-                done(w, defined(w).await).await?;
-                done(w, set_power(w, PowerAction::Stop).await).await
-            },
-            |w| w.engine.volume_wipe(&w.admin, "default", "default", "v1").await
-        ),
-        scenario!(
             "volume-delete",
             "unused",
             |w| done(w, volume(w, "v1", VolumeContent::Filesystem).await).await,

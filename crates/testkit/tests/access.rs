@@ -361,7 +361,6 @@ fn cases() -> Vec<Case> {
         volume_copy Edit |f, c, p| f.w.engine.volume_copy(c, p, "default", CopyVolume { project: p.into(), pool: "default".into(), name: "data".into(), snapshot: None, volume_only: false, copy: volume("copied") }).await.map(drop);
         volume_update Edit |f, c, p| f.w.engine.volume_update(c, p, "default", "data", UpdateVolume { description: "x".into(), config: Config::new(), if_version: None }).await.map(drop);
         volume_rename Edit |f, c, p| f.w.engine.volume_rename(c, p, "default", "data", "renamed").await;
-        volume_wipe Edit |f, c, p| f.w.engine.volume_wipe(c, p, "default", "data").await.map(drop);
         volume_delete Edit |f, c, p| f.w.engine.volume_delete(c, p, "default", "data").await.map(drop);
         // Networks.
         networks View |f, c, p| f.w.engine.networks(c, p).map(drop);

@@ -33,7 +33,6 @@ static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
         Arc::new(Erased::<volumes::create::VolumeCreate>::new()),
         Arc::new(Erased::<volumes::delete::VolumeDelete>::new()),
         Arc::new(Erased::<volumes::update::VolumeUpdate>::new()),
-        Arc::new(Erased::<volumes::wipe::VolumeWipe>::new()),
     ]
 });
 

@@ -5,7 +5,6 @@ pub mod copy;
 pub mod create;
 pub mod delete;
 pub mod update;
-pub mod wipe;
 
 use crate::{Engine, EngineInner, Records, Row, context::Context};
 use karst_model::{

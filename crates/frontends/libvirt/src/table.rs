@@ -144,7 +144,6 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     161 DOMAIN_DETACH_DEVICE_FLAGS Change devices::detach_flags;
     163 DOMAIN_GET_JOB_INFO See machine::job_info;
     164 DOMAIN_ABORT_JOB Change machine::abort_job;
-    165 STORAGE_VOL_WIPE Change volumes::wipe;
     167 CONNECT_DOMAIN_EVENT_REGISTER_ANY See event::register_any;
     168 CONNECT_DOMAIN_EVENT_DEREGISTER_ANY See event::deregister_any;
     174 DOMAIN_UPDATE_DEVICE_FLAGS Change devices::update;
@@ -185,7 +184,6 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     256 DOMAIN_SET_INTERFACE_PARAMETERS Change devices::set_interface_tuning;
     257 DOMAIN_GET_INTERFACE_PARAMETERS See devices::interface_tuning;
     258 DOMAIN_SHUTDOWN_FLAGS Change power::shutdown_flags;
-    259 STORAGE_VOL_WIPE_PATTERN Change volumes::wipe_pattern;
     260 STORAGE_VOL_RESIZE Change volumes::resize;
     264 DOMAIN_SET_METADATA Change domain::set_metadata;
     265 DOMAIN_GET_METADATA See domain::metadata;

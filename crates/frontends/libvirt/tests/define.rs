@@ -350,15 +350,6 @@ async fn volumes_are_made_copied_grown_and_deleted() {
         .unwrap();
     let refused = client.call(94, &[root, vec![0; 4]].concat()).await.unwrap_err();
     assert!(refused.1.contains("part of the domain"), "{refused:?}");
-    client.call(165, &[second.clone(), vec![0; 4]].concat()).await.unwrap();
-    let random = [
-        second.clone(),
-        argument(|w| {
-            w.u32(8).u32(0);
-        }),
-    ];
-    let refused = client.call(259, &random.concat()).await.unwrap_err();
-    assert_eq!(refused.0, Code::OperationUnsupported as i32);
     for volume in [first, second] {
         client.call(94, &[volume.clone(), vec![0; 4]].concat()).await.unwrap();
         assert_eq!(client.call(98, &volume).await.unwrap_err().0, Code::NoStorageVol as i32);
