@@ -1,5 +1,6 @@
 //! Resolved specifications: things of this machine in place of ids.
 
+use karst_host::overlay::Layers;
 use karst_model::{
     Error, InstanceId, Result,
     device::{DiskIo, NicModel},
@@ -49,6 +50,8 @@ pub struct ResolvedGuest {
     pub security: Security,
     /// Root disk: a directory (container, mounted or plain) or an image file or block device (virtual machine).
     pub root: ResolvedDisk,
+    /// The root is an overlay of these (containers); its `path` is only where its pool keeps it.
+    pub root_layers: Option<Layers>,
     /// Other disks in bus order.
     pub disks: Vec<ResolvedDisk>,
     /// Device nodes (containers).
