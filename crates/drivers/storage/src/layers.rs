@@ -65,8 +65,9 @@ fn needed(root: &Path) -> Result<HashSet<ImageId>> {
         }
         Ok(())
     };
-    look(&root.join("volumes"))?;
+    // In the order in which a state moves.
     look(&root.join("tmp"))?;
+    look(&root.join("volumes"))?;
     for volume in std::fs::read_dir(root.join("snapshots"))? {
         look(&volume?.path())?;
     }
