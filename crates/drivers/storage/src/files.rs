@@ -20,6 +20,7 @@ use crate::{
     VolumeInfo,
     layers::{self, Opened},
     states::{self, Directories, Record, States, Subvolumes, check_disk_size, copy_file, link_or_copy},
+    sweep::{Work, sweeper},
 };
 use async_trait::async_trait;
 use karst_host::{
@@ -168,7 +169,7 @@ impl FilePool {
         }
     }
 
-    fn wake_sweeper(&self) {
+    pub(crate) fn wake_sweeper(&self) {
         // A full channel means that it will run anyway.
         let _ = self.sweep.try_send(None);
     }
@@ -437,7 +438,7 @@ fn mismatch() -> Error {
     )
 }
 
-fn fresh(below: &Path) -> PathBuf {
+pub(crate) fn fresh(below: &Path) -> PathBuf {
     below.join(uuid::Uuid::new_v4().to_string())
 }
 
@@ -875,76 +876,6 @@ fn states_in(directory: &Path) -> Result<Vec<(uuid::Uuid, Record)>> {
         found.extend(Record::read(&entry.path())?.map(|r| (id, r)));
     }
     Ok(found)
-}
-
-/// A place in `tmp`: to the trash unless it was kept, whatever ended the work (error, cancellation).
-struct Work {
-    pool: FilePool,
-    path: Option<PathBuf>,
-}
-
-impl Work {
-    fn path(&self) -> &Path {
-        self.path.as_deref().unwrap_or(Path::new("/nonexistent"))
-    }
-
-    fn keep(mut self) {
-        self.path = None;
-    }
-}
-
-impl Drop for Work {
-    fn drop(&mut self) {
-        if let Some(work) = self.path.take() {
-            match std::fs::rename(&work, fresh(&self.pool.root.join("trash"))) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                    tracing::warn!(error = %e, "a half-made volume was left; the next start removes it");
-                }
-                _ => self.pool.wake_sweeper(),
-            }
-        }
-    }
-}
-
-/// Frees deleted states, one after the other. Ends with the pool.
-async fn sweeper(
-    root: PathBuf,
-    states: Arc<dyn States>,
-    taking: Arc<tokio::sync::Mutex<()>>,
-    mut wanted: mpsc::Receiver<Option<oneshot::Sender<()>>>,
-) {
-    while let Some(answer) = wanted.recv().await {
-        let (root, states, taking) = (root.clone(), states.clone(), taking.clone());
-        let swept = blocking(move || {
-            let entries = match std::fs::read_dir(root.join("trash")) {
-                // The pool was removed since this was asked for.
-                Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-                other => other?,
-            };
-            let gone = {
-                let _one = taking.blocking_lock();
-                layers::reap(&root)?
-            };
-            for state in entries.flatten().map(|e| e.path()).chain(gone) {
-                match states.remove(&state) {
-                    // Its making was cancelled and is just noticing; the next sweep gets it.
-                    Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => {}
-                    Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                        tracing::warn!(error = %e, volume = ?state.file_name(), "a deleted volume could not be freed");
-                    }
-                    _ => {}
-                }
-            }
-            Ok(())
-        })
-        .await;
-        if let Err(e) = swept {
-            tracing::warn!(error = %e, context = e.context, "deleted volumes could not be freed");
-        }
-        if let Some(answer) = answer {
-            let _ = answer.send(());
-        }
-    }
 }
 
 pub(crate) async fn blocking<T: Send + 'static>(f: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {

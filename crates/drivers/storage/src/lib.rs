@@ -6,6 +6,7 @@ mod driver;
 pub mod files;
 mod layers;
 mod states;
+mod sweep;
 
 pub use driver::*;
 pub use files::FilePool;
