@@ -177,5 +177,10 @@ impl FilePool {
 
 /// The lower layer of an image: second names of its files, which never change.
 pub(crate) fn take(from: &Path, to: &Path) -> Result<()> {
-    states::copy_tree(from, to, karst_host::fs::TreeMode::Names)
+    let done = states::copy_tree(from, to, karst_host::fs::TreeMode::Names)?;
+    if done.bytes > 0 {
+        // Copies, on another file system than the image's: many roots will lie over them.
+        rustix::fs::syncfs(karst_host::fs::open_dir(to)?).map_err(io::Error::from)?;
+    }
+    Ok(())
 }
