@@ -4,6 +4,7 @@
 pub mod contract;
 mod driver;
 pub mod files;
+mod flush;
 mod states;
 
 pub use driver::*;
