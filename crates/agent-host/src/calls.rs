@@ -466,7 +466,7 @@ calls! {
         .await
     }
     read host_facts(me, _request: ()) -> HostFacts {
-        let mut facts = me.facts().await?.clone();
+        let mut facts = me.facts().await?;
         facts.warnings.extend(me.networks.warnings().await);
         facts.warnings.extend(me.unopened.warnings());
         Ok(facts)
