@@ -169,8 +169,10 @@ impl RealAgent {
         &self.options.policy
     }
 
-    pub(crate) async fn facts(&self) -> Result<&HostFacts> {
-        self.facts.get_or_try_init(facts::collect).await
+    pub(crate) async fn facts(&self) -> Result<HostFacts> {
+        let mut facts = self.facts.get_or_try_init(facts::collect).await?.clone();
+        facts::complete(&mut facts).await;
+        Ok(facts)
     }
 
     /// Removes every trace of this daemon outside DIR: guests are ended, networks and claims given back. Volumes and images

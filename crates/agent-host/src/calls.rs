@@ -333,7 +333,7 @@ impl RealAgent {
         let (_, driver) = self.known(request.instance)?;
         let stream =
             driver.console(request.instance, request.force).await.map_err(as_state(request.instance))?;
-        let (value, fd) = self.sessions.console(request.instance, stream)?;
+        let (value, fd) = self.sessions.console(request.instance, stream, driver.clone())?;
         Ok(WithFds { value, fds: vec![fd] })
     }
 
@@ -355,7 +355,7 @@ impl RealAgent {
     async fn display(&self, id: InstanceId) -> Result<WithFds<SessionId>> {
         self.sessions.room()?;
         let stream = self.machine(id)?.display(id).await.map_err(as_state(id))?;
-        let (value, fd) = self.sessions.console(id, stream)?;
+        let (value, fd) = self.sessions.display(id, stream)?;
         Ok(WithFds { value, fds: vec![fd] })
     }
 
@@ -466,7 +466,7 @@ calls! {
         .await
     }
     read host_facts(me, _request: ()) -> HostFacts {
-        let mut facts = me.facts().await?.clone();
+        let mut facts = me.facts().await?;
         facts.warnings.extend(me.networks.warnings().await);
         facts.warnings.extend(me.unopened.warnings());
         Ok(facts)

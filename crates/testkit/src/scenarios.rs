@@ -511,6 +511,44 @@ pub fn all() -> Vec<Scenario> {
             w.engine.snapshot_restore(&w.admin, OF_C1, "s2").await
         }),
         scenario!(
+            "snapshot-restore-running",
+            "of an instance that runs",
+            |w| {
+                tree(w).await?;
+                done(w, set_power(w, PowerAction::Start).await).await
+            },
+            |w| w.engine.snapshot_restore(&w.admin, OF_C1, "s2").await
+        ),
+        scenario!(
+            "snapshot-restore-running",
+            "of an instance that is frozen",
+            |w| {
+                tree(w).await?;
+                done(w, set_power(w, PowerAction::Start).await).await?;
+                done(w, set_power(w, PowerAction::Freeze).await).await
+            },
+            |w| w.engine.snapshot_restore(&w.admin, OF_C1, "s2").await
+        ),
+        scenario!(
+            "snapshot-restore-running",
+            "of a virtual machine that runs, with its memory",
+            |w| {
+                machine(w).await?;
+                done(w, snapshot_with_memory(w).await).await
+            },
+            |w| w.engine.snapshot_restore_with(&w.admin, OF_C1, "s1", true).await
+        ),
+        scenario!(
+            "snapshot-restore-running",
+            "with its memory, of a virtual machine whose memory was kept over a stop",
+            |w| {
+                machine(w).await?;
+                done(w, snapshot_with_memory(w).await).await?;
+                done(w, stateful(w, PowerAction::Stop).await).await
+            },
+            |w| w.engine.snapshot_restore_with(&w.admin, OF_C1, "s1", true).await
+        ),
+        scenario!(
             "snapshot-restore",
             "of a volume",
             |w| {

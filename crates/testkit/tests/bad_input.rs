@@ -262,7 +262,7 @@ async fn demand(w: &World, done: Result<karst_engine::LiveOperation>) {
 /// Everything that is stored but what says who writes.
 async fn raw(w: &World) -> Vec<(String, Vec<u8>)> {
     let (kvs, _) = list_prefix(&*w.store, "/").await.unwrap();
-    let of = kvs.into_iter().filter(|kv| !kv.key.starts_with("/requests/"));
+    let of = kvs.into_iter().filter(|kv| !kv.key.starts_with("/karst/requests/"));
     of.map(|kv| (kv.key, kv.value.to_vec())).collect()
 }
 

@@ -382,6 +382,13 @@ async fn console(guest: &Guest<'_>) {
     );
     let second = agent.console_attach(&s.read(), ConsoleAttach { instance, force: true }).await.unwrap();
     read_all(one(first.fds)).await; // its end: the other took over
+    let size = SessionResize { session: second.value, columns: 120, rows: 40 };
+    let resized = agent.session_resize(&s.read(), size).await;
+    match guest.spec.kind {
+        InstanceKind::Container => resized.unwrap(),
+        // A serial line has no size; the simulation does not care.
+        InstanceKind::VirtualMachine => assert!(!resized.is_err_and(|e| e.kind != ErrorKind::Unsupported)),
+    }
     agent.session_close(&s.read(), first.value).await.unwrap();
     agent.session_close(&s.read(), second.value).await.unwrap();
     s.until("a console that is free again", s.boot, async || {

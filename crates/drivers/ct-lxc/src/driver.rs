@@ -2,6 +2,7 @@
 
 use crate::{
     attach,
+    balance::{self, Balancer},
     config::{Groups, HostFeatures, SECCOMP, render, seccomp_file},
     disks,
     end::{ended, exit_reason},
@@ -60,6 +61,7 @@ pub struct LxcDriver {
 
 struct Shared {
     options: LxcOptions,
+    balancer: Arc<Balancer>,
     cgroups: Arc<Cgroups>,
     host: HostFeatures,
     /// Set when the AppArmor profile is loaded: once by each daemon, which may be newer than the one before.
@@ -145,12 +147,15 @@ impl LxcDriver {
     pub fn new(options: LxcOptions) -> Result<Self> {
         let cgroups = Cgroups::detect()?;
         let host = HostFeatures::detect(cgroups.is_unified());
+        let cgroups = Arc::new(cgroups);
+        let (guests_dir, daemon_id) = (options.guests_dir.clone(), options.daemon_id.clone());
         Ok(Self {
             shared: Arc::new(Shared {
                 options,
                 host,
                 profile: tokio::sync::OnceCell::new(),
-                cgroups: Arc::new(cgroups),
+                balancer: Balancer::new(cgroups.clone(), guests_dir, daemon_id),
+                cgroups,
                 guests: Mutex::default(),
                 events: Mutex::default(),
             }),
@@ -284,6 +289,7 @@ impl Shared {
             }
             lock(&guest.watched).take_if(|w| *w == keeper_pid);
             let observed = shared.after_end(instance, &guest).await;
+            shared.balancer.wake();
             match observed {
                 Ok(observed) => shared.tell(observed),
                 Err(e) => {
@@ -461,8 +467,10 @@ impl Shared {
         let free = rates.as_ref().filter(|_| guest.security.nesting && limits.io.is_empty());
         let record = &Record { disks: mounted, free_rates: free.is_some(), ..record.clone() };
         record.write(dir)?;
+        balance::note(dir, guest.limits.cpu.as_ref())?;
         self.cgroups.create(&groups.limits)?;
         self.cgroups.limit(&groups.limits, &limits)?;
+        self.balancer.wake();
         if let Some(mount) = free {
             beside::free_rates(mount, groups, guest.ids)?;
         }
@@ -650,8 +658,11 @@ impl GuestDriver for LxcDriver {
         let _changing = kept.changing.lock().await;
         let running = self.shared.running(guest.instance).await?;
         let (cgroups, group) = (&self.shared.cgroups, &running.groups.limits);
-        let limits = limits(guest);
+        let mut limits = limits(guest);
+        balance::keep(guest.limits.cpu.as_ref(), &mut limits.cpus, cgroups, group);
         cgroups.limit(group, &limits)?;
+        balance::note(&guest.state_dir, guest.limits.cpu.as_ref())?;
+        self.shared.balancer.wake();
         // Read again: another change may have ended while this one waited for its turn.
         let mut record = Record::read(&guest.state_dir)?.ok_or_else(not_running)?;
         let find =
@@ -694,6 +705,7 @@ impl GuestDriver for LxcDriver {
     }
 
     async fn adopt(&self) -> Result<Vec<Observed>> {
+        self.shared.balancer.wake();
         let mut adopted = vec![];
         let options = &self.shared.options;
         for found in keeper::find_all(&options.guests_dir)? {
@@ -765,6 +777,10 @@ impl GuestDriver for LxcDriver {
 
     async fn console(&self, instance: InstanceId, force: bool) -> Result<OwnedFd> {
         self.shared.running(instance).await?.keeper.attach(force).await
+    }
+
+    async fn console_resize(&self, instance: InstanceId, columns: u16, rows: u16) -> Result<()> {
+        self.shared.running(instance).await?.keeper.resize(columns, rows).await
     }
 
     async fn console_log(&self, instance: InstanceId, max: usize, clear: bool) -> Result<Vec<u8>> {

@@ -7,6 +7,7 @@
 
 pub mod apparmor;
 mod attach;
+mod balance;
 mod config;
 mod disks;
 mod driver;

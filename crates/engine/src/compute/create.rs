@@ -247,7 +247,10 @@ pub(crate) fn plan(
             Error::unavailable("the host has not reported what it is yet; try again in a moment")
         })?;
         let machine = facts.default_machine.clone().ok_or_else(|| {
-            Error::unsupported("virtual machines need QEMU on the host; install the package qemu-system-x86")
+            Error::unsupported(
+                "virtual machines need QEMU, of which the host does not know; install the package qemu-system-x86, \
+                 or look at the host's warnings",
+            )
         })?;
         let kvm = facts.accelerator.kind == karst_model::node::AcceleratorKind::Kvm;
         let choice = keys_machine::hardware(&config)?;

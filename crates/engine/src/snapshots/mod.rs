@@ -8,6 +8,7 @@ pub mod change;
 pub mod create;
 pub mod delete;
 pub mod restore;
+pub mod restore_running;
 pub mod schedule;
 
 use crate::{Engine, EngineInner, Records, Row, context::Context, db::Tx};
