@@ -387,7 +387,7 @@ mod tests {
         dhcp-option=26,9000
         ");
         r.spec.dhcp = false;
-        let text = dnsmasq(&r, &DnsmasqContext { upstream: true, ..context.clone() }).unwrap();
+        let text = dnsmasq(&r, &DnsmasqContext { upstream: true, ..context.clone() }, None).unwrap();
         assert!(!text.contains("dhcp") && !text.contains("no-resolv"), "{text}");
         r.spec.ipv4 = None;
         assert!(dnsmasq(&r, &context, None).is_none());
