@@ -480,7 +480,13 @@ impl RealAgent {
             DiskSource::Host { ref path } => return self.resolve_path(&disk, path),
         };
         let content = self.pool(pool)?.inspect(volume).await?.content;
-        let located = self.locate(VolumeRef { pool, volume }, user).await?;
+        let at = VolumeRef { pool, volume };
+        let mut located = self.locate(at, user).await?;
+        if located.layers.is_some() {
+            // A copy of a container's root: beside the root there are plain trees only.
+            self.pool(pool)?.flatten(volume).await?;
+            located = self.locate(at, user).await?;
+        }
         Ok(Some(ResolvedDisk {
             name: disk.name,
             slot: disk.slot,
