@@ -1,6 +1,8 @@
 //! Images: the use cases.
 
 pub mod publish;
+pub mod remote;
+pub mod shared;
 
 pub use crate::uploads::{ImageUpload, PartUpload};
 use crate::{
@@ -16,7 +18,7 @@ use karst_agent::{AgentEvent, CallContext, ImageBuild, ImageFile, ImageImport, W
 use karst_model::{
     Config, Error, ImageId, NodeId, ProjectId, Result,
     access::Permission,
-    image::{Image, ImageAlias, ImageFacts, check_alias},
+    image::{Image, ImageAlias, ImageFacts, ImageOrigin, check_alias},
     instance::InstanceKind,
     project::Project,
 };
@@ -51,6 +53,9 @@ pub struct ImageOptions {
     /// When it may go; `None`: what its metadata says.
     #[serde(default)]
     pub expires_at: Option<jiff::Timestamp>,
+    /// The server that it comes from.
+    #[serde(default)]
+    pub origin: Option<ImageOrigin>,
     /// Profiles of instances made of it; `None`: `default`.
     #[serde(default)]
     pub profiles: Option<Vec<String>>,
@@ -65,6 +70,8 @@ pub struct UpdateImage {
     pub properties: Config,
     /// Default profiles.
     pub profiles: Vec<String>,
+    /// Follow the server that it came from; `None` keeps.
+    pub auto_update: Option<bool>,
     /// When it may go; the outer `None` keeps.
     pub expires_at: Option<Option<jiff::Timestamp>>,
     /// `spec_version` that was read (If-Match).
@@ -424,6 +431,16 @@ impl Engine {
                 image.properties = request.properties.clone();
                 image.profiles = request.profiles.clone();
                 image.expires_at = request.expires_at.unwrap_or(image.expires_at);
+                match (request.auto_update, &mut image.origin) {
+                    (Some(follow), Some(origin)) if origin.from.alias.is_some() => {
+                        origin.auto_update = follow
+                    }
+                    (Some(true), _) => {
+                        let text = "the image came from no alias of a server that could have a newer one";
+                        return Err(Error::invalid("auto_update", text));
+                    }
+                    _ => {}
+                }
                 image.spec_version += 1;
                 tx.replace(row, &image);
                 Ok(image.fingerprint)
@@ -500,6 +517,14 @@ fn demand_new(records: &Records, project: ProjectId, fingerprint: &str) -> Resul
     Ok(())
 }
 
+/// Notes that a cached image is used, at most once an hour: it goes when it was not for long.
+pub(crate) fn used(tx: &mut Tx, row: &Row<Image>, now: jiff::Timestamp) {
+    let fresh = row.last_used_at.is_some_and(|t| now.duration_since(t).as_secs() < 3600);
+    if !fresh && row.origin.as_ref().is_some_and(|o| o.cached) {
+        tx.replace(row, &Image { last_used_at: Some(now), ..row.value.clone() });
+    }
+}
+
 /// No alias of it is taken, unless it may be moved.
 fn demand_unlike(records: &Records, project: ProjectId, options: &ImageOptions) -> Result<()> {
     let taken = |(n, _): &&(String, String)| records.alias(project, n).is_some();
@@ -560,6 +585,7 @@ fn commit_new(
         uploaded_at: engine.env.now(),
         last_used_at: None,
         expires_at: options.expires_at.or(stated),
+        origin: options.origin.clone(),
         spec_version: 1,
     });
     name_it(&records, tx, (id, project, facts.kind), options)

@@ -20,7 +20,7 @@ use karst_model::{
     profile::{Profile, expand},
     project::Project,
     snapshot::{Snapshot, VolumeSnapshot},
-    spec::{NetworkHost, PortSpec},
+    spec::{NameView, NetworkHost, PortSpec},
     storage::{Pool, Volume, VolumeOwner},
 };
 use karst_store::{
@@ -502,7 +502,8 @@ pub(crate) fn nics(instance: &Instance, devices: &Devices) -> Vec<(String, Netwo
             let hostname = instance.name.dns_label();
             let interface = identity.and_then(|i| i.host_interface.clone()).unwrap_or_default();
             let port = Some(PortSpec { interface, ..port }).filter(|p| !p.interface.is_empty());
-            found.push((network, NetworkHost { mac, hostname, ipv4, ipv6, routes, port }));
+            let view = Some(NameView { project: instance.project, port: 0 });
+            found.push((network, NetworkHost { mac, hostname, ipv4, ipv6, routes, port, view }));
         }
     }
     found

@@ -127,8 +127,11 @@ impl EngineInner {
         &self,
         records: &Records,
         network: &Network,
-        hosts: Vec<NetworkHost>,
+        mut hosts: Vec<NetworkHost>,
     ) -> Result<NetworkSpec> {
+        for host in &mut hosts {
+            host.view.take_if(|v| v.project == network.project);
+        }
         let spec = network.bridge()?;
         let policies: Vec<&Policy> =
             hosts.iter().filter_map(|h| h.port.as_ref().and_then(|p| p.policy.as_ref())).collect();

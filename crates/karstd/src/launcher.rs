@@ -145,7 +145,11 @@ impl Launcher {
             .env_clear()
             .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
             .env("LC_ALL", "C.UTF-8")
-            .envs(["KARST_LOG", "RUST_BACKTRACE"].iter().filter_map(|k| Some((k, std::env::var_os(k)?))))
+            .envs(
+                ["KARST_LOG", "RUST_BACKTRACE", "SSL_CERT_FILE"]
+                    .iter()
+                    .filter_map(|k| Some((k, std::env::var_os(k)?))),
+            )
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(Stdio::null())

@@ -5,7 +5,7 @@ use karst_engine::{
     Agents, Context, Engine, EngineConfig,
     compute::create::{CreateInstance, InstanceSource},
 };
-use karst_frontend_incus::{App, Identity, ServerInfo, remote::Remote};
+use karst_frontend_incus::{App, Identity, ServerInfo, remote::Remote, servers::NetworkServers};
 use karst_frontend_libvirt::{Front, Surface};
 use karst_model::{NodeId, Result, access::Principal, instance::InstanceKind, project::DEFAULT_PROJECT};
 use karst_store::{SqliteStore, Store};
@@ -39,6 +39,7 @@ pub async fn run(mut context: ControlContext) -> Result<()> {
         daemon_id: context.daemon_id.clone(),
     })
     .await?;
+    engine.set_image_servers(Arc::new(NetworkServers::new()));
     let (shutdown, mut asked) = mpsc::channel(1);
     let identity = identity(&context, &name);
     let info =

@@ -41,8 +41,62 @@ pub struct Image {
     /// When it may go.
     #[serde(default)]
     pub expires_at: Option<Timestamp>,
+    /// The server that it was fetched from.
+    #[serde(default)]
+    pub origin: Option<ImageOrigin>,
     /// Grows with each change.
     pub spec_version: u64,
+}
+
+/// What an image server speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ImageServerProtocol {
+    /// The API of Incus, LXD and Karst.
+    Incus,
+    /// Ubuntu's simplestreams.
+    Simplestreams,
+}
+
+impl ImageServerProtocol {
+    /// Incus' name of it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Incus => "incus",
+            Self::Simplestreams => "simplestreams",
+        }
+    }
+}
+
+/// A server that has images, and the one of them that is meant.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpdateSource {
+    /// `https://HOST[:PORT][/PATH]`
+    pub server: String,
+    /// What it speaks.
+    pub protocol: ImageServerProtocol,
+    /// Its certificate (PEM) where no authority vouches for it.
+    #[serde(default)]
+    pub certificate: Option<String>,
+    /// Alias there; without one there is nothing to follow.
+    #[serde(default)]
+    pub alias: Option<String>,
+    /// For which kind of instance.
+    #[serde(default)]
+    pub kind: Option<InstanceKind>,
+}
+
+/// Where an image was fetched from, and why it is here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageOrigin {
+    /// The server.
+    pub from: UpdateSource,
+    /// It is here because an instance was made of it: it goes when nobody uses it for long.
+    #[serde(default)]
+    pub cached: bool,
+    /// A newer one takes its place.
+    #[serde(default)]
+    pub auto_update: bool,
 }
 
 /// A name for an image.

@@ -2,7 +2,7 @@
 //! argv, raw configuration line or nft text. The host resolves the ids from its own registry.
 
 use crate::{
-    ByteSize, DeviceId, ImageId, InstanceId, NetworkId, PoolId, SnapshotId, VolumeId,
+    ByteSize, DeviceId, ImageId, InstanceId, NetworkId, PoolId, ProjectId, SnapshotId, VolumeId,
     device::{DiskIo, NicModel, NodeDevice, ParentLink, PortVlans, ProxyDevice, RoutedLink},
     firewall::{AclSpec, AddressSetSpec, ForwardSpec, Policy},
     instance::{Firmware, Generation, InstanceKind},
@@ -575,6 +575,19 @@ pub struct NetworkHost {
     /// What its port lets through; `None`: everything.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<PortSpec>,
+    /// Its project, when that is not the network's: names are kept apart.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub view: Option<NameView>,
+}
+
+/// The names of one project on a network that is another's.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct NameView {
+    /// Whose.
+    pub project: ProjectId,
+    /// Where the host serves them; its own business.
+    #[serde(default)]
+    pub port: u16,
 }
 
 /// What a guest's port on a bridge lets through.

@@ -3,6 +3,7 @@
 
 pub mod harness;
 pub mod scenarios;
+pub mod servers;
 pub mod world;
 
 pub use world::World;

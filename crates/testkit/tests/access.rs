@@ -14,7 +14,7 @@ use karst_engine::{
         update::UpdateInstance,
     },
     firewall::{UpdateAcl, UpdateAddressSet, UpdateForward},
-    images::{ImageOptions, UpdateImage, publish::PublishImage},
+    images::{ImageOptions, UpdateImage, publish::PublishImage, remote::FetchImage},
     network::{CreateNetwork, UpdateNetwork},
     snapshots::{Origin, change::UpdateSnapshot, create::CreateSnapshot},
     storage::CreatePool,
@@ -38,6 +38,7 @@ use karst_model::{
 use karst_testkit::{
     World,
     scenarios::{container, upload},
+    servers::{OneImage, source},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -109,6 +110,7 @@ fn root_and_nic(w: &World) -> Devices {
 
 async fn fixture(env: &SeededEnv) -> Fixture {
     let w = World::new(env).await.unwrap();
+    w.engine.set_image_servers(std::sync::Arc::new(OneImage::default()));
     let (e, c) = (&w.engine, &w.admin);
     for p in [HERE, OTHER, "empty"] {
         e.project_create(c, p, "", Config::new()).await.unwrap();
@@ -314,6 +316,7 @@ fn cases() -> Vec<Case> {
         instance_configure Edit |f, c, p| f.w.engine.instance_configure(c, p, "still", UpdateInstance { description: "x".into(), ephemeral: false, config: Config::new(), devices: Devices::new(), profiles: vec!["default".into()], if_version: None }).await.map(drop);
         instance_rename Edit |f, c, p| f.w.engine.instance_rename(c, p, "still", "renamed").await;
         instance_delete Edit |f, c, p| f.w.engine.instance_delete(c, p, "still").await.map(drop);
+        machine_update Edit |f, c, p| f.w.engine.machine_update(c, p, "still", UpdateInstance { description: "x".into(), ephemeral: false, config: Config::new(), devices: Devices::new(), profiles: vec!["default".into()], if_version: None }, true, &BTreeMap::new()).await.map(drop);
         instance_undefine Edit |f, c, p| f.w.engine.instance_undefine(c, p, "still").await.map(drop);
         machine_define Edit |f, c, p| f.w.engine.machine_define(c, p, DefineMachine { create: CreateInstance { kind: InstanceKind::VirtualMachine, ..container("fresh") }, uuid: None, places: BTreeMap::new() }).await.map(drop);
         instance_power Use |f, c, p| f.w.engine.instance_power(c, p, "run", power(PowerAction::Stop)).await.map(drop);
@@ -407,8 +410,17 @@ fn cases() -> Vec<Case> {
         image_upload_part Edit |f, c, p| f.w.engine.image_upload_part(c, p, &f.w.engine.image_upload(&f.w.admin, HERE)?, ImagePart::Unified).await.map(drop);
         image_import Edit |f, c, p| f.w.engine.image_import(c, p, f.w.engine.image_upload(&f.w.admin, HERE)?, vec![ImagePart::Unified], ImageOptions::default()).await.map(drop);
         image_build Edit |f, c, p| f.w.engine.image_build(c, p, "debian/13", InstanceKind::Container, ImageOptions::default()).await.map(drop);
+        image_fetch Edit |f, c, p| f.w.engine.image_fetch(c, p, FetchImage { source: source("tiny"), options: ImageOptions::default(), auto_update: false }).await.map(drop);
+        instance_create_remote Edit |f, c, p| f.w.engine.instance_create_remote(c, p, container("fresh"), source("tiny")).await.map(drop);
+        image_refresh Edit |f, c, p| match f.w.engine.image_refresh(c, p, "debian/12").await { Err(e) if e.is(ErrorKind::Invalid) => Ok(()), other => other.map(drop) };
+        image_secret Edit |f, c, p| f.w.engine.image_secret(c, p, "debian/12").map(drop);
+        images_shown Filtered |f, c, p| { let sees = c.principal().may(karst_model::access::Permission::ProjectView, Some(f.here)); assert_eq!(f.w.engine.images_shown(c, HERE).is_ok_and(|x| !x.is_empty()), sees); let _ = p; Ok(()) };
+        image_shown Filtered |f, c, p| { let sees = c.principal().may(karst_model::access::Permission::ProjectView, Some(f.here)); assert_eq!(f.w.engine.image_shown(c, HERE, "debian/12", None).is_ok(), sees); let _ = p; Ok(()) };
+        image_shown_export Filtered |f, c, p| { let sees = c.principal().may(karst_model::access::Permission::ProjectView, Some(f.here)); assert_eq!(f.w.engine.image_shown_export(c, HERE, "debian/12", None).await.is_ok(), sees); let _ = p; Ok(()) };
+        image_aliases_shown Filtered |f, c, p| { let sees = c.principal().may(karst_model::access::Permission::ProjectView, Some(f.here)); assert_eq!(f.w.engine.image_aliases_shown(c, HERE, None).is_ok_and(|x| !x.is_empty()), sees); let _ = p; Ok(()) };
+        image_alias_shown Filtered |f, c, p| { let sees = c.principal().may(karst_model::access::Permission::ProjectView, Some(f.here)); assert_eq!(f.w.engine.image_alias_shown(c, HERE, "debian/12", None).is_ok(), sees); let _ = p; Ok(()) };
         image_publish Edit |f, c, p| f.w.engine.image_publish(c, p, PublishImage { name: "still".into(), ..Default::default() }).await.map(drop);
-        image_update Edit |f, c, p| f.w.engine.image_update(c, p, "debian/12", UpdateImage { public: false, properties: Config::new(), profiles: vec![], expires_at: None, if_version: None }).await;
+        image_update Edit |f, c, p| f.w.engine.image_update(c, p, "debian/12", UpdateImage { public: false, properties: Config::new(), profiles: vec![], auto_update: None, expires_at: None, if_version: None }).await;
         image_delete Edit |f, c, p| f.w.engine.image_delete(c, p, "debian/12").await.map(drop);
     }
 }
@@ -418,6 +430,7 @@ const WITHOUT_CONTEXT: &[(&str, &str)] = &[
     ("open", "makes the engine"),
     ("close", "ends it; the daemon's own"),
     ("set_hook", "the harness"),
+    ("set_image_servers", "the daemon's own, at its start"),
     ("inner", "the harness; front ends are kept from it by review"),
     ("bootstrap", "the daemon's own, at its start"),
     ("principal_by_certificate", "authentication itself"),

@@ -250,7 +250,7 @@ fn cases() -> Vec<Case> {
         "alias that is taken" => Conflict, "name", "debian/12", |w| w.engine.image_alias_create(&w.admin, P, "debian/12", "", "debian/12");
         "alias of nothing" => NotFound, "target", "nope", |w| w.engine.image_alias_create(&w.admin, P, "new", "", "nope");
         "rename of a missing alias" => NotFound, "", "nope", |w| w.engine.image_alias_rename(&w.admin, P, "nope", "x");
-        "image If-Match" => PreconditionFailed, "", "changed", |w| w.engine.image_update(&w.admin, P, "debian/12", UpdateImage { public: false, properties: Config::new(), profiles: vec![], expires_at: None, if_version: Some(99) });
+        "image If-Match" => PreconditionFailed, "", "changed", |w| w.engine.image_update(&w.admin, P, "debian/12", UpdateImage { public: false, properties: Config::new(), profiles: vec![], auto_update: None, expires_at: None, if_version: Some(99) });
         "delete of a missing image" => NotFound, "", "nope", |w| w.engine.image_delete(&w.admin, P, "nope");
     }
 }

@@ -78,7 +78,13 @@ pub(crate) fn strays(paths: &Paths, known: &BTreeSet<NetworkId>) -> Result<Vec<S
     let mut prefix = String::from("--conf-file=");
     prefix.push_str(&paths.0.to_string_lossy());
     prefix.push('/');
-    let of_known = |a: &OsString| known.iter().any(|id| *a == argument(paths, *id));
+    let of_known = |a: &OsString| {
+        let view = |id: &NetworkId| {
+            a.to_string_lossy().starts_with(&format!("{prefix}{id}/views/"))
+                && paths.network(*id).join("views").is_dir()
+        };
+        known.iter().any(|id| *a == argument(paths, *id) || view(id))
+    };
     let ours = |a: &[OsString]| {
         a.len() == 2
             && a[1].to_string_lossy().starts_with(&prefix)
@@ -119,6 +125,11 @@ fn account() -> Result<Account> {
     Err(Error::unsupported("this host has neither a user \"dnsmasq\" nor \"nobody\" to run DHCP and DNS as"))
 }
 
+/// The group that may read what is written for it.
+pub(crate) fn group() -> Result<u32> {
+    Ok(account()?.gid)
+}
+
 /// Writes the lists of guests; `true` when something changed.
 pub(crate) fn write_hosts(paths: &Paths, record: &Record, hosts: &[NetworkHost]) -> Result<bool> {
     let gid = Some(account()?.gid);
@@ -132,7 +143,13 @@ pub(crate) fn write_hosts(paths: &Paths, record: &Record, hosts: &[NetworkHost])
 
 /// Writes the configuration. `None` when the network needs no dnsmasq; otherwise whether it changed, and then whatever ran
 /// by the old one was ended *before*: killed in between, the next call sees the change still.
-pub(crate) fn write_configuration(daemon: &str, paths: &Paths, record: &Record) -> Result<Option<bool>> {
+/// `view`: the port of a server of names alone.
+pub(crate) fn write_configuration(
+    daemon: &str,
+    paths: &Paths,
+    record: &Record,
+    view: Option<u16>,
+) -> Result<Option<bool>> {
     let account = account()?;
     let resolv = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
     let link = karst_host::link::get(&record.bridge)?.ok_or_else(|| {
@@ -146,10 +163,12 @@ pub(crate) fn write_configuration(daemon: &str, paths: &Paths, record: &Record) 
         group: &account.group,
         upstream: render::has_upstream(&resolv, record.spec.ipv4.map(|n| n.addr())),
     };
-    let Some(text) = render::dnsmasq(record, &context) else {
+    let Some(text) = render::dnsmasq(record, &context, view) else {
         return Ok(None);
     };
-    reachable(&paths.0)?;
+    if view.is_none() {
+        reachable(&paths.0)?;
+    }
     let path = paths.file(record.id, "dnsmasq.conf");
     if fs::read(&path).is_ok_and(|old| old == text.as_bytes()) {
         return Ok(Some(false));

@@ -58,6 +58,7 @@ struct Others {
     translated: [bool; 2],
     dhcp: [bool; 2],
     forwards: bool,
+    views: bool,
 }
 
 impl Others {
@@ -70,6 +71,7 @@ impl Others {
             translated: [n.spec.nat, n.spec.nat6],
             dhcp: [n.spec.dhcp, n.spec.dhcp6],
             forwards: !n.forwards.is_empty(),
+            views: !crate::views::ports(n).is_empty(),
         }
     }
     fn concerns(&self, v6: bool) -> bool {
@@ -567,6 +569,10 @@ fn input_rules(network: &Others, v6: bool) -> Vec<String> {
     };
     let mut rules =
         vec![format!("{own} -p udp -m udp --dport 53"), format!("{own} -p tcp -m tcp --dport 53")];
+    if network.views {
+        // Questions that were led to a project's own names.
+        rules.push(format!("{own} -m conntrack --ctstate DNAT"));
+    }
     if dhcp {
         rules.push(format!("-i {bridge} -p udp -m udp --dport {}", if v6 { 547 } else { 67 }));
     }
@@ -590,6 +596,7 @@ mod tests {
             translated: [true, false],
             dhcp: [true, true],
             forwards: false,
+            views: false,
         }
     }
 

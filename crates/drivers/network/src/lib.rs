@@ -16,6 +16,7 @@ mod rules;
 mod ruleset;
 mod strays;
 mod subnet;
+mod views;
 
 use firewall::Firewall;
 use ipnet::{Ipv4Net, Ipv6Net};
@@ -61,6 +62,7 @@ struct Inner {
 struct Live {
     dnsmasq: Option<Process>,
     watcher: Option<tokio::task::AbortHandle>,
+    views: views::Views,
 }
 
 /// State of a bridge now.
@@ -150,12 +152,17 @@ impl NetworkDriver {
     /// when another server holds the ports; invalid for a specification that does not fit together; unsupported when a
     /// program is missing.
     pub async fn ensure(&self, spec: &NetworkSpec) -> Result<()> {
-        let live = self.live(spec.id);
-        let mut live = live.lock().await;
-        self.ensure_locked(&mut live, spec).await
+        let network = self.live(spec.id);
+        let mut live = network.lock().await;
+        self.ensure_locked(&network, &mut live, spec).await
     }
 
-    async fn ensure_locked(&self, live: &mut Live, spec: &NetworkSpec) -> Result<()> {
+    async fn ensure_locked(
+        &self,
+        network: &Arc<tokio::sync::Mutex<Live>>,
+        live: &mut Live,
+        spec: &NetworkSpec,
+    ) -> Result<()> {
         render::check(&spec.bridge, &spec.spec)?;
         check_rules(spec)?;
         let told = NetworkSpec { hosts: render::check_hosts(&spec.spec, &spec.hosts)?, ..spec.clone() };
@@ -191,7 +198,8 @@ impl NetworkDriver {
         firewall.known.sort_by_key(|n| n.id);
         firewall.reconcile(&self.0.daemon, &self.0.paths).await?;
         drop(firewall);
-        self.ensure_dnsmasq(live, record, effective.hosts).await?;
+        self.ensure_dnsmasq(live, record.clone(), effective.hosts.clone()).await?;
+        self.ensure_views(network, &mut live.views, &record, &effective).await?;
         if let Some(net) = spec.spec.ipv4
             && !gone.is_empty()
             && let Err(e) = release(&spec.bridge, net.addr(), &gone).await
@@ -207,7 +215,7 @@ impl NetworkDriver {
         let wanted = record.clone();
         let (process, changed) = blocking(move || {
             let hosts_changed = dnsmasq::write_hosts(&paths, &wanted, &hosts)?;
-            let configuration = dnsmasq::write_configuration(&daemon, &paths, &wanted)?;
+            let configuration = dnsmasq::write_configuration(&daemon, &paths, &wanted, None)?;
             let running = match known.filter(Process::alive) {
                 Some(process) => Some(process),
                 None => dnsmasq::find(&paths, wanted.id)?,
@@ -285,6 +293,7 @@ impl NetworkDriver {
             watcher.abort();
         }
         live.dnsmasq = None;
+        live.views = views::Views::default();
         let mut firewall = self.0.firewall.lock().await;
         let paths = self.0.paths.clone();
         let records = blocking(move || {
@@ -292,6 +301,7 @@ impl NetworkDriver {
                 paths.write(&Record { removing: true, ..record })?;
             }
             dnsmasq::stop(&paths, id)?;
+            views::stop(&paths, id, &BTreeMap::new())?;
             let records = paths.records()?;
             records.iter().map(|r| reserve(&paths, &paths.read_spec(r))).collect::<Result<Vec<_>>>()
         })
@@ -537,10 +547,13 @@ fn check_rules(spec: &NetworkSpec) -> Result<()> {
 /// there, so that its rules never have to wait for its DHCP client.
 fn reserve(paths: &Paths, spec: &NetworkSpec) -> Result<NetworkSpec> {
     let mut effective = spec.clone();
+    views::assign(paths, &mut effective)?;
     let Some(net) = spec.spec.ipv4 else { return Ok(effective) };
     let before = paths.read_reserved(spec.id);
-    let needs = |h: &NetworkHost| h.ipv4.is_none() && h.port.as_ref().is_some_and(|p| p.needs_address());
-    if before.is_empty() && !spec.hosts.iter().any(needs) {
+    let needs = |h: &NetworkHost| {
+        h.ipv4.is_none() && (h.view.is_some() || h.port.as_ref().is_some_and(|p| p.needs_address()))
+    };
+    if before.is_empty() && !effective.hosts.iter().any(needs) {
         return Ok(effective);
     }
     let ranges = if spec.spec.dhcp_ranges.is_empty() {

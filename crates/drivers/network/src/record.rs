@@ -1,7 +1,7 @@
 //! What the driver remembers on disk, written before the thing itself is made: `network.json` in a directory per network,
 //! `host.json` for what it changed outside of its own objects.
 
-use karst_model::{Error, NetworkId, Result, network::BridgeSpec, spec::NetworkSpec};
+use karst_model::{Error, NetworkId, ProjectId, Result, network::BridgeSpec, spec::NetworkSpec};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -107,6 +107,15 @@ impl Paths {
     pub fn write_reserved(&self, id: NetworkId, reserved: &BTreeMap<String, Ipv4Addr>) -> Result<()> {
         write_if_changed(&self.file(id, "reserved.json"), &serde_json::to_vec(reserved)?, 0o600, None)
             .map(drop)
+    }
+
+    /// Ports of the views of names, by project.
+    pub fn read_views(&self, id: NetworkId) -> BTreeMap<ProjectId, u16> {
+        read_json(&self.file(id, "views.json")).unwrap_or_default().unwrap_or_default()
+    }
+
+    pub fn write_views(&self, id: NetworkId, views: &BTreeMap<ProjectId, u16>) -> Result<()> {
+        write_if_changed(&self.file(id, "views.json"), &serde_json::to_vec(views)?, 0o600, None).map(drop)
     }
 
     /// Ids of all directories, with a readable record or not.

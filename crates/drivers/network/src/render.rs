@@ -30,7 +30,8 @@ pub(crate) struct DnsmasqContext<'a> {
 }
 
 /// dnsmasq's configuration; `None` for a network without an address, which has neither DHCP nor DNS.
-pub(crate) fn dnsmasq(record: &Record, context: &DnsmasqContext<'_>) -> Option<String> {
+/// `view`: the port of a server of names alone.
+pub(crate) fn dnsmasq(record: &Record, context: &DnsmasqContext<'_>, view: Option<u16>) -> Option<String> {
     let Record { bridge, spec, .. } = record;
     if spec.ipv4.is_none() && spec.ipv6.is_none() {
         return None;
@@ -63,6 +64,10 @@ pub(crate) fn dnsmasq(record: &Record, context: &DnsmasqContext<'_>) -> Option<S
     }
     if !context.upstream {
         text.push_str("no-resolv\n");
+    }
+    if let Some(port) = view {
+        let _ = writeln!(text, "port={port}");
+        return Some(text);
     }
     let v4 = spec.ipv4.filter(|_| spec.dhcp);
     let v6 = spec.ipv6.filter(|_| spec.ra || spec.dhcp6);
@@ -258,7 +263,9 @@ pub(crate) fn check_hosts(spec: &BridgeSpec, hosts: &[NetworkHost]) -> Result<Ve
             return Err(Error::conflict(format!("two guests of this network have the address {address}")));
         }
         // `localhost` must mean the guest itself; a second guest of a name would take it from the first.
-        if !host.hostname.is_empty() && (host.hostname == "localhost" || !names.insert(host.hostname.clone()))
+        let view = host.view.as_ref().map(|v| v.project);
+        if !host.hostname.is_empty()
+            && (host.hostname == "localhost" || !names.insert((view, host.hostname.clone())))
         {
             tracing::warn!(mac = %host.mac, name = %host.hostname, "guest is left without a DNS name: it is taken");
             host.hostname.clear();
@@ -278,7 +285,8 @@ pub(crate) fn dhcp_hosts(hosts: &[NetworkHost]) -> String {
         if let Some(address) = host.ipv6 {
             let _ = write!(text, ",[{address}]");
         }
-        if !host.hostname.is_empty() {
+        // The name of a guest of a view is in its view alone.
+        if !host.hostname.is_empty() && host.view.is_none() {
             let _ = write!(text, ",{}", host.hostname);
         }
         text.push('\n');
@@ -289,7 +297,7 @@ pub(crate) fn dhcp_hosts(hosts: &[NetworkHost]) -> String {
 /// `addn-hosts`: static addresses are found by name whether or not their guest ever asked for a lease.
 pub(crate) fn dns_hosts(domain: &str, hosts: &[NetworkHost]) -> String {
     let mut text = String::new();
-    for host in hosts.iter().filter(|h| !h.hostname.is_empty()) {
+    for host in hosts.iter().filter(|h| !h.hostname.is_empty() && h.view.is_none()) {
         let v4 = host.ipv4.map(std::net::IpAddr::V4);
         for address in v4.into_iter().chain(host.ipv6.map(std::net::IpAddr::V6)) {
             let _ = writeln!(text, "{address} {name}.{domain} {name}", name = host.hostname);
@@ -348,7 +356,7 @@ mod tests {
         };
         let mut r = record(1, "karstbr0", Some("10.1.2.1/24"));
         r.spec.mtu = Some(9000);
-        insta::assert_snapshot!(dnsmasq(&r, &context).unwrap(), @r"
+        insta::assert_snapshot!(dnsmasq(&r, &context, None).unwrap(), @r"
         # Made by Karst ab12cd for network 00000000-0000-0000-0000-000000000001, link 7. Changes are overwritten.
         user=dnsmasq
         group=nogroup
@@ -379,10 +387,10 @@ mod tests {
         dhcp-option=26,9000
         ");
         r.spec.dhcp = false;
-        let text = dnsmasq(&r, &DnsmasqContext { upstream: true, ..context.clone() }).unwrap();
+        let text = dnsmasq(&r, &DnsmasqContext { upstream: true, ..context.clone() }, None).unwrap();
         assert!(!text.contains("dhcp") && !text.contains("no-resolv"), "{text}");
         r.spec.ipv4 = None;
-        assert!(dnsmasq(&r, &context).is_none());
+        assert!(dnsmasq(&r, &context, None).is_none());
     }
 
     #[test]

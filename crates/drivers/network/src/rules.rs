@@ -11,6 +11,7 @@
 use crate::{
     loose::{self, Loose, has_rules},
     ruleset::Table,
+    views,
 };
 use karst_model::{
     AclId, NetworkId,
@@ -45,6 +46,7 @@ pub(crate) fn tables(
     let unmanaged = loose::network(loose);
     ports(daemon, &mut bridge, networks, &unmanaged, bridge_reject);
     loose::cables(&mut inet, loose);
+    views::rules(&mut inet, &mut bridge, networks);
     [inet, bridge]
 }
 
@@ -177,6 +179,12 @@ fn edges(daemon: &str, t: &mut Table, networks: &[NetworkSpec]) {
                 ));
             }
             core(&mut rules, direction, network, "accept");
+            if direction == Direction::Egress {
+                let ports = views::ports(network).into_values();
+                rules.extend(ports.map(|p| {
+                    format!("meta l4proto {{ tcp, udp }} th dport {p} ct status & dnat != 0 accept")
+                }));
+            }
             let verdicts = Verdicts {
                 reject: "reject",
                 stateless: {

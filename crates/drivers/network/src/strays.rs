@@ -2,7 +2,7 @@
 //!
 //! It only looks. What it names was left by a crash that nobody cleaned up after, or made by a hand that used our names.
 
-use crate::{NetworkDriver, blocking, bridge, dnsmasq, firewall, rules, ruleset::Table};
+use crate::{NetworkDriver, blocking, bridge, dnsmasq, firewall, rules, ruleset::Table, views};
 use karst_host::nft;
 use karst_model::{Result, spec::NetworkSpec};
 use serde_json::Value;
@@ -19,7 +19,8 @@ impl NetworkDriver {
         let (paths, daemon) = (self.0.paths.clone(), self.0.daemon.clone());
         let (specs, mut found) = blocking(move || {
             let records = paths.records()?;
-            let specs: Vec<NetworkSpec> = records.iter().map(|r| paths.read_spec(r)).collect();
+            let mut specs: Vec<NetworkSpec> = records.iter().map(|r| paths.read_spec(r)).collect();
+            specs.iter_mut().try_for_each(|s| views::assign(&paths, s))?;
             let ids: BTreeSet<_> = records.iter().map(|r| r.id).collect();
             let mut found = vec![];
             for id in paths.ids()?.into_iter().filter(|id| !ids.contains(id)) {

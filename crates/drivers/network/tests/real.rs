@@ -9,7 +9,7 @@ mod lab;
 use karst_model::{
     NetworkId,
     network::BridgeSpec,
-    spec::{NetworkHost, NetworkSpec},
+    spec::{NameView, NetworkHost, NetworkSpec, PortSpec},
 };
 use karst_network::NetworkDriver;
 use lab::{Lab, MACS, eventually, lab, run, try_run};
@@ -42,6 +42,72 @@ fn network(n: u128, bridge: &str, ipv4: &str, hosts: Vec<NetworkHost>) -> Networ
 
 fn kill9(pid: i32) {
     run(&["kill", "-9", &pid.to_string()]);
+}
+
+#[test]
+fn names_resolve_within_a_project_and_not_beyond() {
+    lab("names_resolve_within_a_project_and_not_beyond", &[], |lab| async move {
+        let (driver, before, own) = (lab.driver(), lab.trace(), "10.77.1.1");
+        let of = |mac: &str, name: &str, n: &str, project: u128| NetworkHost {
+            port: Some(PortSpec { interface: format!("v{n}"), ..Default::default() }),
+            view: Some(NameView { project: uuid::Uuid::from_u128(project).into(), port: 0 }),
+            ..host(mac, name, None)
+        };
+        let hosts = vec![of(MACS[0], "web", "a", 7), of(MACS[1], "db", "b", 8)];
+        let mut net = network(1, "ktbr0", "10.77.1.1/24", hosts);
+        driver.ensure(&net).await.unwrap();
+        lab.plug("a", MACS[0], "ktbr0");
+        lab.plug("b", MACS[1], "ktbr0");
+        lab.plug("x", "02:aa:00:00:00:0d", "ktbr0");
+        let web = lab.dhcp("a", &["-x", "hostname:db"]).expect("web gets a lease");
+        let db = lab.dhcp("b", &[]).expect("db gets a lease");
+        lab.dhcp("x", &["-x", "hostname:web"]).expect("a guest of the network's own project gets one");
+        let asks = |n: &str, name: &str| lab.lookup(n, name, own);
+        assert_eq!(asks("a", "web.karst").as_deref(), Some(&*web));
+        assert_eq!(asks("b", "db").as_deref(), Some(&*db));
+        for (guest, name) in [("a", "db"), ("b", "web"), ("b", "web.karst"), ("x", "web"), ("x", "db.karst")]
+        {
+            assert_eq!(asks(guest, name), None, "{guest} learns of {name}");
+        }
+        let reverse = lab.guest("b", &["busybox", "nslookup", &web, own]);
+        assert!(!String::from_utf8_lossy(&reverse.stdout).contains("web"), "{reverse:?}");
+        let leases = driver.leases(net.id).await.unwrap();
+        assert!(leases.iter().any(|l| l.hostname == "web" && l.address.to_string() == web), "{leases:?}");
+
+        // The ports of views answer what was led there, and the host.
+        for port in [30053, 30054] {
+            std::net::TcpStream::connect((own, port)).expect("the view is there");
+            let port = port.to_string();
+            for guest in ["a", "b", "x"] {
+                let direct = lab.guest(guest, &["busybox", "nc", "-w", "1", own, &port, "-e", "/bin/true"]);
+                assert!(!direct.status.success(), "{guest} reaches a view by its port");
+            }
+        }
+
+        // One that ends comes back; a guest that joins is known at once; a view nobody needs goes.
+        let views = |n: usize| lab.dnsmasqs().len() == n + 1;
+        let first = driver.state(net.id).await.unwrap().dnsmasq.unwrap();
+        lab.dnsmasqs().into_iter().filter(|p| *p != first).for_each(kill9);
+        eventually("the views are back", || views(2) && asks("a", "web").is_some());
+        net.hosts.push(of("02:aa:00:00:00:0e", "cache", "q", 7));
+        driver.ensure(&net).await.unwrap();
+        eventually("a new name", || asks("a", "cache").is_some());
+        assert_eq!(asks("b", "cache"), None);
+        net.hosts.retain(|h| h.hostname != "db");
+        driver.ensure(&net).await.unwrap();
+        assert!(views(1));
+        // Another process finds them.
+        drop(driver);
+        let driver = lab.driver();
+        driver.adopt().await.unwrap();
+        assert!(views(1) && asks("a", "web").is_some());
+        assert_eq!(driver.strays().await.unwrap(), Vec::<String>::new());
+        driver.purge().await.unwrap();
+        for n in ["va", "vb", "vx"] {
+            karst_host::link::delete(n).unwrap();
+        }
+        assert_eq!(lab.trace(), before);
+    });
 }
 
 #[test]

@@ -100,7 +100,7 @@ impl Engine {
     }
 }
 
-fn make_up_name(inner: &EngineInner, records: &Records, project: karst_model::ProjectId) -> Name {
+pub(crate) fn make_up_name(inner: &EngineInner, records: &Records, project: karst_model::ProjectId) -> Name {
     const FIRST: [&str; 16] = [
         "amber", "bold", "calm", "clever", "deep", "eager", "fair", "gentle", "keen", "lively", "mellow",
         "noble", "quick", "quiet", "steady", "warm",
@@ -174,6 +174,7 @@ pub(crate) fn plan(
             }
             tx.expect_unlocked(&crate::images::lock(row.id));
             tx.expect(&row);
+            crate::images::used(tx, &row, inner.env.now());
             Some(row)
         }
     };

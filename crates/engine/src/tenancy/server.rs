@@ -1,7 +1,9 @@
 //! The server's own configuration (`/1.0`).
 
 use crate::{Engine, context::Context};
-use karst_model::{Config, Error, Result, access::Permission, error::nearest, keys, trust::ServerConfig};
+use karst_model::{
+    Config, Error, Result, access::Permission, backup::Compression, error::nearest, keys, trust::ServerConfig,
+};
 use std::{net::SocketAddr, time::Duration};
 
 /// Keys of the server: name and text. `user.*` is free.
@@ -10,6 +12,22 @@ pub const SERVER_KEYS: &[(&str, &str)] = &[
     ("core.metrics_address", "Address and port of an HTTPS listener that answers metrics only"),
     ("core.metrics_authentication", "Whether metrics are for authenticated clients only (default true)"),
     ("core.remote_token_expiry", "How long a trust token is valid, such as `1d 12H`; for ever when empty"),
+    (
+        "images.auto_update_cached",
+        "Whether images that were fetched for an instance follow their server (default true)",
+    ),
+    (
+        "images.auto_update_interval",
+        "Hours after which newer images are looked for; never when 0 (default 6)",
+    ),
+    (
+        "images.compression_algorithm",
+        "How published images are compressed: none, gzip, zstd, xz, bzip2 (default gzip)",
+    ),
+    (
+        "images.remote_cache_expiry",
+        "Days after which an image that was fetched for an instance goes when nobody uses it; never when 0 (default 10)",
+    ),
 ];
 
 /// Port of the API when an address names none.
@@ -18,7 +36,7 @@ pub const DEFAULT_PORT: u16 = 8443;
 pub const METRICS_PORT: u16 = 8444;
 
 /// The server's configuration in typed form.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServerSettings {
     /// Where the API listens.
     pub https_address: Option<SocketAddr>,
@@ -28,6 +46,29 @@ pub struct ServerSettings {
     pub open_metrics: bool,
     /// How long a trust token is valid.
     pub token_lifetime: Option<Duration>,
+    /// Do images that were fetched for an instance follow their server?
+    pub auto_update_cached: bool,
+    /// How often newer images are looked for; `None`: never.
+    pub auto_update_interval: Option<Duration>,
+    /// How published images are compressed.
+    pub image_compression: Compression,
+    /// How long an image that was fetched for an instance stays unused; `None`: for ever.
+    pub remote_cache_expiry: Option<Duration>,
+}
+
+impl Default for ServerSettings {
+    fn default() -> Self {
+        Self {
+            https_address: None,
+            metrics_address: None,
+            open_metrics: false,
+            token_lifetime: None,
+            auto_update_cached: true,
+            auto_update_interval: Some(Duration::from_secs(6 * 3600)),
+            image_compression: Compression::default(),
+            remote_cache_expiry: Some(Duration::from_secs(10 * 86_400)),
+        }
+    }
 }
 
 impl ServerSettings {
@@ -45,6 +86,18 @@ impl ServerSettings {
                 "core.metrics_address" => settings.metrics_address = address(&field, value, METRICS_PORT)?,
                 "core.metrics_authentication" => settings.open_metrics = !keys::parse_bool(&field, value)?,
                 "core.remote_token_expiry" => settings.token_lifetime = span(&field, value)?,
+                "images.auto_update_cached" => settings.auto_update_cached = keys::parse_bool(&field, value)?,
+                "images.auto_update_interval" => {
+                    settings.auto_update_interval =
+                        whole(&field, value, 3600)?.unwrap_or(settings.auto_update_interval);
+                }
+                "images.compression_algorithm" => {
+                    settings.image_compression = Compression::parse(&field, value)?
+                }
+                "images.remote_cache_expiry" => {
+                    settings.remote_cache_expiry =
+                        whole(&field, value, 86_400)?.unwrap_or(settings.remote_cache_expiry);
+                }
                 _ => {
                     let hint = match nearest(key, SERVER_KEYS.iter().map(|(k, _)| *k)) {
                         Some(n) => format!("did you mean {n:?}?"),
@@ -83,6 +136,17 @@ fn address(field: &str, text: &str, port: u16) -> Result<Option<SocketAddr>> {
             format!("{text:?} is not an address such as :{port}, 10.0.0.1:{port} or [::1]:{port}"),
         )
     })
+}
+
+/// A whole number of `unit` seconds; the inner `None` is 0, the outer an empty text.
+fn whole(field: &str, text: &str, unit: u64) -> Result<Option<Option<Duration>>> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let number = text.parse::<u64>().ok().filter(|n| *n <= 100_000);
+    let number = number
+        .ok_or_else(|| Error::invalid(field, format!("{text:?} is not a whole number up to 100000")))?;
+    Ok(Some((number > 0).then(|| Duration::from_secs(number * unit))))
 }
 
 /// A time as Incus writes it: numbers with `S`, `M`, `H`, `d`, `w`, `m` (30 days), `y`.

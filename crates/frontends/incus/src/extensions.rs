@@ -40,6 +40,8 @@ pub const TESTED: &[(&str, &str)] = &[
     ("image_compression_algorithm", "images_are_published"),
     ("image_create_aliases", "images_are_published"),
     ("image_source_project", "images_are_published"),
+    ("image_copy_profile", "images_come_from_servers"),
+    ("image_force_refresh", "images_come_from_servers"),
     ("image_types", "images_are_uploaded_listed_and_exported"),
     ("images_all_projects", "images_are_uploaded_listed_and_exported"),
     ("instance_all_projects", "lists_filter_and_recurse"),

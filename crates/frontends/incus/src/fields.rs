@@ -128,6 +128,11 @@ impl Fields {
         self.map.get(name).and_then(|o| o.get(key)).is_some_and(|v| v == text)
     }
 
+    /// Has the nested object `name` a `key` that is not null? Takes nothing.
+    pub fn nested(&self, name: &str, key: &str) -> bool {
+        self.map.get(name).and_then(|o| o.get(key)).is_some_and(|v| !v.is_null())
+    }
+
     /// A nested object; an empty one when absent.
     ///
     /// # Errors

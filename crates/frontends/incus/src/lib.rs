@@ -20,6 +20,7 @@ pub mod remote;
 pub mod request;
 pub mod respond;
 pub mod routes;
+pub mod servers;
 pub mod sessions;
 pub mod sftp;
 pub mod socket;
@@ -60,8 +61,23 @@ const LARGEST_HEAD: usize = 64 << 10;
 /// Most connections at once that speak HTTP; those that were upgraded no longer count.
 const CONNECTIONS: usize = 4096;
 /// Methods and paths that answer nobody too: what they say to nobody is a formality, and a trust token makes a somebody.
-const PUBLIC: [(Method, &[&str]); 3] =
-    [(Method::GET, &[]), (Method::GET, &["1.0"]), (Method::POST, &["1.0", "certificates"])];
+const PUBLIC: [(Method, &[&str]); 5] = [
+    (Method::GET, &[]),
+    (Method::GET, &["1.0"]),
+    (Method::POST, &["1.0", "certificates"]),
+    (Method::GET, &["1.0", "images"]),
+    (Method::GET, &["1.0", "images", "aliases"]),
+];
+
+/// Does the path show one image, or one alias, to nobody too? The use case shows what is public, or opened by a secret.
+fn shows_image(method: &Method, segments: &[String]) -> bool {
+    let path: Vec<&str> = segments.iter().map(String::as_str).collect();
+    *method == Method::GET
+        && matches!(
+            path[..],
+            ["1.0", "images", _] | ["1.0", "images", _, "export"] | ["1.0", "images", "aliases", ..]
+        )
+}
 /// Pause after a failure to accept (no descriptors left), so that it does not spin.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -275,6 +291,7 @@ async fn routed(
     let uri = request.uri();
     let (segments, query) = older_names(request::segments(uri.path())?, Query::parse(uri.query())?);
     let public = PUBLIC.iter().any(|(m, p)| m == request.method() && *p == segments)
+        || shows_image(request.method(), &segments)
         || (segments == ["1.0", "metrics"] && app.engine.server_settings().open_metrics);
     if !context.principal().is_known() && !public {
         return Err(Error::unauthenticated("authentication is required"));

@@ -5,6 +5,7 @@ mod common;
 
 use common::{Answer, Server};
 use hyper::Method;
+use karst_frontend_incus::servers::NetworkServers;
 use serde_json::{Value, json};
 
 /// What is no upload says so, as every client does.
@@ -98,4 +99,99 @@ async fn instances_are_rebuilt() {
         s.post(rebuild, body).await.refused(status);
     }
     s.post("/1.0/instances/nope/rebuild", json!({"source": {"type": "none"}})).await.refused(404);
+}
+
+/// A server on the network, and its address and certificate.
+async fn listening() -> (Server, String, String) {
+    let s = Server::start().await;
+    let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let config = json!({"config": {"core.https_address": address.to_string()}});
+    assert_eq!(s.put("/1.0", config).await.status, 200);
+    let certificate = s.app.info.identity.as_ref().unwrap().certificate.clone();
+    (s, format!("https://{address}"), certificate)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn images_come_from_servers() {
+    let (far, server, certificate) = listening().await;
+    let here = Server::start().await;
+    here.engine.set_image_servers(std::sync::Arc::new(NetworkServers::new()));
+    let headers =
+        [("x-incus-aliases", "alias=open"), ("x-incus-public", "1"), ("x-incus-properties", "os=Far")];
+    let open = far.done(far.send(Method::POST, "/1.0/images", &headers, "an open image").await).await;
+    let open = open["metadata"]["fingerprint"].as_str().unwrap().to_owned();
+    let hidden = far.done(far.send(Method::POST, "/1.0/images", &[], "a hidden image").await).await;
+    let hidden = hidden["metadata"]["fingerprint"].as_str().unwrap().to_owned();
+    let source = |more: Value| {
+        let mut source = json!({"type": "image", "mode": "pull", "protocol": "incus", "server": server, "certificate": certificate});
+        source.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        source
+    };
+    let failed = async |body: Value| {
+        let ended = here.wait(publish(&here, body).await).await;
+        assert_eq!(ended["status"], "Failure", "{ended}");
+        ended["err"].as_str().unwrap().to_owned()
+    };
+
+    // A public one, by its alias, into one that follows.
+    let body = json!({"source": source(json!({"fingerprint": "open"})), "aliases": [{"name": "mine"}], "auto_update": true});
+    let done = here.done(publish(&here, body).await).await;
+    assert_eq!(done["metadata"]["fingerprint"], *open);
+    let image = here.get(&format!("/1.0/images/{open}")).await.metadata();
+    assert_eq!(
+        (
+            &image["auto_update"],
+            &image["update_source"]["alias"],
+            &image["properties"]["os"],
+            &image["aliases"][0]["name"]
+        ),
+        (&json!(true), &json!("open"), &json!("Far"), &json!("mine"))
+    );
+    let refreshed = here.done(here.post(&format!("/1.0/images/{open}/refresh"), json!({})).await).await;
+    assert_eq!(refreshed["metadata"]["refreshed"], false);
+
+    // One that is not public needs a secret.
+    let body = json!({"source": source(json!({"fingerprint": hidden}))});
+    assert!(failed(body).await.contains("has no image"));
+    let secret = far.done(far.post(&format!("/1.0/images/{hidden}/secret"), json!({})).await).await;
+    let secret = secret["metadata"]["secret"].as_str().unwrap().to_owned();
+    let wrong = json!({"source": source(json!({"fingerprint": open, "secret": secret.replace(|c: char| c.is_ascii_digit(), "a")}))});
+    here.done(publish(&here, wrong).await).await;
+    let body = json!({"source": source(json!({"fingerprint": hidden, "secret": secret}))});
+    here.done(publish(&here, body).await).await;
+    here.post(&format!("/1.0/images/{hidden}/refresh"), json!({})).await.refused(400);
+
+    // What is wrong with a request is said at once, with a server by the operation.
+    for (source, status) in [
+        (json!({"type": "image", "server": "http://127.0.0.1:1", "alias": "x"}), 400),
+        (json!({"type": "image", "server": server}), 400),
+        (json!({"type": "image", "server": server, "alias": "x", "protocol": "ftp"}), 400),
+        (json!({"type": "image", "server": server, "alias": "x", "mode": "push"}), 400),
+        (json!({"type": "image", "server": server, "alias": "x", "srv": 1}), 400),
+    ] {
+        publish(&here, json!({"source": source})).await.refused(status);
+    }
+    assert!(failed(json!({"source": source(json!({"alias": "nope"}))})).await.contains("has no image"));
+    let other = Server::start().await.app.info.identity.as_ref().unwrap().certificate.clone();
+    let text = failed(json!({"source": source(json!({"alias": "open", "certificate": other}))})).await;
+    assert!(text.contains("cannot be reached"), "another certificate: {text}");
+    let text = failed(json!({"source": source(json!({"alias": "open", "certificate": "nonsense"}))})).await;
+    assert!(text.contains("PEM"), "{text}");
+
+    // A launch fetches, and keeps what it fetched for the next.
+    here.done(here.delete(&format!("/1.0/images/{open}")).await).await;
+    for name in ["c1", "c2"] {
+        let body = json!({"name": name, "source": source(json!({"alias": "open"}))});
+        here.done(here.post("/1.0/instances", body).await).await;
+        let c = here.get(&format!("/1.0/instances/{name}")).await.metadata();
+        assert_eq!(
+            (&c["config"]["volatile.base_image"], &c["config"]["image.os"]),
+            (&json!(open), &json!("Far"))
+        );
+    }
+    assert_eq!(here.get(&format!("/1.0/images/{open}")).await.metadata()["cached"], true);
+    let body = json!({"name": "c3", "source": source(json!({"alias": "nope"}))});
+    let ended = here.wait(here.post("/1.0/instances", body).await).await;
+    assert_eq!(ended["status"], "Failure");
+    here.get("/1.0/instances/c3").await.refused(404);
 }

@@ -52,8 +52,8 @@ pub async fn list(call: Call) -> Result<Reply> {
     };
     let mut found: Vec<(Row<Image>, Vec<Row<ImageAlias>>, String)> = vec![];
     for project in projects {
-        let aliases = call.engine().image_aliases(&call.context, &project, None)?;
-        for image in call.engine().images(&call.context, &project)? {
+        let aliases = call.engine().image_aliases_shown(&call.context, &project, None)?;
+        for image in call.engine().images_shown(&call.context, &project)? {
             let own = aliases.iter().filter(|a| a.image == image.id).cloned().collect();
             found.push((image, own, project.clone()));
         }
@@ -73,8 +73,10 @@ pub async fn list(call: Call) -> Result<Reply> {
 /// # Errors
 /// Those of the engine.
 pub async fn get(call: Call) -> Result<Reply> {
-    let image = by_fingerprint(&call)?;
-    let aliases = call.engine().image_aliases(&call.context, call.project(), Some(image.id))?;
+    let secret = call.query.get("secret").filter(|s| !s.is_empty());
+    let image = call.engine().image_shown(&call.context, call.project(), call.param(0), secret)?;
+    let image = of_fingerprint(call.param(0), image)?;
+    let aliases = call.engine().image_aliases_shown(&call.context, call.project(), Some(image.id))?;
     let project = project_name(&call, image.project);
     let view = ImageView::of(&image, aliases.iter().map(|a| -> &ImageAlias { a }), &project);
     sync_etag(&view, &Etag::of(VIEW, image.id.uuid(), image.spec_version))
@@ -83,7 +85,10 @@ pub async fn get(call: Call) -> Result<Reply> {
 /// This path takes fingerprints and beginnings of them; aliases have their own.
 fn by_fingerprint(call: &Call) -> Result<Row<Image>> {
     let reference = call.param(0);
-    let image = call.engine().image(&call.context, call.project(), reference)?;
+    of_fingerprint(reference, call.engine().image(&call.context, call.project(), reference)?)
+}
+
+fn of_fingerprint(reference: &str, image: Row<Image>) -> Result<Row<Image>> {
     if !image.fingerprint.starts_with(&reference.to_ascii_lowercase()) {
         return Err(Error::not_found(format!("image {reference:?} not found")));
     }
@@ -103,9 +108,8 @@ fn update(mut f: crate::fields::Fields, old: Option<&Image>, if_version: Option<
     properties.retain(|_, v| !v.is_empty());
     let profiles =
         f.texts("profiles")?.unwrap_or_else(|| old.map(|o| o.profiles.clone()).unwrap_or_default());
-    if f.flag("auto_update")? {
-        return Err(Error::unsupported("images that follow a server are not there yet").at("auto_update"));
-    }
+    let auto_update = f.has("auto_update").then(|| f.flag("auto_update")).transpose()?;
+    f.take("auto_update");
     let expires_at = super::snapshots::time(&mut f, "expires_at")?;
     f.finish(&[
         "aliases",
@@ -121,7 +125,7 @@ fn update(mut f: crate::fields::Fields, old: Option<&Image>, if_version: Option<
         "project",
         "update_source",
     ])?;
-    Ok(UpdateImage { public, properties, profiles, expires_at, if_version })
+    Ok(UpdateImage { public, properties, profiles, auto_update, expires_at, if_version })
 }
 
 /// `PUT /1.0/images/{fingerprint}`
@@ -179,8 +183,10 @@ pub async fn delete(call: Call) -> Result<Reply> {
 /// # Errors
 /// Those of the engine.
 pub async fn export(call: Call) -> Result<Reply> {
-    by_fingerprint(&call)?;
-    let (image, answer) = call.engine().image_export(&call.context, call.project(), call.param(0)).await?;
+    let secret = call.query.get("secret").filter(|s| !s.is_empty());
+    let (image, answer) =
+        call.engine().image_shown_export(&call.context, call.project(), call.param(0), secret).await?;
+    let image = of_fingerprint(call.param(0), image)?;
     let files = answer.value.into_iter().zip(answer.fds).collect::<Vec<_>>();
     let fingerprint = &image.fingerprint;
     let mut reply;
@@ -225,6 +231,24 @@ pub async fn export(call: Call) -> Result<Reply> {
     reply.headers_mut().insert(HeaderName::from_static("x-incus-type"), HeaderValue::from_static("incus"));
     tracing::debug!(%fingerprint, "an image is exported");
     Ok(reply)
+}
+
+/// `POST /1.0/images/{fingerprint}/secret`
+///
+/// # Errors
+/// Those of the engine.
+pub async fn secret(call: Call) -> Result<Reply> {
+    by_fingerprint(&call)?;
+    running(&call.engine().image_secret(&call.context, call.project(), call.param(0))?)
+}
+
+/// `POST /1.0/images/{fingerprint}/refresh`
+///
+/// # Errors
+/// Those of the engine.
+pub async fn refresh(call: Call) -> Result<Reply> {
+    by_fingerprint(&call)?;
+    running(&call.engine().image_refresh(&call.context, call.project(), call.param(0)).await?)
 }
 
 fn aliases_of(text: &str) -> Result<Vec<(String, String)>> {
@@ -398,7 +422,7 @@ fn target_of(call: &Call, alias: &ImageAlias) -> String {
 pub async fn aliases(call: Call) -> Result<Reply> {
     let recursion = call.query.recursion()?;
     let filter = Filter::parse(call.query.get("filter"))?;
-    let all = call.engine().image_aliases(&call.context, call.project(), None)?;
+    let all = call.engine().image_aliases_shown(&call.context, call.project(), None)?;
     let targets: Vec<String> = all.iter().map(|a| target_of(&call, a)).collect();
     respond_list(
         recursion,
@@ -411,7 +435,7 @@ pub async fn aliases(call: Call) -> Result<Reply> {
 
 fn find_alias(call: &Call) -> Result<Row<ImageAlias>> {
     let kind = call.query.get("type").map(|t| InstanceKind::parse("type", t)).transpose()?;
-    call.engine().image_alias(&call.context, call.project(), call.param(0), kind)
+    call.engine().image_alias_shown(&call.context, call.project(), call.param(0), kind)
 }
 
 /// Aliases carry no version: their tag is one of what they say.

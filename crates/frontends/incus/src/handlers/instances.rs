@@ -22,6 +22,7 @@ use karst_engine::{
         power::PowerRequest,
         update::UpdateInstance,
     },
+    images::remote::RemoteSource,
     snapshots::Origin,
 };
 use karst_model::{
@@ -214,9 +215,11 @@ pub async fn create(call: Call) -> Result<Reply> {
             None => InstanceKind::Container,
         },
     };
-    let (source, original) = match copied(&mut f, &call)? {
-        Some(original) => (InstanceSource::None, Some(original)),
-        None => (source(&mut f, &call)?, None),
+    let far = far(&mut f, kind)?;
+    let (source, original) = match (&far, copied(&mut f, &call)?) {
+        (_, Some(original)) => (InstanceSource::None, Some(original)),
+        (Some(_), None) => (InstanceSource::None, None),
+        (None, None) => (source(&mut f, &call)?, None),
     };
     let request = CreateInstance {
         name: name.filter(|n| !n.is_empty()),
@@ -243,6 +246,9 @@ pub async fn create(call: Call) -> Result<Reply> {
     f.text("restore")?;
     f.finish(&["disk_only"])?;
     let engine = call.engine();
+    if let Some(far) = far {
+        return running(&engine.instance_create_remote(&call.context, call.project(), request, far).await?);
+    }
     let (_, operation) = match original {
         None => engine.instance_create(&call.context, call.project(), request).await?,
         Some(original) => {
@@ -251,6 +257,32 @@ pub async fn create(call: Call) -> Result<Reply> {
         }
     };
     running(&operation)
+}
+
+/// The server of the image, when the source names one.
+fn far(f: &mut Fields, kind: InstanceKind) -> Result<Option<RemoteSource>> {
+    if !f.is("source", "type", "image") || f.is("source", "server", "") || !f.nested("source", "server") {
+        return Ok(None);
+    }
+    let mut s = f.object("source")?;
+    s.text("type")?;
+    let mut remote = super::publish::remote(&mut s)?;
+    // Its own name for it; what is launched says the kind.
+    remote.from.kind = Some(kind);
+    s.take("properties");
+    s.finish(&[
+        "allow_inconsistent",
+        "base-image",
+        "container_only",
+        "instance_only",
+        "live",
+        "operation",
+        "refresh",
+        "refresh_exclude_older",
+        "secrets",
+        "source",
+    ])?;
+    Ok(Some(remote))
 }
 
 /// The original, when the source is one; the copy itself is filled in later.
@@ -317,10 +349,8 @@ pub(super) fn source(f: &mut Fields, call: &crate::app::Taken) -> Result<Instanc
         "none" => InstanceSource::None,
         "image" => {
             if s.text("server")?.is_some_and(|s| !s.is_empty()) {
-                return Err(Error::unsupported(
-                    "images cannot be fetched from other servers yet; import one, or build one with karst image build",
-                )
-                .at("source.server"));
+                let text = "the image of a server is copied first: incus image copy SERVER:IMAGE local:";
+                return Err(Error::unsupported(text).at("source.server"));
             }
             let fingerprint = s.text("fingerprint")?.filter(|s| !s.is_empty());
             let alias = s.text("alias")?.filter(|s| !s.is_empty());

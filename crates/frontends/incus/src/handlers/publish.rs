@@ -2,15 +2,19 @@
 
 use super::snapshots::time;
 use crate::{
-    app::{Call, running},
+    app::{Call, Taken, running},
     fields::Fields,
     respond::Reply,
 };
 use karst_engine::{
     compute::create::InstanceSource,
-    images::{ImageOptions, publish::PublishImage},
+    images::{
+        ImageOptions,
+        publish::PublishImage,
+        remote::{FetchImage, RemoteSource, protocol},
+    },
 };
-use karst_model::{Error, Result, backup::Compression};
+use karst_model::{Error, Result, backup::Compression, image::UpdateSource, instance::InstanceKind};
 use serde_json::Value;
 
 /// Aliases of a body: a list of `{name, description}`.
@@ -48,6 +52,44 @@ pub(super) fn options(f: &mut Fields) -> Result<ImageOptions> {
     })
 }
 
+/// The server that a source names.
+///
+/// # Errors
+/// Invalid by field.
+pub(super) fn remote(source: &mut Fields) -> Result<RemoteSource> {
+    if let Some(mode) = source.text("mode")?.filter(|m| !matches!(m.as_str(), "" | "pull")) {
+        let text = format!("images are pulled from their server; {mode:?} is not there yet");
+        return Err(Error::unsupported(text).at("source.mode"));
+    }
+    let text = |t: Option<String>| t.filter(|t| !t.is_empty());
+    let fingerprint = text(source.text("fingerprint")?);
+    let alias = text(source.text("alias")?);
+    let kind = text(source.text("image_type")?).map(|k| InstanceKind::parse("source.image_type", &k));
+    let from = UpdateSource {
+        server: source.text("server")?.unwrap_or_default(),
+        protocol: protocol(&source.text("protocol")?.unwrap_or_default())?,
+        certificate: text(source.text("certificate")?),
+        alias: None,
+        kind: kind.transpose()?,
+    };
+    Ok(RemoteSource {
+        from,
+        // Clients put an alias there when they did not look what it names.
+        reference: fingerprint.or(alias).unwrap_or_default(),
+        secret: text(source.text("secret")?),
+        project: text(source.text("project")?),
+    })
+}
+
+async fn fetch(call: &Taken, mut f: Fields, mut source: Fields) -> Result<Reply> {
+    let remote = remote(&mut source)?;
+    source.finish(&["name", "url"])?;
+    let request =
+        FetchImage { source: remote, options: options(&mut f)?, auto_update: f.flag("auto_update")? };
+    f.finish(&["compression_algorithm", "format"])?;
+    running(&call.engine().image_fetch(&call.context, call.project(), request).await?)
+}
+
 /// `POST /1.0/images` with a JSON body.
 ///
 /// # Errors
@@ -57,6 +99,7 @@ pub async fn from_source(call: Call) -> Result<Reply> {
     let mut source = f.object("source")?;
     let kind = source.need_text("type")?;
     match kind.as_str() {
+        "image" => return fetch(&call, f, source).await,
         "instance" | "container" | "virtual-machine" | "snapshot" => {}
         other => {
             return Err(Error::unsupported(format!(
@@ -91,19 +134,16 @@ pub async fn from_source(call: Call) -> Result<Reply> {
         let text = "an image of an instance follows no server; leave auto_update out";
         return Err(Error::invalid("auto_update", text));
     }
-    let compression = f.text("compression_algorithm")?.unwrap_or_default();
+    let compression = match f.text("compression_algorithm")?.filter(|c| !c.is_empty()) {
+        Some(name) => Compression::parse("compression_algorithm", &name)?,
+        None => call.engine().server_settings().image_compression,
+    };
     if f.text("format")?.is_some_and(|t| !matches!(t.as_str(), "" | "unified")) {
         let text = "an image of an instance is made as one file; leave the format out";
         return Err(Error::unsupported(text).at("format"));
     }
     f.finish(&[])?;
-    let request = PublishImage {
-        project,
-        name,
-        snapshot,
-        compression: Compression::parse("compression_algorithm", &compression)?,
-        options,
-    };
+    let request = PublishImage { project, name, snapshot, compression, options };
     running(&call.engine().image_publish(&call.context, call.project(), request).await?)
 }
 

@@ -4,7 +4,7 @@ use super::time;
 use jiff::Timestamp;
 use karst_model::{
     Config,
-    image::{Image, ImageAlias},
+    image::{Image, ImageAlias, UpdateSource},
 };
 use serde::Serialize;
 
@@ -15,6 +15,8 @@ pub struct ImageView<'a> {
     pub auto_update: bool,
     pub properties: &'a Config,
     pub public: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub update_source: Option<SourceView<'a>>,
     #[serde(serialize_with = "time")]
     pub expires_at: Option<Timestamp>,
     pub profiles: &'a [String],
@@ -34,6 +36,29 @@ pub struct ImageView<'a> {
     pub project: &'a str,
 }
 
+/// The server that an image follows.
+#[derive(Debug, Serialize)]
+#[allow(missing_docs)]
+pub struct SourceView<'a> {
+    pub alias: &'a str,
+    pub certificate: &'a str,
+    pub protocol: &'static str,
+    pub server: &'a str,
+    pub image_type: &'static str,
+}
+
+impl<'a> SourceView<'a> {
+    fn of(from: &'a UpdateSource) -> Option<Self> {
+        Some(Self {
+            alias: from.alias.as_deref()?,
+            certificate: from.certificate.as_deref().unwrap_or_default(),
+            protocol: from.protocol.as_str(),
+            server: &from.server,
+            image_type: from.kind.map_or("", |k| k.as_str()),
+        })
+    }
+}
+
 /// An alias within its image.
 #[derive(Debug, Serialize)]
 #[allow(missing_docs)]
@@ -46,14 +71,15 @@ impl<'a> ImageView<'a> {
     /// Of a record with its aliases.
     pub fn of(image: &'a Image, aliases: impl Iterator<Item = &'a ImageAlias>, project: &'a str) -> Self {
         Self {
-            auto_update: false,
+            auto_update: image.origin.as_ref().is_some_and(|o| o.auto_update),
+            update_source: image.origin.as_ref().and_then(|o| SourceView::of(&o.from)),
             properties: &image.properties,
             public: image.public,
             expires_at: image.expires_at,
             profiles: &image.profiles,
             aliases: aliases.map(|a| AliasName { name: &a.name, description: &a.description }).collect(),
             architecture: &image.architecture,
-            cached: false,
+            cached: image.origin.as_ref().is_some_and(|o| o.cached),
             filename: &image.filename,
             fingerprint: &image.fingerprint,
             size: image.size,

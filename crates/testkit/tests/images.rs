@@ -1,0 +1,159 @@
+//! Images of servers: what is fetched, kept, followed and let go, over a server that does as it is told.
+
+use karst_engine::{
+    compute::create::CreateInstance,
+    images::{ImageOptions, remote::FetchImage},
+};
+use karst_env::{Env, SeededEnv};
+use karst_model::{Config, Result};
+use karst_testkit::{
+    World,
+    scenarios::container,
+    servers::{Behaviour, OneImage, source},
+};
+use std::{sync::Arc, time::Duration};
+
+fn aliased(alias: &str) -> FetchImage {
+    let options = ImageOptions { aliases: vec![(alias.into(), String::new())], ..Default::default() };
+    FetchImage { source: source("tiny"), options, auto_update: true }
+}
+
+async fn world(env: &SeededEnv) -> (World, Arc<OneImage>) {
+    let w = World::new(env).await.unwrap();
+    let server = Arc::new(OneImage::default());
+    server.0.lock().unwrap().content = "an image of a container, the first".into();
+    w.engine.set_image_servers(server.clone());
+    (w, server)
+}
+
+async fn fetch(w: &World, request: FetchImage) -> Result<()> {
+    let live = w.engine.image_fetch(&w.admin, "default", request).await?;
+    w.ended(live).await.error.clone().map_or(Ok(()), Err)
+}
+
+async fn launch(w: &World, name: &str) -> Result<()> {
+    let request = CreateInstance { ..container(name) };
+    let live = w.engine.instance_create_remote(&w.admin, "default", request, source("tiny")).await?;
+    w.ended(live).await.error.clone().map_or(Ok(()), Err)
+}
+
+fn fingerprints(w: &World) -> Vec<String> {
+    w.engine.images(&w.admin, "default").unwrap().iter().map(|i| i.fingerprint.clone()).collect()
+}
+
+#[test]
+fn what_is_here_is_not_fetched_again() {
+    SeededEnv::run(1, |env| async move {
+        let (w, server) = world(&env).await;
+        launch(&w, "c1").await.unwrap();
+        launch(&w, "c2").await.unwrap();
+        let only = |w: &World| w.engine.images(&w.admin, "default").unwrap()[0].origin.clone().unwrap();
+        assert!(only(&w).cached);
+        fetch(&w, aliased("mine")).await.unwrap();
+        assert_eq!((server.0.lock().unwrap().fetched, fingerprints(&w).len()), (1, 1));
+        let image = w.engine.image(&w.admin, "default", "mine").unwrap();
+        let origin = image.origin.clone().unwrap();
+        assert!(!origin.cached && origin.auto_update && image.last_used_at.is_some());
+        assert_eq!((image.properties["os"].as_str(), origin.from.alias.as_deref()), ("Tiny", Some("tiny")));
+        // Two at once.
+        server.0.lock().unwrap().content = "another image".into();
+        let (a, b) = (launch(&w, "c3"), launch(&w, "c4"));
+        let (a, b) = futures::join!(a, b);
+        a.unwrap();
+        b.unwrap();
+        assert_eq!((server.0.lock().unwrap().fetched, fingerprints(&w).len()), (2, 2));
+        assert!(
+            fetch(&w, aliased("mine")).await.unwrap_err().message.contains("exists"),
+            "names another one"
+        );
+        assert_eq!(w.faults().await, Vec::<String>::new());
+        w.engine.close();
+    });
+}
+
+#[test]
+fn a_download_that_ends_badly_leaves_nothing_and_says_why() {
+    SeededEnv::run(2, |env| async move {
+        let (w, server) = world(&env).await;
+        let before = w.fingerprint();
+        let usual = server.0.lock().unwrap().clone();
+        for (change, words) in [
+            (Behaviour { broken: true, ..usual.clone() }, "broke off"),
+            (Behaviour { lie: Some("something else".into()), ..usual.clone() }, "fingerprint"),
+            (Behaviour { lie: Some("not an image".into()), ..usual.clone() }, "not of an image"),
+        ] {
+            *server.0.lock().unwrap() = change;
+            let e = fetch(&w, aliased("mine")).await.unwrap_err();
+            assert!(e.message.contains(words), "{e}");
+            let e = launch(&w, "c1").await.unwrap_err();
+            assert!(e.message.contains(words), "{e}");
+            w.settle().await;
+            assert_eq!((w.faults().await, w.fingerprint()), (vec![], before.clone()), "{words}");
+        }
+        for wrong in ["http://images.example", "https://", "ftp://x", "https://a b", "https://u@x", ""] {
+            let mut request = aliased("mine");
+            request.source.from.server = wrong.into();
+            let e = fetch(&w, request).await.unwrap_err();
+            assert_eq!(e.field.as_deref(), Some("source.server"), "{wrong} {e}");
+        }
+        let mut request = aliased("mine");
+        request.source.reference = String::new();
+        assert_eq!(fetch(&w, request).await.unwrap_err().field.as_deref(), Some("source.alias"));
+        let mut request = aliased("mine");
+        request.source.reference = "nope".into();
+        assert!(fetch(&w, request).await.unwrap_err().message.contains("no such image"));
+        assert_eq!(w.fingerprint(), before);
+        w.engine.close();
+    });
+}
+
+#[test]
+fn images_follow_their_server_and_go_when_nobody_uses_them() {
+    SeededEnv::run(3, |env| async move {
+        let (w, server) = world(&env).await;
+        fetch(&w, aliased("mine")).await.unwrap();
+        let first = w.engine.image(&w.admin, "default", "mine").unwrap();
+        let refresh = w.engine.image_refresh(&w.admin, "default", "mine").await.unwrap();
+        assert_eq!(w.ended(refresh).await.metadata["refreshed"], false);
+        server.0.lock().unwrap().content = "the second".into();
+        let refresh = w.engine.image_refresh(&w.admin, "default", "mine").await.unwrap();
+        assert_eq!(w.ended(refresh).await.metadata["refreshed"], true);
+        let second = w.engine.image(&w.admin, "default", "mine").unwrap();
+        assert_ne!(first.fingerprint, second.fingerprint);
+        assert_eq!(fingerprints(&w), std::slice::from_ref(&second.fingerprint), "the older one went");
+
+        // By the clock.
+        server.0.lock().unwrap().content = "the third".into();
+        env.sleep(Duration::from_secs(5 * 3600)).await;
+        assert_eq!(fingerprints(&w), std::slice::from_ref(&second.fingerprint), "not yet");
+        env.sleep(Duration::from_secs(2 * 3600)).await;
+        let third = w.engine.image(&w.admin, "default", "mine").unwrap();
+        assert_ne!(second.fingerprint, third.fingerprint);
+
+        // A server that is away changes nothing.
+        server.0.lock().unwrap().content = "the fourth".into();
+        server.0.lock().unwrap().broken = true;
+        env.sleep(Duration::from_secs(8 * 3600)).await;
+        assert_eq!(fingerprints(&w), std::slice::from_ref(&third.fingerprint));
+        server.0.lock().unwrap().broken = false;
+
+        // What was only cached goes after a day that nobody used it, what was copied stays.
+        server.0.lock().unwrap().content = "of an instance".into();
+        launch(&w, "c1").await.unwrap();
+        let config = [("images.remote_cache_expiry", "1"), ("images.auto_update_interval", "0")];
+        let config: Config = config.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+        w.engine.server_config_update(&w.admin, config, None).await.unwrap();
+        env.sleep(Duration::from_secs(23 * 3600)).await;
+        let cached = |w: &World| {
+            let all = w.engine.images(&w.admin, "default").unwrap();
+            all.iter().filter(|i| i.origin.as_ref().is_some_and(|o| o.cached)).count()
+        };
+        assert_eq!(cached(&w), 1);
+        env.sleep(Duration::from_secs(2 * 3600)).await;
+        assert_eq!(cached(&w), 0);
+        assert!(w.engine.image(&w.admin, "default", "mine").is_ok());
+        w.settle().await;
+        assert_eq!(w.faults().await, Vec::<String>::new());
+        w.engine.close();
+    });
+}
