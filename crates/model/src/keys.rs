@@ -415,6 +415,10 @@ pub fn check(config: &Config, kind: Option<InstanceKind>) -> Result<()> {
         if name.starts_with("environment.") && name.contains('=') {
             return Err(Error::invalid(field, "the name of a variable cannot contain '='"));
         }
+        // Said here, and not by the next start.
+        if name.starts_with("environment.") && format!("{name}{value}").contains(['\n', '\r', '\0']) {
+            return Err(Error::invalid(field, "a variable cannot contain line breaks"));
+        }
         if !value.is_empty() {
             row.check(&field, value)?;
         }
@@ -669,6 +673,8 @@ mod tests {
         assert!(check(&cfg("limits.processes", "5"), Some(InstanceKind::VirtualMachine)).is_err());
         assert!(check(&cfg("user.anything", "x"), None).is_ok());
         assert!(check(&cfg("user.", "x"), None).is_err());
+        let e = check(&cfg("environment.A", "x\nlxc.hook.start = /bin/evil"), None).unwrap_err();
+        assert_eq!(e.field.as_deref(), Some("config.environment.A"));
     }
 
     #[test]

@@ -102,7 +102,14 @@ async fn limits_hold_inside_at_start_and_live() {
     let mut nics = more.clone();
     nics.limits.memory = Some(ByteSize::mib(512));
     nics.nics.clear();
-    assert_eq!(driver.update(&nics).await.unwrap().pending, ["devices"]);
+    assert_eq!(driver.update(&nics).await.unwrap().pending, [""; 0]);
+    let there = "test -e /sys/class/net/eth0 && echo there || echo gone";
+    assert_eq!(inside(&driver, &guest, there).await, "gone\n");
+    nics.nics = guest.nics.clone();
+    assert_eq!(driver.update(&nics).await.unwrap().pending, [""; 0]);
+    assert_eq!(inside(&driver, &guest, there).await, "there\n");
+    let port = format!("/sys/class/net/{}/master", guest.nics[0].host_interface);
+    assert!(std::path::Path::new(&port).exists(), "it is in its bridge again");
 }
 
 /// The share of one CPU that a busy loop got in about a second.

@@ -76,7 +76,7 @@ impl Root {
         let dir = if at == 0 { b"/".as_slice() } else { &bytes[..at] };
         let dir = self
             .open(OsStr::from_bytes(dir), OFlags::PATH | OFlags::DIRECTORY, 0)
-            .at("opening the directory")?;
+            .map_err(|e| Failure { what: format!("{:?}", OsStr::from_bytes(dir)).into(), error: e.into() })?;
         Ok((dir, OsString::from_vec(name.to_vec())))
     }
 }
@@ -88,7 +88,9 @@ fn describe(kind: &str, s: &Stat) -> Vec<u8> {
 
 fn open(r: &Request, root: &Root, ok: impl Fn(&[u8], Option<BorrowedFd>)) -> Outcome<()> {
     // First without opening it: what looks at a device or a FIFO must not act on it.
-    let entry = root.open(&r.path, OFlags::PATH | OFlags::NOFOLLOW, 0).at("opening")?;
+    let entry = root
+        .open(&r.path, OFlags::PATH | OFlags::NOFOLLOW, 0)
+        .map_err(|e| Failure { what: format!("{:?}", r.path).into(), error: e.into() })?;
     let stat = fstat(&entry).at("opening")?;
     match FileType::from_raw_mode(stat.st_mode) {
         FileType::Symlink => {
