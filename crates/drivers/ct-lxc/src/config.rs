@@ -127,10 +127,6 @@ pub fn render(guest: &ResolvedGuest, host: HostFeatures) -> Result<String> {
     set("lxc.uts.name", &guest.hostname);
     let root = crate::disks::root(guest);
     set("lxc.rootfs.path", &format!("dir:{}", path(&root, "devices.root")?));
-    // The files' owners stay unshifted on disk; the mount maps them, or the mounts of its layers do.
-    if guest.root_layers.is_none() {
-        set("lxc.rootfs.options", "idmap=container");
-    }
     for kind in ["u", "g"] {
         let ids = guest.ids;
         set("lxc.idmap", &format!("{kind} 0 {} {}", ids.base, ids.count));

@@ -37,13 +37,10 @@ pub(crate) fn stage(state_dir: &Path) -> PathBuf {
     state_dir.join("mounts")
 }
 
-/// Where the root is for `lxc-start`. An overlay is mounted in its namespace, below directories that the container's root can
-/// pass; nobody else sees it there.
+/// Where the root is for `lxc-start`: mounted ready-made in its namespace, below directories that the container's root can pass,
+/// which liblxc needs when the container reboots by itself. Nobody else sees it there.
 pub(crate) fn root(guest: &ResolvedGuest) -> PathBuf {
-    match guest.root_layers {
-        Some(_) => stage(&guest.state_dir).join("root"),
-        None => guest.root.path.clone(),
-    }
+    stage(&guest.state_dir).join("root")
 }
 
 /// The file that says what goes where.
@@ -258,11 +255,17 @@ pub(crate) fn namespace(
         Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => return Err(e.into()),
         _ => {}
     }
-    let ids = mapping(guest, disks)?;
-    let ready = disks.iter().map(|d| detached(guest, d, ids.as_ref())).collect::<Result<Vec<_>>>()?;
-    let over =
-        |layers| overlay::mount(layers, true, Some(Mapped { base: guest.ids.base, count: guest.ids.count }));
-    let layered = guest.root_layers.as_ref().map(over).transpose()?;
+    let ids = mount::user_namespace(guest.ids.base, guest.ids.count)?;
+    let ready = disks.iter().map(|d| detached(guest, d, Some(&ids))).collect::<Result<Vec<_>>>()?;
+    let whole = match &guest.root_layers {
+        Some(layers) => {
+            overlay::mount(layers, true, Some(Mapped { base: guest.ids.base, count: guest.ids.count }))?
+        }
+        None => {
+            let source = mount::open_path(&guest.root.path)?;
+            mount::detached(source.as_fd(), MountOptions::default(), Some(ids.as_fd()))?
+        }
+    };
     // What is mounted for other guests must not stay in use by this one.
     let ours = state_dir.ancestors().nth(2).unwrap_or(state_dir);
     let root = guest.root.path.as_path();
@@ -287,17 +290,15 @@ pub(crate) fn namespace(
             std::fs::set_permissions(&place, std::os::unix::fs::PermissionsExt::from_mode(0o711))?;
         }
         mount::cover(&stage.join("nodes"), true)?;
-        if let Some(layered) = &layered {
-            let place = self::root(guest);
-            std::fs::create_dir(&place)?;
-            mount::attach(layered, &place)?;
-        }
+        let place = self::root(guest);
+        std::fs::create_dir(&place)?;
+        mount::attach(&whole, &place)?;
         for (disk, mount) in disks.iter_mut().zip(&ready) {
             put(state_dir, disk, guest.ids, mount.as_ref())?;
         }
         write_fstab(state_dir, disks)
     })?;
-    Ok((namespace, layered.map(Held::new)))
+    Ok((namespace, guest.root_layers.is_some().then(|| Held::new(whole))))
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
