@@ -595,6 +595,7 @@ impl RealAgent {
             },
             limits: spec.limits,
             security: spec.security,
+            root_layers: located.layers,
             root: ResolvedDisk {
                 name: spec.root.name,
                 slot: spec.root.slot,

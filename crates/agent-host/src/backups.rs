@@ -143,7 +143,7 @@ impl RealAgent {
         let mut converted_to = None;
         let kind = match located.format {
             Format::Directory => {
-                worker = worker.readable("tree", open(&located.path, false)?);
+                worker = crate::storage::tree(worker, &reading).await?;
                 Kind::Tree
             }
             Format::Raw => {

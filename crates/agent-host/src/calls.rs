@@ -19,8 +19,9 @@ use karst_model::{
     spec::{GuestSpec, NetworkSpec, PoolSource, PoolSpec, VolumeSpec},
     storage::Usage,
 };
+use karst_storage::OpenTree;
 use rustix::pipe::{PipeFlags, pipe_with};
-use std::{future::Future, os::fd::OwnedFd, path::PathBuf, sync::Arc};
+use std::{future::Future, os::fd::OwnedFd, path::Path, sync::Arc};
 use tokio::sync::mpsc;
 
 /// Guests asked at a time for their figures.
@@ -176,6 +177,10 @@ impl RealAgent {
         let loose = crate::nics::loose(&spec);
         let outcome = async {
             self.networks.set_loose(id, loose).await?;
+            // What runs containers of its own cannot lay overlays over an overlay.
+            if spec.kind == InstanceKind::Container && spec.security.nesting {
+                self.pool(spec.root.pool)?.flatten(spec.root.volume).await?;
+            }
             let guest = self.resolve(spec, &record, &networks).await?;
             driver.start(&guest).await
         };
@@ -360,7 +365,7 @@ impl RealAgent {
     }
 
     /// The driver of a guest's files, and where they lie when it does not run.
-    async fn files(&self, file: &FileRef) -> Result<(&Arc<dyn karst_guest::GuestDriver>, Option<PathBuf>)> {
+    async fn files(&self, file: &FileRef) -> Result<(&Arc<dyn karst_guest::GuestDriver>, Option<OpenTree>)> {
         check_path(&file.path)?;
         let driver = self.driver(file.kind)?;
         if driver.files().is_none() {
@@ -382,14 +387,17 @@ impl RealAgent {
         {
             return Err(Error::conflict("the guest has another root volume on this host"));
         }
-        let root = self.locate(file.root, None).await?.path;
-        Ok((driver, (!runs).then_some(root)))
+        let root = match runs {
+            true => None,
+            false => Some(self.pool(file.root.pool)?.open_tree(file.root.volume).await?),
+        };
+        Ok((driver, root))
     }
 
     async fn open_file(&self, file: FileRef) -> Result<WithFds<FileOpened>> {
         let (driver, root) = self.files(&file).await?;
         let files = driver.files().ok_or_else(|| Error::unsupported("no files"))?;
-        let opened = files.open(file.instance, root.as_deref(), &file.path).await?;
+        let opened = files.open(file.instance, path_of(&root), &file.path).await?;
         Ok(WithFds {
             value: FileOpened { info: opened.info, entries: opened.entries, target: opened.target },
             fds: opened.content.into_iter().collect(),
@@ -403,7 +411,7 @@ impl RealAgent {
         let instance = file.instance;
         if write.kind != FileKind::File {
             let files = driver.files().ok_or_else(|| Error::unsupported("no files"))?;
-            files.write(instance, root.as_deref(), write, None).await?;
+            files.write(instance, path_of(&root), write, None).await?;
             return Ok(WithFds { value: None, fds: vec![] });
         }
         self.sessions.room()?;
@@ -412,10 +420,14 @@ impl RealAgent {
         let driver = driver.clone();
         let session = self.sessions.file_write(instance, async move {
             let files = driver.files().ok_or_else(|| Error::unsupported("no files"))?;
-            files.write(instance, root.as_deref(), write, Some(source)).await
+            files.write(instance, path_of(&root), write, Some(source)).await
         });
         Ok(WithFds { value: Some(session), fds: vec![sink] })
     }
+}
+
+fn path_of(root: &Option<OpenTree>) -> Option<&Path> {
+    root.as_ref().map(|tree| tree.path.as_path())
 }
 
 fn check_path(path: &str) -> Result<()> {
@@ -628,6 +640,6 @@ calls! {
     read file_delete(me, file: FileRef) -> () {
         let (driver, root) = me.files(&file).await?;
         let files = driver.files().ok_or_else(|| Error::unsupported("no files"))?;
-        files.delete(file.instance, root.as_deref(), &file.path).await
+        files.delete(file.instance, path_of(&root), &file.path).await
     }
 }

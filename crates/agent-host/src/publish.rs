@@ -51,7 +51,7 @@ impl RealAgent {
         let mut worker = self.worker().stdout(out.into());
         let mut disk = None;
         let (place, kind) = if located.format == Format::Directory {
-            worker = worker.readable("tree", open(&located.path, false)?);
+            worker = crate::storage::tree(worker, &reading).await?;
             ("rootfs", Kind::Tree)
         } else {
             let made = self.staging.work()?;

@@ -317,7 +317,7 @@ impl RealAgent {
         let work: std::pin::Pin<Box<dyn Future<Output = Result<()>> + Send>> =
             match (request.format, located.format) {
                 (StreamFormat::Tar, _) => {
-                    let worker = self.worker().readable("tree", open(&located.path, false)?).stdout(sink);
+                    let worker = tree(self.worker(), &reading).await?.stdout(sink);
                     Box::pin(async move {
                         let ended = worker.call("pack", serde_json::Value::Null).await?;
                         ended.ok("packing the volume").map(drop)
@@ -382,6 +382,16 @@ impl RealAgent {
         });
         Ok(WithFds { value: session, fds: vec![sink] })
     }
+}
+
+/// Shows a worker the tree that is read as `/tree`, with the owners of its disk.
+pub(crate) async fn tree(worker: Sandbox, reading: &Reading) -> Result<Sandbox> {
+    let Some(layers) = reading.located.layers.clone() else {
+        return Ok(worker.readable("tree", open(&reading.located.path, false)?));
+    };
+    let ids = worker.ids();
+    let mount = blocking(move || karst_host::overlay::mount(&layers, false, Some(ids))).await?;
+    Ok(worker.mounted("tree", mount))
 }
 
 /// Puts a stream into a new content and makes it the volume's.

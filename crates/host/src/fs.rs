@@ -123,14 +123,24 @@ pub struct Copied {
     pub shared: bool,
 }
 
+/// How a tree is copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TreeMode {
+    /// Device nodes are left out: a container gets its own `/dev`.
+    Plain,
+    /// The upper layer of an overlay: its marks of what is gone (character devices 0:0) come along.
+    Layer,
+    /// Files of a tree that never changes get a second name instead of a copy, where the file system can; else as plain.
+    Names,
+}
+
 /// Copies the tree `from` into the existing empty directory `to`: owners, modes, times, extended attributes, hard links,
-/// holes; device nodes are left out (a container gets its own `/dev`). Regular files share their blocks where the file
-/// system can. Works on two threads. Blocking.
+/// holes. Regular files share their blocks where the file system can. Works on two threads. Blocking.
 ///
 /// # Errors
 /// Quota when the disk is full; internal otherwise. What was copied until then is left for the caller to remove.
-pub fn copy_tree(from: &OwnedFd, to: &OwnedFd) -> Result<Copied> {
-    let job = TreeCopy { from, to, state: State::default() };
+pub fn copy_tree(from: &OwnedFd, to: &OwnedFd, mode: TreeMode) -> Result<Copied> {
+    let job = TreeCopy { from, to, mode, state: State::default() };
     job.share.store(true, Ordering::Relaxed);
     let work = || -> Result<()> {
         while let Some(path) = job.take() {
@@ -189,6 +199,7 @@ struct Queue {
 struct TreeCopy<'a> {
     from: &'a OwnedFd,
     to: &'a OwnedFd,
+    mode: TreeMode,
     state: State,
 }
 
@@ -262,7 +273,7 @@ impl TreeCopy<'_> {
             self.entries.fetch_add(1, Ordering::Relaxed);
         }
         let stat = statx(&source, c"")?;
-        self.own(&source, &target, &stat)?;
+        own(&source, &target, &stat)?;
         if let Ok(mut d) = self.directories.lock() {
             d.push((path.to_vec(), times(&stat)));
         }
@@ -272,6 +283,12 @@ impl TreeCopy<'_> {
     fn entry(&self, dir: &[u8], source: &OwnedFd, target: &OwnedFd, name: &CStr) -> io::Result<()> {
         let stat = statx(source, name)?;
         let kind = FileType::from_raw_mode(stat.stx_mode.into());
+        if kind == FileType::RegularFile && self.mode == TreeMode::Names {
+            match rustix::fs::linkat(source, name, target, name, AtFlags::empty()) {
+                Err(Errno::XDEV | Errno::MLINK | Errno::PERM | Errno::OPNOTSUPP) => {}
+                done => return Ok(done?),
+            }
+        }
         if kind != FileType::Directory && stat.stx_nlink > 1 {
             let key = (u64::from(stat.stx_dev_major) << 32 | u64::from(stat.stx_dev_minor), stat.stx_ino);
             let mut links = self.links.lock().map_err(|_| io::Error::other("a copy panicked"))?;
@@ -317,7 +334,7 @@ impl TreeCopy<'_> {
                     }
                 }
                 self.bytes.fetch_add(stat.stx_size, Ordering::Relaxed);
-                self.own(&from, &to, stat)?;
+                own(&from, &to, stat)?;
                 rustix::fs::futimens(&to, &times(stat))?;
                 return Ok(());
             }
@@ -329,6 +346,11 @@ impl TreeCopy<'_> {
                 let mode = Mode::from_raw_mode(stat.stx_mode.into());
                 rustix::fs::mknodat(target, name, kind, mode, 0)?;
             }
+            FileType::CharacterDevice
+                if self.mode == TreeMode::Layer && (stat.stx_rdev_major, stat.stx_rdev_minor) == (0, 0) =>
+            {
+                rustix::fs::mknodat(target, name, kind, Mode::empty(), 0)?;
+            }
             _ => return Ok(()),
         }
         rustix::fs::chownat(target, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)?;
@@ -337,30 +359,40 @@ impl TreeCopy<'_> {
         }
         Ok(rustix::fs::utimensat(target, name, &times(stat), AtFlags::SYMLINK_NOFOLLOW)?)
     }
+}
 
-    /// Owner, mode and extended attributes; in this order, because changing the owner clears setuid and capabilities.
-    fn own(&self, from: &OwnedFd, to: &OwnedFd, stat: &Statx) -> io::Result<()> {
-        let (uid, gid) = owner(stat);
-        if stat.stx_uid != 0 || stat.stx_gid != 0 {
-            rustix::fs::fchown(to, uid, gid)?;
-        }
-        rustix::fs::fchmod(to, Mode::from_raw_mode(stat.stx_mode.into()))?;
-        let mut names = [0u8; 4096];
-        let n = match rustix::fs::flistxattr(from, &mut names) {
-            Ok(n) => n,
-            Err(Errno::OPNOTSUPP) => 0,
-            Err(e) => return Err(e.into()),
-        };
-        for name in names[..n].split(|b| *b == 0).filter(|n| !n.is_empty()) {
-            let mut value = vec![0u8; 64 << 10];
-            let len = rustix::fs::fgetxattr(from, name, &mut value)?;
-            match rustix::fs::fsetxattr(to, name, &value[..len], XattrFlags::empty()) {
-                Ok(()) | Err(Errno::OPNOTSUPP) => {}
-                Err(e) => return Err(e.into()),
-            }
-        }
-        Ok(())
+/// Owner, mode and extended attributes; in this order, because changing the owner clears setuid and capabilities.
+fn own(from: &OwnedFd, to: &OwnedFd, stat: &Statx) -> io::Result<()> {
+    let (uid, gid) = owner(stat);
+    if stat.stx_uid != 0 || stat.stx_gid != 0 {
+        rustix::fs::fchown(to, uid, gid)?;
     }
+    rustix::fs::fchmod(to, Mode::from_raw_mode(stat.stx_mode.into()))?;
+    let mut names = [0u8; 4096];
+    let n = match rustix::fs::flistxattr(from, &mut names) {
+        Ok(n) => n,
+        Err(Errno::OPNOTSUPP) => 0,
+        Err(e) => return Err(e.into()),
+    };
+    for name in names[..n].split(|b| *b == 0).filter(|n| !n.is_empty()) {
+        let mut value = vec![0u8; 64 << 10];
+        let len = rustix::fs::fgetxattr(from, name, &mut value)?;
+        match rustix::fs::fsetxattr(to, name, &value[..len], XattrFlags::empty()) {
+            Ok(()) | Err(Errno::OPNOTSUPP) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Gives the directory `to` the owner, mode, extended attributes and times of `from`.
+///
+/// # Errors
+/// The system refuses.
+pub fn copy_attributes(from: &OwnedFd, to: &OwnedFd) -> io::Result<()> {
+    let stat = statx(from, c"")?;
+    own(from, to, &stat)?;
+    Ok(rustix::fs::futimens(to, &times(&stat))?)
 }
 
 fn statx(dir: &OwnedFd, name: &CStr) -> io::Result<Statx> {

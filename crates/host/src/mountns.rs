@@ -292,9 +292,28 @@ pub fn escape(path: &str) -> String {
     })
 }
 
-fn in_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+pub(crate) fn in_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     std::thread::scope(|s| s.spawn(work).join())
         .unwrap_or_else(|_| Err(Error::internal("mounting failed", "a thread panicked")))
+}
+
+/// Takes this thread into a new mount namespace, which goes on following the host's mounts.
+pub(crate) fn leave() -> Result<()> {
+    // SAFETY: plain calls with strings that end in NUL; only this thread is changed, which its caller ends.
+    unsafe {
+        if libc::unshare(libc::CLONE_NEWNS) < 0
+            || libc::mount(
+                c"none".as_ptr(),
+                c"/".as_ptr(),
+                std::ptr::null(),
+                libc::MS_REC | libc::MS_SLAVE,
+                std::ptr::null(),
+            ) < 0
+        {
+            return Err(failed("making a mount namespace", io::Error::last_os_error()));
+        }
+    }
+    Ok(())
 }
 
 /// A new mount namespace, a copy of the caller's that goes on following the host's mounts, made ready by `work`.
@@ -303,20 +322,7 @@ fn in_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
 /// Internal when the kernel refuses, or what `work` answers.
 pub fn new_namespace(work: impl FnOnce() -> Result<()> + Send) -> Result<OwnedFd> {
     in_thread(|| {
-        // SAFETY: plain calls with strings that end in NUL; only this thread is changed, which ends below.
-        unsafe {
-            if libc::unshare(libc::CLONE_NEWNS) < 0
-                || libc::mount(
-                    c"none".as_ptr(),
-                    c"/".as_ptr(),
-                    std::ptr::null(),
-                    libc::MS_REC | libc::MS_SLAVE,
-                    std::ptr::null(),
-                ) < 0
-            {
-                return Err(failed("making a mount namespace", io::Error::last_os_error()));
-            }
-        }
+        leave()?;
         work()?;
         let file = std::fs::File::open("/proc/thread-self/ns/mnt");
         file.map(OwnedFd::from).map_err(|e| failed("making a mount namespace", e))

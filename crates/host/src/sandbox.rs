@@ -80,6 +80,8 @@ impl Default for Limits {
 struct Grant {
     name: String,
     writable: bool,
+    /// The descriptor is a mount that is nowhere yet, with the room's ids already.
+    mounted: bool,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -157,15 +159,28 @@ impl Sandbox {
     /// Grants a directory or file, to be seen as `/name`, for reading and writing, with ids unshifted on disk.
     pub fn writable(mut self, name: &str, what: OwnedFd) -> Self {
         let name = name.to_owned();
-        self.grants.push((Grant { name, writable: true }, what));
+        self.grants.push((Grant { name, writable: true, mounted: false }, what));
         self
     }
 
     /// Grants a directory or file, to be seen as `/name`, for reading.
     pub fn readable(mut self, name: &str, what: OwnedFd) -> Self {
         let name = name.to_owned();
-        self.grants.push((Grant { name, writable: false }, what));
+        self.grants.push((Grant { name, writable: false, mounted: false }, what));
         self
+    }
+
+    /// Grants a mount that is nowhere yet, to be seen as `/name`: one with the owners of [`Sandbox::ids`], of a file system that
+    /// cannot be mounted with other owners again.
+    pub fn mounted(mut self, name: &str, mount: OwnedFd) -> Self {
+        let name = name.to_owned();
+        self.grants.push((Grant { name, writable: false, mounted: true }, mount));
+        self
+    }
+
+    /// The host's ids that the worker's ids are.
+    pub fn ids(&self) -> crate::overlay::Mapped {
+        crate::overlay::Mapped { base: self.launcher.id_base, count: ID_COUNT }
     }
 
     /// Limits other than the default.
@@ -524,6 +539,11 @@ fn enter(plan: Plan, call: Call) -> io::Result<i32> {
         let attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | read_only;
         // SAFETY: descriptor was put there by the parent.
         let is_dir = std::fs::metadata(format!("/proc/self/fd/{fd}"))?.is_dir();
+        if grant.mounted {
+            // SAFETY: as above; nobody else owns it.
+            mounts.push((unsafe { OwnedFd::from_raw_fd(fd) }, grant.name.clone(), is_dir));
+            continue;
+        }
         mounts.push((
             detached(fd, &empty, false, attributes, Some(userns.as_raw_fd()))?,
             grant.name.clone(),

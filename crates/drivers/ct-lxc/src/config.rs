@@ -125,10 +125,12 @@ pub fn render(guest: &ResolvedGuest, host: HostFeatures) -> Result<String> {
     };
     line(&guest.hostname, "name")?;
     set("lxc.uts.name", &guest.hostname);
-    let root = path(&guest.root.path, "devices.root")?;
-    set("lxc.rootfs.path", &format!("dir:{root}"));
-    // The files' owners stay unshifted on disk; the mount maps them.
-    set("lxc.rootfs.options", "idmap=container");
+    let root = crate::disks::root(guest);
+    set("lxc.rootfs.path", &format!("dir:{}", path(&root, "devices.root")?));
+    // The files' owners stay unshifted on disk; the mount maps them, or the mounts of its layers do.
+    if guest.root_layers.is_none() {
+        set("lxc.rootfs.options", "idmap=container");
+    }
     for kind in ["u", "g"] {
         let ids = guest.ids;
         set("lxc.idmap", &format!("{kind} 0 {} {}", ids.base, ids.count));
@@ -254,6 +256,7 @@ mod tests {
             accelerator: AcceleratorKind::Tcg,
             limits: Limits::default(),
             security: Security::default(),
+            root_layers: None,
             root: ResolvedDisk {
                 name: "root".into(),
                 slot: "scsi0".into(),

@@ -18,7 +18,10 @@ use crate::{
     record::{Disk, Node, Record},
 };
 use karst_guest::{DiskFormat, IdRange, ResolvedDisk, ResolvedGuest, ResolvedNode};
-use karst_host::mountns::{self as mount, MountKey, MountOptions};
+use karst_host::{
+    mountns::{self as mount, MountKey, MountOptions},
+    overlay::{self, Held, Mapped},
+};
 use karst_keeper::attach::{Operation, Request};
 use karst_model::{Error, Result};
 use std::{
@@ -32,6 +35,15 @@ const LAYERS: usize = 64;
 /// Where disks stand ready.
 pub(crate) fn stage(state_dir: &Path) -> PathBuf {
     state_dir.join("mounts")
+}
+
+/// Where the root is for `lxc-start`. An overlay is mounted in its namespace, below directories that the container's root can
+/// pass; nobody else sees it there.
+pub(crate) fn root(guest: &ResolvedGuest) -> PathBuf {
+    match guest.root_layers {
+        Some(_) => stage(&guest.state_dir).join("root"),
+        None => guest.root.path.clone(),
+    }
 }
 
 /// The file that says what goes where.
@@ -235,7 +247,11 @@ fn mapping(guest: &ResolvedGuest, disks: &[Disk]) -> Result<Option<OwnedFd>> {
 
 /// Makes the mount namespace for a start; fills in what the kernel calls each disk. The mount that `hide` lies on is not in
 /// it. Blocks.
-pub(crate) fn namespace(guest: &ResolvedGuest, disks: &mut [Disk], hide: Option<&Path>) -> Result<OwnedFd> {
+pub(crate) fn namespace(
+    guest: &ResolvedGuest,
+    disks: &mut [Disk],
+    hide: Option<&Path>,
+) -> Result<(OwnedFd, Option<Held>)> {
     let state_dir = guest.state_dir.as_path();
     let stage = stage(state_dir);
     match std::fs::create_dir(&stage) {
@@ -244,10 +260,13 @@ pub(crate) fn namespace(guest: &ResolvedGuest, disks: &mut [Disk], hide: Option<
     }
     let ids = mapping(guest, disks)?;
     let ready = disks.iter().map(|d| detached(guest, d, ids.as_ref())).collect::<Result<Vec<_>>>()?;
+    let over =
+        |layers| overlay::mount(layers, true, Some(Mapped { base: guest.ids.base, count: guest.ids.count }));
+    let layered = guest.root_layers.as_ref().map(over).transpose()?;
     // What is mounted for other guests must not stay in use by this one.
     let ours = state_dir.ancestors().nth(2).unwrap_or(state_dir);
     let root = guest.root.path.as_path();
-    mount::new_namespace(|| {
+    let namespace = mount::new_namespace(|| {
         let mounts = mount::entries(None)?;
         let holds = |at: &Path| hide.is_some_and(|hide| hide.starts_with(at));
         let hidden = mounts
@@ -268,11 +287,17 @@ pub(crate) fn namespace(guest: &ResolvedGuest, disks: &mut [Disk], hide: Option<
             std::fs::set_permissions(&place, std::os::unix::fs::PermissionsExt::from_mode(0o711))?;
         }
         mount::cover(&stage.join("nodes"), true)?;
+        if let Some(layered) = &layered {
+            let place = self::root(guest);
+            std::fs::create_dir(&place)?;
+            mount::attach(layered, &place)?;
+        }
         for (disk, mount) in disks.iter_mut().zip(&ready) {
             put(state_dir, disk, guest.ids, mount.as_ref())?;
         }
         write_fstab(state_dir, disks)
-    })
+    })?;
+    Ok((namespace, layered.map(Held::new)))
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {

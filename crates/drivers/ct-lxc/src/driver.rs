@@ -19,7 +19,7 @@ use karst_guest::{
     Applied, Exec, ExecRequest, GuestDriver, GuestFiles, Metrics, Observed, ResolvedGuest, StopMode,
     keeper::{self, Console, Keeper, Requested, Spec, Status, write_private},
 };
-use karst_host::{Program, cgroup::Cgroups, run};
+use karst_host::{Program, cgroup::Cgroups, overlay::Held, run};
 use karst_model::{
     Error, ErrorKind, InstanceId, Result,
     instance::{ExitReason, InstanceKind, RuntimeState},
@@ -79,6 +79,8 @@ struct Guest {
     sampled: Mutex<Option<Arc<sampling::Sampled>>>,
     /// The keeper that a watcher watches.
     watched: Mutex<Option<u32>>,
+    /// A root that is an overlay, so that its last close, which writes out the file system below, is not the container's end.
+    root: Mutex<Option<Held>>,
 }
 
 /// A guest whose keeper lives.
@@ -303,6 +305,7 @@ impl Shared {
         let _changing = guest.changing.lock().await;
         // It holds the network namespace.
         *lock(&guest.sampled) = None;
+        *lock(&guest.root) = None;
         let dir = self.dir(instance);
         if !keeper::is_alive(&dir)
             && let Some(record) = Record::read(&dir)?
@@ -372,6 +375,7 @@ impl Shared {
             }
             Err(e) => {
                 keeper::wait_gone(dir).await?;
+                *lock(&kept.root) = None;
                 self.clear(dir, &groups, interfaces).await?;
                 network::clear(dir, &record).await?;
                 Err(e)
@@ -457,11 +461,12 @@ impl Shared {
         let rates = self.cgroups.io_alone();
         let (resolved, hide) = (guest.clone(), rates.clone());
         let prepared = tokio::task::spawn_blocking(move || {
-            let namespace = disks::namespace(&resolved, &mut mounted, hide.as_deref())?;
-            Ok::<_, Error>((mounted, namespace))
+            let (namespace, root) = disks::namespace(&resolved, &mut mounted, hide.as_deref())?;
+            Ok::<_, Error>((mounted, namespace, root))
         });
-        let (mounted, namespace) =
+        let (mounted, namespace, root) =
             prepared.await.map_err(|e| Error::internal("mounting was broken off", e))??;
+        *lock(&self.guest(guest.instance).root) = root;
         let limits = limits(guest);
         // With rates it stays ours: they hold for one group and not for those below.
         let free = rates.as_ref().filter(|_| guest.security.nesting && limits.io.is_empty());

@@ -3,25 +3,27 @@
 
 use crate::attach::Helper;
 use karst_guest::ResolvedGuest;
+use karst_host::overlay::{self, Held};
 use karst_keeper::attach::{Operation, Request};
-use karst_model::{ErrorKind, Result};
+use karst_model::{Error, ErrorKind, Result};
 use rustix::fs::{MemfdFlags, Mode, OFlags, memfd_create};
 use std::{
     io::{Seek, Write},
     os::fd::OwnedFd,
+    path::PathBuf,
 };
 
 const SEED: &str = "/var/lib/cloud/seed/nocloud-net";
 
 struct Root<'a> {
     guest: &'a ResolvedGuest,
+    path: PathBuf,
 }
 
 impl Root<'_> {
     async fn call(&self, request: Request, content: Option<&str>) -> Result<()> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let root =
-            rustix::fs::open(&self.guest.root.path, flags, Mode::empty()).map_err(std::io::Error::from)?;
+        let root = rustix::fs::open(&self.path, flags, Mode::empty()).map_err(std::io::Error::from)?;
         let mut rest: Vec<OwnedFd> = vec![];
         if let Some(content) = content {
             let memory = memfd_create("content", MemfdFlags::CLOEXEC).map_err(std::io::Error::from)?;
@@ -78,7 +80,17 @@ fn nocloud(guest: &ResolvedGuest) -> Result<Vec<(&'static str, String)>> {
 /// Writes what this start needs. `previous` is the host name that the last start wrote: a name that was changed inside
 /// since then stays.
 pub(crate) async fn apply(guest: &ResolvedGuest, previous: Option<&str>) -> Result<()> {
-    let root = Root { guest };
+    // An overlay is written through a mount of its own, with the owners as they are on disk.
+    let layered = match guest.root_layers.clone() {
+        Some(layers) => Some(
+            tokio::task::spawn_blocking(move || overlay::mount(&layers, true, None).map(Held::new))
+                .await
+                .map_err(|e| Error::internal("mounting was broken off", e))??,
+        ),
+        None => None,
+    };
+    let path = layered.as_ref().map_or_else(|| guest.root.path.clone(), Held::path);
+    let root = Root { guest, path };
     if previous != Some(guest.hostname.as_str()) {
         // systemd takes the name from here, whatever the container was started with.
         root.file("/etc/hostname", None, &format!("{}\n", guest.hostname)).await?;

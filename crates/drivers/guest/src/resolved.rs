@@ -1,6 +1,7 @@
 //! Resolved specifications: things of this machine in place of ids.
 
 use ipnet::IpNet;
+use karst_host::overlay::Layers;
 use karst_model::{
     Error, InstanceId, Result,
     device::{DiskIo, NicModel, ParentLink, PortVlans, RoutedLink},
@@ -50,6 +51,8 @@ pub struct ResolvedGuest {
     pub security: Security,
     /// Root disk: a directory (container, mounted or plain) or an image file or block device (virtual machine).
     pub root: ResolvedDisk,
+    /// The root is an overlay of these (containers); its `path` is only where its pool keeps it.
+    pub root_layers: Option<Layers>,
     /// Other disks in bus order.
     pub disks: Vec<ResolvedDisk>,
     /// Device nodes (containers).

@@ -1,6 +1,7 @@
 //! The trait of pools.
 
 use async_trait::async_trait;
+use karst_host::overlay::Layers;
 use karst_model::{
     ByteSize, ImageId, Result, SnapshotId, VolumeId,
     storage::{PoolKind, Usage, VolumeContent},
@@ -28,6 +29,16 @@ pub trait PoolDriver: Send + Sync {
 
     /// Where a volume is, made accessible to `user` (the host id that a guest's QEMU runs as; `None`: root alone).
     async fn locate(&self, volume: VolumeId, user: Option<u32>) -> Result<Located>;
+
+    /// The tree of a volume that no guest has in use, to be read and written as long as what is answered is kept.
+    async fn open_tree(&self, volume: VolumeId) -> Result<OpenTree> {
+        Ok(OpenTree { path: self.locate(volume, None).await?.path, guard: None })
+    }
+
+    /// Makes a tree one that stands alone, a directory like any other, if it is not. Nothing may have it in use.
+    async fn flatten(&self, _volume: VolumeId) -> Result<()> {
+        Ok(())
+    }
 
     /// Space that a volume takes now. Of a tree this reads every directory: not for a hot path.
     async fn usage(&self, volume: VolumeId) -> Result<Usage>;
@@ -105,6 +116,14 @@ pub struct Reading {
     /// Where; nothing is written through it.
     pub located: Located,
     /// Keeps it there (a mount, a clone made for reading).
+    pub guard: Option<Box<dyn Send + Sync>>,
+}
+
+/// A tree of a volume, to be worked on.
+pub struct OpenTree {
+    /// Where, for this process.
+    pub path: PathBuf,
+    /// Keeps it there.
     pub guard: Option<Box<dyn Send + Sync>>,
 }
 
@@ -190,8 +209,10 @@ pub struct VolumeInfo {
 /// Where a volume is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Located {
-    /// Directory, file or block device.
+    /// Directory, file or block device. Of a tree with `layers` an empty directory, except in a [`Reading`].
     pub path: PathBuf,
+    /// A tree that is an overlay: who runs it mounts these, all others ask [`PoolDriver::open_tree`].
+    pub layers: Option<Layers>,
     /// Form of what is there.
     pub format: Format,
     /// The read-only qcow2 file below a clone, for a QEMU that gets its block nodes spelled out.

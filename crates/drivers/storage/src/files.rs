@@ -1,9 +1,9 @@
 //! Pools on a file system that is mounted already: `dir` and `btrfs`.
 //!
 //! ```text
-//! POOL/volumes/<volume>/               a state: volume.json · rootfs/ (tree) | disk.img [+ base.img] (disk)
+//! POOL/volumes/<volume>/               a state: volume.json · rootfs/ [+ over/] (tree) | disk.img [+ base.img] (disk)
 //! POOL/snapshots/<volume>/<snapshot>/  a state
-//! POOL/images/<image>/                 a state to clone from, where clones are instant
+//! POOL/images/<image>/                 a state to clone from, where clones are instant, or that trees lie over (`layers`)
 //! POOL/tmp/<uuid>/                     a state in the making; removed at the next start
 //! POOL/trash/<uuid>/                   a state on its way out
 //! ```
@@ -16,12 +16,18 @@
 //! privileges.
 
 use crate::{
-    Contents, Filling, Format, Located, NewVolume, PoolDriver, Reading, Snapshots, Source, VolumeInfo, flush,
+    Contents, Filling, Format, Located, NewVolume, OpenTree, PoolDriver, Reading, Snapshots, Source,
+    VolumeInfo, flush,
+    layers::{self, Opened},
     states::{self, Directories, Record, States, Subvolumes, check_disk_size, copy_file, link_or_copy},
+    sweep::{Work, sweeper},
 };
 use async_trait::async_trait;
 use karst_host::{
-    Program, run,
+    Program,
+    fs::TreeMode,
+    overlay::Held,
+    run,
     sandbox::{Launcher, Sandbox},
 };
 use karst_model::{
@@ -41,8 +47,11 @@ use tokio::sync::{mpsc, oneshot};
 /// A directory of a mounted file system as a pool. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct FilePool {
-    root: Arc<PathBuf>,
-    states: Arc<dyn States>,
+    pub(crate) root: Arc<PathBuf>,
+    pub(crate) states: Arc<dyn States>,
+    /// Trees of images are overlays.
+    pub(crate) layered: bool,
+    pub(crate) opened: Arc<Opened>,
     /// How disks are converted without privileges.
     worker: Arc<Launcher>,
     /// Wakes the sweeper; an answer is wanted by those who wait for it.
@@ -52,7 +61,7 @@ pub struct FilePool {
     /// Trees being copied at the same time: more than a few only make the disk seek.
     copies: Arc<tokio::sync::Semaphore>,
     /// Images being taken in, one at a time.
-    taking: Arc<tokio::sync::Mutex<()>>,
+    pub(crate) taking: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl FilePool {
@@ -105,19 +114,32 @@ impl FilePool {
             Ok(())
         })
         .await?;
+        let layered = !states.instant() && {
+            let trial = fresh(&root.join("trash"));
+            blocking(move || {
+                std::fs::create_dir(&trial)?;
+                let works = karst_host::overlay::works(&trial);
+                std::fs::remove_dir_all(&trial)?;
+                Ok(works)
+            })
+            .await?
+        };
+        let taking = Arc::default();
         let (sweep, wanted) = mpsc::channel(64);
-        tokio::spawn(sweeper(root.join("trash"), states.clone(), wanted));
+        tokio::spawn(sweeper(root.clone(), states.clone(), Arc::clone(&taking), wanted));
         let (flush, wanted) = mpsc::channel(64);
         let root = Arc::new(root);
         tokio::spawn(flush::flusher(root.clone(), wanted));
         let pool = Self {
             root,
             states,
+            layered,
+            opened: Arc::default(),
             worker: worker.into(),
             sweep,
             flush,
             copies: Arc::new(tokio::sync::Semaphore::new(2)),
-            taking: Arc::default(),
+            taking,
         };
         pool.wake_sweeper();
         pool.wake_flusher();
@@ -154,7 +176,7 @@ impl FilePool {
         }
     }
 
-    fn wake_sweeper(&self) {
+    pub(crate) fn wake_sweeper(&self) {
         // A full channel means that it will run anyway.
         let _ = self.sweep.try_send(None);
     }
@@ -200,7 +222,7 @@ impl FilePool {
 
     /// Makes a state at `work` of a source, without its record.
     async fn build(&self, work: &Path, new: &NewVolume) -> Result<Record> {
-        let record = |format, size, based| Record { content: new.content, format, size, based };
+        let record = |format, size, based| Record { content: new.content, format, size, based, image: None };
         let at = work.to_owned();
         match (&new.source, new.content.is_disk()) {
             (Source::Empty, false) => {
@@ -225,6 +247,7 @@ impl FilePool {
             }
             (Source::Tree { path, image }, false) => {
                 match image {
+                    Some(image) if self.layered => return self.over_image(work, *image, new).await,
                     Some(image) if self.states.instant() => {
                         let base = self.image(*image, &new.source).await?;
                         self.with_states(move |states| states.clone(&base.0, &at, &base.1, false)).await?;
@@ -233,7 +256,7 @@ impl FilePool {
                         let from = path.clone();
                         self.with_states(move |states| {
                             states.make_to_fill(&at)?;
-                            states::copy_tree(&from, &at.join("rootfs"))
+                            states::copy_tree(&from, &at.join("rootfs"), TreeMode::Plain).map(drop)
                         })
                         .await?;
                     }
@@ -337,10 +360,14 @@ impl FilePool {
         Ok(std::fs::set_permissions(made, Permissions::from_mode(0o600))?)
     }
 
-    /// The state that an image's volumes are cloned from; made when it is first asked for.
     async fn image(&self, image: ImageId, source: &Source) -> Result<(PathBuf, Record)> {
-        let at = self.root.join("images").join(image.to_string());
         let _one = self.taking.lock().await;
+        self.taken(image, source).await
+    }
+
+    /// The state that an image's volumes are cloned from; made when it is first asked for. The caller holds `taking`.
+    pub(crate) async fn taken(&self, image: ImageId, source: &Source) -> Result<(PathBuf, Record)> {
+        let at = self.root.join("images").join(image.to_string());
         if let Some(record) = self.record(at.clone()).await? {
             return Ok((at, record));
         }
@@ -352,7 +379,18 @@ impl FilePool {
             _ => return Err(mismatch()),
         };
         let work = self.work();
-        let record = Box::pin(self.build(work.path(), &NewVolume { content, size: None, source })).await?;
+        let record = match source {
+            Source::Tree { path, .. } if self.layered => {
+                let at = work.path().to_owned();
+                self.with_states(move |states| {
+                    states.make(&at)?;
+                    layers::take(&path, &at.join("rootfs"))
+                })
+                .await?;
+                Record { content, format: Format::Directory, size: None, based: false, image: None }
+            }
+            source => Box::pin(self.build(work.path(), &NewVolume { content, size: None, source })).await?,
+        };
         let (from, to, written) = (work.path().to_owned(), at.clone(), record.clone());
         blocking(move || {
             written.write(&from)?;
@@ -381,6 +419,7 @@ impl FilePool {
 
     /// Puts the state in `work` in the place of the volume's.
     async fn exchange(&self, work: Work, volume: VolumeId) -> Result<()> {
+        self.opened.forget(volume);
         let (new, now) = (work.path().to_owned(), self.dir(volume));
         blocking(move || {
             rustix::fs::renameat_with(CWD, &new, CWD, &now, RenameFlags::EXCHANGE)
@@ -414,7 +453,7 @@ fn mismatch() -> Error {
     )
 }
 
-fn fresh(below: &Path) -> PathBuf {
+pub(crate) fn fresh(below: &Path) -> PathBuf {
     below.join(uuid::Uuid::new_v4().to_string())
 }
 
@@ -521,6 +560,7 @@ impl PoolDriver for FilePool {
     }
 
     async fn delete(&self, volume: VolumeId) -> Result<()> {
+        self.opened.forget(volume);
         // The volume first: snapshots without one are swept at the next start.
         for from in [self.dir(volume), self.snapshots_of(volume)] {
             match tokio::fs::rename(from, fresh(&self.root.join("trash"))).await {
@@ -542,12 +582,30 @@ impl PoolDriver for FilePool {
         let dir = self.dir(volume);
         flush::check(&dir)?;
         if record.format == Format::Directory {
-            return Ok(Located { path: dir.join("rootfs"), format: record.format, backing: None });
+            let layers = self.layers(&dir, &record)?;
+            return Ok(Located { path: dir.join("rootfs"), layers, format: record.format, backing: None });
         }
         let at = dir.clone();
         blocking(move || states::give(&at, user.unwrap_or(0))).await?;
         let backing = record.based.then(|| dir.join("base.img"));
-        Ok(Located { path: dir.join("disk.img"), format: record.format, backing })
+        Ok(Located { path: dir.join("disk.img"), layers: None, format: record.format, backing })
+    }
+
+    async fn open_tree(&self, volume: VolumeId) -> Result<OpenTree> {
+        let located = self.locate(volume, None).await?;
+        match located.layers {
+            Some(layers) => self.open_layered(volume, layers).await,
+            None => Ok(OpenTree { path: located.path, guard: None }),
+        }
+    }
+
+    async fn flatten(&self, volume: VolumeId) -> Result<()> {
+        if self.known(volume, None).await?.image.is_none() {
+            return Ok(());
+        }
+        let whole = self.read(volume, None).await?;
+        let source = Source::Tree { path: whole.located.path.clone(), image: None };
+        self.replace(volume, &source).await.map(drop)
     }
 
     async fn usage(&self, volume: VolumeId) -> Result<Usage> {
@@ -663,6 +721,9 @@ impl PoolDriver for FilePool {
     async fn forget_image(&self, image: ImageId) -> Result<()> {
         let from = self.root.join("images").join(image.to_string());
         let _one = self.taking.lock().await;
+        if self.keep_for_volumes(image).await? {
+            return Ok(());
+        }
         match tokio::fs::rename(from, fresh(&self.root.join("trash"))).await {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
             r => r?,
@@ -753,6 +814,14 @@ impl Contents for FilePool {
         let record = self.known(volume, snapshot).await?;
         let dir = self.state(volume, snapshot);
         flush::check(&dir)?;
+        if let Some(layers) = self.layers(&dir, &record)? {
+            let mounted = layers.clone();
+            let mount =
+                blocking(move || Ok(Held::new(karst_host::overlay::mount(&mounted, false, None)?))).await?;
+            let located =
+                Located { path: mount.path(), layers: Some(layers), format: record.format, backing: None };
+            return Ok(Reading { info: info(volume, record), located, guard: Some(Box::new(mount)) });
+        }
         let name = if record.content.is_disk() { "disk.img" } else { "rootfs" };
         if record.format == Format::Qcow2 {
             // Whoever has it open keeps it, the next start gives it back; the worker that converts it has no guest's ids.
@@ -760,7 +829,7 @@ impl Contents for FilePool {
             blocking(move || states::give(&at, 0)).await?;
         }
         let backing = record.based.then(|| dir.join("base.img"));
-        let located = Located { path: dir.join(name), format: record.format, backing };
+        let located = Located { path: dir.join(name), layers: None, format: record.format, backing };
         Ok(Reading { info: info(volume, record), located, guard: None })
     }
 
@@ -811,7 +880,7 @@ impl Filling for FileFilling {
         let record = blocking(move || {
             if !old.content.is_disk() {
                 std::fs::rename(at.join("tree"), at.join("rootfs"))?;
-                return Ok(Record { format: Format::Directory, based: false, ..old });
+                return Ok(Record { format: Format::Directory, based: false, image: None, ..old });
             }
             let disk = File::options().write(true).open(at.join("disk.img"))?;
             let came = disk.metadata()?.len().next_multiple_of(512);
@@ -848,71 +917,6 @@ fn states_in(directory: &Path) -> Result<Vec<(uuid::Uuid, Record)>> {
     Ok(found)
 }
 
-/// A place in `tmp`: to the trash unless it was kept, whatever ended the work (error, cancellation).
-struct Work {
-    pool: FilePool,
-    path: Option<PathBuf>,
-}
-
-impl Work {
-    fn path(&self) -> &Path {
-        self.path.as_deref().unwrap_or(Path::new("/nonexistent"))
-    }
-
-    fn keep(mut self) {
-        self.path = None;
-    }
-}
-
-impl Drop for Work {
-    fn drop(&mut self) {
-        if let Some(work) = self.path.take() {
-            match std::fs::rename(&work, fresh(&self.pool.root.join("trash"))) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                    tracing::warn!(error = %e, "a half-made volume was left; the next start removes it");
-                }
-                _ => self.pool.wake_sweeper(),
-            }
-        }
-    }
-}
-
-/// Frees deleted states, one after the other. Ends with the pool.
-async fn sweeper(
-    trash: PathBuf,
-    states: Arc<dyn States>,
-    mut wanted: mpsc::Receiver<Option<oneshot::Sender<()>>>,
-) {
-    while let Some(answer) = wanted.recv().await {
-        let (trash, states) = (trash.clone(), states.clone());
-        let swept = blocking(move || {
-            let entries = match std::fs::read_dir(&trash) {
-                // The pool was removed since this was asked for.
-                Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-                other => other?,
-            };
-            for entry in entries.flatten() {
-                match states.remove(&entry.path()) {
-                    // Its making was cancelled and is just noticing; the next sweep gets it.
-                    Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => {}
-                    Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                        tracing::warn!(error = %e, volume = ?entry.file_name(), "a deleted volume could not be freed");
-                    }
-                    _ => {}
-                }
-            }
-            Ok(())
-        })
-        .await;
-        if let Err(e) = swept {
-            tracing::warn!(error = %e, context = e.context, "deleted volumes could not be freed");
-        }
-        if let Some(answer) = answer {
-            let _ = answer.send(());
-        }
-    }
-}
-
-async fn blocking<T: Send + 'static>(f: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+pub(crate) async fn blocking<T: Send + 'static>(f: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     tokio::task::spawn_blocking(f).await.map_err(|e| Error::internal("a task ended unexpectedly", e))?
 }

@@ -5,7 +5,9 @@ pub mod contract;
 mod driver;
 pub mod files;
 mod flush;
+mod layers;
 mod states;
+mod sweep;
 
 pub use driver::*;
 pub use files::FilePool;

@@ -1,11 +1,14 @@
 //! How a file system keeps *states*: directories that hold all of a volume or snapshot, made, cloned and removed whole.
 //!
-//! A state is `volume.json` with `rootfs/` (a tree) or `disk.img` and perhaps `base.img` (a disk).
+//! A state is `volume.json` with `rootfs/` (a tree; an empty one with `over/`, see [`crate::layers`]) or `disk.img` and perhaps `base.img` (a disk).
 
 use crate::{Format, flush};
-use karst_host::{btrfs, fs as hostfs};
+use karst_host::{
+    btrfs,
+    fs::{self as hostfs, TreeMode},
+};
 use karst_model::{
-    ByteSize, Error, Result,
+    ByteSize, Error, ImageId, Result,
     storage::{PoolKind, VolumeContent},
 };
 use serde::{Deserialize, Serialize};
@@ -28,6 +31,9 @@ pub(crate) struct Record {
     /// Has a `base.img`.
     #[serde(default)]
     pub based: bool,
+    /// A tree over this image: see [`crate::layers`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<ImageId>,
 }
 
 impl Record {
@@ -103,8 +109,11 @@ impl States for Directories {
                 link_or_copy(&from.join("base.img"), &to.join("base.img"))?;
             }
             copy_file(&from.join("disk.img"), &to.join("disk.img"), 0o600)?;
+        } else if record.image.is_some() {
+            crate::layers::prepare(to, None)?;
+            copy_tree(&from.join("over/upper"), &to.join("over/upper"), TreeMode::Layer)?;
         } else {
-            copy_tree(&from.join("rootfs"), &to.join("rootfs"))?;
+            copy_tree(&from.join("rootfs"), &to.join("rootfs"), TreeMode::Plain)?;
         }
         record.write(to)
     }
@@ -177,11 +186,11 @@ impl States for Subvolumes {
 }
 
 /// Copies a tree into a directory that is made for it.
-pub(crate) fn copy_tree(from: &Path, to: &Path) -> Result<()> {
+pub(crate) fn copy_tree(from: &Path, to: &Path, mode: TreeMode) -> Result<hostfs::Copied> {
     std::fs::DirBuilder::new().mode(0o755).create(to)?;
-    let done = hostfs::copy_tree(&hostfs::open_dir(from)?, &hostfs::open_dir(to)?)?;
+    let done = hostfs::copy_tree(&hostfs::open_dir(from)?, &hostfs::open_dir(to)?, mode)?;
     tracing::debug!(done.entries, done.bytes, done.shared, "copied a tree");
-    Ok(())
+    Ok(done)
 }
 
 /// Copies a file, sharing blocks where the file system can, holes kept.
@@ -218,7 +227,9 @@ pub(crate) fn used(state: &Path, record: &Record) -> Result<(u64, u64)> {
         // The base is shared with the image and counts there.
         return Ok((std::fs::symlink_metadata(state.join("disk.img"))?.blocks() * 512, 0));
     }
-    Ok(hostfs::tree_usage(&hostfs::open_dir(&state.join("rootfs"))?)?)
+    // What an image's tree below it takes counts there.
+    let tree = if record.image.is_some() { "over/upper" } else { "rootfs" };
+    Ok(hostfs::tree_usage(&hostfs::open_dir(&state.join(tree))?)?)
 }
 
 /// What a guest's user needs of a disk.

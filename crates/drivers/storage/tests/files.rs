@@ -141,7 +141,7 @@ async fn dir_pool_on_btrfs_shares_blocks() {
     std::fs::create_dir(&to).unwrap();
     contract::sample_tree(&from);
     let fd = |p| karst_host::fs::open_dir(p).unwrap();
-    assert!(karst_host::fs::copy_tree(&fd(&from), &fd(&to)).unwrap().shared);
+    assert!(karst_host::fs::copy_tree(&fd(&from), &fd(&to), karst_host::fs::TreeMode::Plain).unwrap().shared);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -277,4 +277,81 @@ async fn a_cancelled_create_leaves_nothing() {
     }
     assert_eq!(entries(&trash) + entries(d.path().join("pool/tmp")), 0);
     pool.create(v, &new).await.unwrap();
+}
+
+/// Trees of an image on a `dir` pool, where this kernel and the file system can have overlays with mapped layers.
+#[tokio::test(flavor = "multi_thread")]
+async fn trees_of_an_image_are_instant_and_keep_it() {
+    if skipped() {
+        return;
+    }
+    let d = tempfile::tempdir().unwrap();
+    let root = d.path().join("pool");
+    let pool = open_dir(&root).await.unwrap();
+    let source = d.path().join("source");
+    std::fs::create_dir(&source).unwrap();
+    contract::sample_tree(&source);
+    let image = karst_model::ImageId(uuid::Uuid::new_v4());
+    let new = NewVolume {
+        content: VolumeContent::Filesystem,
+        size: None,
+        source: Source::Tree { path: source.clone(), image: Some(image) },
+    };
+    let (a, b) = (id(), id());
+    pool.create(a, &new).await.unwrap();
+    let Some(layers) = pool.locate(a, None).await.unwrap().layers else {
+        println!("skipped: no overlays with mapped layers on this kernel and file system");
+        return;
+    };
+    // The lower layer has second names of the image's files, no copies; it is not changed through the tree.
+    let inode = |at: &Path| std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(at).unwrap());
+    let lower = layers.directory.join(&layers.lower);
+    assert_eq!(inode(&lower.join("bin/su")), inode(&source.join("bin/su")));
+    let before = contract::describe(&source);
+    let at = pool.open_tree(a).await.unwrap();
+    let again = pool.open_tree(a).await.unwrap();
+    std::fs::write(at.path.join("bin/su"), b"changed").unwrap();
+    assert_eq!(std::fs::read(again.path.join("bin/su")).unwrap(), b"changed", "there is one mount");
+    std::fs::remove_dir_all(at.path.join("many")).unwrap();
+    assert_eq!(contract::describe(&source), before);
+
+    // A guest's view: its own ids, which are unshifted on disk; setuid programs work, device nodes do not.
+    let ids = karst_host::overlay::Mapped { base: 1_800_000_000, count: 70_000 };
+    drop((at, again));
+    let mapped = karst_host::overlay::mount(&layers, true, Some(ids)).unwrap();
+    let stat = |name: &str| rustix::fs::statat(&mapped, name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).unwrap();
+    assert_eq!((stat("home/user/file").st_uid, stat("bin/su").st_uid), (1_800_001_000, 1_800_000_000));
+    drop(mapped);
+
+    // The image stays as long as something lies over it, and no longer.
+    pool.create(b, &new).await.unwrap();
+    for _ in 0..2 {
+        pool.forget_image(image).await.unwrap();
+    }
+    pool.delete(a).await.unwrap();
+    pool.settle().await;
+    let at = pool.open_tree(b).await.unwrap();
+    assert_eq!(contract::describe(&at.path), before);
+    drop((at, pool));
+    let pool = open_dir(&root).await.unwrap();
+    pool.settle().await;
+    assert_eq!(entries(root.join("images")), 1, "also over a restart");
+    pool.delete(b).await.unwrap();
+    pool.settle().await;
+    for below in BELOW {
+        assert_eq!(entries(root.join(below)), 0, "{below}");
+    }
+    // One that is asked for again while it is forgotten is an image like any other.
+    pool.create(a, &new).await.unwrap();
+    pool.forget_image(image).await.unwrap();
+    pool.create(b, &new).await.unwrap();
+    pool.delete(a).await.unwrap();
+    pool.delete(b).await.unwrap();
+    pool.settle().await;
+    assert_eq!(entries(root.join("images")), 1);
+    pool.forget_image(image).await.unwrap();
+    pool.settle().await;
+    for below in BELOW {
+        assert_eq!(entries(root.join(below)), 0, "{below}");
+    }
 }

@@ -16,17 +16,17 @@ use crate::{
 use async_trait::async_trait;
 use karst_agent::{VolumeRef, VolumeResize};
 use karst_model::{
-    Config, Error, ErrorKind, Name, ProfileId, Result,
+    Config, DeviceId, Error, ErrorKind, Name, ProfileId, Result,
     access::Permission,
-    device::{Devices, RootDevice},
+    device::{Devices, DiskBus, RootDevice},
     guest::Applied,
-    instance::{Instance, InstanceKind, Status},
+    instance::{DeviceIdentity, Instance, InstanceKind, Status},
     keys, keys_machine,
     spec::GuestSpec,
     storage::{Volume, VolumeOwner},
 };
 use serde::{Deserialize, Serialize};
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 /// How long a guest may take to give devices back and take others.
 const UPDATE: Duration = Duration::from_secs(180);
@@ -60,7 +60,7 @@ impl Engine {
         name: &str,
         request: UpdateInstance,
     ) -> Result<LiveOperation> {
-        self.update_instance(context, project, name, request, true).await
+        self.update_instance(context, project, name, request, true, &BTreeMap::new()).await
     }
 
     /// Replaces what a user may set of an instance from its next start on: a running guest keeps what it has.
@@ -74,7 +74,24 @@ impl Engine {
         name: &str,
         request: UpdateInstance,
     ) -> Result<LiveOperation> {
-        self.update_instance(context, project, name, request, false).await
+        self.update_instance(context, project, name, request, false, &BTreeMap::new()).await
+    }
+
+    /// As [`Engine::instance_update`], or as [`Engine::instance_configure`] unless `now`, with the bus slots of new disks
+    /// (`sdb` is `scsi1`) by the names of their devices. One that is taken is chosen anew.
+    ///
+    /// # Errors
+    /// Those of [`Engine::instance_update`].
+    pub async fn machine_update(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        request: UpdateInstance,
+        now: bool,
+        slots: &BTreeMap<String, String>,
+    ) -> Result<LiveOperation> {
+        self.update_instance(context, project, name, request, now, slots).await
     }
 
     async fn update_instance(
@@ -84,6 +101,7 @@ impl Engine {
         name: &str,
         request: UpdateInstance,
         now: bool,
+        slots: &BTreeMap<String, String>,
     ) -> Result<LiveOperation> {
         let project = self.project(context, project, Permission::ResourceEdit)?;
         let inner = self.inner();
@@ -134,7 +152,9 @@ impl Engine {
                 )
             };
             before.identities = assign(&before, &expand::parse_devices(&records.expanded(&before).1)?);
-            instance.identities = assign(&before, &parsed);
+            let mut placed = before.clone();
+            place_disks(inner, &mut placed, &parsed, slots);
+            instance.identities = assign(&placed, &parsed);
             let runtime = records.runtimes.get(&row.id);
             let running = matches!(row.status(runtime.map(|r| &r.value)), Status::Running | Status::Frozen);
             let domain_id = runtime.and_then(|r| r.domain_id).unwrap_or(0);
@@ -210,6 +230,38 @@ impl Engine {
             .await?;
         inner.announce(context, Some(project.id), "instance-renamed", path(&project.name, &new));
         Ok(())
+    }
+}
+
+/// Gives new disks the slots that were asked for.
+fn place_disks(
+    inner: &EngineInner,
+    instance: &mut Instance,
+    parsed: &expand::ParsedDevices,
+    slots: &BTreeMap<String, String>,
+) {
+    for (name, slot) in slots {
+        let taken = |i: &DeviceIdentity| i.slot == *slot;
+        let Some((_, disk)) = parsed.disks.iter().find(|(n, _)| n == name) else { continue };
+        if instance.identities.contains_key(name) || instance.identities.values().any(taken) {
+            continue;
+        }
+        let pci = match disk.io.bus {
+            Some(DiskBus::VirtioBlk | DiskBus::Nvme) => {
+                super::slots::Free::of(instance.hardware.as_ref(), instance.identities.values()).pci()
+            }
+            _ => None,
+        };
+        let identity = DeviceIdentity {
+            id: DeviceId(inner.env.uuid()),
+            alias: slot.clone(),
+            slot: slot.clone(),
+            pci,
+            mac: None,
+            host_interface: None,
+            volume: None,
+        };
+        instance.identities.insert(name.clone(), identity);
     }
 }
 

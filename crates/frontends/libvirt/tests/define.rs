@@ -360,6 +360,7 @@ async fn volumes_are_made_copied_grown_and_deleted() {
 async fn devices_come_and_go_live_and_configured() {
     let (server, mut client) = ready().await;
     volume(&server, "d3", VolumeContent::Block).await;
+    volume(&server, "d4", VolumeContent::Block).await;
     define(&mut client, &domain("v1", &[])).await.unwrap();
     let v1 = client.domain("v1").await;
     let disk = "<disk type='block' device='disk'><source dev='/karst/default/d3'/><target dev='vdb' bus='virtio'/></disk>";
@@ -383,6 +384,10 @@ async fn devices_come_and_go_live_and_configured() {
     client.call(161, &device(disk, 2)).await.unwrap();
     assert!(!has(&dump(&mut client, "v1", 2).await));
     client.call(160, &device(disk, 3)).await.unwrap();
+    let far = disk.replace("d3", "d4").replace("'vdb' bus='virtio'", "'sdf' bus='scsi'");
+    client.call(160, &device(&far, 3)).await.unwrap();
+    assert!(dump(&mut client, "v1", 2).await.contains("dev='sdf'"));
+    client.call(161, &device(&far, 3)).await.unwrap();
     assert!(has(&dump(&mut client, "v1", 0).await) && has(&dump(&mut client, "v1", 2).await));
     // A running guest has it until it gives it back, whatever its record says.
     client.call(161, &device(disk, 2)).await.unwrap();

@@ -206,6 +206,7 @@ pub fn bare_guest(daemon_id: &str, guests: &Path, n: u32) -> ResolvedGuest {
         accelerator: AcceleratorKind::Tcg,
         limits: Limits::default(),
         security: Security::default(),
+        root_layers: None,
         root: bare_disk("root"),
         disks: vec![],
         nodes: vec![],

@@ -156,6 +156,7 @@ fn guest(state_dir: PathBuf) -> ResolvedGuest {
         accelerator: AcceleratorKind::Tcg,
         limits: Default::default(),
         security: Default::default(),
+        root_layers: None,
         root: ResolvedDisk {
             name: "root".into(),
             slot: "virtio0".into(),

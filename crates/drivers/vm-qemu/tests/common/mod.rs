@@ -346,6 +346,7 @@ impl Place {
                 ..Limits::default()
             },
             security: Security::default(),
+            root_layers: None,
             root: ResolvedDisk {
                 name: "root".into(),
                 slot: "virtio0".into(),

@@ -106,7 +106,7 @@ async fn change(call: &Call, view: &InstanceView, machine: Machine) -> Result<()
         expanded: &view.expanded_devices,
         identities: &instance.identities,
     };
-    let (config, devices) = spec::update(&present, &machine)?;
+    let spec::Updated { config, devices, slots } = spec::update(&present, &machine)?;
     let request = UpdateInstance {
         description: machine.description,
         ephemeral: false,
@@ -117,7 +117,8 @@ async fn change(call: &Call, view: &InstanceView, machine: Machine) -> Result<()
     };
     let session = &call.session;
     let (engine, context) = (&session.front.engine, &session.context);
-    let changed = engine.instance_configure(context, &view.project.name, &instance.name, request).await;
+    let (project, name) = (&view.project.name, &instance.name);
+    let changed = engine.machine_update(context, project, name, request, false, &slots).await;
     match changed.map_err(of_definition)?.ended().await.error.clone() {
         Some(e) => Err(of_definition(e)),
         None => Ok(()),

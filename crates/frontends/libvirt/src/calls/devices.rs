@@ -15,7 +15,7 @@ use crate::{
     },
 };
 use karst_engine::{InstanceView, compute::update::UpdateInstance};
-use karst_model::{Config, device::Devices, instance::DeviceIdentity};
+use karst_model::instance::DeviceIdentity;
 
 /// `VIR_DOMAIN_AFFECT_*`
 const LIVE: u32 = 1;
@@ -39,7 +39,7 @@ fn failed(text: impl Into<String>) -> VirError {
 async fn write(
     call: &Call,
     view: &InstanceView,
-    (config, devices): (Config, Devices),
+    new: spec::Updated,
     live: bool,
     touched: &[String],
 ) -> Result<(), VirError> {
@@ -47,17 +47,15 @@ async fn write(
     let request = UpdateInstance {
         description: instance.description.clone(),
         ephemeral: instance.ephemeral,
-        config,
-        devices,
+        config: new.config,
+        devices: new.devices,
         profiles: view.profiles.iter().map(|p| p.name.to_string()).collect(),
         if_version: Some(instance.spec_version),
     };
     let session = &call.session;
     let (engine, context, project) = (&session.front.engine, &session.context, &view.project.name);
-    let changed = match live || !is_running(view) {
-        true => engine.instance_update(context, project, &instance.name, request).await,
-        false => engine.instance_configure(context, project, &instance.name, request).await,
-    };
+    let now = live || !is_running(view);
+    let changed = engine.machine_update(context, project, &instance.name, request, now, &new.slots).await;
     if let Some(e) = changed.map_err(of_definition)?.ended().await.error.clone() {
         return Err(of_definition(e));
     }
@@ -95,14 +93,15 @@ async fn change(
         expanded: &view.expanded_devices,
         identities: &instance.identities,
     };
-    let (config, devices) = spec::update(&present, &new)?;
+    let updated = spec::update(&present, &new)?;
+    let devices = &updated.devices;
     let mut touched: Vec<String> = vec![];
     for name in devices.keys().chain(instance.devices.keys()) {
         if devices.get(name) != instance.devices.get(name) {
             touched.push(format!("devices.{name}"));
         }
     }
-    write(call, view, (config, devices), live, &touched).await
+    write(call, view, updated, live, &touched).await
 }
 
 /// A device as a document of its own.
@@ -304,7 +303,9 @@ async fn limit(
     let live = live(view, flags)?;
     let mut config = view.instance.config.clone();
     config.insert(key.to_owned(), value);
-    write(call, view, (config, view.instance.devices.clone()), live, &[key.to_owned()]).await
+    let devices = view.instance.devices.clone();
+    let new = spec::Updated { config, devices, slots: Default::default() };
+    write(call, view, new, live, &[key.to_owned()]).await
 }
 
 /// `VIR_DOMAIN_MEM_MAXIMUM`
@@ -405,7 +406,9 @@ async fn set_device(
         }
     }
     devices.insert(device.to_owned(), all);
-    write(call, view, (view.instance.config.clone(), devices), live, &[format!("devices.{device}")]).await
+    let config = view.instance.config.clone();
+    let new = spec::Updated { config, devices, slots: Default::default() };
+    write(call, view, new, live, &[format!("devices.{device}")]).await
 }
 
 /// `DOMAIN_GET_BLOCK_INFO`: what the disk's volume has and takes.

@@ -8,7 +8,6 @@ use crate::{
     xdr::Writer,
 };
 use bytes::Bytes;
-use karst_engine::stream::FdStream;
 use std::{os::fd::OwnedFd, sync::Arc};
 use tokio::io::AsyncReadExt;
 
@@ -72,7 +71,8 @@ pub async fn screenshot(call: Call) -> Answered {
 /// Gives what a descriptor holds to the client's stream. At its end an empty frame says so, and the client finishes.
 async fn give(session: Arc<Session>, header: Header, fd: OwnedFd, mut input: Input) {
     let sent = async {
-        let mut reader = FdStream::new(fd)?;
+        // A file, on which there is nothing to wait for.
+        let mut reader = tokio::fs::File::from_std(std::fs::File::from(fd));
         let mut buffer = vec![0; 64 << 10];
         loop {
             let n = reader.read(&mut buffer).await?;

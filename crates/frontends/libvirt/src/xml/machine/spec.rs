@@ -178,11 +178,22 @@ pub fn create(machine: &Machine) -> Result<Created, VirError> {
     Ok(Created { config, devices, places })
 }
 
-/// Configuration and devices of a machine that is there, as a new document wants them.
+/// A machine that is there, as a new document wants it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Updated {
+    /// Its own configuration.
+    pub config: Config,
+    /// Its own devices.
+    pub devices: Devices,
+    /// Slots of new disks, by their devices.
+    pub slots: BTreeMap<String, String>,
+}
+
+/// What a new document makes of a machine that is there.
 ///
 /// # Errors
 /// CONFIG_UNSUPPORTED for what is fixed since it was made.
-pub fn update(present: &Present<'_>, new: &Machine) -> Result<(Config, Devices), VirError> {
+pub fn update(present: &Present<'_>, new: &Machine) -> Result<Updated, VirError> {
     let old = present.machine;
     let mut config = present.config.clone();
     if old.memory != new.memory {
@@ -214,7 +225,10 @@ pub fn update(present: &Present<'_>, new: &Machine) -> Result<(Config, Devices),
         set(&mut config, key, Some(value));
     }
     set(&mut config, OPAQUE, Some(new.opaque.document()));
-    Ok((config, devices(present, new)?))
+    let devices = devices(present, new)?;
+    let is_new = |name: &String| devices.contains_key(name) && !present.expanded.contains_key(name);
+    let slots = new.disks.iter().filter(|d| is_new(&d.target)).map(|d| (d.target.clone(), d.slot.clone()));
+    Ok(Updated { config, slots: slots.collect(), devices })
 }
 
 /// The name of the device at a slot, or with a MAC address.

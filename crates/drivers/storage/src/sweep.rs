@@ -1,0 +1,84 @@
+//! What is half-made and what is deleted: both leave by the trash, which one task empties.
+
+use crate::{
+    FilePool,
+    files::{blocking, fresh},
+    layers,
+    states::States,
+};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+use tokio::sync::{mpsc, oneshot};
+
+/// A place in `tmp`: to the trash unless it was kept, whatever ended the work (error, cancellation).
+pub(crate) struct Work {
+    pub(crate) pool: FilePool,
+    pub(crate) path: Option<PathBuf>,
+}
+
+impl Work {
+    pub(crate) fn path(&self) -> &Path {
+        self.path.as_deref().unwrap_or(Path::new("/nonexistent"))
+    }
+
+    pub(crate) fn keep(mut self) {
+        self.path = None;
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        if let Some(work) = self.path.take() {
+            match std::fs::rename(&work, fresh(&self.pool.root.join("trash"))) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    tracing::warn!(error = %e, "a half-made volume was left; the next start removes it");
+                }
+                _ => self.pool.wake_sweeper(),
+            }
+        }
+    }
+}
+
+/// Frees deleted states, one after the other. Ends with the pool.
+pub(crate) async fn sweeper(
+    root: PathBuf,
+    states: Arc<dyn States>,
+    taking: Arc<tokio::sync::Mutex<()>>,
+    mut wanted: mpsc::Receiver<Option<oneshot::Sender<()>>>,
+) {
+    while let Some(answer) = wanted.recv().await {
+        let (root, states, taking) = (root.clone(), states.clone(), taking.clone());
+        let swept = blocking(move || {
+            let entries = match std::fs::read_dir(root.join("trash")) {
+                // The pool was removed since this was asked for.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+                other => other?,
+            };
+            let gone = {
+                let _one = taking.blocking_lock();
+                layers::reap(&root)?
+            };
+            for state in entries.flatten().map(|e| e.path()).chain(gone) {
+                match states.remove(&state) {
+                    // Its making was cancelled and is just noticing; the next sweep gets it.
+                    Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+                    Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                        tracing::warn!(error = %e, volume = ?state.file_name(), "a deleted volume could not be freed");
+                    }
+                    _ => {}
+                }
+            }
+            Ok(())
+        })
+        .await;
+        if let Err(e) = swept {
+            tracing::warn!(error = %e, context = e.context, "deleted volumes could not be freed");
+        }
+        if let Some(answer) = answer {
+            let _ = answer.send(());
+        }
+    }
+}
