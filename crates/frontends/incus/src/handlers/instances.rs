@@ -500,9 +500,10 @@ pub async fn rename(call: Call) -> Result<Reply> {
             name: Some(new),
             pool,
             project,
-            config: f.config("config")?.unwrap_or_default(),
-            devices: f.devices("devices")?.unwrap_or_default(),
-            profiles: f.texts("profiles")?,
+            // Incus 6.0's client writes these three with capitals.
+            config: f.config("config")?.or(f.config("Config")?).unwrap_or_default(),
+            devices: f.devices("devices")?.or(f.devices("Devices")?).unwrap_or_default(),
+            profiles: f.texts("profiles")?.or(f.texts("Profiles")?),
         };
         f.finish(&["allow_inconsistent", "live"])?;
         return running(
