@@ -13,6 +13,7 @@ use karst_engine::{
         create::{CreateInstance, InstanceSource},
         define::{DefineMachine, Place},
         power::PowerRequest,
+        relocate::MoveInstance,
         update::UpdateInstance,
     },
     images::{ImageOptions, publish::PublishImage},
@@ -402,6 +403,37 @@ pub fn all() -> Vec<Scenario> {
                 done(w, snapshot(w, OF_C1, "s1").await).await
             },
             |w| publish(w, Some("s1")).await
+        ),
+        scenario!(
+            "instance-move",
+            "with snapshots to another pool, under another name",
+            |w| {
+                second_pool(w).await?;
+                tree(w).await
+            },
+            |w| {
+                let request = MoveInstance {
+                    name: Some("moved".into()),
+                    pool: Some("second".into()),
+                    ..Default::default()
+                };
+                w.engine.instance_move(&w.admin, "default", "c1", request).await
+            }
+        ),
+        scenario!(
+            "instance-move",
+            "to another project",
+            |w| {
+                w.engine.project_create(&w.admin, "other", "", Config::new()).await?;
+                let profile = w.engine.profile(&w.admin, "default", "default")?;
+                let update = UpdateProfile { devices: profile.devices.clone(), ..Default::default() };
+                w.engine.profile_update(&w.admin, "other", "default", update).await?;
+                tree(w).await
+            },
+            |w| {
+                let request = MoveInstance { project: Some("other".into()), ..Default::default() };
+                w.engine.instance_move(&w.admin, "default", "c1", request).await
+            }
         ),
         scenario!(
             "instance-rebuild",

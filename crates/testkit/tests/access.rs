@@ -346,6 +346,7 @@ fn cases() -> Vec<Case> {
         snapshot_restore Edit |f, c, p| f.w.engine.snapshot_restore(c, of_still(p), "snap").await.map(drop);
         snapshot_restore_with Edit |f, c, p| f.w.engine.snapshot_restore_with(c, of_still(p), "snap", false).await.map(drop);
         snapshot_delete Edit |f, c, p| f.w.engine.snapshot_delete(c, of_still(p), "snap").await.map(drop);
+        instance_move Edit |f, c, p| f.w.engine.instance_move(c, p, "still", karst_engine::compute::relocate::MoveInstance { name: Some("moved".into()), ..Default::default() }).await.map(drop);
         instance_rebuild Edit |f, c, p| f.w.engine.instance_rebuild(c, p, "still", karst_engine::compute::create::InstanceSource::None).await.map(drop);
         instance_copy Edit |f, c, p| f.w.engine.instance_copy(c, p, CopyInstance { project: p.into(), name: "still".into(), snapshot: None, instance_only: false, copy: container("copied") }).await.map(drop);
         backups View |f, c, p| f.w.engine.backups(c, of_still(p)).map(drop);

@@ -10,6 +10,7 @@ use karst_engine::{
     compute::{
         create::{CreateInstance, InstanceSource},
         power::PowerRequest,
+        relocate::MoveInstance,
         update::UpdateInstance,
     },
     images::{ImageOptions, UpdateImage, publish::PublishImage},
@@ -243,6 +244,12 @@ fn cases() -> Vec<Case> {
         "image of a missing snapshot" => NotFound, "source.name", "nope", |w| w.engine.image_publish(&w.admin, P, PublishImage { name: "still".into(), snapshot: Some("nope".into()), ..Default::default() });
         "image of an instance in a missing project" => NotFound, "source.project", "nope", |w| w.engine.image_publish(&w.admin, P, PublishImage { project: Some("nope".into()), name: "still".into(), ..Default::default() });
         "image under an alias that is taken" => Conflict, "aliases", "debian/12", |w| w.engine.image_publish(&w.admin, P, PublishImage { name: "still".into(), options: ImageOptions { aliases: vec![("debian/12".into(), String::new())], ..Default::default() }, ..Default::default() });
+        "move of a running one" => Conflict, "", "stop it", |w| w.engine.instance_move(&w.admin, P, "run", MoveInstance { pool: Some("second".into()), ..Default::default() });
+        "move to nowhere" => Invalid, "pool", "there already", |w| w.engine.instance_move(&w.admin, P, "still", MoveInstance::default());
+        "move to a missing pool" => NotFound, "pool", "nope", |w| w.engine.instance_move(&w.admin, P, "still", MoveInstance { pool: Some("nope".into()), ..Default::default() });
+        "move to a missing project" => NotFound, "project", "nope", |w| w.engine.instance_move(&w.admin, P, "still", MoveInstance { project: Some("nope".into()), ..Default::default() });
+        "move to a name that is taken" => Conflict, "name", "run", |w| w.engine.instance_move(&w.admin, P, "still", MoveInstance { name: Some("run".into()), ..Default::default() });
+        "move with an unknown key" => Invalid, "config.limits.memroy", "limits.memory", |w| w.engine.instance_move(&w.admin, P, "still", MoveInstance { name: Some("moved".into()), config: config(&[("limits.memroy", "1GiB")]), ..Default::default() });
         "rebuild of a running one" => Conflict, "", "stop it", |w| w.engine.instance_rebuild(&w.admin, P, "run", InstanceSource::None);
         "rebuild of nothing" => NotFound, "", "nope", |w| w.engine.instance_rebuild(&w.admin, P, "nope", InstanceSource::None);
         "rebuild of an image of the other kind" => Invalid, "source.alias", "container", |w| w.engine.instance_rebuild(&w.admin, P, "vm", InstanceSource::Image("debian/12".into()));

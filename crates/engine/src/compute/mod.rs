@@ -12,6 +12,7 @@ pub mod metrics;
 pub(crate) mod nics;
 pub mod power;
 pub mod rebuild;
+pub mod relocate;
 pub mod slots;
 pub mod update;
 

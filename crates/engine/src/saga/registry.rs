@@ -15,6 +15,7 @@ static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
         Arc::new(Erased::<compute::delete::InstanceDelete>::new()),
         Arc::new(Erased::<compute::power::InstancePower>::new()),
         Arc::new(Erased::<compute::rebuild::InstanceRebuild>::new()),
+        Arc::new(Erased::<compute::relocate::InstanceMove>::new()),
         Arc::new(Erased::<compute::update::InstanceUpdate>::new()),
         Arc::new(Erased::<images::ImageCreate>::new()),
         Arc::new(Erased::<images::ImageDelete>::new()),

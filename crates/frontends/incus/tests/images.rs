@@ -195,3 +195,46 @@ async fn images_come_from_servers() {
     assert_eq!(ended["status"], "Failure");
     here.get("/1.0/instances/c3").await.refused(404);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn instances_are_moved() {
+    let s = Server::start().await;
+    s.container("c1", false).await;
+    s.done(s.post("/1.0/instances/c1/snapshots", json!({"name": "snap"})).await).await;
+    let pool = json!({"name": "second", "driver": "dir", "config": {}});
+    assert_eq!(s.post("/1.0/storage-pools", pool).await.status, 201);
+    let before = s.get("/1.0/instances/c1").await.metadata();
+    let elsewhere =
+        json!({"name": "c1", "migration": true, "pool": "second", "live": false, "config": {"user.a": "b"}});
+    s.done(s.post("/1.0/instances/c1", elsewhere.clone()).await).await;
+    let after = s.get("/1.0/instances/c1").await.metadata();
+    assert_eq!(
+        (&after["devices"]["root"]["pool"], &after["config"]["user.a"], &after["config"]["volatile.uuid"]),
+        (&json!("second"), &json!("b"), &before["config"]["volatile.uuid"])
+    );
+    assert_eq!(after["config"]["volatile.eth0.hwaddr"], before["config"]["volatile.eth0.hwaddr"]);
+    let restore = json!({"restore": "snap"});
+    s.done(s.put("/1.0/instances/c1", restore).await).await;
+    s.post("/1.0/instances/c1", elsewhere).await.refused(400);
+
+    assert_eq!(
+        s.post("/1.0/projects", json!({"name": "other", "config": {"features.profiles": "false"}}))
+            .await
+            .status,
+        201
+    );
+    let there = json!({"name": "c9", "migration": true, "project": "other"});
+    s.done(s.post("/1.0/instances/c1", there).await).await;
+    s.get("/1.0/instances/c1").await.refused(404);
+    let moved = s.get("/1.0/instances/c9?project=other").await.metadata();
+    assert_eq!((&moved["devices"]["root"]["pool"], &moved["project"]), (&json!("second"), &json!("other")));
+    for (body, status) in [
+        (json!({"name": "c9", "migration": true, "pool": "nope"}), 404),
+        (json!({"name": "c9", "migration": true, "project": "nope"}), 404),
+        (json!({"name": "c9", "migration": true, "pool": "default", "instance_only": true}), 400),
+        (json!({"name": "c9", "migration": true, "pool": "default", "target": "node9"}), 400),
+        (json!({"name": "c9", "migration": true, "pool": "default", "pol": ""}), 400),
+    ] {
+        s.post("/1.0/instances/c9?project=other", body).await.refused(status);
+    }
+}

@@ -20,6 +20,7 @@ use karst_engine::{
         copy::CopyInstance,
         create::{CreateInstance, InstanceSource},
         power::PowerRequest,
+        relocate::MoveInstance,
         update::UpdateInstance,
     },
     images::remote::RemoteSource,
@@ -477,25 +478,37 @@ pub async fn patch(call: Call) -> Result<Reply> {
     Ok(crate::respond::empty())
 }
 
-/// `POST /1.0/instances/{name}`: rename.
+/// `POST /1.0/instances/{name}`: rename, or move to another pool or project.
 ///
 /// # Errors
-/// Those of the engine; moves between pools, projects and servers are not there.
+/// Those of the engine; moves to other servers are not there.
 pub async fn rename(call: Call) -> Result<Reply> {
     let (call, mut f) = call.fields().await?;
     let new = f.text("name")?.unwrap_or_default();
-    if f.flag("migration")? {
-        return Err(Error::unsupported(
-            "moving instances between pools, projects and servers is not there yet",
-        )
-        .at("migration"));
-    }
-    for field in ["pool", "project"] {
-        if f.text(field)?.is_some_and(|v| !v.is_empty()) {
-            return Err(
-                Error::unsupported(format!("moving instances to another {field} is not there yet")).at(field)
-            );
+    let (pool, project) = (f.text("pool")?, f.text("project")?);
+    let elsewhere = |t: &Option<String>| t.as_deref().is_some_and(|t| !t.is_empty());
+    if f.flag("migration")? || elsewhere(&pool) || elsewhere(&project) {
+        let call = &call;
+        if f.flag("instance_only")? | f.flag("container_only")? {
+            let text = "an instance is moved with its snapshots; delete those that are not to go with it";
+            return Err(Error::unsupported(text).at("instance_only"));
         }
+        if f.text("target")?.is_some_and(|t| !t.is_empty()) {
+            return Err(Error::unsupported("moves to another node are not there yet").at("target"));
+        }
+        let request = MoveInstance {
+            name: Some(new),
+            pool,
+            project,
+            // Incus 6.0's client writes these three with capitals.
+            config: f.config("config")?.or(f.config("Config")?).unwrap_or_default(),
+            devices: f.devices("devices")?.or(f.devices("Devices")?).unwrap_or_default(),
+            profiles: f.texts("profiles")?.or(f.texts("Profiles")?),
+        };
+        f.finish(&["allow_inconsistent", "live"])?;
+        return running(
+            &call.engine().instance_move(&call.context, call.project(), call.param(0), request).await?,
+        );
     }
     f.finish(&[
         "live",
