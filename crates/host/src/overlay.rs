@@ -179,8 +179,16 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        if let Some(mount) = self.0.take() {
-            let _ = std::thread::Builder::new().name("unmount".into()).spawn(move || drop(mount));
+        use std::sync::{LazyLock, mpsc};
+        // One after the other, whoever ends at the same time: the first close has written out most of what the others would.
+        static CLOSER: LazyLock<Option<mpsc::Sender<OwnedFd>>> = LazyLock::new(|| {
+            let (close, closed) = mpsc::channel();
+            let work = move || closed.into_iter().for_each(drop::<OwnedFd>);
+            std::thread::Builder::new().name("unmount".into()).spawn(work).ok().map(|_| close)
+        });
+        if let (Some(mount), Some(closer)) = (self.0.take(), CLOSER.as_ref()) {
+            // It goes with the message where nobody takes it.
+            let _ = closer.send(mount);
         }
     }
 }
