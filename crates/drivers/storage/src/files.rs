@@ -20,7 +20,7 @@ use crate::{
     VolumeInfo, flush,
     layers::{self, Opened},
     states::{self, Directories, Record, States, Subvolumes, check_disk_size, copy_file, link_or_copy},
-    sweep::{Work, sweeper},
+    sweep::{Live, Work, sweeper},
 };
 use async_trait::async_trait;
 use karst_host::{
@@ -52,6 +52,8 @@ pub struct FilePool {
     /// Trees of images are overlays.
     pub(crate) layered: bool,
     pub(crate) opened: Arc<Opened>,
+    /// Places in `tmp` that somebody answers for.
+    pub(crate) live: Arc<Live>,
     /// How disks are converted without privileges.
     worker: Arc<Launcher>,
     /// Wakes the sweeper; an answer is wanted by those who wait for it.
@@ -124,9 +126,9 @@ impl FilePool {
             })
             .await?
         };
-        let taking = Arc::default();
+        let (taking, live) = (Arc::default(), Arc::<Live>::default());
         let (sweep, wanted) = mpsc::channel(64);
-        tokio::spawn(sweeper(root.clone(), states.clone(), Arc::clone(&taking), wanted));
+        tokio::spawn(sweeper(root.clone(), states.clone(), Arc::clone(&taking), live.clone(), wanted));
         let (flush, wanted) = mpsc::channel(64);
         let root = Arc::new(root);
         tokio::spawn(flush::flusher(root.clone(), wanted));
@@ -135,6 +137,7 @@ impl FilePool {
             states,
             layered,
             opened: Arc::default(),
+            live,
             worker: worker.into(),
             sweep,
             flush,
@@ -204,7 +207,9 @@ impl FilePool {
 
     /// A place in `tmp`, cleared unless it is kept.
     fn work(&self) -> Work {
-        Work { pool: self.clone(), path: Some(fresh(&self.root.join("tmp"))) }
+        let path = fresh(&self.root.join("tmp"));
+        self.live.insert(&path);
+        Work { pool: self.clone(), path: Some(path) }
     }
 
     /// Work on states where it may block, counted when it copies.

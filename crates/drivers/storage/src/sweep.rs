@@ -7,11 +7,46 @@ use crate::{
     states::States,
 };
 use std::{
+    collections::HashSet,
     io,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard},
 };
 use tokio::sync::{mpsc, oneshot};
+
+/// Places in `tmp` that are in the making. What lies there and is none of them was begun by a thread whose caller had been cancelled
+/// before it came to it.
+#[derive(Debug, Default)]
+pub(crate) struct Live(Mutex<HashSet<PathBuf>>);
+
+impl Live {
+    fn all(&self) -> MutexGuard<'_, HashSet<PathBuf>> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    pub(crate) fn insert(&self, path: &Path) {
+        self.all().insert(path.to_owned());
+    }
+
+    /// Moves what nobody answers for from `tmp` to the trash.
+    fn clear(&self, root: &Path) -> io::Result<()> {
+        let entries = match std::fs::read_dir(root.join("tmp")) {
+            // The pool was removed.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            other => other?,
+        };
+        for entry in entries.flatten() {
+            let path = entry.path();
+            if !self.all().contains(&path) {
+                match std::fs::rename(path, fresh(&root.join("trash"))) {
+                    Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
+    }
+}
 
 /// A place in `tmp`: to the trash unless it was kept, whatever ended the work (error, cancellation).
 pub(crate) struct Work {
@@ -25,13 +60,16 @@ impl Work {
     }
 
     pub(crate) fn keep(mut self) {
-        self.path = None;
+        if let Some(path) = self.path.take() {
+            self.pool.live.all().remove(&path);
+        }
     }
 }
 
 impl Drop for Work {
     fn drop(&mut self) {
         if let Some(work) = self.path.take() {
+            self.pool.live.all().remove(&work);
             match std::fs::rename(&work, fresh(&self.pool.root.join("trash"))) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => {
                     tracing::warn!(error = %e, "a half-made volume was left; the next start removes it");
@@ -47,11 +85,14 @@ pub(crate) async fn sweeper(
     root: PathBuf,
     states: Arc<dyn States>,
     taking: Arc<tokio::sync::Mutex<()>>,
+    live: Arc<Live>,
     mut wanted: mpsc::Receiver<Option<oneshot::Sender<()>>>,
 ) {
     while let Some(answer) = wanted.recv().await {
         let (root, states, taking) = (root.clone(), states.clone(), taking.clone());
+        let live = live.clone();
         let swept = blocking(move || {
+            live.clear(&root)?;
             let entries = match std::fs::read_dir(root.join("trash")) {
                 // The pool was removed since this was asked for.
                 Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),

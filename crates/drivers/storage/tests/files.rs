@@ -267,6 +267,11 @@ async fn a_cancelled_create_leaves_nothing() {
     let cut = tokio::time::timeout(std::time::Duration::from_millis(5), pool.create(v, &new)).await;
     assert!(cut.is_err(), "copying 2,000 files takes longer than 5 ms");
     assert!(pool.inspect(v).await.unwrap_err().is(ErrorKind::NotFound));
+    // One that begins only after its caller was cancelled.
+    let late = d.path().join("pool/tmp").join(uuid::Uuid::new_v4().to_string());
+    std::fs::create_dir(&late).unwrap();
+    pool.settle().await;
+    assert!(!late.exists());
     // The copying thread notices by and by; each sweep takes what is there.
     let trash = d.path().join("pool/trash");
     for _ in 0..1000 {
