@@ -94,6 +94,10 @@ fn in_child(terminal: bool) -> std::io::Result<()> {
             return Err(std::io::Error::last_os_error());
         }
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0);
+        // Whoever started the agent may have ignored some: an interrupt that nothing heeds.
+        for signal in 1..=64 {
+            libc::signal(signal, libc::SIG_DFL);
+        }
         // The agent may be spared by the out-of-memory killer; what it runs is not.
         let fd = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
         if fd >= 0 {
