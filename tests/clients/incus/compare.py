@@ -30,7 +30,7 @@ WORDINGS = [
     (r"[Oo]nly empty projects|non-empty projects", r"is not empty"),
     (r"maximum number|is too low", r"would use"),
     (r"Renaming of running instance", r"stop it before it is renamed"),
-    (r"Unknown driver|Unsupported device type|instance type doesn't exist|not implemented", r"is not a storage driver|are not (there yet|known)|not known here|is not a method|needs the name of a network"),
+    (r"Unknown driver|Unsupported device type|instance type doesn't exist|not implemented", r"is not a storage driver|is no (type of a network|kind of NIC)|are not (there yet|known)|not known here|is not a method|needs the name of a network"),
     (r"^Error: not found$", r"no such path"),
     (r"Duplicate profile found", r"is named twice"),
     (r"Target address is not within the network subnet", r"is not an address for a guest of this network"),
