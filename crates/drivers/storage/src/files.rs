@@ -205,6 +205,12 @@ impl FilePool {
         }
     }
 
+    /// Refuses a state that a power cut may have left incomplete.
+    async fn complete_on_disk(&self, state: &Path) -> Result<()> {
+        let state = state.to_owned();
+        blocking(move || flush::check(&state)).await
+    }
+
     /// A place in `tmp`, cleared unless it is kept.
     fn work(&self) -> Work {
         let path = fresh(&self.root.join("tmp"));
@@ -585,7 +591,7 @@ impl PoolDriver for FilePool {
     async fn locate(&self, volume: VolumeId, user: Option<u32>) -> Result<Located> {
         let record = self.known(volume, None).await?;
         let dir = self.dir(volume);
-        flush::check(&dir)?;
+        self.complete_on_disk(&dir).await?;
         if record.format == Format::Directory {
             let layers = self.layers(&dir, &record)?;
             return Ok(Located { path: dir.join("rootfs"), layers, format: record.format, backing: None });
@@ -818,7 +824,7 @@ impl Contents for FilePool {
     async fn read(&self, volume: VolumeId, snapshot: Option<SnapshotId>) -> Result<Reading> {
         let record = self.known(volume, snapshot).await?;
         let dir = self.state(volume, snapshot);
-        flush::check(&dir)?;
+        self.complete_on_disk(&dir).await?;
         if let Some(layers) = self.layers(&dir, &record)? {
             let mounted = layers.clone();
             let mount =

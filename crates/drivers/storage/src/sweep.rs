@@ -100,7 +100,12 @@ pub(crate) async fn sweeper(
             };
             let gone = {
                 let _one = taking.blocking_lock();
-                layers::reap(&root)?
+                // Space of what was deleted is freed whatever is wrong with some record.
+                layers::reap(&root).unwrap_or_else(|e| {
+                    let context = e.context.as_deref();
+                    tracing::warn!(error = %e, context, "images that nobody needs any more could not be looked for");
+                    vec![]
+                })
             };
             for state in entries.flatten().map(|e| e.path()).chain(gone) {
                 match states.remove(&state) {
