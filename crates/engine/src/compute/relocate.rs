@@ -300,6 +300,8 @@ impl Saga for InstanceMove {
     /// The old volume could not be dropped.
     type Outputs = bool;
 
+    // The last step never fails by itself, but destroys what no undo brings back: neither a cancel nor a lost answer may lead back
+    // from it.
     fn retries(step: usize) -> u32 {
         if step == 2 { 5 } else { 0 }
     }
