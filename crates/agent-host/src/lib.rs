@@ -7,6 +7,7 @@
 
 mod agent;
 mod audit;
+mod block_pools;
 mod calls;
 mod check;
 mod facts;

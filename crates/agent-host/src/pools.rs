@@ -46,9 +46,11 @@ pub(crate) struct PoolPlace {
 }
 
 /// What a granted source is.
-enum Granted {
+pub(crate) enum Granted {
     Directory(PathBuf),
     Device(PathBuf),
+    /// A data set or volume group.
+    Name(String),
 }
 
 impl PoolPlace {
@@ -57,17 +59,47 @@ impl PoolPlace {
         Self { id, image: directory.with_extension("img"), directory, launcher }
     }
 
+    pub(crate) fn id(&self) -> PoolId {
+        self.id
+    }
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory
+    }
+    pub(crate) fn image(&self) -> &Path {
+        &self.image
+    }
+    pub(crate) fn launcher(&self) -> &Launcher {
+        &self.launcher
+    }
+
     /// Makes what is missing and opens it.
     pub async fn open(&self, spec: &PoolSpec, policy: &HostPolicy) -> Result<Arc<dyn PoolDriver>> {
         let source = match &spec.source {
             PoolSource::Own { .. } => None,
             PoolSource::Granted { source } => {
-                policy.check_pool_source(source)?;
-                Some(self.look(source).await?)
+                policy.check_pool_source(spec.kind, source)?;
+                Some(self.look(spec.kind, source).await?)
             }
         };
         let launcher = self.launcher.clone();
         let root = match (spec.kind, source) {
+            (PoolKind::Zfs | PoolKind::Lvm, Some(Granted::Directory(_))) => {
+                return Err(Error::invalid(
+                    "source",
+                    "a pool of this kind lies on a block device or in something of its own kind, not in a directory",
+                ));
+            }
+            (PoolKind::Zfs, source) => {
+                make_directory(self.directory.clone()).await?;
+                return Ok(Arc::new(self.open_zfs(spec, source).await?));
+            }
+            (PoolKind::Lvm, source) => {
+                make_directory(self.directory.clone()).await?;
+                return Ok(Arc::new(self.open_lvm(spec, source).await?));
+            }
+            (_, Some(Granted::Name(name))) => {
+                return Err(Error::invalid("source", format!("{name:?} is not an absolute path")));
+            }
             (PoolKind::Dir, None) => self.directory.clone(),
             (PoolKind::Dir | PoolKind::Btrfs, Some(Granted::Directory(source))) => {
                 let place = self.within(&source);
@@ -86,11 +118,7 @@ impl PoolPlace {
                             self.mount_device(device).await?;
                         }
                         _ => {
-                            let size = match &spec.source {
-                                PoolSource::Own { size } => *size,
-                                PoolSource::Granted { .. } => None,
-                            };
-                            self.make_image(size).await?;
+                            self.make_image(spec).await?;
                             self.mount_image().await?;
                         }
                     }
@@ -99,8 +127,8 @@ impl PoolPlace {
             }
         };
         Ok(match spec.kind {
-            PoolKind::Dir => Arc::new(FilePool::directory(root, launcher).await?),
             PoolKind::Btrfs => Arc::new(FilePool::btrfs(root, launcher).await?),
+            _ => Arc::new(FilePool::directory(root, launcher).await?),
         })
     }
 
@@ -108,7 +136,10 @@ impl PoolPlace {
         source.join(format!("karst-{}", self.id))
     }
 
-    async fn look(&self, source: &str) -> Result<Granted> {
+    async fn look(&self, kind: PoolKind, source: &str) -> Result<Granted> {
+        if kind.has_names() && !source.starts_with('/') {
+            return Ok(Granted::Name(source.to_owned()));
+        }
         let path = PathBuf::from(source);
         let field = source.to_owned();
         blocking(move || {
@@ -128,10 +159,21 @@ impl PoolPlace {
         .await
     }
 
-    async fn make_image(&self, size: Option<ByteSize>) -> Result<()> {
+    async fn make_image(&self, spec: &PoolSpec) -> Result<()> {
         if self.image.exists() {
             return Ok(());
         }
+        let fresh = self.fresh_image(spec).await?;
+        self.make_file_system(&fresh).ok().await?;
+        self.finish_image(fresh).await
+    }
+
+    /// The file of a pool in the making: sparse, of its size, empty.
+    pub(crate) async fn fresh_image(&self, spec: &PoolSpec) -> Result<PathBuf> {
+        let size = match &spec.source {
+            PoolSource::Own { size } => *size,
+            PoolSource::Granted { .. } => None,
+        };
         let fresh = self.image.with_extension("img.new");
         let making = fresh.clone();
         blocking(move || {
@@ -147,7 +189,11 @@ impl PoolPlace {
             Ok(file.set_len(bytes)?)
         })
         .await?;
-        self.make_file_system(&fresh).ok().await?;
+        Ok(fresh)
+    }
+
+    /// It is whole.
+    pub(crate) async fn finish_image(&self, fresh: PathBuf) -> Result<()> {
         let image = self.image.clone();
         blocking(move || {
             File::open(&fresh)?.sync_all()?;
@@ -202,7 +248,10 @@ impl PoolPlace {
     }
 
     /// Undoes what makes it usable; its content stays.
-    pub async fn close(&self) -> Result<()> {
+    pub async fn close(&self, spec: &PoolSpec) -> Result<()> {
+        if spec.kind.has_names() {
+            return self.close_objects(spec, spec.kind == PoolKind::Lvm).await;
+        }
         let directory = self.directory.clone();
         blocking(move || {
             if mount::unmount(&directory, false).is_err() {
@@ -216,25 +265,25 @@ impl PoolPlace {
 
     /// Removes it with all that is in it. What a source holds beside the pool is not touched.
     pub async fn remove(&self, spec: &PoolSpec) -> Result<()> {
+        match spec.kind {
+            PoolKind::Zfs => return self.remove_zfs(spec).await.and(self.remove_files().await),
+            PoolKind::Lvm => return self.remove_lvm(spec).await.and(self.remove_files().await),
+            PoolKind::Dir | PoolKind::Btrfs => {}
+        }
         if let PoolSource::Granted { source } = &spec.source {
             let place = self.within(Path::new(source));
             if tokio::fs::try_exists(&place).await? {
                 // Volumes that are still in it go with it, also as subvolumes.
-                match spec.kind {
-                    PoolKind::Dir => {
-                        FilePool::directory(&place, self.launcher.clone()).await?.clear().await?
-                    }
-                    PoolKind::Btrfs => FilePool::btrfs(&place, self.launcher.clone()).await?.clear().await?,
-                }
+                let pool = match spec.kind {
+                    PoolKind::Btrfs => FilePool::btrfs(&place, self.launcher.clone()).await?,
+                    _ => FilePool::directory(&place, self.launcher.clone()).await?,
+                };
+                pool.clear().await?;
             }
         }
-        self.close().await?;
+        self.close(spec).await?;
         let (place, spec) = (self.clone(), spec.clone());
         blocking(move || {
-            let gone = |outcome: std::io::Result<()>| match outcome {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
-                _ => Ok(()),
-            };
             if let PoolSource::Granted { source } = &spec.source {
                 gone(std::fs::remove_dir_all(place.within(Path::new(source))))?;
                 let device = std::fs::metadata(source).is_ok_and(|m| m.file_type().is_block_device());
@@ -244,12 +293,29 @@ impl PoolPlace {
                     device.sync_all()?;
                 }
             }
-            gone(std::fs::remove_dir_all(&place.directory))?;
-            gone(std::fs::remove_file(&place.image))?;
-            gone(std::fs::remove_file(place.image.with_extension("img.new")))?;
             Ok(())
         })
+        .await?;
+        self.remove_files().await
+    }
+
+    /// What of it is below DIR.
+    async fn remove_files(&self) -> Result<()> {
+        let place = self.clone();
+        blocking(move || {
+            gone(std::fs::remove_dir_all(&place.directory))?;
+            gone(std::fs::remove_file(&place.image))?;
+            Ok(gone(std::fs::remove_file(place.image.with_extension("img.new")))?)
+        })
         .await
+    }
+}
+
+/// What is not there is gone already.
+fn gone(outcome: std::io::Result<()>) -> std::io::Result<()> {
+    match outcome {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
     }
 }
 

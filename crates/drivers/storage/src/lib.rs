@@ -4,7 +4,9 @@
 pub mod contract;
 mod driver;
 pub mod files;
+pub mod objects;
 mod states;
 
 pub use driver::*;
 pub use files::FilePool;
+pub use objects::ObjectPool;
