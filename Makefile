@@ -29,7 +29,7 @@ test-deps:
 	@scripts/install-dependencies runtime build test
 
 build: deps
-	@cargo build --release --bins
+	@PATH="$$HOME/.cargo/bin:$$PATH" cargo build --release --bins
 	@scripts/build-guest-agent $${CARGO_TARGET_DIR:-target}/release
 
 check:
@@ -38,8 +38,9 @@ check:
 test: test-deps
 	@scripts/test
 
+# Resumable; JOBS="lab/install e2e/long-kill" runs those only.
 test-all: test-deps
-	@scripts/test --all
+	@scripts/test-all $(JOBS)
 
 bench: test-deps
 	@bench/run
