@@ -17,7 +17,7 @@ use karst_host::{
     sandbox::Launcher,
 };
 use karst_model::{
-    ByteSize, Error, PoolId, Result,
+    Error, PoolId, Result,
     spec::{PoolSource, PoolSpec},
     storage::PoolKind,
 };
