@@ -3,7 +3,7 @@
 use crate::root;
 use karst_model::{
     keys::{INSTANCE_KEYS, Key, KeyScope, KeyType},
-    storage::{POOL_KEYS, VOLUME_KEYS},
+    storage::{POOL_KEYS, PoolKind, VOLUME_KEYS},
 };
 use std::fs;
 
@@ -36,7 +36,11 @@ fn storage_keys() -> String {
          ## Pools\n\n| key | drivers | default | what it does |\n|---|---|---|---|\n",
     );
     for key in POOL_KEYS {
-        let kinds = key.kinds.iter().map(|k| k.as_str()).collect::<Vec<_>>().join(", ");
+        let kinds = PoolKind::OFFERED.iter().filter(|k| key.kinds.contains(k));
+        let kinds = kinds.map(|k| k.as_str()).collect::<Vec<_>>().join(", ");
+        if kinds.is_empty() {
+            continue;
+        }
         text.push_str(&format!("| `{}` | {kinds} | {} | {} |\n", key.name, key.default, key.text));
     }
     text.push_str("| `user.*` | all | | Yours. |\n\n## Custom volumes\n\n");

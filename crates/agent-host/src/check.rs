@@ -100,8 +100,17 @@ fn look(
     }
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let places = mounts.lines().filter_map(|l| l.split(' ').nth(4)).map(PathBuf::from);
-    let of_pool =
-        |p: &Path| p.strip_prefix(root.join("pools")).is_ok_and(|p| pools.iter().any(|n| p == Path::new(n)));
+    // A pool's own mount, or one of its volumes where each is a file system.
+    let of_pool = |p: &Path| {
+        let Ok(below) = p.strip_prefix(root.join("pools")) else { return false };
+        let mut parts = below.iter().filter_map(|part| part.to_str());
+        let known = parts.next().is_some_and(|id| pools.iter().any(|n| n == id));
+        match (known, parts.next(), parts.next(), parts.next()) {
+            (known, None, _, _) => known,
+            (known, Some("volumes" | "work"), Some(id), None) => known && looks_like_an_id(id),
+            _ => false,
+        }
+    };
     let stray = places.filter(|p| p.starts_with(root) && !of_running(&p.to_string_lossy()) && !of_pool(p));
     leaks.extend(stray.map(|p| format!("mount {}", p.display())));
     leaks.extend(stray_processes(root, &of_running));

@@ -37,6 +37,10 @@ impl PoolKind {
         }
     }
 
+    /// Those that users may make. ZFS and LVM are added when the lab's suite `storage-backends` has passed with the daemon:
+    /// their drivers are there, their pools have not been shown under guests yet.
+    pub const OFFERED: &[PoolKind] = &[PoolKind::Dir, PoolKind::Btrfs];
+
     /// Can it be made of something that has a name on its host, a data set or volume group?
     pub fn has_names(self) -> bool {
         matches!(self, Self::Zfs | Self::Lvm)
@@ -44,8 +48,8 @@ impl PoolKind {
 
     /// Parses Incus' driver name.
     pub fn parse(field: &str, s: &str) -> Result<Self> {
-        Self::ALL.iter().copied().find(|k| k.as_str() == s).ok_or_else(|| {
-            let hint = nearest(s, Self::ALL.iter().map(|k| k.as_str())).unwrap_or("dir");
+        Self::OFFERED.iter().copied().find(|k| k.as_str() == s).ok_or_else(|| {
+            let hint = nearest(s, Self::OFFERED.iter().map(|k| k.as_str())).unwrap_or("dir");
             Error::invalid(field, format!("{s:?} is not a storage driver of this server; {hint:?} is"))
         })
     }

@@ -378,6 +378,10 @@ impl ObjectPool {
         let exchanged = tokio::spawn(async move {
             let backend = pool.backend();
             pool.unmount(pool.place(volume)).await?;
+            if backend.find(Object::Next(volume)).await?.is_some() {
+                // Of an exchange that failed before the volume was moved; this one is wanted now.
+                backend.rename(Object::Next(volume), Object::trash()).await?;
+            }
             backend.rename(work.object(), Object::Next(volume)).await?;
             backend.rename(Object::Volume(volume), Object::trash()).await?;
             backend.rename(Object::Next(volume), Object::Volume(volume)).await?;

@@ -99,7 +99,7 @@ pub async fn get(call: Call) -> Result<Reply> {
             "karst_version": call.app.info.version,
             "storage": "dir",
             "storage_version": "1",
-            "storage_supported_drivers": PoolKind::ALL
+            "storage_supported_drivers": PoolKind::OFFERED
                 .iter()
                 .map(|k| json!({"Name": k.as_str(), "Version": "1", "Remote": false}))
                 .collect::<Vec<_>>(),
