@@ -40,6 +40,7 @@ test: test-deps
 
 # Resumable; JOBS="lab/install e2e/long-kill" runs those only.
 test-all: test-deps
+	@scripts/install-dependencies clients
 	@scripts/test-all $(JOBS)
 
 bench: test-deps

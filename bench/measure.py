@@ -17,6 +17,7 @@ import time
 import traceback
 
 import clock
+import daily
 import report
 import subjects
 from clock import Commands, Failed, median
@@ -34,6 +35,7 @@ class Bench:
         os.chmod(self.work, 0o711)
         self.commands = Commands(self.work)
         self.links = []
+        self.mounts = []
         self.rootfs = os.path.join(arguments.images, "rootfs")
         self.rows = []
         self.notes = []
@@ -95,6 +97,8 @@ class Bench:
                 log = os.path.join(self.work, f"{name}.log")
                 if os.path.exists(log):
                     shutil.copy(log, self.arguments.keep_logs)
+        for mount in self.mounts:
+            subprocess.run(["umount", "-l", mount], check=False)
         subjects.remove_cgroups(f"kb{self.id}")
         shutil.rmtree(self.work, ignore_errors=True)
 
@@ -304,7 +308,10 @@ def many_instances(bench):
             f"GET recursion={recursion}, {total} instances, {running} running", "ms", samples, target=("karst", "<=", limit)
         )
     samples = bench.alternate({s.name: functools.partial(s.client, "list") for s in bench.servers()})
-    bench.row(f"`incus list`, {total} instances, {running} running", "ms", samples)
+    bench.row(f"`incus list`, {total} instances, {running} running", "ms", samples, target=("ratio incus", ">=", 8))
+    daily.sampling(bench, running)
+    if bench.karst:
+        daily.keepers(bench, running)
 
     requests, used = bench.arguments.requests, {}
     paths = {f"a stopped instance": f"/1.0/instances/kb{bench.id}e1", "a running instance": f"/1.0/instances/kb{bench.id}r1"}
@@ -384,7 +391,11 @@ FIGURES = {
     "containers": containers,
     "machines": machines,
     "syncs": syncs,
+    "storage": daily.storage,
+    "throughput": daily.throughput,
     "many": many,
+    "snapshots": daily.snapshots,
+    "firewall": daily.firewall,
 }
 
 
@@ -397,6 +408,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--instances", type=int, default=500)
     parser.add_argument("--running", type=int, default=20)
+    parser.add_argument("--snapshots", type=int, default=48, help="of each of the thousand simulated instances")
+    parser.add_argument("--ports", type=int, default=1000, help="of the firewall")
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--output", help="write the result there")
     parser.add_argument("--keep-logs", help="directory for the servers' logs")
@@ -412,12 +425,14 @@ def main():
         if bench.karst:
             bench.karst.client("image", "import", os.path.join(arguments.images, "machine.tar"), "--alias", "benchvm")
         for figure in arguments.figures.split(","):
+            begun = time.monotonic()
             try:
                 FIGURES[figure](bench)
             except Failed as e:
                 complete = False
                 bench.notes.append(f"`{figure}` failed: {e}")
                 print(f"{figure}: FAILED: {e}", file=sys.stderr)
+            print(f"({figure}: {time.monotonic() - begun:.0f} s)", flush=True)
     except Failed:
         complete = False
         traceback.print_exc()

@@ -63,6 +63,15 @@ class Server:
         self.spawn()
         wait_until(self.answers, 60, f"{self.name} does not answer; see {self.log}")
 
+    def memory(self):
+        """A file system in memory, for a pool."""
+        place = os.path.join(self.bench.work, f"memory-{self.name}")
+        if not os.path.ismount(place):
+            os.makedirs(place, exist_ok=True)
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2g,mode=0711", "karst-bench", place], check=True)
+            self.bench.mounts.append(place)
+        return place
+
     def status(self, name):
         connection = self.connect()
         try:
@@ -94,6 +103,12 @@ class Karst(Server):
             self.before.append(old)
 
     def prepare(self):
+        # Pools of the bench lie where this host permits them.
+        os.makedirs(self.directory, exist_ok=True)
+        policy = os.path.join(self.directory, "host-policy.toml")
+        with open(policy, "w") as file:
+            file.write(f'pool_sources = ["{os.path.join(self.bench.work, "memory-karst")}"]\n')
+        os.chmod(policy, 0o644)
         self.start()
 
         def profile():

@@ -84,6 +84,21 @@ start_platform() {
     launcher=$!
 }
 
+# busybox_image PREFIX: a small container image, made of the busybox at hand, as PREFIX.tar.xz; the same file each time.
+busybox_image() {
+    local root=$1/rootfs busybox path
+    busybox=$(command -v busybox)
+    mkdir -p "$root/bin" "$root/root" "$root/etc" "$root/dev" "$root/proc" "$root/sys" "$root/tmp" "$root/mnt" "$root/usr/bin" "$root/sbin" "$root/usr/sbin"
+    cp "$busybox" "$root/bin/busybox"
+    (cd "$root" && ln -s bin/busybox init &&
+        for path in $("$busybox" --list-full); do [ -e "$path" ] || ln -s /bin/busybox "$path"; done
+        printf '::sysinit:/bin/true\n::shutdown:/bin/true\n' >etc/inittab
+        printf 'root:x:0:0:root:/root:/bin/sh\n' >etc/passwd
+        printf 'root:x:0:\n' >etc/group)
+    printf 'architecture: x86_64\ncreation_date: 1700000000\nproperties: {os: Busybox, release: one, description: Busybox, architecture: x86_64}\n' >"$1/metadata.yaml"
+    tar -C "$1" --numeric-owner --owner 0 --group 0 --mtime @1700000000 --sort name -cJf "$1.tar.xz" metadata.yaml rootfs
+}
+
 # unlisted_complaints LOG PATTERN: lines of level WARN or ERROR that no pattern allows.
 unlisted_complaints() { grep -aE '\b(WARN|ERROR)\b' "$1" | grep -avE "$2" | head -n 20; }
 

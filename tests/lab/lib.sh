@@ -18,3 +18,25 @@ until_there() {
 complaints() {
     shell "journalctl -u karst -o cat --no-pager | grep -E '\"level\":\"(WARN|ERROR)\"' | grep -vE '$1' | head -n 5"
 }
+
+# machine VARIANT KIND… [-- OPTION…]: a guest of that variant with Karst installed as a stranger would, and images of these kinds
+# as debian/12 (debian/12/vm). Everything else in a suite stands on it, so a failure ends the suite.
+machine() {
+    local variant=$1 kinds=() files=() kind alias
+    shift
+    while [ $# -gt 0 ] && [ "$1" != -- ]; do
+        kinds+=("$1") files+=(--file "$images/$1")
+        shift
+    done
+    [ $# = 0 ] || shift
+    [ -x "$KARST_BIN/karst-guest-agent" ] || "$top/scripts/build-guest-agent" "$KARST_BIN" || exit 1
+    "$here/../lab/guest-images" "$images" "${kinds[@]}" || { echo "the images of guests could not be made"; exit 1; }
+    lab up --variant "$variant" "${files[@]}" "$@" || exit 1
+    ok "make install" shell 'cp -a /lab/src /root/karst && cd /root/karst && KARST_BIN=/lab/bin make install'
+    until_there "the unit runs and the API answers" 120 'karst query /1.0' || exit 1
+    for kind in "${kinds[@]}"; do
+        alias=debian/12
+        [ "$kind" = container ] || alias=debian/12/vm
+        ok "import the image ($kind)" shell "karst image import /lab/files/$kind/meta-* \$(ls /lab/files/$kind/* | grep -v -e meta- -e complete) --alias $alias"
+    done
+}

@@ -188,6 +188,8 @@ impl RealAgent {
 
     async fn start(&self, spec: GuestSpec) -> Result<Observed> {
         let id = spec.instance;
+        // Its keeper will enter a group.
+        karst_host::moves::anticipate();
         let _lock = self.lock(id.0).await;
         let driver = self.driver(spec.kind)?;
         if let Some(record) = self.guest(id) {
@@ -349,6 +351,8 @@ impl RealAgent {
             return Err(Error::invalid("command", "no program to run"));
         }
         self.sessions.room()?;
+        // It will enter the guest's groups.
+        karst_host::moves::anticipate();
         let driver = self.running(request.instance).await?;
         let exec =
             driver.exec(request.instance, request.request).await.map_err(as_state(request.instance))?;
@@ -476,6 +480,9 @@ calls! {
         facts.warnings.extend(me.networks.warnings().await);
         Ok(facts)
     }
+    read host_resources(_me, _request: ()) -> karst_agent::resources::HostResources {
+        blocking(|| Ok(crate::resources::Machine::default().resources())).await
+    }
     read self_check(me, _request: ()) -> SelfCheck { me.self_check_now().await }
 
     mutate pool_ensure(me, spec: PoolSpec) -> () {
@@ -551,6 +558,11 @@ calls! {
     read guest_observe_all(me, _request: ()) -> Vec<Observed> { me.observe_all().await }
     read guest_metrics(me, instances: Vec<InstanceId>) -> Vec<(InstanceId, Metrics)> { me.metrics(instances).await }
 
+    read entry_expected(me, _request: ()) -> () {
+        let _ = me;
+        karst_host::moves::anticipate();
+        Ok(())
+    }
     read exec_start(me, request: ExecStart) -> WithFds<SessionId> { me.exec(request).await }
     read session_resize(me, request: SessionResize) -> () {
         me.sessions.get(request.session)?.resize(request.columns, request.rows).await

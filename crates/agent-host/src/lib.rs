@@ -16,6 +16,7 @@ mod nodes;
 mod policy;
 mod pools;
 mod registry;
+mod resources;
 mod sessions;
 mod storage;
 

@@ -193,7 +193,7 @@ fn write(path: &Path, value: &impl Serialize, durable: bool) -> Result<()> {
     if durable {
         file.sync_all()?;
     }
-    fs::rename(&fresh, path)?;
+    karst_host::fs::replace(&fresh, path)?;
     if durable && let Some(parent) = path.parent() {
         fs::File::open(parent)?.sync_all()?;
     }

@@ -95,6 +95,7 @@ plain!(
     (),
     i32,
     HostFacts,
+    crate::resources::HostResources,
     Usage,
     Vec<Lease>,
     NetworkState,
@@ -182,6 +183,8 @@ agent_calls! {
 
     /// What the machine is.
     read fn host_facts(HostFacts: ()) -> HostFacts;
+    /// What hardware it has.
+    read fn host_resources(HostResources: ()) -> crate::resources::HostResources;
     /// Does what the agent keeps agree with what it finds (leaks, missing things)? For tests and `admin check`.
     read fn self_check(SelfCheck: ()) -> SelfCheck;
 
@@ -263,6 +266,9 @@ agent_calls! {
     /// Figures of these guests (all running ones when empty); one that does not run is left out.
     read fn guest_metrics(GuestMetrics: Vec<InstanceId>) -> Vec<(InstanceId, Metrics)>;
 
+    /// A process is about to enter the groups of a guest, which starts or is to run a program. A hint that lets the host
+    /// prepare; nothing follows from it and it may be lost.
+    read fn entry_expected(EntryExpected: ()) -> ();
     /// Runs a program in a guest. Descriptors: one terminal, or stdin, stdout, stderr.
     read fn exec_start(ExecStart: ExecStart) -> WithFds<SessionId>;
     /// New size of a session's terminal.

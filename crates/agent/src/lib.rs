@@ -11,6 +11,7 @@ pub mod contract;
 pub mod epoch;
 pub mod events;
 pub mod names;
+pub mod resources;
 pub mod server;
 pub mod simulated;
 pub mod wire;

@@ -67,6 +67,16 @@ impl Engine {
         agent.host_facts(&CallContext::read(Duration::from_secs(5)), ()).await
     }
 
+    /// What hardware this host has, asked for now.
+    ///
+    /// # Errors
+    /// Forbidden, unavailable.
+    pub async fn host_resources(&self, context: &Context) -> Result<karst_agent::resources::HostResources> {
+        context.demand_server(Permission::ServerView)?;
+        let agent = self.inner().agents.get(self.inner().node)?;
+        agent.host_resources(&CallContext::read(Duration::from_secs(5)), ()).await
+    }
+
     /// What the hosts said of themselves last, by node name.
     ///
     /// # Errors

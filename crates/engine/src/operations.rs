@@ -221,6 +221,25 @@ impl Operations {
         self.publish(record);
     }
 
+    /// Ends an operation that lives in memory only and failed, but has a result all the same: a program's exit code.
+    pub fn end_failed(
+        &self,
+        live: &LiveOperation,
+        error: karst_model::Error,
+        metadata: serde_json::Map<String, serde_json::Value>,
+    ) {
+        let mut record = (*live.snapshot()).clone();
+        if record.state.is_final() {
+            return;
+        }
+        record.may_cancel = false;
+        record.updated_at = self.env.now();
+        record.metadata.extend(metadata);
+        record.state = OperationState::Failure;
+        record.error = Some(error);
+        self.publish(record);
+    }
+
     /// Ends an operation that lives in memory only.
     pub fn end(&self, live: &LiveOperation, result: Result<serde_json::Map<String, serde_json::Value>>) {
         let mut record = (*live.snapshot()).clone();

@@ -35,6 +35,17 @@ pub struct CreatePool {
     pub config: Config,
 }
 
+/// Replaces what a user may set of a pool.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct UpdatePool {
+    /// User's text.
+    pub description: String,
+    /// Configuration as written.
+    pub config: Config,
+    /// `spec_version` that was read (If-Match).
+    pub if_version: Option<u64>,
+}
+
 /// Who uses a pool or network, as paths of the API.
 pub type UsedBy = Vec<String>;
 
@@ -66,7 +77,11 @@ impl Engine {
         let mut used: UsedBy = vec![];
         for profile in records.profiles.values().filter(|p| sees(p.project)) {
             if profile.devices.values().any(|d| d.get("pool").is_some_and(|p| **p == *pool.name)) {
-                used.push(format!("/1.0/profiles/{}", profile.name));
+                let project = records.projects.get(&profile.project).map_or("", |p| &p.name);
+                used.push(match project {
+                    karst_model::project::DEFAULT_PROJECT => format!("/1.0/profiles/{}", profile.name),
+                    other => format!("/1.0/profiles/{}?project={other}", profile.name),
+                });
             }
         }
         let instances = records.instances.values();
@@ -149,6 +164,47 @@ impl Engine {
             Ok((PoolPlan { pool, nodes: inner.agents.nodes() }, new))
         })
         .await
+    }
+
+    /// Replaces a pool's description and notes (`user.*`). What the pool is made of stays as it was made.
+    ///
+    /// # Errors
+    /// Invalid by field, not found, conflict (deleted meanwhile), precondition failed, forbidden.
+    pub async fn pool_update(&self, context: &Context, name: &str, request: UpdatePool) -> Result<()> {
+        context.demand_server(Permission::ServerEdit)?;
+        let inner = self.inner();
+        let config: Config = request.config.into_iter().filter(|(_, v)| !v.is_empty()).collect();
+        inner
+            .transact(|records, tx| {
+                let row = records.pool(name)?;
+                if request.if_version.is_some_and(|v| v != row.spec_version) {
+                    return Err(Error::precondition_failed(format!(
+                        "storage pool {name:?} has changed since it was read; read it again"
+                    )));
+                }
+                karst_model::storage::pool_source(row.kind, &config)?;
+                let made = |c: &Config, key: &str| c.get(key).cloned().unwrap_or_default();
+                let keys = config.keys().chain(row.config.keys()).filter(|k| !k.starts_with("user."));
+                if let Some(key) = keys.into_iter().find(|k| made(&config, k) != made(&row.config, k)) {
+                    return Err(Error::invalid(
+                        format!("config.{key}"),
+                        format!(
+                            "{key} of a pool is decided when it is created; it is {:?}",
+                            made(&row.config, key)
+                        ),
+                    ));
+                }
+                tx.expect_unlocked(&pool_lock(row.id));
+                let mut pool = row.value.clone();
+                pool.description = request.description.clone();
+                pool.config = config.clone();
+                pool.spec_version += 1;
+                tx.replace(row, &pool);
+                Ok(())
+            })
+            .await?;
+        inner.announce(context, None, "storage-pool-updated", format!("/1.0/storage-pools/{name}"));
+        Ok(())
     }
 
     /// Deletes a pool that nothing uses.

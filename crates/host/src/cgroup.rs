@@ -296,9 +296,10 @@ impl Cgroups {
     /// Sets all limits of `group`, and takes away those that are `None`.
     ///
     /// # Errors
-    /// Conflict when memory in use cannot be brought below the limit; unsupported when a limit is asked for whose
-    /// controller this host does not have.
+    /// Invalid for a CPU that is not there; conflict when memory in use cannot be brought below the limit; unsupported
+    /// when a limit is asked for whose controller this host does not have.
     pub fn limit(&self, group: &str, limits: &CgroupLimits) -> Result<()> {
+        self.check_cpus(group, limits.cpus.as_deref().unwrap_or_default())?;
         self.limit_memory(group, limits)?;
         let processes = limits.processes.map_or("max".to_owned(), |n| n.to_string());
         self.set("pids", group, "pids.max", "pids.max", &processes, &processes, limits.processes.is_some())?;
@@ -496,6 +497,24 @@ impl Cgroups {
                 _ => e,
             },
         )
+    }
+
+    /// Asked before anything is written. The kernel refuses a CPU only where it could never be: v2 takes one that is just not
+    /// there, and lets the group use all others.
+    fn check_cpus(&self, group: &str, cpus: &[u32]) -> Result<()> {
+        let file = if self.v1("cpuset", group).is_some() { "cpuset.cpus" } else { "cpuset.cpus.effective" };
+        let dir = self.v1("cpuset", group).or_else(|| self.v2(group));
+        let Some(all) = dir.as_deref().and_then(Path::parent).and_then(|d| read(&d.join(file))) else {
+            return Ok(()); // no controller: said where the limit is set
+        };
+        let there = parse_cpus(&all);
+        match cpus.iter().find(|cpu| !there.contains(cpu)) {
+            Some(cpu) => Err(Error::invalid(
+                "limits.cpu",
+                format!("names CPU {cpu}, which this host does not have; there are {all}"),
+            )),
+            None => Ok(()),
+        }
     }
 
     fn limit_cpus(&self, group: &str, cpus: Option<&[u32]>) -> Result<()> {
@@ -862,6 +881,10 @@ mod tests {
         cgroups.limit("karst-x/guest", &CgroupLimits { io: vec![], ..limits.clone() }).unwrap();
         assert!(get("io.max").starts_with("8:0 rbps=max wbps=max riops=max wiops=max"), "taken away again");
         fs::write(root.path().join("karst-x/cpuset.cpus.effective"), "0-3\n").unwrap();
+        let absent = CgroupLimits { cpus: Some(vec![3, 4]), processes: Some(7), ..limits.clone() };
+        let e = cgroups.limit("karst-x/guest", &absent).unwrap_err();
+        assert!(e.message.contains("CPU 4") && e.field.as_deref() == Some("limits.cpu"), "{e:?}");
+        assert_eq!((get("pids.max").as_str(), get("cpuset.cpus").as_str()), ("50", "1,3"), "nothing changed");
         fs::write(dir.join("cpuset.cpus"), "1,3").unwrap();
         cgroups.limit("karst-x/guest", &CgroupLimits::default()).unwrap();
         // A file takes what is written over what was there; the kernel does not.

@@ -11,6 +11,7 @@ pub mod fs;
 pub mod link;
 pub mod mount;
 pub mod mountns;
+pub mod moves;
 pub mod netlink;
 pub mod netns;
 pub mod nft;

@@ -7,7 +7,8 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind}
 use crate::{
     commands::{
         access, completion, config, console, copy, create, exec, file, host, image, info, lifecycle, list,
-        monitor, network, operation, profile, project, query, snapshot, storage, version, warning,
+        man, monitor, network, operation, profile, project, query, snapshot, storage, trust, version,
+        warning,
     },
     context::Context,
     error::{Error, Result},
@@ -106,6 +107,9 @@ enum Command {
     /// Roles: who may do what, and why
     #[command(subcommand)]
     Access(access::Access),
+    /// Certificates that the server trusts
+    #[command(subcommand)]
+    Trust(trust::Trust),
     /// API tokens
     #[command(subcommand)]
     Token(access::Token),
@@ -121,6 +125,8 @@ enum Command {
     Version,
     /// Print the completion script of a shell
     Completion(completion::Completion),
+    /// Write the manual pages
+    Man(man::Man),
 }
 
 /// Everything: arguments, runtime, command.
@@ -132,6 +138,9 @@ pub fn main() -> Result<()> {
     };
     if let Command::Completion(completion) = cli.command {
         return completion.run();
+    }
+    if let Command::Man(man) = cli.command {
+        return man.run(Cli::command());
     }
     let context = Context::new(cli.dir, cli.project, cli.quiet);
     // One thread: starting more would cost more than all of a short command.
@@ -170,12 +179,13 @@ async fn run(context: &Context, command: Command) -> Result<()> {
         Command::Monitor(command) => command.run(context).await,
         Command::Warning(command) => command.run(context).await,
         Command::Access(command) => command.run(context).await,
+        Command::Trust(command) => command.run(context).await,
         Command::Token(command) => command.run(context).await,
         Command::Audit(command) => command.run(context).await,
         Command::Host(command) => command.run(context).await,
         Command::Query(command) => command.run(context).await,
         Command::Version => version::run(context).await,
-        Command::Completion(_) => Ok(()),
+        Command::Completion(_) | Command::Man(_) => Ok(()),
     }
 }
 
@@ -228,6 +238,32 @@ mod tests {
     #[test]
     fn the_tree_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_reference_is_current() {
+        let text = man::reference(Cli::command());
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/reference/cli.md");
+        if std::env::var_os("KARST_BLESS").is_some() {
+            std::fs::write(file, &text).unwrap();
+        }
+        let kept = std::fs::read_to_string(file).unwrap_or_default();
+        assert!(
+            kept == text,
+            "docs/reference/cli.md is stale: KARST_BLESS=1 cargo test -p karst the_reference"
+        );
+    }
+
+    #[test]
+    fn each_command_has_a_manual_page() {
+        let directory = tempfile::tempdir().unwrap();
+        let man = Cli::try_parse_from(["karst", "man", directory.path().to_str().unwrap()]).unwrap();
+        let Command::Man(man) = man.command else { panic!("another command") };
+        man.run(Cli::command()).unwrap();
+        for page in ["karst.1", "karst-launch.1", "karst-network-acl-rule-add.1"] {
+            let text = std::fs::read_to_string(directory.path().join(page)).unwrap();
+            assert!(text.contains(".SH NAME"), "{page}");
+        }
     }
 
     #[test]

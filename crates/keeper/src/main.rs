@@ -35,6 +35,8 @@ use std::{
 /// The guest's state directory: everything in it is reached by descriptor, so that its path may be long or move.
 pub(crate) struct Dir {
     fd: OwnedFd,
+    /// The statuses that were replaced: to give back what they occupied may wait for the disk.
+    replaced: std::cell::RefCell<Vec<OwnedFd>>,
 }
 
 impl Dir {
@@ -52,11 +54,20 @@ impl Dir {
         if durable {
             file.sync_all()?;
         }
-        std::fs::rename(&temporary, self.path(files::STATUS))?;
+        let status = self.path(files::STATUS);
+        use rustix::fs::{Mode, OFlags};
+        let old = rustix::fs::open(&status, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty());
+        std::fs::rename(&temporary, &status)?;
+        self.replaced.borrow_mut().extend(old);
         if durable {
             rustix::fs::fsync(&self.fd)?;
         }
         Ok(())
+    }
+
+    /// Lets go of the statuses that were replaced; called when nobody waits.
+    pub(crate) fn let_go(&self) {
+        self.replaced.borrow_mut().clear();
     }
 }
 
@@ -91,7 +102,7 @@ fn prepare(a: &Arguments) -> Result<(Dir, Spec, OwnedFd), String> {
         .custom_flags(libc::O_DIRECTORY)
         .open(&a.dir)
         .map_err(|e| format!("state directory: {e}"))?;
-    let dir = Dir { fd: fd.into() };
+    let dir = Dir { fd: fd.into(), replaced: Default::default() };
     let file = File::options()
         .read(true)
         .custom_flags(libc::O_NOFOLLOW)
@@ -208,10 +219,11 @@ fn main() {
     status.pid = Some(main.pid);
     status.pid_start = sys::start_time(main.pid);
     status.state = State::Running;
-    // A failure to write it is no reason to end a guest that runs: who connects is told the truth anyway.
-    let _ = dir.write_status(&status, false);
     sys::send(launch.as_fd(), &[p::VERSION, p::code::OK], &status.render(), None);
     drop(launch);
+    // A failure to write it is no reason to end a guest that runs: who connects is told the truth anyway.
+    let _ = dir.write_status(&status, false);
+    dir.let_go();
     server::Server::new(dir, spec, status, signals, listener, console, main).run();
     drop(lock);
 }

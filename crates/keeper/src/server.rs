@@ -264,9 +264,8 @@ impl Server {
             }
             (p::op::MARK, [requested]) => match Requested::from_byte(*requested) {
                 Some(r) => {
+                    // With the keeper it would be lost, and with it the guest: then that is how it ended.
                     self.status.requested = r;
-                    // So that the mark is not lost with the keeper.
-                    let _ = self.dir.write_status(&self.status, false);
                     (OK, vec![])
                 }
                 None => (BAD, b"unknown mark".to_vec()),
@@ -308,6 +307,7 @@ impl Server {
             }
         }
         // After the news: only a power cut could lose it now.
+        self.dir.let_go();
         let _ = self.dir.write_status(&self.status, true);
     }
 

@@ -216,12 +216,14 @@ fn cases() -> Vec<Case> {
         // The server.
         subscribe ServerView |f, c, p| f.w.engine.subscribe(c).map(drop);
         host_facts ServerInspect |f, c, p| f.w.engine.host_facts(c).map(drop);
+        host_resources ServerView |f, c, p| f.w.engine.host_resources(c).await.map(drop);
         probe_host ServerInspect |f, c, p| f.w.engine.probe_host(c).await.map(drop);
         health ServerEdit |f, c, p| f.w.engine.health(c).await.map(drop);
         pools ServerView |f, c, p| f.w.engine.pools(c).map(drop);
         pool ServerView |f, c, p| f.w.engine.pool(c, "default").map(drop);
         pool_usage ServerView |f, c, p| f.w.engine.pool_usage(c, "default").await.map(drop);
         pool_create ServerEdit |f, c, p| f.w.engine.pool_create(c, CreatePool { name: "third".into(), driver: "dir".into(), ..Default::default() }).await.map(drop);
+        pool_update ServerEdit |f, c, p| f.w.engine.pool_update(c, "default", Default::default()).await;
         pool_delete ServerEdit |f, c, p| f.w.engine.pool_delete(c, "second").await.map(drop);
         operation_attend ServerEdit |f, c, p| f.w.engine.operation_attend(c, f.running, false).await;
         warnings Filtered |f, c, p| match f.w.engine.warnings(c) { Ok(all) => { assert!(all.is_empty() || c.principal().may(karst_model::access::Permission::ServerInspect, None), "{all:?}"); Ok(()) } Err(e) => { assert_eq!(e.kind, ErrorKind::Unauthenticated); Ok(()) } };

@@ -15,7 +15,7 @@ use std::{
 };
 
 /// Programs of ours that go into every guest.
-const PROGRAMS: &[&str] = &["karst", "karstd", "karst-keeper"];
+const PROGRAMS: &[&str] = &["karst", "karstd", "karst-keeper", "karst-guest-agent"];
 
 /// How long a boot may take under emulation on a busy machine.
 const BOOT: Duration = Duration::from_secs(420);
@@ -184,7 +184,10 @@ impl Guest {
         for program in PROGRAMS {
             let from = programs.join(program);
             if !from.exists() {
-                return Err(format!("{} is missing: cargo build --bins, or say KARST_BIN", from.display()));
+                return Err(format!(
+                    "{} is missing: cargo build --bins and scripts/build-guest-agent, or say KARST_BIN",
+                    from.display()
+                ));
             }
             strip(&from, &stage.join("bin").join(program))?;
         }

@@ -16,9 +16,11 @@ pub fn ensure(variant: &str) -> Result<PathBuf> {
     }
     let script = root().join("tests/lab/image");
     let mut hash = DefaultHasher::new();
-    for file in [&script, &root().join("scripts/install-dependencies")] {
-        fs::read(file).map_err(|e| format!("{}: {e}", file.display()))?.hash(&mut hash);
-    }
+    let text = |file: &Path| fs::read_to_string(file).map_err(|e| format!("{}: {e}", file.display()));
+    text(&script)?.hash(&mut hash);
+    // Of the list of dependencies only what the recipe reads of it: what Karst needs at run time.
+    let list = text(&root().join("scripts/install-dependencies"))?;
+    list.split_once("runtime=(").and_then(|(_, l)| l.split_once(')')).map(|(l, _)| l).hash(&mut hash);
     let images = lab_dir().join("images");
     let image = images.join(format!("{variant}-{:016x}", hash.finish()));
     if image.join("disk.qcow2").exists() {

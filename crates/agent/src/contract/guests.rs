@@ -39,6 +39,7 @@ impl Guest<'_> {
     }
 
     async fn exec(&self, command: &[&str]) -> Result<(SessionId, Vec<OwnedFd>)> {
+        self.s.agent.entry_expected(&self.s.read(), ()).await?;
         let started = self.s.agent.exec_start(&self.s.read(), self.request(command)).await?;
         Ok((started.value, started.fds))
     }

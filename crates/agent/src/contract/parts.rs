@@ -9,6 +9,8 @@ pub(super) async fn facts(s: &Subject) {
         !facts.hostname.is_empty() && !facts.kernel.is_empty() && facts.cpus > 0 && facts.memory > 1 << 20
     );
     assert!(!facts.accelerator.reason.is_empty());
+    let hardware = s.agent.host_resources(&s.read(), ()).await.unwrap();
+    assert!(hardware.memory.total > 1 << 20 && !hardware.sockets.is_empty() && hardware.processes > 0);
     let check = s.agent.self_check(&s.read(), ()).await.unwrap();
     assert!(check.leaks.is_empty(), "{check:?}");
 }

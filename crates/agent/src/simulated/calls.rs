@@ -81,6 +81,17 @@ calls! {
             warnings: vec!["this host is simulated: no guest really runs".into()],
         })
     }
+    read host_resources(me, _request: ()) -> crate::resources::HostResources {
+        let threads = (0..me.options.cpus).map(|n| (n, 0, true)).collect();
+        let core = crate::resources::CpuCore { threads, ..Default::default() };
+        let socket = crate::resources::CpuSocket { name: "simulated".into(), cores: vec![core], ..Default::default() };
+        Ok(crate::resources::HostResources {
+            sockets: vec![socket],
+            memory: crate::resources::MemoryResources { total: me.options.memory.bytes(), ..Default::default() },
+            processes: 1,
+            ..Default::default()
+        })
+    }
     read self_check(me, _request: ()) -> SelfCheck { Ok(me.check()) }
 
     mutate pool_ensure(me, spec: PoolSpec) -> () {
@@ -240,6 +251,10 @@ calls! {
         Ok(wanted.into_iter().filter_map(|i| Some((i, state.metrics(i, now, after)?))).collect())
     }
 
+    read entry_expected(me, _request: ()) -> () {
+        let _ = me;
+        Ok(())
+    }
     read exec_start(me, request: ExecStart) -> WithFds<SessionId> { me.exec(request) }
     read session_resize(me, request: SessionResize) -> () {
         let state = me.lock();

@@ -141,7 +141,7 @@ pub(crate) fn wanted(guest: &ResolvedGuest) -> Result<Vec<Disk>> {
 }
 
 /// The mount of a disk, not yet anywhere; none of a device node. Blocks.
-fn detached(guest: &ResolvedGuest, disk: &Disk, ids: &OwnedFd) -> Result<Option<OwnedFd>> {
+fn detached(guest: &ResolvedGuest, disk: &Disk, ids: Option<&OwnedFd>) -> Result<Option<OwnedFd>> {
     if disk.node.is_some() {
         return Ok(None);
     }
@@ -154,7 +154,7 @@ fn detached(guest: &ResolvedGuest, disk: &Disk, ids: &OwnedFd) -> Result<Option<
         None => mount::open_path(&disk.source)?,
     };
     let options = MountOptions { readonly: disk.readonly, recursive: disk.recursive, follow: disk.follow };
-    let ids = disk.mapped.then(|| ids.as_fd());
+    let ids = ids.filter(|_| disk.mapped).map(OwnedFd::as_fd);
     mount::detached(source.as_fd(), options, ids).map(Some).map_err(|e| e.at(field()))
 }
 
@@ -227,6 +227,12 @@ fn render(state_dir: &Path, disks: &[Disk]) -> String {
     disks.iter().map(line).collect()
 }
 
+/// What maps the owners on these disks; making it copies this process, so that it is made for disks that need it only.
+fn mapping(guest: &ResolvedGuest, disks: &[Disk]) -> Result<Option<OwnedFd>> {
+    let needed = disks.iter().any(|d| d.mapped && d.node.is_none());
+    needed.then(|| mount::user_namespace(guest.ids.base, guest.ids.count)).transpose()
+}
+
 /// Makes the mount namespace for a start; fills in what the kernel calls each disk. The mount that `hide` lies on is not in
 /// it. Blocks.
 pub(crate) fn namespace(guest: &ResolvedGuest, disks: &mut [Disk], hide: Option<&Path>) -> Result<OwnedFd> {
@@ -236,8 +242,8 @@ pub(crate) fn namespace(guest: &ResolvedGuest, disks: &mut [Disk], hide: Option<
         Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => return Err(e.into()),
         _ => {}
     }
-    let ids = mount::user_namespace(guest.ids.base, guest.ids.count)?;
-    let ready = disks.iter().map(|d| detached(guest, d, &ids)).collect::<Result<Vec<_>>>()?;
+    let ids = mapping(guest, disks)?;
+    let ready = disks.iter().map(|d| detached(guest, d, ids.as_ref())).collect::<Result<Vec<_>>>()?;
     // What is mounted for other guests must not stay in use by this one.
     let ours = state_dir.ancestors().nth(2).unwrap_or(state_dir);
     let root = guest.root.path.as_path();
@@ -314,8 +320,8 @@ async fn plug(
     let plugged = async {
         let new = blocking(move || {
             let state_dir = resolved.state_dir.clone();
-            let ids = mount::user_namespace(resolved.ids.base, resolved.ids.count)?;
-            let mount = detached(&resolved, &new, &ids)?;
+            let ids = mapping(&resolved, std::slice::from_ref(&new))?;
+            let mount = detached(&resolved, &new, ids.as_ref())?;
             mount::in_namespace_of(monitor, || {
                 put(&state_dir, &mut new, resolved.ids, mount.as_ref())?;
                 write_fstab(&state_dir, &all)

@@ -13,17 +13,15 @@ use crate::{
 };
 use async_trait::async_trait;
 use karst_guest::{
-    Applied, Exec, ExecRequest, GuestDriver, GuestFiles, Interface, Metrics, Observed, ResolvedGuest,
-    StopMode,
+    Applied, Exec, ExecRequest, GuestDriver, GuestFiles, Metrics, Observed, ResolvedGuest, StopMode,
     keeper::{self, Console, Keeper, Requested, Spec, Status, write_private},
 };
-use karst_host::{Program, cgroup::Cgroups, link, netns::NetnsProbe, run};
+use karst_host::{Program, cgroup::Cgroups, run};
 use karst_model::{
     Error, ErrorKind, InstanceId, Result,
     instance::{ExitReason, InstanceKind, RuntimeState},
     spec::ProxySpec,
 };
-use rustix::process::Signal;
 use std::{
     collections::HashMap,
     hash::{DefaultHasher, Hash, Hasher},
@@ -33,6 +31,9 @@ use std::{
     time::Duration,
 };
 use tokio::{sync::mpsc, time::timeout};
+
+mod clearing;
+mod sampling;
 
 /// How long a start may take until init's program runs.
 const START: Duration = Duration::from_secs(60);
@@ -69,8 +70,8 @@ struct Shared {
 struct Guest {
     /// One start, destroy or clean-up at a time. Never held while waiting for a guest to follow a request.
     changing: tokio::sync::Mutex<()>,
-    /// The network probe and the init it was opened for.
-    probe: Mutex<Option<(u32, Arc<NetnsProbe>)>>,
+    /// What samples are made with.
+    sampled: Mutex<Option<Arc<sampling::Sampled>>>,
     /// The keeper that a watcher watches.
     watched: Mutex<Option<u32>>,
 }
@@ -119,6 +120,14 @@ impl Running {
 
 fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// Writes a file that is mostly the same at each start.
+fn write_unless_same(path: &Path, content: &[u8]) -> Result<()> {
+    if std::fs::read(path).is_ok_and(|old| old == content) {
+        return Ok(());
+    }
+    write_private(path, content)
 }
 
 fn not_running() -> Error {
@@ -248,39 +257,6 @@ impl Shared {
         }
     }
 
-    /// Removes what a dead guest may have left outside its directory. The caller holds `changing` and knows that no keeper
-    /// lives.
-    async fn clear(&self, dir: &Path, groups: &Groups, interfaces: impl Iterator<Item = &str>) -> Result<()> {
-        proxies::stop_all(dir).await?;
-        for group in [&groups.limits, &groups.monitor] {
-            if self.cgroups.exists(group) {
-                // Nobody, normally; after a keeper was killed, what did not die with it.
-                self.cgroups.kill(group).await?;
-                self.cgroups.remove(group).await?;
-            }
-        }
-        self.cgroups.remove(&groups.keeper).await?;
-        for name in interfaces {
-            if Path::new("/sys/class/net").join(name).exists() {
-                // It may go by itself at this moment, with its namespace.
-                let out = run(Program::Ip).args(["link", "delete", "dev", name]).output().await?;
-                if out.code != 0 && Path::new("/sys/class/net").join(name).exists() {
-                    return Err(Error::internal(
-                        "a network interface of the guest could not be removed",
-                        String::from_utf8_lossy(&out.stderr),
-                    ));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    async fn clear_record(&self, record: &Record) -> Result<()> {
-        let groups = Groups::of(&record.daemon_id, record.instance);
-        self.clear(&self.dir(record.instance), &groups, record.nics.iter().map(|n| n.host_interface.as_str()))
-            .await
-    }
-
     /// Waits for a guest's end in the background, clears up after it and tells.
     fn watch(self: &Arc<Self>, instance: InstanceId, keeper: Keeper, keeper_pid: u32) {
         let guest = self.guest(instance);
@@ -316,11 +292,16 @@ impl Shared {
 
     async fn after_end(&self, instance: InstanceId, guest: &Guest) -> Result<Observed> {
         let _changing = guest.changing.lock().await;
+        // It holds the network namespace.
+        *lock(&guest.sampled) = None;
         let dir = self.dir(instance);
         if !keeper::is_alive(&dir)
             && let Some(record) = Record::read(&dir)?
         {
-            self.clear_record(&record).await?;
+            let groups = Groups::of(&record.daemon_id, instance);
+            let interfaces = record.nics.iter().map(|n| n.host_interface.as_str());
+            self.clear_guest(&dir, &groups, interfaces).await?;
+            self.clear_keeper(instance, &groups);
         }
         self.observe(instance).await
     }
@@ -362,7 +343,7 @@ impl Shared {
         let outcome = self.start_new(guest, &groups, &record, previous.as_ref()).await;
         match outcome {
             Ok(running) => {
-                *lock(&kept.probe) = None;
+                *lock(&kept.sampled) = None;
                 if let Err(e) = self.start_proxies(&running, &running.record.proxies).await {
                     let _ = self.stop_force(&running).await;
                     keeper::wait_gone(dir).await?;
@@ -484,9 +465,13 @@ impl Shared {
         }
         let config = dir.join("lxc.conf");
         let log = dir.join("lxc.log");
-        write_private(&config, render(guest, self.host)?.as_bytes())?;
-        write_private(&seccomp_file(dir), SECCOMP.as_bytes())?;
-        write_private(&log, b"")?;
+        let (rendered, place) = (render(guest, self.host)?, dir.clone());
+        // Beside what follows: neither needs the other.
+        let written = tokio::task::spawn_blocking(move || {
+            write_unless_same(&place.join("lxc.conf"), rendered.as_bytes())?;
+            write_unless_same(&seccomp_file(&place), SECCOMP.as_bytes())?;
+            write_private(&place.join("lxc.log"), b"")
+        });
         if previous.is_none_or(|p| p.seed != record.seed) {
             seed::apply(guest, previous.map(|p| p.hostname.as_str())).await?;
         }
@@ -507,6 +492,7 @@ impl Shared {
         self.cgroups.limit(&groups.limits, &limits(guest))?;
         self.cgroups.delegate(&groups.limits);
         let keeper_cgroups = self.cgroups.create_tracking(&groups.keeper)?;
+        written.await.map_err(|e| Error::internal("writing was broken off", e))??;
 
         let mut argv: Vec<std::ffi::OsString> = vec!["lxc-start".into(), "-F".into(), "-n".into()];
         argv.push(guest.instance.to_string().into());
@@ -608,80 +594,6 @@ impl Shared {
             }
         }
     }
-
-    async fn stop_force(&self, running: &Running) -> Result<()> {
-        running.keeper.mark(Requested::Force).await?;
-        let mut unlinked = None;
-        match running.init() {
-            Some(init) => {
-                init.signal(Signal::KILL);
-                // The interfaces go while it dies: the kernel takes tens of milliseconds for each, which `lxc-start` would
-                // add to the end. Whatever is left of them is removed afterwards, and an error is told then.
-                let links: Vec<_> = running.record.nics.iter().map(|n| n.host_interface.clone()).collect();
-                unlinked = Some(tokio::task::spawn_blocking(move || {
-                    links.iter().for_each(|name| drop(link::delete(name)));
-                }));
-                if let Some((file, value)) = self.cgroups.freezer(&running.groups.limits, false)
-                    && self.cgroups.is_frozen(&running.groups.limits)
-                {
-                    // On v1 the frozen do not die; thawed they die before they run.
-                    self.cgroups.thaw_now(&file, value)?;
-                }
-            }
-            None => running.keeper.kill().await?,
-        }
-        let ended = match timeout(FORCE, running.keeper.wait_exit()).await {
-            Ok(r) => r.map(drop),
-            Err(_) => {
-                running.keeper.kill().await?;
-                timeout(FORCE, running.keeper.wait_exit())
-                    .await
-                    .map_err(|_| Error::timeout("the guest's processes do not end"))?
-                    .map(drop)
-            }
-        };
-        if let Some(unlinked) = unlinked {
-            // Before the answer: the next start makes interfaces of the same names.
-            let _ = unlinked.await;
-        }
-        ended
-    }
-
-    /// The guest's interfaces; none while it is between two lives.
-    fn interfaces(&self, running: &Running) -> Result<std::collections::BTreeMap<String, Interface>> {
-        let Some(init) = running.init() else {
-            return Ok(Default::default());
-        };
-        let guest = self.guest(running.record.instance);
-        let kept = lock(&guest.probe).clone();
-        let probe = match kept {
-            Some((pid, probe)) if pid == init.pid => probe,
-            // A reboot from inside makes a new namespace.
-            _ => {
-                let probe = Arc::new(NetnsProbe::open(&init.pidfd)?);
-                *lock(&guest.probe) = Some((init.pid, probe.clone()));
-                probe
-            }
-        };
-        let nics = &running.record.nics;
-        Ok(probe
-            .links()?
-            .into_iter()
-            .map(|link| {
-                let host = nics.iter().find(|n| n.mac.eq_ignore_ascii_case(&link.mac));
-                let interface = Interface {
-                    mac: link.mac,
-                    host_name: host.map(|n| n.host_interface.clone()).unwrap_or_default(),
-                    mtu: link.mtu,
-                    up: link.up,
-                    loopback: link.loopback,
-                    addresses: link.addresses,
-                    counters: link.counters,
-                };
-                (link.name, interface)
-            })
-            .collect())
-    }
 }
 
 /// Tells whether the first-boot data must be written again.
@@ -760,6 +672,7 @@ impl GuestDriver for LxcDriver {
         old.environment = new.environment;
         old.spec_version = new.spec_version;
         old.write(&guest.state_dir)?;
+        *lock(&kept.sampled) = None;
         Ok(Applied { pending })
     }
 
@@ -826,18 +739,7 @@ impl GuestDriver for LxcDriver {
     }
 
     async fn metrics(&self, instance: InstanceId) -> Result<Metrics> {
-        let running = self.shared.running(instance).await?;
-        let s = self.shared.cgroups.stats(&running.groups.limits);
-        Ok(Metrics {
-            cpu_ns: s.cpu_ns,
-            memory: s.memory,
-            memory_peak: s.memory_peak,
-            swap: s.swap,
-            memory_total: s.memory_limit.or_else(host_memory),
-            processes: s.processes,
-            interfaces: self.shared.interfaces(&running)?,
-            system: None,
-        })
+        self.shared.sample(instance).await
     }
 
     async fn exec(&self, instance: InstanceId, request: ExecRequest) -> Result<Exec> {
@@ -870,13 +772,4 @@ impl GuestDriver for LxcDriver {
         *lock(&self.shared.events) = Some(sender);
         receiver
     }
-}
-
-/// The host's memory, bytes: what a guest without a limit can have.
-fn host_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let kib: u64 = text
-        .lines()
-        .find_map(|l| l.strip_prefix("MemTotal:")?.trim().trim_end_matches(" kB").parse().ok())?;
-    Some(kib * 1024)
 }

@@ -11,6 +11,7 @@ mod config;
 mod disks;
 mod driver;
 mod end;
+mod ending;
 mod files;
 mod limits;
 mod proc;

@@ -47,6 +47,13 @@ impl Init {
         None
     }
 
+    /// Has it not ended?
+    pub(crate) fn lives(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&now)) == Ok(0)
+    }
+
     /// Sends a signal; `false` when it has ended.
     pub(crate) fn signal(&self, signal: Signal) -> bool {
         rustix::process::pidfd_send_signal(&self.pidfd, signal).is_ok()

@@ -441,6 +441,6 @@ pub fn write_private(path: &Path, content: &[u8]) -> Result<()> {
         .custom_flags(OFlags::NOFOLLOW.bits() as i32)
         .open(&temporary)?;
     file.write_all(content)?;
-    std::fs::rename(temporary, path)?;
+    karst_host::fs::replace(&temporary, path)?;
     Ok(())
 }

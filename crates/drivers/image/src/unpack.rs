@@ -245,7 +245,7 @@ impl Unpacker<'_> {
         if self.found.entries > self.bounds.entries {
             return Err(self.invalid(format!("the archive has more than {} entries", self.bounds.entries)));
         }
-        let path = self.clean(&entry.path_bytes())?;
+        let path = self.clean(&entry.path_bytes(), part)?;
         let Some(inside) = place(part, &path) else {
             if path == b"metadata.yaml" && part != Part::Root {
                 let mut text = Vec::new();
@@ -269,11 +269,9 @@ impl Unpacker<'_> {
         self.node(entry, &inside, part)
     }
 
-    /// The path as components below the archive's top.
-    fn clean(&self, raw: &[u8]) -> Result<Vec<u8>> {
-        if raw.first() == Some(&b'/') {
-            return Err(self.invalid(format!("{:?} is an absolute path", show(raw))));
-        }
+    /// The path as components below the archive's top. A leading slash is dropped, as `tar` drops it, where the rest
+    /// lies in the image; where it does not, the archive means the host.
+    fn clean(&self, raw: &[u8], part: Part) -> Result<Vec<u8>> {
         let mut parts = Vec::new();
         for part in raw.split(|b| *b == b'/') {
             match part {
@@ -286,7 +284,11 @@ impl Unpacker<'_> {
         if parts.len() > 200 || raw.len() > 4096 {
             return Err(self.invalid(format!("{:?}… is too deep a path", show(&raw[..raw.len().min(80)]))));
         }
-        Ok(parts.join(&b'/'))
+        let path = parts.join(&b'/');
+        if raw.first() == Some(&b'/') && place(part, &path).is_none() {
+            return Err(self.invalid(format!("{:?} is an absolute path", show(raw))));
+        }
+        Ok(path)
     }
 
     fn open_beneath(&self, path: &[u8], flags: OFlags) -> rustix::io::Result<OwnedFd> {
@@ -368,7 +370,7 @@ impl Unpacker<'_> {
                 self.store(rustix::fs::futimens(&file, &times), path)?;
             }
             tar::EntryType::Link => {
-                let target = self.clean(link.as_deref().unwrap_or_default())?;
+                let target = self.clean(link.as_deref().unwrap_or_default(), part)?;
                 let target = place(part, &target).filter(|t| t.starts_with(b"tree/")).ok_or_else(|| {
                     self.invalid(format!("{:?} is a hard link out of the image", show(path)))
                 })?;

@@ -103,6 +103,7 @@ fn good() -> Tar {
         .raw(tar::EntryType::Char, "rootfs/dev/null", "", b"", 0o666, 0)
         .dir("rootfs/locked", 0o555, 0)
         .file("rootfs/locked/in", b"x", 0o400, 33)
+        .file("/rootfs/slashed", b"x", 0o644, 0)
         .file("templates/hosts.tpl", b"{{ container.name }}", 0o644, 0)
 }
 
@@ -144,6 +145,7 @@ async fn unified_archives_of_each_compression_come_in_and_go_out_unchanged() {
         assert_eq!(facts.properties["os"], "Test");
         let Content::Tree(tree) = s.content(i).await.unwrap() else { panic!() };
         let meta = |p: &str| std::fs::symlink_metadata(tree.join(p)).unwrap();
+        assert_eq!(meta("slashed").len(), 1, "a leading slash is dropped, as tar does");
         assert_eq!(
             (meta("bin/su").uid(), meta("bin/su").mode() & 0o7777, meta("bin/su").nlink()),
             (0, 0o4755, 2)

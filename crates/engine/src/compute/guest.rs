@@ -1,12 +1,13 @@
 //! What is done with a running guest: exec, console, files.
 
-use crate::{Engine, InstanceView, context::Context};
+use crate::{Engine, EngineInner, InstanceView, context::Context};
 use karst_agent::{
     CallContext, ConsoleAttach, ConsoleLog, ExecStart, FileOpened, FileRef, FileWriteRequest, HostAgent,
     SessionResize, SessionSignal, VolumeRef,
 };
+use karst_env::EnvExt;
 use karst_model::{
-    Error, Result, SessionId,
+    Error, NodeId, Result, SessionId,
     access::Permission,
     guest::{ExecRequest, FileKind, FileWrite},
     instance::{InstanceKind, Status},
@@ -118,6 +119,17 @@ impl FileUpload {
     }
 }
 
+impl EngineInner {
+    /// Tells a host that a process will enter a guest's groups in a moment; nobody waits for that.
+    pub(crate) fn expect_entry(&self, node: NodeId) {
+        let Ok(agent) = self.agents.get(node) else { return };
+        self.env.spawn_task("entry-expected", async move {
+            // A hint: without it the host waits for its kernel when the process comes.
+            let _ = agent.entry_expected(&CallContext::read(Duration::from_secs(1)), ()).await;
+        });
+    }
+}
+
 impl Engine {
     fn running(
         &self,
@@ -169,6 +181,11 @@ impl Engine {
             return Err(Error::invalid("cwd", "the working directory must be an absolute path"));
         }
         Ok(view)
+    }
+
+    /// Lets the host prepare for a program that [`Engine::exec`] will run once its streams are connected.
+    pub fn exec_expected(&self, view: &InstanceView) {
+        self.inner().expect_entry(view.instance.node);
     }
 
     /// Runs a program in a running guest.

@@ -55,6 +55,10 @@ impl Engine {
         } else {
             StopMode::Graceful { timeout: request.timeout.unwrap_or(DEFAULT_STOP_TIMEOUT) }
         };
+        if matches!(request.action, PowerAction::Start | PowerAction::Restart) {
+            let node = inner.inventory.read().instance(&project, name).ok().map(|row| row.node);
+            node.into_iter().for_each(|node| inner.expect_entry(node));
+        }
         runner::start::<InstancePower>(inner, context, |tx| {
             let records = inner.inventory.read();
             let row = records.instance(&project, name)?;
@@ -162,6 +166,11 @@ impl Saga for InstancePower {
     type Plan = PowerPlan;
     type Outputs = PowerOutputs;
 
+    /// A start stops nothing, and a stop ends with the guest: neither waits for the log write between the two.
+    fn has(plan: &PowerPlan, step: usize) -> bool {
+        if step == 0 { plan.stop.is_some() } else { plan.action != PowerAction::Stop }
+    }
+
     fn locks(plan: &PowerPlan) -> Vec<String> {
         vec![lock(plan.instance.id)]
     }
@@ -186,6 +195,9 @@ impl Saga for InstancePower {
                     StopMode::Force => Duration::from_secs(60),
                 };
                 outputs.stopped = Some(agent.guest_stop(&cx.mutate(patience), stop.clone()).await?);
+            }
+            if plan.action == PowerAction::Stop {
+                outputs.observed = outputs.stopped.clone();
             }
             return Ok(());
         }

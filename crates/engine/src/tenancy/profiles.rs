@@ -59,6 +59,21 @@ fn check_profile(config: &Config, devices: &Devices) -> Result<()> {
     Ok(())
 }
 
+/// Networks and pools that a profile names have to be there.
+fn demand_named(records: &Records, devices: &Devices) -> Result<()> {
+    for (name, keys) in devices {
+        let kind = keys.get("type").map_or("", String::as_str);
+        let named = |key: &str| keys.get(key).filter(|v| !v.is_empty());
+        if let (Some(network), "nic") = (named("network"), kind) {
+            records.network(network).map_err(|e| e.at(format!("devices.{name}.network")))?;
+        }
+        if let (Some(pool), "disk") = (named("pool"), kind) {
+            records.pool(pool).map_err(|e| e.at(format!("devices.{name}.pool")))?;
+        }
+    }
+    Ok(())
+}
+
 impl Engine {
     /// All profiles of a project, by name.
     ///
@@ -115,6 +130,7 @@ impl Engine {
                 if records.profile(project.id, &name).is_ok() {
                     return Err(Error::conflict(format!("a profile {:?} exists already", &*name)).at("name"));
                 }
+                demand_named(records, &request.devices)?;
                 let id = ProfileId(inner.env.uuid());
                 let profile = Profile {
                     id,
@@ -184,6 +200,7 @@ impl Engine {
             profile.spec_version += 1;
             tx.expect(row);
             // Decided when it is written; said now, before anything is touched.
+            demand_named(&records, &profile.devices)?;
             demand_valid(&records, &mut Tx::default(), &profile)?;
             let path = match &*project.name {
                 karst_model::project::DEFAULT_PROJECT => format!("/1.0/profiles/{name}"),

@@ -245,7 +245,8 @@ impl Engine {
         projects: Vec<ProjectId>,
     ) -> Result<()> {
         if records.tenancy.by_fingerprint(&new.fingerprint).is_some() {
-            return Err(Error::conflict("this certificate is trusted already").at("certificate"));
+            // The words are Incus': clients compare them.
+            return Err(Error::conflict("Certificate already in trust store"));
         }
         let id = PrincipalId(self.inner().env.uuid());
         tx.take_name("certificates", "", &new.fingerprint, &id.to_string());
@@ -301,7 +302,7 @@ impl Engine {
                 new.spec_version += 1;
                 if let Some(other) = certificate.as_ref().filter(|c| c.fingerprint != row.fingerprint) {
                     if records.tenancy.by_fingerprint(&other.fingerprint).is_some() {
-                        return Err(Error::conflict("this certificate is trusted already").at("certificate"));
+                        return Err(Error::conflict("Certificate already in trust store"));
                     }
                     tx.release_name("certificates", "", &row.fingerprint, &row.id.to_string());
                     tx.take_name("certificates", "", &other.fingerprint, &row.id.to_string());

@@ -212,8 +212,17 @@ pub async fn answer(
     app: Arc<App>,
     context: Context,
     certificate: Option<Arc<ClientCertificate>>,
-    request: Request<Incoming>,
+    mut request: Request<Incoming>,
 ) -> Reply {
+    // Roles are taken away by a body; no other request of these methods has one.
+    let takes_nothing = match *request.method() {
+        Method::GET | Method::HEAD => true,
+        Method::DELETE => request.uri().path() != "/1.0/karst/access",
+        _ => false,
+    };
+    if takes_nothing {
+        request::discard(request.body_mut()).await;
+    }
     let changes = ![Method::GET, Method::HEAD, Method::OPTIONS].contains(request.method());
     let (what, object) = (format!("request {}", request.method()), request.uri().path().to_owned());
     let project = Query::parse(request.uri().query()).ok().and_then(|q| q.get("project").map(str::to_owned));
@@ -236,6 +245,18 @@ pub async fn answer(
     reply
 }
 
+/// `/1.0/containers` and `/1.0/virtual-machines` are `/1.0/instances` of one type: clients older than that name, such as
+/// Ansible's modules, know nothing else.
+fn older_names(mut segments: Vec<String>, query: Query) -> (Vec<String>, Query) {
+    let kind = match segments.get(1).map(String::as_str) {
+        Some("containers") => "container",
+        Some("virtual-machines") => "virtual-machine",
+        _ => return (segments, query),
+    };
+    "instances".clone_into(&mut segments[1]);
+    (segments, query.with("instance-type", kind))
+}
+
 async fn routed(
     app: &Arc<App>,
     context: &Context,
@@ -243,7 +264,7 @@ async fn routed(
     request: Request<Incoming>,
 ) -> Result<Reply> {
     let uri = request.uri();
-    let (segments, query) = (request::segments(uri.path())?, Query::parse(uri.query())?);
+    let (segments, query) = older_names(request::segments(uri.path())?, Query::parse(uri.query())?);
     let public = PUBLIC.iter().any(|(m, p)| m == request.method() && *p == segments)
         || (segments == ["1.0", "metrics"] && app.engine.server_settings().open_metrics);
     if !context.principal().is_known() && !public {

@@ -4,8 +4,9 @@
 use crate::{
     app::Call,
     handlers::{
-        access, audit, certificates, events, exec, files, firewall, images, instances, karst, metrics,
-        networks, operations, profiles, projects, server, snapshots, storage, tokens, volumes, warnings,
+        access, allocations, audit, certificates, events, exec, files, firewall, images, instances, karst,
+        metrics, networks, operations, profiles, projects, resources, server, snapshots, storage, tokens,
+        volumes, warnings,
     },
     respond::Reply,
 };
@@ -44,7 +45,7 @@ macro_rules! rows {
 }
 
 const BACKUPS: &str = "backups are not there yet; copy the instance, or export an image";
-const CLUSTER: &str = "this server is not a member of a cluster; clusters come with the etcd milestone";
+const CLUSTER: &str = "Server is not clustered; clusters come with the etcd milestone";
 const VOLUMES: &str =
     "files of custom volumes are not reached over the API yet; attach the volume to an instance";
 const BUCKETS: &str = "object storage is not planned before Ceph";
@@ -193,7 +194,7 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         PUT "/1.0/network-address-sets/{name}" => firewall::change_set, "network_acls_live",
         PATCH "/1.0/network-address-sets/{name}" => firewall::change_set, "network_acls_live",
         DELETE "/1.0/network-address-sets/{name}" => firewall::delete_set, "network_acls_live",
-        GET "/1.0/network-allocations"; open "the list of allocations over all networks is not there yet; leases are",
+        GET "/1.0/network-allocations" => allocations::list, "allocations_are_listed",
         GET "/1.0/network-integrations"; open OVN,
         POST "/1.0/network-integrations"; open OVN,
         GET "/1.0/network-integrations/{integration}"; open OVN,
@@ -262,12 +263,12 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         DELETE "/1.0/projects/{name}" => projects::delete, "profiles_and_projects_live",
         GET "/1.0/projects/{name}/access" => access::project, "roles_are_given_and_explained",
         GET "/1.0/projects/{name}/state" => projects::state, "profiles_and_projects_live",
-        GET "/1.0/resources" => server::resources, "server_describes_itself",
+        GET "/1.0/resources" => resources::get, "resources_are_the_hosts",
         GET "/1.0/storage-pools" => storage::list, "storage_pools_live",
         POST "/1.0/storage-pools" => storage::create, "storage_pools_live",
         GET "/1.0/storage-pools/{name}" => storage::get, "storage_pools_live",
-        PUT "/1.0/storage-pools/{name}"; open "the dir driver has nothing to configure; descriptions come with the next drivers",
-        PATCH "/1.0/storage-pools/{name}"; open "the dir driver has nothing to configure; descriptions come with the next drivers",
+        PUT "/1.0/storage-pools/{name}" => storage::change, "pools_are_described",
+        PATCH "/1.0/storage-pools/{name}" => storage::change, "pools_are_described",
         DELETE "/1.0/storage-pools/{name}" => storage::delete, "storage_pools_live",
         GET "/1.0/storage-pools/{name}/resources" => storage::resources, "storage_pools_live",
         GET "/1.0/storage-pools/{name}/buckets"; open BUCKETS,

@@ -104,6 +104,18 @@ async fn lists_filter_and_recurse() {
     assert!(full[0]["state"]["memory"]["total"].is_number());
     assert_eq!(full[1]["state"]["status"], "Stopped");
     assert!(full[1]["snapshots"].is_null() && full[1]["backups"].is_null());
+    let none = s.get("/1.0/instances?recursion=2;fields=").await.metadata();
+    assert_eq!(
+        (&none[0]["state"]["status"], &none[0]["state"]["network"]),
+        (&json!("Running"), &json!(null))
+    );
+    let network = s.get("/1.0/instances?recursion=2;fields=state.disk,state.network").await.metadata();
+    assert!(network[0]["state"]["network"].is_object());
+    assert!(
+        s.get("/1.0/instances?recursion=2;fields=state.cpu").await.refused(400).contains("state.network")
+    );
+    // A NIC by the name of its network is what the default profile has.
+    assert!(long[0]["expanded_devices"].as_object().unwrap().values().any(|d| d.get("network").is_some()));
     let running = s.get("/1.0/instances?recursion=2&filter=status+eq+running").await.metadata();
     assert_eq!((running.as_array().unwrap().len(), running[0]["name"].as_str()), (1, Some("c1")));
     let filtered = s.get("/1.0/instances?filter=name+eq+c2").await.metadata();
@@ -120,6 +132,35 @@ async fn lists_filter_and_recurse() {
     s.done(s.put("/1.0/instances/c1/state", json!({"action": "stop", "force": true, "timeout": -1})).await)
         .await;
     assert_eq!(s.get("/1.0/instances?recursion=1").await.metadata()[0]["status"], "Stopped");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn older_names_of_collections() {
+    let s = Server::start().await;
+    s.container("c1", false).await;
+    assert_eq!(s.get("/1.0/containers").await.metadata(), json!(["/1.0/instances/c1"]));
+    assert_eq!(s.get("/1.0/virtual-machines").await.metadata(), json!([]));
+    assert_eq!(s.get("/1.0/containers/c1").await.metadata()["type"], "container");
+    let new = json!({"name": "v1", "source": {"type": "none"}});
+    s.done(s.post("/1.0/virtual-machines", new).await).await;
+    assert_eq!(s.get("/1.0/instances/v1").await.metadata()["type"], "virtual-machine");
+    s.get("/1.0/containers/nothing").await.refused(404);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn resources_are_the_hosts() {
+    let s = Server::start().await;
+    let r = s.get("/1.0/resources").await.metadata();
+    let threads = r["cpu"]["sockets"][0]["cores"][0]["threads"].as_array().unwrap().len();
+    assert_eq!(r["cpu"]["total"].as_u64().unwrap(), threads as u64);
+    assert_eq!(r["cpu"]["architecture"], "x86_64");
+    assert!(r["memory"]["total"].as_u64().unwrap() > 0 && r["load"]["Processes"].as_u64().unwrap() > 0);
+    assert!(r["system"]["firmware"].is_null(), "a simulated host has none");
+    assert_eq!(r["cpu"]["sockets"][0]["cores"][0]["die"], 0);
+    assert!(r["system"]["type"].is_string());
+    for (kind, list) in [("pci", "devices"), ("usb", "devices"), ("storage", "disks"), ("network", "cards")] {
+        assert_eq!(r[kind]["total"].as_u64().unwrap(), r[kind][list].as_array().unwrap().len() as u64);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -150,7 +191,7 @@ async fn power_changes_are_operations() {
     s.put("/1.0/instances/c1/state", json!({"action": "start", "frce": true})).await.refused(400);
     s.done(s.put("/1.0/instances", json!({"state": {"action": "start"}})).await).await;
     assert_eq!(status().await, "Running");
-    assert!(s.delete("/1.0/instances/c1").await.refused(409).contains("running"));
+    assert!(s.delete("/1.0/instances/c1").await.refused(400).contains("running"));
     assert!(s.get("/1.0/operations?all-projects=true&recursion=1").await.metadata().is_object());
     s.get("/1.0/operations/00000000-0000-0000-0000-000000000009").await.refused(404);
     s.get("/1.0/operations/nonsense").await.refused(404);
@@ -718,6 +759,7 @@ fn the_table_is_whole() {
     let tests = [
         include_str!("api.rs"),
         include_str!("networks.rs"),
+        include_str!("pools.rs"),
         include_str!("clients.rs"),
         include_str!("remote.rs"),
         include_str!("volumes.rs"),

@@ -220,7 +220,9 @@ async fn incus_administers() {
     c.ok(&["project", "delete", "pr2"]).await;
     c.ok(&["config", "show"]).await;
     c.ok(&["config", "trust", "list"]).await;
-    c.fails(&["info", "--resources"], "resources").await;
+    assert!(c.ok(&["info", "--resources"]).await.contains("Total: 64.00GiB"));
+    let allocations = c.ok(&["network", "list-allocations", "--format", "csv"]).await;
+    assert!(allocations.contains("/1.0/networks/"), "{allocations}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

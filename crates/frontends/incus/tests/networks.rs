@@ -215,3 +215,24 @@ async fn forwards_live() {
     assert_eq!(s.get(all).await.metadata(), json!([]));
     assert_eq!(s.post(all, json!({"listen_address": "192.0.2.9"})).await.status, 201);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn allocations_are_listed() {
+    let s = Server::start().await;
+    let body = json!({"name": "n1", "config": {"ipv4.address": "10.221.8.1/24", "ipv6.address": "none", "ipv4.nat": "true"}});
+    assert_eq!(s.post("/1.0/networks", body).await.status, 201);
+    assert_eq!(
+        s.post("/1.0/networks/n1/forwards", json!({"listen_address": "192.0.2.50"})).await.status,
+        201
+    );
+    let all = s.get("/1.0/network-allocations").await.metadata();
+    let of = |kind: &str| {
+        let all = all.as_array().unwrap().iter();
+        all.filter(|a| a["type"] == kind && a["network"] == "n1").cloned().collect::<Vec<_>>()
+    };
+    let own = of("network");
+    assert_eq!((&own[0]["addresses"], &own[0]["nat"]), (&json!("10.221.8.1/24"), &json!(true)));
+    assert_eq!(own[0]["used_by"], "/1.0/networks/n1");
+    assert_eq!(of("network-forward")[0]["addresses"], "192.0.2.50/32");
+    s.get("/1.0/network-allocations?project=nothing").await.refused(404);
+}

@@ -4,6 +4,7 @@
 mod common;
 
 use common::Server;
+use hyper::Method;
 use serde_json::json;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -25,4 +26,39 @@ async fn the_keys_of_a_pool_are_checked_and_shown() {
     let p4 = s.get("/1.0/storage-pools/p4").await.metadata();
     assert_eq!((&p4["driver"], &p4["config"]["size"]), (&json!("btrfs"), &json!("1GiB")));
     s.delete("/1.0/storage-pools/p4").await.metadata();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pools_are_described() {
+    let s = Server::start().await;
+    let pool = "/1.0/storage-pools/default";
+    let got = s.get(pool).await;
+    let tag = got.header("etag").to_owned();
+    let body = json!({"description": "fast", "config": {"user.note": "x"}}).to_string();
+    s.send(Method::PUT, pool, &[("if-match", &tag)], body.clone()).await.metadata();
+    s.send(Method::PUT, pool, &[("if-match", &tag)], body).await.refused(412);
+    s.patch(pool, json!({"config": {"user.more": "y"}})).await.metadata();
+    let seen = s.get(pool).await.metadata();
+    assert_eq!((&seen["description"], &seen["config"]["user.note"]), (&json!("fast"), &json!("x")));
+    assert_eq!(seen["config"]["user.more"], "y");
+    // What it is made of is not changed afterwards, and keys are checked as at its creation.
+    let made = json!({"name": "p5", "driver": "btrfs", "config": {"size": "1GiB"}});
+    assert_eq!(s.post("/1.0/storage-pools", made).await.status, 201);
+    for (config, key) in [(json!({"size": "2GiB"}), "size"), (json!({"nothing": "1"}), "nothing")] {
+        let said = s.patch("/1.0/storage-pools/p5", json!({"config": config})).await.refused(400);
+        assert!(said.contains(key), "{said}");
+    }
+    assert!(s.put("/1.0/storage-pools/p5", json!({"description": "x"})).await.refused(400).contains("size"));
+    s.patch("/1.0/storage-pools/nothing", json!({})).await.refused(404);
+    // A profile of another project is named with its project.
+    assert_eq!(s.post("/1.0/projects", json!({"name": "team"})).await.status, 201);
+    let devices = json!({"root": {"type": "disk", "path": "/", "pool": "p5"}});
+    s.put("/1.0/profiles/default?project=team", json!({"devices": devices})).await.metadata();
+    let users = s.get("/1.0/storage-pools/p5").await.metadata()["used_by"].clone();
+    assert_eq!(users, json!(["/1.0/profiles/default?project=team"]));
+    // A profile names what there is only.
+    let wrong = json!({"devices": {"root": {"type": "disk", "path": "/", "pool": "none"}}});
+    assert!(s.put("/1.0/profiles/default?project=team", wrong).await.refused(404).contains("none"));
+    let wrong = json!({"name": "p", "devices": {"eth0": {"type": "nic", "network": "none0"}}});
+    assert!(s.post("/1.0/profiles", wrong).await.refused(404).contains("none0"));
 }

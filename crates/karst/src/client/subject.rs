@@ -30,6 +30,8 @@ pub enum Kind {
     Operation,
     /// A warning.
     Warning,
+    /// A trusted certificate.
+    Certificate,
 }
 
 impl Kind {
@@ -48,6 +50,7 @@ impl Kind {
             Self::Project => "project",
             Self::Operation => "operation",
             Self::Warning => "warning",
+            Self::Certificate => "certificate",
         }
     }
 
@@ -66,6 +69,7 @@ impl Kind {
             Self::Project => "karst project list",
             Self::Operation => "karst operation list",
             Self::Warning => "karst warning list",
+            Self::Certificate => "karst trust list",
         }
     }
 

@@ -94,6 +94,7 @@ async fn names(client: &Client, kind: Kind) -> Result<Vec<String>> {
         Kind::Project => Url::new(&["projects"]),
         Kind::Operation => Url::new(&["operations"]),
         Kind::Warning => Url::new(&["warnings"]),
+        Kind::Certificate => Url::new(&["certificates"]),
         Kind::Acl => Url::new(&["network-acls"]),
         Kind::AddressSet => Url::new(&["network-address-sets"]),
         Kind::Volume | Kind::Forward => return Ok(Vec::new()),

@@ -1,6 +1,6 @@
 //! `config`: keys and devices of instances, keys of the server.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{
     completion::complete,
@@ -11,7 +11,11 @@ use crate::{
     client::{Kind, Url},
     context::Context,
     error::{Error, Result},
-    output::{self, member, to_yaml},
+    output::{
+        self, member,
+        table::{FormatOption, List},
+        to_yaml,
+    },
 };
 
 /// Fields of an instance that PUT takes.
@@ -66,9 +70,37 @@ pub enum Config {
         #[arg(add = complete(Kind::Instance))]
         instance: Option<String>,
     },
+    /// List the keys that the server knows, with what they do
+    Keys {
+        /// Only those that contain this
+        pattern: Option<String>,
+        #[command(flatten)]
+        format: FormatOption,
+    },
     /// Devices of instances
     #[command(subcommand)]
     Device(Device),
+}
+
+/// The keys of `/1.0/metadata/configuration`, flat.
+fn keys(metadata: &Value, pattern: &str) -> Vec<Value> {
+    let mut all = vec![];
+    for (entity, groups) in metadata["configs"].as_object().into_iter().flatten() {
+        for group in groups.as_object().into_iter().flat_map(|g| g.values()) {
+            for key in group["keys"].as_array().into_iter().flatten() {
+                for (name, about) in
+                    key.as_object().into_iter().flatten().filter(|(n, _)| n.contains(pattern))
+                {
+                    let mut row = about.clone();
+                    row["name"] = json!(name);
+                    row["entity"] = json!(entity);
+                    all.push(row);
+                }
+            }
+        }
+    }
+    all.sort_by_key(|key| (member(key, "entity"), member(key, "name")));
+    all
 }
 
 /// An instance as an object with fields.
@@ -137,6 +169,22 @@ impl Config {
             }
             Self::Edit { instance: None } => server().edit(context).await,
             Self::Edit { instance: Some(name) } => instance(&name).edit(context).await,
+            Self::Keys { pattern, format } => {
+                let answer = context.client.get(&Url::new(&["metadata", "configuration"])).await?;
+                let columns = &["KEY", "OF", "FOR", "LIVE", "DEFAULT", "WHAT IT DOES"];
+                let found = keys(&answer.metadata, pattern.as_deref().unwrap_or_default());
+                if let (true, Some(pattern)) = (found.is_empty(), &pattern) {
+                    return Err(Error::Local(format!(
+                        "no key contains {pattern:?} (karst config keys lists all)"
+                    )));
+                }
+                let list = List::of(columns, Value::Array(found), |key| {
+                    ["name", "entity", "condition", "liveupdate", "defaultdesc", "shortdesc"]
+                        .map(|field| member(key, field))
+                        .to_vec()
+                });
+                list.print(format.format)
+            }
             Self::Device(command) => command.run(context, Owner::Instance).await,
         }
     }

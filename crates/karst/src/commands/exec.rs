@@ -213,7 +213,8 @@ async fn until_end(
         },
         ended = &mut ended => {
             let ended = ended?;
-            if ended.is_success() {
+            // One that ran to its end and failed by its exit code has written all the same.
+            if ended.is_success() || ended.metadata.get("return").is_some() {
                 let _ = tokio::time::timeout(DRAIN, streams).await;
             }
             Ok(ended)

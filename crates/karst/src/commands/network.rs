@@ -56,6 +56,14 @@ pub enum Network {
         #[command(flatten)]
         format: FormatOption,
     },
+    /// List the addresses of all networks and what has them
+    ListAllocations {
+        #[command(flatten)]
+        format: FormatOption,
+        /// Of all projects
+        #[arg(long)]
+        all_projects: bool,
+    },
     /// Network ACLs: what guests may send and get
     #[command(subcommand)]
     Acl(Acl),
@@ -106,6 +114,17 @@ impl Network {
                     &name,
                 )?;
                 output::print(&info(&name, &answer.metadata))
+            }
+            Self::ListAllocations { format, all_projects } => {
+                let url = Url::new(&["network-allocations"]);
+                let url = if all_projects { url.with("all-projects", true) } else { url };
+                let columns = &["USED BY", "ADDRESS", "TYPE", "NETWORK", "NAT", "MAC ADDRESS"];
+                let list = List::of(columns, client.get(&url).await?.metadata, |a| {
+                    ["used_by", "addresses", "type", "network", "nat", "hwaddr"]
+                        .map(|field| member(a, field))
+                        .to_vec()
+                });
+                list.print(format.format)
             }
             Self::ListLeases { name, format } => {
                 let answer = client.get(&network(&name).url.join("leases")).await.about(

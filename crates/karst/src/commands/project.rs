@@ -1,6 +1,6 @@
 //! `project`.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{
     common::Common,
@@ -14,7 +14,7 @@ use crate::{
     output::{
         self, member,
         table::{FormatOption, List},
-        yes_no,
+        units, yes_no,
     },
 };
 
@@ -37,6 +37,14 @@ pub enum Project {
         /// Description
         #[arg(long)]
         description: Option<String>,
+    },
+    /// Show a project's limits and what of them is used
+    Info {
+        /// Project
+        #[arg(add = complete(Kind::Project))]
+        name: String,
+        #[command(flatten)]
+        format: FormatOption,
     },
     /// Work in this project from now on (kept in the user's configuration)
     Switch {
@@ -91,6 +99,27 @@ impl Project {
                     body["description"] = json!(description);
                 }
                 create(context, &Url::new(&["projects"]), body, format!("creating project {name}")).await
+            }
+            Self::Info { name, format } => {
+                let url = project(&name).url.join("state");
+                let state = client.get(&url).await.about(client, Kind::Project, &name)?.metadata;
+                let resources = state["resources"].as_object().into_iter().flatten();
+                let rows: Vec<Value> = resources
+                    .map(|(resource, of)| json!({"resource": resource, "limit": of["Limit"], "usage": of["Usage"]}))
+                    .collect();
+                let list = List::of(&["RESOURCE", "LIMIT", "USED"], Value::Array(rows), |row| {
+                    let resource = member(row, "resource");
+                    let shown = |field: &str| match row[field].as_i64() {
+                        Some(n) if n < 0 => "unlimited".to_owned(),
+                        Some(n) if ["disk", "memory"].contains(&resource.as_str()) => {
+                            units::bytes(n.unsigned_abs())
+                        }
+                        Some(n) => n.to_string(),
+                        None => String::new(),
+                    };
+                    vec![resource.clone(), shown("limit"), shown("usage")]
+                });
+                list.print(format.format)
             }
             Self::Switch { name } => {
                 client.get(&project(&name).url).await.about(client, Kind::Project, &name)?;

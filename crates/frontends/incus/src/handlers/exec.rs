@@ -70,6 +70,7 @@ pub async fn exec(call: Call) -> Result<Reply> {
     f.finish(&[])?;
     let project = call.project().to_owned();
     let view = call.engine().exec_check(&call.context, &project, call.param(0), &request)?;
+    call.engine().exec_expected(&view);
     let mut metadata = Map::new();
     metadata.insert("command".into(), json!(request.command));
     metadata.insert("interactive".into(), json!(interactive));
@@ -114,9 +115,18 @@ fn offer(call: &Taken, live: &LiveOperation, names: &[&'static str]) -> Result<(
     Ok((answer, awaited))
 }
 
+/// Ends the operation of a program. By the two codes that say "there is no such program" and "it cannot be executed" it
+/// fails, as Incus' does: its client has no other way to tell why.
 fn end(call: &Taken, live: &LiveOperation, result: Result<i32>) {
-    let result = result.map(|code| Map::from_iter([("return".to_owned(), json!(code))]));
-    call.engine().inner().operations.end(live, result);
+    let operations = &call.engine().inner().operations;
+    let outcome = |code: i32| Map::from_iter([("return".to_owned(), json!(code))]);
+    match result {
+        Ok(code @ 127) => operations.end_failed(live, Error::not_found("Command not found"), outcome(code)),
+        Ok(code @ 126) => {
+            operations.end_failed(live, Error::conflict("Command not executable"), outcome(code));
+        }
+        result => operations.end(live, result.map(outcome)),
+    }
 }
 
 /// Runs a program nobody listens to.

@@ -26,7 +26,7 @@ use karst_engine::{
     images::{ImageOptions, ImageUpload, UpdateImage},
 };
 use karst_model::{
-    Error, Result,
+    Error, ErrorKind, Result,
     image::{Image, ImageAlias},
     instance::InstanceKind,
 };
@@ -158,8 +158,22 @@ pub async fn patch(call: Call) -> Result<Reply> {
 /// Those of the engine.
 pub async fn delete(call: Call) -> Result<Reply> {
     by_fingerprint(&call)?;
-    let operation = call.engine().image_delete(&call.context, call.project(), call.param(0)).await?;
-    running(&operation)
+    match call.engine().image_delete(&call.context, call.project(), call.param(0)).await {
+        Ok(operation) => running(&operation),
+        // Whoever deletes what is being deleted already gets what he asked for.
+        Err(e) if e.is(ErrorKind::Conflict) => {
+            let operations = &call.engine().inner().operations;
+            let path = format!("/1.0/images/{}", call.param(0));
+            let same = operations.running().into_iter().find(|o| {
+                o.description == "Deleting image" && o.resources.values().flatten().any(|r| *r == path)
+            });
+            match same.and_then(|o| operations.live(o.id)) {
+                Some(operation) => running(&operation),
+                None => Err(e),
+            }
+        }
+        Err(e) => Err(e),
+    }
 }
 
 /// `GET /1.0/images/{fingerprint}/export`: one file, or a multipart body of two.

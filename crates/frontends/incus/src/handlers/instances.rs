@@ -25,10 +25,10 @@ use karst_engine::{
     snapshots::Origin,
 };
 use karst_model::{
-    Error, Result,
+    Error, ErrorKind, Result,
     access::Permission,
     guest::Metrics,
-    instance::{InstanceKind, PowerAction},
+    instance::{InstanceKind, PowerAction, Status},
     operation::OperationClass,
 };
 use serde::Serialize;
@@ -95,7 +95,22 @@ struct Full<'a> {
     snapshots: Option<Vec<SnapshotView<'a>>>,
 }
 
+/// What `recursion=2;fields=…` can choose.
+const COSTLY: &[&str] = &["state.disk", "state.network"];
+
 impl<'a> Full<'a> {
+    /// Leaves out what was not chosen.
+    fn choose(mut self, fields: Option<&[&str]>) -> Self {
+        let Some(fields) = fields else { return self };
+        if !fields.contains(&"state.disk") {
+            self.state.disk.clear();
+        }
+        if !fields.contains(&"state.network") {
+            self.state.network = None;
+        }
+        self
+    }
+
     fn of(records: &'a Records, view: &'a InstanceView, metrics: Option<&'a Metrics>) -> Self {
         let taken = records.snapshots_of(view.instance.id);
         let snapshots = taken.iter().map(|s| SnapshotView::of(records, s)).collect();
@@ -110,6 +125,7 @@ impl<'a> Full<'a> {
 /// Those of the engine.
 pub async fn list(call: Call) -> Result<Reply> {
     let recursion = call.query.recursion()?;
+    let chosen = call.query.recursion_fields(COSTLY)?;
     let filter = Filter::parse(call.query.get("filter"))?;
     let mut all = views(&call)?;
     if recursion == 0 && filter.accepts_all() {
@@ -125,7 +141,10 @@ pub async fn list(call: Call) -> Result<Reply> {
         json = json
             .iter()
             .zip(&all)
-            .map(|(j, v)| extended(j, &Full::of(&records, v, metrics.get(&v.instance.id))))
+            .map(|(j, v)| {
+                let full = Full::of(&records, v, metrics.get(&v.instance.id));
+                extended(j, &full.choose(chosen.as_deref()))
+            })
             .collect::<Result<_>>()?;
     }
     if !filter.accepts_all() {
@@ -187,7 +206,10 @@ pub async fn create(call: Call) -> Result<Reply> {
     let name = f.text("name")?;
     let kind = match f.text("type")?.filter(|s| !s.is_empty()) {
         Some(s) => InstanceKind::parse("type", &s)?,
-        None => InstanceKind::Container,
+        None => match call.query.get("instance-type") {
+            Some(s) => InstanceKind::parse("instance-type", s)?,
+            None => InstanceKind::Container,
+        },
     };
     let (source, original) = match copied(&mut f, &call)? {
         Some(original) => (InstanceSource::None, Some(original)),
@@ -483,7 +505,16 @@ fn ended(app: &App, context: &Context, project: &str, description: &str, name: &
 /// # Errors
 /// Those of the engine.
 pub async fn delete(call: Call) -> Result<Reply> {
-    let operation = call.engine().instance_delete(&call.context, call.project(), call.param(0)).await?;
+    let result = call.engine().instance_delete(&call.context, call.project(), call.param(0)).await;
+    let operation = result.map_err(|e| {
+        // That it runs is the request's fault by Incus' contract (400), not a conflict; pylxd tells the two apart.
+        let view = call.engine().instance(&call.context, call.project(), call.param(0));
+        let runs = view.is_ok_and(|v| !matches!(v.status, Status::Stopped | Status::Error));
+        match e.kind {
+            ErrorKind::Conflict if runs => Error { kind: ErrorKind::Invalid, ..e },
+            _ => e,
+        }
+    })?;
     running(&operation)
 }
 

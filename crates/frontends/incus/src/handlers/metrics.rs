@@ -10,11 +10,12 @@ use hyper::{
     header::{ACCEPT, CONTENT_TYPE, HeaderValue},
 };
 use karst_engine::InstanceView;
-use karst_model::{Result, guest::Metrics, instance::InstanceKind};
+use karst_model::{Result, guest::Metrics, instance::InstanceKind, keys, spec::CpuLimit};
 use std::{collections::BTreeMap, fmt::Write, sync::Arc};
 
 /// Name, whether it only grows, help.
 const FAMILIES: &[(&str, bool, &str)] = &[
+    ("incus_cpu_effective_total", false, "Total number of effective CPUs."),
     ("incus_cpu_seconds_total", true, "Total number of CPU time used in seconds."),
     ("incus_memory_MemAvailable_bytes", false, "Amount of available memory."),
     ("incus_memory_MemFree_bytes", false, "Amount of free memory."),
@@ -54,7 +55,19 @@ fn labels(view: &InstanceView, more: &[(&str, &str)]) -> String {
     format!("{{{}}}", pairs.join(","))
 }
 
-fn instance(samples: &mut Samples, view: &InstanceView, m: &Metrics) {
+/// CPUs that an instance may use of `host`: what its limit says, else one of a machine, all of a container.
+fn effective_cpus(view: &InstanceView, host: u32) -> Option<f64> {
+    let limit = keys::limits(&view.expanded_config).ok()?.cpu;
+    let cpus = match (limit, view.instance.kind) {
+        (Some(CpuLimit::Count { n }), _) => n,
+        (Some(CpuLimit::Set { cpus }), _) => u32::try_from(cpus.len()).ok()?,
+        (None, InstanceKind::VirtualMachine) => 1,
+        (None, InstanceKind::Container) => host,
+    };
+    (cpus > 0).then_some(f64::from(cpus))
+}
+
+fn instance(samples: &mut Samples, view: &InstanceView, m: &Metrics, host_cpus: u32) {
     let mut add = |name: &'static str, more: &[(&str, &str)], value: Option<f64>| {
         if let Some(value) = value {
             samples.entry(name).or_default().push((labels(view, more), value));
@@ -62,6 +75,7 @@ fn instance(samples: &mut Samples, view: &InstanceView, m: &Metrics) {
     };
     let number = |n: Option<u64>| n.map(|n| n as f64);
     let cpu = m.cpu_ns.map(|ns| ns as f64 / 1e9);
+    add("incus_cpu_effective_total", &[], effective_cpus(view, host_cpus));
     add("incus_cpu_seconds_total", &[("cpu", "0"), ("mode", "total")], cpu);
     let free = m.memory_total.zip(m.memory).map(|(total, used)| total.saturating_sub(used));
     add("incus_memory_MemAvailable_bytes", &[], number(free));
@@ -110,8 +124,12 @@ pub async fn get(call: Call) -> Result<Reply> {
     let figures = engine.metrics(&call.context, call.query.get("project")).await?;
     let mut samples = Samples::new();
     let all: &[(Arc<InstanceView>, Metrics)] = &figures.instances;
+    let host_cpus = {
+        let records = engine.inner().inventory.read();
+        records.nodes.get(&engine.inner().node).and_then(|n| n.facts.as_ref()).map_or(0, |f| f.cpus)
+    };
     for (view, metrics) in all {
-        instance(&mut samples, view, metrics);
+        instance(&mut samples, view, metrics, host_cpus);
     }
     if let Some(server) = &figures.server {
         for (name, value) in [

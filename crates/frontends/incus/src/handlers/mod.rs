@@ -1,6 +1,7 @@
 //! Handlers of the API's paths: each reads its request, calls one use case of the engine and writes its answer.
 
 pub mod access;
+pub mod allocations;
 pub mod audit;
 pub mod certificates;
 pub mod events;
@@ -15,6 +16,7 @@ pub mod networks;
 pub mod operations;
 pub mod profiles;
 pub mod projects;
+pub mod resources;
 pub mod server;
 pub mod snapshots;
 pub mod storage;

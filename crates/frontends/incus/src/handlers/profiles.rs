@@ -11,7 +11,19 @@ use karst_engine::tenancy::UpdateProfile;
 use karst_model::Result;
 
 const VIEW: &str = "profile";
-const READ_ONLY: &[&str] = &["name", "used_by", "project"];
+/// What a view has beside what can be changed; and the envelope of the answer, which Ansible's module sends back with it.
+const READ_ONLY: &[&str] = &[
+    "name",
+    "used_by",
+    "project",
+    "type",
+    "status",
+    "status_code",
+    "operation",
+    "error_code",
+    "error",
+    "metadata",
+];
 
 /// `GET /1.0/profiles`
 ///

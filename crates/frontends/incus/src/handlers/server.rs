@@ -5,6 +5,7 @@ use crate::{
     extensions::EXTENSIONS,
     respond::{Etag, Reply, empty, sync, sync_etag},
 };
+use karst_engine::tenancy::server::SERVER_KEYS;
 use karst_model::{
     Config, Error, Result,
     access::{Identity, Permission},
@@ -137,26 +138,6 @@ pub async fn change(call: Call) -> Result<Reply> {
     Ok(empty())
 }
 
-/// `GET /1.0/resources`: what the agent tells of the machine.
-///
-/// # Errors
-/// Forbidden.
-pub async fn resources(call: Call) -> Result<Reply> {
-    call.context.demand_server(Permission::ServerView)?;
-    let facts = facts(&call);
-    sync(&json!({
-        "cpu": {"architecture": facts.architecture, "sockets": [], "total": facts.cpus},
-        "memory": {"nodes": null, "hugepages_total": 0, "hugepages_used": 0, "hugepages_size": 0, "used": 0, "total": facts.memory},
-        "gpu": {"cards": [], "total": 0},
-        "network": {"cards": [], "total": 0},
-        "storage": {"disks": [], "total": 0},
-        "usb": {"devices": [], "total": 0},
-        "pci": {"devices": [], "total": 0},
-        "system": {"uuid": "", "vendor": "", "product": "", "family": "", "version": "", "sku": "", "serial": "", "type": "", "firmware": null, "chassis": null, "motherboard": null},
-        "load": {"Average1Min": 0.0, "Average5Min": 0.0, "Average10Min": 0.0, "Processes": 0},
-    }))
-}
-
 /// `GET /1.0/metadata/configuration`: the table of keys.
 ///
 /// # Errors
@@ -181,9 +162,14 @@ pub async fn metadata(_: Call) -> Result<Reply> {
             }}));
         }
     }
-    let bridge: Vec<Value> =
-        BRIDGE_KEYS.iter().map(|(key, text)| json!({*key: {"type": "string", "shortdesc": text}})).collect();
-    sync(&json!({"configs": {"instance": groups, "network-bridge": {"common": {"keys": bridge}}}}))
+    let texts = |keys: &[(&str, &str)]| -> Vec<Value> {
+        keys.iter().map(|(key, text)| json!({*key: {"type": "string", "shortdesc": text}})).collect()
+    };
+    sync(&json!({"configs": {
+        "instance": groups,
+        "network-bridge": {"common": {"keys": texts(BRIDGE_KEYS)}},
+        "server": {"core": {"keys": texts(SERVER_KEYS)}},
+    }}))
 }
 
 /// `GET /1.0/cluster`: this server is in none.

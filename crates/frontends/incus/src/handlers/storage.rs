@@ -10,7 +10,7 @@ use crate::{
         misc::{PoolResources, PoolView, UsedTotal},
     },
 };
-use karst_engine::storage::CreatePool;
+use karst_engine::storage::{CreatePool, UpdatePool};
 use karst_model::{Result, access::Permission};
 
 const VIEW: &str = "storage-pool";
@@ -81,6 +81,30 @@ pub async fn create(call: Call) -> Result<Reply> {
     let operation = call.engine().pool_create(&call.context, request).await?;
     finished(&operation).await?;
     created(&format!("/1.0/storage-pools/{}", wire::segment(&name)))
+}
+
+/// What a view of a pool has beside what can be changed.
+const READ_ONLY: &[&str] = &["name", "driver", "used_by", "status", "locations"];
+
+/// `PUT` and `PATCH /1.0/storage-pools/{name}`
+///
+/// # Errors
+/// Those of the engine.
+pub async fn change(call: Call) -> Result<Reply> {
+    let pool = call.engine().pool(&call.context, call.param(0))?;
+    let if_version = call.expected(VIEW, pool.id.uuid(), pool.spec_version)?;
+    let patch = call.request.method() == hyper::Method::PATCH;
+    let (call, mut f) = call.fields().await?;
+    let (description, config) = (f.text("description")?, f.config("config")?);
+    f.finish(READ_ONLY)?;
+    let mut request = UpdatePool {
+        description: description.or(patch.then(|| pool.description.clone())).unwrap_or_default(),
+        config: if patch { pool.config.clone() } else { Default::default() },
+        if_version: if patch { if_version.or(Some(pool.spec_version)) } else { if_version },
+    };
+    request.config.extend(config.unwrap_or_default());
+    call.engine().pool_update(&call.context, call.param(0), request).await?;
+    Ok(empty())
 }
 
 /// `DELETE /1.0/storage-pools/{name}`

@@ -1,0 +1,161 @@
+//! What hardware a host has, as its kernel shows it. Sizes in bytes, speeds in Mbit/s, frequencies in MHz; what the kernel
+//! does not tell is empty, 0 or `None`, never guessed.
+
+use serde::{Deserialize, Serialize};
+
+/// A host's hardware.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)] // the fields' names say it
+pub struct HostResources {
+    pub sockets: Vec<CpuSocket>,
+    pub memory: MemoryResources,
+    pub disks: Vec<DiskResources>,
+    pub network: Vec<NetworkResources>,
+    pub pci: Vec<PciResources>,
+    pub usb: Vec<UsbResources>,
+    pub system: SystemResources,
+    /// Average load of 1, 5 and 15 minutes.
+    pub load: [f64; 3],
+    pub processes: u64,
+}
+
+/// A processor.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct CpuSocket {
+    pub socket: u32,
+    pub vendor: String,
+    pub name: String,
+    pub cores: Vec<CpuCore>,
+    /// Level, kind (`Data`, `Instruction`, `Unified`), size.
+    pub cache: Vec<(u32, String, u64)>,
+    pub frequency: u64,
+}
+
+/// A core of a processor.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct CpuCore {
+    pub core: u32,
+    pub frequency: u64,
+    pub flags: Vec<String>,
+    /// CPU numbers with their NUMA node and whether they are online.
+    pub threads: Vec<(u32, u32, bool)>,
+}
+
+/// Memory.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct MemoryResources {
+    pub total: u64,
+    pub used: u64,
+    pub hugepages_total: u64,
+    pub hugepages_used: u64,
+    pub hugepages_size: u64,
+    /// NUMA node, total, used.
+    pub nodes: Vec<(u32, u64, u64)>,
+}
+
+/// A disk.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct DiskResources {
+    pub name: String,
+    /// `8:0`.
+    pub device: String,
+    /// `nvme`, `virtio`, `scsi`, …
+    pub kind: String,
+    pub model: String,
+    pub serial: String,
+    pub read_only: bool,
+    pub removable: bool,
+    pub rotational: bool,
+    pub size: u64,
+    pub block_size: u64,
+    pub partitions: Vec<PartitionResources>,
+}
+
+/// A partition.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct PartitionResources {
+    pub name: String,
+    pub device: String,
+    pub number: u64,
+    pub size: u64,
+    pub read_only: bool,
+}
+
+/// A network interface of the hardware.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct NetworkResources {
+    pub name: String,
+    pub mac: String,
+    pub driver: String,
+    pub pci_address: String,
+    pub vendor_id: String,
+    pub product_id: String,
+    pub link: bool,
+    pub speed: u64,
+    pub duplex: String,
+}
+
+/// A PCI device.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct PciResources {
+    pub address: String,
+    pub driver: String,
+    pub vendor_id: String,
+    pub product_id: String,
+    /// PCI class, such as `0x030000`.
+    pub class: String,
+    pub numa_node: u32,
+    pub iommu_group: Option<u32>,
+}
+
+/// A USB device.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct UsbResources {
+    pub bus: u32,
+    pub device: u32,
+    pub vendor: String,
+    pub vendor_id: String,
+    pub product: String,
+    pub product_id: String,
+    pub serial: String,
+    pub speed: f64,
+}
+
+/// The machine as its firmware describes it.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct SystemResources {
+    pub uuid: String,
+    pub vendor: String,
+    pub product: String,
+    pub family: String,
+    pub version: String,
+    pub sku: String,
+    pub serial: String,
+    /// `physical` or `virtual-machine`.
+    pub kind: String,
+    /// Vendor, version, date.
+    pub firmware: [String; 3],
+    /// Vendor, product, version, serial.
+    pub motherboard: [String; 4],
+    /// Vendor, version, serial.
+    pub chassis: [String; 3],
+}

@@ -1,0 +1,160 @@
+//! `trust`: whose certificates the server trusts, and the tokens by which clients add theirs.
+
+use serde_json::{Value, json};
+
+use super::completion::complete;
+use crate::{
+    client::{About, Kind, Url, operation::for_each},
+    context::{Context, at},
+    error::{Error, Result},
+    output::{
+        self, member,
+        table::{FormatOption, List},
+        yes_no,
+    },
+};
+
+/// `trust ...`
+#[derive(Debug, clap::Subcommand)]
+pub enum Trust {
+    /// List trusted certificates
+    #[command(visible_alias = "ls")]
+    List {
+        #[command(flatten)]
+        format: FormatOption,
+    },
+    /// Show a certificate as YAML
+    Show {
+        /// Its fingerprint, or the beginning of it
+        #[arg(add = complete(Kind::Certificate))]
+        fingerprint: String,
+    },
+    /// Make a token that lets one client have its certificate trusted, and print it; it cannot be shown again
+    Add {
+        /// Name of the client
+        name: String,
+        /// It sees these projects only
+        #[arg(long, value_name = "PROJECT")]
+        restricted_to: Vec<String>,
+    },
+    /// Trust the certificate in a file
+    AddCertificate {
+        /// The certificate, PEM
+        file: std::path::PathBuf,
+        /// Its name; that of the file if none
+        #[arg(long)]
+        name: Option<String>,
+        /// It sees these projects only
+        #[arg(long, value_name = "PROJECT")]
+        restricted_to: Vec<String>,
+        /// It reads metrics and nothing else
+        #[arg(long)]
+        metrics: bool,
+    },
+    /// Trust certificates no longer; their connections end
+    #[command(visible_alias = "rm")]
+    Remove {
+        /// Their fingerprints, or the beginnings of them
+        #[arg(required = true, add = complete(Kind::Certificate))]
+        fingerprints: Vec<String>,
+    },
+}
+
+impl Trust {
+    /// Runs it.
+    pub async fn run(self, context: &Context) -> Result<()> {
+        let client = &context.client;
+        let path = |fingerprint: &str| Url::new(&["certificates", fingerprint]);
+        match self {
+            Self::List { format } => {
+                let all = client.get(&Url::new(&["certificates"]).with("recursion", 1)).await?.metadata;
+                let columns = &["NAME", "TYPE", "RESTRICTED", "PROJECTS", "FINGERPRINT", "DESCRIPTION"];
+                let list = List::of(columns, all, |c| {
+                    let projects = c["projects"].as_array().into_iter().flatten().map(output::scalar);
+                    vec![
+                        member(c, "name"),
+                        member(c, "type"),
+                        yes_no(c["restricted"] == true),
+                        projects.collect::<Vec<_>>().join(" "),
+                        member(c, "fingerprint").chars().take(12).collect(),
+                        member(c, "description"),
+                    ]
+                });
+                list.print(format.format)
+            }
+            Self::Show { fingerprint } => {
+                let answer = client.get(&path(&fingerprint)).await;
+                let answer = answer.about(client, Kind::Certificate, &fingerprint)?;
+                output::print(&output::to_yaml(&answer.metadata)?)
+            }
+            Self::Add { name, restricted_to } => {
+                let body = json!({"name": name, "type": "client", "token": true,
+                    "restricted": !restricted_to.is_empty(), "projects": restricted_to});
+                let answer = client.post(&Url::new(&["certificates"]), &body).await?;
+                output::line(&token(&answer.metadata)?)
+            }
+            Self::AddCertificate { file, name, restricted_to, metrics } => {
+                let text = std::fs::read_to_string(&file).map_err(|error| at(&file, &error))?;
+                let stem = file.file_stem().map(|s| s.to_string_lossy().into_owned());
+                let kind = if metrics { "metrics" } else { "client" };
+                let body = json!({"name": name.or(stem).unwrap_or_default(), "type": kind, "certificate": text,
+                    "restricted": !restricted_to.is_empty(), "projects": restricted_to});
+                client.post(&Url::new(&["certificates"]), &body).await.map(drop)
+            }
+            Self::Remove { fingerprints } => {
+                for_each(&fingerprints, |fingerprint| async move {
+                    let answer = client.delete(&path(&fingerprint)).await;
+                    answer.about(client, Kind::Certificate, &fingerprint).map(drop)
+                })
+                .await
+            }
+        }
+    }
+}
+
+/// The token of an operation, as clients expect it: base64 of what the operation says.
+fn token(operation: &Value) -> Result<String> {
+    let said = &operation["metadata"];
+    let secret = said["secret"].as_str().filter(|s| !s.is_empty());
+    let secret = secret.ok_or_else(|| Error::local("the server answers without a token"))?;
+    let text = json!({
+        "client_name": said["request"]["name"], "fingerprint": said["fingerprint"], "addresses": said["addresses"],
+        "secret": secret, "expires_at": said.get("expiresAt").cloned().unwrap_or_else(|| json!("0001-01-01T00:00:00Z")),
+    });
+    Ok(base64(text.to_string().as_bytes()))
+}
+
+fn base64(data: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut out = String::with_capacity(data.len().div_ceil(3) * 4);
+    for three in data.chunks(3) {
+        let n = three.iter().fold(0u32, |n, b| n << 8 | u32::from(*b)) << (8 * (3 - three.len()));
+        for i in 0..4 {
+            let digit = DIGITS[(n >> (18 - 6 * i) & 63) as usize];
+            out.push(if i > three.len() { '=' } else { char::from(digit) });
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_base64() {
+        for (plain, encoded) in [
+            ("", ""),
+            ("f", "Zg=="),
+            ("fo", "Zm8="),
+            ("foo", "Zm9v"),
+            ("foob", "Zm9vYg=="),
+            ("\u{ff}\u{fe}", "w7/Dvg=="),
+        ] {
+            assert_eq!(base64(plain.as_bytes()), encoded);
+        }
+        let operation = json!({"metadata": {"secret": "s", "fingerprint": "f", "addresses": ["a"], "request": {"name": "n"}}});
+        assert!(token(&operation).unwrap().len() > 40);
+        assert!(token(&json!({"metadata": {"secret": ""}})).is_err());
+    }
+}

@@ -1,0 +1,201 @@
+"""The `incus` client against Karst and against a real Incus: the same commands, their answers side by side.
+
+`record SOCKET OUT` runs the cases and writes what came of them; `compare OUT RECORDING` compares two such files. Ids, times,
+addresses and sizes that differ between any two servers are replaced before; everything else counts: output, error text, exit
+code. What is accepted to differ stands in `accepted`: a line names the command and why. An accepted difference that does not
+occur any more is a failure too: the list only becomes shorter.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+# Errors are Karst's own words: they name the field and the fix. What has to be the same is what they are about. A pair says
+# that the left (of Incus) and the right (of Karst) are about the same thing; both have to match for a pair to count.
+WORDINGS = [
+    (r"not found|doesn't exist|does not exist|Image source not found|No such object", r"not found|has no forward of|does not exist"),
+    (r"UNIQUE constraint|already exists|already in use|already in trust store|already defined", r"exists already|has a snapshot|has a forward of|trusted already|already exists|at \".*\""),
+    (r"Unknown configuration key|[Uu]nknown key|Invalid option|Invalid config option|Invalid project configuration key \"\S+\"$|Invalid device option", r"unknown .*key"),
+    (r"Invalid value|invalid boolean|Invalid CPU|Invalid cpuset|Invalid expiry|Schedule must|invalid CIDR|Invalid MTU|Item \"|Couldn't resolve|unmarshal|Invalid MAC|Unknown protocol|not within network|Invalid (ingress|egress) rule|Duplicate listen port|Invalid port|out of range|Failed parsing|Invalid UUID|Invalid filter|Unsupported operation|Invalid volume content|No root device|Unsupported compression|More than one disk|Custom block volumes|missing the required \"(source|path)", r"^Error: [a-z_]+(\[\d+\])?([.:]| must)|^Error: the filter is malformed|is not an address"),
+    (r"name:|[Nn]ames? (may|can|must)|Network interface", r"name \"|name has|is not an interface name"),
+    (r"clustered|only allowed when clustered", r"clustered|\"clustering_|node \"one\" not found"),
+    (r"already (running|stopped|frozen)|isn't running|not running|is frozen|currently running", r"is (already )?(running|stopped|frozen)|is not (running|frozen)"),
+    (r"in use|still in use|currently in use", r"is used by"),
+    (r"cannot be (deleted|renamed)", r"cannot be (deleted|renamed)"),
+    (r"[Oo]nly empty projects|non-empty projects", r"is not empty"),
+    (r"maximum number|is too low", r"would use"),
+    (r"Renaming of running instance", r"stop it before it is renamed"),
+    (r"Unknown driver|Unsupported device type|instance type doesn't exist|not implemented", r"is not a storage driver|are not (there yet|known)|not known here|is not a method|needs the name of a network"),
+    (r"^Error: not found$", r"no such path"),
+    (r"Duplicate profile found", r"is named twice"),
+    (r"Target address is not within the network subnet", r"is not an address for a guest of this network"),
+    (r"Source path '.*' doesn't exist", r"this host does not grant"),
+    (r"^Error: Invalid instance name$", r"instance \"\S+\" not found"),
+    (r"Project not found", r"project \S+ not found"),
+]
+
+# In order. What the text still says after them is compared.
+NORMAL = [
+    (r"\x1b\[[0-9;?]*[A-Za-z]|\r", ""),
+    (r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b", "UUID"),
+    (r"\b[0-9a-f]{64}\b", "SHA256"),
+    (r"\b(?:00:16:3e|10:66:6a)(?::[0-9a-f]{2}){3}\b", "MAC"),
+    (r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)", "TIME"),
+    (r"\b\d{4}[-/]\d\d[-/]\d\d \d\d:\d\d(:\d\d)?(\.\d+)?( (UTC|[+-]\d{4} UTC))?", "TIME"),
+    (r"\b\d{4}/\d\d/\d\d", "DAY"),
+    (r"\bfd42:[0-9a-f:]+", "IP6"),
+    (r"\b10\.(?!99\.)\d+\.\d+\.\d+", "IP4"),
+    (r"\b\d+(\.\d+)?(B|KiB|MiB|GiB|kB|MB)/s", "RATE"),
+    (r"(?m)^ ?(Retrieving|Unpacking|Exporting|Importing|Transferring)[^\n]*%[^\n]*\n?", ""),
+    (r"(?m)^ ?Pushing [^\n]*\n?", ""),
+    (r"Default (Incus|Karst) (profile|project)", r"Default \2"),
+    (r"(?m)^\s*volatile\.[^\n]*\n", ""),
+    (r"(Usage|usage|Total|total|Bytes|bytes|Size)(:| )\s*[\d.]+ ?[kKMGT]?i?B?", r"\1\2 N"),
+    (r"-{2,}", "--"),
+    (r"[ \t]+", " "),
+    (r"(?m) $", ""),
+]
+
+
+def normal(text, work, socket):
+    text = text.replace(work, "WORK").replace(os.path.dirname(socket), "STATE")
+    for pattern, by in NORMAL:
+        text = re.sub(pattern, by, text)
+    return text.strip()
+
+
+def cases(long):
+    area, wanted = "", True
+    with open(os.path.join(HERE, "cases")) as file:
+        for line in file:
+            line = line.rstrip("\n")
+            if not line or line.startswith("#"):
+                continue
+            if line.startswith("["):
+                area, _, kind = line.strip("[]").partition(" ")
+                wanted = long or not kind
+            elif wanted:
+                yield area, line
+
+
+def record(arguments):
+    work, out = arguments.work, []
+    environment = dict(os.environ, W=work, F=arguments.fingerprint, INCUS_SOCKET=arguments.socket,
+                       INCUS_CONF=os.path.join(work, "conf"), LC_ALL="C", TERM="dumb")  # fmt: skip
+    os.makedirs(environment["INCUS_CONF"], exist_ok=True)
+    broken = 0
+    seen = {}
+    for area, line in cases(arguments.long):
+        if arguments.only and area not in arguments.only:
+            continue
+        try:
+            done = subprocess.run(["sh", "-c", line.removeprefix("-")], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=120)
+            code, stdout, stderr = done.returncode, done.stdout, done.stderr
+        except subprocess.TimeoutExpired:
+            code, stdout, stderr = -1, "", "did not end within 120 s"
+        if line.startswith("-"):
+            if code != 0:
+                print(f"{area}: {line[1:]}: exit {code}: {stderr.strip()[-300:]}", file=sys.stderr)
+                broken += 1
+            continue
+        # A line may stand several times in an area; each time counts.
+        key = f"{area}: {line}"
+        seen[key] = seen.get(key, 0) + 1
+        out.append({
+            "case": key if seen[key] == 1 else f"{key} #{seen[key]}", "code": code,
+            "out": normal(stdout, work, arguments.socket).splitlines(), "err": normal(stderr, work, arguments.socket).splitlines(),
+        })  # fmt: skip
+    with open(arguments.out, "w") as file:
+        json.dump(out, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+    print(f"{len(out)} commands")
+    return 1 if broken else 0
+
+
+def alike(got, want):
+    """Are both the same, or errors about the same thing?"""
+    if got == want:
+        return True
+    if (got["code"], got["out"]) != (want["code"], want["out"]) or got["code"] == 0:
+        return False
+    ours, theirs = "\n".join(got["err"]), "\n".join(want["err"])
+    if not ours.startswith("Error: "):
+        return False
+    return any(re.search(b, ours, re.M) and re.search(a, theirs, re.M) for a, b in WORDINGS)
+
+
+def accepted(path):
+    reasons = {}
+    with open(path) as file:
+        for number, line in enumerate(file, 1):
+            line = line.rstrip("\n")
+            if not line or line.startswith("#"):
+                continue
+            case, arrow, reason = line.partition(" => ")
+            if not arrow or not reason.strip():
+                sys.exit(f"{path}:{number}: `CASE => REASON`")
+            reasons[case] = reason
+    return reasons
+
+
+def compare(arguments):
+    with open(arguments.out) as a, open(arguments.recording) as b:
+        ours, theirs = ({r["case"]: r for r in json.load(f)} for f in (a, b))
+    reasons = accepted(arguments.accepted)
+    differ = equal = tolerated = worded = 0
+    for case, got in ours.items():
+        want = theirs.get(case)
+        if want is None:
+            print(f"{case}\n  is not in the recording; record again with a real Incus")
+            differ += 1
+        elif alike(got, want):
+            equal += 1
+            worded += got != want
+            if case in reasons:
+                print(f"{case}\n  is the same now; take it out of {os.path.basename(arguments.accepted)}")
+                differ += 1
+        elif case in reasons:
+            tolerated += 1
+        else:
+            differ += 1
+            print(case)
+            for field in ("code", "out", "err"):
+                if got[field] != want[field]:
+                    show = lambda v: v if isinstance(v, int) else "\n         ".join(v)  # noqa: E731
+                    print(f"  {field} incus: {show(want[field])}\n  {field} karst: {show(got[field])}")
+    for case in reasons:
+        if case not in ours and (arguments.long or case not in theirs):
+            print(f"{case}\n  is accepted to differ, but there is no such command")
+            differ += 1
+    print(f"{equal} the same ({worded} in other words), {tolerated} differ as accepted, {differ} wrong")
+    return 1 if differ or not equal else 0
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("record")
+    one.add_argument("socket")
+    one.add_argument("out")
+    one.add_argument("--work", required=True)
+    one.add_argument("--fingerprint", required=True)
+    one.add_argument("--long", action="store_true")
+    one.add_argument("--only", nargs="*")
+    one.set_defaults(run=record)
+    two = commands.add_parser("compare")
+    two.add_argument("out")
+    two.add_argument("recording")
+    two.add_argument("--accepted", default=os.path.join(HERE, "accepted"))
+    two.add_argument("--long", action="store_true")
+    two.set_defaults(run=compare)
+    arguments = parser.parse_args()
+    sys.exit(arguments.run(arguments))
+
+
+if __name__ == "__main__":
+    main()
