@@ -102,6 +102,25 @@ busybox_image() {
 # unlisted_complaints LOG PATTERN: lines of level WARN or ERROR that no pattern allows.
 unlisted_complaints() { grep -aE '\b(WARN|ERROR)\b' "$1" | grep -avE "$2" | head -n 20; }
 
+# tiny_image FILE: a unified image of a container, with a static busybox for init and tools.
+tiny_image() {
+    local tree
+    tree=$(mktemp -d)
+    mkdir -p "$tree"/rootfs/{bin,sbin,etc,proc,sys,dev,run,tmp,root,var}
+    cp "$(command -v busybox)" "$tree/rootfs/bin/busybox"
+    local applet
+    for applet in sh ls cat sleep mount echo init id stat touch ps poweroff reboot halt true hostname chmod ln tr dd mkdir rm sync ip; do
+        ln -s busybox "$tree/rootfs/bin/$applet"
+    done
+    ln -s ../bin/busybox "$tree/rootfs/sbin/init"
+    printf '::sysinit:/bin/true\n::respawn:/bin/sleep 100000\n::shutdown:/bin/true\n' >"$tree/rootfs/etc/inittab"
+    echo 'root:x:0:0:root:/root:/bin/sh' >"$tree/rootfs/etc/passwd"
+    echo 'root:x:0:' >"$tree/rootfs/etc/group"
+    printf 'architecture: x86_64\ncreation_date: 1700000000\nproperties: {os: busybox, description: tiny}\n' >"$tree/metadata.yaml"
+    tar -C "$tree" --owner=0 --group=0 -czf "$1" metadata.yaml rootfs
+    rm -rf "$tree"
+}
+
 finish() {
     printf '%s passed, %s failed\n' "$passed" "$failed"
     [ "$failed" = 0 ]

@@ -42,6 +42,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ),
     ("karst-engine", &["karst-model", "karst-env", "karst-store", "karst-agent"]),
     ("karst-frontend-incus", &["karst-model", "karst-engine"]),
+    ("karst-frontend-libvirt", &["karst-model", "karst-engine"]),
     (
         "karstd",
         &[
@@ -53,6 +54,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "karst-agent-host",
             "karst-engine",
             "karst-frontend-incus",
+            "karst-frontend-libvirt",
             "karst-image",
         ],
     ),

@@ -136,6 +136,7 @@ impl RealAgent {
             env,
             options,
         });
+        crate::backups::sweep(&agent.registry.path("backups"))?;
         agent.adopt().await?;
         tokio::spawn(sweep_staged(Arc::downgrade(&agent)));
         let facts = Arc::downgrade(&agent);
@@ -360,7 +361,14 @@ impl RealAgent {
     /// Writes the record of a start, with an id range that is claimed before anything uses it.
     pub(crate) fn remember(&self, spec: &GuestSpec) -> Result<GuestRecord> {
         let old = self.guest(spec.instance);
-        let ids = self.ids.claim(&spec.instance.0.to_string(), old.map(|r| r.ids))?;
+        let owner = spec.instance.0.to_string();
+        let fixed = spec.security.idmap_base;
+        let wanted = fixed.or(old.as_ref().map(|r| r.ids.base));
+        let count = spec.security.idmap_size.unwrap_or(crate::ids::COUNT);
+        let ids = self.ids.claim_many(&owner, wanted, count, fixed.is_some())?;
+        if let Some(old) = old {
+            self.ids.release_rest(old.ids, ids, &owner);
+        }
         let record = GuestRecord {
             kind: spec.kind,
             generation: spec.generation,

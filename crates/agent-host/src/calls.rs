@@ -10,7 +10,7 @@ use karst_env::EnvExt;
 use karst_guest::{Applied, FileKind, Metrics, Observed, StopMode};
 use karst_image::{Staged, Upload};
 use karst_model::{
-    Error, ErrorKind, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
+    BackupId, Error, ErrorKind, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
     image::ImageFacts,
     instance::{InstanceKind, RuntimeState},
@@ -369,6 +369,28 @@ impl RealAgent {
         Ok(WithFds { value, fds: vec![fd] })
     }
 
+    /// What only virtual machines can.
+    fn machine(&self, id: InstanceId) -> Result<&dyn karst_guest::GuestMachine> {
+        let (_, driver) = self.known(id)?;
+        driver.machine().ok_or_else(|| {
+            Error::unsupported("only virtual machines have a screen, a keyboard and a reset button")
+        })
+    }
+
+    /// The driver of virtual machines, also for one that never ran here.
+    fn machines(&self) -> Result<&dyn karst_guest::GuestMachine> {
+        self.driver(InstanceKind::VirtualMachine)?
+            .machine()
+            .ok_or_else(|| Error::unsupported("this host runs no virtual machines"))
+    }
+
+    async fn display(&self, id: InstanceId) -> Result<WithFds<SessionId>> {
+        self.sessions.room()?;
+        let stream = self.machine(id)?.display(id).await.map_err(as_state(id))?;
+        let (value, fd) = self.sessions.console(id, stream)?;
+        Ok(WithFds { value, fds: vec![fd] })
+    }
+
     /// The driver of a guest's files, and where they lie when it does not run.
     async fn files(&self, file: &FileRef) -> Result<(&Arc<dyn karst_guest::GuestDriver>, Option<PathBuf>)> {
         check_path(&file.path)?;
@@ -543,6 +565,13 @@ calls! {
     read volume_export(me, request: VolumeExport) -> WithFds<SessionId> { me.export_volume(request).await }
     mutate volume_import(me, request: VolumeImport, context) -> WithFds<SessionId> { me.import_volume(context, request).await }
 
+    mutate backup_create(me, request: BackupCreate) -> BackupFacts { me.create_backup(request).await }
+    mutate backup_stage(me, id: BackupId) -> WithFds<()> { me.stage_backup(id).await }
+    read backup_inspect(me, id: BackupId) -> BackupFacts { me.inspect_backup(id).await }
+    read backup_open(me, id: BackupId) -> WithFds<BackupFacts> { me.open_backup(id).await }
+    mutate backup_delete(me, id: BackupId) -> () { me.delete_backup(id).await }
+    mutate volume_fill(me, request: VolumeFill) -> VolumeFilled { me.fill_volume(request).await }
+
     mutate image_stage(me, part: ImageStage) -> WithFds<()> { me.stage(part).await }
     mutate image_import(me, request: ImageImport) -> ImageFacts { me.import(request).await }
     mutate image_build(me, request: ImageBuild) -> ImageFacts { me.build(request).await }
@@ -554,6 +583,20 @@ calls! {
     mutate guest_pause(me, guest: GuestRef) -> Observed { me.freeze(guest, true).await }
     mutate guest_resume(me, guest: GuestRef) -> Observed { me.freeze(guest, false).await }
     mutate guest_update(me, spec: GuestSpec) -> Applied { me.update(spec).await }
+    mutate machine_state_save(me, request: MachineStateSave) -> () {
+        let MachineStateRef { instance, snapshot } = request.at;
+        let _lock = me.lock(instance.0).await;
+        me.machines()?.state_save(instance, snapshot, request.memory).await
+    }
+    mutate machine_state_restore(me, request: MachineStateRestore) -> () {
+        let MachineStateRef { instance, snapshot } = request.at;
+        let _lock = me.lock(instance.0).await;
+        me.machines()?.state_restore(instance, snapshot, request.memory).await
+    }
+    mutate machine_state_delete(me, at: MachineStateRef) -> () {
+        let _lock = me.lock(at.instance.0).await;
+        me.machines()?.state_delete(at.instance, at.snapshot).await
+    }
     mutate guest_destroy(me, instance: InstanceId) -> () { me.destroy(instance).await }
     read guest_observe_all(me, _request: ()) -> Vec<Observed> { me.observe_all().await }
     read guest_metrics(me, instances: Vec<InstanceId>) -> Vec<(InstanceId, Metrics)> { me.metrics(instances).await }
@@ -580,6 +623,23 @@ calls! {
         Ok(())
     }
     read console_attach(me, request: ConsoleAttach) -> WithFds<SessionId> { me.console(request).await }
+    read guest_reset(me, guest: GuestRef) -> () {
+        let _lock = me.lock(guest.instance.0).await;
+        me.meant(guest)?;
+        me.machine(guest.instance)?.reset(guest.instance).await.map_err(as_state(guest.instance))
+    }
+    read guest_keys(me, request: KeyPresses) -> () {
+        let id = request.instance;
+        // Not trusted to have been checked.
+        let chords: Vec<String> = request.chords.iter().map(|c| c.join("-")).collect();
+        let chords = karst_model::keyboard::chords(&chords)?;
+        me.machine(id)?.press(id, &chords).await.map_err(as_state(id))
+    }
+    read guest_screenshot(me, instance: InstanceId) -> WithFds<()> {
+        let file = me.machine(instance)?.screenshot(instance).await.map_err(as_state(instance))?;
+        Ok(WithFds { value: (), fds: vec![file] })
+    }
+    read display_attach(me, instance: InstanceId) -> WithFds<SessionId> { me.display(instance).await }
     read console_log(me, request: ConsoleLog) -> Vec<u8> {
         let (_, driver) = me.known(request.instance)?;
         let max = request.max.min(CONSOLE_LOG) as usize;

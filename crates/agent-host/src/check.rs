@@ -31,6 +31,12 @@ impl RealAgent {
                 }
             }
         }
+        for name in names(&self.registry.path("backups")) {
+            match name.parse() {
+                Ok(id) => check.backups.push(id),
+                Err(_) => check.leaks.push(format!("unfinished backup {name}")),
+            }
+        }
         let guests: BTreeMap<InstanceId, GuestRecord> = self.all_guests().into_iter().collect();
         check.guests = guests.keys().copied().collect();
         let mut running = BTreeSet::new();

@@ -74,34 +74,90 @@ impl IdRanges {
     /// # Errors
     /// Quota when all ranges of the machine are claimed.
     pub fn claim(&self, owner: &str, wanted: Option<IdRange>) -> Result<IdRange> {
-        let mine = format!("{} {owner}\n", self.daemon_id);
+        self.claim_many(owner, wanted.map(|r| r.base), COUNT, false)
+    }
+
+    /// Claims `count` ids in one piece, a multiple of [`COUNT`]: at `wanted` if they are free or ours there, else elsewhere
+    /// unless it must be `there`.
+    ///
+    /// # Errors
+    /// Quota when so many are not free in one piece; conflict when it must be there and they are another's; invalid when no
+    /// range can begin there.
+    pub fn claim_many(&self, owner: &str, wanted: Option<u32>, count: u32, there: bool) -> Result<IdRange> {
+        let slots = (count / COUNT).max(1);
         // Spread, so that daemons seldom try for the same.
         let start = u32::from_str_radix(&self.daemon_id, 16).unwrap_or(0) % RANGES;
         let all = (0..RANGES).map(|n| FIRST + ((start + n) % RANGES) * COUNT);
-        let wanted = wanted.map(|r| r.base).filter(|b| all.clone().any(|a| a == *b));
-        for base in wanted.into_iter().chain(all).filter(|b| self.free_of_others(*b)) {
-            let file = self.file(base);
-            match fs::File::options().write(true).create_new(true).mode(0o644).open(&file) {
-                Ok(mut f) => {
-                    f.write_all(mine.as_bytes())?;
-                    return Ok(IdRange { base, count: COUNT });
-                }
-                Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
-                    if fs::read_to_string(&file).is_ok_and(|text| text == mine) {
-                        return Ok(IdRange { base, count: COUNT });
-                    }
-                }
-                Err(e) => return Err(Error::from(e).with_context(file.display())),
+        let fits = |base: u32| {
+            base >= FIRST && base.is_multiple_of(COUNT) && (base - FIRST) / COUNT + slots <= RANGES
+        };
+        if there && !wanted.is_some_and(fits) {
+            return Err(Error::invalid(
+                "config.security.idmap.base",
+                format!("a range of {count} ids can begin at a multiple of {COUNT} from {FIRST} on"),
+            ));
+        }
+        let wanted = wanted.filter(|base| fits(*base));
+        let others = all.filter(|_| !there).filter(|base| fits(*base));
+        for base in wanted.into_iter().chain(others) {
+            if self.claim_at(owner, base, slots)? {
+                return Ok(IdRange { base, count: slots * COUNT });
             }
+        }
+        if there {
+            let text = "ids of that range belong to others; leave security.idmap.base out";
+            return Err(Error::conflict(text).at("config.security.idmap.base"));
         }
         Err(Error::quota("all ranges of user ids of this machine are in use; delete guests"))
     }
 
-    /// Gives a range back; one that is not ours stays.
+    /// Claims all of these or none.
+    fn claim_at(&self, owner: &str, base: u32, slots: u32) -> Result<bool> {
+        let mine = format!("{} {owner}\n", self.daemon_id);
+        let mut new = vec![];
+        for base in (0..slots).map(|n| base + n * COUNT) {
+            let file = self.file(base);
+            let ours = if !self.free_of_others(base) {
+                Ok(false)
+            } else {
+                match fs::File::options().write(true).create_new(true).mode(0o644).open(&file) {
+                    Ok(mut f) => {
+                        new.push(file.clone());
+                        f.write_all(mine.as_bytes()).map(|()| true)
+                    }
+                    Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
+                        Ok(fs::read_to_string(&file).is_ok_and(|text| text == mine))
+                    }
+                    Err(e) => Err(e),
+                }
+            };
+            if !matches!(ours, Ok(true)) {
+                for file in new {
+                    fs::remove_file(file)?;
+                }
+                return ours.map_err(|e| Error::from(e).with_context(file.display()));
+            }
+        }
+        Ok(true)
+    }
+
+    /// Gives a range back; what of it is not ours stays.
     pub fn release(&self, range: IdRange, owner: &str) {
-        let file = self.file(range.base);
-        if fs::read_to_string(&file).is_ok_and(|text| text == format!("{} {owner}\n", self.daemon_id)) {
-            let _ = fs::remove_file(file);
+        let mine = format!("{} {owner}\n", self.daemon_id);
+        for base in (0..range.count / COUNT).map(|n| range.base + n * COUNT) {
+            let file = self.file(base);
+            if fs::read_to_string(&file).is_ok_and(|text| text == mine) {
+                let _ = fs::remove_file(file);
+            }
+        }
+    }
+
+    /// Gives back what of `old` is not in `new`.
+    pub fn release_rest(&self, old: IdRange, new: IdRange, owner: &str) {
+        for base in (0..old.count / COUNT).map(|n| old.base + n * COUNT) {
+            if base < new.base || base - new.base >= new.count {
+                self.release(IdRange { base, count: COUNT }, owner);
+            }
         }
     }
 
@@ -162,6 +218,24 @@ mod tests {
         for range in [first, second, third] {
             assert!(range.base >= FIRST && range.base.checked_add(range.count).unwrap() < 0x8000_0000);
         }
+    }
+
+    #[test]
+    fn larger_ranges_are_in_one_piece_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let ranges = IdRanges::open(dir.path(), "000000").unwrap();
+        let one = ranges.claim("one", None).unwrap();
+        let large = ranges.claim_many("large", Some(one.base), 4 * COUNT, false).unwrap();
+        assert_eq!((large.base, large.count), (one.base + COUNT, 4 * COUNT), "after what another has");
+        assert_eq!(ranges.claims().unwrap().len(), 5);
+        let kind = |e: Result<IdRange>| e.unwrap_err().kind;
+        use karst_model::ErrorKind::{Conflict, Invalid};
+        assert_eq!(kind(ranges.claim_many("x", Some(large.base - COUNT), 2 * COUNT, true)), Conflict);
+        assert_eq!(kind(ranges.claim_many("x", Some(1_000_000), COUNT, true)), Invalid);
+        assert_eq!(ranges.claims().unwrap().len(), 5, "nothing of a failed claim stays");
+        let small = ranges.claim_many("large", Some(large.base), 2 * COUNT, false).unwrap();
+        ranges.release_rest(large, small, "large");
+        assert_eq!(ranges.claims().unwrap().len(), 3);
     }
 
     #[test]

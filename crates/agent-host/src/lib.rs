@@ -7,7 +7,11 @@
 
 mod agent;
 mod audit;
+<<<<<<< HEAD
 mod block_pools;
+=======
+mod backups;
+>>>>>>> main
 mod calls;
 mod check;
 mod facts;

@@ -2,11 +2,12 @@
 //!
 //! ```text
 //! DIR/host/              0711  root
-//!   epoch                      highest executor epoch
+//!   epoch                      highest epoch of each executor
 //!   registry/pools/ID.json     what control called a pool
 //!   pools/ID/                  its volumes, by their ids
 //!   images/ networks/          of their drivers
 //!   staging/ID.PART      0600  parts of images being uploaded
+//!   backups/ID           0600  backups that were made here
 //!   guests/ID/           0711  state of a guest that was started: the driver's, and agent.json
 //! ```
 //! Ids come over the wire as UUIDs and are written as such: no name of a client ever becomes part of a path. Guests'
@@ -59,9 +60,13 @@ fn directory(path: &Path, mode: u32) -> Result<()> {
 
 impl Registry {
     pub fn open(root: PathBuf) -> Result<Self> {
-        for (name, mode) in
-            [("registry", 0o700), ("registry/pools", 0o700), ("staging", 0o700), ("guests", 0o711)]
-        {
+        for (name, mode) in [
+            ("registry", 0o700),
+            ("registry/pools", 0o700),
+            ("staging", 0o700),
+            ("backups", 0o700),
+            ("guests", 0o711),
+        ] {
             directory(&root.join(name), mode)?;
         }
         Ok(Self { root })
@@ -170,8 +175,8 @@ pub fn set_damaged_aside(root: &Path) -> Result<Vec<String>> {
         }
     }
     let epoch = root.join("epoch");
-    if fs::read_to_string(&epoch).is_ok_and(|text| text.trim().parse::<u64>().is_err()) {
-        aside(&epoch, "the executor's epoch, which nobody needs any more".into())?;
+    if karst_agent::EpochGuard::open(&epoch).is_err() {
+        aside(&epoch, "the executors' epochs, which nobody needs any more".into())?;
     }
     Ok(uncertain)
 }

@@ -37,24 +37,24 @@ use std::{
 use tokio::sync::OwnedMutexGuard;
 
 /// A stream may take as long as the other end takes; its session ends it.
-const STREAM: Limits = Limits {
+pub(crate) const STREAM: Limits = Limits {
     memory: 2 << 30,
     cpu_seconds: 86_400,
     file_size: 64 << 40,
     timeout: Duration::from_secs(86_400),
 };
 /// What an import may hold: a volume may be larger than any image.
-const BOUNDS: Bounds = Bounds { bytes: 64 << 40, entries: 1 << 32, ratio: 1 << 20 };
+pub(crate) const BOUNDS: Bounds = Bounds { bytes: 64 << 40, entries: 1 << 32, ratio: 1 << 20 };
 
 fn snapshots(pool: &dyn PoolDriver) -> Result<&dyn Snapshots> {
     pool.snapshots().ok_or_else(|| Error::unsupported("this pool has no snapshots"))
 }
 
-fn contents(pool: &dyn PoolDriver) -> Result<&dyn Contents> {
+pub(crate) fn contents(pool: &dyn PoolDriver) -> Result<&dyn Contents> {
     pool.contents().ok_or_else(|| Error::unsupported("this pool cannot copy or stream volumes"))
 }
 
-fn open(path: &Path, write: bool) -> Result<OwnedFd> {
+pub(crate) fn open(path: &Path, write: bool) -> Result<OwnedFd> {
     let flags = rustix::fs::OFlags::NOFOLLOW.bits() as i32;
     Ok(File::options().read(true).write(write).custom_flags(flags).open(path)?.into())
 }
@@ -98,7 +98,7 @@ impl RealAgent {
     }
 
     /// Nothing that runs has the volume.
-    async fn unused(&self, volume: VolumeId) -> Result<()> {
+    pub(crate) async fn unused(&self, volume: VolumeId) -> Result<()> {
         match self.user(has_volume(volume)).await? {
             Some(user) => Err(Error::conflict(format!(
                 "the volume is in use by instance {user}, which runs; stop it first"
@@ -108,7 +108,7 @@ impl RealAgent {
     }
 
     /// The volume can be read whole: nothing runs from it, or what runs is paused, or the pool freezes it at one instant.
-    async fn still(&self, pool: &dyn PoolDriver, volume: VolumeId) -> Result<()> {
+    pub(crate) async fn still(&self, pool: &dyn PoolDriver, volume: VolumeId) -> Result<()> {
         let Some(user) = self.user(has_volume(volume)).await? else { return Ok(()) };
         let (record, driver) = self.known(user)?;
         if record.kind == InstanceKind::Container || pool.snapshots().is_some_and(Snapshots::instant) {
@@ -292,7 +292,7 @@ impl RealAgent {
         Ok(())
     }
 
-    fn worker(&self) -> Sandbox {
+    pub(crate) fn worker(&self) -> Sandbox {
         Sandbox::new(&self.launcher).limits(STREAM)
     }
 
@@ -391,7 +391,7 @@ async fn fill(
     let out = || open(filling.directory(), false);
     let first = worker().stdin(source).writable("out", out()?);
     if format == StreamFormat::Tar {
-        let task = Task { part: Part::Root, bounds: BOUNDS, field: "volume".into() };
+        let task = Task { part: Part::Root, bounds: BOUNDS, field: "volume".into(), within: None };
         let ended = first.call("unpack", serde_json::to_value(task)?).await?;
         match (ended.code, serde_json::from_slice::<Answer>(&ended.stdout)) {
             (0, Ok(answer)) => karst_model::Result::<karst_image::unpack::Found>::from(answer)?,
@@ -436,12 +436,12 @@ async fn fill(
     filling.commit().await.map(drop)
 }
 
-fn said(ended: &Ended) -> String {
+pub(crate) fn said(ended: &Ended) -> String {
     format!("exit code {}: {}", ended.code, String::from_utf8_lossy(&ended.stderr).trim())
 }
 
 /// What `qemu-img` said of a disk.
-fn converted(ended: Ended) -> Result<()> {
+pub(crate) fn converted(ended: Ended) -> Result<()> {
     let said = said(&ended);
     match ended.code {
         0 => Ok(()),
@@ -479,10 +479,10 @@ async fn pour(disk: File, sink: OwnedFd) -> Result<()> {
 }
 
 /// A directory that is gone when it is dropped, and at the next start.
-struct Scratch(std::path::PathBuf);
+pub(crate) struct Scratch(std::path::PathBuf);
 
 impl Scratch {
-    fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.0
     }
 }
@@ -495,7 +495,7 @@ impl Drop for Scratch {
     }
 }
 
-fn scratch(below: &Path) -> Result<Scratch> {
+pub(crate) fn scratch(below: &Path) -> Result<Scratch> {
     let path = below.join(format!("{}.work", uuid::Uuid::new_v4()));
     std::fs::create_dir(&path)?;
     Ok(Scratch(path))

@@ -9,7 +9,7 @@ use karst_agent::{
 };
 use karst_agent_host::{HostPolicy, RealAgent, RealOptions};
 use karst_env::RealEnv;
-use karst_model::{ImageId, SagaId, instance::InstanceKind};
+use karst_model::{ImageId, NodeId, SagaId, instance::InstanceKind};
 use std::{
     fs,
     os::unix::fs::PermissionsExt,
@@ -119,7 +119,8 @@ impl Drop for Place {
 }
 
 fn change(epoch: u64) -> CallContext {
-    let fence = Fence { saga: SagaId(uuid::Uuid::nil()), epoch, step: 0 };
+    let fence =
+        Fence { saga: SagaId(uuid::Uuid::nil()), executor: NodeId(uuid::Uuid::nil()), epoch, step: 0 };
     CallContext::mutate(LONG, fence)
 }
 

@@ -1,9 +1,11 @@
 //! The calls of the agent protocol, version 1. One macro invocation declares each call once; the trait, the wire
 //! enumeration and the dispatcher all come from it.
 
+use crate::backups::{BackupCreate, BackupFacts, VolumeFill, VolumeFilled};
 use async_trait::async_trait;
 use karst_model::{
-    ByteSize, ImageId, InstanceId, NetworkId, PoolId, Result, SagaId, SessionId, SnapshotId, VolumeId,
+    BackupId, ByteSize, ImageId, InstanceId, NetworkId, NodeId, PoolId, Result, SagaId, SessionId,
+    SnapshotId, VolumeId,
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
     guest::{Applied, ExecRequest, FileInfo, FileWrite, Metrics, Observed, StopMode},
     image::ImageFacts,
@@ -29,13 +31,24 @@ pub struct CallContext {
     pub fence: Option<Fence>,
 }
 
-/// Orders mutations: the agent durably remembers the highest epoch and refuses lower ones, so that a paused executor can
-/// do nothing after its successor took over.
+/// Who executes sagas: the engine that acts for a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Executor {
+    /// The node.
+    pub node: NodeId,
+    /// Grows with each start of an engine over the same store.
+    pub epoch: u64,
+}
+
+/// Orders mutations: the agent durably remembers the highest epoch of each executor and refuses lower ones of the same, so
+/// that a paused executor can do nothing after its successor took over, and those of other nodes go on (ADR 18).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fence {
     /// The saga, or the nil UUID for reconcilers.
     pub saga: SagaId,
-    /// Epoch of the executor; grows with each start of an engine over the same store.
+    /// Node of the executor. A saga has one; who takes it over from a dead node takes a new epoch in this node's name.
+    pub executor: NodeId,
+    /// Epoch of the executor.
     pub epoch: u64,
     /// Step within the saga.
     pub step: u32,
@@ -104,6 +117,8 @@ plain!(
     Observed,
     Vec<Observed>,
     Applied,
+    BackupFacts,
+    VolumeFilled,
     Vec<(InstanceId, Metrics)>,
     Vec<u8>,
     Vec<VolumeSnapshot>,
@@ -237,6 +252,21 @@ agent_calls! {
     /// was. Its snapshots stay. Refused while a guest uses the volume.
     mutate fn volume_import(VolumeImport: VolumeImport) -> WithFds<SessionId>;
 
+    /// Packs a volume with snapshots into one file in Incus' backup format; complete or not at all.
+    mutate fn backup_create(BackupCreate: BackupCreate) -> BackupFacts;
+    /// Opens a staging file for a backup to be uploaded: one write-only descriptor. It is dropped an hour after it was last
+    /// touched and at the agent's start.
+    mutate fn backup_stage(BackupStage: BackupId) -> WithFds<()>;
+    /// What a staged backup says of itself, read by a worker without privileges.
+    read fn backup_inspect(BackupInspect: BackupId) -> BackupFacts;
+    /// Opens a backup that was made here for reading: one descriptor.
+    read fn backup_open(BackupOpen: BackupId) -> WithFds<BackupFacts>;
+    /// Deletes a backup, made or staged; an unknown one is gone already.
+    mutate fn backup_delete(BackupDelete: BackupId) -> ();
+    /// Replaces the content of an existing volume by what a staged backup has of it, in one step; on failure it stays as it
+    /// was. Its snapshots stay. Refused while a guest uses the volume.
+    mutate fn volume_fill(VolumeFill: VolumeFill) -> VolumeFilled;
+
     /// Opens a staging file for a part of an image to be uploaded: one write-only descriptor. Staged parts that are not
     /// imported are dropped after an hour and at the agent's start.
     mutate fn image_stage(ImageStage: ImageStage) -> WithFds<()>;
@@ -259,6 +289,13 @@ agent_calls! {
     mutate fn guest_resume(GuestResume: GuestRef) -> Observed;
     /// Applies changed limits to a running guest.
     mutate fn guest_update(GuestUpdate: GuestSpec) -> Applied;
+    /// Keeps what a virtual machine is beside its disks with a snapshot: firmware variables, TPM, and the memory of one that
+    /// is paused if asked for. One that never ran has nothing.
+    mutate fn machine_state_save(MachineStateSave: MachineStateSave) -> ();
+    /// Makes a virtual machine that does not run what it was at a snapshot, its memory for the next start if asked for.
+    mutate fn machine_state_restore(MachineStateRestore: MachineStateRestore) -> ();
+    /// Drops what is kept with a snapshot; fine when nothing is.
+    mutate fn machine_state_delete(MachineStateDelete: MachineStateRef) -> ();
     /// Removes all that a stopped guest has on the host but its volumes.
     mutate fn guest_destroy(GuestDestroy: InstanceId) -> ();
     /// Every guest that the host knows.
@@ -281,6 +318,14 @@ agent_calls! {
     read fn session_close(SessionClose: SessionId) -> ();
     /// Attaches to the console: one descriptor, both ways.
     read fn console_attach(ConsoleAttach: ConsoleAttach) -> WithFds<SessionId>;
+    /// Presses the reset button of a running virtual machine.
+    read fn guest_reset(GuestReset: GuestRef) -> ();
+    /// Presses keys of a running virtual machine.
+    read fn guest_keys(GuestKeys: KeyPresses) -> ();
+    /// What a running virtual machine shows: one descriptor that reads a PNG file.
+    read fn guest_screenshot(GuestScreenshot: InstanceId) -> WithFds<()>;
+    /// Attaches to the display of a running virtual machine: one descriptor, both ways, that speaks RFB (VNC).
+    read fn display_attach(DisplayAttach: InstanceId) -> WithFds<SessionId>;
     /// The kept console log.
     read fn console_log(ConsoleLog: ConsoleLog) -> Vec<u8>;
 
@@ -301,12 +346,18 @@ pub struct SelfCheck {
     /// Their snapshots.
     #[serde(default)]
     pub snapshots: Vec<(VolumeId, SnapshotId)>,
+    /// Backups that it keeps.
+    #[serde(default)]
+    pub backups: Vec<BackupId>,
     /// Images that it keeps.
     pub images: Vec<ImageId>,
     /// Networks that it keeps.
     pub networks: Vec<NetworkId>,
     /// Guests that it knows, running or with state.
     pub guests: Vec<InstanceId>,
+    /// What it keeps of virtual machines with snapshots.
+    #[serde(default)]
+    pub machine_states: Vec<(InstanceId, SnapshotId)>,
     /// Open sessions.
     pub sessions: u32,
     /// Things that should not be there, in words.
@@ -543,6 +594,42 @@ pub struct ConsoleAttach {
     pub instance: InstanceId,
     /// Ends the attachment that is there.
     pub force: bool,
+}
+
+/// What a virtual machine was beside its disks, at a snapshot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineStateRef {
+    /// Whose.
+    pub instance: InstanceId,
+    /// When.
+    pub snapshot: SnapshotId,
+}
+
+/// What is to be kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineStateSave {
+    /// Under which snapshot.
+    pub at: MachineStateRef,
+    /// The memory too.
+    pub memory: bool,
+}
+
+/// What is to be brought back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineStateRestore {
+    /// Of which snapshot.
+    pub at: MachineStateRef,
+    /// The memory too, for the next start.
+    pub memory: bool,
+}
+
+/// Keys to press, one chord after the other.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyPresses {
+    /// Whose.
+    pub instance: InstanceId,
+    /// Chords of checked key names, such as `["ctrl", "alt", "delete"]`.
+    pub chords: Vec<Vec<String>>,
 }
 
 /// Console log to read.

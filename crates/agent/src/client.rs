@@ -1,7 +1,7 @@
 //! Control's end of the wire: one connection, many calls in flight, made again when the host process comes back.
 
 use crate::{
-    calls::{AgentEvent, Call, CallContext, Remote, Transport, VERSIONS},
+    calls::{AgentEvent, Call, CallContext, Executor, Remote, Transport, VERSIONS},
     events::EventHub,
     wire::{Frame, FrameReader, FromHost, Outcome, ToHost},
 };
@@ -45,7 +45,7 @@ pub struct Client {
 struct Shared {
     env: SharedEnv,
     path: PathBuf,
-    epoch: Mutex<Option<u64>>,
+    executor: Option<Executor>,
     link: watch::Sender<Link>,
     next: AtomicU64,
     calls: Semaphore,
@@ -80,12 +80,16 @@ struct ConnectionState {
 
 impl Client {
     /// Connects to the host's socket and keeps the connection: when it breaks, calls in flight fail as unavailable, and
-    /// later ones wait for the next connection within their deadline. `epoch` goes with the hello if it is known.
+    /// later ones wait for the next connection within their deadline. `executor` goes with the hello if it is known.
     ///
     /// # Errors
     /// When the host does not answer a hello within 10 s, or refuses it.
-    pub async fn connect(env: SharedEnv, path: impl Into<PathBuf>, epoch: Option<u64>) -> Result<Self> {
-        let client = Self::start(env.clone(), path, epoch);
+    pub async fn connect(
+        env: SharedEnv,
+        path: impl Into<PathBuf>,
+        executor: Option<Executor>,
+    ) -> Result<Self> {
+        let client = Self::start(env.clone(), path, executor);
         let settled = async {
             let mut link = client.shared.link.subscribe();
             // Not being there yet may pass; being refused does not.
@@ -102,11 +106,11 @@ impl Client {
     }
 
     /// As [`Client::connect`], without waiting for the first connection.
-    pub fn start(env: SharedEnv, path: impl Into<PathBuf>, epoch: Option<u64>) -> Self {
+    pub fn start(env: SharedEnv, path: impl Into<PathBuf>, executor: Option<Executor>) -> Self {
         let shared = Arc::new(Shared {
             env: env.clone(),
             path: path.into(),
-            epoch: Mutex::new(epoch),
+            executor,
             link: watch::Sender::new(Link::Down(None)),
             next: AtomicU64::new(0),
             calls: Semaphore::new(MAX_IN_FLIGHT),
@@ -115,11 +119,6 @@ impl Client {
         });
         let task = env.spawn_task("agent client", Shared::keep_connected(shared.clone()));
         Self { shared, task }
-    }
-
-    /// The epoch for the hellos to come.
-    pub fn set_epoch(&self, epoch: u64) {
-        *self.shared.epoch.lock().unwrap() = Some(epoch);
     }
 
     /// The whole trait over this client.
@@ -161,10 +160,7 @@ impl Shared {
     async fn hello(&self) -> Result<(Arc<UnixStream>, FrameReader)> {
         let down = |e: io::Error| Error::unavailable("the host process does not answer").with_context(e);
         let stream = Arc::new(UnixStream::connect(&self.path).await.map_err(down)?);
-        let hello = ToHost::Hello {
-            versions: (*VERSIONS.start(), *VERSIONS.end()),
-            epoch: *self.epoch.lock().unwrap(),
-        };
+        let hello = ToHost::Hello { versions: (*VERSIONS.start(), *VERSIONS.end()), executor: self.executor };
         Frame::new(&hello, vec![])?.send(&stream).await.map_err(down)?;
         let mut reader = FrameReader::new(stream.clone(), true);
         match reader.next::<FromHost>().await.map_err(down)? {

@@ -4,14 +4,16 @@
 //! Each part makes what it needs with fresh ids, asserts, and removes it. It panics with the part's name at the first
 //! breach, so it stands in a `#[test]`.
 
+mod backups;
 mod guests;
 mod parts;
 mod storage;
 
-use crate::calls::*;
+use crate::{backups::*, calls::*};
 use karst_env::{EnvExt, SharedEnv};
 use karst_model::{
-    ByteSize, DeviceId, Error, ErrorKind, ImageId, InstanceId, NetworkId, PoolId, Result, SagaId, VolumeId,
+    ByteSize, DeviceId, Error, ErrorKind, ImageId, InstanceId, NetworkId, NodeId, PoolId, Result, SagaId,
+    VolumeId,
     image::ImageFacts,
     instance::{Firmware, Generation, InstanceKind},
     network::BridgeSpec,
@@ -106,6 +108,8 @@ impl Subject {
             parts::volumes,
             storage::trees,
             storage::disks,
+            backups::trees,
+            backups::disks,
             parts::networks,
             parts::unknown_things,
             parts::deadlines_and_cancel,
@@ -129,8 +133,12 @@ impl Subject {
     }
 
     fn change(&self) -> CallContext {
-        let fence =
-            Fence { saga: SagaId(self.env.uuid()), epoch: self.epoch.load(Ordering::SeqCst), step: 1 };
+        let fence = Fence {
+            saga: SagaId(self.env.uuid()),
+            executor: NodeId(uuid::Uuid::nil()),
+            epoch: self.epoch.load(Ordering::SeqCst),
+            step: 1,
+        };
         CallContext::mutate(CALL, fence)
     }
 
@@ -209,6 +217,13 @@ impl Subject {
                 firmware: Firmware::Bios,
                 uuid: instance.0,
                 ports: 0,
+                display: true,
+                balloon: false,
+                tpm: false,
+                stateful: false,
+                boot_menu: false,
+                windows: false,
+                resume: false,
                 accelerator: None,
             }),
             limits: Limits {

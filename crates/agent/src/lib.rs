@@ -4,6 +4,7 @@
 //! host path, argv, raw configuration line, nft text or environment of host processes is on this wire. Bytes (exec,
 //! console, files, images) flow through descriptors that the host opened and passed; the host never receives one.
 
+pub mod backups;
 pub mod calls;
 pub mod client;
 #[cfg(feature = "testing")]
@@ -16,6 +17,7 @@ pub mod server;
 pub mod simulated;
 pub mod wire;
 
+pub use backups::*;
 pub use calls::*;
 pub use client::Client;
 pub use epoch::EpochGuard;

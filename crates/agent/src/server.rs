@@ -170,7 +170,7 @@ impl Connection {
         let Some((hello, _)) = reader.next::<ToHost>().await? else {
             return Ok(false);
         };
-        let ToHost::Hello { versions: (low, high), epoch } = hello else {
+        let ToHost::Hello { versions: (low, high), executor } = hello else {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "the first frame is not a hello"));
         };
         let version = high.min(*VERSIONS.end());
@@ -181,7 +181,7 @@ impl Connection {
                 VERSIONS.end()
             )))
         } else {
-            epoch.map_or(Ok(()), |epoch| server.guard.introduce(epoch))
+            executor.map_or(Ok(()), |executor| server.guard.introduce(executor))
         };
         let (answer, welcome) = match outcome {
             Ok(()) => (FromHost::Welcome { version }, true),

@@ -10,7 +10,7 @@
 //!
 //! Whatever is malformed ends the connection that it came on, and nothing else.
 
-use crate::calls::{AgentEvent, CallContext};
+use crate::calls::{AgentEvent, CallContext, Executor};
 use karst_model::Error;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -40,8 +40,9 @@ pub enum ToHost {
     Hello {
         /// Lowest and highest version that control speaks.
         versions: (u32, u32),
-        /// The executor's epoch, when it is known already: a lower one than the host has seen is refused at once.
-        epoch: Option<u64>,
+        /// The executor, when it is known already: one of a lower epoch than the host has seen is refused at once.
+        #[serde(default)]
+        executor: Option<Executor>,
     },
     /// A call.
     Request {

@@ -26,7 +26,13 @@ async fn behind_the_wire() {
     let listener = UnixListener::bind(&path).unwrap();
     let serving =
         tokio::spawn(serve(env.clone(), listener, agent.clone(), agent.guard(), ServerOptions::default()));
-    let client = Client::connect(env.clone(), &path, Some(1)).await.unwrap();
+    let client = Client::connect(
+        env.clone(),
+        &path,
+        Some(karst_agent::Executor { node: karst_model::NodeId(uuid::Uuid::nil()), epoch: 1 }),
+    )
+    .await
+    .unwrap();
     Subject::simulated(Arc::new(client.agent()), env).run().await;
     serving.abort();
 }

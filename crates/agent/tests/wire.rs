@@ -2,12 +2,12 @@
 #![allow(clippy::disallowed_methods)] // the real world's clock is what these tests are about
 
 use karst_agent::{
-    AgentEvent, CallContext, Client, Fault, Fence, HostAgent, ServerOptions, SimulatedAgent,
+    AgentEvent, CallContext, Client, Executor, Fault, Fence, HostAgent, ServerOptions, SimulatedAgent,
     SimulatedOptions, serve,
     wire::{Frame, FrameReader, FromHost, HEADER, MAX_FRAME, Outcome, ToHost},
 };
 use karst_env::{EnvExt, RealEnv, SharedEnv};
-use karst_model::{ErrorKind, PoolId, SagaId, spec::PoolSpec, storage::PoolKind};
+use karst_model::{ErrorKind, NodeId, PoolId, SagaId, spec::PoolSpec, storage::PoolKind};
 use proptest::prelude::*;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use std::{
@@ -76,7 +76,7 @@ impl Host {
     /// A connection without a client: the hello is done.
     async fn raw(&self) -> (Arc<UnixStream>, FrameReader) {
         let stream = Arc::new(UnixStream::connect(&self.path).await.unwrap());
-        let hello = ToHost::Hello { versions: (1, 9), epoch: None };
+        let hello = ToHost::Hello { versions: (1, 9), executor: None };
         Frame::new(&hello, vec![]).unwrap().send(&stream).await.unwrap();
         let mut reader = FrameReader::new(stream.clone(), true);
         let (welcome, _) = reader.next::<FromHost>().await.unwrap().unwrap();
@@ -95,8 +95,14 @@ impl Drop for Host {
     }
 }
 
+const NODE: NodeId = NodeId(uuid::Uuid::nil());
+
+fn me(epoch: u64) -> Option<Executor> {
+    Some(Executor { node: NODE, epoch })
+}
+
 fn change(epoch: u64) -> CallContext {
-    let fence = Fence { saga: SagaId(uuid::Uuid::nil()), epoch, step: 0 };
+    let fence = Fence { saga: SagaId(uuid::Uuid::nil()), executor: NODE, epoch, step: 0 };
     CallContext::mutate(LONG, fence)
 }
 
@@ -137,28 +143,28 @@ fn open_fds() -> usize {
 #[tokio::test]
 async fn hellos() {
     let host = Host::new(ServerOptions::default());
-    host.agent.guard().introduce(8).unwrap();
-    let try_hello = async |versions, epoch| {
+    host.agent.guard().introduce(me(8).unwrap()).unwrap();
+    let try_hello = async |versions, executor| {
         let stream = Arc::new(UnixStream::connect(&host.path).await.unwrap());
-        let hello = ToHost::Hello { versions, epoch };
+        let hello = ToHost::Hello { versions, executor };
         Frame::new(&hello, vec![]).unwrap().send(&stream).await.unwrap();
         FrameReader::new(stream, true).next::<FromHost>().await.unwrap().unwrap().0
     };
-    assert_eq!(try_hello((1, 1), Some(8)).await, FromHost::Welcome { version: 1 });
+    assert_eq!(try_hello((1, 1), me(8)).await, FromHost::Welcome { version: 1 });
     assert_eq!(try_hello((0, 7), None).await, FromHost::Welcome { version: 1 });
-    for (versions, epoch, kind) in [
+    for (versions, executor, kind) in [
         ((2, 9), None, ErrorKind::Unsupported),
         ((0, 0), None, ErrorKind::Unsupported),
-        ((1, 1), Some(7), ErrorKind::Conflict),
+        ((1, 1), me(7), ErrorKind::Conflict),
     ] {
-        match try_hello(versions, epoch).await {
+        match try_hello(versions, executor).await {
             FromHost::Refused { error } => assert_eq!(error.kind, kind, "{error:?}"),
             other => panic!("{other:?}"),
         }
     }
-    let refused = Client::connect(host.env.clone(), &host.path, Some(3)).await.err().unwrap();
+    let refused = Client::connect(host.env.clone(), &host.path, me(3)).await.err().unwrap();
     assert_eq!(refused.kind, ErrorKind::Conflict, "at once, not after a time");
-    assert_eq!(host.agent.guard().highest(), 8);
+    assert_eq!(host.agent.guard().highest(NODE), 8);
 }
 
 #[tokio::test]
@@ -217,7 +223,7 @@ async fn what_breaks_the_rules_ends_its_connection_only() {
         header(3, 0).iter().copied().chain([0xff, 0xfe, 0xfd]).collect(),
         b"GET / HTTP/1.1\r\nHost: x\r\n\r\n".to_vec(),
         reserved,
-        frame(&ToHost::Hello { versions: (1, 1), epoch: None }),
+        frame(&ToHost::Hello { versions: (1, 1), executor: None }),
         [frame(&ToHost::Subscribe), frame(&ToHost::Subscribe)].concat(),
         [frame(&request(5, hang.clone())), frame(&request(5, hang))].concat(),
     ];
@@ -362,7 +368,7 @@ async fn only_the_users_that_may_connect() {
     std::fs::set_permissions(&host.path, PermissionsExt::from_mode(0o777)).unwrap();
     let attempt = async |uid: u32, path: &Path| {
         let script = "import socket,sys,struct\ns=socket.socket(socket.AF_UNIX)\ns.settimeout(20)\ns.connect(sys.argv[1])\n\
-            b=b'{\"type\":\"hello\",\"versions\":[1,1],\"epoch\":null}'\n\
+            b=b'{\"type\":\"hello\",\"versions\":[1,1],\"executor\":null}'\n\
             try:\n s.sendall(struct.pack('<II',len(b),0)+b)\n r=s.recv(100)\nexcept OSError: r=b''\nsys.exit(0 if r else 3)";
         let mut command = std::process::Command::new("python3");
         command.args(["-c", script]).arg(path).uid(uid).gid(uid);
@@ -467,7 +473,7 @@ proptest! {
             let mut stream = UnixStream::connect(&host.path).await.unwrap();
             if hello {
                 let mut bytes = header(46, 0).to_vec();
-                bytes.extend(br#"{"type":"hello","versions":[1,1],"epoch":null}"#);
+                bytes.extend(br#"{"type":"hello","versions":[1,1],"executor":null}"#);
                 stream.write_all(&bytes).await.unwrap();
             }
             for chunk in chunks {

@@ -7,8 +7,9 @@
 use futures::StreamExt;
 use karst_env::{Env, EnvExt};
 use karst_model::{
-    AclId, AddressSetId, Config, Error, ImageId, InstanceId, NetworkId, NodeId, OperationId, PoolId,
-    ProfileId, ProjectId, Result, SnapshotId, VolumeId,
+    AclId, AddressSetId, BackupId, Config, Error, ImageId, InstanceId, NetworkId, NodeId, OperationId,
+    PoolId, ProfileId, ProjectId, Result, SnapshotId, VolumeId,
+    backup::Backup,
     device::{Device, Devices, NicDevice},
     firewall::{AddressSet, NetworkAcl, NetworkForward},
     image::{Image, ImageAlias},
@@ -153,6 +154,8 @@ pub struct Records {
     /// Snapshots of custom volumes.
     pub volume_snapshots: BTreeMap<SnapshotId, Row<VolumeSnapshot>>,
     snapshots_by_volume: HashMap<VolumeId, BTreeSet<SnapshotId>>,
+    /// Backups.
+    pub backups: BTreeMap<BackupId, Row<Backup>>,
     /// Runtimes.
     pub runtimes: BTreeMap<InstanceId, Row<Runtime>>,
     /// Operations.
@@ -443,6 +446,10 @@ impl Records {
                 put!(self.volume_snapshots, Some(id));
                 let new = self.volume_snapshots.get(&id).map(|s| s.volume);
                 follow(&mut self.snapshots_by_volume, id, old, new)
+            }
+            t if t == Backup::TABLE => {
+                put!(self.backups, parse(id));
+                Touched::Nothing
             }
             t if t == Runtime::TABLE => {
                 let id = parse::<InstanceId>(id);

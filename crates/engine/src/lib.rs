@@ -8,10 +8,11 @@
 //! * [`db`]: records in the store, and the transaction that use cases build.
 //! * [`saga`]: work over several resources that is all or nothing across a crash.
 //! * [`operations`], [`events`]: what users see of it.
-//! * [`compute`], [`storage`], [`volumes`], [`snapshots`], [`network`], [`images`], [`tenancy`]: the use cases.
+//! * [`compute`], [`storage`], [`volumes`], [`snapshots`], [`backups`], [`network`], [`images`], [`tenancy`]: the use cases.
 //! * [`reconcile`]: what follows the records without being asked.
 
 pub mod audit;
+pub mod backups;
 pub mod bootstrap;
 pub mod compute;
 pub mod context;
@@ -25,9 +26,11 @@ pub mod inventory;
 pub mod network;
 pub mod operations;
 pub mod reconcile;
+mod restarts;
 pub mod saga;
 pub mod snapshots;
 pub mod storage;
+pub mod stream;
 pub mod tenancy;
 pub mod volumes;
 
@@ -364,7 +367,9 @@ impl EngineInner {
 
     /// A call context for mutations outside sagas (reconcilers).
     pub(crate) fn reconcile_context(&self, deadline: Duration) -> CallContext {
-        CallContext::mutate(deadline, Fence { saga: SagaId(uuid::Uuid::nil()), epoch: self.epoch, step: 0 })
+        let fence =
+            Fence { saga: SagaId(uuid::Uuid::nil()), executor: self.node, epoch: self.epoch, step: 0 };
+        CallContext::mutate(deadline, fence)
     }
 
     /// Commits a transaction of a synchronous use case that `build` makes of what it reads, again when it is refused, and

@@ -33,6 +33,9 @@ const SOON: Duration = Duration::from_secs(1);
 /// Ended operations that the store keeps.
 const OPERATIONS_KEPT: usize = 200;
 
+/// How a guest ended that the restart of its host took along.
+pub(crate) const HOST_RESTARTED: &str = "the host was restarted";
+
 /// Starts all reconcilers; they end with the engine.
 pub(crate) fn spawn_all(inner: &Arc<EngineInner>) -> Vec<TaskHandle> {
     let mut tasks = vec![];
@@ -45,6 +48,7 @@ pub(crate) fn spawn_all(inner: &Arc<EngineInner>) -> Vec<TaskHandle> {
     tasks.push(inner.env.spawn_task("networks", networks(Arc::downgrade(inner))));
     let schedule = crate::snapshots::schedule::follow(Arc::downgrade(inner));
     tasks.push(inner.env.spawn_task("snapshots", schedule));
+    tasks.push(inner.env.spawn_task("restarts", crate::restarts::follow(Arc::downgrade(inner))));
     tasks.push(inner.env.spawn_task("housekeeping", housekeeping(Arc::downgrade(inner))));
     tasks
 }
@@ -99,6 +103,8 @@ struct HostRestart {
     boot_id: String,
     /// Instances that were started, or could not be: once is enough.
     tried: BTreeSet<InstanceId>,
+    /// The one that was started last asked that no other starts before.
+    not_before: Duration,
 }
 
 /// Looks at the whole of a host. Answers whether something could not be recorded now, because a saga was at work there.
@@ -162,7 +168,7 @@ async fn sync_once(
                 started_at: None,
                 exit: Some(ExitReason::Crashed {
                     detail: if rebooted {
-                        "the host was restarted".into()
+                        HOST_RESTARTED.into()
                     } else {
                         "the host no longer knows it".into()
                     },
@@ -184,17 +190,23 @@ async fn sync_once(
         *restart = HostRestart { boot_id: facts.boot_id.clone(), ..HostRestart::default() };
     }
     let mut waiting = false;
-    for id in start_again {
+    for (id, delay) in start_again {
         if restart.tried.contains(&id) {
             continue;
+        }
+        // The one before asked for time; the next look goes on here.
+        if restart.not_before > inner.env.monotonic() {
+            waiting = true;
+            break;
         }
         if at_work(inner, id) {
             // A saga that the restart interrupted goes on there. It ends, and the next look finds the instance free.
             waiting = true;
             continue;
         }
-        start(inner, id).await;
+        start(inner, id, "after the host's restart").await;
         restart.tried.insert(id);
+        restart.not_before = inner.env.monotonic() + delay;
     }
     if rebooted && !waiting {
         // Last: whoever takes over from a daemon that dies before this finds the restart of the host anew.
@@ -210,28 +222,31 @@ fn at_work(inner: &EngineInner, id: InstanceId) -> bool {
     records.sagas.get(&lock.saga).is_some_and(|s| !matches!(s.phase, Phase::NeedsAttention { .. }))
 }
 
-fn autostart_candidates(inner: &EngineInner, node: NodeId, seen: &[Observed]) -> Vec<InstanceId> {
+/// What starts with the host, in order, each with the time to wait after it.
+fn autostart_candidates(inner: &EngineInner, node: NodeId, seen: &[Observed]) -> Vec<(InstanceId, Duration)> {
     let down = |o: &&Observed| matches!(o.state, RuntimeState::Stopped | RuntimeState::Error);
     let up: BTreeSet<_> = seen.iter().filter(|o| !down(o)).map(|o| o.instance).collect();
     let records = inner.inventory.read();
-    records
+    let mut candidates: Vec<_> = records
         .instances
         .values()
         .filter(|i| i.node == node && i.lifecycle == Lifecycle::Ready)
         // Not those that an earlier look at this boot has started.
         .filter(|i| !up.contains(&i.id))
-        .filter(|i| {
+        .filter_map(|i| {
             let (config, _) = records.expanded(i);
-            match config.get("boot.autostart").and_then(|v| keys::parse_bool("boot.autostart", v).ok()) {
-                Some(wanted) => wanted,
-                None => i.power != DesiredPower::Stopped,
-            }
+            let wanted =
+                keys::optional_flag(&config, "boot.autostart").unwrap_or(i.power != DesiredPower::Stopped);
+            let number = |key: &str| config.get(key).and_then(|v| v.parse::<u64>().ok()).unwrap_or(0);
+            let order = (std::cmp::Reverse(number("boot.autostart.priority")), i.name.to_string());
+            wanted.then(|| (order, i.id, Duration::from_secs(number("boot.autostart.delay"))))
         })
-        .map(|i| i.id)
-        .collect()
+        .collect();
+    candidates.sort_by(|a, b| a.0.cmp(&b.0));
+    candidates.into_iter().map(|(_, id, delay)| (id, delay)).collect()
 }
 
-async fn start(inner: &Arc<EngineInner>, id: InstanceId) {
+async fn start(inner: &Arc<EngineInner>, id: InstanceId, why: &str) {
     let (project, name) = {
         let records = inner.inventory.read();
         let Some(i) = records.instances.get(&id) else {
@@ -243,10 +258,10 @@ async fn start(inner: &Arc<EngineInner>, id: InstanceId) {
         (p.name.to_string(), i.name.to_string())
     };
     let engine = Engine { inner: inner.clone() };
-    let request = PowerRequest { action: PowerAction::Start, force: false, timeout: None };
+    let request = PowerRequest { action: PowerAction::Start, force: false, timeout: None, stateful: true };
     match engine.instance_power(&Context::system(), &project, &name, request).await {
-        Ok(_) => tracing::info!(instance = %name, "starts after the host's restart"),
-        Err(e) => tracing::warn!(instance = %name, error = %e, "does not start after the host's restart"),
+        Ok(_) => tracing::info!(instance = %name, "starts {why}"),
+        Err(e) => tracing::warn!(instance = %name, error = %e, "does not start {why}"),
     }
 }
 

@@ -43,6 +43,8 @@ pub enum Program {
     Resize2fs,
     /// `sqfs2tar`: a squashfs image as a tar stream.
     Sqfs2tar,
+    /// `swtpm`: the TPM of a virtual machine.
+    Swtpm,
     /// `iptables-nft`: the rules of Docker, ufw and others, kept by the kernel's nftables.
     IptablesNft,
     /// `iptables-nft-restore`: several of them in one transaction.
@@ -90,6 +92,7 @@ impl Program {
             Self::QemuSystemX86 => "qemu-system-x86_64",
             Self::Resize2fs => "resize2fs",
             Self::Sqfs2tar => "sqfs2tar",
+            Self::Swtpm => "swtpm",
             Self::IptablesNft => "iptables-nft",
             Self::IptablesNftRestore => "iptables-nft-restore",
             Self::IptablesLegacy => "iptables-legacy",
@@ -120,6 +123,7 @@ impl Program {
             Self::Zfs | Self::Zpool => "zfsutils-linux",
             Self::Mmdebstrap => "mmdebstrap",
             Self::Sqfs2tar => "squashfs-tools-ng",
+            Self::Swtpm => "swtpm",
             Self::Nft => "nftables",
             Self::QemuImg => "qemu-utils",
             Self::QemuSystemX86 => "qemu-system-x86",

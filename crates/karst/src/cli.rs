@@ -7,8 +7,8 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind}
 use crate::{
     commands::{
         access, completion, config, console, copy, create, exec, file, host, image, info, lifecycle, list,
-        man, monitor, network, operation, profile, project, query, snapshot, storage, trust, version,
-        warning,
+        machine, man, monitor, network, operation, profile, project, query, snapshot, storage, trust,
+        version, warning,
     },
     context::Context,
     error::{Error, Result},
@@ -60,6 +60,13 @@ enum Command {
     Stop(lifecycle::Stop),
     /// Restart instances
     Restart(lifecycle::Stop),
+    /// Press the reset button of a virtual machine
+    Reset(machine::Reset),
+    /// Save what a virtual machine shows as a picture
+    Screenshot(machine::Screenshot),
+    /// Press keys of a virtual machine
+    #[command(visible_alias = "sendkey")]
+    SendKey(machine::SendKey),
     /// Freeze instances
     Pause(lifecycle::Freeze),
     /// Let frozen instances go on
@@ -160,6 +167,9 @@ async fn run(context: &Context, command: Command) -> Result<()> {
         Command::Shell(command) => command.run(context).await,
         Command::Console(command) => command.run(context).await,
         Command::Start(command) => command.run(context).await,
+        Command::Reset(command) => command.run(context).await,
+        Command::Screenshot(command) => command.run(context).await,
+        Command::SendKey(command) => command.run(context).await,
         Command::Pause(command) => command.run(context, lifecycle::Action::Freeze).await,
         Command::Resume(command) => command.run(context, lifecycle::Action::Unfreeze).await,
         Command::Stop(command) => command.run(context, lifecycle::Action::Stop).await,

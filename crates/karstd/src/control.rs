@@ -26,6 +26,8 @@ pub struct ControlContext {
     pub dir: PathBuf,
     /// The API's socket: bound and listening, of the launcher, so that no connection is refused while control restarts.
     pub api_listener: UnixListener,
+    /// The sockets of libvirt's protocol, in the same way.
+    pub libvirt: LibvirtListeners,
     /// Hosts by name; the first one is this machine's. Calls wait for the host process within their deadline.
     pub agents: Vec<(String, Arc<dyn HostAgent>)>,
     /// Short id of the instance: part of every name outside DIR (see [`karst_agent::names`]).
@@ -38,7 +40,13 @@ pub struct ControlContext {
     pub shutdown: watch::Receiver<bool>,
 }
 
-impl ControlContext {}
+/// The sockets of libvirt's protocol.
+pub struct LibvirtListeners {
+    /// Whose clients may change things.
+    pub full: UnixListener,
+    /// Whose clients see only.
+    pub read_only: UnixListener,
+}
 
 /// The control process' life. Ends when `context.shutdown` says so.
 ///
@@ -54,13 +62,14 @@ pub async fn run(context: ControlContext) -> Result<()> {
 /// As [`run`], and when it was not started as it must be.
 pub fn start(dir: &Path, inherited: &privilege::Inherited) -> Result<()> {
     privilege::small_heap();
-    let socket = privilege::enter(inherited, true)?;
+    let [api, full, read_only] = privilege::enter(inherited, true)?;
     block_on(|env, shutdown| {
         let client = Client::start(env.clone(), dir.join("run/host.sock"), None);
         let agent: Arc<dyn HostAgent> = Arc::new(client.agent());
         Ok(run(ControlContext {
             dir: dir.to_owned(),
-            api_listener: listener(socket)?,
+            api_listener: listener(api)?,
+            libvirt: LibvirtListeners { full: listener(full)?, read_only: listener(read_only)? },
             agents: vec![(platform::node_name(), agent)],
             daemon_id: inherited.daemon_id.clone(),
             env,

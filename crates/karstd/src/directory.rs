@@ -3,6 +3,7 @@
 //! ```text
 //! DIR/            0711 root           lock, id
 //! DIR/unix.socket 0660 root:karst-admin  the API
+//! DIR/libvirt-sock, 0660 root:karst-admin, libvirt-sock-ro, 0666: libvirt's protocol
 //! DIR/run/        0750 root:karst     host.sock, daemons.json
 //! DIR/state/      0700 karst          the store
 //! DIR/host/       0711 root           registry, volumes, images, guests

@@ -12,7 +12,7 @@ use std::path::Path;
 /// When it was not started as it must be, its policy is not to be trusted, or its registry is damaged.
 pub fn start(dir: &Path, inherited: &privilege::Inherited) -> Result<()> {
     privilege::small_heap();
-    let socket = privilege::enter(inherited, false)?;
+    let [socket] = privilege::enter(inherited, false)?;
     let policy = HostPolicy::load(&[Path::new("/etc/karst"), dir])?;
     let options =
         RealOptions { dir: dir.to_owned(), daemon_id: inherited.daemon_id.clone(), policy, worker: None };

@@ -30,7 +30,7 @@ const OPEN_FILES: u64 = 65_536;
 struct Daemon {
     role: &'static str,
     confined: Confined,
-    socket: OwnedFd,
+    sockets: Vec<OwnedFd>,
     /// Process id while it lives.
     pid: Option<i32>,
     started: Instant,
@@ -55,14 +55,18 @@ pub fn run(dir: &Path, user: &str, format: Format) -> Result<()> {
     rustix::process::set_child_subreaper(rustix::process::Pid::from_raw(1)).map_err(io::Error::from)?;
     raise_open_files();
     let directory = Directory::open(dir, Some(&control))?;
-    let api = directory.socket("unix.socket", 0o660, privilege::group("karst-admin"))?;
+    let administrators = privilege::group("karst-admin");
+    let api = [("unix.socket", 0o660), ("libvirt-sock", 0o660), ("libvirt-sock-ro", 0o666)]
+        .map(|(name, mode)| directory.socket(name, mode, administrators))
+        .into_iter()
+        .collect::<Result<Vec<_>>>()?;
     let host = directory.socket("run/host.sock", 0o660, Some(control.gid))?;
     tracing::info!(dir = %directory.path.display(), daemon = directory.daemon_id, version = env!("CARGO_PKG_VERSION"), "karstd starts");
     let confined = Confined::Control { uid: control.uid, gid: control.gid };
-    let daemon = |role, confined, socket| Daemon {
+    let daemon = |role, confined, sockets| Daemon {
         role,
         confined,
-        socket,
+        sockets,
         pid: None,
         started: Instant::now(),
         starts: 0,
@@ -73,11 +77,11 @@ pub fn run(dir: &Path, user: &str, format: Format) -> Result<()> {
         directory,
         control,
         format,
-        daemons: vec![daemon("host", Confined::Host, host), daemon("control", confined, api)],
+        daemons: vec![daemon("host", Confined::Host, vec![host]), daemon("control", confined, api)],
     };
     launcher.supervise(&signals)?;
     launcher.stop(&signals);
-    for name in ["unix.socket", "run/host.sock", "run/daemons.json"] {
+    for name in ["unix.socket", "libvirt-sock", "libvirt-sock-ro", "run/host.sock", "run/daemons.json"] {
         launcher.directory.remove_socket(name);
     }
     tracing::info!("karstd ended; guests run on");
@@ -149,10 +153,11 @@ impl Launcher {
             .arg(&self.directory.path)
             .args(["--log-format", self.format.as_str(), daemon.role])
             .args(["--listen-fd", &privilege::inherited_fd().to_string()])
+            .args(["--sockets", &daemon.sockets.len().to_string()])
             .args(["--daemon-id", &self.directory.daemon_id])
             .args(["--parent", &std::process::id().to_string()])
             .args(["--control-uid", &self.control.uid.to_string()]);
-        privilege::prepare(&mut command, daemon.socket.as_fd(), daemon.confined);
+        privilege::prepare(&mut command, daemon.sockets.iter().map(AsFd::as_fd), daemon.confined);
         Ok(command.spawn()?.id() as i32)
     }
 

@@ -6,6 +6,7 @@ use karst_engine::{
     compute::create::{CreateInstance, InstanceSource},
 };
 use karst_frontend_incus::{App, Identity, ServerInfo, remote::Remote};
+use karst_frontend_libvirt::{Front, Surface};
 use karst_model::{NodeId, Result, access::Principal, instance::InstanceKind, project::DEFAULT_PROJECT};
 use karst_store::{SqliteOptions, SqliteStore, Store};
 use std::{path::Path, sync::Arc, time::Duration};
@@ -45,6 +46,11 @@ pub async fn run(mut context: ControlContext) -> Result<()> {
     let app = App::new(engine.clone(), info);
     let listening = tokio::spawn(Remote::start(app.clone()));
     let serving = tokio::spawn(karst_frontend_incus::serve(app, context.api_listener));
+    let front = Arc::new(Front { engine: engine.clone() });
+    let libvirt = [(Surface::Full, context.libvirt.full), (Surface::ReadOnly, context.libvirt.read_only)]
+        .map(|(surface, listener)| {
+            tokio::spawn(karst_frontend_libvirt::serve(front.clone(), surface, listener))
+        });
     let guests = context.simulated_guests.unwrap_or(0);
     let first = tokio::spawn(begin(engine.clone(), nodes, guests));
     tokio::select! {
@@ -54,6 +60,7 @@ pub async fn run(mut context: ControlContext) -> Result<()> {
     first.abort();
     listening.abort();
     serving.abort();
+    libvirt.iter().for_each(|task| task.abort());
     if let Err(e) = engine.audit_flush(FLUSH).await {
         tracing::warn!(error = %e, "the last requests are not in the audit log");
     }

@@ -39,9 +39,12 @@ pub const HOST_CAPABILITIES: &[(u32, &str, &str)] = &[
 /// What the launcher hands to a daemon.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Inherited {
-    /// Number of the listening socket.
+    /// Number of the first listening socket; the others follow it.
     #[arg(long)]
     pub listen_fd: RawFd,
+    /// How many there are.
+    #[arg(long)]
+    pub sockets: usize,
     /// Short id of this instance.
     #[arg(long)]
     pub daemon_id: String,
@@ -90,21 +93,34 @@ pub fn group(name: &str) -> Option<u32> {
 }
 
 const FIRST_FD: RawFd = 3;
+/// Most sockets of one daemon.
+pub const MOST_SOCKETS: usize = 8;
 
-/// Gives `socket` to the child of `command` as descriptor 3 and leaves it the rights of `role` only.
-pub fn prepare(command: &mut Command, socket: BorrowedFd<'_>, role: Confined) {
-    let socket = socket.as_raw_fd();
+/// Gives `sockets` to the child of `command` as descriptors 3 and following and leaves it the rights of `role` only.
+pub fn prepare<'a>(command: &mut Command, sockets: impl IntoIterator<Item = BorrowedFd<'a>>, role: Confined) {
+    let mut from = [-1; MOST_SOCKETS];
+    let mut count = 0;
+    for (place, socket) in from.iter_mut().zip(sockets) {
+        *place = socket.as_raw_fd();
+        count += 1;
+    }
     // SAFETY: between fork and exec the closure makes system calls only; no allocation, no lock.
     unsafe {
         command.pre_exec(move || {
             let empty: libc::sigset_t = std::mem::zeroed();
             check(libc::sigprocmask(libc::SIG_SETMASK, &empty, std::ptr::null_mut()))?;
-            if socket == FIRST_FD {
-                check(libc::fcntl(FIRST_FD, libc::F_SETFD, 0))?;
-            } else {
-                check(libc::dup2(socket, FIRST_FD))?;
+            // First out of the way of the places that they are to have.
+            let mut from = from;
+            let free = FIRST_FD + MOST_SOCKETS as RawFd;
+            for socket in &mut from[..count] {
+                *socket = libc::fcntl(*socket, libc::F_DUPFD, free);
+                check(*socket)?;
             }
-            check(libc::close_range(FIRST_FD as u32 + 1, u32::MAX, libc::CLOSE_RANGE_CLOEXEC as i32))?;
+            for (n, socket) in from[..count].iter().enumerate() {
+                check(libc::dup2(*socket, FIRST_FD + n as RawFd))?;
+            }
+            let next = FIRST_FD as u32 + count as u32;
+            check(libc::close_range(next, u32::MAX, libc::CLOSE_RANGE_CLOEXEC as i32))?;
             confine(role)?;
             check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
             libc::umask(0o077);
@@ -113,7 +129,7 @@ pub fn prepare(command: &mut Command, socket: BorrowedFd<'_>, role: Confined) {
     }
 }
 
-/// Number of the descriptor that [`prepare`] gives.
+/// Number of the first descriptor that [`prepare`] gives.
 pub const fn inherited_fd() -> RawFd {
     FIRST_FD
 }
@@ -192,7 +208,7 @@ fn confine(role: Confined) -> io::Result<()> {
 ///
 /// # Errors
 /// When it has more rights than its role, or was started by hand.
-pub fn enter(inherited: &Inherited, control: bool) -> Result<OwnedFd> {
+pub fn enter<const N: usize>(inherited: &Inherited, control: bool) -> Result<[OwnedFd; N]> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let line =
         |key: &str| status.lines().find_map(|l| l.strip_prefix(key)).unwrap_or_default().trim().to_owned();
@@ -212,13 +228,16 @@ pub fn enter(inherited: &Inherited, control: bool) -> Result<OwnedFd> {
     if rustix::process::getppid().map(|p| p.as_raw_nonzero().get() as u32) != Some(inherited.parent) {
         return Err(Error::unavailable("the launcher is gone"));
     }
-    if inherited.listen_fd != FIRST_FD {
-        return Err(Error::invalid("listen_fd", "the launcher passes its socket as descriptor 3"));
+    if inherited.listen_fd != FIRST_FD || inherited.sockets != N {
+        let text = format!("the launcher passes {N} sockets as descriptors from 3");
+        return Err(Error::invalid("listen_fd", text));
     }
-    // SAFETY: the launcher gave us this descriptor, and nothing else here has touched it.
-    let fd = unsafe { OwnedFd::from_raw_fd(inherited.listen_fd) };
-    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC).map_err(io::Error::from)?;
-    Ok(fd)
+    // SAFETY: the launcher gave us these descriptors, and nothing else here has touched them.
+    let sockets = std::array::from_fn(|n| unsafe { OwnedFd::from_raw_fd(FIRST_FD + n as RawFd) });
+    for fd in &sockets {
+        rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC).map_err(io::Error::from)?;
+    }
+    Ok(sockets)
 }
 
 /// A small allocator for small daemons: few arenas, and memory goes back when it is free.

@@ -34,7 +34,11 @@ impl Size {
 pub fn run(dir: &Path, size: Size) -> Result<()> {
     privilege::small_heap();
     let directory = Directory::open(dir, None)?;
-    let socket = directory.socket("unix.socket", 0o660, None)?;
+    let [socket, full, read_only] = [
+        directory.socket("unix.socket", 0o660, None)?,
+        directory.socket("libvirt-sock", 0o660, None)?,
+        directory.socket("libvirt-sock-ro", 0o660, None)?,
+    ];
     tracing::info!(dir = %directory.path.display(), hosts = size.hosts, guests = size.guests, "simulating");
     let outcome = control::block_on(|env, shutdown| {
         let host = |n| {
@@ -49,6 +53,10 @@ pub fn run(dir: &Path, size: Size) -> Result<()> {
         Ok(control::run(control::ControlContext {
             dir: directory.path.clone(),
             api_listener: control::listener(socket)?,
+            libvirt: control::LibvirtListeners {
+                full: control::listener(full)?,
+                read_only: control::listener(read_only)?,
+            },
             agents: (1..=size.hosts).map(host).collect(),
             daemon_id: directory.daemon_id.clone(),
             env: env.clone(),
@@ -56,7 +64,9 @@ pub fn run(dir: &Path, size: Size) -> Result<()> {
             shutdown,
         }))
     });
-    directory.remove_socket("unix.socket");
+    for name in ["unix.socket", "libvirt-sock", "libvirt-sock-ro"] {
+        directory.remove_socket(name);
+    }
     outcome
 }
 

@@ -9,7 +9,8 @@ use karst_agent::{
 };
 use karst_env::{EnvExt, RealEnv};
 use karst_model::{
-    ErrorKind, NetworkId, PoolId, SagaId, VolumeId, instance::InstanceKind, network::BridgeSpec, spec::*,
+    ErrorKind, NetworkId, NodeId, PoolId, SagaId, VolumeId, instance::InstanceKind, network::BridgeSpec,
+    spec::*,
 };
 use std::{
     fs,
@@ -27,7 +28,7 @@ fn id(n: u128) -> uuid::Uuid {
 }
 
 fn change(epoch: u64) -> CallContext {
-    let fence = Fence { saga: SagaId(id(0)), epoch, step: 0 };
+    let fence = Fence { saga: SagaId(id(0)), executor: NodeId(uuid::Uuid::nil()), epoch, step: 0 };
     CallContext::mutate(LONG, fence)
 }
 
@@ -103,7 +104,14 @@ async fn a_hostile_control_process() {
     let before = surroundings(&karstd);
     let env = RealEnv::shared();
     let socket = karstd.dir.join("run/host.sock");
-    let agent = Client::connect(env.clone(), &socket, Some(5)).await.unwrap().agent();
+    let agent = Client::connect(
+        env.clone(),
+        &socket,
+        Some(karst_agent::Executor { node: NodeId(uuid::Uuid::nil()), epoch: 5 }),
+    )
+    .await
+    .unwrap()
+    .agent();
     let daemon = fs::read_to_string(karstd.dir.join("id")).unwrap().trim().to_owned();
     let host_pid = || {
         let text = fs::read(karstd.dir.join("run/daemons.json")).unwrap();
@@ -238,7 +246,7 @@ async fn a_hostile_control_process() {
     // Raw frames: unknown calls, garbage, huge, descriptors, and many connections.
     let raw = async || {
         let stream = Arc::new(UnixStream::connect(&socket).await.unwrap());
-        let hello = ToHost::Hello { versions: (1, 1), epoch: None };
+        let hello = ToHost::Hello { versions: (1, 1), executor: None };
         Frame::new(&hello, vec![]).unwrap().send(&stream).await.unwrap();
         let mut reader = FrameReader::new(stream.clone(), true);
         reader.next::<FromHost>().await.unwrap().unwrap();

@@ -4,6 +4,7 @@
 //! able to talk to a keeper that was started by any older one. No dependency beyond std here.
 
 pub mod attach;
+pub mod guest_data;
 pub mod protocol;
 pub mod spec;
 pub mod status;

@@ -10,6 +10,8 @@
 //!
 //! `karst-keeper --forward` passes connections on: see [`forward`].
 //!
+//! `karst-keeper --guest-api` serves a guest its own data: see [`guest_api`].
+//!
 //! If the keeper itself is killed, the main process follows it (`PR_SET_PDEATHSIG`), so a guest never runs unwatched.
 #![allow(clippy::disallowed_methods)] // works on the real machine: its clock and tasks are real
 
@@ -17,6 +19,7 @@ mod attached;
 mod child;
 mod console;
 mod forward;
+mod guest_api;
 mod server;
 mod sys;
 
@@ -145,6 +148,9 @@ fn main() {
     }
     if std::env::args_os().nth(1).is_some_and(|a| a == "--forward") {
         forward::main();
+    }
+    if std::env::args_os().nth(1).is_some_and(|a| a == "--guest-api") {
+        guest_api::main();
     }
     // Nothing may be inherited that was not passed on purpose; standard input is the launch socket.
     sys::close_from(3);

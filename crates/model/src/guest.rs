@@ -18,6 +18,8 @@ pub enum StopMode {
     },
     /// End it now.
     Force,
+    /// Keep its memory on the host and end it; a start may go on from there. Virtual machines only.
+    Save,
 }
 
 /// What a host saw of a guest.

@@ -47,6 +47,8 @@ ids! {
     AddressSetId,
     /// An image (one content; its fingerprint is a property).
     ImageId,
+    /// A backup: a file that holds an instance or a custom volume.
+    BackupId,
     /// A profile.
     ProfileId,
     /// A project.

@@ -87,6 +87,12 @@ pub struct Hardware {
     /// PCIe root ports: behind each one device can come and go while the machine runs.
     #[serde(default)]
     pub ports: u8,
+    /// It has a screen.
+    #[serde(default)]
+    pub display: bool,
+    /// It has a balloon.
+    #[serde(default)]
+    pub balloon: bool,
     /// SMBIOS/libvirt UUID the guest sees.
     pub uuid: uuid::Uuid,
     /// cloud-init instance id; changes when the guest is to run cloud-init afresh (a copy).
@@ -186,6 +192,9 @@ pub struct Instance {
     /// Snapshot that the present state descends from.
     #[serde(default)]
     pub current_snapshot: Option<SnapshotId>,
+    /// Its memory was kept when it was stopped; a start goes on from there.
+    #[serde(default)]
+    pub stateful: bool,
     /// Grows with each change of desired state; base of ETag and Proxmox' digest.
     pub spec_version: u64,
     /// Not yet complete (being created) or no longer (being deleted): hidden from lists as a normal instance, locked.

@@ -84,7 +84,31 @@ use KeyType::{
 
 /// The table, by name.
 pub const INSTANCE_KEYS: &[Key] = &[
+    key(
+        "boot.autorestart",
+        Bool,
+        Any,
+        "false",
+        true,
+        "Start the instance again when it crashed, each time a little later.",
+    ),
     key("boot.autostart", Bool, Any, "last state", true, "Start the instance when its host starts."),
+    key(
+        "boot.autostart.delay",
+        Integer(0, 3600),
+        Any,
+        "0",
+        true,
+        "Seconds to wait after its start before the next instance is started.",
+    ),
+    key(
+        "boot.autostart.priority",
+        Integer(0, 1_000_000),
+        Any,
+        "0",
+        true,
+        "When the host starts, instances of higher priority are started first.",
+    ),
     key(
         "boot.host_shutdown_timeout",
         Integer(0, 86400),
@@ -104,6 +128,30 @@ pub const INSTANCE_KEYS: &[Key] = &[
     key("cloud-init.user-data", Text, Any, "", false, "cloud-init user data."),
     key("cloud-init.vendor-data", Text, Any, "", false, "cloud-init vendor data."),
     key("environment.*", Text, Any, "", true, "Environment of the container's init and of exec."),
+    key(
+        "hardware.boot_menu",
+        Bool,
+        VirtualMachine,
+        "false",
+        false,
+        "The firmware waits some seconds for a key that opens its menu of what to boot.",
+    ),
+    key(
+        "hardware.cpu.model",
+        Text,
+        VirtualMachine,
+        "host with KVM, max without",
+        false,
+        "QEMU's CPU model, such as host, max or EPYC-v4; changes when the machine is stopped.",
+    ),
+    key(
+        "hardware.machine",
+        Text,
+        VirtualMachine,
+        "q35",
+        false,
+        "Machine type: q35 or pc for the newest of the host, or a version such as pc-q35-7.2. Fixed when the machine is made.",
+    ),
     key("image.*", Text, Any, "", true, "Property of the image the instance was made of."),
     key(
         "limits.cpu",
@@ -171,6 +219,62 @@ pub const INSTANCE_KEYS: &[Key] = &[
         "The higher, the less is swapped out (control groups v1 only).",
     ),
     key("limits.processes", Integer(1, i32::MAX as i64), Container, "no limit", true, "Number of processes."),
+    key(
+        "migration.stateful",
+        Bool,
+        VirtualMachine,
+        "false",
+        false,
+        "The memory can be kept over a stop and in snapshots; devices that forbid it are left out.",
+    ),
+    key(
+        "security.csm",
+        Bool,
+        VirtualMachine,
+        "false",
+        false,
+        "Legacy firmware (SeaBIOS) rather than UEFI. Changes when the machine is stopped.",
+    ),
+    key(
+        "security.guestapi",
+        Bool,
+        Container,
+        "true",
+        false,
+        "Serve the guest's own data inside it, at /dev/incus/sock and /dev/lxd/sock.",
+    ),
+    key(
+        "security.guestapi.images",
+        OneOf(&["false"]),
+        Container,
+        "false",
+        false,
+        "Hand out images by the guest API; not there.",
+    ),
+    key(
+        "security.idmap.base",
+        Integer(0x7000_0000, 0x7ffe_0000),
+        Container,
+        "chosen by the host",
+        false,
+        "First host id of the container's range: a multiple of 65536 within Karst's area that nobody else has.",
+    ),
+    key(
+        "security.idmap.isolated",
+        OneOf(&["true"]),
+        Container,
+        "true",
+        false,
+        "Every container has a range of ids of its own.",
+    ),
+    key(
+        "security.idmap.size",
+        Integer(65_536, 65_536 * 1024),
+        Container,
+        "65536",
+        false,
+        "How many ids the container has: a multiple of 65536. More are needed by containers with id maps inside it.",
+    ),
     key("security.nesting", Bool, Container, "false", false, "Allow containers inside the container."),
     key(
         "security.privileged",
@@ -180,13 +284,22 @@ pub const INSTANCE_KEYS: &[Key] = &[
         false,
         "Privileged containers are granted by host policy only.",
     ),
+    key("security.protection.delete", Bool, Any, "false", true, "Refuse to delete the instance."),
+    key(
+        "security.protection.shift",
+        Bool,
+        Container,
+        "false",
+        true,
+        "Keep the owners of files on disk as they are, which they always are here: mounts are mapped.",
+    ),
     key(
         "security.secureboot",
-        OneOf(&["false"]),
+        Bool,
         VirtualMachine,
-        "false",
+        "true, false with security.csm or hardware.machine pc",
         false,
-        "Check signatures while booting.",
+        "The UEFI firmware starts only what is signed by the enrolled keys (Microsoft's). Changes when the machine is stopped.",
     ),
     key("snapshots.expiry", Span, Any, "never", true, "When snapshots of the instance go, such as 2w 3d."),
     key(
@@ -330,7 +443,7 @@ pub fn check_free(name: &str, value: &str) -> Result<()> {
     Ok(())
 }
 
-fn set<'a>(config: &'a Config, name: &str) -> Option<&'a str> {
+pub(crate) fn set<'a>(config: &'a Config, name: &str) -> Option<&'a str> {
     config.get(name).map(String::as_str).filter(|v| !v.is_empty())
 }
 
@@ -465,22 +578,61 @@ pub fn limits(config: &Config) -> Result<Limits> {
 
 /// Security switches out of an expanded configuration.
 pub fn security(config: &Config) -> Result<Security> {
+    let ids = |key: &str| {
+        let Some(n) = set(config, key).and_then(|v| v.parse::<u32>().ok()) else { return Ok(None) };
+        if n % 65_536 == 0 {
+            return Ok(Some(n));
+        }
+        Err(Error::invalid(format!("config.{key}"), format!("{n} is not a multiple of 65536")))
+    };
     Ok(Security {
-        nesting: set(config, "security.nesting")
-            .map(|v| parse_bool("config.security.nesting", v))
-            .transpose()?
-            .unwrap_or(false),
+        nesting: flag(config, "security.nesting")?,
+        idmap_base: ids("security.idmap.base")?,
+        idmap_size: ids("security.idmap.size")?,
+        guest_api: None,
     })
+}
+
+/// A truth value out of an expanded configuration; `None` when it is not set.
+pub fn optional_flag(config: &Config, key: &str) -> Option<bool> {
+    parse_bool(key, set(config, key)?).ok()
+}
+
+/// A boolean of an expanded configuration; `false` when it is not set.
+pub fn flag(config: &Config, key: &str) -> Result<bool> {
+    set(config, key).map_or(Ok(false), |v| parse_bool(&format!("config.{key}"), v))
+}
+
+/// What the guest API shows of an expanded configuration, without the large keys that [`cloud_init`] answers; `None` when it
+/// is switched off.
+pub fn guest_api(config: &Config) -> Result<Option<Config>> {
+    if set(config, "security.guestapi").is_some() && !flag(config, "security.guestapi")? {
+        return Ok(None);
+    }
+    let elsewhere = ["cloud-init.network-config", "cloud-init.user-data", "cloud-init.vendor-data"];
+    let shown = |k: &str| k.starts_with("user.") || k.starts_with("cloud-init.") && !elsewhere.contains(&k);
+    Ok(Some(
+        config
+            .iter()
+            .filter(|(k, v)| shown(k) && !v.is_empty())
+            .map(|(k, v)| (k.clone(), v.clone()))
+            .collect(),
+    ))
 }
 
 /// cloud-init data out of an expanded configuration.
 pub fn cloud_init(config: &Config, instance_id: String) -> CloudInit {
-    let text = |k: &str| set(config, k).map(str::to_owned);
+    // The older names are under `user.`; Incus still reads them.
+    let text = |k: &str| {
+        set(config, &format!("cloud-init.{k}"))
+            .or_else(|| set(config, &format!("user.{k}")))
+            .map(str::to_owned)
+    };
     CloudInit {
         instance_id,
-        user_data: text("cloud-init.user-data"),
-        vendor_data: text("cloud-init.vendor-data"),
-        network_config: text("cloud-init.network-config"),
+        user_data: text("user-data"),
+        vendor_data: text("vendor-data"),
+        network_config: text("network-config"),
     }
 }
 
@@ -517,6 +669,23 @@ mod tests {
         assert!(check(&cfg("limits.processes", "5"), Some(InstanceKind::VirtualMachine)).is_err());
         assert!(check(&cfg("user.anything", "x"), None).is_ok());
         assert!(check(&cfg("user.", "x"), None).is_err());
+    }
+
+    #[test]
+    fn the_guest_sees_its_own_keys_only() {
+        let mut config = cfg("user.a", "b");
+        config.extend(cfg("limits.cpu", "1"));
+        config.extend(cfg("cloud-init.user-data", "x"));
+        let shown = guest_api(&config).unwrap().unwrap();
+        assert_eq!(shown.keys().collect::<Vec<_>>(), ["user.a"]);
+        config.extend(cfg("security.guestapi", "false"));
+        assert_eq!(guest_api(&config).unwrap(), None);
+        assert_eq!(
+            cloud_init(&cfg("user.user-data", "old"), String::new()).user_data.as_deref(),
+            Some("old")
+        );
+        let e = security(&cfg("security.idmap.size", "70000")).unwrap_err();
+        assert_eq!(e.field.as_deref(), Some("config.security.idmap.size"));
     }
 
     #[test]

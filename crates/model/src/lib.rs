@@ -7,6 +7,7 @@
 
 pub mod access;
 pub mod audit;
+pub mod backup;
 pub mod device;
 pub mod error;
 pub mod firewall;
@@ -14,7 +15,9 @@ pub mod guest;
 pub mod id;
 pub mod image;
 pub mod instance;
+pub mod keyboard;
 pub mod keys;
+pub mod keys_machine;
 pub mod name;
 pub mod network;
 pub mod node;

@@ -72,6 +72,27 @@ pub struct MachineSpec {
     /// PCIe root ports, at which devices come and go while the machine runs; none in machines that were made before.
     #[serde(default)]
     pub ports: u8,
+    /// It has a screen; machines that were made before have none.
+    #[serde(default)]
+    pub display: bool,
+    /// It has a balloon: its memory can shrink and grow back while it runs.
+    #[serde(default)]
+    pub balloon: bool,
+    /// It has a TPM 2.0.
+    #[serde(default)]
+    pub tpm: bool,
+    /// Its memory can be saved: it has no devices that QEMU cannot save.
+    #[serde(default)]
+    pub stateful: bool,
+    /// The firmware offers its menu of what to boot.
+    #[serde(default)]
+    pub boot_menu: bool,
+    /// It runs Windows: clock of the hardware in local time, and what Hyper-V tells its guests.
+    #[serde(default)]
+    pub windows: bool,
+    /// This start goes on where the machine was when its memory was saved.
+    #[serde(default)]
+    pub resume: bool,
     /// Pass the accelerator explicitly only when a test or the user forces one; otherwise the host chooses.
     pub accelerator: Option<crate::node::AcceleratorKind>,
 }
@@ -191,6 +212,28 @@ pub struct Security {
     /// Nested containers allowed.
     #[serde(default)]
     pub nesting: bool,
+    /// First host id of the guest's range; chosen by the host when absent.
+    #[serde(default)]
+    pub idmap_base: Option<u32>,
+    /// How many ids the guest has, a multiple of 65,536; that when absent.
+    #[serde(default)]
+    pub idmap_size: Option<u32>,
+    /// What the guest's own API shows; none is served when absent.
+    #[serde(default)]
+    pub guest_api: Option<GuestApi>,
+}
+
+/// What a guest is shown of itself. The host passes it on and acts on none of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct GuestApi {
+    /// Name of the instance.
+    pub name: String,
+    /// Name of the host.
+    pub location: String,
+    /// `user.*` and `cloud-init.*`.
+    pub config: BTreeMap<String, String>,
+    /// Devices by name, without the paths of the host.
+    pub devices: BTreeMap<String, BTreeMap<String, String>>,
 }
 
 /// The root disk: always a volume.

@@ -2,6 +2,7 @@
 
 use crate::Record;
 use karst_model::{
+    backup::Backup,
     firewall::{AddressSet, NetworkAcl, NetworkForward},
     image::{Image, ImageAlias},
     instance::{Instance, Runtime},
@@ -37,6 +38,7 @@ records! {
     NetworkForward: "network_forwards" = |r| forward_id(r.network, r.listen_address);
     Image: "images" = |r| r.id.to_string();
     ImageAlias: "aliases" = |r| alias_id(r.project, &r.name);
+    Backup: "backups" = |r| r.id.to_string();
     Instance: "instances" = |r| r.id.to_string();
     Runtime: "runtimes" = |r| r.instance.to_string();
     Snapshot: "snapshots" = |r| r.id.to_string();

@@ -4,6 +4,10 @@ use crate::World;
 use futures::future::BoxFuture;
 use karst_engine::{
     LiveOperation,
+    backups::{
+        create::CreateBackup,
+        import::{ImportInstance, ImportVolume},
+    },
     compute::{
         copy::CopyInstance,
         create::{CreateInstance, InstanceSource},
@@ -15,14 +19,15 @@ use karst_engine::{
     snapshots::{Origin, create::CreateSnapshot},
     storage::CreatePool,
     tenancy::UpdateProfile,
-    volumes::{create::CreateVolume, update::UpdateVolume},
+    volumes::{copy::CopyVolume, create::CreateVolume, update::UpdateVolume},
 };
 use karst_model::{
-    Config, Result,
+    BackupId, Config, Result,
     device::Devices,
     instance::{InstanceKind, PowerAction},
     storage::VolumeContent,
 };
+use std::io::{Read, Write};
 
 /// A way to run a saga.
 pub struct Scenario {
@@ -53,7 +58,7 @@ pub fn container(name: &str) -> CreateInstance {
 }
 
 fn power(action: PowerAction) -> PowerRequest {
-    PowerRequest { action, force: true, timeout: None }
+    PowerRequest { action, force: true, timeout: None, stateful: false }
 }
 
 async fn done(w: &World, operation: Result<LiveOperation>) -> Result<()> {
@@ -67,6 +72,25 @@ async fn make(w: &World, name: &str, start: bool) -> Result<()> {
     let request = CreateInstance { start, ..container(name) };
     let (_, operation) = w.engine.instance_create(&w.admin, "default", request).await?;
     done(w, Ok(operation)).await
+}
+
+/// A virtual machine that runs and whose memory can be kept.
+async fn machine(w: &World) -> Result<()> {
+    let config = Config::from([("migration.stateful".into(), "true".into())]);
+    let kind = InstanceKind::VirtualMachine;
+    let request = CreateInstance { start: true, kind, config, ..container("c1") };
+    let (_, operation) = w.engine.instance_create(&w.admin, "default", request).await?;
+    done(w, Ok(operation)).await
+}
+
+async fn stateful(w: &World, action: PowerAction) -> Result<LiveOperation> {
+    let request = PowerRequest { force: false, stateful: true, ..power(action) };
+    w.engine.instance_power(&w.admin, "default", "c1", request).await
+}
+
+async fn snapshot_with_memory(w: &World) -> Result<LiveOperation> {
+    let request = CreateSnapshot { name: Some("s1".into()), stateful: true, ..CreateSnapshot::default() };
+    w.engine.snapshot_create(&w.admin, OF_C1, request).await
 }
 
 async fn set_power(w: &World, action: PowerAction) -> Result<LiveOperation> {
@@ -137,6 +161,47 @@ async fn copy(w: &World, snapshot: Option<&str>, start: bool) -> Result<LiveOper
         copy: CreateInstance { start, ..container("c2") },
     };
     Ok(w.engine.instance_copy(&w.admin, "default", request).await?.1)
+}
+
+async fn back_up(w: &World, of: Origin<'_>) -> Result<LiveOperation> {
+    let request = CreateBackup { name: Some("kept".into()), ..CreateBackup::default() };
+    Ok(w.engine.backup_create(&w.admin, of, request).await?.1)
+}
+
+/// Uploads the backup `kept` as somebody would who fetched it before.
+pub async fn upload(w: &World, of: Origin<'_>) -> Result<BackupId> {
+    let mut data = vec![];
+    for fd in w.engine.backup_open(&w.admin, of, "kept").await?.fds {
+        std::fs::File::from(fd).read_to_end(&mut data)?;
+    }
+    let id = w.engine.backup_upload(&w.admin, "default")?;
+    let staged = w.engine.backup_upload_open(&w.admin, "default", id).await?;
+    std::fs::File::from(staged).write_all(&data)?;
+    Ok(id)
+}
+
+/// A copy of `v1` in another pool.
+pub async fn copy_volume(w: &World, snapshot: Option<&str>) -> Result<LiveOperation> {
+    let copy = CreateVolume {
+        name: "v2".into(),
+        content: VolumeContent::Filesystem,
+        description: String::new(),
+        config: Config::new(),
+    };
+    let request = CopyVolume {
+        project: "default".into(),
+        pool: "default".into(),
+        name: "v1".into(),
+        snapshot: snapshot.map(str::to_owned),
+        volume_only: false,
+        copy,
+    };
+    w.engine.volume_copy(&w.admin, "default", "second", request).await
+}
+
+async fn second_pool(w: &World) -> Result<()> {
+    let request = CreatePool { name: "second".into(), driver: "dir".into(), ..Default::default() };
+    done(w, w.engine.pool_create(&w.admin, request).await).await
 }
 
 macro_rules! scenario {
@@ -267,6 +332,40 @@ pub fn all() -> Vec<Scenario> {
             |w| done(w, volume(w, "v1", VolumeContent::Filesystem).await).await,
             |w| snapshot(w, OF_V1, "s1").await
         ),
+        scenario!("instance-power", "stop that keeps the memory", |w| machine(w).await, |w| {
+            stateful(w, PowerAction::Stop).await
+        }),
+        scenario!(
+            "instance-power",
+            "start from memory that was kept",
+            |w| {
+                machine(w).await?;
+                done(w, stateful(w, PowerAction::Stop).await).await
+            },
+            |w| stateful(w, PowerAction::Start).await
+        ),
+        scenario!("snapshot-create", "of a virtual machine with its memory", |w| machine(w).await, |w| {
+            snapshot_with_memory(w).await
+        }),
+        scenario!(
+            "snapshot-delete",
+            "of a virtual machine with its memory",
+            |w| {
+                machine(w).await?;
+                done(w, snapshot_with_memory(w).await).await
+            },
+            |w| w.engine.snapshot_delete(&w.admin, OF_C1, "s1").await
+        ),
+        scenario!(
+            "snapshot-restore",
+            "of a virtual machine whose memory was kept over a stop",
+            |w| {
+                machine(w).await?;
+                done(w, snapshot_with_memory(w).await).await?;
+                done(w, stateful(w, PowerAction::Stop).await).await
+            },
+            |w| w.engine.snapshot_restore(&w.admin, OF_C1, "s1").await
+        ),
         scenario!("snapshot-delete", "in the middle of a tree", |w| tree(w).await, |w| {
             w.engine.snapshot_delete(&w.admin, OF_C1, "s2").await
         }),
@@ -295,6 +394,99 @@ pub fn all() -> Vec<Scenario> {
             |w| copy(w, None, true).await
         ),
         scenario!("instance-copy", "of a snapshot", |w| tree(w).await, |w| copy(w, Some("s2"), false).await),
+        scenario!(
+            "backup-create",
+            "of a running one with snapshots",
+            |w| {
+                tree(w).await?;
+                done(w, set_power(w, PowerAction::Start).await).await
+            },
+            |w| back_up(w, OF_C1).await
+        ),
+        scenario!(
+            "backup-create",
+            "of a volume",
+            |w| done(w, volume(w, "v1", VolumeContent::Block).await).await,
+            |w| back_up(w, OF_V1).await
+        ),
+        scenario!(
+            "backup-delete",
+            "of an instance",
+            |w| {
+                make(w, "c1", false).await?;
+                done(w, back_up(w, OF_C1).await).await
+            },
+            |w| w.engine.backup_delete(&w.admin, OF_C1, "kept").await
+        ),
+        scenario!(
+            "instance-import",
+            "with snapshots",
+            |w| {
+                tree(w).await?;
+                done(w, back_up(w, OF_C1).await).await
+            },
+            |w| {
+                let request = ImportInstance {
+                    upload: upload(w, OF_C1).await?,
+                    name: Some("c2".into()),
+                    pool: Some("default".into()),
+                };
+                w.engine.instance_import(&w.admin, "default", request).await
+            }
+        ),
+        scenario!(
+            "volume-import",
+            "with a snapshot",
+            |w| {
+                done(w, volume(w, "v1", VolumeContent::Block).await).await?;
+                done(w, snapshot(w, OF_V1, "s1").await).await?;
+                done(w, back_up(w, OF_V1).await).await
+            },
+            |w| {
+                let upload = upload(w, OF_V1).await?;
+                let request = ImportVolume { upload, name: Some("v2".into()), disc: false };
+                w.engine.volume_import(&w.admin, "default", "default", request).await
+            }
+        ),
+        scenario!(
+            "volume-import",
+            "a disc",
+            |w| {
+                done(w, volume(w, "v1", VolumeContent::Block).await).await?;
+                done(w, back_up(w, OF_V1).await).await
+            },
+            |w| {
+                let upload = upload(w, OF_V1).await?;
+                let request = ImportVolume { upload, name: Some("disc".into()), disc: true };
+                w.engine.volume_import(&w.admin, "default", "default", request).await
+            }
+        ),
+        scenario!(
+            "volume-copy",
+            "with snapshots, in use by a running instance, to another pool",
+            |w| {
+                second_pool(w).await?;
+                done(w, volume(w, "v1", VolumeContent::Filesystem).await).await?;
+                done(w, snapshot(w, OF_V1, "s1").await).await?;
+                done(w, snapshot(w, OF_V1, "s2").await).await?;
+                let data = [("type", "disk"), ("pool", "default"), ("source", "v1"), ("path", "/data")];
+                let data = data.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+                let devices = Devices::from([("data".to_owned(), data)]);
+                let request = CreateInstance { start: true, devices, ..container("c1") };
+                done(w, Ok(w.engine.instance_create(&w.admin, "default", request).await?.1)).await
+            },
+            |w| copy_volume(w, None).await
+        ),
+        scenario!(
+            "volume-copy",
+            "of a snapshot",
+            |w| {
+                second_pool(w).await?;
+                done(w, volume(w, "v1", VolumeContent::Block).await).await?;
+                done(w, snapshot(w, OF_V1, "s1").await).await
+            },
+            |w| copy_volume(w, Some("s1")).await
+        ),
         scenario!("volume-create", "block", |_w| Ok(()), |w| volume(w, "v1", VolumeContent::Block).await),
         scenario!(
             "volume-delete",

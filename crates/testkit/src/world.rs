@@ -150,9 +150,11 @@ pub async fn faults(engine: &Engine, store: &dyn Store, agents: &[&SimulatedAgen
         faults.extend(one.leaks.iter().map(|l| format!("the host says: {l}")));
         check.volumes.extend(one.volumes);
         check.snapshots.extend(one.snapshots);
+        check.backups.extend(one.backups);
         check.images.extend(one.images);
         check.networks.extend(one.networks);
         check.guests.extend(one.guests);
+        check.machine_states.extend(one.machine_states);
     }
     let (kvs, _) = list_prefix(store, karst_store::ROOT).await.expect("list");
     let keys: Vec<(String, String)> =
@@ -185,6 +187,7 @@ pub async fn faults(engine: &Engine, store: &dyn Store, agents: &[&SimulatedAgen
         faults.extend(ours.difference(&host).map(|x| format!("{what} {x} is recorded, but not on the host")));
     }
     compare("volume", &check.volumes, records.volumes.keys().copied(), &mut faults);
+    compare("backup", &check.backups, records.backups.keys().copied(), &mut faults);
     compare("image", &check.images, records.images.keys().copied(), &mut faults);
     compare("network", &check.networks, records.networks.keys().copied(), &mut faults);
     let taken = records.snapshots.values().flat_map(|s| s.volumes.iter().copied());
@@ -193,6 +196,11 @@ pub async fn faults(engine: &Engine, store: &dyn Store, agents: &[&SimulatedAgen
     let kept: BTreeSet<_> = check.snapshots.iter().copied().collect();
     for (volume, id) in taken.symmetric_difference(&kept) {
         faults.push(format!("snapshot {id} of volume {volume} is known to one side only"));
+    }
+    for (instance, id) in &check.machine_states {
+        if records.snapshots.get(id).is_none_or(|s| s.instance != *instance) {
+            faults.push(format!("the host keeps a state {id} of machine {instance} that no record knows"));
+        }
     }
     for guest in &check.guests {
         if !records.instances.contains_key(guest) {
@@ -234,6 +242,7 @@ pub fn fingerprint(engine: &Engine) -> String {
         let of = records.volumes.get(&s.volume).map(|v| v.name.clone());
         format!("snapshot {} of volume {of:?} {:?}", &*s.name, s.size)
     }));
+    lines.extend(records.backups.values().map(|b| format!("backup {} {}", &*b.name, b.instance_only)));
     lines.extend(records.images.values().map(|i| format!("image {} {}", i.fingerprint, i.kind)));
     lines.extend(records.aliases().map(|a| format!("alias {}", a.name)));
     lines.extend(records.networks.values().map(|n| format!("network {} {:?}", &*n.name, n.config)));

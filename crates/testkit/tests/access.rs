@@ -5,6 +5,10 @@ use futures::future::BoxFuture;
 use karst_agent::ImagePart;
 use karst_engine::{
     Context,
+    backups::{
+        create::CreateBackup,
+        import::{ImportInstance, ImportVolume},
+    },
     compute::{copy::CopyInstance, create::CreateInstance, power::PowerRequest, update::UpdateInstance},
     firewall::{UpdateAcl, UpdateAddressSet, UpdateForward},
     images::{ImageOptions, ImageUpload, UpdateImage},
@@ -16,11 +20,11 @@ use karst_engine::{
         tokens::NewApiToken,
         trust::{CertificateSettings, NewCertificate},
     },
-    volumes::{create::CreateVolume, update::UpdateVolume},
+    volumes::{copy::CopyVolume, create::CreateVolume, update::UpdateVolume},
 };
 use karst_env::SeededEnv;
 use karst_model::{
-    Config, ErrorKind, ImageId, OperationId, PrincipalId, ProjectId, Result,
+    Config, Error, ErrorKind, ImageId, OperationId, PrincipalId, ProjectId, Result,
     access::{Grant, Identity, Principal, Role},
     device::Devices,
     guest::{ExecRequest, FileKind, FileWrite},
@@ -28,7 +32,10 @@ use karst_model::{
     storage::VolumeContent,
     trust::CertificateKind,
 };
-use karst_testkit::{World, scenarios::container};
+use karst_testkit::{
+    World,
+    scenarios::{container, upload},
+};
 use std::{collections::BTreeSet, path::Path, time::Duration};
 
 /// What a use case needs.
@@ -137,11 +144,13 @@ async fn fixture(env: &SeededEnv) -> Fixture {
     let operation = e.volume_create(c, HERE, "default", volume("data")).await.unwrap();
     assert_eq!(w.ended(operation).await.error, None);
     let request = CreateSnapshot { name: Some("snap".into()), ..CreateSnapshot::default() };
+    let (_, backup) = e.backup_create(c, of_still(HERE), kept()).await.unwrap();
+    assert_eq!(w.ended(backup).await.error, None);
     let operation = e.snapshot_create(c, of_still(HERE), request).await.unwrap();
     assert_eq!(w.ended(operation).await.error, None);
     let id = e.instance(c, HERE, "stubborn").unwrap().instance.id;
     w.agent.set_ignores_shutdown(id, true);
-    let request = PowerRequest { action: PowerAction::Stop, force: false, timeout: None };
+    let request = PowerRequest { action: PowerAction::Stop, force: false, timeout: None, stateful: false };
     let running = e.instance_power(c, HERE, "stubborn", request).await.unwrap().id();
     // The reconciler of warnings has looked.
     karst_env::Env::sleep(env, Duration::from_secs(3)).await;
@@ -157,6 +166,10 @@ fn of_still(project: &str) -> Origin<'_> {
     Origin::Instance { project, name: "still" }
 }
 
+fn kept() -> CreateBackup {
+    CreateBackup { name: Some("kept".into()), ..CreateBackup::default() }
+}
+
 fn volume(name: &str) -> CreateVolume {
     let content = VolumeContent::Filesystem;
     CreateVolume { name: name.into(), content, description: String::new(), config: Config::new() }
@@ -170,8 +183,16 @@ fn who(role: Role, project: Option<ProjectId>) -> Context {
     })
 }
 
+/// Who may is told that the instance is a container.
+fn of_a_machine(outcome: Result<()>) -> Result<()> {
+    match outcome {
+        Err(e) if e.kind == ErrorKind::Unsupported => Ok(()),
+        other => other.and_then(|()| Err(Error::internal("a container took it", ""))),
+    }
+}
+
 fn power(action: PowerAction) -> PowerRequest {
-    PowerRequest { action, force: true, timeout: None }
+    PowerRequest { action, force: true, timeout: None, stateful: false }
 }
 
 fn certificate(digit: char) -> NewCertificate {
@@ -290,6 +311,10 @@ fn cases() -> Vec<Case> {
         console Use |f, c, p| f.w.engine.console(c, p, "run", false).await.map(drop);
         console_log Use |f, c, p| f.w.engine.console_log(c, p, "run", false).await.map(drop);
         console_log Edit |f, c, p| f.w.engine.console_log(c, p, "run", true).await.map(drop);
+        machine_reset Use |f, c, p| of_a_machine(f.w.engine.machine_reset(c, p, "run").await);
+        machine_keys Use |f, c, p| of_a_machine(f.w.engine.machine_keys(c, p, "run", &["a".into()]).await);
+        machine_screenshot Use |f, c, p| of_a_machine(f.w.engine.machine_screenshot(c, p, "run").await.map(drop));
+        machine_display Use |f, c, p| of_a_machine(f.w.engine.machine_display(c, p, "run").await.map(drop));
         file_open Use |f, c, p| f.w.engine.file_open(c, p, "run", "/").await.map(drop);
         file_write Use |f, c, p| f.w.engine.file_write(c, p, "run", FileWrite { path: "/tmp/x".into(), kind: FileKind::Symlink, uid: None, gid: None, mode: None, append: false, target: Some("y".into()) }).await.map(drop);
         file_delete Use |f, c, p| {
@@ -305,10 +330,22 @@ fn cases() -> Vec<Case> {
         snapshot_update Edit |f, c, p| f.w.engine.snapshot_update(c, of_still(p), "snap", UpdateSnapshot::default()).await;
         snapshot_rename Edit |f, c, p| f.w.engine.snapshot_rename(c, of_still(p), "snap", "renamed").await;
         snapshot_restore Edit |f, c, p| f.w.engine.snapshot_restore(c, of_still(p), "snap").await.map(drop);
+        snapshot_restore_with Edit |f, c, p| f.w.engine.snapshot_restore_with(c, of_still(p), "snap", false).await.map(drop);
         snapshot_delete Edit |f, c, p| f.w.engine.snapshot_delete(c, of_still(p), "snap").await.map(drop);
         instance_copy Edit |f, c, p| f.w.engine.instance_copy(c, p, CopyInstance { project: p.into(), name: "still".into(), snapshot: None, instance_only: false, copy: container("copied") }).await.map(drop);
+        backups View |f, c, p| f.w.engine.backups(c, of_still(p)).map(drop);
+        backup View |f, c, p| f.w.engine.backup(c, of_still(p), "kept").map(drop);
+        backup_open Edit |f, c, p| f.w.engine.backup_open(c, of_still(p), "kept").await.map(drop);
+        backup_create Edit |f, c, p| f.w.engine.backup_create(c, of_still(p), CreateBackup::default()).await.map(drop);
+        backup_rename Edit |f, c, p| f.w.engine.backup_rename(c, of_still(p), "kept", "renamed").await;
+        backup_delete Edit |f, c, p| f.w.engine.backup_delete(c, of_still(p), "kept").await.map(drop);
+        backup_upload Edit |f, c, p| f.w.engine.backup_upload(c, p).map(drop);
+        backup_upload_open Edit |f, c, p| f.w.engine.backup_upload_open(c, p, karst_model::BackupId(uuid::Uuid::from_u128(9))).await.map(drop);
+        instance_import Edit |f, c, p| { let upload = upload(&f.w, of_still(HERE)).await?; f.w.engine.instance_import(c, p, ImportInstance { upload, name: Some("imported".into()), pool: None }).await.map(drop) };
+        volume_import Edit |f, c, p| { let upload = upload(&f.w, of_still(HERE)).await?; f.w.engine.volume_import(c, p, "default", ImportVolume { upload, name: Some("disc".into()), disc: true }).await.map(drop) };
         custom_volume View |f, c, p| f.w.engine.custom_volume(c, p, "default", "data").map(drop);
         volume_create Edit |f, c, p| f.w.engine.volume_create(c, p, "default", volume("fresh")).await.map(drop);
+        volume_copy Edit |f, c, p| f.w.engine.volume_copy(c, p, "default", CopyVolume { project: p.into(), pool: "default".into(), name: "data".into(), snapshot: None, volume_only: false, copy: volume("copied") }).await.map(drop);
         volume_update Edit |f, c, p| f.w.engine.volume_update(c, p, "default", "data", UpdateVolume { description: "x".into(), config: Config::new(), if_version: None }).await.map(drop);
         volume_rename Edit |f, c, p| f.w.engine.volume_rename(c, p, "default", "data", "renamed").await;
         volume_delete Edit |f, c, p| f.w.engine.volume_delete(c, p, "default", "data").await.map(drop);
@@ -378,6 +415,7 @@ const WITHOUT_CONTEXT: &[(&str, &str)] = &[
     ("all_metrics", "by instance id: callers join it with the instances that a context showed them"),
     ("volume_usage", "takes a record that a context showed"),
     ("project_used_by", "takes a record that a context showed; tells what is in it"),
+    ("backup_upload_abandon", "takes the handle that backup_upload gave"),
     ("image_upload_abandon", "takes the handle that image_upload gave"),
 ];
 

@@ -3,6 +3,10 @@
 
 use futures::future::BoxFuture;
 use karst_engine::{
+    backups::{
+        create::CreateBackup,
+        import::{ImportInstance, ImportVolume},
+    },
     compute::{
         create::{CreateInstance, InstanceSource},
         power::PowerRequest,
@@ -10,6 +14,7 @@ use karst_engine::{
     },
     images::{ImageOptions, UpdateImage},
     network::{CreateNetwork, UpdateNetwork},
+    snapshots::Origin,
     storage::CreatePool,
     tenancy::UpdateProfile,
 };
@@ -67,7 +72,7 @@ fn update(pairs: &[(&str, &str)], devices: Devices) -> UpdateInstance {
 }
 
 fn force(action: PowerAction) -> PowerRequest {
-    PowerRequest { action, force: true, timeout: None }
+    PowerRequest { action, force: true, timeout: None, stateful: false }
 }
 
 fn exec(command: &[&str]) -> ExecRequest {
@@ -197,6 +202,10 @@ fn cases() -> Vec<Case> {
         "rename of the default profile" => Conflict, "", "default", |w| w.engine.profile_rename(&w.admin, P, "default", "x");
         "rename of a missing profile" => NotFound, "", "nope", |w| w.engine.profile_rename(&w.admin, P, "nope", "x");
         "delete of a used profile" => Conflict, "", "used", |w| w.engine.profile_delete(&w.admin, P, "used");
+        // Backups.
+        "backup of nothing" => NotFound, "", "nope", |w| w.engine.backup_create(&w.admin, Origin::Instance { project: P, name: "nope" }, CreateBackup::default());
+        "import of an upload that is gone" => NotFound, "", "send it again", |w| w.engine.instance_import(&w.admin, P, ImportInstance { upload: karst_model::BackupId(uuid::Uuid::from_u128(9)), name: None, pool: None });
+        "disc with a wrong name" => Invalid, "name", "", |w| w.engine.volume_import(&w.admin, P, "default", ImportVolume { upload: karst_model::BackupId(uuid::Uuid::from_u128(9)), name: Some("a/b".into()), disc: true });
         // Projects.
         "project with an unknown key" => Invalid, "config.features.image", "features.images", |w| w.engine.project_create(&w.admin, "new", "", config(&[("features.image", "true")]));
         "project with a wrong value" => Invalid, "config.features.images", "boolean", |w| w.engine.project_create(&w.admin, "new", "", config(&[("features.images", "perhaps")]));

@@ -36,7 +36,7 @@ fn run<F: Future<Output = ()> + Send + 'static>(seed: u64, body: impl FnOnce(Wor
 }
 
 const fn power(action: PowerAction, force: bool) -> PowerRequest {
-    PowerRequest { action, force, timeout: Some(Duration::from_secs(20)) }
+    PowerRequest { action, force, timeout: Some(Duration::from_secs(20)), stateful: false }
 }
 
 async fn done(w: &World, operation: LiveOperation) -> Arc<Operation> {

@@ -80,7 +80,12 @@ impl Pair {
         let b = side(env, &store, "b", 8).await;
         // Pools are made on the node that is asked; the same pool on the other one, as an administrator would.
         let id = a.engine.inner().inventory.read().pool("default").unwrap().id;
-        let fence = Fence { saga: SagaId(uuid::Uuid::nil()), epoch: b.engine.inner().epoch, step: 0 };
+        let fence = Fence {
+            saga: SagaId(uuid::Uuid::nil()),
+            executor: b.node,
+            epoch: b.engine.inner().epoch,
+            step: 0,
+        };
         let spec = PoolSpec::own(id, a.engine.inner().inventory.read().pool("default").unwrap().kind);
         b.agent.pool_ensure(&CallContext::mutate(Duration::from_secs(9), fence), spec).await.unwrap();
         Self { env: env.clone(), store, admin: Context::new(Principal::unix_admin(0, 0, 1)), a, b }
@@ -286,13 +291,41 @@ async fn paused(mut p: Pair) {
     assert_eq!(volumes(&p), 1);
     let view = p.a.engine.instance(&p.admin, "default", "x").unwrap();
     assert_eq!(view.instance.generation.n, 1, "started once");
-    assert!(p.a.agent.guard().highest() > old.inner().epoch);
+    assert!(p.a.agent.guard().highest(p.a.node) > old.inner().epoch);
     // Whatever the old one still tries is refused by the store.
     let late = old.instance_create(&p.admin, "default", container("late")).await;
     assert_eq!(late.map(drop).unwrap_err().kind, ErrorKind::Conflict);
     old.profile_create(&p.admin, "default", "late", Default::default()).await.unwrap_err();
     old.close();
     p.demand_clean("paused").await;
+}
+
+/// Two engines of different nodes work on one host at the same time, the one that was opened earlier too: the host follows
+/// both.
+async fn one_host(p: Pair) {
+    let p = Arc::new(p);
+    let c = engine(&p.env, &p.store, "c", NodeId(uuid::Uuid::from_u128(9)), &p.a.agent).await;
+    let mut tasks = vec![];
+    for n in 0..6usize {
+        let (p, c) = (p.clone(), c.clone());
+        tasks.push(p.env.clone().spawn_task("client", async move {
+            let engine = if n % 2 == 0 { &p.a.engine } else { &c };
+            p.env.sleep(Duration::from_micros(p.env.below(200_000))).await;
+            let request = CreateInstance { start: true, ..container(&format!("s{n}")) };
+            let (_, operation) = engine.instance_create(&p.admin, "default", request).await.unwrap();
+            let state = ended(&p.env, &operation).await;
+            assert_eq!(state, OperationState::Success, "{:?}", operation.snapshot());
+        }));
+    }
+    for task in tasks {
+        task.join().await.unwrap();
+    }
+    let guard = p.a.agent.guard();
+    let (mine, theirs) = (p.a.engine.inner(), c.inner());
+    assert!(mine.epoch < theirs.epoch);
+    assert_eq!([guard.highest(mine.node), guard.highest(theirs.node)], [mine.epoch, theirs.epoch]);
+    c.close();
+    p.demand_clean("one host").await;
 }
 
 macro_rules! scenarios {
@@ -320,4 +353,5 @@ scenarios! {
     a_partition_from_the_store_heals => partition;
     a_successor_finishes_what_a_crash_left => crash;
     who_wakes_up_after_its_successor_does_nothing => paused;
+    a_host_follows_the_engines_of_several_nodes => one_host;
 }

@@ -94,6 +94,7 @@ pub(super) async fn all(s: &Subject, kind: InstanceKind, source: &ImageSource) {
     eprintln!("contract: {kind}: console");
     Box::pin(console(&guest)).await;
     eprintln!("contract: {kind}: pause, update");
+    Box::pin(machine_only(&guest)).await;
     Box::pin(pause_and_update(&guest)).await;
 
     eprintln!("contract: {kind}: stop");
@@ -371,6 +372,31 @@ async fn console(guest: &Guest<'_>) {
     })
     .await;
     agent.console_log(&s.read(), log(1 << 20, true)).await.unwrap();
+}
+
+/// What a container cannot, and a virtual machine as far as it has the hardware.
+async fn machine_only(guest: &Guest<'_>) {
+    let (s, agent) = (guest.s, &guest.s.agent);
+    let instance = guest.spec.instance;
+    let keys = |key: &str| KeyPresses { instance, chords: vec![vec![key.to_owned()]] };
+    if guest.spec.kind == InstanceKind::Container {
+        refused(agent.guest_reset(&s.read(), guest.at()).await, ErrorKind::Unsupported);
+        refused(agent.guest_keys(&s.read(), keys("a")).await, ErrorKind::Unsupported);
+        refused(agent.guest_screenshot(&s.read(), instance).await, ErrorKind::Unsupported);
+        refused(agent.display_attach(&s.read(), instance).await, ErrorKind::Unsupported);
+        return;
+    }
+    agent.guest_keys(&s.read(), keys("shift")).await.unwrap();
+    let shot = agent.guest_screenshot(&s.read(), instance).await.unwrap();
+    assert!(read_all(one(shot.fds)).await.starts_with(b"\x89PNG\r\n\x1a\n"));
+    let display = agent.display_attach(&s.read(), instance).await.unwrap();
+    let greeting = tokio::task::spawn_blocking(move || {
+        let mut stream = std::fs::File::from(one(display.fds));
+        let mut greeting = [0; 12];
+        std::io::Read::read_exact(&mut stream, &mut greeting).map(|()| greeting)
+    });
+    assert!(greeting.await.unwrap().unwrap().starts_with(b"RFB 003."));
+    agent.session_close(&s.read(), display.value).await.unwrap();
 }
 
 /// Of a volume that a paused guest has, snapshots and copies can be taken, and nothing can replace what is in it.

@@ -13,7 +13,7 @@ impl Subject {
         FileRef { instance, kind: InstanceKind::Container, root, path: "/mark".into() }
     }
 
-    async fn mark(&self, root: VolumeRef, text: &str) {
+    pub(super) async fn mark(&self, root: VolumeRef, text: &str) {
         let file = self.mark_of(root);
         let write = FileWrite {
             path: file.path.clone(),
@@ -30,7 +30,7 @@ impl Subject {
         assert_eq!(self.ended(writing.value.unwrap()).await.unwrap(), 0);
     }
 
-    async fn marked(&self, root: VolumeRef) -> String {
+    pub(super) async fn marked(&self, root: VolumeRef) -> String {
         let opened = self.agent.file_open(&self.read(), self.mark_of(root)).await.unwrap();
         String::from_utf8(read_all(one(opened.fds)).await).unwrap()
     }
@@ -68,7 +68,7 @@ impl Subject {
         VolumeRef { pool, volume: spec.id }
     }
 
-    fn snapshot(&self, of: VolumeRef) -> VolumeSnapshotRef {
+    pub(super) fn snapshot(&self, of: VolumeRef) -> VolumeSnapshotRef {
         VolumeSnapshotRef { pool: of.pool, volume: of.volume, snapshot: SnapshotId(self.env.uuid()) }
     }
 }

@@ -2,10 +2,10 @@
 
 use super::work::*;
 use super::{SimulatedAgent, state::Guest};
-use crate::calls::*;
+use crate::{backups::*, calls::*};
 use async_trait::async_trait;
 use karst_model::{
-    ByteSize, Error, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
+    BackupId, ByteSize, Error, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
     device::interface_name,
     guest::{Applied, Metrics, Observed},
@@ -171,6 +171,28 @@ calls! {
     read volume_export(me, request: VolumeExport) -> WithFds<SessionId> { me.export_volume(request) }
     mutate volume_import(me, request: VolumeImport) -> WithFds<SessionId> { me.import_volume(request) }
 
+    mutate backup_create(me, request: BackupCreate) -> BackupFacts { me.create_backup(&request) }
+    mutate backup_stage(me, id: BackupId) -> WithFds<()> {
+        let fd = memfd_create("karst-staged", MemfdFlags::CLOEXEC).map_err(std::io::Error::from)?;
+        let ours = fd.try_clone()?;
+        me.lock().staged_backups.insert(id, ours.into());
+        Ok(WithFds { value: (), fds: vec![fd] })
+    }
+    read backup_inspect(me, id: BackupId) -> BackupFacts { me.inspect_backup(id) }
+    read backup_open(me, id: BackupId) -> WithFds<BackupFacts> {
+        let state = me.lock();
+        let data = state.backups.get(&id).ok_or_else(|| Error::not_found("this host does not have the backup"))?;
+        let value = BackupFacts { size: data.len() as u64, index: serde_json::Value::Null };
+        Ok(WithFds { value, fds: vec![super::files::content(data)?] })
+    }
+    mutate backup_delete(me, id: BackupId) -> () {
+        let mut state = me.lock();
+        state.backups.remove(&id);
+        state.staged_backups.remove(&id);
+        Ok(())
+    }
+    mutate volume_fill(me, request: VolumeFill) -> VolumeFilled { me.fill_volume(&request) }
+
     mutate image_stage(me, part: ImageStage) -> WithFds<()> {
         let fd = memfd_create("karst-staged", MemfdFlags::CLOEXEC).map_err(std::io::Error::from)?;
         let ours = fd.try_clone()?;
@@ -238,6 +260,40 @@ calls! {
             return Err(Error::conflict(format!("instance {instance} runs; stop it first")));
         }
         state.guests.remove(&instance);
+        state.machine_states.retain(|(i, _), _| *i != instance);
+        Ok(())
+    }
+    mutate machine_state_save(me, request: MachineStateSave) -> () {
+        let MachineStateRef { instance, snapshot } = request.at;
+        let mut state = me.settled();
+        let Some(guest) = state.guests.get(&instance) else { return Ok(()) };
+        if state.machine_states.contains_key(&(instance, snapshot)) {
+            return Ok(());
+        }
+        if request.memory && guest.state != karst_model::instance::RuntimeState::Paused {
+            return Err(Error::conflict("memory is kept of a machine that is paused"));
+        }
+        let memory = request.memory || (guest.saved && !guest.runs());
+        state.machine_states.insert((instance, snapshot), memory);
+        Ok(())
+    }
+    mutate machine_state_restore(me, request: MachineStateRestore) -> () {
+        let MachineStateRef { instance, snapshot } = request.at;
+        let mut state = me.settled();
+        let memory = state.machine_states.get(&(instance, snapshot)).copied().unwrap_or(false);
+        if request.memory && !memory {
+            return Err(Error::not_found("the snapshot has no memory of the virtual machine"));
+        }
+        if let Some(guest) = state.guests.get_mut(&instance) {
+            if guest.runs() {
+                return Err(Error::conflict("the guest is running; stop it first"));
+            }
+            guest.saved = request.memory;
+        }
+        Ok(())
+    }
+    mutate machine_state_delete(me, at: MachineStateRef) -> () {
+        me.settled().machine_states.remove(&(at.instance, at.snapshot));
         Ok(())
     }
     read guest_observe_all(me, _request: ()) -> Vec<Observed> {
@@ -283,6 +339,25 @@ calls! {
         Ok(())
     }
     read console_attach(me, request: ConsoleAttach) -> WithFds<SessionId> { me.console(request) }
+    read guest_reset(me, guest: GuestRef) -> () {
+        let mut state = me.settled();
+        demand_machine(state.running(guest)?)
+    }
+    read guest_keys(me, request: KeyPresses) -> () {
+        let mut state = me.settled();
+        let guest = state.guests.get_mut(&request.instance).ok_or_else(|| no_guest(request.instance))?;
+        demand_machine(guest)?;
+        for chord in request.chords {
+            guest.console_extra.extend_from_slice(chord.join("-").as_bytes());
+        }
+        Ok(())
+    }
+    read guest_screenshot(me, instance: InstanceId) -> WithFds<()> {
+        let state = me.settled();
+        demand_machine(state.guests.get(&instance).ok_or_else(|| no_guest(instance))?)?;
+        Ok(WithFds { value: (), fds: vec![super::files::content(b"\x89PNG\r\n\x1a\nsimulated")?] })
+    }
+    read display_attach(me, instance: InstanceId) -> WithFds<SessionId> { me.display(instance) }
     read console_log(me, request: ConsoleLog) -> Vec<u8> {
         let mut state = me.settled();
         let guest = state.guests.get_mut(&request.instance).ok_or_else(|| no_guest(request.instance))?;

@@ -4,6 +4,7 @@
 //! by the clock of its [`Env`](karst_env::Env), so it runs in a seeded world too. Only sessions (exec, console, writing
 //! a file) use descriptors and threads, as the real ones use processes; seeded tests stay away from them.
 
+mod backups;
 mod calls;
 mod files;
 mod session;

@@ -32,6 +32,8 @@ pub(super) struct Session {
 pub(super) enum SessionKind {
     Exec,
     Console,
+    /// A display.
+    Display,
     FileWrite,
 }
 
@@ -132,11 +134,28 @@ impl Session {
 
     /// A console: what is typed is echoed and given to `log`.
     pub fn console(instance: InstanceId, log: impl Fn(&[u8]) + Send + 'static) -> Result<(Self, OwnedFd)> {
-        let (session, woken) = Self::new(instance, SessionKind::Console)?;
+        Self::echo(instance, SessionKind::Console, b"", log)
+    }
+
+    /// A display: greets as RFB does, then echoes.
+    pub fn display(instance: InstanceId) -> Result<(Self, OwnedFd)> {
+        Self::echo(instance, SessionKind::Display, b"RFB 003.008\n", |_| {})
+    }
+
+    fn echo(
+        instance: InstanceId,
+        kind: SessionKind,
+        greeting: &'static [u8],
+        log: impl Fn(&[u8]) + Send + 'static,
+    ) -> Result<(Self, OwnedFd)> {
+        let (session, woken) = Self::new(instance, kind)?;
         let (near, far) = pair()?;
         session.play("simulated-console", move || {
             let mut far = File::from(far);
             let mut buffer = [0; 4096];
+            if far.write_all(greeting).is_err() {
+                return 0;
+            }
             while readable(&far, &woken, None) {
                 match far.read(&mut buffer) {
                     Ok(n @ 1..) => {

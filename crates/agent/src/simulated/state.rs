@@ -6,7 +6,7 @@ use super::{
 };
 use crate::calls::ImagePart;
 use karst_model::{
-    ByteSize, ImageId, InstanceId, NetworkId, PoolId, SessionId, SnapshotId, VolumeId,
+    BackupId, ByteSize, ImageId, InstanceId, NetworkId, PoolId, SessionId, SnapshotId, VolumeId,
     guest::{AgentKind, FileKind, GuestSystem, Interface, Metrics, Observed},
     image::ImageFacts,
     instance::{ExitReason, InstanceKind, RuntimeState},
@@ -28,7 +28,12 @@ pub(super) struct State {
     pub volumes: BTreeMap<VolumeId, Volume>,
     pub images: BTreeMap<ImageId, Image>,
     pub staged: BTreeMap<(ImageId, ImagePart), File>,
+    /// Files of backups.
+    pub backups: BTreeMap<BackupId, Vec<u8>>,
+    pub staged_backups: BTreeMap<BackupId, File>,
     pub guests: BTreeMap<InstanceId, Guest>,
+    /// What is kept of virtual machines with snapshots, and whether with their memory.
+    pub machine_states: BTreeMap<(InstanceId, SnapshotId), bool>,
     pub sessions: BTreeMap<SessionId, Session>,
     pub next_pid: u32,
     /// The audit log and its end.
@@ -77,6 +82,8 @@ pub(super) struct Guest {
     pub applied_spec_version: u64,
     pub ignores_shutdown: bool,
     pub refuses_update: bool,
+    /// Its memory is kept.
+    pub saved: bool,
     pub console_extra: Vec<u8>,
     pub console_cleared: bool,
 }

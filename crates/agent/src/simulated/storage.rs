@@ -33,7 +33,7 @@ pub(super) struct Snapshot {
 
 impl State {
     /// The guest that runs from it; a virtual machine only when it is not paused, with `unless_paused`.
-    fn writer(&self, at: VolumeRef, unless_paused: bool) -> Result<()> {
+    pub(super) fn writer(&self, at: VolumeRef, unless_paused: bool) -> Result<()> {
         let Some(user) = self.user_of(at.volume) else { return Ok(()) };
         let guest = &self.guests[&user];
         let still = guest.spec.kind == InstanceKind::Container || guest.state == RuntimeState::Paused;
@@ -44,13 +44,13 @@ impl State {
         Err(Error::conflict(format!("the volume is in use by instance {user}, which runs; {todo}")))
     }
 
-    fn volume_mut(&mut self, at: VolumeRef) -> Result<&mut Volume> {
+    pub(super) fn volume_mut(&mut self, at: VolumeRef) -> Result<&mut Volume> {
         self.volume(at)?;
         self.volumes.get_mut(&at.volume).ok_or_else(|| Error::not_found("the volume is gone"))
     }
 
     /// Content, size and kind of a volume, or of a snapshot of it.
-    fn held(
+    pub(super) fn held(
         &self,
         at: VolumeRef,
         snapshot: Option<SnapshotId>,

@@ -37,6 +37,17 @@ pub(super) fn no_session(id: SessionId) -> Error {
     Error::not_found(format!("session {id} is over"))
 }
 
+/// For what only a running virtual machine can.
+pub(super) fn demand_machine(guest: &Guest) -> Result<()> {
+    if guest.spec.kind != InstanceKind::VirtualMachine {
+        return Err(Error::unsupported("only virtual machines have a screen, a keyboard and a reset button"));
+    }
+    if !guest.runs() {
+        return Err(Error::conflict(format!("instance {} is not running", guest.spec.instance)));
+    }
+    Ok(())
+}
+
 impl State {
     pub(super) fn volume(&self, at: VolumeRef) -> Result<&Volume> {
         self.volumes
@@ -137,6 +148,12 @@ impl SimulatedAgent {
             }
         }
         self.check_guest(&state, &spec)?;
+        let resume = spec.machine.as_ref().is_some_and(|m| m.resume);
+        if resume && !state.guests.get(&spec.instance).is_some_and(|g| g.saved) {
+            return Err(Error::not_found(
+                "there is no saved memory of this virtual machine; start it without",
+            ));
+        }
         state.next_pid += 1;
         let guest = Guest {
             state: RuntimeState::Running,
@@ -148,6 +165,7 @@ impl SimulatedAgent {
             applied_spec_version: spec.spec_version,
             ignores_shutdown: state.guests.get(&spec.instance).is_some_and(|g| g.ignores_shutdown),
             refuses_update: state.guests.get(&spec.instance).is_some_and(|g| g.refuses_update),
+            saved: false,
             console_extra: vec![],
             console_cleared: false,
             spec,
@@ -173,6 +191,11 @@ impl SimulatedAgent {
             }
             match request.mode {
                 StopMode::Force => Duration::ZERO,
+                StopMode::Save => {
+                    demand_machine(guest)?;
+                    guest.saved = true;
+                    Duration::ZERO
+                }
                 StopMode::Graceful { timeout } => {
                     if guest.ignores_shutdown || guest.state == RuntimeState::Paused {
                         timeout
@@ -188,7 +211,7 @@ impl SimulatedAgent {
                 }
             }
         };
-        if request.mode == StopMode::Force {
+        if matches!(request.mode, StopMode::Force | StopMode::Save) {
             self.end_guest(instance, ExitReason::Forced);
         } else {
             self.env.sleep(wait).await;
@@ -428,6 +451,16 @@ impl SimulatedAgent {
         Ok(WithFds { value: id, fds: vec![fd] })
     }
 
+    /// A display that says what an RFB server says first, and echoes.
+    pub(super) fn display(&self, instance: InstanceId) -> Result<WithFds<SessionId>> {
+        let mut state = self.settled();
+        demand_machine(state.guests.get(&instance).ok_or_else(|| no_guest(instance))?)?;
+        let (session, fd) = Session::display(instance)?;
+        let id = SessionId(self.env.uuid());
+        state.add_session(id, session)?;
+        Ok(WithFds { value: id, fds: vec![fd] })
+    }
+
     pub(super) fn write(&self, request: FileWriteRequest) -> Result<WithFds<Option<SessionId>>> {
         let FileWriteRequest { file, write } = request;
         let now = self.seconds();
@@ -457,6 +490,7 @@ impl SimulatedAgent {
         for (image, part) in state.staged.keys() {
             leaks.push(format!("staged part {part:?} of image {image}"));
         }
+        leaks.extend(state.staged_backups.keys().map(|id| format!("staged backup {id}")));
         let live = state.sessions.values().filter(|s| s.exit().is_none()).count();
         SelfCheck {
             volumes: state.volumes.keys().copied().collect(),
@@ -465,9 +499,11 @@ impl SimulatedAgent {
                 .iter()
                 .flat_map(|(id, v)| v.snapshots.keys().map(|s| (*id, *s)))
                 .collect(),
+            backups: state.backups.keys().copied().collect(),
             images: state.images.keys().copied().collect(),
             networks: state.networks.keys().copied().collect(),
             guests: state.guests.keys().copied().collect(),
+            machine_states: state.machine_states.keys().copied().collect(),
             sessions: live as u32,
             leaks,
         }

@@ -156,6 +156,12 @@ pub fn render(guest: &ResolvedGuest, host: HostFeatures) -> Result<String> {
     for device in ["fuse", "net/tun"] {
         set("lxc.mount.entry", &format!("/dev/{device} dev/{device} none bind,create=file,optional 0 0"));
     }
+    if guest.security.guest_api.is_some() {
+        path(&guest.state_dir, "state directory")?;
+        for mount in crate::guest_api::mounts(&guest.state_dir) {
+            set("lxc.mount.entry", &mount);
+        }
+    }
     if guest.security.nesting {
         // The kernel lets a nested user namespace mount a fresh proc and sysfs only where a full one is visible.
         set("lxc.mount.entry", "proc dev/.lxc/proc proc create=dir,optional 0 0");
@@ -297,6 +303,7 @@ mod tests {
         let host = HostFeatures { unified_cgroups: true, apparmor: true };
         let mut guest = guest();
         guest.security.nesting = true;
+        guest.security.guest_api = Some(Default::default());
         guest.nics.clear();
         insta::assert_snapshot!(render(&guest, host).unwrap());
     }

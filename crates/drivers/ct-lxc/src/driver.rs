@@ -5,6 +5,7 @@ use crate::{
     config::{Groups, HostFeatures, SECCOMP, render, seccomp_file},
     disks,
     end::{ended, exit_reason},
+    guest_api,
     limits::limits,
     proc::{Init, init_end, log_reason},
     proxies,
@@ -20,7 +21,6 @@ use karst_host::{Program, cgroup::Cgroups, run};
 use karst_model::{
     Error, ErrorKind, InstanceId, Result,
     instance::{ExitReason, InstanceKind, RuntimeState},
-    spec::ProxySpec,
 };
 use std::{
     collections::HashMap,
@@ -32,6 +32,7 @@ use std::{
 };
 use tokio::{sync::mpsc, time::timeout};
 
+mod beside;
 mod clearing;
 mod sampling;
 
@@ -361,53 +362,6 @@ impl Shared {
         }
     }
 
-    async fn start_proxies(&self, running: &Running, wanted: &[ProxySpec]) -> Result<()> {
-        if wanted.is_empty() {
-            return Ok(());
-        }
-        let init =
-            running.init().ok_or_else(|| Error::unavailable("the guest is just starting; try again"))?;
-        let place = proxies::Place {
-            state_dir: &running.dir,
-            daemon_id: &running.record.daemon_id,
-            instance: running.record.instance,
-            user: running.record.ids.base,
-            cgroups: &self.cgroups,
-            group: &running.groups.keeper,
-        };
-        for proxy in wanted {
-            proxies::start(&place, &init, proxy).await?;
-        }
-        Ok(())
-    }
-
-    /// Brings the proxies of a running guest to what is wanted; writes the record as it goes.
-    async fn update_proxies(
-        &self,
-        running: &Running,
-        wanted: &[ProxySpec],
-        record: &mut Record,
-    ) -> Result<()> {
-        let gone: Vec<_> = record.proxies.iter().filter(|p| !wanted.contains(p)).cloned().collect();
-        for proxy in gone {
-            proxies::stop(&running.dir, &proxy.name).await?;
-            record.proxies.retain(|p| *p != proxy);
-            record.write(&running.dir)?;
-        }
-        for proxy in wanted.iter().filter(|p| !record.proxies.contains(p)).cloned().collect::<Vec<_>>() {
-            record.proxies.push(proxy.clone());
-            record.write(&running.dir)?;
-            if let Err(e) = self.start_proxies(running, std::slice::from_ref(&proxy)).await {
-                proxies::stop(&running.dir, &proxy.name).await?;
-                record.proxies.retain(|p| *p != proxy);
-                record.write(&running.dir)?;
-                return Err(e);
-            }
-        }
-        // One that was killed comes back.
-        self.start_proxies(running, wanted).await
-    }
-
     /// Follows a guest through its lives: after a reboot from inside it has another network, and control groups in which
     /// what was permitted live is not. Never answers.
     async fn follow(weak: &Weak<Self>, instance: InstanceId, guest: &Guest) {
@@ -442,6 +396,7 @@ impl Shared {
     async fn after_reboot(&self, instance: InstanceId, guest: &Guest) -> Result<()> {
         let _changing = guest.changing.lock().await;
         let running = self.running(instance).await?;
+        guest_api::forget_state(&running.dir)?;
         for node in running.record.disks.iter().filter_map(|d| d.node.as_ref()) {
             running.permit_device(&node.rule(), true).await?;
         }
@@ -475,6 +430,8 @@ impl Shared {
         if previous.is_none_or(|p| p.seed != record.seed) {
             seed::apply(guest, previous.map(|p| p.hostname.as_str())).await?;
         }
+        let listener =
+            guest.security.guest_api.as_ref().map(|api| guest_api::prepare(guest, api)).transpose()?;
         let mut mounted = disks::wanted(guest)?;
         // Where the controller of disks' rates has a hierarchy of its own (v1), limits do not reach groups below: the
         // container has none there.
@@ -486,10 +443,16 @@ impl Shared {
         });
         let (mounted, namespace) =
             prepared.await.map_err(|e| Error::internal("mounting was broken off", e))??;
-        let record = &Record { disks: mounted, ..record.clone() };
+        let limits = limits(guest);
+        // With rates it stays ours: they hold for one group and not for those below.
+        let free = rates.as_ref().filter(|_| guest.security.nesting && limits.io.is_empty());
+        let record = &Record { disks: mounted, free_rates: free.is_some(), ..record.clone() };
         record.write(dir)?;
         self.cgroups.create(&groups.limits)?;
-        self.cgroups.limit(&groups.limits, &limits(guest))?;
+        self.cgroups.limit(&groups.limits, &limits)?;
+        if let Some(mount) = free {
+            beside::free_rates(mount, groups, guest.ids)?;
+        }
         self.cgroups.delegate(&groups.limits);
         let keeper_cgroups = self.cgroups.create_tracking(&groups.keeper)?;
         written.await.map_err(|e| Error::internal("writing was broken off", e))??;
@@ -526,7 +489,20 @@ impl Shared {
                 .collect(),
             ..Spec::default()
         };
-        let keeper = keeper::launch(dir, &spec, vec![namespace]).await?;
+        // The server starts beside the container: until it serves, who connects waits.
+        let serving = async {
+            match listener {
+                Some(listener) => guest_api::start(&self.place(dir, record, groups), listener).await,
+                None => Ok(()),
+            }
+        };
+        let (keeper, serving) = tokio::join!(keeper::launch(dir, &spec, vec![namespace]), serving);
+        let keeper = keeper?;
+        if let Err(e) = serving {
+            let _ = keeper.kill().await;
+            let _ = timeout(FORCE, keeper.wait_exit()).await;
+            return Err(e);
+        }
         let status = keeper.status().await;
         let running = |status| Running {
             dir: dir.clone(),
@@ -627,6 +603,7 @@ impl GuestDriver for LxcDriver {
         let stopped = match mode {
             StopMode::Graceful { timeout } => shared.stop_graceful(&running, timeout).await,
             StopMode::Force => shared.stop_force(&running).await,
+            StopMode::Save => Err(Error::unsupported("the memory of a container cannot be kept")),
         };
         match stopped {
             // It ended by itself meanwhile.
@@ -652,7 +629,8 @@ impl GuestDriver for LxcDriver {
         let _changing = kept.changing.lock().await;
         let running = self.shared.running(guest.instance).await?;
         let (cgroups, group) = (&self.shared.cgroups, &running.groups.limits);
-        cgroups.limit(group, &limits(guest))?;
+        let limits = limits(guest);
+        cgroups.limit(group, &limits)?;
         // Read again: another change may have ended while this one waited for its turn.
         let mut record = Record::read(&guest.state_dir)?.ok_or_else(not_running)?;
         let find =
@@ -662,11 +640,22 @@ impl GuestDriver for LxcDriver {
         let new = Record::new(guest);
         let old = &mut record;
         let mut pending = vec![];
-        if old.nics != new.nics {
+        if old.nics != new.nics || old.free_rates && !limits.io.is_empty() {
             pending.push("devices".to_owned());
         }
         if old.nesting != new.nesting {
             pending.push("security.nesting".to_owned());
+        }
+        if guest.security.idmap_size.unwrap_or(65_536) != old.ids.count {
+            pending.push("security.idmap.size".to_owned());
+        }
+        if guest.security.idmap_base.is_some_and(|base| base != old.ids.base) {
+            pending.push("security.idmap.base".to_owned());
+        }
+        match &guest.security.guest_api {
+            Some(api) if old.guest_api => guest_api::write(guest, api)?,
+            api if api.is_some() != old.guest_api => pending.push("security.guestapi".to_owned()),
+            _ => {}
         }
         // Programs that enter from now on see it; init does not.
         old.environment = new.environment;

@@ -13,6 +13,7 @@ mod driver;
 mod end;
 mod ending;
 mod files;
+mod guest_api;
 mod limits;
 mod proc;
 mod proxies;

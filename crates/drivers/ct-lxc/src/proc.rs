@@ -61,8 +61,7 @@ impl Init {
 
     /// The signal that makes this kind of init shut down: its number.
     pub(crate) fn halt_signal(&self) -> i32 {
-        let exe = fs::read_link(format!("/proc/{}/exe", self.pid)).unwrap_or_default();
-        match exe.file_name().and_then(|n| n.to_str()) {
+        match self.program().as_deref() {
             Some("systemd") => 37,                // SIGRTMIN+3 as the C library counts
             Some("busybox") => libc::SIGUSR2,     // poweroff
             Some("openrc-init") => libc::SIGTERM, // shuts down
@@ -70,9 +69,17 @@ impl Init {
         }
     }
 
+    fn program(&self) -> Option<String> {
+        let exe = fs::read_link(format!("/proc/{}/exe", self.pid)).ok()?;
+        Some(exe.file_name()?.to_str()?.to_owned())
+    }
+
     /// Has the init a handler for this signal? Without one it ignores the signal: the kernel protects a namespace's
     /// first process.
     pub(crate) fn handles(&self, signal: i32) -> bool {
+        // Busybox' init waits for signals that it has blocked, which the kernel does not show as such meanwhile. For this
+        // one it has a handler, from just after it blocked them.
+        let signal = if self.program().as_deref() == Some("busybox") { libc::SIGTSTP } else { signal };
         ["SigCgt", "SigBlk"]
             .iter()
             .filter_map(|k| u64::from_str_radix(&status_field(self.pid, k)?, 16).ok())

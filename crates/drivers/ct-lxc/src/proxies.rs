@@ -74,7 +74,8 @@ pub(crate) async fn stop(state_dir: &Path, name: &str) -> Result<()> {
     end(&root(state_dir).join(name)).await
 }
 
-async fn end(dir: &Path) -> Result<()> {
+/// Ends what a keeper in `dir` watches, and removes the directory.
+pub(crate) async fn end(dir: &Path) -> Result<()> {
     match keeper::connect(dir).await {
         Ok((keeper, _)) => {
             keeper.kill().await?;

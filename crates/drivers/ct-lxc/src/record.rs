@@ -93,6 +93,12 @@ pub(crate) struct Record {
     /// Nested containers allowed.
     #[serde(default)]
     pub(crate) nesting: bool,
+    /// The guest's own API is served.
+    #[serde(default)]
+    pub(crate) guest_api: bool,
+    /// The container makes groups of its own in the hierarchy of disks' rates (v1), which rates do not reach.
+    #[serde(default)]
+    pub(crate) free_rates: bool,
 }
 
 impl Record {
@@ -121,6 +127,8 @@ impl Record {
             hostname: guest.hostname.clone(),
             seed: 0,
             nesting: guest.security.nesting,
+            guest_api: guest.security.guest_api.is_some(),
+            free_rates: false,
         }
     }
 

@@ -2,7 +2,7 @@
 
 use crate::ResolvedGuest;
 use async_trait::async_trait;
-use karst_model::{InstanceId, Result, instance::InstanceKind};
+use karst_model::{InstanceId, Result, SnapshotId, instance::InstanceKind};
 use std::os::fd::OwnedFd;
 use tokio::sync::mpsc;
 
@@ -80,6 +80,29 @@ pub trait GuestMachine: Send + Sync {
     /// Tells the guest that the disk at `path` has so many bytes, and grows the file below it when it is one; a block
     /// device has grown before. Conflict for a disk that cannot grow live, not found when no such disk is attached.
     async fn grow(&self, instance: InstanceId, path: &std::path::Path, size: u64) -> Result<()>;
+
+    /// Presses the reset button.
+    async fn reset(&self, instance: InstanceId) -> Result<()>;
+
+    /// Presses chords of keys, one after the other.
+    async fn press(&self, instance: InstanceId, chords: &[Vec<String>]) -> Result<()>;
+
+    /// Keeps what a machine is beside its disks with a snapshot: the variables of its firmware, its TPM, and, of one that
+    /// is paused, its memory if `memory`. One that never ran has nothing; what is there already stays.
+    async fn state_save(&self, instance: InstanceId, snapshot: SnapshotId, memory: bool) -> Result<()>;
+
+    /// Makes a machine that does not run what it was at a snapshot; its next start may go on from the memory then if
+    /// `memory`, else memory that was kept over a stop is dropped. Without anything kept it is as one that never ran.
+    async fn state_restore(&self, instance: InstanceId, snapshot: SnapshotId, memory: bool) -> Result<()>;
+
+    /// Drops what is kept with a snapshot; fine when nothing is.
+    async fn state_delete(&self, instance: InstanceId, snapshot: SnapshotId) -> Result<()>;
+
+    /// What it shows: a descriptor that reads a PNG file. Unsupported for a machine without a display.
+    async fn screenshot(&self, instance: InstanceId) -> Result<OwnedFd>;
+
+    /// A connection to its display, in RFB (VNC); any number at a time. Unsupported for a machine without a display.
+    async fn display(&self, instance: InstanceId) -> Result<OwnedFd>;
 }
 
 /// A running exec.

@@ -5,6 +5,7 @@
 //! volumes are cloned from.
 #![allow(clippy::disallowed_methods)] // drivers and their tests are the real world
 
+pub mod backup;
 pub mod disk;
 pub mod metadata;
 pub mod pack;

@@ -13,7 +13,7 @@ use std::{
     collections::HashMap,
     fs::File,
     io::{self, Read, Seek, SeekFrom, Write},
-    os::fd::OwnedFd,
+    os::{fd::OwnedFd, unix::fs::FileExt},
     path::Path,
 };
 
@@ -22,18 +22,28 @@ use std::{
 /// # Errors
 /// The tree cannot be read, or nobody reads `out` any more.
 pub fn pack(root: &Path, out: impl Write) -> Result<()> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let root = rustix::fs::open(root, flags, Mode::empty()).map_err(io::Error::from)?;
     let mut out = io::BufWriter::with_capacity(256 << 10, out);
-    let mut packer = Packer { root, out: &mut out, links: HashMap::new(), buffer: vec![0; 256 << 10] };
-    packer.tree()?;
+    pack_below(root, "", &mut out)?;
     // Two empty blocks end it.
     out.write_all(&[0; 1024])?;
     Ok(out.flush()?)
 }
 
-struct Packer<'a, W> {
+/// Packs the tree `root` into `out` below `prefix` (empty: relative to it), without the end mark of an archive.
+///
+/// # Errors
+/// As [`pack`].
+pub(crate) fn pack_below(root: &Path, prefix: &str, out: &mut impl Write) -> Result<()> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::open(root, flags, Mode::empty()).map_err(io::Error::from)?;
+    let prefix = if prefix.is_empty() { vec![] } else { [prefix.as_bytes(), b"/"].concat() };
+    Packer { root, prefix, out, links: HashMap::new(), buffer: vec![0; 256 << 10] }.tree()
+}
+
+pub(crate) struct Packer<'a, W> {
     root: OwnedFd,
+    /// Before each path; empty or with a slash at its end.
+    prefix: Vec<u8>,
     out: &'a mut W,
     /// Files with several names: (device, inode) to the first.
     links: HashMap<(u32, u32, u64), Vec<u8>>,
@@ -57,7 +67,11 @@ impl<W: Write> Packer<'_, W> {
             };
             let stat = rustix::fs::statx(&directory, c"", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)
                 .map_err(io::Error::from)?;
-            let name = if path.is_empty() { b"./".to_vec() } else { [path.as_slice(), b"/"].concat() };
+            let name = match (path.is_empty(), self.prefix.is_empty()) {
+                (true, true) => b"./".to_vec(),
+                (true, false) => self.prefix.clone(),
+                (false, _) => [self.prefix.as_slice(), &path, b"/"].concat(),
+            };
             self.header(&name, b'5', &stat, 0, &[], &attributes(&directory)?)?;
             let mut below = vec![];
             let mut names = vec![];
@@ -82,7 +96,7 @@ impl<W: Write> Packer<'_, W> {
                 if FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Directory {
                     below.push(full);
                 } else {
-                    self.leaf(&directory, &name, &full, &stat)?;
+                    self.leaf(&directory, &name, &[self.prefix.as_slice(), &full].concat(), &stat)?;
                 }
             }
             // The last one first, so that they come out in order.
@@ -142,6 +156,80 @@ impl<W: Write> Packer<'_, W> {
         }
     }
 
+    /// A small file, or a directory (`None`), of root, of now.
+    pub(crate) fn text(out: &mut W, path: &str, text: Option<&str>) -> Result<()> {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let now = now.unwrap_or_default().as_secs();
+        if path.len() > 99 {
+            return Err(Error::invalid("name", format!("{path:?} is too long a path for a backup")));
+        }
+        let Some(text) = text else {
+            return block(out, format!("{path}/").as_bytes(), b'5', [0o711, 0, 0, 0, now], b"");
+        };
+        let size = text.len() as u64;
+        block(out, path.as_bytes(), b'0', [0o600, 0, 0, size, now], b"")?;
+        out.write_all(text.as_bytes())?;
+        let padding = size.next_multiple_of(512) - size;
+        Ok(out.write_all(&[0; 512][..padding as usize])?)
+    }
+
+    /// A disk, its holes left out: GNU's old form of sparse files, which GNU tar, Go's archive/tar and ours read.
+    pub(crate) fn disk(out: &mut W, path: &str, disk: &File) -> Result<()> {
+        let size = (&mut &*disk).seek(SeekFrom::End(0))?;
+        if path.len() > 100 {
+            return Err(Error::invalid("name", format!("{path:?} is too long a path for a backup")));
+        }
+        let parts = extents(disk, size)?;
+        let stored: u64 = parts.iter().map(|(from, to)| to - from).sum();
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let mut head = [0u8; 512];
+        head[..path.len()].copy_from_slice(path.as_bytes());
+        for (at, width, value) in [
+            (100, 8, 0o600),
+            (108, 8, 0),
+            (116, 8, 0),
+            (124, 12, stored),
+            (136, 12, now.unwrap_or_default().as_secs()),
+        ] {
+            number(&mut head[at..at + width], value);
+        }
+        head[156] = b'S';
+        head[257..265].copy_from_slice(b"ustar  \0");
+        // The map ends with an empty part at the file's end, as GNU tar writes it.
+        let mut map = parts.iter().map(|(from, to)| (*from, to - from)).chain([(size, 0)]).peekable();
+        fn entries(space: &mut [u8], map: &mut impl Iterator<Item = (u64, u64)>) {
+            for (slot, (offset, length)) in space.chunks_exact_mut(24).zip(map) {
+                number(&mut slot[..12], offset);
+                number(&mut slot[12..], length);
+            }
+        }
+        entries(&mut head[386..482], &mut map.by_ref().take(4));
+        head[482] = u8::from(map.peek().is_some());
+        number(&mut head[483..495], size);
+        head[148..156].fill(b' ');
+        let sum: u32 = head.iter().map(|b| u32::from(*b)).sum();
+        head[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+        out.write_all(&head)?;
+        while map.peek().is_some() {
+            let mut more = [0u8; 512];
+            entries(&mut more[..504], &mut map.by_ref().take(21));
+            more[504] = u8::from(map.peek().is_some());
+            out.write_all(&more)?;
+        }
+        let mut buffer = vec![0u8; 1 << 20];
+        for (from, to) in parts {
+            let mut at = from;
+            while at < to {
+                let room = (buffer.len() as u64).min(to - at) as usize;
+                disk.read_exact_at(&mut buffer[..room], at)?;
+                out.write_all(&buffer[..room])?;
+                at += room as u64;
+            }
+        }
+        let padding = stored.next_multiple_of(512) - stored;
+        Ok(out.write_all(&[0; 512][..padding as usize])?)
+    }
+
     /// A header, after an extended one for what the plain one cannot hold.
     fn header(
         &mut self,
@@ -192,27 +280,69 @@ impl<W: Write> Packer<'_, W> {
         self.block(&path[..path.len().min(100)], kind, numbers, &link[..link.len().min(100)])
     }
 
-    /// One block of 512 bytes; numbers are mode, uid, gid, size, mtime.
     fn block(&mut self, path: &[u8], kind: u8, numbers: [u64; 5], link: &[u8]) -> Result<()> {
-        let mut block = [0u8; 512];
-        block[..path.len()].copy_from_slice(path);
-        for (at, width, value) in [
-            (100, 7, numbers[0]),
-            (108, 7, numbers[1]),
-            (116, 7, numbers[2]),
-            (124, 11, numbers[3]),
-            (136, 11, numbers[4]),
-        ] {
-            block[at..at + width].copy_from_slice(format!("{value:0width$o}").as_bytes());
-        }
-        block[148..156].fill(b' ');
-        block[156] = kind;
-        block[157..157 + link.len()].copy_from_slice(link);
-        block[257..265].copy_from_slice(b"ustar\x0000");
-        let sum: u32 = block.iter().map(|b| u32::from(*b)).sum();
-        block[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
-        Ok(self.out.write_all(&block)?)
+        block(self.out, path, kind, numbers, link)
     }
+}
+
+/// One block of 512 bytes; numbers are mode, uid, gid, size, mtime.
+fn block(out: &mut impl Write, path: &[u8], kind: u8, numbers: [u64; 5], link: &[u8]) -> Result<()> {
+    let mut block = [0u8; 512];
+    block[..path.len()].copy_from_slice(path);
+    for (at, width, value) in [
+        (100, 7, numbers[0]),
+        (108, 7, numbers[1]),
+        (116, 7, numbers[2]),
+        (124, 11, numbers[3]),
+        (136, 11, numbers[4]),
+    ] {
+        block[at..at + width].copy_from_slice(format!("{value:0width$o}").as_bytes());
+    }
+    block[148..156].fill(b' ');
+    block[156] = kind;
+    block[157..157 + link.len()].copy_from_slice(link);
+    block[257..265].copy_from_slice(b"ustar\x0000");
+    let sum: u32 = block.iter().map(|b| u32::from(*b)).sum();
+    block[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+    Ok(out.write_all(&block)?)
+}
+
+/// A number of a header: octal, or GNU's binary form where that is too short.
+fn number(field: &mut [u8], value: u64) {
+    let width = field.len() - 1;
+    let text = format!("{value:0width$o}");
+    if text.len() == width {
+        field[..width].copy_from_slice(text.as_bytes());
+        return;
+    }
+    field.fill(0);
+    field[0] = 0x80;
+    let at = field.len() - 8;
+    field[at..].copy_from_slice(&value.to_be_bytes());
+}
+
+/// The parts of a disk that hold data, whole sectors of it, in order.
+fn extents(disk: &File, size: u64) -> Result<Vec<(u64, u64)>> {
+    let mut parts: Vec<(u64, u64)> = vec![];
+    let mut at = 0;
+    while at < size {
+        let from = match rustix::fs::seek(disk, rustix::fs::SeekFrom::Data(at)) {
+            Ok(from) => from,
+            Err(Errno::NXIO) => break,
+            // A block device, or a file system that does not tell.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(vec![(0, size)]),
+            Err(e) => return Err(io::Error::from(e).into()),
+        };
+        let to = rustix::fs::seek(disk, rustix::fs::SeekFrom::Hole(from)).map_err(io::Error::from)?;
+        // Readers check that all parts but the last are whole blocks.
+        let (from, to) = (from & !511, to.next_multiple_of(512).min(size));
+        match parts.last_mut() {
+            Some(last) if from <= last.1 => last.1 = to.max(last.1),
+            _ => parts.push((from, to)),
+        }
+        at = to;
+    }
+    Ok(parts)
 }
 
 /// `LENGTH KEY=VALUE\n`, the length counting itself.

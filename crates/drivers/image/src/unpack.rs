@@ -48,6 +48,8 @@ pub enum Part {
     Metadata,
     /// A root file system.
     Root,
+    /// One file, the disk that [`Task::within`] names.
+    Disk,
 }
 
 /// The worker's task.
@@ -59,6 +61,9 @@ pub struct Task {
     pub bounds: Bounds,
     /// The file's name in the user's vocabulary (`image`, `metadata`, `rootfs`), named in errors.
     pub field: String,
+    /// What lies below this path of the archive only, as if that were its top; everything else is passed over.
+    #[serde(default)]
+    pub within: Option<String>,
 }
 
 /// What the worker found.
@@ -92,6 +97,7 @@ pub fn unpack(input: impl Read, out: &Path, task: &Task) -> Result<Found> {
     let mut w = Unpacker {
         root: &root,
         field,
+        within: task.within.as_ref().map(String::as_bytes),
         bounds: task.bounds,
         found: Found::default(),
         dirs: vec![],
@@ -132,7 +138,10 @@ pub fn unpack(input: impl Read, out: &Path, task: &Task) -> Result<Found> {
         Part::Unified if found.tree && found.disk => {
             Err(Error::invalid(field, "the archive has both rootfs/ and rootfs.img"))
         }
-        Part::Root if !found.tree => Err(Error::invalid(field, "the archive is empty")),
+        Part::Root | Part::Disk if !found.tree && !found.disk => Err(match &task.within {
+            Some(within) => Error::invalid(field, format!("the archive has no {within}")),
+            None => Error::invalid(field, "the archive is empty"),
+        }),
         _ => Ok(found),
     }
 }
@@ -177,7 +186,7 @@ impl<R: Read> Read for Tail<R> {
     }
 }
 
-fn decompress<'a>(mut input: impl Read + 'a, field: &str) -> Result<Box<dyn Read + 'a>> {
+pub(crate) fn decompress<'a>(mut input: impl Read + 'a, field: &str) -> Result<Box<dyn Read + 'a>> {
     let mut magic = Vec::new();
     input.by_ref().take(6).read_to_end(&mut magic)?;
     let whole = io::BufReader::with_capacity(256 << 10, io::Cursor::new(magic.clone()).chain(input));
@@ -209,6 +218,7 @@ fn decompress<'a>(mut input: impl Read + 'a, field: &str) -> Result<Box<dyn Read
 struct Unpacker<'a> {
     root: &'a OwnedFd,
     field: &'a str,
+    within: Option<&'a [u8]>,
     bounds: Bounds,
     found: Found,
     /// Directories and their times, set when nothing is stored in them any more.
@@ -246,7 +256,7 @@ impl Unpacker<'_> {
             return Err(self.invalid(format!("the archive has more than {} entries", self.bounds.entries)));
         }
         let path = self.clean(&entry.path_bytes(), part)?;
-        let Some(inside) = place(part, &path) else {
+        let Some(inside) = self.place(part, &path) else {
             if path == b"metadata.yaml" && part != Part::Root {
                 let mut text = Vec::new();
                 entry.by_ref().take((1 << 20) + 1).read_to_end(&mut text).map_err(|e| self.broken(e))?;
@@ -257,16 +267,28 @@ impl Unpacker<'_> {
             }
             return Ok(()); // other entries of the archive's top mean nothing here
         };
-        if inside == b"rootfs.img" {
-            if entry.header().entry_type().is_file() {
+        if inside == b"rootfs.img" || inside == b"disk.img" {
+            if matches!(entry.header().entry_type(), tar::EntryType::Regular | tar::EntryType::GNUSparse) {
                 self.found.disk = true;
             } else {
-                return Err(self.invalid("rootfs.img is not a file"));
+                return Err(self.invalid("the disk is not a file"));
             }
         } else if inside.starts_with(b"tree") {
             self.found.tree = true;
         }
         self.node(entry, &inside, part)
+    }
+
+    /// Where an entry goes below the destination; `None` when nowhere.
+    fn place(&self, part: Part, path: &[u8]) -> Option<Vec<u8>> {
+        match self.within {
+            None => place(part, path),
+            Some(within) => match path.strip_prefix(within)? {
+                [] => place(part, b""),
+                [b'/', rest @ ..] => place(part, rest),
+                _ => None,
+            },
+        }
     }
 
     /// The path as components below the archive's top. A leading slash is dropped, as `tar` drops it, where the rest
@@ -371,9 +393,10 @@ impl Unpacker<'_> {
             }
             tar::EntryType::Link => {
                 let target = self.clean(link.as_deref().unwrap_or_default(), part)?;
-                let target = place(part, &target).filter(|t| t.starts_with(b"tree/")).ok_or_else(|| {
-                    self.invalid(format!("{:?} is a hard link out of the image", show(path)))
-                })?;
+                let target =
+                    self.place(part, &target).filter(|t| t.starts_with(b"tree/")).ok_or_else(|| {
+                        self.invalid(format!("{:?} is a hard link out of the image", show(path)))
+                    })?;
                 clear(self)?;
                 let at = target.iter().rposition(|b| *b == b'/').unwrap_or(0);
                 let opened = self.open_beneath(&target[..at], OFlags::PATH | OFlags::DIRECTORY);
@@ -558,6 +581,7 @@ fn place(part: Part, path: &[u8]) -> Option<Vec<u8>> {
         _ => None,
     };
     match part {
+        Part::Disk => path.is_empty().then(|| b"disk.img".to_vec()),
         Part::Root if path.is_empty() => Some(b"tree".to_vec()),
         Part::Root => Some([b"tree/".as_slice(), path].concat()),
         Part::Metadata => below(b"templates", b"templates"),

@@ -26,9 +26,29 @@ fn call(name: &str, argument: serde_json::Value) -> i32 {
             }
         }
         "pack" => told(crate::pack::pack(Path::new("/tree"), std::io::stdout().lock())),
+        "backup-pack" => told(backup_pack(argument)),
+        "backup-index" => match crate::backup::index(std::io::stdin().lock(), "backup") {
+            Ok(index) => {
+                let mut out = std::io::stdout().lock();
+                let written = serde_json::to_writer(&mut out, &index).map_err(std::io::Error::from);
+                told(written.and_then(|()| out.flush()).map_err(Into::into))
+            }
+            Err(e) => {
+                // Nobody is left to tell when this fails.
+                let _ = write!(std::io::stderr(), "{}", e.message);
+                65
+            }
+        },
         "store" => told(crate::pack::store(std::io::stdin().lock(), Path::new("/out/upload"))),
         _ => 64,
     }
+}
+
+fn backup_pack(piece: serde_json::Value) -> karst_model::Result<()> {
+    let piece = serde_json::from_value(piece)?;
+    // Standard output of the library is buffered by lines.
+    let out = rustix::io::dup(std::io::stdout()).map_err(std::io::Error::from)?;
+    crate::backup::pack(&piece, Path::new("/tree"), Path::new("/disk.img"), out.into()).map(drop)
 }
 
 /// The exit code of a task whose standard output is not an answer: 28 when the disk is full.

@@ -22,6 +22,8 @@ mod slot {
     pub(super) fn rng(layout: Layout) -> &'static str {
         if layout.pc { "00:1d.0" } else { "00:01.0" }
     }
+    pub(super) const DISPLAY: &str = "00:1b.0";
+    pub(super) const BALLOON: &str = "00:05.0";
     pub(super) const SERIAL: &str = "00:02.0";
     pub(super) const SCSI: &str = "00:03.0";
     // After a virtio root disk at 04, which is thus vda.
@@ -44,6 +46,8 @@ pub mod fd {
     pub const EVENTS: i32 = 17;
     /// Console, one end of a socket pair whose other end the keeper drains.
     pub const CONSOLE: i32 = 12;
+    /// Control socket of the TPM, connected.
+    pub const TPM: i32 = 13;
     /// cloud-init seed.
     pub const SEED: i32 = 14;
     /// UEFI variables.
@@ -53,6 +57,10 @@ pub mod fd {
     /// Of the first disk; each has this and the next, which is of the file below a clone.
     pub const DISK: i32 = 40;
 }
+
+/// What Windows wants to know of its hypervisor.
+const HYPER_V: &str = ",hv-relaxed,hv-vapic,hv-spinlocks=0x1fff,hv-vpindex,hv-runtime,hv-synic,hv-stimer,hv-time,hv-frequencies,\
+    hv-reset,hv-tlbflush,hv-ipi";
 
 /// Default size of a guest's memory where no limit is set.
 pub const DEFAULT_MEMORY: u64 = 1 << 30;
@@ -67,6 +75,8 @@ pub struct Machine {
     pub accelerator: AcceleratorKind,
     /// CPUs.
     pub cpus: u32,
+    /// CPUs that it can have later.
+    pub max_cpus: u32,
     /// Bytes of memory.
     pub memory: u64,
     /// Disks, the root first.
@@ -150,8 +160,14 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
             AcceleratorKind::Tcg => "tcg,thread=multi".into(),
         },
     );
-    opt("-cpu", word("hardware.cpu_model", &m.spec.cpu_model, ",=+")?.to_owned());
-    opt("-smp", format!("cpus={0},sockets=1,cores={0},threads=1", m.cpus.max(1)));
+    let mut cpu = word("hardware.cpu_model", &m.spec.cpu_model, ",=+")?.to_owned();
+    if m.spec.windows && m.accelerator == AcceleratorKind::Kvm {
+        // Without them Windows waits in busy loops. TCG knows none of them.
+        cpu.push_str(HYPER_V);
+    }
+    opt("-cpu", cpu);
+    let (cpus, most) = (m.cpus.max(1), m.max_cpus.max(m.cpus).max(1));
+    opt("-smp", format!("cpus={cpus},maxcpus={most},sockets=1,cores={most},threads=1"));
     if m.memory < 64 << 20 || !m.memory.is_multiple_of(1 << 20) {
         return Err(Error::invalid(
             "config.limits.memory",
@@ -161,13 +177,17 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     opt("-m", format!("size={}M", m.memory >> 20));
     opt("-uuid", m.spec.uuid.to_string());
     opt("-smbios", format!("type=1,manufacturer=Karst,product=Virtual Machine,uuid={}", m.spec.uuid));
-    opt("-rtc", "base=utc".into());
-    opt("-boot", "menu=off,strict=on".into());
+    opt("-rtc", if m.spec.windows { "base=localtime" } else { "base=utc" }.into());
+    let menu = if m.spec.boot_menu { "menu=on,splash-time=5000" } else { "menu=off" };
+    opt("-boot", format!("{menu},strict=on"));
     let power = if layout.pc { "PIIX4_PM" } else { "ICH9-LPC" };
     opt("-global", format!("{power}.disable_s3=1"));
     opt("-global", format!("{power}.disable_s4=1"));
-    if m.hold {
+    if m.hold || m.spec.resume {
         opt("-S", String::new());
+    }
+    if m.spec.resume {
+        opt("-incoming", "defer".into());
     }
     if secure {
         opt("-global", "driver=cfi.pflash01,property=secure,value=on".into());
@@ -233,14 +253,35 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         let name = format!("org.linuxcontainers.{loader}");
         opt("-device", port(number, &format!("loader-{loader}"), None, &name));
     }
-    // By its descriptor, so that QEMU's user needs no way to it.
-    opt(
-        "-fsdev",
-        format!("local,id=config,path=/proc/self/fd/{},readonly=on,security_model=none", fd::SHARE),
-    );
-    let share = json!({"driver": "virtio-9p-pci", "id": "config", "fsdev": "config", "mount_tag": "config"});
-    opt("-device", fixed("share", share, slot::SHARE)?);
+    // QEMU saves no machine that has mounted such a share.
+    if !m.spec.stateful {
+        // By its descriptor, so that QEMU's user needs no way to it.
+        opt(
+            "-fsdev",
+            format!("local,id=config,path=/proc/self/fd/{},readonly=on,security_model=none", fd::SHARE),
+        );
+        let share =
+            json!({"driver": "virtio-9p-pci", "id": "config", "fsdev": "config", "mount_tag": "config"});
+        opt("-device", fixed("share", share, slot::SHARE)?);
+    }
+    if m.spec.balloon {
+        // What the guest frees goes back to the host by itself.
+        let balloon = json!({"driver": "virtio-balloon-pci", "id": "balloon", "free-page-reporting": true});
+        opt("-device", fixed("balloon", balloon, slot::BALLOON)?);
+    }
+    if m.spec.tpm {
+        opt("-chardev", format!("socket,id=tpm,fd={}", fd::TPM));
+        opt("-tpmdev", "emulator,id=tpm0,chardev=tpm".into());
+        opt("-device", json!({"driver": "tpm-crb", "id": "tpm", "tpmdev": "tpm0"}).to_string());
+    }
 
+    if m.spec.display {
+        // Shown to whoever is handed a connection; it listens nowhere.
+        opt("-vnc", "none".into());
+        let mut vga = json!({"driver": "VGA", "id": "video", "vgamem_mb": 16});
+        layout.put(&mut vga, "display", slot::DISPLAY)?;
+        opt("-device", vga.to_string());
+    }
     for port in layout.root_ports() {
         opt("-device", port.to_string());
     }
@@ -324,10 +365,18 @@ pub(crate) mod tests {
                 firmware: Firmware::Bios,
                 uuid: uuid::Uuid::from_u128(0x42),
                 ports: 0,
+                display: false,
+                balloon: false,
+                tpm: false,
+                stateful: false,
+                boot_menu: false,
+                windows: false,
+                resume: false,
                 accelerator: None,
             },
             accelerator: AcceleratorKind::Tcg,
             cpus: 2,
+            max_cpus: 4,
             memory: 1 << 30,
             disks: vec![Disk { pci: Some("00:04.0".into()), format: DiskFormat::Qcow2, ..disk("virtio0") }],
             nics: vec![Nic {
@@ -403,8 +452,17 @@ pub(crate) mod tests {
 
     #[test]
     fn descriptor_numbers_differ() {
-        let mut all =
-            vec![fd::LINK, fd::SHARE, fd::QMP, fd::EVENTS, fd::AGENT, fd::CONSOLE, fd::SEED, fd::VARS];
+        let mut all = vec![
+            fd::TPM,
+            fd::LINK,
+            fd::SHARE,
+            fd::QMP,
+            fd::EVENTS,
+            fd::AGENT,
+            fd::CONSOLE,
+            fd::SEED,
+            fd::VARS,
+        ];
         all.extend((0..MAX_NICS as i32).map(|i| fd::NIC + i));
         all.extend((0..2 * MAX_DISKS as i32).map(|i| fd::DISK + i));
         let n = all.len();

@@ -2,12 +2,14 @@
 
 use crate::{
     argv::cpu_count,
+    display,
     inside::Inside,
     launch::{self, Groups, explain, limits, prepare},
     machine::{Ask, Machine, Tell, exit_reason, own, run_state},
     plug, probe,
     qmp::Qmp,
     record::Record,
+    resize, saved, states, tpm,
 };
 use async_trait::async_trait;
 use karst_guest::{
@@ -17,7 +19,7 @@ use karst_guest::{
 };
 use karst_host::cgroup::Cgroups;
 use karst_model::{
-    Error, ErrorKind, InstanceId, Result,
+    Error, ErrorKind, InstanceId, Result, SnapshotId,
     instance::{InstanceKind, RuntimeState},
     node::AcceleratorKind,
 };
@@ -232,7 +234,20 @@ impl Shared {
             if machine.record().generation != guest.generation {
                 return Err(Error::conflict("the guest already runs, of another start"));
             }
-            return Ok(machine.now());
+            let (now, resuming) = (machine.now(), machine.record().resuming);
+            // An earlier call broke off before the first instruction: begun again, unless only that is missing.
+            let again = match now.state {
+                RuntimeState::Starting => true,
+                RuntimeState::Paused if resuming && saved::there(&saved::place(dir)) => true,
+                RuntimeState::Paused if resuming => {
+                    self.resumed(&machine).await?;
+                    return Ok(machine.now());
+                }
+                _ => return Ok(now),
+            };
+            if again {
+                self.force(&machine).await?;
+            }
         }
         self.settle(&slot).await;
         let groups = Groups::of(&guest.daemon_id, guest.instance);
@@ -247,18 +262,29 @@ impl Shared {
                 )));
             }
         }
-        let record = Record::new(guest);
+        let mut record = Record::new(guest);
+        if record.resuming {
+            saved::demand_fit(&saved::place(dir), &mut record)?;
+        } else {
+            saved::discard(dir)?;
+        }
         match self.start_new(guest, &groups, &record).await {
             Ok((keeper, status)) => {
                 let observed = Self::observed(&record, RuntimeState::Running, Some(&status));
                 let machine =
                     own(dir.clone(), record, keeper, observed.clone(), self.cgroups.clone(), self.tell());
-                *lock(&slot.machine) = Some(machine);
+                *lock(&slot.machine) = Some(machine.clone());
+                if machine.record().resuming {
+                    let mut record = machine.record();
+                    record.resuming = false;
+                    record.write(dir)?;
+                }
                 Ok(observed)
             }
             Err(e) => {
                 launch::remove_sockets(dir);
                 keeper::wait_gone(dir).await?;
+                tpm::end(dir).await?;
                 groups.remove(&self.cgroups).await?;
                 Err(e)
             }
@@ -272,18 +298,27 @@ impl Shared {
         record: &Record,
     ) -> Result<(Keeper, Status)> {
         let dir = &guest.state_dir;
-        let (spec, fds) = {
+        let (mut spec, mut fds) = {
             let (guest, groups, cgroups) = (guest.clone(), groups.clone(), self.cgroups.clone());
-            tokio::task::spawn_blocking(move || prepare(&guest, &groups, &cgroups))
+            let record = record.clone();
+            tokio::task::spawn_blocking(move || prepare(&guest, &record, &groups, &cgroups))
                 .await
                 .map_err(|e| Error::internal("the guest could not be started", e))??
         };
         record.write(dir)?;
+        if guest.machine.as_ref().is_some_and(|m| m.tpm) {
+            fds.push(tpm::start(guest, groups, &self.cgroups).await?);
+            spec.fds.push(crate::argv::fd::TPM);
+        }
         let keeper = keeper::launch(dir, &spec, fds).await?;
         let greeted = async {
             if launch::hold(guest) {
                 let (qmp, _) = Qmp::connect(dir, launch::QMP, GREETING).await?;
+                if record.resuming {
+                    saved::load(&qmp, &saved::place(dir)).await?;
+                }
                 plug::before_first(&qmp, guest).await?;
+                saved::discard(dir)?;
                 qmp.execute("cont", json!({})).await?;
             }
             match Self::run_state(dir, GREETING).await?.as_str() {
@@ -314,6 +349,29 @@ impl Shared {
             Some(s) => explain(&s.output, record),
             None => failure,
         })
+    }
+
+    /// The last steps of a start from memory whose caller was lost.
+    async fn resumed(&self, machine: &Machine) -> Result<()> {
+        machine.ask(Ask::Resume).await?;
+        let mut record = machine.record();
+        record.resuming = false;
+        record.write(&machine.dir)
+    }
+
+    /// Keeps the memory and ends the machine. When that fails it runs on, if it ran.
+    async fn save(&self, machine: &Machine) -> Result<()> {
+        let slot = self.slot(machine.record().instance);
+        let _changing = slot.changing.lock().await;
+        let ran = machine.now().state != RuntimeState::Paused;
+        machine.ask(Ask::Pause).await?;
+        if let Err(e) = saved::save(machine, &saved::place(&machine.dir)).await {
+            if ran {
+                machine.ask(Ask::Resume).await?;
+            }
+            return Err(e);
+        }
+        self.force(machine).await
     }
 
     async fn force(&self, machine: &Machine) -> Result<()> {
@@ -355,6 +413,11 @@ impl Shared {
     }
 }
 
+/// Work on files, which may take long.
+async fn files(work: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal("files of the guest", e))?
+}
+
 /// Resident memory and its peak of a process, bytes.
 fn resident(pid: u32) -> (Option<u64>, Option<u64>) {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
@@ -383,6 +446,7 @@ impl GuestDriver for QemuDriver {
         let stopped = match mode {
             StopMode::Graceful { timeout } => machine.ask(Ask::Graceful(timeout)).await,
             StopMode::Force => self.shared.force(&machine).await,
+            StopMode::Save => self.shared.save(&machine).await,
         };
         match stopped {
             // It ended by itself meanwhile.
@@ -412,6 +476,7 @@ impl GuestDriver for QemuDriver {
         self.shared.cgroups.limit(&groups.machine, &limits(guest))?;
         let new = Record::new(guest);
         let mut pending = plug::apply(&machine, guest).await?;
+        pending.extend(resize::apply(&machine, &new).await?);
         let version = {
             let mut record = machine.record();
             pending.extend(record.pending(&new));
@@ -464,6 +529,7 @@ impl GuestDriver for QemuDriver {
             // It ended while nobody watched.
             launch::remove_sockets(&found.dir);
             keeper::wait_gone(&found.dir).await?;
+            tpm::end(&found.dir).await?;
             Groups::of(&record.daemon_id, record.instance).remove(&shared.cgroups).await?;
         }
         Ok(adopted)
@@ -479,6 +545,7 @@ impl GuestDriver for QemuDriver {
         }
         shared.settle(&slot).await;
         keeper::wait_gone(&dir).await?;
+        tpm::end(&dir).await?;
         Groups::of(&shared.options.daemon_id, instance).remove(&shared.cgroups).await?;
         match tokio::fs::remove_dir_all(&dir).await {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
@@ -492,7 +559,7 @@ impl GuestDriver for QemuDriver {
         let machine = self.shared.machine(instance).await?;
         let (groups, memory_total) = {
             let record = machine.record();
-            (Groups::of(&record.daemon_id, instance), record.memory)
+            (Groups::of(&record.daemon_id, instance), record.balloon.unwrap_or(record.memory))
         };
         let stats = self.shared.cgroups.stats(&groups.machine);
         let pid = machine.observed.borrow().pid;
@@ -566,6 +633,58 @@ impl GuestMachine for QemuDriver {
             .and_then(|d| d.disks.iter().find(|d| d.path == path).map(|d| d.slot.clone()));
         let slot = found.ok_or_else(|| Error::not_found("the guest has no such disk"))?;
         plug::grow(&machine, &slot, size).await
+    }
+
+    async fn state_save(&self, instance: InstanceId, snapshot: SnapshotId, memory: bool) -> Result<()> {
+        let dir = self.shared.dir(instance);
+        if !dir.is_dir() || states::there(&dir, snapshot) {
+            return Ok(());
+        }
+        let machine = match self.shared.machine(instance).await {
+            Err(e) if e.is(ErrorKind::NotFound) => None,
+            other => Some(other?),
+        };
+        let slot = self.shared.slot(instance);
+        let _changing = slot.changing.lock().await;
+        let place = states::begin(&dir, snapshot)?;
+        if memory {
+            let machine = machine.filter(|m| m.now().state == RuntimeState::Paused);
+            let machine =
+                machine.ok_or_else(|| Error::conflict("memory is kept of a machine that is paused"))?;
+            saved::save(&machine, &place).await?;
+        }
+        files(move || states::complete(&dir, snapshot)).await
+    }
+
+    async fn state_restore(&self, instance: InstanceId, snapshot: SnapshotId, memory: bool) -> Result<()> {
+        let dir = self.shared.dir(instance);
+        let slot = self.shared.slot(instance);
+        let _changing = slot.changing.lock().await;
+        if keeper::is_alive(&dir) {
+            return Err(Error::conflict("the guest is running; stop it first"));
+        }
+        files(move || states::restore(&dir, snapshot, memory)).await
+    }
+
+    async fn state_delete(&self, instance: InstanceId, snapshot: SnapshotId) -> Result<()> {
+        let dir = self.shared.dir(instance);
+        files(move || states::delete(&dir, snapshot)).await
+    }
+
+    async fn reset(&self, instance: InstanceId) -> Result<()> {
+        display::reset(&*self.shared.machine(instance).await?).await
+    }
+
+    async fn press(&self, instance: InstanceId, chords: &[Vec<String>]) -> Result<()> {
+        display::press(&*self.shared.machine(instance).await?, chords).await
+    }
+
+    async fn screenshot(&self, instance: InstanceId) -> Result<OwnedFd> {
+        display::screenshot(&*self.shared.machine(instance).await?).await
+    }
+
+    async fn display(&self, instance: InstanceId) -> Result<OwnedFd> {
+        display::attach(&*self.shared.machine(instance).await?).await
     }
 }
 

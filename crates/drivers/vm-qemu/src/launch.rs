@@ -2,10 +2,10 @@
 //! groups, the keeper's specification. Whatever is made here vanishes with its descriptor or is removed by the caller.
 
 use crate::{
-    argv::{self, Machine, argv, fd},
+    argv::{Machine, argv, fd},
     devices::{Disk, Layout, Nic},
     probe::kvm_group,
-    record::{Record, memory},
+    record::Record,
     seed, share,
 };
 use karst_guest::{
@@ -40,7 +40,11 @@ pub(crate) const QMP: &str = "qmp.sock";
 pub(crate) const EVENTS: &str = "events.sock";
 pub(crate) const AGENT: &str = "agent.sock";
 pub(crate) const LINK: &str = "karst-agent.sock";
-const NVRAM: &str = "nvram.fd";
+/// Variables of the two kinds of UEFI firmware: those without enrolled keys are of no use under secure boot, nor the others
+/// without it.
+fn nvram_file(firmware: Firmware) -> &'static str {
+    if firmware == Firmware::UefiSecure { "nvram.secure.fd" } else { "nvram.fd" }
+}
 
 /// Each file of the console log.
 const CONSOLE_LOG: u64 = 256 * 1024;
@@ -178,8 +182,8 @@ fn firmware(firmware: Firmware) -> Option<(&'static str, &'static str)> {
 }
 
 /// The guest's own variables, made of the template at the first start.
-fn nvram(dir: &Path, template: &str) -> Result<OwnedFd> {
-    let path = dir.join(NVRAM);
+fn nvram(dir: &Path, name: &str, template: &str) -> Result<OwnedFd> {
+    let path = dir.join(name);
     let open = || File::options().read(true).write(true).custom_flags(libc::O_NOFOLLOW).open(&path);
     match open() {
         Ok(f) => Ok(f.into()),
@@ -201,12 +205,13 @@ fn nvram(dir: &Path, template: &str) -> Result<OwnedFd> {
 
 /// Must something be said to QEMU before the guest's first instruction?
 pub(crate) fn hold(guest: &ResolvedGuest) -> bool {
-    guest.nics.iter().any(|n| n.disconnected)
+    guest.nics.iter().any(|n| n.disconnected) || guest.machine.as_ref().is_some_and(|m| m.resume)
 }
 
 /// Makes everything; the control groups are the caller's to remove when anything fails.
 pub(crate) fn prepare(
     guest: &ResolvedGuest,
+    record: &Record,
     groups: &Groups,
     cgroups: &Cgroups,
 ) -> Result<(Spec, Vec<OwnedFd>)> {
@@ -217,7 +222,7 @@ pub(crate) fn prepare(
     if guest.ids.base == 0 {
         return Err(Error::internal("the guest could not be started", "QEMU would run as root"));
     }
-    let firmware = firmware(spec.firmware);
+    let code = firmware(spec.firmware);
     let layout = Layout::of(&spec.machine, spec.ports)?;
     let (mut fds, mut disks) = (vec![], vec![]);
     for (i, disk) in std::iter::once(&guest.root).chain(&guest.disks).enumerate() {
@@ -235,19 +240,20 @@ pub(crate) fn prepare(
     fds.push((fd::SHARE, medium.directory));
     let image = seed::seed(&guest.cloud_init, &guest.hostname, &medium.files)?;
     fds.push((fd::SEED, seed_fd(&image)?));
-    if let Some((_, template)) = firmware {
-        fds.push((fd::VARS, nvram(&guest.state_dir, template)?));
+    if let Some((_, template)) = code {
+        fds.push((fd::VARS, nvram(&guest.state_dir, nvram_file(spec.firmware), template)?));
     }
     let machine = Machine {
         name: guest.instance.to_string(),
         spec,
         accelerator: guest.accelerator,
-        cpus: argv::cpu_count(guest.limits.cpu.as_ref()),
-        memory: memory(guest),
+        cpus: record.cpus,
+        max_cpus: record.max_cpus,
+        memory: record.memory,
         disks,
         nics: guest.nics.iter().map(Nic::new).collect(),
         seed: true,
-        firmware_code: firmware.map(|(code, _)| code.to_owned()),
+        firmware_code: code.map(|(code, _)| code.to_owned()),
         hold: hold(guest),
     };
     let program = Program::QemuSystemX86.path()?;

@@ -10,6 +10,7 @@
 pub mod agent;
 pub mod argv;
 pub mod devices;
+mod display;
 mod driver;
 pub mod exec;
 pub mod files;
@@ -21,8 +22,12 @@ mod plug;
 pub mod probe;
 pub mod qmp;
 mod record;
+mod resize;
+mod saved;
 pub mod seed;
 mod share;
+mod states;
+mod tpm;
 
 pub use driver::{QemuDriver, QemuOptions};
 pub use probe::{HostVirtualization, probe};

@@ -8,6 +8,7 @@ use crate::{
     launch::{self, Groups, explain},
     qmp::{Event, Qmp},
     record::Record,
+    saved, tpm,
 };
 use karst_guest::{
     Observed,
@@ -31,6 +32,10 @@ use tokio::{
 
 /// Between two presses of the power button: a guest that still boots misses the first ones.
 const PRESS: Duration = Duration::from_secs(5);
+/// Between two looks at whether a full disk has room again.
+const ROOM_EVERY: Duration = Duration::from_secs(5);
+/// What must be free before a guest that a full disk halted goes on.
+const ROOM: u64 = 64 << 20;
 /// Before following the events is tried again.
 const RECONNECT: Duration = Duration::from_secs(2);
 /// How long a greeting may take when connecting again.
@@ -87,7 +92,9 @@ fn decide(state: RuntimeState, ask: Ask) -> Result<Do> {
 /// QEMU's run state.
 pub(crate) fn run_state(status: &str) -> RuntimeState {
     match status {
-        "paused" | "debug" | "suspended" | "save-vm" | "restore-vm" => RuntimeState::Paused,
+        "paused" | "debug" | "suspended" | "save-vm" | "restore-vm" | "finish-migrate" | "postmigrate" => {
+            RuntimeState::Paused
+        }
         "io-error" | "internal-error" | "guest-panicked" | "watchdog" => RuntimeState::Error,
         "prelaunch" | "inmigrate" | "preconfig" => RuntimeState::Starting,
         _ => RuntimeState::Running,
@@ -191,6 +198,7 @@ pub(crate) fn own(
         following: None,
         events: None,
         stopping: None,
+        full: None,
         heard: None,
         cgroups,
         tell,
@@ -211,6 +219,8 @@ struct Owner {
     events: Option<mpsc::Receiver<Event>>,
     reconnect: Option<Instant>,
     stopping: Option<Stopping>,
+    /// Halted by a full disk: when to look again whether there is room.
+    full: Option<Instant>,
     /// Reason of the `SHUTDOWN` event.
     heard: Option<String>,
     cgroups: Arc<Cgroups>,
@@ -238,6 +248,7 @@ impl Owner {
         loop {
             let alarm = [
                 self.reconnect,
+                self.full,
                 self.stopping.as_ref().map(|s| s.next_press),
                 self.stopping.as_ref().and_then(|s| s.waiters.iter().map(|(at, _)| *at).min()),
             ]
@@ -301,6 +312,7 @@ impl Owner {
             "SHUTDOWN" => self.heard = text("reason").map(str::to_owned),
             "BLOCK_IO_ERROR" if text("action") == Some("stop") => {
                 tracing::warn!(instance = %self.machine.record().instance, reason = text("reason"), "a guest is halted by an error of its disk");
+                self.full = Some(Instant::now() + ROOM_EVERY);
                 self.set_state(RuntimeState::Error, true);
             }
             // Asked rather than concluded: by now a later command may have undone it.
@@ -330,6 +342,8 @@ impl Owner {
                 RuntimeState::Running => self.running(),
                 other => other,
             };
+            // Also after an adoption, and when somebody else has resumed it.
+            self.full = (s == "io-error").then(|| self.full.unwrap_or(Instant::now() + ROOM_EVERY));
             self.set_state(state, true);
         }
         if let Ok(v) = self.execute("query-chardev").await {
@@ -347,10 +361,10 @@ impl Owner {
             Do::Stop => self.command("stop", RuntimeState::Paused).await,
             Do::Cont => {
                 let to = self.running();
-                self.command("cont", to).await
+                self.cont(to).await
             }
             Do::PowerDown { cont } => {
-                let woken = if cont { self.command("cont", RuntimeState::Running).await } else { Ok(()) };
+                let woken = if cont { self.cont(RuntimeState::Running).await } else { Ok(()) };
                 match woken {
                     Err(e) => Err(e),
                     Ok(()) => {
@@ -375,6 +389,12 @@ impl Owner {
         let _ = reply.send(result);
     }
 
+    /// Lets the processors run: memory that was saved before is then of the past.
+    async fn cont(&mut self, then: RuntimeState) -> Result<()> {
+        saved::discard(&self.machine.dir)?;
+        self.command("cont", then).await
+    }
+
     async fn command(&mut self, command: &str, then: RuntimeState) -> Result<()> {
         self.execute(command).await?;
         self.set_state(then, false);
@@ -394,6 +414,10 @@ impl Owner {
                 }
                 Err(_) => self.reconnect = Some(Instant::now() + RECONNECT),
             }
+        }
+        if self.full.is_some_and(|at| at <= now) {
+            self.full = None;
+            self.go_on_with_room().await;
         }
         let Some(stopping) = &mut self.stopping else {
             return;
@@ -422,6 +446,36 @@ impl Owner {
         }
     }
 
+    /// A guest that a full disk halted goes on by itself when there is room. A block device does not tell: there it is tried,
+    /// and QEMU halts the guest again when it was too early.
+    async fn go_on_with_room(&mut self) {
+        if self.state() != RuntimeState::Error {
+            return;
+        }
+        let devices = self.machine.record().devices.clone();
+        let paths: Vec<PathBuf> = devices
+            .into_iter()
+            .flat_map(|d| d.disks)
+            .filter(|d| !d.readonly && !d.cdrom)
+            .map(|d| d.path)
+            .collect();
+        let room = tokio::task::spawn_blocking(move || paths.iter().all(|p| has_room(p))).await;
+        if !room.unwrap_or(false) {
+            self.full = Some(Instant::now() + ROOM_EVERY);
+            return;
+        }
+        match self.execute("cont").await {
+            Ok(_) => {
+                tracing::info!(instance = %self.machine.record().instance, "a guest that a full disk halted goes on");
+                self.refresh().await;
+            }
+            Err(e) => {
+                tracing::debug!(error = %e, "a halted guest does not go on yet");
+                self.full = Some(Instant::now() + ROOM_EVERY);
+            }
+        }
+    }
+
     async fn finish(mut self, end: End) {
         // QEMU's last words may still be on the way; its end closes the connection.
         let following = self.events.is_some();
@@ -445,6 +499,9 @@ impl Owner {
         let _ = karst_guest::keeper::wait_gone(&self.machine.dir).await;
         // Not under a successor of ours that was quicker.
         let replaced = karst_guest::keeper::is_alive(&self.machine.dir);
+        if !replaced && let Err(e) = tpm::end(&self.machine.dir).await {
+            tracing::warn!(%instance, error = %e, context = e.context, "the TPM of a guest could not be ended");
+        }
         if !replaced && let Err(e) = groups.remove(&self.cgroups).await {
             tracing::warn!(%instance, error = %e, context = e.context, "control groups of a guest could not be removed");
         }
@@ -459,6 +516,14 @@ impl Owner {
             let _ = reply.send(Ok(()));
         }
         (self.tell)(self.machine.observed.borrow().clone());
+    }
+}
+
+/// Has the file system of a disk's file room for more? What cannot be asked is no reason to wait.
+fn has_room(path: &std::path::Path) -> bool {
+    match rustix::fs::statvfs(path) {
+        Ok(s) if path.is_file() => s.f_bavail.saturating_mul(s.f_frsize) >= ROOM,
+        _ => true,
     }
 }
 

@@ -1,12 +1,15 @@
 //! What the driver keeps of a guest in its state directory (`machine.json`): enough to adopt it.
 
-use crate::argv::{DEFAULT_MEMORY, cpu_count};
+use crate::{
+    argv::{DEFAULT_MEMORY, cpu_count},
+    resize::most_cpus,
+};
 use karst_guest::{IdRange, ResolvedDisk, ResolvedGuest, ResolvedNic};
 use karst_model::{
     Error, InstanceId, Result,
     instance::{ExitReason, Generation},
     node::AcceleratorKind,
-    spec::CpuLimit,
+    spec::{CpuLimit, MachineSpec},
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -32,6 +35,8 @@ pub(crate) struct Nic {
 pub(crate) struct Devices {
     pub(crate) machine: String,
     pub(crate) ports: u8,
+    #[serde(default)]
+    pub(crate) display: bool,
     /// The root first. One that is about to be plugged is here before, one that is about to go until it is gone: what
     /// QEMU really has decides.
     pub(crate) disks: Vec<ResolvedDisk>,
@@ -45,6 +50,7 @@ impl Devices {
         Some(Self {
             machine: machine.machine.clone(),
             ports: machine.ports,
+            display: machine.display,
             disks: disks.cloned().collect(),
             nics: guest.nics.clone(),
         })
@@ -66,6 +72,12 @@ pub(crate) struct Record {
     pub(crate) accelerator: AcceleratorKind,
     pub(crate) memory: u64,
     pub(crate) cpus: u32,
+    /// Processors that it can have without a new start; 0 of a start by an earlier version.
+    #[serde(default)]
+    pub(crate) max_cpus: u32,
+    /// What its balloon leaves it of `memory`.
+    #[serde(default)]
+    pub(crate) balloon: Option<u64>,
     pub(crate) cpu: Option<CpuLimit>,
     pub(crate) root: PathBuf,
     pub(crate) nics: Vec<Nic>,
@@ -74,6 +86,12 @@ pub(crate) struct Record {
     /// Its hardware as far as it can change while it runs; unknown of a start by an earlier version.
     #[serde(default)]
     pub(crate) devices: Option<Devices>,
+    /// What it was made of; unknown of a start by an earlier version.
+    #[serde(default)]
+    pub(crate) hardware: Option<MachineSpec>,
+    /// Its memory is being loaded: it has executed nothing since its start.
+    #[serde(default)]
+    pub(crate) resuming: bool,
     /// Why it ended, where the host saw more than the keeper can know.
     #[serde(default)]
     pub(crate) exit: Option<ExitReason>,
@@ -98,6 +116,12 @@ impl Record {
             accelerator: guest.accelerator,
             memory: memory(guest),
             cpus: cpu_count(guest.limits.cpu.as_ref()),
+            max_cpus: most_cpus(
+                guest.accelerator,
+                guest.machine.as_ref().map(|m| m.firmware),
+                cpu_count(guest.limits.cpu.as_ref()),
+            ),
+            balloon: None,
             cpu: guest.limits.cpu.clone(),
             root: guest.root.path.clone(),
             nics: guest
@@ -112,6 +136,8 @@ impl Record {
                 .collect(),
             environment: guest.environment.clone(),
             devices: Devices::of(guest),
+            hardware: guest.machine.clone(),
+            resuming: guest.machine.as_ref().is_some_and(|m| m.resume),
             exit: None,
         }
     }
@@ -119,11 +145,13 @@ impl Record {
     /// Keys whose new value waits for the next start.
     pub(crate) fn pending(&self, new: &Record) -> Vec<String> {
         let mut pending = vec![];
-        if self.cpus != new.cpus {
-            pending.push("limits.cpu".to_owned());
-        }
-        if self.memory != new.memory {
-            pending.push("limits.memory".to_owned());
+        if let (Some(now), Some(new)) = (&self.hardware, &new.hardware) {
+            let changes = [
+                ("devices.tpm", now.tpm != new.tpm),
+                ("migration.stateful", now.stateful != new.stateful),
+                ("hardware.boot_menu", now.boot_menu != new.boot_menu),
+            ];
+            pending.extend(changes.iter().filter(|(_, changed)| *changed).map(|(key, _)| (*key).to_owned()));
         }
         pending
     }

@@ -197,7 +197,7 @@ async fn a_guest_outlives_its_driver() {
     changed.spec_version = 4;
     changed.limits.memory = Some(ByteSize::mib(768));
     changed.limits.cpu = Some(CpuLimit::Set { cpus: vec![0] });
-    assert_eq!(driver.update(&changed).await.unwrap().pending, ["limits.cpu", "limits.memory"]);
+    assert_eq!(driver.update(&changed).await.unwrap().pending, ["limits.memory", "limits.cpu"]);
     assert_eq!(driver.observe(id).await.unwrap().applied_spec_version, 4);
     let allowed = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     assert!(allowed.contains("Cpus_allowed_list:\t0\n"), "the set holds at once");
@@ -283,7 +283,8 @@ async fn failures(place: &Place, driver: &dyn GuestDriver) {
             g.generation = g.generation.next();
             driver.start(&g).await.unwrap();
             driver.stop(g.instance, StopMode::Force).await.unwrap();
-            assert!(g.state_dir.join("nvram.fd").exists());
+            let variables = if firmware == Firmware::Uefi { "nvram.fd" } else { "nvram.secure.fd" };
+            assert!(g.state_dir.join(variables).exists());
         }
     } else {
         println!("skipped: UEFI, the package ovmf is not installed");

@@ -16,8 +16,8 @@ use karst_model::{
     access::Permission,
     device::{Device, Devices, NicDevice, RootDevice},
     guest::Observed,
-    instance::{DesiredPower, Firmware, Generation, Hardware, Instance, InstanceKind, Lifecycle},
-    keys,
+    instance::{DesiredPower, Generation, Hardware, Instance, InstanceKind, Lifecycle},
+    keys, keys_machine,
     spec::{GuestSpec, VolumeSource, VolumeSpec},
     storage::{Volume, VolumeContent, VolumeOwner},
 };
@@ -214,6 +214,7 @@ pub(crate) fn plan(
         generation: Generation { incarnation: 1, n: 0 },
         power: DesiredPower::Stopped,
         current_snapshot: None,
+        stateful: false,
         spec_version: 1,
         lifecycle: Lifecycle::Creating,
         created_at: now,
@@ -238,11 +239,15 @@ pub(crate) fn plan(
             Error::unsupported("virtual machines need QEMU on the host; install the package qemu-system-x86")
         })?;
         let kvm = facts.accelerator.kind == karst_model::node::AcceleratorKind::Kvm;
+        let choice = keys_machine::hardware(&config)?;
+        let machine = slots::versioned(choice.machine.as_deref(), &machine);
         instance.hardware = Some(Hardware {
+            ports: slots::ports(&machine),
+            display: true,
+            balloon: true,
             machine,
-            cpu_model: if kvm { "host".into() } else { "max".into() },
-            firmware: Firmware::Bios,
-            ports: slots::PORTS,
+            cpu_model: choice.cpu_model.unwrap_or_else(|| if kvm { "host".into() } else { "max".into() }),
+            firmware: choice.firmware,
             uuid: id.uuid(),
             cloud_init_id: inner.env.uuid(),
         });

@@ -13,6 +13,7 @@ use karst_agent::VolumeRef;
 use karst_model::{
     Error, InstanceId, NodeId, Result,
     access::Permission,
+    backup::BackupOwner,
     instance::{Lifecycle, Runtime, Status},
     storage::VolumeOwner,
 };
@@ -39,6 +40,12 @@ impl Engine {
             if !matches!(status, Status::Stopped | Status::Error) {
                 return Err(Error::conflict(format!(
                     "instance {name:?} is running; stop it first, or delete it with --force"
+                )));
+            }
+            let (config, _) = records.expanded(row);
+            if karst_model::keys::flag(&config, "security.protection.delete")? {
+                return Err(Error::conflict(format!(
+                    "instance {name:?} is protected from being deleted; unset security.protection.delete first"
                 )));
             }
             tx.expect(row);
@@ -97,6 +104,8 @@ impl Saga for InstanceDelete {
                 for volume in &plan.volumes {
                     agent.volume_delete(&cx.mutate(Duration::from_secs(300)), *volume).await?;
                 }
+                let owner = BackupOwner::Instance { instance: plan.instance };
+                cx.engine.forget_backups(cx, owner).await?;
                 cx.engine.forget_snapshots(Some(plan.instance), None).await
             }
         }

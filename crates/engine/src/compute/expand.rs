@@ -9,7 +9,7 @@ use karst_model::{
     instance::{DeviceIdentity, Hardware, Instance, InstanceKind},
     keys,
     network::Network,
-    spec::{DiskSource, DiskSpec, GuestSpec, MachineSpec, NicSpec, NodeSpec, ProxySpec, RootSpec},
+    spec::{DiskSource, DiskSpec, GuestApi, GuestSpec, MachineSpec, NicSpec, NodeSpec, ProxySpec, RootSpec},
     storage::Volume,
 };
 use std::collections::BTreeMap;
@@ -27,6 +27,8 @@ pub struct ParsedDevices {
     pub proxies: Vec<(String, ProxyDevice)>,
     /// Names and NICs, in name order.
     pub nics: Vec<(String, NicDevice)>,
+    /// Name of the TPM.
+    pub tpm: Option<String>,
 }
 
 /// Parses expanded devices and checks what they need of each other: exactly one root disk, distinct names and addresses
@@ -35,7 +37,7 @@ pub struct ParsedDevices {
 /// # Errors
 /// Invalid, naming the device and key.
 pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
-    let mut root = None;
+    let (mut root, mut tpm) = (None, None::<String>);
     let (mut disks, mut nodes, mut proxies, mut nics) = (vec![], vec![], vec![], vec![]);
     for (name, keys) in devices {
         match Device::parse(name, keys)? {
@@ -52,6 +54,14 @@ pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
             Device::Nic(d) => nics.push((name.clone(), d)),
             Device::Node(d) => nodes.push((name.clone(), d)),
             Device::Proxy(d) => proxies.push((name.clone(), d)),
+            Device::Tpm(_) => {
+                if let Some(other) = tpm.replace(name.clone()) {
+                    return Err(Error::invalid(
+                        format!("devices.{name}.type"),
+                        format!("both {other:?} and {name:?} are TPMs; an instance has one"),
+                    ));
+                }
+            }
             Device::None => {}
         }
     }
@@ -82,7 +92,7 @@ pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
             "the instance has no root disk; add a disk with path=/ and a pool, or a profile that has one",
         )
     })?;
-    Ok(ParsedDevices { root, disks, nodes, proxies, nics })
+    Ok(ParsedDevices { root, disks, nodes, proxies, nics, tpm })
 }
 
 fn nic_guest_name(device: &str, nic: &NicDevice) -> String {
@@ -196,6 +206,8 @@ pub struct Lookups<'a> {
     pub network: &'a dyn Fn(&str) -> Option<crate::Row<Network>>,
     /// Custom volume by the names of its pool and its own, in the instance's project.
     pub volume: &'a dyn Fn(&str, &str) -> Option<crate::Row<Volume>>,
+    /// Name of the instance's host.
+    pub location: &'a str,
 }
 
 /// The number at the end of a slot's name.
@@ -313,6 +325,13 @@ pub fn guest_spec(
             firmware: h.firmware,
             uuid: h.uuid,
             ports: h.ports,
+            display: h.display,
+            balloon: h.balloon,
+            tpm: parsed.tpm.is_some(),
+            stateful: keys::optional_flag(config, "migration.stateful").unwrap_or(false),
+            boot_menu: keys::optional_flag(config, "hardware.boot_menu").unwrap_or(false),
+            windows: is_windows(config, instance),
+            resume: false,
             accelerator: None,
         }),
         (None, InstanceKind::VirtualMachine) => {
@@ -320,6 +339,20 @@ pub fn guest_spec(
         }
         _ => None,
     };
+    if let (Some(name), InstanceKind::Container) = (&parsed.tpm, instance.kind) {
+        return Err(
+            Error::unsupported("TPMs are given to virtual machines only").at(format!("devices.{name}.type"))
+        );
+    }
+    let mut security = keys::security(config)?;
+    if let (Some(config), InstanceKind::Container) = (keys::guest_api(config)?, instance.kind) {
+        security.guest_api = Some(GuestApi {
+            name: instance.name.to_string(),
+            location: lookups.location.to_owned(),
+            config,
+            devices: shown_devices(instance, devices),
+        });
+    }
     let cloud_init_id = instance.hardware.as_ref().map_or(instance.id.uuid(), |h| h.cloud_init_id);
     Ok(GuestSpec {
         instance: instance.id,
@@ -330,7 +363,7 @@ pub fn guest_spec(
         domain_id,
         machine,
         limits: keys::limits(config)?,
-        security: keys::security(config)?,
+        security,
         root,
         disks,
         nodes,
@@ -339,6 +372,26 @@ pub fn guest_spec(
         cloud_init: keys::cloud_init(config, cloud_init_id.to_string()),
         environment: keys::environment(config),
     })
+}
+
+/// Does the image or the user say that it is Windows (`image.os`)?
+fn is_windows(config: &Config, instance: &Instance) -> bool {
+    let os = config.get("image.os").or_else(|| instance.image_properties.get("image.os"));
+    os.is_some_and(|os| os.to_ascii_lowercase().starts_with("windows"))
+}
+
+/// Devices as their guest sees them: with the addresses they got, without the paths of the host.
+fn shown_devices(instance: &Instance, devices: &Devices) -> Devices {
+    let mut shown = devices.clone();
+    for (name, keys) in &mut shown {
+        if keys.get("source").is_some_and(|s| s.starts_with('/')) {
+            keys.remove("source");
+        }
+        if let Some(mac) = instance.identities.get(name).and_then(|i| i.mac.clone()) {
+            keys.entry("hwaddr".into()).or_insert(mac);
+        }
+    }
+    shown
 }
 
 /// Names a temporary id for errors about instances that are not recorded yet.
@@ -408,6 +461,8 @@ mod tests {
             cpu_model: "max".into(),
             firmware: karst_model::instance::Firmware::Bios,
             ports,
+            display: false,
+            balloon: false,
             uuid: uuid::Uuid::nil(),
             cloud_init_id: uuid::Uuid::nil(),
         }

@@ -2,8 +2,8 @@
 
 use crate::{Engine, EngineInner, InstanceView, context::Context};
 use karst_agent::{
-    CallContext, ConsoleAttach, ConsoleLog, ExecStart, FileOpened, FileRef, FileWriteRequest, HostAgent,
-    SessionResize, SessionSignal, VolumeRef,
+    CallContext, ConsoleAttach, ConsoleLog, ExecStart, FileOpened, FileRef, FileWriteRequest, GuestRef,
+    HostAgent, KeyPresses, SessionResize, SessionSignal, VolumeRef,
 };
 use karst_env::EnvExt;
 use karst_model::{
@@ -241,6 +241,73 @@ impl Engine {
         let (view, agent) = self.running(context, project, name)?;
         let attach = ConsoleAttach { instance: view.instance.id, force };
         let answer = agent.console_attach(&CallContext::read(CALL), attach).await?;
+        Ok(ExecSession { fds: answer.fds, session: self.session(agent, answer.value) })
+    }
+
+    fn virtual_machine(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+    ) -> Result<(Arc<InstanceView>, Arc<dyn HostAgent>)> {
+        let found = self.running(context, project, name)?;
+        if found.0.instance.kind != InstanceKind::VirtualMachine {
+            return Err(Error::unsupported(format!(
+                "instance {name:?} is a container; only virtual machines have a screen, a keyboard and a reset button"
+            )));
+        }
+        Ok(found)
+    }
+
+    /// Presses the reset button of a running virtual machine.
+    ///
+    /// # Errors
+    /// Not found, conflict when it does not run, unsupported for a container, forbidden.
+    pub async fn machine_reset(&self, context: &Context, project: &str, name: &str) -> Result<()> {
+        let (view, agent) = self.virtual_machine(context, project, name)?;
+        let generation = view.runtime.as_ref().map_or(view.instance.generation, |r| r.generation);
+        let guest = GuestRef { instance: view.instance.id, generation };
+        agent.guest_reset(&CallContext::read(CALL), guest).await
+    }
+
+    /// Presses keys of a running virtual machine, each a chord such as `ctrl-alt-delete`.
+    ///
+    /// # Errors
+    /// Those of [`Engine::machine_reset`], and invalid for an unknown key.
+    pub async fn machine_keys(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        keys: &[String],
+    ) -> Result<()> {
+        let (view, agent) = self.virtual_machine(context, project, name)?;
+        let chords = karst_model::keyboard::chords(keys)?;
+        let request = KeyPresses { instance: view.instance.id, chords };
+        agent.guest_keys(&CallContext::read(CALL), request).await
+    }
+
+    /// What a running virtual machine shows, as a PNG file.
+    ///
+    /// # Errors
+    /// Those of [`Engine::machine_reset`], and unsupported for a machine without a display.
+    pub async fn machine_screenshot(&self, context: &Context, project: &str, name: &str) -> Result<OwnedFd> {
+        let (view, agent) = self.virtual_machine(context, project, name)?;
+        let answer = agent.guest_screenshot(&CallContext::read(CALL), view.instance.id).await?;
+        answer
+            .fds
+            .into_iter()
+            .next()
+            .ok_or_else(|| Error::internal("there is no screenshot", "no descriptor"))
+    }
+
+    /// Attaches to the display of a running virtual machine: one descriptor, both ways, that speaks RFB (VNC).
+    ///
+    /// # Errors
+    /// Those of [`Engine::machine_screenshot`].
+    pub async fn machine_display(&self, context: &Context, project: &str, name: &str) -> Result<ExecSession> {
+        let (view, agent) = self.virtual_machine(context, project, name)?;
+        let answer = agent.display_attach(&CallContext::read(CALL), view.instance.id).await?;
         Ok(ExecSession { fds: answer.fds, session: self.session(agent, answer.value) })
     }
 

@@ -127,6 +127,7 @@ impl EngineInner {
         let lookups = expand::Lookups {
             network: &|name| records.network(name).ok().cloned(),
             volume: &|pool, name| records.custom_volume(instance.project, pool, name).cloned(),
+            location: records.nodes.get(&instance.node).map_or("", |n| &*n.name),
         };
         expand::guest_spec(instance, &config, &devices, domain_id, &lookups)
     }

@@ -14,10 +14,11 @@ use crate::{
 use async_trait::async_trait;
 use karst_agent::{GuestRef, GuestStop};
 use karst_model::{
-    Error, ErrorKind, InstanceId, NodeId, Result,
+    Config, Error, ErrorKind, InstanceId, NodeId, Result,
     access::Permission,
     guest::{Observed, StopMode},
-    instance::{DesiredPower, Generation, Instance, PowerAction, RuntimeState, Status},
+    instance::{DesiredPower, Generation, Instance, InstanceKind, PowerAction, RuntimeState, Status},
+    keys,
 };
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -31,8 +32,12 @@ pub struct PowerRequest {
     pub force: bool,
     /// How long a graceful stop may take.
     pub timeout: Option<Duration>,
+    /// Of a stop: keep the memory. Of a start: go on from memory that was kept, if there is any; else it is dropped.
+    pub stateful: bool,
 }
 
+/// Time for writing or reading a machine's memory.
+pub(crate) const SAVING: Duration = Duration::from_secs(1800);
 /// Time for a graceful stop when none is given.
 pub const DEFAULT_STOP_TIMEOUT: Duration = Duration::from_secs(600);
 
@@ -50,7 +55,10 @@ impl Engine {
     ) -> Result<LiveOperation> {
         let project = self.project(context, project, Permission::InstanceUse)?;
         let inner = self.inner();
-        let mode = if request.force {
+        let save = request.stateful && request.action == PowerAction::Stop;
+        let mode = if save {
+            StopMode::Save
+        } else if request.force {
             StopMode::Force
         } else {
             StopMode::Graceful { timeout: request.timeout.unwrap_or(DEFAULT_STOP_TIMEOUT) }
@@ -65,6 +73,15 @@ impl Engine {
             let runtime = records.runtimes.get(&row.id);
             let status = row.status(runtime.map(|r| &r.value));
             request.action.check(name, status)?;
+            if save {
+                demand_stateful(row, &records.expanded(row).0)?;
+                if row.ephemeral {
+                    return Err(Error::conflict(format!(
+                        "instance {name:?} is ephemeral: it is deleted when it stops, its memory with it"
+                    ))
+                    .at("stateful"));
+                }
+            }
             tx.expect(row);
             let path = path(&project.name, name);
             let words = match request.action {
@@ -77,7 +94,7 @@ impl Engine {
             let mut new = NewOperation::task(words, Some(project.id), "instances", path.clone());
             new.may_cancel =
                 matches!(request.action, PowerAction::Stop | PowerAction::Restart) && !request.force;
-            let plan = plan(inner, &records, row, request.action, status, mode, path)?;
+            let plan = plan(inner, &records, row, request, status, mode, path)?;
             if let Some(start) = &plan.start {
                 super::disks::demand_idle(&records, tx, &start.spec)?;
             }
@@ -87,15 +104,35 @@ impl Engine {
     }
 }
 
+/// Can the memory of this instance be kept?
+///
+/// # Errors
+/// Unsupported for a container, conflict for a machine that was not prepared for it.
+pub(crate) fn demand_stateful(instance: &Instance, config: &Config) -> Result<()> {
+    if instance.kind != InstanceKind::VirtualMachine {
+        return Err(Error::unsupported("the memory of virtual machines only can be kept").at("stateful"));
+    }
+    if keys::optional_flag(config, "migration.stateful") != Some(true) {
+        return Err(Error::conflict(format!(
+            "the memory of instance {:?} cannot be kept; stop it, set migration.stateful=true and start it anew",
+            &*instance.name
+        ))
+        .at("stateful"));
+    }
+    Ok(())
+}
+
 fn plan(
     inner: &EngineInner,
     records: &Records,
     row: &Row<Instance>,
-    action: PowerAction,
+    request: PowerRequest,
     status: Status,
     mode: StopMode,
     path: String,
 ) -> Result<PowerPlan> {
+    let action = request.action;
+    let resume = action == PowerAction::Start && row.stateful && request.stateful;
     let mut instance = row.value.clone();
     let generation = records.runtimes.get(&row.id).map_or(row.generation, |r| r.generation);
     let running = GuestRef { instance: row.id, generation };
@@ -115,7 +152,11 @@ fn plan(
             instance.generation = instance.generation.next();
             instance.power = DesiredPower::Running;
             instance.last_used_at = Some(inner.env.now());
-            let spec = inner.guest_spec(records, &instance, inner.take_domain_id())?;
+            instance.stateful = false;
+            let mut spec = inner.guest_spec(records, &instance, inner.take_domain_id())?;
+            if let Some(machine) = &mut spec.machine {
+                machine.resume = resume;
+            }
             start = Some(StartPlan { networks: networks_of(&spec), spec });
         }
         PowerAction::Stop => instance.power = DesiredPower::Stopped,
@@ -126,6 +167,8 @@ fn plan(
         action,
         path,
         before: row.power,
+        resume,
+        save: mode == StopMode::Save,
         stop: matches!(action, PowerAction::Stop | PowerAction::Restart)
             .then_some(GuestStop { guest: running, mode }),
         running,
@@ -143,6 +186,12 @@ pub struct PowerPlan {
     /// The record as it will be.
     instance: Instance,
     before: DesiredPower,
+    /// The start goes on from memory that was kept.
+    #[serde(default)]
+    resume: bool,
+    /// The stop keeps the memory.
+    #[serde(default)]
+    save: bool,
     running: GuestRef,
     was_frozen: bool,
     stop: Option<GuestStop>,
@@ -193,6 +242,7 @@ impl Saga for InstancePower {
                 let patience = match stop.mode {
                     StopMode::Graceful { timeout } => timeout + Duration::from_secs(30),
                     StopMode::Force => Duration::from_secs(60),
+                    StopMode::Save => SAVING,
                 };
                 outputs.stopped = Some(agent.guest_stop(&cx.mutate(patience), stop.clone()).await?);
             }
@@ -213,7 +263,8 @@ impl Saga for InstancePower {
                 None => return Err(Error::internal("a start has no plan", plan.instance.id)),
                 Some(start) => {
                     cx.engine.ensure_networks(cx, node, &start.networks).await?;
-                    Some(agent.guest_start(&cx.mutate(Duration::from_secs(120)), start.spec.clone()).await?)
+                    let patience = if plan.resume { SAVING } else { Duration::from_secs(120) };
+                    Some(agent.guest_start(&cx.mutate(patience), start.spec.clone()).await?)
                 }
             },
         };
@@ -238,6 +289,10 @@ impl Saga for InstancePower {
     }
 
     fn commit(plan: &PowerPlan, outputs: &PowerOutputs, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        if plan.save {
+            let row = engine.instance_row(plan.instance.id)?;
+            tx.replace(&row, &Instance { stateful: true, ..row.value.clone() });
+        }
         if let Some(observed) = &outputs.observed {
             let records = engine.inventory.read();
             let runtime = engine.runtime_of(&records, observed);
@@ -262,6 +317,8 @@ impl Saga for InstancePower {
         } else {
             instance.power = plan.before;
         }
+        // A start that failed leaves the memory where it was.
+        instance.stateful = plan.resume || (plan.save && stopped);
         tx.replace(&row, &instance);
         if let Some(observed) = &outputs.stopped {
             let records = engine.inventory.read();

@@ -13,6 +13,30 @@ use std::collections::BTreeSet;
 /// Root ports of new q35 machines.
 pub const PORTS: u8 = 16;
 
+/// The version of a machine type that a new machine gets: `newest` is the host's newest q35, and i440FX has the same
+/// versions.
+pub fn versioned(wanted: Option<&str>, newest: &str) -> String {
+    match wanted {
+        None | Some("q35") => newest.to_owned(),
+        Some("pc") => newest.replacen("pc-q35-", "pc-i440fx-", 1),
+        Some(version) => version.to_owned(),
+    }
+}
+
+/// The root ports of a new machine of this type.
+pub fn ports(machine: &str) -> u8 {
+    if machine.starts_with("pc-q35-") { PORTS } else { 0 }
+}
+
+/// Is the machine of the type that is asked for?
+pub fn is_of(machine: &str, wanted: &str) -> bool {
+    match wanted {
+        "q35" => machine.starts_with("pc-q35-"),
+        "pc" => machine.starts_with("pc-i440fx-"),
+        version => machine == version,
+    }
+}
+
 /// First and last slot for devices on the root bus.
 const FIRST: u8 = 0x08;
 const LAST: u8 = 0x17;
@@ -94,12 +118,27 @@ mod tests {
     use super::*;
 
     #[test]
+    fn versions_of_both_families() {
+        assert_eq!(versioned(None, "pc-q35-10.0"), "pc-q35-10.0");
+        assert_eq!(versioned(Some("pc"), "pc-q35-10.0"), "pc-i440fx-10.0");
+        assert_eq!(versioned(Some("pc-q35-7.2"), "pc-q35-10.0"), "pc-q35-7.2");
+        assert_eq!((ports("pc-q35-7.2"), ports("pc-i440fx-7.2")), (PORTS, 0));
+        assert!(
+            is_of("pc-i440fx-7.2", "pc")
+                && !is_of("pc-i440fx-7.2", "q35")
+                && is_of("pc-q35-7.2", "pc-q35-7.2")
+        );
+    }
+
+    #[test]
     fn addresses_end() {
         let hardware = |machine: &str, ports| Hardware {
             machine: machine.into(),
             cpu_model: "max".into(),
             firmware: karst_model::instance::Firmware::Bios,
             ports,
+            display: false,
+            balloon: false,
             uuid: uuid::Uuid::nil(),
             cloud_init_id: uuid::Uuid::nil(),
         };

@@ -21,7 +21,7 @@ use karst_model::{
     device::{Devices, RootDevice},
     guest::Applied,
     instance::{Instance, InstanceKind, Status},
-    keys,
+    keys, keys_machine,
     spec::GuestSpec,
     storage::Volume,
 };
@@ -113,6 +113,7 @@ impl Engine {
             let runtime = records.runtimes.get(&row.id);
             let running = matches!(row.status(runtime.map(|r| &r.value)), Status::Running | Status::Frozen);
             let domain_id = runtime.and_then(|r| r.domain_id).unwrap_or(0);
+            change_hardware(&mut instance, &records.expanded(row).0, &config, running, name)?;
             let mut live = None;
             let after = inner.guest_spec(&records, &instance, domain_id)?;
             if running {
@@ -220,6 +221,45 @@ fn check_root(
         Some(now) if *new == now => Ok(None),
         _ => Ok(Some(Volume { size: Some(*new), ..volume.value.clone() })),
     }
+}
+
+/// Firmware and CPU model of a stopped machine follow a change of the keys that say them; its type never changes, for the
+/// system inside knows its devices by it. A key that stays as it was changes nothing: defaults may differ from those of
+/// the time when the machine was made.
+fn change_hardware(
+    instance: &mut Instance,
+    before: &Config,
+    config: &Config,
+    running: bool,
+    name: &str,
+) -> Result<()> {
+    let Some(now) = instance.hardware.clone() else { return Ok(()) };
+    let choice = keys_machine::hardware(config)?;
+    if let Some(wanted) = &choice.machine
+        && !super::slots::is_of(&now.machine, wanted)
+    {
+        return Err(Error::conflict(format!(
+            "the machine type of instance {name:?} is {} and fixed since it was made; make a new instance",
+            now.machine
+        ))
+        .at("config.hardware.machine"));
+    }
+    let mut new = now.clone();
+    if keys_machine::hardware(before).map_or(true, |old| old.firmware != choice.firmware) {
+        new.firmware = choice.firmware;
+    }
+    if let Some(model) = choice.cpu_model {
+        new.cpu_model = model;
+    }
+    if running && new != now {
+        let key = if new.firmware == now.firmware { "hardware.cpu.model" } else { "security.secureboot" };
+        return Err(Error::conflict(format!(
+            "instance {name:?} is running; stop it before its firmware or CPU model changes"
+        ))
+        .at(format!("config.{key}")));
+    }
+    instance.hardware = Some(new);
+    Ok(())
 }
 
 fn demand_no_hotplug(before: &GuestSpec, after: &GuestSpec) -> Result<()> {

@@ -166,7 +166,12 @@ pub struct StepContext {
 impl StepContext {
     /// A call context for a mutation that may take `deadline`.
     pub fn mutate(&self, deadline: Duration) -> CallContext {
-        let fence = Fence { saga: self.saga, epoch: self.engine.epoch, step: self.step as u32 };
+        let fence = Fence {
+            saga: self.saga,
+            executor: self.engine.node,
+            epoch: self.engine.epoch,
+            step: self.step as u32,
+        };
         CallContext::mutate(deadline, fence)
     }
 

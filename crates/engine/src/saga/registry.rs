@@ -1,11 +1,15 @@
 //! All sagas.
 
 use super::{AnySaga, Erased};
-use crate::{compute, images, network, snapshots, storage, tenancy, volumes};
+use crate::{backups, compute, images, network, snapshots, storage, tenancy, volumes};
 use std::sync::{Arc, LazyLock};
 
 static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
     vec![
+        Arc::new(Erased::<backups::BackupDelete>::new()),
+        Arc::new(Erased::<backups::create::BackupCreate>::new()),
+        Arc::new(Erased::<backups::import::InstanceImport>::new()),
+        Arc::new(Erased::<backups::import::VolumeImport>::new()),
         Arc::new(Erased::<compute::copy::InstanceCopy>::new()),
         Arc::new(Erased::<compute::create::InstanceCreate>::new()),
         Arc::new(Erased::<compute::delete::InstanceDelete>::new()),
@@ -22,6 +26,7 @@ static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
         Arc::new(Erased::<storage::PoolCreate>::new()),
         Arc::new(Erased::<storage::PoolDelete>::new()),
         Arc::new(Erased::<tenancy::profiles::ProfileUpdate>::new()),
+        Arc::new(Erased::<volumes::copy::VolumeCopying>::new()),
         Arc::new(Erased::<volumes::create::VolumeCreate>::new()),
         Arc::new(Erased::<volumes::delete::VolumeDelete>::new()),
         Arc::new(Erased::<volumes::update::VolumeUpdate>::new()),

@@ -3,6 +3,7 @@
 use super::{Found, Origin, Taken, automatic_name, expiry, owned};
 use crate::{
     Engine, EngineInner, Records,
+    compute::power::SAVING,
     context::Context,
     db::Tx,
     operations::{LiveOperation, NewOperation},
@@ -11,11 +12,11 @@ use crate::{
 };
 use async_trait::async_trait;
 use jiff::Timestamp;
-use karst_agent::{GuestRef, VolumeSnapshotRef};
+use karst_agent::{GuestRef, MachineStateRef, MachineStateSave, VolumeSnapshotRef};
 use karst_model::{
     Error, ErrorKind, Name, NodeId, Result, SnapshotId,
     guest::Observed,
-    instance::{Instance, RuntimeState, Status},
+    instance::{Instance, InstanceKind, RuntimeState, Status},
     snapshot::{Snapshot, VolumeSnapshot},
 };
 use serde::{Deserialize, Serialize};
@@ -32,6 +33,8 @@ pub struct CreateSnapshot {
     pub description: String,
     /// Taken by the schedule.
     pub automatic: bool,
+    /// With the memory of the running virtual machine.
+    pub stateful: bool,
 }
 
 impl Engine {
@@ -75,8 +78,16 @@ impl Engine {
             let id = SnapshotId(inner.env.uuid());
             let path = found.path(&records, &name);
             let mut guests = vec![];
+            let mut machine = None;
+            if request.stateful {
+                demand_memory(&records, &found)?;
+            }
             let (snapshot, refs) = match &found {
                 Found::Instance(row) => {
+                    machine = (row.kind == InstanceKind::VirtualMachine).then_some(MachineStateSave {
+                        at: MachineStateRef { instance: row.id, snapshot: id },
+                        memory: request.stateful,
+                    });
                     let volumes = owned(&records, row);
                     guests.extend(guest(&records, row));
                     let refs: Vec<_> = volumes
@@ -94,7 +105,7 @@ impl Engine {
                         config: row.config.clone(),
                         devices: row.devices.clone(),
                         volumes: volumes.iter().map(|v| (v.id, id)).collect(),
-                        stateful: false,
+                        stateful: request.stateful,
                         created_at: now,
                         expires_at,
                         spec_version: 1,
@@ -128,7 +139,8 @@ impl Engine {
                 Found::Instance(row) => row.node,
                 Found::Volume(_) => inner.node,
             };
-            let plan = SnapshotPlan { snapshot, volumes: refs, guests, locks, node, path: path.clone() };
+            let plan =
+                SnapshotPlan { snapshot, volumes: refs, machine, guests, locks, node, path: path.clone() };
             Ok((plan, NewOperation::task("Snapshotting", Some(project.id), found.kind(), path)))
         })
         .await
@@ -143,6 +155,23 @@ pub(crate) fn guest(records: &Records, instance: &Instance) -> Option<PausedGues
     running.then_some(PausedGuest { at, node: instance.node })
 }
 
+/// Can the memory go into a snapshot?
+fn demand_memory(records: &Records, found: &Found) -> Result<()> {
+    let Found::Instance(row) = found else {
+        return Err(Error::unsupported("a volume has no memory").at("stateful"));
+    };
+    crate::compute::power::demand_stateful(row, &records.expanded(row).0)?;
+    let status = row.status(records.runtimes.get(&row.id).map(|r| &r.value));
+    if !matches!(status, Status::Running | Status::Frozen) {
+        return Err(Error::conflict(format!(
+            "instance {:?} is not running: it has no memory to be kept",
+            &*row.name
+        ))
+        .at("stateful"));
+    }
+    Ok(())
+}
+
 /// A guest that is paused for the moment of a snapshot.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub(crate) struct PausedGuest {
@@ -155,6 +184,9 @@ pub(crate) struct PausedGuest {
 pub struct SnapshotPlan {
     snapshot: Taken,
     volumes: Vec<VolumeSnapshotRef>,
+    /// What a virtual machine is beside its disks.
+    #[serde(default)]
+    machine: Option<MachineStateSave>,
     guests: Vec<PausedGuest>,
     locks: Vec<String>,
     node: NodeId,
@@ -191,12 +223,16 @@ pub(crate) async fn resume(cx: &StepContext, guests: &[PausedGuest]) -> Result<V
 #[async_trait]
 impl Saga for SnapshotCreate {
     const NAME: &'static str = "snapshot-create";
-    const STEPS: &'static [&'static str] = &["pause", "volumes", "resume"];
+    const STEPS: &'static [&'static str] = &["pause", "machine", "volumes", "resume"];
     type Plan = SnapshotPlan;
     type Outputs = SnapshotOutputs;
 
     fn has(plan: &SnapshotPlan, step: usize) -> bool {
-        step == 1 || !plan.guests.is_empty()
+        match step {
+            1 => plan.machine.is_some(),
+            2 => true,
+            _ => !plan.guests.is_empty(),
+        }
     }
 
     fn locks(plan: &SnapshotPlan) -> Vec<String> {
@@ -219,6 +255,11 @@ impl Saga for SnapshotCreate {
                 }
             }
             1 => {
+                if let Some(machine) = plan.machine {
+                    cx.agent(plan.node)?.machine_state_save(&cx.mutate(SAVING), machine).await?;
+                }
+            }
+            2 => {
                 for at in &plan.volumes {
                     let agent = cx.agent(plan.node)?;
                     agent.volume_snapshot_create(&cx.mutate(Duration::from_secs(1800)), *at).await?;
@@ -232,6 +273,12 @@ impl Saga for SnapshotCreate {
         match step {
             0 => drop(resume(cx, &plan.guests).await?),
             1 => {
+                if let Some(machine) = plan.machine {
+                    let time = Duration::from_secs(300);
+                    cx.agent(plan.node)?.machine_state_delete(&cx.mutate(time), machine.at).await?;
+                }
+            }
+            2 => {
                 for at in &plan.volumes {
                     let agent = cx.agent(plan.node)?;
                     agent.volume_snapshot_delete(&cx.mutate(Duration::from_secs(300)), *at).await?;

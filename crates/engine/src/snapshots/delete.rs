@@ -9,8 +9,12 @@ use crate::{
     saga::{Saga, StepContext, runner},
 };
 use async_trait::async_trait;
-use karst_agent::VolumeSnapshotRef;
-use karst_model::{NodeId, Result, SnapshotId, instance::Instance, snapshot::Snapshot};
+use karst_agent::{MachineStateRef, VolumeSnapshotRef};
+use karst_model::{
+    NodeId, Result, SnapshotId,
+    instance::{Instance, InstanceKind},
+    snapshot::Snapshot,
+};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
@@ -36,6 +40,12 @@ impl Engine {
             let path = found.path(&records, name);
             let plan = DeletePlan {
                 volumes: snapshot.volumes(&records),
+                machine: match &found {
+                    Found::Instance(row) if row.kind == InstanceKind::VirtualMachine => {
+                        Some(MachineStateRef { instance: row.id, snapshot: snapshot.id() })
+                    }
+                    _ => None,
+                },
                 snapshot,
                 lock: found.lock(),
                 node: match &found {
@@ -55,6 +65,8 @@ impl Engine {
 pub struct DeletePlan {
     snapshot: Taken,
     volumes: Vec<VolumeSnapshotRef>,
+    #[serde(default)]
+    machine: Option<MachineStateRef>,
     lock: String,
     node: NodeId,
     path: String,
@@ -105,6 +117,9 @@ impl Saga for SnapshotDelete {
         for at in &plan.volumes {
             let agent = cx.agent(plan.node)?;
             agent.volume_snapshot_delete(&cx.mutate(Duration::from_secs(300)), *at).await?;
+        }
+        if let Some(machine) = plan.machine {
+            cx.agent(plan.node)?.machine_state_delete(&cx.mutate(Duration::from_secs(300)), machine).await?;
         }
         match &plan.snapshot {
             Taken::Instance { snapshot } => Self::adopt(&cx.engine, snapshot).await,

@@ -12,11 +12,13 @@ use crate::{
     volumes,
 };
 use async_trait::async_trait;
-use karst_agent::{CallContext, VolumeRef, VolumeSnapshotRef};
+use karst_agent::{
+    CallContext, MachineStateRef, MachineStateRestore, MachineStateSave, VolumeRef, VolumeSnapshotRef,
+};
 use karst_env::EnvExt;
 use karst_model::{
     ByteSize, Error, ErrorKind, NodeId, Result, SnapshotId, VolumeId,
-    instance::{Instance, PowerAction},
+    instance::{Instance, InstanceKind, PowerAction},
     snapshot::Snapshot,
     storage::Volume,
 };
@@ -36,29 +38,44 @@ impl Engine {
         origin: Origin<'_>,
         name: &str,
     ) -> Result<LiveOperation> {
+        self.snapshot_restore_with(context, origin, name, false).await
+    }
+
+    /// As [`Engine::snapshot_restore`]; with `memory` a virtual machine then runs on from where it was at the snapshot.
+    ///
+    /// # Errors
+    /// Those, and invalid for a snapshot without memory.
+    pub async fn snapshot_restore_with(
+        &self,
+        context: &Context,
+        origin: Origin<'_>,
+        name: &str,
+        memory: bool,
+    ) -> Result<LiveOperation> {
         let project = origin.editor(self, context)?;
         let Origin::Instance { name: instance, project: project_name } = origin else {
-            return self.restore_stopped(context, origin, name).await;
+            return self.restore_stopped(context, origin, name, memory).await;
         };
-        let path = {
+        let (path, runs) = {
             let records = self.inner().inventory.read();
             let found = origin.find(&records, project.id)?;
-            found.demand(&records, name)?;
+            let snapshot = found.demand(&records, name)?;
+            demand_memory(&snapshot.taken(), memory)?;
             let Found::Instance(row) = &found else {
                 return Err(Error::internal("an instance is none", instance));
             };
-            volumes::runs(&records, row).then(|| crate::compute::path(project_name, instance))
+            (crate::compute::path(project_name, instance), volumes::runs(&records, row))
         };
-        let Some(path) = path else {
-            return self.restore_stopped(context, origin, name).await;
-        };
+        if !runs && !memory {
+            return self.restore_stopped(context, origin, name, false).await;
+        }
         let operations = &self.inner().operations;
         let new = NewOperation::task("Restoring snapshot", Some(project.id), "instances", path);
         let live = operations.begin(context, new);
         let (engine, context, outer) = (self.clone(), context.clone(), live.clone());
         let (project, instance, name) = (project_name.to_owned(), instance.to_owned(), name.to_owned());
         self.inner().env.spawn_task("restore", async move {
-            let done = engine.restore_running(&context, &project, &instance, &name).await;
+            let done = engine.restore_running(&context, &project, &instance, &name, (runs, memory)).await;
             engine.inner().operations.end(&outer, done.map(|()| Default::default()));
         });
         Ok(live)
@@ -70,20 +87,28 @@ impl Engine {
         project: &str,
         instance: &str,
         name: &str,
+        (runs, memory): (bool, bool),
     ) -> Result<()> {
         let ended = async |operation: LiveOperation| match &operation.ended().await.error {
             Some(e) => Err(e.clone()),
             None => Ok(()),
         };
-        let power = |action| PowerRequest { action, force: true, timeout: None };
-        ended(self.instance_power(context, project, instance, power(PowerAction::Stop)).await?).await?;
+        let power = |action, stateful| PowerRequest { action, force: true, timeout: None, stateful };
+        if runs {
+            let stop = power(PowerAction::Stop, false);
+            ended(self.instance_power(context, project, instance, stop).await?).await?;
+        }
         let origin = Origin::Instance { project, name: instance };
-        let restored = match self.restore_stopped(context, origin, name).await {
+        let restored = match self.restore_stopped(context, origin, name, memory).await {
             Ok(operation) => ended(operation).await,
             Err(e) => Err(e),
         };
+        if !runs && restored.is_err() {
+            return restored;
+        }
         // Started also when it is as before: it ran.
-        let started = match self.instance_power(context, project, instance, power(PowerAction::Start)).await {
+        let start = power(PowerAction::Start, memory);
+        let started = match self.instance_power(context, project, instance, start).await {
             Ok(operation) => ended(operation).await,
             Err(e) => Err(e),
         };
@@ -95,6 +120,7 @@ impl Engine {
         context: &Context,
         origin: Origin<'_>,
         name: &str,
+        memory: bool,
     ) -> Result<LiveOperation> {
         let project = origin.editor(self, context)?;
         let inner = self.inner();
@@ -104,6 +130,7 @@ impl Engine {
             found.expect(tx);
             let row = found.demand(&records, name)?;
             row.expect(tx);
+            demand_memory(&row.taken(), memory)?;
             let target = match (&found, row.taken()) {
                 (Found::Instance(row), Taken::Instance { snapshot }) => {
                     if volumes::runs(&records, row) {
@@ -112,7 +139,8 @@ impl Engine {
                             &*row.name
                         )));
                     }
-                    Target::Instance { instance: Box::new(before(inner, &records, tx, row, &snapshot)?) }
+                    let instance = before(inner, &records, tx, row, &snapshot, memory)?;
+                    Target::Instance { instance: Box::new(instance) }
                 }
                 (Found::Volume(row), Taken::Volume { snapshot }) => {
                     for user in volumes::users(&records, row).instances {
@@ -136,12 +164,22 @@ impl Engine {
                 _ => return Err(Error::internal("a snapshot of another kind", name)),
             };
             let volumes = row.taken().volumes(&records);
+            let machine = match &found {
+                Found::Instance(i) if i.kind == InstanceKind::VirtualMachine => Some(RestoredMachine {
+                    at: MachineStateRef { instance: i.id, snapshot: row.taken().id() },
+                    saved: MachineStateRef { instance: i.id, snapshot: SnapshotId(inner.env.uuid()) },
+                    memory,
+                    stateful: i.stateful,
+                }),
+                _ => None,
+            };
             let saved =
                 volumes.iter().map(|v| VolumeSnapshotRef { snapshot: SnapshotId(inner.env.uuid()), ..*v });
             let path = found.path(&records, name);
             let plan = RestorePlan {
                 saved: saved.collect(),
                 volumes,
+                machine,
                 target,
                 lock: found.lock(),
                 node: match &found {
@@ -163,8 +201,11 @@ fn before(
     tx: &mut Tx,
     row: &Instance,
     snapshot: &Snapshot,
+    memory: bool,
 ) -> Result<Instance> {
     let mut instance = row.clone();
+    // Memory that was kept over a stop is not that of the disks of then.
+    instance.stateful = memory;
     instance.description = snapshot.description.clone();
     instance.ephemeral = snapshot.ephemeral;
     instance.config = snapshot.config.clone();
@@ -202,6 +243,25 @@ fn before(
     Ok(instance)
 }
 
+fn demand_memory(snapshot: &Taken, memory: bool) -> Result<()> {
+    let has = matches!(snapshot, Taken::Instance { snapshot } if snapshot.stateful);
+    if memory && !has {
+        return Err(Error::invalid("stateful", "the snapshot was taken without the memory"));
+    }
+    Ok(())
+}
+
+/// What a virtual machine is beside its disks.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+struct RestoredMachine {
+    at: MachineStateRef,
+    /// What it is now, until the end.
+    saved: MachineStateRef,
+    memory: bool,
+    /// Its memory is kept now.
+    stateful: bool,
+}
+
 /// What is restored, as its record will be.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "of", rename_all = "snake_case")]
@@ -215,6 +275,8 @@ enum Target {
 pub struct RestorePlan {
     target: Target,
     volumes: Vec<VolumeSnapshotRef>,
+    #[serde(default)]
+    machine: Option<RestoredMachine>,
     /// What the volumes are now, until the end.
     saved: Vec<VolumeSnapshotRef>,
     lock: String,
@@ -262,6 +324,10 @@ impl Saga for SnapshotRestore {
                 for at in &plan.saved {
                     agent.volume_snapshot_create(&cx.mutate(LONG), *at).await?;
                 }
+                if let Some(machine) = &plan.machine {
+                    let save = MachineStateSave { at: machine.saved, memory: false };
+                    agent.machine_state_save(&cx.mutate(LONG), save).await?;
+                }
             }
             1 => {
                 outputs.sizes.clear();
@@ -273,10 +339,17 @@ impl Saga for SnapshotRestore {
                     let size = all.iter().find(|s| s.snapshot == at.snapshot).and_then(|s| s.size);
                     outputs.sizes.push((at.volume, size));
                 }
+                if let Some(machine) = &plan.machine {
+                    let restore = MachineStateRestore { at: machine.at, memory: machine.memory };
+                    agent.machine_state_restore(&cx.mutate(LONG), restore).await?;
+                }
             }
             _ => {
                 for at in &plan.saved {
                     agent.volume_snapshot_delete(&cx.mutate(LONG), *at).await?;
+                }
+                if let Some(machine) = &plan.machine {
+                    agent.machine_state_delete(&cx.mutate(LONG), machine.saved).await?;
                 }
             }
         }
@@ -284,16 +357,25 @@ impl Saga for SnapshotRestore {
     }
     async fn undo(cx: &StepContext, plan: &RestorePlan, _: &RestoreOutputs, step: usize) -> Result<()> {
         let agent = cx.agent(plan.node)?;
+        let mut dropped = false;
         for at in &plan.saved {
             match step {
                 0 => agent.volume_snapshot_delete(&cx.mutate(LONG), *at).await?,
                 1 => match agent.volume_snapshot_restore(&cx.mutate(LONG), *at).await {
                     // Dropped already, by a last step that failed in the middle: it stays restored.
-                    Err(e) if e.is(ErrorKind::NotFound) => {}
+                    Err(e) if e.is(ErrorKind::NotFound) => dropped = true,
                     other => other?,
                 },
                 _ => {}
             }
+        }
+        match (&plan.machine, step) {
+            (Some(machine), 0) => agent.machine_state_delete(&cx.mutate(LONG), machine.saved).await?,
+            (Some(machine), 1) if !dropped => {
+                let restore = MachineStateRestore { at: machine.saved, memory: machine.stateful };
+                agent.machine_state_restore(&cx.mutate(LONG), restore).await?;
+            }
+            _ => {}
         }
         Ok(())
     }

@@ -1,4 +1,5 @@
-//! Snapshots that are taken and go by themselves: `snapshots.schedule` and the time at which each expires. A reconciler
+//! Snapshots that are taken and go by themselves: `snapshots.schedule` and the time at which each expires; backups expire
+//! by the same clock. A reconciler
 //! without inputs, by the clock of the environment; times are UTC. What was due while no daemon ran is not made up for.
 
 use super::{Found, Origin, create::CreateSnapshot};
@@ -58,6 +59,7 @@ pub(crate) async fn follow(weak: Weak<EngineInner>) {
             let deleted = engine.snapshot_delete(&context, named.origin(), &snapshot).await;
             report(&named, "an expired snapshot was not deleted", ended(deleted).await);
         }
+        engine.expire_backups(now).await;
         drop(engine);
         env.sleep(LOOK).await;
     }

@@ -11,7 +11,7 @@ use crate::{
 };
 use async_trait::async_trait;
 use karst_agent::VolumeRef;
-use karst_model::{Error, NodeId, Result, storage::Volume};
+use karst_model::{Error, NodeId, Result, backup::BackupOwner, storage::Volume};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
@@ -83,6 +83,7 @@ impl Saga for VolumeDelete {
     async fn run(cx: &StepContext, plan: &DeletePlan, _: &mut (), _: usize) -> Result<()> {
         let volume = VolumeRef { pool: plan.volume.pool, volume: plan.volume.id };
         cx.agent(plan.node)?.volume_delete(&cx.mutate(Duration::from_secs(300)), volume).await?;
+        cx.engine.forget_backups(cx, BackupOwner::Volume { volume: plan.volume.id }).await?;
         cx.engine.forget_snapshots(None, Some(plan.volume.id)).await
     }
     async fn undo(_: &StepContext, _: &DeletePlan, _: &(), _: usize) -> Result<()> {

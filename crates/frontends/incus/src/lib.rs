@@ -23,7 +23,7 @@ pub mod routes;
 pub mod sessions;
 pub mod sftp;
 pub mod socket;
-pub mod stream;
+pub use karst_engine::stream;
 pub mod tls;
 pub mod wire;
 

@@ -4,9 +4,9 @@
 use crate::{
     app::Call,
     handlers::{
-        access, allocations, audit, certificates, events, exec, files, firewall, images, instances, karst,
-        metrics, networks, operations, profiles, projects, resources, server, snapshots, storage, tokens,
-        volumes, warnings,
+        access, allocations, audit, backups, certificates, events, exec, files, firewall, images, instances,
+        karst, metrics, networks, operations, profiles, projects, resources, server, snapshots, storage,
+        tokens, volumes, warnings,
     },
     respond::Reply,
 };
@@ -44,7 +44,7 @@ macro_rules! rows {
     (@ ; $why:expr) => { State::Open($why) };
 }
 
-const BACKUPS: &str = "backups are not there yet; copy the instance, or export an image";
+const BACKUPS: &str = "blocks that changed since a backup are not kept yet; backups are whole";
 const CLUSTER: &str = "Server is not clustered; clusters come with the etcd milestone";
 const VOLUMES: &str =
     "files of custom volumes are not reached over the API yet; attach the volume to an instance";
@@ -114,12 +114,12 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         PATCH "/1.0/instances/{name}" => instances::patch, "instances_are_changed_under_their_etag",
         DELETE "/1.0/instances/{name}" => instances::delete, "power_changes_are_operations",
         GET "/1.0/instances/{name}/access" => access::instance, "roles_are_given_and_explained",
-        GET "/1.0/instances/{name}/backups"; open BACKUPS,
-        POST "/1.0/instances/{name}/backups"; open BACKUPS,
-        GET "/1.0/instances/{name}/backups/{backup}"; open BACKUPS,
-        POST "/1.0/instances/{name}/backups/{backup}"; open BACKUPS,
-        DELETE "/1.0/instances/{name}/backups/{backup}"; open BACKUPS,
-        GET "/1.0/instances/{name}/backups/{backup}/export"; open BACKUPS,
+        GET "/1.0/instances/{name}/backups" => backups::list, "backups_of_instances_live",
+        POST "/1.0/instances/{name}/backups" => backups::create, "backups_of_instances_live",
+        GET "/1.0/instances/{name}/backups/{backup}" => backups::get, "backups_of_instances_live",
+        POST "/1.0/instances/{name}/backups/{backup}" => backups::rename, "backups_of_instances_live",
+        DELETE "/1.0/instances/{name}/backups/{backup}" => backups::delete, "backups_of_instances_live",
+        GET "/1.0/instances/{name}/backups/{backup}/export" => backups::export, "backups_of_instances_live",
         POST "/1.0/instances/{name}/bitmaps"; open BACKUPS,
         GET "/1.0/instances/{name}/console" => exec::console_log, "console_joins_both_ways",
         POST "/1.0/instances/{name}/console" => exec::console, "console_joins_both_ways",
@@ -173,6 +173,10 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         GET "/1.0/karst/host" => karst::host, "karst_paths_answer",
         GET "/1.0/karst/openapi" => karst::openapi, "the_openapi_document_is_current",
         GET "/1.0/karst/status" => karst::status, "karst_paths_answer",
+        POST "/1.0/karst/instances/{name}/keys" => exec::keys, "machines_are_seen_and_operated",
+        POST "/1.0/karst/instances/{name}/reset" => exec::reset, "machines_are_seen_and_operated",
+        GET "/1.0/karst/instances/{name}/screenshot" => exec::screenshot, "machines_are_seen_and_operated",
+        POST "/1.0/karst/instances/{name}/vnc" => exec::vnc, "machines_are_seen_and_operated",
         GET "/1.0/karst/tokens" => tokens::list, "tokens_are_shown_with_each_request",
         POST "/1.0/karst/tokens" => tokens::create, "tokens_are_shown_with_each_request",
         DELETE "/1.0/karst/tokens/{name}" => tokens::delete, "tokens_are_shown_with_each_request",
@@ -297,12 +301,12 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         PUT "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}" => volumes::replace, "custom_volumes_live",
         PATCH "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}" => volumes::patch, "custom_volumes_live",
         DELETE "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}" => volumes::delete, "custom_volumes_live",
-        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups"; open BACKUPS,
-        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups"; open BACKUPS,
-        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups/{backupName}"; open BACKUPS,
-        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups/{backupName}"; open BACKUPS,
-        DELETE "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups/{backupName}"; open BACKUPS,
-        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups/{backupName}/export"; open BACKUPS,
+        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups" => backups::list, "backups_of_volumes_live",
+        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups" => backups::create, "backups_of_volumes_live",
+        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups/{backupName}" => backups::get, "backups_of_volumes_live",
+        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups/{backupName}" => backups::rename, "backups_of_volumes_live",
+        DELETE "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups/{backupName}" => backups::delete, "backups_of_volumes_live",
+        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups/{backupName}/export" => backups::export, "backups_of_volumes_live",
         GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/bitmaps"; open BACKUPS,
         POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/bitmaps"; open BACKUPS,
         GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/bitmaps/{bitmapName}"; open BACKUPS,

@@ -36,7 +36,7 @@ async fn what_is_not_there_says_so() {
     let answer = s.send(Method::DELETE, "/1.0", &[], "").await;
     assert!(answer.header("allow").contains("GET"));
     answer.refused(405);
-    assert!(s.get("/1.0/instances/c1/backups").await.refused(501).contains("backups"));
+    assert!(s.get("/1.0/instances/c1/nbd").await.refused(501).contains("backups"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -360,6 +360,37 @@ async fn exec_carries_user_group_and_directory() {
     let mut stdout = s.websocket(&at(&operation, &fds, "1")).await;
     let _stderr = s.websocket(&at(&operation, &fds, "2")).await;
     assert_eq!(stream_of(&mut stdout).await, "1000\n1001\n/tmp\nb\n");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn machines_are_seen_and_operated() {
+    let s = Server::start().await;
+    s.container("c1", true).await;
+    let body = json!({"name": "v1", "type": "virtual-machine", "source": {"type": "none"}, "start": true});
+    s.done(s.post("/1.0/instances", body).await).await;
+    for path in ["/1.0/karst/instances/v1/screenshot", "/1.0/instances/v1/console?type=vga"] {
+        let picture = s.get(path).await;
+        assert_eq!((picture.status, picture.header("content-type")), (200, "image/png"));
+        assert!(picture.body.starts_with(b"\x89PNG"));
+    }
+    s.post("/1.0/karst/instances/v1/keys", json!({"keys": ["ctrl-alt-del", "a"]})).await.metadata();
+    let log = s.get("/1.0/instances/v1/console").await;
+    assert!(String::from_utf8_lossy(&log.body).contains("ctrl-alt-deletea"));
+    s.post("/1.0/karst/instances/v1/reset", json!({})).await.metadata();
+    let (operation, fds) = secrets(&s.post("/1.0/karst/instances/v1/vnc", json!({})).await);
+    let mut display = s.websocket(&at(&operation, &fds, "0")).await;
+    let _control = s.websocket(&at(&operation, &fds, "control")).await;
+    expect(&mut display, "RFB 003.008").await;
+    // What cannot be says why.
+    s.post("/1.0/karst/instances/v1/keys", json!({"keys": ["ctrl-delte"]})).await.refused(400);
+    s.post("/1.0/karst/instances/v1/keys", json!({})).await.refused(400);
+    s.get("/1.0/instances/v1/console?type=spice").await.refused(400);
+    for what in ["keys", "reset", "vnc"] {
+        let body = if what == "keys" { json!({"keys": ["a"]}) } else { json!({}) };
+        s.post(&format!("/1.0/karst/instances/c1/{what}"), body.clone()).await.refused(501);
+        s.post(&format!("/1.0/karst/instances/nope/{what}"), body).await.refused(404);
+    }
+    s.get("/1.0/karst/instances/c1/screenshot").await.refused(501);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -758,6 +789,7 @@ fn the_table_is_whole() {
     }
     let tests = [
         include_str!("api.rs"),
+        include_str!("backups.rs"),
         include_str!("networks.rs"),
         include_str!("pools.rs"),
         include_str!("clients.rs"),

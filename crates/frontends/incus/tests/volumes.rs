@@ -243,3 +243,36 @@ async fn instances_are_copied() {
     s.delete("/1.0/instances/c2").await.metadata();
     assert_eq!(s.get("/1.0/instances/c1/snapshots").await.metadata().as_array().unwrap().len(), 1);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn custom_volumes_are_copied() {
+    let s = Server::start().await;
+    assert_eq!(s.post("/1.0/storage-pools", json!({"name": "second", "driver": "dir"})).await.status, 201);
+    const FROM: &str = "/1.0/storage-pools/default/volumes/custom";
+    const TO: &str = "/1.0/storage-pools/second/volumes/custom";
+    let body = json!({"name": "data", "content_type": "block", "config": {"size": "1GiB", "user.a": "1"}});
+    assert_eq!(s.post(FROM, body).await.status, 201);
+    s.done(s.post(&format!("{FROM}/data/snapshots"), json!({"name": "one"})).await).await;
+    let copy = |name: &str, source: &str, more: serde_json::Value| {
+        let mut from = json!({"type": "copy", "name": source, "pool": "default"});
+        from.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        json!({"name": name, "type": "custom", "config": {"user.b": "2"}, "source": from})
+    };
+    s.done(s.post(TO, copy("data", "data", json!({}))).await).await;
+    let made = s.get(&format!("{TO}/data")).await.metadata();
+    assert_eq!(made["content_type"], "block");
+    assert_eq!(made["config"], json!({"size": "1GiB", "user.a": "1", "user.b": "2"}));
+    assert_eq!(
+        s.get(&format!("{TO}/data/snapshots")).await.metadata(),
+        json!([format!("{TO}/data/snapshots/one")])
+    );
+    s.done(s.post(FROM, copy("old", "data/one", json!({}))).await).await;
+    s.done(s.post(FROM, copy("alone", "data", json!({"volume_only": true}))).await).await;
+    assert_eq!(s.get(&format!("{FROM}/alone/snapshots")).await.metadata(), json!([]));
+    s.post(TO, copy("data", "data", json!({}))).await.refused(409);
+    s.post(TO, copy("x", "nope", json!({}))).await.refused(404);
+    s.post(TO, copy("x", "data/nope", json!({}))).await.refused(404);
+    s.post(TO, copy("x", "data", json!({"pool": "nope"}))).await.refused(404);
+    s.post(TO, copy("x", "data", json!({"refresh": true}))).await.refused(400);
+    s.post(TO, json!({"name": "x", "source": {"type": "migration"}})).await.refused(400);
+}

@@ -20,6 +20,7 @@ pub mod info;
 pub mod lifecycle;
 pub mod list;
 pub mod list_columns;
+pub mod machine;
 pub mod man;
 pub mod monitor;
 pub mod network;

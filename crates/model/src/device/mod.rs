@@ -4,11 +4,13 @@ mod disk;
 mod nic;
 mod node;
 mod proxy;
+mod tpm;
 
 pub use disk::*;
 pub use nic::*;
 pub use node::*;
 pub use proxy::*;
+pub use tpm::*;
 
 use crate::{ByteSize, Error, Result, error::nearest};
 use serde::{Deserialize, Serialize};
@@ -31,13 +33,15 @@ pub enum Device {
     Node(NodeDevice),
     /// Proxy.
     Proxy(ProxyDevice),
+    /// TPM.
+    Tpm(TpmDevice),
     /// Removes a device of a profile.
     None,
 }
 
-const TYPES: &[&str] = &["disk", "gpu", "nic", "none", "proxy", "unix-block", "unix-char"];
+const TYPES: &[&str] = &["disk", "gpu", "nic", "none", "proxy", "tpm", "unix-block", "unix-char"];
 /// What Incus has and Karst not.
-const LATER: &[&str] = &["infiniband", "pci", "tpm", "unix-hotplug", "usb"];
+const LATER: &[&str] = &["infiniband", "pci", "unix-hotplug", "usb"];
 
 impl Device {
     /// Parses one device; errors name `devices.NAME.KEY`.
@@ -51,6 +55,7 @@ impl Device {
             "unix-char" => NodeDevice::parse_unix(&keys, false).map(Self::Node),
             "unix-block" => NodeDevice::parse_unix(&keys, true).map(Self::Node),
             "gpu" => NodeDevice::parse_gpu(&keys).map(Self::Node),
+            "tpm" => TpmDevice::parse(&keys).map(Self::Tpm),
             "none" => Ok(Self::None),
             "proxy" => ProxyDevice::parse(&keys).map(Self::Proxy),
             later if LATER.contains(&later) => {

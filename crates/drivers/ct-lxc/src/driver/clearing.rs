@@ -1,7 +1,7 @@
 //! The end of a container by force, and what is removed after any end: control groups, interfaces, proxies.
 
 use super::{FORCE, Running, Shared};
-use crate::{config::Groups, ending::Held, proxies, record::Record};
+use crate::{config::Groups, ending::Held, guest_api, proxies, record::Record};
 use karst_guest::keeper::{self, Requested};
 use karst_host::{Program, link, run};
 use karst_model::{Error, ErrorKind, InstanceId, Result};
@@ -35,6 +35,7 @@ impl Shared {
         interfaces: impl Iterator<Item = &str>,
     ) -> Result<()> {
         proxies::stop_all(dir).await?;
+        guest_api::stop(dir).await?;
         for group in [&groups.limits, &groups.monitor] {
             if self.cgroups.exists(group) {
                 // Nobody, normally; after a keeper was killed, what did not die with it.

@@ -326,7 +326,12 @@ pub async fn console(call: Call) -> Result<Reply> {
     let (width, height) = (f.integer("width")?, f.integer("height")?);
     match f.text("type")?.as_deref() {
         None | Some("" | "console") => {}
-        Some("vga") => return Err(Error::unsupported("graphical consoles are not there yet").at("type")),
+        Some("vga") => {
+            return Err(Error::unsupported(
+                "displays here speak VNC, not SPICE: POST /1.0/karst/instances/NAME/vnc, or GET this path with type=vga for a screenshot",
+            )
+            .at("type"));
+        }
         Some(other) => {
             return Err(Error::invalid("type", format!("{other:?} is not a console; use \"console\"")));
         }
@@ -335,6 +340,75 @@ pub async fn console(call: Call) -> Result<Reply> {
     f.finish(&[])?;
     let project = call.project().to_owned();
     let session = call.engine().console(&call.context, &project, call.param(0), force).await?;
+    show(call, session, (width, height)).await
+}
+
+/// `POST /1.0/karst/instances/{name}/vnc`: the display of a virtual machine, as RFB on a websocket; the operation's
+/// metadata names its secrets as those of a console (`{"fds": {"0", "control"}}`).
+///
+/// # Errors
+/// Those of the engine.
+pub async fn vnc(call: Call) -> Result<Reply> {
+    let (call, f) = call.fields().await?;
+    f.finish(&[])?;
+    let session = call.engine().machine_display(&call.context, call.project(), call.param(0)).await?;
+    show(call, session, (None, None)).await
+}
+
+/// `POST /1.0/karst/instances/{name}/reset`: the reset button of a virtual machine.
+///
+/// # Errors
+/// Those of the engine.
+pub async fn reset(call: Call) -> Result<Reply> {
+    let (call, f) = call.fields().await?;
+    f.finish(&[])?;
+    call.engine().machine_reset(&call.context, call.project(), call.param(0)).await?;
+    Ok(empty())
+}
+
+/// `POST /1.0/karst/instances/{name}/keys`: presses keys of a virtual machine: `{"keys": ["ctrl-alt-delete", "a"]}`.
+///
+/// # Errors
+/// Those of the engine.
+pub async fn keys(call: Call) -> Result<Reply> {
+    let (call, mut f) = call.fields().await?;
+    let keys = f.texts("keys")?.unwrap_or_default();
+    f.finish(&[])?;
+    call.engine().machine_keys(&call.context, call.project(), call.param(0), &keys).await?;
+    Ok(empty())
+}
+
+/// `GET /1.0/karst/instances/{name}/screenshot`: what a virtual machine shows, as PNG.
+///
+/// # Errors
+/// Those of the engine.
+pub async fn screenshot(call: Call) -> Result<Reply> {
+    let fd = call.engine().machine_screenshot(&call.context, call.project(), call.param(0)).await?;
+    let picture = tokio::task::spawn_blocking(move || {
+        let mut picture = vec![];
+        // A screen of QEMU's VGA has 16 MiB.
+        std::io::Read::read_to_end(
+            &mut std::io::Read::take(std::fs::File::from(fd), 32 << 20),
+            &mut picture,
+        )?;
+        Ok::<_, std::io::Error>(picture)
+    });
+    let picture = picture.await.map_err(|e| Error::internal("the screenshot could not be read", e))??;
+    let mut reply = bytes(picture);
+    reply.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("image/png"));
+    reply
+        .headers_mut()
+        .insert(CONTENT_DISPOSITION, HeaderValue::from_static("inline;filename=screenshot.png"));
+    Ok(reply)
+}
+
+/// Offers a session's stream on a websocket.
+async fn show(
+    call: Taken,
+    session: ExecSession,
+    (width, height): (Option<i64>, Option<i64>),
+) -> Result<Reply> {
+    let project = call.project().to_owned();
     let view = call.engine().instance(&call.context, &project, call.param(0))?;
     let new = NewOperation {
         description: "Showing console".into(),
@@ -414,8 +488,12 @@ fn bytes(data: Vec<u8>) -> Reply {
 /// # Errors
 /// Those of the engine.
 pub async fn console_log(call: Call) -> Result<Reply> {
-    if call.query.get("type").is_some_and(|t| t != "log") {
-        return Err(Error::unsupported("screenshots are not there yet").at("type"));
+    match call.query.get("type") {
+        None | Some("log") => {}
+        Some("vga") => return screenshot(call).await,
+        Some(other) => {
+            return Err(Error::invalid("type", format!("{other:?} is neither \"log\" nor \"vga\"")));
+        }
     }
     Ok(bytes(call.engine().console_log(&call.context, call.project(), call.param(0), false).await?))
 }

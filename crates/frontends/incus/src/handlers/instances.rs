@@ -201,6 +201,9 @@ pub async fn state(call: Call) -> Result<Reply> {
 /// # Errors
 /// Those of the engine; invalid by field.
 pub async fn create(call: Call) -> Result<Reply> {
+    if super::backups::is_upload(&call) {
+        return super::backups::import_instance(call).await;
+    }
     let target = call.query.get("target").filter(|t| !t.is_empty()).map(str::to_owned);
     let (call, mut f) = call.fields().await?;
     let name = f.text("name")?;
@@ -389,13 +392,9 @@ pub async fn replace(call: Call) -> Result<Reply> {
     let if_version = call.expected(VIEW, view.instance.id.uuid(), view.instance.spec_version)?;
     let (call, mut f) = call.fields().await?;
     if let Some(snapshot) = f.text("restore")?.filter(|r| !r.is_empty()) {
-        if f.flag("stateful")? {
-            return Err(
-                Error::unsupported("snapshots with the memory of the guest are not there yet").at("stateful")
-            );
-        }
+        let memory = f.flag("stateful")?;
         let origin = Origin::Instance { project: call.project(), name: call.param(0) };
-        return super::snapshots::restore(&call, origin, &snapshot, false).await;
+        return super::snapshots::restore(&call, origin, &snapshot, (false, memory)).await;
     }
     let request = UpdateInstance {
         description: f.text("description")?.unwrap_or_default(),
@@ -540,10 +539,11 @@ fn power(f: &mut Fields) -> Result<PowerRequest> {
         Some(n @ 1..) => Some(Duration::from_secs(n.unsigned_abs())),
         _ => None,
     };
-    if f.flag("stateful")? {
-        return Err(Error::unsupported("keeping the memory over a stop is not there yet").at("stateful"));
+    let stateful = f.flag("stateful")?;
+    if stateful && !matches!(action, PowerAction::Start | PowerAction::Stop) {
+        return Err(Error::invalid("stateful", "memory is kept by a stop and used by a start only"));
     }
-    Ok(PowerRequest { action, force, timeout })
+    Ok(PowerRequest { action, force, timeout, stateful })
 }
 
 /// `PUT /1.0/instances/{name}/state`
@@ -554,6 +554,13 @@ pub async fn set_state(call: Call) -> Result<Reply> {
     let (call, mut f) = call.fields().await?;
     let request = power(&mut f)?;
     f.finish(&[])?;
+    if request.stateful && request.action == PowerAction::Start {
+        let view = call.engine().instance(&call.context, call.project(), call.param(0))?;
+        if !view.instance.stateful {
+            let text = format!("no memory of instance {:?} was kept; start it without", call.param(0));
+            return Err(Error::conflict(text).at("stateful"));
+        }
+    }
     let operation =
         call.engine().instance_power(&call.context, call.project(), call.param(0), request).await?;
     running(&operation)

@@ -3,6 +3,7 @@
 pub mod access;
 pub mod allocations;
 pub mod audit;
+pub mod backups;
 pub mod certificates;
 pub mod events;
 pub mod exec;

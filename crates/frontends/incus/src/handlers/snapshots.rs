@@ -42,15 +42,15 @@ const READ_ONLY: &[&str] = &[
 ];
 
 /// What the path is about, and the name of the snapshot in it.
-struct Place {
+pub(super) struct Place {
     project: String,
     pool: Option<String>,
     name: String,
-    snapshot: String,
+    pub(super) snapshot: String,
 }
 
 impl Place {
-    fn of(project: &str, params: &[String]) -> Result<Self> {
+    pub(super) fn of(project: &str, params: &[String]) -> Result<Self> {
         let at = |n: usize| params.get(n).cloned().unwrap_or_default();
         let project = project.to_owned();
         // Instances have one parameter before that of the snapshot, volumes three.
@@ -61,7 +61,7 @@ impl Place {
         Ok(Self { project, pool: Some(at(0)), name: at(2), snapshot: at(3) })
     }
 
-    fn origin(&self) -> Origin<'_> {
+    pub(super) fn origin(&self) -> Origin<'_> {
         match &self.pool {
             None => Origin::Instance { project: &self.project, name: &self.name },
             Some(pool) => Origin::Volume { project: &self.project, pool, name: &self.name },
@@ -69,10 +69,21 @@ impl Place {
     }
 
     fn path(&self, snapshot: &str) -> String {
+        self.path_in("snapshots", snapshot)
+    }
+
+    /// Kind of resource in operations, and the collection.
+    fn kind(&self) -> (&'static str, &'static str) {
+        let kind = if self.pool.is_some() { "storage_volume_snapshots" } else { "instances_snapshots" };
+        (kind, "snapshots")
+    }
+
+    /// Path of what belongs to it, of a collection such as `snapshots`.
+    pub(super) fn path_in(&self, collection: &str, snapshot: &str) -> String {
         let kind = match &self.pool {
-            None => format!("instances/{}/snapshots", wire::segment(&self.name)),
+            None => format!("instances/{}/{collection}", wire::segment(&self.name)),
             Some(pool) => format!(
-                "storage-pools/{}/volumes/custom/{}/snapshots",
+                "storage-pools/{}/volumes/custom/{}/{collection}",
                 wire::segment(pool),
                 wire::segment(&self.name)
             ),
@@ -139,7 +150,7 @@ pub async fn get(call: Call) -> Result<Reply> {
 }
 
 /// A time as clients write it: absent, or never (Go's zero time), or then.
-fn time(f: &mut Fields, field: &'static str) -> Result<Option<Option<Timestamp>>> {
+pub(super) fn time(f: &mut Fields, field: &'static str) -> Result<Option<Option<Timestamp>>> {
     let Some(text) = f.text(field)?.filter(|t| !t.is_empty()) else { return Ok(None) };
     if text == wire::NEVER {
         return Ok(Some(None));
@@ -163,12 +174,8 @@ pub async fn create(call: Call) -> Result<Reply> {
         expires_at: time(&mut f, "expires_at")?,
         description: f.text("description")?.unwrap_or_default(),
         automatic: false,
+        stateful: f.flag("stateful")?,
     };
-    if f.flag("stateful")? {
-        return Err(
-            Error::unsupported("snapshots with the memory of the guest are not there yet").at("stateful")
-        );
-    }
     f.finish(&["disk_only"])?;
     running(&call.engine().snapshot_create(&call.context, place.origin(), request).await?)
 }
@@ -186,16 +193,22 @@ pub async fn rename(call: Call) -> Result<Reply> {
     }
     f.finish(&["live", "target"])?;
     call.engine().snapshot_rename(&call.context, place.origin(), &place.snapshot, &new).await?;
-    ended(&call.app.engine, &call.context, &place, "Renaming snapshot", &new)
+    ended(&call.app.engine, &call.context, &place, "Renaming snapshot", place.kind(), &new)
 }
 
 /// 202 with an operation that has ended well already: for what Incus does in the background and Karst at once.
-fn ended(engine: &Engine, context: &Context, place: &Place, words: &str, snapshot: &str) -> Result<Reply> {
+pub(super) fn ended(
+    engine: &Engine,
+    context: &Context,
+    place: &Place,
+    words: &str,
+    (kind, collection): (&str, &str),
+    snapshot: &str,
+) -> Result<Reply> {
     let id = engine.project(context, &place.project, Permission::ProjectView)?.id;
-    let kind = if place.pool.is_some() { "storage_volume_snapshots" } else { "instances_snapshots" };
     let new = NewOperation {
         class: OperationClass::Task,
-        ..NewOperation::task(words, Some(id), kind, place.path(snapshot))
+        ..NewOperation::task(words, Some(id), kind, place.path_in(collection, snapshot))
     };
     let operations = &engine.inner().operations;
     let live = operations.begin(context, new);
@@ -230,7 +243,7 @@ async fn changed(call: Call, merge: bool) -> Result<Reply> {
     if place.pool.is_some() {
         return Ok(empty());
     }
-    ended(&call.app.engine, &call.context, &place, "Updating snapshot", &place.snapshot)
+    ended(&call.app.engine, &call.context, &place, "Updating snapshot", place.kind(), &place.snapshot)
 }
 
 /// `PUT …/snapshots/{snapshot}`
@@ -266,12 +279,12 @@ pub(super) async fn restore(
     call: &TakenCall,
     origin: Origin<'_>,
     snapshot: &str,
-    at_once: bool,
+    (at_once, memory): (bool, bool),
 ) -> Result<Reply> {
     // Clients write the name also with that of what it is of, as in `c1/snap0`.
     let (Origin::Instance { name, .. } | Origin::Volume { name, .. }) = origin;
     let own = snapshot.strip_prefix(name).and_then(|rest| rest.strip_prefix('/')).unwrap_or(snapshot);
-    let operation = call.engine().snapshot_restore(&call.context, origin, own).await?;
+    let operation = call.engine().snapshot_restore_with(&call.context, origin, own, memory).await?;
     if at_once {
         finished(&operation).await?;
         return Ok(empty());

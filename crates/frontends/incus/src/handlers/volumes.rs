@@ -3,7 +3,7 @@
 
 use super::list as respond_list;
 use crate::{
-    app::{Call, Taken, finished},
+    app::{Call, Taken, finished, running},
     fields::Fields,
     filter::Filter,
     respond::{Etag, Reply, created, empty, sync, sync_etag},
@@ -15,7 +15,7 @@ use crate::{
 use karst_engine::{
     Row,
     snapshots::Origin,
-    volumes::{create::CreateVolume, update::UpdateVolume, users},
+    volumes::{copy::CopyVolume, create::CreateVolume, update::UpdateVolume, users},
 };
 use karst_model::{
     Error, Result,
@@ -190,6 +190,9 @@ pub(super) fn demand_custom(kind: &str) -> Result<()> {
 /// # Errors
 /// Those of the engine; invalid by field.
 pub async fn create(call: Call) -> Result<Reply> {
+    if super::backups::is_upload(&call) {
+        return super::backups::import_volume(call).await;
+    }
     let (call, mut f) = call.fields().await?;
     let kind = f.text("type")?.filter(|k| !k.is_empty());
     let kind = match call.param(1) {
@@ -201,20 +204,59 @@ pub async fn create(call: Call) -> Result<Reply> {
     let content_type = f.text("content_type")?.unwrap_or_default();
     let description = f.text("description")?.unwrap_or_default();
     let config = f.config("config")?.unwrap_or_default();
-    let mut source = f.object("source")?;
-    if let Some(kind) = source.text("type")?.filter(|k| !k.is_empty() && k != "none") {
+    let source = f.object("source")?;
+    let original = copied(source, call.project())?;
+    f.finish(&["restore", "pool"])?;
+    let content = content(&content_type)?;
+    let request = CreateVolume { name: name.clone(), content, description, config };
+    let (project, pool) = (call.project(), call.param(0));
+    if let Some(mut original) = original {
+        original.copy = request;
+        return running(&call.engine().volume_copy(&call.context, project, pool, original).await?);
+    }
+    let operation = call.engine().volume_create(&call.context, project, pool, request).await?;
+    finished(&operation).await?;
+    created(&location(&call, &name))
+}
+
+/// The original, when the source is one; the copy itself is filled in later.
+fn copied(mut source: Fields, project: &str) -> Result<Option<CopyVolume>> {
+    let kind = source.text("type")?.filter(|k| !k.is_empty() && k != "none");
+    let Some(kind) = kind else {
+        source.finish_any();
+        return Ok(None);
+    };
+    if kind != "copy" {
         return Err(
             Error::unsupported(format!("making a volume by {kind} is not there yet")).at("source.type")
         );
     }
-    source.finish_any();
-    f.finish(&["restore", "pool"])?;
-    let content = content(&content_type)?;
-    let request = CreateVolume { name: name.clone(), content, description, config };
-    let operation =
-        call.engine().volume_create(&call.context, call.project(), call.param(0), request).await?;
-    finished(&operation).await?;
-    created(&location(&call, &name))
+    let full = source.need_text("name")?;
+    let (name, snapshot) = match full.split_once('/') {
+        Some((name, snapshot)) => (name.to_owned(), Some(snapshot.to_owned())),
+        None => (full, None),
+    };
+    let pool = source.need_text("pool")?;
+    let origin = source.text("project")?.filter(|p| !p.is_empty());
+    let volume_only = source.flag("volume_only")?;
+    if source.flag("refresh")? {
+        return Err(Error::unsupported("refreshing a copy is not there yet; delete it and copy again")
+            .at("source.refresh"));
+    }
+    source.finish(&["mode", "location", "certificate", "operation", "secrets", "refresh_exclude_older"])?;
+    Ok(Some(CopyVolume {
+        project: origin.unwrap_or_else(|| project.to_owned()),
+        pool,
+        name,
+        snapshot,
+        volume_only,
+        copy: CreateVolume {
+            name: String::new(),
+            content: VolumeContent::Filesystem,
+            description: String::new(),
+            config: Default::default(),
+        },
+    }))
 }
 
 fn location(call: &Taken, name: &str) -> String {
@@ -250,7 +292,7 @@ async fn change(call: Call, merge: bool) -> Result<Reply> {
     if let Some(snapshot) = f.text("restore")?.filter(|r| !r.is_empty()) {
         let (project, pool, name) = (call.project(), call.param(0), call.param(2));
         let origin = Origin::Volume { project, pool, name };
-        return super::snapshots::restore(&call, origin, &snapshot, true).await;
+        return super::snapshots::restore(&call, origin, &snapshot, (true, false)).await;
     }
     let request = update(&mut f, &volume, merge, if_version.or(merge.then_some(volume.spec_version)))?;
     f.finish(READ_ONLY)?;

@@ -105,7 +105,7 @@ impl<'a> InstanceView<'a> {
             devices: &i.devices,
             ephemeral: i.ephemeral,
             profiles: view.profiles.iter().map(|p| p.name.as_str()).collect(),
-            stateful: false,
+            stateful: i.stateful,
             description: &i.description,
             created_at: i.created_at,
             expanded_config: base.with(&view.expanded_config),

@@ -125,6 +125,7 @@ impl AsyncWrite for Stream {
 }
 
 #[cfg(test)]
+#[allow(clippy::disallowed_methods)] // tests run on the real runtime
 mod tests {
     use super::*;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};

@@ -1,0 +1,89 @@
+//! Screen, keyboard and reset button of a running machine.
+//!
+//! QEMU's VNC server listens nowhere: each connection is one end of a socket pair that it is handed, the other goes to who
+//! asked, after the API has decided whether he may. So there is no port, no socket file and no password to lose.
+
+use crate::{launch, machine::Inner, qmp::Qmp};
+use karst_model::{Error, Result, instance::RuntimeState};
+use rustix::{
+    fs::{MemfdFlags, memfd_create},
+    net::{AddressFamily, SocketFlags, SocketType, socketpair},
+};
+use serde_json::json;
+use std::{
+    fs::File,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    time::Duration,
+};
+
+const GREETING: Duration = Duration::from_secs(5);
+/// How long a key is held.
+const HELD_MS: u64 = 30;
+/// Between two chords: slower than the guest's keyboard is polled.
+const BETWEEN: Duration = Duration::from_millis(60);
+
+async fn connect(machine: &Inner) -> Result<Qmp> {
+    Ok(Qmp::connect(&machine.dir, launch::QMP, GREETING).await?.0)
+}
+
+fn demand_display(machine: &Inner) -> Result<()> {
+    let has = machine.record().devices.as_ref().is_some_and(|d| d.display);
+    if has { Ok(()) } else { Err(Error::unsupported("this virtual machine was made without a display")) }
+}
+
+fn demand_running(machine: &Inner) -> Result<()> {
+    match machine.observed.borrow().state {
+        RuntimeState::Paused => Err(Error::conflict("the guest is frozen; resume it first")),
+        _ => Ok(()),
+    }
+}
+
+/// The reset button.
+pub(crate) async fn reset(machine: &Inner) -> Result<()> {
+    connect(machine).await?.execute("system_reset", json!({})).await.map(drop)
+}
+
+/// Presses chords; their names were checked.
+pub(crate) async fn press(machine: &Inner, chords: &[Vec<String>]) -> Result<()> {
+    demand_running(machine)?;
+    let qmp = connect(machine).await?;
+    for (n, chord) in chords.iter().enumerate() {
+        if n > 0 {
+            tokio::time::sleep(BETWEEN).await;
+        }
+        let keys: Vec<_> = chord.iter().map(|k| json!({"type": "qcode", "data": k})).collect();
+        qmp.execute("send-key", json!({"keys": keys, "hold-time": HELD_MS})).await?;
+    }
+    Ok(())
+}
+
+/// A PNG file of the screen, in memory.
+pub(crate) async fn screenshot(machine: &Inner) -> Result<OwnedFd> {
+    demand_display(machine)?;
+    let memory = memfd_create("screenshot", MemfdFlags::CLOEXEC).map_err(std::io::Error::from)?;
+    let path = format!("/proc/self/fd/{}", memory.as_raw_fd());
+    // QEMU takes a descriptor only for the access that it was opened for.
+    let sink = File::options().write(true).open(&path)?;
+    let qmp = connect(machine).await?;
+    let set = qmp.execute_with_fd("add-fd", json!({"opaque": "screenshot"}), sink.as_fd()).await?;
+    let set = set.get("fdset-id").and_then(serde_json::Value::as_u64);
+    let set = set.ok_or_else(|| Error::internal("QEMU takes no descriptor", "no fdset-id"))?;
+    let dump = json!({"filename": format!("/dev/fdset/{set}"), "format": "png"});
+    let dumped = qmp.execute("screendump", dump).await;
+    let removed = qmp.execute("remove-fd", json!({"fdset-id": set})).await;
+    dumped?;
+    removed?;
+    Ok(File::open(path)?.into())
+}
+
+/// A new connection to the VNC server.
+pub(crate) async fn attach(machine: &Inner) -> Result<OwnedFd> {
+    demand_display(machine)?;
+    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+        .map_err(std::io::Error::from)?;
+    let qmp = connect(machine).await?;
+    qmp.execute_with_fd("getfd", json!({"fdname": "display"}), theirs.as_fd()).await?;
+    let client = json!({"protocol": "vnc", "fdname": "display", "skipauth": true});
+    qmp.execute("add_client", client).await?;
+    Ok(ours)
+}

@@ -1,0 +1,177 @@
+//! Processors and memory of a machine that runs: processors are plugged up to the number that was set aside at its start,
+//! memory is taken by its balloon and given back, up to its size then.
+
+use crate::{launch, machine::Machine, qmp::Qmp, record::Record};
+use karst_guest::ExecRequest;
+use karst_model::{Error, Result, instance::Firmware, node::AcceleratorKind};
+use serde_json::{Value, json};
+use std::{collections::BTreeMap, time::Duration};
+use tokio::time::{Instant, sleep, timeout};
+
+const GREETING: Duration = Duration::from_secs(5);
+/// How long a guest may take to give a processor or memory back.
+const PATIENCE: Duration = Duration::from_secs(15);
+const LOOK: Duration = Duration::from_millis(100);
+/// A balloon stops short of its goal by a few pages.
+const NEAR: u64 = 16 << 20;
+
+/// Processors that a machine can have later: those of this host, as far as a machine of any type can have them. TCG ends with
+/// an assertion when a processor comes that had been there before. With secure boot a new processor is first the
+/// firmware's, in system management mode, and a guest was seen to stand still in that.
+pub(crate) fn most_cpus(accelerator: AcceleratorKind, firmware: Option<Firmware>, now: u32) -> u32 {
+    if accelerator == AcceleratorKind::Tcg || firmware == Some(Firmware::UefiSecure) {
+        return now;
+    }
+    let host = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
+    now.max(host.min(240))
+}
+
+/// Brings a running machine to these numbers; answers the keys that wait for the next start. The caller holds the
+/// machine's lock of changes.
+///
+/// # Errors
+/// What QEMU refuses, and conflict when the guest does not give a processor back in time.
+pub(crate) async fn apply(machine: &Machine, wanted: &Record) -> Result<Vec<String>> {
+    let now = machine.record().clone();
+    let mut pending = vec![];
+    let balloon = now.hardware.as_ref().is_some_and(|h| h.balloon);
+    let size = now.balloon.unwrap_or(now.memory);
+    if size != wanted.memory {
+        if balloon && wanted.memory <= now.memory {
+            if !set_memory(machine, wanted.memory).await? {
+                pending.push("limits.memory".to_owned());
+            }
+            note(machine, |r| {
+                r.balloon = (wanted.memory != r.memory).then_some(wanted.memory);
+            })?;
+        } else {
+            pending.push("limits.memory".to_owned());
+        }
+    }
+    if now.cpus != wanted.cpus {
+        if wanted.cpus <= now.max_cpus {
+            set_cpus(machine, wanted.cpus).await?;
+        } else {
+            pending.push("limits.cpu".to_owned());
+        }
+    }
+    Ok(pending)
+}
+
+fn note(machine: &Machine, change: impl FnOnce(&mut Record)) -> Result<()> {
+    let mut record = machine.record();
+    change(&mut record);
+    record.write(&machine.dir)
+}
+
+/// Answers whether the guest has followed; it goes on doing so later, too.
+async fn set_memory(machine: &Machine, bytes: u64) -> Result<bool> {
+    let (qmp, _) = Qmp::connect(&machine.dir, launch::QMP, GREETING).await?;
+    qmp.execute("balloon", json!({"value": bytes})).await?;
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let now = qmp.execute("query-balloon", json!({})).await?;
+        if now.get("actual").and_then(Value::as_u64).is_some_and(|n| n.abs_diff(bytes) <= NEAR) {
+            return Ok(true);
+        }
+        if Instant::now() >= end {
+            return Ok(false);
+        }
+        sleep(LOOK).await;
+    }
+}
+
+/// A place for a processor.
+struct Place {
+    order: Vec<u64>,
+    kind: String,
+    properties: Value,
+    /// QEMU's path of the processor in it.
+    path: Option<String>,
+}
+
+async fn places(qmp: &Qmp) -> Result<Vec<Place>> {
+    let list = qmp.execute("query-hotpluggable-cpus", json!({})).await?;
+    let mut places: Vec<Place> = list
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|p| {
+            let properties = p.get("props").cloned().unwrap_or_default();
+            let number = |k: &str| properties.get(k).and_then(Value::as_u64).unwrap_or(0);
+            Place {
+                order: ["socket-id", "die-id", "module-id", "core-id", "thread-id"].map(number).to_vec(),
+                kind: p.get("type").and_then(Value::as_str).unwrap_or_default().to_owned(),
+                path: p.get("qom-path").and_then(Value::as_str).map(str::to_owned),
+                properties,
+            }
+        })
+        .collect();
+    places.sort_by(|a, b| a.order.cmp(&b.order));
+    Ok(places)
+}
+
+async fn set_cpus(machine: &Machine, wanted: u32) -> Result<()> {
+    let (qmp, _) = Qmp::connect(&machine.dir, launch::QMP, GREETING).await?;
+    loop {
+        let all = places(&qmp).await?;
+        let have = all.iter().filter(|p| p.path.is_some()).count() as u32;
+        note(machine, |r| r.cpus = have)?;
+        if have == wanted {
+            break;
+        }
+        if have < wanted {
+            let free = all.iter().find(|p| p.path.is_none());
+            let free = free.ok_or_else(|| Error::internal("QEMU has no place for a processor", have))?;
+            let mut device = free.properties.clone();
+            device["driver"] = free.kind.as_str().into();
+            device["id"] = format!("cpu-{have}").into();
+            qmp.execute("device_add", device).await?;
+        } else if let Some(path) = all.iter().rev().find_map(|p| p.path.as_deref()) {
+            unplug(&qmp, path, have).await?;
+        }
+    }
+    bring_up(machine).await;
+    Ok(())
+}
+
+async fn unplug(qmp: &Qmp, path: &str, have: u32) -> Result<()> {
+    let end = Instant::now() + PATIENCE;
+    qmp.execute("device_del", json!({"id": path})).await?;
+    loop {
+        let left = places(qmp).await?.iter().filter(|p| p.path.is_some()).count() as u32;
+        if left < have {
+            return Ok(());
+        }
+        if Instant::now() >= end {
+            return Err(Error::conflict(
+                "the guest does not give a processor back; it may still boot, or need a restart for it",
+            )
+            .at("config.limits.cpu"));
+        }
+        sleep(LOOK).await;
+    }
+}
+
+/// A Linux does not use new processors by itself everywhere; its agent, if there is one, sees to it.
+async fn bring_up(machine: &Machine) {
+    let line =
+        "for c in /sys/devices/system/cpu/cpu[0-9]*/online; do [ \"$(cat $c)\" = 1 ] || echo 1 >$c; done";
+    let request = ExecRequest {
+        command: vec!["/bin/sh".into(), "-c".into(), line.into()],
+        environment: BTreeMap::new(),
+        uid: 0,
+        gid: 0,
+        cwd: None,
+        terminal: None,
+        term: None,
+    };
+    let work = async {
+        let exec = machine.inside.exec(&BTreeMap::new(), request).await?;
+        exec.control.wait().await
+    };
+    match timeout(Duration::from_secs(10), work).await {
+        Ok(Ok(0)) => {}
+        other => tracing::debug!(?other, "new processors may wait for the guest to take them up"),
+    }
+}

@@ -1,0 +1,268 @@
+//! The memory of a machine in a directory: over a stop (`saved` of the guest's directory) or with a snapshot.
+//!
+//! It is whole when the file `ram` is there, which is renamed last. Memory that is kept over a stop is good only for as
+//! long as the machine's processors stand still since: whoever lets them run takes it away first ([`discard`]). So old
+//! memory never meets newer disks.
+
+use crate::{launch, machine::Inner, qmp::Qmp, record::Record};
+use karst_model::{Error, ErrorKind, Result, spec::MachineSpec};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use std::{
+    fs::File,
+    io::Write,
+    os::{
+        fd::AsFd,
+        unix::fs::{DirBuilderExt, OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
+    time::Duration,
+};
+use tokio::time::sleep;
+
+/// Beside the guest's other files.
+const SAVED: &str = "saved";
+const RAM: &str = "ram";
+const RAM_NEW: &str = "ram.new";
+const SHAPE: &str = "shape.json";
+/// Its files; the last says that it is whole.
+pub(crate) const FILES: [&str; 2] = [SHAPE, RAM];
+/// The name of the descriptor in QEMU.
+const FD: &str = "state";
+const GREETING: Duration = Duration::from_secs(10);
+/// Between two looks at how far QEMU is.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// What must be there again, as it was, for the memory to be of use.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Shape {
+    hardware: Option<MachineSpec>,
+    accelerator: String,
+    cpus: u32,
+    max_cpus: u32,
+    memory: u64,
+    balloon: Option<u64>,
+    /// Slots and addresses.
+    disks: Vec<(String, Option<String>)>,
+    nics: Vec<(String, Option<String>, String)>,
+}
+
+impl Shape {
+    fn of(record: &Record) -> Self {
+        let devices = record.devices.as_ref();
+        let mut disks: Vec<_> =
+            devices.iter().flat_map(|d| &d.disks).map(|d| (d.slot.clone(), d.pci.clone())).collect();
+        let mut nics: Vec<_> = devices
+            .iter()
+            .flat_map(|d| &d.nics)
+            .map(|n| (n.slot.clone(), n.pci.clone(), n.mac.clone()))
+            .collect();
+        disks.sort();
+        nics.sort();
+        Self {
+            hardware: record.hardware.clone().map(|h| MachineSpec {
+                resume: false,
+                boot_menu: false,
+                accelerator: None,
+                ..h
+            }),
+            accelerator: record.accelerator.as_str().to_owned(),
+            cpus: record.cpus,
+            max_cpus: record.max_cpus,
+            memory: record.memory,
+            balloon: record.balloon,
+            disks,
+            nics,
+        }
+    }
+
+    /// What differs, in words.
+    fn differs(&self, other: &Self) -> Option<&'static str> {
+        if self == other {
+            return None;
+        }
+        Some(match () {
+            () if self.memory != other.memory => "limits.memory",
+            () if self.cpus != other.cpus => "limits.cpu",
+            () if self.disks != other.disks => "its disks",
+            () if self.nics != other.nics => "its NICs",
+            () if self.accelerator != other.accelerator => "whether KVM is usable",
+            () => "its hardware",
+        })
+    }
+}
+
+/// Where memory is kept over a stop, of the guest in `dir`.
+pub(crate) fn place(dir: &Path) -> PathBuf {
+    dir.join(SAVED)
+}
+
+/// Is there memory in `place`, whole?
+pub(crate) fn there(place: &Path) -> bool {
+    place.join(RAM).is_file()
+}
+
+/// Takes it away; fine when there is none. It is gone for good when this answers.
+///
+/// # Errors
+/// When it cannot be removed.
+pub(crate) fn discard(dir: &Path) -> Result<()> {
+    let place = place(dir);
+    match std::fs::remove_file(place.join(RAM)) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+        Err(e) => return Err(e.into()),
+        Ok(()) => File::open(&place)?.sync_all()?,
+    }
+    match std::fs::remove_dir_all(&place) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e.into()),
+        _ => Ok(()),
+    }
+}
+
+/// Refuses a start from memory that does not fit the machine as it would be now, or that is not there. What the machine had
+/// been given beyond its limits (room for more processors, memory that its balloon holds) it gets again.
+///
+/// # Errors
+/// Not found, conflict naming what differs.
+pub(crate) fn demand_fit(place: &Path, record: &mut Record) -> Result<()> {
+    if !there(place) {
+        return Err(Error::not_found("there is no saved memory of this virtual machine; start it without"));
+    }
+    let shape: Shape = serde_json::from_slice(&std::fs::read(place.join(SHAPE))?)?;
+    record.max_cpus = shape.max_cpus;
+    if shape.balloon == Some(record.memory) {
+        (record.memory, record.balloon) = (shape.memory, shape.balloon);
+    }
+    match shape.differs(&Shape::of(record)) {
+        None => Ok(()),
+        Some(what) => Err(Error::conflict(format!(
+            "the virtual machine is not what it was when its memory was saved: {what} changed; change it back, or start it \
+             without its memory (--stateless)"
+        ))),
+    }
+}
+
+/// Writes the memory of a machine that stands still into `place`, whole or not at all.
+///
+/// # Errors
+/// Unsupported for a machine with devices that QEMU cannot save, and what writing lacks.
+pub(crate) async fn save(machine: &Inner, place: &Path) -> Result<()> {
+    if there(place) {
+        return Ok(());
+    }
+    match std::fs::DirBuilder::new().mode(0o700).create(place) {
+        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => return Err(e.into()),
+        _ => {}
+    }
+    let new = place.join(RAM_NEW);
+    let outcome = async {
+        let file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(&new)?;
+        let (qmp, _) = Qmp::connect(&machine.dir, launch::QMP, GREETING).await?;
+        write(&qmp, &file).await?;
+        let shape = serde_json::to_vec(&Shape::of(&machine.record()))?;
+        let place = place.to_owned();
+        let synced = tokio::task::spawn_blocking(move || {
+            file.sync_all()?;
+            let mut out = File::options()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(place.join(SHAPE))?;
+            out.write_all(&shape)?;
+            out.sync_all()?;
+            std::fs::rename(place.join(RAM_NEW), place.join(RAM))?;
+            File::open(&place)?.sync_all()?;
+            if let Some(above) = place.parent() {
+                File::open(above)?.sync_all()?;
+            }
+            Ok::<_, std::io::Error>(())
+        });
+        Ok(synced.await.map_err(|e| Error::internal("the memory could not be written", e))??)
+    };
+    outcome.await.inspect_err(|_| drop(std::fs::remove_dir_all(place)))
+}
+
+async fn migration(qmp: &Qmp) -> Result<(String, String)> {
+    let now = qmp.execute("query-migrate", json!({})).await?;
+    let text = |k: &str| now.get(k).and_then(Value::as_str).unwrap_or_default().to_owned();
+    Ok((text("status"), text("error-desc")))
+}
+
+async fn write(qmp: &Qmp, file: &File) -> Result<()> {
+    // An earlier attempt may have been broken off: one that still runs is ended, and QEMU saves a machine only once
+    // between two runs of its processors.
+    while ["setup", "active", "device", "pre-switchover", "cancelling", "postmigrate"]
+        .contains(&migration(qmp).await?.0.as_str())
+    {
+        qmp.execute("migrate_cancel", json!({})).await?;
+        sleep(LOOK).await;
+    }
+    let status = qmp.execute("query-status", json!({})).await?;
+    if matches!(status.get("status").and_then(Value::as_str), Some("postmigrate" | "finish-migrate")) {
+        qmp.execute("cont", json!({})).await?;
+        qmp.execute("stop", json!({})).await?;
+    }
+    // No limit: nobody waits for the machine while it stands still.
+    qmp.execute("migrate-set-parameters", json!({"max-bandwidth": 1u64 << 40})).await?;
+    qmp.execute_with_fd("getfd", json!({"fdname": FD}), file.as_fd()).await?;
+    qmp.execute("migrate", json!({"uri": format!("fd:{FD}")})).await.map_err(explain)?;
+    loop {
+        match migration(qmp).await? {
+            (status, _) if status == "completed" => return Ok(()),
+            (status, error) if matches!(status.as_str(), "failed" | "cancelled") => {
+                return Err(explain(Error::internal("the memory could not be written", error)));
+            }
+            _ => sleep(LOOK).await,
+        }
+    }
+}
+
+/// QEMU's reason in words.
+fn explain(e: Error) -> Error {
+    let text = e.context.clone();
+    let text = text.as_deref().unwrap_or_default();
+    if text.contains("Migration is disabled")
+        || text.contains("non-migratable")
+        || text.contains("unmigratable")
+    {
+        return Error::new(
+            ErrorKind::Unsupported,
+            "this virtual machine has a device whose state QEMU cannot save; set migration.stateful=true and start it anew",
+        )
+        .with_context(text);
+    }
+    if text.contains("No space left") {
+        return Error::new(ErrorKind::Quota, "there is not enough room on this host's disk for the memory")
+            .with_context(text);
+    }
+    e
+}
+
+/// Loads memory into a QEMU that waits for it and has executed nothing yet.
+///
+/// # Errors
+/// When QEMU refuses; its last words say why.
+pub(crate) async fn load(qmp: &Qmp, place: &Path) -> Result<()> {
+    let file = File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(place.join(RAM))?;
+    qmp.execute_with_fd("getfd", json!({"fdname": FD}), file.as_fd()).await?;
+    qmp.execute("migrate-incoming", json!({"uri": format!("fd:{FD}")})).await?;
+    loop {
+        let status = qmp.execute("query-status", json!({})).await?;
+        if status.get("status").and_then(Value::as_str) != Some("inmigrate") {
+            return Ok(());
+        }
+        if let (status, error) = migration(qmp).await?
+            && status == "failed"
+        {
+            return Err(Error::internal("the saved memory could not be loaded", error));
+        }
+        sleep(LOOK).await;
+    }
+}

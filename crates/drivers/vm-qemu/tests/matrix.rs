@@ -1,0 +1,330 @@
+//! Firmware x machine x disk bus x NIC: a small Linux boots, sees its hardware, is reset, is saved with its memory, goes on,
+//! and is brought back to a snapshot. A sample runs always, the whole with `KARST_TEST_LONG=1`.
+#![allow(clippy::disallowed_methods)] // deals with the real world
+
+mod common;
+
+use common::{Place, console::Shell};
+use karst_guest::{GuestDriver, ResolvedDisk, ResolvedGuest, StopMode};
+use karst_model::{
+    ByteSize, ErrorKind, SnapshotId,
+    device::NicModel,
+    instance::{ExitReason, Firmware, RuntimeState},
+    node::AcceleratorKind,
+    spec::CpuLimit,
+};
+
+#[derive(Debug, Clone, Copy)]
+struct Kind {
+    firmware: Firmware,
+    machine: &'static str,
+    bus: &'static str,
+    nic: NicModel,
+}
+
+const SAMPLE: &[Kind] =
+    &[Kind { firmware: Firmware::UefiSecure, machine: "pc-q35-7.2", bus: "scsi0", nic: NicModel::Virtio }];
+
+fn all() -> Vec<Kind> {
+    let mut all = vec![];
+    for (firmware, machine) in [
+        (Firmware::Bios, "pc-q35-7.2"),
+        (Firmware::Bios, "pc-i440fx-7.2"),
+        (Firmware::Uefi, "pc-q35-7.2"),
+        (Firmware::Uefi, "pc-i440fx-7.2"),
+        (Firmware::UefiSecure, "pc-q35-7.2"),
+    ] {
+        for bus in ["scsi0", "virtio0", "sata0", "nvme0"] {
+            for nic in [NicModel::Virtio, NicModel::E1000e] {
+                all.push(Kind { firmware, machine, bus, nic });
+            }
+        }
+    }
+    all
+}
+
+fn guest(place: &Place, kind: Kind, n: u128) -> ResolvedGuest {
+    let mut guest = place.guest(n);
+    let pc = kind.machine.starts_with("pc-i440fx");
+    {
+        let machine = guest.machine.as_mut().unwrap();
+        machine.firmware = kind.firmware;
+        machine.machine = kind.machine.into();
+        machine.ports = if pc { 0 } else { 8 };
+        machine.stateful = true;
+        machine.display = true;
+        machine.tpm = true;
+        machine.balloon = true;
+    }
+    guest.limits.cpu = None;
+    guest.limits.memory = Some(ByteSize::mib(384));
+    guest.root.slot = kind.bus.into();
+    let pci = matches!(kind.bus, "virtio0" | "nvme0");
+    guest.root.pci = pci.then(|| if pc { "00:09.0".into() } else { "02:00.0".into() });
+    guest.root.boot_priority = 1;
+    guest.nics[0].model = kind.nic;
+    guest.nics[0].pci = Some(if pc { "00:08.0".into() } else { "01:00.0".into() });
+    guest
+}
+
+fn next(guest: &mut ResolvedGuest, resume: bool) {
+    guest.generation = guest.generation.next();
+    guest.machine.as_mut().unwrap().resume = resume;
+}
+
+async fn one(place: &Place, driver: &dyn GuestDriver, kind: Kind, n: u128) {
+    println!("{kind:?}");
+    let mut guest = guest(place, kind, n);
+    let id = guest.instance;
+    let machine = driver.machine().unwrap();
+    driver.start(&guest).await.unwrap();
+    let mut shell = Shell::open(driver, id).await;
+    shell.until_up();
+
+    // The hardware is what was asked for.
+    let efi = if kind.firmware == Firmware::Bios { "no" } else { "yes" };
+    assert_eq!(shell.run("[ -d /sys/firmware/efi ] && echo yes || echo no"), efi);
+    let secure = if kind.firmware == Firmware::UefiSecure { "yes" } else { "no" };
+    assert_eq!(shell.run("dmesg | grep -qi 'secure boot enabled' && echo yes || echo no"), secure);
+    let disk = match kind.bus {
+        "virtio0" => "vda",
+        "nvme0" => "nvme0n1",
+        _ => "sda",
+    };
+    let sectors = std::fs::metadata(&guest.root.path).unwrap().len() / 512;
+    assert_eq!(shell.run(&format!("cat /sys/block/{disk}/size")), sectors.to_string());
+    assert_eq!(shell.run("ip link set eth0 up; cat /sys/class/net/eth0/address"), guest.nics[0].mac);
+    shell.until("cat /sys/class/net/eth0/carrier", "1");
+    assert_eq!(shell.run("cat /sys/class/tpm/tpm0/tpm_version_major"), "2");
+    let status = std::fs::read_dir("/proc").unwrap().flatten().filter_map(|e| {
+        let line = std::fs::read(e.path().join("cmdline")).ok()?;
+        let ours = line.starts_with(b"swtpm\0");
+        (ours && std::fs::read_to_string(e.path().join("status")).ok()?.contains("Uid:\t1234567\t"))
+            .then_some(())
+    });
+    assert_eq!(status.count(), 1, "the TPM is a process of the guest's user");
+
+    // A disk comes and goes, and grows meanwhile.
+    let data = place.dir.join(format!("data{n}"));
+    std::fs::File::create(&data).unwrap().set_len(5 << 20).unwrap();
+    let mut more = guest.clone();
+    more.spec_version += 1;
+    more.disks.push(ResolvedDisk {
+        name: "data".into(),
+        slot: "scsi7".into(),
+        path: data.clone(),
+        pci: None,
+        ..guest.root.clone()
+    });
+    assert_eq!(driver.update(&more).await.unwrap().pending, Vec::<String>::new());
+    let sizes = "cat /sys/block/sd*/size 2>/dev/null | tr '\\n' ' '";
+    let with = |mib: u64| {
+        let root = if disk == "sda" { format!("{sectors} ") } else { String::new() };
+        format!("{root}{}", mib * 2048)
+    };
+    shell.until(sizes, &with(5));
+    machine.grow(id, &data, 9 << 20).await.unwrap();
+    shell.until(sizes, &with(9));
+    guest.spec_version += 2;
+    assert_eq!(driver.update(&guest).await.unwrap().pending, Vec::<String>::new());
+    let gone = if disk == "sda" { sectors.to_string() } else { String::new() };
+    shell.until(sizes, &gone);
+
+    // Processors and memory within what was set aside; more waits for the next start.
+    guest.spec_version += 1;
+    let hotplug = guest.accelerator == AcceleratorKind::Kvm && kind.firmware != Firmware::UefiSecure;
+    guest.limits.cpu = hotplug.then_some(CpuLimit::Count { n: 2 });
+    guest.limits.memory = Some(ByteSize::mib(256));
+    assert_eq!(driver.update(&guest).await.unwrap().pending, Vec::<String>::new());
+    let total = |m: &karst_guest::Metrics| m.memory_total;
+    assert_eq!(total(&driver.metrics(id).await.unwrap()), Some(256 << 20));
+    if hotplug {
+        shell.until("echo 1 >/sys/devices/system/cpu/cpu1/online; nproc", "2");
+    }
+    shell.until("free -m | awk '/^Mem/ { print ($2 < 260) }'", "1");
+    guest.spec_version += 1;
+    guest.limits.cpu = None;
+    guest.limits.memory = Some(ByteSize::mib(384));
+    assert_eq!(driver.update(&guest).await.unwrap().pending, Vec::<String>::new());
+    shell.until("nproc", "1");
+    shell.until("free -m | awk '/^Mem/ { print ($2 > 260) }'", "1");
+    let mut more = guest.clone();
+    more.limits.cpu = Some(CpuLimit::Count { n: 4000 });
+    more.limits.memory = Some(ByteSize::mib(512));
+    assert_eq!(driver.update(&more).await.unwrap().pending, ["limits.memory", "limits.cpu"]);
+    driver.update(&guest).await.unwrap();
+
+    // A reset: the same QEMU, and the system boots again.
+    let pid = driver.observe(id).await.unwrap().pid;
+    machine.reset(id).await.unwrap();
+    shell.until_up();
+    assert_eq!(driver.observe(id).await.unwrap().pid, pid);
+    shell.run("ip link set eth0 up; word=first");
+    let picture = machine.screenshot(id).await.unwrap();
+    let mut head = [0; 8];
+    std::io::Read::read_exact(&mut std::fs::File::from(picture), &mut head).unwrap();
+    assert_eq!(&head, b"\x89PNG\r\n\x1a\n");
+
+    // With its memory over a stop.
+    let stopped = driver.stop(id, StopMode::Save).await.unwrap();
+    assert_eq!((stopped.state, stopped.exit), (RuntimeState::Stopped, Some(ExitReason::Forced)));
+    assert_eq!(driver.stop(id, StopMode::Save).await.unwrap().state, RuntimeState::Stopped, "twice is once");
+    // It fits this machine only; that is said and it stays.
+    let mut other = guest.clone();
+    next(&mut other, true);
+    other.limits.memory = Some(ByteSize::mib(512));
+    let e = driver.start(&other).await.unwrap_err();
+    assert!(e.is(ErrorKind::Conflict) && e.message.contains("limits.memory"), "{e}");
+    next(&mut guest, true);
+    driver.start(&guest).await.unwrap();
+    let mut shell = Shell::open(driver, id).await;
+    assert_eq!(shell.run("echo $word; cat /sys/class/net/eth0/carrier"), "first\n1");
+    assert!(!guest.state_dir.join("saved").exists(), "memory of the past is gone");
+
+    // With its memory in a snapshot, to which it is brought back after it went on.
+    let snapshot = SnapshotId(uuid::Uuid::from_u128(77));
+    shell.run("word=second");
+    let e = machine.state_save(id, snapshot, true).await.unwrap_err();
+    assert!(e.is(ErrorKind::Conflict) && e.message.contains("paused"), "{e}");
+    driver.pause(id).await.unwrap();
+    machine.state_save(id, snapshot, true).await.unwrap();
+    machine.state_save(id, snapshot, true).await.unwrap();
+    driver.resume(id).await.unwrap();
+    assert_eq!(shell.run("echo $word; word=third"), "second");
+    assert!(machine.state_restore(id, snapshot, true).await.unwrap_err().is(ErrorKind::Conflict));
+    driver.stop(id, StopMode::Force).await.unwrap();
+    machine.state_restore(id, snapshot, true).await.unwrap();
+    next(&mut guest, true);
+    driver.start(&guest).await.unwrap();
+    let mut shell = Shell::open(driver, id).await;
+    assert_eq!(shell.run("echo $word"), "second");
+    // The snapshot outlives its use.
+    driver.stop(id, StopMode::Force).await.unwrap();
+    machine.state_restore(id, snapshot, true).await.unwrap();
+    machine.state_restore(id, snapshot, false).await.unwrap();
+    assert!(!guest.state_dir.join("saved").exists());
+    machine.state_delete(id, snapshot).await.unwrap();
+    machine.state_delete(id, snapshot).await.unwrap();
+    next(&mut guest, true);
+    assert!(driver.start(&guest).await.unwrap_err().is(ErrorKind::NotFound), "nothing is saved");
+    driver.destroy(id).await.unwrap();
+    assert!(!guest.state_dir.exists());
+    place.assert_clean();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_kind_of_machine() {
+    let Some(place) = Place::small("matrix") else { return };
+    let long = std::env::var_os("KARST_TEST_LONG").is_some();
+    let kinds = if long { all() } else { SAMPLE.to_vec() };
+    let driver = place.driver();
+    for (n, kind) in kinds.into_iter().enumerate() {
+        one(&place, &driver, kind, n as u128 + 1).await;
+    }
+}
+
+/// Under secure boot Debian's signed kernel starts, one with a changed byte does not; without it, both do.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn secure_boot_refuses_what_is_not_signed() {
+    if std::env::var_os("KARST_TEST_LONG").is_none() {
+        return println!("skipped: a long test; `make test-all` runs it (KARST_TEST_LONG=1)");
+    }
+    let Some(place) = Place::small("unsigned") else { return };
+    // A letter in a message of the kernel's stub that is never printed.
+    let at = format!("{}@@1M", place.dir.join("root.raw").display());
+    let kernel = place.dir.join("vmlinuz");
+    let kernel = kernel.to_str().unwrap();
+    common::run("mcopy", &["-n", "-i", &at, "::/vmlinuz", kernel]);
+    let mut image = std::fs::read(kernel).unwrap();
+    let text = b"Use a boot loader";
+    let found = image.windows(text.len()).position(|w| w == text).expect("the message of the stub");
+    image[found] = b'u';
+    std::fs::write(kernel, image).unwrap();
+    common::run("mcopy", &["-o", "-i", &at, kernel, "::/vmlinuz"]);
+
+    let driver = place.driver();
+    let kind = Kind { firmware: Firmware::UefiSecure, ..SAMPLE[0] };
+    let secure = guest(&place, kind, 1);
+    driver.start(&secure).await.unwrap();
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(240);
+    loop {
+        let log = driver.console_log(secure.instance, 1 << 20, false).await.unwrap();
+        let log = String::from_utf8_lossy(&log).into_owned();
+        assert!(!log.contains("small linux is up"), "it started: {log}");
+        if log.contains("bad shim signature") {
+            break;
+        }
+        assert!(std::time::Instant::now() < end, "{log}");
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    }
+    driver.stop(secure.instance, StopMode::Force).await.unwrap();
+    driver.destroy(secure.instance).await.unwrap();
+    let plain = guest(&place, Kind { firmware: Firmware::Uefi, ..kind }, 2);
+    driver.start(&plain).await.unwrap();
+    Shell::open(&driver, plain.instance).await.until_up();
+    driver.stop(plain.instance, StopMode::Force).await.unwrap();
+    driver.destroy(plain.instance).await.unwrap();
+    place.assert_clean();
+}
+
+/// A file system of its own, unmounted when the test ends.
+struct Room(std::path::PathBuf);
+
+impl Room {
+    fn new(place: &Place, size: &str) -> Self {
+        let at = place.dir.join("room");
+        std::fs::create_dir(&at).unwrap();
+        common::run("mount", &["-t", "tmpfs", "-o", &format!("size={size}"), "none", at.to_str().unwrap()]);
+        Self(at)
+    }
+
+    fn grow(&self, size: &str) {
+        common::run("mount", &["-o", &format!("remount,size={size}"), self.0.to_str().unwrap()]);
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        // QEMU may still have it open after a failure; it goes when that ends.
+        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+async fn until_state(driver: &dyn GuestDriver, guest: &ResolvedGuest, wanted: RuntimeState) {
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(240);
+    loop {
+        let now = driver.observe(guest.instance).await.unwrap().state;
+        if now == wanted {
+            return;
+        }
+        assert!(std::time::Instant::now() < end, "{now:?}, not {wanted:?}");
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    }
+}
+
+/// What the guest writes is neither lost nor an error inside: it waits, and goes on by itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_disk_halts_the_machine_until_there_is_room() {
+    if std::env::var_os("KARST_TEST_LONG").is_none() {
+        return println!("skipped: a long test; `make test-all` runs it (KARST_TEST_LONG=1)");
+    }
+    let Some(place) = Place::small("full") else { return };
+    let room = Room::new(&place, "24m");
+    let mut guest = guest(&place, Kind { firmware: Firmware::Bios, ..SAMPLE[0] }, 1);
+    guest.machine.as_mut().unwrap().tpm = false;
+    let path = room.0.join("data");
+    std::fs::File::create(&path).unwrap().set_len(200 << 20).unwrap();
+    guest.disks.push(ResolvedDisk { name: "data".into(), slot: "scsi1".into(), path, ..guest.root.clone() });
+    let driver = place.driver();
+    driver.start(&guest).await.unwrap();
+    let mut shell = Shell::open(&driver, guest.instance).await;
+    shell.until_up();
+    shell.run("(dd if=/dev/urandom of=/dev/sdb bs=1M count=60 conv=fsync 2>/dev/null && echo written >/done) & true");
+    until_state(&driver, &guest, RuntimeState::Error).await;
+    room.grow("300m");
+    until_state(&driver, &guest, RuntimeState::Running).await;
+    shell.until("cat /done", "written");
+    driver.stop(guest.instance, StopMode::Force).await.unwrap();
+    driver.destroy(guest.instance).await.unwrap();
+    place.assert_clean();
+}

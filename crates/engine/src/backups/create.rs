@@ -1,0 +1,270 @@
+//! Making backups. What runs is paused for the moment in which its state is frozen; the file is packed from what was
+//! frozen while the guest goes on.
+
+use super::{CALL, index, kind_of};
+use crate::{
+    Engine, EngineInner,
+    context::Context,
+    db::Tx,
+    operations::{LiveOperation, NewOperation},
+    saga::{Saga, StepContext, runner},
+    snapshots::{
+        Found, Origin, Row2,
+        create::{PausedGuest, guest, resume, unless_ended},
+    },
+    volumes,
+};
+use async_trait::async_trait;
+use jiff::Timestamp;
+use karst_agent::{BackupCreate as Packing, BackupKind, VolumeRef, VolumeSnapshotRef};
+use karst_model::{
+    BackupId, Error, Name, Result, SnapshotId,
+    backup::{Backup, Compression},
+    guest::Observed,
+    instance::RuntimeState,
+    storage::VolumeContent,
+};
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+const LONG: Duration = Duration::from_secs(86_400);
+
+/// What a user wants.
+#[derive(Debug, Clone, Default)]
+pub struct CreateBackup {
+    /// Name; one is made up when absent.
+    pub name: Option<String>,
+    /// When it goes.
+    pub expires_at: Option<Timestamp>,
+    /// Without the snapshots.
+    pub without_snapshots: bool,
+    /// How it is compressed.
+    pub compression: Compression,
+}
+
+impl Engine {
+    /// Makes a backup of an instance or custom volume; answers its name and the operation.
+    ///
+    /// # Errors
+    /// Invalid by field, not found, conflict (taken name, busy), unsupported (discs), forbidden.
+    pub async fn backup_create(
+        &self,
+        context: &Context,
+        origin: Origin<'_>,
+        request: CreateBackup,
+    ) -> Result<(String, LiveOperation)> {
+        let project = origin.editor(self, context)?;
+        let inner = self.inner();
+        let mut chosen = String::new();
+        let operation = runner::start::<BackupCreate>(inner, context, |tx| {
+            let records = inner.inventory.read();
+            let found = origin.find(&records, project.id)?;
+            found.demand_ready()?;
+            found.expect(tx);
+            let there = records.backups_of(found.owner());
+            let taken = |name: &str| there.iter().any(|b| *b.name == *name);
+            let name = match request.name.as_deref().filter(|n| !n.is_empty()) {
+                Some(name) => name.to_owned(),
+                None => {
+                    let free = (0..=there.len()).map(|n| format!("backup{n}")).find(|n| !taken(n));
+                    free.unwrap_or_default()
+                }
+            };
+            let name = Name::parse("name", &name)?;
+            if taken(&name) {
+                return Err(Error::conflict(format!("{} has a backup {:?} already", found.words(), &*name))
+                    .at("name"));
+            }
+            let now = inner.env.now();
+            if request.expires_at.is_some_and(|t| t <= now) {
+                return Err(Error::invalid("expires_at", "the time at which it goes is over already"));
+            }
+            chosen = name.to_string();
+            let id = BackupId(inner.env.uuid());
+            let snapshots = if request.without_snapshots { vec![] } else { found.taken(&records) };
+            let mut guests = vec![];
+            let (kind, volume, node, metadata) = match &found {
+                Found::Instance(row) => {
+                    guests.extend(guest(&records, row));
+                    let root = records.volumes.get(&row.root);
+                    let root = root.ok_or_else(|| Error::not_found("the root volume is gone"))?;
+                    let volume = VolumeRef { pool: root.pool, volume: root.id };
+                    (kind_of(row.kind), volume, row.node, Some(index::metadata(row)))
+                }
+                Found::Volume(row) => {
+                    for user in volumes::users(&records, row).instances {
+                        guests.extend(guest(&records, &user));
+                    }
+                    let kind = match row.content {
+                        VolumeContent::Filesystem => BackupKind::Filesystem,
+                        VolumeContent::Block => BackupKind::Block,
+                        VolumeContent::Iso => {
+                            return Err(Error::unsupported(
+                                "a disc has no backup; it is what was imported as it",
+                            ));
+                        }
+                    };
+                    (kind, VolumeRef { pool: row.pool, volume: row.id }, inner.node, None)
+                }
+            };
+            let kept = |row: &Row2| match row {
+                Row2::Instance(s) => {
+                    s.volumes.iter().find(|(v, _)| *v == volume.volume).map(|(_, id)| (s.name.clone(), *id))
+                }
+                Row2::Volume(s) => Some((s.name.clone(), s.id)),
+            };
+            let mut locks = vec![found.lock()];
+            locks.extend(guests.iter().map(|g| crate::compute::lock(g.at.instance)));
+            locks.sort();
+            locks.dedup();
+            let frozen = (!guests.is_empty()).then(|| SnapshotId(inner.env.uuid()));
+            let path = found.backup_path(&records, &name);
+            let plan = BackupPlan {
+                backup: Backup {
+                    id,
+                    owner: found.owner(),
+                    node,
+                    name,
+                    instance_only: request.without_snapshots,
+                    size: 0,
+                    created_at: now,
+                    expires_at: request.expires_at,
+                    spec_version: 1,
+                },
+                packing: Packing {
+                    id,
+                    kind,
+                    volume,
+                    at: frozen,
+                    snapshots: snapshots.iter().filter_map(kept).collect(),
+                    index: index::write(&records, &found, &snapshots),
+                    metadata,
+                    compression: request.compression,
+                },
+                guests,
+                frozen,
+                locks,
+                path: path.clone(),
+            };
+            let mut new = NewOperation::task("Backing up", Some(project.id), "backups", path);
+            new.may_cancel = true;
+            Ok((plan, new))
+        })
+        .await?;
+        Ok((chosen, operation))
+    }
+}
+
+/// Plan of [`BackupCreate`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct BackupPlan {
+    backup: Backup,
+    packing: Packing,
+    /// Those that run.
+    guests: Vec<PausedGuest>,
+    /// A snapshot of what runs, gone in the end.
+    frozen: Option<SnapshotId>,
+    locks: Vec<String>,
+    path: String,
+}
+
+impl BackupPlan {
+    fn frozen(&self) -> Option<VolumeSnapshotRef> {
+        let VolumeRef { pool, volume } = self.packing.volume;
+        self.frozen.map(|snapshot| VolumeSnapshotRef { pool, volume, snapshot })
+    }
+}
+
+/// Outputs of [`BackupCreate`].
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct BackupOutputs {
+    resumed: Vec<Observed>,
+    size: u64,
+}
+
+/// Freezes the state of what runs, packs the file, drops what was frozen; then the record is there.
+pub struct BackupCreate;
+
+#[async_trait]
+impl Saga for BackupCreate {
+    const NAME: &'static str = "backup-create";
+    const STEPS: &'static [&'static str] = &["pause", "freeze", "resume", "file", "drop"];
+    type Plan = BackupPlan;
+    type Outputs = BackupOutputs;
+
+    fn has(plan: &BackupPlan, step: usize) -> bool {
+        step == 3 || plan.frozen.is_some()
+    }
+
+    fn locks(plan: &BackupPlan) -> Vec<String> {
+        plan.locks.clone()
+    }
+
+    fn begin(plan: &BackupPlan, _: &EngineInner, tx: &mut Tx) -> Result<()> {
+        let backup = &plan.backup;
+        tx.take_name("backups", &backup.owner.scope(), &backup.name, &backup.id.to_string());
+        Ok(())
+    }
+
+    async fn run(
+        cx: &StepContext,
+        plan: &BackupPlan,
+        outputs: &mut BackupOutputs,
+        step: usize,
+    ) -> Result<()> {
+        let agent = cx.agent(plan.backup.node)?;
+        match (step, plan.frozen()) {
+            (0, _) => {
+                for guest in &plan.guests {
+                    unless_ended(cx.agent(guest.node)?.guest_pause(&cx.mutate(CALL), guest.at).await)?;
+                }
+            }
+            (1, Some(at)) => agent.volume_snapshot_create(&cx.mutate(LONG), at).await?,
+            (2, _) => outputs.resumed = resume(cx, &plan.guests).await?,
+            (3, _) => {
+                outputs.size = agent.backup_create(&cx.mutate(LONG), plan.packing.clone()).await?.size;
+            }
+            (4, Some(at)) => agent.volume_snapshot_delete(&cx.mutate(LONG), at).await?,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    async fn undo(cx: &StepContext, plan: &BackupPlan, _: &BackupOutputs, step: usize) -> Result<()> {
+        let agent = cx.agent(plan.backup.node)?;
+        match (step, plan.frozen()) {
+            (0, _) => drop(resume(cx, &plan.guests).await?),
+            (1, Some(at)) => agent.volume_snapshot_delete(&cx.mutate(LONG), at).await?,
+            (3, _) => agent.backup_delete(&cx.mutate(CALL), plan.backup.id).await?,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn commit(plan: &BackupPlan, outputs: &BackupOutputs, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        tx.create(&Backup { size: outputs.size, ..plan.backup.clone() });
+        let records = engine.inventory.read();
+        for observed in &outputs.resumed {
+            let runtime = engine.runtime_of(&records, observed);
+            let old = records.runtimes.get(&observed.instance);
+            let known = old.is_some_and(|r| {
+                r.generation == runtime.generation
+                    && (r.state == RuntimeState::Stopped || r.state == runtime.state)
+            });
+            if !known {
+                tx.put(&runtime);
+            }
+        }
+        Ok(())
+    }
+
+    fn abort(plan: &BackupPlan, _: &BackupOutputs, _: &EngineInner, tx: &mut Tx) -> Result<()> {
+        let backup = &plan.backup;
+        tx.release_name("backups", &backup.owner.scope(), &backup.name, &backup.id.to_string());
+        Ok(())
+    }
+
+    fn announce(plan: &BackupPlan) -> Vec<(&'static str, String)> {
+        vec![("instance-backup-created", plan.path.clone())]
+    }
+}

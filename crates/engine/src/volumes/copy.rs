@@ -1,0 +1,288 @@
+//! Copies of custom volumes: to another name, pool or project, with their snapshots.
+
+use super::{create::CreateVolume, demand_free, lock, path, scope, users};
+use crate::{
+    Engine, EngineInner,
+    compute::copy::VolumeCopy,
+    context::Context,
+    db::Tx,
+    operations::{LiveOperation, NewOperation},
+    saga::{Saga, StepContext, runner},
+    snapshots::{
+        Taken,
+        create::{PausedGuest, guest, resume, unless_ended},
+    },
+    tenancy::limits::{Planned, admit},
+};
+use async_trait::async_trait;
+use karst_agent::{VolumeRef, VolumeSnapshotRef};
+use karst_model::{
+    Error, Name, NodeId, Result, SnapshotId, VolumeId,
+    access::Permission,
+    guest::Observed,
+    instance::RuntimeState,
+    snapshot::VolumeSnapshot,
+    spec::{VolumeSource, VolumeSpec},
+    storage::{Volume, VolumeContent, VolumeOwner, check_volume_config},
+};
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+const LONG: Duration = Duration::from_secs(86_400);
+const CALL: Duration = Duration::from_secs(30);
+
+/// What a user wants copied.
+#[derive(Debug, Clone)]
+pub struct CopyVolume {
+    /// Project of the original.
+    pub project: String,
+    /// Pool of the original.
+    pub pool: String,
+    /// Name of the original.
+    pub name: String,
+    /// As it was then; `None`: now, with its snapshots unless `volume_only`.
+    pub snapshot: Option<String>,
+    /// Without the snapshots.
+    pub volume_only: bool,
+    /// The copy: what is said of its configuration goes over what the original has; its content is the original's.
+    pub copy: CreateVolume,
+}
+
+impl Engine {
+    /// Copies a custom volume into a pool. What uses it and runs is paused for the moment in which its state is taken.
+    ///
+    /// # Errors
+    /// Invalid by field, not found, conflict (taken name, busy), forbidden.
+    pub async fn volume_copy(
+        &self,
+        context: &Context,
+        project: &str,
+        pool: &str,
+        request: CopyVolume,
+    ) -> Result<LiveOperation> {
+        let project = self.volume_editor(context, project)?;
+        let origin = self
+            .project(context, &request.project, Permission::InstanceUse)
+            .map_err(|e| e.at("source.project"))?;
+        let inner = self.inner();
+        let name = Name::parse("name", &request.copy.name)?;
+        runner::start::<VolumeCopying>(inner, context, |tx| {
+            let records = inner.inventory.read();
+            let source = records
+                .demand_volume(origin.id, &request.pool, &request.name)
+                .map_err(|e| e.at("source.name"))?;
+            tx.expect(source);
+            let pool = records.pool(pool)?;
+            demand_free(&records, &project, pool, &name)?;
+            tx.expect(&project);
+            tx.expect(pool);
+            tx.expect_unlocked(&crate::storage::pool_lock(pool.id));
+            tx.touch(&crate::storage::pool_lock(pool.id));
+            let owner = records.volume_project(project.id);
+            tx.touch(&crate::tenancy::project_uses(owner));
+            let all = records.volume_snapshots_of(source.id);
+            let at = match request.snapshot.as_deref() {
+                None => None,
+                Some(name) => Some(all.iter().find(|s| *s.name == *name).ok_or_else(|| {
+                    Error::not_found(format!("snapshot {name:?} of volume {:?} not found", request.name))
+                        .at("source.name")
+                })?),
+            };
+            let mut config = at.map_or(&source.config, |s| &s.config).clone();
+            config.extend(request.copy.config.clone());
+            config.retain(|_, v| !v.is_empty());
+            let size = check_volume_config(&config, source.content)?;
+            let now = at.map_or(source.size, |s| s.size);
+            if source.content != VolumeContent::Filesystem && size.is_some() && size < now {
+                return Err(Error::invalid("config.size", "a copy cannot be smaller than the original"));
+            }
+            let description = match request.copy.description.is_empty() {
+                true => source.description.clone(),
+                false => request.copy.description.clone(),
+            };
+            let volume = Volume {
+                id: VolumeId(inner.env.uuid()),
+                pool: pool.id,
+                project: owner,
+                name: name.to_string(),
+                content: source.content,
+                owner: VolumeOwner::Custom,
+                description,
+                size: size.or(now),
+                config,
+                spec_version: 1,
+                created_at: inner.env.now(),
+            };
+            let planned = Planned { volume: Some(&volume), ..Default::default() };
+            admit(&records, &mut Tx::default(), owner, &planned)?;
+            let mut guests: Vec<PausedGuest> = vec![];
+            if at.is_none() {
+                for user in users(&records, source).instances {
+                    guests.extend(guest(&records, &user));
+                }
+            }
+            let frozen = (!guests.is_empty()).then(|| SnapshotId(inner.env.uuid()));
+            let kept = if at.is_some() || request.volume_only { vec![] } else { all.clone() };
+            let snapshots: Vec<VolumeSnapshot> = kept
+                .iter()
+                .map(|s| VolumeSnapshot {
+                    id: SnapshotId(inner.env.uuid()),
+                    volume: volume.id,
+                    spec_version: 1,
+                    ..s.value.clone()
+                })
+                .collect();
+            let mut locks = vec![lock(volume.id), lock(source.id)];
+            locks.extend(guests.iter().map(|g| crate::compute::lock(g.at.instance)));
+            locks.sort();
+            locks.dedup();
+            let path = path(&records, &volume);
+            let plan = CopyPlan {
+                copy: VolumeCopy {
+                    spec: VolumeSpec {
+                        id: volume.id,
+                        pool: volume.pool,
+                        content: volume.content,
+                        size: volume.size,
+                        source: VolumeSource::Empty,
+                    },
+                    from: VolumeRef { pool: source.pool, volume: source.id },
+                    history: kept.iter().zip(&snapshots).map(|(old, new)| (old.id, new.id)).collect(),
+                    last: frozen.or(at.map(|s| s.id)),
+                },
+                volume,
+                snapshots,
+                guests,
+                frozen,
+                locks,
+                node: inner.node,
+                path: path.clone(),
+            };
+            let mut new =
+                NewOperation::task("Copying storage volume", Some(project.id), "storage_volumes", path);
+            new.may_cancel = true;
+            Ok((plan, new))
+        })
+        .await
+    }
+}
+
+/// Plan of [`VolumeCopying`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct CopyPlan {
+    volume: Volume,
+    copy: VolumeCopy,
+    snapshots: Vec<VolumeSnapshot>,
+    /// Those that use it and run.
+    guests: Vec<PausedGuest>,
+    /// A snapshot of the original in use, gone in the end.
+    frozen: Option<SnapshotId>,
+    locks: Vec<String>,
+    node: NodeId,
+    path: String,
+}
+
+impl CopyPlan {
+    fn frozen(&self) -> Option<VolumeSnapshotRef> {
+        let VolumeRef { pool, volume } = self.copy.from;
+        self.frozen.map(|snapshot| VolumeSnapshotRef { pool, volume, snapshot })
+    }
+}
+
+/// Outputs of [`VolumeCopying`].
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct CopyOutputs {
+    resumed: Vec<Observed>,
+}
+
+/// Freezes the state of an original in use, copies it with its snapshots, writes their records and drops what was frozen;
+/// then the copy is there. Its name is taken from the beginning.
+pub struct VolumeCopying;
+
+#[async_trait]
+impl Saga for VolumeCopying {
+    const NAME: &'static str = "volume-copy";
+    const STEPS: &'static [&'static str] = &["pause", "freeze", "resume", "volume", "snapshots", "drop"];
+    type Plan = CopyPlan;
+    type Outputs = CopyOutputs;
+
+    fn has(plan: &CopyPlan, step: usize) -> bool {
+        match step {
+            0..=2 | 5 => plan.frozen.is_some(),
+            4 => !plan.snapshots.is_empty(),
+            _ => true,
+        }
+    }
+
+    fn locks(plan: &CopyPlan) -> Vec<String> {
+        plan.locks.clone()
+    }
+
+    fn begin(plan: &CopyPlan, _: &EngineInner, tx: &mut Tx) -> Result<()> {
+        let volume = &plan.volume;
+        tx.take_name("volumes", &scope(volume), &volume.name, &volume.id.to_string());
+        Ok(())
+    }
+
+    async fn run(cx: &StepContext, plan: &CopyPlan, outputs: &mut CopyOutputs, step: usize) -> Result<()> {
+        let agent = cx.agent(plan.node)?;
+        match (step, plan.frozen()) {
+            (0, _) => {
+                for guest in &plan.guests {
+                    unless_ended(cx.agent(guest.node)?.guest_pause(&cx.mutate(CALL), guest.at).await)?;
+                }
+            }
+            (1, Some(at)) => agent.volume_snapshot_create(&cx.mutate(LONG), at).await?,
+            (2, _) => outputs.resumed = resume(cx, &plan.guests).await?,
+            (3, _) => plan.copy.run(cx, &*agent).await?,
+            (4, _) => {
+                let taken = plan.snapshots.iter().map(|s| Taken::Volume { snapshot: Box::new(s.clone()) });
+                crate::backups::import::record(cx, taken.collect()).await?;
+            }
+            (5, Some(at)) => agent.volume_snapshot_delete(&cx.mutate(LONG), at).await?,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    async fn undo(cx: &StepContext, plan: &CopyPlan, _: &CopyOutputs, step: usize) -> Result<()> {
+        let agent = cx.agent(plan.node)?;
+        match (step, plan.frozen()) {
+            (0, _) => drop(resume(cx, &plan.guests).await?),
+            (1, Some(at)) => agent.volume_snapshot_delete(&cx.mutate(LONG), at).await?,
+            (3, _) => plan.copy.undo(cx, &*agent).await?,
+            (4, _) => cx.engine.forget_snapshots(None, Some(plan.volume.id)).await?,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn commit(plan: &CopyPlan, outputs: &CopyOutputs, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        let records = engine.inventory.read();
+        let planned = Planned { volume: Some(&plan.volume), ..Default::default() };
+        admit(&records, tx, plan.volume.project, &planned)?;
+        tx.create(&plan.volume);
+        for observed in &outputs.resumed {
+            let runtime = engine.runtime_of(&records, observed);
+            let old = records.runtimes.get(&observed.instance);
+            let known = old.is_some_and(|r| {
+                r.generation == runtime.generation
+                    && (r.state == RuntimeState::Stopped || r.state == runtime.state)
+            });
+            if !known {
+                tx.put(&runtime);
+            }
+        }
+        Ok(())
+    }
+
+    fn abort(plan: &CopyPlan, _: &CopyOutputs, _: &EngineInner, tx: &mut Tx) -> Result<()> {
+        let volume = &plan.volume;
+        tx.release_name("volumes", &scope(volume), &volume.name, &volume.id.to_string());
+        Ok(())
+    }
+
+    fn announce(plan: &CopyPlan) -> Vec<(&'static str, String)> {
+        vec![("storage-volume-created", plan.path.clone())]
+    }
+}

@@ -1,0 +1,132 @@
+//! Backups and imports over the API.
+#![allow(clippy::disallowed_methods)] // a test
+
+mod common;
+
+use common::Server;
+use hyper::Method;
+use serde_json::json;
+
+const FILE: (&str, &str) = ("content-type", "application/octet-stream");
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn backups_of_instances_live() {
+    let s = Server::start().await;
+    s.container("c1", true).await;
+    s.patch("/1.0/instances/c1", json!({"config": {"user.a": "1"}})).await.metadata();
+    s.done(s.post("/1.0/instances/c1/snapshots", json!({"name": "snap"})).await).await;
+    let all = "/1.0/instances/c1/backups";
+    let made = s.done(s.post(all, json!({"compression_algorithm": "zstd"})).await).await;
+    assert_eq!(made["resources"]["backups"][0], format!("{all}/backup0"));
+    s.done(
+        s.post(all, json!({"name": "two", "instance_only": true, "expires_at": "2100-01-01T00:00:00Z"}))
+            .await,
+    )
+    .await;
+    for (body, status) in [
+        (json!({"name": "two"}), 409),
+        (json!({"name": "a b"}), 400),
+        (json!({"compression_algorithm": "rar"}), 400),
+        (json!({"optimized_storage": true}), 400),
+        (json!({"expires_at": "2000-01-01T00:00:00Z"}), 400),
+        (json!({"nonsense": true}), 400),
+    ] {
+        s.post(all, body).await.refused(status);
+    }
+    s.post("/1.0/instances/nope/backups", json!({})).await.refused(404);
+    let two = s.get(&format!("{all}/two")).await.metadata();
+    assert_eq!(
+        (two["instance_only"].as_bool(), two["expires_at"].as_str()),
+        (Some(true), Some("2100-01-01T00:00:00Z"))
+    );
+    s.done(s.post(&format!("{all}/two"), json!({"name": "zwei"})).await).await;
+    assert_eq!(s.get(all).await.metadata(), json!([format!("{all}/backup0"), format!("{all}/zwei")]));
+    s.get(&format!("{all}/two")).await.refused(404);
+    let file = s.get(&format!("{all}/backup0/export")).await;
+    assert_eq!((file.status, file.header("content-length")), (200, &*file.body.len().to_string()));
+
+    // And in again, under another name and into a named pool.
+    let headers = [FILE, ("x-incus-name", "c2"), ("x-incus-pool", "default")];
+    s.done(s.send(Method::POST, "/1.0/instances", &headers, file.body.clone()).await).await;
+    let c2 = s.get("/1.0/instances/c2").await.metadata();
+    assert_eq!((c2["status"].as_str(), c2["config"]["user.a"].as_str()), (Some("Stopped"), Some("1")));
+    let c1 = s.get("/1.0/instances/c1").await.metadata();
+    assert_ne!(c1["config"]["volatile.eth0.hwaddr"], c2["config"]["volatile.eth0.hwaddr"], "taken");
+    assert_eq!(
+        s.get("/1.0/instances/c2/snapshots").await.metadata(),
+        json!(["/1.0/instances/c2/snapshots/snap"])
+    );
+    s.send(Method::POST, "/1.0/instances", &headers, file.body.clone()).await.refused(409);
+    let wrong = [FILE, ("x-incus-name", "c3"), ("x-incus-pool", "nope")];
+    s.send(Method::POST, "/1.0/instances", &wrong, file.body.clone()).await.refused(404);
+    s.send(Method::POST, "/1.0/instances", &[FILE], "no backup").await.refused(400);
+    s.send(Method::POST, "/1.0/instances", &[FILE], "").await.refused(400);
+
+    // They go with what they are of, and nothing else is left.
+    s.done(s.delete(&format!("{all}/zwei")).await).await;
+    s.put("/1.0/instances/c1/state", json!({"action": "stop", "force": true})).await.metadata();
+    for name in ["c1", "c2"] {
+        let gone = s.delete(&format!("/1.0/instances/{name}")).await;
+        if gone.status == 202 {
+            s.wait(gone).await;
+        }
+    }
+    let faults = left_over(&s).await;
+    assert!(faults.is_empty(), "{faults:?}");
+}
+
+/// Backups that the host has and no record knows, or the other way round, and uploads that were left.
+async fn left_over(s: &Server) -> Vec<String> {
+    use karst_agent::{CallContext, HostAgent};
+    let context = CallContext::read(std::time::Duration::from_secs(10));
+    let check = s.agent.self_check(&context, ()).await.unwrap();
+    let known = s.engine.inner().inventory.read().backups.len();
+    let mut faults = check.leaks;
+    if check.backups.len() != known {
+        faults.push(format!("{} backups on the host, {known} known", check.backups.len()));
+    }
+    faults
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn backups_of_volumes_live() {
+    let s = Server::start().await;
+    const POOL: &str = "/1.0/storage-pools/default/volumes/custom";
+    assert_eq!(s.post(POOL, json!({"name": "data", "config": {"user.a": "b"}})).await.status, 201);
+    s.done(s.post(&format!("{POOL}/data/snapshots"), json!({"name": "one"})).await).await;
+    let all = format!("{POOL}/data/backups");
+    let made = s.done(s.post(&all, json!({"name": "b", "volume_only": false})).await).await;
+    assert_eq!(made["resources"]["backups"][0], format!("{all}/b"));
+    let view = s.get(&format!("{all}/b")).await.metadata();
+    assert_eq!((view["volume_only"].as_bool(), view.get("instance_only")), (Some(false), None));
+    let file = s.get(&format!("{all}/b/export")).await.body;
+    let headers = [FILE, ("x-incus-name", "copy")];
+    s.done(s.send(Method::POST, POOL, &headers, file.clone()).await).await;
+    let copy = s.get(&format!("{POOL}/copy")).await.metadata();
+    assert_eq!(
+        (copy["config"]["user.a"].as_str(), copy["content_type"].as_str()),
+        (Some("b"), Some("filesystem"))
+    );
+    assert_eq!(
+        s.get(&format!("{POOL}/copy/snapshots")).await.metadata(),
+        json!([format!("{POOL}/copy/snapshots/one")])
+    );
+    s.send(Method::POST, POOL, &headers, file.clone()).await.refused(409);
+    s.send(Method::POST, "/1.0/instances", &[FILE], file.clone()).await.refused(400);
+
+    // Discs.
+    let disc = [FILE, ("x-incus-name", "disc"), ("x-incus-type", "iso")];
+    s.done(s.send(Method::POST, POOL, &disc, vec![7u8; 3 << 20]).await).await;
+    let view = s.get(&format!("{POOL}/disc")).await.metadata();
+    assert_eq!(view["content_type"], "iso");
+    s.post(&format!("{POOL}/disc/backups"), json!({})).await.refused(501);
+    s.send(Method::POST, POOL, &[FILE, ("x-incus-type", "iso")], "x").await.refused(400);
+    s.send(Method::POST, POOL, &[FILE, ("x-incus-name", "x"), ("x-incus-type", "tar")], "x")
+        .await
+        .refused(400);
+    for name in ["data", "copy", "disc"] {
+        s.delete(&format!("{POOL}/{name}")).await.metadata();
+    }
+    let faults = left_over(&s).await;
+    assert!(faults.is_empty(), "{faults:?}");
+}

@@ -1,0 +1,91 @@
+//! The console as a stream.
+
+use super::{Answered, Named};
+use crate::{
+    error::VirError,
+    frame::{Frame, Header, Status},
+    session::{Answer, Call, Session, StreamInput},
+};
+use bytes::Bytes;
+use karst_engine::{compute::guest::ExecSession, stream::FdStream};
+use std::{os::fd::OwnedFd, sync::Arc};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    sync::mpsc,
+};
+
+/// Bytes of a frame of the console.
+const CHUNK: usize = 64 << 10;
+/// `VIR_DOMAIN_CONSOLE_FORCE`: whoever is attached is detached.
+const FORCE: u32 = 1;
+/// `VIR_DOMAIN_CONSOLE_SAFE`: only where two cannot write at once, which is always so here.
+const SAFE: u32 = 2;
+
+/// `DOMAIN_OPEN_CONSOLE`
+pub async fn open(call: Call) -> Answered {
+    let (named, device, flags) =
+        call.arguments(|r| Ok((Named::read_domain(r)?, r.option(|r| r.string())?, r.u32()?)))?;
+    call.known_flags(flags, FORCE | SAFE)?;
+    let view = call.guest(&named)?;
+    if let Some(device) = device.filter(|d| !matches!(d.as_str(), "" | "console0" | "serial0")) {
+        return Err(VirError::argument(format!("cannot find character device {device}")));
+    }
+    if !super::domain::is_running(&view) {
+        return Err(VirError::state("domain is not running"));
+    }
+    let session = &call.session;
+    let (engine, context) = (&session.front.engine, &session.context);
+    let force = flags & FORCE != 0;
+    let mut console = engine.console(context, &view.project.name, &view.instance.name, force).await?;
+    let fd = console.fds.pop().ok_or_else(|| VirError::state("the console cannot be attached to"))?;
+    let input = session.stream(call.header);
+    let then = pump(session.clone(), call.header, console, fd, input);
+    Ok(Answer { payload: vec![], then: Some(Box::pin(then)) })
+}
+
+/// Both ways, until either side ends.
+async fn pump(
+    session: Arc<Session>,
+    header: Header,
+    console: ExecSession,
+    fd: OwnedFd,
+    mut input: mpsc::Receiver<StreamInput>,
+) {
+    let outcome = relay(&session, header, fd, &mut input).await;
+    session.stream_ended(header);
+    match outcome {
+        Ok(()) => session.send(Frame::new(header.stream(Status::Ok), Bytes::new())).await,
+        Err(e) => {
+            let error = VirError::from(karst_model::Error::from(e));
+            session.send(Frame::new(header.stream(Status::Error), error.encode())).await;
+        }
+    }
+    drop(console);
+}
+
+async fn relay(
+    session: &Session,
+    header: Header,
+    fd: OwnedFd,
+    input: &mut mpsc::Receiver<StreamInput>,
+) -> std::io::Result<()> {
+    let mut reader = FdStream::new(fd)?;
+    let mut writer = reader.clone();
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        tokio::select! {
+            read = reader.read(&mut buffer) => match read? {
+                0 => return Ok(()),
+                n => {
+                    let data = Bytes::copy_from_slice(&buffer[..n]);
+                    session.send(Frame::new(header.stream(Status::Continue), data)).await;
+                }
+            },
+            said = input.recv() => match said {
+                Some(StreamInput::Data(data)) => writer.write_all(&data).await?,
+                Some(StreamInput::Finish | StreamInput::Abort) | None => return Ok(()),
+            },
+            () = session.ended() => return Ok(()),
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! Networks.
+
+use super::{Answered, Named, flag, int, listed, names as some_names, text};
+use crate::{
+    error::{Code, Part, VirError},
+    session::Call,
+    xdr::Writer,
+    xml,
+};
+use karst_engine::Row;
+use karst_model::network::{BridgeSpec, Network};
+use std::net::IpAddr;
+
+/// Lengths of a network's prefixes.
+pub struct Prefixes {
+    v4: u8,
+    v6: u8,
+}
+
+impl Prefixes {
+    /// Of an address.
+    pub fn of(&self, address: IpAddr) -> u8 {
+        if address.is_ipv4() { self.v4 } else { self.v6 }
+    }
+}
+
+/// Prefixes of a network by name.
+///
+/// # Errors
+/// No network; invalid, when its configuration is.
+pub fn prefixes(call: &Call, name: &str) -> Result<Prefixes, VirError> {
+    let network = find(call, name)?;
+    let spec = BridgeSpec::parse(&network.name, &network.config)?;
+    Ok(Prefixes {
+        v4: spec.ipv4.map_or(32, |n| n.prefix_len()),
+        v6: spec.ipv6.map_or(128, |n| n.prefix_len()),
+    })
+}
+
+fn missing(text: String) -> VirError {
+    VirError::new(Code::NoNetwork, Part::Network, text)
+}
+
+fn all(call: &Call) -> Result<Vec<Row<Network>>, VirError> {
+    let session = &call.session;
+    Ok(session.front.engine.networks(&session.context, &session.opened()?.project)?)
+}
+
+fn find(call: &Call, name: &str) -> Result<Row<Network>, VirError> {
+    let found = all(call)?.into_iter().find(|n| &*n.name == name);
+    found.ok_or_else(|| missing(format!("no network with matching name '{name}'")))
+}
+
+fn find_uuid(call: &Call, uuid: uuid::Uuid) -> Result<Row<Network>, VirError> {
+    let found = all(call)?.into_iter().find(|n| n.id.uuid() == uuid);
+    found.ok_or_else(|| missing(format!("no network with matching uuid '{uuid}'")))
+}
+
+fn only(call: &Call) -> Result<Row<Network>, VirError> {
+    find_uuid(call, call.arguments(Named::read)?.uuid)
+}
+
+fn write(w: &mut Writer, network: &Network) {
+    w.string(&network.name).uuid(network.id.uuid());
+}
+
+fn one(network: &Network) -> Answered {
+    let mut w = Writer::new();
+    write(&mut w, network);
+    Ok(w.finish().into())
+}
+
+/// `CONNECT_LIST_ALL_NETWORKS`. All of Karst's are active, persistent, and begin by themselves.
+pub async fn list(call: Call) -> Answered {
+    let (need_results, flags) = call.arguments(|r| Ok((r.i32()?, r.u32()?)))?;
+    call.known_flags(flags, 0x3f)?;
+    // Inactive and active, persistent and transient, autostart or not: one bit of each pair is what they are.
+    let groups = [(0x1, 0x2), (0x8, 0x4), (0x20, 0x10)];
+    let no = groups.iter().any(|(isnt, is)| flags & isnt != 0 && flags & is == 0);
+    let found = if no { vec![] } else { all(&call)? };
+    listed(found, need_results, |w, network| write(w, &network))
+}
+
+/// `CONNECT_NUM_OF_NETWORKS`
+pub async fn count(call: Call) -> Answered {
+    Ok(int(all(&call)?.len() as i32))
+}
+
+/// `CONNECT_NUM_OF_DEFINED_NETWORKS`: those that are not active.
+pub async fn count_defined(_: Call) -> Answered {
+    Ok(int(0))
+}
+
+/// `CONNECT_LIST_NETWORKS`
+pub async fn names(call: Call) -> Answered {
+    let max = call.arguments(|r| r.i32())?;
+    some_names(all(&call)?.iter().map(|n| &*n.name), max)
+}
+
+/// `CONNECT_LIST_DEFINED_NETWORKS`
+pub async fn defined_names(call: Call) -> Answered {
+    some_names([], call.arguments(|r| r.i32())?)
+}
+
+/// `NETWORK_LOOKUP_BY_NAME`
+pub async fn by_name(call: Call) -> Answered {
+    one(&*find(&call, &call.arguments(|r| r.string())?)?)
+}
+
+/// `NETWORK_LOOKUP_BY_UUID`
+pub async fn by_uuid(call: Call) -> Answered {
+    one(&*find_uuid(&call, call.arguments(|r| r.uuid())?)?)
+}
+
+/// `NETWORK_GET_XML_DESC`
+pub async fn xml(call: Call) -> Answered {
+    let (named, flags) = call.arguments(|r| Ok((Named::read(r)?, r.u32()?)))?;
+    call.known_flags(flags, 1)?;
+    let network = find_uuid(&call, named.uuid)?;
+    Ok(text(&xml::network::document(&network)?))
+}
+
+/// `NETWORK_GET_AUTOSTART`
+pub async fn autostart(call: Call) -> Answered {
+    only(&call)?;
+    Ok(flag(true))
+}
+
+/// `NETWORK_GET_BRIDGE_NAME`: a managed bridge has its network's name.
+pub async fn bridge(call: Call) -> Answered {
+    Ok(text(&only(&call)?.name))
+}
+
+/// `NETWORK_IS_ACTIVE`
+pub async fn is_active(call: Call) -> Answered {
+    only(&call)?;
+    Ok(flag(true))
+}
+
+/// `NETWORK_IS_PERSISTENT`
+pub async fn is_persistent(call: Call) -> Answered {
+    only(&call)?;
+    Ok(flag(true))
+}
+
+/// `NETWORK_GET_DHCP_LEASES`
+pub async fn leases(call: Call) -> Answered {
+    let (named, mac, need_results, flags) =
+        call.arguments(|r| Ok((Named::read(r)?, r.option(|r| r.string())?, r.i32()?, r.u32()?)))?;
+    call.known_flags(flags, 0)?;
+    let network = find_uuid(&call, named.uuid)?;
+    let session = &call.session;
+    let project = &session.opened()?.project;
+    let prefixes = prefixes(&call, &network.name)?;
+    let mut all = session.front.engine.network_leases(&session.context, project, &network.name).await?;
+    if let Some(mac) = mac {
+        all.retain(|l| l.mac.eq_ignore_ascii_case(&mac));
+    }
+    listed(all, need_results, |w, lease| {
+        // When it ends is not told here: 0 is what libvirt says of one that never does.
+        w.string(&network.name).i64(0).i32(i32::from(lease.address.is_ipv6())).optional(Some(&lease.mac));
+        w.optional(None).string(&lease.address.to_string()).u32(u32::from(prefixes.of(lease.address)));
+        w.optional(Some(lease.hostname.as_str()).filter(|h| !h.is_empty())).optional(None);
+    })
+}

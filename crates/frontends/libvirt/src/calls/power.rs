@@ -1,0 +1,195 @@
+//! Power, names and ends of domains.
+
+use super::{Answered, Named, domain::is_running, int, nothing, write_domain};
+use crate::{
+    error::{Code, VirError},
+    session::Call,
+    xdr::Writer,
+};
+use karst_engine::{InstanceView, LiveOperation, compute::power::PowerRequest};
+use karst_model::instance::{PowerAction, Status};
+use std::{sync::Arc, time::Duration};
+
+/// How long a request to shut down is followed up; the call itself answers at once, as libvirt's does.
+const SHUTDOWN: Duration = Duration::from_secs(600);
+
+/// Waits for an operation's end.
+///
+/// # Errors
+/// The operation's.
+pub async fn ended(operation: LiveOperation) -> Result<(), VirError> {
+    match operation.ended().await.error.clone() {
+        Some(e) => Err(e.into()),
+        None => Ok(()),
+    }
+}
+
+async fn begin(
+    call: &Call,
+    view: &InstanceView,
+    action: PowerAction,
+    force: bool,
+) -> Result<LiveOperation, VirError> {
+    let request =
+        PowerRequest { action, force, timeout: Some(SHUTDOWN), stateful: action == PowerAction::Start };
+    let session = &call.session;
+    let (engine, context) = (&session.front.engine, &session.context);
+    Ok(engine.instance_power(context, &view.project.name, &view.instance.name, request).await?)
+}
+
+fn demand_running(view: &InstanceView) -> Result<(), VirError> {
+    match is_running(view) {
+        true => Ok(()),
+        false => Err(VirError::state("domain is not running")),
+    }
+}
+
+async fn start(call: &Call, view: &InstanceView) -> Result<(), VirError> {
+    if is_running(view) {
+        return Err(VirError::state("domain is already running"));
+    }
+    ended(begin(call, view, PowerAction::Start, false).await?).await
+}
+
+/// `DOMAIN_CREATE`
+pub async fn create(call: Call) -> Answered {
+    start(&call, &*call.only_guest()?).await?;
+    Ok(nothing())
+}
+
+/// `DOMAIN_CREATE_WITH_FLAGS`
+pub async fn create_with_flags(call: Call) -> Answered {
+    let (named, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
+    // Paused, and without what was saved: nothing is saved.
+    call.known_flags(flags, 1 | 4 | 8)?;
+    let view = call.guest(&named)?;
+    start(&call, &view).await?;
+    let view = call.guest(&named)?;
+    if flags & 1 != 0 {
+        ended(begin(&call, &view, PowerAction::Freeze, false).await?).await?;
+    }
+    let mut w = Writer::new();
+    write_domain(&mut w, &*call.guest(&named)?);
+    Ok(w.finish().into())
+}
+
+async fn kill(call: &Call, view: &InstanceView) -> Answered {
+    demand_running(view)?;
+    ended(begin(call, view, PowerAction::Stop, true).await?).await?;
+    Ok(nothing())
+}
+
+/// `DOMAIN_DESTROY`
+pub async fn destroy(call: Call) -> Answered {
+    kill(&call, &*call.only_guest()?).await
+}
+
+/// `DOMAIN_DESTROY_FLAGS`: gracefully means that the process is asked first.
+pub async fn destroy_flags(call: Call) -> Answered {
+    let (named, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
+    call.known_flags(flags, 1 | 2)?;
+    kill(&call, &*call.guest(&named)?).await
+}
+
+/// Asks the guest to end; it may take its time, which is followed by an operation.
+async fn ask(call: &Call, view: &InstanceView, action: PowerAction) -> Answered {
+    if view.status != Status::Running {
+        return Err(VirError::state("domain is not running"));
+    }
+    begin(call, view, action, false).await?;
+    Ok(nothing())
+}
+
+/// `DOMAIN_SHUTDOWN`
+pub async fn shutdown(call: Call) -> Answered {
+    ask(&call, &*call.only_guest()?, PowerAction::Stop).await
+}
+
+/// `DOMAIN_SHUTDOWN_FLAGS`: by ACPI button or agent, as the guest takes it.
+pub async fn shutdown_flags(call: Call) -> Answered {
+    let (named, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
+    call.known_flags(flags, 0x1f)?;
+    ask(&call, &*call.guest(&named)?, PowerAction::Stop).await
+}
+
+/// `DOMAIN_REBOOT`
+pub async fn reboot(call: Call) -> Answered {
+    let (named, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
+    call.known_flags(flags, 0x1f)?;
+    ask(&call, &*call.guest(&named)?, PowerAction::Restart).await
+}
+
+/// `DOMAIN_RESET`: at once, without asking the guest.
+pub async fn reset(call: Call) -> Answered {
+    let view = call.guest_without_flags()?;
+    demand_running(&view)?;
+    ended(begin(&call, &view, PowerAction::Restart, true).await?).await?;
+    Ok(nothing())
+}
+
+/// `DOMAIN_SUSPEND`
+pub async fn suspend(call: Call) -> Answered {
+    let view = call.only_guest()?;
+    demand_running(&view)?;
+    if view.status != Status::Frozen {
+        ended(begin(&call, &view, PowerAction::Freeze, false).await?).await?;
+    }
+    Ok(nothing())
+}
+
+/// `DOMAIN_RESUME`
+pub async fn resume(call: Call) -> Answered {
+    let view = call.only_guest()?;
+    demand_running(&view)?;
+    match view.status {
+        Status::Frozen => ended(begin(&call, &view, PowerAction::Unfreeze, false).await?).await?,
+        _ => return Err(VirError::state("domain is already running")),
+    }
+    Ok(nothing())
+}
+
+/// `DOMAIN_UNDEFINE`
+pub async fn undefine(call: Call) -> Answered {
+    forget(&call, call.only_guest()?, 0).await
+}
+
+/// `DOMAIN_UNDEFINE_FLAGS`
+pub async fn undefine_flags(call: Call) -> Answered {
+    let (named, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
+    // With a managed save, with the snapshots' metadata, with the variables of the firmware or without, with checkpoints,
+    // with the TPM or without.
+    call.known_flags(flags, 0x7f)?;
+    forget(&call, call.guest(&named)?, flags).await
+}
+
+/// libvirt leaves disks where they are; of a Karst instance the disks that it owns are a part. So that nobody loses data who
+/// expects the former, an instance whose root has content is not undefined.
+async fn forget(call: &Call, view: Arc<InstanceView>, _: u32) -> Answered {
+    if is_running(&view) {
+        return Err(VirError::state("cannot undefine a running domain; destroy it first"));
+    }
+    let text = format!(
+        "undefining {:?} would delete its root disk, which is a part of it; use `incus delete` or `karst delete`",
+        &*view.instance.name
+    );
+    Err(VirError::new(Code::OperationUnsupported, call.opened()?.driver.part(), text))
+}
+
+/// `DOMAIN_RENAME`
+pub async fn rename(call: Call) -> Answered {
+    let (named, new, flags) =
+        call.arguments(|r| Ok((Named::read_domain(r)?, r.option(|r| r.string())?, r.u32()?)))?;
+    call.known_flags(flags, 0)?;
+    let view = call.guest(&named)?;
+    let new = new.ok_or_else(|| VirError::argument("new_name in virDomainRename must not be NULL"))?;
+    if is_running(&view) {
+        return Err(VirError::state("cannot rename active domain"));
+    }
+    if *view.instance.name == *new {
+        return Err(VirError::argument("Can't rename domain to itself"));
+    }
+    let session = &call.session;
+    let (engine, context) = (&session.front.engine, &session.context);
+    engine.instance_rename(context, &view.project.name, &view.instance.name, &new).await?;
+    Ok(int(0))
+}

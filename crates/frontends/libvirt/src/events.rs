@@ -1,0 +1,253 @@
+//! Events: who listens for what on a connection, and the engine's events in libvirt's words.
+
+use crate::{
+    calls::domain::is_running,
+    domain_id, domain_uuid,
+    frame::{Frame, Header},
+    session::Session,
+    xdr::Writer,
+};
+use karst_engine::events::{Event, EventKind};
+use karst_model::instance::ExitReason;
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Weak},
+};
+use tokio::{sync::broadcast::error::RecvError, task::AbortHandle};
+use uuid::Uuid;
+
+/// `VIR_DOMAIN_EVENT_ID_LIFECYCLE`
+pub const LIFECYCLE: i32 = 0;
+/// `VIR_DOMAIN_EVENT_ID_REBOOT`
+pub const REBOOT: i32 = 1;
+/// Kinds of domain events that may be listened for; Karst tells the two above.
+pub const DOMAIN_EVENTS: i32 = 27;
+/// Callbacks of one connection.
+pub const MOST: usize = 1024;
+
+/// How an event is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Style {
+    /// Procedures 105 and 167: without a number of the callback.
+    Plain,
+    /// Procedure 316.
+    Numbered,
+    /// Procedure 313, of networks.
+    Network,
+}
+
+/// A callback.
+#[derive(Debug, Clone)]
+pub struct Callback {
+    /// How.
+    pub style: Style,
+    /// Kind of event.
+    pub event: i32,
+    /// Of this object only.
+    pub only: Option<Uuid>,
+}
+
+/// Callbacks of a connection.
+#[derive(Debug, Default)]
+pub struct Callbacks {
+    all: BTreeMap<i32, Callback>,
+    last: i32,
+    task: Option<AbortHandle>,
+}
+
+impl Callbacks {
+    /// Adds one; answers its number.
+    pub fn add(&mut self, callback: Callback) -> Option<i32> {
+        if self.all.len() >= MOST {
+            return None;
+        }
+        self.last = self.last.checked_add(1)?;
+        self.all.insert(self.last, callback);
+        Some(self.last)
+    }
+
+    /// Removes one; was it there?
+    pub fn remove(&mut self, number: i32, network: bool) -> bool {
+        let is = |c: &Callback| (c.style == Style::Network) == network && c.style != Style::Plain;
+        self.all.get(&number).is_some_and(is) && self.all.remove(&number).is_some()
+    }
+
+    /// Removes the plain ones of a kind; answers how many there were.
+    pub fn remove_plain(&mut self, event: i32) -> usize {
+        let before = self.all.len();
+        self.all.retain(|_, c| !(c.style == Style::Plain && c.event == event));
+        before - self.all.len()
+    }
+
+    /// Ends all.
+    pub fn clear(&mut self) {
+        self.all.clear();
+        if let Some(task) = self.task.take() {
+            task.abort();
+        }
+    }
+}
+
+/// What is known of a guest, also when it is gone.
+#[derive(Debug, Clone)]
+struct Known {
+    uuid: Uuid,
+}
+
+/// Adds a callback and begins to listen with the first one. `None`: there are too many.
+///
+/// # Errors
+/// Those of the engine.
+pub fn listen(session: &Arc<Session>, callback: Callback) -> karst_model::Result<Option<i32>> {
+    let mut callbacks = session.callbacks.lock().unwrap_or_else(|e| e.into_inner());
+    if callbacks.task.is_none() {
+        let mut subscription = session.front.engine.subscribe(&session.context)?;
+        // The session owns the task: it must not keep the session.
+        let weak = Arc::downgrade(session);
+        let mut known = known(session);
+        let task = tokio::spawn(async move {
+            loop {
+                match subscription.recv().await {
+                    Ok(event) => {
+                        let Some(session) = Weak::upgrade(&weak) else { return };
+                        tell(&session, &mut known, &event).await;
+                    }
+                    // libvirt's clients cannot be told that events were lost.
+                    Err(RecvError::Lagged(n)) => tracing::warn!(n, "a libvirt client lost events"),
+                    Err(RecvError::Closed) => return,
+                }
+            }
+        });
+        callbacks.task = Some(task.abort_handle());
+    }
+    Ok(callbacks.add(callback))
+}
+
+fn known(session: &Session) -> HashMap<String, Known> {
+    let guests = session.guests().unwrap_or_default();
+    guests.iter().map(|v| (v.instance.name.to_string(), Known { uuid: domain_uuid(v) })).collect()
+}
+
+/// Name of the object of a path such as `/1.0/instances/NAME?project=P`.
+fn object<'a>(source: &'a str, kind: &str) -> Option<&'a str> {
+    let rest = source.strip_prefix("/1.0/")?.strip_prefix(kind)?.strip_prefix('/')?;
+    rest.split(['?', '/']).next()
+}
+
+async fn tell(session: &Arc<Session>, known: &mut HashMap<String, Known>, event: &Event) {
+    let EventKind::Lifecycle { action, source, .. } = &event.kind else { return };
+    let Ok(opened) = session.opened() else { return };
+    if let Some(name) = object(source, "networks") {
+        network(session, action, name).await;
+        return;
+    }
+    let Some(name) = object(source, "instances").filter(|_| event.project_name == opened.project) else {
+        return;
+    };
+    let view = session.guest(name).ok();
+    if let Some(view) = &view {
+        known.insert(name.to_owned(), Known { uuid: domain_uuid(view) });
+    }
+    let Some(uuid) = known.get(name).map(|k| k.uuid) else { return };
+    let exit = view.as_ref().and_then(|v| v.runtime.as_ref()).and_then(|r| r.exit.clone());
+    let stopped = match exit {
+        Some(ExitReason::Forced) => (5, 1),
+        Some(ExitReason::Crashed { .. }) => (5, 2),
+        _ => (5, 0),
+    };
+    // virDomainEventType with its detail.
+    let changes: &[(i32, i32)] = match *action {
+        "instance-created" => &[(0, 0)],
+        "instance-deleted" => &[(1, 0)],
+        "instance-updated" => &[(0, 1)],
+        "instance-renamed" => &[(0, 2)],
+        "instance-started" => &[(2, 0)],
+        "instance-paused" => &[(3, 0)],
+        "instance-resumed" => &[(4, 0)],
+        "instance-stopped" | "instance-shutdown" => &[stopped],
+        "instance-restarted" => &[(5, 0), (2, 0)],
+        "instance-restored" => &[(0, 3)],
+        _ => return,
+    };
+    if *action == "instance-deleted" {
+        known.remove(name);
+    }
+    let id = view.as_ref().filter(|v| is_running(v)).map_or(-1, |v| domain_id(v));
+    let callbacks = matching(session, uuid, |c| c.style != Style::Network);
+    for (number, callback) in callbacks {
+        let mut head = Writer::new();
+        if callback.style == Style::Numbered {
+            head.i32(number);
+        }
+        head.string(name).uuid(uuid).i32(id);
+        let numbered = callback.style == Style::Numbered;
+        match callback.event {
+            LIFECYCLE => {
+                let head = head.finish();
+                for (kind, detail) in changes {
+                    let mut w = Writer::new();
+                    w.i32(*kind).i32(*detail);
+                    let payload = [head.clone(), w.finish()].concat();
+                    let procedure = if numbered { 318 } else { 107 };
+                    session.send(Frame::new(Header::event(procedure), payload)).await;
+                }
+            }
+            REBOOT if *action == "instance-restarted" => {
+                let procedure = if numbered { 319 } else { 169 };
+                session.send(Frame::new(Header::event(procedure), head.finish())).await;
+            }
+            _ => {}
+        }
+    }
+}
+
+fn matching(session: &Session, uuid: Uuid, is: impl Fn(&Callback) -> bool) -> Vec<(i32, Callback)> {
+    let callbacks = session.callbacks.lock().unwrap_or_else(|e| e.into_inner());
+    let wanted = callbacks.all.iter().filter(|(_, c)| is(c) && c.only.is_none_or(|only| only == uuid));
+    wanted.map(|(n, c)| (*n, c.clone())).collect()
+}
+
+async fn network(session: &Arc<Session>, action: &str, name: &str) {
+    // virNetworkEventLifecycleType; all of Karst's run as soon as they are there.
+    let changes: &[i32] = match action {
+        "network-created" => &[0, 2],
+        "network-deleted" => &[3, 1],
+        _ => return,
+    };
+    let found = session.opened().ok().and_then(|o| {
+        session.front.engine.network(&session.context, &o.project, name).ok().map(|n| n.id.uuid())
+    });
+    let uuid = found.unwrap_or_default();
+    for (number, _) in matching(session, uuid, |c| c.style == Style::Network) {
+        for change in changes {
+            let mut w = Writer::new();
+            w.i32(number).string(name).uuid(uuid).i32(*change).i32(0);
+            session.send(Frame::new(Header::event(315), w.finish())).await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_out_of_paths() {
+        assert_eq!(object("/1.0/instances/c1?project=p", "instances"), Some("c1"));
+        assert_eq!(object("/1.0/instances/c1/snapshots/s", "instances"), Some("c1"));
+        assert_eq!(object("/1.0/networks/n", "instances"), None);
+    }
+
+    #[test]
+    fn callbacks_are_removed_by_their_own_kind() {
+        let mut all = Callbacks::default();
+        let plain = Callback { style: Style::Plain, event: LIFECYCLE, only: None };
+        let first = all.add(plain.clone()).unwrap();
+        let second = all.add(Callback { style: Style::Network, ..plain.clone() }).unwrap();
+        assert!(!all.remove(first, false) && !all.remove(second, false));
+        assert!(all.remove(second, true));
+        assert_eq!(all.remove_plain(LIFECYCLE), 1);
+        (0..MOST).for_each(|_| assert!(all.add(plain.clone()).is_some()));
+        assert!(all.add(plain).is_none());
+    }
+}

@@ -1,0 +1,100 @@
+//! libvirt's remote protocol as a translator over the engine's use cases: `virsh` and what else speaks it connects to
+//! Karst without any libvirtd. Wire types never leave this crate.
+//!
+//! A connection is [`session`]; a call goes through [`table`] (the one table of procedures) to a function of [`calls`],
+//! which calls one use case. `qemu:///system` shows the virtual machines of a project, `lxc:///system` its containers.
+//!
+//! Source of the protocol: `virnetprotocol.x` and `remote_protocol.x` of libvirt 9.0, read as facts.
+// A front end serves real sockets on the real runtime; the seeded world ends at the engine.
+#![allow(clippy::disallowed_methods)]
+
+pub mod calls;
+pub mod error;
+pub mod events;
+pub mod frame;
+pub mod limits;
+pub mod names;
+pub mod session;
+pub mod table;
+pub mod xdr;
+pub mod xml;
+
+use karst_engine::{Context, Engine, InstanceView};
+use karst_model::access::{Grant, Principal, Role};
+use std::{sync::Arc, time::Duration};
+use tokio::{
+    net::{UnixListener, UnixStream},
+    sync::Semaphore,
+};
+use uuid::Uuid;
+
+/// Most connections at once; libvirtd has as many.
+const CONNECTIONS: usize = 5000;
+/// Pause after a failure to accept (no descriptors left), so that it does not spin.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// The front end.
+pub struct Front {
+    /// The engine.
+    pub engine: Engine,
+}
+
+/// Which of the two sockets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Surface {
+    /// `libvirt-sock`: whoever can connect is an administrator.
+    Full,
+    /// `libvirt-sock-ro`: whoever connects sees, and changes nothing.
+    ReadOnly,
+}
+
+/// Answers on `listener` until dropped.
+pub async fn serve(front: Arc<Front>, surface: Surface, listener: UnixListener) {
+    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        let Ok(place) = places.clone().acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let front = front.clone();
+                tokio::spawn(async move {
+                    if let Some(context) = context(&stream, surface) {
+                        session::serve(front, context, surface == Surface::ReadOnly, stream).await;
+                    }
+                    drop(place);
+                });
+            }
+            Err(e) => {
+                tracing::warn!(error = %e, "a connection could not be accepted");
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+    }
+}
+
+/// Who is at the other end; nobody when the kernel does not say.
+fn context(stream: &UnixStream, surface: Surface) -> Option<Context> {
+    let peer = match stream.peer_cred() {
+        Ok(peer) => peer,
+        Err(e) => {
+            tracing::warn!(error = %e, "the kernel does not tell who is at the other end");
+            return None;
+        }
+    };
+    let mut principal = Principal::unix_admin(peer.uid(), peer.gid(), peer.pid().unwrap_or(0));
+    if surface == Surface::ReadOnly {
+        principal.grants = vec![Grant { role: Role::Viewer, project: None }];
+    }
+    Some(Context::new(principal))
+}
+
+/// The UUID of a domain: of a virtual machine that which its firmware shows.
+pub fn domain_uuid(view: &InstanceView) -> Uuid {
+    view.instance.hardware.as_ref().map_or(view.instance.id.uuid(), |h| h.uuid)
+}
+
+/// The number of a domain that runs; -1 of one that does not.
+pub fn domain_id(view: &InstanceView) -> i32 {
+    let running = calls::domain::is_running(view);
+    let id = view.runtime.as_ref().and_then(|r| r.domain_id);
+    id.filter(|_| running).and_then(|id| i32::try_from(id).ok()).unwrap_or(-1)
+}

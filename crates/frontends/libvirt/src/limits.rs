@@ -1,0 +1,59 @@
+//! CPUs and memory of a guest as libvirt counts them: a container without limits has those of its host.
+
+use crate::{calls::connect::facts, error::VirError, session::Call};
+use karst_engine::InstanceView;
+use karst_model::{instance::InstanceKind, keys, spec};
+
+/// Memory of a virtual machine that says nothing, bytes.
+const MACHINE_MEMORY: u64 = 1 << 30;
+
+/// Limits of a guest.
+pub struct Limits {
+    kind: InstanceKind,
+    limits: spec::Limits,
+}
+
+/// Those of a guest.
+///
+/// # Errors
+/// Invalid, when its configuration is.
+pub fn of(view: &InstanceView) -> Result<Limits, VirError> {
+    Ok(Limits { kind: view.instance.kind, limits: keys::limits(&view.expanded_config)? })
+}
+
+impl Limits {
+    /// CPUs.
+    ///
+    /// # Errors
+    /// Those of asking for the host's.
+    pub fn cpus(&self, call: &Call) -> Result<u32, VirError> {
+        match (&self.limits.cpu, self.kind) {
+            (Some(spec::CpuLimit::Count { n }), _) => Ok(*n),
+            (Some(spec::CpuLimit::Set { cpus }), _) => Ok(cpus.len() as u32),
+            (None, InstanceKind::VirtualMachine) => Ok(1),
+            (None, InstanceKind::Container) => Ok(facts(call)?.cpus),
+        }
+    }
+
+    /// CPUs of the host that it is pinned to.
+    pub fn pinned(&self) -> Option<&[u32]> {
+        match &self.limits.cpu {
+            Some(spec::CpuLimit::Set { cpus }) => Some(cpus),
+            _ => None,
+        }
+    }
+
+    /// Memory in KiB.
+    ///
+    /// # Errors
+    /// Those of asking for the host's.
+    pub fn memory_kib(&self, call: &Call) -> Result<u64, VirError> {
+        let bytes = match (self.limits.memory, self.kind) {
+            (Some(size), InstanceKind::VirtualMachine) => size.round_up(1 << 20).bytes(),
+            (Some(size), InstanceKind::Container) => size.bytes(),
+            (None, InstanceKind::VirtualMachine) => MACHINE_MEMORY,
+            (None, InstanceKind::Container) => facts(call)?.memory,
+        };
+        Ok(bytes / 1024)
+    }
+}

@@ -1,0 +1,414 @@
+//! One connection: reads frames, runs calls, several at once, and sends what they answer. What is malformed ends this
+//! connection and no other.
+
+use crate::{
+    Front,
+    error::{Code, Part, VirError},
+    events::Callbacks,
+    frame::{Frame, Header, KEEPALIVE, Kind, REMOTE, Status},
+    table,
+    xdr::Reader,
+};
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use karst_engine::{Context, InstanceView, audit::AuditRequest};
+use karst_model::instance::InstanceKind;
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+use tokio::{
+    io::AsyncWriteExt,
+    net::{
+        UnixStream,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::{Semaphore, mpsc, watch},
+};
+use uuid::Uuid;
+
+/// Calls of one client that run at once; more wait in its socket.
+const CALLS: usize = 20;
+/// Frames that wait for a slow client before its calls have to.
+const QUEUE: usize = 64;
+/// Frames of a stream from the client that wait for the guest before the connection has to.
+const STREAM_QUEUE: usize = 32;
+/// A client that does not read what it asked for is cut off after this.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Which of a host's guests a connection is about: libvirt has a driver for each kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Driver {
+    /// Virtual machines, `qemu:///system`.
+    Qemu,
+    /// Containers, `lxc:///system`.
+    Lxc,
+}
+
+impl Driver {
+    /// Kind of its guests.
+    pub fn kind(self) -> InstanceKind {
+        match self {
+            Self::Qemu => InstanceKind::VirtualMachine,
+            Self::Lxc => InstanceKind::Container,
+        }
+    }
+
+    /// Who errors are said to come from.
+    pub fn part(self) -> Part {
+        match self {
+            Self::Qemu => Part::Qemu,
+            Self::Lxc => Part::Lxc,
+        }
+    }
+}
+
+/// What a connection was opened for.
+#[derive(Debug, Clone)]
+pub struct Opened {
+    /// Driver.
+    pub driver: Driver,
+    /// Project.
+    pub project: String,
+    /// The URI as it is shown.
+    pub uri: String,
+}
+
+/// What a client sends into a stream.
+#[derive(Debug)]
+pub enum StreamInput {
+    /// Bytes.
+    Data(Bytes),
+    /// It is done.
+    Finish,
+    /// It gave up.
+    Abort,
+}
+
+/// A connection's state, shared by its calls.
+pub struct Session {
+    /// The front end.
+    pub front: Arc<Front>,
+    /// Who is at the other end.
+    pub context: Context,
+    /// Can change nothing: by its socket, or because the client said so.
+    read_only: AtomicBool,
+    /// Callbacks for events.
+    pub callbacks: Mutex<Callbacks>,
+    opened: OnceLock<Opened>,
+    out: mpsc::Sender<Frame>,
+    streams: Mutex<HashMap<u32, mpsc::Sender<StreamInput>>>,
+    over: watch::Sender<bool>,
+}
+
+/// A call with what it needs.
+pub struct Call {
+    /// The connection.
+    pub session: Arc<Session>,
+    /// The frame's header.
+    pub header: Header,
+    /// Arguments.
+    pub payload: Bytes,
+}
+
+/// What a call answers.
+pub struct Answer {
+    /// Its result.
+    pub payload: Vec<u8>,
+    /// What begins when the client has been told: a stream.
+    pub then: Option<BoxFuture<'static, ()>>,
+}
+
+impl Answer {
+    /// The connection ends when the client has got this.
+    pub fn and_then_end(self, session: &Arc<Session>) -> Self {
+        let session = session.clone();
+        Self { then: Some(Box::pin(async move { session.end() })), ..self }
+    }
+}
+
+impl From<Vec<u8>> for Answer {
+    fn from(payload: Vec<u8>) -> Self {
+        Self { payload, then: None }
+    }
+}
+
+impl Call {
+    /// Reads all arguments.
+    ///
+    /// # Errors
+    /// RPC, when they are not what `read` takes.
+    pub fn arguments<T>(
+        &self,
+        read: impl FnOnce(&mut Reader<'_>) -> Result<T, VirError>,
+    ) -> Result<T, VirError> {
+        let mut reader = Reader::new(&self.payload);
+        let value = read(&mut reader)?;
+        reader.end()?;
+        Ok(value)
+    }
+
+    /// What the connection was opened for.
+    ///
+    /// # Errors
+    /// No connection, before it was.
+    pub fn opened(&self) -> Result<&Opened, VirError> {
+        self.session.opened()
+    }
+}
+
+impl Session {
+    /// What the connection was opened for.
+    ///
+    /// # Errors
+    /// Internal, before it was.
+    pub fn opened(&self) -> Result<&Opened, VirError> {
+        self.opened.get().ok_or_else(|| VirError::new(Code::InternalError, Part::Rpc, "connection not open"))
+    }
+
+    /// Opens the connection, once.
+    ///
+    /// # Errors
+    /// Internal, when it is open.
+    pub fn open(&self, opened: Opened) -> Result<(), VirError> {
+        let again = |_| VirError::new(Code::InternalError, Part::Rpc, "connection already open");
+        self.opened.set(opened).map_err(again)
+    }
+
+    /// Can it change nothing?
+    pub fn read_only(&self) -> bool {
+        self.read_only.load(Ordering::Relaxed)
+    }
+
+    /// From now on it can change nothing.
+    pub fn restrict(&self) {
+        self.read_only.store(true, Ordering::Relaxed);
+    }
+
+    /// The guests that this connection is about, by name.
+    ///
+    /// # Errors
+    /// Those of the engine.
+    pub fn guests(&self) -> Result<Vec<Arc<InstanceView>>, VirError> {
+        let opened = self.opened()?;
+        let mut all = self.front.engine.instances(&self.context, &opened.project)?;
+        all.retain(|v| v.instance.kind == opened.driver.kind());
+        Ok(all)
+    }
+
+    /// The guest of a name, when it is one of this connection's kind.
+    ///
+    /// # Errors
+    /// No domain.
+    pub fn guest(&self, name: &str) -> Result<Arc<InstanceView>, VirError> {
+        let opened = self.opened()?;
+        let missing = || {
+            let text = format!("no domain with matching name '{name}'");
+            VirError::new(Code::NoDomain, opened.driver.part(), text)
+        };
+        let view = self.front.engine.instance(&self.context, &opened.project, name).map_err(|_| missing())?;
+        if view.instance.kind == opened.driver.kind() { Ok(view) } else { Err(missing()) }
+    }
+
+    /// The guest of a UUID.
+    ///
+    /// # Errors
+    /// No domain.
+    pub fn guest_by_uuid(&self, uuid: Uuid) -> Result<Arc<InstanceView>, VirError> {
+        let part = self.opened()?.driver.part();
+        self.guests()?.into_iter().find(|v| crate::domain_uuid(v) == uuid).ok_or_else(|| {
+            VirError::new(Code::NoDomain, part, format!("no domain with matching uuid '{uuid}'"))
+        })
+    }
+
+    /// Sends a frame; waits for a slow client.
+    pub async fn send(&self, frame: Frame) {
+        // The connection may have ended, which its calls need not know.
+        let _ = self.out.send(frame).await;
+    }
+
+    /// Sends a frame if there is room.
+    pub fn try_send(&self, frame: Frame) -> bool {
+        self.out.try_send(frame).is_ok()
+    }
+
+    /// Opens a stream beside the answer of a call; what the client sends comes out of the receiver.
+    pub fn stream(&self, call: Header) -> mpsc::Receiver<StreamInput> {
+        let (sender, receiver) = mpsc::channel(STREAM_QUEUE);
+        self.streams.lock().unwrap_or_else(|e| e.into_inner()).insert(call.serial, sender);
+        receiver
+    }
+
+    /// Forgets a stream.
+    pub fn stream_ended(&self, call: Header) {
+        self.streams.lock().unwrap_or_else(|e| e.into_inner()).remove(&call.serial);
+    }
+
+    /// Ends the connection.
+    pub fn end(&self) {
+        self.over.send_replace(true);
+    }
+
+    /// Completes when the connection is over.
+    pub async fn ended(&self) {
+        let _ = self.over.subscribe().wait_for(|over| *over).await;
+    }
+}
+
+/// Serves one connection to its end.
+pub async fn serve(front: Arc<Front>, context: Context, read_only: bool, stream: UnixStream) {
+    let (reader, writer) = stream.into_split();
+    let (out, queue) = mpsc::channel(QUEUE);
+    let session = Arc::new(Session {
+        front,
+        context,
+        read_only: AtomicBool::new(read_only),
+        callbacks: Mutex::default(),
+        opened: OnceLock::new(),
+        out,
+        streams: Mutex::default(),
+        over: watch::channel(false).0,
+    });
+    let writing = tokio::spawn(write(session.clone(), writer, queue));
+    tokio::select! {
+        () = read(&session, reader) => {}
+        () = session.ended() => {}
+    }
+    session.end();
+    session.callbacks.lock().unwrap_or_else(|e| e.into_inner()).clear();
+    session.streams.lock().unwrap_or_else(|e| e.into_inner()).clear();
+    let _ = writing.await;
+}
+
+async fn write(session: Arc<Session>, mut writer: OwnedWriteHalf, mut queue: mpsc::Receiver<Frame>) {
+    loop {
+        let frame = tokio::select! {
+            biased;
+            frame = queue.recv() => frame,
+            () = session.ended() => None,
+        };
+        let Some(frame) = frame else { break };
+        match tokio::time::timeout(PATIENCE, writer.write_all(&frame.encode())).await {
+            Ok(Ok(())) => {}
+            _ => break,
+        }
+    }
+    session.end();
+}
+
+async fn read(session: &Arc<Session>, mut reader: OwnedReadHalf) {
+    let places = Arc::new(Semaphore::new(CALLS));
+    loop {
+        let frame = match Frame::read(&mut reader).await {
+            Ok(Some(frame)) => frame,
+            Ok(None) => return,
+            Err(e) => {
+                tracing::debug!(error = %e, "a libvirt connection ended badly");
+                return;
+            }
+        };
+        let header = frame.header;
+        match (header.program, header.kind) {
+            (KEEPALIVE, Kind::Message) => {
+                if header.procedure == 1 {
+                    session.send(Frame::new(Header { procedure: 2, ..header }, Bytes::new())).await;
+                }
+            }
+            (REMOTE, Kind::Call) => {
+                let Ok(place) = places.clone().acquire_owned().await else { return };
+                let call = Call { session: session.clone(), header, payload: frame.payload };
+                tokio::spawn(async move {
+                    run(call).await;
+                    drop(place);
+                });
+            }
+            (REMOTE, Kind::Stream) => streamed(session, header, frame.payload).await,
+            (_, Kind::Call) => {
+                let error = VirError::rpc(format!(
+                    "Cannot find program {} version {}",
+                    header.program, header.version
+                ));
+                session.send(Frame::error(header, &error)).await;
+            }
+            (_, Kind::CallWithFds) => {
+                let error = VirError::no_support("descriptors are not taken");
+                session.send(Frame::error(header, &error)).await;
+            }
+            // Nothing that a client sends by itself.
+            _ => return,
+        }
+    }
+}
+
+/// Hands what a client sends on to its stream, and waits while that has not taken what came before.
+async fn streamed(session: &Session, header: Header, payload: Bytes) {
+    let sender = session.streams.lock().unwrap_or_else(|e| e.into_inner()).get(&header.serial).cloned();
+    let Some(sender) = sender else {
+        // It ended by itself meanwhile; a client that finishes it is told so.
+        if header.status == Status::Ok {
+            session.send(Frame::new(header.stream(Status::Ok), Bytes::new())).await;
+        }
+        return;
+    };
+    let input = match header.status {
+        Status::Continue => StreamInput::Data(payload),
+        Status::Ok => StreamInput::Finish,
+        Status::Error => StreamInput::Abort,
+    };
+    let _ = sender.send(input).await;
+}
+
+async fn run(call: Call) {
+    let (session, header) = (call.session.clone(), call.header);
+    let procedure = table::find(header.procedure);
+    let object = procedure.map(|p| object_of(p, &call.payload)).unwrap_or_default();
+    let answered = match procedure {
+        _ if header.version != 1 => {
+            let text = format!("Cannot find program {} version {}", header.program, header.version);
+            Err(VirError::rpc(text))
+        }
+        Some(procedure) => match procedure.admit(&session) {
+            Ok(()) => (procedure.handler)(call).await,
+            Err(e) => Err(e),
+        },
+        None => Err(VirError::no_support(table::api_name(header.procedure))),
+    };
+    if let Some(procedure) = procedure.filter(|p| p.demand == table::Demand::Change) {
+        let outcome = match &answered {
+            Ok(_) => ("done", String::new()),
+            Err(e) if matches!(e.code, Code::OperationDenied | Code::AccessDenied) => {
+                ("refused", e.message())
+            }
+            Err(e) => ("failed", e.message()),
+        };
+        let project = session.opened().map(|o| o.project.clone()).unwrap_or_default();
+        let request = AuditRequest {
+            what: format!("libvirt {}", procedure.name),
+            object,
+            project,
+            outcome: outcome.0,
+            detail: outcome.1,
+        };
+        session.front.engine.audit(&session.context, request);
+    }
+    match answered {
+        Ok(answer) => {
+            session.send(Frame::new(header.reply(Status::Ok), answer.payload)).await;
+            if let Some(then) = answer.then {
+                tokio::spawn(then);
+            }
+        }
+        Err(e) => session.send(Frame::error(header, &e)).await,
+    }
+}
+
+/// Name of the object that a call is about, for the audit log: what its arguments begin with.
+fn object_of(procedure: &table::Procedure, payload: &Bytes) -> String {
+    let xml = procedure.name.contains("XML");
+    let name = Reader::new(payload).string().ok().filter(|_| !xml);
+    name.filter(|n| n.len() <= 256).unwrap_or_default()
+}

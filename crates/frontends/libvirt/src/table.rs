@@ -1,0 +1,214 @@
+//! The one table of procedures: number, what it demands, what answers it. What is not in it answers "not supported", which
+//! clients take as a reason to ask in an older way.
+
+use crate::{
+    calls::{connect, console, domain, event, network, power, stats, storage},
+    error::{Code, VirError},
+    names::NAMES,
+    session::{Answer, Call, Session},
+};
+use futures::future::BoxFuture;
+
+/// What a procedure demands of the connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Demand {
+    /// Nothing: it comes before the connection is opened.
+    Handshake,
+    /// That it is open.
+    See,
+    /// That it may change things.
+    Change,
+}
+
+/// A procedure.
+pub struct Procedure {
+    /// Its number.
+    pub number: i32,
+    /// Its name in the protocol.
+    pub name: &'static str,
+    /// What it demands.
+    pub demand: Demand,
+    /// What answers it.
+    pub handler: fn(Call) -> BoxFuture<'static, Result<Answer, VirError>>,
+}
+
+macro_rules! procedures {
+    ($($number:literal $name:ident $demand:ident $handler:path;)*) => {
+        &[$(Procedure {
+            number: $number,
+            name: stringify!($name),
+            demand: Demand::$demand,
+            handler: |call| Box::pin($handler(call)),
+        }),*]
+    };
+}
+
+/// All of them, by number.
+pub const PROCEDURES: &[Procedure] = procedures! {
+    1 CONNECT_OPEN Handshake connect::open;
+    2 CONNECT_CLOSE Handshake connect::close;
+    3 CONNECT_GET_TYPE See connect::get_type;
+    4 CONNECT_GET_VERSION See connect::version;
+    5 CONNECT_GET_MAX_VCPUS See connect::max_vcpus;
+    6 NODE_GET_INFO See connect::node_info;
+    7 CONNECT_GET_CAPABILITIES See connect::capabilities;
+    9 DOMAIN_CREATE Change power::create;
+    12 DOMAIN_DESTROY Change power::destroy;
+    14 DOMAIN_GET_XML_DESC See domain::xml;
+    15 DOMAIN_GET_AUTOSTART See domain::autostart;
+    16 DOMAIN_GET_INFO See domain::info;
+    17 DOMAIN_GET_MAX_MEMORY See domain::max_memory;
+    18 DOMAIN_GET_MAX_VCPUS See domain::max_vcpus;
+    19 DOMAIN_GET_OS_TYPE See domain::os_type;
+    21 CONNECT_LIST_DEFINED_DOMAINS See domain::defined_names;
+    22 DOMAIN_LOOKUP_BY_ID See domain::by_id;
+    23 DOMAIN_LOOKUP_BY_NAME See domain::by_name;
+    24 DOMAIN_LOOKUP_BY_UUID See domain::by_uuid;
+    25 CONNECT_NUM_OF_DEFINED_DOMAINS See domain::count_defined;
+    27 DOMAIN_REBOOT Change power::reboot;
+    28 DOMAIN_RESUME Change power::resume;
+    29 DOMAIN_SET_AUTOSTART Change domain::set_autostart;
+    33 DOMAIN_SHUTDOWN Change power::shutdown;
+    34 DOMAIN_SUSPEND Change power::suspend;
+    35 DOMAIN_UNDEFINE Change power::undefine;
+    36 CONNECT_LIST_DEFINED_NETWORKS See network::defined_names;
+    37 CONNECT_LIST_DOMAINS See domain::ids;
+    38 CONNECT_LIST_NETWORKS See network::names;
+    43 NETWORK_GET_XML_DESC See network::xml;
+    44 NETWORK_GET_AUTOSTART See network::autostart;
+    45 NETWORK_GET_BRIDGE_NAME See network::bridge;
+    46 NETWORK_LOOKUP_BY_NAME See network::by_name;
+    47 NETWORK_LOOKUP_BY_UUID See network::by_uuid;
+    50 CONNECT_NUM_OF_DEFINED_NETWORKS See network::count_defined;
+    51 CONNECT_NUM_OF_DOMAINS See domain::count;
+    52 CONNECT_NUM_OF_NETWORKS See network::count;
+    59 CONNECT_GET_HOSTNAME See connect::hostname;
+    60 CONNECT_SUPPORTS_FEATURE Handshake connect::supports_feature;
+    65 DOMAIN_INTERFACE_STATS See stats::interface;
+    66 AUTH_LIST Handshake connect::auth_list;
+    71 CONNECT_NUM_OF_STORAGE_POOLS See storage::count;
+    72 CONNECT_LIST_STORAGE_POOLS See storage::names;
+    73 CONNECT_NUM_OF_DEFINED_STORAGE_POOLS See storage::count_defined;
+    74 CONNECT_LIST_DEFINED_STORAGE_POOLS See storage::defined_names;
+    84 STORAGE_POOL_LOOKUP_BY_NAME See storage::by_name;
+    85 STORAGE_POOL_LOOKUP_BY_UUID See storage::by_uuid;
+    86 STORAGE_POOL_LOOKUP_BY_VOLUME See storage::by_volume;
+    87 STORAGE_POOL_GET_INFO See storage::info;
+    88 STORAGE_POOL_GET_XML_DESC See storage::xml;
+    89 STORAGE_POOL_GET_AUTOSTART See storage::autostart;
+    91 STORAGE_POOL_NUM_OF_VOLUMES See storage::count_volumes;
+    92 STORAGE_POOL_LIST_VOLUMES See storage::volume_names;
+    95 STORAGE_VOL_LOOKUP_BY_NAME See storage::volume_by_name;
+    96 STORAGE_VOL_LOOKUP_BY_KEY See storage::volume_by_key;
+    97 STORAGE_VOL_LOOKUP_BY_PATH See storage::volume_by_path;
+    98 STORAGE_VOL_GET_INFO See storage::volume_info;
+    99 STORAGE_VOL_GET_XML_DESC See storage::volume_xml;
+    100 STORAGE_VOL_GET_PATH See storage::volume_path;
+    105 CONNECT_DOMAIN_EVENT_REGISTER See event::register;
+    106 CONNECT_DOMAIN_EVENT_DEREGISTER See event::deregister;
+    110 CONNECT_GET_URI See connect::uri;
+    149 CONNECT_IS_SECURE See connect::is_secure;
+    150 DOMAIN_IS_ACTIVE See domain::is_active;
+    151 DOMAIN_IS_PERSISTENT See domain::is_persistent;
+    152 NETWORK_IS_ACTIVE See network::is_active;
+    153 NETWORK_IS_PERSISTENT See network::is_persistent;
+    154 STORAGE_POOL_IS_ACTIVE See storage::is_active;
+    155 STORAGE_POOL_IS_PERSISTENT See storage::is_persistent;
+    157 CONNECT_GET_LIB_VERSION See connect::lib_version;
+    159 DOMAIN_MEMORY_STATS See stats::memory;
+    167 CONNECT_DOMAIN_EVENT_REGISTER_ANY See event::register_any;
+    168 CONNECT_DOMAIN_EVENT_DEREGISTER_ANY See event::deregister_any;
+    183 DOMAIN_HAS_MANAGED_SAVE_IMAGE See domain::has_managed_save;
+    196 DOMAIN_CREATE_WITH_FLAGS Change power::create_with_flags;
+    200 DOMAIN_GET_VCPUS_FLAGS See domain::vcpus;
+    201 DOMAIN_OPEN_CONSOLE Change console::open;
+    202 DOMAIN_IS_UPDATED See domain::is_updated;
+    212 DOMAIN_GET_STATE See domain::state;
+    229 DOMAIN_GET_CONTROL_INFO See domain::control_info;
+    231 DOMAIN_UNDEFINE_FLAGS Change power::undefine_flags;
+    234 DOMAIN_DESTROY_FLAGS Change power::destroy_flags;
+    245 DOMAIN_RESET Change power::reset;
+    258 DOMAIN_SHUTDOWN_FLAGS Change power::shutdown_flags;
+    264 DOMAIN_SET_METADATA Change domain::set_metadata;
+    265 DOMAIN_GET_METADATA See domain::metadata;
+    273 CONNECT_LIST_ALL_DOMAINS See domain::list;
+    277 DOMAIN_GET_HOSTNAME See stats::hostname;
+    281 CONNECT_LIST_ALL_STORAGE_POOLS See storage::list;
+    282 STORAGE_POOL_LIST_ALL_VOLUMES See storage::volumes;
+    283 CONNECT_LIST_ALL_NETWORKS See network::list;
+    293 NODE_GET_CPU_MAP See connect::cpu_map;
+    313 CONNECT_NETWORK_EVENT_REGISTER_ANY See event::network_register;
+    314 CONNECT_NETWORK_EVENT_DEREGISTER_ANY See event::network_deregister;
+    316 CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY See event::callback_register;
+    317 CONNECT_DOMAIN_EVENT_CALLBACK_DEREGISTER_ANY See event::callback_deregister;
+    341 NETWORK_GET_DHCP_LEASES See network::leases;
+    344 CONNECT_GET_ALL_DOMAIN_STATS See stats::all;
+    353 DOMAIN_INTERFACE_ADDRESSES See stats::addresses;
+    358 DOMAIN_RENAME Change power::rename;
+    360 CONNECT_REGISTER_CLOSE_CALLBACK See connect::nothing;
+    361 CONNECT_UNREGISTER_CLOSE_CALLBACK See connect::nothing;
+    378 STORAGE_VOL_GET_INFO_FLAGS See storage::volume_info_flags;
+    426 DOMAIN_GET_MESSAGES See domain::messages;
+};
+
+/// The procedure of a number.
+pub fn find(number: i32) -> Option<&'static Procedure> {
+    PROCEDURES.binary_search_by_key(&number, |p| p.number).ok().map(|n| &PROCEDURES[n])
+}
+
+impl Procedure {
+    /// May it be called now?
+    ///
+    /// # Errors
+    /// Internal before the connection is open; denied when it would change something through the read-only socket.
+    pub fn admit(&self, session: &Session) -> Result<(), VirError> {
+        if self.demand == Demand::Handshake {
+            return Ok(());
+        }
+        let driver = session.opened()?.driver;
+        if self.demand == Demand::Change && session.read_only() {
+            let text = format!("read only access prevents {}", api_name(self.number));
+            return Err(VirError::new(Code::OperationDenied, driver.part(), text));
+        }
+        Ok(())
+    }
+}
+
+/// The function of libvirt's API behind a procedure, such as `virDomainGetXMLDesc`.
+pub fn api_name(number: i32) -> String {
+    let name = usize::try_from(number).ok().and_then(|n| NAMES.get(n.checked_sub(1)?));
+    let Some(name) = name else { return format!("procedure {number}") };
+    let words = name.split('_').map(|word| match word {
+        "XML" | "UUID" | "ID" | "OS" | "CPU" | "URI" | "MAC" | "NMI" | "DHCP" | "SEV" | "WWN" | "SSH" => {
+            word.to_owned()
+        }
+        "NWFILTER" => "NWFilter".to_owned(),
+        "FSINFO" => "FSInfo".to_owned(),
+        "IOTHREAD" => "IOThread".to_owned(),
+        word => word[..1].to_owned() + &word[1..].to_ascii_lowercase(),
+    });
+    format!("vir{}", words.collect::<String>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_is_in_order_and_of_the_protocol() {
+        assert!(PROCEDURES.windows(2).all(|w| w[0].number < w[1].number));
+        for p in PROCEDURES {
+            assert_eq!(NAMES[p.number as usize - 1], p.name);
+        }
+        assert_eq!(NAMES.len(), 443);
+    }
+
+    #[test]
+    fn names_of_the_api() {
+        assert_eq!(api_name(14), "virDomainGetXMLDesc");
+        assert_eq!(api_name(12), "virDomainDestroy");
+        assert_eq!(api_name(0), "procedure 0");
+        assert_eq!(api_name(-5), "procedure -5");
+        assert_eq!(api_name(9999), "procedure 9999");
+    }
+}

@@ -1,0 +1,58 @@
+//! What the host can do.
+
+use super::Element;
+use crate::session::Driver;
+use karst_model::node::{AcceleratorKind, HostFacts};
+use uuid::Uuid;
+
+/// The capabilities document.
+pub fn document(driver: Driver, facts: &HostFacts, node: Uuid) -> String {
+    let cpus = facts.cpus.max(1);
+    let cpu = Element::new("cpu").child(Element::text("arch", &facts.architecture)).child(
+        Element::new("topology").with("sockets", 1).with("dies", 1).with("cores", cpus).with("threads", 1),
+    );
+    let cell = Element::new("cell")
+        .with("id", 0)
+        .child(Element::text("memory", facts.memory / 1024).with("unit", "KiB"))
+        .child(Element::new("cpus").with("num", cpus).children((0..cpus).map(|n| {
+            Element::new("cpu")
+                .with("id", n)
+                .with("socket_id", 0)
+                .with("die_id", 0)
+                .with("core_id", n)
+                .with("siblings", n)
+        })));
+    let host = Element::new("host")
+        .child(Element::text("uuid", node))
+        .child(cpu)
+        .child(Element::new("power_management"))
+        .child(Element::new("topology").child(Element::new("cells").with("num", 1).child(cell)));
+    Element::new("capabilities").child(host).child(guest(driver, facts)).document()
+}
+
+fn guest(driver: Driver, facts: &HostFacts) -> Element {
+    let bits = if facts.architecture.contains("64") { 64 } else { 32 };
+    let arch = Element::new("arch").with("name", &facts.architecture).child(Element::text("wordsize", bits));
+    match driver {
+        Driver::Lxc => Element::new("guest").child(Element::text("os_type", "exe")).child(
+            arch.child(Element::text("emulator", "/usr/bin/lxc-start"))
+                .child(Element::new("domain").with("type", "lxc")),
+        ),
+        Driver::Qemu => {
+            let emulator = format!("/usr/bin/qemu-system-{}", facts.architecture);
+            let machine = facts.default_machine.clone().unwrap_or_default();
+            let mut arch = arch.child(Element::text("emulator", emulator));
+            if !machine.is_empty() {
+                arch.push(Element::text("machine", &machine).with("maxCpus", 288));
+                arch.push(Element::text("machine", "q35").with("canonical", &machine).with("maxCpus", 288));
+            }
+            arch.push(Element::new("domain").with("type", "qemu"));
+            if facts.accelerator.kind == AcceleratorKind::Kvm {
+                arch.push(Element::new("domain").with("type", "kvm"));
+            }
+            let toggle = |name| Element::new(name).with("default", "on").with("toggle", "no");
+            let features = Element::new("features").child(toggle("acpi")).child(toggle("apic"));
+            Element::new("guest").child(Element::text("os_type", "hvm")).child(arch).child(features)
+        }
+    }
+}
