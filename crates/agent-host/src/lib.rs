@@ -7,11 +7,8 @@
 
 mod agent;
 mod audit;
-<<<<<<< HEAD
-mod block_pools;
-=======
 mod backups;
->>>>>>> main
+mod block_pools;
 mod calls;
 mod check;
 mod facts;
