@@ -5,7 +5,9 @@ use crate::{
     ids::{CLAIMS, IdRanges},
     pools::PoolPlace,
     registry::{GuestRecord, Registry},
+    reopen::{self, Unopened},
     sessions::Sessions,
+    staging::Staging,
 };
 use karst_agent::{
     AgentEvent, EpochGuard, EventHub, GuestRef, VolumeRef,
@@ -30,13 +32,9 @@ use std::{
     collections::{BTreeMap, HashMap},
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
-    time::{Duration, SystemTime},
 };
 use tokio::sync::OwnedMutexGuard;
 
-/// Staged parts of images that nobody imported for so long are dropped.
-const STAGED_FOR: Duration = Duration::from_secs(3600);
-const SWEEP_EVERY: Duration = Duration::from_secs(300);
 /// Whose the id range of the image worker is.
 pub(crate) const WORKER: &str = "worker";
 
@@ -65,6 +63,8 @@ pub struct RealAgent {
     pub(crate) ids: IdRanges,
     pub(crate) networks: NetworkDriver,
     pub(crate) images: ImageStore,
+    pub(crate) staging: Arc<Staging>,
+    pub(crate) unopened: Unopened,
     /// How workers without privileges are started.
     pub(crate) launcher: Launcher,
     pub(crate) facts: tokio::sync::OnceCell<HostFacts>,
@@ -124,6 +124,12 @@ impl RealAgent {
             sessions: Arc::new(Sessions::new(env.clone())),
             networks: NetworkDriver::new(&options.daemon_id, root.join("networks")),
             images: ImageStore::open(root.join("images"), launcher.clone()).await?,
+            staging: Arc::new(Staging::open(
+                env.clone(),
+                registry.path("staging"),
+                options.policy.uploads.clone(),
+            )?),
+            unopened: Unopened::default(),
             launcher,
             facts: tokio::sync::OnceCell::new(),
             pools: Mutex::default(),
@@ -138,7 +144,8 @@ impl RealAgent {
         });
         crate::backups::sweep(&agent.registry.path("backups"))?;
         agent.adopt().await?;
-        tokio::spawn(sweep_staged(Arc::downgrade(&agent)));
+        tokio::spawn(reopen::watch(Arc::downgrade(&agent)));
+        tokio::spawn(Staging::watch(Arc::downgrade(&agent.staging), agent.env.clone()));
         let facts = Arc::downgrade(&agent);
         // Asked for now, so that nobody waits for `qemu --version` later.
         tokio::spawn(async move {
@@ -213,9 +220,10 @@ impl RealAgent {
 
     async fn adopt(self: &Arc<Self>) -> Result<()> {
         for pool in self.registry.pools()? {
-            // One that cannot be opened does not stop the others; `pool_ensure` tries it again.
-            if let Err(e) = self.open_pool(&pool).await {
+            // One that cannot be opened does not stop the others; it is tried again.
+            if let Err(e) = self.open_pool(&pool, false).await {
                 tracing::error!(pool = %pool.id, error = %e, context = e.context, "a pool cannot be opened");
+                self.unopened.note(pool.id, e);
             }
         }
         let known = self.registry.guests()?;
@@ -328,12 +336,13 @@ impl RealAgent {
         Ok(None)
     }
 
-    pub(crate) async fn open_pool(&self, spec: &PoolSpec) -> Result<()> {
-        if self.pools.lock().unwrap().contains_key(&spec.id) {
-            return Ok(());
+    /// `make`: what is missing is made; otherwise it is missing.
+    pub(crate) async fn open_pool(&self, spec: &PoolSpec, make: bool) -> Result<()> {
+        if !self.pools.lock().unwrap().contains_key(&spec.id) {
+            let pool = self.pool_place(spec.id).open(spec, &self.options.policy, make).await?;
+            self.pools.lock().unwrap().insert(spec.id, pool);
         }
-        let pool = self.pool_place(spec.id).open(spec, &self.options.policy).await?;
-        self.pools.lock().unwrap().insert(spec.id, pool);
+        self.unopened.forget(spec.id);
         Ok(())
     }
 
@@ -343,11 +352,15 @@ impl RealAgent {
 
     pub(crate) fn pool(&self, id: PoolId) -> Result<Arc<dyn PoolDriver>> {
         let found = self.pools.lock().unwrap().get(&id).cloned();
-        found.ok_or_else(|| Error::not_found(format!("pool {id} is not on this host")))
+        found.ok_or_else(|| {
+            let missing = || Error::not_found(format!("pool {id} is not on this host"));
+            self.unopened.why(id).unwrap_or_else(missing)
+        })
     }
 
     pub(crate) fn forget_pool(&self, id: PoolId) {
         self.pools.lock().unwrap().remove(&id);
+        self.unopened.forget(id);
     }
 
     pub(crate) fn all_pools(&self) -> Vec<(PoolId, Arc<dyn PoolDriver>)> {
@@ -651,38 +664,6 @@ pub(crate) fn as_state(id: InstanceId) -> impl Fn(Error) -> Error {
         ErrorKind::NotFound => Error::conflict(format!("instance {id} is not running")).with_context(e),
         _ => e,
     }
-}
-
-async fn sweep_staged(agent: std::sync::Weak<RealAgent>) {
-    // At the start everything goes: what was being uploaded lost its other end with the process before.
-    let mut older_than = Duration::ZERO;
-    loop {
-        let Some(directory) = agent.upgrade().map(|a| a.registry.path("staging")) else {
-            return;
-        };
-        let swept = blocking(move || sweep(&directory, older_than)).await;
-        if let Err(e) = swept {
-            tracing::warn!(error = %e, "staged parts of images could not be swept");
-        }
-        older_than = STAGED_FOR;
-        tokio::time::sleep(SWEEP_EVERY).await;
-    }
-}
-
-fn sweep(directory: &Path, older_than: Duration) -> Result<()> {
-    for entry in std::fs::read_dir(directory)?.flatten() {
-        let age =
-            entry.metadata().ok().and_then(|m| SystemTime::now().duration_since(m.modified().ok()?).ok());
-        if entry.file_type()?.is_dir() {
-            // Somebody's work, who removes it himself unless he was killed.
-            if older_than.is_zero() {
-                std::fs::remove_dir_all(entry.path())?;
-            }
-        } else if age.is_some_and(|a| a >= older_than) {
-            std::fs::remove_file(entry.path())?;
-        }
-    }
-    Ok(())
 }
 
 /// A volume's user, by its record.

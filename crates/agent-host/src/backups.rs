@@ -6,7 +6,7 @@
 use crate::{
     RealAgent,
     agent::blocking,
-    storage::{BOUNDS, contents, converted, open, said, scratch},
+    storage::{BOUNDS, contents, converted, open, said},
 };
 use karst_agent::{BackupCreate, BackupFacts, BackupKind, VolumeFill, VolumeFilled, WithFds};
 use karst_host::{Program, sandbox::Ended};
@@ -152,7 +152,7 @@ impl RealAgent {
             }
             Format::Qcow2 => {
                 // Its holes stay holes; what it holds needs room once more for so long.
-                let room = scratch(&self.registry.path("staging"))?;
+                let room = self.staging.work()?;
                 let mut convert = self
                     .worker()
                     .readable("disk.img", open(&located.path, false)?)

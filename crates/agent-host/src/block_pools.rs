@@ -6,7 +6,7 @@
 
 use crate::{
     agent::blocking,
-    pools::{Granted, PoolPlace},
+    pools::{Granted, PoolPlace, not_there},
 };
 use karst_host::{Command, Program, mount, run};
 use karst_model::{
@@ -69,7 +69,13 @@ impl PoolPlace {
         }
     }
 
-    pub(crate) async fn open_zfs(&self, spec: &PoolSpec, granted: Option<Granted>) -> Result<ObjectPool> {
+    /// Opens it. `make`: what is missing is made.
+    pub(crate) async fn open_zfs(
+        &self,
+        spec: &PoolSpec,
+        granted: Option<Granted>,
+        make: bool,
+    ) -> Result<ObjectPool> {
         let name = self.zpool();
         let there = match &granted {
             Some(Granted::Name(parent)) => {
@@ -84,6 +90,9 @@ impl PoolPlace {
             _ if there => {}
             Some(Granted::Device(device)) => {
                 if !self.imported(&device).await? {
+                    if !make {
+                        return Err(not_there(device.display()));
+                    }
                     self.make_zpool(&device).await.map_err(occupied(&device))?;
                 }
             }
@@ -100,6 +109,9 @@ impl PoolPlace {
             }
         }
         let parent = self.data_set(spec);
+        if !make && !succeeds(command(Program::Zfs).args(["list", "-H", "-o", "name", &parent])).await? {
+            return Err(not_there(parent));
+        }
         zfs::open(&parent, self.directory(), options(&spec.options), self.launcher().clone()).await
     }
 
@@ -132,7 +144,13 @@ impl PoolPlace {
         succeeds(command(Program::Lvm).args(["vgs", "--noheadings", "-o", "vg_name", group])).await
     }
 
-    pub(crate) async fn open_lvm(&self, spec: &PoolSpec, granted: Option<Granted>) -> Result<ObjectPool> {
+    /// Opens it. `make`: what is missing is made.
+    pub(crate) async fn open_lvm(
+        &self,
+        spec: &PoolSpec,
+        granted: Option<Granted>,
+        make: bool,
+    ) -> Result<ObjectPool> {
         let place = self.group(spec);
         // The loop device is held by what is active on it, from when that is.
         let mut held = None;
@@ -141,6 +159,7 @@ impl PoolPlace {
             Some(Granted::Name(name)) => {
                 return Err(Error::invalid("source", format!("{name:?} is no volume group of this host")));
             }
+            Some(Granted::Device(device)) if !make => return Err(not_there(device.display())),
             Some(Granted::Device(device)) => {
                 // It asks before it overwrites anything, and nobody answers.
                 let create = command(Program::Lvm).args(["vgcreate", &place.group]).arg(&device);

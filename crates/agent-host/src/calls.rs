@@ -20,13 +20,7 @@ use karst_model::{
     storage::Usage,
 };
 use rustix::pipe::{PipeFlags, pipe_with};
-use std::{
-    fs::File,
-    future::Future,
-    os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
-    path::PathBuf,
-    sync::Arc,
-};
+use std::{future::Future, os::fd::OwnedFd, path::PathBuf, sync::Arc};
 use tokio::sync::mpsc;
 
 /// Guests asked at a time for their figures.
@@ -52,24 +46,10 @@ impl RealAgent {
         }
     }
 
-    fn staged(&self, image: ImageId, part: ImagePart) -> PathBuf {
-        let part = match part {
-            ImagePart::Unified => "unified",
-            ImagePart::Metadata => "metadata",
-            ImagePart::Rootfs => "rootfs",
-            ImagePart::Disk => "disk",
-        };
-        self.registry.path("staging").join(format!("{}.{part}", image.0))
-    }
-
-    async fn stage(&self, request: ImageStage) -> Result<WithFds<()>> {
-        let path = self.staged(request.image, request.part);
-        let file = blocking(move || {
-            let mut options = File::options();
-            Ok(options.write(true).create(true).truncate(true).mode(0o600).open(path)?)
-        })
-        .await?;
-        Ok(WithFds { value: (), fds: vec![file.into()] })
+    async fn stage(&self, request: ImageStage) -> Result<WithFds<ImageStaged>> {
+        let staging = self.staging.clone();
+        let (file, value) = blocking(move || staging.stage(request.image, request.part)).await?;
+        Ok(WithFds { value, fds: vec![file.into()] })
     }
 
     async fn import(&self, request: ImageImport) -> Result<ImageFacts> {
@@ -79,14 +59,8 @@ impl RealAgent {
         }
         let mut parts = vec![];
         for part in &request.parts {
-            let path = self.staged(request.image, *part);
-            let file = match tokio::fs::File::open(path).await {
-                Ok(file) => file.into_std().await,
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                    return Err(Error::not_found(format!("no {part:?} part of the image was uploaded")));
-                }
-                Err(e) => return Err(e.into()),
-            };
+            let (staging, part) = (self.staging.clone(), *part);
+            let file = blocking(move || staging.read(request.image, part)).await?;
             parts.push(Staged::Foreign(file.into()));
         }
         let mut parts = parts.into_iter();
@@ -101,9 +75,8 @@ impl RealAgent {
             }
         };
         let facts = self.images.import(request.image, upload).await?;
-        for part in request.parts {
-            let _ = tokio::fs::remove_file(self.staged(request.image, part)).await;
-        }
+        let staging = self.staging.clone();
+        blocking(move || staging.drop_image(request.image)).await?;
         Ok(facts)
     }
 
@@ -126,12 +99,8 @@ impl RealAgent {
 
     async fn delete_image(&self, image: ImageId) -> Result<()> {
         let _lock = self.lock(image.0).await;
-        for part in [ImagePart::Unified, ImagePart::Metadata, ImagePart::Rootfs, ImagePart::Disk] {
-            match tokio::fs::remove_file(self.staged(image, part)).await {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
-                _ => {}
-            }
-        }
+        let staging = self.staging.clone();
+        blocking(move || staging.drop_image(image)).await?;
         self.images.delete(image).await?;
         for (_, pool) in self.all_pools() {
             pool.forget_image(image).await?;
@@ -280,7 +249,8 @@ impl RealAgent {
         self.remember_beside(&spec, &record)?;
         let guest = self.resolve(spec.clone(), &record, &networks).await?;
         let applied = driver.update(&guest).await.map_err(as_state(id))?;
-        if applied.pending.is_empty() {
+        // A device that would not go, or come, is kept in mind until the guest ends; a key that waits concerns none.
+        if !applied.pending.iter().any(|p| p.starts_with("devices")) {
             self.remember(&spec)?;
         }
         Ok(applied)
@@ -500,6 +470,7 @@ calls! {
     read host_facts(me, _request: ()) -> HostFacts {
         let mut facts = me.facts().await?.clone();
         facts.warnings.extend(me.networks.warnings().await);
+        facts.warnings.extend(me.unopened.warnings());
         Ok(facts)
     }
     read host_resources(_me, _request: ()) -> karst_agent::resources::HostResources {
@@ -521,7 +492,7 @@ calls! {
                 blocking(move || registry.put_pool(&spec)).await?;
             }
         }
-        me.open_pool(&spec).await
+        me.open_pool(&spec, true).await
     }
     mutate pool_remove(me, pool: PoolId) -> () { me.remove_pool(pool).await }
     read pool_usage(me, pool: PoolId) -> Usage { me.pool(pool)?.space().await }
@@ -572,7 +543,8 @@ calls! {
     mutate backup_delete(me, id: BackupId) -> () { me.delete_backup(id).await }
     mutate volume_fill(me, request: VolumeFill) -> VolumeFilled { me.fill_volume(request).await }
 
-    mutate image_stage(me, part: ImageStage) -> WithFds<()> { me.stage(part).await }
+    mutate image_stage(me, part: ImageStage) -> WithFds<ImageStaged> { me.stage(part).await }
+    read image_staged(me, _request: ()) -> Vec<ImageId> { Ok(me.staging.images()) }
     mutate image_import(me, request: ImageImport) -> ImageFacts { me.import(request).await }
     mutate image_build(me, request: ImageBuild) -> ImageFacts { me.build(request).await }
     mutate image_delete(me, image: ImageId) -> () { me.delete_image(image).await }

@@ -10,6 +10,7 @@ use karst_guest::GuestDriver;
 use karst_model::{InstanceId, Result, instance::RuntimeState};
 use std::{
     collections::{BTreeMap, BTreeSet},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -66,8 +67,15 @@ impl RealAgent {
         let pools: BTreeSet<String> = self.registry.pools()?.iter().map(|p| p.id.0.to_string()).collect();
         let root = self.registry.path("");
         let daemon = self.options.daemon_id.clone();
-        let found = blocking(move || Ok(look(&root, &daemon, &pools, &guests, &running))).await?;
+        let staging = self.staging.clone();
+        let found = blocking(move || {
+            let mut found = look(&root, &daemon, &pools, &guests, &running);
+            found.extend(staging.strays()?);
+            Ok(found)
+        })
+        .await?;
         check.leaks.extend(found);
+        check.leaks.extend(self.networks.strays().await?);
         Ok(check)
     }
 }
@@ -90,7 +98,6 @@ fn look(
         .into_iter()
         .filter(|n| !pools.contains(n.strip_suffix(".img").unwrap_or(n)));
     leaks.extend(unknown.map(|n| format!("directory of an unknown pool {n}")));
-    leaks.extend(names(&root.join("staging")).into_iter().map(|n| format!("staged part {n}")));
 
     let prefix = interface_prefix(daemon_id);
     let used: BTreeSet<&String> =
@@ -101,24 +108,27 @@ fn look(
 
     let of_running = |text: &str| running.iter().any(|id| text.contains(&id.0.to_string()));
     for group in control_groups(&format!("karst-{daemon_id}")) {
-        let stray = names(&group).into_iter().filter(|n| looks_like_an_id(n) && !of_running(n));
+        let stray = directories(&group).into_iter().filter(|n| looks_like_an_id(n) && !of_running(n));
         leaks.extend(stray.map(|n| format!("control group {}/{n}", group.display())));
     }
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let places = mounts.lines().filter_map(|l| l.split(' ').nth(4)).map(PathBuf::from);
-    // A pool's own mount, or one of its volumes where each is a file system.
+    // A pool's own mount or file, or one of its volumes where each is a file system.
     let of_pool = |p: &Path| {
-        let Ok(below) = p.strip_prefix(root.join("pools")) else { return false };
-        let mut parts = below.iter().filter_map(|part| part.to_str());
-        let known = parts.next().is_some_and(|id| pools.iter().any(|n| n == id));
-        match (known, parts.next(), parts.next(), parts.next()) {
-            (known, None, _, _) => known,
-            (known, Some("volumes" | "work"), Some(id), None) => known && looks_like_an_id(id),
-            _ => false,
-        }
+        let mut parts = p.strip_prefix(root.join("pools")).into_iter().flatten();
+        let own = parts.next().map(|n| n.to_string_lossy().into_owned());
+        own.is_some_and(|n| pools.contains(n.strip_suffix(".img").unwrap_or(&n)))
     };
-    let stray = places.filter(|p| p.starts_with(root) && !of_running(&p.to_string_lossy()) && !of_pool(p));
+    let accounted = |p: &Path| of_running(&p.to_string_lossy()) || of_pool(p);
+    let places = karst_host::mountns::entries(None).unwrap_or_default().into_iter().map(|m| m.at);
+    let stray = places.filter(|p| p.starts_with(root) && !accounted(p));
     leaks.extend(stray.map(|p| format!("mount {}", p.display())));
+    let loops = karst_host::mount::loops().into_iter();
+    let stray = loops.filter(|(_, file)| file.starts_with(root) && !accounted(file));
+    leaks.extend(
+        stray.map(|(device, file)| format!("loop device {} of {}", device.display(), file.display())),
+    );
+    leaks.extend(
+        karst_ct_lxc::apparmor::strays(daemon_id).into_iter().map(|p| format!("AppArmor profile {p}")),
+    );
     leaks.extend(stray_processes(root, &of_running));
     leaks
 }
@@ -127,14 +137,28 @@ fn looks_like_an_id(name: &str) -> bool {
     name.get(..36).is_some_and(|id| id.parse::<uuid::Uuid>().is_ok())
 }
 
-/// Groups of this daemon: at the top of each hierarchy.
+fn directories(at: &Path) -> Vec<String> {
+    names(at).into_iter().filter(|n| at.join(n).is_dir()).collect()
+}
+
+/// Groups of this daemon, where they are made and at the top of each hierarchy.
 fn control_groups(name: &str) -> Vec<PathBuf> {
     let top = Path::new("/sys/fs/cgroup");
     let hierarchies = names(top).into_iter().map(|n| top.join(n)).chain([top.to_owned()]);
-    hierarchies.map(|h| h.join(name)).filter(|p| p.is_dir()).collect()
+    let made = karst_host::cgroup::Cgroups::detect().map(|c| c.dirs(name)).unwrap_or_default();
+    let all: BTreeSet<PathBuf> = hierarchies.map(|h| h.join(name)).chain(made).collect();
+    // Controllers that are mounted together have one directory under several names.
+    let mut seen = BTreeSet::new();
+    all.into_iter()
+        .filter(|p| std::fs::metadata(p).is_ok_and(|m| m.is_dir() && seen.insert((m.dev(), m.ino()))))
+        .collect()
 }
 
-/// Keepers whose guest is not known to run: their command line names its directory.
+/// Programs of guests.
+const PROGRAMS: &[&str] =
+    &["karst-keeper", "qemu-system-", "lxc-start", "[lxc monitor]", "swtpm", "virtiofsd"];
+
+/// Programs of guests that are not known to run: their command line names the guest's directory.
 fn stray_processes(root: &Path, of_running: &dyn Fn(&str) -> bool) -> Vec<String> {
     let guests = root.join("guests").to_string_lossy().into_owned();
     let processes = names(Path::new("/proc")).into_iter().filter_map(|n| n.parse::<u32>().ok());
@@ -142,7 +166,8 @@ fn stray_processes(root: &Path, of_running: &dyn Fn(&str) -> bool) -> Vec<String
         .filter_map(|pid| {
             let line = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
             let line = String::from_utf8_lossy(&line).replace('\0', " ");
-            (line.contains(&guests) && line.contains("karst-keeper") && !of_running(&line))
+            let program = line.split('/').any(|part| PROGRAMS.iter().any(|p| part.starts_with(p)));
+            (program && line.contains(&guests) && !of_running(&line))
                 .then(|| format!("process {pid}: {}", line.trim()))
         })
         .collect()

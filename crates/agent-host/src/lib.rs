@@ -17,10 +17,13 @@ mod nodes;
 mod policy;
 mod pools;
 mod registry;
+mod reopen;
 mod resources;
 mod sessions;
+mod staging;
 mod storage;
 
 pub use agent::{RealAgent, RealOptions};
 pub use policy::HostPolicy;
 pub use registry::set_damaged_aside;
+pub use staging::UploadLimits;

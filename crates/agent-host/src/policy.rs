@@ -33,6 +33,8 @@ pub struct HostPolicy {
     /// Directories and block devices that storage pools may be made of: each as it stands there, and directories below. Also
     /// data sets of ZFS (`zfs:tank/guests`, and those below) and volume groups of LVM (`lvm:vg0`).
     pub pool_sources: Vec<PathBuf>,
+    /// What uploads of images may take.
+    pub uploads: crate::staging::UploadLimits,
 }
 
 impl HostPolicy {

@@ -72,8 +72,14 @@ impl PoolPlace {
         &self.launcher
     }
 
-    /// Makes what is missing and opens it.
-    pub async fn open(&self, spec: &PoolSpec, policy: &HostPolicy) -> Result<Arc<dyn PoolDriver>> {
+    /// Opens it. `make`: what is missing is made; without it that is an error, because what was once made is only hidden,
+    /// by a file system that is not mounted, say.
+    pub async fn open(
+        &self,
+        spec: &PoolSpec,
+        policy: &HostPolicy,
+        make: bool,
+    ) -> Result<Arc<dyn PoolDriver>> {
         let source = match &spec.source {
             PoolSource::Own { .. } => None,
             PoolSource::Granted { source } => {
@@ -81,6 +87,9 @@ impl PoolPlace {
                 Some(self.look(spec.kind, source).await?)
             }
         };
+        if !make {
+            self.demand_made(spec.kind, source.as_ref())?;
+        }
         let launcher = self.launcher.clone();
         let root = match (spec.kind, source) {
             (PoolKind::Zfs | PoolKind::Lvm, Some(Granted::Directory(_))) => {
@@ -91,11 +100,11 @@ impl PoolPlace {
             }
             (PoolKind::Zfs, source) => {
                 make_directory(self.directory.clone()).await?;
-                return Ok(Arc::new(self.open_zfs(spec, source).await?));
+                return Ok(Arc::new(self.open_zfs(spec, source, make).await?));
             }
             (PoolKind::Lvm, source) => {
                 make_directory(self.directory.clone()).await?;
-                return Ok(Arc::new(self.open_lvm(spec, source).await?));
+                return Ok(Arc::new(self.open_lvm(spec, source, make).await?));
             }
             (_, Some(Granted::Name(name))) => {
                 return Err(Error::invalid("source", format!("{name:?} is not an absolute path")));
@@ -130,6 +139,22 @@ impl PoolPlace {
             PoolKind::Btrfs => Arc::new(FilePool::btrfs(root, launcher).await?),
             _ => Arc::new(FilePool::directory(root, launcher).await?),
         })
+    }
+
+    /// Refuses a pool of which nothing is there.
+    fn demand_made(&self, kind: PoolKind, source: Option<&Granted>) -> Result<()> {
+        let (there, place) = match (kind, source) {
+            // What is not in a file of ours is looked for when it is opened.
+            (PoolKind::Zfs | PoolKind::Lvm, Some(_)) | (_, Some(Granted::Name(_))) => return Ok(()),
+            (_, Some(Granted::Directory(source))) => (self.within(source).is_dir(), self.within(source)),
+            (_, Some(Granted::Device(device))) => (self.is_ours(device)?, device.clone()),
+            (PoolKind::Dir, None) => (self.directory.is_dir(), self.directory.clone()),
+            (_, None) => (self.image.is_file(), self.image.clone()),
+        };
+        if there {
+            return Ok(());
+        }
+        Err(not_there(place.display()))
     }
 
     fn within(&self, source: &Path) -> PathBuf {
@@ -272,7 +297,8 @@ impl PoolPlace {
         }
         if let PoolSource::Granted { source } = &spec.source {
             let place = self.within(Path::new(source));
-            if tokio::fs::try_exists(&place).await? {
+            // A source that is a device has nothing below it, which the system calls "not a directory".
+            if tokio::fs::metadata(&place).await.is_ok_and(|found| found.is_dir()) {
                 // Volumes that are still in it go with it, also as subvolumes.
                 let pool = match spec.kind {
                     PoolKind::Btrfs => FilePool::btrfs(&place, self.launcher.clone()).await?,
@@ -285,8 +311,10 @@ impl PoolPlace {
         let (place, spec) = (self.clone(), spec.clone());
         blocking(move || {
             if let PoolSource::Granted { source } = &spec.source {
-                gone(std::fs::remove_dir_all(place.within(Path::new(source))))?;
                 let device = std::fs::metadata(source).is_ok_and(|m| m.file_type().is_block_device());
+                if !device {
+                    gone(std::fs::remove_dir_all(place.within(Path::new(source))))?;
+                }
                 if device && place.is_ours(Path::new(source))? {
                     let device = File::options().write(true).open(source)?;
                     device.write_all_at(&[0; 4096], SUPERBLOCK)?;
@@ -309,6 +337,11 @@ impl PoolPlace {
         })
         .await
     }
+}
+
+/// What a pool was made of is hidden or lost.
+pub(crate) fn not_there(place: impl std::fmt::Display) -> Error {
+    Error::unavailable("what it is made of is not there; is its disk attached and mounted?").with_context(place)
 }
 
 /// What is not there is gone already.

@@ -325,8 +325,7 @@ impl RealAgent {
                 }
                 (format, _) => {
                     // Converting needs a file to write to, beside the staged parts of images; it loses its name at once.
-                    let directory = self.registry.path("staging");
-                    let out = scratch(&directory)?;
+                    let out = self.staging.work()?;
                     let from = if located.format == Format::Raw { "raw" } else { "qcow2" };
                     let to = if format == StreamFormat::Raw { "raw" } else { "qcow2" };
                     let mut worker = self
@@ -476,29 +475,6 @@ async fn pour(disk: File, sink: OwnedFd) -> Result<()> {
         }
     })
     .await
-}
-
-/// A directory that is gone when it is dropped, and at the next start.
-pub(crate) struct Scratch(std::path::PathBuf);
-
-impl Scratch {
-    pub(crate) fn path(&self) -> &Path {
-        &self.0
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        if let Err(e) = std::fs::remove_dir_all(&self.0) {
-            tracing::warn!(error = %e, "a scratch directory was left; the next start removes it");
-        }
-    }
-}
-
-pub(crate) fn scratch(below: &Path) -> Result<Scratch> {
-    let path = below.join(format!("{}.work", uuid::Uuid::new_v4()));
-    std::fs::create_dir(&path)?;
-    Ok(Scratch(path))
 }
 
 /// A session of its own: nobody's guest.

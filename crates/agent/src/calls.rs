@@ -106,6 +106,7 @@ impl<T: Serialize + for<'de> Deserialize<'de> + Send> Answer for WithFds<T> {
 macro_rules! plain { ($($t:ty),+ $(,)?) => { $( impl Plain for $t {} )+ } }
 plain!(
     (),
+    Vec<ImageId>,
     i32,
     HostFacts,
     crate::resources::HostResources,
@@ -267,9 +268,12 @@ agent_calls! {
     /// was. Its snapshots stay. Refused while a guest uses the volume.
     mutate fn volume_fill(VolumeFill: VolumeFill) -> VolumeFilled;
 
-    /// Opens a staging file for a part of an image to be uploaded: one write-only descriptor. Staged parts that are not
-    /// imported are dropped after an hour and at the agent's start.
-    mutate fn image_stage(ImageStage: ImageStage) -> WithFds<()>;
+    /// Opens a staging file for a part of an image to be uploaded: one write-only descriptor. Staged parts are bounded by
+    /// the host's policy in number, size and age; one that goes beyond is dropped, and its import fails with the limit's
+    /// name. All are dropped at the agent's start.
+    mutate fn image_stage(ImageStage: ImageStage) -> WithFds<ImageStaged>;
+    /// Images of which parts are staged: uploads that go on, or that nobody will finish.
+    read fn image_staged(ImageStagedList: ()) -> Vec<ImageId>;
     /// Checks and unpacks the staged parts in a worker without privileges.
     mutate fn image_import(ImageImport: ImageImport) -> ImageFacts;
     /// Builds an image of a recipe; progress comes as events with the image's id.
@@ -507,6 +511,13 @@ pub struct ImageStage {
     pub image: ImageId,
     /// Part.
     pub part: ImagePart,
+}
+
+/// A part that may be uploaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageStaged {
+    /// Bytes that it may have.
+    pub limit: u64,
 }
 
 /// Staged parts to be imported.

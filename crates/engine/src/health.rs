@@ -29,6 +29,10 @@ impl Engine {
         for (_, agent) in inner.agents.all() {
             let check = agent.self_check(&CallContext::read(Duration::from_secs(20)), ()).await?;
             health.leaks.extend(check.leaks);
+            let stale = crate::uploads::stale(inner, &*agent).await?;
+            health
+                .leaks
+                .extend(stale.iter().map(|id| format!("staged parts of image {id}, which nobody uploads")));
             on_hosts.volumes.extend(check.volumes);
             on_hosts.images.extend(check.images);
             on_hosts.networks.extend(check.networks);

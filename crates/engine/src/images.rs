@@ -1,5 +1,6 @@
 //! Images: the use cases.
 
+pub use crate::uploads::{ImageUpload, PartUpload};
 use crate::{
     Engine, EngineInner, Records, Row,
     context::Context,
@@ -9,7 +10,7 @@ use crate::{
 };
 use async_trait::async_trait;
 pub use karst_agent::ImagePart;
-use karst_agent::{AgentEvent, CallContext, ImageBuild, ImageFile, ImageImport, ImageStage, WithFds};
+use karst_agent::{AgentEvent, CallContext, ImageBuild, ImageFile, ImageImport, WithFds};
 use karst_model::{
     Config, Error, ImageId, NodeId, ProjectId, Result,
     access::Permission,
@@ -18,7 +19,7 @@ use karst_model::{
     project::Project,
 };
 use serde::{Deserialize, Serialize};
-use std::{os::fd::OwnedFd, time::Duration};
+use std::time::Duration;
 
 /// Lock target of an image.
 pub fn lock(id: ImageId) -> String {
@@ -26,16 +27,9 @@ pub fn lock(id: ImageId) -> String {
 }
 
 /// What makes a project have images of its own.
-const FEATURE: &str = "features.images";
+pub(crate) const FEATURE: &str = "features.images";
 const BUILD: Duration = Duration::from_secs(3600);
-const CALL: Duration = Duration::from_secs(60);
-
-/// An upload in progress.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ImageUpload {
-    /// The image to be.
-    pub id: ImageId,
-}
+pub(crate) const CALL: Duration = Duration::from_secs(60);
 
 /// What a user says of a new image.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -300,48 +294,6 @@ impl Engine {
         Ok(())
     }
 
-    /// Begins an upload.
-    ///
-    /// # Errors
-    /// Not found, forbidden.
-    pub fn image_upload(&self, context: &Context, project: &str) -> Result<ImageUpload> {
-        self.project_of(context, project, FEATURE, Permission::ResourceEdit)?;
-        Ok(ImageUpload { id: ImageId(self.inner().env.uuid()) })
-    }
-
-    /// Opens the staging file of a part: write the data there and close it.
-    ///
-    /// # Errors
-    /// Unavailable.
-    pub async fn image_upload_part(
-        &self,
-        context: &Context,
-        project: &str,
-        upload: ImageUpload,
-        part: ImagePart,
-    ) -> Result<OwnedFd> {
-        self.project_of(context, project, FEATURE, Permission::ResourceEdit)?;
-        let inner = self.inner();
-        let agent = inner.agents.get(inner.node)?;
-        let answer =
-            agent.image_stage(&inner.reconcile_context(CALL), ImageStage { image: upload.id, part }).await?;
-        answer
-            .fds
-            .into_iter()
-            .next()
-            .ok_or_else(|| Error::internal("the host opened no staging file", upload.id))
-    }
-
-    /// Drops an upload that will not be finished.
-    pub async fn image_upload_abandon(&self, upload: ImageUpload) {
-        let inner = self.inner();
-        if let Ok(agent) = inner.agents.get(inner.node)
-            && let Err(e) = agent.image_delete(&inner.reconcile_context(CALL), upload.id).await
-        {
-            tracing::warn!(image = %upload.id, error = %e, "an abandoned upload stays until the host drops it");
-        }
-    }
-
     /// Makes an image of uploaded parts.
     ///
     /// # Errors
@@ -350,17 +302,17 @@ impl Engine {
         &self,
         context: &Context,
         project: &str,
-        upload: ImageUpload,
+        mut upload: ImageUpload,
         parts: Vec<ImagePart>,
         options: ImageOptions,
     ) -> Result<LiveOperation> {
         let project = self.project_of(context, project, FEATURE, Permission::ResourceEdit)?;
         check_options(&options)?;
         let inner = self.inner();
-        runner::start::<ImageCreate>(inner, context, |tx| {
+        let operation = runner::start::<ImageCreate>(inner, context, |tx| {
             tx.expect(&project);
             let plan = ImagePlan {
-                id: upload.id,
+                id: upload.id(),
                 project: project.id,
                 node: inner.node,
                 content: ImageContent::Upload { parts: parts.clone() },
@@ -370,12 +322,15 @@ impl Engine {
                 "Importing image",
                 Some(project.id),
                 "images",
-                path(&upload.id.to_string()),
+                path(&upload.id().to_string()),
             );
             new.may_cancel = true;
             Ok((plan, new))
         })
-        .await
+        .await?;
+        // From here on it is the saga's to import or to drop.
+        upload.given();
+        Ok(operation)
     }
 
     /// Builds an image of a recipe such as `debian/12`. One that was built of the same recipe on the same day is taken

@@ -32,6 +32,7 @@ pub mod snapshots;
 pub mod storage;
 pub mod stream;
 pub mod tenancy;
+pub mod uploads;
 pub mod volumes;
 
 pub use context::Context;
@@ -146,6 +147,7 @@ pub struct EngineInner {
     pub(crate) next_vmid: AtomicU32,
     pub(crate) next_domain_id: AtomicU32,
     pub(crate) metrics: compute::metrics::Cache,
+    pub(crate) uploads: uploads::Open,
     /// Sagas that this engine executes now.
     pub(crate) executing: Mutex<BTreeSet<SagaId>>,
     pub(crate) network_locks: network::Locks,
@@ -197,6 +199,7 @@ impl Engine {
             next_vmid: AtomicU32::new(100),
             next_domain_id: AtomicU32::new(domain),
             metrics: Default::default(),
+            uploads: Default::default(),
             executing: Mutex::default(),
             network_locks: Default::default(),
             hook: RwLock::new(None),

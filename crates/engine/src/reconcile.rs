@@ -183,6 +183,9 @@ async fn sync_once(
     for observed in &missing {
         unsure |= !record(inner, observed, Some(as_of)).await?;
     }
+    if first && node == inner.node {
+        crate::uploads::drop_stale(inner, agent).await;
+    }
     if first || rebooted {
         ensure_all_networks(inner, node).await;
     }

@@ -6,7 +6,7 @@ pub(crate) mod limits;
 pub mod profiles;
 pub mod projects;
 pub mod records;
-mod restricted;
+pub(crate) mod restricted;
 pub mod rules;
 pub mod server;
 pub mod tokens;

@@ -133,6 +133,19 @@ pub fn attached(file: &Path) -> Option<PathBuf> {
     None
 }
 
+/// Loop devices in use, with the files that they are attached to, by the kernel's list.
+pub fn loops() -> Vec<(PathBuf, PathBuf)> {
+    let entries = std::fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let attached = entries.filter_map(|entry| {
+        let backing = std::fs::read_to_string(entry.path().join("loop/backing_file")).ok()?;
+        let file = backing.trim_end_matches('\n');
+        // The kernel marks a file that has lost its name.
+        let file = file.strip_suffix(" (deleted)").unwrap_or(file);
+        Some((Path::new("/dev").join(entry.file_name()), PathBuf::from(file)))
+    });
+    attached.collect()
+}
+
 /// Tells a loop device that its file has grown.
 ///
 /// # Errors

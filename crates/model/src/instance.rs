@@ -246,6 +246,9 @@ pub struct Runtime {
     /// `spec_version` actually applied: live against configured.
     #[serde(default)]
     pub applied_spec_version: u64,
+    /// The specification actually applied, of a running guest.
+    #[serde(default)]
+    pub applied: Option<crate::applied::AppliedSpec>,
     /// `kvm` or `tcg`, virtual machines only.
     #[serde(default)]
     pub accelerator: Option<String>,

@@ -6,6 +6,7 @@
 //! index keys. Strings that users wrote are parsed once, at the edge, into the typed specifications of this crate.
 
 pub mod access;
+pub mod applied;
 pub mod audit;
 pub mod backup;
 pub mod device;

@@ -147,6 +147,9 @@ pub async fn faults(engine: &Engine, store: &dyn Store, agents: &[&SimulatedAgen
     for agent in agents {
         let one =
             agent.self_check(&CallContext::read(Duration::from_secs(10)), ()).await.expect("self check");
+        let staged =
+            agent.image_staged(&CallContext::read(Duration::from_secs(10)), ()).await.expect("staged");
+        faults.extend(staged.iter().map(|i| format!("parts of image {i} are staged")));
         faults.extend(one.leaks.iter().map(|l| format!("the host says: {l}")));
         check.volumes.extend(one.volumes);
         check.snapshots.extend(one.snapshots);

@@ -11,7 +11,7 @@ use karst_engine::{
     },
     compute::{copy::CopyInstance, create::CreateInstance, power::PowerRequest, update::UpdateInstance},
     firewall::{UpdateAcl, UpdateAddressSet, UpdateForward},
-    images::{ImageOptions, ImageUpload, UpdateImage},
+    images::{ImageOptions, UpdateImage},
     network::{CreateNetwork, UpdateNetwork},
     snapshots::{Origin, change::UpdateSnapshot, create::CreateSnapshot},
     storage::CreatePool,
@@ -24,7 +24,7 @@ use karst_engine::{
 };
 use karst_env::SeededEnv;
 use karst_model::{
-    Config, Error, ErrorKind, ImageId, OperationId, PrincipalId, ProjectId, Result,
+    Config, Error, ErrorKind, OperationId, PrincipalId, ProjectId, Result,
     access::{Grant, Identity, Principal, Role},
     device::Devices,
     guest::{ExecRequest, FileKind, FileWrite},
@@ -300,6 +300,7 @@ fn cases() -> Vec<Case> {
         instances View |f, c, p| f.w.engine.instances(c, p).map(drop);
         instances_all Filtered |f, c, p| { assert!(f.w.engine.instances_all(c).iter().all(|x| c.principal().may(karst_model::access::Permission::ProjectView, Some(x.project.id)))); Ok(()) };
         instance View |f, c, p| f.w.engine.instance(c, p, "run").map(drop);
+        instance_pending View |f, c, p| f.w.engine.instance_pending(c, p, "run").map(drop);
         instance_metrics View |f, c, p| f.w.engine.instance_metrics(c, p, "run").await.map(drop);
         instance_create Edit |f, c, p| f.w.engine.instance_create(c, p, container("fresh")).await.map(drop);
         instance_update Edit |f, c, p| f.w.engine.instance_update(c, p, "still", UpdateInstance { description: "x".into(), ephemeral: false, config: Config::new(), devices: Devices::new(), profiles: vec!["default".into()], if_version: None }).await.map(drop);
@@ -392,8 +393,8 @@ fn cases() -> Vec<Case> {
         image_alias_rename Edit |f, c, p| f.w.engine.image_alias_rename(c, p, "debian/12", "renamed").await;
         image_alias_delete Edit |f, c, p| f.w.engine.image_alias_delete(c, p, "debian/12").await;
         image_upload Edit |f, c, p| f.w.engine.image_upload(c, p).map(drop);
-        image_upload_part Edit |f, c, p| f.w.engine.image_upload_part(c, p, ImageUpload { id: ImageId(uuid::Uuid::from_u128(9)) }, ImagePart::Unified).await.map(drop);
-        image_import Edit |f, c, p| f.w.engine.image_import(c, p, ImageUpload { id: ImageId(uuid::Uuid::from_u128(9)) }, vec![ImagePart::Unified], ImageOptions::default()).await.map(drop);
+        image_upload_part Edit |f, c, p| f.w.engine.image_upload_part(c, p, &f.w.engine.image_upload(&f.w.admin, HERE)?, ImagePart::Unified).await.map(drop);
+        image_import Edit |f, c, p| f.w.engine.image_import(c, p, f.w.engine.image_upload(&f.w.admin, HERE)?, vec![ImagePart::Unified], ImageOptions::default()).await.map(drop);
         image_build Edit |f, c, p| f.w.engine.image_build(c, p, "debian/13", InstanceKind::Container, ImageOptions::default()).await.map(drop);
         image_update Edit |f, c, p| f.w.engine.image_update(c, p, "debian/12", UpdateImage { public: false, properties: Config::new(), profiles: vec![], if_version: None }).await;
         image_delete Edit |f, c, p| f.w.engine.image_delete(c, p, "debian/12").await.map(drop);
@@ -414,9 +415,9 @@ const WITHOUT_CONTEXT: &[(&str, &str)] = &[
     ("server_settings", "the daemon's own listeners"),
     ("all_metrics", "by instance id: callers join it with the instances that a context showed them"),
     ("volume_usage", "takes a record that a context showed"),
+    ("exec_expected", "takes an instance that exec_check showed"),
     ("project_used_by", "takes a record that a context showed; tells what is in it"),
     ("backup_upload_abandon", "takes the handle that backup_upload gave"),
-    ("image_upload_abandon", "takes the handle that image_upload gave"),
 ];
 
 fn demand_nothing_hidden(f: &Fixture, c: &Context, used: Vec<String>) -> Result<()> {

@@ -416,6 +416,36 @@ async fn volume_in_use(guest: &Guest<'_>) {
     agent.volume_snapshot_delete(&s.change(), at).await.unwrap();
 }
 
+/// A volume that a container got while it runs is in use on the host until it gave it back.
+async fn hot_plugged_volume(guest: &Guest<'_>) {
+    let (s, agent) = (guest.s, &guest.s.agent);
+    let spec = s.volume(guest.root.pool, InstanceKind::Container, None);
+    let volume = VolumeRef { pool: spec.pool, volume: spec.id };
+    agent.volume_create(&s.change(), spec).await.unwrap();
+    let disk = DiskSpec {
+        device: DeviceId(s.env.uuid()),
+        name: "data".into(),
+        slot: "scsi1".into(),
+        source: DiskSource::Volume { pool: volume.pool, volume: volume.volume },
+        path: Some("/srv".into()),
+        readonly: false,
+        recursive: false,
+        follow: false,
+        shift: false,
+        io: Default::default(),
+        ejected: false,
+        optional: false,
+        pci: None,
+        boot_priority: 0,
+    };
+    let with = GuestSpec { disks: vec![disk], ..guest.spec.clone() };
+    let applied = agent.guest_update(&s.change(), with).await.unwrap();
+    assert!(applied.pending.is_empty(), "{applied:?}");
+    refused(agent.volume_delete(&s.change(), volume).await, ErrorKind::Conflict);
+    agent.guest_update(&s.change(), guest.spec.clone()).await.unwrap();
+    agent.volume_delete(&s.change(), volume).await.expect("it is nobody's any more");
+}
+
 async fn pause_and_update(guest: &Guest<'_>) {
     let (s, agent) = (guest.s, &guest.s.agent);
     for _ in 0..2 {
@@ -426,6 +456,9 @@ async fn pause_and_update(guest: &Guest<'_>) {
     for _ in 0..2 {
         let observed = agent.guest_resume(&s.change(), guest.at()).await.unwrap();
         assert_eq!(observed.state, RuntimeState::Running);
+    }
+    if guest.spec.kind == InstanceKind::Container {
+        hot_plugged_volume(guest).await;
     }
     let mut spec = guest.spec.clone();
     spec.spec_version += 1;

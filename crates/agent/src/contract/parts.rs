@@ -80,11 +80,16 @@ pub(super) async fn images(s: &Subject) {
     );
     let stage = ImageStage { image, part: ImagePart::Unified };
     let staged = s.agent.image_stage(&s.change(), stage).await.unwrap();
+    assert!(staged.value.limit > 0);
     write_all(one(staged.fds), b"not an image at all".to_vec()).await;
+    assert_eq!(s.agent.image_staged(&s.read(), ()).await.unwrap(), [image]);
+    let check = s.agent.self_check(&s.read(), ()).await.unwrap();
+    assert!(check.leaks.is_empty(), "an upload that goes on is no leak: {check:?}");
     let outcome = s.agent.image_import(&s.change(), ImageImport { image, parts }).await;
     refused(outcome, ErrorKind::Invalid);
     s.agent.image_delete(&s.change(), image).await.unwrap();
     s.agent.image_delete(&s.change(), image).await.expect("twice is once");
+    assert_eq!(s.agent.image_staged(&s.read(), ()).await.unwrap(), []);
     for (kind, source) in
         [(InstanceKind::Container, &s.container), (InstanceKind::VirtualMachine, &s.machine)]
     {

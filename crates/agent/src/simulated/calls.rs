@@ -193,11 +193,15 @@ calls! {
     }
     mutate volume_fill(me, request: VolumeFill) -> VolumeFilled { me.fill_volume(&request) }
 
-    mutate image_stage(me, part: ImageStage) -> WithFds<()> {
+    mutate image_stage(me, part: ImageStage) -> WithFds<ImageStaged> {
         let fd = memfd_create("karst-staged", MemfdFlags::CLOEXEC).map_err(std::io::Error::from)?;
         let ours = fd.try_clone()?;
         me.lock().staged.insert((part.image, part.part), ours.into());
-        Ok(WithFds { value: (), fds: vec![fd] })
+        Ok(WithFds { value: ImageStaged { limit: 1 << 30 }, fds: vec![fd] })
+    }
+    read image_staged(me, _request: ()) -> Vec<ImageId> {
+        let images: std::collections::BTreeSet<ImageId> = me.lock().staged.keys().map(|(image, _)| *image).collect();
+        Ok(images.into_iter().collect())
     }
     mutate image_import(me, request: ImageImport) -> ImageFacts { me.import(&request) }
     mutate image_build(me, request: ImageBuild) -> ImageFacts { me.build(request).await }
@@ -246,6 +250,7 @@ calls! {
         } else {
             guest.spec.limits = spec.limits.clone();
         }
+        guest.spec.disks = spec.disks.clone();
         if spec.security != guest.spec.security {
             pending.push("security.nesting".into());
         }

@@ -487,9 +487,6 @@ impl SimulatedAgent {
                 leaks.push(format!("volume {} of a pool that is gone", volume.spec.id));
             }
         }
-        for (image, part) in state.staged.keys() {
-            leaks.push(format!("staged part {part:?} of image {image}"));
-        }
         leaks.extend(state.staged_backups.keys().map(|id| format!("staged backup {id}")));
         let live = state.sessions.values().filter(|s| s.exit().is_none()).count();
         SelfCheck {

@@ -97,8 +97,30 @@ pub async fn unload(daemon_id: &str) -> Result<()> {
     Ok(())
 }
 
+/// Loaded profiles that carry the daemon's mark and are not the one that it uses.
+pub fn strays(daemon_id: &str) -> Vec<String> {
+    let loaded = std::fs::read_to_string(Path::new(KERNEL).join("profiles")).unwrap_or_default();
+    strays_in(&loaded, daemon_id)
+}
+
+/// In the kernel's list: `NAME (MODE)` a line.
+fn strays_in(loaded: &str, daemon_id: &str) -> Vec<String> {
+    let own = profile(daemon_id);
+    let names = loaded.lines().filter_map(|l| Some(l.rsplit_once(" (")?.0));
+    let marked = |n: &&str| n.strip_prefix(&own).is_some_and(|rest| !rest.is_empty());
+    names.filter(marked).map(str::to_owned).collect()
+}
+
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn foreign_and_own_profiles_are_told_apart() {
+        let loaded = "lxc-karst-ab12cd (enforce)\nlxc-karst-ab12cd-old (enforce)\n\
+                      lxc-karst-ab12cd//&:x:unconfined (complain)\nlxc-karst-ffffff-old (enforce)\nlibvirt (enforce)\n";
+        let found = super::strays_in(loaded, "ab12cd");
+        assert_eq!(found, ["lxc-karst-ab12cd-old", "lxc-karst-ab12cd//&:x:unconfined"]);
+    }
+
     /// The parser compiles it, where there is one: that needs no AppArmor in the kernel.
     #[tokio::test]
     async fn the_profile_is_well_formed() {

@@ -415,6 +415,7 @@ impl Shared {
         previous: Option<&Record>,
     ) -> Result<Running> {
         let dir = &guest.state_dir;
+        self.make_room();
         if self.host.apparmor {
             self.profile.get_or_try_init(|| crate::apparmor::load(&guest.daemon_id)).await?;
         }
@@ -659,7 +660,9 @@ impl GuestDriver for LxcDriver {
         }
         // Programs that enter from now on see it; init does not.
         old.environment = new.environment;
-        old.spec_version = new.spec_version;
+        if pending.is_empty() {
+            old.spec_version = new.spec_version;
+        }
         old.write(&guest.state_dir)?;
         *lock(&kept.sampled) = None;
         Ok(Applied { pending })

@@ -254,6 +254,17 @@ pub(crate) fn delete_all(daemon: &str) -> Result<()> {
     Ok(())
 }
 
+/// Bridges with this daemon's mark that are not those of `records`.
+pub(crate) fn strays(daemon: &str, records: &[Record]) -> Result<Vec<String>> {
+    let mark = format!("karst:{daemon}:");
+    let stray = |l: &Link| {
+        l.kind.as_deref() == Some("bridge")
+            && l.alias.as_deref().is_some_and(|a| a.starts_with(&mark))
+            && !records.iter().any(|r| r.bridge == l.name && is_ours(daemon, r.id, true, l))
+    };
+    Ok(link::list()?.iter().filter(|l| stray(l)).map(|l| format!("bridge {}", l.name)).collect())
+}
+
 fn ignore_missing(result: Result<()>) -> Result<()> {
     match result {
         Err(e) if e.is(karst_model::ErrorKind::NotFound) => Ok(()),

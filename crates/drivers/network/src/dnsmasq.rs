@@ -12,6 +12,7 @@ use karst_host::{
 };
 use karst_model::{Error, NetworkId, Result, spec::NetworkHost};
 use std::{
+    collections::BTreeSet,
     ffi::OsString,
     fs,
     os::unix::fs::PermissionsExt,
@@ -70,6 +71,21 @@ pub(crate) fn stop_all(paths: &Paths) -> Result<()> {
         process.end(PATIENCE)?;
     }
     Ok(())
+}
+
+/// Every dnsmasq whose configuration lies under the driver's directory and is not that of one of `known`.
+pub(crate) fn strays(paths: &Paths, known: &BTreeSet<NetworkId>) -> Result<Vec<String>> {
+    let mut prefix = String::from("--conf-file=");
+    prefix.push_str(&paths.0.to_string_lossy());
+    prefix.push('/');
+    let of_known = |a: &OsString| known.iter().any(|id| *a == argument(paths, *id));
+    let ours = |a: &[OsString]| {
+        a.len() == 2
+            && a[1].to_string_lossy().starts_with(&prefix)
+            && is_dnsmasq(a, &a[1])
+            && !of_known(&a[1])
+    };
+    Ok(Process::find(ours)?.iter().map(|p| format!("process {}: dnsmasq of no network", p.pid())).collect())
 }
 
 /// The user that dnsmasq becomes: Debian's package has one for it.

@@ -343,6 +343,27 @@ impl Firewall {
     }
 }
 
+/// Our chains in iptables' tables where none should be: `wanted` says whether any network is there that may need them.
+pub(crate) async fn stray_chains(daemon: &str, wanted: bool) -> Result<Vec<String>> {
+    if wanted {
+        return Ok(vec![]);
+    }
+    let own = chains(daemon);
+    let mut found = vec![];
+    for object in nft::list_chains().await? {
+        let (chain, text) = (&object["chain"], |key: &str| object["chain"][key].as_str().unwrap_or_default());
+        if own.iter().any(|o| chain["name"] == o.as_str()) && chain["table"] == "filter" {
+            found.push(format!("iptables chain {} ({} filter)", text("name"), text("family")));
+        }
+    }
+    for v6 in [false, true].into_iter().filter(|v6| legacy_in_use(*v6, "filter")) {
+        let lines = own_lines(&list_iptables(Backend { legacy: true, v6 }).await?, daemon);
+        let chains = lines.iter().filter_map(|l| l.strip_prefix("-N "));
+        found.extend(chains.map(|c| format!("legacy iptables chain {c}")));
+    }
+    Ok(found)
+}
+
 /// Does somebody else on this host seem to need forwarding? Their networks translate addresses, so a `masquerade`, `dnat` or
 /// chain of iptables' `nat` table in a table that is not ours says so; likewise a bridge with an IPv4 address.
 pub(crate) async fn others_forward() -> Result<bool> {

@@ -13,6 +13,7 @@ mod record;
 mod render;
 mod rules;
 mod ruleset;
+mod strays;
 mod subnet;
 
 use firewall::Firewall;

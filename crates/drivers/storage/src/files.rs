@@ -847,7 +847,12 @@ async fn sweeper(
     while let Some(answer) = wanted.recv().await {
         let (trash, states) = (trash.clone(), states.clone());
         let swept = blocking(move || {
-            for entry in std::fs::read_dir(&trash)?.flatten() {
+            let entries = match std::fs::read_dir(&trash) {
+                // The pool was removed since this was asked for.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+                other => other?,
+            };
+            for entry in entries.flatten() {
                 match states.remove(&entry.path()) {
                     // Its making was cancelled and is just noticing; the next sweep gets it.
                     Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => {}

@@ -486,7 +486,9 @@ impl GuestDriver for QemuDriver {
             // Programs that start from now on see it.
             record.environment = new.environment;
             record.nics = new.nics;
-            record.spec_version = new.spec_version;
+            if pending.is_empty() {
+                record.spec_version = new.spec_version;
+            }
             record.write(&guest.state_dir)?;
             record.spec_version
         };

@@ -26,6 +26,12 @@ pub(crate) fn most_cpus(accelerator: AcceleratorKind, firmware: Option<Firmware>
     now.max(host.min(240))
 }
 
+/// May processors come and go? Only in a machine that has places beyond both numbers: one without any began with all
+/// that it can have (see [`most_cpus`]), and must not lose a processor that could not come back.
+fn cpus_live(accelerator: AcceleratorKind, most: u32, now: u32, wanted: u32) -> bool {
+    accelerator == AcceleratorKind::Kvm && most > now.max(wanted)
+}
+
 /// Brings a running machine to these numbers; answers the keys that wait for the next start. The caller holds the
 /// machine's lock of changes.
 ///
@@ -49,7 +55,7 @@ pub(crate) async fn apply(machine: &Machine, wanted: &Record) -> Result<Vec<Stri
         }
     }
     if now.cpus != wanted.cpus {
-        if wanted.cpus <= now.max_cpus {
+        if cpus_live(now.accelerator, now.max_cpus, now.cpus, wanted.cpus) {
             set_cpus(machine, wanted.cpus).await?;
         } else {
             pending.push("limits.cpu".to_owned());
@@ -173,5 +179,21 @@ async fn bring_up(machine: &Machine) {
     match timeout(Duration::from_secs(10), work).await {
         Ok(Ok(0)) => {}
         other => tracing::debug!(?other, "new processors may wait for the guest to take them up"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use AcceleratorKind::{Kvm, Tcg};
+
+    #[test]
+    fn a_processor_that_cannot_come_back_does_not_go() {
+        // Emulated, or with secure boot: as many places as at the start.
+        assert!(!cpus_live(Tcg, 2, 2, 1));
+        assert!(!cpus_live(Tcg, 4, 2, 1));
+        assert!(!cpus_live(Kvm, most_cpus(Kvm, Some(Firmware::UefiSecure), 2), 2, 1));
+        assert!(cpus_live(Kvm, 8, 2, 4) && cpus_live(Kvm, 8, 4, 1));
+        assert!(!cpus_live(Kvm, 8, 2, 9));
     }
 }

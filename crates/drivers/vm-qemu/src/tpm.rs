@@ -67,6 +67,8 @@ pub(crate) async fn start(guest: &ResolvedGuest, groups: &Groups, cgroups: &Cgro
         format!("dir=/proc/self/fd/{PLACE},mode=0600"),
         "--ctrl".into(),
         format!("type=unixio,clientfd={CONTROL}"),
+        // Also when QEMU is killed and says no more.
+        "--terminate".into(),
     ];
     let spec = Spec {
         daemon: guest.daemon_id.clone(),

@@ -12,6 +12,7 @@ use crate::{
         Found, Origin, Row2,
         create::{PausedGuest, guest, resume, unless_ended},
     },
+    tenancy::{restricted, rules::ProjectRules},
     volumes,
 };
 use async_trait::async_trait;
@@ -55,12 +56,14 @@ impl Engine {
     ) -> Result<(String, LiveOperation)> {
         let project = origin.editor(self, context)?;
         let inner = self.inner();
+        restricted::check_backup(&ProjectRules::parse(&project.config)?)?;
         let mut chosen = String::new();
         let operation = runner::start::<BackupCreate>(inner, context, |tx| {
             let records = inner.inventory.read();
             let found = origin.find(&records, project.id)?;
             found.demand_ready()?;
             found.expect(tx);
+            tx.expect(&project);
             let there = records.backups_of(found.owner());
             let taken = |name: &str| there.iter().any(|b| *b.name == *name);
             let name = match request.name.as_deref().filter(|n| !n.is_empty()) {

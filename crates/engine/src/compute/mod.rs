@@ -1,5 +1,6 @@
 //! Instances: the use cases.
 
+pub mod applied;
 pub mod copy;
 pub mod create;
 pub mod delete;
@@ -112,6 +113,7 @@ impl EngineInner {
             started_at: observed.started_at.and_then(|s| jiff::Timestamp::from_second(s).ok()),
             exit: observed.exit.clone(),
             applied_spec_version: observed.applied_spec_version,
+            applied: self.applied_of(records, observed.instance, observed.generation, observed.state),
             accelerator: observed.accelerator.clone(),
         }
     }

@@ -347,7 +347,7 @@ impl Saga for InstanceUpdate {
             tx.touch(&crate::tenancy::profile_uses(*id));
         }
         admit(&records, tx, instance.project, &Planned { instance: Some(&instance), ..Default::default() })?;
-        let (_, devices) = records.expanded(&instance);
+        let (config, devices) = records.expanded(&instance);
         let parsed = expand::parse_devices(&devices)?;
         check_root(&records, &instance, &parsed)?;
         check_disks(&records, tx, &instance, &parsed)?;
@@ -356,14 +356,12 @@ impl Saga for InstanceUpdate {
         if let (Some(grown), Some(volume)) = (&plan.grown, records.volumes.get(&plan.instance.root)) {
             tx.replace(volume, grown);
         }
-        if let Some(applied) = &outputs.applied
-            && applied.pending.is_empty()
+        if let (Some(applied), Some((_, live))) = (&outputs.applied, &plan.live)
             && let Some(runtime) = records.runtimes.get(&plan.instance.id)
+            && runtime.generation == live.generation
+            && runtime.applied.is_some()
         {
-            let mut new = runtime.value.clone();
-            new.applied_spec_version = plan.instance.spec_version;
-            new.seq += 1;
-            tx.replace(runtime, &new);
+            engine.note_applied(tx, runtime, &instance, &config, &devices, applied);
         }
         Ok(())
     }

@@ -348,6 +348,8 @@ struct User {
     node: NodeId,
     before: GuestSpec,
     after: GuestSpec,
+    /// Expanded configuration that it has, and that it is to have.
+    config: [Config; 2],
 }
 
 fn running_users(engine: &EngineInner, profile: &Profile) -> Result<Vec<User>> {
@@ -373,6 +375,7 @@ fn running_users(engine: &EngineInner, profile: &Profile) -> Result<Vec<User>> {
         );
         let generation = runtime.generation;
         let before = GuestSpec { generation, ..engine.guest_spec(&records, &now, domain).map_err(named)? };
+        let was = records.expanded(instance).0;
         let (config, _) = super::limits::expanded(&records, instance, Some(profile));
         let after = GuestSpec {
             limits: keys::limits(&config).map_err(named)?,
@@ -380,7 +383,8 @@ fn running_users(engine: &EngineInner, profile: &Profile) -> Result<Vec<User>> {
             environment: keys::environment(&config),
             ..before.clone()
         };
-        users.push(User { name: instance.name.to_string(), node: instance.node, before, after });
+        let config = [was, config];
+        users.push(User { name: instance.name.to_string(), node: instance.node, before, after, config });
     }
     Ok(users)
 }
@@ -429,7 +433,10 @@ impl Saga for ProfileUpdate {
         for user in running_users(engine, &plan.profile)?.into_iter().filter(|u| u.before != u.after) {
             let applied = cx.agent(user.node)?.guest_update(&cx.mutate(APPLY), user.after).await;
             match applied {
-                Ok(_) => {}
+                Ok(applied) => {
+                    let (id, generation) = (user.before.instance, user.before.generation);
+                    engine.note_applied_profile(id, generation, &user.config[1], &applied).await?;
+                }
                 // It ended meanwhile; the next start is with the profile as it is then.
                 Err(e) if e.is(ErrorKind::NotFound) => {}
                 Err(e) => {
@@ -446,9 +453,13 @@ impl Saga for ProfileUpdate {
             return Ok(());
         }
         for user in running_users(&cx.engine, &plan.profile)?.into_iter().filter(|u| u.before != u.after) {
+            let (id, generation) = (user.before.instance, user.before.generation);
             match cx.agent(user.node)?.guest_update(&cx.mutate(APPLY), user.before).await {
                 Err(e) if matches!(e.kind, ErrorKind::NotFound | ErrorKind::Conflict) => {}
-                other => drop(other?),
+                other => {
+                    let engine = &cx.engine;
+                    engine.note_applied_profile(id, generation, &user.config[0], &other?).await?;
+                }
             }
         }
         Ok(())

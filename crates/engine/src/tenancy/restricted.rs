@@ -108,6 +108,18 @@ fn machines(rules: &ProjectRules, kind: Option<InstanceKind>, config: &Config) -
     Ok(())
 }
 
+/// Demands that backups may be made in the project: they leave it whole.
+///
+/// # Errors
+/// Forbidden.
+pub(crate) fn check_backup(rules: &ProjectRules) -> Result<()> {
+    let key = "restricted.backups";
+    match rules.restriction(key) {
+        None | Some("allow") => Ok(()),
+        Some(_) => Err(Error::forbidden(format!("a backup is not allowed in this project (its {key})"))),
+    }
+}
+
 /// Demands that the project may use a pool.
 ///
 /// # Errors
@@ -207,6 +219,19 @@ mod tests {
     ) -> Option<String> {
         let devices = if keys.is_empty() { Devices::new() } else { Devices::from([("d".into(), map(keys))]) };
         check(rules, kind, &map(config), &devices).err().map(|e| e.field.unwrap_or_default())
+    }
+
+    #[test]
+    fn backups_are_made_where_they_are_allowed() {
+        let rules = |pairs: &[(&str, &str)]| ProjectRules::parse(&map(pairs)).unwrap();
+        check_backup(&rules(&[("restricted.backups", "block")])).expect("it is not restricted");
+        check_backup(&rules(&[("restricted", "true"), ("restricted.backups", "allow")])).unwrap();
+        for pairs in
+            [&[("restricted", "true")][..], &[("restricted", "true"), ("restricted.backups", "block")]]
+        {
+            let e = check_backup(&rules(pairs)).unwrap_err();
+            assert!(e.message.contains("restricted.backups"), "{e}");
+        }
     }
 
     #[test]

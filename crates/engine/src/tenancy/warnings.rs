@@ -40,10 +40,15 @@ fn conditions(records: &Records) -> BTreeMap<Uuid, Condition> {
     let mut all = vec![];
     for node in records.nodes.values() {
         for message in node.facts.iter().flat_map(|f| &f.warnings) {
+            // Hosts know things by their ids only.
+            let pool = records.pools.values().find(|p| message.contains(&p.id.to_string()));
             all.push(Condition {
                 kind: "Host",
                 severity: Severity::Moderate,
-                message: message.clone(),
+                message: match pool {
+                    Some(pool) => message.replace(&pool.id.to_string(), &format!("{:?}", &*pool.name)),
+                    None => message.clone(),
+                },
                 project: None,
                 entity: String::new(),
                 about: format!("{} {message}", node.id),

@@ -171,6 +171,7 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         GET "/1.0/karst/network/explain" => firewall::explain, "network_acls_live",
         GET "/1.0/karst/check" => karst::check, "karst_paths_answer",
         GET "/1.0/karst/host" => karst::host, "karst_paths_answer",
+        GET "/1.0/karst/instances/{name}/pending" => karst::pending, "pending_changes_are_shown",
         GET "/1.0/karst/openapi" => karst::openapi, "the_openapi_document_is_current",
         GET "/1.0/karst/status" => karst::status, "karst_paths_answer",
         POST "/1.0/karst/instances/{name}/keys" => exec::keys, "machines_are_seen_and_operated",

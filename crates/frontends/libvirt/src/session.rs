@@ -231,11 +231,6 @@ impl Session {
         let _ = self.out.send(frame).await;
     }
 
-    /// Sends a frame if there is room.
-    pub fn try_send(&self, frame: Frame) -> bool {
-        self.out.try_send(frame).is_ok()
-    }
-
     /// Opens a stream beside the answer of a call; what the client sends comes out of the receiver.
     pub fn stream(&self, call: Header) -> mpsc::Receiver<StreamInput> {
         let (sender, receiver) = mpsc::channel(STREAM_QUEUE);

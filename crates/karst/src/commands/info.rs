@@ -47,7 +47,10 @@ impl Info {
         let url = Url::new(&["instances", name]).with("recursion", 1);
         let object = context.client.get(&url).await.about(&context.client, Kind::Instance, name)?.metadata;
         match self.format {
-            None | Some(Format::Text) => output::print(&text(&decode(object)?))?,
+            None | Some(Format::Text) => {
+                output::print(&text(&decode(object)?))?;
+                output::print(&pending(context, name).await?)?;
+            }
             Some(format) => print(&object, format)?,
         }
         if self.show_log {
@@ -56,6 +59,39 @@ impl Info {
         }
         Ok(())
     }
+}
+
+/// A change that waits for the next start.
+#[derive(serde::Deserialize)]
+struct Pending {
+    key: String,
+    live: Option<String>,
+    configured: Option<String>,
+}
+
+/// What of the instance waits for its next start; nothing where the server is Incus' own, which does not tell.
+async fn pending(context: &Context, name: &str) -> Result<String> {
+    let answer = context.client.get(&Url::new(&["karst", "instances", name, "pending"])).await;
+    let Ok(answer) = answer else { return Ok(String::new()) };
+    Ok(changes(&decode::<Vec<Pending>>(answer.metadata)?))
+}
+
+fn changes(pending: &[Pending]) -> String {
+    let mut out = Text::default();
+    if !pending.is_empty() {
+        out.0.push('\n');
+        out.heading(0, "Pending (takes effect with the next start)");
+    }
+    let value = |v: &Option<String>| match v.as_deref() {
+        None => "-".to_owned(),
+        // Several lines, such as cloud-init's, would hide the rest.
+        Some(text) if text.contains('\n') => format!("({} lines)", text.lines().count()),
+        Some(text) => text.to_owned(),
+    };
+    for change in pending {
+        out.field(2, &change.key, format!("{} -> {}", value(&change.live), value(&change.configured)));
+    }
+    out.0
 }
 
 fn print(object: &Value, format: Format) -> Result<()> {
@@ -173,6 +209,21 @@ fn resources(out: &mut Text, state: &State) {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn changes_that_wait() {
+        let pending = json!([
+            {"key": "limits.memory", "live": "1GiB", "configured": "2GiB"},
+            {"key": "cloud-init.user-data", "live": null, "configured": "#cloud-config\nx: 1\n"},
+            {"key": "devices.eth1", "live": "type=nic", "configured": null}]);
+        let pending: Vec<Pending> = serde_json::from_value(pending).unwrap();
+        assert_eq!(
+            changes(&pending),
+            "\nPending (takes effect with the next start):\n  limits.memory: 1GiB -> 2GiB\n  \
+             cloud-init.user-data: - -> (2 lines)\n  devices.eth1: type=nic -> -\n"
+        );
+        assert_eq!(changes(&[]), "");
+    }
 
     #[test]
     fn running_and_stopped() {

@@ -23,14 +23,13 @@ use hyper::{
 use karst_engine::images::ImagePart;
 use karst_engine::{
     Context, Row,
-    images::{ImageOptions, ImageUpload, UpdateImage},
+    images::{ImageOptions, ImageUpload, PartUpload, UpdateImage},
 };
 use karst_model::{
     Error, ErrorKind, Result,
     image::{Image, ImageAlias},
     instance::InstanceKind,
 };
-use std::os::fd::OwnedFd;
 use tokio::io::AsyncWriteExt;
 
 const VIEW: &str = "image";
@@ -279,18 +278,8 @@ pub async fn upload(call: Call) -> Result<Reply> {
         split(body, &boundary(&content_type)?, &target, &mut options).await
     } else {
         unified(body, &target).await
-    };
-    let started = match parts {
-        Ok(parts) => engine.image_import(&context, &project, upload, parts, options).await,
-        Err(e) => Err(e),
-    };
-    match started {
-        Ok(operation) => running(&operation),
-        Err(e) => {
-            engine.image_upload_abandon(upload).await;
-            Err(e)
-        }
-    }
+    }?;
+    running(&engine.image_import(&context, &project, target.upload, parts, options).await?)
 }
 
 struct Target {
@@ -301,28 +290,53 @@ struct Target {
 }
 
 impl Target {
-    async fn open(&self, part: ImagePart) -> Result<Stream> {
-        let fd: OwnedFd =
-            self.engine.image_upload_part(&self.context, &self.project, self.upload, part).await?;
-        Ok(Stream::new(fd)?)
+    async fn open(&self, part: ImagePart) -> Result<Sink> {
+        let upload = self.engine.image_upload_part(&self.context, &self.project, &self.upload, part).await?;
+        let stream = Stream::new(upload.file.try_clone()?)?;
+        Ok(Sink { stream, upload, written: 0 })
+    }
+}
+
+/// A part that is written, and no more of it than the host takes.
+struct Sink {
+    stream: Stream,
+    upload: PartUpload,
+    written: u64,
+}
+
+impl Sink {
+    async fn write(&mut self, data: &[u8]) -> Result<()> {
+        self.written += data.len() as u64;
+        self.upload.check(self.written)?;
+        Ok(self.stream.write_all(data).await?)
+    }
+
+    async fn end(mut self) -> Result<()> {
+        Ok(self.stream.flush().await?)
     }
 }
 
 async fn unified(mut body: Incoming, target: &Target) -> Result<Vec<ImagePart>> {
-    let mut sink = target.open(ImagePart::Unified).await?;
+    let mut sink = match target.open(ImagePart::Unified).await {
+        Ok(sink) => sink,
+        Err(e) => {
+            request::drain(body).await;
+            return Err(e);
+        }
+    };
     let mut any = false;
     while let Some(frame) = body.frame().await {
         let frame =
             frame.map_err(|e| Error::invalid("body", "the body of the request broke off").with_context(e))?;
         if let Ok(data) = frame.into_data() {
             any |= !data.is_empty();
-            if let Err(e) = sink.write_all(&data).await {
+            if let Err(e) = sink.write(&data).await {
                 request::drain(body).await;
-                return Err(e.into());
+                return Err(e);
             }
         }
     }
-    sink.flush().await?;
+    sink.end().await?;
     if !any {
         return Err(Error::invalid("body", "the image is empty"));
     }
@@ -367,11 +381,20 @@ async fn split(
         if parts.contains(&part) || (part == ImagePart::Metadata) != parts.is_empty() {
             return Err(Error::invalid(name, "an image is uploaded as metadata, then rootfs or rootfs.img"));
         }
-        let mut sink = target.open(part).await?;
+        let mut sink = match target.open(part).await {
+            Ok(sink) => sink,
+            Err(e) => {
+                multipart.drain().await;
+                return Err(e);
+            }
+        };
         while let Some(data) = multipart.data().await? {
-            sink.write_all(&data).await?;
+            if let Err(e) = sink.write(&data).await {
+                multipart.drain().await;
+                return Err(e);
+            }
         }
-        sink.flush().await?;
+        sink.end().await?;
         if let (true, Some(f)) = (part != ImagePart::Metadata, filename) {
             options.filename = f;
         }

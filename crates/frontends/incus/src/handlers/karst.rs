@@ -56,6 +56,15 @@ pub async fn status(call: Call) -> Result<Reply> {
     }))
 }
 
+/// `GET /1.0/karst/instances/{name}/pending`: what of a running instance waits for its next start:
+/// `[{"key", "live", "configured"}]`, where `null` is a value that is not there.
+///
+/// # Errors
+/// Not found, forbidden.
+pub async fn pending(call: Call) -> Result<Reply> {
+    sync(&call.engine().instance_pending(&call.context, call.project(), call.param(0))?)
+}
+
 /// `GET /1.0/karst/openapi`: the API as an OpenAPI document, as it is in `docs/openapi.json`.
 ///
 /// # Errors

@@ -71,21 +71,28 @@ async fn relay(
 ) -> std::io::Result<()> {
     let mut reader = FdStream::new(fd)?;
     let mut writer = reader.clone();
-    let mut buffer = vec![0; CHUNK];
-    loop {
-        tokio::select! {
-            read = reader.read(&mut buffer) => match read? {
+    let out = async {
+        let mut buffer = vec![0; CHUNK];
+        loop {
+            match reader.read(&mut buffer).await? {
                 0 => return Ok(()),
                 n => {
                     let data = Bytes::copy_from_slice(&buffer[..n]);
                     session.send(Frame::new(header.stream(Status::Continue), data)).await;
                 }
-            },
-            said = input.recv() => match said {
-                Some(StreamInput::Data(data)) => writer.write_all(&data).await?,
-                Some(StreamInput::Finish | StreamInput::Abort) | None => return Ok(()),
-            },
-            () = session.ended() => return Ok(()),
+            }
         }
+    };
+    let into = async {
+        while let Some(StreamInput::Data(data)) = input.recv().await {
+            writer.write_all(&data).await?;
+        }
+        Ok(())
+    };
+    // Apart: a guest that takes no input until somebody reads what it says must not stop both.
+    tokio::select! {
+        ended = out => ended,
+        ended = into => ended,
+        () = session.ended() => Ok(()),
     }
 }

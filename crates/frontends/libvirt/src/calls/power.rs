@@ -8,7 +8,7 @@ use crate::{
 };
 use karst_engine::{InstanceView, LiveOperation, compute::power::PowerRequest};
 use karst_model::instance::{PowerAction, Status};
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 /// How long a request to shut down is followed up; the call itself answers at once, as libvirt's does.
 const SHUTDOWN: Duration = Duration::from_secs(600);
@@ -150,7 +150,7 @@ pub async fn resume(call: Call) -> Answered {
 
 /// `DOMAIN_UNDEFINE`
 pub async fn undefine(call: Call) -> Answered {
-    forget(&call, call.only_guest()?, 0).await
+    forget(&call, &*call.only_guest()?)
 }
 
 /// `DOMAIN_UNDEFINE_FLAGS`
@@ -159,13 +159,13 @@ pub async fn undefine_flags(call: Call) -> Answered {
     // With a managed save, with the snapshots' metadata, with the variables of the firmware or without, with checkpoints,
     // with the TPM or without.
     call.known_flags(flags, 0x7f)?;
-    forget(&call, call.guest(&named)?, flags).await
+    forget(&call, &*call.guest(&named)?)
 }
 
 /// libvirt leaves disks where they are; of a Karst instance the disks that it owns are a part. So that nobody loses data who
 /// expects the former, an instance whose root has content is not undefined.
-async fn forget(call: &Call, view: Arc<InstanceView>, _: u32) -> Answered {
-    if is_running(&view) {
+fn forget(call: &Call, view: &InstanceView) -> Answered {
+    if is_running(view) {
         return Err(VirError::state("cannot undefine a running domain; destroy it first"));
     }
     let text = format!(

@@ -164,7 +164,7 @@ fn machine(
     if let Some(identity) = of(root) {
         let source = Some((device.pool.clone(), view.instance.name.to_string()));
         let bus = device.io.bus.unwrap_or(DiskBus::VirtioScsi);
-        devices.push(disk(identity, source, bus, false, device.boot_priority.or(Some(1)), live));
+        devices.push(disk(identity, source, bus, false, live));
     }
     for (name, device) in &parsed.disks {
         let (Some(identity), DiskOrigin::Volume { pool, volume }) = (of(name), &device.source) else {
@@ -172,7 +172,7 @@ fn machine(
         };
         let source = Some((pool.clone(), volume.clone())).filter(|_| device.attached);
         let bus = device.io.bus.unwrap_or(DiskBus::VirtioScsi);
-        devices.push(disk(identity, source, bus, device.readonly, device.boot_priority, live));
+        devices.push(disk(identity, source, bus, device.readonly, live));
     }
     for (name, nic) in parsed.nics.iter().filter(|(_, nic)| nic.attached) {
         let Some(identity) = of(name) else { continue };
@@ -276,12 +276,11 @@ fn disk(
     source: Option<(String, String)>,
     bus: DiskBus,
     readonly: bool,
-    boot: Option<u32>,
     live: bool,
 ) -> Element {
     let (dev, bus) = target(&identity.slot, bus);
     let mut e = Element::new("disk").with("type", "volume").with("device", "disk");
-    e.push(Element::new("driver").with("name", "qemu").with("type", "qcow2"));
+    e.push(Element::new("driver").with("name", "qemu"));
     if let Some((pool, volume)) = source {
         e.push(Element::new("source").with("pool", pool).with("volume", volume));
     }
@@ -290,10 +289,6 @@ fn disk(
         e.push(Element::new("readonly"));
     }
     e.push(Element::text("serial", identity.id));
-    // Karst's priorities count the other way: the highest is first.
-    if boot.is_some_and(|b| b > 0) {
-        e.push(Element::new("boot").with("order", 1));
-    }
     addressed(e, identity, live)
 }
 

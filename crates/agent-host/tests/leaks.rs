@@ -1,0 +1,174 @@
+//! The clean-slate check on a real machine: each kind of thing that Karst has outside of its records is left about on
+//! purpose, and must be named; when it is gone, nothing is.
+#![allow(clippy::disallowed_methods)] // a real machine
+
+use karst_agent::{CallContext, HostAgent};
+use karst_agent_host::{HostPolicy, RealAgent, RealOptions, ids};
+use karst_env::RealEnv;
+use std::{
+    fs,
+    os::unix::{fs::PermissionsExt, process::CommandExt},
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::Arc,
+    time::Duration,
+};
+
+fn run(argv: &[&str]) {
+    let out = Command::new(argv[0]).args(&argv[1..]).output().unwrap();
+    assert!(out.status.success(), "{argv:?}: {}", String::from_utf8_lossy(&out.stderr));
+}
+
+/// Undoes what a failed test left.
+struct Undo(Vec<Vec<String>>);
+
+impl Drop for Undo {
+    fn drop(&mut self) {
+        for argv in &self.0 {
+            let _ = Command::new(&argv[0]).args(&argv[1..]).output();
+        }
+    }
+}
+
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+async fn leaks(agent: &RealAgent) -> Vec<String> {
+    agent.self_check(&CallContext::read(Duration::from_secs(60)), ()).await.unwrap().leaks
+}
+
+/// Each entry of `planted` is named by exactly the words given, and nothing else is.
+async fn found(agent: &RealAgent, words: &[&str]) {
+    let leaks = leaks(agent).await;
+    for word in words {
+        assert!(leaks.iter().any(|l| l.contains(word)), "{word:?} is not among {leaks:#?}");
+    }
+    let unexpected: Vec<_> = leaks.iter().filter(|l| !words.iter().any(|w| l.contains(w))).collect();
+    assert!(unexpected.is_empty(), "{unexpected:#?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_kind_of_leak_is_named() {
+    if !rustix::process::geteuid().is_root() {
+        return eprintln!("skipped: not root");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711)).unwrap();
+    let host = dir.path().join("host");
+    fs::create_dir(&host).unwrap();
+    fs::set_permissions(&host, fs::Permissions::from_mode(0o711)).unwrap();
+    let id = format!("{:06x}", (std::process::id() & 0xf_ffff) | 0xe0_0000);
+    let agent = RealAgent::open(
+        RealEnv::shared(),
+        RealOptions {
+            dir: dir.path().to_owned(),
+            daemon_id: id.clone(),
+            policy: HostPolicy::default(),
+            worker: Some(("/nonexistent/worker".into(), vec![])),
+        },
+    )
+    .await
+    .unwrap();
+    let outcome = plant(&agent, &host, &id).await;
+    agent.purge().await.unwrap();
+    drop(outcome);
+    let left = agent.self_check(&CallContext::read(Duration::from_secs(60)), ()).await.unwrap();
+    assert!(left.leaks.is_empty(), "{left:?}");
+}
+
+async fn plant(agent: &Arc<RealAgent>, host: &Path, id: &str) -> Undo {
+    let guest = "00000000-0000-4000-8000-0000000000aa";
+    let link = format!("k{id}00000001");
+    let bridge = format!("kx{id}");
+    let table = format!("karst_{id}");
+    let mount = host.join("left");
+    let undo = Undo(
+        [
+            vec!["ip", "link", "delete", &link],
+            vec!["ip", "link", "delete", &bridge],
+            vec!["nft", "delete", "table", "inet", &table],
+            vec!["nft", "delete", "table", "ip", &table],
+            vec!["umount", "-l", mount.to_str().unwrap()],
+        ]
+        .into_iter()
+        .map(|argv| argv.into_iter().map(str::to_owned).collect())
+        .collect(),
+    );
+    found(agent, &[]).await;
+
+    run(&["ip", "link", "add", &link, "type", "bridge"]);
+    found(agent, &[&format!("interface {link}")]).await;
+    run(&["ip", "link", "delete", &link]);
+
+    run(&["ip", "link", "add", &bridge, "type", "bridge"]);
+    run(&["ip", "link", "set", &bridge, "alias", &format!("karst:{id}:{guest}")]);
+    found(agent, &[&format!("bridge {bridge}")]).await;
+    run(&["ip", "link", "delete", &bridge]);
+
+    for family in ["inet", "ip"] {
+        run(&["nft", "add", "table", family, &table]);
+        found(agent, &[&format!("nft table {family} {table}")]).await;
+        run(&["nft", "delete", "table", family, &table]);
+    }
+
+    let group = format!("karst-{id}/{guest}");
+    let cgroups = karst_host::cgroup::Cgroups::detect().unwrap();
+    cgroups.create(&group).unwrap();
+    found(agent, &[&format!("karst-{id}/{guest}")]).await;
+    cgroups.remove(&format!("karst-{id}")).await.unwrap();
+
+    let ranges = ids::IdRanges::open(ids::CLAIMS, id).unwrap();
+    let range = ranges.claim(guest, None).unwrap();
+    found(agent, &[&format!("id range {} of {guest}", range.base)]).await;
+    ranges.release(range, guest);
+
+    fs::create_dir(&mount).unwrap();
+    run(&["mount", "-t", "tmpfs", "none", mount.to_str().unwrap()]);
+    found(agent, &[&format!("mount {}", mount.display())]).await;
+    run(&["umount", mount.to_str().unwrap()]);
+
+    let file = host.join("lost.img");
+    fs::File::create(&file).unwrap().set_len(1 << 20).unwrap();
+    let attached = karst_host::mount::attach(&file).unwrap();
+    found(agent, &[&format!("loop device {} of {}", attached.path.display(), file.display())]).await;
+    drop(attached);
+
+    let mut keeper = Command::new("/bin/sh");
+    keeper.arg0("karst-keeper").args(["-c", "read x", "keeper"]);
+    keeper.arg(host.join("guests").join(guest)).stdin(Stdio::piped());
+    let keeper = Running(keeper.spawn().unwrap());
+    found(agent, &[&format!("process {}: karst-keeper", keeper.0.id())]).await;
+    drop(keeper);
+
+    let network = host.join("networks").join(guest);
+    fs::create_dir_all(&network).unwrap();
+    let conf = network.join("dnsmasq.conf");
+    let quiet = "keep-in-foreground\nport=0\nuser=root\npid-file\n";
+    fs::write(&conf, quiet).unwrap();
+    let mut dnsmasq = Command::new("/usr/sbin/dnsmasq");
+    dnsmasq.arg0("dnsmasq").arg(format!("--conf-file={}", conf.display()));
+    let dnsmasq = Running(dnsmasq.stderr(Stdio::null()).spawn().unwrap());
+    let process = format!("process {}: dnsmasq of no network", dnsmasq.0.id());
+    found(agent, &[&process, "which is not recorded"]).await;
+    drop(dnsmasq);
+    fs::remove_dir_all(&network).unwrap();
+
+    for (path, words) in [
+        ("staging/left", "staged file left of no upload".to_owned()),
+        ("pools/left", "directory of an unknown pool left".to_owned()),
+        (&*format!("guests/{guest}"), format!("state directory of an unknown guest {guest}")),
+    ] {
+        let path = host.join(path);
+        fs::create_dir_all(&path).unwrap();
+        found(agent, &[&words]).await;
+        fs::remove_dir_all(&path).unwrap();
+    }
+    found(agent, &[]).await;
+    undo
+}
