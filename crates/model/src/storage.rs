@@ -37,9 +37,8 @@ impl PoolKind {
         }
     }
 
-    /// Those that users may make. ZFS and LVM are added when the lab's suite `storage-backends` has passed with the daemon:
-    /// their drivers are there, their pools have not been shown under guests yet.
-    pub const OFFERED: &[PoolKind] = &[PoolKind::Dir, PoolKind::Btrfs];
+    /// Those that users may make.
+    pub const OFFERED: &[PoolKind] = Self::ALL;
 
     /// Can it be made of something that has a name on its host, a data set or volume group?
     pub fn has_names(self) -> bool {
