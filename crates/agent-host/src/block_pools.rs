@@ -17,7 +17,11 @@ use karst_storage::{
     ObjectPool,
     objects::{FileSystem, lvm, zfs},
 };
-use std::{path::Path, time::Duration};
+use std::{
+    os::unix::fs::FileTypeExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 /// Name of the thin pool in a group of our own.
 const THIN_POOL: &str = "thin";
@@ -41,6 +45,20 @@ fn options(options: &PoolOptions) -> zfs::ZfsOptions {
 
 fn file_system(options: &PoolOptions) -> FileSystem {
     options.file_system.as_deref().and_then(FileSystem::parse).unwrap_or(FileSystem::Ext4)
+}
+
+/// Where the labels of a zpool are that was made on `from`: on a whole disk ZFS makes partitions, and is in the first.
+fn label_places(from: &Path) -> Vec<PathBuf> {
+    let real = std::fs::canonicalize(from).unwrap_or_else(|_| from.to_owned());
+    let mut partition = real.clone().into_os_string();
+    if real.to_string_lossy().ends_with(|c: char| c.is_ascii_digit()) {
+        partition.push("p");
+    }
+    partition.push("1");
+    let partition = PathBuf::from(partition);
+    let is_device = |p: &Path| std::fs::metadata(p).is_ok_and(|m| m.file_type().is_block_device());
+    let partition = (is_device(&real) && is_device(&partition)).then_some(partition);
+    std::iter::once(real).chain(partition).collect()
 }
 
 fn occupied(device: &Path) -> impl FnOnce(Error) -> Error {
@@ -123,8 +141,11 @@ impl PoolPlace {
     }
 
     async fn imported(&self, from: &Path) -> Result<bool> {
-        let import = ["import", "-N", "-f", "-o", "cachefile=none", "-d"];
-        succeeds(command(Program::Zpool).args(import).arg(from).arg(self.zpool())).await
+        let mut import = command(Program::Zpool).args(["import", "-N", "-f", "-o", "cachefile=none"]);
+        for place in label_places(from) {
+            import = import.arg("-d").arg(place);
+        }
+        succeeds(import.arg(self.zpool())).await
     }
 
     fn group(&self, spec: &PoolSpec) -> lvm::LvmPlace {
