@@ -9,6 +9,16 @@ lab() { "$KARST_LAB" lab "$@"; }
 # guest COMMAND…: runs it in the guest, as it is. shell TEXT: a line of shell there.
 guest() { lab run --timeout "${patience:-600}" -- "$@" </dev/null; }
 shell() { guest sh -c "$1"; }
+# A guest whose QEMU has ended makes everything fail: the suite ends there. MADE is set once there is a guest.
+section() {
+    printf '%s [%ss]\n' "-- $*" "$SECONDS"
+    if [ -n "${made:-}" ] && ! guest true; then
+        failed=$((failed + 1))
+        echo "FAILED the guest of the lab does not answer any more"
+        finish
+        exit 1
+    fi
+}
 boot_id() { guest cat /proc/sys/kernel/random/boot_id; }
 # until_there TEXT SECONDS LINE: the line of shell succeeds there within so many seconds. It asks in the guest, where asking is cheap.
 until_there() {
@@ -20,7 +30,7 @@ complaints() {
 }
 
 # machine VARIANT KIND… [-- OPTION…]: a guest of that variant with Karst installed as a stranger would, and images of these kinds
-# as debian/12 (debian/12/vm). Everything else in a suite stands on it, so a failure ends the suite.
+# as debian/12 (debian/12/vm; small: as such). Everything else in a suite stands on it, so a failure ends the suite.
 machine() {
     local variant=$1 kinds=() files=() kind alias
     shift
@@ -31,12 +41,15 @@ machine() {
     [ $# = 0 ] || shift
     [ -x "$KARST_BIN/karst-guest-agent" ] || "$top/scripts/build-guest-agent" "$KARST_BIN" || exit 1
     "$here/../lab/guest-images" "$images" "${kinds[@]}" || { echo "the images of guests could not be made"; exit 1; }
-    lab up --variant "$variant" "${files[@]}" "$@" || exit 1
-    ok "make install" shell 'cp -a /lab/src /root/karst && cd /root/karst && KARST_BIN=/lab/bin make install'
+    # KARST_LAB_REUSE, for who writes a suite: the guest that is there (cargo xtask lab up), which what came before has left clean.
+    [ -n "${KARST_LAB_REUSE:-}" ] || lab up --variant "$variant" "${files[@]}" "$@" || exit 1
+    made=1
+    # On a busy machine the disk may come later than its mount waits for it.
+    ok "the files of the lab are there" shell 'mountpoint -q /lab || mount /lab' || exit 1
+    ok "make install" shell 'rm -rf /root/karst && cp -a /lab/src /root/karst && cd /root/karst && KARST_BIN=/lab/bin make install'
     until_there "the unit runs and the API answers" 120 'karst query /1.0' || exit 1
     for kind in "${kinds[@]}"; do
-        alias=debian/12
-        [ "$kind" = container ] || alias=debian/12/vm
+        case $kind in container) alias=debian/12 ;; vm) alias=debian/12/vm ;; *) alias=$kind ;; esac
         ok "import the image ($kind)" shell "karst image import /lab/files/$kind/meta-* \$(ls /lab/files/$kind/* | grep -v -e meta- -e complete) --alias $alias"
     done
 }

@@ -38,6 +38,9 @@ use tokio::sync::OwnedMutexGuard;
 /// Whose the id range of the image worker is.
 pub(crate) const WORKER: &str = "worker";
 
+/// How long the end waits for pools to be synced: less than the launcher waits for the end.
+const FLUSH: std::time::Duration = std::time::Duration::from_secs(8);
+
 /// What the agent is made of.
 #[derive(Debug, Clone)]
 pub struct RealOptions {
@@ -361,6 +364,18 @@ impl RealAgent {
     pub(crate) fn forget_pool(&self, id: PoolId) {
         self.pools.lock().unwrap().remove(&id);
         self.unopened.forget(id);
+    }
+
+    /// Waits until what was made in the pools is on disk, for a time: who ends the daemon may end the machine next.
+    pub async fn flush(&self) {
+        let all = async {
+            for (_, pool) in self.all_pools() {
+                pool.flush().await;
+            }
+        };
+        if self.env.timeout(FLUSH, all).await.is_err() {
+            tracing::warn!("new volumes are not known to be on disk yet");
+        }
     }
 
     pub(crate) fn all_pools(&self) -> Vec<(PoolId, Arc<dyn PoolDriver>)> {

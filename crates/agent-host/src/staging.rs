@@ -223,8 +223,9 @@ impl Staging {
 
     /// Cuts off what is over a limit. Blocks. Answers whether any upload is open.
     fn look(&self) -> bool {
-        let now = self.env.monotonic();
         let mut parts = self.parts.lock().unwrap();
+        // Read under the lock: a part is not younger than this.
+        let now = self.env.monotonic();
         let (mut total, mut free) = (0, self.free());
         let mut by_age: Vec<_> = parts.iter_mut().collect();
         by_age.sort_by_key(|(_, p)| p.begun);
@@ -246,9 +247,9 @@ impl Staging {
                 self.total_reached()
             } else if free < self.limits.reserve.bytes() {
                 self.disk_full()
-            } else if now - p.grown > Duration::from_secs(idle * 60) {
+            } else if now.saturating_sub(p.grown) > Duration::from_secs(idle * 60) {
                 over(format!("nothing was added to the upload for {idle} minutes"))
-            } else if now - p.begun > Duration::from_secs(age * 3600) {
+            } else if now.saturating_sub(p.begun) > Duration::from_secs(age * 3600) {
                 over(format!("the upload was not finished within {age} hours"))
             } else {
                 continue;
@@ -264,7 +265,7 @@ impl Staging {
             p.grown = now;
         }
         let kept = Duration::from_secs(3600 * self.limits.age_hours.max(1));
-        parts.retain(|_, p| p.over.is_none() || now - p.grown < kept);
+        parts.retain(|_, p| p.over.is_none() || now.saturating_sub(p.grown) < kept);
         !parts.is_empty()
     }
 
@@ -375,6 +376,19 @@ mod tests {
         let path = work.path().to_owned();
         drop(work);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn an_upload_that_begins_while_others_are_looked_at_is_no_fault() {
+        let (_dir, s) = staging(small());
+        std::thread::scope(|threads| {
+            threads.spawn(|| (0..2000).for_each(|_| drop(s.look())));
+            for _ in 0..500 {
+                s.stage(image(1), ImagePart::Unified).unwrap();
+                s.drop_image(image(1)).unwrap();
+            }
+        });
+        assert!(!s.look());
     }
 
     /// A hostile control process writes on, whatever it was told.

@@ -24,12 +24,14 @@ pub fn start(dir: &Path, inherited: &privilege::Inherited) -> Result<()> {
             let guard = agent.guard();
             let server = ServerOptions { uids, ..ServerOptions::default() };
             let serving = serve(env, listener, agent.clone(), guard, server);
-            tokio::select! {
+            let outcome = tokio::select! {
                 biased;
                 // Mutations that run are dropped with the runtime; they are idempotent, and control asks again.
                 _ = shutdown.wait_for(|end| *end) => Ok(()),
                 outcome = serving => outcome.map_err(|e| Error::internal("the agent's socket failed", e)),
-            }
+            };
+            agent.flush().await;
+            outcome
         })
     })
 }

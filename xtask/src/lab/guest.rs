@@ -3,7 +3,7 @@
 use super::{
     Result, Up,
     image::{ensure, tail},
-    lab_dir, mkdir, output, target, wait_for,
+    lab_dir, mkdir, output, target, volatile, wait_for,
 };
 use crate::root;
 use std::{
@@ -66,7 +66,7 @@ impl Guest {
     fn process(&self) -> Option<u32> {
         let id: u32 = self.file("pid").parse().ok()?;
         let line = fs::read(format!("/proc/{id}/cmdline")).ok()?;
-        let mark = self.dir.join("disk.qcow2");
+        let mark = self.dir.join("console.log");
         String::from_utf8_lossy(&line).contains(&*mark.to_string_lossy()).then_some(id)
     }
 
@@ -84,16 +84,20 @@ impl Guest {
                 image
             }
         };
-        if !self.dir.join("disk.qcow2").exists() {
+        if !self.dir.join("disk.qcow2").exists() && !volatile::is(&self.dir) {
             let base = image.join("disk.qcow2").display().to_string();
-            output(
-                "qemu-img",
-                &["create", "-q", "-f", "qcow2", "-b", &base, "-F", "qcow2", "disk.qcow2"],
-                &self.dir,
-            )?;
             self.payload(up)?;
             for (n, gib) in up.disks.iter().enumerate() {
                 output("truncate", &["-s", &format!("{gib}G"), &format!("extra{n}.raw")], &self.dir)?;
+            }
+            if up.volatile {
+                volatile::make(&self.dir, Path::new(&base))?;
+            } else {
+                output(
+                    "qemu-img",
+                    &["create", "-q", "-f", "qcow2", "-b", &base, "-F", "qcow2", "disk.qcow2"],
+                    &self.dir,
+                )?;
             }
         }
         // The port is free now, which another may take until QEMU does: then once more.
@@ -137,10 +141,14 @@ impl Guest {
         fs::write(self.dir.join("port"), port.to_string()).map_err(|e| e.to_string())?;
         let _ = fs::remove_file(self.dir.join("pid")); // of the boot before, if there was one
         let at = |name: &str| self.dir.join(name).display().to_string();
-        let mut drives = vec![
-            format!("file={},if=virtio,format=qcow2,cache=unsafe,discard=unmap", at("disk.qcow2")),
-            format!("file={},if=virtio,format=raw,cache=unsafe,readonly=on", at("payload.raw")),
-        ];
+        let (mut root, mut drives) = (vec![], vec![]);
+        if volatile::is(&self.dir) {
+            root = volatile::begin(&self.dir)?;
+        } else {
+            let disk = at("disk.qcow2");
+            drives.push(format!("file={disk},if=virtio,format=qcow2,cache=unsafe,discard=unmap"));
+        }
+        drives.push(format!("file={},if=virtio,format=raw,cache=unsafe,readonly=on", at("payload.raw")));
         drives.extend(
             (0..16)
                 .map(|n| at(&format!("extra{n}.raw")))
@@ -164,7 +172,8 @@ impl Guest {
             .args(["-append", "root=/dev/vda rw console=ttyS0 net.ifnames=0 panic=-1 apparmor=1 security=apparmor mitigations=off"])
             .args(["-netdev", &format!("user,id=net,hostfwd=tcp:127.0.0.1:{port}-:22")])
             .args(["-device", "virtio-net-pci,netdev=net,romfile="])
-            .args(["-device", "virtio-rng-pci"]);
+            .args(["-device", "virtio-rng-pci"])
+            .args(root);
         for drive in &drives {
             command.args(["-drive", drive]);
         }
@@ -322,7 +331,7 @@ impl Guest {
                 return Err(format!("QEMU (process {id}) does not end"));
             }
         }
-        Ok(())
+        volatile::settle(&self.dir)
     }
 
     /// Ends it and removes what it had.

@@ -6,6 +6,7 @@
 
 mod guest;
 mod image;
+mod volatile;
 
 use crate::root;
 use clap::{Args, Subcommand};
@@ -64,7 +65,7 @@ enum Task {
         #[arg(long, default_value_t = 240)]
         timeout: u64,
     },
-    /// Ends its QEMU at once. Its disk stays as it is: `up` boots it again.
+    /// Ends its QEMU at once. Its disk stays as it is (with `up --volatile`: as it was flushed last); `up` boots it again.
     PowerCut,
     /// Ends it and removes its disk.
     Down,
@@ -100,6 +101,9 @@ pub struct Up {
     /// Further files for /lab/files.
     #[arg(long = "file")]
     files: Vec<PathBuf>,
+    /// A disk with a cache that forgets: what was not flushed is lost by a power cut.
+    #[arg(long)]
+    volatile: bool,
     /// Further empty disks of so many GiB (`/dev/vdc` and on).
     #[arg(long = "disk")]
     disks: Vec<u32>,

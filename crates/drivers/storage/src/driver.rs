@@ -53,6 +53,9 @@ pub trait PoolDriver: Send + Sync {
     /// Waits until the space of all deleted volumes is free (shutdown, tests, purge).
     async fn settle(&self);
 
+    /// Waits until what was made is on disk (shutdown). A power cut before loses it: whoever asks for it is told then.
+    async fn flush(&self) {}
+
     /// Snapshots of volumes, where the pool has them.
     fn snapshots(&self) -> Option<&dyn Snapshots> {
         None

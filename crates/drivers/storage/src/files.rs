@@ -17,6 +17,7 @@
 
 use crate::{
     Contents, Filling, Format, Located, NewVolume, PoolDriver, Reading, Snapshots, Source, VolumeInfo,
+    flush,
     states::{self, Directories, Record, States, Subvolumes, check_disk_size, copy_file, link_or_copy},
 };
 use async_trait::async_trait;
@@ -47,6 +48,8 @@ pub struct FilePool {
     worker: Arc<Launcher>,
     /// Wakes the sweeper; an answer is wanted by those who wait for it.
     sweep: mpsc::Sender<Option<oneshot::Sender<()>>>,
+    /// Wakes the flusher, in the same way.
+    flush: mpsc::Sender<Option<oneshot::Sender<()>>>,
     /// Trees being copied at the same time: more than a few only make the disk seek.
     copies: Arc<tokio::sync::Semaphore>,
     /// Images being taken in, one at a time.
@@ -105,15 +108,20 @@ impl FilePool {
         .await?;
         let (sweep, wanted) = mpsc::channel(64);
         tokio::spawn(sweeper(root.join("trash"), states.clone(), wanted));
+        let (flush, wanted) = mpsc::channel(64);
+        let root = Arc::new(root);
+        tokio::spawn(flush::flusher(root.clone(), wanted));
         let pool = Self {
-            root: root.into(),
+            root,
             states,
             worker: worker.into(),
             sweep,
+            flush,
             copies: Arc::new(tokio::sync::Semaphore::new(2)),
             taking: Arc::default(),
         };
         pool.wake_sweeper();
+        pool.wake_flusher();
         Ok(pool)
     }
 
@@ -150,6 +158,11 @@ impl FilePool {
     fn wake_sweeper(&self) {
         // A full channel means that it will run anyway.
         let _ = self.sweep.try_send(None);
+    }
+
+    /// Something has a content that is not on disk yet.
+    fn wake_flusher(&self) {
+        let _ = self.flush.try_send(None); // as the sweeper
     }
 
     async fn record(&self, state: PathBuf) -> Result<Option<Record>> {
@@ -220,7 +233,7 @@ impl FilePool {
                     _ => {
                         let from = path.clone();
                         self.with_states(move |states| {
-                            states.make(&at)?;
+                            states.make_to_fill(&at)?;
                             states::copy_tree(&from, &at.join("rootfs"))
                         })
                         .await?;
@@ -236,7 +249,7 @@ impl FilePool {
                     (Format::Qcow2, Some(_)) if !self.states.instant() => {
                         let base = at.join("base.img");
                         self.with_states(move |states| {
-                            states.make(&at)?;
+                            states.make_to_fill(&at)?;
                             link_or_copy(&from, &base)
                         })
                         .await?;
@@ -249,14 +262,14 @@ impl FilePool {
                     }
                     (Format::Raw, _) => {
                         self.with_states(move |states| {
-                            states.make(&at)?;
+                            states.make_to_fill(&at)?;
                             copy_file(&from, &at.join("disk.img"), 0o600)
                         })
                         .await?;
                     }
                     (Format::Qcow2, None) => {
                         let made = at.clone();
-                        self.with_states(move |states| states.make(&made)).await?;
+                        self.with_states(move |states| states.make_to_fill(&made)).await?;
                         convert(&self.worker, path, backing.as_deref(), &at).await?;
                     }
                     (Format::Directory, _) => return Err(mismatch()),
@@ -356,10 +369,13 @@ impl FilePool {
     async fn exchange(&self, work: Work, volume: VolumeId) -> Result<()> {
         let (new, now) = (work.path().to_owned(), self.dir(volume));
         blocking(move || {
-            Ok(rustix::fs::renameat_with(CWD, &new, CWD, &now, RenameFlags::EXCHANGE)
-                .map_err(io::Error::from)?)
+            rustix::fs::renameat_with(CWD, &new, CWD, &now, RenameFlags::EXCHANGE)
+                .map_err(io::Error::from)?;
+            sync_parent(&now)
         })
-        .await
+        .await?;
+        self.wake_flusher();
+        Ok(())
         // What `work` has now is the old state: it goes with it.
     }
 
@@ -386,6 +402,11 @@ pub(crate) fn mismatch() -> Error {
 
 fn fresh(below: &Path) -> PathBuf {
     below.join(uuid::Uuid::new_v4().to_string())
+}
+
+/// Whoever is told that it is there finds it after a power cut.
+fn sync_parent(of: &Path) -> Result<()> {
+    Ok(File::open(of.parent().unwrap_or(of))?.sync_all()?)
 }
 
 fn open(path: &Path, write: bool) -> Result<std::os::fd::OwnedFd> {
@@ -483,12 +504,20 @@ impl PoolDriver for FilePool {
         self.complete(work.path(), &record).await?;
         let (from, to) = (work.path().to_owned(), self.dir(volume));
         let flags = RenameFlags::NOREPLACE;
-        match blocking(move || Ok(rustix::fs::renameat_with(CWD, &from, CWD, &to, flags))).await? {
+        let named = blocking(move || {
+            let renamed = rustix::fs::renameat_with(CWD, &from, CWD, &to, flags);
+            if renamed.is_ok() {
+                sync_parent(&to)?;
+            }
+            Ok(renamed)
+        });
+        match named.await? {
             // Another call was faster; ours is thrown away.
             Err(rustix::io::Errno::EXIST) => return self.inspect(volume).await,
             r => r.map_err(io::Error::from)?,
         }
         work.keep();
+        self.wake_flusher();
         Ok(info(volume, record))
     }
 
@@ -512,6 +541,7 @@ impl PoolDriver for FilePool {
     async fn locate(&self, volume: VolumeId, user: Option<u32>) -> Result<Located> {
         let record = self.known(volume, None).await?;
         let dir = self.dir(volume);
+        flush::check(&dir)?;
         if record.format == Format::Directory {
             return Ok(Located { path: dir.join("rootfs"), format: record.format, backing: None });
         }
@@ -609,6 +639,13 @@ impl PoolDriver for FilePool {
         self.states.limits()
     }
 
+    async fn flush(&self) {
+        let (done, wait) = oneshot::channel();
+        if self.flush.send(Some(done)).await.is_ok() {
+            let _ = wait.await; // the flusher ends with the pool only
+        }
+    }
+
     async fn settle(&self) {
         let (done, wait) = oneshot::channel();
         if self.sweep.send(Some(done)).await.is_ok() {
@@ -664,11 +701,13 @@ impl Snapshots for FilePool {
                 }
                 states.clone(&from, &making, &record, true)?;
                 std::fs::rename(&making, &to)?;
+                sync_parent(&to)?;
                 Ok(true)
             })
             .await?;
         if kept {
             work.keep();
+            self.wake_flusher();
         }
         Ok(())
     }
@@ -714,6 +753,7 @@ impl Contents for FilePool {
     async fn read(&self, volume: VolumeId, snapshot: Option<SnapshotId>) -> Result<Reading> {
         let record = self.known(volume, snapshot).await?;
         let dir = self.state(volume, snapshot);
+        flush::check(&dir)?;
         let name = if record.content.is_disk() { "disk.img" } else { "rootfs" };
         if record.format == Format::Qcow2 {
             // Whoever has it open keeps it, the next start gives it back; the worker that converts it has no guest's ids.
@@ -743,7 +783,7 @@ impl Contents for FilePool {
         let at = work.path().to_owned();
         let limit = old.size.filter(|_| !old.content.is_disk() && self.states.limits());
         self.with_states(move |states| {
-            states.make(&at)?;
+            states.make_to_fill(&at)?;
             if limit.is_some() {
                 states.limit(&at, limit)?;
             }

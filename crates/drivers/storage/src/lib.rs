@@ -4,6 +4,7 @@
 pub mod contract;
 mod driver;
 pub mod files;
+mod flush;
 pub mod objects;
 mod states;
 

@@ -2,7 +2,7 @@
 //!
 //! A state is `volume.json` with `rootfs/` (a tree) or `disk.img` and perhaps `base.img` (a disk).
 
-use crate::Format;
+use crate::{Format, flush};
 use karst_host::{btrfs, fs as hostfs};
 use karst_model::{
     ByteSize, Error, Result,
@@ -40,7 +40,7 @@ impl Record {
     }
 
     /// Replaces it in one step. Its content is on disk before its name: after a power cut there is no empty one. The
-    /// content of trees is not synced (that would cost as much as copying again): see the decision record.
+    /// content of trees is not synced here (that would cost as much as copying again): see [`flush`].
     pub fn write(&self, state: &Path) -> Result<()> {
         let fresh = state.join("volume.json.new");
         let mut file = File::create(&fresh)?;
@@ -63,6 +63,10 @@ pub(crate) trait States: Send + Sync + std::fmt::Debug {
     fn instant(&self) -> bool;
     /// Makes an empty one.
     fn make(&self, at: &Path) -> Result<()>;
+    /// Makes an empty one that is about to get a content; see [`crate::flush`].
+    fn make_to_fill(&self, at: &Path) -> Result<()> {
+        self.make(at)
+    }
     /// Makes `to` what `from` is; `to` cannot be changed with `frozen`, where the file system has that.
     fn clone(&self, from: &Path, to: &Path, record: &Record, frozen: bool) -> Result<()>;
     /// Removes one, or a directory of them.
@@ -87,8 +91,13 @@ impl States for Directories {
     fn make(&self, at: &Path) -> Result<()> {
         Ok(std::fs::DirBuilder::new().mode(0o700).create(at)?)
     }
+    fn make_to_fill(&self, at: &Path) -> Result<()> {
+        self.make(at)?;
+        flush::mark(at)
+    }
     fn clone(&self, from: &Path, to: &Path, record: &Record, _: bool) -> Result<()> {
-        self.make(to)?;
+        flush::check(from)?;
+        self.make_to_fill(to)?;
         if record.content.is_disk() {
             if record.based {
                 link_or_copy(&from.join("base.img"), &to.join("base.img"))?;
@@ -113,7 +122,7 @@ impl States for Directories {
     }
 }
 
-/// Subvolumes of btrfs: a clone is a snapshot.
+/// Subvolumes of btrfs: a clone is a snapshot, with which the kernel commits what it was made of.
 #[derive(Debug)]
 pub(crate) struct Subvolumes;
 

@@ -55,6 +55,53 @@ async fn dir_pool_keeps_the_contract() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_power_cut_may_have_left_incomplete_is_not_used() {
+    if skipped() {
+        return;
+    }
+    let d = tempfile::tempdir().unwrap();
+    let (tree, root) = (d.path().join("tree"), d.path().join("pool"));
+    std::fs::create_dir(&tree).unwrap();
+    std::fs::write(tree.join("file"), "content").unwrap();
+    let new = |source| NewVolume { content: VolumeContent::Filesystem, size: None, source };
+    let pool = open_dir(&root).await.unwrap();
+    let (v, snapshot) = (id(), karst_model::SnapshotId(uuid::Uuid::new_v4()));
+    pool.create(v, &new(tree_of(&tree))).await.unwrap();
+    let mark = root.join(format!("volumes/{v}/unflushed"));
+    assert!(mark.exists(), "until it is synced");
+    pool.snapshots().unwrap().create(v, snapshot).await.unwrap();
+    pool.flush().await;
+    assert!(!mark.exists() && !root.join(format!("snapshots/{v}/{snapshot}/unflushed")).exists());
+    pool.locate(v, None).await.unwrap();
+
+    // As it would be found after a power cut before that.
+    std::fs::write(&mark, "another boot").unwrap();
+    drop(pool);
+    let pool = open_dir(&root).await.unwrap();
+    pool.flush().await;
+    assert!(mark.exists(), "nobody but a restore takes it away");
+    let copy = Source::Volume { volume: v, snapshot: None };
+    let other = karst_model::SnapshotId(uuid::Uuid::new_v4());
+    for e in [
+        pool.locate(v, None).await.unwrap_err(),
+        pool.contents().unwrap().read(v, None).await.map(drop).unwrap_err(),
+        pool.create(id(), &new(copy)).await.unwrap_err(),
+        pool.snapshots().unwrap().create(v, other).await.unwrap_err(),
+    ] {
+        assert!(e.is(ErrorKind::Conflict) && e.message.contains("lost its power"), "{e}");
+    }
+    pool.snapshots().unwrap().restore(v, snapshot).await.unwrap();
+    let at = pool.locate(v, None).await.unwrap().path;
+    assert_eq!(std::fs::read_to_string(at.join("file")).unwrap(), "content");
+    std::fs::write(root.join(format!("volumes/{v}/unflushed")), "another boot").unwrap();
+    pool.delete(v).await.unwrap();
+    pool.settle().await;
+    for below in BELOW {
+        assert!(below == "snapshots" || entries(root.join(below)) == 0, "{below}");
+    }
+}
+
 /// A file system in a loop file or memory, unmounted when dropped.
 struct Mounted(PathBuf);
 
