@@ -14,7 +14,7 @@ use karst_agent::{
     names::{check_host_interface, is_daemon_id},
 };
 use karst_ct_lxc::{LxcDriver, LxcOptions};
-use karst_env::SharedEnv;
+use karst_env::{EnvExt, SharedEnv};
 use karst_guest::{DiskFormat, GuestDriver, Observed, Opened, ResolvedDisk, ResolvedGuest, ResolvedNic};
 use karst_host::sandbox::Launcher;
 use karst_image::ImageStore;

@@ -64,7 +64,7 @@ fn check_content(kind: BackupKind, content: VolumeContent) -> Result<()> {
     Err(Error::invalid("kind", format!("a volume of content {} does not travel so", content.as_str())))
 }
 
-fn yaml(value: &serde_json::Value) -> Result<String> {
+pub(crate) fn yaml(value: &serde_json::Value) -> Result<String> {
     serde_yaml_ng::to_string(value).map_err(|e| Error::internal("a backup's index could not be written", e))
 }
 
@@ -298,7 +298,7 @@ impl RealAgent {
 }
 
 /// How a worker that packed ended.
-fn packed(ended: &Ended) -> Result<()> {
+pub(crate) fn packed(ended: &Ended) -> Result<()> {
     match ended.code {
         0 => Ok(()),
         28 => Err(Error::new(ErrorKind::Quota, "no space left on the host for the backup")),

@@ -533,6 +533,7 @@ calls! {
     mutate volume_snapshot_restore(me, at: VolumeSnapshotRef) -> () { me.restore_snapshot(at).await }
     read volume_snapshots(me, at: VolumeRef) -> Vec<VolumeSnapshot> { me.snapshots_of(at).await }
     mutate volume_refresh(me, request: VolumeRefresh) -> () { me.refresh_volume(request).await }
+    mutate volume_rebuild(me, request: VolumeRebuild) -> () { me.rebuild_volume(request).await }
     read volume_export(me, request: VolumeExport) -> WithFds<SessionId> { me.export_volume(request).await }
     mutate volume_import(me, request: VolumeImport, context) -> WithFds<SessionId> { me.import_volume(context, request).await }
 
@@ -547,6 +548,7 @@ calls! {
     read image_staged(me, _request: ()) -> Vec<ImageId> { Ok(me.staging.images()) }
     mutate image_import(me, request: ImageImport) -> ImageFacts { me.import(request).await }
     mutate image_build(me, request: ImageBuild) -> ImageFacts { me.build(request).await }
+    mutate image_publish(me, request: ImagePublish) -> ImageFacts { me.publish_image(request).await }
     mutate image_delete(me, image: ImageId) -> () { me.delete_image(image).await }
     read image_export(me, image: ImageId) -> WithFds<Vec<ImageFile>> { me.export(image).await }
 

@@ -16,6 +16,7 @@ pub mod ids;
 mod nodes;
 mod policy;
 mod pools;
+mod publish;
 mod registry;
 mod reopen;
 mod resources;

@@ -18,7 +18,7 @@ use karst_image::{
     unpack::{Answer, Bounds, Part, Task},
 };
 use karst_model::{
-    Error, ErrorKind, InstanceId, PoolId, Result, SessionId, SnapshotId, VolumeId,
+    Error, ErrorKind, ImageId, InstanceId, PoolId, Result, SessionId, SnapshotId, VolumeId,
     instance::{InstanceKind, RuntimeState},
     spec::{VolumeSource, VolumeSpec},
     storage::VolumeContent,
@@ -139,12 +139,7 @@ impl RealAgent {
         let mut held = None;
         let source = match spec.source {
             VolumeSource::Empty => Source::Empty,
-            VolumeSource::Image { image } => match self.images.content(image).await? {
-                Content::Tree(path) => Source::Tree { path, image: Some(image) },
-                Content::Disk { path, size } => {
-                    Source::Disk { path, format: Format::Qcow2, backing: None, size, image: Some(image) }
-                }
-            },
+            VolumeSource::Image { image } => self.image_source(image).await?,
             VolumeSource::Copy { pool: from, volume, snapshot } => {
                 let (source, reading) =
                     self.source(VolumeRef { pool: from, volume }, snapshot, spec.pool, spec.content).await?;
@@ -156,6 +151,15 @@ impl RealAgent {
         pool.create(spec.id, &new).await?;
         drop(held);
         Ok(())
+    }
+
+    pub(crate) async fn image_source(&self, image: ImageId) -> Result<Source> {
+        Ok(match self.images.content(image).await? {
+            Content::Tree(path) => Source::Tree { path, image: Some(image) },
+            Content::Disk { path, size } => {
+                Source::Disk { path, format: Format::Qcow2, backing: None, size, image: Some(image) }
+            }
+        })
     }
 
     /// Another volume as the source of one in the pool `to`.

@@ -1,7 +1,10 @@
 //! The calls of the agent protocol, version 1. One macro invocation declares each call once; the trait, the wire
 //! enumeration and the dispatcher all come from it.
 
-use crate::backups::{BackupCreate, BackupFacts, VolumeFill, VolumeFilled};
+use crate::{
+    backups::{BackupCreate, BackupFacts, VolumeFill, VolumeFilled},
+    publish::{ImagePublish, VolumeRebuild},
+};
 use async_trait::async_trait;
 use karst_model::{
     BackupId, ByteSize, ImageId, InstanceId, NetworkId, NodeId, PoolId, Result, SagaId, SessionId,
@@ -246,6 +249,9 @@ agent_calls! {
     /// Makes an existing volume what another of the same content is, of this or another pool, its size included; moves no
     /// more than what differs where both pools can. Its snapshots stay. Refused while a guest uses it.
     mutate fn volume_refresh(VolumeRefresh: VolumeRefresh) -> ();
+    /// Makes an existing volume what an image is, or empty, with the size given. Its snapshots stay. Refused while a guest
+    /// uses it.
+    mutate fn volume_rebuild(VolumeRebuild: VolumeRebuild) -> ();
     /// Streams a volume's content: one descriptor to read, to its end. The stream is whole when `session_wait` answers 0.
     read fn volume_export(VolumeExport: VolumeExport) -> WithFds<SessionId>;
     /// Replaces the content of an existing volume by a stream: one descriptor to write and close. It is replaced, in one
@@ -278,6 +284,8 @@ agent_calls! {
     mutate fn image_import(ImageImport: ImageImport) -> ImageFacts;
     /// Builds an image of a recipe; progress comes as events with the image's id.
     mutate fn image_build(ImageBuild: ImageBuild) -> ImageFacts;
+    /// Makes an image of a volume or of a snapshot of one; complete or not at all.
+    mutate fn image_publish(ImagePublish: ImagePublish) -> ImageFacts;
     /// Deletes an image's content and staged parts.
     mutate fn image_delete(ImageDelete: ImageId) -> ();
     /// Opens the files of an image as uploaded, for reading: one descriptor each, in order.

@@ -7,9 +7,10 @@
 mod backups;
 mod guests;
 mod parts;
+mod publish;
 mod storage;
 
-use crate::{backups::*, calls::*};
+use crate::{backups::*, calls::*, publish::*};
 use karst_env::{EnvExt, SharedEnv};
 use karst_model::{
     ByteSize, DeviceId, Error, ErrorKind, ImageId, InstanceId, NetworkId, NodeId, PoolId, Result, SagaId,
@@ -110,6 +111,8 @@ impl Subject {
             storage::disks,
             backups::trees,
             backups::disks,
+            publish::images_of_trees,
+            publish::images_of_disks,
             parts::networks,
             parts::unknown_things,
             parts::deadlines_and_cancel,

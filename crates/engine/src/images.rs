@@ -1,5 +1,7 @@
 //! Images: the use cases.
 
+pub mod publish;
+
 pub use crate::uploads::{ImageUpload, PartUpload};
 use crate::{
     Engine, EngineInner, Records, Row,
@@ -46,6 +48,12 @@ pub struct ImageOptions {
     pub aliases: Vec<(String, String)>,
     /// An alias that exists is moved here instead of refused.
     pub move_aliases: bool,
+    /// When it may go; `None`: what its metadata says.
+    #[serde(default)]
+    pub expires_at: Option<jiff::Timestamp>,
+    /// Profiles of instances made of it; `None`: `default`.
+    #[serde(default)]
+    pub profiles: Option<Vec<String>>,
 }
 
 /// Replaces what a user may set of an image.
@@ -57,6 +65,8 @@ pub struct UpdateImage {
     pub properties: Config,
     /// Default profiles.
     pub profiles: Vec<String>,
+    /// When it may go; the outer `None` keeps.
+    pub expires_at: Option<Option<jiff::Timestamp>>,
     /// `spec_version` that was read (If-Match).
     pub if_version: Option<u64>,
 }
@@ -413,6 +423,7 @@ impl Engine {
                 image.public = request.public;
                 image.properties = request.properties.clone();
                 image.profiles = request.profiles.clone();
+                image.expires_at = request.expires_at.unwrap_or(image.expires_at);
                 image.spec_version += 1;
                 tx.replace(row, &image);
                 Ok(image.fingerprint)
@@ -489,6 +500,98 @@ fn demand_new(records: &Records, project: ProjectId, fingerprint: &str) -> Resul
     Ok(())
 }
 
+/// No alias of it is taken, unless it may be moved.
+fn demand_unlike(records: &Records, project: ProjectId, options: &ImageOptions) -> Result<()> {
+    let taken = |(n, _): &&(String, String)| records.alias(project, n).is_some();
+    match options.aliases.iter().find(taken) {
+        Some((taken, _)) if !options.move_aliases => {
+            Err(Error::conflict(format!("an image alias {taken:?} exists already")).at("aliases"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The image must be new in its project, and be the one that was announced.
+fn check_new(cx: &StepContext, project: ProjectId, options: &ImageOptions, facts: &ImageFacts) -> Result<()> {
+    if let Some(wanted) = &options.fingerprint
+        && !wanted.eq_ignore_ascii_case(&facts.fingerprint)
+    {
+        return Err(Error::invalid(
+            "fingerprint",
+            format!("the files have the fingerprint {}, not {wanted}", facts.fingerprint),
+        ));
+    }
+    let records = cx.engine.inventory.read();
+    demand_new(&records, project, &facts.fingerprint)?;
+    demand_unlike(&records, project, options)
+}
+
+/// The record of a new image, with its aliases.
+fn commit_new(
+    engine: &EngineInner,
+    tx: &mut Tx,
+    (id, project): (ImageId, ProjectId),
+    options: &ImageOptions,
+    facts: &ImageFacts,
+) -> Result<()> {
+    let records = engine.inventory.read();
+    let row = records.projects.get(&project);
+    tx.expect(row.ok_or_else(|| Error::not_found("the project was deleted meanwhile"))?);
+    tx.touch(&crate::tenancy::project_uses(project));
+    // Two imports of the same files at once: the second is undone.
+    demand_new(&records, project, &facts.fingerprint)?;
+    let mut properties = facts.properties.clone();
+    properties.extend(options.properties.clone());
+    tx.take_name("images", &project.to_string(), &facts.fingerprint, &id.to_string());
+    let stated =
+        (facts.expires_at > 0).then(|| jiff::Timestamp::from_second(facts.expires_at).ok()).flatten();
+    tx.create(&Image {
+        id,
+        project,
+        fingerprint: facts.fingerprint.clone(),
+        kind: facts.kind,
+        architecture: facts.architecture.clone(),
+        size: facts.size,
+        filename: options.filename.clone(),
+        public: options.public,
+        properties,
+        profiles: options.profiles.clone().unwrap_or_else(|| vec!["default".into()]),
+        created_at: jiff::Timestamp::from_second(facts.created_at).ok(),
+        uploaded_at: engine.env.now(),
+        last_used_at: None,
+        expires_at: options.expires_at.or(stated),
+        spec_version: 1,
+    });
+    name_it(&records, tx, (id, project, facts.kind), options)
+}
+
+/// The aliases of an image.
+fn name_it(
+    records: &Records,
+    tx: &mut Tx,
+    (image, project, kind): (ImageId, ProjectId, InstanceKind),
+    options: &ImageOptions,
+) -> Result<()> {
+    for (name, description) in &options.aliases {
+        let alias = ImageAlias { project, name: name.clone(), description: description.clone(), image, kind };
+        match records.alias(project, name) {
+            Some(row) if options.move_aliases || row.image == image => tx.replace(row, &alias),
+            Some(_) => {
+                return Err(Error::conflict(format!("an image alias {name:?} exists already")).at("aliases"));
+            }
+            None => tx.create(&alias),
+        }
+    }
+    Ok(())
+}
+
+/// What an operation tells of the image that it made.
+fn told(fingerprint: &str, size: u64) -> serde_json::Map<String, serde_json::Value> {
+    [("fingerprint".to_owned(), fingerprint.into()), ("size".to_owned(), size.to_string().into())]
+        .into_iter()
+        .collect()
+}
+
 /// Where the content of a new image comes from.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
@@ -518,27 +621,6 @@ pub struct ImageOutputs {
 pub struct ImageCreate;
 
 impl ImageCreate {
-    /// The image must be new in its project, and be the one that was announced.
-    fn check(cx: &StepContext, plan: &ImagePlan, facts: &ImageFacts) -> Result<()> {
-        if let Some(wanted) = &plan.options.fingerprint
-            && !wanted.eq_ignore_ascii_case(&facts.fingerprint)
-        {
-            return Err(Error::invalid(
-                "fingerprint",
-                format!("the files have the fingerprint {}, not {wanted}", facts.fingerprint),
-            ));
-        }
-        let records = cx.engine.inventory.read();
-        demand_new(&records, plan.project, &facts.fingerprint)?;
-        if !plan.options.move_aliases
-            && let Some((taken, _)) =
-                plan.options.aliases.iter().find(|(n, _)| records.alias(plan.project, n).is_some())
-        {
-            return Err(Error::conflict(format!("an image alias {taken:?} exists already")).at("aliases"));
-        }
-        Ok(())
-    }
-
     async fn build(
         cx: &StepContext,
         plan: &ImagePlan,
@@ -593,7 +675,7 @@ impl Saga for ImageCreate {
                 Self::build(cx, plan, recipe, *instance_kind).await?
             }
         };
-        Self::check(cx, plan, &facts)?;
+        check_new(cx, plan.project, &plan.options, &facts)?;
         outputs.facts = Some(facts);
         Ok(())
     }
@@ -606,64 +688,19 @@ impl Saga for ImageCreate {
     }
 
     fn commit(plan: &ImagePlan, outputs: &ImageOutputs, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
-        let records = engine.inventory.read();
-        let project = records.projects.get(&plan.project);
-        tx.expect(project.ok_or_else(|| Error::not_found("the project was deleted meanwhile"))?);
-        tx.touch(&crate::tenancy::project_uses(plan.project));
-        let (id, kind) = match (&plan.content, &outputs.facts) {
+        match (&plan.content, &outputs.facts) {
             (ImageContent::Existing { image }, _) => {
+                let records = engine.inventory.read();
+                let project = records.projects.get(&plan.project);
+                tx.expect(project.ok_or_else(|| Error::not_found("the project was deleted meanwhile"))?);
+                tx.touch(&crate::tenancy::project_uses(plan.project));
                 let row = records.images.get(image).ok_or_else(|| Error::not_found("the image is gone"))?;
                 tx.expect(row);
-                (row.id, row.kind)
+                name_it(&records, tx, (row.id, plan.project, row.kind), &plan.options)
             }
-            (_, None) => return Err(Error::internal("an image's facts are missing", plan.id)),
-            (_, Some(facts)) => {
-                // Two imports of the same files at once: the second is undone.
-                demand_new(&records, plan.project, &facts.fingerprint)?;
-                let mut properties = facts.properties.clone();
-                properties.extend(plan.options.properties.clone());
-                tx.take_name("images", &plan.project.to_string(), &facts.fingerprint, &plan.id.to_string());
-                tx.create(&Image {
-                    id: plan.id,
-                    project: plan.project,
-                    fingerprint: facts.fingerprint.clone(),
-                    kind: facts.kind,
-                    architecture: facts.architecture.clone(),
-                    size: facts.size,
-                    filename: plan.options.filename.clone(),
-                    public: plan.options.public,
-                    properties,
-                    profiles: vec!["default".into()],
-                    created_at: jiff::Timestamp::from_second(facts.created_at).ok(),
-                    uploaded_at: engine.env.now(),
-                    last_used_at: None,
-                    expires_at: (facts.expires_at > 0)
-                        .then(|| jiff::Timestamp::from_second(facts.expires_at).ok())
-                        .flatten(),
-                    spec_version: 1,
-                });
-                (plan.id, facts.kind)
-            }
-        };
-        for (name, description) in &plan.options.aliases {
-            let alias = ImageAlias {
-                project: plan.project,
-                name: name.clone(),
-                description: description.clone(),
-                image: id,
-                kind,
-            };
-            match records.alias(plan.project, name) {
-                Some(row) if plan.options.move_aliases || row.image == id => tx.replace(row, &alias),
-                Some(_) => {
-                    return Err(
-                        Error::conflict(format!("an image alias {name:?} exists already")).at("aliases")
-                    );
-                }
-                None => tx.create(&alias),
-            }
+            (_, None) => Err(Error::internal("an image's facts are missing", plan.id)),
+            (_, Some(facts)) => commit_new(engine, tx, (plan.id, plan.project), &plan.options, facts),
         }
-        Ok(())
     }
 
     fn abort(_: &ImagePlan, _: &ImageOutputs, _: &EngineInner, _: &mut Tx) -> Result<()> {
@@ -683,9 +720,7 @@ impl Saga for ImageCreate {
             (_, Some(f)) => (f.fingerprint.clone(), f.size),
             _ => Default::default(),
         };
-        [("fingerprint".to_owned(), fingerprint.into()), ("size".to_owned(), size.to_string().into())]
-            .into_iter()
-            .collect()
+        told(&fingerprint, size)
     }
 
     fn announce(plan: &ImagePlan) -> Vec<(&'static str, String)> {

@@ -14,7 +14,7 @@ use karst_engine::{
         power::PowerRequest,
         update::UpdateInstance,
     },
-    images::ImageOptions,
+    images::{ImageOptions, publish::PublishImage},
     network::{CreateNetwork, UpdateNetwork},
     snapshots::{Origin, create::CreateSnapshot},
     storage::CreatePool,
@@ -101,6 +101,17 @@ async fn build(w: &World) -> Result<LiveOperation> {
     w.engine
         .image_build(&w.admin, "default", "debian/12", InstanceKind::Container, ImageOptions::default())
         .await
+}
+
+async fn publish(w: &World, snapshot: Option<&str>) -> Result<LiveOperation> {
+    let aliases = vec![("mine".into(), String::new())];
+    let request = PublishImage {
+        name: "c1".into(),
+        snapshot: snapshot.map(str::to_owned),
+        options: ImageOptions { aliases, ..Default::default() },
+        ..Default::default()
+    };
+    w.engine.image_publish(&w.admin, "default", request).await
 }
 
 async fn network(w: &World) -> Result<LiveOperation> {
@@ -297,6 +308,40 @@ pub fn all() -> Vec<Scenario> {
             .engine
             .image_delete(&w.admin, "default", "debian/12")
             .await),
+        scenario!("image-publish", "of a running instance", |w| make(w, "c1", true).await, |w| publish(
+            w, None
+        )
+        .await),
+        scenario!(
+            "image-publish",
+            "of a snapshot",
+            |w| {
+                make(w, "c1", false).await?;
+                done(w, snapshot(w, OF_C1, "s1").await).await
+            },
+            |w| publish(w, Some("s1")).await
+        ),
+        scenario!(
+            "instance-rebuild",
+            "of an image",
+            |w| {
+                make(w, "c1", false).await?;
+                done(w, build(w).await).await
+            },
+            |w| {
+                let source = InstanceSource::Image("debian/12".into());
+                w.engine.instance_rebuild(&w.admin, "default", "c1", source).await
+            }
+        ),
+        scenario!(
+            "instance-rebuild",
+            "a virtual machine that ran, empty",
+            |w| {
+                machine(w).await?;
+                done(w, set_power(w, PowerAction::Stop).await).await
+            },
+            |w| w.engine.instance_rebuild(&w.admin, "default", "c1", InstanceSource::None).await
+        ),
         scenario!("network-create", "automatic", |_w| Ok(()), |w| network(w).await),
         scenario!("network-delete", "unused", |w| done(w, network(w).await).await, |w| w
             .engine

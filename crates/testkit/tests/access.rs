@@ -11,7 +11,7 @@ use karst_engine::{
     },
     compute::{copy::CopyInstance, create::CreateInstance, power::PowerRequest, update::UpdateInstance},
     firewall::{UpdateAcl, UpdateAddressSet, UpdateForward},
-    images::{ImageOptions, UpdateImage},
+    images::{ImageOptions, UpdateImage, publish::PublishImage},
     network::{CreateNetwork, UpdateNetwork},
     snapshots::{Origin, change::UpdateSnapshot, create::CreateSnapshot},
     storage::CreatePool,
@@ -333,6 +333,7 @@ fn cases() -> Vec<Case> {
         snapshot_restore Edit |f, c, p| f.w.engine.snapshot_restore(c, of_still(p), "snap").await.map(drop);
         snapshot_restore_with Edit |f, c, p| f.w.engine.snapshot_restore_with(c, of_still(p), "snap", false).await.map(drop);
         snapshot_delete Edit |f, c, p| f.w.engine.snapshot_delete(c, of_still(p), "snap").await.map(drop);
+        instance_rebuild Edit |f, c, p| f.w.engine.instance_rebuild(c, p, "still", karst_engine::compute::create::InstanceSource::None).await.map(drop);
         instance_copy Edit |f, c, p| f.w.engine.instance_copy(c, p, CopyInstance { project: p.into(), name: "still".into(), snapshot: None, instance_only: false, copy: container("copied") }).await.map(drop);
         backups View |f, c, p| f.w.engine.backups(c, of_still(p)).map(drop);
         backup View |f, c, p| f.w.engine.backup(c, of_still(p), "kept").map(drop);
@@ -396,7 +397,8 @@ fn cases() -> Vec<Case> {
         image_upload_part Edit |f, c, p| f.w.engine.image_upload_part(c, p, &f.w.engine.image_upload(&f.w.admin, HERE)?, ImagePart::Unified).await.map(drop);
         image_import Edit |f, c, p| f.w.engine.image_import(c, p, f.w.engine.image_upload(&f.w.admin, HERE)?, vec![ImagePart::Unified], ImageOptions::default()).await.map(drop);
         image_build Edit |f, c, p| f.w.engine.image_build(c, p, "debian/13", InstanceKind::Container, ImageOptions::default()).await.map(drop);
-        image_update Edit |f, c, p| f.w.engine.image_update(c, p, "debian/12", UpdateImage { public: false, properties: Config::new(), profiles: vec![], if_version: None }).await;
+        image_publish Edit |f, c, p| f.w.engine.image_publish(c, p, PublishImage { name: "still".into(), ..Default::default() }).await.map(drop);
+        image_update Edit |f, c, p| f.w.engine.image_update(c, p, "debian/12", UpdateImage { public: false, properties: Config::new(), profiles: vec![], expires_at: None, if_version: None }).await;
         image_delete Edit |f, c, p| f.w.engine.image_delete(c, p, "debian/12").await.map(drop);
     }
 }

@@ -12,7 +12,7 @@ use karst_engine::{
         power::PowerRequest,
         update::UpdateInstance,
     },
-    images::{ImageOptions, UpdateImage},
+    images::{ImageOptions, UpdateImage, publish::PublishImage},
     network::{CreateNetwork, UpdateNetwork},
     snapshots::Origin,
     storage::CreatePool,
@@ -236,10 +236,18 @@ fn cases() -> Vec<Case> {
         "wrong fingerprint" => Invalid, "fingerprint", "64", |w| w.engine.image_build(&w.admin, P, "debian/13", InstanceKind::Container, ImageOptions { fingerprint: Some("abc".into()), ..Default::default() });
         "wrong alias" => Invalid, "aliases[0].name", "", |w| w.engine.image_build(&w.admin, P, "debian/13", InstanceKind::Container, ImageOptions { aliases: vec![("a\0".into(), String::new())], ..Default::default() });
         "wrong recipe" => Invalid, "recipe", "", |w| w.engine.image_build(&w.admin, P, "", InstanceKind::Container, ImageOptions::default());
+        "image of nothing" => NotFound, "source.name", "nope", |w| w.engine.image_publish(&w.admin, P, PublishImage { name: "nope".into(), ..Default::default() });
+        "image of a missing snapshot" => NotFound, "source.name", "nope", |w| w.engine.image_publish(&w.admin, P, PublishImage { name: "still".into(), snapshot: Some("nope".into()), ..Default::default() });
+        "image of an instance in a missing project" => NotFound, "source.project", "nope", |w| w.engine.image_publish(&w.admin, P, PublishImage { project: Some("nope".into()), name: "still".into(), ..Default::default() });
+        "image under an alias that is taken" => Conflict, "aliases", "debian/12", |w| w.engine.image_publish(&w.admin, P, PublishImage { name: "still".into(), options: ImageOptions { aliases: vec![("debian/12".into(), String::new())], ..Default::default() }, ..Default::default() });
+        "rebuild of a running one" => Conflict, "", "stop it", |w| w.engine.instance_rebuild(&w.admin, P, "run", InstanceSource::None);
+        "rebuild of nothing" => NotFound, "", "nope", |w| w.engine.instance_rebuild(&w.admin, P, "nope", InstanceSource::None);
+        "rebuild of an image of the other kind" => Invalid, "source.alias", "container", |w| w.engine.instance_rebuild(&w.admin, P, "vm", InstanceSource::Image("debian/12".into()));
+        "rebuild of a missing image" => NotFound, "", "nope", |w| w.engine.instance_rebuild(&w.admin, P, "still", InstanceSource::Image("nope".into()));
         "alias that is taken" => Conflict, "name", "debian/12", |w| w.engine.image_alias_create(&w.admin, P, "debian/12", "", "debian/12");
         "alias of nothing" => NotFound, "target", "nope", |w| w.engine.image_alias_create(&w.admin, P, "new", "", "nope");
         "rename of a missing alias" => NotFound, "", "nope", |w| w.engine.image_alias_rename(&w.admin, P, "nope", "x");
-        "image If-Match" => PreconditionFailed, "", "changed", |w| w.engine.image_update(&w.admin, P, "debian/12", UpdateImage { public: false, properties: Config::new(), profiles: vec![], if_version: Some(99) });
+        "image If-Match" => PreconditionFailed, "", "changed", |w| w.engine.image_update(&w.admin, P, "debian/12", UpdateImage { public: false, properties: Config::new(), profiles: vec![], expires_at: None, if_version: Some(99) });
         "delete of a missing image" => NotFound, "", "nope", |w| w.engine.image_delete(&w.admin, P, "nope");
     }
 }

@@ -68,9 +68,8 @@ pub fn settle(dir: &Path) -> Result<()> {
 
 /// Writes of the log up to its last flush.
 fn replay(log: &File, disk: &File) -> std::io::Result<()> {
-    let word = |bytes: &[u8], n: usize| {
-        u64::from_le_bytes(bytes[n * 8..n * 8 + 8].try_into().expect("eight bytes"))
-    };
+    let word =
+        |bytes: &[u8], n: usize| u64::from_le_bytes(bytes[n * 8..n * 8 + 8].try_into().expect("eight bytes"));
     let mut head = [0; 512];
     log.read_exact_at(&mut head, 0)?;
     if word(&head, 0) != MAGIC {
@@ -113,8 +112,24 @@ mod tests {
         let arguments = begin(&dir).unwrap();
         // Its own end would flush: it is killed, after it has said that all was done.
         let mut program = Command::new("stdbuf")
-            .args(["-oL", "qemu-io", "-t", "writeback", "--image-opts", &arguments[1].replace(",node-name=root", "")])
-            .args(["-c", "write -P 1 0 4k", "-c", "write -P 2 64k 4k", "-c", "flush", "-c", "write -P 3 0 4k"])
+            .args([
+                "-oL",
+                "qemu-io",
+                "-t",
+                "writeback",
+                "--image-opts",
+                &arguments[1].replace(",node-name=root", ""),
+            ])
+            .args([
+                "-c",
+                "write -P 1 0 4k",
+                "-c",
+                "write -P 2 64k 4k",
+                "-c",
+                "flush",
+                "-c",
+                "write -P 3 0 4k",
+            ])
             .args(["-c", "write -P 4 128k 4k", "-c", "sleep 100000"])
             .stdout(std::process::Stdio::piped())
             .spawn()

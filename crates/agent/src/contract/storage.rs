@@ -7,7 +7,7 @@ use karst_model::{
 };
 
 impl Subject {
-    fn mark_of(&self, root: VolumeRef) -> FileRef {
+    pub(super) fn mark_of(&self, root: VolumeRef) -> FileRef {
         // Of no guest that was ever started: the file lies in the volume.
         let instance = InstanceId(self.env.uuid());
         FileRef { instance, kind: InstanceKind::Container, root, path: "/mark".into() }

@@ -2,7 +2,7 @@
 
 use super::work::*;
 use super::{SimulatedAgent, state::Guest};
-use crate::{backups::*, calls::*};
+use crate::{backups::*, calls::*, publish::*};
 use async_trait::async_trait;
 use karst_model::{
     BackupId, ByteSize, Error, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
@@ -168,6 +168,7 @@ calls! {
     mutate volume_snapshot_restore(me, at: VolumeSnapshotRef) -> () { me.restore_snapshot(at) }
     read volume_snapshots(me, at: VolumeRef) -> Vec<VolumeSnapshot> { me.snapshots(at) }
     mutate volume_refresh(me, request: VolumeRefresh) -> () { me.refresh_volume(request) }
+    mutate volume_rebuild(me, request: VolumeRebuild) -> () { me.rebuild_volume(request) }
     read volume_export(me, request: VolumeExport) -> WithFds<SessionId> { me.export_volume(request) }
     mutate volume_import(me, request: VolumeImport) -> WithFds<SessionId> { me.import_volume(request) }
 
@@ -205,6 +206,7 @@ calls! {
     }
     mutate image_import(me, request: ImageImport) -> ImageFacts { me.import(&request) }
     mutate image_build(me, request: ImageBuild) -> ImageFacts { me.build(request).await }
+    mutate image_publish(me, request: ImagePublish) -> ImageFacts { me.publish_image(&request) }
     mutate image_delete(me, image: ImageId) -> () {
         let mut state = me.lock();
         state.images.remove(&image);

@@ -7,6 +7,7 @@
 mod backups;
 mod calls;
 mod files;
+mod publish;
 mod session;
 mod state;
 mod storage;

@@ -67,6 +67,8 @@ pub(super) struct SimulatedFile {
 pub(super) struct Image {
     pub facts: ImageFacts,
     pub parts: Vec<(ImagePart, File, u64)>,
+    /// What a volume made of it holds.
+    pub held: super::storage::Held,
 }
 
 pub(super) struct Guest {

@@ -113,6 +113,7 @@ impl SimulatedAgent {
                     return Err(Error::invalid("size", "smaller than the image"));
                 }
                 wanted = facts.size;
+                held = state.images.get(&image).map(|i| i.held.clone()).unwrap_or_default();
             }
             VolumeSource::Copy { pool, volume, snapshot } => {
                 let (copied, old, content) = state.held(VolumeRef { pool, volume }, snapshot)?;

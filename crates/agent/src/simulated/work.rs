@@ -4,6 +4,7 @@ use super::{
     SimulatedAgent,
     session::{Session, SessionKind},
     state::{Guest, Image, Network, State, Volume},
+    storage::Held,
 };
 use crate::calls::*;
 use karst_model::{
@@ -275,7 +276,7 @@ impl SimulatedAgent {
         for part in &request.parts {
             state.staged.remove(&(request.image, *part));
         }
-        state.images.insert(request.image, Image { facts: facts.clone(), parts });
+        state.images.insert(request.image, Image { facts: facts.clone(), parts, held: Held::default() });
         Ok(facts)
     }
 
@@ -323,7 +324,8 @@ impl SimulatedAgent {
         let data = super::files::content(text.as_bytes())?;
         let part = ImagePart::Unified;
         let facts = self.facts(&Sha256::digest(&text), text.len() as u64, request.kind, "built");
-        let image = Image { facts: facts.clone(), parts: vec![(part, data.into(), text.len() as u64)] };
+        let parts = vec![(part, data.into(), text.len() as u64)];
+        let image = Image { facts: facts.clone(), parts, held: Held::default() };
         self.lock().images.insert(request.image, image);
         Ok(facts)
     }

@@ -38,6 +38,8 @@ pub enum Staged {
     Foreign(OwnedFd),
     /// A file that a recipe made here.
     Own(PathBuf),
+    /// A file that a worker packed here of what a guest has: not copied, and checked as a foreign one.
+    Packed(PathBuf),
 }
 
 /// An image as it comes.
@@ -525,7 +527,7 @@ fn keep(file: Staged, to: &Path, hash: &mut Sha256) -> Result<u64> {
     let mut buffer = vec![0u8; 256 << 10];
     let mut size = 0;
     let (mut from, mut copy) = match file {
-        Staged::Own(path) => {
+        Staged::Own(path) | Staged::Packed(path) => {
             std::fs::hard_link(&path, to)?;
             (File::open(to)?, None)
         }

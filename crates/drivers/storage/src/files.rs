@@ -16,8 +16,7 @@
 //! privileges.
 
 use crate::{
-    Contents, Filling, Format, Located, NewVolume, PoolDriver, Reading, Snapshots, Source, VolumeInfo,
-    flush,
+    Contents, Filling, Format, Located, NewVolume, PoolDriver, Reading, Snapshots, Source, VolumeInfo, flush,
     states::{self, Directories, Record, States, Subvolumes, check_disk_size, copy_file, link_or_copy},
 };
 use async_trait::async_trait;

@@ -89,7 +89,8 @@ pub(crate) async fn flusher(root: Arc<PathBuf>, mut wanted: mpsc::Receiver<Optio
 
 /// Marks of this boot below `volumes` and `snapshots`, each with its inode: a state that takes another's place has another.
 fn marks(root: &Path) -> io::Result<Vec<(PathBuf, u64)>> {
-    let entries = |dir: PathBuf| io::Result::Ok(none(std::fs::read_dir(dir))?.into_iter().flatten().flatten());
+    let entries =
+        |dir: PathBuf| io::Result::Ok(none(std::fs::read_dir(dir))?.into_iter().flatten().flatten());
     let mut states: Vec<_> = entries(root.join("volumes"))?.map(|e| e.path()).collect();
     for volume in entries(root.join("snapshots"))? {
         states.extend(entries(volume.path())?.map(|e| e.path()));

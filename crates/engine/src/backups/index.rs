@@ -25,7 +25,7 @@ fn time(t: Option<Timestamp>) -> String {
 }
 
 /// `metadata.yaml` of an instance.
-pub(super) fn metadata(instance: &Instance) -> Value {
+pub(crate) fn metadata(instance: &Instance) -> Value {
     let properties: Config = instance
         .image_properties
         .iter()

@@ -4,7 +4,7 @@
 
 pub mod create;
 pub mod import;
-mod index;
+pub(crate) mod index;
 
 use crate::{
     Engine, EngineInner, Records, Row,

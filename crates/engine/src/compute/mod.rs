@@ -9,6 +9,7 @@ pub mod expand;
 pub mod guest;
 pub mod metrics;
 pub mod power;
+pub mod rebuild;
 pub mod slots;
 pub mod update;
 

@@ -5,8 +5,8 @@ use crate::{
     app::Call,
     handlers::{
         access, allocations, audit, backups, certificates, events, exec, files, firewall, images, instances,
-        karst, metrics, networks, operations, profiles, projects, resources, server, snapshots, storage,
-        tokens, volumes, warnings,
+        karst, metrics, networks, operations, profiles, projects, publish, resources, server, snapshots,
+        storage, tokens, volumes, warnings,
     },
     respond::Reply,
 };
@@ -151,7 +151,7 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         PUT "/1.0/instances/{name}/nvram/{guid}/{var}"; open NVRAM,
         DELETE "/1.0/instances/{name}/nvram/{guid}/{var}"; open NVRAM,
         POST "/1.0/instances/{name}/port-forward"; open "port forwarding through the API is not there yet",
-        POST "/1.0/instances/{name}/rebuild"; open "rebuilding is not there yet; delete and launch again",
+        POST "/1.0/instances/{name}/rebuild" => publish::rebuild, "instances_are_rebuilt",
         GET "/1.0/instances/{name}/sftp" => files::sftp, "files_over_sftp",
         GET "/1.0/instances/{name}/snapshots" => snapshots::list, "snapshots_of_instances_live",
         POST "/1.0/instances/{name}/snapshots" => snapshots::create, "snapshots_of_instances_live",

@@ -790,6 +790,7 @@ fn the_table_is_whole() {
     let tests = [
         include_str!("api.rs"),
         include_str!("backups.rs"),
+        include_str!("images.rs"),
         include_str!("networks.rs"),
         include_str!("pending.rs"),
         include_str!("pools.rs"),

@@ -107,8 +107,8 @@ fn update(mut f: crate::fields::Fields, old: Option<&Image>, if_version: Option<
     if f.flag("auto_update")? {
         return Err(Error::unsupported("images that follow a server are not there yet").at("auto_update"));
     }
+    let expires_at = super::snapshots::time(&mut f, "expires_at")?;
     f.finish(&[
-        "expires_at",
         "aliases",
         "architecture",
         "cached",
@@ -122,7 +122,7 @@ fn update(mut f: crate::fields::Fields, old: Option<&Image>, if_version: Option<
         "project",
         "update_source",
     ])?;
-    Ok(UpdateImage { public, properties, profiles, if_version })
+    Ok(UpdateImage { public, properties, profiles, expires_at, if_version })
 }
 
 /// `PUT /1.0/images/{fingerprint}`
@@ -241,14 +241,7 @@ fn aliases_of(text: &str) -> Result<Vec<(String, String)>> {
 pub async fn upload(call: Call) -> Result<Reply> {
     let content_type = call.header(CONTENT_TYPE.as_str()).unwrap_or("application/octet-stream").to_owned();
     if content_type.starts_with("application/json") {
-        // Checked for its form, so that a mistake is told first.
-        let (_, mut f) = call.fields().await?;
-        let mut source = f.object("source")?;
-        let kind = source.text("type")?.unwrap_or_default();
-        return Err(Error::unsupported(format!(
-            "images cannot be made from {kind:?} yet; upload one, or build one"
-        ))
-        .at("source.type"));
+        return super::publish::from_source(call).await;
     }
     let mut options = ImageOptions {
         fingerprint: call.incus_header("fingerprint").filter(|f| !f.is_empty()).map(str::to_owned),

@@ -307,7 +307,7 @@ fn copied(f: &mut Fields, call: &crate::app::Taken) -> Result<Option<CopyInstanc
     }))
 }
 
-fn source(f: &mut Fields, call: &crate::app::Taken) -> Result<InstanceSource> {
+pub(super) fn source(f: &mut Fields, call: &crate::app::Taken) -> Result<InstanceSource> {
     if !f.has("source") {
         f.take("source");
         return Err(Error::invalid("source", "source is missing: say what the root disk begins as"));

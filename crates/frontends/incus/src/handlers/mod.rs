@@ -17,6 +17,7 @@ pub mod networks;
 pub mod operations;
 pub mod profiles;
 pub mod projects;
+pub mod publish;
 pub mod resources;
 pub mod server;
 pub mod snapshots;

@@ -1,0 +1,126 @@
+//! `POST /1.0/images` with a JSON body: images that are made of something that is there; and rebuilding, the way back.
+
+use super::snapshots::time;
+use crate::{
+    app::{Call, running},
+    fields::Fields,
+    respond::Reply,
+};
+use karst_engine::{
+    compute::create::InstanceSource,
+    images::{ImageOptions, publish::PublishImage},
+};
+use karst_model::{Error, Result, backup::Compression};
+use serde_json::Value;
+
+/// Aliases of a body: a list of `{name, description}`.
+///
+/// # Errors
+/// Invalid by field.
+pub(super) fn aliases(f: &mut Fields) -> Result<Vec<(String, String)>> {
+    let Some(value) = f.take("aliases") else { return Ok(vec![]) };
+    let Value::Array(list) = value else {
+        return Err(Error::invalid("aliases", "aliases must be a list"));
+    };
+    let mut found = vec![];
+    for (n, one) in list.into_iter().enumerate() {
+        let mut one = Fields::of(one, &format!("aliases[{n}]"))?;
+        let alias = (one.need_text("name")?, one.text("description")?.unwrap_or_default());
+        one.finish(&["type"])?;
+        found.push(alias);
+    }
+    Ok(found)
+}
+
+/// What a body says of the image to be.
+///
+/// # Errors
+/// Invalid by field.
+pub(super) fn options(f: &mut Fields) -> Result<ImageOptions> {
+    Ok(ImageOptions {
+        filename: f.text("filename")?.unwrap_or_default(),
+        public: f.flag("public")?,
+        properties: f.config("properties")?.unwrap_or_default(),
+        aliases: aliases(f)?,
+        expires_at: time(f, "expires_at")?.flatten(),
+        profiles: f.texts("profiles")?.filter(|p| !p.is_empty()),
+        ..Default::default()
+    })
+}
+
+/// `POST /1.0/images` with a JSON body.
+///
+/// # Errors
+/// Those of the engine; invalid by field.
+pub async fn from_source(call: Call) -> Result<Reply> {
+    let (call, mut f) = call.fields().await?;
+    let mut source = f.object("source")?;
+    let kind = source.need_text("type")?;
+    match kind.as_str() {
+        "instance" | "container" | "virtual-machine" | "snapshot" => {}
+        other => {
+            return Err(Error::unsupported(format!(
+                "images cannot be made from {other:?} yet; upload one, or build one"
+            ))
+            .at("source.type"));
+        }
+    }
+    let full = source.need_text("name")?;
+    let (name, snapshot) = match (kind.as_str(), full.split_once('/')) {
+        ("snapshot", Some((name, snapshot))) => (name.to_owned(), Some(snapshot.to_owned())),
+        ("snapshot", None) => {
+            let text = format!("{full:?} is not a snapshot; name it as INSTANCE/SNAPSHOT");
+            return Err(Error::invalid("source.name", text));
+        }
+        _ => (full, None),
+    };
+    let project = source.text("project")?;
+    source.finish(&[
+        "alias",
+        "certificate",
+        "fingerprint",
+        "image_type",
+        "mode",
+        "protocol",
+        "secret",
+        "server",
+        "url",
+    ])?;
+    let options = options(&mut f)?;
+    if f.flag("auto_update")? {
+        let text = "an image of an instance follows no server; leave auto_update out";
+        return Err(Error::invalid("auto_update", text));
+    }
+    let compression = f.text("compression_algorithm")?.unwrap_or_default();
+    if f.text("format")?.is_some_and(|t| !matches!(t.as_str(), "" | "unified")) {
+        let text = "an image of an instance is made as one file; leave the format out";
+        return Err(Error::unsupported(text).at("format"));
+    }
+    f.finish(&[])?;
+    let request = PublishImage {
+        project,
+        name,
+        snapshot,
+        compression: Compression::parse("compression_algorithm", &compression)?,
+        options,
+    };
+    running(&call.engine().image_publish(&call.context, call.project(), request).await?)
+}
+
+/// `POST /1.0/instances/{name}/rebuild`
+///
+/// # Errors
+/// Those of the engine; invalid by field.
+pub async fn rebuild(call: Call) -> Result<Reply> {
+    let (call, mut f) = call.fields().await?;
+    let source = super::instances::source(&mut f, &call)?;
+    f.finish(&[])?;
+    if let InstanceSource::Image(reference) = &source
+        && reference.is_empty()
+    {
+        return Err(Error::invalid("source.alias", "the image is missing"));
+    }
+    let operation =
+        call.engine().instance_rebuild(&call.context, call.project(), call.param(0), source).await?;
+    running(&operation)
+}
