@@ -46,6 +46,8 @@ machine() {
     made=1
     # On a busy machine the disk may come later than its mount waits for it.
     ok "the files of the lab are there" shell 'mountpoint -q /lab || mount /lab' || exit 1
+    # For the same reason: udev gives up on modules.
+    shell 'modprobe kvm_amd 2>/dev/null || modprobe kvm_intel 2>/dev/null'
     ok "make install" shell 'rm -rf /root/karst && cp -a /lab/src /root/karst && cd /root/karst && KARST_BIN=/lab/bin make install'
     until_there "the unit runs and the API answers" 120 'karst query /1.0' || exit 1
     for kind in "${kinds[@]}"; do

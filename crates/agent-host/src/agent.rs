@@ -11,7 +11,7 @@ use crate::{
 };
 use karst_agent::{
     AgentEvent, EpochGuard, EventHub, GuestRef, VolumeRef,
-    names::{check_host_interface, is_daemon_id},
+    names::{is_daemon_id, is_guest_interface},
 };
 use karst_ct_lxc::{LxcDriver, LxcOptions};
 use karst_env::{EnvExt, SharedEnv};
@@ -22,7 +22,7 @@ use karst_model::{
     Error, ErrorKind, InstanceId, NetworkId, PoolId, Result, VolumeId,
     instance::{Generation, InstanceKind, RuntimeState},
     node::HostFacts,
-    spec::{DiskSource, DiskSpec, GuestSpec, PoolSource, PoolSpec},
+    spec::{DiskSource, DiskSpec, GuestSpec, NicSpec, PoolSource, PoolSpec},
     storage::VolumeContent,
 };
 use karst_network::NetworkDriver;
@@ -169,8 +169,10 @@ impl RealAgent {
         &self.options.policy
     }
 
-    pub(crate) async fn facts(&self) -> Result<&HostFacts> {
-        self.facts.get_or_try_init(facts::collect).await
+    pub(crate) async fn facts(&self) -> Result<HostFacts> {
+        let mut facts = self.facts.get_or_try_init(facts::collect).await?.clone();
+        facts::complete(&mut facts).await;
+        Ok(facts)
     }
 
     /// Removes every trace of this daemon outside DIR: guests are ended, networks and claims given back. Volumes and images
@@ -193,10 +195,9 @@ impl RealAgent {
         let cgroups = karst_host::cgroup::Cgroups::detect()?;
         let group = format!("karst-{}", self.options.daemon_id);
         outcome = outcome.and(cgroups.kill(&group).await);
-        let prefix = karst_agent::names::interface_prefix(&self.options.daemon_id);
         for link in std::fs::read_dir("/sys/class/net")?.flatten() {
             let name = link.file_name().to_string_lossy().into_owned();
-            if name.starts_with(&prefix) && name.len() == 15 {
+            if is_guest_interface(&self.options.daemon_id, &name) {
                 // It may go by itself at this moment, with its namespace.
                 let gone = karst_host::link::delete(&name)
                     .or_else(|e| if link.path().exists() { Err(e) } else { Ok(()) });
@@ -255,6 +256,7 @@ impl RealAgent {
                 self.ids.release(claim.range, &claim.owner);
             }
         }
+        self.networks.adopt_loose(|id| self.guest(id).is_some()).await?;
         for adopted in self.networks.adopt().await? {
             if let Err(e) = adopted.result {
                 tracing::error!(bridge = adopted.bridge, error = %e, context = e.context, "a network is not whole");
@@ -405,7 +407,8 @@ impl RealAgent {
             root: spec.root.volume,
             volumes: spec.disks.iter().filter_map(DiskSpec::volume).map(|(_, volume)| volume).collect(),
             interfaces: spec.nics.iter().map(|n| n.host_interface.clone()).collect(),
-            networks: spec.nics.iter().map(|n| n.network).collect(),
+            networks: spec.nics.iter().filter_map(NicSpec::network).collect(),
+            lent: crate::nics::lent(spec),
         };
         self.registry.put_guest(spec.instance, &record)?;
         self.guests.lock().unwrap().insert(spec.instance, record.clone());
@@ -419,7 +422,10 @@ impl RealAgent {
         record.volumes.extend(volumes.filter(|v| !now.volumes.contains(v)));
         let interfaces = spec.nics.iter().map(|n| n.host_interface.clone());
         record.interfaces.extend(interfaces.filter(|i| !now.interfaces.contains(i)));
-        record.networks.extend(spec.nics.iter().map(|n| n.network).filter(|n| !now.networks.contains(n)));
+        record
+            .networks
+            .extend(spec.nics.iter().filter_map(NicSpec::network).filter(|n| !now.networks.contains(n)));
+        record.lent.extend(crate::nics::lent(spec).into_iter().filter(|l| !now.lent.contains(l)));
         if record != *now {
             self.registry.put_guest(spec.instance, &record)?;
             self.guests.lock().unwrap().insert(spec.instance, record);
@@ -449,21 +455,7 @@ impl RealAgent {
             return Err(Error::invalid("root", format!("a {} cannot run from this volume", spec.kind)));
         }
         let networks: BTreeMap<NetworkId, String> = self.networks.list().await?.into_iter().collect();
-        for nic in &spec.nics {
-            check_host_interface(Some(&self.options.daemon_id), &nic.host_interface)?;
-            if !networks.contains_key(&nic.network) {
-                return Err(Error::not_found(format!("network {} is not on this host", nic.network)));
-            }
-            let other = |(id, record): &(InstanceId, GuestRecord)| {
-                *id != spec.instance && record.interfaces.contains(&nic.host_interface)
-            };
-            if self.all_guests().iter().any(other) {
-                return Err(Error::conflict(format!(
-                    "interface {:?} is another guest's",
-                    nic.host_interface
-                )));
-            }
-        }
+        self.check_nics(spec, &networks).await?;
         let root = spec.root.volume;
         let other = self.all_guests().into_iter().filter(|(id, r)| *id != spec.instance && r.root == root);
         for (id, _) in other {
@@ -568,11 +560,11 @@ impl RealAgent {
         }
         let mut nics = vec![];
         for nic in spec.nics {
-            let bridge = networks.get(&nic.network).cloned();
             nics.push(ResolvedNic {
-                bridge: bridge.ok_or_else(|| {
-                    Error::not_found(format!("network {} is not on this host", nic.network))
-                })?,
+                link: crate::nics::resolve(nic.link, networks)?,
+                host_name: nic.host_name,
+                queue_length: nic.queue_length,
+                vlans: nic.vlans,
                 name: nic.name,
                 slot: nic.slot,
                 guest_name: nic.guest_name,

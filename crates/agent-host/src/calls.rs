@@ -135,14 +135,7 @@ impl RealAgent {
             }
         }
         for name in &spec.spec.external_interfaces {
-            if !self.policy().network_interfaces.iter().any(|n| n == name || n == "*") {
-                return Err(Error::forbidden(format!(
-                    "this host's policy does not grant the interface {name:?}; its administrator can, by network_interfaces \
-                     in {}",
-                    crate::policy::FILE
-                ))
-                .at("config.bridge.external_interfaces"));
-            }
+            self.policy().check_interface(name).map_err(|e| e.at("config.bridge.external_interfaces"))?;
         }
         Ok(())
     }
@@ -180,7 +173,9 @@ impl RealAgent {
         let networks = self.check(&spec).await?;
         let first = self.guest(id).is_none();
         let record = self.remember(&spec)?;
+        let loose = crate::nics::loose(&spec);
         let outcome = async {
+            self.networks.set_loose(id, loose).await?;
             let guest = self.resolve(spec, &record, &networks).await?;
             driver.start(&guest).await
         };
@@ -193,6 +188,7 @@ impl RealAgent {
                 // A guest that never ran leaves nothing behind.
                 if first {
                     driver.destroy(id).await?;
+                    self.networks.set_loose(id, vec![]).await?;
                     self.forget(id).await?;
                 }
                 Err(e)
@@ -247,6 +243,7 @@ impl RealAgent {
         let networks = self.check(&spec).await?;
         // Before anything is plugged it is known; what goes is known until it is gone.
         self.remember_beside(&spec, &record)?;
+        self.networks.set_loose(id, crate::nics::loose(&spec)).await?;
         let guest = self.resolve(spec.clone(), &record, &networks).await?;
         let applied = driver.update(&guest).await.map_err(as_state(id))?;
         // A device that would not go, or come, is kept in mind until the guest ends; a key that waits concerns none.
@@ -265,6 +262,7 @@ impl RealAgent {
             return Err(Error::conflict(format!("instance {id} runs; stop it first")));
         }
         driver.destroy(id).await?;
+        self.networks.set_loose(id, vec![]).await?;
         self.forget(id).await
     }
 
@@ -335,7 +333,7 @@ impl RealAgent {
         let (_, driver) = self.known(request.instance)?;
         let stream =
             driver.console(request.instance, request.force).await.map_err(as_state(request.instance))?;
-        let (value, fd) = self.sessions.console(request.instance, stream)?;
+        let (value, fd) = self.sessions.console(request.instance, stream, driver.clone())?;
         Ok(WithFds { value, fds: vec![fd] })
     }
 
@@ -357,7 +355,7 @@ impl RealAgent {
     async fn display(&self, id: InstanceId) -> Result<WithFds<SessionId>> {
         self.sessions.room()?;
         let stream = self.machine(id)?.display(id).await.map_err(as_state(id))?;
-        let (value, fd) = self.sessions.console(id, stream)?;
+        let (value, fd) = self.sessions.display(id, stream)?;
         Ok(WithFds { value, fds: vec![fd] })
     }
 
@@ -468,7 +466,7 @@ calls! {
         .await
     }
     read host_facts(me, _request: ()) -> HostFacts {
-        let mut facts = me.facts().await?.clone();
+        let mut facts = me.facts().await?;
         facts.warnings.extend(me.networks.warnings().await);
         facts.warnings.extend(me.unopened.warnings());
         Ok(facts)
@@ -511,6 +509,7 @@ calls! {
     }
     mutate network_remove(me, network: NetworkId) -> () { me.remove_network(network).await }
     read network_leases(me, network: NetworkId) -> Vec<Lease> { me.networks.leases(network).await }
+    read link_state(me, name: String) -> NetworkState { me.link_state_of(&name).await }
     read network_state(me, network: NetworkId) -> NetworkState {
         let state = me.networks.state(network).await?;
         Ok(NetworkState {

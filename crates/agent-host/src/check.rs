@@ -5,7 +5,7 @@ use crate::{
     agent::{WORKER, blocking},
     registry::GuestRecord,
 };
-use karst_agent::{SelfCheck, names::interface_prefix};
+use karst_agent::{SelfCheck, names::is_guest_interface};
 use karst_guest::GuestDriver;
 use karst_model::{InstanceId, Result, instance::RuntimeState};
 use std::{
@@ -99,11 +99,10 @@ fn look(
         .filter(|n| !pools.contains(n.strip_suffix(".img").unwrap_or(n)));
     leaks.extend(unknown.map(|n| format!("directory of an unknown pool {n}")));
 
-    let prefix = interface_prefix(daemon_id);
     let used: BTreeSet<&String> =
         running.iter().filter_map(|id| guests.get(id)).flat_map(|r| &r.interfaces).collect();
     let links = names(Path::new("/sys/class/net")).into_iter();
-    let stray = links.filter(|n| n.starts_with(&prefix) && n.len() == 15 && !used.contains(n));
+    let stray = links.filter(|n| is_guest_interface(daemon_id, n) && !used.contains(n));
     leaks.extend(stray.map(|n| format!("interface {n}")));
 
     let of_running = |text: &str| running.iter().any(|id| text.contains(&id.0.to_string()));

@@ -11,7 +11,7 @@ fn read(path: &str) -> String {
     std::fs::read_to_string(path).unwrap_or_default()
 }
 
-/// Facts that hold as long as the process: asked for once. The accelerator and machine type come from the driver.
+/// Facts that hold as long as the process: asked for once.
 pub(crate) async fn collect() -> Result<HostFacts> {
     let system = rustix::system::uname();
     let release = read("/etc/os-release");
@@ -36,12 +36,30 @@ pub(crate) async fn collect() -> Result<HostFacts> {
         ..HostFacts::default()
     };
     facts.lxc = version(Program::LxcStart).await;
+    Ok(facts)
+}
+
+/// What may change while the process runs, as modules are loaded and packages installed, or because a program that was asked
+/// did not answer in time. What does not change costs next to nothing.
+pub(crate) async fn complete(facts: &mut HostFacts) {
+    if facts.lxc.is_none() {
+        facts.lxc = version(Program::LxcStart).await;
+    }
     facts.accelerator = karst_vm_qemu::probe::accelerator();
-    // What is not installed is named below.
-    if let Ok(found) = karst_vm_qemu::probe().await {
-        (facts.qemu, facts.default_machine) = (Some(found.qemu_version), Some(found.default_machine));
-        if facts.accelerator.kind == AcceleratorKind::Tcg {
-            facts.warnings.push(facts.accelerator.reason.clone());
+    match karst_vm_qemu::probe().await {
+        Ok(found) => {
+            (facts.qemu, facts.default_machine) = (Some(found.qemu_version), Some(found.default_machine));
+            if facts.accelerator.kind == AcceleratorKind::Tcg {
+                facts.warnings.push(facts.accelerator.reason.clone());
+            }
+        }
+        // What is not installed is named below.
+        Err(_) if Program::QemuSystemX86.path().is_err() => {}
+        Err(e) => {
+            tracing::warn!(error = %e, context = e.context, "QEMU does not say what it is; asking again later");
+            facts
+                .warnings
+                .push("QEMU is installed, but has not said yet what it is; it is asked again".into());
         }
     }
     for program in
@@ -51,7 +69,6 @@ pub(crate) async fn collect() -> Result<HostFacts> {
             facts.warnings.push(e.message);
         }
     }
-    Ok(facts)
 }
 
 fn cgroup_layout(mounts: &str) -> &'static str {

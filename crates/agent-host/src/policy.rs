@@ -28,6 +28,8 @@ pub struct HostPolicy {
     pub raw_keys: Vec<String>,
     /// Interfaces of the host that networks and guests may have (`eth1`, …; `*`: all).
     pub network_interfaces: Vec<String>,
+    /// Addresses and subnets that the host routes to guests (NICs of type `routed`, routes of `p2p`): `192.0.2.0/24`, ….
+    pub routed_subnets: Vec<ipnet::IpNet>,
     /// PCI addresses (`0000:01:00.0`) that may be passed through.
     pub pci: Vec<String>,
     /// Directories and block devices that storage pools may be made of: each as it stands there, and directories below. Also

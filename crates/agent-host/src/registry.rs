@@ -42,6 +42,9 @@ pub(crate) struct GuestRecord {
     /// The host's interfaces, written before they are made.
     pub interfaces: Vec<String>,
     pub networks: Vec<karst_model::NetworkId>,
+    /// Interfaces of the host that it has for itself.
+    #[serde(default)]
+    pub lent: Vec<String>,
 }
 
 #[derive(Debug, Clone)]

@@ -2,7 +2,7 @@
 //! its connection ends, or when the guest does.
 
 use karst_env::SharedEnv;
-use karst_guest::{Exec, ExecControl, ExecStreams};
+use karst_guest::{Exec, ExecControl, ExecStreams, GuestDriver};
 use karst_model::{Error, InstanceId, Result, SessionId};
 use rustix::net::Shutdown;
 use std::{
@@ -28,8 +28,10 @@ pub(crate) struct Session {
 
 enum Kind {
     Exec(Arc<dyn ExecControl>),
-    /// A second descriptor of the stream, to cut it off.
-    Console(OwnedFd),
+    /// A second descriptor of the stream, to cut it off, and who knows its terminal.
+    Console(OwnedFd, Arc<dyn GuestDriver>),
+    /// The same of a screen, which has no terminal.
+    Display(OwnedFd),
     FileWrite,
 }
 
@@ -46,7 +48,10 @@ impl Session {
     pub async fn resize(&self, columns: u16, rows: u16) -> Result<()> {
         match &self.kind {
             Kind::Exec(control) => control.resize(columns, rows).await,
-            _ => Err(Error::unsupported("only a program with a terminal has a size")),
+            Kind::Console(_, driver) => driver.console_resize(self.instance, columns, rows).await,
+            Kind::Display(_) | Kind::FileWrite => {
+                Err(Error::unsupported("only a program with a terminal has a size"))
+            }
         }
     }
 
@@ -57,6 +62,10 @@ impl Session {
         }
     }
 
+    fn is_console(&self) -> bool {
+        matches!(self.kind, Kind::Console(..) | Kind::Display(_))
+    }
+
     fn ended(&self) -> bool {
         self.outcome.borrow().is_some()
     }
@@ -65,14 +74,14 @@ impl Session {
         if let Some(task) = self.task.lock().unwrap().take() {
             task.abort();
         }
-        if let Kind::Console(stream) = &self.kind {
+        if let Kind::Console(stream, _) | Kind::Display(stream) = &self.kind {
             // A terminal's master cannot be shut down; closing ours is all there is to do then.
             let _ = rustix::net::shutdown(stream, Shutdown::Both);
         }
         self.outcome.send_if_modified(|outcome| {
             let open = outcome.is_none();
             if open {
-                *outcome = Some(Ok(if matches!(self.kind, Kind::Console(_)) { 0 } else { 137 }));
+                *outcome = Some(Ok(if self.is_console() { 0 } else { 137 }));
             }
             open
         });
@@ -132,10 +141,22 @@ impl Sessions {
         (id, fds)
     }
 
-    /// A console that is attached.
-    pub fn console(&self, instance: InstanceId, stream: OwnedFd) -> Result<(SessionId, OwnedFd)> {
+    /// A console of a driver's guest that is attached.
+    pub fn console(
+        &self,
+        instance: InstanceId,
+        stream: OwnedFd,
+        driver: Arc<dyn GuestDriver>,
+    ) -> Result<(SessionId, OwnedFd)> {
         let ours = stream.try_clone()?;
-        let (id, _) = self.add(instance, Kind::Console(ours));
+        let (id, _) = self.add(instance, Kind::Console(ours, driver));
+        Ok((id, stream))
+    }
+
+    /// A screen that is attached.
+    pub fn display(&self, instance: InstanceId, stream: OwnedFd) -> Result<(SessionId, OwnedFd)> {
+        let ours = stream.try_clone()?;
+        let (id, _) = self.add(instance, Kind::Display(ours));
         Ok((id, stream))
     }
 
@@ -179,7 +200,7 @@ impl Sessions {
         let of: Vec<_> =
             self.open.lock().unwrap().values().filter(|s| s.instance == instance).cloned().collect();
         for session in of {
-            if matches!(session.kind, Kind::Console(_)) {
+            if session.is_console() {
                 session.end();
             }
         }

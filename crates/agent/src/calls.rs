@@ -224,6 +224,8 @@ agent_calls! {
     read fn network_leases(NetworkLeases: NetworkId) -> Vec<Lease>;
     /// State of the bridge.
     read fn network_state(NetworkState: NetworkId) -> NetworkState;
+    /// State of an interface of the host, which its policy must grant.
+    read fn link_state(LinkState: String) -> NetworkState;
 
     /// Makes a volume; complete or not at all.
     mutate fn volume_create(VolumeCreate: VolumeSpec) -> ();

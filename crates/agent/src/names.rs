@@ -16,6 +16,12 @@ pub fn interface_prefix(daemon_id: &str) -> String {
     format!("k{daemon_id}")
 }
 
+/// Is it the name of an interface that this daemon made for a guest?
+pub fn is_guest_interface(daemon_id: &str, name: &str) -> bool {
+    let rest = name.strip_prefix(&interface_prefix(daemon_id));
+    rest.is_some_and(|r| (7..=8).contains(&r.len()) && r.bytes().all(|b| b.is_ascii_hexdigit()))
+}
+
 /// Name of a guest's interface on the host: the prefix and eight digits of the caller's choice, 15 bytes in all.
 pub fn host_interface(daemon_id: &str, n: u32) -> String {
     format!("{}{n:08x}", interface_prefix(daemon_id))

@@ -629,17 +629,18 @@ impl Engine {
                     ports: new.ports.clone(),
                     spec_version: 1,
                 };
-                forward.parse(&BridgeSpec::parse(&row.name, &row.config)?)?;
+                forward.parse(&row.bridge()?)?;
                 if let Some(other) = records.forwards.values().find(|f| f.listen_address == listen) {
                     let of =
                         records.networks.get(&other.network).map(|n| n.name.to_string()).unwrap_or_default();
                     return Err(Error::conflict(format!("network {of:?} has a forward of {listen} already"))
                         .at("listen_address"));
                 }
-                if let Some(other) = records.networks.values().find(|n| {
-                    BridgeSpec::parse(&n.name, &n.config)
-                        .is_ok_and(|s| s.subnets().any(|net| net.contains(&listen)))
-                }) {
+                if let Some(other) = records
+                    .networks
+                    .values()
+                    .find(|n| n.bridge().is_ok_and(|s| s.subnets().any(|net| net.contains(&listen))))
+                {
                     return Err(Error::conflict(format!("{listen} belongs to network {:?}", &*other.name))
                         .at("listen_address"));
                 }
@@ -683,7 +684,7 @@ impl Engine {
                     spec_version: row.spec_version + 1,
                     ..row.value.clone()
                 };
-                forward.parse(&BridgeSpec::parse(&net.name, &net.config)?)?;
+                forward.parse(&net.bridge()?)?;
                 tx.expect(net);
                 tx.replace(row, &forward);
                 Ok(net.id)

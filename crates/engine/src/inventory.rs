@@ -488,13 +488,15 @@ impl Records {
     }
 }
 
-fn nics(instance: &Instance, devices: &Devices) -> Vec<(String, NetworkHost)> {
+/// An instance's NICs on networks: the network's name, and what that is told.
+pub(crate) fn nics(instance: &Instance, devices: &Devices) -> Vec<(String, NetworkHost)> {
     let mut found = vec![];
     for (name, keys) in devices {
-        let Ok(Device::Nic(NicDevice { network, ipv4, ipv6, routes, port, .. })) = Device::parse(name, keys)
+        let Ok(Device::Nic(NicDevice { kind, ipv4, ipv6, routes, port, .. })) = Device::parse(name, keys)
         else {
             continue;
         };
+        let Some(network) = kind.network().map(str::to_owned) else { continue };
         let identity = instance.identities.get(name);
         if let Some(mac) = identity.and_then(|i| i.mac.clone()) {
             let hostname = instance.name.dns_label();

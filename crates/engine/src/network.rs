@@ -17,9 +17,11 @@ use karst_model::{
     access::Permission,
     device::{Device, interface_name},
     firewall::Policy,
+    instance::Instance,
     network::{BridgeSpec, Lease, Network},
     project::{DEFAULT_PROJECT, Project},
     spec::{NetworkHost, NetworkSpec},
+    uplink::{NetworkForm, NetworkKind, UplinkSpec},
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -48,6 +50,8 @@ pub struct CreateNetwork {
     pub name: String,
     /// User's text.
     pub description: String,
+    /// What it is made of.
+    pub kind: NetworkKind,
     /// Configuration as written; `auto` is replaced by a free value.
     pub config: Config,
     /// Another name will do when this one is taken on the host.
@@ -92,13 +96,40 @@ impl EngineInner {
         self.network_spec_of(records, network, hosts)
     }
 
+    /// Brings networks up to date with an instance as it is about to be.
+    pub(crate) async fn ensure_networks_for(
+        &self,
+        cx: &StepContext,
+        instance: &Instance,
+        ids: &[NetworkId],
+    ) -> Result<()> {
+        for id in ids {
+            let _ordered = self.network_order(*id).await;
+            let spec = {
+                let records = self.inventory.read();
+                let now = self.network_spec(&records, *id)?;
+                let macs: Vec<&str> = instance.identities.values().filter_map(|d| d.mac.as_deref()).collect();
+                let mut hosts = now.hosts;
+                hosts.retain(|h| !macs.contains(&h.mac.as_str()));
+                let network =
+                    records.networks.get(id).ok_or_else(|| Error::not_found("the network is gone"))?;
+                let own = crate::inventory::nics(instance, &records.expanded(instance).1).into_iter();
+                hosts.extend(own.filter(|(on, _)| **on == *network.name).map(|(_, host)| host));
+                hosts.sort();
+                self.network_spec_of(&records, network, hosts)?
+            };
+            self.agents.get(instance.node)?.network_ensure(&cx.mutate(CALL), spec).await?;
+        }
+        Ok(())
+    }
+
     fn network_spec_of(
         &self,
         records: &Records,
         network: &Network,
         hosts: Vec<NetworkHost>,
     ) -> Result<NetworkSpec> {
-        let spec = BridgeSpec::parse(&network.name, &network.config)?;
+        let spec = network.bridge()?;
         let policies: Vec<&Policy> =
             hosts.iter().filter_map(|h| h.port.as_ref().and_then(|p| p.policy.as_ref())).collect();
         let Rules { acls, sets, forwards } = firewall::rules_of(records, network, &spec, &policies);
@@ -149,12 +180,21 @@ impl EngineInner {
         let _ordered = self.network_order(id).await;
         let spec = {
             let records = self.inventory.read();
-            if records.lock(&lock(id)).is_some() || !records.networks.contains_key(&id) {
+            let there = records.networks.get(&id).is_some_and(|n| n.kind == NetworkKind::Bridge);
+            if records.lock(&lock(id)).is_some() || !there {
                 return Ok(());
             }
             self.network_spec(&records, id)?
         };
         self.agents.get(node)?.network_ensure(context, spec).await
+    }
+
+    /// The host has the interface and grants it.
+    pub(crate) async fn demand_uplink(&self, uplink: &UplinkSpec) -> Result<()> {
+        let agent = self.agents.get(self.node)?;
+        let context = CallContext::read(Duration::from_secs(10));
+        let state = agent.link_state(&context, uplink.link.parent.clone()).await;
+        state.map(drop).map_err(|e| e.at("config.parent"))
     }
 
     /// Held by whoever changes a network on a host.
@@ -199,7 +239,7 @@ impl Engine {
         let records = self.inner().inventory.read();
         let uses = |devices: &karst_model::device::Devices| {
             devices.iter().any(|(n, keys)| {
-                matches!(Device::parse(n, keys), Ok(Device::Nic(nic)) if nic.network == *network.name)
+                matches!(Device::parse(n, keys), Ok(Device::Nic(nic)) if nic.network() == Some(&*network.name))
             })
         };
         let mut used: UsedBy = records
@@ -223,6 +263,9 @@ impl Engine {
     /// Not found, forbidden, unavailable.
     pub async fn network_leases(&self, context: &Context, project: &str, name: &str) -> Result<Vec<Lease>> {
         let network = self.network(context, project, name)?;
+        if network.kind != NetworkKind::Bridge {
+            return Ok(vec![]);
+        }
         let agent = self.inner().agents.get(self.inner().node)?;
         let mut leases =
             agent.network_leases(&CallContext::read(Duration::from_secs(10)), network.id).await?;
@@ -240,13 +283,17 @@ impl Engine {
         Ok(leases)
     }
 
-    /// State of a network's bridge.
+    /// State of a network's bridge, or of the host's interface that it is.
     ///
     /// # Errors
     /// Not found, forbidden, unavailable.
     pub async fn network_state(&self, context: &Context, project: &str, name: &str) -> Result<NetworkState> {
         let network = self.network(context, project, name)?;
         let agent = self.inner().agents.get(self.inner().node)?;
+        if let NetworkForm::Uplink(uplink) = network.form()? {
+            let name = uplink.link.parent;
+            return agent.link_state(&CallContext::read(Duration::from_secs(10)), name).await;
+        }
         agent.network_state(&CallContext::read(Duration::from_secs(10)), network.id).await
     }
 
@@ -279,12 +326,13 @@ impl Engine {
         let mut name = Name::parse("name", &request.name)?;
         let mut config = request.config.clone();
         let auto = |key: &str| config.get(key).is_none_or(|a| a.is_empty() || a == "auto");
-        let (automatic, automatic6) = (auto("ipv4.address"), auto("ipv6.address"));
+        let bridge = request.kind == NetworkKind::Bridge;
+        let (automatic, automatic6) = (bridge && auto("ipv4.address"), bridge && auto("ipv6.address"));
         if automatic || automatic6 || request.any_name {
             let agent = inner.agents.get(inner.node)?;
             let taken = {
                 let records = inner.inventory.read();
-                let parse = |n: &Row<Network>| BridgeSpec::parse(&n.name, &n.config).ok()?.ipv4;
+                let parse = |n: &Row<Network>| n.bridge().ok()?.ipv4;
                 records.networks.values().filter_map(parse).collect()
             };
             let ask = NetworkChoose { name: request.name.clone(), taken };
@@ -304,7 +352,13 @@ impl Engine {
                 name = Name::parse("name", &choice.name)?;
             }
         }
-        let spec = BridgeSpec::parse(&name, &config)?;
+        let spec = match NetworkForm::parse(request.kind, &name, &config)? {
+            NetworkForm::Bridge(spec) => *spec,
+            NetworkForm::Uplink(uplink) => {
+                inner.demand_uplink(&uplink).await?;
+                BridgeSpec::default()
+            }
+        };
         let operation = runner::start::<NetworkCreate>(inner, context, |tx| {
             let records = inner.inventory.read();
             if records.network(&name).is_ok() {
@@ -317,6 +371,7 @@ impl Engine {
             let network = Network {
                 id: NetworkId(inner.env.uuid()),
                 project: project.id,
+                kind: request.kind,
                 name: name.clone(),
                 description: request.description.clone(),
                 config: config.clone(),
@@ -347,6 +402,12 @@ impl Engine {
     ) -> Result<LiveOperation> {
         let project = self.network_project(context, project)?;
         let inner = self.inner();
+        let kind = inner.inventory.read().network(name)?.kind;
+        if kind != NetworkKind::Bridge
+            && let NetworkForm::Uplink(uplink) = NetworkForm::parse(kind, name, &request.config)?
+        {
+            inner.demand_uplink(&uplink).await?;
+        }
         runner::start::<NetworkUpdate>(inner, context, |tx| {
             let records = inner.inventory.read();
             let row = records.network(name)?;
@@ -364,10 +425,16 @@ impl Engine {
                 .map(|(k, v)| (k.clone(), v.clone()))
                 .collect();
             network.spec_version += 1;
-            let spec = BridgeSpec::parse(&network.name, &network.config)?;
+            let spec = match network.form()? {
+                NetworkForm::Bridge(spec) => *spec,
+                // NICs that run keep what they were started with.
+                NetworkForm::Uplink(_) => BridgeSpec::default(),
+            };
             demand_free_subnet(&records, &spec, Some(row.id))?;
             firewall::check_policy(&records, tx, spec.policy.as_ref(), "config.security.acls")?;
-            demand_fitting(&inner.network_spec(&records, row.id)?, &spec)?;
+            if network.kind == NetworkKind::Bridge {
+                demand_fitting(&inner.network_spec(&records, row.id)?, &spec)?;
+            }
             for forward in records.forwards.values().filter(|f| f.network == row.id) {
                 forward.parse(&spec).map_err(|e| {
                     Error::conflict(format!(
@@ -420,7 +487,7 @@ impl Engine {
             }
             let after =
                 Network { name: new.clone(), spec_version: row.spec_version + 1, ..row.value.clone() };
-            BridgeSpec::parse(&after.name, &after.config)?;
+            after.form()?;
             tx.expect(&row);
             let new = NewOperation::task(
                 "Renaming network",
@@ -496,8 +563,7 @@ fn demand_fitting(now: &NetworkSpec, spec: &BridgeSpec) -> Result<()> {
 
 fn demand_free_subnet(records: &Records, spec: &BridgeSpec, except: Option<NetworkId>) -> Result<()> {
     for other in records.networks.values().filter(|n| Some(n.id) != except) {
-        if let (Ok(BridgeSpec { ipv4: Some(theirs), .. }), Some(ours)) =
-            (BridgeSpec::parse(&other.name, &other.config), spec.ipv4)
+        if let (Ok(BridgeSpec { ipv4: Some(theirs), .. }), Some(ours)) = (other.bridge(), spec.ipv4)
             && (theirs.contains(&ours.network()) || ours.contains(&theirs.network()))
         {
             return Err(Error::conflict(format!(
@@ -509,8 +575,7 @@ fn demand_free_subnet(records: &Records, spec: &BridgeSpec, except: Option<Netwo
         }
     }
     for other in records.networks.values().filter(|n| Some(n.id) != except) {
-        if let (Ok(BridgeSpec { ipv6: Some(theirs), .. }), Some(ours)) =
-            (BridgeSpec::parse(&other.name, &other.config), spec.ipv6)
+        if let (Ok(BridgeSpec { ipv6: Some(theirs), .. }), Some(ours)) = (other.bridge(), spec.ipv6)
             && (theirs.contains(&ours.network()) || ours.contains(&theirs.network()))
         {
             return Err(Error::conflict(format!(
@@ -535,12 +600,20 @@ fn bare_spec(network: &Network) -> Result<NetworkSpec> {
     Ok(NetworkSpec {
         id: network.id,
         bridge: network.name.to_string(),
-        spec: BridgeSpec::parse(&network.name, &network.config)?,
+        spec: network.bridge()?,
         hosts: vec![],
         acls: vec![],
         sets: vec![],
         forwards: vec![],
     })
+}
+
+/// Of a network that is an interface of the host nothing is made there; that it is there and granted is asked once more.
+async fn granted(cx: &StepContext, network: &Network) -> Result<()> {
+    match network.form()? {
+        NetworkForm::Bridge(_) => Ok(()),
+        NetworkForm::Uplink(uplink) => cx.engine.demand_uplink(&uplink).await,
+    }
 }
 
 /// Makes the network on the host, then the record.
@@ -561,9 +634,15 @@ impl Saga for NetworkCreate {
         Ok(())
     }
     async fn run(cx: &StepContext, plan: &NetworkPlan, _: &mut (), _: usize) -> Result<()> {
+        if plan.network.kind != NetworkKind::Bridge {
+            return granted(cx, &plan.network).await;
+        }
         cx.agent(plan.node)?.network_ensure(&cx.mutate(CALL), bare_spec(&plan.network)?).await
     }
     async fn undo(cx: &StepContext, plan: &NetworkPlan, _: &(), _: usize) -> Result<()> {
+        if plan.network.kind != NetworkKind::Bridge {
+            return Ok(());
+        }
         cx.agent(plan.node)?.network_remove(&cx.mutate(CALL), plan.network.id).await
     }
     fn commit(plan: &NetworkPlan, _: &(), _: &EngineInner, tx: &mut Tx) -> Result<()> {
@@ -596,10 +675,16 @@ impl Saga for NetworkDelete {
         Ok(())
     }
     async fn run(cx: &StepContext, plan: &NetworkPlan, _: &mut (), _: usize) -> Result<()> {
+        if plan.network.kind != NetworkKind::Bridge {
+            return Ok(());
+        }
         let _ordered = cx.engine.network_order(plan.network.id).await;
         cx.agent(plan.node)?.network_remove(&cx.mutate(CALL), plan.network.id).await
     }
     async fn undo(cx: &StepContext, plan: &NetworkPlan, _: &(), _: usize) -> Result<()> {
+        if plan.network.kind != NetworkKind::Bridge {
+            return Ok(());
+        }
         let _ordered = cx.engine.network_order(plan.network.id).await;
         cx.agent(plan.node)?.network_ensure(&cx.mutate(CALL), bare_spec(&plan.network)?).await
     }
@@ -652,11 +737,17 @@ impl Saga for NetworkUpdate {
         Ok(())
     }
     async fn run(cx: &StepContext, plan: &NetworkUpdatePlan, _: &mut (), _: usize) -> Result<()> {
+        if plan.after.kind != NetworkKind::Bridge {
+            return granted(cx, &plan.after).await;
+        }
         let _ordered = cx.engine.network_order(plan.after.id).await;
         let spec = with_hosts(cx, &plan.after)?;
         cx.agent(plan.node)?.network_ensure(&cx.mutate(CALL), spec).await
     }
     async fn undo(cx: &StepContext, plan: &NetworkUpdatePlan, _: &(), _: usize) -> Result<()> {
+        if plan.before.kind != NetworkKind::Bridge {
+            return Ok(());
+        }
         let _ordered = cx.engine.network_order(plan.before.id).await;
         let spec = with_hosts(cx, &plan.before)?;
         cx.agent(plan.node)?.network_ensure(&cx.mutate(CALL), spec).await

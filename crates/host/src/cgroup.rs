@@ -517,7 +517,19 @@ impl Cgroups {
         }
     }
 
-    fn limit_cpus(&self, group: &str, cpus: Option<&[u32]>) -> Result<()> {
+    /// CPUs that `group` may use; `None` when it is not there, or nothing limits CPUs here.
+    pub fn cpus(&self, group: &str) -> Option<Vec<u32>> {
+        let dir = self.v1("cpuset", group).or_else(|| self.v2(group))?;
+        // An empty list of its own (v2) is what its parent has.
+        let own = read(&dir.join("cpuset.cpus")).filter(|list| !list.is_empty());
+        own.or_else(|| read(&dir.join("cpuset.cpus.effective"))).map(|list| parse_cpus(&list))
+    }
+
+    /// Limits `group` and all below to these CPUs, or to those of its parent.
+    ///
+    /// # Errors
+    /// Invalid when the host has not all of them; internal when the kernel refuses.
+    pub fn limit_cpus(&self, group: &str, cpus: Option<&[u32]>) -> Result<()> {
         let Some(dir) = self.v1("cpuset", group) else {
             let list = match (cpus, self.v2(group)) {
                 (Some(cpus), _) => cpu_list(cpus),

@@ -15,6 +15,7 @@ pub mod moves;
 pub mod netlink;
 pub mod netns;
 pub mod nft;
+pub mod nic;
 pub mod process;
 pub mod sandbox;
 mod seccomp;

@@ -10,31 +10,34 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-const RTM_NEWLINK: u16 = 16;
+pub(crate) const RTM_NEWLINK: u16 = 16;
 const RTM_DELLINK: u16 = 17;
 const RTM_GETLINK: u16 = 18;
-const RTM_SETLINK: u16 = 19;
+pub(crate) const RTM_SETLINK: u16 = 19;
 const RTM_NEWADDR: u16 = 20;
 const RTM_DELADDR: u16 = 21;
 const RTM_GETADDR: u16 = 22;
-const RTM_NEWROUTE: u16 = 24;
+pub(crate) const RTM_NEWROUTE: u16 = 24;
 const RTM_DELROUTE: u16 = 25;
 const RTM_GETROUTE: u16 = 26;
 
-const IFLA_ADDRESS: u16 = 1;
-const IFLA_IFNAME: u16 = 3;
-const IFLA_MTU: u16 = 4;
+pub(crate) const IFLA_ADDRESS: u16 = 1;
+pub(crate) const IFLA_IFNAME: u16 = 3;
+pub(crate) const IFLA_MTU: u16 = 4;
+pub(crate) const IFLA_LINK: u16 = 5;
+const IFLA_LINK_NETNSID: u16 = 37;
+const IFLA_PERM_ADDRESS: u16 = 54;
 const IFLA_MASTER: u16 = 10;
-const IFLA_LINKINFO: u16 = 18;
+pub(crate) const IFLA_LINKINFO: u16 = 18;
 const IFLA_IFALIAS: u16 = 20;
 const IFLA_STATS64: u16 = 23;
-const IFLA_INFO_KIND: u16 = 1;
+pub(crate) const IFLA_INFO_KIND: u16 = 1;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const IFA_BROADCAST: u16 = 4;
 const RTA_DST: u16 = 1;
-const RTA_OIF: u16 = 4;
-const IFLA_INFO_DATA: u16 = 2;
+pub(crate) const RTA_OIF: u16 = 4;
+pub(crate) const IFLA_INFO_DATA: u16 = 2;
 const IFA_F_NODAD: u8 = 2;
 
 const IFF_UP: u32 = 1;
@@ -59,6 +62,13 @@ pub struct Link {
     pub mtu: u32,
     /// Administratively up.
     pub up: bool,
+    /// Index of the link below it (of a macvlan, a VLAN), or of its other end (of a veth); in another network namespace
+    /// when `elsewhere`.
+    pub below: Option<u32>,
+    /// What is below is in another network namespace.
+    pub elsewhere: bool,
+    /// The address that the hardware has by itself.
+    pub permanent: Option<String>,
     /// Index of the bridge (or other master) it belongs to.
     pub master: Option<u32>,
     /// Received bytes, sent bytes, received packets, sent packets.
@@ -89,7 +99,7 @@ impl Address {
     }
 }
 
-fn failed(what: &str, name: &str, e: &io::Error) -> Error {
+pub(crate) fn failed(what: &str, name: &str, e: &io::Error) -> Error {
     match e.raw_os_error() {
         Some(libc::ENODEV) => Error::not_found(format!("interface {name:?} does not exist")),
         Some(libc::EEXIST) => Error::conflict(format!("interface {name:?} exists already")),
@@ -98,7 +108,7 @@ fn failed(what: &str, name: &str, e: &io::Error) -> Error {
     }
 }
 
-fn info(index: u32, flags: u32, change: u32) -> [u8; 16] {
+pub(crate) fn info(index: u32, flags: u32, change: u32) -> [u8; 16] {
     let mut body = [0; 16];
     body[0] = AF_UNSPEC;
     body[4..8].copy_from_slice(&index.to_ne_bytes());
@@ -108,14 +118,20 @@ fn info(index: u32, flags: u32, change: u32) -> [u8; 16] {
 }
 
 /// The kernel's limit is 15 bytes; what does not fit is refused here, for the kernel would say only `EINVAL`.
-fn check(name: &str) -> Result<()> {
+pub(crate) fn check(name: &str) -> Result<()> {
     if name.is_empty() || name.len() > 15 || name.contains(['/', '\0']) || name == "." || name == ".." {
         return Err(Error::invalid("name", format!("{name:?} is not an interface name")));
     }
     Ok(())
 }
 
-fn set(name: &str, flags: u32, change: u32, what: &str, fill: impl FnOnce(Message) -> Message) -> Result<()> {
+pub(crate) fn set(
+    name: &str,
+    flags: u32,
+    change: u32,
+    what: &str,
+    fill: impl FnOnce(Message) -> Message,
+) -> Result<()> {
     check(name)?;
     // Index 0 with a name: the kernel looks the name up itself, in the same message.
     let message = Message::new(RTM_SETLINK, 0, &info(0, flags, change)).text(IFLA_IFNAME, name);
@@ -270,6 +286,9 @@ fn parse_link(answer: &Answer) -> Option<Link> {
             IFLA_IFALIAS => link.alias = Some(text(value)),
             IFLA_ADDRESS if value.len() == 6 => link.mac = Some(format_mac(value)),
             IFLA_MTU => link.mtu = u32_at(value, 0)?,
+            IFLA_LINK => link.below = u32_at(value, 0).filter(|b| *b != 0),
+            IFLA_LINK_NETNSID => link.elsewhere = true,
+            IFLA_PERM_ADDRESS if value.len() == 6 => link.permanent = Some(format_mac(value)),
             IFLA_MASTER => link.master = u32_at(value, 0).filter(|m| *m != 0),
             IFLA_LINKINFO => {
                 link.kind = attributes(value).find(|(k, _)| *k == IFLA_INFO_KIND).map(|(_, v)| text(v));
@@ -326,14 +345,14 @@ fn ip(value: &[u8]) -> Option<IpAddr> {
     }
 }
 
-fn octets(address: IpAddr) -> Vec<u8> {
+pub(crate) fn octets(address: IpAddr) -> Vec<u8> {
     match address {
         IpAddr::V4(a) => a.octets().to_vec(),
         IpAddr::V6(a) => a.octets().to_vec(),
     }
 }
 
-fn family(address: IpAddr) -> u8 {
+pub(crate) fn family(address: IpAddr) -> u8 {
     if address.is_ipv4() { AF_INET } else { AF_INET6 }
 }
 

@@ -176,6 +176,20 @@ pub fn mount(source: &Path, target: &Path, kind: &str, options: &str) -> io::Res
     if code < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Mounts what a descriptor names (a namespace, say) on the file `target` too.
+///
+/// # Errors
+/// The system refuses.
+pub fn bind(source: std::os::fd::BorrowedFd<'_>, target: &Path) -> io::Result<()> {
+    let source = c(Path::new(&format!("/proc/self/fd/{}", source.as_raw_fd())))?;
+    let target = c(target)?;
+    // SAFETY: two strings that live as long as the call; the other pointers may be null for a bind mount.
+    let code = unsafe {
+        libc::mount(source.as_ptr(), target.as_ptr(), std::ptr::null(), libc::MS_BIND, std::ptr::null())
+    };
+    if code < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Unmounts what is on `target`; nothing mounted is fine. `lazy`: at once, whoever still uses it.
 ///
 /// # Errors

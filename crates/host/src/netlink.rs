@@ -58,6 +58,13 @@ impl Message {
         self
     }
 
+    /// Adds bytes as they are: the fixed part of what is nested.
+    pub fn raw(mut self, bytes: &[u8]) -> Self {
+        self.0.extend_from_slice(bytes);
+        self.pad();
+        self
+    }
+
     /// Adds a text attribute, ended by NUL.
     pub fn text(self, kind: u16, value: &str) -> Self {
         let mut bytes = value.as_bytes().to_vec();
@@ -74,6 +81,11 @@ impl Message {
         let length = u16::try_from(filled.0.len() - start).expect("attribute values are short");
         filled.0[start..start + 2].copy_from_slice(&length.to_ne_bytes());
         filled
+    }
+
+    /// What was added after header and fixed part; for a message without a fixed part.
+    pub fn attributes(&self) -> &[u8] {
+        &self.0[HEADER..]
     }
 
     fn seal(mut self, sequence: u32, flags: u16) -> Vec<u8> {

@@ -141,6 +141,34 @@ impl NetnsProbe {
     }
 }
 
+/// Does work in a network namespace, on a thread of its own that ends with it: sockets that the work opens are there.
+///
+/// # Errors
+/// Internal when it cannot be entered, and those of the work.
+pub fn within<T: Send>(namespace: impl AsFd + Send, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let failed = "the guest's network could not be entered";
+    let fd = namespace.as_fd().as_raw_fd();
+    let done = std::thread::scope(|s| {
+        s.spawn(move || {
+            // SAFETY: a plain call; the descriptor is borrowed by the scope and outlives the thread.
+            if unsafe { libc::setns(fd, libc::CLONE_NEWNET) } < 0 {
+                return Err(Error::internal(failed, std::io::Error::last_os_error()));
+            }
+            work()
+        })
+        .join()
+    });
+    done.map_err(|_| Error::internal(failed, "thread panicked"))?
+}
+
+/// The network namespace of this process.
+///
+/// # Errors
+/// Internal.
+pub fn own() -> Result<OwnedFd> {
+    Ok(std::fs::File::open("/proc/self/ns/net")?.into())
+}
+
 /// The network namespace of a process.
 ///
 /// # Errors

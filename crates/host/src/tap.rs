@@ -138,6 +138,38 @@ pub fn open(spec: &TapSpec<'_>) -> Result<OwnedFd> {
     Ok(tap)
 }
 
+/// Opens a macvtap, as [`open`] opens a tap; the link stays when the descriptor is closed. `dir`: where a node for it may
+/// stand for a moment, for a host need not have one in `/dev`.
+///
+/// # Errors
+/// Not found, internal.
+pub fn open_macvtap(name: &str, dir: &std::path::Path) -> Result<OwnedFd> {
+    let failed = |what: &str, e: io::Error| Error::internal(format!("network interface {name:?}: {what}"), e);
+    let link = crate::link::get(name)?
+        .ok_or_else(|| Error::not_found(format!("network interface {name:?} does not exist")))?;
+    let number = std::fs::read_to_string(format!("/sys/class/net/{name}/tap{}/dev", link.index))
+        .map_err(|e| failed("it has no device", e))?;
+    let (major, minor) = number
+        .trim()
+        .split_once(':')
+        .and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)))
+        .ok_or_else(|| Error::internal("a macvtap has no device number", &number))?;
+    let node = dir.join(format!("{name}.node"));
+    let device = crate::mountns::DeviceNumber { block: false, major, minor };
+    crate::mountns::make_node(&node, device, (0, 0), 0o600)?;
+    let opened = std::fs::File::options().read(true).write(true).open(&node);
+    std::fs::remove_file(&node)?;
+    let tap = OwnedFd::from(opened.map_err(|e| failed("its device could not be opened", e))?);
+    let mut r = ifreq(name)?;
+    r.ifr_ifru.ifru_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
+    request(&tap, TUNSETIFF, &mut r).map_err(|e| failed("it could not be set up", e))?;
+    // SAFETY: reads one int.
+    if unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETVNETHDRSZ as _, &VNET_HEADER) } < 0 {
+        return Err(failed("it takes no virtio header", io::Error::last_os_error()));
+    }
+    Ok(tap)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -18,6 +18,7 @@ mod platform;
 mod privilege;
 mod purge;
 mod simulate;
+mod state;
 
 use clap::{Parser, Subcommand};
 use std::{path::PathBuf, process::ExitCode};

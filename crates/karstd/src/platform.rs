@@ -8,8 +8,8 @@ use karst_engine::{
 use karst_frontend_incus::{App, Identity, ServerInfo, remote::Remote};
 use karst_frontend_libvirt::{Front, Surface};
 use karst_model::{NodeId, Result, access::Principal, instance::InstanceKind, project::DEFAULT_PROJECT};
-use karst_store::{SqliteOptions, SqliteStore, Store};
-use std::{path::Path, sync::Arc, time::Duration};
+use karst_store::{SqliteStore, Store};
+use std::{sync::Arc, time::Duration};
 use tokio::sync::mpsc;
 
 /// Time that answers in flight have when the process is to end.
@@ -85,12 +85,7 @@ async fn open_store(context: &ControlContext) -> Result<Arc<dyn Store>> {
     if context.simulated_guests.is_some() {
         return Ok(Arc::new(SqliteStore::memory(context.env.clone())?));
     }
-    let path = context.dir.join("state/karst.db");
-    Ok(Arc::new(open_file(&path, context).await?))
-}
-
-async fn open_file(path: &Path, context: &ControlContext) -> Result<SqliteStore> {
-    Ok(SqliteStore::open(path, context.env.clone(), SqliteOptions::default()).await?)
+    crate::state::open(&context.dir, &context.daemon_id, context.env.clone()).await
 }
 
 /// What is done after a start, while requests are answered already.

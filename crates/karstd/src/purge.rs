@@ -35,6 +35,9 @@ pub fn run(dir: &Path) -> Result<()> {
         }
         control::block_on(|env, _| Ok(async move { RealAgent::open(env, options).await?.purge().await }))?;
     }
+    // What lies in an etcd is no trace on this machine; but a new instance could not begin there.
+    let (path, id) = (directory.path.clone(), directory.daemon_id.clone());
+    control::block_on(|env, _| Ok(async move { crate::state::purge(&path, &id, env).await }))?;
     std::fs::remove_dir_all(&directory.path)?;
     tracing::info!(dir = %directory.path.display(), "purged");
     Ok(())

@@ -31,6 +31,7 @@ pub mod snapshot;
 pub mod spec;
 pub mod storage;
 pub mod trust;
+pub mod uplink;
 pub mod warning;
 
 pub use error::{Error, ErrorKind, Result};

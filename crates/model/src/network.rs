@@ -21,6 +21,9 @@ pub struct Network {
     pub id: NetworkId,
     /// Project that owns it.
     pub project: ProjectId,
+    /// What it is made of.
+    #[serde(default)]
+    pub kind: crate::uplink::NetworkKind,
     /// Name; for a bridge also the interface's, at most 15 bytes.
     pub name: Name,
     /// User's text.

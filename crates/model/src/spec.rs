@@ -3,7 +3,7 @@
 
 use crate::{
     ByteSize, DeviceId, ImageId, InstanceId, NetworkId, PoolId, SnapshotId, VolumeId,
-    device::{DiskIo, NicModel, NodeDevice, ProxyDevice},
+    device::{DiskIo, NicModel, NodeDevice, ParentLink, PortVlans, ProxyDevice, RoutedLink},
     firewall::{AclSpec, AddressSetSpec, ForwardSpec, Policy},
     instance::{Firmware, Generation, InstanceKind},
     network::BridgeSpec,
@@ -350,7 +350,7 @@ pub struct ProxySpec {
     pub device: ProxyDevice,
 }
 
-/// A NIC on a managed network.
+/// A NIC.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NicSpec {
     /// Device.
@@ -363,13 +363,17 @@ pub struct NicSpec {
     pub guest_name: String,
     /// MAC address, lower case.
     pub mac: String,
-    /// Network.
-    pub network: NetworkId,
+    /// What it is attached to.
+    #[serde(flatten)]
+    pub link: NicLink,
     /// The host's interface; chosen by the engine, recorded before it is made, checked by the host to carry its prefix.
     pub host_interface: String,
     /// Static address from the configuration.
     #[serde(default)]
     pub ipv4: Option<Ipv4Addr>,
+    /// Static address from the configuration.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ipv6: Option<Ipv6Addr>,
     /// MTU.
     #[serde(default)]
     pub mtu: Option<u32>,
@@ -385,6 +389,52 @@ pub struct NicSpec {
     /// Boot order, higher first.
     #[serde(default)]
     pub boot_priority: u32,
+    /// Another name of the host's interface.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_name: Option<String>,
+    /// Packets that may wait to be sent, on the host's side.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queue_length: Option<u32>,
+    /// VLANs of a port of a bridge.
+    #[serde(default, skip_serializing_if = "PortVlans::is_empty")]
+    pub vlans: PortVlans,
+    /// What it lets through, where no network says it ([`NetworkHost::port`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<PortSpec>,
+}
+
+/// What a NIC is attached to. Interfaces of the host and addresses that the host is to route must be granted by its policy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NicLink {
+    /// A network of this platform that is a bridge.
+    Network(NetworkId),
+    /// A bridge of the host.
+    Bridge(String),
+    /// An address of its own on an interface of the host.
+    Macvlan(ParentLink),
+    /// An interface of the host itself.
+    Physical(ParentLink),
+    /// A cable between host and guest, and subnets that are reached over it.
+    PointToPoint(Vec<IpNet>),
+    /// A cable with addresses that the host answers for, and subnets that are reached over it.
+    Routed {
+        /// The addresses.
+        #[serde(flatten)]
+        link: RoutedLink,
+        /// The subnets.
+        routes: Vec<IpNet>,
+    },
+}
+
+impl NicSpec {
+    /// The network of this platform that it is on.
+    pub fn network(&self) -> Option<NetworkId> {
+        match self.link {
+            NicLink::Network(id) => Some(id),
+            _ => None,
+        }
+    }
 }
 
 /// cloud-init data (NoCloud).
@@ -565,6 +615,9 @@ pub struct PortSpec {
     pub ingress_limit: Option<u64>,
     /// From the guest, bits a second.
     pub egress_limit: Option<u64>,
+    /// Priority of the guest's packets on the host (`SO_PRIORITY`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub priority: Option<u32>,
     /// ACLs.
     pub policy: Option<Policy>,
 }

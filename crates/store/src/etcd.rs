@@ -5,7 +5,8 @@
 
 use std::collections::VecDeque;
 use std::future::Future;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -26,9 +27,14 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A connection to an etcd cluster. Reconnects by itself.
+/// A connection to a server of an etcd cluster. Reconnects by itself, and to another server when that one does not answer.
 pub struct EtcdStore {
-    client: etcd::Client,
+    endpoints: Vec<String>,
+    connect: etcd::ConnectOptions,
+    /// Who is asked.
+    client: Mutex<etcd::Client>,
+    /// The last request had no answer: look whether another server gives one.
+    suspect: AtomicBool,
     env: SharedEnv,
     /// The last compaction that we know of; etcd does not tell otherwise.
     compact_revision: AtomicU64,
@@ -155,28 +161,87 @@ fn wire_op(op: Op) -> etcd::TxnOp {
     }
 }
 
-/// Waits for a request that changes nothing or may be repeated.
-async fn within<T: Send>(
-    env: &SharedEnv,
-    request: impl Future<Output = Result<T, etcd::Error>> + Send,
-) -> Result<T> {
-    match env.timeout(REQUEST_TIMEOUT, request).await {
-        Ok(answer) => answer.map_err(failed),
-        Err(elapsed) => Err(StoreError::Unavailable(elapsed.to_string())),
+/// Connects to the first of `endpoints` that answers and knows us.
+async fn pick(endpoints: &[String], options: &etcd::ConnectOptions, env: &SharedEnv) -> Result<etcd::Client> {
+    let mut why = StoreError::Unavailable("no endpoint of etcd is named".into());
+    for endpoint in endpoints {
+        let attempt = async {
+            let client = etcd::Client::connect([endpoint], Some(options.clone())).await?;
+            client.maintenance_client().status().await?;
+            Ok::<_, etcd::Error>(client)
+        };
+        why = match env.timeout(CONNECT_TIMEOUT, attempt).await {
+            Ok(Ok(client)) => return Ok(client),
+            Ok(Err(error)) => match failed(error) {
+                StoreError::Unavailable(text) => StoreError::Unavailable(format!("{endpoint}: {text}")),
+                other => other,
+            },
+            Err(elapsed) => StoreError::Unavailable(format!("{endpoint} does not answer: {elapsed}")),
+        };
+    }
+    Err(why)
+}
+
+/// How servers are reached and who we are to them. Shown without what is secret.
+#[derive(Clone, Default)]
+pub struct EtcdOptions {
+    /// Certificates, in PEM, of the authorities that sign the servers'. With it, connections are TLS.
+    pub ca: Option<Vec<u8>>,
+    /// Our certificate and its key, in PEM, where servers ask for one.
+    pub identity: Option<(Vec<u8>, Vec<u8>)>,
+    /// User and password, where etcd's authentication is on. Use it with TLS.
+    pub user: Option<(String, String)>,
+}
+
+impl std::fmt::Debug for EtcdOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EtcdOptions")
+            .field("tls", &self.ca.is_some())
+            .field("certificate", &self.identity.is_some())
+            .field("user", &self.user.as_ref().map(|(name, _)| name))
+            .finish_non_exhaustive()
     }
 }
 
 impl EtcdStore {
-    /// Connects to one of `endpoints` (`http://127.0.0.1:2379`). The others are used when it goes away.
+    /// Connects to `endpoints` (`http://127.0.0.1:2379`) without TLS or authentication.
+    ///
+    /// # Errors
+    /// As [`EtcdStore::connect_with`].
     pub async fn connect(endpoints: &[String], env: SharedEnv) -> Result<EtcdStore> {
-        let options = etcd::ConnectOptions::new()
+        Self::connect_with(endpoints, &EtcdOptions::default(), env).await
+    }
+
+    /// Connects to `endpoints`, all of one cluster; whichever answers is used, and others when it goes away.
+    ///
+    /// # Errors
+    /// Unavailable when none answers, each within 5 s, or none that is who it should be, or it does not know us.
+    pub async fn connect_with(
+        endpoints: &[String],
+        options: &EtcdOptions,
+        env: SharedEnv,
+    ) -> Result<EtcdStore> {
+        let mut connect = etcd::ConnectOptions::new()
             .with_connect_timeout(CONNECT_TIMEOUT)
             .with_keep_alive(Duration::from_secs(10), Duration::from_secs(5))
             .with_keep_alive_while_idle(true);
-        let client = etcd::Client::connect(endpoints, Some(options)).await.map_err(failed)?;
-        within(&env, client.maintenance_client().status()).await?;
+        if let Some(ca) = &options.ca {
+            let mut tls = etcd::TlsOptions::new().ca_certificate(etcd::Certificate::from_pem(ca));
+            if let Some((certificate, key)) = &options.identity {
+                tls = tls.identity(etcd::Identity::from_pem(certificate, key));
+            }
+            connect = connect.with_tls(tls);
+        }
+        if let Some((name, password)) = &options.user {
+            // The server forgets tokens after a while.
+            connect = connect.with_user(name, password).with_auto_token_refresh(true);
+        }
+        let client = pick(endpoints, &connect, &env).await?;
         Ok(EtcdStore {
-            client,
+            endpoints: endpoints.to_vec(),
+            connect,
+            client: Mutex::new(client),
+            suspect: AtomicBool::new(false),
             env,
             compact_revision: AtomicU64::new(0),
             commits: AtomicU64::new(0),
@@ -184,8 +249,44 @@ impl EtcdStore {
         })
     }
 
-    fn kv(&self) -> etcd::KvClient {
-        self.client.kv_client().max_decoding_message_size(MESSAGE_BYTES)
+    /// Who is to be asked now.
+    async fn client(&self) -> etcd::Client {
+        let now = || self.client.lock().unwrap_or_else(|e| e.into_inner()).clone();
+        // One request looks, others go on with what there is.
+        if self.suspect.swap(false, Ordering::Relaxed) {
+            match pick(&self.endpoints, &self.connect, &self.env).await {
+                Ok(found) => *self.client.lock().unwrap_or_else(|e| e.into_inner()) = found,
+                Err(_) => self.suspect.store(true, Ordering::Relaxed),
+            }
+        }
+        now()
+    }
+
+    /// A request had no answer.
+    fn doubt(&self) {
+        // A single server is connected to again by the client itself.
+        if self.endpoints.len() > 1 {
+            self.suspect.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Waits for a request that changes nothing or may be repeated.
+    async fn within<T: Send>(
+        &self,
+        request: impl Future<Output = Result<T, etcd::Error>> + Send,
+    ) -> Result<T> {
+        let answer = match self.env.timeout(REQUEST_TIMEOUT, request).await {
+            Ok(answer) => answer.map_err(failed),
+            Err(elapsed) => Err(StoreError::Unavailable(elapsed.to_string())),
+        };
+        if matches!(answer, Err(StoreError::Unavailable(_))) {
+            self.doubt();
+        }
+        answer
+    }
+
+    async fn kv(&self) -> etcd::KvClient {
+        self.client().await.kv_client().max_decoding_message_size(MESSAGE_BYTES)
     }
 
     /// The error of a read, with what we know about compaction and revisions filled in.
@@ -209,7 +310,7 @@ impl Store for EtcdStore {
         if key.is_empty() {
             return Err(StoreError::EmptyKey);
         }
-        let answer = within(&self.env, self.kv().get(key, None)).await?;
+        let answer = self.within(self.kv().await.get(key, None)).await?;
         Ok(GetResponse { kv: answer.kvs().first().map(key_value), revision: revision_of(answer.header()) })
     }
 
@@ -222,7 +323,7 @@ impl Store for EtcdStore {
         if request.keys_only {
             options = options.with_keys_only();
         }
-        let answer = within(&self.env, self.kv().get(start, Some(options))).await;
+        let answer = self.within(self.kv().await.get(start, Some(options))).await;
         let answer = answer.map_err(|error| self.explain(error, request.at_revision))?;
         Ok(RangeResponse {
             kvs: answer.kvs().iter().map(key_value).collect(),
@@ -238,15 +339,18 @@ impl Store for EtcdStore {
             .when(txn.compares.into_iter().map(wire_compare).collect::<Vec<_>>())
             .and_then(txn.success.into_iter().map(wire_op).collect::<Vec<_>>())
             .or_else(txn.failure.into_iter().map(wire_op).collect::<Vec<_>>());
-        let answer = match self.env.timeout(REQUEST_TIMEOUT, self.kv().txn(request)).await {
+        let mut kv = self.kv().await;
+        let answer = match self.env.timeout(REQUEST_TIMEOUT, kv.txn(request)).await {
             Ok(Ok(answer)) => answer,
             Err(elapsed) => {
+                self.doubt();
                 tracing::warn!(%elapsed, "a transaction ended unknown");
                 return Ok(TxnOutcome::Unknown);
             }
             Ok(Err(error)) => match Failure::from(error) {
                 Failure::Refused(error) => return Err(error),
                 Failure::Unknown(reason) => {
+                    self.doubt();
                     tracing::warn!(reason, "a transaction ended unknown");
                     return Ok(TxnOutcome::Unknown);
                 }
@@ -287,8 +391,8 @@ impl Store for EtcdStore {
             .with_start_revision(start_revision as i64)
             .with_prev_key()
             .with_progress_notify();
-        let mut client = self.client.watch_client().max_decoding_message_size(MESSAGE_BYTES);
-        let stream = within(&self.env, client.watch(start, Some(options))).await?;
+        let mut client = self.client().await.watch_client().max_decoding_message_size(MESSAGE_BYTES);
+        let stream = self.within(client.watch(start, Some(options))).await?;
         let watching = Watching { stream, from: from_revision, queue: VecDeque::new(), ended: false };
         let items = futures::stream::unfold(watching, |mut watching| async move {
             if watching.ended {
@@ -303,15 +407,16 @@ impl Store for EtcdStore {
 
     async fn lease_grant(&self, ttl: Duration) -> Result<LeaseId> {
         let seconds = lease_seconds(ttl)?;
-        let answer = within(&self.env, self.client.lease_client().grant(seconds, None)).await?;
+        let answer = self.within(self.client().await.lease_client().grant(seconds, None)).await?;
         self.commits.fetch_add(1, Ordering::Relaxed);
         Ok(LeaseId(answer.id()))
     }
 
     async fn lease_keepalive(&self, lease: LeaseId) -> Result<Duration> {
-        let ttl = within(&self.env, async {
+        let client = self.client().await;
+        let ttl = self.within(async {
             // The client makes a first round trip itself, and reports a lease that is gone in its own way.
-            let (mut keeper, mut answers) = match self.client.lease_client().keep_alive(lease.0).await {
+            let (mut keeper, mut answers) = match client.lease_client().keep_alive(lease.0).await {
                 Err(etcd::Error::LeaseKeepAliveError(_)) => return Ok(Some(0)),
                 other => other?,
             };
@@ -326,20 +431,20 @@ impl Store for EtcdStore {
     }
 
     async fn lease_revoke(&self, lease: LeaseId) -> Result<()> {
-        within(&self.env, self.client.lease_client().revoke(lease.0)).await?;
+        self.within(self.client().await.lease_client().revoke(lease.0)).await?;
         self.commits.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 
     async fn compact(&self, revision: Revision) -> Result<()> {
-        let answer = within(&self.env, self.kv().compact(revision as i64, None)).await;
+        let answer = self.within(self.kv().await.compact(revision as i64, None)).await;
         answer.map_err(|error| self.explain(error, Some(revision)))?;
         self.compact_revision.fetch_max(revision, Ordering::Relaxed);
         Ok(())
     }
 
     async fn status(&self) -> Result<Status> {
-        let answer = within(&self.env, self.client.maintenance_client().status()).await?;
+        let answer = self.within(self.client().await.maintenance_client().status()).await?;
         Ok(Status {
             backend: "etcd",
             version: answer.version().to_owned(),

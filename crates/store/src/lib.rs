@@ -74,7 +74,7 @@ mod unknown;
 
 pub use builder::TxnBuilder;
 pub use error::{Result, StoreError};
-pub use etcd::EtcdStore;
+pub use etcd::{EtcdOptions, EtcdStore};
 pub use fault::{Calls, Fault, FaultRates, FaultStore};
 pub use requests::{REQUEST_KEPT, Requests, Resolution, Resolved, request_key};
 pub use sqlite::{SqliteOptions, SqliteStore};

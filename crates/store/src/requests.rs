@@ -31,7 +31,7 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(20), Duration::from_
 
 /// The key that marks a request.
 pub fn request_key(id: Uuid) -> String {
-    format!("/requests/{id}")
+    format!("/karst/requests/{id}")
 }
 
 /// What became of a transaction of unknown outcome.

@@ -11,6 +11,7 @@ use karst_engine::{
     compute::{
         copy::CopyInstance,
         create::{CreateInstance, InstanceSource},
+        define::{DefineMachine, Place},
         power::PowerRequest,
         update::UpdateInstance,
     },
@@ -26,8 +27,12 @@ use karst_model::{
     device::Devices,
     instance::{InstanceKind, PowerAction},
     storage::VolumeContent,
+    uplink::NetworkKind,
 };
-use std::io::{Read, Write};
+use std::{
+    collections::BTreeMap,
+    io::{Read, Write},
+};
 
 /// A way to run a saga.
 pub struct Scenario {
@@ -83,6 +88,22 @@ async fn machine(w: &World) -> Result<()> {
     done(w, Ok(operation)).await
 }
 
+/// A machine whose root is the custom volume `v1`.
+async fn defined(w: &World) -> Result<LiveOperation> {
+    let root = [("type", "disk"), ("path", "/"), ("pool", "default"), ("source", "v1")];
+    let root = root.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+    let create = CreateInstance {
+        kind: InstanceKind::VirtualMachine,
+        start: true,
+        profiles: Some(vec![]),
+        devices: Devices::from([("sda".into(), root)]),
+        ..container("c1")
+    };
+    let places = BTreeMap::from([("sda".into(), Place { slot: "scsi3".into(), alias: None, pci: None })]);
+    let uuid = Some(uuid::Uuid::from_u128(77));
+    Ok(w.engine.machine_define(&w.admin, "default", DefineMachine { create, uuid, places }).await?.1)
+}
+
 async fn stateful(w: &World, action: PowerAction) -> Result<LiveOperation> {
     let request = PowerRequest { force: false, stateful: true, ..power(action) };
     w.engine.instance_power(&w.admin, "default", "c1", request).await
@@ -116,6 +137,17 @@ async fn publish(w: &World, snapshot: Option<&str>) -> Result<LiveOperation> {
 
 async fn network(w: &World) -> Result<LiveOperation> {
     Ok(w.engine.network_create(&w.admin, "default", CreateNetwork::automatic("net1")).await?.1)
+}
+
+/// A network that is the simulated host's one granted interface.
+async fn uplink(w: &World) -> Result<LiveOperation> {
+    let request = CreateNetwork {
+        name: "lan".into(),
+        kind: NetworkKind::Macvlan,
+        config: Config::from([("parent".into(), "granted0".into())]),
+        ..Default::default()
+    };
+    Ok(w.engine.network_create(&w.admin, "default", request).await?.1)
 }
 
 /// The use case waits for its end; whoever walks over the saga wants its operation.
@@ -249,6 +281,43 @@ pub fn all() -> Vec<Scenario> {
             .engine
             .instance_delete(&w.admin, "default", "c1")
             .await),
+        scenario!(
+            "instance-create",
+            "defined on a custom volume",
+            |w| done(w, volume(w, "v1", VolumeContent::Block).await).await,
+            |w| defined(w).await
+        ),
+        scenario!(
+            "instance-delete",
+            "its volume stays, its snapshot does not",
+            |w| {
+                make(w, "c1", false).await?;
+                done(w, snapshot(w, OF_C1, "s1").await).await
+            },
+            |w| w.engine.instance_undefine(&w.admin, "default", "c1").await
+        ),
+        scenario!(
+            "instance-delete",
+            "of a custom volume",
+            |w| {
+                done(w, volume(w, "v1", VolumeContent::Block).await).await?;
+                done(w, defined(w).await).await?;
+                done(w, snapshot(w, OF_C1, "s1").await).await?;
+                done(w, set_power(w, PowerAction::Stop).await).await
+            },
+            |w| w.engine.instance_delete(&w.admin, "default", "c1").await
+        ),
+        scenario!("instance-update", "from the next start on", |w| make(w, "c1", true).await, |w| {
+            let update = UpdateInstance {
+                description: "changed".into(),
+                ephemeral: false,
+                config: Config::from([("limits.memory".into(), "64MiB".into())]),
+                devices: Devices::new(),
+                profiles: vec!["default".into()],
+                if_version: None,
+            };
+            w.engine.instance_configure(&w.admin, "default", "c1", update).await
+        }),
         scenario!("instance-power", "start", |w| make(w, "c1", false).await, |w| {
             set_power(w, PowerAction::Start).await
         }),
@@ -276,6 +345,19 @@ pub fn all() -> Vec<Scenario> {
                 ephemeral: false,
                 config: Config::from([("limits.memory".into(), "64MiB".into())]),
                 devices: Devices::new(),
+                profiles: vec!["default".into()],
+                if_version: None,
+            };
+            w.engine.instance_update(&w.admin, "default", "c1", update).await
+        }),
+        scenario!("instance-update", "a NIC for a running one", |w| make(w, "c1", true).await, |w| {
+            let lan = [("type", "nic"), ("nictype", "macvlan"), ("parent", "granted0")];
+            let lan = lan.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+            let update = UpdateInstance {
+                description: String::new(),
+                ephemeral: false,
+                config: Config::new(),
+                devices: Devices::from([("lan0".into(), lan)]),
                 profiles: vec!["default".into()],
                 if_version: None,
             };
@@ -354,6 +436,17 @@ pub fn all() -> Vec<Scenario> {
             let update = UpdateNetwork { description: String::new(), config, if_version: None };
             w.engine.network_update(&w.admin, "default", "net1", update).await
         }),
+        scenario!("network-create", "interface of the host", |_w| Ok(()), |w| uplink(w).await),
+        scenario!("network-delete", "interface of the host", |w| done(w, uplink(w).await).await, |w| w
+            .engine
+            .network_delete(&w.admin, "default", "lan")
+            .await),
+        scenario!("network-update", "MTU of an interface", |w| done(w, uplink(w).await).await, |w| {
+            let config = [("parent", "granted0"), ("mtu", "1400")];
+            let config = config.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+            let update = UpdateNetwork { description: String::new(), config, if_version: None };
+            w.engine.network_update(&w.admin, "default", "lan", update).await
+        }),
         scenario!("pool-create", "dir", |_w| Ok(()), |w| {
             let request = CreatePool { name: "second".into(), driver: "dir".into(), ..Default::default() };
             w.engine.pool_create(&w.admin, request).await
@@ -417,6 +510,44 @@ pub fn all() -> Vec<Scenario> {
         scenario!("snapshot-restore", "of an instance", |w| tree(w).await, |w| {
             w.engine.snapshot_restore(&w.admin, OF_C1, "s2").await
         }),
+        scenario!(
+            "snapshot-restore-running",
+            "of an instance that runs",
+            |w| {
+                tree(w).await?;
+                done(w, set_power(w, PowerAction::Start).await).await
+            },
+            |w| w.engine.snapshot_restore(&w.admin, OF_C1, "s2").await
+        ),
+        scenario!(
+            "snapshot-restore-running",
+            "of an instance that is frozen",
+            |w| {
+                tree(w).await?;
+                done(w, set_power(w, PowerAction::Start).await).await?;
+                done(w, set_power(w, PowerAction::Freeze).await).await
+            },
+            |w| w.engine.snapshot_restore(&w.admin, OF_C1, "s2").await
+        ),
+        scenario!(
+            "snapshot-restore-running",
+            "of a virtual machine that runs, with its memory",
+            |w| {
+                machine(w).await?;
+                done(w, snapshot_with_memory(w).await).await
+            },
+            |w| w.engine.snapshot_restore_with(&w.admin, OF_C1, "s1", true).await
+        ),
+        scenario!(
+            "snapshot-restore-running",
+            "with its memory, of a virtual machine whose memory was kept over a stop",
+            |w| {
+                machine(w).await?;
+                done(w, snapshot_with_memory(w).await).await?;
+                done(w, stateful(w, PowerAction::Stop).await).await
+            },
+            |w| w.engine.snapshot_restore_with(&w.admin, OF_C1, "s1", true).await
+        ),
         scenario!(
             "snapshot-restore",
             "of a volume",

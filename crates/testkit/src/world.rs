@@ -11,6 +11,7 @@ use karst_model::{
     access::Principal,
     instance::{Lifecycle, RuntimeState},
     operation::Operation,
+    uplink::NetworkKind,
 };
 use karst_store::{SqliteStore, Store, list_prefix};
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
@@ -192,7 +193,8 @@ pub async fn faults(engine: &Engine, store: &dyn Store, agents: &[&SimulatedAgen
     compare("volume", &check.volumes, records.volumes.keys().copied(), &mut faults);
     compare("backup", &check.backups, records.backups.keys().copied(), &mut faults);
     compare("image", &check.images, records.images.keys().copied(), &mut faults);
-    compare("network", &check.networks, records.networks.keys().copied(), &mut faults);
+    let bridges = records.networks.values().filter(|n| n.kind == NetworkKind::Bridge).map(|n| n.id);
+    compare("network", &check.networks, bridges, &mut faults);
     let taken = records.snapshots.values().flat_map(|s| s.volumes.iter().copied());
     let taken = taken.chain(records.volume_snapshots.values().map(|s| (s.volume, s.id)));
     let taken: BTreeSet<_> = taken.collect();

@@ -9,7 +9,10 @@ use karst_engine::{
         create::CreateBackup,
         import::{ImportInstance, ImportVolume},
     },
-    compute::{copy::CopyInstance, create::CreateInstance, power::PowerRequest, update::UpdateInstance},
+    compute::{
+        copy::CopyInstance, create::CreateInstance, define::DefineMachine, power::PowerRequest,
+        update::UpdateInstance,
+    },
     firewall::{UpdateAcl, UpdateAddressSet, UpdateForward},
     images::{ImageOptions, UpdateImage, publish::PublishImage},
     network::{CreateNetwork, UpdateNetwork},
@@ -36,7 +39,11 @@ use karst_testkit::{
     World,
     scenarios::{container, upload},
 };
-use std::{collections::BTreeSet, path::Path, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    time::Duration,
+};
 
 /// What a use case needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -304,8 +311,11 @@ fn cases() -> Vec<Case> {
         instance_metrics View |f, c, p| f.w.engine.instance_metrics(c, p, "run").await.map(drop);
         instance_create Edit |f, c, p| f.w.engine.instance_create(c, p, container("fresh")).await.map(drop);
         instance_update Edit |f, c, p| f.w.engine.instance_update(c, p, "still", UpdateInstance { description: "x".into(), ephemeral: false, config: Config::new(), devices: Devices::new(), profiles: vec!["default".into()], if_version: None }).await.map(drop);
+        instance_configure Edit |f, c, p| f.w.engine.instance_configure(c, p, "still", UpdateInstance { description: "x".into(), ephemeral: false, config: Config::new(), devices: Devices::new(), profiles: vec!["default".into()], if_version: None }).await.map(drop);
         instance_rename Edit |f, c, p| f.w.engine.instance_rename(c, p, "still", "renamed").await;
         instance_delete Edit |f, c, p| f.w.engine.instance_delete(c, p, "still").await.map(drop);
+        instance_undefine Edit |f, c, p| f.w.engine.instance_undefine(c, p, "still").await.map(drop);
+        machine_define Edit |f, c, p| f.w.engine.machine_define(c, p, DefineMachine { create: CreateInstance { kind: InstanceKind::VirtualMachine, ..container("fresh") }, uuid: None, places: BTreeMap::new() }).await.map(drop);
         instance_power Use |f, c, p| f.w.engine.instance_power(c, p, "run", power(PowerAction::Stop)).await.map(drop);
         exec_check Use |f, c, p| f.w.engine.exec_check(c, p, "run", &exec()).map(drop);
         exec Use |f, c, p| f.w.engine.exec(c, p, "run", exec()).await.map(drop);

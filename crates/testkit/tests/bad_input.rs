@@ -100,7 +100,7 @@ fn file(path: &str) -> FileWrite {
 }
 
 fn network(pairs: &[(&str, &str)]) -> CreateNetwork {
-    CreateNetwork { name: "new".into(), description: String::new(), config: config(pairs), any_name: false }
+    CreateNetwork { name: "new".into(), config: config(pairs), ..Default::default() }
 }
 
 const P: &str = "default";
@@ -164,7 +164,8 @@ fn cases() -> Vec<Case> {
         "update If-Match" => PreconditionFailed, "", "changed", |w| w.engine.instance_update(&w.admin, P, "run", UpdateInstance { if_version: Some(99), ..update(&[], Devices::new()) });
         "update to another pool" => Unsupported, "devices.root.pool", "pool", |w| w.engine.instance_update(&w.admin, P, "still", update(&[], device("root", &[("type", "disk"), ("path", "/"), ("pool", "second")])));
         "update to a shrinking disk" => Invalid, "devices.root.size", "shrink", |w| w.engine.instance_update(&w.admin, P, "vm", update(&[], device("root", &[("type", "disk"), ("path", "/"), ("pool", "default"), ("size", "1GiB")])));
-        "update with a NIC while it runs" => Unsupported, "devices", "stop it first", |w| w.engine.instance_update(&w.admin, P, "run", update(&[], device("eth1", &[("type", "nic"), ("network", "karstbr0")])));
+        "NIC with a key of another kind" => Invalid, "devices.eth1.limits.max", "macvlan", |w| w.engine.instance_create(&w.admin, P, with_device("eth1", &[("type", "nic"), ("nictype", "macvlan"), ("parent", "granted0"), ("limits.max", "1Mbit")]));
+        "static address on a bridge of the host" => Invalid, "devices.eth1.ipv4.address", "bridge of the host", |w| w.engine.instance_create(&w.admin, P, with_device("eth1", &[("type", "nic"), ("nictype", "bridged"), ("parent", "granted0"), ("ipv4.address", "10.0.0.5")]));
         "update without a root" => Invalid, "devices", "root disk", |w| w.engine.instance_update(&w.admin, P, "still", UpdateInstance { profiles: vec![], ..update(&[], Devices::new()) });
         "huge update" => TooLarge, "", "too large", |w| { let big = "x".repeat(600 << 10); let u = update(&[("user.x", &big)], Devices::new()); async move { w.engine.instance_update(&w.admin, P, "run", u).await } };
         "rename of a running one" => Conflict, "", "stop it", |w| w.engine.instance_rename(&w.admin, P, "run", "other");
@@ -225,6 +226,8 @@ fn cases() -> Vec<Case> {
         "network with a name for another directory" => Invalid, "name", "", |w| w.engine.network_create(&w.admin, P, CreateNetwork { name: "../x".into(), ..network(&[]) });
         "network update that overlaps" => Conflict, "config.ipv4.address", "karstbr0", |w| { let c = w.engine.network(&w.admin, P, "karstbr0").unwrap().config.clone(); w.engine.network_update(&w.admin, P, "net1", UpdateNetwork { description: String::new(), config: c, if_version: None }) };
         "network If-Match" => PreconditionFailed, "", "changed", |w| w.engine.network_update(&w.admin, P, "net1", UpdateNetwork { description: String::new(), config: Config::new(), if_version: Some(99) });
+        "network on an interface that the host does not grant" => Forbidden, "config.parent", "policy", |w| w.engine.network_create(&w.admin, P, CreateNetwork { kind: karst_model::uplink::NetworkKind::Macvlan, ..network(&[("parent", "eth7")]) });
+        "network of an interface with a key of bridges" => Invalid, "config.ipv4.address", "macvlan", |w| w.engine.network_create(&w.admin, P, CreateNetwork { kind: karst_model::uplink::NetworkKind::Macvlan, ..network(&[("parent", "granted0"), ("ipv4.address", "10.0.0.1/24")]) });
         "delete of a used network" => Conflict, "", "used", |w| w.engine.network_delete(&w.admin, P, "karstbr0");
         "delete of a missing network" => NotFound, "", "nope", |w| w.engine.network_delete(&w.admin, P, "nope");
         "pool of an unknown kind" => Invalid, "driver", "drr", |w| w.engine.pool_create(&w.admin, CreatePool { name: "new".into(), driver: "drr".into(), ..Default::default() });
@@ -259,7 +262,7 @@ async fn demand(w: &World, done: Result<karst_engine::LiveOperation>) {
 /// Everything that is stored but what says who writes.
 async fn raw(w: &World) -> Vec<(String, Vec<u8>)> {
     let (kvs, _) = list_prefix(&*w.store, "/").await.unwrap();
-    let of = kvs.into_iter().filter(|kv| !kv.key.starts_with("/requests/"));
+    let of = kvs.into_iter().filter(|kv| !kv.key.starts_with("/karst/requests/"));
     of.map(|kv| (kv.key, kv.value.to_vec())).collect()
 }
 

@@ -3,9 +3,11 @@
 use super::*;
 use karst_model::{
     SessionId,
+    device::{ParentLink, RoutedLink},
     guest::{ExecRequest, FileKind, FileWrite, Observed, StopMode},
     instance::{ExitReason, RuntimeState},
 };
+use std::net::Ipv4Addr;
 
 struct Guest<'a> {
     s: &'a Subject,
@@ -153,7 +155,24 @@ async fn refused_starts(guest: &Guest<'_>) {
     spec.root.volume = VolumeId(s.env.uuid());
     refused(agent.guest_start(&s.change(), spec).await, ErrorKind::NotFound);
     let mut spec = guest.spec.clone();
-    spec.nics[0].network = NetworkId(s.env.uuid());
+    // What names the host is its policy's to grant.
+    let ungranted = ParentLink { parent: "karst-no-such".into(), vlan: None };
+    let routed = RoutedLink {
+        parent: None,
+        addresses: vec!["203.0.113.9".parse().unwrap()],
+        host: (Ipv4Addr::new(169, 254, 0, 1), "fe80::1".parse().unwrap()),
+        gateways: (true, true),
+    };
+    for link in [
+        NicLink::Bridge(ungranted.parent.clone()),
+        NicLink::Macvlan(ungranted.clone()),
+        NicLink::Physical(ungranted),
+        NicLink::Routed { link: routed, routes: vec![] },
+    ] {
+        spec.nics[0].link = link;
+        refused(agent.guest_start(&s.change(), spec.clone()).await, ErrorKind::Forbidden);
+    }
+    spec.nics[0].link = NicLink::Network(NetworkId(s.env.uuid()));
     refused(agent.guest_start(&s.change(), spec).await, ErrorKind::NotFound);
     let mut spec = guest.spec.clone();
     spec.nics[0].host_interface = "eth0".into();
@@ -207,9 +226,9 @@ async fn metrics(guest: &Guest<'_>) {
     .await;
     let later = agent.guest_metrics(&s.read(), vec![id]).await.unwrap();
     assert!(later[0].1.cpu_ns >= first.cpu_ns);
-    let leases = agent.network_leases(&s.read(), guest.spec.nics[0].network).await.unwrap();
+    let leases = agent.network_leases(&s.read(), guest.spec.nics[0].network().unwrap()).await.unwrap();
     assert!(leases.iter().any(|l| l.mac == guest.spec.nics[0].mac), "{leases:?}");
-    let state = agent.network_state(&s.read(), guest.spec.nics[0].network).await.unwrap();
+    let state = agent.network_state(&s.read(), guest.spec.nics[0].network().unwrap()).await.unwrap();
     assert!(state.ports.contains(&guest.spec.nics[0].host_interface), "{state:?}");
 }
 
@@ -363,6 +382,13 @@ async fn console(guest: &Guest<'_>) {
     );
     let second = agent.console_attach(&s.read(), ConsoleAttach { instance, force: true }).await.unwrap();
     read_all(one(first.fds)).await; // its end: the other took over
+    let size = SessionResize { session: second.value, columns: 120, rows: 40 };
+    let resized = agent.session_resize(&s.read(), size).await;
+    match guest.spec.kind {
+        InstanceKind::Container => resized.unwrap(),
+        // A serial line has no size; the simulation does not care.
+        InstanceKind::VirtualMachine => assert!(!resized.is_err_and(|e| e.kind != ErrorKind::Unsupported)),
+    }
     agent.session_close(&s.read(), first.value).await.unwrap();
     agent.session_close(&s.read(), second.value).await.unwrap();
     s.until("a console that is free again", s.boot, async || {

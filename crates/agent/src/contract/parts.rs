@@ -15,6 +15,14 @@ pub(super) async fn facts(s: &Subject) {
     assert!(check.leaks.is_empty(), "{check:?}");
 }
 
+/// What names something of the host is granted by its policy or refused, whether it is there or not.
+pub(super) async fn interfaces(s: &Subject) {
+    for name in ["lo", "karst-no-such", "../x"] {
+        let error = s.agent.link_state(&s.read(), name.to_owned()).await.expect_err("it is not granted");
+        assert!(matches!(error.kind, ErrorKind::Forbidden | ErrorKind::Invalid), "{error:?}");
+    }
+}
+
 pub(super) async fn fences(s: &Subject) {
     let spec = PoolSpec::own(PoolId(s.env.uuid()), PoolKind::Dir);
     let error = refused(s.agent.pool_ensure(&s.read(), spec.clone()).await, ErrorKind::Conflict);

@@ -141,13 +141,14 @@ calls! {
     mutate network_ensure(me, spec: NetworkSpec) -> () { me.ensure_network(spec) }
     mutate network_remove(me, network: NetworkId) -> () {
         let mut state = me.settled();
-        if state.guests.values().any(|g| g.runs() && g.spec.nics.iter().any(|n| n.network == network)) {
+        if state.guests.values().any(|g| g.runs() && g.spec.nics.iter().any(|n| n.network() == Some(network))) {
             return Err(Error::conflict("guests that run still use the network"));
         }
         state.networks.remove(&network);
         Ok(())
     }
     read network_leases(me, network: NetworkId) -> Vec<Lease> { me.leases(network) }
+    read link_state(me, name: String) -> NetworkState { me.link_state_of(&name) }
     read network_state(me, network: NetworkId) -> NetworkState { me.network(network) }
 
     mutate volume_create(me, spec: VolumeSpec) -> () { me.create_volume(spec) }
@@ -235,6 +236,7 @@ calls! {
     mutate guest_resume(me, guest: GuestRef) -> Observed { me.set_frozen(guest, false) }
     mutate guest_update(me, spec: GuestSpec) -> Applied {
         let mut state = me.settled();
+        me.check_guest(&state, &spec)?;
         let guest = state.running(GuestRef { instance: spec.instance, generation: spec.generation })?;
         if guest.refuses_update && guest.spec.limits != spec.limits {
             return Err(Error::conflict("the guest uses more than that"));
@@ -253,6 +255,7 @@ calls! {
             guest.spec.limits = spec.limits.clone();
         }
         guest.spec.disks = spec.disks.clone();
+        guest.spec.nics = spec.nics.clone();
         if spec.security != guest.spec.security {
             pending.push("security.nesting".into());
         }

@@ -207,7 +207,7 @@ impl State {
         for nic in &guest.spec.nics {
             let mut addresses = vec![];
             if up >= address_after
-                && let Some(network) = self.networks.get_mut(&nic.network)
+                && let Some(network) = nic.network().and_then(|id| self.networks.get_mut(&id))
                 && let Some(address) = network.lease(&nic.mac, nic.ipv4)
             {
                 let prefix = network.spec.spec.ipv4.map_or(32, |n| n.prefix_len());

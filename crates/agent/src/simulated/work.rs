@@ -14,13 +14,14 @@ use karst_model::{
     image::ImageFacts,
     instance::{ExitReason, Generation, InstanceKind, RuntimeState},
     network::Lease,
-    spec::{GuestSpec, NetworkSpec, VolumeSource},
+    spec::{GuestSpec, NetworkSpec, NicLink, NicSpec, VolumeSource},
     storage::VolumeContent,
 };
 use sha2::{Digest, Sha256};
 use std::{
     collections::BTreeSet,
     io::{Read, Seek, SeekFrom},
+    net::Ipv4Addr,
     time::Duration,
 };
 
@@ -122,9 +123,7 @@ impl SimulatedAgent {
             return Err(Error::conflict(format!("the root volume is in use by instance {other}")));
         }
         for nic in &spec.nics {
-            if !state.networks.contains_key(&nic.network) {
-                return Err(Error::not_found(format!("network {} is not on this host", nic.network)));
-            }
+            self.check_nic(state, nic)?;
             crate::names::check_host_interface(self.options.daemon_id.as_deref(), &nic.host_interface)?;
             let taken = state.guests.values().filter(|g| g.runs() && g.spec.instance != spec.instance);
             if taken.flat_map(|g| &g.spec.nics).any(|n| n.host_interface == nic.host_interface) {
@@ -340,8 +339,10 @@ impl SimulatedAgent {
                 spec.bridge
             )));
         }
-        let used =
-            state.guests.values().any(|g| g.runs() && g.spec.nics.iter().any(|n| n.network == spec.id));
+        let used = state
+            .guests
+            .values()
+            .any(|g| g.runs() && g.spec.nics.iter().any(|n| n.network() == Some(spec.id)));
         if let Some(network) = state.networks.get_mut(&spec.id) {
             if network.spec.bridge != spec.bridge && used {
                 return Err(Error::conflict("the bridge is in use by guests; stop them first"));
@@ -374,7 +375,7 @@ impl SimulatedAgent {
         }
         let up = |g: &&Guest| g.runs() && now.saturating_sub(g.started) >= self.options.address_after;
         for guest in state.guests.values().filter(up) {
-            for nic in guest.spec.nics.iter().filter(|n| n.network == id && !seen.contains(&n.mac)) {
+            for nic in guest.spec.nics.iter().filter(|n| n.network() == Some(id) && !seen.contains(&n.mac)) {
                 if let Some(address) = network.lease(&nic.mac, nic.ipv4) {
                     leases.push(Lease {
                         hostname: guest.spec.hostname.clone(),
@@ -386,6 +387,46 @@ impl SimulatedAgent {
             }
         }
         Ok(leases)
+    }
+
+    /// The simulated host has one interface that it grants, `granted0`, and routes 192.0.2.0/24.
+    fn check_nic(&self, state: &State, nic: &NicSpec) -> Result<()> {
+        let field = |key: &str| format!("devices.{}.{key}", nic.name);
+        let granted = |name: &str| self.link_state_of(name).map(drop).map_err(|e| e.at(field("parent")));
+        let routed = |net: &ipnet::IpNet, key: &str| {
+            let family = if net.addr().is_ipv4() { "ipv4" } else { "ipv6" };
+            match ipnet::IpNet::from(ipnet::Ipv4Net::new_assert(Ipv4Addr::new(192, 0, 2, 0), 24))
+                .contains(net)
+            {
+                true => Ok(()),
+                false => Err(Error::forbidden(format!("this host's policy does not grant {net}"))
+                    .at(field(&format!("{family}.{key}")))),
+            }
+        };
+        match &nic.link {
+            NicLink::Network(id) if state.networks.contains_key(id) => Ok(()),
+            NicLink::Network(id) => Err(Error::not_found(format!("network {id} is not on this host"))),
+            NicLink::Bridge(name) => granted(name),
+            NicLink::Macvlan(p) | NicLink::Physical(p) => granted(&p.parent),
+            NicLink::PointToPoint(routes) => routes.iter().try_for_each(|r| routed(r, "routes")),
+            NicLink::Routed { link, routes } => {
+                link.parent.iter().try_for_each(|p| granted(&p.parent))?;
+                link.addresses.iter().try_for_each(|a| routed(&(*a).into(), "address"))?;
+                routes.iter().try_for_each(|r| routed(r, "routes"))
+            }
+        }
+    }
+
+    pub(super) fn link_state_of(&self, name: &str) -> Result<NetworkState> {
+        match name {
+            "granted0" => Ok(NetworkState {
+                mac: "10:66:6a:00:00:02".into(),
+                mtu: 1500,
+                up: true,
+                ..NetworkState::default()
+            }),
+            _ => Err(Error::forbidden(format!("this host's policy does not grant the interface {name:?}"))),
+        }
     }
 
     pub(super) fn network(&self, id: NetworkId) -> Result<NetworkState> {
@@ -404,7 +445,7 @@ impl SimulatedAgent {
                 .map(|n| (n.addr().into(), n.prefix_len(), "global".into()))
                 .collect(),
             counters: [0; 4],
-            ports: ports.filter(|n| n.network == id).map(|n| n.host_interface.clone()).collect(),
+            ports: ports.filter(|n| n.network() == Some(id)).map(|n| n.host_interface.clone()).collect(),
         })
     }
 

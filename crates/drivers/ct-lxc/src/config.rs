@@ -187,22 +187,24 @@ pub fn render(guest: &ResolvedGuest, host: HostFeatures) -> Result<String> {
         set(&format!("lxc.prlimit.{name}"), &format!("{}:{}", text(limit.soft), text(limit.hard)));
     }
 
-    if guest.nics.is_empty() {
+    // The others are made by us (`nics`).
+    let ports: Vec<_> = guest.nics.iter().filter_map(|n| Some((n, n.bridge()?))).collect();
+    if ports.is_empty() {
         set("lxc.net.0.type", "empty");
     }
-    for (i, nic) in guest.nics.iter().enumerate() {
+    for (i, (nic, bridge)) in ports.into_iter().enumerate() {
         for (value, field) in [
-            (&nic.bridge, "network"),
-            (&nic.guest_name, "name"),
-            (&nic.mac, "hwaddr"),
-            (&nic.host_interface, "host_name"),
+            (bridge, "network"),
+            (nic.guest_name.as_str(), "name"),
+            (nic.mac.as_str(), "hwaddr"),
+            (nic.host_interface.as_str(), "host_name"),
         ] {
             line(value, &format!("devices.{}.{field}", nic.name))?;
         }
         let mut net = |key: &str, value: &str| set(&format!("lxc.net.{i}.{key}"), value);
         net("type", "veth");
         net("veth.pair", &nic.host_interface);
-        net("link", &nic.bridge);
+        net("link", bridge);
         net("name", &nic.guest_name);
         net("hwaddr", &nic.mac);
         net("flags", "up");
@@ -230,7 +232,7 @@ pub(crate) fn seccomp_file(state_dir: &Path) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use karst_guest::{DiskFormat, IdRange, ResolvedDisk, ResolvedNic};
+    use karst_guest::{DiskFormat, IdRange, ResolvedDisk, ResolvedLink, ResolvedNic};
     use karst_model::{
         instance::{Generation, InstanceKind},
         node::AcceleratorKind,
@@ -280,12 +282,15 @@ mod tests {
                 guest_name: "eth0".into(),
                 mac: "00:16:3e:01:02:03".into(),
                 host_interface: "vab12cd0001".into(),
-                bridge: "karstbr0".into(),
+                link: karst_guest::ResolvedLink::Bridge("karstbr0".into()),
                 mtu: Some(1400),
                 model: Default::default(),
                 disconnected: false,
                 pci: None,
                 boot_priority: 0,
+                host_name: None,
+                queue_length: None,
+                vlans: Default::default(),
             }],
             cloud_init: CloudInit::default(),
             environment: [("A".to_owned(), "b c".to_owned())].into(),
@@ -316,7 +321,7 @@ mod tests {
         let e = render(&bad, host).unwrap_err();
         assert_eq!(e.field.as_deref(), Some("config.environment.X"));
         let mut bad = guest();
-        bad.nics[0].bridge = "br0\nlxc.idmap =".into();
+        bad.nics[0].link = ResolvedLink::Bridge("br0\nlxc.idmap =".into());
         assert_eq!(render(&bad, host).unwrap_err().field.as_deref(), Some("devices.eth0.network"));
     }
 }

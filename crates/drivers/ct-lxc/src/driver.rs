@@ -2,12 +2,14 @@
 
 use crate::{
     attach,
+    balance::{self, Balancer},
     config::{Groups, HostFeatures, SECCOMP, render, seccomp_file},
     disks,
     end::{ended, exit_reason},
     guest_api,
     limits::limits,
-    proc::{Init, init_end, log_reason},
+    nics,
+    proc::{Init, init_end, log_reason, new_network},
     proxies,
     record::Record,
     seed,
@@ -34,6 +36,7 @@ use tokio::{sync::mpsc, time::timeout};
 
 mod beside;
 mod clearing;
+mod network;
 mod sampling;
 
 /// How long a start may take until init's program runs.
@@ -58,6 +61,7 @@ pub struct LxcDriver {
 
 struct Shared {
     options: LxcOptions,
+    balancer: Arc<Balancer>,
     cgroups: Arc<Cgroups>,
     host: HostFeatures,
     /// Set when the AppArmor profile is loaded: once by each daemon, which may be newer than the one before.
@@ -143,12 +147,15 @@ impl LxcDriver {
     pub fn new(options: LxcOptions) -> Result<Self> {
         let cgroups = Cgroups::detect()?;
         let host = HostFeatures::detect(cgroups.is_unified());
+        let cgroups = Arc::new(cgroups);
+        let (guests_dir, daemon_id) = (options.guests_dir.clone(), options.daemon_id.clone());
         Ok(Self {
             shared: Arc::new(Shared {
                 options,
                 host,
                 profile: tokio::sync::OnceCell::new(),
-                cgroups: Arc::new(cgroups),
+                balancer: Balancer::new(cgroups.clone(), guests_dir, daemon_id),
+                cgroups,
                 guests: Mutex::default(),
                 events: Mutex::default(),
             }),
@@ -282,6 +289,7 @@ impl Shared {
             }
             lock(&guest.watched).take_if(|w| *w == keeper_pid);
             let observed = shared.after_end(instance, &guest).await;
+            shared.balancer.wake();
             match observed {
                 Ok(observed) => shared.tell(observed),
                 Err(e) => {
@@ -302,6 +310,7 @@ impl Shared {
             let groups = Groups::of(&record.daemon_id, instance);
             let interfaces = record.nics.iter().map(|n| n.host_interface.as_str());
             self.clear_guest(&dir, &groups, interfaces).await?;
+            network::clear(&dir, &record).await?;
             self.clear_keeper(instance, &groups);
         }
         self.observe(instance).await
@@ -339,7 +348,13 @@ impl Shared {
         let interfaces = guest.nics.iter().map(|n| n.host_interface.as_str());
         let before = previous.iter().flat_map(|r| &r.nics).map(|n| n.host_interface.as_str());
         self.clear(dir, &groups, interfaces.clone().chain(before)).await?;
+        if let Some(previous) = &previous {
+            network::clear(dir, previous).await?;
+        }
         let mut record = Record::new(guest);
+        for nic in &mut record.nics {
+            nic.home = nic.spec.as_ref().map(nics::home).transpose()?.flatten();
+        }
         record.seed = seed_hash(guest);
         let outcome = self.start_new(guest, &groups, &record, previous.as_ref()).await;
         match outcome {
@@ -349,6 +364,7 @@ impl Shared {
                     let _ = self.stop_force(&running).await;
                     keeper::wait_gone(dir).await?;
                     self.clear(dir, &groups, interfaces).await?;
+                    network::clear(dir, &record).await?;
                     return Err(e);
                 }
                 self.watch(guest.instance, running.keeper.clone(), running.status.keeper_pid);
@@ -357,6 +373,7 @@ impl Shared {
             Err(e) => {
                 keeper::wait_gone(dir).await?;
                 self.clear(dir, &groups, interfaces).await?;
+                network::clear(dir, &record).await?;
                 Err(e)
             }
         }
@@ -400,6 +417,7 @@ impl Shared {
         for node in running.record.disks.iter().filter_map(|d| d.node.as_ref()) {
             running.permit_device(&node.rule(), true).await?;
         }
+        network::again(&running).await?;
         if !running.record.proxies.is_empty() {
             proxies::stop_all(&running.dir).await?;
             self.start_proxies(&running, &running.record.proxies).await?;
@@ -449,8 +467,10 @@ impl Shared {
         let free = rates.as_ref().filter(|_| guest.security.nesting && limits.io.is_empty());
         let record = &Record { disks: mounted, free_rates: free.is_some(), ..record.clone() };
         record.write(dir)?;
+        balance::note(dir, guest.limits.cpu.as_ref())?;
         self.cgroups.create(&groups.limits)?;
         self.cgroups.limit(&groups.limits, &limits)?;
+        self.balancer.wake();
         if let Some(mount) = free {
             beside::free_rates(mount, groups, guest.ids)?;
         }
@@ -515,9 +535,17 @@ impl Shared {
         };
         let waiting = async {
             let running = running(status?);
+            let mut missing = record.nics.iter().any(|n| n.plugged);
             // Nothing tells that a process has executed its program; the set-up takes about 20 ms.
-            while running.init().is_none() {
+            while missing || running.init().is_none() {
+                if missing && let Some((_, namespace)) = running.status.pid.and_then(new_network) {
+                    network::plug(dir, record, namespace).await?;
+                    missing = false;
+                }
                 tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            for nic in record.nics.iter().filter(|n| !n.plugged).filter_map(|n| n.spec.as_ref()) {
+                nics::settle(nic)?;
             }
             Ok::<_, Error>(running)
         };
@@ -630,18 +658,22 @@ impl GuestDriver for LxcDriver {
         let _changing = kept.changing.lock().await;
         let running = self.shared.running(guest.instance).await?;
         let (cgroups, group) = (&self.shared.cgroups, &running.groups.limits);
-        let limits = limits(guest);
+        let mut limits = limits(guest);
+        balance::keep(guest.limits.cpu.as_ref(), &mut limits.cpus, cgroups, group);
         cgroups.limit(group, &limits)?;
+        balance::note(&guest.state_dir, guest.limits.cpu.as_ref())?;
+        self.shared.balancer.wake();
         // Read again: another change may have ended while this one waited for its turn.
         let mut record = Record::read(&guest.state_dir)?.ok_or_else(not_running)?;
         let find =
             || running.init().ok_or_else(|| Error::unavailable("the guest is just starting; try again"));
         disks::update(&running, find, guest, &mut record).await?;
         self.shared.update_proxies(&running, &guest.proxies, &mut record).await?;
+        network::update(&running, guest, &mut record).await?;
         let new = Record::new(guest);
         let old = &mut record;
         let mut pending = vec![];
-        if old.nics != new.nics || old.free_rates && !limits.io.is_empty() {
+        if old.free_rates && !limits.io.is_empty() {
             pending.push("devices".to_owned());
         }
         if old.nesting != new.nesting {
@@ -673,6 +705,7 @@ impl GuestDriver for LxcDriver {
     }
 
     async fn adopt(&self) -> Result<Vec<Observed>> {
+        self.shared.balancer.wake();
         let mut adopted = vec![];
         let options = &self.shared.options;
         for found in keeper::find_all(&options.guests_dir)? {
@@ -744,6 +777,10 @@ impl GuestDriver for LxcDriver {
 
     async fn console(&self, instance: InstanceId, force: bool) -> Result<OwnedFd> {
         self.shared.running(instance).await?.keeper.attach(force).await
+    }
+
+    async fn console_resize(&self, instance: InstanceId, columns: u16, rows: u16) -> Result<()> {
+        self.shared.running(instance).await?.keeper.resize(columns, rows).await
     }
 
     async fn console_log(&self, instance: InstanceId, max: usize, clear: bool) -> Result<Vec<u8>> {

@@ -7,6 +7,7 @@
 
 pub mod apparmor;
 mod attach;
+mod balance;
 mod config;
 mod disks;
 mod driver;
@@ -15,6 +16,7 @@ mod ending;
 mod files;
 mod guest_api;
 mod limits;
+mod nics;
 mod proc;
 mod proxies;
 mod record;

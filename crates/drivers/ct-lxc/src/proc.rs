@@ -94,6 +94,21 @@ impl Init {
     }
 }
 
+/// The network namespace that `lxc-start` has made for its container, as soon as it has, and the process whose it is.
+pub(crate) fn new_network(monitor: u32) -> Option<(u32, OwnedFd)> {
+    let own = fs::metadata("/proc/self/ns/net").ok()?;
+    let children = fs::read_to_string(format!("/proc/{monitor}/task/{monitor}/children")).ok()?;
+    children.split_ascii_whitespace().filter_map(|p| p.parse::<u32>().ok()).find_map(|pid| {
+        let namespace = fs::File::open(format!("/proc/{pid}/ns/net")).ok()?;
+        let found = namespace.metadata().ok()?;
+        let first = status_field(pid, "NSpid")?.split_ascii_whitespace().last() == Some("1");
+        // Asked last: the process is still that child.
+        let child = status_field(pid, "PPid")? == monitor.to_string();
+        ((found.dev(), found.ino()) != (own.dev(), own.ino()) && first && child)
+            .then(|| (pid, namespace.into()))
+    })
+}
+
 /// How a container's init ended, when not by itself with code 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum InitEnd {

@@ -1,6 +1,6 @@
 //! What the driver keeps of a guest in its state directory (`guest.json`): enough to adopt it.
 
-use karst_guest::{IdRange, ResolvedGuest, keeper::write_private};
+use karst_guest::{IdRange, ResolvedGuest, ResolvedNic, keeper::write_private};
 use karst_host::mountns::{DeviceNumber, MountKey};
 use karst_model::{Error, InstanceId, Result, instance::Generation, spec::ProxySpec};
 use serde::{Deserialize, Serialize};
@@ -17,6 +17,38 @@ pub(crate) struct Nic {
     pub(crate) guest_name: String,
     pub(crate) mac: String,
     pub(crate) host_interface: String,
+    /// All of it; unknown of a start by an earlier version.
+    #[serde(default)]
+    pub(crate) spec: Option<ResolvedNic>,
+    /// It was made by us and not by `lxc-start`.
+    #[serde(default)]
+    pub(crate) plugged: bool,
+    /// Of an interface of the host, how it was there.
+    #[serde(default)]
+    pub(crate) home: Option<Home>,
+}
+
+impl Nic {
+    pub(crate) fn of(nic: &ResolvedNic) -> Self {
+        Self {
+            guest_name: nic.guest_name.clone(),
+            mac: nic.mac.clone(),
+            host_interface: nic.host_interface.clone(),
+            spec: Some(nic.clone()),
+            plugged: !crate::nics::by_lxc(nic),
+            home: None,
+        }
+    }
+}
+
+/// An interface of the host as it was before a container got it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Home {
+    pub(crate) name: String,
+    pub(crate) mac: String,
+    pub(crate) permanent: Option<String>,
+    pub(crate) mtu: u32,
+    pub(crate) up: bool,
 }
 
 /// A disk beside the root.
@@ -78,6 +110,9 @@ pub(crate) struct Record {
     pub(crate) ids: IdRange,
     pub(crate) root: PathBuf,
     pub(crate) nics: Vec<Nic>,
+    /// Ports that `lxc-start` makes at each reboot though they were unplugged.
+    #[serde(default)]
+    pub(crate) gone: Vec<String>,
     #[serde(default)]
     pub(crate) disks: Vec<Disk>,
     #[serde(default)]
@@ -112,15 +147,8 @@ impl Record {
             domain_id: guest.domain_id,
             ids: guest.ids,
             root: guest.root.path.clone(),
-            nics: guest
-                .nics
-                .iter()
-                .map(|n| Nic {
-                    guest_name: n.guest_name.clone(),
-                    mac: n.mac.clone(),
-                    host_interface: n.host_interface.clone(),
-                })
-                .collect(),
+            nics: guest.nics.iter().map(Nic::of).collect(),
+            gone: vec![],
             disks: vec![],
             proxies: guest.proxies.clone(),
             environment: guest.environment.clone(),

@@ -267,7 +267,7 @@ async fn a_start_that_fails_says_why_and_leaves_nothing() {
     let driver = place.driver();
     let guest = place.guest(4);
     let mut bad = guest.clone();
-    bad.nics[0].bridge = "nosuchbridge0".into();
+    bad.nics[0].link = karst_guest::ResolvedLink::Bridge("nosuchbridge0".into());
     let e = driver.start(&bad).await.unwrap_err();
     assert!(e.message.contains("nosuchbridge0"), "{e:?}");
     place.assert_clean();
@@ -395,7 +395,7 @@ async fn starter() {
     guest.instance = parts[1].parse().unwrap();
     guest.state_dir = Path::new(dir).join(parts[1]);
     guest.root.path = parts[2].into();
-    guest.nics[0].bridge = parts[3].into();
+    guest.nics[0].link = karst_guest::ResolvedLink::Bridge(parts[3].into());
     driver.unwrap().start(&guest).await.unwrap();
     println!("STARTED");
     std::future::pending::<()>().await;

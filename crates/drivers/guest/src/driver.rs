@@ -2,7 +2,7 @@
 
 use crate::ResolvedGuest;
 use async_trait::async_trait;
-use karst_model::{InstanceId, Result, SnapshotId, instance::InstanceKind};
+use karst_model::{Error, InstanceId, Result, SnapshotId, instance::InstanceKind};
 use std::os::fd::OwnedFd;
 use tokio::sync::mpsc;
 
@@ -53,6 +53,11 @@ pub trait GuestDriver: Send + Sync {
     /// Attaches to the console: a bidirectional stream descriptor (pty master side or socket). A new attachment ends
     /// the one before only when `force`; else conflict.
     async fn console(&self, instance: InstanceId, force: bool) -> Result<OwnedFd>;
+
+    /// New size of the console's terminal, where it is one.
+    async fn console_resize(&self, _instance: InstanceId, _columns: u16, _rows: u16) -> Result<()> {
+        Err(Error::unsupported("a serial console has no size"))
+    }
 
     /// The kept console log, newest at the end, at most `max` bytes; `clear` empties it.
     async fn console_log(&self, instance: InstanceId, max: usize, clear: bool) -> Result<Vec<u8>>;

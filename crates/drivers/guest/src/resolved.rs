@@ -1,8 +1,9 @@
 //! Resolved specifications: things of this machine in place of ids.
 
+use ipnet::IpNet;
 use karst_model::{
     Error, InstanceId, Result,
-    device::{DiskIo, NicModel},
+    device::{DiskIo, NicModel, ParentLink, PortVlans, RoutedLink},
     instance::{Generation, InstanceKind},
     node::AcceleratorKind,
     spec::{CloudInit, Limits, MachineSpec, ProxySpec, Security},
@@ -163,6 +164,28 @@ pub struct ResolvedNode {
     pub mode: u32,
 }
 
+/// What a NIC is attached to.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ResolvedLink {
+    /// A bridge.
+    Bridge(String),
+    /// An address of its own on an interface of the host.
+    Macvlan(ParentLink),
+    /// An interface of the host itself.
+    Physical(ParentLink),
+    /// A cable between host and guest, and subnets that are reached over it.
+    PointToPoint(Vec<IpNet>),
+    /// A cable with addresses that the host answers for, and subnets that are reached over it.
+    Routed {
+        /// The addresses.
+        #[serde(flatten)]
+        link: RoutedLink,
+        /// The subnets.
+        routes: Vec<IpNet>,
+    },
+}
+
 /// A NIC: an interface of the host that exists.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct ResolvedNic {
@@ -177,8 +200,9 @@ pub struct ResolvedNic {
     /// Host interface: for a container the driver makes a veth of this name and puts it into `bridge`; for a virtual
     /// machine a tap of this name.
     pub host_interface: String,
-    /// Bridge it belongs to.
-    pub bridge: String,
+    /// What it is attached to.
+    #[serde(flatten)]
+    pub link: ResolvedLink,
     /// MTU.
     pub mtu: Option<u32>,
     /// What a virtual machine sees.
@@ -189,4 +213,23 @@ pub struct ResolvedNic {
     pub pci: Option<String>,
     /// Boot order, higher first.
     pub boot_priority: u32,
+    /// Another name of the host's interface.
+    #[serde(default)]
+    pub host_name: Option<String>,
+    /// Packets that may wait to be sent, on the host's side.
+    #[serde(default)]
+    pub queue_length: Option<u32>,
+    /// VLANs of a port of a bridge.
+    #[serde(default)]
+    pub vlans: PortVlans,
+}
+
+impl ResolvedNic {
+    /// The bridge whose port it is.
+    pub fn bridge(&self) -> Option<&str> {
+        match &self.link {
+            ResolvedLink::Bridge(bridge) => Some(bridge),
+            _ => None,
+        }
+    }
 }

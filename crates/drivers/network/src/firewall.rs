@@ -7,6 +7,7 @@
 //! - firewalld: the bridge joins the zone `trusted`, at run time only.
 //! - Any other base chain that drops by default is named in a warning.
 
+use crate::loose::Loose;
 use crate::{
     record::Paths,
     rules,
@@ -22,6 +23,8 @@ use std::{collections::BTreeSet, fmt::Write};
 pub(crate) struct Firewall {
     /// Networks as they are wanted, by id: filled by the driver.
     pub known: Vec<NetworkSpec>,
+    /// Ports on no network, by guest.
+    pub loose: Loose,
     /// Generation of the ruleset at which everything was found right, and what was wanted then.
     settled: Option<(u32, Vec<NetworkSpec>)>,
     /// The daemon's tables as they were applied last.
@@ -106,6 +109,12 @@ impl Backend {
 }
 
 impl Firewall {
+    /// Replaces the ports on no network; applied by the next [`Firewall::reconcile`].
+    pub fn set_loose(&mut self, loose: Loose) {
+        self.loose = loose;
+        self.settled = None;
+    }
+
     /// Makes the host's rules what the known networks want. Microseconds when nobody changed anything since the last time;
     /// a change of ours alone costs what it changes.
     pub async fn reconcile(&mut self, daemon: &str, paths: &Paths) -> Result<()> {
@@ -200,7 +209,7 @@ impl Firewall {
     /// Brings the daemon's own tables up to date. Answers the generation at which they are, and everything else is as it was
     /// at `generation`.
     async fn own_tables(&mut self, daemon: &str, networks: &[NetworkSpec], generation: u32) -> Result<u32> {
-        let wanted = rules::tables(daemon, networks, self.bridge_reject().await?);
+        let wanted = rules::tables(daemon, networks, self.bridge_reject().await?, &self.loose);
         if let Some(applied) = &mut self.tables
             && applied.generation == Some(generation)
         {

@@ -9,6 +9,7 @@ mod bridge;
 mod dnsmasq;
 mod firewall;
 mod leases;
+mod loose;
 mod record;
 mod render;
 mod rules;
@@ -24,6 +25,7 @@ use karst_model::{
     network::Lease,
     spec::{NetworkHost, NetworkSpec},
 };
+pub use loose::LoosePort;
 use record::{Paths, Record};
 use serde::{Deserialize, Serialize};
 use std::{

@@ -159,7 +159,7 @@ impl Paths {
 
 /// The JSON in a file; `None` when there is no file, or one that a power cut left empty or torn (what it would say is
 /// written again by `ensure`).
-fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     match fs::read(path) {
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e.into()),

@@ -8,7 +8,10 @@
 //!
 //! A packet's way through these rules is what `karst_model::firewall::evaluate` says in words.
 
-use crate::ruleset::Table;
+use crate::{
+    loose::{self, Loose, has_rules},
+    ruleset::Table,
+};
 use karst_model::{
     AclId, NetworkId,
     firewall::{
@@ -29,12 +32,19 @@ pub(crate) fn table_name(daemon: &str) -> String {
 }
 
 /// The daemon's tables `inet` and `bridge`; `bridge_reject`: this kernel can answer what it refuses on a bridge.
-pub(crate) fn tables(daemon: &str, networks: &[NetworkSpec], bridge_reject: bool) -> [Table; 2] {
+pub(crate) fn tables(
+    daemon: &str,
+    networks: &[NetworkSpec],
+    bridge_reject: bool,
+    loose: &Loose,
+) -> [Table; 2] {
     let mut inet = Table::new("inet", table_name(daemon));
     let mut bridge = Table::new("bridge", table_name(daemon));
     translation(daemon, &mut inet, networks);
     edges(daemon, &mut inet, networks);
-    ports(daemon, &mut bridge, networks, bridge_reject);
+    let unmanaged = loose::network(loose);
+    ports(daemon, &mut bridge, networks, &unmanaged, bridge_reject);
+    loose::cables(&mut inet, loose);
     [inet, bridge]
 }
 
@@ -428,20 +438,26 @@ fn named(t: &mut Table, name: &str, v4: bool, ranges: &[AddressRange]) -> String
     name
 }
 
-fn has_rules(port: &PortSpec) -> bool {
-    *port != PortSpec { interface: port.interface.clone(), ..Default::default() }
-}
-
 /// What single ports may send and get.
-fn ports(daemon: &str, t: &mut Table, networks: &[NetworkSpec], bridge_reject: bool) {
+fn ports(
+    daemon: &str,
+    t: &mut Table,
+    networks: &[NetworkSpec],
+    unmanaged: &NetworkSpec,
+    bridge_reject: bool,
+) {
     let with_port = |n: &NetworkSpec| {
         n.hosts
             .iter()
             .filter_map(|h| Some((h.clone(), h.port.clone().filter(has_rules)?)))
             .collect::<Vec<_>>()
     };
-    let guarded: Vec<(&NetworkSpec, Vec<(NetworkHost, PortSpec)>)> =
-        networks.iter().map(|n| (n, with_port(n))).filter(|(_, p)| !p.is_empty()).collect();
+    let guarded: Vec<(&NetworkSpec, Vec<(NetworkHost, PortSpec)>)> = networks
+        .iter()
+        .chain([unmanaged])
+        .map(|n| (n, with_port(n)))
+        .filter(|(_, p)| !p.is_empty())
+        .collect();
     if guarded.is_empty() {
         return;
     }
@@ -582,14 +598,15 @@ fn filters(t: &mut Table, network: &NetworkSpec, host: &NetworkHost, port: &Port
 }
 
 fn limits(t: &mut Table, port: &PortSpec) {
-    for (limit, map, letter) in
-        [(port.egress_limit, "limit_from", 'e'), (port.ingress_limit, "limit_to", 'i')]
+    let priority = port.priority.and_then(loose::priority);
+    for (limit, priority, map, letter) in
+        [(port.egress_limit, priority, "limit_from", 'e'), (port.ingress_limit, None, "limit_to", 'i')]
     {
-        let Some(bits) = limit else { continue };
-        let bytes = (bits / 8).max(1);
-        let burst = (bytes / 8).clamp(65_536, 1 << 30);
+        if limit.is_none() && priority.is_none() {
+            continue;
+        }
         let chain = format!("l_{letter}_{}", port.interface.replace(['.', '-'], "_"));
-        t.chain(&chain).push(format!("limit rate over {bytes} bytes/second burst {burst} bytes drop"));
+        t.chain(&chain).extend(limit.map(loose::rate).into_iter().chain(priority));
         t.map(map, "").insert(format!("\"{}\" : jump {chain}", port.interface));
     }
 }

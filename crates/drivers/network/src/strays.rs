@@ -30,8 +30,8 @@ impl NetworkDriver {
             Ok((specs, found))
         })
         .await?;
-        let wanted = rules::tables(&self.0.daemon, &specs, true);
-        found.extend(tables(&self.0.daemon, &wanted, &specs).await?);
+        let wanted = rules::tables(&self.0.daemon, &specs, true, &firewall.loose);
+        found.extend(tables(&self.0.daemon, &wanted).await?);
         found.extend(firewall::stray_chains(&self.0.daemon, !specs.is_empty()).await?);
         drop(firewall);
         Ok(found)
@@ -39,7 +39,7 @@ impl NetworkDriver {
 }
 
 /// Tables of our name that no network wants, and chains, sets and maps in them that none does.
-async fn tables(daemon: &str, wanted: &[Table], specs: &[NetworkSpec]) -> Result<Vec<String>> {
+async fn tables(daemon: &str, wanted: &[Table]) -> Result<Vec<String>> {
     let name = rules::table_name(daemon);
     let mut found = vec![];
     let text = |v: &Value, key: &str| v[key].as_str().unwrap_or_default().to_owned();
@@ -49,8 +49,7 @@ async fn tables(daemon: &str, wanted: &[Table], specs: &[NetworkSpec]) -> Result
             continue;
         }
         let family = text(table, "family");
-        let Some(wanted) = wanted.iter().find(|w| w.family == family && !w.is_empty() && !specs.is_empty())
-        else {
+        let Some(wanted) = wanted.iter().find(|w| w.family == family && !w.is_empty()) else {
             found.push(format!("nft table {family} {name}"));
             continue;
         };

@@ -285,6 +285,7 @@ impl Shared {
                 launch::remove_sockets(dir);
                 keeper::wait_gone(dir).await?;
                 tpm::end(dir).await?;
+                launch::drop_links(&record)?;
                 groups.remove(&self.cgroups).await?;
                 Err(e)
             }
@@ -298,6 +299,10 @@ impl Shared {
         record: &Record,
     ) -> Result<(Keeper, Status)> {
         let dir = &guest.state_dir;
+        if guest.nics.iter().any(|n| n.bridge().is_none()) {
+            // Its interface outlives QEMU: it is known before it is made.
+            record.write(dir)?;
+        }
         let (mut spec, mut fds) = {
             let (guest, groups, cgroups) = (guest.clone(), groups.clone(), self.cgroups.clone());
             let record = record.clone();
@@ -532,6 +537,7 @@ impl GuestDriver for QemuDriver {
             launch::remove_sockets(&found.dir);
             keeper::wait_gone(&found.dir).await?;
             tpm::end(&found.dir).await?;
+            launch::drop_links(&record)?;
             Groups::of(&record.daemon_id, record.instance).remove(&shared.cgroups).await?;
         }
         Ok(adopted)
@@ -548,6 +554,9 @@ impl GuestDriver for QemuDriver {
         shared.settle(&slot).await;
         keeper::wait_gone(&dir).await?;
         tpm::end(&dir).await?;
+        if let Some(record) = Record::read(&dir)? {
+            launch::drop_links(&record)?;
+        }
         Groups::of(&shared.options.daemon_id, instance).remove(&shared.cgroups).await?;
         match tokio::fs::remove_dir_all(&dir).await {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),

@@ -9,16 +9,17 @@ use crate::{
     seed, share,
 };
 use karst_guest::{
-    DiskFormat, ResolvedDisk, ResolvedGuest, ResolvedNic,
+    DiskFormat, ResolvedDisk, ResolvedGuest, ResolvedLink, ResolvedNic,
     keeper::{Console, Spec},
 };
 use karst_host::{
     Program,
     cgroup::{CgroupLimits, Cgroups},
-    tap,
+    link, tap,
 };
 use karst_model::{
     Error, ErrorKind, InstanceId, Result,
+    device::ParentLink,
     instance::Firmware,
     node::AcceleratorKind,
     spec::{CpuAllowance, CpuLimit},
@@ -145,14 +146,70 @@ pub(crate) fn open_disk(disk: &ResolvedDisk) -> Result<(OwnedFd, Option<OwnedFd>
     Ok((file.into(), base, block))
 }
 
-/// The tap of a NIC.
-pub(crate) fn open_tap(nic: &ResolvedNic) -> Result<OwnedFd> {
-    tap::open(&tap::TapSpec {
-        name: &nic.host_interface,
-        bridge: &nic.bridge,
-        guest_mac: &nic.mac,
-        mtu: nic.mtu,
-    })
+/// The host's side of a NIC: a tap in a bridge, or a macvtap, which the caller deletes at the end.
+pub(crate) fn open_tap(dir: &Path, nic: &ResolvedNic) -> Result<OwnedFd> {
+    let field = |key: &str| format!("devices.{}.{key}", nic.name);
+    let tap = match &nic.link {
+        ResolvedLink::Bridge(bridge) => {
+            tap::open(&tap::TapSpec { name: &nic.host_interface, bridge, guest_mac: &nic.mac, mtu: nic.mtu })?
+        }
+        ResolvedLink::Macvlan(ParentLink { parent, vlan }) => {
+            let name = vlan.map_or_else(|| parent.clone(), |v| format!("{parent}.{v}"));
+            let found = link::get(&name)?.ok_or_else(|| {
+                Error::not_found(format!("this host has no interface {name:?}")).at(field("parent"))
+            })?;
+            drop_link(nic)?;
+            karst_host::nic::create_macvtap(&found, &nic.host_interface, &nic.mac, nic.mtu)
+                .map_err(|e| e.at(field("parent")))?;
+            let opened = link::set_up(&nic.host_interface, true)
+                .and_then(|()| tap::open_macvtap(&nic.host_interface, dir));
+            if opened.is_err() {
+                drop_link(nic)?;
+            }
+            opened?
+        }
+        _ => {
+            return Err(Error::unsupported("a virtual machine has NICs on bridges and macvlan only")
+                .at(field("nictype")));
+        }
+    };
+    if let Some(other) = &nic.host_name {
+        karst_host::nic::add_name(&nic.host_interface, other).map_err(|e| e.at(field("host_name")))?;
+    }
+    if let Some(packets) = nic.queue_length {
+        karst_host::nic::set_queue_length(&nic.host_interface, packets)?;
+    }
+    if let (Some(vlan), Some(_)) = (nic.vlans.untagged, nic.bridge()) {
+        karst_host::nic::add_port_vlan(&nic.host_interface, vlan, true).map_err(|e| e.at(field("vlan")))?;
+        if vlan != 1 {
+            karst_host::nic::delete_port_vlan(&nic.host_interface, 1)?;
+        }
+    }
+    for vlan in nic.vlans.tagged.iter().filter(|v| nic.vlans.untagged != Some(**v)) {
+        karst_host::nic::add_port_vlan(&nic.host_interface, *vlan, false)
+            .map_err(|e| e.at(field("vlan.tagged")))?;
+    }
+    Ok(tap)
+}
+
+/// Deletes what stays on the host when the descriptor is closed; fine when it is not there.
+pub(crate) fn drop_link(nic: &ResolvedNic) -> Result<()> {
+    match &nic.link {
+        ResolvedLink::Macvlan(_) => match link::delete(&nic.host_interface) {
+            Err(e) if !e.is(ErrorKind::NotFound) => Err(e),
+            _ => Ok(()),
+        },
+        _ => Ok(()),
+    }
+}
+
+/// The same for all NICs of a machine that has ended.
+pub(crate) fn drop_links(record: &Record) -> Result<()> {
+    let mut outcome = Ok(());
+    for nic in record.devices.iter().flat_map(|d| &d.nics) {
+        outcome = outcome.and(drop_link(nic));
+    }
+    outcome
 }
 
 /// The seed as a sealed, read-only descriptor without a name: user data is in no file.
@@ -265,7 +322,7 @@ pub(crate) fn prepare(
     fds.push((fd::AGENT, listen(&guest.state_dir, AGENT)?));
     fds.push((fd::LINK, listen(&guest.state_dir, LINK)?));
     for (i, n) in guest.nics.iter().enumerate() {
-        fds.push((fd::NIC + i as i32, open_tap(n)?));
+        fds.push((fd::NIC + i as i32, open_tap(&guest.state_dir, n)?));
     }
     cgroups.create(&groups.machine)?;
     cgroups.limit(&groups.machine, &limits(guest))?;

@@ -502,6 +502,10 @@ impl Owner {
         if !replaced && let Err(e) = tpm::end(&self.machine.dir).await {
             tracing::warn!(%instance, error = %e, context = e.context, "the TPM of a guest could not be ended");
         }
+        let record = self.machine.record().clone();
+        if !replaced && let Err(e) = crate::launch::drop_links(&record) {
+            tracing::warn!(%instance, error = %e, context = e.context, "a network interface of a guest could not be removed");
+        }
         if !replaced && let Err(e) = groups.remove(&self.cgroups).await {
             tracing::warn!(%instance, error = %e, context = e.context, "control groups of a guest could not be removed");
         }

@@ -170,6 +170,7 @@ impl Change<'_> {
             }
             self.unplug(&nic.slot, &nic.name).await?;
             self.clear_nic(&nic.slot).await?;
+            launch::drop_link(nic)?;
             self.note(|d| d.nics.retain(|x| x.slot != nic.slot))?;
         }
         Ok(())
@@ -263,6 +264,7 @@ impl Change<'_> {
             self.clear_nic(&nic.slot).await?;
             if let Err(e) = self.plug_nic(nic).await {
                 self.clear_nic(&nic.slot).await?;
+                launch::drop_link(nic)?;
                 self.note(|d| d.nics.retain(|x| x.slot != nic.slot))?;
                 return Err(refused(e, &nic.name));
             }
@@ -301,7 +303,7 @@ impl Change<'_> {
 
     async fn plug_nic(&self, nic: &ResolvedNic) -> Result<()> {
         let device = Nic::new(nic);
-        let tap = launch::open_tap(nic)?;
+        let tap = launch::open_tap(&self.machine.dir, nic)?;
         let name = format!("tap-{}", nic.slot);
         self.qmp.execute_with_fd("getfd", json!({"fdname": name}), tap.as_fd()).await?;
         self.qmp.execute("netdev_add", device.host(&name)).await?;

@@ -131,7 +131,7 @@ impl Record {
                     name: n.name.clone(),
                     mac: n.mac.clone(),
                     host_interface: n.host_interface.clone(),
-                    bridge: n.bridge.clone(),
+                    bridge: n.bridge().unwrap_or_default().to_owned(),
                 })
                 .collect(),
             environment: guest.environment.clone(),

@@ -248,7 +248,7 @@ async fn failures(place: &Place, driver: &dyn GuestDriver) {
         assert_eq!(driver.observe(g.instance).await.unwrap().state, RuntimeState::Stopped);
         e
     };
-    let e = fails(&|g| g.nics[0].bridge = "ktv-none".into()).await;
+    let e = fails(&|g| g.nics[0].link = karst_guest::ResolvedLink::Bridge("ktv-none".into())).await;
     assert!(e.is(ErrorKind::NotFound) && e.message.contains("ktv-none"), "{e}");
     let e = fails(&|g| g.root.path = "/nonexistent".into()).await;
     assert!(e.is(ErrorKind::NotFound), "{e}");

@@ -130,6 +130,8 @@ impl Engine {
         }
         let (config, own) = of.config()?;
         let mut devices = of.devices()?;
+        // The root becomes a volume of the instance's own.
+        expand::own_root(&mut devices);
         let wanted = request.name.as_deref().filter(|n| !n.is_empty());
         let name = Name::parse("name", wanted.unwrap_or(&index.name))?;
         runner::start::<InstanceImport>(inner, context, |tx| {
@@ -152,6 +154,7 @@ impl Engine {
                 target: None,
             };
             let mut create = plan_create(inner, &records, tx, &project, name.clone(), &create)?;
+            create.demand_own_root()?;
             let instance = &mut create.instance;
             instance.image_properties = own
                 .iter()
@@ -375,6 +378,7 @@ fn root_in(
         if let Some((name, root)) = profile.devices.iter().find(|(_, d)| is_root(d)) {
             let mut root = root.clone();
             root.insert("pool".into(), pool.into());
+            root.remove("source");
             devices.insert(name.clone(), root);
             return Ok(());
         }

@@ -98,6 +98,7 @@ impl Engine {
             merged.retain(|_, v| !v.is_empty());
             copy.config = merged;
             let mut all_devices = devices.clone();
+            expand::own_root(&mut all_devices);
             all_devices.append(&mut copy.devices);
             copy.devices = all_devices;
             if copy.profiles.is_none() {
@@ -108,6 +109,7 @@ impl Engine {
                 copy.description.clone_from(&source.description);
             }
             let mut create = plan_create(inner, &records, tx, &project, name.clone(), &copy)?;
+            create.demand_own_root()?;
             let instance = &mut create.instance;
             if instance.node != source.node {
                 return Err(Error::unsupported("copies to another node are not there yet").at("target"));

@@ -18,8 +18,9 @@ use karst_model::{
     guest::Observed,
     instance::{DesiredPower, Generation, Hardware, Instance, InstanceKind, Lifecycle},
     keys, keys_machine,
-    spec::{GuestSpec, VolumeSource, VolumeSpec},
+    spec::{GuestSpec, NicSpec, VolumeSource, VolumeSpec},
     storage::{Volume, VolumeContent, VolumeOwner},
+    uplink::NetworkForm,
 };
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, time::Duration};
@@ -230,13 +231,26 @@ pub(crate) fn plan(
     tx.expect_unlocked(&crate::storage::pool_lock(pool.id));
     tx.touch(&crate::storage::pool_lock(pool.id));
     instance.pool = pool.id;
+    let attached = super::disks::custom_root(records, &instance, &parsed)?.cloned();
+    if let Some(volume) = &attached {
+        if image.is_some() {
+            return Err(Error::invalid(
+                "source",
+                "a root disk that is a custom volume has its content already; leave the image out",
+            ));
+        }
+        instance.root = volume.id;
+    }
     check_nics(records, tx, &parsed)?;
     if request.kind == InstanceKind::VirtualMachine {
         let facts = node.facts.as_ref().ok_or_else(|| {
             Error::unavailable("the host has not reported what it is yet; try again in a moment")
         })?;
         let machine = facts.default_machine.clone().ok_or_else(|| {
-            Error::unsupported("virtual machines need QEMU on the host; install the package qemu-system-x86")
+            Error::unsupported(
+                "virtual machines need QEMU, of which the host does not know; install the package qemu-system-x86, \
+                 or look at the host's warnings",
+            )
         })?;
         let kvm = facts.accelerator.kind == karst_model::node::AcceleratorKind::Kvm;
         let choice = keys_machine::hardware(&config)?;
@@ -256,7 +270,7 @@ pub(crate) fn plan(
         &BTreeMap::new(),
         &parsed,
         instance.hardware.as_ref(),
-        volume_id,
+        instance.root,
         &inner.daemon_id,
         &mut |b| inner.env.fill_random(b),
     );
@@ -273,7 +287,7 @@ pub(crate) fn plan(
         (InstanceKind::VirtualMachine, None) => Some(DEFAULT_VM_DISK),
         (InstanceKind::Container, None) => None,
     };
-    let volume = Volume {
+    let own = Volume {
         id: volume_id,
         pool: pool.id,
         project: project.id,
@@ -286,6 +300,7 @@ pub(crate) fn plan(
         spec_version: 1,
         created_at: now,
     };
+    let volume = attached.as_ref().map_or(own, |row| row.value.clone());
     admit(records, tx, project.id, &Planned { instance: Some(&instance), ..Default::default() })?;
     // Whatever is wrong with it is said now, not at the first start.
     inner.guest_spec(records, &instance, 0)?;
@@ -307,6 +322,7 @@ pub(crate) fn plan(
         image: image.map(|i| i.id),
         instance,
         volume,
+        attached: attached.is_some(),
         start,
     })
 }
@@ -323,9 +339,20 @@ pub(crate) fn check_devices(devices: &Devices) -> Result<()> {
 pub(crate) fn check_nics(records: &Records, tx: &mut Tx, parsed: &expand::ParsedDevices) -> Result<()> {
     let mut seen = std::collections::BTreeSet::new();
     for (device, nic) in &parsed.nics {
-        let NicDevice { network, ipv4, ipv6, port, routes, .. } = nic;
-        let row = records.network(network).map_err(|e| e.at(format!("devices.{device}.network")))?;
-        let bridge = karst_model::network::BridgeSpec::parse(&row.name, &row.config)?;
+        let NicDevice { ipv4, ipv6, port, routes, .. } = nic;
+        let Some((network, row)) = super::nics::network_of(records, device, nic)? else { continue };
+        let bridge = match row.form()? {
+            NetworkForm::Bridge(bridge) => bridge,
+            NetworkForm::Uplink(uplink) => {
+                super::nics::demand_plain(device, nic, uplink.kind)?;
+                if seen.insert(row.id) {
+                    tx.expect(row);
+                    tx.expect_unlocked(&crate::network::lock(row.id));
+                    tx.touch(&crate::network::lock(row.id));
+                }
+                continue;
+            }
+        };
         if let Some(address) = ipv4
             && !bridge.ipv4.is_some_and(|n| n.contains(address))
         {
@@ -363,7 +390,7 @@ pub(crate) fn check_nics(records: &Records, tx: &mut Tx, parsed: &expand::Parsed
 
 /// The networks that a start needs.
 pub(crate) fn networks_of(spec: &GuestSpec) -> Vec<NetworkId> {
-    let mut ids: Vec<_> = spec.nics.iter().map(|n| n.network).collect();
+    let mut ids: Vec<_> = spec.nics.iter().filter_map(NicSpec::network).collect();
     ids.sort();
     ids.dedup();
     ids
@@ -383,6 +410,9 @@ pub struct StartPlan {
 pub struct CreatePlan {
     pub(crate) instance: Instance,
     pub(crate) volume: Volume,
+    /// The root volume is a custom one, which was there before and stays when the instance goes.
+    #[serde(default)]
+    attached: bool,
     source: VolumeSource,
     image: Option<ImageId>,
     pub(crate) start: Option<StartPlan>,
@@ -396,7 +426,23 @@ impl CreatePlan {
         tx.create(i);
         tx.take_name("instances", &i.project.to_string(), &i.name, &i.id.to_string());
         tx.take_name("vmids", "", &i.vmid.to_string(), &i.id.to_string());
-        tx.create(&self.volume);
+        if !self.attached {
+            tx.create(&self.volume);
+        }
+    }
+
+    /// Of an instance whose root is filled: it must be the instance's own.
+    ///
+    /// # Errors
+    /// Conflict when a profile says that it is a custom volume.
+    pub(crate) fn demand_own_root(&self) -> Result<()> {
+        match self.attached {
+            false => Ok(()),
+            true => Err(Error::conflict(
+                "the root disk of a profile is a custom volume, which would be overwritten; give the instance a root disk of its own",
+            )
+            .at("devices")),
+        }
     }
 
     /// What is told of it when it is there.
@@ -426,7 +472,7 @@ impl Saga for InstanceCreate {
     type Outputs = CreateOutputs;
 
     fn has(plan: &CreatePlan, step: usize) -> bool {
-        step == 0 || plan.start.is_some()
+        if step == 0 { !plan.attached } else { plan.start.is_some() }
     }
 
     fn locks(plan: &CreatePlan) -> Vec<String> {

@@ -1,4 +1,4 @@
-//! Deleting instances.
+//! Deleting instances, with what they own or without it: then their volumes become custom ones.
 
 use super::{lock, path};
 use crate::{
@@ -9,13 +9,13 @@ use crate::{
     saga::{Saga, StepContext, runner},
 };
 use async_trait::async_trait;
-use karst_agent::VolumeRef;
+use karst_agent::{VolumeRef, VolumeSnapshotRef};
 use karst_model::{
-    Error, InstanceId, NodeId, Result,
+    Error, InstanceId, Name, NodeId, Result,
     access::Permission,
     backup::BackupOwner,
     instance::{Lifecycle, Runtime, Status},
-    storage::VolumeOwner,
+    storage::{Volume, VolumeOwner},
 };
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -30,6 +30,31 @@ impl Engine {
         context: &Context,
         project: &str,
         name: &str,
+    ) -> Result<LiveOperation> {
+        self.delete_instance(context, project, name, false).await
+    }
+
+    /// Deletes a stopped instance and keeps its volumes: one that it owns becomes a custom volume of the instance's name.
+    /// What was a custom volume before stays one, as it does with [`Engine::instance_delete`].
+    ///
+    /// # Errors
+    /// Not found, conflict when it runs or is busy or a custom volume has the name already, forbidden.
+    pub async fn instance_undefine(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+    ) -> Result<LiveOperation> {
+        self.volume_editor(context, project)?;
+        self.delete_instance(context, project, name, true).await
+    }
+
+    async fn delete_instance(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        keep: bool,
     ) -> Result<LiveOperation> {
         let project = self.project(context, project, Permission::ResourceEdit)?;
         let inner = self.inner();
@@ -49,14 +74,37 @@ impl Engine {
                 )));
             }
             tx.expect(row);
-            let volumes = records
-                .volumes
-                .values()
-                .filter(|v| v.owner == VolumeOwner::Instance { instance: row.id })
-                .map(|v| VolumeRef { pool: v.pool, volume: v.id })
-                .collect();
+            let (mut volumes, mut kept) = (vec![], vec![]);
+            for volume in records.volumes.values() {
+                if volume.owner != (VolumeOwner::Instance { instance: row.id }) {
+                    continue;
+                }
+                if !keep {
+                    volumes.push(VolumeRef { pool: volume.pool, volume: volume.id });
+                    continue;
+                }
+                let pool = records.pools.get(&volume.pool).ok_or_else(|| Error::not_found("its pool is gone"))?;
+                let free = Name::parse("name", name)?;
+                crate::volumes::demand_free(&records, &project, pool, &free)?;
+                kept.push(Volume {
+                    project: records.volume_project(project.id),
+                    name: name.to_owned(),
+                    owner: VolumeOwner::Custom,
+                    spec_version: volume.spec_version + 1,
+                    ..volume.value.clone()
+                });
+            }
+            // What stays is without the instance's snapshots, of which nobody would know any more.
+            let stays = |id| kept.iter().any(|v| v.id == id) || records.volumes.get(&id).is_some_and(|v| v.owner == VolumeOwner::Custom);
+            let mut snapshots = vec![];
+            for snapshot in records.snapshots_of(row.id).into_iter().rev() {
+                for (volume, id) in snapshot.volumes.iter().filter(|(v, _)| stays(*v)) {
+                    let Some(at) = records.volumes.get(volume) else { continue };
+                    snapshots.push(VolumeSnapshotRef { pool: at.pool, volume: *volume, snapshot: *id });
+                }
+            }
             let path = path(&project.name, name);
-            let plan = DeletePlan { instance: row.id, node: row.node, volumes, path: path.clone() };
+            let plan = DeletePlan { instance: row.id, node: row.node, volumes, kept, snapshots, path: path.clone() };
             Ok((plan, NewOperation::task("Deleting instance", Some(project.id), "instances", path)))
         })
         .await
@@ -69,6 +117,12 @@ pub struct DeletePlan {
     instance: InstanceId,
     node: NodeId,
     volumes: Vec<VolumeRef>,
+    /// Volumes that stay, as they will be.
+    #[serde(default)]
+    kept: Vec<Volume>,
+    /// Snapshots of volumes that stay.
+    #[serde(default)]
+    snapshots: Vec<VolumeSnapshotRef>,
     path: String,
 }
 
@@ -93,6 +147,9 @@ impl Saga for InstanceDelete {
     }
 
     fn begin(plan: &DeletePlan, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        for volume in &plan.kept {
+            tx.take_name("volumes", &crate::volumes::scope(volume), &volume.name, &volume.id.to_string());
+        }
         mark(engine, tx, plan.instance, Lifecycle::Deleting)
     }
 
@@ -101,6 +158,9 @@ impl Saga for InstanceDelete {
         match step {
             0 => agent.guest_destroy(&cx.mutate(Duration::from_secs(60)), plan.instance).await,
             _ => {
+                for at in &plan.snapshots {
+                    agent.volume_snapshot_delete(&cx.mutate(Duration::from_secs(300)), *at).await?;
+                }
                 for volume in &plan.volumes {
                     agent.volume_delete(&cx.mutate(Duration::from_secs(300)), *volume).await?;
                 }
@@ -116,10 +176,16 @@ impl Saga for InstanceDelete {
     }
 
     fn commit(plan: &DeletePlan, _: &(), engine: &EngineInner, tx: &mut Tx) -> Result<()> {
-        remove_records(engine, tx, plan.instance)
+        for volume in &plan.kept {
+            tx.replace(&engine.volume_row(volume.id)?, volume);
+        }
+        remove_all(engine, tx, plan.instance, &plan.kept)
     }
 
     fn abort(plan: &DeletePlan, _: &(), engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        for volume in &plan.kept {
+            tx.release_name("volumes", &crate::volumes::scope(volume), &volume.name, &volume.id.to_string());
+        }
         mark(engine, tx, plan.instance, Lifecycle::Ready)
     }
 
@@ -139,6 +205,11 @@ fn mark(engine: &EngineInner, tx: &mut Tx, id: InstanceId, lifecycle: Lifecycle)
 
 /// Removes every record of an instance.
 pub(crate) fn remove_records(engine: &EngineInner, tx: &mut Tx, id: InstanceId) -> Result<()> {
+    remove_all(engine, tx, id, &[])
+}
+
+/// Those of its volumes that are `kept` are somebody else's affair.
+fn remove_all(engine: &EngineInner, tx: &mut Tx, id: InstanceId, kept: &[Volume]) -> Result<()> {
     let records = engine.inventory.read();
     let Some(row) = records.instances.get(&id) else {
         return Ok(());
@@ -150,7 +221,9 @@ pub(crate) fn remove_records(engine: &EngineInner, tx: &mut Tx, id: InstanceId) 
     tx.retire_vmid(&records, row.vmid.0);
     tx.delete_id::<Runtime>(&id.to_string());
     for volume in records.volumes.values().filter(|v| v.owner == VolumeOwner::Instance { instance: id }) {
-        tx.delete(volume);
+        if !kept.iter().any(|k| k.id == volume.id) {
+            tx.delete(volume);
+        }
     }
     Ok(())
 }

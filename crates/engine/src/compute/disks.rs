@@ -1,7 +1,7 @@
-//! Disks beside the root: what an instance may attach, and what must not be at work on it when it starts.
+//! Disks that an instance does not own: what it may attach, also as its root, and what must not be at work on it when it starts.
 
 use super::expand::ParsedDevices;
-use crate::{Records, db::Tx, saga::runner, volumes};
+use crate::{Records, Row, db::Tx, saga::runner, volumes};
 use karst_model::{
     Error, Result,
     device::{DiskDevice, DiskOrigin},
@@ -21,33 +21,81 @@ pub(crate) fn check_disks(
     instance: &Instance,
     parsed: &ParsedDevices,
 ) -> Result<()> {
+    let mut seen = std::collections::BTreeSet::new();
+    if let Some(row) = custom_root(records, instance, parsed)? {
+        seen.insert(row.id);
+        take(records, tx, instance, row, &parsed.root.0)?;
+    }
     for (device, disk) in &parsed.disks {
         let DiskOrigin::Volume { pool, volume } = &disk.source else { continue };
-        let field = |key: &str| format!("devices.{device}.{key}");
-        records.pool(pool).map_err(|e| e.at(field("pool")))?;
-        let row = records.custom_volume(instance.project, pool, volume).ok_or_else(|| {
-            Error::not_found(format!("custom volume {volume:?} not found in pool {pool:?}"))
-                .at(field("source"))
-        })?;
+        let row = find(records, instance, device, pool, volume)?;
         check_content(instance.kind, row, device, disk)?;
-        let lock = volumes::lock(row.id);
-        runner::demand_unlocked(records, std::slice::from_ref(&lock))?;
-        tx.expect_unlocked(&lock);
-        if !row.is_shared() {
-            if let Some(other) =
-                volumes::users(records, row).instances.into_iter().find(|i| i.id != instance.id)
-            {
-                return Err(Error::conflict(format!(
-                    "block volume {volume:?} is attached to instance {:?}; set security.shared=true on it if what is in it may be used by several at once",
-                    &*other.name
-                ))
-                .at(field("source")));
-            }
-            tx.expect_untouched(records, &lock);
+        if !seen.insert(row.id) && !row.is_shared() {
+            return Err(Error::conflict(format!("two disks of the instance are block volume {volume:?}"))
+                .at(format!("devices.{device}.source")));
         }
-        tx.expect(row);
-        tx.touch(&lock);
+        take(records, tx, instance, row, device)?;
     }
+    Ok(())
+}
+
+fn find<'a>(
+    records: &'a Records,
+    instance: &Instance,
+    device: &str,
+    pool: &str,
+    volume: &str,
+) -> Result<&'a Row<Volume>> {
+    let field = |key: &str| format!("devices.{device}.{key}");
+    records.pool(pool).map_err(|e| e.at(field("pool")))?;
+    records.custom_volume(instance.project, pool, volume).ok_or_else(|| {
+        Error::not_found(format!("custom volume {volume:?} not found in pool {pool:?}")).at(field("source"))
+    })
+}
+
+/// The custom volume that is an instance's root disk, if it is one.
+///
+/// # Errors
+/// Not found, invalid or unsupported, naming the device and key.
+pub(crate) fn custom_root<'a>(
+    records: &'a Records,
+    instance: &Instance,
+    parsed: &ParsedDevices,
+) -> Result<Option<&'a Row<Volume>>> {
+    let (device, root) = &parsed.root;
+    let Some(volume) = &root.source else { return Ok(None) };
+    let field = format!("devices.{device}.source");
+    if instance.kind == InstanceKind::Container {
+        return Err(Error::unsupported("the root of a container is a volume of its own").at(field));
+    }
+    let row = find(records, instance, device, &root.pool, volume)?;
+    match row.content {
+        VolumeContent::Block => Ok(Some(row)),
+        other => Err(Error::invalid(
+            field,
+            format!("volume {volume:?} is of type {:?}; a root disk is a block volume", other.as_str()),
+        )),
+    }
+}
+
+/// The instance may use the volume, and does from now on.
+fn take(records: &Records, tx: &mut Tx, instance: &Instance, row: &Row<Volume>, device: &str) -> Result<()> {
+    let lock = volumes::lock(row.id);
+    runner::demand_unlocked(records, std::slice::from_ref(&lock))?;
+    tx.expect_unlocked(&lock);
+    if !row.is_shared() {
+        if let Some(other) = volumes::users(records, row).instances.into_iter().find(|i| i.id != instance.id)
+        {
+            return Err(Error::conflict(format!(
+                "block volume {:?} is attached to instance {:?}; set security.shared=true on it if what is in it may be used by several at once",
+                row.name, &*other.name
+            ))
+            .at(format!("devices.{device}.source")));
+        }
+        tx.expect_untouched(records, &lock);
+    }
+    tx.expect(row);
+    tx.touch(&lock);
     Ok(())
 }
 
@@ -74,7 +122,8 @@ fn check_content(kind: InstanceKind, volume: &Volume, device: &str, disk: &DiskD
 
 /// Nothing is at work on the volumes that a start is to attach (a restore, a resize), and nothing begins meanwhile.
 pub(crate) fn demand_idle(records: &Records, tx: &mut Tx, spec: &GuestSpec) -> Result<()> {
-    for (_, volume) in spec.disks.iter().filter_map(|d| d.volume()) {
+    let disks = spec.disks.iter().filter_map(|d| d.volume());
+    for (_, volume) in disks.chain([(spec.root.pool, spec.root.volume)]) {
         let lock = volumes::lock(volume);
         runner::demand_unlocked(records, std::slice::from_ref(&lock))?;
         tx.expect_unlocked(&lock);

@@ -9,7 +9,10 @@ use karst_model::{
     instance::{DeviceIdentity, Hardware, Instance, InstanceKind},
     keys,
     network::Network,
-    spec::{DiskSource, DiskSpec, GuestApi, GuestSpec, MachineSpec, NicSpec, NodeSpec, ProxySpec, RootSpec},
+    spec::{
+        DiskSource, DiskSpec, GuestApi, GuestSpec, MachineSpec, NicLink, NicSpec, NodeSpec, ProxySpec,
+        RootSpec,
+    },
     storage::Volume,
 };
 use std::collections::BTreeMap;
@@ -93,6 +96,16 @@ pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
         )
     })?;
     Ok(ParsedDevices { root, disks, nodes, proxies, nics, tpm })
+}
+
+/// Makes the root disk one that the instance owns: that of a copy is never the original's volume.
+pub(crate) fn own_root(devices: &mut Devices) {
+    for keys in devices.values_mut() {
+        let is = |key: &str, value: &str| keys.get(key).is_some_and(|v| v == value);
+        if is("type", "disk") && is("path", "/") {
+            keys.remove("source");
+        }
+    }
 }
 
 fn nic_guest_name(device: &str, nic: &NicDevice) -> String {
@@ -297,20 +310,26 @@ pub fn guest_spec(
     let mut nics = vec![];
     for (name, nic) in parsed.nics.iter().filter(|(_, nic)| nic.attached) {
         let id = identity(name)?;
-        let found = (lookups.network)(&nic.network).ok_or_else(|| {
-            Error::not_found(format!("network {:?} of device {name:?} not found", nic.network))
-                .at(format!("devices.{name}.network"))
-        })?;
+        let (link, mtu) = super::nics::link(name, nic, instance.kind, lookups)?;
         nics.push(NicSpec {
             device: id.id,
             name: name.clone(),
             slot: id.slot.clone(),
             guest_name: nic_guest_name(name, nic),
-            mac: id.mac.clone().unwrap_or_default(),
-            network: found.id,
+            mac: match &link {
+                // It keeps its own unless it is told another.
+                NicLink::Physical(_) => nic.mac.clone().unwrap_or_default(),
+                _ => id.mac.clone().unwrap_or_default(),
+            },
+            port: super::nics::loose_port(&link, nic, id.host_interface.as_deref().unwrap_or_default()),
+            link,
             host_interface: id.host_interface.clone().unwrap_or_default(),
             ipv4: nic.ipv4,
-            mtu: nic.mtu,
+            ipv6: nic.ipv6,
+            mtu: nic.mtu.or(mtu),
+            host_name: nic.host_name.clone(),
+            queue_length: nic.queue_length,
+            vlans: nic.vlans.clone(),
             model: nic.model,
             disconnected: !nic.connected,
             pci: id.pci.clone(),

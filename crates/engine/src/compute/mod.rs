@@ -3,11 +3,13 @@
 pub mod applied;
 pub mod copy;
 pub mod create;
+pub mod define;
 pub mod delete;
 pub mod disks;
 pub mod expand;
 pub mod guest;
 pub mod metrics;
+pub(crate) mod nics;
 pub mod power;
 pub mod rebuild;
 pub mod slots;

@@ -41,6 +41,14 @@ pub fn is_of(machine: &str, wanted: &str) -> bool {
 const FIRST: u8 = 0x08;
 const LAST: u8 = 0x17;
 
+/// Is there such a place for devices in this machine?
+pub fn fits(hardware: &Hardware, pci: &str) -> bool {
+    match hardware.ports {
+        0 => (FIRST..=LAST).any(|n| *pci == format!("00:{n:02x}.0")),
+        ports => (1..=ports).any(|n| *pci == format!("{n:02x}:00.0")),
+    }
+}
+
 /// How the slots of a bus begin.
 pub fn prefix(bus: DiskBus) -> &'static str {
     match bus {
@@ -153,5 +161,9 @@ mod tests {
             assert_eq!((all[0].as_str(), all.len()), (first, many), "{machine}");
         }
         assert_eq!(Free::of(None, [].iter()).pci(), None);
+        let q35 = hardware("pc-q35-7.2", 16);
+        assert!(fits(&q35, "10:00.0") && !fits(&q35, "11:00.0") && !fits(&q35, "00:08.0"));
+        let pc = hardware("pc-i440fx-7.2", 0);
+        assert!(fits(&pc, "00:08.0") && !fits(&pc, "00:02.0") && !fits(&pc, "01:00.0"));
     }
 }

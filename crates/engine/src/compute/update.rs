@@ -23,7 +23,7 @@ use karst_model::{
     instance::{Instance, InstanceKind, Status},
     keys, keys_machine,
     spec::GuestSpec,
-    storage::Volume,
+    storage::{Volume, VolumeOwner},
 };
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -59,6 +59,31 @@ impl Engine {
         project: &str,
         name: &str,
         request: UpdateInstance,
+    ) -> Result<LiveOperation> {
+        self.update_instance(context, project, name, request, true).await
+    }
+
+    /// Replaces what a user may set of an instance from its next start on: a running guest keeps what it has.
+    ///
+    /// # Errors
+    /// Those of [`Engine::instance_update`].
+    pub async fn instance_configure(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        request: UpdateInstance,
+    ) -> Result<LiveOperation> {
+        self.update_instance(context, project, name, request, false).await
+    }
+
+    async fn update_instance(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        request: UpdateInstance,
+        now: bool,
     ) -> Result<LiveOperation> {
         let project = self.project(context, project, Permission::ResourceEdit)?;
         let inner = self.inner();
@@ -116,12 +141,21 @@ impl Engine {
             change_hardware(&mut instance, &records.expanded(row).0, &config, running, name)?;
             let mut live = None;
             let after = inner.guest_spec(&records, &instance, domain_id)?;
-            if running {
+            if running && !now {
+                // What the guest still has keeps what it is known by until the next start.
+                for (name, identity) in &before.identities {
+                    instance.identities.entry(name.clone()).or_insert_with(|| identity.clone());
+                }
+            }
+            if running && !now && grown.is_some() {
+                return Err(Error::conflict(format!(
+                    "the root disk of instance {name:?} grows at once; stop the instance first or change it live"
+                ))
+                .at(format!("devices.{}.size", parsed.root.0)));
+            }
+            if running && now {
                 let generation = runtime.map_or(row.generation, |r| r.generation);
                 let now = GuestSpec { generation, ..inner.guest_spec(&records, &before, domain_id)? };
-                if instance.kind == InstanceKind::Container {
-                    demand_no_hotplug(&now, &after)?;
-                }
                 live = Some((now, GuestSpec { generation, ..after.clone() }));
             }
             let path = path(&project.name, name);
@@ -205,6 +239,14 @@ fn check_root(
     parsed: &expand::ParsedDevices,
 ) -> Result<Option<Volume>> {
     let (name, RootDevice { pool, size, .. }) = &parsed.root;
+    let custom = super::disks::custom_root(records, instance, parsed)?.map(|v| v.id);
+    let own = records.volumes.get(&instance.root).is_some_and(|v| v.owner != VolumeOwner::Custom);
+    if custom.is_some() == own || custom.is_some_and(|id| id != instance.root) {
+        return Err(Error::unsupported(
+            "an instance keeps its root disk; make a new instance with the other one",
+        )
+        .at(format!("devices.{name}.source")));
+    }
     if records.pool(pool).map_err(|e| e.at(format!("devices.{name}.pool")))?.id != instance.pool {
         return Err(Error::new(ErrorKind::Unsupported, "an instance cannot change its pool this way")
             .at(format!("devices.{name}.pool")));
@@ -262,17 +304,6 @@ fn change_hardware(
     Ok(())
 }
 
-fn demand_no_hotplug(before: &GuestSpec, after: &GuestSpec) -> Result<()> {
-    let nics = |s: &GuestSpec| {
-        s.nics.iter().map(|n| (n.device, n.network, n.mac.clone(), n.guest_name.clone())).collect::<Vec<_>>()
-    };
-    if nics(before) != nics(after) {
-        return Err(Error::unsupported("NICs of a running instance cannot be changed yet; stop it first")
-            .at("devices"));
-    }
-    Ok(())
-}
-
 /// Plan of [`InstanceUpdate`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct UpdatePlan {
@@ -312,8 +343,12 @@ impl Saga for InstanceUpdate {
     }
 
     async fn run(cx: &StepContext, plan: &UpdatePlan, outputs: &mut UpdateOutputs, _: usize) -> Result<()> {
-        if let Some((_, after)) = &plan.live {
+        if let Some((before, after)) = &plan.live {
             let agent = cx.agent(plan.instance.node)?;
+            // What a NIC may send is settled before it comes.
+            if before.nics != after.nics {
+                cx.engine.ensure_networks_for(cx, &plan.instance, &plan.networks).await?;
+            }
             outputs.applied = Some(agent.guest_update(&cx.mutate(UPDATE), after.clone()).await?);
         }
         if let Some(Volume { id, pool, size: Some(size), .. }) = &plan.grown {
@@ -325,11 +360,14 @@ impl Saga for InstanceUpdate {
     }
 
     async fn undo(cx: &StepContext, plan: &UpdatePlan, _: &UpdateOutputs, _: usize) -> Result<()> {
-        if let Some((before, _)) = &plan.live {
+        if let Some((before, after)) = &plan.live {
             match cx.agent(plan.instance.node)?.guest_update(&cx.mutate(UPDATE), before.clone()).await {
                 // A guest that ended meanwhile needs no undo.
                 Err(e) if matches!(e.kind, ErrorKind::NotFound | ErrorKind::Conflict) => {}
                 other => drop(other?),
+            }
+            if before.nics != after.nics {
+                cx.engine.ensure_networks(cx, plan.instance.node, &plan.networks).await?;
             }
         }
         Ok(())

@@ -25,6 +25,7 @@ static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
         Arc::new(Erased::<snapshots::create::SnapshotCreate>::new()),
         Arc::new(Erased::<snapshots::delete::SnapshotDelete>::new()),
         Arc::new(Erased::<snapshots::restore::SnapshotRestore>::new()),
+        Arc::new(Erased::<snapshots::restore_running::SnapshotRestoreRunning>::new()),
         Arc::new(Erased::<storage::PoolCreate>::new()),
         Arc::new(Erased::<storage::PoolDelete>::new()),
         Arc::new(Erased::<tenancy::profiles::ProfileUpdate>::new()),

@@ -8,6 +8,7 @@ pub mod change;
 pub mod create;
 pub mod delete;
 pub mod restore;
+pub mod restore_running;
 pub mod schedule;
 
 use crate::{Engine, EngineInner, Records, Row, context::Context, db::Tx};
@@ -254,12 +255,13 @@ impl Taken {
     }
 }
 
-/// The volumes that an instance owns, the root first.
+/// The volumes that a snapshot of an instance covers, the root first: those that it owns, and its root if that is a custom
+/// volume.
 pub(crate) fn owned(records: &Records, instance: &Instance) -> Vec<Row<Volume>> {
     let mut all: Vec<_> = records
         .volumes
         .values()
-        .filter(|v| v.owner == VolumeOwner::Instance { instance: instance.id })
+        .filter(|v| v.owner == VolumeOwner::Instance { instance: instance.id } || v.id == instance.root)
         .cloned()
         .collect();
     all.sort_by_key(|v| (v.id != instance.root, v.id));

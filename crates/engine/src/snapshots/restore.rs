@@ -3,7 +3,7 @@
 use super::{Found, Origin, Taken};
 use crate::{
     Engine, EngineInner, Records,
-    compute::{create::check_nics, disks::check_disks, expand, power::PowerRequest},
+    compute::{create::check_nics, disks::check_disks, expand},
     context::Context,
     db::Tx,
     operations::{LiveOperation, NewOperation},
@@ -15,10 +15,9 @@ use async_trait::async_trait;
 use karst_agent::{
     CallContext, MachineStateRef, MachineStateRestore, MachineStateSave, VolumeRef, VolumeSnapshotRef,
 };
-use karst_env::EnvExt;
 use karst_model::{
     ByteSize, Error, ErrorKind, NodeId, Result, SnapshotId, VolumeId,
-    instance::{Instance, InstanceKind, PowerAction},
+    instance::{Instance, InstanceKind},
     snapshot::Snapshot,
     storage::Volume,
 };
@@ -27,8 +26,8 @@ use std::time::Duration;
 
 impl Engine {
     /// Makes an instance or custom volume what it was at a snapshot, its configuration included; other snapshots, also
-    /// later ones, stay. An instance that runs is stopped by force for it and started again: each of the three is whole
-    /// in itself, so that a crash between them leaves a stopped instance.
+    /// later ones, stay. An instance that runs is stopped by force for it and started again, as one piece of work: whatever
+    /// fails or crashes, it runs again afterwards, as it was before or as it was at the snapshot.
     ///
     /// # Errors
     /// Not found, conflict when a running instance uses the volume or something is busy, forbidden.
@@ -53,144 +52,107 @@ impl Engine {
         memory: bool,
     ) -> Result<LiveOperation> {
         let project = origin.editor(self, context)?;
-        let Origin::Instance { name: instance, project: project_name } = origin else {
-            return self.restore_stopped(context, origin, name, memory).await;
-        };
-        let (path, runs) = {
+        let runs = {
             let records = self.inner().inventory.read();
             let found = origin.find(&records, project.id)?;
-            let snapshot = found.demand(&records, name)?;
-            demand_memory(&snapshot.taken(), memory)?;
-            let Found::Instance(row) = &found else {
-                return Err(Error::internal("an instance is none", instance));
-            };
-            (crate::compute::path(project_name, instance), volumes::runs(&records, row))
+            demand_memory(&found.demand(&records, name)?.taken(), memory)?;
+            matches!(&found, Found::Instance(row) if volumes::runs(&records, row))
         };
-        if !runs && !memory {
-            return self.restore_stopped(context, origin, name, false).await;
+        if runs || memory {
+            return self.restore_running(context, origin, name, memory).await;
         }
-        let operations = &self.inner().operations;
-        let new = NewOperation::task("Restoring snapshot", Some(project.id), "instances", path);
-        let live = operations.begin(context, new);
-        let (engine, context, outer) = (self.clone(), context.clone(), live.clone());
-        let (project, instance, name) = (project_name.to_owned(), instance.to_owned(), name.to_owned());
-        self.inner().env.spawn_task("restore", async move {
-            let done = engine.restore_running(&context, &project, &instance, &name, (runs, memory)).await;
-            engine.inner().operations.end(&outer, done.map(|()| Default::default()));
-        });
-        Ok(live)
-    }
-
-    async fn restore_running(
-        &self,
-        context: &Context,
-        project: &str,
-        instance: &str,
-        name: &str,
-        (runs, memory): (bool, bool),
-    ) -> Result<()> {
-        let ended = async |operation: LiveOperation| match &operation.ended().await.error {
-            Some(e) => Err(e.clone()),
-            None => Ok(()),
-        };
-        let power = |action, stateful| PowerRequest { action, force: true, timeout: None, stateful };
-        if runs {
-            let stop = power(PowerAction::Stop, false);
-            ended(self.instance_power(context, project, instance, stop).await?).await?;
-        }
-        let origin = Origin::Instance { project, name: instance };
-        let restored = match self.restore_stopped(context, origin, name, memory).await {
-            Ok(operation) => ended(operation).await,
-            Err(e) => Err(e),
-        };
-        if !runs && restored.is_err() {
-            return restored;
-        }
-        // Started also when it is as before: it ran.
-        let start = power(PowerAction::Start, memory);
-        let started = match self.instance_power(context, project, instance, start).await {
-            Ok(operation) => ended(operation).await,
-            Err(e) => Err(e),
-        };
-        restored.and(started)
-    }
-
-    async fn restore_stopped(
-        &self,
-        context: &Context,
-        origin: Origin<'_>,
-        name: &str,
-        memory: bool,
-    ) -> Result<LiveOperation> {
-        let project = origin.editor(self, context)?;
         let inner = self.inner();
         runner::start::<SnapshotRestore>(inner, context, |tx| {
             let records = inner.inventory.read();
             let found = origin.find(&records, project.id)?;
-            found.expect(tx);
-            let row = found.demand(&records, name)?;
-            row.expect(tx);
-            demand_memory(&row.taken(), memory)?;
-            let target = match (&found, row.taken()) {
-                (Found::Instance(row), Taken::Instance { snapshot }) => {
-                    if volumes::runs(&records, row) {
-                        return Err(Error::conflict(format!(
-                            "instance {:?} is running; stop it first",
-                            &*row.name
-                        )));
-                    }
-                    let instance = before(inner, &records, tx, row, &snapshot, memory)?;
-                    Target::Instance { instance: Box::new(instance) }
-                }
-                (Found::Volume(row), Taken::Volume { snapshot }) => {
-                    for user in volumes::users(&records, row).instances {
-                        if volumes::runs(&records, &user) {
-                            return Err(Error::conflict(format!(
-                                "instance {:?} runs with volume {:?}; stop it before the volume is restored",
-                                &*user.name, row.name
-                            )));
-                        }
-                        let lock = crate::compute::lock(user.id);
-                        runner::demand_unlocked(&records, std::slice::from_ref(&lock))?;
-                        tx.expect_unlocked(&lock);
-                        tx.expect(&user);
-                    }
-                    let mut volume = row.value.clone();
-                    volume.config = snapshot.config.clone();
-                    volume.size = snapshot.size;
-                    volume.spec_version += 1;
-                    Target::Volume { volume: Box::new(volume) }
-                }
-                _ => return Err(Error::internal("a snapshot of another kind", name)),
-            };
-            let volumes = row.taken().volumes(&records);
-            let machine = match &found {
-                Found::Instance(i) if i.kind == InstanceKind::VirtualMachine => Some(RestoredMachine {
-                    at: MachineStateRef { instance: i.id, snapshot: row.taken().id() },
-                    saved: MachineStateRef { instance: i.id, snapshot: SnapshotId(inner.env.uuid()) },
-                    memory,
-                    stateful: i.stateful,
-                }),
-                _ => None,
-            };
-            let saved =
-                volumes.iter().map(|v| VolumeSnapshotRef { snapshot: SnapshotId(inner.env.uuid()), ..*v });
-            let path = found.path(&records, name);
-            let plan = RestorePlan {
-                saved: saved.collect(),
-                volumes,
-                machine,
-                target,
-                lock: found.lock(),
-                node: match &found {
-                    Found::Instance(row) => row.node,
-                    Found::Volume(_) => inner.node,
-                },
-                path: path.clone(),
-            };
+            if let Found::Instance(row) = &found
+                && volumes::runs(&records, row)
+            {
+                return Err(Error::conflict(format!(
+                    "instance {:?} has just been started; try again",
+                    &*row.name
+                )));
+            }
+            let plan = plan(inner, &records, tx, &found, name, memory)?;
+            let path = plan.path.clone();
             Ok((plan, NewOperation::task("Restoring snapshot", Some(project.id), found.kind(), path)))
         })
         .await
+    }
+}
+
+/// What is to be done, of an instance once it does not run.
+pub(super) fn plan(
+    inner: &EngineInner,
+    records: &Records,
+    tx: &mut Tx,
+    found: &Found,
+    name: &str,
+    memory: bool,
+) -> Result<RestorePlan> {
+    found.expect(tx);
+    let row = found.demand(records, name)?;
+    row.expect(tx);
+    demand_memory(&row.taken(), memory)?;
+    let target = match (found, row.taken()) {
+        (Found::Instance(row), Taken::Instance { snapshot }) => {
+            let instance = before(inner, records, tx, row, &snapshot, memory)?;
+            Target::Instance { instance: Box::new(instance) }
+        }
+        (Found::Volume(row), Taken::Volume { snapshot }) => {
+            for user in volumes::users(records, row).instances {
+                if volumes::runs(records, &user) {
+                    return Err(Error::conflict(format!(
+                        "instance {:?} runs with volume {:?}; stop it before the volume is restored",
+                        &*user.name, row.name
+                    )));
+                }
+                let lock = crate::compute::lock(user.id);
+                runner::demand_unlocked(records, std::slice::from_ref(&lock))?;
+                tx.expect_unlocked(&lock);
+                tx.expect(&user);
+            }
+            let mut volume = row.value.clone();
+            volume.config = snapshot.config.clone();
+            volume.size = snapshot.size;
+            volume.spec_version += 1;
+            Target::Volume { volume: Box::new(volume) }
+        }
+        _ => return Err(Error::internal("a snapshot of another kind", name)),
+    };
+    let volumes = row.taken().volumes(records);
+    let machine = match found {
+        Found::Instance(i) if i.kind == InstanceKind::VirtualMachine => Some(RestoredMachine {
+            at: MachineStateRef { instance: i.id, snapshot: row.taken().id() },
+            saved: MachineStateRef { instance: i.id, snapshot: SnapshotId(inner.env.uuid()) },
+            memory,
+            stateful: i.stateful,
+        }),
+        _ => None,
+    };
+    let saved = volumes.iter().map(|v| VolumeSnapshotRef { snapshot: SnapshotId(inner.env.uuid()), ..*v });
+    Ok(RestorePlan {
+        saved: saved.collect(),
+        volumes,
+        machine,
+        target,
+        lock: found.lock(),
+        node: match found {
+            Found::Instance(row) => row.node,
+            Found::Volume(_) => inner.node,
+        },
+        path: found.path(records, name),
+    })
+}
+
+/// Writes down what sizes the volumes have now.
+pub(super) fn write_sizes(records: &Records, tx: &mut Tx, outputs: &RestoreOutputs) {
+    for (id, size) in &outputs.sizes {
+        if let Some(volume) = records.volumes.get(id)
+            && volume.size != *size
+        {
+            tx.replace(volume, &Volume { size: *size, ..volume.value.clone() });
+        }
     }
 }
 
@@ -265,7 +227,7 @@ struct RestoredMachine {
 /// What is restored, as its record will be.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "of", rename_all = "snake_case")]
-enum Target {
+pub(super) enum Target {
     Instance { instance: Box<Instance> },
     Volume { volume: Box<Volume> },
 }
@@ -273,21 +235,21 @@ enum Target {
 /// Plan of [`SnapshotRestore`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct RestorePlan {
-    target: Target,
+    pub(super) target: Target,
     volumes: Vec<VolumeSnapshotRef>,
     #[serde(default)]
     machine: Option<RestoredMachine>,
     /// What the volumes are now, until the end.
     saved: Vec<VolumeSnapshotRef>,
-    lock: String,
-    node: NodeId,
-    path: String,
+    pub(super) lock: String,
+    pub(super) node: NodeId,
+    pub(super) path: String,
 }
 
 /// Outputs of [`SnapshotRestore`].
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct RestoreOutputs {
-    sizes: Vec<(VolumeId, Option<ByteSize>)>,
+    pub(super) sizes: Vec<(VolumeId, Option<ByteSize>)>,
 }
 
 /// Saves what the volumes are, restores them, writes the record as it was and drops what was saved. Until the last step
@@ -386,14 +348,7 @@ impl Saga for SnapshotRestore {
                 let restored =
                     Instance { power: row.power, generation: row.generation, ..(**instance).clone() };
                 tx.replace(&row, &restored);
-                let records = engine.inventory.read();
-                for (id, size) in &outputs.sizes {
-                    if let Some(volume) = records.volumes.get(id)
-                        && volume.size != *size
-                    {
-                        tx.replace(volume, &Volume { size: *size, ..volume.value.clone() });
-                    }
-                }
+                write_sizes(&engine.inventory.read(), tx, outputs);
             }
             Target::Volume { volume } => tx.replace(&engine.volume_row(volume.id)?, &**volume),
         }

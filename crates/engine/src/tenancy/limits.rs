@@ -143,6 +143,10 @@ impl ProjectUsage {
             }
             InstanceKind::Container => written,
         };
+        if root.is_some_and(|d| d.get("source").is_some_and(|s| !s.is_empty())) {
+            // A custom volume, which counts as such.
+            return;
+        }
         match size {
             Some(size) => self.add_disk(pool, size.0),
             None => self.missing.push(("size", format!("the root disk of {}", who()))),

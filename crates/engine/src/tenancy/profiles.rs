@@ -320,7 +320,7 @@ fn demand_valid_user(records: &Records, tx: &mut Tx, instance: &Instance, change
         )));
     }
     for (device, nic) in &parsed.nics {
-        records.network(&nic.network).map_err(|e| because(e.at(format!("devices.{device}.network"))))?;
+        crate::compute::nics::network_of(records, device, nic).map_err(because)?;
     }
     Ok(())
 }

@@ -36,7 +36,7 @@ pub(crate) fn path(records: &Records, volume: &Volume) -> String {
 
 /// Who names a volume in a device.
 pub struct Users {
-    /// Instances, by their own devices or those of profiles.
+    /// Instances, by their own devices or those of profiles, also those that a running guest still has.
     pub instances: Vec<Row<Instance>>,
     /// Profiles.
     pub profiles: Vec<Row<Profile>>,
@@ -90,7 +90,10 @@ pub fn users(records: &Records, volume: &Volume) -> Users {
     let instances = records.instances.values().filter(|i| {
         // What the profiles say counts unless the instance masks it: look closer only where there is a chance.
         let chance = names(&i.devices, i.project) || profiles.iter().any(|p| i.profiles.contains(&p.id));
+        // A running guest has what it was given until it gives it back, whatever its record says for the next start.
+        let applied = records.runtimes.get(&i.id).and_then(|r| r.applied.as_ref());
         chance && names(&records.expanded(i).1, i.project)
+            || applied.is_some_and(|a| names(&a.devices, i.project))
     });
     Users { instances: instances.cloned().collect(), profiles }
 }

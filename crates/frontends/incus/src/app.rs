@@ -1,7 +1,7 @@
 //! What all handlers share, and a request on its way to one.
 
 use crate::{
-    request::{self, Query},
+    request::{self, Query, RequestBody},
     respond::{Etag, Reply, accepted},
     sessions::Sessions,
     wire::operation::OperationView,
@@ -9,7 +9,6 @@ use crate::{
 use bytes::Bytes;
 use hyper::{
     Request,
-    body::Incoming,
     header::{IF_MATCH, USER_AGENT},
 };
 use karst_engine::{Context, Engine, InstanceView, LiveOperation};
@@ -97,7 +96,7 @@ pub struct Call {
     /// The query.
     pub query: Query,
     /// The request itself.
-    pub request: Request<Incoming>,
+    pub request: Request<RequestBody>,
 }
 
 impl Call {

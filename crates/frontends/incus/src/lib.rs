@@ -42,7 +42,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use karst_engine::{Context, audit::AuditRequest};
 use karst_model::{Error, Result, access::Principal};
 use remote::Surface;
-use request::Query;
+use request::{Query, RequestBody};
 use respond::Reply;
 use routes::{Found, State};
 use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
@@ -183,7 +183,12 @@ where
                     };
                     answer(app, context, certificate, request).await
                 }
-                Err(e) => respond::error(&e),
+                Err(e) => {
+                    let (_, unread) = RequestBody::of(request);
+                    let mut reply = respond::error(&e);
+                    unread.settle(&mut reply).await;
+                    reply
+                }
             })
         }
     });
@@ -226,12 +231,16 @@ pub async fn answer(
     let changes = ![Method::GET, Method::HEAD, Method::OPTIONS].contains(request.method());
     let (what, object) = (format!("request {}", request.method()), request.uri().path().to_owned());
     let project = Query::parse(request.uri().query()).ok().and_then(|q| q.get("project").map(str::to_owned));
+    let (request, unread) = RequestBody::of(request);
     let answered = routed(&app, &context, certificate, request).await;
-    let (reply, detail) = match answered {
+    let (mut reply, detail) = match answered {
         Ok(reply) => (reply, String::new()),
         Err(e) => (respond::error(&e), e.to_string()),
     };
     let status = reply.status();
+    if status.is_client_error() || status.is_server_error() {
+        unread.settle(&mut reply).await;
+    }
     if changes || status == StatusCode::FORBIDDEN {
         let outcome = match status {
             StatusCode::ACCEPTED => "accepted",
@@ -261,7 +270,7 @@ async fn routed(
     app: &Arc<App>,
     context: &Context,
     certificate: Option<Arc<ClientCertificate>>,
-    request: Request<Incoming>,
+    request: Request<RequestBody>,
 ) -> Result<Reply> {
     let uri = request.uri();
     let (segments, query) = older_names(request::segments(uri.path())?, Query::parse(uri.query())?);

@@ -64,22 +64,6 @@ impl Multipart {
         }
     }
 
-    /// Reads on, within bounds, and forgets it: a client that is still sending would otherwise see a broken connection
-    /// instead of the refusal.
-    pub async fn drain(mut self) {
-        let mut left: usize = 64 << 20;
-        let read = async {
-            while let Some(Ok(bytes)) = self.source.next().await {
-                match left.checked_sub(bytes.len()) {
-                    Some(rest) => left = rest,
-                    None => return,
-                }
-            }
-        };
-        // A client that sends no more has had its time.
-        let _ = tokio::time::timeout(std::time::Duration::from_secs(10), read).await;
-    }
-
     async fn fill(&mut self) -> Result<()> {
         match self.source.next().await {
             Some(bytes) => {

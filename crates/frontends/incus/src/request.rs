@@ -1,11 +1,20 @@
-//! Requests: paths taken apart without tricks, queries, bodies of bounded size.
+//! Requests: paths taken apart without tricks, queries, bodies of bounded size, and what is left of those that are refused.
 
-use crate::fields::Fields;
+use crate::{fields::Fields, respond::Reply};
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
-use hyper::body::{Body, Incoming};
+use hyper::{
+    Request,
+    body::{Body, Frame, Incoming, SizeHint},
+    header::{CONNECTION, EXPECT, HeaderValue},
+};
 use karst_model::{Error, Result};
-use std::time::Duration;
+use std::{
+    pin::Pin,
+    sync::{Arc, Mutex},
+    task::{self, Poll},
+    time::Duration,
+};
 
 /// Largest JSON body, in bytes.
 pub const JSON_LIMIT: usize = 1 << 20;
@@ -148,16 +157,106 @@ impl Query {
     }
 }
 
+/// The body of a request. What a handler leaves of it unread comes back to [`Unread`].
+#[derive(Debug)]
+pub struct RequestBody {
+    incoming: Option<Incoming>,
+    /// The client waits for leave to send it (`Expect: 100-continue`), and has it with the first read.
+    asks: bool,
+    unread: Arc<Mutex<Option<Incoming>>>,
+}
+
+impl RequestBody {
+    /// The body of a request as its handler gets it, and what becomes of the rest.
+    pub fn of(request: Request<Incoming>) -> (Request<Self>, Unread) {
+        let unread = Arc::new(Mutex::new(None));
+        let asks = request.headers().contains_key(EXPECT);
+        let rest = Unread(unread.clone());
+        (request.map(|incoming| Self { incoming: Some(incoming), asks, unread }), rest)
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut task::Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        self.asks = false;
+        match &mut self.incoming {
+            Some(incoming) => Pin::new(incoming).poll_frame(cx),
+            None => Poll::Ready(None),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.incoming.as_ref().is_none_or(Body::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.incoming.as_ref().map_or_else(|| SizeHint::with_exact(0), Body::size_hint)
+    }
+}
+
+impl Drop for RequestBody {
+    fn drop(&mut self) {
+        if !self.asks && !self.is_end_stream() {
+            *self.unread.lock().unwrap_or_else(|e| e.into_inner()) = self.incoming.take();
+        }
+    }
+}
+
+/// What is still read of a body whose request was refused, before the answer: whoever sends first and reads then would see a
+/// broken connection instead of it.
+const BEFORE: (u64, Duration) = (16 << 20, Duration::from_secs(2));
+/// And while the answer is on its way, for clients that look at it while they send.
+const AFTER: (u64, Duration) = (256 << 20, Duration::from_secs(10));
+
+/// What a handler left of a body.
+#[derive(Debug)]
+pub struct Unread(Arc<Mutex<Option<Incoming>>>);
+
+impl Unread {
+    /// Reads it, within bounds, so that a client that is still sending sees `reply`, a refusal. Where it is more, the reply
+    /// says that the connection ends with it.
+    pub async fn settle(self, reply: &mut Reply) {
+        let rest = self.0.lock().unwrap_or_else(|e| e.into_inner()).take();
+        let Some(mut body) = rest else { return };
+        if swallow(&mut body, BEFORE).await {
+            return;
+        }
+        reply.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        tokio::spawn(async move { swallow(&mut body, AFTER).await });
+    }
+}
+
+/// Reads a body to its end; `false` when it is longer or slower than that.
+async fn swallow(body: &mut Incoming, (most, time): (u64, Duration)) -> bool {
+    let mut left = most;
+    let read = async {
+        while let Some(Ok(frame)) = body.frame().await {
+            let n = frame.data_ref().map_or(0, |d| d.len() as u64);
+            match left.checked_sub(n) {
+                Some(rest) => left = rest,
+                None => return false,
+            }
+        }
+        true
+    };
+    tokio::time::timeout(time, read).await.unwrap_or(false)
+}
+
 /// Reads a body of at most `limit` bytes.
 ///
 /// # Errors
 /// `TooLarge`, or invalid when the connection breaks.
-pub async fn bytes(mut body: Incoming, limit: usize) -> Result<Bytes> {
+pub async fn bytes(mut body: RequestBody, limit: usize) -> Result<Bytes> {
     let too_large = || {
         Error::too_large(format!("the body is larger than the {} KiB that are accepted here", limit >> 10))
     };
     if body.size_hint().lower() > limit as u64 {
-        drain(body).await;
         return Err(too_large());
     }
     let mut out = BytesMut::new();
@@ -166,7 +265,6 @@ pub async fn bytes(mut body: Incoming, limit: usize) -> Result<Bytes> {
             frame.map_err(|e| Error::invalid("body", "the body of the request broke off").with_context(e))?;
         if let Ok(data) = frame.into_data() {
             if out.len() + data.len() > limit {
-                drain(body).await;
                 return Err(too_large());
             }
             out.extend_from_slice(&data);
@@ -175,48 +273,21 @@ pub async fn bytes(mut body: Incoming, limit: usize) -> Result<Bytes> {
     Ok(out.freeze())
 }
 
-/// Most of a refused body that is still read, and how long.
-const DRAIN: (u64, Duration) = (64 << 20, Duration::from_secs(10));
-
-/// Reads what is left of a body whose request is refused, within bounds: a client that is still sending would otherwise
-/// see a broken connection instead of the answer.
-pub async fn drain(mut body: Incoming) {
-    let mut left = DRAIN.0;
-    let read = async {
-        while let Some(Ok(frame)) = body.frame().await {
-            let n = frame.data_ref().map_or(0, |d| d.len() as u64);
-            match left.checked_sub(n) {
-                Some(rest) => left = rest,
-                None => return,
-            }
-        }
-    };
-    let _ = tokio::time::timeout(DRAIN.1, read).await;
-}
-
 /// Reads the body of a request that takes none, within small bounds. Clients such as Ansible's send `null` with every GET,
 /// after the head; an answer that does not wait for it would close a connection that they go on using.
 pub async fn discard(body: &mut Incoming) {
     if body.is_end_stream() || body.size_hint().lower() > 64 << 10 {
         return;
     }
-    let mut left: usize = 64 << 10;
-    let read = async {
-        while let Some(Ok(frame)) = body.frame().await {
-            match left.checked_sub(frame.data_ref().map_or(0, Bytes::len)) {
-                Some(rest) => left = rest,
-                None => return,
-            }
-        }
-    };
-    let _ = tokio::time::timeout(DRAIN.1, read).await; // what has not come by then may close the connection
+    // What has not come by then may close the connection.
+    swallow(body, (64 << 10, Duration::from_secs(10))).await;
 }
 
 /// Reads a JSON object.
 ///
 /// # Errors
 /// `TooLarge`, or invalid.
-pub async fn fields(body: Incoming) -> Result<Fields> {
+pub async fn fields(body: RequestBody) -> Result<Fields> {
     Fields::parse(&bytes(body, JSON_LIMIT).await?)
 }
 

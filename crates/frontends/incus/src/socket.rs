@@ -1,13 +1,15 @@
 //! Upgrades of HTTP connections: websockets (RFC 6455) for events, exec and console, and bare streams (SFTP).
 
-use crate::respond::{Reply, full};
+use crate::{
+    request::RequestBody,
+    respond::{Reply, full},
+};
 use futures::{
     SinkExt, StreamExt,
     stream::{SplitSink, SplitStream},
 };
 use hyper::{
     Request, Response, StatusCode,
-    body::Incoming,
     header::{CONNECTION, HeaderMap, HeaderValue, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, UPGRADE},
     upgrade::Upgraded,
 };
@@ -47,7 +49,7 @@ fn has_token(headers: &HeaderMap, name: hyper::header::HeaderName, token: &str) 
 }
 
 /// Does the request ask for this protocol on its connection?
-pub fn asks_for(request: &Request<Incoming>, protocol: &str) -> bool {
+pub fn asks_for(request: &Request<RequestBody>, protocol: &str) -> bool {
     has_token(request.headers(), CONNECTION, "upgrade") && has_token(request.headers(), UPGRADE, protocol)
 }
 
@@ -55,7 +57,7 @@ pub fn asks_for(request: &Request<Incoming>, protocol: &str) -> bool {
 ///
 /// # Errors
 /// Invalid, when the request is no websocket handshake.
-pub fn websocket<F, Fut>(mut request: Request<Incoming>, serve: F) -> Result<Reply>
+pub fn websocket<F, Fut>(mut request: Request<RequestBody>, serve: F) -> Result<Reply>
 where
     F: FnOnce(Socket) -> Fut + Send + 'static,
     Fut: Future<Output = ()> + Send,
@@ -91,7 +93,7 @@ where
 ///
 /// # Errors
 /// Invalid, when the request does not ask for `protocol`.
-pub fn raw<F, Fut>(mut request: Request<Incoming>, protocol: &'static str, serve: F) -> Result<Reply>
+pub fn raw<F, Fut>(mut request: Request<RequestBody>, protocol: &'static str, serve: F) -> Result<Reply>
 where
     F: FnOnce(TokioIo<Upgraded>) -> Fut + Send + 'static,
     Fut: Future<Output = ()> + Send,

@@ -52,3 +52,43 @@ async fn a_late_body_of_a_get_does_not_cost_the_connection() {
         assert!(line.contains(status), "{line}");
     }
 }
+
+/// A client that sends all of its body before it looks at the answer finds one, also where the body is not wanted, and
+/// never a broken connection.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_sends_more_than_is_wanted_gets_the_answer_all_the_same() {
+    let s = Server::start().await;
+    s.container("c1", false).await;
+    let file = "Content-Type: application/octet-stream\r\n";
+    for (target, kind, mebibytes, status) in [
+        ("POST /1.0/instances", "", 2, "413"),
+        ("PUT /1.0/instances/c1", "", 24, "413"),
+        ("POST /1.0/nothing", "", 3, "404"),
+        ("POST /1.0/instances/nobody/files?path=/x", file, 24, "404"),
+        ("POST /1.0/instances/c1/files?path=/x", "X-Incus-type: pipe\r\n", 3, "400"),
+        ("POST /1.0/images?project=nothing", file, 24, "404"),
+        ("POST /1.0/images", "Content-Type: multipart/form-data; boundary=b\r\n", 24, "400"),
+        ("POST /1.0/instances?project=nothing", file, 24, "404"),
+        ("PATCH /1.0/events", "", 3, "405"),
+    ] {
+        let mut stream = UnixStream::connect(&s.socket).await.unwrap();
+        let length = mebibytes << 20;
+        let head = format!("{target} HTTP/1.1\r\nHost: x\r\n{kind}Content-Length: {length}\r\n\r\n");
+        let exchange = async {
+            stream.write_all(head.as_bytes()).await.unwrap();
+            for _ in 0..mebibytes {
+                stream.write_all(&[b' '; 1 << 20]).await.unwrap_or_else(|e| panic!("{target}: {e}"));
+            }
+            answer(&mut stream).await
+        };
+        let line = tokio::time::timeout(common::PATIENCE, exchange).await.unwrap();
+        assert!(line.contains(status), "{target}: {line}");
+    }
+    // Who waits for leave to send gets the answer at once.
+    let mut stream = UnixStream::connect(&s.socket).await.unwrap();
+    let head =
+        "POST /1.0/nothing HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 9000000\r\n\r\n";
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let line = tokio::time::timeout(common::PATIENCE, answer(&mut stream)).await.unwrap();
+    assert!(line.contains("404"), "{line}");
+}

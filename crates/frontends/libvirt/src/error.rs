@@ -30,6 +30,8 @@ pub enum Code {
     OperationUnsupported = 84,
     AgentUnresponsive = 86,
     AccessDenied = 88,
+    StorageVolExist = 90,
+    DeviceMissing = 99,
 }
 
 impl Code {
@@ -57,6 +59,8 @@ impl Code {
             Self::OperationUnsupported => "Operation not supported",
             Self::AgentUnresponsive => "Guest agent is not responding",
             Self::AccessDenied => "access denied",
+            Self::StorageVolExist => "storage volume",
+            Self::DeviceMissing => "device not found",
         }
     }
 }
@@ -114,6 +118,9 @@ impl VirError {
 
     /// The whole text, as `virGetLastErrorMessage` gives it.
     pub fn message(&self) -> String {
+        if self.code == Code::StorageVolExist {
+            return format!("storage volume {} exists already", self.text);
+        }
         format!("{}: {}", self.code.words(), self.text)
     }
 

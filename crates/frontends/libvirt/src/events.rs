@@ -88,10 +88,11 @@ impl Callbacks {
     }
 }
 
-/// What is known of a guest, also when it is gone.
-#[derive(Debug, Clone)]
+/// What is known of guests and networks by name, also when they are gone.
+#[derive(Debug, Default)]
 struct Known {
-    uuid: Uuid,
+    guests: HashMap<String, Uuid>,
+    networks: HashMap<String, Uuid>,
 }
 
 /// Adds a callback and begins to listen with the first one. `None`: there are too many.
@@ -123,9 +124,14 @@ pub fn listen(session: &Arc<Session>, callback: Callback) -> karst_model::Result
     Ok(callbacks.add(callback))
 }
 
-fn known(session: &Session) -> HashMap<String, Known> {
+fn known(session: &Session) -> Known {
     let guests = session.guests().unwrap_or_default();
-    guests.iter().map(|v| (v.instance.name.to_string(), Known { uuid: domain_uuid(v) })).collect()
+    let engine = &session.front.engine;
+    let networks = session.opened().ok().and_then(|o| engine.networks(&session.context, &o.project).ok());
+    Known {
+        guests: guests.iter().map(|v| (v.instance.name.to_string(), domain_uuid(v))).collect(),
+        networks: networks.unwrap_or_default().iter().map(|n| (n.name.to_string(), n.id.uuid())).collect(),
+    }
 }
 
 /// Name of the object of a path such as `/1.0/instances/NAME?project=P`.
@@ -134,11 +140,11 @@ fn object<'a>(source: &'a str, kind: &str) -> Option<&'a str> {
     rest.split(['?', '/']).next()
 }
 
-async fn tell(session: &Arc<Session>, known: &mut HashMap<String, Known>, event: &Event) {
+async fn tell(session: &Arc<Session>, known: &mut Known, event: &Event) {
     let EventKind::Lifecycle { action, source, .. } = &event.kind else { return };
     let Ok(opened) = session.opened() else { return };
     if let Some(name) = object(source, "networks") {
-        network(session, action, name).await;
+        network(session, known, action, name).await;
         return;
     }
     let Some(name) = object(source, "instances").filter(|_| event.project_name == opened.project) else {
@@ -146,9 +152,9 @@ async fn tell(session: &Arc<Session>, known: &mut HashMap<String, Known>, event:
     };
     let view = session.guest(name).ok();
     if let Some(view) = &view {
-        known.insert(name.to_owned(), Known { uuid: domain_uuid(view) });
+        known.guests.insert(name.to_owned(), domain_uuid(view));
     }
-    let Some(uuid) = known.get(name).map(|k| k.uuid) else { return };
+    let Some(uuid) = known.guests.get(name).copied() else { return };
     let exit = view.as_ref().and_then(|v| v.runtime.as_ref()).and_then(|r| r.exit.clone());
     let stopped = match exit {
         Some(ExitReason::Forced) => (5, 1),
@@ -170,7 +176,7 @@ async fn tell(session: &Arc<Session>, known: &mut HashMap<String, Known>, event:
         _ => return,
     };
     if *action == "instance-deleted" {
-        known.remove(name);
+        known.guests.remove(name);
     }
     let id = view.as_ref().filter(|v| is_running(v)).map_or(-1, |v| domain_id(v));
     let callbacks = matching(session, uuid, |c| c.style != Style::Network);
@@ -207,7 +213,7 @@ fn matching(session: &Session, uuid: Uuid, is: impl Fn(&Callback) -> bool) -> Ve
     wanted.map(|(n, c)| (*n, c.clone())).collect()
 }
 
-async fn network(session: &Arc<Session>, action: &str, name: &str) {
+async fn network(session: &Arc<Session>, known: &mut Known, action: &str, name: &str) {
     // virNetworkEventLifecycleType; all of Karst's run as soon as they are there.
     let changes: &[i32] = match action {
         "network-created" => &[0, 2],
@@ -217,7 +223,13 @@ async fn network(session: &Arc<Session>, action: &str, name: &str) {
     let found = session.opened().ok().and_then(|o| {
         session.front.engine.network(&session.context, &o.project, name).ok().map(|n| n.id.uuid())
     });
-    let uuid = found.unwrap_or_default();
+    if let Some(uuid) = found {
+        known.networks.insert(name.to_owned(), uuid);
+    }
+    let Some(uuid) = known.networks.get(name).copied() else { return };
+    if action == "network-deleted" {
+        known.networks.remove(name);
+    }
     for (number, _) in matching(session, uuid, |c| c.style == Style::Network) {
         for change in changes {
             let mut w = Writer::new();

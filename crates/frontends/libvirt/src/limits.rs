@@ -2,7 +2,7 @@
 
 use crate::{calls::connect::facts, error::VirError, session::Call};
 use karst_engine::InstanceView;
-use karst_model::{instance::InstanceKind, keys, spec};
+use karst_model::{Config, instance::InstanceKind, keys, spec};
 
 /// Memory of a virtual machine that says nothing, bytes.
 const MACHINE_MEMORY: u64 = 1 << 30;
@@ -18,7 +18,15 @@ pub struct Limits {
 /// # Errors
 /// Invalid, when its configuration is.
 pub fn of(view: &InstanceView) -> Result<Limits, VirError> {
-    Ok(Limits { kind: view.instance.kind, limits: keys::limits(&view.expanded_config)? })
+    of_config(view.instance.kind, &view.expanded_config)
+}
+
+/// Those of a configuration.
+///
+/// # Errors
+/// Invalid, when it is.
+pub fn of_config(kind: InstanceKind, config: &Config) -> Result<Limits, VirError> {
+    Ok(Limits { kind, limits: keys::limits(config)? })
 }
 
 impl Limits {

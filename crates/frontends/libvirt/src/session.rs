@@ -17,7 +17,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex, OnceLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -35,8 +35,10 @@ use uuid::Uuid;
 const CALLS: usize = 20;
 /// Frames that wait for a slow client before its calls have to.
 const QUEUE: usize = 64;
-/// Frames of a stream from the client that wait for the guest before the connection has to.
-const STREAM_QUEUE: usize = 32;
+/// Frames and bytes of a stream from the client that wait for the guest. A stream that has more is ended: the connection's
+/// other calls do not wait for it.
+const STREAM_QUEUE: usize = 1024;
+const STREAM_BYTES: usize = 8 << 20;
 /// A client that does not read what it asked for is cut off after this.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -89,6 +91,29 @@ pub enum StreamInput {
     Abort,
 }
 
+/// The session's end of a stream.
+struct Stream {
+    sender: mpsc::Sender<StreamInput>,
+    waiting: Arc<AtomicUsize>,
+}
+
+/// What a client sends into a stream, to be taken.
+pub struct Input {
+    receiver: mpsc::Receiver<StreamInput>,
+    waiting: Arc<AtomicUsize>,
+}
+
+impl Input {
+    /// The next of it; nothing when the stream is over.
+    pub async fn recv(&mut self) -> Option<StreamInput> {
+        let input = self.receiver.recv().await;
+        if let Some(StreamInput::Data(data)) = &input {
+            self.waiting.fetch_sub(data.len(), Ordering::Relaxed);
+        }
+        input
+    }
+}
+
 /// A connection's state, shared by its calls.
 pub struct Session {
     /// The front end.
@@ -101,7 +126,7 @@ pub struct Session {
     pub callbacks: Mutex<Callbacks>,
     opened: OnceLock<Opened>,
     out: mpsc::Sender<Frame>,
-    streams: Mutex<HashMap<u32, mpsc::Sender<StreamInput>>>,
+    streams: Mutex<HashMap<u32, Stream>>,
     over: watch::Sender<bool>,
 }
 
@@ -232,15 +257,17 @@ impl Session {
     }
 
     /// Opens a stream beside the answer of a call; what the client sends comes out of the receiver.
-    pub fn stream(&self, call: Header) -> mpsc::Receiver<StreamInput> {
+    pub fn stream(&self, call: Header) -> Input {
         let (sender, receiver) = mpsc::channel(STREAM_QUEUE);
-        self.streams.lock().unwrap_or_else(|e| e.into_inner()).insert(call.serial, sender);
-        receiver
+        let waiting = Arc::new(AtomicUsize::new(0));
+        let stream = Stream { sender, waiting: waiting.clone() };
+        self.streams.lock().unwrap_or_else(|e| e.into_inner()).insert(call.serial, stream);
+        Input { receiver, waiting }
     }
 
-    /// Forgets a stream.
-    pub fn stream_ended(&self, call: Header) {
-        self.streams.lock().unwrap_or_else(|e| e.into_inner()).remove(&call.serial);
+    /// Forgets a stream; was it still there, so that its end is to be told?
+    pub fn stream_ended(&self, call: Header) -> bool {
+        self.streams.lock().unwrap_or_else(|e| e.into_inner()).remove(&call.serial).is_some()
     }
 
     /// Ends the connection.
@@ -339,22 +366,45 @@ async fn read(session: &Arc<Session>, mut reader: OwnedReadHalf) {
     }
 }
 
-/// Hands what a client sends on to its stream, and waits while that has not taken what came before.
+/// Hands what a client sends on to its stream. One that does not take it is ended: nobody else waits for it.
 async fn streamed(session: &Session, header: Header, payload: Bytes) {
-    let sender = session.streams.lock().unwrap_or_else(|e| e.into_inner()).get(&header.serial).cloned();
-    let Some(sender) = sender else {
-        // It ended by itself meanwhile; a client that finishes it is told so.
-        if header.status == Status::Ok {
-            session.send(Frame::new(header.stream(Status::Ok), Bytes::new())).await;
-        }
-        return;
-    };
     let input = match header.status {
         Status::Continue => StreamInput::Data(payload),
         Status::Ok => StreamInput::Finish,
         Status::Error => StreamInput::Abort,
     };
-    let _ = sender.send(input).await;
+    let full = {
+        let mut streams = session.streams.lock().unwrap_or_else(|e| e.into_inner());
+        match streams.get(&header.serial) {
+            None => None,
+            Some(stream) => {
+                let size = if let StreamInput::Data(data) = &input { data.len() } else { 0 };
+                let waiting = stream.waiting.fetch_add(size, Ordering::Relaxed) + size;
+                let full = waiting > STREAM_BYTES
+                    || matches!(stream.sender.try_send(input), Err(mpsc::error::TrySendError::Full(_)));
+                if full {
+                    streams.remove(&header.serial);
+                }
+                Some(full)
+            }
+        }
+    };
+    match full {
+        Some(false) => {}
+        Some(true) => {
+            let error = VirError::new(
+                Code::OperationAborted,
+                Part::Rpc,
+                "what was sent into the stream is not taken",
+            );
+            session.send(Frame::new(header.stream(Status::Error), error.encode())).await;
+        }
+        // It ended by itself meanwhile; a client that finishes it is told so.
+        None if header.status == Status::Ok => {
+            session.send(Frame::new(header.stream(Status::Ok), Bytes::new())).await;
+        }
+        None => {}
+    }
 }
 
 async fn run(call: Call) {

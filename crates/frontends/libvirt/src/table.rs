@@ -2,7 +2,10 @@
 //! clients take as a reason to ask in an older way.
 
 use crate::{
-    calls::{connect, console, domain, event, network, power, stats, storage},
+    calls::{
+        connect, console, define, devices, domain, event, machine, network, pools, power, snapshots, stats,
+        storage, volumes,
+    },
     error::{Code, VirError},
     names::NAMES,
     session::{Answer, Call, Session},
@@ -52,8 +55,12 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     5 CONNECT_GET_MAX_VCPUS See connect::max_vcpus;
     6 NODE_GET_INFO See connect::node_info;
     7 CONNECT_GET_CAPABILITIES See connect::capabilities;
+    8 DOMAIN_ATTACH_DEVICE Change devices::attach;
     9 DOMAIN_CREATE Change power::create;
+    10 DOMAIN_CREATE_XML Change define::create_xml;
+    11 DOMAIN_DEFINE_XML Change define::define;
     12 DOMAIN_DESTROY Change power::destroy;
+    13 DOMAIN_DETACH_DEVICE Change devices::detach;
     14 DOMAIN_GET_XML_DESC See domain::xml;
     15 DOMAIN_GET_AUTOSTART See domain::autostart;
     16 DOMAIN_GET_INFO See domain::info;
@@ -68,9 +75,12 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     27 DOMAIN_REBOOT Change power::reboot;
     28 DOMAIN_RESUME Change power::resume;
     29 DOMAIN_SET_AUTOSTART Change domain::set_autostart;
+    30 DOMAIN_SET_MAX_MEMORY Change devices::set_max_memory;
+    31 DOMAIN_SET_MEMORY Change devices::set_memory;
+    32 DOMAIN_SET_VCPUS Change devices::set_vcpus;
     33 DOMAIN_SHUTDOWN Change power::shutdown;
     34 DOMAIN_SUSPEND Change power::suspend;
-    35 DOMAIN_UNDEFINE Change power::undefine;
+    35 DOMAIN_UNDEFINE Change define::undefine;
     36 CONNECT_LIST_DEFINED_NETWORKS See network::defined_names;
     37 CONNECT_LIST_DOMAINS See domain::ids;
     38 CONNECT_LIST_NETWORKS See network::names;
@@ -82,6 +92,8 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     50 CONNECT_NUM_OF_DEFINED_NETWORKS See network::count_defined;
     51 CONNECT_NUM_OF_DOMAINS See domain::count;
     52 CONNECT_NUM_OF_NETWORKS See network::count;
+    54 DOMAIN_RESTORE Change machine::save_to_path;
+    55 DOMAIN_SAVE Change machine::save_to_path;
     59 CONNECT_GET_HOSTNAME See connect::hostname;
     60 CONNECT_SUPPORTS_FEATURE Handshake connect::supports_feature;
     65 DOMAIN_INTERFACE_STATS See stats::interface;
@@ -90,14 +102,25 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     72 CONNECT_LIST_STORAGE_POOLS See storage::names;
     73 CONNECT_NUM_OF_DEFINED_STORAGE_POOLS See storage::count_defined;
     74 CONNECT_LIST_DEFINED_STORAGE_POOLS See storage::defined_names;
+    76 STORAGE_POOL_CREATE_XML Change pools::create_xml;
+    77 STORAGE_POOL_DEFINE_XML Change pools::define;
+    78 STORAGE_POOL_CREATE Change pools::create;
+    79 STORAGE_POOL_BUILD Change pools::build;
+    80 STORAGE_POOL_DESTROY Change pools::destroy;
+    81 STORAGE_POOL_DELETE Change pools::delete;
+    82 STORAGE_POOL_UNDEFINE Change pools::undefine;
+    83 STORAGE_POOL_REFRESH Change pools::refresh;
     84 STORAGE_POOL_LOOKUP_BY_NAME See storage::by_name;
     85 STORAGE_POOL_LOOKUP_BY_UUID See storage::by_uuid;
     86 STORAGE_POOL_LOOKUP_BY_VOLUME See storage::by_volume;
     87 STORAGE_POOL_GET_INFO See storage::info;
     88 STORAGE_POOL_GET_XML_DESC See storage::xml;
     89 STORAGE_POOL_GET_AUTOSTART See storage::autostart;
+    90 STORAGE_POOL_SET_AUTOSTART Change pools::set_autostart;
     91 STORAGE_POOL_NUM_OF_VOLUMES See storage::count_volumes;
     92 STORAGE_POOL_LIST_VOLUMES See storage::volume_names;
+    93 STORAGE_VOL_CREATE_XML Change volumes::create;
+    94 STORAGE_VOL_DELETE Change volumes::delete;
     95 STORAGE_VOL_LOOKUP_BY_NAME See storage::volume_by_name;
     96 STORAGE_VOL_LOOKUP_BY_KEY See storage::volume_by_key;
     97 STORAGE_VOL_LOOKUP_BY_PATH See storage::volume_by_path;
@@ -107,6 +130,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     105 CONNECT_DOMAIN_EVENT_REGISTER See event::register;
     106 CONNECT_DOMAIN_EVENT_DEREGISTER See event::deregister;
     110 CONNECT_GET_URI See connect::uri;
+    125 STORAGE_VOL_CREATE_XML_FROM Change volumes::create_from;
     149 CONNECT_IS_SECURE See connect::is_secure;
     150 DOMAIN_IS_ACTIVE See domain::is_active;
     151 DOMAIN_IS_PERSISTENT See domain::is_persistent;
@@ -116,38 +140,79 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     155 STORAGE_POOL_IS_PERSISTENT See storage::is_persistent;
     157 CONNECT_GET_LIB_VERSION See connect::lib_version;
     159 DOMAIN_MEMORY_STATS See stats::memory;
+    160 DOMAIN_ATTACH_DEVICE_FLAGS Change devices::attach_flags;
+    161 DOMAIN_DETACH_DEVICE_FLAGS Change devices::detach_flags;
+    163 DOMAIN_GET_JOB_INFO See machine::job_info;
+    164 DOMAIN_ABORT_JOB Change machine::abort_job;
     167 CONNECT_DOMAIN_EVENT_REGISTER_ANY See event::register_any;
     168 CONNECT_DOMAIN_EVENT_DEREGISTER_ANY See event::deregister_any;
-    183 DOMAIN_HAS_MANAGED_SAVE_IMAGE See domain::has_managed_save;
+    174 DOMAIN_UPDATE_DEVICE_FLAGS Change devices::update;
+    182 DOMAIN_MANAGED_SAVE Change machine::managed_save;
+    183 DOMAIN_HAS_MANAGED_SAVE_IMAGE See machine::has_managed_save;
+    184 DOMAIN_MANAGED_SAVE_REMOVE Change machine::managed_save_remove;
+    185 DOMAIN_SNAPSHOT_CREATE_XML Change snapshots::create;
+    186 DOMAIN_SNAPSHOT_GET_XML_DESC See snapshots::xml;
+    187 DOMAIN_SNAPSHOT_NUM See snapshots::count;
+    188 DOMAIN_SNAPSHOT_LIST_NAMES See snapshots::names;
+    189 DOMAIN_SNAPSHOT_LOOKUP_BY_NAME See snapshots::by_name;
+    190 DOMAIN_HAS_CURRENT_SNAPSHOT See snapshots::has_current;
+    191 DOMAIN_SNAPSHOT_CURRENT See snapshots::current;
+    192 DOMAIN_REVERT_TO_SNAPSHOT Change snapshots::revert;
+    193 DOMAIN_SNAPSHOT_DELETE Change snapshots::delete;
+    194 DOMAIN_GET_BLOCK_INFO See devices::block_info;
     196 DOMAIN_CREATE_WITH_FLAGS Change power::create_with_flags;
+    199 DOMAIN_SET_VCPUS_FLAGS Change devices::set_vcpus_flags;
     200 DOMAIN_GET_VCPUS_FLAGS See domain::vcpus;
     201 DOMAIN_OPEN_CONSOLE Change console::open;
     202 DOMAIN_IS_UPDATED See domain::is_updated;
+    204 DOMAIN_SET_MEMORY_FLAGS Change devices::set_memory_flags;
+    211 DOMAIN_SCREENSHOT Change machine::screenshot;
     212 DOMAIN_GET_STATE See domain::state;
+    226 DOMAIN_SEND_KEY Change machine::send_key;
     229 DOMAIN_GET_CONTROL_INFO See domain::control_info;
-    231 DOMAIN_UNDEFINE_FLAGS Change power::undefine_flags;
+    231 DOMAIN_UNDEFINE_FLAGS Change define::undefine_flags;
+    232 DOMAIN_SAVE_FLAGS Change machine::save_to_path;
+    233 DOMAIN_RESTORE_FLAGS Change machine::save_to_path;
     234 DOMAIN_DESTROY_FLAGS Change power::destroy_flags;
+    244 DOMAIN_SNAPSHOT_GET_PARENT See snapshots::parent;
     245 DOMAIN_RESET Change power::reset;
+    246 DOMAIN_SNAPSHOT_NUM_CHILDREN See snapshots::count_children;
+    247 DOMAIN_SNAPSHOT_LIST_CHILDREN_NAMES See snapshots::children_names;
+    251 DOMAIN_BLOCK_RESIZE Change devices::block_resize;
+    252 DOMAIN_SET_BLOCK_IO_TUNE Change devices::set_block_tuning;
+    253 DOMAIN_GET_BLOCK_IO_TUNE See devices::block_tuning;
+    256 DOMAIN_SET_INTERFACE_PARAMETERS Change devices::set_interface_tuning;
+    257 DOMAIN_GET_INTERFACE_PARAMETERS See devices::interface_tuning;
     258 DOMAIN_SHUTDOWN_FLAGS Change power::shutdown_flags;
+    260 STORAGE_VOL_RESIZE Change volumes::resize;
     264 DOMAIN_SET_METADATA Change domain::set_metadata;
     265 DOMAIN_GET_METADATA See domain::metadata;
+    271 DOMAIN_SNAPSHOT_IS_CURRENT See snapshots::is_current;
+    272 DOMAIN_SNAPSHOT_HAS_METADATA See snapshots::has_metadata;
     273 CONNECT_LIST_ALL_DOMAINS See domain::list;
+    274 DOMAIN_LIST_ALL_SNAPSHOTS See snapshots::list;
+    275 DOMAIN_SNAPSHOT_LIST_ALL_CHILDREN See snapshots::children;
     277 DOMAIN_GET_HOSTNAME See stats::hostname;
     281 CONNECT_LIST_ALL_STORAGE_POOLS See storage::list;
     282 STORAGE_POOL_LIST_ALL_VOLUMES See storage::volumes;
     283 CONNECT_LIST_ALL_NETWORKS See network::list;
     293 NODE_GET_CPU_MAP See connect::cpu_map;
+    298 DOMAIN_GET_JOB_STATS See machine::job_stats;
     313 CONNECT_NETWORK_EVENT_REGISTER_ANY See event::network_register;
     314 CONNECT_NETWORK_EVENT_DEREGISTER_ANY See event::network_deregister;
     316 CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY See event::callback_register;
     317 CONNECT_DOMAIN_EVENT_CALLBACK_DEREGISTER_ANY See event::callback_deregister;
     341 NETWORK_GET_DHCP_LEASES See network::leases;
+    342 CONNECT_GET_DOMAIN_CAPABILITIES See connect::domain_capabilities;
     344 CONNECT_GET_ALL_DOMAIN_STATS See stats::all;
+    350 DOMAIN_DEFINE_XML_FLAGS Change define::define_flags;
     353 DOMAIN_INTERFACE_ADDRESSES See stats::addresses;
     358 DOMAIN_RENAME Change power::rename;
     360 CONNECT_REGISTER_CLOSE_CALLBACK See connect::nothing;
     361 CONNECT_UNREGISTER_CLOSE_CALLBACK See connect::nothing;
     378 STORAGE_VOL_GET_INFO_FLAGS See storage::volume_info_flags;
+    391 STORAGE_POOL_LOOKUP_BY_TARGET_PATH See storage::by_target;
+    392 DOMAIN_DETACH_DEVICE_ALIAS Change devices::detach_alias;
     426 DOMAIN_GET_MESSAGES See domain::messages;
 };
 

@@ -32,6 +32,7 @@ fn a_bridge() {
     let network = Network {
         id: NetworkId(Uuid::from_u128(1)),
         project: ProjectId(Uuid::from_u128(2)),
+        kind: Default::default(),
         name: Name::parse("name", "karstbr0").unwrap(),
         description: String::new(),
         config: config.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect(),

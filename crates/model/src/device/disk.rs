@@ -9,6 +9,9 @@ use serde::{Deserialize, Serialize};
 pub struct RootDevice {
     /// Pool name as written.
     pub pool: String,
+    /// Name of the custom block volume that it is; `None`: a volume that the instance owns.
+    #[serde(default)]
+    pub source: Option<String>,
     /// Size limit.
     pub size: Option<ByteSize>,
     /// Boot order: higher first.
@@ -190,10 +193,18 @@ fn rate(keys: &Keys<'_>, key: &str) -> Result<Option<DiskRate>> {
 
 impl RootDevice {
     pub(super) fn parse(keys: &Keys<'_>) -> Result<Self> {
-        keys.known(&[&["type", "path", "pool", "size", "boot.priority"][..], &IO_KEYS].concat())?;
+        keys.known(&[&["type", "path", "pool", "source", "size", "boot.priority"][..], &IO_KEYS].concat())?;
+        let (source, size) = (keys.get("source").map(str::to_owned), keys.size("size")?);
+        if source.is_some() && size.is_some() {
+            return Err(Error::invalid(
+                keys.field("size"),
+                "a root disk that is a custom volume has the size of that volume",
+            ));
+        }
         Ok(Self {
             pool: keys.demand("pool", "the root disk needs a pool")?.to_owned(),
-            size: keys.size("size")?,
+            source,
+            size,
             boot_priority: keys.number("boot.priority")?,
             io: DiskIo::parse(keys)?,
         })

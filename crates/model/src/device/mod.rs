@@ -2,12 +2,15 @@
 
 mod disk;
 mod nic;
+mod nic_kind;
 mod node;
 mod proxy;
 mod tpm;
 
 pub use disk::*;
 pub use nic::*;
+pub(crate) use nic_kind::vlan_id;
+pub use nic_kind::{NicKind, ParentLink, RoutedLink};
 pub use node::*;
 pub use proxy::*;
 pub use tpm::*;
@@ -22,6 +25,7 @@ pub type Devices = BTreeMap<String, BTreeMap<String, String>>;
 /// A device, parsed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
+#[allow(clippy::large_enum_variant)] // lives for as long as it takes to look at it
 pub enum Device {
     /// Root disk: `path=/` and a pool.
     Root(RootDevice),
@@ -95,6 +99,11 @@ impl<'a> Keys<'a> {
     /// A value, unless it is empty.
     pub fn get(&self, key: &str) -> Option<&'a str> {
         self.keys.get(key).map(String::as_str).filter(|v| !v.is_empty())
+    }
+
+    /// Names of the keys that have a value.
+    pub fn names(&self) -> impl Iterator<Item = &'a str> + use<'a> {
+        self.keys.iter().filter(|(_, v)| !v.is_empty()).map(|(k, _)| k.as_str())
     }
 
     /// A value that is demanded; `why` completes the error.
@@ -182,6 +191,7 @@ mod tests {
             .unwrap(),
             Device::Root(RootDevice {
                 pool: "default".into(),
+                source: None,
                 size: Some(ByteSize::gib(5)),
                 boot_priority: None,
                 io: DiskIo::default(),
@@ -189,7 +199,7 @@ mod tests {
         );
         let nic = Device::parse("eth0", &dev(&[("type", "nic"), ("nictype", "bridged"), ("parent", "br0")]))
             .unwrap();
-        assert!(matches!(nic, Device::Nic(nic) if nic.network == "br0"));
+        assert!(matches!(nic, Device::Nic(nic) if nic.network() == Some("br0")));
     }
 
     #[test]

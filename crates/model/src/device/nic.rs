@@ -1,6 +1,6 @@
 //! NICs.
 
-use super::Keys;
+use super::{Keys, NicKind, nic_kind};
 use crate::{
     Error, Result,
     firewall::{Action, policy},
@@ -11,11 +11,11 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-/// A NIC on a managed network.
+/// A NIC.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NicDevice {
-    /// Network name as written.
-    pub network: String,
+    /// What it is attached to.
+    pub kind: NicKind,
     /// Interface name in the guest (containers).
     pub name: Option<String>,
     /// MAC address as written, lower case.
@@ -33,6 +33,15 @@ pub struct NicDevice {
     pub port: PortSpec,
     /// MTU.
     pub mtu: Option<u32>,
+    /// Another name of the host's interface.
+    #[serde(default)]
+    pub host_name: Option<String>,
+    /// Packets that may wait to be sent, on the host's side.
+    #[serde(default)]
+    pub queue_length: Option<u32>,
+    /// VLANs of a port of a bridge.
+    #[serde(default)]
+    pub vlans: PortVlans,
     /// Boot order: higher first.
     pub boot_priority: Option<u32>,
     /// What a virtual machine sees.
@@ -64,72 +73,86 @@ pub enum NicModel {
 /// Names of the models as users write them (`io.bus`).
 pub const NIC_MODELS: &[(&str, NicModel)] = &[("virtio", NicModel::Virtio), ("e1000e", NicModel::E1000e)];
 
+/// VLANs of a port of a bridge.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(default)]
+pub struct PortVlans {
+    /// What has no tag is of this one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub untagged: Option<u16>,
+    /// Those that pass with their tag.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tagged: Vec<u16>,
+}
+
+impl PortVlans {
+    /// There are none.
+    pub fn is_empty(&self) -> bool {
+        self.untagged.is_none() && self.tagged.is_empty()
+    }
+}
+
 impl NicDevice {
+    /// The network that it may be on, see [`NicKind::network`].
+    pub fn network(&self) -> Option<&str> {
+        self.kind.network()
+    }
+
     pub(super) fn parse(keys: &Keys<'_>) -> Result<Self> {
-        keys.known(&[
-            "type",
-            "network",
-            "nictype",
-            "parent",
-            "name",
-            "hwaddr",
-            "ipv4.address",
-            "ipv4.routes",
-            "ipv6.address",
-            "ipv6.routes",
-            "limits.egress",
-            "limits.ingress",
-            "limits.max",
-            "security.acls",
-            "security.acls.default.egress.action",
-            "security.acls.default.egress.logged",
-            "security.acls.default.ingress.action",
-            "security.acls.default.ingress.logged",
-            "security.ipv4_filtering",
-            "security.ipv6_filtering",
-            "security.mac_filtering",
-            "security.port_isolation",
-            "mtu",
-            "boot.priority",
-            "io.bus",
-            "connected",
-            "attached",
-        ])?;
-        let network = match (keys.get("network"), keys.get("nictype"), keys.get("parent")) {
-            (Some(n), None, _) => n,
-            // The older notation of the same thing.
-            (None, Some("bridged"), Some(parent)) => parent,
-            (Some(_), Some(_), _) => {
-                return Err(Error::invalid(
-                    keys.field("nictype"),
-                    "give either network or nictype, not both",
-                ));
-            }
-            (None, Some(t), _) if t != "bridged" => {
-                return Err(Error::unsupported(format!("NICs of nictype {t:?} are not there yet"))
-                    .at(keys.field("nictype")));
-            }
-            _ => return Err(Error::invalid(keys.field("network"), "a NIC needs the name of a network")),
-        };
+        let kind = NicKind::parse(keys)?;
         let name = keys.get("name");
         if let Some(n) = name {
             interface_name(&keys.field("name"), n)?;
         }
+        let routed = matches!(kind, NicKind::Routed(_));
+        let host_name = keys.get("host_name");
+        if let Some(n) = host_name {
+            interface_name(&keys.field("host_name"), n)?;
+        }
+        let vlans = match kind.network() {
+            Some(_) => PortVlans { untagged: nic_kind::vlan(keys)?, tagged: tagged(keys)? },
+            None => PortVlans::default(),
+        };
+        let mtu = keys.number("mtu")?;
+        if mtu.is_some_and(|m| !(68..=65535).contains(&m)) {
+            return Err(Error::invalid(keys.field("mtu"), "an MTU is 68 to 65535 bytes"));
+        }
         Ok(Self {
-            network: network.to_owned(),
+            kind,
             name: name.map(str::to_owned),
             mac: keys.get("hwaddr").map(|m| parse_mac(&keys.field("hwaddr"), m)).transpose()?,
-            ipv4: keys.parsed("ipv4.address", "an IPv4 address")?,
-            ipv6: keys.parsed("ipv6.address", "an IPv6 address")?,
+            ipv4: if routed { None } else { keys.parsed("ipv4.address", "an IPv4 address")? },
+            ipv6: if routed { None } else { keys.parsed("ipv6.address", "an IPv6 address")? },
             routes: routes(keys)?,
             port: port(keys)?,
-            mtu: keys.number("mtu")?,
+            mtu,
+            host_name: host_name.map(str::to_owned),
+            queue_length: keys.number("queue.tx.length")?,
+            vlans,
             boot_priority: keys.number("boot.priority")?,
             model: keys.one_of("io.bus", NIC_MODELS)?.unwrap_or_default(),
             connected: keys.get("connected").is_none() || keys.boolean("connected")?,
             attached: keys.get("attached").is_none() || keys.boolean("attached")?,
         })
     }
+}
+
+fn tagged(keys: &Keys<'_>) -> Result<Vec<u16>> {
+    let field = keys.field("vlan.tagged");
+    let words =
+        keys.get("vlan.tagged").unwrap_or_default().split(',').map(str::trim).filter(|w| !w.is_empty());
+    let mut all = vec![];
+    for word in words {
+        let (first, last) = word.split_once('-').unwrap_or((word, word));
+        let (first, last) = (nic_kind::vlan_id(&field, first)?, nic_kind::vlan_id(&field, last)?);
+        if first > last {
+            return Err(Error::invalid(field, format!("{word:?} is not a range of VLANs")));
+        }
+        all.extend(first..=last);
+    }
+    all.sort_unstable();
+    all.dedup();
+    Ok(all)
 }
 
 fn routes(keys: &Keys<'_>) -> Result<Vec<IpNet>> {
@@ -165,6 +188,7 @@ fn port(keys: &Keys<'_>) -> Result<PortSpec> {
         isolated: flag("security.port_isolation")?,
         ingress_limit: limit("limits.ingress")?.or(max),
         egress_limit: limit("limits.egress")?.or(max),
+        priority: keys.number("limits.priority")?,
         policy: policy(&prefix, &|k| keys.get(k), Action::Drop)?,
     })
 }

@@ -76,8 +76,9 @@ impl Shared {
     /// As [`Self::clear`], of what a record tells.
     pub(super) async fn clear_record(&self, record: &Record) -> Result<()> {
         let groups = Groups::of(&record.daemon_id, record.instance);
-        self.clear(&self.dir(record.instance), &groups, record.nics.iter().map(|n| n.host_interface.as_str()))
-            .await
+        let dir = self.dir(record.instance);
+        self.clear(&dir, &groups, record.nics.iter().map(|n| n.host_interface.as_str())).await?;
+        super::network::clear(&dir, record).await
     }
 
     /// Removes the group of a keeper once that has gone, which syncs its last words after it told them: nobody waits for

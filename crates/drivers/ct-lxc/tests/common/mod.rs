@@ -120,7 +120,7 @@ impl Place {
         let mut guest = bare_guest(&self.daemon_id, &self.guests, n);
         std::fs::create_dir(&guest.state_dir).unwrap();
         guest.root.path = root;
-        guest.nics[0].bridge = self.bridge.clone();
+        guest.nics[0].link = karst_guest::ResolvedLink::Bridge(self.bridge.clone());
         guest
     }
 
@@ -216,12 +216,15 @@ pub fn bare_guest(daemon_id: &str, guests: &Path, n: u32) -> ResolvedGuest {
             guest_name: "eth0".into(),
             mac: format!("00:16:3e:00:00:{n:02x}"),
             host_interface: format!("v{}{n}", daemon_id),
-            bridge: String::new(),
+            link: karst_guest::ResolvedLink::Bridge(String::new()),
             mtu: Some(1400),
             model: Default::default(),
             disconnected: false,
             pci: None,
             boot_priority: 0,
+            host_name: None,
+            queue_length: None,
+            vlans: Default::default(),
         }],
         cloud_init: CloudInit::default(),
         environment: [("FROM_CONFIG".to_owned(), "yes".to_owned())].into(),

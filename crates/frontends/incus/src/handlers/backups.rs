@@ -18,7 +18,6 @@ use crate::{
 use http_body_util::BodyExt;
 use hyper::{
     Response,
-    body::Incoming,
     header::{CONTENT_DISPOSITION, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue},
 };
 use jiff::Timestamp;
@@ -189,17 +188,14 @@ impl Upload {
     }
 }
 
-async fn store(mut body: Incoming, mut sink: Stream) -> Result<()> {
+async fn store(mut body: request::RequestBody, mut sink: Stream) -> Result<()> {
     let mut any = false;
     while let Some(frame) = body.frame().await {
         let frame =
             frame.map_err(|e| Error::invalid("body", "the body of the request broke off").with_context(e))?;
         if let Ok(data) = frame.into_data() {
             any |= !data.is_empty();
-            if let Err(e) = sink.write_all(&data).await {
-                request::drain(body).await;
-                return Err(e.into());
-            }
+            sink.write_all(&data).await?;
         }
     }
     sink.flush().await?;

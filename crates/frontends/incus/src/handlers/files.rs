@@ -14,7 +14,7 @@ use futures::{StreamExt, TryStreamExt};
 use http_body_util::{BodyExt, StreamBody};
 use hyper::{
     Method, Response,
-    body::{Frame, Incoming},
+    body::Frame,
     header::{CONTENT_DISPOSITION, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue},
 };
 use karst_engine::{Context, Engine, compute::guest::FileUpload};
@@ -171,13 +171,7 @@ pub async fn post(call: Call) -> Result<Reply> {
         app.engine.file_write(&context, query.project(), name, write).await?;
         return Ok(empty());
     }
-    let mut upload = match app.engine.file_write(&context, query.project(), name, write).await {
-        Ok(upload) => upload,
-        Err(e) => {
-            request::drain(request.into_body()).await;
-            return Err(e);
-        }
-    };
+    let mut upload = app.engine.file_write(&context, query.project(), name, write).await?;
     let sink = upload.sink.take();
     let copied = copy_in(request.into_body(), sink).await;
     let finished = upload.finish().await;
@@ -187,18 +181,18 @@ pub async fn post(call: Call) -> Result<Reply> {
 }
 
 /// Copies a body into a descriptor and closes it.
-pub(crate) async fn copy_in(mut body: Incoming, sink: Option<std::os::fd::OwnedFd>) -> Result<()> {
+pub(crate) async fn copy_in(
+    mut body: request::RequestBody,
+    sink: Option<std::os::fd::OwnedFd>,
+) -> Result<()> {
     let fd =
         sink.ok_or_else(|| Error::internal("the file could not be written", "no stream for a regular file"))?;
     let mut sink = Stream::new(fd)?;
     while let Some(frame) = body.frame().await {
         let frame =
             frame.map_err(|e| Error::invalid("body", "the body of the request broke off").with_context(e))?;
-        if let Ok(data) = frame.into_data()
-            && let Err(e) = sink.write_all(&data).await
-        {
-            request::drain(body).await;
-            return Err(e.into());
+        if let Ok(data) = frame.into_data() {
+            sink.write_all(&data).await?;
         }
     }
     sink.flush().await?;

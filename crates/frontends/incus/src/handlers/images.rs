@@ -17,7 +17,6 @@ use bytes::Bytes;
 use http_body_util::BodyExt;
 use hyper::{
     Response,
-    body::Incoming,
     header::{CONTENT_DISPOSITION, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue},
 };
 use karst_engine::images::ImagePart;
@@ -309,24 +308,15 @@ impl Sink {
     }
 }
 
-async fn unified(mut body: Incoming, target: &Target) -> Result<Vec<ImagePart>> {
-    let mut sink = match target.open(ImagePart::Unified).await {
-        Ok(sink) => sink,
-        Err(e) => {
-            request::drain(body).await;
-            return Err(e);
-        }
-    };
+async fn unified(mut body: request::RequestBody, target: &Target) -> Result<Vec<ImagePart>> {
+    let mut sink = target.open(ImagePart::Unified).await?;
     let mut any = false;
     while let Some(frame) = body.frame().await {
         let frame =
             frame.map_err(|e| Error::invalid("body", "the body of the request broke off").with_context(e))?;
         if let Ok(data) = frame.into_data() {
             any |= !data.is_empty();
-            if let Err(e) = sink.write(&data).await {
-                request::drain(body).await;
-                return Err(e);
-            }
+            sink.write(&data).await?;
         }
     }
     sink.end().await?;
@@ -337,7 +327,7 @@ async fn unified(mut body: Incoming, target: &Target) -> Result<Vec<ImagePart>> 
 }
 
 async fn split(
-    body: Incoming,
+    body: request::RequestBody,
     boundary: &str,
     target: &Target,
     options: &mut ImageOptions,
@@ -374,18 +364,9 @@ async fn split(
         if parts.contains(&part) || (part == ImagePart::Metadata) != parts.is_empty() {
             return Err(Error::invalid(name, "an image is uploaded as metadata, then rootfs or rootfs.img"));
         }
-        let mut sink = match target.open(part).await {
-            Ok(sink) => sink,
-            Err(e) => {
-                multipart.drain().await;
-                return Err(e);
-            }
-        };
+        let mut sink = target.open(part).await?;
         while let Some(data) = multipart.data().await? {
-            if let Err(e) = sink.write(&data).await {
-                multipart.drain().await;
-                return Err(e);
-            }
+            sink.write(&data).await?;
         }
         sink.end().await?;
         if let (true, Some(f)) = (part != ImagePart::Metadata, filename) {

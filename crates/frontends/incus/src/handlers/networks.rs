@@ -11,7 +11,7 @@ use crate::{
     },
 };
 use karst_engine::network::{CreateNetwork, UpdateNetwork};
-use karst_model::{Error, Result, network::Network};
+use karst_model::{Result, network::Network, uplink::NetworkKind};
 
 const VIEW: &str = "network";
 const READ_ONLY: &[&str] = &["name", "type", "used_by", "managed", "status", "locations", "project"];
@@ -59,18 +59,11 @@ pub async fn get(call: Call) -> Result<Reply> {
 pub async fn create(call: Call) -> Result<Reply> {
     let (call, mut f) = call.fields().await?;
     let name = f.need_text("name")?;
-    match f.text("type")?.as_deref() {
-        None | Some("" | "bridge") => {}
-        Some(other) => {
-            return Err(Error::unsupported(format!(
-                "networks of type {other:?} are not there yet; \"bridge\" is"
-            ))
-            .at("type"));
-        }
-    }
+    let kind = NetworkKind::parse(&f.text("type")?.unwrap_or_default())?;
     let request = CreateNetwork {
         name,
         description: f.text("description")?.unwrap_or_default(),
+        kind,
         config: f.config("config")?.unwrap_or_default(),
         any_name: false,
     };
@@ -133,18 +126,20 @@ pub async fn delete(call: Call) -> Result<Reply> {
 /// Those of the engine.
 pub async fn state(call: Call) -> Result<Reply> {
     let state = call.engine().network_state(&call.context, call.project(), call.param(0)).await?;
+    let bridge =
+        call.engine().network(&call.context, call.project(), call.param(0))?.kind == NetworkKind::Bridge;
     let [bytes_received, bytes_sent, packets_received, packets_sent] = state.counters;
     sync(&NetworkStateView {
         addresses: state.addresses.iter().map(AddressView::of).collect(),
         counters: NetworkCounters { bytes_received, bytes_sent, packets_received, packets_sent },
-        bridge: BridgeView {
+        bridge: bridge.then(|| BridgeView {
             id: format!("8000.{}", state.mac.replace(':', "")),
             stp: false,
             forward_delay: 0,
             vlan_default: 0,
             vlan_filtering: false,
             upper_devices: state.ports,
-        },
+        }),
         hwaddr: state.mac,
         mtu: state.mtu,
         state: if state.up { "up" } else { "down" },

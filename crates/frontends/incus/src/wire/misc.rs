@@ -31,7 +31,7 @@ impl<'a> NetworkView<'a> {
             config: &network.config,
             description: &network.description,
             name: &network.name,
-            kind: "bridge",
+            kind: network.kind.as_str(),
             used_by,
             managed: true,
             status: "Created",
@@ -75,7 +75,7 @@ pub struct NetworkStateView {
     #[serde(rename = "type")]
     pub kind: &'static str,
     pub bond: (),
-    pub bridge: BridgeView,
+    pub bridge: Option<BridgeView>,
     pub vlan: (),
     pub ovn: (),
 }

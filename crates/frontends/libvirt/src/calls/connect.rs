@@ -7,7 +7,11 @@ use crate::{
     xdr::Writer,
     xml,
 };
-use karst_model::{access::Permission, node::HostFacts, project::DEFAULT_PROJECT};
+use karst_model::{
+    access::Permission,
+    node::{AcceleratorKind, HostFacts},
+    project::DEFAULT_PROJECT,
+};
 use percent_encoding::percent_decode_str;
 
 /// The release of libvirt whose protocol is spoken, as `virGetVersion` counts.
@@ -181,6 +185,32 @@ pub async fn capabilities(call: Call) -> Answered {
     let facts = facts(&call)?;
     let node = call.session.front.engine.inner().node;
     Ok(text(&xml::capabilities::document(call.opened()?.driver, &facts, node.uuid())))
+}
+
+/// `CONNECT_GET_DOMAIN_CAPABILITIES`
+pub async fn domain_capabilities(call: Call) -> Answered {
+    let (_, arch, machine, kind, flags) = call.arguments(|r| {
+        let mut next = || r.option(|r| r.string());
+        let (emulator, arch, machine, kind) = (next()?, next()?, next()?, next()?);
+        Ok((emulator, arch, machine, kind, r.u32()?))
+    })?;
+    call.known_flags(flags, 0)?;
+    let facts = facts(&call)?;
+    let refuse = xml::machine::refuse;
+    if call.opened()?.driver != Driver::Qemu {
+        return Err(VirError::no_support("virConnectGetDomainCapabilities"));
+    }
+    if let Some(arch) = arch.filter(|a| *a != facts.architecture) {
+        return Err(refuse("os arch", format!("'{arch}' is not the architecture of this host")));
+    }
+    let kvm = facts.accelerator.kind == AcceleratorKind::Kvm;
+    let kind = kind.unwrap_or_else(|| if kvm { "kvm".into() } else { "qemu".into() });
+    if kind != "qemu" && !(kind == "kvm" && kvm) {
+        return Err(refuse("domain type", format!("'{kind}' is not usable on this host")));
+    }
+    let newest = facts.default_machine.clone().unwrap_or_default();
+    let machine = karst_engine::compute::slots::versioned(machine.as_deref().or(Some("pc")), &newest);
+    Ok(text(&xml::capabilities::domain(&facts, &kind, &machine, MAX_VCPUS)))
 }
 
 #[cfg(test)]

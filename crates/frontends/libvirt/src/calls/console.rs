@@ -4,15 +4,12 @@ use super::{Answered, Named};
 use crate::{
     error::VirError,
     frame::{Frame, Header, Status},
-    session::{Answer, Call, Session, StreamInput},
+    session::{Answer, Call, Input, Session, StreamInput},
 };
 use bytes::Bytes;
 use karst_engine::{compute::guest::ExecSession, stream::FdStream};
 use std::{os::fd::OwnedFd, sync::Arc};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    sync::mpsc,
-};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 /// Bytes of a frame of the console.
 const CHUNK: usize = 64 << 10;
@@ -44,16 +41,12 @@ pub async fn open(call: Call) -> Answered {
 }
 
 /// Both ways, until either side ends.
-async fn pump(
-    session: Arc<Session>,
-    header: Header,
-    console: ExecSession,
-    fd: OwnedFd,
-    mut input: mpsc::Receiver<StreamInput>,
-) {
+async fn pump(session: Arc<Session>, header: Header, console: ExecSession, fd: OwnedFd, mut input: Input) {
     let outcome = relay(&session, header, fd, &mut input).await;
-    session.stream_ended(header);
+    // One that was ended from the other side has been told.
+    let told = !session.stream_ended(header);
     match outcome {
+        _ if told => {}
         Ok(()) => session.send(Frame::new(header.stream(Status::Ok), Bytes::new())).await,
         Err(e) => {
             let error = VirError::from(karst_model::Error::from(e));
@@ -63,12 +56,7 @@ async fn pump(
     drop(console);
 }
 
-async fn relay(
-    session: &Session,
-    header: Header,
-    fd: OwnedFd,
-    input: &mut mpsc::Receiver<StreamInput>,
-) -> std::io::Result<()> {
+async fn relay(session: &Session, header: Header, fd: OwnedFd, input: &mut Input) -> std::io::Result<()> {
     let mut reader = FdStream::new(fd)?;
     let mut writer = reader.clone();
     let out = async {

@@ -20,6 +20,8 @@ use std::{collections::BTreeSet, sync::Arc};
 pub const TITLE: &str = "user.libvirt.title";
 /// Begins the user keys that hold applications' metadata; the rest is their namespace.
 pub const METADATA: &str = "user.libvirt.metadata.";
+/// The user key that holds what of a domain's document has no field here.
+pub const OPAQUE: &str = "user.libvirt.xml";
 const AUTOSTART: &str = "boot.autostart";
 
 /// `virDomainState` with its reason.
@@ -55,12 +57,12 @@ fn starts_by_itself(view: &InstanceView) -> bool {
 fn accepts(view: &InstanceView, snapshots: bool, flags: u32) -> bool {
     let running = is_running(view);
     let (state, _) = state_of(view);
+    let saved = view.instance.stateful && !running;
     let groups = [
         [(1, running), (2, !running), (0, false), (0, false)],
         [(4, !view.instance.ephemeral), (8, view.instance.ephemeral), (0, false), (0, false)],
         [(16, state == 1), (32, state == 3), (64, state == 5), (128, !matches!(state, 1 | 3 | 5))],
-        // RAM is never saved where libvirt would look for it.
-        [(256, false), (512, true), (0, false), (0, false)],
+        [(256, saved), (512, !saved), (0, false), (0, false)],
         [(1024, starts_by_itself(view)), (2048, !starts_by_itself(view)), (0, false), (0, false)],
         [(4096, snapshots), (8192, !snapshots), (0, false), (0, false)],
         [(16384, false), (32768, true), (0, false), (0, false)],
@@ -247,12 +249,6 @@ pub async fn is_updated(call: Call) -> Answered {
     Ok(flag(is_running(&view) && applied.is_some_and(|v| v != view.instance.spec_version)))
 }
 
-/// `DOMAIN_HAS_MANAGED_SAVE_IMAGE`
-pub async fn has_managed_save(call: Call) -> Answered {
-    call.guest_without_flags()?;
-    Ok(flag(false))
-}
-
 /// `DOMAIN_GET_AUTOSTART`
 pub async fn autostart(call: Call) -> Answered {
     Ok(flag(starts_by_itself(&*call.only_guest()?)))
@@ -353,6 +349,9 @@ pub async fn set_metadata(call: Call) -> Answered {
         ELEMENT => {
             let uri =
                 uri.ok_or_else(|| VirError::argument("uri in virDomainSetMetadata must not be NULL"))?;
+            if let Some(value) = &value {
+                xml::read::document(value)?;
+            }
             let value = match (value, key) {
                 (Some(value), Some(key)) => Some(format!("{key}\n{value}")),
                 (Some(_), None) => {

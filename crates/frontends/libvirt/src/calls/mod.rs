@@ -2,12 +2,18 @@
 
 pub mod connect;
 pub mod console;
+pub mod define;
+pub mod devices;
 pub mod domain;
 pub mod event;
+pub mod machine;
 pub mod network;
+pub mod pools;
 pub mod power;
+pub mod snapshots;
 pub mod stats;
 pub mod storage;
+pub mod volumes;
 
 use crate::{
     domain_id, domain_uuid,

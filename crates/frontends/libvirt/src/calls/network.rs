@@ -8,7 +8,7 @@ use crate::{
     xml,
 };
 use karst_engine::Row;
-use karst_model::network::{BridgeSpec, Network};
+use karst_model::{network::Network, uplink::NetworkKind};
 use std::net::IpAddr;
 
 /// Lengths of a network's prefixes.
@@ -30,7 +30,7 @@ impl Prefixes {
 /// No network; invalid, when its configuration is.
 pub fn prefixes(call: &Call, name: &str) -> Result<Prefixes, VirError> {
     let network = find(call, name)?;
-    let spec = BridgeSpec::parse(&network.name, &network.config)?;
+    let spec = network.bridge()?;
     Ok(Prefixes {
         v4: spec.ipv4.map_or(32, |n| n.prefix_len()),
         v6: spec.ipv6.map_or(128, |n| n.prefix_len()),
@@ -43,10 +43,13 @@ fn missing(text: String) -> VirError {
 
 fn all(call: &Call) -> Result<Vec<Row<Network>>, VirError> {
     let session = &call.session;
-    Ok(session.front.engine.networks(&session.context, &session.opened()?.project)?)
+    let mut all = session.front.engine.networks(&session.context, &session.opened()?.project)?;
+    // The others are interfaces of the host.
+    all.retain(|n| n.kind == NetworkKind::Bridge);
+    Ok(all)
 }
 
-fn find(call: &Call, name: &str) -> Result<Row<Network>, VirError> {
+pub(super) fn find(call: &Call, name: &str) -> Result<Row<Network>, VirError> {
     let found = all(call)?.into_iter().find(|n| &*n.name == name);
     found.ok_or_else(|| missing(format!("no network with matching name '{name}'")))
 }

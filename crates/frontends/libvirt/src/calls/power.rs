@@ -1,11 +1,7 @@
-//! Power, names and ends of domains.
+//! Power and names of domains.
 
 use super::{Answered, Named, domain::is_running, int, nothing, write_domain};
-use crate::{
-    error::{Code, VirError},
-    session::Call,
-    xdr::Writer,
-};
+use crate::{error::VirError, session::Call, xdr::Writer};
 use karst_engine::{InstanceView, LiveOperation, compute::power::PowerRequest};
 use karst_model::instance::{PowerAction, Status};
 use std::time::Duration;
@@ -44,11 +40,43 @@ fn demand_running(view: &InstanceView) -> Result<(), VirError> {
     }
 }
 
-async fn start(call: &Call, view: &InstanceView) -> Result<(), VirError> {
+/// Starts it; from where its memory was kept, if it was.
+///
+/// # Errors
+/// Those of the engine.
+pub async fn start(call: &Call, view: &InstanceView) -> Result<(), VirError> {
+    start_with(call, view, true).await
+}
+
+async fn start_with(call: &Call, view: &InstanceView, stateful: bool) -> Result<(), VirError> {
     if is_running(view) {
         return Err(VirError::state("domain is already running"));
     }
-    ended(begin(call, view, PowerAction::Start, false).await?).await
+    let request = PowerRequest { action: PowerAction::Start, force: false, timeout: None, stateful };
+    ask_power(call, view, request).await
+}
+
+/// Keeps its memory and stops it.
+///
+/// # Errors
+/// Those of the engine: the machine must have been prepared for it.
+pub async fn save(call: &Call, view: &InstanceView) -> Result<(), VirError> {
+    let request = PowerRequest { action: PowerAction::Stop, force: false, timeout: None, stateful: true };
+    ask_power(call, view, request).await
+}
+
+async fn ask_power(call: &Call, view: &InstanceView, request: PowerRequest) -> Result<(), VirError> {
+    let session = &call.session;
+    let (engine, context) = (&session.front.engine, &session.context);
+    ended(engine.instance_power(context, &view.project.name, &view.instance.name, request).await?).await
+}
+
+/// Stops its processors.
+///
+/// # Errors
+/// Those of the engine.
+pub async fn freeze(call: &Call, view: &InstanceView) -> Result<(), VirError> {
+    ended(begin(call, view, PowerAction::Freeze, false).await?).await
 }
 
 /// `DOMAIN_CREATE`
@@ -60,20 +88,24 @@ pub async fn create(call: Call) -> Answered {
 /// `DOMAIN_CREATE_WITH_FLAGS`
 pub async fn create_with_flags(call: Call) -> Answered {
     let (named, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
-    // Paused, and without what was saved: nothing is saved.
+    // Paused, past the cache, and without what was saved.
     call.known_flags(flags, 1 | 4 | 8)?;
     let view = call.guest(&named)?;
-    start(&call, &view).await?;
+    start_with(&call, &view, flags & 8 == 0).await?;
     let view = call.guest(&named)?;
     if flags & 1 != 0 {
-        ended(begin(&call, &view, PowerAction::Freeze, false).await?).await?;
+        freeze(&call, &view).await?;
     }
     let mut w = Writer::new();
     write_domain(&mut w, &*call.guest(&named)?);
     Ok(w.finish().into())
 }
 
-async fn kill(call: &Call, view: &InstanceView) -> Answered {
+/// Ends it by force.
+///
+/// # Errors
+/// Those of the engine.
+pub async fn kill(call: &Call, view: &InstanceView) -> Answered {
     demand_running(view)?;
     ended(begin(call, view, PowerAction::Stop, true).await?).await?;
     Ok(nothing())
@@ -132,7 +164,7 @@ pub async fn suspend(call: Call) -> Answered {
     let view = call.only_guest()?;
     demand_running(&view)?;
     if view.status != Status::Frozen {
-        ended(begin(&call, &view, PowerAction::Freeze, false).await?).await?;
+        freeze(&call, &view).await?;
     }
     Ok(nothing())
 }
@@ -146,33 +178,6 @@ pub async fn resume(call: Call) -> Answered {
         _ => return Err(VirError::state("domain is already running")),
     }
     Ok(nothing())
-}
-
-/// `DOMAIN_UNDEFINE`
-pub async fn undefine(call: Call) -> Answered {
-    forget(&call, &*call.only_guest()?)
-}
-
-/// `DOMAIN_UNDEFINE_FLAGS`
-pub async fn undefine_flags(call: Call) -> Answered {
-    let (named, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
-    // With a managed save, with the snapshots' metadata, with the variables of the firmware or without, with checkpoints,
-    // with the TPM or without.
-    call.known_flags(flags, 0x7f)?;
-    forget(&call, &*call.guest(&named)?)
-}
-
-/// libvirt leaves disks where they are; of a Karst instance the disks that it owns are a part. So that nobody loses data who
-/// expects the former, an instance whose root has content is not undefined.
-fn forget(call: &Call, view: &InstanceView) -> Answered {
-    if is_running(view) {
-        return Err(VirError::state("cannot undefine a running domain; destroy it first"));
-    }
-    let text = format!(
-        "undefining {:?} would delete its root disk, which is a part of it; use `incus delete` or `karst delete`",
-        &*view.instance.name
-    );
-    Err(VirError::new(Code::OperationUnsupported, call.opened()?.driver.part(), text))
 }
 
 /// `DOMAIN_RENAME`

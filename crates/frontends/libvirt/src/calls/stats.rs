@@ -206,6 +206,10 @@ async fn leased(
     let (engine, context) = (&session.front.engine, &session.context);
     let mut all = vec![];
     for nic in crate::xml::domain::nics(view)? {
+        // It may be on something of the host.
+        if super::network::find(call, &nic.network).is_err() {
+            continue;
+        }
         let leases = engine.network_leases(context, &view.project.name, &nic.network).await?;
         let prefix = super::network::prefixes(call, &nic.network)?;
         let mine = leases.into_iter().filter(|l| l.mac.eq_ignore_ascii_case(&nic.mac));

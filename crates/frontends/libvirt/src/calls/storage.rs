@@ -19,17 +19,17 @@ fn no_volume(text: String) -> VirError {
     VirError::new(Code::NoStorageVol, Part::Storage, text)
 }
 
-fn pools(call: &Call) -> Result<Vec<Row<Pool>>, VirError> {
+pub(super) fn pools(call: &Call) -> Result<Vec<Row<Pool>>, VirError> {
     let session = &call.session;
     Ok(session.front.engine.pools(&session.context)?)
 }
 
-fn find(call: &Call, name: &str) -> Result<Row<Pool>, VirError> {
+pub(super) fn find(call: &Call, name: &str) -> Result<Row<Pool>, VirError> {
     let found = pools(call)?.into_iter().find(|p| &*p.name == name);
     found.ok_or_else(|| no_pool(format!("no storage pool with matching name '{name}'")))
 }
 
-fn find_uuid(call: &Call, uuid: uuid::Uuid) -> Result<Row<Pool>, VirError> {
+pub(super) fn find_uuid(call: &Call, uuid: uuid::Uuid) -> Result<Row<Pool>, VirError> {
     let found = pools(call)?.into_iter().find(|p| p.id.uuid() == uuid);
     found.ok_or_else(|| no_pool(format!("no storage pool with matching uuid '{uuid}'")))
 }
@@ -42,7 +42,7 @@ fn write_pool(w: &mut Writer, pool: &Pool) {
     w.string(&pool.name).uuid(pool.id.uuid());
 }
 
-fn one(pool: &Pool) -> Answered {
+pub(super) fn one(pool: &Pool) -> Answered {
     let mut w = Writer::new();
     write_pool(&mut w, pool);
     Ok(w.finish().into())
@@ -56,6 +56,8 @@ async fn usage(call: &Call, pool: &Pool) -> Result<Usage, VirError> {
 /// `CONNECT_LIST_ALL_STORAGE_POOLS`. All of Karst's are active, persistent, and begin by themselves.
 pub async fn list(call: Call) -> Answered {
     let (need_results, flags) = call.arguments(|r| Ok((r.i32()?, r.u32()?)))?;
+    // Three pairs of what they are, then the kinds.
+    call.known_flags(flags, 0x1f_ffff)?;
     let groups = [(0x1, 0x2), (0x8, 0x4), (0x20, 0x10)];
     let no = groups.iter().any(|(isnt, is)| flags & isnt != 0 && flags & is == 0);
     let kinds = flags >> 6;
@@ -96,6 +98,15 @@ pub async fn by_name(call: Call) -> Answered {
 /// `STORAGE_POOL_LOOKUP_BY_UUID`
 pub async fn by_uuid(call: Call) -> Answered {
     one(&*find_uuid(&call, call.arguments(|r| r.uuid())?)?)
+}
+
+/// `STORAGE_POOL_LOOKUP_BY_TARGET_PATH`
+pub async fn by_target(call: Call) -> Answered {
+    let (path, flags) = call.arguments(|r| Ok((r.string()?, r.u32()?)))?;
+    call.known_flags(flags, 0)?;
+    let name = path.trim_end_matches('/').strip_prefix("/karst/");
+    let missing = || no_pool(format!("no storage pool with matching target path '{path}'"));
+    one(&*find(&call, name.ok_or_else(missing)?).map_err(|_| missing())?)
 }
 
 /// `STORAGE_POOL_LOOKUP_BY_VOLUME`
@@ -141,23 +152,23 @@ pub async fn is_persistent(call: Call) -> Answered {
 }
 
 /// A volume as clients name it.
-struct VolumeName {
+pub(super) struct VolumeName {
     pool: String,
     name: String,
     key: String,
 }
 
 impl VolumeName {
-    fn read(r: &mut Reader<'_>) -> Result<Self, VirError> {
+    pub(super) fn read(r: &mut Reader<'_>) -> Result<Self, VirError> {
         Ok(Self { pool: r.string()?, name: r.string()?, key: r.string()? })
     }
 }
 
 /// A volume with the names of its pool and its own: an instance's has the instance's.
-struct Found {
-    pool: String,
-    name: String,
-    volume: Row<Volume>,
+pub(super) struct Found {
+    pub(super) pool: String,
+    pub(super) name: String,
+    pub(super) volume: Row<Volume>,
 }
 
 impl Found {
@@ -165,7 +176,7 @@ impl Found {
         w.string(&self.pool).string(&self.name).string(&self.volume.id.to_string());
     }
 
-    fn answer(&self) -> Answered {
+    pub(super) fn answer(&self) -> Answered {
         let mut w = Writer::new();
         self.write(&mut w);
         Ok(w.finish().into())
@@ -178,7 +189,7 @@ impl Found {
 }
 
 /// Those of the connection's project that are disks of instances or made by users.
-fn volumes_of(call: &Call, pool: &Pool) -> Result<Vec<Found>, VirError> {
+pub(super) fn volumes_of(call: &Call, pool: &Pool) -> Result<Vec<Found>, VirError> {
     let session = &call.session;
     let project = &session.opened()?.project;
     let all = session.front.engine.volumes(&session.context, &pool.name, Some(project))?;
@@ -203,7 +214,7 @@ fn all_volumes(call: &Call) -> Result<Vec<Found>, VirError> {
     Ok(all)
 }
 
-fn volume(call: &Call, named: &VolumeName) -> Result<Found, VirError> {
+pub(super) fn volume(call: &Call, named: &VolumeName) -> Result<Found, VirError> {
     let pool = find(call, &named.pool)?;
     let mut all = volumes_of(call, &pool)?.into_iter();
     let found = all.find(|f| f.volume.id.to_string() == named.key);

@@ -30,6 +30,72 @@ pub fn document(driver: Driver, facts: &HostFacts, node: Uuid) -> String {
     Element::new("capabilities").child(host).child(guest(driver, facts)).document()
 }
 
+fn choices(name: &str, all: &[&str]) -> Element {
+    Element::new("enum").with("name", name).children(all.iter().map(|v| Element::text("value", v)))
+}
+
+fn supported(name: &'static str, is: bool) -> Element {
+    Element::new(name).with("supported", if is { "yes" } else { "no" })
+}
+
+/// What domains of a kind can have; `machine` is the type that they are to have, versioned.
+pub fn domain(facts: &HostFacts, kind: &str, machine: &str, most: i32) -> String {
+    let kvm = facts.accelerator.kind == AcceleratorKind::Kvm;
+    let loader = supported("loader", true)
+        .child(choices("type", &["rom", "pflash"]))
+        .child(choices("readonly", &["yes"]))
+        .child(choices("secure", &["yes", "no"]));
+    let os = supported("os", true).child(choices("firmware", &["bios", "efi"])).child(loader);
+    let mode = |name: &str, is: bool| {
+        Element::new("mode").with("name", name).with("supported", if is { "yes" } else { "no" })
+    };
+    let model = |name: &&str| Element::text("model", name).with("usable", "yes").with("vendor", "unknown");
+    let cpu = Element::new("cpu")
+        .child(mode("host-passthrough", kvm).child(choices("hostPassthroughMigratable", &["on"])))
+        .child(mode("maximum", true).child(choices("maximumMigratable", &["on"])))
+        .child(mode("host-model", false))
+        .child(mode("custom", true).children(["qemu64", "kvm64", "max"].iter().map(model)));
+    let disk = supported("disk", true)
+        .child(choices("diskDevice", &["disk", "cdrom"]))
+        .child(choices("bus", &["scsi", "virtio", "sata"]))
+        .child(choices("model", &["virtio"]));
+    let tpm = supported("tpm", true)
+        .child(choices("model", &["tpm-crb"]))
+        .child(choices("backendModel", &["emulator"]))
+        .child(choices("backendVersion", &["2.0"]));
+    let rng = supported("rng", true)
+        .child(choices("model", &["virtio"]))
+        .child(choices("backendModel", &["random"]));
+    let devices = Element::new("devices")
+        .child(disk)
+        .child(supported("graphics", true).child(choices("type", &["vnc"])))
+        .child(supported("video", true).child(choices("modelType", &["virtio"])))
+        .child(supported("hostdev", false))
+        .child(rng)
+        .child(supported("filesystem", false))
+        .child(tpm);
+    let features = Element::new("features")
+        .child(supported("gic", false))
+        .child(supported("vmcoreinfo", false))
+        .child(supported("genid", false))
+        .child(supported("backingStoreInput", false))
+        .child(supported("backup", false))
+        .child(supported("sev", false));
+    Element::new("domainCapabilities")
+        .child(Element::text("path", format!("/usr/bin/qemu-system-{}", facts.architecture)))
+        .child(Element::text("domain", kind))
+        .child(Element::text("machine", machine))
+        .child(Element::text("arch", &facts.architecture))
+        .child(Element::new("vcpu").with("max", most))
+        .child(supported("iothreads", false))
+        .child(os)
+        .child(cpu)
+        .child(supported("memoryBacking", false))
+        .child(devices)
+        .child(features)
+        .document()
+}
+
 fn guest(driver: Driver, facts: &HostFacts) -> Element {
     let bits = if facts.architecture.contains("64") { 64 } else { 32 };
     let arch = Element::new("arch").with("name", &facts.architecture).child(Element::text("wordsize", bits));

@@ -2,16 +2,19 @@
 
 pub mod capabilities;
 pub mod domain;
+pub mod machine;
 pub mod network;
+pub mod read;
+pub mod snapshot;
 pub mod storage;
 
-use std::fmt::Write;
+use std::{borrow::Cow, fmt::Write};
 
 /// An element; built, then written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Element {
-    name: &'static str,
-    attributes: Vec<(&'static str, String)>,
+    name: Cow<'static, str>,
+    attributes: Vec<(Cow<'static, str>, String)>,
     content: Content,
 }
 
@@ -23,23 +26,23 @@ enum Content {
 
 impl Element {
     /// An element without anything in it.
-    pub fn new(name: &'static str) -> Self {
-        Self { name, attributes: vec![], content: Content::Elements(vec![]) }
+    pub fn new(name: impl Into<Cow<'static, str>>) -> Self {
+        Self { name: name.into(), attributes: vec![], content: Content::Elements(vec![]) }
     }
 
     /// An element that holds text.
-    pub fn text(name: &'static str, text: impl ToString) -> Self {
+    pub fn text(name: impl Into<Cow<'static, str>>, text: impl ToString) -> Self {
         Self { content: Content::Text(text.to_string()), ..Self::new(name) }
     }
 
     /// With an attribute.
-    pub fn with(mut self, name: &'static str, value: impl ToString) -> Self {
-        self.attributes.push((name, value.to_string()));
+    pub fn with(mut self, name: impl Into<Cow<'static, str>>, value: impl ToString) -> Self {
+        self.attributes.push((name.into(), value.to_string()));
         self
     }
 
     /// With an attribute when there is a value.
-    pub fn with_some(self, name: &'static str, value: Option<impl ToString>) -> Self {
+    pub fn with_some(self, name: impl Into<Cow<'static, str>>, value: Option<impl ToString>) -> Self {
         match value {
             Some(value) => self.with(name, value),
             None => self,
@@ -65,6 +68,84 @@ impl Element {
             // Mixed content occurs nowhere in libvirt's documents.
             Content::Text(_) => self.content = Content::Elements(vec![child]),
         }
+    }
+
+    /// Its name, with the prefix of a namespace.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The value of an attribute.
+    pub fn attribute(&self, name: &str) -> Option<&str> {
+        self.attributes.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str())
+    }
+
+    /// Names and values of its attributes.
+    pub fn attributes(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.attributes.iter().map(|(n, v)| (&**n, v.as_str()))
+    }
+
+    /// Sets an attribute in its place, or at the end.
+    pub fn set(&mut self, name: impl Into<Cow<'static, str>>, value: impl ToString) {
+        let (name, value) = (name.into(), value.to_string());
+        match self.attributes.iter_mut().find(|(n, _)| *n == name) {
+            Some((_, old)) => *old = value,
+            None => self.attributes.push((name, value)),
+        }
+    }
+
+    /// Takes an attribute away.
+    pub fn unset(&mut self, name: &str) {
+        self.attributes.retain(|(n, _)| n != name);
+    }
+
+    /// The elements in it.
+    pub fn elements(&self) -> &[Element] {
+        match &self.content {
+            Content::Elements(all) => all,
+            Content::Text(_) => &[],
+        }
+    }
+
+    /// The elements in it, to be changed.
+    pub fn elements_mut(&mut self) -> &mut Vec<Element> {
+        if let Content::Text(_) = self.content {
+            self.content = Content::Elements(vec![]);
+        }
+        match &mut self.content {
+            Content::Elements(all) => all,
+            // Made so above.
+            Content::Text(_) => unreachable!("the content was text"),
+        }
+    }
+
+    /// The first element of a name in it.
+    pub fn find(&self, name: &str) -> Option<&Element> {
+        self.elements().iter().find(|e| e.name == name)
+    }
+
+    /// All elements of a name in it.
+    pub fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a Element> {
+        self.elements().iter().filter(move |e| e.name == name)
+    }
+
+    /// Its text; nothing when it holds elements.
+    pub fn body(&self) -> &str {
+        match &self.content {
+            Content::Text(text) => text,
+            Content::Elements(_) => "",
+        }
+    }
+
+    /// With another name.
+    pub fn renamed(mut self, name: impl Into<Cow<'static, str>>) -> Self {
+        self.name = name.into();
+        self
+    }
+
+    /// Adds an element inside, if there is one.
+    pub fn push_some(&mut self, child: Option<Element>) {
+        child.into_iter().for_each(|c| self.push(c));
     }
 
     /// The document, with a line break at its end.

@@ -1,17 +1,14 @@
 //! Networks as XML.
 
 use super::Element;
-use karst_model::{
-    Result,
-    network::{BridgeSpec, Network},
-};
+use karst_model::{Result, network::Network};
 
 /// The document of a network.
 ///
 /// # Errors
 /// Invalid, when its configuration is.
 pub fn document(network: &Network) -> Result<String> {
-    let spec = BridgeSpec::parse(&network.name, &network.config)?;
+    let spec = network.bridge()?;
     let mut e = Element::new("network")
         .child(Element::text("name", &network.name))
         .child(Element::text("uuid", network.id));

@@ -1,7 +1,9 @@
 //! Pools and volumes as XML.
 
 use super::Element;
+use crate::error::{Code, Part, VirError};
 use karst_model::storage::{Pool, Usage, Volume, VolumeContent};
+use uuid::Uuid;
 
 fn bytes(name: &'static str, n: u64) -> Element {
     Element::text(name, n).with("unit", "bytes")
@@ -40,4 +42,168 @@ pub fn volume(volume: &Volume, name: &str, path: &str, capacity: u64, allocation
                 .child(Element::new("format").with("type", format)),
         )
         .document()
+}
+
+/// A volume to make.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewVolume {
+    /// Name.
+    pub name: String,
+    /// Bytes, when it says them.
+    pub capacity: Option<u64>,
+    /// What it holds.
+    pub content: VolumeContent,
+}
+
+fn refuse(what: &str, why: impl std::fmt::Display) -> VirError {
+    VirError::new(Code::ConfigUnsupported, Part::Storage, format!("{what}: {why}"))
+}
+
+fn wrong(text: impl Into<String>) -> VirError {
+    VirError::new(Code::XmlError, Part::Storage, text)
+}
+
+fn name_of(root: &Element) -> Result<String, VirError> {
+    let name = root.find("name").map(|n| n.body().trim()).filter(|n| !n.is_empty());
+    name.map(str::to_owned).ok_or_else(|| wrong("missing name element"))
+}
+
+/// Reads the document of a volume. Its place and its format are the pool's affair: what is asked for is a disk, a disc
+/// (`iso`) or a tree (`dir`).
+///
+/// # Errors
+/// XML error; CONFIG_UNSUPPORTED, naming the element.
+pub fn read_volume(text: &str) -> Result<NewVolume, VirError> {
+    let root = super::read::document(text)?;
+    if root.name() != "volume" {
+        return Err(wrong(format!("unexpected root element <{}>, expecting <volume>", root.name())));
+    }
+    let target = root.find("target");
+    for (element, why) in [
+        ("encryption", "volumes are not encrypted"),
+        ("features", "the format is the pool's affair"),
+        ("clusterSize", "the format is the pool's affair"),
+    ] {
+        if target.is_some_and(|t| t.find(element).is_some()) {
+            return Err(refuse(element, why));
+        }
+    }
+    if root.find("backingStore").is_some_and(|b| !b.elements().is_empty()) {
+        return Err(refuse(
+            "backingStore",
+            "copy the volume instead, which shares blocks where the pool can",
+        ));
+    }
+    let format = target.and_then(|t| t.find("format")).and_then(|f| f.attribute("type"));
+    let content = match format.or(root.attribute("type")) {
+        None | Some("raw" | "qcow2" | "file" | "block") => VolumeContent::Block,
+        Some("iso") => VolumeContent::Iso,
+        Some("dir") => VolumeContent::Filesystem,
+        Some(other) => {
+            return Err(refuse("format", format!("'{other}' is not there; raw, qcow2, iso and dir are")));
+        }
+    };
+    let capacity = root.find("capacity").map(in_bytes).transpose()?;
+    Ok(NewVolume { name: name_of(&root)?, capacity, content })
+}
+
+fn in_bytes(e: &Element) -> Result<u64, VirError> {
+    let text = e.body().trim();
+    let factor: u64 = match e.attribute("unit").unwrap_or("bytes") {
+        "b" | "byte" | "bytes" | "B" => 1,
+        "KB" => 1000,
+        "k" | "K" | "KiB" => 1 << 10,
+        "MB" => 1_000_000,
+        "M" | "MiB" => 1 << 20,
+        "GB" => 1_000_000_000,
+        "G" | "GiB" => 1 << 30,
+        "TB" => 1_000_000_000_000,
+        "T" | "TiB" => 1 << 40,
+        unit => return Err(wrong(format!("unknown suffix '{unit}'"))),
+    };
+    let bytes = text.parse::<u64>().ok().and_then(|n| n.checked_mul(factor));
+    bytes.ok_or_else(|| wrong(format!("malformed {} element '{text}'", e.name())))
+}
+
+/// A pool to make.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewPool {
+    /// Name.
+    pub name: String,
+    /// UUID, when it says one.
+    pub uuid: Option<Uuid>,
+    /// Incus' name of its kind.
+    pub driver: String,
+    /// What of the host it is made of; `None`: the host's own directory.
+    pub source: Option<String>,
+}
+
+/// Reads the document of a pool.
+///
+/// # Errors
+/// XML error; CONFIG_UNSUPPORTED, naming the element.
+pub fn read_pool(text: &str) -> Result<NewPool, VirError> {
+    let root = super::read::document(text)?;
+    if root.name() != "pool" {
+        return Err(wrong(format!("unexpected root element <{}>, expecting <pool>", root.name())));
+    }
+    let name = name_of(&root)?;
+    let uuid = root.find("uuid").map(|u| u.body().trim()).filter(|u| !u.is_empty());
+    let uuid = uuid.map(|u| Uuid::parse_str(u).map_err(|_| wrong(format!("malformed uuid element '{u}'"))));
+    let path = root.find("target").and_then(|t| t.find("path")).map(|p| p.body().trim()).unwrap_or_default();
+    let source = root.find("source");
+    let (driver, source) = match root.attribute("type") {
+        Some("dir") => {
+            let own = path.is_empty() || path == format!("/karst/{name}");
+            ("dir", (!own).then(|| path.to_owned()))
+        }
+        Some("zfs") => ("zfs", source.and_then(|s| s.find("name")).map(|n| n.body().trim().to_owned())),
+        Some(other) => {
+            return Err(refuse("pool type", format!("'{other}' is not made this way; 'dir' and 'zfs' are")));
+        }
+        None => return Err(wrong("missing pool type attribute")),
+    };
+    Ok(NewPool { name, uuid: uuid.transpose()?, driver: driver.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn volumes_are_read() {
+        let read = |inner: &str| read_volume(&format!("<volume>{inner}</volume>"));
+        let whole = "<name>v</name><capacity unit='GiB'>2</capacity><target><format type='qcow2'/></target>";
+        let volume = NewVolume { name: "v".into(), capacity: Some(2 << 30), content: VolumeContent::Block };
+        assert_eq!(read(whole), Ok(volume));
+        for (inner, code, word) in [
+            ("<capacity>1</capacity>", Code::XmlError, "name"),
+            ("<name>v</name><capacity>x</capacity>", Code::XmlError, "capacity"),
+            ("<name>v</name><capacity unit='EB'>99</capacity>", Code::XmlError, "EB"),
+            ("<name>v</name><target><encryption/></target>", Code::ConfigUnsupported, "encryption"),
+            (
+                "<name>v</name><backingStore><path>/x</path></backingStore>",
+                Code::ConfigUnsupported,
+                "backingStore",
+            ),
+            ("<name>v</name><target><format type='vmdk'/></target>", Code::ConfigUnsupported, "format"),
+        ] {
+            let e = read(inner).unwrap_err();
+            assert!(e.code == code && e.text.contains(word), "{inner}: {e:?}");
+        }
+    }
+
+    #[test]
+    fn pools_are_read() {
+        let read = |text: &str| read_pool(text);
+        let own = read("<pool type='dir'><name>p</name></pool>").unwrap();
+        assert_eq!((own.driver.as_str(), own.source), ("dir", None));
+        let path = "<pool type='dir'><name>p</name><target><path>/srv/p</path></target></pool>";
+        assert_eq!(read(path).unwrap().source.as_deref(), Some("/srv/p"));
+        assert_eq!(
+            read("<pool type='iscsi'><name>p</name></pool>").unwrap_err().code,
+            Code::ConfigUnsupported
+        );
+        assert_eq!(read("<pool><name>p</name></pool>").unwrap_err().code, Code::XmlError);
+    }
 }

@@ -1,0 +1,153 @@
+//! Defining virtual machines by their hardware: UUID and places of devices are given rather than chosen, because whoever
+//! describes a machine so (libvirt's clients) knows it by them afterwards.
+
+use super::{
+    create::{CreateInstance, InstanceCreate, plan},
+    expand, path, slots,
+};
+use crate::{
+    Engine, EngineInner, Records,
+    context::Context,
+    operations::{LiveOperation, NewOperation},
+    saga::runner,
+};
+use karst_model::{
+    DeviceId, Error, InstanceId, Name, Result,
+    access::Permission,
+    device::DiskBus,
+    instance::{DeviceIdentity, Instance, InstanceKind},
+    storage::VolumeOwner,
+};
+use std::collections::BTreeMap;
+use uuid::Uuid;
+
+/// A virtual machine with its hardware.
+#[derive(Debug, Clone)]
+pub struct DefineMachine {
+    /// As any other instance.
+    pub create: CreateInstance,
+    /// The UUID that its firmware shows, which becomes that of the instance; one is made up when absent.
+    pub uuid: Option<Uuid>,
+    /// Where its devices are, by their names.
+    pub places: BTreeMap<String, Place>,
+}
+
+/// Where a device is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Place {
+    /// Bus slot, such as `scsi0` or `net1`.
+    pub slot: String,
+    /// libvirt's alias; the slot when absent.
+    pub alias: Option<String>,
+    /// PCI address such as `03:00.0`. One that this machine has not, or that is taken, is chosen anew.
+    pub pci: Option<String>,
+}
+
+impl Engine {
+    /// Defines a virtual machine; answers its name and the operation.
+    ///
+    /// # Errors
+    /// Those of [`Engine::instance_create`]; conflict when the UUID is taken.
+    pub async fn machine_define(
+        &self,
+        context: &Context,
+        project: &str,
+        request: DefineMachine,
+    ) -> Result<(String, LiveOperation)> {
+        let project = self.project(context, project, Permission::ResourceEdit)?;
+        let inner = self.inner();
+        let name = Name::parse("name", request.create.name.as_deref().unwrap_or_default())?;
+        if request.create.kind != InstanceKind::VirtualMachine {
+            return Err(Error::unsupported("containers are made of images, not defined by their hardware"));
+        }
+        let operation = runner::start::<InstanceCreate>(inner, context, |tx| {
+            let records = inner.inventory.read();
+            tx.expect(&project);
+            let mut plan = plan(inner, &records, tx, &project, name.clone(), &request.create)?;
+            if let Some(uuid) = request.uuid {
+                demand_free(&records, uuid)?;
+                identify(&mut plan.instance, uuid);
+                if plan.volume.owner != VolumeOwner::Custom {
+                    plan.volume.owner = VolumeOwner::Instance { instance: plan.instance.id };
+                }
+            }
+            place(inner, &records, &mut plan.instance, &request.places)?;
+            let domain_id = plan.start.as_ref().map_or(0, |s| s.spec.domain_id);
+            let spec = inner.guest_spec(&records, &plan.instance, domain_id)?;
+            if let Some(start) = &mut plan.start {
+                super::disks::demand_idle(&records, tx, &spec)?;
+                start.spec = spec;
+            }
+            let path = path(&project.name, &name);
+            Ok((plan, NewOperation::task("Defining instance", Some(project.id), "instances", path)))
+        })
+        .await?;
+        Ok((name.to_string(), operation))
+    }
+}
+
+fn demand_free(records: &Records, uuid: Uuid) -> Result<()> {
+    let has = |i: &Instance| i.id.uuid() == uuid || i.hardware.as_ref().is_some_and(|h| h.uuid == uuid);
+    match uuid.is_nil() || records.instances.values().any(|i| has(i)) {
+        true => Err(Error::conflict(format!("the UUID {uuid} is taken")).at("uuid")),
+        false => Ok(()),
+    }
+}
+
+fn identify(instance: &mut Instance, uuid: Uuid) {
+    instance.id = InstanceId(uuid);
+    instance.volatile.insert("volatile.uuid".into(), uuid.to_string());
+    if let Some(hardware) = &mut instance.hardware {
+        hardware.uuid = uuid;
+    }
+}
+
+/// Gives devices the places that were asked for, and all others what that leaves free.
+fn place(
+    inner: &EngineInner,
+    records: &Records,
+    instance: &mut Instance,
+    places: &BTreeMap<String, Place>,
+) -> Result<()> {
+    let parsed = expand::parse_devices(&records.expanded(instance).1)?;
+    let hardware = instance.hardware.as_ref();
+    let mut given: BTreeMap<String, DeviceIdentity> = BTreeMap::new();
+    for (name, place) in places {
+        let known = instance.identities.get(name);
+        let known = known.ok_or_else(|| Error::invalid("devices", format!("there is no device {name:?}")))?;
+        if let Some((other, _)) = given.iter().find(|(_, i)| i.slot == place.slot) {
+            return Err(Error::invalid(
+                format!("devices.{name}"),
+                format!("both {other:?} and {name:?} are at {}", place.slot),
+            ));
+        }
+        let free = |pci: &&String| !given.values().any(|i| i.pci.as_ref() == Some(*pci));
+        let fits = |pci: &&String| hardware.is_some_and(|h| slots::fits(h, pci));
+        given.insert(
+            name.clone(),
+            DeviceIdentity {
+                id: DeviceId(inner.env.uuid()),
+                slot: place.slot.clone(),
+                alias: place.alias.clone().unwrap_or_else(|| place.slot.clone()),
+                pci: place.pci.as_ref().filter(fits).filter(free).cloned(),
+                ..known.clone()
+            },
+        );
+    }
+    let mut free = slots::Free::of(hardware, given.values());
+    for (name, identity) in given.iter_mut().filter(|(_, i)| i.pci.is_none()) {
+        let disk = parsed.disks.iter().find(|(n, _)| n == name).map(|(_, d)| d.io.bus);
+        let disk = disk.or_else(|| (parsed.root.0 == *name).then_some(parsed.root.1.io.bus));
+        let behind = |bus: Option<DiskBus>| {
+            matches!(bus.unwrap_or(DiskBus::VirtioScsi), DiskBus::VirtioScsi | DiskBus::Sata)
+        };
+        if !disk.is_some_and(behind) {
+            identity.pci = free.pci();
+        }
+    }
+    instance.identities =
+        expand::assign_identities(&given, &parsed, hardware, instance.root, &inner.daemon_id, &mut |b| {
+            inner.env.fill_random(b)
+        });
+    Ok(())
+}

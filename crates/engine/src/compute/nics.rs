@@ -1,0 +1,152 @@
+//! What NICs are attached to: from their kind and the networks to what a host gets. Pure.
+
+use super::expand::Lookups;
+use crate::{Records, Row};
+use karst_model::{
+    Error, Result,
+    device::{NicDevice, NicKind, ParentLink},
+    instance::InstanceKind,
+    network::Network,
+    spec::{NicLink, PortSpec},
+    uplink::{NetworkForm, NetworkKind},
+};
+
+/// The network that a NIC is on; none for one that is on something of the host.
+///
+/// # Errors
+/// Not found, naming the key.
+pub(crate) fn network_of<'a, 'n>(
+    records: &'a Records,
+    device: &str,
+    nic: &'n NicDevice,
+) -> Result<Option<(&'n str, &'a Row<Network>)>> {
+    match &nic.kind {
+        NicKind::Network { network } => {
+            let row = records.network(network).map_err(|e| e.at(format!("devices.{device}.network")))?;
+            Ok(Some((network, row)))
+        }
+        NicKind::Bridged { parent } => {
+            let row = records.network(parent).ok().filter(|n| n.kind == NetworkKind::Bridge);
+            match row {
+                None => demand_no_lease(device, nic, parent).map(|()| None),
+                Some(row) => Ok(Some((parent, row))),
+            }
+        }
+        _ => Ok(None),
+    }
+}
+
+/// No DHCP of ours serves a bridge of the host.
+fn demand_no_lease(device: &str, nic: &NicDevice, parent: &str) -> Result<()> {
+    let filters = nic.port.ipv4_filter || nic.port.ipv6_filter;
+    let keys = [("ipv4.address", nic.ipv4.is_some()), ("ipv6.address", nic.ipv6.is_some())];
+    if let Some((key, _)) = keys.iter().find(|(_, set)| *set && !filters) {
+        return Err(Error::invalid(
+            format!("devices.{device}.{key}"),
+            format!(
+                "{parent:?} is a bridge of the host, where no address is given out; set it inside the guest"
+            ),
+        ));
+    }
+    for (filter, address, key) in [
+        (nic.port.ipv4_filter, nic.ipv4.is_some(), "ipv4"),
+        (nic.port.ipv6_filter, nic.ipv6.is_some(), "ipv6"),
+    ] {
+        if filter && !address {
+            return Err(Error::invalid(
+                format!("devices.{device}.security.{key}_filtering"),
+                format!(
+                    "on a bridge of the host the filter needs {key}.address: nothing else tells which is the guest's"
+                ),
+            ));
+        }
+    }
+    if !nic.routes.is_empty() {
+        return Err(Error::invalid(
+            format!("devices.{device}.ipv4.routes"),
+            format!("routes lead over networks of this platform, and {parent:?} is a bridge of the host"),
+        ));
+    }
+    Ok(())
+}
+
+/// Keys of bridges' ports are of no use on an interface of the host.
+pub(crate) fn demand_plain(device: &str, nic: &NicDevice, kind: NetworkKind) -> Result<()> {
+    let wrong = [
+        ("ipv4.address", nic.ipv4.is_some()),
+        ("ipv6.address", nic.ipv6.is_some()),
+        ("ipv4.routes", !nic.routes.is_empty()),
+        ("security.acls", nic.port.policy.is_some()),
+        ("limits.ingress", nic.port != PortSpec::default()),
+        ("vlan", !nic.vlans.is_empty()),
+        ("host_name", nic.host_name.is_some()),
+        ("queue.tx.length", nic.queue_length.is_some()),
+    ];
+    match wrong.iter().find(|(_, set)| *set) {
+        None => Ok(()),
+        Some((key, _)) => Err(Error::invalid(
+            format!("devices.{device}.{key}"),
+            format!("keys of a bridge's port do not apply on a network of type {}", kind.as_str()),
+        )),
+    }
+}
+
+/// What a host gets, and the MTU of the network where that says one.
+pub(super) fn link(
+    name: &str,
+    nic: &NicDevice,
+    kind: InstanceKind,
+    lookups: &Lookups<'_>,
+) -> Result<(NicLink, Option<u32>)> {
+    let uplink = |kind: NetworkKind, link: ParentLink| match kind {
+        NetworkKind::Physical => NicLink::Physical(link),
+        _ => NicLink::Macvlan(link),
+    };
+    let (link, mtu) = match &nic.kind {
+        NicKind::Network { network } => {
+            let found = (lookups.network)(network).ok_or_else(|| {
+                Error::not_found(format!("network {network:?} of device {name:?} not found"))
+                    .at(format!("devices.{name}.network"))
+            })?;
+            match found.kind {
+                NetworkKind::Bridge => (NicLink::Network(found.id), None),
+                _ => match found.form()? {
+                    NetworkForm::Bridge(_) => (NicLink::Network(found.id), None),
+                    NetworkForm::Uplink(spec) => (uplink(spec.kind, spec.link), spec.mtu),
+                },
+            }
+        }
+        NicKind::Bridged { parent } => {
+            let managed = (lookups.network)(parent).filter(|n| n.kind == NetworkKind::Bridge);
+            (managed.map_or_else(|| NicLink::Bridge(parent.clone()), |n| NicLink::Network(n.id)), None)
+        }
+        NicKind::Macvlan(link) => (NicLink::Macvlan(link.clone()), None),
+        NicKind::Physical(link) => (NicLink::Physical(link.clone()), None),
+        NicKind::PointToPoint => (NicLink::PointToPoint(nic.routes.clone()), None),
+        NicKind::Routed(link) => (NicLink::Routed { link: link.clone(), routes: nic.routes.clone() }, None),
+    };
+    let wrong = match (&link, kind) {
+        (NicLink::Network(_) | NicLink::Bridge(_) | NicLink::Macvlan(_), _) => None,
+        (_, InstanceKind::Container) => None,
+        (NicLink::Physical(_), _) => Some("physical"),
+        (NicLink::PointToPoint(_), _) => Some("p2p"),
+        (NicLink::Routed { .. }, _) => Some("routed"),
+    };
+    if let Some(wrong) = wrong {
+        let key = if matches!(nic.kind, NicKind::Network { .. }) { "network" } else { "nictype" };
+        return Err(Error::unsupported(format!(
+            "NICs of type {wrong} are given to containers only; a virtual machine takes bridged and macvlan"
+        ))
+        .at(format!("devices.{name}.{key}")));
+    }
+    Ok((link, mtu))
+}
+
+/// What a NIC lets through where no network says it.
+pub(super) fn loose_port(link: &NicLink, nic: &NicDevice, interface: &str) -> Option<PortSpec> {
+    let port = Some(&nic.port).filter(|p| **p != PortSpec::default())?;
+    match link {
+        NicLink::Network(_) | NicLink::Macvlan(_) | NicLink::Physical(_) => None,
+        _ => Some(PortSpec { interface: interface.to_owned(), ..port.clone() }),
+    }
+}

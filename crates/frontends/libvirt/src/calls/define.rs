@@ -1,0 +1,248 @@
+//! Defining domains by XML, starting transient ones, and undefining.
+
+use super::{Answered, Named, connect::facts, domain::is_running, nothing, power, write_domain};
+use crate::{
+    domain_uuid,
+    error::{Code, Part, VirError},
+    session::{Call, Driver},
+    xdr::Writer,
+    xml::{
+        self,
+        machine::{Machine, refuse, spec},
+    },
+};
+use karst_engine::{
+    InstanceView,
+    compute::{
+        create::{CreateInstance, InstanceSource},
+        define::DefineMachine,
+        update::UpdateInstance,
+    },
+};
+use karst_model::{
+    Error, ErrorKind,
+    instance::{Firmware, InstanceKind},
+    node::AcceleratorKind,
+    storage::VolumeOwner,
+};
+use std::sync::Arc;
+
+/// What an engine does not do of a definition is an unsupported configuration to libvirt's clients.
+pub fn of_definition(e: Error) -> VirError {
+    match e.kind {
+        ErrorKind::Unsupported => VirError::new(Code::ConfigUnsupported, Part::Qemu, e.to_string()),
+        ErrorKind::Conflict => VirError::new(Code::OperationFailed, Part::Qemu, e.to_string()),
+        _ => e.into(),
+    }
+}
+
+fn read(call: &Call, text: &str) -> Result<Machine, VirError> {
+    if call.opened()?.driver != Driver::Qemu {
+        return Err(refuse("domain type", "containers are made of images, not defined by XML"));
+    }
+    let machine = xml::machine::read::machine(text)?;
+    if machine.kvm && facts(call)?.accelerator.kind != AcceleratorKind::Kvm {
+        return Err(refuse("domain type", "'kvm' is not usable on this host; 'qemu' is"));
+    }
+    Ok(machine)
+}
+
+/// The domain that a document is about, when there is one; a name and a UUID of two are a mistake.
+fn present(call: &Call, machine: &Machine) -> Result<Option<Arc<InstanceView>>, VirError> {
+    let failed = |text: String| VirError::new(Code::OperationFailed, Part::Qemu, text);
+    if let Some(view) = machine.uuid.and_then(|uuid| call.session.guest_by_uuid(uuid).ok()) {
+        return match *view.instance.name == *machine.name {
+            true => Ok(Some(view)),
+            false => Err(failed(format!(
+                "domain '{}' is already defined with uuid {}",
+                &*view.instance.name,
+                domain_uuid(&view)
+            ))),
+        };
+    }
+    match call.session.guest(&machine.name) {
+        Ok(view) => {
+            Err(failed(format!("domain '{}' already exists with uuid {}", machine.name, domain_uuid(&view))))
+        }
+        Err(_) => Ok(None),
+    }
+}
+
+async fn create(call: &Call, machine: Machine, transient: bool) -> Result<(), VirError> {
+    let created = spec::create(&machine)?;
+    let request = DefineMachine {
+        create: CreateInstance {
+            name: Some(machine.name),
+            kind: InstanceKind::VirtualMachine,
+            description: machine.description,
+            ephemeral: transient,
+            config: created.config,
+            devices: created.devices,
+            profiles: Some(vec![]),
+            source: InstanceSource::None,
+            start: transient,
+            target: None,
+        },
+        uuid: machine.uuid,
+        places: created.places,
+    };
+    let session = &call.session;
+    let (engine, context) = (&session.front.engine, &session.context);
+    let (_, operation) =
+        engine.machine_define(context, &session.opened()?.project, request).await.map_err(of_definition)?;
+    match operation.ended().await.error.clone() {
+        Some(e) => Err(of_definition(e)),
+        None => Ok(()),
+    }
+}
+
+async fn change(call: &Call, view: &InstanceView, machine: Machine) -> Result<(), VirError> {
+    let now = xml::machine::read::machine(&xml::domain::document(call, view, true)?)?;
+    let instance = &view.instance;
+    let present = spec::Present {
+        machine: &now,
+        config: &instance.config,
+        devices: &instance.devices,
+        expanded: &view.expanded_devices,
+        identities: &instance.identities,
+    };
+    let (config, devices) = spec::update(&present, &machine)?;
+    let request = UpdateInstance {
+        description: machine.description,
+        ephemeral: false,
+        config,
+        devices,
+        profiles: view.profiles.iter().map(|p| p.name.to_string()).collect(),
+        if_version: Some(instance.spec_version),
+    };
+    let session = &call.session;
+    let (engine, context) = (&session.front.engine, &session.context);
+    let changed = engine.instance_configure(context, &view.project.name, &instance.name, request).await;
+    match changed.map_err(of_definition)?.ended().await.error.clone() {
+        Some(e) => Err(of_definition(e)),
+        None => Ok(()),
+    }
+}
+
+async fn defined(call: &Call, text: &str) -> Answered {
+    let machine = read(call, text)?;
+    let name = machine.name.clone();
+    match present(call, &machine)? {
+        Some(view) => change(call, &view, machine).await?,
+        None => create(call, machine, false).await?,
+    }
+    domain(call, &name)
+}
+
+fn domain(call: &Call, name: &str) -> Answered {
+    let mut w = Writer::new();
+    write_domain(&mut w, &*call.session.guest(name)?);
+    Ok(w.finish().into())
+}
+
+/// `DOMAIN_DEFINE_XML`
+pub async fn define(call: Call) -> Answered {
+    defined(&call, &call.arguments(|r| r.string())?).await
+}
+
+/// `DOMAIN_DEFINE_XML_FLAGS`: what is not known is refused or kept anyway.
+pub async fn define_flags(call: Call) -> Answered {
+    let (text, flags) = call.arguments(|r| Ok((r.string()?, r.u32()?)))?;
+    // To be checked against the schema.
+    call.known_flags(flags, 1)?;
+    defined(&call, &text).await
+}
+
+/// `DOMAIN_CREATE_XML`: a transient domain is an ephemeral instance.
+pub async fn create_xml(call: Call) -> Answered {
+    let (text, flags) = call.arguments(|r| Ok((r.string()?, r.u32()?)))?;
+    // Paused, past the cache, afresh, checked against the schema. Destroyed with the connection it never is.
+    call.known_flags(flags, 1 | 4 | 8 | 16)?;
+    let machine = read(&call, &text)?;
+    if let Some(view) = present(&call, &machine)? {
+        let text = match is_running(&view) {
+            true => format!("domain is already active as '{}'", machine.name),
+            false => format!("domain '{}' is defined; start it", machine.name),
+        };
+        return Err(VirError::new(Code::OperationFailed, Part::Qemu, text));
+    }
+    let name = machine.name.clone();
+    create(&call, machine, true).await?;
+    if flags & 1 != 0 {
+        power::freeze(&call, &*call.session.guest(&name)?).await?;
+    }
+    domain(&call, &name)
+}
+
+/// `VIR_DOMAIN_UNDEFINE_*`
+const MANAGED_SAVE: u32 = 1;
+const SNAPSHOTS: u32 = 2;
+const NVRAM: u32 = 4;
+const KEEP_NVRAM: u32 = 8;
+const CHECKPOINTS: u32 = 16;
+const TPM: u32 = 32;
+const KEEP_TPM: u32 = 64;
+
+/// `DOMAIN_UNDEFINE`
+pub async fn undefine(call: Call) -> Answered {
+    forget(&call, &*call.only_guest()?, 0).await
+}
+
+/// `DOMAIN_UNDEFINE_FLAGS`
+pub async fn undefine_flags(call: Call) -> Answered {
+    let (named, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
+    call.known_flags(flags, MANAGED_SAVE | SNAPSHOTS | NVRAM | KEEP_NVRAM | CHECKPOINTS | TPM | KEEP_TPM)?;
+    if flags & NVRAM != 0 && flags & KEEP_NVRAM != 0 || flags & TPM != 0 && flags & KEEP_TPM != 0 {
+        return Err(VirError::argument("what is removed cannot be kept: give one of the two flags"));
+    }
+    forget(&call, &*call.guest(&named)?, flags).await
+}
+
+/// Disks stay, as volumes of their pools: what is undefined is the machine.
+async fn forget(call: &Call, view: &InstanceView, flags: u32) -> Answered {
+    let session = &call.session;
+    let (engine, context) = (&session.front.engine, &session.context);
+    let (project, instance) = (&view.project.name, &view.instance);
+    let part = call.opened()?.driver.part();
+    if instance.ephemeral {
+        return Err(VirError::state("cannot undefine transient domain"));
+    }
+    if flags & (KEEP_NVRAM | KEEP_TPM) != 0 {
+        let text = "what the firmware and the TPM keep goes with the domain";
+        return Err(VirError::new(Code::OperationUnsupported, part, text));
+    }
+    let (snapshots, own) = {
+        let records = engine.inner().inventory.read();
+        let root = records.volumes.get(&instance.root);
+        (records.snapshots_of(instance.id).len(), root.is_none_or(|v| v.owner != VolumeOwner::Custom))
+    };
+    if is_running(view) {
+        if own {
+            return Err(VirError::state(
+                "the disk of this running domain is its own and would go with it; destroy it before it is undefined",
+            ));
+        }
+        let request = UpdateInstance {
+            description: instance.description.clone(),
+            ephemeral: true,
+            config: instance.config.clone(),
+            devices: instance.devices.clone(),
+            profiles: view.profiles.iter().map(|p| p.name.to_string()).collect(),
+            if_version: Some(instance.spec_version),
+        };
+        power::ended(engine.instance_configure(context, project, &instance.name, request).await?).await?;
+        return Ok(nothing());
+    }
+    if snapshots > 0 && flags & SNAPSHOTS == 0 {
+        return Err(VirError::state(format!("cannot delete inactive domain with {snapshots} snapshots")));
+    }
+    if instance.stateful && flags & MANAGED_SAVE == 0 {
+        return Err(VirError::state("Refusing to undefine while domain managed save image exists"));
+    }
+    let keeps = instance.hardware.as_ref().is_some_and(|h| h.firmware != Firmware::Bios);
+    if keeps && instance.generation.n > 0 && flags & NVRAM == 0 {
+        return Err(VirError::state("cannot undefine domain with nvram"));
+    }
+    power::ended(engine.instance_undefine(context, project, &instance.name).await?).await?;
+    Ok(nothing())
+}

@@ -1,0 +1,633 @@
+//! Devices and sizes of a machine that is there: attached, detached, changed; memory, processors, rates.
+//!
+//! Each is a change of the domain's document, brought to the engine as one. What a running guest is given live is in its record
+//! too, because Karst's record says what its guest has; with the configuration alone the guest keeps what it has until its
+//! next start.
+
+use super::{Answered, Named, define::of_definition, domain::is_running, nothing};
+use crate::{
+    error::{Code, VirError},
+    session::{Call, Driver},
+    xdr::{Reader, Typed, Writer},
+    xml::{
+        self, Element,
+        machine::{Machine, read, refuse, spec},
+    },
+};
+use karst_engine::{InstanceView, compute::update::UpdateInstance};
+use karst_model::{Config, device::Devices, instance::DeviceIdentity};
+
+/// `VIR_DOMAIN_AFFECT_*`
+const LIVE: u32 = 1;
+const CONFIG: u32 = 2;
+
+/// Is the running guest changed too?
+fn live(view: &InstanceView, flags: u32) -> Result<bool, VirError> {
+    let running = is_running(view);
+    match (flags & LIVE != 0, flags & CONFIG != 0) {
+        (true, _) if !running => Err(VirError::state("domain is not running")),
+        (false, true) => Ok(false),
+        _ => Ok(running),
+    }
+}
+
+fn failed(text: impl Into<String>) -> VirError {
+    VirError::new(Code::OperationFailed, crate::error::Part::Qemu, text)
+}
+
+/// Sets keys and devices of a guest; `touched` are the devices whose change a running guest must have taken.
+async fn write(
+    call: &Call,
+    view: &InstanceView,
+    (config, devices): (Config, Devices),
+    live: bool,
+    touched: &[String],
+) -> Result<(), VirError> {
+    let instance = &view.instance;
+    let request = UpdateInstance {
+        description: instance.description.clone(),
+        ephemeral: instance.ephemeral,
+        config,
+        devices,
+        profiles: view.profiles.iter().map(|p| p.name.to_string()).collect(),
+        if_version: Some(instance.spec_version),
+    };
+    let session = &call.session;
+    let (engine, context, project) = (&session.front.engine, &session.context, &view.project.name);
+    let changed = match live || !is_running(view) {
+        true => engine.instance_update(context, project, &instance.name, request).await,
+        false => engine.instance_configure(context, project, &instance.name, request).await,
+    };
+    if let Some(e) = changed.map_err(of_definition)?.ended().await.error.clone() {
+        return Err(of_definition(e));
+    }
+    if live {
+        let pending = engine.instance_pending(context, project, &instance.name)?;
+        let waits =
+            |key: &String| pending.iter().any(|p| p.key == *key || p.key.starts_with(&format!("{key}.")));
+        if let Some(key) = touched.iter().find(|k| waits(k)) {
+            let text = format!("{key} does not change while the guest runs; it does at its next start");
+            return Err(failed(text));
+        }
+    }
+    Ok(())
+}
+
+/// Changes the document of a machine.
+async fn change(
+    call: &Call,
+    view: &InstanceView,
+    flags: u32,
+    edit: impl FnOnce(&mut Machine) -> Result<(), VirError>,
+) -> Result<(), VirError> {
+    if call.opened()?.driver != Driver::Qemu {
+        return Err(refuse("domain type", "devices of containers are changed by their instances"));
+    }
+    let live = live(view, flags)?;
+    let now = read::machine(&xml::domain::document(call, view, true)?)?;
+    let mut new = now.clone();
+    edit(&mut new)?;
+    let instance = &view.instance;
+    let present = spec::Present {
+        machine: &now,
+        config: &instance.config,
+        devices: &instance.devices,
+        expanded: &view.expanded_devices,
+        identities: &instance.identities,
+    };
+    let (config, devices) = spec::update(&present, &new)?;
+    let mut touched: Vec<String> = vec![];
+    for name in devices.keys().chain(instance.devices.keys()) {
+        if devices.get(name) != instance.devices.get(name) {
+            touched.push(format!("devices.{name}"));
+        }
+    }
+    write(call, view, (config, devices), live, &touched).await
+}
+
+/// A device as a document of its own.
+fn device(text: &str) -> Result<Element, VirError> {
+    let e = xml::read::document(text)?;
+    match e.name() {
+        "disk" | "interface" => Ok(e),
+        other => {
+            Err(refuse(other, "comes and goes with the definition; disks and interfaces come and go live"))
+        }
+    }
+}
+
+fn attach_to(machine: &mut Machine, e: &Element) -> Result<(), VirError> {
+    if e.name() == "disk" {
+        let disk = read::disk_alone(e)?;
+        if machine.disks.iter().any(|d| d.target == disk.target) {
+            return Err(failed(format!("target {} already exists", disk.target)));
+        }
+        if machine.disks.iter().any(|d| d.slot == disk.slot) {
+            return Err(failed(format!("the place of {} is taken", disk.target)));
+        }
+        machine.opaque.disks.insert(disk.target.clone(), e.clone());
+        machine.disks.push(disk);
+        return Ok(());
+    }
+    let nic = read::nic_alone(e)?;
+    if nic.mac.is_some() && machine.nics.iter().any(|n| n.mac == nic.mac) {
+        return Err(failed(format!(
+            "network device with mac {} already exists",
+            nic.mac.unwrap_or_default()
+        )));
+    }
+    if let Some(mac) = &nic.mac {
+        machine.opaque.nics.insert(mac.clone(), e.clone());
+    }
+    machine.nics.push(nic);
+    Ok(())
+}
+
+fn missing(text: String) -> VirError {
+    VirError::new(Code::DeviceMissing, crate::error::Part::Qemu, text)
+}
+
+fn target_of(e: &Element) -> Result<String, VirError> {
+    let target = e.find("target").and_then(|t| t.attribute("dev"));
+    target.map(str::to_owned).ok_or_else(|| VirError::argument("the disk names no target"))
+}
+
+/// The index of the interface that a document means: by its MAC address, else the only one of its network.
+fn nic_of(machine: &Machine, e: &Element) -> Result<usize, VirError> {
+    let mac = e.find("mac").and_then(|m| m.attribute("address")).map(str::to_ascii_lowercase);
+    let network = e.find("source").and_then(|s| s.attribute("network").or(s.attribute("bridge")));
+    let is = |n: &xml::machine::Nic| match (&mac, network) {
+        (Some(mac), _) => n.mac.as_ref() == Some(mac),
+        (None, Some(network)) => n.network == network,
+        (None, None) => true,
+    };
+    let found: Vec<usize> = (0..machine.nics.len()).filter(|n| is(&machine.nics[*n])).collect();
+    match (found.as_slice(), mac) {
+        ([one], _) => Ok(*one),
+        ([], Some(mac)) => Err(missing(format!("no device found with MAC address {mac}"))),
+        ([], None) => Err(missing("no matching network device was found".into())),
+        _ => Err(failed("multiple devices match; give the MAC address")),
+    }
+}
+
+fn detach_from(machine: &mut Machine, e: &Element) -> Result<(), VirError> {
+    if e.name() == "disk" {
+        let target = target_of(e)?;
+        let before = machine.disks.len();
+        machine.disks.retain(|d| d.target != target);
+        machine.opaque.disks.remove(&target);
+        return match machine.disks.len() < before {
+            true => Ok(()),
+            false => Err(missing(format!("no target device {target}"))),
+        };
+    }
+    let gone = machine.nics.remove(nic_of(machine, e)?);
+    if let Some(mac) = gone.mac {
+        machine.opaque.nics.remove(&mac);
+    }
+    Ok(())
+}
+
+fn update_in(machine: &mut Machine, e: &Element) -> Result<(), VirError> {
+    if e.name() == "disk" {
+        let target = target_of(e)?;
+        let at = machine.disks.iter().position(|d| d.target == target);
+        let at = at.ok_or_else(|| missing(format!("no target device {target}")))?;
+        let new = read::disk_alone(e)?;
+        let old = &machine.disks[at];
+        if (new.cdrom, &new.slot) != (old.cdrom, &old.slot) {
+            return Err(failed(format!("the bus and kind of {target} stay")));
+        }
+        if !new.cdrom && new.source != old.source {
+            return Err(refuse(
+                "disk source",
+                format!("what {target} shows stays; that of a drive of discs changes"),
+            ));
+        }
+        let boot = new.boot.or(old.boot);
+        machine.disks[at] =
+            xml::machine::Disk { boot, alias: old.alias.clone(), pci: old.pci.clone(), ..new };
+        machine.opaque.disks.insert(target, e.clone());
+        return Ok(());
+    }
+    let at = nic_of(machine, e)?;
+    let new = read::nic_alone(e)?;
+    let old = &machine.nics[at];
+    if new.model != old.model {
+        return Err(failed("cannot modify network device model"));
+    }
+    let (boot, mac) = (new.boot.or(old.boot), old.mac.clone());
+    let new = xml::machine::Nic { boot, mac, alias: old.alias.clone(), pci: old.pci.clone(), ..new };
+    machine.nics[at] = new;
+    Ok(())
+}
+
+async fn with_device(
+    call: Call,
+    named: Named,
+    text: String,
+    flags: u32,
+    edit: fn(&mut Machine, &Element) -> Result<(), VirError>,
+) -> Answered {
+    // The third is force, which changes nothing here.
+    call.known_flags(flags, LIVE | CONFIG | 4)?;
+    let view = call.guest(&named)?;
+    let e = device(&text)?;
+    change(&call, &view, flags, |machine| edit(machine, &e)).await?;
+    Ok(nothing())
+}
+
+fn plain(call: &Call) -> Result<(Named, String), VirError> {
+    call.arguments(|r| Ok((Named::read_domain(r)?, r.string()?)))
+}
+
+fn flagged(call: &Call) -> Result<(Named, String, u32), VirError> {
+    call.arguments(|r| Ok((Named::read_domain(r)?, r.string()?, r.u32()?)))
+}
+
+/// `DOMAIN_ATTACH_DEVICE`: to a guest that runs.
+pub async fn attach(call: Call) -> Answered {
+    let (named, text) = plain(&call)?;
+    with_device(call, named, text, LIVE, attach_to).await
+}
+
+/// `DOMAIN_ATTACH_DEVICE_FLAGS`
+pub async fn attach_flags(call: Call) -> Answered {
+    let (named, text, flags) = flagged(&call)?;
+    with_device(call, named, text, flags, attach_to).await
+}
+
+/// `DOMAIN_DETACH_DEVICE`: from a guest that runs.
+pub async fn detach(call: Call) -> Answered {
+    let (named, text) = plain(&call)?;
+    with_device(call, named, text, LIVE, detach_from).await
+}
+
+/// `DOMAIN_DETACH_DEVICE_FLAGS`
+pub async fn detach_flags(call: Call) -> Answered {
+    let (named, text, flags) = flagged(&call)?;
+    with_device(call, named, text, flags, detach_from).await
+}
+
+/// `DOMAIN_DETACH_DEVICE_ALIAS`
+pub async fn detach_alias(call: Call) -> Answered {
+    let (named, alias, flags) = flagged(&call)?;
+    call.known_flags(flags, LIVE | CONFIG)?;
+    let view = call.guest(&named)?;
+    let mut all = view.instance.identities.iter();
+    let found = all.find(|(name, i)| i.alias == alias && view.expanded_devices.contains_key(*name));
+    let (_, identity) = found.ok_or_else(|| missing(format!("no device found with alias {alias}")))?;
+    let DeviceIdentity { slot, mac, .. } = identity.clone();
+    let edit = |machine: &mut Machine| {
+        machine.disks.retain(|d| d.slot != slot);
+        machine.nics.retain(|n| mac.is_none() || n.mac != mac);
+        Ok(())
+    };
+    change(&call, &view, flags, edit).await?;
+    Ok(nothing())
+}
+
+/// `DOMAIN_UPDATE_DEVICE_FLAGS`
+pub async fn update(call: Call) -> Answered {
+    let (named, text, flags) = flagged(&call)?;
+    with_device(call, named, text, flags, update_in).await
+}
+
+/// Sets a limit by its key.
+async fn limit(
+    call: &Call,
+    view: &InstanceView,
+    flags: u32,
+    key: &str,
+    value: String,
+) -> Result<(), VirError> {
+    let live = live(view, flags)?;
+    let mut config = view.instance.config.clone();
+    config.insert(key.to_owned(), value);
+    write(call, view, (config, view.instance.devices.clone()), live, &[key.to_owned()]).await
+}
+
+/// `VIR_DOMAIN_MEM_MAXIMUM`
+const MAXIMUM: u32 = 4;
+
+async fn set_memory_to(call: &Call, named: &Named, kib: u64, flags: u32) -> Answered {
+    call.known_flags(flags, LIVE | CONFIG | MAXIMUM)?;
+    let view = call.guest(named)?;
+    if kib == 0 {
+        return Err(VirError::argument("memory must be greater than zero"));
+    }
+    if flags & MAXIMUM != 0 && live(&view, flags)? {
+        return Err(VirError::state("cannot resize the maximum memory on an active domain"));
+    }
+    limit(call, &view, flags & 3, "limits.memory", format!("{kib}KiB")).await?;
+    Ok(nothing())
+}
+
+/// `DOMAIN_SET_MEMORY`: of a guest that runs.
+pub async fn set_memory(call: Call) -> Answered {
+    let (named, kib) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u64()?)))?;
+    set_memory_to(&call, &named, kib, LIVE).await
+}
+
+/// `DOMAIN_SET_MEMORY_FLAGS`
+pub async fn set_memory_flags(call: Call) -> Answered {
+    let (named, kib, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u64()?, r.u32()?)))?;
+    set_memory_to(&call, &named, kib, flags).await
+}
+
+/// `DOMAIN_SET_MAX_MEMORY`
+pub async fn set_max_memory(call: Call) -> Answered {
+    let (named, kib) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u64()?)))?;
+    set_memory_to(&call, &named, kib, MAXIMUM).await
+}
+
+async fn set_cpus_to(call: &Call, named: &Named, n: u32, flags: u32) -> Answered {
+    // Live, configured, hotpluggable, which all are.
+    if flags & 4 != 0 {
+        let text = "a domain has no number of processors beside the one it starts with; set that";
+        return Err(VirError::new(Code::OperationUnsupported, call.opened()?.driver.part(), text));
+    }
+    call.known_flags(flags, LIVE | CONFIG | 16)?;
+    let view = call.guest(named)?;
+    if n == 0 {
+        return Err(VirError::argument("nvcpus must be greater than zero"));
+    }
+    limit(call, &view, flags & 3, "limits.cpu", n.to_string()).await?;
+    Ok(nothing())
+}
+
+/// `DOMAIN_SET_VCPUS`: of a guest that runs.
+pub async fn set_vcpus(call: Call) -> Answered {
+    let (named, n) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
+    set_cpus_to(&call, &named, n, LIVE).await
+}
+
+/// `DOMAIN_SET_VCPUS_FLAGS`
+pub async fn set_vcpus_flags(call: Call) -> Answered {
+    let (named, n, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?, r.u32()?)))?;
+    set_cpus_to(&call, &named, n, flags).await
+}
+
+/// The device of a disk by its target or by the path of its volume.
+fn disk_of(view: &InstanceView, disk: &str) -> Result<String, VirError> {
+    let of_volume = disk.strip_prefix(read::VOLUMES).and_then(|p| p.split_once('/'));
+    let found = view.expanded_devices.iter().find(|(name, keys)| {
+        let Some(identity) = view.instance.identities.get(*name) else { return false };
+        let is = |key: &str| keys.get(key).map(String::as_str);
+        if is("type") != Some("disk") {
+            return false;
+        }
+        let bus = karst_model::device::DISK_BUSES.iter().find(|(n, _)| Some(*n) == is("io.bus"));
+        let bus = bus.map_or(karst_model::device::DiskBus::VirtioScsi, |(_, b)| *b);
+        let source = is("source").unwrap_or(&view.instance.name);
+        xml::machine::target(&identity.slot, bus).0 == disk
+            || of_volume == Some((is("pool").unwrap_or_default(), source))
+    });
+    let missing = || VirError::argument(format!("invalid path {disk} not assigned to domain"));
+    found.map(|(name, _)| name.clone()).ok_or_else(missing)
+}
+
+/// Changes keys of one device.
+async fn set_device(
+    call: &Call,
+    view: &InstanceView,
+    flags: u32,
+    device: &str,
+    keys: Vec<(&str, Option<String>)>,
+) -> Result<(), VirError> {
+    let live = live(view, flags)?;
+    let mut devices = view.instance.devices.clone();
+    let mut all = view.expanded_devices.get(device).cloned().unwrap_or_default();
+    for (key, value) in keys {
+        match value {
+            Some(value) => drop(all.insert(key.to_owned(), value)),
+            None => drop(all.remove(key)),
+        }
+    }
+    devices.insert(device.to_owned(), all);
+    write(call, view, (view.instance.config.clone(), devices), live, &[format!("devices.{device}")]).await
+}
+
+/// `DOMAIN_GET_BLOCK_INFO`: what the disk's volume has and takes.
+pub async fn block_info(call: Call) -> Answered {
+    let (named, disk, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.string()?, r.u32()?)))?;
+    call.known_flags(flags, 0)?;
+    let view = call.guest(&named)?;
+    let device = disk_of(&view, &disk)?;
+    let engine = &call.session.front.engine;
+    let found = {
+        let records = engine.inner().inventory.read();
+        let keys = &view.expanded_devices[&device];
+        match (keys.get("pool"), keys.get("source")) {
+            (Some(pool), Some(source)) => records.custom_volume(view.instance.project, pool, source).cloned(),
+            _ => records.volumes.get(&view.instance.root).cloned(),
+        }
+    };
+    let volume = found.ok_or_else(|| VirError::argument(format!("disk {disk} is empty")))?;
+    let usage = engine.volume_usage(&volume).await?;
+    let capacity = volume.size.map_or(usage.total, |s| s.bytes());
+    let mut w = Writer::new();
+    w.u64(usage.used).u64(capacity).u64(usage.used);
+    Ok(w.finish().into())
+}
+
+/// `DOMAIN_BLOCK_RESIZE`
+pub async fn block_resize(call: Call) -> Answered {
+    let (named, disk, size, flags) =
+        call.arguments(|r| Ok((Named::read_domain(r)?, r.string()?, r.u64()?, r.u32()?)))?;
+    // In bytes rather than KiB.
+    call.known_flags(flags, 1)?;
+    let view = call.guest(&named)?;
+    if !is_running(&view) {
+        return Err(VirError::state("domain is not running"));
+    }
+    let bytes = if flags & 1 != 0 { Some(size) } else { size.checked_mul(1024) };
+    let bytes = bytes.ok_or_else(|| VirError::argument("size must be less than 2^64 bytes"))?;
+    let device = disk_of(&view, &disk)?;
+    if view.expanded_devices[&device].contains_key("source") {
+        let text = "a volume grows by vol-resize while no guest has it; the disk of an instance made by Karst grows live";
+        return Err(VirError::new(Code::OperationUnsupported, call.opened()?.driver.part(), text));
+    }
+    set_device(&call, &view, 0, &device, vec![("size", Some(bytes.to_string()))]).await?;
+    Ok(nothing())
+}
+
+fn typed(r: &mut Reader<'_>) -> Result<(String, Typed), VirError> {
+    let field = r.string()?;
+    let value = match r.u32()? {
+        1 => Typed::Int(r.i32()?),
+        2 => Typed::Uint(r.u32()?),
+        3 => Typed::Llong(r.u64()?.cast_signed()),
+        4 => Typed::Ullong(r.u64()?),
+        5 => Typed::Double(f64::from_bits(r.u64()?)),
+        6 => Typed::Boolean(r.u32()? != 0),
+        7 => Typed::Text(r.string()?),
+        n => return Err(VirError::rpc(format!("unknown parameter type: {n}"))),
+    };
+    Ok((field, value))
+}
+
+fn number(value: &Typed) -> Option<u64> {
+    match value {
+        Typed::Int(n) => u64::try_from(*n).ok(),
+        Typed::Uint(n) => Some(u64::from(*n)),
+        Typed::Llong(n) => u64::try_from(*n).ok(),
+        Typed::Ullong(n) => Some(*n),
+        _ => None,
+    }
+}
+
+/// Parameters, or how many there are when none are asked for.
+fn parameters(all: Vec<(&str, Typed)>, wanted: i32) -> Answered {
+    let mut w = Writer::new();
+    let n = all.len() as i32;
+    if wanted == 0 {
+        w.u32(0).i32(n);
+        return Ok(w.finish().into());
+    }
+    let all: Vec<_> = all.into_iter().take(wanted.max(0) as usize).collect();
+    let n = all.len() as i32;
+    w.array(all, |w, (field, value)| {
+        w.typed(field, &value);
+    });
+    w.i32(n);
+    Ok(w.finish().into())
+}
+
+/// Rates that are not bursts, which QEMU has and Karst not.
+const RATES: [&str; 6] = [
+    "total_bytes_sec",
+    "read_bytes_sec",
+    "write_bytes_sec",
+    "total_iops_sec",
+    "read_iops_sec",
+    "write_iops_sec",
+];
+
+/// `DOMAIN_GET_BLOCK_IO_TUNE`
+pub async fn block_tuning(call: Call) -> Answered {
+    let (named, disk, wanted, flags) =
+        call.arguments(|r| Ok((Named::read_domain(r)?, r.option(|r| r.string())?, r.i32()?, r.u32()?)))?;
+    // Strings among them are fine.
+    call.known_flags(flags, LIVE | CONFIG | 4)?;
+    let view = call.guest(&named)?;
+    live(&view, flags)?;
+    let Some(disk) = disk else { return parameters(RATES.map(|f| (f, Typed::Ullong(0))).into(), wanted) };
+    let keys = &view.expanded_devices[&disk_of(&view, &disk)?];
+    let rate = |key: &str, iops: bool| {
+        let text = keys.get(key).or(keys.get("limits.max"))?;
+        match (text.strip_suffix("iops"), iops) {
+            (Some(n), true) => n.trim().parse().ok(),
+            (None, false) => karst_model::ByteSize::parse(key, text).ok().map(|s| s.bytes()),
+            _ => None,
+        }
+    };
+    let of = |field: &str| {
+        let iops = field.ends_with("iops_sec");
+        match field.split('_').next() {
+            Some("read") => rate("limits.read", iops),
+            Some("write") => rate("limits.write", iops),
+            _ => None,
+        }
+    };
+    parameters(RATES.map(|f| (f, Typed::Ullong(of(f).unwrap_or(0)))).into(), wanted)
+}
+
+/// `DOMAIN_SET_BLOCK_IO_TUNE`: bytes or operations, of reads and of writes.
+pub async fn set_block_tuning(call: Call) -> Answered {
+    let (named, disk, all, flags) =
+        call.arguments(|r| Ok((Named::read_domain(r)?, r.string()?, r.array(32, typed)?, r.u32()?)))?;
+    call.known_flags(flags, LIVE | CONFIG)?;
+    let view = call.guest(&named)?;
+    let device = disk_of(&view, &disk)?;
+    let mut ways: [Vec<String>; 2] = [vec![], vec![]];
+    for (field, value) in &all {
+        let n = number(value).ok_or_else(|| VirError::argument(format!("{field} is no number")))?;
+        if !RATES.contains(&field.as_str()) {
+            if n == 0 {
+                continue;
+            }
+            return Err(refuse(field, "disks have rates of bytes and operations, without bursts"));
+        }
+        if n == 0 {
+            continue;
+        }
+        let text = if field.ends_with("iops_sec") { format!("{n}iops") } else { n.to_string() };
+        match field.split('_').next() {
+            Some("read") => ways[0].push(text),
+            Some("write") => ways[1].push(text),
+            // A limit of both together is none of each.
+            _ => return Err(refuse(field, "reads and writes are limited apart")),
+        }
+    }
+    if ways.iter().any(|w| w.len() > 1) {
+        return Err(refuse("iotune", "either bytes or operations are limited, not both"));
+    }
+    let [mut read, mut write] = ways;
+    let keys = vec![("limits.read", read.pop()), ("limits.write", write.pop()), ("limits.max", None)];
+    set_device(&call, &view, flags, &device, keys).await?;
+    Ok(nothing())
+}
+
+/// The device of an interface by its MAC address or the name of the host's interface.
+fn interface_of(view: &InstanceView, which: &str) -> Result<String, VirError> {
+    let is = |i: &DeviceIdentity| {
+        i.host_interface.as_deref() == Some(which)
+            || i.mac.as_deref().is_some_and(|m| m.eq_ignore_ascii_case(which))
+    };
+    let all = view.instance.identities.iter();
+    let mut found = all.filter(|(name, i)| view.expanded_devices.contains_key(*name) && is(i));
+    let missing = || VirError::argument(format!("can't find device {which}"));
+    found.next().map(|(name, _)| name.clone()).ok_or_else(missing)
+}
+
+const BANDWIDTH: [&str; 7] = [
+    "inbound.average",
+    "inbound.peak",
+    "inbound.burst",
+    "inbound.floor",
+    "outbound.average",
+    "outbound.peak",
+    "outbound.burst",
+];
+
+/// `DOMAIN_GET_INTERFACE_PARAMETERS`: KiB a second.
+pub async fn interface_tuning(call: Call) -> Answered {
+    let (named, which, wanted, flags) =
+        call.arguments(|r| Ok((Named::read_domain(r)?, r.string()?, r.i32()?, r.u32()?)))?;
+    call.known_flags(flags, LIVE | CONFIG | 4)?;
+    let view = call.guest(&named)?;
+    live(&view, flags)?;
+    let name = interface_of(&view, &which)?;
+    let parsed = karst_engine::compute::expand::parse_devices(&view.expanded_devices)?;
+    let port = parsed.nics.iter().find(|(n, _)| *n == name).map(|(_, nic)| &nic.port);
+    let average = |bits: Option<u64>| Typed::Uint(bits.map_or(0, |b| (b / 8192) as u32));
+    let of = |field: &str| match field {
+        "inbound.average" => average(port.and_then(|p| p.ingress_limit)),
+        "outbound.average" => average(port.and_then(|p| p.egress_limit)),
+        _ => Typed::Uint(0),
+    };
+    parameters(BANDWIDTH.map(|f| (f, of(f))).into(), wanted)
+}
+
+/// `DOMAIN_SET_INTERFACE_PARAMETERS`
+pub async fn set_interface_tuning(call: Call) -> Answered {
+    let (named, which, all, flags) =
+        call.arguments(|r| Ok((Named::read_domain(r)?, r.string()?, r.array(16, typed)?, r.u32()?)))?;
+    call.known_flags(flags, LIVE | CONFIG)?;
+    let view = call.guest(&named)?;
+    let device = interface_of(&view, &which)?;
+    let mut keys = vec![("limits.max", None)];
+    for (field, value) in &all {
+        let n = number(value).ok_or_else(|| VirError::argument(format!("{field} is no number")))?;
+        let key = match field.as_str() {
+            "inbound.average" => "limits.ingress",
+            "outbound.average" => "limits.egress",
+            known if BANDWIDTH.contains(&known) && n == 0 => continue,
+            other => return Err(refuse(other, "interfaces have an average rate; set that")),
+        };
+        keys.push((key, (n > 0).then(|| format!("{}kbit", n.saturating_mul(8192).div_ceil(1000)))));
+    }
+    set_device(&call, &view, flags, &device, keys).await?;
+    Ok(nothing())
+}

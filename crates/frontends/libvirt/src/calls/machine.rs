@@ -1,0 +1,337 @@
+//! A running machine: its memory kept over a stop, its screen, its keyboard; and jobs.
+
+use super::{Answered, Named, domain::is_running, int, nothing, power::save};
+use crate::{
+    error::{Code, Part, VirError},
+    frame::{Frame, Header, Status},
+    session::{Answer, Call, Input, Session},
+    xdr::Writer,
+};
+use bytes::Bytes;
+use karst_engine::stream::FdStream;
+use std::{os::fd::OwnedFd, sync::Arc};
+use tokio::io::AsyncReadExt;
+
+fn unsupported(text: &str) -> VirError {
+    VirError::new(Code::OperationUnsupported, Part::Qemu, text)
+}
+
+/// `DOMAIN_MANAGED_SAVE`: memory is kept, and the domain stops; the next start goes on from there.
+pub async fn managed_save(call: Call) -> Answered {
+    let (named, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
+    if flags & (2 | 4) != 0 {
+        return Err(unsupported("a domain goes on as it was: running"));
+    }
+    // Past the cache.
+    call.known_flags(flags, 1)?;
+    let view = call.guest(&named)?;
+    if !is_running(&view) {
+        return Err(VirError::state("domain is not running"));
+    }
+    save(&call, &view).await?;
+    Ok(nothing())
+}
+
+/// `DOMAIN_MANAGED_SAVE_REMOVE`
+pub async fn managed_save_remove(call: Call) -> Answered {
+    let view = call.guest_without_flags()?;
+    match view.instance.stateful && !is_running(&view) {
+        false => Ok(nothing()),
+        true => {
+            Err(unsupported("what was saved is dropped by a start with --force-boot, or with the domain"))
+        }
+    }
+}
+
+/// `DOMAIN_SAVE`, `DOMAIN_SAVE_FLAGS`, `DOMAIN_RESTORE`, `DOMAIN_RESTORE_FLAGS`
+pub async fn save_to_path(_: Call) -> Answered {
+    Err(unsupported("no file of the host is written or read; use managedsave, or a snapshot"))
+}
+
+/// `DOMAIN_SCREENSHOT`: a PNG file as a stream.
+pub async fn screenshot(call: Call) -> Answered {
+    let (named, screen, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?, r.u32()?)))?;
+    call.known_flags(flags, 0)?;
+    let view = call.guest(&named)?;
+    if screen != 0 {
+        return Err(VirError::argument("currently is supported only taking screenshots of screen ID 0"));
+    }
+    if !is_running(&view) {
+        return Err(VirError::state("domain is not running"));
+    }
+    let session = &call.session;
+    let (engine, context) = (&session.front.engine, &session.context);
+    let fd = engine.machine_screenshot(context, &view.project.name, &view.instance.name).await?;
+    let input = session.stream(call.header);
+    let mut w = Writer::new();
+    w.optional(Some("image/png"));
+    let then = give(session.clone(), call.header, fd, input);
+    Ok(Answer { payload: w.finish(), then: Some(Box::pin(then)) })
+}
+
+/// Gives what a descriptor holds to the client's stream. At its end an empty frame says so, and the client finishes.
+async fn give(session: Arc<Session>, header: Header, fd: OwnedFd, mut input: Input) {
+    let sent = async {
+        let mut reader = FdStream::new(fd)?;
+        let mut buffer = vec![0; 64 << 10];
+        loop {
+            let n = reader.read(&mut buffer).await?;
+            let data = Bytes::copy_from_slice(&buffer[..n]);
+            session.send(Frame::new(header.stream(Status::Continue), data)).await;
+            if n == 0 {
+                return std::io::Result::Ok(());
+            }
+        }
+    };
+    let outcome = tokio::select! {
+        outcome = sent => outcome,
+        () = session.ended() => Ok(()),
+    };
+    match outcome {
+        Err(e) => {
+            let error = VirError::from(karst_model::Error::from(e));
+            session.send(Frame::new(header.stream(Status::Error), error.encode())).await;
+        }
+        Ok(()) => {
+            // Finished or given up; either is answered, and nothing else comes.
+            let ended = tokio::select! {
+                input = input.recv() => input.is_some(),
+                () = session.ended() => false,
+            };
+            if ended {
+                session.send(Frame::new(header.stream(Status::Ok), Bytes::new())).await;
+            }
+        }
+    }
+    session.stream_ended(header);
+}
+
+/// QEMU's names of Linux' key codes from 1.
+const KEYS: &[&str] = &[
+    "esc",
+    "1",
+    "2",
+    "3",
+    "4",
+    "5",
+    "6",
+    "7",
+    "8",
+    "9",
+    "0",
+    "minus",
+    "equal",
+    "backspace",
+    "tab",
+    "q",
+    "w",
+    "e",
+    "r",
+    "t",
+    "y",
+    "u",
+    "i",
+    "o",
+    "p",
+    "bracket_left",
+    "bracket_right",
+    "ret",
+    "ctrl",
+    "a",
+    "s",
+    "d",
+    "f",
+    "g",
+    "h",
+    "j",
+    "k",
+    "l",
+    "semicolon",
+    "apostrophe",
+    "grave_accent",
+    "shift",
+    "backslash",
+    "z",
+    "x",
+    "c",
+    "v",
+    "b",
+    "n",
+    "m",
+    "comma",
+    "dot",
+    "slash",
+    "shift_r",
+    "kp_multiply",
+    "alt",
+    "spc",
+    "caps_lock",
+    "f1",
+    "f2",
+    "f3",
+    "f4",
+    "f5",
+    "f6",
+    "f7",
+    "f8",
+    "f9",
+    "f10",
+    "num_lock",
+    "scroll_lock",
+    "kp_7",
+    "kp_8",
+    "kp_9",
+    "kp_subtract",
+    "kp_4",
+    "kp_5",
+    "kp_6",
+    "kp_add",
+    "kp_1",
+    "kp_2",
+    "kp_3",
+    "kp_0",
+    "kp_decimal",
+    "",
+    "",
+    "less",
+    "f11",
+    "f12",
+    "",
+    "",
+    "",
+    "",
+    "",
+    "",
+    "",
+    "kp_enter",
+    "ctrl_r",
+    "kp_divide",
+    "sysrq",
+    "alt_r",
+    "",
+    "home",
+    "up",
+    "pgup",
+    "left",
+    "right",
+    "end",
+    "down",
+    "pgdn",
+    "insert",
+    "delete",
+    "",
+    "",
+    "",
+    "",
+    "",
+    "",
+    "",
+    "pause",
+    "",
+    "",
+    "",
+    "",
+    "",
+    "meta_l",
+    "meta_r",
+    "menu",
+];
+
+/// The name of a key.
+fn key(code: u32) -> Option<&'static str> {
+    KEYS.get(usize::try_from(code).ok()?.checked_sub(1)?).copied().filter(|k| !k.is_empty())
+}
+
+/// `DOMAIN_SEND_KEY`: all at once, as one chord.
+pub async fn send_key(call: Call) -> Answered {
+    let (named, codes, codeset, flags) = call.arguments(|r| {
+        let (named, codeset, _hold) = (Named::read_domain(r)?, r.u32()?, r.u32()?);
+        Ok((named, r.array(16, crate::xdr::Reader::u32)?, codeset, r.u32()?))
+    })?;
+    call.known_flags(flags, 0)?;
+    // Those of Linux, to which virsh translates names.
+    if codeset != 0 {
+        return Err(unsupported("key codes are those of Linux (--codeset linux)"));
+    }
+    let view = call.guest(&named)?;
+    if !is_running(&view) {
+        return Err(VirError::state("domain is not running"));
+    }
+    let unknown = |code: &u32| VirError::argument(format!("the key code {code} is not known"));
+    let chord: Vec<&str> =
+        codes.iter().map(|c| key(*c).ok_or_else(|| unknown(c))).collect::<Result<_, VirError>>()?;
+    let session = &call.session;
+    let (engine, context) = (&session.front.engine, &session.context);
+    engine.machine_keys(context, &view.project.name, &view.instance.name, &[chord.join("-")]).await?;
+    Ok(nothing())
+}
+
+/// `DOMAIN_GET_JOB_INFO`: whoever asks for work waits for its end, so that there is none to tell of.
+pub async fn job_info(call: Call) -> Answered {
+    call.only_guest()?;
+    let mut w = Writer::new();
+    w.i32(0);
+    for _ in 0..11 {
+        w.u64(0);
+    }
+    Ok(w.finish().into())
+}
+
+/// `DOMAIN_GET_JOB_STATS`
+pub async fn job_stats(call: Call) -> Answered {
+    let (named, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
+    // Of one that is done; kept after it is asked for.
+    call.known_flags(flags, 1 | 2)?;
+    call.guest(&named)?;
+    let mut w = Writer::new();
+    w.i32(0).u32(0);
+    Ok(w.finish().into())
+}
+
+/// `DOMAIN_ABORT_JOB`
+pub async fn abort_job(call: Call) -> Answered {
+    call.only_guest()?;
+    Err(VirError::state("no job is active on the domain"))
+}
+
+/// `DOMAIN_HAS_MANAGED_SAVE_IMAGE`
+pub async fn has_managed_save(call: Call) -> Answered {
+    let view = call.guest_without_flags()?;
+    Ok(int(i32::from(view.instance.stateful && !is_running(&view))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_of_keys() {
+        let all = [1, 2, 14, 28, 29, 30, 42, 56, 57, 59, 68, 87, 96, 97, 100, 103, 111, 119, 125];
+        let names: Vec<_> = all.iter().map(|c| key(*c).unwrap_or_default()).collect();
+        let wanted = [
+            "esc",
+            "1",
+            "backspace",
+            "ret",
+            "ctrl",
+            "a",
+            "shift",
+            "alt",
+            "spc",
+            "f1",
+            "f10",
+            "f11",
+            "kp_enter",
+            "ctrl_r",
+            "alt_r",
+            "up",
+            "delete",
+            "pause",
+            "meta_l",
+        ];
+        assert_eq!(names, wanted);
+        assert_eq!((key(0), key(84), key(5000)), (None, None, None));
+        let texts: Vec<String> = KEYS.iter().filter(|k| !k.is_empty()).map(|k| (*k).to_owned()).collect();
+        assert!(karst_model::keyboard::chords(&texts).is_ok());
+    }
+}

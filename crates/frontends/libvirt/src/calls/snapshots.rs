@@ -1,0 +1,361 @@
+//! Snapshots of domains: a tree, kept by the pools, with the memory of a machine that was prepared for it.
+
+use super::{
+    Answered, Named,
+    domain::is_running,
+    flag, int, listed, names as some_names, nothing,
+    power::{ended, freeze, kill, start},
+    text, write_domain,
+};
+use crate::{
+    error::{Code, Part, VirError},
+    session::Call,
+    xdr::{Reader, Writer},
+    xml,
+};
+use karst_engine::{
+    InstanceView,
+    snapshots::{Origin, Taken, create::CreateSnapshot},
+};
+use karst_model::{SnapshotId, instance::Status, snapshot::Snapshot};
+use std::{collections::BTreeSet, sync::Arc};
+
+fn unsupported(text: impl Into<String>) -> VirError {
+    VirError::new(Code::OperationUnsupported, Part::Qemu, text)
+}
+
+/// A domain with its snapshots, oldest first.
+struct Tree {
+    view: Arc<InstanceView>,
+    all: Vec<Snapshot>,
+}
+
+impl Tree {
+    fn of(call: &Call, named: &Named) -> Result<Self, VirError> {
+        let view = call.guest(named)?;
+        let session = &call.session;
+        let origin = Origin::Instance { project: &view.project.name, name: &view.instance.name };
+        let all = session.front.engine.snapshots(&session.context, origin)?;
+        let of_instance = |taken: Taken| match taken {
+            Taken::Instance { snapshot } => Some(*snapshot),
+            Taken::Volume { .. } => None,
+        };
+        let all = all.into_iter().filter_map(of_instance).collect();
+        Ok(Self { view, all })
+    }
+
+    fn demand(&self, name: &str) -> Result<&Snapshot, VirError> {
+        let missing = || {
+            let text = format!("no domain snapshot with matching name '{name}'");
+            VirError::new(Code::NoDomainSnapshot, Part::Qemu, text)
+        };
+        self.all.iter().find(|s| *s.name == *name).ok_or_else(missing)
+    }
+
+    fn current(&self) -> Option<&Snapshot> {
+        self.all.iter().find(|s| Some(s.id) == self.view.instance.current_snapshot)
+    }
+
+    fn children(&self, id: SnapshotId) -> impl Iterator<Item = &Snapshot> {
+        self.all.iter().filter(move |s| s.parent == Some(id))
+    }
+
+    /// Those that descend from one, parents before children.
+    fn descendants(&self, id: SnapshotId) -> Vec<&Snapshot> {
+        let mut found: Vec<&Snapshot> = self.children(id).collect();
+        let mut seen: BTreeSet<SnapshotId> = found.iter().map(|s| s.id).collect();
+        let mut at = 0;
+        while at < found.len() {
+            let more: Vec<_> = self.children(found[at].id).filter(|s| seen.insert(s.id)).collect();
+            found.extend(more);
+            at += 1;
+        }
+        found
+    }
+
+    fn write(&self, w: &mut Writer, snapshot: &Snapshot) {
+        w.string(&snapshot.name);
+        write_domain(w, &self.view);
+    }
+
+    fn answer(&self, snapshot: &Snapshot) -> Answered {
+        let mut w = Writer::new();
+        self.write(&mut w, snapshot);
+        Ok(w.finish().into())
+    }
+
+    fn origin(&self) -> Origin<'_> {
+        Origin::Instance { project: &self.view.project.name, name: &self.view.instance.name }
+    }
+}
+
+/// `remote_nonnull_domain_snapshot`
+fn read(r: &mut Reader<'_>) -> Result<(String, Named), VirError> {
+    Ok((r.string()?, Named::read_domain(r)?))
+}
+
+/// `VIR_DOMAIN_SNAPSHOT_LIST_*`; the first is roots of a domain's, descendants of a snapshot's.
+const ROOTS: u32 = 1;
+const METADATA: u32 = 1 << 1;
+const LEAVES: u32 = 1 << 2;
+const NO_LEAVES: u32 = 1 << 3;
+const NO_METADATA: u32 = 1 << 4;
+const INACTIVE: u32 = 1 << 5;
+const ACTIVE: u32 = 1 << 6;
+const DISK_ONLY: u32 = 1 << 7;
+const INTERNAL: u32 = 1 << 8;
+const EXTERNAL: u32 = 1 << 9;
+const ALL: u32 = 0x7ff;
+
+/// Which of them are wanted: within a group any of the flags, and each group that has one.
+fn accepts(tree: &Tree, snapshot: &Snapshot, flags: u32) -> bool {
+    let leaf = tree.children(snapshot.id).next().is_none();
+    let groups = [
+        [(METADATA, true), (NO_METADATA, false), (0, false)],
+        [(LEAVES, leaf), (NO_LEAVES, !leaf), (0, false)],
+        [(ACTIVE, snapshot.stateful), (INACTIVE, !snapshot.stateful), (DISK_ONLY, false)],
+        [(INTERNAL, true), (EXTERNAL, false), (0, false)],
+    ];
+    groups.iter().all(|group| {
+        let asked = group.iter().any(|(flag, _)| flags & flag != 0);
+        !asked || group.iter().any(|(flag, is)| flags & flag != 0 && *is)
+    })
+}
+
+fn of_domain(tree: &Tree, flags: u32) -> Vec<&Snapshot> {
+    let wanted = |s: &&Snapshot| (flags & ROOTS == 0 || s.parent.is_none()) && accepts(tree, s, flags);
+    tree.all.iter().filter(wanted).collect()
+}
+
+fn of_snapshot<'a>(tree: &'a Tree, name: &str, flags: u32) -> Result<Vec<&'a Snapshot>, VirError> {
+    let at = tree.demand(name)?.id;
+    let mut found = if flags & ROOTS != 0 { tree.descendants(at) } else { tree.children(at).collect() };
+    found.retain(|s| accepts(tree, s, flags));
+    Ok(found)
+}
+
+/// `DOMAIN_SNAPSHOT_NUM`
+pub async fn count(call: Call) -> Answered {
+    let (named, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
+    call.known_flags(flags, ALL)?;
+    Ok(int(of_domain(&Tree::of(&call, &named)?, flags).len() as i32))
+}
+
+/// `DOMAIN_SNAPSHOT_LIST_NAMES`
+pub async fn names(call: Call) -> Answered {
+    let (named, max, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.i32()?, r.u32()?)))?;
+    call.known_flags(flags, ALL)?;
+    let tree = Tree::of(&call, &named)?;
+    some_names(of_domain(&tree, flags).iter().map(|s| &*s.name), max)
+}
+
+/// `DOMAIN_LIST_ALL_SNAPSHOTS`
+pub async fn list(call: Call) -> Answered {
+    let (named, need_results, flags) =
+        call.arguments(|r| Ok((Named::read_domain(r)?, r.i32()?, r.u32()?)))?;
+    call.known_flags(flags, ALL)?;
+    let tree = Tree::of(&call, &named)?;
+    listed(of_domain(&tree, flags), need_results, |w, s| tree.write(w, s))
+}
+
+/// `DOMAIN_SNAPSHOT_NUM_CHILDREN`
+pub async fn count_children(call: Call) -> Answered {
+    let ((name, named), flags) = call.arguments(|r| Ok((read(r)?, r.u32()?)))?;
+    call.known_flags(flags, ALL)?;
+    Ok(int(of_snapshot(&Tree::of(&call, &named)?, &name, flags)?.len() as i32))
+}
+
+/// `DOMAIN_SNAPSHOT_LIST_CHILDREN_NAMES`
+pub async fn children_names(call: Call) -> Answered {
+    let ((name, named), max, flags) = call.arguments(|r| Ok((read(r)?, r.i32()?, r.u32()?)))?;
+    call.known_flags(flags, ALL)?;
+    let tree = Tree::of(&call, &named)?;
+    some_names(of_snapshot(&tree, &name, flags)?.iter().map(|s| &*s.name), max)
+}
+
+/// `DOMAIN_SNAPSHOT_LIST_ALL_CHILDREN`
+pub async fn children(call: Call) -> Answered {
+    let ((name, named), need_results, flags) = call.arguments(|r| Ok((read(r)?, r.i32()?, r.u32()?)))?;
+    call.known_flags(flags, ALL)?;
+    let tree = Tree::of(&call, &named)?;
+    listed(of_snapshot(&tree, &name, flags)?, need_results, |w, s| tree.write(w, s))
+}
+
+/// `DOMAIN_SNAPSHOT_LOOKUP_BY_NAME`
+pub async fn by_name(call: Call) -> Answered {
+    let (named, name, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.string()?, r.u32()?)))?;
+    call.known_flags(flags, 0)?;
+    let tree = Tree::of(&call, &named)?;
+    tree.answer(tree.demand(&name)?)
+}
+
+/// `DOMAIN_HAS_CURRENT_SNAPSHOT`
+pub async fn has_current(call: Call) -> Answered {
+    let (named, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
+    call.known_flags(flags, 0)?;
+    Ok(flag(Tree::of(&call, &named)?.current().is_some()))
+}
+
+/// `DOMAIN_SNAPSHOT_CURRENT`
+pub async fn current(call: Call) -> Answered {
+    let (named, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
+    call.known_flags(flags, 0)?;
+    let tree = Tree::of(&call, &named)?;
+    let missing =
+        || VirError::new(Code::NoDomainSnapshot, Part::Qemu, "the domain does not have a current snapshot");
+    tree.answer(tree.current().ok_or_else(missing)?)
+}
+
+fn one(call: &Call, known: u32) -> Result<(Tree, Snapshot, u32), VirError> {
+    let ((name, named), flags) = call.arguments(|r| Ok((read(r)?, r.u32()?)))?;
+    call.known_flags(flags, known)?;
+    let tree = Tree::of(call, &named)?;
+    let snapshot = tree.demand(&name)?.clone();
+    Ok((tree, snapshot, flags))
+}
+
+/// `DOMAIN_SNAPSHOT_GET_PARENT`
+pub async fn parent(call: Call) -> Answered {
+    let (tree, snapshot, _) = one(&call, 0)?;
+    let parent = snapshot.parent.and_then(|p| tree.all.iter().find(|s| s.id == p));
+    let missing = || {
+        let text = format!("snapshot '{}' does not have a parent", &*snapshot.name);
+        VirError::new(Code::NoDomainSnapshot, Part::Qemu, text)
+    };
+    tree.answer(parent.ok_or_else(missing)?)
+}
+
+/// `DOMAIN_SNAPSHOT_IS_CURRENT`
+pub async fn is_current(call: Call) -> Answered {
+    let (tree, snapshot, _) = one(&call, 0)?;
+    Ok(flag(tree.current().is_some_and(|c| c.id == snapshot.id)))
+}
+
+/// `DOMAIN_SNAPSHOT_HAS_METADATA`: all have, and are nothing without.
+pub async fn has_metadata(call: Call) -> Answered {
+    one(&call, 0)?;
+    Ok(flag(true))
+}
+
+/// `DOMAIN_SNAPSHOT_GET_XML_DESC`
+pub async fn xml(call: Call) -> Answered {
+    // Secure.
+    let (tree, snapshot, _) = one(&call, 1)?;
+    let parent = snapshot.parent.and_then(|p| tree.all.iter().find(|s| s.id == p));
+    let parent = parent.map(|p| p.name.to_string());
+    Ok(text(&xml::snapshot::document(&call, &tree.view, &snapshot, parent.as_deref())?))
+}
+
+/// `VIR_DOMAIN_SNAPSHOT_CREATE_*`
+const REDEFINE: u32 = 1;
+const CURRENT: u32 = 2;
+const NO_META: u32 = 4;
+const HALT: u32 = 8;
+const DISK: u32 = 16;
+const REUSE: u32 = 32;
+const QUIESCE: u32 = 64;
+const ATOMIC: u32 = 128;
+const ONLINE: u32 = 256;
+const VALIDATE: u32 = 512;
+
+/// `DOMAIN_SNAPSHOT_CREATE_XML`
+pub async fn create(call: Call) -> Answered {
+    let (named, text, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.string()?, r.u32()?)))?;
+    let refused = [
+        (
+            REDEFINE | CURRENT | NO_META,
+            "snapshots are what the pool keeps; their records are not written apart",
+        ),
+        (
+            DISK | REUSE,
+            "external snapshots: a disk stays the volume that it is; take one without --disk-only",
+        ),
+        (
+            QUIESCE,
+            "the guest is paused for the moment that a snapshot takes; its file systems are not frozen",
+        ),
+        (ONLINE, "the guest is paused for the moment that a snapshot takes"),
+    ];
+    if let Some((_, why)) = refused.iter().find(|(flag, _)| flags & flag != 0) {
+        return Err(unsupported(*why));
+    }
+    call.known_flags(flags, HALT | ATOMIC | VALIDATE)?;
+    let view = call.guest(&named)?;
+    let new = xml::snapshot::read(&text)?;
+    let session = &call.session;
+    let (engine, context) = (&session.front.engine, &session.context);
+    let origin = Origin::Instance { project: &view.project.name, name: &view.instance.name };
+    let running = is_running(&view) && view.instance.hardware.is_some();
+    let name = new.name.unwrap_or_else(|| now().to_string());
+    let request = CreateSnapshot {
+        name: Some(name.clone()),
+        stateful: running && new.memory.unwrap_or(true),
+        ..CreateSnapshot::default()
+    };
+    ended(engine.snapshot_create(context, origin, request).await?).await?;
+    if flags & HALT != 0 && is_running(&view) {
+        kill(&call, &view).await?;
+    }
+    let tree = Tree::of(&call, &named)?;
+    tree.answer(tree.demand(&name)?)
+}
+
+/// Seconds of the epoch, by which libvirt names what has no name.
+fn now() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+/// `VIR_DOMAIN_SNAPSHOT_REVERT_*`
+const RUNNING: u32 = 1;
+const PAUSED: u32 = 2;
+
+/// `DOMAIN_REVERT_TO_SNAPSHOT`: afterwards the domain is as it was then, running if its memory was kept.
+pub async fn revert(call: Call) -> Answered {
+    // By force; with fresh variables of the firmware it is not.
+    let (tree, snapshot, flags) = one(&call, RUNNING | PAUSED | 4)?;
+    if flags & RUNNING != 0 && flags & PAUSED != 0 {
+        return Err(VirError::argument("running and paused are exclusive"));
+    }
+    let view = &tree.view;
+    if is_running(view) && !snapshot.stateful {
+        kill(&call, view).await?;
+    }
+    let session = &call.session;
+    let (engine, context) = (&session.front.engine, &session.context);
+    let memory = snapshot.stateful;
+    ended(engine.snapshot_restore_with(context, tree.origin(), &snapshot.name, memory).await?).await?;
+    let view = call.session.guest(&view.instance.name)?;
+    if flags & (RUNNING | PAUSED) != 0 && !is_running(&view) {
+        start(&call, &view).await?;
+    }
+    if flags & PAUSED != 0 && call.session.guest(&view.instance.name)?.status == Status::Running {
+        freeze(&call, &view).await?;
+    }
+    Ok(nothing())
+}
+
+/// `VIR_DOMAIN_SNAPSHOT_DELETE_*`
+const CHILDREN: u32 = 1;
+const METADATA_ONLY: u32 = 2;
+const CHILDREN_ONLY: u32 = 4;
+
+/// `DOMAIN_SNAPSHOT_DELETE`: children of one that goes descend from its parent, unless they go too.
+pub async fn delete(call: Call) -> Answered {
+    let (tree, snapshot, flags) = one(&call, CHILDREN | METADATA_ONLY | CHILDREN_ONLY)?;
+    if flags & METADATA_ONLY != 0 {
+        return Err(unsupported("a snapshot is nothing without its record"));
+    }
+    let mut gone: Vec<&Snapshot> = vec![];
+    if flags & (CHILDREN | CHILDREN_ONLY) != 0 {
+        gone.extend(tree.descendants(snapshot.id).into_iter().rev());
+    }
+    if flags & CHILDREN_ONLY == 0 {
+        gone.push(&snapshot);
+    }
+    let session = &call.session;
+    for one in gone {
+        ended(session.front.engine.snapshot_delete(&session.context, tree.origin(), &one.name).await?)
+            .await?;
+    }
+    Ok(nothing())
+}

@@ -1,0 +1,268 @@
+//! Virtual machines as libvirt's domain XML: read into a typed form ([`read`]), brought into the engine's words ([`spec`]),
+//! and written out of an instance ([`write`]). Without side effects: nothing here asks the engine or the host.
+//!
+//! What Karst has no field for is kept as it was written ([`Opaque`]) and shown again; it never reaches QEMU. What would
+//! change what a guest is or what protects it, and that Karst does not do, is refused by the name of its element.
+
+pub mod read;
+pub mod spec;
+pub mod write;
+
+use super::Element;
+use crate::error::{Code, Part, VirError};
+use karst_model::{
+    device::{DiskBus, DiskCache, NicModel},
+    instance::Firmware,
+};
+use std::collections::BTreeMap;
+use uuid::Uuid;
+
+/// A domain that is a virtual machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Machine {
+    /// It demands KVM.
+    pub kvm: bool,
+    /// Name.
+    pub name: String,
+    /// UUID, when it says one.
+    pub uuid: Option<Uuid>,
+    /// Title.
+    pub title: Option<String>,
+    /// Description.
+    pub description: String,
+    /// What applications keep there, by the URI of their namespace: the prefix and the element without it.
+    pub metadata: BTreeMap<String, (String, Element)>,
+    /// Memory in KiB.
+    pub memory: u64,
+    /// CPUs at the start.
+    pub cpus: u32,
+    /// CPUs of the host that they are pinned to, as many as there are.
+    pub pinned: Option<String>,
+    /// Machine type, such as `q35` or `pc-q35-7.2`.
+    pub machine: Option<String>,
+    /// Firmware.
+    pub firmware: Firmware,
+    /// The firmware offers its menu.
+    pub boot_menu: bool,
+    /// CPU model in QEMU's words with its flags; `None`: as the host has it.
+    pub cpu_model: Option<String>,
+    /// It has a TPM 2.0.
+    pub tpm: bool,
+    /// Disks.
+    pub disks: Vec<Disk>,
+    /// NICs.
+    pub nics: Vec<Nic>,
+    /// The rest.
+    pub opaque: Opaque,
+}
+
+/// A disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk {
+    /// Name in libvirt's words, such as `vda`.
+    pub target: String,
+    /// Slot on its bus, such as `virtio0`.
+    pub slot: String,
+    /// Bus.
+    pub bus: DiskBus,
+    /// A drive of discs.
+    pub cdrom: bool,
+    /// What it shows; nothing in an empty drive of discs.
+    pub source: Option<Source>,
+    /// The guest cannot write.
+    pub readonly: bool,
+    /// Cache mode.
+    pub cache: Option<DiskCache>,
+    /// Boot order, higher first.
+    pub boot: Option<u32>,
+    /// Alias that the user gave.
+    pub alias: Option<String>,
+    /// PCI address.
+    pub pci: Option<String>,
+}
+
+/// What a disk shows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// A volume by the names of its pool and its own.
+    Volume {
+        /// Pool.
+        pool: String,
+        /// Volume.
+        volume: String,
+    },
+    /// A path of the host, for its administrators only.
+    Path(String),
+}
+
+/// A NIC on a network of Karst.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Nic {
+    /// Network.
+    pub network: String,
+    /// MAC address.
+    pub mac: Option<String>,
+    /// What the guest sees.
+    pub model: NicModel,
+    /// The cable is plugged.
+    pub connected: bool,
+    /// MTU.
+    pub mtu: Option<u32>,
+    /// Boot order, higher first.
+    pub boot: Option<u32>,
+    /// Only its own MAC address as sender.
+    pub mac_filter: bool,
+    /// Only its own addresses as sender.
+    pub ip_filter: bool,
+    /// No traffic with other isolated ports.
+    pub isolated: bool,
+    /// To the guest and from it, kbit a second.
+    pub limits: (Option<u64>, Option<u64>),
+    /// Alias that the user gave.
+    pub alias: Option<String>,
+    /// PCI address.
+    pub pci: Option<String>,
+}
+
+/// XML without a field of the model.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Opaque {
+    /// Elements of the domain.
+    pub domain: Vec<Element>,
+    /// Devices.
+    pub devices: Vec<Element>,
+    /// Disks as they were written, by target.
+    pub disks: BTreeMap<String, Element>,
+    /// NICs as they were written, by MAC address once there is one; by their order (`0`, `1`) before.
+    pub nics: BTreeMap<String, Element>,
+}
+
+impl Opaque {
+    /// As the value of a key.
+    pub fn document(&self) -> String {
+        let of = |name: &'static str, all: &BTreeMap<String, Element>| {
+            let one = |(at, e): (&String, &Element)| Element::new("of").with("at", at).child(e.clone());
+            Element::new(name).children(all.iter().map(one))
+        };
+        Element::new("opaque")
+            .child(Element::new("domain").children(self.domain.iter().cloned()))
+            .child(Element::new("devices").children(self.devices.iter().cloned()))
+            .child(of("disks", &self.disks))
+            .child(of("nics", &self.nics))
+            .document()
+    }
+
+    /// Out of the value of a key; what somebody else wrote there counts as nothing.
+    pub fn parse(text: &str) -> Self {
+        let Ok(root) = super::read::document(text) else { return Self::default() };
+        let list = |name: &str| root.find(name).map(|e| e.elements().to_vec()).unwrap_or_default();
+        let map = |name: &str| {
+            let one = |e: &Element| Some((e.attribute("at")?.to_owned(), e.elements().first()?.clone()));
+            list(name).iter().filter_map(one).collect()
+        };
+        Self { domain: list("domain"), devices: list("devices"), disks: map("disks"), nics: map("nics") }
+    }
+}
+
+/// A definition that Karst does not do; names its element.
+pub fn refuse(element: &str, why: impl std::fmt::Display) -> VirError {
+    VirError::new(Code::ConfigUnsupported, Part::Qemu, format!("{element}: {why}"))
+}
+
+/// A definition that says nothing sensible.
+pub(super) fn wrong(text: impl Into<String>) -> VirError {
+    VirError::new(Code::XmlError, Part::Domain, text)
+}
+
+/// Boot order, higher first, of what is the `n`th.
+pub fn priority(n: u32) -> u32 {
+    1000u32.saturating_sub(n).max(1)
+}
+
+/// Name of a disk in a guest's words, such as `sda`, by its slot.
+pub fn target(slot: &str, bus: DiskBus) -> (String, &'static str) {
+    let at = slot.find(|c: char| c.is_ascii_digit()).unwrap_or(slot.len());
+    let n: u32 = slot[at..].parse().unwrap_or(0);
+    let letters = |n: u32| {
+        let letter = |n: u32| char::from(b'a' + (n % 26) as u8);
+        match n / 26 {
+            0 => letter(n).to_string(),
+            more => format!("{}{}", letter(more - 1), letter(n)),
+        }
+    };
+    match bus {
+        DiskBus::VirtioBlk => (format!("vd{}", letters(n)), "virtio"),
+        DiskBus::Sata => (format!("sd{}", letters(n)), "sata"),
+        DiskBus::Nvme => (format!("nvme{n}n1"), "nvme"),
+        _ => (format!("sd{}", letters(n)), "scsi"),
+    }
+}
+
+/// The number of a disk by its name: 1 of `vdb`.
+pub fn number(target: &str) -> Option<u32> {
+    let letters = target.strip_prefix("vd").or_else(|| target.strip_prefix("sd"));
+    let letters = letters.or_else(|| target.strip_prefix("hd")).or_else(|| target.strip_prefix("xvd"))?;
+    if letters.is_empty() || letters.len() > 2 || !letters.bytes().all(|b| b.is_ascii_lowercase()) {
+        return None;
+    }
+    Some(letters.bytes().fold(0, |n, b| n * 26 + u32::from(b - b'a') + 1) - 1)
+}
+
+/// `03:00.0` out of libvirt's attributes.
+pub fn pci_of(address: &Element) -> Option<String> {
+    if address.attribute("type") != Some("pci") {
+        return None;
+    }
+    let number = |name: &str| {
+        let text = address.attribute(name).unwrap_or("0");
+        match text.strip_prefix("0x") {
+            Some(hex) => u32::from_str_radix(hex, 16).ok(),
+            None => text.parse().ok(),
+        }
+    };
+    let (domain, bus, slot, function) =
+        (number("domain")?, number("bus")?, number("slot")?, number("function")?);
+    (domain == 0 && bus < 256 && slot < 32 && function < 8)
+        .then(|| format!("{bus:02x}:{slot:02x}.{function}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_disks() {
+        assert_eq!(target("scsi0", DiskBus::VirtioScsi), ("sda".to_owned(), "scsi"));
+        assert_eq!(target("virtio1", DiskBus::VirtioBlk), ("vdb".to_owned(), "virtio"));
+        assert_eq!(target("scsi27", DiskBus::VirtioScsi), ("sdab".to_owned(), "scsi"));
+        for n in 0..64 {
+            let (name, _) = target(&format!("virtio{n}"), DiskBus::VirtioBlk);
+            assert_eq!(number(&name), Some(n), "{name}");
+        }
+        assert_eq!((number("vd"), number("vdA"), number("nvme0n1")), (None, None, None));
+    }
+
+    #[test]
+    fn opaque_parts_survive_being_kept() {
+        let mut opaque = Opaque::default();
+        opaque.domain.push(Element::new("pm").child(Element::new("suspend-to-mem").with("enabled", "no")));
+        opaque.disks.insert("vda".into(), Element::new("disk").child(Element::text("serial", "a'b")));
+        assert_eq!(Opaque::parse(&opaque.document()), opaque);
+        assert_eq!(Opaque::parse("<x"), Opaque::default());
+    }
+
+    #[test]
+    fn addresses() {
+        let address = |bus: &str, slot: &str| {
+            Element::new("address")
+                .with("type", "pci")
+                .with("domain", "0x0000")
+                .with("bus", bus)
+                .with("slot", slot)
+        };
+        assert_eq!(pci_of(&address("0x03", "0x00")).as_deref(), Some("03:00.0"));
+        assert_eq!(pci_of(&address("16", "0x1f")).as_deref(), Some("10:1f.0"));
+        assert_eq!(pci_of(&address("x", "0")), None);
+        assert_eq!(pci_of(&Element::new("address").with("type", "drive")), None);
+    }
+}

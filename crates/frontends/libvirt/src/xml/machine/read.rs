@@ -1,0 +1,584 @@
+//! From domain XML to the typed form.
+
+use super::{Disk, Machine, Nic, Opaque, Source, number, pci_of, priority, refuse, wrong};
+use crate::{error::VirError, xml::Element};
+use karst_model::{
+    device::{DiskBus, DiskCache, NicModel, parse_mac},
+    instance::Firmware,
+};
+use std::collections::{BTreeMap, BTreeSet};
+use uuid::Uuid;
+
+/// Where paths of volumes begin.
+pub const VOLUMES: &str = "/karst/";
+/// Elements of the domain that the typed form holds whole.
+const TYPED: &[&str] = &["name", "uuid", "title", "description", "metadata", "memory", "devices"];
+/// Elements of the domain that Karst does not do, and why.
+const REFUSED: &[(&str, &str)] = &[
+    ("bootloader", "virtual machines start by their firmware"),
+    ("launchSecurity", "encrypted memory is not there"),
+    ("qemu:commandline", "arguments of QEMU are not passed on"),
+    ("qemu:override", "properties of QEMU's devices are not passed on"),
+    ("qemu:deprecation", "is not passed on"),
+    ("keywrap", "is for s390"),
+];
+/// Devices that a guest would miss.
+const REFUSED_DEVICES: &[(&str, &str)] = &[
+    ("hostdev", "devices of the host are not passed through"),
+    ("filesystem", "directories are shared with machines by devices of the instance, not by XML"),
+    ("lease", "there is no lock manager"),
+    ("shmem", "shared memory is not there"),
+    ("memory", "memory modules are not there; set <memory>"),
+    ("crypto", "is not there"),
+    ("nvram", "is for other architectures"),
+];
+
+/// Reads a domain.
+///
+/// # Errors
+/// XML error when it says nothing sensible; CONFIG_UNSUPPORTED, naming the element, for what Karst does not do.
+pub fn machine(text: &str) -> Result<Machine, VirError> {
+    let root = crate::xml::read::document(text)?;
+    if root.name() != "domain" {
+        return Err(wrong(format!("unexpected root element <{}>, expecting <domain>", root.name())));
+    }
+    let kvm = match root.attribute("type") {
+        Some("kvm") => true,
+        Some("qemu") => false,
+        Some("lxc") => {
+            return Err(refuse("domain type", "containers are made of images, not defined by XML"));
+        }
+        Some(other) => {
+            return Err(refuse("domain type", format!("'{other}' is not a kind of guest of this host")));
+        }
+        None => return Err(wrong("missing domain type attribute")),
+    };
+    for (element, why) in REFUSED {
+        if root.find(element).is_some() {
+            return Err(refuse(element, why));
+        }
+    }
+    let body = |name: &str| root.find(name).map(|e| e.body().trim()).filter(|t| !t.is_empty());
+    let name = body("name").ok_or_else(|| wrong("missing name information"))?.to_owned();
+    let uuid =
+        body("uuid").map(|u| Uuid::parse_str(u).map_err(|_| wrong(format!("malformed uuid element '{u}'"))));
+    let title = body("title").map(str::to_owned);
+    if title.as_ref().is_some_and(|t| t.contains('\n')) {
+        return Err(wrong("Domain title can't contain newlines"));
+    }
+    let memory = root.find("memory").or_else(|| root.find("maxMemory"));
+    let memory = kib(memory.ok_or_else(|| wrong("missing memory element"))?)?;
+    let (cpus, pinned) = cpus(&root)?;
+    let os = root.find("os").ok_or_else(|| wrong("an os <type> must be specified"))?;
+    let (machine, firmware) = system(os)?;
+    let none = Element::new("devices");
+    let devices = root.find("devices").unwrap_or(&none);
+    for (element, why) in REFUSED_DEVICES {
+        if devices.find(element).is_some() {
+            return Err(refuse(element, why));
+        }
+    }
+    let kept = root.elements().iter().filter(|e| !TYPED.contains(&e.name())).cloned();
+    let opaque = Opaque { domain: kept.collect(), ..Opaque::default() };
+    let order = Order::of(os);
+    let mut all = Machine {
+        kvm,
+        name,
+        uuid: uuid.transpose()?,
+        title,
+        description: body("description").unwrap_or_default().to_owned(),
+        metadata: metadata(&root)?,
+        memory,
+        cpus,
+        pinned,
+        machine,
+        firmware,
+        boot_menu: os.find("bootmenu").is_some_and(|e| e.attribute("enable") == Some("yes")),
+        cpu_model: root.find("cpu").map(cpu_model).transpose()?.flatten(),
+        tpm: false,
+        disks: vec![],
+        nics: vec![],
+        opaque,
+    };
+    let (mut targets, mut macs) = (BTreeSet::new(), BTreeSet::new());
+    for e in devices.elements() {
+        match e.name() {
+            "emulator" => {}
+            "disk" => match disk(e, &order)? {
+                Some(disk) => {
+                    if !targets.insert(disk.target.clone()) {
+                        return Err(wrong(format!("target '{}' duplicated for disk sources", disk.target)));
+                    }
+                    all.opaque.disks.insert(disk.target.clone(), e.clone());
+                    all.disks.push(disk);
+                }
+                None => {
+                    let dev = e.find("target").and_then(|t| t.attribute("dev")).unwrap_or_default();
+                    if !targets.insert(dev.to_owned()) {
+                        return Err(wrong(format!("target '{dev}' duplicated for disk sources")));
+                    }
+                    all.opaque.devices.push(e.clone());
+                }
+            },
+            "interface" => {
+                let nic = nic(e, &order)?;
+                if nic.mac.as_ref().is_some_and(|m| !macs.insert(m.clone())) {
+                    return Err(wrong(format!("MAC address {} is given twice", nic.mac.unwrap_or_default())));
+                }
+                let at = nic.mac.clone().unwrap_or_else(|| all.nics.len().to_string());
+                all.opaque.nics.insert(at, e.clone());
+                all.nics.push(nic);
+            }
+            "tpm" => {
+                let backend = e.find("backend");
+                let of = |name: &str| backend.and_then(|b| b.attribute(name));
+                if of("type") != Some("emulator") || of("version").is_some_and(|v| v != "2.0") {
+                    return Err(refuse("tpm", "there are emulated ones of version 2.0 only"));
+                }
+                if all.tpm {
+                    return Err(refuse("tpm", "a machine has one"));
+                }
+                all.tpm = true;
+                all.opaque.devices.push(e.clone());
+            }
+            "graphics" if e.attribute("passwd").is_some() => {
+                return Err(refuse(
+                    "graphics passwd",
+                    "there are no passwords; whoever may use the domain may see it",
+                ));
+            }
+            _ => all.opaque.devices.push(e.clone()),
+        }
+    }
+    Ok(all)
+}
+
+/// A size in KiB, whatever its unit.
+fn kib(e: &Element) -> Result<u64, VirError> {
+    let number: u64 =
+        e.body().trim().parse().map_err(|_| wrong(format!("<{}> is no number: '{}'", e.name(), e.body())))?;
+    let unit = e.attribute("unit").unwrap_or("KiB");
+    let factor: u64 = match unit {
+        "b" | "byte" | "bytes" => 1,
+        "KB" => 1000,
+        "k" | "K" | "KiB" => 1 << 10,
+        "MB" => 1_000_000,
+        "M" | "MiB" => 1 << 20,
+        "GB" => 1_000_000_000,
+        "G" | "GiB" => 1 << 30,
+        "TB" => 1_000_000_000_000,
+        "T" | "TiB" => 1 << 40,
+        _ => return Err(wrong(format!("<{}> has the unknown unit '{unit}'", e.name()))),
+    };
+    let bytes = number.checked_mul(factor).ok_or_else(|| wrong(format!("<{}> is too large", e.name())))?;
+    if bytes == 0 {
+        return Err(wrong(format!("<{}> is zero", e.name())));
+    }
+    Ok(bytes.div_ceil(1024))
+}
+
+/// How many CPUs a `<vcpu>` means at the start, and those of the host that it pins them to.
+pub fn vcpu(e: &Element) -> Result<(u32, Option<String>), VirError> {
+    let most: u32 =
+        e.body().trim().parse().ok().filter(|n| *n > 0).ok_or_else(|| wrong("vcpu is no number of CPUs"))?;
+    let current = match e.attribute("current") {
+        None => most,
+        Some(n) => n
+            .parse()
+            .ok()
+            .filter(|n| (1..=most).contains(n))
+            .ok_or_else(|| wrong(format!("current vcpus '{n}' must be 1 to {most}")))?,
+    };
+    let set = e.attribute("cpuset").filter(|s| count(s) == Some(current));
+    Ok((current, set.map(str::to_owned)))
+}
+
+fn cpus(root: &Element) -> Result<(u32, Option<String>), VirError> {
+    root.find("vcpu").map_or(Ok((1, None)), vcpu)
+}
+
+/// How many CPUs a set such as `0-2,5` has; nothing of one with exceptions.
+fn count(set: &str) -> Option<u32> {
+    let mut all = BTreeSet::new();
+    for part in set.split(',') {
+        let (first, last) = part.trim().split_once('-').unwrap_or((part.trim(), part.trim()));
+        let (first, last): (u32, u32) = (first.parse().ok()?, last.parse().ok()?);
+        if last < first || last > 4096 {
+            return None;
+        }
+        all.extend(first..=last);
+    }
+    Some(all.len() as u32)
+}
+
+/// Machine type and firmware.
+fn system(os: &Element) -> Result<(Option<String>, Firmware), VirError> {
+    let kind = os.find("type").ok_or_else(|| wrong("an os <type> must be specified"))?;
+    if kind.body().trim() != "hvm" {
+        return Err(refuse(
+            "os type",
+            format!("'{}' is not a kind of machine of this host", kind.body().trim()),
+        ));
+    }
+    if let Some(arch) = kind.attribute("arch").filter(|a| *a != "x86_64") {
+        return Err(refuse("os arch", format!("'{arch}' is not the architecture of this host")));
+    }
+    for element in ["kernel", "initrd", "cmdline", "dtb"] {
+        if os.find(element).is_some_and(|e| !e.body().trim().is_empty()) {
+            return Err(refuse(
+                element,
+                "a machine starts from its disks; files of the host are not started",
+            ));
+        }
+    }
+    let machine = kind.attribute("machine").map(str::to_owned);
+    if let Some(m) = &machine
+        && !matches!(m.as_str(), "q35" | "pc")
+        && !m.starts_with("pc-q35-")
+        && !m.starts_with("pc-i440fx-")
+    {
+        return Err(refuse("os machine", format!("'{m}' is not there; q35, pc and their versions are")));
+    }
+    Ok((machine, firmware(os)?))
+}
+
+/// The firmware that an `<os>` means.
+pub fn firmware(os: &Element) -> Result<Firmware, VirError> {
+    let secure = os
+        .find("firmware")
+        .into_iter()
+        .flat_map(|f| f.all("feature"))
+        .any(|f| f.attribute("name") == Some("secure-boot") && f.attribute("enabled") == Some("yes"));
+    let uefi = |secure| if secure { Firmware::UefiSecure } else { Firmware::Uefi };
+    match (os.attribute("firmware"), os.find("loader")) {
+        (Some("efi"), loader) => {
+            Ok(uefi(secure || loader.is_some_and(|l| l.attribute("secure") == Some("yes"))))
+        }
+        (Some("bios"), _) | (None, None) => Ok(Firmware::Bios),
+        (Some(other), _) => Err(refuse("os firmware", format!("'{other}' is not there; bios and efi are"))),
+        (None, Some(loader)) => {
+            let path = loader.body().to_ascii_uppercase();
+            if loader.attribute("type") == Some("pflash") || path.contains("OVMF") {
+                return Ok(uefi(loader.attribute("secure") == Some("yes")));
+            }
+            if path.contains("BIOS") {
+                return Ok(Firmware::Bios);
+            }
+            Err(refuse("loader", "a file of the host is no firmware; use firmware='efi'"))
+        }
+    }
+}
+
+/// QEMU's model for a `<cpu>` with its flags; `None`: what the host has.
+pub fn cpu_model(cpu: &Element) -> Result<Option<String>, VirError> {
+    if cpu.find("numa").is_some() {
+        return Err(refuse("numa", "machines have one node of memory"));
+    }
+    match cpu.attribute("mode").unwrap_or("custom") {
+        "host-passthrough" | "host-model" | "maximum" => return Ok(None),
+        "custom" => {}
+        other => return Err(wrong(format!("Invalid mode attribute '{other}'"))),
+    }
+    let Some(model) = cpu.find("model").map(|m| m.body().trim()).filter(|m| !m.is_empty()) else {
+        return Ok(None);
+    };
+    let word = |s: &str| s.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+    if !word(model) {
+        return Err(wrong(format!("'{model}' is no CPU model")));
+    }
+    let mut whole = model.to_owned();
+    for feature in cpu.all("feature") {
+        let name = feature.attribute("name").unwrap_or_default();
+        if name.is_empty() || !word(name) {
+            return Err(wrong("Invalid CPU feature name"));
+        }
+        match feature.attribute("policy").unwrap_or("require") {
+            "require" | "force" => whole += &format!(",{name}=on"),
+            "disable" | "forbid" => whole += &format!(",{name}=off"),
+            "optional" => {}
+            other => return Err(wrong(format!("Invalid CPU feature policy '{other}'"))),
+        }
+    }
+    Ok(Some(whole))
+}
+
+fn metadata(root: &Element) -> Result<BTreeMap<String, (String, Element)>, VirError> {
+    let mut all = BTreeMap::new();
+    for e in root.find("metadata").map(Element::elements).unwrap_or_default() {
+        let (prefix, _) = e.name().split_once(':').unwrap_or(("", e.name()));
+        let key = if prefix.is_empty() { "xmlns".to_owned() } else { format!("xmlns:{prefix}") };
+        let uri = e.attribute(&key).or_else(|| root.attribute(&key));
+        let uri = uri.ok_or_else(|| wrong(format!("<{}> in <metadata> has no namespace", e.name())))?;
+        let (uri, prefix) = (uri.to_owned(), prefix.to_owned());
+        let mut bare = without_prefix(e.clone(), &prefix);
+        bare.unset(&key);
+        if all.insert(uri.clone(), (prefix, bare)).is_some() {
+            return Err(wrong(format!("<metadata> has two elements of the namespace {uri}")));
+        }
+    }
+    Ok(all)
+}
+
+fn without_prefix(mut e: Element, prefix: &str) -> Element {
+    if prefix.is_empty() {
+        return e;
+    }
+    if let Some(bare) = e.name().strip_prefix(prefix).and_then(|n| n.strip_prefix(':')).map(str::to_owned) {
+        e = e.renamed(bare);
+    }
+    if !e.elements().is_empty() {
+        let inner = std::mem::take(e.elements_mut());
+        *e.elements_mut() = inner.into_iter().map(|i| without_prefix(i, prefix)).collect();
+    }
+    e
+}
+
+/// What `<boot dev=…/>` of an `<os>` says of kinds of devices.
+#[derive(Default)]
+struct Order {
+    disk: Option<u32>,
+    cdrom: Option<u32>,
+    network: Option<u32>,
+}
+
+impl Order {
+    fn of(os: &Element) -> Self {
+        let mut order = Self::default();
+        for (n, boot) in (0u32..).zip(os.all("boot")) {
+            let of = match boot.attribute("dev") {
+                Some("hd") => &mut order.disk,
+                Some("cdrom") => &mut order.cdrom,
+                Some("network") => &mut order.network,
+                _ => continue,
+            };
+            of.get_or_insert(priority(n));
+        }
+        order
+    }
+}
+
+fn own_order(e: &Element) -> Result<Option<u32>, VirError> {
+    let Some(order) = e.find("boot").and_then(|b| b.attribute("order")) else { return Ok(None) };
+    let n = order.parse().ok().filter(|n| *n > 0);
+    n.map(|n| Some(priority(n))).ok_or_else(|| wrong(format!("incorrect boot order '{order}'")))
+}
+
+fn alias(e: &Element) -> Result<Option<String>, VirError> {
+    let name = e.find("alias").and_then(|a| a.attribute("name")).filter(|n| n.starts_with("ua-"));
+    match name {
+        Some(n) if n.len() > 128 || !n.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b)) => {
+            Err(wrong(format!("invalid alias name '{n}'")))
+        }
+        other => Ok(other.map(str::to_owned)),
+    }
+}
+
+/// What the source of a disk names; nothing when it is empty.
+///
+/// # Errors
+/// CONFIG_UNSUPPORTED for what is no volume and no path.
+pub fn source(disk: &Element) -> Result<Option<Source>, VirError> {
+    let kind = disk.attribute("type").unwrap_or("file");
+    let Some(source) = disk.find("source") else { return Ok(None) };
+    for element in ["encryption", "reservations", "slices", "ssl", "cookies"] {
+        if source.find(element).is_some() || disk.find(element).is_some() {
+            return Err(refuse(element, "is not there for disks"));
+        }
+    }
+    let of = |name: &str| source.attribute(name).filter(|v| !v.is_empty());
+    let path = match kind {
+        "volume" => {
+            return match (of("pool"), of("volume")) {
+                (Some(pool), Some(volume)) => {
+                    Ok(Some(Source::Volume { pool: pool.to_owned(), volume: volume.to_owned() }))
+                }
+                _ => Err(wrong("'pool' and 'volume' are needed in the source of a disk of type volume")),
+            };
+        }
+        "file" => of("file"),
+        "block" => of("dev"),
+        other => {
+            return Err(refuse("disk type", format!("'{other}' is not there; volume, file and block are")));
+        }
+    };
+    let Some(path) = path else { return Ok(None) };
+    if let Some((pool, volume)) = path.strip_prefix(VOLUMES).and_then(|p| p.split_once('/')) {
+        return Ok(Some(Source::Volume { pool: pool.to_owned(), volume: volume.to_owned() }));
+    }
+    if !path.starts_with('/') {
+        return Err(wrong(format!("'{path}' is no absolute path")));
+    }
+    Ok(Some(Source::Path(path.to_owned())))
+}
+
+/// A disk that stands alone.
+///
+/// # Errors
+/// XML error; CONFIG_UNSUPPORTED, naming the element.
+pub fn disk_alone(e: &Element) -> Result<Disk, VirError> {
+    let disk = disk(e, &Order::default())?;
+    disk.ok_or_else(|| refuse("disk bus", "drives of discs are on sata or scsi"))
+}
+
+/// An interface that stands alone.
+///
+/// # Errors
+/// XML error; CONFIG_UNSUPPORTED, naming the element.
+pub fn nic_alone(e: &Element) -> Result<Nic, VirError> {
+    nic(e, &Order::default())
+}
+
+/// A disk; nothing for an empty drive on a bus that is not there.
+fn disk(e: &Element, order: &Order) -> Result<Option<Disk>, VirError> {
+    let cdrom = match e.attribute("device").unwrap_or("disk") {
+        "disk" => false,
+        "cdrom" => true,
+        other => return Err(refuse("disk device", format!("'{other}' is not there; disk and cdrom are"))),
+    };
+    let target = e.find("target").ok_or_else(|| wrong("missing target information for disk"))?;
+    let dev = target.attribute("dev").ok_or_else(|| wrong("missing target information for disk"))?;
+    let bus = target.attribute("bus").unwrap_or(match dev.get(..2) {
+        Some("vd") => "virtio",
+        Some("sd") => "scsi",
+        Some("hd") => "ide",
+        _ => "",
+    });
+    let n = number(dev).ok_or_else(|| wrong(format!("Invalid harddisk device name: {dev}")))?;
+    let source = source(e)?;
+    let (bus, slot) = match bus {
+        "virtio" => (DiskBus::VirtioBlk, format!("virtio{n}")),
+        "scsi" => (DiskBus::VirtioScsi, format!("scsi{n}")),
+        "sata" => (DiskBus::Sata, format!("sata{n}")),
+        // Nothing is in it, so no guest misses it before somebody puts something in.
+        _ if cdrom && source.is_none() => return Ok(None),
+        other => {
+            return Err(refuse(
+                "disk bus",
+                format!("'{other}' of {dev} is not there; virtio, scsi and sata are"),
+            ));
+        }
+    };
+    if bus == DiskBus::Sata && n > 5 {
+        return Err(refuse("disk target", format!("{dev}: the SATA controller has 6 ports")));
+    }
+    if source.is_none() && !cdrom {
+        return Err(wrong(format!("disk {dev} has no source")));
+    }
+    if cdrom && bus == DiskBus::VirtioBlk {
+        return Err(wrong("disk type of 'cdrom' does not support bus 'virtio'"));
+    }
+    let driver = e.find("driver");
+    let of = |name: &str| driver.and_then(|d| d.attribute(name));
+    let cache = match of("cache") {
+        None | Some("default") => None,
+        Some("none") => Some(DiskCache::None),
+        Some("writeback") => Some(DiskCache::Writeback),
+        Some("unsafe") => Some(DiskCache::Unsafe),
+        Some(other) => {
+            return Err(refuse(
+                "driver cache",
+                format!("'{other}' is not there; none, writeback and unsafe are"),
+            ));
+        }
+    };
+    if let Some(Source::Path(path)) = &source
+        && of("type") != Some("raw")
+    {
+        let text = format!("{path}: the format of a path of the host is stated, never guessed, and is raw");
+        return Err(refuse("driver type", text));
+    }
+    for (element, why) in [
+        ("iotune", "limits of rates are set by blkdeviotune"),
+        ("transient", "changes are kept"),
+        ("mirror", "is the state of a job"),
+    ] {
+        if e.find(element).is_some() {
+            return Err(refuse(element, why));
+        }
+    }
+    Ok(Some(Disk {
+        target: dev.to_owned(),
+        slot,
+        bus,
+        cdrom,
+        source,
+        readonly: cdrom || e.find("readonly").is_some(),
+        cache,
+        boot: own_order(e)?.or(if cdrom { order.cdrom } else { order.disk }),
+        alias: alias(e)?,
+        pci: e.find("address").and_then(pci_of),
+    }))
+}
+
+fn nic(e: &Element, order: &Order) -> Result<Nic, VirError> {
+    let source = e.find("source");
+    let of = |name: &str| source.and_then(|s| s.attribute(name));
+    let network = match e.attribute("type") {
+        Some("network") => of("network"),
+        // The bridge of a network has the network's name.
+        Some("bridge") => of("bridge"),
+        Some(other) => {
+            return Err(refuse("interface type", format!("'{other}' is not there; network and bridge are")));
+        }
+        None => return Err(wrong("missing type of interface")),
+    };
+    let network = network.ok_or_else(|| wrong("missing source of interface"))?.to_owned();
+    if of("portgroup").is_some() {
+        return Err(refuse("portgroup", "networks have none"));
+    }
+    for (element, why) in [
+        ("vlan", "tags are not set by XML"),
+        ("virtualport", "bridges are Linux bridges"),
+        ("ip", "addresses are given by the network"),
+        ("route", "routes are given by the network"),
+        ("teaming", "is not there"),
+        ("script", "programs of the host are not started"),
+        ("tune", "is not there"),
+    ] {
+        if e.find(element).is_some() {
+            return Err(refuse(element, why));
+        }
+    }
+    let mac = match e.find("mac").and_then(|m| m.attribute("address")) {
+        None => None,
+        Some(m) => Some(parse_mac("mac address", m).map_err(|e| wrong(e.to_string()))?),
+    };
+    let model = match e.find("model").and_then(|m| m.attribute("type")) {
+        None | Some("virtio" | "virtio-net" | "virtio-non-transitional") => NicModel::Virtio,
+        Some("e1000e") => NicModel::E1000e,
+        Some(other) => {
+            return Err(refuse("interface model", format!("'{other}' is not there; virtio and e1000e are")));
+        }
+    };
+    let mtu = match e.find("mtu").and_then(|m| m.attribute("size")) {
+        None => None,
+        Some(n) => Some(n.parse().map_err(|_| wrong(format!("MTU '{n}' is no number")))?),
+    };
+    let (mac_filter, ip_filter) = match e.find("filterref").and_then(|f| f.attribute("filter")) {
+        None => (false, false),
+        Some("no-mac-spoofing") => (true, false),
+        Some("no-ip-spoofing" | "clean-traffic" | "clean-traffic-gateway") => (true, true),
+        Some(other) => return Err(refuse("filterref", format!("the filter '{other}' is not there"))),
+    };
+    let bandwidth = |name: &str| -> Result<Option<u64>, VirError> {
+        let of = e.find("bandwidth").and_then(|b| b.find(name));
+        let Some(average) = of.and_then(|b| b.attribute("average")) else { return Ok(None) };
+        // KiB a second.
+        let n: u64 = average.parse().map_err(|_| wrong(format!("bandwidth '{average}' is no number")))?;
+        Ok(Some(n.saturating_mul(8192).div_ceil(1000)))
+    };
+    Ok(Nic {
+        network,
+        mac,
+        model,
+        connected: e.find("link").and_then(|l| l.attribute("state")) != Some("down"),
+        mtu,
+        boot: own_order(e)?.or(order.network),
+        mac_filter,
+        ip_filter,
+        isolated: e.find("port").is_some_and(|p| p.attribute("isolated") == Some("yes")),
+        limits: (bandwidth("inbound")?, bandwidth("outbound")?),
+        alias: alias(e)?,
+        pci: e.find("address").and_then(pci_of),
+    })
+}

@@ -1,0 +1,309 @@
+//! From the typed form to the engine's words: keys, devices and places of a new machine, or of one that is there. Of one that
+//! is there only what the document changes is changed, so that what libvirt has no word for stays.
+
+use super::{Disk, Machine, Nic, Source, refuse};
+use crate::{
+    calls::domain::{METADATA, OPAQUE, TITLE},
+    error::VirError,
+};
+use karst_engine::compute::define::Place;
+use karst_model::{
+    Config,
+    device::{DISK_BUSES, DISK_CACHES, Devices, NicModel},
+    instance::{DeviceIdentity, Firmware},
+};
+use std::collections::BTreeMap;
+
+type Keys = BTreeMap<String, String>;
+
+/// A new machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Created {
+    /// Configuration.
+    pub config: Config,
+    /// Devices.
+    pub devices: Devices,
+    /// Where they are.
+    pub places: BTreeMap<String, Place>,
+}
+
+/// What is there already.
+pub struct Present<'a> {
+    /// As its document says now.
+    pub machine: &'a Machine,
+    /// Its own configuration.
+    pub config: &'a Config,
+    /// Its own devices.
+    pub devices: &'a Devices,
+    /// All its devices, those of profiles too.
+    pub expanded: &'a Devices,
+    /// What they are.
+    pub identities: &'a BTreeMap<String, DeviceIdentity>,
+}
+
+fn set(keys: &mut Keys, key: impl Into<String>, value: Option<impl ToString>) {
+    match value {
+        Some(value) => drop(keys.insert(key.into(), value.to_string())),
+        None => drop(keys.remove(&key.into())),
+    }
+}
+
+fn yes(flag: bool) -> Option<&'static str> {
+    flag.then_some("true")
+}
+
+fn firmware(config: &mut Config, firmware: Firmware) {
+    let (csm, secure) = match firmware {
+        Firmware::Bios => ("true", "false"),
+        Firmware::Uefi => ("false", "false"),
+        Firmware::UefiSecure => ("false", "true"),
+    };
+    set(config, "security.csm", Some(csm));
+    set(config, "security.secureboot", Some(secure));
+}
+
+fn cpus(machine: &Machine) -> String {
+    machine.pinned.clone().unwrap_or_else(|| machine.cpus.to_string())
+}
+
+fn memory(machine: &Machine) -> String {
+    format!("{}KiB", machine.memory)
+}
+
+/// The key that keeps an element of applications, and its value.
+fn metadata(uri: &str, prefix: &str, e: &crate::xml::Element) -> (String, String) {
+    (format!("{METADATA}{uri}"), format!("{prefix}\n{}", e.document().trim_end()))
+}
+
+fn disk(keys: &mut Keys, disk: &Disk, root: bool) {
+    set(keys, "type", Some("disk"));
+    set(keys, "attached", disk.source.is_none().then_some("false"));
+    match &disk.source {
+        Some(Source::Volume { pool, volume }) => {
+            set(keys, "pool", Some(pool));
+            set(keys, "source", Some(volume));
+        }
+        Some(Source::Path(path)) => {
+            set(keys, "pool", None::<&str>);
+            set(keys, "source", Some(path));
+        }
+        // What was in the drive stays named, and is not in it.
+        None => {}
+    }
+    set(keys, "io.bus", DISK_BUSES.iter().find(|(_, b)| *b == disk.bus).map(|(n, _)| n));
+    set(keys, "io.cache", DISK_CACHES.iter().find(|(_, c)| Some(*c) == disk.cache).map(|(n, _)| n));
+    set(keys, "boot.priority", disk.boot);
+    match root {
+        true => set(keys, "path", Some("/")),
+        // Drives of discs are read-only by nature.
+        false => set(keys, "readonly", yes(disk.readonly && !disk.cdrom)),
+    }
+}
+
+fn nic(keys: &mut Keys, nic: &Nic) {
+    set(keys, "type", Some("nic"));
+    keys.retain(|k, _| !matches!(k.as_str(), "nictype" | "parent" | "limits.max"));
+    set(keys, "network", Some(&nic.network));
+    if let Some(mac) = &nic.mac {
+        set(keys, "hwaddr", Some(mac));
+    }
+    set(keys, "io.bus", (nic.model == NicModel::E1000e).then_some("e1000e"));
+    set(keys, "connected", (!nic.connected).then_some("false"));
+    set(keys, "mtu", nic.mtu);
+    set(keys, "boot.priority", nic.boot);
+    set(keys, "security.mac_filtering", yes(nic.mac_filter));
+    set(keys, "security.ipv4_filtering", yes(nic.ip_filter));
+    set(keys, "security.ipv6_filtering", yes(nic.ip_filter));
+    set(keys, "security.port_isolation", yes(nic.isolated));
+    set(keys, "limits.ingress", nic.limits.0.map(|n| format!("{n}kbit")));
+    set(keys, "limits.egress", nic.limits.1.map(|n| format!("{n}kbit")));
+}
+
+/// The disk that is the root: of the volumes that can be written the one that boots first.
+fn root(machine: &Machine) -> Result<&Disk, VirError> {
+    let can = |d: &&Disk| !d.cdrom && !d.readonly && matches!(d.source, Some(Source::Volume { .. }));
+    let first = machine.disks.iter().filter(can).reduce(|a, b| if b.boot > a.boot { b } else { a });
+    first.ok_or_else(|| refuse("disk", "a machine needs one that is a volume of a pool and can be written"))
+}
+
+/// QEMU would open a path by its name, which others may lead elsewhere.
+fn demand_volume(disk: &Disk) -> Result<(), VirError> {
+    match &disk.source {
+        Some(Source::Path(path)) => {
+            let text =
+                format!("{path}: this host gives no virtual machine its paths; use a volume of a pool");
+            Err(refuse("disk source", text))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A new machine.
+///
+/// # Errors
+/// CONFIG_UNSUPPORTED when no disk can be its root.
+pub fn create(machine: &Machine) -> Result<Created, VirError> {
+    let mut config = Config::new();
+    let mut devices = Devices::new();
+    let mut places = BTreeMap::new();
+    set(&mut config, "limits.memory", Some(memory(machine)));
+    set(&mut config, "limits.cpu", Some(cpus(machine)));
+    set(&mut config, "hardware.machine", Some(machine.machine.as_deref().unwrap_or("pc")));
+    set(&mut config, "hardware.cpu.model", machine.cpu_model.as_ref());
+    set(&mut config, "hardware.boot_menu", yes(machine.boot_menu));
+    firmware(&mut config, machine.firmware);
+    // So that saving and snapshots with memory are there, as they are with libvirt.
+    set(&mut config, "migration.stateful", Some("true"));
+    set(&mut config, TITLE, machine.title.as_ref());
+    for (uri, (prefix, e)) in &machine.metadata {
+        let (key, value) = metadata(uri, prefix, e);
+        set(&mut config, key, Some(value));
+    }
+    set(&mut config, OPAQUE, Some(machine.opaque.document()));
+    let root = &root(machine)?.target;
+    for one in machine.disks.iter().filter(|d| d.source.is_some()) {
+        demand_volume(one)?;
+        disk(devices.entry(one.target.clone()).or_default(), one, one.target == *root);
+        let (alias, pci) = (one.alias.clone(), one.pci.clone());
+        places.insert(one.target.clone(), Place { slot: one.slot.clone(), alias, pci });
+    }
+    for (n, one) in machine.nics.iter().enumerate() {
+        let name = format!("net{n}");
+        nic(devices.entry(name.clone()).or_default(), one);
+        places.insert(name.clone(), Place { slot: name, alias: one.alias.clone(), pci: one.pci.clone() });
+    }
+    if machine.tpm {
+        set(devices.entry("tpm0".into()).or_default(), "type", Some("tpm"));
+    }
+    Ok(Created { config, devices, places })
+}
+
+/// Configuration and devices of a machine that is there, as a new document wants them.
+///
+/// # Errors
+/// CONFIG_UNSUPPORTED for what is fixed since it was made.
+pub fn update(present: &Present<'_>, new: &Machine) -> Result<(Config, Devices), VirError> {
+    let old = present.machine;
+    let mut config = present.config.clone();
+    if old.memory != new.memory {
+        set(&mut config, "limits.memory", Some(memory(new)));
+    }
+    if cpus(old) != cpus(new) {
+        set(&mut config, "limits.cpu", Some(cpus(new)));
+    }
+    let family = |m: &str| if m.starts_with("pc-q35-") || m == "q35" { "q35" } else { "pc" };
+    let (was, is) = (old.machine.as_deref().unwrap_or("pc"), new.machine.as_deref());
+    if is.is_some_and(|is| is != was && is != family(was)) {
+        return Err(refuse("os machine", format!("it is {was} and fixed since the machine was made")));
+    }
+    if old.cpu_model != new.cpu_model {
+        set(&mut config, "hardware.cpu.model", new.cpu_model.as_ref());
+    }
+    if old.boot_menu != new.boot_menu {
+        set(&mut config, "hardware.boot_menu", yes(new.boot_menu));
+    }
+    if old.firmware != new.firmware {
+        firmware(&mut config, new.firmware);
+    }
+    set(&mut config, TITLE, new.title.as_ref());
+    for uri in old.metadata.keys().filter(|uri| !new.metadata.contains_key(*uri)) {
+        config.remove(&format!("{METADATA}{uri}"));
+    }
+    for (uri, (prefix, e)) in new.metadata.iter().filter(|(uri, m)| old.metadata.get(*uri) != Some(m)) {
+        let (key, value) = metadata(uri, prefix, e);
+        set(&mut config, key, Some(value));
+    }
+    set(&mut config, OPAQUE, Some(new.opaque.document()));
+    Ok((config, devices(present, new)?))
+}
+
+/// The name of the device at a slot, or with a MAC address.
+fn device_of<'a>(present: &'a Present<'_>, is: impl Fn(&DeviceIdentity) -> bool) -> Option<&'a String> {
+    present.identities.iter().find(|(n, i)| present.expanded.contains_key(*n) && is(i)).map(|(n, _)| n)
+}
+
+fn devices(present: &Present<'_>, new: &Machine) -> Result<Devices, VirError> {
+    let old = present.machine;
+    let mut devices = present.devices.clone();
+    let mut wanted: BTreeMap<String, Option<Keys>> = BTreeMap::new();
+    let is_root = |keys: &Keys| keys.get("path").is_some_and(|p| p == "/");
+    for one in &new.disks {
+        let name = device_of(present, |i| i.slot == one.slot).unwrap_or(&one.target);
+        let mut keys = present.expanded.get(name).cloned().unwrap_or_default();
+        let before = old.disks.iter().find(|d| d.slot == one.slot);
+        let same = |d: &Disk| Disk { alias: None, pci: None, ..d.clone() };
+        if before.map(same) == Some(same(one)) {
+            wanted.insert(name.clone(), None);
+            continue;
+        }
+        if keys.is_empty() && one.source.is_none() {
+            // An empty drive that the machine does not have yet.
+            continue;
+        }
+        demand_volume(one)?;
+        let (is_root, own) = (is_root(&keys), !keys.contains_key("source"));
+        disk(&mut keys, one, is_root);
+        if is_root && own && before.is_some_and(|b| b.source == one.source) {
+            // It is shown by the name of the instance and has none of its own.
+            keys.remove("source");
+        }
+        wanted.insert(name.clone(), Some(keys));
+    }
+    for one in &new.nics {
+        let known = one.mac.as_ref().and_then(|mac| device_of(present, |i| i.mac.as_ref() == Some(mac)));
+        let before = old.nics.iter().find(|n| n.mac.is_some() && n.mac == one.mac);
+        let same = |n: &Nic| Nic { alias: None, pci: None, ..n.clone() };
+        match known {
+            Some(name) if before.map(same) == Some(same(one)) => drop(wanted.insert(name.clone(), None)),
+            Some(name) => {
+                let mut keys = present.expanded.get(name).cloned().unwrap_or_default();
+                nic(&mut keys, one);
+                wanted.insert(name.clone(), Some(keys));
+            }
+            None => {
+                let taken = |n: &String| present.expanded.contains_key(n) || wanted.contains_key(n);
+                let name = (0..).map(|n| format!("net{n}")).find(|n| !taken(n)).unwrap_or_default();
+                let mut keys = Keys::new();
+                nic(&mut keys, one);
+                wanted.insert(name, Some(keys));
+            }
+        }
+    }
+    for (name, keys) in present.expanded {
+        let shown = match keys.get("type").map(String::as_str) {
+            Some("disk") => !is_root(keys) || !wanted.contains_key(name),
+            Some("nic") => true,
+            Some("tpm") => {
+                if new.tpm {
+                    wanted.insert(name.clone(), None);
+                }
+                true
+            }
+            _ => false,
+        };
+        if !shown || wanted.contains_key(name) {
+            continue;
+        }
+        if is_root(keys) {
+            return Err(refuse(
+                "disk",
+                "the root disk of a machine stays; detach it by undefining the machine",
+            ));
+        }
+        devices.remove(name);
+        // Of a profile: masked.
+        wanted.insert(name.clone(), Some([("type".to_owned(), "none".to_owned())].into()));
+        if present.devices.contains_key(name) {
+            wanted.remove(name);
+        }
+    }
+    if new.tpm && !old.tpm {
+        devices.insert("tpm0".into(), [("type".to_owned(), "tpm".to_owned())].into());
+    }
+    for (name, keys) in wanted {
+        if let Some(keys) = keys {
+            devices.insert(name, keys);
+        }
+    }
+    Ok(devices)
+}

@@ -1,0 +1,560 @@
+//! From an instance to domain XML, with what was kept of the document that it was defined by.
+
+use super::{Opaque, Source, pci_of, priority, read, target};
+use crate::{
+    calls::domain::{METADATA, OPAQUE, TITLE},
+    error::VirError,
+    xml::Element,
+};
+use karst_engine::{InstanceView, compute::expand::parse_devices};
+use karst_model::{
+    Config,
+    device::{DISK_CACHES, Devices, DiskBus, DiskDevice, DiskIo, DiskOrigin, NicDevice, NicModel},
+    instance::{DeviceIdentity, Firmware, Hardware},
+};
+
+/// A machine that is shown.
+pub struct Shown<'a> {
+    /// The instance.
+    pub view: &'a InstanceView,
+    /// Its hardware.
+    pub hardware: &'a Hardware,
+    /// Keys and devices: those that it runs with, or those of its next start.
+    pub config: &'a Config,
+    /// Its devices.
+    pub devices: &'a Devices,
+    /// `kvm` or `qemu`.
+    pub kind: &'static str,
+    /// Its number, when it runs.
+    pub id: Option<i32>,
+    /// Memory in KiB.
+    pub memory: u64,
+    /// CPUs.
+    pub cpus: u32,
+    /// CPUs of the host that it is pinned to.
+    pub pinned: Option<String>,
+    /// Is the volume of this pool and name a disc?
+    pub disc: &'a dyn Fn(&str, &str) -> bool,
+}
+
+/// The order in which libvirt writes what is in a domain.
+const DOMAIN: &[&str] = &[
+    "name",
+    "uuid",
+    "genid",
+    "title",
+    "description",
+    "metadata",
+    "maxMemory",
+    "memory",
+    "currentMemory",
+    "blkiotune",
+    "memtune",
+    "memoryBacking",
+    "vcpu",
+    "vcpus",
+    "iothreads",
+    "iothreadids",
+    "defaultiothread",
+    "cputune",
+    "numatune",
+    "resource",
+    "sysinfo",
+    "os",
+    "idmap",
+    "features",
+    "cpu",
+    "clock",
+    "on_poweroff",
+    "on_reboot",
+    "on_crash",
+    "on_lockfailure",
+    "pm",
+    "perf",
+    "devices",
+    "seclabel",
+];
+/// The same of devices.
+const DEVICES: &[&str] = &[
+    "emulator",
+    "disk",
+    "controller",
+    "interface",
+    "smartcard",
+    "serial",
+    "parallel",
+    "console",
+    "channel",
+    "input",
+    "tpm",
+    "graphics",
+    "audio",
+    "sound",
+    "video",
+    "redirdev",
+    "redirfilter",
+    "hub",
+    "watchdog",
+    "memballoon",
+    "rng",
+    "panic",
+    "iommu",
+    "vsock",
+];
+/// The same of what is in a disk.
+const DISK: &[&str] = &[
+    "driver",
+    "auth",
+    "source",
+    "backingStore",
+    "mirror",
+    "target",
+    "iotune",
+    "readonly",
+    "shareable",
+    "transient",
+    "serial",
+    "wwn",
+    "vendor",
+    "product",
+    "boot",
+    "alias",
+    "address",
+];
+/// The same of what is in an interface.
+const INTERFACE: &[&str] = &[
+    "mac",
+    "source",
+    "bandwidth",
+    "target",
+    "port",
+    "guest",
+    "model",
+    "driver",
+    "backend",
+    "filterref",
+    "boot",
+    "coalesce",
+    "link",
+    "mtu",
+    "alias",
+    "address",
+];
+
+fn sort(e: &mut Element, order: &[&str]) {
+    let place = |name: &str| order.iter().position(|o| *o == name).unwrap_or(order.len());
+    e.elements_mut().sort_by_key(|c| place(c.name()));
+}
+
+/// The document.
+///
+/// # Errors
+/// Invalid, when its configuration is.
+pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
+    let instance = &shown.view.instance;
+    let opaque = shown.config.get(OPAQUE).map(|t| Opaque::parse(t)).unwrap_or_default();
+    let mut e = Element::new("domain")
+        .with("type", shown.kind)
+        .with_some("id", shown.id)
+        .child(Element::text("name", &instance.name))
+        .child(Element::text("uuid", shown.hardware.uuid));
+    if let Some(title) = shown.config.get(TITLE) {
+        e.push(Element::text("title", title));
+    }
+    if !instance.description.is_empty() {
+        e.push(Element::text("description", &instance.description));
+    }
+    e.push_some(metadata(shown.config));
+    e.push(Element::text("memory", shown.memory).with("unit", "KiB"));
+    e.push(Element::text("currentMemory", shown.memory).with("unit", "KiB"));
+    let pinned = shown.pinned.as_ref();
+    e.push(Element::text("vcpu", shown.cpus).with("placement", "static").with_some("cpuset", pinned));
+    e.push(system(shown, &opaque));
+    e.push(Element::new("features").child(Element::new("acpi")).child(Element::new("apic")));
+    e.push(cpu(shown.hardware));
+    e.push(Element::new("clock").with("offset", "utc"));
+    e.push(Element::text("on_poweroff", "destroy"));
+    e.push(Element::text("on_reboot", "restart"));
+    e.push(Element::text("on_crash", "destroy"));
+    for kept in &opaque.domain {
+        let still = match kept.name() {
+            "os" => continue,
+            "vcpu" => read::vcpu(kept).is_ok_and(|(n, set)| n == shown.cpus && set == shown.pinned),
+            "currentMemory" => kept.body().trim().parse::<u64>().is_ok_and(|n| n <= shown.memory),
+            "cpu" => {
+                let now = shown.config.get("hardware.cpu.model").filter(|m| !m.is_empty());
+                read::cpu_model(kept).is_ok_and(|m| m.as_ref() == now)
+            }
+            _ => true,
+        };
+        if still {
+            e.elements_mut().retain(|g| g.name() != kept.name());
+            e.push(kept.clone());
+        }
+    }
+    e.push(devices(shown, &opaque)?);
+    sort(&mut e, DOMAIN);
+    Ok(e.document())
+}
+
+/// What applications keep in it.
+pub fn metadata(config: &Config) -> Option<Element> {
+    let mut all = Element::new("metadata");
+    for (key, value) in config {
+        let Some(uri) = key.strip_prefix(METADATA) else { continue };
+        let (prefix, text) = value.split_once('\n').unwrap_or(("", value));
+        // What is not XML was not written by libvirt's clients.
+        let Ok(e) = crate::xml::read::document(text) else { continue };
+        all.push(match prefix {
+            "" => e.with("xmlns", uri),
+            prefix => with_prefix(e, prefix).with(format!("xmlns:{prefix}"), uri),
+        });
+    }
+    (!all.elements().is_empty()).then_some(all)
+}
+
+fn with_prefix(mut e: Element, prefix: &str) -> Element {
+    let name = format!("{prefix}:{}", e.name());
+    if !e.elements().is_empty() {
+        let inner = std::mem::take(e.elements_mut());
+        *e.elements_mut() = inner.into_iter().map(|i| with_prefix(i, prefix)).collect();
+    }
+    e.renamed(name)
+}
+
+fn system(shown: &Shown<'_>, opaque: &Opaque) -> Element {
+    let kept = opaque.domain.iter().find(|e| e.name() == "os");
+    let kind = Element::text("type", "hvm")
+        .with("arch", &shown.view.instance.architecture)
+        .with("machine", &shown.hardware.machine);
+    if let Some(kept) = kept.filter(|k| read::firmware(k).is_ok_and(|f| f == shown.hardware.firmware)) {
+        let mut os = kept.clone();
+        os.elements_mut().retain(|e| e.name() != "type");
+        os.elements_mut().insert(0, kind);
+        return os;
+    }
+    let mut os = Element::new("os");
+    if shown.hardware.firmware != Firmware::Bios {
+        os.set("firmware", "efi");
+    }
+    os.push(kind);
+    if shown.hardware.firmware != Firmware::Bios {
+        let secure = if shown.hardware.firmware == Firmware::UefiSecure { "yes" } else { "no" };
+        let feature = Element::new("feature").with("enabled", secure).with("name", "secure-boot");
+        os.push(Element::new("firmware").child(feature));
+    }
+    if kept.is_none() {
+        os.push(Element::new("boot").with("dev", "hd"));
+    }
+    os
+}
+
+fn cpu(hardware: &Hardware) -> Element {
+    let cpu = Element::new("cpu");
+    match hardware.cpu_model.as_str() {
+        "host" => cpu.with("mode", "host-passthrough").with("check", "none").with("migratable", "on"),
+        "max" => cpu.with("mode", "maximum").with("check", "none").with("migratable", "on"),
+        model => {
+            let mut words = model.split(',');
+            let mut cpu =
+                cpu.with("mode", "custom").with("match", "exact").with("check", "none").child(
+                    Element::text("model", words.next().unwrap_or_default()).with("fallback", "forbid"),
+                );
+            for flag in words {
+                let (name, policy) = match flag.split_once('=') {
+                    Some((name, "off")) => (name, "disable"),
+                    Some((name, _)) => (name, "require"),
+                    None => (flag.trim_start_matches('+'), "require"),
+                };
+                cpu.push(Element::new("feature").with("policy", policy).with("name", name));
+            }
+            cpu
+        }
+    }
+}
+
+fn devices(shown: &Shown<'_>, opaque: &Opaque) -> Result<Element, VirError> {
+    let live = shown.id.is_some();
+    let instance = &shown.view.instance;
+    let parsed = parse_devices(shown.devices)?;
+    let of = |name: &str| instance.identities.get(name);
+    let mut devices = Element::new("devices");
+    devices.push(Element::text("emulator", format!("/usr/bin/qemu-system-{}", instance.architecture)));
+    let orders = Orders::of(shown, opaque);
+    let (root, device) = &parsed.root;
+    if let Some(identity) = of(root) {
+        let volume = device.source.clone().unwrap_or_else(|| instance.name.to_string());
+        let source = Some(Source::Volume { pool: device.pool.clone(), volume });
+        let boot = orders.order(device.boot_priority);
+        devices.push(disk(identity, &source, &device.io, (false, false), boot, live, opaque));
+    }
+    for (name, device) in parsed.disks.iter().filter(|(_, d)| d.path.is_none()) {
+        let Some(identity) = of(name) else { continue };
+        let DiskDevice { readonly, attached, io, .. } = device;
+        let source = match &device.source {
+            DiskOrigin::Volume { pool, volume } => {
+                Source::Volume { pool: pool.clone(), volume: volume.clone() }
+            }
+            DiskOrigin::Host { path } => Source::Path(path.clone()),
+        };
+        let cdrom = match &source {
+            _ if !attached => true,
+            Source::Volume { pool, volume } => (shown.disc)(pool, volume),
+            // As it was written: what a path holds is not known here.
+            path => opaque.disks.values().any(|e| {
+                e.attribute("device") == Some("cdrom")
+                    && read::source(e).is_ok_and(|s| s.as_ref() == Some(path))
+            }),
+        };
+        let source = Some(source).filter(|_| *attached);
+        let boot = orders.order(device.boot_priority);
+        devices.push(disk(identity, &source, io, (cdrom, *readonly || cdrom), boot, live, opaque));
+    }
+    let targets: Vec<&str> =
+        devices.elements().iter().filter_map(|e| e.find("target")?.attribute("dev")).collect();
+    let empty = |(at, e): (&String, &Element)| {
+        let is = !targets.contains(&at.as_str()) && read::source(e).is_ok_and(|s| s.is_none());
+        is.then(|| e.clone())
+    };
+    let empty: Vec<_> = opaque.disks.iter().filter_map(empty).collect();
+    devices.elements_mut().extend(empty);
+    let mut nics: Vec<_> = parsed.nics.iter().filter(|(_, nic)| nic.attached).collect();
+    nics.sort_by_key(|(name, _)| of(name).map(|i| (i.slot.len(), i.slot.clone())));
+    for (n, (name, nic)) in nics.into_iter().enumerate() {
+        let Some(identity) = of(name) else { continue };
+        let mac = identity.mac.clone().unwrap_or_default();
+        let kept = opaque.nics.get(&mac).or_else(|| opaque.nics.get(&n.to_string()));
+        devices.push(interface(identity, nic, orders.order(nic.boot_priority), live, kept));
+    }
+    let given = |name: &str| opaque.devices.iter().any(|e| e.name() == name);
+    let port = |name: &'static str, target: &'static str| {
+        Element::new(name)
+            .with("type", "pty")
+            .child(Element::new("target").with("type", target).with("port", 0))
+    };
+    if !given("serial") && !given("console") {
+        let mut serial = port("serial", "isa-serial");
+        serial.elements_mut()[0].push(Element::new("model").with("name", "isa-serial"));
+        devices.push(serial);
+        devices.push(port("console", "serial"));
+    }
+    if !given("channel") {
+        let target = Element::new("target").with("type", "virtio").with("name", "org.qemu.guest_agent.0");
+        devices.push(Element::new("channel").with("type", "unix").child(target));
+    }
+    if !given("rng") {
+        let backend = Element::text("backend", "/dev/urandom").with("model", "random");
+        devices.push(Element::new("rng").with("model", "virtio").child(backend));
+    }
+    if parsed.tpm.is_some() && !given("tpm") {
+        let backend = Element::new("backend").with("type", "emulator").with("version", "2.0");
+        devices.push(Element::new("tpm").with("model", "tpm-crb").child(backend));
+    }
+    let there = |e: &&Element| e.name() != "tpm" || parsed.tpm.is_some();
+    devices.elements_mut().extend(opaque.devices.iter().filter(there).cloned());
+    sort(&mut devices, DEVICES);
+    Ok(devices)
+}
+
+/// How the boot order is shown: by kinds of devices where the document did so, else by numbers.
+struct Orders {
+    by_kind: bool,
+    /// Priorities that devices have, the highest first.
+    all: Vec<u32>,
+}
+
+impl Orders {
+    fn of(shown: &Shown<'_>, opaque: &Opaque) -> Self {
+        let kept = opaque.domain.iter().find(|e| e.name() == "os");
+        let by_kind = kept.is_some_and(|os| os.find("boot").is_some());
+        let number = |d: &std::collections::BTreeMap<String, String>| d.get("boot.priority")?.parse().ok();
+        let mut all: Vec<u32> = shown.devices.values().filter_map(number).collect();
+        all.sort_unstable_by(|a, b| b.cmp(a));
+        all.dedup();
+        Self { by_kind, all }
+    }
+
+    /// The number that is shown of a priority.
+    fn order(&self, at: Option<u32>) -> Option<u32> {
+        let at = at.filter(|_| !self.by_kind)?;
+        // Those that came as numbers are shown as they were.
+        match (1..100).find(|n| priority(*n) == at) {
+            Some(n) if self.all.iter().all(|p| *p > priority(100)) => Some(n),
+            _ => self.all.iter().position(|p| *p == at).map(|n| n as u32 + 1),
+        }
+    }
+}
+
+/// Adds what was kept of an element to what is shown of it: attributes that it does not have, and elements of other names.
+fn merge(shown: &mut Element, kept: &Element, typed: &[&str], order: &[&str]) {
+    for (name, value) in kept.attributes() {
+        if shown.attribute(name).is_none() {
+            shown.set(name.to_owned(), value);
+        }
+    }
+    for e in kept.elements().iter().filter(|e| !typed.contains(&e.name())) {
+        match shown.elements_mut().iter_mut().find(|s| s.name() == e.name()) {
+            Some(same) => {
+                for (name, value) in e.attributes().filter(|(n, _)| *n != "cache") {
+                    if same.attribute(name).is_none() {
+                        same.set(name.to_owned(), value);
+                    }
+                }
+            }
+            None => shown.push(e.clone()),
+        }
+    }
+    sort(shown, order);
+}
+
+fn disk(
+    identity: &DeviceIdentity,
+    source: &Option<Source>,
+    io: &DiskIo,
+    (cdrom, readonly): (bool, bool),
+    boot: Option<u32>,
+    live: bool,
+    opaque: &Opaque,
+) -> Element {
+    let bus = io.bus.unwrap_or(DiskBus::VirtioScsi);
+    let (dev, bus_name) = target(&identity.slot, bus);
+    let kept = opaque.disks.get(&dev);
+    let (kind, attributes): (_, Vec<(&str, &str)>) = match source {
+        Some(Source::Path(path)) if path.starts_with("/dev/") => ("block", vec![("dev", path.as_str())]),
+        Some(Source::Path(path)) => ("file", vec![("file", path.as_str())]),
+        Some(Source::Volume { pool, volume }) => ("volume", vec![("pool", pool), ("volume", volume)]),
+        None => ("volume", vec![]),
+    };
+    let mut e = Element::new("disk").with("type", kind).with("device", if cdrom { "cdrom" } else { "disk" });
+    let mut driver = Element::new("driver").with("name", "qemu");
+    if matches!(source, Some(Source::Path(_))) {
+        driver.set("type", "raw");
+    }
+    if let Some((word, _)) = DISK_CACHES.iter().find(|(_, c)| Some(*c) == io.cache) {
+        driver.set("cache", word);
+    }
+    e.push(driver);
+    // The same source as it was written.
+    let as_written = kept.filter(|k| source.is_some() && read::source(k).is_ok_and(|s| s == *source));
+    match as_written {
+        Some(kept) => {
+            e.set("type", kept.attribute("type").unwrap_or("file"));
+            e.push_some(kept.find("source").cloned());
+        }
+        None if source.is_some() => {
+            let with = |e: Element, (n, v): &(&str, &str)| e.with((*n).to_owned(), v);
+            e.push(attributes.iter().fold(Element::new("source"), with));
+        }
+        None => {}
+    }
+    e.push(Element::new("target").with("dev", dev).with("bus", bus_name));
+    if readonly {
+        e.push(Element::new("readonly"));
+    }
+    if let Some(order) = boot {
+        e.push(Element::new("boot").with("order", order));
+    }
+    named(&mut e, identity, live);
+    let unit = identity.slot.trim_start_matches(|c: char| !c.is_ascii_digit());
+    match placed(identity) {
+        Some(address) => e.push(address),
+        None => e.push(
+            Element::new("address")
+                .with("type", "drive")
+                .with("controller", 0)
+                .with("bus", 0)
+                .with("target", 0)
+                .with("unit", unit),
+        ),
+    }
+    if let Some(kept) = kept {
+        merge(&mut e, kept, &["source", "target", "readonly", "boot", "alias", "address"], DISK);
+    }
+    e
+}
+
+/// An interface of a machine.
+fn interface(
+    identity: &DeviceIdentity,
+    nic: &NicDevice,
+    boot: Option<u32>,
+    live: bool,
+    kept: Option<&Element>,
+) -> Element {
+    let mut e = super::super::domain::interface(identity, nic.network().unwrap_or_default(), live);
+    e.push(Element::new("model").with(
+        "type",
+        match nic.model {
+            NicModel::Virtio => "virtio",
+            NicModel::E1000e => "e1000e",
+        },
+    ));
+    let limits = (nic.port.ingress_limit, nic.port.egress_limit);
+    if limits != (None, None) {
+        let one = |name: &'static str, bits: u64| Element::new(name).with("average", bits / 8192);
+        let mut all = Element::new("bandwidth");
+        all.push_some(limits.0.map(|b| one("inbound", b)));
+        all.push_some(limits.1.map(|b| one("outbound", b)));
+        e.push(all);
+    }
+    if nic.port.isolated {
+        e.push(Element::new("port").with("isolated", "yes"));
+    }
+    let filter = match (nic.port.mac_filter, nic.port.ipv4_filter || nic.port.ipv6_filter) {
+        (_, true) => Some("clean-traffic"),
+        (true, false) => Some("no-mac-spoofing"),
+        (false, false) => None,
+    };
+    let same = kept.and_then(|k| k.find("filterref")).filter(|_| filter == Some("clean-traffic")).cloned();
+    e.push_some(same.or_else(|| filter.map(|f| Element::new("filterref").with("filter", f))));
+    if let Some(order) = boot {
+        e.push(Element::new("boot").with("order", order));
+    }
+    if !nic.connected {
+        e.push(Element::new("link").with("state", "down"));
+    }
+    if let Some(mtu) = nic.mtu {
+        e.push(Element::new("mtu").with("size", mtu));
+    }
+    named(&mut e, identity, live);
+    e.push_some(placed(identity));
+    let typed = [
+        "mac",
+        "source",
+        "target",
+        "bandwidth",
+        "port",
+        "model",
+        "filterref",
+        "boot",
+        "link",
+        "mtu",
+        "alias",
+        "address",
+    ];
+    if let Some(kept) = kept {
+        merge(&mut e, kept, &typed, INTERFACE);
+    }
+    sort(&mut e, INTERFACE);
+    e
+}
+
+/// With its alias; one that the user gave also when it does not run.
+fn named(e: &mut Element, identity: &DeviceIdentity, live: bool) {
+    if live || identity.alias.starts_with("ua-") {
+        e.push(Element::new("alias").with("name", &identity.alias));
+    }
+}
+
+fn placed(identity: &DeviceIdentity) -> Option<Element> {
+    let (bus, rest) = identity.pci.as_deref()?.split_once(':')?;
+    let (slot, function) = rest.split_once('.')?;
+    let address = Element::new("address")
+        .with("type", "pci")
+        .with("domain", "0x0000")
+        .with("bus", format!("0x{bus}"))
+        .with("slot", format!("0x{slot}"))
+        .with("function", format!("0x{function}"));
+    // What is no address is not shown as one.
+    pci_of(&address).map(|_| address)
+}

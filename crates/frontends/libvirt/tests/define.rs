@@ -1,0 +1,500 @@
+//! Domains by XML: defined, shown, changed, undefined; and what is refused leaves nothing.
+#![allow(clippy::disallowed_methods)] // a test tool
+
+mod support;
+
+use karst_engine::{Context, volumes::create::CreateVolume};
+use karst_frontend_libvirt::{
+    error::Code,
+    xdr::{Reader, Writer},
+    xml::{Element, machine::read, read::document},
+};
+use karst_model::{Config, access::Principal, instance::InstanceKind, storage::VolumeContent};
+use support::{Client, Refused, Server, argument};
+
+const UUID: &str = "c7a5fdbd-edaf-9455-926a-d65c16db1809";
+
+async fn volume(server: &Server, name: &str, content: VolumeContent) {
+    let config = Config::from([("size".into(), "64MiB".into())]);
+    let request = CreateVolume { name: name.into(), content, description: String::new(), config };
+    let admin = Context::new(Principal::system());
+    let operation = server.engine.volume_create(&admin, "default", "default", request).await.unwrap();
+    assert_eq!(operation.ended().await.error, None);
+}
+
+async fn define(client: &mut Client, xml: &str) -> Result<(), Refused> {
+    client
+        .call(
+            350,
+            &argument(|w| {
+                w.string(xml).u32(0);
+            }),
+        )
+        .await
+        .map(drop)
+}
+
+async fn dump(client: &mut Client, name: &str, flags: u32) -> String {
+    let domain = client.domain(name).await;
+    let mut w = Writer::new();
+    w.u32(flags);
+    let payload = client.call(14, &[domain, w.finish()].concat()).await.unwrap();
+    Reader::new(&payload).string().unwrap()
+}
+
+/// A whole domain; its parts can be replaced.
+fn domain(name: &str, changes: &[(&str, &str)]) -> String {
+    let text = format!(
+        "<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+  <name>{name}</name><uuid>{UUID}</uuid><title>A title</title><description>Some &lt;text&gt;</description>
+  <metadata><app:a xmlns:app='http://example.org/app'><app:b c='d'>e</app:b></app:a></metadata>
+  <memory unit='MiB'>256</memory><currentMemory unit='KiB'>131072</currentMemory>
+  <vcpu placement='static' current='1'>2</vcpu>
+  <cputune><shares>2048</shares></cputune>
+  <os firmware='efi'><type arch='x86_64' machine='q35'>hvm</type><boot dev='cdrom'/><boot dev='hd'/></os>
+  <features><acpi/><hyperv mode='custom'><relaxed state='on'/></hyperv></features>
+  <cpu mode='custom' match='exact'><model fallback='allow'>qemu64</model><topology sockets='1' dies='1' cores='2' threads='1'/><feature policy='disable' name='lm'/></cpu>
+  <clock offset='utc'><timer name='rtc' tickpolicy='catchup'/></clock>
+  <devices>
+    <disk type='file' device='disk'><driver name='qemu' type='qcow2' cache='none' discard='unmap'/><source file='/karst/default/d1'/><target dev='vda' bus='virtio'/><serial>S1</serial><alias name='ua-first'/><address type='pci' domain='0x0000' bus='0x05' slot='0x00' function='0x0'/></disk>
+    <disk type='volume' device='disk'><source pool='default' volume='d2'/><target dev='sdc' bus='scsi'/><readonly/></disk>
+    <disk type='file' device='cdrom'><target dev='hdc' bus='ide'/><readonly/></disk>
+    <controller type='usb' model='qemu-xhci'/>
+    <interface type='network'><mac address='52:54:00:11:22:33'/><source network='karstbr0'/><model type='e1000e'/><filterref filter='clean-traffic'/><bandwidth><inbound average='1000'/></bandwidth></interface>
+    <input type='tablet' bus='usb'/>
+    <tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>
+    <video><model type='virtio' heads='1'/></video>
+  </devices>
+</domain>"
+    );
+    changes.iter().fold(text, |text, (from, to)| {
+        assert!(text.contains(from), "{from}");
+        text.replacen(from, to, 1)
+    })
+}
+
+async fn ready() -> (Server, Client) {
+    let server = Server::start().await;
+    for name in ["d1", "d2"] {
+        volume(&server, name, VolumeContent::Block).await;
+    }
+    let client = server.open("full", "qemu:///system").await;
+    (server, client)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_defined_is_shown_again_in_meaning() {
+    let (server, mut client) = ready().await;
+    let text = domain("v1", &[]);
+    define(&mut client, &text).await.unwrap();
+    let shown = dump(&mut client, "v1", 2).await;
+    let (given, kept) = (read::machine(&text).unwrap(), read::machine(&shown).unwrap());
+    assert_eq!(kept.machine.as_deref().map(|m| m.starts_with("pc-q35-")), Some(true), "{shown}");
+    let machine = given.machine.clone();
+    // What the platform adds: addresses, and the devices of every machine.
+    let same = |m: &karst_frontend_libvirt::xml::machine::Machine| {
+        let mut m = karst_frontend_libvirt::xml::machine::Machine { machine: machine.clone(), ..m.clone() };
+        // This host has KVM, and uses it.
+        m.kvm = false;
+        m.opaque = Default::default();
+        m.nics.iter_mut().for_each(|n| n.pci = None);
+        m
+    };
+    assert_eq!(same(&kept), same(&given));
+    let e = document(&shown).unwrap();
+    for name in ["currentMemory", "cputune", "features", "cpu", "clock"] {
+        assert_eq!(e.find(name), document(&text).unwrap().find(name), "{name}");
+    }
+    let devices = e.find("devices").unwrap();
+    for name in ["controller", "input", "video", "tpm"] {
+        assert_eq!(
+            devices.find(name),
+            document(&text).unwrap().find("devices").unwrap().find(name),
+            "{name}"
+        );
+    }
+    let disk = devices.find("disk").unwrap();
+    assert_eq!(disk.find("serial").map(Element::body), Some("S1"));
+    assert_eq!(disk.find("driver").and_then(|d| d.attribute("discard")), Some("unmap"));
+    assert_eq!(devices.all("disk").count(), 3);
+    assert!(shown.contains("<app:b c='d'>e</app:b>"), "{shown}");
+    assert!(shown.contains("machine='pc-q35-") && shown.contains("<boot dev='cdrom'/>"), "{shown}");
+    // Written once more it is the same, letter by letter.
+    define(&mut client, &shown).await.unwrap();
+    assert_eq!(dump(&mut client, "v1", 2).await, shown);
+    // An ordinary instance, whose disk counts as in use.
+    let admin = Context::new(Principal::system());
+    let view = server.engine.instance(&admin, "default", "v1").unwrap();
+    assert_eq!(view.instance.id.to_string(), UUID);
+    assert_eq!(view.expanded_config.get("limits.memory").map(String::as_str), Some("262144KiB"));
+    assert_eq!(view.instance.identities["vda"].pci.as_deref(), Some("05:00.0"));
+    assert_eq!(view.instance.identities["vda"].alias, "ua-first");
+    let used = server.engine.volume_delete(&admin, "default", "default", "d1").await.map(drop).unwrap_err();
+    assert!(used.message.contains("is used by"), "{used}");
+    let other = domain(
+        "v2",
+        &[(UUID, "c7a5fdbd-edaf-9455-926a-d65c16db1810"), ("52:54:00:11:22:33", "52:54:00:11:22:34")],
+    );
+    let refused = define(&mut client, &other).await.unwrap_err();
+    assert!(refused.1.contains("attached to instance \"v1\""), "{refused:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_document_changes_what_it_changes() {
+    let (server, mut client) = ready().await;
+    define(&mut client, &domain("v1", &[])).await.unwrap();
+    let admin = Context::new(Principal::system());
+    let before = server.engine.instance(&admin, "default", "v1").unwrap();
+    let shown = dump(&mut client, "v1", 2).await;
+    let changes = [
+        ("<memory unit='KiB'>262144<", "<memory unit='KiB'>524288<"),
+        ("A title", "Another"),
+        ("<interface type='network'>", "<interface type='network'><link state='down'/>"),
+        ("cache='none'", "cache='writeback'"),
+    ];
+    let edited = changes.iter().fold(shown, |text, (from, to)| {
+        assert!(text.contains(from), "{from} in {text}");
+        text.replacen(from, to, 1)
+    });
+    define(&mut client, &edited).await.unwrap();
+    let after = server.engine.instance(&admin, "default", "v1").unwrap();
+    assert_eq!(after.expanded_config["limits.memory"], "524288KiB");
+    assert_eq!(after.expanded_devices["vda"]["io.cache"], "writeback");
+    assert_eq!(after.expanded_devices["net0"]["connected"], "false");
+    assert_eq!(after.instance.identities, before.instance.identities);
+    // A disk that is left out goes; the root does not.
+    let e = document(&dump(&mut client, "v1", 2).await).unwrap();
+    let without = |dev: &str| {
+        let mut e = e.clone();
+        let devices = e.elements_mut().iter_mut().find(|d| d.name() == "devices").unwrap();
+        devices.elements_mut().retain(|d| d.find("target").and_then(|t| t.attribute("dev")) != Some(dev));
+        e.document()
+    };
+    define(&mut client, &without("sdc")).await.unwrap();
+    assert!(!server.engine.instance(&admin, "default", "v1").unwrap().expanded_devices.contains_key("sdc"));
+    assert_eq!(define(&mut client, &without("vda")).await.unwrap_err().0, Code::ConfigUnsupported as i32);
+    // An instance made elsewhere is edited the same way, and keeps what libvirt has no word for.
+    server.guest("v2", InstanceKind::VirtualMachine, false).await;
+    let shown = dump(&mut client, "v2", 2).await;
+    define(&mut client, &shown).await.unwrap();
+    let v2 = server.engine.instance(&admin, "default", "v2").unwrap();
+    assert!(v2.instance.devices.is_empty() && v2.profiles.len() == 1, "{:?}", v2.instance.devices);
+    define(&mut client, &shown.replace("<vcpu placement='static'>1<", "<vcpu placement='static'>2<"))
+        .await
+        .unwrap();
+    let v2 = server.engine.instance(&admin, "default", "v2").unwrap();
+    assert_eq!(v2.expanded_config["limits.cpu"], "2");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_refused_is_named_and_leaves_nothing() {
+    let (server, mut client) = ready().await;
+    let revision = server.engine.inner().inventory.read().revision;
+    let disk = "<source file='/karst/default/d1'/>";
+    for (from, to, code, word) in [
+        ("type='qemu' ", "type='lxc' ", Code::ConfigUnsupported, "containers"),
+        ("<memory unit='MiB'>256</memory>", "", Code::XmlError, "memory"),
+        ("<memory unit='MiB'>256<", "<memory unit='MiB'>much<", Code::XmlError, "memory"),
+        (UUID, "c7a5", Code::XmlError, "uuid"),
+        ("machine='q35'", "machine='microvm'", Code::ConfigUnsupported, "os machine"),
+        (
+            "<type arch='x86_64'",
+            "<kernel>/boot/k</kernel><type arch='x86_64'",
+            Code::ConfigUnsupported,
+            "kernel",
+        ),
+        ("bus='virtio'", "bus='usb'", Code::ConfigUnsupported, "disk bus"),
+        (disk, "<source file='/etc/passwd'/>", Code::ConfigUnsupported, "driver type"),
+        (disk, "<source file='/karst/default/none'/>", Code::OperationFailed, "\"none\" not found"),
+        ("dev='sdc'", "dev='vda'", Code::XmlError, "duplicated"),
+        ("network='karstbr0'", "network='none'", Code::OperationFailed, "none"),
+        ("interface type='network'", "interface type='user'", Code::ConfigUnsupported, "interface type"),
+        ("clean-traffic", "mine", Code::ConfigUnsupported, "filterref"),
+        (
+            "<controller",
+            "<hostdev mode='subsystem' type='pci'/><controller",
+            Code::ConfigUnsupported,
+            "hostdev",
+        ),
+        ("<devices>", "<qemu:commandline/><devices>", Code::ConfigUnsupported, "qemu:commandline"),
+        ("type='emulator'", "type='passthrough'", Code::ConfigUnsupported, "tpm"),
+        ("</domain>", "", Code::XmlError, ""),
+        ("<name>v1<", "<name>a/b<", Code::InvalidArg, "name"),
+        ("52:54:00", "53:54:00", Code::XmlError, "multicast"),
+    ] {
+        let refused = define(&mut client, &domain("v1", &[(from, to)])).await.unwrap_err();
+        assert!(refused.0 == code as i32 && refused.1.contains(word), "{to}: {refused:?}");
+    }
+    assert_eq!(server.engine.inner().inventory.read().revision, revision);
+    assert!(client.names().await.is_empty());
+    // A name and a UUID of two are a mistake.
+    define(&mut client, &domain("v1", &[])).await.unwrap();
+    let other = domain("v1", &[(UUID, "c7a5fdbd-edaf-9455-926a-d65c16db1811")]);
+    assert!(define(&mut client, &other).await.unwrap_err().1.contains("already exists with uuid"));
+    assert!(
+        define(&mut client, &domain("v2", &[])).await.unwrap_err().1.contains("already defined with uuid")
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn undefining_leaves_the_disks() {
+    let (server, mut client) = ready().await;
+    define(&mut client, &domain("v1", &[])).await.unwrap();
+    let v1 = client.domain("v1").await;
+    client.call(9, &v1).await.unwrap();
+    // It runs on as a transient one, and goes when it ends.
+    client.call(35, &v1).await.unwrap();
+    let persistent = client.call(151, &v1).await.unwrap();
+    assert_eq!(persistent, [0; 4]);
+    client.call(12, &v1).await.unwrap();
+    for _ in 0..200 {
+        if client.names().await.is_empty() {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    assert!(client.names().await.is_empty());
+    let admin = Context::new(Principal::system());
+    for name in ["d1", "d2"] {
+        server.engine.custom_volume(&admin, "default", "default", name).unwrap();
+    }
+    // The same UUID again, transient from its beginning.
+    let xml = domain("v1", &[]);
+    client
+        .call(
+            10,
+            &argument(|w| {
+                w.string(&xml).u32(0);
+            }),
+        )
+        .await
+        .unwrap();
+    let v1 = client.domain("v1").await;
+    assert_eq!(client.state(&v1).await.0, 1);
+    assert_eq!(client.call(35, &v1).await.unwrap_err().0, Code::OperationInvalid as i32);
+    // Of an instance made elsewhere the disk becomes a volume of its own name.
+    server.guest("v2", InstanceKind::VirtualMachine, false).await;
+    let root = server.engine.instance(&admin, "default", "v2").unwrap().instance.root;
+    let v2 = client.domain("v2").await;
+    client.call(35, &v2).await.unwrap();
+    let kept = server.engine.custom_volume(&admin, "default", "default", "v2").unwrap();
+    assert_eq!(kept.id, root);
+    let operation = server.engine.volume_delete(&admin, "default", "default", "v2").await.unwrap();
+    assert_eq!(operation.ended().await.error, None);
+}
+
+/// The size of a volume and what it is called, made and changed over the protocol.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn volumes_are_made_copied_grown_and_deleted() {
+    let server = Server::start().await;
+    let mut client = server.open("full", "qemu:///system").await;
+    let pool = client
+        .call(
+            84,
+            &argument(|w| {
+                w.string("default");
+            }),
+        )
+        .await
+        .unwrap();
+    let xml = "<volume><name>disk.qcow2</name><capacity unit='MiB'>64</capacity><target><format type='qcow2'/></target></volume>";
+    let create = [
+        pool.clone(),
+        argument(|w| {
+            w.string(xml).u32(0);
+        }),
+    ]
+    .concat();
+    let first = client.call(93, &create).await.unwrap();
+    let again = client.call(93, &create).await.unwrap_err();
+    assert_eq!(again, (Code::StorageVolExist as i32, "storage volume 'disk.qcow2' exists already".into()));
+    let size = async |client: &mut Client, volume: &[u8]| {
+        let info = client.call(98, volume).await.unwrap();
+        let mut r = Reader::new(&info);
+        r.i32().unwrap();
+        r.u64().unwrap()
+    };
+    assert_eq!(size(&mut client, &first).await, 64 << 20);
+    let xml = "<volume><name>copy</name><capacity>1048576</capacity></volume>";
+    let mut w = Writer::new();
+    w.string(xml);
+    let from = [pool, w.finish(), first.clone(), vec![0; 4]].concat();
+    let second = client.call(125, &from).await.unwrap();
+    assert_eq!(size(&mut client, &second).await, 64 << 20);
+    let resize = |to: u64, flags: u32| {
+        [
+            second.clone(),
+            argument(|w| {
+                w.u64(to).u32(flags);
+            }),
+        ]
+        .concat()
+    };
+    client.call(260, &resize(128 << 20, 0)).await.unwrap();
+    client.call(260, &resize(32 << 20, 2)).await.unwrap();
+    assert_eq!(size(&mut client, &second).await, 160 << 20);
+    for (to, flags) in [(1 << 20, 0), (1 << 20, 4), (200 << 20, 2 | 4), (u64::MAX, 2)] {
+        client.call(260, &resize(to, flags)).await.unwrap_err();
+    }
+    assert_eq!(size(&mut client, &second).await, 160 << 20);
+    // What an instance owns is changed by it.
+    server.guest("v1", InstanceKind::VirtualMachine, false).await;
+    let root = client
+        .call(
+            97,
+            &argument(|w| {
+                w.string("/karst/default/v1");
+            }),
+        )
+        .await
+        .unwrap();
+    let refused = client.call(94, &[root, vec![0; 4]].concat()).await.unwrap_err();
+    assert!(refused.1.contains("part of the domain"), "{refused:?}");
+    for volume in [first, second] {
+        client.call(94, &[volume.clone(), vec![0; 4]].concat()).await.unwrap();
+        assert_eq!(client.call(98, &volume).await.unwrap_err().0, Code::NoStorageVol as i32);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn devices_come_and_go_live_and_configured() {
+    let (server, mut client) = ready().await;
+    volume(&server, "d3", VolumeContent::Block).await;
+    define(&mut client, &domain("v1", &[])).await.unwrap();
+    let v1 = client.domain("v1").await;
+    let disk = "<disk type='block' device='disk'><source dev='/karst/default/d3'/><target dev='vdb' bus='virtio'/></disk>";
+    let device = |xml: &str, flags: u32| {
+        [
+            v1.clone(),
+            argument(|w| {
+                w.string(xml).u32(flags);
+            }),
+        ]
+        .concat()
+    };
+    // Live needs a guest that runs.
+    assert_eq!(client.call(160, &device(disk, 1)).await.unwrap_err().0, Code::OperationInvalid as i32);
+    client.call(9, &v1).await.unwrap();
+    let has = |text: &str| text.contains("dev='vdb'");
+    client.call(160, &device(disk, 2)).await.unwrap();
+    assert!(!has(&dump(&mut client, "v1", 0).await) && has(&dump(&mut client, "v1", 2).await));
+    let twice = client.call(160, &device(disk, 2)).await.unwrap_err();
+    assert!(twice.1.contains("target vdb already exists"), "{twice:?}");
+    client.call(161, &device(disk, 2)).await.unwrap();
+    assert!(!has(&dump(&mut client, "v1", 2).await));
+    client.call(160, &device(disk, 3)).await.unwrap();
+    assert!(has(&dump(&mut client, "v1", 0).await) && has(&dump(&mut client, "v1", 2).await));
+    // A running guest has it until it gives it back, whatever its record says.
+    client.call(161, &device(disk, 2)).await.unwrap();
+    let admin = Context::new(Principal::system());
+    let used = server.engine.volume_delete(&admin, "default", "default", "d3").await.map(drop).unwrap_err();
+    assert!(used.message.contains("is used by"), "{used}");
+    client.call(12, &v1).await.unwrap();
+    let free = server.engine.volume_delete(&admin, "default", "default", "d3").await.unwrap();
+    assert_eq!(free.ended().await.error, None);
+    // The cable, by the document of the interface.
+    let nic = "<interface type='network'><mac address='52:54:00:11:22:33'/><source network='karstbr0'/><model type='e1000e'/><link state='down'/></interface>";
+    client.call(174, &device(nic, 2)).await.unwrap();
+    assert!(dump(&mut client, "v1", 2).await.contains("<link state='down'/>"));
+    let wrong = nic.replace("11:22:33", "11:22:44");
+    assert_eq!(client.call(174, &device(&wrong, 2)).await.unwrap_err().0, Code::DeviceMissing as i32);
+    assert_eq!(
+        client.call(160, &device("<hostdev/>", 2)).await.unwrap_err().0,
+        Code::ConfigUnsupported as i32
+    );
+    // Sizes.
+    client
+        .call(
+            204,
+            &[
+                v1.clone(),
+                argument(|w| {
+                    w.u64(524_288).u32(2);
+                }),
+            ]
+            .concat(),
+        )
+        .await
+        .unwrap();
+    client
+        .call(
+            199,
+            &[
+                v1.clone(),
+                argument(|w| {
+                    w.u32(2).u32(2);
+                }),
+            ]
+            .concat(),
+        )
+        .await
+        .unwrap();
+    let shown = read::machine(&dump(&mut client, "v1", 2).await).unwrap();
+    assert_eq!((shown.memory, shown.cpus), (524_288, 2));
+    assert_eq!(
+        client.call(30, &[v1.clone(), vec![0; 8]].concat()).await.unwrap_err().0,
+        Code::InvalidArg as i32
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn snapshots_are_a_tree() {
+    let (_server, mut client) = ready().await;
+    define(&mut client, &domain("v1", &[])).await.unwrap();
+    let v1 = client.domain("v1").await;
+    let create = |name: &str| {
+        let xml = format!("<domainsnapshot><name>{name}</name></domainsnapshot>");
+        [
+            v1.clone(),
+            argument(|w| {
+                w.string(&xml).u32(0);
+            }),
+        ]
+        .concat()
+    };
+    let mut all = vec![];
+    for name in ["s1", "s2", "s3"] {
+        all.push(client.call(185, &create(name)).await.unwrap());
+    }
+    let flagged = |of: &[u8], flags: u32| {
+        [
+            of.to_vec(),
+            argument(|w| {
+                w.u32(flags);
+            }),
+        ]
+        .concat()
+    };
+    let count = async |client: &mut Client, flags: u32| {
+        let answer = client.call(187, &flagged(&v1, flags)).await.unwrap();
+        Reader::new(&answer).i32().unwrap()
+    };
+    assert_eq!(
+        (count(&mut client, 0).await, count(&mut client, 1).await, count(&mut client, 4).await),
+        (3, 1, 1)
+    );
+    assert_eq!(client.call(244, &flagged(&all[2], 0)).await.unwrap(), all[1]);
+    assert_eq!(client.call(191, &flagged(&v1, 0)).await.unwrap(), all[2]);
+    let xml = client.call(186, &flagged(&all[1], 0)).await.unwrap();
+    let xml = Reader::new(&xml).string().unwrap();
+    assert!(xml.contains("<parent>\n    <name>s1</name>") && xml.contains("<domain type='"), "{xml}");
+    client.call(192, &flagged(&all[0], 0)).await.unwrap();
+    assert_eq!(client.call(191, &flagged(&v1, 0)).await.unwrap(), all[0]);
+    // External ones are not there, by flag and by document.
+    let disk_only = [
+        v1.clone(),
+        argument(|w| {
+            w.string("<domainsnapshot/>").u32(16);
+        }),
+    ]
+    .concat();
+    let refused = client.call(185, &disk_only).await.unwrap_err();
+    assert!(refused.0 == Code::OperationUnsupported as i32 && refused.1.contains("external"), "{refused:?}");
+    // A domain with snapshots is not undefined by the way.
+    let refused = client.call(231, &flagged(&v1, 4)).await.unwrap_err();
+    assert!(refused.1.contains("3 snapshots"), "{refused:?}");
+    client.call(193, &flagged(&all[1], 1)).await.unwrap();
+    assert_eq!(count(&mut client, 0).await, 1);
+    client.call(231, &flagged(&v1, 2 | 4)).await.unwrap();
+    assert!(client.names().await.is_empty());
+}

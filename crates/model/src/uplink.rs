@@ -1,0 +1,173 @@
+//! Networks that are an interface of the host rather than a bridge of ours: types `macvlan` and `physical`.
+
+use crate::{
+    Config, Error, Result,
+    device::{ParentLink, interface_name, vlan_id},
+    error::nearest,
+    network::{BridgeSpec, Network},
+};
+use serde::{Deserialize, Serialize};
+
+/// What a network is made of (Incus' `type`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
+#[serde(rename_all = "snake_case")]
+pub enum NetworkKind {
+    /// A bridge of ours.
+    #[default]
+    Bridge,
+    /// Guests get addresses of their own on an interface of the host.
+    Macvlan,
+    /// A guest gets an interface of the host itself.
+    Physical,
+}
+
+impl NetworkKind {
+    /// As users write it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Bridge => "bridge",
+            Self::Macvlan => "macvlan",
+            Self::Physical => "physical",
+        }
+    }
+
+    /// Parses it; none is a bridge.
+    ///
+    /// # Errors
+    /// Unsupported for what Incus has and Karst not, else invalid; the field is `type`.
+    pub fn parse(text: &str) -> Result<Self> {
+        match text {
+            "" | "bridge" => Ok(Self::Bridge),
+            "macvlan" => Ok(Self::Macvlan),
+            "physical" => Ok(Self::Physical),
+            "sriov" | "ovn" => {
+                Err(Error::unsupported(format!("networks of type {text:?} are not there yet")).at("type"))
+            }
+            _ => {
+                let text = format!("{text:?} is no type of a network; known are bridge, macvlan, physical");
+                Err(Error::invalid("type", text))
+            }
+        }
+    }
+}
+
+/// An interface of the host as a network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UplinkSpec {
+    /// Macvlan or physical.
+    pub kind: NetworkKind,
+    /// The interface.
+    pub link: ParentLink,
+    /// MTU of the guests' ends.
+    pub mtu: Option<u32>,
+}
+
+const KEYS: &[&str] = &["mtu", "parent", "vlan"];
+
+impl UplinkSpec {
+    fn parse(kind: NetworkKind, config: &Config) -> Result<Self> {
+        for (key, value) in config {
+            crate::keys::check_free(key, value)?;
+            if !key.starts_with("user.") && !KEYS.contains(&key.as_str()) {
+                let hint = match nearest(key, KEYS.iter().copied()) {
+                    Some(n) => format!("; did you mean {n:?}?"),
+                    None => format!("; a network of type {} has {}", kind.as_str(), KEYS.join(", ")),
+                };
+                return Err(Error::invalid(
+                    format!("config.{key}"),
+                    format!("unknown network key {key:?}{hint}"),
+                ));
+            }
+        }
+        let get = |key: &str| config.get(key).map(String::as_str).filter(|v| !v.is_empty());
+        let parent = get("parent").ok_or_else(|| {
+            let text = format!("a network of type {} needs an interface of the host", kind.as_str());
+            Error::invalid("config.parent", text)
+        })?;
+        interface_name("config.parent", parent)?;
+        let mtu = get("mtu")
+            .map(|m| {
+                let wrong = || Error::invalid("config.mtu", format!("{m:?} is not an MTU from 68 to 65535"));
+                m.parse().ok().filter(|m| (68..=65535).contains(m)).ok_or_else(wrong)
+            })
+            .transpose()?;
+        let vlan = get("vlan").map(|v| vlan_id("config.vlan", v)).transpose()?;
+        Ok(Self { kind, link: ParentLink { parent: parent.to_owned(), vlan }, mtu })
+    }
+}
+
+/// A network's configuration, parsed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NetworkForm {
+    /// A bridge.
+    Bridge(Box<BridgeSpec>),
+    /// An interface of the host.
+    Uplink(UplinkSpec),
+}
+
+impl NetworkForm {
+    /// Parses a configuration; `auto` must have been replaced before.
+    ///
+    /// # Errors
+    /// Invalid, forbidden or unsupported, naming the key.
+    pub fn parse(kind: NetworkKind, name: &str, config: &Config) -> Result<Self> {
+        match kind {
+            NetworkKind::Bridge => BridgeSpec::parse(name, config).map(Box::new).map(Self::Bridge),
+            _ => UplinkSpec::parse(kind, config).map(Self::Uplink),
+        }
+    }
+}
+
+impl Network {
+    /// Its configuration, parsed.
+    ///
+    /// # Errors
+    /// Those of [`NetworkForm::parse`].
+    pub fn form(&self) -> Result<NetworkForm> {
+        NetworkForm::parse(self.kind, &self.name, &self.config)
+    }
+
+    /// The bridge that it is.
+    ///
+    /// # Errors
+    /// Unsupported for one that is none, and those of [`BridgeSpec::parse`].
+    pub fn bridge(&self) -> Result<BridgeSpec> {
+        match self.form()? {
+            NetworkForm::Bridge(spec) => Ok(*spec),
+            NetworkForm::Uplink(spec) => Err(Error::unsupported(format!(
+                "network {:?} is of type {}: addresses, ACLs and forwards belong to bridges",
+                &*self.name,
+                spec.kind.as_str()
+            ))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uplinks() {
+        let parse = |pairs: &[(&str, &str)]| {
+            let config = pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+            NetworkForm::parse(NetworkKind::Macvlan, "lan", &config)
+        };
+        let Ok(NetworkForm::Uplink(lan)) = parse(&[("parent", "eth1"), ("vlan", "7"), ("user.x", "y")])
+        else {
+            panic!("an uplink")
+        };
+        assert_eq!(lan.link, ParentLink { parent: "eth1".into(), vlan: Some(7) });
+        for (pairs, field) in [
+            (&[][..], "parent"),
+            (&[("parent", "a b")], "parent"),
+            (&[("parent", "eth1"), ("vlan", "0")], "vlan"),
+            (&[("parent", "eth1"), ("mtu", "9")], "mtu"),
+            (&[("parent", "eth1"), ("ipv4.address", "10.0.0.1/24")], "ipv4.address"),
+        ] {
+            assert_eq!(parse(pairs).unwrap_err().field, Some(format!("config.{field}")), "{pairs:?}");
+        }
+        assert_eq!(NetworkKind::parse("physical").unwrap(), NetworkKind::Physical);
+        assert_eq!(NetworkKind::parse("ovn").unwrap_err().field.as_deref(), Some("type"));
+    }
+}
