@@ -1,13 +1,20 @@
 //! Documents that are made of the code, checked in, and compared in CI.
 
 use crate::root;
-use karst_model::keys::{INSTANCE_KEYS, Key, KeyScope, KeyType};
+use karst_model::{
+    keys::{INSTANCE_KEYS, Key, KeyScope, KeyType},
+    storage::{POOL_KEYS, PoolKind, VOLUME_KEYS},
+};
 use std::fs;
 
 /// Writes or compares all documents; answers the stale ones.
 pub fn run(check: bool) -> Vec<String> {
     let mut faults = vec![];
-    for (name, text) in [("docs/reference/instance-keys.md", instance_keys())] {
+    let documents = [
+        ("docs/reference/instance-keys.md", instance_keys()),
+        ("docs/reference/storage-keys.md", storage_keys()),
+    ];
+    for (name, text) in documents {
         let path = root().join(name);
         if fs::read_to_string(&path).unwrap_or_default() == text {
             continue;
@@ -21,6 +28,26 @@ pub fn run(check: bool) -> Vec<String> {
         }
     }
     faults
+}
+
+fn storage_keys() -> String {
+    let mut text = String::from(
+        "# Configuration keys of storage\n\nMade of `crates/model/src/storage.rs` by `cargo xtask gen`.\n\n\
+         ## Pools\n\n| key | drivers | default | what it does |\n|---|---|---|---|\n",
+    );
+    for key in POOL_KEYS {
+        let kinds = PoolKind::OFFERED.iter().filter(|k| key.kinds.contains(k));
+        let kinds = kinds.map(|k| k.as_str()).collect::<Vec<_>>().join(", ");
+        if kinds.is_empty() {
+            continue;
+        }
+        text.push_str(&format!("| `{}` | {kinds} | {} | {} |\n", key.name, key.default, key.text));
+    }
+    text.push_str("| `user.*` | all | | Yours. |\n\n## Custom volumes\n\n");
+    for key in VOLUME_KEYS {
+        text.push_str(&format!("- `{key}`\n"));
+    }
+    text
 }
 
 fn instance_keys() -> String {

@@ -209,7 +209,7 @@ impl RealAgent {
             // What lies in DIR goes with it; what lies elsewhere goes now.
             let place = self.pool_place(pool.id);
             outcome = outcome.and(match pool.source {
-                PoolSource::Own { .. } => place.close().await,
+                PoolSource::Own { .. } => place.close(&pool).await,
                 PoolSource::Granted { .. } => place.remove(&pool).await,
             });
         }

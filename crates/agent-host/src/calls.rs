@@ -497,7 +497,7 @@ calls! {
                 // Before anything is made of it.
                 let (registry, spec) = (me.registry.clone(), spec.clone());
                 if let PoolSource::Granted { source } = &spec.source {
-                    me.options.policy.check_pool_source(source)?;
+                    me.options.policy.check_pool_source(spec.kind, source)?;
                 }
                 blocking(move || registry.put_pool(&spec)).await?;
             }

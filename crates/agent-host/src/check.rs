@@ -110,6 +110,7 @@ fn look(
         let stray = directories(&group).into_iter().filter(|n| looks_like_an_id(n) && !of_running(n));
         leaks.extend(stray.map(|n| format!("control group {}/{n}", group.display())));
     }
+    // A pool's own mount or file, or one of its volumes where each is a file system.
     let of_pool = |p: &Path| {
         let mut parts = p.strip_prefix(root.join("pools")).into_iter().flatten();
         let own = parts.next().map(|n| n.to_string_lossy().into_owned());

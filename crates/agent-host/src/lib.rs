@@ -8,6 +8,7 @@
 mod agent;
 mod audit;
 mod backups;
+mod block_pools;
 mod calls;
 mod check;
 mod facts;

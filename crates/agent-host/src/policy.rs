@@ -1,7 +1,7 @@
 //! `host-policy.toml`: what this host grants beyond ordinary guests. Root writes it, on this machine; control cannot, so a
 //! compromised control process gets no further than what stands there. Without the file nothing is granted.
 
-use karst_model::{Error, Result};
+use karst_model::{Error, Result, storage::PoolKind};
 use serde::Deserialize;
 use std::{
     fs::File,
@@ -32,7 +32,8 @@ pub struct HostPolicy {
     pub routed_subnets: Vec<ipnet::IpNet>,
     /// PCI addresses (`0000:01:00.0`) that may be passed through.
     pub pci: Vec<String>,
-    /// Directories and block devices that storage pools may be made of: each as it stands there, and directories below.
+    /// Directories and block devices that storage pools may be made of: each as it stands there, and directories below. Also
+    /// data sets of ZFS (`zfs:tank/guests`, and those below) and volume groups of LVM (`lvm:vg0`).
     pub pool_sources: Vec<PathBuf>,
     /// What uploads of images may take.
     pub uploads: crate::staging::UploadLimits,
@@ -76,7 +77,9 @@ impl HostPolicy {
             Error::invalid(FILE, format!("{}: {}", path.display(), e.message())).with_context(e.to_string())
         })?;
         let places = policy.path_prefixes.iter().map(|p| ("path_prefixes", p));
-        for (field, prefix) in places.chain(policy.pool_sources.iter().map(|p| ("pool_sources", p))) {
+        let named = |p: &&PathBuf| p.to_str().is_some_and(|p| p.starts_with("zfs:") || p.starts_with("lvm:"));
+        let sources = policy.pool_sources.iter().filter(|p| !named(p));
+        for (field, prefix) in places.chain(sources.map(|p| ("pool_sources", p))) {
             if !plain(prefix) {
                 return Err(Error::invalid(
                     field,
@@ -100,7 +103,10 @@ impl HostPolicy {
     ///
     /// # Errors
     /// Invalid for what is no plain path, forbidden for what is not granted.
-    pub fn check_pool_source(&self, source: &str) -> Result<()> {
+    pub fn check_pool_source(&self, kind: PoolKind, source: &str) -> Result<()> {
+        if kind.has_names() && !source.starts_with('/') {
+            return self.check_pool_name(kind, source);
+        }
         let path = Path::new(source);
         if !plain(path) || source.len() > 4000 {
             return Err(Error::invalid(
@@ -137,6 +143,23 @@ impl HostPolicy {
     }
 }
 
+impl HostPolicy {
+    fn check_pool_name(&self, kind: PoolKind, source: &str) -> Result<()> {
+        karst_model::storage::check_source_name(kind, "source", source)?;
+        let wanted = format!("{}:{source}", kind.as_str());
+        let granted = self.pool_sources.iter().filter_map(|p| p.to_str()).any(|granted| {
+            wanted.strip_prefix(granted).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        });
+        if granted {
+            return Ok(());
+        }
+        Err(Error::forbidden(format!(
+            "this host does not grant {source:?} for pools; its administrator adds {wanted:?} to pool_sources in {FILE}"
+        ))
+        .at("source"))
+    }
+}
+
 trait NoFollow {
     fn custom_flags_nofollow(&mut self) -> &mut Self;
 }
@@ -162,7 +185,8 @@ mod tests {
         std::fs::create_dir(&other).unwrap();
         std::os::unix::fs::symlink(&other, granted.join("link")).unwrap();
         let policy = HostPolicy { pool_sources: vec![granted.clone()], ..HostPolicy::default() };
-        let check = |path: &Path| policy.check_pool_source(path.to_str().unwrap()).map_err(|e| e.kind);
+        let check =
+            |path: &Path| policy.check_pool_source(PoolKind::Dir, path.to_str().unwrap()).map_err(|e| e.kind);
         use karst_model::ErrorKind::{Forbidden, Invalid};
         assert_eq!(check(&granted), Ok(()));
         assert_eq!(check(&granted.join("below")), Ok(()));
@@ -172,7 +196,29 @@ mod tests {
         assert_eq!(check(Path::new("relative")), Err(Invalid));
         assert_eq!(check(&other), Err(Forbidden));
         assert_eq!(check(Path::new("/")), Err(Forbidden));
-        assert_eq!(HostPolicy::default().check_pool_source("/").unwrap_err().kind, Forbidden);
+        let named =
+            HostPolicy { pool_sources: vec!["zfs:tank/g".into(), "lvm:vg0".into()], ..HostPolicy::default() };
+        let named = |kind, name| named.check_pool_source(kind, name).map_err(|e| e.kind);
+        assert_eq!(named(PoolKind::Zfs, "tank/g"), Ok(()));
+        assert_eq!(named(PoolKind::Zfs, "tank/g/below"), Ok(()));
+        assert_eq!(named(PoolKind::Lvm, "vg0"), Ok(()));
+        for (kind, name) in [
+            (PoolKind::Zfs, "tank"),
+            (PoolKind::Zfs, "tank/guests"),
+            (PoolKind::Zfs, "vg0"),
+            (PoolKind::Lvm, "vg1"),
+        ] {
+            assert_eq!(named(kind, name), Err(Forbidden), "{name}");
+        }
+        for (kind, name) in [
+            (PoolKind::Zfs, "tank/g@s"),
+            (PoolKind::Zfs, "-r"),
+            (PoolKind::Zfs, "tank/g/../x"),
+            (PoolKind::Lvm, "vg0/x"),
+        ] {
+            assert!(named(kind, name).is_err(), "{name}");
+        }
+        assert_eq!(HostPolicy::default().check_pool_source(PoolKind::Dir, "/").unwrap_err().kind, Forbidden);
     }
 
     #[test]

@@ -17,7 +17,7 @@ use karst_host::{
     sandbox::Launcher,
 };
 use karst_model::{
-    ByteSize, Error, PoolId, Result,
+    Error, PoolId, Result,
     spec::{PoolSource, PoolSpec},
     storage::PoolKind,
 };
@@ -46,15 +46,30 @@ pub(crate) struct PoolPlace {
 }
 
 /// What a granted source is.
-enum Granted {
+pub(crate) enum Granted {
     Directory(PathBuf),
     Device(PathBuf),
+    /// A data set or volume group.
+    Name(String),
 }
 
 impl PoolPlace {
     pub fn new(pools: &Path, id: PoolId, launcher: Launcher) -> Self {
         let directory = pools.join(id.0.to_string());
         Self { id, image: directory.with_extension("img"), directory, launcher }
+    }
+
+    pub(crate) fn id(&self) -> PoolId {
+        self.id
+    }
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory
+    }
+    pub(crate) fn image(&self) -> &Path {
+        &self.image
+    }
+    pub(crate) fn launcher(&self) -> &Launcher {
+        &self.launcher
     }
 
     /// Opens it. `make`: what is missing is made; without it that is an error, because what was once made is only hidden,
@@ -68,8 +83,8 @@ impl PoolPlace {
         let source = match &spec.source {
             PoolSource::Own { .. } => None,
             PoolSource::Granted { source } => {
-                policy.check_pool_source(source)?;
-                Some(self.look(source).await?)
+                policy.check_pool_source(spec.kind, source)?;
+                Some(self.look(spec.kind, source).await?)
             }
         };
         if !make {
@@ -77,6 +92,23 @@ impl PoolPlace {
         }
         let launcher = self.launcher.clone();
         let root = match (spec.kind, source) {
+            (PoolKind::Zfs | PoolKind::Lvm, Some(Granted::Directory(_))) => {
+                return Err(Error::invalid(
+                    "source",
+                    "a pool of this kind lies on a block device or in something of its own kind, not in a directory",
+                ));
+            }
+            (PoolKind::Zfs, source) => {
+                make_directory(self.directory.clone()).await?;
+                return Ok(Arc::new(self.open_zfs(spec, source, make).await?));
+            }
+            (PoolKind::Lvm, source) => {
+                make_directory(self.directory.clone()).await?;
+                return Ok(Arc::new(self.open_lvm(spec, source, make).await?));
+            }
+            (_, Some(Granted::Name(name))) => {
+                return Err(Error::invalid("source", format!("{name:?} is not an absolute path")));
+            }
             (PoolKind::Dir, None) => self.directory.clone(),
             (PoolKind::Dir | PoolKind::Btrfs, Some(Granted::Directory(source))) => {
                 let place = self.within(&source);
@@ -95,11 +127,7 @@ impl PoolPlace {
                             self.mount_device(device).await?;
                         }
                         _ => {
-                            let size = match &spec.source {
-                                PoolSource::Own { size } => *size,
-                                PoolSource::Granted { .. } => None,
-                            };
-                            self.make_image(size).await?;
+                            self.make_image(spec).await?;
                             self.mount_image().await?;
                         }
                     }
@@ -108,14 +136,16 @@ impl PoolPlace {
             }
         };
         Ok(match spec.kind {
-            PoolKind::Dir => Arc::new(FilePool::directory(root, launcher).await?),
             PoolKind::Btrfs => Arc::new(FilePool::btrfs(root, launcher).await?),
+            _ => Arc::new(FilePool::directory(root, launcher).await?),
         })
     }
 
     /// Refuses a pool of which nothing is there.
     fn demand_made(&self, kind: PoolKind, source: Option<&Granted>) -> Result<()> {
         let (there, place) = match (kind, source) {
+            // What is not in a file of ours is looked for when it is opened.
+            (PoolKind::Zfs | PoolKind::Lvm, Some(_)) | (_, Some(Granted::Name(_))) => return Ok(()),
             (_, Some(Granted::Directory(source))) => (self.within(source).is_dir(), self.within(source)),
             (_, Some(Granted::Device(device))) => (self.is_ours(device)?, device.clone()),
             (PoolKind::Dir, None) => (self.directory.is_dir(), self.directory.clone()),
@@ -124,15 +154,17 @@ impl PoolPlace {
         if there {
             return Ok(());
         }
-        Err(Error::unavailable("what it is made of is not there; is its disk attached and mounted?")
-            .with_context(place.display()))
+        Err(not_there(place.display()))
     }
 
     fn within(&self, source: &Path) -> PathBuf {
         source.join(format!("karst-{}", self.id))
     }
 
-    async fn look(&self, source: &str) -> Result<Granted> {
+    async fn look(&self, kind: PoolKind, source: &str) -> Result<Granted> {
+        if kind.has_names() && !source.starts_with('/') {
+            return Ok(Granted::Name(source.to_owned()));
+        }
         let path = PathBuf::from(source);
         let field = source.to_owned();
         blocking(move || {
@@ -152,10 +184,21 @@ impl PoolPlace {
         .await
     }
 
-    async fn make_image(&self, size: Option<ByteSize>) -> Result<()> {
+    async fn make_image(&self, spec: &PoolSpec) -> Result<()> {
         if self.image.exists() {
             return Ok(());
         }
+        let fresh = self.fresh_image(spec).await?;
+        self.make_file_system(&fresh).ok().await?;
+        self.finish_image(fresh).await
+    }
+
+    /// The file of a pool in the making: sparse, of its size, empty.
+    pub(crate) async fn fresh_image(&self, spec: &PoolSpec) -> Result<PathBuf> {
+        let size = match &spec.source {
+            PoolSource::Own { size } => *size,
+            PoolSource::Granted { .. } => None,
+        };
         let fresh = self.image.with_extension("img.new");
         let making = fresh.clone();
         blocking(move || {
@@ -171,7 +214,11 @@ impl PoolPlace {
             Ok(file.set_len(bytes)?)
         })
         .await?;
-        self.make_file_system(&fresh).ok().await?;
+        Ok(fresh)
+    }
+
+    /// It is whole.
+    pub(crate) async fn finish_image(&self, fresh: PathBuf) -> Result<()> {
         let image = self.image.clone();
         blocking(move || {
             File::open(&fresh)?.sync_all()?;
@@ -226,7 +273,10 @@ impl PoolPlace {
     }
 
     /// Undoes what makes it usable; its content stays.
-    pub async fn close(&self) -> Result<()> {
+    pub async fn close(&self, spec: &PoolSpec) -> Result<()> {
+        if spec.kind.has_names() {
+            return self.close_objects(spec, spec.kind == PoolKind::Lvm).await;
+        }
         let directory = self.directory.clone();
         blocking(move || {
             if mount::unmount(&directory, false).is_err() {
@@ -240,26 +290,26 @@ impl PoolPlace {
 
     /// Removes it with all that is in it. What a source holds beside the pool is not touched.
     pub async fn remove(&self, spec: &PoolSpec) -> Result<()> {
+        match spec.kind {
+            PoolKind::Zfs => return self.remove_zfs(spec).await.and(self.remove_files().await),
+            PoolKind::Lvm => return self.remove_lvm(spec).await.and(self.remove_files().await),
+            PoolKind::Dir | PoolKind::Btrfs => {}
+        }
         if let PoolSource::Granted { source } = &spec.source {
             let place = self.within(Path::new(source));
             // A source that is a device has nothing below it, which the system calls "not a directory".
             if tokio::fs::metadata(&place).await.is_ok_and(|found| found.is_dir()) {
                 // Volumes that are still in it go with it, also as subvolumes.
-                match spec.kind {
-                    PoolKind::Dir => {
-                        FilePool::directory(&place, self.launcher.clone()).await?.clear().await?
-                    }
-                    PoolKind::Btrfs => FilePool::btrfs(&place, self.launcher.clone()).await?.clear().await?,
-                }
+                let pool = match spec.kind {
+                    PoolKind::Btrfs => FilePool::btrfs(&place, self.launcher.clone()).await?,
+                    _ => FilePool::directory(&place, self.launcher.clone()).await?,
+                };
+                pool.clear().await?;
             }
         }
-        self.close().await?;
+        self.close(spec).await?;
         let (place, spec) = (self.clone(), spec.clone());
         blocking(move || {
-            let gone = |outcome: std::io::Result<()>| match outcome {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
-                _ => Ok(()),
-            };
             if let PoolSource::Granted { source } = &spec.source {
                 let device = std::fs::metadata(source).is_ok_and(|m| m.file_type().is_block_device());
                 if !device {
@@ -271,12 +321,35 @@ impl PoolPlace {
                     device.sync_all()?;
                 }
             }
-            gone(std::fs::remove_dir_all(&place.directory))?;
-            gone(std::fs::remove_file(&place.image))?;
-            gone(std::fs::remove_file(place.image.with_extension("img.new")))?;
             Ok(())
         })
+        .await?;
+        self.remove_files().await
+    }
+
+    /// What of it is below DIR.
+    async fn remove_files(&self) -> Result<()> {
+        let place = self.clone();
+        blocking(move || {
+            gone(std::fs::remove_dir_all(&place.directory))?;
+            gone(std::fs::remove_file(&place.image))?;
+            Ok(gone(std::fs::remove_file(place.image.with_extension("img.new")))?)
+        })
         .await
+    }
+}
+
+/// What a pool was made of is hidden or lost.
+pub(crate) fn not_there(place: impl std::fmt::Display) -> Error {
+    Error::unavailable("what it is made of is not there; is its disk attached and mounted?")
+        .with_context(place)
+}
+
+/// What is not there is gone already.
+fn gone(outcome: std::io::Result<()>) -> std::io::Result<()> {
+    match outcome {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
     }
 }
 

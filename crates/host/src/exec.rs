@@ -23,10 +23,14 @@ pub enum Program {
     LxcCgroup,
     /// `lxc-start`: a container.
     LxcStart,
+    /// `lvm`: volume groups and thin volumes of LVM pools.
+    Lvm,
     /// `mkfs.btrfs`: file systems of btrfs pools.
     MkfsBtrfs,
     /// `mkfs.ext4`: file systems of disk images.
     MkfsExt4,
+    /// `mkfs.xfs`: file systems of LVM pools' volumes.
+    MkfsXfs,
     /// `mmdebstrap`: Debian root file systems.
     Mmdebstrap,
     /// `nft`: firewall.
@@ -35,6 +39,8 @@ pub enum Program {
     QemuImg,
     /// `qemu-system-x86_64`.
     QemuSystemX86,
+    /// `resize2fs`: growth of ext4.
+    Resize2fs,
     /// `sqfs2tar`: a squashfs image as a tar stream.
     Sqfs2tar,
     /// `swtpm`: the TPM of a virtual machine.
@@ -57,6 +63,12 @@ pub enum Program {
     Ip6tablesLegacyRestore,
     /// `firewall-cmd`: firewalld.
     FirewallCmd,
+    /// `xfs_growfs`: growth of XFS.
+    XfsGrowfs,
+    /// `zfs`: data sets and zvols.
+    Zfs,
+    /// `zpool`: pools of ZFS.
+    Zpool,
     /// Karst's own keeper, beside the daemon's executable.
     Keeper,
 }
@@ -70,12 +82,15 @@ impl Program {
             Self::Ip => "ip",
             Self::LxcCgroup => "lxc-cgroup",
             Self::LxcStart => "lxc-start",
+            Self::Lvm => "lvm",
             Self::MkfsBtrfs => "mkfs.btrfs",
             Self::MkfsExt4 => "mkfs.ext4",
+            Self::MkfsXfs => "mkfs.xfs",
             Self::Mmdebstrap => "mmdebstrap",
             Self::Nft => "nft",
             Self::QemuImg => "qemu-img",
             Self::QemuSystemX86 => "qemu-system-x86_64",
+            Self::Resize2fs => "resize2fs",
             Self::Sqfs2tar => "sqfs2tar",
             Self::Swtpm => "swtpm",
             Self::IptablesNft => "iptables-nft",
@@ -87,6 +102,9 @@ impl Program {
             Self::Ip6tablesLegacy => "ip6tables-legacy",
             Self::Ip6tablesLegacyRestore => "ip6tables-legacy-restore",
             Self::FirewallCmd => "firewall-cmd",
+            Self::XfsGrowfs => "xfs_growfs",
+            Self::Zfs => "zfs",
+            Self::Zpool => "zpool",
             Self::Keeper => "karst-keeper",
         }
     }
@@ -99,7 +117,10 @@ impl Program {
             Self::Ip => "iproute2",
             Self::LxcCgroup | Self::LxcStart => "lxc",
             Self::MkfsBtrfs => "btrfs-progs",
-            Self::MkfsExt4 => "e2fsprogs",
+            Self::MkfsExt4 | Self::Resize2fs => "e2fsprogs",
+            Self::Lvm => "lvm2",
+            Self::MkfsXfs | Self::XfsGrowfs => "xfsprogs",
+            Self::Zfs | Self::Zpool => "zfsutils-linux",
             Self::Mmdebstrap => "mmdebstrap",
             Self::Sqfs2tar => "squashfs-tools-ng",
             Self::Swtpm => "swtpm",

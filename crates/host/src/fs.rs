@@ -56,7 +56,7 @@ pub fn reflink(from: impl AsFd, to: impl AsFd) -> io::Result<bool> {
     }
 }
 
-/// Copies `size` bytes, in the kernel, leaving holes as holes. `to` must be empty.
+/// Copies `size` bytes, in the kernel, leaving holes as holes. `to` must be empty, a block device all zeros.
 ///
 /// # Errors
 /// No space, or reading or writing fails.
@@ -79,7 +79,9 @@ pub fn copy_sparse(from: impl AsFd, to: impl AsFd, size: u64) -> io::Result<()> 
         copy_range(from, to, data, end)?;
         at = end;
     }
-    if sparse {
+    let stat = rustix::fs::fstat(to)?;
+    // A block device has the size that it has, and holes stay what is there.
+    if sparse && rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() {
         rustix::fs::ftruncate(to, size)?;
     }
     Ok(())

@@ -463,12 +463,32 @@ pub struct PoolSpec {
     /// What it is made of.
     #[serde(default)]
     pub source: PoolSource,
+    /// What only some kinds have.
+    #[serde(default)]
+    pub options: PoolOptions,
+}
+
+/// What only some kinds of pools have; `None` is the host's choice.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolOptions {
+    /// `lvm.thinpool_name`: the thin pool in the volume group.
+    #[serde(default)]
+    pub thin_pool: Option<String>,
+    /// `volume.zfs.block_mode`: trees on zvols with a file system.
+    #[serde(default)]
+    pub block_mode: Option<bool>,
+    /// `volume.zfs.blocksize`: blocks of zvols, in bytes.
+    #[serde(default)]
+    pub block_size: Option<ByteSize>,
+    /// `volume.block.filesystem`: of trees on devices (`ext4`, `xfs`).
+    #[serde(default)]
+    pub file_system: Option<String>,
 }
 
 impl PoolSpec {
     /// A pool that the host makes in its own directory, without a limit of its own.
     pub fn own(id: PoolId, kind: PoolKind) -> Self {
-        Self { id, kind, source: PoolSource::default() }
+        Self { id, kind, source: PoolSource::default(), options: PoolOptions::default() }
     }
 }
 

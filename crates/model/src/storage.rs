@@ -4,7 +4,7 @@ use crate::{
     ByteSize, Config, Error, ImageId, InstanceId, Name, PoolId, ProjectId, Result, VolumeId,
     error::nearest,
     keys,
-    spec::{PoolSource, PoolSpec},
+    spec::{PoolOptions, PoolSource, PoolSpec},
 };
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -17,24 +17,38 @@ pub enum PoolKind {
     Dir,
     /// A btrfs file system: each volume a subvolume.
     Btrfs,
+    /// ZFS: each volume a data set or zvol.
+    Zfs,
+    /// Thin volumes of LVM.
+    Lvm,
 }
 
 impl PoolKind {
     /// All of them.
-    pub const ALL: &[PoolKind] = &[PoolKind::Dir, PoolKind::Btrfs];
+    pub const ALL: &[PoolKind] = &[PoolKind::Dir, PoolKind::Btrfs, PoolKind::Zfs, PoolKind::Lvm];
 
     /// Incus' driver name.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Dir => "dir",
             Self::Btrfs => "btrfs",
+            Self::Zfs => "zfs",
+            Self::Lvm => "lvm",
         }
+    }
+
+    /// Those that users may make.
+    pub const OFFERED: &[PoolKind] = Self::ALL;
+
+    /// Can it be made of something that has a name on its host, a data set or volume group?
+    pub fn has_names(self) -> bool {
+        matches!(self, Self::Zfs | Self::Lvm)
     }
 
     /// Parses Incus' driver name.
     pub fn parse(field: &str, s: &str) -> Result<Self> {
-        Self::ALL.iter().copied().find(|k| k.as_str() == s).ok_or_else(|| {
-            let hint = nearest(s, Self::ALL.iter().map(|k| k.as_str())).unwrap_or("dir");
+        Self::OFFERED.iter().copied().find(|k| k.as_str() == s).ok_or_else(|| {
+            let hint = nearest(s, Self::OFFERED.iter().map(|k| k.as_str())).unwrap_or("dir");
             Error::invalid(field, format!("{s:?} is not a storage driver of this server; {hint:?} is"))
         })
     }
@@ -65,13 +79,128 @@ impl Pool {
     /// # Errors
     /// Invalid, naming the key, when the configuration is not one of this kind.
     pub fn spec(&self) -> Result<PoolSpec> {
-        Ok(PoolSpec { id: self.id, kind: self.kind, source: pool_source(self.kind, &self.config)? })
+        let (source, options) = (pool_source(self.kind, &self.config)?, pool_options(&self.config)?);
+        Ok(PoolSpec { id: self.id, kind: self.kind, source, options })
     }
 }
 
-/// Keys of a pool's configuration beside `user.*`: key, kinds that have it.
-const POOL_KEYS: &[(&str, &[PoolKind])] =
-    &[("size", &[PoolKind::Btrfs]), ("source", &[PoolKind::Dir, PoolKind::Btrfs])];
+/// A key of a pool's configuration.
+#[derive(Debug, Clone, Copy)]
+pub struct PoolKey {
+    /// Name.
+    pub name: &'static str,
+    /// Kinds that have it.
+    pub kinds: &'static [PoolKind],
+    /// What holds without it.
+    pub default: &'static str,
+    /// What it does.
+    pub text: &'static str,
+}
+
+/// Keys of a pool's configuration beside `user.*`.
+pub const POOL_KEYS: &[PoolKey] = &[
+    PoolKey {
+        name: "source",
+        kinds: PoolKind::ALL,
+        default: "the host's own directory, or a sparse file in it",
+        text: "Directory, block device, data set of ZFS or volume group of LVM that `pool_sources` of the host's policy grants.",
+    },
+    PoolKey {
+        name: "size",
+        kinds: &[PoolKind::Btrfs, PoolKind::Zfs, PoolKind::Lvm],
+        default: "20% of the free space, 5GiB to 30GiB",
+        text: "Size of the pool's own file; not with `source`.",
+    },
+    PoolKey {
+        name: "lvm.vg_name",
+        kinds: &[PoolKind::Lvm],
+        default: "",
+        text: "As `source`: a volume group that is there.",
+    },
+    PoolKey {
+        name: "lvm.thinpool_name",
+        kinds: &[PoolKind::Lvm],
+        default: "one of the pool's own",
+        text: "Thin pool of the group; made of the group's free space when it is not there. One that is there is shared with \
+               what else is in it.",
+    },
+    PoolKey {
+        name: "zfs.pool_name",
+        kinds: &[PoolKind::Zfs],
+        default: "",
+        text: "As `source`: a zpool or data set that is there.",
+    },
+    PoolKey {
+        name: "volume.block.filesystem",
+        kinds: &[PoolKind::Lvm, PoolKind::Zfs],
+        default: "ext4",
+        text: "File system of containers' volumes on devices: `ext4` or `xfs`.",
+    },
+    PoolKey {
+        name: "volume.zfs.block_mode",
+        kinds: &[PoolKind::Zfs],
+        default: "true before OpenZFS 2.2, which cannot map the ids of mounts",
+        text: "Containers' volumes are file systems on zvols rather than data sets.",
+    },
+    PoolKey {
+        name: "volume.zfs.blocksize",
+        kinds: &[PoolKind::Zfs],
+        default: "OpenZFS' own",
+        text: "Block size of zvols: a power of two, 4KiB to 128KiB.",
+    },
+];
+
+/// Is this the name of a data set or volume group?
+///
+/// # Errors
+/// Invalid, naming the field.
+pub fn check_source_name(kind: PoolKind, field: &str, name: &str) -> Result<()> {
+    let (letters, parts) = match kind {
+        PoolKind::Zfs => ("_-.: ", 16),
+        _ => ("_-.+", 1),
+    };
+    let part = |p: &str| {
+        let begins = p.chars().next().is_some_and(|c| c.is_ascii_alphanumeric() || c == '_');
+        begins && p.chars().all(|c| c.is_ascii_alphanumeric() || (c != ' ' && letters.contains(c)))
+    };
+    if name.len() <= 127 && name.split('/').count() <= parts && name.split('/').all(part) {
+        return Ok(());
+    }
+    let what = if kind == PoolKind::Zfs { "a data set of ZFS" } else { "a volume group" };
+    Err(Error::invalid(field, format!("{name:?} is neither an absolute path nor the name of {what}")))
+}
+
+/// What only some kinds have. The keys are checked by [`pool_source`].
+///
+/// # Errors
+/// Invalid, naming the key.
+pub fn pool_options(config: &Config) -> Result<PoolOptions> {
+    let value = |key: &str| config.get(key).filter(|v| !v.is_empty());
+    let mut options = PoolOptions::default();
+    if let Some(name) = value("lvm.thinpool_name") {
+        check_source_name(PoolKind::Lvm, "config.lvm.thinpool_name", name)?;
+        options.thin_pool = Some(name.clone());
+    }
+    if let Some(text) = value("volume.zfs.block_mode") {
+        options.block_mode = Some(keys::parse_bool("config.volume.zfs.block_mode", text)?);
+    }
+    if let Some(text) = value("volume.zfs.blocksize") {
+        let field = "config.volume.zfs.blocksize";
+        let size = ByteSize::parse(field, text)?;
+        if !size.0.is_power_of_two() || !(4 << 10..=128 << 10).contains(&size.0) {
+            return Err(Error::invalid(field, "blocks have a power of two of bytes, 4KiB to 128KiB"));
+        }
+        options.block_size = Some(size);
+    }
+    if let Some(name) = value("volume.block.filesystem") {
+        if !["ext4", "xfs"].contains(&name.as_str()) {
+            let text = format!("{name:?} is not a file system of this server's volumes; ext4 and xfs are");
+            return Err(Error::invalid("config.volume.block.filesystem", text));
+        }
+        options.file_system = Some(name.clone());
+    }
+    Ok(options)
+}
 
 /// What a pool is made of, by its configuration.
 ///
@@ -85,14 +214,14 @@ pub fn pool_source(kind: PoolKind, config: &Config) -> Result<PoolSource> {
         if key.starts_with("user.") {
             continue;
         }
-        match POOL_KEYS.iter().find(|(k, _)| k == key) {
-            Some((_, kinds)) if kinds.contains(&kind) => {}
+        match POOL_KEYS.iter().find(|k| k.name == key) {
+            Some(k) if k.kinds.contains(&kind) => {}
             Some(_) => {
                 let text = format!("a {} pool has no {key:?}", kind.as_str());
                 return Err(Error::invalid(field, text));
             }
             None => {
-                let known = POOL_KEYS.iter().filter(|(_, kinds)| kinds.contains(&kind)).map(|(k, _)| *k);
+                let known = POOL_KEYS.iter().filter(|k| k.kinds.contains(&kind)).map(|k| k.name);
                 let hint = nearest(key, known).map(|k| format!("; did you mean {k:?}?")).unwrap_or_default();
                 return Err(Error::invalid(
                     field,
@@ -103,12 +232,34 @@ pub fn pool_source(kind: PoolKind, config: &Config) -> Result<PoolSource> {
     }
     let size = config.get("size").filter(|s| !s.is_empty());
     let size = size.map(|s| ByteSize::parse("config.size", s)).transpose()?;
-    match config.get("source").filter(|s| !s.is_empty()) {
+    pool_options(config)?;
+    let value = |key: &str| config.get(key).filter(|s| !s.is_empty());
+    let named = value("zfs.pool_name").or(value("lvm.vg_name"));
+    if let (Some(source), Some(named)) = (value("source"), named)
+        && source != named
+    {
+        let key = if kind == PoolKind::Zfs { "config.zfs.pool_name" } else { "config.lvm.vg_name" };
+        return Err(Error::invalid(key, "differs from \"source\"; leave one of the two out"));
+    }
+    if kind == PoolKind::Lvm
+        && value("lvm.thinpool_name").is_some()
+        && value("source").or(named).is_none_or(|s| s.starts_with('/'))
+    {
+        return Err(Error::invalid(
+            "config.lvm.thinpool_name",
+            "is for a volume group that is there (\"source\")",
+        ));
+    }
+    match value("source").or(named) {
         None => Ok(PoolSource::Own { size }),
         Some(_) if size.is_some() => Err(Error::invalid(
             "config.size",
             "a pool on a source has the source's size; leave one of the two out",
         )),
+        Some(source) if kind.has_names() && !source.starts_with('/') => {
+            check_source_name(kind, "config.source", source)?;
+            Ok(PoolSource::Granted { source: source.clone() })
+        }
         Some(source)
             if !source.starts_with('/') || source.contains('\0') || source.split('/').any(|p| p == "..") =>
         {
@@ -299,6 +450,12 @@ mod tests {
         assert_eq!(read(PoolKind::Btrfs, &[("size", "10GiB")]), Ok(PoolSource::Own { size }));
         let source = "/dev/sdb".to_owned();
         assert_eq!(read(PoolKind::Btrfs, &[("source", "/dev/sdb")]), Ok(PoolSource::Granted { source }));
+        let source = "tank/guests".to_owned();
+        let named = [("zfs.pool_name", "tank/guests"), ("volume.zfs.blocksize", "16KiB")];
+        assert_eq!(read(PoolKind::Zfs, &named), Ok(PoolSource::Granted { source }));
+        let source = "vg0".to_owned();
+        let group = [("source", "vg0"), ("lvm.thinpool_name", "thin"), ("volume.block.filesystem", "xfs")];
+        assert_eq!(read(PoolKind::Lvm, &group), Ok(PoolSource::Granted { source }));
         for (kind, config, field, word) in [
             (PoolKind::Dir, &[("size", "10GiB")][..], "config.size", "dir pool"),
             (PoolKind::Btrfs, &[("siez", "10GiB")], "config.siez", "\"size\""),
@@ -306,6 +463,22 @@ mod tests {
             (PoolKind::Dir, &[("source", "srv")], "config.source", "absolute"),
             (PoolKind::Dir, &[("source", "/srv/../etc")], "config.source", "absolute"),
             (PoolKind::Btrfs, &[("source", "/dev/sdb"), ("size", "10GiB")], "config.size", "leave one"),
+            (PoolKind::Btrfs, &[("source", "tank")], "config.source", "absolute"),
+            (PoolKind::Btrfs, &[("zfs.pool_name", "tank")], "config.zfs.pool_name", "btrfs pool"),
+            (PoolKind::Zfs, &[("source", "tank/../x")], "config.source", "data set"),
+            (PoolKind::Zfs, &[("source", "-f")], "config.source", "data set"),
+            (PoolKind::Zfs, &[("source", "tank"), ("size", "10GiB")], "config.size", "leave one"),
+            (PoolKind::Zfs, &[("source", "tank"), ("zfs.pool_name", "t")], "config.zfs.pool_name", "differs"),
+            (PoolKind::Zfs, &[("volume.zfs.blocksize", "5KiB")], "config.volume.zfs.blocksize", "power"),
+            (PoolKind::Zfs, &[("volume.zfs.block_mode", "some")], "config.volume.zfs.block_mode", ""),
+            (PoolKind::Lvm, &[("source", "vg0/lv")], "config.source", "volume group"),
+            (PoolKind::Lvm, &[("lvm.thinpool_name", "thin")], "config.lvm.thinpool_name", "source"),
+            (
+                PoolKind::Lvm,
+                &[("volume.block.filesystem", "btrfs")],
+                "config.volume.block.filesystem",
+                "ext4",
+            ),
         ] {
             let (at, message) = read(kind, config).unwrap_err();
             assert!(at == field && message.contains(word), "{at}: {message}");

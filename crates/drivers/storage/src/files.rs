@@ -275,7 +275,7 @@ impl FilePool {
                 Ok(record(Format::Directory, new.size, false))
             }
             (Source::Disk { path, format, backing, size: of_image, image }, true) => {
-                let size = grown(new.size, *of_image)?;
+                let size = grown_size(new.size, *of_image)?;
                 let disk = at.join("disk.img");
                 let (from, of_image) = (path.clone(), *of_image);
                 match (format, image) {
@@ -303,7 +303,7 @@ impl FilePool {
                     (Format::Qcow2, None) => {
                         let made = at.clone();
                         self.with_states(move |states| states.make_to_fill(&made)).await?;
-                        self.convert(path, backing.as_deref(), &at).await?;
+                        convert(&self.worker, path, backing.as_deref(), &at).await?;
                     }
                     (Format::Directory, _) => return Err(mismatch()),
                 }
@@ -318,7 +318,7 @@ impl FilePool {
                     return Err(mismatch());
                 }
                 let size = match (disk, old.size) {
-                    (true, Some(old)) => Some(ByteSize(grown(new.size, old.0)?)),
+                    (true, Some(old)) => Some(ByteSize(grown_size(new.size, old.0)?)),
                     _ => new.size,
                 };
                 let (from, record) =
@@ -354,21 +354,6 @@ impl FilePool {
 
     fn sandbox(&self) -> Sandbox {
         Sandbox::new(&self.worker)
-    }
-
-    /// A qcow2 disk as `disk.img` in `to`, raw, by a worker that sees nothing else.
-    async fn convert(&self, disk: &Path, backing: Option<&Path>, to: &Path) -> Result<()> {
-        let mut sandbox =
-            self.sandbox().readable("disk.img", open(disk, false)?).writable("out", open(to, false)?);
-        // An overlay names its base relative to itself.
-        if let Some(base) = backing {
-            sandbox = sandbox.readable("base.img", open(base, false)?);
-        }
-        // -U: whoever has it open was paused; there is no lock to wait for.
-        let args = ["convert", "-U", "-f", "qcow2", "-O", "raw", "/disk.img", "/out/disk.img"];
-        done(sandbox.exec(Program::QemuImg, &args).await?)?;
-        let made = to.join("disk.img");
-        Ok(std::fs::set_permissions(made, Permissions::from_mode(0o600))?)
     }
 
     async fn image(&self, image: ImageId, source: &Source) -> Result<(PathBuf, Record)> {
@@ -457,7 +442,7 @@ fn no_limits() -> Error {
     )
 }
 
-fn mismatch() -> Error {
+pub(crate) fn mismatch() -> Error {
     Error::invalid(
         "source",
         "a container's volume is made of a container image or volume, and a disk of a virtual machine's",
@@ -479,7 +464,7 @@ fn open(path: &Path, write: bool) -> Result<std::os::fd::OwnedFd> {
 }
 
 /// The size of a clone.
-fn grown(wanted: Option<ByteSize>, source: u64) -> Result<u64> {
+pub(crate) fn grown_size(wanted: Option<ByteSize>, source: u64) -> Result<u64> {
     let size = wanted.map_or(source, |s| s.0);
     check_disk_size(size)?;
     if size < source {
@@ -497,6 +482,21 @@ fn grow_raw(disk: &Path, size: u64) -> Result<()> {
     let disk = File::options().write(true).open(disk)?;
     disk.set_len(size)?;
     Ok(disk.sync_all()?)
+}
+
+/// A qcow2 disk as `disk.img` in `to`, raw, by a worker that sees nothing else.
+pub(crate) async fn convert(worker: &Launcher, disk: &Path, backing: Option<&Path>, to: &Path) -> Result<()> {
+    let mut sandbox =
+        Sandbox::new(worker).readable("disk.img", open(disk, false)?).writable("out", open(to, false)?);
+    // An overlay names its base relative to itself.
+    if let Some(base) = backing {
+        sandbox = sandbox.readable("base.img", open(base, false)?);
+    }
+    // -U: whoever has it open was paused; there is no lock to wait for.
+    let args = ["convert", "-U", "-f", "qcow2", "-O", "raw", "/disk.img", "/out/disk.img"];
+    done(sandbox.exec(Program::QemuImg, &args).await?)?;
+    let made = to.join("disk.img");
+    Ok(std::fs::set_permissions(made, Permissions::from_mode(0o600))?)
 }
 
 /// A qcow2 overlay over `base.img` beside it.

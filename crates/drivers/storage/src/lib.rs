@@ -6,8 +6,10 @@ mod driver;
 pub mod files;
 mod flush;
 mod layers;
+pub mod objects;
 mod states;
 mod sweep;
 
 pub use driver::*;
 pub use files::FilePool;
+pub use objects::ObjectPool;

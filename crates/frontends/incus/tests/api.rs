@@ -632,7 +632,7 @@ async fn storage_pools_live() {
         .await;
     assert_eq!((created.status, created.header("location")), (201, "/1.0/storage-pools/p2"));
     s.post("/1.0/storage-pools", json!({"name": "p2", "driver": "dir"})).await.refused(409);
-    s.post("/1.0/storage-pools", json!({"name": "p3", "driver": "zfs"})).await.refused(400);
+    s.post("/1.0/storage-pools", json!({"name": "p3", "driver": "ceph"})).await.refused(400);
     s.post("/1.0/storage-pools", json!({"name": "p3"})).await.refused(400);
     s.delete("/1.0/storage-pools/p2").await.metadata();
     s.delete("/1.0/storage-pools/default").await.refused(409);

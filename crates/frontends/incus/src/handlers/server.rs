@@ -12,6 +12,7 @@ use karst_model::{
     keys::{INSTANCE_KEYS, KeyScope},
     network::BRIDGE_KEYS,
     node::HostFacts,
+    storage::PoolKind,
 };
 use serde_json::{Map, Value, json};
 
@@ -99,7 +100,10 @@ pub async fn get(call: Call) -> Result<Reply> {
             "karst_version": call.app.info.version,
             "storage": "dir",
             "storage_version": "1",
-            "storage_supported_drivers": [{"Name": "dir", "Version": "1", "Remote": false}],
+            "storage_supported_drivers": PoolKind::OFFERED
+                .iter()
+                .map(|k| json!({"Name": k.as_str(), "Version": "1", "Remote": false}))
+                .collect::<Vec<_>>(),
         }),
     );
     sync_etag(&answer, &etag(&call, config.spec_version))

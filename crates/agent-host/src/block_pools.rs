@@ -1,0 +1,301 @@
+//! Where pools of ZFS and LVM lie: a zpool or volume group of their own in a sparse file or on a granted device, or a part of
+//! one that is there and that the host's policy grants by name.
+//!
+//! A zpool or group that is made is named after the pool's id, and the file that it is in gets its name when it is whole: an
+//! interrupted call knows its own work. Of a granted data set or group only what carries the pool's id is ever touched.
+
+use crate::{
+    agent::blocking,
+    pools::{Granted, PoolPlace, not_there},
+};
+use karst_host::{Command, Program, mount, run};
+use karst_model::{
+    Error, Result,
+    spec::{PoolOptions, PoolSource, PoolSpec},
+};
+use karst_storage::{
+    ObjectPool,
+    objects::{FileSystem, lvm, zfs},
+};
+use std::{
+    os::unix::fs::FileTypeExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+/// Name of the thin pool in a group of our own.
+const THIN_POOL: &str = "thin";
+
+fn command(program: Program) -> Command {
+    run(program).timeout(Duration::from_secs(120))
+}
+
+async fn succeeds(command: Command) -> Result<bool> {
+    Ok(command.output().await?.code == 0)
+}
+
+fn options(options: &PoolOptions) -> zfs::ZfsOptions {
+    // Containers need id-mapped mounts of their trees.
+    let block_mode = options.block_mode.unwrap_or(!zfs::maps_ids());
+    zfs::ZfsOptions {
+        block_mode: block_mode.then(|| file_system(options)),
+        block_size: options.block_size.map(|s| s.bytes()),
+    }
+}
+
+fn file_system(options: &PoolOptions) -> FileSystem {
+    options.file_system.as_deref().and_then(FileSystem::parse).unwrap_or(FileSystem::Ext4)
+}
+
+/// Where the labels of a zpool are that was made on `from`: on a whole disk ZFS makes partitions, and is in the first.
+fn label_places(from: &Path) -> Vec<PathBuf> {
+    let real = std::fs::canonicalize(from).unwrap_or_else(|_| from.to_owned());
+    let mut partition = real.clone().into_os_string();
+    if real.to_string_lossy().ends_with(|c: char| c.is_ascii_digit()) {
+        partition.push("p");
+    }
+    partition.push("1");
+    let partition = PathBuf::from(partition);
+    let is_device = |p: &Path| std::fs::metadata(p).is_ok_and(|m| m.file_type().is_block_device());
+    let partition = (is_device(&real) && is_device(&partition)).then_some(partition);
+    std::iter::once(real).chain(partition).collect()
+}
+
+fn occupied(device: &Path) -> impl FnOnce(Error) -> Error {
+    let device = device.display().to_string();
+    move |e| {
+        Error::conflict(format!(
+            "{device} is in use or holds something; if it may be lost, clear it first (wipefs -a)"
+        ))
+        .at("source")
+        .with_context(e.context.unwrap_or_default())
+    }
+}
+
+impl PoolPlace {
+    fn zpool(&self) -> String {
+        format!("karst-{}", self.id())
+    }
+
+    /// The data set of all that is in the pool.
+    fn data_set(&self, spec: &PoolSpec) -> String {
+        match &spec.source {
+            PoolSource::Granted { source } if !source.starts_with('/') => {
+                format!("{source}/karst-{}", self.id())
+            }
+            _ => format!("{}/karst", self.zpool()),
+        }
+    }
+
+    /// Opens it. `make`: what is missing is made.
+    pub(crate) async fn open_zfs(
+        &self,
+        spec: &PoolSpec,
+        granted: Option<Granted>,
+        make: bool,
+    ) -> Result<ObjectPool> {
+        let name = self.zpool();
+        let there = match &granted {
+            Some(Granted::Name(parent)) => {
+                if !succeeds(command(Program::Zfs).args(["list", "-H", "-o", "name", parent])).await? {
+                    return Err(Error::invalid("source", format!("{parent:?} is no data set of this host")));
+                }
+                true
+            }
+            _ => succeeds(command(Program::Zpool).args(["list", "-H", &name])).await?,
+        };
+        match granted {
+            _ if there => {}
+            Some(Granted::Device(device)) => {
+                if !self.imported(&device).await? {
+                    if !make {
+                        return Err(not_there(device.display()));
+                    }
+                    self.make_zpool(&device).await.map_err(occupied(&device))?;
+                }
+            }
+            _ => {
+                if !self.image().exists() {
+                    let fresh = self.fresh_image(spec).await?;
+                    self.make_zpool(&fresh).await?;
+                    command(Program::Zpool).args(["export", &name]).ok().await?;
+                    self.finish_image(fresh).await?;
+                }
+                if !self.imported(self.image()).await? {
+                    return Err(Error::unavailable("the pool's file holds no zpool that can be imported"));
+                }
+            }
+        }
+        let parent = self.data_set(spec);
+        if !make && !succeeds(command(Program::Zfs).args(["list", "-H", "-o", "name", &parent])).await? {
+            return Err(not_there(parent));
+        }
+        zfs::open(&parent, self.directory(), options(&spec.options), self.launcher().clone()).await
+    }
+
+    async fn make_zpool(&self, on: &Path) -> Result<()> {
+        // Imported by us alone: not by the host at its start, which does not know the file yet.
+        let create =
+            ["create", "-m", "none", "-o", "cachefile=none", "-O", "compression=on", "-O", "atime=off"];
+        command(Program::Zpool).args(create).arg(self.zpool()).arg(on).ok().await.map(drop)
+    }
+
+    async fn imported(&self, from: &Path) -> Result<bool> {
+        let mut import = command(Program::Zpool).args(["import", "-N", "-f", "-o", "cachefile=none"]);
+        for place in label_places(from) {
+            import = import.arg("-d").arg(place);
+        }
+        succeeds(import.arg(self.zpool())).await
+    }
+
+    fn group(&self, spec: &PoolSpec) -> lvm::LvmPlace {
+        let id = self.id().0;
+        let short = &id.simple().to_string()[..12];
+        let named = spec.options.thin_pool.clone();
+        let (group, thin_pool) = match &spec.source {
+            PoolSource::Granted { source } if !source.starts_with('/') => {
+                (source.clone(), named.unwrap_or_else(|| format!("karst_{short}")))
+            }
+            _ => (format!("karst-{short}"), named.unwrap_or_else(|| THIN_POOL.to_owned())),
+        };
+        lvm::LvmPlace { group, thin_pool, id }
+    }
+
+    async fn group_there(&self, group: &str) -> Result<bool> {
+        succeeds(command(Program::Lvm).args(["vgs", "--noheadings", "-o", "vg_name", group])).await
+    }
+
+    /// Opens it. `make`: what is missing is made.
+    pub(crate) async fn open_lvm(
+        &self,
+        spec: &PoolSpec,
+        granted: Option<Granted>,
+        make: bool,
+    ) -> Result<ObjectPool> {
+        let place = self.group(spec);
+        // The loop device is held by what is active on it, from when that is.
+        let mut held = None;
+        match granted {
+            _ if self.group_there(&place.group).await? => {}
+            Some(Granted::Name(name)) => {
+                return Err(Error::invalid("source", format!("{name:?} is no volume group of this host")));
+            }
+            Some(Granted::Device(device)) if !make => return Err(not_there(device.display())),
+            Some(Granted::Device(device)) => {
+                // It asks before it overwrites anything, and nobody answers.
+                let create = command(Program::Lvm).args(["vgcreate", &place.group]).arg(&device);
+                create.ok().await.map_err(occupied(&device))?;
+            }
+            _ => {
+                let (file, make) = match self.image().exists() {
+                    true => (self.image().to_owned(), false),
+                    false => (self.fresh_image(spec).await?, true),
+                };
+                let attached = file.clone();
+                let device = blocking(move || {
+                    mount::attach(&attached).map_err(|e| {
+                        Error::unsupported("this host has no loop devices for the pool's file")
+                            .with_context(e)
+                    })
+                })
+                .await?;
+                if make {
+                    command(Program::Lvm).args(["vgcreate", &place.group]).arg(&device.path).ok().await?;
+                    self.finish_image(file).await?;
+                } else {
+                    // Where nobody runs udev nothing has told LVM of the device.
+                    let scan = command(Program::Lvm).args(["pvscan", "--cache"]).arg(&device.path);
+                    scan.ok().await?;
+                }
+                held = Some(device);
+            }
+        }
+        let file_system = file_system(&spec.options);
+        let opened = lvm::open(place, self.directory(), file_system, self.launcher().clone()).await;
+        drop(held);
+        opened
+    }
+
+    /// Takes the mounts and devices of a pool away; its content stays.
+    pub(crate) async fn close_objects(&self, spec: &PoolSpec, lvm: bool) -> Result<()> {
+        self.unmount_volumes().await?;
+        let own = matches!(&spec.source, PoolSource::Own { .. })
+            || matches!(&spec.source, PoolSource::Granted { source } if source.starts_with('/'));
+        if lvm {
+            let place = self.group(spec);
+            if self.group_there(&place.group).await? {
+                let mut close = command(Program::Lvm);
+                close = match own {
+                    true => close.args(["vgchange", "-an", &place.group]),
+                    false => close.args(["lvchange", "-an"]).arg(place.selector()),
+                };
+                close.ok().await?;
+            }
+        } else if own && succeeds(command(Program::Zpool).args(["list", "-H", &self.zpool()])).await? {
+            command(Program::Zpool).args(["export", &self.zpool()]).ok().await?;
+        }
+        Ok(())
+    }
+
+    /// Removes what the pool made of its source, and only that.
+    pub(crate) async fn remove_zfs(&self, spec: &PoolSpec) -> Result<()> {
+        self.unmount_volumes().await?;
+        match &spec.source {
+            PoolSource::Granted { source } if !source.starts_with('/') => {
+                zfs::clear(&self.data_set(spec)).await
+            }
+            _ => {
+                let name = self.zpool();
+                if let PoolSource::Granted { source } = &spec.source {
+                    // One that could not be opened at the start is ours all the same.
+                    let listed = command(Program::Zpool).args(["list", "-H", &name]);
+                    if !succeeds(listed).await? && Path::new(source).exists() {
+                        self.imported(Path::new(source)).await?;
+                    }
+                }
+                if succeeds(command(Program::Zpool).args(["list", "-H", &name])).await? {
+                    command(Program::Zpool).args(["destroy", &name]).ok().await?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// As [`Self::remove_zfs`].
+    pub(crate) async fn remove_lvm(&self, spec: &PoolSpec) -> Result<()> {
+        self.unmount_volumes().await?;
+        let place = self.group(spec);
+        lvm::clear(&place).await?;
+        let device = match &spec.source {
+            PoolSource::Granted { source } if !source.starts_with('/') => return Ok(()),
+            PoolSource::Granted { source } => Some(source.clone()),
+            PoolSource::Own { .. } => None,
+        };
+        if self.group_there(&place.group).await? {
+            command(Program::Lvm).args(["vgremove", "-f", &place.group]).ok().await?;
+        }
+        if let Some(device) = device
+            && succeeds(command(Program::Lvm).args(["pvs", "-S", "vg_name=\"\"", &device])).await?
+        {
+            command(Program::Lvm).args(["pvremove", &device]).ok().await?;
+        }
+        Ok(())
+    }
+
+    /// Unmounts whatever volumes are mounted below the pool's directory.
+    async fn unmount_volumes(&self) -> Result<()> {
+        let directory = self.directory().to_owned();
+        blocking(move || {
+            for below in ["volumes", "work"] {
+                let Ok(entries) = std::fs::read_dir(directory.join(below)) else { continue };
+                for entry in entries.flatten() {
+                    if mount::unmount(&entry.path(), false).is_err() {
+                        mount::unmount(&entry.path(), true)?;
+                    }
+                }
+            }
+            Ok(())
+        })
+        .await
+    }
+}

@@ -1,0 +1,266 @@
+//! LVM: thin volumes of a thin pool, trees on a file system of their own.
+//!
+//! Thin snapshots do not depend on what they were made of. What a volume holds stands in its tags, and whose it is too: a
+//! volume group and even a thin pool may be shared with others.
+
+use super::{
+    Object, ObjectPool,
+    backend::{Backend, FileSystem, Kept, awaited, done},
+};
+use async_trait::async_trait;
+use karst_host::{Program, run, sandbox::Launcher};
+use karst_model::{
+    ByteSize, Error, Result,
+    storage::{PoolKind, Usage, VolumeContent},
+};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+use uuid::Uuid;
+
+/// Size of a tree without one; it takes only what is written.
+const USUAL: ByteSize = ByteSize::gib(10);
+
+/// Where a pool of LVM is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LvmPlace {
+    /// Volume group.
+    pub group: String,
+    /// Thin pool in it.
+    pub thin_pool: String,
+    /// Marks what is this pool's among the volumes of the group.
+    pub id: Uuid,
+}
+
+#[derive(Debug)]
+struct Lvm {
+    place: LvmPlace,
+    on: FileSystem,
+}
+
+/// Opens the pool in a volume group that is there; the thin pool is made of the group's free space when it is not there.
+/// `root` is a directory for mounts.
+///
+/// # Errors
+/// The program is missing, or LVM refuses.
+pub async fn open(
+    place: LvmPlace,
+    root: impl Into<PathBuf>,
+    on: FileSystem,
+    worker: Launcher,
+) -> Result<ObjectPool> {
+    let thin = format!("{}/{}", place.group, place.thin_pool);
+    let found = lvm(["lvs", "--noheadings", "-o", "lv_attr", &thin]).output().await?;
+    if found.code != 0 {
+        let tag = place.tag();
+        let args = ["lvcreate", "--type", "thin-pool", "-l", "100%FREE", "--addtag", &tag, "-n"];
+        done(lvm(args).args([&place.thin_pool, &place.group])).await?;
+    } else if !String::from_utf8_lossy(&found.stdout).trim().starts_with('t') {
+        return Err(Error::invalid(
+            "config.lvm.thinpool_name",
+            format!("{:?} is a volume of the group, but no thin pool", place.thin_pool),
+        ));
+    }
+    let own = format!("tags={{{}}}", place.tag());
+    // Errors at once when it is full: a machine is paused then, rather than everybody hung for a minute.
+    done(lvm(["lvchange", "--errorwhenfull", "y", "-S", &own, &thin])).await?;
+    done(lvm(["lvchange", "-ay", "-K", &thin])).await?;
+    let backend = Lvm { place, on };
+    // After a start of the machine a group of ours is there, but not active.
+    let all: Vec<_> = backend.rows().await?.into_iter().map(|(object, _, _)| backend.name(object)).collect();
+    for part in all.chunks(64) {
+        done(lvm(["lvchange", "-ay", "-K"]).args(part)).await?;
+    }
+    ObjectPool::open(root.into(), std::sync::Arc::new(backend), worker).await
+}
+
+/// Removes what is this pool's in the group: its volumes, and the thin pool when it was made for it.
+///
+/// # Errors
+/// Something of it is in use.
+pub async fn clear(place: &LvmPlace) -> Result<()> {
+    let found = lvm(["vgs", "--noheadings", "-o", "vg_name", &place.group]).output().await?;
+    if found.code != 0 {
+        return Ok(());
+    }
+    let list = ["lvs", "--noheadings", "-o", "lv_name", "-S"];
+    let out = done(lvm(list).arg(format!("tags={{{}}}", place.tag())).arg(&place.group)).await?;
+    if out.trim().is_empty() {
+        return Ok(());
+    }
+    // Tags name volumes of all groups: those of this pool's id are in one.
+    done(lvm(["lvremove", "-f", "-y", &place.selector()])).await.map(drop)
+}
+
+fn lvm<'a>(args: impl IntoIterator<Item = &'a str>) -> karst_host::Command {
+    run(Program::Lvm).args(args).timeout(Duration::from_secs(120)).output_cap(64 << 20)
+}
+
+fn said(e: &Error, words: &str) -> bool {
+    e.context.as_ref().is_some_and(|c| c.contains(words))
+}
+
+impl LvmPlace {
+    /// All that is this pool's, for LVM's commands.
+    pub fn selector(&self) -> String {
+        format!("@{}", self.tag())
+    }
+
+    fn tag(&self) -> String {
+        format!("karst.pool.{}", self.id.simple())
+    }
+}
+
+impl Lvm {
+    /// Two pools in one group may keep the same image: names begin with the pool's.
+    fn prefix(&self) -> String {
+        format!("k{}_", &self.place.id.simple().to_string()[..8])
+    }
+
+    fn short(&self, object: Object) -> String {
+        format!("{}{}", self.prefix(), object.text())
+    }
+
+    fn name(&self, object: Object) -> String {
+        format!("{}/{}", self.place.group, self.short(object))
+    }
+
+    fn tags(&self, kept: Kept) -> Vec<String> {
+        let mut tags = vec![self.place.tag(), format!("karst.content.{}", kept.content.as_str())];
+        tags.extend(kept.on.map(|on| format!("karst.filesystem.{}", on.as_str())));
+        tags.into_iter().flat_map(|t| ["--addtag".to_owned(), t]).collect()
+    }
+
+    async fn rows(&self) -> Result<Vec<(Object, Kept, f64)>> {
+        let args = ["lvs", "--noheadings", "--nosuffix", "--units", "b", "--separator", "|"];
+        let args = args.into_iter().chain(["-o", "lv_name,lv_size,data_percent,lv_tags", &self.place.group]);
+        let out = done(lvm(args)).await?;
+        let (prefix, tag) = (self.prefix(), self.place.tag());
+        Ok(out.lines().filter_map(|line| row(&prefix, &tag, line)).collect())
+    }
+}
+
+/// A line of `lvs`.
+fn row(prefix: &str, tag: &str, line: &str) -> Option<(Object, Kept, f64)> {
+    let mut fields = line.trim().split('|');
+    let object = Object::parse(fields.next()?.strip_prefix(prefix)?)?;
+    let size = fields.next()?.parse().ok().map(ByteSize);
+    let data = fields.next()?.parse().unwrap_or(0.0);
+    let tags: Vec<_> = fields.next()?.split(',').collect();
+    if !tags.contains(&tag) {
+        return None;
+    }
+    let content = match tags.iter().find_map(|t| t.strip_prefix("karst.content."))? {
+        "filesystem" => VolumeContent::Filesystem,
+        "block" => VolumeContent::Block,
+        "iso" => VolumeContent::Iso,
+        _ => return None,
+    };
+    let on = tags.iter().find_map(|t| FileSystem::parse(t.strip_prefix("karst.filesystem.")?));
+    Some((object, Kept { content, size, on }, data))
+}
+
+#[async_trait]
+impl Backend for Lvm {
+    fn kind(&self) -> PoolKind {
+        PoolKind::Lvm
+    }
+
+    async fn list(&self) -> Result<Vec<(Object, Kept)>> {
+        Ok(self.rows().await?.into_iter().map(|(object, kept, _)| (object, kept)).collect())
+    }
+
+    fn tree(&self, size: Option<ByteSize>) -> Kept {
+        Kept { content: VolumeContent::Filesystem, size: Some(size.unwrap_or(USUAL)), on: Some(self.on) }
+    }
+
+    async fn make(&self, object: Object, kept: Kept) -> Result<()> {
+        let size = format!("{}b", kept.size.unwrap_or_default().0);
+        let create =
+            ["lvcreate", "--type", "thin", "-kn", "-Wn", "-V", &size, "--thinpool", &self.place.thin_pool];
+        let create = lvm(create).args(["-n", &self.short(object)]).args(self.tags(kept));
+        done(create.arg(&self.place.group)).await.map(drop)
+    }
+
+    async fn clone(&self, from: Object, to: Object, kept: Kept) -> Result<()> {
+        let create = lvm(["lvcreate", "-s", "-kn", "-ay", "-n", &self.short(to)]).args(self.tags(kept));
+        done(create.arg(self.name(from))).await.map(drop)
+    }
+
+    async fn rename(&self, from: Object, to: Object) -> Result<()> {
+        done(lvm(["lvrename", &self.place.group, &self.short(from), &self.short(to)])).await.map(drop)
+    }
+
+    async fn remove(&self, object: Object) -> Result<bool> {
+        match done(lvm(["lvremove", "-f", "-y", &self.name(object)])).await {
+            Ok(_) => Ok(true),
+            Err(e) if said(&e, "Failed to find") => Ok(true),
+            Err(e) if said(&e, "in use") || said(&e, "contains a filesystem") => {
+                Err(Error::conflict("the volume is still in use").with_context(e.context.unwrap_or_default()))
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    async fn resize(&self, object: Object, kept: Kept) -> Result<()> {
+        let size = format!("{}b", kept.size.unwrap_or_default().0);
+        match done(lvm(["lvextend", "-L", &size, &self.name(object)])).await {
+            // Extents are large: it may have the size already.
+            Err(e) if said(&e, "matches existing size") || said(&e, "not larger than existing") => Ok(()),
+            other => other.map(drop),
+        }
+    }
+
+    async fn device(&self, object: Object) -> Result<PathBuf> {
+        awaited(Path::new("/dev").join(&self.place.group).join(self.short(object))).await
+    }
+
+    async fn mount(&self, _: Object, _: &Path) -> Result<()> {
+        Err(Error::internal("a logical volume has no data set", ""))
+    }
+
+    async fn used(&self, object: Object, _: Kept) -> Result<u64> {
+        let rows = self.rows().await?;
+        let found = rows.into_iter().find(|(o, _, _)| *o == object);
+        Ok(found.map_or(0, |(_, kept, percent)| {
+            (kept.size.unwrap_or_default().0 as f64 * percent / 100.0) as u64
+        }))
+    }
+
+    async fn space(&self) -> Result<Usage> {
+        let thin = format!("{}/{}", self.place.group, self.place.thin_pool);
+        let args = ["lvs", "--noheadings", "--nosuffix", "--units", "b", "--separator", "|"];
+        let out = done(lvm(args).args(["-o", "lv_size,data_percent,metadata_percent", &thin])).await?;
+        let mut fields = out.trim().split('|').map(|n| n.trim().parse::<f64>().unwrap_or(0.0));
+        let (total, data) = (fields.next().unwrap_or(0.0), fields.next().unwrap_or(0.0));
+        // Without room for its tables a pool is as full as without room for data.
+        let data = data.max(if fields.next().unwrap_or(0.0) > 97.0 { 100.0 } else { 0.0 });
+        Ok(Usage { used: (total * data / 100.0) as u64, total: total as u64, ..Usage::default() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use karst_model::ImageId;
+
+    #[test]
+    fn lines_of_the_list_are_read() {
+        let image = Object::Image(ImageId(Uuid::from_u128(9)));
+        let line = |tags: &str| format!("  kab_{}|10737418240|12.50|{tags}", image.text());
+        let read = |tags: &str| row("kab_", "karst.pool.x", &line(tags));
+        let kept = |content, on| Kept { content, size: Some(ByteSize::gib(10)), on };
+        assert_eq!(
+            read("karst.content.filesystem,karst.filesystem.xfs,karst.pool.x"),
+            Some((image, kept(VolumeContent::Filesystem, Some(FileSystem::Xfs)), 12.5))
+        );
+        assert_eq!(
+            read("karst.pool.x,karst.content.block"),
+            Some((image, kept(VolumeContent::Block, None), 12.5))
+        );
+        assert_eq!(read("karst.content.block,karst.pool.y"), None, "another pool's");
+        assert_eq!(read(""), None);
+        assert_eq!(row("kab_", "karst.pool.x", "  root|10737418240||"), None, "the host's own");
+    }
+}

@@ -1,0 +1,842 @@
+//! Pools whose volumes are objects of their own: data sets and zvols of ZFS, logical volumes of LVM.
+//!
+//! ```text
+//! POOL/volumes/<volume>/    where a tree is mounted, or the directory of a disk's node
+//! POOL/work/<uuid>/         where something is mounted while it is made or read; cleared at the next start
+//! POOL/staging/<uuid>/      disks that came from elsewhere and are not yet in the pool; cleared at the next start
+//! ```
+//! What is in the pool itself has names ([`Object`]). Something is made under a name of work and appears by being renamed;
+//! one that replaces a volume is first renamed to the volume's successor, and [`ObjectPool::open`] completes what was
+//! interrupted after that. A snapshot is an object of its own, so that restoring any of them in any order loses none.
+//! Removing is renaming to trash, which one background task frees, also after a restart.
+//!
+//! A tree lies in the directory `rootfs` of its file system, whose own root is closed to everybody but root. A disk's node is
+//! made here with the numbers of its device, for its guest's own user: udev's is left alone.
+
+mod backend;
+pub mod lvm;
+mod names;
+pub mod zfs;
+
+use crate::{
+    Contents, Filling, Format, Located, NewVolume, PoolDriver, Reading, Snapshots, Source, VolumeInfo,
+    files::{convert, grown_size, mismatch},
+    states::{check_disk_size, copy_tree},
+};
+use async_trait::async_trait;
+pub use backend::FileSystem;
+use backend::{Backend, Kept};
+use karst_host::{mount, sandbox::Launcher};
+use karst_model::{
+    ByteSize, Error, ErrorKind, ImageId, Result, SnapshotId, VolumeId,
+    storage::{PoolKind, Usage, VolumeContent},
+};
+use names::Object;
+use rustix::fs::{CWD, FileType};
+use std::{
+    collections::HashSet,
+    fs::{File, Permissions},
+    io,
+    os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+};
+use tokio::sync::{mpsc, oneshot};
+use uuid::Uuid;
+
+/// Such a pool. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct ObjectPool {
+    inner: Arc<Inner>,
+    /// Wakes the sweeper; an answer is wanted by those who wait for it.
+    sweep: mpsc::Sender<Option<oneshot::Sender<()>>>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    root: PathBuf,
+    backend: Arc<dyn Backend>,
+    worker: Launcher,
+    /// What is being made now: not the sweeper's.
+    active: Mutex<HashSet<Uuid>>,
+    /// One mount or unmount of a volume at a time.
+    mounting: tokio::sync::Mutex<()>,
+    /// One image is taken in at a time.
+    taking: tokio::sync::Mutex<()>,
+}
+
+impl ObjectPool {
+    /// Opens a pool whose backend is there; `root` is a directory of this pool alone.
+    ///
+    /// # Errors
+    /// The directory or the backend cannot be used.
+    pub(crate) async fn open(root: PathBuf, backend: Arc<dyn Backend>, worker: Launcher) -> Result<Self> {
+        let at = root.clone();
+        blocking(move || {
+            for (dir, mode) in [("", 0o711), ("volumes", 0o711), ("work", 0o700), ("staging", 0o700)] {
+                let dir = at.join(dir);
+                std::fs::DirBuilder::new().recursive(true).mode(mode).create(&dir)?;
+                std::fs::set_permissions(&dir, Permissions::from_mode(mode))?;
+            }
+            for entry in std::fs::read_dir(at.join("work"))?.flatten() {
+                clear_place(&entry.path())?;
+            }
+            for entry in std::fs::read_dir(at.join("staging"))?.flatten() {
+                std::fs::remove_dir_all(entry.path())?;
+            }
+            Ok(())
+        })
+        .await?;
+        let found: HashSet<_> = backend.list().await?.into_iter().map(|(object, _)| object).collect();
+        for object in &found {
+            match *object {
+                // Whole, and its turn was interrupted.
+                Object::Next(v) => {
+                    if found.contains(&Object::Volume(v)) {
+                        backend.rename(Object::Volume(v), Object::trash()).await?;
+                    }
+                    backend.rename(*object, Object::Volume(v)).await?;
+                }
+                Object::Snapshot(v, _)
+                    if !found.contains(&Object::Volume(v)) && !found.contains(&Object::Next(v)) =>
+                {
+                    backend.rename(*object, Object::trash()).await?;
+                }
+                _ => {}
+            }
+        }
+        let (sweep, wanted) = mpsc::channel(64);
+        let inner = Arc::new(Inner {
+            root,
+            backend,
+            worker,
+            active: Mutex::default(),
+            mounting: tokio::sync::Mutex::default(),
+            taking: tokio::sync::Mutex::default(),
+        });
+        tokio::spawn(sweeper(inner.clone(), wanted));
+        let pool = Self { inner, sweep };
+        pool.wake_sweeper();
+        Ok(pool)
+    }
+
+    fn wake_sweeper(&self) {
+        // A full channel means that it will run anyway.
+        let _ = self.sweep.try_send(None);
+    }
+
+    fn backend(&self) -> &dyn Backend {
+        &*self.inner.backend
+    }
+
+    fn place(&self, volume: VolumeId) -> PathBuf {
+        self.inner.root.join("volumes").join(volume.to_string())
+    }
+
+    async fn known(&self, volume: VolumeId, snapshot: Option<SnapshotId>) -> Result<Kept> {
+        let found = self.backend().find(Object::Volume(volume)).await?;
+        let found = found.ok_or_else(|| Error::not_found("the pool does not have the volume"))?;
+        match snapshot {
+            None => Ok(found),
+            Some(snapshot) => self
+                .backend()
+                .find(Object::Snapshot(volume, snapshot))
+                .await?
+                .ok_or_else(|| Error::not_found("the volume does not have the snapshot")),
+        }
+    }
+
+    /// A place to make something in, swept unless it is renamed away.
+    fn work(&self) -> Work {
+        let id = Uuid::new_v4();
+        self.inner.active.lock().unwrap_or_else(|e| e.into_inner()).insert(id);
+        Work { pool: self.clone(), id }
+    }
+
+    fn staging(&self) -> Result<Staging> {
+        let path = self.inner.root.join("staging").join(Uuid::new_v4().to_string());
+        std::fs::DirBuilder::new().mode(0o700).create(&path)?;
+        Ok(Staging(path))
+    }
+
+    /// Is the pool so full that what is made now would be cut off?
+    async fn room(&self) -> Result<()> {
+        let space = self.backend().space().await?;
+        if space.total > 0 && space.used.saturating_mul(100) >= space.total.saturating_mul(98) {
+            return Err(Error::quota("no space left in the pool"));
+        }
+        Ok(())
+    }
+
+    /// Mounts a tree; nothing happens when it is mounted already.
+    async fn mount(&self, object: Object, kept: Kept, at: PathBuf) -> Result<()> {
+        let _one = self.inner.mounting.lock().await;
+        let place = at.clone();
+        let mounted = blocking(move || {
+            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&place)?;
+            Ok(mount::is_mount_point(&place)?)
+        })
+        .await?;
+        if mounted {
+            return Ok(());
+        }
+        match kept.on {
+            None => self.backend().mount(object, &at).await,
+            Some(on) => {
+                let device = self.backend().device(object).await?;
+                blocking(move || on.mount(&device, &at)).await
+            }
+        }
+    }
+
+    async fn unmount(&self, at: PathBuf) -> Result<()> {
+        let _one = self.inner.mounting.lock().await;
+        blocking(move || clear_place(&at)).await
+    }
+
+    /// Makes the tree of `work` by `fill`, which gets the root of its file system.
+    async fn filled(
+        &self,
+        work: &Work,
+        kept: Kept,
+        fill: impl FnOnce(&Path) -> Result<()> + Send + 'static,
+    ) -> Result<()> {
+        self.make(work.object(), kept).await?;
+        let at = work.place();
+        self.mount(work.object(), kept, at.clone()).await?;
+        let inside = at.clone();
+        let filled = blocking(move || {
+            std::fs::set_permissions(&inside, Permissions::from_mode(0o700))?;
+            fill(&inside)
+        })
+        .await;
+        self.unmount(at).await?;
+        filled
+    }
+
+    async fn make(&self, object: Object, kept: Kept) -> Result<()> {
+        self.room().await?;
+        self.backend().make(object, kept).await?;
+        if let Some(on) = kept.on {
+            let device = self.backend().device(object).await?;
+            on.make(&device).await?;
+        }
+        Ok(())
+    }
+
+    /// A disk in `work` with the bytes of a file.
+    async fn poured(&self, work: &Work, kept: Kept, from: PathBuf) -> Result<()> {
+        self.make(work.object(), kept).await?;
+        let device = self.backend().device(work.object()).await?;
+        blocking(move || {
+            let source = File::open(&from)?;
+            let size = io::Seek::seek(&mut &source, io::SeekFrom::End(0))?;
+            let target = File::options().write(true).open(&device)?;
+            karst_host::fs::copy_sparse(&source, &target, size)?;
+            Ok(target.sync_all()?)
+        })
+        .await
+    }
+
+    /// A clone in `work`, with the size that is wanted.
+    async fn cloned(&self, work: &Work, from: Object, old: Kept, size: Option<ByteSize>) -> Result<Kept> {
+        self.room().await?;
+        self.backend().clone(from, work.object(), old).await?;
+        let kept = Kept { size, ..old };
+        if size != old.size {
+            self.set_size(work.object(), kept, work.place(), true).await?;
+        }
+        Ok(kept)
+    }
+
+    /// Changes the size of an object, and of the file system on it. `once`: it is mounted for this only.
+    async fn set_size(&self, object: Object, kept: Kept, at: PathBuf, once: bool) -> Result<()> {
+        self.backend().resize(object, kept).await?;
+        let Some(on) = kept.on else { return Ok(()) };
+        self.mount(object, kept, at.clone()).await?;
+        let device = self.backend().device(object).await?;
+        let grown = on.grow(&device, &at).await;
+        if once {
+            self.unmount(at).await?;
+        }
+        grown
+    }
+
+    /// Makes what a new volume begins as.
+    async fn build(&self, work: &Work, new: &NewVolume) -> Result<Kept> {
+        let disk = |size| Kept { content: new.content, size: Some(ByteSize(size)), on: None };
+        let tree = || {
+            let kept = self.backend().tree(new.size);
+            match (kept.on, kept.size) {
+                (Some(on), Some(size)) if size < on.smallest() => {
+                    let text = format!("a volume with {} has at least {}", on.as_str(), on.smallest());
+                    return Err(Error::invalid("size", text));
+                }
+                _ => {}
+            }
+            Ok(kept)
+        };
+        match (&new.source, new.content.is_disk()) {
+            (Source::Empty, false) => {
+                let kept = tree()?;
+                self.filled(work, kept, |at| {
+                    Ok(std::fs::DirBuilder::new().mode(0o755).create(at.join("rootfs"))?)
+                })
+                .await?;
+                Ok(kept)
+            }
+            (Source::Empty, true) => {
+                let size = new.size.ok_or_else(|| Error::invalid("size", "an empty disk needs a size"))?;
+                check_disk_size(size.0)?;
+                self.make(work.object(), disk(size.0)).await?;
+                Ok(disk(size.0))
+            }
+            (Source::Tree { path, image }, false) => {
+                let kept = tree()?;
+                if let Some(image) = image {
+                    let (from, old) = self.image(*image, &new.source).await?;
+                    if old.on == kept.on && !smaller(old, kept) {
+                        return self.cloned(work, from, old, kept.size).await;
+                    }
+                }
+                let from = path.clone();
+                self.filled(work, kept, move |at| copy_tree(&from, &at.join("rootfs"))).await?;
+                Ok(kept)
+            }
+            (Source::Disk { path, format, backing, size: of_image, image }, true) => {
+                let kept = disk(grown_size(new.size, *of_image)?);
+                match (format, image) {
+                    (Format::Directory, _) => return Err(mismatch()),
+                    (Format::Qcow2, Some(image)) => {
+                        let (from, old) = self.image(*image, &new.source).await?;
+                        let old = Kept { content: new.content, ..old };
+                        return self.cloned(work, from, old, kept.size).await;
+                    }
+                    (Format::Qcow2, None) => {
+                        let staging = self.staging()?;
+                        convert(&self.inner.worker, path, backing.as_deref(), &staging.0).await?;
+                        self.poured(work, kept, staging.0.join("disk.img")).await?;
+                    }
+                    (Format::Raw, _) => self.poured(work, kept, path.clone()).await?,
+                }
+                Ok(kept)
+            }
+            (Source::Volume { volume, snapshot }, is_disk) => {
+                let old = self.known(*volume, *snapshot).await?;
+                if old.content.is_disk() != is_disk {
+                    return Err(mismatch());
+                }
+                let from = match snapshot {
+                    None => Object::Volume(*volume),
+                    Some(s) => Object::Snapshot(*volume, *s),
+                };
+                let old = Kept { content: new.content, ..old };
+                if is_disk {
+                    let size = grown_size(new.size, old.size.map_or(0, |s| s.0))?;
+                    return self.cloned(work, from, old, Some(ByteSize(size))).await;
+                }
+                let wanted = Kept { on: old.on, ..self.backend().tree(new.size.or(old.size)) };
+                let wanted =
+                    if new.size.is_none() && old.on.is_none() { Kept { size: None, ..old } } else { wanted };
+                if smaller(old, wanted) {
+                    // A file system on a device does not shrink; a smaller one gets the files.
+                    let reading = self.read(*volume, *snapshot).await?;
+                    let path = reading.located.path.clone();
+                    self.filled(work, wanted, move |at| copy_tree(&path, &at.join("rootfs"))).await?;
+                    drop(reading);
+                    return Ok(wanted);
+                }
+                self.cloned(work, from, old, wanted.size).await
+            }
+            _ => Err(mismatch()),
+        }
+    }
+
+    /// What an image's volumes are cloned from; made when it is first asked for.
+    async fn image(&self, image: ImageId, source: &Source) -> Result<(Object, Kept)> {
+        let object = Object::Image(image);
+        let _one = self.inner.taking.lock().await;
+        if let Some(kept) = self.backend().find(object).await? {
+            return Ok((object, kept));
+        }
+        let (content, source) = match source.clone() {
+            Source::Tree { path, .. } => (VolumeContent::Filesystem, Source::Tree { path, image: None }),
+            Source::Disk { path, format, backing, size, .. } => {
+                (VolumeContent::Block, Source::Disk { path, format, backing, size, image: None })
+            }
+            _ => return Err(mismatch()),
+        };
+        let work = self.work();
+        let kept = Box::pin(self.build(&work, &NewVolume { content, size: None, source })).await?;
+        self.backend().rename(work.object(), object).await?;
+        Ok((object, kept))
+    }
+
+    /// Puts what is in `work` in the volume's place. Once begun it is not given up.
+    async fn exchange(&self, work: Work, volume: VolumeId) -> Result<()> {
+        let pool = self.clone();
+        let exchanged = tokio::spawn(async move {
+            let backend = pool.backend();
+            pool.unmount(pool.place(volume)).await?;
+            if backend.find(Object::Next(volume)).await?.is_some() {
+                // Of an exchange that failed before the volume was moved; this one is wanted now.
+                backend.rename(Object::Next(volume), Object::trash()).await?;
+            }
+            backend.rename(work.object(), Object::Next(volume)).await?;
+            backend.rename(Object::Volume(volume), Object::trash()).await?;
+            backend.rename(Object::Next(volume), Object::Volume(volume)).await?;
+            pool.wake_sweeper();
+            Ok(())
+        });
+        exchanged.await.map_err(|e| Error::internal("a task ended unexpectedly", e))?
+    }
+
+    /// The node of a disk in a directory of ours, for `user`.
+    async fn node(&self, object: Object, directory: PathBuf, user: u32) -> Result<PathBuf> {
+        let device = self.backend().device(object).await?;
+        blocking(move || {
+            let numbers = std::fs::metadata(&device)?.rdev();
+            std::fs::DirBuilder::new().recursive(true).mode(0o710).create(&directory)?;
+            let node = directory.join("disk.img");
+            match std::fs::symlink_metadata(&node) {
+                Ok(m)
+                    if m.rdev() == numbers && FileType::from_raw_mode(m.mode()) == FileType::BlockDevice => {}
+                found => {
+                    if found.is_ok() {
+                        std::fs::remove_file(&node)?; // of an earlier start of the machine
+                    }
+                    rustix::fs::mknodat(CWD, &node, FileType::BlockDevice, 0o600.into(), numbers)
+                        .map_err(io::Error::from)?;
+                }
+            }
+            std::os::unix::fs::lchown(&node, Some(user), Some(user))?;
+            std::fs::set_permissions(&node, Permissions::from_mode(0o600))?;
+            std::os::unix::fs::lchown(&directory, Some(0), Some(user))?;
+            std::fs::set_permissions(&directory, Permissions::from_mode(0o710))?;
+            Ok(node)
+        })
+        .await
+    }
+}
+
+/// Would it have to shrink?
+fn smaller(old: Kept, new: Kept) -> bool {
+    old.on.is_some() && new.size.unwrap_or_default() < old.size.unwrap_or_default()
+}
+
+fn info(id: VolumeId, kept: Kept) -> VolumeInfo {
+    let format = if kept.content.is_disk() { Format::Raw } else { Format::Directory };
+    VolumeInfo { id, content: kept.content, format, size: kept.size }
+}
+
+/// Takes a mount point or a directory of a node away.
+fn clear_place(at: &Path) -> Result<()> {
+    if mount::unmount(at, false).is_err() {
+        // Somebody looks into it: it goes when he leaves.
+        mount::unmount(at, true)?;
+    }
+    let gone = |outcome: io::Result<()>| match outcome {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    };
+    gone(std::fs::remove_file(at.join("disk.img")))?;
+    Ok(gone(std::fs::remove_dir(at))?)
+}
+
+#[async_trait]
+impl PoolDriver for ObjectPool {
+    fn kind(&self) -> PoolKind {
+        self.backend().kind()
+    }
+
+    async fn create(&self, volume: VolumeId, new: &NewVolume) -> Result<VolumeInfo> {
+        let object = Object::Volume(volume);
+        if let Some(kept) = self.backend().find(object).await? {
+            if kept.content != new.content {
+                return Err(Error::conflict("a volume of another kind has this id"));
+            }
+            return Ok(info(volume, kept));
+        }
+        let work = self.work();
+        self.build(&work, new).await?;
+        if let Err(e) = self.backend().rename(work.object(), object).await {
+            // Another call was faster; ours is thrown away.
+            return self.inspect(volume).await.map_err(|_| e);
+        }
+        self.inspect(volume).await
+    }
+
+    async fn delete(&self, volume: VolumeId) -> Result<()> {
+        self.unmount(self.place(volume)).await?;
+        // The volume first: snapshots without one go at the next start.
+        let mut found: Vec<_> = self.backend().list().await?.into_iter().map(|(object, _)| object).collect();
+        found.retain(|o| matches!(o, Object::Volume(v) | Object::Snapshot(v, _) if *v == volume));
+        found.sort();
+        for object in found {
+            self.backend().rename(object, Object::trash()).await?;
+        }
+        self.wake_sweeper();
+        Ok(())
+    }
+
+    async fn inspect(&self, volume: VolumeId) -> Result<VolumeInfo> {
+        Ok(info(volume, self.known(volume, None).await?))
+    }
+
+    async fn locate(&self, volume: VolumeId, user: Option<u32>) -> Result<Located> {
+        let kept = self.known(volume, None).await?;
+        let place = self.place(volume);
+        if kept.content.is_disk() {
+            let path = self.node(Object::Volume(volume), place, user.unwrap_or(0)).await?;
+            return Ok(Located { path, layers: None, format: Format::Raw, backing: None });
+        }
+        self.mount(Object::Volume(volume), kept, place.clone()).await?;
+        Ok(Located { path: place.join("rootfs"), layers: None, format: Format::Directory, backing: None })
+    }
+
+    async fn usage(&self, volume: VolumeId) -> Result<Usage> {
+        let kept = self.known(volume, None).await?;
+        let total = kept.size.map_or(0, |s| s.0);
+        if kept.content.is_disk() {
+            let used = self.backend().used(Object::Volume(volume), kept).await?;
+            return Ok(Usage { used, total, ..Usage::default() });
+        }
+        let at = self.locate(volume, None).await?.path;
+        let space = blocking(move || file_system(&at)).await?;
+        Ok(Usage { total, inodes_total: 0, ..space })
+    }
+
+    async fn resize(&self, volume: VolumeId, size: ByteSize) -> Result<VolumeInfo> {
+        let old = self.known(volume, None).await?;
+        let before = old.size.unwrap_or_default();
+        if old.content.is_disk() {
+            check_disk_size(size.0)?;
+            if size < before {
+                return Err(Error::invalid(
+                    "size",
+                    format!("a disk cannot shrink; it has {} bytes", before.0),
+                ));
+            }
+        } else {
+            let used = self.usage(volume).await?.used;
+            if used > size.0 {
+                return Err(Error::invalid(
+                    "size",
+                    format!("the volume holds {used} bytes, which is more than the new limit"),
+                ));
+            }
+            if smaller(old, Kept { size: Some(size), ..old }) {
+                return Err(Error::invalid(
+                    "size",
+                    "a volume with a file system of its own cannot shrink; copy it to a smaller one",
+                ));
+            }
+        }
+        if size != before {
+            let kept = Kept { size: Some(size), ..old };
+            self.set_size(Object::Volume(volume), kept, self.place(volume), false).await?;
+        }
+        self.inspect(volume).await
+    }
+
+    async fn list(&self) -> Result<Vec<VolumeInfo>> {
+        let all = self.backend().list().await?.into_iter();
+        let mut found: Vec<_> = all
+            .filter_map(|(object, kept)| match object {
+                Object::Volume(v) => Some(info(v, kept)),
+                _ => None,
+            })
+            .collect();
+        found.sort_by_key(|v| v.id);
+        Ok(found)
+    }
+
+    async fn space(&self) -> Result<Usage> {
+        self.backend().space().await
+    }
+
+    fn supports_quota(&self) -> bool {
+        true
+    }
+
+    async fn settle(&self) {
+        let (done, wait) = oneshot::channel();
+        if self.sweep.send(Some(done)).await.is_ok() {
+            let _ = wait.await; // the sweeper ends with the pool only
+        }
+    }
+
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        Some(self)
+    }
+
+    fn contents(&self) -> Option<&dyn Contents> {
+        Some(self)
+    }
+
+    async fn forget_image(&self, image: ImageId) -> Result<()> {
+        let _one = self.inner.taking.lock().await;
+        if self.backend().find(Object::Image(image)).await?.is_some() {
+            self.backend().rename(Object::Image(image), Object::trash()).await?;
+            self.wake_sweeper();
+        }
+        Ok(())
+    }
+}
+
+fn file_system(at: &Path) -> Result<Usage> {
+    let s = rustix::fs::statvfs(at).map_err(io::Error::from)?;
+    Ok(Usage {
+        used: (s.f_blocks - s.f_bfree) * s.f_frsize,
+        total: s.f_blocks * s.f_frsize,
+        inodes_used: s.f_files - s.f_ffree,
+        inodes_total: s.f_files,
+    })
+}
+
+#[async_trait]
+impl Snapshots for ObjectPool {
+    fn instant(&self) -> bool {
+        true
+    }
+
+    async fn create(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<()> {
+        let kept = self.known(volume, None).await?;
+        let object = Object::Snapshot(volume, snapshot);
+        if self.backend().find(object).await?.is_some() {
+            return Ok(());
+        }
+        self.room().await?;
+        let work = self.work();
+        self.backend().clone(Object::Volume(volume), work.object(), kept).await?;
+        self.backend().rename(work.object(), object).await
+    }
+
+    async fn delete(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<()> {
+        let object = Object::Snapshot(volume, snapshot);
+        if self.backend().find(object).await?.is_some() {
+            self.backend().rename(object, Object::trash()).await?;
+            self.wake_sweeper();
+        }
+        Ok(())
+    }
+
+    async fn restore(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<VolumeInfo> {
+        let kept = self.known(volume, Some(snapshot)).await?;
+        let work = self.work();
+        self.backend().clone(Object::Snapshot(volume, snapshot), work.object(), kept).await?;
+        self.exchange(work, volume).await?;
+        Ok(info(volume, kept))
+    }
+
+    async fn list(&self, volume: VolumeId) -> Result<Vec<(SnapshotId, VolumeInfo)>> {
+        self.known(volume, None).await?;
+        let all = self.backend().list().await?.into_iter();
+        let mut found: Vec<_> = all
+            .filter_map(|(object, kept)| match object {
+                Object::Snapshot(v, s) if v == volume => Some((s, info(volume, kept))),
+                _ => None,
+            })
+            .collect();
+        found.sort_by_key(|(id, _)| *id);
+        Ok(found)
+    }
+}
+
+#[async_trait]
+impl Contents for ObjectPool {
+    async fn read(&self, volume: VolumeId, snapshot: Option<SnapshotId>) -> Result<Reading> {
+        let kept = self.known(volume, snapshot).await?;
+        let info = info(volume, kept);
+        let Some(snapshot) = snapshot else {
+            return Ok(Reading { info, located: self.locate(volume, None).await?, guard: None });
+        };
+        let place = Place(self.inner.root.join("work").join(Uuid::new_v4().to_string()));
+        let object = Object::Snapshot(volume, snapshot);
+        let (path, format) = if kept.content.is_disk() {
+            (self.node(object, place.0.clone(), 0).await?, Format::Raw)
+        } else {
+            self.mount(object, kept, place.0.clone()).await?;
+            (place.0.join("rootfs"), Format::Directory)
+        };
+        Ok(Reading {
+            info,
+            located: Located { path, layers: None, format, backing: None },
+            guard: Some(Box::new(place)),
+        })
+    }
+
+    async fn replace(&self, volume: VolumeId, source: &Source) -> Result<VolumeInfo> {
+        let old = self.known(volume, None).await?;
+        // A tree keeps its own limit.
+        let size = if old.content.is_disk() { None } else { old.size };
+        let new = NewVolume { content: old.content, size, source: source.clone() };
+        let work = self.work();
+        self.build(&work, &new).await?;
+        self.exchange(work, volume).await?;
+        self.inspect(volume).await
+    }
+
+    async fn begin(&self, volume: VolumeId) -> Result<Box<dyn Filling>> {
+        let old = self.known(volume, None).await?;
+        if old.content.is_disk() {
+            let (staging, work) = (self.staging()?, None);
+            return Ok(Box::new(ObjectFilling {
+                pool: self.clone(),
+                staging: Some(staging),
+                work,
+                volume,
+                old,
+            }));
+        }
+        let work = self.work();
+        self.make(work.object(), old).await?;
+        self.mount(work.object(), old, work.place()).await?;
+        std::fs::set_permissions(work.place(), Permissions::from_mode(0o700))?;
+        let at = work.place();
+        Ok(Box::new(ObjectFilling { pool: self.clone(), staging: None, work: Some((work, at)), volume, old }))
+    }
+}
+
+/// A new content in the making: a disk is staged as a file, a tree is written into the pool at once.
+struct ObjectFilling {
+    pool: ObjectPool,
+    staging: Option<Staging>,
+    work: Option<(Work, PathBuf)>,
+    volume: VolumeId,
+    old: Kept,
+}
+
+#[async_trait]
+impl Filling for ObjectFilling {
+    fn directory(&self) -> &Path {
+        match (&self.staging, &self.work) {
+            (Some(staging), _) => &staging.0,
+            (None, Some((_, at))) => at,
+            (None, None) => Path::new("/nonexistent"),
+        }
+    }
+
+    async fn commit(self: Box<Self>) -> Result<VolumeInfo> {
+        let Self { pool, staging, work, volume, old } = *self;
+        let work = match (staging, work) {
+            (Some(staging), _) => {
+                let came = std::fs::metadata(staging.0.join("disk.img"))?.len().next_multiple_of(512);
+                // A disc is as large as what is on it; a disk keeps what it has beyond.
+                let size = match old.content {
+                    VolumeContent::Iso => came,
+                    _ => came.max(old.size.map_or(0, |s| s.0)),
+                };
+                check_disk_size(size)?;
+                let work = pool.work();
+                let kept = Kept { size: Some(ByteSize(size)), ..old };
+                pool.poured(&work, kept, staging.0.join("disk.img")).await?;
+                work
+            }
+            (None, Some((work, at))) => {
+                let inside = at.clone();
+                blocking(move || Ok(std::fs::rename(inside.join("tree"), inside.join("rootfs"))?)).await?;
+                pool.unmount(at).await?;
+                work
+            }
+            (None, None) => return Err(Error::internal("a filling has neither staging nor work", "")),
+        };
+        pool.exchange(work, volume).await?;
+        pool.inspect(volume).await
+    }
+}
+
+/// A mount for reading, gone when it is dropped, and at the next start.
+struct Place(PathBuf);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Err(e) = clear_place(&self.0) {
+            tracing::warn!(error = %e, "a mount for reading was left; the next start removes it");
+        }
+    }
+}
+
+/// A directory for disks on their way into the pool.
+struct Staging(PathBuf);
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        if let Err(e) = std::fs::remove_dir_all(&self.0) {
+            tracing::warn!(error = %e, "a staged disk was left; the next start removes it");
+        }
+    }
+}
+
+/// An object in the making: the sweeper's unless it was renamed, whatever ended the work (error, cancellation).
+struct Work {
+    pool: ObjectPool,
+    id: Uuid,
+}
+
+impl Work {
+    fn object(&self) -> Object {
+        Object::Work(self.id)
+    }
+
+    /// Where it is mounted while it is made.
+    fn place(&self) -> PathBuf {
+        self.pool.inner.root.join("work").join(self.id.to_string())
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        self.pool.inner.active.lock().unwrap_or_else(|e| e.into_inner()).remove(&self.id);
+        self.pool.wake_sweeper();
+    }
+}
+
+/// Frees what is in the trash and what was given up, one after the other. Ends with the pool.
+async fn sweeper(pool: Arc<Inner>, mut wanted: mpsc::Receiver<Option<oneshot::Sender<()>>>) {
+    while let Some(answer) = wanted.recv().await {
+        if let Err(e) = sweep(&pool).await {
+            tracing::warn!(error = %e, context = e.context, "deleted volumes could not be freed");
+        }
+        if let Some(answer) = answer {
+            let _ = answer.send(()); // nobody waits any more
+        }
+    }
+}
+
+async fn sweep(pool: &Inner) -> Result<()> {
+    // What goes may set others free that it was made of.
+    for _ in 0..64 {
+        let mut gone = 0;
+        for (object, _) in pool.backend.list().await? {
+            match object {
+                Object::Trash(_) => {}
+                Object::Work(id) => {
+                    if pool.active.lock().unwrap_or_else(|e| e.into_inner()).contains(&id) {
+                        continue;
+                    }
+                    let _one = pool.mounting.lock().await;
+                    let at = pool.root.join("work").join(id.to_string());
+                    blocking(move || clear_place(&at)).await?;
+                }
+                _ => continue,
+            }
+            match pool.backend.remove(object).await {
+                Ok(true) => gone += 1,
+                Ok(false) => {}
+                Err(e) if e.is(ErrorKind::Conflict) => {} // in use a moment longer; the next sweep gets it
+                Err(e) => {
+                    tracing::warn!(error = %e, context = e.context, "a deleted volume could not be freed");
+                }
+            }
+        }
+        if gone == 0 {
+            break;
+        }
+    }
+    Ok(())
+}
+
+async fn blocking<T: Send + 'static>(f: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(f).await.map_err(|e| Error::internal("a task ended unexpectedly", e))?
+}
