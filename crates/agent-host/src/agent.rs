@@ -626,6 +626,7 @@ impl RealAgent {
             proxies: spec.proxies,
             nics,
             cloud_init: spec.cloud_init,
+            files: spec.files,
             environment: spec.environment,
         })
     }

@@ -30,6 +30,7 @@ pub mod size;
 pub mod snapshot;
 pub mod spec;
 pub mod storage;
+pub mod template;
 pub mod trust;
 pub mod uplink;
 pub mod warning;

@@ -4,6 +4,7 @@
 pub mod copy;
 pub mod create;
 pub mod delete;
+pub mod relocate;
 pub mod update;
 
 use crate::{Engine, EngineInner, Records, Row, context::Context};
