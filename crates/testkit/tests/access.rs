@@ -440,6 +440,7 @@ const WITHOUT_CONTEXT: &[(&str, &str)] = &[
     ("set_image_servers", "the daemon's own, at its start"),
     ("inner", "the harness; front ends are kept from it by review"),
     ("bootstrap", "the daemon's own, at its start"),
+    ("change_expected", "a hint to the host's kernel, from which nothing follows"),
     ("principal_by_certificate", "authentication itself"),
     ("principal_by_token", "authentication itself"),
     ("certificate_projects", "takes a record that a context showed"),

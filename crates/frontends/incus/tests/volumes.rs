@@ -75,7 +75,7 @@ async fn custom_volumes_live() {
     let c2 = s.get("/1.0/instances/c2").await.metadata();
     assert_eq!(c2["devices"]["d"]["source"], "moved", "devices follow");
     s.post(&at("moved"), json!({"name": "disk"})).await.refused(409);
-    s.post(&at("moved"), json!({"name": "x", "pool": "other"})).await.refused(400);
+    s.post(&at("moved"), json!({"name": "x", "pool": "other"})).await.refused(404);
     for c in ["c1", "c2"] {
         s.wait(s.put(&format!("/1.0/instances/{c}"), json!({"profiles": ["default"]})).await).await;
     }
@@ -300,7 +300,7 @@ async fn instances_are_refreshed() {
     assert_eq!(names("c2").await, ["one", "two"]);
     let before = s.get("/1.0/instances/c2").await.metadata();
     let kept = s.get("/1.0/instances/c2/snapshots/two").await.metadata();
-    s.delete("/1.0/instances/c1/snapshots/one").await;
+    s.done(s.delete("/1.0/instances/c1/snapshots/one").await).await;
     taken("three").await;
     s.done(s.post("/1.0/instances/c2/snapshots", json!({"name": "own"})).await).await;
     s.done(s.post(all, refresh("c2", json!({}))).await).await;
@@ -310,7 +310,7 @@ async fn instances_are_refreshed() {
     for key in ["volatile.uuid", "volatile.eth0.hwaddr"] {
         assert_eq!(after["config"][key], before["config"][key], "it is the same instance");
     }
-    s.delete("/1.0/instances/c1/snapshots/two").await;
+    s.done(s.delete("/1.0/instances/c1/snapshots/two").await).await;
     s.done(s.post(all, refresh("c2", json!({"instance_only": true}))).await).await;
     assert_eq!(names("c2").await, ["two", "three"]);
     for (name, more, status) in [
