@@ -117,6 +117,7 @@ pub const TESTED: &[(&str, &str)] = &[
     ("snapshot_scheduling", "snapshots_of_instances_live"),
     ("storage", "storage_pools_live"),
     ("storage_api_local_volume_handling", "custom_volumes_are_copied"),
+    ("storage_api_project", "custom_volumes_are_refreshed_and_moved"),
     ("storage_api_volume_rename", "custom_volumes_live"),
     ("storage_api_volume_snapshots", "snapshots_of_volumes_live"),
     ("storage_volume_api_filtering", "storage_pools_live"),

@@ -360,6 +360,17 @@ async fn custom_volumes_are_refreshed_and_moved() {
     assert_eq!(s.post(TO, json!({"name": "disk", "content_type": "block"})).await.status, 201);
     s.post(TO, refresh("disk", "data")).await.refused(409);
 
+    let mut far = refresh("far", "data");
+    far["source"]["project"] = json!("default");
+    let there = format!("{TO}?project=other");
+    s.done(s.post(&there, far.clone()).await).await;
+    s.done(s.post(&there, far.clone()).await).await;
+    far["source"]["refresh"] = json!(false);
+    s.post(&there, far).await.refused(409);
+    let taken = s.get(&format!("{TO}/far/snapshots?project=other")).await.metadata();
+    assert_eq!(taken.as_array().unwrap().len(), 2, "those of the other project");
+    s.get(&format!("{TO}/far")).await.refused(404);
+
     // Who uses it follows it to another pool; to another project goes what nobody uses.
     s.container("c1", false).await;
     let disk =
