@@ -145,6 +145,9 @@ pub(super) fn parse(template: &str) -> Result<Vec<Node>, Fault> {
     Ok(nodes)
 }
 
+/// Nodes, and the tag that ended them with its line.
+type Block<'a> = (Vec<Node>, Option<(usize, &'a str)>);
+
 struct Blocks<'a, 'b> {
     pieces: &'b [Piece<'a>],
     at: usize,
@@ -153,12 +156,7 @@ struct Blocks<'a, 'b> {
 impl<'a> Blocks<'a, '_> {
     /// Nodes of a block that began on line `begun`, until a tag of `ends`, which is answered with its line; until the end of
     /// the template without `ends`.
-    fn block(
-        &mut self,
-        begun: usize,
-        ends: &[&str],
-        depth: usize,
-    ) -> Result<(Vec<Node>, Option<(usize, &'a str)>), Fault> {
+    fn block(&mut self, begun: usize, ends: &[&str], depth: usize) -> Result<Block<'a>, Fault> {
         let mut nodes = vec![];
         let pieces = self.pieces;
         while let Some(piece) = pieces.get(self.at) {
