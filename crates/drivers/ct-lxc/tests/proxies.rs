@@ -152,7 +152,8 @@ async fn unix_sockets_of_both_sides() {
     let driver = place.driver();
     let mut guest = place.guest(32);
     driver.start(&guest).await.unwrap();
-    until("systemd", || guest.root.path.join("etc").exists()).await;
+    // Until it has mounted its own file systems, over /run too.
+    inside(&driver, &guest, "until systemctl list-units >/dev/null 2>&1; do sleep 0.1; done").await;
 
     // Servers on the host, and a directory for sockets that is given by its real path.
     let dir = tempfile::Builder::new().prefix("karst-proxies-").tempdir().unwrap();
