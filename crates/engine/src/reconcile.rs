@@ -409,7 +409,8 @@ async fn housekeeping(weak: Weak<EngineInner>) {
         }
         let env = inner.env.clone();
         drop(inner);
-        env.sleep(Duration::from_millis(500)).await;
+        // A burst of changes is one round; short, because who stopped an ephemeral instance looks for it next.
+        env.sleep(Duration::from_millis(50)).await;
         if let Ok(Err(_)) = env.timeout(SWEEP, changes.changed()).await {
             return;
         }
