@@ -219,6 +219,7 @@ impl RealAgent {
         for claim in self.ids.claims()? {
             self.ids.release(claim.range, &claim.owner);
         }
+        self.ids.leave();
         outcome
     }
 
