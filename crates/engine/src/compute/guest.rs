@@ -223,7 +223,7 @@ impl Engine {
         Ok(ExecSession { fds: answer.fds, session: self.session(agent, answer.value) })
     }
 
-    fn session(&self, agent: Arc<dyn HostAgent>, id: SessionId) -> Session {
+    pub(crate) fn session(&self, agent: Arc<dyn HostAgent>, id: SessionId) -> Session {
         Session { agent, id, env: self.inner().env.clone(), ended: AtomicBool::new(false) }
     }
 
@@ -244,7 +244,7 @@ impl Engine {
         Ok(ExecSession { fds: answer.fds, session: self.session(agent, answer.value) })
     }
 
-    fn virtual_machine(
+    pub(crate) fn virtual_machine(
         &self,
         context: &Context,
         project: &str,
