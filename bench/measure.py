@@ -314,6 +314,10 @@ def many_instances(bench):
         daily.keepers(bench, running)
 
     requests, used = bench.arguments.requests, {}
+    # Sampling took longer than a server lets a connection idle.
+    for connection in connections.values():
+        connection.close()
+    connections = {s.name: s.connect() for s in bench.servers()}
     paths = {f"a stopped instance": f"/1.0/instances/kb{bench.id}e1", "a running instance": f"/1.0/instances/kb{bench.id}r1"}
     for what, path in paths.items():
         for server in bench.servers():

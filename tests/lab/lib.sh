@@ -29,6 +29,12 @@ complaints() {
     shell "journalctl -u karst -o cat --no-pager | grep -E '\"level\":\"(WARN|ERROR)\"' | grep -vE '$1' | head -n 5"
 }
 
+# After a boot: what a busy machine may have been too slow for. The disk may come later than its mount waits for it, and udev
+# gives up on modules (those that read what the daemon said meanwhile list the complaint).
+settled() {
+    ok "the files of the lab are there" shell 'mountpoint -q /lab || mount /lab' || { finish; exit 1; }
+    shell 'modprobe kvm_amd 2>/dev/null || modprobe kvm_intel 2>/dev/null'
+}
 # machine VARIANT KIND… [-- OPTION…]: a guest of that variant with Karst installed as a stranger would, and images of these kinds
 # as debian/12 (debian/12/vm; small: as such). Everything else in a suite stands on it, so a failure ends the suite.
 machine() {
@@ -44,10 +50,7 @@ machine() {
     # KARST_LAB_REUSE, for who writes a suite: the guest that is there (cargo xtask lab up), which what came before has left clean.
     [ -n "${KARST_LAB_REUSE:-}" ] || lab up --variant "$variant" "${files[@]}" "$@" || exit 1
     made=1
-    # On a busy machine the disk may come later than its mount waits for it.
-    ok "the files of the lab are there" shell 'mountpoint -q /lab || mount /lab' || exit 1
-    # For the same reason: udev gives up on modules.
-    shell 'modprobe kvm_amd 2>/dev/null || modprobe kvm_intel 2>/dev/null'
+    settled
     ok "make install" shell 'rm -rf /root/karst && cp -a /lab/src /root/karst && cd /root/karst && KARST_BIN=/lab/bin make install'
     until_there "the unit runs and the API answers" 120 'karst query /1.0' || exit 1
     for kind in "${kinds[@]}"; do

@@ -17,6 +17,7 @@ mod nics;
 mod nodes;
 mod policy;
 mod pools;
+mod proxies;
 mod publish;
 mod registry;
 mod reopen;

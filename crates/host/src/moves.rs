@@ -63,6 +63,10 @@ fn enter(file: &Path) -> io::Result<()> {
     fs::File::options().write(true).open(file)?.write_all(b"0")
 }
 
+/// How long after the first one the second move follows: less than a grace period, so that the time in which others pass
+/// goes on without a gap, and ends later.
+const AGAIN: std::time::Duration = std::time::Duration::from_millis(4);
+
 /// Begins the waiting, in a thread of its own; nothing to do while one waits already. For the threads of a runtime.
 pub fn anticipate() {
     static WAITS: AtomicBool = AtomicBool::new(false);
@@ -73,7 +77,12 @@ pub fn anticipate() {
     }
     runtime.spawn_blocking(move || {
         // Only time is lost when it fails.
-        if let Err(e) = enter(file) {
+        let twice = || {
+            enter(file)?;
+            std::thread::sleep(AGAIN);
+            enter(file)
+        };
+        if let Err(e) = twice() {
             tracing::debug!(file = %file.display(), error = %e, "a move was not announced");
         }
         WAITS.store(false, Ordering::Release);

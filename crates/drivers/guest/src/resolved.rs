@@ -148,6 +148,8 @@ pub enum DiskFormat {
     Raw,
     /// qcow2.
     Qcow2,
+    /// An empty file system in memory, of at most so many bytes (containers).
+    Memory(Option<u64>),
 }
 
 /// A device node.

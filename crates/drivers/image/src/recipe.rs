@@ -352,9 +352,23 @@ impl Recipe {
             .on_line(Box::new(on_line))
             .contained(Program::Mmdebstrap, &args, work, &env)
             .await?
-            .ok("mmdebstrap")?;
+            .ok("mmdebstrap")
+            .map_err(reason)?;
         Ok(())
     }
+}
+
+/// With what mmdebstrap and apt gave as the reason: who asked for an image can mend a mirror or a missing package, and has
+/// no other way to learn of it.
+fn reason(mut error: Error) -> Error {
+    let said = error.context.as_deref().unwrap_or_default();
+    let mut reasons: Vec<&str> = said.lines().filter_map(|line| line.trim().strip_prefix("E: ")).collect();
+    reasons.dedup();
+    if !reasons.is_empty() {
+        let text: String = reasons[..reasons.len().min(3)].join("; ").chars().take(400).collect();
+        error.message = format!("{}: {text}", error.message);
+    }
+    error
 }
 
 /// A directory as a descriptor.
@@ -382,6 +396,19 @@ fn write_tar(to: &Path, files: &[(&str, &[u8], u32)]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_failed_build_says_what_the_program_gave_as_the_reason() {
+        let context = "exit code 25: I: chroot architecture amd64\nW: gpg\nE: cannot exec zstd: No such file\nE: failed to start zstd";
+        let told = reason(Error::internal("mmdebstrap failed", context));
+        assert_eq!(told.message, "mmdebstrap failed: cannot exec zstd: No such file; failed to start zstd");
+        assert_eq!(
+            reason(Error::internal("mmdebstrap failed", "exit code 1: ")).message,
+            "mmdebstrap failed"
+        );
+        let long = format!("E: {}", "x".repeat(5000));
+        assert!(reason(Error::internal("mmdebstrap failed", long)).message.len() < 450);
+    }
 
     #[test]
     fn a_recipe_is_found_by_name_and_keyed_by_content_and_date() {

@@ -308,6 +308,7 @@ pub(crate) fn plan(
     instance.vmid = inner.take_vmid(records);
     let mut start = None;
     if request.start {
+        super::power::demand_startable(&instance, &records.expanded(&instance).0)?;
         instance.generation = instance.generation.next();
         instance.power = DesiredPower::Running;
         instance.last_used_at = Some(now);

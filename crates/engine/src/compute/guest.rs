@@ -188,6 +188,14 @@ impl Engine {
         self.inner().expect_entry(view.instance.node);
     }
 
+    /// The same for whatever a client will do that begins to listen to events: those that change something listen first.
+    /// Of several hosts nobody knows which one it will be.
+    pub fn change_expected(&self) {
+        if let [node] = self.inner().agents.nodes()[..] {
+            self.inner().expect_entry(node);
+        }
+    }
+
     /// Runs a program in a running guest.
     ///
     /// # Errors

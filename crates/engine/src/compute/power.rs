@@ -122,6 +122,20 @@ pub(crate) fn demand_stateful(instance: &Instance, config: &Config) -> Result<()
     Ok(())
 }
 
+/// Demands that nothing protects an instance from being started.
+///
+/// # Errors
+/// Conflict, naming the key.
+pub(crate) fn demand_startable(instance: &Instance, config: &Config) -> Result<()> {
+    if !keys::flag(config, "security.protection.start")? {
+        return Ok(());
+    }
+    Err(Error::conflict(format!(
+        "instance {:?} is protected from being started; unset security.protection.start first",
+        &*instance.name
+    )))
+}
+
 fn plan(
     inner: &EngineInner,
     records: &Records,
@@ -139,7 +153,8 @@ fn plan(
     let mut start = None;
     match action {
         PowerAction::Start | PowerAction::Restart => {
-            let (_, devices) = records.expanded(&instance);
+            let (config, devices) = records.expanded(&instance);
+            demand_startable(&instance, &config)?;
             let parsed = expand::parse_devices(&devices)?;
             instance.identities = expand::assign_identities(
                 &instance.identities,

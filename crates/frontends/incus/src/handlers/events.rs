@@ -55,6 +55,7 @@ pub async fn listen(call: Call) -> Result<Reply> {
     }
     let events = call.engine().subscribe(&call.context)?;
     let engine = call.engine().clone();
+    engine.change_expected();
     socket::websocket(call.request, move |socket| serve(engine, socket, events, wanted))
 }
 
