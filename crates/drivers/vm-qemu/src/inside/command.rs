@@ -111,7 +111,7 @@ impl Inside {
                     None => self.set_time().await?,
                     Some(nanoseconds) => {
                         let time = message::Time { nanoseconds };
-                        drop(link.call::<Nothing>(Request::SetTime(time), limit).await?);
+                        link.call::<Nothing>(Request::SetTime(time), limit).await?;
                     }
                 }
                 json!({})
@@ -119,7 +119,7 @@ impl Inside {
             "guest-shutdown" => {
                 let reboot = arguments.get("mode").and_then(Value::as_str) == Some("reboot");
                 let request = Request::Shutdown(message::Shutdown { reboot });
-                drop(link.call::<Nothing>(request, limit).await?);
+                link.call::<Nothing>(request, limit).await?;
                 json!({})
             }
             other => {
