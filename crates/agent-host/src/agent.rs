@@ -219,6 +219,7 @@ impl RealAgent {
         for claim in self.ids.claims()? {
             self.ids.release(claim.range, &claim.owner);
         }
+        self.ids.leave();
         outcome
     }
 
@@ -636,6 +637,7 @@ impl RealAgent {
             proxies,
             nics,
             cloud_init: spec.cloud_init,
+            files: spec.files,
             environment: spec.environment,
         })
     }

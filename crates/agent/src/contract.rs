@@ -271,6 +271,7 @@ impl Subject {
                 port: None,
             }],
             cloud_init: CloudInit { instance_id: instance.to_string(), ..CloudInit::default() },
+            files: vec![],
             environment: Default::default(),
         }
     }

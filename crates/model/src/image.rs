@@ -1,6 +1,6 @@
 //! Images.
 
-use crate::{Config, ImageId, Name, ProjectId, instance::InstanceKind};
+use crate::{Config, ImageId, Name, ProjectId, instance::InstanceKind, template::Templates};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -44,6 +44,9 @@ pub struct Image {
     /// The server that it was fetched from.
     #[serde(default)]
     pub origin: Option<ImageOrigin>,
+    /// Files of its guests that are made anew.
+    #[serde(default, skip_serializing_if = "Templates::is_empty")]
+    pub templates: Templates,
     /// Grows with each change.
     pub spec_version: u64,
 }
@@ -149,4 +152,7 @@ pub struct ImageFacts {
     /// Virtual size of a disk image in bytes; 0 for containers.
     #[serde(default)]
     pub disk_size: u64,
+    /// Files of its guests that are made anew.
+    #[serde(default, skip_serializing_if = "Templates::is_empty")]
+    pub templates: Templates,
 }

@@ -32,6 +32,7 @@ pub mod snapshot;
 pub mod spec;
 pub mod storage;
 pub mod syscalls;
+pub mod template;
 pub mod trust;
 pub mod uplink;
 pub mod warning;

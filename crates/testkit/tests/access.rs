@@ -312,6 +312,11 @@ fn cases() -> Vec<Case> {
         instances View |f, c, p| f.w.engine.instances(c, p).map(drop);
         instances_all Filtered |f, c, p| { assert!(f.w.engine.instances_all(c).iter().all(|x| c.principal().may(karst_model::access::Permission::ProjectView, Some(x.project.id)))); Ok(()) };
         instance View |f, c, p| f.w.engine.instance(c, p, "run").map(drop);
+        instance_metadata View |f, c, p| f.w.engine.instance_metadata(c, p, "still").map(drop);
+        instance_metadata_update Edit |f, c, p| f.w.engine.instance_metadata_update(c, p, "still", Default::default(), None).await;
+        instance_template View |f, c, p| match f.w.engine.instance_template(c, p, "still", "a.tpl") { Err(e) if e.message.starts_with("Template") => Ok(()), other => other.map(drop) };
+        instance_template_write Edit |f, c, p| f.w.engine.instance_template_write(c, p, "still", "a.tpl", "x").await;
+        instance_template_delete Edit |f, c, p| match f.w.engine.instance_template_delete(c, p, "still", "a.tpl").await { Err(e) if e.message.starts_with("Template") => Ok(()), other => other };
         instance_pending View |f, c, p| f.w.engine.instance_pending(c, p, "run").map(drop);
         instance_metrics View |f, c, p| f.w.engine.instance_metrics(c, p, "run").await.map(drop);
         instance_create Edit |f, c, p| f.w.engine.instance_create(c, p, container("fresh")).await.map(drop);
@@ -355,7 +360,7 @@ fn cases() -> Vec<Case> {
         snapshot_delete Edit |f, c, p| f.w.engine.snapshot_delete(c, of_still(p), "snap").await.map(drop);
         instance_move Edit |f, c, p| f.w.engine.instance_move(c, p, "still", karst_engine::compute::relocate::MoveInstance { name: Some("moved".into()), ..Default::default() }).await.map(drop);
         instance_rebuild Edit |f, c, p| f.w.engine.instance_rebuild(c, p, "still", karst_engine::compute::create::InstanceSource::None).await.map(drop);
-        instance_copy Edit |f, c, p| f.w.engine.instance_copy(c, p, CopyInstance { project: p.into(), name: "still".into(), snapshot: None, instance_only: false, copy: container("copied") }).await.map(drop);
+        instance_copy Edit |f, c, p| f.w.engine.instance_copy(c, p, CopyInstance { project: p.into(), name: "still".into(), snapshot: None, instance_only: false, refresh: false, exclude_older: false, copy: container("copied") }).await.map(drop);
         backups View |f, c, p| f.w.engine.backups(c, of_still(p)).map(drop);
         backup View |f, c, p| f.w.engine.backup(c, of_still(p), "kept").map(drop);
         backup_open Edit |f, c, p| f.w.engine.backup_open(c, of_still(p), "kept").await.map(drop);
@@ -368,8 +373,9 @@ fn cases() -> Vec<Case> {
         volume_import Edit |f, c, p| { let upload = upload(&f.w, of_still(HERE)).await?; f.w.engine.volume_import(c, p, "default", ImportVolume { upload, name: Some("disc".into()), disc: true }).await.map(drop) };
         custom_volume View |f, c, p| f.w.engine.custom_volume(c, p, "default", "data").map(drop);
         volume_create Edit |f, c, p| f.w.engine.volume_create(c, p, "default", volume("fresh")).await.map(drop);
-        volume_copy Edit |f, c, p| f.w.engine.volume_copy(c, p, "default", CopyVolume { project: p.into(), pool: "default".into(), name: "data".into(), snapshot: None, volume_only: false, copy: volume("copied") }).await.map(drop);
+        volume_copy Edit |f, c, p| f.w.engine.volume_copy(c, p, "default", CopyVolume { project: p.into(), pool: "default".into(), name: "data".into(), snapshot: None, volume_only: false, refresh: false, exclude_older: false, copy: volume("copied") }).await.map(drop);
         volume_update Edit |f, c, p| f.w.engine.volume_update(c, p, "default", "data", UpdateVolume { description: "x".into(), config: Config::new(), if_version: None }).await.map(drop);
+        volume_move Edit |f, c, p| f.w.engine.volume_move(c, p, "default", "data", karst_engine::volumes::relocate::MoveVolume { name: Some("moved".into()), pool: Some("second".into()), project: None }).await.map(drop);
         volume_rename Edit |f, c, p| f.w.engine.volume_rename(c, p, "default", "data", "renamed").await;
         volume_wipe Edit |f, c, p| f.w.engine.volume_wipe(c, p, "default", "data").await.map(drop);
         volume_open Edit |f, c, p| f.w.engine.volume_open(c, p, "default", "blocks").await.map(drop);
@@ -445,6 +451,7 @@ const WITHOUT_CONTEXT: &[(&str, &str)] = &[
     ("set_image_servers", "the daemon's own, at its start"),
     ("inner", "the harness; front ends are kept from it by review"),
     ("bootstrap", "the daemon's own, at its start"),
+    ("change_expected", "a hint to the host's kernel, from which nothing follows"),
     ("principal_by_certificate", "authentication itself"),
     ("principal_by_token", "authentication itself"),
     ("certificate_projects", "takes a record that a context showed"),

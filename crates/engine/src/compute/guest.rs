@@ -188,8 +188,8 @@ impl Engine {
         self.inner().expect_entry(view.instance.node);
     }
 
-    /// The same for whatever a client will do that begins to listen to events: those that change something listen first.
-    /// Of several hosts nobody knows which one it will be.
+    /// The same for whatever a client will do that says hello or begins to listen to events: those that change something do
+    /// so first, and the wait is over when they come to it. Of several hosts nobody knows which one it will be.
     pub fn change_expected(&self) {
         if let [node] = self.inner().agents.nodes()[..] {
             self.inner().expect_entry(node);

@@ -13,8 +13,10 @@ pub mod metrics;
 pub(crate) mod nics;
 pub mod power;
 pub mod rebuild;
+pub mod refresh;
 pub mod relocate;
 pub mod slots;
+pub mod templates;
 pub mod update;
 
 use crate::{Engine, EngineInner, InstanceView, Records, Row, context::Context};

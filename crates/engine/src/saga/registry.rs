@@ -15,6 +15,7 @@ static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
         Arc::new(Erased::<compute::delete::InstanceDelete>::new()),
         Arc::new(Erased::<compute::power::InstancePower>::new()),
         Arc::new(Erased::<compute::rebuild::InstanceRebuild>::new()),
+        Arc::new(Erased::<compute::refresh::ContentRefresh>::new()),
         Arc::new(Erased::<compute::relocate::InstanceMove>::new()),
         Arc::new(Erased::<compute::update::InstanceUpdate>::new()),
         Arc::new(Erased::<images::ImageCreate>::new()),
@@ -35,6 +36,7 @@ static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
         Arc::new(Erased::<volumes::copy::VolumeCopying>::new()),
         Arc::new(Erased::<volumes::create::VolumeCreate>::new()),
         Arc::new(Erased::<volumes::delete::VolumeDelete>::new()),
+        Arc::new(Erased::<volumes::relocate::VolumeMove>::new()),
         Arc::new(Erased::<volumes::update::VolumeUpdate>::new()),
     ]
 });

@@ -5,6 +5,7 @@ pub mod content;
 pub mod copy;
 pub mod create;
 pub mod delete;
+pub mod relocate;
 pub mod update;
 
 use crate::{Engine, EngineInner, Records, Row, context::Context};

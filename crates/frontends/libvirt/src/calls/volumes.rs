@@ -84,6 +84,8 @@ pub async fn create_from(call: Call) -> Answered {
         name: from.name.clone(),
         snapshot: None,
         volume_only: true,
+        refresh: false,
+        exclude_older: false,
         copy: CreateVolume {
             name: new.name.clone(),
             content: from.volume.content,
