@@ -189,7 +189,7 @@ impl RealAgent {
         Ok(WithFds { value: (), fds: vec![file.into()] })
     }
 
-    fn open_staged(&self, id: BackupId) -> Result<File> {
+    pub(crate) fn open_staged(&self, id: BackupId) -> Result<File> {
         match File::open(self.staged_backup(id)) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
                 Err(Error::not_found("the uploaded backup is gone; send it again"))

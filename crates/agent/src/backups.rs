@@ -110,6 +110,17 @@ pub struct VolumeFill {
     pub snapshot: Option<Name>,
 }
 
+/// A part of a disk to be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeWrite {
+    /// Which.
+    pub volume: VolumeRef,
+    /// What is written: a staged file, all of it.
+    pub staged: BackupId,
+    /// Byte of the disk that its first goes to.
+    pub offset: u64,
+}
+
 /// What became of a volume that was filled.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeFilled {

@@ -109,6 +109,7 @@ impl Subject {
             parts::volumes,
             storage::trees,
             storage::disks,
+            storage::bytes,
             backups::trees,
             backups::disks,
             publish::images_of_trees,

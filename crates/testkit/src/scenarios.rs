@@ -21,7 +21,10 @@ use karst_engine::{
     snapshots::{Origin, create::CreateSnapshot},
     storage::CreatePool,
     tenancy::UpdateProfile,
-    volumes::{copy::CopyVolume, create::CreateVolume, relocate::MoveVolume, update::UpdateVolume},
+    volumes::{
+        content::WriteVolume, copy::CopyVolume, create::CreateVolume, relocate::MoveVolume,
+        update::UpdateVolume,
+    },
 };
 use karst_model::{
     BackupId, Config, Result,
@@ -772,6 +775,28 @@ pub fn all() -> Vec<Scenario> {
             |w| copy_volume(w, Some("s1")).await
         ),
         scenario!("volume-create", "block", |_w| Ok(()), |w| volume(w, "v1", VolumeContent::Block).await),
+        scenario!(
+            "volume-wipe",
+            "of a stopped machine",
+            |w| {
+                done(w, volume(w, "v1", VolumeContent::Block).await).await?;
+                done(w, defined(w).await).await?;
+                done(w, set_power(w, PowerAction::Stop).await).await
+            },
+            |w| w.engine.volume_wipe(&w.admin, "default", "default", "v1").await
+        ),
+        scenario!(
+            "volume-write",
+            "a part",
+            |w| done(w, volume(w, "v1", VolumeContent::Block).await).await,
+            |w| {
+                let upload = w.engine.backup_upload(&w.admin, "default")?;
+                let staged = w.engine.backup_upload_open(&w.admin, "default", upload).await?;
+                std::fs::File::from(staged).write_all(b"written")?;
+                let request = WriteVolume { upload, length: 7, offset: 512 };
+                w.engine.volume_write(&w.admin, "default", "default", "v1", request).await
+            }
+        ),
         scenario!(
             "volume-delete",
             "unused",

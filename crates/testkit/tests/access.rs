@@ -23,7 +23,7 @@ use karst_engine::{
         tokens::NewApiToken,
         trust::{CertificateSettings, NewCertificate},
     },
-    volumes::{copy::CopyVolume, create::CreateVolume, update::UpdateVolume},
+    volumes::{content::WriteVolume, copy::CopyVolume, create::CreateVolume, update::UpdateVolume},
 };
 use karst_env::SeededEnv;
 use karst_model::{
@@ -150,8 +150,11 @@ async fn fixture(env: &SeededEnv) -> Fixture {
     let pool = CreatePool { name: "second".into(), driver: "dir".into(), ..Default::default() };
     let operation = e.pool_create(c, pool).await.unwrap();
     assert_eq!(w.ended(operation).await.error, None);
-    let operation = e.volume_create(c, HERE, "default", volume("data")).await.unwrap();
-    assert_eq!(w.ended(operation).await.error, None);
+    let disk = CreateVolume { content: VolumeContent::Block, ..volume("blocks") };
+    for request in [volume("data"), disk] {
+        let operation = e.volume_create(c, HERE, "default", request).await.unwrap();
+        assert_eq!(w.ended(operation).await.error, None);
+    }
     let request = CreateSnapshot { name: Some("snap".into()), ..CreateSnapshot::default() };
     let (_, backup) = e.backup_create(c, of_still(HERE), kept()).await.unwrap();
     assert_eq!(w.ended(backup).await.error, None);
@@ -334,6 +337,10 @@ fn cases() -> Vec<Case> {
         machine_keys Use |f, c, p| of_a_machine(f.w.engine.machine_keys(c, p, "run", &["a".into()]).await);
         machine_screenshot Use |f, c, p| of_a_machine(f.w.engine.machine_screenshot(c, p, "run").await.map(drop));
         machine_display Use |f, c, p| of_a_machine(f.w.engine.machine_display(c, p, "run").await.map(drop));
+        machine_figures View |f, c, p| { let found = f.w.engine.machine_figures(c, p, "run").await?; assert!(found.is_none(), "it is a container"); Ok(()) };
+        guest_agent Use |f, c, p| of_a_machine(f.w.engine.guest_agent(c, p, "run", ("guest-ping", serde_json::json!({})), Duration::from_secs(5)).await.map(drop));
+        machine_interrupt Use |f, c, p| of_a_machine(f.w.engine.machine_interrupt(c, p, "run").await);
+        machine_wake Use |f, c, p| of_a_machine(f.w.engine.machine_wake(c, p, "run").await);
         file_open Use |f, c, p| f.w.engine.file_open(c, p, "run", "/").await.map(drop);
         file_write Use |f, c, p| f.w.engine.file_write(c, p, "run", FileWrite { path: "/tmp/x".into(), kind: FileKind::Symlink, uid: None, gid: None, mode: None, append: false, target: Some("y".into()) }).await.map(drop);
         file_delete Use |f, c, p| {
@@ -370,6 +377,10 @@ fn cases() -> Vec<Case> {
         volume_update Edit |f, c, p| f.w.engine.volume_update(c, p, "default", "data", UpdateVolume { description: "x".into(), config: Config::new(), if_version: None }).await.map(drop);
         volume_move Edit |f, c, p| f.w.engine.volume_move(c, p, "default", "data", karst_engine::volumes::relocate::MoveVolume { name: Some("moved".into()), pool: Some("second".into()), project: None }).await.map(drop);
         volume_rename Edit |f, c, p| f.w.engine.volume_rename(c, p, "default", "data", "renamed").await;
+        volume_wipe Edit |f, c, p| f.w.engine.volume_wipe(c, p, "default", "data").await.map(drop);
+        volume_open Edit |f, c, p| f.w.engine.volume_open(c, p, "default", "blocks").await.map(drop);
+        volume_writable Edit |f, c, p| f.w.engine.volume_writable(c, p, "default", "blocks", (0, 1));
+        volume_write Edit |f, c, p| { let upload = upload(&f.w, of_still(HERE)).await?; f.w.engine.volume_write(c, p, "default", "blocks", WriteVolume { upload, length: 1, offset: 0 }).await.map(drop) };
         volume_delete Edit |f, c, p| f.w.engine.volume_delete(c, p, "default", "data").await.map(drop);
         // Networks.
         networks View |f, c, p| f.w.engine.networks(c, p).map(drop);
@@ -447,6 +458,7 @@ const WITHOUT_CONTEXT: &[(&str, &str)] = &[
     ("audit_flush", "the daemon's own, at its end"),
     ("server_settings", "the daemon's own listeners"),
     ("all_metrics", "by instance id: callers join it with the instances that a context showed them"),
+    ("all_machine_figures", "by instance id: callers join it with the instances that a context showed them"),
     ("volume_usage", "takes a record that a context showed"),
     ("exec_expected", "takes an instance that exec_check showed"),
     ("project_used_by", "takes a record that a context showed; tells what is in it"),

@@ -45,7 +45,7 @@ impl Subject {
         data
     }
 
-    async fn stage(&self, data: &[u8]) -> BackupId {
+    pub(super) async fn stage(&self, data: &[u8]) -> BackupId {
         let id = BackupId(self.env.uuid());
         let staged = self.agent.backup_stage(&self.change(), id).await.unwrap();
         write_all(one(staged.fds), data.to_vec()).await;

@@ -66,7 +66,7 @@ impl SimulatedAgent {
         Ok(answer)
     }
 
-    fn staged_backup(&self, id: BackupId) -> Result<Vec<u8>> {
+    pub(super) fn staged_backup(&self, id: BackupId) -> Result<Vec<u8>> {
         let state = self.lock();
         let staged = state.staged_backups.get(&id);
         let mut file = staged

@@ -231,7 +231,7 @@ impl Engine {
         Ok(ExecSession { fds: answer.fds, session: self.session(agent, answer.value) })
     }
 
-    fn session(&self, agent: Arc<dyn HostAgent>, id: SessionId) -> Session {
+    pub(crate) fn session(&self, agent: Arc<dyn HostAgent>, id: SessionId) -> Session {
         Session { agent, id, env: self.inner().env.clone(), ended: AtomicBool::new(false) }
     }
 
@@ -252,7 +252,7 @@ impl Engine {
         Ok(ExecSession { fds: answer.fds, session: self.session(agent, answer.value) })
     }
 
-    fn virtual_machine(
+    pub(crate) fn virtual_machine(
         &self,
         context: &Context,
         project: &str,

@@ -8,6 +8,7 @@ pub mod delete;
 pub mod disks;
 pub mod expand;
 pub mod guest;
+pub mod inside;
 pub mod metrics;
 pub(crate) mod nics;
 pub mod power;

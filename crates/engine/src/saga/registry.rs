@@ -31,6 +31,8 @@ static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
         Arc::new(Erased::<storage::PoolCreate>::new()),
         Arc::new(Erased::<storage::PoolDelete>::new()),
         Arc::new(Erased::<tenancy::profiles::ProfileUpdate>::new()),
+        Arc::new(Erased::<volumes::content::VolumeWipe>::new()),
+        Arc::new(Erased::<volumes::content::VolumeWrite>::new()),
         Arc::new(Erased::<volumes::copy::VolumeCopying>::new()),
         Arc::new(Erased::<volumes::create::VolumeCreate>::new()),
         Arc::new(Erased::<volumes::delete::VolumeDelete>::new()),
