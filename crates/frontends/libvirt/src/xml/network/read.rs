@@ -187,7 +187,8 @@ fn subnet(e: &Element, new: &mut NewNetwork) -> Result<(), VirError> {
     let ranges: Vec<String> = dhcp.all("range").map(range).collect::<Result<_, _>>()?;
     // All of the subnet is what is shown where nothing is said.
     let all = format!("{at}/{prefix}").parse().ok().and_then(super::whole).map(|(a, b)| format!("{a}-{b}"));
-    if !ranges.is_empty() && !(ranges.len() == 1 && all.as_ref() == ranges.first()) {
+    let whole = ranges.len() == 1 && all.as_ref() == ranges.first();
+    if !ranges.is_empty() && !whole {
         new.config.insert(format!("{family}.dhcp.ranges"), ranges.join(","));
     }
     for e in dhcp.all("host") {
