@@ -19,7 +19,7 @@ use karst_guest::{DiskFormat, GuestDriver, Observed, Opened, ResolvedDisk, Resol
 use karst_host::sandbox::Launcher;
 use karst_image::ImageStore;
 use karst_model::{
-    Error, ErrorKind, InstanceId, NetworkId, PoolId, Result, VolumeId,
+    ByteSize, Error, ErrorKind, InstanceId, NetworkId, PoolId, Result, VolumeId,
     instance::{Generation, InstanceKind, RuntimeState},
     node::HostFacts,
     spec::{DiskSource, DiskSpec, GuestSpec, NicSpec, PoolSource, PoolSpec},
@@ -219,6 +219,7 @@ impl RealAgent {
         for claim in self.ids.claims()? {
             self.ids.release(claim.range, &claim.owner);
         }
+        self.ids.leave();
         outcome
     }
 
@@ -478,6 +479,7 @@ impl RealAgent {
                 .at(format!("devices.{}.source", disk.name)));
             }
             DiskSource::Host { ref path } => return self.resolve_path(&disk, path),
+            DiskSource::Memory { size } => return Ok(Some(in_memory(disk, size))),
         };
         let content = self.pool(pool)?.inspect(volume).await?.content;
         let at = VolumeRef { pool, volume };
@@ -564,6 +566,15 @@ impl RealAgent {
         for node in &spec.nodes {
             nodes.extend(crate::nodes::resolve(&self.options.policy, node)?);
         }
+        if spec.security.raw_lxc.is_some() {
+            crate::nodes::demand_raw(&self.options.policy, "raw.lxc")?;
+        }
+        let (sys, lib) = (Path::new("/sys/module"), Path::new("/lib/modules"));
+        crate::nodes::demand_modules(&spec.security.modules, sys, lib)?;
+        let mut proxies = vec![];
+        for proxy in spec.proxies {
+            proxies.push(crate::proxies::resolve(&self.options.policy, proxy)?);
+        }
         let mut nics = vec![];
         for nic in spec.nics {
             nics.push(ResolvedNic {
@@ -623,11 +634,35 @@ impl RealAgent {
             },
             disks,
             nodes,
-            proxies: spec.proxies,
+            proxies,
             nics,
             cloud_init: spec.cloud_init,
+            files: spec.files,
             environment: spec.environment,
         })
+    }
+}
+
+/// A file system in memory: nothing of the host to resolve.
+fn in_memory(disk: DiskSpec, size: Option<ByteSize>) -> ResolvedDisk {
+    ResolvedDisk {
+        name: disk.name,
+        slot: disk.slot,
+        path: "tmpfs:".into(),
+        backing: None,
+        format: DiskFormat::Memory(size.map(|s| s.bytes())),
+        mount_point: disk.path,
+        readonly: disk.readonly,
+        foreign: true,
+        shift: false,
+        opened: None,
+        recursive: false,
+        follow: false,
+        cdrom: false,
+        ejected: disk.ejected,
+        io: disk.io,
+        pci: disk.pci,
+        boot_priority: disk.boot_priority,
     }
 }
 

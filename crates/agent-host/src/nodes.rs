@@ -23,7 +23,7 @@ pub(crate) fn resolve(policy: &HostPolicy, spec: &NodeSpec) -> Result<Vec<Resolv
 }
 
 /// `device_classes` of the policy: a class (`unix-char`), or one device of it (`unix-char:/dev/ttyUSB0`).
-fn demand(policy: &HostPolicy, class: &str, device: Option<&str>) -> Result<()> {
+pub(crate) fn demand(policy: &HostPolicy, class: &str, device: Option<&str>) -> Result<()> {
     let one = device.map(|d| format!("{class}:{d}"));
     if policy.device_classes.iter().any(|c| c == class || Some(c) == one.as_ref()) {
         return Ok(());
@@ -32,6 +32,51 @@ fn demand(policy: &HostPolicy, class: &str, device: Option<&str>) -> Result<()> 
     Err(Error::forbidden(format!(
         "this host grants no guest such a device; its administrator can, with device_classes = [{entry:?}] in host-policy.toml"
     )))
+}
+
+/// `raw_keys` of the policy: configuration that reaches liblxc as it is written.
+pub(crate) fn demand_raw(policy: &HostPolicy, key: &str) -> Result<()> {
+    if policy.raw_keys.iter().any(|k| k == key) {
+        return Ok(());
+    }
+    Err(Error::forbidden(format!(
+        "this host grants no guest {key}, which would make it the host's root; its administrator can, with raw_keys = \
+         [{key:?}] in host-policy.toml"
+    ))
+    .at(format!("config.{key}")))
+}
+
+/// Modules that the kernel has neither loaded nor built in.
+///
+/// # Errors
+/// Conflict, naming what loads them.
+pub(crate) fn demand_modules(modules: &[String], sys: &Path, lib: &Path) -> Result<()> {
+    if modules.is_empty() {
+        return Ok(());
+    }
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    // Without the list (as in containers) whatever is not loaded may be built in.
+    let Ok(built_in) = std::fs::read_to_string(lib.join(release).join("modules.builtin")) else {
+        return Ok(());
+    };
+    let same = |a: &str, b: &str| a.replace('-', "_") == b.replace('-', "_");
+    let there = |name: &str| {
+        sys.join(name.replace('-', "_")).is_dir()
+            || built_in.lines().any(|l| {
+                let file = l.rsplit('/').next().unwrap_or_default();
+                file.strip_suffix(".ko").is_some_and(|n| same(n, name))
+            })
+    };
+    let missing: Vec<&str> = modules.iter().map(String::as_str).filter(|m| !there(m)).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let names = missing.join(" ");
+    Err(Error::conflict(format!(
+        "the host's kernel has not loaded {}; its administrator can: modprobe -a {names} (and for good in /etc/modules-load.d)",
+        missing.join(", ")
+    ))
+    .at("config.linux.kernel_modules"))
 }
 
 fn find(policy: &HostPolicy, spec: &NodeSpec, drm: &Path, dri: &Path) -> Result<Vec<ResolvedNode>> {
@@ -143,6 +188,28 @@ mod tests {
         assert!(resolve(&grants(&["unix-char"]), &missing).unwrap_err().is(ErrorKind::NotFound));
         missing.device.required = false;
         assert_eq!(resolve(&grants(&["unix-char"]), &missing).unwrap(), []);
+    }
+
+    #[test]
+    fn modules_are_there_or_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let (sys, lib) = (dir.path().join("sys"), dir.path().join("lib"));
+        let release = rustix::system::uname().release().to_string_lossy().into_owned();
+        std::fs::create_dir_all(sys.join("br_netfilter")).unwrap();
+        let check = |names: &[&str]| {
+            demand_modules(&names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>(), &sys, &lib)
+        };
+        check(&["whatever"]).unwrap();
+        std::fs::create_dir_all(lib.join(&release)).unwrap();
+        std::fs::write(lib.join(&release).join("modules.builtin"), "kernel/fs/overlayfs/over-lay.ko\n")
+            .unwrap();
+        check(&["br-netfilter", "over_lay"]).unwrap();
+        let e = check(&["over_lay", "wireguard"]).unwrap_err();
+        assert!(e.message.contains("modprobe -a wireguard"), "{e}");
+        let e = demand_raw(&HostPolicy::default(), "raw.lxc").unwrap_err();
+        assert!(e.is(ErrorKind::Forbidden) && e.message.contains("raw_keys"), "{e}");
+        demand_raw(&HostPolicy { raw_keys: vec!["raw.lxc".into()], ..HostPolicy::default() }, "raw.lxc")
+            .unwrap();
     }
 
     #[test]

@@ -109,6 +109,7 @@ impl Subject {
             parts::volumes,
             storage::trees,
             storage::disks,
+            storage::bytes,
             backups::trees,
             backups::disks,
             publish::images_of_trees,
@@ -175,7 +176,11 @@ impl Subject {
             write_all(one(staged.fds), data.clone()).await;
         }
         let parts = parts.iter().map(|(part, _)| *part).collect();
-        let facts = self.agent.image_import(&self.change(), ImageImport { image: id, parts }).await.unwrap();
+        let facts = self
+            .agent
+            .image_import(&self.change(), ImageImport { image: id, parts, disk: None })
+            .await
+            .unwrap();
         (id, facts)
     }
 
@@ -270,6 +275,7 @@ impl Subject {
                 port: None,
             }],
             cloud_init: CloudInit { instance_id: instance.to_string(), ..CloudInit::default() },
+            files: vec![],
             environment: Default::default(),
         }
     }

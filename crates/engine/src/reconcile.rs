@@ -239,8 +239,9 @@ fn autostart_candidates(inner: &EngineInner, node: NodeId, seen: &[Observed]) ->
         .filter(|i| !up.contains(&i.id))
         .filter_map(|i| {
             let (config, _) = records.expanded(i);
-            let wanted =
-                keys::optional_flag(&config, "boot.autostart").unwrap_or(i.power != DesiredPower::Stopped);
+            let wanted = keys::optional_flag(&config, "boot.autostart")
+                .unwrap_or(i.power != DesiredPower::Stopped)
+                && keys::optional_flag(&config, "security.protection.start") != Some(true);
             let number = |key: &str| config.get(key).and_then(|v| v.parse::<u64>().ok()).unwrap_or(0);
             let order = (std::cmp::Reverse(number("boot.autostart.priority")), i.name.to_string());
             wanted.then(|| (order, i.id, Duration::from_secs(number("boot.autostart.delay"))))

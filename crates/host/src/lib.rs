@@ -20,6 +20,7 @@ pub mod overlay;
 pub mod process;
 pub mod sandbox;
 mod seccomp;
+pub mod sockets;
 pub mod sysctl;
 pub mod tap;
 

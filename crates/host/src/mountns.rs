@@ -129,6 +129,34 @@ pub fn detached(source: BorrowedFd, options: MountOptions, ids: Option<BorrowedF
     })
 }
 
+/// A new file system in memory that is mounted nowhere yet: its root belongs to `owner` and is everybody's to write, as that
+/// of `/tmp`. Device nodes in it are none.
+///
+/// # Errors
+/// Internal when the kernel refuses.
+pub fn in_memory(size: Option<u64>, owner: (u32, u32), readonly: bool) -> Result<OwnedFd> {
+    use rustix::mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
+    };
+    let refused = |e| failed("making a file system in memory", e);
+    let context = fsopen(c"tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(refused)?;
+    let set =
+        |key: &std::ffi::CStr, value: String| fsconfig_set_string(&context, key, value).map_err(refused);
+    set(c"source", "karst".to_owned())?;
+    set(c"mode", "1777".to_owned())?;
+    set(c"uid", owner.0.to_string())?;
+    set(c"gid", owner.1.to_string())?;
+    if let Some(size) = size {
+        set(c"size", size.to_string())?;
+    }
+    fsconfig_create(&context).map_err(refused)?;
+    let mut attributes = MountAttrFlags::MOUNT_ATTR_NODEV;
+    if readonly {
+        attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
+    }
+    fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(refused)
+}
+
 /// Attaches a mount at a place of this thread's namespace, which is of its kind (directory or not).
 ///
 /// # Errors

@@ -1,24 +1,30 @@
 //! The launcher: makes DIR and the sockets, starts host and control, starts them again when they end, reaps what is
 //! orphaned. One thread, no runtime.
 //!
-//! It keeps the listening sockets itself: while a daemon is away, connections queue and none is refused. It never touches
-//! a guest: those belong to their keepers, whose orphans it merely reaps.
+//! It keeps the listening sockets itself: while a daemon is away, connections queue and none is refused; only when control
+//! ends again and again are its clients told why ([`crate::refusing`]). It never touches a guest: those belong to their
+//! keepers, whose orphans it merely reaps.
 
 use crate::{
     directory::Directory,
     logging::Format,
     privilege::{self, Confined, User},
+    refusing::Refusing,
 };
 use karst_model::{Error, Result};
 use std::{
     collections::BTreeMap,
-    io,
-    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+    fs::File,
+    io::{self, Read, Seek},
+    os::fd::{AsFd, FromRawFd, OwnedFd},
     path::Path,
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
+/// Places of the two in [`Launcher::daemons`].
+const HOST: usize = 0;
+const CONTROL: usize = 1;
 /// Time a daemon has to end by itself.
 const GRACE: Duration = Duration::from_secs(10);
 const LONGEST_BACK_OFF: Duration = Duration::from_secs(5);
@@ -26,6 +32,10 @@ const LONGEST_BACK_OFF: Duration = Duration::from_secs(5);
 const HEALTHY: Duration = Duration::from_secs(20);
 /// Open files a daemon may have; each exec of a guest takes three of control.
 const OPEN_FILES: u64 = 65_536;
+/// Having ended so often without a healthy life between, control is spoken for.
+const FAILURES: u32 = 3;
+/// Bytes of what a daemon says that it ended of.
+const LAST_WORDS: u64 = 2048;
 
 struct Daemon {
     role: &'static str,
@@ -38,6 +48,12 @@ struct Daemon {
     back_off: Duration,
     /// When it is to be started again.
     due: Option<Instant>,
+    /// How often it ended since it was last healthy.
+    failures: u32,
+    /// Its standard output, in memory: what it says at its end.
+    words: Option<File>,
+    /// Why it ended, in words for users.
+    reason: String,
 }
 
 /// Runs until SIGTERM or SIGINT; then stops both daemons, never a guest.
@@ -72,11 +88,15 @@ pub fn run(dir: &Path, user: &str, format: Format) -> Result<()> {
         starts: 0,
         back_off: Duration::ZERO,
         due: Some(Instant::now()),
+        failures: 0,
+        words: None,
+        reason: String::new(),
     };
     let mut launcher = Launcher {
         directory,
         control,
         format,
+        refusing: Refusing::default(),
         daemons: vec![daemon("host", Confined::Host, vec![host]), daemon("control", confined, api)],
     };
     launcher.supervise(&signals)?;
@@ -93,6 +113,7 @@ struct Launcher {
     control: User,
     format: Format,
     daemons: Vec<Daemon>,
+    refusing: Refusing,
 }
 
 impl Launcher {
@@ -100,10 +121,16 @@ impl Launcher {
         loop {
             self.start_due();
             let now = Instant::now();
-            let next = self.daemons.iter().filter_map(|d| d.due).min();
-            if next_signal(signals, next.map(|at| at.saturating_duration_since(now)))? {
+            let dues = self.daemons.iter().filter_map(|d| d.due);
+            let next = dues.chain(self.refusing.next()).min();
+            let control = &self.daemons[CONTROL];
+            // Its sockets are ours as well; while it is away nobody else takes who comes.
+            let listener = control.sockets.first().filter(|_| control.keeps_ending()).map(AsFd::as_fd);
+            let interests = self.refusing.interests(listener);
+            if next_signal(signals, interests, next.map(|at| at.saturating_duration_since(now)))? {
                 return Ok(());
             }
+            self.refusing.serve(listener, &control.excuse());
             self.reap(true);
         }
     }
@@ -114,8 +141,10 @@ impl Launcher {
         for n in 0..self.daemons.len() {
             if self.daemons[n].due.is_some_and(|at| at <= now) {
                 changed = true;
-                let started = self.spawn(n);
+                let words = words();
+                let started = self.spawn(n, words.as_ref());
                 let daemon = &mut self.daemons[n];
+                daemon.words = words;
                 daemon.starts += 1;
                 daemon.started = now;
                 match started {
@@ -126,6 +155,7 @@ impl Launcher {
                     }
                     Err(e) => {
                         tracing::error!(role = daemon.role, error = %e, "could not be started");
+                        daemon.reason = e.to_string();
                         daemon.again(now);
                     }
                 }
@@ -136,8 +166,12 @@ impl Launcher {
         }
     }
 
-    fn spawn(&self, n: usize) -> io::Result<i32> {
+    fn spawn(&self, n: usize, words: Option<&File>) -> io::Result<i32> {
         let daemon = &self.daemons[n];
+        let output = match words {
+            Some(words) => words.try_clone()?.into(),
+            None => Stdio::null(),
+        };
         // By name, not by /proc/self/exe: after an upgrade the new program is started.
         let program = karst_host::exec::own_program().map_err(std::io::Error::other)?;
         let mut command = Command::new(program);
@@ -152,7 +186,7 @@ impl Launcher {
             )
             .current_dir("/")
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdout(output)
             .arg("--dir")
             .arg(&self.directory.path)
             .args(["--log-format", self.format.as_str(), daemon.role])
@@ -185,11 +219,16 @@ impl Launcher {
                 tracing::warn!(
                     role = daemon.role,
                     pid,
-                    how,
+                    how = how.as_str(),
                     lived_ms = lived.as_millis() as u64,
                     "ended by itself; starting it again"
                 );
+                daemon.reason = daemon.last_words().unwrap_or(how);
                 daemon.again(Instant::now());
+                // Whoever kills it ends something that worked: it comes back, and its clients wait for that.
+                if libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGKILL {
+                    daemon.failures -= 1;
+                }
                 self.record();
             }
         }
@@ -197,7 +236,7 @@ impl Launcher {
 
     fn stop(&mut self, signals: &OwnedFd) {
         // Control first: it still needs the host to finish what it does.
-        for n in [1, 0] {
+        for n in [CONTROL, HOST] {
             let Some(pid) = self.daemons[n].pid else { continue };
             tracing::info!(role = self.daemons[n].role, pid, "stopping");
             let until = Instant::now() + GRACE;
@@ -209,7 +248,7 @@ impl Launcher {
                 while self.daemons[n].pid.is_some() && Instant::now() < until {
                     // A second request to end is a request to hurry.
                     let left = until.saturating_duration_since(Instant::now());
-                    if next_signal(signals, Some(left)).unwrap_or(true) {
+                    if next_signal(signals, vec![], Some(left)).unwrap_or(true) {
                         break;
                     }
                     self.reap(false);
@@ -246,10 +285,46 @@ impl Daemon {
     fn again(&mut self, now: Instant) {
         if self.started.elapsed() >= HEALTHY {
             self.back_off = Duration::ZERO;
+            self.failures = 0;
         }
+        self.failures = self.failures.saturating_add(1);
         self.due = Some(now + self.back_off);
         self.back_off = (self.back_off * 2).clamp(Duration::from_millis(20), LONGEST_BACK_OFF);
     }
+
+    /// It is away, and was so too often to let clients wait.
+    fn keeps_ending(&self) -> bool {
+        self.pid.is_none() && self.failures >= FAILURES
+    }
+
+    /// What clients are told then.
+    fn excuse(&self) -> String {
+        format!(
+            "karstd's {} process does not stay up ({} times in a row): {}; guests run on, it is tried again every {} s, \
+             and karstd's log says more",
+            self.role,
+            self.failures,
+            self.reason,
+            LONGEST_BACK_OFF.as_secs()
+        )
+    }
+
+    /// The last line that it wrote to its standard output; nothing that users see is written there otherwise.
+    fn last_words(&mut self) -> Option<String> {
+        let mut words = self.words.take()?;
+        words.rewind().ok()?;
+        let mut text = vec![];
+        words.take(LAST_WORDS).read_to_end(&mut text).ok()?;
+        let text = String::from_utf8_lossy(&text);
+        let line = text.lines().map(str::trim).rfind(|l| !l.is_empty())?;
+        Some(line.chars().filter(|c| !c.is_control()).collect())
+    }
+}
+
+/// A place in memory for a daemon's last words; it cannot make them wait, whatever it writes.
+fn words() -> Option<File> {
+    let made = rustix::fs::memfd_create("karstd", rustix::fs::MemfdFlags::CLOEXEC);
+    made.map(File::from).inspect_err(|e| tracing::debug!(error = %e, "no place for last words")).ok()
 }
 
 fn describe(status: i32) -> String {
@@ -294,24 +369,34 @@ fn signals() -> Result<OwnedFd> {
     }
 }
 
-/// Waits for a signal, at most so long. Answers whether it asks us to end.
-fn next_signal(signals: &OwnedFd, limit: Option<Duration>) -> Result<bool> {
-    let limit = limit.map_or(-1, |d| i32::try_from(d.as_millis() + 1).unwrap_or(i32::MAX));
-    let mut set = libc::pollfd { fd: signals.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-    // SAFETY: one entry, of ours; the buffer below is as large as what is read into it.
-    unsafe {
-        if libc::poll(&mut set, 1, limit) < 0 {
-            let e = io::Error::last_os_error();
-            return if e.kind() == io::ErrorKind::Interrupted { Ok(false) } else { Err(e.into()) };
-        }
-        let mut end = false;
-        loop {
+/// Waits for a signal or one of `interests`, at most so long. Answers whether a signal asks us to end.
+fn next_signal<'a>(
+    signals: &'a OwnedFd,
+    mut interests: Vec<rustix::event::PollFd<'a>>,
+    limit: Option<Duration>,
+) -> Result<bool> {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let limit =
+        limit.map(|d| Timespec { tv_sec: d.as_secs().min(86_400) as i64, tv_nsec: d.subsec_nanos().into() });
+    interests.push(PollFd::new(signals, PollFlags::IN));
+    match poll(&mut interests, limit.as_ref()) {
+        Ok(_) => {}
+        Err(rustix::io::Errno::INTR) => return Ok(false),
+        Err(e) => return Err(io::Error::from(e).into()),
+    }
+    let mut end = false;
+    loop {
+        // SAFETY: plain integers, for which zeros are a value; the buffer is as large as what is read into it.
+        let (info, got) = unsafe {
+            use std::os::fd::AsRawFd;
             let mut info: libc::signalfd_siginfo = std::mem::zeroed();
-            let size = std::mem::size_of::<libc::signalfd_siginfo>();
-            if libc::read(signals.as_raw_fd(), (&raw mut info).cast(), size) != size as isize {
-                return Ok(end);
-            }
-            end |= matches!(info.ssi_signo as i32, libc::SIGTERM | libc::SIGINT);
+            let size = size_of::<libc::signalfd_siginfo>();
+            let got = libc::read(signals.as_raw_fd(), (&raw mut info).cast(), size);
+            (info, got == size as isize)
+        };
+        if !got {
+            return Ok(end);
         }
+        end |= matches!(info.ssi_signo as i32, libc::SIGTERM | libc::SIGINT);
     }
 }

@@ -17,6 +17,7 @@ mod logging;
 mod platform;
 mod privilege;
 mod purge;
+mod refusing;
 mod simulate;
 mod state;
 
@@ -78,6 +79,10 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             tracing::error!(context = e.context.as_deref(), "{e}");
+            if matches!(arguments.role, Some(Role::Control(_) | Role::Host(_))) {
+                // The launcher's to read: what it tells clients meanwhile.
+                println!("{e}");
+            }
             ExitCode::FAILURE
         }
     }

@@ -297,6 +297,38 @@ fn killed_in_any_combination_they_come_back() {
     assert!(karstd.stop().success());
 }
 
+/// While control cannot stay up, clients are told why at once, and are served as soon as it does.
+#[test]
+fn who_asks_while_control_keeps_ending_is_told_why() {
+    let Some(mut karstd) = Karstd::start(&[]) else {
+        return;
+    };
+    karstd.healthy();
+    let file = karstd.dir.join("store.toml");
+    fs::write(&file, "etdc = []\n").unwrap();
+    kill(karstd.pid("control").unwrap(), libc::SIGKILL);
+    let ask = || {
+        let mut stream = UnixStream::connect(karstd.dir.join("unix.socket")).ok()?;
+        stream.set_read_timeout(Some(LONG)).unwrap();
+        stream.write_all(b"GET /1.0 HTTP/1.1\r\nHost: karst\r\nConnection: close\r\n\r\n").ok()?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).ok()?;
+        Some(answer)
+    };
+    let refusal = until("a refusal", ask);
+    assert!(refusal.starts_with("HTTP/1.1 503 "), "{refusal}");
+    let body: serde_json::Value = serde_json::from_str(refusal.split_once("\r\n\r\n").unwrap().1).unwrap();
+    let error = body["error"].as_str().unwrap();
+    assert!(
+        error.contains("store.toml") && error.contains("etdc") && error.contains("times in a row"),
+        "{error}"
+    );
+    assert_eq!(proc_status(karstd.pid("launcher").unwrap())["Threads"], "1");
+    fs::remove_file(&file).unwrap();
+    karstd.healthy();
+    karstd.stop();
+}
+
 #[test]
 fn one_launcher_a_directory() {
     let Some(mut karstd) = Karstd::start(&[]) else {

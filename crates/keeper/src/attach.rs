@@ -71,6 +71,8 @@ pub struct Request {
     pub cwd: Option<OsString>,
     /// Columns and rows of a terminal.
     pub terminal: Option<(u16, u16)>,
+    /// System calls that the program may not make, by number, and the error that they answer; 0 kills who calls.
+    pub denied: Vec<(u32, u32)>,
     /// Path of a file.
     pub path: OsString,
     /// Permission bits.
@@ -108,6 +110,9 @@ impl Request {
         }
         if let Some((columns, rows)) = self.terminal {
             put("terminal", format!("{columns}.{rows}").as_bytes());
+        }
+        for (number, errno) in &self.denied {
+            put("deny", format!("{number}.{errno}").as_bytes());
         }
         put("path", self.path.as_bytes());
         put("append", if self.append { b"1" } else { b"0" });
@@ -150,6 +155,11 @@ impl Request {
                     r.terminal =
                         Some((u16::try_from(c).unwrap_or(u16::MAX), u16::try_from(l).unwrap_or(u16::MAX)));
                 }
+                "deny" => {
+                    let (number, errno) = text::pair(key, &value)?;
+                    let small = |n: u64| u32::try_from(n).map_err(|_| "deny: too large".to_owned());
+                    r.denied.push((small(number)?, small(errno)?));
+                }
                 "path" => r.path = os(value),
                 "append" => r.append = value == b"1",
                 "target" => r.target = os(value),
@@ -179,6 +189,7 @@ mod tests {
             gid: Some(2),
             cwd: Some("/x".into()),
             terminal: Some((80, 24)),
+            denied: vec![(250, 38), (101, 0)],
             path: "/p".into(),
             mode: Some(0o640),
             append: true,

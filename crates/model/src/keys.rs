@@ -5,9 +5,11 @@ use crate::{
     ByteSize, Config, Error, Result,
     error::nearest,
     instance::InstanceKind,
-    schedule,
-    spec::{self, CloudInit, CpuAllowance, CpuLimit, KERNEL_LIMITS, Limits, Security, SwapLimit},
+    keys_container, schedule,
+    spec::{self, CloudInit, CpuAllowance, CpuLimit, KERNEL_LIMITS, Limits, SwapLimit},
 };
+
+pub use keys_container::security;
 
 /// Type of a key's value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -203,6 +205,14 @@ pub const INSTANCE_KEYS: &[Key] = &[
         "A hard limit holds always, a soft one when the host is short of memory.",
     ),
     key(
+        "limits.memory.oom_priority",
+        Integer(0, 1000),
+        Container,
+        "0",
+        false,
+        "The higher, the earlier the container's processes are killed when the host is out of memory.",
+    ),
+    key(
         "limits.memory.swap",
         Swap,
         Container,
@@ -220,12 +230,36 @@ pub const INSTANCE_KEYS: &[Key] = &[
     ),
     key("limits.processes", Integer(1, i32::MAX as i64), Container, "no limit", true, "Number of processes."),
     key(
+        "linux.kernel_modules",
+        Text,
+        Container,
+        "",
+        false,
+        "Modules that the host's kernel must have loaded, comma-separated. They are checked and not loaded.",
+    ),
+    key(
+        "linux.sysctl.*",
+        Text,
+        Container,
+        "the kernel's",
+        false,
+        "Setting of the kernel for the container alone, such as linux.sysctl.net.ipv4.ip_forward.",
+    ),
+    key(
         "migration.stateful",
         Bool,
         VirtualMachine,
         "false",
         false,
         "The memory can be kept over a stop and in snapshots; devices that forbid it are left out.",
+    ),
+    key(
+        "raw.lxc",
+        Text,
+        Container,
+        "",
+        false,
+        "Lines added to the configuration that liblxc gets, where the host grants it: raw_keys in host-policy.toml.",
     ),
     key(
         "security.csm",
@@ -282,7 +316,7 @@ pub const INSTANCE_KEYS: &[Key] = &[
         Container,
         "false",
         false,
-        "Privileged containers are granted by host policy only.",
+        "Root of a container is never the host's: a path of the host is shared with its owners by shift=true of the disk.",
     ),
     key("security.protection.delete", Bool, Any, "false", true, "Refuse to delete the instance."),
     key(
@@ -293,6 +327,7 @@ pub const INSTANCE_KEYS: &[Key] = &[
         true,
         "Keep the owners of files on disk as they are, which they always are here: mounts are mapped.",
     ),
+    key("security.protection.start", Bool, Any, "false", true, "Refuse to start the instance."),
     key(
         "security.secureboot",
         Bool,
@@ -300,6 +335,30 @@ pub const INSTANCE_KEYS: &[Key] = &[
         "true, false with security.csm or hardware.machine pc",
         false,
         "The UEFI firmware starts only what is signed by the enrolled keys (Microsoft's). Changes when the machine is stopped.",
+    ),
+    key(
+        "security.syscalls.deny",
+        Text,
+        Container,
+        "",
+        false,
+        "System calls that are refused besides, one a line: NAME errno NUMBER, or NAME alone, which kills who calls it.",
+    ),
+    key(
+        "security.syscalls.deny_compat",
+        OneOf(&["false"]),
+        Container,
+        "false",
+        false,
+        "Refuse calls of 32-bit programs; not there.",
+    ),
+    key(
+        "security.syscalls.deny_default",
+        OneOf(&["true"]),
+        Container,
+        "true",
+        false,
+        "Refuse the calls that no container needs, which is always so here.",
     ),
     key("snapshots.expiry", Span, Any, "never", true, "When snapshots of the instance go, such as 2w 3d."),
     key(
@@ -387,6 +446,9 @@ pub fn check(config: &Config, kind: Option<InstanceKind>) -> Result<()> {
         check_free(name, value)?;
         let field = format!("config.{name}");
         let Some(row) = lookup(name) else {
+            if let Some(why) = keys_container::missing(name) {
+                return Err(Error::unsupported(format!("{name:?} is not there; {why}")).at(field));
+            }
             let hint = match nearest(name, INSTANCE_KEYS.iter().map(|k| k.name)) {
                 Some(n) => format!("; did you mean {n:?}?"),
                 None => "; `karst config keys` lists the known ones, user.* is free".to_owned(),
@@ -421,6 +483,7 @@ pub fn check(config: &Config, kind: Option<InstanceKind>) -> Result<()> {
         }
         if !value.is_empty() {
             row.check(&field, value)?;
+            keys_container::check(name, &field, value)?;
         }
     }
     Ok(())
@@ -571,29 +634,13 @@ pub fn limits(config: &Config) -> Result<Limits> {
             .transpose()?,
         swap_priority: set(config, "limits.memory.swap.priority").and_then(|v| v.parse().ok()),
         disk_priority: set(config, "limits.disk.priority").and_then(|v| v.parse().ok()),
+        oom_priority: set(config, "limits.memory.oom_priority").and_then(|v| v.parse().ok()),
         kernel: config
             .iter()
             .filter(|(_, v)| !v.is_empty())
             .filter_map(|(k, v)| Some((k.strip_prefix("limits.kernel.")?, k, v)))
             .map(|(name, k, v)| Ok((name.to_owned(), parse_kernel_limit(&format!("config.{k}"), v)?)))
             .collect::<Result<_>>()?,
-    })
-}
-
-/// Security switches out of an expanded configuration.
-pub fn security(config: &Config) -> Result<Security> {
-    let ids = |key: &str| {
-        let Some(n) = set(config, key).and_then(|v| v.parse::<u32>().ok()) else { return Ok(None) };
-        if n % 65_536 == 0 {
-            return Ok(Some(n));
-        }
-        Err(Error::invalid(format!("config.{key}"), format!("{n} is not a multiple of 65536")))
-    };
-    Ok(Security {
-        nesting: flag(config, "security.nesting")?,
-        idmap_base: ids("security.idmap.base")?,
-        idmap_size: ids("security.idmap.size")?,
-        guest_api: None,
     })
 }
 

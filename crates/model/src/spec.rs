@@ -8,6 +8,7 @@ use crate::{
     instance::{Firmware, Generation, InstanceKind},
     network::BridgeSpec,
     storage::{PoolKind, VolumeContent},
+    syscalls::DeniedCall,
 };
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -53,6 +54,9 @@ pub struct GuestSpec {
     pub nics: Vec<NicSpec>,
     /// First-boot configuration.
     pub cloud_init: CloudInit,
+    /// Files that are made at this start.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<GuestFile>,
     /// Environment of the guest's init and of exec (`environment.*`), seen inside the guest only.
     #[serde(default)]
     pub environment: BTreeMap<String, String>,
@@ -123,6 +127,9 @@ pub struct Limits {
     /// Priority when disks are contended (containers): 0 to 10.
     #[serde(default)]
     pub disk_priority: Option<u32>,
+    /// How early its processes are killed when the host is out of memory (containers): 0 to 1000.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub oom_priority: Option<u32>,
     /// Resource limits of the container's processes by their names (`nofile`); see [`KERNEL_LIMITS`].
     #[serde(default)]
     pub kernel: BTreeMap<String, KernelLimit>,
@@ -221,6 +228,18 @@ pub struct Security {
     /// What the guest's own API shows; none is served when absent.
     #[serde(default)]
     pub guest_api: Option<GuestApi>,
+    /// System calls that are refused besides those that no container may make.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub denied_calls: Vec<DeniedCall>,
+    /// Modules that the host's kernel must have.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub modules: Vec<String>,
+    /// Settings of the kernel for the guest's own namespaces.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub sysctls: BTreeMap<String, String>,
+    /// `raw.lxc`, which the host's policy must grant.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub raw_lxc: Option<String>,
 }
 
 /// What a guest is shown of itself. The host passes it on and acts on none of it.
@@ -308,7 +327,7 @@ impl DiskSpec {
     pub fn volume(&self) -> Option<(PoolId, VolumeId)> {
         match self.source {
             DiskSource::Volume { pool, volume } => Some((pool, volume)),
-            DiskSource::Host { .. } => None,
+            DiskSource::Host { .. } | DiskSource::Memory { .. } => None,
         }
     }
 }
@@ -329,6 +348,11 @@ pub enum DiskSource {
     Host {
         /// Absolute, without `..`.
         path: String,
+    },
+    /// An empty file system in memory (containers).
+    Memory {
+        /// At most so much; half of the host's memory when absent.
+        size: Option<ByteSize>,
     },
 }
 
@@ -435,6 +459,24 @@ impl NicSpec {
             _ => None,
         }
     }
+}
+
+/// A file of a guest that is written before it starts.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct GuestFile {
+    /// Absolute path inside; missing directories are made.
+    pub path: String,
+    /// What it holds.
+    pub content: String,
+    /// Not where there is such a file already.
+    #[serde(default)]
+    pub create_only: bool,
+    /// Owner of one that is made.
+    pub uid: u32,
+    /// Group of one that is made.
+    pub gid: u32,
+    /// Permission bits of one that is made.
+    pub mode: u32,
 }
 
 /// cloud-init data (NoCloud).

@@ -157,6 +157,12 @@ pub(crate) async fn exec(running: &Running, init: Init, request: ExecRequest) ->
         gid: Some(request.gid),
         cwd: request.cwd.as_ref().map(OsString::from),
         terminal: request.terminal,
+        denied: record
+            .fixed
+            .denied
+            .iter()
+            .filter_map(|call| Some((call.number()?, call.errno.unwrap_or(0).into())))
+            .collect(),
         ..Request::default()
     };
     let (mut theirs, mut ours) = (vec![], vec![]);

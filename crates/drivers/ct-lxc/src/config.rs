@@ -3,7 +3,7 @@
 //! Vocabulary: `lxc.container.conf(5)` of LXC 5 and 6.
 
 use karst_guest::ResolvedGuest;
-use karst_model::{Error, Result};
+use karst_model::{Error, Result, syscalls::DeniedCall};
 use std::{
     fmt::Write,
     path::{Path, PathBuf},
@@ -174,6 +174,15 @@ pub fn render(guest: &ResolvedGuest, host: HostFeatures) -> Result<String> {
         set("lxc.apparmor.profile", &crate::apparmor::profile(&guest.daemon_id));
     }
 
+    if let Some(priority) = guest.limits.oom_priority {
+        set("lxc.proc.oom_score_adj", &priority.min(1000).to_string());
+    }
+    for (name, value) in &guest.security.sysctls {
+        let field = format!("config.linux.sysctl.{name}");
+        line(name, &field)?;
+        line(value, &field)?;
+        set(&format!("lxc.sysctl.{name}"), value);
+    }
     for (name, limit) in &guest.limits.kernel {
         if !karst_model::spec::KERNEL_LIMITS.contains(&name.as_str()) {
             return Err(Error::invalid(
@@ -219,7 +228,21 @@ pub fn render(guest: &ResolvedGuest, host: HostFeatures) -> Result<String> {
         line(v, &field)?;
         set("lxc.environment", &format!("{k}={v}"));
     }
+    // Last, as the administrator of the host has granted it: it may say anything.
+    if let Some(raw) = &guest.security.raw_lxc {
+        out.push_str(raw);
+        out.push('\n');
+    }
     Ok(out)
+}
+
+/// The system call filter of a guest, in liblxc's format.
+pub(crate) fn seccomp(denied: &[DeniedCall]) -> String {
+    let line = |call: &DeniedCall| match call.errno {
+        Some(n) => format!("{} errno {n}\n", call.name),
+        None => format!("{} kill\n", call.name),
+    };
+    SECCOMP.to_owned() + &denied.iter().map(line).collect::<String>()
 }
 
 /// Where the system call filter of a guest lies.
@@ -292,6 +315,7 @@ mod tests {
                 vlans: Default::default(),
             }],
             cloud_init: CloudInit::default(),
+            files: vec![],
             environment: [("A".to_owned(), "b c".to_owned())].into(),
         }
     }
@@ -310,6 +334,26 @@ mod tests {
         guest.security.guest_api = Some(Default::default());
         guest.nics.clear();
         insta::assert_snapshot!(render(&guest, host).unwrap());
+    }
+
+    #[test]
+    fn settings_of_the_kernel_and_what_the_host_granted() {
+        let host = HostFeatures { unified_cgroups: true, apparmor: false };
+        let mut guest = guest();
+        guest.limits.oom_priority = Some(500);
+        guest.security.sysctls.insert("net.ipv4.ip_forward".into(), "1".into());
+        guest.security.raw_lxc = Some("lxc.mount.auto = cgroup:rw".into());
+        let text = render(&guest, host).unwrap();
+        assert!(
+            text.contains("\nlxc.proc.oom_score_adj = 500\nlxc.sysctl.net.ipv4.ip_forward = 1\n"),
+            "{text}"
+        );
+        assert!(text.ends_with("\nlxc.mount.auto = cgroup:rw\n"), "{text}");
+        guest.security.sysctls.insert("net.x".into(), "1\nlxc.idmap =".into());
+        let e = render(&guest, host).unwrap_err();
+        assert_eq!(e.field.as_deref(), Some("config.linux.sysctl.net.x"));
+        let calls = karst_model::syscalls::parse("x", "keyctl errno 38\nptrace").unwrap();
+        assert!(seccomp(&calls).ends_with("delete_module errno 1\nkeyctl errno 38\nptrace kill\n"));
     }
 
     #[test]

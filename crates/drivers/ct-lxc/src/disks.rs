@@ -79,7 +79,7 @@ fn checked(disk: &ResolvedDisk) -> Result<Disk> {
     };
     let at = check_place(&disk.name, at)?;
     let file = match disk.format {
-        DiskFormat::Directory => false,
+        DiskFormat::Directory | DiskFormat::Memory(_) => false,
         // A file of the host, bound over a file.
         DiskFormat::Raw if disk.foreign && !is_block(disk)? => true,
         _ if disk.foreign => {
@@ -104,6 +104,10 @@ fn checked(disk: &ResolvedDisk) -> Result<Disk> {
         recursive: disk.recursive && disk.foreign,
         follow: disk.follow && disk.foreign,
         file,
+        memory: match disk.format {
+            DiskFormat::Memory(size) => Some(size.unwrap_or(0)),
+            _ => None,
+        },
         node: None,
         key: None,
     })
@@ -124,6 +128,7 @@ fn checked_node(node: &ResolvedNode, ids: IdRange) -> Result<Disk> {
         recursive: false,
         follow: false,
         file: true,
+        memory: None,
         node: Some(Node { device: node.device, uid: node.uid, gid: node.gid, mode: node.mode }),
         key: None,
     })
@@ -153,6 +158,10 @@ pub(crate) fn wanted(guest: &ResolvedGuest) -> Result<Vec<Disk>> {
 fn detached(guest: &ResolvedGuest, disk: &Disk, ids: Option<&OwnedFd>) -> Result<Option<OwnedFd>> {
     if disk.node.is_some() {
         return Ok(None);
+    }
+    if let Some(size) = disk.memory {
+        let owner = (guest.ids.base, guest.ids.base);
+        return mount::in_memory(Some(size).filter(|s| *s > 0), owner, disk.readonly).map(Some);
     }
     let field = || format!("devices.{}.source", disk.name);
     let Some(resolved) = guest.disks.iter().find(|d| d.name == disk.name) else {
@@ -473,6 +482,7 @@ mod tests {
             recursive: name == "b",
             follow: false,
             file: name == "c",
+            memory: None,
             node: None,
             key: None,
         };

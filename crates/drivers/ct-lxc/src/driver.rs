@@ -3,7 +3,7 @@
 use crate::{
     attach,
     balance::{self, Balancer},
-    config::{Groups, HostFeatures, SECCOMP, render, seccomp_file},
+    config::{Groups, HostFeatures, render, seccomp, seccomp_file},
     disks,
     end::{ended, exit_reason},
     guest_api,
@@ -444,14 +444,16 @@ impl Shared {
         let config = dir.join("lxc.conf");
         let log = dir.join("lxc.log");
         let (rendered, place) = (render(guest, self.host)?, dir.clone());
+        let filter = seccomp(&guest.security.denied_calls);
         // Beside what follows: neither needs the other.
         let written = tokio::task::spawn_blocking(move || {
             write_unless_same(&place.join("lxc.conf"), rendered.as_bytes())?;
-            write_unless_same(&seccomp_file(&place), SECCOMP.as_bytes())?;
+            write_unless_same(&seccomp_file(&place), filter.as_bytes())?;
             write_private(&place.join("lxc.log"), b"")
         });
-        if previous.is_none_or(|p| p.seed != record.seed) {
-            seed::apply(guest, previous.map(|p| p.hostname.as_str())).await?;
+        let first = previous.is_none_or(|p| p.seed != record.seed);
+        if first || !guest.files.is_empty() {
+            seed::apply(guest, previous.map(|p| p.hostname.as_str()), first).await?;
         }
         let listener =
             guest.security.guest_api.as_ref().map(|api| guest_api::prepare(guest, api)).transpose()?;
@@ -690,6 +692,7 @@ impl GuestDriver for LxcDriver {
         if guest.security.idmap_base.is_some_and(|base| base != old.ids.base) {
             pending.push("security.idmap.base".to_owned());
         }
+        pending.extend(old.fixed.differ(&new.fixed));
         match &guest.security.guest_api {
             Some(api) if old.guest_api => guest_api::write(guest, api)?,
             api if api.is_some() != old.guest_api => pending.push("security.guestapi".to_owned()),

@@ -135,7 +135,7 @@ pub(crate) async fn start(place: &Place<'_>, listener: UnixListener) -> Result<(
         instance: place.instance.to_string(),
         program: Program::Keeper.path()?,
         argv: vec!["karst-keeper".into(), "--guest-api".into()],
-        user: Some((place.user, place.user, vec![])),
+        user: Some((place.ids.base, place.ids.base, vec![])),
         no_new_privs: true,
         clear_capabilities: true,
         keeper_cgroups: place.cgroups.create_tracking(place.group)?,

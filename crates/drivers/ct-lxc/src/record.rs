@@ -2,7 +2,12 @@
 
 use karst_guest::{IdRange, ResolvedGuest, ResolvedNic, keeper::write_private};
 use karst_host::mountns::{DeviceNumber, MountKey};
-use karst_model::{Error, InstanceId, Result, instance::Generation, spec::ProxySpec};
+use karst_model::{
+    Error, InstanceId, Result,
+    instance::Generation,
+    spec::{KernelLimit, ProxySpec},
+    syscalls::DeniedCall,
+};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
@@ -66,6 +71,9 @@ pub(crate) struct Disk {
     pub(crate) follow: bool,
     /// A file, not a directory.
     pub(crate) file: bool,
+    /// A file system in memory of at most so many bytes; 0: as the kernel likes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) memory: Option<u64>,
     /// It is a device node.
     #[serde(default)]
     pub(crate) node: Option<Node>,
@@ -94,6 +102,41 @@ impl Disk {
     /// The same disk in the same way, mounted or not.
     pub(crate) fn same(&self, other: &Self) -> bool {
         Self { key: None, ..self.clone() } == Self { key: None, ..other.clone() }
+    }
+}
+
+/// Settings that take effect at a start only.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct Fixed {
+    kernel: BTreeMap<String, KernelLimit>,
+    oom_priority: Option<u32>,
+    sysctls: BTreeMap<String, String>,
+    pub(crate) denied: Vec<DeniedCall>,
+    raw: Option<String>,
+}
+
+impl Fixed {
+    fn of(guest: &ResolvedGuest) -> Self {
+        Self {
+            kernel: guest.limits.kernel.clone(),
+            oom_priority: guest.limits.oom_priority,
+            sysctls: guest.security.sysctls.clone(),
+            denied: guest.security.denied_calls.clone(),
+            raw: guest.security.raw_lxc.clone(),
+        }
+    }
+
+    /// Keys by which the other differs.
+    pub(crate) fn differ(&self, other: &Self) -> Vec<String> {
+        let keys = [
+            ("limits.kernel", self.kernel != other.kernel),
+            ("limits.memory.oom_priority", self.oom_priority != other.oom_priority),
+            ("linux.sysctl", self.sysctls != other.sysctls),
+            ("security.syscalls.deny", self.denied != other.denied),
+            ("raw.lxc", self.raw != other.raw),
+        ];
+        keys.into_iter().filter(|(_, differs)| *differs).map(|(k, _)| k.to_owned()).collect()
     }
 }
 
@@ -131,6 +174,9 @@ pub(crate) struct Record {
     /// The guest's own API is served.
     #[serde(default)]
     pub(crate) guest_api: bool,
+    /// What takes effect at a start only.
+    #[serde(default)]
+    pub(crate) fixed: Fixed,
     /// The container makes groups of its own in the hierarchy of disks' rates (v1), which rates do not reach.
     #[serde(default)]
     pub(crate) free_rates: bool,
@@ -156,6 +202,7 @@ impl Record {
             seed: 0,
             nesting: guest.security.nesting,
             guest_api: guest.security.guest_api.is_some(),
+            fixed: Fixed::of(guest),
             free_rates: false,
         }
     }

@@ -7,12 +7,13 @@ use common::{Place, inside, until};
 use karst_guest::{GuestDriver, StopMode};
 use karst_model::{
     ErrorKind,
-    device::{ProxyDevice, ProxyProtocol},
+    device::{ProxyAddress, ProxyDevice, ProxyProtocol, SocketMode},
     spec::ProxySpec,
 };
 use std::{
     io::{Read, Write},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -25,7 +26,14 @@ fn proxy(
 ) -> ProxySpec {
     ProxySpec {
         name: name.into(),
-        device: ProxyDevice { protocol, in_guest, pairs: vec![(listen, connect)] },
+        device: ProxyDevice {
+            protocol,
+            in_guest,
+            pairs: vec![(ProxyAddress::Net(listen), ProxyAddress::Net(connect))],
+            socket: None,
+            user: None,
+            announce: false,
+        },
     }
 }
 
@@ -127,5 +135,102 @@ async fn both_ways_and_through_everything() {
     again.stop(guest.instance, StopMode::Force).await.unwrap();
     until("the end of the proxies", || !std::path::Path::new(&format!("/proc/{left}/exe")).exists()).await;
     assert!(std::fs::read_dir(guest.state_dir.join("proxies")).is_ok_and(|mut d| d.next().is_none()));
+    place.assert_clean();
+}
+
+/// A proxy of streams between any two ends.
+fn unix(name: &str, in_guest: bool, listen: &str, connect: &str) -> ProxySpec {
+    let mut proxy = proxy(name, ProxyProtocol::Tcp, in_guest, local(1), local(1));
+    proxy.device.pairs = vec![(listen.parse().unwrap(), connect.parse().unwrap())];
+    proxy
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn unix_sockets_of_both_sides() {
+    use std::os::unix::{fs::MetadataExt, net::UnixListener, net::UnixStream};
+    let Some(place) = Place::new() else { return };
+    let driver = place.driver();
+    let mut guest = place.guest(32);
+    driver.start(&guest).await.unwrap();
+    // Until it has mounted its own file systems, over /run too.
+    inside(&driver, &guest, "until systemctl list-units >/dev/null 2>&1; do sleep 0.1; done").await;
+
+    // Servers on the host, and a directory for sockets that is given by its real path.
+    let dir = tempfile::Builder::new().prefix("karst-proxies-").tempdir().unwrap();
+    let at = |name: &str| format!("unix:{}", dir.path().canonicalize().unwrap().join(name).display());
+    let server = UnixListener::bind(dir.path().join("server")).unwrap();
+    std::thread::spawn(move || {
+        for mut stream in server.incoming().flatten() {
+            let mut question = String::new();
+            let _ = stream.read_to_string(&mut question);
+            let _ = write!(stream, "host:{question}");
+        }
+    });
+    // By a path in the guest to a path of the host, as a user of the host who may.
+    let mut inward = unix("in", true, "unix:/run/in.sock", &at("server"));
+    inward.device.socket = Some(SocketMode { uid: 1000, gid: 0, mode: 0o660 });
+    inward.device.user = Some((0, 0));
+    // By a name in the guest's network to the same; and to a place from which it may not.
+    let by_name = ProxySpec {
+        device: ProxyDevice { user: Some((0, 0)), ..unix("n", true, "unix:@in", &at("server")).device },
+        name: "name".into(),
+    };
+    let refused = unix("refused", true, "unix:/run/refused.sock", &at("server"));
+    // From the host into the guest, where a proxy of the guest's own listens; told who comes.
+    let port = free();
+    let mut outward = unix("out", false, &at("out"), "unix:/run/in.sock");
+    outward.device.socket = Some(SocketMode { uid: 0, gid: 0, mode: 0o600 });
+    outward.device.user = Some((1000, 0));
+    let tcp = unix("tcp", false, &format!("127.0.0.1:{port}"), "unix:@in");
+    guest.proxies = vec![inward, by_name, refused, outward, tcp];
+    driver.update(&guest).await.unwrap();
+
+    let inside_is = |script: &'static str| inside(&driver, &guest, script);
+    assert_eq!(inside_is("stat -c '%u %g %a' /run/in.sock").await.trim(), "1000 0 660");
+    let talk = |path: String| {
+        let mut stream = UnixStream::connect(path).ok()?;
+        stream.set_read_timeout(Some(Duration::from_secs(10))).ok()?;
+        stream.write_all(b"hello").ok()?;
+        stream.shutdown(std::net::Shutdown::Write).ok()?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).ok()?;
+        Some(answer)
+    };
+    let out = dir.path().join("out").to_str().unwrap().to_owned();
+    // Twice through: host, guest, host.
+    until("an answer", || talk(out.clone()).as_deref() == Some("host:hello")).await;
+    assert_eq!(std::fs::metadata(&out).unwrap().mode() & 0o777, 0o600);
+    assert_eq!(ask(port, "name").as_deref(), Some("host:name"));
+    // Who may not connect gets nothing: the guest's root is nobody on the host.
+    std::fs::set_permissions(dir.path().join("server"), std::os::unix::fs::PermissionsExt::from_mode(0o600))
+        .unwrap();
+    let root =
+        format!("/proc/{}/root/run/refused.sock", driver.observe(guest.instance).await.unwrap().pid.unwrap());
+    assert_eq!(talk(root.clone()).as_deref(), Some(""));
+
+    // A name that something else has, and a user that the guest has not, are told; nothing stays.
+    let before = guest.proxies.clone();
+    std::fs::write(dir.path().join("file"), "mine").unwrap();
+    let mut strange = unix("user", true, "unix:/run/strange.sock", &at("server"));
+    strange.device.socket = Some(SocketMode { uid: 70_000, gid: 0, mode: 0o600 });
+    for (bad, kind, field) in [
+        (unix("taken", false, &at("file"), "unix:@x"), ErrorKind::Conflict, "devices.taken.listen"),
+        (unix("none", true, "unix:/nowhere/x", &at("server")), ErrorKind::NotFound, "devices.none.listen"),
+        (strange, ErrorKind::Invalid, "devices.user.listen"),
+    ] {
+        guest.proxies = before.clone();
+        guest.proxies.push(bad.clone());
+        let e = driver.update(&guest).await.unwrap_err();
+        assert_eq!((e.kind, e.field.as_deref()), (kind, Some(field)), "{e}");
+        assert!(!guest.state_dir.join("proxies").join(&bad.name).exists());
+    }
+    assert_eq!(std::fs::read_to_string(dir.path().join("file")).unwrap(), "mine");
+    // Taken away, both sockets go; what is left goes with the guest.
+    guest.proxies = before[3..].to_vec();
+    driver.update(&guest).await.unwrap();
+    assert!(!Path::new(&root).exists() && !Path::new(&root.replace("refused", "in")).exists());
+    assert!(Path::new(&out).exists());
+    driver.stop(guest.instance, StopMode::Force).await.unwrap();
+    until("the end of the socket", || !Path::new(&out).exists()).await;
     place.assert_clean();
 }

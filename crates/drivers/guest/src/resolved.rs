@@ -7,7 +7,7 @@ use karst_model::{
     device::{DiskIo, NicModel, ParentLink, PortVlans, RoutedLink},
     instance::{Generation, InstanceKind},
     node::AcceleratorKind,
-    spec::{CloudInit, Limits, MachineSpec, ProxySpec, Security},
+    spec::{CloudInit, GuestFile, Limits, MachineSpec, ProxySpec, Security},
 };
 use std::{collections::BTreeMap, os::fd::OwnedFd, path::PathBuf, sync::Arc};
 
@@ -63,6 +63,8 @@ pub struct ResolvedGuest {
     pub nics: Vec<ResolvedNic>,
     /// First-boot data.
     pub cloud_init: CloudInit,
+    /// Files that are made at this start (containers).
+    pub files: Vec<GuestFile>,
     /// Environment seen inside the guest.
     pub environment: BTreeMap<String, String>,
 }
@@ -148,6 +150,8 @@ pub enum DiskFormat {
     Raw,
     /// qcow2.
     Qcow2,
+    /// An empty file system in memory, of at most so many bytes (containers).
+    Memory(Option<u64>),
 }
 
 /// A device node.

@@ -164,6 +164,7 @@ impl Recipe {
             creation_date: now.map_or(0, |d| d.as_secs() as i64),
             expiry_date: 0,
             properties: properties.into_iter().map(|(k, v)| (k.to_owned(), v)).collect(),
+            templates: Default::default(),
         }
     }
 
@@ -377,7 +378,7 @@ pub(crate) fn open_dir(path: &Path) -> Result<OwnedFd> {
 }
 
 /// A tar with files of root.
-fn write_tar(to: &Path, files: &[(&str, &[u8], u32)]) -> Result<()> {
+pub(crate) fn write_tar(to: &Path, files: &[(&str, &[u8], u32)]) -> Result<()> {
     let mut tar = tar::Builder::new(File::create(to)?);
     for (path, content, mode) in files {
         let mut header = tar::Header::new_gnu();

@@ -327,7 +327,7 @@ impl Disk {
                 // A backing file that an image names is not opened; the one below a clone is the agent's word.
                 image["backing"] = if self.cloned { format!("b-{slot}").into() } else { Value::Null };
             }
-            DiskFormat::Directory => {
+            DiskFormat::Directory | DiskFormat::Memory(_) => {
                 return Err(Error::invalid(
                     self.field(),
                     "a disk of a virtual machine is a disk image, not a directory",

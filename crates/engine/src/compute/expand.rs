@@ -265,6 +265,12 @@ pub fn guest_spec(
         }
         let source = match &disk.source {
             DiskOrigin::Host { path } => DiskSource::Host { path: path.clone() },
+            DiskOrigin::Memory { .. } if instance.kind == InstanceKind::VirtualMachine => {
+                let text =
+                    "a virtual machine mounts file systems in memory itself; containers have such disks";
+                return Err(Error::unsupported(text).at(format!("devices.{name}.source")));
+            }
+            DiskOrigin::Memory { size } => DiskSource::Memory { size: *size },
             DiskOrigin::Volume { pool, volume } => {
                 let found = (lookups.volume)(pool, volume).ok_or_else(|| {
                     Error::not_found(format!(
@@ -389,6 +395,7 @@ pub fn guest_spec(
         proxies,
         nics,
         cloud_init: keys::cloud_init(config, cloud_init_id.to_string()),
+        files: vec![],
         environment: keys::environment(config),
     })
 }

@@ -2,7 +2,7 @@
 
 use super::{
     create::{StartPlan, networks_of},
-    expand, lock, path,
+    expand, lock, path, templates,
 };
 use crate::{
     Engine, EngineInner, Records, Row,
@@ -122,6 +122,20 @@ pub(crate) fn demand_stateful(instance: &Instance, config: &Config) -> Result<()
     Ok(())
 }
 
+/// Demands that nothing protects an instance from being started.
+///
+/// # Errors
+/// Conflict, naming the key.
+pub(crate) fn demand_startable(instance: &Instance, config: &Config) -> Result<()> {
+    if !keys::flag(config, "security.protection.start")? {
+        return Ok(());
+    }
+    Err(Error::conflict(format!(
+        "instance {:?} is protected from being started; unset security.protection.start first",
+        &*instance.name
+    )))
+}
+
 fn plan(
     inner: &EngineInner,
     records: &Records,
@@ -139,7 +153,8 @@ fn plan(
     let mut start = None;
     match action {
         PowerAction::Start | PowerAction::Restart => {
-            let (_, devices) = records.expanded(&instance);
+            let (config, devices) = records.expanded(&instance);
+            demand_startable(&instance, &config)?;
             let parsed = expand::parse_devices(&devices)?;
             instance.identities = expand::assign_identities(
                 &instance.identities,
@@ -153,7 +168,7 @@ fn plan(
             instance.power = DesiredPower::Running;
             instance.last_used_at = Some(inner.env.now());
             instance.stateful = false;
-            let mut spec = inner.guest_spec(records, &instance, inner.take_domain_id())?;
+            let mut spec = inner.start_spec(records, &instance, inner.take_domain_id())?;
             if let Some(machine) = &mut spec.machine {
                 machine.resume = resume;
             }
@@ -292,6 +307,11 @@ impl Saga for InstancePower {
         if plan.save {
             let row = engine.instance_row(plan.instance.id)?;
             tx.replace(&row, &Instance { stateful: true, ..row.value.clone() });
+        } else if plan.start.is_some() {
+            let row = engine.instance_row(plan.instance.id)?;
+            if let Some(after) = templates::started(&row) {
+                tx.replace(&row, &after);
+            }
         }
         if let Some(observed) = &outputs.observed {
             let records = engine.inventory.read();

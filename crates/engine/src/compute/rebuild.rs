@@ -17,6 +17,7 @@ use karst_model::{
     access::Permission,
     instance::{InstanceKind, Lifecycle},
     spec::VolumeSource,
+    template::{Templates, Trigger},
 };
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -88,6 +89,7 @@ impl Engine {
                     .iter()
                     .flat_map(|i| i.properties.iter().map(|(k, v)| (format!("image.{k}"), v.clone())))
                     .collect(),
+                templates: image.map(|i| i.templates.clone()).unwrap_or_default(),
                 path: path.clone(),
             };
             Ok((plan, NewOperation::task("Rebuilding instance", Some(project.id), "instances", path)))
@@ -107,6 +109,8 @@ pub struct RebuildPlan {
     image: Option<ImageId>,
     fingerprint: Option<String>,
     properties: Config,
+    #[serde(default)]
+    templates: Templates,
     path: String,
 }
 
@@ -151,6 +155,7 @@ impl Saga for InstanceRebuild {
             Some(f) => drop(instance.volatile.insert("volatile.base_image".into(), f.clone())),
             None => drop(instance.volatile.remove("volatile.base_image")),
         }
+        super::templates::take(&mut instance, &engine.inventory.read(), &plan.templates, Trigger::Create);
         // It descends from no snapshot any more.
         instance.current_snapshot = None;
         instance.spec_version += 1;

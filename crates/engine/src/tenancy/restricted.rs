@@ -143,6 +143,12 @@ fn device(rules: &ProjectRules, name: &str, keys: &std::collections::BTreeMap<St
     match get("type") {
         "none" => Ok(()),
         "disk" if get("path") == "/" => Ok(()),
+        // In the guest's own memory.
+        "disk"
+            if get("source") == "tmpfs:" && rules.restriction("restricted.devices.disk") != Some("block") =>
+        {
+            Ok(())
+        }
         "disk" => {
             let restriction = "restricted.devices.disk";
             match rules.restriction(restriction).unwrap_or("allow") {

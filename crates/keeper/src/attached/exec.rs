@@ -273,7 +273,7 @@ fn child(
             libc::setrlimit(*resource as _, limit);
         }
     }
-    seccomp::install()?;
+    seccomp::install(&request.denied)?;
     bound(facts.bounding)?;
     become_user(uid, gid)?;
     let enter_directory = |d: &OsStr| rustix::process::chdir(d);

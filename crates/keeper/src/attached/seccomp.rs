@@ -60,9 +60,27 @@ fn program() -> Vec<libc::sock_filter> {
     out
 }
 
-/// Installs it; needs `CAP_SYS_ADMIN` in the current user namespace.
-pub(super) fn install() -> Outcome<()> {
-    let mut filter = program();
+/// The program for further calls of the machine's own architecture: number and error, 0 kills. Others pass.
+fn further(denied: &[(u32, u32)]) -> Vec<libc::sock_filter> {
+    const KILL: u32 = 0x8000_0000;
+    // The first test jumps over one step; each call is two, which no jump passes.
+    let mut out = vec![step(LOAD, 4, 0, 0), step(EQUAL, TABLES[0].0, 1, 0), step(RETURN, ALLOW, 0, 0)];
+    out.push(step(LOAD, 0, 0, 0));
+    for (number, errno) in denied {
+        out.push(step(EQUAL, *number, 0, 1));
+        out.push(step(RETURN, if *errno == 0 { KILL } else { ERRNO | (errno & 0xffff) }, 0, 0));
+    }
+    out.push(step(RETURN, ALLOW, 0, 0));
+    out
+}
+
+/// Installs the filter, and before it one that refuses `denied`; needs `CAP_SYS_ADMIN` in the current user namespace.
+pub(super) fn install(denied: &[(u32, u32)]) -> Outcome<()> {
+    load(program())?;
+    if denied.is_empty() { Ok(()) } else { load(further(denied)) }
+}
+
+fn load(mut filter: Vec<libc::sock_filter>) -> Outcome<()> {
     let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
     // SAFETY: the kernel copies the program; mode 1 is SECCOMP_SET_MODE_FILTER.
     sys::check(unsafe { libc::syscall(libc::SYS_seccomp, 1, 0, &program) } as i32)

@@ -70,7 +70,15 @@ pub enum DiskOrigin {
         /// Path.
         path: String,
     },
+    /// An empty file system in memory, which goes when the container stops.
+    Memory {
+        /// At most so much; half of the host's memory when absent. It counts as the container's memory.
+        size: Option<ByteSize>,
+    },
 }
+
+/// Source of a disk in memory.
+const MEMORY: &str = "tmpfs:";
 
 /// How a disk is driven. Buses, caches and asynchronous input and output are virtual machines' alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
@@ -225,10 +233,18 @@ impl DiskDevice {
             "required",
             "boot.priority",
             "attached",
+            "size",
         ];
         keys.known(&[&own[..], &IO_KEYS].concat())?;
         let source = keys.demand("source", "a disk needs a source: a custom volume of a pool, or a path")?;
         let source = match keys.get("pool") {
+            Some(_) if source == MEMORY => {
+                return Err(Error::invalid(keys.field("pool"), "what is in memory is in no pool"));
+            }
+            None if source == MEMORY => {
+                keys.demand("path", "a file system in memory needs the path to mount it at")?;
+                DiskOrigin::Memory { size: keys.size("size")? }
+            }
             Some(pool) => DiskOrigin::Volume { pool: pool.to_owned(), volume: source.to_owned() },
             None if source.starts_with('/') => {
                 DiskOrigin::Host { path: plain_path(&keys.field("source"), source)? }
@@ -237,6 +253,12 @@ impl DiskDevice {
                 return Err(Error::invalid(keys.field("pool"), "a custom volume needs the name of its pool"));
             }
         };
+        if let (Some(_), false) = (keys.get("size"), matches!(source, DiskOrigin::Memory { .. })) {
+            return Err(Error::invalid(
+                keys.field("size"),
+                "the size of a volume is a key of the volume; only source=tmpfs: has one here",
+            ));
+        }
         let path = keys.get("path").map(|p| {
             // Incus takes it relative to the guest's root as well.
             plain_path(&keys.field("path"), &format!("/{}", p.trim_start_matches('/')))

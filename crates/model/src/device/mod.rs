@@ -228,6 +228,9 @@ mod tests {
         let Ok(Device::Disk(disk)) = volume else { panic!("{volume:?}") };
         assert_eq!(disk.source, DiskOrigin::Volume { pool: "default".into(), volume: "v1".into() });
         assert_eq!((disk.path.as_deref(), disk.readonly), (Some("/data"), true));
+        let memory = parse(&[("source", "tmpfs:"), ("path", "/x"), ("size", "1MiB")]).unwrap();
+        let size = Some(ByteSize::mib(1));
+        assert!(matches!(memory, Device::Disk(d) if d.source == DiskOrigin::Memory { size }));
         let host = parse(&[("source", "/srv/share"), ("path", "srv")]).unwrap();
         assert!(matches!(host, Device::Disk(d) if d.source == DiskOrigin::Host { path: "/srv/share".into() }
             && d.path.as_deref() == Some("/srv")));
@@ -245,6 +248,9 @@ mod tests {
                 "limits.max",
             ),
             (&[("source", "v"), ("pool", "p"), ("io.bus", "ide")], "io.bus"),
+            (&[("source", "v"), ("pool", "p"), ("path", "/x"), ("size", "1GiB")], "size"),
+            (&[("source", "tmpfs:")], "path"),
+            (&[("source", "tmpfs:"), ("pool", "p"), ("path", "/x")], "pool"),
         ] {
             let e = parse(pairs).unwrap_err();
             assert_eq!(e.field, Some(format!("devices.data.{field}")), "{pairs:?}: {e}");
@@ -275,35 +281,6 @@ mod tests {
         ] {
             let e = parse(pairs).unwrap_err();
             assert_eq!(e.field, Some(format!("devices.d.{field}")), "{pairs:?}: {e}");
-        }
-    }
-
-    #[test]
-    fn proxies_of_both_sides() {
-        let parse = |pairs: &[(&str, &str)]| {
-            let mut keys = dev(pairs);
-            keys.insert("type".into(), "proxy".into());
-            Device::parse("p", &keys)
-        };
-        let web =
-            parse(&[("listen", "tcp:0.0.0.0:80-81,90"), ("connect", "tcp:[::1]:8080"), ("bind", "instance")]);
-        let Ok(Device::Proxy(web)) = web else { panic!("{web:?}") };
-        assert!(web.in_guest && web.protocol == ProxyProtocol::Tcp && web.pairs.len() == 3);
-        assert_eq!(web.pairs[2], ("0.0.0.0:90".parse().unwrap(), "[::1]:8080".parse().unwrap()));
-        let good = ("listen", "udp:127.0.0.1:53");
-        for (pairs, field) in [
-            (&[good][..], "connect"),
-            (&[good, ("connect", "tcp:127.0.0.1:53")], "connect"),
-            (&[good, ("connect", "udp:127.0.0.1:1-2")], "connect"),
-            (&[good, ("connect", "udp:localhost:53")], "connect"),
-            (&[good, ("connect", "unix:/run/x")], "connect"),
-            (&[("listen", "tcp:0.0.0.0:0"), ("connect", "tcp:127.0.0.1:1")], "listen"),
-            (&[("listen", "tcp:0.0.0.0:1-60000"), ("connect", "tcp:127.0.0.1:1")], "listen"),
-            (&[good, ("connect", "udp:127.0.0.1:53"), ("nat", "true")], "nat"),
-            (&[good, ("connect", "udp:127.0.0.1:53"), ("bind", "both")], "bind"),
-        ] {
-            let e = parse(pairs).unwrap_err();
-            assert_eq!(e.field, Some(format!("devices.p.{field}")), "{pairs:?}: {e}");
         }
     }
 

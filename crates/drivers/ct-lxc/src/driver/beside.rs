@@ -30,7 +30,7 @@ impl Shared {
             state_dir: dir,
             daemon_id: &record.daemon_id,
             instance: record.instance,
-            user: record.ids.base,
+            ids: record.ids,
             cgroups: &self.cgroups,
             group: &groups.keeper,
         }
@@ -58,7 +58,7 @@ impl Shared {
     ) -> Result<()> {
         let gone: Vec<_> = record.proxies.iter().filter(|p| !wanted.contains(p)).cloned().collect();
         for proxy in gone {
-            proxies::stop(&running.dir, &proxy.name).await?;
+            proxies::stop(&running.dir, running.init().as_ref(), &proxy).await?;
             record.proxies.retain(|p| *p != proxy);
             record.write(&running.dir)?;
         }
@@ -66,7 +66,7 @@ impl Shared {
             record.proxies.push(proxy.clone());
             record.write(&running.dir)?;
             if let Err(e) = self.start_proxies(running, std::slice::from_ref(&proxy)).await {
-                proxies::stop(&running.dir, &proxy.name).await?;
+                proxies::stop(&running.dir, running.init().as_ref(), &proxy).await?;
                 record.proxies.retain(|p| *p != proxy);
                 record.write(&running.dir)?;
                 return Err(e);

@@ -26,7 +26,7 @@ use crate::{
 use async_trait::async_trait;
 pub use backend::FileSystem;
 use backend::{Backend, Kept};
-use karst_host::{mount, sandbox::Launcher};
+use karst_host::{fs::TreeMode, mount, sandbox::Launcher};
 use karst_model::{
     ByteSize, Error, ErrorKind, ImageId, Result, SnapshotId, VolumeId,
     storage::{PoolKind, Usage, VolumeContent},
@@ -300,7 +300,10 @@ impl ObjectPool {
                     }
                 }
                 let from = path.clone();
-                self.filled(work, kept, move |at| copy_tree(&from, &at.join("rootfs"))).await?;
+                self.filled(work, kept, move |at| {
+                    copy_tree(&from, &at.join("rootfs"), TreeMode::Plain).map(drop)
+                })
+                .await?;
                 Ok(kept)
             }
             (Source::Disk { path, format, backing, size: of_image, image }, true) => {
@@ -342,7 +345,10 @@ impl ObjectPool {
                     // A file system on a device does not shrink; a smaller one gets the files.
                     let reading = self.read(*volume, *snapshot).await?;
                     let path = reading.located.path.clone();
-                    self.filled(work, wanted, move |at| copy_tree(&path, &at.join("rootfs"))).await?;
+                    self.filled(work, wanted, move |at| {
+                        copy_tree(&path, &at.join("rootfs"), TreeMode::Plain).map(drop)
+                    })
+                    .await?;
                     drop(reading);
                     return Ok(wanted);
                 }

@@ -1,6 +1,6 @@
 //! A running machine: its memory kept over a stop, its screen, its keyboard; and jobs.
 
-use super::{Answered, Named, domain::is_running, int, nothing, power::save};
+use super::{Answered, Named, domain::is_running, int, nothing, power::save, transfer::sent};
 use crate::{
     error::{Code, Part, VirError},
     frame::{Frame, Header, Status},
@@ -8,6 +8,7 @@ use crate::{
     xdr::Writer,
 };
 use bytes::Bytes;
+use karst_engine::InstanceView;
 use std::{os::fd::OwnedFd, sync::Arc};
 use tokio::io::AsyncReadExt;
 
@@ -70,7 +71,7 @@ pub async fn screenshot(call: Call) -> Answered {
 
 /// Gives what a descriptor holds to the client's stream. At its end an empty frame says so, and the client finishes.
 async fn give(session: Arc<Session>, header: Header, fd: OwnedFd, mut input: Input) {
-    let sent = async {
+    let read = async {
         // A file, on which there is nothing to wait for.
         let mut reader = tokio::fs::File::from_std(std::fs::File::from(fd));
         let mut buffer = vec![0; 64 << 10];
@@ -84,26 +85,10 @@ async fn give(session: Arc<Session>, header: Header, fd: OwnedFd, mut input: Inp
         }
     };
     let outcome = tokio::select! {
-        outcome = sent => outcome,
+        outcome = read => outcome,
         () = session.ended() => Ok(()),
     };
-    match outcome {
-        Err(e) => {
-            let error = VirError::from(karst_model::Error::from(e));
-            session.send(Frame::new(header.stream(Status::Error), error.encode())).await;
-        }
-        Ok(()) => {
-            // Finished or given up; either is answered, and nothing else comes.
-            let ended = tokio::select! {
-                input = input.recv() => input.is_some(),
-                () = session.ended() => false,
-            };
-            if ended {
-                session.send(Frame::new(header.stream(Status::Ok), Bytes::new())).await;
-            }
-        }
-    }
-    session.stream_ended(header);
+    sent(&session, header, &mut input, outcome.map_err(|e| karst_model::Error::from(e).into())).await;
 }
 
 /// QEMU's names of Linux' key codes from 1.
@@ -266,9 +251,16 @@ pub async fn send_key(call: Call) -> Answered {
     Ok(nothing())
 }
 
+fn demand_running(view: &InstanceView) -> Result<(), VirError> {
+    match is_running(view) {
+        true => Ok(()),
+        false => Err(VirError::state("domain is not running")),
+    }
+}
+
 /// `DOMAIN_GET_JOB_INFO`: whoever asks for work waits for its end, so that there is none to tell of.
 pub async fn job_info(call: Call) -> Answered {
-    call.only_guest()?;
+    demand_running(&*call.only_guest()?)?;
     let mut w = Writer::new();
     w.i32(0);
     for _ in 0..11 {
@@ -282,7 +274,10 @@ pub async fn job_stats(call: Call) -> Answered {
     let (named, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
     // Of one that is done; kept after it is asked for.
     call.known_flags(flags, 1 | 2)?;
-    call.guest(&named)?;
+    let view = call.guest(&named)?;
+    if flags & 1 == 0 {
+        demand_running(&view)?;
+    }
     let mut w = Writer::new();
     w.i32(0).u32(0);
     Ok(w.finish().into())
@@ -290,7 +285,7 @@ pub async fn job_stats(call: Call) -> Answered {
 
 /// `DOMAIN_ABORT_JOB`
 pub async fn abort_job(call: Call) -> Answered {
-    call.only_guest()?;
+    demand_running(&*call.only_guest()?)?;
     Err(VirError::state("no job is active on the domain"))
 }
 

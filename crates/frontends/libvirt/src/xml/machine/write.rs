@@ -296,6 +296,8 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque) -> Result<Element, VirError> {
                 Source::Volume { pool: pool.clone(), volume: volume.clone() }
             }
             DiskOrigin::Host { path } => Source::Path(path.clone()),
+            // Containers' alone.
+            DiskOrigin::Memory { .. } => continue,
         };
         let cdrom = match &source {
             _ if !attached => true,

@@ -1,0 +1,154 @@
+//! What the keys of a container's security and kernel settings mean together (the rows are in [`crate::keys`]).
+
+use crate::{
+    Config, Error, Result,
+    keys::{flag, set},
+    spec::Security,
+    syscalls,
+};
+
+/// Keys of Incus that Karst has not, and what to do instead; a name, or a prefix ending in `.`.
+const MISSING: &[(&str, &str)] = &[
+    ("migration.incremental.", "containers move when they are stopped"),
+    ("nvidia.", "a card is given by a device of type gpu, and its libraries by a disk"),
+    ("raw.apparmor", "every container has the same profile"),
+    ("raw.idmap", "a path of the host keeps its owners with shift=true of its disk"),
+    ("raw.seccomp", "name the calls in security.syscalls.deny"),
+    ("security.syscalls.allow", "name what is refused in security.syscalls.deny"),
+    ("security.syscalls.intercept.", "calls are not intercepted; devices and mounts are given by devices"),
+];
+
+/// What to do in place of a key of Incus that is not there.
+pub(crate) fn missing(name: &str) -> Option<&'static str> {
+    let is = |known: &str| name == known || known.ends_with('.') && name.starts_with(known);
+    MISSING.iter().find(|(known, _)| is(known)).map(|(_, why)| *why)
+}
+
+/// Checks values whose form the table does not say.
+pub(crate) fn check(name: &str, field: &str, value: &str) -> Result<()> {
+    match name {
+        "security.syscalls.deny" => syscalls::parse(field, value).map(drop),
+        "linux.kernel_modules" => modules(field, value).map(drop),
+        _ => match name.strip_prefix("linux.sysctl.") {
+            Some(setting) => sysctl(field, setting, value),
+            None => Ok(()),
+        },
+    }
+}
+
+fn modules(field: &str, text: &str) -> Result<Vec<String>> {
+    let names = text.split(',').map(str::trim).filter(|n| !n.is_empty());
+    let good = |n: &str| n.len() < 64 && n.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b));
+    names
+        .map(|n| match good(n) {
+            true => Ok(n.to_owned()),
+            false => Err(Error::invalid(field, format!("{n:?} is not the name of a module"))),
+        })
+        .collect()
+}
+
+/// Settings that the kernel keeps for each network or each group of processes with a memory of messages of its own. The
+/// others are the host's.
+const OWN: &[&str] = &["net.", "fs.mqueue.", "kernel.msg", "kernel.sem", "kernel.shm"];
+
+fn sysctl(field: &str, setting: &str, value: &str) -> Result<()> {
+    let plain = setting.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-/".contains(&b))
+        && !setting.split(['.', '/']).any(str::is_empty);
+    if !plain || !OWN.iter().any(|own| setting.starts_with(own)) {
+        return Err(Error::invalid(
+            field,
+            format!(
+                "{setting:?} is the host's own; containers have settings of {} of their own",
+                OWN.join(", ")
+            ),
+        ));
+    }
+    match value.chars().any(char::is_control) || value.len() > 1024 {
+        true => Err(Error::invalid(field, "the value of a setting is one line")),
+        false => Ok(()),
+    }
+}
+
+/// Security switches and kernel settings out of an expanded configuration.
+pub fn security(config: &Config) -> Result<Security> {
+    let ids = |key: &str| {
+        let Some(n) = set(config, key).and_then(|v| v.parse::<u32>().ok()) else { return Ok(None) };
+        if n % 65_536 == 0 {
+            return Ok(Some(n));
+        }
+        Err(Error::invalid(format!("config.{key}"), format!("{n} is not a multiple of 65536")))
+    };
+    let deny = "security.syscalls.deny";
+    let needed = "linux.kernel_modules";
+    Ok(Security {
+        nesting: flag(config, "security.nesting")?,
+        idmap_base: ids("security.idmap.base")?,
+        idmap_size: ids("security.idmap.size")?,
+        guest_api: None,
+        denied_calls: match set(config, deny) {
+            Some(text) => syscalls::parse(&format!("config.{deny}"), text)?,
+            None => vec![],
+        },
+        modules: match set(config, needed) {
+            Some(text) => modules(&format!("config.{needed}"), text)?,
+            None => vec![],
+        },
+        sysctls: config
+            .iter()
+            .filter(|(_, v)| !v.is_empty())
+            .filter_map(|(k, v)| Some((k.strip_prefix("linux.sysctl.")?.to_owned(), v.clone())))
+            .collect(),
+        raw_lxc: set(config, "raw.lxc").map(str::to_owned),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{ErrorKind, keys};
+
+    #[test]
+    fn what_is_not_there_is_said_with_what_is() {
+        let refused = |k: &str, v: &str| {
+            let config = Config::from([(k.to_owned(), v.to_owned())]);
+            let e = keys::check(&config, None).unwrap_err();
+            assert_eq!(e.field, Some(format!("config.{k}")), "{e}");
+            (e.kind, e.message)
+        };
+        for (key, word) in [
+            ("raw.idmap", "shift=true"),
+            ("security.syscalls.intercept.mknod", "intercepted"),
+            ("security.syscalls.allow", "deny"),
+            ("nvidia.runtime", "gpu"),
+        ] {
+            let (kind, message) = refused(key, "x");
+            assert!(kind == ErrorKind::Unsupported && message.contains(word), "{key}: {message}");
+        }
+        for (key, value, word) in [
+            ("linux.sysctl.kernel.panic", "1", "host's own"),
+            ("linux.sysctl.net..x", "1", "host's own"),
+            ("linux.sysctl.net.ipv4.ip_forward", "1\nx", "one line"),
+            ("linux.kernel_modules", "br_netfilter,../x", "module"),
+            ("security.syscalls.deny", "nosuchcall", "system call"),
+            ("security.privileged", "true", "false"),
+            ("limits.memory.oom_priority", "-5", "whole number"),
+        ] {
+            let (kind, message) = refused(key, value);
+            assert!(kind == ErrorKind::Invalid && message.contains(word), "{key}: {message}");
+        }
+    }
+
+    #[test]
+    fn kernel_settings() {
+        let config = Config::from([
+            ("linux.sysctl.net.ipv4.ip_forward".to_owned(), "1".to_owned()),
+            ("linux.kernel_modules".to_owned(), "br_netfilter, overlay".to_owned()),
+            ("security.syscalls.deny".to_owned(), "keyctl errno 38".to_owned()),
+        ]);
+        keys::check(&config, None).unwrap();
+        let security = security(&config).unwrap();
+        assert_eq!(security.sysctls["net.ipv4.ip_forward"], "1");
+        assert_eq!(security.modules, ["br_netfilter", "overlay"]);
+        assert_eq!(security.denied_calls[0].errno, Some(38));
+    }
+}
