@@ -12,6 +12,7 @@ mod calls;
 mod check;
 mod facts;
 pub mod ids;
+mod logs;
 mod nics;
 mod nodes;
 mod policy;

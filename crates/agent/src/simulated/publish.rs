@@ -34,6 +34,7 @@ impl SimulatedAgent {
         let part = ImagePart::Unified;
         let parts = vec![(part, super::files::content(&text)?.into(), text.len() as u64)];
         let facts = ImageFacts {
+            application: None,
             properties,
             expires_at: request.metadata["expiry_date"].as_i64().unwrap_or_default(),
             disk_size: size.filter(|_| found.is_disk()).map_or(0, ByteSize::bytes),

@@ -161,8 +161,10 @@ impl Engine {
                 .filter(|(k, _)| k.starts_with("image."))
                 .map(|(k, v)| (k.clone(), v.clone()))
                 .collect();
-            if let Some(base) = own.get("volatile.base_image") {
-                instance.volatile.insert("volatile.base_image".into(), base.clone());
+            for key in ["volatile.base_image", karst_model::application::MARK] {
+                if let Some(value) = own.get(key) {
+                    instance.volatile.insert(key.into(), value.clone());
+                }
             }
             if let Some(at) = of.created_at() {
                 instance.created_at = at;

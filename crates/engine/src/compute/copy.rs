@@ -116,8 +116,10 @@ impl Engine {
             }
             instance.image = source.image;
             instance.image_properties = source.image_properties.clone();
-            if let Some(base) = source.volatile.get("volatile.base_image") {
-                instance.volatile.insert("volatile.base_image".into(), base.clone());
+            for key in ["volatile.base_image", karst_model::application::MARK] {
+                if let Some(value) = source.volatile.get(key) {
+                    instance.volatile.insert(key.into(), value.clone());
+                }
             }
             let parsed = expand::parse_devices(&records.expanded(instance).1)?;
             if let Some(hardware) = &source.hardware {

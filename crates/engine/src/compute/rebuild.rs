@@ -15,6 +15,7 @@ use karst_agent::{VolumeRebuild, VolumeRef};
 use karst_model::{
     Config, Error, ImageId, InstanceId, NodeId, Result,
     access::Permission,
+    image::Application,
     instance::{InstanceKind, Lifecycle},
     spec::VolumeSource,
 };
@@ -61,6 +62,11 @@ impl Engine {
                             format!("image {reference:?} is for a {}, not for a {}", image.kind, row.kind);
                         return Err(Error::invalid("source.alias", text));
                     }
+                    if row.is_application() != image.application.is_some() {
+                        let text =
+                            "application containers are rebuilt of images of the OCI, and only they are";
+                        return Err(Error::invalid("source.alias", text));
+                    }
                     tx.expect_unlocked(&crate::images::lock(image.id));
                     tx.expect(&image);
                     Some(image)
@@ -83,6 +89,7 @@ impl Engine {
                 },
                 fresh: machine && records.snapshots_of(row.id).is_empty(),
                 image: image.as_ref().map(|i| i.id),
+                application: image.as_ref().and_then(|i| i.application.clone()),
                 fingerprint: image.as_ref().map(|i| i.fingerprint.clone()),
                 properties: image
                     .iter()
@@ -107,6 +114,9 @@ pub struct RebuildPlan {
     image: Option<ImageId>,
     fingerprint: Option<String>,
     properties: Config,
+    /// How the image is run.
+    #[serde(default)]
+    application: Option<Application>,
     path: String,
 }
 
@@ -150,6 +160,11 @@ impl Saga for InstanceRebuild {
         match &plan.fingerprint {
             Some(f) => drop(instance.volatile.insert("volatile.base_image".into(), f.clone())),
             None => drop(instance.volatile.remove("volatile.base_image")),
+        }
+        if let Some(application) = &plan.application {
+            // As the image has it, whatever was set of it; further variables of the user's stay.
+            instance.config.retain(|k, _| !k.starts_with("oci."));
+            karst_model::application::fill_in(&mut instance.config, application);
         }
         // It descends from no snapshot any more.
         instance.current_snapshot = None;
