@@ -599,18 +599,18 @@ impl Shared {
             self.cgroups.freeze(&running.groups.limits, false).await?;
         }
         let signal = if running.record.application { libc::SIGTERM } else { init.halt_signal() };
-        if running.record.application && !init.handles(signal) {
+        if running.record.application && !init.minds(signal) {
             // The kernel keeps from the first process of a container what that does not handle: it cannot be asked to end.
             // A program that has only just started may still prepare for it.
             tokio::time::sleep(DEAF.min(time)).await;
-            if !init.handles(signal) {
+            if !init.minds(signal) {
                 init.signal(rustix::process::Signal::KILL);
                 return running.keeper.wait_exit().await.map(drop);
             }
         }
         let work = async {
             // An init that has not yet installed its handler ignores the signal for good.
-            while !init.handles(signal) {
+            while !running.record.application && !init.handles(signal) {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
             init.signal_number(signal)?;

@@ -80,6 +80,11 @@ impl Init {
         // Busybox' init waits for signals that it has blocked, which the kernel does not show as such meanwhile. For this
         // one it has a handler, from just after it blocked them.
         let signal = if self.program().as_deref() == Some("busybox") { libc::SIGTSTP } else { signal };
+        self.minds(signal)
+    }
+
+    /// As [`Init::handles`], of a program that is no init.
+    pub(crate) fn minds(&self, signal: i32) -> bool {
         ["SigCgt", "SigBlk"]
             .iter()
             .filter_map(|k| u64::from_str_radix(&status_field(self.pid, k)?, 16).ok())

@@ -446,6 +446,11 @@ impl Unpacker<'_> {
     /// Removes what has this name and does not come from this layer.
     fn clear_one(&self, directory: &OwnedFd, name: &[u8], path: &[u8]) -> Result<()> {
         let own = self.layer.as_ref().is_some_and(|l| l.seen.contains(path));
+        self.clear_entry(directory, name, path, own)
+    }
+
+    /// As [`Self::clear_one`]; `own` tells whether it comes from this layer.
+    fn clear_entry(&self, directory: &OwnedFd, name: &[u8], path: &[u8], own: bool) -> Result<()> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         match rustix::fs::openat(directory, name, flags, Mode::empty()) {
             Ok(inner) => {
@@ -555,7 +560,8 @@ impl Unpacker<'_> {
         let clear = |this: &Self| match rustix::fs::unlinkat(&parent, name, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
             Err(Errno::ISDIR) if this.layer.is_some() => {
-                this.clear_one(&parent, name, path)?;
+                // What this layer says now of the name, it says instead of a directory below.
+                this.clear_entry(&parent, name, path, false)?;
                 match rustix::fs::statat(&parent, name, AtFlags::SYMLINK_NOFOLLOW) {
                     Err(Errno::NOENT) => Ok(()),
                     _ => Err(this.invalid(format!("{:?} replaces a directory of its own layer", show(path)))),

@@ -149,7 +149,10 @@ impl Engine {
                 config: config.clone(),
                 devices: devices.clone(),
                 profiles: Some(of.profiles.clone().unwrap_or_default()),
-                source: InstanceSource::None,
+                source: match own.get(karst_model::application::MARK).map(String::as_str) {
+                    Some("true") => InstanceSource::Application,
+                    _ => InstanceSource::None,
+                },
                 start: false,
                 target: None,
             };
@@ -161,10 +164,8 @@ impl Engine {
                 .filter(|(k, _)| k.starts_with("image."))
                 .map(|(k, v)| (k.clone(), v.clone()))
                 .collect();
-            for key in ["volatile.base_image", karst_model::application::MARK] {
-                if let Some(value) = own.get(key) {
-                    instance.volatile.insert(key.into(), value.clone());
-                }
+            if let Some(base) = own.get("volatile.base_image") {
+                instance.volatile.insert("volatile.base_image".into(), base.clone());
             }
             if let Some(at) = of.created_at() {
                 instance.created_at = at;

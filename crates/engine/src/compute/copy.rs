@@ -91,7 +91,10 @@ impl Engine {
             };
             let mut copy = request.copy.clone();
             copy.kind = source.kind;
-            copy.source = InstanceSource::None;
+            copy.source = match source.is_application() {
+                true => InstanceSource::Application,
+                false => InstanceSource::None,
+            };
             let own = |k: &str| k.starts_with("volatile.") || k.starts_with("image.");
             let mut merged: Config = config.clone();
             merged.extend(copy.config.into_iter().filter(|(k, _)| !own(k)));
@@ -116,10 +119,8 @@ impl Engine {
             }
             instance.image = source.image;
             instance.image_properties = source.image_properties.clone();
-            for key in ["volatile.base_image", karst_model::application::MARK] {
-                if let Some(value) = source.volatile.get(key) {
-                    instance.volatile.insert(key.into(), value.clone());
-                }
+            if let Some(base) = source.volatile.get("volatile.base_image") {
+                instance.volatile.insert("volatile.base_image".into(), base.clone());
             }
             let parsed = expand::parse_devices(&records.expanded(instance).1)?;
             if let Some(hardware) = &source.hardware {

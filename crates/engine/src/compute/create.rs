@@ -56,6 +56,8 @@ pub struct CreateInstance {
 pub enum InstanceSource {
     /// Empty.
     None,
+    /// Empty, and what fills it makes it an application container.
+    Application,
     /// An image by fingerprint, unique beginning of it, or alias.
     Image(String),
 }
@@ -159,7 +161,7 @@ pub(crate) fn plan(
     keys::check(&request.config, Some(request.kind))?;
     check_devices(&request.devices)?;
     let image = match &request.source {
-        InstanceSource::None => None,
+        InstanceSource::None | InstanceSource::Application => None,
         InstanceSource::Image(reference) => {
             let row = inner.resolve_image(
                 records,
@@ -223,6 +225,9 @@ pub(crate) fn plan(
         created_at: now,
         last_used_at: None,
     };
+    if request.source == InstanceSource::Application {
+        instance.volatile.insert(application::MARK.into(), "true".into());
+    }
     if let Some(application) = image.as_ref().and_then(|i| i.application.as_ref()) {
         // Where neither the request nor a profile says otherwise.
         let (said, _) = records.expanded(&instance);

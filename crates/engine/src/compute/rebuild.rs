@@ -53,7 +53,7 @@ impl Engine {
             tx.expect(row);
             tx.expect(&project);
             let image = match &source {
-                InstanceSource::None => None,
+                InstanceSource::None | InstanceSource::Application => None,
                 InstanceSource::Image(reference) => {
                     let home = records.home(&project, "features.images");
                     let image = inner.resolve_image(&records, home, reference, Some(row.kind))?;
