@@ -18,7 +18,9 @@ as_root() {
 # Process id of the launcher of $KARST_DIR, if it runs.
 launcher_pid() {
     local pid
-    pid=$(cat "$KARST_DIR/lock" 2>/dev/null) || return 1
+    # The lock is root's, like the launcher.
+    [ -d "$KARST_DIR" ] || return 1
+    pid=$(as_root cat "$KARST_DIR/lock" 2>/dev/null) || return 1
     [ -n "$pid" ] && [ -r "/proc/$pid/cmdline" ] || return 1
     tr '\0' '\n' <"/proc/$pid/cmdline" | grep -qxF -- "$KARST_DIR" || return 1
     echo "$pid"

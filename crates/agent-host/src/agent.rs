@@ -222,6 +222,7 @@ impl RealAgent {
         for claim in self.ids.claims()? {
             self.ids.release(claim.range, &claim.owner);
         }
+        self.ids.leave();
         outcome
     }
 
@@ -643,6 +644,7 @@ impl RealAgent {
             proxies,
             nics,
             cloud_init: spec.cloud_init,
+            files: spec.files,
             environment: spec.environment,
             application,
         })

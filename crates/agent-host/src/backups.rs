@@ -14,9 +14,14 @@ use karst_image::{
     backup::{Kind, Piece},
     unpack::{Answer, Found, Part, Task},
 };
-use karst_model::{BackupId, Error, ErrorKind, Result, storage::VolumeContent};
+use karst_model::{
+    BackupId, Error, ErrorKind, Result,
+    storage::VolumeContent,
+    template::{Templates, check_name},
+};
 use karst_storage::{Format, PoolDriver, Reading};
 use std::{
+    collections::BTreeMap,
     fs::File,
     os::{
         fd::OwnedFd,
@@ -114,6 +119,7 @@ impl RealAgent {
             if let Some(metadata) = &request.metadata {
                 texts.push((format!("{directory}/metadata.yaml"), Some(yaml(metadata)?)));
             }
+            texts.extend(template_texts(&format!("{directory}/"), &request.templates)?);
         }
         let reading = contents(&*pool)?.read(at.volume, request.at).await?;
         self.pack(&request, texts, request.kind.place(None), reading, &file, true).await?;
@@ -183,7 +189,7 @@ impl RealAgent {
         Ok(WithFds { value: (), fds: vec![file.into()] })
     }
 
-    fn open_staged(&self, id: BackupId) -> Result<File> {
+    pub(crate) fn open_staged(&self, id: BackupId) -> Result<File> {
         match File::open(self.staged_backup(id)) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
                 Err(Error::not_found("the uploaded backup is gone; send it again"))
@@ -257,6 +263,7 @@ impl RealAgent {
         staged: OwnedFd,
     ) -> Result<VolumeFilled> {
         let filling = contents(pool)?.begin(request.volume.volume).await?;
+        let mut templates = Templates::default();
         let worker = self.worker().stdin(staged).writable("out", open(filling.directory(), false)?);
         if request.kind == BackupKind::Raw {
             let ended = worker.call("store", serde_json::Value::Null).await?;
@@ -266,10 +273,19 @@ impl RealAgent {
         } else {
             let part = if request.kind.is_disk() { Part::Disk } else { Part::Root };
             let within = request.kind.place(request.snapshot.as_deref());
-            let task = Task { part, bounds: BOUNDS, field: "backup".into(), within: Some(within) };
+            let beside = match request.snapshot {
+                None => request.kind.directory(None),
+                Some(_) => None,
+            };
+            let task = Task { part, bounds: BOUNDS, field: "backup".into(), within: Some(within), beside };
             let ended = worker.call("unpack", serde_json::to_value(task)?).await?;
             match (ended.code, serde_json::from_slice::<Answer>(&ended.stdout)) {
-                (0, Ok(answer)) => drop(Result::<Found>::from(answer)?),
+                (0, Ok(answer)) => {
+                    let found = Result::<Found>::from(answer)?;
+                    templates.rules = found.metadata.map(|m| m.templates).unwrap_or_default();
+                    templates.files = found.templates;
+                    templates.check("backup")?;
+                }
                 (125, _) => {
                     return Err(Error::internal("the worker that unpacks could not be set up", said(&ended)));
                 }
@@ -293,8 +309,24 @@ impl RealAgent {
             }
         }
         let info = filling.commit().await?;
-        Ok(VolumeFilled { size: info.size })
+        Ok(VolumeFilled { size: info.size, templates })
     }
+}
+
+/// The entries of an archive that are an instance's templates, below `directory` (`""`, or one with a slash).
+pub(crate) fn template_texts(
+    directory: &str,
+    templates: &BTreeMap<String, String>,
+) -> Result<Vec<(String, Option<String>)>> {
+    let mut texts = vec![];
+    if !templates.is_empty() {
+        texts.push((format!("{directory}templates"), None));
+    }
+    for (name, text) in templates {
+        check_name("templates", name)?;
+        texts.push((format!("{directory}templates/{name}"), Some(text.clone())));
+    }
+    Ok(texts)
 }
 
 /// How a worker that packed ended.

@@ -7,7 +7,7 @@ use crate::{
 use async_trait::async_trait;
 use karst_agent::*;
 use karst_env::EnvExt;
-use karst_guest::{Applied, FileKind, Metrics, Observed, StopMode};
+use karst_guest::{Applied, FileKind, MachineFigures, Metrics, Observed, StopMode};
 use karst_image::{Staged, Upload};
 use karst_model::{
     BackupId, Error, ErrorKind, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
@@ -308,6 +308,26 @@ impl RealAgent {
         Ok(all.filter_map(|m| async { m }).collect().await)
     }
 
+    async fn figures(&self, instances: Vec<InstanceId>) -> Result<Vec<(InstanceId, MachineFigures)>> {
+        use futures::StreamExt;
+        let mut wanted = instances;
+        if wanted.is_empty() {
+            wanted.extend(self.all_guests().into_iter().map(|(id, _)| id));
+        }
+        let figures = |id| async move {
+            let (_, driver) = self.known(id).ok()?;
+            match driver.machine()?.figures(id).await {
+                Ok(figures) => Some((id, figures)),
+                Err(e) => {
+                    tracing::debug!(instance = %id, error = %e, "no figures of the machine");
+                    None
+                }
+            }
+        };
+        let all = futures::stream::iter(wanted).map(figures).buffered(AT_A_TIME);
+        Ok(all.filter_map(|m| async { m }).collect().await)
+    }
+
     async fn running(&self, id: InstanceId) -> Result<&Arc<dyn karst_guest::GuestDriver>> {
         let (_, driver) = self.known(id)?;
         match driver.observe(id).await?.state {
@@ -548,12 +568,15 @@ calls! {
     read volume_export(me, request: VolumeExport) -> WithFds<SessionId> { me.export_volume(request).await }
     mutate volume_import(me, request: VolumeImport, context) -> WithFds<SessionId> { me.import_volume(context, request).await }
 
+    read volume_open(me, at: VolumeRef) -> WithFds<SessionId> { me.open_volume(at).await }
+
     mutate backup_create(me, request: BackupCreate) -> BackupFacts { me.create_backup(request).await }
     mutate backup_stage(me, id: BackupId) -> WithFds<()> { me.stage_backup(id).await }
     read backup_inspect(me, id: BackupId) -> BackupFacts { me.inspect_backup(id).await }
     read backup_open(me, id: BackupId) -> WithFds<BackupFacts> { me.open_backup(id).await }
     mutate backup_delete(me, id: BackupId) -> () { me.delete_backup(id).await }
     mutate volume_fill(me, request: VolumeFill) -> VolumeFilled { me.fill_volume(request).await }
+    mutate volume_write(me, request: VolumeWrite) -> () { me.write_volume(request).await }
 
     mutate image_stage(me, part: ImageStage) -> WithFds<ImageStaged> { me.stage(part).await }
     read image_staged(me, _request: ()) -> Vec<ImageId> { Ok(me.staging.images()) }
@@ -585,6 +608,24 @@ calls! {
     mutate guest_destroy(me, instance: InstanceId) -> () { me.destroy(instance).await }
     read guest_observe_all(me, _request: ()) -> Vec<Observed> { me.observe_all().await }
     read guest_metrics(me, instances: Vec<InstanceId>) -> Vec<(InstanceId, Metrics)> { me.metrics(instances).await }
+
+    read machine_figures(me, instances: Vec<InstanceId>) -> Vec<(InstanceId, MachineFigures)> { me.figures(instances).await }
+    read guest_agent(me, request: AgentCommand) -> serde_json::Value {
+        let AgentCommand { instance, command, arguments, limit } = request;
+        if !command.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b)) || !arguments.is_object() {
+            return Err(Error::invalid("command", "a command has a name and an object of arguments"));
+        }
+        let outcome = me.machine(instance)?.agent(instance, &command, arguments, limit).await;
+        outcome.map_err(as_state(instance))
+    }
+    read machine_interrupt(me, guest: GuestRef) -> () {
+        me.meant(guest)?;
+        me.machine(guest.instance)?.interrupt(guest.instance).await.map_err(as_state(guest.instance))
+    }
+    read machine_wake(me, guest: GuestRef) -> () {
+        me.meant(guest)?;
+        me.machine(guest.instance)?.wake(guest.instance).await.map_err(as_state(guest.instance))
+    }
 
     read entry_expected(me, _request: ()) -> () {
         let _ = me;

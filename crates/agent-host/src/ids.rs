@@ -120,7 +120,7 @@ impl IdRanges {
             let ours = if !self.free_of_others(base) {
                 Ok(false)
             } else {
-                match fs::File::options().write(true).create_new(true).mode(0o644).open(&file) {
+                match self.create(&file) {
                     Ok(mut f) => {
                         new.push(file.clone());
                         f.write_all(mine.as_bytes()).map(|()| true)
@@ -139,6 +139,28 @@ impl IdRanges {
             }
         }
         Ok(true)
+    }
+
+    /// Makes a claim's file; the directory too, which another daemon's purge may just have taken away.
+    fn create(&self, file: &Path) -> std::io::Result<fs::File> {
+        let create = || fs::File::options().write(true).create_new(true).mode(0o644).open(file);
+        match create() {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                fs::DirBuilder::new().recursive(true).mode(0o755).create(&self.directory)?;
+                create()
+            }
+            made => made,
+        }
+    }
+
+    /// Removes the directory, and the one above it, where nobody has anything in them: nothing of Karst stays on a machine
+    /// whose last daemon was purged.
+    pub fn leave(&self) {
+        if fs::remove_dir(&self.directory).is_ok()
+            && let Some(above) = self.directory.parent()
+        {
+            let _ = fs::remove_dir(above);
+        }
     }
 
     /// Gives a range back; what of it is not ours stays.
@@ -172,7 +194,11 @@ impl IdRanges {
 
 fn claims_of(directory: &Path, daemon_id: &str) -> Result<Vec<Claim>> {
     let mut found = vec![];
-    for entry in fs::read_dir(directory)?.flatten() {
+    let entries = match fs::read_dir(directory) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(found),
+        entries => entries?,
+    };
+    for entry in entries.flatten() {
         let base = entry.file_name().to_str().and_then(|n| n.parse().ok());
         let text = fs::read_to_string(entry.path()).unwrap_or_default();
         if let (Some(base), Some((id, owner))) = (base, text.trim().split_once(' '))
@@ -218,6 +244,27 @@ mod tests {
         for range in [first, second, third] {
             assert!(range.base >= FIRST && range.base.checked_add(range.count).unwrap() < 0x8000_0000);
         }
+    }
+
+    #[test]
+    fn the_last_to_leave_takes_the_directory_away_and_the_next_makes_it_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let claims = dir.path().join("karst/ids");
+        let (a, b) = (IdRanges::open(&claims, "000001").unwrap(), IdRanges::open(&claims, "000002").unwrap());
+        let range = b.claim("guest-1", None).unwrap();
+        a.leave();
+        assert_eq!(b.claims().unwrap().len(), 1, "another's claim keeps it");
+        b.release(range, "guest-1");
+        std::fs::write(dir.path().join("karst/other"), "").unwrap();
+        b.leave();
+        assert!(!claims.exists() && dir.path().join("karst/other").exists());
+        std::fs::remove_file(dir.path().join("karst/other")).unwrap();
+        assert_eq!(a.claims().unwrap(), []);
+        let range = a.claim("guest-2", None).unwrap();
+        assert_eq!(a.claims().unwrap().len(), 1, "its directory was made anew");
+        a.release(range, "guest-2");
+        a.leave();
+        assert!(!dir.path().join("karst").exists());
     }
 
     #[test]

@@ -8,6 +8,7 @@
 mod agent;
 mod audit;
 mod backups;
+mod bytes;
 mod calls;
 mod check;
 mod facts;

@@ -5,7 +5,7 @@
 
 use crate::{
     RealAgent,
-    backups::{packed, yaml},
+    backups::{packed, template_texts, yaml},
     storage::{contents, converted, open},
 };
 use karst_agent::{ImagePublish, VolumeRebuild};
@@ -69,8 +69,10 @@ impl RealAgent {
             disk = Some(made);
             ("rootfs.img", Kind::Disk)
         };
+        let mut texts = vec![("metadata.yaml".into(), Some(yaml(&request.metadata)?))];
+        texts.extend(template_texts("", &request.templates)?);
         let piece = Piece {
-            texts: vec![("metadata.yaml".into(), Some(yaml(&request.metadata)?))],
+            texts,
             content: Some((place.into(), kind)),
             compression: request.compression,
             last: true,

@@ -9,8 +9,9 @@
 //! ```
 
 use crate::VolumeRef;
-use karst_model::{BackupId, ByteSize, Name, SnapshotId, backup::Compression};
+use karst_model::{BackupId, ByteSize, Name, SnapshotId, backup::Compression, template::Templates};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// What a backup holds; says where in the file its parts lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,6 +80,9 @@ pub struct BackupCreate {
     /// Content of the instance's `metadata.yaml`.
     #[serde(default)]
     pub metadata: Option<serde_json::Value>,
+    /// Its templates, by name.
+    #[serde(default)]
+    pub templates: BTreeMap<String, String>,
     /// How the file is compressed.
     pub compression: Compression,
 }
@@ -106,9 +110,23 @@ pub struct VolumeFill {
     pub snapshot: Option<Name>,
 }
 
-/// What became of a volume that was filled.
+/// A part of a disk to be written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeWrite {
+    /// Which.
+    pub volume: VolumeRef,
+    /// What is written: a staged file, all of it.
+    pub staged: BackupId,
+    /// Byte of the disk that its first goes to.
+    pub offset: u64,
+}
+
+/// What became of a volume that was filled.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeFilled {
     /// Its size now: a disk grows to what came.
     pub size: Option<ByteSize>,
+    /// Templates that the backup of an instance has.
+    #[serde(default)]
+    pub templates: Templates,
 }

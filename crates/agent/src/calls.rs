@@ -2,7 +2,7 @@
 //! enumeration and the dispatcher all come from it.
 
 use crate::{
-    backups::{BackupCreate, BackupFacts, VolumeFill, VolumeFilled},
+    backups::{BackupCreate, BackupFacts, VolumeFill, VolumeFilled, VolumeWrite},
     publish::{ImagePublish, VolumeRebuild},
 };
 use async_trait::async_trait;
@@ -10,7 +10,7 @@ use karst_model::{
     BackupId, ByteSize, ImageId, InstanceId, NetworkId, NodeId, PoolId, Result, SagaId, SessionId,
     SnapshotId, VolumeId,
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
-    guest::{Applied, ExecRequest, FileInfo, FileWrite, Metrics, Observed, StopMode},
+    guest::{Applied, ExecRequest, FileInfo, FileWrite, MachineFigures, Metrics, Observed, StopMode},
     image::ImageFacts,
     instance::{Generation, InstanceKind},
     network::Lease,
@@ -124,6 +124,8 @@ plain!(
     BackupFacts,
     VolumeFilled,
     Vec<(InstanceId, Metrics)>,
+    Vec<(InstanceId, MachineFigures)>,
+    serde_json::Value,
     Vec<u8>,
     Vec<VolumeSnapshot>,
     SelfCheck,
@@ -261,6 +263,10 @@ agent_calls! {
     /// was. Its snapshots stay. Refused while a guest uses the volume.
     mutate fn volume_import(VolumeImport: VolumeImport) -> WithFds<SessionId>;
 
+    /// Opens a disk as it is now, by the rules of a snapshot: one descriptor that reads its bytes from any place, with holes
+    /// where it has nothing. The volume does not change until the session is closed, which whoever asked for it must do.
+    read fn volume_open(VolumeOpen: VolumeRef) -> WithFds<SessionId>;
+
     /// Packs a volume with snapshots into one file in Incus' backup format; complete or not at all.
     mutate fn backup_create(BackupCreate: BackupCreate) -> BackupFacts;
     /// Opens a staging file for a backup to be uploaded: one write-only descriptor. It is dropped an hour after it was last
@@ -275,6 +281,9 @@ agent_calls! {
     /// Replaces the content of an existing volume by what a staged backup has of it, in one step; on failure it stays as it
     /// was. Its snapshots stay. Refused while a guest uses the volume.
     mutate fn volume_fill(VolumeFill: VolumeFill) -> VolumeFilled;
+    /// Puts a staged file over a part of a disk, in one step; on failure it stays as it was. Holes of the file become holes.
+    /// The disk keeps its size and its snapshots. Refused while a guest uses the volume.
+    mutate fn volume_write(VolumeWrite: VolumeWrite) -> ();
 
     /// Opens a staging file for a part of an image to be uploaded: one write-only descriptor. Staged parts are bounded by
     /// the host's policy in number, size and age; one that goes beyond is dropped, and its import fails with the limit's
@@ -316,6 +325,14 @@ agent_calls! {
     read fn guest_observe_all(GuestObserveAll: ()) -> Vec<Observed>;
     /// Figures of these guests (all running ones when empty); one that does not run is left out.
     read fn guest_metrics(GuestMetrics: Vec<InstanceId>) -> Vec<(InstanceId, Metrics)>;
+    /// What these virtual machines (all running ones when empty) have done; one that does not run is left out.
+    read fn machine_figures(MachineFiguresOf: Vec<InstanceId>) -> Vec<(InstanceId, MachineFigures)>;
+    /// Runs a command of the QEMU guest agent's protocol in a virtual machine, and answers what it returns.
+    read fn guest_agent(GuestAgent: AgentCommand) -> serde_json::Value;
+    /// Interrupts a running virtual machine without regard to masks (NMI).
+    read fn machine_interrupt(MachineInterrupt: GuestRef) -> ();
+    /// Wakes a virtual machine that sleeps.
+    read fn machine_wake(MachineWake: GuestRef) -> ();
 
     /// A process is about to enter the groups of a guest, which starts or is to run a program. A hint that lets the host
     /// prepare; nothing follows from it and it may be lost.
@@ -642,6 +659,19 @@ pub struct MachineStateRestore {
     pub at: MachineStateRef,
     /// The memory too, for the next start.
     pub memory: bool,
+}
+
+/// A command of the QEMU guest agent's protocol.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AgentCommand {
+    /// Where.
+    pub instance: InstanceId,
+    /// Its name, such as `guest-ping`.
+    pub command: String,
+    /// Its arguments, an object.
+    pub arguments: serde_json::Value,
+    /// How long its answer is waited for.
+    pub limit: Duration,
 }
 
 /// Keys to press, one chord after the other.

@@ -109,6 +109,7 @@ impl Subject {
             parts::volumes,
             storage::trees,
             storage::disks,
+            storage::bytes,
             backups::trees,
             backups::disks,
             publish::images_of_trees,
@@ -271,6 +272,7 @@ impl Subject {
                 port: None,
             }],
             cloud_init: CloudInit { instance_id: instance.to_string(), ..CloudInit::default() },
+            files: vec![],
             environment: Default::default(),
         }
     }

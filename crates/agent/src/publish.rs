@@ -5,6 +5,7 @@ use karst_model::{
     ByteSize, ImageId, SnapshotId, backup::Compression, instance::InstanceKind, spec::VolumeSource,
 };
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// A volume that becomes an image: a unified archive of `metadata.yaml` and `rootfs/`, or `rootfs.img` (qcow2).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -19,6 +20,9 @@ pub struct ImagePublish {
     pub at: Option<SnapshotId>,
     /// Content of `metadata.yaml`.
     pub metadata: serde_json::Value,
+    /// What lies in `templates/`, by name.
+    #[serde(default)]
+    pub templates: BTreeMap<String, String>,
     /// How the archive is compressed.
     pub compression: Compression,
 }

@@ -582,6 +582,7 @@ fn commit_new(
         public: options.public,
         properties,
         profiles: options.profiles.clone().unwrap_or_else(|| vec!["default".into()]),
+        templates: facts.templates.clone(),
         created_at: jiff::Timestamp::from_second(facts.created_at).ok(),
         uploaded_at: engine.env.now(),
         last_used_at: None,

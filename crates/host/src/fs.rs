@@ -76,7 +76,7 @@ pub fn copy_sparse(from: impl AsFd, to: impl AsFd, size: u64) -> io::Result<()> 
         } else {
             (at, size)
         };
-        copy_range(from, to, data, end)?;
+        copy_range(from, to, data, end, 0)?;
         at = end;
     }
     if sparse {
@@ -85,8 +85,52 @@ pub fn copy_sparse(from: impl AsFd, to: impl AsFd, size: u64) -> io::Result<()> 
     Ok(())
 }
 
-fn copy_range(from: BorrowedFd<'_>, to: BorrowedFd<'_>, start: u64, end: u64) -> io::Result<()> {
-    let (mut source, mut target) = (start, start);
+/// Puts the file `from` over a part of the file `to`, from `offset` on: data as data, holes as holes where the file system
+/// has them, as zeros otherwise.
+///
+/// # Errors
+/// No space, or reading or writing fails.
+pub fn put_sparse(from: impl AsFd, to: impl AsFd, offset: u64) -> io::Result<()> {
+    use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
+    let (from, to) = (from.as_fd(), to.as_fd());
+    let size = rustix::fs::fstat(from)?.st_size as u64;
+    let mut at = 0;
+    while at < size {
+        let data = match seek(from, SeekFrom::Data(at)) {
+            Ok(data) => data.min(size),
+            Err(Errno::NXIO) => size,
+            Err(e) => return Err(e.into()),
+        };
+        if data > at {
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            match fallocate(to, flags, offset + at, data - at) {
+                Err(Errno::OPNOTSUPP | Errno::NOSYS) => zero(to, offset + at, offset + data)?,
+                other => other?,
+            }
+        }
+        if data < size {
+            at = seek(from, SeekFrom::Hole(data))?.min(size);
+            copy_range(from, to, data, at, offset)?;
+        } else {
+            at = size;
+        }
+    }
+    Ok(())
+}
+
+fn zero(to: BorrowedFd<'_>, start: u64, end: u64) -> io::Result<()> {
+    let zeros = vec![0; 256 << 10];
+    let mut at = start;
+    while at < end {
+        let n = (end - at).min(zeros.len() as u64) as usize;
+        at += rustix::io::pwrite(to, &zeros[..n], at)? as u64;
+    }
+    Ok(())
+}
+
+/// Copies from `start` to `end`, to as many bytes further on.
+fn copy_range(from: BorrowedFd<'_>, to: BorrowedFd<'_>, start: u64, end: u64, offset: u64) -> io::Result<()> {
+    let (mut source, mut target) = (start, start + offset);
     while source < end {
         let want = (end - source).min(1 << 30) as usize;
         match rustix::fs::copy_file_range(from, Some(&mut source), to, Some(&mut target), want) {

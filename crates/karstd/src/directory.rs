@@ -1,7 +1,7 @@
 //! DIR: what is in it, whose it is, and the lock that makes it one instance's.
 //!
 //! ```text
-//! DIR/            0711 root           lock, id
+//! DIR/            0711 root           lock, id, karstd.log (of a daemon that make run started)
 //! DIR/unix.socket 0660 root:karst-admin  the API
 //! DIR/libvirt-sock, 0660 root:karst-admin, libvirt-sock-ro, 0666: libvirt's protocol
 //! DIR/run/        0750 root:karst     host.sock, daemons.json
@@ -70,6 +70,12 @@ impl Directory {
         }
         let lock = lock(&path)?;
         Ok(Self { daemon_id: identity(&path.join("id"))?, path, _lock: lock })
+    }
+
+    /// Does no launcher hold the lock of this directory?
+    pub fn is_free(path: &Path) -> bool {
+        let lock = File::open(path.join("lock"));
+        !lock.is_ok_and(|lock| flock(&lock, FlockOperation::NonBlockingLockShared).is_err())
     }
 
     /// A listening socket, in place of one that an instance before left behind.

@@ -19,6 +19,10 @@ pub fn run(dir: &Path) -> Result<()> {
     if !rustix::process::geteuid().is_root() {
         return Err(Error::forbidden("purging needs root"));
     }
+    if never_began(dir)? {
+        std::fs::remove_dir_all(dir)?;
+        return Ok(());
+    }
     let directory = take(dir)?;
     wait_for_daemons(&directory.daemon_id)?;
     let options = RealOptions {
@@ -41,6 +45,26 @@ pub fn run(dir: &Path) -> Result<()> {
     std::fs::remove_dir_all(&directory.path)?;
     tracing::info!(dir = %directory.path.display(), "purged");
     Ok(())
+}
+
+/// Was DIR made, by `make run` or by a daemon that died in its first moment, before it became an instance's? Then there is
+/// nothing in it but the log and what a daemon makes before the id, all of it empty.
+fn never_began(dir: &Path) -> Result<bool> {
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        let known = match entry.file_name().to_str() {
+            Some("lock" | "karstd.log") => entry.file_type()?.is_file(),
+            Some("run" | "state" | "host") => {
+                entry.file_type()?.is_dir() && std::fs::read_dir(entry.path())?.next().is_none()
+            }
+            _ => false,
+        };
+        if !known {
+            return Ok(false);
+        }
+    }
+    // A daemon that has just taken it is about to become an instance.
+    Ok(Directory::is_free(dir))
 }
 
 /// Takes DIR, after its launcher was asked to end.
@@ -80,4 +104,34 @@ fn wait_for_daemons(daemon_id: &str) -> Result<()> {
         std::thread::sleep(Duration::from_millis(5));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_that_never_became_an_instances_is_told_from_one_that_did_and_from_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path();
+        assert!(never_began(path).unwrap(), "empty");
+        for name in ["run", "state", "host"] {
+            std::fs::create_dir(path.join(name)).unwrap();
+        }
+        std::fs::write(path.join("karstd.log"), "died").unwrap();
+        std::fs::write(path.join("lock"), "1\n").unwrap();
+        assert!(never_began(path).unwrap());
+        std::fs::write(path.join("state/x"), "").unwrap();
+        assert!(!never_began(path).unwrap(), "there is state");
+        std::fs::remove_file(path.join("state/x")).unwrap();
+        std::fs::write(path.join("photo.jpg"), "").unwrap();
+        assert!(!never_began(path).unwrap(), "somebody's file");
+        std::fs::remove_file(path.join("photo.jpg")).unwrap();
+        std::os::unix::fs::symlink("/", path.join("karstd.log.1")).unwrap();
+        assert!(!never_began(path).unwrap());
+        std::fs::remove_file(path.join("karstd.log.1")).unwrap();
+        let lock = std::fs::File::open(path.join("lock")).unwrap();
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
+        assert!(!never_began(path).unwrap(), "a daemon is about to begin");
+    }
 }

@@ -74,6 +74,73 @@ pub struct Metrics {
     pub system: Option<GuestSystem>,
 }
 
+/// What a running virtual machine has done since its start, beside [`Metrics`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct MachineFigures {
+    /// Disks by slot, such as `scsi0`.
+    pub disks: BTreeMap<String, DiskFigures>,
+    /// Interfaces by the host's name.
+    pub nics: BTreeMap<String, NicFigures>,
+    /// Processors by index.
+    pub vcpus: Vec<VcpuFigures>,
+    /// Balloon, where it has one.
+    pub balloon: Option<BalloonFigures>,
+    /// CPU time of its process in user mode, nanoseconds.
+    pub user_ns: Option<u64>,
+    /// CPU time of its process in the kernel, nanoseconds.
+    pub system_ns: Option<u64>,
+}
+
+/// A disk: requests, bytes and nanoseconds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[allow(missing_docs)]
+pub struct DiskFigures {
+    pub read_requests: u64,
+    pub read_bytes: u64,
+    pub read_ns: u64,
+    pub write_requests: u64,
+    pub write_bytes: u64,
+    pub write_ns: u64,
+    pub flush_requests: u64,
+    pub flush_ns: u64,
+    /// Bytes that its file takes; nothing of a block device.
+    pub allocation: Option<u64>,
+    /// Bytes that its file has.
+    pub physical: Option<u64>,
+}
+
+/// An interface as the host counts it, from the guest's side.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[allow(missing_docs)]
+pub struct NicFigures {
+    pub received_bytes: u64,
+    pub received_packets: u64,
+    pub received_errors: u64,
+    pub received_drops: u64,
+    pub sent_bytes: u64,
+    pub sent_packets: u64,
+    pub sent_errors: u64,
+    pub sent_drops: u64,
+}
+
+/// A processor of a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct VcpuFigures {
+    /// Index.
+    pub index: u32,
+    /// Time that it ran, nanoseconds.
+    pub time_ns: u64,
+    /// Processor of the host that it last ran on; -1 where that is not known.
+    pub processor: i32,
+}
+
+/// A balloon.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct BalloonFigures {
+    /// What the guest has, bytes.
+    pub actual: u64,
+}
+
 /// Which agent answers inside a virtual machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -1,6 +1,6 @@
 //! Images.
 
-use crate::{Config, ImageId, Name, ProjectId, instance::InstanceKind};
+use crate::{Config, ImageId, Name, ProjectId, instance::InstanceKind, template::Templates};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -47,6 +47,9 @@ pub struct Image {
     /// How it is run, of an image of the OCI.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub application: Option<Application>,
+    /// Files of its guests that are made anew.
+    #[serde(default, skip_serializing_if = "Templates::is_empty")]
+    pub templates: Templates,
     /// Grows with each change.
     pub spec_version: u64,
 }
@@ -158,6 +161,9 @@ pub struct ImageFacts {
     /// How an image of the OCI is run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub application: Option<Application>,
+    /// Files of its guests that are made anew.
+    #[serde(default, skip_serializing_if = "Templates::is_empty")]
+    pub templates: Templates,
 }
 
 /// How the one program of an application container (an image of the OCI) is run.

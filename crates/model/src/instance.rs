@@ -2,7 +2,7 @@
 
 use crate::{
     Config, DeviceId, Error, ImageId, InstanceId, Name, NodeId, PoolId, ProfileId, ProjectId, Result,
-    SnapshotId, Vmid, VolumeId, device::Devices,
+    SnapshotId, Vmid, VolumeId, device::Devices, template::InstanceMetadata,
 };
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -173,6 +173,9 @@ pub struct Instance {
     /// `volatile.*` values that the platform itself keeps.
     #[serde(default)]
     pub volatile: Config,
+    /// What is kept of its image's metadata, with the templates; `None`: nothing but what stands elsewhere in the record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metadata: Option<Box<InstanceMetadata>>,
     /// Identities of devices, by device name of the expanded configuration.
     #[serde(default)]
     pub identities: BTreeMap<String, DeviceIdentity>,

@@ -34,6 +34,7 @@ pub mod snapshot;
 pub mod spec;
 pub mod storage;
 pub mod syscalls;
+pub mod template;
 pub mod trust;
 pub mod uplink;
 pub mod warning;

@@ -55,6 +55,9 @@ pub struct GuestSpec {
     pub nics: Vec<NicSpec>,
     /// First-boot configuration.
     pub cloud_init: CloudInit,
+    /// Files that are made at this start.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<GuestFile>,
     /// Environment of the guest's init and of exec (`environment.*`), seen inside the guest only.
     #[serde(default)]
     pub environment: BTreeMap<String, String>,
@@ -460,6 +463,24 @@ impl NicSpec {
             _ => None,
         }
     }
+}
+
+/// A file of a guest that is written before it starts.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct GuestFile {
+    /// Absolute path inside; missing directories are made.
+    pub path: String,
+    /// What it holds.
+    pub content: String,
+    /// Not where there is such a file already.
+    #[serde(default)]
+    pub create_only: bool,
+    /// Owner of one that is made.
+    pub uid: u32,
+    /// Group of one that is made.
+    pub gid: u32,
+    /// Permission bits of one that is made.
+    pub mode: u32,
 }
 
 /// cloud-init data (NoCloud).

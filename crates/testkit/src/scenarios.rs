@@ -21,7 +21,10 @@ use karst_engine::{
     snapshots::{Origin, create::CreateSnapshot},
     storage::CreatePool,
     tenancy::UpdateProfile,
-    volumes::{copy::CopyVolume, create::CreateVolume, update::UpdateVolume},
+    volumes::{
+        content::WriteVolume, copy::CopyVolume, create::CreateVolume, relocate::MoveVolume,
+        update::UpdateVolume,
+    },
 };
 use karst_model::{
     BackupId, Config, Result,
@@ -202,6 +205,8 @@ async fn copy(w: &World, snapshot: Option<&str>, start: bool) -> Result<LiveOper
         name: "c1".into(),
         snapshot: snapshot.map(str::to_owned),
         instance_only: false,
+        refresh: false,
+        exclude_older: false,
         copy: CreateInstance { start, ..container("c2") },
     };
     Ok(w.engine.instance_copy(&w.admin, "default", request).await?.1)
@@ -238,6 +243,8 @@ pub async fn copy_volume(w: &World, snapshot: Option<&str>) -> Result<LiveOperat
         name: "v1".into(),
         snapshot: snapshot.map(str::to_owned),
         volume_only: false,
+        refresh: true,
+        exclude_older: false,
         copy,
     };
     w.engine.volume_copy(&w.admin, "default", "second", request).await
@@ -403,6 +410,78 @@ pub fn all() -> Vec<Scenario> {
                 done(w, snapshot(w, OF_C1, "s1").await).await
             },
             |w| publish(w, Some("s1")).await
+        ),
+        scenario!(
+            "content-refresh",
+            "of an instance whose original runs and has other snapshots",
+            |w| {
+                tree(w).await?;
+                done(w, copy(w, None, false).await).await?;
+                let gone = w.engine.snapshot_delete(&w.admin, OF_C1, "s2").await;
+                done(w, gone).await?;
+                done(w, snapshot(w, OF_C1, "s4").await).await?;
+                let of = Origin::Instance { project: "default", name: "c2" };
+                done(w, snapshot(w, of, "own").await).await?;
+                done(w, set_power(w, PowerAction::Start).await).await
+            },
+            |w| {
+                let request = CopyInstance {
+                    project: "default".into(),
+                    name: "c1".into(),
+                    snapshot: None,
+                    instance_only: false,
+                    refresh: true,
+                    exclude_older: false,
+                    copy: container("c2"),
+                };
+                Ok(w.engine.instance_copy(&w.admin, "default", request).await?.1)
+            }
+        ),
+        scenario!(
+            "content-refresh",
+            "of a volume in another pool",
+            |w| {
+                second_pool(w).await?;
+                done(w, volume(w, "v1", VolumeContent::Filesystem).await).await?;
+                done(w, snapshot(w, OF_V1, "s1").await).await?;
+                done(w, copy_volume(w, None).await).await?;
+                done(w, snapshot(w, OF_V1, "s2").await).await?;
+                let of = Origin::Volume { project: "default", pool: "second", name: "v2" };
+                done(w, snapshot(w, of, "own").await).await
+            },
+            |w| copy_volume(w, None).await
+        ),
+        scenario!(
+            "volume-move",
+            "with snapshots and a user to another pool, under another name",
+            |w| {
+                second_pool(w).await?;
+                done(w, volume(w, "v1", VolumeContent::Filesystem).await).await?;
+                done(w, snapshot(w, OF_V1, "s1").await).await?;
+                let data = [("type", "disk"), ("pool", "default"), ("source", "v1"), ("path", "/data")];
+                let data = data.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+                let devices = Devices::from([("data".to_owned(), data)]);
+                let request = CreateInstance { devices, ..container("c1") };
+                done(w, Ok(w.engine.instance_create(&w.admin, "default", request).await?.1)).await
+            },
+            |w| {
+                let request =
+                    MoveVolume { name: Some("moved".into()), pool: Some("second".into()), project: None };
+                w.engine.volume_move(&w.admin, "default", "default", "v1", request).await
+            }
+        ),
+        scenario!(
+            "volume-move",
+            "to another project",
+            |w| {
+                w.engine.project_create(&w.admin, "other", "", Config::new()).await?;
+                done(w, volume(w, "v1", VolumeContent::Block).await).await?;
+                done(w, snapshot(w, OF_V1, "s1").await).await
+            },
+            |w| {
+                let request = MoveVolume { project: Some("other".into()), ..Default::default() };
+                w.engine.volume_move(&w.admin, "default", "default", "v1", request).await
+            }
         ),
         scenario!(
             "instance-move",
@@ -696,6 +775,28 @@ pub fn all() -> Vec<Scenario> {
             |w| copy_volume(w, Some("s1")).await
         ),
         scenario!("volume-create", "block", |_w| Ok(()), |w| volume(w, "v1", VolumeContent::Block).await),
+        scenario!(
+            "volume-wipe",
+            "of a stopped machine",
+            |w| {
+                done(w, volume(w, "v1", VolumeContent::Block).await).await?;
+                done(w, defined(w).await).await?;
+                done(w, set_power(w, PowerAction::Stop).await).await
+            },
+            |w| w.engine.volume_wipe(&w.admin, "default", "default", "v1").await
+        ),
+        scenario!(
+            "volume-write",
+            "a part",
+            |w| done(w, volume(w, "v1", VolumeContent::Block).await).await,
+            |w| {
+                let upload = w.engine.backup_upload(&w.admin, "default")?;
+                let staged = w.engine.backup_upload_open(&w.admin, "default", upload).await?;
+                std::fs::File::from(staged).write_all(b"written")?;
+                let request = WriteVolume { upload, length: 7, offset: 512 };
+                w.engine.volume_write(&w.admin, "default", "default", "v1", request).await
+            }
+        ),
         scenario!(
             "volume-delete",
             "unused",

@@ -23,7 +23,7 @@ use karst_engine::{
         tokens::NewApiToken,
         trust::{CertificateSettings, NewCertificate},
     },
-    volumes::{copy::CopyVolume, create::CreateVolume, update::UpdateVolume},
+    volumes::{content::WriteVolume, copy::CopyVolume, create::CreateVolume, update::UpdateVolume},
 };
 use karst_env::SeededEnv;
 use karst_model::{
@@ -150,8 +150,11 @@ async fn fixture(env: &SeededEnv) -> Fixture {
     let pool = CreatePool { name: "second".into(), driver: "dir".into(), ..Default::default() };
     let operation = e.pool_create(c, pool).await.unwrap();
     assert_eq!(w.ended(operation).await.error, None);
-    let operation = e.volume_create(c, HERE, "default", volume("data")).await.unwrap();
-    assert_eq!(w.ended(operation).await.error, None);
+    let disk = CreateVolume { content: VolumeContent::Block, ..volume("blocks") };
+    for request in [volume("data"), disk] {
+        let operation = e.volume_create(c, HERE, "default", request).await.unwrap();
+        assert_eq!(w.ended(operation).await.error, None);
+    }
     let request = CreateSnapshot { name: Some("snap".into()), ..CreateSnapshot::default() };
     let (_, backup) = e.backup_create(c, of_still(HERE), kept()).await.unwrap();
     assert_eq!(w.ended(backup).await.error, None);
@@ -309,6 +312,11 @@ fn cases() -> Vec<Case> {
         instances View |f, c, p| f.w.engine.instances(c, p).map(drop);
         instances_all Filtered |f, c, p| { assert!(f.w.engine.instances_all(c).iter().all(|x| c.principal().may(karst_model::access::Permission::ProjectView, Some(x.project.id)))); Ok(()) };
         instance View |f, c, p| f.w.engine.instance(c, p, "run").map(drop);
+        instance_metadata View |f, c, p| f.w.engine.instance_metadata(c, p, "still").map(drop);
+        instance_metadata_update Edit |f, c, p| f.w.engine.instance_metadata_update(c, p, "still", Default::default(), None).await;
+        instance_template View |f, c, p| match f.w.engine.instance_template(c, p, "still", "a.tpl") { Err(e) if e.message.starts_with("Template") => Ok(()), other => other.map(drop) };
+        instance_template_write Edit |f, c, p| f.w.engine.instance_template_write(c, p, "still", "a.tpl", "x").await;
+        instance_template_delete Edit |f, c, p| match f.w.engine.instance_template_delete(c, p, "still", "a.tpl").await { Err(e) if e.message.starts_with("Template") => Ok(()), other => other };
         instance_pending View |f, c, p| f.w.engine.instance_pending(c, p, "run").map(drop);
         instance_metrics View |f, c, p| f.w.engine.instance_metrics(c, p, "run").await.map(drop);
         instance_create Edit |f, c, p| f.w.engine.instance_create(c, p, container("fresh")).await.map(drop);
@@ -331,6 +339,10 @@ fn cases() -> Vec<Case> {
         machine_keys Use |f, c, p| of_a_machine(f.w.engine.machine_keys(c, p, "run", &["a".into()]).await);
         machine_screenshot Use |f, c, p| of_a_machine(f.w.engine.machine_screenshot(c, p, "run").await.map(drop));
         machine_display Use |f, c, p| of_a_machine(f.w.engine.machine_display(c, p, "run").await.map(drop));
+        machine_figures View |f, c, p| { let found = f.w.engine.machine_figures(c, p, "run").await?; assert!(found.is_none(), "it is a container"); Ok(()) };
+        guest_agent Use |f, c, p| of_a_machine(f.w.engine.guest_agent(c, p, "run", ("guest-ping", serde_json::json!({})), Duration::from_secs(5)).await.map(drop));
+        machine_interrupt Use |f, c, p| of_a_machine(f.w.engine.machine_interrupt(c, p, "run").await);
+        machine_wake Use |f, c, p| of_a_machine(f.w.engine.machine_wake(c, p, "run").await);
         file_open Use |f, c, p| f.w.engine.file_open(c, p, "run", "/").await.map(drop);
         file_write Use |f, c, p| f.w.engine.file_write(c, p, "run", FileWrite { path: "/tmp/x".into(), kind: FileKind::Symlink, uid: None, gid: None, mode: None, append: false, target: Some("y".into()) }).await.map(drop);
         file_delete Use |f, c, p| {
@@ -350,7 +362,7 @@ fn cases() -> Vec<Case> {
         snapshot_delete Edit |f, c, p| f.w.engine.snapshot_delete(c, of_still(p), "snap").await.map(drop);
         instance_move Edit |f, c, p| f.w.engine.instance_move(c, p, "still", karst_engine::compute::relocate::MoveInstance { name: Some("moved".into()), ..Default::default() }).await.map(drop);
         instance_rebuild Edit |f, c, p| f.w.engine.instance_rebuild(c, p, "still", karst_engine::compute::create::InstanceSource::None).await.map(drop);
-        instance_copy Edit |f, c, p| f.w.engine.instance_copy(c, p, CopyInstance { project: p.into(), name: "still".into(), snapshot: None, instance_only: false, copy: container("copied") }).await.map(drop);
+        instance_copy Edit |f, c, p| f.w.engine.instance_copy(c, p, CopyInstance { project: p.into(), name: "still".into(), snapshot: None, instance_only: false, refresh: false, exclude_older: false, copy: container("copied") }).await.map(drop);
         backups View |f, c, p| f.w.engine.backups(c, of_still(p)).map(drop);
         backup View |f, c, p| f.w.engine.backup(c, of_still(p), "kept").map(drop);
         backup_open Edit |f, c, p| f.w.engine.backup_open(c, of_still(p), "kept").await.map(drop);
@@ -363,9 +375,14 @@ fn cases() -> Vec<Case> {
         volume_import Edit |f, c, p| { let upload = upload(&f.w, of_still(HERE)).await?; f.w.engine.volume_import(c, p, "default", ImportVolume { upload, name: Some("disc".into()), disc: true }).await.map(drop) };
         custom_volume View |f, c, p| f.w.engine.custom_volume(c, p, "default", "data").map(drop);
         volume_create Edit |f, c, p| f.w.engine.volume_create(c, p, "default", volume("fresh")).await.map(drop);
-        volume_copy Edit |f, c, p| f.w.engine.volume_copy(c, p, "default", CopyVolume { project: p.into(), pool: "default".into(), name: "data".into(), snapshot: None, volume_only: false, copy: volume("copied") }).await.map(drop);
+        volume_copy Edit |f, c, p| f.w.engine.volume_copy(c, p, "default", CopyVolume { project: p.into(), pool: "default".into(), name: "data".into(), snapshot: None, volume_only: false, refresh: false, exclude_older: false, copy: volume("copied") }).await.map(drop);
         volume_update Edit |f, c, p| f.w.engine.volume_update(c, p, "default", "data", UpdateVolume { description: "x".into(), config: Config::new(), if_version: None }).await.map(drop);
+        volume_move Edit |f, c, p| f.w.engine.volume_move(c, p, "default", "data", karst_engine::volumes::relocate::MoveVolume { name: Some("moved".into()), pool: Some("second".into()), project: None }).await.map(drop);
         volume_rename Edit |f, c, p| f.w.engine.volume_rename(c, p, "default", "data", "renamed").await;
+        volume_wipe Edit |f, c, p| f.w.engine.volume_wipe(c, p, "default", "data").await.map(drop);
+        volume_open Edit |f, c, p| f.w.engine.volume_open(c, p, "default", "blocks").await.map(drop);
+        volume_writable Edit |f, c, p| f.w.engine.volume_writable(c, p, "default", "blocks", (0, 1));
+        volume_write Edit |f, c, p| { let upload = upload(&f.w, of_still(HERE)).await?; f.w.engine.volume_write(c, p, "default", "blocks", WriteVolume { upload, length: 1, offset: 0 }).await.map(drop) };
         volume_delete Edit |f, c, p| f.w.engine.volume_delete(c, p, "default", "data").await.map(drop);
         // Networks.
         networks View |f, c, p| f.w.engine.networks(c, p).map(drop);
@@ -436,12 +453,14 @@ const WITHOUT_CONTEXT: &[(&str, &str)] = &[
     ("set_image_servers", "the daemon's own, at its start"),
     ("inner", "the harness; front ends are kept from it by review"),
     ("bootstrap", "the daemon's own, at its start"),
+    ("change_expected", "a hint to the host's kernel, from which nothing follows"),
     ("principal_by_certificate", "authentication itself"),
     ("principal_by_token", "authentication itself"),
     ("certificate_projects", "takes a record that a context showed"),
     ("audit_flush", "the daemon's own, at its end"),
     ("server_settings", "the daemon's own listeners"),
     ("all_metrics", "by instance id: callers join it with the instances that a context showed them"),
+    ("all_machine_figures", "by instance id: callers join it with the instances that a context showed them"),
     ("volume_usage", "takes a record that a context showed"),
     ("exec_expected", "takes an instance that exec_check showed"),
     ("project_used_by", "takes a record that a context showed; tells what is in it"),

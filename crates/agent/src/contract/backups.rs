@@ -18,7 +18,16 @@ impl Subject {
             at: None,
             snapshots,
             index: serde_json::json!({"name": "c1", "config": {"container": {"name": "c1"}}}),
-            metadata: None,
+            metadata: (kind == BackupKind::Container).then(|| {
+                serde_json::json!({
+                    "architecture": "x86_64",
+                    "templates": {"/etc/motd": {"when": ["start"], "template": "motd.tpl"}},
+                })
+            }),
+            templates: match kind {
+                BackupKind::Container => [("motd.tpl".to_owned(), "hello".to_owned())].into(),
+                _ => Default::default(),
+            },
             compression: Compression::Zstd,
         };
         let made = self.agent.backup_create(&self.change(), request.clone()).await.unwrap();
@@ -36,7 +45,7 @@ impl Subject {
         data
     }
 
-    async fn stage(&self, data: &[u8]) -> BackupId {
+    pub(super) async fn stage(&self, data: &[u8]) -> BackupId {
         let id = BackupId(self.env.uuid());
         let staged = self.agent.backup_stage(&self.change(), id).await.unwrap();
         write_all(one(staged.fds), data.to_vec()).await;
@@ -73,9 +82,14 @@ pub(super) async fn trees(s: &Subject) {
     let other = s.volume(pool, InstanceKind::Container, None);
     let new = VolumeRef { pool, volume: other.id };
     agent.volume_create(&s.change(), other).await.unwrap();
-    s.fill(new, staged, BackupKind::Container, Some("first")).await.unwrap();
+    let filled = s.fill(new, staged, BackupKind::Container, Some("first")).await.unwrap();
+    assert!(filled.templates.is_empty());
     assert_eq!(s.marked(new).await, "one");
-    s.fill(new, staged, BackupKind::Container, None).await.unwrap();
+    let filled = s.fill(new, staged, BackupKind::Container, None).await.unwrap();
+    assert_eq!(
+        (filled.templates.files["motd.tpl"].as_str(), filled.templates.rules["/etc/motd"].template.as_str()),
+        ("hello", "motd.tpl")
+    );
     s.fill(new, staged, BackupKind::Container, None).await.expect("twice is once");
     assert_eq!(s.marked(new).await, "two");
 

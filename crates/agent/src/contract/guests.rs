@@ -407,14 +407,33 @@ async fn machine_only(guest: &Guest<'_>) {
     let (s, agent) = (guest.s, &guest.s.agent);
     let instance = guest.spec.instance;
     let keys = |key: &str| KeyPresses { instance, chords: vec![vec![key.to_owned()]] };
+    let of_agent = |command: &str| AgentCommand {
+        instance,
+        command: command.into(),
+        arguments: serde_json::json!({}),
+        limit: Duration::from_secs(5),
+    };
     if guest.spec.kind == InstanceKind::Container {
         refused(agent.guest_reset(&s.read(), guest.at()).await, ErrorKind::Unsupported);
         refused(agent.guest_keys(&s.read(), keys("a")).await, ErrorKind::Unsupported);
         refused(agent.guest_screenshot(&s.read(), instance).await, ErrorKind::Unsupported);
+        refused(agent.machine_interrupt(&s.read(), guest.at()).await, ErrorKind::Unsupported);
+        refused(agent.guest_agent(&s.read(), of_agent("guest-ping")).await, ErrorKind::Unsupported);
+        assert!(agent.machine_figures(&s.read(), vec![instance]).await.unwrap().is_empty());
         refused(agent.display_attach(&s.read(), instance).await, ErrorKind::Unsupported);
         return;
     }
     agent.guest_keys(&s.read(), keys("shift")).await.unwrap();
+    let figures = agent.machine_figures(&s.read(), vec![instance]).await.unwrap();
+    let [(of, figures)] = figures.as_slice() else { panic!("{figures:?}") };
+    assert!(*of == instance && !figures.vcpus.is_empty() && figures.user_ns.is_some(), "{figures:?}");
+    assert!(figures.disks[&guest.spec.root.slot].read_bytes > 0, "it has booted: {figures:?}");
+    assert!(agent.machine_figures(&s.read(), vec![]).await.unwrap().iter().any(|(id, _)| *id == instance));
+    let mut wrong = of_agent("guest-ping");
+    wrong.arguments = serde_json::json!([]);
+    refused(agent.guest_agent(&s.read(), wrong).await, ErrorKind::Invalid);
+    agent.guest_agent(&s.read(), of_agent("guest-ping")).await.expect("whichever agent it has");
+    refused(agent.guest_agent(&s.read(), of_agent("guest-nonsense")).await, ErrorKind::Unsupported);
     let shot = agent.guest_screenshot(&s.read(), instance).await.unwrap();
     assert!(read_all(one(shot.fds)).await.starts_with(b"\x89PNG\r\n\x1a\n"));
     let display = agent.display_attach(&s.read(), instance).await.unwrap();
@@ -441,6 +460,12 @@ async fn volume_in_use(guest: &Guest<'_>) {
         InstanceKind::VirtualMachine => StreamFormat::Raw,
     };
     refused(agent.volume_import(&s.change(), VolumeImport { volume, format }).await, ErrorKind::Conflict);
+    if guest.spec.kind == InstanceKind::VirtualMachine {
+        let staged = s.stage(b"not now").await;
+        let write = VolumeWrite { volume, staged, offset: 0 };
+        refused(agent.volume_write(&s.change(), write).await, ErrorKind::Conflict);
+        agent.backup_delete(&s.change(), staged).await.unwrap();
+    }
     agent.volume_snapshot_delete(&s.change(), at).await.unwrap();
 }
 

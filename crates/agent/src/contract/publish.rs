@@ -12,12 +12,16 @@ impl Subject {
             at,
             metadata: serde_json::json!({
                 "architecture": "x86_64", "creation_date": 1_700_000_000, "expiry_date": 0,
-                "properties": {"os": "mine"}, "templates": {},
+                "properties": {"os": "mine"},
+                "templates": {"/etc/motd": {"when": ["create"], "template": "motd.tpl"}},
             }),
+            templates: [("motd.tpl".to_owned(), "of {{ container.name }}".to_owned())].into(),
             compression: Compression::Zstd,
         };
         let facts = self.agent.image_publish(&self.change(), request.clone()).await.unwrap();
         assert_eq!((facts.kind, facts.properties["os"].as_str()), (kind, "mine"));
+        assert_eq!(facts.templates.files, request.templates);
+        assert_eq!(facts.templates.rules["/etc/motd"].template, "motd.tpl");
         let again = self.agent.image_publish(&self.change(), request.clone()).await.expect("twice is once");
         assert_eq!(facts, again);
         let check = self.agent.self_check(&self.read(), ()).await.unwrap();

@@ -206,3 +206,57 @@ pub(super) async fn disks(s: &Subject) {
         agent.pool_remove(&s.change(), pool).await.unwrap();
     }
 }
+
+/// Disks by place: read from anywhere, written in part, in one step.
+pub(super) async fn bytes(s: &Subject) {
+    use std::os::unix::fs::FileExt;
+    let (agent, pool) = (&s.agent, s.pool().await);
+    let spec =
+        VolumeSpec { size: Some(ByteSize::mib(4)), ..s.volume(pool, InstanceKind::VirtualMachine, None) };
+    let at = VolumeRef { pool, volume: spec.id };
+    agent.volume_create(&s.change(), spec.clone()).await.unwrap();
+    let read = async |offset: u64, length: usize| {
+        let opened = agent.volume_open(&s.read(), at).await.unwrap();
+        let disk = File::from(one(opened.fds));
+        assert_eq!(disk.metadata().unwrap().len(), 4 << 20);
+        let mut data = vec![7; length];
+        disk.read_exact_at(&mut data, offset).unwrap();
+        agent.session_close(&s.read(), opened.value).await.unwrap();
+        data
+    };
+    assert_eq!(read((4 << 20) - 10, 10).await, vec![0; 10]);
+    let write = async |offset: u64, data: &[u8]| {
+        let staged = s.stage(data).await;
+        let request = VolumeWrite { volume: at, staged, offset };
+        let outcome = agent.volume_write(&s.change(), request).await;
+        if outcome.is_ok() {
+            agent.volume_write(&s.change(), request).await.expect("twice is once");
+        }
+        agent.backup_delete(&s.change(), staged).await.unwrap();
+        outcome.map(|()| request)
+    };
+    write(0, &vec![1; 4 << 20]).await.expect("all of it");
+    let first = s.snapshot(at);
+    agent.volume_snapshot_create(&s.change(), first).await.unwrap();
+    write(1 << 20, &[2; 10_000]).await.expect("a part");
+    assert_eq!(read((1 << 20) - 1, 2).await, [1, 2]);
+    assert_eq!(read((1 << 20) + 9_999, 2).await, [2, 1]);
+    assert_eq!(read((4 << 20) - 1, 1).await, [1]);
+    refused(write((4 << 20) - 1, &[3; 2]).await, ErrorKind::Invalid);
+    refused(write(u64::MAX, &[3; 2]).await, ErrorKind::Invalid);
+    assert_eq!(read((4 << 20) - 1, 1).await, [1], "what does not fit changes nothing");
+    agent.volume_snapshot_restore(&s.change(), first).await.expect("its snapshots stayed");
+    assert_eq!(read(1 << 20, 1).await, [1]);
+
+    let gone = VolumeWrite { volume: at, staged: karst_model::BackupId(s.env.uuid()), offset: 0 };
+    refused(agent.volume_write(&s.change(), gone).await, ErrorKind::NotFound);
+    let tree = s.volume(pool, InstanceKind::Container, None);
+    let tree_at = VolumeRef { pool, volume: tree.id };
+    agent.volume_create(&s.change(), tree).await.unwrap();
+    refused(agent.volume_open(&s.read(), tree_at).await, ErrorKind::Invalid);
+    for volume in [at, tree_at] {
+        agent.volume_delete(&s.change(), volume).await.unwrap();
+    }
+    refused(agent.volume_open(&s.read(), at).await, ErrorKind::NotFound);
+    agent.pool_remove(&s.change(), pool).await.unwrap();
+}

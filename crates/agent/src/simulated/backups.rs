@@ -2,7 +2,11 @@
 
 use super::{SimulatedAgent, storage::Held};
 use crate::backups::*;
-use karst_model::{BackupId, ByteSize, Error, Name, Result, SnapshotId, storage::VolumeContent};
+use karst_model::{
+    BackupId, ByteSize, Error, Name, Result, SnapshotId,
+    storage::VolumeContent,
+    template::{Templates, read_rules},
+};
 use serde::{Deserialize, Serialize};
 use std::{
     io::{Read, Seek, SeekFrom},
@@ -13,6 +17,8 @@ use std::{
 struct File {
     index: serde_json::Value,
     kind: BackupKind,
+    #[serde(default)]
+    templates: Templates,
     contents: Vec<(Option<Name>, Held, Option<ByteSize>)>,
 }
 
@@ -46,13 +52,21 @@ impl SimulatedAgent {
             let (held, size, _) = state.held(request.volume, id)?;
             contents.push((name, held, size));
         }
-        let data = serde_json::to_vec(&File { index: request.index.clone(), kind: request.kind, contents })?;
+        let rules = request.metadata.as_ref().map(|m| m["templates"].clone());
+        let rules = rules.and_then(|r| serde_json::from_value(r).ok()).unwrap_or_default();
+        let templates = Templates { rules: read_rules("", rules)?, files: request.templates.clone() };
+        let data = serde_json::to_vec(&File {
+            index: request.index.clone(),
+            kind: request.kind,
+            templates,
+            contents,
+        })?;
         let answer = facts(&data);
         state.backups.insert(request.id, data);
         Ok(answer)
     }
 
-    fn staged_backup(&self, id: BackupId) -> Result<Vec<u8>> {
+    pub(super) fn staged_backup(&self, id: BackupId) -> Result<Vec<u8>> {
         let state = self.lock();
         let staged = state.staged_backups.get(&id);
         let mut file = staged
@@ -76,9 +90,9 @@ impl SimulatedAgent {
         let mut state = self.settled();
         check_content(request.kind, state.volume(request.volume)?.spec.content)?;
         state.writer(request.volume, false)?;
-        let (held, size) = if request.kind == BackupKind::Raw {
+        let (held, size, templates) = if request.kind == BackupKind::Raw {
             let size = ByteSize((data.len() as u64).next_multiple_of(512));
-            (Held { imported: Arc::new(data), ..Held::default() }, Some(size))
+            (Held { imported: Arc::new(data), ..Held::default() }, Some(size), Templates::default())
         } else {
             let file: File = serde_json::from_slice(&data)
                 .map_err(|e| Error::invalid("backup", "the backup is corrupt or cut off").with_context(e))?;
@@ -87,7 +101,8 @@ impl SimulatedAgent {
                 let place = request.kind.place(request.snapshot.as_deref());
                 Error::invalid("backup", format!("the archive has no {place}"))
             })?;
-            (held, size)
+            let own = request.snapshot.is_none();
+            (held, size, if own { file.templates } else { Templates::default() })
         };
         let volume = state.volume_mut(request.volume)?;
         volume.held = held;
@@ -96,6 +111,6 @@ impl SimulatedAgent {
             VolumeContent::Iso => volume.size = size,
             VolumeContent::Block => volume.size = volume.size.max(size),
         }
-        Ok(VolumeFilled { size: volume.size })
+        Ok(VolumeFilled { size: volume.size, templates })
     }
 }

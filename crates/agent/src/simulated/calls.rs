@@ -8,7 +8,9 @@ use karst_model::{
     BackupId, ByteSize, Error, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
     device::interface_name,
-    guest::{Applied, Metrics, Observed},
+    guest::{
+        Applied, BalloonFigures, DiskFigures, MachineFigures, Metrics, NicFigures, Observed, VcpuFigures,
+    },
     image::ImageFacts,
     instance::InstanceKind,
     network::Lease,
@@ -173,6 +175,8 @@ calls! {
     read volume_export(me, request: VolumeExport) -> WithFds<SessionId> { me.export_volume(request) }
     mutate volume_import(me, request: VolumeImport) -> WithFds<SessionId> { me.import_volume(request) }
 
+    read volume_open(me, at: VolumeRef) -> WithFds<SessionId> { me.open_volume(at) }
+
     mutate backup_create(me, request: BackupCreate) -> BackupFacts { me.create_backup(&request) }
     mutate backup_stage(me, id: BackupId) -> WithFds<()> {
         let fd = memfd_create("karst-staged", MemfdFlags::CLOEXEC).map_err(std::io::Error::from)?;
@@ -194,6 +198,7 @@ calls! {
         Ok(())
     }
     mutate volume_fill(me, request: VolumeFill) -> VolumeFilled { me.fill_volume(&request) }
+    mutate volume_write(me, request: VolumeWrite) -> () { me.write_volume(&request) }
 
     mutate image_stage(me, part: ImageStage) -> WithFds<ImageStaged> {
         let fd = memfd_create("karst-staged", MemfdFlags::CLOEXEC).map_err(std::io::Error::from)?;
@@ -315,6 +320,55 @@ calls! {
         let wanted = if instances.is_empty() { state.guests.keys().copied().collect() } else { instances };
         let after = me.options.address_after;
         Ok(wanted.into_iter().filter_map(|i| Some((i, state.metrics(i, now, after)?))).collect())
+    }
+
+    read machine_figures(me, instances: Vec<InstanceId>) -> Vec<(InstanceId, MachineFigures)> {
+        let state = me.settled();
+        let wanted: Vec<InstanceId> =
+            if instances.is_empty() { state.guests.keys().copied().collect() } else { instances };
+        let figures = |id: InstanceId| {
+            let guest = state.guests.get(&id).filter(|g| demand_machine(g).is_ok())?;
+            let spec = &guest.spec;
+            let slots = std::iter::once(&spec.root.slot).chain(spec.disks.iter().map(|d| &d.slot));
+            let disk = DiskFigures { read_requests: 4, read_bytes: 2048, read_ns: 900, ..Default::default() };
+            Some((id, MachineFigures {
+                disks: slots.map(|slot| (slot.clone(), disk.clone())).collect(),
+                nics: spec.nics.iter().map(|n| (n.host_interface.clone(), NicFigures { sent_bytes: 90, sent_packets: 1, ..Default::default() })).collect(),
+                vcpus: vec![VcpuFigures { index: 0, time_ns: 1_000_000, processor: 0 }],
+                balloon: Some(BalloonFigures { actual: spec.limits.memory.map_or(1 << 30, ByteSize::bytes) }),
+                user_ns: Some(700_000),
+                system_ns: Some(300_000),
+            }))
+        };
+        Ok(wanted.into_iter().filter_map(figures).collect())
+    }
+    read guest_agent(me, request: AgentCommand) -> serde_json::Value {
+        let state = me.settled();
+        let guest = state.guests.get(&request.instance).ok_or_else(|| no_guest(request.instance))?;
+        demand_machine(guest)?;
+        if !request.arguments.is_object() {
+            return Err(Error::invalid("command", "a command has a name and an object of arguments"));
+        }
+        match request.command.as_str() {
+            "guest-ping" | "guest-set-time" | "guest-set-user-password" | "guest-fstrim" => Ok(serde_json::json!({})),
+            "guest-get-host-name" => Ok(serde_json::json!({"host-name": guest.spec.hostname})),
+            "guest-get-time" => Ok(serde_json::json!(1_700_000_000_500_000_000_i64)),
+            "guest-fsfreeze-freeze" | "guest-fsfreeze-thaw" => Ok(serde_json::json!(1)),
+            "guest-get-fsinfo" => Ok(serde_json::json!([
+                {"name": "sda1", "mountpoint": "/", "type": "ext4", "total-bytes": 1000, "used-bytes": 10,
+                 "disk": [{"bus-type": "scsi", "bus": 0, "target": 0, "unit": 0, "dev": "/dev/sda1"}]},
+            ])),
+            "guest-get-vcpus" => Ok(serde_json::json!([{"logical-id": 0, "online": true, "can-offline": false}])),
+            other => Err(Error::unsupported(format!("the guest agent does not allow {other}"))),
+        }
+    }
+    read machine_interrupt(me, guest: GuestRef) -> () {
+        let mut state = me.settled();
+        demand_machine(state.running(guest)?)
+    }
+    read machine_wake(me, guest: GuestRef) -> () {
+        let mut state = me.settled();
+        demand_machine(state.running(guest)?)
     }
 
     read entry_expected(me, _request: ()) -> () {

@@ -6,8 +6,12 @@ use crate::{
     publish::{ImagePublish, VolumeRebuild},
 };
 use karst_model::{
-    ByteSize, Config, Error, Result, image::ImageFacts, instance::InstanceKind, spec::VolumeSource,
+    ByteSize, Config, Error, Result,
+    image::ImageFacts,
+    instance::InstanceKind,
+    spec::VolumeSource,
     storage::VolumeContent,
+    template::{Templates, read_rules},
 };
 use sha2::{Digest, Sha256};
 
@@ -30,12 +34,15 @@ impl SimulatedAgent {
         }
         let properties: Config =
             serde_json::from_value(request.metadata["properties"].clone()).unwrap_or_default();
-        let text = serde_json::to_vec(&(&request.metadata, &held, request.compression))?;
+        let rules = serde_json::from_value(request.metadata["templates"].clone()).unwrap_or_default();
+        let templates = Templates { rules: read_rules("", rules)?, files: request.templates.clone() };
+        let text = serde_json::to_vec(&(&request.metadata, &templates, &held, request.compression))?;
         let part = ImagePart::Unified;
         let parts = vec![(part, super::files::content(&text)?.into(), text.len() as u64)];
         let facts = ImageFacts {
             application: None,
             properties,
+            templates,
             expires_at: request.metadata["expiry_date"].as_i64().unwrap_or_default(),
             disk_size: size.filter(|_| found.is_disk()).map_or(0, ByteSize::bytes),
             ..self.facts(&Sha256::digest(&text), text.len() as u64, request.kind, "published")

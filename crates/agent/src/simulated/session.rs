@@ -199,6 +199,18 @@ impl Session {
 }
 
 impl Session {
+    /// Nothing goes on in it; it lasts until it is closed.
+    pub fn held(instance: InstanceId) -> Result<Self> {
+        let (session, woken) = Self::new(instance, SessionKind::FileWrite)?;
+        let (never, keep) = pipe_with(PipeFlags::CLOEXEC).map_err(std::io::Error::from)?;
+        session.play("simulated-held", move || {
+            readable(&never, &woken, None);
+            drop(keep);
+            137
+        })?;
+        Ok(session)
+    }
+
     /// A stream of `data` to read.
     pub fn export(instance: InstanceId, data: Vec<u8>) -> Result<(Self, OwnedFd)> {
         let (session, woken) = Self::new(instance, SessionKind::FileWrite)?;

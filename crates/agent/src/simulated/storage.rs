@@ -6,7 +6,7 @@ use super::{
     state::{SimulatedFile, State, Volume},
     work::{EMPTY_VOLUME, no_pool},
 };
-use crate::calls::*;
+use crate::{backups::VolumeWrite, calls::*};
 use karst_model::{
     ByteSize, Error, InstanceId, Result, SessionId, SnapshotId,
     instance::{InstanceKind, RuntimeState},
@@ -81,6 +81,13 @@ pub(super) fn check_format(content: VolumeContent, format: StreamFormat, export:
         return Ok(());
     }
     Err(Error::invalid("format", format!("a volume of content {} does not travel so", content.as_str())))
+}
+
+fn demand_disk(content: VolumeContent) -> Result<()> {
+    match content.is_disk() {
+        true => Ok(()),
+        false => Err(Error::invalid("volume", "a file system has no bytes to be read or written by place")),
+    }
 }
 
 impl SimulatedAgent {
@@ -238,5 +245,37 @@ impl SimulatedAgent {
         let value = SessionId(self.env.uuid());
         state.add_session(value, session)?;
         Ok(WithFds { value, fds: vec![fd] })
+    }
+
+    pub(super) fn open_volume(&self, at: VolumeRef) -> Result<WithFds<SessionId>> {
+        let mut state = self.settled();
+        let (held, size, content) = state.held(at, None)?;
+        demand_disk(content)?;
+        let fd = super::files::content(&held.imported)?;
+        rustix::fs::ftruncate(&fd, size.map_or(0, ByteSize::bytes)).map_err(std::io::Error::from)?;
+        let session = Session::held(InstanceId(uuid::Uuid::nil()))?;
+        let value = SessionId(self.env.uuid());
+        state.add_session(value, session)?;
+        Ok(WithFds { value, fds: vec![fd] })
+    }
+
+    pub(super) fn write_volume(&self, request: &VolumeWrite) -> Result<()> {
+        let data = self.staged_backup(request.staged)?;
+        let mut state = self.settled();
+        let volume = state.volume(request.volume)?;
+        demand_disk(volume.spec.content)?;
+        let size = volume.size.map_or(0, ByteSize::bytes);
+        let end = request.offset.checked_add(data.len() as u64).filter(|end| *end <= size);
+        let Some(end) = end else {
+            let text = format!("what is written reaches beyond the end of the disk at {size} bytes");
+            return Err(Error::invalid("length", text));
+        };
+        state.writer(request.volume, false)?;
+        let volume = state.volume_mut(request.volume)?;
+        let mut bytes = volume.held.imported.to_vec();
+        bytes.resize(bytes.len().max(end as usize), 0);
+        bytes[request.offset as usize..end as usize].copy_from_slice(&data);
+        volume.held.imported = Arc::new(bytes);
+        Ok(())
     }
 }

@@ -302,6 +302,7 @@ impl SimulatedAgent {
             properties,
             created_at: self.seconds(),
             expires_at: 0,
+            templates: Default::default(),
             disk_size: if kind == InstanceKind::VirtualMachine { ByteSize::gib(2).bytes() } else { 0 },
         }
     }

@@ -337,6 +337,7 @@ mod tests {
                 vlans: Default::default(),
             }],
             cloud_init: CloudInit::default(),
+            files: vec![],
             environment: [("A".to_owned(), "b c".to_owned())].into(),
         }
     }

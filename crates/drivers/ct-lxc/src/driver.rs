@@ -456,8 +456,9 @@ impl Shared {
             write_unless_same(&seccomp_file(&place), filter.as_bytes())?;
             write_private(&place.join("lxc.log"), b"")
         });
-        if previous.is_none_or(|p| p.seed != record.seed) {
-            seed::apply(guest, previous.map(|p| p.hostname.as_str())).await?;
+        let first = previous.is_none_or(|p| p.seed != record.seed);
+        if first || !guest.files.is_empty() {
+            seed::apply(guest, previous.map(|p| p.hostname.as_str()), first).await?;
         }
         let listener =
             guest.security.guest_api.as_ref().map(|api| guest_api::prepare(guest, api)).transpose()?;

@@ -1,11 +1,11 @@
-//! What is written into a container's root file system before it starts: its host name, and cloud-init's NoCloud seed
-//! where cloud-init is installed. By the same helper and rules as the users' files, so a hostile image gains nothing.
+//! What is written into a container's root file system before it starts: its host name, cloud-init's NoCloud seed where
+//! cloud-init is installed, and the files of its image's templates. By the same helper and rules as the users' files, so a hostile image gains nothing.
 
 use crate::attach::Helper;
 use karst_guest::{ResolvedApplication, ResolvedGuest};
 use karst_host::overlay::{self, Held};
 use karst_keeper::attach::{Operation, Request};
-use karst_model::{Error, ErrorKind, Result};
+use karst_model::{Error, ErrorKind, Result, spec::GuestFile};
 use rustix::fs::{MemfdFlags, Mode, OFlags, memfd_create};
 use std::{
     io::{Seek, Write},
@@ -50,6 +50,33 @@ impl Root<'_> {
         let request =
             Request { operation: Operation::WriteDirectory, path: path.into(), ..Request::default() };
         self.call(request, None).await
+    }
+
+    /// A file of a template, with the directories that it needs.
+    async fn made(&self, file: &GuestFile) -> Result<()> {
+        // What is there keeps its owner and mode.
+        let plain = (file.uid, file.gid, file.mode) == (0, 0, 0o644);
+        let there = (file.create_only || !plain) && self.exists(&file.path).await?;
+        if there && file.create_only {
+            return Ok(());
+        }
+        let new = !plain && !there;
+        let request = Request {
+            operation: Operation::WriteFile,
+            path: file.path.clone().into(),
+            uid: new.then_some(file.uid),
+            gid: new.then_some(file.gid),
+            mode: new.then_some(file.mode),
+            ..Request::default()
+        };
+        match self.call(request.clone(), Some(&file.content)).await {
+            Err(e) if e.is(ErrorKind::NotFound) => {}
+            other => return other,
+        }
+        for (at, _) in file.path.match_indices('/').skip(1) {
+            self.directory(&file.path[..at]).await?;
+        }
+        self.call(request, Some(&file.content)).await
     }
 
     async fn file(&self, path: &str, mode: Option<u32>, content: &str) -> Result<()> {
@@ -105,8 +132,8 @@ fn nocloud(guest: &ResolvedGuest) -> Result<Vec<(&'static str, String)>> {
 }
 
 /// Writes what this start needs. `previous` is the host name that the last start wrote: a name that was changed inside
-/// since then stays.
-pub(crate) async fn apply(guest: &ResolvedGuest, previous: Option<&str>) -> Result<()> {
+/// since then stays. Without `first` the host name and cloud-init's files are there already.
+pub(crate) async fn apply(guest: &ResolvedGuest, previous: Option<&str>, first: bool) -> Result<()> {
     // An overlay is written through a mount of its own, with the owners as they are on disk.
     let layered = match guest.root_layers.clone() {
         Some(layers) => Some(
@@ -118,6 +145,17 @@ pub(crate) async fn apply(guest: &ResolvedGuest, previous: Option<&str>) -> Resu
     };
     let path = layered.as_ref().map_or_else(|| guest.root.path.clone(), Held::path);
     let root = Root { guest, path };
+    if first {
+        beginning(guest, &root, previous).await?;
+    }
+    for file in &guest.files {
+        let field = |e: Error| if e.field.is_some() { e } else { e.at(format!("templates.{}", file.path)) };
+        root.made(file).await.map_err(field)?;
+    }
+    Ok(())
+}
+
+async fn beginning(guest: &ResolvedGuest, root: &Root<'_>, previous: Option<&str>) -> Result<()> {
     if previous != Some(guest.hostname.as_str()) {
         // systemd takes the name from here, whatever the container was started with.
         root.file("/etc/hostname", None, &format!("{}\n", guest.hostname)).await?;

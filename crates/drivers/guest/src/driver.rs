@@ -7,7 +7,8 @@ use std::os::fd::OwnedFd;
 use tokio::sync::mpsc;
 
 pub use karst_model::guest::{
-    Applied, ExecRequest, FileInfo, FileKind, FileWrite, Interface, Metrics, Observed, StopMode,
+    Applied, ExecRequest, FileInfo, FileKind, FileWrite, Interface, MachineFigures, Metrics, Observed,
+    StopMode,
 };
 
 /// A kind of guest on this host. Implementations pass one contract suite.
@@ -90,6 +91,24 @@ pub trait GuestMachine: Send + Sync {
     /// Tells the guest that the disk at `path` has so many bytes, and grows the file below it when it is one; a block
     /// device has grown before. Conflict for a disk that cannot grow live, not found when no such disk is attached.
     async fn grow(&self, instance: InstanceId, path: &std::path::Path, size: u64) -> Result<()>;
+
+    /// What it has done so far.
+    async fn figures(&self, instance: InstanceId) -> Result<MachineFigures>;
+
+    /// Interrupts it without regard to masks (NMI).
+    async fn interrupt(&self, instance: InstanceId) -> Result<()>;
+
+    /// Wakes it when it sleeps.
+    async fn wake(&self, instance: InstanceId) -> Result<()>;
+
+    /// Runs a command of the QEMU guest agent's protocol inside; as far as Karst's own agent can, where that is the one.
+    async fn agent(
+        &self,
+        instance: InstanceId,
+        command: &str,
+        arguments: serde_json::Value,
+        limit: std::time::Duration,
+    ) -> Result<serde_json::Value>;
 
     /// Presses the reset button.
     async fn reset(&self, instance: InstanceId) -> Result<()>;

@@ -8,7 +8,7 @@ use karst_model::{
     image::Application,
     instance::{Generation, InstanceKind},
     node::AcceleratorKind,
-    spec::{CloudInit, Limits, MachineSpec, ProxySpec, Security},
+    spec::{CloudInit, GuestFile, Limits, MachineSpec, ProxySpec, Security},
 };
 use std::{
     collections::BTreeMap,
@@ -70,6 +70,8 @@ pub struct ResolvedGuest {
     pub nics: Vec<ResolvedNic>,
     /// First-boot data.
     pub cloud_init: CloudInit,
+    /// Files that are made at this start (containers).
+    pub files: Vec<GuestFile>,
     /// Environment seen inside the guest.
     pub environment: BTreeMap<String, String>,
     /// The program that runs in place of an init (application containers).

@@ -177,7 +177,13 @@ mod tests {
     }
 
     fn task(part: Part, within: &str) -> Task {
-        Task { part, bounds: Bounds::default(), field: "backup".into(), within: Some(within.into()) }
+        Task {
+            part,
+            bounds: Bounds::default(),
+            field: "backup".into(),
+            within: Some(within.into()),
+            beside: None,
+        }
     }
 
     #[test]

@@ -1,7 +1,11 @@
 //! `metadata.yaml` of Incus' image format.
 
-use karst_model::{Config, Error, Result};
+use karst_model::{
+    Config, Error, Result,
+    template::{TemplateRule, WrittenRule, read_rules},
+};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// What `metadata.yaml` says.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -17,6 +21,9 @@ pub struct Metadata {
     /// `os`, `release`, `description`, …
     #[serde(default)]
     pub properties: Config,
+    /// Files of guests that are made anew, by path; how they are made lies in `templates/` beside.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub templates: BTreeMap<String, TemplateRule>,
 }
 
 impl Metadata {
@@ -33,7 +40,9 @@ impl Metadata {
             #[serde(default)]
             expiry_date: i64,
             #[serde(default)]
-            properties: Option<std::collections::BTreeMap<String, serde_yaml_ng::Value>>,
+            properties: Option<BTreeMap<String, serde_yaml_ng::Value>>,
+            #[serde(default)]
+            templates: Option<BTreeMap<String, Option<WrittenRule>>>,
         }
         let raw: Raw = serde_yaml_ng::from_slice(text)
             .map_err(|e| Error::invalid(field, "metadata.yaml cannot be read").with_context(e))?;
@@ -70,11 +79,15 @@ impl Metadata {
             }
             properties.insert(key, value);
         }
+        let written = raw.templates.into_iter().flatten();
+        let templates =
+            read_rules(field, written.map(|(path, rule)| (path, rule.unwrap_or_default())).collect())?;
         Ok(Self {
             architecture: architecture.into(),
             creation_date: raw.creation_date,
             expiry_date: raw.expiry_date,
             properties,
+            templates,
         })
     }
 

@@ -221,6 +221,7 @@ pub fn unpack(input: &File, out: &Path, field: &str, bounds: Bounds) -> Result<O
             creation_date: created.map_or(0, |c| c.as_second().max(0)),
             expiry_date: 0,
             properties,
+            templates: BTreeMap::new(),
         }),
         tree: true,
         digest: Some(digest(field, &chosen.digest)?.to_owned()),

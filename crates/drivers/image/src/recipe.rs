@@ -164,6 +164,7 @@ impl Recipe {
             creation_date: now.map_or(0, |d| d.as_secs() as i64),
             expiry_date: 0,
             properties: properties.into_iter().map(|(k, v)| (k.to_owned(), v)).collect(),
+            templates: Default::default(),
         }
     }
 

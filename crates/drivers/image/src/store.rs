@@ -1,7 +1,7 @@
 //! The images of this host.
 //!
 //! ```text
-//! ROOT/images/<image id>/   image.json · unified | metadata + rootfs (as uploaded) · tree/ or disk.img · templates/
+//! ROOT/images/<image id>/   image.json · unified | metadata + rootfs (as uploaded) · tree/ or disk.img
 //! ROOT/recipes/<key>/       metadata.tar · rootfs: what a recipe built today
 //! ROOT/tmp/<uuid>/          work in progress; removed at the next start
 //! ```
@@ -17,7 +17,7 @@ use karst_host::{
     Program,
     sandbox::{Ended, Launcher, Limits, Sandbox},
 };
-use karst_model::{Error, ImageId, Result, image::ImageFacts, instance::InstanceKind};
+use karst_model::{Error, ImageId, Result, image::ImageFacts, instance::InstanceKind, template::Templates};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::{
@@ -213,7 +213,7 @@ impl ImageStore {
                 _ if &magic == b"hsqs" => self.unsquash(work, &out).await?,
                 _ => self.unpack(work, "rootfs", "rootfs", Part::Root, &out).await?,
             };
-            Found { metadata: described.metadata, ..inside }
+            Found { metadata: described.metadata, templates: described.templates, ..inside }
         };
         let field = if unified { "image" } else { "rootfs" };
         let mut disk_size = 0;
@@ -240,12 +240,11 @@ impl ImageStore {
             std::fs::rename(out.join("tree"), work.join("tree"))?;
             InstanceKind::Container
         };
-        if out.join("templates").exists() {
-            std::fs::rename(out.join("templates"), work.join("templates"))?;
-        }
         let at = out.clone();
         blocking(move || remove(&at)).await?;
         let metadata = found.metadata.unwrap_or_default();
+        let templates = Templates { rules: metadata.templates, files: found.templates };
+        templates.check(if unified { "image" } else { "metadata" })?;
         Ok(Record {
             unified,
             facts: ImageFacts {
@@ -259,6 +258,7 @@ impl ImageStore {
                 created_at: metadata.creation_date,
                 expires_at: metadata.expiry_date,
                 disk_size,
+                templates,
             },
         })
     }
@@ -273,7 +273,7 @@ impl ImageStore {
     }
 
     async fn unpack_from(&self, input: OwnedFd, field: &str, part: Part, out: &Path) -> Result<Found> {
-        let task = Task { part, bounds: self.bounds, field: field.to_owned(), within: None };
+        let task = Task { part, bounds: self.bounds, field: field.to_owned(), within: None, beside: None };
         let ended = self.worker(out)?.stdin(input).call("unpack", serde_json::to_value(task)?).await?;
         let said = || format!("exit code {}: {}", ended.code, String::from_utf8_lossy(&ended.stderr).trim());
         match (ended.code, serde_json::from_slice::<Answer>(&ended.stdout)) {

@@ -6,7 +6,7 @@
 //! it would stop what this misses; this exists so that the user reads what is wrong with the file.
 
 use crate::metadata;
-use karst_model::{Error, ErrorKind, Result, image::Application};
+use karst_model::{Error, ErrorKind, Result, image::Application, template};
 use rustix::{
     fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Timestamps, XattrFlags},
     io::Errno,
@@ -64,6 +64,9 @@ pub struct Task {
     /// What lies below this path of the archive only, as if that were its top; everything else is passed over.
     #[serde(default)]
     pub within: Option<String>,
+    /// Directory of the archive whose `metadata.yaml` and `templates/` are answered as well.
+    #[serde(default)]
+    pub beside: Option<String>,
 }
 
 /// What the worker found.
@@ -71,6 +74,9 @@ pub struct Task {
 pub struct Found {
     /// Parsed `metadata.yaml`.
     pub metadata: Option<metadata::Metadata>,
+    /// Texts of `templates/`, by name.
+    #[serde(default)]
+    pub templates: BTreeMap<String, String>,
     /// A `rootfs/` tree was stored.
     pub tree: bool,
     /// A `rootfs.img` was stored.
@@ -87,8 +93,8 @@ pub struct Found {
     pub application: Option<Application>,
 }
 
-/// Unpacks `input` below the directory `out`: the root file system into `tree/`, the disk into `rootfs.img`, templates
-/// into `templates/`.
+/// Unpacks `input` below the directory `out`: the root file system into `tree/`, the disk into `rootfs.img`;
+/// templates are answered.
 ///
 /// # Errors
 /// Invalid for anything wrong with the archive, quota when the disk is full.
@@ -100,6 +106,7 @@ pub fn unpack(input: impl Read, out: &Path, task: &Task) -> Result<Found> {
         root: &root,
         field,
         within: task.within.as_ref().map(String::as_bytes),
+        beside: task.beside.as_ref().map(String::as_bytes),
         bounds: task.bounds,
         found: Found::default(),
         dirs: vec![],
@@ -294,6 +301,7 @@ struct Unpacker<'a> {
     root: &'a OwnedFd,
     field: &'a str,
     within: Option<&'a [u8]>,
+    beside: Option<&'a [u8]>,
     bounds: Bounds,
     found: Found,
     /// Directories and their times, set when nothing is stored in them any more.
@@ -358,23 +366,28 @@ impl Unpacker<'_> {
         })
     }
 
-    fn entry<R: Read>(&mut self, mut entry: tar::Entry<'_, R>, part: Part) -> Result<()> {
+    fn entry<R: Read>(&mut self, entry: tar::Entry<'_, R>, part: Part) -> Result<()> {
         self.found.entries += 1;
         if self.found.entries > self.bounds.entries {
             return Err(self.invalid(format!("the archive has more than {} entries", self.bounds.entries)));
         }
         let path = self.clean(&entry.path_bytes(), part)?;
+        if let Some([b'/', own @ ..]) = self.beside.and_then(|dir| path.strip_prefix(dir)) {
+            match own.strip_prefix(b"templates".as_slice()) {
+                _ if own == b"metadata.yaml" => return self.metadata(entry),
+                Some(name) => return self.template(entry, name),
+                None => {}
+            }
+        }
         let Some(inside) = self.place(part, &path) else {
             if path == b"metadata.yaml" && part != Part::Root {
-                let mut text = Vec::new();
-                entry.by_ref().take((1 << 20) + 1).read_to_end(&mut text).map_err(|e| self.broken(e))?;
-                if text.len() > 1 << 20 {
-                    return Err(self.invalid("metadata.yaml is larger than 1 MiB"));
-                }
-                self.found.metadata = Some(metadata::Metadata::parse(self.field, &text)?);
+                return self.metadata(entry);
             }
             return Ok(()); // other entries of the archive's top mean nothing here
         };
+        if let Some(name) = inside.strip_prefix(b"templates".as_slice()) {
+            return self.template(entry, name);
+        }
         if inside == b"rootfs.img" || inside == b"disk.img" {
             if matches!(entry.header().entry_type(), tar::EntryType::Regular | tar::EntryType::GNUSparse) {
                 self.found.disk = true;
@@ -473,6 +486,40 @@ impl Unpacker<'_> {
             },
             Err(e) => self.store(Err(e), path),
         }
+    }
+
+    fn metadata<R: Read>(&mut self, mut entry: tar::Entry<'_, R>) -> Result<()> {
+        let mut text = Vec::new();
+        entry.by_ref().take((1 << 20) + 1).read_to_end(&mut text).map_err(|e| self.broken(e))?;
+        if text.len() > 1 << 20 {
+            return Err(self.invalid("metadata.yaml is larger than 1 MiB"));
+        }
+        self.found.metadata = Some(metadata::Metadata::parse(self.field, &text)?);
+        Ok(())
+    }
+
+    /// A template: its text, by its name.
+    fn template<R: Read>(&mut self, mut entry: tar::Entry<'_, R>, name: &[u8]) -> Result<()> {
+        let kind = entry.header().entry_type();
+        let name = match (kind, name) {
+            (tar::EntryType::Directory, _) => return Ok(()),
+            (tar::EntryType::Regular | tar::EntryType::Continuous, [b'/', name @ ..]) => show(name),
+            _ => return Err(self.invalid(format!("templates{} is not a file", show(name)))),
+        };
+        template::check_name(self.field, &name)?;
+        let mut text = Vec::new();
+        let most = template::MAX_BYTES as u64 + 1;
+        entry.by_ref().take(most).read_to_end(&mut text).map_err(|e| self.broken(e))?;
+        let known: usize = self.found.templates.values().map(String::len).sum();
+        if known + text.len() > template::MAX_BYTES || self.found.templates.len() > 64 {
+            let text =
+                format!("its templates are more than 64, or more than {} KiB", template::MAX_BYTES >> 10);
+            return Err(self.invalid(text));
+        }
+        let text = String::from_utf8(text)
+            .map_err(|_| self.invalid(format!("the template {name:?} is not UTF-8")))?;
+        self.found.templates.insert(name, text);
+        Ok(())
     }
 
     /// Where an entry goes below the destination; `None` when nowhere.

@@ -4,7 +4,11 @@
 mod common;
 
 use karst_image::{Content, ImageStore, Staged, Upload, unpack::Bounds};
-use karst_model::{ErrorKind, ImageId, instance::InstanceKind};
+use karst_model::{
+    ErrorKind, ImageId,
+    instance::InstanceKind,
+    template::{MAX_BYTES, Trigger},
+};
 use sha2::{Digest, Sha256};
 use std::{
     io::{Read, Write},
@@ -13,7 +17,7 @@ use std::{
     process::Command,
 };
 
-const YAML: &str = "architecture: x86_64\ncreation_date: 1700000000\nexpiry_date: 1900000000\nproperties: {os: Test, release: '1'}\n";
+const YAML: &str = "architecture: x86_64\ncreation_date: 1700000000\nexpiry_date: 1900000000\nproperties: {os: Test, release: '1'}\ntemplates:\n  /etc/hosts: {when: [create, copy], template: hosts.tpl}\n";
 
 struct Tar(tar::Builder<Vec<u8>>);
 
@@ -159,7 +163,12 @@ async fn unified_archives_of_each_compression_come_in_and_go_out_unchanged() {
         );
         assert_eq!(std::fs::read_link(tree.join("etc")).unwrap(), Path::new("/usr/etc"));
         assert!(!tree.join("dev/null").exists(), "device nodes of /dev are left out");
-        assert!(tree.parent().unwrap().join("templates/hosts.tpl").exists());
+        assert_eq!(facts.templates.files["hosts.tpl"], "{{ container.name }}");
+        let rule = &facts.templates.rules["/etc/hosts"];
+        assert_eq!(
+            (rule.template.as_str(), rule.when.as_slice()),
+            ("hosts.tpl", &[Trigger::Create, Trigger::Copy][..])
+        );
         // Again under the same id: nothing happens; out again: the same bytes.
         assert_eq!(s.import(i, unified(b"other")).await.unwrap(), facts);
         let mut parts = s.export(i).await.unwrap().parts;
@@ -380,11 +389,42 @@ async fn hostile_archives_are_refused_and_leave_nothing() {
         ),
         ("flipped bit", flipped, "corrupt"),
         ("squashfs as a whole", b"hsqs".repeat(200), "squashfs"),
+        ("template is a link", Tar::image().link("templates/a", "/etc/shadow").done(), "not a file"),
+        (
+            "template elsewhere",
+            Tar::image().file("templates/a/b", b"", 0o644, 0).done(),
+            "name of a template",
+        ),
+        ("template no text", Tar::image().file("templates/a", &[0xff], 0o644, 0).done(), "UTF-8"),
+        (
+            "template too large",
+            Tar::image().file("templates/a", &[b'a'; MAX_BYTES + 1], 0o644, 0).done(),
+            "KiB",
+        ),
+        (
+            "template out of the root",
+            Tar::new()
+                .file("metadata.yaml", YAML.replace("/etc/hosts", "/etc/../../x").as_bytes(), 0o644, 0)
+                .dir("rootfs", 0o755, 0)
+                .done(),
+            "..",
+        ),
+        (
+            "template at no moment",
+            Tar::new()
+                .file("metadata.yaml", YAML.replace("copy]", "boot]").as_bytes(), 0o644, 0)
+                .dir("rootfs", 0o755, 0)
+                .done(),
+            "create, copy, rename or start",
+        ),
     ];
     for (what, bytes, says) in cases {
         let e = s.import(id(), unified(&bytes)).await.err().unwrap_or_else(|| panic!("{what}: was taken"));
         assert!(e.is(ErrorKind::Invalid), "{what}: {e:?}");
-        assert_eq!(e.field.as_deref(), Some("image"), "{what}");
+        assert!(
+            e.field.as_deref().is_some_and(|f| f == "image" || f.starts_with("image.templates.")),
+            "{what}"
+        );
         assert!(e.message.contains(says), "{what}: {e:?}");
         assert_eq!(left(&at), 0, "{what}: something is left");
         assert_eq!(std::fs::read_to_string(&outside).unwrap(), "untouched", "{what}");

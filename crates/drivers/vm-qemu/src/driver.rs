@@ -2,7 +2,7 @@
 
 use crate::{
     argv::cpu_count,
-    display,
+    display, figures,
     inside::Inside,
     launch::{self, Groups, explain, limits, prepare},
     machine::{Ask, Machine, Tell, exit_reason, own, run_state},
@@ -13,8 +13,8 @@ use crate::{
 };
 use async_trait::async_trait;
 use karst_guest::{
-    Applied, Exec, ExecRequest, FileWrite, GuestDriver, GuestFiles, GuestMachine, Interface, Metrics,
-    Observed, OpenedFile, Quiesce, ResolvedGuest, StopMode,
+    Applied, Exec, ExecRequest, FileWrite, GuestDriver, GuestFiles, GuestMachine, Interface, MachineFigures,
+    Metrics, Observed, OpenedFile, Quiesce, ResolvedGuest, StopMode,
     keeper::{self, End, Keeper, Requested, State, Status},
 };
 use karst_host::cgroup::Cgroups;
@@ -687,6 +687,28 @@ impl GuestMachine for QemuDriver {
     async fn state_delete(&self, instance: InstanceId, snapshot: SnapshotId) -> Result<()> {
         let dir = self.shared.dir(instance);
         files(move || states::delete(&dir, snapshot)).await
+    }
+
+    async fn figures(&self, instance: InstanceId) -> Result<MachineFigures> {
+        figures::of(&*self.shared.machine(instance).await?).await
+    }
+
+    async fn interrupt(&self, instance: InstanceId) -> Result<()> {
+        figures::interrupt(&*self.shared.machine(instance).await?).await
+    }
+
+    async fn wake(&self, instance: InstanceId) -> Result<()> {
+        figures::wake(&*self.shared.machine(instance).await?).await
+    }
+
+    async fn agent(
+        &self,
+        instance: InstanceId,
+        command: &str,
+        arguments: serde_json::Value,
+        limit: Duration,
+    ) -> Result<serde_json::Value> {
+        self.shared.inside(instance).await?.1.command(command, arguments, limit).await
     }
 
     async fn reset(&self, instance: InstanceId) -> Result<()> {

@@ -13,6 +13,7 @@ pub mod devices;
 mod display;
 mod driver;
 pub mod exec;
+mod figures;
 pub mod files;
 mod inside;
 mod launch;

@@ -86,13 +86,14 @@ impl Engine {
             let id = BackupId(inner.env.uuid());
             let snapshots = if request.without_snapshots { vec![] } else { found.taken(&records) };
             let mut guests = vec![];
-            let (kind, volume, node, metadata) = match &found {
+            let (kind, volume, node, (metadata, templates)) = match &found {
                 Found::Instance(row) => {
                     guests.extend(guest(&records, row));
                     let root = records.volumes.get(&row.root);
                     let root = root.ok_or_else(|| Error::not_found("the root volume is gone"))?;
                     let volume = VolumeRef { pool: root.pool, volume: root.id };
-                    (kind_of(row.kind), volume, row.node, Some(index::metadata(row)))
+                    let (metadata, templates) = index::metadata(&records, row);
+                    (kind_of(row.kind), volume, row.node, (Some(metadata), templates))
                 }
                 Found::Volume(row) => {
                     for user in volumes::users(&records, row).instances {
@@ -107,7 +108,7 @@ impl Engine {
                             ));
                         }
                     };
-                    (kind, VolumeRef { pool: row.pool, volume: row.id }, inner.node, None)
+                    (kind, VolumeRef { pool: row.pool, volume: row.id }, inner.node, Default::default())
                 }
             };
             let kept = |row: &Row2| match row {
@@ -142,6 +143,7 @@ impl Engine {
                     snapshots: snapshots.iter().filter_map(kept).collect(),
                     index: index::write(&records, &found, &snapshots),
                     metadata,
+                    templates,
                     compression: request.compression,
                 },
                 guests,

@@ -28,6 +28,7 @@ use karst_model::{
     snapshot::{Snapshot, VolumeSnapshot},
     spec::{VolumeSource, VolumeSpec},
     storage::{DEFAULT_BLOCK_SIZE, Volume, VolumeContent, VolumeOwner, check_volume_config},
+    template::Templates,
 };
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -415,8 +416,8 @@ impl Fill {
         agent.volume_create(&cx.mutate(LONG), spec).await
     }
 
-    /// Answers the size in the end. May be called again after a crash: snapshots that were taken are not taken again.
-    async fn run(&self, cx: &StepContext, agent: &dyn HostAgent) -> Result<Option<ByteSize>> {
+    /// Answers the size in the end, and templates that came with it. May be called again after a crash: snapshots that were taken are not taken again.
+    async fn run(&self, cx: &StepContext, agent: &dyn HostAgent) -> Result<(Option<ByteSize>, Templates)> {
         let VolumeRef { pool, volume } = self.volume;
         let there = agent.volume_snapshots(&CallContext::read(CALL), self.volume).await?;
         for (name, id) in &self.snapshots {
@@ -433,9 +434,9 @@ impl Fill {
             (Some(now), Some(wanted)) if self.content == VolumeContent::Block && now < wanted => {
                 let resize = VolumeResize { volume: self.volume, size: wanted };
                 agent.volume_resize(&cx.mutate(LONG), resize).await?;
-                Ok(Some(wanted))
+                Ok((Some(wanted), filled.templates))
             }
-            (now, _) => Ok(now),
+            (now, _) => Ok((now, filled.templates)),
         }
     }
 
@@ -500,6 +501,8 @@ impl ImportPlan {
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct ImportOutputs {
     size: Option<ByteSize>,
+    #[serde(default)]
+    templates: Templates,
 }
 
 /// Makes the volume, fills it with each snapshot and takes it, then with the content; writes the snapshots' records and
@@ -536,7 +539,7 @@ impl Saga for InstanceImport {
         match step {
             0 => plan.fill.create(cx, &*agent).await,
             1 => {
-                outputs.size = plan.fill.run(cx, &*agent).await?;
+                (outputs.size, outputs.templates) = plan.fill.run(cx, &*agent).await?;
                 Ok(())
             }
             2 => {
@@ -559,6 +562,7 @@ impl Saga for InstanceImport {
         let row = engine.instance_row(plan.instance())?;
         let mut instance = row.value.clone();
         instance.lifecycle = Lifecycle::Ready;
+        compute::templates::bring(&mut instance, &engine.inventory.read(), &outputs.templates);
         tx.replace(&row, &instance);
         if plan.fill.content.is_disk() && outputs.size.is_some() {
             let row = engine.volume_row(plan.fill.volume.volume)?;
@@ -620,7 +624,7 @@ impl Saga for VolumeImport {
         match step {
             0 => plan.fill.create(cx, &*agent).await,
             1 => {
-                outputs.size = plan.fill.run(cx, &*agent).await?;
+                outputs.size = plan.fill.run(cx, &*agent).await?.0;
                 Ok(())
             }
             2 => {

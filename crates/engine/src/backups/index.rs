@@ -2,6 +2,7 @@
 
 use crate::{
     Records,
+    compute::templates,
     snapshots::{Found, Row2},
 };
 use jiff::Timestamp;
@@ -10,6 +11,7 @@ use karst_model::{
     device::Devices,
     instance::{Instance, InstanceKind},
     storage::Volume,
+    template::write_rules,
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -24,20 +26,17 @@ fn time(t: Option<Timestamp>) -> String {
     t.map_or_else(|| NEVER.to_owned(), |t| t.to_string())
 }
 
-/// `metadata.yaml` of an instance.
-pub(crate) fn metadata(instance: &Instance) -> Value {
-    let properties: Config = instance
-        .image_properties
-        .iter()
-        .filter_map(|(k, v)| Some((k.strip_prefix("image.")?.to_owned(), v.clone())))
-        .collect();
-    json!({
-        "architecture": instance.architecture,
+/// `metadata.yaml` of an instance, and its templates.
+pub(crate) fn metadata(records: &Records, instance: &Instance) -> (Value, BTreeMap<String, String>) {
+    let kept = templates::metadata(records, instance);
+    let written = json!({
+        "architecture": kept.architecture,
         "creation_date": instance.created_at.as_second(),
         "expiry_date": 0,
-        "properties": properties,
-        "templates": {},
-    })
+        "properties": kept.properties,
+        "templates": write_rules(&kept.templates.rules),
+    });
+    (written, kept.templates.files)
 }
 
 /// With what the platform knows under it, as Incus keeps it there.

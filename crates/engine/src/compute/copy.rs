@@ -5,6 +5,7 @@ use super::{
     create::{CreateInstance, CreatePlan, InstanceSource, plan as plan_create},
     expand, lock, path,
     power::force_stop,
+    templates,
 };
 use crate::{
     Engine, EngineInner,
@@ -23,6 +24,7 @@ use karst_model::{
     instance::{Hardware, InstanceKind, Lifecycle, RuntimeState},
     snapshot::Snapshot,
     spec::{VolumeSource, VolumeSpec},
+    template::Trigger,
 };
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, time::Duration};
@@ -38,6 +40,10 @@ pub struct CopyInstance {
     pub snapshot: Option<String>,
     /// Without the snapshots.
     pub instance_only: bool,
+    /// A copy that is there already becomes what the original is; nothing else of what is said of it counts then.
+    pub refresh: bool,
+    /// A refresh leaves snapshots out that are older than the newest one of the copy.
+    pub exclude_older: bool,
     /// The copy: what is said of configuration, devices and profiles (`None`: those of the original) goes over what the
     /// original has. Its kind and source are the original's whatever is said.
     pub copy: CreateInstance,
@@ -59,6 +65,10 @@ impl Engine {
         request: CopyInstance,
     ) -> Result<(String, LiveOperation)> {
         let project = self.project(context, project, Permission::ResourceEdit)?;
+        if let Some(name) = self.copy_there(&project, &request) {
+            let operation = self.instance_refresh(context, &project, &name, &request).await?;
+            return Ok((name, operation));
+        }
         let origin = self
             .project(context, &request.project, Permission::InstanceUse)
             .map_err(|e| e.at("source.project"))?;
@@ -135,9 +145,11 @@ impl Engine {
                     &inner.daemon_id,
                     &mut |b| inner.env.fill_random(b),
                 );
-                if let Some(start) = &mut create.start {
-                    start.spec = inner.guest_spec(&records, instance, start.spec.domain_id)?;
-                }
+            }
+            instance.metadata = source.metadata.clone();
+            templates::defer(instance, Trigger::Copy);
+            if let Some(start) = &mut create.start {
+                start.spec = inner.start_spec(&records, instance, start.spec.domain_id)?;
             }
             let root = records
                 .volumes
@@ -387,6 +399,9 @@ impl Saga for InstanceCopy {
         let row = engine.instance_row(plan.create.instance.id)?;
         let mut instance = row.value.clone();
         instance.lifecycle = Lifecycle::Ready;
+        if plan.create.start.is_some() {
+            instance = templates::started(&instance).unwrap_or(instance);
+        }
         tx.replace(&row, &instance);
         let records = engine.inventory.read();
         if let Some(observed) = &outputs.started {

@@ -1,6 +1,6 @@
 //! Creating instances.
 
-use super::{disks::check_disks, expand, lock, path, slots};
+use super::{disks::check_disks, expand, lock, path, slots, templates};
 use crate::{
     Engine, EngineInner, Records,
     context::Context,
@@ -21,6 +21,7 @@ use karst_model::{
     keys, keys_machine,
     spec::{GuestSpec, NicSpec, VolumeSource, VolumeSpec},
     storage::{Volume, VolumeContent, VolumeOwner},
+    template::Trigger,
     uplink::NetworkForm,
 };
 use serde::{Deserialize, Serialize};
@@ -211,6 +212,7 @@ pub(crate) fn plan(
             .flat_map(|i| i.properties.iter().map(|(k, v)| (format!("image.{k}"), v.clone())))
             .collect(),
         volatile: Config::new(),
+        metadata: None,
         identities: BTreeMap::new(),
         hardware: None,
         pool: karst_model::PoolId(uuid::Uuid::nil()),
@@ -291,6 +293,7 @@ pub(crate) fn plan(
     );
     if let Some(image) = &image {
         instance.volatile.insert("volatile.base_image".into(), image.fingerprint.clone());
+        templates::take(&mut instance, records, &image.templates, Trigger::Create);
     }
     instance.volatile.insert("volatile.uuid".into(), id.to_string());
     let content = match request.kind {
@@ -326,7 +329,7 @@ pub(crate) fn plan(
         instance.generation = instance.generation.next();
         instance.power = DesiredPower::Running;
         instance.last_used_at = Some(now);
-        let spec = inner.guest_spec(records, &instance, inner.take_domain_id())?;
+        let spec = inner.start_spec(records, &instance, inner.take_domain_id())?;
         start = Some(StartPlan { networks: networks_of(&spec), spec });
     }
     Ok(CreatePlan {
@@ -557,6 +560,9 @@ impl Saga for InstanceCreate {
         let row = engine.instance_row(plan.instance.id)?;
         let mut instance = row.value.clone();
         instance.lifecycle = Lifecycle::Ready;
+        if plan.start.is_some() {
+            instance = templates::started(&instance).unwrap_or(instance);
+        }
         tx.replace(&row, &instance);
         if let Some(observed) = &outputs.observed {
             let records = engine.inventory.read();

@@ -402,6 +402,7 @@ pub fn guest_spec(
         proxies,
         nics,
         cloud_init: keys::cloud_init(config, cloud_init_id.to_string()),
+        files: vec![],
         environment: keys::environment(config),
         application,
     })

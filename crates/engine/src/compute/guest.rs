@@ -188,8 +188,8 @@ impl Engine {
         self.inner().expect_entry(view.instance.node);
     }
 
-    /// The same for whatever a client will do that begins to listen to events: those that change something listen first.
-    /// Of several hosts nobody knows which one it will be.
+    /// The same for whatever a client will do that says hello or begins to listen to events: those that change something do
+    /// so first, and the wait is over when they come to it. Of several hosts nobody knows which one it will be.
     pub fn change_expected(&self) {
         if let [node] = self.inner().agents.nodes()[..] {
             self.inner().expect_entry(node);
@@ -231,7 +231,7 @@ impl Engine {
         Ok(ExecSession { fds: answer.fds, session: self.session(agent, answer.value) })
     }
 
-    fn session(&self, agent: Arc<dyn HostAgent>, id: SessionId) -> Session {
+    pub(crate) fn session(&self, agent: Arc<dyn HostAgent>, id: SessionId) -> Session {
         Session { agent, id, env: self.inner().env.clone(), ended: AtomicBool::new(false) }
     }
 
@@ -252,7 +252,7 @@ impl Engine {
         Ok(ExecSession { fds: answer.fds, session: self.session(agent, answer.value) })
     }
 
-    fn virtual_machine(
+    pub(crate) fn virtual_machine(
         &self,
         context: &Context,
         project: &str,

@@ -8,12 +8,15 @@ pub mod delete;
 pub mod disks;
 pub mod expand;
 pub mod guest;
+pub mod inside;
 pub mod metrics;
 pub(crate) mod nics;
 pub mod power;
 pub mod rebuild;
+pub mod refresh;
 pub mod relocate;
 pub mod slots;
+pub mod templates;
 pub mod update;
 
 use crate::{Engine, EngineInner, InstanceView, Records, Row, context::Context};

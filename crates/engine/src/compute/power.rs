@@ -2,7 +2,7 @@
 
 use super::{
     create::{StartPlan, networks_of},
-    expand, lock, path,
+    expand, lock, path, templates,
 };
 use crate::{
     Engine, EngineInner, Records, Row,
@@ -168,7 +168,7 @@ fn plan(
             instance.power = DesiredPower::Running;
             instance.last_used_at = Some(inner.env.now());
             instance.stateful = false;
-            let mut spec = inner.guest_spec(records, &instance, inner.take_domain_id())?;
+            let mut spec = inner.start_spec(records, &instance, inner.take_domain_id())?;
             if let Some(machine) = &mut spec.machine {
                 machine.resume = resume;
             }
@@ -307,6 +307,11 @@ impl Saga for InstancePower {
         if plan.save {
             let row = engine.instance_row(plan.instance.id)?;
             tx.replace(&row, &Instance { stateful: true, ..row.value.clone() });
+        } else if plan.start.is_some() {
+            let row = engine.instance_row(plan.instance.id)?;
+            if let Some(after) = templates::started(&row) {
+                tx.replace(&row, &after);
+            }
         }
         if let Some(observed) = &outputs.observed {
             let records = engine.inventory.read();

@@ -18,6 +18,7 @@ use karst_model::{
     image::Application,
     instance::{InstanceKind, Lifecycle},
     spec::VolumeSource,
+    template::{Templates, Trigger},
 };
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -95,6 +96,7 @@ impl Engine {
                     .iter()
                     .flat_map(|i| i.properties.iter().map(|(k, v)| (format!("image.{k}"), v.clone())))
                     .collect(),
+                templates: image.map(|i| i.templates.clone()).unwrap_or_default(),
                 path: path.clone(),
             };
             Ok((plan, NewOperation::task("Rebuilding instance", Some(project.id), "instances", path)))
@@ -117,6 +119,8 @@ pub struct RebuildPlan {
     /// How the image is run.
     #[serde(default)]
     application: Option<Application>,
+    #[serde(default)]
+    templates: Templates,
     path: String,
 }
 
@@ -166,6 +170,7 @@ impl Saga for InstanceRebuild {
             instance.config.retain(|k, _| !k.starts_with("oci."));
             karst_model::application::fill_in(&mut instance.config, application);
         }
+        super::templates::take(&mut instance, &engine.inventory.read(), &plan.templates, Trigger::Create);
         // It descends from no snapshot any more.
         instance.current_snapshot = None;
         instance.spec_version += 1;

@@ -27,6 +27,7 @@ use karst_model::{
     snapshot::Snapshot,
     spec::{VolumeSource, VolumeSpec},
     storage::Volume,
+    template::Trigger,
 };
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -101,6 +102,9 @@ impl Engine {
             let mut instance: Instance = row.value.clone();
             if let Some(new) = said(&request.name) {
                 instance.name = Name::parse("name", new)?;
+            }
+            if *instance.name != *row.name {
+                super::templates::defer(&mut instance, Trigger::Rename);
             }
             let elsewhere = to.id != from.id;
             if elsewhere || *instance.name != *row.name {

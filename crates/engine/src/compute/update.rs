@@ -24,6 +24,7 @@ use karst_model::{
     keys, keys_machine,
     spec::GuestSpec,
     storage::{Volume, VolumeOwner},
+    template::Trigger,
 };
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, time::Duration};
@@ -222,6 +223,7 @@ impl Engine {
                 let mut instance = row.value.clone();
                 instance.name = new.clone();
                 instance.spec_version += 1;
+                super::templates::defer(&mut instance, Trigger::Rename);
                 tx.replace(row, &instance);
                 tx.release_name("instances", &project.id.to_string(), &row.name, &row.id.to_string());
                 tx.take_name("instances", &project.id.to_string(), &new, &row.id.to_string());

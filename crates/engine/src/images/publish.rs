@@ -90,7 +90,7 @@ impl Engine {
                     Some(kept.ok_or_else(missing)?.1)
                 }
             };
-            let mut metadata = index::metadata(source);
+            let (mut metadata, templates) = index::metadata(&records, source);
             metadata["creation_date"] = now.as_second().into();
             metadata["expiry_date"] = options.expires_at.map_or(0, |t| t.as_second()).into();
             if let Some(properties) = metadata["properties"].as_object_mut() {
@@ -110,6 +110,7 @@ impl Engine {
                     volume,
                     at,
                     metadata,
+                    templates,
                     compression: request.compression,
                 },
                 frozen: paused.is_some(),

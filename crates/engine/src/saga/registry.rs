@@ -15,6 +15,7 @@ static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
         Arc::new(Erased::<compute::delete::InstanceDelete>::new()),
         Arc::new(Erased::<compute::power::InstancePower>::new()),
         Arc::new(Erased::<compute::rebuild::InstanceRebuild>::new()),
+        Arc::new(Erased::<compute::refresh::ContentRefresh>::new()),
         Arc::new(Erased::<compute::relocate::InstanceMove>::new()),
         Arc::new(Erased::<compute::update::InstanceUpdate>::new()),
         Arc::new(Erased::<images::ImageCreate>::new()),
@@ -30,9 +31,12 @@ static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
         Arc::new(Erased::<storage::PoolCreate>::new()),
         Arc::new(Erased::<storage::PoolDelete>::new()),
         Arc::new(Erased::<tenancy::profiles::ProfileUpdate>::new()),
+        Arc::new(Erased::<volumes::content::VolumeWipe>::new()),
+        Arc::new(Erased::<volumes::content::VolumeWrite>::new()),
         Arc::new(Erased::<volumes::copy::VolumeCopying>::new()),
         Arc::new(Erased::<volumes::create::VolumeCreate>::new()),
         Arc::new(Erased::<volumes::delete::VolumeDelete>::new()),
+        Arc::new(Erased::<volumes::relocate::VolumeMove>::new()),
         Arc::new(Erased::<volumes::update::VolumeUpdate>::new()),
     ]
 });

@@ -84,7 +84,7 @@ impl Engine {
             // The start takes it.
             instance.stateful = false;
             let start = |instance: &Instance, resume: bool| -> Result<StartPlan> {
-                let mut spec = inner.guest_spec(&records, instance, inner.take_domain_id())?;
+                let mut spec = inner.start_spec(&records, instance, inner.take_domain_id())?;
                 if let Some(machine) = &mut spec.machine {
                     machine.resume = resume;
                 }
@@ -257,6 +257,7 @@ impl Saga for SnapshotRestoreRunning {
         let Target::Instance { instance } = &plan.restore.target else { return Ok(()) };
         let row = engine.instance_row(instance.id)?;
         let restored = Instance { last_used_at: Some(engine.env.now()), ..(**instance).clone() };
+        let restored = crate::compute::templates::started(&restored).unwrap_or(restored);
         tx.replace(&row, &restored);
         let records = engine.inventory.read();
         restore::write_sizes(&records, tx, &outputs.restore);

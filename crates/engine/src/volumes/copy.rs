@@ -44,6 +44,10 @@ pub struct CopyVolume {
     pub snapshot: Option<String>,
     /// Without the snapshots.
     pub volume_only: bool,
+    /// A copy that is there already becomes what the original is; nothing else of what is said of it counts then.
+    pub refresh: bool,
+    /// A refresh leaves snapshots out that are older than the newest one of the copy.
+    pub exclude_older: bool,
     /// The copy: what is said of its configuration goes over what the original has; its content is the original's.
     pub copy: CreateVolume,
 }
@@ -66,6 +70,9 @@ impl Engine {
             .map_err(|e| e.at("source.project"))?;
         let inner = self.inner();
         let name = Name::parse("name", &request.copy.name)?;
+        if request.refresh && inner.inventory.read().custom_volume(project.id, pool, &name).is_some() {
+            return self.volume_refresh(context, &project, pool, &name, &request).await;
+        }
         runner::start::<VolumeCopying>(inner, context, |tx| {
             let records = inner.inventory.read();
             let source = records

@@ -1,9 +1,11 @@
 //! Custom volumes: the use cases. A volume belongs to a project and a pool; instances attach it by a device that names
 //! both. Volumes of instances and images follow their owners and are not changed here.
 
+pub mod content;
 pub mod copy;
 pub mod create;
 pub mod delete;
+pub mod relocate;
 pub mod update;
 
 use crate::{Engine, EngineInner, Records, Row, context::Context};

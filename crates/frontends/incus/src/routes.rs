@@ -5,7 +5,7 @@ use crate::{
     app::Call,
     handlers::{
         access, allocations, audit, backups, certificates, events, exec, files, firewall, images, instances,
-        karst, logs, metrics, networks, operations, profiles, projects, publish, resources, server,
+        karst, logs, metadata, metrics, networks, operations, profiles, projects, publish, resources, server,
         snapshots, storage, tokens, volumes, warnings,
     },
     respond::Reply,
@@ -52,7 +52,6 @@ const BUCKETS: &str = "object storage is not planned before Ceph";
 const ACLS: &str = "what ACLs log goes to the kernel's log, not to files";
 const OVN: &str = "this needs OVN networks, which come with tenant networks";
 const NVRAM: &str = "editing of firmware variables is not there yet";
-const TEMPLATES: &str = "image metadata and templates are not kept per instance";
 const LOGS: &str = "what programs print goes to whoever runs them; it is not recorded yet";
 
 /// The table.
@@ -137,12 +136,12 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         DELETE "/1.0/instances/{name}/logs/exec-output/{filename}"; open LOGS,
         GET "/1.0/instances/{name}/logs/{filename}" => logs::get, "instances_have_logs",
         DELETE "/1.0/instances/{name}/logs/{filename}" => logs::delete, "instances_have_logs",
-        GET "/1.0/instances/{name}/metadata"; open TEMPLATES,
-        PUT "/1.0/instances/{name}/metadata"; open TEMPLATES,
-        PATCH "/1.0/instances/{name}/metadata"; open TEMPLATES,
-        GET "/1.0/instances/{name}/metadata/templates"; open TEMPLATES,
-        POST "/1.0/instances/{name}/metadata/templates"; open TEMPLATES,
-        DELETE "/1.0/instances/{name}/metadata/templates"; open TEMPLATES,
+        GET "/1.0/instances/{name}/metadata" => metadata::get, "metadata_and_templates_live",
+        PUT "/1.0/instances/{name}/metadata" => metadata::change, "metadata_and_templates_live",
+        PATCH "/1.0/instances/{name}/metadata" => metadata::change, "metadata_and_templates_live",
+        GET "/1.0/instances/{name}/metadata/templates" => metadata::templates, "metadata_and_templates_live",
+        POST "/1.0/instances/{name}/metadata/templates" => metadata::write, "metadata_and_templates_live",
+        DELETE "/1.0/instances/{name}/metadata/templates" => metadata::delete, "metadata_and_templates_live",
         GET "/1.0/instances/{name}/nbd"; open BACKUPS,
         GET "/1.0/instances/{name}/nvram"; open NVRAM,
         PATCH "/1.0/instances/{name}/nvram"; open NVRAM,

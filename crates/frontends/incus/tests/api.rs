@@ -791,6 +791,7 @@ fn the_table_is_whole() {
         include_str!("api.rs"),
         include_str!("backups.rs"),
         include_str!("images.rs"),
+        include_str!("metadata.rs"),
         include_str!("networks.rs"),
         include_str!("pending.rs"),
         include_str!("pools.rs"),

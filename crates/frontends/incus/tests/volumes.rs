@@ -75,7 +75,7 @@ async fn custom_volumes_live() {
     let c2 = s.get("/1.0/instances/c2").await.metadata();
     assert_eq!(c2["devices"]["d"]["source"], "moved", "devices follow");
     s.post(&at("moved"), json!({"name": "disk"})).await.refused(409);
-    s.post(&at("moved"), json!({"name": "x", "pool": "other"})).await.refused(400);
+    s.post(&at("moved"), json!({"name": "x", "pool": "other"})).await.refused(404);
     for c in ["c1", "c2"] {
         s.wait(s.put(&format!("/1.0/instances/{c}"), json!({"profiles": ["default"]})).await).await;
     }
@@ -273,6 +273,138 @@ async fn custom_volumes_are_copied() {
     s.post(TO, copy("x", "nope", json!({}))).await.refused(404);
     s.post(TO, copy("x", "data/nope", json!({}))).await.refused(404);
     s.post(TO, copy("x", "data", json!({"pool": "nope"}))).await.refused(404);
-    s.post(TO, copy("x", "data", json!({"refresh": true}))).await.refused(400);
     s.post(TO, json!({"name": "x", "source": {"type": "migration"}})).await.refused(400);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn instances_are_refreshed() {
+    let s = Server::start().await;
+    s.container("c1", true).await;
+    let all = "/1.0/instances";
+    let taken =
+        async |name: &str| s.done(s.post("/1.0/instances/c1/snapshots", json!({"name": name})).await).await;
+    let names = async |of: &str| {
+        let found = s.get(&format!("/1.0/instances/{of}/snapshots")).await.metadata();
+        let all = found.as_array().unwrap().iter();
+        all.map(|p| p.as_str().unwrap().rsplit('/').next().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    taken("one").await;
+    taken("two").await;
+    let refresh = |name: &str, more: serde_json::Value| {
+        let mut source = json!({"type": "copy", "source": "c1", "refresh": true});
+        source.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        json!({"name": name, "source": source})
+    };
+    // One that is not there is made.
+    s.done(s.post(all, refresh("c2", json!({}))).await).await;
+    assert_eq!(names("c2").await, ["one", "two"]);
+    let before = s.get("/1.0/instances/c2").await.metadata();
+    let kept = s.get("/1.0/instances/c2/snapshots/two").await.metadata();
+    s.done(s.delete("/1.0/instances/c1/snapshots/one").await).await;
+    taken("three").await;
+    s.done(s.post("/1.0/instances/c2/snapshots", json!({"name": "own"})).await).await;
+    s.done(s.post(all, refresh("c2", json!({}))).await).await;
+    assert_eq!(names("c2").await, ["two", "three"]);
+    assert_eq!(s.get("/1.0/instances/c2/snapshots/two").await.metadata(), kept, "it stays as it is");
+    let after = s.get("/1.0/instances/c2").await.metadata();
+    for key in ["volatile.uuid", "volatile.eth0.hwaddr"] {
+        assert_eq!(after["config"][key], before["config"][key], "it is the same instance");
+    }
+    s.done(s.delete("/1.0/instances/c1/snapshots/two").await).await;
+    s.done(s.post(all, refresh("c2", json!({"instance_only": true}))).await).await;
+    assert_eq!(names("c2").await, ["two", "three"]);
+    for (name, more, status) in [
+        ("c2", json!({"source": "nope"}), 404),
+        ("c2", json!({"source": "c1/nope"}), 404),
+        ("c1", json!({}), 400),
+    ] {
+        s.post(all, refresh(name, more)).await.refused(status);
+    }
+    s.done(s.put("/1.0/instances/c2/state", json!({"action": "start"})).await).await;
+    assert!(s.post(all, refresh("c2", json!({}))).await.refused(409).contains("stop it"));
+    let machine = json!({"name": "v1", "type": "virtual-machine", "source": {"type": "none"}});
+    s.done(s.post(all, machine).await).await;
+    s.post(all, refresh("v1", json!({}))).await.refused(409);
+    assert_eq!(names("c2").await, ["two", "three"], "the refused change nothing");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn custom_volumes_are_refreshed_and_moved() {
+    let s = Server::start().await;
+    assert_eq!(s.post("/1.0/storage-pools", json!({"name": "second", "driver": "dir"})).await.status, 201);
+    assert_eq!(s.post("/1.0/projects", json!({"name": "other"})).await.status, 201);
+    const FROM: &str = "/1.0/storage-pools/default/volumes/custom";
+    const TO: &str = "/1.0/storage-pools/second/volumes/custom";
+    assert_eq!(s.post(FROM, json!({"name": "data", "config": {"user.a": "1"}})).await.status, 201);
+    let take = async |path: &str, name: &str| {
+        s.done(s.post(&format!("{path}/data/snapshots"), json!({"name": name})).await).await;
+    };
+    let names = async |path: &str| {
+        let found = s.get(&format!("{path}/snapshots")).await.metadata();
+        let all = found.as_array().unwrap().iter();
+        all.map(|p| p.as_str().unwrap().rsplit('/').next().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    take(FROM, "one").await;
+    let refresh = |name: &str, source: &str| {
+        json!({"name": name, "type": "custom",
+               "source": {"type": "copy", "name": source, "pool": "default", "refresh": true}})
+    };
+    s.done(s.post(TO, refresh("data", "data")).await).await;
+    assert_eq!(names(&format!("{TO}/data")).await, ["one"]);
+    take(FROM, "two").await;
+    take(TO, "own").await;
+    s.done(s.post(TO, refresh("data", "data")).await).await;
+    assert_eq!(names(&format!("{TO}/data")).await, ["one", "two"]);
+    s.post(FROM, refresh("data", "data")).await.refused(400);
+    s.post(TO, refresh("data", "nope")).await.refused(404);
+    assert_eq!(s.post(TO, json!({"name": "disk", "content_type": "block"})).await.status, 201);
+    s.post(TO, refresh("disk", "data")).await.refused(409);
+
+    let mut far = refresh("far", "data");
+    far["source"]["project"] = json!("default");
+    let there = format!("{TO}?project=other");
+    s.done(s.post(&there, far.clone()).await).await;
+    s.done(s.post(&there, far.clone()).await).await;
+    far["source"]["refresh"] = json!(false);
+    s.post(&there, far).await.refused(409);
+    let taken = s.get(&format!("{TO}/far/snapshots?project=other")).await.metadata();
+    assert_eq!(taken.as_array().unwrap().len(), 2, "those of the other project");
+    s.get(&format!("{TO}/far")).await.refused(404);
+
+    // Who uses it follows it to another pool; to another project goes what nobody uses.
+    s.container("c1", false).await;
+    let disk =
+        json!({"devices": {"data": {"type": "disk", "pool": "default", "source": "data", "path": "/data"}}});
+    s.patch("/1.0/instances/c1", disk).await.metadata();
+    let path = format!("{FROM}/data");
+    let wrong = [
+        (json!({"name": "data", "pool": "second"}), 409),
+        (json!({"name": "data", "project": "other"}), 409),
+        (json!({"name": "data", "pool": "nope"}), 404),
+        (json!({"name": "data", "project": "nope"}), 404),
+        (json!({"name": "a b", "pool": "second"}), 400),
+        (json!({"name": "data", "pool": "second", "pol": ""}), 400),
+    ];
+    for (body, status) in wrong {
+        s.post(&path, body).await.refused(status);
+    }
+    s.done(s.post(&path, json!({"name": "moved", "pool": "second"})).await).await;
+    s.get(&path).await.refused(404);
+    let moved = format!("{TO}/moved");
+    assert_eq!(names(&moved).await, ["one", "two"]);
+    assert_eq!(s.get(&moved).await.metadata()["used_by"], json!(["/1.0/instances/c1"]));
+    let device = s.get("/1.0/instances/c1").await.metadata()["devices"]["data"].clone();
+    assert_eq!((&device["pool"], &device["source"]), (&json!("second"), &json!("moved")));
+    s.done(s.delete("/1.0/instances/c1").await).await;
+    s.done(s.post(&moved, json!({"name": "data", "pool": "second", "project": "other"})).await).await;
+    s.get(&moved).await.refused(404);
+    let there = s.get(&format!("{TO}/data?project=other")).await.metadata();
+    assert_eq!((&there["project"], &there["config"]["user.a"]), (&json!("other"), &json!("1")));
+    let found = s.get(&format!("{TO}/data/snapshots?project=other")).await.metadata();
+    assert_eq!(found.as_array().unwrap().len(), 2);
+    // One of the same name is in the other project still.
+    assert_eq!(s.get(&format!("{TO}/data")).await.metadata()["project"], "default");
+    s.post(&format!("{TO}/data?project=other"), json!({"name": "data", "project": "default"}))
+        .await
+        .refused(409);
 }

@@ -14,6 +14,8 @@ const CHUNK: usize = 64 << 10;
 
 /// The remote program.
 pub const REMOTE: u32 = 0x2000_8086;
+/// The program of what goes past libvirt's own words to QEMU and its guest agent.
+pub const QEMU: u32 = 0x2000_8087;
 /// Keepalive: either side asks, the other answers.
 pub const KEEPALIVE: u32 = 0x6b65_6570;
 

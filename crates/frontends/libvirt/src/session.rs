@@ -5,7 +5,7 @@ use crate::{
     Front,
     error::{Code, Part, VirError},
     events::Callbacks,
-    frame::{Frame, Header, KEEPALIVE, Kind, REMOTE, Status},
+    frame::{Frame, Header, KEEPALIVE, Kind, QEMU, REMOTE, Status},
     table,
     xdr::Reader,
 };
@@ -39,6 +39,8 @@ const QUEUE: usize = 64;
 /// other calls do not wait for it.
 const STREAM_QUEUE: usize = 1024;
 const STREAM_BYTES: usize = 8 << 20;
+/// Frames of an upload that wait for the disk; a client's have 256 KiB.
+const UPLOAD_QUEUE: usize = 16;
 /// A client that does not read what it asked for is cut off after this.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -85,6 +87,8 @@ pub struct Opened {
 pub enum StreamInput {
     /// Bytes.
     Data(Bytes),
+    /// So many zeros.
+    Hole(u64),
     /// It is done.
     Finish,
     /// It gave up.
@@ -92,9 +96,12 @@ pub enum StreamInput {
 }
 
 /// The session's end of a stream.
+#[derive(Clone)]
 struct Stream {
     sender: mpsc::Sender<StreamInput>,
     waiting: Arc<AtomicUsize>,
+    /// What takes the input always comes around to it: the connection waits for it.
+    patient: bool,
 }
 
 /// What a client sends into a stream, to be taken.
@@ -256,11 +263,21 @@ impl Session {
         let _ = self.out.send(frame).await;
     }
 
-    /// Opens a stream beside the answer of a call; what the client sends comes out of the receiver.
+    /// Opens a stream beside the answer of a call; what the client sends comes out of the receiver. More of it than is taken
+    /// ends the stream: a guest may never take it, and the connection's other calls do not wait for one.
     pub fn stream(&self, call: Header) -> Input {
-        let (sender, receiver) = mpsc::channel(STREAM_QUEUE);
+        self.open_stream(call, STREAM_QUEUE, false)
+    }
+
+    /// As [`Session::stream`], of what is taken as fast as disks are: the connection waits while it is not.
+    pub fn upload(&self, call: Header) -> Input {
+        self.open_stream(call, UPLOAD_QUEUE, true)
+    }
+
+    fn open_stream(&self, call: Header, queue: usize, patient: bool) -> Input {
+        let (sender, receiver) = mpsc::channel(queue);
         let waiting = Arc::new(AtomicUsize::new(0));
-        let stream = Stream { sender, waiting: waiting.clone() };
+        let stream = Stream { sender, waiting: waiting.clone(), patient };
         self.streams.lock().unwrap_or_else(|e| e.into_inner()).insert(call.serial, stream);
         Input { receiver, waiting }
     }
@@ -340,7 +357,7 @@ async fn read(session: &Arc<Session>, mut reader: OwnedReadHalf) {
                     session.send(Frame::new(Header { procedure: 2, ..header }, Bytes::new())).await;
                 }
             }
-            (REMOTE, Kind::Call) => {
+            (REMOTE | QEMU, Kind::Call) => {
                 let Ok(place) = places.clone().acquire_owned().await else { return };
                 let call = Call { session: session.clone(), header, payload: frame.payload };
                 tokio::spawn(async move {
@@ -348,7 +365,7 @@ async fn read(session: &Arc<Session>, mut reader: OwnedReadHalf) {
                     drop(place);
                 });
             }
-            (REMOTE, Kind::Stream) => streamed(session, header, frame.payload).await,
+            (REMOTE, Kind::Stream | Kind::StreamHole) => streamed(session, header, frame.payload).await,
             (_, Kind::Call) => {
                 let error = VirError::rpc(format!(
                     "Cannot find program {} version {}",
@@ -368,11 +385,23 @@ async fn read(session: &Arc<Session>, mut reader: OwnedReadHalf) {
 
 /// Hands what a client sends on to its stream. One that does not take it is ended: nobody else waits for it.
 async fn streamed(session: &Session, header: Header, payload: Bytes) {
-    let input = match header.status {
-        Status::Continue => StreamInput::Data(payload),
-        Status::Ok => StreamInput::Finish,
-        Status::Error => StreamInput::Abort,
+    let input = match (header.kind, header.status) {
+        (Kind::StreamHole, _) => hole(&payload).map_or(StreamInput::Abort, StreamInput::Hole),
+        (_, Status::Continue) => StreamInput::Data(payload),
+        (_, Status::Ok) => StreamInput::Finish,
+        (_, Status::Error) => StreamInput::Abort,
     };
+    let patient = {
+        let streams = session.streams.lock().unwrap_or_else(|e| e.into_inner());
+        streams.get(&header.serial).filter(|s| s.patient).cloned()
+    };
+    if let Some(stream) = patient {
+        if tokio::time::timeout(PATIENCE, stream.sender.send(input)).await.is_err() {
+            // Without what was lost it must not go on: whoever takes it sees its end, and tells.
+            session.streams.lock().unwrap_or_else(|e| e.into_inner()).remove(&header.serial);
+        }
+        return;
+    }
     let full = {
         let mut streams = session.streams.lock().unwrap_or_else(|e| e.into_inner());
         match streams.get(&header.serial) {
@@ -407,9 +436,17 @@ async fn streamed(session: &Session, header: Header, payload: Bytes) {
     }
 }
 
+/// `virNetStreamHole`: its length; negative ones and flags are of no protocol.
+fn hole(payload: &Bytes) -> Option<u64> {
+    let mut reader = Reader::new(payload);
+    let (length, flags) = (reader.u64().ok()?, reader.u32().ok()?);
+    reader.end().ok()?;
+    (flags == 0 && i64::try_from(length).is_ok()).then_some(length)
+}
+
 async fn run(call: Call) {
     let (session, header) = (call.session.clone(), call.header);
-    let procedure = table::find(header.procedure);
+    let procedure = table::find(header.program, header.procedure);
     let object = procedure.map(|p| object_of(p, &call.payload)).unwrap_or_default();
     let answered = match procedure {
         _ if header.version != 1 => {
@@ -420,7 +457,7 @@ async fn run(call: Call) {
             Ok(()) => (procedure.handler)(call).await,
             Err(e) => Err(e),
         },
-        None => Err(VirError::no_support(table::api_name(header.procedure))),
+        None => Err(VirError::no_support(table::name_of(header.program, header.procedure))),
     };
     if let Some(procedure) = procedure.filter(|p| p.demand == table::Demand::Change) {
         let outcome = match &answered {

@@ -3,10 +3,11 @@
 
 use crate::{
     calls::{
-        connect, console, define, devices, domain, event, machine, network, pools, power, snapshots, stats,
-        storage, volumes,
+        connect, console, define, devices, domain, event, figures, inside, machine, network, pools, power,
+        snapshots, stats, storage, transfer, tuning, volumes,
     },
     error::{Code, VirError},
+    frame::QEMU,
     names::NAMES,
     session::{Answer, Call, Session},
 };
@@ -67,11 +68,13 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     17 DOMAIN_GET_MAX_MEMORY See domain::max_memory;
     18 DOMAIN_GET_MAX_VCPUS See domain::max_vcpus;
     19 DOMAIN_GET_OS_TYPE See domain::os_type;
+    20 DOMAIN_GET_VCPUS See figures::vcpus;
     21 CONNECT_LIST_DEFINED_DOMAINS See domain::defined_names;
     22 DOMAIN_LOOKUP_BY_ID See domain::by_id;
     23 DOMAIN_LOOKUP_BY_NAME See domain::by_name;
     24 DOMAIN_LOOKUP_BY_UUID See domain::by_uuid;
     25 CONNECT_NUM_OF_DEFINED_DOMAINS See domain::count_defined;
+    26 DOMAIN_PIN_VCPU Change tuning::pin_vcpu;
     27 DOMAIN_REBOOT Change power::reboot;
     28 DOMAIN_RESUME Change power::resume;
     29 DOMAIN_SET_AUTOSTART Change domain::set_autostart;
@@ -94,8 +97,12 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     52 CONNECT_NUM_OF_NETWORKS See network::count;
     54 DOMAIN_RESTORE Change machine::save_to_path;
     55 DOMAIN_SAVE Change machine::save_to_path;
+    56 DOMAIN_GET_SCHEDULER_TYPE See tuning::scheduler_type;
+    57 DOMAIN_GET_SCHEDULER_PARAMETERS See tuning::scheduler;
+    58 DOMAIN_SET_SCHEDULER_PARAMETERS Change tuning::set_scheduler;
     59 CONNECT_GET_HOSTNAME See connect::hostname;
     60 CONNECT_SUPPORTS_FEATURE Handshake connect::supports_feature;
+    64 DOMAIN_BLOCK_STATS See figures::block_stats;
     65 DOMAIN_INTERFACE_STATS See stats::interface;
     66 AUTH_LIST Handshake connect::auth_list;
     71 CONNECT_NUM_OF_STORAGE_POOLS See storage::count;
@@ -144,6 +151,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     161 DOMAIN_DETACH_DEVICE_FLAGS Change devices::detach_flags;
     163 DOMAIN_GET_JOB_INFO See machine::job_info;
     164 DOMAIN_ABORT_JOB Change machine::abort_job;
+    165 STORAGE_VOL_WIPE Change volumes::wipe;
     167 CONNECT_DOMAIN_EVENT_REGISTER_ANY See event::register_any;
     168 CONNECT_DOMAIN_EVENT_DEREGISTER_ANY See event::deregister_any;
     174 DOMAIN_UPDATE_DEVICE_FLAGS Change devices::update;
@@ -161,19 +169,31 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     193 DOMAIN_SNAPSHOT_DELETE Change snapshots::delete;
     194 DOMAIN_GET_BLOCK_INFO See devices::block_info;
     196 DOMAIN_CREATE_WITH_FLAGS Change power::create_with_flags;
+    197 DOMAIN_SET_MEMORY_PARAMETERS Change tuning::set_memory;
+    198 DOMAIN_GET_MEMORY_PARAMETERS See tuning::memory;
     199 DOMAIN_SET_VCPUS_FLAGS Change devices::set_vcpus_flags;
     200 DOMAIN_GET_VCPUS_FLAGS See domain::vcpus;
     201 DOMAIN_OPEN_CONSOLE Change console::open;
     202 DOMAIN_IS_UPDATED See domain::is_updated;
     204 DOMAIN_SET_MEMORY_FLAGS Change devices::set_memory_flags;
+    205 DOMAIN_SET_BLKIO_PARAMETERS Change tuning::set_disks;
+    206 DOMAIN_GET_BLKIO_PARAMETERS See tuning::disks;
+    208 STORAGE_VOL_UPLOAD Change transfer::upload;
+    209 STORAGE_VOL_DOWNLOAD Change transfer::download;
+    210 DOMAIN_INJECT_NMI Change figures::inject_nmi;
     211 DOMAIN_SCREENSHOT Change machine::screenshot;
     212 DOMAIN_GET_STATE See domain::state;
+    219 DOMAIN_SET_SCHEDULER_PARAMETERS_FLAGS Change tuning::set_scheduler_flags;
+    223 DOMAIN_GET_SCHEDULER_PARAMETERS_FLAGS See tuning::scheduler_flags;
+    225 DOMAIN_PIN_VCPU_FLAGS Change tuning::pin_vcpu_flags;
     226 DOMAIN_SEND_KEY Change machine::send_key;
     229 DOMAIN_GET_CONTROL_INFO See domain::control_info;
+    230 DOMAIN_GET_VCPU_PIN_INFO See tuning::vcpu_pins;
     231 DOMAIN_UNDEFINE_FLAGS Change define::undefine_flags;
     232 DOMAIN_SAVE_FLAGS Change machine::save_to_path;
     233 DOMAIN_RESTORE_FLAGS Change machine::save_to_path;
     234 DOMAIN_DESTROY_FLAGS Change power::destroy_flags;
+    243 DOMAIN_BLOCK_STATS_FLAGS See figures::block_stats_flags;
     244 DOMAIN_SNAPSHOT_GET_PARENT See snapshots::parent;
     245 DOMAIN_RESET Change power::reset;
     246 DOMAIN_SNAPSHOT_NUM_CHILDREN See snapshots::count_children;
@@ -181,44 +201,86 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     251 DOMAIN_BLOCK_RESIZE Change devices::block_resize;
     252 DOMAIN_SET_BLOCK_IO_TUNE Change devices::set_block_tuning;
     253 DOMAIN_GET_BLOCK_IO_TUNE See devices::block_tuning;
+    254 DOMAIN_SET_NUMA_PARAMETERS Change tuning::set_nodes;
+    255 DOMAIN_GET_NUMA_PARAMETERS See tuning::nodes;
     256 DOMAIN_SET_INTERFACE_PARAMETERS Change devices::set_interface_tuning;
     257 DOMAIN_GET_INTERFACE_PARAMETERS See devices::interface_tuning;
     258 DOMAIN_SHUTDOWN_FLAGS Change power::shutdown_flags;
+    259 STORAGE_VOL_WIPE_PATTERN Change volumes::wipe_pattern;
     260 STORAGE_VOL_RESIZE Change volumes::resize;
+    261 DOMAIN_PM_SUSPEND_FOR_DURATION Change inside::suspend;
+    262 DOMAIN_GET_CPU_STATS See figures::cpu_stats;
+    263 DOMAIN_GET_DISK_ERRORS See figures::disk_errors;
     264 DOMAIN_SET_METADATA Change domain::set_metadata;
     265 DOMAIN_GET_METADATA See domain::metadata;
+    267 DOMAIN_PM_WAKEUP Change figures::wake;
     271 DOMAIN_SNAPSHOT_IS_CURRENT See snapshots::is_current;
     272 DOMAIN_SNAPSHOT_HAS_METADATA See snapshots::has_metadata;
     273 CONNECT_LIST_ALL_DOMAINS See domain::list;
     274 DOMAIN_LIST_ALL_SNAPSHOTS See snapshots::list;
     275 DOMAIN_SNAPSHOT_LIST_ALL_CHILDREN See snapshots::children;
     277 DOMAIN_GET_HOSTNAME See stats::hostname;
+    279 DOMAIN_PIN_EMULATOR Change tuning::pin_emulator;
+    280 DOMAIN_GET_EMULATOR_PIN_INFO See tuning::emulator_pin;
     281 CONNECT_LIST_ALL_STORAGE_POOLS See storage::list;
     282 STORAGE_POOL_LIST_ALL_VOLUMES See storage::volumes;
     283 CONNECT_LIST_ALL_NETWORKS See network::list;
     293 NODE_GET_CPU_MAP See connect::cpu_map;
+    294 DOMAIN_FSTRIM Change inside::trim;
     298 DOMAIN_GET_JOB_STATS See machine::job_stats;
     313 CONNECT_NETWORK_EVENT_REGISTER_ANY See event::network_register;
     314 CONNECT_NETWORK_EVENT_DEREGISTER_ANY See event::network_deregister;
     316 CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY See event::callback_register;
     317 CONNECT_DOMAIN_EVENT_CALLBACK_DEREGISTER_ANY See event::callback_deregister;
+    335 DOMAIN_FSFREEZE Change inside::freeze;
+    336 DOMAIN_FSTHAW Change inside::thaw;
+    337 DOMAIN_GET_TIME Change inside::time;
+    338 DOMAIN_SET_TIME Change inside::set_time;
     341 NETWORK_GET_DHCP_LEASES See network::leases;
     342 CONNECT_GET_DOMAIN_CAPABILITIES See connect::domain_capabilities;
     344 CONNECT_GET_ALL_DOMAIN_STATS See stats::all;
+    349 DOMAIN_GET_FSINFO Change inside::fs_info;
     350 DOMAIN_DEFINE_XML_FLAGS Change define::define_flags;
+    351 DOMAIN_GET_IOTHREAD_INFO See tuning::iothreads;
+    352 DOMAIN_PIN_IOTHREAD Change tuning::pin_iothread;
     353 DOMAIN_INTERFACE_ADDRESSES See stats::addresses;
+    355 DOMAIN_ADD_IOTHREAD Change tuning::change_iothread;
+    356 DOMAIN_DEL_IOTHREAD Change tuning::change_iothread;
+    357 DOMAIN_SET_USER_PASSWORD Change inside::set_password;
     358 DOMAIN_RENAME Change power::rename;
     360 CONNECT_REGISTER_CLOSE_CALLBACK See connect::nothing;
     361 CONNECT_UNREGISTER_CLOSE_CALLBACK See connect::nothing;
+    371 DOMAIN_GET_GUEST_VCPUS Change inside::vcpus;
+    372 DOMAIN_SET_GUEST_VCPUS Change inside::set_vcpus;
     378 STORAGE_VOL_GET_INFO_FLAGS See storage::volume_info_flags;
     391 STORAGE_POOL_LOOKUP_BY_TARGET_PATH See storage::by_target;
     392 DOMAIN_DETACH_DEVICE_ALIAS Change devices::detach_alias;
+    418 DOMAIN_GET_GUEST_INFO Change inside::info;
+    424 DOMAIN_AUTHORIZED_SSH_KEYS_GET Change inside::ssh_keys;
+    425 DOMAIN_AUTHORIZED_SSH_KEYS_SET Change inside::set_ssh_keys;
     426 DOMAIN_GET_MESSAGES See domain::messages;
 };
 
-/// The procedure of a number.
-pub fn find(number: i32) -> Option<&'static Procedure> {
-    PROCEDURES.binary_search_by_key(&number, |p| p.number).ok().map(|n| &PROCEDURES[n])
+/// Those of the QEMU program, which go past libvirt's own words.
+const OF_QEMU: &[Procedure] = procedures! {
+    3 DOMAIN_AGENT_COMMAND Change inside::command;
+};
+
+/// The procedure of a program and a number.
+pub fn find(program: u32, number: i32) -> Option<&'static Procedure> {
+    let all = if program == QEMU { OF_QEMU } else { PROCEDURES };
+    all.binary_search_by_key(&number, |p| p.number).ok().map(|n| &all[n])
+}
+
+/// The function behind a procedure, also of the QEMU program.
+pub fn name_of(program: u32, number: i32) -> String {
+    match find(program, number) {
+        Some(procedure) if program == QEMU => {
+            format!("virDomainQemu{}", &words(procedure.name)["Domain".len()..])
+        }
+        _ if program == QEMU => format!("QEMU procedure {number}"),
+        _ => api_name(number),
+    }
 }
 
 impl Procedure {
@@ -232,7 +294,7 @@ impl Procedure {
         }
         let driver = session.opened()?.driver;
         if self.demand == Demand::Change && session.read_only() {
-            let text = format!("read only access prevents {}", api_name(self.number));
+            let text = format!("read only access prevents vir{}", words(self.name));
             return Err(VirError::new(Code::OperationDenied, driver.part(), text));
         }
         Ok(())
@@ -243,6 +305,11 @@ impl Procedure {
 pub fn api_name(number: i32) -> String {
     let name = usize::try_from(number).ok().and_then(|n| NAMES.get(n.checked_sub(1)?));
     let Some(name) = name else { return format!("procedure {number}") };
+    format!("vir{}", words(name))
+}
+
+/// A procedure's name as a function's.
+fn words(name: &str) -> String {
     let words = name.split('_').map(|word| match word {
         "XML" | "UUID" | "ID" | "OS" | "CPU" | "URI" | "MAC" | "NMI" | "DHCP" | "SEV" | "WWN" | "SSH" => {
             word.to_owned()
@@ -252,7 +319,7 @@ pub fn api_name(number: i32) -> String {
         "IOTHREAD" => "IOThread".to_owned(),
         word => word[..1].to_owned() + &word[1..].to_ascii_lowercase(),
     });
-    format!("vir{}", words.collect::<String>())
+    words.collect()
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use super::{
     completion::complete,
     device::{Device, Owner},
     object::{Object, parse_settings},
+    template::{Metadata, Template},
 };
 use crate::{
     client::{Kind, Url},
@@ -80,6 +81,12 @@ pub enum Config {
     /// Devices of instances
     #[command(subcommand)]
     Device(Device),
+    /// What an instance has of its image's metadata
+    #[command(subcommand)]
+    Metadata(Metadata),
+    /// Templates of files that are made when an instance is created, copied, renamed or started
+    #[command(subcommand)]
+    Template(Template),
 }
 
 /// The keys of `/1.0/metadata/configuration`, flat.
@@ -186,6 +193,8 @@ impl Config {
                 list.print(format.format)
             }
             Self::Device(command) => command.run(context, Owner::Instance).await,
+            Self::Metadata(command) => command.run(context).await,
+            Self::Template(command) => command.run(context).await,
         }
     }
 }

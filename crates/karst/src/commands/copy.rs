@@ -29,6 +29,9 @@ pub struct Copy {
     /// Start it
     #[arg(long)]
     start: bool,
+    /// A copy that is there already becomes what the original is now: what it lacks is taken over, what only it has goes
+    #[arg(long, conflicts_with_all = ["start", "config"])]
+    refresh: bool,
 }
 
 impl Copy {
@@ -45,6 +48,7 @@ impl Copy {
                 "source": self.name,
                 "project": project,
                 "instance_only": self.instance_only,
+                "refresh": self.refresh,
             },
         });
         let work = async {

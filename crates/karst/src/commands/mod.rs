@@ -33,6 +33,7 @@ pub mod query;
 pub mod session;
 pub mod snapshot;
 pub mod storage;
+pub mod template;
 pub mod trust;
 pub mod version;
 pub mod volume;

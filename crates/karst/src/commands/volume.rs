@@ -100,6 +100,32 @@ pub enum Volume {
         /// Its new name
         new_name: String,
     },
+    /// Copy a volume with its snapshots
+    #[command(visible_alias = "cp")]
+    Copy {
+        #[command(flatten)]
+        which: Which,
+        /// Name of the copy
+        new_name: String,
+        #[command(flatten)]
+        to: To,
+        /// Without the snapshots
+        #[arg(long)]
+        volume_only: bool,
+        /// A copy that is there already becomes what the original is now
+        #[arg(long)]
+        refresh: bool,
+    },
+    /// Move a volume to another pool, project or name
+    #[command(visible_alias = "mv")]
+    Move {
+        #[command(flatten)]
+        which: Which,
+        /// New name
+        new_name: Option<String>,
+        #[command(flatten)]
+        to: To,
+    },
     /// Delete volumes
     #[command(visible_alias = "rm")]
     Delete {
@@ -113,6 +139,17 @@ pub enum Volume {
 }
 
 /// A volume as an object with fields.
+/// Where a volume is to be.
+#[derive(Debug, clap::Args)]
+pub struct To {
+    /// Pool; the same if none
+    #[arg(long, value_name = "POOL", add = complete(Kind::Pool))]
+    to_pool: Option<String>,
+    /// Project; the same if none
+    #[arg(long, value_name = "PROJECT")]
+    to_project: Option<String>,
+}
+
 fn volume(pool: &str, name: &str) -> Object {
     let (kind, short) = match name.split_once('/') {
         Some((kind @ ("custom" | "container" | "virtual-machine" | "image"), short)) => (kind, short),
@@ -160,6 +197,39 @@ impl Volume {
             Self::Unset { which, key, property } => which.object().unset(context, &key, property).await,
             Self::Edit { which } => which.object().edit(context).await,
             Self::Rename { which, new_name } => which.object().rename(context, &new_name).await,
+            Self::Copy { which, new_name, to, volume_only, refresh } => {
+                let pool = to.to_pool.as_deref().unwrap_or(&which.pool);
+                let mut url = Url::new(&["storage-pools", pool, "volumes", "custom"]);
+                if let Some(project) = &to.to_project {
+                    url = url.with("project", project);
+                }
+                let body = json!({
+                    "name": new_name,
+                    "type": "custom",
+                    "source": {
+                        "type": "copy",
+                        "name": which.name,
+                        "pool": which.pool,
+                        "project": client.project(),
+                        "volume_only": volume_only,
+                        "refresh": refresh,
+                    },
+                });
+                let label = format!("copying volume {}", which.name);
+                create(context, &url, body, label).await.about(client, Kind::Volume, &which.name)
+            }
+            Self::Move { which, new_name, to } => {
+                let body = json!({
+                    "name": new_name.as_ref().unwrap_or(&which.name),
+                    "pool": to.to_pool.as_ref().unwrap_or(&which.pool),
+                    "project": to.to_project,
+                });
+                let work = async {
+                    let answer = client.post(&which.object().url, &body).await?;
+                    context.finish(answer, format!("moving volume {}", which.name)).await
+                };
+                work.await.about(client, Kind::Volume, &which.name).map(drop)
+            }
             Self::Delete { pool, names } => {
                 for_each(&names, |name| {
                     let object = volume(&pool, &name);

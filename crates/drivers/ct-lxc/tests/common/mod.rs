@@ -229,6 +229,7 @@ pub fn bare_guest(daemon_id: &str, guests: &Path, n: u32) -> ResolvedGuest {
             vlans: Default::default(),
         }],
         cloud_init: CloudInit::default(),
+        files: vec![],
         environment: [("FROM_CONFIG".to_owned(), "yes".to_owned())].into(),
     }
 }

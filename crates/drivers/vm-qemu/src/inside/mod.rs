@@ -4,6 +4,7 @@
 //! images have when they come from elsewhere. Which one answers may change while a guest boots, so it is decided at each
 //! request, by which side of which port the guest has open (QEMU tells).
 
+mod command;
 mod exec;
 mod files;
 mod link;

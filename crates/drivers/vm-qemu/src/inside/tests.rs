@@ -182,6 +182,7 @@ fn guest(state_dir: PathBuf) -> ResolvedGuest {
         proxies: vec![],
         nics: vec![],
         cloud_init: Default::default(),
+        files: vec![],
         environment: Default::default(),
     }
 }

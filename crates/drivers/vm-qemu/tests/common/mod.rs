@@ -386,6 +386,7 @@ impl Place {
                 queue_length: None,
                 vlans: Default::default(),
             }],
+            files: vec![],
             cloud_init: CloudInit {
                 instance_id: "first".into(),
                 user_data: Some("#cloud-config\nsecret: xyzzy\n".into()),

@@ -300,16 +300,13 @@ fn copied(f: &mut Fields, call: &crate::app::Taken) -> Result<Option<CopyInstanc
     };
     let project = s.text("project")?.filter(|p| !p.is_empty());
     let instance_only = s.flag("instance_only")? | s.flag("container_only")?;
-    if s.flag("refresh")? {
-        return Err(Error::unsupported("refreshing a copy is not there yet; delete it and copy again")
-            .at("source.refresh"));
-    }
+    let refresh = s.flag("refresh")?;
+    let exclude_older = s.flag("refresh_exclude_older")?;
     s.finish(&[
         "allow_inconsistent",
         "base-image",
         "live",
         "mode",
-        "refresh_exclude_older",
         "certificate",
         "secret",
         "server",
@@ -325,6 +322,8 @@ fn copied(f: &mut Fields, call: &crate::app::Taken) -> Result<Option<CopyInstanc
         name,
         snapshot,
         instance_only,
+        refresh,
+        exclude_older,
         copy: CreateInstance {
             name: None,
             kind: InstanceKind::Container,

@@ -13,6 +13,7 @@ pub mod images;
 pub mod instances;
 pub mod karst;
 pub mod logs;
+pub mod metadata;
 pub mod metrics;
 pub mod networks;
 pub mod operations;

@@ -15,7 +15,7 @@ use crate::{
 use karst_engine::{
     Row,
     snapshots::Origin,
-    volumes::{copy::CopyVolume, create::CreateVolume, update::UpdateVolume, users},
+    volumes::{copy::CopyVolume, create::CreateVolume, relocate::MoveVolume, update::UpdateVolume, users},
 };
 use karst_model::{
     Error, Result,
@@ -239,17 +239,17 @@ fn copied(mut source: Fields, project: &str) -> Result<Option<CopyVolume>> {
     let pool = source.need_text("pool")?;
     let origin = source.text("project")?.filter(|p| !p.is_empty());
     let volume_only = source.flag("volume_only")?;
-    if source.flag("refresh")? {
-        return Err(Error::unsupported("refreshing a copy is not there yet; delete it and copy again")
-            .at("source.refresh"));
-    }
-    source.finish(&["mode", "location", "certificate", "operation", "secrets", "refresh_exclude_older"])?;
+    let refresh = source.flag("refresh")?;
+    let exclude_older = source.flag("refresh_exclude_older")?;
+    source.finish(&["mode", "location", "certificate", "operation", "secrets"])?;
     Ok(Some(CopyVolume {
         project: origin.unwrap_or_else(|| project.to_owned()),
         pool,
         name,
         snapshot,
         volume_only,
+        refresh,
+        exclude_older,
         copy: CreateVolume {
             name: String::new(),
             content: VolumeContent::Filesystem,
@@ -318,25 +318,26 @@ pub async fn patch(call: Call) -> Result<Reply> {
     change(call, true).await
 }
 
-/// `POST /1.0/storage-pools/{name}/volumes/{type}/{volume}`: rename.
+/// `POST /1.0/storage-pools/{name}/volumes/{type}/{volume}`: another name, pool or project.
 ///
 /// # Errors
-/// Those of the engine; moves are not there.
+/// Those of the engine; invalid by field.
 pub async fn rename(call: Call) -> Result<Reply> {
     demand_custom(call.param(1))?;
     let (call, mut f) = call.fields().await?;
     let new = f.need_text("name")?;
-    for field in ["pool", "project"] {
-        if f.text(field)?.is_some_and(|v| !v.is_empty()) {
-            return Err(
-                Error::unsupported(format!("moving volumes to another {field} is not there yet")).at(field)
-            );
-        }
-    }
+    let (pool, project) = (f.text("pool")?, f.text("project")?);
     if f.flag("migration")? {
         return Err(Error::unsupported("moving volumes between servers is not there yet").at("migration"));
     }
     f.finish(&["target", "source", "volume_only"])?;
+    let said = |text: &Option<String>, now: &str| text.as_deref().is_some_and(|t| !t.is_empty() && t != now);
+    if said(&pool, call.param(0)) || said(&project, call.project()) {
+        let request = MoveVolume { name: Some(new), pool, project };
+        let (pool, old) = (call.param(0), call.param(2));
+        let moved = call.engine().volume_move(&call.context, call.project(), pool, old, request).await?;
+        return running(&moved);
+    }
     let (pool, old) = (call.param(0), call.param(2));
     call.engine().volume_rename(&call.context, call.project(), pool, old, &new).await?;
     created(&location(&call, &new))

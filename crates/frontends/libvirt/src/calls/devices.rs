@@ -18,11 +18,11 @@ use karst_engine::{InstanceView, compute::update::UpdateInstance};
 use karst_model::instance::DeviceIdentity;
 
 /// `VIR_DOMAIN_AFFECT_*`
-const LIVE: u32 = 1;
-const CONFIG: u32 = 2;
+pub(super) const LIVE: u32 = 1;
+pub(super) const CONFIG: u32 = 2;
 
 /// Is the running guest changed too?
-fn live(view: &InstanceView, flags: u32) -> Result<bool, VirError> {
+pub(super) fn live(view: &InstanceView, flags: u32) -> Result<bool, VirError> {
     let running = is_running(view);
     match (flags & LIVE != 0, flags & CONFIG != 0) {
         (true, _) if !running => Err(VirError::state("domain is not running")),
@@ -36,7 +36,7 @@ fn failed(text: impl Into<String>) -> VirError {
 }
 
 /// Sets keys and devices of a guest; `touched` are the devices whose change a running guest must have taken.
-async fn write(
+pub(super) async fn write(
     call: &Call,
     view: &InstanceView,
     new: spec::Updated,
@@ -389,7 +389,7 @@ fn disk_of(view: &InstanceView, disk: &str) -> Result<String, VirError> {
 }
 
 /// Changes keys of one device.
-async fn set_device(
+pub(super) async fn set_device(
     call: &Call,
     view: &InstanceView,
     flags: u32,
@@ -416,16 +416,8 @@ pub async fn block_info(call: Call) -> Answered {
     let (named, disk, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.string()?, r.u32()?)))?;
     call.known_flags(flags, 0)?;
     let view = call.guest(&named)?;
-    let device = disk_of(&view, &disk)?;
     let engine = &call.session.front.engine;
-    let found = {
-        let records = engine.inner().inventory.read();
-        let keys = &view.expanded_devices[&device];
-        match (keys.get("pool"), keys.get("source")) {
-            (Some(pool), Some(source)) => records.custom_volume(view.instance.project, pool, source).cloned(),
-            _ => records.volumes.get(&view.instance.root).cloned(),
-        }
-    };
+    let found = super::figures::disk(&call, &view, &disk)?.volume;
     let volume = found.ok_or_else(|| VirError::argument(format!("disk {disk} is empty")))?;
     let usage = engine.volume_usage(&volume).await?;
     let capacity = volume.size.map_or(usage.total, |s| s.bytes());
@@ -455,7 +447,7 @@ pub async fn block_resize(call: Call) -> Answered {
     Ok(nothing())
 }
 
-fn typed(r: &mut Reader<'_>) -> Result<(String, Typed), VirError> {
+pub(super) fn typed(r: &mut Reader<'_>) -> Result<(String, Typed), VirError> {
     let field = r.string()?;
     let value = match r.u32()? {
         1 => Typed::Int(r.i32()?),
@@ -470,7 +462,7 @@ fn typed(r: &mut Reader<'_>) -> Result<(String, Typed), VirError> {
     Ok((field, value))
 }
 
-fn number(value: &Typed) -> Option<u64> {
+pub(super) fn number(value: &Typed) -> Option<u64> {
     match value {
         Typed::Int(n) => u64::try_from(*n).ok(),
         Typed::Uint(n) => Some(u64::from(*n)),
@@ -481,7 +473,7 @@ fn number(value: &Typed) -> Option<u64> {
 }
 
 /// Parameters, or how many there are when none are asked for.
-fn parameters(all: Vec<(&str, Typed)>, wanted: i32) -> Answered {
+pub(super) fn parameters(all: Vec<(&str, Typed)>, wanted: i32) -> Answered {
     let mut w = Writer::new();
     let n = all.len() as i32;
     if wanted == 0 {

@@ -1,6 +1,6 @@
 //! A running machine: its memory kept over a stop, its screen, its keyboard; and jobs.
 
-use super::{Answered, Named, domain::is_running, int, nothing, power::save};
+use super::{Answered, Named, domain::is_running, int, nothing, power::save, transfer::sent};
 use crate::{
     error::{Code, Part, VirError},
     frame::{Frame, Header, Status},
@@ -70,7 +70,7 @@ pub async fn screenshot(call: Call) -> Answered {
 
 /// Gives what a descriptor holds to the client's stream. At its end an empty frame says so, and the client finishes.
 async fn give(session: Arc<Session>, header: Header, fd: OwnedFd, mut input: Input) {
-    let sent = async {
+    let read = async {
         // A file, on which there is nothing to wait for.
         let mut reader = tokio::fs::File::from_std(std::fs::File::from(fd));
         let mut buffer = vec![0; 64 << 10];
@@ -84,26 +84,10 @@ async fn give(session: Arc<Session>, header: Header, fd: OwnedFd, mut input: Inp
         }
     };
     let outcome = tokio::select! {
-        outcome = sent => outcome,
+        outcome = read => outcome,
         () = session.ended() => Ok(()),
     };
-    match outcome {
-        Err(e) => {
-            let error = VirError::from(karst_model::Error::from(e));
-            session.send(Frame::new(header.stream(Status::Error), error.encode())).await;
-        }
-        Ok(()) => {
-            // Finished or given up; either is answered, and nothing else comes.
-            let ended = tokio::select! {
-                input = input.recv() => input.is_some(),
-                () = session.ended() => false,
-            };
-            if ended {
-                session.send(Frame::new(header.stream(Status::Ok), Bytes::new())).await;
-            }
-        }
-    }
-    session.stream_ended(header);
+    sent(&session, header, &mut input, outcome.map_err(|e| karst_model::Error::from(e).into())).await;
 }
 
 /// QEMU's names of Linux' key codes from 1.

@@ -6,6 +6,8 @@ pub mod define;
 pub mod devices;
 pub mod domain;
 pub mod event;
+pub mod figures;
+pub mod inside;
 pub mod machine;
 pub mod network;
 pub mod pools;
@@ -13,6 +15,8 @@ pub mod power;
 pub mod snapshots;
 pub mod stats;
 pub mod storage;
+pub mod transfer;
+pub mod tuning;
 pub mod volumes;
 
 use crate::{
@@ -110,7 +114,7 @@ impl Call {
         match flags & !known {
             0 => Ok(()),
             more => {
-                let name = crate::table::api_name(self.header.procedure);
+                let name = crate::table::name_of(self.header.program, self.header.procedure);
                 Err(VirError::argument(format!("unsupported flags (0x{more:x}) in function {name}")))
             }
         }

@@ -1,16 +1,16 @@
 //! Figures of running domains.
 
-use super::{Answered, Named, domain::is_running, domain::state_of, text, write_domain};
+use super::{Answered, Named, domain::is_running, domain::state_of, figures::disks, text, write_domain};
 use crate::{
     domain_uuid,
     error::{Code, VirError},
     limits,
-    session::Call,
+    session::{Call, Driver},
     xdr::{Typed, Writer},
 };
 use karst_engine::InstanceView;
-use karst_model::guest::Metrics;
-use std::{net::IpAddr, sync::Arc};
+use karst_model::guest::{Interface, MachineFigures, Metrics, NicFigures};
+use std::{collections::HashMap, net::IpAddr, sync::Arc};
 use uuid::Uuid;
 
 /// Groups of `virDomainStatsTypes` that are told.
@@ -19,7 +19,15 @@ const CPU: u32 = 2;
 const BALLOON: u32 = 4;
 const VCPU: u32 = 8;
 const INTERFACE: u32 = 16;
-const KNOWN: u32 = STATE | CPU | BALLOON | VCPU | INTERFACE;
+const BLOCK: u32 = 32;
+const PERF: u32 = 64;
+const IOTHREAD: u32 = 128;
+const MEMORY: u32 = 256;
+const DIRTYRATE: u32 = 512;
+/// Of the last four there is never anything to tell, as with libvirt's own guests that have none of it.
+const KNOWN: u32 = STATE | CPU | BALLOON | VCPU | INTERFACE | BLOCK | PERF | IOTHREAD | MEMORY | DIRTYRATE;
+/// What QEMU has to be asked for.
+const OF_MACHINES: u32 = CPU | BALLOON | VCPU | INTERFACE | BLOCK;
 /// Flags of the list, as of [`super::domain::list`]; the two highest are of the statistics: do not wait for a busy guest,
 /// and insist on every group.
 const INSIST: u32 = 1 << 31;
@@ -57,15 +65,24 @@ pub async fn all(call: Call) -> Answered {
         }
     };
     let (running, stopped) = (flags & 1 != 0, flags & 2 != 0);
-    let sample = call.session.front.engine.all_metrics().await;
+    let engine = &call.session.front.engine;
+    let sample = engine.all_metrics().await;
+    let machines = match stats & OF_MACHINES != 0 && call.opened()?.driver == Driver::Qemu {
+        // Only when there is one: otherwise no host need be asked.
+        true if guests.iter().any(|v| is_running(v)) => engine.all_machine_figures().await,
+        _ => HashMap::new(),
+    };
     let mut rows = vec![];
     for view in guests {
         let is = is_running(&view);
         if (running || stopped) && !(running && is || stopped && !is) {
             continue;
         }
-        let metrics = sample.get(&view.instance.id).filter(|_| is);
-        let params = parameters(&call, &view, metrics, stats)?;
+        let of = Figures {
+            metrics: sample.get(&view.instance.id).filter(|_| is),
+            machine: machines.get(&view.instance.id).filter(|_| is),
+        };
+        let params = parameters(&call, &view, of, stats).await?;
         rows.push((view, params));
     }
     let mut w = Writer::new();
@@ -78,12 +95,20 @@ pub async fn all(call: Call) -> Answered {
     Ok(w.finish().into())
 }
 
-fn parameters(
+/// What is known of a running guest.
+#[derive(Clone, Copy)]
+struct Figures<'a> {
+    metrics: Option<&'a Metrics>,
+    machine: Option<&'a MachineFigures>,
+}
+
+async fn parameters(
     call: &Call,
     view: &InstanceView,
-    metrics: Option<&Metrics>,
+    of: Figures<'_>,
     stats: u32,
 ) -> Result<Vec<(String, Typed)>, VirError> {
+    let Figures { metrics, machine } = of;
     let mut all = vec![];
     let mut add = |field: &str, value| all.push((field.to_owned(), value));
     let limits = limits::of(view)?;
@@ -93,12 +118,20 @@ fn parameters(
         add("state.state", Typed::Int(state));
         add("state.reason", Typed::Int(reason));
     }
-    if let Some(used) = metrics.and_then(|m| m.cpu_ns).filter(|_| stats & CPU != 0) {
-        add("cpu.time", Typed::Ullong(used));
+    if stats & CPU != 0 {
+        let machine = |of: fn(&MachineFigures) -> Option<u64>| machine.and_then(of);
+        for (field, value) in [
+            ("cpu.time", metrics.and_then(|m| m.cpu_ns)),
+            ("cpu.user", machine(|m| m.user_ns)),
+            ("cpu.system", machine(|m| m.system_ns)),
+        ] {
+            value.into_iter().for_each(|v| add(field, Typed::Ullong(v)));
+        }
     }
     if stats & BALLOON != 0 {
         let memory = limits.memory_kib(call)?;
-        add("balloon.current", Typed::Ullong(memory));
+        let actual = machine.and_then(|m| m.balloon.as_ref()).map_or(memory, |b| b.actual / 1024);
+        add("balloon.current", Typed::Ullong(actual));
         add("balloon.maximum", Typed::Ullong(memory));
         if let Some(rss) = metrics.and_then(|m| m.memory) {
             add("balloon.rss", Typed::Ullong(rss / 1024));
@@ -107,25 +140,85 @@ fn parameters(
     if stats & VCPU != 0 {
         add("vcpu.current", Typed::Uint(cpus));
         add("vcpu.maximum", Typed::Uint(cpus));
+        for vcpu in machine.iter().flat_map(|m| &m.vcpus) {
+            add(&format!("vcpu.{}.state", vcpu.index), Typed::Int(1));
+            add(&format!("vcpu.{}.time", vcpu.index), Typed::Ullong(vcpu.time_ns));
+        }
     }
-    if let Some(metrics) = metrics.filter(|_| stats & INTERFACE != 0) {
-        let nics: Vec<_> = metrics.interfaces.values().filter(|i| !i.loopback).collect();
-        add("net.count", Typed::Uint(nics.len() as u32));
-        for (n, nic) in nics.iter().enumerate() {
-            let name = if nic.host_name.is_empty() { nic.mac.clone() } else { nic.host_name.clone() };
+    if stats & INTERFACE != 0 {
+        let nics: Vec<(String, NicFigures)> = match (machine, metrics) {
+            (Some(machine), _) => machine.nics.iter().map(|(name, n)| (name.clone(), n.clone())).collect(),
+            (None, Some(metrics)) => metrics.interfaces.values().filter(|i| !i.loopback).map(seen).collect(),
+            (None, None) => vec![],
+        };
+        if machine.is_some() || metrics.is_some() {
+            add("net.count", Typed::Uint(nics.len() as u32));
+        }
+        for (n, (name, nic)) in nics.into_iter().enumerate() {
             add(&format!("net.{n}.name"), Typed::Text(name));
-            let [rx_bytes, tx_bytes, rx_packets, tx_packets] = nic.counters;
             for (field, value) in [
-                ("rx.bytes", rx_bytes),
-                ("rx.pkts", rx_packets),
-                ("tx.bytes", tx_bytes),
-                ("tx.pkts", tx_packets),
+                ("rx.bytes", nic.received_bytes),
+                ("rx.pkts", nic.received_packets),
+                ("rx.errs", nic.received_errors),
+                ("rx.drop", nic.received_drops),
+                ("tx.bytes", nic.sent_bytes),
+                ("tx.pkts", nic.sent_packets),
+                ("tx.errs", nic.sent_errors),
+                ("tx.drop", nic.sent_drops),
             ] {
                 add(&format!("net.{n}.{field}"), Typed::Ullong(value));
             }
         }
     }
+    if stats & BLOCK != 0 && call.opened()?.driver == Driver::Qemu {
+        let engine = &call.session.front.engine;
+        let disks = disks(&engine.inner().inventory.read(), view);
+        add("block.count", Typed::Uint(disks.len() as u32));
+        for (n, disk) in disks.into_iter().enumerate() {
+            let mut add = |field: &str, value| add(&format!("block.{n}.{field}"), value);
+            add("name", Typed::Text(disk.target));
+            if let Some(path) = disk.path {
+                add("path", Typed::Text(path));
+            }
+            let figures = machine.and_then(|m| m.disks.get(&disk.slot));
+            if let Some(d) = figures {
+                for (field, value) in [
+                    ("rd.reqs", d.read_requests),
+                    ("rd.bytes", d.read_bytes),
+                    ("rd.times", d.read_ns),
+                    ("wr.reqs", d.write_requests),
+                    ("wr.bytes", d.write_bytes),
+                    ("wr.times", d.write_ns),
+                    ("fl.reqs", d.flush_requests),
+                    ("fl.times", d.flush_ns),
+                ] {
+                    add(field, Typed::Ullong(value));
+                }
+            }
+            let Some(volume) = disk.volume else { continue };
+            let (used, file) = match figures.and_then(|d| Some((d.allocation?, d.physical?))) {
+                Some(known) => known,
+                None => {
+                    let usage = engine.volume_usage(&volume).await?;
+                    (usage.used, usage.used)
+                }
+            };
+            add("allocation", Typed::Ullong(used));
+            add("capacity", Typed::Ullong(volume.size.unwrap_or_default().bytes()));
+            add("physical", Typed::Ullong(file));
+        }
+    }
+    if stats & IOTHREAD != 0 && metrics.is_some() && call.opened()?.driver == Driver::Qemu {
+        add("iothread.count", Typed::Uint(0));
+    }
     Ok(all)
+}
+
+/// An interface as the guest sees it, by the host's name where it has one.
+fn seen(nic: &Interface) -> (String, NicFigures) {
+    let name = if nic.host_name.is_empty() { nic.mac.clone() } else { nic.host_name.clone() };
+    let [received_bytes, sent_bytes, received_packets, sent_packets] = nic.counters;
+    (name, NicFigures { received_bytes, sent_bytes, received_packets, sent_packets, ..Default::default() })
 }
 
 /// `DOMAIN_INTERFACE_STATS`, of an interface by the host's name or the MAC address.
@@ -133,13 +226,36 @@ pub async fn interface(call: Call) -> Answered {
     let (named, device) = call.arguments(|r| Ok((Named::read_domain(r)?, r.string()?)))?;
     let view = call.guest(&named)?;
     let metrics = figures(&call, &view).await?;
+    let session = &call.session;
+    let (engine, context) = (&session.front.engine, &session.context);
+    let machine = engine.machine_figures(context, &view.project.name, &view.instance.name).await?;
+    let unknown = || VirError::argument(format!("invalid path, '{device}' is not a known interface"));
+    let mut w = Writer::new();
+    if let Some(machine) = machine {
+        let by_mac = crate::xml::domain::nics(&view)?.into_iter();
+        let mut by_mac = by_mac.filter(|n| n.mac.eq_ignore_ascii_case(&device)).map(|n| n.host_interface);
+        let name = by_mac.next().unwrap_or_else(|| device.clone());
+        let n = super::figures::nic(&machine, &name).ok_or_else(unknown)?;
+        for value in [
+            n.received_bytes,
+            n.received_packets,
+            n.received_errors,
+            n.received_drops,
+            n.sent_bytes,
+            n.sent_packets,
+            n.sent_errors,
+            n.sent_drops,
+        ] {
+            w.i64(value as i64);
+        }
+        return Ok(w.finish().into());
+    }
     let found = metrics
         .interfaces
         .values()
         .find(|i| i.host_name == device || i.mac.eq_ignore_ascii_case(&device))
-        .ok_or_else(|| VirError::argument(format!("invalid path, '{device}' is not a known interface")))?;
+        .ok_or_else(unknown)?;
     let [rx_bytes, tx_bytes, rx_packets, tx_packets] = found.counters.map(|n| n as i64);
-    let mut w = Writer::new();
     // -1: not counted.
     w.i64(rx_bytes).i64(rx_packets).i64(-1).i64(-1).i64(tx_bytes).i64(tx_packets).i64(-1).i64(-1);
     Ok(w.finish().into())

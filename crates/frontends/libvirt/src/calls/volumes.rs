@@ -16,12 +16,12 @@ use karst_model::{
     storage::{Pool, VolumeOwner},
 };
 
-fn failed(code: Code, text: impl Into<String>) -> VirError {
+pub(super) fn failed(code: Code, text: impl Into<String>) -> VirError {
     VirError::new(code, Part::Storage, text)
 }
 
 /// One that a user made.
-fn own(found: &Found) -> Result<(), VirError> {
+pub(super) fn own(found: &Found) -> Result<(), VirError> {
     match found.volume.owner {
         VolumeOwner::Custom => Ok(()),
         _ => {
@@ -84,6 +84,8 @@ pub async fn create_from(call: Call) -> Answered {
         name: from.name.clone(),
         snapshot: None,
         volume_only: true,
+        refresh: false,
+        exclude_older: false,
         copy: CreateVolume {
             name: new.name.clone(),
             content: from.volume.content,
@@ -110,6 +112,38 @@ pub async fn delete(call: Call) -> Answered {
         session.front.engine.volume_delete(&session.context, project, &found.pool, &found.name).await;
     ended(deleted?).await?;
     Ok(nothing())
+}
+
+/// `VIR_STORAGE_VOL_WIPE_ALG_*`: zeros, and given back.
+const ZERO: u32 = 0;
+const TRIM: u32 = 9;
+
+async fn wipe_volume(call: &Call, named: &VolumeName, algorithm: u32, flags: u32) -> Answered {
+    call.known_flags(flags, 0)?;
+    if !matches!(algorithm, ZERO | TRIM) {
+        let text =
+            "a wiped volume reads as zeros, its space given back to the pool; patterns are not written";
+        return Err(failed(Code::OperationUnsupported, text));
+    }
+    let found = volume(call, named)?;
+    own(&found)?;
+    let session = &call.session;
+    let project = &session.opened()?.project;
+    ended(session.front.engine.volume_wipe(&session.context, project, &found.pool, &found.name).await?)
+        .await?;
+    Ok(nothing())
+}
+
+/// `STORAGE_VOL_WIPE`
+pub async fn wipe(call: Call) -> Answered {
+    let (named, flags) = call.arguments(|r| Ok((VolumeName::read(r)?, r.u32()?)))?;
+    wipe_volume(&call, &named, ZERO, flags).await
+}
+
+/// `STORAGE_VOL_WIPE_PATTERN`
+pub async fn wipe_pattern(call: Call) -> Answered {
+    let (named, algorithm, flags) = call.arguments(|r| Ok((VolumeName::read(r)?, r.u32()?, r.u32()?)))?;
+    wipe_volume(&call, &named, algorithm, flags).await
 }
 
 /// `VIR_STORAGE_VOL_RESIZE_*`

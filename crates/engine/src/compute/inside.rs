@@ -1,0 +1,89 @@
+//! What is asked of a running virtual machine beside its console and screen: its figures, commands of its agent, interrupts.
+
+use crate::{Engine, context::Context};
+use karst_agent::{AgentCommand, CallContext, GuestRef};
+use karst_model::{Error, InstanceId, Result, guest::MachineFigures, instance::Status};
+use std::{collections::HashMap, time::Duration};
+
+/// A host that takes longer is left out of the answer.
+const PATIENCE: Duration = Duration::from_secs(3);
+const CALL: Duration = Duration::from_secs(60);
+/// Longest that a command of the agent may take; the call has a little more.
+pub const AGENT_MAX: Duration = Duration::from_secs(600);
+
+impl Engine {
+    /// What a running virtual machine has done; `None` when it does not run, or is none.
+    ///
+    /// # Errors
+    /// Not found, forbidden.
+    pub async fn machine_figures(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+    ) -> Result<Option<MachineFigures>> {
+        let view = self.instance(context, project, name)?;
+        if matches!(view.status, Status::Stopped | Status::Error) {
+            return Ok(None);
+        }
+        let agent = self.inner().agents.get(view.instance.node)?;
+        let mut found = agent.machine_figures(&CallContext::read(CALL), vec![view.instance.id]).await?;
+        Ok(found.pop().map(|(_, figures)| figures))
+    }
+
+    /// The same of all running virtual machines. A host that does not answer is left out.
+    pub async fn all_machine_figures(&self) -> HashMap<InstanceId, MachineFigures> {
+        let mut all = HashMap::new();
+        for (node, agent) in self.inner().agents.all() {
+            match agent.machine_figures(&CallContext::read(PATIENCE), vec![]).await {
+                Ok(found) => all.extend(found),
+                Err(e) => tracing::warn!(%node, error = %e, "a host does not tell what its machines did"),
+            }
+        }
+        all
+    }
+
+    /// Runs a command of the QEMU guest agent's protocol in a running virtual machine, and answers what it returns.
+    ///
+    /// # Errors
+    /// Not found, conflict when it does not run, unsupported (a container, a command that the agent does not have),
+    /// unavailable without an agent, forbidden.
+    pub async fn guest_agent(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        (command, arguments): (&str, serde_json::Value),
+        limit: Duration,
+    ) -> Result<serde_json::Value> {
+        let (view, agent) = self.virtual_machine(context, project, name)?;
+        if !arguments.is_object() {
+            return Err(Error::invalid("arguments", "the arguments of a command are an object"));
+        }
+        let limit = limit.min(AGENT_MAX);
+        let request = AgentCommand { instance: view.instance.id, command: command.into(), arguments, limit };
+        agent.guest_agent(&CallContext::read(limit + CALL), request).await
+    }
+
+    /// Interrupts a running virtual machine without regard to masks (NMI).
+    ///
+    /// # Errors
+    /// Those of [`Engine::machine_reset`].
+    pub async fn machine_interrupt(&self, context: &Context, project: &str, name: &str) -> Result<()> {
+        let (view, agent) = self.virtual_machine(context, project, name)?;
+        let generation = view.runtime.as_ref().map_or(view.instance.generation, |r| r.generation);
+        let guest = GuestRef { instance: view.instance.id, generation };
+        agent.machine_interrupt(&CallContext::read(CALL), guest).await
+    }
+
+    /// Wakes a virtual machine that sleeps.
+    ///
+    /// # Errors
+    /// Those of [`Engine::machine_reset`].
+    pub async fn machine_wake(&self, context: &Context, project: &str, name: &str) -> Result<()> {
+        let (view, agent) = self.virtual_machine(context, project, name)?;
+        let generation = view.runtime.as_ref().map_or(view.instance.generation, |r| r.generation);
+        let guest = GuestRef { instance: view.instance.id, generation };
+        agent.machine_wake(&CallContext::read(CALL), guest).await
+    }
+}

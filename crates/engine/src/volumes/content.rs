@@ -1,0 +1,316 @@
+//! What custom volumes hold: wiped, read and written byte by byte.
+//!
+//! Reading holds the volume still for as long as it takes. What is written is uploaded to the host first, and then put in
+//! place by a saga in one step of the host: a client that goes away in mid-transfer has changed nothing.
+
+use super::{lock, path, runs, users};
+use crate::{
+    Engine, EngineInner, Records, Row,
+    backups::lock as upload_lock,
+    compute::guest::Session,
+    context::Context,
+    db::Tx,
+    operations::{LiveOperation, NewOperation},
+    saga::{Saga, StepContext, runner},
+};
+use async_trait::async_trait;
+use karst_agent::{CallContext, VolumeRebuild, VolumeRef, VolumeWrite as WriteCall};
+use karst_model::{BackupId, Error, NodeId, Result, VolumeId, spec::VolumeSource, storage::Volume};
+use serde::{Deserialize, Serialize};
+use std::{os::fd::OwnedFd, time::Duration};
+
+const CALL: Duration = Duration::from_secs(60);
+const LONG: Duration = Duration::from_secs(86_400);
+
+/// A disk that is being read. Dropped it may change again.
+pub struct OpenVolume {
+    /// Its bytes, at any place, its holes as holes.
+    pub file: OwnedFd,
+    /// Keeps it as it is.
+    pub session: Session,
+}
+
+/// What is to be written into a volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WriteVolume {
+    /// The upload, all of it.
+    pub upload: BackupId,
+    /// Its bytes.
+    pub length: u64,
+    /// Byte of the volume that its first goes to.
+    pub offset: u64,
+}
+
+/// The volume is a disk, and `length` bytes from `offset` on are within it.
+fn demand_room(volume: &Volume, offset: u64, length: u64) -> Result<()> {
+    if !volume.content.is_disk() {
+        let text = format!("volume {:?} is a file system, which has no bytes by place", volume.name);
+        return Err(Error::unsupported(text));
+    }
+    let size = volume.size.unwrap_or_default().bytes();
+    match offset.checked_add(length) {
+        Some(end) if end <= size => Ok(()),
+        _ => Err(Error::invalid(
+            "length",
+            format!("volume {:?} has {size} bytes, and what is written would reach beyond", volume.name),
+        )),
+    }
+}
+
+/// No guest runs with the volume, and none begins to: a start expects what it attaches to be unlocked.
+fn demand_still(records: &Records, tx: &mut Tx, row: &Row<Volume>) -> Result<()> {
+    for user in &users(records, row).instances {
+        if runs(records, user) {
+            return Err(Error::conflict(format!(
+                "instance {:?} runs with volume {:?}; stop it first",
+                &*user.name, row.name
+            )));
+        }
+        // A start or snapshot that is under way has this lock.
+        let target = crate::compute::lock(user.id);
+        runner::demand_unlocked(records, std::slice::from_ref(&target))?;
+        tx.expect_unlocked(&target);
+        tx.expect(user);
+    }
+    tx.expect(row);
+    tx.expect_untouched(records, &lock(row.id));
+    Ok(())
+}
+
+impl Engine {
+    /// Makes a custom volume empty again: it reads as zeros, and its space is given back to the pool rather than overwritten.
+    ///
+    /// # Errors
+    /// Not found, conflict when a guest runs with it, it has snapshots or is busy, forbidden.
+    pub async fn volume_wipe(
+        &self,
+        context: &Context,
+        project: &str,
+        pool: &str,
+        name: &str,
+    ) -> Result<LiveOperation> {
+        let project = self.volume_editor(context, project)?;
+        let inner = self.inner();
+        runner::start::<VolumeWipe>(inner, context, |tx| {
+            let records = inner.inventory.read();
+            let row = records.demand_volume(project.id, pool, name)?;
+            if !records.volume_snapshots_of(row.id).is_empty() {
+                return Err(Error::conflict(format!(
+                    "volume {name:?} has snapshots, which would still show what was in it; delete them first"
+                )));
+            }
+            for user in &users(&records, row).instances {
+                if user.root == row.id && !records.snapshots_of(user.id).is_empty() {
+                    return Err(Error::conflict(format!(
+                        "instance {:?} has snapshots of volume {name:?}; delete them first",
+                        &*user.name
+                    )));
+                }
+            }
+            demand_still(&records, tx, row)?;
+            let path = path(&records, row);
+            let plan = WipePlan {
+                content: VolumeRebuild {
+                    volume: VolumeRef { pool: row.pool, volume: row.id },
+                    source: VolumeSource::Empty,
+                    size: row.size,
+                },
+                node: inner.node,
+                path: path.clone(),
+            };
+            let new = NewOperation::task("Wiping storage volume", Some(project.id), "storage_volumes", path);
+            Ok((plan, new))
+        })
+        .await
+    }
+
+    /// Opens a custom volume that is a disk, to be read from any place. It holds everything that a guest wrote, so it takes
+    /// the right to change it.
+    ///
+    /// # Errors
+    /// Not found, unsupported (no disk), conflict when a guest runs with it that is not paused, forbidden.
+    pub async fn volume_open(
+        &self,
+        context: &Context,
+        project: &str,
+        pool: &str,
+        name: &str,
+    ) -> Result<OpenVolume> {
+        let project = self.volume_editor(context, project)?;
+        let inner = self.inner();
+        let at = {
+            let records = inner.inventory.read();
+            let row = records.demand_volume(project.id, pool, name)?;
+            demand_room(row, 0, 0)?;
+            VolumeRef { pool: row.pool, volume: row.id }
+        };
+        let agent = inner.agents.get(inner.node)?;
+        let answer = agent.volume_open(&CallContext::read(LONG), at).await?;
+        let session = self.session(agent, answer.value);
+        let file = answer.fds.into_iter().next();
+        let file = file.ok_or_else(|| Error::internal("the host opened no disk", at.volume))?;
+        Ok(OpenVolume { file, session })
+    }
+
+    /// Could `length` bytes be written from `offset` on, as things are? Asked before they are uploaded.
+    ///
+    /// # Errors
+    /// As [`Engine::volume_write`].
+    pub fn volume_writable(
+        &self,
+        context: &Context,
+        project: &str,
+        pool: &str,
+        name: &str,
+        (offset, length): (u64, u64),
+    ) -> Result<()> {
+        let project = self.volume_editor(context, project)?;
+        let records = self.inner().inventory.read();
+        let row = records.demand_volume(project.id, pool, name)?;
+        demand_room(row, offset, length)?;
+        demand_still(&records, &mut Tx::default(), row)
+    }
+
+    /// Puts what was uploaded ([`Engine::backup_upload`]) over a part of a custom volume, and drops the upload.
+    ///
+    /// # Errors
+    /// Not found, unsupported (no disk), invalid (beyond its end), conflict when a guest runs with it or it is busy,
+    /// forbidden.
+    pub async fn volume_write(
+        &self,
+        context: &Context,
+        project: &str,
+        pool: &str,
+        name: &str,
+        request: WriteVolume,
+    ) -> Result<LiveOperation> {
+        let project = self.volume_editor(context, project)?;
+        let inner = self.inner();
+        runner::start::<VolumeWrite>(inner, context, |tx| {
+            let records = inner.inventory.read();
+            let row = records.demand_volume(project.id, pool, name)?;
+            demand_room(row, request.offset, request.length)?;
+            demand_still(&records, tx, row)?;
+            let path = path(&records, row);
+            let plan = WritePlan {
+                volume: VolumeRef { pool: row.pool, volume: row.id },
+                upload: request.upload,
+                offset: request.offset,
+                node: inner.node,
+                path: path.clone(),
+            };
+            let new = NewOperation::task("Writing storage volume", Some(project.id), "storage_volumes", path);
+            Ok((plan, new))
+        })
+        .await
+    }
+}
+
+/// Its content changed: who read it before has read something else.
+fn changed(id: VolumeId, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+    let row = engine.volume_row(id)?;
+    tx.replace(&row, &Volume { spec_version: row.spec_version + 1, ..row.value.clone() });
+    Ok(())
+}
+
+/// Plan of [`VolumeWipe`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct WipePlan {
+    content: VolumeRebuild,
+    node: NodeId,
+    path: String,
+}
+
+/// Replaces the content by nothing in one step of the host. What was there cannot be brought back: the step has no undo, and
+/// should it fail to its end the volume is as it was.
+pub struct VolumeWipe;
+
+#[async_trait]
+impl Saga for VolumeWipe {
+    const NAME: &'static str = "volume-wipe";
+    const STEPS: &'static [&'static str] = &["content"];
+    type Plan = WipePlan;
+    type Outputs = ();
+
+    fn retries(_: usize) -> u32 {
+        5
+    }
+    fn locks(plan: &WipePlan) -> Vec<String> {
+        vec![lock(plan.content.volume.volume)]
+    }
+    fn begin(_: &WipePlan, _: &EngineInner, _: &mut Tx) -> Result<()> {
+        Ok(())
+    }
+    async fn run(cx: &StepContext, plan: &WipePlan, _: &mut (), _: usize) -> Result<()> {
+        cx.agent(plan.node)?.volume_rebuild(&cx.mutate(LONG), plan.content.clone()).await
+    }
+    async fn undo(_: &StepContext, _: &WipePlan, _: &(), _: usize) -> Result<()> {
+        Ok(())
+    }
+    fn commit(plan: &WipePlan, _: &(), engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        changed(plan.content.volume.volume, engine, tx)
+    }
+    fn abort(_: &WipePlan, _: &(), _: &EngineInner, _: &mut Tx) -> Result<()> {
+        Ok(())
+    }
+    fn announce(plan: &WipePlan) -> Vec<(&'static str, String)> {
+        vec![("storage-volume-updated", plan.path.clone())]
+    }
+}
+
+/// Plan of [`VolumeWrite`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct WritePlan {
+    volume: VolumeRef,
+    upload: BackupId,
+    offset: u64,
+    node: NodeId,
+    path: String,
+}
+
+/// Puts the upload in place, then drops it; neither is undone. When the first step fails to its end the volume is as it was,
+/// and the upload goes with the next sweep of its host, if not before.
+pub struct VolumeWrite;
+
+#[async_trait]
+impl Saga for VolumeWrite {
+    const NAME: &'static str = "volume-write";
+    const STEPS: &'static [&'static str] = &["content", "drop"];
+    type Plan = WritePlan;
+    type Outputs = ();
+
+    fn retries(_: usize) -> u32 {
+        5
+    }
+    fn locks(plan: &WritePlan) -> Vec<String> {
+        vec![lock(plan.volume.volume), upload_lock(plan.upload)]
+    }
+    fn begin(_: &WritePlan, _: &EngineInner, _: &mut Tx) -> Result<()> {
+        Ok(())
+    }
+    async fn run(cx: &StepContext, plan: &WritePlan, _: &mut (), step: usize) -> Result<()> {
+        let agent = cx.agent(plan.node)?;
+        match step {
+            0 => {
+                let call = WriteCall { volume: plan.volume, staged: plan.upload, offset: plan.offset };
+                agent.volume_write(&cx.mutate(LONG), call).await
+            }
+            _ => agent.backup_delete(&cx.mutate(CALL), plan.upload).await,
+        }
+    }
+    async fn undo(cx: &StepContext, plan: &WritePlan, _: &(), step: usize) -> Result<()> {
+        match step {
+            0 => cx.agent(plan.node)?.backup_delete(&cx.mutate(CALL), plan.upload).await,
+            _ => Ok(()),
+        }
+    }
+    fn commit(plan: &WritePlan, _: &(), engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        changed(plan.volume.volume, engine, tx)
+    }
+    fn abort(_: &WritePlan, _: &(), _: &EngineInner, _: &mut Tx) -> Result<()> {
+        Ok(())
+    }
+    fn announce(plan: &WritePlan) -> Vec<(&'static str, String)> {
+        vec![("storage-volume-updated", plan.path.clone())]
+    }
+}

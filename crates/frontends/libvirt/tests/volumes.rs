@@ -1,0 +1,196 @@
+//! Bytes of volumes as streams: up and down, sparse, broken off, beyond the end; and what runs is left alone.
+#![allow(clippy::disallowed_methods)] // a test tool
+
+mod support;
+
+use karst_engine::{Context, volumes::create::CreateVolume};
+use karst_frontend_libvirt::{
+    error::Code,
+    frame::{Frame, Header, Kind, REMOTE, Status},
+    xdr::Reader,
+};
+use karst_model::{Config, access::Principal, storage::VolumeContent};
+use support::{Client, Server, argument};
+use tokio::io::AsyncWriteExt;
+
+const SIZE: usize = 1 << 20;
+const UPLOAD: i32 = 208;
+const DOWNLOAD: i32 = 209;
+
+async fn ready() -> (Server, Client, Vec<u8>) {
+    let server = Server::start().await;
+    let config = Config::from([("size".into(), SIZE.to_string())]);
+    let content = VolumeContent::Block;
+    let request = CreateVolume { name: "d1".into(), content, description: String::new(), config };
+    let admin = Context::new(Principal::system());
+    let operation = server.engine.volume_create(&admin, "default", "default", request).await.unwrap();
+    assert_eq!(operation.ended().await.error, None);
+    let mut client = server.open("full", "qemu:///system").await;
+    let path = argument(|w| {
+        w.string("/karst/default/d1");
+    });
+    let volume = client.call(97, &path).await.unwrap();
+    (server, client, volume)
+}
+
+fn asked(volume: &[u8], offset: u64, length: u64, flags: u32) -> Vec<u8> {
+    let mut all = volume.to_vec();
+    all.extend(argument(|w| {
+        w.u64(offset).u64(length).u32(flags);
+    }));
+    all
+}
+
+/// Sends a frame of the stream that the last call opened.
+async fn put(client: &mut Client, procedure: i32, kind: Kind, status: Status, payload: Vec<u8>) {
+    let header = Header { program: REMOTE, version: 1, procedure, kind, serial: client.serial, status };
+    client.stream.write_all(&Frame::new(header, payload).encode()).await.unwrap();
+}
+
+/// The stream's end: nothing, or the text of its error.
+async fn ended(client: &mut Client) -> Result<(), String> {
+    let frame = client.receive().await;
+    assert_eq!((frame.header.kind, frame.header.serial), (Kind::Stream, client.serial));
+    match frame.header.status {
+        Status::Ok => Ok(()),
+        _ => {
+            let mut r = Reader::new(&frame.payload);
+            let _ = (r.i32().unwrap(), r.i32().unwrap());
+            Err(r.option(|r| r.string()).unwrap().unwrap())
+        }
+    }
+}
+
+/// What comes down, holes as zeros, and how many holes there were.
+async fn down(
+    client: &mut Client,
+    volume: &[u8],
+    offset: u64,
+    length: u64,
+    sparse: bool,
+) -> (Vec<u8>, usize) {
+    client.call(DOWNLOAD, &asked(volume, offset, length, u32::from(sparse))).await.unwrap();
+    let (mut data, mut holes) = (vec![], 0);
+    loop {
+        let frame = client.receive().await;
+        assert_eq!(frame.header.status, Status::Continue);
+        match frame.header.kind {
+            Kind::StreamHole => {
+                let length = Reader::new(&frame.payload).u64().unwrap();
+                data.resize(data.len() + length as usize, 0);
+                holes += 1;
+            }
+            _ if frame.payload.is_empty() => break,
+            _ => data.extend_from_slice(&frame.payload),
+        }
+    }
+    put(client, DOWNLOAD, Kind::Stream, Status::Ok, vec![]).await;
+    ended(client).await.unwrap();
+    (data, holes)
+}
+
+async fn data(client: &mut Client, bytes: &[u8]) {
+    put(client, UPLOAD, Kind::Stream, Status::Continue, bytes.to_vec()).await;
+}
+
+async fn finish(client: &mut Client) -> Result<(), String> {
+    put(client, UPLOAD, Kind::Stream, Status::Ok, vec![]).await;
+    ended(client).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_goes_up_comes_down() {
+    let (_server, mut client, volume) = ready().await;
+    assert_eq!(down(&mut client, &volume, 0, 0, false).await.0, vec![0; SIZE]);
+    client.call(UPLOAD, &asked(&volume, 0, 0, 0)).await.unwrap();
+    for _ in 0..4 {
+        data(&mut client, &vec![7; SIZE / 4]).await;
+    }
+    finish(&mut client).await.unwrap();
+    assert_eq!(down(&mut client, &volume, 0, 0, false).await.0, vec![7; SIZE]);
+    // A part, with a hole in it.
+    client.call(UPLOAD, &asked(&volume, 100, 0, 1)).await.unwrap();
+    data(&mut client, b"abc").await;
+    let hole = argument(|w| {
+        w.u64(5).u32(0);
+    });
+    put(&mut client, UPLOAD, Kind::StreamHole, Status::Continue, hole).await;
+    data(&mut client, b"def").await;
+    finish(&mut client).await.unwrap();
+    let (part, _) = down(&mut client, &volume, 99, 13, false).await;
+    assert_eq!(part, b"\x07abc\0\0\0\0\0def\x07");
+    let (rest, _) = down(&mut client, &volume, SIZE as u64 - 2, 50, true).await;
+    assert_eq!(rest, [7, 7]);
+    client.call(165, &[volume.clone(), vec![0; 4]].concat()).await.unwrap();
+    let (wiped, holes) = down(&mut client, &volume, 0, 0, true).await;
+    assert!(wiped == vec![0; SIZE] && holes == 1, "its space is given back");
+    let random = [
+        volume,
+        argument(|w| {
+            w.u32(8).u32(0);
+        }),
+    ];
+    let refused = client.call(259, &random.concat()).await.unwrap_err();
+    assert_eq!(refused.0, Code::OperationUnsupported as i32);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_broken_off_or_too_much_changes_nothing() {
+    let (_server, mut client, volume) = ready().await;
+    client.call(UPLOAD, &asked(&volume, 0, 0, 0)).await.unwrap();
+    data(&mut client, b"lost").await;
+    put(&mut client, UPLOAD, Kind::Stream, Status::Error, vec![]).await;
+    ended(&mut client).await.unwrap();
+    client.call(UPLOAD, &asked(&volume, 0, 10, 0)).await.unwrap();
+    data(&mut client, b"more than ten").await;
+    assert!(ended(&mut client).await.unwrap_err().contains("larger than the 10 bytes"));
+    // Beyond its end.
+    for (offset, length) in [(SIZE as u64, 1), (u64::MAX, 2), (0, SIZE as u64 + 1)] {
+        let refused = client.call(UPLOAD, &asked(&volume, offset, length, 0)).await.unwrap_err();
+        assert_eq!(refused.0, Code::InvalidArg as i32, "{refused:?}");
+    }
+    let beyond = client.call(DOWNLOAD, &asked(&volume, SIZE as u64 + 1, 0, 0)).await.unwrap_err();
+    assert_eq!(beyond.0, Code::InvalidArg as i32);
+    let flags = client.call(UPLOAD, &asked(&volume, 0, 0, 6)).await.unwrap_err();
+    assert!(flags.1.contains("virStorageVolUpload"), "{flags:?}");
+    assert_eq!(down(&mut client, &volume, 0, 0, false).await.0, vec![0; SIZE]);
+    // A client that goes away in mid-transfer.
+    let server = _server;
+    let mut other = server.open("full", "qemu:///system").await;
+    other.call(UPLOAD, &asked(&volume, 0, 0, 0)).await.unwrap();
+    data(&mut other, b"lost").await;
+    drop(other);
+    assert_eq!(down(&mut client, &volume, 0, 4, false).await.0, [0; 4]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_runs_with_a_volume_keeps_it() {
+    let (_server, mut client, volume) = ready().await;
+    let xml = "<domain type='qemu'><name>v1</name><memory unit='MiB'>128</memory><vcpu>1</vcpu>\
+        <os><type machine='q35'>hvm</type></os><devices><disk type='file' device='disk'>\
+        <source file='/karst/default/d1'/><target dev='vda' bus='virtio'/></disk></devices></domain>";
+    let define = argument(|w| {
+        w.string(xml).u32(0);
+    });
+    client.call(350, &define).await.unwrap();
+    let v1 = client.domain("v1").await;
+    client.call(9, &v1).await.unwrap();
+    let refused = client.call(UPLOAD, &asked(&volume, 0, 0, 0)).await.unwrap_err();
+    assert!(refused.1.contains("runs with volume"), "{refused:?}");
+    assert!(client.call(165, &[volume.clone(), vec![0; 4]].concat()).await.unwrap_err().1.contains("runs"));
+    assert!(client.call(DOWNLOAD, &asked(&volume, 0, 0, 0)).await.unwrap_err().1.contains("in use"));
+    // Its figures meanwhile.
+    let stats = [
+        v1.clone(),
+        argument(|w| {
+            w.string("vda");
+        }),
+    ];
+    let payload = client.call(64, &stats.concat()).await.unwrap();
+    assert_eq!(Reader::new(&payload).u64().unwrap(), 4);
+    client.call(12, &v1).await.unwrap();
+    client.call(UPLOAD, &asked(&volume, 0, 0, 0)).await.unwrap();
+    data(&mut client, b"now").await;
+    finish(&mut client).await.unwrap();
+    assert_eq!(down(&mut client, &volume, 0, 3, false).await.0, b"now");
+}
