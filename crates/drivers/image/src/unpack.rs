@@ -169,6 +169,7 @@ impl<'a> Layers<'a> {
             root: &self.out,
             field: self.field,
             within: None,
+            beside: None,
             bounds: self.bounds,
             found: std::mem::take(&mut self.found),
             dirs: vec![],
@@ -366,7 +367,7 @@ impl Unpacker<'_> {
         })
     }
 
-    fn entry<R: Read>(&mut self, entry: tar::Entry<'_, R>, part: Part) -> Result<()> {
+    fn entry<R: Read>(&mut self, mut entry: tar::Entry<'_, R>, part: Part) -> Result<()> {
         self.found.entries += 1;
         if self.found.entries > self.bounds.entries {
             return Err(self.invalid(format!("the archive has more than {} entries", self.bounds.entries)));
