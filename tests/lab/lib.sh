@@ -19,6 +19,12 @@ section() {
         exit 1
     fi
 }
+# must CHECK…: a check that everything after it stands on; the suite ends where it fails.
+must() {
+    local before=$failed
+    "$@"
+    [ "$failed" = "$before" ] || { finish; exit 1; }
+}
 boot_id() { guest cat /proc/sys/kernel/random/boot_id; }
 # until_there TEXT SECONDS LINE: the line of shell succeeds there within so many seconds. It asks in the guest, where asking is cheap.
 until_there() {
@@ -32,7 +38,7 @@ complaints() {
 # After a boot: what a busy machine may have been too slow for. The disk may come later than its mount waits for it, and udev
 # gives up on modules (those that read what the daemon said meanwhile list the complaint).
 settled() {
-    ok "the files of the lab are there" shell 'mountpoint -q /lab || mount /lab' || { finish; exit 1; }
+    must ok "the files of the lab are there" shell 'mountpoint -q /lab || mount /lab'
     shell 'modprobe kvm_amd 2>/dev/null || modprobe kvm_intel 2>/dev/null'
 }
 # machine VARIANT KIND… [-- OPTION…]: a guest of that variant with Karst installed as a stranger would, and images of these kinds
@@ -51,8 +57,8 @@ machine() {
     [ -n "${KARST_LAB_REUSE:-}" ] || lab up --variant "$variant" "${files[@]}" "$@" || exit 1
     made=1
     settled
-    ok "make install" shell 'rm -rf /root/karst && cp -a /lab/src /root/karst && cd /root/karst && KARST_BIN=/lab/bin make install'
-    until_there "the unit runs and the API answers" 120 'karst query /1.0' || exit 1
+    must ok "make install" shell 'rm -rf /root/karst && cp -a /lab/src /root/karst && cd /root/karst && KARST_BIN=/lab/bin make install'
+    must until_there "the unit runs and the API answers" 120 'karst query /1.0'
     for kind in "${kinds[@]}"; do
         case $kind in container) alias=debian/12 ;; vm) alias=debian/12/vm ;; *) alias=$kind ;; esac
         ok "import the image ($kind)" shell "karst image import /lab/files/$kind/meta-* \$(ls /lab/files/$kind/* | grep -v -e meta- -e complete) --alias $alias"

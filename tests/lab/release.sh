@@ -30,7 +30,7 @@ ok "systemctl restart" guest systemctl restart karst
 until_there "both run on" 120 'karst exec c1 -- true && karst list v1 --format csv --columns s | grep -qx RUNNING'
 id=$(boot_id)
 shell 'systemctl reboot' >/dev/null 2>&1
-ok "it comes back" lab await-reboot "$id" --timeout 600
+must ok "it comes back" lab await-reboot "$id" --timeout 600
 settled
 until_there "what ran runs again" 300 'karst exec c1 -- true'
 until_there "the machine too" 300 "$up"

@@ -58,6 +58,17 @@ impl RealAgent {
         if let Ok(facts) = self.images.facts(request.image).await {
             return Ok(facts);
         }
+        if let Some(format) = request.disk {
+            if request.parts != [ImagePart::Disk] {
+                return Err(Error::invalid("parts", "a disk is one part"));
+            }
+            let staging = self.staging.clone();
+            let disk = blocking(move || staging.read(request.image, ImagePart::Disk)).await?.into();
+            let facts = self.images.import(request.image, Upload::Disk { disk, format }).await?;
+            let staging = self.staging.clone();
+            blocking(move || staging.drop_image(request.image)).await?;
+            return Ok(facts);
+        }
         let mut parts = vec![];
         for part in &request.parts {
             let (staging, part) = (self.staging.clone(), *part);

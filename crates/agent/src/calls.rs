@@ -11,7 +11,7 @@ use karst_model::{
     SnapshotId, VolumeId,
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
     guest::{Applied, ExecRequest, FileInfo, FileWrite, MachineFigures, Metrics, Observed, StopMode},
-    image::ImageFacts,
+    image::{DiskFormat, ImageFacts},
     instance::{Generation, InstanceKind},
     network::Lease,
     node::HostFacts,
@@ -554,6 +554,9 @@ pub struct ImageImport {
     pub image: ImageId,
     /// Parts in the order of the fingerprint.
     pub parts: Vec<ImagePart>,
+    /// The only part is a disk of this format.
+    #[serde(default)]
+    pub disk: Option<DiskFormat>,
 }
 
 /// A recipe to be built.

@@ -176,7 +176,11 @@ impl Subject {
             write_all(one(staged.fds), data.clone()).await;
         }
         let parts = parts.iter().map(|(part, _)| *part).collect();
-        let facts = self.agent.image_import(&self.change(), ImageImport { image: id, parts }).await.unwrap();
+        let facts = self
+            .agent
+            .image_import(&self.change(), ImageImport { image: id, parts, disk: None })
+            .await
+            .unwrap();
         (id, facts)
     }
 

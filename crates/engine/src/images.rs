@@ -18,7 +18,7 @@ use karst_agent::{AgentEvent, CallContext, ImageBuild, ImageFile, ImageImport, W
 use karst_model::{
     Config, Error, ImageId, NodeId, ProjectId, Result,
     access::Permission,
-    image::{Image, ImageAlias, ImageFacts, ImageOrigin, check_alias},
+    image::{DiskFormat, Image, ImageAlias, ImageFacts, ImageOrigin, check_alias},
     instance::InstanceKind,
     project::Project,
 };
@@ -50,6 +50,9 @@ pub struct ImageOptions {
     pub aliases: Vec<(String, String)>,
     /// An alias that exists is moved here instead of refused.
     pub move_aliases: bool,
+    /// What is uploaded is a disk by itself, of this format.
+    #[serde(default)]
+    pub disk: Option<DiskFormat>,
     /// When it may go; `None`: what its metadata says.
     #[serde(default)]
     pub expires_at: Option<jiff::Timestamp>,
@@ -696,7 +699,7 @@ impl Saga for ImageCreate {
         let facts = match &plan.content {
             ImageContent::Existing { .. } => return Ok(()),
             ImageContent::Upload { parts } => {
-                let request = ImageImport { image: plan.id, parts: parts.clone() };
+                let request = ImageImport { image: plan.id, parts: parts.clone(), disk: plan.options.disk };
                 cx.agent(plan.node)?.image_import(&cx.mutate(BUILD), request).await?
             }
             ImageContent::Recipe { recipe, instance_kind } => {

@@ -225,6 +225,10 @@ impl Launcher {
                 );
                 daemon.reason = daemon.last_words().unwrap_or(how);
                 daemon.again(Instant::now());
+                // Whoever kills it ends something that worked: it comes back, and its clients wait for that.
+                if libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGKILL {
+                    daemon.failures -= 1;
+                }
                 self.record();
             }
         }

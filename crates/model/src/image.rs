@@ -137,6 +137,49 @@ pub fn check_alias(field: &str, s: &str) -> crate::Result<()> {
     Ok(())
 }
 
+/// The format of a disk that becomes an image by itself: stated, never probed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskFormat {
+    /// QEMU's.
+    Qcow2,
+    /// The bytes of the disk.
+    Raw,
+    /// VMware's, of one sparse file.
+    Vmdk,
+    /// An appliance: a tar archive of a description (OVF) and a disk.
+    Ova,
+}
+
+impl DiskFormat {
+    /// Reads the word.
+    ///
+    /// # Errors
+    /// Invalid at `field`.
+    pub fn parse(field: &str, s: &str) -> crate::Result<Self> {
+        Ok(match s {
+            "qcow2" => Self::Qcow2,
+            "raw" => Self::Raw,
+            "vmdk" => Self::Vmdk,
+            "ova" => Self::Ova,
+            _ => {
+                let text = format!("{s:?} is not a format of disks; qcow2, raw, vmdk and ova are taken");
+                return Err(crate::Error::invalid(field, text));
+            }
+        })
+    }
+
+    /// The word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Qcow2 => "qcow2",
+            Self::Raw => "raw",
+            Self::Vmdk => "vmdk",
+            Self::Ova => "ova",
+        }
+    }
+}
+
 /// What unpacking an image's files told about it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageFacts {

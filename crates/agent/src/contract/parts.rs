@@ -1,7 +1,7 @@
 //! Everything but guests.
 
 use super::*;
-use karst_model::network::Lease;
+use karst_model::{image::DiskFormat, network::Lease};
 
 pub(super) async fn facts(s: &Subject) {
     let facts = s.agent.host_facts(&s.read(), ()).await.unwrap();
@@ -83,7 +83,7 @@ pub(super) async fn images(s: &Subject) {
     let image = ImageId(s.env.uuid());
     let parts = vec![ImagePart::Unified];
     refused(
-        s.agent.image_import(&s.change(), ImageImport { image, parts: parts.clone() }).await,
+        s.agent.image_import(&s.change(), ImageImport { image, parts: parts.clone(), disk: None }).await,
         ErrorKind::NotFound,
     );
     let stage = ImageStage { image, part: ImagePart::Unified };
@@ -93,11 +93,31 @@ pub(super) async fn images(s: &Subject) {
     assert_eq!(s.agent.image_staged(&s.read(), ()).await.unwrap(), [image]);
     let check = s.agent.self_check(&s.read(), ()).await.unwrap();
     assert!(check.leaks.is_empty(), "an upload that goes on is no leak: {check:?}");
-    let outcome = s.agent.image_import(&s.change(), ImageImport { image, parts }).await;
+    let outcome = s.agent.image_import(&s.change(), ImageImport { image, parts, disk: None }).await;
     refused(outcome, ErrorKind::Invalid);
     s.agent.image_delete(&s.change(), image).await.unwrap();
     s.agent.image_delete(&s.change(), image).await.expect("twice is once");
     assert_eq!(s.agent.image_staged(&s.read(), ()).await.unwrap(), []);
+    // A disk by itself: in the format that is stated, or not at all.
+    let disk = ImageId(s.env.uuid());
+    let stage = ImageStage { image: disk, part: ImagePart::Disk };
+    for (format, taken) in [(DiskFormat::Vmdk, false), (DiskFormat::Raw, true)] {
+        let staged = s.agent.image_stage(&s.change(), stage).await.unwrap();
+        write_all(one(staged.fds), vec![7; 1 << 20]).await;
+        let request = ImageImport { image: disk, parts: vec![ImagePart::Disk], disk: Some(format) };
+        let outcome = s.agent.image_import(&s.change(), request.clone()).await;
+        if !taken {
+            refused(outcome, ErrorKind::Invalid);
+            continue;
+        }
+        let facts = outcome.unwrap();
+        assert_eq!((facts.kind, facts.disk_size), (InstanceKind::VirtualMachine, 1 << 20));
+        assert_eq!(facts, s.agent.image_import(&s.change(), request).await.expect("twice is once"));
+        let export = s.agent.image_export(&s.read(), disk).await.unwrap();
+        let parts: Vec<_> = export.value.iter().map(|f| f.part).collect();
+        assert_eq!(parts, [ImagePart::Metadata, ImagePart::Disk]);
+    }
+    s.agent.image_delete(&s.change(), disk).await.unwrap();
     for (kind, source) in
         [(InstanceKind::Container, &s.container), (InstanceKind::VirtualMachine, &s.machine)]
     {

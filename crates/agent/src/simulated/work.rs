@@ -11,7 +11,7 @@ use karst_model::{
     ByteSize, Config, Error, InstanceId, NetworkId, PoolId, Result, SessionId,
     device::interface_name,
     guest::{FileKind, Observed, StopMode},
-    image::ImageFacts,
+    image::{DiskFormat, ImageFacts},
     instance::{ExitReason, Generation, InstanceKind, RuntimeState},
     network::Lease,
     spec::{GuestSpec, NetworkSpec, NicLink, NicSpec, VolumeSource},
@@ -246,6 +246,9 @@ impl SimulatedAgent {
         if let Some(image) = state.images.get(&request.image) {
             return Ok(image.facts.clone());
         }
+        if let Some(format) = request.disk {
+            return Self::import_disk(self, &mut state, request, format);
+        }
         let kind = match request.parts.as_slice() {
             [ImagePart::Unified] | [ImagePart::Metadata, ImagePart::Rootfs] => InstanceKind::Container,
             [ImagePart::Metadata, ImagePart::Disk] => InstanceKind::VirtualMachine,
@@ -280,6 +283,34 @@ impl SimulatedAgent {
         for part in &request.parts {
             state.staged.remove(&(request.image, *part));
         }
+        state.images.insert(request.image, Image { facts: facts.clone(), parts, held: Held::default() });
+        Ok(facts)
+    }
+
+    /// A disk by itself: here a raw one is of its size, and others begin with the name of their format.
+    fn import_disk(
+        &self,
+        state: &mut State,
+        request: &ImageImport,
+        format: DiskFormat,
+    ) -> Result<ImageFacts> {
+        if request.parts != [ImagePart::Disk] {
+            return Err(Error::invalid("parts", "a disk is one part"));
+        }
+        let staged = state.staged.remove(&(request.image, ImagePart::Disk));
+        let mut file = staged.ok_or_else(|| Error::not_found("no disk was uploaded"))?;
+        file.seek(SeekFrom::Start(0))?;
+        let mut data = vec![];
+        file.read_to_end(&mut data)?;
+        let size = data.len() as u64;
+        if format != DiskFormat::Raw && !data.starts_with(format.as_str().as_bytes()) {
+            return Err(Error::invalid("disk", format!("the file is not a {} disk", format.as_str())));
+        }
+        let kind = InstanceKind::VirtualMachine;
+        let facts =
+            ImageFacts { disk_size: size, ..self.facts(&Sha256::digest(&data), size, kind, "imported") };
+        let metadata = super::files::content(b"metadata")?.into();
+        let parts = vec![(ImagePart::Metadata, metadata, 8), (ImagePart::Disk, file, size)];
         state.images.insert(request.image, Image { facts: facts.clone(), parts, held: Held::default() });
         Ok(facts)
     }

@@ -9,12 +9,14 @@ pub mod backup;
 pub mod disk;
 pub mod metadata;
 pub mod oci;
+pub mod ova;
 pub mod pack;
 pub mod qcow2;
 pub mod recipe;
 mod sources;
 pub mod store;
 pub mod unpack;
+pub mod vmdk;
 pub mod worker;
 
 pub use recipe::Progress;

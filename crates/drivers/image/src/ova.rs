@@ -51,8 +51,7 @@ fn attributes(start: &BytesStart<'_>, wrong: &dyn Fn(String) -> Error) -> Result
     let mut found = BTreeMap::new();
     for attribute in start.attributes() {
         let attribute = attribute.map_err(|e| wrong(e.to_string()))?;
-        let value =
-            attribute.normalized_value(XmlVersion::Implicit1_0).map_err(|e| wrong(e.to_string()))?;
+        let value = attribute.normalized_value(XmlVersion::Implicit1_0).map_err(|e| wrong(e.to_string()))?;
         let name: &str = attribute.key.as_ref();
         found.insert(local(name).to_owned(), value.into_owned());
     }
@@ -99,14 +98,17 @@ pub fn describe(field: &str, text: &str) -> Result<Appliance> {
                     _ => continue,
                 };
                 let text = text.xml10_content();
-                into.extend(text.trim().chars().filter(|c| !c.is_control()).take(200usize.saturating_sub(into.len())));
+                into.extend(
+                    text.trim().chars().filter(|c| !c.is_control()).take(200usize.saturating_sub(into.len())),
+                );
                 continue;
             }
             Event::DocType(_) => return Err(wrong("declarations of a document type are not taken".into())),
             Event::Eof => break,
             _ => continue,
         };
-        let name: &str = start.name().as_ref();
+        let name = start.name();
+        let name: &str = name.as_ref();
         let name = local(name).to_owned();
         match name.as_str() {
             "File" => {
@@ -153,8 +155,9 @@ pub fn describe(field: &str, text: &str) -> Result<Appliance> {
         );
         return Err(Error::invalid(field, text));
     };
-    let (href, gzip) =
-        files.remove(disk).ok_or_else(|| wrong(format!("its disk is the file {disk:?}, which it does not list")))?;
+    let (href, gzip) = files
+        .remove(disk)
+        .ok_or_else(|| wrong(format!("its disk is the file {disk:?}, which it does not list")))?;
     if href.is_empty() || href.len() > 255 || href.contains(['/', '\\', ':', '\0']) || href.starts_with('.') {
         return Err(wrong(format!("the file {href:?} does not lie beside it")));
     }
@@ -200,7 +203,8 @@ pub fn extract(field: &str, mut input: File, out: &Path, bounds: Bounds) -> Resu
             sums = text;
         }
     }
-    let none = || Error::invalid(field, "the file is no appliance (OVA): it is no tar archive with an .ovf in it");
+    let none =
+        || Error::invalid(field, "the file is no appliance (OVA): it is no tar archive with an .ovf in it");
     let appliance = described.ok_or_else(none)?;
     input.rewind()?;
     let mut archive = tar::Archive::new(&input);
@@ -216,7 +220,8 @@ pub fn extract(field: &str, mut input: File, out: &Path, bounds: Bounds) -> Resu
         let size = entry.size();
         let mut hash = Hashed { inner: entry.by_ref(), hash: Sha256::new(), read: 0 };
         let mut disk = File::create_new(out)?;
-        let limit = bounds.bytes.min(if appliance.gzip { size.saturating_mul(bounds.ratio) } else { u64::MAX });
+        let limit =
+            bounds.bytes.min(if appliance.gzip { size.saturating_mul(bounds.ratio) } else { u64::MAX });
         let written = if appliance.gzip {
             let unpacked = copy(flate2::read::GzDecoder::new(&mut hash), &mut disk, limit);
             io::copy(&mut hash, &mut io::sink()).map_err(broken)?;
@@ -306,7 +311,9 @@ mod tests {
         let found = describe("disk", OVF).unwrap();
         assert_eq!((found.disk.as_str(), found.system.as_str(), found.gzip), ("d.vmdk", "Debian 12", false));
         assert!(found.name.starts_with("Router"));
-        assert!(describe("disk", &OVF.replace("ovf:size", "ovf:compression=\"gzip\" ovf:size")).unwrap().gzip);
+        assert!(
+            describe("disk", &OVF.replace("ovf:size", "ovf:compression=\"gzip\" ovf:size")).unwrap().gzip
+        );
         let second = "<Disk ovf:diskId='d2' ovf:fileRef='file2'/></DiskSection>";
         let deep = "<a>".repeat(100) + &"</a>".repeat(100);
         for (wrong, says) in [
@@ -319,7 +326,10 @@ mod tests {
             (OVF.replace("ovf:capacity", "ovf:parentRef=\"d0\" ovf:capacity"), "difference"),
             (OVF.replace("ovf:size", "ovf:chunkSize=\"1\" ovf:size"), "pieces"),
             (OVF.replace("<VirtualSystem ", "<VirtualSystem/><VirtualSystem "), "2 machines"),
-            (OVF.replace("<?xml version=\"1.0\"?>", "<!DOCTYPE a [<!ENTITY x SYSTEM '/etc/passwd'>]>"), "document type"),
+            (
+                OVF.replace("<?xml version=\"1.0\"?>", "<!DOCTYPE a [<!ENTITY x SYSTEM '/etc/passwd'>]>"),
+                "document type",
+            ),
             (OVF[..OVF.len() - 20].to_owned(), "cannot be read"),
             (OVF.replace("<Info>A</Info>", &deep), "within each other"),
             ("<a/>".repeat(MOST_EVENTS + 2), "too long"),
@@ -354,7 +364,8 @@ mod tests {
             let _ = std::fs::remove_file(&out);
             outcome
         };
-        let all: [(&str, &[u8]); 3] = [("a.ovf", OVF.as_bytes()), ("d.vmdk", &disk), ("a.mf", sum.as_bytes())];
+        let all: [(&str, &[u8]); 3] =
+            [("a.ovf", OVF.as_bytes()), ("d.vmdk", &disk), ("a.mf", sum.as_bytes())];
         assert_eq!(run(archive(&all), Bounds::default()).unwrap(), disk);
         let late = [all[1], all[0]];
         assert_eq!(run(archive(&late), Bounds::default()).unwrap(), disk, "in any order");

@@ -378,7 +378,7 @@ pub(crate) fn open_dir(path: &Path) -> Result<OwnedFd> {
 }
 
 /// A tar with files of root.
-fn write_tar(to: &Path, files: &[(&str, &[u8], u32)]) -> Result<()> {
+pub(crate) fn write_tar(to: &Path, files: &[(&str, &[u8], u32)]) -> Result<()> {
     let mut tar = tar::Builder::new(File::create(to)?);
     for (path, content, mode) in files {
         let mut header = tar::Header::new_gnu();

@@ -9,15 +9,22 @@
 //! may reach. An image appears by one rename, complete, or not at all.
 
 use crate::{
-    qcow2,
-    recipe::{Built, Progress, Recipe, open_dir},
+    metadata::Metadata,
+    ova, qcow2,
+    recipe::{Built, Progress, Recipe, open_dir, write_tar},
     unpack::{Answer, Bounds, Found, Part, Task},
+    vmdk,
 };
 use karst_host::{
     Program,
     sandbox::{Ended, Launcher, Limits, Sandbox},
 };
-use karst_model::{Error, ImageId, Result, image::ImageFacts, instance::InstanceKind, template::Templates};
+use karst_model::{
+    Error, ImageId, Result,
+    image::{DiskFormat, ImageFacts},
+    instance::InstanceKind,
+    template::Templates,
+};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::{
@@ -56,6 +63,13 @@ pub enum Upload {
         metadata: Staged,
         /// Root file system or disk.
         rootfs: Staged,
+    },
+    /// A disk by itself, in a format that is stated. What is kept is a split image made of it.
+    Disk {
+        /// The disk, or the appliance that has it.
+        disk: OwnedFd,
+        /// Its format.
+        format: DiskFormat,
     },
 }
 
@@ -158,7 +172,13 @@ impl ImageStore {
         let _turn =
             self.importing.acquire().await.map_err(|e| Error::internal("imports are shut down", e))?;
         let work = self.work_dir().await?;
+        let upload = match upload {
+            Upload::Disk { disk, format } => self.adopt(&work.path.join("made"), disk, format).await?,
+            other => other,
+        };
         let record = self.take(&work.path, upload).await?;
+        let made = work.path.join("made");
+        blocking(move || remove(&made)).await?;
         let (from, to, facts) = (work.path.clone(), self.image_dir(id), record.facts.clone());
         blocking(move || {
             let mut file = File::create_new(from.join("image.json"))?;
@@ -175,10 +195,108 @@ impl ImageStore {
         Ok(facts)
     }
 
+    /// Makes a split image of a foreign disk in the new directory `made`. Workers without privileges read it, in the format
+    /// that is stated; nothing that it refers to is there for them, and what refers to anything is refused before.
+    async fn adopt(&self, made: &Path, disk: OwnedFd, format: DiskFormat) -> Result<Upload> {
+        std::fs::DirBuilder::new().mode(0o700).create(made)?;
+        let field = "disk";
+        let mut given = File::from(disk);
+        io::Seek::rewind(&mut given)?;
+        if given.metadata()?.len() == 0 {
+            return Err(Error::invalid(field, "the disk is empty"));
+        }
+        let (mut name, mut system, mut format, mut file) = (String::new(), String::new(), format, "upload");
+        // What counts is the copy: who uploads may still write.
+        if format == DiskFormat::Ova {
+            let bounds = serde_json::to_value(self.bounds)?;
+            let ended = self.worker(made)?.stdin(given.into()).call("ova", bounds).await?;
+            let found = match (ended.code, serde_json::from_slice::<ova::Answer>(&ended.stdout)) {
+                (0, Ok(ova::Answer::Done(found))) => found,
+                (0, Ok(ova::Answer::Failed(e))) => return Err(e),
+                (125, _) => {
+                    let said = String::from_utf8_lossy(&ended.stderr).into_owned();
+                    return Err(Error::internal(
+                        "the worker that reads appliances could not be set up",
+                        said,
+                    ));
+                }
+                _ => {
+                    let text = "the appliance is corrupt or exceeds what an image may be";
+                    return Err(Error::invalid(field, text));
+                }
+            };
+            (name, system, format, file) = (found.name, found.system, DiskFormat::Vmdk, "disk");
+        } else {
+            let ended = self.worker(made)?.stdin(given.into()).call("store", serde_json::Value::Null).await?;
+            match ended.code {
+                0 => {}
+                28 => return Err(Error::quota("no space left on the device")),
+                _ => return Err(damaged(field, &ended)),
+            }
+        }
+        let copy = made.join(file);
+        if !copy.symlink_metadata()?.is_file() {
+            return Err(Error::invalid(field, "the disk is not a file"));
+        }
+        let given = File::open(&copy)?;
+        let size = match format {
+            DiskFormat::Qcow2 => qcow2::check(field, &given)?.size,
+            DiskFormat::Raw => match given.metadata()?.len() {
+                size @ 1..=qcow2::MAX_SIZE if size % 512 == 0 => size,
+                size if size > qcow2::MAX_SIZE => {
+                    return Err(Error::invalid(field, "the disk is larger than 8 TiB"));
+                }
+                _ => {
+                    let text = "the disk is no whole number of sectors (512 bytes): cut off, or no raw disk";
+                    return Err(Error::invalid(field, text));
+                }
+            },
+            _ => vmdk::check(field, &given)?,
+        };
+        let (from, place) = (format.as_str(), format!("/out/{file}"));
+        if format != DiskFormat::Raw {
+            // Converting reads what lies past the end as zeros; only the check tells a cut or damaged file.
+            let args = ["check", "-q", "-f", from, &place];
+            let checked = self.worker(made)?.exec(Program::QemuImg, &args).await?;
+            if !matches!(checked.code, 0 | 3) {
+                return Err(damaged(field, &checked));
+            }
+        }
+        let args = ["convert", "-f", from, "-O", "qcow2", &place, "/out/rootfs"];
+        let converted = self.worker(made)?.exec(Program::QemuImg, &args).await?;
+        if converted.code != 0 {
+            return Err(damaged(field, &converted));
+        }
+        std::fs::remove_file(&copy)?;
+        let rootfs = made.join("rootfs");
+        let whole = rootfs.symlink_metadata()?.is_file();
+        if !whole || qcow2::check(field, &File::open(&rootfs)?)?.size != size {
+            return Err(Error::invalid(field, "the disk image changed its size while it was converted"));
+        }
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let text = |s: String, other: &str| if s.is_empty() { other.to_owned() } else { s };
+        let metadata = Metadata {
+            architecture: "x86_64".into(),
+            creation_date: now.map_or(0, |d| d.as_secs() as i64),
+            properties: [
+                ("os", text(system, "unknown")),
+                ("description", text(name, &format!("disk ({})", format.as_str()))),
+            ]
+            .map(|(k, v)| (k.to_owned(), v))
+            .into(),
+            ..Metadata::default()
+        };
+        let tar = made.join("metadata");
+        let yaml = metadata.to_yaml()?;
+        write_tar(&tar, &[("metadata.yaml", yaml.as_bytes(), 0o644)])?;
+        Ok(Upload::Split { metadata: Staged::Own(tar), rootfs: Staged::Own(rootfs) })
+    }
+
     async fn take(&self, work: &Path, upload: Upload) -> Result<Record> {
         let (unified, files) = match upload {
             Upload::Unified { image } => (true, vec![("unified", image)]),
             Upload::Split { metadata, rootfs } => (false, vec![("metadata", metadata), ("rootfs", rootfs)]),
+            Upload::Disk { .. } => return Err(Error::internal("a disk is adopted first", "take")),
         };
         let own = files.iter().all(|(_, f)| matches!(f, Staged::Own(_)));
         let at = work.to_owned();

@@ -73,12 +73,15 @@ fn describe(text: &str) -> std::result::Result<(), String> {
     }
     let mut extents = 0;
     for line in text.lines().map(str::trim) {
-        let (key, value) = line.split_once('=').map_or((line, ""), |(k, v)| (k.trim(), v.trim().trim_matches('"')));
+        let (key, value) =
+            line.split_once('=').map_or((line, ""), |(k, v)| (k.trim(), v.trim().trim_matches('"')));
         match key.to_ascii_lowercase().as_str() {
             "parentcid" if !value.eq_ignore_ascii_case("ffffffff") => {
                 return Err("is the difference to another one; consolidate its snapshots first".into());
             }
-            "parentfilenamehint" => return Err("refers to another file; consolidate its snapshots first".into()),
+            "parentfilenamehint" => {
+                return Err("refers to another file; consolidate its snapshots first".into());
+            }
             "createtype" if !matches!(value, "monolithicSparse" | "streamOptimized") => {
                 let shown: String = value.chars().take(40).collect();
                 return Err(format!(
@@ -88,7 +91,9 @@ fn describe(text: &str) -> std::result::Result<(), String> {
             _ => {}
         }
         let mut words = line.split_whitespace();
-        if let (Some("RW" | "RDONLY" | "NOACCESS"), Some(_), Some(kind)) = (words.next(), words.next(), words.next()) {
+        if let (Some("RW" | "RDONLY" | "NOACCESS"), Some(_), Some(kind)) =
+            (words.next(), words.next(), words.next())
+        {
             extents += 1;
             if kind != "SPARSE" || extents > 1 {
                 return Err("keeps its data in other files".into());

@@ -25,6 +25,15 @@ fn call(name: &str, argument: serde_json::Value) -> i32 {
                 Err(_) => 1,
             }
         }
+        "ova" => {
+            let answer = match appliance(argument) {
+                Ok(found) => crate::ova::Answer::Done(found),
+                Err(e) => crate::ova::Answer::Failed(e),
+            };
+            let mut out = std::io::stdout().lock();
+            let written = serde_json::to_writer(&mut out, &answer).map_err(std::io::Error::from);
+            i32::from(written.and_then(|()| out.flush()).is_err())
+        }
         "pack" => told(crate::pack::pack(Path::new("/tree"), std::io::stdout().lock())),
         "backup-pack" => told(backup_pack(argument)),
         "backup-index" => match crate::backup::index(std::io::stdin().lock(), "backup") {
@@ -57,6 +66,11 @@ fn image(task: &Task) -> karst_model::Result<Found> {
         }
     }
     unpack(std::io::stdin().lock(), out, task)
+}
+
+fn appliance(bounds: serde_json::Value) -> karst_model::Result<crate::ova::Appliance> {
+    let input = rustix::io::dup(std::io::stdin()).map_err(std::io::Error::from)?;
+    crate::ova::extract("disk", input.into(), Path::new("/out/disk"), serde_json::from_value(bounds)?)
 }
 
 fn backup_pack(piece: serde_json::Value) -> karst_model::Result<()> {

@@ -6,6 +6,7 @@ mod common;
 use karst_image::{Content, ImageStore, Staged, Upload, unpack::Bounds};
 use karst_model::{
     ErrorKind, ImageId,
+    image::DiskFormat,
     instance::InstanceKind,
     template::{MAX_BYTES, Trigger},
 };
@@ -275,6 +276,105 @@ async fn disks_come_in_as_qcow2_only_and_without_references() {
         assert!(e.is(ErrorKind::Invalid) && e.field.as_deref() == Some("rootfs"), "{what}: {e:?}");
     }
     assert_eq!(left(&d.path().join("store")), 2);
+}
+
+/// An appliance: what describes it, and its disk.
+fn appliance(disk: &str, more: &str, bytes: &[u8]) -> Vec<u8> {
+    let ovf = format!(
+        "<Envelope xmlns:ovf='x'><References><File ovf:href='{disk}' ovf:id='f'/></References>\
+         <DiskSection><Disk ovf:diskId='d' ovf:fileRef='f'/>{more}</DiskSection>\
+         <VirtualSystem><Name>Gate</Name><OperatingSystemSection><Description>Debian</Description>\
+         </OperatingSystemSection></VirtualSystem></Envelope>"
+    );
+    Tar::new().file("gate.ovf", ovf.as_bytes(), 0o644, 0).file("gate.vmdk", bytes, 0o644, 0).done()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn disks_by_themselves_become_images() {
+    if common::skip_without_root_and(&["qemu-img"]) {
+        return;
+    }
+    let d = tempfile::tempdir().unwrap();
+    let s = store(&d.path().join("store")).await;
+    let img = |args: &[&str]| {
+        assert!(Command::new("qemu-img").args(args).current_dir(d.path()).output().unwrap().status.success())
+    };
+    let content: Vec<u8> = (0..3u32 << 20).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    std::fs::write(d.path().join("raw"), [&content[..], &[0; 5 << 20][..]].concat()).unwrap();
+    for kind in ["monolithicSparse", "streamOptimized", "monolithicFlat"] {
+        let (sub, to) = (format!("subformat={kind}"), format!("{kind}.vmdk"));
+        img(&["convert", "-f", "raw", "-O", "vmdk", "-o", &sub, "raw", &to]);
+    }
+    img(&["convert", "-f", "raw", "-O", "qcow2", "raw", "disk.qcow2"]);
+    img(&["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "/etc/shadow", "backed.qcow2"]);
+    img(&["create", "-q", "-f", "vmdk", "-F", "vmdk", "-b", "monolithicSparse.vmdk", "child.vmdk"]);
+    let read = |n: &str| std::fs::read(d.path().join(n)).unwrap();
+    let disk = |bytes: &[u8], format| {
+        let Staged::Foreign(disk) = staged(bytes) else { panic!() };
+        Upload::Disk { disk, format }
+    };
+    let (sparse, stream) = (read("monolithicSparse.vmdk"), read("streamOptimized.vmdk"));
+    let good = [
+        ("raw", read("raw"), DiskFormat::Raw),
+        ("qcow2", read("disk.qcow2"), DiskFormat::Qcow2),
+        ("vmdk", sparse.clone(), DiskFormat::Vmdk),
+        ("vmdk of a stream", stream.clone(), DiskFormat::Vmdk),
+        ("ova", appliance("gate.vmdk", "", &stream), DiskFormat::Ova),
+    ];
+    for (what, bytes, format) in &good {
+        let i = id();
+        let facts = s.import(i, disk(bytes, *format)).await.unwrap_or_else(|e| panic!("{what}: {e:?}"));
+        assert_eq!((facts.kind, facts.disk_size), (InstanceKind::VirtualMachine, 8 << 20), "{what}");
+        if *what == "ova" {
+            assert_eq!((&*facts.properties["os"], &*facts.properties["description"]), ("Debian", "Gate"));
+        }
+        let Content::Disk { path, .. } = s.content(i).await.unwrap() else { panic!() };
+        img(&["convert", "-f", "qcow2", "-O", "raw", path.to_str().unwrap(), "back"]);
+        assert!(read("back") == read("raw"), "{what}");
+        // What goes out comes in again as the same image.
+        let parts = s.export(i).await.unwrap().parts;
+        let again: Vec<Staged> = parts.into_iter().map(|p| Staged::Foreign(p.file)).collect();
+        let [metadata, rootfs] = <[Staged; 2]>::try_from(again).unwrap();
+        let other = id();
+        let back = s.import(other, Upload::Split { metadata, rootfs }).await.unwrap();
+        assert_eq!(back.fingerprint, facts.fingerprint, "{what}");
+        s.delete(i).await.unwrap();
+        s.delete(other).await.unwrap();
+    }
+    let mut no_size = sparse.clone();
+    no_size[12..20].fill(0);
+    let two = "<Disk ovf:diskId='e' ovf:fileRef='f'/>";
+    let whole = appliance("gate.vmdk", "", &stream);
+    for (what, bytes, format, says) in [
+        ("cut vmdk", sparse[..sparse.len() / 2].to_vec(), DiskFormat::Vmdk, "cut off"),
+        ("cut stream", stream[..stream.len() / 2].to_vec(), DiskFormat::Vmdk, "cut off"),
+        ("description alone", read("monolithicFlat.vmdk"), DiskFormat::Vmdk, "other files"),
+        ("difference", read("child.vmdk"), DiskFormat::Vmdk, "snapshots"),
+        ("no size", no_size, DiskFormat::Vmdk, "size"),
+        ("another format", read("disk.qcow2"), DiskFormat::Vmdk, "not a VMDK"),
+        ("another format", stream.clone(), DiskFormat::Qcow2, "not in qcow2"),
+        ("backing file", read("backed.qcow2"), DiskFormat::Qcow2, "backing file"),
+        ("cut qcow2", read("disk.qcow2")[..400_000].to_vec(), DiskFormat::Qcow2, "cut off"),
+        ("cut raw", read("raw")[..1_000_000].to_vec(), DiskFormat::Raw, "sectors"),
+        ("nothing", vec![], DiskFormat::Raw, "empty"),
+        ("cut ova", whole[..whole.len() / 2].to_vec(), DiskFormat::Ova, "cut off"),
+        ("two disks", appliance("gate.vmdk", two, &stream), DiskFormat::Ova, "2 disks"),
+        ("a disk elsewhere", appliance("../gate.vmdk", "", &stream), DiskFormat::Ova, "beside"),
+        ("a disk that is not there", appliance("other.vmdk", "", &stream), DiskFormat::Ova, "has no"),
+        (
+            "flat in an appliance",
+            appliance("gate.vmdk", "", &read("monolithicFlat.vmdk")),
+            DiskFormat::Ova,
+            "other files",
+        ),
+        ("no appliance", stream, DiskFormat::Ova, ""),
+    ] {
+        let e =
+            s.import(id(), disk(&bytes, format)).await.err().unwrap_or_else(|| panic!("{what}: was taken"));
+        assert!(e.is(ErrorKind::Invalid) && e.field.as_deref() == Some("disk"), "{what}: {e:?}");
+        assert!(e.message.contains(says), "{what}: {e:?}");
+        assert_eq!(left(&d.path().join("store")), 0, "{what}: something is left");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

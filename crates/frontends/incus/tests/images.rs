@@ -238,3 +238,26 @@ async fn instances_are_moved() {
         s.post("/1.0/instances/c9?project=other", body).await.refused(status);
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn disks_become_images() {
+    let s = Server::start().await;
+    let send = async |format: &str, body: &'static [u8]| {
+        let headers = [("x-karst-disk-format", format), ("x-incus-aliases", "alias=disk")];
+        s.send(Method::POST, "/1.0/images", &headers, body).await
+    };
+    const SECTOR: &[u8] = &[7; 512];
+    let made = s.done(send("raw", SECTOR).await).await;
+    let fingerprint = made["metadata"]["fingerprint"].as_str().unwrap();
+    assert_eq!(s.get(&format!("/1.0/images/{fingerprint}")).await.metadata()["type"], "virtual-machine");
+    let launched =
+        json!({"name": "v1", "type": "virtual-machine", "source": {"type": "image", "alias": "disk"}});
+    s.done(s.post("/1.0/instances", launched).await).await;
+    assert!(send("iso", SECTOR).await.refused(400).contains("vmdk"));
+    assert!(send("vmdk", b"").await.refused(400).contains("empty"));
+    let headers = [("x-karst-disk-format", "raw"), ("content-type", "multipart/form-data; boundary=x")];
+    s.send(Method::POST, "/1.0/images", &headers, "--x--").await.refused(400);
+    let ended = s.wait(send("vmdk", SECTOR).await).await;
+    assert!(ended["err"].as_str().unwrap().contains("not a vmdk disk"), "{ended}");
+    assert_eq!(s.get("/1.0/images").await.metadata().as_array().unwrap().len(), 1, "nothing is left");
+}

@@ -81,10 +81,13 @@ pub enum Image {
 /// Options of `image import`.
 #[derive(Debug, clap::Args)]
 pub struct Import {
-    /// An archive of both, or the metadata's archive, or an https URL
+    /// An archive of both, or the metadata's archive, or a disk by itself (qcow2, raw, vmdk, ova), or an https URL
     pub source: String,
     /// The root file system or disk, when it is apart
     pub rootfs: Option<PathBuf>,
+    /// Format of a disk by itself, where the name of the file does not say it: qcow2, raw, vmdk, ova
+    #[arg(long, value_name = "FORMAT")]
+    pub format: Option<String>,
     /// An alias (repeatable)
     #[arg(long, value_name = "NAME")]
     pub alias: Vec<String>,

@@ -86,6 +86,9 @@ async fn upload(
         set("x-incus-properties", &pairs.join("&"))?;
     }
     let source = PathBuf::from(&options.source);
+    if let Some(format) = disk_format(options)? {
+        set("x-karst-disk-format", &format)?;
+    }
     let Some(rootfs) = &options.rootfs else {
         let (file, size) = open(&source).await?;
         set("x-incus-filename", &escaped_name(&source))?;
@@ -105,6 +108,23 @@ async fn upload(
     let body =
         multipart::encode(&boundary, vec![part("metadata", &source, metadata), part(field, rootfs, disk)]);
     Ok((headers, progress.count(Some(metadata_size + disk_size), body).boxed()))
+}
+
+/// The format of a disk by itself: as stated, or as the name of the file says.
+fn disk_format(options: &Import) -> Result<Option<String>> {
+    if options.rootfs.is_some() {
+        return match &options.format {
+            Some(_) => Err(Error::Usage("--format is for a disk by itself, not for two files".to_owned())),
+            None => Ok(None),
+        };
+    }
+    let extension = Path::new(&options.source).extension().and_then(|e| e.to_str()).unwrap_or_default();
+    let named = match extension.to_ascii_lowercase().as_str() {
+        known @ ("qcow2" | "vmdk" | "ova" | "raw") => Some(known.to_owned()),
+        "img" => Some("raw".to_owned()),
+        _ => None,
+    };
+    Ok(options.format.clone().or(named))
 }
 
 /// A boundary that no file holds by chance.

@@ -26,7 +26,7 @@ use karst_engine::{
 };
 use karst_model::{
     Error, ErrorKind, Result,
-    image::{Image, ImageAlias},
+    image::{DiskFormat, Image, ImageAlias},
     instance::InstanceKind,
 };
 use tokio::io::AsyncWriteExt;
@@ -284,6 +284,14 @@ pub async fn upload(call: Call) -> Result<Reply> {
             Error::unsupported("profiles of an image are set after its upload").at("X-Incus-profiles")
         );
     }
+    options.disk = call
+        .header("x-karst-disk-format")
+        .map(|f| DiskFormat::parse("X-Karst-disk-format", f))
+        .transpose()?;
+    if options.disk.is_some() && content_type.starts_with("multipart/form-data") {
+        let text = "a disk by itself is the whole body; leave X-Karst-disk-format out";
+        return Err(Error::invalid("X-Karst-disk-format", text));
+    }
     let upload = call.engine().image_upload(&call.context, call.project())?;
     let engine = call.engine().clone();
     let (context, project) = (call.context.clone(), call.project().to_owned());
@@ -293,7 +301,8 @@ pub async fn upload(call: Call) -> Result<Reply> {
     let parts = if content_type.starts_with("multipart/form-data") {
         split(body, &boundary(&content_type)?, &target, &mut options).await
     } else {
-        unified(body, &target).await
+        let part = if options.disk.is_some() { ImagePart::Disk } else { ImagePart::Unified };
+        whole(body, &target, part).await
     }?;
     running(&engine.image_import(&context, &project, target.upload, parts, options).await?)
 }
@@ -332,8 +341,8 @@ impl Sink {
     }
 }
 
-async fn unified(mut body: request::RequestBody, target: &Target) -> Result<Vec<ImagePart>> {
-    let mut sink = target.open(ImagePart::Unified).await?;
+async fn whole(mut body: request::RequestBody, target: &Target, part: ImagePart) -> Result<Vec<ImagePart>> {
+    let mut sink = target.open(part).await?;
     let mut any = false;
     while let Some(frame) = body.frame().await {
         let frame =
@@ -347,7 +356,7 @@ async fn unified(mut body: request::RequestBody, target: &Target) -> Result<Vec<
     if !any {
         return Err(Error::invalid("body", "the image is empty"));
     }
-    Ok(vec![ImagePart::Unified])
+    Ok(vec![part])
 }
 
 async fn split(
