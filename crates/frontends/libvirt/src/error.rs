@@ -32,6 +32,7 @@ pub enum Code {
     AccessDenied = 88,
     StorageVolExist = 90,
     DeviceMissing = 99,
+    NoNetworkPort = 104,
 }
 
 impl Code {
@@ -61,6 +62,7 @@ impl Code {
             Self::AccessDenied => "access denied",
             Self::StorageVolExist => "storage volume",
             Self::DeviceMissing => "device not found",
+            Self::NoNetworkPort => "network port not found",
         }
     }
 }

@@ -130,7 +130,11 @@ fn known(session: &Session) -> Known {
     let networks = session.opened().ok().and_then(|o| engine.networks(&session.context, &o.project).ok());
     Known {
         guests: guests.iter().map(|v| (v.instance.name.to_string(), domain_uuid(v))).collect(),
-        networks: networks.unwrap_or_default().iter().map(|n| (n.name.to_string(), n.id.uuid())).collect(),
+        networks: networks
+            .unwrap_or_default()
+            .iter()
+            .map(|n| (n.name.to_string(), crate::network_uuid(n)))
+            .collect(),
     }
 }
 
@@ -221,7 +225,7 @@ async fn network(session: &Arc<Session>, known: &mut Known, action: &str, name: 
         _ => return,
     };
     let found = session.opened().ok().and_then(|o| {
-        session.front.engine.network(&session.context, &o.project, name).ok().map(|n| n.id.uuid())
+        session.front.engine.network(&session.context, &o.project, name).ok().map(|n| crate::network_uuid(&n))
     });
     if let Some(uuid) = found {
         known.networks.insert(name.to_owned(), uuid);

@@ -20,7 +20,10 @@ pub mod xdr;
 pub mod xml;
 
 use karst_engine::{Context, Engine, InstanceView};
-use karst_model::access::{Grant, Principal, Role};
+use karst_model::{
+    access::{Grant, Principal, Role},
+    network::Network,
+};
 use std::{sync::Arc, time::Duration};
 use tokio::{
     net::{UnixListener, UnixStream},
@@ -90,6 +93,12 @@ fn context(stream: &UnixStream, surface: Surface) -> Option<Context> {
 /// The UUID of a domain: of a virtual machine that which its firmware shows.
 pub fn domain_uuid(view: &InstanceView) -> Uuid {
     view.instance.hardware.as_ref().map_or(view.instance.id.uuid(), |h| h.uuid)
+}
+
+/// The UUID of a network: that which its document said, else its own.
+pub fn network_uuid(network: &Network) -> Uuid {
+    let said = network.config.get(xml::network::UUID).and_then(|u| u.parse().ok());
+    said.unwrap_or_else(|| network.id.uuid())
 }
 
 /// The number of a domain that runs; -1 of one that does not.

@@ -3,8 +3,8 @@
 
 use crate::{
     calls::{
-        connect, console, define, devices, domain, event, figures, inside, machine, network, pools, power,
-        snapshots, stats, storage, transfer, tuning, volumes,
+        connect, console, define, devices, domain, event, figures, host, inside, machine, network, networks,
+        pools, power, snapshots, stats, storage, transfer, tuning, volumes,
     },
     error::{Code, VirError},
     frame::QEMU,
@@ -87,11 +87,17 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     36 CONNECT_LIST_DEFINED_NETWORKS See network::defined_names;
     37 CONNECT_LIST_DOMAINS See domain::ids;
     38 CONNECT_LIST_NETWORKS See network::names;
+    39 NETWORK_CREATE Change networks::create;
+    40 NETWORK_CREATE_XML Change networks::create_xml;
+    41 NETWORK_DEFINE_XML Change networks::define;
+    42 NETWORK_DESTROY Change networks::destroy;
     43 NETWORK_GET_XML_DESC See network::xml;
     44 NETWORK_GET_AUTOSTART See network::autostart;
     45 NETWORK_GET_BRIDGE_NAME See network::bridge;
     46 NETWORK_LOOKUP_BY_NAME See network::by_name;
     47 NETWORK_LOOKUP_BY_UUID See network::by_uuid;
+    48 NETWORK_SET_AUTOSTART Change networks::set_autostart;
+    49 NETWORK_UNDEFINE Change networks::undefine;
     50 CONNECT_NUM_OF_DEFINED_NETWORKS See network::count_defined;
     51 CONNECT_NUM_OF_DOMAINS See domain::count;
     52 CONNECT_NUM_OF_NETWORKS See network::count;
@@ -134,6 +140,8 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     98 STORAGE_VOL_GET_INFO See storage::volume_info;
     99 STORAGE_VOL_GET_XML_DESC See storage::volume_xml;
     100 STORAGE_VOL_GET_PATH See storage::volume_path;
+    101 NODE_GET_CELLS_FREE_MEMORY See host::free_cells;
+    102 NODE_GET_FREE_MEMORY See host::free_memory;
     105 CONNECT_DOMAIN_EVENT_REGISTER See event::register;
     106 CONNECT_DOMAIN_EVENT_DEREGISTER See event::deregister;
     110 CONNECT_GET_URI See connect::uri;
@@ -187,6 +195,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     223 DOMAIN_GET_SCHEDULER_PARAMETERS_FLAGS See tuning::scheduler_flags;
     225 DOMAIN_PIN_VCPU_FLAGS Change tuning::pin_vcpu_flags;
     226 DOMAIN_SEND_KEY Change machine::send_key;
+    228 NODE_GET_MEMORY_STATS See host::memory_stats;
     229 DOMAIN_GET_CONTROL_INFO See domain::control_info;
     230 DOMAIN_GET_VCPU_PIN_INFO See tuning::vcpu_pins;
     231 DOMAIN_UNDEFINE_FLAGS Change define::undefine_flags;
@@ -225,6 +234,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     281 CONNECT_LIST_ALL_STORAGE_POOLS See storage::list;
     282 STORAGE_POOL_LIST_ALL_VOLUMES See storage::volumes;
     283 CONNECT_LIST_ALL_NETWORKS See network::list;
+    291 NETWORK_UPDATE Change networks::update;
     293 NODE_GET_CPU_MAP See connect::cpu_map;
     294 DOMAIN_FSTRIM Change inside::trim;
     298 DOMAIN_GET_JOB_STATS See machine::job_stats;
@@ -255,10 +265,15 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     378 STORAGE_VOL_GET_INFO_FLAGS See storage::volume_info_flags;
     391 STORAGE_POOL_LOOKUP_BY_TARGET_PATH See storage::by_target;
     392 DOMAIN_DETACH_DEVICE_ALIAS Change devices::detach_alias;
+    404 NETWORK_LIST_ALL_PORTS See networks::list_ports;
+    405 NETWORK_PORT_LOOKUP_BY_UUID See networks::port_by_uuid;
+    409 NETWORK_PORT_GET_XML_DESC See networks::port_xml;
     418 DOMAIN_GET_GUEST_INFO Change inside::info;
     424 DOMAIN_AUTHORIZED_SSH_KEYS_GET Change inside::ssh_keys;
     425 DOMAIN_AUTHORIZED_SSH_KEYS_SET Change inside::set_ssh_keys;
     426 DOMAIN_GET_MESSAGES See domain::messages;
+    432 NETWORK_DEFINE_XML_FLAGS Change networks::define_flags;
+    437 NETWORK_CREATE_XML_FLAGS Change networks::create_xml_flags;
 };
 
 /// Those of the QEMU program, which go past libvirt's own words.

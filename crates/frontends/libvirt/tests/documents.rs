@@ -38,5 +38,5 @@ fn a_bridge() {
         config: config.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect(),
         spec_version: 1,
     };
-    insta::assert_snapshot!("network", network::document(&network).unwrap());
+    insta::assert_snapshot!("network", network::document(&network, &[]).unwrap());
 }

@@ -119,7 +119,7 @@ fn attach_to(machine: &mut Machine, e: &Element) -> Result<(), VirError> {
     if e.name() == "disk" {
         let disk = read::disk_alone(e)?;
         if machine.disks.iter().any(|d| d.target == disk.target) {
-            return Err(failed(format!("target {} already exists", disk.target)));
+            return Err(VirError::state(format!("target {} already exists", disk.target)));
         }
         if machine.disks.iter().any(|d| d.slot == disk.slot) {
             return Err(failed(format!("the place of {} is taken", disk.target)));
@@ -417,7 +417,8 @@ pub async fn block_info(call: Call) -> Answered {
     call.known_flags(flags, 0)?;
     let view = call.guest(&named)?;
     let engine = &call.session.front.engine;
-    let found = super::figures::disk(&call, &view, &disk)?.volume;
+    let missing = || VirError::argument(format!("invalid path {disk} not assigned to domain"));
+    let found = super::figures::disk(&call, &view, &disk).ok_or_else(missing)?.volume;
     let volume = found.ok_or_else(|| VirError::argument(format!("disk {disk} is empty")))?;
     let usage = engine.volume_usage(&volume).await?;
     let capacity = volume.size.map_or(usage.total, |s| s.bytes());
@@ -507,7 +508,9 @@ pub async fn block_tuning(call: Call) -> Answered {
     call.known_flags(flags, LIVE | CONFIG | 4)?;
     let view = call.guest(&named)?;
     live(&view, flags)?;
-    let Some(disk) = disk else { return parameters(RATES.map(|f| (f, Typed::Ullong(0))).into(), wanted) };
+    let Some(disk) = disk else {
+        return parameters(tuning_fields(RATES.map(|f| (f, Typed::Ullong(0)))), wanted);
+    };
     let keys = &view.expanded_devices[&disk_of(&view, &disk)?];
     let rate = |key: &str, iops: bool| {
         let text = keys.get(key).or(keys.get("limits.max"))?;
@@ -525,8 +528,35 @@ pub async fn block_tuning(call: Call) -> Answered {
             _ => None,
         }
     };
-    parameters(RATES.map(|f| (f, Typed::Ullong(of(f).unwrap_or(0)))).into(), wanted)
+    parameters(tuning_fields(RATES.map(|f| (f, Typed::Ullong(of(f).unwrap_or(0))))), wanted)
 }
+
+/// Rates, and what there is none of: bursts and groups.
+fn tuning_fields(rates: [(&'static str, Typed); 6]) -> Vec<(&'static str, Typed)> {
+    let zero = |f: &'static str| (f, Typed::Ullong(0));
+    let mut all: Vec<_> = rates.into();
+    all.extend(BURSTS.map(zero));
+    all.extend([zero("size_iops_sec"), ("group_name", Typed::Text(String::new()))]);
+    all.extend(BURST_LENGTHS.map(zero));
+    all
+}
+
+const BURSTS: [&str; 6] = [
+    "total_bytes_sec_max",
+    "read_bytes_sec_max",
+    "write_bytes_sec_max",
+    "total_iops_sec_max",
+    "read_iops_sec_max",
+    "write_iops_sec_max",
+];
+const BURST_LENGTHS: [&str; 6] = [
+    "total_bytes_sec_max_length",
+    "read_bytes_sec_max_length",
+    "write_bytes_sec_max_length",
+    "total_iops_sec_max_length",
+    "read_iops_sec_max_length",
+    "write_iops_sec_max_length",
+];
 
 /// `DOMAIN_SET_BLOCK_IO_TUNE`: bytes or operations, of reads and of writes.
 pub async fn set_block_tuning(call: Call) -> Answered {

@@ -57,10 +57,9 @@ pub(super) fn disks(records: &Records, view: &InstanceView) -> Vec<Disk> {
     all
 }
 
-pub(super) fn disk(call: &Call, view: &InstanceView, which: &str) -> Result<Disk, VirError> {
+pub(super) fn disk(call: &Call, view: &InstanceView, which: &str) -> Option<Disk> {
     let all = disks(&call.session.front.engine.inner().inventory.read(), view);
-    let mut found = all.into_iter().filter(|d| d.target == which || d.path.as_deref() == Some(which));
-    found.next().ok_or_else(|| VirError::argument(format!("invalid path {which} not assigned to domain")))
+    all.into_iter().find(|d| d.target == which || d.path.as_deref() == Some(which))
 }
 
 /// What a running domain has done.
@@ -98,7 +97,8 @@ async fn block(call: &Call, named: &Named, which: &str) -> Result<DiskFigures, V
         }
         return Ok(sum);
     }
-    let disk = disk(call, &view, which)?;
+    let disk = disk(call, &view, which);
+    let disk = disk.ok_or_else(|| VirError::argument(format!("invalid path: {which}")))?;
     let found = of(call, &view).await?.disks.remove(&disk.slot);
     found.ok_or_else(|| VirError::state(format!("disk {which} comes with the next start")))
 }

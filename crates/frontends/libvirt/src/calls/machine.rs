@@ -8,6 +8,7 @@ use crate::{
     xdr::Writer,
 };
 use bytes::Bytes;
+use karst_engine::InstanceView;
 use std::{os::fd::OwnedFd, sync::Arc};
 use tokio::io::AsyncReadExt;
 
@@ -250,9 +251,16 @@ pub async fn send_key(call: Call) -> Answered {
     Ok(nothing())
 }
 
+fn demand_running(view: &InstanceView) -> Result<(), VirError> {
+    match is_running(view) {
+        true => Ok(()),
+        false => Err(VirError::state("domain is not running")),
+    }
+}
+
 /// `DOMAIN_GET_JOB_INFO`: whoever asks for work waits for its end, so that there is none to tell of.
 pub async fn job_info(call: Call) -> Answered {
-    call.only_guest()?;
+    demand_running(&*call.only_guest()?)?;
     let mut w = Writer::new();
     w.i32(0);
     for _ in 0..11 {
@@ -266,7 +274,10 @@ pub async fn job_stats(call: Call) -> Answered {
     let (named, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
     // Of one that is done; kept after it is asked for.
     call.known_flags(flags, 1 | 2)?;
-    call.guest(&named)?;
+    let view = call.guest(&named)?;
+    if flags & 1 == 0 {
+        demand_running(&view)?;
+    }
     let mut w = Writer::new();
     w.i32(0).u32(0);
     Ok(w.finish().into())
@@ -274,7 +285,7 @@ pub async fn job_stats(call: Call) -> Answered {
 
 /// `DOMAIN_ABORT_JOB`
 pub async fn abort_job(call: Call) -> Answered {
-    call.only_guest()?;
+    demand_running(&*call.only_guest()?)?;
     Err(VirError::state("no job is active on the domain"))
 }
 

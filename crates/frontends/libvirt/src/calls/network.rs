@@ -3,13 +3,14 @@
 use super::{Answered, Named, flag, int, listed, names as some_names, text};
 use crate::{
     error::{Code, Part, VirError},
+    network_uuid,
     session::Call,
     xdr::Writer,
     xml,
 };
-use karst_engine::Row;
+use karst_engine::{InstanceView, Row};
 use karst_model::{network::Network, uplink::NetworkKind};
-use std::net::IpAddr;
+use std::{net::IpAddr, sync::Arc};
 
 /// Lengths of a network's prefixes.
 pub struct Prefixes {
@@ -30,6 +31,9 @@ impl Prefixes {
 /// No network; invalid, when its configuration is.
 pub fn prefixes(call: &Call, name: &str) -> Result<Prefixes, VirError> {
     let network = find(call, name)?;
+    if network.kind != NetworkKind::Bridge {
+        return Ok(Prefixes { v4: 32, v6: 128 });
+    }
     let spec = network.bridge()?;
     Ok(Prefixes {
         v4: spec.ipv4.map_or(32, |n| n.prefix_len()),
@@ -37,15 +41,21 @@ pub fn prefixes(call: &Call, name: &str) -> Result<Prefixes, VirError> {
     })
 }
 
+/// All guests of the connection's project, of either kind: networks are of both.
+pub(super) fn guests(call: &Call) -> Result<Vec<Arc<InstanceView>>, VirError> {
+    let session = &call.session;
+    Ok(session.front.engine.instances(&session.context, &session.opened()?.project)?)
+}
+
 fn missing(text: String) -> VirError {
     VirError::new(Code::NoNetwork, Part::Network, text)
 }
 
-fn all(call: &Call) -> Result<Vec<Row<Network>>, VirError> {
+pub(super) fn all(call: &Call) -> Result<Vec<Row<Network>>, VirError> {
     let session = &call.session;
     let mut all = session.front.engine.networks(&session.context, &session.opened()?.project)?;
-    // The others are interfaces of the host.
-    all.retain(|n| n.kind == NetworkKind::Bridge);
+    // Libvirt has no network that is an interface of the host itself.
+    all.retain(|n| n.kind != NetworkKind::Physical);
     Ok(all)
 }
 
@@ -54,8 +64,8 @@ pub(super) fn find(call: &Call, name: &str) -> Result<Row<Network>, VirError> {
     found.ok_or_else(|| missing(format!("no network with matching name '{name}'")))
 }
 
-fn find_uuid(call: &Call, uuid: uuid::Uuid) -> Result<Row<Network>, VirError> {
-    let found = all(call)?.into_iter().find(|n| n.id.uuid() == uuid);
+pub(super) fn find_uuid(call: &Call, uuid: uuid::Uuid) -> Result<Row<Network>, VirError> {
+    let found = all(call)?.into_iter().find(|n| network_uuid(n) == uuid);
     found.ok_or_else(|| missing(format!("no network with matching uuid '{uuid}'")))
 }
 
@@ -64,10 +74,10 @@ fn only(call: &Call) -> Result<Row<Network>, VirError> {
 }
 
 fn write(w: &mut Writer, network: &Network) {
-    w.string(&network.name).uuid(network.id.uuid());
+    w.string(&network.name).uuid(network_uuid(network));
 }
 
-fn one(network: &Network) -> Answered {
+pub(super) fn one(network: &Network) -> Answered {
     let mut w = Writer::new();
     write(&mut w, network);
     Ok(w.finish().into())
@@ -120,7 +130,7 @@ pub async fn xml(call: Call) -> Answered {
     let (named, flags) = call.arguments(|r| Ok((Named::read(r)?, r.u32()?)))?;
     call.known_flags(flags, 1)?;
     let network = find_uuid(&call, named.uuid)?;
-    Ok(text(&xml::network::document(&network)?))
+    Ok(text(&xml::network::document(&network, &guests(&call)?)?))
 }
 
 /// `NETWORK_GET_AUTOSTART`
@@ -131,7 +141,12 @@ pub async fn autostart(call: Call) -> Answered {
 
 /// `NETWORK_GET_BRIDGE_NAME`: a managed bridge has its network's name.
 pub async fn bridge(call: Call) -> Answered {
-    Ok(text(&only(&call)?.name))
+    let network = only(&call)?;
+    if network.kind != NetworkKind::Bridge {
+        let text = format!("network '{}' does not have a bridge name.", &*network.name);
+        return Err(VirError::new(Code::InternalError, Part::Network, text));
+    }
+    Ok(text(&network.name))
 }
 
 /// `NETWORK_IS_ACTIVE`

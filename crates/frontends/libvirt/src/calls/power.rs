@@ -9,6 +9,10 @@ use std::time::Duration;
 /// How long a request to shut down is followed up; the call itself answers at once, as libvirt's does.
 const SHUTDOWN: Duration = Duration::from_secs(600);
 
+/// How often, and after which pause, it is looked whether a transient domain is gone.
+const GONE: usize = 100;
+const LOOK: Duration = Duration::from_millis(30);
+
 /// Waits for an operation's end.
 ///
 /// # Errors
@@ -108,7 +112,21 @@ pub async fn create_with_flags(call: Call) -> Answered {
 pub async fn kill(call: &Call, view: &InstanceView) -> Answered {
     demand_running(view)?;
     ended(begin(call, view, PowerAction::Stop, true).await?).await?;
+    if view.instance.ephemeral {
+        gone(call, view).await;
+    }
     Ok(nothing())
+}
+
+/// Waits a moment for a transient domain to go, as it does by itself after its end: who destroyed it does not look for it.
+async fn gone(call: &Call, view: &InstanceView) {
+    let engine = &call.session.front.engine;
+    for _ in 0..GONE {
+        if !engine.inner().inventory.read().instances.contains_key(&view.instance.id) {
+            return;
+        }
+        tokio::time::sleep(LOOK).await;
+    }
 }
 
 /// `DOMAIN_DESTROY`

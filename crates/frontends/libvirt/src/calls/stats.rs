@@ -229,7 +229,7 @@ pub async fn interface(call: Call) -> Answered {
     let session = &call.session;
     let (engine, context) = (&session.front.engine, &session.context);
     let machine = engine.machine_figures(context, &view.project.name, &view.instance.name).await?;
-    let unknown = || VirError::argument(format!("invalid path, '{device}' is not a known interface"));
+    let unknown = || VirError::argument(format!("'{device}' is not a known interface"));
     let mut w = Writer::new();
     if let Some(machine) = machine {
         let by_mac = crate::xml::domain::nics(&view)?.into_iter();

@@ -4,6 +4,7 @@
 use super::{
     Answered, Named,
     devices::{CONFIG, LIVE, live, number, parameters, typed, write},
+    domain::is_running,
     figures::{cpu_map, map_length},
     nothing,
 };
@@ -42,7 +43,12 @@ pub async fn scheduler_type(call: Call) -> Answered {
 }
 
 fn scheduler_fields(call: &Call, view: &InstanceView) -> Result<Vec<(&'static str, Typed)>, VirError> {
-    let (mut shares, mut period, mut quota) = (SHARES, PERIOD, -1);
+    // Of one that does not run there is nothing but what was set.
+    let (mut shares, mut period, mut quota) = match is_running(view) {
+        true => (SHARES, PERIOD, -1),
+        false => (0, 0, 0),
+    };
+    let (none, unlimited) = (period, quota);
     match limits_of(view)?.cpu_allowance {
         Some(CpuAllowance::Share { percent }) => shares = SHARES * u64::from(percent) / 100,
         Some(CpuAllowance::Quota { quota_us, period_us }) => {
@@ -62,7 +68,7 @@ fn scheduler_fields(call: &Call, view: &InstanceView) -> Result<Vec<(&'static st
                 ("global_period", "global_quota"),
                 ("iothread_period", "iothread_quota"),
             ] {
-                all.extend([(period, Typed::Ullong(PERIOD)), (quota, Typed::Llong(-1))]);
+                all.extend([(period, Typed::Ullong(none)), (quota, Typed::Llong(unlimited))]);
             }
         }
     }

@@ -1,26 +1,65 @@
 //! Networks as XML.
 
-use super::Element;
-use karst_model::{Result, network::Network};
+pub mod read;
 
-/// The document of a network.
+use super::Element;
+use karst_engine::InstanceView;
+use karst_model::{Result, network::Network, uplink::NetworkKind};
+use std::{net::IpAddr, sync::Arc};
+
+/// The user key that holds the UUID which a network's document said.
+pub const UUID: &str = "user.libvirt.uuid";
+
+/// Reserved addresses of a network's guests, by address.
+pub fn hosts_of(guests: &[Arc<InstanceView>], network: &str) -> Vec<read::Host> {
+    let mut all = vec![];
+    for view in guests {
+        for (name, identity) in &view.instance.identities {
+            let keys =
+                view.expanded_devices.get(name).filter(|k| k.get("network").is_some_and(|n| n == network));
+            let (Some(keys), Some(mac)) = (keys, &identity.mac) else { continue };
+            for key in ["ipv4.address", "ipv6.address"] {
+                // "none" is no address.
+                let address: Option<IpAddr> = keys.get(key).and_then(|a| a.parse().ok());
+                all.extend(address.map(|address| read::Host { mac: mac.clone(), address }));
+            }
+        }
+    }
+    all.sort_by(|a, b| (a.address, &a.mac).cmp(&(b.address, &b.mac)));
+    all
+}
+
+/// The document of a network; `guests` are those whose reserved addresses are shown.
 ///
 /// # Errors
 /// Invalid, when its configuration is.
-pub fn document(network: &Network) -> Result<String> {
-    let spec = network.bridge()?;
+pub fn document(network: &Network, guests: &[Arc<InstanceView>]) -> Result<String> {
     let mut e = Element::new("network")
         .child(Element::text("name", &network.name))
-        .child(Element::text("uuid", network.id));
-    // Routed without translation is libvirt's "route"; neither is an isolated network.
+        .child(Element::text("uuid", crate::network_uuid(network)));
+    if !network.description.is_empty() {
+        e.push(Element::text("description", &network.description));
+    }
+    if network.kind != NetworkKind::Bridge {
+        let device = network.config.get("parent").cloned().unwrap_or_default();
+        let interface = Element::new("interface").with("dev", &device);
+        e.push(Element::new("forward").with("dev", &device).with("mode", "bridge").child(interface));
+        return Ok(e.document());
+    }
+    let spec = network.bridge()?;
+    // Routed without translation is libvirt's "route", "open" where other firewalls are left alone; neither is an isolated network.
     if spec.nat || spec.nat6 {
         let mut forward = Element::new("forward").with("mode", "nat");
-        if spec.nat6 {
-            forward.push(Element::new("nat").with("ipv6", "yes"));
+        let address = spec.nat_address.map(IpAddr::from).or(spec.nat6_address.map(IpAddr::from));
+        if spec.nat6 || address.is_some() {
+            let mut nat = Element::new("nat").with_some("ipv6", spec.nat6.then_some("yes"));
+            nat.push_some(address.map(|a| Element::new("address").with("start", a).with("end", a)));
+            forward.push(nat);
         }
         e.push(forward);
-    } else if spec.routing || spec.routing6 {
-        e.push(Element::new("forward").with("mode", "route"));
+    } else if spec.ipv4.is_some() && spec.routing || spec.ipv6.is_some() && spec.routing6 {
+        let closed = spec.ipv4.is_some() && spec.firewall || spec.ipv6.is_some() && spec.firewall6;
+        e.push(Element::new("forward").with("mode", if closed { "route" } else { "open" }));
     }
     e.push(Element::new("bridge").with("name", &network.name).with("stp", "off").with("delay", 0));
     if let Some(mtu) = spec.mtu {
@@ -32,6 +71,14 @@ pub fn document(network: &Network) -> Result<String> {
     if !spec.domain.is_empty() {
         e.push(Element::new("domain").with("name", &spec.domain).with("localOnly", "yes"));
     }
+    if spec.dns_mode == karst_model::network::DnsMode::None {
+        e.push(Element::new("dns").with("enable", "no"));
+    }
+    let hosts = hosts_of(guests, &network.name);
+    let reserved = |v4: bool| {
+        let hosts = hosts.iter().filter(move |h| h.address.is_ipv4() == v4);
+        hosts.map(|h| Element::new("host").with("mac", &h.mac).with("ip", h.address))
+    };
     if let Some(net) = spec.ipv4 {
         let mut ip = Element::new("ip").with("address", net.addr()).with("netmask", net.netmask());
         if spec.dhcp {
@@ -39,17 +86,20 @@ pub fn document(network: &Network) -> Result<String> {
                 true => whole(net).into_iter().collect(),
                 false => spec.dhcp_ranges.clone(),
             };
-            ip.push(
-                Element::new("dhcp").children(
-                    ranges.iter().map(|(a, b)| Element::new("range").with("start", a).with("end", b)),
-                ),
-            );
+            let ranges = ranges.iter().map(|(a, b)| Element::new("range").with("start", a).with("end", b));
+            ip.push(Element::new("dhcp").children(ranges).children(reserved(true)));
         }
         e.push(ip);
     }
     if let Some(net) = spec.ipv6 {
         let ip = Element::new("ip").with("family", "ipv6").with("address", net.addr());
-        e.push(ip.with("prefix", net.prefix_len()));
+        let mut ip = ip.with("prefix", net.prefix_len());
+        if spec.dhcp6 && spec.dhcp6_stateful {
+            let ranges = spec.dhcp6_ranges.iter();
+            let ranges = ranges.map(|(a, b)| Element::new("range").with("start", a).with("end", b));
+            ip.push(Element::new("dhcp").children(ranges).children(reserved(false)));
+        }
+        e.push(ip);
     }
     Ok(e.document())
 }
