@@ -15,11 +15,14 @@ use karst_agent::{
 };
 use karst_ct_lxc::{LxcDriver, LxcOptions};
 use karst_env::{EnvExt, SharedEnv};
-use karst_guest::{DiskFormat, GuestDriver, Observed, Opened, ResolvedDisk, ResolvedGuest, ResolvedNic};
+use karst_guest::{
+    DiskFormat, GuestDriver, Observed, Opened, ResolvedApplication, ResolvedDisk, ResolvedGuest, ResolvedNic,
+};
 use karst_host::sandbox::Launcher;
 use karst_image::ImageStore;
 use karst_model::{
     ByteSize, Error, ErrorKind, InstanceId, NetworkId, PoolId, Result, VolumeId,
+    image::Application,
     instance::{Generation, InstanceKind, RuntimeState},
     node::HostFacts,
     spec::{DiskSource, DiskSpec, GuestSpec, NicSpec, PoolSource, PoolSpec},
@@ -575,6 +578,10 @@ impl RealAgent {
         for proxy in spec.proxies {
             proxies.push(crate::proxies::resolve(&self.options.policy, proxy)?);
         }
+        let application = match spec.application {
+            Some(program) => Some(self.given(program, &spec.nics).await?),
+            None => None,
+        };
         let mut nics = vec![];
         for nic in spec.nics {
             nics.push(ResolvedNic {
@@ -639,7 +646,24 @@ impl RealAgent {
             cloud_init: spec.cloud_init,
             files: spec.files,
             environment: spec.environment,
+            application,
         })
+    }
+
+    /// An application container's program, and what its networks would tell an init.
+    async fn given(&self, program: Application, nics: &[NicSpec]) -> Result<ResolvedApplication> {
+        let mut all = ResolvedApplication { program, ..Default::default() };
+        for nic in nics {
+            let Some(network) = nic.network() else { continue };
+            let Some(given) = self.networks.given(network, &nic.mac).await? else { continue };
+            // One way out.
+            let gateway = given.gateway.filter(|_| all.addresses.is_empty());
+            all.addresses.insert(nic.name.clone(), (given.address, gateway));
+            if all.nameservers.is_empty() {
+                (all.nameservers, all.search) = (given.nameservers, given.search);
+            }
+        }
+        Ok(all)
     }
 }
 

@@ -680,6 +680,10 @@ calls! {
     read console_log(me, request: ConsoleLog) -> Vec<u8> {
         let (_, driver) = me.known(request.instance)?;
         let max = request.max.min(CONSOLE_LOG) as usize;
+        if request.runner {
+            let log = driver.runner_log(request.instance, max, request.clear).await?;
+            return Ok(crate::logs::without_places(&log, &me.options.dir));
+        }
         match driver.console_log(request.instance, max, request.clear).await {
             // Nothing was ever written.
             Err(e) if e.is(ErrorKind::NotFound) => Ok(vec![]),

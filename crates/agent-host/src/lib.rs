@@ -13,6 +13,7 @@ mod calls;
 mod check;
 mod facts;
 pub mod ids;
+mod logs;
 mod nics;
 mod nodes;
 mod policy;

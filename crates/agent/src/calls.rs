@@ -695,6 +695,9 @@ pub struct ConsoleLog {
     pub max: u32,
     /// Empty it.
     pub clear: bool,
+    /// What the program that runs the guest said, rather than the guest's console.
+    #[serde(default)]
+    pub runner: bool,
 }
 
 /// A file in a guest.

@@ -214,6 +214,7 @@ impl Subject {
         let bytes = instance.0.as_bytes();
         let vm = kind == InstanceKind::VirtualMachine;
         GuestSpec {
+            application: None,
             instance,
             kind,
             generation: Generation { incarnation: 1, n: 1 },

@@ -503,7 +503,8 @@ pub(crate) fn nics(instance: &Instance, devices: &Devices) -> Vec<(String, Netwo
             let interface = identity.and_then(|i| i.host_interface.clone()).unwrap_or_default();
             let port = Some(PortSpec { interface, ..port }).filter(|p| !p.interface.is_empty());
             let view = Some(NameView { project: instance.project, port: 0 });
-            found.push((network, NetworkHost { mac, hostname, ipv4, ipv6, routes, port, view }));
+            let given = instance.is_application();
+            found.push((network, NetworkHost { mac, hostname, ipv4, ipv6, routes, port, view, given }));
         }
     }
     found

@@ -5,6 +5,7 @@ use crate::{
     ByteSize, DeviceId, ImageId, InstanceId, NetworkId, PoolId, ProjectId, SnapshotId, VolumeId,
     device::{DiskIo, NicModel, NodeDevice, ParentLink, PortVlans, ProxyDevice, RoutedLink},
     firewall::{AclSpec, AddressSetSpec, ForwardSpec, Policy},
+    image::Application,
     instance::{Firmware, Generation, InstanceKind},
     network::BridgeSpec,
     storage::{PoolKind, VolumeContent},
@@ -60,6 +61,9 @@ pub struct GuestSpec {
     /// Environment of the guest's init and of exec (`environment.*`), seen inside the guest only.
     #[serde(default)]
     pub environment: BTreeMap<String, String>,
+    /// The program that runs in place of an init (application containers).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub application: Option<Application>,
 }
 
 /// Virtual hardware.
@@ -617,9 +621,16 @@ pub struct NetworkHost {
     /// What its port lets through; `None`: everything.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<PortSpec>,
+    /// It asks nobody for its address: the host chooses one and gives it that.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub given: bool,
     /// Its project, when that is not the network's: names are kept apart.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub view: Option<NameView>,
+}
+
+fn is_false(b: &bool) -> bool {
+    !b
 }
 
 /// The names of one project on a network that is another's.

@@ -333,6 +333,8 @@ fn cases() -> Vec<Case> {
         console Use |f, c, p| f.w.engine.console(c, p, "run", false).await.map(drop);
         console_log Use |f, c, p| f.w.engine.console_log(c, p, "run", false).await.map(drop);
         console_log Edit |f, c, p| f.w.engine.console_log(c, p, "run", true).await.map(drop);
+        instance_log Use |f, c, p| f.w.engine.instance_log(c, p, "run", false).await.map(drop);
+        instance_log Edit |f, c, p| f.w.engine.instance_log(c, p, "run", true).await.map(drop);
         machine_reset Use |f, c, p| of_a_machine(f.w.engine.machine_reset(c, p, "run").await);
         machine_keys Use |f, c, p| of_a_machine(f.w.engine.machine_keys(c, p, "run", &["a".into()]).await);
         machine_screenshot Use |f, c, p| of_a_machine(f.w.engine.machine_screenshot(c, p, "run").await.map(drop));

@@ -368,7 +368,9 @@ async fn files(guest: &Guest<'_>) {
 async fn console(guest: &Guest<'_>) {
     let (s, agent) = (guest.s, &guest.s.agent);
     let instance = guest.spec.instance;
-    let log = |max, clear| ConsoleLog { instance, max, clear };
+    let log = |max, clear| ConsoleLog { instance, max, clear, runner: false };
+    let runner = ConsoleLog { runner: true, ..log(64, false) };
+    assert!(agent.console_log(&s.read(), runner).await.unwrap().len() <= 64);
     s.until("something on the console", s.boot, async || {
         let log = agent.console_log(&s.read(), log(1 << 20, false)).await.unwrap();
         (!log.is_empty()).then_some(())

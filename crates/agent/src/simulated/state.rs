@@ -72,6 +72,8 @@ pub(super) struct Image {
 }
 
 pub(super) struct Guest {
+    /// Its runner's log was emptied.
+    pub runner_cleared: bool,
     pub spec: GuestSpec,
     pub state: RuntimeState,
     pub pid: u32,

@@ -603,6 +603,13 @@ impl GuestDriver for QemuDriver {
         self.shared.machine(instance).await?.keeper.attach(force).await
     }
 
+    async fn runner_log(&self, instance: InstanceId, max: usize, _: bool) -> Result<Vec<u8>> {
+        // The keeper has the end of it, and writes it with its status.
+        let output = keeper::read_status(&self.shared.dir(instance)).map(|s| s.output).unwrap_or_default();
+        let start = output.len().saturating_sub(max);
+        Ok(output.as_bytes()[start..].to_vec())
+    }
+
     async fn console_log(&self, instance: InstanceId, max: usize, clear: bool) -> Result<Vec<u8>> {
         let dir = self.shared.dir(instance);
         let log = keeper::console_log(&dir, max)?;

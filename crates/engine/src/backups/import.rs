@@ -150,7 +150,10 @@ impl Engine {
                 config: config.clone(),
                 devices: devices.clone(),
                 profiles: Some(of.profiles.clone().unwrap_or_default()),
-                source: InstanceSource::None,
+                source: match own.get(karst_model::application::MARK).map(String::as_str) {
+                    Some("true") => InstanceSource::Application,
+                    _ => InstanceSource::None,
+                },
                 start: false,
                 target: None,
             };

@@ -101,7 +101,10 @@ impl Engine {
             };
             let mut copy = request.copy.clone();
             copy.kind = source.kind;
-            copy.source = InstanceSource::None;
+            copy.source = match source.is_application() {
+                true => InstanceSource::Application,
+                false => InstanceSource::None,
+            };
             let own = |k: &str| k.starts_with("volatile.") || k.starts_with("image.");
             let mut merged: Config = config.clone();
             merged.extend(copy.config.into_iter().filter(|(k, _)| !own(k)));

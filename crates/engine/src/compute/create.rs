@@ -14,6 +14,7 @@ use karst_agent::VolumeRef;
 use karst_model::{
     ByteSize, Config, Error, ImageId, InstanceId, Name, NetworkId, Result, VolumeId,
     access::Permission,
+    application,
     device::{Device, Devices, NicDevice, RootDevice},
     guest::Observed,
     instance::{DesiredPower, Generation, Hardware, Instance, InstanceKind, Lifecycle},
@@ -56,6 +57,8 @@ pub struct CreateInstance {
 pub enum InstanceSource {
     /// Empty.
     None,
+    /// Empty, and what fills it makes it an application container.
+    Application,
     /// An image by fingerprint, unique beginning of it, or alias.
     Image(String),
 }
@@ -159,7 +162,7 @@ pub(crate) fn plan(
     keys::check(&request.config, Some(request.kind))?;
     check_devices(&request.devices)?;
     let image = match &request.source {
-        InstanceSource::None => None,
+        InstanceSource::None | InstanceSource::Application => None,
         InstanceSource::Image(reference) => {
             let row = inner.resolve_image(
                 records,
@@ -224,6 +227,17 @@ pub(crate) fn plan(
         created_at: now,
         last_used_at: None,
     };
+    if request.source == InstanceSource::Application {
+        instance.volatile.insert(application::MARK.into(), "true".into());
+    }
+    if let Some(application) = image.as_ref().and_then(|i| i.application.as_ref()) {
+        // Where neither the request nor a profile says otherwise.
+        let (said, _) = records.expanded(&instance);
+        let mut filled = said.clone();
+        application::fill_in(&mut filled, application);
+        instance.config.extend(filled.into_iter().filter(|(k, _)| !said.contains_key(k)));
+        instance.volatile.insert(application::MARK.into(), "true".into());
+    }
     let (config, devices) = records.expanded(&instance);
     keys::check(&config, Some(request.kind)).map_err(|e| e.with_context("expanded"))?;
     let parsed = expand::parse_devices(&devices)?;

@@ -2,7 +2,7 @@
 
 use super::slots;
 use karst_model::{
-    Config, DeviceId, Error, InstanceId, Result, VolumeId,
+    Config, DeviceId, Error, InstanceId, Result, VolumeId, application,
     device::{
         Device, Devices, DiskBus, DiskDevice, DiskOrigin, NicDevice, NodeDevice, ProxyDevice, RootDevice,
     },
@@ -378,6 +378,13 @@ pub fn guest_spec(
             devices: shown_devices(instance, devices),
         });
     }
+    let application = match (instance.kind, instance.is_application()) {
+        (InstanceKind::Container, true) => Some(application::parse(config)?),
+        _ => {
+            application::demand_none(config)?;
+            None
+        }
+    };
     let cloud_init_id = instance.hardware.as_ref().map_or(instance.id.uuid(), |h| h.cloud_init_id);
     Ok(GuestSpec {
         instance: instance.id,
@@ -397,6 +404,7 @@ pub fn guest_spec(
         cloud_init: keys::cloud_init(config, cloud_init_id.to_string()),
         files: vec![],
         environment: keys::environment(config),
+        application,
     })
 }
 
