@@ -99,6 +99,7 @@ fn concrete(path: &str, names: &Names, operation: &str) -> String {
     p = p.replace("{type}", "custom").replace("{volumeName}", "data");
     p = p.replace("{snapshot}", "snap").replace("{snapshotName}", "snap");
     p = p.replace("{backup}", "kept").replace("{backupName}", "kept");
+    p = p.replace("{filename}", "lxc.log");
     assert!(!p.contains('{'), "{p}");
     if p.ends_with("/access/why") {
         return p + "?permission=instance_use&object=server";
@@ -261,7 +262,9 @@ async fn who_may_look_may_not_touch() {
             .await;
         // The file of a backup is all that the owner holds.
         let whole = row.path.contains("/backups/") && row.path.ends_with("/export");
+        // What a guest's programs and its console say is for those who use it.
         let uses = whole
+            || row.path.contains("/logs")
             || ["/files", "/console", "/sftp", "/karst/check", "/screenshot"]
                 .iter()
                 .any(|e| row.path.ends_with(e));

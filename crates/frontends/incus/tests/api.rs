@@ -793,6 +793,7 @@ fn the_table_is_whole() {
         include_str!("images.rs"),
         include_str!("metadata.rs"),
         include_str!("networks.rs"),
+        include_str!("oci.rs"),
         include_str!("pending.rs"),
         include_str!("pools.rs"),
         include_str!("clients.rs"),
