@@ -107,6 +107,11 @@ fn concrete(path: &str, names: &Names, operation: &str) -> String {
     if p.ends_with("/files") { p + "?path=/etc/hostname" } else { p }
 }
 
+/// The same, where a method names its object in the query.
+fn addressed(method: &Method, path: String) -> String {
+    if method != Method::GET && path.ends_with("/metadata/templates") { path + "?path=x.tpl" } else { path }
+}
+
 /// A body that is well-formed, so that the refusal is about who asks.
 fn body(method: &Method, path: &str, image: &str) -> String {
     let value = match (method.as_str(), path) {
@@ -122,7 +127,10 @@ fn body(method: &Method, path: &str, image: &str) -> String {
         ("POST", "/1.0/instances/{name}/rebuild") => json!({"source": {"type": "none"}}),
         ("PUT", "/1.0/instances/{name}/state") => json!({"action": "stop"}),
         ("POST", "/1.0/instances/{name}/exec") => json!({"command": ["true"]}),
-        ("POST", "/1.0/instances/{name}/files") => return "x".into(),
+        ("POST", "/1.0/instances/{name}/files" | "/1.0/instances/{name}/metadata/templates") => {
+            return "x".into();
+        }
+        ("PUT" | "PATCH", "/1.0/instances/{name}/metadata") => json!({"properties": {}}),
         ("POST", "/1.0/storage-pools") => json!({"name": "n9", "driver": "dir"}),
         ("POST", "/1.0/images/aliases") => json!({"name": "n9", "target": image}),
         ("PUT", "/1.0/images/aliases/{name}") => json!({"target": image, "description": ""}),
@@ -205,7 +213,7 @@ async fn another_project_is_a_wall() {
     let operation = operation.json()["operation"].as_str().unwrap().rsplit('/').next().unwrap().to_owned();
     for row in TABLE.iter() {
         let State::Done(..) = row.state else { continue };
-        let path = concrete(row.path, &names, &operation);
+        let path = addressed(&row.method, concrete(row.path, &names, &operation));
         let answer = s
             .send_as(
                 with(Role::Operator, Some(other)),
@@ -251,7 +259,7 @@ async fn who_may_look_may_not_touch() {
     let (s, names) = furnished().await;
     for row in TABLE.iter() {
         let State::Done(..) = row.state else { continue };
-        let path = concrete(row.path, &names, "00000000-0000-0000-0000-000000000001");
+        let path = addressed(&row.method, concrete(row.path, &names, "00000000-0000-0000-0000-000000000001"));
         let answer = s
             .send_as(
                 with(Role::Viewer, None),
