@@ -1,9 +1,7 @@
 //! Every path that is served, asked by nobody, by somebody of another project, and by somebody who may only look.
 #![allow(clippy::disallowed_methods)] // a test
 
-mod common;
-
-use common::Server;
+use crate::common::Server;
 use hyper::Method;
 use karst_frontend_incus::routes::{State, TABLE};
 use karst_model::{
@@ -65,7 +63,7 @@ async fn furnished() -> (Server, Names) {
             }
         }
     };
-    let warning = tokio::time::timeout(common::PATIENCE, first).await.expect("a warning in time");
+    let warning = tokio::time::timeout(crate::common::PATIENCE, first).await.expect("a warning in time");
     (s, Names { network, image, warning })
 }
 

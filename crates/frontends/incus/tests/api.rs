@@ -1,9 +1,7 @@
 //! The API by plain HTTP and websockets. Tests named in the table of paths and in the list of extensions stand here.
 #![allow(clippy::disallowed_methods)] // a test
 
-mod common;
-
-use common::{Server, expect, next, say, stream_of};
+use crate::common::{Server, expect, next, say, stream_of};
 use hyper::Method;
 use karst_frontend_incus::{extensions, routes};
 use serde_json::{Value, json};
@@ -244,7 +242,7 @@ async fn instances_are_changed_under_their_etag() {
     s.post("/1.0/instances/c2", json!({"name": "a/b"})).await.refused(400);
 }
 
-fn secrets(answer: &common::Answer) -> (String, Value) {
+fn secrets(answer: &crate::common::Answer) -> (String, Value) {
     assert_eq!(answer.status, 202, "{}", String::from_utf8_lossy(&answer.body));
     let json = answer.json();
     (json["operation"].as_str().unwrap().to_owned(), json["metadata"]["metadata"]["fds"].clone())

@@ -1,9 +1,7 @@
 //! The API by the real programs `incus` 6 and `lxc` 5. Where one is not installed its tests say so and are skipped.
 #![allow(clippy::disallowed_methods)] // a test
 
-mod common;
-
-use common::{PATIENCE, Server};
+use crate::common::{PATIENCE, Server};
 use serde_json::json;
 use std::{
     path::{Path, PathBuf},

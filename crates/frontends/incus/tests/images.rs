@@ -1,9 +1,7 @@
 //! Images that are made of what is there, over the API.
 #![allow(clippy::disallowed_methods)] // a test
 
-mod common;
-
-use common::{Answer, Server};
+use crate::common::{Answer, Server};
 use hyper::Method;
 use karst_frontend_incus::servers::NetworkServers;
 use serde_json::{Value, json};

@@ -1,9 +1,7 @@
 //! Images of registries of the OCI, over the API, from a registry of this test.
 #![allow(clippy::disallowed_methods)] // a test
 
-mod common;
-
-use common::Server;
+use crate::common::Server;
 use http_body_util::Full;
 use hyper::{Request, Response, body::Bytes, service::service_fn};
 use hyper_util::rt::TokioIo;

@@ -1,12 +1,10 @@
 //! Networks by XML: defined, changed, shown, removed; reserved addresses; ports; and what is refused leaves nothing.
 #![allow(clippy::disallowed_methods)] // a test tool
 
-mod support;
-
+use crate::support::{Client, Refused, Server, argument};
 use karst_engine::Context;
 use karst_frontend_libvirt::{error::Code, xdr::Reader};
 use karst_model::{access::Principal, instance::InstanceKind};
-use support::{Client, Refused, Server, argument};
 
 const UUID: &str = "3a1b0e4c-5d0d-4a0f-9d5d-0f3f6f2b1c22";
 

@@ -1,5 +1,5 @@
 //! A whole platform behind a unix socket: the front end over an engine on an in-memory store and a simulated host.
-#![allow(dead_code, clippy::disallowed_methods)] // each test file uses a part of it; a test tool
+#![allow(clippy::disallowed_methods)] // a test tool
 
 use futures::{SinkExt, StreamExt};
 use http_body_util::{BodyExt, Full};
