@@ -537,6 +537,9 @@ calls! {
     }
     mutate pool_remove(me, pool: PoolId) -> () { me.remove_pool(pool).await }
     read pool_usage(me, pool: PoolId) -> Usage { me.pool(pool)?.space().await }
+    mutate pool_describe(me, request: PoolDescribe) -> () { me.describe_pool(request).await }
+    read pool_survey(me, request: PoolSurvey) -> PoolSurveyed { me.survey_pool(request).await }
+    read pools_find(me, request: PoolsFind) -> Vec<FoundPool> { me.find_pools(request).await }
 
     read network_choose(me, wanted: NetworkChoose) -> NetworkChoice {
         Ok(NetworkChoice {

@@ -3,6 +3,7 @@
 
 use crate::{
     backups::{BackupCreate, BackupFacts, VolumeFill, VolumeFilled, VolumeWrite},
+    descriptions::{FoundPool, PoolDescribe, PoolSurvey, PoolSurveyed, PoolsFind},
     publish::{ImagePublish, VolumeRebuild},
 };
 use async_trait::async_trait;
@@ -122,6 +123,8 @@ plain!(
     Vec<Observed>,
     Applied,
     BackupFacts,
+    PoolSurveyed,
+    Vec<FoundPool>,
     VolumeFilled,
     Vec<(InstanceId, Metrics)>,
     Vec<(InstanceId, MachineFigures)>,
@@ -215,6 +218,13 @@ agent_calls! {
     mutate fn pool_remove(PoolRemove: PoolId) -> ();
     /// Space of a pool.
     read fn pool_usage(PoolUsage: PoolId) -> Usage;
+    /// Writes descriptions onto a pool, each in one step; those that say what is there already cost next to nothing.
+    mutate fn pool_describe(PoolDescribe: PoolDescribe) -> ();
+    /// What a pool has, by itself: volumes, their snapshots and descriptions. Changes none of them; a pool that the host does
+    /// not have in use is opened for as long as that takes.
+    read fn pool_survey(PoolSurvey: PoolSurvey) -> PoolSurveyed;
+    /// Pools that the host knows, or that were made in a place of the host.
+    read fn pools_find(PoolsFind: PoolsFind) -> Vec<FoundPool>;
 
     /// Chooses a free bridge name and free subnets.
     read fn network_choose(NetworkChoose: NetworkChoose) -> NetworkChoice;

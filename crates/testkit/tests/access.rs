@@ -16,6 +16,7 @@ use karst_engine::{
     firewall::{UpdateAcl, UpdateAddressSet, UpdateForward},
     images::{ImageOptions, UpdateImage, publish::PublishImage, remote::FetchImage},
     network::{CreateNetwork, UpdateNetwork},
+    recover::RecoverPool,
     snapshots::{Origin, change::UpdateSnapshot, create::CreateSnapshot},
     storage::CreatePool,
     tenancy::{
@@ -37,7 +38,7 @@ use karst_model::{
 };
 use karst_testkit::{
     World,
-    scenarios::{container, upload},
+    scenarios::{container, lose, upload},
     servers::{OneImage, source},
 };
 use std::{
@@ -108,10 +109,37 @@ fn root_and_nic(w: &World) -> Devices {
     w.engine.profile(&w.admin, "default", "default").unwrap().devices.clone()
 }
 
+/// A custom volume that the host has and the database has lost.
+async fn forgotten(w: &World, name: &str) -> Result<karst_model::VolumeId> {
+    let known = |w: &World| {
+        let records = w.engine.inner().inventory.read();
+        records.volumes.values().find(|v| v.name == name).map(|v| v.id)
+    };
+    if let Some(id) = known(w) {
+        lose(w, id.uuid()).await?;
+        return Ok(id);
+    }
+    let check = w.host().self_check(&karst_agent::CallContext::read(Duration::from_secs(9)), ()).await?;
+    let lost = {
+        let records = w.engine.inner().inventory.read();
+        check.volumes.into_iter().find(|id| !records.volumes.contains_key(id))
+    };
+    if let Some(lost) = lost {
+        return Ok(lost);
+    }
+    let operation = w.engine.volume_create(&w.admin, "default", "default", volume(name)).await?;
+    w.ended(operation).await;
+    let id = known(w).expect("it was made");
+    lose(w, id.uuid()).await?;
+    Ok(id)
+}
+
 async fn fixture(env: &SeededEnv) -> Fixture {
     let w = World::new(env).await.unwrap();
     w.engine.set_image_servers(std::sync::Arc::new(OneImage::default()));
     let (e, c) = (&w.engine, &w.admin);
+    let pool = CreatePool { name: "forgotten".into(), driver: "dir".into(), ..Default::default() };
+    w.ended(e.pool_create(c, pool).await.unwrap()).await;
     for p in [HERE, OTHER, "empty"] {
         e.project_create(c, p, "", Config::new()).await.unwrap();
     }
@@ -373,6 +401,19 @@ fn cases() -> Vec<Case> {
         backup_upload_open Edit |f, c, p| f.w.engine.backup_upload_open(c, p, karst_model::BackupId(uuid::Uuid::from_u128(9))).await.map(drop);
         instance_import Edit |f, c, p| { let upload = upload(&f.w, of_still(HERE)).await?; f.w.engine.instance_import(c, p, ImportInstance { upload, name: Some("imported".into()), pool: None }).await.map(drop) };
         volume_import Edit |f, c, p| { let upload = upload(&f.w, of_still(HERE)).await?; f.w.engine.volume_import(c, p, "default", ImportVolume { upload, name: Some("disc".into()), disc: true }).await.map(drop) };
+        recover_validate ServerEdit |f, c, _p| f.w.engine.recover_validate(c, &[]).await.map(drop);
+        recover_import ServerEdit |f, c, _p| f.w.engine.recover_import(c, &[]).await.map(drop);
+        recover_pool ServerEdit |f, c, _p| {
+            let pool = f.w.engine.pool(&f.w.admin, "forgotten");
+            if let Ok(pool) = pool {
+                lose(&f.w, pool.id.uuid()).await?;
+            }
+            f.w.engine.recover_pool(c, &RecoverPool { name: "forgotten".into(), driver: "dir".into(), ..Default::default() }).await.map(drop)
+        };
+        recover_volume ServerEdit |f, c, _p| {
+            let id = forgotten(&f.w, "forgotten").await?;
+            f.w.engine.recover_volume(c, "default", id).await.map(drop)
+        };
         custom_volume View |f, c, p| f.w.engine.custom_volume(c, p, "default", "data").map(drop);
         volume_create Edit |f, c, p| f.w.engine.volume_create(c, p, "default", volume("fresh")).await.map(drop);
         volume_copy Edit |f, c, p| f.w.engine.volume_copy(c, p, "default", CopyVolume { project: p.into(), pool: "default".into(), name: "data".into(), snapshot: None, volume_only: false, refresh: false, exclude_older: false, copy: volume("copied") }).await.map(drop);

@@ -6,6 +6,7 @@ mod commits;
 mod images;
 mod limits;
 mod races;
+mod recover;
 mod sagas;
 mod snapshots;
 mod two_engines;

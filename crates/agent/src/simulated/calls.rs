@@ -2,7 +2,7 @@
 
 use super::work::*;
 use super::{SimulatedAgent, state::Guest};
-use crate::{backups::*, calls::*, publish::*};
+use crate::{backups::*, calls::*, descriptions::*, publish::*};
 use async_trait::async_trait;
 use karst_model::{
     BackupId, ByteSize, Error, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
@@ -112,8 +112,12 @@ calls! {
             return Err(Error::conflict("the pool still has volumes"));
         }
         state.pools.remove(&pool);
+        state.described.pools.remove(&pool);
         Ok(())
     }
+    mutate pool_describe(me, request: PoolDescribe) -> () { me.describe_pool(request) }
+    read pool_survey(me, request: PoolSurvey) -> PoolSurveyed { me.survey_pool(&request) }
+    read pools_find(me, request: PoolsFind) -> Vec<FoundPool> { me.find_pools(&request) }
     read pool_usage(me, pool: PoolId) -> Usage {
         let state = me.lock();
         if !state.pools.contains_key(&pool) {

@@ -6,6 +6,7 @@
 
 mod backups;
 mod calls;
+mod descriptions;
 mod files;
 mod publish;
 mod session;

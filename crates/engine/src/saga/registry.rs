@@ -1,7 +1,7 @@
 //! All sagas.
 
 use super::{AnySaga, Erased};
-use crate::{backups, compute, images, network, snapshots, storage, tenancy, volumes};
+use crate::{backups, compute, images, network, recover, snapshots, storage, tenancy, volumes};
 use std::sync::{Arc, LazyLock};
 
 static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
@@ -24,6 +24,8 @@ static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
         Arc::new(Erased::<network::NetworkCreate>::new()),
         Arc::new(Erased::<network::NetworkDelete>::new()),
         Arc::new(Erased::<network::NetworkUpdate>::new()),
+        Arc::new(Erased::<recover::saga::PoolRecover>::new()),
+        Arc::new(Erased::<recover::saga::VolumeRecover>::new()),
         Arc::new(Erased::<snapshots::create::SnapshotCreate>::new()),
         Arc::new(Erased::<snapshots::delete::SnapshotDelete>::new()),
         Arc::new(Erased::<snapshots::restore::SnapshotRestore>::new()),

@@ -13,5 +13,6 @@ mod networks;
 mod oci;
 mod pending;
 mod pools;
+mod recover;
 mod remote;
 mod volumes;
