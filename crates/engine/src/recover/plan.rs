@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     EngineInner, Records,
-    backups::import::free_mac,
+    backups::import::usable_mac,
     compute::{
         create::{check_devices, check_nics},
         disks::check_disks,
@@ -289,7 +289,7 @@ fn identities(
         let mut identity = identity.clone();
         identity.volume = identity.volume.filter(|v| *v == root);
         identity.mac = identity.mac.map(|m| m.to_ascii_lowercase());
-        identity.mac = identity.mac.filter(|m| free_mac(records, m) && macs.insert(m.clone()));
+        identity.mac = identity.mac.filter(|m| usable_mac(records, m) && macs.insert(m.clone()));
         if let Some(interface) = &identity.host_interface {
             let ours = karst_agent::names::is_guest_interface(&inner.daemon_id, interface);
             if !ours || interfaces.contains(&**interface) {
@@ -445,7 +445,7 @@ pub(super) fn plan_instance(
         root: found.volume,
         node: inner.node,
         // Whatever the host remembers of its starts: the next one is newer.
-        generation: seen.map_or(Generation { incarnation: 1, n: 0 }, |o| o.generation),
+        generation: seen.map_or(Generation { incarnation: records.incarnation, n: 0 }, |o| o.generation),
         power: match running.map(|o| o.state) {
             None => DesiredPower::Stopped,
             Some(RuntimeState::Paused) => DesiredPower::Paused,
@@ -470,14 +470,10 @@ pub(super) fn plan_instance(
     }
     check_disks(records, tx, &instance, &parsed)?;
     check_nics(records, tx, &parsed)?;
-    instance.identities = expand::assign_identities(
-        &identities(inner, records, &was.identities, found.volume),
-        &parsed,
-        instance.hardware.as_ref(),
-        instance.root,
-        &inner.daemon_id,
-        &mut |bytes| inner.env.fill_random(bytes),
-    );
+    let kept = identities(inner, records, &was.identities, found.volume);
+    instance.identities =
+        inner.assign_identities(records, &kept, &parsed, instance.hardware.as_ref(), instance.root);
+    inner.check_addresses(records, Some(&mut *tx), &instance, &parsed)?;
     let volume = (said.volume.owner != VolumeOwner::Custom).then(|| Volume {
         id: found.volume,
         pool: pool.id,
