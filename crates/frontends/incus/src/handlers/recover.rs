@@ -1,7 +1,7 @@
 //! `/internal/recover`: what `incus admin recover` asks.
 
 use crate::{
-    app::Call,
+    app::{Call, Taken},
     fields::Fields,
     respond::{Reply, empty, sync},
 };
@@ -45,7 +45,7 @@ fn unknown(lost: &Lost) -> Unknown<'_> {
     }
 }
 
-async fn pools(call: Call) -> Result<(Call, Vec<RecoverPool>)> {
+async fn pools(call: Call) -> Result<(Taken, Vec<RecoverPool>)> {
     call.context.demand_server(Permission::ServerEdit)?;
     let (call, mut f) = call.fields().await?;
     let listed = f.take("pools");
