@@ -263,7 +263,7 @@ async fn second_pool(w: &World) -> Result<()> {
 /// Those of the store.
 pub async fn lose(w: &World, volume_or_pool: uuid::Uuid) -> Result<()> {
     // Descriptions are written some seconds after the records.
-    w.env.sleep(std::time::Duration::from_secs(8)).await;
+    karst_env::Env::sleep(&w.env, std::time::Duration::from_secs(8)).await;
     let mut ids = vec![volume_or_pool];
     {
         let records = w.engine.inner().inventory.read();

@@ -10,7 +10,7 @@ use karst_engine::{
     tenancy::UpdateProfile,
     volumes::create::CreateVolume,
 };
-use karst_env::{EnvExt, SeededEnv};
+use karst_env::{Env, EnvExt, SeededEnv};
 use karst_model::{
     Config, ErrorKind, NodeId, VolumeId,
     device::Devices,
