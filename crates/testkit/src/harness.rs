@@ -95,7 +95,8 @@ fn run(seed: u64, scenario: &Scenario, plan: &Plan) -> (Log, String, String, Vec
             let mut faults = world.faults().await;
             if saga == "volume-recover" && state == OperationState::Failure {
                 // What was lost before is as lost when its recovery was undone.
-                faults.retain(|f| !f.starts_with("the host has volume") && !f.starts_with("snapshot "));
+                let lost = ["the host has volume", "the host has guest", "snapshot "];
+                faults.retain(|f| !lost.iter().any(|l| f.starts_with(l)));
             }
             let after = world.fingerprint();
             world.engine.close();

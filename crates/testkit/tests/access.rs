@@ -92,6 +92,8 @@ struct Fixture {
     here: ProjectId,
     other: ProjectId,
     shared: ProjectId,
+    /// A volume of which the database knows nothing.
+    forgotten: karst_model::VolumeId,
 }
 
 impl Fixture {
@@ -109,37 +111,28 @@ fn root_and_nic(w: &World) -> Devices {
     w.engine.profile(&w.admin, "default", "default").unwrap().devices.clone()
 }
 
-/// A custom volume that the host has and the database has lost.
-async fn forgotten(w: &World, name: &str) -> Result<karst_model::VolumeId> {
-    let known = |w: &World| {
+/// A pool and a custom volume that the host has and the database has lost.
+async fn forget(w: &World) -> karst_model::VolumeId {
+    let pool = CreatePool { name: "forgotten".into(), driver: "dir".into(), ..Default::default() };
+    w.ended(w.engine.pool_create(&w.admin, pool).await.unwrap()).await;
+    let pool = w.engine.pool(&w.admin, "forgotten").unwrap().id;
+    let made = w.engine.volume_create(&w.admin, "default", "default", volume("forgotten")).await.unwrap();
+    w.ended(made).await;
+    let id = {
         let records = w.engine.inner().inventory.read();
-        records.volumes.values().find(|v| v.name == name).map(|v| v.id)
+        records.volumes.values().find(|v| v.name == "forgotten").map(|v| v.id).unwrap()
     };
-    if let Some(id) = known(w) {
-        lose(w, id.uuid()).await?;
-        return Ok(id);
+    for lost in [pool.uuid(), id.uuid()] {
+        lose(w, lost).await.unwrap();
     }
-    let check = w.host().self_check(&karst_agent::CallContext::read(Duration::from_secs(9)), ()).await?;
-    let lost = {
-        let records = w.engine.inner().inventory.read();
-        check.volumes.into_iter().find(|id| !records.volumes.contains_key(id))
-    };
-    if let Some(lost) = lost {
-        return Ok(lost);
-    }
-    let operation = w.engine.volume_create(&w.admin, "default", "default", volume(name)).await?;
-    w.ended(operation).await;
-    let id = known(w).expect("it was made");
-    lose(w, id.uuid()).await?;
-    Ok(id)
+    id
 }
 
 async fn fixture(env: &SeededEnv) -> Fixture {
     let w = World::new(env).await.unwrap();
     w.engine.set_image_servers(std::sync::Arc::new(OneImage::default()));
     let (e, c) = (&w.engine, &w.admin);
-    let pool = CreatePool { name: "forgotten".into(), driver: "dir".into(), ..Default::default() };
-    w.ended(e.pool_create(c, pool).await.unwrap()).await;
+    let forgotten = forget(&w).await;
     for p in [HERE, OTHER, "empty"] {
         e.project_create(c, p, "", Config::new()).await.unwrap();
     }
@@ -196,7 +189,7 @@ async fn fixture(env: &SeededEnv) -> Fixture {
     karst_env::Env::sleep(env, Duration::from_secs(3)).await;
     let of = |name: &str| e.project(c, name, karst_model::access::Permission::ProjectView).unwrap().id;
     let (here, other, shared) = (of(HERE), of(OTHER), of("default"));
-    Fixture { w, running, here, other, shared }
+    Fixture { w, running, here, other, shared, forgotten }
 }
 
 /// Where a forward of `net1` listens.
@@ -403,17 +396,8 @@ fn cases() -> Vec<Case> {
         volume_import Edit |f, c, p| { let upload = upload(&f.w, of_still(HERE)).await?; f.w.engine.volume_import(c, p, "default", ImportVolume { upload, name: Some("disc".into()), disc: true }).await.map(drop) };
         recover_validate ServerEdit |f, c, _p| f.w.engine.recover_validate(c, &[]).await.map(drop);
         recover_import ServerEdit |f, c, _p| f.w.engine.recover_import(c, &[]).await.map(drop);
-        recover_pool ServerEdit |f, c, _p| {
-            let pool = f.w.engine.pool(&f.w.admin, "forgotten");
-            if let Ok(pool) = pool {
-                lose(&f.w, pool.id.uuid()).await?;
-            }
-            f.w.engine.recover_pool(c, &RecoverPool { name: "forgotten".into(), driver: "dir".into(), ..Default::default() }).await.map(drop)
-        };
-        recover_volume ServerEdit |f, c, _p| {
-            let id = forgotten(&f.w, "forgotten").await?;
-            f.w.engine.recover_volume(c, "default", id).await.map(drop)
-        };
+        recover_pool ServerEdit |f, c, _p| f.w.engine.recover_pool(c, &RecoverPool { name: "forgotten".into(), driver: "dir".into(), ..Default::default() }).await.map(drop);
+        recover_volume ServerEdit |f, c, _p| f.w.engine.recover_volume(c, "default", f.forgotten).await.map(drop);
         custom_volume View |f, c, p| f.w.engine.custom_volume(c, p, "default", "data").map(drop);
         volume_create Edit |f, c, p| f.w.engine.volume_create(c, p, "default", volume("fresh")).await.map(drop);
         volume_copy Edit |f, c, p| f.w.engine.volume_copy(c, p, "default", CopyVolume { project: p.into(), pool: "default".into(), name: "data".into(), snapshot: None, volume_only: false, refresh: false, exclude_older: false, copy: volume("copied") }).await.map(drop);
