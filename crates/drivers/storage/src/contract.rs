@@ -48,6 +48,7 @@ async fn descriptions(pool: &dyn PoolDriver) {
         pool.delete(volume).await.unwrap();
         assert_eq!(texts.description(Some(volume), 100).await.unwrap(), None);
     }
+    pool.settle().await;
 }
 
 fn id() -> VolumeId {
