@@ -616,6 +616,10 @@ calls! {
         let _lock = me.lock(at.instance.0).await;
         me.machines()?.state_delete(at.instance, at.snapshot).await
     }
+    mutate machine_memory_drop(me, instance: InstanceId) -> () {
+        let _lock = me.lock(instance.0).await;
+        me.machines()?.memory_drop(instance).await
+    }
     mutate guest_destroy(me, instance: InstanceId) -> () { me.destroy(instance).await }
     read guest_observe_all(me, _request: ()) -> Vec<Observed> { me.observe_all().await }
     read guest_metrics(me, instances: Vec<InstanceId>) -> Vec<(InstanceId, Metrics)> { me.metrics(instances).await }

@@ -319,6 +319,8 @@ agent_calls! {
     mutate fn machine_state_restore(MachineStateRestore: MachineStateRestore) -> ();
     /// Drops what is kept with a snapshot; fine when nothing is.
     mutate fn machine_state_delete(MachineStateDelete: MachineStateRef) -> ();
+    /// Drops the memory that a virtual machine which does not run keeps over its stop; fine when there is none.
+    mutate fn machine_memory_drop(MachineMemoryDrop: InstanceId) -> ();
     /// Removes all that a stopped guest has on the host but its volumes.
     mutate fn guest_destroy(GuestDestroy: InstanceId) -> ();
     /// Every guest that the host knows.

@@ -7,6 +7,7 @@
 mod backups;
 mod calls;
 mod files;
+mod hardware;
 mod publish;
 mod session;
 mod state;
