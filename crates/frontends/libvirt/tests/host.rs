@@ -131,7 +131,9 @@ async fn filters_are_a_fixed_set_and_bindings_are_interfaces_that_run() {
     assert_eq!(operation.ended().await.error, None);
     let mut client = server.open("full", "qemu:///system").await;
     let filters = ask(&mut client, "CONNECT_LIST_ALL_NWFILTERS", |w| w.i32(1).u32(0)).await.unwrap();
-    let filters = listed(&filters, |r| drop(r.uuid().unwrap()));
+    let filters = listed(&filters, |r| {
+        r.uuid().unwrap();
+    });
     assert!(filters.contains(&"clean-traffic".to_owned()));
     for name in &filters {
         let found = ask(&mut client, "NWFILTER_LOOKUP_BY_NAME", |w| w.string(name)).await.unwrap();
