@@ -300,7 +300,7 @@ agent_calls! {
     /// name. All are dropped at the agent's start.
     mutate fn image_stage(ImageStage: ImageStage) -> WithFds<ImageStaged>;
     /// Images of which parts are staged: uploads that go on, or that nobody will finish.
-    read fn image_staged(ImageStagedList: ()) -> Vec<ImageId>;
+    read fn image_staged(ImageStaged: ()) -> Vec<ImageId>;
     /// Checks and unpacks the staged parts in a worker without privileges.
     mutate fn image_import(ImageImport: ImageImport) -> ImageFacts;
     /// Builds an image of a recipe; progress comes as events with the image's id.
@@ -329,6 +329,8 @@ agent_calls! {
     mutate fn machine_state_restore(MachineStateRestore: MachineStateRestore) -> ();
     /// Drops what is kept with a snapshot; fine when nothing is.
     mutate fn machine_state_delete(MachineStateDelete: MachineStateRef) -> ();
+    /// Drops the memory that a virtual machine which does not run keeps over its stop; fine when there is none.
+    mutate fn machine_memory_drop(MachineMemoryDrop: InstanceId) -> ();
     /// Removes all that a stopped guest has on the host but its volumes.
     mutate fn guest_destroy(GuestDestroy: InstanceId) -> ();
     /// Every guest that the host knows.
@@ -336,7 +338,7 @@ agent_calls! {
     /// Figures of these guests (all running ones when empty); one that does not run is left out.
     read fn guest_metrics(GuestMetrics: Vec<InstanceId>) -> Vec<(InstanceId, Metrics)>;
     /// What these virtual machines (all running ones when empty) have done; one that does not run is left out.
-    read fn machine_figures(MachineFiguresOf: Vec<InstanceId>) -> Vec<(InstanceId, MachineFigures)>;
+    read fn machine_figures(MachineFigures: Vec<InstanceId>) -> Vec<(InstanceId, MachineFigures)>;
     /// Runs a command of the QEMU guest agent's protocol in a virtual machine, and answers what it returns.
     read fn guest_agent(GuestAgent: AgentCommand) -> serde_json::Value;
     /// Interrupts a running virtual machine without regard to masks (NMI).

@@ -686,6 +686,15 @@ pub fn all() -> Vec<Scenario> {
             },
             |w| stateful(w, PowerAction::Start).await
         ),
+        scenario!(
+            "instance-memory-drop",
+            "that was kept over a stop",
+            |w| {
+                machine(w).await?;
+                done(w, stateful(w, PowerAction::Stop).await).await
+            },
+            |w| w.engine.instance_memory_drop(&w.admin, "default", "c1").await
+        ),
         scenario!("snapshot-create", "of a virtual machine with its memory", |w| machine(w).await, |w| {
             snapshot_with_memory(w).await
         }),

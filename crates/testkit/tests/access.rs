@@ -349,6 +349,7 @@ fn cases() -> Vec<Case> {
         instance_undefine Edit |f, c, p| f.w.engine.instance_undefine(c, p, "still").await.map(drop);
         machine_define Edit |f, c, p| f.w.engine.machine_define(c, p, DefineMachine { create: CreateInstance { kind: InstanceKind::VirtualMachine, ..container("fresh") }, uuid: None, places: BTreeMap::new() }).await.map(drop);
         instance_power Use |f, c, p| f.w.engine.instance_power(c, p, "run", power(PowerAction::Stop)).await.map(drop);
+        instance_memory_drop Use |f, c, p| f.w.engine.instance_memory_drop(c, p, "still").await.map(drop);
         exec_check Use |f, c, p| f.w.engine.exec_check(c, p, "run", &exec()).map(drop);
         exec Use |f, c, p| f.w.engine.exec(c, p, "run", exec()).await.map(drop);
         console Use |f, c, p| f.w.engine.console(c, p, "run", false).await.map(drop);

@@ -4,6 +4,7 @@ mod access;
 mod addresses;
 mod bad_input;
 mod commits;
+mod disk_full;
 mod generations;
 mod images;
 mod limits;

@@ -8,6 +8,7 @@ mod backups;
 mod calls;
 mod descriptions;
 mod files;
+mod hardware;
 mod publish;
 mod session;
 mod state;
