@@ -12,6 +12,7 @@ use std::{
     os::fd::OwnedFd,
     path::Path,
     sync::{Arc, Mutex, Weak},
+    time::Duration,
 };
 
 /// The file's name.
@@ -26,7 +27,11 @@ pub(crate) struct Hold {
 /// What this process has locked, by device and inode.
 static HELD: Mutex<BTreeMap<(u64, u64), Weak<Hold>>> = Mutex::new(BTreeMap::new());
 
-/// Locks the pool in the directory `root`.
+/// How often it is tried, and how long apart: a daemon that was killed a moment ago has its files until it is gone.
+const TRIES: u32 = 20;
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Locks the pool in the directory `root`. Waits up to a second.
 ///
 /// # Errors
 /// `Conflict` while another process has it; the system's.
@@ -41,11 +46,19 @@ pub(crate) fn hold(root: &Path) -> Result<Arc<Hold>> {
     if let Some(hold) = held.get(&(found.st_dev, found.st_ino)).and_then(Weak::upgrade) {
         return Ok(hold);
     }
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            return Err(Error::conflict("another daemon on this host uses the pool; stop that one first"));
+    for wait in (0..TRIES).rev() {
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) if wait > 0 => std::thread::sleep(PAUSE),
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return Err(Error::conflict(
+                    "another daemon on this host uses the pool; stop that one first",
+                ));
+            }
+            other => {
+                other.map_err(std::io::Error::from)?;
+                break;
+            }
         }
-        other => other.map_err(std::io::Error::from)?,
     }
     let hold = Arc::new(Hold { _file: file });
     held.insert((found.st_dev, found.st_ino), Arc::downgrade(&hold));
