@@ -86,8 +86,23 @@ pub fn faults() -> Vec<String> {
         let text = fs::read_to_string(&file).unwrap_or_default();
         let name = file.strip_prefix(root()).unwrap_or(&file).display().to_string();
         check_file(&name, &text, &mut faults);
+        if name.ends_with("/tests/all.rs") {
+            let beside = fs::read_dir(file.parent().expect("a file has a directory")).into_iter().flatten();
+            let names: Vec<_> =
+                beside.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+            check_all_tests(&name, &text, &names, &mut faults);
+        }
     }
     faults
+}
+
+/// A file beside `tests/all.rs` that it does not name would never run.
+fn check_all_tests(name: &str, text: &str, beside: &[String], faults: &mut Vec<String>) {
+    for test in beside.iter().filter_map(|file| file.strip_suffix(".rs")).filter(|test| *test != "all") {
+        if !text.lines().any(|line| line == format!("mod {test};")) {
+            faults.push(format!("{name}: `mod {test};` is missing, so {test}.rs never runs"));
+        }
+    }
 }
 
 fn collect(dir: &Path, files: &mut Vec<PathBuf>) {
@@ -176,6 +191,14 @@ mod tests {
         let mut faults = vec![];
         check_file(name, text, &mut faults);
         faults
+    }
+
+    #[test]
+    fn a_test_that_nobody_names_is_found() {
+        let mut faults = vec![];
+        let beside = ["all.rs", "one.rs", "two.rs", "common"].map(String::from);
+        check_all_tests("crates/x/tests/all.rs", "//! A.\nmod one;\n", &beside, &mut faults);
+        assert_eq!(faults, ["crates/x/tests/all.rs: `mod two;` is missing, so two.rs never runs"]);
     }
 
     #[test]

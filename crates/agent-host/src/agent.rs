@@ -3,7 +3,7 @@
 use crate::{
     HostPolicy, facts,
     ids::{CLAIMS, IdRanges},
-    pools::PoolPlace,
+    pools::{PoolPlace, Purpose},
     registry::{GuestRecord, Registry},
     reopen::{self, Unopened},
     sessions::Sessions,
@@ -15,11 +15,14 @@ use karst_agent::{
 };
 use karst_ct_lxc::{LxcDriver, LxcOptions};
 use karst_env::{EnvExt, SharedEnv};
-use karst_guest::{DiskFormat, GuestDriver, Observed, Opened, ResolvedDisk, ResolvedGuest, ResolvedNic};
+use karst_guest::{
+    DiskFormat, GuestDriver, Observed, Opened, ResolvedApplication, ResolvedDisk, ResolvedGuest, ResolvedNic,
+};
 use karst_host::sandbox::Launcher;
 use karst_image::ImageStore;
 use karst_model::{
     ByteSize, Error, ErrorKind, InstanceId, NetworkId, PoolId, Result, VolumeId,
+    image::Application,
     instance::{Generation, InstanceKind, RuntimeState},
     node::HostFacts,
     spec::{DiskSource, DiskSpec, GuestSpec, NicSpec, PoolSource, PoolSpec},
@@ -226,7 +229,7 @@ impl RealAgent {
     async fn adopt(self: &Arc<Self>) -> Result<()> {
         for pool in self.registry.pools()? {
             // One that cannot be opened does not stop the others; it is tried again.
-            if let Err(e) = self.open_pool(&pool, false).await {
+            if let Err(e) = self.open_pool(&pool, Purpose::Use).await {
                 tracing::error!(pool = %pool.id, error = %e, context = e.context, "a pool cannot be opened");
                 self.unopened.note(pool.id, e);
             }
@@ -342,10 +345,9 @@ impl RealAgent {
         Ok(None)
     }
 
-    /// `make`: what is missing is made; otherwise it is missing.
-    pub(crate) async fn open_pool(&self, spec: &PoolSpec, make: bool) -> Result<()> {
+    pub(crate) async fn open_pool(&self, spec: &PoolSpec, purpose: Purpose) -> Result<()> {
         if !self.pools.lock().unwrap().contains_key(&spec.id) {
-            let pool = self.pool_place(spec.id).open(spec, &self.options.policy, make).await?;
+            let pool = self.pool_place(spec.id).open(spec, &self.options.policy, purpose).await?;
             self.pools.lock().unwrap().insert(spec.id, pool);
         }
         self.unopened.forget(spec.id);
@@ -575,6 +577,10 @@ impl RealAgent {
         for proxy in spec.proxies {
             proxies.push(crate::proxies::resolve(&self.options.policy, proxy)?);
         }
+        let application = match spec.application {
+            Some(program) => Some(self.given(program, &spec.nics).await?),
+            None => None,
+        };
         let mut nics = vec![];
         for nic in spec.nics {
             nics.push(ResolvedNic {
@@ -639,7 +645,24 @@ impl RealAgent {
             cloud_init: spec.cloud_init,
             files: spec.files,
             environment: spec.environment,
+            application,
         })
+    }
+
+    /// An application container's program, and what its networks would tell an init.
+    async fn given(&self, program: Application, nics: &[NicSpec]) -> Result<ResolvedApplication> {
+        let mut all = ResolvedApplication { program, ..Default::default() };
+        for nic in nics {
+            let Some(network) = nic.network() else { continue };
+            let Some(given) = self.networks.given(network, &nic.mac).await? else { continue };
+            // One way out.
+            let gateway = given.gateway.filter(|_| all.addresses.is_empty());
+            all.addresses.insert(nic.name.clone(), (given.address, gateway));
+            if all.nameservers.is_empty() {
+                (all.nameservers, all.search) = (given.nameservers, given.search);
+            }
+        }
+        Ok(all)
     }
 }
 

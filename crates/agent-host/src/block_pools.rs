@@ -3,23 +3,26 @@
 //!
 //! A zpool or group that is made is named after the pool's id, and the file that it is in gets its name when it is whole: an
 //! interrupted call knows its own work. Of a granted data set or group only what carries the pool's id is ever touched.
+//! Whoever touches it holds the pool's lock, which all daemons of the machine see.
 
 use crate::{
     agent::blocking,
-    pools::{Granted, PoolPlace, not_there},
+    pools::{Granted, PoolPlace, Purpose, not_there},
 };
 use karst_host::{Command, Program, mount, run};
 use karst_model::{
-    Error, Result,
+    Error, ErrorKind, PoolId, Result,
     spec::{PoolOptions, PoolSource, PoolSpec},
+    storage::PoolKind,
 };
 use karst_storage::{
-    ObjectPool,
+    Hold, ObjectPool, hold_by_id,
     objects::{FileSystem, lvm, zfs},
 };
 use std::{
     os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -27,7 +30,7 @@ use std::{
 const THIN_POOL: &str = "thin";
 
 fn command(program: Program) -> Command {
-    run(program).timeout(Duration::from_secs(120))
+    run(program).timeout(Duration::from_secs(900))
 }
 
 async fn succeeds(command: Command) -> Result<bool> {
@@ -72,28 +75,133 @@ fn occupied(device: &Path) -> impl FnOnce(Error) -> Error {
     }
 }
 
+/// Name of a zpool of ours, and of a data set in a granted one.
+fn zfs_name(id: PoolId) -> String {
+    format!("karst-{id}")
+}
+
+/// Name of a group of ours.
+fn group_name(id: PoolId) -> String {
+    format!("karst-{}", short(id))
+}
+
+/// Name of a thin pool of ours in a granted group.
+fn thin_name(id: PoolId) -> String {
+    format!("karst_{}", short(id))
+}
+
+fn short(id: PoolId) -> String {
+    id.0.simple().to_string()[..12].to_owned()
+}
+
+/// Pools that were made in a source, whoever made them. What they say of themselves is not to be had without opening them.
+pub(crate) async fn at(
+    source: String,
+    kind: PoolKind,
+    granted: Granted,
+) -> Result<Vec<(PoolSpec, Option<String>)>> {
+    let found = match (kind, granted) {
+        (PoolKind::Zfs, granted) => zfs_at(granted).await?.into_iter().map(|id| (id, None)).collect(),
+        (_, granted) => lvm_at(granted).await?,
+    };
+    let mut specs: Vec<_> = found
+        .into_iter()
+        .map(|(id, thin_pool)| PoolSpec {
+            source: PoolSource::Granted { source: source.clone() },
+            options: PoolOptions { thin_pool, ..PoolOptions::default() },
+            ..PoolSpec::own(id, kind)
+        })
+        .collect();
+    specs.sort_by_key(|spec| spec.id);
+    specs.dedup_by_key(|spec| spec.id);
+    Ok(specs.into_iter().map(|spec| (spec, None)).collect())
+}
+
+async fn zfs_at(granted: Granted) -> Result<Vec<PoolId>> {
+    let ours = |name: &str| name.strip_prefix("karst-").and_then(|id| id.parse().ok());
+    match granted {
+        Granted::Directory(_) => Ok(vec![]),
+        Granted::Name(parent) => {
+            let list = ["list", "-H", "-d", "1", "-t", "filesystem", "-o", "name", &parent];
+            let out = command(Program::Zfs).args(list).ok().await?;
+            let out = String::from_utf8_lossy(&out).into_owned();
+            let children = out.lines().filter_map(|l| l.strip_prefix(&parent)?.strip_prefix('/'));
+            Ok(children.filter_map(ours).collect())
+        }
+        Granted::Device(device) => {
+            let mut found = vec![];
+            // Those that are imported, by the device that they are on, and those that could be.
+            let listed = command(Program::Zpool).args(["list", "-H", "-P", "-L", "-v"]).output().await?;
+            let places: Vec<String> = label_places(&device).iter().map(|p| p.display().to_string()).collect();
+            let mut pool = None;
+            for line in String::from_utf8_lossy(&listed.stdout).lines() {
+                let first = line.split_whitespace().next().unwrap_or_default();
+                if !line.starts_with(char::is_whitespace) {
+                    pool = ours(first);
+                } else if places.iter().any(|p| p == first) {
+                    found.extend(pool);
+                }
+            }
+            let mut import = command(Program::Zpool).arg("import");
+            for place in label_places(&device) {
+                import = import.arg("-d").arg(place);
+            }
+            let out = import.output().await?; // none to be had is said by its code
+            let out = String::from_utf8_lossy(&out.stdout).into_owned();
+            found.extend(out.lines().filter_map(|l| ours(l.trim().strip_prefix("pool:")?.trim())));
+            Ok(found)
+        }
+    }
+}
+
+async fn lvm_at(granted: Granted) -> Result<Vec<(PoolId, Option<String>)>> {
+    let (group, named) = match granted {
+        Granted::Directory(_) => return Ok(vec![]),
+        Granted::Name(group) => (group, true),
+        Granted::Device(device) => {
+            let list = command(Program::Lvm).args(["pvs", "--noheadings", "-o", "vg_name"]).arg(device);
+            let out = list.output().await?;
+            match String::from_utf8_lossy(&out.stdout).trim() {
+                "" => return Ok(vec![]),
+                group => (group.to_owned(), false),
+            }
+        }
+    };
+    let found = lvm::pools(&group).await?.into_iter().map(|(id, thin)| (PoolId(id), thin));
+    // On a device a pool has a group of its own, and its thin pool one name.
+    let ours = found.filter(|(id, _)| named || group == group_name(*id));
+    Ok(ours.map(|(id, thin)| (id, (named && thin != thin_name(id)).then_some(thin))).collect())
+}
+
 impl PoolPlace {
     fn zpool(&self) -> String {
-        format!("karst-{}", self.id())
+        zfs_name(self.id())
+    }
+
+    async fn hold(&self) -> Result<Arc<Hold>> {
+        let id = self.id().0;
+        blocking(move || hold_by_id(id)).await
     }
 
     /// The data set of all that is in the pool.
     fn data_set(&self, spec: &PoolSpec) -> String {
         match &spec.source {
             PoolSource::Granted { source } if !source.starts_with('/') => {
-                format!("{source}/karst-{}", self.id())
+                format!("{source}/{}", self.zpool())
             }
             _ => format!("{}/karst", self.zpool()),
         }
     }
 
-    /// Opens it. `make`: what is missing is made.
+    /// Opens it for `purpose`.
     pub(crate) async fn open_zfs(
         &self,
         spec: &PoolSpec,
         granted: Option<Granted>,
-        make: bool,
+        purpose: Purpose,
     ) -> Result<ObjectPool> {
+        let hold = self.hold().await?;
+        let make = purpose == Purpose::Make;
         let name = self.zpool();
         let there = match &granted {
             Some(Granted::Name(parent)) => {
@@ -107,7 +215,7 @@ impl PoolPlace {
         match granted {
             _ if there => {}
             Some(Granted::Device(device)) => {
-                if !self.imported(&device).await? {
+                if !self.imported(&device, purpose).await? {
                     if !make {
                         return Err(not_there(device.display()));
                     }
@@ -121,7 +229,7 @@ impl PoolPlace {
                     command(Program::Zpool).args(["export", &name]).ok().await?;
                     self.finish_image(fresh).await?;
                 }
-                if !self.imported(self.image()).await? {
+                if !self.imported(self.image(), purpose).await? {
                     return Err(Error::unavailable("the pool's file holds no zpool that can be imported"));
                 }
             }
@@ -130,7 +238,11 @@ impl PoolPlace {
         if !make && !succeeds(command(Program::Zfs).args(["list", "-H", "-o", "name", &parent])).await? {
             return Err(not_there(parent));
         }
-        zfs::open(&parent, self.directory(), options(&spec.options), self.launcher().clone()).await
+        let launcher = self.launcher().clone();
+        if purpose == Purpose::Look {
+            return zfs::look(&parent, self.directory(), launcher, hold).await;
+        }
+        zfs::open(&parent, self.directory(), options(&spec.options), launcher, hold).await
     }
 
     async fn make_zpool(&self, on: &Path) -> Result<()> {
@@ -140,8 +252,11 @@ impl PoolPlace {
         command(Program::Zpool).args(create).arg(self.zpool()).arg(on).ok().await.map(drop)
     }
 
-    async fn imported(&self, from: &Path) -> Result<bool> {
+    async fn imported(&self, from: &Path, purpose: Purpose) -> Result<bool> {
         let mut import = command(Program::Zpool).args(["import", "-N", "-f", "-o", "cachefile=none"]);
+        if purpose == Purpose::Look {
+            import = import.args(["-o", "readonly=on"]);
+        }
         for place in label_places(from) {
             import = import.arg("-d").arg(place);
         }
@@ -149,29 +264,30 @@ impl PoolPlace {
     }
 
     fn group(&self, spec: &PoolSpec) -> lvm::LvmPlace {
-        let id = self.id().0;
-        let short = &id.simple().to_string()[..12];
+        let id = self.id();
         let named = spec.options.thin_pool.clone();
         let (group, thin_pool) = match &spec.source {
             PoolSource::Granted { source } if !source.starts_with('/') => {
-                (source.clone(), named.unwrap_or_else(|| format!("karst_{short}")))
+                (source.clone(), named.unwrap_or_else(|| thin_name(id)))
             }
-            _ => (format!("karst-{short}"), named.unwrap_or_else(|| THIN_POOL.to_owned())),
+            _ => (group_name(id), named.unwrap_or_else(|| THIN_POOL.to_owned())),
         };
-        lvm::LvmPlace { group, thin_pool, id }
+        lvm::LvmPlace { group, thin_pool, id: id.0 }
     }
 
     async fn group_there(&self, group: &str) -> Result<bool> {
         succeeds(command(Program::Lvm).args(["vgs", "--noheadings", "-o", "vg_name", group])).await
     }
 
-    /// Opens it. `make`: what is missing is made.
+    /// Opens it for `purpose`.
     pub(crate) async fn open_lvm(
         &self,
         spec: &PoolSpec,
         granted: Option<Granted>,
-        make: bool,
+        purpose: Purpose,
     ) -> Result<ObjectPool> {
+        let hold = self.hold().await?;
+        let make = purpose == Purpose::Make;
         let place = self.group(spec);
         // The loop device is held by what is active on it, from when that is.
         let mut held = None;
@@ -210,18 +326,26 @@ impl PoolPlace {
                 held = Some(device);
             }
         }
-        let file_system = file_system(&spec.options);
-        let opened = lvm::open(place, self.directory(), file_system, self.launcher().clone()).await;
+        let (on, launcher) = (file_system(&spec.options), self.launcher().clone());
+        let opened = match purpose {
+            Purpose::Look => lvm::look(place, self.directory(), launcher, hold).await,
+            _ => lvm::open(place, self.directory(), on, launcher, hold).await,
+        };
         drop(held);
         opened
     }
 
     /// Takes the mounts and devices of a pool away; its content stays.
-    pub(crate) async fn close_objects(&self, spec: &PoolSpec, lvm: bool) -> Result<()> {
+    pub(crate) async fn close_objects(&self, spec: &PoolSpec) -> Result<()> {
         self.unmount_volumes().await?;
+        let _hold = match self.hold().await {
+            // It is open, and another daemon's.
+            Err(e) if e.is(ErrorKind::Conflict) => return Ok(()),
+            other => other?,
+        };
         let own = matches!(&spec.source, PoolSource::Own { .. })
             || matches!(&spec.source, PoolSource::Granted { source } if source.starts_with('/'));
-        if lvm {
+        if spec.kind == PoolKind::Lvm {
             let place = self.group(spec);
             if self.group_there(&place.group).await? {
                 let mut close = command(Program::Lvm);
@@ -234,12 +358,24 @@ impl PoolPlace {
         } else if own && succeeds(command(Program::Zpool).args(["list", "-H", &self.zpool()])).await? {
             command(Program::Zpool).args(["export", &self.zpool()]).ok().await?;
         }
+        // Of a pool that was only looked at nothing else is here.
+        for place in [self.directory().join("meta"), self.directory().to_owned()] {
+            let _ = tokio::fs::remove_dir(place).await; // it is not empty
+        }
         Ok(())
     }
 
     /// Removes what the pool made of its source, and only that.
-    pub(crate) async fn remove_zfs(&self, spec: &PoolSpec) -> Result<()> {
+    pub(crate) async fn remove_objects(&self, spec: &PoolSpec) -> Result<()> {
         self.unmount_volumes().await?;
+        let _hold = self.hold().await?;
+        match spec.kind {
+            PoolKind::Lvm => self.remove_lvm(spec).await,
+            _ => self.remove_zfs(spec).await,
+        }
+    }
+
+    async fn remove_zfs(&self, spec: &PoolSpec) -> Result<()> {
         match &spec.source {
             PoolSource::Granted { source } if !source.starts_with('/') => {
                 zfs::clear(&self.data_set(spec)).await
@@ -250,7 +386,7 @@ impl PoolPlace {
                     // One that could not be opened at the start is ours all the same.
                     let listed = command(Program::Zpool).args(["list", "-H", &name]);
                     if !succeeds(listed).await? && Path::new(source).exists() {
-                        self.imported(Path::new(source)).await?;
+                        self.imported(Path::new(source), Purpose::Use).await?;
                     }
                 }
                 if succeeds(command(Program::Zpool).args(["list", "-H", &name])).await? {
@@ -261,9 +397,7 @@ impl PoolPlace {
         }
     }
 
-    /// As [`Self::remove_zfs`].
-    pub(crate) async fn remove_lvm(&self, spec: &PoolSpec) -> Result<()> {
-        self.unmount_volumes().await?;
+    async fn remove_lvm(&self, spec: &PoolSpec) -> Result<()> {
         let place = self.group(spec);
         lvm::clear(&place).await?;
         let device = match &spec.source {
@@ -286,12 +420,14 @@ impl PoolPlace {
     async fn unmount_volumes(&self) -> Result<()> {
         let directory = self.directory().to_owned();
         blocking(move || {
+            let mut places = vec![directory.join("meta")];
             for below in ["volumes", "work"] {
                 let Ok(entries) = std::fs::read_dir(directory.join(below)) else { continue };
-                for entry in entries.flatten() {
-                    if mount::unmount(&entry.path(), false).is_err() {
-                        mount::unmount(&entry.path(), true)?;
-                    }
+                places.extend(entries.flatten().map(|entry| entry.path()));
+            }
+            for place in places {
+                if mount::unmount(&place, false).is_err() {
+                    mount::unmount(&place, true)?;
                 }
             }
             Ok(())

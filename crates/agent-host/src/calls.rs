@@ -3,6 +3,7 @@
 use crate::{
     RealAgent,
     agent::{as_state, blocking, never_ran, not_older},
+    pools::Purpose,
 };
 use async_trait::async_trait;
 use karst_agent::*;
@@ -17,7 +18,7 @@ use karst_model::{
     network::Lease,
     node::HostFacts,
     spec::{GuestSpec, NetworkSpec, PoolSource, PoolSpec, VolumeSpec},
-    storage::Usage,
+    storage::{Usage, VolumeContent},
 };
 use karst_storage::OpenTree;
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -354,6 +355,7 @@ impl RealAgent {
         if request.request.command.first().is_none_or(String::is_empty) {
             return Err(Error::invalid("command", "no program to run"));
         }
+        check_owner(Some(request.request.uid), Some(request.request.gid))?;
         self.sessions.room()?;
         // It will enter the guest's groups.
         karst_host::moves::anticipate();
@@ -420,7 +422,13 @@ impl RealAgent {
         }
         let root = match runs {
             true => None,
-            false => Some(self.pool(file.root.pool)?.open_tree(file.root.volume).await?),
+            false => {
+                let pool = self.pool(file.root.pool)?;
+                if pool.inspect(file.root.volume).await?.content != VolumeContent::Filesystem {
+                    return Err(Error::invalid("root", "the volume is a disk, which has no files"));
+                }
+                Some(pool.open_tree(file.root.volume).await?)
+            }
         };
         Ok((driver, root))
     }
@@ -437,6 +445,10 @@ impl RealAgent {
 
     async fn write_file(&self, request: FileWriteRequest) -> Result<WithFds<Option<SessionId>>> {
         let FileWriteRequest { file, mut write } = request;
+        check_owner(write.uid, write.gid)?;
+        if write.mode.is_some_and(|m| m > 0o7777) {
+            return Err(Error::invalid("mode", "permission bits are at most 07777"));
+        }
         let (driver, root) = self.files(&file).await?;
         write.path = file.path;
         let instance = file.instance;
@@ -459,6 +471,16 @@ impl RealAgent {
 
 fn path_of(root: &Option<OpenTree>) -> Option<&Path> {
     root.as_ref().map(|tree| tree.path.as_path())
+}
+
+/// The number that means "nobody" and "as it is" to the system is no user and no group.
+fn check_owner(uid: Option<u32>, gid: Option<u32>) -> Result<()> {
+    for (field, id) in [("uid", uid), ("gid", gid)] {
+        if id == Some(u32::MAX) {
+            return Err(Error::invalid(field, format!("{} is no id of a user or group", u32::MAX)));
+        }
+    }
+    Ok(())
 }
 
 fn check_path(path: &str) -> Result<()> {
@@ -527,16 +549,20 @@ calls! {
             None => {
                 // Before anything is made of it.
                 let (registry, spec) = (me.registry.clone(), spec.clone());
+                spec.kind.check_offered("driver")?;
                 if let PoolSource::Granted { source } = &spec.source {
                     me.options.policy.check_pool_source(spec.kind, source)?;
                 }
                 blocking(move || registry.put_pool(&spec)).await?;
             }
         }
-        me.open_pool(&spec, true).await
+        me.open_pool(&spec, Purpose::Make).await
     }
     mutate pool_remove(me, pool: PoolId) -> () { me.remove_pool(pool).await }
     read pool_usage(me, pool: PoolId) -> Usage { me.pool(pool)?.space().await }
+    mutate pool_describe(me, request: PoolDescribe) -> () { me.describe_pool(request).await }
+    read pool_survey(me, request: PoolSurvey) -> PoolSurveyed { me.survey_pool(request).await }
+    read pools_find(me, request: PoolsFind) -> Vec<FoundPool> { me.find_pools(request).await }
 
     read network_choose(me, wanted: NetworkChoose) -> NetworkChoice {
         Ok(NetworkChoice {
@@ -616,6 +642,10 @@ calls! {
         let _lock = me.lock(at.instance.0).await;
         me.machines()?.state_delete(at.instance, at.snapshot).await
     }
+    mutate machine_memory_drop(me, instance: InstanceId) -> () {
+        let _lock = me.lock(instance.0).await;
+        me.machines()?.memory_drop(instance).await
+    }
     mutate guest_destroy(me, instance: InstanceId) -> () { me.destroy(instance).await }
     read guest_observe_all(me, _request: ()) -> Vec<Observed> { me.observe_all().await }
     read guest_metrics(me, instances: Vec<InstanceId>) -> Vec<(InstanceId, Metrics)> { me.metrics(instances).await }
@@ -680,6 +710,10 @@ calls! {
     read console_log(me, request: ConsoleLog) -> Vec<u8> {
         let (_, driver) = me.known(request.instance)?;
         let max = request.max.min(CONSOLE_LOG) as usize;
+        if request.runner {
+            let log = driver.runner_log(request.instance, max, request.clear).await?;
+            return Ok(crate::logs::without_places(&log, &me.options.dir));
+        }
         match driver.console_log(request.instance, max, request.clear).await {
             // Nothing was ever written.
             Err(e) if e.is(ErrorKind::NotFound) => Ok(vec![]),

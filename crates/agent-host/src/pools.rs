@@ -45,6 +45,18 @@ pub(crate) struct PoolPlace {
     launcher: Launcher,
 }
 
+/// What a pool is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// To use it; what is missing is made.
+    Make,
+    /// To use it; what is missing is an error, because what was once made is only hidden, by a file system that is not
+    /// mounted, say.
+    Use,
+    /// To see what it has, and change nothing.
+    Look,
+}
+
 /// What a granted source is.
 pub(crate) enum Granted {
     Directory(PathBuf),
@@ -72,22 +84,21 @@ impl PoolPlace {
         &self.launcher
     }
 
-    /// Opens it. `make`: what is missing is made; without it that is an error, because what was once made is only hidden,
-    /// by a file system that is not mounted, say.
+    /// Opens it for `purpose`.
     pub async fn open(
         &self,
         spec: &PoolSpec,
         policy: &HostPolicy,
-        make: bool,
+        purpose: Purpose,
     ) -> Result<Arc<dyn PoolDriver>> {
         let source = match &spec.source {
             PoolSource::Own { .. } => None,
             PoolSource::Granted { source } => {
                 policy.check_pool_source(spec.kind, source)?;
-                Some(self.look(spec.kind, source).await?)
+                Some(look(spec.kind, source).await?)
             }
         };
-        if !make {
+        if purpose != Purpose::Make {
             self.demand_made(spec.kind, source.as_ref())?;
         }
         let launcher = self.launcher.clone();
@@ -100,11 +111,11 @@ impl PoolPlace {
             }
             (PoolKind::Zfs, source) => {
                 make_directory(self.directory.clone()).await?;
-                return Ok(Arc::new(self.open_zfs(spec, source, make).await?));
+                return Ok(Arc::new(self.open_zfs(spec, source, purpose).await?));
             }
             (PoolKind::Lvm, source) => {
                 make_directory(self.directory.clone()).await?;
-                return Ok(Arc::new(self.open_lvm(spec, source, make).await?));
+                return Ok(Arc::new(self.open_lvm(spec, source, purpose).await?));
             }
             (_, Some(Granted::Name(name))) => {
                 return Err(Error::invalid("source", format!("{name:?} is not an absolute path")));
@@ -136,6 +147,7 @@ impl PoolPlace {
             }
         };
         Ok(match spec.kind {
+            kind if purpose == Purpose::Look => Arc::new(FilePool::look(kind, root, launcher).await?),
             PoolKind::Btrfs => Arc::new(FilePool::btrfs(root, launcher).await?),
             _ => Arc::new(FilePool::directory(root, launcher).await?),
         })
@@ -161,25 +173,40 @@ impl PoolPlace {
         source.join(format!("karst-{}", self.id))
     }
 
-    async fn look(&self, kind: PoolKind, source: &str) -> Result<Granted> {
-        if kind.has_names() && !source.starts_with('/') {
-            return Ok(Granted::Name(source.to_owned()));
+    /// Pools that were made in a source, whoever made them, each with what it says of itself where that can be read as it
+    /// is. Nothing says of what kind a pool in a directory is: it is taken to be of `kind`, and opening it tells.
+    pub async fn at(source: String, kind: PoolKind) -> Result<Vec<(PoolSpec, Option<String>)>> {
+        let granted = look(kind, &source).await?;
+        if kind.has_names() {
+            return crate::block_pools::at(source, kind, granted).await;
         }
-        let path = PathBuf::from(source);
-        let field = source.to_owned();
         blocking(move || {
-            let wrong = |text: &str| Error::invalid("source", format!("{field:?} {text}"));
-            let found = std::fs::metadata(&path).map_err(|e| wrong("is not on this host").with_context(e))?;
-            if found.file_type().is_block_device() {
-                return Ok(Granted::Device(path));
+            let granted_source = || PoolSource::Granted { source: source.clone() };
+            let spec = |id| PoolSpec { source: granted_source(), ..PoolSpec::own(id, kind) };
+            let mut found = vec![];
+            match granted {
+                Granted::Device(device) => {
+                    let mut block = [0u8; 4096];
+                    File::open(device)?.read_exact_at(&mut block, SUPERBLOCK)?;
+                    if &block[0x40..0x48] == MAGIC && kind == PoolKind::Btrfs {
+                        let id = uuid::Uuid::from_slice(&block[0x20..0x30]).unwrap_or_default();
+                        found.push((spec(PoolId(id)), None));
+                    }
+                }
+                Granted::Name(_) => {}
+                Granted::Directory(directory) => {
+                    for entry in std::fs::read_dir(directory)?.flatten() {
+                        let name = entry.file_name();
+                        let id = name.to_str().and_then(|n| n.strip_prefix("karst-")?.parse().ok());
+                        if let Some(id) = id.filter(|_| entry.file_type().is_ok_and(|t| t.is_dir())) {
+                            let most = karst_agent::MAX_DESCRIPTION;
+                            found.push((spec(id), karst_storage::pool_description(&entry.path(), most)?));
+                        }
+                    }
+                }
             }
-            if !found.is_dir() {
-                return Err(wrong("is neither a directory nor a block device"));
-            }
-            if found.uid() != 0 || found.mode() & 0o022 != 0 {
-                return Err(wrong("must be a directory of root that nobody else can write"));
-            }
-            Ok(Granted::Directory(path))
+            found.sort_by_key(|(spec, _)| spec.id);
+            Ok(found)
         })
         .await
     }
@@ -275,7 +302,7 @@ impl PoolPlace {
     /// Undoes what makes it usable; its content stays.
     pub async fn close(&self, spec: &PoolSpec) -> Result<()> {
         if spec.kind.has_names() {
-            return self.close_objects(spec, spec.kind == PoolKind::Lvm).await;
+            return self.close_objects(spec).await;
         }
         let directory = self.directory.clone();
         blocking(move || {
@@ -291,8 +318,10 @@ impl PoolPlace {
     /// Removes it with all that is in it. What a source holds beside the pool is not touched.
     pub async fn remove(&self, spec: &PoolSpec) -> Result<()> {
         match spec.kind {
-            PoolKind::Zfs => return self.remove_zfs(spec).await.and(self.remove_files().await),
-            PoolKind::Lvm => return self.remove_lvm(spec).await.and(self.remove_files().await),
+            PoolKind::Zfs | PoolKind::Lvm => {
+                self.remove_objects(spec).await?;
+                return self.remove_files().await;
+            }
             PoolKind::Dir | PoolKind::Btrfs => {}
         }
         if let PoolSource::Granted { source } = &spec.source {
@@ -351,6 +380,29 @@ fn gone(outcome: std::io::Result<()>) -> std::io::Result<()> {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
         _ => Ok(()),
     }
+}
+
+async fn look(kind: PoolKind, source: &str) -> Result<Granted> {
+    if kind.has_names() && !source.starts_with('/') {
+        return Ok(Granted::Name(source.to_owned()));
+    }
+    let path = PathBuf::from(source);
+    let field = source.to_owned();
+    blocking(move || {
+        let wrong = |text: &str| Error::invalid("source", format!("{field:?} {text}"));
+        let found = std::fs::metadata(&path).map_err(|e| wrong("is not on this host").with_context(e))?;
+        if found.file_type().is_block_device() {
+            return Ok(Granted::Device(path));
+        }
+        if !found.is_dir() {
+            return Err(wrong("is neither a directory nor a block device"));
+        }
+        if found.uid() != 0 || found.mode() & 0o022 != 0 {
+            return Err(wrong("must be a directory of root that nobody else can write"));
+        }
+        Ok(Granted::Directory(path))
+    })
+    .await
 }
 
 async fn make_directory(path: PathBuf) -> Result<()> {

@@ -5,6 +5,7 @@
 //! breach, so it stands in a `#[test]`.
 
 mod backups;
+mod descriptions;
 mod guests;
 mod parts;
 mod publish;
@@ -112,6 +113,7 @@ impl Subject {
             storage::bytes,
             backups::trees,
             backups::disks,
+            descriptions::of_pools_and_volumes,
             publish::images_of_trees,
             publish::images_of_disks,
             parts::networks,
@@ -214,6 +216,7 @@ impl Subject {
         let bytes = instance.0.as_bytes();
         let vm = kind == InstanceKind::VirtualMachine;
         GuestSpec {
+            application: None,
             instance,
             kind,
             generation: Generation { incarnation: 1, n: 1 },

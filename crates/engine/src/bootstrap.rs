@@ -2,8 +2,8 @@
 //! and network.
 
 use crate::{
-    Engine, EngineInner, context::Context, db::Tx, network::CreateNetwork, storage::CreatePool,
-    tenancy::UpdateProfile,
+    Engine, EngineInner, context::Context, db::Tx, inventory::INCARNATION_KEY, network::CreateNetwork,
+    storage::CreatePool, tenancy::UpdateProfile,
 };
 use karst_model::{
     Config, Error, Name, NodeId, ProfileId, ProjectId, Result,
@@ -36,6 +36,9 @@ pub(crate) async fn ensure_base(inner: &Arc<EngineInner>, nodes: &[(NodeId, Stri
     }
     inner
         .transact(|records, tx: &mut Tx| {
+            if records.incarnation == 0 {
+                tx.put_raw(INCARNATION_KEY, "1".into());
+            }
             if records.project(DEFAULT_PROJECT).is_err() {
                 let project = ProjectId(inner.env.uuid());
                 let config: Config = crate::tenancy::rules::FEATURES
@@ -69,7 +72,8 @@ pub(crate) async fn ensure_base(inner: &Arc<EngineInner>, nodes: &[(NodeId, Stri
 
 impl Engine {
     /// On the first start: a `default` pool, a managed network (`karstbr0` unless taken, a free subnet found by itself)
-    /// and both in the `default` profile. Later starts change nothing.
+    /// and both in the `default` profile. Later starts change nothing. A host that has pools already has lost its database:
+    /// they are taken over as they are.
     ///
     /// # Errors
     /// Those of the host. What was made until then stays and the next start goes on.
@@ -79,6 +83,7 @@ impl Engine {
             return Ok(());
         }
         let cx = Context::system();
+        self.adopt_pools(&cx).await?;
         if inner.inventory.read().pool("default").is_err() {
             let operation = self
                 .pool_create(

@@ -578,6 +578,7 @@ fn commit_new(
         project,
         fingerprint: facts.fingerprint.clone(),
         kind: facts.kind,
+        application: facts.application.clone(),
         architecture: facts.architecture.clone(),
         size: facts.size,
         filename: options.filename.clone(),

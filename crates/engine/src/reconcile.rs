@@ -50,6 +50,8 @@ pub(crate) fn spawn_all(inner: &Arc<EngineInner>) -> Vec<TaskHandle> {
     tasks.push(inner.env.spawn_task("snapshots", schedule));
     tasks.push(inner.env.spawn_task("images", crate::images::remote::follow(Arc::downgrade(inner))));
     tasks.push(inner.env.spawn_task("restarts", crate::restarts::follow(Arc::downgrade(inner))));
+    let describe = crate::recover::describe::follow(Arc::downgrade(inner));
+    tasks.push(inner.env.spawn_task("descriptions", describe));
     tasks.push(inner.env.spawn_task("housekeeping", housekeeping(Arc::downgrade(inner))));
     tasks
 }
@@ -147,7 +149,13 @@ async fn sync_once(
     }
     // What is recorded after this moment is newer than what the host is about to say.
     let as_of = inner.inventory.read().revision;
-    let seen = agent.guest_observe_all(&context, ()).await?;
+    let mut seen = agent.guest_observe_all(&context, ()).await?;
+    if rebooted {
+        // What ran when the power went may have lost what would tell why it ended. It did not shut itself down.
+        for lost in seen.iter_mut().filter(|o| o.state == RuntimeState::Stopped && o.exit.is_none()) {
+            lost.exit = Some(ExitReason::Crashed { detail: HOST_RESTARTED.into() });
+        }
+    }
     let present: BTreeSet<InstanceId> = seen.iter().map(|o| o.instance).collect();
     let mut unsure = false;
     for observed in &seen {

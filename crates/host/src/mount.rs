@@ -165,15 +165,32 @@ pub fn grown(device: &Path) -> io::Result<()> {
 /// # Errors
 /// The system refuses.
 pub fn mount(source: &Path, target: &Path, kind: &str, options: &str) -> io::Result<()> {
+    mount_with(source, target, kind, options, libc::MS_NOATIME)
+}
+
+fn mount_with(
+    source: &Path,
+    target: &Path,
+    kind: &str,
+    options: &str,
+    flags: libc::c_ulong,
+) -> io::Result<()> {
     let (source, target) = (c(source)?, c(target)?);
     let kind = std::ffi::CString::new(kind)?;
     let options = std::ffi::CString::new(options)?;
-    let flags = libc::MS_NOATIME;
     // SAFETY: four strings that live as long as the call.
     let code = unsafe {
         libc::mount(source.as_ptr(), target.as_ptr(), kind.as_ptr(), flags, options.as_ptr().cast())
     };
     if code < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// The same, for reading only: the file system is not told that it is in use. What it needs besides is in `options`.
+///
+/// # Errors
+/// The system refuses.
+pub fn mount_read_only(source: &Path, target: &Path, kind: &str, options: &str) -> io::Result<()> {
+    mount_with(source, target, kind, options, libc::MS_NOATIME | libc::MS_RDONLY)
 }
 
 /// Mounts what a descriptor names (a namespace, say) on the file `target` too.

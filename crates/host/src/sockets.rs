@@ -95,9 +95,15 @@ fn stream() -> Result<OwnedFd> {
 /// # Errors
 /// Conflict when somebody listens, or when it is no socket.
 pub fn remove_stale(directory: BorrowedFd<'_>, name: &str) -> Result<()> {
+    if is_stale(directory, name)? { remove(directory, name) } else { Ok(()) }
+}
+
+/// Is there a socket at which nobody listens any more? Asked by this process' own rights: who may not write to a socket
+/// cannot tell a dead one from another that is not its own.
+fn is_stale(directory: BorrowedFd<'_>, name: &str) -> Result<bool> {
     use rustix::io::Errno;
     let found = match statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) {
-        Err(Errno::NOENT) => return Ok(()),
+        Err(Errno::NOENT) => return Ok(false),
         found => found.map_err(|e| failed("looking at a socket", e))?,
     };
     if rustix::fs::FileType::from_raw_mode(found.st_mode) != rustix::fs::FileType::Socket {
@@ -106,12 +112,20 @@ pub fn remove_stale(directory: BorrowedFd<'_>, name: &str) -> Result<()> {
     let probe = stream()?;
     rustix::io::ioctl_fionbio(&probe, true).map_err(|e| failed("looking at a socket", e))?;
     match connect(&probe, &address(directory, name)?) {
-        Err(Errno::CONNREFUSED) => match unlinkat(directory, name, AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => Ok(()),
-            Err(e) => Err(failed("removing a socket", e)),
-        },
-        Err(Errno::NOENT) => Ok(()),
+        Err(Errno::CONNREFUSED) => Ok(true),
+        Err(Errno::NOENT) => Ok(false),
         _ => Err(Error::conflict(format!("{name:?} is taken by another program"))),
+    }
+}
+
+fn remove(directory: BorrowedFd<'_>, name: &str) -> Result<()> {
+    use rustix::io::Errno;
+    match unlinkat(directory, name, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(Errno::ACCESS | Errno::PERM) => {
+            Err(Error::forbidden(format!("a dead socket {name:?} cannot be taken away")))
+        }
+        Err(e) => Err(failed("removing a socket", e)),
     }
 }
 
@@ -138,6 +152,7 @@ pub fn listen_in(
 ) -> Result<OwnedFd> {
     let socket = stream()?;
     let at = address(directory, name)?;
+    let stale = is_stale(directory, name)?;
     let made = std::thread::scope(|s| {
         // Mask and ids of one thread, which ends right away. The kernel follows `/proc/self/fd` for every thread of the
         // process, whoever it is.
@@ -156,7 +171,9 @@ pub fn listen_in(
             if !changed {
                 return Err(Error::internal("making a socket failed", "another user could not be taken on"));
             }
-            remove_stale(directory, name)?;
+            if stale {
+                remove(directory, name)?;
+            }
             bind(&socket, &at).map_err(|e| match e {
                 rustix::io::Errno::ADDRINUSE => {
                     Error::conflict(format!("{name:?} is taken by another program"))
@@ -223,9 +240,21 @@ mod tests {
         assert_eq!(e.kind, ErrorKind::Conflict);
         assert!(remove_stale(open.as_fd(), "s").is_err(), "somebody listens");
         drop(socket);
-        drop(listen_in(open.as_fd(), "s", maker, maker, 0o600).unwrap());
-        remove_stale(open.as_fd(), "s").unwrap();
-        remove_stale(open.as_fd(), "s").unwrap();
+        // A process that another test is just starting has it still, until it executes its program.
+        let soon = |work: &dyn Fn() -> Result<()>| {
+            for _ in 0..500 {
+                match work() {
+                    Err(e) if e.kind == ErrorKind::Conflict => {
+                        std::thread::sleep(std::time::Duration::from_millis(10))
+                    }
+                    done => return done.unwrap(),
+                }
+            }
+            panic!("nobody listens any more, and it is taken");
+        };
+        soon(&|| listen_in(open.as_fd(), "s", maker, maker, 0o600).map(drop));
+        soon(&|| remove_stale(open.as_fd(), "s"));
+        soon(&|| remove_stale(open.as_fd(), "s"));
         assert!(!dir.path().join("s").exists());
         // Where the maker may not write, and what is no socket.
         std::fs::write(dir.path().join("file"), "x").unwrap();

@@ -44,6 +44,9 @@ pub struct Image {
     /// The server that it was fetched from.
     #[serde(default)]
     pub origin: Option<ImageOrigin>,
+    /// How it is run, of an image of the OCI.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub application: Option<Application>,
     /// Files of its guests that are made anew.
     #[serde(default, skip_serializing_if = "Templates::is_empty")]
     pub templates: Templates,
@@ -59,6 +62,8 @@ pub enum ImageServerProtocol {
     Incus,
     /// Ubuntu's simplestreams.
     Simplestreams,
+    /// Registries of the OCI.
+    Oci,
 }
 
 impl ImageServerProtocol {
@@ -67,6 +72,7 @@ impl ImageServerProtocol {
         match self {
             Self::Incus => "incus",
             Self::Simplestreams => "simplestreams",
+            Self::Oci => "oci",
         }
     }
 }
@@ -195,7 +201,35 @@ pub struct ImageFacts {
     /// Virtual size of a disk image in bytes; 0 for containers.
     #[serde(default)]
     pub disk_size: u64,
+    /// How an image of the OCI is run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub application: Option<Application>,
     /// Files of its guests that are made anew.
     #[serde(default, skip_serializing_if = "Templates::is_empty")]
     pub templates: Templates,
+}
+
+/// How the one program of an application container (an image of the OCI) is run.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Application {
+    /// Program and arguments; empty when the image names none.
+    pub command: Vec<String>,
+    /// Working directory.
+    pub cwd: String,
+    /// User, as the container numbers it.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Variables.
+    pub environment: std::collections::BTreeMap<String, String>,
+}
+
+/// The kernel's name of a machine that Go names otherwise (`amd64`).
+pub fn machine_name(go: &str) -> &str {
+    match go {
+        "amd64" => "x86_64",
+        "arm64" => "aarch64",
+        "386" => "i686",
+        other => other,
+    }
 }

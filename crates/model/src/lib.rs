@@ -6,6 +6,7 @@
 //! index keys. Strings that users wrote are parsed once, at the edge, into the typed specifications of this crate.
 
 pub mod access;
+pub mod application;
 pub mod applied;
 pub mod audit;
 pub mod backup;
@@ -23,6 +24,7 @@ pub mod keys_machine;
 pub mod name;
 pub mod network;
 pub mod node;
+pub mod oci;
 pub mod operation;
 pub mod profile;
 pub mod project;

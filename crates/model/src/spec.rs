@@ -5,6 +5,7 @@ use crate::{
     ByteSize, DeviceId, ImageId, InstanceId, NetworkId, PoolId, ProjectId, SnapshotId, VolumeId,
     device::{DiskIo, NicModel, NodeDevice, ParentLink, PortVlans, ProxyDevice, RoutedLink},
     firewall::{AclSpec, AddressSetSpec, ForwardSpec, Policy},
+    image::Application,
     instance::{Firmware, Generation, InstanceKind},
     network::BridgeSpec,
     storage::{PoolKind, VolumeContent},
@@ -60,6 +61,9 @@ pub struct GuestSpec {
     /// Environment of the guest's init and of exec (`environment.*`), seen inside the guest only.
     #[serde(default)]
     pub environment: BTreeMap<String, String>,
+    /// The program that runs in place of an init (application containers).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub application: Option<Application>,
 }
 
 /// Virtual hardware.
@@ -527,6 +531,21 @@ pub struct PoolOptions {
     pub file_system: Option<String>,
 }
 
+impl PoolOptions {
+    /// The keys of a pool's configuration that say the same.
+    pub fn config(&self) -> impl Iterator<Item = (&'static str, String)> {
+        let size = self.block_size.map(|s| s.bytes().to_string());
+        [
+            ("lvm.thinpool_name", self.thin_pool.clone()),
+            ("volume.zfs.block_mode", self.block_mode.map(|b| b.to_string())),
+            ("volume.zfs.blocksize", size),
+            ("volume.block.filesystem", self.file_system.clone()),
+        ]
+        .into_iter()
+        .filter_map(|(key, value)| Some((key, value?)))
+    }
+}
+
 impl PoolSpec {
     /// A pool that the host makes in its own directory, without a limit of its own.
     pub fn own(id: PoolId, kind: PoolKind) -> Self {
@@ -637,9 +656,16 @@ pub struct NetworkHost {
     /// What its port lets through; `None`: everything.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<PortSpec>,
+    /// It asks nobody for its address: the host chooses one and gives it that.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub given: bool,
     /// Its project, when that is not the network's: names are kept apart.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub view: Option<NameView>,
+}
+
+fn is_false(b: &bool) -> bool {
+    !b
 }
 
 /// The names of one project on a network that is another's.

@@ -37,8 +37,22 @@ impl PoolKind {
         }
     }
 
-    /// Those that users may make.
-    pub const OFFERED: &[PoolKind] = Self::ALL;
+    /// Those that users may make: guests on them were shown to work. The others pass the contract of pools, and wait for that.
+    pub const OFFERED: &[PoolKind] = &[PoolKind::Dir, PoolKind::Btrfs];
+
+    /// May it be made?
+    ///
+    /// # Errors
+    /// Unsupported, naming the field, for a kind that is not offered yet.
+    pub fn check_offered(self, field: &str) -> Result<()> {
+        if Self::OFFERED.contains(&self) {
+            return Ok(());
+        }
+        let offered: Vec<_> = Self::OFFERED.iter().map(|k| k.as_str()).collect();
+        let (name, offered) = (self.as_str(), offered.join(" and "));
+        let text = format!("{name:?} is a storage driver that is not offered yet; {offered} are");
+        Err(Error::unsupported(text).at(field))
+    }
 
     /// Can it be made of something that has a name on its host, a data set or volume group?
     pub fn has_names(self) -> bool {
@@ -47,10 +61,11 @@ impl PoolKind {
 
     /// Parses Incus' driver name.
     pub fn parse(field: &str, s: &str) -> Result<Self> {
-        Self::OFFERED.iter().copied().find(|k| k.as_str() == s).ok_or_else(|| {
+        let known = Self::ALL.iter().copied().find(|k| k.as_str() == s).ok_or_else(|| {
             let hint = nearest(s, Self::OFFERED.iter().map(|k| k.as_str())).unwrap_or("dir");
             Error::invalid(field, format!("{s:?} is not a storage driver of this server; {hint:?} is"))
-        })
+        })?;
+        known.check_offered(field).map(|()| known)
     }
 }
 
@@ -103,7 +118,7 @@ pub const POOL_KEYS: &[PoolKey] = &[
         name: "source",
         kinds: PoolKind::ALL,
         default: "the host's own directory, or a sparse file in it",
-        text: "Directory, block device, data set of ZFS or volume group of LVM that `pool_sources` of the host's policy grants.",
+        text: "What of the host it is made of: something that `pool_sources` of the host's policy grants.",
     },
     PoolKey {
         name: "size",
@@ -438,6 +453,21 @@ pub struct Usage {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn kinds_that_are_not_offered_are_refused_by_name() {
+        for kind in PoolKind::ALL {
+            let read = PoolKind::parse("driver", kind.as_str());
+            if PoolKind::OFFERED.contains(kind) {
+                assert_eq!(read.unwrap(), *kind);
+                continue;
+            }
+            let e = read.unwrap_err();
+            assert!(e.is(crate::ErrorKind::Unsupported) && e.field.as_deref() == Some("driver"), "{e:?}");
+            assert!(e.message.contains("not offered yet; dir and btrfs are"), "{e}");
+        }
+        assert!(PoolKind::parse("driver", "btrsf").unwrap_err().message.contains("\"btrfs\" is"));
+    }
 
     #[test]
     fn the_configuration_of_a_pool_is_read_once() {

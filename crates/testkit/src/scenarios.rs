@@ -266,9 +266,12 @@ macro_rules! scenario {
     };
 }
 
+mod recover;
+pub use recover::lose;
+
 /// All scenarios.
 pub fn all() -> Vec<Scenario> {
-    vec![
+    let mut all = vec![
         scenario!("instance-create", "empty", |_w| Ok(()), |w| {
             Ok(w.engine.instance_create(&w.admin, "default", container("c1")).await?.1)
         }),
@@ -593,6 +596,15 @@ pub fn all() -> Vec<Scenario> {
             },
             |w| stateful(w, PowerAction::Start).await
         ),
+        scenario!(
+            "instance-memory-drop",
+            "that was kept over a stop",
+            |w| {
+                machine(w).await?;
+                done(w, stateful(w, PowerAction::Stop).await).await
+            },
+            |w| w.engine.instance_memory_drop(&w.admin, "default", "c1").await
+        ),
         scenario!("snapshot-create", "of a virtual machine with its memory", |w| machine(w).await, |w| {
             snapshot_with_memory(w).await
         }),
@@ -813,5 +825,7 @@ pub fn all() -> Vec<Scenario> {
                 w.engine.volume_update(&w.admin, "default", "default", "v1", update).await
             }
         ),
-    ]
+    ];
+    all.extend(recover::scenarios());
+    all
 }

@@ -368,7 +368,9 @@ async fn files(guest: &Guest<'_>) {
 async fn console(guest: &Guest<'_>) {
     let (s, agent) = (guest.s, &guest.s.agent);
     let instance = guest.spec.instance;
-    let log = |max, clear| ConsoleLog { instance, max, clear };
+    let log = |max, clear| ConsoleLog { instance, max, clear, runner: false };
+    let runner = ConsoleLog { runner: true, ..log(64, false) };
+    assert!(agent.console_log(&s.read(), runner).await.unwrap().len() <= 64);
     s.until("something on the console", s.boot, async || {
         let log = agent.console_log(&s.read(), log(1 << 20, false)).await.unwrap();
         (!log.is_empty()).then_some(())
@@ -442,6 +444,8 @@ async fn machine_only(guest: &Guest<'_>) {
     });
     assert!(greeting.await.unwrap().unwrap().starts_with(b"RFB 003."));
     agent.session_close(&s.read(), display.value).await.unwrap();
+    // What runs keeps no memory over a stop.
+    refused(agent.machine_memory_drop(&s.change(), instance).await, ErrorKind::Conflict);
 }
 
 /// Of a volume that a paused guest has, snapshots and copies can be taken, and nothing can replace what is in it.

@@ -40,6 +40,7 @@ impl SimulatedAgent {
         let part = ImagePart::Unified;
         let parts = vec![(part, super::files::content(&text)?.into(), text.len() as u64)];
         let facts = ImageFacts {
+            application: None,
             properties,
             templates,
             expires_at: request.metadata["expiry_date"].as_i64().unwrap_or_default(),

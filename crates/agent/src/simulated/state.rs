@@ -26,6 +26,7 @@ pub(super) struct State {
     pub pools: BTreeMap<PoolId, PoolSpec>,
     pub networks: BTreeMap<NetworkId, Network>,
     pub volumes: BTreeMap<VolumeId, Volume>,
+    pub described: super::descriptions::Described,
     pub images: BTreeMap<ImageId, Image>,
     pub staged: BTreeMap<(ImageId, ImagePart), File>,
     /// Files of backups.
@@ -72,6 +73,8 @@ pub(super) struct Image {
 }
 
 pub(super) struct Guest {
+    /// Its runner's log was emptied.
+    pub runner_cleared: bool,
     pub spec: GuestSpec,
     pub state: RuntimeState,
     pub pid: u32,

@@ -21,7 +21,7 @@ use sha2::{Digest, Sha256};
 use std::{
     collections::BTreeSet,
     io::{Read, Seek, SeekFrom},
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
     time::Duration,
 };
 
@@ -156,6 +156,7 @@ impl SimulatedAgent {
         }
         state.next_pid += 1;
         let guest = Guest {
+            runner_cleared: false,
             state: RuntimeState::Running,
             pid: 100_000 + state.next_pid,
             started: self.env.monotonic(),
@@ -274,7 +275,11 @@ impl SimulatedAgent {
             size += data.len() as u64;
             parts.push((*part, file, data.len() as u64));
         }
-        let facts = self.facts(&hash.finalize(), size, kind, "imported");
+        let mut facts = self.facts(&hash.finalize(), size, kind, "imported");
+        if let Some((digest, application)) = parts.first().and_then(|(_, file, _)| layout(file)) {
+            facts.fingerprint = digest;
+            facts.application = Some(application);
+        }
         for part in &request.parts {
             state.staged.remove(&(request.image, *part));
         }
@@ -320,6 +325,7 @@ impl SimulatedAgent {
         .map(|(k, v)| (k.to_owned(), v.to_owned()))
         .into();
         ImageFacts {
+            application: None,
             fingerprint: hash.iter().map(|b| format!("{b:02x}")).collect(),
             size,
             kind,
@@ -363,6 +369,21 @@ impl SimulatedAgent {
 
     pub(super) fn ensure_network(&self, spec: NetworkSpec) -> Result<()> {
         interface_name("bridge", &spec.bridge)?;
+        let mut seen = BTreeSet::new();
+        for host in &spec.hosts {
+            let addresses = [host.ipv4.map(IpAddr::from), host.ipv6.map(IpAddr::from)];
+            for address in addresses.into_iter().flatten() {
+                if !spec.spec.takes(address) {
+                    return Err(Error::invalid("hosts", format!("{address} is not an address for a guest")));
+                }
+                if !seen.insert(address.to_string()) {
+                    return Err(Error::conflict(format!("two guests have the address {address}")));
+                }
+            }
+            if !seen.insert(host.mac.to_ascii_lowercase()) {
+                return Err(Error::conflict(format!("two guests have the MAC address {}", host.mac)));
+            }
+        }
         let mut state = self.lock();
         let other = state.networks.values().any(|n| n.spec.bridge == spec.bridge && n.spec.id != spec.id);
         if other || self.options.foreign_bridges.contains(&spec.bridge) {
@@ -598,4 +619,26 @@ pub(super) fn stopped(guest: GuestRef) -> Observed {
         applied_spec_version: 0,
         accelerator: None,
     }
+}
+
+/// Digest of the manifest of an archive of an OCI layout whose first two files are `oci-layout` and a short `index.json`, and a
+/// program, whatever its image says.
+fn layout(file: &std::fs::File) -> Option<(String, karst_model::image::Application)> {
+    let mut file = file;
+    file.seek(SeekFrom::Start(0)).ok()?;
+    let mut head = vec![0; 2048];
+    file.read_exact(&mut head).ok()?;
+    if !head.starts_with(b"oci-layout\0") || !head[1024..].starts_with(b"index.json\0") {
+        return None;
+    }
+    let text = String::from_utf8_lossy(&head[1536..]).into_owned();
+    let digest = text.split("sha256:").nth(1)?.get(..64)?.to_owned();
+    let application = karst_model::image::Application {
+        command: vec!["/bin/server".into(), "--port=80".into()],
+        cwd: "/srv".into(),
+        uid: 101,
+        gid: 101,
+        environment: [("PATH".to_owned(), "/bin".to_owned())].into(),
+    };
+    Some((digest, application))
 }

@@ -160,6 +160,20 @@ pub fn render(guest: &ResolvedGuest, host: HostFeatures) -> Result<String> {
             set("lxc.mount.entry", &mount);
         }
     }
+    if let Some(application) = &guest.application {
+        let program = &application.program;
+        line(&program.cwd, "config.oci.cwd")?;
+        set("lxc.init.cwd", &program.cwd);
+        for (key, id) in [("uid", program.uid), ("gid", program.gid)] {
+            if id >= guest.ids.count {
+                let text = format!("the container has users and groups below {} only", guest.ids.count);
+                return Err(Error::invalid(format!("config.oci.{key}"), text));
+            }
+            set(&format!("lxc.init.{key}"), &id.to_string());
+        }
+        // What an init would have mounted.
+        set("lxc.mount.entry", "tmpfs dev/shm tmpfs nosuid,nodev,noexec,mode=1777,size=64m,create=dir 0 0");
+    }
     if guest.security.nesting {
         // The kernel lets a nested user namespace mount a fresh proc and sysfs only where a full one is visible.
         set("lxc.mount.entry", "proc dev/.lxc/proc proc create=dir,optional 0 0");
@@ -218,6 +232,13 @@ pub fn render(guest: &ResolvedGuest, host: HostFeatures) -> Result<String> {
         if let Some(mtu) = nic.mtu {
             net("mtu", &mtu.to_string());
         }
+        let given = guest.application.as_ref().and_then(|a| a.addresses.get(&nic.name));
+        if let Some((address, gateway)) = given {
+            net("ipv4.address", &address.to_string());
+            if let Some(gateway) = gateway {
+                net("ipv4.gateway", &gateway.to_string());
+            }
+        }
     }
     if !guest.environment.contains_key("PATH") {
         set("lxc.environment", &format!("PATH={}", crate::attach::PATH));
@@ -262,6 +283,7 @@ mod tests {
 
     fn guest() -> ResolvedGuest {
         ResolvedGuest {
+            application: None,
             instance: "6c0f7f0e-0000-4000-8000-000000000001".parse().unwrap(),
             kind: InstanceKind::Container,
             generation: Generation { incarnation: 1, n: 3 },
@@ -354,6 +376,37 @@ mod tests {
         assert_eq!(e.field.as_deref(), Some("config.linux.sysctl.net.x"));
         let calls = karst_model::syscalls::parse("x", "keyctl errno 38\nptrace").unwrap();
         assert!(seccomp(&calls).ends_with("delete_module errno 1\nkeyctl errno 38\nptrace kill\n"));
+    }
+
+    #[test]
+    fn an_application_has_its_program_and_addresses() {
+        let host = HostFeatures { unified_cgroups: true, apparmor: false };
+        let mut guest = guest();
+        let program = karst_model::image::Application {
+            command: vec!["/bin/x".into()],
+            cwd: "/srv".into(),
+            uid: 101,
+            gid: 102,
+            environment: Default::default(),
+        };
+        let address = ("10.1.2.3/24".parse().unwrap(), Some("10.1.2.1".parse().unwrap()));
+        guest.application = Some(karst_guest::ResolvedApplication {
+            program,
+            addresses: [("eth0".to_owned(), address)].into(),
+            ..Default::default()
+        });
+        let text = render(&guest, host).unwrap();
+        for line in [
+            "lxc.init.cwd = /srv",
+            "lxc.init.uid = 101",
+            "lxc.init.gid = 102",
+            "lxc.net.0.ipv4.address = 10.1.2.3/24",
+            "lxc.net.0.ipv4.gateway = 10.1.2.1",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line}: {text}");
+        }
+        guest.application.as_mut().unwrap().program.uid = 70_000;
+        assert_eq!(render(&guest, host).unwrap_err().field.as_deref(), Some("config.oci.uid"));
     }
 
     #[test]

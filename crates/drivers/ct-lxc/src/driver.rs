@@ -41,6 +41,8 @@ mod sampling;
 
 /// How long a start may take until init's program runs.
 const START: Duration = Duration::from_secs(60);
+/// How long an application's program may take to handle the signal that asks it to end.
+const DEAF: Duration = Duration::from_secs(2);
 /// How long a killed container may take to be gone.
 const FORCE: Duration = Duration::from_secs(20);
 
@@ -402,6 +404,9 @@ impl Shared {
             {
                 tracing::warn!(%instance, error = %e, context = e.context.as_deref(), "after a reboot from inside");
             }
+            if last != Some(init.pid) {
+                Self::keep_sockets(weak.clone(), instance);
+            }
             last = Some(init.pid);
             // SAFETY: it owns the only descriptor of this number and drops it together with the registration.
             let pidfd = unsafe {
@@ -492,6 +497,10 @@ impl Shared {
         }
         // INFO tells how init ended, which the exit code does not (`proc::init_end`).
         argv.extend(["-l".into(), "INFO".into()]);
+        if let Some(application) = &guest.application {
+            argv.push("--".into());
+            argv.extend(application.program.command.iter().map(Into::into));
+        }
         let spec = Spec {
             daemon: guest.daemon_id.clone(),
             instance: guest.instance.to_string(),
@@ -572,7 +581,12 @@ impl Shared {
             return Err(e);
         }
         let output = keeper::read_status(dir).map(|s| s.output).unwrap_or_default();
-        let reason = log_reason(&log).unwrap_or_else(|| "the container ended while it started".to_owned());
+        let ended = || match (&guest.application, init_end(&log)) {
+            (Some(_), Some(end)) => format!("its program ended at once ({end}); its console log says more"),
+            (Some(_), None) => "its program ended at once; set oci.entrypoint to one that stays".to_owned(),
+            _ => "the container ended while it started".to_owned(),
+        };
+        let reason = log_reason(&log).unwrap_or_else(ended);
         Err(Error::new(ErrorKind::Conflict, format!("the container could not be started: {reason}"))
             .with_context(output))
     }
@@ -585,10 +599,19 @@ impl Shared {
         if self.cgroups.is_frozen(&running.groups.limits) {
             self.cgroups.freeze(&running.groups.limits, false).await?;
         }
-        let signal = init.halt_signal();
+        let signal = if running.record.application { libc::SIGTERM } else { init.halt_signal() };
+        if running.record.application && !init.minds(signal) {
+            // The kernel keeps from the first process of a container what that does not handle: it cannot be asked to end.
+            // A program that has only just started may still prepare for it.
+            tokio::time::sleep(DEAF.min(time)).await;
+            if !init.minds(signal) {
+                init.signal(rustix::process::Signal::KILL);
+                return running.keeper.wait_exit().await.map(drop);
+            }
+        }
         let work = async {
             // An init that has not yet installed its handler ignores the signal for good.
-            while !init.handles(signal) {
+            while !running.record.application && !init.handles(signal) {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
             init.signal_number(signal)?;
@@ -614,6 +637,7 @@ fn seed_hash(guest: &ResolvedGuest) -> u64 {
     let c = &guest.cloud_init;
     (&guest.hostname, &c.instance_id, &c.user_data, &c.vendor_data, &c.network_config).hash(&mut h);
     guest.root.path.hash(&mut h);
+    guest.application.as_ref().map(|a| (&a.nameservers, &a.search, &a.addresses)).hash(&mut h);
     h.finish()
 }
 
@@ -798,6 +822,12 @@ impl GuestDriver for LxcDriver {
             keeper::clear_console_log(&dir).await?;
         }
         Ok(log)
+    }
+
+    async fn runner_log(&self, instance: InstanceId, max: usize, clear: bool) -> Result<Vec<u8>> {
+        let path = self.shared.dir(instance).join("lxc.log");
+        let read = tokio::task::spawn_blocking(move || crate::proc::runner_log(&path, max, clear));
+        read.await.map_err(|e| Error::internal("reading a log was broken off", e))?
     }
 
     fn files(&self) -> Option<&dyn GuestFiles> {

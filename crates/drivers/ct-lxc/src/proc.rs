@@ -80,6 +80,11 @@ impl Init {
         // Busybox' init waits for signals that it has blocked, which the kernel does not show as such meanwhile. For this
         // one it has a handler, from just after it blocked them.
         let signal = if self.program().as_deref() == Some("busybox") { libc::SIGTSTP } else { signal };
+        self.minds(signal)
+    }
+
+    /// As [`Init::handles`], of a program that is no init.
+    pub(crate) fn minds(&self, signal: i32) -> bool {
         ["SigCgt", "SigBlk"]
             .iter()
             .filter_map(|k| u64::from_str_radix(&status_field(self.pid, k)?, 16).ok())
@@ -116,6 +121,38 @@ pub(crate) enum InitEnd {
     Code(i32),
     /// By this signal.
     Signal(i32),
+}
+
+impl std::fmt::Display for InitEnd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Code(n) => write!(f, "code {n}"),
+            Self::Signal(n) => write!(f, "signal {n}"),
+        }
+    }
+}
+
+/// The end of `lxc-start`'s log, from the beginning of a line; `clear` empties it. There is none before the first start.
+pub(crate) fn runner_log(path: &Path, max: usize, clear: bool) -> Result<Vec<u8>> {
+    use std::io::{Read, Seek, SeekFrom};
+    let mut file = match fs::File::options().read(true).write(clear).open(path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(vec![]),
+        Err(e) => return Err(e.into()),
+    };
+    let start = file.metadata()?.len().saturating_sub(max as u64);
+    file.seek(SeekFrom::Start(start))?;
+    let mut text = vec![];
+    Read::by_ref(&mut file).take(max as u64).read_to_end(&mut text)?;
+    if start > 0 {
+        let line = text.iter().position(|b| *b == b'\n').map_or(text.len(), |n| n + 1);
+        text.drain(..line);
+    }
+    if clear {
+        // `lxc-start` appends.
+        file.set_len(0)?;
+    }
+    Ok(text)
 }
 
 /// The end of `lxc-start`'s log, at most 64 KiB.

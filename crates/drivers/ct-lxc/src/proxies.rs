@@ -178,6 +178,26 @@ fn listen(
     }
 }
 
+/// Does it listen in the guest by a path?
+pub(crate) fn listens_inside(proxy: &ProxySpec) -> bool {
+    let by_path = |(at, _): &(ProxyAddress, ProxyAddress)| matches!(at, ProxyAddress::Path(_));
+    proxy.device.in_guest && proxy.device.pairs.iter().any(by_path)
+}
+
+/// Is every place in the guest at which a proxy listens still there?
+pub(crate) fn is_there(init: &Init, proxy: &ProxySpec) -> bool {
+    let there = |path: &str| {
+        let (directory, name) = split(path)?;
+        let open = sockets::directory_in(sockets::root_of(init.pid)?.as_fd(), directory)?;
+        Ok::<_, Error>(rustix::fs::statat(&open, name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).is_ok())
+    };
+    !listens_inside(proxy)
+        || proxy.device.pairs.iter().all(|(at, _)| match at {
+            ProxyAddress::Path(path) => there(path).unwrap_or(false),
+            _ => true,
+        })
+}
+
 /// Ends a proxy and forgets it; fine when there is none. Its socket in the guest, whose `init` still runs, goes too.
 pub(crate) async fn stop(state_dir: &Path, init: Option<&Init>, proxy: &ProxySpec) -> Result<()> {
     end(&root(state_dir).join(&proxy.name)).await?;

@@ -3,7 +3,8 @@
 use karst_guest::{IdRange, ResolvedGuest, ResolvedNic, keeper::write_private};
 use karst_host::mountns::{DeviceNumber, MountKey};
 use karst_model::{
-    Error, InstanceId, Result,
+    InstanceId, Result,
+    image::Application,
     instance::Generation,
     spec::{KernelLimit, ProxySpec},
     syscalls::DeniedCall,
@@ -114,6 +115,7 @@ pub(crate) struct Fixed {
     sysctls: BTreeMap<String, String>,
     pub(crate) denied: Vec<DeniedCall>,
     raw: Option<String>,
+    program: Option<Application>,
 }
 
 impl Fixed {
@@ -124,6 +126,7 @@ impl Fixed {
             sysctls: guest.security.sysctls.clone(),
             denied: guest.security.denied_calls.clone(),
             raw: guest.security.raw_lxc.clone(),
+            program: guest.application.as_ref().map(|a| a.program.clone()),
         }
     }
 
@@ -135,6 +138,7 @@ impl Fixed {
             ("linux.sysctl", self.sysctls != other.sysctls),
             ("security.syscalls.deny", self.denied != other.denied),
             ("raw.lxc", self.raw != other.raw),
+            ("oci", self.program != other.program),
         ];
         keys.into_iter().filter(|(_, differs)| *differs).map(|(k, _)| k.to_owned()).collect()
     }
@@ -177,6 +181,9 @@ pub(crate) struct Record {
     /// What takes effect at a start only.
     #[serde(default)]
     pub(crate) fixed: Fixed,
+    /// It runs one program, and no init.
+    #[serde(default)]
+    pub(crate) application: bool,
     /// The container makes groups of its own in the hierarchy of disks' rates (v1), which rates do not reach.
     #[serde(default)]
     pub(crate) free_rates: bool,
@@ -203,19 +210,14 @@ impl Record {
             nesting: guest.security.nesting,
             guest_api: guest.security.guest_api.is_some(),
             fixed: Fixed::of(guest),
+            application: guest.application.is_some(),
             free_rates: false,
         }
     }
 
     /// Reads it; `None` when there is none.
     pub(crate) fn read(dir: &Path) -> Result<Option<Self>> {
-        match std::fs::read(dir.join(FILE)) {
-            Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|e| {
-                Error::internal("the guest's record cannot be read", e).with_context(dir.display())
-            }),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(e.into()),
-        }
+        karst_guest::record::read(dir, FILE)
     }
 
     pub(crate) fn write(&self, dir: &Path) -> Result<()> {

@@ -2,7 +2,7 @@
 //! cloud-init is installed, and the files of its image's templates. By the same helper and rules as the users' files, so a hostile image gains nothing.
 
 use crate::attach::Helper;
-use karst_guest::ResolvedGuest;
+use karst_guest::{ResolvedApplication, ResolvedGuest};
 use karst_host::overlay::{self, Held};
 use karst_keeper::attach::{Operation, Request};
 use karst_model::{Error, ErrorKind, Result, spec::GuestFile};
@@ -86,6 +86,33 @@ impl Root<'_> {
     }
 }
 
+impl Root<'_> {
+    /// What a program without an init needs to know of names.
+    async fn names(&self, application: &ResolvedApplication) -> Result<()> {
+        let name = &self.guest.hostname;
+        let mut hosts = format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost\n127.0.1.1\t{name}\n");
+        let mut resolv = String::new();
+        if let Some((address, _)) = application.addresses.values().next() {
+            hosts = hosts.replace("127.0.1.1", &address.addr().to_string());
+        }
+        if !application.search.is_empty() {
+            resolv.push_str(&format!("search {}\n", application.search.join(" ")));
+        }
+        for server in &application.nameservers {
+            resolv.push_str(&format!("nameserver {server}\n"));
+        }
+        for (path, content) in [("/etc/hosts", hosts), ("/etc/resolv.conf", resolv)] {
+            // Images have links there that lead nowhere.
+            let request = Request { operation: Operation::Delete, path: path.into(), ..Request::default() };
+            match self.call(request, None).await {
+                Err(e) if !matches!(e.kind, ErrorKind::NotFound) => return Err(e),
+                _ => self.file(path, Some(0o644), &content).await?,
+            }
+        }
+        Ok(())
+    }
+}
+
 /// The NoCloud files: name, content.
 fn nocloud(guest: &ResolvedGuest) -> Result<Vec<(&'static str, String)>> {
     let c = &guest.cloud_init;
@@ -132,6 +159,9 @@ async fn beginning(guest: &ResolvedGuest, root: &Root<'_>, previous: Option<&str
     if previous != Some(guest.hostname.as_str()) {
         // systemd takes the name from here, whatever the container was started with.
         root.file("/etc/hostname", None, &format!("{}\n", guest.hostname)).await?;
+    }
+    if let Some(application) = &guest.application {
+        return root.names(application).await;
     }
     let wanted = !guest.cloud_init.instance_id.is_empty();
     if wanted && root.exists("/usr/bin/cloud-init").await? {

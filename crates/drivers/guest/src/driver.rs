@@ -63,6 +63,11 @@ pub trait GuestDriver: Send + Sync {
     /// The kept console log, newest at the end, at most `max` bytes; `clear` empties it.
     async fn console_log(&self, instance: InstanceId, max: usize, clear: bool) -> Result<Vec<u8>>;
 
+    /// What the program that runs the guest said since the last start, newest at the end, at most `max` bytes; `clear` empties it.
+    async fn runner_log(&self, _instance: InstanceId, _max: usize, _clear: bool) -> Result<Vec<u8>> {
+        Ok(vec![])
+    }
+
     /// Files inside; `None` where the kind has no way to reach them.
     fn files(&self) -> Option<&dyn GuestFiles>;
 
@@ -121,6 +126,9 @@ pub trait GuestMachine: Send + Sync {
 
     /// Drops what is kept with a snapshot; fine when nothing is.
     async fn state_delete(&self, instance: InstanceId, snapshot: SnapshotId) -> Result<()>;
+
+    /// Drops memory that a machine which does not run keeps over its stop; fine when there is none.
+    async fn memory_drop(&self, instance: InstanceId) -> Result<()>;
 
     /// What it shows: a descriptor that reads a PNG file. Unsupported for a machine without a display.
     async fn screenshot(&self, instance: InstanceId) -> Result<OwnedFd>;

@@ -1,15 +1,22 @@
 //! Resolved specifications: things of this machine in place of ids.
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 use karst_host::overlay::Layers;
 use karst_model::{
     Error, InstanceId, Result,
     device::{DiskIo, NicModel, ParentLink, PortVlans, RoutedLink},
+    image::Application,
     instance::{Generation, InstanceKind},
     node::AcceleratorKind,
     spec::{CloudInit, GuestFile, Limits, MachineSpec, ProxySpec, Security},
 };
-use std::{collections::BTreeMap, os::fd::OwnedFd, path::PathBuf, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr},
+    os::fd::OwnedFd,
+    path::PathBuf,
+    sync::Arc,
+};
 
 /// A range of host user and group ids that belongs to one guest alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -67,6 +74,21 @@ pub struct ResolvedGuest {
     pub files: Vec<GuestFile>,
     /// Environment seen inside the guest.
     pub environment: BTreeMap<String, String>,
+    /// The program that runs in place of an init (application containers).
+    pub application: Option<ResolvedApplication>,
+}
+
+/// An application container's program, and what an init would have found out for it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ResolvedApplication {
+    /// How it is run.
+    pub program: Application,
+    /// IPv4 addresses by the names of NICs, each with its gateway.
+    pub addresses: BTreeMap<String, (Ipv4Net, Option<Ipv4Addr>)>,
+    /// Name servers.
+    pub nameservers: Vec<IpAddr>,
+    /// Domains in which short names are searched.
+    pub search: Vec<String>,
 }
 
 impl ResolvedGuest {

@@ -8,6 +8,7 @@
 pub mod backup;
 pub mod disk;
 pub mod metadata;
+pub mod oci;
 pub mod ova;
 pub mod pack;
 pub mod qcow2;

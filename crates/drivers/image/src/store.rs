@@ -366,7 +366,9 @@ impl ImageStore {
         Ok(Record {
             unified,
             facts: ImageFacts {
-                fingerprint,
+                // The world knows an image of the OCI by the digest of its manifest.
+                fingerprint: found.digest.unwrap_or(fingerprint),
+                application: found.application,
                 size,
                 kind,
                 architecture: metadata.architecture,

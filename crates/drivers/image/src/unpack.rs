@@ -6,7 +6,7 @@
 //! it would stop what this misses; this exists so that the user reads what is wrong with the file.
 
 use crate::metadata;
-use karst_model::{Error, ErrorKind, Result, template};
+use karst_model::{Error, ErrorKind, Result, image::Application, template};
 use rustix::{
     fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Timestamps, XattrFlags},
     io::Errno,
@@ -14,7 +14,7 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 use std::{
     cell::Cell,
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     fs::File,
     io::{self, Read, Seek, SeekFrom, Write},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -85,6 +85,12 @@ pub struct Found {
     pub entries: u64,
     /// Bytes of files.
     pub bytes: u64,
+    /// Of an image of the OCI: the digest of its manifest, and how it is run.
+    #[serde(default)]
+    pub digest: Option<String>,
+    /// See `digest`.
+    #[serde(default)]
+    pub application: Option<Application>,
 }
 
 /// Unpacks `input` below the directory `out`: the root file system into `tree/`, the disk into `rootfs.img`;
@@ -94,10 +100,6 @@ pub struct Found {
 /// Invalid for anything wrong with the archive, quota when the disk is full.
 pub fn unpack(input: impl Read, out: &Path, task: &Task) -> Result<Found> {
     let field = task.field.as_str();
-    let consumed = Rc::new(Cell::new(0));
-    let input = Counted { inner: input, consumed: consumed.clone() };
-    let inner = decompress(input, field)?;
-    let mut stream = Tail { inner, last: [1; 512], total: 0, consumed, ratio: task.bounds.ratio };
     let root = rustix::fs::open(out, OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
         .map_err(io::Error::from)?;
     let mut w = Unpacker {
@@ -109,31 +111,9 @@ pub fn unpack(input: impl Read, out: &Path, task: &Task) -> Result<Found> {
         found: Found::default(),
         dirs: vec![],
         parent: None,
+        layer: None,
     };
-    {
-        let mut archive = tar::Archive::new(&mut stream);
-        archive.set_ignore_zeros(false);
-        let entries = archive.entries().map_err(|e| w.broken(e))?;
-        for entry in entries {
-            let entry = entry.map_err(|e| w.broken(e))?;
-            w.entry(entry, task.part)?;
-        }
-    }
-    if stream.last.iter().any(|b| *b != 0) {
-        return Err(w.invalid("the archive is cut off: it has no end mark"));
-    }
-    // What follows the end mark is padding; reading it lets the decompressor verify its checksum.
-    let mut rest = vec![0; 64 << 10];
-    let mut drained = 0u64;
-    loop {
-        match stream.read(&mut rest) {
-            Ok(0) => break,
-            Ok(n) if drained < 64 << 20 => drained += n as u64,
-            Ok(_) => return Err(w.invalid("much data follows the end of the archive")),
-            Err(e) => return Err(w.broken(e)),
-        }
-    }
-    w.finish()?;
+    w.archive(input, task.part)?;
     let found = w.found;
     match task.part {
         Part::Unified | Part::Metadata if found.metadata.is_none() => {
@@ -151,6 +131,102 @@ pub fn unpack(input: impl Read, out: &Path, task: &Task) -> Result<Found> {
         }),
         _ => Ok(found),
     }
+}
+
+/// Layers of an image that are applied over each other.
+pub struct Layers<'a> {
+    out: OwnedFd,
+    field: &'a str,
+    bounds: Bounds,
+    found: Found,
+}
+
+impl<'a> Layers<'a> {
+    /// None yet.
+    ///
+    /// # Errors
+    /// The directory cannot be used.
+    pub fn new(out: &Path, field: &'a str, bounds: Bounds) -> Result<Self> {
+        let out = rustix::fs::open(out, OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(io::Error::from)?;
+        rustix::fs::mkdirat(&out, "tree", Mode::from(0o755)).map_err(io::Error::from)?;
+        Ok(Self { out, field, bounds, found: Found::default() })
+    }
+
+    /// Applies the next one: an archive, compressed or not, with whiteouts of what lies below.
+    ///
+    /// # Errors
+    /// As [`unpack`].
+    pub fn apply(&mut self, input: impl Read) -> Result<()> {
+        let tree = rustix::fs::openat(
+            &self.out,
+            "tree",
+            OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC,
+            Mode::empty(),
+        );
+        let tree = tree.map_err(io::Error::from)?;
+        let mut w = Unpacker {
+            root: &self.out,
+            field: self.field,
+            within: None,
+            beside: None,
+            bounds: self.bounds,
+            found: std::mem::take(&mut self.found),
+            dirs: vec![],
+            parent: None,
+            layer: Some(Layer { tree, seen: HashSet::new() }),
+        };
+        w.archive(input, Part::Root)?;
+        self.found = w.found;
+        Ok(())
+    }
+
+    /// A file of the tree, at most 1 MiB of it.
+    pub fn read(&self, path: &str) -> Option<Vec<u8>> {
+        let tree =
+            rustix::fs::openat(&self.out, "tree", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).ok()?;
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = File::from(rustix::fs::openat2(&tree, path, flags, Mode::empty(), resolve).ok()?);
+        let mut text = vec![];
+        file.metadata().ok().filter(|m| m.is_file())?;
+        file.take(1 << 20).read_to_end(&mut text).ok()?;
+        Some(text)
+    }
+
+    /// Makes the directories at which a container's own file systems are mounted, where no layer brought them.
+    ///
+    /// # Errors
+    /// Invalid when something else is there.
+    pub fn complete(&self) -> Result<()> {
+        for (name, mode) in
+            [("dev", 0o755), ("etc", 0o755), ("proc", 0o755), ("run", 0o755), ("sys", 0o755), ("tmp", 0o1777)]
+        {
+            let path = format!("tree/{name}");
+            match rustix::fs::mkdirat(&self.out, &path, Mode::from(mode)) {
+                Ok(()) => {
+                    // The mask of the process is not the image's.
+                    rustix::fs::chmodat(&self.out, &path, Mode::from(mode), AtFlags::empty())
+                        .map_err(io::Error::from)?;
+                }
+                Err(Errno::EXIST) => {}
+                Err(e) => return Err(io::Error::from(e).into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// What was found in all of them.
+    pub fn found(self) -> Found {
+        self.found
+    }
+}
+
+/// A layer that is being applied.
+struct Layer {
+    tree: OwnedFd,
+    /// What it brought itself, which its whiteouts do not mean.
+    seen: HashSet<Vec<u8>>,
 }
 
 /// Counts what comes through and remembers the last 512 bytes.
@@ -232,9 +308,42 @@ struct Unpacker<'a> {
     /// Directories and their times, set when nothing is stored in them any more.
     dirs: Vec<(Vec<u8>, i64)>,
     parent: Option<(Vec<u8>, OwnedFd)>,
+    layer: Option<Layer>,
 }
 
 impl Unpacker<'_> {
+    /// Stores a whole archive.
+    fn archive(&mut self, input: impl Read, part: Part) -> Result<()> {
+        let consumed = Rc::new(Cell::new(0));
+        let input = Counted { inner: input, consumed: consumed.clone() };
+        let inner = decompress(input, self.field)?;
+        let mut stream = Tail { inner, last: [1; 512], total: 0, consumed, ratio: self.bounds.ratio };
+        {
+            let mut archive = tar::Archive::new(&mut stream);
+            archive.set_ignore_zeros(false);
+            let entries = archive.entries().map_err(|e| self.broken(e))?;
+            for entry in entries {
+                let entry = entry.map_err(|e| self.broken(e))?;
+                self.entry(entry, part)?;
+            }
+        }
+        if stream.last.iter().any(|b| *b != 0) {
+            return Err(self.invalid("the archive is cut off: it has no end mark"));
+        }
+        // What follows the end mark is padding; reading it lets the decompressor verify its checksum.
+        let mut rest = vec![0; 64 << 10];
+        let mut drained = 0u64;
+        loop {
+            match stream.read(&mut rest) {
+                Ok(0) => break,
+                Ok(n) if drained < 64 << 20 => drained += n as u64,
+                Ok(_) => return Err(self.invalid("much data follows the end of the archive")),
+                Err(e) => return Err(self.broken(e)),
+            }
+        }
+        self.finish()
+    }
+
     fn invalid(&self, what: impl Into<String>) -> Error {
         Error::invalid(self.field, what)
     }
@@ -258,7 +367,7 @@ impl Unpacker<'_> {
         })
     }
 
-    fn entry<R: Read>(&mut self, entry: tar::Entry<'_, R>, part: Part) -> Result<()> {
+    fn entry<R: Read>(&mut self, mut entry: tar::Entry<'_, R>, part: Part) -> Result<()> {
         self.found.entries += 1;
         if self.found.entries > self.bounds.entries {
             return Err(self.invalid(format!("the archive has more than {} entries", self.bounds.entries)));
@@ -289,7 +398,95 @@ impl Unpacker<'_> {
         } else if inside.starts_with(b"tree") {
             self.found.tree = true;
         }
+        if self.layer.is_some() && inside == b"tree" {
+            return self.top(&mut entry);
+        }
+        if self.layer.is_some() && self.whiteout(&inside)? {
+            return Ok(());
+        }
         self.node(entry, &inside, part)
+    }
+
+    /// The tree's own directory, as a layer has it.
+    fn top<R: Read>(&self, entry: &mut tar::Entry<'_, R>) -> Result<()> {
+        let attributes = self.attributes(entry)?;
+        let mode = entry.header().mode().map_err(|e| self.broken(e))? & 0o7777;
+        match (&self.layer, entry.header().entry_type()) {
+            (Some(layer), tar::EntryType::Directory) => self.own(&layer.tree, &attributes, mode, b"/"),
+            _ => Err(self.invalid("the top of a layer is no directory")),
+        }
+    }
+
+    /// Acts on a mark that something of the layers below is not there; is it one?
+    fn whiteout(&mut self, path: &[u8]) -> Result<bool> {
+        let at = path.iter().rposition(|b| *b == b'/').map_or(0, |i| i + 1);
+        let (above, name) = (&path[..at.saturating_sub(1)], &path[at..]);
+        let Some(gone) = name.strip_prefix(b".wh.".as_slice()) else {
+            if let Some(layer) = &mut self.layer {
+                layer.seen.insert(path.to_vec());
+            }
+            return Ok(false);
+        };
+        self.parent = None;
+        let opened = self.open_beneath(above, OFlags::RDONLY | OFlags::DIRECTORY);
+        let directory = match opened {
+            // What is not there needs not to go.
+            Err(Errno::NOENT | Errno::NOTDIR) => return Ok(true),
+            r => self.store(r, path)?,
+        };
+        match gone {
+            b".wh..opq" => self.clear_below(&directory, above)?,
+            // Other marks of aufs mean nothing.
+            _ if gone.starts_with(b".wh.") => {}
+            b"" | b"." | b".." => return Err(self.invalid(format!("{:?} names nothing", show(path)))),
+            name => self.clear_one(&directory, name, &[above, b"/", name].concat())?,
+        }
+        Ok(true)
+    }
+
+    /// Removes what lies in a directory and does not come from this layer.
+    fn clear_below(&self, directory: &OwnedFd, path: &[u8]) -> Result<()> {
+        let mut names = vec![];
+        let list = rustix::fs::Dir::read_from(directory);
+        for entry in self.store(list, path)? {
+            let name = self.store(entry, path)?.file_name().to_bytes().to_vec();
+            if name != b"." && name != b".." {
+                names.push(name);
+            }
+        }
+        names.iter().try_for_each(|name| self.clear_one(directory, name, &[path, b"/", name].concat()))
+    }
+
+    /// Removes what has this name and does not come from this layer.
+    fn clear_one(&self, directory: &OwnedFd, name: &[u8], path: &[u8]) -> Result<()> {
+        let own = self.layer.as_ref().is_some_and(|l| l.seen.contains(path));
+        self.clear_entry(directory, name, path, own)
+    }
+
+    /// As [`Self::clear_one`]; `own` tells whether it comes from this layer.
+    fn clear_entry(&self, directory: &OwnedFd, name: &[u8], path: &[u8], own: bool) -> Result<()> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        match rustix::fs::openat(directory, name, flags, Mode::empty()) {
+            Ok(inner) => {
+                self.clear_below(&inner, path)?;
+                if own {
+                    return Ok(());
+                }
+                // Not empty: something of this layer is in it.
+                match rustix::fs::unlinkat(directory, name, AtFlags::REMOVEDIR) {
+                    Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY) => Ok(()),
+                    r => self.store(r, path),
+                }
+            }
+            Err(Errno::NOENT) => Ok(()),
+            Err(Errno::NOTDIR | Errno::LOOP) if own => Ok(()),
+            Err(Errno::NOTDIR | Errno::LOOP) => match rustix::fs::unlinkat(directory, name, AtFlags::empty())
+            {
+                Ok(()) | Err(Errno::NOENT) => Ok(()),
+                r => self.store(r, path),
+            },
+            Err(e) => self.store(Err(e), path),
+        }
     }
 
     fn metadata<R: Read>(&mut self, mut entry: tar::Entry<'_, R>) -> Result<()> {
@@ -361,6 +558,14 @@ impl Unpacker<'_> {
     }
 
     fn open_beneath(&self, path: &[u8], flags: OFlags) -> rustix::io::Result<OwnedFd> {
+        if let Some(layer) = &self.layer {
+            // A link that a layer below made (`/lib`) is followed, within the tree.
+            let path = path.strip_prefix(b"tree".as_slice()).unwrap_or(path);
+            let path = path.strip_prefix(b"/".as_slice()).unwrap_or(path);
+            let path = if path.is_empty() { b".".as_slice() } else { path };
+            let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+            return rustix::fs::openat2(&layer.tree, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve);
+        }
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
         let path = if path.is_empty() { b".".as_slice() } else { path };
         rustix::fs::openat2(self.root, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve)
@@ -402,12 +607,29 @@ impl Unpacker<'_> {
         };
         let clear = |this: &Self| match rustix::fs::unlinkat(&parent, name, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(Errno::ISDIR) if this.layer.is_some() => {
+                // What this layer says now of the name, it says instead of a directory below.
+                this.clear_entry(&parent, name, path, false)?;
+                match rustix::fs::statat(&parent, name, AtFlags::SYMLINK_NOFOLLOW) {
+                    Err(Errno::NOENT) => Ok(()),
+                    _ => Err(this.invalid(format!("{:?} replaces a directory of its own layer", show(path)))),
+                }
+            }
             Err(Errno::ISDIR) => Err(this.invalid(format!("{:?} replaces a directory", show(path)))),
             Err(e) => this.store(Err(e), path),
         };
         match kind {
             tar::EntryType::Directory => {
                 match rustix::fs::mkdirat(&parent, name, Mode::from(0o700)) {
+                    Err(Errno::EXIST) if self.layer.is_some() && !name.is_empty() => {
+                        let found = rustix::fs::statat(&parent, name, AtFlags::SYMLINK_NOFOLLOW);
+                        let mode = self.store(found, path)?.st_mode;
+                        if FileType::from_raw_mode(mode) != FileType::Directory {
+                            clear(self)?;
+                            self.store(rustix::fs::mkdirat(&parent, name, Mode::from(0o700)), path)?;
+                            self.parent = None;
+                        }
+                    }
                     Err(Errno::EXIST) => {}
                     r => self.store(r, path)?,
                 }
@@ -600,7 +822,11 @@ impl Unpacker<'_> {
     fn finish(&mut self) -> Result<()> {
         for (path, mtime) in std::mem::take(&mut self.dirs).iter().rev() {
             let opened = self.open_beneath(path, OFlags::RDONLY | OFlags::DIRECTORY);
-            let fd = self.store(opened, path)?;
+            let fd = match opened {
+                // Replaced later in the same layer.
+                Err(Errno::NOENT | Errno::NOTDIR) if self.layer.is_some() => continue,
+                r => self.store(r, path)?,
+            };
             self.store(rustix::fs::futimens(&fd, &times(*mtime)), path)?;
         }
         Ok(())

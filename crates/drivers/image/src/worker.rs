@@ -1,6 +1,6 @@
 //! Entry point of the worker process.
 
-use crate::unpack::{Answer, Task, unpack};
+use crate::unpack::{Answer, Found, Part, Task, unpack};
 use std::{io::Write, path::Path};
 
 /// Becomes a worker; never returns. Call it first thing in `main`, before any thread exists, from the hidden subcommand
@@ -13,7 +13,7 @@ fn call(name: &str, argument: serde_json::Value) -> i32 {
     match name {
         "unpack" => {
             let answer = match serde_json::from_value::<Task>(argument) {
-                Ok(task) => Answer::from(unpack(std::io::stdin().lock(), Path::new("/out"), &task)),
+                Ok(task) => Answer::from(image(&task)),
                 Err(e) => Answer::from(Err(e.into())),
             };
             let mut out = std::io::stdout().lock();
@@ -51,6 +51,21 @@ fn call(name: &str, argument: serde_json::Value) -> i32 {
         "store" => told(crate::pack::store(std::io::stdin().lock(), Path::new("/out/upload"))),
         _ => 64,
     }
+}
+
+/// An image as it was uploaded, or a part of one.
+fn image(task: &Task) -> karst_model::Result<Found> {
+    let out = Path::new("/out");
+    if task.part == Part::Unified {
+        let input = std::fs::File::from(rustix::io::dup(std::io::stdin()).map_err(std::io::Error::from)?);
+        if input.metadata()?.is_file() {
+            if let Some(found) = crate::oci::unpack(&input, out, &task.field, task.bounds)? {
+                return Ok(found);
+            }
+            std::io::Seek::rewind(&mut &input)?;
+        }
+    }
+    unpack(std::io::stdin().lock(), out, task)
 }
 
 fn appliance(bounds: serde_json::Value) -> karst_model::Result<crate::ova::Appliance> {

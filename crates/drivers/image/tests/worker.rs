@@ -74,14 +74,19 @@ async fn a_worker_ends_with_its_task_and_at_its_time() {
         return;
     }
     let l = common::launcher();
+    let out = tempfile::tempdir().unwrap();
+    let grant = || std::os::fd::OwnedFd::from(std::fs::File::open(out.path()).unwrap());
     // Inside, standard input never ends: the worker waits for its archive.
     let (read, _write) = std::io::pipe().unwrap();
     let mark = format!("karst-test-{}", std::process::id());
     let task =
         serde_json::json!({"part": "Root", "bounds": {"bytes": 1, "entries": 1, "ratio": 1}, "field": mark});
     let limits = Limits { timeout: Duration::from_millis(300), ..Limits::default() };
-    let late =
-        Sandbox::new(&l).limits(limits).stdin(read.try_clone().unwrap().into()).call("unpack", task.clone());
+    let late = Sandbox::new(&l)
+        .limits(limits)
+        .writable("out", grant())
+        .stdin(read.try_clone().unwrap().into())
+        .call("unpack", task.clone());
     let running = tokio::spawn(late);
     for _ in 0..500 {
         if processes(&mark) > 0 {
@@ -91,7 +96,7 @@ async fn a_worker_ends_with_its_task_and_at_its_time() {
     }
     assert!(running.await.unwrap().unwrap_err().is(ErrorKind::Timeout));
     gone(&mark).await;
-    let dropped = Sandbox::new(&l).stdin(read.into()).call("unpack", task);
+    let dropped = Sandbox::new(&l).writable("out", grant()).stdin(read.into()).call("unpack", task);
     assert!(tokio::time::timeout(Duration::from_millis(300), dropped).await.is_err());
     gone(&mark).await;
     // The contained form too: what it started ends with it.

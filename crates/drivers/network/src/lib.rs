@@ -117,6 +117,19 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
         .map_err(|e| Error::internal("work on a network was broken off", e))?
 }
 
+/// What a guest is given that asks nobody.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Given {
+    /// Its address.
+    pub address: Ipv4Net,
+    /// Its way out.
+    pub gateway: Option<Ipv4Addr>,
+    /// Whom it asks for names.
+    pub nameservers: Vec<IpAddr>,
+    /// Domains of short names.
+    pub search: Vec<String>,
+}
+
 impl NetworkDriver {
     /// `daemon_id`: the short id of the daemon's instance (lower-case letters and digits, at most 8). `state_dir`: an
     /// absolute path, root-owned, the driver's alone; made when it is missing. Directories above it must allow others to pass
@@ -328,6 +341,34 @@ impl NetworkDriver {
         blocking(move || {
             let told = paths.read_spec(&known(&paths, id)?);
             Ok(leases::merge(&read_leases(&paths, id), &told.spec, &told.hosts))
+        })
+        .await
+    }
+
+    /// What a guest that asks nobody is given on a network: the address that is kept for it, and what DHCP would tell it.
+    /// `None` when the network has no IPv4, or no address was left.
+    ///
+    /// # Errors
+    /// Not found.
+    pub async fn given(&self, id: NetworkId, mac: &str) -> Result<Option<Given>> {
+        let (paths, mac) = (self.0.paths.clone(), mac.to_ascii_lowercase());
+        blocking(move || {
+            let told = paths.read_spec(&known(&paths, id)?);
+            let Some(net) = told.spec.ipv4 else { return Ok(None) };
+            let fixed = told.hosts.iter().find(|h| h.mac.eq_ignore_ascii_case(&mac)).and_then(|h| h.ipv4);
+            let kept = || paths.read_reserved(id).into_iter().find(|(m, _)| m.eq_ignore_ascii_case(&mac));
+            let Some(address) = fixed.or_else(|| kept().map(|(_, a)| a)) else { return Ok(None) };
+            let Ok(address) = Ipv4Net::new(address, net.prefix_len()) else { return Ok(None) };
+            let named = told.spec.nameservers.clone();
+            Ok(Some(Given {
+                address,
+                gateway: told.spec.dhcp_gateway.or(Some(net.addr())),
+                nameservers: if named.is_empty() { vec![IpAddr::V4(net.addr())] } else { named },
+                search: match told.spec.search.is_empty() {
+                    true => vec![told.spec.domain],
+                    false => told.spec.search,
+                },
+            }))
         })
         .await
     }
@@ -551,7 +592,8 @@ fn reserve(paths: &Paths, spec: &NetworkSpec) -> Result<NetworkSpec> {
     let Some(net) = spec.spec.ipv4 else { return Ok(effective) };
     let before = paths.read_reserved(spec.id);
     let needs = |h: &NetworkHost| {
-        h.ipv4.is_none() && (h.view.is_some() || h.port.as_ref().is_some_and(|p| p.needs_address()))
+        let ruled = || h.port.as_ref().is_some_and(|p| p.needs_address());
+        h.ipv4.is_none() && (h.given || h.view.is_some() || ruled())
     };
     if before.is_empty() && !effective.hosts.iter().any(needs) {
         return Ok(effective);

@@ -2,14 +2,19 @@
 #![allow(clippy::disallowed_methods)] // drivers and their tests are the real world
 
 pub mod contract;
+mod descriptions;
 mod driver;
 pub mod files;
 mod flush;
+mod hold;
 mod layers;
 pub mod objects;
+mod open;
 mod states;
 mod sweep;
 
+pub use descriptions::pool_description;
 pub use driver::*;
 pub use files::FilePool;
+pub use hold::{Hold, hold_by_id};
 pub use objects::ObjectPool;

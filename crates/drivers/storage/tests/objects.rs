@@ -5,12 +5,13 @@
 use karst_host::{mount, sandbox::Launcher};
 use karst_model::{ByteSize, ErrorKind, SnapshotId, VolumeId, storage::VolumeContent};
 use karst_storage::{
-    NewVolume, ObjectPool, PoolDriver, Source, contract,
+    Hold, NewVolume, ObjectPool, PoolDriver, Source, contract, hold_by_id,
     objects::{FileSystem, lvm, zfs},
 };
 use std::{
     path::{Path, PathBuf},
     process::Command,
+    sync::Arc,
 };
 
 /// The worker lies elsewhere where these programs were copied to.
@@ -38,6 +39,10 @@ fn skipped(what: &str, there: bool) -> bool {
     assert!(std::env::var_os("KARST_DEMAND_BACKENDS").is_none(), "{what} is not here");
     println!("skipped: needs root and {what}");
     true
+}
+
+fn hold() -> Arc<Hold> {
+    hold_by_id(uuid::Uuid::new_v4()).unwrap()
 }
 
 fn id() -> VolumeId {
@@ -83,22 +88,31 @@ async fn zfs_pool_keeps_the_contract() {
         println!("{name}");
         let parent = format!("{}/{name}", zpool.0);
         let options = zfs::ZfsOptions { block_mode, ..Default::default() };
-        let open = || zfs::open(&parent, d.path().join(name), options.clone(), launcher());
+        let open = || zfs::open(&parent, d.path().join(name), options.clone(), launcher(), hold());
         let pool = open().await.unwrap();
         let scratch = d.path().join("scratch");
         std::fs::create_dir(&scratch).unwrap();
         contract::check(&pool, &scratch).await;
         std::fs::remove_dir_all(&scratch).unwrap();
         let children = || out("zfs", &["list", "-H", "-o", "name", "-r", "-t", "all", &parent]);
-        assert_eq!(children(), parent, "all that was made is gone");
+        let texts = format!("{parent}\n{parent}/descriptions");
+        assert_eq!(children(), texts, "all that was made is gone");
         interrupted(&pool, |from, to| {
             let name = |n: &str| format!("{parent}/{n}");
             out("zfs", &["rename", &name(from), &name(to)]);
         })
         .await;
         drop(pool);
-        after_interruption(&open().await.unwrap()).await;
-        assert_eq!(children(), parent);
+        let before = children();
+        looked_at(&zfs::look(&parent, d.path().join(name), launcher(), hold()).await.unwrap()).await;
+        assert_eq!(children(), before, "whoever only looks changes nothing");
+        unmounted(&d.path().join(name).join("meta"));
+        let pool = open().await.unwrap();
+        after_interruption(&pool).await;
+        assert_eq!(children(), texts);
+        assert_eq!(out("zfs", &["get", "-H", "-o", "value", "volmode", &parent]), "dev");
+        full_of_things(&pool, &d.path().join(name)).await;
+        drop(pool);
         zfs::clear(&parent).await.unwrap();
         zfs::clear(&parent).await.expect("twice is once");
     }
@@ -150,25 +164,34 @@ async fn lvm_pool_keeps_the_contract() {
     let group = Group::make(d.path(), 3 << 30);
     // Somebody else's.
     out("lvcreate", &["-y", "-L", "16m", "-n", "other", &group.name]);
-    let open = || lvm::open(group.place(), d.path().join("pool"), FileSystem::Ext4, launcher());
+    let open = || lvm::open(group.place(), d.path().join("pool"), FileSystem::Ext4, launcher(), hold());
     let pool = open().await.unwrap();
     let scratch = d.path().join("scratch");
     std::fs::create_dir(&scratch).unwrap();
     contract::check(&pool, &scratch).await;
-    let left: Vec<_> = group.volumes().split_whitespace().map(str::to_owned).collect();
-    assert_eq!(left, ["other", "thin"], "all that was made is gone");
+    let left = || group.volumes().split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    assert_eq!(left(), ["k0000abcd_descriptions", "other", "thin"], "all that was made is gone");
+    let of_group = lvm::pools(&group.name).await.unwrap();
+    assert_eq!(of_group, [(group.place().id, "thin".to_owned())]);
     interrupted(&pool, |from, to| {
         out("lvrename", &[&group.name, &format!("k0000abcd_{from}"), &format!("k0000abcd_{to}")]);
     })
     .await;
     drop(pool);
+    let before = left();
+    let look = lvm::look(group.place(), d.path().join("pool"), launcher(), hold()).await.unwrap();
+    looked_at(&look).await;
+    drop(look);
+    assert_eq!(left(), before, "whoever only looks changes nothing");
+    unmounted(&d.path().join("pool/meta"));
     let pool = open().await.unwrap();
     after_interruption(&pool).await;
+    unmounted(&d.path().join("pool/meta"));
     drop(pool);
 
     // XFS, which clones with its own id.
     let root = d.path().join("xfs");
-    let pool = lvm::open(group.place(), &root, FileSystem::Xfs, launcher()).await.unwrap();
+    let pool = lvm::open(group.place(), &root, FileSystem::Xfs, launcher(), hold()).await.unwrap();
     let (a, b) = (id(), id());
     pool.create(a, &volume(Some(ByteSize::mib(320)), Source::Empty)).await.unwrap();
     std::fs::write(pool.locate(a, None).await.unwrap().path.join("x"), b"y").unwrap();
@@ -181,6 +204,7 @@ async fn lvm_pool_keeps_the_contract() {
         pool.delete(v).await.unwrap();
     }
     pool.settle().await;
+    full_of_things(&pool, &root).await;
     drop(pool);
     for _ in 0..2 {
         lvm::clear(&group.place()).await.unwrap();
@@ -196,7 +220,7 @@ async fn a_full_pool_is_told_and_leaves_nothing() {
     let d = tempfile::tempdir().unwrap();
     let group = Group::make(d.path(), 128 << 20);
     let root = d.path().join("pool");
-    let pool = lvm::open(group.place(), &root, FileSystem::Ext4, launcher()).await.unwrap();
+    let pool = lvm::open(group.place(), &root, FileSystem::Ext4, launcher(), hold()).await.unwrap();
     let source = d.path().join("raw");
     std::fs::write(&source, vec![7; 160 << 20]).unwrap();
     let disk = NewVolume {
@@ -226,6 +250,35 @@ fn file(at: &Path) -> String {
     std::fs::read_to_string(at.join("which")).unwrap_or_default()
 }
 
+fn unmounted(at: &Path) {
+    mount::unmount(at, false).unwrap();
+}
+
+/// What a survey sees of a pool that was interrupted.
+async fn looked_at(pool: &ObjectPool) {
+    let found: Vec<_> = pool.list().await.unwrap().into_iter().map(|v| v.id).collect();
+    assert_eq!(found, [VOLUME]);
+    assert_eq!(pool.snapshots().unwrap().list(VOLUME).await.unwrap()[0].0, SNAPSHOT);
+    let texts = pool.descriptions().unwrap();
+    assert_eq!(texts.description(Some(VOLUME), 100).await.unwrap().as_deref(), Some("a volume"));
+    let refused = texts.describe(Some("other".into()), vec![]).await;
+    assert!(refused.is_err(), "it is there for reading only");
+}
+
+/// A pool that is removed with what is in it: things that were made of each other.
+async fn full_of_things(pool: &ObjectPool, root: &Path) {
+    let (a, b, s) = (id(), id(), SnapshotId(uuid::Uuid::new_v4()));
+    let size = Some(ByteSize::mib(320));
+    pool.create(a, &volume(size, Source::Empty)).await.unwrap();
+    pool.snapshots().unwrap().create(a, s).await.unwrap();
+    pool.create(b, &volume(size, Source::Volume { volume: a, snapshot: Some(s) })).await.unwrap();
+    pool.descriptions().unwrap().describe(Some("a pool".into()), vec![]).await.unwrap();
+    pool.locate(b, None).await.unwrap();
+    for below in ["meta".to_owned(), format!("volumes/{a}"), format!("volumes/{b}")] {
+        unmounted(&root.join(below));
+    }
+}
+
 /// A daemon that was killed between the renames of a restore, and one in the making of a volume.
 async fn interrupted(pool: &ObjectPool, rename: impl Fn(&str, &str)) {
     let size = Some(ByteSize::mib(16));
@@ -233,6 +286,8 @@ async fn interrupted(pool: &ObjectPool, rename: impl Fn(&str, &str)) {
     let at = pool.locate(VOLUME, None).await.unwrap().path;
     std::fs::write(at.join("which"), b"old").unwrap();
     pool.snapshots().unwrap().create(VOLUME, SNAPSHOT).await.unwrap();
+    let texts = vec![(VOLUME, "a volume".to_owned())];
+    pool.descriptions().unwrap().describe(None, texts).await.unwrap();
     let (next, half) = (id(), id());
     let source = || Source::Volume { volume: VOLUME, snapshot: None };
     for (v, text) in [(next, "new"), (half, "half")] {
@@ -246,6 +301,7 @@ async fn interrupted(pool: &ObjectPool, rename: impl Fn(&str, &str)) {
     rename(&format!("volume_{}", simple(next)), &format!("next_{}", simple(VOLUME)));
     rename(&format!("volume_{}", simple(half)), &format!("work_{}", simple(half)));
     mount::unmount(at.parent().unwrap(), false).unwrap();
+    unmounted(&at.ancestors().nth(3).unwrap().join("meta"));
 }
 
 async fn after_interruption(pool: &ObjectPool) {

@@ -603,6 +603,13 @@ impl GuestDriver for QemuDriver {
         self.shared.machine(instance).await?.keeper.attach(force).await
     }
 
+    async fn runner_log(&self, instance: InstanceId, max: usize, _: bool) -> Result<Vec<u8>> {
+        // The keeper has the end of it, and writes it with its status.
+        let output = keeper::read_status(&self.shared.dir(instance)).map(|s| s.output).unwrap_or_default();
+        let start = output.len().saturating_sub(max);
+        Ok(output.as_bytes()[start..].to_vec())
+    }
+
     async fn console_log(&self, instance: InstanceId, max: usize, clear: bool) -> Result<Vec<u8>> {
         let dir = self.shared.dir(instance);
         let log = keeper::console_log(&dir, max)?;
@@ -680,6 +687,16 @@ impl GuestMachine for QemuDriver {
     async fn state_delete(&self, instance: InstanceId, snapshot: SnapshotId) -> Result<()> {
         let dir = self.shared.dir(instance);
         files(move || states::delete(&dir, snapshot)).await
+    }
+
+    async fn memory_drop(&self, instance: InstanceId) -> Result<()> {
+        let dir = self.shared.dir(instance);
+        let slot = self.shared.slot(instance);
+        let _changing = slot.changing.lock().await;
+        if keeper::is_alive(&dir) {
+            return Err(Error::conflict("the guest is running; stop it first"));
+        }
+        files(move || if dir.is_dir() { saved::discard(&dir) } else { Ok(()) }).await
     }
 
     async fn figures(&self, instance: InstanceId) -> Result<MachineFigures> {

@@ -101,7 +101,10 @@ impl Engine {
             };
             let mut copy = request.copy.clone();
             copy.kind = source.kind;
-            copy.source = InstanceSource::None;
+            copy.source = match source.is_application() {
+                true => InstanceSource::Application,
+                false => InstanceSource::None,
+            };
             let own = |k: &str| k.starts_with("volatile.") || k.starts_with("image.");
             let mut merged: Config = config.clone();
             merged.extend(copy.config.into_iter().filter(|(k, _)| !own(k)));
@@ -134,13 +137,12 @@ impl Engine {
                 let (uuid, cloud_init_id) = (instance.id.uuid(), inner.env.uuid());
                 instance.hardware = Some(Hardware { uuid, cloud_init_id, ..hardware.clone() });
                 // The buses are those of the original's machine.
-                instance.identities = expand::assign_identities(
+                instance.identities = inner.assign_identities(
+                    &records,
                     &BTreeMap::new(),
                     &parsed,
                     instance.hardware.as_ref(),
                     instance.root,
-                    &inner.daemon_id,
-                    &mut |b| inner.env.fill_random(b),
                 );
             }
             instance.metadata = source.metadata.clone();

@@ -14,6 +14,7 @@ use karst_agent::VolumeRef;
 use karst_model::{
     ByteSize, Config, Error, ImageId, InstanceId, Name, NetworkId, Result, VolumeId,
     access::Permission,
+    application,
     device::{Device, Devices, NicDevice, RootDevice},
     guest::Observed,
     instance::{DesiredPower, Generation, Hardware, Instance, InstanceKind, Lifecycle},
@@ -56,6 +57,8 @@ pub struct CreateInstance {
 pub enum InstanceSource {
     /// Empty.
     None,
+    /// Empty, and what fills it makes it an application container.
+    Application,
     /// An image by fingerprint, unique beginning of it, or alias.
     Image(String),
 }
@@ -159,7 +162,7 @@ pub(crate) fn plan(
     keys::check(&request.config, Some(request.kind))?;
     check_devices(&request.devices)?;
     let image = match &request.source {
-        InstanceSource::None => None,
+        InstanceSource::None | InstanceSource::Application => None,
         InstanceSource::Image(reference) => {
             let row = inner.resolve_image(
                 records,
@@ -215,7 +218,7 @@ pub(crate) fn plan(
         pool: karst_model::PoolId(uuid::Uuid::nil()),
         root: volume_id,
         node: node.id,
-        generation: Generation { incarnation: 1, n: 0 },
+        generation: Generation { incarnation: records.incarnation, n: 0 },
         power: DesiredPower::Stopped,
         current_snapshot: None,
         stateful: false,
@@ -224,6 +227,17 @@ pub(crate) fn plan(
         created_at: now,
         last_used_at: None,
     };
+    if request.source == InstanceSource::Application {
+        instance.volatile.insert(application::MARK.into(), "true".into());
+    }
+    if let Some(application) = image.as_ref().and_then(|i| i.application.as_ref()) {
+        // Where neither the request nor a profile says otherwise.
+        let (said, _) = records.expanded(&instance);
+        let mut filled = said.clone();
+        application::fill_in(&mut filled, application);
+        instance.config.extend(filled.into_iter().filter(|(k, _)| !said.contains_key(k)));
+        instance.volatile.insert(application::MARK.into(), "true".into());
+    }
     let (config, devices) = records.expanded(&instance);
     keys::check(&config, Some(request.kind)).map_err(|e| e.with_context("expanded"))?;
     let parsed = expand::parse_devices(&devices)?;
@@ -269,14 +283,14 @@ pub(crate) fn plan(
             cloud_init_id: inner.env.uuid(),
         });
     }
-    instance.identities = expand::assign_identities(
+    instance.identities = inner.assign_identities(
+        records,
         &BTreeMap::new(),
         &parsed,
         instance.hardware.as_ref(),
         instance.root,
-        &inner.daemon_id,
-        &mut |b| inner.env.fill_random(b),
     );
+    inner.check_addresses(records, Some(&mut *tx), &instance, &parsed)?;
     if let Some(image) = &image {
         instance.volatile.insert("volatile.base_image".into(), image.fingerprint.clone());
         templates::take(&mut instance, records, &image.templates, Trigger::Create);
@@ -312,7 +326,7 @@ pub(crate) fn plan(
     let mut start = None;
     if request.start {
         super::power::demand_startable(&instance, &records.expanded(&instance).0)?;
-        instance.generation = instance.generation.next();
+        instance.generation = instance.generation.next_in(records.incarnation);
         instance.power = DesiredPower::Running;
         instance.last_used_at = Some(now);
         let spec = inner.start_spec(records, &instance, inner.take_domain_id())?;
@@ -358,21 +372,25 @@ pub(crate) fn check_nics(records: &Records, tx: &mut Tx, parsed: &expand::Parsed
                 continue;
             }
         };
-        if let Some(address) = ipv4
-            && !bridge.ipv4.is_some_and(|n| n.contains(address))
-        {
-            return Err(Error::invalid(
-                format!("devices.{device}.ipv4.address"),
-                format!("{address} is not in the subnet of network {network:?}"),
-            ));
-        }
-        if let Some(address) = ipv6
-            && !bridge.ipv6.is_some_and(|n| n.contains(address))
-        {
-            return Err(Error::invalid(
-                format!("devices.{device}.ipv6.address"),
-                format!("{address} is not in the subnet of network {network:?}"),
-            ));
+        let addresses =
+            [("ipv4", ipv4.map(std::net::IpAddr::from)), ("ipv6", ipv6.map(std::net::IpAddr::from))];
+        for (family, address) in addresses {
+            if let Some(address) = address.filter(|a| !bridge.takes(*a)) {
+                let field = format!("devices.{device}.{family}.address");
+                let subnet = match family {
+                    "ipv4" => bridge.ipv4.map(|n| n.to_string()),
+                    _ => bridge.ipv6.map(|n| n.to_string()),
+                };
+                return Err(Error::invalid(
+                    field,
+                    match subnet {
+                        Some(subnet) => format!(
+                            "{address} is not an address for a guest of network {network:?}; choose one within {subnet} that is not the network's own"
+                        ),
+                        None => format!("network {network:?} has no {family} subnet"),
+                    },
+                ));
+            }
         }
         // They become routes of the host: whoever may have an instance must not turn others' traffic to it.
         if let Some(route) = routes.iter().find(|r| !bridge.routed().any(|net| net.contains(*r))) {

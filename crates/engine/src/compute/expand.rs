@@ -2,7 +2,7 @@
 
 use super::slots;
 use karst_model::{
-    Config, DeviceId, Error, InstanceId, Result, VolumeId,
+    Config, DeviceId, Error, InstanceId, Result, VolumeId, application,
     device::{
         Device, Devices, DiskBus, DiskDevice, DiskOrigin, NicDevice, NodeDevice, ProxyDevice, RootDevice,
     },
@@ -195,16 +195,18 @@ pub fn assign_identities(
         identity.mac = Some(match (&nic.mac, identity.mac.take()) {
             (Some(wanted), _) => wanted.clone(),
             (None, Some(kept)) => kept,
-            (None, None) => {
-                let mut b = [0u8; 3];
-                random(&mut b);
-                // 10:66:6a is the prefix that Incus registered for guests' interfaces.
-                format!("10:66:6a:{:02x}:{:02x}:{:02x}", b[0], b[1], b[2])
-            }
+            (None, None) => draw_mac(random),
         });
         new.insert(name.clone(), identity);
     }
     new
+}
+
+/// A MAC with the prefix that Incus registered for guests' interfaces.
+pub(crate) fn draw_mac(random: &mut dyn FnMut(&mut [u8])) -> String {
+    let mut b = [0u8; 3];
+    random(&mut b);
+    format!("10:66:6a:{:02x}:{:02x}:{:02x}", b[0], b[1], b[2])
 }
 
 /// Name of a NIC's host interface: `k`, the daemon's short id, and a random part; 14 bytes of at most 15.
@@ -378,6 +380,13 @@ pub fn guest_spec(
             devices: shown_devices(instance, devices),
         });
     }
+    let application = match (instance.kind, instance.is_application()) {
+        (InstanceKind::Container, true) => Some(application::parse(config)?),
+        _ => {
+            application::demand_none(config)?;
+            None
+        }
+    };
     let cloud_init_id = instance.hardware.as_ref().map_or(instance.id.uuid(), |h| h.cloud_init_id);
     Ok(GuestSpec {
         instance: instance.id,
@@ -397,6 +406,7 @@ pub fn guest_spec(
         cloud_init: keys::cloud_init(config, cloud_init_id.to_string()),
         files: vec![],
         environment: keys::environment(config),
+        application,
     })
 }
 

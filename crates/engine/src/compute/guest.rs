@@ -7,7 +7,7 @@ use karst_agent::{
 };
 use karst_env::EnvExt;
 use karst_model::{
-    Error, NodeId, Result, SessionId,
+    Error, ErrorKind, NodeId, Result, SessionId,
     access::Permission,
     guest::{ExecRequest, FileKind, FileWrite},
     instance::{InstanceKind, Status},
@@ -107,9 +107,19 @@ impl FileUpload {
     ///
     /// # Errors
     /// Those of the guest: no space, no such directory.
-    pub async fn finish(self) -> Result<()> {
-        drop(self.sink);
-        match self.session {
+    pub async fn finish(mut self) -> Result<()> {
+        self.end().await
+    }
+
+    /// What the guest says after its end of the sink was closed while there was more to write.
+    pub async fn failure(&mut self) -> Error {
+        let broken = Error::unavailable("the guest no longer takes the file's content");
+        self.end().await.err().unwrap_or(broken)
+    }
+
+    async fn end(&mut self) -> Result<()> {
+        drop(self.sink.take());
+        match self.session.take() {
             None => Ok(()),
             Some(session) => match session.wait().await? {
                 0 => Ok(()),
@@ -333,8 +343,31 @@ impl Engine {
         let permission = if clear { Permission::ResourceEdit } else { Permission::InstanceUse };
         let view = self.find(context, project, name, permission)?;
         let agent = self.inner().agents.get(view.instance.node)?;
-        let request = ConsoleLog { instance: view.instance.id, max: 1 << 20, clear };
+        let request = ConsoleLog { instance: view.instance.id, max: 1 << 20, clear, runner: false };
         agent.console_log(&CallContext::read(CALL), request).await
+    }
+
+    /// What the program that runs an instance said since its last start, newest at the end, without places of the host; empty of
+    /// one that never ran. `clear` empties it.
+    ///
+    /// # Errors
+    /// Not found, forbidden.
+    pub async fn instance_log(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        clear: bool,
+    ) -> Result<Vec<u8>> {
+        let permission = if clear { Permission::ResourceEdit } else { Permission::InstanceUse };
+        let view = self.find(context, project, name, permission)?;
+        let agent = self.inner().agents.get(view.instance.node)?;
+        let request = ConsoleLog { instance: view.instance.id, max: 1 << 20, clear, runner: true };
+        match agent.console_log(&CallContext::read(CALL), request).await {
+            // The host has not heard of it yet.
+            Err(e) if e.is(ErrorKind::NotFound) => Ok(vec![]),
+            other => other,
+        }
     }
 
     fn file_ref(

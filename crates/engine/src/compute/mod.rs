@@ -1,5 +1,6 @@
 //! Instances: the use cases.
 
+pub(crate) mod addresses;
 pub mod applied;
 pub mod copy;
 pub mod create;
@@ -9,6 +10,7 @@ pub mod disks;
 pub mod expand;
 pub mod guest;
 pub mod inside;
+pub mod memory;
 pub mod metrics;
 pub(crate) mod nics;
 pub mod power;

@@ -15,6 +15,7 @@ use karst_agent::{VolumeRebuild, VolumeRef};
 use karst_model::{
     Config, Error, ImageId, InstanceId, NodeId, Result,
     access::Permission,
+    image::Application,
     instance::{InstanceKind, Lifecycle},
     spec::VolumeSource,
     template::{Templates, Trigger},
@@ -53,13 +54,18 @@ impl Engine {
             tx.expect(row);
             tx.expect(&project);
             let image = match &source {
-                InstanceSource::None => None,
+                InstanceSource::None | InstanceSource::Application => None,
                 InstanceSource::Image(reference) => {
                     let home = records.home(&project, "features.images");
                     let image = inner.resolve_image(&records, home, reference, Some(row.kind))?;
                     if image.kind != row.kind {
                         let text =
                             format!("image {reference:?} is for a {}, not for a {}", image.kind, row.kind);
+                        return Err(Error::invalid("source.alias", text));
+                    }
+                    if row.is_application() != image.application.is_some() {
+                        let text =
+                            "application containers are rebuilt of images of the OCI, and only they are";
                         return Err(Error::invalid("source.alias", text));
                     }
                     tx.expect_unlocked(&crate::images::lock(image.id));
@@ -84,6 +90,7 @@ impl Engine {
                 },
                 fresh: machine && records.snapshots_of(row.id).is_empty(),
                 image: image.as_ref().map(|i| i.id),
+                application: image.as_ref().and_then(|i| i.application.clone()),
                 fingerprint: image.as_ref().map(|i| i.fingerprint.clone()),
                 properties: image
                     .iter()
@@ -109,6 +116,9 @@ pub struct RebuildPlan {
     image: Option<ImageId>,
     fingerprint: Option<String>,
     properties: Config,
+    /// How the image is run.
+    #[serde(default)]
+    application: Option<Application>,
     #[serde(default)]
     templates: Templates,
     path: String,
@@ -154,6 +164,11 @@ impl Saga for InstanceRebuild {
         match &plan.fingerprint {
             Some(f) => drop(instance.volatile.insert("volatile.base_image".into(), f.clone())),
             None => drop(instance.volatile.remove("volatile.base_image")),
+        }
+        if let Some(application) = &plan.application {
+            // As the image has it, whatever was set of it; further variables of the user's stay.
+            instance.config.retain(|k, _| !k.starts_with("oci."));
+            karst_model::application::fill_in(&mut instance.config, application);
         }
         super::templates::take(&mut instance, &engine.inventory.read(), &plan.templates, Trigger::Create);
         // It descends from no snapshot any more.

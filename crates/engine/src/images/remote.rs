@@ -1,4 +1,4 @@
-//! Images that come from servers: other Incus, LXD and Karst servers, and simplestreams.
+//! Images that come from servers: other Incus, LXD and Karst servers, simplestreams, and registries of the OCI.
 //!
 //! Fetching is control's work, never the host's. The front end speaks the servers' protocols behind [`ImageServers`] and
 //! writes what comes into staged parts, which the host bounds; that the files are what was asked for, the host's own hash
@@ -452,10 +452,11 @@ impl Turns {
 pub fn protocol(text: &str) -> Result<ImageServerProtocol> {
     match text {
         "simplestreams" => Ok(ImageServerProtocol::Simplestreams),
+        "oci" => Ok(ImageServerProtocol::Oci),
         "incus" | "lxd" | "" => Ok(ImageServerProtocol::Incus),
         other => Err(Error::invalid(
             "source.protocol",
-            format!("{other:?} is not a protocol of image servers; incus, lxd and simplestreams are"),
+            format!("{other:?} is not a protocol of image servers; incus, lxd, simplestreams and oci are"),
         )),
     }
 }

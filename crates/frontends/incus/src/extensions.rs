@@ -54,6 +54,8 @@ pub const TESTED: &[(&str, &str)] = &[
     ("instance_get_full", "lists_filter_and_recurse"),
     ("instance_move_config", "instances_are_moved"),
     ("instance_nic_network", "lists_filter_and_recurse"),
+    ("instance_oci", "applications_come_from_registries"),
+    ("instance_oci_entrypoint", "applications_come_from_registries"),
     ("instance_pool_move", "instances_are_moved"),
     ("instance_project_move", "instances_are_moved"),
     ("instance_snapshot_never", "snapshots_of_instances_live"),

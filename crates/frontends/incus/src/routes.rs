@@ -5,8 +5,8 @@ use crate::{
     app::Call,
     handlers::{
         access, allocations, audit, backups, certificates, events, exec, files, firewall, images, instances,
-        karst, metadata, metrics, networks, operations, profiles, projects, publish, resources, server,
-        snapshots, storage, tokens, volumes, warnings,
+        karst, logs, metadata, metrics, networks, operations, profiles, projects, publish, recover,
+        resources, server, snapshots, storage, tokens, volumes, warnings,
     },
     respond::Reply,
 };
@@ -52,7 +52,7 @@ const BUCKETS: &str = "object storage is not planned before Ceph";
 const ACLS: &str = "what ACLs log goes to the kernel's log, not to files";
 const OVN: &str = "this needs OVN networks, which come with tenant networks";
 const NVRAM: &str = "editing of firmware variables is not there yet";
-const LOGS: &str = "logs of instances are kept by their keepers and not listed yet; the console log is";
+const LOGS: &str = "what programs print goes to whoever runs them; it is not recorded yet";
 
 /// The table.
 pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
@@ -130,12 +130,12 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         HEAD "/1.0/instances/{name}/files" => files::get, "files_over_http",
         POST "/1.0/instances/{name}/files" => files::post, "files_over_http",
         DELETE "/1.0/instances/{name}/files" => files::delete, "files_over_http",
-        GET "/1.0/instances/{name}/logs"; open LOGS,
+        GET "/1.0/instances/{name}/logs" => logs::list, "instances_have_logs",
         GET "/1.0/instances/{name}/logs/exec-output"; open LOGS,
         GET "/1.0/instances/{name}/logs/exec-output/{filename}"; open LOGS,
         DELETE "/1.0/instances/{name}/logs/exec-output/{filename}"; open LOGS,
-        GET "/1.0/instances/{name}/logs/{filename}"; open LOGS,
-        DELETE "/1.0/instances/{name}/logs/{filename}"; open LOGS,
+        GET "/1.0/instances/{name}/logs/{filename}" => logs::get, "instances_have_logs",
+        DELETE "/1.0/instances/{name}/logs/{filename}" => logs::delete, "instances_have_logs",
         GET "/1.0/instances/{name}/metadata" => metadata::get, "metadata_and_templates_live",
         PUT "/1.0/instances/{name}/metadata" => metadata::change, "metadata_and_templates_live",
         PATCH "/1.0/instances/{name}/metadata" => metadata::change, "metadata_and_templates_live",
@@ -332,6 +332,8 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         PATCH "/1.0/warnings/{uuid}" => warnings::change, "warnings_live",
         DELETE "/1.0/warnings/{uuid}" => warnings::delete, "warnings_live",
         GET "/internal/ready" => server::ready, "karst_paths_answer",
+        POST "/internal/recover/import" => recover::import, "lost_volumes_are_recovered",
+        POST "/internal/recover/validate" => recover::validate, "lost_volumes_are_recovered",
         PUT "/internal/shutdown" => server::shutdown, "karst_paths_answer",
     ]
 });

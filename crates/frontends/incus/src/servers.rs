@@ -1,8 +1,9 @@
-//! Client of image servers: of the API of Incus, LXD and Karst, and of simplestreams. What a server says is foreign: every
+//! Client of image servers: of the API of Incus, LXD and Karst, of simplestreams, and of registries of the OCI. What a server says is foreign: every
 //! document, file and wait has a bound, only `https` is spoken, and a server that shows neither a certificate that the host
 //! trusts nor the one that was stated is none.
 
 mod https;
+mod registry;
 mod streams;
 
 use crate::multipart::{Multipart, boundary};
@@ -104,6 +105,7 @@ impl ImageServers for NetworkServers {
         let https = Https::new(&source.from).await?;
         match source.from.protocol {
             ImageServerProtocol::Simplestreams => streams::find(&https, source).await,
+            ImageServerProtocol::Oci => registry::find(&https, source).await,
             ImageServerProtocol::Incus => find(&https, source).await,
         }
     }
@@ -117,6 +119,7 @@ impl ImageServers for NetworkServers {
         let https = Https::new(&source.from).await?;
         match source.from.protocol {
             ImageServerProtocol::Simplestreams => streams::fetch(&https, image, to).await,
+            ImageServerProtocol::Oci => registry::fetch(&https, source, image, to).await,
             ImageServerProtocol::Incus => fetch(&https, source, image, to).await,
         }
     }

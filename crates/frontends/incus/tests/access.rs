@@ -1,9 +1,7 @@
 //! Every path that is served, asked by nobody, by somebody of another project, and by somebody who may only look.
 #![allow(clippy::disallowed_methods)] // a test
 
-mod common;
-
-use common::Server;
+use crate::common::Server;
 use hyper::Method;
 use karst_frontend_incus::routes::{State, TABLE};
 use karst_model::{
@@ -65,7 +63,7 @@ async fn furnished() -> (Server, Names) {
             }
         }
     };
-    let warning = tokio::time::timeout(common::PATIENCE, first).await.expect("a warning in time");
+    let warning = tokio::time::timeout(crate::common::PATIENCE, first).await.expect("a warning in time");
     (s, Names { network, image, warning })
 }
 
@@ -99,11 +97,17 @@ fn concrete(path: &str, names: &Names, operation: &str) -> String {
     p = p.replace("{type}", "custom").replace("{volumeName}", "data");
     p = p.replace("{snapshot}", "snap").replace("{snapshotName}", "snap");
     p = p.replace("{backup}", "kept").replace("{backupName}", "kept");
+    p = p.replace("{filename}", "lxc.log");
     assert!(!p.contains('{'), "{p}");
     if p.ends_with("/access/why") {
         return p + "?permission=instance_use&object=server";
     }
     if p.ends_with("/files") { p + "?path=/etc/hostname" } else { p }
+}
+
+/// The same, where a method names its object in the query.
+fn addressed(method: &Method, path: String) -> String {
+    if method != Method::GET && path.ends_with("/metadata/templates") { path + "?path=x.tpl" } else { path }
 }
 
 /// A body that is well-formed, so that the refusal is about who asks.
@@ -121,7 +125,10 @@ fn body(method: &Method, path: &str, image: &str) -> String {
         ("POST", "/1.0/instances/{name}/rebuild") => json!({"source": {"type": "none"}}),
         ("PUT", "/1.0/instances/{name}/state") => json!({"action": "stop"}),
         ("POST", "/1.0/instances/{name}/exec") => json!({"command": ["true"]}),
-        ("POST", "/1.0/instances/{name}/files") => return "x".into(),
+        ("POST", "/1.0/instances/{name}/files" | "/1.0/instances/{name}/metadata/templates") => {
+            return "x".into();
+        }
+        ("PUT" | "PATCH", "/1.0/instances/{name}/metadata") => json!({"properties": {}}),
         ("POST", "/1.0/storage-pools") => json!({"name": "n9", "driver": "dir"}),
         ("POST", "/1.0/images/aliases") => json!({"name": "n9", "target": image}),
         ("PUT", "/1.0/images/aliases/{name}") => json!({"target": image, "description": ""}),
@@ -204,7 +211,7 @@ async fn another_project_is_a_wall() {
     let operation = operation.json()["operation"].as_str().unwrap().rsplit('/').next().unwrap().to_owned();
     for row in TABLE.iter() {
         let State::Done(..) = row.state else { continue };
-        let path = concrete(row.path, &names, &operation);
+        let path = addressed(&row.method, concrete(row.path, &names, &operation));
         let answer = s
             .send_as(
                 with(Role::Operator, Some(other)),
@@ -250,7 +257,7 @@ async fn who_may_look_may_not_touch() {
     let (s, names) = furnished().await;
     for row in TABLE.iter() {
         let State::Done(..) = row.state else { continue };
-        let path = concrete(row.path, &names, "00000000-0000-0000-0000-000000000001");
+        let path = addressed(&row.method, concrete(row.path, &names, "00000000-0000-0000-0000-000000000001"));
         let answer = s
             .send_as(
                 with(Role::Viewer, None),
@@ -261,7 +268,9 @@ async fn who_may_look_may_not_touch() {
             .await;
         // The file of a backup is all that the owner holds.
         let whole = row.path.contains("/backups/") && row.path.ends_with("/export");
+        // What a guest's programs and its console say is for those who use it.
         let uses = whole
+            || row.path.contains("/logs")
             || ["/files", "/console", "/sftp", "/karst/check", "/screenshot"]
                 .iter()
                 .any(|e| row.path.ends_with(e));

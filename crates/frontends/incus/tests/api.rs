@@ -1,9 +1,7 @@
 //! The API by plain HTTP and websockets. Tests named in the table of paths and in the list of extensions stand here.
 #![allow(clippy::disallowed_methods)] // a test
 
-mod common;
-
-use common::{Server, expect, next, say, stream_of};
+use crate::common::{Server, expect, next, say, stream_of};
 use hyper::Method;
 use karst_frontend_incus::{extensions, routes};
 use serde_json::{Value, json};
@@ -244,7 +242,7 @@ async fn instances_are_changed_under_their_etag() {
     s.post("/1.0/instances/c2", json!({"name": "a/b"})).await.refused(400);
 }
 
-fn secrets(answer: &common::Answer) -> (String, Value) {
+fn secrets(answer: &crate::common::Answer) -> (String, Value) {
     assert_eq!(answer.status, 202, "{}", String::from_utf8_lossy(&answer.body));
     let json = answer.json();
     (json["operation"].as_str().unwrap().to_owned(), json["metadata"]["metadata"]["fds"].clone())
@@ -632,7 +630,9 @@ async fn storage_pools_live() {
         .await;
     assert_eq!((created.status, created.header("location")), (201, "/1.0/storage-pools/p2"));
     s.post("/1.0/storage-pools", json!({"name": "p2", "driver": "dir"})).await.refused(409);
-    s.post("/1.0/storage-pools", json!({"name": "p3", "driver": "ceph"})).await.refused(400);
+    for driver in ["ceph", "zfs", "lvm"] {
+        s.post("/1.0/storage-pools", json!({"name": "p3", "driver": driver})).await.refused(400);
+    }
     s.post("/1.0/storage-pools", json!({"name": "p3"})).await.refused(400);
     s.delete("/1.0/storage-pools/p2").await.metadata();
     s.delete("/1.0/storage-pools/default").await.refused(409);
@@ -793,9 +793,11 @@ fn the_table_is_whole() {
         include_str!("images.rs"),
         include_str!("metadata.rs"),
         include_str!("networks.rs"),
+        include_str!("oci.rs"),
         include_str!("pending.rs"),
         include_str!("pools.rs"),
         include_str!("clients.rs"),
+        include_str!("recover.rs"),
         include_str!("remote.rs"),
         include_str!("volumes.rs"),
     ]

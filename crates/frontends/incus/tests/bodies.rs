@@ -1,9 +1,7 @@
 //! Bodies that nobody asked for.
 #![allow(clippy::disallowed_methods)] // a test
 
-mod common;
-
-use common::Server;
+use crate::common::Server;
 use std::time::Duration;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -48,7 +46,7 @@ async fn a_late_body_of_a_get_does_not_cost_the_connection() {
         // Long enough for a server that does not wait to have answered.
         tokio::time::sleep(Duration::from_millis(100)).await;
         stream.write_all(b"null").await.unwrap();
-        let line = tokio::time::timeout(common::PATIENCE, answer(&mut stream)).await.unwrap();
+        let line = tokio::time::timeout(crate::common::PATIENCE, answer(&mut stream)).await.unwrap();
         assert!(line.contains(status), "{line}");
     }
 }
@@ -81,7 +79,7 @@ async fn who_sends_more_than_is_wanted_gets_the_answer_all_the_same() {
             }
             answer(&mut stream).await
         };
-        let line = tokio::time::timeout(common::PATIENCE, exchange).await.unwrap();
+        let line = tokio::time::timeout(crate::common::PATIENCE, exchange).await.unwrap();
         assert!(line.contains(status), "{target}: {line}");
     }
     // Who waits for leave to send gets the answer at once.
@@ -89,6 +87,6 @@ async fn who_sends_more_than_is_wanted_gets_the_answer_all_the_same() {
     let head =
         "POST /1.0/nothing HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 9000000\r\n\r\n";
     stream.write_all(head.as_bytes()).await.unwrap();
-    let line = tokio::time::timeout(common::PATIENCE, answer(&mut stream)).await.unwrap();
+    let line = tokio::time::timeout(crate::common::PATIENCE, answer(&mut stream)).await.unwrap();
     assert!(line.contains("404"), "{line}");
 }

@@ -1,9 +1,8 @@
 //! The API by the real programs `incus` 6 and `lxc` 5. Where one is not installed its tests say so and are skipped.
 #![allow(clippy::disallowed_methods)] // a test
 
-mod common;
-
-use common::{PATIENCE, Server};
+use crate::common::{PATIENCE, Server};
+use serde_json::json;
 use std::{
     path::{Path, PathBuf},
     process::Stdio,
@@ -352,4 +351,27 @@ async fn incus_monitors() {
     };
     let line = tokio::time::timeout(PATIENCE, heard).await.expect("an event in time");
     assert!(line.contains("profile-created") && line.contains("\"username\":\"root\""), "{line}");
+}
+
+/// `incus info --show-log` reads the log of what runs the guest, by a name of its own for each kind.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn instances_have_logs() {
+    let s = Server::start().await;
+    s.container("c1", false).await;
+    assert_eq!(s.get("/1.0/instances/c1/logs").await.metadata(), json!([]), "it never ran");
+    s.container("c2", true).await;
+    let vm = json!({"name": "v1", "type": "virtual-machine", "source": {"type": "none"}, "start": true});
+    s.done(s.post("/1.0/instances", vm).await).await;
+    for (name, log) in [("c2", "lxc.log"), ("v1", "qemu.log")] {
+        let path = format!("/1.0/instances/{name}/logs/{log}");
+        assert_eq!(s.get(&format!("/1.0/instances/{name}/logs")).await.metadata(), json!([path]));
+        let text = s.get(&path).await;
+        assert_eq!((text.status, &text.body[..]), (200, b"simulated: started\n".as_slice()));
+        s.delete(&path).await.metadata();
+        assert!(s.get(&path).await.body.is_empty());
+    }
+    for wrong in ["c2/logs/qemu.log", "c2/logs/..%2Fguest.json", "nope/logs/lxc.log"] {
+        s.get(&format!("/1.0/instances/{wrong}")).await.refused(404);
+    }
+    s.get("/1.0/instances/nope/logs").await.refused(404);
 }

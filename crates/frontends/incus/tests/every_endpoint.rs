@@ -1,9 +1,7 @@
 //! Bad bodies and bad paths through every endpoint of the table that changes something: refused as the client's fault, with
 //! words, and nothing has changed.
 
-mod common;
-
-use common::Server;
+use crate::common::Server;
 use hyper::Method;
 use karst_frontend_incus::routes::{State, TABLE};
 use serde_json::Value;

@@ -1,9 +1,7 @@
 //! What is kept of an image's metadata with an instance, and its templates.
 #![allow(clippy::disallowed_methods)] // a test
 
-mod common;
-
-use common::Server;
+use crate::common::Server;
 use hyper::Method;
 use serde_json::json;
 

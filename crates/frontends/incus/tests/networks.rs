@@ -1,9 +1,7 @@
 //! Networks, ACLs, address sets and forwards by plain HTTP. Tests named in the table of paths stand here too.
 #![allow(clippy::disallowed_methods)] // a test
 
-mod common;
-
-use common::Server;
+use crate::common::Server;
 use hyper::Method;
 use serde_json::json;
 

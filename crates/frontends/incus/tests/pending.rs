@@ -1,8 +1,6 @@
 //! Live against configured, over a socket: what waits for the next start is shown until it has come.
 
-mod common;
-
-use common::Server;
+use crate::common::Server;
 use serde_json::json;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,10 +1,8 @@
 //! The API over HTTPS as clients on the network meet it: who is trusted, by what, and since when no longer.
 #![allow(clippy::disallowed_methods)] // a test
 
-mod common;
-
+use crate::common::{Answer, Server, unused_address};
 use base64::Engine as _;
-use common::{Answer, Server};
 use http_body_util::{BodyExt, Full};
 use hyper::{Method, Request, body::Bytes, client::conn::http1::SendRequest};
 use hyper_util::rt::TokioIo;
@@ -121,7 +119,7 @@ impl Client {
         sender.ready().await.unwrap();
         let exchange = sender.send_request(request.body(Full::new(body.into())).unwrap());
         let (head, body) =
-            tokio::time::timeout(common::PATIENCE, exchange).await.unwrap().unwrap().into_parts();
+            tokio::time::timeout(crate::common::PATIENCE, exchange).await.unwrap().unwrap().into_parts();
         Answer {
             status: head.status.as_u16(),
             headers: head.headers,
@@ -140,14 +138,9 @@ impl Client {
 
 const BOTH: &[&rustls::SupportedProtocolVersion] = &[&rustls::version::TLS12, &rustls::version::TLS13];
 
-/// A port that was free a moment ago.
-fn free() -> SocketAddr {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
-}
-
 async fn listening() -> (Server, SocketAddr) {
     let s = Server::start().await;
-    let address = free();
+    let address = unused_address();
     let config = json!({"config": {"core.https_address": address.to_string()}});
     assert_eq!(s.put("/1.0", config).await.status, 200);
     (s, address)
@@ -415,7 +408,7 @@ async fn metrics_are_incus() {
     assert_eq!(s.post("/1.0/certificates", add(false)).await.status, 201);
     assert!(text(&scraper.get("/1.0/metrics").await).contains("c1"));
     // An address of their own, open to whoever reaches it.
-    let own = free();
+    let own = unused_address();
     let config = json!({"config": {"core.metrics_address": own.to_string()}});
     assert_eq!(s.patch("/1.0", config).await.status, 200);
     let stranger = Client::new(&s, own, false, BOTH);
@@ -439,7 +432,7 @@ async fn changes_and_refusals_are_audited() {
     for _ in 0..20 {
         stranger.get("/1.0/profiles").await.refused(403);
     }
-    s.engine.audit_flush(common::PATIENCE).await.unwrap();
+    s.engine.audit_flush(crate::common::PATIENCE).await.unwrap();
     let records = s.get("/1.0/karst/audit").await.metadata();
     let all: Vec<&Value> = records.as_array().unwrap().iter().map(|r| &r["entry"]).collect();
     let has = |what: &str, object: &str, outcome: &str| {
@@ -478,7 +471,7 @@ async fn warnings_live() {
                 }
             }
         };
-        tokio::time::timeout(common::PATIENCE, wait).await.expect("a warning in time")
+        tokio::time::timeout(crate::common::PATIENCE, wait).await.expect("a warning in time")
     };
     let found = first("new").await;
     let path = format!("/1.0/warnings/{}", found["uuid"].as_str().unwrap());

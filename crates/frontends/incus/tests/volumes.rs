@@ -1,9 +1,7 @@
 //! Custom volumes, snapshots and copies over the API.
 #![allow(clippy::disallowed_methods)] // a test
 
-mod common;
-
-use common::Server;
+use crate::common::Server;
 use hyper::Method;
 use serde_json::json;
 

@@ -1,8 +1,7 @@
 //! Domains by XML: defined, shown, changed, undefined; and what is refused leaves nothing.
 #![allow(clippy::disallowed_methods)] // a test tool
 
-mod support;
-
+use crate::support::{Client, Refused, Server, argument};
 use karst_engine::{Context, volumes::create::CreateVolume};
 use karst_frontend_libvirt::{
     error::Code,
@@ -10,7 +9,6 @@ use karst_frontend_libvirt::{
     xml::{Element, machine::read, read::document},
 };
 use karst_model::{Config, access::Principal, instance::InstanceKind, storage::VolumeContent};
-use support::{Client, Refused, Server, argument};
 
 const UUID: &str = "c7a5fdbd-edaf-9455-926a-d65c16db1809";
 

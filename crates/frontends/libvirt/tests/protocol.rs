@@ -1,8 +1,7 @@
 //! The protocol over real sockets: an engine on an in-memory store and a simulated host, and a client that speaks frames.
 #![allow(clippy::disallowed_methods)] // a test tool
 
-mod support;
-
+use crate::support::{PATIENCE, Server, argument};
 use karst_frontend_libvirt::{
     error::Code,
     frame::{Frame, Header, KEEPALIVE, Kind, Status},
@@ -12,7 +11,6 @@ use karst_frontend_libvirt::{
 };
 use karst_model::instance::InstanceKind;
 use std::sync::Arc;
-use support::{PATIENCE, Server, argument};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

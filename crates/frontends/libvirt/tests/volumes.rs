@@ -1,8 +1,7 @@
 //! Bytes of volumes as streams: up and down, sparse, broken off, beyond the end; and what runs is left alone.
 #![allow(clippy::disallowed_methods)] // a test tool
 
-mod support;
-
+use crate::support::{Client, Server, argument};
 use karst_engine::{Context, volumes::create::CreateVolume};
 use karst_frontend_libvirt::{
     error::Code,
@@ -10,7 +9,6 @@ use karst_frontend_libvirt::{
     xdr::Reader,
 };
 use karst_model::{Config, access::Principal, storage::VolumeContent};
-use support::{Client, Server, argument};
 use tokio::io::AsyncWriteExt;
 
 const SIZE: usize = 1 << 20;

@@ -3,8 +3,12 @@
 use super::{Running, Shared};
 use crate::{config::Groups, proxies, record::Record};
 use karst_guest::IdRange;
-use karst_model::{Error, Result, spec::ProxySpec};
-use std::{os::unix::fs::chown, path::Path};
+use karst_model::{Error, InstanceId, Result, spec::ProxySpec};
+use std::{os::unix::fs::chown, path::Path, sync::Weak, time::Duration};
+
+/// How often, and how many times, sockets in a guest that has begun a life are looked after.
+const LOOK: Duration = Duration::from_millis(500);
+const LOOKS: u32 = 120;
 
 /// Files of a control group that its owner writes; on v1 there are no others of that kind.
 const OWNED: [&str; 3] = ["", "cgroup.procs", "tasks"];
@@ -34,6 +38,39 @@ impl Shared {
             cgroups: &self.cgroups,
             group: &groups.keeper,
         }
+    }
+
+    /// Looks after sockets in a guest that begins a life: its init mounts file systems over places where they have been made
+    /// before it got there, such as `/run`. They are made again then.
+    pub(super) fn keep_sockets(weak: Weak<Self>, instance: InstanceId) {
+        tokio::spawn(async move {
+            for _ in 0..LOOKS {
+                tokio::time::sleep(LOOK).await;
+                let Some(shared) = weak.upgrade() else { return };
+                let Ok(running) = shared.running(instance).await else { return };
+                if !running.record.proxies.iter().any(proxies::listens_inside) {
+                    return;
+                }
+                let Some(init) = running.init() else { continue };
+                let hidden = |p: &ProxySpec| !proxies::is_there(&init, p);
+                if !running.record.proxies.iter().any(hidden) {
+                    continue;
+                }
+                let guest = shared.guest(instance);
+                let _changing = guest.changing.lock().await;
+                // As it is now.
+                let Ok(running) = shared.running(instance).await else { return };
+                for proxy in running.record.proxies.iter().filter(|p| hidden(p)) {
+                    let again = async {
+                        proxies::stop(&running.dir, None, proxy).await?;
+                        shared.start_proxies(&running, std::slice::from_ref(proxy)).await
+                    };
+                    if let Err(e) = again.await {
+                        tracing::debug!(%instance, proxy = proxy.name, error = %e, "a socket in a guest is not there yet");
+                    }
+                }
+            }
+        });
     }
 
     pub(super) async fn start_proxies(&self, running: &Running, wanted: &[ProxySpec]) -> Result<()> {

@@ -193,6 +193,7 @@ pub async fn until(what: &str, mut condition: impl FnMut() -> bool) {
 pub fn bare_guest(daemon_id: &str, guests: &Path, n: u32) -> ResolvedGuest {
     let instance = InstanceId::from(uuid::Uuid::new_v4());
     ResolvedGuest {
+        application: None,
         instance,
         kind: InstanceKind::Container,
         generation: Generation { incarnation: 1, n: 1 },

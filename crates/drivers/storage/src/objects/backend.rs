@@ -59,21 +59,34 @@ impl FileSystem {
     pub async fn make(self, device: &Path) -> Result<()> {
         let made = match self {
             // Nothing is set aside for root: the size is the tree's. The device is known to be all zeros.
-            Self::Ext4 => {
-                run(Program::MkfsExt4).args(["-q", "-F", "-m", "0", "-E", "nodiscard,lazy_itable_init=1"])
-            }
+            Self::Ext4 => run(Program::MkfsExt4).args(["-q", "-F", "-m", "0", "-E", MKFS]),
             Self::Xfs => run(Program::MkfsXfs).args(["-q", "-K"]),
         };
-        done(made.arg(device).timeout(Duration::from_secs(300))).await.map(drop)
+        done(made.arg(device).timeout(PATIENCE)).await.map(drop)
     }
 
     /// Mounts it. Clones carry the same id as what they were made of; what is deleted in it goes back to the pool.
     pub fn mount(self, device: &Path, at: &Path) -> Result<()> {
         let options = match self {
-            Self::Ext4 => "discard",
+            // The device is all zeros where nothing was written: tables of inodes need not be cleared, which would take
+            // space for each.
+            Self::Ext4 => "discard,noinit_itable",
             Self::Xfs => "discard,nouuid",
         };
         Ok(mount::mount(device, at, self.as_str(), options)?)
+    }
+
+    /// Mounts it for reading, and writes nothing, not even what its journal has still to say.
+    pub fn mount_read_only(self, device: &Path, at: &Path) -> Result<()> {
+        let options = match self {
+            Self::Ext4 => "noload",
+            Self::Xfs => "norecovery,nouuid",
+        };
+        match mount::mount_read_only(device, at, self.as_str(), options) {
+            // A daemon that is gone has left it mounted for writing: this is the same file system once more.
+            Err(e) if e.kind() == std::io::ErrorKind::ResourceBusy => self.mount(device, at),
+            other => Ok(other?),
+        }
     }
 
     /// Fills its device, which has grown; it is mounted at `at`.
@@ -82,9 +95,15 @@ impl FileSystem {
             Self::Ext4 => run(Program::Resize2fs).arg(device),
             Self::Xfs => run(Program::XfsGrowfs).arg(at),
         };
-        done(grown.timeout(Duration::from_secs(300))).await.map(drop)
+        done(grown.timeout(PATIENCE)).await.map(drop)
     }
 }
+
+/// How long a tool may take: they wait for each other and for udev, and one that is killed leaves its work half-done.
+pub const PATIENCE: Duration = Duration::from_secs(900);
+
+/// Nothing is cleared that is zeros already.
+const MKFS: &str = "nodiscard,lazy_itable_init=1,lazy_journal_init=1";
 
 /// A kind of pool. All calls are atomic: an object is there completely or not at all.
 #[async_trait]
@@ -97,6 +116,8 @@ pub trait Backend: Send + Sync + Debug {
     async fn find(&self, object: Object) -> Result<Option<Kept>> {
         Ok(self.list().await?.into_iter().find(|(o, _)| *o == object).map(|(_, kept)| kept))
     }
+    /// How the pool keeps its descriptions.
+    fn texts(&self) -> Kept;
     /// How a tree of a wanted size is kept.
     fn tree(&self, size: Option<ByteSize>) -> Kept;
     /// Makes an empty one, of zeros.
@@ -111,8 +132,8 @@ pub trait Backend: Send + Sync + Debug {
     async fn resize(&self, object: Object, kept: Kept) -> Result<()>;
     /// The block device of a disk or of a tree on one.
     async fn device(&self, object: Object) -> Result<PathBuf>;
-    /// Mounts a data set.
-    async fn mount(&self, object: Object, at: &Path) -> Result<()>;
+    /// Mounts a data set, perhaps for reading only.
+    async fn mount(&self, object: Object, at: &Path, read_only: bool) -> Result<()>;
     /// Bytes that it takes of the pool.
     async fn used(&self, object: Object, kept: Kept) -> Result<u64>;
     /// Space of the pool.
@@ -146,7 +167,7 @@ pub fn full(e: Error) -> Error {
 /// # Errors
 /// Unavailable when it does not come.
 pub async fn awaited(path: PathBuf) -> Result<PathBuf> {
-    for _ in 0..300 {
+    for _ in 0..1200 {
         if tokio::fs::try_exists(&path).await? {
             return Ok(path);
         }

@@ -4,8 +4,8 @@
 //! volume group and even a thin pool may be shared with others.
 
 use super::{
-    Object, ObjectPool,
-    backend::{Backend, FileSystem, Kept, awaited, done},
+    Hold, Object, ObjectPool,
+    backend::{Backend, FileSystem, Kept, PATIENCE, awaited, done},
 };
 use async_trait::async_trait;
 use karst_host::{Program, run, sandbox::Launcher};
@@ -15,12 +15,14 @@ use karst_model::{
 };
 use std::{
     path::{Path, PathBuf},
-    time::Duration,
+    sync::Arc,
 };
 use uuid::Uuid;
 
 /// Size of a tree without one; it takes only what is written.
 const USUAL: ByteSize = ByteSize::gib(10);
+/// Size of the file system of descriptions, of which the same holds.
+const TEXTS: ByteSize = ByteSize::gib(1);
 
 /// Where a pool of LVM is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,6 +51,7 @@ pub async fn open(
     root: impl Into<PathBuf>,
     on: FileSystem,
     worker: Launcher,
+    hold: Arc<Hold>,
 ) -> Result<ObjectPool> {
     let thin = format!("{}/{}", place.group, place.thin_pool);
     let found = lvm(["lvs", "--noheadings", "-o", "lv_attr", &thin]).output().await?;
@@ -72,8 +75,52 @@ pub async fn open(
     for part in all.chunks(64) {
         done(lvm(["lvchange", "-ay", "-K"]).args(part)).await?;
     }
-    ObjectPool::open(root.into(), std::sync::Arc::new(backend), worker).await
+    ObjectPool::open(root.into(), Arc::new(backend), worker, hold).await
 }
+
+/// Opens a pool that is there to look at what it has; nothing of it changes but that its descriptions are active.
+///
+/// # Errors
+/// The program is missing, or there is no such pool.
+pub async fn look(
+    place: LvmPlace,
+    root: impl Into<PathBuf>,
+    worker: Launcher,
+    hold: Arc<Hold>,
+) -> Result<ObjectPool> {
+    let thin = format!("{}/{}", place.group, place.thin_pool);
+    done(lvm(["lvs", "--noheadings", "-o", "lv_attr", &thin])).await?;
+    let backend = Lvm { place, on: FileSystem::Ext4 };
+    if backend.find(Object::Descriptions).await?.is_some() {
+        done(lvm(["lvchange", "-ay", "-K", &backend.name(Object::Descriptions)])).await?;
+    }
+    Ok(ObjectPool::look(root.into(), Arc::new(backend), worker, hold))
+}
+
+/// Pools that have something in a group: their ids, and the thin pool of each.
+///
+/// # Errors
+/// The program is missing, or there is no such group.
+pub async fn pools(group: &str) -> Result<Vec<(Uuid, String)>> {
+    let args = ["lvs", "--noheadings", "--separator", "|", "-o", "lv_name,lv_attr,pool_lv,lv_tags", group];
+    let out = done(lvm(args)).await?;
+    let mut found: Vec<_> = out.lines().flat_map(owners).collect();
+    found.sort();
+    found.dedup();
+    Ok(found)
+}
+
+/// Whose a volume is, by a line of `lvs`, and its thin pool, which it may be itself.
+fn owners(line: &str) -> Vec<(Uuid, String)> {
+    let fields: Vec<_> = line.trim().split('|').collect();
+    let [name, attributes, pool, tags] = fields[..] else { return vec![] };
+    let thin = if attributes.starts_with('t') { name } else { pool };
+    let ids = tags.split(',').filter_map(|t| t.strip_prefix(TAG)?.parse().ok());
+    ids.filter(|_| !thin.is_empty()).map(|id| (id, thin.to_owned())).collect()
+}
+
+/// Tags of what is a pool's begin so.
+const TAG: &str = "karst.pool.";
 
 /// Removes what is this pool's in the group: its volumes, and the thin pool when it was made for it.
 ///
@@ -94,7 +141,7 @@ pub async fn clear(place: &LvmPlace) -> Result<()> {
 }
 
 fn lvm<'a>(args: impl IntoIterator<Item = &'a str>) -> karst_host::Command {
-    run(Program::Lvm).args(args).timeout(Duration::from_secs(120)).output_cap(64 << 20)
+    run(Program::Lvm).args(args).timeout(PATIENCE).output_cap(64 << 20)
 }
 
 fn said(e: &Error, words: &str) -> bool {
@@ -108,7 +155,7 @@ impl LvmPlace {
     }
 
     fn tag(&self) -> String {
-        format!("karst.pool.{}", self.id.simple())
+        format!("{TAG}{}", self.id.simple())
     }
 }
 
@@ -171,6 +218,10 @@ impl Backend for Lvm {
         Ok(self.rows().await?.into_iter().map(|(object, kept, _)| (object, kept)).collect())
     }
 
+    fn texts(&self) -> Kept {
+        Kept { content: VolumeContent::Filesystem, size: Some(TEXTS), on: Some(FileSystem::Ext4) }
+    }
+
     fn tree(&self, size: Option<ByteSize>) -> Kept {
         Kept { content: VolumeContent::Filesystem, size: Some(size.unwrap_or(USUAL)), on: Some(self.on) }
     }
@@ -216,7 +267,7 @@ impl Backend for Lvm {
         awaited(Path::new("/dev").join(&self.place.group).join(self.short(object))).await
     }
 
-    async fn mount(&self, _: Object, _: &Path) -> Result<()> {
+    async fn mount(&self, _: Object, _: &Path, _: bool) -> Result<()> {
         Err(Error::internal("a logical volume has no data set", ""))
     }
 
@@ -262,5 +313,18 @@ mod tests {
         assert_eq!(read("karst.content.block,karst.pool.y"), None, "another pool's");
         assert_eq!(read(""), None);
         assert_eq!(row("kab_", "karst.pool.x", "  root|10737418240||"), None, "the host's own");
+    }
+
+    #[test]
+    fn pools_of_a_group_are_found_by_their_tags() {
+        let id = Uuid::from_u128(7);
+        let tag = format!("karst.pool.{}", id.simple());
+        let is = |line: String| owners(&line);
+        assert_eq!(is(format!("  thin|twi-aotz--||{tag}")), [(id, "thin".to_owned())]);
+        assert_eq!(is(format!("  k0_x|Vwi-a-tz--|t2|karst.content.block,{tag}")), [(id, "t2".to_owned())]);
+        for other in ["  root|-wi-ao----||", "  thin|twi-aotz--||theirs", "  x|-wi-ao----||karst.pool.no", ""]
+        {
+            assert_eq!(is(other.to_owned()), [], "{other}");
+        }
     }
 }

@@ -3,6 +3,7 @@
 //! ```text
 //! POOL/volumes/<volume>/    where a tree is mounted, or the directory of a disk's node
 //! POOL/work/<uuid>/         where something is mounted while it is made or read; cleared at the next start
+//! POOL/meta/                where descriptions are mounted
 //! POOL/staging/<uuid>/      disks that came from elsewhere and are not yet in the pool; cleared at the next start
 //! ```
 //! What is in the pool itself has names ([`Object`]). Something is made under a name of work and appears by being renamed;
@@ -16,10 +17,12 @@
 mod backend;
 pub mod lvm;
 mod names;
+mod texts;
 pub mod zfs;
 
 use crate::{
-    Contents, Filling, Format, Located, NewVolume, PoolDriver, Reading, Snapshots, Source, VolumeInfo,
+    Contents, Descriptions, Filling, Format, Hold, Located, NewVolume, PoolDriver, Reading, Snapshots,
+    Source, VolumeInfo,
     files::{convert, grown_size, mismatch},
     states::{check_disk_size, copy_tree},
 };
@@ -61,16 +64,52 @@ struct Inner {
     active: Mutex<HashSet<Uuid>>,
     /// One mount or unmount of a volume at a time.
     mounting: tokio::sync::Mutex<()>,
-    /// One image is taken in at a time.
+    /// One image, or what descriptions lie on, is taken in at a time.
     taking: tokio::sync::Mutex<()>,
+    /// It is only looked at: nothing is mounted for writing.
+    looking: bool,
+    /// No other daemon has it open.
+    _hold: Arc<Hold>,
 }
 
 impl ObjectPool {
+    /// Opens a pool whose backend is there, to look at what it has: nothing is made, completed or freed.
+    pub(crate) fn look(root: PathBuf, backend: Arc<dyn Backend>, worker: Launcher, hold: Arc<Hold>) -> Self {
+        Self::with(root, backend, worker, hold, true)
+    }
+
+    fn with(
+        root: PathBuf,
+        backend: Arc<dyn Backend>,
+        worker: Launcher,
+        hold: Arc<Hold>,
+        looking: bool,
+    ) -> Self {
+        let (sweep, wanted) = mpsc::channel(64);
+        let inner = Arc::new(Inner {
+            root,
+            backend,
+            worker,
+            active: Mutex::default(),
+            mounting: tokio::sync::Mutex::default(),
+            taking: tokio::sync::Mutex::default(),
+            looking,
+            _hold: hold,
+        });
+        tokio::spawn(sweeper(inner.clone(), wanted));
+        Self { inner, sweep }
+    }
+
     /// Opens a pool whose backend is there; `root` is a directory of this pool alone.
     ///
     /// # Errors
     /// The directory or the backend cannot be used.
-    pub(crate) async fn open(root: PathBuf, backend: Arc<dyn Backend>, worker: Launcher) -> Result<Self> {
+    pub(crate) async fn open(
+        root: PathBuf,
+        backend: Arc<dyn Backend>,
+        worker: Launcher,
+        hold: Arc<Hold>,
+    ) -> Result<Self> {
         let at = root.clone();
         blocking(move || {
             for (dir, mode) in [("", 0o711), ("volumes", 0o711), ("work", 0o700), ("staging", 0o700)] {
@@ -105,17 +144,14 @@ impl ObjectPool {
                 _ => {}
             }
         }
-        let (sweep, wanted) = mpsc::channel(64);
-        let inner = Arc::new(Inner {
-            root,
-            backend,
-            worker,
-            active: Mutex::default(),
-            mounting: tokio::sync::Mutex::default(),
-            taking: tokio::sync::Mutex::default(),
-        });
-        tokio::spawn(sweeper(inner.clone(), wanted));
-        let pool = Self { inner, sweep };
+        let pool = Self::with(root, backend, worker, hold, false);
+        if found.contains(&Object::Descriptions) {
+            let volumes = found.iter().filter_map(|object| match object {
+                Object::Volume(v) | Object::Next(v) => Some(*v),
+                _ => None,
+            });
+            pool.sweep_texts(volumes.collect()).await?;
+        }
         pool.wake_sweeper();
         Ok(pool)
     }
@@ -180,11 +216,13 @@ impl ObjectPool {
         if mounted {
             return Ok(());
         }
+        let read_only = self.inner.looking;
         match kept.on {
-            None => self.backend().mount(object, &at).await,
+            None => self.backend().mount(object, &at, read_only).await,
             Some(on) => {
                 let device = self.backend().device(object).await?;
-                blocking(move || on.mount(&device, &at)).await
+                let mount = if read_only { FileSystem::mount_read_only } else { FileSystem::mount };
+                blocking(move || mount(on, &device, &at)).await
             }
         }
     }
@@ -481,6 +519,7 @@ impl PoolDriver for ObjectPool {
         for object in found {
             self.backend().rename(object, Object::trash()).await?;
         }
+        self.forget_text(volume).await?;
         self.wake_sweeper();
         Ok(())
     }
@@ -577,6 +616,10 @@ impl PoolDriver for ObjectPool {
     }
 
     fn contents(&self) -> Option<&dyn Contents> {
+        Some(self)
+    }
+
+    fn descriptions(&self) -> Option<&dyn Descriptions> {
         Some(self)
     }
 

@@ -18,7 +18,11 @@ pub enum Object {
     Next(VolumeId),
     /// On its way out.
     Trash(Uuid),
+    /// The texts that say what the pool and its volumes are.
+    Descriptions,
 }
+
+const DESCRIPTIONS: &str = "descriptions";
 
 impl Object {
     /// A fresh name for what goes.
@@ -35,11 +39,15 @@ impl Object {
             Self::Work(u) => format!("work_{}", u.simple()),
             Self::Next(v) => format!("next_{}", v.0.simple()),
             Self::Trash(u) => format!("trash_{}", u.simple()),
+            Self::Descriptions => DESCRIPTIONS.to_owned(),
         }
     }
 
     /// Reads [`Self::text`]; anything else is not ours.
     pub fn parse(text: &str) -> Option<Self> {
+        if text == DESCRIPTIONS {
+            return Some(Self::Descriptions);
+        }
         let (kind, rest) = text.split_once('_')?;
         let id = |text: &str| if text.len() == 32 { text.parse::<Uuid>().ok() } else { None };
         Some(match kind {
@@ -71,6 +79,7 @@ mod tests {
             Object::Work(u),
             Object::Next(v),
             Object::Trash(u),
+            Object::Descriptions,
         ] {
             assert_eq!(Object::parse(&object.text()), Some(object));
             assert!(object.text().len() <= 74);

@@ -8,8 +8,8 @@
 //! tree is a file system on a zvol.
 
 use super::{
-    Object, ObjectPool,
-    backend::{Backend, FileSystem, Kept, awaited, done},
+    Hold, Object, ObjectPool,
+    backend::{Backend, FileSystem, Kept, PATIENCE, awaited, done},
 };
 use async_trait::async_trait;
 use karst_host::{Program, mount, run, sandbox::Launcher};
@@ -19,7 +19,7 @@ use karst_model::{
 };
 use std::{
     path::{Path, PathBuf},
-    time::Duration,
+    sync::Arc,
 };
 use uuid::Uuid;
 
@@ -44,6 +44,10 @@ struct Zfs {
     options: ZfsOptions,
 }
 
+/// What all objects of a pool inherit. The kernel does not look for partitions on disks: they are a guest's.
+const INHERITED: [&str; 6] =
+    ["mountpoint=legacy", "canmount=noauto", "acltype=posixacl", "xattr=sa", "atime=off", "volmode=dev"];
+
 /// Opens the pool in the data set `parent`, which is made when it is not there; `root` is a directory for its mounts.
 ///
 /// # Errors
@@ -53,15 +57,30 @@ pub async fn open(
     root: impl Into<PathBuf>,
     options: ZfsOptions,
     worker: Launcher,
+    hold: Arc<Hold>,
 ) -> Result<ObjectPool> {
     let found = zfs(["list", "-H", "-o", "name", parent]).output().await?;
     if found.code != 0 {
-        let inherited = ["mountpoint=legacy", "canmount=noauto", "acltype=posixacl", "xattr=sa", "atime=off"];
-        let set = inherited.iter().flat_map(|p| ["-o", p]);
+        let set = INHERITED.iter().flat_map(|p| ["-o", p]);
         done(zfs(["create"]).args(set).arg(parent)).await?;
     }
-    ObjectPool::open(root.into(), std::sync::Arc::new(Zfs { parent: parent.to_owned(), options }), worker)
-        .await
+    let backend = Arc::new(Zfs { parent: parent.to_owned(), options });
+    ObjectPool::open(root.into(), backend, worker, hold).await
+}
+
+/// Opens the pool in the data set `parent` to look at what it has, and changes nothing.
+///
+/// # Errors
+/// The program is missing, or there is no such data set.
+pub async fn look(
+    parent: &str,
+    root: impl Into<PathBuf>,
+    worker: Launcher,
+    hold: Arc<Hold>,
+) -> Result<ObjectPool> {
+    done(zfs(["list", "-H", "-o", "name", parent])).await?;
+    let backend = Arc::new(Zfs { parent: parent.to_owned(), options: ZfsOptions::default() });
+    Ok(ObjectPool::look(root.into(), backend, worker, hold))
 }
 
 /// Removes the data set `parent` and all that is in it; one that is not there is gone already.
@@ -69,7 +88,7 @@ pub async fn open(
 /// # Errors
 /// Something in it is in use.
 pub async fn clear(parent: &str) -> Result<()> {
-    gone(done(zfs(["destroy", "-R", parent])).await).map(drop)
+    gone(done(zfs(["destroy", "-r", parent])).await).map(drop)
 }
 
 /// Can the module map the ids of mounts? From OpenZFS 2.2 on.
@@ -80,7 +99,7 @@ pub fn maps_ids() -> bool {
 }
 
 fn zfs<'a>(args: impl IntoIterator<Item = &'a str>) -> karst_host::Command {
-    run(Program::Zfs).args(args).timeout(Duration::from_secs(120)).output_cap(64 << 20)
+    run(Program::Zfs).args(args).timeout(PATIENCE).output_cap(64 << 20)
 }
 
 /// Failures in ZFS' words.
@@ -169,6 +188,10 @@ impl Backend for Zfs {
         }
     }
 
+    fn texts(&self) -> Kept {
+        Kept { content: VolumeContent::Filesystem, size: None, on: None }
+    }
+
     fn tree(&self, size: Option<ByteSize>) -> Kept {
         let on = self.options.block_mode;
         let size = if on.is_some() { Some(size.unwrap_or(USUAL)) } else { size };
@@ -229,9 +252,10 @@ impl Backend for Zfs {
         awaited(Path::new("/dev/zvol").join(self.name(object))).await
     }
 
-    async fn mount(&self, object: Object, at: &Path) -> Result<()> {
+    async fn mount(&self, object: Object, at: &Path, read_only: bool) -> Result<()> {
         let (name, at) = (PathBuf::from(self.name(object)), at.to_owned());
-        super::blocking(move || Ok(mount::mount(&name, &at, "zfs", "")?)).await
+        let mount = if read_only { mount::mount_read_only } else { mount::mount };
+        super::blocking(move || Ok(mount(&name, &at, "zfs", "")?)).await
     }
 
     async fn used(&self, object: Object, _: Kept) -> Result<u64> {

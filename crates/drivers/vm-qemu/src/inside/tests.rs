@@ -143,6 +143,7 @@ impl GuestFiles for Driver {
 
 fn guest(state_dir: PathBuf) -> ResolvedGuest {
     ResolvedGuest {
+        application: None,
         instance: InstanceId(uuid::Uuid::from_u128(1)),
         kind: InstanceKind::VirtualMachine,
         generation: Default::default(),

@@ -315,6 +315,7 @@ impl Place {
         let state_dir = self.guests().join(instance.to_string());
         std::fs::create_dir_all(&state_dir).unwrap();
         ResolvedGuest {
+            application: None,
             instance,
             kind: InstanceKind::VirtualMachine,
             generation: Generation { incarnation: 1, n: 1 },

@@ -6,7 +6,7 @@ use http_body_util::{BodyExt, Empty};
 use hyper::{
     Request, StatusCode, Uri,
     body::Incoming,
-    header::{HOST, LOCATION, USER_AGENT},
+    header::{HOST, HeaderName, LOCATION, USER_AGENT},
     http::response,
 };
 use hyper_util::rt::TokioIo;
@@ -172,13 +172,37 @@ impl Https {
 
     /// Asks for what lies at `path` below the server; only what was found is answered.
     pub(super) async fn get(&self, path: &str) -> Result<(response::Parts, Body)> {
-        let mut uri: Uri = format!("{}{path}", self.base)
+        let (head, body) = self.ask(&format!("{}{path}", self.base), &[]).await?;
+        if head.status == StatusCode::UNAUTHORIZED {
+            return Err(Error::forbidden(format!("the image server {} refuses {path}", body.host)));
+        }
+        Ok((head, body))
+    }
+
+    /// The server's address, without a slash at its end.
+    pub(super) fn base(&self) -> &str {
+        &self.base
+    }
+
+    /// Asks at an address with headers of one's own, which do not go along to another server that this one sends to. What was
+    /// found is answered, and who must say first who he is.
+    pub(super) async fn ask(
+        &self,
+        address: &str,
+        headers: &[(HeaderName, String)],
+    ) -> Result<(response::Parts, Body)> {
+        let mut uri: Uri = address
             .parse()
             .map_err(|e| Error::invalid("source.server", "this is no address of a server").with_context(e))?;
+        if uri.scheme_str() != Some("https") {
+            return Err(Error::unavailable("the image server sends to a place that is not https"));
+        }
+        let first = uri.authority().cloned();
         for _ in 0..=REDIRECTIONS {
-            let (head, body) = self.once(&uri).await?;
+            let headers = if uri.authority() == first.as_ref() { headers } else { &[] };
+            let (head, body) = self.once(&uri, headers).await?;
             let next = match head.status {
-                StatusCode::OK => {
+                StatusCode::OK | StatusCode::UNAUTHORIZED => {
                     let host = uri.host().unwrap_or_default().to_owned();
                     return Ok((head, Body { body, host }));
                 }
@@ -190,7 +214,7 @@ impl Https {
                         uri.path()
                     )));
                 }
-                StatusCode::FORBIDDEN | StatusCode::UNAUTHORIZED => {
+                StatusCode::FORBIDDEN => {
                     let host = uri.host().unwrap_or_default();
                     return Err(Error::forbidden(format!("the image server {host} refuses {}", uri.path())));
                 }
@@ -218,7 +242,7 @@ impl Https {
         Ok(all)
     }
 
-    async fn once(&self, uri: &Uri) -> Result<(response::Parts, Incoming)> {
+    async fn once(&self, uri: &Uri, headers: &[(HeaderName, String)]) -> Result<(response::Parts, Incoming)> {
         let host = uri.host().unwrap_or_default();
         let bare = host.trim_start_matches('[').trim_end_matches(']');
         let port = uri.port_u16().unwrap_or(443);
@@ -238,7 +262,9 @@ impl Https {
             // It ends with the body; whoever reads that hears what went wrong.
             tokio::spawn(async move { drop(connection.await) });
             let target = uri.path_and_query().map_or("/", |p| p.as_str());
-            let request = Request::get(target)
+            let request = headers
+                .iter()
+                .fold(Request::get(target), |request, (name, value)| request.header(name, value))
                 .header(HOST, uri.authority().map_or(host, |a| a.as_str()))
                 .header(USER_AGENT, concat!("karst/", env!("CARGO_PKG_VERSION")))
                 .body(Empty::<Bytes>::new());

@@ -294,7 +294,9 @@ mod tests {
 
     fn keys(text: &str) -> Vec<String> {
         let new = network(text).unwrap();
-        new.config.iter().map(|(k, v)| format!("{k}={v}")).collect()
+        let mut all: Vec<String> = new.config.iter().map(|(k, v)| format!("{k}={v}")).collect();
+        all.sort();
+        all
     }
 
     #[test]

@@ -1,0 +1,156 @@
+//! Networks by XML: defined, changed, shown, removed; reserved addresses; ports; and what is refused leaves nothing.
+#![allow(clippy::disallowed_methods)] // a test tool
+
+use crate::support::{Client, Refused, Server, argument};
+use karst_engine::Context;
+use karst_frontend_libvirt::{error::Code, xdr::Reader};
+use karst_model::{access::Principal, instance::InstanceKind};
+
+const UUID: &str = "3a1b0e4c-5d0d-4a0f-9d5d-0f3f6f2b1c22";
+
+fn document(inner: &str) -> String {
+    format!("<network><name>n1</name><uuid>{UUID}</uuid>{inner}</network>")
+}
+
+async fn define(client: &mut Client, xml: &str) -> Result<Vec<u8>, Refused> {
+    let payload = argument(|w| {
+        w.string(xml).u32(0);
+    });
+    client.call(432, &payload).await
+}
+
+async fn network(client: &mut Client, name: &str) -> Vec<u8> {
+    let payload = argument(|w| {
+        w.string(name);
+    });
+    client.call(46, &payload).await.unwrap()
+}
+
+async fn dump(client: &mut Client, network: &[u8]) -> String {
+    let payload = client.call(43, &[network, &[0; 4]].concat()).await.unwrap();
+    Reader::new(&payload).string().unwrap()
+}
+
+async fn update(
+    client: &mut Client,
+    network: &[u8],
+    command: u32,
+    section: u32,
+    xml: &str,
+) -> Result<(), Refused> {
+    let rest = argument(|w| {
+        w.u32(command).u32(section).i32(-1).string(xml).u32(3);
+    });
+    client.call(291, &[network, &rest].concat()).await.map(drop)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_network_is_its_document() {
+    let server = Server::start().await;
+    let mut client = server.open("full", "qemu:///system").await;
+    let ip =
+        "<ip address='10.99.8.1' prefix='24'><dhcp><range start='10.99.8.20' end='10.99.8.30'/></dhcp></ip>";
+    let n1 = define(&mut client, &document(&format!("<forward mode='open'/><mtu size='1400'/>{ip}")))
+        .await
+        .unwrap();
+    let shown = dump(&mut client, &n1).await;
+    for part in
+        ["<forward mode='open'/>", "<mtu size='1400'/>", UUID, "end='10.99.8.30'", "netmask='255.255.255.0'"]
+    {
+        assert!(shown.contains(part), "{part}: {shown}");
+    }
+    assert_eq!(define(&mut client, &shown).await.unwrap(), n1, "its own document changes nothing");
+    assert_eq!(dump(&mut client, &n1).await, shown);
+    // What the document does not say is kept, what it says no more goes.
+    let admin = Context::new(Principal::system());
+    let config = server.engine.network(&admin, "default", "n1").unwrap().config.clone();
+    assert_eq!(
+        (config["ipv4.address"].as_str(), config["ipv4.firewall"].as_str()),
+        ("10.99.8.1/24", "false")
+    );
+    define(&mut client, &document(&format!("<forward mode='nat'/>{ip}"))).await.unwrap();
+    let config = server.engine.network(&admin, "default", "n1").unwrap().config.clone();
+    assert!(config["ipv4.nat"] == "true" && !config.contains_key("bridge.mtu"), "{config:?}");
+    // Another UUID, another kind.
+    let other = document(ip).replace("3a1b", "3a1c");
+    assert!(define(&mut client, &other).await.unwrap_err().1.contains("already exists with uuid"));
+    let bridge = document("<forward mode='bridge'><interface dev='eth0'/></forward>");
+    assert_eq!(define(&mut client, &bridge).await.unwrap_err().0, Code::ConfigUnsupported as i32);
+    let renamed = document(ip).replace(">n1<", ">n2<");
+    assert!(define(&mut client, &renamed).await.unwrap_err().1.contains("'n1' already exists"));
+    // Ranges.
+    let range = "<range start='10.99.8.40' end='10.99.8.50'/>";
+    update(&mut client, &n1, 3, 5, range).await.unwrap();
+    assert!(dump(&mut client, &n1).await.contains(range));
+    assert!(update(&mut client, &n1, 3, 5, range).await.unwrap_err().1.contains("existing dhcp range"));
+    update(&mut client, &n1, 2, 5, range).await.unwrap();
+    assert!(!dump(&mut client, &n1).await.contains(range));
+    for (command, section, code) in
+        [(2, 5, Code::OperationInvalid), (3, 10, Code::OperationUnsupported), (9, 5, Code::InvalidArg)]
+    {
+        assert_eq!(update(&mut client, &n1, command, section, range).await.unwrap_err().0, code as i32);
+    }
+    // Started as it is, not stopped, removed.
+    client.call(39, &n1).await.unwrap();
+    assert_eq!(client.call(42, &n1).await.unwrap_err().0, Code::OperationUnsupported as i32);
+    client.call(49, &n1).await.unwrap();
+    assert_eq!(client.call(49, &n1).await.unwrap_err().0, Code::NoNetwork as i32);
+    // Read-only.
+    let mut reader = server.open("ro", "qemu:///system").await;
+    assert_eq!(define(&mut reader, &document(ip)).await.unwrap_err().0, Code::OperationDenied as i32);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn addresses_are_reserved_for_interfaces_that_are_there() {
+    let server = Server::start().await;
+    server.guest("v1", InstanceKind::VirtualMachine, true).await;
+    let admin = Context::new(Principal::system());
+    let mut client = server.open("full", "qemu:///system").await;
+    let view = server.engine.instance(&admin, "default", "v1").unwrap();
+    let mac = view.instance.identities.values().find_map(|i| i.mac.clone()).unwrap();
+    let name = server.engine.networks(&admin, "default").unwrap()[0].name.to_string();
+    let subnet = server.engine.network(&admin, "default", &name).unwrap().bridge().unwrap().ipv4.unwrap();
+    let [a, b, c, _] = subnet.addr().octets();
+    let network = network(&mut client, &name).await;
+    let host = |n: u8| format!("<host mac='{mac}' ip='{a}.{b}.{c}.{n}'/>");
+    assert!(update(&mut client, &network, 1, 4, &host(50)).await.unwrap_err().1.contains("couldn't locate"));
+    update(&mut client, &network, 3, 4, &host(50)).await.unwrap();
+    assert!(dump(&mut client, &network).await.contains(&host(50)));
+    assert!(
+        update(&mut client, &network, 3, 4, &host(51)).await.unwrap_err().1.contains("existing dhcp host")
+    );
+    update(&mut client, &network, 1, 4, &host(51)).await.unwrap();
+    let shown = dump(&mut client, &network).await;
+    assert!(shown.contains(&host(51)) && !shown.contains(&host(50)));
+    // The document without it gives it back.
+    define(&mut client, &shown.replace(&host(51), "")).await.unwrap();
+    assert!(!dump(&mut client, &network).await.contains("<host"));
+    let nobody = "<host mac='52:54:00:00:00:99' ip='10.0.0.9'/>";
+    let refused = update(&mut client, &network, 3, 4, nobody).await.unwrap_err();
+    assert_eq!(refused.0, Code::ConfigUnsupported as i32);
+    // Its port.
+    let rest = argument(|w| {
+        w.i32(1).u32(0);
+    });
+    let payload = client.call(404, &[network.clone(), rest].concat()).await.unwrap();
+    let mut r = Reader::new(&payload);
+    let ports = r.array(10, |r| Ok((r.string()?, r.uuid()?, r.uuid()?))).unwrap();
+    assert_eq!(ports.len(), 1);
+    let port = [
+        network.clone(),
+        argument(|w| {
+            w.uuid(ports[0].2);
+        }),
+    ]
+    .concat();
+    let payload = client.call(409, &[port, vec![0; 4]].concat()).await.unwrap();
+    let xml = Reader::new(&payload).string().unwrap();
+    assert!(xml.contains("<name>v1</name>") && xml.contains(&mac), "{xml}");
+    let unknown = [
+        network,
+        argument(|w| {
+            w.uuid(uuid::Uuid::nil());
+        }),
+    ];
+    assert_eq!(client.call(405, &unknown.concat()).await.unwrap_err().0, Code::NoNetworkPort as i32);
+}
