@@ -46,6 +46,18 @@ pub(crate) fn demand_raw(policy: &HostPolicy, key: &str) -> Result<()> {
     .at(format!("config.{key}")))
 }
 
+/// `privileged_containers` of the policy.
+pub(crate) fn demand_privileged(policy: &HostPolicy) -> Result<()> {
+    if policy.privileged_containers {
+        return Ok(());
+    }
+    Err(Error::forbidden(
+        "this host grants no privileged containers, whose root is the host's root; its administrator can, with \
+         privileged_containers = true in host-policy.toml",
+    )
+    .at("config.security.privileged"))
+}
+
 /// Modules that the kernel has neither loaded nor built in.
 ///
 /// # Errors
@@ -165,6 +177,17 @@ mod tests {
         let path = Some("/dev/thing".into());
         let device = NodeDevice { source, path, uid: 1, gid: 2, mode: 0o600, required: true };
         NodeSpec { name: "d".into(), device }
+    }
+
+    #[test]
+    fn privileged_containers_are_the_policys_to_grant() {
+        let e = demand_privileged(&HostPolicy::default()).unwrap_err();
+        assert!(
+            e.is(ErrorKind::Forbidden)
+                && e.message.contains("privileged_containers = true in host-policy.toml")
+        );
+        assert_eq!(e.field.as_deref(), Some("config.security.privileged"));
+        demand_privileged(&HostPolicy { privileged_containers: true, ..HostPolicy::default() }).unwrap();
     }
 
     #[test]

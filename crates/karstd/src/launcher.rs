@@ -6,6 +6,7 @@
 //! keepers, whose orphans it merely reaps.
 
 use crate::{
+    control,
     directory::Directory,
     logging::Format,
     privilege::{self, Confined, User},
@@ -56,7 +57,7 @@ struct Daemon {
     reason: String,
 }
 
-/// Runs until SIGTERM or SIGINT; then stops both daemons, never a guest.
+/// Runs until SIGTERM or SIGINT, or until a client asked for the end; then stops both daemons, never a guest.
 ///
 /// # Errors
 /// When DIR cannot be served: not root, no user, taken, or not ours.
@@ -131,7 +132,9 @@ impl Launcher {
                 return Ok(());
             }
             self.refusing.serve(listener, &control.excuse());
-            self.reap(true);
+            if self.reap(true) {
+                return Ok(());
+            }
         }
     }
 
@@ -199,14 +202,15 @@ impl Launcher {
         Ok(command.spawn()?.id() as i32)
     }
 
-    /// Takes note of every child that ended: a daemon, or an orphan of one.
-    fn reap(&mut self, restart: bool) {
+    /// Takes note of every child that ended: a daemon, or an orphan of one. Answers whether control says that a client asked
+    /// for the end of all.
+    fn reap(&mut self, restart: bool) -> bool {
         loop {
             let mut status = 0;
             // SAFETY: asks for any child that ended; nobody else in this process waits.
             let pid = unsafe { libc::waitpid(-1, &mut status, libc::WNOHANG) };
             if pid <= 0 {
-                return;
+                return false;
             }
             let Some(daemon) = self.daemons.iter_mut().find(|d| d.pid == Some(pid)) else {
                 tracing::debug!(pid, "reaped");
@@ -214,6 +218,10 @@ impl Launcher {
             };
             daemon.pid = None;
             let lived = daemon.started.elapsed();
+            if libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == control::ASKED {
+                tracing::info!("a client asked for the end");
+                return true;
+            }
             if restart {
                 let how = describe(status);
                 tracing::warn!(

@@ -119,6 +119,9 @@ pub struct BridgeSpec {
     pub external_interfaces: Vec<String>,
     /// What passes between the bridge and the rest, where ACLs decide that.
     pub policy: Option<Policy>,
+    /// `raw.dnsmasq`, which the host's policy must grant.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub raw_dnsmasq: Option<String>,
 }
 
 impl Default for BridgeSpec {
@@ -157,6 +160,7 @@ impl Default for BridgeSpec {
             multicast_snooping: None,
             external_interfaces: vec![],
             policy: None,
+            raw_dnsmasq: None,
         }
     }
 }
@@ -198,6 +202,10 @@ pub const BRIDGE_KEYS: &[(&str, &str)] = &[
     ("ipv6.ra", "announce the router (true)"),
     ("ipv6.routes", "further subnets that are reached over the bridge, comma-separated"),
     ("ipv6.routing", "route between the bridge and the rest (true)"),
+    (
+        "raw.dnsmasq",
+        "lines added to dnsmasq's configuration, where the host grants it: raw_keys in host-policy.toml",
+    ),
     ("security.acls", "ACLs for what passes between the bridge and the rest, comma-separated"),
     ("security.acls.default.egress.action", "for what no rule matches: allow, reject (the default) or drop"),
     ("security.acls.default.egress.logged", "log what no rule matches (false)"),
@@ -310,12 +318,6 @@ fn known_keys(config: &Config) -> Result<()> {
         }
         let unsupported = |why: &str| Err(Error::unsupported(why).at(format!("config.{key}")));
         match key.as_str() {
-            "raw.dnsmasq" => {
-                return Err(Error::forbidden(
-                    "raw.dnsmasq would let a network's configuration run programs as root; this host's policy does not grant it",
-                )
-                .at("config.raw.dnsmasq"));
-            }
             k if k.starts_with("bgp.") => {
                 return unsupported("BGP is not there; use ipv4.routes and ipv6.routes");
             }
@@ -465,6 +467,7 @@ impl BridgeSpec {
                 .transpose()?,
             external_interfaces,
             policy: firewall::policy("config.", &|k| r.get(k), firewall::Action::Reject)?,
+            raw_dnsmasq: r.get("raw.dnsmasq").map(str::to_owned),
             ipv4,
             ipv6,
         };
@@ -579,7 +582,6 @@ mod tests {
             ("dns.mode", "some"),
             ("dns.search", "ok,a\nb"),
             ("dns.nameservers", "ns1"),
-            ("raw.dnsmasq", "dhcp-script=/bin/sh"),
             ("bgp.peers.x.asn", "1"),
             ("bridge.driver", "openvswitch"),
             ("security.acls.default.egress.action", "perhaps"),

@@ -624,6 +624,7 @@ fn layout(file: &std::fs::File) -> Option<(String, karst_model::image::Applicati
         uid: 101,
         gid: 101,
         environment: [("PATH".to_owned(), "/bin".to_owned())].into(),
+        stop_signal: None,
     };
     Some((digest, application))
 }

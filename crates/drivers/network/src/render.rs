@@ -86,6 +86,11 @@ pub(crate) fn dnsmasq(record: &Record, context: &DnsmasqContext<'_>, view: Optio
     if let Some(net) = v6 {
         dhcp6(&mut text, spec, net);
     }
+    // Last, as the administrator of the host has granted it: it may say anything.
+    if let Some(raw) = &spec.raw_dnsmasq {
+        text.push_str(raw);
+        text.push('\n');
+    }
     Some(text)
 }
 

@@ -14,4 +14,5 @@ mod oci;
 mod pending;
 mod pools;
 mod remote;
+mod settings;
 mod volumes;
