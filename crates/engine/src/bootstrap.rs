@@ -2,8 +2,8 @@
 //! and network.
 
 use crate::{
-    Engine, EngineInner, context::Context, db::Tx, network::CreateNetwork, storage::CreatePool,
-    tenancy::UpdateProfile,
+    Engine, EngineInner, context::Context, db::Tx, inventory::INCARNATION_KEY, network::CreateNetwork,
+    storage::CreatePool, tenancy::UpdateProfile,
 };
 use karst_model::{
     Config, Error, Name, NodeId, ProfileId, ProjectId, Result,
@@ -36,6 +36,9 @@ pub(crate) async fn ensure_base(inner: &Arc<EngineInner>, nodes: &[(NodeId, Stri
     }
     inner
         .transact(|records, tx: &mut Tx| {
+            if records.incarnation == 0 {
+                tx.put_raw(INCARNATION_KEY, "1".into());
+            }
             if records.project(DEFAULT_PROJECT).is_err() {
                 let project = ProjectId(inner.env.uuid());
                 let config: Config = crate::tenancy::rules::FEATURES

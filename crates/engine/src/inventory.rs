@@ -118,6 +118,10 @@ impl Record for Uses {
 /// Last VMID that was given out and may have come back; see [`Records::highest_vmid`].
 pub(crate) const VMID_KEY: &str = "/karst/v1/meta/highest-vmid";
 
+/// Incarnation of this store: 1, and one more each time when it is restored from a backup, so that no generation that was
+/// ordered after that backup is ordered again.
+pub(crate) const INCARNATION_KEY: &str = "/karst/v1/meta/incarnation";
+
 /// All records at one revision.
 #[derive(Debug, Default)]
 pub struct Records {
@@ -167,6 +171,8 @@ pub struct Records {
     pub highest_vmid: u32,
     /// What the store says of it, and the revision of that: written when a number comes back.
     pub(crate) vmid_mark: (u32, Option<Revision>),
+    /// Incarnation of the store; 0 until its first start has written it.
+    pub incarnation: u64,
     /// Certificates, tokens, the server's configuration.
     pub tenancy: crate::tenancy::records::TenancyRecords,
     /// Sagas that have not ended.
@@ -473,6 +479,13 @@ impl Records {
                     let value = std::str::from_utf8(&kv.value).ok().and_then(|s| s.parse().ok());
                     self.vmid_mark = (value.unwrap_or(99), Some(kv.mod_revision));
                     self.highest_vmid = self.highest_vmid.max(self.vmid_mark.0);
+                }
+                Touched::Nothing
+            }
+            "meta" if *key == INCARNATION_KEY => {
+                if let Change::Put(kv) = change {
+                    let value = std::str::from_utf8(&kv.value).ok().and_then(|s| s.parse().ok());
+                    self.incarnation = self.incarnation.max(value.unwrap_or_default());
                 }
                 Touched::Nothing
             }

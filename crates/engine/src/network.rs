@@ -2,6 +2,7 @@
 
 use crate::{
     Engine, EngineInner, Records, Row,
+    compute::addresses,
     context::Context,
     db::Tx,
     firewall::{self, Rules},
@@ -84,16 +85,7 @@ impl EngineInner {
             .networks
             .get(&id)
             .ok_or_else(|| Error::not_found("the network is gone").with_context(id))?;
-        let mut hosts = vec![];
-        for instance in records.instances.keys() {
-            let Some(view) = self.inventory.view(records, *instance) else {
-                continue;
-            };
-            let on = view.nics.iter().filter(|(on, _)| **on == *network.name);
-            hosts.extend(on.map(|(_, host)| host.clone()));
-        }
-        hosts.sort();
-        self.network_spec_of(records, network, hosts)
+        self.network_spec_of(records, network, self.hosts_on(records, network, None))
     }
 
     /// Brings networks up to date with an instance as it is about to be.
@@ -107,15 +99,9 @@ impl EngineInner {
             let _ordered = self.network_order(*id).await;
             let spec = {
                 let records = self.inventory.read();
-                let now = self.network_spec(&records, *id)?;
-                let macs: Vec<&str> = instance.identities.values().filter_map(|d| d.mac.as_deref()).collect();
-                let mut hosts = now.hosts;
-                hosts.retain(|h| !macs.contains(&h.mac.as_str()));
                 let network =
                     records.networks.get(id).ok_or_else(|| Error::not_found("the network is gone"))?;
-                let own = crate::inventory::nics(instance, &records.expanded(instance).1).into_iter();
-                hosts.extend(own.filter(|(on, _)| **on == *network.name).map(|(_, host)| host));
-                hosts.sort();
+                let hosts = self.demand_own_addresses(&records, network, instance)?;
                 self.network_spec_of(&records, network, hosts)?
             };
             self.agents.get(instance.node)?.network_ensure(&cx.mutate(CALL), spec).await?;
@@ -127,8 +113,9 @@ impl EngineInner {
         &self,
         records: &Records,
         network: &Network,
-        mut hosts: Vec<NetworkHost>,
+        hosts: Vec<NetworkHost>,
     ) -> Result<NetworkSpec> {
+        let mut hosts = addresses::settle(&network.name, hosts);
         for host in &mut hosts {
             host.view.take_if(|v| v.project == network.project);
         }
@@ -546,14 +533,14 @@ impl Engine {
 fn demand_fitting(now: &NetworkSpec, spec: &BridgeSpec) -> Result<()> {
     for host in &now.hosts {
         let (v4, v6) = (host.ipv4, host.ipv6);
-        if let Some(a) = v4.filter(|a| !spec.ipv4.is_some_and(|n| n.contains(a))) {
+        if let Some(a) = v4.filter(|a| !spec.takes((*a).into())) {
             return Err(Error::conflict(format!(
                 "guest {:?} has the static address {a}; change that first",
                 host.hostname
             ))
             .at("config.ipv4.address"));
         }
-        if let Some(a) = v6.filter(|a| !spec.ipv6.is_some_and(|n| n.contains(a))) {
+        if let Some(a) = v6.filter(|a| !spec.takes((*a).into())) {
             return Err(Error::conflict(format!(
                 "guest {:?} has the static address {a}; change that first",
                 host.hostname

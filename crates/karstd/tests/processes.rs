@@ -1,5 +1,5 @@
-//! The three processes as the kernel sees them: users, capabilities, sockets; killed in every combination; a hostile control
-//! process; DIR's lock; the simulation.
+//! The processes as the kernel sees them, those of guests too: users, capabilities, sockets, descriptors; killed in every
+//! combination; who gets in by the sockets; DIR's lock; the simulation.
 #![allow(clippy::disallowed_methods)] // real processes, real time
 
 use std::{
@@ -28,6 +28,10 @@ fn until<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+/// What the host may, by the list in its documentation: CHOWN … SETFCAP and MAC_ADMIN; never SYS_MODULE, SYS_RAWIO,
+/// SYS_BOOT, SYS_TIME, BPF.
+const GRANTED: &[u32] = &[0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 13, 18, 19, 21, 23, 24, 27, 31, 33];
+
 struct Karstd {
     child: Child,
     dir: PathBuf,
@@ -35,20 +39,30 @@ struct Karstd {
     _base: tempfile::TempDir,
 }
 
-fn start_in(dir: &Path, extra: &[&str]) -> Child {
-    Command::new(env!("CARGO_BIN_EXE_karstd"))
+fn command_in(dir: &Path, extra: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_karstd"));
+    command
         .arg("--dir")
         .arg(dir)
         .args(["--user", USER, "--log-format", "json"])
         .args(extra)
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap()
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped());
+    command
+}
+
+fn start_in(dir: &Path, extra: &[&str]) -> Child {
+    command_in(dir, extra).spawn().unwrap()
 }
 
 impl Karstd {
     /// `None`, said aloud, without root.
     fn start(extra: &[&str]) -> Option<Self> {
+        Self::start_as(extra, |_| {})
+    }
+
+    /// The same, with something else about its process.
+    fn start_as(extra: &[&str], change: impl FnOnce(&mut Command)) -> Option<Self> {
         if !rustix::process::geteuid().is_root() && extra.is_empty() {
             eprintln!("skipped: needs root");
             return None;
@@ -57,7 +71,9 @@ impl Karstd {
         // The control process passes through it.
         fs::set_permissions(base.path(), std::os::unix::fs::PermissionsExt::from_mode(0o711)).unwrap();
         let dir = base.path().join("k");
-        let mut child = start_in(&dir, extra);
+        let mut command = command_in(&dir, extra);
+        change(&mut command);
+        let mut child = command.spawn().unwrap();
         let log = Arc::new(Mutex::new(vec![]));
         let (lines, err) = (log.clone(), child.stderr.take().unwrap());
         std::thread::spawn(move || {
@@ -157,6 +173,57 @@ fn sockets(pid: u32, table: &str) -> Vec<String> {
         .collect()
 }
 
+/// Its open descriptors and what they lead to.
+fn descriptors(pid: u32) -> BTreeMap<u32, String> {
+    fs::read_dir(format!("/proc/{pid}/fd"))
+        .unwrap()
+        .flatten()
+        .filter_map(|fd| {
+            let number = fd.file_name().to_str()?.parse().ok()?;
+            Some((number, fs::read_link(fd.path()).ok()?.to_str()?.to_owned()))
+        })
+        .collect()
+}
+
+/// The path at which a `socket:[INODE]` of the process listens; `None` for one that does not, or is no unix socket.
+fn listens_at(pid: u32, place: &str) -> Option<String> {
+    let inode = place.strip_prefix("socket:[")?.strip_suffix(']')?;
+    let all = fs::read_to_string(format!("/proc/{pid}/net/unix")).ok()?;
+    // Num RefCount Protocol Flags Type St Inode Path; the flag of one that listens is __SO_ACCEPTCON.
+    all.lines().skip(1).find_map(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        let accepts = u32::from_str_radix(fields.get(3)?, 16).ok()? & 0x1_0000 != 0;
+        (*fields.get(6)? == inode && accepts).then(|| fields.get(7).unwrap_or(&"").to_string())
+    })
+}
+
+/// Root, with no more than [`GRANTED`], nothing of it for programs of others, and no socket of any network.
+fn assert_bounded_root(name: &str, pid: u32) {
+    let of = proc_status(pid);
+    assert_eq!((of["Uid"].as_str(), of["Gid"].as_str()), ("0\t0\t0\t0", "0\t0\t0\t0"), "{name}");
+    let granted: u64 = GRANTED.iter().map(|n| 1u64 << n).sum();
+    for set in ["CapPrm", "CapEff", "CapBnd"] {
+        let has = u64::from_str_radix(&of[set], 16).unwrap();
+        assert_eq!(has & !granted, 0, "{set} of {name}: {has:x}");
+    }
+    assert_eq!(
+        (of["CapInh"].as_str(), of["CapAmb"].as_str()),
+        ("0000000000000000", "0000000000000000"),
+        "{name}"
+    );
+    assert_no_network(name, pid);
+}
+
+fn assert_no_network(name: &str, pid: u32) {
+    for table in ["tcp", "tcp6", "udp", "udp6", "raw", "raw6", "packet", "netlink"] {
+        // The host speaks netlink for bridges and nftables; that is no port.
+        if table == "netlink" && name == "host" {
+            continue;
+        }
+        assert_eq!(sockets(pid, table), Vec::<String>::new(), "{name} has {table} sockets");
+    }
+}
+
 fn mode(path: PathBuf) -> (u32, u32, u32) {
     let m = fs::metadata(path).unwrap();
     (m.mode() & 0o7777, m.uid(), m.gid())
@@ -188,28 +255,47 @@ fn each_process_has_its_rights_and_no_more() {
     }
     assert_eq!(of["NoNewPrivs"], "1");
 
-    let of = proc_status(host);
+    assert_bounded_root("host", host);
+    // The launcher is the root that it was started as: it makes sockets, changes users, drops what others may not. It gains
+    // nothing and hands nothing on by itself.
+    let (of, own) = (proc_status(launcher), proc_status(std::process::id()));
     assert_eq!(of["Uid"], "0\t0\t0\t0");
-    // What docs and code say it may: CHOWN … SETFCAP and MAC_ADMIN, never SYS_MODULE, SYS_RAWIO, SYS_BOOT, SYS_TIME, BPF.
-    let granted: u64 = [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 13, 18, 19, 21, 23, 24, 27, 31, 33]
-        .iter()
-        .map(|n| 1u64 << n)
-        .sum();
-    for set in ["CapPrm", "CapEff", "CapBnd"] {
-        let has = u64::from_str_radix(&of[set], 16).unwrap();
-        assert_eq!(has & !granted, 0, "{set} of host: {has:x}");
+    for same in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp"] {
+        assert_eq!(of[same], own[same], "{same} of the launcher");
     }
-    assert_eq!((of["CapInh"].as_str(), of["CapAmb"].as_str()), ("0000000000000000", "0000000000000000"));
+    let places = descriptors(launcher);
+    let own = |place: &str| {
+        ["/dev/null", "anon_inode:[signalfd]", "/memfd:karstd (deleted)"].contains(&place)
+            || place == karstd.dir.join("lock").to_str().unwrap()
+            // Where its log goes, and what whoever started the test passed on.
+            || place.starts_with("pipe:[")
+            || (place.starts_with("socket:[") && listens_at(launcher, place).is_some())
+    };
+    let strange: Vec<_> = places.values().filter(|p| !own(p)).collect();
+    assert!(strange.is_empty(), "the launcher holds {strange:?}");
+    let mut listening: Vec<_> = places.values().filter_map(|p| listens_at(launcher, p)).collect();
+    listening.sort();
+    let at = |name: &str| karstd.dir.join(name).to_str().unwrap().to_owned();
+    assert_eq!(
+        listening,
+        [at("libvirt-sock"), at("libvirt-sock-ro"), at("run/host.sock"), at("unix.socket")],
+        "what the launcher keeps open for the daemons, and nothing else"
+    );
 
     for (name, pid) in [("launcher", launcher), ("host", host), ("control", control)] {
-        for table in ["tcp", "tcp6", "udp", "udp6", "raw", "packet"] {
+        for table in ["tcp", "tcp6", "udp", "udp6", "raw", "raw6", "packet"] {
             assert_eq!(sockets(pid, table), Vec::<String>::new(), "{name} has {table} sockets");
         }
         let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap().count();
         assert!(threads <= if name == "launcher" { 1 } else { 8 }, "{name}: {threads} threads");
     }
-    let listens = |pid, path: &str| sockets(pid, "unix").iter().any(|l| l.ends_with(path));
-    assert!(listens(control, "/unix.socket") && !listens(control, "/host.sock.lock"));
+    let listens = |pid: u32| -> Vec<String> {
+        let mut all: Vec<_> = descriptors(pid).values().filter_map(|p| listens_at(pid, p)).collect();
+        all.sort();
+        all
+    };
+    assert_eq!(listens(control), [at("libvirt-sock"), at("libvirt-sock-ro"), at("unix.socket")]);
+    assert_eq!(listens(host), [at("run/host.sock")]);
     let environment = |pid| fs::read_to_string(format!("/proc/{pid}/environ")).unwrap();
     assert!(
         !environment(control).contains("CARGO") && !environment(host).contains("HOME="),
@@ -244,6 +330,288 @@ fn each_process_has_its_rights_and_no_more() {
     let warnings: Vec<_> =
         karstd.lines("WARN").into_iter().filter(|l| !known.iter().any(|k| l.contains(k))).collect();
     assert_eq!(warnings, Vec::<String>::new());
+}
+
+/// Asks the API, and waits for the operation that it answers with.
+fn api(karstd: &Karstd, method: &str, path: &str, headers: &str, body: &[u8]) -> serde_json::Value {
+    let mut stream = UnixStream::connect(karstd.dir.join("unix.socket")).unwrap();
+    stream.set_read_timeout(Some(LONG)).unwrap();
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nHost: karst\r\nConnection: close\r\n{headers}Content-Length: {}\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    stream.write_all(body).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let text = answer.split_once("\r\n\r\n").unwrap().1;
+    let answer: serde_json::Value = serde_json::from_str(text).unwrap();
+    let wrong = |answer: &serde_json::Value| {
+        answer["type"] == "error" || !answer["metadata"]["err"].as_str().unwrap_or("").is_empty()
+    };
+    assert!(!wrong(&answer), "{method} {path}: {answer}");
+    match answer["operation"].as_str() {
+        Some(operation) if !operation.is_empty() => {
+            let wait = format!("{operation}/wait?timeout={}", LONG.as_secs());
+            let ended = api(karstd, "GET", &wait, "", b"");
+            assert_eq!(ended["metadata"]["status"], "Success", "{method} {path}: {ended}");
+            ended
+        }
+        _ => answer,
+    }
+}
+
+fn json(karstd: &Karstd, method: &str, path: &str, body: serde_json::Value) -> serde_json::Value {
+    api(karstd, method, path, "Content-Type: application/json\r\n", body.to_string().as_bytes())
+}
+
+/// Processes of which one argument is this, by the base name of their program.
+fn with_argument(argument: &str) -> Vec<(u32, String)> {
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let pids = processes.filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter_map(|pid| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+        let mut arguments = line.split(|b| *b == 0).map(|a| String::from_utf8_lossy(a).into_owned());
+        let program = arguments.next()?.rsplit('/').next()?.to_owned();
+        arguments.any(|a| a == argument).then_some((pid, program))
+    })
+    .collect()
+}
+
+/// The keeper of each kind of guest, and QEMU below one: what they may, what they hold open, and that they belong to no
+/// daemon.
+#[test]
+fn what_runs_a_guest_has_its_rights_and_no_more() {
+    let Some(mut karstd) = Karstd::start(&[]) else {
+        return;
+    };
+    let keeper = Path::new(env!("CARGO_BIN_EXE_karstd")).with_file_name("karst-keeper");
+    if !keeper.exists() {
+        // A test of one package builds no other's programs.
+        let built = Command::new(env!("CARGO")).args(["build", "-q", "-p", "karst-keeper"]).status().unwrap();
+        assert!(built.success());
+    }
+    karstd.healthy();
+    until("the first start's devices of the profile", || {
+        let profile = api(&karstd, "GET", "/1.0/profiles/default", "", b"");
+        profile["metadata"]["devices"]["root"].is_object().then_some(())
+    });
+    let root = |size: Option<&str>| {
+        let mut root = serde_json::json!({"type": "disk", "path": "/", "pool": "default"});
+        if let Some(size) = size {
+            root["size"] = size.into();
+        }
+        root
+    };
+    // Without NICs: what they are given is on the machine, which others share; whose sockets they are is the question here.
+    let none = serde_json::json!({"type": "none"});
+    json(
+        &karstd,
+        "POST",
+        "/1.0/instances",
+        serde_json::json!({
+            "name": "c1", "type": "container", "source": {"type": "none"}, "devices": {"root": root(None), "eth0": none},
+        }),
+    );
+    // A root file system of one program, as any client could push it.
+    for place in ["sbin", "proc", "sys", "dev", "run", "tmp", "etc"] {
+        let path = format!("/1.0/instances/c1/files?path=/{place}");
+        api(&karstd, "POST", &path, "X-Incus-type: directory\r\nX-Incus-mode: 0755\r\n", b"");
+    }
+    let busybox = ["/bin/busybox", "/usr/bin/busybox"].iter().find_map(|p| fs::read(p).ok());
+    let busybox = busybox.expect("busybox is installed (scripts/install-dependencies)");
+    let program = "Content-Type: application/octet-stream\r\nX-Incus-type: file\r\nX-Incus-mode: 0755\r\n";
+    api(&karstd, "POST", "/1.0/instances/c1/files?path=/sbin/init", program, &busybox);
+    json(
+        &karstd,
+        "POST",
+        "/1.0/instances",
+        serde_json::json!({
+            "name": "v1", "type": "virtual-machine", "source": {"type": "none"},
+            "config": {"limits.memory": "64MiB", "security.secureboot": "false"},
+            "devices": {"root": root(Some("16MiB")), "eth0": none},
+        }),
+    );
+    for name in ["c1", "v1"] {
+        json(
+            &karstd,
+            "PUT",
+            &format!("/1.0/instances/{name}/state"),
+            serde_json::json!({"action": "start", "timeout": -1}),
+        );
+    }
+
+    let mut kept = vec![];
+    for name in ["c1", "v1"] {
+        let instance = api(&karstd, "GET", &format!("/1.0/instances/{name}"), "", b"");
+        let uuid = instance["metadata"]["config"]["volatile.uuid"].as_str().unwrap().to_owned();
+        let state = karstd.dir.join("host/guests").join(&uuid);
+        let found = with_argument(state.to_str().unwrap());
+        let [(keeper, _)] = *found.iter().filter(|(_, p)| p == "karst-keeper").collect::<Vec<_>>() else {
+            panic!("one keeper of {name}: {found:?}")
+        };
+        let keeper = *keeper;
+        assert_bounded_root(&format!("the keeper of {name}"), keeper);
+        let of = proc_status(keeper);
+        assert_eq!(of["Threads"], "1");
+        // Programs inside a container gain rights by setuid files of their own; a keeper that could not hand that on would
+        // break them. It executes nothing but what the host wrote down.
+        assert_eq!(of["NoNewPrivs"], proc_status(karstd.pid("host").unwrap())["NoNewPrivs"]);
+        let places = descriptors(keeper);
+        // The console is a terminal of which it holds both ends, so that it outlives whoever writes to it.
+        let masters = places.iter().filter(|(_, p)| ["/dev/ptmx", "/dev/pts/ptmx"].contains(&p.as_str()));
+        let terminals: Vec<String> = masters
+            .map(|(fd, _)| fs::read_to_string(format!("/proc/{keeper}/fdinfo/{fd}")).unwrap())
+            .filter_map(|info| Some(info.split_once("tty-index:")?.1.split_whitespace().next()?.to_owned()))
+            .map(|index| format!("/dev/pts/{index}"))
+            .collect();
+        let sound = |place: &str| {
+            ["/dev/null", "/dev/ptmx", "/dev/pts/ptmx"].contains(&place)
+                || terminals.iter().any(|t| t == place)
+                || ["pipe:[", "socket:[", "anon_inode:"].iter().any(|p| place.starts_with(p))
+                || place.starts_with(state.to_str().unwrap())
+        };
+        let strange: Vec<_> = places.values().filter(|p| !sound(p)).collect();
+        assert!(strange.is_empty(), "the keeper of {name} holds {strange:?}");
+        let listening: Vec<_> = places.values().filter_map(|p| listens_at(keeper, p)).collect();
+        assert!(matches!(&listening[..], [one] if one.ends_with("/keeper.sock")), "{name}: {listening:?}");
+        let environment = fs::read(format!("/proc/{keeper}/environ")).unwrap();
+        assert!(!String::from_utf8_lossy(&environment).contains("CARGO"), "cleared environment");
+        let status = fs::read_to_string(state.join("keeper.status")).unwrap();
+        let main = fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children")).unwrap();
+        let main: u32 = main.split_whitespace().next().expect(&status).parse().unwrap();
+        kept.extend([keeper, main]);
+        if name == "c1" {
+            continue;
+        }
+        // QEMU: a user of its own without any right, filtered system calls, no port of the machine's.
+        let of = proc_status(main);
+        let uids: Vec<u32> = of["Uid"].split_whitespace().map(|u| u.parse().unwrap()).collect();
+        assert!(uids.iter().all(|u| *u == uids[0] && *u >= 65_536), "{uids:?}");
+        for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+            assert_eq!(u64::from_str_radix(&of[set], 16), Ok(0), "{set} of QEMU");
+        }
+        assert_eq!((of["NoNewPrivs"].as_str(), of["Seccomp"].as_str()), ("1", "2"));
+        assert_no_network("QEMU", main);
+        for place in descriptors(main).values().filter_map(|p| listens_at(main, p)) {
+            assert!(!place.starts_with('@'), "abstract sockets have no owner: {place}");
+        }
+    }
+
+    // They belong to no daemon: everything else is killed, and who comes next finds them.
+    let daemons = ["launcher", "host", "control"].map(|r| karstd.pid(r).unwrap());
+    for pid in daemons {
+        kill(pid, libc::SIGKILL);
+    }
+    karstd.child.wait().unwrap();
+    until("the end of the daemons", || daemons.iter().all(|pid| !alive(*pid)).then_some(()));
+    assert!(kept.iter().all(|pid| alive(*pid)), "guests run on without any daemon");
+    karstd.child = start_in(&karstd.dir, &[]);
+    karstd.healthy();
+    for name in ["c1", "v1"] {
+        until("the guest is found again", || {
+            let state = api(&karstd, "GET", &format!("/1.0/instances/{name}/state"), "", b"");
+            (state["metadata"]["status"] == "Running").then_some(())
+        });
+    }
+    assert!(kept.iter().all(|pid| alive(*pid)));
+    for name in ["c1", "v1"] {
+        json(
+            &karstd,
+            "PUT",
+            &format!("/1.0/instances/{name}/state"),
+            serde_json::json!({"action": "stop", "force": true, "timeout": -1}),
+        );
+        api(&karstd, "DELETE", &format!("/1.0/instances/{name}"), "", b"");
+    }
+    until("their end", || kept.iter().all(|pid| !alive(*pid)).then_some(()));
+    assert!(karstd.stop().success());
+}
+
+/// Does something as somebody else, by the rights of one thread: who this process is stays as it is.
+fn as_user<T: Send>(uid: u32, groups: &[u32], work: impl FnOnce() -> T + Send) -> T {
+    let as_them = move || {
+        // SAFETY: the system calls themselves, unlike the C library's functions, are for this thread alone, which ends.
+        unsafe {
+            assert_eq!(libc::syscall(libc::SYS_setgroups, groups.len() - 1, groups[1..].as_ptr()), 0);
+            assert_eq!(libc::syscall(libc::SYS_setresgid, groups[0], groups[0], groups[0]), 0);
+            assert_eq!(libc::syscall(libc::SYS_setresuid, uid, uid, uid), 0);
+        }
+        work()
+    };
+    std::thread::scope(|s| s.spawn(as_them).join().unwrap())
+}
+
+/// Members of `karst-admin` are administrators; nobody else gets in, and nobody but control to the host.
+#[test]
+fn members_of_the_group_get_in_and_strangers_do_not() {
+    const GROUP: u32 = 64_917;
+    const MEMBER: u32 = 64_918;
+    const STRANGER: u32 = 64_919;
+    if !rustix::process::geteuid().is_root() {
+        return eprintln!("skipped: needs root to become somebody else");
+    }
+    // A machine that has the group, for the daemon alone: in a mount namespace of its own with another /etc/group.
+    let groups = fs::read_to_string("/etc/group").unwrap();
+    let others: String =
+        groups.lines().filter(|l| !l.starts_with("karst-admin:")).map(|l| format!("{l}\n")).collect();
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    writeln!(file, "{others}karst-admin:x:{GROUP}:").unwrap();
+    fs::set_permissions(file.path(), std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
+    let from = std::ffi::CString::new(file.path().to_str().unwrap()).unwrap();
+    let private = move |command: &mut Command| {
+        let mount = move || {
+            // SAFETY: between fork and exec, system calls on strings that live in the closure.
+            unsafe {
+                let all = libc::MS_REC | libc::MS_PRIVATE;
+                let null = std::ptr::null::<libc::c_char>();
+                if libc::unshare(libc::CLONE_NEWNS) != 0
+                    || libc::mount(null, c"/".as_ptr(), null, all, null.cast()) != 0
+                    || libc::mount(from.as_ptr(), c"/etc/group".as_ptr(), null, libc::MS_BIND, null.cast())
+                        != 0
+                {
+                    return Err(std::io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        };
+        // SAFETY: as above.
+        unsafe { command.pre_exec(mount) };
+    };
+    let mut karstd = Karstd::start_as(&[], private).unwrap();
+    karstd.healthy();
+    for (name, rights) in [("unix.socket", 0o660), ("libvirt-sock", 0o660), ("libvirt-sock-ro", 0o666)] {
+        assert_eq!(mode(karstd.dir.join(name)), (rights, 0, GROUP), "{name}");
+    }
+    let dir = karstd.dir.as_path();
+    let connect = |name: &str| UnixStream::connect(dir.join(name)).map(drop).map_err(|e| e.kind());
+    let denied = Err(std::io::ErrorKind::PermissionDenied);
+    // The group as one of many, and as the first.
+    for groups in [&[MEMBER, GROUP][..], &[GROUP]] {
+        as_user(MEMBER, groups, || {
+            let answer = api(&karstd, "GET", "/1.0", "", b"");
+            assert_eq!(answer["metadata"]["auth"], "trusted", "{answer}");
+            // Not only to read: a change, and back.
+            json(&karstd, "POST", "/1.0/projects", serde_json::json!({"name": "of-a-member"}));
+            api(&karstd, "DELETE", "/1.0/projects/of-a-member", "", b"");
+            assert_eq!((connect("libvirt-sock"), connect("libvirt-sock-ro")), (Ok(()), Ok(())));
+            assert_eq!(connect("run/host.sock"), denied, "administrators of guests are not the host's root");
+            for private in ["state", "host", "run"] {
+                let refused = fs::read_dir(dir.join(private)).map(drop).map_err(|e| e.kind());
+                assert_eq!(refused, denied, "{private} is nobody else's to read");
+            }
+        });
+    }
+    as_user(STRANGER, &[STRANGER, GROUP + 100], || {
+        assert_eq!((connect("unix.socket"), connect("libvirt-sock")), (denied, denied));
+        assert_eq!(connect("run/host.sock"), denied);
+        assert_eq!(
+            connect("libvirt-sock-ro"),
+            Ok(()),
+            "the read-only socket is everybody's, as libvirt's is"
+        );
+    });
+    assert!(karstd.stop().success());
 }
 
 #[test]

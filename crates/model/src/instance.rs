@@ -57,9 +57,17 @@ pub struct Generation {
 }
 
 impl Generation {
-    /// The next one of this incarnation.
+    /// The next one of its incarnation.
     pub fn next(self) -> Self {
         Self { n: self.n + 1, ..self }
+    }
+
+    /// The next one now that the cluster is in this incarnation.
+    pub fn next_in(self, incarnation: u64) -> Self {
+        match incarnation > self.incarnation {
+            true => Self { incarnation, n: 1 },
+            false => self.next(),
+        }
     }
 }
 
@@ -394,5 +402,7 @@ mod tests {
         let old = Generation { incarnation: 1, n: 900 };
         let new = Generation { incarnation: 2, n: 1 };
         assert!(new > old && old.next() > old && old.next() < new);
+        assert_eq!(old.next_in(1), old.next());
+        assert_eq!(old.next_in(2), new, "after a restore nothing that was ordered before is ordered again");
     }
 }

@@ -339,6 +339,19 @@ fn known_keys(config: &Config) -> Result<()> {
 }
 
 impl BridgeSpec {
+    /// A guest of the network may have this address: it is in the subnet, and neither the host's own, nor the subnet's, nor
+    /// the broadcast's.
+    pub fn takes(&self, address: IpAddr) -> bool {
+        match address {
+            IpAddr::V4(a) => self.ipv4.is_some_and(|net| {
+                net.contains(&a) && ![net.addr(), net.network(), net.broadcast()].contains(&a)
+            }),
+            IpAddr::V6(a) => {
+                self.ipv6.is_some_and(|net| net.contains(&a) && ![net.addr(), net.network()].contains(&a))
+            }
+        }
+    }
+
     /// Parses a network's configuration; `auto` must have been replaced before.
     ///
     /// # Errors

@@ -1,8 +1,11 @@
 //! All integration tests of this crate in one program: linking one for each file takes longer than running them, and each
 //! would hold the whole daemon again. A file that is not named here does not run; `cargo xtask tidy` refuses it.
 mod access;
+mod addresses;
 mod bad_input;
 mod commits;
+mod disk_full;
+mod generations;
 mod images;
 mod limits;
 mod races;

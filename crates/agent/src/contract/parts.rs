@@ -196,6 +196,13 @@ pub(super) async fn networks(s: &Subject) {
     };
     let with_host = NetworkSpec { hosts: vec![host.clone()], ..network.clone() };
     s.agent.network_ensure(&s.change(), with_host).await.unwrap();
+    // No two guests have one address: refused, and what was there stays.
+    let other = NetworkHost { mac: "10:66:6a:00:00:78".into(), hostname: "other".into(), ..host.clone() };
+    let mac = NetworkHost { ipv4: Some((u32::from(address) + 1).into()), ..host.clone() };
+    for second in [other, NetworkHost { hostname: "other".into(), ..mac }] {
+        let both = NetworkSpec { hosts: vec![host.clone(), second], ..network.clone() };
+        refused(s.agent.network_ensure(&s.change(), both).await, ErrorKind::Conflict);
+    }
     let leases = s.agent.network_leases(&s.read(), network.id).await.unwrap();
     let fixed = Lease { hostname: "fixed".into(), mac: host.mac, address: address.into(), fixed: true };
     assert_eq!(leases, [fixed]);

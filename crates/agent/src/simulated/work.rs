@@ -21,7 +21,7 @@ use sha2::{Digest, Sha256};
 use std::{
     collections::BTreeSet,
     io::{Read, Seek, SeekFrom},
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
     time::Duration,
 };
 
@@ -369,6 +369,21 @@ impl SimulatedAgent {
 
     pub(super) fn ensure_network(&self, spec: NetworkSpec) -> Result<()> {
         interface_name("bridge", &spec.bridge)?;
+        let mut seen = BTreeSet::new();
+        for host in &spec.hosts {
+            let addresses = [host.ipv4.map(IpAddr::from), host.ipv6.map(IpAddr::from)];
+            for address in addresses.into_iter().flatten() {
+                if !spec.spec.takes(address) {
+                    return Err(Error::invalid("hosts", format!("{address} is not an address for a guest")));
+                }
+                if !seen.insert(address.to_string()) {
+                    return Err(Error::conflict(format!("two guests have the address {address}")));
+                }
+            }
+            if !seen.insert(host.mac.to_ascii_lowercase()) {
+                return Err(Error::conflict(format!("two guests have the MAC address {}", host.mac)));
+            }
+        }
         let mut state = self.lock();
         let other = state.networks.values().any(|n| n.spec.bridge == spec.bridge && n.spec.id != spec.id);
         if other || self.options.foreign_bridges.contains(&spec.bridge) {

@@ -9,7 +9,11 @@ use karst_model::{
     network::{BridgeSpec, DnsMode},
     spec::NetworkHost,
 };
-use std::{collections::BTreeSet, fmt::Write, net::Ipv4Addr};
+use std::{
+    collections::BTreeSet,
+    fmt::Write,
+    net::{IpAddr, Ipv4Addr},
+};
 
 /// The mark on a link.
 pub(crate) fn alias(daemon: &str, id: karst_model::NetworkId) -> String {
@@ -209,7 +213,6 @@ pub(crate) fn check(bridge: &str, spec: &karst_model::network::BridgeSpec) -> Re
 
 /// Checks the guests of a network and puts them into a fixed order. A name that two have goes to the first of them.
 pub(crate) fn check_hosts(spec: &BridgeSpec, hosts: &[NetworkHost]) -> Result<Vec<NetworkHost>> {
-    let (ipv4, ipv6) = (spec.ipv4, spec.ipv6);
     let mut checked: Vec<NetworkHost> = Vec::with_capacity(hosts.len());
     for host in hosts {
         parse_mac(&host.mac)?;
@@ -221,24 +224,13 @@ pub(crate) fn check_hosts(spec: &BridgeSpec, hosts: &[NetworkHost]) -> Result<Ve
         if !fits {
             return Err(Error::invalid("hostname", format!("{:?} is not a DNS label", host.hostname)));
         }
-        if let Some(address) = host.ipv4
-            && !ipv4.is_some_and(|net| {
-                net.contains(&address) && ![net.addr(), net.network(), net.broadcast()].contains(&address)
-            })
-        {
-            return Err(Error::invalid(
-                "ipv4.address",
-                format!("{address} is not an address for a guest of this network"),
-            ));
-        }
-        if let Some(address) = host.ipv6
-            && !ipv6
-                .is_some_and(|net| net.contains(&address) && ![net.addr(), net.network()].contains(&address))
-        {
-            return Err(Error::invalid(
-                "ipv6.address",
-                format!("{address} is not an address for a guest of this network"),
-            ));
+        let addresses =
+            [("ipv4.address", host.ipv4.map(IpAddr::from)), ("ipv6.address", host.ipv6.map(IpAddr::from))];
+        for (key, address) in addresses {
+            if let Some(address) = address.filter(|a| !spec.takes(*a)) {
+                let text = format!("{address} is not an address for a guest of this network");
+                return Err(Error::invalid(key, text));
+            }
         }
         if let Some(port) = &host.port {
             interface_name("host_name", &port.interface)?;
@@ -303,8 +295,8 @@ pub(crate) fn dhcp_hosts(hosts: &[NetworkHost]) -> String {
 pub(crate) fn dns_hosts(domain: &str, hosts: &[NetworkHost]) -> String {
     let mut text = String::new();
     for host in hosts.iter().filter(|h| !h.hostname.is_empty() && h.view.is_none()) {
-        let v4 = host.ipv4.map(std::net::IpAddr::V4);
-        for address in v4.into_iter().chain(host.ipv6.map(std::net::IpAddr::V6)) {
+        let v4 = host.ipv4.map(IpAddr::V4);
+        for address in v4.into_iter().chain(host.ipv6.map(IpAddr::V6)) {
             let _ = writeln!(text, "{address} {name}.{domain} {name}", name = host.hostname);
         }
     }
@@ -313,7 +305,7 @@ pub(crate) fn dns_hosts(domain: &str, hosts: &[NetworkHost]) -> String {
 
 /// Does `resolv.conf` name a server that is not `own`?
 pub(crate) fn has_upstream(resolv_conf: &str, own: Option<Ipv4Addr>) -> bool {
-    nameservers(resolv_conf).any(|s| own.is_none_or(|o| s != std::net::IpAddr::V4(o)))
+    nameservers(resolv_conf).any(|s| own.is_none_or(|o| s != IpAddr::V4(o)))
 }
 
 /// Name servers in `resolv.conf`.

@@ -5,6 +5,7 @@ use crate::{
     Engine, EngineInner, Records,
     compute::{
         self,
+        addresses::free_mac,
         create::{CreateInstance, CreatePlan, InstanceSource, plan as plan_create},
         expand,
     },
@@ -68,13 +69,12 @@ fn details(index: &index::Index) -> Result<&index::Details> {
     index.config.as_ref().ok_or_else(|| Error::invalid("backup", "the backup has no configuration"))
 }
 
-/// A number that no other instance's interface has.
-fn free_mac(records: &Records, mac: &str) -> bool {
+/// It is a guest's, and no other instance's interface has it.
+fn usable_mac(records: &Records, mac: &str) -> bool {
     let looks_right = mac.len() == 17
         && mac.bytes().enumerate().all(|(n, b)| if n % 3 == 2 { b == b':' } else { b.is_ascii_hexdigit() })
         && u8::from_str_radix(&mac[..2], 16).is_ok_and(|first| first & 1 == 0);
-    let mut taken = records.instances.values().flat_map(|i| i.identities.values());
-    looks_right && !taken.any(|i| i.mac.as_deref() == Some(mac))
+    looks_right && free_mac(records, mac)
 }
 
 /// Snapshots of the backup that it describes, oldest first as the backup has them.
@@ -178,7 +178,7 @@ impl Engine {
                     own.get(&format!("volatile.{device}.hwaddr")).map(|m| m.to_ascii_lowercase())
                     && identity.mac.is_some()
                     && !chosen
-                    && free_mac(&records, &mac)
+                    && usable_mac(&records, &mac)
                 {
                     identity.mac = Some(mac);
                 }

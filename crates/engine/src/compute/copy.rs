@@ -137,13 +137,12 @@ impl Engine {
                 let (uuid, cloud_init_id) = (instance.id.uuid(), inner.env.uuid());
                 instance.hardware = Some(Hardware { uuid, cloud_init_id, ..hardware.clone() });
                 // The buses are those of the original's machine.
-                instance.identities = expand::assign_identities(
+                instance.identities = inner.assign_identities(
+                    &records,
                     &BTreeMap::new(),
                     &parsed,
                     instance.hardware.as_ref(),
                     instance.root,
-                    &inner.daemon_id,
-                    &mut |b| inner.env.fill_random(b),
                 );
             }
             instance.metadata = source.metadata.clone();

@@ -218,7 +218,7 @@ pub(crate) fn plan(
         pool: karst_model::PoolId(uuid::Uuid::nil()),
         root: volume_id,
         node: node.id,
-        generation: Generation { incarnation: 1, n: 0 },
+        generation: Generation { incarnation: records.incarnation, n: 0 },
         power: DesiredPower::Stopped,
         current_snapshot: None,
         stateful: false,
@@ -283,14 +283,14 @@ pub(crate) fn plan(
             cloud_init_id: inner.env.uuid(),
         });
     }
-    instance.identities = expand::assign_identities(
+    instance.identities = inner.assign_identities(
+        records,
         &BTreeMap::new(),
         &parsed,
         instance.hardware.as_ref(),
         instance.root,
-        &inner.daemon_id,
-        &mut |b| inner.env.fill_random(b),
     );
+    inner.check_addresses(records, Some(&mut *tx), &instance, &parsed)?;
     if let Some(image) = &image {
         instance.volatile.insert("volatile.base_image".into(), image.fingerprint.clone());
         templates::take(&mut instance, records, &image.templates, Trigger::Create);
@@ -327,7 +327,7 @@ pub(crate) fn plan(
     if request.start {
         inner.demand_staying()?;
         super::power::demand_startable(&instance, &records.expanded(&instance).0)?;
-        instance.generation = instance.generation.next();
+        instance.generation = instance.generation.next_in(records.incarnation);
         instance.power = DesiredPower::Running;
         instance.last_used_at = Some(now);
         let spec = inner.start_spec(records, &instance, inner.take_domain_id())?;
@@ -373,21 +373,25 @@ pub(crate) fn check_nics(records: &Records, tx: &mut Tx, parsed: &expand::Parsed
                 continue;
             }
         };
-        if let Some(address) = ipv4
-            && !bridge.ipv4.is_some_and(|n| n.contains(address))
-        {
-            return Err(Error::invalid(
-                format!("devices.{device}.ipv4.address"),
-                format!("{address} is not in the subnet of network {network:?}"),
-            ));
-        }
-        if let Some(address) = ipv6
-            && !bridge.ipv6.is_some_and(|n| n.contains(address))
-        {
-            return Err(Error::invalid(
-                format!("devices.{device}.ipv6.address"),
-                format!("{address} is not in the subnet of network {network:?}"),
-            ));
+        let addresses =
+            [("ipv4", ipv4.map(std::net::IpAddr::from)), ("ipv6", ipv6.map(std::net::IpAddr::from))];
+        for (family, address) in addresses {
+            if let Some(address) = address.filter(|a| !bridge.takes(*a)) {
+                let field = format!("devices.{device}.{family}.address");
+                let subnet = match family {
+                    "ipv4" => bridge.ipv4.map(|n| n.to_string()),
+                    _ => bridge.ipv6.map(|n| n.to_string()),
+                };
+                return Err(Error::invalid(
+                    field,
+                    match subnet {
+                        Some(subnet) => format!(
+                            "{address} is not an address for a guest of network {network:?}; choose one within {subnet} that is not the network's own"
+                        ),
+                        None => format!("network {network:?} has no {family} subnet"),
+                    },
+                ));
+            }
         }
         // They become routes of the host: whoever may have an instance must not turn others' traffic to it.
         if let Some(route) = routes.iter().find(|r| !bridge.routed().any(|net| net.contains(*r))) {

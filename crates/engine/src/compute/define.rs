@@ -145,9 +145,6 @@ fn place(
             identity.pci = free.pci();
         }
     }
-    instance.identities =
-        expand::assign_identities(&given, &parsed, hardware, instance.root, &inner.daemon_id, &mut |b| {
-            inner.env.fill_random(b)
-        });
+    instance.identities = inner.assign_identities(records, &given, &parsed, hardware, instance.root);
     Ok(())
 }

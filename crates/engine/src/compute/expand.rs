@@ -196,16 +196,18 @@ pub fn assign_identities(
         identity.mac = Some(match (&nic.mac, identity.mac.take()) {
             (Some(wanted), _) => wanted.clone(),
             (None, Some(kept)) => kept,
-            (None, None) => {
-                let mut b = [0u8; 3];
-                random(&mut b);
-                // 10:66:6a is the prefix that Incus registered for guests' interfaces.
-                format!("10:66:6a:{:02x}:{:02x}:{:02x}", b[0], b[1], b[2])
-            }
+            (None, None) => draw_mac(random),
         });
         new.insert(name.clone(), identity);
     }
     new
+}
+
+/// A MAC with the prefix that Incus registered for guests' interfaces.
+pub(crate) fn draw_mac(random: &mut dyn FnMut(&mut [u8])) -> String {
+    let mut b = [0u8; 3];
+    random(&mut b);
+    format!("10:66:6a:{:02x}:{:02x}:{:02x}", b[0], b[1], b[2])
 }
 
 /// Name of a NIC's host interface: `k`, the daemon's short id, and a random part; 14 bytes of at most 15.

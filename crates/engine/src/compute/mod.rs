@@ -1,5 +1,6 @@
 //! Instances: the use cases.
 
+pub(crate) mod addresses;
 pub mod applied;
 pub mod copy;
 pub mod create;

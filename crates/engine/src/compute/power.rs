@@ -172,15 +172,15 @@ fn plan(
             inner.demand_staying()?;
             demand_startable(&instance, &config)?;
             let parsed = expand::parse_devices(&devices)?;
-            instance.identities = expand::assign_identities(
+            instance.identities = inner.assign_identities(
+                records,
                 &instance.identities,
                 &parsed,
                 instance.hardware.as_ref(),
                 instance.root,
-                &inner.daemon_id,
-                &mut |b| inner.env.fill_random(b),
             );
-            instance.generation = instance.generation.next();
+            inner.check_addresses(records, None, &instance, &parsed)?;
+            instance.generation = instance.generation.next_in(records.incarnation);
             instance.power = DesiredPower::Running;
             instance.last_used_at = Some(inner.env.now());
             instance.stateful = false;

@@ -181,14 +181,14 @@ impl Engine {
                     last: None,
                 });
             }
-            instance.identities = expand::assign_identities(
+            instance.identities = inner.assign_identities(
+                &records,
                 &row.identities,
                 &parsed,
                 row.hardware.as_ref(),
                 instance.root,
-                &inner.daemon_id,
-                &mut |b| inner.env.fill_random(b),
             );
+            inner.check_addresses(&records, Some(&mut *tx), &instance, &parsed)?;
             instance.spec_version += 1;
             inner.guest_spec(&records, &instance, 0)?;
             if elsewhere {

@@ -143,19 +143,13 @@ impl Engine {
             // A profile may have got devices since the last start: they are no change of this request.
             let mut before = row.value.clone();
             let assign = |from: &Instance, parsed: &expand::ParsedDevices| {
-                expand::assign_identities(
-                    &from.identities,
-                    parsed,
-                    from.hardware.as_ref(),
-                    from.root,
-                    &inner.daemon_id,
-                    &mut |b| inner.env.fill_random(b),
-                )
+                inner.assign_identities(&records, &from.identities, parsed, from.hardware.as_ref(), from.root)
             };
             before.identities = assign(&before, &expand::parse_devices(&records.expanded(&before).1)?);
             let mut placed = before.clone();
             place_disks(inner, &mut placed, &parsed, slots);
             instance.identities = assign(&placed, &parsed);
+            inner.check_addresses(&records, Some(&mut *tx), &instance, &parsed)?;
             let runtime = records.runtimes.get(&row.id);
             let running = matches!(row.status(runtime.map(|r| &r.value)), Status::Running | Status::Frozen);
             let domain_id = runtime.and_then(|r| r.domain_id).unwrap_or(0);
@@ -444,6 +438,7 @@ impl Saga for InstanceUpdate {
         check_root(&records, &instance, &parsed)?;
         check_disks(&records, tx, &instance, &parsed)?;
         check_nics(&records, tx, &parsed)?;
+        engine.check_addresses(&records, Some(&mut *tx), &instance, &parsed)?;
         tx.replace(&row, &instance);
         if let (Some(grown), Some(volume)) = (&plan.grown, records.volumes.get(&plan.instance.root)) {
             tx.replace(volume, grown);

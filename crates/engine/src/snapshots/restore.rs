@@ -191,14 +191,9 @@ fn before(
     }
     check_disks(records, tx, &instance, &parsed)?;
     check_nics(records, tx, &parsed)?;
-    instance.identities = expand::assign_identities(
-        &row.identities,
-        &parsed,
-        row.hardware.as_ref(),
-        row.root,
-        &inner.daemon_id,
-        &mut |b| inner.env.fill_random(b),
-    );
+    instance.identities =
+        inner.assign_identities(records, &row.identities, &parsed, row.hardware.as_ref(), row.root);
+    inner.check_addresses(records, Some(&mut *tx), &instance, &parsed)?;
     inner.guest_spec(records, &instance, 0)?;
     // What it was then may be more than the project has room for now, or than it may have.
     admit(records, tx, instance.project, &Planned { instance: Some(&instance), ..Default::default() })?;

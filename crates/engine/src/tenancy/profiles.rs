@@ -365,13 +365,12 @@ fn running_users(engine: &EngineInner, profile: &Profile) -> Result<Vec<User>> {
         // A profile may have got devices since the start: they come with the next one.
         let devices = records.expanded(instance).1;
         let mut now = instance.value.clone();
-        now.identities = expand::assign_identities(
+        now.identities = engine.assign_identities(
+            &records,
             &instance.identities,
             &expand::parse_devices(&devices).map_err(named)?,
             instance.hardware.as_ref(),
             instance.root,
-            &engine.daemon_id,
-            &mut |b| engine.env.fill_random(b),
         );
         let generation = runtime.generation;
         let before = GuestSpec { generation, ..engine.guest_spec(&records, &now, domain).map_err(named)? };

@@ -1,0 +1,226 @@
+//! Addresses on networks: no two guests of a network have the same MAC or the same static address. Said when a request
+//! asks for them; what records say all the same (they are older, or a profile gives one address to two) is settled so that
+//! one guest's fault never keeps a whole network from being brought up to date.
+
+use super::{expand::ParsedDevices, nics::network_of};
+use crate::{EngineInner, Records, db::Tx, inventory};
+use karst_model::{
+    Error, InstanceId, Result,
+    device::NicDevice,
+    instance::{DeviceIdentity, Hardware, Instance},
+    network::Network,
+    spec::NetworkHost,
+    uplink::NetworkKind,
+};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// How often another MAC is drawn when the one that was drawn is taken: 24 bits are random.
+const DRAWS: usize = 16;
+
+/// What of an address two guests share.
+#[derive(Debug, PartialEq, Eq)]
+enum Shared {
+    Mac(String),
+    Ipv4(std::net::Ipv4Addr),
+    Ipv6(std::net::Ipv6Addr),
+}
+
+impl Shared {
+    fn of(one: &NetworkHost, other: &NetworkHost) -> Option<Self> {
+        if one.mac == other.mac {
+            return Some(Self::Mac(one.mac.clone()));
+        }
+        let both4 = one.ipv4.filter(|a| other.ipv4 == Some(*a)).map(Self::Ipv4);
+        both4.or_else(|| one.ipv6.filter(|a| other.ipv6 == Some(*a)).map(Self::Ipv6))
+    }
+
+    fn key(&self) -> &'static str {
+        match self {
+            Self::Mac(_) => "hwaddr",
+            Self::Ipv4(_) => "ipv4.address",
+            Self::Ipv6(_) => "ipv6.address",
+        }
+    }
+}
+
+impl std::fmt::Display for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Mac(mac) => write!(f, "MAC address {mac}"),
+            Self::Ipv4(address) => write!(f, "address {address}"),
+            Self::Ipv6(address) => write!(f, "address {address}"),
+        }
+    }
+}
+
+impl EngineInner {
+    /// Ids and addresses for devices that have none yet; see [`super::expand::assign_identities`]. A MAC that is drawn is
+    /// no other instance's.
+    pub(crate) fn assign_identities(
+        &self,
+        records: &Records,
+        old: &BTreeMap<String, DeviceIdentity>,
+        parsed: &ParsedDevices,
+        hardware: Option<&Hardware>,
+        root: karst_model::VolumeId,
+    ) -> BTreeMap<String, DeviceIdentity> {
+        let random = &mut |bytes: &mut [u8]| self.env.fill_random(bytes);
+        let mut new = super::expand::assign_identities(old, parsed, hardware, root, &self.daemon_id, random);
+        for (name, nic) in &parsed.nics {
+            let kept = nic.mac.is_some() || old.get(name).is_some_and(|i| i.mac.is_some());
+            let Some(identity) = new.get_mut(name).filter(|_| !kept) else { continue };
+            for _ in 0..DRAWS {
+                if identity.mac.as_deref().is_none_or(|mac| free_mac(records, mac)) {
+                    break;
+                }
+                identity.mac = Some(super::expand::draw_mac(random));
+            }
+        }
+        new
+    }
+
+    /// The guests of a network as records have them, but for one of them.
+    pub(crate) fn hosts_on(
+        &self,
+        records: &Records,
+        network: &Network,
+        except: Option<InstanceId>,
+    ) -> Vec<NetworkHost> {
+        let mut hosts = vec![];
+        for id in records.instances.keys().filter(|id| Some(**id) != except) {
+            let Some(view) = self.inventory.view(records, *id) else { continue };
+            let on = view.nics.iter().filter(|(on, _)| **on == *network.name);
+            hosts.extend(on.map(|(_, host)| host.clone()));
+        }
+        hosts
+    }
+
+    /// The addresses of an instance's NICs are no other guest's. With a transaction: and stay so, where a request named
+    /// them.
+    ///
+    /// # Errors
+    /// Conflict, naming the key, and the other guest where it is of the same project.
+    pub(crate) fn check_addresses(
+        &self,
+        records: &Records,
+        mut tx: Option<&mut Tx>,
+        instance: &Instance,
+        parsed: &ParsedDevices,
+    ) -> Result<()> {
+        let mut expected = BTreeSet::new();
+        let mut own: Vec<(karst_model::NetworkId, NetworkHost)> = vec![];
+        for (device, nic) in &parsed.nics {
+            let NicDevice { ipv4, ipv6, mac: wanted, .. } = nic;
+            let Some((_, network)) = network_of(records, device, nic)? else { continue };
+            let identity = instance.identities.get(device);
+            let Some(mac) = identity.and_then(|i| i.mac.clone()) else { continue };
+            if network.kind != NetworkKind::Bridge {
+                continue;
+            }
+            let host = NetworkHost { mac, ipv4: *ipv4, ipv6: *ipv6, ..Default::default() };
+            let refuse = |shared: &Shared, by: &str| {
+                Error::conflict(format!(
+                    "the {shared} is taken on network {:?}{by}; choose another one",
+                    &*network.name
+                ))
+                .at(format!("devices.{device}.{}", shared.key()))
+            };
+            let twice = own.iter().filter(|(on, _)| *on == network.id);
+            if let Some(shared) = twice.map(|(_, other)| other).find_map(|other| Shared::of(&host, other)) {
+                return Err(refuse(&shared, " by another NIC of the same instance"));
+            }
+            for (id, other) in records.instances.iter().filter(|(id, _)| **id != instance.id) {
+                let Some(view) = self.inventory.view(records, *id) else { continue };
+                let on = view.nics.iter().filter(|(on, _)| **on == *network.name);
+                if let Some(shared) =
+                    on.map(|(_, theirs)| theirs).find_map(|theirs| Shared::of(&host, theirs))
+                {
+                    let same = other.project == instance.project;
+                    let by = if same { format!(" by instance {:?}", &*other.name) } else { String::new() };
+                    return Err(refuse(&shared, &by));
+                }
+            }
+            // Who draws a number collides with nobody; who names one must be the only one to do so meanwhile.
+            let named = wanted.is_some() || ipv4.is_some() || ipv6.is_some();
+            if let Some(tx) = tx.as_deref_mut().filter(|_| named && expected.insert(network.id)) {
+                tx.expect_untouched(records, &crate::network::lock(network.id));
+            }
+            own.push((network.id, host));
+        }
+        Ok(())
+    }
+
+    /// As [`Self::check_addresses`], for the NICs that an instance is about to have on `network`.
+    pub(crate) fn demand_own_addresses(
+        &self,
+        records: &Records,
+        network: &Network,
+        instance: &Instance,
+    ) -> Result<Vec<NetworkHost>> {
+        let mut hosts = self.hosts_on(records, network, Some(instance.id));
+        let own = inventory::nics(instance, &records.expanded(instance).1).into_iter();
+        for (_, host) in own.filter(|(on, _)| **on == *network.name) {
+            if let Some(shared) = hosts.iter().find_map(|theirs| Shared::of(&host, theirs)) {
+                return Err(Error::conflict(format!(
+                    "the {shared} of instance {:?} is another guest's on network {:?}; give it another one",
+                    &*instance.name, &*network.name
+                )));
+            }
+            hosts.push(host);
+        }
+        Ok(hosts)
+    }
+}
+
+/// A MAC that no other instance's interface has.
+pub(crate) fn free_mac(records: &Records, mac: &str) -> bool {
+    let mut taken = records.instances.values().flat_map(|i| i.identities.values());
+    !taken.any(|i| i.mac.as_deref() == Some(mac))
+}
+
+/// Puts guests into a fixed order, the second of two with one MAC left out, the second of two with one static address left
+/// without it: a host refuses a network of which it is told both.
+pub(crate) fn settle(network: &str, mut hosts: Vec<NetworkHost>) -> Vec<NetworkHost> {
+    hosts.sort();
+    let (mut macs, mut v4, mut v6) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+    hosts.retain_mut(|host| {
+        if !macs.insert(host.mac.clone()) {
+            tracing::warn!(network, mac = %host.mac, guest = %host.hostname, "two guests have one MAC address");
+            return false;
+        }
+        for address in [
+            host.ipv4.take_if(|a| !v4.insert(*a)).map(std::net::IpAddr::from),
+            host.ipv6.take_if(|a| !v6.insert(*a)).map(std::net::IpAddr::from),
+        ]
+        .into_iter()
+        .flatten()
+        {
+            tracing::warn!(network, %address, guest = %host.hostname, "two guests have one static address");
+        }
+        true
+    });
+    hosts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn host(mac: &str, name: &str, address: Option<[u8; 4]>) -> NetworkHost {
+        let ipv4 = address.map(Into::into);
+        NetworkHost { mac: mac.into(), hostname: name.into(), ipv4, ..Default::default() }
+    }
+
+    #[test]
+    fn of_two_with_one_address_the_first_keeps_it() {
+        let hosts = vec![
+            host("10:66:6a:00:00:02", "b", Some([10, 0, 0, 5])),
+            host("10:66:6a:00:00:01", "a", Some([10, 0, 0, 5])),
+            host("10:66:6a:00:00:02", "c", Some([10, 0, 0, 6])),
+            host("10:66:6a:00:00:03", "d", None),
+        ];
+        let left = settle("br", hosts);
+        let seen: Vec<_> = left.iter().map(|h| (h.hostname.as_str(), h.ipv4.is_some())).collect();
+        assert_eq!(seen, [("a", true), ("b", false), ("d", false)]);
+    }
+}

@@ -1,0 +1,160 @@
+//! Addresses are unique on a network: MACs and static addresses, also when many ask for one at once; and where records
+//! say otherwise all the same, one guest's fault is that guest's alone.
+
+use karst_engine::{
+    compute::{create::CreateInstance, power::PowerRequest, update::UpdateInstance},
+    tenancy::UpdateProfile,
+};
+use karst_env::{Env, SeededEnv};
+use karst_model::{
+    Error, ErrorKind, Result,
+    device::Devices,
+    instance::{PowerAction, Status},
+};
+use karst_testkit::{World, scenarios::container};
+use std::{net::Ipv4Addr, time::Duration};
+
+const P: &str = "default";
+
+/// The address `n` of the network's subnet.
+fn address(w: &World, n: u32) -> String {
+    let network = w.engine.network(&w.admin, P, "karstbr0").unwrap();
+    let subnet = network.bridge().unwrap().ipv4.unwrap();
+    Ipv4Addr::from(u32::from(subnet.network()) + n).to_string()
+}
+
+fn nic(keys: &[(&str, &str)]) -> Devices {
+    let mut nic: std::collections::BTreeMap<String, String> =
+        [("type", "nic"), ("network", "karstbr0")].map(|(k, v)| (k.into(), v.into())).into();
+    nic.extend(keys.iter().map(|(k, v)| (k.to_string(), v.to_string())));
+    Devices::from([("eth0".into(), nic)])
+}
+
+fn with(name: &str, keys: &[(&str, &str)]) -> CreateInstance {
+    CreateInstance { devices: nic(keys), ..container(name) }
+}
+
+async fn create(w: &World, request: CreateInstance) -> Result<()> {
+    let (_, operation) = w.engine.instance_create(&w.admin, P, request).await?;
+    w.ended(operation).await.error.clone().map_or(Ok(()), Err)
+}
+
+async fn update(w: &World, name: &str, devices: Devices) -> Result<()> {
+    let update = UpdateInstance {
+        description: String::new(),
+        ephemeral: false,
+        config: Default::default(),
+        devices,
+        profiles: vec!["default".into()],
+        if_version: None,
+    };
+    let operation = w.engine.instance_update(&w.admin, P, name, update).await?;
+    w.ended(operation).await.error.clone().map_or(Ok(()), Err)
+}
+
+async fn start(w: &World, name: &str) -> Result<()> {
+    let request = PowerRequest { action: PowerAction::Start, force: false, timeout: None, stateful: false };
+    let operation = w.engine.instance_power(&w.admin, P, name, request).await?;
+    w.ended(operation).await.error.clone().map_or(Ok(()), Err)
+}
+
+#[track_caller]
+fn refused(result: Result<()>, kind: ErrorKind, field: &str, says: &str) -> Error {
+    let e = result.expect_err(says);
+    assert_eq!((e.kind, e.field.as_deref()), (kind, Some(field)), "{e}");
+    assert!(e.to_string().contains(says), "{e}");
+    e
+}
+
+#[test]
+fn one_of_many_that_ask_for_an_address_gets_it() {
+    for seed in 1..=8 {
+        SeededEnv::run(seed, |env| async move {
+            let w = World::new(&env).await.unwrap();
+            let fixed = address(&w, 55);
+            for keys in [("ipv4.address", fixed.as_str()), ("hwaddr", "10:66:6a:ab:cd:ef")] {
+                let many = (0..6).map(|n| {
+                    let request = with(&format!("c{n}-{}", &keys.0[..2]), &[keys]);
+                    let delay = env.below(3);
+                    let (w, env) = (&w, &env);
+                    async move {
+                        env.sleep(Duration::from_micros(delay)).await;
+                        create(w, request).await
+                    }
+                });
+                let results = futures::future::join_all(many).await;
+                let made = results.iter().filter(|r| r.is_ok()).count();
+                assert_eq!(made, 1, "seed {seed}: {results:?}");
+                for e in results.into_iter().filter_map(Result::err) {
+                    assert_eq!(e.kind, ErrorKind::Conflict, "{e}");
+                }
+            }
+            // Two that exist, and change at once.
+            let taken = address(&w, 56);
+            create(&w, with("x", &[])).await.unwrap();
+            create(&w, with("y", &[])).await.unwrap();
+            let wanted = || nic(&[("ipv4.address", &taken)]);
+            let (x, y) = futures::join!(update(&w, "x", wanted()), update(&w, "y", wanted()));
+            assert!(x.is_ok() != y.is_ok(), "seed {seed}: {x:?} {y:?}");
+            w.engine.close();
+        });
+    }
+}
+
+#[test]
+fn taken_addresses_are_refused_by_name() {
+    SeededEnv::run(1, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        let (fixed, mac) = (address(&w, 60), "10:66:6a:00:00:60");
+        create(&w, with("first", &[("ipv4.address", &fixed), ("hwaddr", mac)])).await.unwrap();
+        let conflict = ErrorKind::Conflict;
+        let e = create(&w, with("second", &[("ipv4.address", &fixed)])).await;
+        refused(e, conflict, "devices.eth0.ipv4.address", "by instance \"first\"");
+        let e = create(&w, with("second", &[("hwaddr", &mac.to_uppercase())])).await;
+        refused(e, conflict, "devices.eth0.hwaddr", "by instance \"first\"");
+        let mut twice = nic(&[("ipv4.address", &address(&w, 61))]);
+        twice.insert("eth1".into(), twice["eth0"].clone());
+        let e = create(&w, CreateInstance { devices: twice, ..container("second") }).await;
+        refused(e, conflict, "devices.eth1.ipv4.address", "the same instance");
+        for (n, why) in [(0, "the subnet's"), (1, "the host's own"), (255, "the broadcast")] {
+            let e = create(&w, with("second", &[("ipv4.address", &address(&w, n))])).await;
+            let e = refused(e, ErrorKind::Invalid, "devices.eth0.ipv4.address", "not an address for a guest");
+            assert!(e.to_string().contains("choose one within"), "{why}: {e}");
+        }
+        // Its own address is nobody else's.
+        update(&w, "first", nic(&[("ipv4.address", &fixed), ("hwaddr", mac)])).await.unwrap();
+        // Whoever is given up is free.
+        let operation = w.engine.instance_delete(&w.admin, P, "first").await.unwrap();
+        assert_eq!(w.ended(operation).await.error, None);
+        create(&w, with("second", &[("ipv4.address", &fixed), ("hwaddr", mac)])).await.unwrap();
+        w.engine.close();
+    });
+}
+
+#[test]
+fn a_profile_that_gives_one_address_to_two_harms_none_but_the_second() {
+    SeededEnv::run(1, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        for name in ["a", "b", "c"] {
+            create(&w, container(name)).await.unwrap();
+        }
+        let mut devices = w.engine.profile(&w.admin, P, "default").unwrap().devices.clone();
+        for keys in devices.values_mut().filter(|keys| keys.get("type").is_some_and(|t| t == "nic")) {
+            keys.insert("ipv4.address".into(), address(&w, 70));
+        }
+        let profile = UpdateProfile { devices, ..Default::default() };
+        w.engine.profile_update(&w.admin, P, "default", profile).await.unwrap();
+        let e = start(&w, "a").await.expect_err("two others have its address");
+        assert_eq!(e.kind, ErrorKind::Conflict, "{e}");
+        // One that says otherwise itself is no part of it, and its network comes up.
+        update(&w, "c", nic(&[])).await.unwrap();
+        start(&w, "c").await.unwrap();
+        update(&w, "b", nic(&[("ipv4.address", &address(&w, 71))])).await.unwrap();
+        start(&w, "a").await.unwrap();
+        start(&w, "b").await.unwrap();
+        for name in ["a", "b", "c"] {
+            assert_eq!(w.engine.instance(&w.admin, P, name).unwrap().status, Status::Running, "{name}");
+        }
+        w.engine.close();
+    });
+}
