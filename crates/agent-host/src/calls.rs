@@ -17,7 +17,7 @@ use karst_model::{
     network::Lease,
     node::HostFacts,
     spec::{GuestSpec, NetworkSpec, PoolSource, PoolSpec, VolumeSpec},
-    storage::Usage,
+    storage::{Usage, VolumeContent},
 };
 use karst_storage::OpenTree;
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -357,6 +357,7 @@ impl RealAgent {
         if request.request.command.first().is_none_or(String::is_empty) {
             return Err(Error::invalid("command", "no program to run"));
         }
+        check_owner(Some(request.request.uid), Some(request.request.gid))?;
         self.sessions.room()?;
         // It will enter the guest's groups.
         karst_host::moves::anticipate();
@@ -423,7 +424,13 @@ impl RealAgent {
         }
         let root = match runs {
             true => None,
-            false => Some(self.pool(file.root.pool)?.open_tree(file.root.volume).await?),
+            false => {
+                let pool = self.pool(file.root.pool)?;
+                if pool.inspect(file.root.volume).await?.content != VolumeContent::Filesystem {
+                    return Err(Error::invalid("root", "the volume is a disk, which has no files"));
+                }
+                Some(pool.open_tree(file.root.volume).await?)
+            }
         };
         Ok((driver, root))
     }
@@ -440,6 +447,10 @@ impl RealAgent {
 
     async fn write_file(&self, request: FileWriteRequest) -> Result<WithFds<Option<SessionId>>> {
         let FileWriteRequest { file, mut write } = request;
+        check_owner(write.uid, write.gid)?;
+        if write.mode.is_some_and(|m| m > 0o7777) {
+            return Err(Error::invalid("mode", "permission bits are at most 07777"));
+        }
         let (driver, root) = self.files(&file).await?;
         write.path = file.path;
         let instance = file.instance;
@@ -462,6 +473,16 @@ impl RealAgent {
 
 fn path_of(root: &Option<OpenTree>) -> Option<&Path> {
     root.as_ref().map(|tree| tree.path.as_path())
+}
+
+/// The number that means "nobody" and "as it is" to the system is no user and no group.
+fn check_owner(uid: Option<u32>, gid: Option<u32>) -> Result<()> {
+    for (field, id) in [("uid", uid), ("gid", gid)] {
+        if id == Some(u32::MAX) {
+            return Err(Error::invalid(field, format!("{} is no id of a user or group", u32::MAX)));
+        }
+    }
+    Ok(())
 }
 
 fn check_path(path: &str) -> Result<()> {
@@ -541,6 +562,9 @@ calls! {
     }
     mutate pool_remove(me, pool: PoolId) -> () { me.remove_pool(pool).await }
     read pool_usage(me, pool: PoolId) -> Usage { me.pool(pool)?.space().await }
+    mutate pool_describe(me, request: PoolDescribe) -> () { me.describe_pool(request).await }
+    read pool_survey(me, request: PoolSurvey) -> PoolSurveyed { me.survey_pool(request).await }
+    read pools_find(me, request: PoolsFind) -> Vec<FoundPool> { me.find_pools(request).await }
 
     read network_choose(me, wanted: NetworkChoose) -> NetworkChoice {
         Ok(NetworkChoice {
@@ -619,6 +643,10 @@ calls! {
     mutate machine_state_delete(me, at: MachineStateRef) -> () {
         let _lock = me.lock(at.instance.0).await;
         me.machines()?.state_delete(at.instance, at.snapshot).await
+    }
+    mutate machine_memory_drop(me, instance: InstanceId) -> () {
+        let _lock = me.lock(instance.0).await;
+        me.machines()?.memory_drop(instance).await
     }
     mutate guest_destroy(me, instance: InstanceId) -> () { me.destroy(instance).await }
     read guest_observe_all(me, _request: ()) -> Vec<Observed> { me.observe_all().await }

@@ -11,6 +11,7 @@ mod backups;
 mod bytes;
 mod calls;
 mod check;
+mod descriptions;
 mod facts;
 pub mod ids;
 mod logs;

@@ -69,7 +69,7 @@ impl PoolPlace {
             PoolSource::Own { .. } => None,
             PoolSource::Granted { source } => {
                 policy.check_pool_source(source)?;
-                Some(self.look(source).await?)
+                Some(look(source).await?)
             }
         };
         if !make {
@@ -132,22 +132,35 @@ impl PoolPlace {
         source.join(format!("karst-{}", self.id))
     }
 
-    async fn look(&self, source: &str) -> Result<Granted> {
-        let path = PathBuf::from(source);
-        let field = source.to_owned();
+    /// Pools that were made in a source, whoever made them, each with what it says of itself where that can be read as it
+    /// is. Nothing says of what kind a pool in a directory is: it is taken to be of `kind`, and opening it tells.
+    pub async fn at(source: String, kind: PoolKind) -> Result<Vec<(PoolSpec, Option<String>)>> {
+        let granted = look(&source).await?;
         blocking(move || {
-            let wrong = |text: &str| Error::invalid("source", format!("{field:?} {text}"));
-            let found = std::fs::metadata(&path).map_err(|e| wrong("is not on this host").with_context(e))?;
-            if found.file_type().is_block_device() {
-                return Ok(Granted::Device(path));
+            let spec = |id| PoolSpec { id, kind, source: PoolSource::Granted { source: source.clone() } };
+            let mut found = vec![];
+            match granted {
+                Granted::Device(device) => {
+                    let mut block = [0u8; 4096];
+                    File::open(device)?.read_exact_at(&mut block, SUPERBLOCK)?;
+                    if &block[0x40..0x48] == MAGIC && kind == PoolKind::Btrfs {
+                        let id = uuid::Uuid::from_slice(&block[0x20..0x30]).unwrap_or_default();
+                        found.push((spec(PoolId(id)), None));
+                    }
+                }
+                Granted::Directory(directory) => {
+                    for entry in std::fs::read_dir(directory)?.flatten() {
+                        let name = entry.file_name();
+                        let id = name.to_str().and_then(|n| n.strip_prefix("karst-")?.parse().ok());
+                        if let Some(id) = id.filter(|_| entry.file_type().is_ok_and(|t| t.is_dir())) {
+                            let most = karst_agent::MAX_DESCRIPTION;
+                            found.push((spec(id), karst_storage::pool_description(&entry.path(), most)?));
+                        }
+                    }
+                }
             }
-            if !found.is_dir() {
-                return Err(wrong("is neither a directory nor a block device"));
-            }
-            if found.uid() != 0 || found.mode() & 0o022 != 0 {
-                return Err(wrong("must be a directory of root that nobody else can write"));
-            }
-            Ok(Granted::Directory(path))
+            found.sort_by_key(|(spec, _)| spec.id);
+            Ok(found)
         })
         .await
     }
@@ -278,6 +291,26 @@ impl PoolPlace {
         })
         .await
     }
+}
+
+async fn look(source: &str) -> Result<Granted> {
+    let path = PathBuf::from(source);
+    let field = source.to_owned();
+    blocking(move || {
+        let wrong = |text: &str| Error::invalid("source", format!("{field:?} {text}"));
+        let found = std::fs::metadata(&path).map_err(|e| wrong("is not on this host").with_context(e))?;
+        if found.file_type().is_block_device() {
+            return Ok(Granted::Device(path));
+        }
+        if !found.is_dir() {
+            return Err(wrong("is neither a directory nor a block device"));
+        }
+        if found.uid() != 0 || found.mode() & 0o022 != 0 {
+            return Err(wrong("must be a directory of root that nobody else can write"));
+        }
+        Ok(Granted::Directory(path))
+    })
+    .await
 }
 
 async fn make_directory(path: PathBuf) -> Result<()> {

@@ -1,8 +1,8 @@
 //! The machine's hardware, read from `/proc` and `/sys`. Reads only; what is missing there is left empty.
 
 use karst_agent::resources::{
-    CpuCore, CpuSocket, DiskResources, HostResources, MemoryResources, NetworkResources, PartitionResources,
-    PciResources, SystemResources, UsbResources,
+    CpuCore, CpuSocket, CpuTimes, DiskResources, HostResources, MemoryResources, NetworkResources,
+    PartitionResources, PciResources, SystemResources, UsbResources,
 };
 use std::{
     collections::BTreeMap,
@@ -67,6 +67,24 @@ fn kilobytes(text: &str, name: &str) -> u64 {
     if words.next() == Some("kB") { value << 10 } else { value }
 }
 
+/// Nanoseconds of a tick: the kernel tells programs a hundred ticks a second, whatever it counts by itself.
+const TICK: u64 = 10_000_000;
+
+/// The lines of processors in `/proc/stat`: user, nice, system, idle, iowait, irq, softirq, in ticks.
+fn cpu_times(stat: &str) -> Vec<CpuTimes> {
+    let of = |line: &str| {
+        let mut words = line.split_whitespace();
+        let cpu = match words.next()?.strip_prefix("cpu")? {
+            "" => None,
+            number => Some(number.parse().ok()?),
+        };
+        let mut next = || words.next().and_then(|w| w.parse::<u64>().ok()).unwrap_or_default() * TICK;
+        let [user, nice, system, idle, waiting, irq, softirq] = std::array::from_fn(|_| next());
+        Some(CpuTimes { cpu, kernel: system + irq + softirq, user: user + nice, idle, waiting })
+    };
+    stat.lines().filter_map(of).take(MOST).collect()
+}
+
 impl Machine {
     /// All of it. Blocks for some milliseconds.
     pub(crate) fn resources(&self) -> HostResources {
@@ -76,6 +94,7 @@ impl Machine {
         let pci = self.pci();
         HostResources {
             sockets: self.cpu(),
+            times: cpu_times(&text(self.proc.join("stat"))),
             memory: self.memory(),
             disks: self.disks(),
             network: self.network(&pci),
@@ -166,6 +185,9 @@ impl Machine {
         MemoryResources {
             total,
             used: total.saturating_sub(kilobytes(&info, "MemAvailable")),
+            free: kilobytes(&info, "MemFree"),
+            buffers: kilobytes(&info, "Buffers"),
+            cached: kilobytes(&info, "Cached"),
             hugepages_size: kilobytes(&info, "Hugepagesize"),
             hugepages_total: pages * kilobytes(&info, "Hugepagesize"),
             hugepages_used: (pages - kilobytes(&info, "HugePages_Free").min(pages))
@@ -328,8 +350,9 @@ mod tests {
         );
         put(
             "proc/meminfo",
-            "MemTotal: 4096 kB\nMemAvailable: 1024 kB\nHugePages_Total: 2\nHugePages_Free: 1\nHugepagesize: 2048 kB\n",
+            "MemTotal: 4096 kB\nMemAvailable: 1024 kB\nMemFree: 512 kB\nBuffers: 8 kB\nCached: 16 kB\nSwapCached: 99 kB\nHugePages_Total: 2\nHugePages_Free: 1\nHugepagesize: 2048 kB\n",
         );
+        put("proc/stat", "cpu  3 1 2 9 4 1 1 7\ncpu1 1 0 2 3 4 0 0 0\nintr 77 1 2\n");
         put("proc/loadavg", "0.50 1.00 2.00 1/200 77\n");
         put("proc/1/comm", "init");
         put("sys/devices/system/cpu/cpu0/topology/physical_package_id", "0\n");
@@ -350,6 +373,9 @@ mod tests {
         assert_eq!(r.sockets[0].cores[0].threads, [(0, 0, true)]);
         assert_eq!(r.sockets[0].cache, [(2, String::new(), 512 << 10)]);
         assert_eq!((r.memory.total, r.memory.used, r.memory.hugepages_used), (4 << 20, 3 << 20, 2 << 20));
+        assert_eq!((r.memory.free, r.memory.buffers, r.memory.cached), (512 << 10, 8 << 10, 16 << 10));
+        let all = CpuTimes { cpu: None, kernel: 4 * TICK, user: 4 * TICK, idle: 9 * TICK, waiting: 4 * TICK };
+        assert_eq!((r.times.len(), &r.times[0], r.times[1].cpu), (2, &all, Some(1)));
         assert_eq!((r.load, r.processes), ([0.5, 1.0, 2.0], 1));
         assert_eq!(r.disks.len(), 1, "a loop device is no hardware");
         assert_eq!((r.disks[0].model.as_str(), r.disks[0].size), ("Fast disk", 1 << 20));

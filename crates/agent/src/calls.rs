@@ -3,6 +3,7 @@
 
 use crate::{
     backups::{BackupCreate, BackupFacts, VolumeFill, VolumeFilled, VolumeWrite},
+    descriptions::{FoundPool, PoolDescribe, PoolSurvey, PoolSurveyed, PoolsFind},
     publish::{ImagePublish, VolumeRebuild},
 };
 use async_trait::async_trait;
@@ -122,6 +123,8 @@ plain!(
     Vec<Observed>,
     Applied,
     BackupFacts,
+    PoolSurveyed,
+    Vec<FoundPool>,
     VolumeFilled,
     Vec<(InstanceId, Metrics)>,
     Vec<(InstanceId, MachineFigures)>,
@@ -215,6 +218,13 @@ agent_calls! {
     mutate fn pool_remove(PoolRemove: PoolId) -> ();
     /// Space of a pool.
     read fn pool_usage(PoolUsage: PoolId) -> Usage;
+    /// Writes descriptions onto a pool, each in one step; those that say what is there already cost next to nothing.
+    mutate fn pool_describe(PoolDescribe: PoolDescribe) -> ();
+    /// What a pool has, by itself: volumes, their snapshots and descriptions. Changes none of them; a pool that the host does
+    /// not have in use is opened for as long as that takes.
+    read fn pool_survey(PoolSurvey: PoolSurvey) -> PoolSurveyed;
+    /// Pools that the host knows, or that were made in a place of the host.
+    read fn pools_find(PoolsFind: PoolsFind) -> Vec<FoundPool>;
 
     /// Chooses a free bridge name and free subnets.
     read fn network_choose(NetworkChoose: NetworkChoose) -> NetworkChoice;
@@ -290,7 +300,7 @@ agent_calls! {
     /// name. All are dropped at the agent's start.
     mutate fn image_stage(ImageStage: ImageStage) -> WithFds<ImageStaged>;
     /// Images of which parts are staged: uploads that go on, or that nobody will finish.
-    read fn image_staged(ImageStagedList: ()) -> Vec<ImageId>;
+    read fn image_staged(ImageStaged: ()) -> Vec<ImageId>;
     /// Checks and unpacks the staged parts in a worker without privileges.
     mutate fn image_import(ImageImport: ImageImport) -> ImageFacts;
     /// Builds an image of a recipe; progress comes as events with the image's id.
@@ -319,6 +329,8 @@ agent_calls! {
     mutate fn machine_state_restore(MachineStateRestore: MachineStateRestore) -> ();
     /// Drops what is kept with a snapshot; fine when nothing is.
     mutate fn machine_state_delete(MachineStateDelete: MachineStateRef) -> ();
+    /// Drops the memory that a virtual machine which does not run keeps over its stop; fine when there is none.
+    mutate fn machine_memory_drop(MachineMemoryDrop: InstanceId) -> ();
     /// Removes all that a stopped guest has on the host but its volumes.
     mutate fn guest_destroy(GuestDestroy: InstanceId) -> ();
     /// Every guest that the host knows.
@@ -326,7 +338,7 @@ agent_calls! {
     /// Figures of these guests (all running ones when empty); one that does not run is left out.
     read fn guest_metrics(GuestMetrics: Vec<InstanceId>) -> Vec<(InstanceId, Metrics)>;
     /// What these virtual machines (all running ones when empty) have done; one that does not run is left out.
-    read fn machine_figures(MachineFiguresOf: Vec<InstanceId>) -> Vec<(InstanceId, MachineFigures)>;
+    read fn machine_figures(MachineFigures: Vec<InstanceId>) -> Vec<(InstanceId, MachineFigures)>;
     /// Runs a command of the QEMU guest agent's protocol in a virtual machine, and answers what it returns.
     read fn guest_agent(GuestAgent: AgentCommand) -> serde_json::Value;
     /// Interrupts a running virtual machine without regard to masks (NMI).

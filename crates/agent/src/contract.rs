@@ -5,6 +5,7 @@
 //! breach, so it stands in a `#[test]`.
 
 mod backups;
+mod descriptions;
 mod guests;
 mod parts;
 mod publish;
@@ -112,6 +113,7 @@ impl Subject {
             storage::bytes,
             backups::trees,
             backups::disks,
+            descriptions::of_pools_and_volumes,
             publish::images_of_trees,
             publish::images_of_disks,
             parts::networks,

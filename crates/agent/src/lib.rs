@@ -9,6 +9,7 @@ pub mod calls;
 pub mod client;
 #[cfg(feature = "testing")]
 pub mod contract;
+pub mod descriptions;
 pub mod epoch;
 pub mod events;
 pub mod names;
@@ -21,6 +22,7 @@ pub mod wire;
 pub use backups::*;
 pub use calls::*;
 pub use client::Client;
+pub use descriptions::*;
 pub use epoch::EpochGuard;
 pub use events::EventHub;
 pub use names::{check_host_interface, host_interface};

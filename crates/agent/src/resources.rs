@@ -15,6 +15,8 @@ pub struct HostResources {
     pub pci: Vec<PciResources>,
     pub usb: Vec<UsbResources>,
     pub system: SystemResources,
+    /// What processors did since the start: all of them first, then each that is online.
+    pub times: Vec<CpuTimes>,
     /// Average load of 1, 5 and 15 minutes.
     pub load: [f64; 3],
     pub processes: u64,
@@ -46,13 +48,33 @@ pub struct CpuCore {
     pub threads: Vec<(u32, u32, bool)>,
 }
 
+/// What a processor spent its time with, in nanoseconds.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct CpuTimes {
+    /// Its number; none of all together.
+    pub cpu: Option<u32>,
+    /// Interrupts included.
+    pub kernel: u64,
+    pub user: u64,
+    pub idle: u64,
+    /// Idle, while something waited for a disk.
+    pub waiting: u64,
+}
+
 /// Memory.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 #[allow(missing_docs)]
 pub struct MemoryResources {
     pub total: u64,
+    /// Not counted what the kernel would give back.
     pub used: u64,
+    /// Used for nothing at all.
+    pub free: u64,
+    pub buffers: u64,
+    pub cached: u64,
     pub hugepages_total: u64,
     pub hugepages_used: u64,
     pub hugepages_size: u64,

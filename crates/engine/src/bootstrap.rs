@@ -72,7 +72,8 @@ pub(crate) async fn ensure_base(inner: &Arc<EngineInner>, nodes: &[(NodeId, Stri
 
 impl Engine {
     /// On the first start: a `default` pool, a managed network (`karstbr0` unless taken, a free subnet found by itself)
-    /// and both in the `default` profile. Later starts change nothing.
+    /// and both in the `default` profile. Later starts change nothing. A host that has pools already has lost its database:
+    /// they are taken over as they are.
     ///
     /// # Errors
     /// Those of the host. What was made until then stays and the next start goes on.
@@ -82,6 +83,7 @@ impl Engine {
             return Ok(());
         }
         let cx = Context::system();
+        self.adopt_pools(&cx).await?;
         if inner.inventory.read().pool("default").is_err() {
             let operation = self
                 .pool_create(

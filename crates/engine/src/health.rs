@@ -2,6 +2,7 @@
 
 use crate::{Engine, context::Context, saga::Phase};
 use karst_agent::CallContext;
+pub use karst_agent::resources;
 use karst_model::{Result, access::Permission, node::HostFacts};
 use serde::Serialize;
 use std::{collections::BTreeSet, fmt::Display, time::Duration};

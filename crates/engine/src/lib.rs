@@ -8,7 +8,8 @@
 //! * [`db`]: records in the store, and the transaction that use cases build.
 //! * [`saga`]: work over several resources that is all or nothing across a crash.
 //! * [`operations`], [`events`]: what users see of it.
-//! * [`compute`], [`storage`], [`volumes`], [`snapshots`], [`backups`], [`network`], [`images`], [`tenancy`]: the use cases.
+//! * [`compute`], [`storage`], [`volumes`], [`snapshots`], [`backups`], [`recover`], [`network`], [`images`], [`tenancy`]: the
+//!   use cases.
 //! * [`reconcile`]: what follows the records without being asked.
 
 pub mod audit;
@@ -26,6 +27,7 @@ pub mod inventory;
 pub mod network;
 pub mod operations;
 pub mod reconcile;
+pub mod recover;
 mod restarts;
 pub mod saga;
 pub mod snapshots;
@@ -178,7 +180,7 @@ impl Engine {
         let Some((node, _)) = nodes.first().cloned() else {
             return Err(Error::internal("an engine needs a node", "EngineConfig::nodes is empty"));
         };
-        let epoch = take_epoch(&*store, node).await?;
+        let epoch = take_epoch(&*store, node, env.now()).await?;
         let inventory = Inventory::open(env.clone(), store.clone()).await?;
         let events = Events::default();
         let names = inventory.clone();
@@ -460,8 +462,11 @@ fn name_of(inventory: &Inventory, project: Option<ProjectId>) -> String {
         .unwrap_or_else(|| karst_model::project::DEFAULT_PROJECT.into())
 }
 
-/// Takes the next epoch: one more than any engine over this store ever had.
-async fn take_epoch(store: &dyn Store, node: NodeId) -> Result<u64> {
+/// Takes the next epoch: more than any engine over this store ever had. Hosts refuse lower ones than they have seen, and
+/// remember longer than a store that is lost, or restored from a backup: an epoch is never lower than the time in seconds,
+/// which no engine before can have passed by starting once a second.
+async fn take_epoch(store: &dyn Store, node: NodeId, now: jiff::Timestamp) -> Result<u64> {
+    let least = u64::try_from(now.as_second()).unwrap_or(0);
     for _ in 0..64 {
         let now = store.get(EPOCH_KEY).await?;
         let (old, compare) = match &now.kv {
@@ -473,17 +478,18 @@ async fn take_epoch(store: &dyn Store, node: NodeId) -> Result<u64> {
             ),
             None => (0, karst_store::Compare::absent(EPOCH_KEY)),
         };
+        let next = (old + 1).max(least);
         let txn = Txn {
             compares: vec![compare],
             success: vec![
-                Op::put(EPOCH_KEY, (old + 1).to_string()),
-                Op::put(executor_key(node), (old + 1).to_string()),
+                Op::put(EPOCH_KEY, next.to_string()),
+                Op::put(executor_key(node), next.to_string()),
             ],
             failure: vec![],
         };
         // Unknown is as good as refused: the next round reads what is there and takes a higher one.
         if let TxnOutcome::Committed { .. } = store.txn(txn).await? {
-            return Ok(old + 1);
+            return Ok(next);
         }
     }
     Err(Error::unavailable("the state database does not let this daemon take its epoch"))

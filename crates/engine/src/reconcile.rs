@@ -50,6 +50,8 @@ pub(crate) fn spawn_all(inner: &Arc<EngineInner>) -> Vec<TaskHandle> {
     tasks.push(inner.env.spawn_task("snapshots", schedule));
     tasks.push(inner.env.spawn_task("images", crate::images::remote::follow(Arc::downgrade(inner))));
     tasks.push(inner.env.spawn_task("restarts", crate::restarts::follow(Arc::downgrade(inner))));
+    let describe = crate::recover::describe::follow(Arc::downgrade(inner));
+    tasks.push(inner.env.spawn_task("descriptions", describe));
     tasks.push(inner.env.spawn_task("housekeeping", housekeeping(Arc::downgrade(inner))));
     tasks
 }

@@ -6,8 +6,8 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind}
 
 use crate::{
     commands::{
-        access, completion, config, console, copy, create, exec, file, host, image, info, lifecycle, list,
-        machine, man, monitor, network, operation, profile, project, query, snapshot, storage, trust,
+        access, admin, completion, config, console, copy, create, exec, file, host, image, info, lifecycle,
+        list, machine, man, monitor, network, operation, profile, project, query, snapshot, storage, trust,
         version, warning,
     },
     context::Context,
@@ -114,6 +114,9 @@ enum Command {
     /// Roles: who may do what, and why
     #[command(subcommand)]
     Access(access::Access),
+    /// The server as a whole
+    #[command(subcommand)]
+    Admin(admin::Admin),
     /// Certificates that the server trusts
     #[command(subcommand)]
     Trust(trust::Trust),
@@ -189,6 +192,7 @@ async fn run(context: &Context, command: Command) -> Result<()> {
         Command::Monitor(command) => command.run(context).await,
         Command::Warning(command) => command.run(context).await,
         Command::Access(command) => command.run(context).await,
+        Command::Admin(command) => command.run(context).await,
         Command::Trust(command) => command.run(context).await,
         Command::Token(command) => command.run(context).await,
         Command::Audit(command) => command.run(context).await,

@@ -16,6 +16,7 @@ use karst_engine::{
     firewall::{UpdateAcl, UpdateAddressSet, UpdateForward},
     images::{ImageOptions, UpdateImage, publish::PublishImage, remote::FetchImage},
     network::{CreateNetwork, UpdateNetwork},
+    recover::RecoverPool,
     snapshots::{Origin, change::UpdateSnapshot, create::CreateSnapshot},
     storage::CreatePool,
     tenancy::{
@@ -37,7 +38,7 @@ use karst_model::{
 };
 use karst_testkit::{
     World,
-    scenarios::{container, upload},
+    scenarios::{container, lose, upload},
     servers::{OneImage, source},
 };
 use std::{
@@ -91,6 +92,8 @@ struct Fixture {
     here: ProjectId,
     other: ProjectId,
     shared: ProjectId,
+    /// A volume of which the database knows nothing.
+    forgotten: karst_model::VolumeId,
 }
 
 impl Fixture {
@@ -108,10 +111,28 @@ fn root_and_nic(w: &World) -> Devices {
     w.engine.profile(&w.admin, "default", "default").unwrap().devices.clone()
 }
 
+/// A pool and a custom volume that the host has and the database has lost.
+async fn forget(w: &World) -> karst_model::VolumeId {
+    let pool = CreatePool { name: "forgotten".into(), driver: "dir".into(), ..Default::default() };
+    w.ended(w.engine.pool_create(&w.admin, pool).await.unwrap()).await;
+    let pool = w.engine.pool(&w.admin, "forgotten").unwrap().id;
+    let made = w.engine.volume_create(&w.admin, "default", "default", volume("forgotten")).await.unwrap();
+    w.ended(made).await;
+    let id = {
+        let records = w.engine.inner().inventory.read();
+        records.volumes.values().find(|v| v.name == "forgotten").map(|v| v.id).unwrap()
+    };
+    for lost in [pool.uuid(), id.uuid()] {
+        lose(w, lost).await.unwrap();
+    }
+    id
+}
+
 async fn fixture(env: &SeededEnv) -> Fixture {
     let w = World::new(env).await.unwrap();
     w.engine.set_image_servers(std::sync::Arc::new(OneImage::default()));
     let (e, c) = (&w.engine, &w.admin);
+    let forgotten = forget(&w).await;
     for p in [HERE, OTHER, "empty"] {
         e.project_create(c, p, "", Config::new()).await.unwrap();
     }
@@ -168,7 +189,7 @@ async fn fixture(env: &SeededEnv) -> Fixture {
     karst_env::Env::sleep(env, Duration::from_secs(3)).await;
     let of = |name: &str| e.project(c, name, karst_model::access::Permission::ProjectView).unwrap().id;
     let (here, other, shared) = (of(HERE), of(OTHER), of("default"));
-    Fixture { w, running, here, other, shared }
+    Fixture { w, running, here, other, shared, forgotten }
 }
 
 /// Where a forward of `net1` listens.
@@ -329,6 +350,7 @@ fn cases() -> Vec<Case> {
         instance_undefine Edit |f, c, p| f.w.engine.instance_undefine(c, p, "still").await.map(drop);
         machine_define Edit |f, c, p| f.w.engine.machine_define(c, p, DefineMachine { create: CreateInstance { kind: InstanceKind::VirtualMachine, ..container("fresh") }, uuid: None, places: BTreeMap::new() }).await.map(drop);
         instance_power Use |f, c, p| f.w.engine.instance_power(c, p, "run", power(PowerAction::Stop)).await.map(drop);
+        instance_memory_drop Use |f, c, p| f.w.engine.instance_memory_drop(c, p, "still").await.map(drop);
         exec_check Use |f, c, p| f.w.engine.exec_check(c, p, "run", &exec()).map(drop);
         exec Use |f, c, p| f.w.engine.exec(c, p, "run", exec()).await.map(drop);
         console Use |f, c, p| f.w.engine.console(c, p, "run", false).await.map(drop);
@@ -374,6 +396,10 @@ fn cases() -> Vec<Case> {
         backup_upload_open Edit |f, c, p| f.w.engine.backup_upload_open(c, p, karst_model::BackupId(uuid::Uuid::from_u128(9))).await.map(drop);
         instance_import Edit |f, c, p| { let upload = upload(&f.w, of_still(HERE)).await?; f.w.engine.instance_import(c, p, ImportInstance { upload, name: Some("imported".into()), pool: None }).await.map(drop) };
         volume_import Edit |f, c, p| { let upload = upload(&f.w, of_still(HERE)).await?; f.w.engine.volume_import(c, p, "default", ImportVolume { upload, name: Some("disc".into()), disc: true }).await.map(drop) };
+        recover_validate ServerEdit |f, c, _p| f.w.engine.recover_validate(c, &[]).await.map(drop);
+        recover_import ServerEdit |f, c, _p| f.w.engine.recover_import(c, &[]).await.map(drop);
+        recover_pool ServerEdit |f, c, _p| f.w.engine.recover_pool(c, &RecoverPool { name: "forgotten".into(), driver: "dir".into(), ..Default::default() }).await.map(drop);
+        recover_volume ServerEdit |f, c, _p| f.w.engine.recover_volume(c, "default", f.forgotten).await.map(drop);
         custom_volume View |f, c, p| f.w.engine.custom_volume(c, p, "default", "data").map(drop);
         volume_create Edit |f, c, p| f.w.engine.volume_create(c, p, "default", volume("fresh")).await.map(drop);
         volume_copy Edit |f, c, p| f.w.engine.volume_copy(c, p, "default", CopyVolume { project: p.into(), pool: "default".into(), name: "data".into(), snapshot: None, volume_only: false, refresh: false, exclude_older: false, copy: volume("copied") }).await.map(drop);

@@ -9,6 +9,7 @@ mod generations;
 mod images;
 mod limits;
 mod races;
+mod recover;
 mod sagas;
 mod snapshots;
 mod two_engines;

@@ -15,6 +15,7 @@ use karst_engine::{
     },
     images::{ImageOptions, UpdateImage, publish::PublishImage},
     network::{CreateNetwork, UpdateNetwork},
+    recover::RecoverPool,
     snapshots::Origin,
     storage::CreatePool,
     tenancy::UpdateProfile,
@@ -237,6 +238,10 @@ fn cases() -> Vec<Case> {
         "pool with a taken name" => Conflict, "name", "default", |w| w.engine.pool_create(&w.admin, CreatePool { name: P.into(), driver: "dir".into(), ..Default::default() });
         "delete of a used pool" => Conflict, "", "used", |w| w.engine.pool_delete(&w.admin, "default");
         "delete of a missing pool" => NotFound, "", "nope", |w| w.engine.pool_delete(&w.admin, "nope");
+        "recovery of a pool of an unknown kind" => Invalid, "driver", "drr", |w| w.engine.recover_pool(&w.admin, &RecoverPool { name: "lost".into(), driver: "drr".into(), ..Default::default() });
+        "recovery of a pool of which nothing is there" => NotFound, "config.source", "dir", |w| w.engine.recover_pool(&w.admin, &RecoverPool { name: "lost".into(), driver: "dir".into(), ..Default::default() });
+        "recovery of a volume that is known or is not there" => NotFound, "", "described", |w| w.engine.recover_volume(&w.admin, "default", karst_model::VolumeId(uuid::Uuid::from_u128(9)));
+        "recovery in a pool without a driver" => NotFound, "pools[0]", "nope", |w| w.engine.recover_import(&w.admin, &[RecoverPool { name: "nope".into(), ..Default::default() }]);
         // Images.
         "wrong fingerprint" => Invalid, "fingerprint", "64", |w| w.engine.image_build(&w.admin, P, "debian/13", InstanceKind::Container, ImageOptions { fingerprint: Some("abc".into()), ..Default::default() });
         "wrong alias" => Invalid, "aliases[0].name", "", |w| w.engine.image_build(&w.admin, P, "debian/13", InstanceKind::Container, ImageOptions { aliases: vec![("a\0".into(), String::new())], ..Default::default() });

@@ -444,6 +444,8 @@ async fn machine_only(guest: &Guest<'_>) {
     });
     assert!(greeting.await.unwrap().unwrap().starts_with(b"RFB 003."));
     agent.session_close(&s.read(), display.value).await.unwrap();
+    // What runs keeps no memory over a stop.
+    refused(agent.machine_memory_drop(&s.change(), instance).await, ErrorKind::Conflict);
 }
 
 /// Of a volume that a paused guest has, snapshots and copies can be taken, and nothing can replace what is in it.

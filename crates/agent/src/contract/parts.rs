@@ -11,6 +11,7 @@ pub(super) async fn facts(s: &Subject) {
     assert!(!facts.accelerator.reason.is_empty());
     let hardware = s.agent.host_resources(&s.read(), ()).await.unwrap();
     assert!(hardware.memory.total > 1 << 20 && !hardware.sockets.is_empty() && hardware.processes > 0);
+    assert!(hardware.times.first().is_some_and(|t| t.cpu.is_none() && t.idle > 0), "{:?}", hardware.times);
     let check = s.agent.self_check(&s.read(), ()).await.unwrap();
     assert!(check.leaks.is_empty(), "{check:?}");
 }

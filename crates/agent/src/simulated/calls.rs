@@ -2,7 +2,7 @@
 
 use super::work::*;
 use super::{SimulatedAgent, state::Guest};
-use crate::{backups::*, calls::*, publish::*};
+use crate::{backups::*, calls::*, descriptions::*, publish::*};
 use async_trait::async_trait;
 use karst_model::{
     BackupId, ByteSize, Error, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
@@ -87,11 +87,14 @@ calls! {
         let threads = (0..me.options.cpus).map(|n| (n, 0, true)).collect();
         let core = crate::resources::CpuCore { threads, ..Default::default() };
         let socket = crate::resources::CpuSocket { name: "simulated".into(), cores: vec![core], ..Default::default() };
+        let times = |cpu| crate::resources::CpuTimes { cpu, idle: 1_000_000_000, ..Default::default() };
+        let total = me.options.memory.bytes();
         Ok(crate::resources::HostResources {
             sockets: vec![socket],
-            memory: crate::resources::MemoryResources { total: me.options.memory.bytes(), ..Default::default() },
+            times: std::iter::once(None).chain((0..me.options.cpus).map(Some)).map(times).collect(),
+            memory: crate::resources::MemoryResources { total, free: total, ..Default::default() },
             processes: 1,
-            ..Default::default()
+            ..crate::simulated::hardware::cards()
         })
     }
     read self_check(me, _request: ()) -> SelfCheck { Ok(me.check()) }
@@ -112,8 +115,12 @@ calls! {
             return Err(Error::conflict("the pool still has volumes"));
         }
         state.pools.remove(&pool);
+        state.described.pools.remove(&pool);
         Ok(())
     }
+    mutate pool_describe(me, request: PoolDescribe) -> () { me.describe_pool(request) }
+    read pool_survey(me, request: PoolSurvey) -> PoolSurveyed { me.survey_pool(&request) }
+    read pools_find(me, request: PoolsFind) -> Vec<FoundPool> { me.find_pools(&request) }
     read pool_usage(me, pool: PoolId) -> Usage {
         let state = me.lock();
         if !state.pools.contains_key(&pool) {
@@ -276,6 +283,15 @@ calls! {
         }
         state.guests.remove(&instance);
         state.machine_states.retain(|(i, _), _| *i != instance);
+        Ok(())
+    }
+    mutate machine_memory_drop(me, instance: InstanceId) -> () {
+        if let Some(guest) = me.settled().guests.get_mut(&instance) {
+            if guest.runs() {
+                return Err(Error::conflict("the guest is running; stop it first"));
+            }
+            guest.saved = false;
+        }
         Ok(())
     }
     mutate machine_state_save(me, request: MachineStateSave) -> () {

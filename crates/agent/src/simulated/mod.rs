@@ -6,7 +6,9 @@
 
 mod backups;
 mod calls;
+mod descriptions;
 mod files;
+mod hardware;
 mod publish;
 mod session;
 mod state;

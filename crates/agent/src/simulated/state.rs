@@ -26,6 +26,7 @@ pub(super) struct State {
     pub pools: BTreeMap<PoolId, PoolSpec>,
     pub networks: BTreeMap<NetworkId, Network>,
     pub volumes: BTreeMap<VolumeId, Volume>,
+    pub described: super::descriptions::Described,
     pub images: BTreeMap<ImageId, Image>,
     pub staged: BTreeMap<(ImageId, ImagePart), File>,
     /// Files of backups.

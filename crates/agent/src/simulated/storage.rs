@@ -145,6 +145,7 @@ impl SimulatedAgent {
         state.writer(at, false)?;
         if state.volumes.get(&at.volume).is_some_and(|v| v.spec.pool == at.pool) {
             state.volumes.remove(&at.volume);
+            state.described.volumes.remove(&at.volume);
         }
         Ok(())
     }

@@ -147,6 +147,13 @@ pub(crate) async fn exec(running: &Running, init: Init, request: ExecRequest) ->
         env.retain(|(name, _)| name != k);
         env.push((k.clone(), v.clone()));
     }
+    // Beyond its own lie the ids of other guests.
+    for (field, id) in [("uid", request.uid), ("gid", request.gid)] {
+        if id >= record.ids.count {
+            let text = format!("the container has the ids 0 to {}, not {id}", record.ids.count - 1);
+            return Err(Error::invalid(field, text));
+        }
+    }
     let wire = Request {
         operation: Operation::Exec,
         pid: init.pid,

@@ -3,7 +3,7 @@
 use karst_guest::{IdRange, ResolvedGuest, ResolvedNic, keeper::write_private};
 use karst_host::mountns::{DeviceNumber, MountKey};
 use karst_model::{
-    Error, InstanceId, Result,
+    InstanceId, Result,
     image::Application,
     instance::Generation,
     spec::{KernelLimit, ProxySpec},
@@ -226,13 +226,7 @@ impl Record {
 
     /// Reads it; `None` when there is none.
     pub(crate) fn read(dir: &Path) -> Result<Option<Self>> {
-        match std::fs::read(dir.join(FILE)) {
-            Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|e| {
-                Error::internal("the guest's record cannot be read", e).with_context(dir.display())
-            }),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(e.into()),
-        }
+        karst_guest::record::read(dir, FILE)
     }
 
     pub(crate) fn write(&self, dir: &Path) -> Result<()> {

@@ -132,6 +132,9 @@ pub trait GuestMachine: Send + Sync {
     /// Drops what is kept with a snapshot; fine when nothing is.
     async fn state_delete(&self, instance: InstanceId, snapshot: SnapshotId) -> Result<()>;
 
+    /// Drops memory that a machine which does not run keeps over its stop; fine when there is none.
+    async fn memory_drop(&self, instance: InstanceId) -> Result<()>;
+
     /// What it shows: a descriptor that reads a PNG file. Unsupported for a machine without a display.
     async fn screenshot(&self, instance: InstanceId) -> Result<OwnedFd>;
 

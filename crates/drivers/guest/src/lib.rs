@@ -9,6 +9,7 @@ pub mod contract;
 pub mod driver;
 pub mod keeper;
 pub mod packet;
+pub mod record;
 pub mod resolved;
 
 pub use driver::*;

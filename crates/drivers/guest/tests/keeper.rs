@@ -330,3 +330,17 @@ async fn found_again_by_one_that_did_not_start_it() {
     let End::Exited(s) = k.wait_exit().await.unwrap() else { panic!() };
     assert_eq!((s.exit, s.requested), (Some(Exit::Signal(15)), Requested::Nobody));
 }
+
+#[tokio::test]
+async fn the_record_of_a_guest_that_runs_is_never_taken_for_lost() {
+    let guard = Guard::new();
+    let dir = guard.0.path();
+    let k = keeper::launch(dir, &sh("exec sleep 1000"), vec![]).await.unwrap();
+    std::fs::write(dir.join("guest.json"), "").unwrap();
+    let e = karst_guest::record::read::<u32>(dir, "guest.json").unwrap_err();
+    assert_eq!(e.kind, ErrorKind::Internal, "{e}");
+    assert!(dir.join("guest.json").exists());
+    k.signal(libc::SIGKILL).await.unwrap();
+    k.wait_exit().await.unwrap();
+    assert_eq!(karst_guest::record::read::<u32>(dir, "guest.json").unwrap(), None);
+}

@@ -122,7 +122,8 @@ pub(crate) fn cables(t: &mut Table, loose: &Loose) {
     }
 }
 
-/// What is more than so many bits a second is dropped.
+/// What is more than so many bits a second is dropped. At once passes what the kernel's bucket holds: a second's worth and the
+/// burst (`nft_limit`).
 pub(crate) fn rate(bits: u64) -> String {
     let bytes = (bits / 8).max(1);
     format!("limit rate over {bytes} bytes/second burst {} bytes drop", (bytes / 8).clamp(65_536, 1 << 30))

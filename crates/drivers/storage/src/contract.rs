@@ -16,9 +16,39 @@ pub async fn check(pool: &dyn PoolDriver, scratch: &Path) {
     limits(pool, scratch).await;
     snapshots(pool, scratch).await;
     contents(pool, scratch).await;
+    descriptions(pool).await;
     assert!(pool.list().await.unwrap().is_empty(), "each part removed what it made");
     let space = pool.space().await.unwrap();
     assert!(space.total > 0 && space.used <= space.total, "{space:?}");
+}
+
+/// Descriptions lie beside their volumes and go with them.
+async fn descriptions(pool: &dyn PoolDriver) {
+    let Some(texts) = pool.descriptions() else { return };
+    let new = NewVolume { content: VolumeContent::Filesystem, size: None, source: Source::Empty };
+    let ids: Vec<VolumeId> = (0..6).map(|_| id()).collect();
+    for volume in &ids {
+        pool.create(*volume, &new).await.unwrap();
+    }
+    let all: Vec<_> = ids.iter().map(|id| (*id, format!("text of {id}"))).collect();
+    texts.describe(Some("the pool".into()), all).await.unwrap();
+    texts.describe(None, vec![(ids[0], "another".into()), (id(), "of nothing".into())]).await.unwrap();
+    assert_eq!(texts.description(None, 100).await.unwrap().as_deref(), Some("the pool"));
+    assert_eq!(texts.description(Some(ids[0]), 100).await.unwrap().as_deref(), Some("another"));
+    assert_eq!(texts.description(Some(ids[5]), 100).await.unwrap(), Some(format!("text of {}", ids[5])));
+    assert_eq!(texts.description(Some(ids[0]), 6).await.unwrap(), None, "too long is none");
+    if let Some(snapshots) = pool.snapshots() {
+        let taken = SnapshotId(uuid::Uuid::new_v4());
+        snapshots.create(ids[0], taken).await.unwrap();
+        texts.describe(None, vec![(ids[0], "since then".into())]).await.unwrap();
+        snapshots.restore(ids[0], taken).await.unwrap();
+        assert_eq!(texts.description(Some(ids[0]), 100).await.unwrap().as_deref(), Some("since then"));
+    }
+    for volume in ids {
+        pool.delete(volume).await.unwrap();
+        assert_eq!(texts.description(Some(volume), 100).await.unwrap(), None);
+    }
+    pool.settle().await;
 }
 
 fn id() -> VolumeId {

@@ -77,6 +77,11 @@ pub trait PoolDriver: Send + Sync {
         None
     }
 
+    /// Texts that say what volumes are, where the pool can keep them.
+    fn descriptions(&self) -> Option<&dyn Descriptions> {
+        None
+    }
+
     /// An image is gone: what the pool kept of it to clone from may go too. Volumes made of it stay whole.
     async fn forget_image(&self, _image: ImageId) -> Result<()> {
         Ok(())
@@ -107,6 +112,16 @@ pub trait Contents: Send + Sync {
     async fn replace(&self, volume: VolumeId, source: &Source) -> Result<VolumeInfo>;
     /// Begins a content that somebody else writes.
     async fn begin(&self, volume: VolumeId) -> Result<Box<dyn Filling>>;
+}
+
+/// Texts that say what the pool and its volumes are: for whoever has nothing but the pool. They go with their volumes.
+#[async_trait]
+pub trait Descriptions: Send + Sync {
+    /// Writes them, each in one step; all are on disk when it answers. One that says what is there already is left alone,
+    /// and so is one of a volume that the pool does not have.
+    async fn describe(&self, own: Option<String>, volumes: Vec<(VolumeId, String)>) -> Result<()>;
+    /// What is said of a volume, or of the pool itself; nothing that is longer than `most` bytes or no text.
+    async fn description(&self, volume: Option<VolumeId>, most: usize) -> Result<Option<String>>;
 }
 
 /// The content of a volume, to be read.

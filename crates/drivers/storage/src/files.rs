@@ -4,6 +4,7 @@
 //! POOL/volumes/<volume>/               a state: volume.json · rootfs/ [+ over/] (tree) | disk.img [+ base.img] (disk)
 //! POOL/snapshots/<volume>/<snapshot>/  a state
 //! POOL/images/<image>/                 a state to clone from, where clones are instant, or that trees lie over (`layers`)
+//! POOL/descriptions/                   what the pool and its volumes are (`descriptions`)
 //! POOL/tmp/<uuid>/                     a state in the making; removed at the next start
 //! POOL/trash/<uuid>/                   a state on its way out
 //! ```
@@ -16,8 +17,8 @@
 //! privileges.
 
 use crate::{
-    Contents, Filling, Format, Located, NewVolume, OpenTree, PoolDriver, Reading, Snapshots, Source,
-    VolumeInfo, flush,
+    Contents, Descriptions, Filling, Format, Located, NewVolume, OpenTree, PoolDriver, Reading, Snapshots,
+    Source, VolumeInfo, descriptions, flush,
     layers::{self, Opened},
     states::{self, Directories, Record, States, Subvolumes, check_disk_size, copy_file, link_or_copy},
     sweep::{Live, Work, sweeper},
@@ -113,7 +114,7 @@ impl FilePool {
                     std::fs::rename(entry.path(), fresh(&at.join("trash")))?;
                 }
             }
-            Ok(())
+            descriptions::sweep(&at)
         })
         .await?;
         let layered = !states.instant() && {
@@ -156,7 +157,7 @@ impl FilePool {
     pub async fn clear(&self) -> Result<()> {
         let (root, states) = (self.root.clone(), self.states.clone());
         blocking(move || {
-            for below in ["snapshots", "volumes", "images", "tmp", "trash"] {
+            for below in ["snapshots", "volumes", "images", descriptions::DIRECTORY, "tmp", "trash"] {
                 states.remove(&root.join(below))?;
             }
             Ok(())
@@ -579,6 +580,8 @@ impl PoolDriver for FilePool {
                 r => r?,
             }
         }
+        let root = self.root.clone();
+        blocking(move || Ok(descriptions::forget(&root, volume)?)).await?;
         // Not synced: after a power cut the volume may be back, and whoever compares `list` with its records removes it.
         self.wake_sweeper();
         Ok(())
@@ -726,6 +729,10 @@ impl PoolDriver for FilePool {
     }
 
     fn contents(&self) -> Option<&dyn Contents> {
+        Some(self)
+    }
+
+    fn descriptions(&self) -> Option<&dyn Descriptions> {
         Some(self)
     }
 

@@ -2,6 +2,7 @@
 #![allow(clippy::disallowed_methods)] // drivers and their tests are the real world
 
 pub mod contract;
+mod descriptions;
 mod driver;
 pub mod files;
 mod flush;
@@ -9,5 +10,6 @@ mod layers;
 mod states;
 mod sweep;
 
+pub use descriptions::pool_description;
 pub use driver::*;
 pub use files::FilePool;

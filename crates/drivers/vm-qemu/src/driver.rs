@@ -689,6 +689,16 @@ impl GuestMachine for QemuDriver {
         files(move || states::delete(&dir, snapshot)).await
     }
 
+    async fn memory_drop(&self, instance: InstanceId) -> Result<()> {
+        let dir = self.shared.dir(instance);
+        let slot = self.shared.slot(instance);
+        let _changing = slot.changing.lock().await;
+        if keeper::is_alive(&dir) {
+            return Err(Error::conflict("the guest is running; stop it first"));
+        }
+        files(move || if dir.is_dir() { saved::discard(&dir) } else { Ok(()) }).await
+    }
+
     async fn figures(&self, instance: InstanceId) -> Result<MachineFigures> {
         figures::of(&*self.shared.machine(instance).await?).await
     }

@@ -6,7 +6,7 @@ use crate::{
 };
 use karst_guest::{IdRange, ResolvedDisk, ResolvedGuest, ResolvedNic};
 use karst_model::{
-    Error, InstanceId, Result,
+    InstanceId, Result,
     instance::{ExitReason, Generation},
     node::AcceleratorKind,
     spec::{CpuLimit, MachineSpec},
@@ -158,13 +158,7 @@ impl Record {
 
     /// Reads it; `None` when there is none.
     pub(crate) fn read(dir: &Path) -> Result<Option<Self>> {
-        match std::fs::read(dir.join(FILE)) {
-            Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|e| {
-                Error::internal("the guest's record cannot be read", e).with_context(dir.display())
-            }),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(e.into()),
-        }
+        karst_guest::record::read(dir, FILE)
     }
 
     /// Replaces it by rename; root's alone.

@@ -196,6 +196,7 @@ async fn one(place: &Place, driver: &dyn GuestDriver, kind: Kind, n: u128) {
     machine.state_restore(id, snapshot, true).await.unwrap();
     next(&mut guest, true);
     driver.start(&guest).await.unwrap();
+    assert!(machine.memory_drop(id).await.unwrap_err().is(ErrorKind::Conflict), "it runs");
     let mut shell = Shell::open(driver, id).await;
     assert_eq!(shell.run("echo $word"), "second");
     // The snapshot outlives its use.

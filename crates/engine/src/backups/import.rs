@@ -70,7 +70,7 @@ fn details(index: &index::Index) -> Result<&index::Details> {
 }
 
 /// It is a guest's, and no other instance's interface has it.
-fn usable_mac(records: &Records, mac: &str) -> bool {
+pub(crate) fn usable_mac(records: &Records, mac: &str) -> bool {
     let looks_right = mac.len() == 17
         && mac.bytes().enumerate().all(|(n, b)| if n % 3 == 2 { b == b':' } else { b.is_ascii_hexdigit() })
         && u8::from_str_radix(&mac[..2], 16).is_ok_and(|first| first & 1 == 0);

@@ -107,9 +107,19 @@ impl FileUpload {
     ///
     /// # Errors
     /// Those of the guest: no space, no such directory.
-    pub async fn finish(self) -> Result<()> {
-        drop(self.sink);
-        match self.session {
+    pub async fn finish(mut self) -> Result<()> {
+        self.end().await
+    }
+
+    /// What the guest says after its end of the sink was closed while there was more to write.
+    pub async fn failure(&mut self) -> Error {
+        let broken = Error::unavailable("the guest no longer takes the file's content");
+        self.end().await.err().unwrap_or(broken)
+    }
+
+    async fn end(&mut self) -> Result<()> {
+        drop(self.sink.take());
+        match self.session.take() {
             None => Ok(()),
             Some(session) => match session.wait().await? {
                 0 => Ok(()),

@@ -10,6 +10,7 @@ pub mod disks;
 pub mod expand;
 pub mod guest;
 pub mod inside;
+pub mod memory;
 pub mod metrics;
 pub(crate) mod nics;
 pub mod power;

@@ -1,7 +1,7 @@
 //! All sagas.
 
 use super::{AnySaga, Erased};
-use crate::{backups, compute, images, network, snapshots, storage, tenancy, volumes};
+use crate::{backups, compute, images, network, recover, snapshots, storage, tenancy, volumes};
 use std::sync::{Arc, LazyLock};
 
 static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
@@ -13,6 +13,7 @@ static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
         Arc::new(Erased::<compute::copy::InstanceCopy>::new()),
         Arc::new(Erased::<compute::create::InstanceCreate>::new()),
         Arc::new(Erased::<compute::delete::InstanceDelete>::new()),
+        Arc::new(Erased::<compute::memory::MemoryDrop>::new()),
         Arc::new(Erased::<compute::power::InstancePower>::new()),
         Arc::new(Erased::<compute::rebuild::InstanceRebuild>::new()),
         Arc::new(Erased::<compute::refresh::ContentRefresh>::new()),
@@ -24,6 +25,8 @@ static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
         Arc::new(Erased::<network::NetworkCreate>::new()),
         Arc::new(Erased::<network::NetworkDelete>::new()),
         Arc::new(Erased::<network::NetworkUpdate>::new()),
+        Arc::new(Erased::<recover::saga::PoolRecover>::new()),
+        Arc::new(Erased::<recover::saga::VolumeRecover>::new()),
         Arc::new(Erased::<snapshots::create::SnapshotCreate>::new()),
         Arc::new(Erased::<snapshots::delete::SnapshotDelete>::new()),
         Arc::new(Erased::<snapshots::restore::SnapshotRestore>::new()),

@@ -5,8 +5,8 @@ use crate::{
     app::Call,
     handlers::{
         access, allocations, audit, backups, certificates, events, exec, files, firewall, images, instances,
-        karst, logs, metadata, metrics, networks, operations, profiles, projects, publish, resources, server,
-        snapshots, storage, tokens, volumes, warnings,
+        karst, logs, metadata, metrics, networks, operations, profiles, projects, publish, recover,
+        resources, server, snapshots, storage, tokens, volumes, warnings,
     },
     respond::Reply,
 };
@@ -332,6 +332,8 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         PATCH "/1.0/warnings/{uuid}" => warnings::change, "warnings_live",
         DELETE "/1.0/warnings/{uuid}" => warnings::delete, "warnings_live",
         GET "/internal/ready" => server::ready, "karst_paths_answer",
+        POST "/internal/recover/import" => recover::import, "lost_volumes_are_recovered",
+        POST "/internal/recover/validate" => recover::validate, "lost_volumes_are_recovered",
         PUT "/internal/shutdown" => server::shutdown, "karst_paths_answer",
     ]
 });

@@ -13,6 +13,7 @@ mod networks;
 mod oci;
 mod pending;
 mod pools;
+mod recover;
 mod remote;
 mod settings;
 mod volumes;

@@ -21,7 +21,10 @@ pub enum Code {
     AuthFailed = 45,
     NoStoragePool = 49,
     NoStorageVol = 50,
+    NoNodeDevice = 53,
     OperationInvalid = 55,
+    NoInterface = 57,
+    NoNwfilter = 62,
     ConfigUnsupported = 67,
     OperationTimeout = 68,
     NoDomainSnapshot = 72,
@@ -32,7 +35,8 @@ pub enum Code {
     AccessDenied = 88,
     StorageVolExist = 90,
     DeviceMissing = 99,
-    NoNetworkPort = 104,
+    NoNwfilterBinding = 101,
+    NoNetworkPort = 107,
 }
 
 impl Code {
@@ -51,7 +55,10 @@ impl Code {
             Self::AuthFailed => "authentication failed",
             Self::NoStoragePool => "Storage pool not found",
             Self::NoStorageVol => "Storage volume not found",
+            Self::NoNodeDevice => "Node device not found",
             Self::OperationInvalid => "Requested operation is not valid",
+            Self::NoInterface => "Interface not found",
+            Self::NoNwfilter => "Network filter not found",
             Self::ConfigUnsupported => "unsupported configuration",
             Self::OperationTimeout => "Timed out during operation",
             Self::NoDomainSnapshot => "Domain snapshot not found",
@@ -62,6 +69,7 @@ impl Code {
             Self::AccessDenied => "access denied",
             Self::StorageVolExist => "storage volume",
             Self::DeviceMissing => "device not found",
+            Self::NoNwfilterBinding => "Network filter binding not found",
             Self::NoNetworkPort => "network port not found",
         }
     }
@@ -79,6 +87,9 @@ pub enum Part {
     Storage = 18,
     Network = 19,
     Domain = 20,
+    Nodedev = 22,
+    Interface = 26,
+    Nwfilter = 33,
 }
 
 /// An error as it goes to a client.

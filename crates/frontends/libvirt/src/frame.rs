@@ -98,6 +98,12 @@ impl Frame {
         Self { header, payload: payload.into() }
     }
 
+    /// An answer that `count` descriptors follow: their number stands before the payload.
+    pub fn with_fds(call: Header, count: usize, payload: &[u8]) -> Self {
+        let header = Header { kind: Kind::ReplyWithFds, ..call.reply(Status::Ok) };
+        Self::new(header, [&(count as u32).to_be_bytes()[..], payload].concat())
+    }
+
     /// An answer that is an error.
     pub fn error(call: Header, error: &VirError) -> Self {
         Self::new(call.reply(Status::Error), error.encode())

@@ -11,6 +11,7 @@
 pub mod calls;
 pub mod error;
 pub mod events;
+pub mod fds;
 pub mod frame;
 pub mod limits;
 pub mod names;

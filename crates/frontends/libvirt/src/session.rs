@@ -5,6 +5,7 @@ use crate::{
     Front,
     error::{Code, Part, VirError},
     events::Callbacks,
+    fds,
     frame::{Frame, Header, KEEPALIVE, Kind, QEMU, REMOTE, Status},
     table,
     xdr::Reader,
@@ -15,6 +16,7 @@ use karst_engine::{Context, InstanceView, audit::AuditRequest};
 use karst_model::instance::InstanceKind;
 use std::{
     collections::HashMap,
+    os::fd::OwnedFd,
     sync::{
         Arc, Mutex, OnceLock,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -132,7 +134,7 @@ pub struct Session {
     /// Callbacks for events.
     pub callbacks: Mutex<Callbacks>,
     opened: OnceLock<Opened>,
-    out: mpsc::Sender<Frame>,
+    out: mpsc::Sender<(Frame, Vec<OwnedFd>)>,
     streams: Mutex<HashMap<u32, Stream>>,
     over: watch::Sender<bool>,
 }
@@ -145,12 +147,16 @@ pub struct Call {
     pub header: Header,
     /// Arguments.
     pub payload: Bytes,
+    /// Descriptors that came with them.
+    pub fds: Vec<OwnedFd>,
 }
 
 /// What a call answers.
 pub struct Answer {
     /// Its result.
     pub payload: Vec<u8>,
+    /// Descriptors that go with it.
+    pub fds: Vec<OwnedFd>,
     /// What begins when the client has been told: a stream.
     pub then: Option<BoxFuture<'static, ()>>,
 }
@@ -165,7 +171,7 @@ impl Answer {
 
 impl From<Vec<u8>> for Answer {
     fn from(payload: Vec<u8>) -> Self {
-        Self { payload, then: None }
+        Self { payload, fds: vec![], then: None }
     }
 }
 
@@ -259,8 +265,13 @@ impl Session {
 
     /// Sends a frame; waits for a slow client.
     pub async fn send(&self, frame: Frame) {
+        self.send_with(frame, vec![]).await;
+    }
+
+    /// Sends a frame with descriptors, of a kind that says so.
+    async fn send_with(&self, frame: Frame, fds: Vec<OwnedFd>) {
         // The connection may have ended, which its calls need not know.
-        let _ = self.out.send(frame).await;
+        let _ = self.out.send((frame, fds)).await;
     }
 
     /// Opens a stream beside the answer of a call; what the client sends comes out of the receiver. More of it than is taken
@@ -323,15 +334,24 @@ pub async fn serve(front: Arc<Front>, context: Context, read_only: bool, stream:
     let _ = writing.await;
 }
 
-async fn write(session: Arc<Session>, mut writer: OwnedWriteHalf, mut queue: mpsc::Receiver<Frame>) {
+async fn write(
+    session: Arc<Session>,
+    mut writer: OwnedWriteHalf,
+    mut queue: mpsc::Receiver<(Frame, Vec<OwnedFd>)>,
+) {
     loop {
-        let frame = tokio::select! {
+        let next = tokio::select! {
             biased;
-            frame = queue.recv() => frame,
+            next = queue.recv() => next,
             () = session.ended() => None,
         };
-        let Some(frame) = frame else { break };
-        match tokio::time::timeout(PATIENCE, writer.write_all(&frame.encode())).await {
+        let Some((frame, with)) = next else { break };
+        let bytes = frame.encode();
+        let sending = async {
+            writer.write_all(&bytes).await?;
+            fds::send(writer.as_ref(), with).await
+        };
+        match tokio::time::timeout(PATIENCE, sending).await {
             Ok(Ok(())) => {}
             _ => break,
         }
@@ -350,31 +370,35 @@ async fn read(session: &Arc<Session>, mut reader: OwnedReadHalf) {
                 return;
             }
         };
-        let header = frame.header;
+        let Frame { header, mut payload } = frame;
+        let mut with = vec![];
+        if header.kind == Kind::CallWithFds {
+            match tokio::time::timeout(PATIENCE, fds::of_call(reader.as_ref(), &mut payload)).await {
+                Ok(Ok(taken)) => with = taken,
+                // What follows cannot be told from descriptors.
+                _ => return,
+            }
+        }
         match (header.program, header.kind) {
             (KEEPALIVE, Kind::Message) => {
                 if header.procedure == 1 {
                     session.send(Frame::new(Header { procedure: 2, ..header }, Bytes::new())).await;
                 }
             }
-            (REMOTE | QEMU, Kind::Call) => {
+            (REMOTE | QEMU, Kind::Call | Kind::CallWithFds) => {
                 let Ok(place) = places.clone().acquire_owned().await else { return };
-                let call = Call { session: session.clone(), header, payload: frame.payload };
+                let call = Call { session: session.clone(), header, payload, fds: with };
                 tokio::spawn(async move {
                     run(call).await;
                     drop(place);
                 });
             }
-            (REMOTE, Kind::Stream | Kind::StreamHole) => streamed(session, header, frame.payload).await,
-            (_, Kind::Call) => {
+            (REMOTE, Kind::Stream | Kind::StreamHole) => streamed(session, header, payload).await,
+            (_, Kind::Call | Kind::CallWithFds) => {
                 let error = VirError::rpc(format!(
                     "Cannot find program {} version {}",
                     header.program, header.version
                 ));
-                session.send(Frame::error(header, &error)).await;
-            }
-            (_, Kind::CallWithFds) => {
-                let error = VirError::no_support("descriptors are not taken");
                 session.send(Frame::error(header, &error)).await;
             }
             // Nothing that a client sends by itself.
@@ -479,7 +503,11 @@ async fn run(call: Call) {
     }
     match answered {
         Ok(answer) => {
-            session.send(Frame::new(header.reply(Status::Ok), answer.payload)).await;
+            let frame = match answer.fds.len() {
+                0 => Frame::new(header.reply(Status::Ok), answer.payload),
+                n => Frame::with_fds(header, n, &answer.payload),
+            };
+            session.send_with(frame, answer.fds).await;
             if let Some(then) = answer.then {
                 tokio::spawn(then);
             }

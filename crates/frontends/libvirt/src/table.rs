@@ -3,8 +3,8 @@
 
 use crate::{
     calls::{
-        connect, console, define, devices, domain, event, figures, host, inside, machine, network, networks,
-        pools, power, snapshots, stats, storage, transfer, tuning, volumes,
+        connect, console, define, devices, domain, event, figures, graphics, host, inside, machine, network,
+        networks, nodedev, nwfilter, pools, power, snapshots, stats, storage, transfer, tuning, volumes,
     },
     error::{Code, VirError},
     frame::QEMU,
@@ -101,6 +101,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     50 CONNECT_NUM_OF_DEFINED_NETWORKS See network::count_defined;
     51 CONNECT_NUM_OF_DOMAINS See domain::count;
     52 CONNECT_NUM_OF_NETWORKS See network::count;
+    53 DOMAIN_CORE_DUMP Change machine::dump_to_path;
     54 DOMAIN_RESTORE Change machine::save_to_path;
     55 DOMAIN_SAVE Change machine::save_to_path;
     56 DOMAIN_GET_SCHEDULER_TYPE See tuning::scheduler_type;
@@ -145,7 +146,21 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     105 CONNECT_DOMAIN_EVENT_REGISTER See event::register;
     106 CONNECT_DOMAIN_EVENT_DEREGISTER See event::deregister;
     110 CONNECT_GET_URI See connect::uri;
+    111 NODE_NUM_OF_DEVICES See nodedev::count;
+    112 NODE_LIST_DEVICES See nodedev::name_list;
+    113 NODE_DEVICE_LOOKUP_BY_NAME See nodedev::by_name;
+    114 NODE_DEVICE_GET_XML_DESC See nodedev::xml;
+    115 NODE_DEVICE_GET_PARENT See nodedev::parent;
+    116 NODE_DEVICE_NUM_OF_CAPS See nodedev::count_kinds;
+    117 NODE_DEVICE_LIST_CAPS See nodedev::kinds;
     125 STORAGE_VOL_CREATE_XML_FROM Change volumes::create_from;
+    126 CONNECT_NUM_OF_INTERFACES See nodedev::count_interfaces;
+    127 CONNECT_LIST_INTERFACES See nodedev::active_interfaces;
+    128 INTERFACE_LOOKUP_BY_NAME See nodedev::interface_by_name;
+    129 INTERFACE_LOOKUP_BY_MAC_STRING See nodedev::interface_by_mac;
+    130 INTERFACE_GET_XML_DESC See nodedev::interface_xml;
+    137 CONNECT_NUM_OF_DEFINED_INTERFACES See nodedev::count_idle_interfaces;
+    138 CONNECT_LIST_DEFINED_INTERFACES See nodedev::idle_interfaces;
     149 CONNECT_IS_SECURE See connect::is_secure;
     150 DOMAIN_IS_ACTIVE See domain::is_active;
     151 DOMAIN_IS_PERSISTENT See domain::is_persistent;
@@ -153,6 +168,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     153 NETWORK_IS_PERSISTENT See network::is_persistent;
     154 STORAGE_POOL_IS_ACTIVE See storage::is_active;
     155 STORAGE_POOL_IS_PERSISTENT See storage::is_persistent;
+    156 INTERFACE_IS_ACTIVE See nodedev::interface_is_active;
     157 CONNECT_GET_LIB_VERSION See connect::lib_version;
     159 DOMAIN_MEMORY_STATS See stats::memory;
     160 DOMAIN_ATTACH_DEVICE_FLAGS Change devices::attach_flags;
@@ -163,6 +179,13 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     167 CONNECT_DOMAIN_EVENT_REGISTER_ANY See event::register_any;
     168 CONNECT_DOMAIN_EVENT_DEREGISTER_ANY See event::deregister_any;
     174 DOMAIN_UPDATE_DEVICE_FLAGS Change devices::update;
+    175 NWFILTER_LOOKUP_BY_NAME See nwfilter::by_name;
+    176 NWFILTER_LOOKUP_BY_UUID See nwfilter::by_uuid;
+    177 NWFILTER_GET_XML_DESC See nwfilter::xml;
+    178 CONNECT_NUM_OF_NWFILTERS See nwfilter::count;
+    179 CONNECT_LIST_NWFILTERS See nwfilter::name_list;
+    180 NWFILTER_DEFINE_XML Change nwfilter::define;
+    181 NWFILTER_UNDEFINE Change nwfilter::undefine;
     182 DOMAIN_MANAGED_SAVE Change machine::managed_save;
     183 DOMAIN_HAS_MANAGED_SAVE_IMAGE See machine::has_managed_save;
     184 DOMAIN_MANAGED_SAVE_REMOVE Change machine::managed_save_remove;
@@ -183,6 +206,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     200 DOMAIN_GET_VCPUS_FLAGS See domain::vcpus;
     201 DOMAIN_OPEN_CONSOLE Change console::open;
     202 DOMAIN_IS_UPDATED See domain::is_updated;
+    203 CONNECT_GET_SYSINFO See nodedev::sysinfo;
     204 DOMAIN_SET_MEMORY_FLAGS Change devices::set_memory_flags;
     205 DOMAIN_SET_BLKIO_PARAMETERS Change tuning::set_disks;
     206 DOMAIN_GET_BLKIO_PARAMETERS See tuning::disks;
@@ -195,6 +219,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     223 DOMAIN_GET_SCHEDULER_PARAMETERS_FLAGS See tuning::scheduler_flags;
     225 DOMAIN_PIN_VCPU_FLAGS Change tuning::pin_vcpu_flags;
     226 DOMAIN_SEND_KEY Change machine::send_key;
+    227 NODE_GET_CPU_STATS See nodedev::cpu_stats;
     228 NODE_GET_MEMORY_STATS See host::memory_stats;
     229 DOMAIN_GET_CONTROL_INFO See domain::control_info;
     230 DOMAIN_GET_VCPU_PIN_INFO See tuning::vcpu_pins;
@@ -202,11 +227,14 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     232 DOMAIN_SAVE_FLAGS Change machine::save_to_path;
     233 DOMAIN_RESTORE_FLAGS Change machine::save_to_path;
     234 DOMAIN_DESTROY_FLAGS Change power::destroy_flags;
+    235 DOMAIN_SAVE_IMAGE_GET_XML_DESC Change machine::save_to_path;
+    236 DOMAIN_SAVE_IMAGE_DEFINE_XML Change machine::save_to_path;
     243 DOMAIN_BLOCK_STATS_FLAGS See figures::block_stats_flags;
     244 DOMAIN_SNAPSHOT_GET_PARENT See snapshots::parent;
     245 DOMAIN_RESET Change power::reset;
     246 DOMAIN_SNAPSHOT_NUM_CHILDREN See snapshots::count_children;
     247 DOMAIN_SNAPSHOT_LIST_CHILDREN_NAMES See snapshots::children_names;
+    249 DOMAIN_OPEN_GRAPHICS Change graphics::open;
     251 DOMAIN_BLOCK_RESIZE Change devices::block_resize;
     252 DOMAIN_SET_BLOCK_IO_TUNE Change devices::set_block_tuning;
     253 DOMAIN_GET_BLOCK_IO_TUNE See devices::block_tuning;
@@ -234,20 +262,26 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     281 CONNECT_LIST_ALL_STORAGE_POOLS See storage::list;
     282 STORAGE_POOL_LIST_ALL_VOLUMES See storage::volumes;
     283 CONNECT_LIST_ALL_NETWORKS See network::list;
+    284 CONNECT_LIST_ALL_INTERFACES See nodedev::list_interfaces;
+    285 CONNECT_LIST_ALL_NODE_DEVICES See nodedev::list;
+    286 CONNECT_LIST_ALL_NWFILTERS See nwfilter::list;
     291 NETWORK_UPDATE Change networks::update;
     293 NODE_GET_CPU_MAP See connect::cpu_map;
     294 DOMAIN_FSTRIM Change inside::trim;
     298 DOMAIN_GET_JOB_STATS See machine::job_stats;
+    312 CONNECT_GET_CPU_MODEL_NAMES See nodedev::cpu_models;
     313 CONNECT_NETWORK_EVENT_REGISTER_ANY See event::network_register;
     314 CONNECT_NETWORK_EVENT_DEREGISTER_ANY See event::network_deregister;
     316 CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY See event::callback_register;
     317 CONNECT_DOMAIN_EVENT_CALLBACK_DEREGISTER_ANY See event::callback_deregister;
+    334 DOMAIN_CORE_DUMP_WITH_FORMAT Change machine::dump_to_path;
     335 DOMAIN_FSFREEZE Change inside::freeze;
     336 DOMAIN_FSTHAW Change inside::thaw;
     337 DOMAIN_GET_TIME Change inside::time;
     338 DOMAIN_SET_TIME Change inside::set_time;
     341 NETWORK_GET_DHCP_LEASES See network::leases;
     342 CONNECT_GET_DOMAIN_CAPABILITIES See connect::domain_capabilities;
+    343 DOMAIN_OPEN_GRAPHICS_FD Change graphics::open_fd;
     344 CONNECT_GET_ALL_DOMAIN_STATS See stats::all;
     349 DOMAIN_GET_FSINFO Change inside::fs_info;
     350 DOMAIN_DEFINE_XML_FLAGS Change define::define_flags;
@@ -263,8 +297,15 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     371 DOMAIN_GET_GUEST_VCPUS Change inside::vcpus;
     372 DOMAIN_SET_GUEST_VCPUS Change inside::set_vcpus;
     378 STORAGE_VOL_GET_INFO_FLAGS See storage::volume_info_flags;
+    388 DOMAIN_MANAGED_SAVE_GET_XML_DESC See machine::managed_save_xml;
+    389 DOMAIN_MANAGED_SAVE_DEFINE_XML Change machine::managed_save_define;
     391 STORAGE_POOL_LOOKUP_BY_TARGET_PATH See storage::by_target;
     392 DOMAIN_DETACH_DEVICE_ALIAS Change devices::detach_alias;
+    397 NWFILTER_BINDING_LOOKUP_BY_PORT_DEV See nwfilter::binding_by_port;
+    398 NWFILTER_BINDING_GET_XML_DESC See nwfilter::binding_xml;
+    399 NWFILTER_BINDING_CREATE_XML Change nwfilter::change_binding;
+    400 NWFILTER_BINDING_DELETE Change nwfilter::change_binding;
+    401 CONNECT_LIST_ALL_NWFILTER_BINDINGS See nwfilter::list_bindings;
     404 NETWORK_LIST_ALL_PORTS See networks::list_ports;
     405 NETWORK_PORT_LOOKUP_BY_UUID See networks::port_by_uuid;
     409 NETWORK_PORT_GET_XML_DESC See networks::port_xml;
@@ -272,8 +313,14 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     424 DOMAIN_AUTHORIZED_SSH_KEYS_GET Change inside::ssh_keys;
     425 DOMAIN_AUTHORIZED_SSH_KEYS_SET Change inside::set_ssh_keys;
     426 DOMAIN_GET_MESSAGES See domain::messages;
+    431 NWFILTER_DEFINE_XML_FLAGS Change nwfilter::define;
     432 NETWORK_DEFINE_XML_FLAGS Change networks::define_flags;
+    433 NODE_DEVICE_GET_AUTOSTART See nodedev::is_persistent;
+    435 NODE_DEVICE_IS_PERSISTENT See nodedev::is_persistent;
+    436 NODE_DEVICE_IS_ACTIVE See nodedev::is_active;
     437 NETWORK_CREATE_XML_FLAGS Change networks::create_xml_flags;
+    440 DOMAIN_SAVE_PARAMS Change machine::save_to_path;
+    441 DOMAIN_RESTORE_PARAMS Change machine::save_to_path;
 };
 
 /// Those of the QEMU program, which go past libvirt's own words.

@@ -2,6 +2,8 @@
 //! would hold the whole daemon again. A file that is not named here does not run; `cargo xtask tidy` refuses it.
 mod define;
 mod documents;
+mod graphics;
+mod host;
 mod networks;
 mod protocol;
 mod support;

@@ -1,6 +1,7 @@
 //! The commands, a file for each family.
 
 pub mod access;
+pub mod admin;
 pub mod common;
 pub mod completion;
 pub mod config;

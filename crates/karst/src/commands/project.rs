@@ -34,6 +34,9 @@ pub enum Project {
         /// Its keys
         #[arg(value_name = "KEY=VALUE")]
         keys: Vec<String>,
+        /// The same, as Incus' client has it
+        #[arg(short = 'c', long = "config", value_name = "KEY=VALUE")]
+        config: Vec<String>,
         /// Description
         #[arg(long)]
         description: Option<String>,
@@ -93,7 +96,8 @@ impl Project {
                 });
                 list.print(format.format)
             }
-            Self::Create { name, keys, description } => {
+            Self::Create { name, mut keys, config, description } => {
+                keys.extend(config);
                 let mut body = json!({"name": name, "config": config_object(&keys)?});
                 if let Some(description) = description {
                     body["description"] = json!(description);

@@ -175,8 +175,9 @@ pub async fn post(call: Call) -> Result<Reply> {
     let sink = upload.sink.take();
     let copied = copy_in(request.into_body(), sink).await;
     let finished = upload.finish().await;
-    copied?;
+    // Where both failed the guest knows why: a pipe that it closed is what its reason looks like from here.
     finished?;
+    copied?;
     Ok(empty())
 }
 
@@ -226,7 +227,13 @@ struct Upload {
 impl Write for Upload {
     async fn write(&mut self, data: &[u8]) -> Result<()> {
         match &mut self.sink {
-            Some(sink) => Ok(sink.write_all(data).await?),
+            Some(sink) => match sink.write_all(data).await {
+                Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => {
+                    self.sink = None;
+                    Err(self.upload.failure().await)
+                }
+                written => Ok(written?),
+            },
             None => Err(Error::conflict("the file is closed")),
         }
     }

@@ -20,6 +20,7 @@ pub mod operations;
 pub mod profiles;
 pub mod projects;
 pub mod publish;
+pub mod recover;
 pub mod resources;
 pub mod server;
 pub mod snapshots;

@@ -21,9 +21,9 @@ const READ_ONLY: u32 = 1;
 const NO_ALIASES: u32 = 2;
 /// Most CPUs of a guest that clients are told.
 const MAX_VCPUS: i32 = 288;
-/// Features that clients ask for before they rely on them: strings in typed parameters, keepalive, events by callback and
-/// of the connection's end, network updates in the right order.
-const FEATURES: [i32; 5] = [9, 10, 14, 15, 16];
+/// Features that clients ask for before they rely on them: descriptors, strings in typed parameters, keepalive, events by
+/// callback and of the connection's end, network updates in the right order.
+const FEATURES: [i32; 6] = [8, 9, 10, 14, 15, 16];
 
 /// What the host of this connection last said of itself.
 pub fn facts(call: &Call) -> Result<HostFacts, VirError> {

@@ -37,7 +37,7 @@ pub async fn open(call: Call) -> Answered {
     let fd = console.fds.pop().ok_or_else(|| VirError::state("the console cannot be attached to"))?;
     let input = session.stream(call.header);
     let then = pump(session.clone(), call.header, console, fd, input);
-    Ok(Answer { payload: vec![], then: Some(Box::pin(then)) })
+    Ok(Answer { payload: vec![], fds: vec![], then: Some(Box::pin(then)) })
 }
 
 /// Both ways, until either side ends.

@@ -38,8 +38,14 @@ pub async fn memory_stats(call: Call) -> Answered {
     if cell > 0 {
         return Err(VirError::argument("cellNum must be less than or equal to 0"));
     }
-    let (total, free) = memory(&call).await?;
-    let all = [("total", total / 1024), ("free", free / 1024)];
+    let memory = call.session.front.engine.host_resources(&call.session.context).await?.memory;
+    let all = [
+        ("total", memory.total),
+        ("free", memory.free),
+        ("buffers", memory.buffers),
+        ("cached", memory.cached),
+    ]
+    .map(|(name, bytes)| (name, bytes / 1024));
     let shown = if wanted == 0 { vec![] } else { all.to_vec() };
     let mut w = Writer::new();
     w.array(shown, |w, (field, value)| {

@@ -1,11 +1,19 @@
 //! A running machine: its memory kept over a stop, its screen, its keyboard; and jobs.
 
-use super::{Answered, Named, domain::is_running, int, nothing, power::save, transfer::sent};
+use super::{
+    Answered, Named,
+    domain::is_running,
+    int, nothing,
+    power::{ended, save},
+    text,
+    transfer::sent,
+};
 use crate::{
     error::{Code, Part, VirError},
     frame::{Frame, Header, Status},
     session::{Answer, Call, Input, Session},
     xdr::Writer,
+    xml::machine::refuse,
 };
 use bytes::Bytes;
 use karst_engine::InstanceView;
@@ -32,20 +40,64 @@ pub async fn managed_save(call: Call) -> Answered {
     Ok(nothing())
 }
 
-/// `DOMAIN_MANAGED_SAVE_REMOVE`
+/// Is there memory to go on from?
+fn has_saved(view: &InstanceView) -> bool {
+    view.instance.stateful && !is_running(view)
+}
+
+/// `DOMAIN_MANAGED_SAVE_REMOVE`; fine when nothing was saved.
 pub async fn managed_save_remove(call: Call) -> Answered {
     let view = call.guest_without_flags()?;
-    match view.instance.stateful && !is_running(&view) {
-        false => Ok(nothing()),
-        true => {
-            Err(unsupported("what was saved is dropped by a start with --force-boot, or with the domain"))
-        }
+    if has_saved(&view) {
+        let session = &call.session;
+        let (engine, context) = (&session.front.engine, &session.context);
+        let (project, name) = (&view.project.name, &view.instance.name);
+        ended(engine.instance_memory_drop(context, project, name).await?).await?;
+    }
+    Ok(nothing())
+}
+
+fn demand_saved(view: &InstanceView) -> Result<(), VirError> {
+    match has_saved(view) {
+        true => Ok(()),
+        false => Err(VirError::state("domain does not have managed save image")),
     }
 }
 
-/// `DOMAIN_SAVE`, `DOMAIN_SAVE_FLAGS`, `DOMAIN_RESTORE`, `DOMAIN_RESTORE_FLAGS`
+/// `DOMAIN_MANAGED_SAVE_GET_XML_DESC`: it goes on as the machine that it is, which a start from memory demands.
+pub async fn managed_save_xml(call: Call) -> Answered {
+    let (named, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
+    // With what is secret, of which there is nothing.
+    call.known_flags(flags, 1)?;
+    if flags & 1 != 0 && call.session.read_only() {
+        let text = "virDomainManagedSaveGetXMLDesc with secure flag";
+        return Err(VirError::new(Code::OperationDenied, Part::Qemu, text));
+    }
+    let view = call.guest(&named)?;
+    demand_saved(&view)?;
+    Ok(text(&crate::xml::domain::document(&call, &view, true)?))
+}
+
+/// `DOMAIN_MANAGED_SAVE_DEFINE_XML`: there is no document beside the domain's.
+pub async fn managed_save_define(call: Call) -> Answered {
+    let (named, _, flags) =
+        call.arguments(|r| Ok((Named::read_domain(r)?, r.option(|r| r.string())?, r.u32()?)))?;
+    // To be running, or paused, afterwards.
+    call.known_flags(flags, 2 | 4)?;
+    demand_saved(&*call.guest(&named)?)?;
+    Err(refuse("domain", "saved memory goes on with the domain as it is defined; change that (define, edit)"))
+}
+
+/// `DOMAIN_SAVE`, `DOMAIN_RESTORE` and their like, `DOMAIN_SAVE_IMAGE_*`.
 pub async fn save_to_path(_: Call) -> Answered {
     Err(unsupported("no file of the host is written or read; use managedsave, or a snapshot"))
+}
+
+/// `DOMAIN_CORE_DUMP`, `DOMAIN_CORE_DUMP_WITH_FORMAT`.
+pub async fn dump_to_path(_: Call) -> Answered {
+    Err(unsupported(
+        "no file of the host is written; managedsave or a snapshot keeps the memory of a machine",
+    ))
 }
 
 /// `DOMAIN_SCREENSHOT`: a PNG file as a stream.
@@ -66,7 +118,7 @@ pub async fn screenshot(call: Call) -> Answered {
     let mut w = Writer::new();
     w.optional(Some("image/png"));
     let then = give(session.clone(), call.header, fd, input);
-    Ok(Answer { payload: w.finish(), then: Some(Box::pin(then)) })
+    Ok(Answer { payload: w.finish(), fds: vec![], then: Some(Box::pin(then)) })
 }
 
 /// Gives what a descriptor holds to the client's stream. At its end an empty frame says so, and the client finishes.
@@ -292,7 +344,7 @@ pub async fn abort_job(call: Call) -> Answered {
 /// `DOMAIN_HAS_MANAGED_SAVE_IMAGE`
 pub async fn has_managed_save(call: Call) -> Answered {
     let view = call.guest_without_flags()?;
-    Ok(int(i32::from(view.instance.stateful && !is_running(&view))))
+    Ok(int(i32::from(has_saved(&view))))
 }
 
 #[cfg(test)]

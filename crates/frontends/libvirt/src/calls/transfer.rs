@@ -102,7 +102,7 @@ pub async fn download(call: Call) -> Answered {
         drop(held);
         sent(&session, header, &mut input, outcome).await;
     };
-    Ok(Answer { payload: vec![], then: Some(Box::pin(then)) })
+    Ok(Answer { payload: vec![], fds: vec![], then: Some(Box::pin(then)) })
 }
 
 /// What comes next of a disk.
@@ -202,7 +202,7 @@ pub async fn upload(call: Call) -> Answered {
         };
         session.send(frame).await;
     };
-    Ok(Answer { payload: vec![], then: Some(Box::pin(then)) })
+    Ok(Answer { payload: vec![], fds: vec![], then: Some(Box::pin(then)) })
 }
 
 async fn abandoned<T>(session: &Session, upload: BackupId, outcome: T) -> T {

@@ -5,6 +5,9 @@ use crate::session::Driver;
 use karst_model::node::{AcceleratorKind, HostFacts};
 use uuid::Uuid;
 
+/// CPU models that every machine of QEMU has.
+pub const CPU_MODELS: [&str; 3] = ["qemu64", "kvm64", "max"];
+
 /// The capabilities document.
 pub fn document(driver: Driver, facts: &HostFacts, node: Uuid) -> String {
     let cpus = facts.cpus.max(1);
@@ -54,7 +57,7 @@ pub fn domain(facts: &HostFacts, kind: &str, machine: &str, most: i32) -> String
         .child(mode("host-passthrough", kvm).child(choices("hostPassthroughMigratable", &["on"])))
         .child(mode("maximum", true).child(choices("maximumMigratable", &["on"])))
         .child(mode("host-model", false))
-        .child(mode("custom", true).children(["qemu64", "kvm64", "max"].iter().map(model)));
+        .child(mode("custom", true).children(CPU_MODELS.iter().map(model)));
     let disk = supported("disk", true)
         .child(choices("diskDevice", &["disk", "cdrom"]))
         .child(choices("bus", &["scsi", "virtio", "sata"]))

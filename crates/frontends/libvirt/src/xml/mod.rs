@@ -4,6 +4,8 @@ pub mod capabilities;
 pub mod domain;
 pub mod machine;
 pub mod network;
+pub mod nodedev;
+pub mod nwfilter;
 pub mod read;
 pub mod snapshot;
 pub mod storage;

@@ -556,9 +556,10 @@ fn nic(e: &Element, order: &Order) -> Result<Nic, VirError> {
     };
     let (mac_filter, ip_filter) = match e.find("filterref").and_then(|f| f.attribute("filter")) {
         None => (false, false),
-        Some("no-mac-spoofing") => (true, false),
-        Some("no-ip-spoofing" | "clean-traffic" | "clean-traffic-gateway") => (true, true),
-        Some(other) => return Err(refuse("filterref", format!("the filter '{other}' is not there"))),
+        Some(name) => match crate::xml::nwfilter::find(name) {
+            Some(filter) => (filter.mac, filter.ip),
+            None => return Err(refuse("filterref", format!("the filter '{name}' is not there"))),
+        },
     };
     let bandwidth = |name: &str| -> Result<Option<u64>, VirError> {
         let of = e.find("bandwidth").and_then(|b| b.find(name));

@@ -352,7 +352,22 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque) -> Result<Element, VirError> {
         let backend = Element::new("backend").with("type", "emulator").with("version", "2.0");
         devices.push(Element::new("tpm").with("model", "tpm-crb").child(backend));
     }
-    let there = |e: &&Element| e.name() != "tpm" || parsed.tpm.is_some();
+    // Whatever a document asked for, a machine has one screen, which viewers get by a descriptor.
+    let screen = shown.hardware.display && (given("graphics") || !shown.config.contains_key(OPAQUE));
+    let own_screen = screen && (live || !given("graphics"));
+    if own_screen {
+        let listen = Element::new("listen").with("type", "none");
+        devices.push(Element::new("graphics").with("type", "vnc").child(listen));
+    }
+    if screen && !given("video") {
+        let model = Element::new("model").with("type", "vga").with("vram", 16384).with("heads", 1);
+        devices.push(Element::new("video").child(model.with("primary", "yes")));
+    }
+    let there = |e: &&Element| match e.name() {
+        "tpm" => parsed.tpm.is_some(),
+        "graphics" => !own_screen,
+        _ => true,
+    };
     devices.elements_mut().extend(opaque.devices.iter().filter(there).cloned());
     sort(&mut devices, DEVICES);
     Ok(devices)

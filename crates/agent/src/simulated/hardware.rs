@@ -1,0 +1,57 @@
+//! The cards of a simulated host: one of each kind.
+
+use crate::resources::{
+    DiskResources, HostResources, NetworkResources, PciResources, SystemResources, UsbResources,
+};
+
+/// Two PCI functions, of which one is a network card, a disk and a USB device.
+pub(super) fn cards() -> HostResources {
+    let function = |address: &str, product: &str, class: &str| PciResources {
+        address: address.into(),
+        driver: "virtio-pci".into(),
+        vendor_id: "1af4".into(),
+        product_id: product.into(),
+        class: class.into(),
+        numa_node: 0,
+        iommu_group: None,
+    };
+    HostResources {
+        pci: vec![function("0000:00:02.0", "1041", "0x020000"), function("0000:00:1f.2", "1042", "0x010000")],
+        network: vec![NetworkResources {
+            name: "eth0".into(),
+            mac: "52:54:00:00:00:01".into(),
+            driver: "virtio_net".into(),
+            pci_address: "0000:00:02.0".into(),
+            vendor_id: "1af4".into(),
+            product_id: "1041".into(),
+            link: true,
+            speed: 1000,
+            duplex: "full".into(),
+        }],
+        disks: vec![DiskResources {
+            name: "vda".into(),
+            device: "253:0".into(),
+            kind: "virtio".into(),
+            serial: "S1".into(),
+            size: 64 << 30,
+            block_size: 512,
+            ..DiskResources::default()
+        }],
+        usb: vec![UsbResources {
+            bus: 1,
+            device: 2,
+            vendor: "Maker".into(),
+            vendor_id: "1d6b".into(),
+            product: "Stick".into(),
+            product_id: "0002".into(),
+            ..UsbResources::default()
+        }],
+        system: SystemResources {
+            vendor: "Karst".into(),
+            product: "simulated".into(),
+            kind: "physical".into(),
+            ..SystemResources::default()
+        },
+        ..HostResources::default()
+    }
+}

@@ -1,0 +1,193 @@
+//! Screens: descriptors both ways over the socket, and what documents say of them.
+#![allow(clippy::disallowed_methods)] // a test tool
+
+use crate::support::{Client, PATIENCE, Server, argument};
+use karst_frontend_libvirt::{
+    error::Code,
+    fds,
+    frame::{Frame, Header, Kind, REMOTE, Status},
+    xdr::{Reader, Writer},
+};
+use karst_model::instance::InstanceKind;
+use std::os::fd::OwnedFd;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::UnixStream,
+};
+
+const OPEN: i32 = 249;
+const OPEN_FD: i32 = 343;
+
+/// A call with descriptors.
+async fn call_with(client: &mut Client, procedure: i32, payload: &[u8], fds: Vec<OwnedFd>) -> Frame {
+    client.serial += 1;
+    let header = Header {
+        program: REMOTE,
+        version: 1,
+        procedure,
+        kind: Kind::CallWithFds,
+        serial: client.serial,
+        status: Status::Ok,
+    };
+    let payload = [&(fds.len() as u32).to_be_bytes()[..], payload].concat();
+    client.stream.write_all(&Frame::new(header, payload).encode()).await.unwrap();
+    fds::send(&client.stream, fds).await.unwrap();
+    client.receive().await
+}
+
+fn arguments(write: impl for<'a> FnOnce(&'a mut Writer) -> &'a mut Writer) -> Vec<u8> {
+    argument(|w| {
+        write(w);
+    })
+}
+
+fn code(frame: &Frame) -> i32 {
+    assert_eq!(frame.header.status, Status::Error);
+    Reader::new(&frame.payload).i32().unwrap()
+}
+
+/// What is at the other end speaks RFB, and takes what is said to it.
+async fn speaks(mut screen: UnixStream) {
+    let told = async {
+        let mut greeting = [0; 12];
+        screen.read_exact(&mut greeting).await.unwrap();
+        assert_eq!(&greeting, b"RFB 003.008\n");
+        screen.write_all(b"hello").await.unwrap();
+        let mut back = [0; 5];
+        screen.read_exact(&mut back).await.unwrap();
+        assert_eq!(&back, b"hello");
+    };
+    tokio::time::timeout(PATIENCE, told).await.unwrap();
+}
+
+fn screen_of(domain: &[u8], index: u32) -> Vec<u8> {
+    [domain, &index.to_be_bytes(), &0u32.to_be_bytes()].concat()
+}
+
+fn pair() -> (UnixStream, OwnedFd) {
+    let (near, far) = std::os::unix::net::UnixStream::pair().unwrap();
+    near.set_nonblocking(true).unwrap();
+    (UnixStream::from_std(near).unwrap(), far.into())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_viewer_gets_the_screen_as_a_descriptor() {
+    let server = Server::start().await;
+    server.guest("v1", InstanceKind::VirtualMachine, true).await;
+    let mut client = server.open("full", "qemu:///system").await;
+    let v1 = client.domain("v1").await;
+    client.send(OPEN_FD, &screen_of(&v1, 0)).await;
+    let answer = client.receive().await;
+    assert_eq!((answer.header.kind, answer.header.status), (Kind::ReplyWithFds, Status::Ok));
+    assert_eq!(*answer.payload, [0, 0, 0, 1]);
+    let fd = fds::take(&client.stream).await.unwrap();
+    let stream = std::os::unix::net::UnixStream::from(fd);
+    stream.set_nonblocking(true).unwrap();
+    // The connection goes on with the next call, and its end does not end the viewer.
+    assert_eq!(client.names().await, ["v1"]);
+    drop(client);
+    speaks(UnixStream::from_std(stream).unwrap()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_viewer_brings_its_own_descriptor() {
+    let server = Server::start().await;
+    server.guest("v1", InstanceKind::VirtualMachine, true).await;
+    let mut client = server.open("full", "qemu:///system").await;
+    let v1 = client.domain("v1").await;
+    let (near, far) = pair();
+    let answer = call_with(&mut client, OPEN, &screen_of(&v1, 0), vec![far]).await;
+    assert_eq!((answer.header.kind, answer.header.status), (Kind::Reply, Status::Ok));
+    assert!(answer.payload.is_empty());
+    speaks(near).await;
+    assert_eq!(client.names().await, ["v1"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_no_viewer_is_refused_and_keeps_nothing_open() {
+    let server = Server::start().await;
+    server.guest("v1", InstanceKind::VirtualMachine, true).await;
+    server.guest("off", InstanceKind::VirtualMachine, false).await;
+    let mut client = server.open("full", "qemu:///system").await;
+    let (v1, off) = (client.domain("v1").await, client.domain("off").await);
+    let not_valid = Code::OperationInvalid as i32;
+    assert_eq!(client.call(OPEN_FD, &screen_of(&off, 0)).await.unwrap_err().0, not_valid);
+    assert_eq!(client.call(OPEN_FD, &screen_of(&v1, 1)).await.unwrap_err().0, not_valid);
+    let flags = [&v1[..], &[0; 4], &[0, 0, 0, 2]].concat();
+    assert_eq!(client.call(OPEN_FD, &flags).await.unwrap_err().0, Code::InvalidArg as i32);
+    assert_eq!(client.call(OPEN, &screen_of(&v1, 0)).await.unwrap_err().0, Code::InvalidArg as i32);
+    // Two where one is taken; and a file. Whoever sent a socket sees its end.
+    let ((mut near, far), (_other, second)) = (pair(), pair());
+    let two = call_with(&mut client, OPEN, &screen_of(&v1, 0), vec![far, second]).await;
+    assert_eq!(code(&two), Code::InvalidArg as i32);
+    let mut rest = vec![];
+    tokio::time::timeout(PATIENCE, near.read_to_end(&mut rest)).await.unwrap().unwrap();
+    assert!(rest.is_empty());
+    let file = tempfile::tempfile().unwrap();
+    let refused = call_with(&mut client, OPEN, &screen_of(&v1, 0), vec![file.into()]).await;
+    assert_eq!(code(&refused), Code::InvalidArg as i32);
+    // Beside a call that takes none they are closed, and the call is answered.
+    let (mut near, far) = pair();
+    let answer = call_with(&mut client, 59, &[], vec![far]).await;
+    assert_eq!(answer.header.status, Status::Ok);
+    tokio::time::timeout(PATIENCE, near.read_to_end(&mut rest)).await.unwrap().unwrap();
+    let mut read_only = server.open("ro", "qemu:///system").await;
+    let refused = read_only.call(OPEN_FD, &screen_of(&v1, 0)).await.unwrap_err();
+    assert_eq!(refused.0, Code::OperationDenied as i32);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn descriptors_that_were_announced_and_do_not_come_end_the_connection() {
+    let server = Server::start().await;
+    let mut good = server.open("full", "qemu:///system").await;
+    let header = Header {
+        program: REMOTE,
+        version: 1,
+        procedure: OPEN,
+        kind: Kind::CallWithFds,
+        serial: 9,
+        status: Status::Ok,
+    };
+    // Too many, no number at all, and bytes in their place.
+    for (payload, more) in [(&33u32.to_be_bytes()[..], &[][..]), (&[], &[]), (&1u32.to_be_bytes(), &[0])] {
+        let mut bad = server.connect("full").await;
+        bad.stream.write_all(&Frame::new(header, payload.to_vec()).encode()).await.unwrap();
+        bad.stream.write_all(more).await.unwrap();
+        let mut rest = vec![];
+        let ended = tokio::time::timeout(PATIENCE, bad.stream.read_to_end(&mut rest)).await;
+        assert!(ended.is_ok() && rest.is_empty());
+    }
+    assert!(good.names().await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn documents_say_that_there_is_a_screen_and_no_port() {
+    let server = Server::start().await;
+    server.guest("v1", InstanceKind::VirtualMachine, true).await;
+    let mut client = server.open("full", "qemu:///system").await;
+    let xml = "<domain type='qemu'><name>d1</name><memory>65536</memory><os><type machine='q35'>hvm</type></os>\
+        <devices><disk type='volume' device='disk'><source pool='default' volume='root'/><target dev='vda' bus='virtio'/></disk>\
+        <graphics type='spice' autoport='yes'/></devices></domain>";
+    let volume = "<volume><name>root</name><capacity unit='MiB'>64</capacity></volume>";
+    let pool = client.call(84, &arguments(|w| w.string("default"))).await.unwrap();
+    let create = [&pool[..], &arguments(|w| w.string(volume).u32(0))].concat();
+    client.call(93, &create).await.unwrap();
+    let d1 = client.call(11, &arguments(|w| w.string(xml))).await.unwrap();
+    let document = async |client: &mut Client, domain: &[u8], flags: u32| {
+        let payload = client.call(14, &[domain, &flags.to_be_bytes()].concat()).await.unwrap();
+        Reader::new(&payload).string().unwrap()
+    };
+    let screen = "    <graphics type='vnc'>\n      <listen type='none'/>\n    </graphics>\n";
+    // One that was not made by a document has what every machine has.
+    let v1 = client.domain("v1").await;
+    for flags in [0, 2] {
+        let text = document(&mut client, &v1, flags).await;
+        assert!(text.contains(screen) && text.contains("<video>"), "{text}");
+    }
+    // A document's word stands until the machine runs, which has VNC.
+    assert!(document(&mut client, &d1, 2).await.contains("<graphics type='spice' autoport='yes'/>"));
+    client.call(9, &d1).await.unwrap();
+    let live = document(&mut client, &d1, 0).await;
+    assert!(live.contains(screen) && !live.contains("spice"), "{live}");
+    assert!(document(&mut client, &d1, 2).await.contains("<graphics type='spice' autoport='yes'/>"));
+}
