@@ -151,7 +151,13 @@ async fn sync_once(
     }
     // What is recorded after this moment is newer than what the host is about to say.
     let as_of = inner.inventory.read().revision;
-    let seen = agent.guest_observe_all(&context, ()).await?;
+    let mut seen = agent.guest_observe_all(&context, ()).await?;
+    if rebooted {
+        // What ran when the power went may have lost what would tell why it ended. It did not shut itself down.
+        for lost in seen.iter_mut().filter(|o| o.state == RuntimeState::Stopped && o.exit.is_none()) {
+            lost.exit = Some(ExitReason::Crashed { detail: HOST_RESTARTED.into() });
+        }
+    }
     let present: BTreeSet<InstanceId> = seen.iter().map(|o| o.instance).collect();
     let mut unsure = false;
     for observed in &seen {

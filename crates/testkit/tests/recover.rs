@@ -211,8 +211,7 @@ fn descriptions_are_not_believed() {
             power(&w, &w.engine, PowerAction::Stop).await;
             let volume: VolumeId = {
                 let records = w.engine.inner().inventory.read();
-                let v1 = records.instances.values().find(|i| &*i.name == "v1").unwrap().root;
-                v1
+                records.instances.values().find(|i| &*i.name == "v1").unwrap().root
             };
             lose(&w, volume.uuid()).await.unwrap();
             let call = CallContext::read(Duration::from_secs(9));

@@ -178,12 +178,24 @@ impl SimulatedAgent {
 
     /// The whole machine loses its power and starts again: as a crash, no guest runs any more, and the boot id is another.
     pub fn power_cut(&self) {
+        self.cut(false);
+    }
+
+    /// The same, and what the host had written down of the guests that ran is lost too: why they ended, it cannot say.
+    pub fn power_cut_that_tears(&self) {
+        self.cut(true);
+    }
+
+    fn cut(&self, tears: bool) {
         self.boots.fetch_add(1, Ordering::Relaxed);
         let now = self.env.monotonic();
         let mut state = self.lock();
         let running: Vec<_> = state.guests.values_mut().filter(|g| g.runs()).collect();
         for guest in running {
             guest.ended(now, ExitReason::Crashed { detail: "the host lost its power".into() });
+            if tears {
+                guest.exit = None;
+            }
         }
         drop(state);
         self.crash();

@@ -92,14 +92,9 @@ impl FilePool {
     async fn open(root: PathBuf, states: Arc<dyn States>, worker: Launcher) -> Result<Self> {
         let at = root.clone();
         blocking(move || {
-            for (dir, mode) in [
-                ("", 0o711),
-                ("volumes", 0o711),
-                ("snapshots", 0o700),
-                ("images", 0o700),
-                ("tmp", 0o700),
-                ("trash", 0o700),
-            ] {
+            for dir in ["", "volumes", "snapshots", "images", "tmp", "trash"] {
+                // Guests' ids pass through the first two.
+                let mode = if ["", "volumes"].contains(&dir) { 0o711 } else { 0o700 };
                 let dir = at.join(dir);
                 std::fs::DirBuilder::new().recursive(true).mode(mode).create(&dir)?;
                 std::fs::set_permissions(&dir, Permissions::from_mode(mode))?;

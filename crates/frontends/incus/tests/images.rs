@@ -1,7 +1,7 @@
 //! Images that are made of what is there, over the API.
 #![allow(clippy::disallowed_methods)] // a test
 
-use crate::common::{Answer, Server};
+use crate::common::{Answer, Server, unused_address};
 use hyper::Method;
 use karst_frontend_incus::servers::NetworkServers;
 use serde_json::{Value, json};
@@ -102,7 +102,7 @@ async fn instances_are_rebuilt() {
 /// A server on the network, and its address and certificate.
 async fn listening() -> (Server, String, String) {
     let s = Server::start().await;
-    let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let address = unused_address();
     let config = json!({"config": {"core.https_address": address.to_string()}});
     assert_eq!(s.put("/1.0", config).await.status, 200);
     let certificate = s.app.info.identity.as_ref().unwrap().certificate.clone();

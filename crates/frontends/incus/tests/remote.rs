@@ -1,7 +1,7 @@
 //! The API over HTTPS as clients on the network meet it: who is trusted, by what, and since when no longer.
 #![allow(clippy::disallowed_methods)] // a test
 
-use crate::common::{Answer, Server};
+use crate::common::{Answer, Server, unused_address};
 use base64::Engine as _;
 use http_body_util::{BodyExt, Full};
 use hyper::{Method, Request, body::Bytes, client::conn::http1::SendRequest};
@@ -138,14 +138,9 @@ impl Client {
 
 const BOTH: &[&rustls::SupportedProtocolVersion] = &[&rustls::version::TLS12, &rustls::version::TLS13];
 
-/// A port that was free a moment ago.
-fn free() -> SocketAddr {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
-}
-
 async fn listening() -> (Server, SocketAddr) {
     let s = Server::start().await;
-    let address = free();
+    let address = unused_address();
     let config = json!({"config": {"core.https_address": address.to_string()}});
     assert_eq!(s.put("/1.0", config).await.status, 200);
     (s, address)
@@ -413,7 +408,7 @@ async fn metrics_are_incus() {
     assert_eq!(s.post("/1.0/certificates", add(false)).await.status, 201);
     assert!(text(&scraper.get("/1.0/metrics").await).contains("c1"));
     // An address of their own, open to whoever reaches it.
-    let own = free();
+    let own = unused_address();
     let config = json!({"config": {"core.metrics_address": own.to_string()}});
     assert_eq!(s.patch("/1.0", config).await.status, 200);
     let stranger = Client::new(&s, own, false, BOTH);

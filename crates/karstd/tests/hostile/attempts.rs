@@ -88,7 +88,16 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
         |source: &str| json!({"id": id(7), "kind": "dir", "source": {"kind": "granted", "source": source}});
     for source in ["/etc", "../../etc", "", "/", "/dev/vda", "a\nb"] {
         add("pool_ensure", &format!("in {source:?}"), granted(source), Refused);
+        add("pool_survey", &format!("in {source:?}"), json!({"spec": granted(source)}), Refused);
+        add("pools_find", &format!("in {source:?}"), json!({"kind": "dir", "source": source}), Refused);
     }
+    let describe = |n: u128, own: &str| json!({"pool": id(n), "own": own, "volumes": []});
+    add("pool_describe", "none", describe(99, "x"), Refused);
+    let said = |volume: Value, text: &str| json!({"pool": pool(), "volumes": [[volume, text]]});
+    add("pool_describe", "a volume elsewhere", said(json!("../../../etc/passwd"), "x"), Refused);
+    add("pool_describe", "a volume with what ends a line", said(json!(id(3)), "a\u{0}b\u{1b}[2J"), Refused);
+    add("pool_describe", "a volume at length", said(json!(id(3)), &"x".repeat((1 << 20) + 1)), Refused);
+    add("pool_describe", "a volume of another pool", said(json!(id(99)), "x"), Nothing("it is left out"));
     add("pool_ensure", "of another kind", json!({"id": id(2), "kind": "btrfs"}), Refused);
     add("pool_remove", "with volumes", json!(pool()), Refused);
     add("pool_usage", "of none", no_pool.clone(), Refused);
@@ -355,6 +364,8 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
         Refused,
     );
     add("machine_state_restore", "which is not there", json!({"at": state(99), "memory": true}), Refused);
+    add("machine_memory_drop", "elsewhere", json!("../../x"), Refused);
+    add("machine_memory_drop", "none", nobody.clone(), GONE);
     add("machine_state_delete", "none", state(99), GONE);
     add("machine_state_delete", "elsewhere", json!({"instance": id(4), "snapshot": "../../../x"}), Refused);
     add("guest_destroy", "which runs", json!(id(4)), Refused);

@@ -436,13 +436,15 @@ async fn hostile() {
         for request in
             [json!({"path": "/etc/shadow"}), json!(["/etc/shadow"]), json!("/etc/shadow"), json!(-1)]
         {
-            if *call == "link_state" && request.is_string() {
+            // A link may have any name; and whoever names no source asks for the pools that the host has.
+            if *call == "link_state" && request.is_string() || *call == "pools_find" && request.is_object() {
                 continue;
             }
             match raw.ask(read(), call, &request).await {
                 Err(e) if e.kind == ErrorKind::Unsupported => {
                     let parsed = serde_json::from_value::<Call>(json!({"call": call, "request": request}));
-                    let known = !parsed.expect_err("it is refused").to_string().contains("unknown variant");
+                    let unknown = format!("unknown variant `{call}`");
+                    let known = !parsed.expect_err("it is refused").to_string().contains(&unknown);
                     assert!(known, "{call} has another name on the wire");
                 }
                 other => wrong.push(format!("{call} of {request}: {other:?}")),

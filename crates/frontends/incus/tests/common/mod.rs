@@ -12,12 +12,26 @@ use karst_frontend_incus::{App, Identity, ServerInfo, serve, serve_connection};
 use karst_model::{ByteSize, NodeId, access::Principal};
 use karst_store::{SqliteStore, Store};
 use serde_json::{Value, json};
+use std::net::{SocketAddr, TcpListener};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::{path::PathBuf, sync::Arc, time::Duration};
 use tokio::net::{UnixListener, UnixStream};
 use tokio_tungstenite::{WebSocketStream, tungstenite::Message};
 
 /// How long anything may take.
 pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A port of loopback that nobody has and nobody is given by chance: below those that the kernel draws for connections
+/// and for port 0, and never the same twice in one program.
+pub fn unused_address() -> SocketAddr {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let first = std::process::id().wrapping_mul(64);
+    let drawn = || 10_000 + (first.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % 20_000) as u16;
+    // On every address: a test moves its server from one to all.
+    let free = |port: &u16| TcpListener::bind(("0.0.0.0", *port)).is_ok();
+    let mut ports = std::iter::repeat_with(drawn).take(1000);
+    SocketAddr::from(([127, 0, 0, 1], ports.find(free).expect("one of 1,000 ports is free")))
+}
 
 pub struct Server {
     pub app: Arc<App>,

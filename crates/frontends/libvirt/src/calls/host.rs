@@ -1,7 +1,11 @@
 //! Memory of the host.
 
 use super::Answered;
-use crate::{error::VirError, session::Call, xdr::Writer};
+use crate::{
+    error::VirError,
+    session::{Answer, Call},
+    xdr::Writer,
+};
 
 /// Total and free, bytes.
 async fn memory(call: &Call) -> Result<(u64, u64), VirError> {
@@ -46,11 +50,16 @@ pub async fn memory_stats(call: Call) -> Answered {
         ("cached", memory.cached),
     ]
     .map(|(name, bytes)| (name, bytes / 1024));
+    Ok(figures(&all, wanted))
+}
+
+/// The answer of a statistics call: figures by name and their number; the number alone for who asks for room (`wanted` of 0).
+pub(super) fn figures(all: &[(&str, u64)], wanted: i32) -> Answer {
     let shown = if wanted == 0 { vec![] } else { all.to_vec() };
     let mut w = Writer::new();
     w.array(shown, |w, (field, value)| {
         w.string(field).u64(value);
     });
     w.i32(all.len() as i32);
-    Ok(w.finish().into())
+    w.finish().into()
 }

@@ -247,13 +247,7 @@ pub async fn cpu_stats(call: Call) -> Answered {
     let times = times.into_iter().find(|t| t.cpu == of).ok_or_else(invalid_cpu)?;
     let all =
         [("kernel", times.kernel), ("user", times.user), ("idle", times.idle), ("iowait", times.waiting)];
-    let shown = if wanted == 0 { vec![] } else { all.to_vec() };
-    let mut w = Writer::new();
-    w.array(shown, |w, (field, value)| {
-        w.string(field).u64(value);
-    });
-    w.i32(all.len() as i32);
-    Ok(w.finish().into())
+    Ok(super::host::figures(&all, wanted))
 }
 
 fn invalid_cpu() -> VirError {
