@@ -34,14 +34,18 @@ pub(crate) fn demand(policy: &HostPolicy, class: &str, device: Option<&str>) -> 
     )))
 }
 
-/// `raw_keys` of the policy: configuration that reaches liblxc as it is written.
+/// `raw_keys` of the policy: configuration that reaches liblxc or dnsmasq as it is written. Of dnsmasq's, lines that would
+/// make whoever writes them the host's root are refused all the same.
 pub(crate) fn demand_raw(policy: &HostPolicy, key: &str) -> Result<()> {
     if policy.raw_keys.iter().any(|k| k == key) {
         return Ok(());
     }
+    let what = match key {
+        "raw.lxc" => "no guest raw.lxc, which would make it the host's root".to_owned(),
+        key => format!("no {key}"),
+    };
     Err(Error::forbidden(format!(
-        "this host grants no guest {key}, which would make it the host's root; its administrator can, with raw_keys = \
-         [{key:?}] in host-policy.toml"
+        "this host grants {what}; its administrator can, with raw_keys = [{key:?}] in host-policy.toml"
     ))
     .at(format!("config.{key}")))
 }

@@ -235,7 +235,7 @@ async fn sync_once(
 }
 
 /// Does a saga hold the instance that will end by itself?
-fn at_work(inner: &EngineInner, id: InstanceId) -> bool {
+pub(crate) fn at_work(inner: &EngineInner, id: InstanceId) -> bool {
     let records = inner.inventory.read();
     let Some(lock) = records.lock(&crate::compute::lock(id)) else { return false };
     records.sagas.get(&lock.saga).is_some_and(|s| !matches!(s.phase, Phase::NeedsAttention { .. }))

@@ -344,6 +344,10 @@ impl Cgroups {
     }
 
     fn limit_hugepages(&self, group: &str, limits: &std::collections::BTreeMap<String, u64>) -> Result<()> {
+        if let Some(other) = limits.keys().find(|size| !HUGE_PAGES.contains(&size.as_str())) {
+            let text = format!("{other:?} is no size of huge pages; there are {}", HUGE_PAGES.join(", "));
+            return Err(Error::invalid("config.limits.hugepages", text));
+        }
         for size in HUGE_PAGES {
             let wanted = limits.get(*size);
             let (v1, v2) = (format!("hugetlb.{size}.limit_in_bytes"), format!("hugetlb.{size}.max"));
@@ -357,8 +361,13 @@ impl Cgroups {
                 );
                 return Err(Error::unsupported(text).at(field));
             }
-            self.set("hugetlb", group, &v1, &v2, &number("-1"), &number("max"), wanted.is_some())
-                .map_err(|e| e.at(field))?;
+            // Where reservations are counted too, a program is refused them; else it is killed at its first use.
+            let (reserved1, reserved2) =
+                (v1.replace(".limit", ".rsvd.limit"), v2.replace(".max", ".rsvd.max"));
+            for (v1, v2, asked) in [(&v1, &v2, wanted.is_some()), (&reserved1, &reserved2, false)] {
+                self.set("hugetlb", group, v1, v2, &number("-1"), &number("max"), asked)
+                    .map_err(|e| e.at(&field))?;
+            }
         }
         Ok(())
     }
@@ -904,7 +913,14 @@ mod tests {
             io_weight: Some(300),
             ..CgroupLimits::default()
         };
-        for file in ["io.max", "io.weight", "memory.swap.max", "memory.high", "hugetlb.2MB.max"] {
+        for file in [
+            "io.max",
+            "io.weight",
+            "memory.swap.max",
+            "memory.high",
+            "hugetlb.2MB.max",
+            "hugetlb.2MB.rsvd.max",
+        ] {
             fs::write(dir.join(file), "").unwrap();
         }
         cgroups.limit("karst-x/guest", &limits).unwrap();
@@ -920,7 +936,12 @@ mod tests {
         assert_eq!(get("hugetlb.2MB.max"), "max");
         let huge = |size: &str| CgroupLimits { hugepages: [(size.into(), 4 << 20)].into(), ..limits.clone() };
         cgroups.limit("karst-x/guest", &huge("2MB")).unwrap();
-        assert_eq!(get("hugetlb.2MB.max"), "4194304");
+        assert_eq!(
+            (get("hugetlb.2MB.max").as_str(), get("hugetlb.2MB.rsvd.max").as_str()),
+            ("4194304", "4194304")
+        );
+        let e = cgroups.limit("karst-x/guest", &huge("2MB/../x")).unwrap_err();
+        assert!(e.is(karst_model::ErrorKind::Invalid), "{e:?}");
         let e = cgroups.limit("karst-x/guest", &huge("1GB")).unwrap_err();
         assert!(e.is(karst_model::ErrorKind::Unsupported), "{e:?}");
         assert_eq!(e.field.as_deref(), Some("config.limits.hugepages.1GB"));

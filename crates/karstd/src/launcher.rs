@@ -8,10 +8,12 @@
 use crate::{
     control,
     directory::Directory,
+    host::POLICY,
     logging::Format,
     privilege::{self, Confined, User},
     refusing::Refusing,
 };
+use karst_agent_host::HostPolicy;
 use karst_model::{Error, Result};
 use std::{
     collections::BTreeMap,
@@ -98,7 +100,10 @@ pub fn run(dir: &Path, user: &str, format: Format) -> Result<()> {
         control,
         format,
         refusing: Refusing::default(),
-        daemons: vec![daemon("host", Confined::Host, vec![host]), daemon("control", confined, api)],
+        daemons: vec![
+            daemon("host", Confined::Host { privileged: false }, vec![host]),
+            daemon("control", confined, api),
+        ],
     };
     launcher.supervise(&signals)?;
     launcher.stop(&signals);
@@ -198,7 +203,15 @@ impl Launcher {
             .args(["--daemon-id", &self.directory.daemon_id])
             .args(["--parent", &std::process::id().to_string()])
             .args(["--control-uid", &self.control.uid.to_string()]);
-        privilege::prepare(&mut command, daemon.sockets.iter().map(AsFd::as_fd), daemon.confined);
+        let confined = match daemon.confined {
+            // As the host process will find it. One that cannot be read grants nothing, which that process says.
+            Confined::Host { .. } => Confined::Host {
+                privileged: HostPolicy::load(&[Path::new(POLICY), &self.directory.path])
+                    .is_ok_and(|policy| policy.privileged_containers),
+            },
+            control => control,
+        };
+        privilege::prepare(&mut command, daemon.sockets.iter().map(AsFd::as_fd), confined);
         Ok(command.spawn()?.id() as i32)
     }
 
@@ -218,7 +231,10 @@ impl Launcher {
             };
             daemon.pid = None;
             let lived = daemon.started.elapsed();
-            if libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == control::ASKED {
+            if daemon.role == "control"
+                && libc::WIFEXITED(status)
+                && libc::WEXITSTATUS(status) == control::ASKED
+            {
                 tracing::info!("a client asked for the end");
                 return true;
             }

@@ -119,7 +119,7 @@ pub struct BridgeSpec {
     pub external_interfaces: Vec<String>,
     /// What passes between the bridge and the rest, where ACLs decide that.
     pub policy: Option<Policy>,
-    /// `raw.dnsmasq`, which the host's policy must grant.
+    /// `raw.dnsmasq`, which the host's policy must grant ([`crate::dnsmasq`] says which lines).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub raw_dnsmasq: Option<String>,
 }
@@ -204,7 +204,8 @@ pub const BRIDGE_KEYS: &[(&str, &str)] = &[
     ("ipv6.routing", "route between the bridge and the rest (true)"),
     (
         "raw.dnsmasq",
-        "lines added to dnsmasq's configuration, where the host grants it: raw_keys in host-policy.toml",
+        "lines added to dnsmasq's configuration, of options that say what guests are answered, where the host grants it: \
+         raw_keys in host-policy.toml",
     ),
     ("security.acls", "ACLs for what passes between the bridge and the rest, comma-separated"),
     ("security.acls.default.egress.action", "for what no rule matches: allow, reject (the default) or drop"),
@@ -480,7 +481,12 @@ impl BridgeSpec {
                 .transpose()?,
             external_interfaces,
             policy: firewall::policy("config.", &|k| r.get(k), firewall::Action::Reject)?,
-            raw_dnsmasq: r.get("raw.dnsmasq").map(str::to_owned),
+            raw_dnsmasq: r
+                .get("raw.dnsmasq")
+                .map(|lines| {
+                    crate::dnsmasq::check_lines("config.raw.dnsmasq", lines).map(|()| lines.to_owned())
+                })
+                .transpose()?,
             ipv4,
             ipv6,
         };
@@ -595,6 +601,7 @@ mod tests {
             ("dns.mode", "some"),
             ("dns.search", "ok,a\nb"),
             ("dns.nameservers", "ns1"),
+            ("raw.dnsmasq", "dhcp-script=/bin/sh"),
             ("bgp.peers.x.asn", "1"),
             ("bridge.driver", "openvswitch"),
             ("security.acls.default.egress.action", "perhaps"),

@@ -37,11 +37,16 @@ const NAMES: &[(&str, i32)] = &[
 /// The first and last real-time signal of C libraries.
 const REAL_TIME: (i32, i32) = (34, 64);
 
+/// Can a signal have this number?
+pub fn is_signal(number: i32) -> bool {
+    (1..=REAL_TIME.1).contains(&number)
+}
+
 /// Number of a signal: `SIGQUIT`, `quit`, `SIGRTMIN+3`, `3`; `None` for what is none.
 pub fn parse(text: &str) -> Option<i32> {
     let upper = text.trim().to_ascii_uppercase();
     if let Ok(number) = upper.parse::<i32>() {
-        return (1..=REAL_TIME.1).contains(&number).then_some(number);
+        return is_signal(number).then_some(number);
     }
     let name = upper.strip_prefix("SIG").unwrap_or(&upper);
     let real_time = |rest: &str, from: i32, sign: i32| {

@@ -149,8 +149,8 @@ pub(crate) async fn exec(running: &Running, init: Init, request: ExecRequest) ->
     }
     // Beyond its own lie the ids of other guests.
     for (field, id) in [("uid", request.uid), ("gid", request.gid)] {
-        if id >= record.ids.count {
-            let text = format!("the container has the ids 0 to {}, not {id}", record.ids.count - 1);
+        if id >= record.inside().count {
+            let text = format!("the container has the ids 0 to {}, not {id}", record.inside().count - 1);
             return Err(Error::invalid(field, text));
         }
     }

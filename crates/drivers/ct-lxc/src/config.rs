@@ -164,6 +164,9 @@ pub fn render(guest: &ResolvedGuest, host: HostFeatures) -> Result<String> {
         let program = &application.program;
         line(&program.cwd, "config.oci.cwd")?;
         set("lxc.init.cwd", &program.cwd);
+        if let Some(n) = program.stop_signal.filter(|n| !karst_model::signal::is_signal(*n)) {
+            return Err(Error::invalid("config.image.stop_signal", format!("{n} is no signal")));
+        }
         for (key, id) in [("uid", program.uid), ("gid", program.gid)] {
             if id >= guest.inside().count {
                 let text = format!("the container has users and groups below {} only", guest.inside().count);

@@ -90,7 +90,7 @@ pub(crate) fn dnsmasq(record: &Record, context: &DnsmasqContext<'_>, view: Optio
     if let Some(net) = v6 {
         dhcp6(&mut text, spec, net);
     }
-    // Last, as the administrator of the host has granted it: it may say anything.
+    // Last, as the administrator of the host has granted it; checked (`check`).
     if let Some(raw) = &spec.raw_dnsmasq {
         text.push_str(raw);
         text.push('\n');
@@ -207,6 +207,9 @@ pub(crate) fn check(bridge: &str, spec: &karst_model::network::BridgeSpec) -> Re
     }
     if !spec.domain.split('.').all(label) {
         return Err(Error::invalid("config.dns.domain", format!("{:?} is not a DNS domain", spec.domain)));
+    }
+    if let Some(lines) = &spec.raw_dnsmasq {
+        karst_model::dnsmasq::check_lines("config.raw.dnsmasq", lines)?;
     }
     Ok(())
 }

@@ -4,8 +4,8 @@
 //! `boot.stop.priority` says who stops first, `boot.host_shutdown_action` how, `boot.host_shutdown_timeout` how long a graceful
 //! stop may take before it is forced.
 
-use super::{lock, power::PowerRequest};
-use crate::{Engine, EngineInner, Records, context::Context};
+use super::power::PowerRequest;
+use crate::{Engine, EngineInner, Records, context::Context, reconcile::at_work};
 use futures::future::join_all;
 use karst_env::EnvExt;
 use karst_model::{
@@ -14,7 +14,7 @@ use karst_model::{
     instance::{DesiredPower, ExitReason, Instance, Lifecycle, PowerAction, Runtime, RuntimeState},
 };
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -23,6 +23,8 @@ use std::{
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long it is waited for what is at work on an instance.
 const BUSY: Duration = Duration::from_secs(30);
+/// How often it is looked for that.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// How an instance stops with its host (`boot.host_shutdown_action`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,10 +44,11 @@ struct Guest {
     patience: Duration,
 }
 
-/// What stops at the same time, in order.
-fn order(records: &Records) -> Vec<Vec<Guest>> {
+/// What stops at the same time, in order, but for those that were tried already.
+fn order(records: &Records, tried: &BTreeSet<InstanceId>) -> Vec<Vec<Guest>> {
     let mut groups: BTreeMap<std::cmp::Reverse<u64>, Vec<Guest>> = BTreeMap::new();
-    for instance in records.instances.values().filter(|i| i.lifecycle == Lifecycle::Ready) {
+    let ready = |i: &&crate::Row<Instance>| i.lifecycle == Lifecycle::Ready && !tried.contains(&i.id);
+    for instance in records.instances.values().filter(ready) {
         let runs = records
             .runtimes
             .get(&instance.id)
@@ -109,8 +112,18 @@ impl Engine {
         let (engine, left) = (self.clone(), Arc::new(std::sync::Mutex::new(vec![])));
         let all = left.clone();
         let work = async move {
-            let groups = order(&engine.inner().inventory.read());
-            for group in groups {
+            let (mut tried, mut settled) = (BTreeSet::new(), false);
+            loop {
+                // The next group anew: a guest may have come up meanwhile that was starting before none might.
+                let Some(group) = order(&engine.inner().inventory.read(), &tried).into_iter().next() else {
+                    if settled {
+                        break;
+                    }
+                    engine.until_settled().await;
+                    settled = true;
+                    continue;
+                };
+                tried.extend(group.iter().map(|g| g.id));
                 let names: Vec<&str> = group.iter().map(|g| g.name.as_str()).collect();
                 tracing::info!(guests = names.join(", "), "stopping guests");
                 let ends = join_all(group.iter().map(|guest| engine.stop_with_host(guest))).await;
@@ -172,8 +185,22 @@ impl Engine {
     async fn until_idle(&self, guest: &Guest) {
         let inner = self.inner();
         let until = inner.env.monotonic() + BUSY.max(guest.patience);
-        while inner.inventory.read().lock(&lock(guest.id)).is_some() && inner.env.monotonic() < until {
-            inner.env.sleep(Duration::from_millis(100)).await;
+        while at_work(inner, guest.id) && inner.env.monotonic() < until {
+            inner.env.sleep(LOOK).await;
+        }
+    }
+
+    /// Waits for what is at work on any instance, for a time.
+    async fn until_settled(&self) {
+        let inner = self.inner();
+        let until = inner.env.monotonic() + BUSY;
+        loop {
+            // What was written just now is seen after this.
+            inner.env.sleep(LOOK).await;
+            let all: Vec<InstanceId> = inner.inventory.read().instances.keys().copied().collect();
+            if inner.env.monotonic() >= until || !all.into_iter().any(|id| at_work(inner, id)) {
+                return;
+            }
         }
     }
 }

@@ -2,19 +2,22 @@
 #![allow(clippy::disallowed_methods)] // a test
 
 use crate::common::{Server, next};
-use karst_model::{ByteSize, InstanceId};
+use karst_engine::Context;
+use karst_frontend_incus::serve_connection;
+use karst_model::{ByteSize, InstanceId, access::Principal};
 use serde_json::{Value, json};
+use tokio::{io::AsyncWriteExt, net::UnixStream};
 use tokio_tungstenite::tungstenite::Message;
+
+fn only_instance(s: &Server) -> InstanceId {
+    s.engine.instances_all(&Context::new(Principal::unix_admin(0, 0, 1)))[0].instance.id
+}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn limits_reach_the_host_live() {
     let s = Server::start().await;
     s.container("c1", true).await;
-    let id: InstanceId = s
-        .engine
-        .instances_all(&karst_engine::Context::new(karst_model::access::Principal::unix_admin(0, 0, 1)))[0]
-        .instance
-        .id;
+    let id = only_instance(&s);
     let set = |config: Value| s.patch("/1.0/instances/c1", json!({"config": config}));
     set(json!({"limits.cpu.nodes": "0", "limits.cpu": "1", "limits.hugepages.2MB": "8MiB"})).await.metadata();
     let limits = s.agent.guest_limits(id).unwrap();
@@ -68,4 +71,24 @@ async fn all_guests_stop_in_order() {
     }
     let start = s.put("/1.0/instances/off/state", json!({"action": "start"})).await;
     assert!(start.refused(503).contains("ends"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_end_does_not_depend_on_who_asked_for_it() {
+    let mut s = Server::start().await;
+    s.container("slow", true).await;
+    s.patch("/1.0/instances/slow", json!({"config": {"boot.host_shutdown_timeout": "1"}})).await.metadata();
+    s.agent.set_ignores_shutdown(only_instance(&s), true);
+    let mut events = s.websocket("/1.0/events?type=operation").await;
+    let (mut near, far) = UnixStream::pair().unwrap();
+    let context = Context::new(Principal::unix_admin(0, 0, 1));
+    let served = tokio::spawn(serve_connection(s.app.clone(), context, far));
+    near.write_all(b"PUT /internal/shutdown HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+    assert!(next(&mut events).await.is_some(), "the guest is being stopped");
+    drop(near);
+    served.await.unwrap();
+    let shown = s.get("/1.0/instances/slow").await.metadata();
+    assert_eq!(shown["status"], "Running", "whoever asked has left before that");
+    s.shutdown.recv().await.expect("the server is asked to end");
+    assert_eq!(s.get("/1.0/instances/slow").await.metadata()["status"], "Stopped");
 }

@@ -195,12 +195,18 @@ pub async fn ready(call: Call) -> Result<Reply> {
 /// stop: the server ends all the same.
 pub async fn shutdown(call: Call) -> Result<Reply> {
     call.context.demand_server(Permission::ServerEdit)?;
-    let Some(tell) = &call.app.info.shutdown else {
+    let Some(tell) = call.app.info.shutdown.clone() else {
         return Err(Error::unsupported("this server is stopped by its launcher"));
     };
-    let left = call.engine().host_stop(&call.context).await?;
-    // It may have been told already.
-    let _ = tell.try_send(());
+    let (engine, context) = (call.engine().clone(), call.context.clone());
+    // Whoever asked may leave before the last guest has stopped. The server ends all the same: nothing starts on it any more.
+    let ending = tokio::spawn(async move {
+        let left = engine.host_stop(&context).await;
+        // It may have been told already.
+        let _ = tell.try_send(());
+        left
+    });
+    let left = ending.await.map_err(|e| Error::internal("stopping the guests was broken off", e))??;
     match left.is_empty() {
         true => Ok(empty()),
         false => Err(Error::conflict(format!("these guests run on: {}", left.join("; ")))),
