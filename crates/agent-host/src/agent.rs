@@ -3,7 +3,7 @@
 use crate::{
     HostPolicy, facts,
     ids::{CLAIMS, IdRanges},
-    pools::PoolPlace,
+    pools::{PoolPlace, Purpose},
     registry::{GuestRecord, Registry},
     reopen::{self, Unopened},
     sessions::Sessions,
@@ -42,7 +42,7 @@ use tokio::sync::OwnedMutexGuard;
 pub(crate) const WORKER: &str = "worker";
 
 /// How long the end waits for pools to be synced: less than the launcher waits for the end.
-const FLUSH: std::time::Duration = std::time::Duration::from_secs(8);
+const FLUSH: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// What the agent is made of.
 #[derive(Debug, Clone)]
@@ -229,7 +229,7 @@ impl RealAgent {
     async fn adopt(self: &Arc<Self>) -> Result<()> {
         for pool in self.registry.pools()? {
             // One that cannot be opened does not stop the others; it is tried again.
-            if let Err(e) = self.open_pool(&pool, false).await {
+            if let Err(e) = self.open_pool(&pool, Purpose::Use).await {
                 tracing::error!(pool = %pool.id, error = %e, context = e.context, "a pool cannot be opened");
                 self.unopened.note(pool.id, e);
             }
@@ -349,10 +349,9 @@ impl RealAgent {
         Ok(None)
     }
 
-    /// `make`: what is missing is made; otherwise it is missing.
-    pub(crate) async fn open_pool(&self, spec: &PoolSpec, make: bool) -> Result<()> {
+    pub(crate) async fn open_pool(&self, spec: &PoolSpec, purpose: Purpose) -> Result<()> {
         if !self.pools.lock().unwrap().contains_key(&spec.id) {
-            let pool = self.pool_place(spec.id).open(spec, &self.options.policy, make).await?;
+            let pool = self.pool_place(spec.id).open(spec, &self.options.policy, purpose).await?;
             self.pools.lock().unwrap().insert(spec.id, pool);
         }
         self.unopened.forget(spec.id);

@@ -3,6 +3,7 @@
 use crate::{
     RealAgent,
     agent::{as_state, blocking, never_ran, not_older},
+    pools::Purpose,
 };
 use async_trait::async_trait;
 use karst_agent::*;
@@ -558,7 +559,7 @@ calls! {
                 blocking(move || registry.put_pool(&spec)).await?;
             }
         }
-        me.open_pool(&spec, true).await
+        me.open_pool(&spec, Purpose::Make).await
     }
     mutate pool_remove(me, pool: PoolId) -> () { me.remove_pool(pool).await }
     read pool_usage(me, pool: PoolId) -> Usage { me.pool(pool)?.space().await }

@@ -1,6 +1,9 @@
 //! Descriptions of pools and volumes: written for control, and found again when control has lost its database.
 
-use crate::{RealAgent, pools::PoolPlace};
+use crate::{
+    RealAgent,
+    pools::{PoolPlace, Purpose},
+};
 use karst_agent::{
     FoundPool, FoundVolume, MAX_DESCRIBED, MAX_DESCRIPTION, PoolDescribe, PoolSurvey, PoolSurveyed,
     PoolsFind, VolumeSnapshot, is_plain,
@@ -60,7 +63,7 @@ impl RealAgent {
             return page(&*pool, after).await;
         }
         let place = self.pool_place(spec.id);
-        let found = match place.open(&spec, &self.options.policy, false).await {
+        let found = match place.open(&spec, &self.options.policy, Purpose::Look).await {
             Ok(pool) => page(&*pool, after).await,
             Err(e) => Err(e),
         };

@@ -45,6 +45,18 @@ pub(crate) struct PoolPlace {
     launcher: Launcher,
 }
 
+/// What a pool is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// To use it; what is missing is made.
+    Make,
+    /// To use it; what is missing is an error, because what was once made is only hidden, by a file system that is not
+    /// mounted, say.
+    Use,
+    /// To see what it has, and change nothing.
+    Look,
+}
+
 /// What a granted source is.
 enum Granted {
     Directory(PathBuf),
@@ -57,13 +69,12 @@ impl PoolPlace {
         Self { id, image: directory.with_extension("img"), directory, launcher }
     }
 
-    /// Opens it. `make`: what is missing is made; without it that is an error, because what was once made is only hidden,
-    /// by a file system that is not mounted, say.
+    /// Opens it for `purpose`.
     pub async fn open(
         &self,
         spec: &PoolSpec,
         policy: &HostPolicy,
-        make: bool,
+        purpose: Purpose,
     ) -> Result<Arc<dyn PoolDriver>> {
         let source = match &spec.source {
             PoolSource::Own { .. } => None,
@@ -72,7 +83,7 @@ impl PoolPlace {
                 Some(look(source).await?)
             }
         };
-        if !make {
+        if purpose != Purpose::Make {
             self.demand_made(spec.kind, source.as_ref())?;
         }
         let launcher = self.launcher.clone();
@@ -108,6 +119,7 @@ impl PoolPlace {
             }
         };
         Ok(match spec.kind {
+            kind if purpose == Purpose::Look => Arc::new(FilePool::look(kind, root, launcher).await?),
             PoolKind::Dir => Arc::new(FilePool::directory(root, launcher).await?),
             PoolKind::Btrfs => Arc::new(FilePool::btrfs(root, launcher).await?),
         })

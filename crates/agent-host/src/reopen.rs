@@ -4,7 +4,7 @@
 //! A disk that comes late, a file system that is mounted after the daemon, a device somebody else has for a while: none of
 //! it needs a restart. Opening again never makes anything: what is not there is missing, not new.
 
-use crate::RealAgent;
+use crate::{RealAgent, pools::Purpose};
 use karst_model::{Error, PoolId, Result};
 use std::{
     collections::BTreeMap,
@@ -76,7 +76,7 @@ impl RealAgent {
     async fn open_again(self: &Arc<Self>, id: PoolId) -> Result<()> {
         let _lock = self.lock(id.0).await;
         match self.registry.pool(id)? {
-            Some(spec) => self.open_pool(&spec, false).await,
+            Some(spec) => self.open_pool(&spec, Purpose::Use).await,
             None => {
                 self.unopened.forget(id);
                 Ok(())

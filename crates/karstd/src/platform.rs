@@ -17,7 +17,7 @@ const DRAIN: Duration = Duration::from_secs(5);
 /// Time for the answer to who asked for the end.
 const ANSWER: Duration = Duration::from_millis(300);
 /// Time for the last entries of the audit log.
-const FLUSH: Duration = Duration::from_secs(1);
+const FLUSH: Duration = Duration::from_secs(5);
 
 /// Serves until it is told to end; answers whether a client asked for the end of the whole daemon.
 ///

@@ -7,6 +7,7 @@
 //! POOL/descriptions/                   what the pool and its volumes are (`descriptions`)
 //! POOL/tmp/<uuid>/                     a state in the making; removed at the next start
 //! POOL/trash/<uuid>/                   a state on its way out
+//! POOL/.lock                           held by the one process that has it open (`hold`)
 //! ```
 //! Everything is one step: a state is made in `tmp` and appears by a rename, or by an exchange with the one that it
 //! replaces. Modes: POOL, `volumes` are 0711, so that a QEMU without privileges gets to its own disk; a tree's state is 0700
@@ -19,9 +20,10 @@
 use crate::{
     Contents, Descriptions, Filling, Format, Located, NewVolume, OpenTree, PoolDriver, Reading, Snapshots,
     Source, VolumeInfo, descriptions, flush,
+    hold::Hold,
     layers::{self, Opened},
-    states::{self, Directories, Record, States, Subvolumes, check_disk_size, copy_file, link_or_copy},
-    sweep::{Live, Work, sweeper},
+    states::{self, Record, States, check_disk_size, copy_file, link_or_copy},
+    sweep::{Live, Work},
 };
 use async_trait::async_trait;
 use karst_host::{
@@ -56,110 +58,20 @@ pub struct FilePool {
     /// Places in `tmp` that somebody answers for.
     pub(crate) live: Arc<Live>,
     /// How disks are converted without privileges.
-    worker: Arc<Launcher>,
+    pub(crate) worker: Arc<Launcher>,
     /// Wakes the sweeper; an answer is wanted by those who wait for it.
-    sweep: mpsc::Sender<Option<oneshot::Sender<()>>>,
+    pub(crate) sweep: mpsc::Sender<Option<oneshot::Sender<()>>>,
     /// Wakes the flusher, in the same way.
-    flush: mpsc::Sender<Option<oneshot::Sender<()>>>,
+    pub(crate) flush: mpsc::Sender<Option<oneshot::Sender<()>>>,
     /// Trees being copied at the same time: more than a few only make the disk seek.
-    copies: Arc<tokio::sync::Semaphore>,
+    pub(crate) copies: Arc<tokio::sync::Semaphore>,
     /// Images being taken in, one at a time.
     pub(crate) taking: Arc<tokio::sync::Mutex<()>>,
+    /// No other daemon has it open.
+    pub(crate) _hold: Arc<Hold>,
 }
 
 impl FilePool {
-    /// Opens (and makes) a pool of kind `dir` in the directory `root`; removes what an earlier process left half-made, and
-    /// goes on freeing what it was deleting.
-    ///
-    /// # Errors
-    /// The directory cannot be used.
-    pub async fn directory(root: impl Into<PathBuf>, worker: Launcher) -> Result<Self> {
-        Self::open(root.into(), Arc::new(Directories), worker).await
-    }
-
-    /// The same of kind `btrfs`; the directory is on a file system of that kind.
-    ///
-    /// # Errors
-    /// It is not, or cannot be used.
-    pub async fn btrfs(root: impl Into<PathBuf>, worker: Launcher) -> Result<Self> {
-        let root = root.into();
-        if !karst_host::btrfs::is_btrfs(&root)? {
-            return Err(Error::invalid("source", "the directory is not on a btrfs file system"));
-        }
-        Self::open(root, Arc::new(Subvolumes), worker).await
-    }
-
-    async fn open(root: PathBuf, states: Arc<dyn States>, worker: Launcher) -> Result<Self> {
-        let at = root.clone();
-        blocking(move || {
-            for dir in ["", "volumes", "snapshots", "images", "tmp", "trash"] {
-                // Guests' ids pass through the first two.
-                let mode = if ["", "volumes"].contains(&dir) { 0o711 } else { 0o700 };
-                let dir = at.join(dir);
-                std::fs::DirBuilder::new().recursive(true).mode(mode).create(&dir)?;
-                std::fs::set_permissions(&dir, Permissions::from_mode(mode))?;
-            }
-            // Half-made states take the same way out as deleted ones: no start waits for it.
-            for entry in std::fs::read_dir(at.join("tmp"))?.flatten() {
-                std::fs::rename(entry.path(), fresh(&at.join("trash")))?;
-            }
-            // So do snapshots of volumes whose deletion was interrupted.
-            for entry in std::fs::read_dir(at.join("snapshots"))?.flatten() {
-                if !at.join("volumes").join(entry.file_name()).exists() {
-                    std::fs::rename(entry.path(), fresh(&at.join("trash")))?;
-                }
-            }
-            descriptions::sweep(&at)
-        })
-        .await?;
-        let layered = !states.instant() && {
-            let trial = fresh(&root.join("trash"));
-            blocking(move || {
-                std::fs::create_dir(&trial)?;
-                let works = karst_host::overlay::works(&trial);
-                std::fs::remove_dir_all(&trial)?;
-                Ok(works)
-            })
-            .await?
-        };
-        let (taking, live) = (Arc::default(), Arc::<Live>::default());
-        let (sweep, wanted) = mpsc::channel(64);
-        tokio::spawn(sweeper(root.clone(), states.clone(), Arc::clone(&taking), live.clone(), wanted));
-        let (flush, wanted) = mpsc::channel(64);
-        let root = Arc::new(root);
-        tokio::spawn(flush::flusher(root.clone(), wanted));
-        let pool = Self {
-            root,
-            states,
-            layered,
-            opened: Arc::default(),
-            live,
-            worker: worker.into(),
-            sweep,
-            flush,
-            copies: Arc::new(tokio::sync::Semaphore::new(2)),
-            taking,
-        };
-        pool.wake_sweeper();
-        pool.wake_flusher();
-        Ok(pool)
-    }
-
-    /// Removes everything that is in it. The pool is of no use afterwards.
-    ///
-    /// # Errors
-    /// The system refuses.
-    pub async fn clear(&self) -> Result<()> {
-        let (root, states) = (self.root.clone(), self.states.clone());
-        blocking(move || {
-            for below in ["snapshots", "volumes", "images", descriptions::DIRECTORY, "tmp", "trash"] {
-                states.remove(&root.join(below))?;
-            }
-            Ok(())
-        })
-        .await
-    }
-
     fn dir(&self, volume: VolumeId) -> PathBuf {
         self.root.join("volumes").join(volume.to_string())
     }
@@ -181,7 +93,7 @@ impl FilePool {
     }
 
     /// Something has a content that is not on disk yet.
-    fn wake_flusher(&self) {
+    pub(crate) fn wake_flusher(&self) {
         let _ = self.flush.try_send(None); // as the sweeper
     }
 

@@ -6,7 +6,9 @@ mod descriptions;
 mod driver;
 pub mod files;
 mod flush;
+mod hold;
 mod layers;
+mod open;
 mod states;
 mod sweep;
 

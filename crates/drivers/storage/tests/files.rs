@@ -2,7 +2,10 @@
 #![allow(clippy::disallowed_methods)] // drivers and their tests are the real world
 
 use karst_host::sandbox::Launcher;
-use karst_model::{ErrorKind, VolumeId, storage::VolumeContent};
+use karst_model::{
+    ErrorKind, VolumeId,
+    storage::{PoolKind, VolumeContent},
+};
 use karst_storage::{FilePool, Format, NewVolume, PoolDriver, Source, contract};
 use std::{
     path::{Path, PathBuf},
@@ -251,6 +254,45 @@ async fn what_a_killed_process_left_is_cleared_at_the_next_start() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn whoever_only_looks_changes_nothing_and_another_process_is_refused() {
+    if skipped() {
+        return;
+    }
+    let d = tempfile::tempdir().unwrap();
+    let look = || FilePool::look(PoolKind::Dir, d.path(), launcher());
+    assert_eq!(look().await.unwrap().list().await.unwrap().len(), 0, "nothing is made for a look");
+    assert_eq!(entries(d.path()), 1, "its lock");
+    let pool = open_dir(d.path()).await.unwrap();
+    let v = id();
+    let new = NewVolume { content: VolumeContent::Filesystem, size: None, source: Source::Empty };
+    pool.create(v, &new).await.unwrap();
+    pool.settle().await;
+    drop(pool);
+    let orphan = format!("snapshots/{}/s", id());
+    let left = ["tmp/half/rootfs/etc", "trash/deleted/rootfs/usr", &orphan];
+    for left in left {
+        std::fs::create_dir_all(d.path().join(left)).unwrap();
+    }
+    let looked = look().await.unwrap();
+    assert_eq!(looked.list().await.unwrap().into_iter().map(|v| v.id).collect::<Vec<_>>(), [v]);
+    for left in left {
+        assert!(d.path().join(left).is_dir(), "{left}");
+    }
+    drop(looked);
+    // Another process has it.
+    let lock = std::fs::File::options().write(true).open(d.path().join(".lock")).unwrap();
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
+    for refused in [look().await, open_dir(d.path()).await] {
+        let refused = refused.map(drop).unwrap_err();
+        assert!(refused.is(ErrorKind::Conflict), "{refused:?}");
+    }
+    assert!(d.path().join(left[0]).is_dir(), "whoever is refused sweeps nothing");
+    drop(lock);
+    open_dir(d.path()).await.unwrap().settle().await;
+    assert!(!d.path().join(left[0]).exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_cancelled_create_leaves_nothing() {
     if skipped() {
         return;
@@ -258,14 +300,14 @@ async fn a_cancelled_create_leaves_nothing() {
     let d = tempfile::tempdir().unwrap();
     let source = d.path().join("source");
     std::fs::create_dir(&source).unwrap();
-    for i in 0..2000 {
+    for i in 0..20_000 {
         std::fs::write(source.join(i.to_string()), "x").unwrap();
     }
     let pool = open_dir(d.path().join("pool")).await.unwrap();
     let new = NewVolume { content: VolumeContent::Filesystem, size: None, source: tree_of(&source) };
     let v = id();
     let cut = tokio::time::timeout(std::time::Duration::from_millis(5), pool.create(v, &new)).await;
-    assert!(cut.is_err(), "copying 2,000 files takes longer than 5 ms");
+    assert!(cut.is_err(), "copying 20,000 files takes longer than 5 ms");
     assert!(pool.inspect(v).await.unwrap_err().is(ErrorKind::NotFound));
     // One that begins only after its caller was cancelled.
     let late = d.path().join("pool/tmp").join(uuid::Uuid::new_v4().to_string());
@@ -274,13 +316,15 @@ async fn a_cancelled_create_leaves_nothing() {
     assert!(!late.exists());
     // The copying thread notices by and by; each sweep takes what is there.
     let trash = d.path().join("pool/trash");
-    for _ in 0..1000 {
+    let left = || entries(&trash) + entries(d.path().join("pool/tmp"));
+    for _ in 0..12_000 {
         pool.settle().await;
-        if entries(&trash) == 0 {
+        if left() == 0 {
             break;
         }
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
     }
-    assert_eq!(entries(&trash) + entries(d.path().join("pool/tmp")), 0);
+    assert_eq!(left(), 0);
     pool.create(v, &new).await.unwrap();
 }
 

@@ -1,0 +1,145 @@
+//! Opening a pool on a file system: its lock, its directories, and what an earlier process left half-made.
+
+use crate::{
+    FilePool, descriptions,
+    files::{blocking, fresh},
+    flush,
+    hold::{Hold, hold},
+    states::{Directories, States, Subvolumes},
+    sweep::{Live, sweeper},
+};
+use karst_host::sandbox::Launcher;
+use karst_model::{Error, Result, storage::PoolKind};
+use std::{
+    fs::Permissions,
+    io,
+    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+use tokio::sync::mpsc;
+
+/// What a pool is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    Use,
+    Look,
+}
+
+/// Locks the pool in `root`; for use, makes its directories and gets what is half-made or of nothing out of the way.
+fn prepare(root: &Path, purpose: Purpose) -> Result<Arc<Hold>> {
+    let make = |dir: &Path, mode| -> io::Result<()> {
+        std::fs::DirBuilder::new().recursive(true).mode(mode).create(dir)?;
+        std::fs::set_permissions(dir, Permissions::from_mode(mode))
+    };
+    if purpose == Purpose::Look {
+        return hold(root);
+    }
+    // Guests' ids pass through the pool's own and its volumes' directory.
+    make(root, 0o711)?;
+    let hold = hold(root)?;
+    make(&root.join("volumes"), 0o711)?;
+    for dir in ["snapshots", "images", "tmp", "trash"] {
+        make(&root.join(dir), 0o700)?;
+    }
+    // Half-made states take the same way out as deleted ones: no start waits for it.
+    for entry in std::fs::read_dir(root.join("tmp"))?.flatten() {
+        std::fs::rename(entry.path(), fresh(&root.join("trash")))?;
+    }
+    // So do snapshots of volumes whose deletion was interrupted.
+    for entry in std::fs::read_dir(root.join("snapshots"))?.flatten() {
+        if !root.join("volumes").join(entry.file_name()).exists() {
+            std::fs::rename(entry.path(), fresh(&root.join("trash")))?;
+        }
+    }
+    descriptions::sweep(root)?;
+    Ok(hold)
+}
+
+impl FilePool {
+    /// Opens (and makes) a pool of kind `dir` in the directory `root`; removes what an earlier process left half-made, and
+    /// goes on freeing what it was deleting.
+    ///
+    /// # Errors
+    /// The directory cannot be used, or another process has the pool.
+    pub async fn directory(root: impl Into<PathBuf>, worker: Launcher) -> Result<Self> {
+        Self::open(root.into(), PoolKind::Dir, worker, Purpose::Use).await
+    }
+
+    /// The same of kind `btrfs`; the directory is on a file system of that kind.
+    ///
+    /// # Errors
+    /// It is not, or cannot be used.
+    pub async fn btrfs(root: impl Into<PathBuf>, worker: Launcher) -> Result<Self> {
+        Self::open(root.into(), PoolKind::Btrfs, worker, Purpose::Use).await
+    }
+
+    /// Opens a pool that is there, to look at what it has: nothing is made, removed or freed.
+    ///
+    /// # Errors
+    /// As those of the others.
+    pub async fn look(kind: PoolKind, root: impl Into<PathBuf>, worker: Launcher) -> Result<Self> {
+        Self::open(root.into(), kind, worker, Purpose::Look).await
+    }
+
+    async fn open(root: PathBuf, kind: PoolKind, worker: Launcher, purpose: Purpose) -> Result<Self> {
+        let states: Arc<dyn States> = match kind {
+            PoolKind::Dir => Arc::new(Directories),
+            PoolKind::Btrfs if karst_host::btrfs::is_btrfs(&root)? => Arc::new(Subvolumes),
+            PoolKind::Btrfs => {
+                return Err(Error::invalid("source", "the directory is not on a btrfs file system"));
+            }
+        };
+        let at = root.clone();
+        let hold = blocking(move || prepare(&at, purpose)).await?;
+        let layered = purpose == Purpose::Use && !states.instant() && {
+            let trial = fresh(&root.join("trash"));
+            blocking(move || {
+                std::fs::create_dir(&trial)?;
+                let works = karst_host::overlay::works(&trial);
+                std::fs::remove_dir_all(&trial)?;
+                Ok(works)
+            })
+            .await?
+        };
+        let (taking, live) = (Arc::default(), Arc::<Live>::default());
+        let (sweep, wanted) = mpsc::channel(64);
+        tokio::spawn(sweeper(root.clone(), states.clone(), Arc::clone(&taking), live.clone(), wanted));
+        let (flush, wanted) = mpsc::channel(64);
+        let root = Arc::new(root);
+        tokio::spawn(flush::flusher(root.clone(), wanted));
+        let pool = Self {
+            root,
+            states,
+            layered,
+            opened: Arc::default(),
+            live,
+            worker: worker.into(),
+            sweep,
+            flush,
+            copies: Arc::new(tokio::sync::Semaphore::new(2)),
+            taking,
+            _hold: hold,
+        };
+        if purpose == Purpose::Use {
+            pool.wake_sweeper();
+            pool.wake_flusher();
+        }
+        Ok(pool)
+    }
+
+    /// Removes everything that is in it. The pool is of no use afterwards.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub async fn clear(&self) -> Result<()> {
+        let (root, states) = (self.root.clone(), self.states.clone());
+        blocking(move || {
+            for below in ["snapshots", "volumes", "images", descriptions::DIRECTORY, "tmp", "trash"] {
+                states.remove(&root.join(below))?;
+            }
+            Ok(())
+        })
+        .await
+    }
+}
