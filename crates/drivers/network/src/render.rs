@@ -394,6 +394,15 @@ mod tests {
     }
 
     #[test]
+    fn lines_that_are_added_say_what_guests_are_answered() {
+        let with = |lines: &str| BridgeSpec { raw_dnsmasq: Some(lines.into()), ..Default::default() };
+        check("br0", &with("address=/a.example/10.0.0.1")).unwrap();
+        for lines in ["dhcp-script=/bin/sh", "no-resolv\nconf-file=/etc/shadow"] {
+            assert_eq!(check("br0", &with(lines)).unwrap_err().field.as_deref(), Some("config.raw.dnsmasq"));
+        }
+    }
+
+    #[test]
     fn hosts_are_checked_and_written() {
         let net = BridgeSpec { ipv4: Some("10.1.2.1/24".parse().unwrap()), ..Default::default() };
         let hosts = check_hosts(
