@@ -87,8 +87,6 @@ async fn the_end_does_not_depend_on_who_asked_for_it() {
     assert!(next(&mut events).await.is_some(), "the guest is being stopped");
     drop(near);
     served.await.unwrap();
-    let shown = s.get("/1.0/instances/slow").await.metadata();
-    assert_eq!(shown["status"], "Running", "whoever asked has left before that");
     s.shutdown.recv().await.expect("the server is asked to end");
     assert_eq!(s.get("/1.0/instances/slow").await.metadata()["status"], "Stopped");
 }
