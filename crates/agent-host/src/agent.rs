@@ -42,7 +42,7 @@ use tokio::sync::OwnedMutexGuard;
 pub(crate) const WORKER: &str = "worker";
 
 /// How long the end waits for pools to be synced: less than the launcher waits for the end.
-const FLUSH: std::time::Duration = std::time::Duration::from_secs(8);
+const FLUSH: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// What the agent is made of.
 #[derive(Debug, Clone)]
@@ -303,6 +303,10 @@ impl RealAgent {
     pub(crate) fn driver(&self, kind: InstanceKind) -> Result<&Arc<dyn GuestDriver>> {
         let found = self.drivers.iter().find(|d| d.kind() == kind);
         found.ok_or_else(|| Error::unsupported(format!("this host cannot run a {kind}")))
+    }
+
+    pub(crate) fn driver_warnings(&self) -> Vec<String> {
+        self.drivers.iter().flat_map(|d| d.warnings()).collect()
     }
 
     pub(crate) fn guest(&self, id: InstanceId) -> Option<GuestRecord> {
@@ -567,6 +571,9 @@ impl RealAgent {
         let mut nodes = vec![];
         for node in &spec.nodes {
             nodes.extend(crate::nodes::resolve(&self.options.policy, node)?);
+        }
+        if spec.security.privileged {
+            crate::nodes::demand_privileged(&self.options.policy)?;
         }
         if spec.security.raw_lxc.is_some() {
             crate::nodes::demand_raw(&self.options.policy, "raw.lxc")?;

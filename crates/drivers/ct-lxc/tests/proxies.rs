@@ -14,6 +14,7 @@ use std::{
     io::{Read, Write},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     path::Path,
+    sync::atomic::{AtomicU32, Ordering},
     time::{Duration, Instant},
 };
 
@@ -41,9 +42,13 @@ fn local(port: u16) -> SocketAddr {
     (Ipv4Addr::LOCALHOST, port).into()
 }
 
-/// A port of the host that was free a moment ago.
+/// A port of the host that nobody has and nobody is given by chance: below those that the kernel draws.
 fn free() -> u16 {
-    TcpListener::bind(local(0)).unwrap().local_addr().unwrap().port()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let first = std::process::id().wrapping_mul(64);
+    let drawn = || 10_000 + (first.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % 20_000) as u16;
+    let mut ports = std::iter::repeat_with(drawn).take(1000);
+    ports.find(|port| TcpListener::bind(local(*port)).is_ok()).expect("one of 1,000 ports is free")
 }
 
 fn ask(port: u16, question: &str) -> Option<String> {
@@ -180,7 +185,8 @@ async fn unix_sockets_of_both_sides() {
     outward.device.socket = Some(SocketMode { uid: 0, gid: 0, mode: 0o600 });
     outward.device.user = Some((1000, 0));
     let tcp = unix("tcp", false, &format!("127.0.0.1:{port}"), "unix:@in");
-    guest.proxies = vec![inward, by_name, refused, outward, tcp];
+    let covered = unix("covered", true, "unix:/srv/covered.sock", &at("server"));
+    guest.proxies = vec![inward, by_name, refused, outward, tcp, covered];
     driver.update(&guest).await.unwrap();
 
     // Its init mounts file systems over places where sockets have been made before: they are made again.
@@ -202,6 +208,13 @@ async fn unix_sockets_of_both_sides() {
     until("an answer", || talk(out.clone()).as_deref() == Some("host:hello")).await;
     assert_eq!(std::fs::metadata(&out).unwrap().mode() & 0o777, 0o600);
     assert_eq!(ask(port, "name").as_deref(), Some("host:name"));
+    // Something that is mounted over its place, where none can be made, is a warning as long as it is there.
+    inside_is("until test -S /srv/covered.sock; do sleep 0.1; done; mount -t tmpfs -o ro none /srv").await;
+    let id = guest.instance.to_string();
+    let told = || driver.warnings().iter().any(|w| w.contains("\"covered\"") && w.contains(&id));
+    until("a warning", told).await;
+    inside_is("umount /srv").await;
+    until("no warning", || driver.warnings().is_empty()).await;
     // Who may not connect gets nothing: the guest's root is nobody on the host.
     std::fs::set_permissions(dir.path().join("server"), std::os::unix::fs::PermissionsExt::from_mode(0o600))
         .unwrap();

@@ -36,21 +36,44 @@ struct Condition {
     about: String,
 }
 
-fn conditions(records: &Records) -> BTreeMap<Uuid, Condition> {
+fn conditions(inner: &EngineInner, records: &Records) -> BTreeMap<Uuid, Condition> {
     let mut all = vec![];
+    for (network, shared) in inner.shared_addresses(records) {
+        let Some(network) = records.networks.get(&network) else { continue };
+        all.push(Condition {
+            kind: "Guests share an address",
+            severity: Severity::Moderate,
+            message: format!(
+                "on network {:?} {}; give it another one",
+                &*network.name,
+                shared.join(", and ")
+            ),
+            project: Some(network.project),
+            entity: format!("/1.0/networks/{}", &*network.name),
+            about: network.id.to_string(),
+        });
+    }
     for node in records.nodes.values() {
         for message in node.facts.iter().flat_map(|f| &f.warnings) {
             // Hosts know things by their ids only.
             let pool = records.pools.values().find(|p| message.contains(&p.id.to_string()));
+            let named = message.contains("instance ");
+            let mut instances = records.instances.values().filter(|_| named);
+            let instance = instances.find(|i| message.contains(&i.id.to_string()));
+            let project = instance.and_then(|i| records.projects.get(&i.project));
             all.push(Condition {
                 kind: "Host",
                 severity: Severity::Moderate,
-                message: match pool {
-                    Some(pool) => message.replace(&pool.id.to_string(), &format!("{:?}", &*pool.name)),
-                    None => message.clone(),
+                message: match (pool, instance) {
+                    (Some(pool), _) => message.replace(&pool.id.to_string(), &format!("{:?}", &*pool.name)),
+                    (None, Some(i)) => message.replace(&i.id.to_string(), &format!("{:?}", &*i.name)),
+                    (None, None) => message.clone(),
                 },
-                project: None,
-                entity: String::new(),
+                project: project.map(|p| p.id),
+                entity: match (instance, project) {
+                    (Some(i), Some(p)) => crate::compute::path(&p.name, &i.name),
+                    _ => String::new(),
+                },
                 about: format!("{} {message}", node.id),
             });
         }
@@ -109,7 +132,7 @@ async fn sync(inner: &Arc<EngineInner>) -> Result<()> {
     let now = inner.env.now();
     inner
         .transact(|records, tx| {
-            let found = conditions(records);
+            let found = conditions(inner, records);
             let mut left = AT_ONCE;
             for (id, c) in &found {
                 let old = records.tenancy.warnings.get(id);
