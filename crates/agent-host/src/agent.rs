@@ -42,7 +42,7 @@ use tokio::sync::OwnedMutexGuard;
 pub(crate) const WORKER: &str = "worker";
 
 /// How long the end waits for pools to be synced: less than the launcher waits for the end.
-const FLUSH: std::time::Duration = std::time::Duration::from_secs(8);
+const FLUSH: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// What the agent is made of.
 #[derive(Debug, Clone)]

@@ -138,6 +138,13 @@ async fn plant(agent: &Arc<RealAgent>, host: &Path, id: &str) -> Undo {
     let attached = karst_host::mount::attach(&file).unwrap();
     found(agent, &[&format!("loop device {} of {}", attached.path.display(), file.display())]).await;
     drop(attached);
+    // Whoever looks into every new device may have it open for a moment longer.
+    for _ in 0..400 {
+        if karst_host::mount::attached(&file).is_none() {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
 
     let mut keeper = Command::new("/bin/sh");
     keeper.arg0("karst-keeper").args(["-c", "read x", "keeper"]);

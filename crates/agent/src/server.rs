@@ -147,6 +147,10 @@ impl Connection {
         let reading = connection.read(&mut reader, &alive);
         match select(pin!(reading), pin!(writing)).await {
             Either::Left((Ok(()), _)) => tracing::debug!("agent connection ended"),
+            // Control ended, or was killed, with answers on their way: it need not have said so before.
+            Either::Left((Err(e), _)) | Either::Right((e, _)) if gone(&e) => {
+                tracing::info!(error = %e, "control has gone");
+            }
             Either::Left((Err(e), _)) | Either::Right((e, _)) => {
                 tracing::warn!(error = %e, "agent connection broken");
             }
@@ -348,4 +352,9 @@ impl Connection {
             select(pin!(forward), cancelled).await;
         });
     }
+}
+
+/// Nobody is at the other end any more.
+fn gone(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
 }

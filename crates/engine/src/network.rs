@@ -113,9 +113,10 @@ impl EngineInner {
         &self,
         records: &Records,
         network: &Network,
-        hosts: Vec<NetworkHost>,
+        mut hosts: Vec<NetworkHost>,
     ) -> Result<NetworkSpec> {
-        let mut hosts = addresses::settle(&network.name, hosts);
+        // What is left out is a warning; see `tenancy::warnings`.
+        addresses::settle(&mut hosts);
         for host in &mut hosts {
             host.view.take_if(|v| v.project == network.project);
         }

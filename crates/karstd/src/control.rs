@@ -17,8 +17,8 @@ use tokio::{
     sync::watch,
 };
 
-/// Time that requests in flight have when the process is asked to end; the launcher waits 10 s.
-const GRACE: Duration = Duration::from_secs(8);
+/// Time that requests in flight, and what is synced at the end, have when the process is asked to end; the launcher waits 40 s.
+const GRACE: Duration = Duration::from_secs(35);
 
 /// Everything that control is made of.
 pub struct ControlContext {

@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 /// Time that answers in flight have when the process is to end.
 const DRAIN: Duration = Duration::from_secs(5);
 /// Time for the last entries of the audit log.
-const FLUSH: Duration = Duration::from_secs(1);
+const FLUSH: Duration = Duration::from_secs(5);
 
 /// Serves until it is told to end.
 ///

@@ -10,6 +10,7 @@ use karst_model::{
     Error, ErrorKind, Result,
     device::Devices,
     instance::{PowerAction, Status},
+    warning::WarningStatus,
 };
 use karst_testkit::{World, scenarios::container};
 use std::{net::Ipv4Addr, time::Duration};
@@ -146,6 +147,16 @@ fn a_profile_that_gives_one_address_to_two_harms_none_but_the_second() {
         w.engine.profile_update(&w.admin, P, "default", profile).await.unwrap();
         let e = start(&w, "a").await.expect_err("two others have its address");
         assert_eq!(e.kind, ErrorKind::Conflict, "{e}");
+        let warned = || {
+            let all = w.engine.warnings(&w.admin).unwrap().into_iter();
+            all.filter(|w| w.kind == "Guests share an address")
+                .map(|w| (w.message.clone(), w.status))
+                .collect::<Vec<_>>()
+        };
+        env.sleep(Duration::from_secs(5)).await;
+        let said = warned();
+        assert!(said.len() == 1 && said[0].1 == WarningStatus::New, "{said:?}");
+        assert!(said[0].0.contains("karstbr0") && said[0].0.contains(&address(&w, 70)), "{said:?}");
         // One that says otherwise itself is no part of it, and its network comes up.
         update(&w, "c", nic(&[])).await.unwrap();
         start(&w, "c").await.unwrap();
@@ -155,6 +166,8 @@ fn a_profile_that_gives_one_address_to_two_harms_none_but_the_second() {
         for name in ["a", "b", "c"] {
             assert_eq!(w.engine.instance(&w.admin, P, name).unwrap().status, Status::Running, "{name}");
         }
+        env.sleep(Duration::from_secs(5)).await;
+        assert_eq!(warned()[0].1, WarningStatus::Resolved);
         w.engine.close();
     });
 }

@@ -285,8 +285,8 @@ async fn exec(guest: &Guest<'_>) {
     agent.session_close(&s.read(), started.value).await.unwrap();
 
     // A terminal of some size, and another.
-    // An emulated machine takes its time.
-    let pause = if guest.spec.kind == InstanceKind::Container { "0.3" } else { "3" };
+    // A busy machine takes its time, an emulated one more.
+    let pause = if guest.spec.kind == InstanceKind::Container { "2" } else { "4" };
     let script = format!("stty size; sleep {pause}; stty size; exit 5");
     let mut request = guest.request(&["sh", "-c", &script]);
     request.request.terminal = Some((81, 25));

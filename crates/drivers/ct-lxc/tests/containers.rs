@@ -21,7 +21,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-const BOOT: Duration = Duration::from_secs(30);
+const BOOT: Duration = Duration::from_secs(180);
 const GRACEFUL: StopMode = StopMode::Graceful { timeout: Duration::from_secs(60) };
 
 /// Systemd has started everything: what it starts no longer counts against a limit by surprise.

@@ -13,7 +13,7 @@ async fn containers_keep_the_contract() {
     run(Subject {
         guest: place.guest(1),
         driver: Box::new(move || Arc::new(karst_ct_lxc::LxcDriver::new(options.clone()).unwrap())),
-        boot: Duration::from_secs(30),
+        boot: Duration::from_secs(180),
         streams: true,
     })
     .await;

@@ -14,6 +14,7 @@ use std::{
     io::{Read, Write},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     path::Path,
+    sync::atomic::{AtomicU32, Ordering},
     time::{Duration, Instant},
 };
 
@@ -41,9 +42,13 @@ fn local(port: u16) -> SocketAddr {
     (Ipv4Addr::LOCALHOST, port).into()
 }
 
-/// A port of the host that was free a moment ago.
+/// A port of the host that nobody has and nobody is given by chance: below those that the kernel draws.
 fn free() -> u16 {
-    TcpListener::bind(local(0)).unwrap().local_addr().unwrap().port()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let first = std::process::id().wrapping_mul(64);
+    let drawn = || 10_000 + (first.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % 20_000) as u16;
+    let mut ports = std::iter::repeat_with(drawn).take(1000);
+    ports.find(|port| TcpListener::bind(local(*port)).is_ok()).expect("one of 1,000 ports is free")
 }
 
 fn ask(port: u16, question: &str) -> Option<String> {

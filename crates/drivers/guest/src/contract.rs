@@ -75,7 +75,7 @@ pub async fn collect(exec: Exec, stdin: &[u8]) -> Ran {
             }
         }
     };
-    tokio::time::timeout(Duration::from_secs(60), work).await.expect("the program ends within a minute")
+    tokio::time::timeout(Duration::from_secs(300), work).await.expect("the program ends")
 }
 
 /// A request that runs `command` as root with pipes.
@@ -184,7 +184,7 @@ pub async fn run(subject: Subject) {
     assert!(e.is(ErrorKind::Conflict), "{e:?}");
     let forced = second.console(id, true).await.unwrap();
     // The one before ends, whatever the system said on it meanwhile.
-    let ended = tokio::time::timeout(Duration::from_secs(10), read_all(console)).await;
+    let ended = tokio::time::timeout(Duration::from_secs(60), read_all(console)).await;
     assert!(ended.is_ok(), "the attachment before ends");
     drop(forced);
 
@@ -194,7 +194,7 @@ pub async fn run(subject: Subject) {
     assert_eq!((stopped.state, stopped.exit), (RuntimeState::Stopped, Some(ExitReason::Shutdown)));
     assert_eq!(stopped.generation, guest.generation);
     for events in [&mut events, &mut events_of_second] {
-        let event = tokio::time::timeout(Duration::from_secs(10), events.recv()).await.unwrap().unwrap();
+        let event = tokio::time::timeout(Duration::from_secs(60), events.recv()).await.unwrap().unwrap();
         assert_eq!((event.instance, event.state), (id, RuntimeState::Stopped));
     }
     let log = second.console_log(id, 1 << 20, false).await.unwrap();
@@ -300,7 +300,7 @@ async fn streams(driver: &dyn GuestDriver, guest: &ResolvedGuest) {
             }
         }
     };
-    let code = tokio::time::timeout(Duration::from_secs(30), ended).await;
+    let code = tokio::time::timeout(Duration::from_secs(120), ended).await;
     assert_eq!(code.expect("the key interrupts"), 130);
     drop(terminal);
 
@@ -317,7 +317,7 @@ async fn streams(driver: &dyn GuestDriver, guest: &ResolvedGuest) {
 
 /// Reads until `what` was seen.
 async fn expect(from: &mut File, seen: &mut String, what: &str) {
-    let end = Instant::now() + Duration::from_secs(30);
+    let end = Instant::now() + Duration::from_secs(120);
     while !seen.contains(what) {
         assert!(Instant::now() < end, "{what:?} not in {seen:?}");
         let mut copy = from.try_clone().unwrap();
@@ -325,7 +325,7 @@ async fn expect(from: &mut File, seen: &mut String, what: &str) {
             let mut buffer = [0; 1024];
             copy.read(&mut buffer).map(|n| buffer[..n].to_vec())
         });
-        let read = tokio::time::timeout(Duration::from_secs(30), read).await;
+        let read = tokio::time::timeout(Duration::from_secs(120), read).await;
         seen.push_str(&String::from_utf8_lossy(&read.expect("output in time").unwrap().unwrap()));
     }
 }
@@ -345,7 +345,7 @@ async fn quiesce(driver: &dyn GuestDriver, guest: &ResolvedGuest) {
         driver,
         guest,
         "for s in /proc/[0-9]*/stat; do read -r p n state rest <$s && [ \"$n $state\" = '(sh) D' ] && exit 0; done; exit 1",
-        Duration::from_secs(60),
+        Duration::from_secs(300),
     )
     .await;
     assert!(quiesce.thaw(id).await.unwrap() > 0);

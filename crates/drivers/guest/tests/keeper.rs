@@ -39,7 +39,7 @@ fn sh(script: &str) -> Spec {
 
 /// Waits for a condition, at most 10 s.
 fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(10);
+    let end = Instant::now() + Duration::from_secs(60);
     while !condition() {
         assert!(Instant::now() < end, "{what} did not happen");
         std::thread::sleep(Duration::from_millis(2));
@@ -224,7 +224,7 @@ async fn the_console_is_logged_relayed_and_taken_over() {
         let log = || String::from_utf8(keeper::console_log(dir.path(), 1 << 20).unwrap()).unwrap();
         until("the first line", || log().contains("hello\n"));
         let mut first = UnixStream::from(k.attach(false).await.unwrap());
-        first.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        first.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         first.write_all(b"a b\n").unwrap();
         let mut got = [0u8; 8];
         first.read_exact(&mut got).unwrap();
@@ -235,7 +235,7 @@ async fn the_console_is_logged_relayed_and_taken_over() {
         assert_eq!(first.read(&mut got).unwrap(), 0, "the first attachment has ended");
         second.write_all(b"c\n").unwrap();
         let mut got = [0u8; 6];
-        second.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        second.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         second.read_exact(&mut got).unwrap();
         assert_eq!(&got, b"got c\n");
         drop(second);

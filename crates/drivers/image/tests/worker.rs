@@ -59,7 +59,7 @@ fn processes(mark: &str) -> usize {
 }
 
 async fn gone(mark: &str) {
-    for _ in 0..500 {
+    for _ in 0..6000 {
         if processes(mark) == 0 {
             return;
         }

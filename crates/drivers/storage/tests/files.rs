@@ -300,14 +300,14 @@ async fn a_cancelled_create_leaves_nothing() {
     let d = tempfile::tempdir().unwrap();
     let source = d.path().join("source");
     std::fs::create_dir(&source).unwrap();
-    for i in 0..2000 {
+    for i in 0..20_000 {
         std::fs::write(source.join(i.to_string()), "x").unwrap();
     }
     let pool = open_dir(d.path().join("pool")).await.unwrap();
     let new = NewVolume { content: VolumeContent::Filesystem, size: None, source: tree_of(&source) };
     let v = id();
     let cut = tokio::time::timeout(std::time::Duration::from_millis(5), pool.create(v, &new)).await;
-    assert!(cut.is_err(), "copying 2,000 files takes longer than 5 ms");
+    assert!(cut.is_err(), "copying 20,000 files takes longer than 5 ms");
     assert!(pool.inspect(v).await.unwrap_err().is(ErrorKind::NotFound));
     // One that begins only after its caller was cancelled.
     let late = d.path().join("pool/tmp").join(uuid::Uuid::new_v4().to_string());
@@ -316,13 +316,15 @@ async fn a_cancelled_create_leaves_nothing() {
     assert!(!late.exists());
     // The copying thread notices by and by; each sweep takes what is there.
     let trash = d.path().join("pool/trash");
-    for _ in 0..1000 {
+    let left = || entries(&trash) + entries(d.path().join("pool/tmp"));
+    for _ in 0..12_000 {
         pool.settle().await;
-        if entries(&trash) == 0 {
+        if left() == 0 {
             break;
         }
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
     }
-    assert_eq!(entries(&trash) + entries(d.path().join("pool/tmp")), 0);
+    assert_eq!(left(), 0);
     pool.create(v, &new).await.unwrap();
 }
 

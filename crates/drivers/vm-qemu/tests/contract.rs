@@ -14,7 +14,7 @@ async fn virtual_machines_keep_the_contract() {
     run(Subject {
         guest: place.guest(1),
         driver: Box::new(move || Arc::new(karst_vm_qemu::QemuDriver::new(options.clone()).unwrap())),
-        boot: Duration::from_secs(180),
+        boot: Duration::from_secs(600),
         streams: true,
     })
     .await;

@@ -50,8 +50,8 @@ async fn devices_come_and_go() {
     let blocks = "for b in sda sdb sr0 vdb nvme0n1; do [ ! -e /sys/block/$b ] || echo $b $(cat /sys/block/$b/size); done";
     let size = |mib: u64| mib * 2048;
     let root = std::fs::metadata(&guest.root.path).unwrap().len() / 512;
-    assert_eq!(shell.run(blocks), format!("sda {root}\nsr0 {}\nvdb {}", size(3), size(5)));
-    assert_eq!(shell.run("ip link set eth0 up; cat /sys/class/net/eth0/carrier"), "1");
+    shell.until(blocks, &format!("sda {root}\nsr0 {}\nvdb {}", size(3), size(5)));
+    shell.until("ip link set eth0 up; cat /sys/class/net/eth0/carrier", "1");
 
     // One goes, two come, the disc is taken out, the cable too, and the root gets limits.
     let mut changed = guest.clone();

@@ -12,7 +12,10 @@ use karst_model::{
     spec::NetworkHost,
     uplink::NetworkKind,
 };
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 /// How often another MAC is drawn when the one that was drawn is taken: 24 bits are random.
 const DRAWS: usize = 16;
@@ -179,27 +182,41 @@ pub(crate) fn free_mac(records: &Records, mac: &str) -> bool {
 }
 
 /// Puts guests into a fixed order, the second of two with one MAC left out, the second of two with one static address left
-/// without it: a host refuses a network of which it is told both.
-pub(crate) fn settle(network: &str, mut hosts: Vec<NetworkHost>) -> Vec<NetworkHost> {
+/// without it: a host refuses a network of which it is told both. Says, for people, what was so settled.
+pub(crate) fn settle(hosts: &mut Vec<NetworkHost>) -> Vec<String> {
     hosts.sort();
-    let (mut macs, mut v4, mut v6) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+    let mut said = vec![];
+    let (mut macs, mut addresses) = (BTreeMap::new(), BTreeMap::new());
     hosts.retain_mut(|host| {
-        if !macs.insert(host.mac.clone()) {
-            tracing::warn!(network, mac = %host.mac, guest = %host.hostname, "two guests have one MAC address");
+        if let Some(first) = macs.get(&host.mac) {
+            said.push(format!("guest {:?} has MAC address {} of guest {first:?}", host.hostname, host.mac));
             return false;
         }
-        for address in [
-            host.ipv4.take_if(|a| !v4.insert(*a)).map(std::net::IpAddr::from),
-            host.ipv6.take_if(|a| !v6.insert(*a)).map(std::net::IpAddr::from),
-        ]
-        .into_iter()
-        .flatten()
-        {
-            tracing::warn!(network, %address, guest = %host.hostname, "two guests have one static address");
+        macs.insert(host.mac.clone(), host.hostname.clone());
+        let v4 = host.ipv4.map(IpAddr::from);
+        for address in [v4, host.ipv6.map(IpAddr::from)].into_iter().flatten() {
+            let Some(first) = addresses.get(&address) else {
+                addresses.insert(address, host.hostname.clone());
+                continue;
+            };
+            said.push(format!("guest {:?} has address {address} of guest {first:?}", host.hostname));
+            match address {
+                IpAddr::V4(_) => host.ipv4 = None,
+                IpAddr::V6(_) => host.ipv6 = None,
+            }
         }
         true
     });
-    hosts
+    said
+}
+
+impl EngineInner {
+    /// What [`settle`] says of each bridge.
+    pub(crate) fn shared_addresses(&self, records: &Records) -> Vec<(karst_model::NetworkId, Vec<String>)> {
+        let bridges = records.networks.values().filter(|n| n.kind == NetworkKind::Bridge);
+        let said = bridges.map(|n| (n.id, settle(&mut self.hosts_on(records, n, None))));
+        said.filter(|(_, said)| !said.is_empty()).collect()
+    }
 }
 
 #[cfg(test)]
@@ -219,8 +236,15 @@ mod tests {
             host("10:66:6a:00:00:02", "c", Some([10, 0, 0, 6])),
             host("10:66:6a:00:00:03", "d", None),
         ];
-        let left = settle("br", hosts);
+        let mut left = hosts;
+        let said = settle(&mut left);
         let seen: Vec<_> = left.iter().map(|h| (h.hostname.as_str(), h.ipv4.is_some())).collect();
         assert_eq!(seen, [("a", true), ("b", false), ("d", false)]);
+        let wrong = [
+            "guest \"b\" has address 10.0.0.5 of guest \"a\"",
+            "guest \"c\" has MAC address 10:66:6a:00:00:02 of guest \"b\"",
+        ];
+        assert_eq!(said, wrong);
+        assert_eq!(settle(&mut left), [""; 0]);
     }
 }

@@ -36,8 +36,23 @@ struct Condition {
     about: String,
 }
 
-fn conditions(records: &Records) -> BTreeMap<Uuid, Condition> {
+fn conditions(inner: &EngineInner, records: &Records) -> BTreeMap<Uuid, Condition> {
     let mut all = vec![];
+    for (network, shared) in inner.shared_addresses(records) {
+        let Some(network) = records.networks.get(&network) else { continue };
+        all.push(Condition {
+            kind: "Guests share an address",
+            severity: Severity::Moderate,
+            message: format!(
+                "on network {:?} {}; give it another one",
+                &*network.name,
+                shared.join(", and ")
+            ),
+            project: Some(network.project),
+            entity: format!("/1.0/networks/{}", &*network.name),
+            about: network.id.to_string(),
+        });
+    }
     for node in records.nodes.values() {
         for message in node.facts.iter().flat_map(|f| &f.warnings) {
             // Hosts know things by their ids only.
@@ -109,7 +124,7 @@ async fn sync(inner: &Arc<EngineInner>) -> Result<()> {
     let now = inner.env.now();
     inner
         .transact(|records, tx| {
-            let found = conditions(records);
+            let found = conditions(inner, records);
             let mut left = AT_ONCE;
             for (id, c) in &found {
                 let old = records.tenancy.warnings.get(id);

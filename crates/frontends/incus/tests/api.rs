@@ -272,7 +272,7 @@ async fn exec_joins_three_pipes() {
     say(&mut stdin, Message::text("")).await;
     assert_eq!(stream_of(&mut stdout).await, "through the pipe\n");
     assert_eq!(stream_of(&mut stderr).await, "err\n");
-    let ended = s.get(&format!("{operation}/wait?timeout=20")).await.metadata();
+    let ended = s.get(&format!("{operation}/wait?timeout=60")).await.metadata();
     assert_eq!((ended["status"].as_str(), ended["metadata"]["return"].as_i64()), (Some("Success"), Some(7)));
     assert!(ended["metadata"].get("fds").is_none(), "secrets stay out of records");
     drop(control);
@@ -308,6 +308,26 @@ async fn exec_joins_three_pipes() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_connects_late_hears_why_nothing_runs() {
+    let s = Server::start().await;
+    s.container("c1", true).await;
+    let why = karst_model::Error::unavailable("the guest's agent has not answered yet");
+    s.agent.inject("exec_start", karst_agent::simulated::Fault::FailBefore(why));
+    let (operation, fds) = secrets(&s.post("/1.0/instances/c1/exec", command(&["true"])).await);
+    let _first = s.websocket(&at(&operation, &fds, "0")).await;
+    let ended = s.get(&format!("{operation}/wait?timeout=60")).await.metadata();
+    assert_eq!(ended["status"], "Failure", "{ended}");
+    let upgrade = [
+        ("connection", "upgrade"),
+        ("upgrade", "websocket"),
+        ("sec-websocket-version", "13"),
+        ("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="),
+    ];
+    let late = s.send(Method::GET, &at(&operation, &fds, "1"), &upgrade, "").await;
+    assert!(late.refused(503).contains("has not answered yet"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn exec_resizes_and_signals() {
     let s = Server::start().await;
     s.container("c1", true).await;
@@ -329,7 +349,7 @@ async fn exec_resizes_and_signals() {
     expect(&mut terminal, "typed").await;
     say(&mut control, Message::text(r#"{"command":"signal","args":null,"signal":15}"#)).await;
     while matches!(next(&mut terminal).await, Some(Message::Binary(_))) {}
-    let ended = s.get(&format!("{operation}/wait?timeout=20")).await.metadata();
+    let ended = s.get(&format!("{operation}/wait?timeout=60")).await.metadata();
     assert_eq!(ended["metadata"]["return"], 128 + 15);
     // A client that goes away takes its program with it.
     let (operation, fds) = secrets(&s.post("/1.0/instances/c1/exec", command(&["sleep", "infinity"])).await);
@@ -340,7 +360,7 @@ async fn exec_resizes_and_signals() {
         s.websocket(&at(&operation, &fds, "2")).await,
     );
     drop(control);
-    let ended = s.get(&format!("{operation}/wait?timeout=20")).await.metadata();
+    let ended = s.get(&format!("{operation}/wait?timeout=60")).await.metadata();
     assert_eq!(ended["status"], "Cancelled", "{ended}");
 }
 
@@ -402,7 +422,7 @@ async fn console_joins_both_ways() {
     say(&mut console, Message::binary(&b"hello console\r"[..])).await;
     expect(&mut console, "hello console").await;
     drop(console);
-    let ended = s.get(&format!("{operation}/wait?timeout=20")).await.metadata();
+    let ended = s.get(&format!("{operation}/wait?timeout=60")).await.metadata();
     assert_eq!(ended["status"], "Success");
     let log = s.get("/1.0/instances/c1/console").await;
     assert_eq!(log.header("content-type"), "application/octet-stream");
@@ -413,7 +433,7 @@ async fn console_joins_both_ways() {
     let (operation, fds) = secrets(&s.post("/1.0/instances/c1/console", open).await);
     let _console = s.websocket(&at(&operation, &fds, "0")).await;
     s.delete(&operation).await.metadata();
-    assert_eq!(s.get(&format!("{operation}/wait?timeout=20")).await.metadata()["status"], "Cancelled");
+    assert_eq!(s.get(&format!("{operation}/wait?timeout=60")).await.metadata()["status"], "Cancelled");
     s.post("/1.0/instances/c1/console", json!({"type": "vga"})).await.refused(400);
 }
 

@@ -30,7 +30,7 @@ use tokio::{
 };
 
 /// Bound of every wait.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Work of the fake server.
 struct Work {

@@ -155,7 +155,8 @@ pub(super) async fn revoked_leases_take_their_keys(context: Context) {
 }
 
 pub(super) async fn leases_end_by_themselves(context: Context) {
-    let lease = context.store.lease_grant(Duration::from_secs(1)).await.unwrap();
+    // Long enough for the commit, however slow the disk is.
+    let lease = context.store.lease_grant(Duration::from_secs(5)).await.unwrap();
     let op = Op::Put { key: context.key("a"), value: "x".into(), lease: Some(lease) };
     let put = context.commit(vec![op]).await;
     let mut watch = context.watch(put + 1).await;

@@ -142,6 +142,7 @@ impl EtcdServer {
         let out = Command::new("/usr/bin/etcdctl")
             .env_clear()
             .env("ETCDCTL_API", "3")
+            .args(["--command-timeout=60s", "--dial-timeout=30s"])
             .arg(format!("--endpoints={}", self.endpoints()[0]))
             .arg(format!("--cacert={}", at("ca.pem").display()))
             .arg(format!("--cert={}", at("client.pem").display()))

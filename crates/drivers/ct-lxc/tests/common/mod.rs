@@ -126,7 +126,7 @@ impl Place {
 
     /// Nothing of this daemon is left outside its directory. What ended by itself is cleared up a moment after it was told.
     pub fn assert_clean(&self) {
-        let end = std::time::Instant::now() + Duration::from_secs(20);
+        let end = std::time::Instant::now() + Duration::from_secs(120);
         loop {
             let left = self.left();
             if left.is_empty() {
@@ -182,7 +182,7 @@ impl Drop for Place {
 
 /// Waits for a condition, at most 20 s.
 pub async fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let end = std::time::Instant::now() + Duration::from_secs(20);
+    let end = std::time::Instant::now() + Duration::from_secs(120);
     while !condition() {
         assert!(std::time::Instant::now() < end, "{what} did not happen");
         tokio::time::sleep(Duration::from_millis(5)).await;

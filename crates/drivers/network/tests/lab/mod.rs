@@ -177,6 +177,16 @@ impl Lab {
     pub fn pings(&self, n: &str, to: &str) -> bool {
         self.guest(n, &["busybox", "ping", "-c", "1", "-W", "1", to]).status.success()
     }
+    /// It does within some tries: what was plugged or changed a moment ago may cost the first.
+    pub fn reaches(&self, n: &str, to: &str) -> bool {
+        (0..20).any(|_| {
+            let reached = self.pings(n, to);
+            if !reached {
+                std::thread::sleep(std::time::Duration::from_millis(200));
+            }
+            reached
+        })
+    }
     /// The outside: 192.0.2.2 behind the host's 192.0.2.1, without a route back to the guests.
     pub fn outside(&self) {
         run(&["ip", "link", "add", "up0", "type", "veth", "peer", "name", "eth0", "netns", &self.ns("x")]);

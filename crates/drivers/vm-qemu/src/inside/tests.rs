@@ -285,22 +285,26 @@ async fn what_runs_ends_with_the_host_and_the_next_one_is_understood() {
 async fn a_terminal_that_is_left_is_hung_up_on() {
     let Some(place) = Place::new() else { return };
     let inside = place.inside();
-    let mark = place.dir.path().join("mark");
-    let mut r = request(&[
-        "sh",
-        "-c",
-        &format!("trap 'echo hung > {}; exit' HUP; while :; do sleep 0.05; done", mark.display()),
-    ]);
+    let (mark, up) = (place.dir.path().join("mark"), place.dir.path().join("up"));
+    let script = format!(
+        "trap 'echo hung > {}; exit' HUP; echo > {}; while :; do sleep 0.05; done",
+        mark.display(),
+        up.display()
+    );
+    let mut r = request(&["sh", "-c", &script]);
     r.terminal = Some((80, 24));
     let exec = inside.exec(&BTreeMap::new(), r).await.unwrap();
-    // Until the trap is set.
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    let appears = async |file: &std::path::Path| {
+        let end = Instant::now() + Duration::from_secs(60);
+        while !file.exists() {
+            assert!(Instant::now() < end, "{}", file.display());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    // The trap is set.
+    appears(&up).await;
     drop(exec);
-    let end = Instant::now() + Duration::from_secs(20);
-    while !mark.exists() {
-        assert!(Instant::now() < end);
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    appears(&mark).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -19,7 +19,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio_tungstenite::{WebSocketStream, tungstenite::Message};
 
 /// How long anything may take.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A port of loopback that nobody has and nobody is given by chance: below those that the kernel draws for connections
 /// and for port 0, and never the same twice in one program.
@@ -177,7 +177,7 @@ impl Server {
         assert_eq!(answer.status, 202, "{}", String::from_utf8_lossy(&answer.body));
         let path = answer.json()["operation"].as_str().unwrap().to_owned();
         assert_eq!(answer.header("location"), path);
-        self.get(&format!("{path}/wait?timeout=20")).await.metadata()
+        self.get(&format!("{path}/wait?timeout=60")).await.metadata()
     }
 
     /// As [`Server::wait`], and it must have ended well.
