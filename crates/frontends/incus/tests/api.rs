@@ -817,6 +817,7 @@ fn the_table_is_whole() {
         include_str!("clients.rs"),
         include_str!("recover.rs"),
         include_str!("remote.rs"),
+        include_str!("settings.rs"),
         include_str!("volumes.rs"),
     ]
     .concat();
