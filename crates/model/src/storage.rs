@@ -37,7 +37,7 @@ impl PoolKind {
         }
     }
 
-    /// Those that users may make: guests on them were shown to work. The others pass the contract of pools, and wait for that.
+    /// Those that users may make: they were shown to keep the contract of pools, and guests on them to work.
     pub const OFFERED: &[PoolKind] = &[PoolKind::Dir, PoolKind::Btrfs];
 
     /// May it be made?

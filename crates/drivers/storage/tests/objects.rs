@@ -78,44 +78,50 @@ fn no_zfs() -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn zfs_pool_keeps_the_contract() {
+async fn zfs_data_sets_keep_the_contract() {
+    zfs_pool("data-sets", None).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn zfs_block_mode_keeps_the_contract() {
+    zfs_pool("block-mode", Some(FileSystem::Ext4)).await;
+}
+
+async fn zfs_pool(name: &str, block_mode: Option<FileSystem>) {
     if no_zfs() {
         return;
     }
     let d = tempfile::tempdir().unwrap();
     let zpool = Zpool::make(d.path(), 3 << 30);
-    for (name, block_mode) in [("data-sets", None), ("block-mode", Some(FileSystem::Ext4))] {
-        println!("{name}");
-        let parent = format!("{}/{name}", zpool.0);
-        let options = zfs::ZfsOptions { block_mode, ..Default::default() };
-        let open = || zfs::open(&parent, d.path().join(name), options.clone(), launcher(), hold());
-        let pool = open().await.unwrap();
-        let scratch = d.path().join("scratch");
-        std::fs::create_dir(&scratch).unwrap();
-        contract::check(&pool, &scratch).await;
-        std::fs::remove_dir_all(&scratch).unwrap();
-        let children = || out("zfs", &["list", "-H", "-o", "name", "-r", "-t", "all", &parent]);
-        let texts = format!("{parent}\n{parent}/descriptions");
-        assert_eq!(children(), texts, "all that was made is gone");
-        interrupted(&pool, |from, to| {
-            let name = |n: &str| format!("{parent}/{n}");
-            out("zfs", &["rename", &name(from), &name(to)]);
-        })
-        .await;
-        drop(pool);
-        let before = children();
-        looked_at(&zfs::look(&parent, d.path().join(name), launcher(), hold()).await.unwrap()).await;
-        assert_eq!(children(), before, "whoever only looks changes nothing");
-        unmounted(&d.path().join(name).join("meta"));
-        let pool = open().await.unwrap();
-        after_interruption(&pool).await;
-        assert_eq!(children(), texts);
-        assert_eq!(out("zfs", &["get", "-H", "-o", "value", "volmode", &parent]), "dev");
-        full_of_things(&pool, &d.path().join(name)).await;
-        drop(pool);
-        zfs::clear(&parent).await.unwrap();
-        zfs::clear(&parent).await.expect("twice is once");
-    }
+    let parent = format!("{}/{name}", zpool.0);
+    let options = zfs::ZfsOptions { block_mode, ..Default::default() };
+    let open = || zfs::open(&parent, d.path().join(name), options.clone(), launcher(), hold());
+    let pool = open().await.unwrap();
+    let scratch = d.path().join("scratch");
+    std::fs::create_dir(&scratch).unwrap();
+    contract::check(&pool, &scratch).await;
+    std::fs::remove_dir_all(&scratch).unwrap();
+    let children = || out("zfs", &["list", "-H", "-o", "name", "-r", "-t", "all", &parent]);
+    let texts = format!("{parent}\n{parent}/descriptions");
+    assert_eq!(children(), texts, "all that was made is gone");
+    interrupted(&pool, |from, to| {
+        let name = |n: &str| format!("{parent}/{n}");
+        out("zfs", &["rename", &name(from), &name(to)]);
+    })
+    .await;
+    drop(pool);
+    let before = children();
+    looked_at(&zfs::look(&parent, d.path().join(name), launcher(), hold()).await.unwrap()).await;
+    assert_eq!(children(), before, "whoever only looks changes nothing");
+    unmounted(&d.path().join(name).join("meta"));
+    let pool = open().await.unwrap();
+    after_interruption(&pool).await;
+    assert_eq!(children(), texts);
+    assert_eq!(out("zfs", &["get", "-H", "-o", "value", "volmode", &parent]), "dev");
+    full_of_things(&pool, &d.path().join(name)).await;
+    drop(pool);
+    zfs::clear(&parent).await.unwrap();
+    zfs::clear(&parent).await.expect("twice is once");
 }
 
 /// A volume group in a file on a loop device, removed when dropped.

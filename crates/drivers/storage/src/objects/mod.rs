@@ -276,10 +276,31 @@ impl ObjectPool {
         .await
     }
 
+    /// A clone with all that was written before the call. What the kernel has still to write to a device the device has not:
+    /// ZFS takes a zvol as it is, whatever is mounted from it.
+    async fn clone_now(&self, from: Object, to: Object, kept: Kept) -> Result<()> {
+        if let Object::Volume(volume) = from {
+            if kept.content.is_disk() {
+                let device = self.backend().device(from).await?;
+                blocking(move || Ok(File::open(device)?.sync_all()?)).await?;
+            } else {
+                let at = self.place(volume);
+                blocking(move || {
+                    if mount::is_mount_point(&at).unwrap_or(false) {
+                        rustix::fs::syncfs(File::open(&at)?).map_err(io::Error::from)?;
+                    }
+                    Ok(())
+                })
+                .await?;
+            }
+        }
+        self.backend().clone(from, to, kept).await
+    }
+
     /// A clone in `work`, with the size that is wanted.
     async fn cloned(&self, work: &Work, from: Object, old: Kept, size: Option<ByteSize>) -> Result<Kept> {
         self.room().await?;
-        self.backend().clone(from, work.object(), old).await?;
+        self.clone_now(from, work.object(), old).await?;
         let kept = Kept { size, ..old };
         if size != old.size {
             self.set_size(work.object(), kept, work.place(), true).await?;
@@ -657,7 +678,7 @@ impl Snapshots for ObjectPool {
         }
         self.room().await?;
         let work = self.work();
-        self.backend().clone(Object::Volume(volume), work.object(), kept).await?;
+        self.clone_now(Object::Volume(volume), work.object(), kept).await?;
         self.backend().rename(work.object(), object).await
     }
 
