@@ -47,7 +47,7 @@ pub async fn run(mut context: ControlContext) -> Result<()> {
     let app = App::new(engine.clone(), info);
     let listening = tokio::spawn(Remote::start(app.clone()));
     let serving = tokio::spawn(karst_frontend_incus::serve(app, context.api_listener));
-    let front = Arc::new(Front { engine: engine.clone() });
+    let front = Front::new(engine.clone());
     let libvirt = [(Surface::Full, context.libvirt.full), (Surface::ReadOnly, context.libvirt.read_only)]
         .map(|(surface, listener)| {
             tokio::spawn(karst_frontend_libvirt::serve(front.clone(), surface, listener))

@@ -34,6 +34,7 @@ pub enum Code {
     AgentUnresponsive = 86,
     AccessDenied = 88,
     StorageVolExist = 90,
+    CpuIncompatible = 91,
     DeviceMissing = 99,
     NoNwfilterBinding = 101,
     NoNetworkPort = 107,
@@ -68,6 +69,7 @@ impl Code {
             Self::AgentUnresponsive => "Guest agent is not responding",
             Self::AccessDenied => "access denied",
             Self::StorageVolExist => "storage volume",
+            Self::CpuIncompatible => "the CPU is incompatible with host CPU",
             Self::DeviceMissing => "device not found",
             Self::NoNwfilterBinding => "Network filter binding not found",
             Self::NoNetworkPort => "network port not found",
@@ -89,6 +91,7 @@ pub enum Part {
     Domain = 20,
     Nodedev = 22,
     Interface = 26,
+    Cpu = 31,
     Nwfilter = 33,
 }
 

@@ -34,6 +34,8 @@ pub enum Style {
     Numbered,
     /// Procedure 313, of networks.
     Network,
+    /// Procedure 368, of pools.
+    Pool,
 }
 
 /// A callback.
@@ -66,9 +68,9 @@ impl Callbacks {
         Some(self.last)
     }
 
-    /// Removes one; was it there?
-    pub fn remove(&mut self, number: i32, network: bool) -> bool {
-        let is = |c: &Callback| (c.style == Style::Network) == network && c.style != Style::Plain;
+    /// Removes one of a style that has numbers; was it there?
+    pub fn remove(&mut self, number: i32, style: Style) -> bool {
+        let is = |c: &Callback| c.style == style;
         self.all.get(&number).is_some_and(is) && self.all.remove(&number).is_some()
     }
 
@@ -88,11 +90,12 @@ impl Callbacks {
     }
 }
 
-/// What is known of guests and networks by name, also when they are gone.
+/// What is known of guests, networks and pools by name, also when they are gone.
 #[derive(Debug, Default)]
 struct Known {
     guests: HashMap<String, Uuid>,
     networks: HashMap<String, Uuid>,
+    pools: HashMap<String, Uuid>,
 }
 
 /// Adds a callback and begins to listen with the first one. `None`: there are too many.
@@ -103,15 +106,24 @@ pub fn listen(session: &Arc<Session>, callback: Callback) -> karst_model::Result
     let mut callbacks = session.callbacks.lock().unwrap_or_else(|e| e.into_inner());
     if callbacks.task.is_none() {
         let mut subscription = session.front.engine.subscribe(&session.context)?;
+        let mut refreshed = session.front.refreshed.subscribe();
         // The session owns the task: it must not keep the session.
         let weak = Arc::downgrade(session);
         let mut known = known(session);
         let task = tokio::spawn(async move {
             loop {
-                match subscription.recv().await {
-                    Ok(event) => {
+                let happened = tokio::select! {
+                    biased;
+                    event = subscription.recv() => event.map(Happened::Event),
+                    pool = refreshed.recv() => pool.map(Happened::Refreshed),
+                };
+                match happened {
+                    Ok(happened) => {
                         let Some(session) = Weak::upgrade(&weak) else { return };
-                        tell(&session, &mut known, &event).await;
+                        match happened {
+                            Happened::Event(event) => tell(&session, &mut known, &event).await,
+                            Happened::Refreshed(pool) => pool_refreshed(&session, pool).await,
+                        }
                     }
                     // libvirt's clients cannot be told that events were lost.
                     Err(RecvError::Lagged(n)) => tracing::warn!(n, "a libvirt client lost events"),
@@ -124,6 +136,12 @@ pub fn listen(session: &Arc<Session>, callback: Callback) -> karst_model::Result
     Ok(callbacks.add(callback))
 }
 
+/// What a listener hears of.
+enum Happened {
+    Event(Arc<Event>),
+    Refreshed(Uuid),
+}
+
 fn known(session: &Session) -> Known {
     let guests = session.guests().unwrap_or_default();
     let engine = &session.front.engine;
@@ -134,6 +152,12 @@ fn known(session: &Session) -> Known {
             .unwrap_or_default()
             .iter()
             .map(|n| (n.name.to_string(), crate::network_uuid(n)))
+            .collect(),
+        pools: engine
+            .pools(&session.context)
+            .unwrap_or_default()
+            .iter()
+            .map(|p| (p.name.to_string(), p.id.uuid()))
             .collect(),
     }
 }
@@ -149,6 +173,10 @@ async fn tell(session: &Arc<Session>, known: &mut Known, event: &Event) {
     let Ok(opened) = session.opened() else { return };
     if let Some(name) = object(source, "networks") {
         network(session, known, action, name).await;
+        return;
+    }
+    if let Some(name) = object(source, "storage-pools") {
+        pool(session, known, action, name).await;
         return;
     }
     let Some(name) = object(source, "instances").filter(|_| event.project_name == opened.project) else {
@@ -183,7 +211,7 @@ async fn tell(session: &Arc<Session>, known: &mut Known, event: &Event) {
         known.guests.remove(name);
     }
     let id = view.as_ref().filter(|v| is_running(v)).map_or(-1, |v| domain_id(v));
-    let callbacks = matching(session, uuid, |c| c.style != Style::Network);
+    let callbacks = matching(session, uuid, |c| matches!(c.style, Style::Plain | Style::Numbered));
     for (number, callback) in callbacks {
         let mut head = Writer::new();
         if callback.style == Style::Numbered {
@@ -243,6 +271,46 @@ async fn network(session: &Arc<Session>, known: &mut Known, action: &str, name: 
     }
 }
 
+/// `VIR_STORAGE_POOL_EVENT_ID_LIFECYCLE`, `_REFRESH`.
+const POOL_LIFECYCLE: i32 = 0;
+const POOL_REFRESH: i32 = 1;
+
+async fn pool(session: &Arc<Session>, known: &mut Known, action: &str, name: &str) {
+    // virStoragePoolEventLifecycleType: defined, created, started; stopped, deleted, undefined. Pools here are all or
+    // nothing of these.
+    let changes: &[i32] = match action {
+        "storage-pool-created" => &[0, 4, 2],
+        "storage-pool-updated" => &[0],
+        "storage-pool-deleted" => &[3, 5, 1],
+        _ => return,
+    };
+    let found = session.front.engine.pool(&session.context, name).ok().map(|p| p.id.uuid());
+    if let Some(uuid) = found {
+        known.pools.insert(name.to_owned(), uuid);
+    }
+    let Some(uuid) = known.pools.get(name).copied() else { return };
+    if action == "storage-pool-deleted" {
+        known.pools.remove(name);
+    }
+    for (number, _) in matching(session, uuid, |c| c.style == Style::Pool && c.event == POOL_LIFECYCLE) {
+        for change in changes {
+            let mut w = Writer::new();
+            w.i32(number).string(name).uuid(uuid).i32(*change).i32(0);
+            session.send(Frame::new(Header::event(370), w.finish())).await;
+        }
+    }
+}
+
+async fn pool_refreshed(session: &Arc<Session>, uuid: Uuid) {
+    let pools = session.front.engine.pools(&session.context).unwrap_or_default();
+    let Some(pool) = pools.into_iter().find(|p| p.id.uuid() == uuid) else { return };
+    for (number, _) in matching(session, uuid, |c| c.style == Style::Pool && c.event == POOL_REFRESH) {
+        let mut w = Writer::new();
+        w.i32(number).string(&pool.name).uuid(uuid);
+        session.send(Frame::new(Header::event(373), w.finish())).await;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -260,8 +328,8 @@ mod tests {
         let plain = Callback { style: Style::Plain, event: LIFECYCLE, only: None };
         let first = all.add(plain.clone()).unwrap();
         let second = all.add(Callback { style: Style::Network, ..plain.clone() }).unwrap();
-        assert!(!all.remove(first, false) && !all.remove(second, false));
-        assert!(all.remove(second, true));
+        assert!(!all.remove(first, Style::Numbered) && !all.remove(second, Style::Numbered));
+        assert!(all.remove(second, Style::Network));
         assert_eq!(all.remove_plain(LIFECYCLE), 1);
         (0..MOST).for_each(|_| assert!(all.add(plain.clone()).is_some()));
         assert!(all.add(plain).is_none());
