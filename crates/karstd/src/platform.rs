@@ -40,6 +40,12 @@ pub async fn run(mut context: ControlContext) -> Result<()> {
     })
     .await?;
     engine.set_image_servers(Arc::new(NetworkServers::new()));
+    match crate::secret_key::load(&context.dir.join("state"), &*context.env) {
+        Ok(key) => engine.set_secret_key(key),
+        Err(e) => {
+            tracing::error!(error = %e, context = e.context.as_deref().unwrap_or_default(), "no secrets")
+        }
+    }
     let (shutdown, mut asked) = mpsc::channel(1);
     let identity = identity(&context, &name);
     let info =

@@ -29,6 +29,7 @@ pub mod operation;
 pub mod profile;
 pub mod project;
 pub mod schedule;
+pub mod secret;
 pub mod size;
 pub mod snapshot;
 pub mod spec;

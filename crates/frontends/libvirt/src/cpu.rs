@@ -51,6 +51,9 @@ const SILENT: [&str; 15] = [
 /// What a guest that moves cannot keep.
 const STAYS: [&str; 2] = ["xsaves", "invtsc"];
 
+/// Models of QEMU that stand for no vendor's, whatever their guests read.
+const OF_NOBODY: [&str; 8] = ["qemu64", "qemu32", "kvm64", "kvm32", "486", "pentium", "pentium2", "pentium3"];
+
 /// Other names, of QEMU and of the kernel, as [`plain`] has them.
 const ALIASES: [(&str, &str); 11] = [
     ("sse3", "pni"),
@@ -111,7 +114,7 @@ pub struct Model {
 
 impl Model {
     fn of(model: &CpuModel) -> Self {
-        let vendor = vendor(&model.vendor).filter(|_| !matches!(model.name.as_str(), "qemu64" | "qemu32"));
+        let vendor = vendor(&model.vendor).filter(|_| !OF_NOBODY.contains(&model.name.as_str()));
         let word = |name: &String| feature(name).map_or_else(|| name.clone(), str::to_owned);
         let missing: BTreeSet<String> = model.missing.iter().map(word).collect();
         Self {

@@ -6,6 +6,7 @@ use crate::{
     frame::{Frame, Header},
     session::Session,
     xdr::Writer,
+    xml,
 };
 use karst_engine::events::{Event, EventKind};
 use karst_model::instance::ExitReason;
@@ -36,6 +37,8 @@ pub enum Style {
     Network,
     /// Procedure 368, of pools.
     Pool,
+    /// Procedure 380, of secrets.
+    Secret,
 }
 
 /// A callback.
@@ -96,6 +99,8 @@ struct Known {
     guests: HashMap<String, Uuid>,
     networks: HashMap<String, Uuid>,
     pools: HashMap<String, Uuid>,
+    /// What they are for: kind, and with what.
+    secrets: HashMap<Uuid, (i32, String)>,
 }
 
 /// Adds a callback and begins to listen with the first one. `None`: there are too many.
@@ -159,6 +164,14 @@ fn known(session: &Session) -> Known {
             .iter()
             .map(|p| (p.name.to_string(), p.id.uuid()))
             .collect(),
+        secrets: session
+            .opened()
+            .ok()
+            .and_then(|o| engine.secrets(&session.context, &o.project).ok())
+            .unwrap_or_default()
+            .into_iter()
+            .map(|s| (s.uuid, (xml::secret::number(s.kind), s.usage)))
+            .collect(),
     }
 }
 
@@ -177,6 +190,12 @@ async fn tell(session: &Arc<Session>, known: &mut Known, event: &Event) {
     }
     if let Some(name) = object(source, "storage-pools") {
         pool(session, known, action, name).await;
+        return;
+    }
+    if let Some(uuid) = object(source, "karst/secrets").and_then(|u| u.parse().ok()) {
+        if event.project_name == opened.project {
+            secret(session, known, action, uuid).await;
+        }
         return;
     }
     let Some(name) = object(source, "instances").filter(|_| event.project_name == opened.project) else {
@@ -298,6 +317,40 @@ async fn pool(session: &Arc<Session>, known: &mut Known, action: &str, name: &st
             w.i32(number).string(name).uuid(uuid).i32(*change).i32(0);
             session.send(Frame::new(Header::event(370), w.finish())).await;
         }
+    }
+}
+
+/// `VIR_SECRET_EVENT_ID_LIFECYCLE`, `_VALUE_CHANGED`.
+const SECRET_LIFECYCLE: i32 = 0;
+const SECRET_VALUE_CHANGED: i32 = 1;
+
+async fn secret(session: &Arc<Session>, known: &mut Known, action: &str, uuid: Uuid) {
+    // With what of virSecretEventLifecycleType: defined, undefined.
+    let (kind, change) = match action {
+        "secret-created" | "secret-updated" => (SECRET_LIFECYCLE, Some(0)),
+        "secret-deleted" => (SECRET_LIFECYCLE, Some(1)),
+        "secret-value-changed" => (SECRET_VALUE_CHANGED, None),
+        _ => return,
+    };
+    let Ok(opened) = session.opened() else { return };
+    if let Ok(secret) = session.front.engine.secret(&session.context, &opened.project, uuid) {
+        known.secrets.insert(uuid, (xml::secret::number(secret.kind), secret.usage));
+    }
+    let Some((number_of_kind, usage)) = known.secrets.get(&uuid).cloned() else { return };
+    if action == "secret-deleted" {
+        known.secrets.remove(&uuid);
+    }
+    for (number, _) in matching(session, uuid, |c| c.style == Style::Secret && c.event == kind) {
+        let mut w = Writer::new();
+        w.i32(number).uuid(uuid).i32(number_of_kind).string(&usage);
+        let procedure = match change {
+            Some(change) => {
+                w.i32(change).i32(0);
+                382
+            }
+            None => 383,
+        };
+        session.send(Frame::new(Header::event(procedure), w.finish())).await;
     }
 }
 

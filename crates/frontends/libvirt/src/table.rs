@@ -4,8 +4,8 @@
 use crate::{
     calls::{
         connect, console, cpu, define, devices, domain, event, figures, graphics, host, inside, machine,
-        network, networks, nodedev, nwfilter, pools, power, snapshots, stats, storage, transfer, tuning,
-        volumes,
+        network, networks, nodedev, nwfilter, pools, power, secret, snapshots, stats, storage, transfer,
+        tuning, volumes,
     },
     error::{Code, VirError},
     frame::QEMU,
@@ -162,6 +162,15 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     130 INTERFACE_GET_XML_DESC See nodedev::interface_xml;
     137 CONNECT_NUM_OF_DEFINED_INTERFACES See nodedev::count_idle_interfaces;
     138 CONNECT_LIST_DEFINED_INTERFACES See nodedev::idle_interfaces;
+    139 CONNECT_NUM_OF_SECRETS See secret::count;
+    140 CONNECT_LIST_SECRETS See secret::uuids;
+    141 SECRET_LOOKUP_BY_UUID See secret::by_uuid;
+    142 SECRET_DEFINE_XML Change secret::define;
+    143 SECRET_GET_XML_DESC See secret::xml;
+    144 SECRET_SET_VALUE Change secret::set_value;
+    145 SECRET_GET_VALUE Change secret::value;
+    146 SECRET_UNDEFINE Change secret::undefine;
+    147 SECRET_LOOKUP_BY_USAGE See secret::by_usage;
     149 CONNECT_IS_SECURE See connect::is_secure;
     150 DOMAIN_IS_ACTIVE See domain::is_active;
     151 DOMAIN_IS_PERSISTENT See domain::is_persistent;
@@ -268,6 +277,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     284 CONNECT_LIST_ALL_INTERFACES See nodedev::list_interfaces;
     285 CONNECT_LIST_ALL_NODE_DEVICES See nodedev::list;
     286 CONNECT_LIST_ALL_NWFILTERS See nwfilter::list;
+    287 CONNECT_LIST_ALL_SECRETS See secret::list;
     291 NETWORK_UPDATE Change networks::update;
     293 NODE_GET_CPU_MAP See connect::cpu_map;
     294 DOMAIN_FSTRIM Change inside::trim;
@@ -302,6 +312,8 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     371 DOMAIN_GET_GUEST_VCPUS Change inside::vcpus;
     372 DOMAIN_SET_GUEST_VCPUS Change inside::set_vcpus;
     378 STORAGE_VOL_GET_INFO_FLAGS See storage::volume_info_flags;
+    380 CONNECT_SECRET_EVENT_REGISTER_ANY See event::secret_register;
+    381 CONNECT_SECRET_EVENT_DEREGISTER_ANY See event::secret_deregister;
     388 DOMAIN_MANAGED_SAVE_GET_XML_DESC See machine::managed_save_xml;
     389 DOMAIN_MANAGED_SAVE_DEFINE_XML Change machine::managed_save_define;
     390 DOMAIN_SET_LIFECYCLE_ACTION Change power::set_lifecycle_action;

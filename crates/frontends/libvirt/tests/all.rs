@@ -7,5 +7,6 @@ mod graphics;
 mod host;
 mod networks;
 mod protocol;
+mod secrets;
 mod support;
 mod volumes;

@@ -101,24 +101,29 @@ async fn pools_tell_their_kinds_and_what_becomes_of_them() {
     assert_eq!(made.ended().await.error, None);
     let pool = ask(&mut client, "STORAGE_POOL_LOOKUP_BY_NAME", |w| w.string("p2")).await.unwrap();
     client.call(number("STORAGE_POOL_REFRESH"), &[&pool[..], &[0; 4]].concat()).await.unwrap();
+    let (mut happened, mut refreshed) = (vec![], 0);
+    let mut hears = async |many: usize| {
+        while happened.len() < many || refreshed < 1 {
+            let frame = listener.receive().await;
+            assert_eq!(frame.header.kind, Kind::Message);
+            match frame.header.procedure {
+                370 => {
+                    assert!(frame.payload.starts_with(&[&lifecycle[..], &pool[..]].concat()));
+                    let rest = &frame.payload[lifecycle.len() + pool.len()..];
+                    happened.push(Reader::new(rest).i32().unwrap());
+                }
+                373 => {
+                    assert_eq!(frame.payload, [&refresh[..], &pool[..]].concat());
+                    refreshed += 1;
+                }
+                other => panic!("event {other}"),
+            }
+        }
+    };
+    hears(3).await;
     let gone = server.engine.pool_delete(&admin, "p2").await.unwrap();
     assert_eq!(gone.ended().await.error, None);
-    let (mut happened, mut refreshed) = (vec![], 0);
-    while happened.len() < 6 || refreshed < 1 {
-        let frame = listener.receive().await;
-        assert_eq!(frame.header.kind, Kind::Message);
-        match frame.header.procedure {
-            370 => {
-                assert!(frame.payload.starts_with(&[&lifecycle[..], &pool[..]].concat()));
-                happened.push(Reader::new(&frame.payload[lifecycle.len() + pool.len()..]).i32().unwrap());
-            }
-            373 => {
-                assert_eq!(frame.payload, [&refresh[..], &pool[..]].concat());
-                refreshed += 1;
-            }
-            other => panic!("event {other}"),
-        }
-    }
+    hears(6).await;
     assert_eq!(happened, [0, 4, 2, 3, 5, 1]);
     let deregister = number("CONNECT_STORAGE_POOL_EVENT_DEREGISTER_ANY");
     listener.call(deregister, &lifecycle).await.unwrap();

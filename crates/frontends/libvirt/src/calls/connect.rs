@@ -185,10 +185,14 @@ pub async fn capabilities(call: Call) -> Answered {
     let facts = facts(&call)?;
     let node = call.session.front.engine.inner().node;
     let driver = call.opened()?.driver;
-    // Without QEMU nothing knows what models the host's processor could be called by.
-    let catalogue = super::cpu::catalogue(&call).await?;
-    let host = super::cpu::host(&call).await?;
-    let cpu = host.and_then(|h| h.described(&catalogue));
+    // What the processor is called is the least of it: without an answer of QEMU's it is left out.
+    let cpu = match tokio::try_join!(super::cpu::catalogue(&call), super::cpu::host(&call)) {
+        Ok((catalogue, host)) => host.and_then(|h| h.described(&catalogue)),
+        Err(e) => {
+            tracing::warn!(error = %e.message(), "the capabilities say nothing of the CPU's model");
+            None
+        }
+    };
     Ok(text(&xml::capabilities::document(driver, &facts, node.uuid(), cpu)))
 }
 

@@ -99,6 +99,21 @@ pub async fn pool_deregister(call: Call) -> Answered {
     remove(&call, Style::Pool)
 }
 
+/// `CONNECT_SECRET_EVENT_REGISTER_ANY`
+pub async fn secret_register(call: Call) -> Answered {
+    let (event, only) = call.arguments(|r| Ok((r.i32()?, r.option(super::secret::named)?)))?;
+    // What happens to it, and that its value is another.
+    if !(0..=1).contains(&event) {
+        return Err(VirError::argument(format!("unsupported secret event ID {event}")));
+    }
+    Ok(int(add(&call, Callback { style: Style::Secret, event, only })?))
+}
+
+/// `CONNECT_SECRET_EVENT_DEREGISTER_ANY`
+pub async fn secret_deregister(call: Call) -> Answered {
+    remove(&call, Style::Secret)
+}
+
 fn remove(call: &Call, style: Style) -> Answered {
     let number = call.arguments(|r| r.i32())?;
     match call.session.callbacks.lock().unwrap_or_else(|e| e.into_inner()).remove(number, style) {

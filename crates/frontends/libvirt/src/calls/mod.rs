@@ -18,6 +18,7 @@ pub mod nodedev;
 pub mod nwfilter;
 pub mod pools;
 pub mod power;
+pub mod secret;
 pub mod snapshots;
 pub mod stats;
 pub mod storage;
