@@ -41,6 +41,7 @@ fn instance_keys() -> String {
             KeyType::Integer(low, high) => format!("{low} to {high}"),
             KeyType::Size => "size (`512MiB`)".to_owned(),
             KeyType::Cpus => "number or set (`2`, `0-1,3`)".to_owned(),
+            KeyType::Nodes => "set (`0`, `0-1,3`)".to_owned(),
             KeyType::Swap => "`true`, `false` or size".to_owned(),
             KeyType::KernelLimit => "`1024`, `1024:4096`, `unlimited`".to_owned(),
             KeyType::Allowance => "`50%` or `25ms/100ms`".to_owned(),

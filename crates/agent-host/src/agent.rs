@@ -305,6 +305,10 @@ impl RealAgent {
         found.ok_or_else(|| Error::unsupported(format!("this host cannot run a {kind}")))
     }
 
+    pub(crate) fn driver_warnings(&self) -> Vec<String> {
+        self.drivers.iter().flat_map(|d| d.warnings()).collect()
+    }
+
     pub(crate) fn guest(&self, id: InstanceId) -> Option<GuestRecord> {
         self.guests.lock().unwrap().get(&id).cloned()
     }
@@ -567,6 +571,9 @@ impl RealAgent {
         let mut nodes = vec![];
         for node in &spec.nodes {
             nodes.extend(crate::nodes::resolve(&self.options.policy, node)?);
+        }
+        if spec.security.privileged {
+            crate::nodes::demand_privileged(&self.options.policy)?;
         }
         if spec.security.raw_lxc.is_some() {
             crate::nodes::demand_raw(&self.options.policy, "raw.lxc")?;

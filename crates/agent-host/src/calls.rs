@@ -150,6 +150,9 @@ impl RealAgent {
         for name in &spec.spec.external_interfaces {
             self.policy().check_interface(name).map_err(|e| e.at("config.bridge.external_interfaces"))?;
         }
+        if spec.spec.raw_dnsmasq.is_some() {
+            crate::nodes::demand_raw(self.policy(), "raw.dnsmasq")?;
+        }
         Ok(())
     }
 
@@ -534,6 +537,7 @@ calls! {
         let mut facts = me.facts().await?;
         facts.warnings.extend(me.networks.warnings().await);
         facts.warnings.extend(me.unopened.warnings());
+        facts.warnings.extend(me.driver_warnings());
         Ok(facts)
     }
     read host_resources(_me, _request: ()) -> karst_agent::resources::HostResources {

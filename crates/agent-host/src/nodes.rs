@@ -34,16 +34,32 @@ pub(crate) fn demand(policy: &HostPolicy, class: &str, device: Option<&str>) -> 
     )))
 }
 
-/// `raw_keys` of the policy: configuration that reaches liblxc as it is written.
+/// `raw_keys` of the policy: configuration that reaches liblxc or dnsmasq as it is written. Of dnsmasq's, lines that would
+/// make whoever writes them the host's root are refused all the same.
 pub(crate) fn demand_raw(policy: &HostPolicy, key: &str) -> Result<()> {
     if policy.raw_keys.iter().any(|k| k == key) {
         return Ok(());
     }
+    let what = match key {
+        "raw.lxc" => "no guest raw.lxc, which would make it the host's root".to_owned(),
+        key => format!("no {key}"),
+    };
     Err(Error::forbidden(format!(
-        "this host grants no guest {key}, which would make it the host's root; its administrator can, with raw_keys = \
-         [{key:?}] in host-policy.toml"
+        "this host grants {what}; its administrator can, with raw_keys = [{key:?}] in host-policy.toml"
     ))
     .at(format!("config.{key}")))
+}
+
+/// `privileged_containers` of the policy.
+pub(crate) fn demand_privileged(policy: &HostPolicy) -> Result<()> {
+    if policy.privileged_containers {
+        return Ok(());
+    }
+    Err(Error::forbidden(
+        "this host grants no privileged containers, whose root is the host's root; its administrator can, with \
+         privileged_containers = true in host-policy.toml",
+    )
+    .at("config.security.privileged"))
 }
 
 /// Modules that the kernel has neither loaded nor built in.
@@ -165,6 +181,17 @@ mod tests {
         let path = Some("/dev/thing".into());
         let device = NodeDevice { source, path, uid: 1, gid: 2, mode: 0o600, required: true };
         NodeSpec { name: "d".into(), device }
+    }
+
+    #[test]
+    fn privileged_containers_are_the_policys_to_grant() {
+        let e = demand_privileged(&HostPolicy::default()).unwrap_err();
+        assert!(
+            e.is(ErrorKind::Forbidden)
+                && e.message.contains("privileged_containers = true in host-policy.toml")
+        );
+        assert_eq!(e.field.as_deref(), Some("config.security.privileged"));
+        demand_privileged(&HostPolicy { privileged_containers: true, ..HostPolicy::default() }).unwrap();
     }
 
     #[test]

@@ -58,7 +58,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{
         Arc, Mutex, RwLock,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -147,6 +147,8 @@ pub struct EngineInner {
     pub opened: Duration,
     /// Short id of the daemon's instance.
     pub daemon_id: String,
+    /// All guests are being stopped: none starts any more.
+    pub(crate) leaving: AtomicBool,
     pub(crate) next_vmid: AtomicU32,
     pub(crate) next_domain_id: AtomicU32,
     pub(crate) metrics: compute::metrics::Cache,
@@ -203,6 +205,7 @@ impl Engine {
             node,
             epoch,
             daemon_id,
+            leaving: AtomicBool::new(false),
             next_vmid: AtomicU32::new(100),
             next_domain_id: AtomicU32::new(domain),
             metrics: Default::default(),

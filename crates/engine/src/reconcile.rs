@@ -108,6 +108,8 @@ struct HostRestart {
     tried: BTreeSet<InstanceId>,
     /// The one that was started last asked that no other starts before.
     not_before: Duration,
+    /// Some that an earlier daemon stopped with the platform are still to be started.
+    rest: bool,
 }
 
 /// Looks at the whole of a host. Answers whether something could not be recorded now, because a saga was at work there.
@@ -188,7 +190,11 @@ async fn sync_once(
             .collect()
     };
     // After a restart of the host the desired power must survive, or nothing would start again.
-    let start_again = if rebooted { autostart_candidates(inner, node, &seen) } else { vec![] };
+    restart.rest |= first;
+    let start_again = match rebooted || restart.rest {
+        true => autostart_candidates(inner, node, &seen, !rebooted),
+        false => vec![],
+    };
     for observed in &missing {
         unsure |= !record(inner, observed, Some(as_of)).await?;
     }
@@ -216,10 +222,11 @@ async fn sync_once(
             waiting = true;
             continue;
         }
-        start(inner, id, "after the host's restart").await;
+        start(inner, id, if rebooted { "after the host's restart" } else { "with the platform" }).await;
         restart.tried.insert(id);
         restart.not_before = inner.env.monotonic() + delay;
     }
+    restart.rest &= waiting;
     if rebooted && !waiting {
         // Last: whoever takes over from a daemon that dies before this finds the restart of the host anew.
         write_facts().await?;
@@ -228,14 +235,19 @@ async fn sync_once(
 }
 
 /// Does a saga hold the instance that will end by itself?
-fn at_work(inner: &EngineInner, id: InstanceId) -> bool {
+pub(crate) fn at_work(inner: &EngineInner, id: InstanceId) -> bool {
     let records = inner.inventory.read();
     let Some(lock) = records.lock(&crate::compute::lock(id)) else { return false };
     records.sagas.get(&lock.saga).is_some_and(|s| !matches!(s.phase, Phase::NeedsAttention { .. }))
 }
 
-/// What starts with the host, in order, each with the time to wait after it.
-fn autostart_candidates(inner: &EngineInner, node: NodeId, seen: &[Observed]) -> Vec<(InstanceId, Duration)> {
+/// What starts with the host, in order, each with the time to wait after it; or what the platform's end stopped alone.
+fn autostart_candidates(
+    inner: &EngineInner,
+    node: NodeId,
+    seen: &[Observed],
+    stopped_only: bool,
+) -> Vec<(InstanceId, Duration)> {
     let down = |o: &&Observed| matches!(o.state, RuntimeState::Stopped | RuntimeState::Error);
     let up: BTreeSet<_> = seen.iter().filter(|o| !down(o)).map(|o| o.instance).collect();
     let records = inner.inventory.read();
@@ -245,6 +257,10 @@ fn autostart_candidates(inner: &EngineInner, node: NodeId, seen: &[Observed]) ->
         .filter(|i| i.node == node && i.lifecycle == Lifecycle::Ready)
         // Not those that an earlier look at this boot has started.
         .filter(|i| !up.contains(&i.id))
+        .filter(|i| {
+            let with_host = |r: &crate::Row<_>| crate::compute::shutdown::stopped_with_host(i, r);
+            !stopped_only || records.runtimes.get(&i.id).is_some_and(with_host)
+        })
         .filter_map(|i| {
             let (config, _) = records.expanded(i);
             let wanted = keys::optional_flag(&config, "boot.autostart")

@@ -11,7 +11,10 @@ use std::{
 };
 
 /// The controllers that Karst uses, as the kernel names them.
-const USED: &[&str] = &["cpu", "cpuset", "memory", "pids", "io"];
+const USED: &[&str] = &["cpu", "cpuset", "memory", "pids", "io", "hugetlb"];
+
+/// Sizes of huge pages, as control groups name them.
+pub const HUGE_PAGES: &[&str] = &["64KB", "1MB", "2MB", "1GB"];
 
 /// How this host mounts its hierarchies.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,6 +50,8 @@ pub struct CgroupLimits {
     pub swappiness: Option<u32>,
     /// Weight when disks are contended: 1 to 1000, where 100 is the default.
     pub io_weight: Option<u32>,
+    /// Bytes in huge pages, by their size (one of [`HUGE_PAGES`]).
+    pub hugepages: std::collections::BTreeMap<String, u64>,
 }
 
 /// Rates of a block device, each a second; `None` means without limit.
@@ -187,6 +192,7 @@ impl Cgroups {
                                     | "freezer"
                                     | "devices"
                                     | "blkio"
+                                    | "hugetlb"
                             )
                     };
                     let controllers: Vec<String> =
@@ -333,7 +339,37 @@ impl Cgroups {
             )
             .at("config.limits.disk.priority"));
         }
+        self.limit_hugepages(group, &limits.hugepages)?;
         self.limit_io(group, &limits.io)
+    }
+
+    fn limit_hugepages(&self, group: &str, limits: &std::collections::BTreeMap<String, u64>) -> Result<()> {
+        if let Some(other) = limits.keys().find(|size| !HUGE_PAGES.contains(&size.as_str())) {
+            let text = format!("{other:?} is no size of huge pages; there are {}", HUGE_PAGES.join(", "));
+            return Err(Error::invalid("config.limits.hugepages", text));
+        }
+        for size in HUGE_PAGES {
+            let wanted = limits.get(*size);
+            let (v1, v2) = (format!("hugetlb.{size}.limit_in_bytes"), format!("hugetlb.{size}.max"));
+            let number = |none: &str| wanted.map_or(none.to_owned(), u64::to_string);
+            let field = format!("config.limits.hugepages.{size}");
+            let there =
+                self.v1("hugetlb", group).map(|d| d.join(&v1)).or_else(|| Some(self.v2(group)?.join(&v2)));
+            if wanted.is_some() && !there.is_some_and(|file| file.exists()) {
+                let text = format!(
+                    "this host's kernel has no control group for huge pages of {size}, so the limit cannot be set"
+                );
+                return Err(Error::unsupported(text).at(field));
+            }
+            // Where reservations are counted too, a program is refused them; else it is killed at its first use.
+            let (reserved1, reserved2) =
+                (v1.replace(".limit", ".rsvd.limit"), v2.replace(".max", ".rsvd.max"));
+            for (v1, v2, asked) in [(&v1, &v2, wanted.is_some()), (&reserved1, &reserved2, false)] {
+                self.set("hugetlb", group, v1, v2, &number("-1"), &number("max"), asked)
+                    .map_err(|e| e.at(&field))?;
+            }
+        }
+        Ok(())
     }
 
     /// Permits or forbids a device (`c 10:200 rwm`) to a group and all below, where devices are governed by files (v1);
@@ -877,7 +913,14 @@ mod tests {
             io_weight: Some(300),
             ..CgroupLimits::default()
         };
-        for file in ["io.max", "io.weight", "memory.swap.max", "memory.high"] {
+        for file in [
+            "io.max",
+            "io.weight",
+            "memory.swap.max",
+            "memory.high",
+            "hugetlb.2MB.max",
+            "hugetlb.2MB.rsvd.max",
+        ] {
             fs::write(dir.join(file), "").unwrap();
         }
         cgroups.limit("karst-x/guest", &limits).unwrap();
@@ -890,6 +933,18 @@ mod tests {
         assert_eq!((get("memory.swap.max").as_str(), get("memory.high").as_str()), ("4096", "max"));
         assert_eq!(get("io.weight"), "300");
         assert_eq!(get("io.max"), "8:0 rbps=1000 wbps=max riops=max wiops=7");
+        assert_eq!(get("hugetlb.2MB.max"), "max");
+        let huge = |size: &str| CgroupLimits { hugepages: [(size.into(), 4 << 20)].into(), ..limits.clone() };
+        cgroups.limit("karst-x/guest", &huge("2MB")).unwrap();
+        assert_eq!(
+            (get("hugetlb.2MB.max").as_str(), get("hugetlb.2MB.rsvd.max").as_str()),
+            ("4194304", "4194304")
+        );
+        let e = cgroups.limit("karst-x/guest", &huge("2MB/../x")).unwrap_err();
+        assert!(e.is(karst_model::ErrorKind::Invalid), "{e:?}");
+        let e = cgroups.limit("karst-x/guest", &huge("1GB")).unwrap_err();
+        assert!(e.is(karst_model::ErrorKind::Unsupported), "{e:?}");
+        assert_eq!(e.field.as_deref(), Some("config.limits.hugepages.1GB"));
         cgroups.limit("karst-x/guest", &CgroupLimits { io: vec![], ..limits.clone() }).unwrap();
         assert!(get("io.max").starts_with("8:0 rbps=max wbps=max riops=max wiops=max"), "taken away again");
         fs::write(root.path().join("karst-x/cpuset.cpus.effective"), "0-3\n").unwrap();

@@ -16,6 +16,7 @@ pub mod netlink;
 pub mod netns;
 pub mod nft;
 pub mod nic;
+pub mod numa;
 pub mod overlay;
 pub mod process;
 pub mod sandbox;

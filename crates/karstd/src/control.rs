@@ -48,11 +48,14 @@ pub struct LibvirtListeners {
     pub read_only: UnixListener,
 }
 
-/// The control process' life. Ends when `context.shutdown` says so.
+/// With this code control ends because a client asked for the end of the whole daemon.
+pub const ASKED: i32 = 17;
+
+/// The control process' life. Ends when `context.shutdown` says so, or a client asks for it, which is what it answers.
 ///
 /// # Errors
 /// Whatever makes it impossible to go on; the launcher starts the process again.
-pub async fn run(context: ControlContext) -> Result<()> {
+pub async fn run(context: ControlContext) -> Result<bool> {
     platform::run(context).await
 }
 
@@ -63,7 +66,7 @@ pub async fn run(context: ControlContext) -> Result<()> {
 pub fn start(dir: &Path, inherited: &privilege::Inherited) -> Result<()> {
     privilege::small_heap();
     let [api, full, read_only] = privilege::enter(inherited, true)?;
-    block_on(|env, shutdown| {
+    let asked = block_on(|env, shutdown| {
         let client = Client::start(env.clone(), dir.join("run/host.sock"), None);
         let agent: Arc<dyn HostAgent> = Arc::new(client.agent());
         Ok(run(ControlContext {
@@ -76,7 +79,11 @@ pub fn start(dir: &Path, inherited: &privilege::Inherited) -> Result<()> {
             simulated_guests: None,
             shutdown,
         }))
-    })
+    })?;
+    if asked {
+        std::process::exit(ASKED);
+    }
+    Ok(())
 }
 
 /// A listening socket for tokio.
@@ -87,9 +94,9 @@ pub fn listener(socket: OwnedFd) -> Result<UnixListener> {
 }
 
 /// Runs `make`'s future on a small runtime until it is done, or a little longer than SIGTERM or SIGINT asks for.
-pub fn block_on<F: Future<Output = Result<()>>>(
+pub fn block_on<T, F: Future<Output = Result<T>>>(
     make: impl FnOnce(SharedEnv, watch::Receiver<bool>) -> Result<F>,
-) -> Result<()> {
+) -> Result<T> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(16)

@@ -6,6 +6,9 @@ use karst_agent_host::{HostPolicy, RealAgent, RealOptions};
 use karst_model::{Error, Result};
 use std::path::Path;
 
+/// Where its policy is looked for before DIR.
+pub const POLICY: &str = "/etc/karst";
+
 /// The role `host`.
 ///
 /// # Errors
@@ -13,7 +16,7 @@ use std::path::Path;
 pub fn start(dir: &Path, inherited: &privilege::Inherited) -> Result<()> {
     privilege::small_heap();
     let [socket] = privilege::enter(inherited, false)?;
-    let policy = HostPolicy::load(&[Path::new("/etc/karst"), dir])?;
+    let policy = HostPolicy::load(&[Path::new(POLICY), dir])?;
     let options =
         RealOptions { dir: dir.to_owned(), daemon_id: inherited.daemon_id.clone(), policy, worker: None };
     let uids = vec![inherited.control_uid];

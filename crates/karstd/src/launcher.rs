@@ -6,11 +6,14 @@
 //! keepers, whose orphans it merely reaps.
 
 use crate::{
+    control,
     directory::Directory,
+    host::POLICY,
     logging::Format,
     privilege::{self, Confined, User},
     refusing::Refusing,
 };
+use karst_agent_host::HostPolicy;
 use karst_model::{Error, Result};
 use std::{
     collections::BTreeMap,
@@ -56,7 +59,7 @@ struct Daemon {
     reason: String,
 }
 
-/// Runs until SIGTERM or SIGINT; then stops both daemons, never a guest.
+/// Runs until SIGTERM or SIGINT, or until a client asked for the end; then stops both daemons, never a guest.
 ///
 /// # Errors
 /// When DIR cannot be served: not root, no user, taken, or not ours.
@@ -97,7 +100,10 @@ pub fn run(dir: &Path, user: &str, format: Format) -> Result<()> {
         control,
         format,
         refusing: Refusing::default(),
-        daemons: vec![daemon("host", Confined::Host, vec![host]), daemon("control", confined, api)],
+        daemons: vec![
+            daemon("host", Confined::Host { privileged: false }, vec![host]),
+            daemon("control", confined, api),
+        ],
     };
     launcher.supervise(&signals)?;
     launcher.stop(&signals);
@@ -131,7 +137,9 @@ impl Launcher {
                 return Ok(());
             }
             self.refusing.serve(listener, &control.excuse());
-            self.reap(true);
+            if self.reap(true) {
+                return Ok(());
+            }
         }
     }
 
@@ -195,18 +203,27 @@ impl Launcher {
             .args(["--daemon-id", &self.directory.daemon_id])
             .args(["--parent", &std::process::id().to_string()])
             .args(["--control-uid", &self.control.uid.to_string()]);
-        privilege::prepare(&mut command, daemon.sockets.iter().map(AsFd::as_fd), daemon.confined);
+        let confined = match daemon.confined {
+            // As the host process will find it. One that cannot be read grants nothing, which that process says.
+            Confined::Host { .. } => Confined::Host {
+                privileged: HostPolicy::load(&[Path::new(POLICY), &self.directory.path])
+                    .is_ok_and(|policy| policy.privileged_containers),
+            },
+            control => control,
+        };
+        privilege::prepare(&mut command, daemon.sockets.iter().map(AsFd::as_fd), confined);
         Ok(command.spawn()?.id() as i32)
     }
 
-    /// Takes note of every child that ended: a daemon, or an orphan of one.
-    fn reap(&mut self, restart: bool) {
+    /// Takes note of every child that ended: a daemon, or an orphan of one. Answers whether control says that a client asked
+    /// for the end of all.
+    fn reap(&mut self, restart: bool) -> bool {
         loop {
             let mut status = 0;
             // SAFETY: asks for any child that ended; nobody else in this process waits.
             let pid = unsafe { libc::waitpid(-1, &mut status, libc::WNOHANG) };
             if pid <= 0 {
-                return;
+                return false;
             }
             let Some(daemon) = self.daemons.iter_mut().find(|d| d.pid == Some(pid)) else {
                 tracing::debug!(pid, "reaped");
@@ -214,6 +231,13 @@ impl Launcher {
             };
             daemon.pid = None;
             let lived = daemon.started.elapsed();
+            if daemon.role == "control"
+                && libc::WIFEXITED(status)
+                && libc::WEXITSTATUS(status) == control::ASKED
+            {
+                tracing::info!("a client asked for the end");
+                return true;
+            }
             if restart {
                 let how = describe(status);
                 tracing::warn!(

@@ -14,14 +14,16 @@ use tokio::sync::mpsc;
 
 /// Time that answers in flight have when the process is to end.
 const DRAIN: Duration = Duration::from_secs(5);
+/// Time for the answer to who asked for the end.
+const ANSWER: Duration = Duration::from_millis(300);
 /// Time for the last entries of the audit log.
 const FLUSH: Duration = Duration::from_secs(5);
 
-/// Serves until it is told to end.
+/// Serves until it is told to end; answers whether a client asked for the end of the whole daemon.
 ///
 /// # Errors
 /// When the store cannot be opened.
-pub async fn run(mut context: ControlContext) -> Result<()> {
+pub async fn run(mut context: ControlContext) -> Result<bool> {
     let store = open_store(&context).await?;
     let agents = Agents::default();
     let mut nodes = vec![];
@@ -60,9 +62,13 @@ pub async fn run(mut context: ControlContext) -> Result<()> {
         });
     let guests = context.simulated_guests.unwrap_or(0);
     let first = tokio::spawn(begin(engine.clone(), nodes, guests));
-    tokio::select! {
-        _ = context.shutdown.wait_for(|end| *end) => {}
-        _ = asked.recv() => tracing::info!("a client asked the server to end"),
+    let by_client = tokio::select! {
+        _ = context.shutdown.wait_for(|end| *end) => false,
+        _ = asked.recv() => true,
+    };
+    if by_client {
+        tracing::info!("a client asked the server to end");
+        tokio::time::sleep(ANSWER).await;
     }
     first.abort();
     listening.abort();
@@ -73,7 +79,7 @@ pub async fn run(mut context: ControlContext) -> Result<()> {
     }
     engine.close();
     let _ = tokio::time::timeout(DRAIN, serving).await;
-    Ok(())
+    Ok(by_client)
 }
 
 /// The certificate of the API over HTTPS; without it the unix socket is served all the same.

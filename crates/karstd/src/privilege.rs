@@ -36,6 +36,10 @@ pub const HOST_CAPABILITIES: &[(u32, &str, &str)] = &[
     (33, "MAC_ADMIN", "the AppArmor profile of containers"),
 ];
 
+/// What no guest has, whatever the host grants: setting the clock, modules, raw access to hardware, and going around access
+/// control. The host process has none of it either.
+const NEVER: &[u32] = &[16, 17, 25, 32];
+
 /// What the launcher hands to a daemon.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Inherited {
@@ -138,7 +142,11 @@ pub const fn inherited_fd() -> RawFd {
 #[derive(Debug, Clone, Copy)]
 pub enum Confined {
     /// Root with [`HOST_CAPABILITIES`].
-    Host,
+    Host {
+        /// Where the policy grants privileged containers: also with what these have as other containers do, for they inherit
+        /// the bound (a program in one that writes to the audit log, or restarts it, would fail).
+        privileged: bool,
+    },
     /// A user without any capability, and no way to get one.
     Control {
         /// User id.
@@ -168,9 +176,12 @@ struct CapData {
 /// Only system calls: it runs between fork and exec.
 fn confine(role: Confined) -> io::Result<()> {
     let mut keep: u64 = 0;
-    if let Confined::Host = role {
+    if let Confined::Host { privileged } = role {
         for (number, _, _) in HOST_CAPABILITIES {
             keep |= 1 << number;
+        }
+        if privileged {
+            keep |= !NEVER.iter().fold(0, |all, number| all | 1 << number);
         }
     }
     // SAFETY: plain system calls on this process alone.

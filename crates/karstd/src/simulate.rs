@@ -67,7 +67,7 @@ pub fn run(dir: &Path, size: Size) -> Result<()> {
     for name in ["unix.socket", "libvirt-sock", "libvirt-sock-ro"] {
         directory.remove_socket(name);
     }
-    outcome
+    outcome.map(drop)
 }
 
 #[cfg(test)]

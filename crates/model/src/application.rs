@@ -1,10 +1,14 @@
 //! Application containers: one program of an image of the OCI in place of an init, described by `oci.*` keys that the image
 //! fills in when the instance is made.
 
-use crate::{Config, Error, Result, image::Application, instance::Instance, keys::set};
+use crate::{Config, Error, Result, image::Application, instance::Instance, keys::set, signal};
 
 /// Marks an instance as one; the platform's own, as Incus calls it.
 pub const MARK: &str = "volatile.container.oci";
+
+/// Property of an image, as its instances have it: the signal that asks the program to end. A property and no `oci.*` key,
+/// because Incus has no such key and takes any property.
+pub const STOP_SIGNAL: &str = "image.stop_signal";
 
 impl Instance {
     /// Is it an application container?
@@ -49,7 +53,22 @@ pub fn parse(config: &Config) -> Result<Application> {
         return Err(Error::invalid("config.oci.cwd", format!("{cwd:?} is not an absolute path")));
     }
     let id = |key: &str| set(config, key).and_then(|v| v.parse().ok()).unwrap_or(0);
-    Ok(Application { command, cwd, uid: id("oci.uid"), gid: id("oci.gid"), environment: Default::default() })
+    let stop_signal = set(config, STOP_SIGNAL)
+        .map(|text| {
+            signal::parse(text).ok_or_else(|| {
+                let field = format!("config.{STOP_SIGNAL}");
+                Error::invalid(field, format!("{text:?} is no signal, such as SIGQUIT"))
+            })
+        })
+        .transpose()?;
+    Ok(Application {
+        command,
+        cwd,
+        uid: id("oci.uid"),
+        gid: id("oci.gid"),
+        environment: Default::default(),
+        stop_signal,
+    })
 }
 
 /// Refuses keys of application containers in a configuration of another.
@@ -121,12 +140,18 @@ mod tests {
             uid: 7,
             gid: 7,
             environment: [("A".to_owned(), "1".to_owned())].into(),
+            stop_signal: None,
         };
         fill_in(&mut config, &image);
         let parsed = parse(&config).unwrap();
         assert_eq!((parsed.uid, parsed.gid, parsed.cwd.as_str()), (5, 7, "/srv"));
         assert_eq!((parsed.command[0].as_str(), config["environment.A"].as_str()), ("/bin/a b", "1"));
-        for (key, value) in [("oci.entrypoint", ""), ("oci.entrypoint", "'a"), ("oci.cwd", "srv")] {
+        assert_eq!(parsed.stop_signal, None);
+        config.insert(STOP_SIGNAL.into(), "SIGQUIT".into());
+        assert_eq!(parse(&config).unwrap().stop_signal, Some(3));
+        for (key, value) in
+            [("oci.entrypoint", ""), ("oci.entrypoint", "'a"), ("oci.cwd", "srv"), (STOP_SIGNAL, "SIGNOPE")]
+        {
             let mut bad = config.clone();
             bad.insert(key.into(), value.into());
             assert_eq!(parse(&bad).unwrap_err().field, Some(format!("config.{key}")));

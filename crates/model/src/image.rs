@@ -222,6 +222,9 @@ pub struct Application {
     pub gid: u32,
     /// Variables.
     pub environment: std::collections::BTreeMap<String, String>,
+    /// The signal that asks it to end; `SIGTERM` when the image names none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stop_signal: Option<i32>,
 }
 
 /// The kernel's name of a machine that Go names otherwise (`amd64`).

@@ -24,6 +24,8 @@ pub enum KeyType {
     Size,
     /// CPUs: a number, or a set such as `0-1,3`.
     Cpus,
+    /// NUMA nodes: a set such as `0` or `0-1,3`.
+    Nodes,
     /// `50%` or `25ms/100ms`.
     Allowance,
     /// `true`, `false` or a size.
@@ -81,8 +83,11 @@ const fn key(
 
 use KeyScope::{Any, Container, VirtualMachine};
 use KeyType::{
-    Allowance, Bool, Cpus, Integer, KernelLimit, OneOf, Pattern, Schedule, Size, Span, Swap, Text,
+    Allowance, Bool, Cpus, Integer, KernelLimit, Nodes, OneOf, Pattern, Schedule, Size, Span, Swap, Text,
 };
+
+const HUGE_PAGES: &str =
+    "Memory in huge pages of this size, where the host's kernel has them and their control group.";
 
 /// The table, by name.
 pub const INSTANCE_KEYS: &[Key] = &[
@@ -112,12 +117,29 @@ pub const INSTANCE_KEYS: &[Key] = &[
         "When the host starts, instances of higher priority are started first.",
     ),
     key(
+        "boot.host_shutdown_action",
+        OneOf(&["stop", "force-stop", "stateful-stop"]),
+        Any,
+        "stop",
+        true,
+        "How the instance stops when its host goes down: gracefully, by force, or with its memory kept (virtual machines with \
+         migration.stateful). What cannot be done that way is done gracefully, and by force at last.",
+    ),
+    key(
         "boot.host_shutdown_timeout",
         Integer(0, 86400),
         Any,
         "30",
         true,
-        "Seconds to wait for a graceful stop before forcing it.",
+        "Seconds to wait for a graceful stop before forcing it, when the host goes down.",
+    ),
+    key(
+        "boot.stop.priority",
+        Integer(0, 1_000_000),
+        Any,
+        "0",
+        true,
+        "When the host goes down, instances of higher priority are stopped first.",
     ),
     key(
         "cloud-init.network-config",
@@ -172,6 +194,14 @@ pub const INSTANCE_KEYS: &[Key] = &[
         "Share under contention (50%) or hard limit (25ms/100ms).",
     ),
     key(
+        "limits.cpu.nodes",
+        Nodes,
+        Any,
+        "all",
+        true,
+        "NUMA nodes of the host on whose CPUs it runs, such as 0 or 0-1; limits.cpu is then a number of CPUs, or left out.",
+    ),
+    key(
         "limits.cpu.priority",
         Integer(0, 10),
         Container,
@@ -187,6 +217,10 @@ pub const INSTANCE_KEYS: &[Key] = &[
         true,
         "Priority when disks are contended, where the host's scheduler of disks has one.",
     ),
+    key("limits.hugepages.1GB", Size, Container, "no limit", true, HUGE_PAGES),
+    key("limits.hugepages.1MB", Size, Container, "no limit", true, HUGE_PAGES),
+    key("limits.hugepages.2MB", Size, Container, "no limit", true, HUGE_PAGES),
+    key("limits.hugepages.64KB", Size, Container, "no limit", true, HUGE_PAGES),
     key(
         "limits.kernel.*",
         KernelLimit,
@@ -330,11 +364,12 @@ pub const INSTANCE_KEYS: &[Key] = &[
     key("security.nesting", Bool, Container, "false", false, "Allow containers inside the container."),
     key(
         "security.privileged",
-        OneOf(&["false"]),
+        Bool,
         Container,
         "false",
         false,
-        "Root of a container is never the host's: a path of the host is shared with its owners by shift=true of the disk.",
+        "Root of the container is the host's root, where the host grants it: privileged_containers in host-policy.toml. It then \
+         is as good as root of the host; a path of the host alone is shared with its owners by shift=true of the disk.",
     ),
     key("security.protection.delete", Bool, Any, "false", true, "Refuse to delete the instance."),
     key(
@@ -430,6 +465,7 @@ impl Key {
             Bool => parse_bool(field, value).map(drop),
             Size => ByteSize::parse(field, value).map(drop),
             Cpus => parse_cpus(field, value).map(drop),
+            Nodes => parse_nodes(field, value).map(drop),
             Allowance => parse_allowance(field, value).map(drop),
             Swap => parse_swap(field, value).map(drop),
             KernelLimit => parse_kernel_limit(field, value).map(drop),
@@ -552,17 +588,27 @@ pub fn parse_cpus(field: &str, s: &str) -> Result<CpuLimit> {
             Err(Error::invalid(field, format!("{s:?} is not a number of CPUs from 1 to 4096")))
         };
     }
-    let mut cpus = std::collections::BTreeSet::new();
+    Ok(CpuLimit::Set { cpus: parse_set(s, 4095).ok_or_else(wrong)? })
+}
+
+/// `0-1,3`: sorted numbers up to `largest`; none for anything else.
+fn parse_set(s: &str, largest: u32) -> Option<Vec<u32>> {
+    let mut set = std::collections::BTreeSet::new();
     for part in s.split(',') {
         let (a, b) = part.split_once('-').unwrap_or((part, part));
-        let (a, b): (u32, u32) =
-            (a.trim().parse().map_err(|_| wrong())?, b.trim().parse().map_err(|_| wrong())?);
-        if a > b || b > 4095 {
-            return Err(wrong());
+        let (a, b): (u32, u32) = (a.trim().parse().ok()?, b.trim().parse().ok()?);
+        if a > b || b > largest {
+            return None;
         }
-        cpus.extend(a..=b);
+        set.extend(a..=b);
     }
-    Ok(CpuLimit::Set { cpus: cpus.into_iter().collect() })
+    Some(set.into_iter().collect())
+}
+
+/// Parses `limits.cpu.nodes`.
+pub fn parse_nodes(field: &str, s: &str) -> Result<Vec<u32>> {
+    let wrong = || Error::invalid(field, format!("{s:?} is no set of NUMA nodes such as 0 or 0-1,3"));
+    parse_set(s, 1023).ok_or_else(wrong)
 }
 
 /// Parses `limits.cpu.allowance`.
@@ -638,7 +684,22 @@ pub fn limits(config: &Config) -> Result<Limits> {
             format!("{m} of memory is too little for any guest; give at least 4MiB"),
         ));
     }
+    let nodes = "config.limits.cpu.nodes";
+    let cpu_nodes = set(config, "limits.cpu.nodes").map(|v| parse_nodes(nodes, v)).transpose()?;
+    if cpu_nodes.is_some() && set(config, "limits.cpu").is_some_and(|v| v.parse::<u32>().is_err()) {
+        return Err(Error::invalid(
+            nodes,
+            "limits.cpu names the CPUs already; make it a number of CPUs, or take one of the two away",
+        ));
+    }
     Ok(Limits {
+        cpu_nodes,
+        hugepages: config
+            .iter()
+            .filter(|(_, v)| !v.is_empty())
+            .filter_map(|(k, v)| Some((k.strip_prefix("limits.hugepages.")?, k, v)))
+            .map(|(size, k, v)| Ok((size.to_owned(), ByteSize::parse(&format!("config.{k}"), v)?)))
+            .collect::<Result<_>>()?,
         cpu: set(config, "limits.cpu").map(|v| parse_cpus("config.limits.cpu", v)).transpose()?,
         cpu_allowance: set(config, "limits.cpu.allowance")
             .map(|v| parse_allowance("config.limits.cpu.allowance", v))
@@ -767,6 +828,17 @@ mod tests {
             CpuAllowance::Quota { quota_us: 25_000, period_us: 100_000 }
         );
         assert!(parse_allowance("x", "200%").is_err());
+        assert_eq!(parse_nodes("x", "1,0-1,3").unwrap(), [0, 1, 3]);
+        assert!(["", "x", "2-1", "-1", "1024"].iter().all(|bad| parse_nodes("x", bad).is_err()));
+        let mut placed = cfg("limits.cpu.nodes", "0");
+        placed.extend(cfg("limits.cpu", "2"));
+        placed.extend(cfg("limits.hugepages.2MB", "8MiB"));
+        let placed_limits = limits(&placed).unwrap();
+        assert_eq!(placed_limits.cpu_nodes.as_deref(), Some(&[0][..]));
+        assert_eq!(placed_limits.hugepages["2MB"], ByteSize::mib(8));
+        placed.extend(cfg("limits.cpu", "0-1"));
+        assert_eq!(limits(&placed).unwrap_err().field.as_deref(), Some("config.limits.cpu.nodes"));
+        assert!(check(&cfg("limits.hugepages.3MB", "1MiB"), None).is_err());
         assert!(limits(&cfg("limits.memory", "1MiB")).is_err());
         let nofile = limits(&cfg("limits.kernel.nofile", "10:unlimited")).unwrap().kernel["nofile"];
         assert_eq!((nofile.soft, nofile.hard), (Some(10), None));

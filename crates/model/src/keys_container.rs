@@ -9,6 +9,7 @@ use crate::{
 
 /// Keys of Incus that Karst has not, and what to do instead; a name, or a prefix ending in `.`.
 const MISSING: &[(&str, &str)] = &[
+    ("limits.network.priority", "each NIC has its own limits.priority"),
     ("migration.incremental.", "containers move when they are stopped"),
     ("nvidia.", "a card is given by a device of type gpu, and its libraries by a disk"),
     ("raw.apparmor", "every container has the same profile"),
@@ -82,6 +83,7 @@ pub fn security(config: &Config) -> Result<Security> {
     let needed = "linux.kernel_modules";
     Ok(Security {
         nesting: flag(config, "security.nesting")?,
+        privileged: flag(config, "security.privileged")?,
         idmap_base: ids("security.idmap.base")?,
         idmap_size: ids("security.idmap.size")?,
         guest_api: None,
@@ -120,6 +122,7 @@ mod tests {
             ("security.syscalls.intercept.mknod", "intercepted"),
             ("security.syscalls.allow", "deny"),
             ("nvidia.runtime", "gpu"),
+            ("limits.network.priority", "limits.priority"),
         ] {
             let (kind, message) = refused(key, "x");
             assert!(kind == ErrorKind::Unsupported && message.contains(word), "{key}: {message}");
@@ -130,7 +133,7 @@ mod tests {
             ("linux.sysctl.net.ipv4.ip_forward", "1\nx", "one line"),
             ("linux.kernel_modules", "br_netfilter,../x", "module"),
             ("security.syscalls.deny", "nosuchcall", "system call"),
-            ("security.privileged", "true", "false"),
+            ("security.privileged", "maybe", "boolean"),
             ("limits.memory.oom_priority", "-5", "whole number"),
         ] {
             let (kind, message) = refused(key, value);
@@ -144,11 +147,14 @@ mod tests {
             ("linux.sysctl.net.ipv4.ip_forward".to_owned(), "1".to_owned()),
             ("linux.kernel_modules".to_owned(), "br_netfilter, overlay".to_owned()),
             ("security.syscalls.deny".to_owned(), "keyctl errno 38".to_owned()),
+            ("security.privileged".to_owned(), "yes".to_owned()),
         ]);
         keys::check(&config, None).unwrap();
+        assert!(keys::check(&config, Some(crate::instance::InstanceKind::VirtualMachine)).is_err());
         let security = security(&config).unwrap();
         assert_eq!(security.sysctls["net.ipv4.ip_forward"], "1");
         assert_eq!(security.modules, ["br_netfilter", "overlay"]);
         assert_eq!(security.denied_calls[0].errno, Some(38));
+        assert!(security.privileged && !super::security(&Config::new()).unwrap().privileged);
     }
 }

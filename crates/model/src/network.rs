@@ -119,6 +119,9 @@ pub struct BridgeSpec {
     pub external_interfaces: Vec<String>,
     /// What passes between the bridge and the rest, where ACLs decide that.
     pub policy: Option<Policy>,
+    /// `raw.dnsmasq`, which the host's policy must grant ([`crate::dnsmasq`] says which lines).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub raw_dnsmasq: Option<String>,
 }
 
 impl Default for BridgeSpec {
@@ -157,6 +160,7 @@ impl Default for BridgeSpec {
             multicast_snooping: None,
             external_interfaces: vec![],
             policy: None,
+            raw_dnsmasq: None,
         }
     }
 }
@@ -198,6 +202,11 @@ pub const BRIDGE_KEYS: &[(&str, &str)] = &[
     ("ipv6.ra", "announce the router (true)"),
     ("ipv6.routes", "further subnets that are reached over the bridge, comma-separated"),
     ("ipv6.routing", "route between the bridge and the rest (true)"),
+    (
+        "raw.dnsmasq",
+        "lines added to dnsmasq's configuration, of options that say what guests are answered, where the host grants it: \
+         raw_keys in host-policy.toml",
+    ),
     ("security.acls", "ACLs for what passes between the bridge and the rest, comma-separated"),
     ("security.acls.default.egress.action", "for what no rule matches: allow, reject (the default) or drop"),
     ("security.acls.default.egress.logged", "log what no rule matches (false)"),
@@ -310,12 +319,6 @@ fn known_keys(config: &Config) -> Result<()> {
         }
         let unsupported = |why: &str| Err(Error::unsupported(why).at(format!("config.{key}")));
         match key.as_str() {
-            "raw.dnsmasq" => {
-                return Err(Error::forbidden(
-                    "raw.dnsmasq would let a network's configuration run programs as root; this host's policy does not grant it",
-                )
-                .at("config.raw.dnsmasq"));
-            }
             k if k.starts_with("bgp.") => {
                 return unsupported("BGP is not there; use ipv4.routes and ipv6.routes");
             }
@@ -478,6 +481,12 @@ impl BridgeSpec {
                 .transpose()?,
             external_interfaces,
             policy: firewall::policy("config.", &|k| r.get(k), firewall::Action::Reject)?,
+            raw_dnsmasq: r
+                .get("raw.dnsmasq")
+                .map(|lines| {
+                    crate::dnsmasq::check_lines("config.raw.dnsmasq", lines).map(|()| lines.to_owned())
+                })
+                .transpose()?,
             ipv4,
             ipv6,
         };

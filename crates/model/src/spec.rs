@@ -110,6 +110,12 @@ pub struct MachineSpec {
 pub struct Limits {
     /// CPUs.
     pub cpu: Option<CpuLimit>,
+    /// NUMA nodes of the host whose CPUs these are; all when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_nodes: Option<Vec<u32>>,
+    /// Memory in huge pages (containers), by their size as control groups name it: `2MB`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub hugepages: BTreeMap<String, ByteSize>,
     /// Share of CPU time for containers.
     pub cpu_allowance: Option<CpuAllowance>,
     /// Memory in bytes; for virtual machines its size.
@@ -223,6 +229,9 @@ pub struct Security {
     /// Nested containers allowed.
     #[serde(default)]
     pub nesting: bool,
+    /// Its ids are the host's own, which the host's policy must grant.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub privileged: bool,
     /// First host id of the guest's range; chosen by the host when absent.
     #[serde(default)]
     pub idmap_base: Option<u32>,

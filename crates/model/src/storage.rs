@@ -196,10 +196,10 @@ pub struct Volume {
 }
 
 impl Volume {
-    /// May several instances have it at once? File systems may; of a block volume its owner must say so, because what is
-    /// in it must be made for that.
+    /// May several instances have it at once? File systems may, and discs, which nobody writes; of a block volume its owner
+    /// must say so, because what is in it must be made for that.
     pub fn is_shared(&self) -> bool {
-        self.content == VolumeContent::Filesystem
+        self.content != VolumeContent::Block
             || self.config.get("security.shared").is_some_and(|v| keys::parse_bool("", v).unwrap_or(false))
     }
 }

@@ -290,6 +290,7 @@ fn cases() -> Vec<Case> {
         host_facts ServerInspect |f, c, p| f.w.engine.host_facts(c).map(drop);
         host_resources ServerView |f, c, p| f.w.engine.host_resources(c).await.map(drop);
         host_cpu_models ServerView |f, c, p| f.w.engine.host_cpu_models(c).await.map(drop);
+        host_stop ServerEdit |f, c, p| f.w.engine.host_stop(c).await.map(drop);
         probe_host ServerInspect |f, c, p| f.w.engine.probe_host(c).await.map(drop);
         health ServerEdit |f, c, p| f.w.engine.health(c).await.map(drop);
         pools ServerView |f, c, p| f.w.engine.pools(c).map(drop);

@@ -136,7 +136,8 @@ fn cases() -> Vec<Case> {
         "huge value" => Invalid, "config.user.x", "1 MiB", |w| { let big = "x".repeat((1 << 20) + 1); w.engine.instance_create(&w.admin, P, with_config(&[("user.x", &big)])) };
         "huge request" => TooLarge, "", "too large", |w| { let big = "x".repeat(600 << 10); w.engine.instance_create(&w.admin, P, with_config(&[("user.x", &big)])) };
         "volatile key" => Invalid, "config.volatile.uuid", "volatile", |w| w.engine.instance_create(&w.admin, P, with_config(&[("volatile.uuid", "x")]));
-        "privileged" => Invalid, "config.security.privileged", "", |w| w.engine.instance_create(&w.admin, P, with_config(&[("security.privileged", "true")]));
+        "privileged" => Invalid, "config.security.privileged", "boolean", |w| w.engine.instance_create(&w.admin, P, with_config(&[("security.privileged", "root")]));
+        "way to stop" => Invalid, "config.boot.host_shutdown_action", "force-stop", |w| w.engine.instance_create(&w.admin, P, with_config(&[("boot.host_shutdown_action", "pause")]));
         "key of the other kind" => Invalid, "config.limits.processes", "virtual-machine", |w| w.engine.instance_create(&w.admin, P, CreateInstance { kind: InstanceKind::VirtualMachine, ..with_config(&[("limits.processes", "5")]) });
         "taken name" => Conflict, "name", "run", |w| w.engine.instance_create(&w.admin, P, container("run"));
         "name with a slash" => Invalid, "name", "../x", |w| w.engine.instance_create(&w.admin, P, container("../x"));

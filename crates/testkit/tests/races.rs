@@ -402,6 +402,72 @@ fn after_a_power_cut_what_was_busy_starts_again_too() {
     }
 }
 
+/// The platform ends with its guests, in order; with the next daemon those run again that it stopped, and no others.
+#[test]
+fn all_stop_with_the_platform_and_start_with_it() {
+    for seed in seeds(10) {
+        run(seed, |mut w| async move {
+            let with = |pairs: &[(&str, &str)]| {
+                pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect::<Config>()
+            };
+            let stubborn = CreateInstance {
+                config: with(&[("boot.host_shutdown_timeout", "5"), ("boot.stop.priority", "3")]),
+                start: true,
+                ..container("stubborn")
+            };
+            let stubborn = make(&w, stubborn).await;
+            w.agent.set_ignores_shutdown(stubborn, true);
+            let forced = with(&[("boot.host_shutdown_action", "force-stop")]);
+            make(&w, CreateInstance { config: forced, start: true, ..container("forced") }).await;
+            let saved =
+                with(&[("boot.host_shutdown_action", "stateful-stop"), ("migration.stateful", "true")]);
+            let machine =
+                CreateInstance { config: saved, kind: InstanceKind::VirtualMachine, ..container("saved") };
+            make(&w, CreateInstance { start: true, ..machine }).await;
+            // A container has no memory to keep: it stops as others do.
+            let cannot = with(&[("boot.host_shutdown_action", "stateful-stop")]);
+            make(&w, CreateInstance { config: cannot, start: true, ..container("cannot") }).await;
+            started(&w, "frozen").await;
+            started(&w, "itself").await;
+            make(&w, container("off")).await;
+            let freeze =
+                w.engine.instance_power(&w.admin, "default", "frozen", power(PowerAction::Freeze, false));
+            done(&w, freeze.await.unwrap()).await;
+            let stop =
+                w.engine.instance_power(&w.admin, "default", "itself", power(PowerAction::Stop, false));
+            done(&w, stop.await.unwrap()).await;
+            // One is busy when it begins.
+            let busy =
+                w.engine.instance_power(&w.admin, "default", "forced", power(PowerAction::Restart, false));
+            busy.await.unwrap();
+            assert_eq!(w.engine.host_stop(&w.admin).await.unwrap(), Vec::<String>::new());
+            let all = ["stubborn", "forced", "saved", "cannot", "frozen", "itself", "off"];
+            for name in all {
+                assert_eq!(status(&w, name), Some(Status::Stopped), "{name}");
+            }
+            assert!(w.engine.instance(&w.admin, "default", "saved").unwrap().instance.stateful);
+            let start = w.engine.instance_power(&w.admin, "default", "off", power(PowerAction::Start, false));
+            assert_eq!(start.await.unwrap_err().kind, ErrorKind::Unavailable);
+            w.env.sleep(Duration::from_secs(40)).await;
+            assert!(all.iter().all(|n| status(&w, n) == Some(Status::Stopped)), "nothing starts them again");
+            // The host may go down in between.
+            w.engine.close();
+            if w.env.below(2) == 0 {
+                w.agent.power_cut();
+            }
+            w.reopen().await.unwrap();
+            until(&w, 60, "they run again", || {
+                all[..5].iter().all(|n| status(&w, n) == Some(Status::Running))
+            })
+            .await;
+            w.env.sleep(Duration::from_secs(5)).await;
+            assert!(all[5..].iter().all(|n| status(&w, n) == Some(Status::Stopped)));
+            assert!(!w.engine.instance(&w.admin, "default", "saved").unwrap().instance.stateful);
+            demand_clean(&w, "end of the platform").await;
+        });
+    }
+}
+
 #[test]
 fn ephemeral_instances_disappear() {
     run(11, |w| async move {

@@ -369,6 +369,11 @@ impl SimulatedAgent {
 
     pub(super) fn ensure_network(&self, spec: NetworkSpec) -> Result<()> {
         interface_name("bridge", &spec.bridge)?;
+        if spec.spec.raw_dnsmasq.is_some() {
+            return Err(
+                Error::forbidden("this host's policy does not grant raw.dnsmasq").at("config.raw.dnsmasq")
+            );
+        }
         let mut seen = BTreeSet::new();
         for host in &spec.hosts {
             let addresses = [host.ipv4.map(IpAddr::from), host.ipv6.map(IpAddr::from)];
@@ -639,6 +644,7 @@ fn layout(file: &std::fs::File) -> Option<(String, karst_model::image::Applicati
         uid: 101,
         gid: 101,
         environment: [("PATH".to_owned(), "/bin".to_owned())].into(),
+        stop_signal: None,
     };
     Some((digest, application))
 }

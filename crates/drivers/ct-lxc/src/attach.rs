@@ -149,8 +149,8 @@ pub(crate) async fn exec(running: &Running, init: Init, request: ExecRequest) ->
     }
     // Beyond its own lie the ids of other guests.
     for (field, id) in [("uid", request.uid), ("gid", request.gid)] {
-        if id >= record.ids.count {
-            let text = format!("the container has the ids 0 to {}, not {id}", record.ids.count - 1);
+        if id >= record.inside().count {
+            let text = format!("the container has the ids 0 to {}, not {id}", record.inside().count - 1);
             return Err(Error::invalid(field, text));
         }
     }
@@ -175,8 +175,8 @@ pub(crate) async fn exec(running: &Running, init: Init, request: ExecRequest) ->
     let (mut theirs, mut ours) = (vec![], vec![]);
     if request.terminal.is_none() {
         // Owned by the user inside, who may open `/dev/stdout` again.
-        let owner = Some(Uid::from_raw(record.ids.base.saturating_add(request.uid)));
-        let group = Some(Gid::from_raw(record.ids.base.saturating_add(request.gid)));
+        let owner = Some(Uid::from_raw(record.inside().base.saturating_add(request.uid)));
+        let group = Some(Gid::from_raw(record.inside().base.saturating_add(request.gid)));
         for stdin in [true, false, false] {
             let (read, write) = pipe_with(PipeFlags::CLOEXEC).map_err(std::io::Error::from)?;
             fchown(&read, owner, group).map_err(std::io::Error::from)?;

@@ -5,6 +5,7 @@
 //! What a container was given is the file `cpus` in its state directory, so that a new process of the daemon goes on with
 //! it. What it has now is what its control group says: nothing is written that is there already.
 
+use crate::limits::Place;
 use karst_host::cgroup::{Cgroups, parse_cpus};
 use karst_model::{InstanceId, Result, spec::CpuLimit};
 use std::{
@@ -24,6 +25,8 @@ const LOOK: Duration = Duration::from_secs(15);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Load {
     pub(crate) limit: CpuLimit,
+    /// Out of these (those of its NUMA nodes); all when absent.
+    pub(crate) within: Option<Vec<u32>>,
     /// What it has now.
     pub(crate) now: Vec<u32>,
 }
@@ -51,12 +54,13 @@ pub(crate) fn choose(
     counted.sort_by_key(|(n, id, _)| (std::cmp::Reverse(*n), *id));
     let mut chosen = BTreeMap::new();
     for (n, id, container) in counted {
-        if n as usize >= load.len() {
-            // On all of them, it makes none worse than another.
+        let within = |cpu: &u32| container.within.as_ref().is_none_or(|w| w.contains(cpu));
+        let mut cpus: Vec<u32> = load.keys().copied().filter(within).collect();
+        if n as usize >= load.len() && cpus.len() == load.len() || cpus.is_empty() {
+            // On all of them, it makes none worse than another. Where all of its own are gone it has any.
             chosen.insert(id, None);
             continue;
         }
-        let mut cpus: Vec<u32> = load.keys().copied().collect();
         cpus.sort_by_key(|cpu| (load[cpu], !container.now.contains(cpu), *cpu));
         cpus.truncate(n as usize);
         cpus.sort_unstable();
@@ -68,11 +72,23 @@ pub(crate) fn choose(
     chosen
 }
 
+/// What is noted of a container.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+struct Noted {
+    #[serde(flatten)]
+    limit: CpuLimit,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    within: Option<Vec<u32>>,
+}
+
 /// Notes what a container may have, before it starts and when that changes.
-pub(crate) fn note(state_dir: &Path, limit: Option<&CpuLimit>) -> Result<()> {
+pub(crate) fn note(state_dir: &Path, place: &Place) -> Result<()> {
     let file = state_dir.join(FILE);
-    match limit {
-        Some(limit) => karst_guest::keeper::write_private(&file, &serde_json::to_vec(limit)?),
+    match place.limit.clone() {
+        Some(limit) => {
+            let noted = Noted { limit, within: place.within.clone() };
+            karst_guest::keeper::write_private(&file, &serde_json::to_vec(&noted)?)
+        }
         None => match std::fs::remove_file(file) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e.into()),
             _ => Ok(()),
@@ -81,10 +97,11 @@ pub(crate) fn note(state_dir: &Path, limit: Option<&CpuLimit>) -> Result<()> {
 }
 
 /// What a container with a count is given until it is balanced: what it has, where that is of the right size.
-pub(crate) fn keep(limit: Option<&CpuLimit>, wanted: &mut Option<Vec<u32>>, cgroups: &Cgroups, group: &str) {
-    if let (Some(CpuLimit::Count { n }), Some(now)) = (limit, cgroups.cpus(group))
+pub(crate) fn keep(place: &Place, wanted: &mut Option<Vec<u32>>, cgroups: &Cgroups, group: &str) {
+    if let (Some(CpuLimit::Count { n }), Some(now)) = (&place.limit, cgroups.cpus(group))
         && wanted.is_some()
         && now.len() == *n as usize
+        && place.within.as_ref().is_none_or(|w| now.iter().all(|cpu| w.contains(cpu)))
     {
         *wanted = Some(now);
     }
@@ -118,10 +135,10 @@ impl Balancer {
         let entries = std::fs::read_dir(&self.guests).into_iter().flatten().flatten();
         let load = |entry: std::fs::DirEntry| {
             let id: InstanceId = entry.file_name().to_str()?.parse().ok()?;
-            let limit = serde_json::from_slice(&std::fs::read(entry.path().join(FILE)).ok()?).ok()?;
+            let noted: Noted = serde_json::from_slice(&std::fs::read(entry.path().join(FILE)).ok()?).ok()?;
             // Without its group it does not run.
             let now = self.cgroups.cpus(&self.group(id))?;
-            Some((id, Load { limit, now }))
+            Some((id, Load { limit: noted.limit, within: noted.within, now }))
         };
         entries.filter_map(load).collect()
     }
@@ -179,11 +196,11 @@ mod tests {
     }
 
     fn count(n: u32, now: &[u32]) -> Load {
-        Load { limit: CpuLimit::Count { n }, now: now.to_vec() }
+        Load { limit: CpuLimit::Count { n }, within: None, now: now.to_vec() }
     }
 
     fn pinned(cpus: &[u32]) -> Load {
-        Load { limit: CpuLimit::Set { cpus: cpus.to_vec() }, now: cpus.to_vec() }
+        Load { limit: CpuLimit::Set { cpus: cpus.to_vec() }, within: None, now: cpus.to_vec() }
     }
 
     fn of(all: &[(u128, Load)]) -> BTreeMap<InstanceId, Load> {
@@ -212,6 +229,21 @@ mod tests {
         // A pin to a CPU that is gone counts for nothing.
         assert_eq!(sets(&[4, 6], &[(1, pinned(&[5])), (2, count(1, &[]))]), [Some(vec![4])]);
         assert_eq!(sets(&[], &[(1, count(1, &[]))]), [None]);
+    }
+
+    #[test]
+    fn those_of_a_node_stay_there() {
+        let online = [0, 1, 2, 3];
+        let on = |n, cpus: &[u32]| Load { within: Some(cpus.to_vec()), ..count(n, &[]) };
+        assert_eq!(
+            sets(&online, &[(1, on(1, &[2, 3])), (2, on(1, &[2, 3])), (3, count(1, &[]))]),
+            [Some(vec![2]), Some(vec![3]), Some(vec![0])]
+        );
+        // More than the node has is all of the node; a node that is gone holds nobody.
+        assert_eq!(sets(&online, &[(1, on(9, &[2, 3])), (2, on(1, &[7]))]), [Some(vec![2, 3]), None]);
+        // What an earlier version noted is understood.
+        let old: Noted = serde_json::from_str(r#"{"kind":"count","n":2}"#).unwrap();
+        assert_eq!((old.limit, old.within), (CpuLimit::Count { n: 2 }, None));
     }
 
     #[test]

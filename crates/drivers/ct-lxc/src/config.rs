@@ -127,7 +127,7 @@ pub fn render(guest: &ResolvedGuest, host: HostFeatures) -> Result<String> {
     set("lxc.uts.name", &guest.hostname);
     let root = crate::disks::root(guest);
     set("lxc.rootfs.path", &format!("dir:{}", path(&root, "devices.root")?));
-    for kind in ["u", "g"] {
+    for kind in ["u", "g"].into_iter().filter(|_| !guest.security.privileged) {
         let ids = guest.ids;
         set("lxc.idmap", &format!("{kind} 0 {} {}", ids.base, ids.count));
     }
@@ -164,9 +164,12 @@ pub fn render(guest: &ResolvedGuest, host: HostFeatures) -> Result<String> {
         let program = &application.program;
         line(&program.cwd, "config.oci.cwd")?;
         set("lxc.init.cwd", &program.cwd);
+        if let Some(n) = program.stop_signal.filter(|n| !karst_model::signal::is_signal(*n)) {
+            return Err(Error::invalid("config.image.stop_signal", format!("{n} is no signal")));
+        }
         for (key, id) in [("uid", program.uid), ("gid", program.gid)] {
-            if id >= guest.ids.count {
-                let text = format!("the container has users and groups below {} only", guest.ids.count);
+            if id >= guest.inside().count {
+                let text = format!("the container has users and groups below {} only", guest.inside().count);
                 return Err(Error::invalid(format!("config.oci.{key}"), text));
             }
             set(&format!("lxc.init.{key}"), &id.to_string());
@@ -185,7 +188,7 @@ pub fn render(guest: &ResolvedGuest, host: HostFeatures) -> Result<String> {
     set("lxc.cap.drop", "sys_time sys_module sys_rawio mac_admin mac_override");
     set("lxc.seccomp.profile", &path(&seccomp_file(&guest.state_dir), "state directory")?);
     if host.apparmor {
-        set("lxc.apparmor.profile", &crate::apparmor::profile(&guest.daemon_id));
+        set("lxc.apparmor.profile", &crate::apparmor::profile(&guest.daemon_id, guest.security.privileged));
     }
 
     if let Some(priority) = guest.limits.oom_priority {
@@ -359,6 +362,25 @@ mod tests {
     }
 
     #[test]
+    fn a_privileged_container_has_no_map_and_keeps_its_confinement() {
+        for unified_cgroups in [false, true] {
+            let host = HostFeatures { unified_cgroups, apparmor: true };
+            let mut guest = guest();
+            let ordinary = render(&guest, host).unwrap();
+            guest.security.privileged = true;
+            let text = render(&guest, host).unwrap();
+            let lost: Vec<_> = ordinary.lines().filter(|l| !text.lines().any(|t| t == *l)).collect();
+            let profile = "lxc.apparmor.profile = lxc-karst-ab12cd";
+            assert_eq!(lost, ["lxc.idmap = u 0 1000000 65536", "lxc.idmap = g 0 1000000 65536", profile]);
+            let new: Vec<_> = text.lines().filter(|l| !ordinary.lines().any(|o| o == *l)).collect();
+            assert_eq!(new, [format!("{profile}-privileged")]);
+            for kept in ["lxc.cap.drop = sys_time sys_module", "lxc.seccomp.profile"] {
+                assert!(text.contains(kept), "{kept}");
+            }
+        }
+    }
+
+    #[test]
     fn settings_of_the_kernel_and_what_the_host_granted() {
         let host = HostFeatures { unified_cgroups: true, apparmor: false };
         let mut guest = guest();
@@ -388,6 +410,7 @@ mod tests {
             uid: 101,
             gid: 102,
             environment: Default::default(),
+            stop_signal: None,
         };
         let address = ("10.1.2.3/24".parse().unwrap(), Some("10.1.2.1".parse().unwrap()));
         guest.application = Some(karst_guest::ResolvedApplication {

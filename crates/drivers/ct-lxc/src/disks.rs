@@ -3,8 +3,8 @@
 //! `lxc-start` lives in a mount namespace of its own, made before each start. There STATE/mounts is covered by a file system
 //! in memory that holds an `fstab` and, below `disks`, a mount for each disk, ready-made: read-only and with its owners
 //! mapped. The container's set-up binds them to their places; again when the container reboots by itself. Since a container
-//! has a user namespace of its own, it cannot take back what is locked there (read-only), and when `lxc-start` ends, all is
-//! gone by itself.
+//! has a user namespace of its own, it cannot take back what is locked there (read-only; but for a privileged one, which has
+//! none), and when `lxc-start` ends, all is gone by itself.
 //!
 //! Device nodes stand ready likewise, below `nodes`, owned by the container's ids.
 //!
@@ -148,7 +148,7 @@ fn is_block(disk: &ResolvedDisk) -> Result<bool> {
 pub(crate) fn wanted(guest: &ResolvedGuest) -> Result<Vec<Disk>> {
     let mut disks = guest.disks.iter().filter(|d| !d.ejected).map(checked).collect::<Result<Vec<_>>>()?;
     for node in &guest.nodes {
-        disks.push(checked_node(node, guest.ids)?);
+        disks.push(checked_node(node, guest.inside())?);
     }
     disks.sort_by(|a, b| a.at.cmp(&b.at));
     Ok(disks)
@@ -160,7 +160,7 @@ fn detached(guest: &ResolvedGuest, disk: &Disk, ids: Option<&OwnedFd>) -> Result
         return Ok(None);
     }
     if let Some(size) = disk.memory {
-        let owner = (guest.ids.base, guest.ids.base);
+        let owner = (guest.inside().base, guest.inside().base);
         return mount::in_memory(Some(size).filter(|s| *s > 0), owner, disk.readonly).map(Some);
     }
     let field = || format!("devices.{}.source", disk.name);
@@ -245,9 +245,10 @@ fn render(state_dir: &Path, disks: &[Disk]) -> String {
     disks.iter().map(line).collect()
 }
 
-/// What maps the owners on these disks; making it copies this process, so that it is made for disks that need it only.
+/// What maps the owners on these disks; making it copies this process, so that it is made for disks that need it only. A
+/// privileged container sees them as they are.
 fn mapping(guest: &ResolvedGuest, disks: &[Disk]) -> Result<Option<OwnedFd>> {
-    let needed = disks.iter().any(|d| d.mapped && d.node.is_none());
+    let needed = !guest.security.privileged && disks.iter().any(|d| d.mapped && d.node.is_none());
     needed.then(|| mount::user_namespace(guest.ids.base, guest.ids.count)).transpose()
 }
 
@@ -264,15 +265,14 @@ pub(crate) fn namespace(
         Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => return Err(e.into()),
         _ => {}
     }
-    let ids = mount::user_namespace(guest.ids.base, guest.ids.count)?;
-    let ready = disks.iter().map(|d| detached(guest, d, Some(&ids))).collect::<Result<Vec<_>>>()?;
+    let map = (!guest.security.privileged).then_some(Mapped { base: guest.ids.base, count: guest.ids.count });
+    let ids = map.map(|m| mount::user_namespace(m.base, m.count)).transpose()?;
+    let ready = disks.iter().map(|d| detached(guest, d, ids.as_ref())).collect::<Result<Vec<_>>>()?;
     let whole = match &guest.root_layers {
-        Some(layers) => {
-            overlay::mount(layers, true, Some(Mapped { base: guest.ids.base, count: guest.ids.count }))?
-        }
+        Some(layers) => overlay::mount(layers, true, map)?,
         None => {
             let source = mount::open_path(&guest.root.path)?;
-            mount::detached(source.as_fd(), MountOptions::default(), Some(ids.as_fd()))?
+            mount::detached(source.as_fd(), MountOptions::default(), ids.as_ref().map(AsFd::as_fd))?
         }
     };
     // What is mounted for other guests must not stay in use by this one.
@@ -303,7 +303,7 @@ pub(crate) fn namespace(
         std::fs::create_dir(&place)?;
         mount::attach(&whole, &place)?;
         for (disk, mount) in disks.iter_mut().zip(&ready) {
-            put(state_dir, disk, guest.ids, mount.as_ref())?;
+            put(state_dir, disk, guest.inside(), mount.as_ref())?;
         }
         write_fstab(state_dir, disks)
     })?;
@@ -358,7 +358,7 @@ async fn plug(
             let ids = mapping(&resolved, std::slice::from_ref(&new))?;
             let mount = detached(&resolved, &new, ids.as_ref())?;
             mount::in_namespace_of(monitor, || {
-                put(&state_dir, &mut new, resolved.ids, mount.as_ref())?;
+                put(&state_dir, &mut new, resolved.inside(), mount.as_ref())?;
                 write_fstab(&state_dir, &all)
             })?;
             Ok(new)

@@ -7,7 +7,7 @@ use crate::{
     disks,
     end::{ended, exit_reason},
     guest_api,
-    limits::limits,
+    limits::{Place, limits},
     nics,
     proc::{Init, init_end, log_reason, new_network},
     proxies,
@@ -25,7 +25,7 @@ use karst_model::{
     instance::{ExitReason, InstanceKind, RuntimeState},
 };
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     hash::{DefaultHasher, Hash, Hasher},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
@@ -66,9 +66,12 @@ struct Shared {
     balancer: Arc<Balancer>,
     cgroups: Arc<Cgroups>,
     host: HostFeatures,
-    /// Set when the AppArmor profile is loaded: once by each daemon, which may be newer than the one before.
-    profile: tokio::sync::OnceCell<()>,
+    /// Set when the AppArmor profiles are loaded, that of privileged containers last: once by each daemon, which may be newer
+    /// than the one before.
+    profiles: [tokio::sync::OnceCell<()>; 2],
     guests: Mutex<HashMap<InstanceId, Arc<Guest>>>,
+    /// Proxies whose sockets in their guests could not be made for long, and why.
+    hidden: Mutex<BTreeMap<(InstanceId, String), String>>,
     events: Mutex<Option<mpsc::Sender<Observed>>>,
 }
 
@@ -79,6 +82,8 @@ struct Guest {
     changing: tokio::sync::Mutex<()>,
     /// What samples are made with.
     sampled: Mutex<Option<Arc<sampling::Sampled>>>,
+    /// Its sockets inside are looked after.
+    keeping: Mutex<bool>,
     /// The keeper that a watcher watches.
     watched: Mutex<Option<u32>>,
     /// A root that is an overlay, so that its last close, which writes out the file system below, is not the container's end.
@@ -157,10 +162,11 @@ impl LxcDriver {
             shared: Arc::new(Shared {
                 options,
                 host,
-                profile: tokio::sync::OnceCell::new(),
+                profiles: Default::default(),
                 balancer: Balancer::new(cgroups.clone(), guests_dir, daemon_id),
                 cgroups,
                 guests: Mutex::default(),
+                hidden: Mutex::default(),
                 events: Mutex::default(),
             }),
         })
@@ -404,8 +410,10 @@ impl Shared {
             {
                 tracing::warn!(%instance, error = %e, context = e.context.as_deref(), "after a reboot from inside");
             }
-            if last != Some(init.pid) {
-                Self::keep_sockets(weak.clone(), instance);
+            if last != Some(init.pid)
+                && let Some(shared) = weak.upgrade()
+            {
+                shared.keep_sockets(instance);
             }
             last = Some(init.pid);
             // SAFETY: it owns the only descriptor of this number and drops it together with the registration.
@@ -444,7 +452,9 @@ impl Shared {
         let dir = &guest.state_dir;
         self.make_room();
         if self.host.apparmor {
-            self.profile.get_or_try_init(|| crate::apparmor::load(&guest.daemon_id)).await?;
+            let privileged = guest.security.privileged;
+            let loaded = &self.profiles[usize::from(privileged)];
+            loaded.get_or_try_init(|| crate::apparmor::load(&guest.daemon_id, privileged)).await?;
         }
         let config = dir.join("lxc.conf");
         let log = dir.join("lxc.log");
@@ -474,17 +484,18 @@ impl Shared {
         let (mounted, namespace, root) =
             prepared.await.map_err(|e| Error::internal("mounting was broken off", e))??;
         *lock(&self.guest(guest.instance).root) = root;
-        let limits = limits(guest);
+        let place = Place::of(&guest.limits)?;
+        let limits = limits(guest, &place);
         // With rates it stays ours: they hold for one group and not for those below.
         let free = rates.as_ref().filter(|_| guest.security.nesting && limits.io.is_empty());
         let record = &Record { disks: mounted, free_rates: free.is_some(), ..record.clone() };
         record.write(dir)?;
-        balance::note(dir, guest.limits.cpu.as_ref())?;
+        balance::note(dir, &place)?;
         self.cgroups.create(&groups.limits)?;
         self.cgroups.limit(&groups.limits, &limits)?;
         self.balancer.wake();
         if let Some(mount) = free {
-            beside::free_rates(mount, groups, guest.ids)?;
+            beside::free_rates(mount, groups, guest.inside())?;
         }
         self.cgroups.delegate(&groups.limits);
         let keeper_cgroups = self.cgroups.create_tracking(&groups.keeper)?;
@@ -599,7 +610,11 @@ impl Shared {
         if self.cgroups.is_frozen(&running.groups.limits) {
             self.cgroups.freeze(&running.groups.limits, false).await?;
         }
-        let signal = if running.record.application { libc::SIGTERM } else { init.halt_signal() };
+        let chosen = running.record.fixed.program.as_ref().and_then(|p| p.stop_signal);
+        let signal = match running.record.application {
+            true => chosen.unwrap_or(libc::SIGTERM),
+            false => init.halt_signal(),
+        };
         if running.record.application && !init.minds(signal) {
             // The kernel keeps from the first process of a container what that does not handle: it cannot be asked to end.
             // A program that has only just started may still prepare for it.
@@ -689,19 +704,25 @@ impl GuestDriver for LxcDriver {
         let _changing = kept.changing.lock().await;
         let running = self.shared.running(guest.instance).await?;
         let (cgroups, group) = (&self.shared.cgroups, &running.groups.limits);
-        let mut limits = limits(guest);
-        balance::keep(guest.limits.cpu.as_ref(), &mut limits.cpus, cgroups, group);
+        let place = Place::of(&guest.limits)?;
+        let mut limits = limits(guest, &place);
+        balance::keep(&place, &mut limits.cpus, cgroups, group);
         cgroups.limit(group, &limits)?;
-        balance::note(&guest.state_dir, guest.limits.cpu.as_ref())?;
+        balance::note(&guest.state_dir, &place)?;
         self.shared.balancer.wake();
         // Read again: another change may have ended while this one waited for its turn.
         let mut record = Record::read(&guest.state_dir)?.ok_or_else(not_running)?;
+        let new = Record::new(guest);
+        // Users are what they were when it started.
+        let mut guest = guest.clone();
+        guest.security.privileged = record.privileged;
+        let guest = &guest;
         let find =
             || running.init().ok_or_else(|| Error::unavailable("the guest is just starting; try again"));
         disks::update(&running, find, guest, &mut record).await?;
         self.shared.update_proxies(&running, &guest.proxies, &mut record).await?;
+        self.shared.keep_sockets(guest.instance);
         network::update(&running, guest, &mut record).await?;
-        let new = Record::new(guest);
         let old = &mut record;
         let mut pending = vec![];
         if old.free_rates && !limits.io.is_empty() {
@@ -709,6 +730,9 @@ impl GuestDriver for LxcDriver {
         }
         if old.nesting != new.nesting {
             pending.push("security.nesting".to_owned());
+        }
+        if old.privileged != new.privileged {
+            pending.push("security.privileged".to_owned());
         }
         if guest.security.idmap_size.unwrap_or(65_536) != old.ids.count {
             pending.push("security.idmap.size".to_owned());
@@ -832,6 +856,10 @@ impl GuestDriver for LxcDriver {
 
     fn files(&self) -> Option<&dyn GuestFiles> {
         Some(self)
+    }
+
+    fn warnings(&self) -> Vec<String> {
+        self.shared.hidden_sockets()
     }
 
     fn events(&self) -> mpsc::Receiver<Observed> {

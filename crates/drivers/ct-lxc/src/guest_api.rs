@@ -122,7 +122,8 @@ pub(crate) fn prepare(guest: &ResolvedGuest, api: &GuestApi) -> Result<UnixListe
     let dir = std::fs::File::open(&socket)?;
     let listener = UnixListener::bind(format!("/proc/self/fd/{}/sock", dir.as_raw_fd()))?;
     // The guest's root alone may connect.
-    chown(socket.join("sock"), Some(base), Some(base))?;
+    let owner = guest.inside().base;
+    chown(socket.join("sock"), Some(owner), Some(owner))?;
     std::fs::set_permissions(socket.join("sock"), PermissionsExt::from_mode(0o600))?;
     Ok(listener)
 }

@@ -34,10 +34,10 @@ fn root(state_dir: &Path) -> PathBuf {
 impl Place<'_> {
     /// The host's id of one of the guest's.
     fn inside(&self, id: u32) -> Result<u32> {
-        match id < self.ids.count {
-            true => Ok(self.ids.base + id),
+        match id < self.users.count {
+            true => Ok(self.users.base + id),
             false => {
-                let text = format!("the guest has users and groups below {} only", self.ids.count);
+                let text = format!("the guest has users and groups below {} only", self.users.count);
                 Err(Error::invalid("uid", text))
             }
         }
@@ -49,8 +49,10 @@ pub(crate) struct Place<'a> {
     pub(crate) state_dir: &'a Path,
     pub(crate) daemon_id: &'a str,
     pub(crate) instance: InstanceId,
-    /// The host's ids of the guest.
+    /// The guest's own ids of the host, which its helpers run as.
     pub(crate) ids: IdRange,
+    /// What the guest's users are on the host: those ids, or the host's.
+    pub(crate) users: IdRange,
     pub(crate) cgroups: &'a Cgroups,
     /// Where the processes are.
     pub(crate) group: &'a str,
@@ -112,6 +114,10 @@ pub(crate) async fn start(place: &Place<'_>, init: &Init, proxy: &ProxySpec) -> 
         // On the host as the host knows them: its policy grants the path that they connect to.
         Some((uid, gid)) if device.in_guest => (uid, gid),
         Some((uid, gid)) => (place.inside(uid).map_err(|e| e.at(named("security.uid")))?, place.inside(gid)?),
+        // Sockets in the guest are its root's to connect to.
+        None if !device.in_guest && matches!(connect, Some(ProxyAddress::Path(_))) => {
+            (place.users.base, place.users.base)
+        }
         None => (place.ids.base, place.ids.base),
     };
     let spec = Spec {
@@ -165,7 +171,7 @@ fn listen(
             let wanted = device.socket.unwrap_or(SocketMode { uid: 0, gid: 0, mode: 0o644 });
             if let Some(pid) = inside {
                 let open = sockets::directory_in(sockets::root_of(pid)?.as_fd(), directory)?;
-                let maker = Owner { uid: place.ids.base, gid: place.ids.base };
+                let maker = Owner { uid: place.users.base, gid: place.users.base };
                 let owner = Owner { uid: place.inside(wanted.uid)?, gid: place.inside(wanted.gid)? };
                 return sockets::listen_in(open.as_fd(), name, maker, owner, wanted.mode);
             }

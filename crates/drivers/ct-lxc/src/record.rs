@@ -115,7 +115,7 @@ pub(crate) struct Fixed {
     sysctls: BTreeMap<String, String>,
     pub(crate) denied: Vec<DeniedCall>,
     raw: Option<String>,
-    program: Option<Application>,
+    pub(crate) program: Option<Application>,
 }
 
 impl Fixed {
@@ -175,6 +175,9 @@ pub(crate) struct Record {
     /// Nested containers allowed.
     #[serde(default)]
     pub(crate) nesting: bool,
+    /// Its ids are the host's own.
+    #[serde(default)]
+    pub(crate) privileged: bool,
     /// The guest's own API is served.
     #[serde(default)]
     pub(crate) guest_api: bool,
@@ -208,11 +211,17 @@ impl Record {
             hostname: guest.hostname.clone(),
             seed: 0,
             nesting: guest.security.nesting,
+            privileged: guest.security.privileged,
             guest_api: guest.security.guest_api.is_some(),
             fixed: Fixed::of(guest),
             application: guest.application.is_some(),
             free_rates: false,
         }
+    }
+
+    /// What the users of this life are on the host.
+    pub(crate) fn inside(&self) -> IdRange {
+        self.ids.inside(self.privileged)
     }
 
     /// Reads it; `None` when there is none.

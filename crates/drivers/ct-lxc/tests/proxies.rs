@@ -185,7 +185,8 @@ async fn unix_sockets_of_both_sides() {
     outward.device.socket = Some(SocketMode { uid: 0, gid: 0, mode: 0o600 });
     outward.device.user = Some((1000, 0));
     let tcp = unix("tcp", false, &format!("127.0.0.1:{port}"), "unix:@in");
-    guest.proxies = vec![inward, by_name, refused, outward, tcp];
+    let covered = unix("covered", true, "unix:/srv/covered.sock", &at("server"));
+    guest.proxies = vec![inward, by_name, refused, outward, tcp, covered];
     driver.update(&guest).await.unwrap();
 
     // Its init mounts file systems over places where sockets have been made before: they are made again.
@@ -207,6 +208,13 @@ async fn unix_sockets_of_both_sides() {
     until("an answer", || talk(out.clone()).as_deref() == Some("host:hello")).await;
     assert_eq!(std::fs::metadata(&out).unwrap().mode() & 0o777, 0o600);
     assert_eq!(ask(port, "name").as_deref(), Some("host:name"));
+    // Something that is mounted over its place, where none can be made, is a warning as long as it is there.
+    inside_is("until test -S /srv/covered.sock; do sleep 0.1; done; mount -t tmpfs -o ro none /srv").await;
+    let id = guest.instance.to_string();
+    let told = || driver.warnings().iter().any(|w| w.contains("\"covered\"") && w.contains(&id));
+    until("a warning", told).await;
+    inside_is("umount /srv").await;
+    until("no warning", || driver.warnings().is_empty()).await;
     // Who may not connect gets nothing: the guest's root is nobody on the host.
     std::fs::set_permissions(dir.path().join("server"), std::os::unix::fs::PermissionsExt::from_mode(0o600))
         .unwrap();

@@ -81,6 +81,11 @@ pub trait GuestDriver: Send + Sync {
         None
     }
 
+    /// What of its guests is wrong and tried again, for people; guests by their ids.
+    fn warnings(&self) -> Vec<String> {
+        vec![]
+    }
+
     /// Changes of state as they happen (a guest ended by itself). One receiver; later calls replace it.
     fn events(&self) -> mpsc::Receiver<Observed>;
 }

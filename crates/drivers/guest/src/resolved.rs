@@ -27,6 +27,16 @@ pub struct IdRange {
     pub count: u32,
 }
 
+impl IdRange {
+    /// The host's own ids, as they are.
+    pub const HOST: Self = Self { base: 0, count: u32::MAX };
+
+    /// What the users of a container are on the host that this range belongs to.
+    pub fn inside(self, privileged: bool) -> Self {
+        if privileged { Self::HOST } else { self }
+    }
+}
+
 /// A guest with everything resolved, as drivers take it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ResolvedGuest {
@@ -46,7 +56,7 @@ pub struct ResolvedGuest {
     pub hostname: String,
     /// State directory of this guest, root-owned, mode 0711, exists: sockets, console log, generated configuration.
     pub state_dir: PathBuf,
-    /// Id range.
+    /// Id range. A privileged container has it too, for the helpers beside it.
     pub ids: IdRange,
     /// Virtual hardware.
     pub machine: Option<MachineSpec>,
@@ -92,6 +102,11 @@ pub struct ResolvedApplication {
 }
 
 impl ResolvedGuest {
+    /// What the guest's users are on the host.
+    pub fn inside(&self) -> IdRange {
+        self.ids.inside(self.security.privileged)
+    }
+
     /// For a driver that attaches the root only.
     ///
     /// # Errors

@@ -48,6 +48,7 @@ struct Runtime {
     cmd: Option<Vec<String>>,
     working_dir: Option<String>,
     labels: Option<BTreeMap<String, String>>,
+    stop_signal: Option<String>,
 }
 
 /// Where the files of an archive lie in it.
@@ -213,6 +214,10 @@ pub fn unpack(input: &File, out: &Path, field: &str, bounds: Bounds) -> Result<O
             properties.insert(key.into(), text.chars().filter(|c| !c.is_control()).take(255).collect());
         }
     }
+    if let Some(signal) = application.stop_signal {
+        let name = runtime.stop_signal.filter(|s| s.len() < 16).unwrap_or_else(|| signal.to_string());
+        properties.insert("stop_signal".into(), name.trim().to_owned());
+    }
     let created = image.created.and_then(|c| c.parse::<jiff::Timestamp>().ok());
     let found = layers.found();
     Ok(Some(Found {
@@ -252,7 +257,9 @@ fn application(runtime: &Runtime, layers: &Layers, field: &str) -> Result<Applic
     let (uid, gid, home) = user(runtime.user.as_deref().unwrap_or_default(), layers, field)?;
     environment.entry("HOME".to_owned()).or_insert(home);
     let cwd = runtime.working_dir.clone().filter(|d| d.starts_with('/')).unwrap_or_else(|| "/".to_owned());
-    Ok(Application { command, cwd, uid, gid, environment })
+    // What is no signal here is none that could be sent.
+    let stop_signal = runtime.stop_signal.as_deref().and_then(karst_model::signal::parse);
+    Ok(Application { command, cwd, uid, gid, environment, stop_signal })
 }
 
 /// `user`, `uid`, `user:group`, `uid:gid`; answers ids and home.

@@ -169,7 +169,7 @@ async fn layers_lie_over_each_other() {
     ]);
     let config = json!({
         "User": "web:staff", "Env": ["PATH=/bin", "A=b=c", "broken"], "Entrypoint": ["/bin/server"],
-        "Cmd": ["--port", "80 81"], "WorkingDir": "/srv", "Labels": {"org.opencontainers.image.title": "A server"},
+        "Cmd": ["--port", "80 81"], "WorkingDir": "/srv", "StopSignal": "SIGQUIT", "Labels": {"org.opencontainers.image.title": "A server"},
     });
     let layout = Layout::new(&[first, second], config);
     let (id, facts) = import(&store, &layout.archive()).await.unwrap();
@@ -181,6 +181,7 @@ async fn layers_lie_over_each_other() {
     );
     let application = facts.application.unwrap();
     assert_eq!(application.command, ["/bin/server", "--port", "80 81"]);
+    assert_eq!((application.stop_signal, facts.properties["stop_signal"].as_str()), (Some(3), "SIGQUIT"));
     assert_eq!((application.uid, application.gid, application.cwd.as_str()), (101, 50, "/srv"));
     let environment: Vec<_> = application.environment.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
     assert_eq!(environment, [("A", "b=c"), ("HOME", "/srv/web"), ("PATH", "/bin")]);

@@ -22,6 +22,8 @@ use std::{
 
 /// What dnsmasq gets to end by itself.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// Exit code for a configuration that it cannot read.
+const BAD_CONFIGURATION: i32 = 1;
 /// Its log is cut when it grows beyond this.
 const LOG_LIMIT: u64 = 1 << 20;
 
@@ -197,6 +199,9 @@ pub(crate) async fn start(paths: &Paths, record: &Record) -> Result<Process> {
     if out.code != 0 {
         let stderr = String::from_utf8_lossy(&out.stderr).trim().to_owned();
         let context = format!("dnsmasq for {}: exit code {}: {stderr}", record.bridge, out.code);
+        if out.code == BAD_CONFIGURATION && record.spec.raw_dnsmasq.is_some() {
+            return Err(bad_lines(&stderr).with_context(context));
+        }
         return Err(if stderr.contains("in use") {
             Error::conflict(format!(
                 "DHCP and DNS of {:?} cannot start: another server holds port 53 or 67 on all addresses; let it listen on its \
@@ -214,6 +219,18 @@ pub(crate) async fn start(paths: &Paths, record: &Record) -> Result<Process> {
             log_tail(paths, record.id),
         )
     })
+}
+
+/// What dnsmasq says of lines that somebody added, without the places of this host.
+fn bad_lines(stderr: &str) -> Error {
+    let words = stderr.lines().last().unwrap_or_default();
+    let words = words.strip_prefix("dnsmasq: ").unwrap_or(words).trim();
+    let words = words.split(" of /").next().unwrap_or_default();
+    let said = if words.is_empty() { "it does not start" } else { words };
+    Error::invalid(
+        "config.raw.dnsmasq",
+        format!("dnsmasq refuses its configuration with these lines: {said}"),
+    )
 }
 
 /// Makes it read the lists of guests again.
@@ -242,6 +259,12 @@ pub(crate) fn trim_log(paths: &Paths, id: NetworkId) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bad_lines_are_told_without_places() {
+        let e = bad_lines("\ndnsmasq: bad option at line 25 of /var/lib/x/dnsmasq.conf");
+        assert!(e.message.ends_with("bad option at line 25") && e.field.is_some(), "{e}");
+    }
 
     #[test]
     fn identity_is_program_and_configuration() {

@@ -90,6 +90,11 @@ pub(crate) fn dnsmasq(record: &Record, context: &DnsmasqContext<'_>, view: Optio
     if let Some(net) = v6 {
         dhcp6(&mut text, spec, net);
     }
+    // Last, as the administrator of the host has granted it; checked (`check`).
+    if let Some(raw) = &spec.raw_dnsmasq {
+        text.push_str(raw);
+        text.push('\n');
+    }
     Some(text)
 }
 
@@ -202,6 +207,9 @@ pub(crate) fn check(bridge: &str, spec: &karst_model::network::BridgeSpec) -> Re
     }
     if !spec.domain.split('.').all(label) {
         return Err(Error::invalid("config.dns.domain", format!("{:?} is not a DNS domain", spec.domain)));
+    }
+    if let Some(lines) = &spec.raw_dnsmasq {
+        karst_model::dnsmasq::check_lines("config.raw.dnsmasq", lines)?;
     }
     Ok(())
 }
@@ -383,6 +391,15 @@ mod tests {
         assert!(!text.contains("dhcp") && !text.contains("no-resolv"), "{text}");
         r.spec.ipv4 = None;
         assert!(dnsmasq(&r, &context, None).is_none());
+    }
+
+    #[test]
+    fn lines_that_are_added_say_what_guests_are_answered() {
+        let with = |lines: &str| BridgeSpec { raw_dnsmasq: Some(lines.into()), ..Default::default() };
+        check("br0", &with("address=/a.example/10.0.0.1")).unwrap();
+        for lines in ["dhcp-script=/bin/sh", "no-resolv\nconf-file=/etc/shadow"] {
+            assert_eq!(check("br0", &with(lines)).unwrap_err().field.as_deref(), Some("config.raw.dnsmasq"));
+        }
     }
 
     #[test]

@@ -478,7 +478,7 @@ impl GuestDriver for QemuDriver {
         let slot = self.shared.slot(guest.instance);
         let _changing = slot.changing.lock().await;
         let groups = Groups::of(&guest.daemon_id, guest.instance);
-        self.shared.cgroups.limit(&groups.machine, &limits(guest))?;
+        self.shared.cgroups.limit(&groups.machine, &limits(guest)?)?;
         let new = Record::new(guest);
         let mut pending = plug::apply(&machine, guest).await?;
         pending.extend(resize::apply(&machine, &new).await?);

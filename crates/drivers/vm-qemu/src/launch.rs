@@ -78,10 +78,14 @@ impl Groups {
 }
 
 /// Limits of QEMU's process. Memory is the guest's size and needs no second limit, which could only kill it.
-pub(crate) fn limits(guest: &ResolvedGuest) -> CgroupLimits {
-    CgroupLimits {
-        cpus: match &guest.limits.cpu {
-            Some(CpuLimit::Set { cpus }) => Some(cpus.clone()),
+///
+/// # Errors
+/// Invalid for a NUMA node that this host does not have.
+pub(crate) fn limits(guest: &ResolvedGuest) -> Result<CgroupLimits> {
+    Ok(CgroupLimits {
+        cpus: match (&guest.limits.cpu, &guest.limits.cpu_nodes) {
+            (Some(CpuLimit::Set { cpus }), _) => Some(cpus.clone()),
+            (_, Some(nodes)) => Some(karst_host::numa::cpus_of(nodes)?),
             _ => None,
         },
         cpu_quota: match guest.limits.cpu_allowance {
@@ -93,7 +97,7 @@ pub(crate) fn limits(guest: &ResolvedGuest) -> CgroupLimits {
             _ => None,
         },
         ..CgroupLimits::default()
-    }
+    })
 }
 
 fn open_dir(dir: &Path) -> std::io::Result<OwnedFd> {
@@ -324,8 +328,9 @@ pub(crate) fn prepare(
     for (i, n) in guest.nics.iter().enumerate() {
         fds.push((fd::NIC + i as i32, open_tap(&guest.state_dir, n)?));
     }
+    let limits = limits(guest)?;
     cgroups.create(&groups.machine)?;
-    cgroups.limit(&groups.machine, &limits(guest))?;
+    cgroups.limit(&groups.machine, &limits)?;
     cgroups.create(&groups.keeper)?;
 
     let kvm = (guest.accelerator == AcceleratorKind::Kvm).then(kvm_group).flatten();

@@ -325,6 +325,7 @@ pub(crate) fn plan(
     instance.vmid = inner.take_vmid(records);
     let mut start = None;
     if request.start {
+        inner.demand_staying()?;
         super::power::demand_startable(&instance, &records.expanded(&instance).0)?;
         instance.generation = instance.generation.next_in(records.incarnation);
         instance.power = DesiredPower::Running;

@@ -4,7 +4,7 @@ use super::expand::ParsedDevices;
 use crate::{Records, Row, db::Tx, saga::runner, volumes};
 use karst_model::{
     Error, Result,
-    device::{DiskDevice, DiskOrigin},
+    device::{DiskBus, DiskDevice, DiskOrigin},
     instance::{Instance, InstanceKind},
     spec::GuestSpec,
     storage::{Volume, VolumeContent},
@@ -109,14 +109,35 @@ fn check_content(kind: InstanceKind, volume: &Volume, device: &str, disk: &DiskD
             Err(Error::unsupported("directories are not shared with virtual machines yet").at(field))
         }
         (VolumeContent::Filesystem, ..) => Ok(()),
-        (_, InstanceKind::Container, _) => Err(Error::invalid(
+        (content, InstanceKind::Container, _) => Err(Error::invalid(
             format!("devices.{device}.source"),
-            format!("{:?} is a block volume; containers can attach file systems only", volume.name),
+            format!("{:?} is {}; containers can attach file systems only", volume.name, called(content)),
         )),
-        (_, InstanceKind::VirtualMachine, Some(_)) => {
-            Err(Error::invalid(field, "a block volume has no path; the guest sees it as a disk"))
+        (content, InstanceKind::VirtualMachine, Some(_)) => Err(Error::invalid(
+            field,
+            format!("{} has no path; the guest sees it as a drive", called(content)),
+        )),
+        (VolumeContent::Block, ..) if !disk.attached => Err(Error::invalid(
+            format!("devices.{device}.attached"),
+            format!("{:?} is a block volume; only a disc leaves its drive. Remove the device", volume.name),
+        )),
+        (VolumeContent::Iso, ..)
+            if !matches!(disk.io.bus, None | Some(DiskBus::VirtioScsi | DiskBus::Sata)) =>
+        {
+            Err(Error::invalid(
+                format!("devices.{device}.io.bus"),
+                "a disc is in a drive of virtio-scsi or sata",
+            ))
         }
         (_, InstanceKind::VirtualMachine, None) => Ok(()),
+    }
+}
+
+fn called(content: VolumeContent) -> &'static str {
+    match content {
+        VolumeContent::Filesystem => "a file system",
+        VolumeContent::Block => "a block volume",
+        VolumeContent::Iso => "a disc (ISO volume)",
     }
 }
 

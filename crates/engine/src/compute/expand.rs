@@ -9,6 +9,7 @@ use karst_model::{
     instance::{DeviceIdentity, Hardware, Instance, InstanceKind},
     keys,
     network::Network,
+    signal,
     spec::{
         DiskSource, DiskSpec, GuestApi, GuestSpec, MachineSpec, NicLink, NicSpec, NodeSpec, ProxySpec,
         RootSpec,
@@ -381,7 +382,12 @@ pub fn guest_spec(
         });
     }
     let application = match (instance.kind, instance.is_application()) {
-        (InstanceKind::Container, true) => Some(application::parse(config)?),
+        (InstanceKind::Container, true) => {
+            let mut program = application::parse(config)?;
+            let of_image = || signal::parse(instance.image_properties.get(application::STOP_SIGNAL)?);
+            program.stop_signal = program.stop_signal.or_else(of_image);
+            Some(program)
+        }
         _ => {
             application::demand_none(config)?;
             None

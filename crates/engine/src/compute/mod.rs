@@ -17,6 +17,7 @@ pub mod power;
 pub mod rebuild;
 pub mod refresh;
 pub mod relocate;
+pub mod shutdown;
 pub mod slots;
 pub mod templates;
 pub mod update;

@@ -53,6 +53,18 @@ impl Engine {
         name: &str,
         request: PowerRequest,
     ) -> Result<LiveOperation> {
+        self.power(context, project, name, request, false).await
+    }
+
+    /// As [`Engine::instance_power`]; with `keep` an instance that stops is still one that is to run.
+    pub(crate) async fn power(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        request: PowerRequest,
+        keep: bool,
+    ) -> Result<LiveOperation> {
         let project = self.project(context, project, Permission::InstanceUse)?;
         let inner = self.inner();
         let save = request.stateful && request.action == PowerAction::Stop;
@@ -94,7 +106,10 @@ impl Engine {
             let mut new = NewOperation::task(words, Some(project.id), "instances", path.clone());
             new.may_cancel =
                 matches!(request.action, PowerAction::Stop | PowerAction::Restart) && !request.force;
-            let plan = plan(inner, &records, row, request, status, mode, path)?;
+            let mut plan = plan(inner, &records, row, request, status, mode, path)?;
+            if keep && request.action == PowerAction::Stop {
+                (plan.keep, plan.instance.power) = (true, row.power);
+            }
             if let Some(start) = &plan.start {
                 super::disks::demand_idle(&records, tx, &start.spec)?;
             }
@@ -154,6 +169,7 @@ fn plan(
     match action {
         PowerAction::Start | PowerAction::Restart => {
             let (config, devices) = records.expanded(&instance);
+            inner.demand_staying()?;
             demand_startable(&instance, &config)?;
             let parsed = expand::parse_devices(&devices)?;
             instance.identities = inner.assign_identities(
@@ -184,6 +200,7 @@ fn plan(
         before: row.power,
         resume,
         save: mode == StopMode::Save,
+        keep: false,
         stop: matches!(action, PowerAction::Stop | PowerAction::Restart)
             .then_some(GuestStop { guest: running, mode }),
         running,
@@ -207,6 +224,9 @@ pub struct PowerPlan {
     /// The stop keeps the memory.
     #[serde(default)]
     save: bool,
+    /// It stops with its host and is to run again.
+    #[serde(default)]
+    keep: bool,
     running: GuestRef,
     was_frozen: bool,
     stop: Option<GuestStop>,
@@ -332,7 +352,7 @@ impl Saga for InstancePower {
         let row = engine.instance_row(plan.instance.id)?;
         let mut instance = row.value.clone();
         let stopped = outputs.stopped.is_some() && plan.stop.is_some();
-        if stopped {
+        if stopped && !plan.keep {
             instance.power = DesiredPower::Stopped;
         } else {
             instance.power = plan.before;

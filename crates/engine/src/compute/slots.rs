@@ -37,6 +37,9 @@ pub fn is_of(machine: &str, wanted: &str) -> bool {
     }
 }
 
+/// Ports of the SATA controller.
+const SATA_PORTS: u32 = 6;
+
 /// First and last slot for devices on the root bus.
 const FIRST: u8 = 0x08;
 const LAST: u8 = 0x17;
@@ -84,9 +87,17 @@ impl Free {
         Self { slots, addresses, machine }
     }
 
-    /// A slot of a kind.
+    /// A slot of a kind. Disks of SCSI and SATA have the same names (`sda` is the first of either) in libvirt's documents, so
+    /// as long as the controller's ports suffice they have different numbers.
     pub fn slot(&mut self, kind: &str) -> String {
-        let slot = (0..).map(|n| format!("{kind}{n}")).find(|s| !self.slots.contains(s)).unwrap_or_default();
+        let free = |kind: &str, n: u32| !self.slots.contains(&format!("{kind}{n}"));
+        let apart = match kind {
+            "scsi" => (0..).find(|n| free(kind, *n) && free("sata", *n)),
+            "sata" => (0..SATA_PORTS).find(|n| free(kind, *n) && free("scsi", *n)),
+            _ => None,
+        };
+        let number = apart.or_else(|| (0..).find(|n| free(kind, *n))).unwrap_or_default();
+        let slot = format!("{kind}{number}");
         self.slots.insert(slot.clone());
         slot
     }
@@ -136,6 +147,19 @@ mod tests {
                 && !is_of("pc-i440fx-7.2", "q35")
                 && is_of("pc-q35-7.2", "pc-q35-7.2")
         );
+    }
+
+    #[test]
+    fn disks_of_scsi_and_sata_have_different_numbers() {
+        let mut free = Free::of(None, [].iter());
+        let kinds =
+            ["scsi", "sata", "sata", "scsi", "virtio", "sata", "sata", "scsi", "scsi", "sata", "sata"];
+        let given: Vec<_> = kinds.map(|kind| free.slot(kind)).into();
+        let wanted = [
+            "scsi0", "sata1", "sata2", "scsi3", "virtio0", "sata4", "sata5", "scsi6", "scsi7", "sata0",
+            "sata3",
+        ];
+        assert_eq!(given, wanted);
     }
 
     #[test]

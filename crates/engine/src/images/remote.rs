@@ -10,6 +10,7 @@ use crate::{
     compute::create::{CreateInstance, InstanceSource},
     context::Context,
     operations::{LiveOperation, NewOperation},
+    tenancy::{restricted, rules::ProjectRules},
     uploads::{ImageUpload, PartUpload},
 };
 use async_trait::async_trait;
@@ -178,6 +179,11 @@ impl Engine {
         *self.inner().image_servers.write().unwrap_or_else(|e| e.into_inner()) = Some(servers);
     }
 
+    fn demand_image_server(&self, context: &Context, project: &str, source: &RemoteSource) -> Result<()> {
+        let project = self.project(context, project, Permission::ProjectView)?;
+        restricted::check_image_server(&ProjectRules::parse(&project.config)?, &source.from.server)
+    }
+
     fn image_servers(&self) -> Result<Arc<dyn ImageServers>> {
         let servers = self.inner().image_servers.read().unwrap_or_else(|e| e.into_inner()).clone();
         servers.ok_or_else(|| Error::unsupported("this server fetches no images"))
@@ -195,6 +201,7 @@ impl Engine {
     ) -> Result<LiveOperation> {
         let row = self.project_of(context, project, FEATURE, Permission::ResourceEdit)?;
         request.source.check()?;
+        self.demand_image_server(context, project, &request.source)?;
         check_options(&request.options)?;
         self.image_servers()?;
         let path = super::path(&request.source.reference);
@@ -225,6 +232,7 @@ impl Engine {
     ) -> Result<LiveOperation> {
         let row = self.project(context, project, Permission::ResourceEdit)?;
         source.check()?;
+        self.demand_image_server(context, project, &source)?;
         self.image_servers()?;
         let name = match request.name.as_deref().filter(|n| !n.is_empty()) {
             Some(name) => Name::parse("name", name)?,
@@ -285,6 +293,8 @@ impl Engine {
     ) -> Result<Row<Image>> {
         let home = self.project_of(context, project, FEATURE, Permission::ResourceEdit)?;
         let inner = self.inner();
+        // Also when it is fetched again, of a server that the project might use once.
+        self.demand_image_server(context, project, &request.source)?;
         let servers = self.image_servers()?;
         let found = match inner.env.timeout(FIND, servers.find(&request.source)).await {
             Ok(found) => found?,

@@ -8,6 +8,7 @@ use crate::{
     db::Tx,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
+    tenancy::{restricted, rules::ProjectRules},
     volumes,
 };
 use async_trait::async_trait;
@@ -50,6 +51,7 @@ impl Engine {
     ) -> Result<LiveOperation> {
         let project = origin.editor(self, context)?;
         let inner = self.inner();
+        restricted::check_snapshot(&ProjectRules::parse(&project.config)?)?;
         runner::start::<SnapshotCreate>(inner, context, |tx| {
             let records = inner.inventory.read();
             let found = origin.find(&records, project.id)?;

@@ -3,7 +3,12 @@
 //! without inputs, by the clock of the environment; times are UTC. What was due while no daemon ran is not made up for.
 
 use super::{Found, Origin, create::CreateSnapshot};
-use crate::{Engine, EngineInner, Records, context::Context, volumes};
+use crate::{
+    Engine, EngineInner, Records,
+    context::Context,
+    tenancy::{restricted, rules::ProjectRules},
+    volumes,
+};
 use jiff::Timestamp;
 use karst_model::{
     Config, Error, ErrorKind, ProjectId, Result,
@@ -92,6 +97,12 @@ fn schedule(config: &Config) -> Option<Schedule> {
     Schedule::parse("config.snapshots.schedule", text).ok()
 }
 
+/// May snapshots be taken in the project? Where not, a schedule waits until they may.
+fn allowed(records: &Records, project: ProjectId) -> bool {
+    let rules = records.projects.get(&project).and_then(|p| ProjectRules::parse(&p.config).ok());
+    rules.is_some_and(|r| restricted::check_snapshot(&r).is_ok())
+}
+
 /// What a snapshot is due of, between two looks.
 fn due(records: &Records, last: Timestamp, now: Timestamp) -> Vec<Named> {
     let mut found = vec![];
@@ -111,13 +122,15 @@ fn due(records: &Records, last: Timestamp, now: Timestamp) -> Vec<Named> {
             .is_some_and(|v| parse_bool("config.snapshots.schedule.stopped", v).unwrap_or(false));
         let started = records.runtimes.get(&instance.id).and_then(|r| r.started_at);
         let began = schedule.at_startup && runs && started.is_some_and(|t| t > last && t <= now);
-        if began || ((runs || stopped_too) && schedule.is_due(last, now)) {
+        let time = began || ((runs || stopped_too) && schedule.is_due(last, now));
+        if time && allowed(records, instance.project) {
             let project = project_name(records, instance.project).unwrap_or_default();
             found.push(Named { project, pool: None, name: instance.name.to_string() });
         }
     }
     for volume in records.volumes.values().filter(|v| v.owner == VolumeOwner::Custom) {
-        if schedule(&volume.config).is_some_and(|s| s.is_due(last, now)) {
+        let time = schedule(&volume.config).is_some_and(|s| s.is_due(last, now));
+        if time && allowed(records, volume.project) {
             let pool = records.pools.get(&volume.pool).map(|p| p.name.to_string());
             let project = project_name(records, volume.project).unwrap_or_default();
             found.push(Named { project, pool, name: volume.name.clone() });

@@ -7,7 +7,7 @@ use super::rules::ProjectRules;
 use karst_model::{Config, Error, Result, device::Devices, instance::InstanceKind, keys};
 
 const CONTAINER_LOWLEVEL: &[&str] = &[
-    "boot.host_shutdown_timeout",
+    "boot.host_shutdown_",
     "linux.kernel_modules",
     "linux.sysctl.",
     "raw.apparmor",
@@ -19,7 +19,7 @@ const CONTAINER_LOWLEVEL: &[&str] = &[
     "security.idmap.size",
 ];
 const MACHINE_LOWLEVEL: &[&str] =
-    &["boot.host_shutdown_timeout", "limits.memory.hugepages", "raw.apparmor", "raw.idmap", "raw.qemu"];
+    &["boot.host_shutdown_", "limits.memory.hugepages", "raw.apparmor", "raw.idmap", "raw.qemu"];
 /// Interceptions that `allow` includes; the others need `full`.
 const HARMLESS_INTERCEPTION: &[&str] = &[
     "security.syscalls.intercept.mknod",
@@ -117,6 +117,39 @@ pub(crate) fn check_backup(rules: &ProjectRules) -> Result<()> {
     match rules.restriction(key) {
         None | Some("allow") => Ok(()),
         Some(_) => Err(Error::forbidden(format!("a backup is not allowed in this project (its {key})"))),
+    }
+}
+
+/// Demands that snapshots may be taken in the project.
+///
+/// # Errors
+/// Forbidden.
+pub(crate) fn check_snapshot(rules: &ProjectRules) -> Result<()> {
+    let key = "restricted.snapshots";
+    match rules.restriction(key) {
+        None | Some("allow") => Ok(()),
+        Some(_) => Err(Error::forbidden(format!("a snapshot is not allowed in this project (its {key})"))),
+    }
+}
+
+/// Demands that the project may fetch from an image server: `https://HOST[:PORT][/PATH]`. A host that is listed without a
+/// port may be asked at any.
+///
+/// # Errors
+/// Forbidden.
+pub(crate) fn check_image_server(rules: &ProjectRules, server: &str) -> Result<()> {
+    let key = "restricted.images.servers";
+    let rest = server.split_once("://").map_or(server, |(_, rest)| rest);
+    let place = rest.split('/').next().unwrap_or_default();
+    let host = match place.rsplit_once(':') {
+        // Not within the brackets of an IPv6 address.
+        Some((host, port)) if port.bytes().all(|b| b.is_ascii_digit()) => host,
+        _ => place,
+    };
+    let listed = |name: &str| rules.lists_ignoring_case(key, name);
+    match listed(place) || listed(host) {
+        true => Ok(()),
+        false => Err(refusal("source.server".into(), key, &format!("the image server {place:?}"))),
     }
 }
 
@@ -237,6 +270,38 @@ mod tests {
         {
             let e = check_backup(&rules(pairs)).unwrap_err();
             assert!(e.message.contains("restricted.backups"), "{e}");
+        }
+    }
+
+    #[test]
+    fn snapshots_and_image_servers_are_those_that_are_allowed() {
+        let free = ProjectRules::parse(&map(&[
+            ("restricted.snapshots", "block"),
+            ("restricted.images.servers", "images.example"),
+        ]))
+        .unwrap();
+        check_snapshot(&free).expect("it is not restricted");
+        check_image_server(&free, "https://elsewhere.example").expect("nor is this");
+        check_snapshot(&rules(&[("restricted.snapshots", "allow")])).unwrap();
+        assert!(check_snapshot(&rules(&[])).unwrap_err().message.contains("restricted.snapshots"));
+        check_image_server(&rules(&[]), "https://any.example/x").expect("without a list all are");
+        let list =
+            rules(&[("restricted.images.servers", "Images.example, [2001:db8::1], other.example:8443")]);
+        for (server, fine) in [
+            ("https://images.example", true),
+            ("https://IMAGES.example:8443/path", true),
+            ("https://images.example.evil.example", false),
+            ("https://evil.example/images.example", false),
+            ("https://other.example:8443", true),
+            ("https://other.example", false),
+            ("https://[2001:db8::1]:443/x", true),
+            ("https://[2001:db8::2]", false),
+        ] {
+            let said = check_image_server(&list, server);
+            assert_eq!(said.is_ok(), fine, "{server}");
+            if let Err(e) = said {
+                assert_eq!(e.field.as_deref(), Some("source.server"));
+            }
         }
     }
 

@@ -44,6 +44,7 @@ pub(crate) const RESTRICTIONS: &[(&str, &[&str], &str)] = &[
     ("restricted.devices.unix-char", &["allow", "block"], "block"),
     ("restricted.devices.unix-hotplug", &["allow", "block"], "block"),
     ("restricted.devices.usb", &["allow", "block"], "block"),
+    ("restricted.images.servers", &[], ""),
     ("restricted.networks.access", &[], ""),
     ("restricted.snapshots", &["allow", "block"], "block"),
     ("restricted.storage-pools.access", &[], ""),
@@ -153,6 +154,12 @@ impl ProjectRules {
         let config = self.restricted.as_ref()?;
         let default = RESTRICTIONS.iter().find(|(r, ..)| *r == key).map_or("block", |(_, _, d)| d);
         Some(config.get(key).map_or(default, String::as_str))
+    }
+
+    /// As [`ProjectRules::lists`], of names that are the same in capitals.
+    pub(crate) fn lists_ignoring_case(&self, key: &str, name: &str) -> bool {
+        let list = self.restricted.as_ref().and_then(|c| c.get(key)).filter(|l| !l.trim().is_empty());
+        list.is_none_or(|l| l.split(',').any(|one| one.trim().eq_ignore_ascii_case(name)))
     }
 
     /// Is `name` in the list of a restriction? Without a list everything is.

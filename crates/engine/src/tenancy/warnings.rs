@@ -57,15 +57,23 @@ fn conditions(inner: &EngineInner, records: &Records) -> BTreeMap<Uuid, Conditio
         for message in node.facts.iter().flat_map(|f| &f.warnings) {
             // Hosts know things by their ids only.
             let pool = records.pools.values().find(|p| message.contains(&p.id.to_string()));
+            let named = message.contains("instance ");
+            let mut instances = records.instances.values().filter(|_| named);
+            let instance = instances.find(|i| message.contains(&i.id.to_string()));
+            let project = instance.and_then(|i| records.projects.get(&i.project));
             all.push(Condition {
                 kind: "Host",
                 severity: Severity::Moderate,
-                message: match pool {
-                    Some(pool) => message.replace(&pool.id.to_string(), &format!("{:?}", &*pool.name)),
-                    None => message.clone(),
+                message: match (pool, instance) {
+                    (Some(pool), _) => message.replace(&pool.id.to_string(), &format!("{:?}", &*pool.name)),
+                    (None, Some(i)) => message.replace(&i.id.to_string(), &format!("{:?}", &*i.name)),
+                    (None, None) => message.clone(),
                 },
-                project: None,
-                entity: String::new(),
+                project: project.map(|p| p.id),
+                entity: match (instance, project) {
+                    (Some(i), Some(p)) => crate::compute::path(&p.name, &i.name),
+                    _ => String::new(),
+                },
                 about: format!("{} {message}", node.id),
             });
         }

@@ -15,7 +15,14 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Slots that wait for their client.
 #[derive(Debug, Default)]
-pub struct Sessions(Mutex<HashMap<OperationId, Vec<Slot>>>);
+pub struct Sessions(Mutex<HashMap<OperationId, Offered>>);
+
+#[derive(Debug)]
+struct Offered {
+    slots: Vec<Slot>,
+    /// Why nothing is behind them any more: told to those who come late.
+    ended: Option<Error>,
+}
 
 #[derive(Debug)]
 struct Slot {
@@ -34,7 +41,7 @@ fn secret() -> String {
 }
 
 impl Sessions {
-    fn slots(&self) -> MutexGuard<'_, HashMap<OperationId, Vec<Slot>>> {
+    fn slots(&self) -> MutexGuard<'_, HashMap<OperationId, Offered>> {
         self.0.lock().unwrap_or_else(|e| e.into_inner())
     }
 
@@ -54,7 +61,7 @@ impl Sessions {
             slots.push(Slot { name, secret, give: Some(give) });
             awaited.push(take);
         }
-        self.slots().insert(operation, slots);
+        self.slots().insert(operation, Offered { slots, ended: None });
         (secrets, awaited)
     }
 
@@ -63,17 +70,26 @@ impl Sessions {
         self.slots().remove(&operation);
     }
 
+    /// Nothing is behind what was offered, because of `why`: whoever knows a secret is told, until [`Sessions::withdraw`].
+    pub fn fail(&self, operation: OperationId, why: &Error) {
+        if let Some(offered) = self.slots().get_mut(&operation) {
+            offered.ended = Some(why.clone());
+        }
+    }
+
     /// The slot behind a secret; it can be taken once.
     ///
     /// # Errors
-    /// Forbidden, without telling whether the operation or the secret is wrong.
+    /// Forbidden, without telling whether the operation or the secret is wrong; why it failed, where it did.
     pub fn take(&self, operation: OperationId, secret: &str) -> Result<oneshot::Sender<Socket>> {
         let wrong = || Error::forbidden("no websocket is awaited under this operation and secret");
         let mut slots = self.slots();
-        let slot = slots
-            .get_mut(&operation)
-            .and_then(|list| list.iter_mut().find(|s| same(s.secret.as_bytes(), secret.as_bytes())))
-            .ok_or_else(wrong)?;
+        let offered = slots.get_mut(&operation).ok_or_else(wrong)?;
+        let known = |s: &&mut Slot| same(s.secret.as_bytes(), secret.as_bytes());
+        let slot = offered.slots.iter_mut().find(known).ok_or_else(wrong)?;
+        if let Some(why) = &offered.ended {
+            return Err(why.clone());
+        }
         slot.give
             .take()
             .ok_or_else(|| Error::conflict(format!("the websocket {:?} is connected already", slot.name)))
@@ -113,6 +129,10 @@ mod tests {
         assert!(sessions.take(b, zero).is_err());
         sessions.take(a, zero).unwrap();
         assert!(sessions.take(a, zero).unwrap_err().is(karst_model::ErrorKind::Conflict));
+        let other = secrets["control"].as_str().unwrap();
+        sessions.fail(a, &Error::unavailable("the guest does not answer"));
+        assert!(sessions.take(a, other).unwrap_err().is(karst_model::ErrorKind::Unavailable));
+        assert!(sessions.take(a, "").unwrap_err().is(karst_model::ErrorKind::Forbidden));
         sessions.withdraw(a);
         assert!(sessions.take(a, secrets["control"].as_str().unwrap()).is_err());
     }

@@ -15,4 +15,5 @@ mod pending;
 mod pools;
 mod recover;
 mod remote;
+mod settings;
 mod volumes;

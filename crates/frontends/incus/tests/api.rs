@@ -308,6 +308,26 @@ async fn exec_joins_three_pipes() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_connects_late_hears_why_nothing_runs() {
+    let s = Server::start().await;
+    s.container("c1", true).await;
+    let why = karst_model::Error::unavailable("the guest's agent has not answered yet");
+    s.agent.inject("exec_start", karst_agent::simulated::Fault::FailBefore(why));
+    let (operation, fds) = secrets(&s.post("/1.0/instances/c1/exec", command(&["true"])).await);
+    let _first = s.websocket(&at(&operation, &fds, "0")).await;
+    let ended = s.get(&format!("{operation}/wait?timeout=60")).await.metadata();
+    assert_eq!(ended["status"], "Failure", "{ended}");
+    let upgrade = [
+        ("connection", "upgrade"),
+        ("upgrade", "websocket"),
+        ("sec-websocket-version", "13"),
+        ("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="),
+    ];
+    let late = s.send(Method::GET, &at(&operation, &fds, "1"), &upgrade, "").await;
+    assert!(late.refused(503).contains("has not answered yet"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn exec_resizes_and_signals() {
     let s = Server::start().await;
     s.container("c1", true).await;
@@ -797,6 +817,7 @@ fn the_table_is_whole() {
         include_str!("clients.rs"),
         include_str!("recover.rs"),
         include_str!("remote.rs"),
+        include_str!("settings.rs"),
         include_str!("volumes.rs"),
     ]
     .concat();

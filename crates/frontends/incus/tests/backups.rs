@@ -117,6 +117,20 @@ async fn backups_of_volumes_live() {
     s.done(s.send(Method::POST, POOL, &disc, vec![7u8; 3 << 20]).await).await;
     let view = s.get(&format!("{POOL}/disc")).await.metadata();
     assert_eq!(view["content_type"], "iso");
+    // In many drives at once.
+    let vm = |name: &str, bus: &str| {
+        let drive = json!({"type": "disk", "pool": "default", "source": "disc", "io.bus": bus});
+        json!({"name": name, "type": "virtual-machine", "source": {"type": "none"}, "devices": {"cd": drive}})
+    };
+    for (name, bus) in [("v1", "sata"), ("v2", "virtio-scsi")] {
+        assert_eq!(s.done(s.post("/1.0/instances", vm(name, bus)).await).await["status"], "Success");
+    }
+    let refused = s.post("/1.0/instances", vm("v3", "nvme")).await.refused(400);
+    assert!(refused.contains("devices.cd.io.bus"), "{refused}");
+    assert!(s.delete(&format!("{POOL}/disc")).await.refused(409).contains("/1.0/instances/v1"));
+    for name in ["v1", "v2"] {
+        s.done(s.delete(&format!("/1.0/instances/{name}")).await).await;
+    }
     s.post(&format!("{POOL}/disc/backups"), json!({})).await.refused(501);
     s.send(Method::POST, POOL, &[FILE, ("x-incus-type", "iso")], "x").await.refused(400);
     s.send(Method::POST, POOL, &[FILE, ("x-incus-name", "x"), ("x-incus-type", "tar")], "x")

@@ -49,8 +49,11 @@ async fn networks_live_and_are_refused() {
         "ipv6.address": "fd42:221:8::1/64", "ipv6.ra": "true", "ipv6.dhcp.stateful": "true", "bridge.hwaddr": "10:66:6a:00:00:09",
         "bridge.multicast_snooping": "false", "dns.search": "a.example", "dns.nameservers": "192.0.2.53"}, "description": ""});
     s.put("/1.0/networks/n1", all).await.metadata();
-    let stale = json!({"config": {"raw.dnsmasq": "dhcp-script=/bin/sh"}});
-    assert!(s.patch("/1.0/networks/n1", stale).await.refused(403).contains("policy"));
+    let lines = |text: &str| json!({"config": {"raw.dnsmasq": text}});
+    let added = s.patch("/1.0/networks/n1", lines("address=/a.example/10.222.0.9")).await;
+    assert!(added.refused(403).contains("policy"));
+    let script = s.patch("/1.0/networks/n1", lines("dhcp-script=/bin/sh")).await;
+    assert!(script.refused(400).contains("\"dhcp-script\" is none of the options"));
     assert_eq!(s.get("/1.0/networks/n1/leases").await.metadata()[1]["address"], "fd42:221:8::1");
     s.post("/1.0/networks/n1", json!({"name": "a/b"})).await.refused(400);
     let taken = s.get("/1.0/networks?recursion=1").await.metadata()[0]["name"].clone();

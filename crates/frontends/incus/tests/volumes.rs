@@ -3,7 +3,7 @@
 
 use crate::common::Server;
 use hyper::Method;
-use serde_json::json;
+use serde_json::{Value, json};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn custom_volumes_live() {
@@ -91,6 +91,13 @@ async fn custom_volumes_live() {
     assert_eq!(s.done(s.post("/1.0/instances", vm("v2")).await).await["status"], "Success");
     s.patch(&at("disk"), json!({"config": {"security.shared": "false"}})).await.refused(409);
     s.delete("/1.0/storage-pools/default").await.refused(409);
+    let d = |keys: Value| {
+        let mut disk = json!({"type": "disk", "pool": "default", "source": "disk"});
+        disk.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+        json!({"devices": {"d": disk}})
+    };
+    let refused = s.patch("/1.0/instances/v1", d(json!({"attached": "false"}))).await.refused(400);
+    assert!(refused.contains("devices.d.attached"), "{refused}");
 
     // Another project has its own.
     assert_eq!(s.post("/1.0/projects", json!({"name": "other"})).await.status, 201);

@@ -138,6 +138,44 @@ async fn what_is_defined_is_shown_again_in_meaning() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drive_of_discs_has_discs_in_it() {
+    let (server, mut client) = ready().await;
+    volume(&server, "disc", VolumeContent::Iso).await;
+    let drive = "<disk type='file' device='cdrom'><target dev='hdc' bus='ide'/><readonly/></disk>";
+    let with = |device: &str, volume: &str| {
+        format!(
+            "<disk type='file' device='{device}'><source file='/karst/default/{volume}'/><target dev='sdd' bus='sata'/></disk>"
+        )
+    };
+    for (device, volume, word) in
+        [("cdrom", "d2", "'d2' of sdd is no disc"), ("disk", "disc", "device='cdrom'")]
+    {
+        let text = domain("v1", &[(drive, with(device, volume).as_str())]);
+        let refused = define(&mut client, &text).await.unwrap_err();
+        assert!(refused.1.contains(word), "{refused:?}");
+    }
+    // Of several machines at once.
+    let inside = with("cdrom", "disc");
+    define(&mut client, &domain("v1", &[(drive, inside.as_str())])).await.unwrap();
+    let shown = dump(&mut client, "v1", 2).await;
+    assert!(shown.contains("device='cdrom'") && shown.contains("/karst/default/disc"), "{shown}");
+    let other = [
+        (drive, inside.as_str()),
+        (UUID, "c7a5fdbd-edaf-9455-926a-d65c16db1810"),
+        ("52:54:00:11:22:33", "52:54:00:11:22:34"),
+        ("/karst/default/d1", "/karst/default/d3"),
+        ("volume='d2'", "volume='d4'"),
+    ];
+    for name in ["d3", "d4"] {
+        volume(&server, name, VolumeContent::Block).await;
+    }
+    define(&mut client, &domain("v2", &other)).await.unwrap();
+    let admin = Context::new(Principal::system());
+    let used = server.engine.volume_delete(&admin, "default", "default", "disc").await.map(drop).unwrap_err();
+    assert!(used.message.contains("is used by"), "{used}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_document_changes_what_it_changes() {
     let (server, mut client) = ready().await;
     define(&mut client, &domain("v1", &[])).await.unwrap();

@@ -111,6 +111,10 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
     for bridge in [FOREIGN, "lo", "../../etc/x", "a b", "", "-j", "x/y", "all", "default"] {
         add("network_ensure", bridge, network(bridge), Refused);
     }
+    let raw = |lines: &str| json!({"id": id(1), "bridge": "hostile0", "spec": BridgeSpec { raw_dnsmasq: Some(lines.into()), ..Default::default() }, "hosts": []});
+    for lines in ["dhcp-script=/bin/sh", "conf-file=/etc/shadow", "address=/a.example/10.0.0.1"] {
+        add("network_ensure", &format!("lines that no policy grants: {lines}"), raw(lines), Refused);
+    }
     add("network_remove", "none", nobody.clone(), GONE);
     add("network_leases", "of none", nobody.clone(), Refused);
     add("network_state", "of none", nobody.clone(), Refused);
@@ -266,6 +270,12 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
     let disk = |source: Value| json!([{"device": id(7), "name": "d", "slot": "scsi1", "source": source, "path": "/mnt"}]);
     let host = |path: &str| disk(json!({"kind": "host", "path": path}));
     let node = json!([{"name": "n", "device": {"kind": "char", "source": "/dev/mem", "path": "/dev/mem", "major": 1, "minor": 1}}]);
+    let limits = |key: &str, value: Value| {
+        let mut limits = json!({"cpu": null, "cpu_allowance": null, "memory": null, "processes": null});
+        limits[key] = value;
+        limits
+    };
+    let program = |signal: i32| json!({"command": ["/sbin/init"], "cwd": "/", "uid": 0, "gid": 0, "environment": {}, "stop_signal": signal});
     let wrong = [
         ("/hostname", json!("c1\nlxc.hook.start = /bin/sh")),
         ("/hostname", json!("../../etc")),
@@ -282,10 +292,16 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
         ("/disks", disk(json!({"kind": "volume", "pool": pool(), "volume": id(99)}))),
         ("/nodes", node),
         ("/security", json!({"raw_lxc": "lxc.hook.start = /bin/sh"})),
+        ("/security", json!({"privileged": true})),
         ("/security", json!({"modules": ["../../../tmp/x"]})),
         ("/security", json!({"sysctls": {"kernel.core_pattern": "|/bin/sh"}})),
         ("/security", json!({"sysctls": {"../../kernel/core_pattern": "x"}})),
         ("/security", json!({"idmap_base": 0})),
+        ("/limits", limits("cpu_nodes", json!([4096]))),
+        ("/limits", limits("hugepages", json!({"../../x": 1 << 21}))),
+        ("/application", program(0)),
+        ("/application", program(-9)),
+        ("/application", program(65)),
         (
             "/files",
             json!([{"path": "/../../../../../../../../tmp/hostile", "content": "x", "uid": 0, "gid": 0, "mode": 420}]),
@@ -303,7 +319,9 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
         };
         add("guest_start", &format!("{at} {value}"), guest(24, change), Refused);
         // A guest's name and program's surroundings are of its start; what it has on the host can change while it runs.
-        if ["/nics", "/disks", "/root/volume", "/root/pool"].contains(at) {
+        let granted =
+            *at == "/security" && (value.get("privileged").is_some() || value.get("raw_lxc").is_some());
+        if granted || ["/nics", "/disks", "/limits", "/root/volume", "/root/pool"].contains(at) {
             add("guest_update", &format!("{at} {value}"), guest(4, change), Refused);
         }
     }

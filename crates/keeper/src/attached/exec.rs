@@ -1,6 +1,9 @@
 //! A program inside a container.
 
-use super::{At, Failure, Outcome, alive, become_user, bound, enter, init_bounding, packet_pair, seccomp};
+use super::{
+    At, Failure, Outcome, alive, become_user, bound, enter, init_bounding, packet_pair, seccomp,
+    user_namespace,
+};
 use crate::sys;
 use karst_keeper::{
     attach::{Request, SIGNAL},
@@ -20,6 +23,8 @@ use std::{
 /// What is read of the container's init before entering.
 struct Facts {
     bounding: u64,
+    /// The flag by which its user namespace is entered.
+    user: i32,
     limits: Vec<(u32, libc::rlimit)>,
     /// AppArmor label, when it is confined.
     label: Option<String>,
@@ -43,7 +48,7 @@ fn facts(pid: u32) -> Outcome<Facts> {
         // `name (enforce)`: the mode is no part of the name.
         .map(|l| l.rsplit_once(" (").map_or(l.clone(), |(name, _)| name.to_owned()))
         .filter(|l| !l.is_empty() && l != "unconfined");
-    Ok(Facts { bounding: init_bounding(pid)?, limits, label })
+    Ok(Facts { bounding: init_bounding(pid)?, user: user_namespace(pid)?, limits, label })
 }
 
 fn c(s: &OsStr) -> Outcome<CString> {
@@ -238,7 +243,7 @@ fn child(
         }
         None => None,
     };
-    let namespaces = libc::CLONE_NEWUSER
+    let namespaces = facts.user
         | libc::CLONE_NEWNS
         | libc::CLONE_NEWNET
         | libc::CLONE_NEWIPC

@@ -107,8 +107,9 @@ fn enter_for_files(request: &Request, subject: OwnedFd) -> Outcome<Root> {
         return Ok(Root { dir: subject, inside: false });
     }
     let bounding = init_bounding(request.pid)?;
+    let user = user_namespace(request.pid)?;
     alive(&subject)?;
-    enter(&subject, libc::CLONE_NEWUSER | libc::CLONE_NEWNS)?;
+    enter(&subject, user | libc::CLONE_NEWNS)?;
     bound(bounding)?;
     become_user(0, 0)?;
     let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC;
@@ -126,6 +127,16 @@ struct Root {
 fn enter(pidfd: &OwnedFd, namespaces: i32) -> Outcome<()> {
     // SAFETY: plain call; this process has one thread.
     sys::check(unsafe { libc::setns(pidfd.as_raw_fd(), namespaces) }).map(drop).at("entering the container")
+}
+
+/// The flag by which the container's user namespace is entered; none of a privileged container, which has the host's, and
+/// one's own cannot be entered. Asked, as all of its `/proc`, before [`alive`].
+fn user_namespace(pid: u32) -> Outcome<i32> {
+    let of = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/user"));
+    let (own, its) = of("self")
+        .and_then(|own| Ok((own, of(&pid.to_string())?)))
+        .at("reading the container's user namespace")?;
+    Ok(if own == its { 0 } else { libc::CLONE_NEWUSER })
 }
 
 /// Is the process of this pidfd alive? Asked after its `/proc` was read: then what was read was its own.

@@ -3,9 +3,9 @@
 //! What is mounted stands ready in the mount namespace of `lxc-start`, which is the host's. A mount that was only moved from
 //! there into the container would be the container's own: its root could make a read-only one writable again. So a copy of
 //! the namespace is made that belongs to the container's user namespace, for which the kernel locks all flags, and the
-//! mount is taken from the copy. The place is found and made with the container's own root rights.
+//! mount is taken from the copy. A privileged container has the host's user namespace, and nothing locks. The place is found and made with the container's own root rights.
 
-use super::{At, Failure, Outcome, Root, alive, become_user, bound, enter, init_bounding};
+use super::{At, Failure, Outcome, Root, alive, become_user, bound, enter, init_bounding, user_namespace};
 use crate::sys;
 use karst_keeper::{attach::Request, protocol as p};
 use rustix::{
@@ -28,11 +28,14 @@ pub(super) fn mount(r: &Request, init: OwnedFd, rest: Vec<OwnedFd>, launch: Borr
         return Err(Failure::new("mounting: no namespace was passed", libc::EINVAL));
     };
     let bounding = init_bounding(r.pid)?;
+    let user = user_namespace(r.pid)?;
     alive(&init)?;
     // SAFETY: plain call; this process has one thread.
     sys::check(unsafe { libc::setns(from.as_raw_fd(), libc::CLONE_NEWNS) })
         .at("entering the mount namespace")?;
-    enter(&init, libc::CLONE_NEWUSER)?;
+    if user != 0 {
+        enter(&init, user)?;
+    }
     // SAFETY: as above.
     if unsafe { libc::unshare(libc::CLONE_NEWNS) } < 0 {
         return Err(io::Error::last_os_error()).at("locking the mount");

@@ -99,10 +99,21 @@ pub async fn exec(call: Call) -> Result<Reply> {
     let (answer, awaited) = offer(&call, &live, names)?;
     tokio::spawn(async move {
         let result = attended(&call, &project, request, awaited).await;
-        call.app.sessions.withdraw(live.id());
+        close(&call, &live, result.as_ref().err());
         end(&call, &live, result);
     });
     Ok(answer)
+}
+
+/// What was offered is awaited no more. A client that still connects its sockets is told why, for as long as it could have.
+fn close(call: &Taken, live: &LiveOperation, failed: Option<&Error>) {
+    let (app, id) = (call.app.clone(), live.id());
+    let Some(why) = failed else { return app.sessions.withdraw(id) };
+    app.sessions.fail(id, why);
+    tokio::spawn(async move {
+        tokio::time::sleep(sessions::PATIENCE).await;
+        app.sessions.withdraw(id);
+    });
 }
 
 /// 202 with the secrets of the offered websockets.
@@ -433,7 +444,7 @@ async fn show(
             result = attach(session, awaited) => result,
             () = live.cancelled() => Err(Error::cancelled("the console was detached")),
         };
-        call.app.sessions.withdraw(live.id());
+        close(&call, &live, result.as_ref().err());
         call.engine().inner().operations.end(&live, result.map(|()| Map::new()));
     });
     Ok(answer)

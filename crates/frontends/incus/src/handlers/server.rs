@@ -188,17 +188,27 @@ pub async fn ready(call: Call) -> Result<Reply> {
     Ok(empty())
 }
 
-/// `PUT /internal/shutdown`, for `incus admin shutdown`. Guests run on.
+/// `PUT /internal/shutdown`, for `incus admin shutdown`: all guests stop, then the server ends.
 ///
 /// # Errors
-/// Forbidden; unsupported when whoever runs this server does not listen for it.
+/// Forbidden; unsupported when whoever runs this server does not listen for it; conflict, naming the guests that did not
+/// stop: the server ends all the same.
 pub async fn shutdown(call: Call) -> Result<Reply> {
     call.context.demand_server(Permission::ServerEdit)?;
-    match &call.app.info.shutdown {
-        Some(tell) => {
-            let _ = tell.try_send(());
-            Ok(empty())
-        }
-        None => Err(Error::unsupported("this server is stopped by its launcher")),
+    let Some(tell) = call.app.info.shutdown.clone() else {
+        return Err(Error::unsupported("this server is stopped by its launcher"));
+    };
+    let (engine, context) = (call.engine().clone(), call.context.clone());
+    // Whoever asked may leave before the last guest has stopped. The server ends all the same: nothing starts on it any more.
+    let ending = tokio::spawn(async move {
+        let left = engine.host_stop(&context).await;
+        // It may have been told already.
+        let _ = tell.try_send(());
+        left
+    });
+    let left = ending.await.map_err(|e| Error::internal("stopping the guests was broken off", e))??;
+    match left.is_empty() {
+        true => Ok(empty()),
+        false => Err(Error::conflict(format!("these guests run on: {}", left.join("; ")))),
     }
 }

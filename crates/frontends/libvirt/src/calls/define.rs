@@ -8,7 +8,7 @@ use crate::{
     xdr::Writer,
     xml::{
         self,
-        machine::{Machine, refuse, spec},
+        machine::{Machine, Source, refuse, spec},
     },
 };
 use karst_engine::{
@@ -23,7 +23,7 @@ use karst_model::{
     Error, ErrorKind,
     instance::{Firmware, InstanceKind},
     node::AcceleratorKind,
-    storage::VolumeOwner,
+    storage::{VolumeContent, VolumeOwner},
 };
 use std::sync::Arc;
 
@@ -44,7 +44,36 @@ fn read(call: &Call, text: &str) -> Result<Machine, VirError> {
     if machine.kvm && facts(call)?.accelerator.kind != AcceleratorKind::Kvm {
         return Err(refuse("domain type", "'kvm' is not usable on this host; 'qemu' is"));
     }
+    demand_discs(call, &machine)?;
     Ok(machine)
+}
+
+/// A drive of discs has a disc in it, and a disk is none: what a guest may write is not decided by a word of its document
+/// alone. Whether a volume is there at all is the engine's to say.
+pub(super) fn demand_discs(call: &Call, machine: &Machine) -> Result<(), VirError> {
+    let session = &call.session;
+    let project = &session.opened()?.project;
+    for disk in &machine.disks {
+        let Some(Source::Volume { pool, volume }) = &disk.source else { continue };
+        let Ok(found) = session.front.engine.custom_volume(&session.context, project, pool, volume) else {
+            continue;
+        };
+        match (disk.cdrom, found.content == VolumeContent::Iso) {
+            (true, false) => {
+                let text = format!(
+                    "volume '{volume}' of {} is no disc; make one with the format 'iso' or a name that ends in .iso",
+                    disk.target
+                );
+                return Err(refuse("disk device", text));
+            }
+            (false, true) => {
+                let text = format!("volume '{volume}' of {} is a disc; use device='cdrom'", disk.target);
+                return Err(refuse("disk device", text));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// The domain that a document is about, when there is one; a name and a UUID of two are a mistake.

@@ -85,6 +85,7 @@ async fn change(
     let now = read::machine(&xml::domain::document(call, view, true)?)?;
     let mut new = now.clone();
     edit(&mut new)?;
+    super::define::demand_discs(call, &new)?;
     let instance = &view.instance;
     let present = spec::Present {
         machine: &now,

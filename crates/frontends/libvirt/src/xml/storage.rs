@@ -107,8 +107,9 @@ fn name_of(root: &Element) -> Result<String, VirError> {
     name.map(str::to_owned).ok_or_else(|| wrong("missing name element"))
 }
 
-/// Reads the document of a volume. Its place and its format are the pool's affair: what is asked for is a disk, a disc
-/// (`iso`) or a tree (`dir`).
+/// Reads the document of a volume. Its place, its format and what that format has (`features`, `clusterSize`, `compat`) are the
+/// pool's affair: what is asked for is a disk, a disc or a tree (`dir`). A disc is one by its format `iso`, or by its name:
+/// libvirt looks at what was written, and its tools make a plain file and fill it.
 ///
 /// # Errors
 /// XML error; CONFIG_UNSUPPORTED, naming the element.
@@ -118,14 +119,8 @@ pub fn read_volume(text: &str) -> Result<NewVolume, VirError> {
         return Err(wrong(format!("unexpected root element <{}>, expecting <volume>", root.name())));
     }
     let target = root.find("target");
-    for (element, why) in [
-        ("encryption", "volumes are not encrypted"),
-        ("features", "the format is the pool's affair"),
-        ("clusterSize", "the format is the pool's affair"),
-    ] {
-        if target.is_some_and(|t| t.find(element).is_some()) {
-            return Err(refuse(element, why));
-        }
+    if target.is_some_and(|t| t.find("encryption").is_some()) {
+        return Err(refuse("encryption", "volumes are not encrypted"));
     }
     if root.find("backingStore").is_some_and(|b| !b.elements().is_empty()) {
         return Err(refuse(
@@ -134,7 +129,9 @@ pub fn read_volume(text: &str) -> Result<NewVolume, VirError> {
         ));
     }
     let format = target.and_then(|t| t.find("format")).and_then(|f| f.attribute("type"));
+    let name = name_of(&root)?;
     let content = match format.or(root.attribute("type")) {
+        None | Some("raw" | "file") if is_disc(&name) => VolumeContent::Iso,
         None | Some("raw" | "qcow2" | "file" | "block") => VolumeContent::Block,
         Some("iso") => VolumeContent::Iso,
         Some("dir") => VolumeContent::Filesystem,
@@ -143,7 +140,11 @@ pub fn read_volume(text: &str) -> Result<NewVolume, VirError> {
         }
     };
     let capacity = root.find("capacity").map(in_bytes).transpose()?;
-    Ok(NewVolume { name: name_of(&root)?, capacity, content })
+    Ok(NewVolume { name, capacity, content })
+}
+
+fn is_disc(name: &str) -> bool {
+    name.len() > 4 && name.get(name.len() - 4..).is_some_and(|end| end.eq_ignore_ascii_case(".iso"))
 }
 
 fn in_bytes(e: &Element) -> Result<u64, VirError> {
@@ -214,7 +215,20 @@ mod tests {
         let read = |inner: &str| read_volume(&format!("<volume>{inner}</volume>"));
         let whole = "<name>v</name><capacity unit='GiB'>2</capacity><target><format type='qcow2'/></target>";
         let volume = NewVolume { name: "v".into(), capacity: Some(2 << 30), content: VolumeContent::Block };
-        assert_eq!(read(whole), Ok(volume));
+        assert_eq!(read(whole), Ok(volume.clone()));
+        // What virt-install asks of a disk.
+        let features = "<compat>1.1</compat><clusterSize>65536</clusterSize><features><lazy_refcounts/></features></target>";
+        assert_eq!(read(&whole.replace("</target>", features)), Ok(volume));
+        for (inner, content) in [
+            ("<name>v</name>", VolumeContent::Block),
+            ("<name>v</name><target><format type='iso'/></target>", VolumeContent::Iso),
+            ("<name>v.iso</name>", VolumeContent::Iso),
+            ("<name>V.ISO</name><target><format type='raw'/></target>", VolumeContent::Iso),
+            ("<name>v.iso</name><target><format type='qcow2'/></target>", VolumeContent::Block),
+            ("<name>é.iso</name><target><format type='dir'/></target>", VolumeContent::Filesystem),
+        ] {
+            assert_eq!(read(inner).unwrap().content, content, "{inner}");
+        }
         for (inner, code, word) in [
             ("<capacity>1</capacity>", Code::XmlError, "name"),
             ("<name>v</name><capacity>x</capacity>", Code::XmlError, "capacity"),

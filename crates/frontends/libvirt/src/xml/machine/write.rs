@@ -437,7 +437,8 @@ fn disk(
         Some(Source::Path(path)) if path.starts_with("/dev/") => ("block", vec![("dev", path.as_str())]),
         Some(Source::Path(path)) => ("file", vec![("file", path.as_str())]),
         Some(Source::Volume { pool, volume }) => ("volume", vec![("pool", pool), ("volume", volume)]),
-        None => ("volume", vec![]),
+        // As libvirt shows an empty drive: tools put a path into it.
+        None => ("file", vec![]),
     };
     let mut e = Element::new("disk").with("type", kind).with("device", if cdrom { "cdrom" } else { "disk" });
     let mut driver = Element::new("driver").with("name", "qemu");
