@@ -21,7 +21,7 @@ pub const FILE: &str = "secrets.key";
 pub fn load(directory: &Path, env: &dyn Env) -> Result<SecretKey> {
     let file = directory.join(FILE);
     let found = fs::OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(&file);
-    let mut f = match found {
+    let f = match found {
         Ok(f) => f,
         Err(e) if e.kind() == ErrorKind::NotFound => return make(directory, env),
         Err(e) => return Err(Error::from(e).with_context(file.display())),
@@ -32,7 +32,7 @@ pub fn load(directory: &Path, env: &dyn Env) -> Result<SecretKey> {
         return Err(broken("can be read by others than its owner; give it mode 0600"));
     }
     let mut bytes = vec![];
-    f.by_ref().take(KEY as u64 + 1).read_to_end(&mut bytes)?;
+    f.take(KEY as u64 + 1).read_to_end(&mut bytes)?;
     let key = <[u8; KEY]>::try_from(bytes.as_slice());
     SecretKey::new(&key.map_err(|_| broken("is no key; restore it, or remove it and set all secrets again"))?)
 }
