@@ -543,6 +543,16 @@ calls! {
     read host_resources(_me, _request: ()) -> karst_agent::resources::HostResources {
         blocking(|| Ok(crate::resources::Machine::default().resources())).await
     }
+    read host_cpu_models(_me, _request: ()) -> Vec<karst_agent::resources::CpuModel> {
+        let models = karst_vm_qemu::cpu::models().await?.into_iter();
+        let told = |m: karst_vm_qemu::cpu::CpuModel| karst_agent::resources::CpuModel {
+            name: m.name,
+            vendor: m.vendor,
+            features: m.features,
+            missing: m.missing,
+        };
+        Ok(models.map(told).collect())
+    }
     read self_check(me, _request: ()) -> SelfCheck { me.self_check_now().await }
 
     mutate pool_ensure(me, spec: PoolSpec) -> () {

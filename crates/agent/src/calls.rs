@@ -114,6 +114,7 @@ plain!(
     i32,
     HostFacts,
     crate::resources::HostResources,
+    Vec<crate::resources::CpuModel>,
     Usage,
     Vec<Lease>,
     NetworkState,
@@ -209,6 +210,8 @@ agent_calls! {
     read fn host_facts(HostFacts: ()) -> HostFacts;
     /// What hardware it has.
     read fn host_resources(HostResources: ()) -> crate::resources::HostResources;
+    /// What CPU models its QEMU has. The first call takes a second or two.
+    read fn host_cpu_models(HostCpuModels: ()) -> Vec<crate::resources::CpuModel>;
     /// Does what the agent keeps agree with what it finds (leaks, missing things)? For tests and `admin check`.
     read fn self_check(SelfCheck: ()) -> SelfCheck;
 

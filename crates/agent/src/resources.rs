@@ -48,6 +48,19 @@ pub struct CpuCore {
     pub threads: Vec<(u32, u32, bool)>,
 }
 
+/// A CPU model that the host's QEMU has. Features are in QEMU's words, with its aliases.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct CpuModel {
+    pub name: String,
+    /// As the processor says it, such as `AuthenticAMD`.
+    pub vendor: String,
+    pub features: Vec<String>,
+    /// Of these, what the host's accelerator cannot give.
+    pub missing: Vec<String>,
+}
+
 /// What a processor spent its time with, in nanoseconds.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]

@@ -82,6 +82,16 @@ impl Engine {
         agent.host_resources(&CallContext::read(Duration::from_secs(5)), ()).await
     }
 
+    /// CPU models of this host's QEMU, asked for now.
+    ///
+    /// # Errors
+    /// Forbidden; unsupported without QEMU; unavailable.
+    pub async fn host_cpu_models(&self, context: &Context) -> Result<Vec<resources::CpuModel>> {
+        context.demand_server(Permission::ServerView)?;
+        let agent = self.inner().agents.get(self.inner().node)?;
+        agent.host_cpu_models(&CallContext::read(Duration::from_secs(60)), ()).await
+    }
+
     /// What the hosts said of themselves last, by node name.
     ///
     /// # Errors

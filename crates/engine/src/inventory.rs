@@ -19,6 +19,7 @@ use karst_model::{
     operation::Operation,
     profile::{Profile, expand},
     project::Project,
+    secret::Secret,
     snapshot::{Snapshot, VolumeSnapshot},
     spec::{NameView, NetworkHost, PortSpec},
     storage::{Pool, Volume, VolumeOwner},
@@ -145,6 +146,8 @@ pub struct Records {
     pub address_sets: BTreeMap<AddressSetId, Row<AddressSet>>,
     /// Forwards, by key.
     pub forwards: BTreeMap<String, Row<NetworkForward>>,
+    /// Secrets that are written, by key.
+    pub secrets: BTreeMap<String, Row<Secret>>,
     /// Images.
     pub images: BTreeMap<ImageId, Row<Image>>,
     aliases: BTreeMap<String, Row<ImageAlias>>,
@@ -411,6 +414,10 @@ impl Records {
             }
             t if t == NetworkForward::TABLE => {
                 put!(self.forwards, Some(id.to_owned()));
+                Touched::Nothing
+            }
+            t if t == Secret::TABLE => {
+                put!(self.secrets, Some(id.to_owned()));
                 Touched::Nothing
             }
             t if t == Image::TABLE => {

@@ -8,8 +8,8 @@
 //! * [`db`]: records in the store, and the transaction that use cases build.
 //! * [`saga`]: work over several resources that is all or nothing across a crash.
 //! * [`operations`], [`events`]: what users see of it.
-//! * [`compute`], [`storage`], [`volumes`], [`snapshots`], [`backups`], [`recover`], [`network`], [`images`], [`tenancy`]: the
-//!   use cases.
+//! * [`compute`], [`storage`], [`volumes`], [`snapshots`], [`backups`], [`recover`], [`network`], [`images`], [`secrets`],
+//!   [`tenancy`]: the use cases.
 //! * [`reconcile`]: what follows the records without being asked.
 
 pub mod audit;
@@ -30,6 +30,7 @@ pub mod reconcile;
 pub mod recover;
 mod restarts;
 pub mod saga;
+pub mod secrets;
 pub mod snapshots;
 pub mod storage;
 pub mod stream;
@@ -155,6 +156,7 @@ pub struct EngineInner {
     pub(crate) image_servers: RwLock<Option<Arc<dyn images::remote::ImageServers>>>,
     pub(crate) fetching: images::remote::Turns,
     pub(crate) image_secrets: images::shared::Secrets,
+    pub(crate) vault: secrets::Vault,
     /// Sagas that this engine executes now.
     pub(crate) executing: Mutex<BTreeSet<SagaId>>,
     pub(crate) network_locks: network::Locks,
@@ -211,6 +213,7 @@ impl Engine {
             image_servers: RwLock::new(None),
             fetching: Default::default(),
             image_secrets: Default::default(),
+            vault: Default::default(),
             executing: Mutex::default(),
             network_locks: Default::default(),
             hook: RwLock::new(None),

@@ -18,6 +18,7 @@ mod platform;
 mod privilege;
 mod purge;
 mod refusing;
+mod secret_key;
 mod simulate;
 mod state;
 

@@ -42,6 +42,12 @@ pub async fn run(mut context: ControlContext) -> Result<bool> {
     })
     .await?;
     engine.set_image_servers(Arc::new(NetworkServers::new()));
+    match crate::secret_key::load(&context.dir.join("state"), &*context.env) {
+        Ok(key) => engine.set_secret_key(key),
+        Err(e) => {
+            tracing::error!(error = %e, context = e.context.as_deref().unwrap_or_default(), "no secrets")
+        }
+    }
     let (shutdown, mut asked) = mpsc::channel(1);
     let identity = identity(&context, &name);
     let info =
@@ -49,7 +55,7 @@ pub async fn run(mut context: ControlContext) -> Result<bool> {
     let app = App::new(engine.clone(), info);
     let listening = tokio::spawn(Remote::start(app.clone()));
     let serving = tokio::spawn(karst_frontend_incus::serve(app, context.api_listener));
-    let front = Arc::new(Front { engine: engine.clone() });
+    let front = Front::new(engine.clone());
     let libvirt = [(Surface::Full, context.libvirt.full), (Surface::ReadOnly, context.libvirt.read_only)]
         .map(|(surface, listener)| {
             tokio::spawn(karst_frontend_libvirt::serve(front.clone(), surface, listener))

@@ -30,6 +30,7 @@ pub mod operation;
 pub mod profile;
 pub mod project;
 pub mod schedule;
+pub mod secret;
 pub mod signal;
 pub mod size;
 pub mod snapshot;

@@ -11,6 +11,7 @@ use karst_model::{
     operation::Operation,
     profile::Profile,
     project::Project,
+    secret::Secret,
     snapshot::{Snapshot, VolumeSnapshot},
     storage::{Pool, Volume},
     trust::{ApiToken, Certificate, ServerConfig, TrustToken},
@@ -47,6 +48,7 @@ records! {
     Certificate: "certificates" = |r| r.id.to_string();
     TrustToken: "trust-tokens" = |r| r.id.to_string();
     ApiToken: "api-tokens" = |r| r.id.to_string();
+    Secret: "secrets" = |r| secret_id(r.project, r.uuid);
     Warning: "warnings" = |r| r.id.to_string();
     ServerConfig: "server" = |_r| "config".into();
 }
@@ -54,6 +56,11 @@ records! {
 /// Identity of a forward in its table: its network and listen address.
 pub fn forward_id(network: karst_model::NetworkId, listen: std::net::IpAddr) -> String {
     format!("{network}:{listen}")
+}
+
+/// Identity of a secret in its table: its UUID is its user's choice, and another project's may be the same.
+pub fn secret_id(project: karst_model::ProjectId, uuid: uuid::Uuid) -> String {
+    format!("{project}:{uuid}")
 }
 
 /// Identity of an image alias in its table: it is found by project and name.

@@ -17,6 +17,7 @@ use karst_engine::{
     images::{ImageOptions, UpdateImage, publish::PublishImage, remote::FetchImage},
     network::{CreateNetwork, UpdateNetwork},
     recover::RecoverPool,
+    secrets::{DefineSecret, SecretKey, SecretValue},
     snapshots::{Origin, change::UpdateSnapshot, create::CreateSnapshot},
     storage::CreatePool,
     tenancy::{
@@ -33,6 +34,7 @@ use karst_model::{
     device::Devices,
     guest::{ExecRequest, FileKind, FileWrite},
     instance::{InstanceKind, PowerAction},
+    secret::SecretUse,
     storage::VolumeContent,
     trust::CertificateKind,
 };
@@ -133,6 +135,7 @@ async fn fixture(env: &SeededEnv) -> Fixture {
     w.engine.set_image_servers(std::sync::Arc::new(OneImage::default()));
     let (e, c) = (&w.engine, &w.admin);
     let forgotten = forget(&w).await;
+    e.set_secret_key(SecretKey::new(&[7; 32]).unwrap());
     for p in [HERE, OTHER, "empty"] {
         e.project_create(c, p, "", Config::new()).await.unwrap();
     }
@@ -188,8 +191,23 @@ async fn fixture(env: &SeededEnv) -> Fixture {
     // The reconciler of warnings has looked.
     karst_env::Env::sleep(env, Duration::from_secs(3)).await;
     let of = |name: &str| e.project(c, name, karst_model::access::Permission::ProjectView).unwrap().id;
+    e.secret_define(c, HERE, secret(SECRET, "v1")).await.unwrap();
+    e.secret_set_value(c, HERE, SECRET, value()).await.unwrap();
     let (here, other, shared) = (of(HERE), of(OTHER), of("default"));
     Fixture { w, running, here, other, shared, forgotten }
+}
+
+/// A secret with a value.
+const SECRET: uuid::Uuid = uuid::Uuid::from_u128(0x5ec2e7);
+
+fn secret(uuid: uuid::Uuid, usage: &str) -> DefineSecret {
+    let (kind, usage) = (SecretUse::Volume, usage.to_owned());
+    let description = String::new();
+    DefineSecret { uuid: Some(uuid), description, kind, usage, private: false, ephemeral: false }
+}
+
+fn value() -> SecretValue {
+    SecretValue::new(b"open sesame".to_vec()).unwrap()
 }
 
 /// Where a forward of `net1` listens.
@@ -271,6 +289,7 @@ fn cases() -> Vec<Case> {
         subscribe ServerView |f, c, p| f.w.engine.subscribe(c).map(drop);
         host_facts ServerInspect |f, c, p| f.w.engine.host_facts(c).map(drop);
         host_resources ServerView |f, c, p| f.w.engine.host_resources(c).await.map(drop);
+        host_cpu_models ServerView |f, c, p| f.w.engine.host_cpu_models(c).await.map(drop);
         host_stop ServerEdit |f, c, p| f.w.engine.host_stop(c).await.map(drop);
         probe_host ServerInspect |f, c, p| f.w.engine.probe_host(c).await.map(drop);
         health ServerEdit |f, c, p| f.w.engine.health(c).await.map(drop);
@@ -440,6 +459,13 @@ fn cases() -> Vec<Case> {
         forward_create SharedEdit |f, c, p| f.w.engine.forward_create(c, p, "net1", "192.0.2.51", UpdateForward::default()).await.map(drop);
         forward_update SharedEdit |f, c, p| f.w.engine.forward_update(c, p, "net1", LISTEN, UpdateForward { description: "x".into(), ..Default::default() }).await.map(drop);
         forward_delete SharedEdit |f, c, p| f.w.engine.forward_delete(c, p, "net1", LISTEN).await.map(drop);
+        secrets View |f, c, p| f.w.engine.secrets(c, p).map(drop);
+        secret View |f, c, p| f.w.engine.secret(c, p, SECRET).map(drop);
+        secret_by_use View |f, c, p| f.w.engine.secret_by_use(c, p, SecretUse::Volume, "v1").map(drop);
+        secret_define Edit |f, c, p| f.w.engine.secret_define(c, p, secret(uuid::Uuid::from_u128(2), "v2")).await.map(drop);
+        secret_undefine Edit |f, c, p| f.w.engine.secret_undefine(c, p, SECRET).await;
+        secret_set_value Edit |f, c, p| f.w.engine.secret_set_value(c, p, SECRET, value()).await;
+        secret_value Edit |f, c, p| f.w.engine.secret_value(c, p, SECRET).map(drop);
         // What follows has no answer to refuse: it leaves out what the caller may not see (see the tests below).
         network_used_by Filtered |f, c, p| { let n = f.w.engine.network(&f.w.admin, "default", "karstbr0")?; demand_nothing_hidden(f, c, f.w.engine.network_used_by(c, &n)) };
         pool_used_by Filtered |f, c, p| { let n = f.w.engine.pool(&f.w.admin, "default")?; demand_nothing_hidden(f, c, f.w.engine.pool_used_by(c, &n)) };
@@ -478,6 +504,7 @@ const WITHOUT_CONTEXT: &[(&str, &str)] = &[
     ("close", "ends it; the daemon's own"),
     ("set_hook", "the harness"),
     ("set_image_servers", "the daemon's own, at its start"),
+    ("set_secret_key", "the daemon's own, at its start"),
     ("inner", "the harness; front ends are kept from it by review"),
     ("bootstrap", "the daemon's own, at its start"),
     ("change_expected", "a hint to the host's kernel, from which nothing follows"),

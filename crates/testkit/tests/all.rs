@@ -11,5 +11,6 @@ mod limits;
 mod races;
 mod recover;
 mod sagas;
+mod secrets;
 mod snapshots;
 mod two_engines;

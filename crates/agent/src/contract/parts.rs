@@ -12,6 +12,16 @@ pub(super) async fn facts(s: &Subject) {
     let hardware = s.agent.host_resources(&s.read(), ()).await.unwrap();
     assert!(hardware.memory.total > 1 << 20 && !hardware.sockets.is_empty() && hardware.processes > 0);
     assert!(hardware.times.first().is_some_and(|t| t.cpu.is_none() && t.idle > 0), "{:?}", hardware.times);
+    match s.agent.host_cpu_models(&s.read(), ()).await {
+        Ok(models) => {
+            let named = |name: &str| models.iter().find(|m| m.name == name);
+            assert!(
+                named("max").is_some()
+                    && named("qemu64").is_some_and(|m| m.features.contains(&"sse2".into()))
+            );
+        }
+        Err(e) => assert_eq!(e.kind, ErrorKind::Unsupported, "{e:?}: without QEMU there are none"),
+    }
     let check = s.agent.self_check(&s.read(), ()).await.unwrap();
     assert!(check.leaks.is_empty(), "{check:?}");
 }

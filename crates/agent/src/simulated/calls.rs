@@ -85,8 +85,14 @@ calls! {
     }
     read host_resources(me, _request: ()) -> crate::resources::HostResources {
         let threads = (0..me.options.cpus).map(|n| (n, 0, true)).collect();
-        let core = crate::resources::CpuCore { threads, ..Default::default() };
-        let socket = crate::resources::CpuSocket { name: "simulated".into(), cores: vec![core], ..Default::default() };
+        let flags = crate::simulated::hardware::CPU_FLAGS.split(' ').map(str::to_owned).collect();
+        let core = crate::resources::CpuCore { threads, flags, ..Default::default() };
+        let socket = crate::resources::CpuSocket {
+            name: "simulated".into(),
+            vendor: "GenuineIntel".into(),
+            cores: vec![core],
+            ..Default::default()
+        };
         let times = |cpu| crate::resources::CpuTimes { cpu, idle: 1_000_000_000, ..Default::default() };
         let total = me.options.memory.bytes();
         Ok(crate::resources::HostResources {
@@ -96,6 +102,9 @@ calls! {
             processes: 1,
             ..crate::simulated::hardware::cards()
         })
+    }
+    read host_cpu_models(_me, _request: ()) -> Vec<crate::resources::CpuModel> {
+        Ok(crate::simulated::hardware::cpu_models())
     }
     read self_check(me, _request: ()) -> SelfCheck { Ok(me.check()) }
 

@@ -1,7 +1,7 @@
 //! The cards of a simulated host: one of each kind.
 
 use crate::resources::{
-    DiskResources, HostResources, NetworkResources, PciResources, SystemResources, UsbResources,
+    CpuModel, DiskResources, HostResources, NetworkResources, PciResources, SystemResources, UsbResources,
 };
 
 /// Two PCI functions, of which one is a network card, a disk and a USB device.
@@ -54,4 +54,31 @@ pub(super) fn cards() -> HostResources {
         },
         ..HostResources::default()
     }
+}
+
+/// What the kernel of a simulated host lists of its processor.
+pub(super) const CPU_FLAGS: &str = "fpu de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 clflush mmx fxsr \
+    sse sse2 syscall nx lm nopl pni ssse3 cx16 sse4_1 sse4_2 popcnt hypervisor lahf_lm aes";
+
+/// CPU models of a simulated host's QEMU.
+pub(super) fn cpu_models() -> Vec<CpuModel> {
+    let base = "fpu de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 clflush mmx fxsr sse sse2 syscall \
+        nx lm pni cx16 hypervisor";
+    let nehalem = "ssse3 sse4.1 sse4.2 popcnt lahf-lm";
+    let model = |name: &str, vendor: &str, more: &str, missing: &str| CpuModel {
+        name: name.into(),
+        vendor: vendor.into(),
+        features: format!("{base} {more}").split_whitespace().map(str::to_owned).collect(),
+        missing: missing.split_whitespace().map(str::to_owned).collect(),
+    };
+    let (intel, amd) = ("GenuineIntel", "AuthenticAMD");
+    vec![
+        model("max", intel, &format!("{nehalem} aes"), ""),
+        model("host", intel, &format!("{nehalem} aes"), ""),
+        model("qemu64", amd, "lahf-lm svm", "svm"),
+        model("kvm64", intel, "", ""),
+        model("Nehalem", intel, nehalem, ""),
+        model("Haswell", intel, &format!("{nehalem} aes avx avx2"), "avx avx2"),
+        model("Opteron_G3", amd, "sse4a abm lahf-lm popcnt", "sse4a abm"),
+    ]
 }

@@ -9,6 +9,7 @@
 
 pub mod agent;
 pub mod argv;
+pub mod cpu;
 pub mod devices;
 mod display;
 mod driver;

@@ -37,6 +37,7 @@ fn content(records: &Records, id: ProjectId) -> usize {
         + records.networks.values().filter(|n| n.project == id).count()
         + records.volumes.values().filter(|v| v.project == id).count()
         + records.profiles.values().filter(|p| p.project == id && &*p.name != "default").count()
+        + crate::secrets::written(records, id)
 }
 
 /// What is shared and what is not stays so while anything is there: it would be lost from sight.
@@ -106,6 +107,8 @@ impl Engine {
                 .filter(|p| of(p.project) && ProjectRules::has(&project.config, "features.profiles"))
                 .map(|p| format!("/1.0/profiles/{}{suffix}", p.name)),
         );
+        let secrets = records.secrets.values().filter(|s| of(s.project));
+        used.extend(secrets.map(|s| crate::secrets::path(name, s.uuid)));
         let custom = records.volumes.values().filter(|v| of(v.project) && v.owner == VolumeOwner::Custom);
         used.extend(custom.map(|v| crate::volumes::path(&records, v)));
         used
@@ -250,11 +253,13 @@ impl Engine {
             return Err(Error::conflict("the default project cannot be deleted"));
         }
         let inner = self.inner();
+        let held = inner.inventory.read().project(name)?.id;
+        let held = inner.vault.count(held);
         inner
             .transact(|records, tx| {
                 let row = records.project(name)?;
                 let id = row.id;
-                let left = content(records, id);
+                let left = content(records, id) + held;
                 if left > 0 {
                     return Err(Error::conflict(format!(
                         "project {name:?} is not empty: {left} objects are in it"

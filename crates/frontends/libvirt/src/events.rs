@@ -6,6 +6,7 @@ use crate::{
     frame::{Frame, Header},
     session::Session,
     xdr::Writer,
+    xml,
 };
 use karst_engine::events::{Event, EventKind};
 use karst_model::instance::ExitReason;
@@ -34,6 +35,10 @@ pub enum Style {
     Numbered,
     /// Procedure 313, of networks.
     Network,
+    /// Procedure 368, of pools.
+    Pool,
+    /// Procedure 380, of secrets.
+    Secret,
 }
 
 /// A callback.
@@ -66,9 +71,9 @@ impl Callbacks {
         Some(self.last)
     }
 
-    /// Removes one; was it there?
-    pub fn remove(&mut self, number: i32, network: bool) -> bool {
-        let is = |c: &Callback| (c.style == Style::Network) == network && c.style != Style::Plain;
+    /// Removes one of a style that has numbers; was it there?
+    pub fn remove(&mut self, number: i32, style: Style) -> bool {
+        let is = |c: &Callback| c.style == style;
         self.all.get(&number).is_some_and(is) && self.all.remove(&number).is_some()
     }
 
@@ -88,11 +93,14 @@ impl Callbacks {
     }
 }
 
-/// What is known of guests and networks by name, also when they are gone.
+/// What is known of guests, networks and pools by name, also when they are gone.
 #[derive(Debug, Default)]
 struct Known {
     guests: HashMap<String, Uuid>,
     networks: HashMap<String, Uuid>,
+    pools: HashMap<String, Uuid>,
+    /// What they are for: kind, and with what.
+    secrets: HashMap<Uuid, (i32, String)>,
 }
 
 /// Adds a callback and begins to listen with the first one. `None`: there are too many.
@@ -103,15 +111,24 @@ pub fn listen(session: &Arc<Session>, callback: Callback) -> karst_model::Result
     let mut callbacks = session.callbacks.lock().unwrap_or_else(|e| e.into_inner());
     if callbacks.task.is_none() {
         let mut subscription = session.front.engine.subscribe(&session.context)?;
+        let mut refreshed = session.front.refreshed.subscribe();
         // The session owns the task: it must not keep the session.
         let weak = Arc::downgrade(session);
         let mut known = known(session);
         let task = tokio::spawn(async move {
             loop {
-                match subscription.recv().await {
-                    Ok(event) => {
+                let happened = tokio::select! {
+                    biased;
+                    event = subscription.recv() => event.map(Happened::Event),
+                    pool = refreshed.recv() => pool.map(Happened::Refreshed),
+                };
+                match happened {
+                    Ok(happened) => {
                         let Some(session) = Weak::upgrade(&weak) else { return };
-                        tell(&session, &mut known, &event).await;
+                        match happened {
+                            Happened::Event(event) => tell(&session, &mut known, &event).await,
+                            Happened::Refreshed(pool) => pool_refreshed(&session, pool).await,
+                        }
                     }
                     // libvirt's clients cannot be told that events were lost.
                     Err(RecvError::Lagged(n)) => tracing::warn!(n, "a libvirt client lost events"),
@@ -124,6 +141,12 @@ pub fn listen(session: &Arc<Session>, callback: Callback) -> karst_model::Result
     Ok(callbacks.add(callback))
 }
 
+/// What a listener hears of.
+enum Happened {
+    Event(Arc<Event>),
+    Refreshed(Uuid),
+}
+
 fn known(session: &Session) -> Known {
     let guests = session.guests().unwrap_or_default();
     let engine = &session.front.engine;
@@ -134,6 +157,20 @@ fn known(session: &Session) -> Known {
             .unwrap_or_default()
             .iter()
             .map(|n| (n.name.to_string(), crate::network_uuid(n)))
+            .collect(),
+        pools: engine
+            .pools(&session.context)
+            .unwrap_or_default()
+            .iter()
+            .map(|p| (p.name.to_string(), p.id.uuid()))
+            .collect(),
+        secrets: session
+            .opened()
+            .ok()
+            .and_then(|o| engine.secrets(&session.context, &o.project).ok())
+            .unwrap_or_default()
+            .into_iter()
+            .map(|s| (s.uuid, (xml::secret::number(s.kind), s.usage)))
             .collect(),
     }
 }
@@ -149,6 +186,16 @@ async fn tell(session: &Arc<Session>, known: &mut Known, event: &Event) {
     let Ok(opened) = session.opened() else { return };
     if let Some(name) = object(source, "networks") {
         network(session, known, action, name).await;
+        return;
+    }
+    if let Some(name) = object(source, "storage-pools") {
+        pool(session, known, action, name).await;
+        return;
+    }
+    if let Some(uuid) = object(source, "karst/secrets").and_then(|u| u.parse().ok()) {
+        if event.project_name == opened.project {
+            secret(session, known, action, uuid).await;
+        }
         return;
     }
     let Some(name) = object(source, "instances").filter(|_| event.project_name == opened.project) else {
@@ -183,7 +230,7 @@ async fn tell(session: &Arc<Session>, known: &mut Known, event: &Event) {
         known.guests.remove(name);
     }
     let id = view.as_ref().filter(|v| is_running(v)).map_or(-1, |v| domain_id(v));
-    let callbacks = matching(session, uuid, |c| c.style != Style::Network);
+    let callbacks = matching(session, uuid, |c| matches!(c.style, Style::Plain | Style::Numbered));
     for (number, callback) in callbacks {
         let mut head = Writer::new();
         if callback.style == Style::Numbered {
@@ -243,6 +290,80 @@ async fn network(session: &Arc<Session>, known: &mut Known, action: &str, name: 
     }
 }
 
+/// `VIR_STORAGE_POOL_EVENT_ID_LIFECYCLE`, `_REFRESH`.
+const POOL_LIFECYCLE: i32 = 0;
+const POOL_REFRESH: i32 = 1;
+
+async fn pool(session: &Arc<Session>, known: &mut Known, action: &str, name: &str) {
+    // virStoragePoolEventLifecycleType: defined, created, started; stopped, deleted, undefined. Pools here are all or
+    // nothing of these.
+    let changes: &[i32] = match action {
+        "storage-pool-created" => &[0, 4, 2],
+        "storage-pool-updated" => &[0],
+        "storage-pool-deleted" => &[3, 5, 1],
+        _ => return,
+    };
+    let found = session.front.engine.pool(&session.context, name).ok().map(|p| p.id.uuid());
+    if let Some(uuid) = found {
+        known.pools.insert(name.to_owned(), uuid);
+    }
+    let Some(uuid) = known.pools.get(name).copied() else { return };
+    if action == "storage-pool-deleted" {
+        known.pools.remove(name);
+    }
+    for (number, _) in matching(session, uuid, |c| c.style == Style::Pool && c.event == POOL_LIFECYCLE) {
+        for change in changes {
+            let mut w = Writer::new();
+            w.i32(number).string(name).uuid(uuid).i32(*change).i32(0);
+            session.send(Frame::new(Header::event(370), w.finish())).await;
+        }
+    }
+}
+
+/// `VIR_SECRET_EVENT_ID_LIFECYCLE`, `_VALUE_CHANGED`.
+const SECRET_LIFECYCLE: i32 = 0;
+const SECRET_VALUE_CHANGED: i32 = 1;
+
+async fn secret(session: &Arc<Session>, known: &mut Known, action: &str, uuid: Uuid) {
+    // With what of virSecretEventLifecycleType: defined, undefined.
+    let (kind, change) = match action {
+        "secret-created" | "secret-updated" => (SECRET_LIFECYCLE, Some(0)),
+        "secret-deleted" => (SECRET_LIFECYCLE, Some(1)),
+        "secret-value-changed" => (SECRET_VALUE_CHANGED, None),
+        _ => return,
+    };
+    let Ok(opened) = session.opened() else { return };
+    if let Ok(secret) = session.front.engine.secret(&session.context, &opened.project, uuid) {
+        known.secrets.insert(uuid, (xml::secret::number(secret.kind), secret.usage));
+    }
+    let Some((number_of_kind, usage)) = known.secrets.get(&uuid).cloned() else { return };
+    if action == "secret-deleted" {
+        known.secrets.remove(&uuid);
+    }
+    for (number, _) in matching(session, uuid, |c| c.style == Style::Secret && c.event == kind) {
+        let mut w = Writer::new();
+        w.i32(number).uuid(uuid).i32(number_of_kind).string(&usage);
+        let procedure = match change {
+            Some(change) => {
+                w.i32(change).i32(0);
+                382
+            }
+            None => 383,
+        };
+        session.send(Frame::new(Header::event(procedure), w.finish())).await;
+    }
+}
+
+async fn pool_refreshed(session: &Arc<Session>, uuid: Uuid) {
+    let pools = session.front.engine.pools(&session.context).unwrap_or_default();
+    let Some(pool) = pools.into_iter().find(|p| p.id.uuid() == uuid) else { return };
+    for (number, _) in matching(session, uuid, |c| c.style == Style::Pool && c.event == POOL_REFRESH) {
+        let mut w = Writer::new();
+        w.i32(number).string(&pool.name).uuid(uuid);
+        session.send(Frame::new(Header::event(373), w.finish())).await;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -260,8 +381,8 @@ mod tests {
         let plain = Callback { style: Style::Plain, event: LIFECYCLE, only: None };
         let first = all.add(plain.clone()).unwrap();
         let second = all.add(Callback { style: Style::Network, ..plain.clone() }).unwrap();
-        assert!(!all.remove(first, false) && !all.remove(second, false));
-        assert!(all.remove(second, true));
+        assert!(!all.remove(first, Style::Numbered) && !all.remove(second, Style::Numbered));
+        assert!(all.remove(second, Style::Network));
         assert_eq!(all.remove_plain(LIFECYCLE), 1);
         (0..MOST).for_each(|_| assert!(all.add(plain.clone()).is_some()));
         assert!(all.add(plain).is_none());

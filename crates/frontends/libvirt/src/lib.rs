@@ -9,6 +9,7 @@
 #![allow(clippy::disallowed_methods)]
 
 pub mod calls;
+pub mod cpu;
 pub mod error;
 pub mod events;
 pub mod fds;
@@ -28,12 +29,14 @@ use karst_model::{
 use std::{sync::Arc, time::Duration};
 use tokio::{
     net::{UnixListener, UnixStream},
-    sync::Semaphore,
+    sync::{Semaphore, broadcast},
 };
 use uuid::Uuid;
 
 /// Most connections at once; libvirtd has as many.
 const CONNECTIONS: usize = 5000;
+/// Refreshed pools that a slow listener has not heard of yet; it misses older ones.
+const REFRESHED: usize = 64;
 /// Pause after a failure to accept (no descriptors left), so that it does not spin.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -41,6 +44,15 @@ const PAUSE: Duration = Duration::from_millis(50);
 pub struct Front {
     /// The engine.
     pub engine: Engine,
+    /// Pools that somebody asked to be looked at again: all connections that listen hear of it.
+    pub refreshed: broadcast::Sender<Uuid>,
+}
+
+impl Front {
+    /// Over an engine.
+    pub fn new(engine: Engine) -> Arc<Self> {
+        Arc::new(Self { engine, refreshed: broadcast::channel(REFRESHED).0 })
+    }
 }
 
 /// Which of the two sockets.

@@ -3,8 +3,9 @@
 
 use crate::{
     calls::{
-        connect, console, define, devices, domain, event, figures, graphics, host, inside, machine, network,
-        networks, nodedev, nwfilter, pools, power, snapshots, stats, storage, transfer, tuning, volumes,
+        connect, console, cpu, define, devices, domain, event, figures, graphics, host, inside, machine,
+        network, networks, nodedev, nwfilter, pools, power, secret, snapshots, stats, storage, transfer,
+        tuning, volumes,
     },
     error::{Code, VirError},
     frame::QEMU,
@@ -161,6 +162,15 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     130 INTERFACE_GET_XML_DESC See nodedev::interface_xml;
     137 CONNECT_NUM_OF_DEFINED_INTERFACES See nodedev::count_idle_interfaces;
     138 CONNECT_LIST_DEFINED_INTERFACES See nodedev::idle_interfaces;
+    139 CONNECT_NUM_OF_SECRETS See secret::count;
+    140 CONNECT_LIST_SECRETS See secret::uuids;
+    141 SECRET_LOOKUP_BY_UUID See secret::by_uuid;
+    142 SECRET_DEFINE_XML Change secret::define;
+    143 SECRET_GET_XML_DESC See secret::xml;
+    144 SECRET_SET_VALUE Change secret::set_value;
+    145 SECRET_GET_VALUE Change secret::value;
+    146 SECRET_UNDEFINE Change secret::undefine;
+    147 SECRET_LOOKUP_BY_USAGE See secret::by_usage;
     149 CONNECT_IS_SECURE See connect::is_secure;
     150 DOMAIN_IS_ACTIVE See domain::is_active;
     151 DOMAIN_IS_PERSISTENT See domain::is_persistent;
@@ -170,9 +180,11 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     155 STORAGE_POOL_IS_PERSISTENT See storage::is_persistent;
     156 INTERFACE_IS_ACTIVE See nodedev::interface_is_active;
     157 CONNECT_GET_LIB_VERSION See connect::lib_version;
+    158 CONNECT_COMPARE_CPU See cpu::compare;
     159 DOMAIN_MEMORY_STATS See stats::memory;
     160 DOMAIN_ATTACH_DEVICE_FLAGS Change devices::attach_flags;
     161 DOMAIN_DETACH_DEVICE_FLAGS Change devices::detach_flags;
+    162 CONNECT_BASELINE_CPU See cpu::baseline;
     163 DOMAIN_GET_JOB_INFO See machine::job_info;
     164 DOMAIN_ABORT_JOB Change machine::abort_job;
     165 STORAGE_VOL_WIPE Change volumes::wipe;
@@ -265,6 +277,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     284 CONNECT_LIST_ALL_INTERFACES See nodedev::list_interfaces;
     285 CONNECT_LIST_ALL_NODE_DEVICES See nodedev::list;
     286 CONNECT_LIST_ALL_NWFILTERS See nwfilter::list;
+    287 CONNECT_LIST_ALL_SECRETS See secret::list;
     291 NETWORK_UPDATE Change networks::update;
     293 NODE_GET_CPU_MAP See connect::cpu_map;
     294 DOMAIN_FSTRIM Change inside::trim;
@@ -294,22 +307,31 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     358 DOMAIN_RENAME Change power::rename;
     360 CONNECT_REGISTER_CLOSE_CALLBACK See connect::nothing;
     361 CONNECT_UNREGISTER_CLOSE_CALLBACK See connect::nothing;
+    368 CONNECT_STORAGE_POOL_EVENT_REGISTER_ANY See event::pool_register;
+    369 CONNECT_STORAGE_POOL_EVENT_DEREGISTER_ANY See event::pool_deregister;
     371 DOMAIN_GET_GUEST_VCPUS Change inside::vcpus;
     372 DOMAIN_SET_GUEST_VCPUS Change inside::set_vcpus;
     378 STORAGE_VOL_GET_INFO_FLAGS See storage::volume_info_flags;
+    380 CONNECT_SECRET_EVENT_REGISTER_ANY See event::secret_register;
+    381 CONNECT_SECRET_EVENT_DEREGISTER_ANY See event::secret_deregister;
     388 DOMAIN_MANAGED_SAVE_GET_XML_DESC See machine::managed_save_xml;
     389 DOMAIN_MANAGED_SAVE_DEFINE_XML Change machine::managed_save_define;
+    390 DOMAIN_SET_LIFECYCLE_ACTION Change power::set_lifecycle_action;
     391 STORAGE_POOL_LOOKUP_BY_TARGET_PATH See storage::by_target;
     392 DOMAIN_DETACH_DEVICE_ALIAS Change devices::detach_alias;
+    393 CONNECT_COMPARE_HYPERVISOR_CPU See cpu::compare_hypervisor;
+    394 CONNECT_BASELINE_HYPERVISOR_CPU See cpu::baseline_hypervisor;
     397 NWFILTER_BINDING_LOOKUP_BY_PORT_DEV See nwfilter::binding_by_port;
     398 NWFILTER_BINDING_GET_XML_DESC See nwfilter::binding_xml;
     399 NWFILTER_BINDING_CREATE_XML Change nwfilter::change_binding;
     400 NWFILTER_BINDING_DELETE Change nwfilter::change_binding;
     401 CONNECT_LIST_ALL_NWFILTER_BINDINGS See nwfilter::list_bindings;
+    403 CONNECT_GET_STORAGE_POOL_CAPABILITIES See pools::capabilities;
     404 NETWORK_LIST_ALL_PORTS See networks::list_ports;
     405 NETWORK_PORT_LOOKUP_BY_UUID See networks::port_by_uuid;
     409 NETWORK_PORT_GET_XML_DESC See networks::port_xml;
     418 DOMAIN_GET_GUEST_INFO Change inside::info;
+    420 DOMAIN_AGENT_SET_RESPONSE_TIMEOUT Change inside::set_timeout;
     424 DOMAIN_AUTHORIZED_SSH_KEYS_GET Change inside::ssh_keys;
     425 DOMAIN_AUTHORIZED_SSH_KEYS_SET Change inside::set_ssh_keys;
     426 DOMAIN_GET_MESSAGES See domain::messages;

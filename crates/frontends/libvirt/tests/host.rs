@@ -12,11 +12,11 @@ use karst_frontend_libvirt::{
 use karst_model::{access::Principal, instance::InstanceKind};
 
 /// Number of a procedure.
-fn number(name: &str) -> i32 {
+pub fn number(name: &str) -> i32 {
     NAMES.iter().position(|n| *n == name).unwrap() as i32 + 1
 }
 
-async fn ask(
+pub async fn ask(
     client: &mut Client,
     procedure: &str,
     write: impl for<'a> FnOnce(&'a mut Writer) -> &'a mut Writer,
@@ -24,7 +24,7 @@ async fn ask(
     client.call(number(procedure), &arguments(write)).await.map_err(|(code, _)| code)
 }
 
-fn arguments(write: impl for<'a> FnOnce(&'a mut Writer) -> &'a mut Writer) -> Vec<u8> {
+pub fn arguments(write: impl for<'a> FnOnce(&'a mut Writer) -> &'a mut Writer) -> Vec<u8> {
     argument(|w| {
         write(w);
     })
@@ -44,7 +44,7 @@ fn listed(payload: &[u8], rest: impl Fn(&mut Reader<'_>)) -> Vec<String> {
     all
 }
 
-fn string(payload: &[u8]) -> String {
+pub fn string(payload: &[u8]) -> String {
     Reader::new(payload).string().unwrap()
 }
 

@@ -21,6 +21,7 @@ pub const NO_ARGUMENT: &[&str] = &[
     "audit_verify",
     "host_facts",
     "host_resources",
+    "host_cpu_models",
     "self_check",
     "image_staged",
     "guest_observe_all",

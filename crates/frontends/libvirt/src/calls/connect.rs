@@ -184,7 +184,37 @@ pub async fn cpu_map(call: Call) -> Answered {
 pub async fn capabilities(call: Call) -> Answered {
     let facts = facts(&call)?;
     let node = call.session.front.engine.inner().node;
-    Ok(text(&xml::capabilities::document(call.opened()?.driver, &facts, node.uuid())))
+    let driver = call.opened()?.driver;
+    // What the processor is called is the least of it: without an answer of QEMU's it is left out.
+    let cpu = match tokio::try_join!(super::cpu::catalogue(&call), super::cpu::host(&call)) {
+        Ok((catalogue, host)) => host.and_then(|h| h.described(&catalogue)),
+        Err(e) => {
+            tracing::warn!(error = %e.message(), "the capabilities say nothing of the CPU's model");
+            None
+        }
+    };
+    Ok(text(&xml::capabilities::document(driver, &facts, node.uuid(), cpu)))
+}
+
+/// Demands that `arch` and `kind`, when they are said, are those of this host's machines; answers what the host said of
+/// itself, and the kind.
+pub fn demand_machines(
+    call: &Call,
+    arch: Option<&str>,
+    kind: Option<&str>,
+) -> Result<(HostFacts, String), VirError> {
+    let facts = facts(call)?;
+    let refuse = xml::machine::refuse;
+    if let Some(arch) = arch.filter(|a| *a != facts.architecture) {
+        return Err(refuse("os arch", format!("'{arch}' is not the architecture of this host")));
+    }
+    let kvm = facts.accelerator.kind == AcceleratorKind::Kvm;
+    let kind = kind.unwrap_or(if kvm { "kvm" } else { "qemu" });
+    if kind != "qemu" && !(kind == "kvm" && kvm) {
+        return Err(refuse("domain type", format!("'{kind}' is not usable on this host")));
+    }
+    let kind = kind.to_owned();
+    Ok((facts, kind))
 }
 
 /// `CONNECT_GET_DOMAIN_CAPABILITIES`
@@ -195,22 +225,14 @@ pub async fn domain_capabilities(call: Call) -> Answered {
         Ok((emulator, arch, machine, kind, r.u32()?))
     })?;
     call.known_flags(flags, 0)?;
-    let facts = facts(&call)?;
-    let refuse = xml::machine::refuse;
     if call.opened()?.driver != Driver::Qemu {
         return Err(VirError::no_support("virConnectGetDomainCapabilities"));
     }
-    if let Some(arch) = arch.filter(|a| *a != facts.architecture) {
-        return Err(refuse("os arch", format!("'{arch}' is not the architecture of this host")));
-    }
-    let kvm = facts.accelerator.kind == AcceleratorKind::Kvm;
-    let kind = kind.unwrap_or_else(|| if kvm { "kvm".into() } else { "qemu".into() });
-    if kind != "qemu" && !(kind == "kvm" && kvm) {
-        return Err(refuse("domain type", format!("'{kind}' is not usable on this host")));
-    }
+    let (facts, kind) = demand_machines(&call, arch.as_deref(), kind.as_deref())?;
     let newest = facts.default_machine.clone().unwrap_or_default();
     let machine = karst_engine::compute::slots::versioned(machine.as_deref().or(Some("pc")), &newest);
-    Ok(text(&xml::capabilities::domain(&facts, &kind, &machine, MAX_VCPUS)))
+    let models = super::cpu::catalogue(&call).await?.models;
+    Ok(text(&xml::capabilities::domain(&facts, &kind, &machine, MAX_VCPUS, &models)))
 }
 
 #[cfg(test)]

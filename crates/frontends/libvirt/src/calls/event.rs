@@ -65,7 +65,7 @@ pub async fn callback_register(call: Call) -> Answered {
 
 /// `CONNECT_DOMAIN_EVENT_CALLBACK_DEREGISTER_ANY`
 pub async fn callback_deregister(call: Call) -> Answered {
-    remove(&call, false)
+    remove(&call, Style::Numbered)
 }
 
 /// `CONNECT_NETWORK_EVENT_REGISTER_ANY`
@@ -80,12 +80,43 @@ pub async fn network_register(call: Call) -> Answered {
 
 /// `CONNECT_NETWORK_EVENT_DEREGISTER_ANY`
 pub async fn network_deregister(call: Call) -> Answered {
-    remove(&call, true)
+    remove(&call, Style::Network)
 }
 
-fn remove(call: &Call, network: bool) -> Answered {
+/// `CONNECT_STORAGE_POOL_EVENT_REGISTER_ANY`
+pub async fn pool_register(call: Call) -> Answered {
+    let (event, named) = call.arguments(|r| Ok((r.i32()?, r.option(Named::read)?)))?;
+    // What happens to it, and that it was looked at again.
+    if !(0..=1).contains(&event) {
+        return Err(VirError::argument(format!("unsupported storage pool event ID {event}")));
+    }
+    let only = named.map(|n| super::storage::find_uuid(&call, n.uuid).map(|p| p.id.uuid())).transpose()?;
+    Ok(int(add(&call, Callback { style: Style::Pool, event, only })?))
+}
+
+/// `CONNECT_STORAGE_POOL_EVENT_DEREGISTER_ANY`
+pub async fn pool_deregister(call: Call) -> Answered {
+    remove(&call, Style::Pool)
+}
+
+/// `CONNECT_SECRET_EVENT_REGISTER_ANY`
+pub async fn secret_register(call: Call) -> Answered {
+    let (event, only) = call.arguments(|r| Ok((r.i32()?, r.option(super::secret::named)?)))?;
+    // What happens to it, and that its value is another.
+    if !(0..=1).contains(&event) {
+        return Err(VirError::argument(format!("unsupported secret event ID {event}")));
+    }
+    Ok(int(add(&call, Callback { style: Style::Secret, event, only })?))
+}
+
+/// `CONNECT_SECRET_EVENT_DEREGISTER_ANY`
+pub async fn secret_deregister(call: Call) -> Answered {
+    remove(&call, Style::Secret)
+}
+
+fn remove(call: &Call, style: Style) -> Answered {
     let number = call.arguments(|r| r.i32())?;
-    match call.session.callbacks.lock().unwrap_or_else(|e| e.into_inner()).remove(number, network) {
+    match call.session.callbacks.lock().unwrap_or_else(|e| e.into_inner()).remove(number, style) {
         true => Ok(nothing()),
         false => Err(VirError::argument(format!("event callback {number} not registered"))),
     }

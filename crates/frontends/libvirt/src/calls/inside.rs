@@ -14,6 +14,8 @@ use std::{collections::BTreeSet, time::Duration};
 
 /// How long an agent is waited for where nobody says.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Where a domain's own is kept, in libvirt's words of it.
+const TIMEOUT: &str = "user.libvirt.agent_timeout";
 /// Most of anything that is taken from a guest.
 const MOST: usize = 256;
 
@@ -43,7 +45,26 @@ async fn ask_within(
 }
 
 async fn ask(call: &Call, view: &InstanceView, command: &str, arguments: Value) -> Result<Value, VirError> {
-    ask_within(call, view, command, arguments, PATIENCE).await
+    let chosen = view.instance.config.get(TIMEOUT).and_then(|s| s.parse().ok());
+    let patience = chosen.and_then(|s| limit(s).ok()).unwrap_or(PATIENCE);
+    ask_within(call, view, command, arguments, patience).await
+}
+
+/// `DOMAIN_AGENT_SET_RESPONSE_TIMEOUT`: how long its agent is waited for from now on.
+pub async fn set_timeout(call: Call) -> Answered {
+    let (named, seconds, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.i32()?, r.u32()?)))?;
+    call.known_flags(flags, 0)?;
+    let view = call.guest(&named)?;
+    if seconds == 0 {
+        let text = "an agent is always waited for: 1 second or more, -1 for the default, -2 for the longest";
+        return Err(VirError::new(Code::OperationUnsupported, Part::Qemu, text));
+    }
+    limit(seconds)?;
+    let value = (seconds != -1).then(|| seconds.to_string());
+    if view.instance.config.get(TIMEOUT) != value.as_ref() {
+        super::domain::set_keys(&call, &view, vec![(TIMEOUT.into(), value)], None).await?;
+    }
+    Ok(super::int(0))
 }
 
 fn nonsense(command: &str) -> VirError {

@@ -2,6 +2,7 @@
 
 pub mod connect;
 pub mod console;
+pub mod cpu;
 pub mod define;
 pub mod devices;
 pub mod domain;
@@ -17,6 +18,7 @@ pub mod nodedev;
 pub mod nwfilter;
 pub mod pools;
 pub mod power;
+pub mod secret;
 pub mod snapshots;
 pub mod stats;
 pub mod storage;

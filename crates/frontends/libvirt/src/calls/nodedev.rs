@@ -262,11 +262,11 @@ pub async fn cpu_models(call: Call) -> Answered {
     if arch != facts.architecture {
         return Err(VirError::argument(format!("'{arch}' is not the architecture of this host")));
     }
-    let all = crate::xml::capabilities::CPU_MODELS;
+    let all = super::cpu::catalogue(&call).await?.models;
     let shown = if need_results == 0 { &[][..] } else { &all[..all.len().min(LIST_MAX)] };
     let mut w = Writer::new();
-    w.array(shown, |w, name| {
-        w.string(name);
+    w.array(shown, |w, model| {
+        w.string(&model.name);
     });
     w.i32(all.len() as i32);
     Ok(w.finish().into())

@@ -5,6 +5,7 @@ use super::{
     Answered, Named, nothing,
     power::ended,
     storage::{find, find_uuid, one, pools},
+    text,
 };
 use crate::{
     error::{Code, Part, VirError},
@@ -80,8 +81,18 @@ pub async fn create(call: Call) -> Answered {
 
 /// `STORAGE_POOL_REFRESH`: nothing here is read once and kept.
 pub async fn refresh(call: Call) -> Answered {
-    with_flags(&call, 0)?;
+    let pool = with_flags(&call, 0)?;
+    // Nobody may listen.
+    let _ = call.session.front.refreshed.send(pool.id.uuid());
     Ok(nothing())
+}
+
+/// `CONNECT_GET_STORAGE_POOL_CAPABILITIES`
+pub async fn capabilities(call: Call) -> Answered {
+    let flags = call.arguments(|r| r.u32())?;
+    call.known_flags(flags, 0)?;
+    call.opened()?;
+    Ok(text(&xml::storage::capabilities()))
 }
 
 /// `STORAGE_POOL_DESTROY`

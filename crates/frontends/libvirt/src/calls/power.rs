@@ -1,7 +1,12 @@
 //! Power and names of domains.
 
 use super::{Answered, Named, domain::is_running, int, nothing, write_domain};
-use crate::{error::VirError, session::Call, xdr::Writer};
+use crate::{
+    error::{Code, Part, VirError},
+    session::Call,
+    xdr::Writer,
+    xml::domain::{AUTORESTART, restarts},
+};
 use karst_engine::{InstanceView, LiveOperation, compute::power::PowerRequest};
 use karst_model::instance::{PowerAction, Status};
 use std::time::Duration;
@@ -215,4 +220,41 @@ pub async fn rename(call: Call) -> Answered {
     let (engine, context) = (&session.front.engine, &session.context);
     engine.instance_rename(context, &view.project.name, &view.instance.name, &new).await?;
     Ok(int(0))
+}
+
+/// Names of `virDomainLifecycle` and `virDomainLifecycleAction`.
+const LIFECYCLES: [&str; 3] = ["on_poweroff", "on_reboot", "on_crash"];
+const ACTIONS: [&str; 6] =
+    ["destroy", "restart", "rename-restart", "preserve", "coredump-destroy", "coredump-restart"];
+
+/// `DOMAIN_SET_LIFECYCLE_ACTION`: after a crash a guest starts again or does not; all else is as it is.
+pub async fn set_lifecycle_action(call: Call) -> Answered {
+    let (named, kind, action, flags) =
+        call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?, r.u32()?, r.u32()?)))?;
+    // Live, configured, or both: the record says both.
+    call.known_flags(flags, 3)?;
+    let of = |all: &[&'static str], n: u32, what: &str| {
+        let found = usize::try_from(n).ok().and_then(|n| all.get(n).copied());
+        found.ok_or_else(|| VirError::argument(format!("unknown lifecycle {what} '{n}'")))
+    };
+    let (kind, action) = (of(&LIFECYCLES, kind, "type")?, of(&ACTIONS, action, "action")?);
+    let view = call.guest(&named)?;
+    match (kind, action) {
+        ("on_poweroff", "destroy") | ("on_reboot", "restart") => {}
+        ("on_crash", "destroy" | "restart") => {
+            let wanted = action == "restart";
+            if restarts(&view.expanded_config) != wanted {
+                let value = Some(wanted.to_string());
+                super::domain::set_keys(&call, &view, vec![(AUTORESTART.into(), value)], None).await?;
+            }
+        }
+        _ => {
+            let text = format!(
+                "{kind} '{action}': a guest that is off is off, one that reboots goes on, and \
+                one that crashed is destroyed or restarted"
+            );
+            return Err(VirError::new(Code::ConfigUnsupported, Part::Domain, text));
+        }
+    }
+    Ok(nothing())
 }

@@ -1,19 +1,27 @@
 //! What the host can do.
 
 use super::Element;
-use crate::session::Driver;
+use crate::{cpu::Model, session::Driver};
 use karst_model::node::{AcceleratorKind, HostFacts};
 use uuid::Uuid;
 
-/// CPU models that every machine of QEMU has.
-pub const CPU_MODELS: [&str; 3] = ["qemu64", "kvm64", "max"];
+/// What a processor is called: model, vendor, and features beyond the model.
+pub type Described = (Element, Option<Element>, Vec<Element>);
 
 /// The capabilities document.
-pub fn document(driver: Driver, facts: &HostFacts, node: Uuid) -> String {
+pub fn document(driver: Driver, facts: &HostFacts, node: Uuid, called: Option<Described>) -> String {
     let cpus = facts.cpus.max(1);
-    let cpu = Element::new("cpu").child(Element::text("arch", &facts.architecture)).child(
-        Element::new("topology").with("sockets", 1).with("dies", 1).with("cores", cpus).with("threads", 1),
-    );
+    let topology =
+        Element::new("topology").with("sockets", 1).with("dies", 1).with("cores", cpus).with("threads", 1);
+    let mut cpu = Element::new("cpu").child(Element::text("arch", &facts.architecture));
+    match called {
+        Some((model, vendor, features)) => {
+            cpu.push(model);
+            cpu.push_some(vendor);
+            cpu = cpu.child(topology).children(features);
+        }
+        None => cpu.push(topology),
+    }
     let cell = Element::new("cell")
         .with("id", 0)
         .child(Element::text("memory", facts.memory / 1024).with("unit", "KiB"))
@@ -42,7 +50,7 @@ fn supported(name: &'static str, is: bool) -> Element {
 }
 
 /// What domains of a kind can have; `machine` is the type that they are to have, versioned.
-pub fn domain(facts: &HostFacts, kind: &str, machine: &str, most: i32) -> String {
+pub fn domain(facts: &HostFacts, kind: &str, machine: &str, most: i32, models: &[Model]) -> String {
     let kvm = facts.accelerator.kind == AcceleratorKind::Kvm;
     let loader = supported("loader", true)
         .child(choices("type", &["rom", "pflash"]))
@@ -52,12 +60,15 @@ pub fn domain(facts: &HostFacts, kind: &str, machine: &str, most: i32) -> String
     let mode = |name: &str, is: bool| {
         Element::new("mode").with("name", name).with("supported", if is { "yes" } else { "no" })
     };
-    let model = |name: &&str| Element::text("model", name).with("usable", "yes").with("vendor", "unknown");
+    let model = |m: &Model| {
+        let usable = if m.missing.is_empty() { "yes" } else { "no" };
+        Element::text("model", &m.name).with("usable", usable).with("vendor", m.vendor.unwrap_or("unknown"))
+    };
     let cpu = Element::new("cpu")
         .child(mode("host-passthrough", kvm).child(choices("hostPassthroughMigratable", &["on"])))
         .child(mode("maximum", true).child(choices("maximumMigratable", &["on"])))
         .child(mode("host-model", false))
-        .child(mode("custom", true).children(CPU_MODELS.iter().map(model)));
+        .child(mode("custom", true).children(models.iter().map(model)));
     let disk = supported("disk", true)
         .child(choices("diskDevice", &["disk", "cdrom"]))
         .child(choices("bus", &["scsi", "virtio", "sata"]))

@@ -132,17 +132,26 @@ fn ranges(cpus: &[u32]) -> String {
     parts.iter().map(one).collect::<Vec<_>>().join(",")
 }
 
-fn ends(e: &mut Element) {
+/// The key that says whether a guest that crashed starts again.
+pub const AUTORESTART: &str = "boot.autorestart";
+
+/// Does a guest of this configuration start again when it crashed?
+pub fn restarts(config: &Config) -> bool {
+    karst_model::keys::optional_flag(config, AUTORESTART) == Some(true)
+}
+
+/// What happens when a guest ends.
+pub fn ends(e: &mut Element, config: &Config) {
     e.push(Element::new("clock").with("offset", "utc"));
     e.push(Element::text("on_poweroff", "destroy"));
     e.push(Element::text("on_reboot", "restart"));
-    e.push(Element::text("on_crash", "destroy"));
+    e.push(Element::text("on_crash", if restarts(config) { "restart" } else { "destroy" }));
 }
 
 fn container(e: &mut Element, facts: &HostFacts, parsed: &ParsedDevices, view: &InstanceView, live: bool) {
     let kind = Element::text("type", "exe").with("arch", &facts.architecture);
     e.push(Element::new("os").child(kind).child(Element::text("init", "/sbin/init")));
-    ends(e);
+    ends(e, &view.expanded_config);
     let mut devices = Element::new("devices");
     devices.push(Element::text("emulator", "/usr/bin/lxc-start"));
     let volume = |pool: &str, volume: &str, path: &str, readonly: bool| {

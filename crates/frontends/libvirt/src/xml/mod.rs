@@ -7,6 +7,7 @@ pub mod network;
 pub mod nodedev;
 pub mod nwfilter;
 pub mod read;
+pub mod secret;
 pub mod snapshot;
 pub mod storage;
 

@@ -2,7 +2,7 @@
 
 use super::Element;
 use crate::error::{Code, Part, VirError};
-use karst_model::storage::{Pool, Usage, Volume, VolumeContent};
+use karst_model::storage::{Pool, PoolKind, Usage, Volume, VolumeContent};
 use uuid::Uuid;
 
 fn bytes(name: &'static str, n: u64) -> Element {
@@ -42,6 +42,45 @@ pub fn volume(volume: &Volume, name: &str, path: &str, capacity: u64, allocation
                 .child(Element::new("format").with("type", format)),
         )
         .document()
+}
+
+/// libvirt's kinds of pools, with the kinds of Karst that are made by documents of each.
+const KINDS: [(&str, &[&str]); 14] = [
+    ("dir", &["dir"]),
+    ("fs", &[]),
+    ("netfs", &[]),
+    ("logical", &[]),
+    ("disk", &[]),
+    ("iscsi", &[]),
+    ("iscsi-direct", &[]),
+    ("scsi", &[]),
+    ("mpath", &[]),
+    ("rbd", &[]),
+    ("sheepdog", &[]),
+    ("gluster", &[]),
+    ("zfs", &["zfs"]),
+    ("vstorage", &[]),
+];
+
+/// Is there a kind of Karst that a document of libvirt's kind makes?
+fn made(kind: &str) -> bool {
+    let of = KINDS.iter().find(|(k, _)| *k == kind).map(|(_, of)| *of).unwrap_or_default();
+    PoolKind::ALL.iter().any(|k| of.contains(&k.as_str()))
+}
+
+/// What kinds of pools there are, and the formats of volumes in them.
+pub fn capabilities() -> String {
+    let volumes = || {
+        let formats = ["raw", "iso", "dir"].iter().map(|f| Element::text("value", f));
+        Element::new("volOptions")
+            .child(Element::new("defaultFormat").with("type", "raw"))
+            .child(Element::new("enum").with("name", "targetFormatType").children(formats))
+    };
+    let pool = |(kind, _): &(&'static str, &[&str])| {
+        let e = Element::new("pool").with("type", kind);
+        if made(kind) { e.with("supported", "yes").child(volumes()) } else { e.with("supported", "no") }
+    };
+    Element::new("storagepoolCapabilities").children(KINDS.iter().map(pool)).document()
 }
 
 /// A volume to make.
@@ -205,6 +244,20 @@ mod tests {
             let e = read(inner).unwrap_err();
             assert!(e.code == code && e.text.contains(word), "{inner}: {e:?}");
         }
+    }
+
+    #[test]
+    fn capabilities_tell_the_kinds_that_documents_make() {
+        let text = capabilities();
+        for (kind, _) in KINDS {
+            let is = text.contains(&format!("<pool type='{kind}' supported='yes'>"));
+            let no = text.contains(&format!("<pool type='{kind}' supported='no'/>"));
+            assert!(is == made(kind) && is != no, "{kind}");
+            let document = format!("<pool type='{kind}'><name>p</name></pool>");
+            let driver = read_pool(&document).map(|p| p.driver).unwrap_or_default();
+            assert_eq!(is, PoolKind::ALL.iter().any(|k| k.as_str() == driver), "{kind}");
+        }
+        assert!(made("dir"));
     }
 
     #[test]

@@ -57,7 +57,7 @@ impl Server {
         .unwrap();
         engine.bootstrap().await.unwrap();
         let dir = tempfile::tempdir().unwrap();
-        let front = Arc::new(Front { engine: engine.clone() });
+        let front = Front::new(engine.clone());
         let tasks = [(Surface::Full, "full"), (Surface::ReadOnly, "ro")]
             .map(|(surface, name)| {
                 let listener = UnixListener::bind(dir.path().join(name)).unwrap();

@@ -46,6 +46,8 @@ pub struct Machine {
     pub boot_menu: bool,
     /// CPU model in QEMU's words with its flags; `None`: as the host has it.
     pub cpu_model: Option<String>,
+    /// It starts again after a crash.
+    pub restarts: bool,
     /// It has a TPM 2.0.
     pub tpm: bool,
     /// Disks.

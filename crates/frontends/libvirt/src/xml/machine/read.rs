@@ -95,6 +95,7 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
         firmware,
         boot_menu: os.find("bootmenu").is_some_and(|e| e.attribute("enable") == Some("yes")),
         cpu_model: root.find("cpu").map(cpu_model).transpose()?.flatten(),
+        restarts: body("on_crash") == Some("restart"),
         tpm: false,
         disks: vec![],
         nics: vec![],

@@ -5,6 +5,7 @@ use super::{Disk, Machine, Nic, Source, refuse};
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
     error::VirError,
+    xml::domain::AUTORESTART,
 };
 use karst_engine::compute::define::Place;
 use karst_model::{
@@ -151,6 +152,7 @@ pub fn create(machine: &Machine) -> Result<Created, VirError> {
     set(&mut config, "hardware.machine", Some(machine.machine.as_deref().unwrap_or("pc")));
     set(&mut config, "hardware.cpu.model", machine.cpu_model.as_ref());
     set(&mut config, "hardware.boot_menu", yes(machine.boot_menu));
+    set(&mut config, AUTORESTART, yes(machine.restarts));
     firmware(&mut config, machine.firmware);
     // So that saving and snapshots with memory are there, as they are with libvirt.
     set(&mut config, "migration.stateful", Some("true"));
@@ -212,6 +214,9 @@ pub fn update(present: &Present<'_>, new: &Machine) -> Result<Updated, VirError>
     }
     if old.boot_menu != new.boot_menu {
         set(&mut config, "hardware.boot_menu", yes(new.boot_menu));
+    }
+    if old.restarts != new.restarts {
+        set(&mut config, AUTORESTART, Some(new.restarts.to_string()));
     }
     if old.firmware != new.firmware {
         firmware(&mut config, new.firmware);

@@ -172,10 +172,7 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
     e.push(system(shown, &opaque));
     e.push(Element::new("features").child(Element::new("acpi")).child(Element::new("apic")));
     e.push(cpu(shown.hardware));
-    e.push(Element::new("clock").with("offset", "utc"));
-    e.push(Element::text("on_poweroff", "destroy"));
-    e.push(Element::text("on_reboot", "restart"));
-    e.push(Element::text("on_crash", "destroy"));
+    crate::xml::domain::ends(&mut e, shown.config);
     for kept in &opaque.domain {
         let still = match kept.name() {
             "os" => continue,
