@@ -65,7 +65,7 @@ const KINDS: [(&str, &[&str]); 14] = [
 /// Is there a kind of Karst that a document of libvirt's kind makes?
 fn made(kind: &str) -> bool {
     let of = KINDS.iter().find(|(k, _)| *k == kind).map(|(_, of)| *of).unwrap_or_default();
-    PoolKind::ALL.iter().any(|k| of.contains(&k.as_str()))
+    PoolKind::OFFERED.iter().any(|k| of.contains(&k.as_str()))
 }
 
 /// What kinds of pools there are, and the formats of volumes in them.
@@ -255,7 +255,7 @@ mod tests {
             assert!(is == made(kind) && is != no, "{kind}");
             let document = format!("<pool type='{kind}'><name>p</name></pool>");
             let driver = read_pool(&document).map(|p| p.driver).unwrap_or_default();
-            assert_eq!(is, PoolKind::ALL.iter().any(|k| k.as_str() == driver), "{kind}");
+            assert_eq!(is, PoolKind::OFFERED.iter().any(|k| k.as_str() == driver), "{kind}");
         }
         assert!(made("dir"));
     }
