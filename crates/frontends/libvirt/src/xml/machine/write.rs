@@ -182,6 +182,8 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
                 let now = shown.config.get("hardware.cpu.model").filter(|m| !m.is_empty());
                 read::cpu_model(kept).is_ok_and(|m| m.as_ref() == now)
             }
+            // Which of the others it says makes no difference to what happens.
+            "on_crash" => (kept.body().trim() == "restart") == crate::xml::domain::restarts(shown.config),
             _ => true,
         };
         if still {
