@@ -65,7 +65,8 @@ pub async fn open(
             format!("{:?} is a volume of the group, but no thin pool", place.thin_pool),
         ));
     }
-    let own = format!("tags={{{}}}", place.tag());
+    // One that is set so already would be an error to the tool: it is not selected.
+    let own = format!("tags={{{}}} && lv_when_full=queue", place.tag());
     // Errors at once when it is full: a machine is paused then, rather than everybody hung for a minute.
     done(lvm(["lvchange", "--errorwhenfull", "y", "-S", &own, &thin])).await?;
     done(lvm(["lvchange", "-ay", "-K", &thin])).await?;
