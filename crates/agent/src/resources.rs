@@ -51,11 +51,12 @@ pub struct CpuCore {
 /// A CPU model that the host's QEMU has. Features are in QEMU's words, with its aliases.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-#[allow(missing_docs)]
 pub struct CpuModel {
+    /// As `-cpu` takes it, such as `EPYC-Rome`; those of a version (`EPYC-Rome-v2`) are left out.
     pub name: String,
-    /// As the processor says it, such as `AuthenticAMD`.
+    /// As the processor says it (CPUID leaf 0), such as `AuthenticAMD`.
     pub vendor: String,
+    /// All that a guest of this model sees (`query-cpu-model-expansion`).
     pub features: Vec<String>,
     /// Of these, what the host's accelerator cannot give.
     pub missing: Vec<String>,

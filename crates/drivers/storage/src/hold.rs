@@ -30,7 +30,8 @@ const SHARED: &str = "/run/karst";
 /// A locked pool; others may have it when the last of these is dropped.
 #[derive(Debug)]
 pub struct Hold {
-    _file: OwnedFd,
+    /// What is locked, for as long as it is open.
+    file: OwnedFd,
     /// The file's name goes first, while it is locked.
     goes: Option<PathBuf>,
 }
@@ -71,7 +72,7 @@ pub fn hold_by_id(pool: uuid::Uuid) -> Result<Arc<Hold>> {
         let hold = hold_file(&File::open(SHARED)?, &name, Some(path.clone()))?;
         // Whoever had it before may have taken the name away while we waited.
         let there = std::fs::symlink_metadata(&path).ok().map(|m| (m.dev(), m.ino()));
-        let ours = fstat(&hold._file).map_err(std::io::Error::from)?;
+        let ours = fstat(&hold.file).map_err(std::io::Error::from)?;
         if there == Some((ours.st_dev, ours.st_ino)) {
             return Ok(hold);
         }
@@ -89,26 +90,26 @@ fn hold_file(directory: &File, name: &str, goes: Option<PathBuf>) -> Result<Arc<
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let file = openat(directory, name, flags, Mode::RUSR | Mode::WUSR).map_err(std::io::Error::from)?;
     let found = fstat(&file).map_err(std::io::Error::from)?;
-    let mut held = HELD.lock().unwrap_or_else(|e| e.into_inner());
-    held.retain(|_, hold| hold.strong_count() > 0);
-    if let Some(hold) = held.get(&(found.st_dev, found.st_ino)).and_then(Weak::upgrade) {
+    let key = (found.st_dev, found.st_ino);
+    for tried in 0..TRIES {
+        if tried > 0 {
+            // Not with what others look into: they may want other pools.
+            std::thread::sleep(PAUSE);
+        }
+        let mut held = HELD.lock().unwrap_or_else(|e| e.into_inner());
+        held.retain(|_, hold| hold.strong_count() > 0);
+        if let Some(hold) = held.get(&key).and_then(Weak::upgrade) {
+            return Ok(hold);
+        }
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) => continue,
+            other => other.map_err(std::io::Error::from)?,
+        }
+        let hold = Arc::new(Hold { file, goes });
+        held.insert(key, Arc::downgrade(&hold));
         return Ok(hold);
     }
-    for wait in (0..TRIES).rev() {
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Err(rustix::io::Errno::WOULDBLOCK) if wait > 0 => std::thread::sleep(PAUSE),
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                return Err(Error::conflict(TAKEN));
-            }
-            other => {
-                other.map_err(std::io::Error::from)?;
-                break;
-            }
-        }
-    }
-    let hold = Arc::new(Hold { _file: file, goes });
-    held.insert((found.st_dev, found.st_ino), Arc::downgrade(&hold));
-    Ok(hold)
+    Err(Error::conflict(TAKEN))
 }
 
 #[cfg(test)]
