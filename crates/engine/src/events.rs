@@ -1,11 +1,16 @@
 //! What happened, for whoever listens: lifecycle of objects, changes of operations, the server's log. A listener hears
 //! what its principal may see when the event happens.
 
+use crate::Records;
 use jiff::Timestamp;
 use karst_model::{
     ProjectId,
     access::{Permission, Principal},
+    instance::{Instance, Runtime},
+    network::Network,
     operation::Operation,
+    secret::Secret,
+    storage::Pool,
 };
 use std::{collections::BTreeMap, sync::Arc};
 use tokio::sync::broadcast;
@@ -24,6 +29,66 @@ pub struct Event {
     pub project_name: String,
     /// What.
     pub kind: EventKind,
+    /// To which object, where listeners need more of it than its path.
+    pub subject: Option<Subject>,
+}
+
+/// The object of an event, as it was when it happened: by the time that somebody looks at the event it may be gone, and another
+/// may have its name.
+#[derive(Debug, Clone)]
+pub enum Subject {
+    /// An instance, and what was seen of its guest.
+    Instance(Arc<Instance>, Option<Arc<Runtime>>),
+    /// A network.
+    Network(Arc<Network>),
+    /// A pool.
+    Pool(Arc<Pool>),
+    /// A secret, without its value.
+    Secret(Arc<Secret>),
+}
+
+impl Subject {
+    /// The object of a path such as `/1.0/instances/NAME?project=P`, as it is now; nothing when it is not there, and of other
+    /// kinds of objects.
+    pub(crate) fn of(records: &Records, project: Option<ProjectId>, source: &str) -> Option<Self> {
+        let path = source.split('?').next()?.strip_prefix("/1.0/")?;
+        let (kind, name) = path.split_once('/').filter(|(_, name)| !name.contains('/'))?;
+        match kind {
+            "instances" => {
+                let row = records.instance(records.projects.get(&project?)?, name).ok()?;
+                let runtime = records.runtimes.get(&row.id).map(|r| Arc::new(r.value.clone()));
+                Some(Self::Instance(Arc::new(row.value.clone()), runtime))
+            }
+            "networks" => Some(Self::Network(Arc::new(records.network(name).ok()?.value.clone()))),
+            "storage-pools" => Some(Self::Pool(Arc::new(records.pool(name).ok()?.value.clone()))),
+            _ => None,
+        }
+    }
+
+    /// A secret, as listeners are told of it.
+    pub(crate) fn secret(secret: &Secret) -> Self {
+        Self::Secret(Arc::new(Secret { sealed: None, ..secret.clone() }))
+    }
+
+    fn same(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Instance(a, _), Self::Instance(b, _)) => a.id == b.id,
+            (Self::Network(a), Self::Network(b)) => a.id == b.id,
+            (Self::Pool(a), Self::Pool(b)) => a.id == b.id,
+            (Self::Secret(a), Self::Secret(b)) => a.uuid == b.uuid,
+            _ => false,
+        }
+    }
+
+    /// What was changed, out of what was there before and after, each under the same path: the same object as it is now, or the
+    /// one that is gone, never another that took its name.
+    pub(crate) fn changed(before: Option<Self>, after: Option<Self>) -> Option<Self> {
+        match (before, after) {
+            (Some(before), Some(after)) if before.same(&after) => Some(after),
+            (Some(before), _) => Some(before),
+            (None, after) => after,
+        }
+    }
 }
 
 /// Kinds of events.

@@ -423,9 +423,23 @@ impl EngineInner {
         action: &'static str,
         source: String,
     ) {
+        let subject = events::Subject::of(&self.inventory.read(), project, &source);
+        self.announce_of(context, project, action, source, subject);
+    }
+
+    /// The same of an object that the inventory does not have, or not any more.
+    pub(crate) fn announce_of(
+        &self,
+        context: &Context,
+        project: Option<ProjectId>,
+        action: &'static str,
+        source: String,
+        subject: Option<events::Subject>,
+    ) {
         self.events.send(Event {
             time: self.env.now(),
             project,
+            subject,
             project_name: self.project_name(project),
             kind: EventKind::Lifecycle {
                 action,

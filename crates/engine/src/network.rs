@@ -5,6 +5,7 @@ use crate::{
     compute::addresses,
     context::Context,
     db::Tx,
+    events::Subject,
     firewall::{self, Rules},
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
@@ -646,6 +647,9 @@ impl Saga for NetworkCreate {
     }
     fn announce(plan: &NetworkPlan) -> Vec<(&'static str, String)> {
         vec![("network-created", format!("/1.0/networks/{}", plan.network.name))]
+    }
+    fn subject(plan: &NetworkPlan) -> Option<Subject> {
+        Some(Subject::Network(Arc::new(plan.network.clone())))
     }
 }
 

@@ -191,6 +191,7 @@ impl Operations {
         }
         live.shared.version.send_modify(|v| *v += 1);
         self.events.send(Event {
+            subject: None,
             time: self.env.now(),
             project: record.project,
             project_name: (self.names)(record.project),

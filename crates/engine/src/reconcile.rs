@@ -6,7 +6,7 @@ use crate::{
     compute::power::PowerRequest,
     context::Context,
     db::Tx,
-    events::{Event, EventKind},
+    events::{Event, EventKind, Subject},
     saga::Phase,
 };
 use karst_agent::{AgentEvent, CallContext, HostAgent};
@@ -344,16 +344,19 @@ async fn record(inner: &Arc<EngineInner>, observed: &Observed, as_of: Option<Rev
                     instance.power = DesiredPower::Stopped;
                     tx.replace(row, &instance);
                 }
-                ended = Some((row.project, row.name.to_string()));
+                let subject = Subject::Instance(Arc::new(row.value.clone()), Some(Arc::new(runtime.clone())));
+                ended = Some((row.project, row.name.to_string(), subject));
             }
             Ok(())
         })
         .await?;
-    if let Some((project, name)) = ended {
+    if let Some((project, name, subject)) = ended {
+        let subject = Some(subject);
         let project_name = inner.project_name(Some(project));
         inner.events.send(Event {
             time: inner.env.now(),
             project: Some(project),
+            subject,
             kind: EventKind::Lifecycle {
                 action: "instance-shutdown",
                 source: crate::compute::path(&project_name, &name),

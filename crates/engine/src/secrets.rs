@@ -4,7 +4,7 @@
 //! was moved to another record does not open. Ephemeral secrets are in this engine's memory and nowhere else, their names
 //! included; they end with it. A private one's value never leaves the engine.
 
-use crate::{Engine, EngineInner, Records, Row, context::Context, tenancy::project_uses};
+use crate::{Engine, EngineInner, Records, Row, context::Context, events::Subject, tenancy::project_uses};
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use karst_env::Env;
 use karst_model::{
@@ -358,7 +358,8 @@ impl Engine {
             vault.change(|all| all.remove(&key));
         }
         let action = if old.is_some() { "secret-updated" } else { "secret-created" };
-        inner.announce(context, Some(project_id), action, path(&project.name, secret.uuid));
+        let subject = Some(Subject::secret(&secret));
+        inner.announce_of(context, Some(project_id), action, path(&project.name, secret.uuid), subject);
         Ok(secret)
     }
 
@@ -384,12 +385,11 @@ impl Engine {
         let project = self.project(context, project, Permission::ResourceEdit)?;
         let inner = self.inner();
         let _turn = inner.vault.turn.lock().await;
-        if !inner.secrets_of(project.id).iter().any(|s| s.uuid == uuid) {
-            return Err(missing(uuid));
-        }
+        let found = inner.secrets_of(project.id).into_iter().find(|s| s.uuid == uuid);
+        let subject = Some(Subject::secret(&found.ok_or_else(|| missing(uuid))?));
         self.unwrite(project.id, uuid).await?;
         inner.vault.change(|all| all.remove(&(project.id, uuid)));
-        inner.announce(context, Some(project.id), "secret-deleted", path(&project.name, uuid));
+        inner.announce_of(context, Some(project.id), "secret-deleted", path(&project.name, uuid), subject);
         Ok(())
     }
 
@@ -430,7 +430,15 @@ impl Engine {
                 })
                 .await?;
         }
-        inner.announce(context, Some(project.id), "secret-value-changed", path(&project.name, uuid));
+        let of = inner.secrets_of(project.id).into_iter().find(|s| s.uuid == uuid);
+        let subject = of.map(|s| Subject::secret(&s));
+        inner.announce_of(
+            context,
+            Some(project.id),
+            "secret-value-changed",
+            path(&project.name, uuid),
+            subject,
+        );
         Ok(())
     }
 

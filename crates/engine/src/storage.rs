@@ -4,6 +4,7 @@ use crate::{
     Engine, EngineInner, Row,
     context::Context,
     db::Tx,
+    events::Subject,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
 };
@@ -15,7 +16,7 @@ use karst_model::{
     storage::{Pool, PoolKind, Usage, Volume, VolumeOwner},
 };
 use serde::{Deserialize, Serialize};
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 /// Lock target of a pool.
 pub fn pool_lock(id: PoolId) -> String {
@@ -291,6 +292,9 @@ impl Saga for PoolCreate {
     }
     fn announce(plan: &PoolPlan) -> Vec<(&'static str, String)> {
         vec![("storage-pool-created", format!("/1.0/storage-pools/{}", plan.pool.name))]
+    }
+    fn subject(plan: &PoolPlan) -> Option<Subject> {
+        Some(Subject::Pool(Arc::new(plan.pool.clone())))
     }
 }
 

@@ -6,6 +6,7 @@ use crate::{
     backups::import::record,
     compute,
     db::Tx,
+    events::Subject,
     saga::{Saga, StepContext},
     snapshots::Taken,
     storage::pool_lock,
@@ -20,7 +21,10 @@ use karst_model::{
     storage::{Pool, Volume, VolumeOwner},
 };
 use serde::{Deserialize, Serialize};
-use std::{sync::atomic::Ordering, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 const CALL: Duration = Duration::from_secs(180);
 
@@ -65,6 +69,9 @@ impl Saga for PoolRecover {
     }
     fn announce(plan: &PoolPlan) -> Vec<(&'static str, String)> {
         vec![("storage-pool-created", format!("/1.0/storage-pools/{}", plan.pool.name))]
+    }
+    fn subject(plan: &PoolPlan) -> Option<Subject> {
+        Some(Subject::Pool(Arc::new(plan.pool.clone())))
     }
 }
 

@@ -14,7 +14,7 @@ pub mod runner;
 
 pub use registry::registry;
 
-use crate::{EngineInner, db::Tx, inventory::Lock, operations::LiveOperation};
+use crate::{EngineInner, db::Tx, events::Subject, inventory::Lock, operations::LiveOperation};
 use async_trait::async_trait;
 use karst_agent::{CallContext, Fence, HostAgent};
 use karst_model::{Error, NodeId, OperationId, Result, SagaId, operation::OperationState};
@@ -82,6 +82,11 @@ pub trait Saga: Send + Sync + Sized + 'static {
     /// Announced after the commit: Incus' lifecycle action and the path of the object.
     fn announce(_plan: &Self::Plan) -> Vec<(&'static str, String)> {
         vec![]
+    }
+
+    /// The object that is announced, where its record is not there before the commit.
+    fn subject(_plan: &Self::Plan) -> Option<Subject> {
+        None
     }
 }
 
@@ -238,6 +243,8 @@ pub trait AnySaga: Send + Sync {
     ) -> serde_json::Map<String, serde_json::Value>;
     /// [`Saga::announce`].
     fn announce(&self, plan: &serde_json::Value) -> Vec<(&'static str, String)>;
+    /// See [`Saga::subject`].
+    fn subject(&self, plan: &serde_json::Value) -> Option<Subject>;
 }
 
 /// Erases a saga's types.
@@ -339,6 +346,10 @@ impl<S: Saga> AnySaga for Erased<S> {
     }
     fn announce(&self, plan: &serde_json::Value) -> Vec<(&'static str, String)> {
         plan_of::<S>(plan).map(|p| S::announce(&p)).unwrap_or_default()
+    }
+
+    fn subject(&self, plan: &serde_json::Value) -> Option<Subject> {
+        plan_of::<S>(plan).ok().and_then(|p| S::subject(&p))
     }
 }
 

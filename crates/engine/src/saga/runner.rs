@@ -5,7 +5,7 @@ use crate::{
     EngineInner, Row,
     context::Context,
     db::{Commit, Tx},
-    events::{Event, EventKind},
+    events::{Event, EventKind, Subject},
     inventory::Lock,
     operations::{LiveOperation, NewOperation},
 };
@@ -625,9 +625,24 @@ fn ended(engine: &EngineInner, record: &SagaRecord) -> Option<Operation> {
     (gone && operation.state.is_final()).then(|| operation.value.clone())
 }
 
-fn told(engine: &EngineInner, saga: &dyn AnySaga, record: &SagaRecord, end: End, operation: Operation) {
+/// The objects that a saga is about to announce, as they are while it holds their locks.
+fn subjects(engine: &EngineInner, saga: &dyn AnySaga, record: &SagaRecord) -> Vec<Option<Subject>> {
+    let records = engine.inventory.read();
+    let of = |source: &str| Subject::of(&records, record.project, source);
+    let own = saga.subject(&record.plan);
+    saga.announce(&record.plan).iter().map(|(_, source)| own.clone().or_else(|| of(source))).collect()
+}
+
+fn told(
+    engine: &EngineInner,
+    saga: &dyn AnySaga,
+    record: &SagaRecord,
+    end: End,
+    operation: Operation,
+    before: Vec<Option<Subject>>,
+) {
     if end == End::Done && operation.state == OperationState::Success {
-        announce(engine, saga, record, &operation);
+        announce(engine, saga, record, &operation, before);
     }
     engine.operations.publish(operation);
 }
@@ -642,17 +657,19 @@ async fn finish(
 ) -> Result<(), Failure> {
     let mut wait = Duration::from_millis(50);
     let mut refused = 0;
+    let mut before = vec![];
     loop {
         let Some(row) = current(engine, record) else {
             return match ended(engine, record) {
                 // Our own last write, whose answer was lost.
                 Some(operation) => {
-                    told(engine, saga, record, end, operation);
+                    told(engine, saga, record, end, operation, before);
                     Ok(())
                 }
                 None => Err(Failure::Stopped(Stopped::Superseded)),
             };
         };
+        before = subjects(engine, saga, record);
         let mut tx = Tx::default();
         let mut operation: Operation = (*live.snapshot()).clone();
         operation.may_cancel = false;
@@ -691,7 +708,7 @@ async fn finish(
             Ok(Commit::Applied(revision)) => {
                 // An inventory that is behind changes nothing about the end.
                 let _ = engine.inventory.wait_for(revision).await;
-                told(engine, saga, record, end, operation);
+                told(engine, saga, record, end, operation, before);
                 return Ok(());
             }
             Ok(Commit::Refused(revision)) => {
@@ -713,11 +730,20 @@ async fn finish(
     }
 }
 
-fn announce(engine: &EngineInner, saga: &dyn AnySaga, record: &SagaRecord, operation: &Operation) {
-    for (action, source) in saga.announce(&record.plan) {
+fn announce(
+    engine: &EngineInner,
+    saga: &dyn AnySaga,
+    record: &SagaRecord,
+    operation: &Operation,
+    before: Vec<Option<Subject>>,
+) {
+    let before = before.into_iter().chain(std::iter::repeat(None));
+    for ((action, source), before) in saga.announce(&record.plan).into_iter().zip(before) {
+        let after = Subject::of(&engine.inventory.read(), record.project, &source);
         engine.events.send(Event {
             time: engine.env.now(),
             project: record.project,
+            subject: Subject::changed(before, after),
             project_name: engine.project_name(record.project),
             kind: EventKind::Lifecycle {
                 action,

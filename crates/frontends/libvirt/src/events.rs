@@ -2,16 +2,22 @@
 
 use crate::{
     calls::domain::is_running,
-    domain_id, domain_uuid,
+    domain_id,
     frame::{Frame, Header},
+    instance_uuid,
     session::Session,
     xdr::Writer,
     xml,
 };
-use karst_engine::events::{Event, EventKind};
-use karst_model::instance::ExitReason;
+use karst_engine::events::{Event, EventKind, Subject};
+use karst_model::{
+    instance::{ExitReason, Instance, Runtime},
+    network::Network,
+    secret::Secret,
+    storage::Pool,
+};
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     sync::{Arc, Weak},
 };
 use tokio::{sync::broadcast::error::RecvError, task::AbortHandle};
@@ -93,16 +99,6 @@ impl Callbacks {
     }
 }
 
-/// What is known of guests, networks and pools by name, also when they are gone.
-#[derive(Debug, Default)]
-struct Known {
-    guests: HashMap<String, Uuid>,
-    networks: HashMap<String, Uuid>,
-    pools: HashMap<String, Uuid>,
-    /// What they are for: kind, and with what.
-    secrets: HashMap<Uuid, (i32, String)>,
-}
-
 /// Adds a callback and begins to listen with the first one. `None`: there are too many.
 ///
 /// # Errors
@@ -114,7 +110,6 @@ pub fn listen(session: &Arc<Session>, callback: Callback) -> karst_model::Result
         let mut refreshed = session.front.refreshed.subscribe();
         // The session owns the task: it must not keep the session.
         let weak = Arc::downgrade(session);
-        let mut known = known(session);
         let task = tokio::spawn(async move {
             loop {
                 let happened = tokio::select! {
@@ -126,7 +121,7 @@ pub fn listen(session: &Arc<Session>, callback: Callback) -> karst_model::Result
                     Ok(happened) => {
                         let Some(session) = Weak::upgrade(&weak) else { return };
                         match happened {
-                            Happened::Event(event) => tell(&session, &mut known, &event).await,
+                            Happened::Event(event) => tell(&session, &event).await,
                             Happened::Refreshed(pool) => pool_refreshed(&session, pool).await,
                         }
                     }
@@ -147,73 +142,34 @@ enum Happened {
     Refreshed(Uuid),
 }
 
-fn known(session: &Session) -> Known {
-    let guests = session.guests().unwrap_or_default();
-    let engine = &session.front.engine;
-    let networks = session.opened().ok().and_then(|o| engine.networks(&session.context, &o.project).ok());
-    Known {
-        guests: guests.iter().map(|v| (v.instance.name.to_string(), domain_uuid(v))).collect(),
-        networks: networks
-            .unwrap_or_default()
-            .iter()
-            .map(|n| (n.name.to_string(), crate::network_uuid(n)))
-            .collect(),
-        pools: engine
-            .pools(&session.context)
-            .unwrap_or_default()
-            .iter()
-            .map(|p| (p.name.to_string(), p.id.uuid()))
-            .collect(),
-        secrets: session
-            .opened()
-            .ok()
-            .and_then(|o| engine.secrets(&session.context, &o.project).ok())
-            .unwrap_or_default()
-            .into_iter()
-            .map(|s| (s.uuid, (xml::secret::number(s.kind), s.usage)))
-            .collect(),
-    }
-}
-
-/// Name of the object of a path such as `/1.0/instances/NAME?project=P`.
-fn object<'a>(source: &'a str, kind: &str) -> Option<&'a str> {
-    let rest = source.strip_prefix("/1.0/")?.strip_prefix(kind)?.strip_prefix('/')?;
-    rest.split(['?', '/']).next()
-}
-
-async fn tell(session: &Arc<Session>, known: &mut Known, event: &Event) {
-    let EventKind::Lifecycle { action, source, .. } = &event.kind else { return };
+async fn tell(session: &Arc<Session>, event: &Event) {
+    let EventKind::Lifecycle { action, .. } = &event.kind else { return };
     let Ok(opened) = session.opened() else { return };
-    if let Some(name) = object(source, "networks") {
-        network(session, known, action, name).await;
-        return;
-    }
-    if let Some(name) = object(source, "storage-pools") {
-        pool(session, known, action, name).await;
-        return;
-    }
-    if let Some(uuid) = object(source, "karst/secrets").and_then(|u| u.parse().ok()) {
-        if event.project_name == opened.project {
-            secret(session, known, action, uuid).await;
+    let own = event.project_name == opened.project;
+    match &event.subject {
+        Some(Subject::Network(of)) => network(session, action, of).await,
+        Some(Subject::Pool(of)) => pool(session, action, of).await,
+        Some(Subject::Secret(of)) if own => secret(session, action, of).await,
+        Some(Subject::Instance(of, runtime)) if own && of.kind == opened.driver.kind() => {
+            guest(session, action, of, runtime.as_deref()).await;
         }
-        return;
+        _ => {}
     }
-    let Some(name) = object(source, "instances").filter(|_| event.project_name == opened.project) else {
-        return;
-    };
-    let view = session.guest(name).ok();
-    if let Some(view) = &view {
-        known.guests.insert(name.to_owned(), domain_uuid(view));
-    }
-    let Some(uuid) = known.guests.get(name).copied() else { return };
-    let exit = view.as_ref().and_then(|v| v.runtime.as_ref()).and_then(|r| r.exit.clone());
+}
+
+async fn guest(session: &Arc<Session>, action: &str, of: &Instance, runtime: Option<&Runtime>) {
+    let (name, uuid) = (&*of.name, instance_uuid(of));
+    // What it does by now, if it is still there.
+    let view = session.guest(name).ok().filter(|v| v.instance.id == of.id);
+    let seen = view.as_ref().and_then(|v| v.runtime.as_ref()).and_then(|r| r.exit.clone());
+    let exit = seen.or_else(|| runtime.and_then(|r| r.exit.clone()));
     let stopped = match exit {
         Some(ExitReason::Forced) => (5, 1),
         Some(ExitReason::Crashed { .. }) => (5, 2),
         _ => (5, 0),
     };
     // virDomainEventType with its detail.
-    let changes: &[(i32, i32)] = match *action {
+    let changes: &[(i32, i32)] = match action {
         "instance-created" => &[(0, 0)],
         "instance-deleted" => &[(1, 0)],
         "instance-updated" => &[(0, 1)],
@@ -226,9 +182,6 @@ async fn tell(session: &Arc<Session>, known: &mut Known, event: &Event) {
         "instance-restored" => &[(0, 3)],
         _ => return,
     };
-    if *action == "instance-deleted" {
-        known.guests.remove(name);
-    }
     let id = view.as_ref().filter(|v| is_running(v)).map_or(-1, |v| domain_id(v));
     let callbacks = matching(session, uuid, |c| matches!(c.style, Style::Plain | Style::Numbered));
     for (number, callback) in callbacks {
@@ -249,7 +202,7 @@ async fn tell(session: &Arc<Session>, known: &mut Known, event: &Event) {
                     session.send(Frame::new(Header::event(procedure), payload)).await;
                 }
             }
-            REBOOT if *action == "instance-restarted" => {
+            REBOOT if action == "instance-restarted" => {
                 let procedure = if numbered { 319 } else { 169 };
                 session.send(Frame::new(Header::event(procedure), head.finish())).await;
             }
@@ -264,23 +217,14 @@ fn matching(session: &Session, uuid: Uuid, is: impl Fn(&Callback) -> bool) -> Ve
     wanted.map(|(n, c)| (*n, c.clone())).collect()
 }
 
-async fn network(session: &Arc<Session>, known: &mut Known, action: &str, name: &str) {
+async fn network(session: &Arc<Session>, action: &str, of: &Network) {
     // virNetworkEventLifecycleType; all of Karst's run as soon as they are there.
     let changes: &[i32] = match action {
         "network-created" => &[0, 2],
         "network-deleted" => &[3, 1],
         _ => return,
     };
-    let found = session.opened().ok().and_then(|o| {
-        session.front.engine.network(&session.context, &o.project, name).ok().map(|n| crate::network_uuid(&n))
-    });
-    if let Some(uuid) = found {
-        known.networks.insert(name.to_owned(), uuid);
-    }
-    let Some(uuid) = known.networks.get(name).copied() else { return };
-    if action == "network-deleted" {
-        known.networks.remove(name);
-    }
+    let (name, uuid) = (&*of.name, crate::network_uuid(of));
     for (number, _) in matching(session, uuid, |c| c.style == Style::Network) {
         for change in changes {
             let mut w = Writer::new();
@@ -294,7 +238,7 @@ async fn network(session: &Arc<Session>, known: &mut Known, action: &str, name: 
 const POOL_LIFECYCLE: i32 = 0;
 const POOL_REFRESH: i32 = 1;
 
-async fn pool(session: &Arc<Session>, known: &mut Known, action: &str, name: &str) {
+async fn pool(session: &Arc<Session>, action: &str, of: &Pool) {
     // virStoragePoolEventLifecycleType: defined, created, started; stopped, deleted, undefined. Pools here are all or
     // nothing of these.
     let changes: &[i32] = match action {
@@ -303,14 +247,7 @@ async fn pool(session: &Arc<Session>, known: &mut Known, action: &str, name: &st
         "storage-pool-deleted" => &[3, 5, 1],
         _ => return,
     };
-    let found = session.front.engine.pool(&session.context, name).ok().map(|p| p.id.uuid());
-    if let Some(uuid) = found {
-        known.pools.insert(name.to_owned(), uuid);
-    }
-    let Some(uuid) = known.pools.get(name).copied() else { return };
-    if action == "storage-pool-deleted" {
-        known.pools.remove(name);
-    }
+    let (name, uuid) = (&*of.name, of.id.uuid());
     for (number, _) in matching(session, uuid, |c| c.style == Style::Pool && c.event == POOL_LIFECYCLE) {
         for change in changes {
             let mut w = Writer::new();
@@ -324,7 +261,7 @@ async fn pool(session: &Arc<Session>, known: &mut Known, action: &str, name: &st
 const SECRET_LIFECYCLE: i32 = 0;
 const SECRET_VALUE_CHANGED: i32 = 1;
 
-async fn secret(session: &Arc<Session>, known: &mut Known, action: &str, uuid: Uuid) {
+async fn secret(session: &Arc<Session>, action: &str, of: &Secret) {
     // With what of virSecretEventLifecycleType: defined, undefined.
     let (kind, change) = match action {
         "secret-created" | "secret-updated" => (SECRET_LIFECYCLE, Some(0)),
@@ -332,17 +269,10 @@ async fn secret(session: &Arc<Session>, known: &mut Known, action: &str, uuid: U
         "secret-value-changed" => (SECRET_VALUE_CHANGED, None),
         _ => return,
     };
-    let Ok(opened) = session.opened() else { return };
-    if let Ok(secret) = session.front.engine.secret(&session.context, &opened.project, uuid) {
-        known.secrets.insert(uuid, (xml::secret::number(secret.kind), secret.usage));
-    }
-    let Some((number_of_kind, usage)) = known.secrets.get(&uuid).cloned() else { return };
-    if action == "secret-deleted" {
-        known.secrets.remove(&uuid);
-    }
+    let (uuid, number_of_kind) = (of.uuid, xml::secret::number(of.kind));
     for (number, _) in matching(session, uuid, |c| c.style == Style::Secret && c.event == kind) {
         let mut w = Writer::new();
-        w.i32(number).uuid(uuid).i32(number_of_kind).string(&usage);
+        w.i32(number).uuid(uuid).i32(number_of_kind).string(&of.usage);
         let procedure = match change {
             Some(change) => {
                 w.i32(change).i32(0);
@@ -367,13 +297,6 @@ async fn pool_refreshed(session: &Arc<Session>, uuid: Uuid) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn names_out_of_paths() {
-        assert_eq!(object("/1.0/instances/c1?project=p", "instances"), Some("c1"));
-        assert_eq!(object("/1.0/instances/c1/snapshots/s", "instances"), Some("c1"));
-        assert_eq!(object("/1.0/networks/n", "instances"), None);
-    }
 
     #[test]
     fn callbacks_are_removed_by_their_own_kind() {

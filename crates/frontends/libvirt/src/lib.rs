@@ -24,6 +24,7 @@ pub mod xml;
 use karst_engine::{Context, Engine, InstanceView};
 use karst_model::{
     access::{Grant, Principal, Role},
+    instance::Instance,
     network::Network,
 };
 use std::{sync::Arc, time::Duration};
@@ -105,7 +106,12 @@ fn context(stream: &UnixStream, surface: Surface) -> Option<Context> {
 
 /// The UUID of a domain: of a virtual machine that which its firmware shows.
 pub fn domain_uuid(view: &InstanceView) -> Uuid {
-    view.instance.hardware.as_ref().map_or(view.instance.id.uuid(), |h| h.uuid)
+    instance_uuid(&view.instance)
+}
+
+/// The same of an instance's record alone.
+pub fn instance_uuid(instance: &Instance) -> Uuid {
+    instance.hardware.as_ref().map_or(instance.id.uuid(), |h| h.uuid)
 }
 
 /// The UUID of a network: that which its document said, else its own.

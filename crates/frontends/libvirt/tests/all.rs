@@ -3,6 +3,7 @@
 mod compare;
 mod define;
 mod documents;
+mod events;
 mod graphics;
 mod host;
 mod networks;

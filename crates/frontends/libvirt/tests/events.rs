@@ -1,0 +1,131 @@
+//! Events of objects that are gone, or whose names others have, by the time somebody looks at them.
+#![allow(clippy::disallowed_methods)] // a test tool
+
+use crate::support::{PATIENCE, Server, argument};
+use karst_engine::{
+    Context,
+    events::{EventKind, Subject},
+    secrets::DefineSecret,
+    storage::CreatePool,
+};
+use karst_frontend_libvirt::{frame::Kind, xdr::Reader};
+use karst_model::{access::Principal, instance::InstanceKind, secret::SecretUse};
+use uuid::Uuid;
+
+const NETWORK: &str = "3a1b0e4c-5d0d-4a0f-9d5d-0f3f6f2b1c33";
+
+fn of(subject: &Subject) -> Uuid {
+    match subject {
+        Subject::Instance(i, _) => i.id.uuid(),
+        Subject::Network(n) => n.id.uuid(),
+        Subject::Pool(p) => p.id.uuid(),
+        Subject::Secret(s) => s.uuid,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn events_have_their_objects_when_those_are_gone() {
+    let server = Server::start().await;
+    let admin = Context::new(Principal::system());
+    // Nobody reads what either hears before all is over.
+    let mut heard = server.engine.subscribe(&admin).unwrap();
+    let mut listener = server.open("ro", "qemu:///system").await;
+    // Networks' and domains' lifecycle.
+    for procedure in [313, 316] {
+        listener
+            .call(
+                procedure,
+                &argument(|w| {
+                    w.i32(0).u32(0);
+                }),
+            )
+            .await
+            .unwrap();
+    }
+    let mut client = server.open("full", "qemu:///system").await;
+    let xml = format!("<network><name>n1</name><uuid>{NETWORK}</uuid><forward mode='nat'/></network>");
+    let network = client
+        .call(
+            432,
+            &argument(|w| {
+                w.string(&xml).u32(0);
+            }),
+        )
+        .await
+        .unwrap();
+    client.call(49, &network).await.unwrap();
+    // Two of one name.
+    let mut machines = vec![];
+    for _ in 0..2 {
+        server.guest("v1", InstanceKind::VirtualMachine, false).await;
+        let view = server.engine.instance(&admin, "default", "v1").unwrap();
+        machines.push((view.instance.id.uuid(), karst_frontend_libvirt::domain_uuid(&view)));
+        let gone = server.engine.instance_delete(&admin, "default", "v1").await.unwrap();
+        assert_eq!(gone.ended().await.error, None);
+    }
+    let new = DefineSecret {
+        uuid: None,
+        description: String::new(),
+        kind: SecretUse::Volume,
+        usage: "/v".into(),
+        private: true,
+        ephemeral: false,
+    };
+    let secret = server.engine.secret_define(&admin, "default", new).await.unwrap();
+    server.engine.secret_undefine(&admin, "default", secret.uuid).await.unwrap();
+    let request = CreatePool { name: "p2".into(), driver: "dir".into(), ..Default::default() };
+    let made = server.engine.pool_create(&admin, request).await.unwrap();
+    assert_eq!(made.ended().await.error, None);
+    let pool = server.engine.pool(&admin, "p2").unwrap().id.uuid();
+    let gone = server.engine.pool_delete(&admin, "p2").await.unwrap();
+    assert_eq!(gone.ended().await.error, None);
+
+    let mut told = vec![];
+    while told.last().is_none_or(|(action, _)| *action != "storage-pool-deleted") {
+        let event = tokio::time::timeout(PATIENCE, heard.recv()).await.unwrap().unwrap();
+        let EventKind::Lifecycle { action, .. } = &event.kind else { continue };
+        let kind = action.split_once('-').map_or("", |(kind, _)| kind);
+        if matches!(kind, "instance" | "network" | "secret" | "storage") {
+            told.push((*action, of(event.subject.as_ref().expect("an object"))));
+        }
+    }
+    let network = told[0].1;
+    let [(first, first_uuid), (second, second_uuid)] = machines[..] else { panic!("{machines:?}") };
+    assert_eq!(
+        told,
+        [
+            ("network-created", network),
+            ("network-deleted", network),
+            ("instance-created", first),
+            ("instance-deleted", first),
+            ("instance-created", second),
+            ("instance-deleted", second),
+            ("secret-created", secret.uuid),
+            ("secret-deleted", secret.uuid),
+            ("storage-pool-created", pool),
+            ("storage-pool-deleted", pool),
+        ]
+    );
+    // What a client of libvirt hears: UUIDs that its documents had.
+    let mut domains = vec![];
+    let mut networks = vec![];
+    while domains.len() < 4 || networks.len() < 4 {
+        let frame = listener.receive().await;
+        assert_eq!(frame.header.kind, Kind::Message);
+        let mut r = Reader::new(&frame.payload);
+        r.i32().unwrap();
+        let (name, uuid) = (r.string().unwrap(), r.uuid().unwrap());
+        match frame.header.procedure {
+            315 => networks.push((name, uuid, r.i32().unwrap())),
+            318 => {
+                r.i32().unwrap();
+                domains.push((name, uuid, r.i32().unwrap()));
+            }
+            other => panic!("event {other}"),
+        }
+    }
+    let uuid: Uuid = NETWORK.parse().unwrap();
+    assert_eq!(networks, [0, 2, 3, 1].map(|change| ("n1".to_owned(), uuid, change)));
+    let of = [(first_uuid, 0), (first_uuid, 1), (second_uuid, 0), (second_uuid, 1)];
+    assert_eq!(domains, of.map(|(uuid, change)| ("v1".to_owned(), uuid, change)));
+}
