@@ -117,6 +117,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     72 CONNECT_LIST_STORAGE_POOLS See storage::names;
     73 CONNECT_NUM_OF_DEFINED_STORAGE_POOLS See storage::count_defined;
     74 CONNECT_LIST_DEFINED_STORAGE_POOLS See storage::defined_names;
+    75 CONNECT_FIND_STORAGE_POOL_SOURCES Change pools::find_sources;
     76 STORAGE_POOL_CREATE_XML Change pools::create_xml;
     77 STORAGE_POOL_DEFINE_XML Change pools::define;
     78 STORAGE_POOL_CREATE Change pools::create;

@@ -90,6 +90,11 @@ async fn pools_tell_their_kinds_and_what_becomes_of_them() {
         .filter_map(|p| p.attribute("type"))
         .collect();
     assert!(supported.contains(&"dir") && !supported.contains(&"iscsi"), "{supported:?}");
+    for (kind, code) in [("dir", Code::NoSupport), ("nonsense", Code::InternalError)] {
+        let found =
+            ask(&mut client, "CONNECT_FIND_STORAGE_POOL_SOURCES", |w| w.string(kind).u32(0).u32(0)).await;
+        assert_eq!(found, Err(code as i32), "{kind}");
+    }
     let mut listener = server.open("ro", "qemu:///system").await;
     let register = "CONNECT_STORAGE_POOL_EVENT_REGISTER_ANY";
     let lifecycle = ask(&mut listener, register, |w| w.i32(0).u32(0)).await.unwrap();

@@ -95,6 +95,16 @@ pub async fn capabilities(call: Call) -> Answered {
     Ok(text(&xml::storage::capabilities()))
 }
 
+/// `CONNECT_FIND_STORAGE_POOL_SOURCES`: no kind of pool is looked for on the host or elsewhere.
+pub async fn find_sources(call: Call) -> Answered {
+    let (kind, _, flags) = call.arguments(|r| Ok((r.string()?, r.option(|r| r.string())?, r.u32()?)))?;
+    call.known_flags(flags, 0)?;
+    Err(match xml::storage::is_kind(&kind) {
+        true => failed(Code::NoSupport, format!("pool type '{kind}' does not support source discovery")),
+        false => failed(Code::InternalError, format!("unknown storage pool type {kind}")),
+    })
+}
+
 /// `STORAGE_POOL_DESTROY`
 pub async fn destroy(call: Call) -> Answered {
     find_uuid(&call, call.arguments(Named::read)?.uuid)?;
