@@ -1,5 +1,5 @@
 # An installer on a disc, made of the small Linux of the drivers' tests: it boots by SeaBIOS, by UEFI and with secure boot, writes a
-# bootable system to the machine's first disk, says so on the serial console and powers off.
+# bootable system to the machine's first disk, says so on the serial console and powers off, or (karst.end=reboot) restarts.
 export MTOOLS_SKIP_CHECK=1
 
 # small_linux: prints where the cached disk of `small-linux.sh` is; made when it is missing.
@@ -25,7 +25,7 @@ word() { sed -n "s/.*karst\.$1=\([^ ]*\).*/\1/p" /proc/cmdline; }
 first() { for disk in /dev/sda /dev/vda /dev/nvme0n1; do [ ! -b $disk ] || { echo $disk; break; }; done; }
 # The serial console is a byte wide and slow: whole lines only.
 say() { echo "karst-test: $*" >/dev/ttyS0; }
-end() { say "$*"; sync; poweroff -f; }
+end() { say "$*"; sync; [ "$(word end)" = reboot ] && reboot -f; poweroff -f; }
 # What the disc's header calls it, without a mount: its medium may go.
 label() { dd if=/dev/sr0 bs=2048 skip=16 count=1 2>/dev/null | dd bs=1 skip=40 count=32 2>/dev/null | tr -d ' \0'; }
 case $(word do) in

@@ -646,6 +646,8 @@ impl RealAgent {
                 boot_priority: spec.root.boot_priority,
             },
             disks,
+            // Read at a start only.
+            kernel: None,
             nodes,
             proxies,
             nics,

@@ -26,7 +26,7 @@ fn demand_disk(content: VolumeContent) -> Result<()> {
 
 impl RealAgent {
     /// What a reading holds as `disk.img` in `directory`, raw, its holes as holes; by a worker that sees nothing else.
-    async fn flat(&self, reading: &Reading, directory: &Path) -> Result<()> {
+    pub(crate) async fn flat(&self, reading: &Reading, directory: &Path) -> Result<()> {
         let located = &reading.located;
         let from = if located.format == Format::Raw { "raw" } else { "qcow2" };
         let mut worker = self

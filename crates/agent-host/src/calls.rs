@@ -196,7 +196,8 @@ impl RealAgent {
             if spec.kind == InstanceKind::Container && spec.security.nesting {
                 self.pool(spec.root.pool)?.flatten(spec.root.volume).await?;
             }
-            let guest = self.resolve(spec, &record, &networks).await?;
+            let mut guest = self.resolve(spec, &record, &networks).await?;
+            guest.kernel = self.kernel(&guest).await?;
             driver.start(&guest).await
         };
         match outcome.await {

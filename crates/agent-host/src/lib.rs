@@ -15,6 +15,7 @@ mod check;
 mod descriptions;
 mod facts;
 pub mod ids;
+mod kernel;
 mod logs;
 mod nics;
 mod nodes;

@@ -235,6 +235,8 @@ impl Subject {
                 stateful: false,
                 boot_menu: false,
                 windows: false,
+                ends_on_reboot: false,
+                kernel: None,
                 resume: false,
                 accelerator: None,
             }),

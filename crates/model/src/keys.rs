@@ -134,6 +134,14 @@ pub const INSTANCE_KEYS: &[Key] = &[
         "Seconds to wait for a graceful stop before forcing it, when the host goes down.",
     ),
     key(
+        "boot.reboot_action",
+        OneOf(&["restart", "stop"]),
+        VirtualMachine,
+        "restart",
+        false,
+        "What comes of a system that restarts its machine: it restarts, or the instance stops.",
+    ),
+    key(
         "boot.stop.priority",
         Integer(0, 1_000_000),
         Any,

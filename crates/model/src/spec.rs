@@ -98,11 +98,39 @@ pub struct MachineSpec {
     /// It runs Windows: clock of the hardware in local time, and what Hyper-V tells its guests.
     #[serde(default)]
     pub windows: bool,
+    /// A guest that reboots ends instead.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub ends_on_reboot: bool,
+    /// What it is started with in place of what its disks would boot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<KernelSpec>,
     /// This start goes on where the machine was when its memory was saved.
     #[serde(default)]
     pub resume: bool,
     /// Pass the accelerator explicitly only when a test or the user forces one; otherwise the host chooses.
     pub accelerator: Option<crate::node::AcceleratorKind>,
+}
+
+/// A kernel that a virtual machine is started with. The host reads the files at the start and not again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KernelSpec {
+    /// Device name in the configuration.
+    pub name: String,
+    /// The kernel.
+    pub kernel: DiskSource,
+    /// Its initial file system.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<DiskSource>,
+    /// Command line: one line.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cmdline: Option<String>,
+}
+
+impl KernelSpec {
+    /// The volumes that it is read from.
+    pub fn volumes(&self) -> impl Iterator<Item = (PoolId, VolumeId)> + '_ {
+        [Some(&self.kernel), self.initrd.as_ref()].into_iter().flatten().filter_map(DiskSource::volume)
+    }
 }
 
 /// Limits of a guest, parsed.
@@ -338,10 +366,7 @@ pub struct DiskSpec {
 impl DiskSpec {
     /// The volume that it shows, when it is one.
     pub fn volume(&self) -> Option<(PoolId, VolumeId)> {
-        match self.source {
-            DiskSource::Volume { pool, volume } => Some((pool, volume)),
-            DiskSource::Host { .. } | DiskSource::Memory { .. } => None,
-        }
+        self.source.volume()
     }
 }
 
@@ -367,6 +392,16 @@ pub enum DiskSource {
         /// At most so much; half of the host's memory when absent.
         size: Option<ByteSize>,
     },
+}
+
+impl DiskSource {
+    /// The volume that it is, when it is one.
+    pub fn volume(&self) -> Option<(PoolId, VolumeId)> {
+        match *self {
+            Self::Volume { pool, volume } => Some((pool, volume)),
+            Self::Host { .. } | Self::Memory { .. } => None,
+        }
+    }
 }
 
 /// A device node, which the host's policy must grant.

@@ -321,6 +321,7 @@ mod tests {
                 boot_priority: 0,
             },
             disks: vec![],
+            kernel: None,
             nodes: vec![],
             proxies: vec![],
             nics: vec![ResolvedNic {

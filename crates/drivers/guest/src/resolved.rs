@@ -72,6 +72,8 @@ pub struct ResolvedGuest {
     pub root_layers: Option<Layers>,
     /// Other disks in bus order.
     pub disks: Vec<ResolvedDisk>,
+    /// What a virtual machine is started with in place of what its disks would boot; its command line is in `machine`.
+    pub kernel: Option<ResolvedKernel>,
     /// Device nodes (containers).
     pub nodes: Vec<ResolvedNode>,
     /// Proxies (containers).
@@ -120,6 +122,15 @@ impl ResolvedGuest {
             }
         }
     }
+}
+
+/// A kernel and its initial file system: open to be read, and readable by the user that QEMU runs as.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ResolvedKernel {
+    /// The kernel.
+    pub kernel: Opened,
+    /// Its initial file system.
+    pub initrd: Option<Opened>,
 }
 
 /// A disk.

@@ -52,6 +52,10 @@ pub mod fd {
     pub const SEED: i32 = 14;
     /// UEFI variables.
     pub const VARS: i32 = 15;
+    /// Kernel.
+    pub const KERNEL: i32 = 16;
+    /// Initial file system of the kernel.
+    pub const INITRD: i32 = 36;
     /// First tap.
     pub const NIC: i32 = 20;
     /// Of the first disk; each has this and the next, which is of the file below a clone.
@@ -183,6 +187,22 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     let power = if layout.pc { "PIIX4_PM" } else { "ICH9-LPC" };
     opt("-global", format!("{power}.disable_s3=1"));
     opt("-global", format!("{power}.disable_s4=1"));
+    if m.spec.ends_on_reboot {
+        opt("-no-reboot", String::new());
+    }
+    if let Some(kernel) = &m.spec.kernel {
+        // QEMU opens them by a name, which sets of descriptors are none of here.
+        opt("-kernel", format!("/proc/self/fd/{}", fd::KERNEL));
+        if kernel.initrd.is_some() {
+            opt("-initrd", format!("/proc/self/fd/{}", fd::INITRD));
+        }
+        if let Some(line) = kernel.cmdline.as_ref().filter(|l| !l.is_empty()) {
+            if line.chars().any(char::is_control) {
+                return Err(Error::invalid(format!("devices.{}.cmdline", kernel.name), "it is one line"));
+            }
+            opt("-append", line.clone());
+        }
+    }
     if m.hold || m.spec.resume {
         opt("-S", String::new());
     }
@@ -371,6 +391,8 @@ pub(crate) mod tests {
                 stateful: false,
                 boot_menu: false,
                 windows: false,
+                ends_on_reboot: false,
+                kernel: None,
                 resume: false,
                 accelerator: None,
             },
@@ -451,6 +473,25 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_kernel_is_named_by_its_descriptor_and_its_line_is_one_argument() {
+        let mut m = machine();
+        m.spec.ends_on_reboot = true;
+        m.spec.kernel = Some(karst_model::spec::KernelSpec {
+            name: "boot".into(),
+            kernel: karst_model::spec::DiskSource::Host { path: "/etc/shadow".into() },
+            initrd: None,
+            cmdline: Some("console=ttyS0 a,b=c -kernel /x".into()),
+        });
+        let args = argv(&m).unwrap();
+        let after = |name: &str| args.iter().position(|a| a == name).map(|n| args[n + 1].as_str());
+        assert_eq!(after("-kernel"), Some("/proc/self/fd/16"));
+        assert_eq!((after("-initrd"), after("-append")), (None, Some("console=ttyS0 a,b=c -kernel /x")));
+        assert!(args.iter().any(|a| a == "-no-reboot") && !args.iter().any(|a| a.contains("shadow")));
+        m.spec.kernel.as_mut().unwrap().cmdline = Some("a\nb".into());
+        assert_eq!(argv(&m).unwrap_err().field.as_deref(), Some("devices.boot.cmdline"));
+    }
+
+    #[test]
     fn descriptor_numbers_differ() {
         let mut all = vec![
             fd::TPM,
@@ -462,6 +503,8 @@ pub(crate) mod tests {
             fd::CONSOLE,
             fd::SEED,
             fd::VARS,
+            fd::KERNEL,
+            fd::INITRD,
         ];
         all.extend((0..MAX_NICS as i32).map(|i| fd::NIC + i));
         all.extend((0..2 * MAX_DISKS as i32).map(|i| fd::DISK + i));

@@ -301,6 +301,18 @@ pub(crate) fn prepare(
     fds.push((fd::SHARE, medium.directory));
     let image = seed::seed(&guest.cloud_init, &guest.hostname, &medium.files)?;
     fds.push((fd::SEED, seed_fd(&image)?));
+    match (&spec.kernel, &guest.kernel) {
+        (None, _) => {}
+        (Some(wanted), Some(kernel)) if wanted.initrd.is_some() == kernel.initrd.is_some() => {
+            fds.push((fd::KERNEL, kernel.kernel.0.try_clone()?));
+            if let Some(initrd) = &kernel.initrd {
+                fds.push((fd::INITRD, initrd.0.try_clone()?));
+            }
+        }
+        (Some(wanted), _) => {
+            return Err(Error::internal("the kernel of the guest was not opened", &wanted.name));
+        }
+    }
     if let Some((_, template)) = code {
         fds.push((fd::VARS, nvram(&guest.state_dir, nvram_file(spec.firmware), template)?));
     }

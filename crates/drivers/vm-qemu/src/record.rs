@@ -149,8 +149,14 @@ impl Record {
             let changes = [
                 ("devices.tpm", now.tpm != new.tpm),
                 ("migration.stateful", now.stateful != new.stateful),
+                ("boot.reboot_action", now.ends_on_reboot != new.ends_on_reboot),
                 ("hardware.boot_menu", now.boot_menu != new.boot_menu),
             ];
+            if now.kernel != new.kernel {
+                let names = [&now.kernel, &new.kernel].into_iter().flatten().map(|k| &k.name);
+                let names: std::collections::BTreeSet<_> = names.collect();
+                pending.extend(names.into_iter().map(|name| format!("devices.{name}")));
+            }
             pending.extend(changes.iter().filter(|(_, changed)| *changed).map(|(key, _)| (*key).to_owned()));
         }
         pending

@@ -63,6 +63,7 @@ impl Shape {
             hardware: record.hardware.clone().map(|h| MachineSpec {
                 resume: false,
                 boot_menu: false,
+                ends_on_reboot: false,
                 accelerator: None,
                 ..h
             }),

@@ -36,6 +36,24 @@ pub(crate) fn check_disks(
         }
         take(records, tx, instance, row, device)?;
     }
+    if let Some((device, kernel)) = &parsed.kernel {
+        for (key, file) in kernel.files() {
+            let DiskOrigin::Volume { pool, volume } = file else { continue };
+            let row = find(records, instance, device, pool, volume)
+                .map_err(|e| if key == "source" { e } else { e.at(format!("devices.{device}.{key}")) })?;
+            if !row.content.is_disk() {
+                let text =
+                    format!("volume {volume:?} is {}; a kernel is on a disk or a disc", called(row.content));
+                return Err(Error::invalid(format!("devices.{device}.{key}"), text));
+            }
+            // Only read: whoever else has it is no hindrance.
+            let lock = volumes::lock(row.id);
+            runner::demand_unlocked(records, std::slice::from_ref(&lock))?;
+            tx.expect_unlocked(&lock);
+            tx.expect(row);
+            tx.touch(&lock);
+        }
+    }
     Ok(())
 }
 
@@ -144,7 +162,10 @@ fn called(content: VolumeContent) -> &'static str {
 /// Nothing is at work on the volumes that a start is to attach (a restore, a resize), and nothing begins meanwhile.
 pub(crate) fn demand_idle(records: &Records, tx: &mut Tx, spec: &GuestSpec) -> Result<()> {
     let disks = spec.disks.iter().filter_map(|d| d.volume());
-    for (_, volume) in disks.chain([(spec.root.pool, spec.root.volume)]) {
+    let kernel = spec.machine.iter().filter_map(|m| m.kernel.as_ref()).flat_map(|k| k.volumes());
+    let all: std::collections::BTreeSet<_> =
+        disks.chain(kernel).chain([(spec.root.pool, spec.root.volume)]).map(|(_, volume)| volume).collect();
+    for volume in all {
         let lock = volumes::lock(volume);
         runner::demand_unlocked(records, std::slice::from_ref(&lock))?;
         tx.expect_unlocked(&lock);

@@ -4,15 +4,16 @@ use super::slots;
 use karst_model::{
     Config, DeviceId, Error, InstanceId, Result, VolumeId, application,
     device::{
-        Device, Devices, DiskBus, DiskDevice, DiskOrigin, NicDevice, NodeDevice, ProxyDevice, RootDevice,
+        Device, Devices, DiskBus, DiskDevice, DiskOrigin, KernelDevice, NicDevice, NodeDevice, ProxyDevice,
+        RootDevice,
     },
     instance::{DeviceIdentity, Hardware, Instance, InstanceKind},
     keys,
     network::Network,
     signal,
     spec::{
-        DiskSource, DiskSpec, GuestApi, GuestSpec, MachineSpec, NicLink, NicSpec, NodeSpec, ProxySpec,
-        RootSpec,
+        DiskSource, DiskSpec, GuestApi, GuestSpec, KernelSpec, MachineSpec, NicLink, NicSpec, NodeSpec,
+        ProxySpec, RootSpec,
     },
     storage::Volume,
 };
@@ -33,6 +34,8 @@ pub struct ParsedDevices {
     pub nics: Vec<(String, NicDevice)>,
     /// Name of the TPM.
     pub tpm: Option<String>,
+    /// Name and kernel that it is started with.
+    pub kernel: Option<(String, KernelDevice)>,
 }
 
 /// Parses expanded devices and checks what they need of each other: exactly one root disk, distinct names and addresses
@@ -41,7 +44,7 @@ pub struct ParsedDevices {
 /// # Errors
 /// Invalid, naming the device and key.
 pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
-    let (mut root, mut tpm) = (None, None::<String>);
+    let (mut root, mut tpm, mut kernel) = (None, None::<String>, None::<(String, KernelDevice)>);
     let (mut disks, mut nodes, mut proxies, mut nics) = (vec![], vec![], vec![], vec![]);
     for (name, keys) in devices {
         match Device::parse(name, keys)? {
@@ -63,6 +66,14 @@ pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
                     return Err(Error::invalid(
                         format!("devices.{name}.type"),
                         format!("both {other:?} and {name:?} are TPMs; an instance has one"),
+                    ));
+                }
+            }
+            Device::Kernel(d) => {
+                if let Some((other, _)) = kernel.replace((name.clone(), d)) {
+                    return Err(Error::invalid(
+                        format!("devices.{name}.type"),
+                        format!("both {other:?} and {name:?} are kernels; an instance is started with one"),
                     ));
                 }
             }
@@ -96,7 +107,7 @@ pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
             "the instance has no root disk; add a disk with path=/ and a pool, or a profile that has one",
         )
     })?;
-    Ok(ParsedDevices { root, disks, nodes, proxies, nics, tpm })
+    Ok(ParsedDevices { root, disks, nodes, proxies, nics, tpm, kernel })
 }
 
 /// Makes the root disk one that the instance owns: that of a copy is never the original's volume.
@@ -226,6 +237,31 @@ pub struct Lookups<'a> {
     pub location: &'a str,
 }
 
+/// What a key of a device names, by ids.
+fn source(lookups: &Lookups<'_>, name: &str, key: &str, origin: &DiskOrigin) -> Result<DiskSource> {
+    Ok(match origin {
+        DiskOrigin::Host { path } => DiskSource::Host { path: path.clone() },
+        DiskOrigin::Memory { size } => DiskSource::Memory { size: *size },
+        DiskOrigin::Volume { pool, volume } => {
+            let found = (lookups.volume)(pool, volume).ok_or_else(|| {
+                Error::not_found(format!("volume {volume:?} of device {name:?} not found in pool {pool:?}"))
+                    .at(format!("devices.{name}.{key}"))
+            })?;
+            DiskSource::Volume { pool: found.pool, volume: found.id }
+        }
+    })
+}
+
+fn kernel(lookups: &Lookups<'_>, name: &str, device: &KernelDevice) -> Result<KernelSpec> {
+    let initrd = device.initrd.as_ref().map(|i| source(lookups, name, "initrd", i));
+    Ok(KernelSpec {
+        name: name.to_owned(),
+        kernel: source(lookups, name, "source", &device.kernel)?,
+        initrd: initrd.transpose()?,
+        cmdline: device.cmdline.clone(),
+    })
+}
+
 /// The number at the end of a slot's name.
 fn slot_number(slot: &str) -> Option<u32> {
     slot.trim_start_matches(|c: char| !c.is_ascii_digit()).parse().ok()
@@ -267,22 +303,12 @@ pub fn guest_spec(
             continue;
         }
         let source = match &disk.source {
-            DiskOrigin::Host { path } => DiskSource::Host { path: path.clone() },
             DiskOrigin::Memory { .. } if instance.kind == InstanceKind::VirtualMachine => {
                 let text =
                     "a virtual machine mounts file systems in memory itself; containers have such disks";
                 return Err(Error::unsupported(text).at(format!("devices.{name}.source")));
             }
-            DiskOrigin::Memory { size } => DiskSource::Memory { size: *size },
-            DiskOrigin::Volume { pool, volume } => {
-                let found = (lookups.volume)(pool, volume).ok_or_else(|| {
-                    Error::not_found(format!(
-                        "volume {volume:?} of device {name:?} not found in pool {pool:?}"
-                    ))
-                    .at(format!("devices.{name}.source"))
-                })?;
-                DiskSource::Volume { pool: found.pool, volume: found.id }
-            }
+            other => source(lookups, name, "source", other)?,
         };
         disks.push(DiskSpec {
             device: id.id,
@@ -359,6 +385,8 @@ pub fn guest_spec(
             stateful: keys::optional_flag(config, "migration.stateful").unwrap_or(false),
             boot_menu: keys::optional_flag(config, "hardware.boot_menu").unwrap_or(false),
             windows: is_windows(config, instance),
+            ends_on_reboot: config.get("boot.reboot_action").is_some_and(|a| a == "stop"),
+            kernel: parsed.kernel.as_ref().map(|(name, k)| kernel(lookups, name, k)).transpose()?,
             resume: false,
             accelerator: None,
         }),
@@ -367,6 +395,10 @@ pub fn guest_spec(
         }
         _ => None,
     };
+    if let (Some((name, _)), InstanceKind::Container) = (&parsed.kernel, instance.kind) {
+        let text = "containers run on the kernel of their host; virtual machines are started with others";
+        return Err(Error::unsupported(text).at(format!("devices.{name}.type")));
+    }
     if let (Some(name), InstanceKind::Container) = (&parsed.tpm, instance.kind) {
         return Err(
             Error::unsupported("TPMs are given to virtual machines only").at(format!("devices.{name}.type"))

@@ -185,11 +185,30 @@ fn device(rules: &ProjectRules, name: &str, keys: &std::collections::BTreeMap<St
         "disk" => {
             let restriction = "restricted.devices.disk";
             match rules.restriction(restriction).unwrap_or("allow") {
-                "allow" if pool.is_empty() => disk_path(rules, name, get("source")),
+                "allow" if pool.is_empty() => disk_path(rules, field("source"), get("source")),
                 "managed" if pool.is_empty() => {
                     Err(refusal(field("source"), restriction, "a disk that is no volume of a pool"))
                 }
                 "block" => Err(refusal(field("type"), restriction, "a disk beside the root")),
+                _ => Ok(()),
+            }
+        }
+        // What it is read from is as much the host's as a disk.
+        "kernel" => {
+            let restriction = "restricted.devices.disk";
+            let initrd_pool = get("initrd.pool");
+            if !initrd_pool.is_empty() && !rules.lists("restricted.storage-pools.access", initrd_pool) {
+                let what = format!("the storage pool {initrd_pool:?}");
+                return Err(refusal(field("initrd.pool"), "restricted.storage-pools.access", &what));
+            }
+            for key in ["source", "initrd"].into_iter().filter(|k| get(k).starts_with('/')) {
+                match rules.restriction(restriction).unwrap_or("allow") {
+                    "allow" => disk_path(rules, field(key), get(key))?,
+                    _ => return Err(refusal(field(key), restriction, "a file of the host")),
+                }
+            }
+            match rules.restriction(restriction) {
+                Some("block") => Err(refusal(field("type"), restriction, "a kernel beside the root")),
                 _ => Ok(()),
             }
         }
@@ -223,7 +242,7 @@ fn device(rules: &ProjectRules, name: &str, keys: &std::collections::BTreeMap<St
 }
 
 /// Paths of the host below those that the project lists; whether the host grants them is its own policy's business.
-fn disk_path(rules: &ProjectRules, name: &str, source: &str) -> Result<()> {
+fn disk_path(rules: &ProjectRules, field: String, source: &str) -> Result<()> {
     let key = "restricted.devices.disk.paths";
     let list = rules.restriction(key).unwrap_or_default();
     let below = |prefix: &str| {
@@ -232,7 +251,7 @@ fn disk_path(rules: &ProjectRules, name: &str, source: &str) -> Result<()> {
     };
     match list.trim().is_empty() || list.split(',').any(below) {
         true => Ok(()),
-        false => Err(refusal(format!("devices.{name}.source"), key, &format!("the path {source:?}"))),
+        false => Err(refusal(field, key, &format!("the path {source:?}"))),
     }
 }
 
@@ -338,6 +357,12 @@ mod tests {
             (&[("type", "nic"), ("nictype", "bridged"), ("parent", "br0")], Some("devices.d.network")),
             (&[("type", "gpu")], Some("devices.d.type")),
             (&[("type", "proxy")], Some("devices.d.type")),
+            (&[("type", "kernel"), ("source", "k"), ("pool", "default")], None),
+            (&[("type", "kernel"), ("source", "/k")], Some("devices.d.source")),
+            (
+                &[("type", "kernel"), ("source", "k"), ("pool", "default"), ("initrd", "/i")],
+                Some("devices.d.initrd"),
+            ),
             (&[("type", "something-new")], Some("devices.d.type")),
             (&[("type", "none")], None),
         ] {
@@ -372,6 +397,9 @@ mod tests {
             (&[("type", "nic"), ("network", "n1")], true),
             (&[("type", "nic"), ("network", "n2")], false),
             (&[("type", "gpu")], true),
+            (&[("type", "kernel"), ("source", "/srv/a/k"), ("initrd", "/srv/b/i")], true),
+            (&[("type", "kernel"), ("source", "/srv/a/k"), ("initrd", "/srv/c/i")], false),
+            (&[("type", "kernel"), ("source", "/srv/a/k"), ("initrd", "i"), ("initrd.pool", "p2")], false),
         ] {
             assert_eq!(refused(&r, ct, &[isolated], keys).is_none(), fine, "{keys:?}");
         }

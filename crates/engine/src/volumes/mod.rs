@@ -12,11 +12,13 @@ use crate::{Engine, EngineInner, Records, Row, context::Context};
 use karst_model::{
     Error, Name, ProjectId, Result, VolumeId,
     access::Permission,
+    device::{Devices, kernel_names},
     instance::{Instance, Status},
     profile::Profile,
     project::{DEFAULT_PROJECT, Project},
     storage::{Pool, Volume},
 };
+use std::collections::BTreeMap;
 
 /// Lock target of a custom volume.
 pub fn lock(id: VolumeId) -> String {
@@ -79,23 +81,32 @@ pub fn users(records: &Records, volume: &Volume) -> Users {
     let Some(pool) = records.pools.get(&volume.pool) else {
         return Users { instances: vec![], profiles: vec![] };
     };
-    let names = |devices: &karst_model::device::Devices, project| {
-        records.volume_project(project) == volume.project
-            && devices.values().any(|d| {
-                d.get("type").is_some_and(|t| t == "disk")
-                    && d.get("pool").is_some_and(|p| **p == *pool.name)
-                    && d.get("source").is_some_and(|s| *s == volume.name)
-            })
+    let attached = |d: &BTreeMap<String, String>| {
+        d.get("pool").is_some_and(|p| **p == *pool.name) && d.get("source").is_some_and(|s| *s == volume.name)
+    };
+    let has = |devices: &Devices, project, is: &dyn Fn(&BTreeMap<String, String>) -> bool| {
+        records.volume_project(project) == volume.project && devices.values().any(is)
+    };
+    let runs_with = |devices: &Devices, project| {
+        has(devices, project, &|d| d.get("type").is_some_and(|t| t == "disk") && attached(d))
+    };
+    let names = |devices: &Devices, project| {
+        has(devices, project, &|d| match d.get("type").map(String::as_str) {
+            Some("disk") => attached(d),
+            Some("kernel") => kernel_names(d, &pool.name, &volume.name),
+            _ => false,
+        })
     };
     let profiles: Vec<_> =
         records.profiles.values().filter(|p| names(&p.devices, p.project)).cloned().collect();
     let instances = records.instances.values().filter(|i| {
         // What the profiles say counts unless the instance masks it: look closer only where there is a chance.
         let chance = names(&i.devices, i.project) || profiles.iter().any(|p| i.profiles.contains(&p.id));
-        // A running guest has what it was given until it gives it back, whatever its record says for the next start.
+        // A running guest has what it was given until it gives it back, whatever its record says for the next start. A
+        // kernel it was given when it started: there is nothing left to give back.
         let applied = records.runtimes.get(&i.id).and_then(|r| r.applied.as_ref());
         chance && names(&records.expanded(i).1, i.project)
-            || applied.is_some_and(|a| names(&a.devices, i.project))
+            || applied.is_some_and(|a| runs_with(&a.devices, i.project))
     });
     Users { instances: instances.cloned().collect(), profiles }
 }

@@ -20,7 +20,7 @@ use karst_agent::VolumeRef;
 use karst_model::{
     Error, Name, NodeId, Result, SnapshotId, VolumeId,
     backup::BackupOwner,
-    device::Devices,
+    device::{Devices, kernel_follow},
     snapshot::VolumeSnapshot,
     spec::{VolumeSource, VolumeSpec},
     storage::Volume,
@@ -173,6 +173,10 @@ fn follow(devices: &mut Devices, old: (&str, &str), new: (&str, &str)) -> bool {
     let mut changed = false;
     for keys in devices.values_mut() {
         let is = |key: &str, value: &str| keys.get(key).is_some_and(|v| v == value);
+        if is("type", "kernel") {
+            changed |= kernel_follow(keys, old, new);
+            continue;
+        }
         if is("type", "disk") && is("pool", old.0) && is("source", old.1) {
             keys.insert("pool".into(), new.0.into());
             keys.insert("source".into(), new.1.into());

@@ -222,6 +222,58 @@ async fn a_document_changes_what_it_changes() {
     assert_eq!(v2.expanded_config["limits.cpu"], "2");
 }
 
+/// What `virt-install --location` does: it starts a kernel that it has uploaded, writes what comes afterwards, and removes the
+/// kernel while the machine runs.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kernel_is_used_by_the_record_and_not_by_the_guest_that_it_started() {
+    let (server, mut client) = ready().await;
+    for name in ["k", "i"] {
+        volume(&server, name, VolumeContent::Block).await;
+    }
+    let admin = Context::new(Principal::system());
+    let parts = "<kernel>/karst/default/k</kernel><initrd>/karst/default/i</initrd><cmdline>console=ttyS0 a,b</cmdline>";
+    let with = |name: &str, on_reboot: &str| {
+        let ends = format!("<on_reboot>{on_reboot}</on_reboot><devices>");
+        let system = format!("hvm</type>{parts}");
+        domain(name, &[("hvm</type>", system.as_str()), ("<devices>", ends.as_str())])
+    };
+    // Defined, shown, defined by what is shown.
+    define(&mut client, &with("v1", "destroy")).await.unwrap();
+    let shown = dump(&mut client, "v1", 2).await;
+    assert!(shown.replace("\n    ", "").contains(parts), "{shown}");
+    assert!(shown.contains("<on_reboot>destroy</on_reboot>"), "{shown}");
+    assert_eq!(read::machine(&shown).unwrap().kernel, read::machine(&with("v1", "destroy")).unwrap().kernel);
+    define(&mut client, &shown).await.unwrap();
+    assert_eq!(dump(&mut client, "v1", 2).await, shown);
+    let view = server.engine.instance(&admin, "default", "v1").unwrap();
+    assert_eq!(view.expanded_config["boot.reboot_action"], "stop");
+    assert_eq!(view.instance.devices["kernel0"]["initrd"], "i");
+    for name in ["k", "i"] {
+        let used =
+            server.engine.volume_delete(&admin, "default", "default", name).await.map(drop).unwrap_err();
+        assert!(used.message.contains("is used by"), "{used}");
+    }
+    // The record follows a volume that is renamed.
+    server.engine.volume_rename(&admin, "default", "default", "i", "i2").await.unwrap();
+    assert!(dump(&mut client, "v1", 2).await.contains("<initrd>/karst/default/i2</initrd>"));
+    server.engine.volume_rename(&admin, "default", "default", "i2", "i").await.unwrap();
+    let v1 = client.domain("v1").await;
+    client.call(9, &v1).await.unwrap();
+    define(&mut client, &domain("v1", &[])).await.unwrap();
+    let (live, later) = (dump(&mut client, "v1", 0).await, dump(&mut client, "v1", 2).await);
+    assert!(
+        live.contains("<kernel>/karst/default/k</kernel>") && live.contains("<on_reboot>destroy<"),
+        "{live}"
+    );
+    assert!(!later.contains("<kernel>") && later.contains("<on_reboot>restart<"), "{later}");
+    for name in ["k", "i"] {
+        let gone = server.engine.volume_delete(&admin, "default", "default", name).await.unwrap();
+        assert_eq!(gone.ended().await.error, None);
+    }
+    client.call(12, &v1).await.unwrap();
+    assert!(!dump(&mut client, "v1", 0).await.contains("<kernel>"));
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_refused_is_named_and_leaves_nothing() {
     let (server, mut client) = ready().await;
@@ -233,11 +285,19 @@ async fn what_is_refused_is_named_and_leaves_nothing() {
         ("<memory unit='MiB'>256<", "<memory unit='MiB'>much<", Code::XmlError, "memory"),
         (UUID, "c7a5", Code::XmlError, "uuid"),
         ("machine='q35'", "machine='microvm'", Code::ConfigUnsupported, "os machine"),
+        ("<type arch='x86_64'", "<dtb>/boot/k</dtb><type arch='x86_64'", Code::ConfigUnsupported, "dtb"),
         (
             "<type arch='x86_64'",
-            "<kernel>/boot/k</kernel><type arch='x86_64'",
+            "<cmdline>quiet</cmdline><type arch='x86_64'",
             Code::ConfigUnsupported,
-            "kernel",
+            "no <kernel>",
+        ),
+        ("<type arch='x86_64'", "<kernel>k</kernel><type arch='x86_64'", Code::XmlError, "'k'"),
+        (
+            "<type arch='x86_64'",
+            "<kernel>/karst/default/d2</kernel><initrd>/karst/default/none</initrd><type arch='x86_64'",
+            Code::OperationFailed,
+            "\"none\" not found",
         ),
         ("bus='virtio'", "bus='usb'", Code::ConfigUnsupported, "disk bus"),
         (disk, "<source file='/etc/passwd'/>", Code::ConfigUnsupported, "driver type"),

@@ -1,6 +1,7 @@
 //! Devices as users write them, and their typed form: a module for each type.
 
 mod disk;
+mod kernel;
 mod nic;
 mod nic_kind;
 mod node;
@@ -8,6 +9,7 @@ mod proxy;
 mod tpm;
 
 pub use disk::*;
+pub use kernel::*;
 pub use nic::*;
 pub(crate) use nic_kind::vlan_id;
 pub use nic_kind::{NicKind, ParentLink, RoutedLink};
@@ -39,11 +41,13 @@ pub enum Device {
     Proxy(ProxyDevice),
     /// TPM.
     Tpm(TpmDevice),
+    /// Kernel that a virtual machine is started with.
+    Kernel(KernelDevice),
     /// Removes a device of a profile.
     None,
 }
 
-const TYPES: &[&str] = &["disk", "gpu", "nic", "none", "proxy", "tpm", "unix-block", "unix-char"];
+const TYPES: &[&str] = &["disk", "gpu", "kernel", "nic", "none", "proxy", "tpm", "unix-block", "unix-char"];
 /// What Incus has and Karst not.
 const LATER: &[&str] = &["infiniband", "pci", "unix-hotplug", "usb"];
 
@@ -59,6 +63,7 @@ impl Device {
             "unix-char" => NodeDevice::parse_unix(&keys, false).map(Self::Node),
             "unix-block" => NodeDevice::parse_unix(&keys, true).map(Self::Node),
             "gpu" => NodeDevice::parse_gpu(&keys).map(Self::Node),
+            "kernel" => KernelDevice::parse(&keys).map(Self::Kernel),
             "tpm" => TpmDevice::parse(&keys).map(Self::Tpm),
             "none" => Ok(Self::None),
             "proxy" => ProxyDevice::parse(&keys).map(Self::Proxy),

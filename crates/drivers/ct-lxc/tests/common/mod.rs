@@ -210,6 +210,7 @@ pub fn bare_guest(daemon_id: &str, guests: &Path, n: u32) -> ResolvedGuest {
         root_layers: None,
         root: bare_disk("root"),
         disks: vec![],
+        kernel: None,
         nodes: vec![],
         proxies: vec![],
         nics: vec![ResolvedNic {

@@ -178,6 +178,7 @@ fn guest(state_dir: PathBuf) -> ResolvedGuest {
             boot_priority: 0,
         },
         disks: vec![],
+        kernel: None,
         nodes: vec![],
         proxies: vec![],
         nics: vec![],

@@ -337,6 +337,8 @@ impl Place {
                 stateful: false,
                 boot_menu: false,
                 windows: false,
+                ends_on_reboot: false,
+                kernel: None,
                 resume: false,
                 accelerator: None,
             }),
@@ -368,6 +370,7 @@ impl Place {
                 boot_priority: 0,
             },
             disks: vec![],
+            kernel: None,
             nodes: vec![],
             proxies: vec![],
             nics: vec![ResolvedNic {

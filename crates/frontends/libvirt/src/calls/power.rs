@@ -5,10 +5,10 @@ use crate::{
     error::{Code, Part, VirError},
     session::Call,
     xdr::Writer,
-    xml::domain::{AUTORESTART, restarts},
+    xml::domain::{AUTORESTART, REBOOT_ACTION, ends_on_reboot, restarts},
 };
 use karst_engine::{InstanceView, LiveOperation, compute::power::PowerRequest};
-use karst_model::instance::{PowerAction, Status};
+use karst_model::instance::{InstanceKind, PowerAction, Status};
 use std::time::Duration;
 
 /// How long a request to shut down is followed up; the call itself answers at once, as libvirt's does.
@@ -222,12 +222,15 @@ pub async fn rename(call: Call) -> Answered {
     Ok(int(0))
 }
 
+/// `VIR_DOMAIN_AFFECT_CONFIG`
+const CONFIG: u32 = 2;
 /// Names of `virDomainLifecycle` and `virDomainLifecycleAction`.
 const LIFECYCLES: [&str; 3] = ["on_poweroff", "on_reboot", "on_crash"];
 const ACTIONS: [&str; 6] =
     ["destroy", "restart", "rename-restart", "preserve", "coredump-destroy", "coredump-restart"];
 
-/// `DOMAIN_SET_LIFECYCLE_ACTION`: after a crash a guest starts again or does not; all else is as it is.
+/// `DOMAIN_SET_LIFECYCLE_ACTION`: after a crash a guest starts again or does not, and a machine that restarts ends or does
+/// not; all else is as it is.
 pub async fn set_lifecycle_action(call: Call) -> Answered {
     let (named, kind, action, flags) =
         call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?, r.u32()?, r.u32()?)))?;
@@ -240,7 +243,18 @@ pub async fn set_lifecycle_action(call: Call) -> Answered {
     let (kind, action) = (of(&LIFECYCLES, kind, "type")?, of(&ACTIONS, action, "action")?);
     let view = call.guest(&named)?;
     match (kind, action) {
-        ("on_poweroff", "destroy") | ("on_reboot", "restart") => {}
+        ("on_poweroff", "destroy") => {}
+        ("on_reboot", "restart" | "destroy")
+            if ends_on_reboot(&view.expanded_config) == (action == "destroy") => {}
+        ("on_reboot", "restart" | "destroy") if view.instance.kind == InstanceKind::VirtualMachine => {
+            // Without a flag it is what runs that is meant.
+            if flags != CONFIG && is_running(&view) {
+                let text = "on_reboot: is as it was when the domain was started; give --config alone";
+                return Err(VirError::new(Code::OperationUnsupported, Part::Domain, text));
+            }
+            let value = Some(if action == "destroy" { "stop" } else { "restart" }.to_owned());
+            super::domain::set_keys(&call, &view, vec![(REBOOT_ACTION.into(), value)], None).await?;
+        }
         ("on_crash", "destroy" | "restart") => {
             let wanted = action == "restart";
             if restarts(&view.expanded_config) != wanted {
@@ -250,8 +264,8 @@ pub async fn set_lifecycle_action(call: Call) -> Answered {
         }
         _ => {
             let text = format!(
-                "{kind} '{action}': a guest that is off is off, one that reboots goes on, and \
-                one that crashed is destroyed or restarted"
+                "{kind} '{action}': a guest that is off is off, one that reboots goes on or (a machine) is destroyed, \
+                and one that crashed is destroyed or restarted"
             );
             return Err(VirError::new(Code::ConfigUnsupported, Part::Domain, text));
         }

@@ -140,11 +140,19 @@ pub fn restarts(config: &Config) -> bool {
     karst_model::keys::optional_flag(config, AUTORESTART) == Some(true)
 }
 
+/// The key that says what comes of a system that restarts its machine.
+pub const REBOOT_ACTION: &str = "boot.reboot_action";
+
+/// Does a guest of this configuration end when it restarts?
+pub fn ends_on_reboot(config: &Config) -> bool {
+    config.get(REBOOT_ACTION).is_some_and(|a| a == "stop")
+}
+
 /// What happens when a guest ends.
 pub fn ends(e: &mut Element, config: &Config) {
     e.push(Element::new("clock").with("offset", "utc"));
     e.push(Element::text("on_poweroff", "destroy"));
-    e.push(Element::text("on_reboot", "restart"));
+    e.push(Element::text("on_reboot", if ends_on_reboot(config) { "destroy" } else { "restart" }));
     e.push(Element::text("on_crash", if restarts(config) { "restart" } else { "destroy" }));
 }
 

@@ -9,6 +9,15 @@ fn bytes(name: &'static str, n: u64) -> Element {
     Element::text(name, n).with("unit", "bytes")
 }
 
+/// Where libvirt's tools put what a machine is started with, and the pool that they make of it when they may not write there.
+const SCRATCH: (&str, &str) = ("boot-scratch", "/var/lib/libvirt/boot");
+
+/// The target that a pool shows. Tools find the one above by its path, and make another when there is none: so it has that, and
+/// lies where all pools do.
+fn target(name: &str) -> String {
+    if name == SCRATCH.0 { SCRATCH.1.to_owned() } else { format!("/karst/{name}") }
+}
+
 /// The document of a pool. Its place on the host is not told: the target is the name under which volumes have their paths.
 pub fn pool(pool: &Pool, usage: Usage) -> String {
     Element::new("pool")
@@ -19,7 +28,7 @@ pub fn pool(pool: &Pool, usage: Usage) -> String {
         .child(bytes("allocation", usage.used))
         .child(bytes("available", usage.total.saturating_sub(usage.used)))
         .child(Element::new("source"))
-        .child(Element::new("target").child(Element::text("path", format!("/karst/{}", pool.name))))
+        .child(Element::new("target").child(Element::text("path", target(&pool.name))))
         .document()
 }
 
@@ -66,6 +75,11 @@ const KINDS: [(&str, &[&str]); 14] = [
 fn made(kind: &str) -> bool {
     let of = KINDS.iter().find(|(k, _)| *k == kind).map(|(_, of)| *of).unwrap_or_default();
     PoolKind::OFFERED.iter().any(|k| of.contains(&k.as_str()))
+}
+
+/// Does libvirt know such a kind of pools?
+pub fn is_kind(name: &str) -> bool {
+    KINDS.iter().any(|(kind, _)| *kind == name)
 }
 
 /// What kinds of pools there are, and the formats of volumes in them.
@@ -194,7 +208,7 @@ pub fn read_pool(text: &str) -> Result<NewPool, VirError> {
     let source = root.find("source");
     let (driver, source) = match root.attribute("type") {
         Some("dir") => {
-            let own = path.is_empty() || path == format!("/karst/{name}");
+            let own = path.is_empty() || path == target(&name);
             ("dir", (!own).then(|| path.to_owned()))
         }
         Some("zfs") => ("zfs", source.and_then(|s| s.find("name")).map(|n| n.body().trim().to_owned())),
@@ -265,6 +279,9 @@ mod tests {
         let read = |text: &str| read_pool(text);
         let own = read("<pool type='dir'><name>p</name></pool>").unwrap();
         assert_eq!((own.driver.as_str(), own.source), ("dir", None));
+        let scratch = "<pool type='dir'><name>boot-scratch</name><target><path>/var/lib/libvirt/boot</path></target></pool>";
+        assert_eq!(read(scratch).unwrap().source, None);
+        assert!(read(&scratch.replace("boot-scratch", "p")).unwrap().source.is_some());
         let path = "<pool type='dir'><name>p</name><target><path>/srv/p</path></target></pool>";
         assert_eq!(read(path).unwrap().source.as_deref(), Some("/srv/p"));
         assert_eq!(

@@ -48,6 +48,10 @@ pub struct Machine {
     pub cpu_model: Option<String>,
     /// It starts again after a crash.
     pub restarts: bool,
+    /// It ends when the system in it restarts.
+    pub ends_on_reboot: bool,
+    /// What it is started with in place of what its disks would boot.
+    pub kernel: Option<Kernel>,
     /// It has a TPM 2.0.
     pub tpm: bool,
     /// Disks.
@@ -56,6 +60,17 @@ pub struct Machine {
     pub nics: Vec<Nic>,
     /// The rest.
     pub opaque: Opaque,
+}
+
+/// A kernel that a machine is started with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Kernel {
+    /// The kernel.
+    pub kernel: Source,
+    /// Its initial file system.
+    pub initrd: Option<Source>,
+    /// Command line.
+    pub cmdline: Option<String>,
 }
 
 /// A disk.
@@ -95,6 +110,16 @@ pub enum Source {
     },
     /// A path of the host, for its administrators only.
     Path(String),
+}
+
+impl Source {
+    /// As the path that documents have of it.
+    pub fn path(&self) -> String {
+        match self {
+            Self::Volume { pool, volume } => format!("{}{pool}/{volume}", read::VOLUMES),
+            Self::Path(path) => path.clone(),
+        }
+    }
 }
 
 /// A NIC on a network of Karst.

@@ -1,6 +1,6 @@
 //! From domain XML to the typed form.
 
-use super::{Disk, Machine, Nic, Opaque, Source, number, pci_of, priority, refuse, wrong};
+use super::{Disk, Kernel, Machine, Nic, Opaque, Source, number, pci_of, priority, refuse, wrong};
 use crate::{error::VirError, xml::Element};
 use karst_model::{
     device::{DiskBus, DiskCache, NicModel, parse_mac},
@@ -96,6 +96,8 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
         boot_menu: os.find("bootmenu").is_some_and(|e| e.attribute("enable") == Some("yes")),
         cpu_model: root.find("cpu").map(cpu_model).transpose()?.flatten(),
         restarts: body("on_crash") == Some("restart"),
+        ends_on_reboot: body("on_reboot") == Some("destroy"),
+        kernel: kernel(os)?,
         tpm: false,
         disks: vec![],
         nics: vec![],
@@ -224,13 +226,8 @@ fn system(os: &Element) -> Result<(Option<String>, Firmware), VirError> {
     if let Some(arch) = kind.attribute("arch").filter(|a| *a != "x86_64") {
         return Err(refuse("os arch", format!("'{arch}' is not the architecture of this host")));
     }
-    for element in ["kernel", "initrd", "cmdline", "dtb"] {
-        if os.find(element).is_some_and(|e| !e.body().trim().is_empty()) {
-            return Err(refuse(
-                element,
-                "a machine starts from its disks; files of the host are not started",
-            ));
-        }
+    if os.find("dtb").is_some_and(|e| !e.body().trim().is_empty()) {
+        return Err(refuse("dtb", "is for other architectures"));
     }
     let machine = kind.attribute("machine").map(str::to_owned);
     if let Some(m) = &machine
@@ -241,6 +238,22 @@ fn system(os: &Element) -> Result<(Option<String>, Firmware), VirError> {
         return Err(refuse("os machine", format!("'{m}' is not there; q35, pc and their versions are")));
     }
     Ok((machine, firmware(os)?))
+}
+
+/// What a machine is started with in place of what its disks would boot.
+fn kernel(os: &Element) -> Result<Option<Kernel>, VirError> {
+    let body = |name: &str| os.find(name).map(|e| e.body().trim()).filter(|t| !t.is_empty());
+    let Some(kernel) = body("kernel") else {
+        return match ["initrd", "cmdline"].into_iter().find(|n| body(n).is_some()) {
+            Some(name) => Err(refuse(name, "there is no <kernel> that it belongs to")),
+            None => Ok(None),
+        };
+    };
+    Ok(Some(Kernel {
+        kernel: place(kernel)?,
+        initrd: body("initrd").map(place).transpose()?,
+        cmdline: body("cmdline").map(str::to_owned),
+    }))
 }
 
 /// The firmware that an `<os>` means.
@@ -402,14 +415,18 @@ pub fn source(disk: &Element) -> Result<Option<Source>, VirError> {
             return Err(refuse("disk type", format!("'{other}' is not there; volume, file and block are")));
         }
     };
-    let Some(path) = path else { return Ok(None) };
+    path.map(place).transpose()
+}
+
+/// What a path names: a volume, or what the host has there.
+fn place(path: &str) -> Result<Source, VirError> {
     if let Some((pool, volume)) = path.strip_prefix(VOLUMES).and_then(|p| p.split_once('/')) {
-        return Ok(Some(Source::Volume { pool: pool.to_owned(), volume: volume.to_owned() }));
+        return Ok(Source::Volume { pool: pool.to_owned(), volume: volume.to_owned() });
     }
     if !path.starts_with('/') {
         return Err(wrong(format!("'{path}' is no absolute path")));
     }
-    Ok(Some(Source::Path(path.to_owned())))
+    Ok(Source::Path(path.to_owned()))
 }
 
 /// A disk that stands alone.

@@ -1,11 +1,11 @@
 //! From the typed form to the engine's words: keys, devices and places of a new machine, or of one that is there. Of one that
 //! is there only what the document changes is changed, so that what libvirt has no word for stays.
 
-use super::{Disk, Machine, Nic, Source, refuse};
+use super::{Disk, Kernel, Machine, Nic, Source, refuse};
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
     error::VirError,
-    xml::domain::AUTORESTART,
+    xml::domain::{AUTORESTART, REBOOT_ACTION},
 };
 use karst_engine::compute::define::Place;
 use karst_model::{
@@ -120,6 +120,28 @@ fn nic(keys: &mut Keys, nic: &Nic) {
     set(keys, "limits.egress", nic.limits.1.map(|n| format!("{n}kbit")));
 }
 
+fn kernel(keys: &mut Keys, kernel: &Kernel) {
+    *keys = Keys::from([("type".to_owned(), "kernel".to_owned())]);
+    let mut pool_of_kernel = None;
+    match &kernel.kernel {
+        Source::Volume { pool, volume } => {
+            pool_of_kernel = Some(pool);
+            set(keys, "pool", Some(pool));
+            set(keys, "source", Some(volume));
+        }
+        Source::Path(path) => set(keys, "source", Some(path)),
+    }
+    match &kernel.initrd {
+        Some(Source::Volume { pool, volume }) => {
+            set(keys, "initrd", Some(volume));
+            set(keys, "initrd.pool", Some(pool).filter(|p| Some(*p) != pool_of_kernel));
+        }
+        Some(Source::Path(path)) => set(keys, "initrd", Some(path)),
+        None => {}
+    }
+    set(keys, "cmdline", kernel.cmdline.as_ref());
+}
+
 /// The disk that is the root: of the volumes that can be written the one that boots first.
 fn root(machine: &Machine) -> Result<&Disk, VirError> {
     let can = |d: &&Disk| !d.cdrom && !d.readonly && matches!(d.source, Some(Source::Volume { .. }));
@@ -153,6 +175,7 @@ pub fn create(machine: &Machine) -> Result<Created, VirError> {
     set(&mut config, "hardware.cpu.model", machine.cpu_model.as_ref());
     set(&mut config, "hardware.boot_menu", yes(machine.boot_menu));
     set(&mut config, AUTORESTART, yes(machine.restarts));
+    set(&mut config, REBOOT_ACTION, machine.ends_on_reboot.then_some("stop"));
     firmware(&mut config, machine.firmware);
     // So that saving and snapshots with memory are there, as they are with libvirt.
     set(&mut config, "migration.stateful", Some("true"));
@@ -173,6 +196,9 @@ pub fn create(machine: &Machine) -> Result<Created, VirError> {
         let name = format!("net{n}");
         nic(devices.entry(name.clone()).or_default(), one);
         places.insert(name.clone(), Place { slot: name, alias: one.alias.clone(), pci: one.pci.clone() });
+    }
+    if let Some(one) = &machine.kernel {
+        kernel(devices.entry("kernel0".into()).or_default(), one);
     }
     if machine.tpm {
         set(devices.entry("tpm0".into()).or_default(), "type", Some("tpm"));
@@ -217,6 +243,9 @@ pub fn update(present: &Present<'_>, new: &Machine) -> Result<Updated, VirError>
     }
     if old.restarts != new.restarts {
         set(&mut config, AUTORESTART, Some(new.restarts.to_string()));
+    }
+    if old.ends_on_reboot != new.ends_on_reboot {
+        set(&mut config, REBOOT_ACTION, Some(if new.ends_on_reboot { "stop" } else { "restart" }));
     }
     if old.firmware != new.firmware {
         firmware(&mut config, new.firmware);
@@ -314,6 +343,21 @@ fn devices(present: &Present<'_>, new: &Machine) -> Result<Devices, VirError> {
         wanted.insert(name.clone(), Some([("type".to_owned(), "none".to_owned())].into()));
         if present.devices.contains_key(name) {
             wanted.remove(name);
+        }
+    }
+    if new.kernel != old.kernel {
+        let is = |keys: &Keys| keys.get("type").is_some_and(|t| t == "kernel");
+        let there = present.expanded.iter().find(|(_, keys)| is(keys)).map(|(name, _)| name.clone());
+        match (&new.kernel, there) {
+            (Some(one), there) => {
+                kernel(devices.entry(there.unwrap_or_else(|| "kernel0".into())).or_default(), one);
+            }
+            (None, Some(name)) if present.devices.contains_key(&name) => drop(devices.remove(&name)),
+            // Of a profile: masked.
+            (None, Some(name)) => {
+                drop(devices.insert(name, [("type".to_owned(), "none".to_owned())].into()));
+            }
+            (None, None) => {}
         }
     }
     if new.tpm && !old.tpm {

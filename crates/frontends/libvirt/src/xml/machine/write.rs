@@ -1,6 +1,6 @@
 //! From an instance to domain XML, with what was kept of the document that it was defined by.
 
-use super::{Opaque, Source, pci_of, priority, read, target};
+use super::{Kernel, Opaque, Source, pci_of, priority, read, target};
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
     error::VirError,
@@ -169,7 +169,9 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
     e.push(Element::text("currentMemory", shown.memory).with("unit", "KiB"));
     let pinned = shown.pinned.as_ref();
     e.push(Element::text("vcpu", shown.cpus).with("placement", "static").with_some("cpuset", pinned));
-    e.push(system(shown, &opaque));
+    let mut os = system(shown, &opaque);
+    start_with(&mut os, kernel(shown)?);
+    e.push(os);
     e.push(Element::new("features").child(Element::new("acpi")).child(Element::new("apic")));
     e.push(cpu(shown.hardware));
     crate::xml::domain::ends(&mut e, shown.config);
@@ -183,6 +185,9 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
                 read::cpu_model(kept).is_ok_and(|m| m.as_ref() == now)
             }
             // Which of the others it says makes no difference to what happens.
+            "on_reboot" => {
+                (kept.body().trim() == "destroy") == crate::xml::domain::ends_on_reboot(shown.config)
+            }
             "on_crash" => (kept.body().trim() == "restart") == crate::xml::domain::restarts(shown.config),
             _ => true,
         };
@@ -246,6 +251,35 @@ fn system(shown: &Shown<'_>, opaque: &Opaque) -> Element {
         os.push(Element::new("boot").with("dev", "hd"));
     }
     os
+}
+
+/// What it is started with in place of what its disks would boot.
+fn kernel(shown: &Shown<'_>) -> Result<Option<Kernel>, VirError> {
+    let source = |origin: &DiskOrigin| match origin {
+        DiskOrigin::Volume { pool, volume } => {
+            Some(Source::Volume { pool: pool.clone(), volume: volume.clone() })
+        }
+        DiskOrigin::Host { path } => Some(Source::Path(path.clone())),
+        DiskOrigin::Memory { .. } => None,
+    };
+    Ok(parse_devices(shown.devices)?.kernel.and_then(|(_, device)| {
+        let initrd = device.initrd.as_ref().and_then(source);
+        Some(Kernel { kernel: source(&device.kernel)?, initrd, cmdline: device.cmdline.clone() })
+    }))
+}
+
+/// Puts it where libvirt writes it.
+fn start_with(os: &mut Element, kernel: Option<Kernel>) {
+    os.elements_mut().retain(|e| !matches!(e.name(), "kernel" | "initrd" | "cmdline"));
+    let Some(kernel) = kernel else { return };
+    let before = ["type", "firmware", "loader", "nvram"];
+    let at = os.elements().iter().rposition(|e| before.contains(&e.name())).map_or(0, |n| n + 1);
+    let parts = [
+        Some(Element::text("kernel", kernel.kernel.path())),
+        kernel.initrd.map(|i| Element::text("initrd", i.path())),
+        kernel.cmdline.map(|c| Element::text("cmdline", c)),
+    ];
+    os.elements_mut().splice(at..at, parts.into_iter().flatten());
 }
 
 fn cpu(hardware: &Hardware) -> Element {
