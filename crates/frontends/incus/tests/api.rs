@@ -609,6 +609,9 @@ async fn image_aliases_live() {
     s.patch("/1.0/images/aliases/debian%2F12", json!({"description": "mine"})).await.metadata();
     assert_eq!(s.get("/1.0/images/aliases?recursion=1").await.metadata()[0]["description"], "mine");
     s.put("/1.0/images/aliases/debian%2F12", json!({"description": "x"})).await.refused(400);
+    s.put("/1.0/images/aliases/debian%2F12", json!({"target": target})).await.metadata();
+    let replaced = s.get("/1.0/images/aliases/debian%2F12").await.metadata();
+    assert_eq!((&replaced["description"], &replaced["target"]), (&json!(""), &json!(target)), "PUT replaces");
     assert_eq!(s.post("/1.0/images/aliases/debian%2F12", json!({"name": "deb"})).await.status, 201);
     s.get("/1.0/images/aliases/debian%2F12").await.refused(404);
     s.post("/1.0/images/aliases", json!({"name": "x", "target": "00000000"})).await.refused(404);
@@ -741,6 +744,14 @@ async fn karst_paths_answer() {
     .await;
     assert_eq!(s.get("/1.0/images/aliases/deb").await.metadata()["type"], "container");
     s.post("/1.0/karst/images/build", json!({"recipe": "../x"})).await.refused(400);
+    let check = s.get("/1.0/karst/check").await.metadata();
+    assert_eq!((&check["leaks"], &check["sagas"]), (&json!([]), &json!([])), "{check}");
+    let status = s.get("/1.0/karst/status").await.metadata();
+    assert_eq!(
+        (status["daemon"].as_str(), status["hosts"].as_u64(), status["pid"].as_u64()),
+        (Some("5eed00"), Some(1), Some(u64::from(std::process::id())))
+    );
+    assert_eq!(status["host"]["architecture"], host["nodes"][0]["facts"]["architecture"]);
     s.get("/internal/ready").await.metadata();
     s.put("/internal/shutdown", json!({})).await.metadata();
     s.shutdown.recv().await.expect("the server is asked to end");
@@ -831,6 +842,14 @@ fn the_table_is_whole() {
         })
         .chain(extensions::TESTED.iter().map(|(_, test)| *test));
     for test in named {
-        assert!(tests.contains(&format!("fn {test}(")), "the test {test} does not exist");
+        let head = format!("async fn {test}(");
+        let mut found = tests.match_indices(&head);
+        let (at, _) = found.next().unwrap_or_else(|| panic!("the test {test} does not exist"));
+        assert!(found.next().is_none(), "two tests are named {test}");
+        assert!(tests[..at].trim_end().ends_with(']'), "{test} is not marked as a test");
+        // The server that it starts demands of it to have touched the rows that name it.
+        let body = tests[at..].split("\n}\n").next().unwrap_or_default();
+        let starts = ["Server::start()", "listening()"].iter().any(|s| body.contains(s));
+        assert!(starts, "{test} starts no server, so that nothing says what it touches");
     }
 }
