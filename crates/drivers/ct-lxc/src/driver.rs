@@ -17,8 +17,7 @@ use crate::{
 use async_trait::async_trait;
 use karst_guest::{
     Applied, Exec, ExecRequest, GuestDriver, GuestFiles, Metrics, Observed, ResolvedGuest, Silence, StopMode,
-    keeper::{self, Console, End, Keeper, Requested, Spec, Status, write_private},
-    silence,
+    keeper::{self, Console, Keeper, Requested, Spec, Status, write_private},
 };
 use karst_host::{Program, cgroup::Cgroups, overlay::Held, run};
 use karst_model::{
@@ -35,6 +34,7 @@ use std::{
 };
 use tokio::{sync::mpsc, time::timeout};
 
+mod adopting;
 mod beside;
 mod clearing;
 mod network;
@@ -313,54 +313,6 @@ impl Shared {
                 }
             }
         });
-    }
-
-    /// Watches a guest again if its keeper lives, else clears up after it; answers what it does if it runs.
-    async fn adopt_one(self: &Arc<Self>, instance: InstanceId) -> Result<Option<Observed>> {
-        if keeper::is_alive(&self.dir(instance)) {
-            match self.running(instance).await {
-                Ok(running) => {
-                    self.watch(instance, running.keeper.clone(), running.status.keeper_pid);
-                    return Ok(Some(self.observed(&running)));
-                }
-                Err(e) if e.is(ErrorKind::NotFound) => {} // ended at this moment
-                Err(e) => return Err(e),
-            }
-        }
-        // It ended while nobody watched.
-        self.after_end(instance, &self.guest(instance)).await.map(|_| None)
-    }
-
-    /// As [`Self::adopt_one`], until it is done.
-    async fn adopt_later(weak: Weak<Self>, instance: InstanceId) {
-        let mut wait = silence::BACK_OFF.0;
-        loop {
-            tokio::time::sleep(wait).await;
-            wait = (wait * 2).min(silence::BACK_OFF.1);
-            let Some(shared) = weak.upgrade() else { return };
-            match shared.adopt_one(instance).await {
-                Ok(now) => {
-                    tracing::info!(%instance, runs = now.is_some(), "a guest is adopted after all");
-                    return now.into_iter().for_each(|now| shared.tell(now));
-                }
-                Err(e) => tracing::debug!(%instance, error = %e, "a guest still cannot be adopted"),
-            }
-        }
-    }
-
-    /// The guest's end, also of one whose keeper does not answer for a while.
-    async fn end_of(weak: &Weak<Self>, instance: InstanceId, keeper: &Keeper) -> Result<End> {
-        loop {
-            match keeper.wait_exit().await {
-                Err(e) if e.is(ErrorKind::Timeout) => {}
-                other => return other,
-            }
-            let Some(silence) = weak.upgrade().map(|shared| shared.silence.clone()) else {
-                return std::future::pending().await;
-            };
-            silence.note(instance, keeper.dir());
-            silence.over(instance).await;
-        }
     }
 
     async fn after_end(&self, instance: InstanceId, guest: &Guest) -> Result<Observed> {
