@@ -58,7 +58,8 @@ INIT
     chmod 755 "$1"
 }
 
-# installer_disc DIR SYSTEM: makes DIR/installer.iso, whose system calls itself so, DIR/system.raw, which it writes, and DIR/other.iso,
+# installer_disc DIR SYSTEM: makes DIR/installer.iso, whose system calls itself so, DIR/vm, its kernel and initrd, DIR/system.raw, which it
+# writes, and DIR/other.iso,
 # a disc without anything to boot.
 installer_disc() {
     local dir=$1 system=$2 small at disk='small.raw@@1M'
@@ -98,6 +99,8 @@ installer_disc() {
             -eltorito-alt-boot -e boot/efi.img -no-emul-boot disc 2>disc.log || { cat disc.log; exit 1; }
         echo nothing >other/file
         xorriso -as mkisofs -quiet -o other.iso -V OTHER -R other 2>disc.log || { cat disc.log; exit 1; }
+        # What it starts, for whoever starts that directly.
+        mv disc/vm vm
         rm -rf root disc other shim grub
     )
 }

@@ -13,7 +13,7 @@ use async_trait::async_trait;
 use karst_agent::{VolumeRef, VolumeResize};
 use karst_model::{
     ByteSize, Config, Error, Name, NodeId, Result,
-    device::Devices,
+    device::{Devices, kernel_follow},
     storage::{Volume, VolumeContent, check_volume_config},
 };
 use serde::{Deserialize, Serialize};
@@ -178,7 +178,9 @@ fn follow(devices: &mut Devices, pool: &str, old: &str, new: &str) -> bool {
     let mut changed = false;
     for keys in devices.values_mut() {
         let is = |key: &str, value: &str| keys.get(key).is_some_and(|v| v == value);
-        if is("type", "disk") && is("pool", pool) && is("source", old) {
+        if is("type", "kernel") {
+            changed |= kernel_follow(keys, (pool, old), (pool, new));
+        } else if is("type", "disk") && is("pool", pool) && is("source", old) {
             keys.insert("source".into(), new.into());
             changed = true;
         }

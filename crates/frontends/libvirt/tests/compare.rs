@@ -148,7 +148,7 @@ async fn crashes_and_agents_that_are_waited_for() {
     let xml = async |client: &mut Client| {
         string(&client.call(number("DOMAIN_GET_XML_DESC"), &[&v1[..], &[0; 4]].concat()).await.unwrap())
     };
-    // Off is off, a reboot goes on; a crash is the administrator's choice.
+    // Off is off; what follows a reboot and a crash is the administrator's choice.
     for (kind, wanted) in [(0, 0), (1, 1), (2, 1)] {
         assert!(action(&mut client, kind, wanted).await.is_ok(), "{kind}");
     }
@@ -160,7 +160,12 @@ async fn crashes_and_agents_that_are_waited_for() {
     assert_eq!(now("boot.autorestart").as_deref(), Some("true"));
     assert!(action(&mut client, 2, 0).await.is_ok());
     assert!(xml(&mut client).await.contains("<on_crash>destroy</on_crash>"));
-    for (kind, wanted) in [(0, 1), (1, 0), (2, 3), (2, 4)] {
+    assert!(action(&mut client, 1, 0).await.is_ok());
+    assert!(xml(&mut client).await.contains("<on_reboot>destroy</on_reboot>"));
+    assert_eq!(now("boot.reboot_action").as_deref(), Some("stop"));
+    assert!(action(&mut client, 1, 1).await.is_ok());
+    assert!(xml(&mut client).await.contains("<on_reboot>restart</on_reboot>"));
+    for (kind, wanted) in [(0, 1), (1, 2), (2, 3), (2, 4)] {
         assert_eq!(action(&mut client, kind, wanted).await, Err(Code::ConfigUnsupported as i32));
     }
     assert_eq!(action(&mut client, 3, 0).await, Err(Code::InvalidArg as i32));

@@ -97,6 +97,9 @@ pub fn capabilities() -> String {
     Element::new("storagepoolCapabilities").children(KINDS.iter().map(pool)).document()
 }
 
+/// Bytes of a sector.
+const SECTOR: u64 = 512;
+
 /// A volume to make.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewVolume {
@@ -154,6 +157,9 @@ pub fn read_volume(text: &str) -> Result<NewVolume, VirError> {
         }
     };
     let capacity = root.find("capacity").map(in_bytes).transpose()?;
+    // A disk has whole sectors, also one for a file that has not: libvirt rounds the same way.
+    let sectors = |n: u64| n.checked_next_multiple_of(SECTOR).unwrap_or(n);
+    let capacity = if content == VolumeContent::Block { capacity.map(sectors) } else { capacity };
     Ok(NewVolume { name, capacity, content })
 }
 
@@ -231,6 +237,8 @@ mod tests {
         let volume = NewVolume { name: "v".into(), capacity: Some(2 << 30), content: VolumeContent::Block };
         assert_eq!(read(whole), Ok(volume.clone()));
         // What virt-install asks of a disk.
+        let odd = read("<name>k</name><capacity>8247233</capacity>").unwrap();
+        assert_eq!(odd.capacity, Some(8_247_296));
         let features = "<compat>1.1</compat><clusterSize>65536</clusterSize><features><lazy_refcounts/></features></target>";
         assert_eq!(read(&whole.replace("</target>", features)), Ok(volume));
         for (inner, content) in [
