@@ -34,3 +34,7 @@ pub use agent::{RealAgent, RealOptions};
 pub use policy::HostPolicy;
 pub use registry::set_damaged_aside;
 pub use staging::UploadLimits;
+
+#[cfg(test)]
+#[path = "../../testkit/src/backends.rs"]
+mod backends;

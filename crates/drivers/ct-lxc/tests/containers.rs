@@ -1,6 +1,9 @@
 //! What containers have beyond the contract: limits, isolation, recovery, networks, first boot, and what a start costs.
 #![allow(clippy::disallowed_methods)] // tests live in the real world
 
+#[path = "../../../testkit/src/backends.rs"]
+mod backends;
+
 mod common;
 
 use common::{Place, until};

@@ -33,3 +33,7 @@ mod tpm;
 
 pub use driver::{QemuDriver, QemuOptions};
 pub use probe::{HostVirtualization, probe};
+
+#[cfg(test)]
+#[path = "../../../testkit/src/backends.rs"]
+mod backends;

@@ -1,6 +1,9 @@
 //! Systems that were not made for Karst: with a loader of Incus' agent, and with the QEMU guest agent alone.
 #![allow(clippy::disallowed_methods)] // deals with the real world
 
+#[path = "../../../testkit/src/backends.rs"]
+mod backends;
+
 mod common;
 
 use common::{Inside, Place};
