@@ -53,8 +53,9 @@ fn demands(demanded: Option<&str>, optional: bool) -> bool {
 
 fn say(why: &str) {
     let thread = std::thread::current();
+    let line = format!("skipped: {}: {why}\n", thread.name().unwrap_or("a test"));
     // Not by a macro: of a test that passes nothing is shown of what those print. Nobody reads it, where this fails.
-    let _ = writeln!(std::io::stderr(), "skipped: {}: {why}", thread.name().unwrap_or("a test"));
+    let _ = std::io::stderr().write_all(line.as_bytes());
 }
 
 /// `what` is missing that every machine can have: a program, a right.
