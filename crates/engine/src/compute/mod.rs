@@ -21,6 +21,7 @@ pub mod shutdown;
 pub mod slots;
 pub mod templates;
 pub mod update;
+pub(crate) mod vmids;
 
 use crate::{Engine, EngineInner, InstanceView, Records, Row, context::Context};
 use karst_model::{
