@@ -1,9 +1,6 @@
 //! What SQLite's store promises beyond the contract: shared commits, one process, compaction, a full disk.
 #![allow(clippy::disallowed_methods)] // tests live in the real world
 
-#[path = "../../testkit/src/backends.rs"]
-mod backends;
-
 mod common;
 
 use std::os::unix::fs::PermissionsExt;
@@ -148,12 +145,12 @@ impl Drop for SmallDisk {
 
 #[test]
 fn a_full_disk_refuses_changes_keeps_everything_and_recovers() {
-    if !backends::root() {
+    if !common::backends::root() {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
     if let Err(error) = mount("tmpfs", directory.path(), "tmpfs", MountFlags::empty(), c"size=2m") {
-        return backends::missing(&format!("a small file system cannot be mounted: {error}"));
+        return common::backends::missing(&format!("a small file system cannot be mounted: {error}"));
     }
     let disk = SmallDisk(directory);
     block_on(async {
