@@ -246,7 +246,7 @@ impl RealAgent {
             }
         }
         for (id, record) in known {
-            if record.is_none() {
+            if record.is_none() && !self.registry.arrived(id) {
                 // A directory without a record: its start was not acknowledged, or its end was.
                 for driver in &self.drivers {
                     driver.destroy(id).await?;

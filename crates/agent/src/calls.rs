@@ -330,6 +330,10 @@ agent_calls! {
     mutate fn machine_state_save(MachineStateSave: MachineStateSave) -> ();
     /// Makes a virtual machine that does not run what it was at a snapshot, its memory for the next start if asked for.
     mutate fn machine_state_restore(MachineStateRestore: MachineStateRestore) -> ();
+    /// Makes what a virtual machine is beside its disks and memory, now or at a snapshot, that of another one, for its next
+    /// start or at a snapshot of it. Where there is nothing there is nothing then. Conflict when that one runs and is to
+    /// be changed.
+    mutate fn machine_state_copy(MachineStateCopy: MachineStateCopy) -> ();
     /// Drops what is kept with a snapshot; fine when nothing is.
     mutate fn machine_state_delete(MachineStateDelete: MachineStateRef) -> ();
     /// Drops the memory that a virtual machine which does not run keeps over its stop; fine when there is none.
@@ -677,6 +681,19 @@ pub struct MachineStateRestore {
     pub at: MachineStateRef,
     /// The memory too, for the next start.
     pub memory: bool,
+}
+
+/// What is to become another machine's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineStateCopy {
+    /// Of which machine.
+    pub from: InstanceId,
+    /// As it was at a snapshot; `None`: now.
+    pub at: Option<SnapshotId>,
+    /// Whose it becomes; another machine.
+    pub to: InstanceId,
+    /// At this snapshot; `None`: for its next start.
+    pub to_at: Option<SnapshotId>,
 }
 
 /// A command of the QEMU guest agent's protocol.

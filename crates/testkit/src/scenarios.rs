@@ -212,6 +212,20 @@ async fn copy(w: &World, snapshot: Option<&str>, start: bool) -> Result<LiveOper
     Ok(w.engine.instance_copy(&w.admin, "default", request).await?.1)
 }
 
+/// `c2`, which is a copy of `c1` already.
+async fn refresh(w: &World) -> Result<LiveOperation> {
+    let request = CopyInstance {
+        project: "default".into(),
+        name: "c1".into(),
+        snapshot: None,
+        instance_only: false,
+        refresh: true,
+        exclude_older: false,
+        copy: container("c2"),
+    };
+    Ok(w.engine.instance_copy(&w.admin, "default", request).await?.1)
+}
+
 async fn back_up(w: &World, of: Origin<'_>) -> Result<LiveOperation> {
     let request = CreateBackup { name: Some("kept".into()), ..CreateBackup::default() };
     Ok(w.engine.backup_create(&w.admin, of, request).await?.1)
@@ -427,18 +441,7 @@ pub fn all() -> Vec<Scenario> {
                 done(w, snapshot(w, of, "own").await).await?;
                 done(w, set_power(w, PowerAction::Start).await).await
             },
-            |w| {
-                let request = CopyInstance {
-                    project: "default".into(),
-                    name: "c1".into(),
-                    snapshot: None,
-                    instance_only: false,
-                    refresh: true,
-                    exclude_older: false,
-                    copy: container("c2"),
-                };
-                Ok(w.engine.instance_copy(&w.admin, "default", request).await?.1)
-            }
+            |w| refresh(w).await
         ),
         scenario!(
             "content-refresh",
@@ -692,6 +695,30 @@ pub fn all() -> Vec<Scenario> {
             },
             |w| copy(w, None, true).await
         ),
+        scenario!(
+            "instance-copy",
+            "of a running machine with a snapshot",
+            |w| {
+                machine(w).await?;
+                done(w, snapshot_with_memory(w).await).await
+            },
+            |w| copy(w, None, true).await
+        ),
+        scenario!(
+            "content-refresh",
+            "of a machine whose original runs, and that keeps its memory",
+            |w| {
+                machine(w).await?;
+                done(w, snapshot(w, OF_C1, "s1").await).await?;
+                done(w, copy(w, None, true).await).await?;
+                let stop = PowerRequest { force: false, stateful: true, ..power(PowerAction::Stop) };
+                done(w, w.engine.instance_power(&w.admin, "default", "c2", stop).await).await?;
+                let of = Origin::Instance { project: "default", name: "c2" };
+                done(w, snapshot(w, of, "own").await).await?;
+                done(w, snapshot(w, OF_C1, "s2").await).await
+            },
+            |w| refresh(w).await
+        ),
         scenario!("instance-copy", "of a snapshot", |w| tree(w).await, |w| copy(w, Some("s2"), false).await),
         scenario!(
             "backup-create",
@@ -699,6 +726,15 @@ pub fn all() -> Vec<Scenario> {
             |w| {
                 tree(w).await?;
                 done(w, set_power(w, PowerAction::Start).await).await
+            },
+            |w| back_up(w, OF_C1).await
+        ),
+        scenario!(
+            "backup-create",
+            "of a running machine with a snapshot",
+            |w| {
+                machine(w).await?;
+                done(w, snapshot(w, OF_C1, "s1").await).await
             },
             |w| back_up(w, OF_C1).await
         ),
@@ -730,6 +766,20 @@ pub fn all() -> Vec<Scenario> {
                     name: Some("c2".into()),
                     pool: Some("default".into()),
                 };
+                w.engine.instance_import(&w.admin, "default", request).await
+            }
+        ),
+        scenario!(
+            "instance-import",
+            "a machine with a snapshot",
+            |w| {
+                machine(w).await?;
+                done(w, snapshot(w, OF_C1, "s1").await).await?;
+                done(w, back_up(w, OF_C1).await).await
+            },
+            |w| {
+                let request =
+                    ImportInstance { upload: upload(w, OF_C1).await?, name: Some("c2".into()), pool: None };
                 w.engine.instance_import(&w.admin, "default", request).await
             }
         ),

@@ -292,6 +292,7 @@ calls! {
         }
         state.guests.remove(&instance);
         state.machine_states.retain(|(i, _), _| *i != instance);
+        state.arrived.remove(&instance);
         Ok(())
     }
     mutate machine_memory_drop(me, instance: InstanceId) -> () {
@@ -306,10 +307,13 @@ calls! {
     mutate machine_state_save(me, request: MachineStateSave) -> () {
         let MachineStateRef { instance, snapshot } = request.at;
         let mut state = me.settled();
-        let Some(guest) = state.guests.get(&instance) else { return Ok(()) };
         if state.machine_states.contains_key(&(instance, snapshot)) {
             return Ok(());
         }
+        if state.arrived.contains(&instance) && !request.memory {
+            return state.set_machine_state(instance, Some(snapshot), true);
+        }
+        let Some(guest) = state.guests.get(&instance) else { return Ok(()) };
         if request.memory && guest.state != karst_model::instance::RuntimeState::Paused {
             return Err(Error::conflict("memory is kept of a machine that is paused"));
         }
@@ -331,6 +335,15 @@ calls! {
             guest.saved = request.memory;
         }
         Ok(())
+    }
+    mutate machine_state_copy(me, request: MachineStateCopy) -> () {
+        let MachineStateCopy { from, at, to, to_at } = request;
+        if from == to {
+            return Err(Error::invalid("to", "a machine is not copied to itself"));
+        }
+        let mut state = me.settled();
+        let there = state.has_machine_state(from, at);
+        state.set_machine_state(to, to_at, there)
     }
     mutate machine_state_delete(me, at: MachineStateRef) -> () {
         me.settled().machine_states.remove(&(at.instance, at.snapshot));

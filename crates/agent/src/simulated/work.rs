@@ -600,7 +600,7 @@ impl SimulatedAgent {
             backups: state.backups.keys().copied().collect(),
             images: state.images.keys().copied().collect(),
             networks: state.networks.keys().copied().collect(),
-            guests: state.guests.keys().copied().collect(),
+            guests: state.guests.keys().chain(&state.arrived).copied().collect(),
             machine_states: state.machine_states.keys().copied().collect(),
             sessions: live as u32,
             leaks,

@@ -14,7 +14,7 @@ use crate::{
 use async_trait::async_trait;
 use karst_guest::{
     Applied, Exec, ExecRequest, FileWrite, GuestDriver, GuestFiles, GuestMachine, Interface, MachineFigures,
-    Metrics, Observed, OpenedFile, Quiesce, ResolvedGuest, StopMode,
+    MachineFiles, Metrics, Observed, OpenedFile, Quiesce, ResolvedGuest, StopMode,
     keeper::{self, End, Keeper, Requested, State, Status},
 };
 use karst_host::cgroup::Cgroups;
@@ -419,7 +419,7 @@ impl Shared {
 }
 
 /// Work on files, which may take long.
-async fn files(work: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
+async fn files<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal("files of the guest", e))?
 }
 
@@ -687,6 +687,28 @@ impl GuestMachine for QemuDriver {
     async fn state_delete(&self, instance: InstanceId, snapshot: SnapshotId) -> Result<()> {
         let dir = self.shared.dir(instance);
         files(move || states::delete(&dir, snapshot)).await
+    }
+
+    async fn state_read(&self, instance: InstanceId, at: Option<SnapshotId>) -> Result<MachineFiles> {
+        let dir = self.shared.dir(instance);
+        let slot = self.shared.slot(instance);
+        let _changing = slot.changing.lock().await;
+        files(move || states::read(&dir, at)).await
+    }
+
+    async fn state_write(
+        &self,
+        instance: InstanceId,
+        at: Option<SnapshotId>,
+        state: MachineFiles,
+    ) -> Result<()> {
+        let dir = self.shared.dir(instance);
+        let slot = self.shared.slot(instance);
+        let _changing = slot.changing.lock().await;
+        if at.is_none() && keeper::is_alive(&dir) {
+            return Err(Error::conflict("the guest is running; stop it first"));
+        }
+        files(move || states::write(&dir, at, &state)).await
     }
 
     async fn memory_drop(&self, instance: InstanceId) -> Result<()> {
