@@ -638,6 +638,20 @@ calls! {
     mutate guest_stop(me, request: GuestStop) -> Observed { me.stop(request).await }
     mutate guest_pause(me, guest: GuestRef) -> Observed { me.freeze(guest, true).await }
     mutate guest_resume(me, guest: GuestRef) -> Observed { me.freeze(guest, false).await }
+    mutate guest_quiesce(me, request: GuestQuiesce) -> u32 {
+        // No lock: a stop by force must get past an agent that is waited for.
+        let (id, limit) = (request.guest.instance, request.limit);
+        match me.meant(request.guest)?.1.quiesce() {
+            Some(driver) => driver.freeze(id, limit).await.map_err(as_state(id)),
+            None => Ok(0),
+        }
+    }
+    mutate guest_thaw(me, guest: GuestRef) -> u32 {
+        match me.meant(guest)?.1.quiesce() {
+            Some(driver) => driver.thaw(guest.instance).await.map_err(as_state(guest.instance)),
+            None => Ok(0),
+        }
+    }
     mutate guest_update(me, spec: GuestSpec) -> Applied { me.update(spec).await }
     mutate machine_state_save(me, request: MachineStateSave) -> () {
         let MachineStateRef { instance, snapshot } = request.at;

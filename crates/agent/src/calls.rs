@@ -131,6 +131,7 @@ plain!(
     Vec<(InstanceId, MachineFigures)>,
     serde_json::Value,
     Vec<u8>,
+    u32,
     Vec<VolumeSnapshot>,
     SelfCheck,
     AuditHead,
@@ -323,6 +324,12 @@ agent_calls! {
     mutate fn guest_pause(GuestPause: GuestRef) -> Observed;
     /// Continues a guest.
     mutate fn guest_resume(GuestResume: GuestRef) -> Observed;
+    /// Makes the file systems inside a running virtual machine still and answers how many, for as long as it runs `limit`
+    /// at most. Unavailable or unsupported where no agent inside can; a container's are the host's own, and nothing is
+    /// done. One that is still from an earlier call and paused stays so.
+    mutate fn guest_quiesce(GuestQuiesce: GuestQuiesce) -> u32;
+    /// Lets them go on and answers how many; fine when they were not still. Conflict when they had gone on before.
+    mutate fn guest_thaw(GuestThaw: GuestRef) -> u32;
     /// Applies changed limits to a running guest.
     mutate fn guest_update(GuestUpdate: GuestSpec) -> Applied;
     /// Keeps what a virtual machine is beside its disks with a snapshot: firmware variables, TPM, and the memory of one that
@@ -607,6 +614,15 @@ pub struct GuestRef {
     pub instance: InstanceId,
     /// The start that is meant; conflict when the host runs a newer one.
     pub generation: Generation,
+}
+
+/// File systems to be made still.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestQuiesce {
+    /// Of which guest.
+    pub guest: GuestRef,
+    /// For how long at most; two minutes are the longest.
+    pub limit: Duration,
 }
 
 /// A guest to be stopped.

@@ -30,6 +30,7 @@ use karst_model::{
     BackupId, Config, Result,
     device::Devices,
     instance::{InstanceKind, PowerAction},
+    snapshot::Quiesce,
     storage::VolumeContent,
     uplink::NetworkKind,
 };
@@ -703,6 +704,27 @@ pub fn all() -> Vec<Scenario> {
                 done(w, snapshot_with_memory(w).await).await
             },
             |w| copy(w, None, true).await
+        ),
+        scenario!(
+            "snapshot-create",
+            "of a machine whose file systems are made still",
+            |w| machine(w).await,
+            |w| {
+                let request =
+                    CreateSnapshot { quiesce: Some(Quiesce::Require), ..CreateSnapshot::default() };
+                w.engine.snapshot_create(&w.admin, OF_C1, request).await
+            }
+        ),
+        scenario!(
+            "backup-create",
+            "of a machine whose file systems are made still",
+            |w| {
+                let config = Config::from([("snapshots.quiesce".into(), "require".into())]);
+                let kind = InstanceKind::VirtualMachine;
+                let request = CreateInstance { start: true, kind, config, ..container("c1") };
+                done(w, Ok(w.engine.instance_create(&w.admin, "default", request).await?.1)).await
+            },
+            |w| back_up(w, OF_C1).await
         ),
         scenario!(
             "content-refresh",

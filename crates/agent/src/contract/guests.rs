@@ -529,6 +529,14 @@ async fn hot_plugged_volume(guest: &Guest<'_>) {
 
 async fn pause_and_update(guest: &Guest<'_>) {
     let (s, agent) = (guest.s, &guest.s.agent);
+    let quiesce = GuestQuiesce { guest: guest.at(), limit: Duration::from_secs(60) };
+    let still = agent.guest_quiesce(&s.change(), quiesce).await.unwrap();
+    assert_eq!(still > 0, guest.spec.kind == InstanceKind::VirtualMachine, "{still} file systems");
+    agent.guest_pause(&s.change(), guest.at()).await.unwrap();
+    agent.guest_quiesce(&s.change(), quiesce).await.expect("twice is once");
+    agent.guest_resume(&s.change(), guest.at()).await.unwrap();
+    assert_eq!(agent.guest_thaw(&s.change(), guest.at()).await.unwrap(), still);
+    assert_eq!(agent.guest_thaw(&s.change(), guest.at()).await.expect("twice is once"), 0);
     for _ in 0..2 {
         let observed = agent.guest_pause(&s.change(), guest.at()).await.unwrap();
         assert_eq!(observed.state, RuntimeState::Paused);

@@ -255,6 +255,26 @@ calls! {
     mutate guest_stop(me, request: GuestStop) -> Observed { me.stop(request).await }
     mutate guest_pause(me, guest: GuestRef) -> Observed { me.set_frozen(guest, true) }
     mutate guest_resume(me, guest: GuestRef) -> Observed { me.set_frozen(guest, false) }
+    mutate guest_quiesce(me, request: GuestQuiesce) -> u32 {
+        let mut state = me.settled();
+        let guest = state.running(request.guest)?;
+        if guest.spec.kind == InstanceKind::Container {
+            return Ok(0);
+        }
+        if guest.state == karst_model::instance::RuntimeState::Paused && !guest.still {
+            return Err(Error::conflict("the guest is frozen; resume it first"));
+        }
+        guest.still = true;
+        Ok(1)
+    }
+    mutate guest_thaw(me, guest: GuestRef) -> u32 {
+        let mut state = me.settled();
+        let guest = state.running(guest)?;
+        if guest.still && guest.state == karst_model::instance::RuntimeState::Paused {
+            return Err(Error::conflict("the guest is frozen; resume it first"));
+        }
+        Ok(u32::from(std::mem::take(&mut guest.still)))
+    }
     mutate guest_update(me, spec: GuestSpec) -> Applied {
         let mut state = me.settled();
         me.check_guest(&state, &spec)?;

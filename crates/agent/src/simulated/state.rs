@@ -92,6 +92,8 @@ pub(super) struct Guest {
     pub refuses_update: bool,
     /// Its memory is kept.
     pub saved: bool,
+    /// Its file systems are still.
+    pub still: bool,
     pub console_extra: Vec<u8>,
     pub console_cleared: bool,
 }

@@ -167,6 +167,7 @@ impl SimulatedAgent {
             ignores_shutdown: state.guests.get(&spec.instance).is_some_and(|g| g.ignores_shutdown),
             refuses_update: state.guests.get(&spec.instance).is_some_and(|g| g.refuses_update),
             saved: false,
+            still: false,
             console_extra: vec![],
             console_cleared: false,
             spec,
@@ -587,6 +588,9 @@ impl SimulatedAgent {
             if !state.pools.contains_key(&volume.spec.pool) {
                 leaks.push(format!("volume {} of a pool that is gone", volume.spec.id));
             }
+        }
+        for guest in state.guests.values().filter(|g| g.still && g.runs()) {
+            leaks.push(format!("file systems of guest {} are still", guest.spec.instance));
         }
         leaks.extend(state.staged_backups.keys().map(|id| format!("staged backup {id}")));
         let live = state.sessions.values().filter(|s| s.exit().is_none()).count();

@@ -260,10 +260,11 @@ pub trait GuestFiles: Send + Sync {
 /// File systems inside a guest that stand still while a snapshot is made.
 #[async_trait]
 pub trait Quiesce: Send + Sync {
-    /// Freezes them and answers how many. They thaw by themselves after `limit` at the latest (two minutes at most),
-    /// whatever happens to the caller, where Karst's own agent runs; QEMU's has no such limit.
+    /// Freezes them and answers how many. They thaw after `limit` at the latest (two minutes at most), whatever happens to
+    /// the caller: by Karst's own agent where that runs, and by the driver, because QEMU's has no such limit. What
+    /// is frozen from an earlier call and paused stays so.
     async fn freeze(&self, instance: InstanceId, limit: std::time::Duration) -> Result<u32>;
-    /// Thaws them and answers how many. Conflict when they had thawed by themselves before: the snapshot is not
+    /// Thaws them and answers how many; fine when they are not frozen. Conflict when they had thawed by themselves before: the snapshot is not
     /// consistent then.
     async fn thaw(&self, instance: InstanceId) -> Result<u32>;
 }

@@ -9,7 +9,7 @@ use crate::{
     plug, probe,
     qmp::Qmp,
     record::Record,
-    resize, saved, states, tpm,
+    resize, saved, states, still, tpm,
 };
 use async_trait::async_trait;
 use karst_guest::{
@@ -170,6 +170,7 @@ impl Shared {
         };
         let observed = Self::observed(&record, state, Some(&status));
         let machine = own(dir.to_owned(), record, keeper, observed, self.cgroups.clone(), self.tell());
+        still::adopted(&machine);
         *lock(&slot.machine) = Some(machine.clone());
         Ok(Some(machine))
     }
@@ -311,6 +312,7 @@ impl Shared {
                 .map_err(|e| Error::internal("the guest could not be started", e))??
         };
         record.write(dir)?;
+        still::clear(dir)?;
         if guest.machine.as_ref().is_some_and(|m| m.tpm) {
             fds.push(tpm::start(guest, groups, &self.cgroups).await?);
             spec.fds.push(crate::argv::fd::TPM);
@@ -763,11 +765,15 @@ impl GuestMachine for QemuDriver {
 #[async_trait]
 impl Quiesce for QemuDriver {
     async fn freeze(&self, instance: InstanceId, limit: Duration) -> Result<u32> {
-        self.shared.inside(instance).await?.1.freeze(limit).await
+        still::freeze(&self.shared.machine(instance).await?, limit).await
     }
 
     async fn thaw(&self, instance: InstanceId) -> Result<u32> {
-        self.shared.inside(instance).await?.1.thaw().await
+        let machine = self.shared.machine(instance).await?;
+        match machine.now().state {
+            RuntimeState::Paused => Err(Error::conflict("the guest is frozen; resume it first")),
+            _ => still::thaw(&machine).await,
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use crate::{
     saga::{Saga, StepContext, runner},
     snapshots::{
         Found, Origin, Row2,
-        create::{PausedGuest, guest, resume, unless_ended},
+        pause::{PausedGuest, guest, pause, release, resume},
     },
     tenancy::{restricted, rules::ProjectRules},
     volumes,
@@ -254,11 +254,7 @@ impl Saga for BackupCreate {
     ) -> Result<()> {
         let agent = cx.agent(plan.backup.node)?;
         match (step, plan.frozen()) {
-            (0, _) => {
-                for guest in &plan.guests {
-                    unless_ended(cx.agent(guest.node)?.guest_pause(&cx.mutate(CALL), guest.at).await)?;
-                }
-            }
+            (0, _) => drop(pause(cx, &plan.guests).await?),
             (1, Some(at)) => {
                 agent.volume_snapshot_create(&cx.mutate(LONG), at).await?;
                 if let Some(at) = plan.frozen_machine() {
@@ -279,7 +275,7 @@ impl Saga for BackupCreate {
     async fn undo(cx: &StepContext, plan: &BackupPlan, _: &BackupOutputs, step: usize) -> Result<()> {
         let agent = cx.agent(plan.backup.node)?;
         match (step, plan.frozen()) {
-            (0, _) => drop(resume(cx, &plan.guests).await?),
+            (0, _) => release(cx, &plan.guests).await?,
             (1, Some(at)) => plan.drop_frozen(cx, &*agent, at).await?,
             (3, _) => agent.backup_delete(&cx.mutate(CALL), plan.backup.id).await?,
             _ => {}

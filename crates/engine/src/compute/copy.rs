@@ -14,7 +14,7 @@ use crate::{
     db::Tx,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
-    snapshots::create::{PausedGuest, guest, resume, unless_ended},
+    snapshots::pause::{PausedGuest, guest, pause, release, resume},
 };
 use async_trait::async_trait;
 use karst_agent::{HostAgent, MachineStateSave, VolumeRef, VolumeRefresh, VolumeSnapshotRef};
@@ -350,11 +350,7 @@ impl Saga for InstanceCopy {
         let agent = cx.agent(plan.node)?;
         let paused: &[PausedGuest] = plan.guest.as_slice();
         match (step, plan.frozen()) {
-            (0, _) => {
-                for guest in paused {
-                    unless_ended(agent.guest_pause(&cx.mutate(CALL), guest.at).await)?;
-                }
-            }
+            (0, _) => drop(pause(cx, paused).await?),
             (1, Some(at)) => {
                 agent.volume_snapshot_create(&cx.mutate(LONG), at).await?;
                 if let Some(at) = plan.machine.as_ref().and_then(Twin::frozen) {
@@ -406,7 +402,7 @@ impl Saga for InstanceCopy {
         let agent = cx.agent(plan.node)?;
         let instance = &plan.create.instance;
         match (step, plan.frozen()) {
-            (0, _) => drop(resume(cx, plan.guest.as_slice()).await?),
+            (0, _) => release(cx, plan.guest.as_slice()).await?,
             (1, Some(at)) => {
                 agent.volume_snapshot_delete(&cx.mutate(LONG), at).await?;
                 if let Some(at) = plan.machine.as_ref().and_then(Twin::frozen) {

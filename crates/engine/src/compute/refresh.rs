@@ -13,7 +13,7 @@ use crate::{
     saga::{Saga, StepContext, runner},
     snapshots::{
         Row2, Taken,
-        create::{PausedGuest, guest, resume, unless_ended},
+        pause::{PausedGuest, guest, pause, release, resume},
     },
     volumes::{self, copy::CopyVolume, runs},
 };
@@ -472,11 +472,7 @@ impl Saga for ContentRefresh {
     ) -> Result<()> {
         let agent = cx.agent(plan.node)?;
         match (step, plan.frozen()) {
-            (0, _) => {
-                for guest in &plan.guests {
-                    unless_ended(cx.agent(guest.node)?.guest_pause(&cx.mutate(CALL), guest.at).await)?;
-                }
-            }
+            (0, _) => drop(pause(cx, &plan.guests).await?),
             (1, Some(at)) => {
                 agent.volume_snapshot_create(&cx.mutate(LONG), at).await?;
                 if let Some(at) = plan.frozen_machine() {
@@ -523,7 +519,7 @@ impl Saga for ContentRefresh {
     async fn undo(cx: &StepContext, plan: &RefreshPlan, _: &RefreshOutputs, step: usize) -> Result<()> {
         let agent = cx.agent(plan.node)?;
         match (step, plan.frozen()) {
-            (0, _) => drop(resume(cx, &plan.guests).await?),
+            (0, _) => release(cx, &plan.guests).await?,
             (1, Some(at)) => {
                 agent.volume_snapshot_delete(&cx.mutate(LONG), at).await?;
                 if let Some(at) = plan.frozen_machine() {

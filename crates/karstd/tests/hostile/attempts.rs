@@ -366,7 +366,15 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
     );
     add("guest_pause", "of another start", json!({"instance": id(4), "generation": generation(0)}), Refused);
     add("guest_resume", "which is not paused", at(4), Nothing("it goes on"));
-    for call in ["guest_pause", "guest_resume", "machine_interrupt", "machine_wake", "guest_reset"] {
+    add("guest_quiesce", "none", json!({"guest": at(99), "limit": {"secs": 60, "nanos": 0}}), Refused);
+    add(
+        "guest_quiesce",
+        "a container",
+        json!({"guest": at(4), "limit": {"secs": u64::MAX, "nanos": 0}}),
+        Nothing("its file systems are the host's"),
+    );
+    add("guest_thaw", "a container", at(4), Nothing("its file systems are the host's"));
+    for call in ["guest_pause", "guest_resume", "guest_thaw", "machine_interrupt", "machine_wake", "guest_reset"] {
         add(call, "none", at(99), Refused);
     }
     for call in ["machine_interrupt", "machine_wake", "guest_reset"] {
