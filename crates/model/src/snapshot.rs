@@ -1,6 +1,8 @@
 //! Snapshots: nodes of a tree per instance, and of custom volumes.
 
-use crate::{ByteSize, Config, Error, InstanceId, Name, ProfileId, Result, SnapshotId, VolumeId, device::Devices};
+use crate::{
+    ByteSize, Config, Error, InstanceId, Name, ProfileId, Result, SnapshotId, VolumeId, device::Devices,
+};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 

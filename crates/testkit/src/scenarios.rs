@@ -710,8 +710,7 @@ pub fn all() -> Vec<Scenario> {
             "of a machine whose file systems are made still",
             |w| machine(w).await,
             |w| {
-                let request =
-                    CreateSnapshot { quiesce: Some(Quiesce::Require), ..CreateSnapshot::default() };
+                let request = CreateSnapshot { quiesce: Some(Quiesce::Require), ..CreateSnapshot::default() };
                 w.engine.snapshot_create(&w.admin, OF_C1, request).await
             }
         ),

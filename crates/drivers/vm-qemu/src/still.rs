@@ -18,6 +18,7 @@ const STILL: &str = "still ";
 const OVER: &str = "over";
 /// Between two looks at a machine that is marked.
 const LOOK: Duration = Duration::from_secs(5);
+const SELDOM: Duration = Duration::from_secs(60);
 /// The limit of one that was marked by an earlier process.
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -54,6 +55,7 @@ fn over() -> Error {
 /// Makes the file systems of a machine still.
 pub(crate) async fn freeze(machine: &Arc<Machine>, limit: Duration) -> Result<u32> {
     let dir = &machine.dir;
+    let _turn = machine.still.lock().await;
     match machine.now().state {
         // By an earlier call, which was broken off.
         RuntimeState::Paused if marked(dir).is_some() => return Ok(0),
@@ -62,7 +64,7 @@ pub(crate) async fn freeze(machine: &Arc<Machine>, limit: Duration) -> Result<u3
         _ => return Err(Error::conflict("the guest does not run")),
     }
     if marked(dir).is_some() {
-        thaw(machine).await.or_else(|e| if e.is(ErrorKind::Conflict) { Ok(0) } else { Err(e) })?;
+        in_turn(machine).await.or_else(|e| if e.is(ErrorKind::Conflict) { Ok(0) } else { Err(e) })?;
     }
     machine.inside.there().await?;
     watch(machine, mark(dir)?, limit);
@@ -79,6 +81,11 @@ pub(crate) async fn freeze(machine: &Arc<Machine>, limit: Duration) -> Result<u3
 
 /// Lets them go on.
 pub(crate) async fn thaw(machine: &Machine) -> Result<u32> {
+    let _turn = machine.still.lock().await;
+    in_turn(machine).await
+}
+
+async fn in_turn(machine: &Machine) -> Result<u32> {
     let dir = &machine.dir;
     match std::fs::read_to_string(place(dir)) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(0),
@@ -116,23 +123,31 @@ fn watch(machine: &Arc<Machine>, mark: String, limit: Duration) {
 }
 
 async fn go_on(machine: &Weak<Machine>, mark: &str, limit: Duration) -> Result<()> {
-    let mut ran = Duration::ZERO;
+    let (mut ran, mut wait) = (Duration::ZERO, LOOK);
     loop {
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(wait).await;
         let Some(machine) = machine.upgrade() else { return Ok(()) };
+        let _turn = machine.still.lock().await;
         if marked(&machine.dir).as_deref() != Some(mark) {
             return Ok(());
         }
         match machine.now().state {
             RuntimeState::Stopped => return Ok(()),
-            RuntimeState::Running => ran += LOOK,
+            RuntimeState::Running => ran += wait,
             _ => {}
         }
-        // While nobody answers it is asked again: that is all that is left.
-        if ran > limit && machine.inside.thaw().await.is_ok() {
-            tracing::warn!(instance = %machine.record().instance, "nobody let the file systems of a guest go on: the host did");
-            std::fs::write(place(&machine.dir), OVER)?;
-            return Ok(());
+        if ran <= limit {
+            continue;
+        }
+        match machine.inside.thaw().await {
+            // While nobody answers it is asked again: that is all that is left.
+            Err(e) if !e.is(ErrorKind::Conflict) => wait = (wait * 2).min(SELDOM),
+            _ => {
+                std::fs::write(place(&machine.dir), OVER)?;
+                let instance = machine.record().instance;
+                tracing::warn!(%instance, "nobody let the file systems of a guest go on: the host did");
+                return Ok(());
+            }
         }
     }
 }

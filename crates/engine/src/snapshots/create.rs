@@ -89,7 +89,8 @@ impl Engine {
             if request.stateful {
                 demand_memory(&records, &found)?;
                 if request.quiesce.is_some_and(|q| q != Quiesce::No) {
-                    let text = "memory is kept of a machine as it runs; take the snapshot with the one or the other";
+                    let text =
+                        "memory is kept of a machine as it runs; take the snapshot with the one or the other";
                     return Err(Error::invalid("quiesce", text));
                 }
             }
@@ -328,7 +329,8 @@ impl Saga for SnapshotCreate {
         outputs: &SnapshotOutputs,
         _: &EngineInner,
     ) -> serde_json::Map<String, serde_json::Value> {
-        let warnings = (!outputs.warnings.is_empty()).then(|| ("warnings".into(), outputs.warnings.clone().into()));
+        let warnings =
+            (!outputs.warnings.is_empty()).then(|| ("warnings".into(), outputs.warnings.clone().into()));
         warnings.into_iter().collect()
     }
     fn announce(plan: &SnapshotPlan) -> Vec<(&'static str, String)> {

@@ -102,7 +102,8 @@ impl Snapshot {
                 };
                 let done = work.await.about(client, Kind::Instance, &instance)?;
                 let warnings = done.map(|operation| operation.metadata["warnings"].clone());
-                for warning in warnings.iter().filter_map(Value::as_array).flatten().filter_map(Value::as_str) {
+                for warning in warnings.iter().filter_map(Value::as_array).flatten().filter_map(Value::as_str)
+                {
                     eprintln!("Warning: {warning}");
                 }
                 Ok(())

@@ -374,7 +374,9 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
         Nothing("its file systems are the host's"),
     );
     add("guest_thaw", "a container", at(4), Nothing("its file systems are the host's"));
-    for call in ["guest_pause", "guest_resume", "guest_thaw", "machine_interrupt", "machine_wake", "guest_reset"] {
+    for call in
+        ["guest_pause", "guest_resume", "guest_thaw", "machine_interrupt", "machine_wake", "guest_reset"]
+    {
         add(call, "none", at(99), Refused);
     }
     for call in ["machine_interrupt", "machine_wake", "guest_reset"] {

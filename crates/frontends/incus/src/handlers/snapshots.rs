@@ -17,9 +17,7 @@ use karst_engine::{
     Context, Engine, NewOperation,
     snapshots::{Origin, Taken, change::UpdateSnapshot, create::CreateSnapshot},
 };
-use karst_model::{
-    Error, Result, access::Permission, operation::OperationClass, snapshot::Quiesce,
-};
+use karst_model::{Error, Result, access::Permission, operation::OperationClass, snapshot::Quiesce};
 use serde::Serialize;
 
 const VIEW: &str = "snapshot";

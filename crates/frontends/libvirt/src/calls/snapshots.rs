@@ -284,7 +284,9 @@ pub async fn create(call: Call) -> Answered {
     let new = xml::snapshot::read(&text)?;
     let still = flags & QUIESCE != 0;
     if still && new.memory == Some(true) {
-        return Err(VirError::argument("a snapshot with memory is of a guest as it runs; quiesce one without"));
+        return Err(VirError::argument(
+            "a snapshot with memory is of a guest as it runs; quiesce one without",
+        ));
     }
     if still && !is_running(&view) {
         return Err(VirError::state("domain is not running"));
