@@ -15,8 +15,9 @@ ok() {
     if out=$("$@" 2>&1); then
         passed=$((passed + 1))
     else
+        local code=$?
         failed=$((failed + 1))
-        printf 'FAILED %s\n  %s\n' "$text" "$(printf '%s\n' "exit $?: $*" "$out" | head -n 12 | sed '2,$s/^/  /')"
+        printf 'FAILED %s\n  %s\n' "$text" "$(printf '%s\n' "exit $code: $*" "$out" | head -n 12 | sed '2,$s/^/  /')"
     fi
 }
 

@@ -155,6 +155,8 @@ pub struct Records {
     pub instances: BTreeMap<InstanceId, Row<Instance>>,
     /// Instances by project and name.
     pub instance_names: BTreeMap<(ProjectId, String), InstanceId>,
+    /// Instances by the MAC addresses of their NICs, so that a new one is not compared with each.
+    instances_by_mac: HashMap<String, BTreeSet<InstanceId>>,
     /// Snapshots of instances.
     pub snapshots: BTreeMap<SnapshotId, Row<Snapshot>>,
     snapshots_by_instance: HashMap<InstanceId, BTreeSet<SnapshotId>>,
@@ -345,6 +347,31 @@ impl Records {
         })
     }
 
+    /// The instances that have a NIC with this MAC address.
+    pub(crate) fn with_mac(&self, mac: &str) -> impl Iterator<Item = InstanceId> {
+        self.instances_by_mac.get(mac).into_iter().flatten().copied()
+    }
+
+    /// Keeps the index of instances by MAC address.
+    fn follow_macs(&mut self, id: InstanceId, old: Option<&Instance>, new: Option<&Instance>) {
+        let of = |instance: Option<&Instance>| -> BTreeSet<String> {
+            let identities = instance.into_iter().flat_map(|i| i.identities.values());
+            identities.filter_map(|i| i.mac.clone()).collect()
+        };
+        let (old, new) = (of(old), of(new));
+        for mac in old.difference(&new) {
+            if let Some(ids) = self.instances_by_mac.get_mut(mac) {
+                ids.remove(&id);
+                if ids.is_empty() {
+                    self.instances_by_mac.remove(mac);
+                }
+            }
+        }
+        for mac in new.difference(&old) {
+            self.instances_by_mac.entry(mac.clone()).or_default().insert(id);
+        }
+    }
+
     fn apply(&mut self, change: &Change) -> Touched {
         let key = match change {
             Change::Put(kv) => &kv.key,
@@ -432,11 +459,14 @@ impl Records {
                 let Some(id) = parse::<InstanceId>(id) else {
                     return Touched::Nothing;
                 };
-                if let Some(old) = self.instances.get(&id) {
+                let old = self.instances.get(&id).cloned();
+                if let Some(old) = &old {
                     self.instance_names.remove(&(old.project, old.name.to_string()));
                 }
                 put!(self.instances, Some(id));
-                if let Some(new) = self.instances.get(&id) {
+                let new = self.instances.get(&id).cloned();
+                self.follow_macs(id, old.as_deref().map(|i| &**i), new.as_deref().map(|i| &**i));
+                if let Some(new) = new {
                     self.highest_vmid = self.highest_vmid.max(new.vmid.0);
                     self.instance_names.insert((new.project, new.name.to_string()), id);
                 }

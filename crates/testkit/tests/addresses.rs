@@ -124,6 +124,19 @@ fn taken_addresses_are_refused_by_name() {
         }
         // Its own address is nobody else's.
         update(&w, "first", nic(&[("ipv4.address", &fixed), ("hwaddr", mac)])).await.unwrap();
+        // What a change gives up is free, what it takes is taken.
+        let other = "10:66:6a:00:00:61";
+        update(&w, "first", nic(&[("ipv4.address", &fixed), ("hwaddr", other)])).await.unwrap();
+        refused(
+            create(&w, with("second", &[("hwaddr", other)])).await,
+            conflict,
+            "devices.eth0.hwaddr",
+            "\"first\"",
+        );
+        create(&w, with("third", &[("hwaddr", mac)])).await.unwrap();
+        let operation = w.engine.instance_delete(&w.admin, P, "third").await.unwrap();
+        assert_eq!(w.ended(operation).await.error, None);
+        update(&w, "first", nic(&[("ipv4.address", &fixed), ("hwaddr", mac)])).await.unwrap();
         // Whoever is given up is free.
         let operation = w.engine.instance_delete(&w.admin, P, "first").await.unwrap();
         assert_eq!(w.ended(operation).await.error, None);

@@ -132,8 +132,16 @@ impl EngineInner {
             if let Some(shared) = twice.map(|(_, other)| other).find_map(|other| Shared::of(&host, other)) {
                 return Err(refuse(&shared, " by another NIC of the same instance"));
             }
-            for (id, other) in records.instances.iter().filter(|(id, _)| **id != instance.id) {
-                let Some(view) = self.inventory.view(records, *id) else { continue };
+            // Without an address of its own it can share the MAC only, and there is an index of these: with thousands of
+            // guests on a network a look at each would be most of what a creation costs.
+            let fixed = host.ipv4.is_some() || host.ipv6.is_some();
+            let others: Vec<InstanceId> = match fixed {
+                true => records.instances.keys().copied().collect(),
+                false => records.with_mac(&host.mac).collect(),
+            };
+            for id in others.into_iter().filter(|id| *id != instance.id) {
+                let Some(other) = records.instances.get(&id) else { continue };
+                let Some(view) = self.inventory.view(records, id) else { continue };
                 let on = view.nics.iter().filter(|(on, _)| **on == *network.name);
                 if let Some(shared) =
                     on.map(|(_, theirs)| theirs).find_map(|theirs| Shared::of(&host, theirs))
@@ -177,8 +185,7 @@ impl EngineInner {
 
 /// A MAC that no other instance's interface has.
 pub(crate) fn free_mac(records: &Records, mac: &str) -> bool {
-    let mut taken = records.instances.values().flat_map(|i| i.identities.values());
-    !taken.any(|i| i.mac.as_deref() == Some(mac))
+    records.with_mac(mac).next().is_none()
 }
 
 /// Puts guests into a fixed order, the second of two with one MAC left out, the second of two with one static address left

@@ -199,7 +199,7 @@ fn connect(path: &Path, options: &SqliteOptions, role: Role) -> Result<Connectio
     }
     .map_err(failed)?;
     conn.busy_timeout(Duration::from_secs(5)).map_err(failed)?;
-    conn.set_prepared_statement_cache_capacity(32);
+    conn.set_prepared_statement_cache_capacity(128);
     let (cache, extra) = match role {
         Role::Writer => (1024, ""),
         Role::Reader => (256, "PRAGMA query_only = ON;"),
@@ -303,7 +303,7 @@ impl SqliteStore {
     /// [`SqliteStore::memory`] with options.
     pub fn memory_with(env: SharedEnv, options: SqliteOptions) -> Result<SqliteStore> {
         let conn = Connection::open_in_memory().map_err(failed)?;
-        conn.set_prepared_statement_cache_capacity(32);
+        conn.set_prepared_statement_cache_capacity(128);
         prepare_schema(&conn, ":memory:")?;
         let leases = Arc::new(Leases::new(env.clone()));
         let counters = Arc::new(AtomicCounters::default());
