@@ -111,10 +111,15 @@ own_network() {
     ip link set lo up
 }
 
+# The user of the control process, which a suite that compares the machine before and after wants to be there before.
+platform_user() {
+    getent passwd karst >/dev/null || useradd --system --home-dir /nonexistent --no-create-home --shell /usr/sbin/nologin karst
+}
+
 # start_platform DIR: starts a launcher over it; its process id is in $launcher, its log in DIR.log.
 start_platform() {
     export KARST_DIR=$1 INCUS_SOCKET=$1/unix.socket INCUS_CONF=$1.client LXD_DIR=$1 LXD_CONF=$1.client
-    getent passwd karst >/dev/null || useradd --system --home-dir /nonexistent --no-create-home --shell /usr/sbin/nologin karst
+    platform_user
     mkdir -p "$1" "$1.client"
     "$KARST_BIN/karstd" --dir "$1" </dev/null >>"$1.log" 2>&1 &
     launcher=$!

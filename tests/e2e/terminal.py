@@ -5,14 +5,15 @@ terminal.py COLUMNSxROWS STEP... -- COMMAND...
 Steps, one after the other:
   send TEXT             types it (\\x01 and the like are understood)
   size COLUMNSxROWS     gives the terminal another size
+  see REGEX             waits until the client has written what matches, at most 30 s
   until REGEX COMMAND   runs a shell command again and again until it prints what matches, at most 30 s
 
-Then waits for the end of the client, at most 30 s. Prints what the client wrote; exits with its code, 99 when a step or
+Then waits for the end of the client, at most 30 s. TERMINAL_PATIENCE is another number of seconds. Prints what the client wrote; exits with its code, 99 when a step or
 the end did not come.
 """
 import fcntl, os, pty, re, select, signal, struct, subprocess, sys, termios, time
 
-PATIENCE = 30
+PATIENCE = int(os.environ.get("TERMINAL_PATIENCE", 30))
 at = sys.argv.index("--")
 first, steps, command = sys.argv[1], sys.argv[2:at], sys.argv[at + 1 :]
 
@@ -66,6 +67,11 @@ for step in steps:
         os.write(terminal, rest.encode().decode("unicode_escape").encode("latin-1"))
     elif word == "size":
         size(terminal, rest)
+    elif word == "see":
+        limit = time.monotonic() + PATIENCE
+        while not re.search(rest, written.decode(errors="replace")):
+            if not look(0.1) or time.monotonic() > limit:
+                give_up(f"{step}: not seen")
     elif word == "until":
         regex, _, shell = rest.partition(" ")
         limit = time.monotonic() + PATIENCE

@@ -9,10 +9,7 @@ use crate::{
     sessions::Sessions,
     staging::Staging,
 };
-use karst_agent::{
-    AgentEvent, EpochGuard, EventHub, GuestRef, VolumeRef,
-    names::{is_daemon_id, is_guest_interface},
-};
+use karst_agent::{AgentEvent, EpochGuard, EventHub, GuestRef, VolumeRef, names::is_daemon_id};
 use karst_ct_lxc::{LxcDriver, LxcOptions};
 use karst_env::{EnvExt, SharedEnv};
 use karst_guest::{
@@ -25,7 +22,7 @@ use karst_model::{
     image::Application,
     instance::{Generation, InstanceKind, RuntimeState},
     node::HostFacts,
-    spec::{DiskSource, DiskSpec, GuestSpec, NicSpec, PoolSource, PoolSpec},
+    spec::{DiskSource, DiskSpec, GuestSpec, NicSpec, PoolSpec},
     storage::VolumeContent,
 };
 use karst_network::NetworkDriver;
@@ -178,54 +175,6 @@ impl RealAgent {
         Ok(facts)
     }
 
-    /// Removes every trace of this daemon outside DIR: guests are ended, networks and claims given back. Volumes and images
-    /// stay; they go with DIR.
-    ///
-    /// # Errors
-    /// The first thing that could not be removed, after everything was tried.
-    pub async fn purge(&self) -> Result<()> {
-        let mut outcome = Ok(());
-        for (id, record) in self.all_guests() {
-            let driver = self.driver(record.kind)?;
-            let ended = async {
-                driver.stop(id, karst_guest::StopMode::Force).await?;
-                driver.destroy(id).await?;
-                self.forget(id).await
-            };
-            outcome = outcome.and(ended.await);
-        }
-        // What no record tells of any more is found by the daemon's id: processes first, then what they held.
-        let cgroups = karst_host::cgroup::Cgroups::detect()?;
-        let group = format!("karst-{}", self.options.daemon_id);
-        outcome = outcome.and(cgroups.kill(&group).await);
-        for link in std::fs::read_dir("/sys/class/net")?.flatten() {
-            let name = link.file_name().to_string_lossy().into_owned();
-            if is_guest_interface(&self.options.daemon_id, &name) {
-                // It may go by itself at this moment, with its namespace.
-                let gone = karst_host::link::delete(&name)
-                    .or_else(|e| if link.path().exists() { Err(e) } else { Ok(()) });
-                outcome = outcome.and(gone);
-            }
-        }
-        for pool in self.registry.pools()? {
-            self.forget_pool(pool.id);
-            // What lies in DIR goes with it; what lies elsewhere goes now.
-            let place = self.pool_place(pool.id);
-            outcome = outcome.and(match pool.source {
-                PoolSource::Own { .. } => place.close(&pool).await,
-                PoolSource::Granted { .. } => place.remove(&pool).await,
-            });
-        }
-        outcome = outcome.and(self.networks.purge().await);
-        outcome = outcome.and(cgroups.remove(&group).await);
-        outcome = outcome.and(karst_ct_lxc::apparmor::unload(&self.options.daemon_id).await);
-        for claim in self.ids.claims()? {
-            self.ids.release(claim.range, &claim.owner);
-        }
-        self.ids.leave();
-        outcome
-    }
-
     async fn adopt(self: &Arc<Self>) -> Result<()> {
         for pool in self.registry.pools()? {
             // One that cannot be opened does not stop the others; it is tried again.
@@ -241,18 +190,21 @@ impl RealAgent {
         }
         for driver in &self.drivers {
             self.forward(driver.events());
-            for observed in driver.adopt().await? {
+            let adopted = driver.adopt().await;
+            for observed in self.unless_failed(adopted, "guests cannot be adopted").unwrap_or_default() {
                 tracing::info!(instance = %observed.instance, state = ?observed.state, "adopted a guest");
             }
         }
         for (id, record) in known {
-            if record.is_none() && !self.registry.arrived(id) {
-                // A directory without a record: its start was not acknowledged, or its end was.
-                for driver in &self.drivers {
-                    driver.destroy(id).await?;
-                }
-                self.registry.remove_guest(id)?;
+            if record.is_some() || self.registry.arrived(id) {
+                continue;
             }
+            // A directory without a record: its start was not acknowledged, or its end was.
+            let cleared = self.clear_unknown(id).await;
+            self.unless_failed(
+                cleared,
+                "what is left of a guest could not be removed; it is tried at the next start",
+            );
         }
         for claim in self.ids.claims()? {
             let known = claim.owner == WORKER || claim.owner.parse().is_ok_and(|id| self.guest(id).is_some());
@@ -260,13 +212,29 @@ impl RealAgent {
                 self.ids.release(claim.range, &claim.owner);
             }
         }
-        self.networks.adopt_loose(|id| self.guest(id).is_some()).await?;
-        for adopted in self.networks.adopt().await? {
-            if let Err(e) = adopted.result {
-                tracing::error!(bridge = adopted.bridge, error = %e, context = e.context, "a network is not whole");
-            }
+        let loose = self.networks.adopt_loose(|id| self.guest(id).is_some()).await;
+        self.unless_failed(loose, "rules of guests without a network cannot be adopted");
+        let adopted = self.networks.adopt().await;
+        for adopted in self.unless_failed(adopted, "networks cannot be adopted").unwrap_or_default() {
+            self.unless_failed(adopted.result, &format!("network {} is not whole", adopted.bridge));
         }
         Ok(())
+    }
+
+    /// One part that fails does not stop the others.
+    fn unless_failed<T>(&self, outcome: Result<T>, what: &str) -> Option<T> {
+        outcome.inspect_err(|e| tracing::error!(error = %e, context = e.context.as_deref(), "{what}")).ok()
+    }
+
+    async fn clear_unknown(&self, id: InstanceId) -> Result<()> {
+        // Nobody was told that it runs; a keeper that has it all the same ends here.
+        let dir = self.registry.guest_dir(id);
+        karst_guest::keeper::end_keeper(&dir)?;
+        karst_guest::keeper::wait_gone(&dir).await?;
+        for driver in &self.drivers {
+            driver.destroy(id).await?;
+        }
+        self.registry.remove_guest(id)
     }
 
     /// Hands a driver's events on.

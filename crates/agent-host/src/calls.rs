@@ -293,16 +293,23 @@ impl RealAgent {
     async fn observe_all(&self) -> Result<Vec<Observed>> {
         use futures::StreamExt;
         let observe = |(id, record): (InstanceId, crate::registry::GuestRecord)| async move {
-            let observed = self.driver(record.kind)?.observe(id).await?;
-            Ok(Observed {
+            let observed = match self.driver(record.kind) {
+                Ok(driver) => driver.observe(id).await,
+                Err(e) => Err(e),
+            };
+            let observed = observed.unwrap_or_else(|e| {
+                // One of which nothing can be said keeps nobody from what can be said of the others.
+                tracing::warn!(instance = %id, error = %e, context = e.context, "a guest cannot be observed");
+                let guest = GuestRef { instance: id, generation: record.generation };
+                Observed { state: RuntimeState::Error, ..never_ran(guest) }
+            });
+            Observed {
                 // Of a start that never came so far the driver knows nothing.
                 generation: observed.generation.max(record.generation),
                 ..observed
-            })
+            }
         };
-        let all = futures::stream::iter(self.all_guests()).map(observe).buffered(AT_A_TIME);
-        let all: Vec<Result<Observed>> = all.collect().await;
-        all.into_iter().collect()
+        Ok(futures::stream::iter(self.all_guests()).map(observe).buffered(AT_A_TIME).collect().await)
     }
 
     async fn metrics(&self, instances: Vec<InstanceId>) -> Result<Vec<(InstanceId, Metrics)>> {

@@ -104,6 +104,10 @@ fn look(
     let stray = links.filter(|n| is_guest_interface(daemon_id, n) && !used.contains(n));
     leaks.extend(stray.map(|n| format!("interface {n}")));
 
+    let locks = karst_ct_lxc::locks::kept(&root.join("guests")).into_iter();
+    let stray = locks.filter(|n| !n.parse().is_ok_and(|id| guests.contains_key(&id)));
+    leaks.extend(stray.map(|n| format!("lock of liblxc for no guest: {n}")));
+
     let of_running = |text: &str| running.iter().any(|id| text.contains(&id.0.to_string()));
     for group in control_groups(&format!("karst-{daemon_id}")) {
         let stray = directories(&group).into_iter().filter(|n| looks_like_an_id(n) && !of_running(n));

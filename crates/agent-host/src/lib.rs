@@ -23,6 +23,7 @@ mod policy;
 mod pools;
 mod proxies;
 mod publish;
+mod purge;
 mod registry;
 mod reopen;
 mod resources;

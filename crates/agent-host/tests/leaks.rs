@@ -2,12 +2,14 @@
 //! purpose, and must be named; when it is gone, nothing is.
 #![allow(clippy::disallowed_methods)] // a real machine
 
+use futures::FutureExt;
 use karst_agent::{CallContext, HostAgent};
 use karst_agent_host::{HostPolicy, RealAgent, RealOptions, ids};
 use karst_env::RealEnv;
 use std::{
     fs,
     os::unix::{fs::PermissionsExt, process::CommandExt},
+    panic::AssertUnwindSafe,
     path::Path,
     process::{Child, Command, Stdio},
     sync::Arc,
@@ -75,11 +77,37 @@ async fn every_kind_of_leak_is_named() {
     )
     .await
     .unwrap();
-    let outcome = plant(&agent, &host, &id).await;
+    let outcome = AssertUnwindSafe(plant(&agent, &host, &id)).catch_unwind().await;
+    let undo = match outcome {
+        Ok(undo) => undo,
+        Err(panic) => {
+            let _ = agent.purge().await;
+            std::panic::resume_unwind(panic);
+        }
+    };
+    // What will not go is named, and everything else is gone all the same.
+    let busy = host.join("networks/busy");
+    fs::create_dir_all(&busy).unwrap();
+    run(&["mount", "-t", "tmpfs", "none", busy.to_str().unwrap()]);
+    let locks = liblxc(&host);
+    fs::create_dir_all(locks.join("guests/x")).unwrap();
+    let claims = || ids::IdRanges::open(ids::CLAIMS, &id).unwrap().claims().unwrap();
+    assert_eq!(claims().len(), 1, "the worker's");
+    let refused = agent.purge().await;
+    run(&["umount", busy.to_str().unwrap()]);
+    let refused = refused.unwrap_err();
+    assert!(refused.message.contains("networks: "), "{refused}");
+    assert!(claims().is_empty() && !locks.exists(), "{:?}", claims());
     agent.purge().await.unwrap();
-    drop(outcome);
+    assert!(!busy.exists());
+    drop(undo);
     let left = agent.self_check(&CallContext::read(Duration::from_secs(60)), ()).await.unwrap();
     assert!(left.leaks.is_empty(), "{left:?}");
+}
+
+/// Where liblxc keeps its locks of what lies in a directory.
+fn liblxc(of: &Path) -> std::path::PathBuf {
+    Path::new("/run/lxc/lock").join(of.strip_prefix("/").unwrap())
 }
 
 async fn plant(agent: &Arc<RealAgent>, host: &Path, id: &str) -> Undo {
@@ -88,6 +116,7 @@ async fn plant(agent: &Arc<RealAgent>, host: &Path, id: &str) -> Undo {
     let bridge = format!("kx{id}");
     let table = format!("karst_{id}");
     let mount = host.join("left");
+    let busy = host.join("networks/busy").display().to_string();
     let undo = Undo(
         [
             vec!["ip", "link", "delete", &link],
@@ -95,6 +124,7 @@ async fn plant(agent: &Arc<RealAgent>, host: &Path, id: &str) -> Undo {
             vec!["nft", "delete", "table", "inet", &table],
             vec!["nft", "delete", "table", "ip", &table],
             vec!["umount", "-l", mount.to_str().unwrap()],
+            vec!["umount", "-l", &busy],
         ]
         .into_iter()
         .map(|argv| argv.into_iter().map(str::to_owned).collect())
@@ -165,6 +195,11 @@ async fn plant(agent: &Arc<RealAgent>, host: &Path, id: &str) -> Undo {
     found(agent, &[&process, "which is not recorded"]).await;
     drop(dnsmasq);
     fs::remove_dir_all(&network).unwrap();
+
+    let lock = liblxc(host).join("guests").join(guest);
+    fs::create_dir_all(&lock).unwrap();
+    found(agent, &[&format!("lock of liblxc for no guest: {guest}")]).await;
+    fs::remove_dir(&lock).unwrap();
 
     for (path, words) in [
         ("staging/left", "staged file left of no upload".to_owned()),

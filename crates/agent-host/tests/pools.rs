@@ -2,7 +2,7 @@
 #![allow(clippy::disallowed_methods)] // a real machine
 
 use karst_agent::{CallContext, Fence, HostAgent};
-use karst_agent_host::{HostPolicy, RealAgent, RealOptions};
+use karst_agent_host::{HostPolicy, RealAgent, RealOptions, ids};
 use karst_env::RealEnv;
 use karst_model::{
     ErrorKind, NodeId, PoolId, SagaId,
@@ -13,15 +13,32 @@ use std::{fs, os::unix::fs::PermissionsExt, path::Path, sync::Arc, time::Duratio
 
 const LONG: Duration = Duration::from_secs(60);
 
+fn daemon_id() -> String {
+    format!("{:06x}", (std::process::id() & 0xf_ffff) | 0xd0_0000)
+}
+
 async fn agent(dir: &Path, source: &Path) -> Arc<RealAgent> {
     let policy = HostPolicy { pool_sources: vec![source.to_owned()], ..Default::default() };
     let options = RealOptions {
         dir: dir.to_owned(),
-        daemon_id: format!("{:06x}", (std::process::id() & 0xf_ffff) | 0xd0_0000),
+        daemon_id: daemon_id(),
         policy,
         worker: Some(("/nonexistent/worker".into(), vec![])),
     };
     RealAgent::open(RealEnv::shared(), options).await.unwrap()
+}
+
+/// Gives the claims of user ids back, also when the test fails.
+struct Claims;
+
+impl Drop for Claims {
+    fn drop(&mut self) {
+        let ranges = ids::IdRanges::open(ids::CLAIMS, &daemon_id()).unwrap();
+        for claim in ranges.claims().unwrap() {
+            ranges.release(claim.range, &claim.owner);
+        }
+        ranges.leave();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -29,6 +46,7 @@ async fn a_pool_whose_disk_comes_late_is_opened_then() {
     if !rustix::process::geteuid().is_root() {
         return eprintln!("skipped: not root");
     }
+    let _claims = Claims;
     let dir = tempfile::tempdir().unwrap();
     let host = dir.path().join("host");
     let disk = dir.path().join("disk");

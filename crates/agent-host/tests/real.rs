@@ -7,7 +7,7 @@ use karst_agent::{
     CallContext, Fence, HostAgent, ImageBuild, ImagePart, NetworkChoose,
     contract::{ImageSource, Subject},
 };
-use karst_agent_host::{HostPolicy, RealAgent, RealOptions};
+use karst_agent_host::{HostPolicy, RealAgent, RealOptions, ids};
 use karst_env::RealEnv;
 use karst_model::{ImageId, NodeId, SagaId, instance::InstanceKind};
 use std::{
@@ -115,6 +115,12 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         let _ = Command::new("ip").args(["link", "delete", &self.foreign]).output();
+        // What a test that failed before its purge has claimed.
+        let ranges = ids::IdRanges::open(ids::CLAIMS, &self.daemon_id).unwrap();
+        for claim in ranges.claims().unwrap() {
+            ranges.release(claim.range, &claim.owner);
+        }
+        ranges.leave();
     }
 }
 

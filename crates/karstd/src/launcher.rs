@@ -29,7 +29,7 @@ use std::{
 const HOST: usize = 0;
 const CONTROL: usize = 1;
 /// Time a daemon has to end by itself.
-const GRACE: Duration = Duration::from_secs(40);
+pub const GRACE: Duration = Duration::from_secs(40);
 const LONGEST_BACK_OFF: Duration = Duration::from_secs(5);
 /// Having lived so long, a daemon counts as healthy.
 const HEALTHY: Duration = Duration::from_secs(20);

@@ -56,7 +56,11 @@ enum Role {
     #[command(hide = true)]
     Host(privilege::Inherited),
     /// Ends the daemon and its guests and removes every trace of them from this machine, DIR included.
-    Purge,
+    Purge {
+        /// Seconds that the daemon has to end by itself before it is killed.
+        #[arg(long, value_name = "SECONDS", default_value_t = purge::GRACE.as_secs())]
+        grace: u64,
+    },
 }
 
 fn main() -> ExitCode {
@@ -74,7 +78,9 @@ fn main() -> ExitCode {
         }
         (Some(Role::Control(inherited)), _) => control::start(&arguments.dir, inherited),
         (Some(Role::Host(inherited)), _) => host::start(&arguments.dir, inherited),
-        (Some(Role::Purge), _) => purge::run(&arguments.dir),
+        (Some(Role::Purge { grace }), _) => {
+            purge::run(&arguments.dir, std::time::Duration::from_secs(*grace))
+        }
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,30 +1,34 @@
-//! `karstd purge`: every trace of one instance goes, also of one that died half-way.
+//! `karstd purge`: every trace of one instance goes, also of one that died half-way, or hangs.
 
-use crate::{control, directory::Directory};
+use crate::{control, directory::Directory, launcher};
 use karst_agent_host::{HostPolicy, RealAgent, RealOptions};
 use karst_model::{Error, ErrorKind, Result};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::{
-    path::Path,
+    os::{fd::OwnedFd, unix::fs::MetadataExt},
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
-/// Time a launcher has to end its daemons.
-const GRACE: Duration = Duration::from_secs(30);
+/// Time a launcher has to end its daemons: more than it gives these, one after the other.
+pub const GRACE: Duration = Duration::from_secs(2 * launcher::GRACE.as_secs() + 10);
+/// Time that the killed have to be gone.
+const KILLED: Duration = Duration::from_secs(20);
 
-/// Ends the daemon that serves `dir`, ends its guests, removes what lies outside `dir`, then `dir`.
+/// Ends the daemon that serves `dir`, by force what has not ended after `grace`; ends its guests, removes what lies outside
+/// `dir`, then `dir`.
 ///
 /// # Errors
 /// Not root; `dir` is no instance's; something would not go: then `dir` stays, and purging again goes on.
-pub fn run(dir: &Path) -> Result<()> {
+pub fn run(dir: &Path, grace: Duration) -> Result<()> {
     if !rustix::process::geteuid().is_root() {
         return Err(Error::forbidden("purging needs root"));
     }
     if never_began(dir)? {
-        std::fs::remove_dir_all(dir)?;
-        return Ok(());
+        return remove(dir);
     }
-    let directory = take(dir)?;
-    wait_for_daemons(&directory.daemon_id)?;
+    let directory = take(dir, grace)?;
+    end_daemons(&directory.daemon_id, grace)?;
     let options = RealOptions {
         dir: directory.path.clone(),
         daemon_id: directory.daemon_id.clone(),
@@ -32,18 +36,54 @@ pub fn run(dir: &Path) -> Result<()> {
         worker: None,
     };
     let host = directory.path.join("host");
+    let mut failed = vec![];
     if host.is_dir() {
         // Everything else must go also when a record cannot be read.
         for uncertain in karst_agent_host::set_damaged_aside(&host)? {
             tracing::warn!("a record is damaged and was set aside; uncertain: {uncertain}");
         }
-        control::block_on(|env, _| Ok(async move { RealAgent::open(env, options).await?.purge().await }))?;
+        let purged =
+            control::block_on(|env, _| Ok(async move { RealAgent::open(env, options).await?.purge().await }));
+        failed.extend(purged.err());
     }
     // What lies in an etcd is no trace on this machine; but a new instance could not begin there.
     let (path, id) = (directory.path.clone(), directory.daemon_id.clone());
-    control::block_on(|env, _| Ok(async move { crate::state::purge(&path, &id, env).await }))?;
-    std::fs::remove_dir_all(&directory.path)?;
+    let forgotten = control::block_on(|env, _| Ok(async move { crate::state::purge(&path, &id, env).await }));
+    failed.extend(forgotten.err());
+    Error::together(failed)?;
+    remove(&directory.path)?;
     tracing::info!(dir = %directory.path.display(), "purged");
+    Ok(())
+}
+
+/// Removes DIR. Where a file system is mounted there its directory stays, empty; what somebody mounted below it is his.
+fn remove(dir: &Path) -> Result<()> {
+    let dir = std::fs::canonicalize(dir)?;
+    let mounted: Vec<PathBuf> = karst_host::mountns::entries(None)?.into_iter().map(|m| m.at).collect();
+    let below: Vec<_> = mounted
+        .iter()
+        .filter(|at| at.starts_with(&dir) && **at != dir)
+        .map(|at| at.display().to_string())
+        .collect();
+    if !below.is_empty() {
+        return Err(Error::conflict(format!(
+            "nothing of Karst runs any more, but its files stay: something is mounted at {}; unmount it and purge again",
+            below.join(", ")
+        )));
+    }
+    if !mounted.contains(&dir) {
+        return Ok(std::fs::remove_dir_all(&dir)?);
+    }
+    for entry in std::fs::read_dir(&dir)? {
+        let entry = entry?;
+        let path = entry.path();
+        if !entry.file_type()?.is_dir() {
+            std::fs::remove_file(path)?;
+        } else if entry.file_name() != "lost+found" {
+            std::fs::remove_dir_all(path)?;
+        }
+    }
+    tracing::info!(dir = %dir.display(), "a file system is mounted there: it was emptied, the directory itself stays");
     Ok(())
 }
 
@@ -67,48 +107,141 @@ fn never_began(dir: &Path) -> Result<bool> {
     Ok(Directory::is_free(dir))
 }
 
-/// Takes DIR, after its launcher was asked to end.
-fn take(dir: &Path) -> Result<Directory> {
-    let until = Instant::now() + GRACE;
-    let mut asked = false;
+/// Takes DIR, after its launcher was asked to end, and was killed if it did not.
+fn take(dir: &Path, grace: Duration) -> Result<Directory> {
+    let mut until = Instant::now() + grace;
+    let (mut asked, mut killed) = (false, false);
     loop {
-        match Directory::take(dir) {
-            Err(e) if e.is(ErrorKind::Conflict) && Instant::now() < until => {
-                let pid = std::fs::read_to_string(dir.join("lock")).unwrap_or_default();
-                let pid = pid.trim().parse().ok().and_then(rustix::process::Pid::from_raw);
-                if let (Some(pid), false) = (pid, asked) {
-                    tracing::info!(pid = pid.as_raw_nonzero().get(), "asking the daemon to end");
-                    rustix::process::kill_process(pid, rustix::process::Signal::TERM)
-                        .map_err(std::io::Error::from)?;
-                    asked = true;
-                }
-                std::thread::sleep(Duration::from_millis(20));
-            }
+        let refused = match Directory::take(dir) {
+            Err(e) if e.is(ErrorKind::Conflict) => e,
             other => return other,
+        };
+        let late = Instant::now() >= until;
+        if late && killed {
+            return Err(refused);
         }
+        if (late || !asked)
+            && let Some((pid, launcher)) = holder(dir)
+        {
+            let signal = if late { Signal::KILL } else { Signal::TERM };
+            match late {
+                true => tracing::warn!(pid, "the daemon does not end; killing it"),
+                false => tracing::info!(pid, "asking the daemon to end"),
+            }
+            send(&launcher, signal)?;
+            asked = true;
+        }
+        if late {
+            (killed, until) = (true, Instant::now() + KILLED);
+        }
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 
-/// A launcher that was killed is gone, and its lock with it, a moment before the kernel ends its daemons.
-fn wait_for_daemons(daemon_id: &str) -> Result<()> {
-    let until = Instant::now() + GRACE;
+/// The process that the lock of `dir` names, if it is the one that has the lock.
+fn holder(dir: &Path) -> Option<(i32, OwnedFd)> {
+    let lock = dir.join("lock");
+    let pid: i32 = std::fs::read_to_string(&lock).ok()?.trim().parse().ok()?;
+    let process = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
+    // The descriptor names one process for ever; what is looked at now is that one's as long as it lives.
+    let lock = std::fs::metadata(lock).ok()?;
+    let same = |fd: std::fs::DirEntry| {
+        std::fs::metadata(fd.path()).is_ok_and(|m| (m.dev(), m.ino()) == (lock.dev(), lock.ino()))
+    };
+    let holds = std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?.flatten().any(same);
+    holds.then_some((pid, process))
+}
+
+/// It may have ended by now.
+fn send(process: &OwnedFd, signal: Signal) -> Result<()> {
+    match pidfd_send_signal(process, signal) {
+        Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+        Err(e) => Err(Error::from(std::io::Error::from(e))),
+    }
+}
+
+/// A launcher that was killed is gone, and its lock with it, a moment before the kernel ends its daemons. Those that are there
+/// all the same after `grace` are killed.
+fn end_daemons(daemon_id: &str, grace: Duration) -> Result<()> {
     let mark = format!("\0--daemon-id\0{daemon_id}\0");
-    let lives = |entry: std::fs::DirEntry| {
-        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+    let is_ours = |pid: i32| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         String::from_utf8_lossy(&line).contains(&mark)
     };
-    while std::fs::read_dir("/proc")?.flatten().any(lives) {
-        if Instant::now() > until {
-            return Err(Error::conflict("processes of the daemon do not end"));
+    let mut until = Instant::now() + grace;
+    let mut killed = false;
+    loop {
+        let all = std::fs::read_dir("/proc")?.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok());
+        let ours: Vec<i32> = all.filter(|pid| is_ours(*pid)).collect();
+        if ours.is_empty() {
+            return Ok(());
+        }
+        if Instant::now() >= until {
+            if killed {
+                return Err(Error::conflict(format!("processes of the daemon do not end: {ours:?}")));
+            }
+            for pid in ours {
+                // Asked again once the descriptor names it: the number may have been another's in between.
+                if let Some(process) =
+                    Pid::from_raw(pid).and_then(|p| pidfd_open(p, PidfdFlags::empty()).ok())
+                    && is_ours(pid)
+                {
+                    tracing::warn!(pid, "a process of the daemon does not end; killing it");
+                    send(&process, Signal::KILL)?;
+                }
+            }
+            (killed, until) = (true, Instant::now() + KILLED);
         }
         std::thread::sleep(Duration::from_millis(5));
     }
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_the_process_that_has_the_lock_is_its_holder() {
+        let dir = tempfile::tempdir().unwrap();
+        let lock = dir.path().join("lock");
+        std::fs::write(&lock, format!("{}\n", std::process::id())).unwrap();
+        assert!(holder(dir.path()).is_none(), "named, and does not have it");
+        let held = std::fs::File::open(&lock).unwrap();
+        assert_eq!(holder(dir.path()).unwrap().0, std::process::id() as i32);
+        std::fs::write(&lock, "1\n").unwrap();
+        assert!(holder(dir.path()).is_none(), "another's number");
+        drop(held);
+    }
+
+    #[test]
+    fn what_hangs_is_killed_and_nobody_else() {
+        use std::os::unix::process::{CommandExt, ExitStatusExt};
+        // As a daemon's command line has it.
+        let shell = |id: &str| {
+            let mut command = std::process::Command::new("/bin/sh");
+            command.args([
+                "-c",
+                "trap '' TERM; while :; do sleep 1000; done",
+                "karstd",
+                "--daemon-id",
+                id,
+                "--parent",
+                "1",
+            ]);
+            command.process_group(0);
+            command.spawn().unwrap()
+        };
+        let (mut ours, mut others) = (shell("f0f0f0"), shell("f0f0f1"));
+        end_daemons("f0f0f0", Duration::ZERO).unwrap();
+        assert_eq!(ours.wait().unwrap().signal(), Some(9));
+        assert!(others.try_wait().unwrap().is_none(), "another daemon's");
+        end_daemons("f0f0f2", Duration::ZERO).unwrap();
+        for group in [ours.id(), others.id()] {
+            // SAFETY: process groups of this test, with the shells' children.
+            unsafe { libc::kill(-(group as i32), libc::SIGKILL) };
+        }
+        others.wait().unwrap();
+    }
 
     #[test]
     fn a_directory_that_never_became_an_instances_is_told_from_one_that_did_and_from_others() {

@@ -116,6 +116,18 @@ impl Error {
         self
     }
 
+    /// All of several failures as one, of the first one's kind; `Ok` when there are none.
+    ///
+    /// # Errors
+    /// When there is one.
+    pub fn together(all: Vec<Error>) -> Result<()> {
+        let Some(kind) = all.first().map(|e| e.kind) else { return Ok(()) };
+        let messages: Vec<_> = all.iter().map(Error::to_string).collect();
+        let contexts: Vec<_> = all.into_iter().filter_map(|e| e.context).collect();
+        let context = (!contexts.is_empty()).then(|| contexts.join("; "));
+        Err(Self { context, ..Self::new(kind, messages.join("; ")) })
+    }
+
     /// Is it of this kind?
     pub fn is(&self, kind: ErrorKind) -> bool {
         self.kind == kind
@@ -171,6 +183,15 @@ mod tests {
         let keys = ["limits.memory", "limits.cpu", "security.nesting"];
         assert_eq!(nearest("limits.memry", keys), Some("limits.memory"));
         assert_eq!(nearest("frobnicate", keys), None);
+    }
+
+    #[test]
+    fn several_failures_are_told_as_one() {
+        Error::together(vec![]).unwrap();
+        let all = vec![Error::conflict("in use").with_context("argv"), Error::timeout("slow").at("pool")];
+        let one = Error::together(all).unwrap_err();
+        assert!(one.is(ErrorKind::Conflict));
+        assert_eq!((one.message.as_str(), one.context.as_deref()), ("in use; pool: slow", Some("argv")));
     }
 
     #[test]

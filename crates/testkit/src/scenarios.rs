@@ -30,7 +30,6 @@ use karst_model::{
     BackupId, Config, Result,
     device::Devices,
     instance::{InstanceKind, PowerAction},
-    snapshot::Quiesce,
     storage::VolumeContent,
     uplink::NetworkKind,
 };
@@ -281,6 +280,7 @@ macro_rules! scenario {
     };
 }
 
+mod machines;
 mod recover;
 pub use recover::lose;
 
@@ -696,50 +696,6 @@ pub fn all() -> Vec<Scenario> {
             },
             |w| copy(w, None, true).await
         ),
-        scenario!(
-            "instance-copy",
-            "of a running machine with a snapshot",
-            |w| {
-                machine(w).await?;
-                done(w, snapshot_with_memory(w).await).await
-            },
-            |w| copy(w, None, true).await
-        ),
-        scenario!(
-            "snapshot-create",
-            "of a machine whose file systems are made still",
-            |w| machine(w).await,
-            |w| {
-                let request = CreateSnapshot { quiesce: Some(Quiesce::Require), ..CreateSnapshot::default() };
-                w.engine.snapshot_create(&w.admin, OF_C1, request).await
-            }
-        ),
-        scenario!(
-            "backup-create",
-            "of a machine whose file systems are made still",
-            |w| {
-                let config = Config::from([("snapshots.quiesce".into(), "require".into())]);
-                let kind = InstanceKind::VirtualMachine;
-                let request = CreateInstance { start: true, kind, config, ..container("c1") };
-                done(w, Ok(w.engine.instance_create(&w.admin, "default", request).await?.1)).await
-            },
-            |w| back_up(w, OF_C1).await
-        ),
-        scenario!(
-            "content-refresh",
-            "of a machine whose original runs, and that keeps its memory",
-            |w| {
-                machine(w).await?;
-                done(w, snapshot(w, OF_C1, "s1").await).await?;
-                done(w, copy(w, None, true).await).await?;
-                let stop = PowerRequest { force: false, stateful: true, ..power(PowerAction::Stop) };
-                done(w, w.engine.instance_power(&w.admin, "default", "c2", stop).await).await?;
-                let of = Origin::Instance { project: "default", name: "c2" };
-                done(w, snapshot(w, of, "own").await).await?;
-                done(w, snapshot(w, OF_C1, "s2").await).await
-            },
-            |w| refresh(w).await
-        ),
         scenario!("instance-copy", "of a snapshot", |w| tree(w).await, |w| copy(w, Some("s2"), false).await),
         scenario!(
             "backup-create",
@@ -747,15 +703,6 @@ pub fn all() -> Vec<Scenario> {
             |w| {
                 tree(w).await?;
                 done(w, set_power(w, PowerAction::Start).await).await
-            },
-            |w| back_up(w, OF_C1).await
-        ),
-        scenario!(
-            "backup-create",
-            "of a running machine with a snapshot",
-            |w| {
-                machine(w).await?;
-                done(w, snapshot(w, OF_C1, "s1").await).await
             },
             |w| back_up(w, OF_C1).await
         ),
@@ -787,20 +734,6 @@ pub fn all() -> Vec<Scenario> {
                     name: Some("c2".into()),
                     pool: Some("default".into()),
                 };
-                w.engine.instance_import(&w.admin, "default", request).await
-            }
-        ),
-        scenario!(
-            "instance-import",
-            "a machine with a snapshot",
-            |w| {
-                machine(w).await?;
-                done(w, snapshot(w, OF_C1, "s1").await).await?;
-                done(w, back_up(w, OF_C1).await).await
-            },
-            |w| {
-                let request =
-                    ImportInstance { upload: upload(w, OF_C1).await?, name: Some("c2".into()), pool: None };
                 w.engine.instance_import(&w.admin, "default", request).await
             }
         ),
@@ -897,6 +830,7 @@ pub fn all() -> Vec<Scenario> {
             }
         ),
     ];
+    all.extend(machines::scenarios());
     all.extend(recover::scenarios());
     all
 }

@@ -8,7 +8,7 @@ use crate::{
     end::{ended, exit_reason},
     guest_api,
     limits::{Place, limits},
-    nics,
+    locks, nics,
     proc::{Init, init_end, log_reason, new_network},
     proxies,
     record::Record,
@@ -16,7 +16,7 @@ use crate::{
 };
 use async_trait::async_trait;
 use karst_guest::{
-    Applied, Exec, ExecRequest, GuestDriver, GuestFiles, Metrics, Observed, ResolvedGuest, StopMode,
+    Applied, Exec, ExecRequest, GuestDriver, GuestFiles, Metrics, Observed, ResolvedGuest, Silence, StopMode,
     keeper::{self, Console, Keeper, Requested, Spec, Status, write_private},
 };
 use karst_host::{Program, cgroup::Cgroups, overlay::Held, run};
@@ -34,6 +34,7 @@ use std::{
 };
 use tokio::{sync::mpsc, time::timeout};
 
+mod adopting;
 mod beside;
 mod clearing;
 mod network;
@@ -72,6 +73,8 @@ struct Shared {
     guests: Mutex<HashMap<InstanceId, Arc<Guest>>>,
     /// Proxies whose sockets in their guests could not be made for long, and why.
     hidden: Mutex<BTreeMap<(InstanceId, String), String>>,
+    /// Guests whose keepers do not answer.
+    silence: Arc<Silence>,
     events: Mutex<Option<mpsc::Sender<Observed>>>,
 }
 
@@ -167,6 +170,7 @@ impl LxcDriver {
                 cgroups,
                 guests: Mutex::default(),
                 hidden: Mutex::default(),
+                silence: Arc::default(),
                 events: Mutex::default(),
             }),
         })
@@ -197,7 +201,7 @@ impl Shared {
 
     async fn running(&self, instance: InstanceId) -> Result<Running> {
         let dir = self.dir(instance);
-        let (keeper, status) = keeper::connect(&dir).await?;
+        let (keeper, status) = self.silence.connect(instance, &dir).await?;
         let record = Record::read(&dir)?.ok_or_else(not_running)?;
         Ok(Running {
             dir,
@@ -216,6 +220,8 @@ impl Shared {
             _ if self.cgroups.is_frozen(&running.groups.limits) => RuntimeState::Paused,
             Some(_) if running.status.requested == Requested::Shutdown => RuntimeState::Stopping,
             Some(_) => RuntimeState::Running,
+            // It has ended, and who should say so is silent.
+            None if running.status.pid.is_some_and(keeper::has_ended) => RuntimeState::Error,
             None => RuntimeState::Starting,
         };
         Observed {
@@ -288,7 +294,7 @@ impl Shared {
         let weak = Arc::downgrade(self);
         tokio::spawn(async move {
             let end = tokio::select! {
-                end = keeper.wait_exit() => end,
+                end = Shared::end_of(&weak, instance, &keeper) => end,
                 () = Shared::follow(&weak, instance, &guest) => return,
             };
             let Some(shared) = weak.upgrade() else {
@@ -464,6 +470,7 @@ impl Shared {
         let written = tokio::task::spawn_blocking(move || {
             write_unless_same(&place.join("lxc.conf"), rendered.as_bytes())?;
             write_unless_same(&seccomp_file(&place), filter.as_bytes())?;
+            locks::prepare(&place)?;
             write_private(&place.join("lxc.log"), b"")
         });
         let first = previous.is_none_or(|p| p.seed != record.seed);
@@ -677,7 +684,11 @@ impl GuestDriver for LxcDriver {
         };
         let stopped = match mode {
             StopMode::Graceful { timeout } => shared.stop_graceful(&running, timeout).await,
-            StopMode::Force => shared.stop_force(&running).await,
+            StopMode::Force if shared.silence.contains(instance) => shared.stop_silent(&running).await,
+            StopMode::Force => match shared.stop_force(&running).await {
+                Err(e) if e.is(ErrorKind::Timeout) => shared.stop_silent(&running).await,
+                stopped => stopped,
+            },
             StopMode::Save => Err(Error::unsupported("the memory of a container cannot be kept")),
         };
         match stopped {
@@ -764,6 +775,7 @@ impl GuestDriver for LxcDriver {
         self.shared.balancer.wake();
         let mut adopted = vec![];
         let options = &self.shared.options;
+        let mut ours = vec![];
         for found in keeper::find_all(&options.guests_dir)? {
             let record = match Record::read(&found.dir) {
                 Ok(Some(r))
@@ -777,21 +789,18 @@ impl GuestDriver for LxcDriver {
                     continue;
                 }
             };
-            if found.alive {
-                match self.shared.running(record.instance).await {
-                    Ok(running) => {
-                        let shared = &self.shared;
-                        shared.watch(record.instance, running.keeper.clone(), running.status.keeper_pid);
-                        adopted.push(shared.observed(&running));
-                        continue;
-                    }
-                    Err(e) if e.is(ErrorKind::NotFound) => {} // ended at this moment
-                    Err(e) => return Err(e),
+            ours.push(record.instance);
+        }
+        // Side by side, so that those whose keepers do not answer take no longer than one.
+        let each = ours.into_iter().map(|id| async move { (id, self.shared.adopt_one(id).await) });
+        for (instance, outcome) in futures::future::join_all(each).await {
+            match outcome {
+                Ok(now) => adopted.extend(now),
+                Err(e) => {
+                    tracing::error!(%instance, error = %e, context = e.context, "a guest cannot be adopted now; it is tried again");
+                    tokio::spawn(Shared::adopt_later(Arc::downgrade(&self.shared), instance));
                 }
             }
-            // It ended while nobody watched.
-            let guest = self.shared.guest(record.instance);
-            self.shared.after_end(record.instance, &guest).await?;
         }
         Ok(adopted)
     }
@@ -811,6 +820,7 @@ impl GuestDriver for LxcDriver {
                 self.shared.clear(&dir, &groups, std::iter::empty()).await?;
             }
         }
+        locks::remove(&dir)?;
         match tokio::fs::remove_dir_all(&dir).await {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
             _ => {}
@@ -859,7 +869,9 @@ impl GuestDriver for LxcDriver {
     }
 
     fn warnings(&self) -> Vec<String> {
-        self.shared.hidden_sockets()
+        let mut all = self.shared.hidden_sockets();
+        all.extend(self.shared.silence.warnings());
+        all
     }
 
     fn events(&self) -> mpsc::Receiver<Observed> {

@@ -16,6 +16,7 @@ mod ending;
 mod files;
 mod guest_api;
 mod limits;
+pub mod locks;
 mod nics;
 mod proc;
 mod proxies;

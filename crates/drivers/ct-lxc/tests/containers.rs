@@ -385,6 +385,72 @@ async fn the_keepers_death_is_seen_and_nothing_runs_on() {
     assert_eq!(driver.start(&guest).await.unwrap().state, RuntimeState::Running);
 }
 
+fn tell(pid: u32, signal: rustix::process::Signal) {
+    let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
+    rustix::process::kill_process(pid, signal).unwrap();
+}
+
+/// One whose keeper hangs holds up neither the others nor a new driver; it is shown as what it is, reached, and ended.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_keeper_that_does_not_answer_concerns_its_guest_alone() {
+    use rustix::process::Signal;
+    let Some(place) = Place::new() else { return };
+    let first = place.driver();
+    let (hung, well) = (place.guest(8), place.guest(9));
+    for guest in [&hung, &well] {
+        first.start(guest).await.unwrap();
+        until_inside(&first, guest, "true", BOOT).await;
+    }
+    drop(first);
+    let keeper = keeper::read_status(&hung.state_dir).unwrap().keeper_pid;
+    tell(keeper, Signal::STOP);
+
+    let driver = place.driver();
+    let mut events = driver.events();
+    let mut adopted = driver.adopt().await.unwrap();
+    adopted.sort_by_key(|o| o.instance != hung.instance);
+    let seen: Vec<_> = adopted.iter().map(|o| (o.instance, o.state)).collect();
+    assert_eq!(seen, [(hung.instance, RuntimeState::Running), (well.instance, RuntimeState::Running)]);
+    assert!(adopted[0].pid.is_some() && adopted[0].started_at.is_some(), "{:?}", adopted[0]);
+    let warned = |driver: &karst_ct_lxc::LxcDriver| {
+        driver.warnings().iter().any(|w| w.contains(&hung.instance.to_string()))
+    };
+    assert!(warned(&driver), "{:?}", driver.warnings());
+    // What needs no keeper goes on.
+    assert_eq!(inside(&driver, &hung, "echo reached").await, "reached\n");
+    driver.pause(hung.instance).await.unwrap();
+    assert_eq!(driver.observe(hung.instance).await.unwrap().state, RuntimeState::Paused);
+    driver.resume(hung.instance).await.unwrap();
+    assert!(driver.metrics(hung.instance).await.unwrap().memory.is_some());
+
+    // It answers again: all is as before, and its end is seen.
+    tell(keeper, Signal::CONT);
+    until("an answer of the keeper", || !warned(&driver)).await;
+    assert_eq!(driver.observe(hung.instance).await.unwrap().state, RuntimeState::Running);
+    drop(driver.console(hung.instance, false).await.unwrap());
+
+    // It hangs again, and nobody has noticed yet: the guest ends with it.
+    tell(keeper, Signal::STOP);
+    let stopped = driver.stop(hung.instance, StopMode::Force).await.unwrap();
+    assert_eq!(stopped.state, RuntimeState::Stopped);
+    let event = tokio::time::timeout(BOOT, events.recv()).await.unwrap().unwrap();
+    assert_eq!((event.instance, event.state), (hung.instance, RuntimeState::Stopped));
+    driver.destroy(hung.instance).await.unwrap();
+    assert!(!warned(&driver));
+    assert_eq!(inside(&driver, &well, "echo well").await, "well\n");
+
+    // And the other one, whose keeper is known to hang.
+    tell(keeper::read_status(&well.state_dir).unwrap().keeper_pid, Signal::STOP);
+    drop(driver);
+    let driver = place.driver();
+    assert_eq!(driver.adopt().await.unwrap().len(), 1);
+    assert_eq!(driver.stop(well.instance, StopMode::Force).await.unwrap().state, RuntimeState::Stopped);
+    driver.destroy(well.instance).await.unwrap();
+    place.assert_clean();
+    // Nor has liblxc left anything.
+    assert_eq!(karst_ct_lxc::locks::kept(&place.guests), Vec::<String>::new());
+}
+
 /// Not a test by itself: the process that [`adopted_after_the_starter_was_killed`] kills. Starts the guest that the
 /// environment names, and waits to be killed.
 #[tokio::test]

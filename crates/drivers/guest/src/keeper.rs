@@ -193,6 +193,12 @@ pub fn end_keeper(dir: &Path) -> Result<()> {
     }
 }
 
+/// Has this process ended, reaped or not?
+pub fn has_ended(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with(['Z', 'X']))
+}
+
 /// Start time of a process in clock ticks since boot; tells a reused pid.
 pub fn start_time(pid: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
@@ -244,6 +250,11 @@ pub async fn clear_console_log(dir: &Path) -> Result<()> {
 }
 
 impl Keeper {
+    /// The keeper of `dir`, which nobody has asked whether it lives.
+    pub fn unasked(dir: &Path) -> Self {
+        Self { dir: dir.to_owned() }
+    }
+
     /// State directory.
     pub fn dir(&self) -> &Path {
         &self.dir

@@ -11,6 +11,8 @@ pub mod keeper;
 pub mod packet;
 pub mod record;
 pub mod resolved;
+pub mod silence;
 
 pub use driver::*;
 pub use resolved::*;
+pub use silence::Silence;

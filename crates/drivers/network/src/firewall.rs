@@ -328,12 +328,22 @@ impl Firewall {
         Ok(())
     }
 
-    /// Takes away everything that [`Firewall::reconcile`] ever made.
+    /// Takes away everything that [`Firewall::reconcile`] ever made; tells all that would not go.
     pub async fn purge(&mut self, daemon: &str, paths: &Paths) -> Result<()> {
         *self = Self::default();
-        let host = paths.read_host()?;
+        let mut failed = vec![];
         for family in ["inet", "bridge"] {
-            nft::delete_table(family, &rules::table_name(daemon)).await?;
+            failed.extend(nft::delete_table(family, &rules::table_name(daemon)).await.err());
+        }
+        failed.extend(self.purge_chains(daemon, paths).await.err());
+        *self = Self::default();
+        karst_model::Error::together(failed)
+    }
+
+    async fn purge_chains(&mut self, daemon: &str, paths: &Paths) -> Result<()> {
+        let host = paths.read_host()?;
+        for bridge in &host.firewalld {
+            firewalld_leave(bridge).await;
         }
         let chains = nft::list_chains().await?;
         for v6 in [false, true] {
@@ -346,10 +356,6 @@ impl Firewall {
                 self.iptables(Backend { legacy: true, v6 }, daemon, paths, &[]).await?;
             }
         }
-        for bridge in &host.firewalld {
-            firewalld_leave(bridge).await;
-        }
-        *self = Self::default();
         Ok(())
     }
 }

@@ -438,7 +438,9 @@ impl NetworkDriver {
         for (id, record, spec, running) in records {
             let (Some(record), Some(spec)) = (record.filter(|r| !r.removing), spec) else {
                 // Begun or torn: nothing of it was acknowledged.
-                self.remove(id).await?;
+                if let Err(e) = self.remove(id).await {
+                    tracing::error!(network = %id, error = %e, context = e.context, "what is left of a network could not be removed");
+                }
                 continue;
             };
             let spec = NetworkSpec { bridge: record.bridge.clone(), spec: record.spec, ..spec };
@@ -533,21 +535,34 @@ impl NetworkDriver {
     /// Removes everything that carries this daemon's mark, recorded or not, and gives back what it changed on the host.
     ///
     /// # Errors
-    /// Internal; what could be removed before is gone.
+    /// All that would not go, after everything was tried; the records stay then.
     pub async fn purge(&self) -> Result<()> {
+        let mut failed = vec![];
         let paths = self.0.paths.clone();
-        for id in blocking(move || paths.ids()).await? {
-            self.remove(id).await?;
+        match blocking(move || paths.ids()).await {
+            Err(e) => failed.push(e),
+            Ok(ids) => {
+                for id in ids {
+                    failed.extend(self.remove(id).await.err());
+                }
+            }
         }
         let mut firewall = self.0.firewall.lock().await;
-        firewall.purge(&self.0.daemon, &self.0.paths).await?;
+        failed.extend(firewall.purge(&self.0.daemon, &self.0.paths).await.err());
         let (paths, daemon) = (self.0.paths.clone(), self.0.daemon.clone());
-        let switched_on = blocking(move || {
-            dnsmasq::stop_all(&paths)?;
-            bridge::delete_all(&daemon)?;
-            paths.read_host()
-        })
-        .await?;
+        let swept =
+            blocking(move || Ok([dnsmasq::stop_all(&paths).err(), bridge::delete_all(&daemon).err()]));
+        failed.extend(swept.await?.into_iter().flatten());
+        failed.extend(Self::give_back(&self.0.paths).await.err());
+        Error::together(failed)?;
+        let paths = self.0.paths.clone();
+        blocking(move || remove_directory(&paths.0)).await
+    }
+
+    /// Settings of the kernel that were changed for networks.
+    async fn give_back(paths: &Paths) -> Result<()> {
+        let paths = paths.clone();
+        let switched_on = blocking(move || paths.read_host()).await?;
         if (switched_on.forwarding_switched_on || switched_on.forwarding6_switched_on)
             && !firewall::others_forward().await?
         {
@@ -561,8 +576,7 @@ impl NetworkDriver {
                 }
             }
         }
-        let paths = self.0.paths.clone();
-        blocking(move || remove_directory(&paths.0)).await
+        Ok(())
     }
 }
 

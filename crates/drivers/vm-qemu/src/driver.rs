@@ -14,8 +14,9 @@ use crate::{
 use async_trait::async_trait;
 use karst_guest::{
     Applied, Exec, ExecRequest, FileWrite, GuestDriver, GuestFiles, GuestMachine, Interface, MachineFigures,
-    MachineFiles, Metrics, Observed, OpenedFile, Quiesce, ResolvedGuest, StopMode,
+    MachineFiles, Metrics, Observed, OpenedFile, Quiesce, ResolvedGuest, Silence, StopMode,
     keeper::{self, End, Keeper, Requested, State, Status},
+    silence,
 };
 use karst_host::cgroup::Cgroups;
 use karst_model::{
@@ -28,7 +29,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{Arc, Mutex, MutexGuard, Weak},
     time::Duration,
 };
 use tokio::{sync::mpsc, time::timeout};
@@ -58,6 +59,8 @@ struct Shared {
     options: QemuOptions,
     cgroups: Arc<Cgroups>,
     guests: Mutex<HashMap<InstanceId, Arc<Slot>>>,
+    /// Guests whose keepers do not answer.
+    silence: Arc<Silence>,
     events: Arc<Mutex<Option<mpsc::Sender<Observed>>>>,
 }
 
@@ -87,6 +90,7 @@ impl QemuDriver {
                 options,
                 cgroups: Arc::new(Cgroups::detect()?),
                 guests: Mutex::default(),
+                silence: Arc::default(),
                 events: Arc::default(),
             }),
         })
@@ -134,6 +138,11 @@ impl Shared {
         })
     }
 
+    fn own(&self, dir: &Path, record: Record, keeper: Keeper, observed: Observed) -> Arc<Machine> {
+        let (cgroups, silence) = (self.cgroups.clone(), self.silence.clone());
+        own(dir.to_owned(), record, keeper, observed, cgroups, silence, self.tell())
+    }
+
     fn observed(record: &Record, state: RuntimeState, status: Option<&Status>) -> Observed {
         Observed {
             instance: record.instance,
@@ -156,23 +165,61 @@ impl Shared {
         if let Some(m) = self.held(record.instance) {
             return Ok(Some(m));
         }
-        let (keeper, status) = match keeper::connect(dir).await {
+        let (keeper, status) = match self.silence.connect(record.instance, dir).await {
             Err(e) if e.is(ErrorKind::NotFound) => return Ok(None),
             other => other?,
         };
         // A QEMU that does not answer for the moment still runs; its owner goes on asking.
         let state = match Self::run_state(dir, Duration::from_secs(2)).await {
             Ok(s) => run_state(&s),
+            // It has ended, and who should say so is silent.
+            Err(_) if status.pid.is_some_and(keeper::has_ended) => RuntimeState::Error,
             Err(e) => {
                 tracing::warn!(instance = %record.instance, error = %e, context = e.context, "QEMU of an adopted guest does not answer");
                 RuntimeState::Running
             }
         };
         let observed = Self::observed(&record, state, Some(&status));
-        let machine = own(dir.to_owned(), record, keeper, observed, self.cgroups.clone(), self.tell());
+        let machine = self.own(dir, record, keeper, observed);
         still::adopted(&machine);
         *lock(&slot.machine) = Some(machine.clone());
         Ok(Some(machine))
+    }
+
+    /// Owns a guest again if its keeper lives, else clears up after it; answers what it does if it runs.
+    async fn take_over(&self, instance: InstanceId) -> Result<Option<Observed>> {
+        let (slot, dir) = (self.slot(instance), self.dir(instance));
+        let _changing = slot.changing.lock().await;
+        if keeper::is_alive(&dir)
+            && let Some(machine) = self.adopt_one(&slot, &dir).await?
+        {
+            return Ok(Some(machine.now()));
+        }
+        let Some(record) = Record::read(&dir)? else { return Ok(None) };
+        // It ended while nobody watched.
+        launch::remove_sockets(&dir);
+        keeper::wait_gone(&dir).await?;
+        tpm::end(&dir).await?;
+        launch::drop_links(&record)?;
+        Groups::of(&record.daemon_id, record.instance).remove(&self.cgroups).await?;
+        Ok(None)
+    }
+
+    /// As [`Self::take_over`], until it is done.
+    async fn take_over_later(weak: Weak<Self>, instance: InstanceId) {
+        let mut wait = silence::BACK_OFF.0;
+        loop {
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(silence::BACK_OFF.1);
+            let Some(shared) = weak.upgrade() else { return };
+            match shared.take_over(instance).await {
+                Ok(now) => {
+                    tracing::info!(%instance, runs = now.is_some(), "a guest is adopted after all");
+                    return now.into_iter().for_each(|now| (shared.tell())(now));
+                }
+                Err(e) => tracing::debug!(%instance, error = %e, "a guest still cannot be adopted"),
+            }
+        }
     }
 
     /// QEMU's own word for what it does.
@@ -272,8 +319,7 @@ impl Shared {
         match self.start_new(guest, &groups, &record).await {
             Ok((keeper, status)) => {
                 let observed = Self::observed(&record, RuntimeState::Running, Some(&status));
-                let machine =
-                    own(dir.clone(), record, keeper, observed.clone(), self.cgroups.clone(), self.tell());
+                let machine = self.own(dir, record, keeper, observed.clone());
                 *lock(&slot.machine) = Some(machine.clone());
                 if machine.record().resuming {
                     let mut record = machine.record();
@@ -382,7 +428,11 @@ impl Shared {
     }
 
     async fn force(&self, machine: &Machine) -> Result<()> {
+        let instance = machine.record().instance;
         let killed = async {
+            if self.silence.contains(instance) {
+                return Err(Error::timeout("the guest's keeper does not answer"));
+            }
             machine.keeper.mark(Requested::Force).await?;
             machine.keeper.kill().await
         };
@@ -390,7 +440,11 @@ impl Shared {
             // Ended at this moment.
             Err(e) if e.is(ErrorKind::NotFound) => {}
             // A keeper that does not answer is itself killed, and QEMU with it.
-            Err(_) => keeper::end_keeper(&machine.dir)?,
+            Err(e) => {
+                tracing::warn!(%instance, error = %e, "ending a guest with its keeper");
+                keeper::end_keeper(&machine.dir)?;
+                self.silence.forget(instance);
+            }
             Ok(()) => {}
         }
         timeout(FORCE, machine.ended()).await.map(drop).map_err(|_| Error::timeout("QEMU does not end"))
@@ -514,6 +568,7 @@ impl GuestDriver for QemuDriver {
     async fn adopt(&self) -> Result<Vec<Observed>> {
         let mut adopted = vec![];
         let shared = &self.shared;
+        let mut ours = vec![];
         for found in keeper::find_all(&shared.options.guests_dir)? {
             let record = match Record::read(&found.dir) {
                 Ok(Some(r))
@@ -527,20 +582,18 @@ impl GuestDriver for QemuDriver {
                     continue;
                 }
             };
-            let slot = shared.slot(record.instance);
-            let _changing = slot.changing.lock().await;
-            if found.alive
-                && let Some(machine) = shared.adopt_one(&slot, &found.dir).await?
-            {
-                adopted.push(machine.now());
-                continue;
+            ours.push(record.instance);
+        }
+        // Side by side, so that those whose keepers do not answer take no longer than one.
+        let each = ours.into_iter().map(|id| async move { (id, shared.take_over(id).await) });
+        for (instance, outcome) in futures::future::join_all(each).await {
+            match outcome {
+                Ok(now) => adopted.extend(now),
+                Err(e) => {
+                    tracing::error!(%instance, error = %e, context = e.context, "a guest cannot be adopted now; it is tried again");
+                    tokio::spawn(Shared::take_over_later(Arc::downgrade(shared), instance));
+                }
             }
-            // It ended while nobody watched.
-            launch::remove_sockets(&found.dir);
-            keeper::wait_gone(&found.dir).await?;
-            tpm::end(&found.dir).await?;
-            launch::drop_links(&record)?;
-            Groups::of(&record.daemon_id, record.instance).remove(&shared.cgroups).await?;
         }
         Ok(adopted)
     }
@@ -631,6 +684,10 @@ impl GuestDriver for QemuDriver {
 
     fn quiesce(&self) -> Option<&dyn Quiesce> {
         Some(self)
+    }
+
+    fn warnings(&self) -> Vec<String> {
+        self.shared.silence.warnings()
     }
 
     fn events(&self) -> mpsc::Receiver<Observed> {

@@ -11,12 +11,12 @@ use crate::{
     saved, tpm,
 };
 use karst_guest::{
-    Observed,
+    Observed, Silence,
     keeper::{End, Exit, Keeper, Requested},
 };
 use karst_host::cgroup::Cgroups;
 use karst_model::{
-    Error, Result,
+    Error, ErrorKind, Result,
     instance::{ExitReason, RuntimeState},
 };
 use serde_json::{Value, json};
@@ -184,6 +184,7 @@ pub(crate) fn own(
     keeper: Keeper,
     observed: Observed,
     cgroups: Arc<Cgroups>,
+    silence: Arc<Silence>,
     tell: Tell,
 ) -> Arc<Machine> {
     let (requests, receiver) = mpsc::channel(16);
@@ -204,6 +205,7 @@ pub(crate) fn own(
         full: None,
         heard: None,
         cgroups,
+        silence,
         tell,
     };
     tokio::spawn(owner.run(receiver));
@@ -227,6 +229,7 @@ struct Owner {
     /// Reason of the `SHUTDOWN` event.
     heard: Option<String>,
     cgroups: Arc<Cgroups>,
+    silence: Arc<Silence>,
     tell: Tell,
 }
 
@@ -239,11 +242,13 @@ async fn next(events: &mut Option<mpsc::Receiver<Event>>) -> Option<Event> {
 
 impl Owner {
     async fn run(mut self, mut requests: mpsc::Receiver<(Ask, oneshot::Sender<Result<()>>)>) {
-        let watched = self.machine.keeper.clone();
+        let (watched, instance) = (self.machine.keeper.clone(), self.machine.record().instance);
+        let silence = self.silence.clone();
         let watch = |after: Duration| {
-            let keeper = watched.clone();
+            let (keeper, silence) = (watched.clone(), silence.clone());
             Box::pin(async move {
                 tokio::time::sleep(after).await;
+                silence.over(instance).await;
                 keeper.wait_exit().await
             })
         };
@@ -267,6 +272,10 @@ impl Owner {
             tokio::select! {
                 end = &mut ended => match end {
                     Ok(end) => return self.finish(end).await,
+                    Err(e) if e.is(ErrorKind::Timeout) => {
+                        silence.note(instance, watched.dir());
+                        ended = watch(Duration::ZERO);
+                    }
                     Err(e) => {
                         tracing::warn!(instance = %self.machine.record().instance, error = %e, context = e.context, "watching a guest failed");
                         ended = watch(Duration::from_secs(1));

@@ -55,6 +55,43 @@ async fn out(driver: &dyn GuestDriver, guest: &ResolvedGuest, script: &str) -> S
     ran.stdout.trim().to_owned()
 }
 
+/// A machine whose keeper hangs is adopted, shown as what it is, and ended.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_keeper_that_does_not_answer_keeps_nobody_from_its_machine() {
+    use karst_guest::keeper;
+    use rustix::process::{Pid, Signal, kill_process};
+    let Some(place) = Place::small("keeper") else { return };
+    let guest = place.guest(1);
+    let id = guest.instance;
+    place.driver().start(&guest).await.unwrap();
+    let pid = Pid::from_raw(keeper::read_status(&guest.state_dir).unwrap().keeper_pid as i32).unwrap();
+    kill_process(pid, Signal::STOP).unwrap();
+
+    let driver = place.driver();
+    let adopted = driver.adopt().await.unwrap();
+    assert_eq!(
+        adopted.iter().map(|o| (o.instance, o.state)).collect::<Vec<_>>(),
+        [(id, RuntimeState::Running)]
+    );
+    assert!(driver.warnings().iter().any(|w| w.contains(&id.to_string())), "{:?}", driver.warnings());
+    driver.pause(id).await.unwrap();
+    assert_eq!(driver.observe(id).await.unwrap().state, RuntimeState::Paused);
+    driver.resume(id).await.unwrap();
+
+    kill_process(pid, Signal::CONT).unwrap();
+    let end = Instant::now() + Duration::from_secs(120);
+    while !driver.warnings().is_empty() {
+        assert!(Instant::now() < end, "the keeper answers again and that is not seen");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    kill_process(pid, Signal::STOP).unwrap();
+    let mut events = driver.events();
+    assert_eq!(driver.stop(id, StopMode::Force).await.unwrap().state, RuntimeState::Stopped);
+    assert_eq!(events.recv().await.unwrap().state, RuntimeState::Stopped);
+    driver.destroy(id).await.unwrap();
+    assert!(!guest.state_dir.exists() && driver.warnings().is_empty());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_guest_outlives_its_driver() {
     // The contract suite boots a machine in every run; this one, which kills and resets it, is for the long suites.

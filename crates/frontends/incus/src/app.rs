@@ -41,6 +41,8 @@ pub struct App {
     pub sessions: Sessions,
     /// Listeners on the network.
     pub remote: crate::remote::Remote,
+    /// What was answered.
+    pub served: crate::routes::Served,
     /// JSON of instances, valid as long as the engine's view is the same object.
     rendered: Mutex<HashMap<InstanceId, (Arc<InstanceView>, Bytes)>>,
 }
@@ -53,6 +55,7 @@ impl App {
             info,
             sessions: Sessions::default(),
             remote: Default::default(),
+            served: Default::default(),
             rendered: Mutex::default(),
         })
     }
@@ -148,6 +151,16 @@ impl Call {
         let wanted = self.header(IF_MATCH.as_str());
         Etag::of(view, id, version).demand(wanted)?;
         Ok(wanted.filter(|w| !w.trim().is_empty() && w.trim() != "*").map(|_| version))
+    }
+
+    /// Demands that the body says nothing.
+    ///
+    /// # Errors
+    /// Too large, or invalid.
+    pub async fn bodiless(self) -> Result<Taken> {
+        request::nothing(self.request.into_body()).await?;
+        let Self { app, context, certificate, params, query, .. } = self;
+        Ok(Taken { app, context, certificate, params, query })
     }
 
     /// Takes the body as a JSON object.

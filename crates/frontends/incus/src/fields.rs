@@ -192,9 +192,6 @@ impl Fields {
         }
         Ok(())
     }
-
-    /// Ends the reading without looking at what is left.
-    pub fn finish_any(self) {}
 }
 
 fn config_of(value: Value, path: &str) -> Result<Config> {

@@ -45,7 +45,7 @@ use karst_model::{Error, Result, access::Principal};
 use remote::Surface;
 use request::{Query, RequestBody};
 use respond::Reply;
-use routes::{Found, State};
+use routes::{Found, State, TABLE};
 use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 use tls::ClientCertificate;
 use tokio::{
@@ -297,11 +297,18 @@ async fn routed(
         return Err(Error::unauthenticated("authentication is required"));
     }
     match routes::find(request.method(), &segments) {
-        Found::Row(State::Done(handler, _), params) => {
-            let (app, context) = (app.clone(), context.clone());
-            handler(Call { app, context, certificate, params, query, request }).await
-        }
-        Found::Row(State::Open(why), _) => Ok(respond::envelope_error(StatusCode::NOT_IMPLEMENTED, why)),
+        Found::Row(place, params) => match TABLE[place].state {
+            State::Done(handler, _) => {
+                let context = context.clone();
+                let call = Call { app: app.clone(), context, certificate, params, query, request };
+                let reply = handler(call).await?;
+                if reply.status().as_u16() < 400 {
+                    app.served.note(place);
+                }
+                Ok(reply)
+            }
+            State::Open(why) => Ok(respond::envelope_error(StatusCode::NOT_IMPLEMENTED, why)),
+        },
         Found::Methods(methods) => {
             let list = methods.iter().map(hyper::Method::as_str).collect::<Vec<_>>().join(", ");
             let mut reply = respond::envelope_error(

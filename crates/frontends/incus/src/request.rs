@@ -291,6 +291,18 @@ pub async fn fields(body: RequestBody) -> Result<Fields> {
     Fields::parse(&bytes(body, JSON_LIMIT).await?)
 }
 
+/// Reads the body of a change that says all by its path: nothing, `null`, or an object without fields.
+///
+/// # Errors
+/// `TooLarge`, or invalid for anything else.
+pub async fn nothing(body: RequestBody) -> Result<()> {
+    let bytes = bytes(body, JSON_LIMIT).await?;
+    match bytes.trim_ascii() {
+        b"" | b"null" => Ok(()),
+        said => Fields::parse(said)?.finish(&[]),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -12,7 +12,14 @@ use crate::{
 };
 use hyper::Method;
 use karst_model::Result;
-use std::{collections::HashMap, pin::Pin, sync::LazyLock};
+use std::{
+    collections::HashMap,
+    pin::Pin,
+    sync::{
+        LazyLock,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 /// What answers a request.
 pub type Handler = fn(Call) -> Pin<Box<dyn Future<Output = Result<Reply>> + Send>>;
@@ -343,12 +350,13 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
 struct Node {
     literal: HashMap<&'static str, Node>,
     parameter: Option<Box<Node>>,
-    methods: Vec<(Method, State)>,
+    /// Methods and their rows, as places in [`TABLE`].
+    methods: Vec<(Method, usize)>,
 }
 
 static TREE: LazyLock<Node> = LazyLock::new(|| {
     let mut root = Node::default();
-    for row in TABLE.iter() {
+    for (place, row) in TABLE.iter().enumerate() {
         let mut node = &mut root;
         for segment in row.path.split('/').filter(|s| !s.is_empty()) {
             node = if segment.starts_with('{') {
@@ -357,15 +365,15 @@ static TREE: LazyLock<Node> = LazyLock::new(|| {
                 node.literal.entry(segment).or_default()
             };
         }
-        node.methods.push((row.method.clone(), row.state));
+        node.methods.push((row.method.clone(), place));
     }
     root
 });
 
 /// What the router found.
 pub enum Found {
-    /// A row and the parameters of the path.
-    Row(State, Vec<String>),
+    /// A row, as its place in [`TABLE`], and the parameters of the path.
+    Row(usize, Vec<String>),
     /// The path is known with these methods only.
     Methods(Vec<Method>),
     /// No such path.
@@ -408,9 +416,33 @@ pub fn find(method: &Method, segments: &[String]) -> Found {
     match walk(&TREE, &joined, &mut parameters) {
         None => Found::Nothing,
         Some(node) => match node.methods.iter().find(|(m, _)| m == method) {
-            Some((_, state)) => Found::Row(*state, parameters.into_iter().map(str::to_owned).collect()),
+            Some((_, place)) => Found::Row(*place, parameters.into_iter().map(str::to_owned).collect()),
             None => Found::Methods(node.methods.iter().map(|(m, _)| m.clone()).collect()),
         },
+    }
+}
+
+/// How often each row was answered with success (below 400) since the start.
+#[derive(Debug)]
+pub struct Served(Box<[AtomicU64]>);
+
+impl Default for Served {
+    fn default() -> Self {
+        Self(TABLE.iter().map(|_| AtomicU64::new(0)).collect())
+    }
+}
+
+impl Served {
+    /// One more of the row at this place of [`TABLE`].
+    pub(crate) fn note(&self, place: usize) {
+        if let Some(count) = self.0.get(place) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Places of the rows that were answered at least once.
+    pub fn places(&self) -> impl Iterator<Item = usize> {
+        self.0.iter().enumerate().filter(|(_, n)| n.load(Ordering::Relaxed) > 0).map(|(place, _)| place)
     }
 }
 

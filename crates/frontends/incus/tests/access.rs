@@ -24,13 +24,13 @@ const OTHER_CERTIFICATE: &str = "MIIBcDCCARWgAwIBAgIUG6HarbvXAkPYfQ0iFG07kfzANWM
     MEYCIQCu0V5WUA8cKVmLY9GILRPOzHd1Mvoh+azaLak59kAoLwIhAOmncpPOisiVY5OEHqNG7cR9YJjri0SGeLmSUuUWFeyQ";
 
 /// What is there to be asked for: an instance, an image with an alias, a network, a pool, a profile, a project.
-struct Names {
+pub struct Names {
     network: String,
-    image: String,
+    pub image: String,
     warning: String,
 }
 
-async fn furnished() -> (Server, Names) {
+pub async fn furnished() -> (Server, Names) {
     let s = Server::start().await;
     s.container("c1", true).await;
     let headers = [("x-incus-aliases", "alias=deb")];
@@ -67,7 +67,7 @@ async fn furnished() -> (Server, Names) {
     (s, Names { network, image, warning })
 }
 
-fn concrete(path: &str, names: &Names, operation: &str) -> String {
+pub fn concrete(path: &str, names: &Names, operation: &str) -> String {
     let of = |collection: &str, name: &str, path: String| {
         path.replace(&format!("{collection}/{{name}}"), &format!("{collection}/{name}"))
     };
@@ -106,12 +106,12 @@ fn concrete(path: &str, names: &Names, operation: &str) -> String {
 }
 
 /// The same, where a method names its object in the query.
-fn addressed(method: &Method, path: String) -> String {
+pub fn addressed(method: &Method, path: String) -> String {
     if method != Method::GET && path.ends_with("/metadata/templates") { path + "?path=x.tpl" } else { path }
 }
 
 /// A body that is well-formed, so that the refusal is about who asks.
-fn body(method: &Method, path: &str, image: &str) -> String {
+pub fn body(method: &Method, path: &str, image: &str) -> String {
     let value = match (method.as_str(), path) {
         ("POST" | "DELETE", "/1.0/karst/access") => json!({"principal": "robot", "role": "user"}),
         ("PUT" | "PATCH", "/1.0/warnings/{uuid}") => json!({"status": "acknowledged"}),
@@ -138,6 +138,10 @@ fn body(method: &Method, path: &str, image: &str) -> String {
         ("POST", "/1.0/networks/{name}/forwards") => json!({"listen_address": "192.0.2.51"}),
         ("POST", "/1.0/karst/instances/{name}/keys") => json!({"keys": ["a"]}),
         ("POST", "/1.0/karst/instances/{name}/reset" | "/1.0/karst/instances/{name}/vnc") => json!({}),
+        // Their paths say all.
+        ("POST", "/1.0/images/{fingerprint}/secret" | "/1.0/images/{fingerprint}/refresh")
+        | ("PUT", "/internal/shutdown") => return String::new(),
+        ("POST", "/internal/recover/import" | "/internal/recover/validate") => json!({"pools": []}),
         ("POST", _) => json!({"name": "n9"}),
         ("PUT" | "PATCH", _) => json!({"description": "x"}),
         _ => return String::new(),

@@ -16,4 +16,5 @@ mod pools;
 mod recover;
 mod remote;
 mod settings;
+mod table;
 mod volumes;

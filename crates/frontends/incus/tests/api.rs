@@ -3,7 +3,7 @@
 
 use crate::common::{Server, expect, next, say, stream_of};
 use hyper::Method;
-use karst_frontend_incus::{extensions, routes};
+use karst_frontend_incus::routes;
 use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Message;
 
@@ -609,6 +609,9 @@ async fn image_aliases_live() {
     s.patch("/1.0/images/aliases/debian%2F12", json!({"description": "mine"})).await.metadata();
     assert_eq!(s.get("/1.0/images/aliases?recursion=1").await.metadata()[0]["description"], "mine");
     s.put("/1.0/images/aliases/debian%2F12", json!({"description": "x"})).await.refused(400);
+    s.put("/1.0/images/aliases/debian%2F12", json!({"target": target})).await.metadata();
+    let replaced = s.get("/1.0/images/aliases/debian%2F12").await.metadata();
+    assert_eq!((&replaced["description"], &replaced["target"]), (&json!(""), &json!(target)), "PUT replaces");
     assert_eq!(s.post("/1.0/images/aliases/debian%2F12", json!({"name": "deb"})).await.status, 201);
     s.get("/1.0/images/aliases/debian%2F12").await.refused(404);
     s.post("/1.0/images/aliases", json!({"name": "x", "target": "00000000"})).await.refused(404);
@@ -741,20 +744,17 @@ async fn karst_paths_answer() {
     .await;
     assert_eq!(s.get("/1.0/images/aliases/deb").await.metadata()["type"], "container");
     s.post("/1.0/karst/images/build", json!({"recipe": "../x"})).await.refused(400);
+    let check = s.get("/1.0/karst/check").await.metadata();
+    assert_eq!((&check["leaks"], &check["sagas"]), (&json!([]), &json!([])), "{check}");
+    let status = s.get("/1.0/karst/status").await.metadata();
+    assert_eq!(
+        (status["daemon"].as_str(), status["hosts"].as_u64(), status["pid"].as_u64()),
+        (Some("5eed00"), Some(1), Some(u64::from(std::process::id())))
+    );
+    assert_eq!(status["host"]["architecture"], host["nodes"][0]["facts"]["architecture"]);
     s.get("/internal/ready").await.metadata();
     s.put("/internal/shutdown", json!({})).await.metadata();
     s.shutdown.recv().await.expect("the server is asked to end");
-}
-
-#[test]
-fn the_document_is_current() {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../docs/incus-api-table.md");
-    let now = routes::document();
-    if std::env::var_os("KARST_BLESS").is_some() {
-        std::fs::write(path, &now).unwrap();
-    }
-    let kept = std::fs::read_to_string(path).unwrap_or_default();
-    assert!(kept == now, "docs/incus-api-table.md is stale: run this test with KARST_BLESS=1");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -779,58 +779,4 @@ async fn the_openapi_document_is_current() {
         }
     }
     assert_eq!(names.len(), routes::TABLE.len());
-}
-
-/// Every path and method of Incus' API stands in the table, and every test that the table names exists.
-#[test]
-fn the_table_is_whole() {
-    let table: Vec<(String, String)> = routes::TABLE
-        .iter()
-        .map(|r| {
-            (
-                r.method.to_string(),
-                r.path
-                    .split('/')
-                    .map(|s| if s.starts_with('{') { "{}" } else { s })
-                    .collect::<Vec<_>>()
-                    .join("/"),
-            )
-        })
-        .collect();
-    let mut unique = table.clone();
-    unique.sort();
-    unique.dedup();
-    assert_eq!(unique.len(), table.len(), "a row stands twice");
-    let api = include_str!("incus-api.txt");
-    assert!(api.lines().count() > 200);
-    for line in api.lines() {
-        let (method, path) = line.split_once(' ').unwrap();
-        assert!(table.contains(&(method.to_owned(), path.to_owned())), "{line} is missing in the table");
-    }
-    let tests = [
-        include_str!("api.rs"),
-        include_str!("backups.rs"),
-        include_str!("images.rs"),
-        include_str!("metadata.rs"),
-        include_str!("networks.rs"),
-        include_str!("oci.rs"),
-        include_str!("pending.rs"),
-        include_str!("pools.rs"),
-        include_str!("clients.rs"),
-        include_str!("recover.rs"),
-        include_str!("remote.rs"),
-        include_str!("settings.rs"),
-        include_str!("volumes.rs"),
-    ]
-    .concat();
-    let named = routes::TABLE
-        .iter()
-        .filter_map(|r| match r.state {
-            routes::State::Done(_, test) => Some(test),
-            routes::State::Open(_) => None,
-        })
-        .chain(extensions::TESTED.iter().map(|(_, test)| *test));
-    for test in named {
-        assert!(tests.contains(&format!("fn {test}(")), "the test {test} does not exist");
-    }
 }

@@ -97,6 +97,13 @@ async fn backups_of_volumes_live() {
     assert_eq!(made["resources"]["backups"][0], format!("{all}/b"));
     let view = s.get(&format!("{all}/b")).await.metadata();
     assert_eq!((view["volume_only"].as_bool(), view.get("instance_only")), (Some(false), None));
+    s.done(s.post(&all, json!({"name": "b2", "volume_only": true})).await).await;
+    s.post(&format!("{all}/b2"), json!({"name": "b"})).await.refused(409);
+    s.done(s.post(&format!("{all}/b2"), json!({"name": "b3"})).await).await;
+    assert_eq!(s.get(&all).await.metadata(), json!([format!("{all}/b"), format!("{all}/b3")]));
+    s.done(s.delete(&format!("{all}/b3")).await).await;
+    s.delete(&format!("{all}/b3")).await.refused(404);
+    assert_eq!(s.get(&format!("{all}?recursion=1")).await.metadata().as_array().unwrap().len(), 1);
     let file = s.get(&format!("{all}/b/export")).await.body;
     let headers = [FILE, ("x-incus-name", "copy")];
     s.done(s.send(Method::POST, POOL, &headers, file.clone()).await).await;

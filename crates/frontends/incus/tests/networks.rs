@@ -115,6 +115,10 @@ async fn network_acls_live() {
         (web["description"].as_str(), web["egress"][0]["state"].as_str()),
         (Some("e"), Some("enabled"))
     );
+    let sets = s.get("/1.0/network-address-sets").await.metadata();
+    assert_eq!(sets, json!(["/1.0/network-address-sets/office"]));
+    let sets = s.get("/1.0/network-address-sets?recursion=1&filter=name+eq+office").await.metadata();
+    assert_eq!(sets[0]["addresses"], json!(["192.0.2.0/28", "198.51.100.1-198.51.100.9"]));
     assert_eq!(
         s.get("/1.0/network-address-sets/office").await.metadata()["used_by"],
         json!(["/1.0/network-acls/web"])

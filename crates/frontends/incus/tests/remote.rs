@@ -486,6 +486,13 @@ async fn warnings_live() {
     s.put(&path, json!({"status": "resolved"})).await.refused(400);
     assert_eq!(s.patch(&path, json!({"status": "acknowledged"})).await.status, 200);
     assert_eq!(s.get(&path).await.metadata()["status"], "acknowledged");
+    // As clients do it: the whole of what they got goes back.
+    let mut whole = s.get(&path).await.metadata();
+    whole["status"] = json!("new");
+    s.put(&path, whole).await.metadata();
+    assert_eq!(s.get(&path).await.metadata()["status"], "new");
+    let more = s.put(&path, json!({"status": "acknowledged", "statu": "x"})).await.refused(400);
+    assert!(more.contains("status"), "{more}");
     // It comes again while its reason lasts.
     assert_eq!(s.delete(&path).await.status, 200);
     assert_eq!(first("new").await["uuid"], found["uuid"]);

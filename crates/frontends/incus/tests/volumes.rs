@@ -31,6 +31,7 @@ async fn custom_volumes_live() {
         (json!({"name": "a b"}), 400),
         (json!({"name": "x", "content_type": "weird"}), 400),
         (json!({"name": "x", "config": {"sise": "1GiB"}}), 400),
+        (json!({"name": "x", "source": {"type": "none", "sise": 1}}), 400),
         (json!({"name": "x", "config": {"size": "big"}}), 400),
         (json!({"name": "x", "type": "container"}), 400),
         (json!({}), 400),
@@ -200,6 +201,14 @@ async fn snapshots_of_instances_live() {
         (snap["expires_at"].as_str(), snap["config"]["user.a"].as_str()),
         (Some("2100-01-01T00:00:00Z"), Some("b"))
     );
+    // PATCH keeps what it does not say; PUT does not.
+    s.done(s.patch(&format!("{ALL}/snap0"), json!({})).await).await;
+    assert_eq!(s.get(&format!("{ALL}/snap0")).await.metadata()["expires_at"], "2100-01-01T00:00:00Z");
+    s.done(s.patch(&format!("{ALL}/snap0"), json!({"expires_at": "2101-01-01T00:00:00Z"})).await).await;
+    assert_eq!(s.get(&format!("{ALL}/snap0")).await.metadata()["expires_at"], "2101-01-01T00:00:00Z");
+    s.done(s.put(&format!("{ALL}/snap0"), json!({})).await).await;
+    assert_eq!(s.get(&format!("{ALL}/snap0")).await.metadata()["expires_at"], "0001-01-01T00:00:00Z");
+    s.patch(&format!("{ALL}/snap0"), json!({"expires_at": "soon"})).await.refused(400);
     // Back to the first, running as it was; the later one stays.
     s.put("/1.0/instances/c1", json!({"restore": "nope"})).await.refused(404);
     s.done(s.put("/1.0/instances/c1", json!({"restore": "c1/first", "stateful": false})).await).await;
@@ -245,6 +254,11 @@ async fn snapshots_of_volumes_live() {
         .await
         .metadata();
     s.put(&format!("{all}/one"), json!({"expires_at": "2100-01-01T00:00:00Z"})).await.metadata();
+    s.patch(&format!("{all}/one"), json!({"description": "first"})).await.metadata();
+    let one = s.get(&format!("{all}/one")).await.metadata();
+    assert_eq!((&one["expires_at"], &one["description"]), (&json!("2100-01-01T00:00:00Z"), &json!("first")));
+    s.patch(&format!("{all}/one"), json!({"descripton": "x"})).await.refused(400);
+    s.patch(&format!("{all}/nope"), json!({"description": "x"})).await.refused(404);
     s.done(s.post(&all, json!({})).await).await;
     let list = s.get(&format!("{all}?recursion=1")).await.metadata();
     assert_eq!((list[0]["name"].as_str(), list[1]["name"].as_str()), (Some("data/one"), Some("data/snap0")));

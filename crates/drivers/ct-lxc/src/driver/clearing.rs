@@ -99,6 +99,14 @@ impl Shared {
         });
     }
 
+    /// Ends a container whose keeper does not answer: by the keeper's own end, which the guest follows.
+    pub(super) async fn stop_silent(&self, running: &Running) -> Result<()> {
+        tracing::warn!(instance = %running.record.instance, "ending a guest with its keeper, which does not answer");
+        keeper::end_keeper(&running.dir)?;
+        self.silence.forget(running.record.instance);
+        keeper::wait_gone(&running.dir).await
+    }
+
     /// Ends a container at once.
     pub(super) async fn stop_force(&self, running: &Running) -> Result<()> {
         running.keeper.mark(Requested::Force).await?;

@@ -161,6 +161,7 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         let (guests, options, id) = (self.guests.clone(), self.options(), self.daemon_id.clone());
+        let place = guests.clone();
         // Drop may run inside a runtime: this has one of its own.
         let cleared = std::thread::spawn(move || {
             tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
@@ -173,6 +174,7 @@ impl Drop for Place {
                 }
                 let cgroups = karst_host::cgroup::Cgroups::detect().unwrap();
                 let _ = cgroups.remove(&format!("karst-{id}")).await;
+                let _ = karst_ct_lxc::locks::leave(&place);
             })
         });
         let _ = cleared.join();

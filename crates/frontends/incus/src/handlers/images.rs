@@ -239,6 +239,7 @@ pub async fn export(call: Call) -> Result<Reply> {
 /// Those of the engine.
 pub async fn secret(call: Call) -> Result<Reply> {
     by_fingerprint(&call)?;
+    let call = call.bodiless().await?;
     running(&call.engine().image_secret(&call.context, call.project(), call.param(0))?)
 }
 
@@ -248,6 +249,7 @@ pub async fn secret(call: Call) -> Result<Reply> {
 /// Those of the engine.
 pub async fn refresh(call: Call) -> Result<Reply> {
     by_fingerprint(&call)?;
+    let call = call.bodiless().await?;
     running(&call.engine().image_refresh(&call.context, call.project(), call.param(0)).await?)
 }
 

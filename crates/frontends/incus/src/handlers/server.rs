@@ -199,6 +199,7 @@ pub async fn ready(call: Call) -> Result<Reply> {
 /// stop: the server ends all the same.
 pub async fn shutdown(call: Call) -> Result<Reply> {
     call.context.demand_server(Permission::ServerEdit)?;
+    let call = call.bodiless().await?;
     let Some(tell) = call.app.info.shutdown.clone() else {
         return Err(Error::unsupported("this server is stopped by its launcher"));
     };

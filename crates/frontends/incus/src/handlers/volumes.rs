@@ -223,7 +223,20 @@ pub async fn create(call: Call) -> Result<Reply> {
 fn copied(mut source: Fields, project: &str) -> Result<Option<CopyVolume>> {
     let kind = source.text("type")?.filter(|k| !k.is_empty() && k != "none");
     let Some(kind) = kind else {
-        source.finish_any();
+        // Clients send all that they know, empty.
+        source.finish(&[
+            "name",
+            "pool",
+            "project",
+            "volume_only",
+            "refresh",
+            "refresh_exclude_older",
+            "mode",
+            "location",
+            "certificate",
+            "operation",
+            "secrets",
+        ])?;
         return Ok(None);
     };
     if kind != "copy" {

@@ -10,6 +10,20 @@ use crate::{
 use karst_engine::Engine;
 use karst_model::{Error, Result, warning::Warning};
 
+/// What views show of a warning and changes carry back without meaning.
+const READ_ONLY: &[&str] = &[
+    "uuid",
+    "location",
+    "project",
+    "type",
+    "count",
+    "first_seen_at",
+    "last_seen_at",
+    "last_message",
+    "severity",
+    "entity_url",
+];
+
 fn view<'a>(engine: &Engine, w: &'a Warning) -> WarningView<'a> {
     WarningView {
         status: w.status.as_str(),
@@ -65,7 +79,7 @@ pub async fn change(call: Call) -> Result<Reply> {
     let id = id(&call)?;
     let (call, mut f) = call.fields().await?;
     let status = f.need_text("status")?;
-    f.finish_any();
+    f.finish(READ_ONLY)?;
     let seen = match status.as_str() {
         "acknowledged" => true,
         "new" => false,

@@ -8,13 +8,19 @@ use hyper_util::rt::TokioIo;
 use karst_agent::simulated::{SimulatedAgent, SimulatedOptions};
 use karst_engine::{Agents, Context, Engine, EngineConfig};
 use karst_env::RealEnv;
-use karst_frontend_incus::{App, Identity, ServerInfo, serve, serve_connection};
+use karst_frontend_incus::{
+    App, Identity, ServerInfo,
+    routes::{State, TABLE},
+    serve, serve_connection,
+};
 use karst_model::{ByteSize, NodeId, access::Principal};
 use karst_store::{SqliteStore, Store};
 use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::sync::{Arc, Mutex};
+use std::{path::PathBuf, time::Duration};
 use tokio::net::{UnixListener, UnixStream};
 use tokio_tungstenite::{WebSocketStream, tungstenite::Message};
 
@@ -41,6 +47,8 @@ pub struct Server {
     pub agent: Arc<SimulatedAgent>,
     pub socket: PathBuf,
     pub dir: tempfile::TempDir,
+    /// The test that started it.
+    test: String,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -48,6 +56,51 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.task.abort();
         self.engine.close();
+        let untouched = Touched::end(&self.test, self.app.served.places());
+        if !std::thread::panicking() {
+            let name = &self.test;
+            assert!(
+                untouched.is_empty(),
+                "the table names {name}, which never had an answer of {untouched:#?}"
+            );
+        }
+    }
+}
+
+/// What the servers of a test answered. The rows of the table that name the test are demanded of it when its last server
+/// ends: so each test is checked by itself, whatever else runs, before it or beside it.
+#[derive(Default)]
+struct Touched {
+    running: usize,
+    places: BTreeSet<usize>,
+}
+
+static TOUCHED: Mutex<BTreeMap<String, Touched>> = Mutex::new(BTreeMap::new());
+
+impl Touched {
+    /// A server begins; answers the name of the test, which is that of its thread.
+    fn begin() -> String {
+        let thread = std::thread::current();
+        let name = thread.name().and_then(|n| n.rsplit("::").next()).filter(|n| *n != "main");
+        let name = name.expect("a server is started by the thread of a test").to_owned();
+        assert!(!name.starts_with("tokio"), "a server is started by the test itself, not by a task of it");
+        TOUCHED.lock().unwrap().entry(name.clone()).or_default().running += 1;
+        name
+    }
+
+    /// A server ends; answers the rows that name its test and that none of its servers answered, if it was the last.
+    fn end(test: &str, places: impl Iterator<Item = usize>) -> Vec<String> {
+        let mut all = TOUCHED.lock().unwrap_or_else(|e| e.into_inner());
+        let Some(touched) = all.get_mut(test) else { return vec![] };
+        touched.places.extend(places);
+        touched.running -= 1;
+        if touched.running > 0 {
+            return vec![];
+        }
+        let rows = TABLE.iter().enumerate().filter(|(place, row)| {
+            matches!(row.state, State::Done(_, named) if named == test) && !touched.places.contains(place)
+        });
+        rows.map(|(_, row)| format!("{} {}", row.method, row.path)).collect()
     }
 }
 
@@ -61,6 +114,10 @@ impl Answer {
     pub fn json(&self) -> Value {
         serde_json::from_slice(&self.body)
             .unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&self.body)))
+    }
+    /// As [`Self::json`], null where the body is something else.
+    pub fn json_or_null(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_default()
     }
     pub fn metadata(&self) -> Value {
         assert!(self.status < 300, "{}: {}", self.status, String::from_utf8_lossy(&self.body));
@@ -80,6 +137,7 @@ impl Answer {
 
 impl Server {
     pub async fn start() -> Server {
+        let test = Touched::begin();
         let env = RealEnv::shared();
         let store: Arc<dyn Store> = Arc::new(SqliteStore::memory(env.clone()).unwrap());
         let options = SimulatedOptions {
@@ -111,7 +169,7 @@ impl Server {
             ServerInfo { version: "test".into(), name: "node1".into(), shutdown: Some(tell), identity };
         let app = App::new(engine.clone(), info);
         let task = tokio::spawn(serve(app.clone(), listener));
-        Server { app, engine, shutdown, agent, socket, dir, task }
+        Server { app, engine, shutdown, agent, socket, dir, test, task }
     }
 
     pub async fn raw(&self, request: Request<Full<Bytes>>) -> Answer {
