@@ -330,10 +330,12 @@ calls! {
         if state.machine_states.contains_key(&(instance, snapshot)) {
             return Ok(());
         }
-        if state.arrived.contains(&instance) && !request.memory {
-            return state.set_machine_state(instance, Some(snapshot), true);
-        }
-        let Some(guest) = state.guests.get(&instance) else { return Ok(()) };
+        let Some(guest) = state.guests.get(&instance) else {
+            return match state.arrived.contains(&instance) && !request.memory {
+                true => state.set_machine_state(instance, Some(snapshot), true),
+                false => Ok(()),
+            };
+        };
         if request.memory && guest.state != karst_model::instance::RuntimeState::Paused {
             return Err(Error::conflict("memory is kept of a machine that is paused"));
         }

@@ -113,7 +113,10 @@ async fn custom_volumes_live() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn file_systems_are_still_around_snapshots() {
     let s = Server::start().await;
-    let machine = json!({"name": "v1", "type": "virtual-machine", "source": {"type": "none"}, "start": true});
+    let config = json!({"migration.stateful": "true"});
+    let machine = json!({
+        "name": "v1", "type": "virtual-machine", "source": {"type": "none"}, "start": true, "config": config,
+    });
     s.done(s.post("/1.0/instances", machine).await).await;
     const ALL: &str = "/1.0/instances/v1/snapshots";
     let calls = || (s.agent.count("guest_quiesce"), s.agent.count("guest_thaw"));

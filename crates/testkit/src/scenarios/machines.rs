@@ -6,7 +6,7 @@ use super::{
 };
 use karst_engine::{
     backups::import::ImportInstance,
-    compute::{create::CreateInstance, power::PowerRequest},
+    compute::create::CreateInstance,
     snapshots::{Origin, create::CreateSnapshot},
 };
 use karst_model::{
@@ -48,12 +48,12 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         ),
         scenario!(
             "content-refresh",
-            "of a machine whose original runs, and that keeps its memory",
+            "of a machine whose original runs, and that ran itself",
             |w| {
                 machine(w).await?;
                 done(w, snapshot(w, OF_C1, "s1").await).await?;
                 done(w, copy(w, None, true).await).await?;
-                let stop = PowerRequest { force: false, stateful: true, ..power(PowerAction::Stop) };
+                let stop = power(PowerAction::Stop);
                 done(w, w.engine.instance_power(&w.admin, "default", "c2", stop).await).await?;
                 let of = Origin::Instance { project: "default", name: "c2" };
                 done(w, snapshot(w, of, "own").await).await?;
