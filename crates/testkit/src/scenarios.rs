@@ -63,6 +63,7 @@ pub fn container(name: &str) -> CreateInstance {
         source: InstanceSource::None,
         start: false,
         target: None,
+        vmid: None,
     }
 }
 

@@ -156,6 +156,7 @@ impl Engine {
                 },
                 start: false,
                 target: None,
+                vmid: None,
             };
             let mut create = plan_create(inner, &records, tx, &project, name.clone(), &create)?;
             create.demand_own_root()?;

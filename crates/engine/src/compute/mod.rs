@@ -22,6 +22,7 @@ pub mod slots;
 pub(crate) mod states;
 pub mod templates;
 pub mod update;
+pub(crate) mod vmids;
 
 use crate::{Engine, EngineInner, InstanceView, Records, Row, context::Context};
 use karst_model::{
