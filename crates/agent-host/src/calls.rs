@@ -719,7 +719,7 @@ calls! {
     }
     read session_wait(me, session: SessionId) -> i32 { me.sessions.get(session)?.wait().await }
     read session_close(me, session: SessionId) -> () {
-        me.sessions.close(session);
+        me.sessions.close(session).await;
         Ok(())
     }
     read console_attach(me, request: ConsoleAttach) -> WithFds<SessionId> { me.console(request).await }
