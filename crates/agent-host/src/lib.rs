@@ -16,6 +16,7 @@ mod descriptions;
 mod facts;
 pub mod ids;
 mod logs;
+mod machines;
 mod nics;
 mod nodes;
 mod policy;

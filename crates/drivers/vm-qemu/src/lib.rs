@@ -29,6 +29,7 @@ mod saved;
 pub mod seed;
 mod share;
 mod states;
+mod still;
 mod tpm;
 
 pub use driver::{QemuDriver, QemuOptions};

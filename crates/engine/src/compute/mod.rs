@@ -19,6 +19,7 @@ pub mod refresh;
 pub mod relocate;
 pub mod shutdown;
 pub mod slots;
+pub(crate) mod states;
 pub mod templates;
 pub mod update;
 pub(crate) mod vmids;
