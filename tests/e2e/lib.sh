@@ -125,6 +125,18 @@ start_platform() {
     launcher=$!
 }
 
+# debian_image container|vm: Debian's image of that kind, by its usual alias. KARST_TEST_IMAGES, for who writes a suite, is a
+# directory of those that tests/lab/guest-images has made.
+debian_image() {
+    local alias=debian/12 made=${KARST_TEST_IMAGES:+$KARST_TEST_IMAGES/$1}
+    [ "$1" = container ] || alias=debian/12/vm
+    if [ -z "$made" ]; then
+        karst image build debian/12 "--$1"
+    else
+        karst image import "$made"/meta-* "$(find "$made" -type f ! -name 'meta-*' ! -name complete)" --alias "$alias"
+    fi
+}
+
 # busybox_image PREFIX: a small container image, made of the busybox at hand, as PREFIX.tar.xz; the same file each time.
 busybox_image() {
     local root=$1/rootfs busybox path

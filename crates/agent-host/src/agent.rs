@@ -195,7 +195,10 @@ impl RealAgent {
                 tracing::info!(instance = %observed.instance, state = ?observed.state, "adopted a guest");
             }
         }
-        for (id, _) in known.into_iter().filter(|(_, record)| record.is_none()) {
+        for (id, record) in known {
+            if record.is_some() || self.registry.arrived(id) {
+                continue;
+            }
             // A directory without a record: its start was not acknowledged, or its end was.
             let cleared = self.clear_unknown(id).await;
             self.unless_failed(

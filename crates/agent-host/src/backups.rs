@@ -15,7 +15,7 @@ use karst_image::{
     unpack::{Answer, Found, Part, Task},
 };
 use karst_model::{
-    BackupId, Error, ErrorKind, Result,
+    BackupId, Error, ErrorKind, Result, SnapshotId,
     storage::VolumeContent,
     template::{Templates, check_name},
 };
@@ -89,6 +89,10 @@ impl RealAgent {
             return Ok(BackupFacts { size: there.len(), index: serde_json::Value::Null });
         }
         let at = request.volume;
+        let _machine = match &request.machine {
+            Some(machine) => Some(self.lock(machine.instance.0).await),
+            None => None,
+        };
         let _lock = self.lock(at.volume.0).await;
         let pool = self.pool(at.pool)?;
         if request.kind == BackupKind::Raw {
@@ -105,8 +109,12 @@ impl RealAgent {
 
         let config = request.index.get("config").cloned().unwrap_or_default();
         let mut texts = vec![("backup/index.yaml".to_owned(), Some(yaml(&request.index)?))];
-        for (name, snapshot) in &request.snapshots {
-            if let Some(directory) = request.kind.directory(Some(name)) {
+        for (n, (name, snapshot)) in request.snapshots.iter().enumerate() {
+            let own = request.machine.as_ref().and_then(|m| m.snapshots.get(n));
+            let own = own.map(|(at, tpm)| (Some(*at), tpm.clone()));
+            if let Some(directory) = request.kind.directory(Some(name))
+                && !self.pack_machine(&request, own, &mut texts, &directory, &file).await?
+            {
                 texts.push((directory, None));
             }
             let reading = contents(&*pool)?.read(at.volume, Some(*snapshot)).await?;
@@ -114,7 +122,10 @@ impl RealAgent {
             self.pack(&request, std::mem::take(&mut texts), place, reading, &file, false).await?;
         }
         if let Some(directory) = request.kind.directory(None) {
-            texts.push((directory.clone(), None));
+            let own = request.machine.as_ref().map(|m| (request.at, m.tpm.clone()));
+            if !self.pack_machine(&request, own, &mut texts, &directory, &file).await? {
+                texts.push((directory.clone(), None));
+            }
             texts.push((format!("{directory}/backup.yaml"), Some(yaml(&config)?)));
             if let Some(metadata) = &request.metadata {
                 texts.push((format!("{directory}/metadata.yaml"), Some(yaml(metadata)?)));
@@ -133,6 +144,30 @@ impl RealAgent {
         .await?;
         partial.0 = None;
         Ok(BackupFacts { size, index: serde_json::Value::Null })
+    }
+
+    /// Packs the directory of a virtual machine with what it is beside its disk, after what waits to be packed; `false`
+    /// when it is nothing.
+    async fn pack_machine(
+        &self,
+        request: &BackupCreate,
+        own: Option<(Option<SnapshotId>, Option<String>)>,
+        texts: &mut Vec<(String, Option<String>)>,
+        directory: &str,
+        out: &File,
+    ) -> Result<bool> {
+        let (Some(machine), Some((at, tpm))) = (&request.machine, own) else { return Ok(false) };
+        let Some(room) = self.machine_for_backup(machine, at, tpm).await? else { return Ok(false) };
+        let worker = self.worker().stdout(out.try_clone()?.into());
+        let piece = Piece {
+            texts: std::mem::take(texts),
+            content: Some((directory.to_owned(), Kind::Tree)),
+            compression: request.compression,
+            last: false,
+        };
+        let worker = worker.readable("tree", open(room.path(), false)?);
+        packed(&worker.call("backup-pack", serde_json::to_value(piece)?).await?)?;
+        Ok(true)
     }
 
     async fn pack(
@@ -235,6 +270,10 @@ impl RealAgent {
 
     pub(crate) async fn fill_volume(&self, request: VolumeFill) -> Result<VolumeFilled> {
         let at = request.volume;
+        let _machine = match &request.machine {
+            Some(machine) => Some(self.lock(machine.instance.0).await),
+            None => None,
+        };
         let _lock = self.lock(at.volume.0).await;
         let pool = self.pool(at.pool)?;
         check_content(request.kind, pool.inspect(at.volume).await?.content)?;
@@ -264,7 +303,7 @@ impl RealAgent {
     ) -> Result<VolumeFilled> {
         let filling = contents(pool)?.begin(request.volume.volume).await?;
         let mut templates = Templates::default();
-        let worker = self.worker().stdin(staged).writable("out", open(filling.directory(), false)?);
+        let mut worker = self.worker().stdin(staged).writable("out", open(filling.directory(), false)?);
         if request.kind == BackupKind::Raw {
             let ended = worker.call("store", serde_json::Value::Null).await?;
             stored(&ended)?;
@@ -277,7 +316,21 @@ impl RealAgent {
                 None => request.kind.directory(None),
                 Some(_) => None,
             };
-            let task = Task { part, bounds: BOUNDS, field: "backup".into(), within: Some(within), beside };
+            let (mut wanted, mut room) = (None, None);
+            let directory = request.kind.directory(request.snapshot.as_deref());
+            if let (Some(machine), Some(directory)) = (&request.machine, directory) {
+                let found = self.machine_from_backup(worker, machine, directory)?;
+                worker = found.0;
+                (wanted, room) = (Some(found.1), Some((machine, found.2)));
+            }
+            let task = Task {
+                part,
+                bounds: BOUNDS,
+                field: "backup".into(),
+                within: Some(within),
+                beside,
+                machine: wanted,
+            };
             let ended = worker.call("unpack", serde_json::to_value(task)?).await?;
             match (ended.code, serde_json::from_slice::<Answer>(&ended.stdout)) {
                 (0, Ok(answer)) => {
@@ -285,6 +338,9 @@ impl RealAgent {
                     templates.rules = found.metadata.map(|m| m.templates).unwrap_or_default();
                     templates.files = found.templates;
                     templates.check("backup")?;
+                    if let Some((machine, room)) = &room {
+                        self.take_machine(machine, room.path()).await?;
+                    }
                 }
                 (125, _) => {
                     return Err(Error::internal("the worker that unpacks could not be set up", said(&ended)));

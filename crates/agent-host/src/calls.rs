@@ -187,7 +187,7 @@ impl RealAgent {
         }
         let _volume = self.lock(spec.root.volume.0).await;
         let networks = self.check(&spec).await?;
-        let first = self.guest(id).is_none();
+        let first = self.guest(id).is_none() && !self.registry.arrived(id);
         let record = self.remember(&spec)?;
         let loose = crate::nics::loose(&spec);
         let outcome = async {
@@ -277,6 +277,10 @@ impl RealAgent {
     async fn destroy(&self, id: InstanceId) -> Result<()> {
         let _lock = self.lock(id.0).await;
         let Ok((_, driver)) = self.known(id) else {
+            if self.registry.arrived(id) {
+                self.driver(InstanceKind::VirtualMachine)?.destroy(id).await?;
+                self.forget(id).await?;
+            }
             return Ok(());
         };
         if self.runs(id).await? {
@@ -392,13 +396,6 @@ impl RealAgent {
         driver.machine().ok_or_else(|| {
             Error::unsupported("only virtual machines have a screen, a keyboard and a reset button")
         })
-    }
-
-    /// The driver of virtual machines, also for one that never ran here.
-    fn machines(&self) -> Result<&dyn karst_guest::GuestMachine> {
-        self.driver(InstanceKind::VirtualMachine)?
-            .machine()
-            .ok_or_else(|| Error::unsupported("this host runs no virtual machines"))
     }
 
     async fn display(&self, id: InstanceId) -> Result<WithFds<SessionId>> {
@@ -649,6 +646,20 @@ calls! {
     mutate guest_stop(me, request: GuestStop) -> Observed { me.stop(request).await }
     mutate guest_pause(me, guest: GuestRef) -> Observed { me.freeze(guest, true).await }
     mutate guest_resume(me, guest: GuestRef) -> Observed { me.freeze(guest, false).await }
+    mutate guest_quiesce(me, request: GuestQuiesce) -> u32 {
+        // No lock: a stop by force must get past an agent that is waited for.
+        let (id, limit) = (request.guest.instance, request.limit);
+        match me.meant(request.guest)?.1.quiesce() {
+            Some(driver) => driver.freeze(id, limit).await.map_err(as_state(id)),
+            None => Ok(0),
+        }
+    }
+    mutate guest_thaw(me, guest: GuestRef) -> u32 {
+        match me.meant(guest)?.1.quiesce() {
+            Some(driver) => driver.thaw(guest.instance).await.map_err(as_state(guest.instance)),
+            None => Ok(0),
+        }
+    }
     mutate guest_update(me, spec: GuestSpec) -> Applied { me.update(spec).await }
     mutate machine_state_save(me, request: MachineStateSave) -> () {
         let MachineStateRef { instance, snapshot } = request.at;
@@ -660,6 +671,7 @@ calls! {
         let _lock = me.lock(instance.0).await;
         me.machines()?.state_restore(instance, snapshot, request.memory).await
     }
+    mutate machine_state_copy(me, request: MachineStateCopy) -> () { me.copy_machine(request).await }
     mutate machine_state_delete(me, at: MachineStateRef) -> () {
         let _lock = me.lock(at.instance.0).await;
         me.machines()?.state_delete(at.instance, at.snapshot).await
@@ -708,7 +720,7 @@ calls! {
     }
     read session_wait(me, session: SessionId) -> i32 { me.sessions.get(session)?.wait().await }
     read session_close(me, session: SessionId) -> () {
-        me.sessions.close(session);
+        me.sessions.close(session).await;
         Ok(())
     }
     read console_attach(me, request: ConsoleAttach) -> WithFds<SessionId> { me.console(request).await }

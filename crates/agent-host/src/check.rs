@@ -50,13 +50,12 @@ impl RealAgent {
                 check.leaks.push(format!("guest {id} without its root volume"));
             }
         }
-        let on_disk = self.registry.guests()?;
-        check.leaks.extend(
-            on_disk
-                .iter()
-                .filter(|(id, _)| !guests.contains_key(id))
-                .map(|(id, _)| format!("state directory of an unknown guest {id}")),
-        );
+        for (id, _) in self.registry.guests()?.iter().filter(|(id, _)| !guests.contains_key(id)) {
+            match self.registry.arrived(*id) {
+                true => check.guests.push(*id),
+                false => check.leaks.push(format!("state directory of an unknown guest {id}")),
+            }
+        }
         for claim in self.ids.claims()? {
             let known =
                 claim.owner.parse().is_ok_and(|id| guests.get(&id).is_some_and(|r| r.ids == claim.range));

@@ -17,6 +17,7 @@ mod facts;
 pub mod ids;
 mod kernel;
 mod logs;
+mod machines;
 mod nics;
 mod nodes;
 mod policy;
@@ -35,3 +36,7 @@ pub use agent::{RealAgent, RealOptions};
 pub use policy::HostPolicy;
 pub use registry::set_damaged_aside;
 pub use staging::UploadLimits;
+
+#[cfg(test)]
+#[path = "../../testkit/src/backends.rs"]
+mod backends;

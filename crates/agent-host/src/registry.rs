@@ -8,7 +8,8 @@
 //!   images/ networks/          of their drivers
 //!   staging/ID.PART      0600  parts of images being uploaded
 //!   backups/ID           0600  backups that were made here
-//!   guests/ID/           0711  state of a guest that was started: the driver's, and agent.json
+//!   guests/ID/           0711  state of a guest that was started: the driver's, and agent.json; or, with the
+//!                              mark `arrived`, what a machine is that was not started yet
 //! ```
 //! Ids come over the wire as UUIDs and are written as such: no name of a client ever becomes part of a path. Guests'
 //! records are not synced: after a power cut nothing runs that they could speak of. Pools' are.
@@ -46,6 +47,9 @@ pub(crate) struct GuestRecord {
     #[serde(default)]
     pub lent: Vec<String>,
 }
+
+/// The mark of [`Registry::arrive`].
+const ARRIVED: &str = "arrived";
 
 #[derive(Debug, Clone)]
 pub(crate) struct Registry {
@@ -119,6 +123,20 @@ impl Registry {
         let dir = self.guest_dir(id);
         directory(&dir, 0o711)?;
         write(&dir.join("agent.json"), record, false)
+    }
+
+    /// Makes the directory of a machine that is something before its first start here; it is there for good then.
+    pub fn arrive(&self, id: InstanceId) -> Result<()> {
+        let dir = self.guest_dir(id);
+        directory(&dir, 0o711)?;
+        fs::File::options().write(true).create(true).truncate(false).mode(0o600).open(dir.join(ARRIVED))?;
+        fs::File::open(&dir)?.sync_all()?;
+        Ok(fs::File::open(self.root.join("guests"))?.sync_all()?)
+    }
+
+    /// Is it one of those, or was it?
+    pub fn arrived(&self, id: InstanceId) -> bool {
+        self.guest_dir(id).join(ARRIVED).is_file()
     }
 
     /// Forgets a guest, its directory and all in it.

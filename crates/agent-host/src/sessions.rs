@@ -188,10 +188,18 @@ impl Sessions {
     }
 
     /// Ends and forgets one; an unknown one is over already.
-    pub fn close(&self, id: SessionId) {
+    pub async fn close(&self, id: SessionId) {
         let session = self.open.lock().unwrap().remove(&id);
         if let Some(session) = session {
+            let task = session.task.lock().unwrap().clone();
             session.end();
+            // What it did with a file is over, before anybody closes the stream and that looks like the file's end.
+            for _ in 0..1000 {
+                if task.as_ref().is_none_or(|task| task.is_finished()) {
+                    break;
+                }
+                self.env.sleep(std::time::Duration::from_millis(1)).await;
+            }
         }
     }
 

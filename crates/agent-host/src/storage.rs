@@ -404,8 +404,14 @@ async fn fill(
     let out = || open(filling.directory(), false);
     let first = worker().stdin(source).writable("out", out()?);
     if format == StreamFormat::Tar {
-        let task =
-            Task { part: Part::Root, bounds: BOUNDS, field: "volume".into(), within: None, beside: None };
+        let task = Task {
+            part: Part::Root,
+            bounds: BOUNDS,
+            field: "volume".into(),
+            within: None,
+            beside: None,
+            machine: None,
+        };
         let ended = first.call("unpack", serde_json::to_value(task)?).await?;
         match (ended.code, serde_json::from_slice::<Answer>(&ended.stdout)) {
             (0, Ok(answer)) => karst_model::Result::<karst_image::unpack::Found>::from(answer)?,

@@ -2,6 +2,9 @@
 //! purpose, and must be named; when it is gone, nothing is.
 #![allow(clippy::disallowed_methods)] // a real machine
 
+#[path = "../../testkit/src/backends.rs"]
+mod backends;
+
 use futures::FutureExt;
 use karst_agent::{CallContext, HostAgent};
 use karst_agent_host::{HostPolicy, RealAgent, RealOptions, ids};
@@ -57,8 +60,8 @@ async fn found(agent: &RealAgent, words: &[&str]) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_kind_of_leak_is_named() {
-    if !rustix::process::geteuid().is_root() {
-        return eprintln!("skipped: not root");
+    if !backends::root() {
+        return;
     }
     let dir = tempfile::tempdir().unwrap();
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711)).unwrap();

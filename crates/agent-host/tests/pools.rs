@@ -1,6 +1,9 @@
 //! Pools whose disk comes late: told, tried again, never made anew.
 #![allow(clippy::disallowed_methods)] // a real machine
 
+#[path = "../../testkit/src/backends.rs"]
+mod backends;
+
 use karst_agent::{CallContext, Fence, HostAgent};
 use karst_agent_host::{HostPolicy, RealAgent, RealOptions, ids};
 use karst_env::RealEnv;
@@ -43,8 +46,8 @@ impl Drop for Claims {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pool_whose_disk_comes_late_is_opened_then() {
-    if !rustix::process::geteuid().is_root() {
-        return eprintln!("skipped: not root");
+    if !backends::root() {
+        return;
     }
     let _claims = Claims;
     let dir = tempfile::tempdir().unwrap();

@@ -2,6 +2,9 @@
 //! the agent finds; what it refuses.
 #![allow(clippy::disallowed_methods)] // a real machine, real time
 
+#[path = "../../testkit/src/backends.rs"]
+mod backends;
+
 use futures::FutureExt;
 use karst_agent::{
     CallContext, Fence, HostAgent, ImageBuild, ImagePart, NetworkChoose,
@@ -42,13 +45,12 @@ struct Place {
 
 impl Place {
     fn new() -> Option<Self> {
-        if !rustix::process::geteuid().is_root() {
-            eprintln!("skipped: not root");
+        if !backends::root() {
             return None;
         }
         for tool in ["/usr/bin/lxc-start", "/usr/bin/mmdebstrap", "/usr/sbin/dnsmasq", "/usr/sbin/nft"] {
             if !Path::new(tool).exists() {
-                eprintln!("skipped: {tool} is not installed");
+                backends::missing(&format!("{tool} is not installed"));
                 return None;
             }
         }
@@ -180,7 +182,7 @@ async fn machines() {
         return eprintln!("skipped: set KARST_TEST_VM=1 to run virtual machines");
     }
     if !Path::new("/usr/bin/qemu-system-x86_64").exists() {
-        return eprintln!("skipped: QEMU is not installed");
+        return backends::missing("QEMU is not installed");
     }
     contract_for(InstanceKind::VirtualMachine).await;
 }

@@ -5,11 +5,15 @@
 //! backup/index.yaml
 //! backup/container/{backup.yaml,rootfs/}     backup/snapshots/NAME/rootfs/
 //! backup/virtual-machine/backup.yaml         backup/virtual-machine.img   backup/virtual-machine-snapshots/NAME.img
+//! backup/virtual-machine/{qemu.nvram -> OVMF_VARS_4M.ms.fd,tpm.DEVICE/tpm2-00.permall}, and so of each snapshot
 //! backup/volume/ or backup/volume.img        backup/volume-snapshots/NAME/ or NAME.img
 //! ```
 
 use crate::VolumeRef;
-use karst_model::{BackupId, ByteSize, Name, SnapshotId, backup::Compression, template::Templates};
+use karst_model::{
+    BackupId, ByteSize, InstanceId, Name, SnapshotId, backup::Compression, instance::Firmware,
+    template::Templates,
+};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -85,6 +89,22 @@ pub struct BackupCreate {
     pub templates: BTreeMap<String, String>,
     /// How the file is compressed.
     pub compression: Compression,
+    /// What the virtual machine is beside its disk, which it holds too.
+    #[serde(default)]
+    pub machine: Option<MachineBackup>,
+}
+
+/// What a virtual machine is beside its disk, for a backup: as it was at [`BackupCreate::at`], or is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineBackup {
+    /// Whose.
+    pub instance: InstanceId,
+    /// Which firmware's variables are in use.
+    pub firmware: Firmware,
+    /// Name of the device that is its TPM.
+    pub tpm: Option<String>,
+    /// For each of [`BackupCreate::snapshots`] the snapshot of the instance, and the name of its TPM then.
+    pub snapshots: Vec<(SnapshotId, Option<String>)>,
 }
 
 /// What is known of a backup.
@@ -108,6 +128,22 @@ pub struct VolumeFill {
     pub kind: BackupKind,
     /// The content of this snapshot; `None`: that of the volume itself.
     pub snapshot: Option<Name>,
+    /// The virtual machine that becomes what the backup says beside the disk.
+    #[serde(default)]
+    pub machine: Option<MachineFill>,
+}
+
+/// A virtual machine whose variables and TPM come from a backup.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineFill {
+    /// Which.
+    pub instance: InstanceId,
+    /// Its state at this snapshot; `None`: for its first start.
+    pub at: Option<SnapshotId>,
+    /// Which firmware's variables are those in use.
+    pub firmware: Firmware,
+    /// Name of the device that is its TPM.
+    pub tpm: Option<String>,
 }
 
 /// A part of a disk to be written.

@@ -131,6 +131,7 @@ plain!(
     Vec<(InstanceId, MachineFigures)>,
     serde_json::Value,
     Vec<u8>,
+    u32,
     Vec<VolumeSnapshot>,
     SelfCheck,
     AuditHead,
@@ -323,6 +324,12 @@ agent_calls! {
     mutate fn guest_pause(GuestPause: GuestRef) -> Observed;
     /// Continues a guest.
     mutate fn guest_resume(GuestResume: GuestRef) -> Observed;
+    /// Makes the file systems inside a running virtual machine still and answers how many, for as long as it runs `limit`
+    /// at most. Unavailable or unsupported where no agent inside can; a container's are the host's own, and nothing is
+    /// done. One that is still from an earlier call and paused stays so.
+    mutate fn guest_quiesce(GuestQuiesce: GuestQuiesce) -> u32;
+    /// Lets them go on and answers how many; fine when they were not still. Conflict when they had gone on before.
+    mutate fn guest_thaw(GuestThaw: GuestRef) -> u32;
     /// Applies changed limits to a running guest.
     mutate fn guest_update(GuestUpdate: GuestSpec) -> Applied;
     /// Keeps what a virtual machine is beside its disks with a snapshot: firmware variables, TPM, and the memory of one that
@@ -330,6 +337,10 @@ agent_calls! {
     mutate fn machine_state_save(MachineStateSave: MachineStateSave) -> ();
     /// Makes a virtual machine that does not run what it was at a snapshot, its memory for the next start if asked for.
     mutate fn machine_state_restore(MachineStateRestore: MachineStateRestore) -> ();
+    /// Makes what a virtual machine is beside its disks and memory, now or at a snapshot, that of another one, for its next
+    /// start or at a snapshot of it. Where there is nothing there is nothing then. Conflict when that one runs and is to
+    /// be changed.
+    mutate fn machine_state_copy(MachineStateCopy: MachineStateCopy) -> ();
     /// Drops what is kept with a snapshot; fine when nothing is.
     mutate fn machine_state_delete(MachineStateDelete: MachineStateRef) -> ();
     /// Drops the memory that a virtual machine which does not run keeps over its stop; fine when there is none.
@@ -605,6 +616,15 @@ pub struct GuestRef {
     pub generation: Generation,
 }
 
+/// File systems to be made still.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestQuiesce {
+    /// Of which guest.
+    pub guest: GuestRef,
+    /// For how long at most; two minutes are the longest.
+    pub limit: Duration,
+}
+
 /// A guest to be stopped.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestStop {
@@ -677,6 +697,19 @@ pub struct MachineStateRestore {
     pub at: MachineStateRef,
     /// The memory too, for the next start.
     pub memory: bool,
+}
+
+/// What is to become another machine's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineStateCopy {
+    /// Of which machine.
+    pub from: InstanceId,
+    /// As it was at a snapshot; `None`: now.
+    pub at: Option<SnapshotId>,
+    /// Whose it becomes; another machine.
+    pub to: InstanceId,
+    /// At this snapshot; `None`: for its next start.
+    pub to_at: Option<SnapshotId>,
 }
 
 /// A command of the QEMU guest agent's protocol.

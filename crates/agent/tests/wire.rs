@@ -1,6 +1,9 @@
 //! What the wire does with peers that break its rules, and what a client makes of a host process that dies.
 #![allow(clippy::disallowed_methods)] // the real world's clock is what these tests are about
 
+#[path = "../../testkit/src/backends.rs"]
+mod backends;
+
 use karst_agent::{
     AgentEvent, CallContext, Client, Executor, Fault, Fence, HostAgent, ServerOptions, SimulatedAgent,
     SimulatedOptions, serve,
@@ -368,8 +371,8 @@ async fn bounds_hold() {
 #[tokio::test]
 async fn only_the_users_that_may_connect() {
     // Root always may, so the refusal is seen from a process that is not.
-    if !rustix::process::geteuid().is_root() {
-        return eprintln!("skipped: needs root to become another user");
+    if !backends::root() {
+        return;
     }
     use std::os::unix::{fs::PermissionsExt, process::CommandExt};
     let host = Host::new(ServerOptions { uids: vec![54_321], ..ServerOptions::default() });

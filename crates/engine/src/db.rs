@@ -1,6 +1,6 @@
 //! The transaction that use cases build, and its commit.
 
-use crate::inventory::{Lock, Records, Row, Uses, VMID_KEY};
+use crate::inventory::{Lock, Records, Row, Uses};
 use karst_env::Env;
 use karst_model::{Error, Result};
 use karst_store::{Compare, Record, Requests, Resolved, Revision, Store, Stored, Table, TxnBuilder};
@@ -61,17 +61,12 @@ impl Tx {
         }
     }
 
-    /// Writes down the highest VMID that was ever given out, if need be, because `vmid` comes back now.
-    pub fn retire_vmid(&mut self, records: &Records, vmid: u32) {
-        let (known, revision) = records.vmid_mark;
-        if vmid <= known && revision.is_some() {
-            return;
-        }
+    /// Refused when the plain value at `key` is not of this revision; `None`: when it is there.
+    pub fn expect_raw(&mut self, key: &str, revision: Option<Revision>) {
         self.with(|b| match revision {
-            Some(revision) => b.expect_mod(VMID_KEY, revision),
-            None => b.expect_absent(VMID_KEY),
+            Some(revision) => b.expect_mod(key, revision),
+            None => b.expect_absent(key),
         });
-        self.put_raw(VMID_KEY, records.highest_vmid.max(vmid).to_string());
     }
 
     /// Deletes the record of `row`; refused when it has changed since.

@@ -116,8 +116,11 @@ impl Record for Uses {
     }
 }
 
-/// Last VMID that was given out and may have come back; see [`Records::highest_vmid`].
+/// Last VMID that was drawn and may have come back; see [`Records::highest_vmid`].
 pub(crate) const VMID_KEY: &str = "/karst/v1/meta/highest-vmid";
+
+/// Where each VMID stands that a client chose beyond those that were drawn, and that has come back.
+pub(crate) const RETIRED_VMIDS: &str = "/karst/v1/meta/retired-vmids/";
 
 /// Incarnation of this store: 1, and one more each time when it is restored from a backup, so that no generation that was
 /// ordered after that backup is ordered again.
@@ -172,8 +175,12 @@ pub struct Records {
     locks: BTreeMap<String, Row<Lock>>,
     uses: BTreeMap<String, Row<Uses>>,
     project_names: HashMap<String, ProjectId>,
-    /// Highest VMID that any instance here has or had; at least 99.
+    /// Highest VMID that was drawn for any instance that is or was here; at least 99. Chosen ones may lie above it.
     pub highest_vmid: u32,
+    /// VMIDs of the instances that are here.
+    pub(crate) taken_vmids: BTreeSet<u32>,
+    /// VMIDs that were chosen and have come back.
+    pub(crate) retired_vmids: BTreeSet<u32>,
     /// What the store says of it, and the revision of that: written when a number comes back.
     pub(crate) vmid_mark: (u32, Option<Revision>),
     /// Incarnation of the store; 0 until its first start has written it.
@@ -462,12 +469,16 @@ impl Records {
                 let old = self.instances.get(&id).cloned();
                 if let Some(old) = &old {
                     self.instance_names.remove(&(old.project, old.name.to_string()));
+                    self.taken_vmids.remove(&old.vmid.0);
                 }
                 put!(self.instances, Some(id));
                 let new = self.instances.get(&id).cloned();
                 self.follow_macs(id, old.as_deref().map(|i| &**i), new.as_deref().map(|i| &**i));
                 if let Some(new) = new {
-                    self.highest_vmid = self.highest_vmid.max(new.vmid.0);
+                    self.taken_vmids.insert(new.vmid.0);
+                    if !new.vmid_chosen {
+                        self.highest_vmid = self.highest_vmid.max(new.vmid.0);
+                    }
                     self.instance_names.insert((new.project, new.name.to_string()), id);
                 }
                 Touched::Instance(id)
@@ -517,6 +528,10 @@ impl Records {
                     self.vmid_mark = (value.unwrap_or(99), Some(kv.mod_revision));
                     self.highest_vmid = self.highest_vmid.max(self.vmid_mark.0);
                 }
+                Touched::Nothing
+            }
+            "meta" if key.starts_with(RETIRED_VMIDS) => {
+                self.retired_vmids.extend(key[RETIRED_VMIDS.len()..].parse::<u32>().ok());
                 Touched::Nothing
             }
             "meta" if *key == INCARNATION_KEY => {

@@ -450,14 +450,6 @@ impl EngineInner {
         });
     }
 
-    /// A VMID that nothing has or had, as far as is known here; the transaction takes it or is refused.
-    pub(crate) fn take_vmid(&self, records: &Records) -> karst_model::Vmid {
-        let least = records.highest_vmid + 1;
-        let next = |n: u32| Some(n.max(least) + 1);
-        let before = self.next_vmid.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next);
-        karst_model::Vmid(before.unwrap_or_else(|n| n).max(least))
-    }
-
     pub(crate) fn take_domain_id(&self) -> u32 {
         self.next_domain_id.fetch_add(1, Ordering::Relaxed)
     }

@@ -26,3 +26,7 @@ pub mod sysctl;
 pub mod tap;
 
 pub use exec::{Command, Output, Program, guest_agent, run};
+
+#[cfg(test)]
+#[path = "../../testkit/src/backends.rs"]
+mod backends;

@@ -461,11 +461,7 @@ mod tests {
     use super::*;
 
     fn root() -> bool {
-        let root = rustix::process::geteuid().is_root();
-        if !root {
-            println!("skipped: needs root");
-        }
-        root
+        crate::backends::root()
     }
 
     #[test]

@@ -126,6 +126,7 @@ async fn populate(engine: &Engine, node: &str, guests: u32) -> Result<()> {
             source: InstanceSource::None,
             start: true,
             target: Some(node.to_owned()),
+            vmid: None,
         };
         let (_, operation) = engine.instance_create(&admin, DEFAULT_PROJECT, request).await?;
         if let Some(e) = &operation.ended().await.error {

@@ -2,6 +2,9 @@
 //! combination; who gets in by the sockets; DIR's lock; the simulation.
 #![allow(clippy::disallowed_methods)] // real processes, real time
 
+#[path = "../../testkit/src/backends.rs"]
+mod backends;
+
 use std::{
     collections::BTreeMap,
     fs,
@@ -63,8 +66,7 @@ impl Karstd {
 
     /// The same, with something else about its process.
     fn start_as(extra: &[&str], change: impl FnOnce(&mut Command)) -> Option<Self> {
-        if !rustix::process::geteuid().is_root() && extra.is_empty() {
-            eprintln!("skipped: needs root");
+        if extra.is_empty() && !backends::root() {
             return None;
         }
         let base = tempfile::Builder::new().prefix("karstd-").tempdir().unwrap();
@@ -567,8 +569,8 @@ fn members_of_the_group_get_in_and_strangers_do_not() {
     const GROUP: u32 = 64_917;
     const MEMBER: u32 = 64_918;
     const STRANGER: u32 = 64_919;
-    if !rustix::process::geteuid().is_root() {
-        return eprintln!("skipped: needs root to become somebody else");
+    if !backends::root() {
+        return;
     }
     // A machine that has the group, for the daemon alone: in a mount namespace of its own with another /etc/group.
     let groups = fs::read_to_string("/etc/group").unwrap();
@@ -740,8 +742,8 @@ fn one_launcher_a_directory() {
 
 #[test]
 fn without_root_it_says_what_to_do() {
-    if !rustix::process::geteuid().is_root() {
-        return eprintln!("skipped: needs root to become somebody else");
+    if !backends::root() {
+        return;
     }
     let base = tempfile::tempdir().unwrap();
     fs::set_permissions(base.path(), std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
@@ -781,7 +783,7 @@ fn the_simulation_needs_no_privileges() {
 #[test]
 fn a_policy_that_is_not_roots_is_refused() {
     if Path::new("/etc/karst/host-policy.toml").exists() {
-        return eprintln!("skipped: this machine has a policy of its own");
+        return backends::absent(backends::Optional::NoPolicy);
     }
     let Some(mut karstd) = Karstd::start(&[]) else {
         return;

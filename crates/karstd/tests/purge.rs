@@ -2,6 +2,9 @@
 //! DIR that is a mount point.
 #![allow(clippy::disallowed_methods)] // real processes, real time
 
+#[path = "../../testkit/src/backends.rs"]
+mod backends;
+
 use std::{
     fs,
     os::unix::{fs::PermissionsExt, process::ExitStatusExt},
@@ -48,8 +51,7 @@ impl Drop for Daemon {
 impl Daemon {
     /// `None`, said aloud, without root.
     fn start(mounted: bool) -> Option<Self> {
-        if !rustix::process::geteuid().is_root() {
-            eprintln!("skipped: needs root");
+        if !backends::root() {
             return None;
         }
         let base = tempfile::Builder::new().prefix("karstd-").tempdir().unwrap();

@@ -73,6 +73,19 @@ pub struct Vmid(pub u32);
 impl Vmid {
     /// Smallest and largest VMID, as Proxmox has them.
     pub const RANGE: std::ops::RangeInclusive<u32> = 100..=999_999_999;
+
+    /// A number that a client chose.
+    ///
+    /// # Errors
+    /// Invalid at `field`, when it is none of [`Self::RANGE`].
+    pub fn chosen(field: &str, number: u32) -> crate::Result<Self> {
+        if Self::RANGE.contains(&number) {
+            return Ok(Self(number));
+        }
+        let (first, last) = (Self::RANGE.start(), Self::RANGE.end());
+        let text = format!("{number} is not a VMID; they go from {first} to {last}");
+        Err(crate::Error::invalid(field, text))
+    }
 }
 
 impl fmt::Display for Vmid {

@@ -153,6 +153,9 @@ pub struct Instance {
     pub name: Name,
     /// Proxmox' number.
     pub vmid: Vmid,
+    /// Was it chosen by the client? The others are drawn in order.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub vmid_chosen: bool,
     /// Container or virtual machine.
     pub kind: InstanceKind,
     /// Architecture in Incus' words: `x86_64`.

@@ -439,6 +439,15 @@ pub const INSTANCE_KEYS: &[Key] = &[
         "Names of snapshots: %d is the next number, {{ creation_date }} the time.",
     ),
     key(
+        "snapshots.quiesce",
+        OneOf(crate::snapshot::Quiesce::WORDS),
+        VirtualMachine,
+        "no",
+        true,
+        "Make the file systems inside still, by the guest's agent, before a snapshot, copy or backup of the running machine is \
+         taken: no, try (a warning where the agent cannot), require (nothing is taken without). Not with its memory.",
+    ),
+    key(
         "snapshots.schedule",
         Schedule,
         Any,

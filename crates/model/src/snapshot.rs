@@ -1,8 +1,44 @@
 //! Snapshots: nodes of a tree per instance, and of custom volumes.
 
-use crate::{ByteSize, Config, InstanceId, Name, ProfileId, SnapshotId, VolumeId, device::Devices};
+use crate::{
+    ByteSize, Config, Error, InstanceId, Name, ProfileId, Result, SnapshotId, VolumeId, device::Devices,
+};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+
+/// The key of instances that says [`Quiesce`].
+pub const QUIESCE: &str = "snapshots.quiesce";
+
+/// Are file systems inside a running virtual machine made still before a snapshot is taken of it, by the agent inside?
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Quiesce {
+    /// No: the snapshot is what a power cut would leave.
+    #[default]
+    No,
+    /// Where the agent can; a warning where it cannot.
+    Try,
+    /// There is no snapshot without.
+    Require,
+}
+
+impl Quiesce {
+    /// Its words.
+    pub const WORDS: &[&str] = &["no", "try", "require"];
+
+    /// Parses one.
+    ///
+    /// # Errors
+    /// Invalid at `field`.
+    pub fn parse(field: &str, text: &str) -> Result<Self> {
+        match text {
+            "no" => Ok(Self::No),
+            "try" => Ok(Self::Try),
+            "require" => Ok(Self::Require),
+            _ => Err(Error::invalid(field, format!("{text:?} is none of: {}", Self::WORDS.join(", ")))),
+        }
+    }
+}
 
 /// A node of an instance's snapshot tree: its parent, the configuration of that moment, one volume snapshot per owned
 /// disk and, optionally, RAM with TPM and NVRAM.

@@ -145,14 +145,12 @@ impl Drop for SmallDisk {
 
 #[test]
 fn a_full_disk_refuses_changes_keeps_everything_and_recovers() {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("skipped: not root, cannot mount a small file system");
+    if !common::backends::root() {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
     if let Err(error) = mount("tmpfs", directory.path(), "tmpfs", MountFlags::empty(), c"size=2m") {
-        eprintln!("skipped: cannot mount a small file system: {error}");
-        return;
+        return common::backends::missing(&format!("a small file system cannot be mounted: {error}"));
     }
     let disk = SmallDisk(directory);
     block_on(async {

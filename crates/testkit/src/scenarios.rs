@@ -63,6 +63,7 @@ pub fn container(name: &str) -> CreateInstance {
         source: InstanceSource::None,
         start: false,
         target: None,
+        vmid: None,
     }
 }
 
@@ -212,6 +213,20 @@ async fn copy(w: &World, snapshot: Option<&str>, start: bool) -> Result<LiveOper
     Ok(w.engine.instance_copy(&w.admin, "default", request).await?.1)
 }
 
+/// `c2`, which is a copy of `c1` already.
+async fn refresh(w: &World) -> Result<LiveOperation> {
+    let request = CopyInstance {
+        project: "default".into(),
+        name: "c1".into(),
+        snapshot: None,
+        instance_only: false,
+        refresh: true,
+        exclude_older: false,
+        copy: container("c2"),
+    };
+    Ok(w.engine.instance_copy(&w.admin, "default", request).await?.1)
+}
+
 async fn back_up(w: &World, of: Origin<'_>) -> Result<LiveOperation> {
     let request = CreateBackup { name: Some("kept".into()), ..CreateBackup::default() };
     Ok(w.engine.backup_create(&w.admin, of, request).await?.1)
@@ -266,6 +281,7 @@ macro_rules! scenario {
     };
 }
 
+mod machines;
 mod recover;
 pub use recover::lose;
 
@@ -427,18 +443,7 @@ pub fn all() -> Vec<Scenario> {
                 done(w, snapshot(w, of, "own").await).await?;
                 done(w, set_power(w, PowerAction::Start).await).await
             },
-            |w| {
-                let request = CopyInstance {
-                    project: "default".into(),
-                    name: "c1".into(),
-                    snapshot: None,
-                    instance_only: false,
-                    refresh: true,
-                    exclude_older: false,
-                    copy: container("c2"),
-                };
-                Ok(w.engine.instance_copy(&w.admin, "default", request).await?.1)
-            }
+            |w| refresh(w).await
         ),
         scenario!(
             "content-refresh",
@@ -826,6 +831,7 @@ pub fn all() -> Vec<Scenario> {
             }
         ),
     ];
+    all.extend(machines::scenarios());
     all.extend(recover::scenarios());
     all
 }

@@ -22,7 +22,7 @@ use karst_engine::{
 };
 use karst_env::SeededEnv;
 use karst_model::{
-    Config, Error, ErrorKind, Result,
+    Config, Error, ErrorKind, Result, Vmid,
     device::Devices,
     guest::{ExecRequest, FileKind, FileWrite},
     instance::{InstanceKind, PowerAction},
@@ -160,6 +160,9 @@ fn cases() -> Vec<Case> {
         "wrong device name" => Invalid, "devices.a b", "", |w| w.engine.instance_create(&w.admin, P, with_device("a b", &[("type", "none")]));
         "missing image" => NotFound, "", "nope", |w| w.engine.instance_create(&w.admin, P, CreateInstance { source: InstanceSource::Image("nope".into()), ..container("new") });
         "image of the other kind" => Invalid, "source.alias", "container", |w| w.engine.instance_create(&w.admin, P, CreateInstance { kind: InstanceKind::VirtualMachine, source: InstanceSource::Image("debian/12".into()), ..container("new") });
+        "VMID of another" => Conflict, "vmid", "100 is taken", |w| w.engine.instance_create(&w.admin, P, CreateInstance { vmid: Some(Vmid(100)), ..container("new") });
+        "VMID below the range" => Invalid, "vmid", "100 to 999999999", |w| w.engine.instance_create(&w.admin, P, CreateInstance { vmid: Some(Vmid(99)), ..container("new") });
+        "VMID above the range" => Invalid, "vmid", "100 to 999999999", |w| w.engine.instance_create(&w.admin, P, CreateInstance { vmid: Some(Vmid(1_000_000_000)), ..container("new") });
         "missing node" => NotFound, "target", "nope", |w| w.engine.instance_create(&w.admin, P, CreateInstance { target: Some("nope".into()), ..container("new") });
         // Changing them.
         "update of a missing one" => NotFound, "", "nope", |w| w.engine.instance_update(&w.admin, P, "nope", update(&[], Devices::new()));

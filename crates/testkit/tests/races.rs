@@ -14,7 +14,7 @@ use karst_engine::{
 };
 use karst_env::{Env, EnvExt, SeededEnv};
 use karst_model::{
-    Config, Error, ErrorKind, InstanceId,
+    Config, Error, ErrorKind, InstanceId, Vmid,
     device::Devices,
     instance::{InstanceKind, PowerAction, RuntimeState, Status},
     operation::{Operation, OperationState},
@@ -208,6 +208,63 @@ fn a_vmid_never_comes_back() {
         w.engine.instance_create(&w.admin, "default", container("c")).await.unwrap_err();
         make(&w, container("d")).await;
         assert_eq!(w.engine.instance(&w.admin, "default", "d").unwrap().instance.vmid.0, 103);
+    });
+}
+
+#[test]
+fn a_vmid_may_be_chosen_once() {
+    run(6, |mut w| async move {
+        let chosen = |name: &str, n: u32| CreateInstance { vmid: Some(Vmid(n)), ..container(name) };
+        let number =
+            |w: &World, name: &str| w.engine.instance(&w.admin, "default", name).unwrap().instance.vmid.0;
+        make(&w, container("a")).await;
+        make(&w, chosen("far", 5000)).await;
+        make(&w, chosen("next", 102)).await;
+        assert_eq!([number(&w, "far"), number(&w, "next")], [5000, 102]);
+        // What is drawn goes on as before, around them.
+        for (name, n) in [("b", 101), ("c", 103)] {
+            make(&w, container(name)).await;
+            assert_eq!(number(&w, name), n);
+        }
+        // Taken, or given out before: in this life of the engine and in the next.
+        for name in ["far", "a"] {
+            let operation = w.engine.instance_delete(&w.admin, "default", name).await.unwrap();
+            done(&w, operation).await;
+        }
+        for again in [false, true] {
+            if again {
+                w.reopen().await.unwrap();
+            }
+            for (n, part) in [(102, "is taken"), (101, "is taken"), (5000, "before"), (100, "before")] {
+                let request = chosen("x", n);
+                let e = w.engine.instance_create(&w.admin, "default", request).await.unwrap_err();
+                assert!(e.is(ErrorKind::Conflict) && e.field.as_deref() == Some("vmid"), "{n}: {e:?}");
+                assert!(e.message.contains(part), "{n}: {e}");
+            }
+        }
+        make(&w, chosen("last", 999_999_999)).await;
+        make(&w, chosen("beside", 5001)).await;
+        make(&w, container("d")).await;
+        assert_eq!([number(&w, "last"), number(&w, "beside"), number(&w, "d")], [999_999_999, 5001, 104]);
+        // Two who choose the same at once: one has it.
+        let both = ["e", "f"].map(|name| w.engine.instance_create(&w.admin, "default", chosen(name, 7000)));
+        let mut had = 0;
+        for begun in futures::future::join_all(both).await {
+            match begun {
+                Ok((_, operation)) => {
+                    assert_eq!(done(&w, operation).await.error, None);
+                    had += 1;
+                }
+                Err(e) => assert!(e.is(ErrorKind::Conflict) && e.field.as_deref() == Some("vmid"), "{e:?}"),
+            }
+        }
+        assert_eq!(had, 1);
+        // What could not be made may be tried again under its number.
+        w.agent.inject("volume_create", Fault::FailBefore(Error::conflict("not now")));
+        let (_, operation) = w.engine.instance_create(&w.admin, "default", chosen("g", 8000)).await.unwrap();
+        assert!(done(&w, operation).await.error.is_some());
+        make(&w, chosen("g", 8000)).await;
+        demand_clean(&w, "chosen VMIDs").await;
     });
 }
 

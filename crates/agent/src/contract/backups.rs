@@ -29,6 +29,7 @@ impl Subject {
                 _ => Default::default(),
             },
             compression: Compression::Zstd,
+            machine: None,
         };
         let made = self.agent.backup_create(&self.change(), request.clone()).await.unwrap();
         let again = self.agent.backup_create(&self.change(), request).await.expect("twice is once");
@@ -60,7 +61,9 @@ impl Subject {
         snapshot: Option<&str>,
     ) -> Result<VolumeFilled> {
         let snapshot = snapshot.map(|n| Name::parse("name", n).unwrap());
-        self.agent.volume_fill(&self.change(), VolumeFill { volume, backup, kind, snapshot }).await
+        self.agent
+            .volume_fill(&self.change(), VolumeFill { volume, backup, kind, snapshot, machine: None })
+            .await
     }
 }
 

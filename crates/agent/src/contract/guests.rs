@@ -2,7 +2,7 @@
 
 use super::*;
 use karst_model::{
-    SessionId,
+    SessionId, SnapshotId,
     device::{ParentLink, RoutedLink},
     guest::{ExecRequest, FileKind, FileWrite, Observed, StopMode},
     instance::{ExitReason, RuntimeState},
@@ -121,6 +121,10 @@ pub(super) async fn all(s: &Subject, kind: InstanceKind, source: &ImageSource) {
     .await;
     refused(guest.exec(&["true"]).await, ErrorKind::Conflict);
 
+    if kind == InstanceKind::VirtualMachine {
+        eprintln!("contract: {kind}: what it is beside its disk, for another");
+        Box::pin(state_travels(&guest)).await;
+    }
     eprintln!("contract: {kind}: start again, stop gracefully");
     let older = guest.at();
     guest.spec.generation = guest.spec.generation.next();
@@ -448,6 +452,28 @@ async fn machine_only(guest: &Guest<'_>) {
     refused(agent.machine_memory_drop(&s.change(), instance).await, ErrorKind::Conflict);
 }
 
+/// What a machine is beside its disk becomes another's that was never started, and goes with that one.
+async fn state_travels(guest: &Guest<'_>) {
+    let (s, agent, from) = (guest.s, &guest.s.agent, guest.spec.instance);
+    let (to, at) = (InstanceId(s.env.uuid()), SnapshotId(s.env.uuid()));
+    let save = MachineStateSave { at: MachineStateRef { instance: from, snapshot: at }, memory: false };
+    agent.machine_state_save(&s.change(), save).await.unwrap();
+    for (at, to_at) in [(None, None), (Some(at), Some(at)), (None, None)] {
+        let copy = MachineStateCopy { from, at, to, to_at };
+        agent.machine_state_copy(&s.change(), copy).await.unwrap();
+        agent.machine_state_copy(&s.change(), copy).await.expect("twice is once");
+    }
+    let itself = MachineStateCopy { from, at: None, to: from, to_at: Some(at) };
+    refused(agent.machine_state_copy(&s.change(), itself).await, ErrorKind::Invalid);
+    let check = agent.self_check(&s.read(), ()).await.unwrap();
+    assert_eq!(check.leaks, Vec::<String>::new());
+    agent.guest_destroy(&s.change(), to).await.unwrap();
+    agent.guest_destroy(&s.change(), to).await.expect("twice is once");
+    agent.machine_state_delete(&s.change(), save.at).await.unwrap();
+    let check = agent.self_check(&s.read(), ()).await.unwrap();
+    assert!(!check.guests.contains(&to) && check.leaks.is_empty(), "{check:?}");
+}
+
 /// Of a volume that a paused guest has, snapshots and copies can be taken, and nothing can replace what is in it.
 async fn volume_in_use(guest: &Guest<'_>) {
     let (s, agent, volume) = (guest.s, &guest.s.agent, guest.root);
@@ -503,6 +529,14 @@ async fn hot_plugged_volume(guest: &Guest<'_>) {
 
 async fn pause_and_update(guest: &Guest<'_>) {
     let (s, agent) = (guest.s, &guest.s.agent);
+    let quiesce = GuestQuiesce { guest: guest.at(), limit: Duration::from_secs(60) };
+    let still = agent.guest_quiesce(&s.change(), quiesce).await.unwrap();
+    assert_eq!(still > 0, guest.spec.kind == InstanceKind::VirtualMachine, "{still} file systems");
+    agent.guest_pause(&s.change(), guest.at()).await.unwrap();
+    agent.guest_quiesce(&s.change(), quiesce).await.expect("twice is once");
+    agent.guest_resume(&s.change(), guest.at()).await.unwrap();
+    assert_eq!(agent.guest_thaw(&s.change(), guest.at()).await.unwrap(), still);
+    assert_eq!(agent.guest_thaw(&s.change(), guest.at()).await.expect("twice is once"), 0);
     for _ in 0..2 {
         let observed = agent.guest_pause(&s.change(), guest.at()).await.unwrap();
         assert_eq!(observed.state, RuntimeState::Paused);

@@ -20,6 +20,9 @@ struct File {
     #[serde(default)]
     templates: Templates,
     contents: Vec<(Option<Name>, Held, Option<ByteSize>)>,
+    /// Those with what a machine is beside its disk.
+    #[serde(default)]
+    machine: Vec<Option<Name>>,
 }
 
 fn check_content(kind: BackupKind, content: VolumeContent) -> Result<()> {
@@ -52,6 +55,16 @@ impl SimulatedAgent {
             let (held, size, _) = state.held(request.volume, id)?;
             contents.push((name, held, size));
         }
+        let machine = request.machine.iter().flat_map(|m| {
+            let states = request.snapshots.iter().zip(&m.snapshots);
+            let states = states.map(|((name, _), (id, _))| (Some(name.clone()), Some(*id)));
+            states
+                .chain([(None, request.at)])
+                .filter(|(_, at)| state.has_machine_state(m.instance, *at))
+                .map(|(name, _)| name)
+                .collect::<Vec<_>>()
+        });
+        let machine = machine.collect();
         let rules = request.metadata.as_ref().map(|m| m["templates"].clone());
         let rules = rules.and_then(|r| serde_json::from_value(r).ok()).unwrap_or_default();
         let templates = Templates { rules: read_rules("", rules)?, files: request.templates.clone() };
@@ -60,6 +73,7 @@ impl SimulatedAgent {
             kind: request.kind,
             templates,
             contents,
+            machine,
         })?;
         let answer = facts(&data);
         state.backups.insert(request.id, data);
@@ -96,11 +110,15 @@ impl SimulatedAgent {
         } else {
             let file: File = serde_json::from_slice(&data)
                 .map_err(|e| Error::invalid("backup", "the backup is corrupt or cut off").with_context(e))?;
+            let there = file.machine.contains(&request.snapshot);
             let found = file.contents.into_iter().find(|(name, ..)| *name == request.snapshot);
             let (_, held, size) = found.filter(|_| file.kind == request.kind).ok_or_else(|| {
                 let place = request.kind.place(request.snapshot.as_deref());
                 Error::invalid("backup", format!("the archive has no {place}"))
             })?;
+            if let Some(machine) = &request.machine {
+                state.set_machine_state(machine.instance, machine.at, there)?;
+            }
             let own = request.snapshot.is_none();
             (held, size, if own { file.templates } else { Templates::default() })
         };

@@ -255,6 +255,26 @@ calls! {
     mutate guest_stop(me, request: GuestStop) -> Observed { me.stop(request).await }
     mutate guest_pause(me, guest: GuestRef) -> Observed { me.set_frozen(guest, true) }
     mutate guest_resume(me, guest: GuestRef) -> Observed { me.set_frozen(guest, false) }
+    mutate guest_quiesce(me, request: GuestQuiesce) -> u32 {
+        let mut state = me.settled();
+        let guest = state.running(request.guest)?;
+        if guest.spec.kind == InstanceKind::Container {
+            return Ok(0);
+        }
+        if guest.state == karst_model::instance::RuntimeState::Paused && !guest.still {
+            return Err(Error::conflict("the guest is frozen; resume it first"));
+        }
+        guest.still = true;
+        Ok(1)
+    }
+    mutate guest_thaw(me, guest: GuestRef) -> u32 {
+        let mut state = me.settled();
+        let guest = state.running(guest)?;
+        if guest.still && guest.state == karst_model::instance::RuntimeState::Paused {
+            return Err(Error::conflict("the guest is frozen; resume it first"));
+        }
+        Ok(u32::from(std::mem::take(&mut guest.still)))
+    }
     mutate guest_update(me, spec: GuestSpec) -> Applied {
         let mut state = me.settled();
         me.check_guest(&state, &spec)?;
@@ -292,6 +312,7 @@ calls! {
         }
         state.guests.remove(&instance);
         state.machine_states.retain(|(i, _), _| *i != instance);
+        state.arrived.remove(&instance);
         Ok(())
     }
     mutate machine_memory_drop(me, instance: InstanceId) -> () {
@@ -306,10 +327,15 @@ calls! {
     mutate machine_state_save(me, request: MachineStateSave) -> () {
         let MachineStateRef { instance, snapshot } = request.at;
         let mut state = me.settled();
-        let Some(guest) = state.guests.get(&instance) else { return Ok(()) };
         if state.machine_states.contains_key(&(instance, snapshot)) {
             return Ok(());
         }
+        let Some(guest) = state.guests.get(&instance) else {
+            return match state.arrived.contains(&instance) && !request.memory {
+                true => state.set_machine_state(instance, Some(snapshot), true),
+                false => Ok(()),
+            };
+        };
         if request.memory && guest.state != karst_model::instance::RuntimeState::Paused {
             return Err(Error::conflict("memory is kept of a machine that is paused"));
         }
@@ -331,6 +357,15 @@ calls! {
             guest.saved = request.memory;
         }
         Ok(())
+    }
+    mutate machine_state_copy(me, request: MachineStateCopy) -> () {
+        let MachineStateCopy { from, at, to, to_at } = request;
+        if from == to {
+            return Err(Error::invalid("to", "a machine is not copied to itself"));
+        }
+        let mut state = me.settled();
+        let there = state.has_machine_state(from, at);
+        state.set_machine_state(to, to_at, there)
     }
     mutate machine_state_delete(me, at: MachineStateRef) -> () {
         me.settled().machine_states.remove(&(at.instance, at.snapshot));

@@ -6,7 +6,8 @@ use super::{
 };
 use crate::calls::ImagePart;
 use karst_model::{
-    BackupId, ByteSize, ImageId, InstanceId, NetworkId, PoolId, SessionId, SnapshotId, VolumeId,
+    BackupId, ByteSize, Error, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId, SnapshotId,
+    VolumeId,
     guest::{AgentKind, FileKind, GuestSystem, Interface, Metrics, Observed},
     image::ImageFacts,
     instance::{ExitReason, InstanceKind, RuntimeState},
@@ -14,7 +15,7 @@ use karst_model::{
 };
 use serde::{Deserialize, Serialize};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::File,
     net::{IpAddr, Ipv4Addr},
     sync::Arc,
@@ -35,6 +36,8 @@ pub(super) struct State {
     pub guests: BTreeMap<InstanceId, Guest>,
     /// What is kept of virtual machines with snapshots, and whether with their memory.
     pub machine_states: BTreeMap<(InstanceId, SnapshotId), bool>,
+    /// Machines that are something beside their disks and were not started yet.
+    pub arrived: BTreeSet<InstanceId>,
     pub sessions: BTreeMap<SessionId, Session>,
     pub next_pid: u32,
     /// The audit log and its end.
@@ -89,8 +92,45 @@ pub(super) struct Guest {
     pub refuses_update: bool,
     /// Its memory is kept.
     pub saved: bool,
+    /// Its file systems are still.
+    pub still: bool,
     pub console_extra: Vec<u8>,
     pub console_cleared: bool,
+}
+
+impl State {
+    /// Is the machine something beside its disks, now or at a snapshot?
+    pub fn has_machine_state(&self, instance: InstanceId, at: Option<SnapshotId>) -> bool {
+        match at {
+            None => self.guests.contains_key(&instance) || self.arrived.contains(&instance),
+            Some(snapshot) => self.machine_states.contains_key(&(instance, snapshot)),
+        }
+    }
+
+    /// Makes it so, or not.
+    pub fn set_machine_state(
+        &mut self,
+        instance: InstanceId,
+        at: Option<SnapshotId>,
+        there: bool,
+    ) -> Result<()> {
+        if at.is_none() && self.guests.get(&instance).is_some_and(Guest::runs) {
+            return Err(Error::conflict("the guest is running; stop it first"));
+        }
+        if there && !self.guests.contains_key(&instance) {
+            self.arrived.insert(instance);
+        }
+        match at {
+            Some(snapshot) if there => drop(self.machine_states.insert((instance, snapshot), false)),
+            Some(snapshot) => drop(self.machine_states.remove(&(instance, snapshot))),
+            None => {
+                if let Some(guest) = self.guests.get_mut(&instance) {
+                    guest.saved = false;
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Network {

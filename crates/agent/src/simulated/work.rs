@@ -167,6 +167,7 @@ impl SimulatedAgent {
             ignores_shutdown: state.guests.get(&spec.instance).is_some_and(|g| g.ignores_shutdown),
             refuses_update: state.guests.get(&spec.instance).is_some_and(|g| g.refuses_update),
             saved: false,
+            still: false,
             console_extra: vec![],
             console_cleared: false,
             spec,
@@ -588,6 +589,9 @@ impl SimulatedAgent {
                 leaks.push(format!("volume {} of a pool that is gone", volume.spec.id));
             }
         }
+        for guest in state.guests.values().filter(|g| g.still && g.runs()) {
+            leaks.push(format!("file systems of guest {} are still", guest.spec.instance));
+        }
         leaks.extend(state.staged_backups.keys().map(|id| format!("staged backup {id}")));
         let live = state.sessions.values().filter(|s| s.exit().is_none()).count();
         SelfCheck {
@@ -600,7 +604,7 @@ impl SimulatedAgent {
             backups: state.backups.keys().copied().collect(),
             images: state.images.keys().copied().collect(),
             networks: state.networks.keys().copied().collect(),
-            guests: state.guests.keys().copied().collect(),
+            guests: state.guests.keys().chain(&state.arrived).copied().collect(),
             machine_states: state.machine_states.keys().copied().collect(),
             sessions: live as u32,
             leaks,

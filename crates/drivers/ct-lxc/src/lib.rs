@@ -25,3 +25,7 @@ mod seed;
 
 pub use config::{HostFeatures, render};
 pub use driver::{LxcDriver, LxcOptions};
+
+#[cfg(test)]
+#[path = "../../../testkit/src/backends.rs"]
+mod backends;

@@ -1,6 +1,9 @@
 //! What containers have beyond the contract: limits, isolation, recovery, networks, first boot, and what a start costs.
 #![allow(clippy::disallowed_methods)] // tests live in the real world
 
+#[path = "../../../testkit/src/backends.rs"]
+mod backends;
+
 mod common;
 
 use common::{Place, until};
@@ -191,6 +194,30 @@ async fn paths_never_leave_the_root_running_or_stopped() {
     }
     let w = files.write(guest.instance, at, write_of("/fifo"), Some(content(b"x"))).await;
     assert!(w.is_err());
+    // What does not fit leaves what was there, whichever way it would have come in; other names and attributes stay.
+    let script = "mkdir /small && mount -t tmpfs -o size=1m none /small && cd /small && echo old > plain && echo old > named && \
+                  ln named other && touch bound && mount --bind plain bound";
+    inside(&driver, &guest, script).await;
+    for path in ["/small/plain", "/small/named", "/small/bound", "/small/new"] {
+        let e = files
+            .write(guest.instance, at, write_of(path), Some(content(&[b'x'; 2 << 20])))
+            .await
+            .unwrap_err();
+        assert_eq!(e.kind, ErrorKind::Quota, "{path}: {e:?}");
+    }
+    let all = "cd /small && cat plain named bound && ls -A && stat -c %h named";
+    assert_eq!(inside(&driver, &guest, all).await, "old\nold\nold\nbound\nnamed\nother\nplain\n2\n");
+    for path in ["/small/named", "/small/bound"] {
+        files.write(guest.instance, at, write_of(path), Some(content(b"new\n"))).await.unwrap();
+    }
+    assert_eq!(inside(&driver, &guest, all).await, "new\nnew\nnew\nbound\nnamed\nother\nplain\n2\n");
+    // Nor does one that is given up halfway.
+    let (source, mut sink) = std::io::pipe().unwrap();
+    std::io::Write::write_all(&mut sink, b"half").unwrap();
+    let half = files.write(guest.instance, at, write_of("/small/plain"), Some(source.into()));
+    assert!(tokio::time::timeout(Duration::from_millis(300), half).await.is_err());
+    drop(sink);
+    assert_eq!(inside(&driver, &guest, all).await, "new\nnew\nnew\nbound\nnamed\nother\nplain\n2\n");
     // Files of other file systems inside, such as its tmpfs and its /proc.
     files.write(guest.instance, at, write_of("/run/x"), Some(content(b"tmpfs"))).await.unwrap();
     assert_eq!(inside(&driver, &guest, "cat /run/x").await, "tmpfs");

@@ -1,6 +1,9 @@
 //! The contract of guest drivers, with real containers.
 #![allow(clippy::disallowed_methods)] // tests live in the real world
 
+#[path = "../../../testkit/src/backends.rs"]
+mod backends;
+
 mod common;
 
 use karst_guest::contract::{Subject, run};

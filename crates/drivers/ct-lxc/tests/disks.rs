@@ -1,6 +1,9 @@
 //! Disks beside the root, in real containers: at the start, while it runs, over its own reboot and the host's.
 #![allow(clippy::disallowed_methods)] // tests live in the real world
 
+#[path = "../../../testkit/src/backends.rs"]
+mod backends;
+
 mod common;
 
 use common::{Place, bare_disk, inside, shell, until};
@@ -187,7 +190,7 @@ async fn rates_of_disks_hold_from_the_start_and_live() {
     if karst_host::mountns::block_device(place.dir.path()).is_none()
         || !Path::new("/sys/fs/cgroup/blkio").exists()
     {
-        return println!("skipped: no block device below, or no controller of its rates");
+        return backends::absent(backends::Optional::BlockRates);
     }
     let driver = place.driver();
     let mut guest = place.guest(13);
@@ -229,7 +232,7 @@ const LOOPS: (u32, u32) = (10, 237);
 async fn device_nodes_are_given_and_taken() {
     let Some(place) = Place::new() else { return };
     if !Path::new("/dev/loop-control").exists() {
-        return println!("skipped: no loop devices here");
+        return backends::absent(backends::Optional::LoopDevices);
     }
     let driver = place.driver();
     let mut guest = place.guest(14);

@@ -1,6 +1,9 @@
 //! Each limit is shown by exceeding it from inside a real container; what cannot be had is told.
 #![allow(clippy::disallowed_methods)] // tests live in the real world
 
+#[path = "../../../testkit/src/backends.rs"]
+mod backends;
+
 mod common;
 
 use common::{Place, inside, shell};

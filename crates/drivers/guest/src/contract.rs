@@ -407,10 +407,15 @@ async fn files(driver: &dyn GuestDriver, guest: &ResolvedGuest) {
     assert_eq!((opened.info.kind, opened.target.as_deref()), (FileKind::Symlink, Some("file")));
     let opened = files.open(id, root, "/root/made").await.unwrap();
     assert_eq!(opened.entries, ["file", "link"]);
-    // Overwriting empties first, and leaves owner and mode.
-    files.write(id, root, write_of("/root/made/file"), Some(content(b"3"))).await.unwrap();
-    let ran = shell(driver, guest, "cat /root/made/file; stat -c ' %u %a' /root/made/file").await;
-    assert_eq!(ran.stdout, "3 1000 640\n");
+    // Overwriting leaves owner and mode, and a link what it is.
+    for (path, text) in [("/root/made/file", &b"3"[..]), ("/root/made/link", b"4")] {
+        files.write(id, root, write_of(path), Some(content(text))).await.unwrap();
+        let ran =
+            shell(driver, guest, "cat /root/made/link; stat -c ' %u %a' /root/made/file; ls -A /root/made")
+                .await;
+        let text = String::from_utf8_lossy(text);
+        assert_eq!(ran.stdout, format!("{text} 1000 640\nfile\nlink\n"));
+    }
     assert_eq!(files.delete(id, root, "/root/made").await.unwrap_err().kind, ErrorKind::Conflict);
     for path in ["/root/made/link", "/root/made/file", "/root/made"] {
         files.delete(id, root, path).await.unwrap();

@@ -3,7 +3,7 @@
 use crate::ResolvedGuest;
 use async_trait::async_trait;
 use karst_model::{Error, InstanceId, Result, SnapshotId, instance::InstanceKind};
-use std::os::fd::OwnedFd;
+use std::{collections::BTreeMap, fmt, os::fd::OwnedFd};
 use tokio::sync::mpsc;
 
 pub use karst_model::guest::{
@@ -132,6 +132,18 @@ pub trait GuestMachine: Send + Sync {
     /// Drops what is kept with a snapshot; fine when nothing is.
     async fn state_delete(&self, instance: InstanceId, snapshot: SnapshotId) -> Result<()>;
 
+    /// What a machine is beside its disks and memory, now or at a snapshot; empty of one that never ran.
+    async fn state_read(&self, instance: InstanceId, at: Option<SnapshotId>) -> Result<MachineFiles>;
+
+    /// Makes that what a machine is, whole: for its next start, which takes away memory that it kept over a stop, or at a
+    /// snapshot, without memory. Its directory is there; conflict when it runs and is to be changed.
+    async fn state_write(
+        &self,
+        instance: InstanceId,
+        at: Option<SnapshotId>,
+        files: MachineFiles,
+    ) -> Result<()>;
+
     /// Drops memory that a machine which does not run keeps over its stop; fine when there is none.
     async fn memory_drop(&self, instance: InstanceId) -> Result<()>;
 
@@ -140,6 +152,39 @@ pub trait GuestMachine: Send + Sync {
 
     /// A connection to its display, in RFB (VNC); any number at a time. Unsupported for a machine without a display.
     async fn display(&self, instance: InstanceId) -> Result<OwnedFd>;
+}
+
+/// What a virtual machine is beside its disks and memory.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct MachineFiles {
+    /// Variables of UEFI without secure boot.
+    pub variables: Option<Vec<u8>>,
+    /// Variables of UEFI with secure boot.
+    pub secure_variables: Option<Vec<u8>>,
+    /// What its TPM keeps: files by their names.
+    pub tpm: BTreeMap<String, Vec<u8>>,
+}
+
+impl MachineFiles {
+    /// Bytes of the variables of the UEFI firmware that is used (the build of 4 MiB); others fit no machine here.
+    pub const VARIABLES: usize = 540_672;
+
+    /// There is nothing.
+    pub fn is_empty(&self) -> bool {
+        self.variables.is_none() && self.secure_variables.is_none() && self.tpm.is_empty()
+    }
+}
+
+/// Sizes only: a TPM's keys are in no log.
+impl fmt::Debug for MachineFiles {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let sizes: Vec<_> = self.tpm.iter().map(|(name, bytes)| (name, bytes.len())).collect();
+        f.debug_struct("MachineFiles")
+            .field("variables", &self.variables.as_ref().map(Vec::len))
+            .field("secure_variables", &self.secure_variables.as_ref().map(Vec::len))
+            .field("tpm", &sizes)
+            .finish()
+    }
 }
 
 /// A running exec.
@@ -215,10 +260,11 @@ pub trait GuestFiles: Send + Sync {
 /// File systems inside a guest that stand still while a snapshot is made.
 #[async_trait]
 pub trait Quiesce: Send + Sync {
-    /// Freezes them and answers how many. They thaw by themselves after `limit` at the latest (two minutes at most),
-    /// whatever happens to the caller, where Karst's own agent runs; QEMU's has no such limit.
+    /// Freezes them and answers how many. They thaw after `limit` at the latest (two minutes at most), whatever happens to
+    /// the caller: by Karst's own agent where that runs, and by the driver, because QEMU's has no such limit. What
+    /// is frozen from an earlier call and paused stays so.
     async fn freeze(&self, instance: InstanceId, limit: std::time::Duration) -> Result<u32>;
-    /// Thaws them and answers how many. Conflict when they had thawed by themselves before: the snapshot is not
+    /// Thaws them and answers how many; fine when they are not frozen. Conflict when they had thawed by themselves before: the snapshot is not
     /// consistent then.
     async fn thaw(&self, instance: InstanceId) -> Result<u32>;
 }

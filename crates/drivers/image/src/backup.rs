@@ -183,6 +183,7 @@ mod tests {
             field: "backup".into(),
             within: Some(within.into()),
             beside: None,
+            machine: None,
         }
     }
 

@@ -7,6 +7,7 @@
 
 pub mod backup;
 pub mod disk;
+pub mod machine;
 pub mod metadata;
 pub mod oci;
 pub mod ova;

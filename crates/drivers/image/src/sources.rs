@@ -1,10 +1,20 @@
-//! The host's own apt sources (sources.list(5), one-line and deb822), as far as they name a Debian archive.
+//! The host's own apt sources (sources.list(5), one-line and deb822), as far as they name a Debian archive. Where they name
+//! none, as on Ubuntu, it is Debian's official archive, checked by the keys of the package debian-archive-keyring.
 
 use karst_model::{Error, Result};
 use std::path::Path;
 
 const DEFAULT_KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
-const SUITES: &[&str] = &["bullseye", "bookworm", "trixie", "forky", "sid", "stable", "oldstable", "testing"];
+const SUITES: &[&str] = &["bullseye", "bookworm", "trixie", "forky", "sid"];
+/// Names of suites that the archives of many others have too: they count where the address says Debian.
+const COMMON_SUITES: &[&str] = &["stable", "oldstable", "testing", "unstable"];
+/// The archives that Debian itself offers to everybody, and the pockets that each has.
+const OFFICIAL: &[(&str, &[&str])] = &[
+    ("http://deb.debian.org/debian", &["", "-updates"]),
+    ("http://deb.debian.org/debian-security", &["-security"]),
+];
+/// Suites without pockets.
+const ROLLING: &[&str] = &["sid", "unstable"];
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Entry {
@@ -13,11 +23,27 @@ struct Entry {
     keyring: Option<String>,
 }
 
-/// Lines of a sources.list for `suite`, made of the mirrors that the host itself uses.
+/// Is it an archive of Debian, of a suite (without its pocket)?
+fn is_debian(entry: &Entry, suite: &str) -> bool {
+    SUITES.contains(&suite) || (COMMON_SUITES.contains(&suite) && entry.uri.contains("debian"))
+}
+
+/// Lines of a sources.list for `suite`, made of the mirrors that the host itself uses; of Debian's own, where it uses none.
 ///
 /// # Errors
-/// Unsupported when the host uses no Debian archive.
+/// Unsupported when the host uses no Debian archive and has not Debian's keys either.
 pub fn lines_for(suite: &str, etc_apt: &Path) -> Result<Vec<String>> {
+    lines_checked_by(suite, etc_apt, Path::new(DEFAULT_KEYRING))
+}
+
+fn official(suite: &str, keyring: &Path) -> Vec<String> {
+    let line =
+        |uri: &str, pocket: &str| format!("deb [signed-by={}] {uri} {suite}{pocket} main", keyring.display());
+    let all = OFFICIAL.iter().flat_map(|(uri, pockets)| pockets.iter().map(|p| (*uri, *p)));
+    all.filter(|(_, p)| p.is_empty() || !ROLLING.contains(&suite)).map(|(uri, p)| line(uri, p)).collect()
+}
+
+fn lines_checked_by(suite: &str, etc_apt: &Path, keyring: &Path) -> Result<Vec<String>> {
     let mut entries = Vec::new();
     let mut files = vec![etc_apt.join("sources.list")];
     if let Ok(dir) = std::fs::read_dir(etc_apt.join("sources.list.d")) {
@@ -35,11 +61,17 @@ pub fn lines_for(suite: &str, etc_apt: &Path) -> Result<Vec<String>> {
             _ => {}
         }
     }
-    choose(suite, &entries).ok_or_else(|| {
-        Error::unsupported(
-            "no Debian archive is among this host's apt sources; add one (suites, component main) to build Debian images",
-        )
-    })
+    if let Some(lines) = choose(suite, &entries) {
+        return Ok(lines);
+    }
+    // Without the keys nothing says that what comes is Debian's.
+    if !keyring.is_file() {
+        return Err(Error::unsupported(
+            "no Debian archive is among this host's apt sources, and the keys by which Debian's own would be checked are \
+             not here; install the package debian-archive-keyring to build Debian images",
+        ));
+    }
+    Ok(official(suite, keyring))
 }
 
 fn choose(suite: &str, entries: &[Entry]) -> Option<Vec<String>> {
@@ -49,14 +81,14 @@ fn choose(suite: &str, entries: &[Entry]) -> Option<Vec<String>> {
     };
     let exact = |s: &str| entries.iter().find(|e| e.suite == s);
     // A mirror of one suite of Debian has the others too.
-    let archive = exact(suite).or_else(|| entries.iter().find(|e| SUITES.contains(&e.suite.as_str())))?;
+    let archive = exact(suite).or_else(|| entries.iter().find(|e| is_debian(e, &e.suite)))?;
     let mut lines = vec![line(archive, suite)];
     for pocket in ["security", "updates"] {
         let wanted = format!("{suite}-{pocket}");
         let found = exact(&wanted).or_else(|| {
             entries.iter().find(|e| {
                 let base = e.suite.strip_suffix(pocket).and_then(|s| s.strip_suffix('-'));
-                base.is_some_and(|s| SUITES.contains(&s))
+                base.is_some_and(|s| is_debian(e, s))
             })
         });
         lines.extend(found.map(|e| line(e, &wanted)));
@@ -168,11 +200,41 @@ mod tests {
     }
 
     #[test]
-    fn a_host_without_debian_is_told_so() {
+    fn a_host_without_debian_takes_debians_own_archive() {
         let ubuntu = "deb http://archive.example/ubuntu noble main universe\n";
-        let e = lines(&[("sources.list", ubuntu)], "bookworm").unwrap_err();
-        assert!(e.is(karst_model::ErrorKind::Unsupported) && e.message.contains("apt sources"));
+        // Archives of others have suites of these names too.
+        let others = "deb [signed-by=/k.gpg] https://dl.example/linux/chrome/deb/ stable main\n";
         let disabled = MODERN.replace("Types: deb\n", "Types: deb\nEnabled: no\n");
-        assert!(lines(&[("sources.list.d/a.sources", &disabled)], "bookworm").is_err());
+        let d = tempfile::tempdir().unwrap();
+        let keyring = d.path().join("debian.gpg");
+        std::fs::create_dir(d.path().join("sources.list.d")).unwrap();
+        std::fs::write(d.path().join("sources.list"), ubuntu).unwrap();
+        std::fs::write(d.path().join("sources.list.d/browser.list"), others).unwrap();
+        std::fs::write(d.path().join("sources.list.d/debian.sources"), disabled).unwrap();
+        let e = lines_checked_by("bookworm", d.path(), &keyring).unwrap_err();
+        assert!(
+            e.is(karst_model::ErrorKind::Unsupported) && e.message.contains("package debian-archive-keyring")
+        );
+        std::fs::write(&keyring, "keys").unwrap();
+        let signed = format!("deb [signed-by={}] http://deb.debian.org", keyring.display());
+        assert_eq!(
+            lines_checked_by("bookworm", d.path(), &keyring).unwrap(),
+            [
+                format!("{signed}/debian bookworm main"),
+                format!("{signed}/debian bookworm-updates main"),
+                format!("{signed}/debian-security bookworm-security main"),
+            ]
+        );
+        assert_eq!(
+            lines_checked_by("sid", d.path(), &keyring).unwrap(),
+            [format!("{signed}/debian sid main")]
+        );
+        // A mirror that the host has comes first, by whatever name it calls the suite.
+        let own = "deb http://mirror.example/debian stable main\n";
+        std::fs::write(d.path().join("sources.list"), own).unwrap();
+        assert_eq!(
+            lines_checked_by("bookworm", d.path(), &keyring).unwrap(),
+            [format!("deb [signed-by={DEFAULT_KEYRING}] http://mirror.example/debian bookworm main")]
+        );
     }
 }

@@ -391,7 +391,14 @@ impl ImageStore {
     }
 
     async fn unpack_from(&self, input: OwnedFd, field: &str, part: Part, out: &Path) -> Result<Found> {
-        let task = Task { part, bounds: self.bounds, field: field.to_owned(), within: None, beside: None };
+        let task = Task {
+            part,
+            bounds: self.bounds,
+            field: field.to_owned(),
+            within: None,
+            beside: None,
+            machine: None,
+        };
         let ended = self.worker(out)?.stdin(input).call("unpack", serde_json::to_value(task)?).await?;
         let said = || format!("exit code {}: {}", ended.code, String::from_utf8_lossy(&ended.stderr).trim());
         match (ended.code, serde_json::from_slice::<Answer>(&ended.stdout)) {

@@ -5,7 +5,7 @@
 //! without symbolic links, so that neither `..` nor a link made by an earlier entry leads elsewhere. The namespace around
 //! it would stop what this misses; this exists so that the user reads what is wrong with the file.
 
-use crate::metadata;
+use crate::{machine, metadata};
 use karst_model::{Error, ErrorKind, Result, image::Application, template};
 use rustix::{
     fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Timestamps, XattrFlags},
@@ -67,6 +67,9 @@ pub struct Task {
     /// Directory of the archive whose `metadata.yaml` and `templates/` are answered as well.
     #[serde(default)]
     pub beside: Option<String>,
+    /// What a virtual machine is beside its disk is taken as well.
+    #[serde(default)]
+    pub machine: Option<machine::Wanted>,
 }
 
 /// What the worker found.
@@ -112,9 +115,13 @@ pub fn unpack(input: impl Read, out: &Path, task: &Task) -> Result<Found> {
         dirs: vec![],
         parent: None,
         layer: None,
+        machine: task.machine.as_ref().map(|m| machine::Taken::new(m, field)),
     };
     w.archive(input, task.part)?;
     let found = w.found;
+    if let Some(machine) = w.machine {
+        machine.store()?;
+    }
     match task.part {
         Part::Unified | Part::Metadata if found.metadata.is_none() => {
             Err(Error::invalid(field, "the archive has no metadata.yaml; this is not an Incus image"))
@@ -175,6 +182,7 @@ impl<'a> Layers<'a> {
             dirs: vec![],
             parent: None,
             layer: Some(Layer { tree, seen: HashSet::new() }),
+            machine: None,
         };
         w.archive(input, Part::Root)?;
         self.found = w.found;
@@ -309,6 +317,7 @@ struct Unpacker<'a> {
     dirs: Vec<(Vec<u8>, i64)>,
     parent: Option<(Vec<u8>, OwnedFd)>,
     layer: Option<Layer>,
+    machine: Option<machine::Taken<'a>>,
 }
 
 impl Unpacker<'_> {
@@ -379,6 +388,9 @@ impl Unpacker<'_> {
                 Some(name) => return self.template(entry, name),
                 None => {}
             }
+        }
+        if let Some(machine) = &mut self.machine {
+            machine.entry(&path, &mut entry)?;
         }
         let Some(inside) = self.place(part, &path) else {
             if path == b"metadata.yaml" && part != Part::Root {

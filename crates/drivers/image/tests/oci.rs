@@ -1,6 +1,9 @@
 //! Images of the OCI: layers over each other, users and programs, and archives that are hostile or broken.
 #![allow(clippy::disallowed_methods)] // drivers and their tests are the real world
 
+#[path = "../../../testkit/src/backends.rs"]
+mod backends;
+
 mod common;
 
 use karst_image::{Content, ImageStore, Staged, Upload, unpack::Bounds};

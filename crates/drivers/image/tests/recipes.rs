@@ -1,6 +1,9 @@
 //! The recipes, built for real. The store lies in the target directory, so that a second run of the day builds nothing.
 #![allow(clippy::disallowed_methods)] // drivers and their tests are the real world
 
+#[path = "../../../testkit/src/backends.rs"]
+mod backends;
+
 mod common;
 
 use karst_image::{Content, Upload};

@@ -1,6 +1,9 @@
 //! The room that foreign data is worked on in, probed from inside with real programs.
 #![allow(clippy::disallowed_methods)] // drivers and their tests are the real world
 
+#[path = "../../../testkit/src/backends.rs"]
+mod backends;
+
 mod common;
 
 use karst_host::{

@@ -2,6 +2,9 @@
 //! `karst_model::firewall::evaluate` says with what arrives. In network namespaces of the test's own, as `real.rs`.
 #![allow(clippy::disallowed_methods)] // tests live in the real world
 
+#[path = "../../../testkit/src/backends.rs"]
+mod backends;
+
 mod lab;
 
 use karst_model::{

@@ -4,6 +4,9 @@
 //! Each test runs itself again inside the namespace (`ip netns exec`), so everything the driver does stays in there.
 #![allow(clippy::disallowed_methods)] // tests live in the real world
 
+#[path = "../../../testkit/src/backends.rs"]
+mod backends;
+
 mod lab;
 
 use karst_model::{

@@ -18,3 +18,7 @@ pub use driver::*;
 pub use files::FilePool;
 pub use hold::{Hold, hold_by_id};
 pub use objects::ObjectPool;
+
+#[cfg(test)]
+#[path = "../../../testkit/src/backends.rs"]
+mod backends;

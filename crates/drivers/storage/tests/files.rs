@@ -1,6 +1,9 @@
 //! The pool kind `dir` on real file systems.
 #![allow(clippy::disallowed_methods)] // drivers and their tests are the real world
 
+#[path = "../../../testkit/src/backends.rs"]
+mod backends;
+
 use karst_host::sandbox::Launcher;
 use karst_model::{
     ErrorKind, VolumeId,
@@ -15,11 +18,7 @@ use std::{
 const BELOW: [&str; 5] = ["volumes", "snapshots", "images", "tmp", "trash"];
 
 fn skipped() -> bool {
-    let root = rustix::process::geteuid().is_root();
-    if !root {
-        println!("skipped: needs root");
-    }
-    !root
+    !backends::root()
 }
 
 fn launcher() -> Launcher {
@@ -119,9 +118,12 @@ fn btrfs(below: &Path) -> Option<Mounted> {
     let (image, at) = (below.join("btrfs"), below.join("mnt"));
     std::fs::File::create(&image).unwrap().set_len(1 << 30).unwrap();
     std::fs::create_dir(&at).unwrap();
-    let made = Command::new("mkfs.btrfs").arg("-q").arg(&image).status().is_ok_and(|s| s.success());
-    if !made || !Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&at).status().unwrap().success() {
-        println!("skipped: btrfs cannot be made and mounted here (package btrfs-progs)");
+    if !Command::new("mkfs.btrfs").arg("-q").arg(&image).status().is_ok_and(|s| s.success()) {
+        backends::missing("btrfs cannot be made (package btrfs-progs)");
+        return None;
+    }
+    if !Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&at).status().unwrap().success() {
+        backends::absent(backends::Optional::LoopDevices);
         return None;
     }
     Some(Mounted(at))
@@ -199,8 +201,7 @@ async fn a_full_disk_is_told_and_leaves_nothing() {
     std::fs::create_dir(&at).unwrap();
     let mount = Command::new("mount").args(["-t", "tmpfs", "-o", "size=1m", "karst-test"]).arg(&at).status();
     if !mount.is_ok_and(|s| s.success()) {
-        println!("skipped: tmpfs cannot be mounted here");
-        return;
+        return backends::missing("tmpfs cannot be mounted here");
     }
     let _mounted = Mounted(at.clone());
     let source = d.path().join("source");
@@ -349,8 +350,7 @@ async fn trees_of_an_image_are_instant_and_keep_it() {
     let (a, b) = (id(), id());
     pool.create(a, &new).await.unwrap();
     let Some(layers) = pool.locate(a, None).await.unwrap().layers else {
-        println!("skipped: no overlays with mapped layers on this kernel and file system");
-        return;
+        return backends::absent(backends::Optional::MappedOverlays);
     };
     // The lower layer has second names of the image's files, no copies; it is not changed through the tree.
     let inode = |at: &Path| std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(at).unwrap());

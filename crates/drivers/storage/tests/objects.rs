@@ -2,6 +2,10 @@
 //! most of this runs on) each test says so; the lab's suite `storage-backends` runs them for real.
 #![allow(clippy::disallowed_methods)] // drivers and their tests are the real world
 
+#[path = "../../../testkit/src/backends.rs"]
+mod backends;
+use backends::Optional;
+
 use karst_host::{mount, sandbox::Launcher};
 use karst_model::{ByteSize, ErrorKind, SnapshotId, VolumeId, storage::VolumeContent};
 use karst_storage::{
@@ -31,14 +35,13 @@ fn out(program: &str, args: &[&str]) -> String {
     String::from_utf8(out.stdout).unwrap().trim().to_owned()
 }
 
-fn skipped(what: &str, there: bool) -> bool {
-    if there && rustix::process::geteuid().is_root() {
-        return false;
+fn skipped(what: Optional, there: bool) -> bool {
+    let runs = there && rustix::process::geteuid().is_root();
+    if !runs {
+        // The lab's suite demands all: there nothing may be missing.
+        backends::absent(what);
     }
-    // The lab's suite sets it: there nothing may be missing.
-    assert!(std::env::var_os("KARST_DEMAND_BACKENDS").is_none(), "{what} is not here");
-    println!("skipped: needs root and {what}");
-    true
+    !runs
 }
 
 fn hold() -> Arc<Hold> {
@@ -74,7 +77,7 @@ impl Drop for Zpool {
 }
 
 fn no_zfs() -> bool {
-    skipped("ZFS", Path::new("/dev/zfs").exists())
+    skipped(Optional::Zfs, Path::new("/dev/zfs").exists())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -158,7 +161,7 @@ impl Drop for Group {
 }
 
 fn no_lvm() -> bool {
-    skipped("device mapper", Path::new("/dev/mapper/control").exists() && ran("dmsetup", &["targets"]))
+    skipped(Optional::DeviceMapper, Path::new("/dev/mapper/control").exists() && ran("dmsetup", &["targets"]))
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -154,8 +154,7 @@ mod tests {
     #[tokio::test]
     async fn this_hosts_qemu() {
         if Program::QemuSystemX86.path().is_err() {
-            eprintln!("skipped: QEMU is not installed");
-            return;
+            return crate::backends::missing("QEMU is not installed");
         }
         let all = models().await.unwrap();
         let nehalem = all.iter().find(|m| m.name == "Nehalem").unwrap();

@@ -9,12 +9,12 @@ use crate::{
     plug, probe,
     qmp::Qmp,
     record::Record,
-    resize, saved, states, tpm,
+    resize, saved, states, still, tpm,
 };
 use async_trait::async_trait;
 use karst_guest::{
     Applied, Exec, ExecRequest, FileWrite, GuestDriver, GuestFiles, GuestMachine, Interface, MachineFigures,
-    Metrics, Observed, OpenedFile, Quiesce, ResolvedGuest, Silence, StopMode,
+    MachineFiles, Metrics, Observed, OpenedFile, Quiesce, ResolvedGuest, Silence, StopMode,
     keeper::{self, End, Keeper, Requested, State, Status},
     silence,
 };
@@ -181,6 +181,7 @@ impl Shared {
         };
         let observed = Self::observed(&record, state, Some(&status));
         let machine = self.own(dir, record, keeper, observed);
+        still::adopted(&machine);
         *lock(&slot.machine) = Some(machine.clone());
         Ok(Some(machine))
     }
@@ -357,6 +358,7 @@ impl Shared {
                 .map_err(|e| Error::internal("the guest could not be started", e))??
         };
         record.write(dir)?;
+        still::clear(dir)?;
         if guest.machine.as_ref().is_some_and(|m| m.tpm) {
             fds.push(tpm::start(guest, groups, &self.cgroups).await?);
             spec.fds.push(crate::argv::fd::TPM);
@@ -473,7 +475,7 @@ impl Shared {
 }
 
 /// Work on files, which may take long.
-async fn files(work: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
+async fn files<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal("files of the guest", e))?
 }
 
@@ -746,6 +748,28 @@ impl GuestMachine for QemuDriver {
         files(move || states::delete(&dir, snapshot)).await
     }
 
+    async fn state_read(&self, instance: InstanceId, at: Option<SnapshotId>) -> Result<MachineFiles> {
+        let dir = self.shared.dir(instance);
+        let slot = self.shared.slot(instance);
+        let _changing = slot.changing.lock().await;
+        files(move || states::read(&dir, at)).await
+    }
+
+    async fn state_write(
+        &self,
+        instance: InstanceId,
+        at: Option<SnapshotId>,
+        state: MachineFiles,
+    ) -> Result<()> {
+        let dir = self.shared.dir(instance);
+        let slot = self.shared.slot(instance);
+        let _changing = slot.changing.lock().await;
+        if at.is_none() && keeper::is_alive(&dir) {
+            return Err(Error::conflict("the guest is running; stop it first"));
+        }
+        files(move || states::write(&dir, at, &state)).await
+    }
+
     async fn memory_drop(&self, instance: InstanceId) -> Result<()> {
         let dir = self.shared.dir(instance);
         let slot = self.shared.slot(instance);
@@ -798,11 +822,15 @@ impl GuestMachine for QemuDriver {
 #[async_trait]
 impl Quiesce for QemuDriver {
     async fn freeze(&self, instance: InstanceId, limit: Duration) -> Result<u32> {
-        self.shared.inside(instance).await?.1.freeze(limit).await
+        still::freeze(&self.shared.machine(instance).await?, limit).await
     }
 
     async fn thaw(&self, instance: InstanceId) -> Result<u32> {
-        self.shared.inside(instance).await?.1.thaw().await
+        let machine = self.shared.machine(instance).await?;
+        match machine.now().state {
+            RuntimeState::Paused => Err(Error::conflict("the guest is frozen; resume it first")),
+            _ => still::thaw(&machine).await,
+        }
     }
 }
 

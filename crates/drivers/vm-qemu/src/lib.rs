@@ -29,7 +29,12 @@ mod saved;
 pub mod seed;
 mod share;
 mod states;
+mod still;
 mod tpm;
 
 pub use driver::{QemuDriver, QemuOptions};
 pub use probe::{HostVirtualization, probe};
+
+#[cfg(test)]
+#[path = "../../../testkit/src/backends.rs"]
+mod backends;

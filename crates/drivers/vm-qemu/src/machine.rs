@@ -141,6 +141,8 @@ pub(crate) struct Inner {
     /// What it does; `Stopped` is set last, when everything is cleared up.
     pub(crate) observed: watch::Sender<Observed>,
     record: Mutex<Record>,
+    /// Who makes its file systems still, or lets them go on.
+    pub(crate) still: tokio::sync::Mutex<()>,
 }
 
 impl Inner {
@@ -192,6 +194,7 @@ pub(crate) fn own(
         keeper,
         observed: watch::Sender::new(observed),
         record: Mutex::new(record),
+        still: tokio::sync::Mutex::default(),
     });
     let owner = Owner {
         reconnect: Some(Instant::now()),

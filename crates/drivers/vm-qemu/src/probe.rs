@@ -180,8 +180,7 @@ mod tests {
     #[tokio::test]
     async fn this_host() {
         if Program::QemuSystemX86.path().is_err() {
-            eprintln!("skipped: QEMU is not installed");
-            return;
+            return crate::backends::missing("QEMU is not installed");
         }
         let p = probe().await.unwrap();
         assert!(p.default_machine.starts_with("pc-q35-") && !p.accelerator.reason.is_empty(), "{p:?}");

@@ -183,8 +183,7 @@ mod tests {
     #[test]
     fn an_independent_reader_finds_label_names_and_content() {
         if !std::path::Path::new("/usr/bin/xorriso").exists() {
-            eprintln!("skipped: xorriso is not installed");
-            return;
+            return crate::backends::missing("xorriso is not installed");
         }
         let dir = tempfile::tempdir().unwrap();
         let image = dir.path().join("seed.iso");

@@ -1,6 +1,9 @@
 //! Systems that were not made for Karst: with a loader of Incus' agent, and with the QEMU guest agent alone.
 #![allow(clippy::disallowed_methods)] // deals with the real world
 
+#[path = "../../../testkit/src/backends.rs"]
+mod backends;
+
 mod common;
 
 use common::{Inside, Place};
@@ -80,6 +83,13 @@ async fn the_qemu_guest_agent_answers_where_only_that_is_there() {
     assert_eq!(files.open(guest.instance, None, "/root/f").await.unwrap().info.size, 1);
     assert!(files.open(guest.instance, None, "/root/g").await.unwrap_err().is(ErrorKind::NotFound));
     let quiesce = driver.quiesce().unwrap();
+    assert!(quiesce.freeze(guest.instance, Duration::from_secs(60)).await.unwrap() > 0);
+    assert!(quiesce.thaw(guest.instance).await.unwrap() > 0);
+    assert_eq!(quiesce.thaw(guest.instance).await.unwrap(), 0, "twice is once");
+    // Nobody lets them go on, and this agent has no limit: the host does, and says so to who comes too late.
+    assert!(quiesce.freeze(guest.instance, Duration::from_secs(5)).await.unwrap() > 0);
+    until_inside(&driver, &guest, "touch /root/late", BOOT).await;
+    assert!(quiesce.thaw(guest.instance).await.unwrap_err().is(ErrorKind::Conflict));
     assert!(quiesce.freeze(guest.instance, Duration::from_secs(60)).await.unwrap() > 0);
     assert!(quiesce.thaw(guest.instance).await.unwrap() > 0);
     let timeout = Duration::from_secs(120);

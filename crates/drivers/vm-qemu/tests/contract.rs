@@ -1,5 +1,8 @@
 //! The contract of guest drivers, with a real virtual machine.
 
+#[path = "../../../testkit/src/backends.rs"]
+mod backends;
+
 mod common;
 
 use karst_guest::contract::{Subject, run};

@@ -1,6 +1,9 @@
 //! Disks, discs and NICs come, change and go while a small Linux runs, and it sees that.
 #![allow(clippy::disallowed_methods)] // deals with the real world
 
+#[path = "../../../testkit/src/backends.rs"]
+mod backends;
+
 mod common;
 
 use common::{Place, console::Shell};

@@ -1,6 +1,9 @@
 //! A real guest under a real QEMU: privileges, limits, seed, network, console, a killed driver process, failures in words.
 #![allow(clippy::disallowed_methods)] // deals with the real world
 
+#[path = "../../../testkit/src/backends.rs"]
+mod backends;
+
 mod common;
 
 use common::Place;
@@ -324,7 +327,7 @@ async fn failures(place: &Place, driver: &dyn GuestDriver) {
             assert!(g.state_dir.join(variables).exists());
         }
     } else {
-        println!("skipped: UEFI, the package ovmf is not installed");
+        backends::missing("UEFI is not installed (package ovmf)");
     }
     driver.destroy(g.instance).await.unwrap();
     place.assert_clean();

@@ -2,6 +2,9 @@
 //! and is brought back to a snapshot. A sample runs always, the whole with `KARST_TEST_LONG=1`.
 #![allow(clippy::disallowed_methods)] // deals with the real world
 
+#[path = "../../../testkit/src/backends.rs"]
+mod backends;
+
 mod common;
 
 use common::{Place, console::Shell};

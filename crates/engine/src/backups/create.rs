@@ -4,20 +4,24 @@
 use super::{CALL, index, kind_of};
 use crate::{
     Engine, EngineInner,
+    compute::states,
     context::Context,
     db::Tx,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
     snapshots::{
         Found, Origin, Row2,
-        create::{PausedGuest, guest, resume, unless_ended},
+        pause::{PausedGuest, guest, pause, release, resume},
     },
     tenancy::{restricted, rules::ProjectRules},
     volumes,
 };
 use async_trait::async_trait;
 use jiff::Timestamp;
-use karst_agent::{BackupCreate as Packing, BackupKind, VolumeRef, VolumeSnapshotRef};
+use karst_agent::{
+    BackupCreate as Packing, BackupKind, HostAgent, MachineStateRef, MachineStateSave, VolumeRef,
+    VolumeSnapshotRef,
+};
 use karst_model::{
     BackupId, Error, Name, Result, SnapshotId,
     backup::{Backup, Compression},
@@ -117,6 +121,18 @@ impl Engine {
                 }
                 Row2::Volume(s) => Some((s.name.clone(), s.id)),
             };
+            let machine = match &found {
+                Found::Instance(row) => {
+                    let kept = |s: &&Row2| kept(s).is_some();
+                    let of = |s: &'_ Row2| match s {
+                        Row2::Instance(s) => Some(s.value.clone()),
+                        Row2::Volume(_) => None,
+                    };
+                    let taken: Vec<_> = snapshots.iter().filter(kept).filter_map(of).collect();
+                    states::backup(&records, row, &taken.iter().collect::<Vec<_>>())
+                }
+                Found::Volume(_) => None,
+            };
             let mut locks = vec![found.lock()];
             locks.extend(guests.iter().map(|g| crate::compute::lock(g.at.instance)));
             locks.sort();
@@ -145,6 +161,7 @@ impl Engine {
                     metadata,
                     templates,
                     compression: request.compression,
+                    machine,
                 },
                 guests,
                 frozen,
@@ -177,6 +194,24 @@ impl BackupPlan {
     fn frozen(&self) -> Option<VolumeSnapshotRef> {
         let VolumeRef { pool, volume } = self.packing.volume;
         self.frozen.map(|snapshot| VolumeSnapshotRef { pool, volume, snapshot })
+    }
+
+    async fn drop_frozen(
+        &self,
+        cx: &StepContext,
+        agent: &dyn HostAgent,
+        at: VolumeSnapshotRef,
+    ) -> Result<()> {
+        agent.volume_snapshot_delete(&cx.mutate(LONG), at).await?;
+        match self.frozen_machine() {
+            Some(at) => agent.machine_state_delete(&cx.mutate(LONG), at).await,
+            None => Ok(()),
+        }
+    }
+
+    fn frozen_machine(&self) -> Option<MachineStateRef> {
+        let machine = self.packing.machine.as_ref()?;
+        self.frozen.map(|snapshot| MachineStateRef { instance: machine.instance, snapshot })
     }
 }
 
@@ -219,17 +254,19 @@ impl Saga for BackupCreate {
     ) -> Result<()> {
         let agent = cx.agent(plan.backup.node)?;
         match (step, plan.frozen()) {
-            (0, _) => {
-                for guest in &plan.guests {
-                    unless_ended(cx.agent(guest.node)?.guest_pause(&cx.mutate(CALL), guest.at).await)?;
+            (0, _) => drop(pause(cx, &plan.guests).await?),
+            (1, Some(at)) => {
+                agent.volume_snapshot_create(&cx.mutate(LONG), at).await?;
+                if let Some(at) = plan.frozen_machine() {
+                    let save = MachineStateSave { at, memory: false };
+                    agent.machine_state_save(&cx.mutate(LONG), save).await?;
                 }
             }
-            (1, Some(at)) => agent.volume_snapshot_create(&cx.mutate(LONG), at).await?,
             (2, _) => outputs.resumed = resume(cx, &plan.guests).await?,
             (3, _) => {
                 outputs.size = agent.backup_create(&cx.mutate(LONG), plan.packing.clone()).await?.size;
             }
-            (4, Some(at)) => agent.volume_snapshot_delete(&cx.mutate(LONG), at).await?,
+            (4, Some(at)) => plan.drop_frozen(cx, &*agent, at).await?,
             _ => {}
         }
         Ok(())
@@ -238,8 +275,8 @@ impl Saga for BackupCreate {
     async fn undo(cx: &StepContext, plan: &BackupPlan, _: &BackupOutputs, step: usize) -> Result<()> {
         let agent = cx.agent(plan.backup.node)?;
         match (step, plan.frozen()) {
-            (0, _) => drop(resume(cx, &plan.guests).await?),
-            (1, Some(at)) => agent.volume_snapshot_delete(&cx.mutate(LONG), at).await?,
+            (0, _) => release(cx, &plan.guests).await?,
+            (1, Some(at)) => plan.drop_frozen(cx, &*agent, at).await?,
             (3, _) => agent.backup_delete(&cx.mutate(CALL), plan.backup.id).await?,
             _ => {}
         }

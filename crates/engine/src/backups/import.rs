@@ -19,12 +19,12 @@ use crate::{
 };
 use async_trait::async_trait;
 use karst_agent::{
-    BackupKind, CallContext, HostAgent, VolumeFill, VolumeRef, VolumeResize, VolumeSnapshotRef,
+    BackupKind, CallContext, HostAgent, MachineFill, VolumeFill, VolumeRef, VolumeResize, VolumeSnapshotRef,
 };
 use karst_model::{
     BackupId, ByteSize, Config, Error, InstanceId, Name, NodeId, Result, SnapshotId, VolumeId,
     access::Permission,
-    instance::{InstanceKind, Lifecycle},
+    instance::{Firmware, InstanceKind, Lifecycle},
     keys,
     snapshot::{Snapshot, VolumeSnapshot},
     spec::{VolumeSource, VolumeSpec},
@@ -156,6 +156,7 @@ impl Engine {
                 },
                 start: false,
                 target: None,
+                vmid: None,
             };
             let mut create = plan_create(inner, &records, tx, &project, name.clone(), &create)?;
             create.demand_own_root()?;
@@ -222,7 +223,16 @@ impl Engine {
                 });
             }
             create.instance.current_snapshot = snapshots.last().map(|s| s.id);
+            let instance = &create.instance;
+            let tpm_at = |s: &Snapshot| compute::states::tpm_at(&records, instance, s);
+            let machine = instance.hardware.as_ref().map(|hardware| FilledMachine {
+                instance: instance.id,
+                firmware: hardware.firmware,
+                tpm: compute::states::tpm(&records, instance),
+                snapshots: snapshots.iter().map(|s| (s.id, tpm_at(s))).collect(),
+            });
             let fill = Fill {
+                machine,
                 upload: request.upload,
                 kind: kind_of(kind),
                 volume: VolumeRef { pool: create.volume.pool, volume: create.volume.id },
@@ -339,6 +349,7 @@ impl Engine {
                 });
             }
             let fill = Fill {
+                machine: None,
                 upload: request.upload,
                 kind: match content {
                     VolumeContent::Filesystem => BackupKind::Filesystem,
@@ -402,6 +413,29 @@ struct Fill {
     size: Option<ByteSize>,
     /// Oldest first.
     snapshots: Vec<(Name, SnapshotId)>,
+    #[serde(default)]
+    machine: Option<FilledMachine>,
+}
+
+/// What of a virtual machine comes beside its disk.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct FilledMachine {
+    instance: InstanceId,
+    firmware: Firmware,
+    /// Name of the device that is its TPM.
+    tpm: Option<String>,
+    /// The same at its snapshots.
+    snapshots: Vec<(SnapshotId, Option<String>)>,
+}
+
+impl FilledMachine {
+    fn at(&self, at: Option<SnapshotId>) -> MachineFill {
+        let tpm = match at {
+            None => self.tpm.clone(),
+            Some(at) => self.snapshots.iter().find(|(id, _)| *id == at).and_then(|(_, tpm)| tpm.clone()),
+        };
+        MachineFill { instance: self.instance, at, firmware: self.firmware, tpm }
+    }
 }
 
 impl Fill {
@@ -424,7 +458,7 @@ impl Fill {
             if there.iter().any(|s| s.snapshot == *id) {
                 continue;
             }
-            let fill = self.of(Some(name.clone()));
+            let fill = self.of(Some((name.clone(), *id)));
             agent.volume_fill(&cx.mutate(LONG), fill).await?;
             let at = VolumeSnapshotRef { pool, volume, snapshot: *id };
             agent.volume_snapshot_create(&cx.mutate(LONG), at).await?;
@@ -440,13 +474,18 @@ impl Fill {
         }
     }
 
-    fn of(&self, snapshot: Option<Name>) -> VolumeFill {
-        VolumeFill { volume: self.volume, backup: self.upload, kind: self.kind, snapshot }
+    fn of(&self, snapshot: Option<(Name, SnapshotId)>) -> VolumeFill {
+        let (snapshot, at) = snapshot.unzip();
+        let machine = self.machine.as_ref().map(|m| m.at(at));
+        VolumeFill { volume: self.volume, backup: self.upload, kind: self.kind, snapshot, machine }
     }
 
     /// The volume goes with its snapshots, and the upload too.
     async fn undo(&self, cx: &StepContext, agent: &dyn HostAgent) -> Result<()> {
         agent.volume_delete(&cx.mutate(Duration::from_secs(300)), self.volume).await?;
+        if let Some(machine) = &self.machine {
+            agent.guest_destroy(&cx.mutate(CALL), machine.instance).await?;
+        }
         self.drop(cx, agent).await
     }
 

@@ -5,6 +5,7 @@ use super::{
     create::{CreateInstance, CreatePlan, InstanceSource, plan as plan_create},
     expand, lock, path,
     power::force_stop,
+    states::Twin,
     templates,
 };
 use crate::{
@@ -13,10 +14,10 @@ use crate::{
     db::Tx,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
-    snapshots::create::{PausedGuest, guest, resume, unless_ended},
+    snapshots::pause::{PausedGuest, guest, pause, release, resume},
 };
 use async_trait::async_trait;
-use karst_agent::{HostAgent, VolumeRef, VolumeRefresh, VolumeSnapshotRef};
+use karst_agent::{HostAgent, MachineStateSave, VolumeRef, VolumeRefresh, VolumeSnapshotRef};
 use karst_model::{
     Config, Error, InstanceId, Name, NodeId, Result, SnapshotId, VolumeId,
     access::Permission,
@@ -165,16 +166,17 @@ impl Engine {
                 (wanted, now, _) => wanted.or(now),
             };
             let from = VolumeRef { pool: root.pool, volume: root.id };
-            let (history, snapshots) = match at.is_some() || request.instance_only {
-                true => (vec![], vec![]),
+            let (history, states, snapshots) = match at.is_some() || request.instance_only {
+                true => (vec![], vec![], vec![]),
                 false => history(inner, &all, from.volume, create.instance.id, create.volume.id),
             };
             let tip = source.current_snapshot.and_then(|id| {
-                snapshots.iter().position(|s| history.iter().any(|(old, new)| *old == id && *new == s.id))
+                snapshots.iter().position(|s| states.iter().any(|(old, new)| *old == id && *new == s.id))
             });
             create.instance.current_snapshot = tip.map(|n| snapshots[n].id);
             let paused = if at.is_none() { guest(&records, source) } else { None };
             let frozen = paused.map(|_| SnapshotId(inner.env.uuid()));
+            let machine = Twin::of((&source.value, create.instance.id), frozen, at.map(|s| s.id), states);
             let at = at.and_then(|s| s.volumes.iter().find(|(v, _)| *v == from.volume)).map(|(_, s)| *s);
             let plan = CopyPlan {
                 guest: paused,
@@ -192,6 +194,7 @@ impl Engine {
                     history,
                     last: frozen.or(at),
                 },
+                machine,
                 snapshots,
                 node: source.node,
                 create,
@@ -210,32 +213,35 @@ impl Engine {
     }
 }
 
-/// The snapshots of a copy, with the ids that they are made of, oldest first.
+/// The snapshots of a copy, after the ids of those of the root and of the instance that they are made of, oldest first.
+#[allow(clippy::type_complexity)] // two lists of pairs of the same type
 fn history(
     inner: &EngineInner,
     all: &[&crate::Row<Snapshot>],
     old_root: VolumeId,
     instance: InstanceId,
     root: VolumeId,
-) -> (Vec<(SnapshotId, SnapshotId)>, Vec<Snapshot>) {
+) -> (Vec<(SnapshotId, SnapshotId)>, Vec<(SnapshotId, SnapshotId)>, Vec<Snapshot>) {
     let ids: BTreeMap<SnapshotId, SnapshotId> =
         all.iter().map(|s| (s.id, SnapshotId(inner.env.uuid()))).collect();
     let kept = |s: &Snapshot| s.volumes.iter().find(|(v, _)| *v == old_root).map(|(_, at)| *at);
-    let mut history = vec![];
-    let mut snapshots = vec![];
+    let (mut history, mut states, mut snapshots) = (vec![], vec![], vec![]);
     for old in all {
         let (Some(at), Some(id)) = (kept(old), ids.get(&old.id)) else { continue };
         history.push((at, *id));
+        states.push((old.id, *id));
         snapshots.push(Snapshot {
             id: *id,
             instance,
             parent: old.parent.and_then(|p| ids.get(&p).copied()),
             volumes: vec![(root, *id)],
+            // Memory is that of the original: it has other addresses and another UUID.
+            stateful: false,
             spec_version: 1,
             ..old.value.clone()
         });
     }
-    (history, snapshots)
+    (history, states, snapshots)
 }
 
 /// A volume that becomes a copy of another with its snapshots.
@@ -289,6 +295,9 @@ pub struct CopyPlan {
     /// A snapshot of the running original, gone in the end.
     frozen: Option<SnapshotId>,
     source: InstanceId,
+    /// What a virtual machine is beside its disk.
+    #[serde(default)]
+    machine: Option<Twin>,
     snapshots: Vec<Snapshot>,
     node: NodeId,
 }
@@ -341,14 +350,21 @@ impl Saga for InstanceCopy {
         let agent = cx.agent(plan.node)?;
         let paused: &[PausedGuest] = plan.guest.as_slice();
         match (step, plan.frozen()) {
-            (0, _) => {
-                for guest in paused {
-                    unless_ended(agent.guest_pause(&cx.mutate(CALL), guest.at).await)?;
+            (0, _) => drop(pause(cx, paused).await?),
+            (1, Some(at)) => {
+                agent.volume_snapshot_create(&cx.mutate(LONG), at).await?;
+                if let Some(at) = plan.machine.as_ref().and_then(Twin::frozen) {
+                    let save = MachineStateSave { at, memory: false };
+                    agent.machine_state_save(&cx.mutate(LONG), save).await?;
                 }
             }
-            (1, Some(at)) => agent.volume_snapshot_create(&cx.mutate(LONG), at).await?,
             (2, _) => outputs.resumed = resume(cx, paused).await?,
-            (3, _) => plan.copy.run(cx, &*agent).await?,
+            (3, _) => {
+                plan.copy.run(cx, &*agent).await?;
+                if let Some(machine) = &plan.machine {
+                    machine.run(&*agent, &cx.mutate(LONG)).await?;
+                }
+            }
             (4, _) => {
                 for some in plan.snapshots.chunks(40) {
                     cx.engine
@@ -363,7 +379,12 @@ impl Saga for InstanceCopy {
                         .await?;
                 }
             }
-            (5, Some(at)) => agent.volume_snapshot_delete(&cx.mutate(LONG), at).await?,
+            (5, Some(at)) => {
+                agent.volume_snapshot_delete(&cx.mutate(LONG), at).await?;
+                if let Some(at) = plan.machine.as_ref().and_then(Twin::frozen) {
+                    agent.machine_state_delete(&cx.mutate(LONG), at).await?;
+                }
+            }
             (6, _) => {
                 if let Some(start) = &plan.create.start {
                     cx.engine.ensure_networks(cx, plan.node, &start.networks).await?;
@@ -381,9 +402,19 @@ impl Saga for InstanceCopy {
         let agent = cx.agent(plan.node)?;
         let instance = &plan.create.instance;
         match (step, plan.frozen()) {
-            (0, _) => drop(resume(cx, plan.guest.as_slice()).await?),
-            (1, Some(at)) => agent.volume_snapshot_delete(&cx.mutate(LONG), at).await?,
-            (3, _) => plan.copy.undo(cx, &*agent).await?,
+            (0, _) => release(cx, plan.guest.as_slice()).await?,
+            (1, Some(at)) => {
+                agent.volume_snapshot_delete(&cx.mutate(LONG), at).await?;
+                if let Some(at) = plan.machine.as_ref().and_then(Twin::frozen) {
+                    agent.machine_state_delete(&cx.mutate(LONG), at).await?;
+                }
+            }
+            (3, _) => {
+                plan.copy.undo(cx, &*agent).await?;
+                if plan.machine.is_some() {
+                    agent.guest_destroy(&cx.mutate(CALL), instance.id).await?;
+                }
+            }
             (4, _) => cx.engine.forget_snapshots(Some(instance.id), None).await?,
             (6, _) if plan.create.start.is_some() => {
                 force_stop(cx, plan.node, instance.id, instance.generation).await?;

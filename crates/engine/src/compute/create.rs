@@ -50,6 +50,8 @@ pub struct CreateInstance {
     pub start: bool,
     /// Name of the node it is to be on; `None`: the engine's own.
     pub target: Option<String>,
+    /// Its VMID; the next is drawn when absent.
+    pub vmid: Option<karst_model::Vmid>,
 }
 
 /// What the root of a new instance begins as.
@@ -199,6 +201,7 @@ pub(crate) fn plan(
         name: name.clone(),
         // Given below, when nothing can be wrong any more: a refused request leaves no gap.
         vmid: karst_model::Vmid(0),
+        vmid_chosen: request.vmid.is_some(),
         kind: request.kind,
         architecture: "x86_64".into(),
         description: request.description.clone(),
@@ -322,7 +325,10 @@ pub(crate) fn plan(
     admit(records, tx, project.id, &Planned { instance: Some(&instance), ..Default::default() })?;
     // Whatever is wrong with it is said now, not at the first start.
     inner.guest_spec(records, &instance, 0)?;
-    instance.vmid = inner.take_vmid(records);
+    instance.vmid = match request.vmid {
+        Some(chosen) => inner.choose_vmid(records, tx, chosen)?,
+        None => inner.take_vmid(records, tx),
+    };
     let mut start = None;
     if request.start {
         inner.demand_staying()?;

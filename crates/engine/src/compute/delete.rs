@@ -218,7 +218,7 @@ fn remove_all(engine: &EngineInner, tx: &mut Tx, id: InstanceId, kept: &[Volume]
     let owner = id.to_string();
     tx.release_name("instances", &row.project.to_string(), &row.name, &owner);
     tx.release_name("vmids", "", &row.vmid.to_string(), &owner);
-    tx.retire_vmid(&records, row.vmid.0);
+    super::vmids::retire(tx, &records, row);
     tx.delete_id::<Runtime>(&id.to_string());
     for volume in records.volumes.values().filter(|v| v.owner == VolumeOwner::Instance { instance: id }) {
         if !kept.iter().any(|k| k.id == volume.id) {

@@ -70,6 +70,14 @@ impl Session {
         self.ended.store(true, Ordering::Relaxed);
         Ok(code)
     }
+
+    /// Ends it, and answers when it has ended.
+    pub async fn close(self) {
+        // A host that is gone has ended it itself.
+        if self.agent.session_close(&CallContext::read(CALL), self.id).await.is_ok() {
+            self.ended.store(true, Ordering::Relaxed);
+        }
+    }
 }
 
 impl Drop for Session {
@@ -115,6 +123,14 @@ impl FileUpload {
     pub async fn failure(&mut self) -> Error {
         let broken = Error::unavailable("the guest no longer takes the file's content");
         self.end().await.err().unwrap_or(broken)
+    }
+
+    /// Gives it up: what is there stays as it was. The guest must not take the end of the stream for the end of the file, so
+    /// whatever else leads to the sink is closed after this.
+    pub async fn abandon(mut self) {
+        if let Some(session) = self.session.take() {
+            session.close().await;
+        }
     }
 
     async fn end(&mut self) -> Result<()> {

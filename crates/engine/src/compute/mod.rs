@@ -19,8 +19,10 @@ pub mod refresh;
 pub mod relocate;
 pub mod shutdown;
 pub mod slots;
+pub(crate) mod states;
 pub mod templates;
 pub mod update;
+pub(crate) mod vmids;
 
 use crate::{Engine, EngineInner, InstanceView, Records, Row, context::Context};
 use karst_model::{

@@ -4,7 +4,7 @@
 //! What the copy was is kept in a snapshot until the end, so that a refresh that fails leaves the copy as it was. Only the
 //! last step destroys: it drops that snapshot, and those that went.
 
-use super::{copy::CopyInstance, lock, path, templates};
+use super::{copy::CopyInstance, lock, path, states::Twin, templates};
 use crate::{
     Engine, EngineInner, Records, Row,
     context::Context,
@@ -13,13 +13,14 @@ use crate::{
     saga::{Saga, StepContext, runner},
     snapshots::{
         Row2, Taken,
-        create::{PausedGuest, guest, resume, unless_ended},
+        pause::{PausedGuest, guest, pause, release, resume},
     },
     volumes::{self, copy::CopyVolume, runs},
 };
 use async_trait::async_trait;
 use karst_agent::{
-    CallContext, HostAgent, MachineStateRef, VolumeRef, VolumeRefresh, VolumeResize, VolumeSnapshotRef,
+    CallContext, HostAgent, MachineStateRef, MachineStateRestore, MachineStateSave, VolumeRef, VolumeRefresh,
+    VolumeResize, VolumeSnapshotRef,
 };
 use karst_model::{
     ByteSize, Error, InstanceId, Name, NodeId, Result, SnapshotId,
@@ -88,10 +89,12 @@ impl Engine {
             let (from, to) = (root(&records, source)?, root(&records, target)?);
             let taken = |i: &Instance| records.snapshots_of(i.id).into_iter().cloned().collect::<Vec<_>>();
             let (theirs, ours) = (taken(source), taken(target));
+            let mut then = None;
             let at = match request.snapshot.as_deref() {
                 None => None,
                 Some(wanted) => {
                     let found = theirs.iter().find(|s| *s.name == *wanted);
+                    then = found.map(|s| s.id);
                     let kept = found.and_then(|s| s.volumes.iter().find(|(v, _)| *v == from.id));
                     let missing = || {
                         let text = format!("snapshot {wanted:?} of instance {:?} not found", request.name);
@@ -110,6 +113,7 @@ impl Engine {
             }
             let newest = ours.iter().map(|s| s.created_at).max();
             let (mut missing, mut made, mut gone) = (vec![], vec![], vec![]);
+            let mut history = vec![];
             if !alone {
                 let kept: BTreeSet<SnapshotId> = ids.values().copied().collect();
                 gone = ours.iter().filter(|s| !kept.contains(&s.id)).collect();
@@ -120,6 +124,7 @@ impl Engine {
                     }
                     let id = ids[&old.id];
                     missing.push((*then, id));
+                    history.push((old.id, id));
                     made.push(Taken::Instance {
                         snapshot: Box::new(Snapshot {
                             id,
@@ -148,11 +153,19 @@ impl Engine {
             let paused = if at.is_none() { guest(&records, source) } else { None };
             let frozen = paused.map(|_| SnapshotId(inner.env.uuid()));
             let path = path(&project.name, name);
+            let kept = SnapshotId(inner.env.uuid());
+            let machine =
+                Twin::of((&source.value, target.id), frozen, then, history).map(|twin| RefreshedMachine {
+                    twin,
+                    kept: MachineStateRef { instance: target.id, snapshot: kept },
+                    memory: target.stateful,
+                });
             let plan = RefreshPlan {
+                machine,
                 to: to.value.clone(),
                 from: VolumeRef { pool: from.pool, volume: from.id },
                 size: from.size,
-                kept: SnapshotId(inner.env.uuid()),
+                kept,
                 last: frozen.or(at),
                 missing,
                 gone,
@@ -260,6 +273,7 @@ impl Engine {
             let frozen = (!guests.is_empty()).then(|| SnapshotId(inner.env.uuid()));
             let path = volumes::path(&records, target);
             let plan = RefreshPlan {
+                machine: None,
                 to: target.value.clone(),
                 from: VolumeRef { pool: source.pool, volume: source.id },
                 size: source.size,
@@ -295,6 +309,16 @@ fn root<'a>(records: &'a Records, instance: &Instance) -> Result<&'a Row<Volume>
     records.volumes.get(&instance.root).ok_or_else(|| Error::not_found("the root volume is gone"))
 }
 
+/// A virtual machine that becomes what its original is beside its disk, too.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct RefreshedMachine {
+    twin: Twin,
+    /// What it was, gone in the end.
+    kept: MachineStateRef,
+    /// It keeps its memory over its stop now.
+    memory: bool,
+}
+
 /// Plan of [`ContentRefresh`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct RefreshPlan {
@@ -324,9 +348,15 @@ pub struct RefreshPlan {
     locks: Vec<String>,
     node: NodeId,
     path: String,
+    #[serde(default)]
+    machine: Option<RefreshedMachine>,
 }
 
 impl RefreshPlan {
+    fn frozen_machine(&self) -> Option<MachineStateRef> {
+        self.machine.as_ref().and_then(|m| m.twin.frozen())
+    }
+
     fn volume(&self) -> VolumeRef {
         VolumeRef { pool: self.to.pool, volume: self.to.id }
     }
@@ -442,15 +472,28 @@ impl Saga for ContentRefresh {
     ) -> Result<()> {
         let agent = cx.agent(plan.node)?;
         match (step, plan.frozen()) {
-            (0, _) => {
-                for guest in &plan.guests {
-                    unless_ended(cx.agent(guest.node)?.guest_pause(&cx.mutate(CALL), guest.at).await)?;
+            (0, _) => drop(pause(cx, &plan.guests).await?),
+            (1, Some(at)) => {
+                agent.volume_snapshot_create(&cx.mutate(LONG), at).await?;
+                if let Some(at) = plan.frozen_machine() {
+                    let save = MachineStateSave { at, memory: false };
+                    agent.machine_state_save(&cx.mutate(LONG), save).await?;
                 }
             }
-            (1, Some(at)) => agent.volume_snapshot_create(&cx.mutate(LONG), at).await?,
             (2, _) => outputs.resumed = resume(cx, &plan.guests).await?,
-            (3, _) => agent.volume_snapshot_create(&cx.mutate(LONG), plan.at(plan.kept)).await?,
-            (4, _) => plan.content(cx, &*agent).await?,
+            (3, _) => {
+                agent.volume_snapshot_create(&cx.mutate(LONG), plan.at(plan.kept)).await?;
+                if let Some(machine) = &plan.machine {
+                    let save = MachineStateSave { at: machine.kept, memory: false };
+                    agent.machine_state_save(&cx.mutate(LONG), save).await?;
+                }
+            }
+            (4, _) => {
+                plan.content(cx, &*agent).await?;
+                if let Some(machine) = &plan.machine {
+                    machine.twin.run(&*agent, &cx.mutate(LONG)).await?;
+                }
+            }
             (5, _) => swap(cx, &plan.gone, &plan.made).await?,
             (6, frozen) => {
                 let of = |taken: &Taken| match taken {
@@ -463,8 +506,9 @@ impl Saga for ContentRefresh {
                 for at in lost.chain(frozen) {
                     agent.volume_snapshot_delete(&cx.mutate(LONG), at).await?;
                 }
-                for state in &plan.states {
-                    agent.machine_state_delete(&cx.mutate(LONG), *state).await?;
+                let kept = plan.machine.as_ref().map(|m| m.kept);
+                for state in plan.states.iter().copied().chain(kept).chain(plan.frozen_machine()) {
+                    agent.machine_state_delete(&cx.mutate(LONG), state).await?;
                 }
             }
             _ => {}
@@ -475,10 +519,27 @@ impl Saga for ContentRefresh {
     async fn undo(cx: &StepContext, plan: &RefreshPlan, _: &RefreshOutputs, step: usize) -> Result<()> {
         let agent = cx.agent(plan.node)?;
         match (step, plan.frozen()) {
-            (0, _) => drop(resume(cx, &plan.guests).await?),
-            (1, Some(at)) => agent.volume_snapshot_delete(&cx.mutate(LONG), at).await?,
-            (3, _) => agent.volume_snapshot_delete(&cx.mutate(LONG), plan.at(plan.kept)).await?,
+            (0, _) => release(cx, &plan.guests).await?,
+            (1, Some(at)) => {
+                agent.volume_snapshot_delete(&cx.mutate(LONG), at).await?;
+                if let Some(at) = plan.frozen_machine() {
+                    agent.machine_state_delete(&cx.mutate(LONG), at).await?;
+                }
+            }
+            (3, _) => {
+                agent.volume_snapshot_delete(&cx.mutate(LONG), plan.at(plan.kept)).await?;
+                if let Some(machine) = &plan.machine {
+                    agent.machine_state_delete(&cx.mutate(LONG), machine.kept).await?;
+                }
+            }
             (4, _) => {
+                if let Some(machine) = &plan.machine {
+                    let restore = MachineStateRestore { at: machine.kept, memory: machine.memory };
+                    agent.machine_state_restore(&cx.mutate(LONG), restore).await?;
+                    for state in machine.twin.made() {
+                        agent.machine_state_delete(&cx.mutate(LONG), state).await?;
+                    }
+                }
                 agent.volume_snapshot_restore(&cx.mutate(LONG), plan.at(plan.kept)).await?;
                 for (_, new) in &plan.missing {
                     agent.volume_snapshot_delete(&cx.mutate(LONG), plan.at(*new)).await?;

@@ -9,7 +9,7 @@ use crate::{
     db::Tx,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
-    snapshots::create::{PausedGuest, guest, resume, unless_ended},
+    snapshots::pause::{PausedGuest, guest, pause, release, resume},
 };
 use async_trait::async_trait;
 use karst_agent::{ImagePublish as Packing, VolumeRef, VolumeSnapshotRef};
@@ -188,11 +188,7 @@ impl Saga for ImagePublish {
     ) -> Result<()> {
         let agent = cx.agent(plan.node)?;
         match (step, plan.frozen()) {
-            (0, _) => {
-                for guest in plan.guest.as_slice() {
-                    unless_ended(agent.guest_pause(&cx.mutate(CALL), guest.at).await)?;
-                }
-            }
+            (0, _) => drop(pause(cx, plan.guest.as_slice()).await?),
             (1, Some(at)) => agent.volume_snapshot_create(&cx.mutate(LONG), at).await?,
             (2, _) => outputs.resumed = resume(cx, plan.guest.as_slice()).await?,
             (3, _) => {
@@ -209,7 +205,7 @@ impl Saga for ImagePublish {
     async fn undo(cx: &StepContext, plan: &PublishPlan, _: &PublishOutputs, step: usize) -> Result<()> {
         let agent = cx.agent(plan.node)?;
         match (step, plan.frozen()) {
-            (0, _) => drop(resume(cx, plan.guest.as_slice()).await?),
+            (0, _) => release(cx, plan.guest.as_slice()).await?,
             (1, Some(at)) => agent.volume_snapshot_delete(&cx.mutate(LONG), at).await?,
             (3, _) => agent.image_delete(&cx.mutate(CALL), plan.packing.image).await?,
             _ => {}

@@ -431,10 +431,11 @@ pub(super) fn plan_instance(
     let seen = observed.get(&was.id);
     let runs = |o: &&Observed| !matches!(o.state, RuntimeState::Stopped | RuntimeState::Error);
     let running = seen.filter(runs);
-    let vmid = records.instances.values().any(|i| i.vmid == was.vmid) || !Vmid::RANGE.contains(&was.vmid.0);
+    let taken = records.taken_vmids.contains(&was.vmid.0) || !Vmid::RANGE.contains(&was.vmid.0);
     let mut instance = Instance {
         project: project.id,
-        vmid: if vmid { inner.take_vmid(records) } else { was.vmid },
+        vmid: if taken { inner.take_vmid(records, tx) } else { was.vmid },
+        vmid_chosen: was.vmid_chosen && !taken,
         profiles,
         image: was.image.filter(|id| records.images.contains_key(id)),
         image_properties: kept(&was.image_properties, "image.")?,

@@ -1,6 +1,9 @@
 //! Taking snapshots.
 
-use super::{Found, Origin, Taken, automatic_name, expiry, owned};
+use super::{
+    Found, Origin, Taken, automatic_name, expiry, owned,
+    pause::{PausedGuest, guest, pause, quiesce, release, resume},
+};
 use crate::{
     Engine, EngineInner, Records,
     compute::power::SAVING,
@@ -13,12 +16,12 @@ use crate::{
 };
 use async_trait::async_trait;
 use jiff::Timestamp;
-use karst_agent::{GuestRef, MachineStateRef, MachineStateSave, VolumeSnapshotRef};
+use karst_agent::{MachineStateRef, MachineStateSave, VolumeSnapshotRef};
 use karst_model::{
-    Error, ErrorKind, Name, NodeId, Result, SnapshotId,
+    Error, Name, NodeId, Result, SnapshotId,
     guest::Observed,
     instance::{Instance, InstanceKind, RuntimeState, Status},
-    snapshot::{Snapshot, VolumeSnapshot},
+    snapshot::{QUIESCE, Quiesce, Snapshot, VolumeSnapshot},
 };
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -36,6 +39,8 @@ pub struct CreateSnapshot {
     pub automatic: bool,
     /// With the memory of the running virtual machine.
     pub stateful: bool,
+    /// Are file systems inside virtual machines made still before? As the configuration of each says when absent.
+    pub quiesce: Option<Quiesce>,
 }
 
 impl Engine {
@@ -83,6 +88,11 @@ impl Engine {
             let mut machine = None;
             if request.stateful {
                 demand_memory(&records, &found)?;
+                if request.quiesce.is_some_and(|q| q != Quiesce::No) {
+                    let text =
+                        "memory is kept of a machine as it runs; take the snapshot with the one or the other";
+                    return Err(Error::invalid("quiesce", text));
+                }
             }
             let (snapshot, refs) = match &found {
                 Found::Instance(row) => {
@@ -133,6 +143,18 @@ impl Engine {
                     (Taken::Volume { snapshot: Box::new(snapshot) }, vec![at])
                 }
             };
+            for guest in &mut guests {
+                guest.quiesce = match request.stateful {
+                    true => Quiesce::No,
+                    false => request.quiesce.unwrap_or(guest.quiesce),
+                };
+            }
+            if let Found::Instance(row) = &found
+                && !request.stateful
+                && request.quiesce.unwrap_or_else(|| quiesce(&records, row)) == Quiesce::Require
+            {
+                demand_awake(&records, row)?;
+            }
             let mut locks = vec![found.lock()];
             locks.extend(guests.iter().map(|g| crate::compute::lock(g.at.instance)));
             locks.sort();
@@ -149,12 +171,17 @@ impl Engine {
     }
 }
 
-/// The guest of an instance that is to be paused while a snapshot is taken: one that runs and is not paused already.
-pub(crate) fn guest(records: &Records, instance: &Instance) -> Option<PausedGuest> {
-    let runtime = records.runtimes.get(&instance.id)?;
-    let running = instance.status(Some(&runtime.value)) == Status::Running;
-    let at = GuestRef { instance: instance.id, generation: runtime.generation };
-    running.then_some(PausedGuest { at, node: instance.node })
+/// A machine whose processors stand still cannot make its file systems so.
+fn demand_awake(records: &Records, row: &Instance) -> Result<()> {
+    let status = row.status(records.runtimes.get(&row.id).map(|r| &r.value));
+    if row.kind == InstanceKind::VirtualMachine && status == Status::Frozen {
+        return Err(Error::conflict(format!(
+            "instance {:?} is frozen: its file systems cannot be made still; resume it, or take the snapshot with {QUIESCE}=no",
+            &*row.name
+        ))
+        .at("quiesce"));
+    }
+    Ok(())
 }
 
 /// Can the memory go into a snapshot?
@@ -172,13 +199,6 @@ fn demand_memory(records: &Records, found: &Found) -> Result<()> {
         .at("stateful"));
     }
     Ok(())
-}
-
-/// A guest that is paused for the moment of a snapshot.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-pub(crate) struct PausedGuest {
-    pub(crate) at: GuestRef,
-    pub(crate) node: NodeId,
 }
 
 /// Plan of [`SnapshotCreate`].
@@ -199,28 +219,13 @@ pub struct SnapshotPlan {
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct SnapshotOutputs {
     resumed: Vec<Observed>,
+    /// What was tried and did not go.
+    #[serde(default)]
+    warnings: Vec<String>,
 }
 
 /// Pauses the guests, takes a snapshot of each volume, lets the guests go on, then the record is there.
 pub struct SnapshotCreate;
-
-const CALL: Duration = Duration::from_secs(30);
-
-/// What ended meanwhile needs neither pause nor resume.
-pub(crate) fn unless_ended(done: Result<Observed>) -> Result<Option<Observed>> {
-    match done {
-        Err(e) if matches!(e.kind, ErrorKind::NotFound | ErrorKind::Conflict) => Ok(None),
-        other => other.map(Some),
-    }
-}
-
-pub(crate) async fn resume(cx: &StepContext, guests: &[PausedGuest]) -> Result<Vec<Observed>> {
-    let mut seen = vec![];
-    for guest in guests {
-        seen.extend(unless_ended(cx.agent(guest.node)?.guest_resume(&cx.mutate(CALL), guest.at).await)?);
-    }
-    Ok(seen)
-}
 
 #[async_trait]
 impl Saga for SnapshotCreate {
@@ -251,11 +256,7 @@ impl Saga for SnapshotCreate {
         step: usize,
     ) -> Result<()> {
         match step {
-            0 => {
-                for guest in &plan.guests {
-                    unless_ended(cx.agent(guest.node)?.guest_pause(&cx.mutate(CALL), guest.at).await)?;
-                }
-            }
+            0 => outputs.warnings = pause(cx, &plan.guests).await?,
             1 => {
                 if let Some(machine) = plan.machine {
                     cx.agent(plan.node)?.machine_state_save(&cx.mutate(SAVING), machine).await?;
@@ -273,7 +274,7 @@ impl Saga for SnapshotCreate {
     }
     async fn undo(cx: &StepContext, plan: &SnapshotPlan, _: &SnapshotOutputs, step: usize) -> Result<()> {
         match step {
-            0 => drop(resume(cx, &plan.guests).await?),
+            0 => release(cx, &plan.guests).await?,
             1 => {
                 if let Some(machine) = plan.machine {
                     let time = Duration::from_secs(300);
@@ -322,6 +323,15 @@ impl Saga for SnapshotCreate {
     fn abort(plan: &SnapshotPlan, _: &SnapshotOutputs, _: &EngineInner, tx: &mut Tx) -> Result<()> {
         plan.snapshot.release_name(tx);
         Ok(())
+    }
+    fn result(
+        _: &SnapshotPlan,
+        outputs: &SnapshotOutputs,
+        _: &EngineInner,
+    ) -> serde_json::Map<String, serde_json::Value> {
+        let warnings =
+            (!outputs.warnings.is_empty()).then(|| ("warnings".into(), outputs.warnings.clone().into()));
+        warnings.into_iter().collect()
     }
     fn announce(plan: &SnapshotPlan) -> Vec<(&'static str, String)> {
         let action = match plan.snapshot {

@@ -7,6 +7,7 @@
 pub mod change;
 pub mod create;
 pub mod delete;
+pub(crate) mod pause;
 pub mod restore;
 pub mod restore_running;
 pub mod schedule;

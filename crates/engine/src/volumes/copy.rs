@@ -10,7 +10,7 @@ use crate::{
     saga::{Saga, StepContext, runner},
     snapshots::{
         Taken,
-        create::{PausedGuest, guest, resume, unless_ended},
+        pause::{PausedGuest, guest, pause, release, resume},
     },
     tenancy::limits::{Planned, admit},
 };
@@ -29,7 +29,6 @@ use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 const LONG: Duration = Duration::from_secs(86_400);
-const CALL: Duration = Duration::from_secs(30);
 
 /// What a user wants copied.
 #[derive(Debug, Clone)]
@@ -234,11 +233,7 @@ impl Saga for VolumeCopying {
     async fn run(cx: &StepContext, plan: &CopyPlan, outputs: &mut CopyOutputs, step: usize) -> Result<()> {
         let agent = cx.agent(plan.node)?;
         match (step, plan.frozen()) {
-            (0, _) => {
-                for guest in &plan.guests {
-                    unless_ended(cx.agent(guest.node)?.guest_pause(&cx.mutate(CALL), guest.at).await)?;
-                }
-            }
+            (0, _) => drop(pause(cx, &plan.guests).await?),
             (1, Some(at)) => agent.volume_snapshot_create(&cx.mutate(LONG), at).await?,
             (2, _) => outputs.resumed = resume(cx, &plan.guests).await?,
             (3, _) => plan.copy.run(cx, &*agent).await?,
@@ -255,7 +250,7 @@ impl Saga for VolumeCopying {
     async fn undo(cx: &StepContext, plan: &CopyPlan, _: &CopyOutputs, step: usize) -> Result<()> {
         let agent = cx.agent(plan.node)?;
         match (step, plan.frozen()) {
-            (0, _) => drop(resume(cx, &plan.guests).await?),
+            (0, _) => release(cx, &plan.guests).await?,
             (1, Some(at)) => agent.volume_snapshot_delete(&cx.mutate(LONG), at).await?,
             (3, _) => plan.copy.undo(cx, &*agent).await?,
             (4, _) => cx.engine.forget_snapshots(None, Some(plan.volume.id)).await?,

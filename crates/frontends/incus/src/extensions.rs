@@ -70,6 +70,7 @@ pub const TESTED: &[(&str, &str)] = &[
     ("karst_audit", "changes_and_refusals_are_audited"),
     ("karst_host", "karst_paths_answer"),
     ("karst_images_build", "karst_paths_answer"),
+    ("karst_snapshot_quiesce", "file_systems_are_still_around_snapshots"),
     ("karst_tokens", "tokens_are_shown_with_each_request"),
     ("limits_hugepages", "limits_reach_the_host_live"),
     ("metadata_configuration", "server_describes_itself"),

@@ -2,6 +2,8 @@
 //! would hold the whole daemon again. A file that is not named here does not run; `cargo xtask tidy` refuses it.
 mod access;
 mod api;
+#[path = "../../../testkit/src/backends.rs"]
+mod backends;
 mod backups;
 mod bodies;
 mod clients;

@@ -25,7 +25,7 @@ fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     let found = std::env::split_paths(&path).map(|d| d.join(program)).find(|p| p.is_file());
     if found.is_none() {
-        eprintln!("skipped: {program} is not installed");
+        crate::backends::missing(&format!("{program} is not installed"));
     }
     found
 }

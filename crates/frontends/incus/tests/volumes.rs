@@ -111,6 +111,62 @@ async fn custom_volumes_live() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn file_systems_are_still_around_snapshots() {
+    let s = Server::start().await;
+    let config = json!({"migration.stateful": "true"});
+    let machine = json!({
+        "name": "v1", "type": "virtual-machine", "source": {"type": "none"}, "start": true, "config": config,
+    });
+    s.done(s.post("/1.0/instances", machine).await).await;
+    const ALL: &str = "/1.0/instances/v1/snapshots";
+    let calls = || (s.agent.count("guest_quiesce"), s.agent.count("guest_thaw"));
+    s.done(s.post(ALL, json!({"name": "plain"})).await).await;
+    assert_eq!(calls(), (0, 0), "nobody asked for it");
+    s.done(s.post(ALL, json!({"name": "still", "quiesce": "require"})).await).await;
+    assert_eq!(calls(), (1, 1));
+    for body in [
+        json!({"name": "x", "quiesce": "yes"}),
+        json!({"name": "x", "quiesce": true}),
+        json!({"name": "x", "quiesce": "try", "stateful": true}),
+    ] {
+        s.post(ALL, body).await.refused(400);
+    }
+    s.patch("/1.0/instances/v1", json!({"config": {"snapshots.quiesce": "always"}})).await.refused(400);
+    s.patch("/1.0/instances/v1", json!({"config": {"snapshots.quiesce": "try"}})).await.metadata();
+    s.done(s.post(ALL, json!({"name": "keyed"})).await).await;
+    assert_eq!(calls(), (2, 2));
+    s.done(s.post(ALL, json!({"name": "not", "quiesce": "no"})).await).await;
+    assert_eq!(calls(), (2, 2));
+    // Nobody answers inside: a warning, or nothing at all.
+    let silent = || {
+        let e = karst_model::Error::unavailable("the guest agent does not answer");
+        s.agent.inject("guest_quiesce", karst_agent::Fault::FailBefore(e));
+    };
+    silent();
+    let done = s.done(s.post(ALL, json!({"name": "tried"})).await).await;
+    let warning = done["metadata"]["warnings"][0].as_str().unwrap();
+    assert!(warning.contains("v1") && warning.contains("does not answer"), "{warning}");
+    silent();
+    let failed = s.wait(s.post(ALL, json!({"name": "none", "quiesce": "require"})).await).await;
+    assert!(failed["err"].as_str().unwrap().contains("does not answer"), "{failed}");
+    let there = s.get(ALL).await.metadata();
+    let names: Vec<_> =
+        there.as_array().unwrap().iter().map(|p| p.as_str().unwrap().rsplit('/').next().unwrap()).collect();
+    assert_eq!(names, ["plain", "still", "keyed", "not", "tried"]);
+    let state = s.get("/1.0/instances/v1/state").await.metadata();
+    assert_eq!(state["status"], "Running");
+    // One whose processors stand still cannot.
+    s.done(s.put("/1.0/instances/v1/state", json!({"action": "freeze"})).await).await;
+    s.post(ALL, json!({"name": "x", "quiesce": "require"})).await.refused(409);
+    s.done(s.post(ALL, json!({"name": "frozen"})).await).await;
+    // What is of containers is the host's.
+    s.container("c1", true).await;
+    s.patch("/1.0/instances/c1", json!({"config": {"snapshots.quiesce": "try"}})).await.refused(400);
+    let all = "/1.0/instances/c1/snapshots";
+    s.done(s.post(all, json!({"name": "one", "quiesce": "require"})).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn snapshots_of_instances_live() {
     let s = Server::start().await;
     s.container("c1", true).await;

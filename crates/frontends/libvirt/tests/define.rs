@@ -591,6 +591,17 @@ async fn snapshots_are_a_tree() {
     .concat();
     let refused = client.call(185, &disk_only).await.unwrap_err();
     assert!(refused.0 == Code::OperationUnsupported as i32 && refused.1.contains("external"), "{refused:?}");
+    // Nobody is inside a domain that is off; with memory there is nothing to be still for.
+    for (xml, text) in [
+        ("<domainsnapshot/>", "not running"),
+        ("<domainsnapshot><memory snapshot='internal'/></domainsnapshot>", "memory"),
+    ] {
+        let still = argument(|w| {
+            w.string(xml).u32(64);
+        });
+        let refused = client.call(185, &[v1.clone(), still].concat()).await.unwrap_err();
+        assert!(refused.1.contains(text), "{refused:?}");
+    }
     // A domain with snapshots is not undefined by the way.
     let refused = client.call(231, &flagged(&v1, 4)).await.unwrap_err();
     assert!(refused.1.contains("3 snapshots"), "{refused:?}");

@@ -1,6 +1,11 @@
 //! Files, as root of the guest and through whatever links its system has.
 
-use super::{Refused, failed, freeze, mux::Stream, refused};
+use super::{
+    Refused, failed, freeze,
+    mux::Stream,
+    refused,
+    replace::{Beside, Wanted},
+};
 use crate::{
     message::{Bytes, Nothing, Opened, Reply, Write, refusal},
     wire::{MAX_DATA, channel},
@@ -93,7 +98,8 @@ pub(super) fn write(stream: &Stream, w: Write) -> Result<(), Refused> {
         return Err(refused(refusal::BUSY, "", "the file systems of the guest are frozen"));
     }
     match w.what {
-        0 => return file(stream, path, &w),
+        0 if w.append => return file(stream, path, &w),
+        0 => return replace(stream, path, &w),
         1 => match std::fs::DirBuilder::new().mode(w.mode.unwrap_or(0o755) & 0o777).create(path) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => adjust(path, &w)?,
             Err(e) => return Err(failed(e)),
@@ -120,6 +126,48 @@ fn adjust(path: &Path, w: &Write) -> Result<(), Refused> {
     match w.mode {
         Some(mode) => std::fs::set_permissions(path, Permissions::from_mode(mode & 0o7777)).map_err(failed),
         None => Ok(()),
+    }
+}
+
+/// Makes a file, or gives one another content: whole or not at all, where its file system can.
+fn replace(stream: &Stream, path: &Path, w: &Write) -> Result<(), Refused> {
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    let old = match OpenOptions::new().write(true).custom_flags(flags).open(path) {
+        Ok(old) => Some(old),
+        Err(e) if e.kind() == io::ErrorKind::NotFound && !w.path.ends_with('/') => None,
+        Err(e) => return Err(failed(e)),
+    };
+    if let Some(old) = &old
+        && !old.metadata().map_err(failed)?.is_file()
+    {
+        return Err(refused(refusal::UNSUPPORTED, "path", "not a regular file"));
+    }
+    let Some(mut beside) = Beside::make(path, old).map_err(failed)? else {
+        return file(stream, path, w);
+    };
+    stream.reply(&Reply(Ok(Nothing {})));
+    if !take(stream, |bytes| beside.write(bytes))? {
+        return Ok(());
+    }
+    beside.commit(Wanted { uid: w.uid, gid: w.gid, mode: w.mode }).map_err(failed)?;
+    stream.end(0);
+    Ok(())
+}
+
+/// Hands on what comes, to its end; false when it broke off.
+fn take(stream: &Stream, mut write: impl FnMut(&[u8]) -> io::Result<()>) -> Result<bool, Refused> {
+    loop {
+        if stream.is_closed() {
+            return Ok(false);
+        }
+        match stream.input() {
+            Ok(bytes) => {
+                write(&bytes).map_err(failed)?;
+                stream.used(bytes.len());
+            }
+            Err(true) => return Ok(true),
+            Err(false) => stream.wait(),
+        }
     }
 }
 
@@ -150,18 +198,8 @@ fn file(stream: &Stream, path: &Path, w: &Write) -> Result<(), Refused> {
         std::os::unix::fs::fchown(&file, w.uid, w.gid).map_err(failed)?;
     }
     stream.reply(&Reply(Ok(Nothing {})));
-    loop {
-        if stream.is_closed() {
-            return Ok(());
-        }
-        match stream.input() {
-            Ok(bytes) => {
-                io::Write::write_all(&mut &file, &bytes).map_err(failed)?;
-                stream.used(bytes.len());
-            }
-            Err(true) => break,
-            Err(false) => stream.wait(),
-        }
+    if !take(stream, |bytes| io::Write::write_all(&mut &file, bytes))? {
+        return Ok(());
     }
     // At last: writing takes the set-user-id bits away.
     if let Some(mode) = w.mode {

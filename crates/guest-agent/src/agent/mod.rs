@@ -10,6 +10,7 @@ mod freeze;
 mod mux;
 mod port;
 mod power;
+mod replace;
 mod users;
 
 pub use port::Port;

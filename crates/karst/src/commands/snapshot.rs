@@ -27,6 +27,10 @@ pub enum Snapshot {
         /// With the memory of the running instance
         #[arg(long)]
         stateful: bool,
+        /// Make the file systems inside the virtual machine still: require, try or no (default: what snapshots.quiesce says)
+        #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "require",
+              value_parser = ["no", "try", "require"])]
+        quiesce: Option<String>,
     },
     /// List the snapshots of an instance
     #[command(visible_alias = "ls")]
@@ -83,8 +87,11 @@ impl Snapshot {
     pub async fn run(self, context: &Context) -> Result<()> {
         let client = &context.client;
         match self {
-            Self::Create { instance, name, stateful } => {
+            Self::Create { instance, name, stateful, quiesce } => {
                 let mut body = json!({"stateful": stateful});
+                if let Some(quiesce) = &quiesce {
+                    body["quiesce"] = json!(quiesce);
+                }
                 if let Some(name) = &name {
                     body["name"] = json!(name);
                 }
@@ -93,7 +100,13 @@ impl Snapshot {
                         client.post(&Url::new(&["instances", &instance, "snapshots"]), &body).await?;
                     context.finish(answer, format!("snapshot of {instance}")).await
                 };
-                work.await.about(client, Kind::Instance, &instance).map(drop)
+                let done = work.await.about(client, Kind::Instance, &instance)?;
+                let warnings = done.map(|operation| operation.metadata["warnings"].clone());
+                for warning in warnings.iter().filter_map(Value::as_array).flatten().filter_map(Value::as_str)
+                {
+                    eprintln!("Warning: {warning}");
+                }
+                Ok(())
             }
             Self::List { instance, format } => {
                 let url = Url::new(&["instances", &instance, "snapshots"]).with("recursion", 1);

@@ -222,6 +222,9 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
     add("volume_fill", "of a snapshot elsewhere", fill(23, "container", json!("../../x")), Refused);
     add("volume_fill", "under a guest", fill(3, "container", Value::Null), Refused);
     add("volume_fill", "of another kind", fill(23, "block", Value::Null), Refused);
+    let mut into = fill(23, "container", Value::Null);
+    into["machine"] = json!({"instance": "../../x", "at": null, "firmware": "uefi", "tpm": "../x"});
+    add("volume_fill", "of a machine elsewhere", into, Refused);
     let put = |n: u128, staged: u128, offset: u64| json!({"volume": volume(n), "staged": id(staged), "offset": offset});
     add("volume_write", "to a tree", put(23, 41, 0), Refused);
     add("volume_write", "behind the end", put(13, 41, 1 << 40), Refused);
@@ -363,7 +366,17 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
     );
     add("guest_pause", "of another start", json!({"instance": id(4), "generation": generation(0)}), Refused);
     add("guest_resume", "which is not paused", at(4), Nothing("it goes on"));
-    for call in ["guest_pause", "guest_resume", "machine_interrupt", "machine_wake", "guest_reset"] {
+    add("guest_quiesce", "none", json!({"guest": at(99), "limit": {"secs": 60, "nanos": 0}}), Refused);
+    add(
+        "guest_quiesce",
+        "a container",
+        json!({"guest": at(4), "limit": {"secs": u64::MAX, "nanos": 0}}),
+        Nothing("its file systems are the host's"),
+    );
+    add("guest_thaw", "a container", at(4), Nothing("its file systems are the host's"));
+    for call in
+        ["guest_pause", "guest_resume", "guest_thaw", "machine_interrupt", "machine_wake", "guest_reset"]
+    {
         add(call, "none", at(99), Refused);
     }
     for call in ["machine_interrupt", "machine_wake", "guest_reset"] {
@@ -383,6 +396,12 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
         Refused,
     );
     add("machine_state_restore", "which is not there", json!({"at": state(99), "memory": true}), Refused);
+    let copy = |from: u128, to: Value| json!({"from": id(from), "at": null, "to": to, "to_at": null});
+    add("machine_state_copy", "elsewhere", copy(99, json!("../../x")), Refused);
+    add("machine_state_copy", "of a container", copy(4, json!(id(99))), Refused);
+    add("machine_state_copy", "to a container", copy(99, json!(id(4))), Refused);
+    add("machine_state_copy", "to itself", copy(99, json!(id(99))), Refused);
+    add("machine_state_copy", "of none", copy(99, json!(id(98))), Nothing("it is nothing beside its disk"));
     add("machine_memory_drop", "elsewhere", json!("../../x"), Refused);
     add("machine_memory_drop", "none", nobody.clone(), GONE);
     add("machine_state_delete", "none", state(99), GONE);

@@ -3,6 +3,9 @@
 //! changes. The test has namespaces of its own, so that every link, mount, rule and file that changes is the host's doing.
 #![allow(clippy::disallowed_methods)] // real processes, real time
 
+#[path = "../../../testkit/src/backends.rs"]
+mod backends;
+
 mod attempts;
 
 use attempts::{Comes, NO_ARGUMENT, attempts, guest};
@@ -85,8 +88,7 @@ impl Drop for Karstd {
 /// Runs the test of this name again in a network and a mount namespace of its own. True there; false where it only waited
 /// for that.
 fn in_own_namespaces(name: &str) -> bool {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("skipped: needs root");
+    if !backends::root() {
         return false;
     }
     if std::env::var_os(OWN).is_none() {

@@ -1,6 +1,9 @@
 //! Files of a container, reached by descriptors only; a path never leaves its root.
 
-use super::{At, Failure, Outcome, Root};
+use super::{
+    At, Failure, Outcome, Root,
+    replace::{Beside, Wanted},
+};
 use crate::sys;
 use karst_keeper::{
     attach::{Operation, Request},
@@ -35,7 +38,7 @@ pub(super) fn run(r: &Request, root: Root, content: Option<OwnedFd>, launch: Bor
     match r.operation {
         Operation::Exec | Operation::Mount => return Err(Failure::new("no file operation", libc::EINVAL)),
         Operation::Open => return open(r, &root, ok),
-        Operation::WriteFile => write_file(r, &root, content)?,
+        Operation::WriteFile => write_file(r, &root, content, launch)?,
         Operation::WriteDirectory => write_directory(r, &root)?,
         Operation::WriteSymlink => write_symlink(r, &root)?,
         Operation::Delete => delete(r, &root)?,
@@ -126,7 +129,7 @@ fn open(r: &Request, root: &Root, ok: impl Fn(&[u8], Option<BorrowedFd>)) -> Out
             let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).at("opening")?;
             ok(&body, Some(read.as_fd()));
             drop(read);
-            let _ = copy(File::from(file), File::from(write));
+            let _ = copy(File::from(file), &mut File::from(write));
         }
         _ => {
             return Err(Failure::new("it is neither file, directory nor link", libc::EOPNOTSUPP));
@@ -154,7 +157,7 @@ fn entries(dir: &OwnedFd) -> Outcome<Vec<Vec<u8>>> {
 }
 
 /// Copies to the end; by hand, because `io::copy` would carry a large buffer's machinery in.
-fn copy(mut from: File, mut to: File) -> io::Result<()> {
+pub(super) fn copy(mut from: File, to: &mut File) -> io::Result<()> {
     let mut buffer = vec![0u8; 64 * 1024];
     loop {
         match from.read(&mut buffer) {
@@ -179,7 +182,31 @@ fn finish(r: &Request, fd: &OwnedFd, new: bool, default: u32) -> Outcome<()> {
     Ok(())
 }
 
-fn write_file(r: &Request, root: &Root, content: Option<OwnedFd>) -> Outcome<()> {
+/// Makes a file, or gives one another content: whole or not at all, where its file system can.
+fn write_file(r: &Request, root: &Root, content: Option<OwnedFd>, launch: BorrowedFd) -> Outcome<()> {
+    if r.append {
+        return write_in_place(r, root, content);
+    }
+    let old = match root.open(&r.path, OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY, 0) {
+        Ok(old) => Some(old),
+        Err(Errno::NOENT) if !r.path.as_bytes().ends_with(b"/") => None,
+        Err(e) => return Err(e).at("opening"),
+    };
+    if let Some(old) = &old
+        && FileType::from_raw_mode(fstat(old).at("opening")?.st_mode) != FileType::RegularFile
+    {
+        return Err(Failure::new("it is no regular file", libc::EOPNOTSUPP));
+    }
+    let Ok(mut beside) = Beside::make(root, &r.path, old)? else {
+        return write_in_place(r, root, content);
+    };
+    if let Some(content) = content {
+        beside.fill(File::from(content))?;
+    }
+    beside.commit(&Wanted { uid: r.uid, gid: r.gid, mode: r.mode }, 0o644, launch)
+}
+
+fn write_in_place(r: &Request, root: &Root, content: Option<OwnedFd>) -> Outcome<()> {
     let base = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
     let append = if r.append { OFlags::APPEND } else { OFlags::empty() };
     let create = base | append | OFlags::CREATE | OFlags::EXCL;
@@ -203,7 +230,7 @@ fn write_file(r: &Request, root: &Root, content: Option<OwnedFd>) -> Outcome<()>
     }
     if let Some(content) = content {
         let file = file.try_clone().at("writing")?;
-        copy(File::from(content), File::from(file)).at("writing")?;
+        copy(File::from(content), &mut File::from(file)).at("writing")?;
     }
     finish(r, &file, new, 0o644)
 }

@@ -13,6 +13,7 @@
 mod exec;
 mod file;
 mod mount;
+mod replace;
 mod seccomp;
 
 use crate::sys;
@@ -103,8 +104,11 @@ fn receive(launch: BorrowedFd) -> Outcome<(Request, OwnedFd, Vec<OwnedFd>)> {
 
 /// Becomes the container's root in its user and mount namespaces, or takes the directory of a stopped one.
 fn enter_for_files(request: &Request, subject: OwnedFd) -> Outcome<Root> {
+    let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC;
+    let descriptors =
+        Some(rustix::fs::open("/proc/self/fd", flags, rustix::fs::Mode::empty()).at("opening /proc")?);
     if request.pid == 0 {
-        return Ok(Root { dir: subject, inside: false });
+        return Ok(Root { dir: subject, descriptors, inside: false });
     }
     let bounding = init_bounding(request.pid)?;
     let user = user_namespace(request.pid)?;
@@ -112,14 +116,15 @@ fn enter_for_files(request: &Request, subject: OwnedFd) -> Outcome<Root> {
     enter(&subject, user | libc::CLONE_NEWNS)?;
     bound(bounding)?;
     become_user(0, 0)?;
-    let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC;
     let dir = rustix::fs::open("/", flags, rustix::fs::Mode::empty()).at("opening the root")?;
-    Ok(Root { dir, inside: true })
+    Ok(Root { dir, descriptors, inside: true })
 }
 
 /// The root that paths are resolved in.
 struct Root {
     dir: OwnedFd,
+    /// Links to this process' own descriptors, of the host's `/proc`; of use to who writes files.
+    descriptors: Option<OwnedFd>,
     /// In the container's namespaces; else a plain directory of the host.
     inside: bool,
 }

@@ -50,7 +50,7 @@ pub(super) fn mount(r: &Request, init: OwnedFd, rest: Vec<OwnedFd>, launch: Borr
     unsafe { libc::umask(0o022) };
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let dir = rustix::fs::open("/", flags, Mode::empty()).at("opening the root")?;
-    let root = Root { dir, inside: true };
+    let root = Root { dir, descriptors: None, inside: true };
     let directory =
         FileType::from_raw_mode(fstat(&tree).at("taking the mount")?.st_mode) == FileType::Directory;
     let place = place(&root, &r.path, directory)?;

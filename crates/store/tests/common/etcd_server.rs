@@ -74,7 +74,7 @@ impl EtcdServer {
     /// As [`EtcdServer::start`]; over TLS it demands certificates of its authority, and a password.
     pub fn start_with_tls(tls: bool) -> Option<EtcdServer> {
         if !Path::new(PROGRAM).exists() {
-            eprintln!("skipped: etcd not installed");
+            super::backends::missing("etcd is not installed");
             return None;
         }
         let directory = tempfile::tempdir().unwrap();

@@ -1,6 +1,8 @@
 //! What the tests of the store share.
 #![allow(dead_code)] // each test uses a part of it
 
+#[path = "../../../testkit/src/backends.rs"]
+pub mod backends;
 pub mod etcd_server;
 pub mod power_cut;
 

@@ -80,7 +80,7 @@ impl Place {
     /// `None`, with the reason printed, where the test cannot run.
     pub fn new() -> Option<Self> {
         if let Err(reason) = image() {
-            println!("skipped: {reason}");
+            super::backends::missing(&reason);
             return None;
         }
         static COUNT: AtomicU32 = AtomicU32::new(0);

@@ -15,14 +15,13 @@ pub fn launcher() -> Launcher {
 
 /// Says so and answers true when this test cannot run here.
 pub fn skip_without_root_and(tools: &[&str]) -> bool {
-    if !rustix::process::geteuid().is_root() {
-        println!("skipped: needs root");
+    if !super::backends::root() {
         return true;
     }
     let missing =
         tools.iter().find(|t| !["/usr/bin", "/usr/sbin"].iter().any(|d| PathBuf::from(d).join(t).exists()));
     if let Some(tool) = missing {
-        println!("skipped: {tool} is not installed");
+        super::backends::missing(&format!("{tool} is not installed"));
     }
     missing.is_some()
 }

@@ -70,7 +70,7 @@ pub fn lab<F: Future<Output = ()>>(test: &str, programs: &[&str], inside: impl F
     let mut needed = vec!["ip", "nft", "dnsmasq", "busybox"];
     needed.extend(programs);
     if let Some(reason) = missing(&needed) {
-        println!("skipped: {reason}");
+        super::backends::missing(&reason);
         return;
     }
     let prefix = format!("kn{}{}", std::process::id(), &test[..3]);

@@ -121,6 +121,14 @@ impl Inside {
         }
     }
 
+    /// Is there an agent at all?
+    ///
+    /// # Errors
+    /// Unavailable when there is none.
+    pub(crate) async fn there(&self) -> Result<()> {
+        self.chosen().await.map(drop)
+    }
+
     /// What only Karst's own agent can do.
     async fn own(&self, what: &str) -> Result<&Arc<Link>> {
         match self.chosen().await? {

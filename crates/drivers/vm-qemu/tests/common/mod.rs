@@ -267,7 +267,7 @@ impl Place {
         let disk = match disk {
             Ok(d) => d,
             Err(why) => {
-                println!("skipped: {why}");
+                super::backends::missing(&why);
                 return None;
             }
         };

@@ -173,7 +173,14 @@ pub async fn post(call: Call) -> Result<Reply> {
     }
     let mut upload = app.engine.file_write(&context, query.project(), name, write).await?;
     let sink = upload.sink.take();
+    // The stream does not end before it is known that all of it came.
+    let held = sink.as_ref().map(|sink| sink.try_clone()).transpose()?;
     let copied = copy_in(request.into_body(), sink).await;
+    if copied.as_ref().is_err_and(|e| e.field.as_deref() == Some("body")) {
+        upload.abandon().await;
+        return copied.map(|()| empty());
+    }
+    drop(held);
     let finished = upload.finish().await;
     // Where both failed the guest knows why: a pipe that it closed is what its reason looks like from here.
     finished?;
@@ -220,7 +227,19 @@ struct Guest {
 
 struct Upload {
     sink: Option<Stream>,
-    upload: FileUpload,
+    upload: Option<FileUpload>,
+}
+
+impl Drop for Upload {
+    /// Of a session that broke off.
+    fn drop(&mut self) {
+        if let (Some(sink), Some(upload)) = (self.sink.take(), self.upload.take()) {
+            tokio::spawn(async move {
+                upload.abandon().await;
+                drop(sink);
+            });
+        }
+    }
 }
 
 #[async_trait]
@@ -230,7 +249,10 @@ impl Write for Upload {
             Some(sink) => match sink.write_all(data).await {
                 Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => {
                     self.sink = None;
-                    Err(self.upload.failure().await)
+                    match &mut self.upload {
+                        Some(upload) => Err(upload.failure().await),
+                        None => Err(Error::conflict("the file is closed")),
+                    }
                 }
                 written => Ok(written?),
             },
@@ -241,7 +263,10 @@ impl Write for Upload {
         if let Some(mut sink) = self.sink.take() {
             sink.flush().await?;
         }
-        self.upload.finish().await
+        match self.upload.take() {
+            Some(upload) => upload.finish().await,
+            None => Err(Error::conflict("the file is closed")),
+        }
     }
 }
 
@@ -266,7 +291,7 @@ impl Files for Guest {
             return Ok(None);
         }
         let sink = upload.sink.take().map(Stream::new).transpose()?;
-        Ok(Some(Box::new(Upload { sink, upload })))
+        Ok(Some(Box::new(Upload { sink, upload: Some(upload) })))
     }
 
     async fn delete(&self, path: &str) -> Result<()> {

@@ -233,6 +233,7 @@ pub async fn create(call: Call) -> Result<Reply> {
         source,
         start: f.flag("start")?,
         target,
+        vmid: None,
     };
     if f.text("instance_type")?.is_some_and(|t| !t.is_empty()) {
         return Err(Error::invalid(
@@ -335,6 +336,7 @@ fn copied(f: &mut Fields, call: &crate::app::Taken) -> Result<Option<CopyInstanc
             source: InstanceSource::None,
             start: false,
             target: None,
+            vmid: None,
         },
     }))
 }

@@ -17,7 +17,7 @@ use karst_engine::{
     Context, Engine, NewOperation,
     snapshots::{Origin, Taken, change::UpdateSnapshot, create::CreateSnapshot},
 };
-use karst_model::{Error, Result, access::Permission, operation::OperationClass};
+use karst_model::{Error, Result, access::Permission, operation::OperationClass, snapshot::Quiesce};
 use serde::Serialize;
 
 const VIEW: &str = "snapshot";
@@ -175,6 +175,10 @@ pub async fn create(call: Call) -> Result<Reply> {
         description: f.text("description")?.unwrap_or_default(),
         automatic: false,
         stateful: f.flag("stateful")?,
+        quiesce: match f.text("quiesce")?.filter(|t| !t.is_empty()) {
+            Some(text) => Some(Quiesce::parse("quiesce", &text)?),
+            None => None,
+        },
     };
     f.finish(&["disk_only"])?;
     running(&call.engine().snapshot_create(&call.context, place.origin(), request).await?)

@@ -111,6 +111,7 @@ async fn create(call: &Call, machine: Machine, transient: bool) -> Result<(), Vi
             source: InstanceSource::None,
             start: transient,
             target: None,
+            vmid: None,
         },
         uuid: machine.uuid,
         places: created.places,

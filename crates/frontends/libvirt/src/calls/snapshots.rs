@@ -17,7 +17,11 @@ use karst_engine::{
     InstanceView,
     snapshots::{Origin, Taken, create::CreateSnapshot},
 };
-use karst_model::{SnapshotId, instance::Status, snapshot::Snapshot};
+use karst_model::{
+    SnapshotId,
+    instance::Status,
+    snapshot::{Quiesce, Snapshot},
+};
 use std::{collections::BTreeSet, sync::Arc};
 
 fn unsupported(text: impl Into<String>) -> VirError {
@@ -270,18 +274,23 @@ pub async fn create(call: Call) -> Answered {
             DISK | REUSE,
             "external snapshots: a disk stays the volume that it is; take one without --disk-only",
         ),
-        (
-            QUIESCE,
-            "the guest is paused for the moment that a snapshot takes; its file systems are not frozen",
-        ),
         (ONLINE, "the guest is paused for the moment that a snapshot takes"),
     ];
     if let Some((_, why)) = refused.iter().find(|(flag, _)| flags & flag != 0) {
         return Err(unsupported(*why));
     }
-    call.known_flags(flags, HALT | ATOMIC | VALIDATE)?;
+    call.known_flags(flags, HALT | QUIESCE | ATOMIC | VALIDATE)?;
     let view = call.guest(&named)?;
     let new = xml::snapshot::read(&text)?;
+    let still = flags & QUIESCE != 0;
+    if still && new.memory == Some(true) {
+        return Err(VirError::argument(
+            "a snapshot with memory is of a guest as it runs; quiesce one without",
+        ));
+    }
+    if still && !is_running(&view) {
+        return Err(VirError::state("domain is not running"));
+    }
     let session = &call.session;
     let (engine, context) = (&session.front.engine, &session.context);
     let origin = Origin::Instance { project: &view.project.name, name: &view.instance.name };
@@ -289,7 +298,8 @@ pub async fn create(call: Call) -> Answered {
     let name = new.name.unwrap_or_else(|| now().to_string());
     let request = CreateSnapshot {
         name: Some(name.clone()),
-        stateful: running && new.memory.unwrap_or(true),
+        stateful: running && new.memory.unwrap_or(!still),
+        quiesce: still.then_some(Quiesce::Require),
         ..CreateSnapshot::default()
     };
     ended(engine.snapshot_create(context, origin, request).await?).await?;

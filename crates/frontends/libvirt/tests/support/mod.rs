@@ -83,6 +83,7 @@ impl Server {
             source: InstanceSource::None,
             start,
             target: None,
+            vmid: None,
         };
         let admin = Context::new(Principal::system());
         let (_, operation) = self.engine.instance_create(&admin, "default", request).await.unwrap();

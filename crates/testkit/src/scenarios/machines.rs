@@ -1,0 +1,88 @@
+//! Scenarios of virtual machines: what they are beside their disks on its way, and file systems inside that are still.
+
+use super::{
+    OF_C1, Scenario, back_up, container, copy, done, machine, power, refresh, snapshot, snapshot_with_memory,
+    upload,
+};
+use karst_engine::{
+    backups::import::ImportInstance,
+    compute::create::CreateInstance,
+    snapshots::{Origin, create::CreateSnapshot},
+};
+use karst_model::{
+    Config,
+    instance::{InstanceKind, PowerAction},
+    snapshot::Quiesce,
+};
+
+pub(super) fn scenarios() -> Vec<Scenario> {
+    vec![
+        scenario!(
+            "instance-copy",
+            "of a running machine with a snapshot",
+            |w| {
+                machine(w).await?;
+                done(w, snapshot_with_memory(w).await).await
+            },
+            |w| copy(w, None, true).await
+        ),
+        scenario!(
+            "snapshot-create",
+            "of a machine whose file systems are made still",
+            |w| machine(w).await,
+            |w| {
+                let request = CreateSnapshot { quiesce: Some(Quiesce::Require), ..CreateSnapshot::default() };
+                w.engine.snapshot_create(&w.admin, OF_C1, request).await
+            }
+        ),
+        scenario!(
+            "backup-create",
+            "of a machine whose file systems are made still",
+            |w| {
+                let config = Config::from([("snapshots.quiesce".into(), "require".into())]);
+                let kind = InstanceKind::VirtualMachine;
+                let request = CreateInstance { start: true, kind, config, ..container("c1") };
+                done(w, Ok(w.engine.instance_create(&w.admin, "default", request).await?.1)).await
+            },
+            |w| back_up(w, OF_C1).await
+        ),
+        scenario!(
+            "content-refresh",
+            "of a machine whose original runs, and that ran itself",
+            |w| {
+                machine(w).await?;
+                done(w, snapshot(w, OF_C1, "s1").await).await?;
+                done(w, copy(w, None, true).await).await?;
+                let stop = power(PowerAction::Stop);
+                done(w, w.engine.instance_power(&w.admin, "default", "c2", stop).await).await?;
+                let of = Origin::Instance { project: "default", name: "c2" };
+                done(w, snapshot(w, of, "own").await).await?;
+                done(w, snapshot(w, OF_C1, "s2").await).await
+            },
+            |w| refresh(w).await
+        ),
+        scenario!(
+            "backup-create",
+            "of a running machine with a snapshot",
+            |w| {
+                machine(w).await?;
+                done(w, snapshot(w, OF_C1, "s1").await).await
+            },
+            |w| back_up(w, OF_C1).await
+        ),
+        scenario!(
+            "instance-import",
+            "a machine with a snapshot",
+            |w| {
+                machine(w).await?;
+                done(w, snapshot(w, OF_C1, "s1").await).await?;
+                done(w, back_up(w, OF_C1).await).await
+            },
+            |w| {
+                let request =
+                    ImportInstance { upload: upload(w, OF_C1).await?, name: Some("c2".into()), pool: None };
+                w.engine.instance_import(&w.admin, "default", request).await
+            }
+        ),
+    ]
+}
