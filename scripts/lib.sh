@@ -124,7 +124,10 @@ left() {
         umask 022
         { grep -vxF -- "dir $2" "$1" || true; } >"$1.new"
         mv -f "$1.new" "$1"
+        # Where the user was there before there is nothing to keep in mind.
+        [ -s "$1" ] || { rm "$1" && rmdir "${1%/*}" 2>/dev/null || true; }
     ' left "$register" "$1"
+    [ -e "$register" ] || return 0
     local unit others
     for unit in {/etc,/usr/lib,/lib}/systemd/system/karst.service; do [ ! -e "$unit" ] || return 0; done
     others=$(sed -n 's/^dir //p' "$register" | paste -sd ' ')
