@@ -225,7 +225,16 @@ pub(crate) async fn stop(state_dir: &Path, init: Option<&Init>, proxy: &ProxySpe
 
 /// Ends what a keeper in `dir` watches, and removes the directory.
 pub(crate) async fn end(dir: &Path) -> Result<()> {
-    match keeper::connect(dir).await {
+    let asked = match keeper::connect(dir).await {
+        Err(e) if e.is(ErrorKind::Timeout) => {
+            tracing::warn!(dir = %dir.display(), "a helper's keeper does not answer; ending it");
+            keeper::end_keeper(dir)?;
+            keeper::wait_gone(dir).await?;
+            keeper::connect(dir).await
+        }
+        asked => asked,
+    };
+    match asked {
         Ok((keeper, _)) => {
             keeper.kill().await?;
             keeper.wait_exit().await?;
