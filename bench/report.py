@@ -109,7 +109,7 @@ def facts(bench, started):
     return [
         ("date", started.strftime("%Y-%m-%d %H:%M UTC")),
         ("commit", commit + (" with local changes" if changed else "")),
-        ("kernel", platform.release()),
+        ("kernel", platform.release().split("-")[0]),
         ("processor", f"{cpu}, {os.cpu_count()} CPUs"),
         ("memory", f"{memory} GiB"),
         ("file system", out("findmnt", "-n", "-o", "FSTYPE", "-T", bench.work)),

@@ -45,11 +45,17 @@ dir_is_there() {
     as_root test -d "$KARST_DIR"
 }
 
-# Process id of the launcher of $KARST_DIR, if it runs: it holds the lock, whose file names it.
+# Process id of the launcher of $KARST_DIR, if it runs: the lock names it, and it has the lock open. Another process may have
+# the number of one that is gone.
 launcher_pid() {
     dir_is_there || return 1
-    as_root bash -c 'read -r pid <"$1/lock" && [ -n "$pid" ] && [ -e "/proc/$pid" ] && ! flock --nonblock --shared "$1/lock" true && echo "$pid"' \
-        launcher_pid "$KARST_DIR" 2>/dev/null
+    as_root bash -c '
+        read -r pid <"$1/lock" || exit 1
+        for fd in "/proc/${pid:-none}/fd/"*; do
+            [ "$fd" -ef "$1/lock" ] && echo "$pid" && exit
+        done
+        exit 1
+    ' launcher_pid "$KARST_DIR" 2>/dev/null
 }
 
 # Does any guest of $KARST_DIR run, whether a daemon is there or not? Its keeper says whose it is, and so does its control group.

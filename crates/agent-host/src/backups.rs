@@ -89,10 +89,6 @@ impl RealAgent {
             return Ok(BackupFacts { size: there.len(), index: serde_json::Value::Null });
         }
         let at = request.volume;
-        let _machine = match &request.machine {
-            Some(machine) => Some(self.lock(machine.instance.0).await),
-            None => None,
-        };
         let _lock = self.lock(at.volume.0).await;
         let pool = self.pool(at.pool)?;
         if request.kind == BackupKind::Raw {

@@ -14,7 +14,7 @@ use karst_storage::Format;
 use rustix::fs::{FileType, Gid, Uid, fchown};
 use std::{
     fs::File,
-    io::{Seek, SeekFrom},
+    io::{Read, Seek, SeekFrom},
     os::{
         fd::{AsRawFd, OwnedFd},
         unix::fs::OpenOptionsExt,
@@ -62,8 +62,10 @@ impl BootCopy {
                 file.set_len(bytes)?;
                 karst_host::fs::put_sparse(&source, &file, 0)?;
             } else {
-                std::io::copy(&mut source, &mut file)?;
+                std::io::copy(&mut Read::take(&mut source, MOST + 1), &mut file)?;
             }
+            // It may have grown meanwhile.
+            self.demand(file.metadata()?.len())?;
             let (uid, gid) = (Uid::from_raw(self.user), Gid::from_raw(self.user));
             fchown(&file, Some(uid), Some(gid)).map_err(std::io::Error::from)?;
             open(&path, false)
@@ -145,7 +147,7 @@ impl RealAgent {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{io::Read, os::unix::fs::MetadataExt};
+    use std::os::unix::fs::MetadataExt;
 
     #[test]
     fn a_copy_is_whole_has_no_name_and_is_its_users() {

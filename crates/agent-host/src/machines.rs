@@ -146,6 +146,9 @@ fn lay_out(files: &MachineFiles, firmware: Firmware, tpm: Option<&str>, place: &
     Ok(())
 }
 
+/// Most files of a TPM that are taken from a backup.
+const MOST: usize = 8;
+
 /// What a worker stored, and the sizes of variables that are none of this firmware's.
 fn found(firmware: Firmware, place: &Path) -> Result<(MachineFiles, Vec<usize>)> {
     let mut files = MachineFiles::default();
@@ -160,6 +163,9 @@ fn found(firmware: Firmware, place: &Path) -> Result<(MachineFiles, Vec<usize>)>
         }
         if content.len() as u64 > LARGEST {
             return Err(Error::invalid("backup", "the state of the machine in the backup is too large"));
+        }
+        if files.tpm.len() > MOST {
+            return Err(Error::invalid("backup", "the TPM in the backup has too many files"));
         }
         match entry.file_name().to_str() {
             Some(IN_USE) => in_use = Some(content),

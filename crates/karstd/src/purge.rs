@@ -28,7 +28,7 @@ pub fn run(dir: &Path, grace: Duration) -> Result<()> {
         return remove(dir);
     }
     let directory = take(dir, grace)?;
-    end_daemons(&directory.daemon_id, grace)?;
+    end_daemons(dir, &directory.daemon_id, grace)?;
     let options = RealOptions {
         dir: directory.path.clone(),
         daemon_id: directory.daemon_id.clone(),
@@ -160,11 +160,23 @@ fn send(process: &OwnedFd, signal: Signal) -> Result<()> {
     }
 }
 
+/// The effective user of a process. The owner of its directory in /proc is root where it wants to be undumpable.
+fn effective_user(pid: i32) -> Option<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|l| l.strip_prefix("Uid:"))?.split_whitespace().nth(1)?.parse().ok()
+}
+
 /// A launcher that was killed is gone, and its lock with it, a moment before the kernel ends its daemons. Those that are there
 /// all the same after `grace` are killed.
-fn end_daemons(daemon_id: &str, grace: Duration) -> Result<()> {
+fn end_daemons(dir: &Path, daemon_id: &str, grace: Duration) -> Result<()> {
     let mark = format!("\0--daemon-id\0{daemon_id}\0");
+    // Anybody may call a process so: a daemon is root's, or of the user whose the store is.
+    let users: Vec<u32> = std::fs::metadata(dir.join("state")).iter().map(|m| m.uid()).collect();
+    let own = rustix::process::geteuid().as_raw();
     let is_ours = |pid: i32| {
+        if !effective_user(pid).is_some_and(|user| user == 0 || user == own || users.contains(&user)) {
+            return false;
+        }
         let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         String::from_utf8_lossy(&line).contains(&mark)
     };
@@ -232,10 +244,13 @@ mod tests {
             command.spawn().unwrap()
         };
         let (mut ours, mut others) = (shell("f0f0f0"), shell("f0f0f1"));
-        end_daemons("f0f0f0", Duration::ZERO).unwrap();
+        let own = rustix::process::geteuid().as_raw();
+        assert_eq!(effective_user(ours.id() as i32), Some(own));
+        let dir = tempfile::tempdir().unwrap();
+        end_daemons(dir.path(), "f0f0f0", Duration::ZERO).unwrap();
         assert_eq!(ours.wait().unwrap().signal(), Some(9));
         assert!(others.try_wait().unwrap().is_none(), "another daemon's");
-        end_daemons("f0f0f2", Duration::ZERO).unwrap();
+        end_daemons(dir.path(), "f0f0f2", Duration::ZERO).unwrap();
         for group in [ours.id(), others.id()] {
             // SAFETY: process groups of this test, with the shells' children.
             unsafe { libc::kill(-(group as i32), libc::SIGKILL) };

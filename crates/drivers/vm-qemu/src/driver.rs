@@ -321,6 +321,7 @@ impl Shared {
                 let observed = Self::observed(&record, RuntimeState::Running, Some(&status));
                 let machine = self.own(dir, record, keeper, observed.clone());
                 *lock(&slot.machine) = Some(machine.clone());
+                still::adopted(&machine);
                 if machine.record().resuming {
                     let mut record = machine.record();
                     record.resuming = false;
@@ -358,7 +359,10 @@ impl Shared {
                 .map_err(|e| Error::internal("the guest could not be started", e))??
         };
         record.write(dir)?;
-        still::clear(dir)?;
+        // Memory that was kept may be that of a guest whose file systems are still.
+        if !record.resuming {
+            still::clear(dir)?;
+        }
         if guest.machine.as_ref().is_some_and(|m| m.tpm) {
             fds.push(tpm::start(guest, groups, &self.cgroups).await?);
             spec.fds.push(crate::argv::fd::TPM);
@@ -728,6 +732,12 @@ impl GuestMachine for QemuDriver {
             let machine = machine.filter(|m| m.now().state == RuntimeState::Paused);
             let machine =
                 machine.ok_or_else(|| Error::conflict("memory is kept of a machine that is paused"))?;
+            if still::marked(&dir).is_some() {
+                return Err(Error::conflict(
+                    "the file systems of the guest are still: whoever starts with that memory may find them so for ever; \
+                     try again when they go on",
+                ));
+            }
             saved::save(&machine, &place).await?;
         }
         files(move || states::complete(&dir, snapshot)).await
@@ -822,6 +832,7 @@ impl GuestMachine for QemuDriver {
 #[async_trait]
 impl Quiesce for QemuDriver {
     async fn freeze(&self, instance: InstanceId, limit: Duration) -> Result<u32> {
+        let limit = limit.min(Duration::from_millis(karst_guest_agent::message::MAX_FREEZE.into()));
         still::freeze(&self.shared.machine(instance).await?, limit).await
     }
 

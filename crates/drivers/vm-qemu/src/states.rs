@@ -54,7 +54,7 @@ fn copy_file(from: &Path, to: &Path) -> std::io::Result<bool> {
 }
 
 /// The plain files of a directory; `false` when there is none.
-fn copy_files(from: &Path, to: &Path) -> std::io::Result<bool> {
+fn copy_files(from: &Path, to: &Path) -> Result<bool> {
     let entries = match std::fs::read_dir(from) {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(false),
         other => other?,
@@ -62,8 +62,11 @@ fn copy_files(from: &Path, to: &Path) -> std::io::Result<bool> {
     make(to)?;
     for entry in entries {
         let entry = entry?;
-        if entry.file_type()?.is_file() {
-            copy_file(&entry.path(), &to.join(entry.file_name()))?;
+        // The directory is its user's, who may put something else there at any time.
+        if entry.file_type()?.is_file()
+            && let Some(content) = read_file(&entry.path())?
+        {
+            write_file(&to.join(entry.file_name()), &content)?;
         }
     }
     File::open(to)?.sync_all()?;
@@ -155,12 +158,18 @@ pub(crate) fn restore(dir: &Path, snapshot: SnapshotId, memory: bool) -> Result<
 const LARGEST: u64 = 4 << 20;
 /// What swtpm's files are called that are worth keeping; others are locks and what is being written.
 const OF_TPM: &str = "tpm2-";
+/// Most files of a TPM: permanent, volatile and saved state, and what else it may come to have.
+const MOST_OF_TPM: usize = 8;
 
 fn read_file(path: &Path) -> Result<Option<Vec<u8>>> {
-    let file = match File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(path) {
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let file = match File::options().read(true).custom_flags(flags).open(path) {
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
         other => other?,
     };
+    if !file.metadata()?.is_file() {
+        return Err(Error::internal("the state of a virtual machine is not a file", path.display()));
+    }
     let mut content = vec![];
     file.take(LARGEST + 1).read_to_end(&mut content)?;
     if content.len() as u64 > LARGEST {
@@ -195,6 +204,9 @@ pub(crate) fn read(dir: &Path, at: Option<SnapshotId>) -> Result<MachineFiles> {
             && let Some(content) = read_file(&entry.path())?
         {
             files.insert(name, content);
+            if files.len() > MOST_OF_TPM {
+                return Err(Error::invalid("tpm", format!("the TPM has more than {MOST_OF_TPM} files")));
+            }
         }
     }
     Ok(MachineFiles { variables: variables?, secure_variables: secure_variables?, tpm: files })

@@ -27,7 +27,7 @@ fn place(dir: &Path) -> PathBuf {
 }
 
 /// The mark of one that is still, as far as is known here.
-fn marked(dir: &Path) -> Option<String> {
+pub(crate) fn marked(dir: &Path) -> Option<String> {
     std::fs::read_to_string(place(dir)).ok().filter(|text| text.starts_with(STILL))
 }
 
@@ -66,6 +66,8 @@ pub(crate) async fn freeze(machine: &Arc<Machine>, limit: Duration) -> Result<u3
     if marked(dir).is_some() {
         in_turn(machine).await.or_else(|e| if e.is(ErrorKind::Conflict) { Ok(0) } else { Err(e) })?;
     }
+    // What an earlier one came to is nobody's answer any more.
+    clear(dir)?;
     machine.inside.there().await?;
     watch(machine, mark(dir)?, limit);
     match machine.inside.freeze(limit).await {
@@ -133,7 +135,8 @@ async fn go_on(machine: &Weak<Machine>, mark: &str, limit: Duration) -> Result<(
         }
         match machine.now().state {
             RuntimeState::Stopped => return Ok(()),
-            RuntimeState::Running => ran += wait,
+            // Told to shut down it cannot: its file systems are still.
+            RuntimeState::Running | RuntimeState::Stopping => ran += wait,
             _ => {}
         }
         if ran <= limit {

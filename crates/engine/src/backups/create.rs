@@ -100,7 +100,7 @@ impl Engine {
                     (kind_of(row.kind), volume, row.node, (Some(metadata), templates))
                 }
                 Found::Volume(row) => {
-                    for user in volumes::users(&records, row).instances {
+                    for user in volumes::attached(&records, row) {
                         guests.extend(guest(&records, &user));
                     }
                     let kind = match row.content {

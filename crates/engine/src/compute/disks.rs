@@ -102,8 +102,7 @@ fn take(records: &Records, tx: &mut Tx, instance: &Instance, row: &Row<Volume>, 
     runner::demand_unlocked(records, std::slice::from_ref(&lock))?;
     tx.expect_unlocked(&lock);
     if !row.is_shared() {
-        if let Some(other) = volumes::users(records, row).instances.into_iter().find(|i| i.id != instance.id)
-        {
+        if let Some(other) = volumes::attached(records, row).into_iter().find(|i| i.id != instance.id) {
             return Err(Error::conflict(format!(
                 "block volume {:?} is attached to instance {:?}; set security.shared=true on it if what is in it may be used by several at once",
                 row.name, &*other.name

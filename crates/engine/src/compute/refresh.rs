@@ -265,7 +265,7 @@ impl Engine {
             }
             let mut guests: Vec<PausedGuest> = vec![];
             if at.is_none() {
-                for user in volumes::users(&records, source).instances {
+                for user in volumes::attached(&records, source) {
                     guests.extend(guest(&records, &user));
                 }
             }

@@ -270,12 +270,23 @@ fn missing(records: &Records, all: &[Looked]) -> Vec<String> {
             {
                 missing.insert(format!("Network {network:?} in project {:?}", of.project));
             }
-            let Some(pool) = keys.get("pool").filter(|_| is("type", "disk") && !is("path", "/")) else {
-                continue;
-            };
-            if !pools.contains(&**pool) {
-                missing.insert(format!("Storage pool {pool:?}"));
-            } else if let Some(source) = keys.get("source") {
+            // What the device names of pools: each with a volume there, or alone.
+            let mut named: Vec<(&String, Option<&String>)> = vec![];
+            if is("type", "disk") && !is("path", "/") {
+                named.extend(keys.get("pool").map(|pool| (pool, keys.get("source"))));
+            } else if is("type", "kernel") {
+                let initrd = keys.get("initrd.pool").or(keys.get("pool")).zip(keys.get("initrd"));
+                let both = keys.get("pool").zip(keys.get("source")).into_iter().chain(initrd);
+                // A file of the host is in no pool.
+                let volumes = both.filter(|(_, source)| !source.starts_with('/'));
+                named.extend(volumes.map(|(pool, source)| (pool, Some(source))));
+            }
+            for (pool, source) in named {
+                if !pools.contains(&**pool) {
+                    missing.insert(format!("Storage pool {pool:?}"));
+                    continue;
+                }
+                let Some(source) = source else { continue };
                 let volume =
                     |v: &Description| v.volume.owner == VolumeOwner::Custom && v.volume.name == *source;
                 let here = all.iter().filter(|l| *l.pool.name == **pool).flat_map(|l| &l.found);

@@ -125,7 +125,7 @@ impl Engine {
                     (Taken::Instance { snapshot: Box::new(snapshot) }, refs)
                 }
                 Found::Volume(row) => {
-                    for user in volumes::users(&records, row).instances {
+                    for user in volumes::attached(&records, row) {
                         guests.extend(guest(&records, &user));
                     }
                     let snapshot = VolumeSnapshot {

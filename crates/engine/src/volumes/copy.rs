@@ -1,6 +1,6 @@
 //! Copies of custom volumes: to another name, pool or project, with their snapshots.
 
-use super::{create::CreateVolume, demand_free, lock, path, scope, users};
+use super::{attached, create::CreateVolume, demand_free, lock, path, scope};
 use crate::{
     Engine, EngineInner,
     compute::copy::VolumeCopy,
@@ -123,7 +123,7 @@ impl Engine {
             admit(&records, &mut Tx::default(), owner, &planned)?;
             let mut guests: Vec<PausedGuest> = vec![];
             if at.is_none() {
-                for user in users(&records, source).instances {
+                for user in attached(&records, source) {
                     guests.extend(guest(&records, &user));
                 }
             }

@@ -87,9 +87,6 @@ pub fn users(records: &Records, volume: &Volume) -> Users {
     let has = |devices: &Devices, project, is: &dyn Fn(&BTreeMap<String, String>) -> bool| {
         records.volume_project(project) == volume.project && devices.values().any(is)
     };
-    let runs_with = |devices: &Devices, project| {
-        has(devices, project, &|d| d.get("type").is_some_and(|t| t == "disk") && attached(d))
-    };
     let names = |devices: &Devices, project| {
         has(devices, project, &|d| match d.get("type").map(String::as_str) {
             Some("disk") => attached(d),
@@ -104,11 +101,36 @@ pub fn users(records: &Records, volume: &Volume) -> Users {
         let chance = names(&i.devices, i.project) || profiles.iter().any(|p| i.profiles.contains(&p.id));
         // A running guest has what it was given until it gives it back, whatever its record says for the next start. A
         // kernel it was given when it started: there is nothing left to give back.
-        let applied = records.runtimes.get(&i.id).and_then(|r| r.applied.as_ref());
-        chance && names(&records.expanded(i).1, i.project)
-            || applied.is_some_and(|a| runs_with(&a.devices, i.project))
+        chance && names(&records.expanded(i).1, i.project) || runs_with(records, pool, volume, i)
     });
     Users { instances: instances.cloned().collect(), profiles }
+}
+
+/// Do these devices have the volume as a disk?
+fn has_disk(devices: &Devices, pool: &Pool, volume: &Volume) -> bool {
+    let is =
+        |keys: &BTreeMap<String, String>, key: &str, value: &str| keys.get(key).is_some_and(|v| v == value);
+    devices
+        .values()
+        .any(|d| is(d, "type", "disk") && is(d, "pool", &pool.name) && is(d, "source", &volume.name))
+}
+
+/// Has the guest of the instance, which runs, the volume as a disk?
+fn runs_with(records: &Records, pool: &Pool, volume: &Volume, instance: &Instance) -> bool {
+    let applied = records.runtimes.get(&instance.id).and_then(|r| r.applied.as_ref());
+    records.volume_project(instance.project) == volume.project
+        && applied.is_some_and(|a| has_disk(&a.devices, pool, volume))
+}
+
+/// Instances that have it as a disk, in their records or as they run: fewer than [`users`], of which some only start with a
+/// kernel that is in it. That is read when they start, so it is neither shared with them then nor changed by them.
+pub fn attached(records: &Records, volume: &Volume) -> Vec<Row<Instance>> {
+    let Some(pool) = records.pools.get(&volume.pool) else { return vec![] };
+    let users = users(records, volume).instances.into_iter();
+    let has = |i: &Row<Instance>| {
+        has_disk(&records.expanded(i).1, pool, volume) || runs_with(records, pool, volume, i)
+    };
+    users.filter(has).collect()
 }
 
 /// Does the guest of an instance run?

@@ -1,6 +1,6 @@
 //! Changing custom volumes: description, configuration, size, name.
 
-use super::{demand_free, lock, path, runs, scope, users};
+use super::{attached, demand_free, lock, path, runs, scope, users};
 use crate::{
     Engine, EngineInner,
     context::Context,
@@ -64,16 +64,16 @@ impl Engine {
             let size = check_volume_config(&after.config, row.content)?;
             after.size = new_size(row, size)?;
             after.spec_version += 1;
-            let users = users(&records, row);
-            if row.is_shared() && !after.is_shared() && users.instances.len() > 1 {
+            let attached = attached(&records, row);
+            if row.is_shared() && !after.is_shared() && attached.len() > 1 {
                 return Err(Error::conflict(format!(
                     "volume {name:?} is attached to {} instances; detach it from all but one first",
-                    users.instances.len()
+                    attached.len()
                 ))
                 .at("config.security.shared"));
             }
             if after.size != row.size && row.content != VolumeContent::Filesystem {
-                for user in &users.instances {
+                for user in &attached {
                     if runs(&records, user) {
                         return Err(Error::conflict(format!(
                             "instance {:?} runs with volume {name:?}; stop it before the volume grows",
@@ -264,7 +264,7 @@ impl Saga for VolumeUpdate {
             admit(&records, tx, row.project, &planned)?;
         }
         if row.is_shared() && !plan.after.is_shared() {
-            if users(&records, &row).instances.len() > 1 {
+            if attached(&records, &row).len() > 1 {
                 return Err(Error::conflict("the volume was attached to another instance meanwhile"));
             }
             tx.expect_untouched(&records, &lock(row.id));
