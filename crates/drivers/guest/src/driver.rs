@@ -262,9 +262,9 @@ pub trait GuestFiles: Send + Sync {
 pub trait Quiesce: Send + Sync {
     /// Freezes them and answers how many. They thaw after `limit` at the latest (two minutes at most), whatever happens to
     /// the caller: by Karst's own agent where that runs, and by the driver, because QEMU's has no such limit. What
-    /// is frozen from an earlier call and paused stays so.
+    /// is frozen from an earlier call and paused stays so; what is frozen and runs thaws, and freezes again.
     async fn freeze(&self, instance: InstanceId, limit: std::time::Duration) -> Result<u32>;
-    /// Thaws them and answers how many; fine when they are not frozen. Conflict when they had thawed by themselves before: the snapshot is not
-    /// consistent then.
+    /// Thaws them and answers how many; fine when they are not frozen. Conflict when they had thawed by themselves before:
+    /// the snapshot is not consistent then.
     async fn thaw(&self, instance: InstanceId) -> Result<u32>;
 }

@@ -145,6 +145,9 @@ mod tests {
         for (path, what) in entries.iter().chain([&disk]) {
             let mut header = tar::Header::new_gnu();
             header.set_mode(0o600);
+            header.set_uid(0);
+            header.set_gid(0);
+            header.set_mtime(0);
             match what {
                 What::File(content) => {
                     header.set_size(content.len() as u64);
