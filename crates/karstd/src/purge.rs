@@ -241,7 +241,15 @@ mod tests {
                 "1",
             ]);
             command.process_group(0);
-            command.spawn().unwrap()
+            let child = command.spawn().unwrap();
+            // Between exec and its arguments there is a moment in which it shows none.
+            let line = format!("/proc/{}/cmdline", child.id());
+            let end = Instant::now() + Duration::from_secs(60);
+            while std::fs::read(&line).unwrap().is_empty() {
+                assert!(Instant::now() < end, "it never had arguments");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            child
         };
         let (mut ours, mut others) = (shell("f0f0f0"), shell("f0f0f1"));
         let own = rustix::process::geteuid().as_raw();
