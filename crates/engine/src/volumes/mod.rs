@@ -81,18 +81,12 @@ pub fn users(records: &Records, volume: &Volume) -> Users {
     let Some(pool) = records.pools.get(&volume.pool) else {
         return Users { instances: vec![], profiles: vec![] };
     };
-    let attached = |d: &BTreeMap<String, String>| {
-        d.get("pool").is_some_and(|p| **p == *pool.name) && d.get("source").is_some_and(|s| *s == volume.name)
-    };
-    let has = |devices: &Devices, project, is: &dyn Fn(&BTreeMap<String, String>) -> bool| {
-        records.volume_project(project) == volume.project && devices.values().any(is)
+    let is_kernel = |keys: &BTreeMap<String, String>| {
+        keys.get("type").is_some_and(|t| t == "kernel") && kernel_names(keys, &pool.name, &volume.name)
     };
     let names = |devices: &Devices, project| {
-        has(devices, project, &|d| match d.get("type").map(String::as_str) {
-            Some("disk") => attached(d),
-            Some("kernel") => kernel_names(d, &pool.name, &volume.name),
-            _ => false,
-        })
+        records.volume_project(project) == volume.project
+            && (has_disk(devices, pool, volume) || devices.values().any(is_kernel))
     };
     let profiles: Vec<_> =
         records.profiles.values().filter(|p| names(&p.devices, p.project)).cloned().collect();

@@ -1,5 +1,6 @@
-//! A file whose content becomes another, whole or not at all: what comes is first written beside it into a file without a name,
-//! which goes by itself whatever happens, and takes its place by a rename when all of it is there. A file that has more than an
+//! A file whose content becomes another only when all that comes has room: it is first written beside it into a file without a
+//! name, which goes by itself when the agent ends, and takes its place by a rename when the stream has ended. That the stream
+//! was cut off by its sender's death cannot be seen here, and nothing is synced before the rename. A file that has more than an
 //! owner and permissions to lose by that (other names, attributes, a mount on it) is written over in place, once there is room.
 
 use std::{

@@ -1,6 +1,8 @@
-//! A file whose content becomes another, whole or not at all.
+//! A file whose content becomes another only when all that comes has room.
 //!
-//! What comes is first written beside the old file, into one without a name: that goes by itself whatever happens. Only when
+//! What comes is first written beside the old file, into one without a name, which goes by itself when this process ends. The
+//! end of the stream is taken for the end of the content: who breaks off says so by leaving, but a caller that is killed is not
+//! told from one that is done. Nor is anything synced before the rename, so that a power cut may leave an empty file. When
 //! all of it is there, and has room, it takes the old one's place: by a rename, which nobody sees half of, with the old owner
 //! and permissions. Where a new file would lose what the old one is beyond that (other names, attributes, a mount on it) its
 //! content is written over in place, for which room was made first.
