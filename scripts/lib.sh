@@ -6,6 +6,8 @@ KARST_DIR=$(realpath --canonicalize-missing --no-symlinks -- "${KARST_DIR:-/var/
 target=${CARGO_TARGET_DIR:-$top/target}
 # What was made outside of any DIR, and which DIRs use it: the last of them that is purged takes it away.
 register=/etc/karst/instances
+# Where apt is told of the backports, in which the client of Incus is.
+backports_list=/etc/apt/sources.list.d/karst-backports.sources
 
 say() { printf '\033[1m==>\033[0m %s\n' "$*"; }
 fail() { printf 'karst: %s\n' "$*" >&2; exit 1; }
@@ -80,6 +82,7 @@ answers() { karst_within 10 query /1.0; }
 start_karst() {
     # With the data, which belongs to root whoever calls this: purge takes it away as well.
     local log=${KARST_LOG_FILE:-$KARST_DIR/karstd.log}
+    need_passage
     say "Starting karstd in $KARST_DIR"
     as_root mkdir -p -m 0711 "$KARST_DIR"
     as_root bash -c 'exec setsid --fork "$1" --dir "$2" </dev/null >>"$3" 2>&1' start "$KARST_BIN/karstd" "$KARST_DIR" "$log"
@@ -91,6 +94,14 @@ start_karst() {
 
 # Is this the process of systemd's unit? Then systemd must end it, which would start again what is killed.
 of_unit() { [ -d /run/systemd/system ] && [ "$(systemctl show --property=MainPID --value karst.service 2>/dev/null)" = "$1" ]; }
+# Where the unit is that `make install` or the package put there, if it is.
+unit_is_there() {
+    local unit
+    for unit in {/etc,/usr/lib,/lib}/systemd/system/karst.service; do
+        [ ! -e "$unit" ] || { echo "$unit"; return; }
+    done
+    return 1
+}
 # It is gone, or nobody has reaped it yet.
 gone() { ! [ -e "/proc/$1" ] || grep -q '^State:[[:space:]]*Z' "/proc/$1/status"; }
 
@@ -122,6 +133,21 @@ need_user() {
     note "user karst"
     as_root useradd --system --home-dir /nonexistent --no-create-home --shell /usr/sbin/nologin karst
 }
+# The control process must get to $KARST_DIR: a home is closed to others on many systems. Said before anything is built or made.
+need_passage() {
+    local closed user=karst
+    # Before it is made: like one who has no rights either.
+    getent passwd karst >/dev/null || user=nobody
+    closed=$(as_root bash -c '
+        above=$1 closed=
+        while [ "$above" != / ]; do
+            above=$(dirname -- "$above")
+            [ ! -d "$above" ] || setpriv --reuid "$2" --regid "$(id -g "$2")" --clear-groups test -x "$above" || closed=$above
+        done
+        echo "$closed"
+    ' passage "$KARST_DIR" "$user")
+    [ -z "$closed" ] || fail "$KARST_DIR lies below $closed, which the user karst of the control process cannot enter; let others pass through (chmod o+x $closed), or choose another KARST_DIR"
+}
 # left DIR: it is no instance any more. What was made for all goes with the last of them and with the installed programs; a user
 # or a group that was there before stays.
 left() {
@@ -134,8 +160,8 @@ left() {
         [ -s "$1" ] || { rm "$1" && rmdir "${1%/*}" 2>/dev/null || true; }
     ' left "$register" "$1"
     [ -e "$register" ] || return 0
-    local unit others
-    for unit in {/etc,/usr/lib,/lib}/systemd/system/karst.service; do [ ! -e "$unit" ] || return 0; done
+    local others
+    unit_is_there >/dev/null && return 0
     others=$(sed -n 's/^dir //p' "$register" | paste -sd ' ')
     # One that was started by hand has claimed its ids.
     if [ -z "$others" ] && [ -n "$(ls -A /run/karst/ids 2>/dev/null)" ]; then others="one that was started by hand"; fi

@@ -41,8 +41,9 @@ const EDGES: &[(&str, &[&str])] = &[
         ],
     ),
     ("karst-engine", &["karst-model", "karst-env", "karst-store", "karst-agent"]),
-    ("karst-frontend-incus", &["karst-model", "karst-engine"]),
-    ("karst-frontend-libvirt", &["karst-model", "karst-engine"]),
+    ("karst-tls", &["karst-model"]),
+    ("karst-frontend-incus", &["karst-model", "karst-engine", "karst-tls"]),
+    ("karst-frontend-libvirt", &["karst-model", "karst-engine", "karst-tls"]),
     (
         "karstd",
         &[
@@ -55,6 +56,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "karst-engine",
             "karst-frontend-incus",
             "karst-frontend-libvirt",
+            "karst-tls",
             "karst-image",
         ],
     ),

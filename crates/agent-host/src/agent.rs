@@ -64,6 +64,7 @@ pub struct RealAgent {
     pub(crate) registry: Registry,
     pub(crate) audit: Arc<Mutex<crate::audit::AuditLog>>,
     pub(crate) ids: IdRanges,
+    pub(crate) history: crate::history::History,
     pub(crate) networks: NetworkDriver,
     pub(crate) images: ImageStore,
     pub(crate) staging: Arc<Staging>,
@@ -133,6 +134,7 @@ impl RealAgent {
                 options.policy.uploads.clone(),
             )?),
             unopened: Unopened::default(),
+            history: Default::default(),
             launcher,
             facts: tokio::sync::OnceCell::new(),
             pools: Mutex::default(),
@@ -148,6 +150,7 @@ impl RealAgent {
         crate::backups::sweep(&agent.registry.path("backups"))?;
         agent.adopt().await?;
         tokio::spawn(reopen::watch(Arc::downgrade(&agent)));
+        crate::history::spawn(&agent);
         tokio::spawn(Staging::watch(Arc::downgrade(&agent.staging), agent.env.clone()));
         let facts = Arc::downgrade(&agent);
         // Asked for now, so that nobody waits for `qemu --version` later.
@@ -347,7 +350,7 @@ impl RealAgent {
     pub async fn flush(&self) {
         let all = async {
             for (_, pool) in self.all_pools() {
-                pool.flush().await;
+                let _ = pool.flush().await; // it has said so
             }
         };
         if self.env.timeout(FLUSH, all).await.is_err() {
@@ -364,7 +367,7 @@ impl RealAgent {
     }
 
     /// Writes the record of a start, with an id range that is claimed before anything uses it.
-    pub(crate) fn remember(&self, spec: &GuestSpec) -> Result<GuestRecord> {
+    pub(crate) async fn remember(&self, spec: &GuestSpec) -> Result<GuestRecord> {
         let old = self.guest(spec.instance);
         let owner = spec.instance.0.to_string();
         let fixed = spec.security.idmap_base;
@@ -385,13 +388,28 @@ impl RealAgent {
             networks: spec.nics.iter().filter_map(NicSpec::network).collect(),
             lent: crate::nics::lent(spec),
         };
-        self.registry.put_guest(spec.instance, &record)?;
-        self.guests.lock().unwrap().insert(spec.instance, record.clone());
+        self.put_guest(spec.instance, record.clone()).await?;
         Ok(record)
     }
 
+    /// Writes a guest's record, which may wait for the disk, and knows it from then on. Whoever is dropped meanwhile leaves both
+    /// done: what is being written is known before.
+    async fn put_guest(&self, id: InstanceId, record: GuestRecord) -> Result<()> {
+        let old = self.guests.lock().unwrap().insert(id, record.clone());
+        let registry = self.registry.clone();
+        let written = blocking(move || registry.put_guest(id, &record)).await;
+        if written.is_err() {
+            let mut guests = self.guests.lock().unwrap();
+            match old {
+                Some(old) => drop(guests.insert(id, old)),
+                None => drop(guests.remove(&id)),
+            }
+        }
+        written
+    }
+
     /// Adds to the record of a running guest what an update brings.
-    pub(crate) fn remember_beside(&self, spec: &GuestSpec, now: &GuestRecord) -> Result<()> {
+    pub(crate) async fn remember_beside(&self, spec: &GuestSpec, now: &GuestRecord) -> Result<()> {
         let mut record = now.clone();
         let volumes = spec.disks.iter().filter_map(DiskSpec::volume).map(|(_, volume)| volume);
         record.volumes.extend(volumes.filter(|v| !now.volumes.contains(v)));
@@ -402,8 +420,7 @@ impl RealAgent {
             .extend(spec.nics.iter().filter_map(NicSpec::network).filter(|n| !now.networks.contains(n)));
         record.lent.extend(crate::nics::lent(spec).into_iter().filter(|l| !now.lent.contains(l)));
         if record != *now {
-            self.registry.put_guest(spec.instance, &record)?;
-            self.guests.lock().unwrap().insert(spec.instance, record);
+            self.put_guest(spec.instance, record).await?;
         }
         Ok(())
     }

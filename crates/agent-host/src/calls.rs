@@ -13,6 +13,8 @@ use karst_image::{Staged, Upload};
 use karst_model::{
     BackupId, Error, ErrorKind, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
+    guest::MonitorAnswer,
+    history::Series,
     image::ImageFacts,
     instance::{InstanceKind, RuntimeState},
     network::Lease,
@@ -188,7 +190,7 @@ impl RealAgent {
         let _volume = self.lock(spec.root.volume.0).await;
         let networks = self.check(&spec).await?;
         let first = self.guest(id).is_none() && !self.registry.arrived(id);
-        let record = self.remember(&spec)?;
+        let record = self.remember(&spec).await?;
         let loose = crate::nics::loose(&spec);
         let outcome = async {
             self.networks.set_loose(id, loose).await?;
@@ -263,13 +265,13 @@ impl RealAgent {
         }
         let networks = self.check(&spec).await?;
         // Before anything is plugged it is known; what goes is known until it is gone.
-        self.remember_beside(&spec, &record)?;
+        self.remember_beside(&spec, &record).await?;
         self.networks.set_loose(id, crate::nics::loose(&spec)).await?;
         let guest = self.resolve(spec.clone(), &record, &networks).await?;
         let applied = driver.update(&guest).await.map_err(as_state(id))?;
         // A device that would not go, or come, is kept in mind until the guest ends; a key that waits concerns none.
         if !applied.pending.iter().any(|p| p.starts_with("devices")) {
-            self.remember(&spec)?;
+            self.remember(&spec).await?;
         }
         Ok(applied)
     }
@@ -313,7 +315,7 @@ impl RealAgent {
         Ok(futures::stream::iter(self.all_guests()).map(observe).buffered(AT_A_TIME).collect().await)
     }
 
-    async fn metrics(&self, instances: Vec<InstanceId>) -> Result<Vec<(InstanceId, Metrics)>> {
+    pub(crate) async fn metrics(&self, instances: Vec<InstanceId>) -> Result<Vec<(InstanceId, Metrics)>> {
         use futures::StreamExt;
         let wanted = if instances.is_empty() {
             self.all_guests().into_iter().map(|(id, _)| id).collect()
@@ -323,7 +325,11 @@ impl RealAgent {
         let figures = |id| async move {
             let (_, driver) = self.known(id).ok()?;
             match driver.metrics(id).await {
-                Ok(metrics) => Some((id, metrics)),
+                Ok(metrics) => {
+                    let metrics = Metrics { sampled_at: Some(self.env.now().as_millisecond()), ..metrics };
+                    let over = self.history.take(&*self.env, id, &metrics);
+                    Some((id, metrics, over))
+                }
                 Err(e) => {
                     // It does not run, or ends at this moment: left out.
                     tracing::debug!(instance = %id, error = %e, "no figures");
@@ -332,7 +338,10 @@ impl RealAgent {
             }
         };
         let all = futures::stream::iter(wanted).map(figures).buffered(AT_A_TIME);
-        Ok(all.filter_map(|m| async { m }).collect().await)
+        let all: Vec<_> = all.filter_map(|m| async { m }).collect().await;
+        let minutes = all.iter().filter_map(|(id, _, over)| Some((*id, (*over)?))).collect();
+        self.write_minutes(minutes).await;
+        Ok(all.into_iter().map(|(id, metrics, _)| (id, metrics)).collect())
     }
 
     async fn figures(&self, instances: Vec<InstanceId>) -> Result<Vec<(InstanceId, MachineFigures)>> {
@@ -391,7 +400,7 @@ impl RealAgent {
     }
 
     /// What only virtual machines can.
-    fn machine(&self, id: InstanceId) -> Result<&dyn karst_guest::GuestMachine> {
+    pub(crate) fn machine(&self, id: InstanceId) -> Result<&dyn karst_guest::GuestMachine> {
         let (_, driver) = self.known(id)?;
         driver.machine().ok_or_else(|| {
             Error::unsupported("only virtual machines have a screen, a keyboard and a reset button")
@@ -579,6 +588,7 @@ calls! {
     }
     mutate pool_remove(me, pool: PoolId) -> () { me.remove_pool(pool).await }
     read pool_usage(me, pool: PoolId) -> Usage { me.pool(pool)?.space().await }
+    read pool_flush(me, pool: PoolId) -> () { me.pool(pool)?.flush().await }
     mutate pool_describe(me, request: PoolDescribe) -> () { me.describe_pool(request).await }
     read pool_survey(me, request: PoolSurvey) -> PoolSurveyed { me.survey_pool(request).await }
     read pools_find(me, request: PoolsFind) -> Vec<FoundPool> { me.find_pools(request).await }
@@ -683,6 +693,7 @@ calls! {
     mutate guest_destroy(me, instance: InstanceId) -> () { me.destroy(instance).await }
     read guest_observe_all(me, _request: ()) -> Vec<Observed> { me.observe_all().await }
     read guest_metrics(me, instances: Vec<InstanceId>) -> Vec<(InstanceId, Metrics)> { me.metrics(instances).await }
+    read guest_history(me, instance: InstanceId) -> Vec<Series> { me.history_of(instance).await }
 
     read machine_figures(me, instances: Vec<InstanceId>) -> Vec<(InstanceId, MachineFigures)> { me.figures(instances).await }
     read guest_agent(me, request: AgentCommand) -> serde_json::Value {
@@ -700,6 +711,16 @@ calls! {
     read machine_wake(me, guest: GuestRef) -> () {
         me.meant(guest)?;
         me.machine(guest.instance)?.wake(guest.instance).await.map_err(as_state(guest.instance))
+    }
+    read machine_monitor(me, request: MonitorCommand) -> MonitorAnswer { me.monitor(request).await }
+    read machine_events(me, _request: ()) -> WithFds<()> { me.monitor_events() }
+    read machine_dirty_rate(me, request: DirtyRateRequest) -> () {
+        let DirtyRateRequest { instance, seconds } = request;
+        let machine = me.machine(instance)?;
+        if !(1..=60).contains(&seconds) {
+            return Err(Error::invalid("seconds", "memory is watched for 1 to 60 seconds"));
+        }
+        machine.measure_dirty_rate(instance, seconds).await.map_err(as_state(instance))
     }
 
     read entry_expected(me, _request: ()) -> () {

@@ -42,9 +42,22 @@ impl RealAgent {
         check.guests = guests.keys().copied().collect();
         let mut running = BTreeSet::new();
         for (id, record) in &guests {
-            let driver: &Arc<dyn GuestDriver> = self.driver(record.kind)?;
-            if !matches!(driver.observe(*id).await?.state, RuntimeState::Stopped | RuntimeState::Error) {
-                running.insert(*id);
+            let driver: Result<&Arc<dyn GuestDriver>> = self.driver(record.kind);
+            let observed = match driver {
+                Ok(driver) => driver.observe(*id).await,
+                Err(e) => Err(e),
+            };
+            match observed {
+                Ok(o) if matches!(o.state, RuntimeState::Stopped | RuntimeState::Error) => {}
+                Ok(_) => {
+                    running.insert(*id);
+                }
+                // What there is of it may be in use: only the guest itself is named, and all the rest is looked at.
+                Err(e) => {
+                    tracing::warn!(instance = %id, error = %e, context = e.context, "a guest cannot be observed");
+                    check.leaks.push(format!("guest {id} cannot be observed: {e}"));
+                    running.insert(*id);
+                }
             }
             if !check.volumes.contains(&record.root) {
                 check.leaks.push(format!("guest {id} without its root volume"));

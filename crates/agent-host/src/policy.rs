@@ -35,6 +35,11 @@ pub struct HostPolicy {
     /// Directories and block devices that storage pools may be made of: each as it stands there, and directories below. Also
     /// data sets of ZFS (`zfs:tank/guests`, and those below) and volume groups of LVM (`lvm:vg0`).
     pub pool_sources: Vec<PathBuf>,
+    /// Commands of QEMU's monitor that administrators may run in virtual machines (`query-status`; `query-*`: all that begin
+    /// so; `*`: all). Text for its human monitor is `human-monitor-command`. They can do what QEMU's own user can.
+    pub qemu_monitor: Vec<String>,
+    /// May administrators follow the events of QEMU's monitors?
+    pub qemu_events: bool,
     /// What uploads of images may take.
     pub uploads: crate::staging::UploadLimits,
 }
@@ -144,6 +149,39 @@ impl HostPolicy {
 }
 
 impl HostPolicy {
+    /// May this command of QEMU's monitor be run?
+    ///
+    /// # Errors
+    /// Forbidden, with the line that grants it.
+    pub fn check_monitor(&self, command: &str) -> Result<()> {
+        let granted = |pattern: &String| match pattern.strip_suffix('*') {
+            Some(beginning) => command.starts_with(beginning),
+            None => pattern == command,
+        };
+        if self.qemu_monitor.iter().any(granted) {
+            return Ok(());
+        }
+        Err(Error::forbidden(format!(
+            "this host grants no {command} of QEMU's monitor, which could do what QEMU's own user can; its administrator can, with \
+             qemu_monitor = [{command:?}] in {FILE}"
+        )))
+    }
+
+    /// May the events of QEMU's monitors be followed?
+    ///
+    /// # Errors
+    /// Forbidden, with the line that grants it.
+    pub fn check_monitor_events(&self) -> Result<()> {
+        match self.qemu_events {
+            true => Ok(()),
+            false => Err(Error::forbidden(format!(
+                "this host does not show the events of QEMU's monitors; its administrator can, with qemu_events = true in {FILE}"
+            ))),
+        }
+    }
+}
+
+impl HostPolicy {
     fn check_pool_name(&self, kind: PoolKind, source: &str) -> Result<()> {
         karst_model::storage::check_source_name(kind, "source", source)?;
         let wanted = format!("{}:{source}", kind.as_str());
@@ -176,6 +214,26 @@ impl NoFollow for std::fs::OpenOptions {
 mod tests {
     use super::*;
     use std::os::unix::fs::{PermissionsExt, chown};
+
+    #[test]
+    fn commands_of_the_monitor_are_granted_by_name() {
+        let policy: HostPolicy =
+            toml::from_str("qemu_monitor = [\"query-*\", \"stop\"]\nqemu_events = true").unwrap();
+        policy.check_monitor_events().unwrap();
+        for granted in ["query-status", "query-", "stop"] {
+            policy.check_monitor(granted).unwrap();
+        }
+        for not in ["quit", "human-monitor-command", "stop2", "querystatus", ""] {
+            let e = policy.check_monitor(not).unwrap_err();
+            assert!(e.is(karst_model::ErrorKind::Forbidden), "{not}");
+            assert!(e.message.contains(&format!("qemu_monitor = [{not:?}] in host-policy.toml")), "{e}");
+        }
+        let all: HostPolicy = toml::from_str("qemu_monitor = [\"*\"]").unwrap();
+        all.check_monitor("quit").unwrap();
+        let e = all.check_monitor_events().unwrap_err();
+        assert!(e.message.contains("qemu_events = true in host-policy.toml"), "{e}");
+        assert!(HostPolicy::default().check_monitor("query-status").is_err());
+    }
 
     #[test]
     fn pools_are_made_of_what_is_granted_only() {

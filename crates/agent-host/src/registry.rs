@@ -11,8 +11,9 @@
 //!   guests/ID/           0711  state of a guest that was started: the driver's, and agent.json; or, with the
 //!                              mark `arrived`, what a machine is that was not started yet
 //! ```
-//! Ids come over the wire as UUIDs and are written as such: no name of a client ever becomes part of a path. Guests'
-//! records are not synced: after a power cut nothing runs that they could speak of. Pools' are.
+//! Ids come over the wire as UUIDs and are written as such: no name of a client ever becomes part of a path. Records are
+//! synced, but for containers': after a power cut none runs that they could speak of, and their directories have nothing to
+//! lose, and one that a power cut tore keeps nobody else from going on.
 
 use karst_guest::IdRange;
 use karst_model::{
@@ -50,6 +51,8 @@ pub(crate) struct GuestRecord {
 
 /// The mark of [`Registry::arrive`].
 const ARRIVED: &str = "arrived";
+/// What a machine is beside its disks, by the names that their driver gives it.
+const OF_MACHINES: [&str; 5] = ["nvram.fd", "nvram.secure.fd", "tpm", "states", "saved"];
 
 #[derive(Debug, Clone)]
 pub(crate) struct Registry {
@@ -115,14 +118,14 @@ impl Registry {
     }
 
     pub fn guest(&self, id: InstanceId) -> Result<Option<GuestRecord>> {
-        read(&self.guest_dir(id).join("agent.json"))
+        karst_guest::record::read(&self.guest_dir(id), "agent.json")
     }
 
     /// Makes the guest's directory with it.
     pub fn put_guest(&self, id: InstanceId, record: &GuestRecord) -> Result<()> {
         let dir = self.guest_dir(id);
         directory(&dir, 0o711)?;
-        write(&dir.join("agent.json"), record, false)
+        write(&dir.join("agent.json"), record, record.kind == InstanceKind::VirtualMachine)
     }
 
     /// Makes the directory of a machine that is something before its first start here; it is there for good then.
@@ -147,13 +150,19 @@ impl Registry {
         }
     }
 
-    /// Guests with a directory here, with or without a record.
+    /// Guests with a directory here, with or without a record. A machine whose record a power cut tore is kept as one that was
+    /// not started here yet: what it is beside its disks lies there.
     pub fn guests(&self) -> Result<Vec<(InstanceId, Option<GuestRecord>)>> {
         let mut found = vec![];
         for entry in fs::read_dir(self.root.join("guests"))? {
             let name = entry?.file_name();
             if let Some(id) = name.to_str().and_then(|n| n.parse().ok()) {
-                found.push((id, self.guest(id)?));
+                let (record, dir) = (self.guest(id)?, self.guest_dir(id));
+                let torn = record.is_none() && dir.join("agent.json").exists();
+                if torn && OF_MACHINES.iter().any(|name| dir.join(name).exists()) {
+                    self.arrive(id)?;
+                }
+                found.push((id, record));
             }
         }
         Ok(found)
@@ -249,7 +258,11 @@ mod tests {
         fs::write(dir.path().join("registry/pools/x.json"), "{\"id\":").unwrap();
         fs::create_dir(registry.guest_dir(guest)).unwrap();
         fs::write(registry.guest_dir(guest).join("agent.json"), "[]").unwrap();
-        assert!(registry.pools().is_err() && registry.guests().is_err());
+        assert!(registry.pools().is_err());
+        assert_eq!(registry.guests().unwrap(), [(guest, None)]);
+        assert!(!registry.arrived(guest), "nothing to be lost lies there");
+        fs::write(registry.guest_dir(guest).join("nvram.fd"), "").unwrap();
+        assert_eq!(registry.guests().unwrap(), [(guest, None)]);
         let named = set_damaged_aside(dir.path()).unwrap();
         assert_eq!(named.len(), 3, "{named:?}");
         assert!(named[1].contains(&guest.to_string()));

@@ -256,11 +256,21 @@ impl RealAgent {
         let _lock = self.lock(at.volume.0).await;
         let pool = self.pool(at.pool)?;
         let driver = snapshots(&*pool)?;
-        if driver.list(at.volume).await?.iter().any(|(id, _)| *id == at.snapshot) {
-            return Ok(());
+        let mut there = driver.list(at.volume).await?.iter().any(|(id, _)| *id == at.snapshot);
+        if there && !driver.whole(at.volume, at.snapshot).await? {
+            // Of a step that was done just before the power went, and is done again now.
+            driver.delete(at.volume, at.snapshot).await?;
+            there = false;
         }
-        self.still(&*pool, at.volume).await?;
-        driver.create(at.volume, at.snapshot).await
+        if !there {
+            self.still(&*pool, at.volume).await?;
+            driver.create(at.volume, at.snapshot).await?;
+        }
+        // A guest that runs may stand still for this: whoever made it so asks for the flush when it goes on again.
+        match self.user(has_volume(at.volume)).await? {
+            None => pool.flush().await,
+            Some(_) => Ok(()),
+        }
     }
 
     pub(crate) async fn delete_snapshot(&self, at: VolumeSnapshotRef) -> Result<()> {

@@ -108,6 +108,58 @@ async fn every_kind_of_leak_is_named() {
     assert!(left.leaks.is_empty(), "{left:?}");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_that_cannot_be_observed_is_named_and_the_rest_is_looked_at() {
+    if !backends::root() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let host = dir.path().join("host");
+    let guest = "00000000-0000-4000-8000-0000000000ab";
+    let of_guest = host.join("guests").join(guest);
+    fs::create_dir_all(&of_guest).unwrap();
+    for open in [dir.path(), &host, &host.join("guests"), &of_guest] {
+        fs::set_permissions(open, fs::Permissions::from_mode(0o711)).unwrap();
+    }
+    let record = serde_json::json!({
+        "kind": "container",
+        "generation": {"incarnation": 1, "n": 1},
+        "ids": {"base": 1, "count": 1},
+        "pool": "00000000-0000-4000-8000-0000000000ac",
+        "root": "00000000-0000-4000-8000-0000000000ad",
+        "interfaces": [],
+        "networks": [],
+    });
+    fs::write(of_guest.join("agent.json"), record.to_string()).unwrap();
+    // What its driver has written of it can neither be read nor be as good as none.
+    fs::create_dir(of_guest.join("guest.json")).unwrap();
+    let agent = RealAgent::open(
+        RealEnv::shared(),
+        RealOptions {
+            dir: dir.path().to_owned(),
+            daemon_id: format!("{:06x}", (std::process::id() & 0xf_ffff) | 0xd0_0000),
+            policy: HostPolicy::default(),
+            worker: Some(("/nonexistent/worker".into(), vec![])),
+        },
+    )
+    .await
+    .unwrap();
+    let observed = format!("guest {guest} cannot be observed: ");
+    let root = format!("guest {guest} without its root volume");
+    let stray = host.join("pools/left");
+    fs::create_dir_all(&stray).unwrap();
+    let outcome = AssertUnwindSafe(found(&agent, &[&observed, &root, "directory of an unknown pool left"]))
+        .catch_unwind()
+        .await;
+    fs::remove_dir(of_guest.join("guest.json")).unwrap();
+    let after = AssertUnwindSafe(leaks(&agent)).catch_unwind().await;
+    let purged = agent.purge().await;
+    outcome.unwrap();
+    let after = after.unwrap();
+    assert!(!after.iter().any(|l| l.contains("observed")), "{after:#?}");
+    purged.unwrap();
+}
+
 /// Where liblxc keeps its locks of what lies in a directory.
 fn liblxc(of: &Path) -> std::path::PathBuf {
     Path::new("/run/lxc/lock").join(of.strip_prefix("/").unwrap())

@@ -1,30 +1,31 @@
-//! Pools whose disk comes late: told, tried again, never made anew.
+//! Pools whose disk comes late: told, tried again, never made anew. What a power cut tore: a guest's record, a snapshot.
 #![allow(clippy::disallowed_methods)] // a real machine
 
 #[path = "../../testkit/src/backends.rs"]
 mod backends;
 
-use karst_agent::{CallContext, Fence, HostAgent};
+use karst_agent::{CallContext, Fence, HostAgent, VolumeSnapshotRef};
 use karst_agent_host::{HostPolicy, RealAgent, RealOptions, ids};
 use karst_env::RealEnv;
 use karst_model::{
-    ErrorKind, NodeId, PoolId, SagaId,
-    spec::{PoolSource, PoolSpec},
-    storage::PoolKind,
+    ErrorKind, NodeId, PoolId, SagaId, SnapshotId, VolumeId,
+    spec::{PoolSource, PoolSpec, VolumeSource, VolumeSpec},
+    storage::{PoolKind, VolumeContent},
 };
 use std::{fs, os::unix::fs::PermissionsExt, path::Path, sync::Arc, time::Duration};
 
 const LONG: Duration = Duration::from_secs(60);
 
-fn daemon_id() -> String {
-    format!("{:06x}", (std::process::id() & 0xf_ffff) | 0xd0_0000)
+/// Of each test another: what a daemon's claims are it knows by it.
+fn daemon_id(test: u32) -> String {
+    format!("{:06x}", (std::process::id() & 0xf_ffff) | ((0xd + test) << 20))
 }
 
-async fn agent(dir: &Path, source: &Path) -> Arc<RealAgent> {
+async fn agent(test: u32, dir: &Path, source: &Path) -> Arc<RealAgent> {
     let policy = HostPolicy { pool_sources: vec![source.to_owned()], ..Default::default() };
     let options = RealOptions {
         dir: dir.to_owned(),
-        daemon_id: daemon_id(),
+        daemon_id: daemon_id(test),
         policy,
         worker: Some(("/nonexistent/worker".into(), vec![])),
     };
@@ -32,11 +33,11 @@ async fn agent(dir: &Path, source: &Path) -> Arc<RealAgent> {
 }
 
 /// Gives the claims of user ids back, also when the test fails.
-struct Claims;
+struct Claims(u32);
 
 impl Drop for Claims {
     fn drop(&mut self) {
-        let ranges = ids::IdRanges::open(ids::CLAIMS, &daemon_id()).unwrap();
+        let ranges = ids::IdRanges::open(ids::CLAIMS, &daemon_id(self.0)).unwrap();
         for claim in ranges.claims().unwrap() {
             ranges.release(claim.range, &claim.owner);
         }
@@ -49,7 +50,7 @@ async fn a_pool_whose_disk_comes_late_is_opened_then() {
     if !backends::root() {
         return;
     }
-    let _claims = Claims;
+    let _claims = Claims(0);
     let dir = tempfile::tempdir().unwrap();
     let host = dir.path().join("host");
     let disk = dir.path().join("disk");
@@ -65,7 +66,7 @@ async fn a_pool_whose_disk_comes_late_is_opened_then() {
         source: PoolSource::Granted { source: disk.to_string_lossy().into_owned() },
         ..PoolSpec::own(id, PoolKind::Dir)
     };
-    let first = agent(dir.path(), &disk).await;
+    let first = agent(0, dir.path(), &disk).await;
     first.pool_ensure(&CallContext::mutate(LONG, fence), spec).await.unwrap();
     first.pool_usage(&read, id).await.unwrap();
     drop(first);
@@ -75,7 +76,7 @@ async fn a_pool_whose_disk_comes_late_is_opened_then() {
     fs::rename(&disk, &away).unwrap();
     fs::create_dir(&disk).unwrap();
     fs::set_permissions(&disk, fs::Permissions::from_mode(0o755)).unwrap();
-    let again = agent(dir.path(), &disk).await;
+    let again = agent(0, dir.path(), &disk).await;
     let warnings = async || again.host_facts(&read, ()).await.unwrap().warnings;
     let told =
         |all: &[String]| all.iter().any(|w| w.contains(&id.to_string()) && w.contains("cannot be opened"));
@@ -95,4 +96,68 @@ async fn a_pool_whose_disk_comes_late_is_opened_then() {
     again.pool_usage(&read, id).await.expect("open without a restart");
     assert!(!told(&warnings().await));
     again.purge().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_torn_record_of_a_guest_keeps_nobody_else_from_going_on() {
+    if !backends::root() {
+        return;
+    }
+    let _claims = Claims(1);
+    let dir = tempfile::tempdir().unwrap();
+    let host = dir.path().join("host");
+    for path in [dir.path(), &host] {
+        fs::create_dir_all(path).unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(0o711)).unwrap();
+    }
+    drop(agent(1, dir.path(), dir.path()).await);
+    // As a power cut would leave them.
+    let [container, machine] = [(), ()].map(|()| host.join("guests").join(uuid::Uuid::new_v4().to_string()));
+    for guest in [&container, &machine] {
+        fs::create_dir(guest).unwrap();
+        fs::write(guest.join("agent.json"), "").unwrap();
+    }
+    fs::write(machine.join("nvram.fd"), "what a machine is").unwrap();
+    let again = agent(1, dir.path(), dir.path()).await;
+    assert!(!container.exists(), "nothing of it is left, nor was there anything to be lost");
+    assert_eq!(fs::read_to_string(machine.join("nvram.fd")).unwrap(), "what a machine is");
+    again.purge().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_that_the_power_cut_short_is_taken_again() {
+    if !backends::root() {
+        return;
+    }
+    let _claims = Claims(2);
+    let dir = tempfile::tempdir().unwrap();
+    let host = dir.path().join("host");
+    for path in [dir.path(), &host] {
+        fs::create_dir_all(path).unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(0o711)).unwrap();
+    }
+    let agent = agent(2, dir.path(), dir.path()).await;
+    let fence =
+        Fence { saga: SagaId(uuid::Uuid::nil()), executor: NodeId(uuid::Uuid::nil()), epoch: 1, step: 0 };
+    let change = CallContext::mutate(LONG, fence);
+    let pool = PoolId(uuid::Uuid::new_v4());
+    agent.pool_ensure(&change, PoolSpec::own(pool, PoolKind::Dir)).await.unwrap();
+    let (volume, snapshot) = (VolumeId(uuid::Uuid::new_v4()), SnapshotId(uuid::Uuid::new_v4()));
+    let spec = VolumeSpec {
+        pool,
+        id: volume,
+        content: VolumeContent::Filesystem,
+        size: None,
+        source: VolumeSource::Empty,
+    };
+    agent.volume_create(&change, spec).await.unwrap();
+    let at = VolumeSnapshotRef { pool, volume, snapshot };
+    agent.volume_snapshot_create(&change, at).await.unwrap();
+    let mark = host.join(format!("pools/{}/snapshots/{}/{}/unflushed", pool.0, volume.0, snapshot.0));
+    assert!(mark.parent().unwrap().exists() && !mark.exists(), "it is on disk when it is told of");
+    fs::write(&mark, "another boot").unwrap();
+    agent.volume_snapshot_restore(&change, at).await.unwrap_err();
+    agent.volume_snapshot_create(&change, at).await.expect("the step is done again");
+    agent.volume_snapshot_restore(&change, at).await.expect("now it is whole");
+    agent.purge().await.unwrap();
 }

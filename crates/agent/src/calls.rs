@@ -11,7 +11,10 @@ use karst_model::{
     BackupId, ByteSize, ImageId, InstanceId, NetworkId, NodeId, PoolId, Result, SagaId, SessionId,
     SnapshotId, VolumeId,
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
-    guest::{Applied, ExecRequest, FileInfo, FileWrite, MachineFigures, Metrics, Observed, StopMode},
+    guest::{
+        Applied, ExecRequest, FileInfo, FileWrite, MachineFigures, Metrics, MonitorAnswer, Observed, StopMode,
+    },
+    history::Series,
     image::{DiskFormat, ImageFacts},
     instance::{Generation, InstanceKind},
     network::Lease,
@@ -129,7 +132,9 @@ plain!(
     VolumeFilled,
     Vec<(InstanceId, Metrics)>,
     Vec<(InstanceId, MachineFigures)>,
+    Vec<Series>,
     serde_json::Value,
+    MonitorAnswer,
     Vec<u8>,
     u32,
     Vec<VolumeSnapshot>,
@@ -222,6 +227,9 @@ agent_calls! {
     mutate fn pool_remove(PoolRemove: PoolId) -> ();
     /// Space of a pool.
     read fn pool_usage(PoolUsage: PoolId) -> Usage;
+    /// Waits until what was made in a pool is on disk: snapshots of volumes that a guest uses, and volumes of images. All else
+    /// is as soon as it is there.
+    read fn pool_flush(PoolFlush: PoolId) -> ();
     /// Writes descriptions onto a pool, each in one step; those that say what is there already cost next to nothing.
     mutate fn pool_describe(PoolDescribe: PoolDescribe) -> ();
     /// What a pool has, by itself: volumes, their snapshots and descriptions. Changes none of them; a pool that the host does
@@ -351,6 +359,8 @@ agent_calls! {
     read fn guest_observe_all(GuestObserveAll: ()) -> Vec<Observed>;
     /// Figures of these guests (all running ones when empty); one that does not run is left out.
     read fn guest_metrics(GuestMetrics: Vec<InstanceId>) -> Vec<(InstanceId, Metrics)>;
+    /// What a guest used over time, one series for each resolution; without points of one that never ran here, or is gone.
+    read fn guest_history(GuestHistory: InstanceId) -> Vec<Series>;
     /// What these virtual machines (all running ones when empty) have done; one that does not run is left out.
     read fn machine_figures(MachineFigures: Vec<InstanceId>) -> Vec<(InstanceId, MachineFigures)>;
     /// Runs a command of the QEMU guest agent's protocol in a virtual machine, and answers what it returns.
@@ -359,6 +369,13 @@ agent_calls! {
     read fn machine_interrupt(MachineInterrupt: GuestRef) -> ();
     /// Wakes a virtual machine that sleeps.
     read fn machine_wake(MachineWake: GuestRef) -> ();
+    /// Runs a command of QEMU's monitor in a running virtual machine, as far as the host's policy grants it.
+    read fn machine_monitor(MachineMonitor: MonitorCommand) -> MonitorAnswer;
+    /// Follows the events of QEMU's monitor of all virtual machines, where the host's policy grants it: one descriptor that
+    /// reads lines of JSON ([`MonitorEvent`](karst_model::guest::MonitorEvent)).
+    read fn machine_events(MachineEvents: ()) -> WithFds<()>;
+    /// Begins to measure how fast a running virtual machine writes memory; its figures say it then.
+    read fn machine_dirty_rate(MachineDirtyRate: DirtyRateRequest) -> ();
 
     /// A process is about to enter the groups of a guest, which starts or is to run a program. A hint that lets the host
     /// prepare; nothing follows from it and it may be lost.
@@ -723,6 +740,26 @@ pub struct AgentCommand {
     pub arguments: serde_json::Value,
     /// How long its answer is waited for.
     pub limit: Duration,
+}
+
+/// A command of QEMU's monitor.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MonitorCommand {
+    /// Where.
+    pub instance: InstanceId,
+    /// Its name, such as `query-status`.
+    pub command: String,
+    /// Its arguments, an object.
+    pub arguments: serde_json::Value,
+}
+
+/// A measurement of how fast memory is written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DirtyRateRequest {
+    /// Where.
+    pub instance: InstanceId,
+    /// How long, 1 to 60 seconds.
+    pub seconds: u32,
 }
 
 /// Keys to press, one chord after the other.

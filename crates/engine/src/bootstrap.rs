@@ -17,11 +17,24 @@ use std::{collections::BTreeMap, sync::Arc};
 /// Marks a store in which [`Engine::bootstrap`] has run: what an administrator deletes later stays deleted.
 const MARK: &str = "/karst/v1/meta/bootstrapped";
 
+/// What is not recorded yet is; a host that is called otherwise now gets that name, unless another one has it.
 async fn ensure_nodes(inner: &Arc<EngineInner>, nodes: &[(NodeId, String)]) -> Result<()> {
     inner
         .transact(|records, tx: &mut Tx| {
-            for (id, name) in nodes.iter().filter(|(id, _)| !records.nodes.contains_key(id)) {
-                tx.create(&Node { id: *id, name: Name::parse("node", name)?, facts: None });
+            for (id, name) in nodes {
+                let Some(row) = records.nodes.get(id) else {
+                    tx.create(&Node { id: *id, name: Name::parse("node", name)?, facts: None });
+                    continue;
+                };
+                if row.name.as_str() == name.as_str() {
+                    continue;
+                }
+                if records.nodes.values().any(|n| n.name.as_str() == name.as_str()) {
+                    tracing::warn!(node = %id, name, stays = %row.name, "another host has the name that this one has now");
+                    continue;
+                }
+                tracing::info!(node = %id, name, before = %row.name, "this host has another name now");
+                tx.replace(row, &Node { name: Name::parse("node", name)?, ..row.value.clone() });
             }
             Ok(())
         })

@@ -1,12 +1,12 @@
 //! What becomes of a packet between guests and addresses, by the records and the leases of this moment.
 
-use crate::{Engine, context::Context};
+use crate::{Engine, Records, context::Context};
 use karst_agent::CallContext;
 use karst_model::{
     Error, Result,
     access::Permission,
     firewall::evaluate::{self, End, Explanation, Packet, Payload},
-    spec::NetworkSpec,
+    spec::{NetworkHost, NetworkSpec},
 };
 use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
@@ -43,19 +43,13 @@ impl Engine {
                 records.networks.keys().filter_map(|id| self.inner().network_spec(&records, *id).ok());
             (specs.collect::<Vec<_>>(), nics)
         };
-        let networks = self.with_leases(networks).await;
-        let (packet, end) = first_packet(&networks, &nics, from, to, port)?;
-        let mut explanation = evaluate::explain(&networks, end, packet);
-        // Names of guests that the asker may not see stay unsaid.
-        if !context.principal().may(Permission::ServerView, None) {
-            explanation.steps.iter_mut().for_each(|s| {
-                let own = nics.keys().any(|n| s.place.contains(n.as_str()));
-                if s.place.starts_with("NIC of") && !own {
-                    s.place = "NIC of another guest".into();
-                }
-            });
+        let mut networks = self.with_leases(networks).await;
+        {
+            let records = self.inner().inventory.read();
+            unname_guests(&records, context, networks.iter_mut().flat_map(|n| &mut n.hosts));
         }
-        Ok(explanation)
+        let (packet, end) = first_packet(&networks, &nics, from, to, port)?;
+        Ok(evaluate::explain(&networks, end, packet))
     }
 
     /// Fills in the addresses that guests have from DHCP.
@@ -81,6 +75,21 @@ impl Engine {
             }
         }
         networks
+    }
+}
+
+/// One network serves several projects: guests of those that `context` may not see lose their names, before something is
+/// said of them.
+pub(crate) fn unname_guests<'a>(
+    records: &Records,
+    context: &Context,
+    hosts: impl Iterator<Item = &'a mut NetworkHost>,
+) {
+    for host in hosts {
+        let mut owners = records.with_mac(&host.mac).filter_map(|id| records.instances.get(&id));
+        if !owners.all(|i| context.principal().may(Permission::ProjectView, Some(i.project))) {
+            host.hostname = "another project's guest".into();
+        }
     }
 }
 

@@ -4,7 +4,12 @@
 //! networks that it concerns up to date before it answers; where the host does not answer, the reconciler of networks does
 //! so later.
 
-use crate::{Engine, EngineInner, Records, Row, context::Context, db::Tx, storage::UsedBy};
+use crate::{
+    Engine, EngineInner, Records, Row,
+    context::Context,
+    db::Tx,
+    storage::{UsedBy, users_in_words},
+};
 use karst_model::{
     AclId, AddressSetId, Config, Error, NetworkId, ProjectId, Result,
     access::Permission,
@@ -194,14 +199,19 @@ fn refers(acl: &NetworkAcl, to: &Subject) -> bool {
     acl.parse().is_ok_and(|a| a.ingress.iter().chain(&a.egress).flat_map(|r| r.references()).any(|s| s == to))
 }
 
-fn demand_unused(what: &str, name: &str, used: &UsedBy) -> Result<()> {
-    match used.first() {
-        None => Ok(()),
-        Some(first) => Err(Error::conflict(format!(
-            "{what} {name:?} is used by {first}{}",
-            if used.len() > 1 { format!(" and {} more", used.len() - 1) } else { String::new() }
-        ))),
+/// Nothing names it, out of all that `users` answers by whose projects are looked at.
+fn demand_unused(
+    context: &Context,
+    what: &str,
+    name: &str,
+    users: impl Fn(&dyn Fn(ProjectId) -> bool) -> UsedBy,
+) -> Result<()> {
+    let all = users(&|_| true);
+    if all.is_empty() {
+        return Ok(());
     }
+    let seen = users(&|p| context.principal().may(Permission::ProjectView, Some(p)));
+    Err(Error::conflict(format!("{what} {name:?} is used by {}", users_in_words(&seen, &all))))
 }
 
 /// An ACL's references exist and stay; the typed form is right.
@@ -366,7 +376,7 @@ impl Engine {
                         Error::conflict(format!("a network ACL {:?} exists already", &*new)).at("name")
                     );
                 }
-                demand_unused("network ACL", name, &acl_users(records, name, &|_| true))?;
+                demand_unused(context, "network ACL", name, |sees| acl_users(records, name, sees))?;
                 tx.expect_untouched(records, &uses("acls", name));
                 let acl =
                     NetworkAcl { name: new.clone(), spec_version: row.spec_version + 1, ..row.value.clone() };
@@ -390,7 +400,7 @@ impl Engine {
         inner
             .transact(|records, tx| {
                 let row = records.acl(name)?;
-                demand_unused("network ACL", name, &acl_users(records, name, &|_| true))?;
+                demand_unused(context, "network ACL", name, |sees| acl_users(records, name, sees))?;
                 tx.expect_untouched(records, &uses("acls", name));
                 tx.release_name("network-acls", "", name, &row.id.to_string());
                 tx.delete(row);
@@ -530,7 +540,7 @@ impl Engine {
                         Error::conflict(format!("an address set {:?} exists already", &*new)).at("name")
                     );
                 }
-                demand_unused("address set", name, &set_users(records, name))?;
+                demand_unused(context, "address set", name, |_| set_users(records, name))?;
                 tx.expect_untouched(records, &uses("sets", name));
                 let set =
                     AddressSet { name: new.clone(), spec_version: row.spec_version + 1, ..row.value.clone() };
@@ -555,7 +565,7 @@ impl Engine {
         inner
             .transact(|records, tx| {
                 let row = records.address_set(name)?;
-                demand_unused("address set", name, &set_users(records, name))?;
+                demand_unused(context, "address set", name, |_| set_users(records, name))?;
                 tx.expect_untouched(records, &uses("sets", name));
                 tx.release_name("network-address-sets", "", name, &row.id.to_string());
                 tx.delete(row);

@@ -160,6 +160,8 @@ pub struct Records {
     pub instance_names: BTreeMap<(ProjectId, String), InstanceId>,
     /// Instances by the MAC addresses of their NICs, so that a new one is not compared with each.
     instances_by_mac: HashMap<String, BTreeSet<InstanceId>>,
+    /// Instances by project and DNS label, of which names are several.
+    instances_by_label: HashMap<(ProjectId, String), BTreeSet<InstanceId>>,
     /// Snapshots of instances.
     pub snapshots: BTreeMap<SnapshotId, Row<Snapshot>>,
     snapshots_by_instance: HashMap<InstanceId, BTreeSet<SnapshotId>>,
@@ -359,6 +361,31 @@ impl Records {
         self.instances_by_mac.get(mac).into_iter().flatten().copied()
     }
 
+    /// The instances of a project whose names give this DNS label.
+    pub(crate) fn with_label(&self, project: ProjectId, label: &str) -> impl Iterator<Item = InstanceId> {
+        self.instances_by_label.get(&(project, label.to_owned())).into_iter().flatten().copied()
+    }
+
+    /// Keeps the index of instances by DNS label.
+    fn follow_labels(&mut self, id: InstanceId, old: Option<&Instance>, new: Option<&Instance>) {
+        let of = |instance: &Instance| (instance.project, instance.name.dns_label());
+        let (old, new) = (old.map(of), new.map(of));
+        if old == new {
+            return;
+        }
+        if let Some(old) = old
+            && let Some(ids) = self.instances_by_label.get_mut(&old)
+        {
+            ids.remove(&id);
+            if ids.is_empty() {
+                self.instances_by_label.remove(&old);
+            }
+        }
+        if let Some(new) = new {
+            self.instances_by_label.entry(new).or_default().insert(id);
+        }
+    }
+
     /// Keeps the index of instances by MAC address.
     fn follow_macs(&mut self, id: InstanceId, old: Option<&Instance>, new: Option<&Instance>) {
         let of = |instance: Option<&Instance>| -> BTreeSet<String> {
@@ -474,6 +501,7 @@ impl Records {
                 put!(self.instances, Some(id));
                 let new = self.instances.get(&id).cloned();
                 self.follow_macs(id, old.as_deref().map(|i| &**i), new.as_deref().map(|i| &**i));
+                self.follow_labels(id, old.as_deref().map(|i| &**i), new.as_deref().map(|i| &**i));
                 if let Some(new) = new {
                     self.taken_vmids.insert(new.vmid.0);
                     if !new.vmid_chosen {

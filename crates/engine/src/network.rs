@@ -2,14 +2,15 @@
 
 use crate::{
     Engine, EngineInner, Records, Row,
-    compute::addresses,
+    compute::{addresses, labels},
     context::Context,
     db::Tx,
     events::Subject,
+    explain::unname_guests,
     firewall::{self, Rules},
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
-    storage::UsedBy,
+    storage::{UsedBy, users_in_words},
     tenancy::limits::{Planned, admit},
 };
 use async_trait::async_trait;
@@ -118,6 +119,7 @@ impl EngineInner {
     ) -> Result<NetworkSpec> {
         // What is left out is a warning; see `tenancy::warnings`.
         addresses::settle(&mut hosts);
+        labels::settle(records, &mut hosts);
         for host in &mut hosts {
             host.view.take_if(|v| v.project == network.project);
         }
@@ -425,7 +427,9 @@ impl Engine {
             demand_free_subnet(&records, &spec, Some(row.id))?;
             firewall::check_policy(&records, tx, spec.policy.as_ref(), "config.security.acls")?;
             if network.kind == NetworkKind::Bridge {
-                demand_fitting(&inner.network_spec(&records, row.id)?, &spec)?;
+                let mut now = inner.network_spec(&records, row.id)?;
+                unname_guests(&records, context, now.hosts.iter_mut());
+                demand_fitting(&now, &spec)?;
             }
             for forward in records.forwards.values().filter(|f| f.network == row.id) {
                 forward.parse(&spec).map_err(|e| {
@@ -472,9 +476,11 @@ impl Engine {
                 tx.expect_untouched(&records, &lock(row.id));
                 row
             };
-            if let Some(first) = self.network_used_by(&Context::system(), &row).first() {
+            let used = self.network_used_by(&Context::system(), &row);
+            if !used.is_empty() {
+                let who = users_in_words(&self.network_used_by(context, &row), &used);
                 return Err(Error::conflict(format!(
-                    "network {name:?} is used by {first}; only an unused one can be renamed"
+                    "network {name:?} is used by {who}; only an unused one can be renamed"
                 )));
             }
             let after =
@@ -512,11 +518,9 @@ impl Engine {
                 row
             };
             let used = self.network_used_by(&Context::system(), &row);
-            if let Some(first) = used.first() {
-                return Err(Error::conflict(format!(
-                    "network {name:?} is used by {first}{}",
-                    if used.len() > 1 { format!(" and {} more", used.len() - 1) } else { String::new() }
-                )));
+            if !used.is_empty() {
+                let who = users_in_words(&self.network_used_by(context, &row), &used);
+                return Err(Error::conflict(format!("network {name:?} is used by {who}")));
             }
             tx.expect(&row);
             let new = NewOperation::task(

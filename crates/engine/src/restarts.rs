@@ -69,7 +69,8 @@ async fn round(inner: &Arc<EngineInner>, crashes: &mut HashMap<InstanceId, Crash
             let crashed = matches!(&runtime.exit, Some(ExitReason::Crashed { detail }) if detail != crate::reconcile::HOST_RESTARTED);
             let wanted = runtime.state == RuntimeState::Stopped
                 && crashed
-                && runtime.generation == instance.generation
+                // A start that failed since does not make up for the crash.
+                && runtime.generation <= instance.generation
                 && instance.power == DesiredPower::Running
                 && instance.lifecycle == Lifecycle::Ready
                 && !instance.ephemeral

@@ -50,6 +50,16 @@ pub struct UpdatePool {
 /// Who uses a pool or network, as paths of the API.
 pub type UsedBy = Vec<String>;
 
+/// Who uses something, for whoever is refused because of it: named is one that he sees, the others are counted.
+pub(crate) fn users_in_words(seen: &UsedBy, all: &UsedBy) -> String {
+    match (seen.first(), all.len()) {
+        (Some(first), 1) => first.clone(),
+        (Some(first), n) => format!("{first} and {} more", n.saturating_sub(1)),
+        (None, 1) => "one object of another project".into(),
+        (None, n) => format!("{n} objects of other projects"),
+    }
+}
+
 impl Engine {
     /// All pools, by name.
     ///

@@ -8,6 +8,7 @@ pub mod projects;
 pub mod records;
 pub(crate) mod restricted;
 pub mod rules;
+pub mod scram;
 pub mod server;
 pub mod tokens;
 pub mod trust;

@@ -3,6 +3,8 @@
 //! Paths are relative to the root of each hierarchy (`karst-ab12cd/UUID`); limits are set on a group that the guest cannot
 //! reach, because its own groups lie below. Interfaces: the kernel's `cgroup-v1/*` and `cgroup-v2` documents.
 
+mod moved;
+
 use karst_model::{Error, Result};
 use std::{
     fs, io,
@@ -84,6 +86,10 @@ pub struct CgroupStats {
     pub memory_limit: Option<u64>,
     /// Processes and threads.
     pub processes: Option<u64>,
+    /// Read from block devices, bytes.
+    pub disk_read: Option<u64>,
+    /// Written to block devices, bytes; in v1 hierarchies without what went through the page cache.
+    pub disk_written: Option<u64>,
 }
 
 fn failed(what: &str, path: &Path, e: io::Error) -> Error {
@@ -788,6 +794,18 @@ impl Cgroups {
         if let Some(dir) = self.v1("pids", group).or_else(|| self.v2(group)) {
             s.processes = number(&dir.join("pids.current"));
         }
+        let moved = match (self.v1("blkio", group), self.v2(group)) {
+            (Some(dir), _) => {
+                let text = read(&dir.join("blkio.throttle.io_service_bytes_recursive"));
+                text.map(|t| (moved::v1(&t, "Read"), moved::v1(&t, "Write")))
+            }
+            (None, Some(dir)) => {
+                let text = read(&dir.join("io.stat"));
+                text.map(|t| (moved::v2(&t, "rbytes="), moved::v2(&t, "wbytes=")))
+            }
+            (None, None) => None,
+        };
+        (s.disk_read, s.disk_written) = moved.unzip();
         s
     }
 }

@@ -7,8 +7,8 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind}
 use crate::{
     commands::{
         access, admin, completion, config, console, copy, create, exec, file, host, image, info, lifecycle,
-        list, machine, man, monitor, network, operation, profile, project, query, snapshot, storage, trust,
-        version, warning,
+        list, machine, man, monitor, network, operation, profile, project, query, snapshot, storage, top,
+        trust, version, warning,
     },
     context::Context,
     error::{Error, Result},
@@ -46,6 +46,8 @@ enum Command {
     /// List instances
     #[command(visible_alias = "ls")]
     List(list::List),
+    /// Instances by what they use, or what one used over time
+    Top(top::Top),
     /// Show an instance, or the server when no name is given
     Info(info::Info),
     /// Run a command in an instance
@@ -165,6 +167,7 @@ async fn run(context: &Context, command: Command) -> Result<()> {
         Command::Launch(command) => command.run(context, true).await,
         Command::Create(command) => command.run(context, false).await,
         Command::List(command) => command.run(context).await,
+        Command::Top(command) => command.run(context).await,
         Command::Info(command) => command.run(context).await,
         Command::Exec(command) => command.run(context).await,
         Command::Shell(command) => command.run(context).await,

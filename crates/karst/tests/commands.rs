@@ -89,14 +89,17 @@ async fn a_closed_pipe_is_no_error() {
 #[tokio::test]
 async fn launch_is_one_request_and_one_wait() {
     let fake = Fake::start().await;
-    let (out, err, code) = texts(&fake.run(&["launch", "ok", "--vm", "-c", "limits.cpu=2"]).await);
+    let (out, err, code) =
+        texts(&fake.run(&["launch", "ok", "--vm", "-c", "limits.cpu=2", "--vmid", "105"]).await);
     assert_eq!((out.as_str(), err.as_str(), code), ("chosen\n", "", 0), "the name that the server chose");
     let wait = "GET /1.0/operations/00000000-0000-4000-8000-000000000001/wait?timeout=-1";
     assert_eq!(fake.requests(), ["POST /1.0/instances", wait]);
     assert_eq!(
         fake.bodies(),
-        [json!({"type": "virtual-machine", "source": {"type": "image", "alias": "ok"}, "start": true,
-                "config": {"limits.cpu": "2"}, "devices": {}})]
+        [
+            json!({"type": "virtual-machine", "source": {"type": "image", "alias": "ok"}, "start": true, "vmid": 105,
+                "config": {"limits.cpu": "2"}, "devices": {}})
+        ]
     );
 }
 

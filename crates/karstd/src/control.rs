@@ -1,6 +1,6 @@
 //! The control process: front ends, engine and store, as a user without privileges.
 
-use crate::{platform, privilege};
+use crate::{node, platform, privilege};
 use karst_agent::{Client, HostAgent};
 use karst_env::{RealEnv, SharedEnv};
 use karst_model::{Error, Result};
@@ -73,7 +73,7 @@ pub fn start(dir: &Path, inherited: &privilege::Inherited) -> Result<()> {
             dir: dir.to_owned(),
             api_listener: listener(api)?,
             libvirt: LibvirtListeners { full: listener(full)?, read_only: listener(read_only)? },
-            agents: vec![(platform::node_name(), agent)],
+            agents: vec![(node::name(), agent)],
             daemon_id: inherited.daemon_id.clone(),
             env,
             simulated_guests: None,

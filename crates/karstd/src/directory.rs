@@ -42,12 +42,16 @@ impl Directory {
     /// `None` in a simulation, where everything belongs to the caller.
     ///
     /// # Errors
-    /// Conflict when another launcher has it; forbidden when something in it belongs to somebody else.
+    /// Conflict when another launcher has it; forbidden when something in it belongs to somebody else, or `control` cannot get
+    /// there.
     pub fn open(path: &Path, control: Option<&User>) -> Result<Self> {
         let path = std::path::absolute(path)?;
+        demand_passage(&path, control)?;
         let me = User { uid: rustix::process::geteuid().as_raw(), gid: rustix::process::getegid().as_raw() };
         if let Some(parent) = path.parent() {
             fs::create_dir_all(parent).map_err(|e| Error::from(e).with_context(parent.display()))?;
+            // What was just made has the mode that the umask leaves.
+            demand_passage(&path, control)?;
         }
         directory(&path, 0o711, &me, me.gid)?;
         let lock = lock(&path)?;
@@ -114,6 +118,52 @@ impl Directory {
     pub fn remove_socket(&self, name: &str) {
         let _ = fs::remove_file(self.path.join(name));
     }
+}
+
+/// Fails when `control` cannot pass through a directory that `path` lies below, as far as they are there: homes are closed to
+/// others on many systems, and a control process that cannot reach its own files says nothing that would tell why.
+fn demand_passage(path: &Path, control: Option<&User>) -> Result<()> {
+    let Some(user) = control else { return Ok(()) };
+    let Some(closed) = closed_above(path, user)? else { return Ok(()) };
+    let (path, closed, uid) = (path.display(), closed.display(), user.uid);
+    Err(Error::forbidden(format!(
+        "{path} lies below {closed}, which the user of the control process (number {uid}) cannot enter; let others pass through \
+         (chmod o+x {closed}), or choose another --dir (KARST_DIR)"
+    )))
+}
+
+/// The first of the directories above `path` that `user`, who has no other group, cannot pass through.
+fn closed_above(path: &Path, user: &User) -> Result<Option<PathBuf>> {
+    let Some(parent) = path.parent() else { return Ok(None) };
+    // As it is spelled, and where links on the way lead.
+    let real = parent.ancestors().find_map(|p| fs::canonicalize(p).ok());
+    let mut above: Vec<&Path> =
+        parent.ancestors().chain(real.iter().flat_map(|real| real.ancestors())).collect();
+    above.reverse();
+    for directory in above {
+        let found = match fs::metadata(directory) {
+            Ok(found) => found,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(e) => return Err(Error::from(e).with_context(directory.display())),
+        };
+        let needed = if found.uid() == user.uid {
+            0o100
+        } else if found.gid() == user.gid {
+            0o010
+        } else {
+            0o001
+        };
+        if found.mode() & needed == 0 && !has_acl(directory) {
+            return Ok(Some(directory.to_owned()));
+        }
+    }
+    Ok(None)
+}
+
+/// Does more than its mode say who may enter it? Then that is for the kernel to decide.
+fn has_acl(directory: &Path) -> bool {
+    let mut value = [0u8; 4096];
+    rustix::fs::getxattr(directory, "system.posix_acl_access", &mut value).is_ok()
 }
 
 /// Takes DIR's lock and says who has it.
@@ -223,6 +273,46 @@ mod tests {
         assert_eq!(Directory::open(&dir, None).unwrap().daemon_id, id, "its id stays");
         let mode = |p: &str| fs::metadata(dir.join(p)).unwrap().mode() & 0o777;
         assert_eq!((mode(""), mode("run"), mode("state"), mode("host")), (0o711, 0o750, 0o700, 0o711));
+    }
+
+    #[test]
+    fn a_directory_that_control_cannot_reach_is_refused_and_nothing_is_made() {
+        // Everybody may pass through what lies above.
+        let base = tempfile::tempdir_in("/var/tmp").unwrap();
+        fs::set_permissions(base.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let home = fs::canonicalize(base.path()).unwrap().join("home");
+        fs::create_dir_all(home.join("deep")).unwrap();
+        let closed = |path: &Path, mode: u32, user: &User| {
+            fs::set_permissions(&home, fs::Permissions::from_mode(mode)).unwrap();
+            closed_above(path, user).unwrap()
+        };
+        let me = User { uid: rustix::process::geteuid().as_raw(), gid: rustix::process::getegid().as_raw() };
+        let stranger = User { uid: 64_999, gid: 64_999 };
+        let member = User { gid: me.gid, ..stranger.clone() };
+        let below = home.join("deep/not/yet/k");
+        for (user, mode, passes) in [
+            (&me, 0o700, true),
+            (&me, 0o077, false),
+            (&member, 0o710, true),
+            (&member, 0o701, false),
+            (&stranger, 0o711, true),
+            (&stranger, 0o700, false),
+            (&stranger, 0o770, false),
+        ] {
+            let found = closed(&below, mode, user);
+            assert_eq!(found, (!passes).then(|| home.clone()), "{user:?} {mode:o}");
+        }
+        // Through a link that lies elsewhere.
+        let link = base.path().join("link");
+        std::os::unix::fs::symlink(home.join("deep"), &link).unwrap();
+        assert_eq!(closed(&link.join("k"), 0o700, &stranger), Some(home.clone()));
+        assert_eq!(closed(&link.join("k"), 0o711, &stranger), None);
+
+        fs::set_permissions(&home, fs::Permissions::from_mode(0o700)).unwrap();
+        let e = Directory::open(&home.join("new/k"), Some(&stranger)).unwrap_err();
+        let fix = format!("chmod o+x {}", home.display());
+        assert!(e.message.contains(&fix) && e.message.contains("KARST_DIR"), "{e}");
+        assert!(!home.join("new").exists());
     }
 
     #[test]

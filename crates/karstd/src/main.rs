@@ -14,6 +14,7 @@ mod directory;
 mod host;
 mod launcher;
 mod logging;
+mod node;
 mod platform;
 mod privilege;
 mod purge;

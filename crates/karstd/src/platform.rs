@@ -1,17 +1,25 @@
 //! The platform inside control: the store, the engine over it, and the front ends over that.
 
-use crate::control::ControlContext;
+use crate::{control::ControlContext, node, state};
 use karst_engine::{
     Agents, Context, Engine, EngineConfig,
     compute::create::{CreateInstance, InstanceSource},
 };
 use karst_frontend_incus::{App, Identity, ServerInfo, remote::Remote, servers::NetworkServers};
-use karst_frontend_libvirt::{Front, Surface};
-use karst_model::{NodeId, Result, access::Principal, instance::InstanceKind, project::DEFAULT_PROJECT};
-use karst_store::{SqliteStore, Store};
+use karst_frontend_libvirt::{
+    Front, Surface,
+    remote::{Bounds, Network},
+};
+use karst_model::{
+    NodeId, Result, access::Principal, instance::InstanceKind, node::Node, project::DEFAULT_PROJECT,
+};
+use karst_store::{SqliteStore, Store, Table};
+use karst_tls::Authority;
 use std::{sync::Arc, time::Duration};
 use tokio::sync::mpsc;
 
+/// Stem of the two files of the authority of libvirt's certificates, below `DIR/state`.
+const LIBVIRT_AUTHORITY: &str = "libvirt-ca";
 /// Time that answers in flight have when the process is to end.
 const DRAIN: Duration = Duration::from_secs(5);
 /// Time for the answer to who asked for the end.
@@ -24,15 +32,16 @@ const FLUSH: Duration = Duration::from_secs(5);
 /// # Errors
 /// When the store cannot be opened.
 pub async fn run(mut context: ControlContext) -> Result<bool> {
-    let store = open_store(&context).await?;
+    let name = context.agents[0].0.clone();
+    let (store, own) = open_store(&context, &name).await?;
     let agents = Agents::default();
     let mut nodes = vec![];
-    for (name, agent) in &context.agents {
-        let id = NodeId(node_id(&context.daemon_id, name));
+    for (n, (name, agent)) in context.agents.iter().enumerate() {
+        // All but this machine are simulated.
+        let id = if n == 0 { own } else { node::first_id(&context.daemon_id, name) };
         agents.insert(id, agent.clone());
         nodes.push((id, name.clone()));
     }
-    let name = context.agents[0].0.clone();
     let engine = Engine::open(EngineConfig {
         env: context.env.clone(),
         store,
@@ -48,14 +57,24 @@ pub async fn run(mut context: ControlContext) -> Result<bool> {
             tracing::error!(error = %e, context = e.context.as_deref().unwrap_or_default(), "no secrets")
         }
     }
+    // Another host may have the name that this one would have.
+    let name = engine.inner().inventory.read().nodes.get(&own).map_or(name, |n| n.name.to_string());
     let (shutdown, mut asked) = mpsc::channel(1);
     let identity = identity(&context, &name);
-    let info =
-        ServerInfo { version: env!("CARGO_PKG_VERSION").into(), name, shutdown: Some(shutdown), identity };
+    let authority = Arc::new(Authority::new(context.dir.join("state"), LIBVIRT_AUTHORITY, &name));
+    let front = Front::new(engine.clone());
+    let network = Network::new(front.clone(), authority.clone(), Bounds::default());
+    engine.set_network_listener(network.clone());
+    let info = ServerInfo {
+        version: env!("CARGO_PKG_VERSION").into(),
+        name,
+        shutdown: Some(shutdown),
+        identity,
+        authority: Some(authority),
+    };
     let app = App::new(engine.clone(), info);
     let listening = tokio::spawn(Remote::start(app.clone()));
     let serving = tokio::spawn(karst_frontend_incus::serve(app, context.api_listener));
-    let front = Front::new(engine.clone());
     let libvirt = [(Surface::Full, context.libvirt.full), (Surface::ReadOnly, context.libvirt.read_only)]
         .map(|(surface, listener)| {
             tokio::spawn(karst_frontend_libvirt::serve(front.clone(), surface, listener))
@@ -74,6 +93,7 @@ pub async fn run(mut context: ControlContext) -> Result<bool> {
     listening.abort();
     serving.abort();
     libvirt.iter().for_each(|task| task.abort());
+    network.stop().await;
     if let Err(e) = engine.audit_flush(FLUSH).await {
         tracing::warn!(error = %e, "the last requests are not in the audit log");
     }
@@ -94,11 +114,29 @@ fn identity(context: &ControlContext, name: &str) -> Option<Arc<Identity>> {
     }
 }
 
-async fn open_store(context: &ControlContext) -> Result<Arc<dyn Store>> {
+/// The store, and which of its nodes this machine is, now called `name`.
+async fn open_store(context: &ControlContext, name: &str) -> Result<(Arc<dyn Store>, NodeId)> {
+    let (dir, daemon_id) = (&context.dir, &context.daemon_id);
     if context.simulated_guests.is_some() {
-        return Ok(Arc::new(SqliteStore::memory(context.env.clone())?));
+        let store: Arc<dyn Store> = Arc::new(SqliteStore::memory(context.env.clone())?);
+        return Ok((store, node::first_id(daemon_id, name)));
     }
-    crate::state::open(&context.dir, &context.daemon_id, context.env.clone()).await
+    let files = dir.join("state");
+    let mut kept = node::kept(&files)?;
+    if kept.is_none() && !state::has_begun(dir) {
+        // Before it sees what others have in the store: a host that has just come must not take their place.
+        let id = node::first_id(daemon_id, name);
+        node::keep(&files, id)?;
+        kept = Some(id);
+    }
+    let store = state::open(dir, daemon_id, context.env.clone()).await?;
+    let (rows, _) = Table::<Node>::new().list(&*store).await?;
+    let recorded: Vec<Node> = rows.into_iter().map(|row| row.value).collect();
+    let own = node::own(&recorded, kept, !state::is_shared(dir), daemon_id, name)?;
+    if kept != Some(own) {
+        node::keep(&files, own)?;
+    }
+    Ok((store, own))
 }
 
 /// What is done after a start, while requests are answered already.
@@ -150,15 +188,4 @@ async fn bootstrap(engine: Engine) {
             }
         }
     }
-}
-
-/// A node's id follows from the daemon's and its name: the same after the database is lost.
-fn node_id(daemon_id: &str, name: &str) -> uuid::Uuid {
-    uuid::Uuid::new_v5(&uuid::Uuid::NAMESPACE_OID, format!("karst:{daemon_id}:{name}").as_bytes())
-}
-
-/// This machine's node: its host name where that is a name, else `local`.
-pub fn node_name() -> String {
-    let hostname = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    karst_model::Name::parse("node", &hostname).map_or_else(|_| "local".to_owned(), |n| n.to_string())
 }

@@ -56,6 +56,33 @@ pub fn run(dir: &Path, grace: Duration) -> Result<()> {
     Ok(())
 }
 
+/// Removes what is in `dir`. What tells that it was an instance's goes last, so that purging can go on whenever this ends: with
+/// its `id` it is one, and with nothing but the lock one that never began. Directories go before files: `state`, which may say
+/// that records are elsewhere, before `store.toml`, which says where. `before` hears of each.
+fn empty(dir: &Path, mounted: bool, mut before: impl FnMut(&Path) -> Result<()>) -> Result<()> {
+    let mut entries = vec![];
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        let (name, is_dir) = (entry.file_name(), entry.file_type()?.is_dir());
+        let turn = match name.to_str() {
+            // The file system's own.
+            Some("lost+found") if mounted && is_dir => continue,
+            Some("lock") => 3,
+            Some("id") => 2,
+            _ if is_dir => 0,
+            _ => 1,
+        };
+        entries.push((turn, entry.path(), is_dir));
+    }
+    entries.sort();
+    for (_, path, is_dir) in entries {
+        before(&path)?;
+        let removed = if is_dir { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+        removed.map_err(|e| Error::from(e).with_context(path.display()))?;
+    }
+    Ok(())
+}
+
 /// Removes DIR. Where a file system is mounted there its directory stays, empty; what somebody mounted below it is his.
 fn remove(dir: &Path) -> Result<()> {
     let dir = std::fs::canonicalize(dir)?;
@@ -71,29 +98,24 @@ fn remove(dir: &Path) -> Result<()> {
             below.join(", ")
         )));
     }
-    if !mounted.contains(&dir) {
-        return Ok(std::fs::remove_dir_all(&dir)?);
-    }
-    for entry in std::fs::read_dir(&dir)? {
-        let entry = entry?;
-        let path = entry.path();
-        if !entry.file_type()?.is_dir() {
-            std::fs::remove_file(path)?;
-        } else if entry.file_name() != "lost+found" {
-            std::fs::remove_dir_all(path)?;
-        }
+    let mounted = mounted.contains(&dir);
+    empty(&dir, mounted, |_| Ok(()))?;
+    if !mounted {
+        return Ok(std::fs::remove_dir(&dir)?);
     }
     tracing::info!(dir = %dir.display(), "a file system is mounted there: it was emptied, the directory itself stays");
     Ok(())
 }
 
 /// Was DIR made, by `make run` or by a daemon that died in its first moment, before it became an instance's? Then there is
-/// nothing in it but the log and what a daemon makes before the id, all of it empty.
+/// nothing in it but the log and what a daemon makes before the id, all of it empty, and the id that has not become it yet.
 fn never_began(dir: &Path) -> Result<bool> {
     for entry in std::fs::read_dir(dir)? {
         let entry = entry?;
         let known = match entry.file_name().to_str() {
-            Some("lock" | "karstd.log") => entry.file_type()?.is_file(),
+            Some("lock" | "karstd.log" | "id.new") => entry.file_type()?.is_file(),
+            // Of the file system that is mounted there.
+            Some("lost+found") => entry.file_type()?.is_dir(),
             Some("run" | "state" | "host") => {
                 entry.file_type()?.is_dir() && std::fs::read_dir(entry.path())?.next().is_none()
             }
@@ -267,6 +289,60 @@ mod tests {
     }
 
     #[test]
+    fn wherever_the_removal_ends_purging_can_go_on() {
+        let make = || {
+            let base = tempfile::tempdir().unwrap();
+            let dir = base.path().join("k");
+            for below in ["run", "state", "host/guests"] {
+                std::fs::create_dir_all(dir.join(below)).unwrap();
+            }
+            let files = ["id", "lock", "karstd.log", "store.toml", "state/in-etcd", "host/epoch", ".purge"];
+            for file in files {
+                std::fs::write(dir.join(file), "abc123\n").unwrap();
+            }
+            (base, dir)
+        };
+        let (_base, dir) = make();
+        let mut all = vec![];
+        empty(&dir, false, |path| {
+            all.push(path.file_name().unwrap().to_owned());
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 0);
+        assert_eq!(all, ["host", "run", "state", ".purge", "karstd.log", "store.toml", "id", "lock"]);
+        for end in 0..all.len() {
+            let (base, dir) = make();
+            let mut left = end;
+            let ended = empty(&dir, false, |_| match left {
+                0 => Err(Error::internal("died", "")),
+                _ => {
+                    left -= 1;
+                    Ok(())
+                }
+            });
+            assert!(ended.is_err());
+            let goes_on = never_began(&dir).unwrap() || Directory::take(&dir).is_ok();
+            assert!(goes_on, "{end}: {:?}", std::fs::read_dir(&dir).unwrap().collect::<Vec<_>>());
+            let elsewhere = dir.join("state/in-etcd").exists();
+            assert!(!elsewhere || dir.join("store.toml").exists(), "{end}: where the records are is said");
+            remove(&dir).unwrap();
+            assert_eq!(std::fs::read_dir(base.path()).unwrap().count(), 0);
+        }
+    }
+
+    #[test]
+    fn what_a_file_system_has_of_its_own_stays() {
+        let base = tempfile::tempdir().unwrap();
+        std::fs::create_dir(base.path().join("lost+found")).unwrap();
+        std::fs::write(base.path().join("id"), "").unwrap();
+        empty(base.path(), true, |_| Ok(())).unwrap();
+        assert_eq!(std::fs::read_dir(base.path()).unwrap().count(), 1);
+        empty(base.path(), false, |_| Ok(())).unwrap();
+        assert_eq!(std::fs::read_dir(base.path()).unwrap().count(), 0);
+    }
+
+    #[test]
     fn a_directory_that_never_became_an_instances_is_told_from_one_that_did_and_from_others() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path();
@@ -277,6 +353,11 @@ mod tests {
         std::fs::write(path.join("karstd.log"), "died").unwrap();
         std::fs::write(path.join("lock"), "1\n").unwrap();
         assert!(never_began(path).unwrap());
+        std::fs::write(path.join("id.new"), "abc").unwrap();
+        assert!(never_began(path).unwrap(), "it died before that became its id");
+        std::fs::rename(path.join("id.new"), path.join("id")).unwrap();
+        assert!(!never_began(path).unwrap(), "it has an id");
+        std::fs::remove_file(path.join("id")).unwrap();
         std::fs::write(path.join("state/x"), "").unwrap();
         assert!(!never_began(path).unwrap(), "there is state");
         std::fs::remove_file(path.join("state/x")).unwrap();

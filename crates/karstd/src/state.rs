@@ -169,6 +169,16 @@ fn places(dir: &Path) -> Vec<PathBuf> {
     std::iter::once(dir.to_owned()).chain(of_machine).collect()
 }
 
+/// Has the instance in `dir` had a store before?
+pub fn has_begun(dir: &Path) -> bool {
+    dir.join(MARK).exists() || dir.join(SQLITE).exists()
+}
+
+/// Are its records where other hosts may have theirs?
+pub fn is_shared(dir: &Path) -> bool {
+    dir.join(MARK).exists()
+}
+
 /// Opens the store of the instance in `dir`.
 ///
 /// # Errors

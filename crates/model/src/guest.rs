@@ -67,11 +67,20 @@ pub struct Metrics {
     pub memory_total: Option<u64>,
     /// Processes.
     pub processes: Option<u64>,
+    /// Read from disks since its start, bytes, as far as the host's kernel counts it.
+    #[serde(default)]
+    pub disk_read: Option<u64>,
+    /// Written to disks since its start, bytes.
+    #[serde(default)]
+    pub disk_written: Option<u64>,
     /// Interfaces by name as the guest knows them.
     pub interfaces: BTreeMap<String, Interface>,
     /// The system inside, where an agent in it tells.
     #[serde(default)]
     pub system: Option<GuestSystem>,
+    /// When the host took the sample, milliseconds since 1970.
+    #[serde(default)]
+    pub sampled_at: Option<i64>,
 }
 
 /// What a running virtual machine has done since its start, beside [`Metrics`].
@@ -89,6 +98,55 @@ pub struct MachineFigures {
     pub user_ns: Option<u64>,
     /// CPU time of its process in the kernel, nanoseconds.
     pub system_ns: Option<u64>,
+    /// Commands of QEMU's monitor were run in it on request: what is recorded of it may no longer hold.
+    #[serde(default)]
+    pub monitored: bool,
+    /// How fast it writes memory, once that was asked for.
+    #[serde(default)]
+    pub dirty_rate: Option<DirtyRate>,
+}
+
+/// How fast a machine writes memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DirtyRate {
+    /// Is it done?
+    pub measured: bool,
+    /// When it began, on the host's monotonic clock, seconds.
+    pub started: i64,
+    /// How long it takes, seconds.
+    pub seconds: i32,
+    /// MiB a second, when it is done.
+    pub rate: Option<i64>,
+}
+
+/// What QEMU says to a command of its monitor.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MonitorAnswer {
+    /// What it returned.
+    Returned(serde_json::Value),
+    /// That it refused.
+    Refused {
+        /// Class of the error, such as `CommandNotFound`.
+        class: String,
+        /// Why.
+        description: String,
+    },
+}
+
+/// An event of QEMU's monitor.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MonitorEvent {
+    /// Whose.
+    pub instance: crate::InstanceId,
+    /// Its name, such as `STOP`.
+    pub event: String,
+    /// What belongs to it.
+    pub data: serde_json::Map<String, serde_json::Value>,
+    /// When, seconds since 1970.
+    pub seconds: i64,
+    /// And microseconds.
+    pub micros: u32,
 }
 
 /// A disk: requests, bytes and nanoseconds.

@@ -78,8 +78,9 @@ impl Vmid {
     ///
     /// # Errors
     /// Invalid at `field`, when it is none of [`Self::RANGE`].
-    pub fn chosen(field: &str, number: u32) -> crate::Result<Self> {
-        if Self::RANGE.contains(&number) {
+    pub fn chosen(field: &str, number: impl Into<i64>) -> crate::Result<Self> {
+        let number = number.into();
+        if let Some(number) = u32::try_from(number).ok().filter(|n| Self::RANGE.contains(n)) {
             return Ok(Self(number));
         }
         let (first, last) = (Self::RANGE.start(), Self::RANGE.end());

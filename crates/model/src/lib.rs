@@ -15,6 +15,7 @@ pub mod dnsmasq;
 pub mod error;
 pub mod firewall;
 pub mod guest;
+pub mod history;
 pub mod id;
 pub mod image;
 pub mod instance;

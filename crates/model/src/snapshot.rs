@@ -2,6 +2,7 @@
 
 use crate::{
     ByteSize, Config, Error, InstanceId, Name, ProfileId, Result, SnapshotId, VolumeId, device::Devices,
+    instance::Hardware,
 };
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -68,6 +69,9 @@ pub struct Snapshot {
     /// Devices then.
     #[serde(default)]
     pub devices: Devices,
+    /// Virtual hardware then, virtual machines only. None of snapshots that are older than this field, or came from elsewhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hardware: Option<Hardware>,
     /// One per owned disk: the volume and the id of its snapshot.
     #[serde(default)]
     pub volumes: Vec<(VolumeId, SnapshotId)>,

@@ -122,6 +122,9 @@ pub struct ApiToken {
     pub description: String,
     /// SHA-256 of the secret, hex.
     pub secret_hash: String,
+    /// What a login by name compares, which never sees the token; those of older versions have none.
+    #[serde(default)]
+    pub scram: Option<Scram>,
     /// What it may.
     pub grants: Vec<Grant>,
     /// When it was made.
@@ -131,6 +134,19 @@ pub struct ApiToken {
     pub expires_at: Option<Timestamp>,
     /// Grows with each change.
     pub spec_version: u64,
+}
+
+/// Verifier of SCRAM-SHA-256 (RFC 5802, RFC 7677); all hex. Of 256 random bits nothing can be guessed by it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Scram {
+    /// Salt.
+    pub salt: String,
+    /// Rounds of PBKDF2.
+    pub iterations: u32,
+    /// Hash of the key by which a client proves that it knows the password.
+    pub stored_key: String,
+    /// Key by which the server proves that it knows this.
+    pub server_key: String,
 }
 
 /// The server's own configuration: one record.

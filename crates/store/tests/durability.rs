@@ -1,4 +1,4 @@
-//! What was acknowledged survives: kill -9 of the writer at random moments, and power cuts at every change of the disk.
+//! What was acknowledged survives: kill -9 of the writer at random moments, and power cuts after every 17th change of the disk.
 #![allow(clippy::disallowed_methods)] // tests live in the real world
 
 mod common;

@@ -44,13 +44,24 @@ pub async fn open(
     agent: &Arc<SimulatedAgent>,
     node: NodeId,
 ) -> Result<Engine> {
+    let name = format!("node{}", node.0.as_u128().saturating_sub(6));
+    open_named(env, store, agent, node, name).await
+}
+
+async fn open_named(
+    env: &SeededEnv,
+    store: &Arc<dyn Store>,
+    agent: &Arc<SimulatedAgent>,
+    node: NodeId,
+    name: String,
+) -> Result<Engine> {
     let agents = Agents::default();
     agents.insert(node, agent.clone());
     Engine::open(EngineConfig {
         env: env.shared(),
         store: store.clone(),
         agents,
-        nodes: vec![(node, format!("node{}", node.0.as_u128().saturating_sub(6)))],
+        nodes: vec![(node, name)],
         daemon_id: DAEMON_ID.into(),
     })
     .await
@@ -90,6 +101,17 @@ impl World {
         self.engine.set_hook(None);
         self.engine.close();
         self.engine = open(&self.env, &self.store, &self.agent, self.node).await?;
+        Ok(())
+    }
+
+    /// The same on a host that was given another name meanwhile.
+    ///
+    /// # Errors
+    /// Those of the engine.
+    pub async fn reopen_named(&mut self, name: &str) -> Result<()> {
+        self.engine.set_hook(None);
+        self.engine.close();
+        self.engine = open_named(&self.env, &self.store, &self.agent, self.node, name.to_owned()).await?;
         Ok(())
     }
 
@@ -219,6 +241,13 @@ pub async fn faults(engine: &Engine, store: &dyn Store, agents: &[&SimulatedAgen
         let runs = records.runtimes.get(&instance.id).is_some_and(|r| r.state == RuntimeState::Running);
         if runs && !check.guests.contains(&instance.id) {
             faults.push(format!("instance {} is said to run and does not", &*instance.name));
+        }
+        let of = records.runtimes.get(&instance.id).filter(|r| r.state == RuntimeState::Running);
+        if let Some(runtime) = of.filter(|r| r.generation != instance.generation) {
+            faults.push(format!(
+                "instance {} runs as {:?}, and its record means {:?}",
+                &*instance.name, runtime.generation, instance.generation
+            ));
         }
     }
     for operation in records.operations.values().filter(|o| !o.state.is_final()) {

@@ -287,7 +287,7 @@ fn cases() -> Vec<Case> {
     cases! {
         // The server.
         subscribe ServerView |f, c, p| f.w.engine.subscribe(c).map(drop);
-        host_facts ServerInspect |f, c, p| f.w.engine.host_facts(c).map(drop);
+        host_facts ServerView |f, c, p| f.w.engine.host_facts(c).map(drop);
         host_resources ServerView |f, c, p| f.w.engine.host_resources(c).await.map(drop);
         host_cpu_models ServerView |f, c, p| f.w.engine.host_cpu_models(c).await.map(drop);
         host_stop ServerEdit |f, c, p| f.w.engine.host_stop(c).await.map(drop);
@@ -359,6 +359,7 @@ fn cases() -> Vec<Case> {
         instance_template_write Edit |f, c, p| f.w.engine.instance_template_write(c, p, "still", "a.tpl", "x").await;
         instance_template_delete Edit |f, c, p| match f.w.engine.instance_template_delete(c, p, "still", "a.tpl").await { Err(e) if e.message.starts_with("Template") => Ok(()), other => other };
         instance_pending View |f, c, p| f.w.engine.instance_pending(c, p, "run").map(drop);
+        instance_history View |f, c, p| f.w.engine.instance_history(c, p, "run").await.map(drop);
         instance_metrics View |f, c, p| f.w.engine.instance_metrics(c, p, "run").await.map(drop);
         instance_create Edit |f, c, p| f.w.engine.instance_create(c, p, container("fresh")).await.map(drop);
         instance_update Edit |f, c, p| f.w.engine.instance_update(c, p, "still", UpdateInstance { description: "x".into(), ephemeral: false, config: Config::new(), devices: Devices::new(), profiles: vec!["default".into()], if_version: None }).await.map(drop);
@@ -385,6 +386,9 @@ fn cases() -> Vec<Case> {
         guest_agent Use |f, c, p| of_a_machine(f.w.engine.guest_agent(c, p, "run", ("guest-ping", serde_json::json!({})), Duration::from_secs(5)).await.map(drop));
         machine_interrupt Use |f, c, p| of_a_machine(f.w.engine.machine_interrupt(c, p, "run").await);
         machine_wake Use |f, c, p| of_a_machine(f.w.engine.machine_wake(c, p, "run").await);
+        machine_dirty_rate Use |f, c, p| of_a_machine(f.w.engine.machine_dirty_rate(c, p, "run", 1).await);
+        machine_monitor ServerEdit |f, c, p| of_a_machine(f.w.engine.machine_monitor(c, HERE, "run", "query-status", serde_json::json!({})).await.map(drop));
+        machine_events ServerEdit |f, c, p| f.w.engine.machine_events(c).await.map(drop);
         file_open Use |f, c, p| f.w.engine.file_open(c, p, "run", "/").await.map(drop);
         file_write Use |f, c, p| f.w.engine.file_write(c, p, "run", FileWrite { path: "/tmp/x".into(), kind: FileKind::Symlink, uid: None, gid: None, mode: None, append: false, target: Some("y".into()) }).await.map(drop);
         file_delete Use |f, c, p| {
@@ -504,6 +508,12 @@ const WITHOUT_CONTEXT: &[(&str, &str)] = &[
     ("close", "ends it; the daemon's own"),
     ("set_hook", "the harness"),
     ("set_image_servers", "the daemon's own, at its start"),
+    ("set_network_listener", "the daemon's own, at its start"),
+    ("network_listener", "the daemon's own listeners"),
+    ("scram_offered", "authentication itself"),
+    ("scram_begin", "authentication itself"),
+    ("scram_finish", "authentication itself"),
+    ("principal_stands", "says of a principal whether it still is what it was, and nothing else"),
     ("set_secret_key", "the daemon's own, at its start"),
     ("inner", "the harness; front ends are kept from it by review"),
     ("bootstrap", "the daemon's own, at its start"),
@@ -673,6 +683,43 @@ fn leases_of_other_projects_are_not_shown() {
         assert!(leases(&f.w.admin, HERE).await >= 1);
         assert!(leases(&who(Role::Viewer, Some(f.here)), HERE).await >= 1);
         assert_eq!(leases(&who(Role::Viewer, Some(f.other)), OTHER).await, 0);
+    });
+}
+
+/// VMIDs are the cluster's: whether one is taken tells of others, and one that was taken is gone for good.
+#[test]
+fn a_tenant_is_given_its_vmids() {
+    SeededEnv::run(5, |env| async move {
+        let f = fixture(&env).await;
+        let (e, c, tenant) = (&f.w.engine, &f.w.admin, who(Role::Operator, Some(f.here)));
+        let chosen = |name: &str, vmid: Option<u32>| CreateInstance {
+            vmid: vmid.map(karst_model::Vmid),
+            ..container(name)
+        };
+        let (_, made) = e.instance_create(c, HERE, chosen("a", Some(7000))).await.unwrap();
+        assert_eq!(f.w.ended(made).await.error, None);
+        let copy = CopyInstance {
+            project: HERE.into(),
+            name: "a".into(),
+            snapshot: None,
+            instance_only: false,
+            refresh: false,
+            exclude_older: false,
+            copy: chosen("b", Some(7001)),
+        };
+        for refused in [
+            e.instance_create(&tenant, HERE, chosen("b", Some(7000))).await.map(drop),
+            e.instance_create(&tenant, HERE, chosen("b", Some(7001))).await.map(drop),
+            e.instance_copy(&tenant, HERE, copy).await.map(drop),
+        ] {
+            let refused = refused.unwrap_err();
+            assert!(
+                refused.is(ErrorKind::Forbidden) && refused.field.as_deref() == Some("vmid"),
+                "{refused:?}"
+            );
+        }
+        let (_, made) = e.instance_create(&tenant, HERE, chosen("b", None)).await.unwrap();
+        assert_eq!(f.w.ended(made).await.error, None);
     });
 }
 

@@ -161,6 +161,7 @@ fn cases() -> Vec<Case> {
         "missing image" => NotFound, "", "nope", |w| w.engine.instance_create(&w.admin, P, CreateInstance { source: InstanceSource::Image("nope".into()), ..container("new") });
         "image of the other kind" => Invalid, "source.alias", "container", |w| w.engine.instance_create(&w.admin, P, CreateInstance { kind: InstanceKind::VirtualMachine, source: InstanceSource::Image("debian/12".into()), ..container("new") });
         "VMID of another" => Conflict, "vmid", "100 is taken", |w| w.engine.instance_create(&w.admin, P, CreateInstance { vmid: Some(Vmid(100)), ..container("new") });
+        "VMID that was given out before" => Conflict, "vmid", "4000 was given out before", |w| w.engine.instance_create(&w.admin, P, CreateInstance { vmid: Some(Vmid(4000)), ..container("new") });
         "VMID below the range" => Invalid, "vmid", "100 to 999999999", |w| w.engine.instance_create(&w.admin, P, CreateInstance { vmid: Some(Vmid(99)), ..container("new") });
         "VMID above the range" => Invalid, "vmid", "100 to 999999999", |w| w.engine.instance_create(&w.admin, P, CreateInstance { vmid: Some(Vmid(1_000_000_000)), ..container("new") });
         "missing node" => NotFound, "target", "nope", |w| w.engine.instance_create(&w.admin, P, CreateInstance { target: Some("nope".into()), ..container("new") });
@@ -321,6 +322,9 @@ fn wrong_input_is_refused_by_field_and_changes_nothing() {
         ] {
             demand(&w, e.instance_create(c, P, request).await.map(|x| x.1)).await;
         }
+        let gone = CreateInstance { vmid: Some(Vmid(4000)), ..container("gone") };
+        demand(&w, e.instance_create(c, P, gone).await.map(|x| x.1)).await;
+        demand(&w, e.instance_delete(c, P, "gone").await).await;
         w.settle().await;
         let (before, shown) = (raw(&w).await, w.fingerprint());
         let mut wrong = vec![];

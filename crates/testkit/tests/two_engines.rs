@@ -1,7 +1,8 @@
 //! Two engines on one store, each with its own host, in one seeded world: names are taken once, partitions from the store
 //! and crashes in mid-saga heal, and an executor that wakes up after its successor took over can do nothing any more.
 //!
-//! `KARST_SEEDS=1000` runs that many seeds instead of 30.
+//! `KARST_SEEDS=1000` runs that many seeds instead of 30. Over 30 and more, the cuts must have found every step of the saga
+//! that they are to land in.
 
 use karst_agent::{
     CallContext, Fence, HostAgent,
@@ -10,7 +11,7 @@ use karst_agent::{
 use karst_engine::{
     Context, Engine, LiveOperation,
     compute::create::CreateInstance,
-    saga::{Phase, SagaRecord},
+    saga::{Phase, SagaRecord, registry},
 };
 use karst_env::{Cut, Env, EnvExt, SeededEnv};
 use karst_model::{
@@ -22,12 +23,25 @@ use karst_testkit::{
     scenarios::container,
     world::{self, DAEMON_ID},
 };
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+/// How many seeds run; with as many, every step of a saga is cut into.
+const SEEDS: u64 = 30;
 
 fn seeds() -> std::ops::Range<u64> {
     let n = std::env::var("KARST_SEEDS").ok().and_then(|s| s.parse().ok());
-    0..n.unwrap_or(30)
+    0..n.unwrap_or(SEEDS)
 }
+
+/// Where the cut of each seed found the creation in the store: the step that its log was at. `None`: it had not begun there,
+/// or was over.
+type Landed = Arc<Mutex<Vec<Option<usize>>>>;
+
+/// The saga that the cuts are to land in.
+const CREATION: &str = "instance-create";
 
 struct Side {
     /// Name of the process: its tasks and its end of the link to the store.
@@ -43,6 +57,7 @@ struct Pair {
     admin: Context,
     a: Side,
     b: Side,
+    landed: Landed,
 }
 
 async fn engine(
@@ -72,7 +87,7 @@ async fn side(env: &SeededEnv, store: &Arc<dyn Store>, process: &str, node: u128
 }
 
 impl Pair {
-    async fn new(env: &SeededEnv) -> Self {
+    async fn new(env: &SeededEnv, landed: Landed) -> Self {
         env.partition().set_latency(Duration::from_micros(50), Duration::from_millis(3));
         let store: Arc<dyn Store> = Arc::new(SqliteStore::memory(env.shared()).unwrap());
         let a = side(env, &store, "a", 7).await;
@@ -88,7 +103,18 @@ impl Pair {
         };
         let spec = PoolSpec::own(id, a.engine.inner().inventory.read().pool("default").unwrap().kind);
         b.agent.pool_ensure(&CallContext::mutate(Duration::from_secs(9), fence), spec).await.unwrap();
-        Self { env: env.clone(), store, admin: Context::new(Principal::unix_admin(0, 0, 1)), a, b }
+        let admin = Context::new(Principal::unix_admin(0, 0, 1));
+        Self { env: env.clone(), store, admin, a, b, landed }
+    }
+
+    /// Notes how far the creation is in the store, where what comes next cuts its executor off.
+    async fn note_landing(&self) {
+        let (sagas, _) = Table::<SagaRecord>::new().list(&*self.store).await.unwrap();
+        let step = sagas.iter().find(|saga| saga.name == CREATION).map(|saga| match &saga.phase {
+            Phase::Forward { next } => *next,
+            other => panic!("nothing has failed yet: {other:?}"),
+        });
+        self.landed.lock().unwrap().push(step);
     }
 
     fn cut(&self, side: &Side, how: Cut) {
@@ -142,19 +168,33 @@ async fn ended(env: &SeededEnv, operation: &LiveOperation) -> OperationState {
 }
 
 /// Runs a scenario under a seed; answers the digest of the way it went.
-fn under<F: Future<Output = ()> + Send + 'static>(seed: u64, body: fn(Pair) -> F) -> u64 {
+fn under<F: Future<Output = ()> + Send + 'static>(seed: u64, body: fn(Pair) -> F, landed: &Landed) -> u64 {
     let env = SeededEnv::new(seed);
     env.block_on({
-        let env = env.clone();
-        async move { body(Pair::new(&env).await).await }
+        let (env, landed) = (env.clone(), landed.clone());
+        async move { body(Pair::new(&env, landed).await).await }
     });
     env.trace_digest()
+}
+
+/// Every seed has noted where its cut landed, and all of them together have cut into each step of the creation: a saga that has
+/// become quicker, or a longer way to it, does not make the scenario pass for nothing.
+fn demand_every_step(landed: &Landed) {
+    let landed = landed.lock().unwrap();
+    assert_eq!(landed.len(), seeds().count(), "one cut a seed");
+    if seeds().end < SEEDS {
+        return;
+    }
+    let saga = registry().iter().find(|saga| saga.name() == CREATION).expect("it is registered");
+    for (n, step) in saga.steps().iter().enumerate() {
+        assert!(landed.contains(&Some(n)), "no seed cut into the step {step} of {CREATION}: {landed:?}");
+    }
 }
 
 /// Eight creations on both engines of three names at once: each name is taken once, and who won sees it at once.
 async fn same_names(p: Pair) {
     let p = Arc::new(p);
-    let wins = Arc::new(std::sync::Mutex::new(vec![0; 3]));
+    let wins = Arc::new(Mutex::new(vec![0; 3]));
     let mut tasks = vec![];
     for n in 0..8usize {
         let (p, wins) = (p.clone(), wins.clone());
@@ -224,6 +264,7 @@ async fn partition(p: Pair) {
         }
     });
     p.env.sleep(Duration::from_micros(p.env.below(40_000))).await;
+    p.note_landing().await;
     p.cut(&p.a, how);
     p.env.sleep(Duration::from_millis(p.env.below(5000))).await;
     let other = p.b.engine.instance_create(&p.admin, "default", container("x")).await;
@@ -250,6 +291,7 @@ async fn crash(mut p: Pair) {
     });
     drop(client);
     p.env.sleep(Duration::from_micros(p.env.below(60_000))).await;
+    p.note_landing().await;
     p.env.crash_node("a");
     p.env.sleep(Duration::from_millis(p.env.below(3000))).await;
     p.a.process = "a2".into();
@@ -329,20 +371,23 @@ async fn one_host(p: Pair) {
 }
 
 macro_rules! scenarios {
-    ($($name:ident => $body:ident;)+) => {
+    ($($name:ident => $body:ident $(, then $demand:ident)?;)+) => {
         $( #[test]
         fn $name() {
+            let landed = Landed::default();
             for seed in seeds() {
                 println!("seed {seed}");
-                under(seed, $body);
+                under(seed, $body, &landed);
             }
+            $( $demand(&landed); )?
         } )+
 
         #[test]
         fn the_same_seed_goes_the_same_way() {
-            $( let digests = [under(4, $body), under(4, $body)];
+            let landed = Landed::default();
+            $( let digests = [under(4, $body, &landed), under(4, $body, &landed)];
 assert_eq!(digests[0], digests[1], stringify!($name));
-            assert_ne!(digests[0], under(5, $body), stringify!($name)); )+
+            assert_ne!(digests[0], under(5, $body, &landed), stringify!($name)); )+
         }
     };
 }
@@ -350,8 +395,8 @@ assert_eq!(digests[0], digests[1], stringify!($name));
 scenarios! {
     each_name_is_taken_once => same_names;
     no_vmid_is_given_twice => vmids;
-    a_partition_from_the_store_heals => partition;
-    a_successor_finishes_what_a_crash_left => crash;
+    a_partition_from_the_store_heals => partition, then demand_every_step;
+    a_successor_finishes_what_a_crash_left => crash, then demand_every_step;
     who_wakes_up_after_its_successor_does_nothing => paused;
     a_host_follows_the_engines_of_several_nodes => one_host;
 }

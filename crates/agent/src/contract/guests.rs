@@ -4,7 +4,7 @@ use super::*;
 use karst_model::{
     SessionId, SnapshotId,
     device::{ParentLink, RoutedLink},
-    guest::{ExecRequest, FileKind, FileWrite, Observed, StopMode},
+    guest::{ExecRequest, FileKind, FileWrite, MonitorAnswer, MonitorEvent, Observed, StopMode},
     instance::{ExitReason, RuntimeState},
 };
 use std::net::Ipv4Addr;
@@ -139,6 +139,8 @@ pub(super) async fn all(s: &Subject, kind: InstanceKind, source: &ImageSource) {
     eprintln!("contract: {kind}: destroy");
     agent.guest_destroy(&s.change(), guest.spec.instance).await.unwrap();
     agent.guest_destroy(&s.change(), guest.spec.instance).await.expect("twice is once");
+    let gone = agent.guest_history(&s.read(), guest.spec.instance).await.unwrap();
+    assert_eq!(gone, karst_model::history::empty(), "it goes with the guest");
     let known = agent.guest_observe_all(&s.read(), ()).await.unwrap();
     assert!(known.iter().all(|o| o.instance != guest.spec.instance));
     agent.volume_delete(&s.change(), root).await.unwrap();
@@ -230,6 +232,23 @@ async fn metrics(guest: &Guest<'_>) {
     .await;
     let later = agent.guest_metrics(&s.read(), vec![id]).await.unwrap();
     assert!(later[0].1.cpu_ns >= first.cpu_ns);
+    assert!(later[0].1.sampled_at >= first.sampled_at && first.sampled_at.is_some());
+    // What samples have said is kept, from the second one on, in all resolutions; traffic from the second that has any: a
+    // machine's is told by the agent inside.
+    let kept = s.until("a history", s.boot, async || {
+        agent.guest_metrics(&s.read(), vec![id]).await.unwrap();
+        let all = agent.guest_history(&s.read(), id).await.unwrap();
+        let full = |p: &karst_model::history::Point| p.cpu.is_some() && p.received.is_some();
+        all.iter().all(|series| series.points.last().is_some_and(full)).then_some(all)
+    });
+    let kept = kept.await;
+    let shown: Vec<_> = kept.iter().map(|series| (series.seconds, series.kept)).collect();
+    assert_eq!(shown, karst_model::history::PERIODS.map(|p| (p.seconds, p.kept)));
+    let now = kept[0].points.last().unwrap();
+    assert!(now.memory.is_some_and(|m| m > 0) && now.received.is_some() && now.measured_ms > 0, "{now:?}");
+    assert!(kept.iter().all(|s| s.points.iter().all(|p| p.time % i64::from(s.seconds) == 0)), "{kept:?}");
+    let nobody = InstanceId(uuid::Uuid::from_u128(99));
+    assert_eq!(agent.guest_history(&s.read(), nobody).await.unwrap(), karst_model::history::empty());
     let leases = agent.network_leases(&s.read(), guest.spec.nics[0].network().unwrap()).await.unwrap();
     assert!(leases.iter().any(|l| l.mac == guest.spec.nics[0].mac), "{leases:?}");
     let state = agent.network_state(&s.read(), guest.spec.nics[0].network().unwrap()).await.unwrap();
@@ -417,17 +436,71 @@ async fn machine_only(guest: &Guest<'_>) {
         arguments: serde_json::json!({}),
         limit: Duration::from_secs(5),
     };
+    let monitor = |command: &str| MonitorCommand {
+        instance,
+        command: command.into(),
+        arguments: serde_json::json!({}),
+    };
     if guest.spec.kind == InstanceKind::Container {
         refused(agent.guest_reset(&s.read(), guest.at()).await, ErrorKind::Unsupported);
         refused(agent.guest_keys(&s.read(), keys("a")).await, ErrorKind::Unsupported);
         refused(agent.guest_screenshot(&s.read(), instance).await, ErrorKind::Unsupported);
         refused(agent.machine_interrupt(&s.read(), guest.at()).await, ErrorKind::Unsupported);
         refused(agent.guest_agent(&s.read(), of_agent("guest-ping")).await, ErrorKind::Unsupported);
+        refused(agent.machine_monitor(&s.read(), monitor("query-status")).await, ErrorKind::Unsupported);
+        let rate = DirtyRateRequest { instance, seconds: 1 };
+        refused(agent.machine_dirty_rate(&s.read(), rate).await, ErrorKind::Unsupported);
         assert!(agent.machine_figures(&s.read(), vec![instance]).await.unwrap().is_empty());
         refused(agent.display_attach(&s.read(), instance).await, ErrorKind::Unsupported);
         return;
     }
     agent.guest_keys(&s.read(), keys("shift")).await.unwrap();
+    // Nobody has touched its monitor; from the first command on its figures say that somebody did.
+    let figures = async || agent.machine_figures(&s.read(), vec![instance]).await.unwrap().pop().unwrap().1;
+    let before = figures().await;
+    assert!(!before.monitored && before.dirty_rate.is_none());
+    let mut events = std::fs::File::from(one(agent.machine_events(&s.read(), ()).await.unwrap().fds));
+    let status = agent.machine_monitor(&s.read(), monitor("query-status")).await.unwrap();
+    let MonitorAnswer::Returned(status) = status else { panic!("{status:?}") };
+    assert_eq!(status["running"], true);
+    let unknown = agent.machine_monitor(&s.read(), monitor("query-nonsense")).await.unwrap();
+    assert!(matches!(unknown, MonitorAnswer::Refused { class, .. } if class == "CommandNotFound"));
+    let mut text = monitor("human-monitor-command");
+    text.arguments = serde_json::json!({"command-line": "info status"});
+    let text = agent.machine_monitor(&s.read(), text).await.unwrap();
+    assert!(
+        matches!(text, MonitorAnswer::Returned(t) if t.as_str().unwrap().starts_with("VM status: running"))
+    );
+    let mut wrong = monitor("query-status");
+    wrong.arguments = serde_json::json!([]);
+    refused(agent.machine_monitor(&s.read(), wrong).await, ErrorKind::Invalid);
+    for command in ["stop", "cont"] {
+        agent.machine_monitor(&s.read(), monitor(command)).await.unwrap();
+    }
+    assert!(figures().await.monitored);
+    let patience = s.boot;
+    let heard = tokio::task::spawn_blocking(move || {
+        use rustix::net::sockopt::{Timeout, set_socket_timeout};
+        rustix::io::ioctl_fionbio(&events, false).unwrap();
+        set_socket_timeout(&events, Timeout::Recv, Some(patience)).unwrap();
+        let mut text = String::new();
+        let mut byte = [0];
+        while !(text.contains("\"STOP\"") && text.contains("\"RESUME\"") && text.ends_with('\n')) {
+            assert_eq!(std::io::Read::read(&mut events, &mut byte).unwrap(), 1, "{text}");
+            text.push(char::from(byte[0]));
+        }
+        text
+    });
+    let heard = heard.await.unwrap();
+    let first: MonitorEvent = serde_json::from_str(heard.lines().next().unwrap()).unwrap();
+    assert_eq!(first.instance, instance);
+    let rate = |seconds| DirtyRateRequest { instance, seconds };
+    refused(agent.machine_dirty_rate(&s.read(), rate(0)).await, ErrorKind::Invalid);
+    agent.machine_dirty_rate(&s.read(), rate(1)).await.unwrap();
+    s.until("how fast it writes memory", s.boot, async || {
+        figures().await.dirty_rate.filter(|r| r.measured && r.rate.is_some()).map(|_| ())
+    })
+    .await;
     let figures = agent.machine_figures(&s.read(), vec![instance]).await.unwrap();
     let [(of, figures)] = figures.as_slice() else { panic!("{figures:?}") };
     assert!(*of == instance && !figures.vcpus.is_empty() && figures.user_ns.is_some(), "{figures:?}");

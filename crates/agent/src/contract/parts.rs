@@ -82,12 +82,14 @@ pub(super) async fn pools(s: &Subject) {
     assert!(usage.total > 0 && usage.used <= usage.total, "{usage:?}");
     let volume = s.volume(pool, InstanceKind::Container, None);
     s.agent.volume_create(&s.change(), volume.clone()).await.unwrap();
+    s.agent.pool_flush(&s.read(), pool).await.unwrap();
     refused(s.agent.pool_remove(&s.change(), pool).await, ErrorKind::Conflict);
     let at = VolumeRef { pool, volume: volume.id };
     s.agent.volume_delete(&s.change(), at).await.unwrap();
     s.agent.pool_remove(&s.change(), pool).await.unwrap();
     s.agent.pool_remove(&s.change(), pool).await.expect("twice is once");
     refused(s.agent.pool_usage(&s.read(), pool).await, ErrorKind::NotFound);
+    refused(s.agent.pool_flush(&s.read(), pool).await, ErrorKind::NotFound);
 }
 
 pub(super) async fn images(s: &Subject) {

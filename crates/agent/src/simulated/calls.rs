@@ -9,8 +9,10 @@ use karst_model::{
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
     device::interface_name,
     guest::{
-        Applied, BalloonFigures, DiskFigures, MachineFigures, Metrics, NicFigures, Observed, VcpuFigures,
+        Applied, BalloonFigures, DiskFigures, MachineFigures, Metrics, MonitorAnswer, NicFigures, Observed,
+        VcpuFigures,
     },
+    history::{self, Meter, Series},
     image::ImageFacts,
     instance::InstanceKind,
     network::Lease,
@@ -137,6 +139,11 @@ calls! {
         }
         let used = state.pool_used(pool);
         Ok(Usage { used, total: me.options.pool_size.bytes(), inodes_used: used >> 14, inodes_total: 1 << 24 })
+    }
+
+    read pool_flush(me, pool: PoolId) -> () {
+        let there = me.lock().pools.contains_key(&pool);
+        if there { Ok(()) } else { Err(no_pool(pool)) }
     }
 
     read network_choose(me, wanted: NetworkChoose) -> NetworkChoice {
@@ -313,6 +320,7 @@ calls! {
         state.guests.remove(&instance);
         state.machine_states.retain(|(i, _), _| *i != instance);
         state.arrived.remove(&instance);
+        state.histories.remove(&instance);
         Ok(())
     }
     mutate machine_memory_drop(me, instance: InstanceId) -> () {
@@ -379,7 +387,28 @@ calls! {
         let mut state = me.settled();
         let wanted = if instances.is_empty() { state.guests.keys().copied().collect() } else { instances };
         let after = me.options.address_after;
-        Ok(wanted.into_iter().filter_map(|i| Some((i, state.metrics(i, now, after)?))).collect())
+        let time = me.env.now();
+        let mut all = vec![];
+        for id in wanted {
+            let Some(mut metrics) = state.metrics(id, now, after) else { continue };
+            metrics.sampled_at = Some(time.as_millisecond());
+            let (meter, series) = state.histories.entry(id).or_insert_with(|| (Meter::default(), history::empty()));
+            if let Some(minute) = meter.take(now, time.as_second(), &metrics) {
+                history::note(series, &minute, time.as_second());
+            }
+            all.push((id, metrics));
+        }
+        Ok(all)
+    }
+    read guest_history(me, instance: InstanceId) -> Vec<Series> {
+        let now = me.env.now().as_second();
+        let state = me.settled();
+        let Some((meter, series)) = state.histories.get(&instance) else { return Ok(history::empty()) };
+        let mut series = series.clone();
+        if let Some(open) = meter.open() {
+            history::note(&mut series, open, now);
+        }
+        Ok(series)
     }
 
     read machine_figures(me, instances: Vec<InstanceId>) -> Vec<(InstanceId, MachineFigures)> {
@@ -398,6 +427,8 @@ calls! {
                 balloon: Some(BalloonFigures { actual: spec.limits.memory.map_or(1 << 30, ByteSize::bytes) }),
                 user_ns: Some(700_000),
                 system_ns: Some(300_000),
+                monitored: state.monitored.get(&id) == Some(&guest.pid),
+                dirty_rate: state.dirty_rate(id, guest.pid),
             }))
         };
         Ok(wanted.into_iter().filter_map(figures).collect())
@@ -430,6 +461,12 @@ calls! {
         let mut state = me.settled();
         demand_machine(state.running(guest)?)
     }
+    read machine_monitor(me, request: MonitorCommand) -> MonitorAnswer {
+        let second = me.env.now().as_second();
+        me.settled().monitor(request, second)
+    }
+    read machine_events(me, _request: ()) -> WithFds<()> { me.settled().follow() }
+    read machine_dirty_rate(me, request: DirtyRateRequest) -> () { me.settled().measure(request) }
 
     read entry_expected(me, _request: ()) -> () {
         let _ = me;

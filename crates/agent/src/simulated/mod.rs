@@ -9,6 +9,7 @@ mod calls;
 mod descriptions;
 mod files;
 mod hardware;
+mod monitor;
 mod publish;
 mod session;
 mod state;
@@ -240,6 +241,11 @@ impl SimulatedAgent {
         if let Some(guest) = self.lock().guests.get_mut(&instance) {
             guest.refuses_update = refuses;
         }
+    }
+
+    /// The guests that the host was told of on a network.
+    pub fn network_hosts(&self, id: karst_model::NetworkId) -> Vec<karst_model::spec::NetworkHost> {
+        self.lock().networks.get(&id).map(|n| n.spec.hosts.clone()).unwrap_or_default()
     }
 
     /// The limits that a guest has now.

@@ -9,6 +9,7 @@ use karst_model::{
     BackupId, ByteSize, Error, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId, SnapshotId,
     VolumeId,
     guest::{AgentKind, FileKind, GuestSystem, Interface, Metrics, Observed},
+    history::{Meter, Series},
     image::ImageFacts,
     instance::{ExitReason, InstanceKind, RuntimeState},
     spec::{CpuLimit, GuestSpec, NetworkSpec, PoolSpec, VolumeSpec},
@@ -39,6 +40,13 @@ pub(super) struct State {
     /// Machines that are something beside their disks and were not started yet.
     pub arrived: BTreeSet<InstanceId>,
     pub sessions: BTreeMap<SessionId, Session>,
+    /// Starts of machines in which a command of the monitor was run, and who follows its events.
+    pub monitored: BTreeMap<InstanceId, u32>,
+    pub followers: Vec<File>,
+    /// Measurements of how fast memory is written, by start.
+    pub dirty_rates: BTreeMap<InstanceId, (u32, u32)>,
+    /// What guests used over time.
+    pub histories: BTreeMap<InstanceId, (Meter, Vec<Series>)>,
     pub next_pid: u32,
     /// The audit log and its end.
     pub audit: (Vec<karst_model::audit::AuditRecord>, karst_model::audit::AuditHead),
@@ -277,7 +285,10 @@ impl State {
             swap: Some(0),
             memory_total: Some(total),
             processes: Some(12),
+            disk_read: Some(1 << 20),
+            disk_written: Some(4096 * (1 + up.as_secs())),
             interfaces,
+            sampled_at: None,
             system: (guest.spec.kind == InstanceKind::VirtualMachine).then(|| GuestSystem {
                 agent: AgentKind::Karst,
                 os: "Simulated".into(),

@@ -35,6 +35,7 @@ use std::{
 use tokio::{sync::mpsc, time::timeout};
 
 mod adopting;
+mod asking;
 mod beside;
 mod clearing;
 mod network;
@@ -83,6 +84,8 @@ struct Shared {
 struct Guest {
     /// One start, destroy or clean-up at a time. Never held while waiting for a guest to follow a request.
     changing: tokio::sync::Mutex<()>,
+    /// Who waits for it to shut down.
+    requests: asking::Requests,
     /// What samples are made with.
     sampled: Mutex<Option<Arc<sampling::Sampled>>>,
     /// Its sockets inside are looked after.
@@ -613,7 +616,7 @@ impl Shared {
         let Some(init) = running.init() else {
             return Err(Error::unavailable("the guest is just starting; try again, or force it"));
         };
-        running.keeper.mark(Requested::Shutdown).await?;
+        let asking = self.asks(running).await?;
         if self.cgroups.is_frozen(&running.groups.limits) {
             self.cgroups.freeze(&running.groups.limits, false).await?;
         }
@@ -627,6 +630,7 @@ impl Shared {
             // A program that has only just started may still prepare for it.
             tokio::time::sleep(DEAF.min(time)).await;
             if !init.minds(signal) {
+                asking.followed();
                 init.signal(rustix::process::Signal::KILL);
                 return running.keeper.wait_exit().await.map(drop);
             }
@@ -640,10 +644,14 @@ impl Shared {
             running.keeper.wait_exit().await.map(drop)
         };
         match timeout(time, work).await {
-            Ok(Err(e)) if e.is(ErrorKind::NotFound) => Ok(()),
-            Ok(r) => r,
+            Ok(Err(e)) if !e.is(ErrorKind::NotFound) => Err(e),
+            // Also when it was gone before it could be asked.
+            Ok(_) => {
+                asking.followed();
+                Ok(())
+            }
             Err(_) => {
-                let _ = running.keeper.mark(Requested::Nobody).await;
+                asking.take_back().await;
                 Err(Error::timeout(format!(
                     "the guest did not shut down within {} s; force it, or look at its console",
                     time.as_secs()

@@ -7,8 +7,9 @@ use crate::{
 };
 use karst_model::{
     ErrorKind,
-    instance::{ExitReason, RuntimeState},
+    instance::{ExitReason, InstanceKind, RuntimeState},
 };
+use rustix::process::{Pid, Signal, kill_process};
 use std::{
     fs::File,
     io::{Read, Seek, Write},
@@ -203,7 +204,13 @@ pub async fn run(subject: Subject) {
     assert!(second.console_log(id, 10, false).await.unwrap().is_empty());
     assert!(second.adopt().await.unwrap().iter().all(|o| o.instance != id));
 
+    // A stop that nobody waits for any more.
+    let started = second.start(&newer).await.unwrap();
+    assert_eq!((started.state, started.generation), (RuntimeState::Running, newer.generation));
+    left_alone(second.as_ref(), guest, started.pid.unwrap()).await;
+
     // Force; also while it is frozen.
+    newer.generation = newer.generation.next();
     let started = second.start(&newer).await.unwrap();
     assert_eq!((started.state, started.generation), (RuntimeState::Running, newer.generation));
     second.pause(id).await.unwrap();
@@ -217,6 +224,37 @@ pub async fn run(subject: Subject) {
     second.destroy(id).await.unwrap();
     assert!(!guest.state_dir.exists());
     assert_eq!(second.observe(id).await.unwrap().state, RuntimeState::Stopped);
+}
+
+/// A guest runs on when whoever asked it to shut down goes away before it does, and ends as one that nobody asked.
+async fn left_alone(driver: &dyn GuestDriver, guest: &ResolvedGuest, pid: u32) {
+    let pid = Pid::from_raw(pid.try_into().unwrap()).unwrap();
+    if guest.kind == InstanceKind::Container {
+        // Its init would follow at once; the system of a machine is not there yet to do so.
+        kill_process(pid, Signal::STOP).unwrap();
+    }
+    let mode = StopMode::Graceful { timeout: Duration::from_secs(600) };
+    tokio::select! {
+        biased;
+        stopped = driver.stop(guest.instance, mode) => panic!("it does not follow: {stopped:?}"),
+        _ = until_state(driver, guest, RuntimeState::Stopping) => {}
+    }
+    until_state(driver, guest, RuntimeState::Running).await;
+    kill_process(pid, Signal::KILL).unwrap();
+    let ended = until_state(driver, guest, RuntimeState::Stopped).await;
+    assert!(matches!(ended.exit, Some(ExitReason::Crashed { .. })), "{ended:?}");
+}
+
+async fn until_state(driver: &dyn GuestDriver, guest: &ResolvedGuest, state: RuntimeState) -> Observed {
+    let end = Instant::now() + Duration::from_secs(60);
+    loop {
+        let now = driver.observe(guest.instance).await.unwrap();
+        if now.state == state {
+            return now;
+        }
+        assert!(Instant::now() < end, "not {state:?}: {now:?}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
 
 /// The part about programs, terminals and files, for a guest that runs.

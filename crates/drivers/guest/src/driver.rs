@@ -4,11 +4,11 @@ use crate::ResolvedGuest;
 use async_trait::async_trait;
 use karst_model::{Error, InstanceId, Result, SnapshotId, instance::InstanceKind};
 use std::{collections::BTreeMap, fmt, os::fd::OwnedFd};
-use tokio::sync::mpsc;
+use tokio::sync::{broadcast, mpsc};
 
 pub use karst_model::guest::{
-    Applied, ExecRequest, FileInfo, FileKind, FileWrite, Interface, MachineFigures, Metrics, Observed,
-    StopMode,
+    Applied, DirtyRate, ExecRequest, FileInfo, FileKind, FileWrite, Interface, MachineFigures, Metrics,
+    MonitorAnswer, MonitorEvent, Observed, StopMode,
 };
 
 /// A kind of guest on this host. Implementations pass one contract suite.
@@ -105,6 +105,20 @@ pub trait GuestMachine: Send + Sync {
 
     /// Wakes it when it sleeps.
     async fn wake(&self, instance: InstanceId) -> Result<()>;
+
+    /// Runs a command of QEMU's monitor. From then on its figures say that somebody did.
+    async fn monitor(
+        &self,
+        instance: InstanceId,
+        command: &str,
+        arguments: serde_json::Value,
+    ) -> Result<MonitorAnswer>;
+
+    /// Events of QEMU's monitor, of all machines, from now on; who falls behind misses some.
+    fn monitor_events(&self) -> broadcast::Receiver<MonitorEvent>;
+
+    /// Begins to measure how fast it writes memory; its figures say it then.
+    async fn measure_dirty_rate(&self, instance: InstanceId, seconds: u32) -> Result<()>;
 
     /// Runs a command of the QEMU guest agent's protocol inside; as far as Karst's own agent can, where that is the one.
     async fn agent(

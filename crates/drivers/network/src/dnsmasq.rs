@@ -152,20 +152,10 @@ pub(crate) fn write_configuration(
     record: &Record,
     view: Option<u16>,
 ) -> Result<Option<bool>> {
-    let account = account()?;
-    let resolv = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
     let link = karst_host::link::get(&record.bridge)?.ok_or_else(|| {
         Error::conflict(format!("the bridge {:?} was deleted while it was made", record.bridge))
     })?;
-    let context = DnsmasqContext {
-        link: link.index,
-        daemon,
-        paths,
-        user: &account.user,
-        group: &account.group,
-        upstream: render::has_upstream(&resolv, record.spec.ipv4.map(|n| n.addr())),
-    };
-    let Some(text) = render::dnsmasq(record, &context, view) else {
+    let Some(text) = rendered(daemon, paths, record, link.index, view)? else {
         return Ok(None);
     };
     if view.is_none() {
@@ -176,8 +166,55 @@ pub(crate) fn write_configuration(
         return Ok(Some(false));
     }
     stop(paths, record.id)?;
-    record::write_file(&path, text.as_bytes(), 0o640, Some(account.gid), false)?;
+    record::write_file(&path, text.as_bytes(), 0o640, Some(account()?.gid), false)?;
     Ok(Some(true))
+}
+
+/// The configuration; `None` when the network needs no dnsmasq.
+fn rendered(
+    daemon: &str,
+    paths: &Paths,
+    record: &Record,
+    link: u32,
+    view: Option<u16>,
+) -> Result<Option<String>> {
+    let account = account()?;
+    let resolv = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    let context = DnsmasqContext {
+        link,
+        daemon,
+        paths,
+        user: &account.user,
+        group: &account.group,
+        upstream: render::has_upstream(&resolv, record.spec.ipv4.map(|n| n.addr())),
+    };
+    Ok(render::dnsmasq(record, &context, view))
+}
+
+/// Lets dnsmasq look at a configuration with lines that somebody added, before anything is changed for it: the server that runs
+/// goes on with the old one. Nothing is run where there are no such lines, or where they are recorded: then they were looked at,
+/// and what they make of a newer dnsmasq must not keep bridge and firewall from being there.
+///
+/// # Errors
+/// Invalid, with what it says of the lines.
+pub(crate) async fn try_lines(daemon: &str, paths: &Paths, record: &Record) -> Result<()> {
+    let Some(lines) = &record.spec.raw_dnsmasq else { return Ok(()) };
+    if paths.read(record.id)?.is_some_and(|known| known.spec.raw_dnsmasq.as_ref() == Some(lines)) {
+        return Ok(());
+    }
+    let link = karst_host::link::get(&record.bridge)?.map_or(0, |l| l.index);
+    let Some(text) = rendered(daemon, paths, record, link, None)? else { return Ok(()) };
+    let own = text.len().saturating_sub(lines.len() + 1);
+    let own = text.get(..own).map_or(0, |t| t.lines().count());
+    let out = run(Program::Dnsmasq).arg("--test").arg("--conf-file=-").stdin(text).output().await?;
+    match out.code {
+        0 => Ok(()),
+        code => {
+            let stderr = String::from_utf8_lossy(&out.stderr).trim().to_owned();
+            let context = format!("dnsmasq --test for {}: exit code {code}: {stderr}", record.bridge);
+            Err(bad_lines(&stderr, own).with_context(context))
+        }
+    }
 }
 
 /// dnsmasq reads its lists after it gave up root, so every directory above must let it pass.
@@ -200,7 +237,7 @@ pub(crate) async fn start(paths: &Paths, record: &Record) -> Result<Process> {
         let stderr = String::from_utf8_lossy(&out.stderr).trim().to_owned();
         let context = format!("dnsmasq for {}: exit code {}: {stderr}", record.bridge, out.code);
         if out.code == BAD_CONFIGURATION && record.spec.raw_dnsmasq.is_some() {
-            return Err(bad_lines(&stderr).with_context(context));
+            return Err(bad_lines(&stderr, usize::MAX).with_context(context));
         }
         return Err(if stderr.contains("in use") {
             Error::conflict(format!(
@@ -221,12 +258,18 @@ pub(crate) async fn start(paths: &Paths, record: &Record) -> Result<Process> {
     })
 }
 
-/// What dnsmasq says of lines that somebody added, without the places of this host.
-fn bad_lines(stderr: &str) -> Error {
+/// What dnsmasq says of lines that somebody added after `own` others, without the places of this host.
+fn bad_lines(stderr: &str, own: usize) -> Error {
     let words = stderr.lines().last().unwrap_or_default();
     let words = words.strip_prefix("dnsmasq: ").unwrap_or(words).trim();
     let words = words.split(" of /").next().unwrap_or_default();
-    let said = if words.is_empty() { "it does not start" } else { words };
+    let words = words.strip_suffix(" of stdin").unwrap_or(words);
+    let number = words.rsplit_once(" at line ").and_then(|(what, n)| Some((what, n.parse::<usize>().ok()?)));
+    let said = match number {
+        _ if words.is_empty() => "it does not start".to_owned(),
+        Some((what, n)) if n > own => format!("{what} at line {} of them", n - own),
+        _ => words.to_owned(),
+    };
     Error::invalid(
         "config.raw.dnsmasq",
         format!("dnsmasq refuses its configuration with these lines: {said}"),
@@ -262,8 +305,11 @@ mod tests {
 
     #[test]
     fn bad_lines_are_told_without_places() {
-        let e = bad_lines("\ndnsmasq: bad option at line 25 of /var/lib/x/dnsmasq.conf");
+        let e = bad_lines("\ndnsmasq: bad option at line 25 of /var/lib/x/dnsmasq.conf", usize::MAX);
         assert!(e.message.ends_with("bad option at line 25") && e.field.is_some(), "{e}");
+        let e = bad_lines("\ndnsmasq: bad dhcp-option at line 25 of stdin", 23);
+        assert!(e.message.ends_with("bad dhcp-option at line 2 of them"), "{e}");
+        assert!(bad_lines("", 3).message.ends_with("it does not start"));
     }
 
     #[test]

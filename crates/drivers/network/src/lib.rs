@@ -181,6 +181,7 @@ impl NetworkDriver {
         let told = NetworkSpec { hosts: render::check_hosts(&spec.spec, &spec.hosts)?, ..spec.clone() };
         let record =
             Record { id: spec.id, bridge: spec.bridge.clone(), spec: spec.spec.clone(), removing: false };
+        dnsmasq::try_lines(&self.0.daemon, &self.0.paths, &record).await?;
         // Writing records and looking at those of others is one step against a second network made at the same time.
         let mut firewall = self.0.firewall.lock().await;
         let (paths, daemon, wanted) = (self.0.paths.clone(), self.0.daemon.clone(), record.clone());

@@ -214,7 +214,8 @@ pub(crate) fn check(bridge: &str, spec: &karst_model::network::BridgeSpec) -> Re
     Ok(())
 }
 
-/// Checks the guests of a network and puts them into a fixed order. A name that two have goes to the first of them.
+/// Checks the guests of a network and puts them into a fixed order. A name that two have goes to the first of them; whose it
+/// is says who knows their age, and tells of one only.
 pub(crate) fn check_hosts(spec: &BridgeSpec, hosts: &[NetworkHost]) -> Result<Vec<NetworkHost>> {
     let mut checked: Vec<NetworkHost> = Vec::with_capacity(hosts.len());
     for host in hosts {

@@ -64,8 +64,15 @@ pub trait PoolDriver: Send + Sync {
     /// Waits until the space of all deleted volumes is free (shutdown, tests, purge).
     async fn settle(&self);
 
-    /// Waits until what was made is on disk (shutdown). A power cut before loses it: whoever asks for it is told then.
-    async fn flush(&self) {}
+    /// Waits until what was made is on disk (after a snapshot, shutdown). A power cut before loses what was made of an image
+    /// or is a snapshot: whoever asks for it is told then. What was copied or put in an old content's place is on disk as
+    /// soon as it is there.
+    ///
+    /// # Errors
+    /// The system cannot write.
+    async fn flush(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// Snapshots of volumes, where the pool has them.
     fn snapshots(&self) -> Option<&dyn Snapshots> {
@@ -95,6 +102,10 @@ pub trait Snapshots: Send + Sync {
     fn instant(&self) -> bool;
     /// Freezes the volume's content now under `snapshot`.
     async fn create(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<()>;
+    /// Was it on disk before the power went? One that was not is of no use.
+    async fn whole(&self, _volume: VolumeId, _snapshot: SnapshotId) -> Result<bool> {
+        Ok(true)
+    }
     /// Removes a snapshot.
     async fn delete(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<()>;
     /// Makes the volume what it was at the snapshot, its size included; nothing may have it open.

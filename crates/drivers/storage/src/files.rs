@@ -62,7 +62,7 @@ pub struct FilePool {
     /// Wakes the sweeper; an answer is wanted by those who wait for it.
     pub(crate) sweep: mpsc::Sender<Option<oneshot::Sender<()>>>,
     /// Wakes the flusher, in the same way.
-    pub(crate) flush: mpsc::Sender<Option<oneshot::Sender<()>>>,
+    pub(crate) flush: mpsc::Sender<flush::Waiter>,
     /// Trees being copied at the same time: more than a few only make the disk seek.
     pub(crate) copies: Arc<tokio::sync::Semaphore>,
     /// Images being taken in, one at a time.
@@ -117,6 +117,24 @@ impl FilePool {
     async fn complete_on_disk(&self, state: &Path) -> Result<()> {
         let state = state.to_owned();
         blocking(move || flush::check(&state)).await
+    }
+
+    /// Puts what was made of `source` in `work` on disk, unless it is of an image, of which it can be made again.
+    async fn finish(&self, work: &Path, source: &Source) -> Result<()> {
+        let copied = match source {
+            Source::Empty | Source::Tree { image: Some(_), .. } | Source::Disk { image: Some(_), .. } => {
+                return Ok(());
+            }
+            Source::Tree { .. } | Source::Disk { .. } => true,
+            Source::Volume { .. } => false,
+        };
+        self.on_disk(work, copied).await
+    }
+
+    /// Puts what is in `work` on disk; `filled`: although native clones have no mark.
+    async fn on_disk(&self, work: &Path, filled: bool) -> Result<()> {
+        let at = work.to_owned();
+        blocking(move || flush::finish(&at, filled)).await
     }
 
     /// A place in `tmp`, cleared unless it is kept.
@@ -321,8 +339,9 @@ impl FilePool {
         .await
     }
 
-    /// Puts the state in `work` in the place of the volume's.
-    async fn exchange(&self, work: Work, volume: VolumeId) -> Result<()> {
+    /// Puts the state in `work` in the place of the volume's, which goes: so it is on disk before.
+    async fn exchange(&self, work: Work, volume: VolumeId, filled: bool) -> Result<()> {
+        self.on_disk(work.path(), filled).await?;
         self.opened.forget(volume);
         let (new, now) = (work.path().to_owned(), self.dir(volume));
         blocking(move || {
@@ -330,9 +349,7 @@ impl FilePool {
                 .map_err(io::Error::from)?;
             sync_parent(&now)
         })
-        .await?;
-        self.wake_flusher();
-        Ok(())
+        .await
         // What `work` has now is the old state: it goes with it.
     }
 
@@ -459,6 +476,7 @@ impl PoolDriver for FilePool {
         let work = self.work();
         let record = self.build(work.path(), new).await?;
         self.complete(work.path(), &record).await?;
+        self.finish(work.path(), &new.source).await?;
         let (from, to) = (work.path().to_owned(), self.dir(volume));
         let flags = RenameFlags::NOREPLACE;
         let named = blocking(move || {
@@ -617,11 +635,14 @@ impl PoolDriver for FilePool {
         self.states.limits()
     }
 
-    async fn flush(&self) {
-        let (done, wait) = oneshot::channel();
-        if self.flush.send(Some(done)).await.is_ok() {
-            let _ = wait.await; // the flusher ends with the pool only
+    async fn flush(&self) -> Result<()> {
+        if self.states.instant() {
+            return Ok(()); // it makes no marks
         }
+        let (done, wait) = oneshot::channel();
+        let ended = |_| Error::internal("the pool is being closed", "its flusher has ended");
+        self.flush.send(Some(done)).await.map_err(|_| ended(()))?;
+        wait.await.map_err(|_| ended(()))?
     }
 
     async fn settle(&self) {
@@ -697,6 +718,13 @@ impl Snapshots for FilePool {
         Ok(())
     }
 
+    async fn whole(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<bool> {
+        match self.complete_on_disk(&self.state(volume, Some(snapshot))).await {
+            Err(e) if e.is(karst_model::ErrorKind::Conflict) => Ok(false),
+            other => other.map(|()| true),
+        }
+    }
+
     async fn delete(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<()> {
         let from = self.state(volume, Some(snapshot));
         if self.states.instant() {
@@ -716,7 +744,7 @@ impl Snapshots for FilePool {
         let to = at.path().to_owned();
         self.with_states(move |states| states.clone(&from, &to, &copied, false)).await?;
         self.complete(at.path(), &record).await?;
-        self.exchange(at, volume).await?;
+        self.exchange(at, volume, false).await?;
         Ok(info(volume, record))
     }
 
@@ -766,7 +794,8 @@ impl Contents for FilePool {
         let work = self.work();
         let record = self.build(work.path(), &new).await?;
         self.complete(work.path(), &record).await?;
-        self.exchange(work, volume).await?;
+        let filled = matches!(source, Source::Tree { image: None, .. } | Source::Disk { image: None, .. });
+        self.exchange(work, volume, filled).await?;
         Ok(info(volume, record))
     }
 
@@ -823,7 +852,7 @@ impl Filling for FileFilling {
         .await?;
         let pool = work.pool.clone();
         pool.complete(work.path(), &record).await?;
-        pool.exchange(work, volume).await?;
+        pool.exchange(work, volume, true).await?;
         Ok(info(volume, record))
     }
 }

@@ -4,6 +4,10 @@
 //!
 //! The mark is made before the state gets its name, and goes, durably, after its file system was synced. Who ends the daemon
 //! in the ordinary way waits for that, so that only a power cut (or kill -9 with a restart of the machine at once) leaves one.
+//!
+//! That is for what can be made again: of an image. What was copied from elsewhere, whose source may be deleted next, is on disk
+//! before it gets its name, and so is what takes an old content's place. A snapshot's taker, who may keep a guest waiting
+//! meanwhile, asks for a flush after it ([`crate::PoolDriver::flush`]).
 
 use karst_model::{Error, Result};
 use std::{
@@ -59,8 +63,27 @@ pub(crate) fn check(state: &Path) -> Result<()> {
     }
 }
 
+/// Puts a state in the making on disk, its mark away: before it gets its name. One that was `filled` although it has no mark
+/// (native clones need none) as well.
+pub(crate) fn finish(state: &Path, filled: bool) -> Result<()> {
+    let marked = none(std::fs::metadata(state.join(MARK)))?.is_some();
+    if !marked && !filled {
+        return Ok(());
+    }
+    let directory = File::open(state)?;
+    rustix::fs::syncfs(&directory).map_err(io::Error::from)?;
+    if marked {
+        std::fs::remove_file(state.join(MARK))?;
+        directory.sync_all()?;
+    }
+    Ok(())
+}
+
+/// Who waits for a flush; none: it is to be done some time.
+pub(crate) type Waiter = Option<oneshot::Sender<Result<()>>>;
+
 /// Syncs the pool at `root` when asked, and takes the marks away of what was there before. Ends with the pool.
-pub(crate) async fn flusher(root: Arc<PathBuf>, mut wanted: mpsc::Receiver<Option<oneshot::Sender<()>>>) {
+pub(crate) async fn flusher(root: Arc<PathBuf>, mut wanted: mpsc::Receiver<Waiter>) {
     while let Some(first) = wanted.recv().await {
         let mut answer = first;
         if answer.is_none() {
@@ -76,13 +99,12 @@ pub(crate) async fn flusher(root: Arc<PathBuf>, mut wanted: mpsc::Receiver<Optio
             answer = tokio::time::timeout(GATHER, waiting).await.ok().flatten();
         }
         let at = root.clone();
-        match tokio::task::spawn_blocking(move || flush(&at)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(e)) => tracing::warn!(error = %e, "new volumes are not known to be on disk"),
-            Err(e) => tracing::error!(error = %e, "a task ended unexpectedly"),
+        let flushed = crate::files::blocking(move || Ok(flush(&at)?)).await;
+        if let Err(e) = &flushed {
+            tracing::warn!(error = %e, "new volumes are not known to be on disk");
         }
         if let Some(answer) = answer {
-            let _ = answer.send(()); // nobody waits any more
+            let _ = answer.send(flushed); // nobody waits any more
         }
     }
 }

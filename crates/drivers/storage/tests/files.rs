@@ -71,17 +71,27 @@ async fn what_a_power_cut_may_have_left_incomplete_is_not_used() {
     let (v, snapshot) = (id(), karst_model::SnapshotId(uuid::Uuid::new_v4()));
     pool.create(v, &new(tree_of(&tree))).await.unwrap();
     let mark = root.join(format!("volumes/{v}/unflushed"));
-    assert!(mark.exists(), "until it is synced");
+    let taken = root.join(format!("snapshots/{v}/{snapshot}/unflushed"));
+    assert!(!mark.exists(), "a copy, whose source may go next, is on disk before it has its name");
     pool.snapshots().unwrap().create(v, snapshot).await.unwrap();
-    pool.flush().await;
-    assert!(!mark.exists() && !root.join(format!("snapshots/{v}/{snapshot}/unflushed")).exists());
+    assert!(taken.exists(), "until it is synced");
+    pool.flush().await.unwrap();
+    assert!(!mark.exists() && !taken.exists());
     pool.locate(v, None).await.unwrap();
+    let (source, clone) = (Source::Volume { volume: v, snapshot: None }, id());
+    pool.create(clone, &new(source.clone())).await.unwrap();
+    pool.contents().unwrap().replace(clone, &source).await.unwrap();
+    assert!(
+        !root.join(format!("volumes/{clone}/unflushed")).exists(),
+        "nor does a clone wait, or a new content"
+    );
+    pool.delete(clone).await.unwrap();
 
     // As it would be found after a power cut before that.
     std::fs::write(&mark, "another boot").unwrap();
     drop(pool);
     let pool = open_dir(&root).await.unwrap();
-    pool.flush().await;
+    pool.flush().await.unwrap();
     assert!(mark.exists(), "nobody but a restore takes it away");
     let copy = Source::Volume { volume: v, snapshot: None };
     let other = karst_model::SnapshotId(uuid::Uuid::new_v4());
@@ -94,6 +104,7 @@ async fn what_a_power_cut_may_have_left_incomplete_is_not_used() {
         assert!(e.is(ErrorKind::Conflict) && e.message.contains("lost its power"), "{e}");
     }
     pool.snapshots().unwrap().restore(v, snapshot).await.unwrap();
+    assert!(!mark.exists(), "what takes an old content's place is on disk before");
     let at = pool.locate(v, None).await.unwrap().path;
     assert_eq!(std::fs::read_to_string(at.join("file")).unwrap(), "content");
     std::fs::write(root.join(format!("volumes/{v}/unflushed")), "another boot").unwrap();

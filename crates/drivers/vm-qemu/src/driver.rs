@@ -5,8 +5,8 @@ use crate::{
     display, figures,
     inside::Inside,
     launch::{self, Groups, explain, limits, prepare},
-    machine::{Ask, Machine, Tell, exit_reason, own, run_state},
-    plug, probe,
+    machine::{Ask, Machine, Tell, Tells, exit_reason, own, run_state},
+    monitor, plug, probe,
     qmp::Qmp,
     record::Record,
     resize, saved, states, still, tpm,
@@ -14,7 +14,8 @@ use crate::{
 use async_trait::async_trait;
 use karst_guest::{
     Applied, Exec, ExecRequest, FileWrite, GuestDriver, GuestFiles, GuestMachine, Interface, MachineFigures,
-    MachineFiles, Metrics, Observed, OpenedFile, Quiesce, ResolvedGuest, Silence, StopMode,
+    MachineFiles, Metrics, MonitorAnswer, MonitorEvent, Observed, OpenedFile, Quiesce, ResolvedGuest,
+    Silence, StopMode,
     keeper::{self, End, Keeper, Requested, State, Status},
     silence,
 };
@@ -32,7 +33,13 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, Weak},
     time::Duration,
 };
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::{broadcast, mpsc},
+    time::timeout,
+};
+
+/// Events of QEMU's monitors that who follows them has not taken yet; who is slower misses some.
+const HEARD: usize = 1024;
 
 /// How long QEMU may take from its execution to its greeting.
 const GREETING: Duration = Duration::from_secs(20);
@@ -62,6 +69,8 @@ struct Shared {
     /// Guests whose keepers do not answer.
     silence: Arc<Silence>,
     events: Arc<Mutex<Option<mpsc::Sender<Observed>>>>,
+    /// Events of QEMU's monitors, for who follows them.
+    heard: broadcast::Sender<MonitorEvent>,
 }
 
 #[derive(Default)]
@@ -92,6 +101,7 @@ impl QemuDriver {
                 guests: Mutex::default(),
                 silence: Arc::default(),
                 events: Arc::default(),
+                heard: broadcast::channel(HEARD).0,
             }),
         })
     }
@@ -140,7 +150,8 @@ impl Shared {
 
     fn own(&self, dir: &Path, record: Record, keeper: Keeper, observed: Observed) -> Arc<Machine> {
         let (cgroups, silence) = (self.cgroups.clone(), self.silence.clone());
-        own(dir.to_owned(), record, keeper, observed, cgroups, silence, self.tell())
+        let tell = Tells { changed: self.tell(), heard: self.heard.clone() };
+        own(dir.to_owned(), record, keeper, observed, cgroups, silence, tell)
     }
 
     fn observed(record: &Record, state: RuntimeState, status: Option<&Status>) -> Observed {
@@ -311,6 +322,7 @@ impl Shared {
             }
         }
         let mut record = Record::new(guest);
+        monitor::unmark(dir)?;
         if record.resuming {
             saved::demand_fit(&saved::place(dir), &mut record)?;
         } else {
@@ -366,6 +378,8 @@ impl Shared {
         if guest.machine.as_ref().is_some_and(|m| m.tpm) {
             fds.push(tpm::start(guest, groups, &self.cgroups).await?);
             spec.fds.push(crate::argv::fd::TPM);
+        } else {
+            tpm::forget(dir).await?;
         }
         let keeper = keeper::launch(dir, &spec, fds).await?;
         let greeted = async {
@@ -491,6 +505,13 @@ fn resident(pid: u32) -> (Option<u64>, Option<u64>) {
         line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok().map(|k| k << 10)
     };
     (field("VmRSS:"), field("VmHWM:"))
+}
+
+/// What QEMU read from and wrote to disks of the host, bytes. Control groups of v1 do not tell all of it.
+fn moved(pid: u32) -> (Option<u64>, Option<u64>) {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/io")).unwrap_or_default();
+    let field = |name: &str| text.lines().find_map(|l| l.strip_prefix(name)?.trim().parse::<u64>().ok());
+    (field("read_bytes:"), field("write_bytes:"))
 }
 
 #[async_trait]
@@ -634,6 +655,7 @@ impl GuestDriver for QemuDriver {
         let stats = self.shared.cgroups.stats(&groups.machine);
         let pid = machine.observed.borrow().pid;
         let (memory, memory_peak) = pid.map_or((None, None), resident);
+        let (disk_read, disk_written) = pid.map_or((None, None), moved);
         // One whose CPUs stand still would only be waited for.
         let answers = matches!(machine.now().state, RuntimeState::Running | RuntimeState::Stopping);
         let (interfaces, (processes, system)) = match answers {
@@ -647,8 +669,11 @@ impl GuestDriver for QemuDriver {
             swap: stats.swap,
             memory_total: Some(memory_total),
             processes,
+            disk_read,
+            disk_written,
             interfaces,
             system,
+            sampled_at: None,
         })
     }
 
@@ -800,6 +825,23 @@ impl GuestMachine for QemuDriver {
 
     async fn wake(&self, instance: InstanceId) -> Result<()> {
         figures::wake(&*self.shared.machine(instance).await?).await
+    }
+
+    async fn monitor(
+        &self,
+        instance: InstanceId,
+        command: &str,
+        arguments: serde_json::Value,
+    ) -> Result<MonitorAnswer> {
+        monitor::run(&*self.shared.machine(instance).await?, command, arguments).await
+    }
+
+    fn monitor_events(&self) -> broadcast::Receiver<MonitorEvent> {
+        self.shared.heard.subscribe()
+    }
+
+    async fn measure_dirty_rate(&self, instance: InstanceId, seconds: u32) -> Result<()> {
+        monitor::measure_dirty_rate(&*self.shared.machine(instance).await?, seconds).await
     }
 
     async fn agent(

@@ -1,6 +1,6 @@
 //! Figures of a running machine: what QEMU counts of its disks, and what the kernel counts of its threads.
 
-use crate::{devices::device_id, launch, machine::Inner, qmp::Qmp};
+use crate::{devices::device_id, launch, machine::Inner, monitor, qmp::Qmp};
 use karst_model::{
     Error, Result,
     guest::{BalloonFigures, DiskFigures, MachineFigures, NicFigures, VcpuFigures},
@@ -31,11 +31,13 @@ pub(crate) async fn of(machine: &Inner) -> Result<MachineFigures> {
     let cpus = qmp.execute("query-cpus-fast", json!({})).await?;
     // A machine without a balloon says so.
     let balloon = qmp.execute("query-balloon", json!({})).await.ok();
+    let dirty_rate = qmp.execute("query-dirty-rate", json!({})).await.ok();
+    let dir = machine.dir.clone();
     let sizes = tokio::task::spawn_blocking(move || {
         let size = |(slot, path): (String, PathBuf)| Some((slot, std::fs::metadata(path).ok()?));
-        disks.into_iter().filter_map(size).collect::<Vec<_>>()
+        (disks.into_iter().filter_map(size).collect::<Vec<_>>(), monitor::is_marked(&dir))
     });
-    let sizes = sizes.await.map_err(|e| Error::internal("files of the guest", e))?;
+    let (sizes, monitored) = sizes.await.map_err(|e| Error::internal("files of the guest", e))?;
     let mut disks = disks_of(&blocks);
     for (slot, file) in sizes {
         if let Some(disk) = disks.get_mut(&slot).filter(|_| file.is_file()) {
@@ -50,6 +52,8 @@ pub(crate) async fn of(machine: &Inner) -> Result<MachineFigures> {
         balloon: balloon.and_then(|b| Some(BalloonFigures { actual: b.get("actual")?.as_u64()? })),
         user_ns,
         system_ns,
+        monitored,
+        dirty_rate: dirty_rate.as_ref().and_then(monitor::dirty_rate),
     })
 }
 

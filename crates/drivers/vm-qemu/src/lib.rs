@@ -20,6 +20,7 @@ mod inside;
 mod launch;
 pub mod line;
 mod machine;
+mod monitor;
 mod plug;
 pub mod probe;
 pub mod qmp;

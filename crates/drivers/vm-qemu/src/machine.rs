@@ -17,16 +17,18 @@ use karst_guest::{
 use karst_host::cgroup::Cgroups;
 use karst_model::{
     Error, ErrorKind, Result,
+    guest::MonitorEvent,
     instance::{ExitReason, RuntimeState},
 };
 use serde_json::{Value, json};
 use std::{
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard},
+    task::Poll,
     time::Duration,
 };
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{broadcast, mpsc, oneshot, watch},
     time::{Instant, sleep_until, timeout},
 };
 
@@ -177,6 +179,15 @@ impl Machine {
 /// What tells the driver of changes.
 pub(crate) type Tell = Arc<dyn Fn(Observed) + Send + Sync>;
 
+/// Whom its owner tells what.
+#[derive(Clone)]
+pub(crate) struct Tells {
+    /// The driver, of changes.
+    pub(crate) changed: Tell,
+    /// Who follows the events of QEMU's monitor.
+    pub(crate) heard: broadcast::Sender<MonitorEvent>,
+}
+
 /// Begins to own a machine that runs.
 pub(crate) fn own(
     dir: PathBuf,
@@ -185,7 +196,7 @@ pub(crate) fn own(
     observed: Observed,
     cgroups: Arc<Cgroups>,
     silence: Arc<Silence>,
-    tell: Tell,
+    tell: Tells,
 ) -> Arc<Machine> {
     let (requests, receiver) = mpsc::channel(16);
     let machine = Arc::new(Inner {
@@ -212,9 +223,26 @@ pub(crate) fn own(
     Arc::new(Machine { inner: machine, requests })
 }
 
+/// A shutdown that was asked for. Over when nobody waits for it any more, be it that the time has passed or that whoever
+/// asked has gone away.
 struct Stopping {
     next_press: Instant,
     waiters: Vec<(Instant, oneshot::Sender<Result<()>>)>,
+    /// Asks the agents.
+    inside: tokio::task::JoinHandle<()>,
+}
+
+/// Waits until one who waited for a shutdown has gone away.
+async fn gone(stopping: &mut Option<Stopping>) {
+    std::future::poll_fn(|cx| {
+        let mut gone = false;
+        // Each is asked, so that each wakes.
+        for (_, reply) in stopping.iter_mut().flat_map(|s| s.waiters.iter_mut()) {
+            gone |= reply.poll_closed(cx).is_ready();
+        }
+        if gone { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await
 }
 
 struct Owner {
@@ -230,7 +258,7 @@ struct Owner {
     heard: Option<String>,
     cgroups: Arc<Cgroups>,
     silence: Arc<Silence>,
-    tell: Tell,
+    tell: Tells,
 }
 
 async fn next(events: &mut Option<mpsc::Receiver<Event>>) -> Option<Event> {
@@ -294,6 +322,7 @@ impl Owner {
                     None => return, // the driver is gone; QEMU stays
                 },
                 () = alarm => self.tick().await,
+                () = gone(&mut self.stopping) => self.tick().await,
             }
         }
     }
@@ -310,7 +339,7 @@ impl Owner {
             changed
         });
         if changed && told {
-            (self.tell)(self.machine.observed.borrow().clone());
+            (self.tell.changed)(self.machine.observed.borrow().clone());
         }
     }
 
@@ -318,7 +347,24 @@ impl Owner {
         if self.stopping.is_some() { RuntimeState::Stopping } else { RuntimeState::Running }
     }
 
+    /// Tells those who follow it, if anybody does.
+    fn pass_on(&self, event: &Event) {
+        if self.tell.heard.receiver_count() == 0 {
+            return;
+        }
+        let event = MonitorEvent {
+            instance: self.machine.record().instance,
+            event: event.name.clone(),
+            data: event.data.clone(),
+            seconds: event.at.0,
+            micros: event.at.1,
+        };
+        // Nobody follows them any more: nothing is lost.
+        let _ = self.tell.heard.send(event);
+    }
+
     async fn event(&mut self, event: Event) {
+        self.pass_on(&event);
         let text = |k: &str| event.data.get(k).and_then(Value::as_str);
         match event.name.as_str() {
             "SHUTDOWN" => self.heard = text("reason").map(str::to_owned),
@@ -385,12 +431,12 @@ impl Owner {
                         match &mut self.stopping {
                             Some(s) => s.waiters.push(waiter),
                             None => {
-                                self.stopping =
-                                    Some(Stopping { next_press: Instant::now(), waiters: vec![waiter] });
                                 let _ = self.machine.keeper.mark(Requested::Shutdown).await;
                                 self.set_state(RuntimeState::Stopping, false);
                                 // Beside the power button: some systems do not listen to the button, others have no agent.
-                                self.machine.inside.shut_down();
+                                let inside = self.machine.inside.shut_down();
+                                let (next_press, waiters) = (Instant::now(), vec![waiter]);
+                                self.stopping = Some(Stopping { next_press, waiters, inside });
                             }
                         }
                         return;
@@ -434,7 +480,8 @@ impl Owner {
         let Some(stopping) = &mut self.stopping else {
             return;
         };
-        let (late, waiting): (Vec<_>, Vec<_>) = stopping.waiters.drain(..).partition(|(at, _)| *at <= now);
+        let done = |(at, reply): &(Instant, oneshot::Sender<Result<()>>)| *at <= now || reply.is_closed();
+        let (late, waiting): (Vec<_>, Vec<_>) = stopping.waiters.drain(..).partition(done);
         stopping.waiters = waiting;
         let over = stopping.waiters.is_empty();
         let press = stopping.next_press <= now;
@@ -442,8 +489,9 @@ impl Owner {
             stopping.next_press = now + PRESS;
         }
         if over {
+            stopping.inside.abort();
             self.stopping = None;
-            let _ = self.machine.keeper.mark(Requested::Nobody).await;
+            self.take_back().await;
             if self.state() == RuntimeState::Stopping {
                 self.set_state(RuntimeState::Running, false);
             }
@@ -455,6 +503,14 @@ impl Owner {
             let _ = reply.send(Err(Error::timeout(
                 "the guest did not shut down in time and runs on; force it, or look at its console",
             )));
+        }
+    }
+
+    /// Nobody asks for the end any more, unless somebody forces it now.
+    async fn take_back(&self) {
+        let keeper = &self.machine.keeper;
+        if keeper.status().await.is_ok_and(|s| s.requested == Requested::Shutdown) {
+            let _ = keeper.mark(Requested::Nobody).await;
         }
     }
 
@@ -531,7 +587,7 @@ impl Owner {
         for (_, reply) in self.stopping.take().into_iter().flat_map(|s| s.waiters) {
             let _ = reply.send(Ok(()));
         }
-        (self.tell)(self.machine.observed.borrow().clone());
+        (self.tell.changed)(self.machine.observed.borrow().clone());
     }
 }
 

@@ -43,9 +43,27 @@ pub struct Event {
     pub name: String,
     /// What belongs to it.
     pub data: Map<String, Value>,
+    /// When, in seconds since 1970 and microseconds, by QEMU.
+    pub at: (i64, u32),
 }
 
-type Pending = Arc<Mutex<Option<HashMap<u64, oneshot::Sender<Result<Value>>>>>>;
+/// What QEMU says when it refuses a command.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// Class, such as `CommandNotFound`.
+    pub class: String,
+    /// Why.
+    pub description: String,
+}
+
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Self {
+        Error::internal("QEMU refused", format!("{}: {}", refusal.class, refusal.description))
+    }
+}
+
+type Said = std::result::Result<Value, Refusal>;
+type Pending = Arc<Mutex<Option<HashMap<u64, oneshot::Sender<Said>>>>>;
 
 /// A connection. Dropping it closes the socket.
 pub struct Qmp {
@@ -129,7 +147,15 @@ impl Qmp {
     /// # Errors
     /// Internal with QEMU's class and text as context, timeout, unavailable when the connection is gone.
     pub async fn execute(&self, command: &str, arguments: Value) -> Result<Value> {
-        self.run(command, arguments, None, COMMAND).await
+        Ok(self.run(command, arguments, None, COMMAND).await??)
+    }
+
+    /// Runs a command and answers what QEMU says to it, a refusal too.
+    ///
+    /// # Errors
+    /// Timeout, unavailable when the connection is gone.
+    pub async fn ask(&self, limit: Duration, command: &str, arguments: Value) -> Result<Said> {
+        self.run(command, arguments, None, limit).await
     }
 
     /// As [`Self::execute`], for a command that takes long.
@@ -137,7 +163,7 @@ impl Qmp {
     /// # Errors
     /// Those of [`Self::execute`].
     pub async fn execute_within(&self, limit: Duration, command: &str, arguments: Value) -> Result<Value> {
-        self.run(command, arguments, None, limit).await
+        Ok(self.run(command, arguments, None, limit).await??)
     }
 
     /// As [`Self::execute`], with a descriptor for `add-fd` or `getfd`.
@@ -150,7 +176,7 @@ impl Qmp {
         arguments: Value,
         fd: BorrowedFd<'_>,
     ) -> Result<Value> {
-        self.run(command, arguments, Some(fd), COMMAND).await
+        Ok(self.run(command, arguments, Some(fd), COMMAND).await??)
     }
 
     /// Sends the beginning of `line` with a descriptor; answers how much went.
@@ -178,7 +204,7 @@ impl Qmp {
         arguments: Value,
         fd: Option<BorrowedFd<'_>>,
         limit: Duration,
-    ) -> Result<Value> {
+    ) -> Result<Said> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (send, receive) = oneshot::channel();
         match self.pending.lock() {
@@ -199,7 +225,7 @@ impl Qmp {
                 };
                 writer.write_all(&line.as_bytes()[sent..]).await.map_err(|e| closed().with_context(e))?;
             }
-            receive.await.map_err(|_| closed())?
+            receive.await.map_err(|_| closed())
         };
         let result = timeout(limit, work).await.unwrap_or_else(|_| {
             Err(Error::timeout(format!("QEMU did not answer {command} within {limit:?}")))
@@ -229,7 +255,10 @@ async fn read_all<R: AsyncRead + Unpin>(
                 Some(Value::Object(data)) => data,
                 _ => Map::new(),
             };
-            if events.try_send(Event { name, data }).is_err() {
+            let at = message.get("timestamp");
+            let number = |key: &str| at.and_then(|t| t.get(key)).and_then(Value::as_i64).unwrap_or(0);
+            let at = (number("seconds"), u32::try_from(number("microseconds")).unwrap_or(0));
+            if events.try_send(Event { name, data, at }).is_err() {
                 tracing::debug!("a QMP event was dropped: its owner is slow or gone");
             }
             continue;
@@ -243,7 +272,7 @@ async fn read_all<R: AsyncRead + Unpin>(
         let result = match message.remove("error") {
             Some(e) => {
                 let field = |k: &str| printable(e.get(k).and_then(Value::as_str).unwrap_or("?"), 500);
-                Err(Error::internal("QEMU refused", format!("{}: {}", field("class"), field("desc"))))
+                Err(Refusal { class: field("class"), description: field("desc") })
             }
             None => Ok(message.remove("return").unwrap_or(Value::Null)),
         };
@@ -292,7 +321,7 @@ mod tests {
     async fn answers_events_and_errors() {
         let (q, mut events) = open(server(|v| match v["execute"].as_str().unwrap() {
             "query-status" => format!(
-                "{{\"event\":\"STOP\",\"timestamp\":{{}}}}\n{{\"return\":{{\"x\":1}},\"id\":77777}}\n{{\"return\":{{\"status\":\"running\"}},\"id\":{}}}\n",
+                "{{\"event\":\"STOP\",\"timestamp\":{{\"seconds\":7,\"microseconds\":9}}}}\n{{\"return\":{{\"x\":1}},\"id\":77777}}\n{{\"return\":{{\"status\":\"running\"}},\"id\":{}}}\n",
                 v["id"]
             ),
             "bad" => format!("{{\"error\":{{\"class\":\"GenericError\",\"desc\":\"no\\u0007pe\"}},\"id\":{}}}\n", v["id"]),
@@ -301,7 +330,10 @@ mod tests {
         .await
         .unwrap();
         assert_eq!(q.execute("query-status", json!({})).await.unwrap()["status"], "running");
-        assert_eq!(events.recv().await.unwrap().name, "STOP");
+        let stop = events.recv().await.unwrap();
+        assert_eq!((stop.name.as_str(), stop.at), ("STOP", (7, 9)));
+        let refused = q.ask(COMMAND, "bad", json!({})).await.unwrap().unwrap_err();
+        assert_eq!(refused, Refusal { class: "GenericError".into(), description: "no pe".into() });
         let e = q.execute("bad", json!({})).await.unwrap_err();
         assert_eq!(e.context.as_deref(), Some("GenericError: no pe"));
     }

@@ -18,6 +18,8 @@ use std::{
 
 /// Beside the directory of the guests.
 const NAME: &str = "guest-agent";
+/// Of its files: QEMU's users read them, however strict the process' umask is.
+const MODE: u32 = 0o755;
 
 /// The directory, and its files by name.
 pub(crate) struct Medium {
@@ -59,13 +61,15 @@ pub(crate) fn read(state_dir: &Path) -> Result<Medium> {
 fn put(dir: &Path, name: &str, content: &[u8]) -> Result<()> {
     let path = dir.join(name);
     if std::fs::read(&path).is_ok_and(|have| have == content) {
-        return Ok(());
+        // Versions before left it as their umask made it.
+        return Ok(std::fs::set_permissions(&path, Permissions::from_mode(MODE))?);
     }
     // Two machines may start at once: each with a name of its own.
     let temporary = dir.join(format!(".{name}.{}", uuid::Uuid::new_v4()));
     let written = || -> std::io::Result<()> {
-        let mut file = File::options().write(true).create_new(true).mode(0o755).open(&temporary)?;
+        let mut file = File::options().write(true).create_new(true).mode(0o600).open(&temporary)?;
         file.write_all(content)?;
+        file.set_permissions(Permissions::from_mode(MODE))?;
         std::fs::rename(&temporary, &path)
     };
     written().inspect_err(|_| drop(std::fs::remove_file(&temporary))).map_err(Into::into)
@@ -84,5 +88,25 @@ fn link(dir: &Path, name: &str, other: &str) -> Result<()> {
     match std::fs::remove_file(&temporary) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e.into()),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_put_there_is_everybodys_to_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        let mode = || std::fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+        put(dir.path(), "file", b"one").unwrap();
+        assert_eq!(mode(), MODE);
+        // As versions before left it, under the daemon's umask.
+        std::fs::set_permissions(&path, Permissions::from_mode(0o700)).unwrap();
+        put(dir.path(), "file", b"one").unwrap();
+        assert_eq!(mode(), MODE);
+        put(dir.path(), "file", b"two").unwrap();
+        assert_eq!((mode(), std::fs::read(&path).unwrap()), (MODE, b"two".to_vec()));
     }
 }

@@ -90,6 +90,19 @@ pub(crate) async fn start(guest: &ResolvedGuest, groups: &Groups, cgroups: &Cgro
     Ok(ours)
 }
 
+/// What a TPM that the guest no longer has kept goes with it, when the guest starts without one: who takes it away wants its keys
+/// gone, and who adds one later gets a new one. Snapshots keep theirs.
+///
+/// # Errors
+/// When it cannot be removed.
+pub(crate) async fn forget(guest_dir: &Path) -> Result<()> {
+    end(guest_dir).await?;
+    match std::fs::remove_dir_all(guest_dir.join(DIR)) {
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(e.into()),
+        _ => Ok(()),
+    }
+}
+
 /// The state belongs to the guest's user, also one that came by a copy.
 fn give(place: &Path, id: u32) -> Result<()> {
     let own = |path: &Path| {

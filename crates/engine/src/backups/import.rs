@@ -214,6 +214,7 @@ impl Engine {
                     profiles: profiles.map_err(in_words)?,
                     config,
                     devices,
+                    hardware: None,
                     volumes: vec![(create.volume.id, id)],
                     stateful: false,
                     created_at: of.created_at().unwrap_or_else(|| inner.env.now()),

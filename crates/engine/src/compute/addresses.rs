@@ -1,9 +1,10 @@
-//! Addresses on networks: no two guests of a network have the same MAC or the same static address. Said when a request
-//! asks for them; what records say all the same (they are older, or a profile gives one address to two) is settled so that
-//! one guest's fault never keeps a whole network from being brought up to date.
+//! Addresses on networks: no two guests of a network, whatever its kind, have the same MAC, and no two of a bridge the
+//! same static address. Said when a request asks for them; what records say all the same (they are older, or a profile
+//! gives one address to two) is settled so that one guest's fault never keeps a whole network from being brought up to
+//! date.
 
-use super::{expand::ParsedDevices, nics::network_of};
-use crate::{EngineInner, Records, db::Tx, inventory};
+use super::{expand::ParsedDevices, labels, nics::network_of};
+use crate::{EngineInner, Records, Row, db::Tx, inventory};
 use karst_model::{
     Error, InstanceId, Result,
     device::NicDevice,
@@ -117,10 +118,12 @@ impl EngineInner {
             let Some((_, network)) = network_of(records, device, nic)? else { continue };
             let identity = instance.identities.get(device);
             let Some(mac) = identity.and_then(|i| i.mac.clone()) else { continue };
-            if network.kind != NetworkKind::Bridge {
-                continue;
-            }
-            let host = NetworkHost { mac, ipv4: *ipv4, ipv6: *ipv6, ..Default::default() };
+            // Of what is not a bridge of ours nobody here gives addresses out: the guests on it share the wire and no more.
+            let (ipv4, ipv6) = match network.kind {
+                NetworkKind::Bridge => (*ipv4, *ipv6),
+                NetworkKind::Macvlan | NetworkKind::Physical => (None, None),
+            };
+            let host = NetworkHost { mac, ipv4, ipv6, ..Default::default() };
             let refuse = |shared: &Shared, by: &str| {
                 Error::conflict(format!(
                     "the {shared} is taken on network {:?}{by}; choose another one",
@@ -217,12 +220,24 @@ pub(crate) fn settle(hosts: &mut Vec<NetworkHost>) -> Vec<String> {
     said
 }
 
+/// What two guests of a network have, each in words.
+pub(crate) struct Settled {
+    pub(crate) network: karst_model::NetworkId,
+    pub(crate) addresses: Vec<String>,
+    pub(crate) names: Vec<String>,
+}
+
 impl EngineInner {
-    /// What [`settle`] says of each bridge.
-    pub(crate) fn shared_addresses(&self, records: &Records) -> Vec<(karst_model::NetworkId, Vec<String>)> {
-        let bridges = records.networks.values().filter(|n| n.kind == NetworkKind::Bridge);
-        let said = bridges.map(|n| (n.id, settle(&mut self.hosts_on(records, n, None))));
-        said.filter(|(_, said)| !said.is_empty()).collect()
+    /// What [`settle`] says of each network, and what [`labels::settle`] says of each bridge.
+    pub(crate) fn shared(&self, records: &Records) -> Vec<Settled> {
+        let of = |network: &Row<Network>| {
+            let mut hosts = self.hosts_on(records, network, None);
+            let addresses = settle(&mut hosts);
+            let bridge = network.kind == NetworkKind::Bridge;
+            let names = if bridge { labels::settle(records, &mut hosts) } else { vec![] };
+            Settled { network: network.id, addresses, names }
+        };
+        records.networks.values().map(of).collect()
     }
 }
 

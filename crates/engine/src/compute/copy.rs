@@ -14,7 +14,10 @@ use crate::{
     db::Tx,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
-    snapshots::pause::{PausedGuest, guest, pause, release, resume},
+    snapshots::{
+        pause::{PausedGuest, guest, pause, release, resume},
+        restore::hardware_of,
+    },
 };
 use async_trait::async_trait;
 use karst_agent::{HostAgent, MachineStateSave, VolumeRef, VolumeRefresh, VolumeSnapshotRef};
@@ -66,6 +69,7 @@ impl Engine {
         request: CopyInstance,
     ) -> Result<(String, LiveOperation)> {
         let project = self.project(context, project, Permission::ResourceEdit)?;
+        super::vmids::demand_choice(context, request.copy.vmid)?;
         if let Some(name) = self.copy_there(&project, &request) {
             let operation = self.instance_refresh(context, &project, &name, &request).await?;
             return Ok((name, operation));
@@ -134,9 +138,16 @@ impl Engine {
                 instance.volatile.insert("volatile.base_image".into(), base.clone());
             }
             let parsed = expand::parse_devices(&records.expanded(instance).1)?;
-            if let Some(hardware) = &source.hardware {
+            if let Some(now) = &source.hardware {
+                // A snapshot's variables go with the firmware of then.
+                let hardware = match at {
+                    Some(s) => {
+                        hardware_of(now, s, &records.expanded(source).0, &records.expanded(instance).0)?
+                    }
+                    None => now.clone(),
+                };
                 let (uuid, cloud_init_id) = (instance.id.uuid(), inner.env.uuid());
-                instance.hardware = Some(Hardware { uuid, cloud_init_id, ..hardware.clone() });
+                instance.hardware = Some(Hardware { uuid, cloud_init_id, ..hardware });
                 // The buses are those of the original's machine.
                 instance.identities = inner.assign_identities(
                     &records,

@@ -80,6 +80,7 @@ impl Engine {
         request: CreateInstance,
     ) -> Result<(String, LiveOperation)> {
         let project = self.project(context, project, Permission::ResourceEdit)?;
+        super::vmids::demand_choice(context, request.vmid)?;
         let inner = self.inner();
         let mut made_up = None;
         let mut chosen = String::new();
@@ -294,6 +295,7 @@ pub(crate) fn plan(
         instance.root,
     );
     inner.check_addresses(records, Some(&mut *tx), &instance, &parsed)?;
+    inner.demand_own_label(records, &instance, "name")?;
     if let Some(image) = &image {
         instance.volatile.insert("volatile.base_image".into(), image.fingerprint.clone());
         templates::take(&mut instance, records, &image.templates, Trigger::Create);

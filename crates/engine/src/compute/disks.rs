@@ -104,8 +104,9 @@ fn take(records: &Records, tx: &mut Tx, instance: &Instance, row: &Row<Volume>, 
     if !row.is_shared() {
         if let Some(other) = volumes::attached(records, row).into_iter().find(|i| i.id != instance.id) {
             return Err(Error::conflict(format!(
-                "block volume {:?} is attached to instance {:?}; set security.shared=true on it if what is in it may be used by several at once",
-                row.name, &*other.name
+                "block volume {:?} is attached to {}; set security.shared=true on it if what is in it may be used by several at once",
+                row.name,
+                super::called(instance.project, &other)
             ))
             .at(format!("devices.{device}.source")));
         }

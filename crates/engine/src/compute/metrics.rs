@@ -3,7 +3,7 @@
 use crate::{Engine, context::Context};
 use karst_agent::CallContext;
 use karst_env::EnvExt;
-use karst_model::{InstanceId, NodeId, Result, guest::Metrics, instance::Status};
+use karst_model::{InstanceId, NodeId, Result, guest::Metrics, history::Series, instance::Status};
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex},
@@ -45,6 +45,21 @@ impl Engine {
         let agent = self.inner().agents.get(view.instance.node)?;
         let mut found = agent.guest_metrics(&CallContext::read(PATIENCE), vec![view.instance.id]).await?;
         Ok(found.pop().map(|(_, m)| m))
+    }
+
+    /// What an instance used over time, one series for each resolution; without points where it never ran.
+    ///
+    /// # Errors
+    /// Not found, forbidden; unavailable when its host does not answer.
+    pub async fn instance_history(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+    ) -> Result<Vec<Series>> {
+        let view = self.instance(context, project, name)?;
+        let agent = self.inner().agents.get(view.instance.node)?;
+        agent.guest_history(&CallContext::read(PATIENCE), view.instance.id).await
     }
 
     /// Figures of all running instances, at most 2 s old. A host that does not answer is left out.

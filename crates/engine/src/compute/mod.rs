@@ -10,8 +10,10 @@ pub mod disks;
 pub mod expand;
 pub mod guest;
 pub mod inside;
+pub(crate) mod labels;
 pub mod memory;
 pub mod metrics;
+pub mod monitor;
 pub(crate) mod nics;
 pub mod power;
 pub mod rebuild;
@@ -98,6 +100,15 @@ impl Engine {
         let records = inventory.read();
         let id = records.instance(&project, name)?.id;
         inventory.view(&records, id).ok_or_else(|| Error::not_found(format!("instance {name:?} not found")))
+    }
+}
+
+/// An instance that stands in the way of something of the project `from`, for an error: one of another project is not named,
+/// because who may change what projects share need not see what is in them.
+pub(crate) fn called(from: ProjectId, instance: &Instance) -> String {
+    match instance.project == from {
+        true => format!("instance {:?}", &*instance.name),
+        false => "an instance of another project".into(),
     }
 }
 

@@ -198,6 +198,7 @@ fn plan(
         action,
         path,
         before: row.power,
+        ordered: Some(row.generation),
         resume,
         save: mode == StopMode::Save,
         keep: false,
@@ -218,6 +219,9 @@ pub struct PowerPlan {
     /// The record as it will be.
     instance: Instance,
     before: DesiredPower,
+    /// The start that was ordered last before this.
+    #[serde(default)]
+    ordered: Option<Generation>,
     /// The start goes on from memory that was kept.
     #[serde(default)]
     resume: bool,
@@ -356,6 +360,10 @@ impl Saga for InstancePower {
             instance.power = DesiredPower::Stopped;
         } else {
             instance.power = plan.before;
+        }
+        // A restart that stopped nothing ordered nothing either: the record means what runs, or its end would be nobody's.
+        if let (PowerAction::Restart, false, Some(ordered)) = (plan.action, stopped, plan.ordered) {
+            instance.generation = ordered;
         }
         // A start that failed leaves the memory where it was.
         instance.stateful = plan.resume || (plan.save && stopped);

@@ -11,6 +11,7 @@ use crate::{
     Engine, EngineInner,
     context::Context,
     db::Tx,
+    events::Subject,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
     tenancy::limits::{Planned, admit},
@@ -30,7 +31,7 @@ use karst_model::{
     template::Trigger,
 };
 use serde::{Deserialize, Serialize};
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 /// Most snapshots of an instance that is moved: one transaction changes all.
 const MOST: usize = 80;
@@ -189,6 +190,7 @@ impl Engine {
                 instance.root,
             );
             inner.check_addresses(&records, Some(&mut *tx), &instance, &parsed)?;
+            inner.demand_own_label(&records, &instance, "name")?;
             instance.spec_version += 1;
             inner.guest_spec(&records, &instance, 0)?;
             if elsewhere {
@@ -383,6 +385,11 @@ impl Saga for InstanceMove {
 
     fn announce(plan: &MovePlan) -> Vec<(&'static str, String)> {
         vec![(if plan.renamed() { "instance-renamed" } else { "instance-updated" }, plan.path.clone())]
+    }
+
+    // In the project of the operation, from which it went, another one may have the name that it has where it is now.
+    fn subject(plan: &MovePlan) -> Option<Subject> {
+        Some(Subject::Instance(Arc::new(plan.new.clone()), None))
     }
 }
 

@@ -82,10 +82,11 @@ fn guest(instance: &Instance, project: String, config: &Config) -> Guest {
     }
 }
 
-/// Was the instance stopped with its host? Whoever stops one otherwise, or it itself, wants it to be off.
+/// Was the instance stopped with its host? Whoever stops one otherwise, or it itself, wants it to be off. A start that
+/// was ordered since and failed changes nothing about that.
 pub(crate) fn stopped_with_host(instance: &Instance, runtime: &Runtime) -> bool {
     runtime.state == RuntimeState::Stopped
-        && runtime.generation == instance.generation
+        && runtime.generation <= instance.generation
         && instance.power != DesiredPower::Stopped
         && !matches!(runtime.exit, Some(ExitReason::Crashed { .. }))
 }

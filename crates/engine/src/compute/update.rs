@@ -20,8 +20,9 @@ use karst_model::{
     access::Permission,
     device::{Devices, DiskBus, RootDevice},
     guest::Applied,
-    instance::{DeviceIdentity, Instance, InstanceKind, Status},
-    keys, keys_machine,
+    instance::{DeviceIdentity, Hardware, Instance, InstanceKind, Status},
+    keys,
+    keys_machine::{self, HardwareChoice},
     spec::GuestSpec,
     storage::{Volume, VolumeOwner},
     template::Trigger,
@@ -150,6 +151,7 @@ impl Engine {
             place_disks(inner, &mut placed, &parsed, slots);
             instance.identities = assign(&placed, &parsed);
             inner.check_addresses(&records, Some(&mut *tx), &instance, &parsed)?;
+            inner.demand_own_label(&records, &instance, "devices")?;
             let runtime = records.runtimes.get(&row.id);
             let running = matches!(row.status(runtime.map(|r| &r.value)), Status::Running | Status::Frozen);
             let domain_id = runtime.and_then(|r| r.domain_id).unwrap_or(0);
@@ -216,6 +218,7 @@ impl Engine {
                 tx.expect_unlocked(&lock(row.id));
                 let mut instance = row.value.clone();
                 instance.name = new.clone();
+                inner.demand_own_label(records, &instance, "name")?;
                 instance.spec_version += 1;
                 super::templates::defer(&mut instance, Trigger::Rename);
                 tx.replace(row, &instance);
@@ -334,13 +337,7 @@ fn change_hardware(
         ))
         .at("config.hardware.machine"));
     }
-    let mut new = now.clone();
-    if keys_machine::hardware(before).map_or(true, |old| old.firmware != choice.firmware) {
-        new.firmware = choice.firmware;
-    }
-    if let Some(model) = choice.cpu_model {
-        new.cpu_model = model;
-    }
+    let new = follow_keys(&now, before, &choice);
     if running && new != now {
         let key = if new.firmware == now.firmware { "hardware.cpu.model" } else { "security.secureboot" };
         return Err(Error::conflict(format!(
@@ -350,6 +347,18 @@ fn change_hardware(
     }
     instance.hardware = Some(new);
     Ok(())
+}
+
+/// Hardware whose firmware and CPU model follow the keys, as far as these change.
+pub(crate) fn follow_keys(now: &Hardware, before: &Config, choice: &HardwareChoice) -> Hardware {
+    let mut new = now.clone();
+    if keys_machine::hardware(before).map_or(true, |old| old.firmware != choice.firmware) {
+        new.firmware = choice.firmware;
+    }
+    if let Some(model) = &choice.cpu_model {
+        new.cpu_model.clone_from(model);
+    }
+    new
 }
 
 /// Plan of [`InstanceUpdate`].

@@ -7,17 +7,32 @@
 
 use crate::{
     EngineInner, Records,
+    context::Context,
     db::Tx,
     inventory::{RETIRED_VMIDS, VMID_KEY},
 };
 use karst_model::{
     Error, Result, Vmid,
+    access::Permission,
     instance::{Instance, Lifecycle},
 };
 use std::sync::atomic::Ordering;
 
 fn retired(vmid: Vmid) -> String {
     format!("{RETIRED_VMIDS}{vmid}")
+}
+
+/// Numbers are the cluster's: a refusal tells of others' guests, and one that was taken never comes back.
+///
+/// # Errors
+/// Forbidden, at `vmid`, for who may make instances in some projects only.
+pub(crate) fn demand_choice(context: &Context, vmid: Option<Vmid>) -> Result<()> {
+    if vmid.is_none() || context.principal().may(Permission::ResourceEdit, None) {
+        return Ok(());
+    }
+    let text =
+        "VMIDs are chosen by those who may make instances in all projects; leave it out to be given one";
+    Err(Error::forbidden(text).at("vmid"))
 }
 
 impl EngineInner {

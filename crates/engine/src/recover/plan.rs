@@ -369,6 +369,7 @@ fn snapshots(
                 profiles: instance.profiles.clone(),
                 config: instance.config.clone(),
                 devices: instance.devices.clone(),
+                hardware: None,
                 volumes: vec![(found.volume, id)],
                 stateful: false,
                 created_at: inner.env.now(),

@@ -16,7 +16,7 @@ use crate::{
 };
 use async_trait::async_trait;
 use jiff::Timestamp;
-use karst_agent::{MachineStateRef, MachineStateSave, VolumeSnapshotRef};
+use karst_agent::{CallContext, MachineStateRef, MachineStateSave, VolumeSnapshotRef};
 use karst_model::{
     Error, Name, NodeId, Result, SnapshotId,
     guest::Observed,
@@ -25,6 +25,9 @@ use karst_model::{
 };
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
+
+/// Longest that the disk is waited for, on which others write too.
+const FLUSH: Duration = Duration::from_secs(600);
 
 /// What a user wants.
 #[derive(Debug, Clone, Default)]
@@ -116,6 +119,7 @@ impl Engine {
                         profiles: row.profiles.clone(),
                         config: row.config.clone(),
                         devices: row.devices.clone(),
+                        hardware: row.hardware.clone(),
                         volumes: volumes.iter().map(|v| (v.id, id)).collect(),
                         stateful: request.stateful,
                         created_at: now,
@@ -215,6 +219,17 @@ pub struct SnapshotPlan {
     path: String,
 }
 
+impl SnapshotPlan {
+    /// Waits until the snapshots are on disk: who was told of one may delete what it is of.
+    async fn flush(&self, cx: &StepContext) -> Result<()> {
+        let pools: std::collections::BTreeSet<_> = self.volumes.iter().map(|at| at.pool).collect();
+        for pool in pools {
+            cx.agent(self.node)?.pool_flush(&CallContext::read(FLUSH), pool).await?;
+        }
+        Ok(())
+    }
+}
+
 /// Outputs of [`SnapshotCreate`].
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct SnapshotOutputs {
@@ -267,8 +282,15 @@ impl Saga for SnapshotCreate {
                     let agent = cx.agent(plan.node)?;
                     agent.volume_snapshot_create(&cx.mutate(Duration::from_secs(1800)), *at).await?;
                 }
+                // Guests that stand still for it do not wait for the disk.
+                if plan.guests.is_empty() {
+                    plan.flush(cx).await?;
+                }
             }
-            _ => outputs.resumed = resume(cx, &plan.guests).await?,
+            _ => {
+                outputs.resumed = resume(cx, &plan.guests).await?;
+                plan.flush(cx).await?;
+            }
         }
         Ok(())
     }

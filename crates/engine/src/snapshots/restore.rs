@@ -3,7 +3,7 @@
 use super::{Found, Origin, Taken};
 use crate::{
     Engine, EngineInner, Records,
-    compute::{create::check_nics, disks::check_disks, expand},
+    compute::{create::check_nics, disks::check_disks, expand, update::follow_keys},
     context::Context,
     db::Tx,
     operations::{LiveOperation, NewOperation},
@@ -16,8 +16,9 @@ use karst_agent::{
     CallContext, MachineStateRef, MachineStateRestore, MachineStateSave, VolumeRef, VolumeSnapshotRef,
 };
 use karst_model::{
-    ByteSize, Error, ErrorKind, NodeId, Result, SnapshotId, VolumeId,
-    instance::{Instance, InstanceKind},
+    ByteSize, Config, Error, ErrorKind, NodeId, Result, SnapshotId, VolumeId,
+    instance::{Hardware, Instance, InstanceKind},
+    keys_machine,
     snapshot::Snapshot,
     storage::Volume,
 };
@@ -103,8 +104,9 @@ pub(super) fn plan(
             for user in volumes::users(records, row).instances {
                 if volumes::runs(records, &user) {
                     return Err(Error::conflict(format!(
-                        "instance {:?} runs with volume {:?}; stop it before the volume is restored",
-                        &*user.name, row.name
+                        "{} runs with volume {:?}; stop it before the volume is restored",
+                        crate::compute::called(row.project, &user),
+                        row.name
                     )));
                 }
                 let lock = crate::compute::lock(user.id);
@@ -156,6 +158,15 @@ pub(super) fn write_sizes(records: &Records, tx: &mut Tx, outputs: &RestoreOutpu
     }
 }
 
+/// What a machine of the snapshot is: its firmware, whose variables come back with it, and its CPU model were those; the rest
+/// never changes. `before` is the configuration of now, `then` that of the snapshot, both with their profiles'.
+pub(crate) fn hardware_of(now: &Hardware, at: &Snapshot, before: &Config, then: &Config) -> Result<Hardware> {
+    Ok(match &at.hardware {
+        Some(was) => Hardware { firmware: was.firmware, cpu_model: was.cpu_model.clone(), ..now.clone() },
+        None => follow_keys(now, before, &keys_machine::hardware(then)?),
+    })
+}
+
 /// An instance as it was at a snapshot, as far as what it refers to is still there.
 fn before(
     inner: &EngineInner,
@@ -180,7 +191,11 @@ fn before(
     }
     instance.current_snapshot = Some(snapshot.id);
     instance.spec_version += 1;
-    let parsed = expand::parse_devices(&records.expanded(&instance).1)?;
+    let (config, devices) = records.expanded(&instance);
+    if let Some(now) = &row.hardware {
+        instance.hardware = Some(hardware_of(now, snapshot, &records.expanded(row).0, &config)?);
+    }
+    let parsed = expand::parse_devices(&devices)?;
     let (device, root) = &parsed.root;
     if records.pool(&root.pool).map_err(|e| e.at(format!("devices.{device}.pool")))?.id != row.pool {
         return Err(Error::conflict(format!(

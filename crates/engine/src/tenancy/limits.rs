@@ -234,10 +234,10 @@ pub(crate) fn admit(records: &Records, tx: &mut Tx, project: ProjectId, planned:
     if planned.profile.is_some() {
         for instance in instances(records, project, planned) {
             let (config, devices) = expanded(records, instance, planned.profile);
-            restricted::check(&rules, Some(instance.kind), &config, &devices).map_err(|e| Error {
-                message: format!("instance {:?}: {}", &*instance.name, e.message),
-                ..e
-            })?;
+            let of = planned.profile.map_or(project, |p| p.project);
+            let who = || crate::compute::called(of, instance);
+            restricted::check(&rules, Some(instance.kind), &config, &devices)
+                .map_err(|e| Error { message: format!("{}: {}", who(), e.message), ..e })?;
         }
     }
     if rules.limits != Default::default() {

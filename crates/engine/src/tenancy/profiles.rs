@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     Engine, EngineInner, Records, Row,
-    compute::expand,
+    compute::{called, expand},
     context::Context,
     db::Tx,
     inventory::Uses,
@@ -67,8 +67,15 @@ fn demand_named(records: &Records, devices: &Devices) -> Result<()> {
         if let (Some(network), "nic") = (named("network"), kind) {
             records.network(network).map_err(|e| e.at(format!("devices.{name}.network")))?;
         }
-        if let (Some(pool), "disk") = (named("pool"), kind) {
-            records.pool(pool).map_err(|e| e.at(format!("devices.{name}.pool")))?;
+        let pools: &[&str] = match kind {
+            "disk" => &["pool"],
+            "kernel" => &["pool", "initrd.pool"],
+            _ => &[],
+        };
+        for key in pools {
+            if let Some(pool) = named(key) {
+                records.pool(pool).map_err(|e| e.at(format!("devices.{name}.{key}")))?;
+            }
         }
     }
     Ok(())
@@ -265,8 +272,8 @@ impl Engine {
                 demand_idle(records, tx, row.id)?;
                 if let Some(user) = records.instances.values().find(|i| i.profiles.contains(&row.id)) {
                     return Err(Error::conflict(format!(
-                        "profile {name:?} is used by instance {:?}",
-                        &*user.name
+                        "profile {name:?} is used by {}",
+                        called(row.project, user)
                     )));
                 }
                 tx.expect_untouched(records, &profile_uses(row.id));
@@ -306,7 +313,7 @@ fn demand_valid(records: &Records, tx: &mut Tx, profile: &Profile) -> Result<()>
 fn demand_valid_user(records: &Records, tx: &mut Tx, instance: &Instance, changed: &Profile) -> Result<()> {
     let (config, devices) = super::limits::expanded(records, instance, Some(changed));
     let because = |e: Error| Error {
-        message: format!("instance {:?} would be invalid: {}", &*instance.name, e.message),
+        message: format!("{} would be invalid: {}", called(changed.project, instance), e.message),
         ..e
     };
     keys::limits(&config).map_err(because)?;
@@ -315,8 +322,8 @@ fn demand_valid_user(records: &Records, tx: &mut Tx, instance: &Instance, change
     crate::compute::disks::check_disks(records, tx, instance, &parsed).map_err(because)?;
     if records.pool(&root.pool).map_err(because)?.id != instance.pool {
         return Err(Error::conflict(format!(
-            "instance {:?} would change its pool by device {name:?}",
-            &*instance.name
+            "{} would change its pool by device {name:?}",
+            called(changed.project, instance)
         )));
     }
     for (device, nic) in &parsed.nics {
@@ -344,6 +351,7 @@ const LOOK: Duration = Duration::from_millis(50);
 
 /// A running user: where, what it has, what it is to have.
 struct User {
+    /// For errors.
     name: String,
     node: NodeId,
     before: GuestSpec,
@@ -359,8 +367,8 @@ fn running_users(engine: &EngineInner, profile: &Profile) -> Result<Vec<User>> {
         let runtime = records.runtimes.get(&instance.id);
         let status = instance.status(runtime.map(|r| &r.value));
         let (Status::Running | Status::Frozen, Some(runtime)) = (status, runtime) else { continue };
-        let named =
-            |e: Error| Error { message: format!("instance {:?}: {}", &*instance.name, e.message), ..e };
+        let name = called(profile.project, instance);
+        let named = |e: Error| Error { message: format!("{name}: {}", e.message), ..e };
         let domain = runtime.domain_id.unwrap_or(0);
         // A profile may have got devices since the start: they come with the next one.
         let devices = records.expanded(instance).1;
@@ -383,7 +391,7 @@ fn running_users(engine: &EngineInner, profile: &Profile) -> Result<Vec<User>> {
             ..before.clone()
         };
         let config = [was, config];
-        users.push(User { name: instance.name.to_string(), node: instance.node, before, after, config });
+        users.push(User { name, node: instance.node, before, after, config });
     }
     Ok(users)
 }
@@ -414,14 +422,14 @@ impl Saga for ProfileUpdate {
                         records.instances.values().filter(|i| i.profiles.contains(&plan.profile.id));
                     users.find_map(|i| {
                         let lock = records.lock(&crate::compute::lock(i.id))?;
-                        Some((i.name.to_string(), lock.description.to_lowercase()))
+                        Some((called(plan.profile.project, i), lock.description.to_lowercase()))
                     })
                 };
                 let Some((name, what)) = busy else { return Ok(()) };
                 left = left.saturating_sub(LOOK);
                 if left.is_zero() {
                     return Err(Error::conflict(format!(
-                        "instance {name:?}, which has this profile, is busy ({what}); try again when it is not"
+                        "{name}, which has this profile, is busy ({what}); try again when it is not"
                     )));
                 }
                 engine.env.sleep(LOOK).await;
@@ -439,7 +447,7 @@ impl Saga for ProfileUpdate {
                 // It ended meanwhile; the next start is with the profile as it is then.
                 Err(e) if e.is(ErrorKind::NotFound) => {}
                 Err(e) => {
-                    let message = format!("instance {:?} refuses it: {}", user.name, e.message);
+                    let message = format!("{} refuses it: {}", user.name, e.message);
                     return Err(Error { message, ..e });
                 }
             }

@@ -1,14 +1,23 @@
 //! The server's own configuration (`/1.0`).
 
 use crate::{Engine, context::Context};
+use async_trait::async_trait;
 use karst_model::{
     Config, Error, Result, access::Permission, backup::Compression, error::nearest, keys, trust::ServerConfig,
 };
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 /// Keys of the server: name and text. `user.*` is free.
 pub const SERVER_KEYS: &[(&str, &str)] = &[
     ("core.https_address", "Address and port of the API over HTTPS, such as `:8443`; none when empty"),
+    (
+        "core.libvirt_address",
+        "Address and port of libvirt's protocol over TLS, such as `:16514`; none when empty",
+    ),
+    (
+        "core.libvirt_names",
+        "More DNS names and addresses by which libvirt's clients reach this server, separated by commas; its certificate has them",
+    ),
     ("core.metrics_address", "Address and port of an HTTPS listener that answers metrics only"),
     ("core.metrics_authentication", "Whether metrics are for authenticated clients only (default true)"),
     ("core.remote_token_expiry", "How long a trust token is valid, such as `1d 12H`; for ever when empty"),
@@ -32,6 +41,8 @@ pub const SERVER_KEYS: &[(&str, &str)] = &[
 
 /// Port of the API when an address names none.
 pub const DEFAULT_PORT: u16 = 8443;
+/// Port of libvirt's protocol over TLS when an address names none.
+pub const LIBVIRT_PORT: u16 = 16514;
 /// Port of metrics when an address names none.
 pub const METRICS_PORT: u16 = 8444;
 
@@ -40,6 +51,10 @@ pub const METRICS_PORT: u16 = 8444;
 pub struct ServerSettings {
     /// Where the API listens.
     pub https_address: Option<SocketAddr>,
+    /// Where libvirt's protocol is spoken over TLS.
+    pub libvirt_address: Option<SocketAddr>,
+    /// Names of this server that its certificate there has besides.
+    pub libvirt_names: Vec<String>,
     /// Where metrics listen.
     pub metrics_address: Option<SocketAddr>,
     /// Are metrics open to everybody who reaches them?
@@ -60,6 +75,8 @@ impl Default for ServerSettings {
     fn default() -> Self {
         Self {
             https_address: None,
+            libvirt_address: None,
+            libvirt_names: vec![],
             metrics_address: None,
             open_metrics: false,
             token_lifetime: None,
@@ -83,6 +100,8 @@ impl ServerSettings {
             match key.as_str() {
                 k if k.starts_with("user.") => keys::check_free(key, value)?,
                 "core.https_address" => settings.https_address = address(&field, value, DEFAULT_PORT)?,
+                "core.libvirt_address" => settings.libvirt_address = address(&field, value, LIBVIRT_PORT)?,
+                "core.libvirt_names" => settings.libvirt_names = names(&field, value)?,
                 "core.metrics_address" => settings.metrics_address = address(&field, value, METRICS_PORT)?,
                 "core.metrics_authentication" => settings.open_metrics = !keys::parse_bool(&field, value)?,
                 "core.remote_token_expiry" => settings.token_lifetime = span(&field, value)?,
@@ -138,6 +157,33 @@ fn address(field: &str, text: &str, port: u16) -> Result<Option<SocketAddr>> {
     })
 }
 
+/// Most names of a certificate, and the longest of them.
+const MOST_NAMES: usize = 64;
+const LONGEST_NAME: usize = 253;
+
+/// DNS names and addresses, separated by commas.
+fn names(field: &str, text: &str) -> Result<Vec<String>> {
+    let mut names: Vec<String> = vec![];
+    for name in text.split(',').map(str::trim).filter(|n| !n.is_empty()) {
+        let label = |l: &str| {
+            let edge = l.starts_with('-') || l.ends_with('-');
+            (1..=63).contains(&l.len()) && !edge && l.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+        };
+        let host = name.len() <= LONGEST_NAME && name.split('.').all(label);
+        if !host && name.parse::<std::net::IpAddr>().is_err() {
+            let message = format!("{name:?} is neither a DNS name such as host1.example.com nor an address");
+            return Err(Error::invalid(field, message));
+        }
+        if !names.iter().any(|n| n == name) {
+            names.push(name.to_owned());
+        }
+    }
+    match names.len() > MOST_NAMES {
+        true => Err(Error::invalid(field, format!("a certificate has at most {MOST_NAMES} names here"))),
+        false => Ok(names),
+    }
+}
+
 /// A whole number of `unit` seconds; the inner `None` is 0, the outer an empty text.
 fn whole(field: &str, text: &str, unit: u64) -> Result<Option<Option<Duration>>> {
     if text.is_empty() {
@@ -180,7 +226,31 @@ fn span(field: &str, text: &str) -> Result<Option<Duration>> {
     Ok((seconds > 0).then(|| Duration::from_secs(seconds)))
 }
 
+/// A listener on the network of another front end than the one that changes the server's configuration: a change that
+/// cannot be listened for is not made.
+#[async_trait]
+pub trait NetworkListener: Send + Sync {
+    /// Ends what `settings` no longer say, so that its port is free.
+    async fn release(&self, settings: &ServerSettings);
+
+    /// Listens as they say, if it does not yet.
+    ///
+    /// # Errors
+    /// Invalid at the key whose address cannot be listened on.
+    async fn ensure(&self, settings: &ServerSettings) -> Result<()>;
+}
+
 impl Engine {
+    /// Says what else listens on the network as the server's configuration says.
+    pub fn set_network_listener(&self, listener: Arc<dyn NetworkListener>) {
+        *self.inner().network_listener.write().unwrap_or_else(|e| e.into_inner()) = Some(listener);
+    }
+
+    /// What else listens on the network.
+    pub fn network_listener(&self) -> Option<Arc<dyn NetworkListener>> {
+        self.inner().network_listener.read().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
     /// The server's configuration in typed form, for the daemon's own listeners.
     pub fn server_settings(&self) -> ServerSettings {
         let config = self.inner().inventory.read().tenancy.server.as_ref().map(|s| s.config.clone());
@@ -263,6 +333,15 @@ mod tests {
             let e = parse("core.https_address", wrong).unwrap_err();
             assert_eq!(e.field.as_deref(), Some("config.core.https_address"), "{wrong}");
         }
+        let libvirt = parse("core.libvirt_address", "127.0.0.1").unwrap().libvirt_address;
+        assert_eq!(libvirt.map(|a| a.to_string()).as_deref(), Some("127.0.0.1:16514"));
+        let said = |v: &str| parse("core.libvirt_names", v).map(|s| s.libvirt_names);
+        assert_eq!(said("a.example.com, ::1,a.example.com,").unwrap(), ["a.example.com", "::1"]);
+        for wrong in ["a b", "-a", "a..b", "*.example.com", "ü", &"a".repeat(64)] {
+            let e = said(wrong).unwrap_err();
+            assert_eq!(e.field.as_deref(), Some("config.core.libvirt_names"), "{wrong}");
+        }
+        assert!(said(&(0..65).map(|n| format!("n{n},")).collect::<String>()).is_err());
         let lifetime = |v| parse("core.remote_token_expiry", v).map(|s| s.token_lifetime);
         assert_eq!(lifetime("1d 12H").unwrap(), Some(Duration::from_secs(36 * 3600)));
         assert_eq!(lifetime("").unwrap(), None);

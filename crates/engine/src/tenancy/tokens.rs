@@ -74,7 +74,12 @@ impl Engine {
             return Err(Error::invalid("expires_at", "the token would have expired already"));
         }
         let secret = random_secret(self);
-        let id = inner
+        let id = PrincipalId(inner.env.uuid());
+        let token = format!("{PREFIX}{}_{secret}", id.uuid().simple());
+        let mut salt = [0; 16];
+        inner.env.fill_random(&mut salt);
+        let scram = super::scram::verifier(&token, &salt);
+        inner
             .transact(|records, tx| {
                 if records.tenancy.api_token(&new.name).is_ok() {
                     let text = format!("a token {:?} exists already", new.name);
@@ -87,23 +92,23 @@ impl Engine {
                         projects.into_iter().map(|p| Grant { role: new.role, project: Some(p) }).collect()
                     }
                 };
-                let id = PrincipalId(inner.env.uuid());
                 tx.take_name("api-tokens", "", &new.name, &id.to_string());
                 tx.create(&ApiToken {
                     id,
                     name: new.name.clone(),
                     description: new.description.clone(),
                     secret_hash: hash(&secret),
+                    scram: Some(scram.clone()),
                     grants,
                     created_at: now,
                     expires_at: new.expires_at,
                     spec_version: 1,
                 });
-                Ok(id)
+                Ok(())
             })
             .await?;
         inner.announce(context, None, "token-created", format!("/1.0/karst/tokens/{}", new.name));
-        Ok(format!("{PREFIX}{}_{secret}", id.uuid().simple()))
+        Ok(token)
     }
 
     /// Deletes a token: its next request is nobody's.

@@ -61,7 +61,8 @@ pub(crate) fn hash(secret: &str) -> String {
     hex(&Sha256::digest(secret.as_bytes()))
 }
 
-fn hex(bytes: &[u8]) -> String {
+/// Bytes as lower-case digits.
+pub(crate) fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write;
     bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, b| {
         let _ = write!(text, "{b:02x}");
@@ -149,6 +150,12 @@ impl Engine {
             address: address.to_owned(),
         };
         Principal::of(row.id, identity, row.roles())
+    }
+
+    /// Is a principal still who it was when it came, with the same roles? A connection that lasts asks this.
+    pub fn principal_stands(&self, principal: &Principal) -> bool {
+        let now = self.principal_now(principal);
+        now.is_known() && now.id == principal.id && now.grants == principal.grants
     }
 
     /// A principal as it is now: what it was given may have been taken away since.

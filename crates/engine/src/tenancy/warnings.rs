@@ -6,7 +6,7 @@ use karst_env::EnvExt;
 use karst_model::{
     Error, ProjectId, Result,
     access::Permission,
-    instance::Status,
+    instance::{Instance, Status},
     operation::OperationState,
     warning::{Severity, Warning, WarningStatus},
 };
@@ -38,20 +38,30 @@ struct Condition {
 
 fn conditions(inner: &EngineInner, records: &Records) -> BTreeMap<Uuid, Condition> {
     let mut all = vec![];
-    for (network, shared) in inner.shared_addresses(records) {
-        let Some(network) = records.networks.get(&network) else { continue };
-        all.push(Condition {
-            kind: "Guests share an address",
-            severity: Severity::Moderate,
-            message: format!(
-                "on network {:?} {}; give it another one",
-                &*network.name,
-                shared.join(", and ")
-            ),
-            project: Some(network.project),
-            entity: format!("/1.0/networks/{}", &*network.name),
-            about: network.id.to_string(),
-        });
+    for settled in inner.shared(records) {
+        let Some(network) = records.networks.get(&settled.network) else { continue };
+        // It names guests: where some are of other projects it is for who may see all.
+        let on = |i: &Row<Instance>| {
+            let view = inner.inventory.view(records, i.id);
+            view.is_some_and(|v| v.nics.iter().any(|(on, _)| **on == *network.name))
+        };
+        let mixed = records.instances.values().any(|i| i.project != network.project && on(i));
+        for (kind, said, advice) in [
+            ("Guests share an address", &settled.addresses, "give it another one"),
+            ("Guests share a name", &settled.names, "rename one of them"),
+        ] {
+            if said.is_empty() {
+                continue;
+            }
+            all.push(Condition {
+                kind,
+                severity: Severity::Moderate,
+                message: format!("on network {:?} {}; {advice}", &*network.name, said.join(", and ")),
+                project: (!mixed).then_some(network.project),
+                entity: format!("/1.0/networks/{}", &*network.name),
+                about: network.id.to_string(),
+            });
+        }
     }
     for node in records.nodes.values() {
         for message in node.facts.iter().flat_map(|f| &f.warnings) {
@@ -137,7 +147,7 @@ async fn sync(inner: &Arc<EngineInner>) -> Result<()> {
             for (id, c) in &found {
                 let old = records.tenancy.warnings.get(id);
                 let again = old.is_some_and(|w| w.status == WarningStatus::Resolved);
-                if old.is_some_and(|w| !again && w.message == c.message) {
+                if old.is_some_and(|w| !again && (&w.message, w.project) == (&c.message, c.project)) {
                     continue;
                 }
                 let Some(fewer) = left.checked_sub(1) else { break };

@@ -7,7 +7,7 @@ use super::{lock, path, runs, users};
 use crate::{
     Engine, EngineInner, Records, Row,
     backups::lock as upload_lock,
-    compute::guest::Session,
+    compute::{called, guest::Session},
     context::Context,
     db::Tx,
     operations::{LiveOperation, NewOperation},
@@ -62,8 +62,9 @@ fn demand_still(records: &Records, tx: &mut Tx, row: &Row<Volume>) -> Result<()>
     for user in &users(records, row).instances {
         if runs(records, user) {
             return Err(Error::conflict(format!(
-                "instance {:?} runs with volume {:?}; stop it first",
-                &*user.name, row.name
+                "{} runs with volume {:?}; stop it first",
+                called(row.project, user),
+                row.name
             )));
         }
         // A start or snapshot that is under way has this lock.
@@ -102,8 +103,8 @@ impl Engine {
             for user in &users(&records, row).instances {
                 if user.root == row.id && !records.snapshots_of(user.id).is_empty() {
                     return Err(Error::conflict(format!(
-                        "instance {:?} has snapshots of volume {name:?}; delete them first",
-                        &*user.name
+                        "{} has snapshots of volume {name:?}; delete them first",
+                        called(row.project, user)
                     )));
                 }
             }

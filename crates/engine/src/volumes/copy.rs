@@ -102,6 +102,11 @@ impl Engine {
             if source.content != VolumeContent::Filesystem && size.is_some() && size < now {
                 return Err(Error::invalid("config.size", "a copy cannot be smaller than the original"));
             }
+            if source.content == VolumeContent::Iso && size.is_some() && size != now {
+                let text =
+                    "a disc (ISO volume) is as large as its file, and so is a copy; leave the size out";
+                return Err(Error::invalid("config.size", text));
+            }
             let description = match request.copy.description.is_empty() {
                 true => source.description.clone(),
                 false => request.copy.description.clone(),

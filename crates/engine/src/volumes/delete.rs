@@ -8,6 +8,7 @@ use crate::{
     inventory::Uses,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
+    storage::users_in_words,
 };
 use async_trait::async_trait;
 use karst_agent::VolumeRef;
@@ -33,10 +34,11 @@ impl Engine {
             let records = inner.inventory.read();
             let row = records.demand_volume(project.id, pool, name)?;
             let used = users(&records, row).paths(&records);
-            if let Some(first) = used.first() {
+            if !used.is_empty() {
+                let seen = users(&records, row).visible_to(context).paths(&records);
+                let who = users_in_words(&seen, &used);
                 return Err(Error::conflict(format!(
-                    "custom volume {name:?} is used by {first}{}; detach it first",
-                    if used.len() > 1 { format!(" and {} more", used.len() - 1) } else { String::new() }
+                    "custom volume {name:?} is used by {who}; detach it first"
                 )));
             }
             tx.expect(row);

@@ -6,13 +6,14 @@
 use super::{demand_free, lock, path, runs, scope, users};
 use crate::{
     Engine, EngineInner, Records,
-    compute::copy::VolumeCopy,
+    compute::{called, copy::VolumeCopy},
     context::Context,
     db::Tx,
     inventory::Uses,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
     snapshots::Taken,
+    storage::users_in_words,
     tenancy::limits::{Planned, admit},
 };
 use async_trait::async_trait;
@@ -88,10 +89,11 @@ impl Engine {
             tx.touch(&crate::storage::pool_lock(there.id));
             tx.expect_untouched(&records, &lock(row.id));
             let used = users(&records, row);
-            if let (true, Some(first)) = (elsewhere, used.paths(&records).first()) {
-                let text = format!(
-                    "volume {name:?} is used by {first}; detach it before it goes to another project"
-                );
+            if elsewhere && !used.is_empty() {
+                let seen = users(&records, row).visible_to(context).paths(&records);
+                let who = users_in_words(&seen, &used.paths(&records));
+                let text =
+                    format!("volume {name:?} is used by {who}; detach it before it goes to another project");
                 return Err(Error::conflict(text));
             }
             if used.instances.len() + used.profiles.len() > MOST {
@@ -99,7 +101,8 @@ impl Engine {
             }
             for user in &used.instances {
                 if runs(&records, user) {
-                    let text = format!("instance {:?} runs with volume {name:?}; stop it first", &*user.name);
+                    let text =
+                        format!("{} runs with volume {name:?}; stop it first", called(row.project, user));
                     return Err(Error::conflict(text));
                 }
                 let target = crate::compute::lock(user.id);

@@ -3,6 +3,7 @@
 use super::{attached, demand_free, lock, path, runs, scope, users};
 use crate::{
     Engine, EngineInner,
+    compute::called,
     context::Context,
     db::Tx,
     operations::{LiveOperation, NewOperation},
@@ -76,8 +77,8 @@ impl Engine {
                 for user in &attached {
                     if runs(&records, user) {
                         return Err(Error::conflict(format!(
-                            "instance {:?} runs with volume {name:?}; stop it before the volume grows",
-                            &*user.name
+                            "{} runs with volume {name:?}; stop it before the volume grows",
+                            called(row.project, user)
                         ))
                         .at("config.size"));
                     }
@@ -134,8 +135,8 @@ impl Engine {
                 for user in &users.instances {
                     if runs(records, user) {
                         return Err(Error::conflict(format!(
-                            "instance {:?} runs with volume {name:?}; stop it before the volume is renamed",
-                            &*user.name
+                            "{} runs with volume {name:?}; stop it before the volume is renamed",
+                            called(row.project, user)
                         )));
                     }
                     let target = crate::compute::lock(user.id);
@@ -198,6 +199,12 @@ fn new_size(volume: &Volume, wanted: Option<ByteSize>) -> Result<Option<ByteSize
         )),
         (VolumeContent::Filesystem, _, wanted) => Ok(wanted),
         (_, now, None) => Ok(now),
+        (VolumeContent::Iso, Some(now), Some(wanted)) if wanted != now => Err(Error::invalid(
+            field,
+            format!(
+                "a disc (ISO volume) is as large as its file, which has {now}; import another one instead"
+            ),
+        )),
         (_, Some(now), Some(wanted)) if wanted < now => {
             Err(Error::invalid(field, format!("a disk cannot shrink; it has {now}")))
         }

@@ -19,7 +19,7 @@ use std::{
 };
 
 /// What the server says of itself.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct ServerInfo {
     /// Version of Karst.
     pub version: String,
@@ -29,6 +29,8 @@ pub struct ServerInfo {
     pub shutdown: Option<tokio::sync::mpsc::Sender<()>>,
     /// The certificate by which it is known on the network; without one it listens on its unix socket only.
     pub identity: Option<Arc<crate::tls::Identity>>,
+    /// The authority of libvirt's certificates; without one there are none.
+    pub authority: Option<Arc<crate::tls::Authority>>,
 }
 
 /// The front end.

@@ -72,6 +72,7 @@ pub const TESTED: &[(&str, &str)] = &[
     ("karst_images_build", "karst_paths_answer"),
     ("karst_snapshot_quiesce", "file_systems_are_still_around_snapshots"),
     ("karst_tokens", "tokens_are_shown_with_each_request"),
+    ("karst_vmid", "a_vmid_is_chosen_and_shown"),
     ("limits_hugepages", "limits_reach_the_host_live"),
     ("metadata_configuration", "server_describes_itself"),
     ("metrics", "metrics_are_incus"),

@@ -25,7 +25,7 @@ pub mod sessions;
 pub mod sftp;
 pub mod socket;
 pub use karst_engine::stream;
-pub mod tls;
+pub use karst_tls as tls;
 pub mod wire;
 
 pub use app::{App, ServerInfo};

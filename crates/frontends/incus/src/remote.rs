@@ -135,10 +135,17 @@ impl Remote {
                 old.stop().await;
             }
         }
-        let outcome = match self.ensure(app, api, settings.https_address, Surface::Api).await {
+        let other = app.engine.network_listener();
+        if let Some(other) = &other {
+            other.release(settings).await;
+        }
+        let mut outcome = match self.ensure(app, api, settings.https_address, Surface::Api).await {
             Ok(()) => self.ensure(app, metrics, settings.metrics_address, Surface::Metrics).await,
             Err(e) => Err(e),
         };
+        if let (Ok(()), Some(other)) = (&outcome, &other) {
+            outcome = other.ensure(settings).await;
+        }
         *self.address.write().unwrap_or_else(|e| e.into_inner()) = api.as_ref().map(|l| l.address);
         outcome
     }

@@ -16,8 +16,8 @@ const CERTIFICATE: &str = "MIIBbzCCARWgAwIBAgIULLqgqUeG8tQlE8CqXzfKu13SeAswCgYIK
     6Zvo6nhjx61WkHdCR4MsUDfTYtDl+jVgkRdhuK8+8UndJMSIBXGru4Cr4gouFaougvKjUzBRMB0GA1UdDgQWBBS2k9KPjSEFUTE9\
     XY//2Yp/c5keTDAfBgNVHSMEGDAWgBS2k9KPjSEFUTE9XY//2Yp/c5keTDAPBgNVHRMBAf8EBTADAQH/MAoGCCqGSM49BAMCA0gA\
     MEUCIQC6wnaMOztpQqPhD0vZGbAAn+KxwPcknVHAUPBLzLO77AIgZWywG6GeL5k0N/ALxTFh/qY3FQ9xysaiLm6bM0Iw4Ow=";
-const FINGERPRINT: &str = "cef7c8b474a140f2b141709f088d9fa2051e2380c674225ffd3a9ea7feb755ca";
-const OTHER_CERTIFICATE: &str = "MIIBcDCCARWgAwIBAgIUG6HarbvXAkPYfQ0iFG07kfzANWMwCgYIKoZIzj0EAwIwDDEKMAgGA1UEAwwBYjAgFw0yNjExMjExNDE2\
+pub const FINGERPRINT: &str = "cef7c8b474a140f2b141709f088d9fa2051e2380c674225ffd3a9ea7feb755ca";
+pub const OTHER_CERTIFICATE: &str = "MIIBcDCCARWgAwIBAgIUG6HarbvXAkPYfQ0iFG07kfzANWMwCgYIKoZIzj0EAwIwDDEKMAgGA1UEAwwBYjAgFw0yNjExMjExNDE2\
     MThaGA8yMTI2MTAyODE0MTYxOFowDDEKMAgGA1UEAwwBYjBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABLjJMQKHI9f6smQmPErg\
     CkvkX7CzggTsuWyZN2pcUgtJ1PA6zijfqLkWe0iINoNB0yFYRws63/5/yM91xv9In9qjUzBRMB0GA1UdDgQWBBQ3rvV3pVuI/y67\
     MsIcg/7S6og8iTAfBgNVHSMEGDAWgBQ3rvV3pVuI/y67MsIcg/7S6og8iTAPBgNVHRMBAf8EBTADAQH/MAoGCCqGSM49BAMCA0kA\
@@ -25,7 +25,7 @@ const OTHER_CERTIFICATE: &str = "MIIBcDCCARWgAwIBAgIUG6HarbvXAkPYfQ0iFG07kfzANWM
 
 /// What is there to be asked for: an instance, an image with an alias, a network, a pool, a profile, a project.
 pub struct Names {
-    network: String,
+    pub network: String,
     pub image: String,
     warning: String,
 }
@@ -149,7 +149,7 @@ pub fn body(method: &Method, path: &str, image: &str) -> String {
     value.to_string()
 }
 
-fn with(role: Role, project: Option<ProjectId>) -> Principal {
+pub fn with(role: Role, project: Option<ProjectId>) -> Principal {
     Principal { grants: vec![Grant { role, project }], ..Principal::unix_admin(4242, 4242, 1) }
 }
 
@@ -188,12 +188,13 @@ async fn nobody_gets_anything() {
 }
 
 /// What an operator of another project sees all the same: the server in general, and what is filtered by project.
-const SHARED: &[&str] = &[
+pub const SHARED: &[&str] = &[
     "/",
     "/1.0",
     "/1.0/certificates",
     "/1.0/cluster",
     "/1.0/karst/access/why",
+    "/1.0/karst/libvirt",
     "/1.0/karst/openapi",
     "/1.0/metadata/configuration",
     "/1.0/metrics",

@@ -686,6 +686,13 @@ async fn profiles_and_projects_live() {
             .refused(400)
             .contains("limits.cpu")
     );
+    for (key, keys) in [
+        ("pool", json!({"type": "kernel", "source": "k", "pool": "nope"})),
+        ("initrd.pool", json!({"type": "kernel", "source": "/k", "initrd": "i", "initrd.pool": "nope"})),
+    ] {
+        let refused = s.patch("/1.0/profiles/p1", json!({"devices": {"k": keys}})).await.refused(404);
+        assert!(refused.contains(&format!("devices.k.{key}")), "{refused}");
+    }
     assert_eq!(s.post("/1.0/profiles/p1", json!({"name": "p2"})).await.status, 201);
     s.done(
         s.post(

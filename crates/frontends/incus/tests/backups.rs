@@ -124,6 +124,14 @@ async fn backups_of_volumes_live() {
     s.done(s.send(Method::POST, POOL, &disc, vec![7u8; 3 << 20]).await).await;
     let view = s.get(&format!("{POOL}/disc")).await.metadata();
     assert_eq!(view["content_type"], "iso");
+    let grown = s.patch(&format!("{POOL}/disc"), json!({"config": {"size": "8MiB"}})).await.refused(400);
+    assert!(grown.contains("config.size") && grown.contains("ISO"), "{grown}");
+    let copy = json!({"name": "disc2", "config": {"size": "8MiB"}, "source": {"type": "copy", "name": "disc", "pool": "default"}});
+    assert!(s.post(POOL, copy).await.refused(400).contains("config.size"));
+    s.patch(&format!("{POOL}/disc"), json!({"config": {"size": "3MiB"}, "description": "x"}))
+        .await
+        .metadata();
+    s.patch(&format!("{POOL}/disc"), json!({"description": ""})).await.metadata();
     // In many drives at once.
     let vm = |name: &str, bus: &str| {
         let drive = json!({"type": "disk", "pool": "default", "source": "disc", "io.bus": bus});

@@ -42,7 +42,7 @@ fn tricky(path: &str, trick: &str) -> String {
 }
 
 /// All that a client can see of the objects that there are.
-async fn everything(s: &Server) -> Vec<Value> {
+pub async fn everything(s: &Server) -> Vec<Value> {
     let mut all = vec![];
     for path in [
         "instances",

@@ -6,6 +6,8 @@ use base64::Engine as _;
 use http_body_util::{BodyExt, Full};
 use hyper::{Method, Request, body::Bytes, client::conn::http1::SendRequest};
 use hyper_util::rt::TokioIo;
+use karst_engine::tenancy::server::{NetworkListener, ServerSettings};
+use karst_model::access::Principal;
 use rcgen::{CertificateParams, KeyPair};
 use rustls::{
     ClientConfig, DigitallySignedStruct, SignatureScheme,
@@ -498,4 +500,79 @@ async fn warnings_live() {
     assert_eq!(first("new").await["uuid"], found["uuid"]);
     s.get("/1.0/warnings/00000000-0000-0000-0000-000000000001").await.refused(404);
     s.get("/1.0/warnings/x").await.refused(404);
+}
+
+/// Another front end's listener, which notes what it is told.
+struct Listener(std::sync::Mutex<Vec<String>>);
+
+#[async_trait::async_trait]
+impl NetworkListener for Listener {
+    async fn release(&self, settings: &ServerSettings) {
+        let said = settings.libvirt_address.map(|a| a.to_string()).unwrap_or_default();
+        self.0.lock().unwrap().push(format!("release {said}"));
+    }
+    async fn ensure(&self, settings: &ServerSettings) -> karst_model::Result<()> {
+        let said = settings.libvirt_address.map(|a| a.to_string()).unwrap_or_default();
+        self.0.lock().unwrap().push(format!("ensure {said}"));
+        match said == "192.0.2.1:16514" {
+            true => {
+                Err(karst_model::Error::invalid("config.core.libvirt_address", "not an address of this host"))
+            }
+            false => Ok(()),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_of_libvirt_get_certificates() {
+    let s = Server::start().await;
+    let listener = Arc::new(Listener(Default::default()));
+    s.engine.set_network_listener(listener.clone());
+    let told = || std::mem::take(&mut *listener.0.lock().unwrap());
+    let state = s.get("/1.0/karst/libvirt").await.metadata();
+    assert_eq!(state["address"], "");
+    let authority = state["certificate_authority"].as_str().unwrap().to_owned();
+    assert!(authority.starts_with("-----BEGIN CERTIFICATE-----"));
+    assert_eq!(s.put("/1.0", json!({"config": {"core.libvirt_address": "127.0.0.1"}})).await.status, 200);
+    assert_eq!(told(), ["release 127.0.0.1:16514", "ensure 127.0.0.1:16514"]);
+    assert_eq!(s.get("/1.0/karst/libvirt").await.metadata()["address"], "127.0.0.1:16514");
+    // What cannot be listened on is not recorded, and what was comes back.
+    let refused = s.put("/1.0", json!({"config": {"core.libvirt_address": "192.0.2.1"}})).await.refused(400);
+    assert!(refused.contains("not an address of this host"), "{refused}");
+    assert_eq!(told()[2..], ["release 127.0.0.1:16514", "ensure 127.0.0.1:16514"]);
+    assert_eq!(s.get("/1.0").await.metadata()["config"], json!({"core.libvirt_address": "127.0.0.1"}));
+    for (key, value) in [("core.libvirt_address", "x"), ("core.libvirt_names", "a b")] {
+        assert!(s.put("/1.0", json!({"config": {key: value}})).await.refused(400).contains(key));
+    }
+    // A client's certificate is trusted, and its key is told once.
+    assert_eq!(s.post("/1.0/projects", json!({"name": "tenant"})).await.status, 201);
+    let body = json!({"name": "laptop", "restricted": true, "projects": ["tenant"]});
+    let made = s.post("/1.0/karst/libvirt/clients", body.clone()).await.metadata();
+    assert_eq!(made["certificate_authority"], authority);
+    assert!(made["key"].as_str().unwrap().contains("PRIVATE KEY"));
+    let path = format!("/1.0/certificates/{}", made["fingerprint"].as_str().unwrap());
+    let record = s.get(&path).await.metadata();
+    assert_eq!((&record["name"], &record["projects"]), (&json!("laptop"), &json!(["tenant"])));
+    assert_eq!((&record["restricted"], &record["certificate"]), (&json!(true), &made["certificate"]));
+    let count = async || s.get("/1.0/certificates").await.metadata().as_array().unwrap().len();
+    for (wrong, field) in [
+        (json!({}), "name"),
+        (json!({"name": ""}), "name"),
+        (json!({"name": "a", "projects": ["tenant"]}), "projects"),
+        (json!({"name": "a", "colour": "red"}), "colour"),
+    ] {
+        assert!(s.post("/1.0/karst/libvirt/clients", wrong).await.refused(400).contains(field));
+    }
+    let body = json!({"name": "a", "restricted": true, "projects": ["never"]});
+    s.post("/1.0/karst/libvirt/clients", body).await.refused(404);
+    assert_eq!(count().await, 1);
+    let operator = Principal::of(
+        karst_model::PrincipalId(uuid::Uuid::from_u128(5)),
+        karst_model::access::Identity::System,
+        vec![karst_model::access::Grant { role: karst_model::access::Role::Operator, project: None }],
+    );
+    let body = json!({"name": "mine"}).to_string();
+    s.send_as(operator, Method::POST, "/1.0/karst/libvirt/clients", body).await.refused(403);
+    s.send_as(Principal::anonymous(), Method::GET, "/1.0/karst/libvirt", String::new()).await.refused(403);
+    assert_eq!(count().await, 1);
 }

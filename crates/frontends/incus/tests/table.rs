@@ -42,6 +42,7 @@ fn the_table_is_whole() {
     let tests = [
         include_str!("api.rs"),
         include_str!("backups.rs"),
+        include_str!("history.rs"),
         include_str!("images.rs"),
         include_str!("metadata.rs"),
         include_str!("networks.rs"),
@@ -52,6 +53,7 @@ fn the_table_is_whole() {
         include_str!("recover.rs"),
         include_str!("remote.rs"),
         include_str!("settings.rs"),
+        include_str!("vmids.rs"),
         include_str!("volumes.rs"),
     ]
     .concat();

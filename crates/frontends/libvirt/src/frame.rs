@@ -140,6 +140,14 @@ impl Frame {
     /// # Errors
     /// Those of the transport; invalid data for what is no frame, after which the connection is of no use.
     pub async fn read(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<Self>> {
+        Self::read_within(from, FRAME_MAX).await
+    }
+
+    /// As [`Frame::read`], of frames of at most `most` bytes.
+    ///
+    /// # Errors
+    /// Those of [`Frame::read`].
+    pub async fn read_within(from: &mut (impl AsyncRead + Unpin), most: usize) -> io::Result<Option<Self>> {
         let mut head = [0u8; HEAD];
         match from.read_exact(&mut head[..1]).await {
             Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
@@ -150,7 +158,7 @@ impl Frame {
             |n: usize| u32::from_be_bytes([head[4 * n], head[4 * n + 1], head[4 * n + 2], head[4 * n + 3]]);
         let bad = |what: &str, n: u32| io::Error::new(io::ErrorKind::InvalidData, format!("{what} {n}"));
         let length = word(0) as usize;
-        if !(HEAD..=FRAME_MAX + 4).contains(&length) {
+        if !(HEAD..=most + 4).contains(&length) {
             return Err(bad("length", word(0)));
         }
         let kind = match word(4) {

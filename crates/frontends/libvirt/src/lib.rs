@@ -1,13 +1,14 @@
 //! libvirt's remote protocol as a translator over the engine's use cases: `virsh` and what else speaks it connects to
 //! Karst without any libvirtd. Wire types never leave this crate.
 //!
-//! A connection is [`session`]; a call goes through [`table`] (the one table of procedures) to a function of [`calls`],
+//! A connection is [`session`], over a unix socket or, where the server's configuration says so, over TLS ([`remote`]); a call goes through [`table`] (the one table of procedures) to a function of [`calls`],
 //! which calls one use case. `qemu:///system` shows the virtual machines of a project, `lxc:///system` its containers.
 //!
 //! Source of the protocol: `virnetprotocol.x` and `remote_protocol.x` of libvirt 9.0, read as facts.
 // A front end serves real sockets on the real runtime; the seeded world ends at the engine.
 #![allow(clippy::disallowed_methods)]
 
+pub mod auth;
 pub mod calls;
 pub mod cpu;
 pub mod error;
@@ -16,8 +17,10 @@ pub mod fds;
 pub mod frame;
 pub mod limits;
 pub mod names;
+pub mod remote;
 pub mod session;
 pub mod table;
+pub mod transport;
 pub mod xdr;
 pub mod xml;
 
@@ -75,7 +78,9 @@ pub async fn serve(front: Arc<Front>, surface: Surface, listener: UnixListener) 
                 let front = front.clone();
                 tokio::spawn(async move {
                     if let Some(context) = context(&stream, surface) {
-                        session::serve(front, context, surface == Surface::ReadOnly, stream).await;
+                        let read_only = surface == Surface::ReadOnly;
+                        let peer = session::Peer { context, read_only, stands: None };
+                        session::serve(front, peer, transport::Transport::Unix(stream)).await;
                     }
                     drop(place);
                 });

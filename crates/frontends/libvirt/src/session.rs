@@ -3,11 +3,12 @@
 
 use crate::{
     Front,
+    calls::monitor::Listeners,
     error::{Code, Part, VirError},
     events::Callbacks,
-    fds,
     frame::{Frame, Header, KEEPALIVE, Kind, QEMU, REMOTE, Status},
     table,
+    transport::{Incoming, Outgoing, Transport},
     xdr::Reader,
 };
 use bytes::Bytes;
@@ -23,14 +24,7 @@ use std::{
     },
     time::Duration,
 };
-use tokio::{
-    io::AsyncWriteExt,
-    net::{
-        UnixStream,
-        unix::{OwnedReadHalf, OwnedWriteHalf},
-    },
-    sync::{Semaphore, mpsc, watch},
-};
+use tokio::sync::{Semaphore, mpsc, watch};
 use uuid::Uuid;
 
 /// Calls of one client that run at once; more wait in its socket.
@@ -45,6 +39,9 @@ const STREAM_BYTES: usize = 8 << 20;
 const UPLOAD_QUEUE: usize = 16;
 /// A client that does not read what it asked for is cut off after this.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Time to say that the connection ends.
+const FAREWELL: Duration = Duration::from_secs(5);
 
 /// Which of a host's guests a connection is about: libvirt has a driver for each kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,6 +120,19 @@ impl Input {
     }
 }
 
+/// Says whether who is at the other end still is who he was.
+pub type Stands = Box<dyn Fn() -> bool + Send + Sync>;
+
+/// Who is at the other end of a connection.
+pub struct Peer {
+    /// The principal.
+    pub context: Context,
+    /// Can change nothing.
+    pub read_only: bool,
+    /// Where trust may be taken away while the connection lasts: asked by each call, and so often besides.
+    pub stands: Option<(Stands, Duration)>,
+}
+
 /// A connection's state, shared by its calls.
 pub struct Session {
     /// The front end.
@@ -131,8 +141,13 @@ pub struct Session {
     pub context: Context,
     /// Can change nothing: by its socket, or because the client said so.
     read_only: AtomicBool,
+    stands: Option<(Stands, Duration)>,
+    /// Do descriptors go over it?
+    pub passes_descriptors: bool,
     /// Callbacks for events.
     pub callbacks: Mutex<Callbacks>,
+    /// Who listens for events of QEMU's monitors.
+    pub monitor: Mutex<Listeners>,
     opened: OnceLock<Opened>,
     out: mpsc::Sender<(Frame, Vec<OwnedFd>)>,
     streams: Mutex<HashMap<u32, Stream>>,
@@ -298,6 +313,23 @@ impl Session {
         self.streams.lock().unwrap_or_else(|e| e.into_inner()).remove(&call.serial).is_some()
     }
 
+    /// Is who is at the other end still who he was?
+    fn stands(&self) -> bool {
+        self.stands.as_ref().is_none_or(|(stands, _)| stands())
+    }
+
+    /// Completes when he is not.
+    async fn distrusted(&self) {
+        match &self.stands {
+            None => std::future::pending().await,
+            Some((stands, often)) => {
+                while stands() {
+                    tokio::time::sleep(*often).await;
+                }
+            }
+        }
+    }
+
     /// Ends the connection.
     pub fn end(&self) {
         self.over.send_replace(true);
@@ -309,34 +341,52 @@ impl Session {
     }
 }
 
+/// Ends a connection when it is dropped.
+struct Ends(Arc<Session>);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}
+
 /// Serves one connection to its end.
-pub async fn serve(front: Arc<Front>, context: Context, read_only: bool, stream: UnixStream) {
-    let (reader, writer) = stream.into_split();
+pub async fn serve(front: Arc<Front>, peer: Peer, transport: Transport) {
+    let passes_descriptors = transport.passes_descriptors();
+    let (reader, writer) = transport.split();
     let (out, queue) = mpsc::channel(QUEUE);
     let session = Arc::new(Session {
         front,
-        context,
-        read_only: AtomicBool::new(read_only),
+        context: peer.context,
+        read_only: AtomicBool::new(peer.read_only),
+        stands: peer.stands,
+        passes_descriptors,
         callbacks: Mutex::default(),
+        monitor: Mutex::default(),
         opened: OnceLock::new(),
         out,
         streams: Mutex::default(),
         over: watch::channel(false).0,
     });
+    // Also when whoever serves it lets go of it: what was spawned for it must not keep it open.
+    let _ends = Ends(session.clone());
     let writing = tokio::spawn(write(session.clone(), writer, queue));
     tokio::select! {
         () = read(&session, reader) => {}
         () = session.ended() => {}
+        // Nor is it sent what was to go to it.
+        () = session.distrusted() => writing.abort(),
     }
     session.end();
     session.callbacks.lock().unwrap_or_else(|e| e.into_inner()).clear();
+    session.monitor.lock().unwrap_or_else(|e| e.into_inner()).clear();
     session.streams.lock().unwrap_or_else(|e| e.into_inner()).clear();
     let _ = writing.await;
 }
 
 async fn write(
     session: Arc<Session>,
-    mut writer: OwnedWriteHalf,
+    mut writer: Outgoing,
     mut queue: mpsc::Receiver<(Frame, Vec<OwnedFd>)>,
 ) {
     loop {
@@ -347,19 +397,17 @@ async fn write(
         };
         let Some((frame, with)) = next else { break };
         let bytes = frame.encode();
-        let sending = async {
-            writer.write_all(&bytes).await?;
-            fds::send(writer.as_ref(), with).await
-        };
-        match tokio::time::timeout(PATIENCE, sending).await {
+        match tokio::time::timeout(PATIENCE, writer.send(&bytes, with)).await {
             Ok(Ok(())) => {}
             _ => break,
         }
     }
     session.end();
+    // Whoever is gone need not be told.
+    let _ = tokio::time::timeout(FAREWELL, writer.close()).await;
 }
 
-async fn read(session: &Arc<Session>, mut reader: OwnedReadHalf) {
+async fn read(session: &Arc<Session>, mut reader: Incoming) {
     let places = Arc::new(Semaphore::new(CALLS));
     loop {
         let frame = match Frame::read(&mut reader).await {
@@ -373,7 +421,7 @@ async fn read(session: &Arc<Session>, mut reader: OwnedReadHalf) {
         let Frame { header, mut payload } = frame;
         let mut with = vec![];
         if header.kind == Kind::CallWithFds {
-            match tokio::time::timeout(PATIENCE, fds::of_call(reader.as_ref(), &mut payload)).await {
+            match tokio::time::timeout(PATIENCE, reader.descriptors(&mut payload)).await {
                 Ok(Ok(taken)) => with = taken,
                 // What follows cannot be told from descriptors.
                 _ => return,
@@ -470,6 +518,9 @@ fn hole(payload: &Bytes) -> Option<u64> {
 
 async fn run(call: Call) {
     let (session, header) = (call.session.clone(), call.header);
+    if !session.stands() {
+        return session.end();
+    }
     let procedure = table::find(header.program, header.procedure);
     let object = procedure.map(|p| object_of(p, &call.payload)).unwrap_or_default();
     let answered = match procedure {
@@ -481,7 +532,7 @@ async fn run(call: Call) {
             Ok(()) => (procedure.handler)(call).await,
             Err(e) => Err(e),
         },
-        None => Err(VirError::no_support(table::name_of(header.program, header.procedure))),
+        None => Err(VirError::no_support(table::why_not(header.program, header.procedure))),
     };
     if let Some(procedure) = procedure.filter(|p| p.demand == table::Demand::Change) {
         let outcome = match &answered {

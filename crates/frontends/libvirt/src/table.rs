@@ -4,8 +4,8 @@
 use crate::{
     calls::{
         connect, console, cpu, define, devices, domain, event, figures, graphics, host, inside, machine,
-        network, networks, nodedev, nwfilter, pools, power, secret, snapshots, stats, storage, transfer,
-        tuning, volumes,
+        monitor, network, networks, nodedev, nwfilter, pools, power, secret, snapshots, stats, storage,
+        transfer, tuning, volumes,
     },
     error::{Code, VirError},
     frame::QEMU,
@@ -315,6 +315,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     378 STORAGE_VOL_GET_INFO_FLAGS See storage::volume_info_flags;
     380 CONNECT_SECRET_EVENT_REGISTER_ANY See event::secret_register;
     381 CONNECT_SECRET_EVENT_DEREGISTER_ANY See event::secret_deregister;
+    384 DOMAIN_SET_VCPU Change devices::set_vcpu;
     388 DOMAIN_MANAGED_SAVE_GET_XML_DESC See machine::managed_save_xml;
     389 DOMAIN_MANAGED_SAVE_DEFINE_XML Change machine::managed_save_define;
     390 DOMAIN_SET_LIFECYCLE_ACTION Change power::set_lifecycle_action;
@@ -336,6 +337,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     424 DOMAIN_AUTHORIZED_SSH_KEYS_GET Change inside::ssh_keys;
     425 DOMAIN_AUTHORIZED_SSH_KEYS_SET Change inside::set_ssh_keys;
     426 DOMAIN_GET_MESSAGES See domain::messages;
+    427 DOMAIN_START_DIRTY_RATE_CALC Change monitor::measure;
     431 NWFILTER_DEFINE_XML_FLAGS Change nwfilter::define;
     432 NETWORK_DEFINE_XML_FLAGS Change networks::define_flags;
     433 NODE_DEVICE_GET_AUTOSTART See nodedev::is_persistent;
@@ -348,7 +350,10 @@ pub const PROCEDURES: &[Procedure] = procedures! {
 
 /// Those of the QEMU program, which go past libvirt's own words.
 const OF_QEMU: &[Procedure] = procedures! {
+    1 DOMAIN_MONITOR_COMMAND Change monitor::command;
     3 DOMAIN_AGENT_COMMAND Change inside::command;
+    4 CONNECT_DOMAIN_MONITOR_EVENT_REGISTER Change monitor::register;
+    5 CONNECT_DOMAIN_MONITOR_EVENT_DEREGISTER See monitor::deregister;
 };
 
 /// The procedure of a program and a number.
@@ -360,12 +365,39 @@ pub fn find(program: u32, number: i32) -> Option<&'static Procedure> {
 /// The function behind a procedure, also of the QEMU program.
 pub fn name_of(program: u32, number: i32) -> String {
     match find(program, number) {
+        // Such as virDomainQemuAgentCommand.
         Some(procedure) if program == QEMU => {
-            format!("virDomainQemu{}", &words(procedure.name)["Domain".len()..])
+            format!("vir{}", words(procedure.name).replacen("Domain", "DomainQemu", 1))
         }
         _ if program == QEMU => format!("QEMU procedure {number}"),
         _ => api_name(number),
     }
+}
+
+/// What there will be none of here, each with the reason; what is in neither table is not there yet.
+const NEVER: &[(&[i32], &str)] = &[
+    (
+        &[131, 132, 133, 134, 220, 221, 222],
+        "the interfaces of a host are configured by its own tools; Karst's bridges are networks",
+    ),
+    (
+        &[123, 124, 428, 429, 430, 434],
+        "no devices of the host are made: neither mediated ones nor virtual ports",
+    ),
+    (&[250], "a host with guests is not put to sleep"),
+    (&[395], "encrypted memory is not used here"),
+    (
+        &[406, 408, 410],
+        "a port of a network belongs to the interface of its guest, and comes and goes with it",
+    ),
+    (&[443], "disks are volumes; no descriptor of a client is one"),
+];
+
+/// The function behind a procedure that nothing answers, with the reason where it is not merely missing.
+pub fn why_not(program: u32, number: i32) -> String {
+    let name = name_of(program, number);
+    let never = NEVER.iter().filter(|_| program != QEMU).find(|(numbers, _)| numbers.contains(&number));
+    never.map_or(name.clone(), |(_, why)| format!("{name}: {why}"))
 }
 
 impl Procedure {
@@ -421,11 +453,26 @@ mod tests {
     }
 
     #[test]
+    fn what_is_never_there_says_why_and_is_not_there() {
+        for (numbers, _) in NEVER {
+            for number in *numbers {
+                assert!(find(crate::frame::REMOTE, *number).is_none(), "{number}");
+                assert!(why_not(crate::frame::REMOTE, *number).contains(": "));
+            }
+        }
+        assert!(why_not(crate::frame::REMOTE, 131).starts_with("virInterfaceDefineXML: the interfaces"));
+        assert_eq!(why_not(QEMU, 2), "QEMU procedure 2");
+        assert_eq!(why_not(crate::frame::REMOTE, 295), "virDomainSendProcessSignal");
+    }
+
+    #[test]
     fn names_of_the_api() {
         assert_eq!(api_name(14), "virDomainGetXMLDesc");
         assert_eq!(api_name(12), "virDomainDestroy");
         assert_eq!(api_name(0), "procedure 0");
         assert_eq!(api_name(-5), "procedure -5");
+        assert_eq!(name_of(QEMU, 3), "virDomainQemuAgentCommand");
+        assert_eq!(name_of(QEMU, 4), "virConnectDomainQemuMonitorEventRegister");
         assert_eq!(api_name(9999), "procedure 9999");
     }
 }

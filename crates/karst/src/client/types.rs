@@ -145,6 +145,8 @@ pub struct Instance {
     /// Names of profiles.
     #[serde(deserialize_with = "nullable")]
     pub profiles: Vec<String>,
+    /// The number that clients of Proxmox know it by; no part of Incus' own answer.
+    pub vmid: Option<u64>,
     /// What the host sees, when asked for.
     pub state: Option<State>,
     /// Snapshots, when asked for.

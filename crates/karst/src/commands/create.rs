@@ -59,6 +59,9 @@ pub struct Create {
     /// Host of a cluster to create it on
     #[arg(long, value_name = "HOST")]
     target: Option<String>,
+    /// The number that clients of Proxmox know it by, from 100; the server gives the next one otherwise
+    #[arg(long, value_name = "N")]
+    vmid: Option<u32>,
     /// YAML with config, devices, profiles, description ("-" is stdin); options win over it
     #[arg(long, value_name = "FILE")]
     file: Option<PathBuf>,
@@ -131,6 +134,9 @@ impl Create {
         }
         if let Some(kind) = &self.instance_type {
             body.insert("instance_type".to_owned(), json!(kind));
+        }
+        if let Some(vmid) = self.vmid {
+            body.insert("vmid".to_owned(), json!(vmid));
         }
         if self.no_profiles {
             body.insert("profiles".to_owned(), json!([]));

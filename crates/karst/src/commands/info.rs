@@ -48,7 +48,9 @@ impl Info {
         let object = context.client.get(&url).await.about(&context.client, Kind::Instance, name)?.metadata;
         match self.format {
             None | Some(Format::Text) => {
-                output::print(&text(&decode(object)?))?;
+                let mut instance: Instance = decode(object)?;
+                instance.vmid = vmid(context, name).await;
+                output::print(&text(&instance))?;
                 output::print(&pending(context, name).await?)?;
             }
             Some(format) => print(&object, format)?,
@@ -67,6 +69,12 @@ struct Pending {
     key: String,
     live: Option<String>,
     configured: Option<String>,
+}
+
+/// Its VMID; none where the server is Incus' own, which has no such numbers.
+async fn vmid(context: &Context, name: &str) -> Option<u64> {
+    let answer = context.client.get(&Url::new(&["karst", "instances", name])).await.ok()?;
+    answer.metadata["vmid"].as_u64()
 }
 
 /// What of the instance waits for its next start; nothing where the server is Incus' own, which does not tell.
@@ -127,6 +135,7 @@ fn text(instance: &Instance) -> String {
     out.field(0, "Description", &instance.description);
     out.field(0, "Status", instance.status.to_uppercase());
     out.field(0, "Type", kind);
+    out.field(0, "VMID", instance.vmid.map(|n| n.to_string()).unwrap_or_default());
     out.field(0, "Architecture", &instance.architecture);
     if instance.location != "none" {
         out.field(0, "Location", &instance.location);
@@ -227,7 +236,7 @@ mod tests {
 
     #[test]
     fn running_and_stopped() {
-        let running = json!({"name": "c1", "status": "Running", "type": "container", "ephemeral": true, "location": "none",
+        let running = json!({"name": "c1", "status": "Running", "type": "container", "ephemeral": true, "location": "none", "vmid": 104,
             "architecture": "x86_64", "created_at": "0001-01-01T00:00:00Z",
             "snapshots": [{"name": "before", "stateful": true, "created_at": ""}],
             "state": {"pid": 42, "processes": 7, "cpu": {"usage": 1_500_000_000}, "memory": {"usage": 52_428_800, "total": 0},

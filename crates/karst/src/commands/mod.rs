@@ -35,6 +35,7 @@ pub mod session;
 pub mod snapshot;
 pub mod storage;
 pub mod template;
+pub mod top;
 pub mod trust;
 pub mod version;
 pub mod volume;

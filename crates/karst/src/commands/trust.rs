@@ -51,6 +51,16 @@ pub enum Trust {
         #[arg(long)]
         metrics: bool,
     },
+    /// Make a key and a certificate for a client of libvirt, trust it, and write what the client needs into a directory
+    AddLibvirt {
+        /// Name of the client
+        name: String,
+        /// Directory for cacert.pem, clientcert.pem and clientkey.pem, made if it is missing
+        directory: std::path::PathBuf,
+        /// It sees these projects only
+        #[arg(long, value_name = "PROJECT")]
+        restricted_to: Vec<String>,
+    },
     /// Trust certificates no longer; their connections end
     #[command(visible_alias = "rm")]
     Remove {
@@ -101,6 +111,18 @@ impl Trust {
                     "restricted": !restricted_to.is_empty(), "projects": restricted_to});
                 client.post(&Url::new(&["certificates"]), &body).await.map(drop)
             }
+            Self::AddLibvirt { name, directory, restricted_to } => {
+                let files = Pki::create(&directory)?;
+                let body =
+                    json!({"name": name, "restricted": !restricted_to.is_empty(), "projects": restricted_to});
+                match client.post(&Url::new(&["karst", "libvirt", "clients"]), &body).await {
+                    Ok(answer) => files.fill(&answer.metadata),
+                    Err(e) => {
+                        files.remove();
+                        Err(e)
+                    }
+                }
+            }
             Self::Remove { fingerprints } => {
                 for_each(&fingerprints, |fingerprint| async move {
                     let answer = client.delete(&path(&fingerprint)).await;
@@ -108,6 +130,49 @@ impl Trust {
                 })
                 .await
             }
+        }
+    }
+}
+
+/// The files of a client of libvirt (`?pkipath=DIRECTORY`), and the member of the server's answer that each is of.
+const PKI: [(&str, &str); 3] =
+    [("cacert.pem", "certificate_authority"), ("clientcert.pem", "certificate"), ("clientkey.pem", "key")];
+
+/// They are made before the server is asked: a key that could not be written would be lost.
+struct Pki(Vec<(std::path::PathBuf, std::fs::File)>);
+
+impl Pki {
+    fn create(directory: &std::path::Path) -> Result<Self> {
+        use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+        let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory);
+        made.map_err(|error| at(directory, &error))?;
+        let mut files = Self(vec![]);
+        for (name, _) in PKI {
+            let path = directory.join(name);
+            match std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path) {
+                Ok(file) => files.0.push((path, file)),
+                Err(error) => {
+                    files.remove();
+                    return Err(at(&path, &error));
+                }
+            }
+        }
+        Ok(files)
+    }
+
+    fn fill(mut self, answer: &Value) -> Result<()> {
+        use std::io::Write;
+        for ((path, file), (_, member_of)) in self.0.iter_mut().zip(PKI) {
+            let written = file.write_all(member(answer, member_of).as_bytes()).and_then(|()| file.sync_all());
+            written.map_err(|error| at(path, &error))?;
+        }
+        Ok(())
+    }
+
+    fn remove(self) {
+        for (path, _) in self.0 {
+            // Empty files that nobody asked for: what stays of them is seen.
+            let _ = std::fs::remove_file(path);
         }
     }
 }
@@ -140,6 +205,23 @@ fn base64(data: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn files_of_libvirt_replace_none() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let inner = dir.path().join("a/pki");
+        let answer = json!({"certificate_authority": "A", "certificate": "B", "key": "C"});
+        Pki::create(&inner).unwrap().fill(&answer).unwrap();
+        let read = |name: &str| std::fs::read_to_string(inner.join(name)).unwrap();
+        assert_eq!(PKI.map(|(name, _)| read(name)), ["A", "B", "C"]);
+        let mode = std::fs::metadata(inner.join("clientkey.pem")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        std::fs::remove_file(inner.join("cacert.pem")).unwrap();
+        assert!(Pki::create(&inner).is_err());
+        assert!(!inner.join("cacert.pem").exists(), "what was begun is gone");
+        assert_eq!(read("clientkey.pem"), "C");
+    }
 
     #[test]
     fn tokens_are_base64() {

@@ -102,6 +102,7 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
     add("pool_ensure", "of another kind", json!({"id": id(2), "kind": "btrfs"}), Refused);
     add("pool_remove", "with volumes", json!(pool()), Refused);
     add("pool_usage", "of none", no_pool.clone(), Refused);
+    add("pool_flush", "of none", no_pool.clone(), Refused);
 
     for name in ["$(reboot)", "../x", "a b", ""] {
         add("network_choose", name, json!({"name": name, "taken": []}), Refused);
@@ -409,6 +410,7 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
     add("guest_destroy", "which runs", json!(id(4)), Refused);
     add("guest_destroy", "none", nobody.clone(), GONE);
     add("guest_metrics", "of none", json!([id(99)]), Nothing("left out"));
+    add("guest_history", "of none", nobody.clone(), Nothing("there is nothing to be told"));
     add("machine_figures", "of none", json!([id(99), id(4)]), Nothing("left out"));
     for command in ["guest-exec\n{}", "", "guest-ping\"}", "../x"] {
         let request =
@@ -421,6 +423,24 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
         json!({"instance": id(99), "command": "guest-ping", "arguments": {}, "limit": {"secs": 1, "nanos": 0}}),
         Refused,
     );
+
+    for (what, n, command, arguments) in [
+        ("of none", 99, "query-status", json!({})),
+        ("of a container", 4, "query-status", json!({})),
+        ("with another", 4, "query-status\"}\n{\"execute\": \"quit", json!({})),
+        ("of no object", 4, "query-status", json!([])),
+    ] {
+        add(
+            "machine_monitor",
+            what,
+            json!({"instance": id(n), "command": command, "arguments": arguments}),
+            Refused,
+        );
+    }
+    add("machine_events", "which no policy grants", json!(null), Refused);
+    for (what, n, seconds) in [("of none", 99, 1), ("of a container", 4, 1), ("for ever", 4, u32::MAX)] {
+        add("machine_dirty_rate", what, json!({"instance": id(n), "seconds": seconds}), Refused);
+    }
 
     let exec = |n: u128, command: Value, key: &str, value: Value| {
         let mut request = json!({"command": command, "environment": {}, "uid": 0, "gid": 0, "cwd": null, "terminal": null, "term": null});

@@ -3,7 +3,7 @@
 
 use super::{FORCE, Running, Shared, lock};
 use crate::{config::Groups, ending::Held, guest_api, proxies, record::Record};
-use karst_guest::keeper::{self, Requested};
+use karst_guest::keeper;
 use karst_host::{Program, link, run, sysctl};
 use karst_model::{Error, ErrorKind, InstanceId, Result};
 use rustix::process::Signal;
@@ -109,7 +109,7 @@ impl Shared {
 
     /// Ends a container at once.
     pub(super) async fn stop_force(&self, running: &Running) -> Result<()> {
-        running.keeper.mark(Requested::Force).await?;
+        self.forces(running).await?;
         let mut unlinked = None;
         // Closed at the end of this function, in the background.
         let mut _held = Held::default();

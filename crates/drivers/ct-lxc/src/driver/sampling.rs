@@ -32,8 +32,10 @@ impl Sampled {
             swap: s.swap,
             memory_total: s.memory_limit.or_else(host_memory),
             processes: s.processes,
+            disk_read: s.disk_read,
+            disk_written: s.disk_written,
             interfaces: self.interfaces()?,
-            system: None,
+            ..Metrics::default()
         })
     }
 
@@ -74,8 +76,9 @@ impl Shared {
                 swap: s.swap,
                 memory_total: s.memory_limit.or_else(host_memory),
                 processes: s.processes,
-                interfaces: BTreeMap::new(),
-                system: None,
+                disk_read: s.disk_read,
+                disk_written: s.disk_written,
+                ..Metrics::default()
             });
         };
         let sampled = Arc::new(Sampled {

@@ -242,8 +242,9 @@ impl Inside {
         }
     }
 
-    /// Asks the system to go down, whichever agents there are. Returns at once.
-    pub(crate) fn shut_down(&self) {
+    /// Asks the system to go down, whichever agents there are. Returns at once; what it answers can be ended before it has
+    /// asked.
+    pub(crate) fn shut_down(&self) -> tokio::task::JoinHandle<()> {
         let ports = *self.ports.borrow();
         let (link, agent) = (self.link.clone(), self.qemu.clone());
         tokio::spawn(async move {
@@ -259,7 +260,7 @@ impl Inside {
                 let _ =
                     agent.call("guest-shutdown", json!({"mode": "powerdown"}), Duration::from_secs(5)).await;
             }
-        });
+        })
     }
 
     /// Makes the file systems still for at most `limit`; how many.

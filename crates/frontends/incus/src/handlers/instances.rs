@@ -27,7 +27,7 @@ use karst_engine::{
     snapshots::Origin,
 };
 use karst_model::{
-    Error, ErrorKind, Result,
+    Error, ErrorKind, Result, Vmid,
     access::Permission,
     guest::Metrics,
     instance::{InstanceKind, PowerAction, Status},
@@ -60,7 +60,7 @@ const READ_ONLY: &[&str] = &[
     "disk_only",
 ];
 
-fn views(call: &Call) -> Result<Vec<Arc<InstanceView>>> {
+pub(super) fn views(call: &Call) -> Result<Vec<Arc<InstanceView>>> {
     let mut all = if call.query.flag("all-projects") {
         call.engine().instances_all(&call.context)
     } else {
@@ -216,6 +216,7 @@ pub async fn create(call: Call) -> Result<Reply> {
             None => InstanceKind::Container,
         },
     };
+    let vmid = f.integer("vmid")?.map(|n| Vmid::chosen("vmid", n)).transpose()?;
     let far = far(&mut f, kind)?;
     let (source, original) = match (&far, copied(&mut f, &call)?) {
         (_, Some(original)) => (InstanceSource::None, Some(original)),
@@ -233,8 +234,12 @@ pub async fn create(call: Call) -> Result<Reply> {
         source,
         start: f.flag("start")?,
         target,
-        vmid: None,
+        vmid,
     };
+    if vmid.is_some() && original.as_ref().is_some_and(|o| o.refresh) {
+        let text = "an instance keeps its VMID; leave it out when a copy is refreshed";
+        return Err(Error::invalid("vmid", text));
+    }
     if f.text("instance_type")?.is_some_and(|t| !t.is_empty()) {
         return Err(Error::invalid(
             "instance_type",

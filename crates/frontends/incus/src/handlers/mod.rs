@@ -12,6 +12,7 @@ pub mod firewall;
 pub mod images;
 pub mod instances;
 pub mod karst;
+pub mod libvirt;
 pub mod logs;
 pub mod metadata;
 pub mod metrics;

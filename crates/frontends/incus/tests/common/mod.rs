@@ -165,8 +165,14 @@ impl Server {
         let (tell, shutdown) = tokio::sync::mpsc::channel(1);
         let identity = Identity::load(dir.path(), "node1", jiff::civil::date(2026, 1, 1)).unwrap();
         let identity = Some(Arc::new(identity));
-        let info =
-            ServerInfo { version: "test".into(), name: "node1".into(), shutdown: Some(tell), identity };
+        let authority = karst_tls::Authority::new(dir.path().to_owned(), "libvirt-ca", "node1");
+        let info = ServerInfo {
+            version: "test".into(),
+            name: "node1".into(),
+            shutdown: Some(tell),
+            identity,
+            authority: Some(Arc::new(authority)),
+        };
         let app = App::new(engine.clone(), info);
         let task = tokio::spawn(serve(app.clone(), listener));
         Server { app, engine, shutdown, agent, socket, dir, test, task }

@@ -21,9 +21,11 @@ const READ_ONLY: u32 = 1;
 const NO_ALIASES: u32 = 2;
 /// Most CPUs of a guest that clients are told.
 const MAX_VCPUS: i32 = 288;
-/// Features that clients ask for before they rely on them: descriptors, strings in typed parameters, keepalive, events by
+/// The feature of descriptors beside calls.
+const DESCRIPTORS: i32 = 8;
+/// Features that clients ask for before they rely on them: descriptors (where the connection passes any), strings in typed parameters, keepalive, events by
 /// callback and of the connection's end, network updates in the right order.
-const FEATURES: [i32; 6] = [8, 9, 10, 14, 15, 16];
+const FEATURES: [i32; 6] = [DESCRIPTORS, 9, 10, 14, 15, 16];
 
 /// What the host of this connection last said of itself.
 pub fn facts(call: &Call) -> Result<HostFacts, VirError> {
@@ -93,7 +95,7 @@ pub async fn nothing(call: Call) -> Answered {
     Ok(empty())
 }
 
-/// `AUTH_LIST`: who may open the socket may use it.
+/// `AUTH_LIST`: who may open the socket may use it, and who came over TLS is somebody already ([`crate::auth`]).
 pub async fn auth_list(call: Call) -> Answered {
     call.arguments(|_| Ok(()))?;
     let mut w = Writer::new();
@@ -106,7 +108,8 @@ pub async fn auth_list(call: Call) -> Answered {
 /// `CONNECT_SUPPORTS_FEATURE`
 pub async fn supports_feature(call: Call) -> Answered {
     let feature = call.arguments(|r| r.i32())?;
-    Ok(flag(FEATURES.contains(&feature)))
+    let here = feature != DESCRIPTORS || call.session.passes_descriptors;
+    Ok(flag(here && FEATURES.contains(&feature)))
 }
 
 /// `CONNECT_GET_TYPE`
@@ -146,7 +149,7 @@ pub async fn uri(call: Call) -> Answered {
     Ok(text(&call.opened()?.uri))
 }
 
-/// `CONNECT_IS_SECURE`: a unix socket is.
+/// `CONNECT_IS_SECURE`: a unix socket is, and so is TLS.
 pub async fn is_secure(_: Call) -> Answered {
     Ok(flag(true))
 }

@@ -16,6 +16,7 @@ use crate::{
 };
 use karst_engine::{InstanceView, compute::update::UpdateInstance};
 use karst_model::instance::DeviceIdentity;
+use std::collections::BTreeSet;
 
 /// `VIR_DOMAIN_AFFECT_*`
 pub(super) const LIVE: u32 = 1;
@@ -368,6 +369,31 @@ pub async fn set_vcpus(call: Call) -> Answered {
 pub async fn set_vcpus_flags(call: Call) -> Answered {
     let (named, n, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?, r.u32()?)))?;
     set_cpus_to(&call, &named, n, flags).await
+}
+
+/// `DOMAIN_SET_VCPU`: some processors by their numbers. They are plugged in order, so it has to be the next ones, or the last.
+pub async fn set_vcpu(call: Call) -> Answered {
+    let (named, map, state, flags) =
+        call.arguments(|r| Ok((Named::read_domain(r)?, r.string()?, r.i32()?, r.u32()?)))?;
+    call.known_flags(flags, LIVE | CONFIG)?;
+    let view = call.guest(&named)?;
+    let now = u64::from(crate::limits::of(&view)?.cpus(&call)?);
+    let wanted: BTreeSet<u64> = super::inside::processors(&map)?.into_iter().collect();
+    let (first, last) = match (wanted.first(), wanted.last()) {
+        (Some(first), Some(last)) => (*first, *last),
+        _ => return Err(VirError::argument("no vcpus selected for modification")),
+    };
+    let whole = wanted.len() as u64 == last - first + 1;
+    let n = match state != 0 {
+        true if whole && first == now => last + 1,
+        false if whole && last + 1 == now => first,
+        plug => {
+            let what = if plug { "plugged from the next one on" } else { "unplugged from the last one on" };
+            let text = format!("processors are {what}; there are 0 to {} now", now.saturating_sub(1));
+            return Err(VirError::new(Code::OperationUnsupported, call.opened()?.driver.part(), text));
+        }
+    };
+    set_cpus_to(&call, &named, n as u32, flags).await
 }
 
 /// The device of a disk by its target or by the path of its volume.

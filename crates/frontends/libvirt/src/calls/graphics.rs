@@ -4,7 +4,7 @@
 
 use super::{Answered, Named, domain::is_running, nothing};
 use crate::{
-    error::VirError,
+    error::{Code, Part, VirError},
     session::{Answer, Call},
 };
 use karst_engine::{InstanceView, compute::guest::ExecSession, stream::FdStream};
@@ -73,6 +73,10 @@ pub async fn open(mut call: Call) -> Answered {
 
 /// `DOMAIN_OPEN_GRAPHICS_FD`: the viewer gets its end.
 pub async fn open_fd(call: Call) -> Answered {
+    if !call.session.passes_descriptors {
+        let text = "a screen is given as a descriptor, which goes over the unix socket of this server only";
+        return Err(VirError::new(Code::OperationUnsupported, Part::Rpc, text));
+    }
     let (named, index, flags) = arguments(&call)?;
     call.known_flags(flags, SKIP_AUTH)?;
     let view = call.guest(&named)?;

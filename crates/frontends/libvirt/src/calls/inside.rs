@@ -250,7 +250,7 @@ pub async fn vcpus(call: Call) -> Answered {
 }
 
 /// Reads `0-2,5`.
-fn processors(text: &str) -> Result<Vec<u64>, VirError> {
+pub(super) fn processors(text: &str) -> Result<Vec<u64>, VirError> {
     let wrong = || VirError::argument(format!("invalid cpumap {text:?}"));
     let mut all = vec![];
     for part in text.split(',') {

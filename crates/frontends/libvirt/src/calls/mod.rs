@@ -12,6 +12,7 @@ pub mod graphics;
 pub mod host;
 pub mod inside;
 pub mod machine;
+pub mod monitor;
 pub mod network;
 pub mod networks;
 pub mod nodedev;

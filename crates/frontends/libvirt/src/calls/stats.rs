@@ -24,10 +24,10 @@ const PERF: u32 = 64;
 const IOTHREAD: u32 = 128;
 const MEMORY: u32 = 256;
 const DIRTYRATE: u32 = 512;
-/// Of the last four there is never anything to tell, as with libvirt's own guests that have none of it.
+/// Of three of the last four there is never anything to tell, as with libvirt's own guests that have none of it.
 const KNOWN: u32 = STATE | CPU | BALLOON | VCPU | INTERFACE | BLOCK | PERF | IOTHREAD | MEMORY | DIRTYRATE;
 /// What QEMU has to be asked for.
-const OF_MACHINES: u32 = CPU | BALLOON | VCPU | INTERFACE | BLOCK;
+const OF_MACHINES: u32 = CPU | BALLOON | VCPU | INTERFACE | BLOCK | DIRTYRATE;
 /// Flags of the list, as of [`super::domain::list`]; the two highest are of the statistics: do not wait for a busy guest,
 /// and insist on every group.
 const INSIST: u32 = 1 << 31;
@@ -169,6 +169,16 @@ async fn parameters(
                 add(&format!("net.{n}.{field}"), Typed::Ullong(value));
             }
         }
+    }
+    if let Some(rate) = machine.and_then(|m| m.dirty_rate.as_ref()).filter(|_| stats & DIRTYRATE != 0) {
+        // virDomainDirtyRateStatus.
+        add("dirtyrate.calc_status", Typed::Int(if rate.measured { 2 } else { 1 }));
+        add("dirtyrate.calc_start_time", Typed::Llong(rate.started));
+        add("dirtyrate.calc_period", Typed::Int(rate.seconds));
+        if let Some(rate) = rate.rate.filter(|_| rate.measured) {
+            add("dirtyrate.megabytes_per_second", Typed::Llong(rate));
+        }
+        add("dirtyrate.calc_mode", Typed::Text("page-sampling".into()));
     }
     if stats & BLOCK != 0 && call.opened()?.driver == Driver::Qemu {
         let engine = &call.session.front.engine;

@@ -1,7 +1,14 @@
-//! TLS of the API: the server's own certificate, made at the first start, and what is known of a client's.
+//! TLS as front ends share it: the server's own certificate, made at the first start, what is known of a client's, and
+//! the authority of clients that know a server by one ([`authority`]).
 //!
 //! Clients are identified by the fingerprint of the certificate they show, as Incus does: no authority signs it, and
 //! that it is shown proves nothing until the handshake's signature did. Whether it is trusted is decided by each request.
+
+// The certificates of real sockets; the seeded world ends at the engine, which gives the date.
+#![allow(clippy::disallowed_methods)]
+
+pub mod authority;
+pub use authority::Authority;
 
 use karst_model::{Error, Result};
 use rcgen::{
@@ -47,8 +54,8 @@ impl std::fmt::Debug for Identity {
 }
 
 /// Where the two files of an identity are.
-fn files(directory: &Path) -> (PathBuf, PathBuf) {
-    (directory.join("server.crt"), directory.join("server.key"))
+fn files(directory: &Path, stem: &str) -> (PathBuf, PathBuf) {
+    (directory.join(format!("{stem}.crt")), directory.join(format!("{stem}.key")))
 }
 
 impl Identity {
@@ -58,11 +65,10 @@ impl Identity {
     /// # Errors
     /// When they cannot be read or written, or do not belong together; an identity that clients know is never replaced.
     pub fn load(directory: &Path, name: &str, today: jiff::civil::Date) -> Result<Self> {
-        let (crt, key) = files(directory);
+        let (crt, key) = files(directory, "server");
         if !crt.exists() {
             make(directory, name, today)?;
         }
-        let read = |p: &Path| fs::read_to_string(p).map_err(|e| Error::from(e).with_context(p.display()));
         Self::parse(read(&crt)?, &read(&key)?)
     }
 
@@ -76,13 +82,7 @@ impl Identity {
         let first = chain.first().ok_or_else(|| broken(&"server.crt holds no certificate"))?;
         let fingerprint = fingerprint(first);
         let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).map_err(|e| broken(&e))?;
-        let provider = Arc::new(ring::default_provider());
-        let mut config = rustls::ServerConfig::builder_with_provider(provider.clone())
-            .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])
-            .map_err(|e| broken(&e))?
-            .with_client_cert_verifier(Arc::new(AnyClient(provider)))
-            .with_single_cert(chain, key)
-            .map_err(|e| broken(&e))?;
+        let mut config = config(chain, key).map_err(|e| broken(&e))?;
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         Ok(Self { certificate, fingerprint, config: Arc::new(config) })
     }
@@ -93,26 +93,55 @@ impl Identity {
     }
 }
 
-/// The key first and the certificate last: what is there whole is what a client can have seen.
-fn make(directory: &Path, name: &str, today: jiff::civil::Date) -> Result<()> {
-    let failed = |e: rcgen::Error| Error::internal("the server's certificate could not be made", e);
-    let mut params =
-        CertificateParams::new(vec![name.to_owned(), "127.0.0.1".into(), "::1".into()]).map_err(failed)?;
+/// What a server with this certificate takes: TLS 1.2 and 1.3, and any client's certificate or none.
+fn config(
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+) -> std::result::Result<rustls::ServerConfig, rustls::Error> {
+    let provider = Arc::new(ring::default_provider());
+    rustls::ServerConfig::builder_with_provider(provider.clone())
+        .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?
+        .with_client_cert_verifier(Arc::new(AnyClient(provider)))
+        .with_single_cert(chain, key)
+}
+
+fn read(file: &Path) -> Result<String> {
+    fs::read_to_string(file).map_err(|e| Error::from(e).with_context(file.display()))
+}
+
+/// From a year before `today` until [`YEARS`] after it.
+fn date(params: &mut CertificateParams, today: jiff::civil::Date) {
     let year = i32::from(today.year());
     let (month, day) = (today.month().unsigned_abs(), today.day().unsigned_abs().min(28));
     params.not_before = date_time_ymd(year - 1, month, day);
     params.not_after = date_time_ymd(year + YEARS, month, day);
+}
+
+fn subject(name: &str) -> DistinguishedName {
     let mut subject = DistinguishedName::new();
     subject.push(DnType::OrganizationName, "Karst");
     subject.push(DnType::CommonName, name);
-    params.distinguished_name = subject;
+    subject
+}
+
+fn make(directory: &Path, name: &str, today: jiff::civil::Date) -> Result<()> {
+    let failed = |e: rcgen::Error| Error::internal("the server's certificate could not be made", e);
+    let mut params =
+        CertificateParams::new(vec![name.to_owned(), "127.0.0.1".into(), "::1".into()]).map_err(failed)?;
+    date(&mut params, today);
+    params.distinguished_name = subject(name);
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
     params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
     let key = KeyPair::generate_for(&PKCS_ECDSA_P384_SHA384).map_err(failed)?;
     let certificate = params.self_signed(&key).map_err(failed)?;
-    let (crt_file, key_file) = files(directory);
-    write(&key_file, &key.serialize_pem(), 0o600)?;
-    write(&crt_file, &certificate.pem(), 0o644)?;
+    keep(directory, "server", &certificate.pem(), &key.serialize_pem())
+}
+
+/// The key first and the certificate last: what is there whole is what a client can have seen.
+fn keep(directory: &Path, stem: &str, certificate: &str, key: &str) -> Result<()> {
+    let (crt_file, key_file) = files(directory, stem);
+    write(&key_file, key, 0o600)?;
+    write(&crt_file, certificate, 0o644)?;
     fs::File::open(directory)?.sync_all()?;
     Ok(())
 }

@@ -1,0 +1,86 @@
+//! QEMU's monitor of simulated machines: the few commands that say or change what is simulated. The host grants them all.
+
+use super::{state::State, work::no_guest};
+use crate::calls::{DirtyRateRequest, MonitorCommand, WithFds};
+use karst_model::{
+    Error, InstanceId, Result,
+    guest::{DirtyRate, MonitorAnswer, MonitorEvent},
+    instance::RuntimeState,
+};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use serde_json::{Map, json};
+use std::{fs::File, io::Write};
+
+impl State {
+    /// Runs a command.
+    pub fn monitor(&mut self, request: MonitorCommand, second: i64) -> Result<MonitorAnswer> {
+        let MonitorCommand { instance, command, arguments } = request;
+        let guest = self.guests.get_mut(&instance).ok_or_else(|| no_guest(instance))?;
+        super::work::demand_machine(guest)?;
+        if !arguments.is_object() {
+            return Err(Error::invalid("command", "a command has a name and an object of arguments"));
+        }
+        self.monitored.insert(instance, guest.pid);
+        let status = |state| if state == RuntimeState::Paused { "paused" } else { "running" };
+        let mut event = None;
+        let value = match command.as_str() {
+            "query-status" => {
+                json!({"status": status(guest.state), "running": guest.state == RuntimeState::Running, "singlestep": false})
+            }
+            "human-monitor-command" => match arguments["command-line"].as_str() {
+                Some("info status") => json!(format!("VM status: {}\r\n", status(guest.state))),
+                other => json!(format!("unknown command: '{}'\r\n", other.unwrap_or_default())),
+            },
+            "stop" | "cont" => {
+                (guest.state, event) = match command.as_str() {
+                    "stop" => (RuntimeState::Paused, Some("STOP")),
+                    _ => (RuntimeState::Running, Some("RESUME")),
+                };
+                json!({})
+            }
+            other => {
+                return Ok(MonitorAnswer::Refused {
+                    class: "CommandNotFound".into(),
+                    description: format!("The command {other} has not been found"),
+                });
+            }
+        };
+        if let Some(event) = event {
+            self.tell(instance, event, second);
+        }
+        Ok(MonitorAnswer::Returned(value))
+    }
+
+    fn tell(&mut self, instance: InstanceId, event: &str, seconds: i64) {
+        let event = MonitorEvent { instance, event: event.into(), data: Map::new(), seconds, micros: 0 };
+        let Ok(mut line) = serde_json::to_vec(&event) else { return };
+        line.push(b'\n');
+        self.followers.retain_mut(|follower| follower.write_all(&line).is_ok());
+    }
+
+    /// A descriptor that reads the events from now on.
+    pub fn follow(&mut self) -> Result<WithFds<()>> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (ours, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(std::io::Error::from)?;
+        self.followers.push(File::from(ours));
+        Ok(WithFds { value: (), fds: vec![theirs] })
+    }
+
+    /// Measures at once.
+    pub fn measure(&mut self, request: DirtyRateRequest) -> Result<()> {
+        let guest = self.guests.get(&request.instance).ok_or_else(|| no_guest(request.instance))?;
+        super::work::demand_machine(guest)?;
+        if !(1..=60).contains(&request.seconds) {
+            return Err(Error::invalid("seconds", "memory is watched for 1 to 60 seconds"));
+        }
+        self.dirty_rates.insert(request.instance, (guest.pid, request.seconds));
+        Ok(())
+    }
+
+    /// What was measured since this start.
+    pub fn dirty_rate(&self, instance: InstanceId, pid: u32) -> Option<DirtyRate> {
+        let (_, seconds) = self.dirty_rates.get(&instance).filter(|(of, _)| *of == pid)?;
+        Some(DirtyRate { measured: true, started: 1, seconds: *seconds as i32, rate: Some(3) })
+    }
+}

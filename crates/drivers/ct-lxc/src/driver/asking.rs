@@ -1,0 +1,101 @@
+//! Who asks a container to end. Its keeper is told before, so that the end is known as one that was asked for. Whoever goes
+//! away without it takes that back, also by being dropped in the middle of waiting: or a crash long after would pass for
+//! what was once asked.
+
+use super::{Guest, Running, Shared};
+use karst_guest::keeper::{Keeper, Requested, State};
+use karst_model::Result;
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+use tokio::{runtime::Handle, task::JoinHandle};
+
+/// Requests to a guest to shut down.
+#[derive(Default)]
+pub(super) struct Requests {
+    /// How many wait for it.
+    waiting: AtomicUsize,
+    /// Held while the keeper is told, so that none tells it what another has just made untrue.
+    telling: tokio::sync::Mutex<()>,
+}
+
+/// One that waits for the end.
+pub(super) struct Asking {
+    guest: Arc<Guest>,
+    keeper: Keeper,
+    waits: bool,
+}
+
+impl Shared {
+    /// Tells the keeper that the guest is asked to shut down, as long as what comes back lives.
+    ///
+    /// # Errors
+    /// Not found when it has ended.
+    pub(super) async fn asks(&self, running: &Running) -> Result<Asking> {
+        let guest = self.guest(running.record.instance);
+        guest.requests.waiting.fetch_add(1, Ordering::SeqCst);
+        // Before anything is told: who is dropped in the middle of that takes it back too.
+        let asking = Asking { guest: guest.clone(), keeper: running.keeper.clone(), waits: true };
+        let _telling = guest.requests.telling.lock().await;
+        running.keeper.mark(Requested::Shutdown).await?;
+        Ok(asking)
+    }
+
+    /// Tells the keeper that the guest is ended by force.
+    ///
+    /// # Errors
+    /// Not found when it has ended.
+    pub(super) async fn forces(&self, running: &Running) -> Result<()> {
+        let guest = self.guest(running.record.instance);
+        let _telling = guest.requests.telling.lock().await;
+        running.keeper.mark(Requested::Force).await
+    }
+}
+
+impl Asking {
+    /// It has ended, or nothing keeps it from that any more.
+    pub(super) fn followed(mut self) {
+        self.waits = false;
+        self.guest.requests.waiting.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// It did not follow, and nobody asks any more. Answers when the keeper knows.
+    pub(super) async fn take_back(mut self) {
+        if let Some(told) = self.withdraw() {
+            // It says itself what went wrong.
+            let _ = told.await;
+        }
+    }
+
+    fn withdraw(&mut self) -> Option<JoinHandle<()>> {
+        if !std::mem::take(&mut self.waits) {
+            return None;
+        }
+        self.guest.requests.waiting.fetch_sub(1, Ordering::SeqCst);
+        let runtime = Handle::try_current().ok()?;
+        let (guest, keeper) = (self.guest.clone(), self.keeper.clone());
+        Some(runtime.spawn(async move {
+            let requests = &guest.requests;
+            let _telling = requests.telling.lock().await;
+            if requests.waiting.load(Ordering::SeqCst) > 0 {
+                return;
+            }
+            // Nor of one that was ended by force since, or has ended: that stays what it was.
+            let asked = |s: karst_guest::keeper::Status| {
+                s.state == State::Running && s.requested == Requested::Shutdown
+            };
+            if keeper.status().await.is_ok_and(asked)
+                && let Err(e) = keeper.mark(Requested::Nobody).await
+            {
+                tracing::debug!(error = %e, "a keeper goes on thinking that its guest is asked to end");
+            }
+        }))
+    }
+}
+
+impl Drop for Asking {
+    fn drop(&mut self) {
+        drop(self.withdraw());
+    }
+}
