@@ -26,6 +26,18 @@ enum Purpose {
     Look,
 }
 
+/// Where it is tried whether the pool can have layers: not in the trash, where a sweep that this process began for an earlier use
+/// of the pool would take it away.
+const TRIAL: &str = "trial";
+
+/// To the trash; that sweep may have been there first.
+fn throw_away(state: &Path, root: &Path) -> io::Result<()> {
+    match std::fs::rename(state, fresh(&root.join("trash"))) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
+}
+
 /// Locks the pool in `root`; for use, makes its directories and gets what is half-made or of nothing out of the way.
 fn prepare(root: &Path, purpose: Purpose) -> Result<Arc<Hold>> {
     let make = |dir: &Path, mode| -> io::Result<()> {
@@ -44,12 +56,12 @@ fn prepare(root: &Path, purpose: Purpose) -> Result<Arc<Hold>> {
     }
     // Half-made states take the same way out as deleted ones: no start waits for it.
     for entry in std::fs::read_dir(root.join("tmp"))?.flatten() {
-        std::fs::rename(entry.path(), fresh(&root.join("trash")))?;
+        throw_away(&entry.path(), root)?;
     }
     // So do snapshots of volumes whose deletion was interrupted.
     for entry in std::fs::read_dir(root.join("snapshots"))?.flatten() {
         if !root.join("volumes").join(entry.file_name()).exists() {
-            std::fs::rename(entry.path(), fresh(&root.join("trash")))?;
+            throw_away(&entry.path(), root)?;
         }
     }
     descriptions::sweep(root)?;
@@ -96,11 +108,17 @@ impl FilePool {
         let at = root.clone();
         let hold = blocking(move || prepare(&at, purpose)).await?;
         let layered = purpose == Purpose::Use && !states.instant() && {
-            let trial = fresh(&root.join("trash"));
+            let trial = root.join(TRIAL);
             blocking(move || {
+                // One that was killed in the midst of this left it.
+                let gone = |trial: &Path| match std::fs::remove_dir_all(trial) {
+                    Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+                    _ => Ok(()),
+                };
+                gone(&trial)?;
                 std::fs::create_dir(&trial)?;
                 let works = karst_host::overlay::works(&trial);
-                std::fs::remove_dir_all(&trial)?;
+                gone(&trial)?;
                 Ok(works)
             })
             .await?
@@ -138,7 +156,7 @@ impl FilePool {
     pub async fn clear(&self) -> Result<()> {
         let (root, states) = (self.root.clone(), self.states.clone());
         blocking(move || {
-            for below in ["snapshots", "volumes", "images", descriptions::DIRECTORY, "tmp", "trash"] {
+            for below in ["snapshots", "volumes", "images", descriptions::DIRECTORY, "tmp", "trash", TRIAL] {
                 states.remove(&root.join(below))?;
             }
             Ok(())
