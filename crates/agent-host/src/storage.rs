@@ -24,7 +24,10 @@ use karst_model::{
     storage::VolumeContent,
 };
 use karst_storage::{Contents, Filling, Format, NewVolume, PoolDriver, Reading, Snapshots, Source};
-use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::{
+    io::Errno,
+    pipe::{PipeFlags, SpliceFlags, pipe_with, splice},
+};
 use std::{
     fs::File,
     os::{
@@ -32,9 +35,13 @@ use std::{
         unix::fs::{FileTypeExt, OpenOptionsExt},
     },
     path::Path,
+    sync::Arc,
     time::Duration,
 };
-use tokio::sync::OwnedMutexGuard;
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::OwnedMutexGuard,
+};
 
 /// A stream may take as long as the other end takes; its session ends it.
 pub(crate) const STREAM: Limits = Limits {
@@ -483,30 +490,112 @@ pub(crate) fn converted(ended: Ended) -> Result<()> {
     }
 }
 
-/// Copies a disk into a pipe, in the kernel.
+/// Bytes of a disk that one turn of [`pour`] moves at most, so that others have their turn with its thread.
+const TURN: u64 = 16 << 20;
+
+/// What ended a turn of [`pour`].
+enum Turn {
+    /// It was long enough.
+    Over,
+    /// The pipe is full.
+    Full,
+    /// So ends the disk.
+    End,
+}
+
+/// Copies a disk into a pipe, in the kernel. A thread is at it only while there is room: the host's are few, all its other
+/// work needs them, and whoever reads the pipe may be slow, or stop.
 async fn pour(disk: File, sink: OwnedFd) -> Result<()> {
-    blocking(move || {
-        let mut at = 0;
-        loop {
-            match rustix::pipe::splice(
-                &disk,
-                Some(&mut at),
-                &sink,
-                None,
-                1 << 20,
-                rustix::pipe::SpliceFlags::empty(),
-            ) {
-                Ok(0) => return Ok(()),
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::PIPE) => {
-                    return Err(Error::conflict("nobody reads the stream any more"));
-                }
-                Err(e) => return Err(std::io::Error::from(e).into()),
-            }
+    rustix::io::ioctl_fionbio(&sink, true).map_err(std::io::Error::from)?;
+    // SAFETY: an OwnedFd names the same open descriptor as long as it lives.
+    let sink =
+        unsafe { AsyncFd::register_with_interest(sink, Interest::WRITABLE) }.map_err(std::io::Error::from)?;
+    let (disk, sink) = (Arc::new(disk), Arc::new(sink));
+    let mut at = 0;
+    loop {
+        let mut room = sink.writable().await?;
+        let (from, to) = (disk.clone(), sink.clone());
+        let (reached, turn) = blocking(move || pour_some(&from, to.get_ref(), at)).await?;
+        at = reached;
+        match turn {
+            Turn::Over => {}
+            // Only what was known before: room that was made since then is not forgotten.
+            Turn::Full => room.clear_ready(),
+            Turn::End => return Ok(()),
         }
-    })
-    .await
+    }
+}
+
+/// One turn of [`pour`]: how far it came.
+fn pour_some(disk: &File, sink: &OwnedFd, mut at: u64) -> Result<(u64, Turn)> {
+    let until = at.saturating_add(TURN);
+    while at < until {
+        match splice(disk, Some(&mut at), sink, None, 1 << 20, SpliceFlags::NONBLOCK) {
+            Ok(0) => return Ok((at, Turn::End)),
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => return Ok((at, Turn::Full)),
+            Err(Errno::PIPE) => return Err(Error::conflict("nobody reads the stream any more")),
+            Err(e) => return Err(std::io::Error::from(e).into()),
+        }
+    }
+    Ok((at, Turn::Over))
 }
 
 /// A session of its own: nobody's guest.
 pub(crate) const NOBODY: InstanceId = InstanceId(uuid::Uuid::nil());
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use tokio::{io::AsyncReadExt, net::unix::pipe};
+
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    fn disk(content: &[u8]) -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(content).unwrap();
+        file
+    }
+
+    #[test]
+    fn readers_that_do_not_read_hold_no_thread() {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .max_blocking_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            // More than one turn.
+            let content: Vec<u8> = (0..TURN + 300_001).map(|i| (i % 251) as u8).collect();
+            let mut streams = vec![];
+            for _ in 0..3 {
+                let (source, sink) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+                streams.push((source, tokio::spawn(pour(disk(&content), sink))));
+            }
+            // All have begun, though none of them can go on.
+            let end = std::time::Instant::now() + PATIENCE;
+            while streams.iter().any(|(source, _)| rustix::io::ioctl_fionread(source).unwrap() == 0) {
+                assert!(std::time::Instant::now() < end, "one waits for the thread of another");
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            for _ in 0..20 {
+                let other = tokio::time::timeout(PATIENCE, tokio::task::spawn_blocking(|| ())).await;
+                other.expect("the thread that all share waits for a reader").unwrap();
+            }
+            // One leaves, the others read on.
+            let (source, pouring) = streams.remove(0);
+            drop(source);
+            let left = tokio::time::timeout(PATIENCE, pouring).await.unwrap().unwrap().unwrap_err();
+            assert!(left.is(ErrorKind::Conflict), "{left:?}");
+            for (source, pouring) in streams {
+                let mut all = vec![];
+                let mut reader = pipe::Receiver::from_owned_fd(source).unwrap();
+                tokio::time::timeout(PATIENCE, reader.read_to_end(&mut all)).await.unwrap().unwrap();
+                assert!(all == content, "{} bytes", all.len());
+                pouring.await.unwrap().unwrap();
+            }
+        });
+    }
+}

@@ -160,12 +160,16 @@ pub async fn wait_gone(dir: &Path) -> Result<()> {
     let Ok(lock) = File::open(dir.join(files::LOCK)) else {
         return Ok(());
     };
-    // Ends with the keeper; a thread of the pool that waits a little longer than we do is no harm.
-    let wait = tokio::task::spawn_blocking(move || flock(&lock, FlockOperation::LockShared));
-    match timeout(Duration::from_secs(10), wait).await {
-        Ok(_) => Ok(()),
-        Err(_) => Err(Error::timeout("the guest's keeper did not end")),
-    }
+    // Asked again and again: a thread that waited in the kernel could not be called back from a keeper that is stuck, and
+    // the host's threads are few.
+    let gone = async {
+        let mut pause = Duration::from_millis(1);
+        while flock(&lock, FlockOperation::NonBlockingLockShared).is_err() {
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(20));
+        }
+    };
+    timeout(Duration::from_secs(10), gone).await.map_err(|_| Error::timeout("the guest's keeper did not end"))
 }
 
 /// Kills the keeper of `dir` itself, and with it the guest; for a keeper that does not answer. Nothing to do when it is

@@ -106,6 +106,32 @@ async fn a_program_that_cannot_be_executed_is_named_and_leaves_nothing() {
     until("the keeper's end", || !runs(s.keeper_pid));
 }
 
+#[test]
+fn waiting_for_a_keeper_that_is_stuck_holds_no_thread() {
+    let dir = tempfile::tempdir().unwrap();
+    let stuck = std::fs::File::create(dir.path().join(karst_keeper::files::LOCK)).unwrap();
+    rustix::fs::flock(&stuck, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async move {
+        let path = dir.path().to_owned();
+        let waiting = tokio::spawn(async move { keeper::wait_gone(&path).await });
+        for _ in 0..20 {
+            let other =
+                tokio::time::timeout(Duration::from_secs(5), tokio::task::spawn_blocking(|| ())).await;
+            other.expect("the thread that all share waits for the keeper").unwrap();
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert!(!waiting.is_finished(), "it is there still");
+        drop(stuck);
+        waiting.await.unwrap().unwrap();
+    });
+}
+
 #[tokio::test]
 async fn one_keeper_a_guest_and_a_start_right_after_the_end() {
     let dir = Guard::new();

@@ -10,7 +10,10 @@ use crate::agent::{Agent, Ended};
 use async_trait::async_trait;
 use karst_guest::{Exec, ExecControl, ExecRequest, ExecStreams};
 use karst_model::{Error, Result};
-use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::{
+    fs::{FileType, fstat},
+    pipe::{PipeFlags, pipe_with},
+};
 use std::{collections::BTreeMap, os::fd::OwnedFd, pin::Pin, sync::Arc, time::Duration};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
@@ -72,6 +75,17 @@ pub(crate) type Writer = Pin<Box<dyn AsyncWrite + Send>>;
 fn nonblocking(fd: OwnedFd) -> Result<OwnedFd> {
     rustix::io::ioctl_fionbio(&fd, true).map_err(std::io::Error::from)?;
     Ok(fd)
+}
+
+/// What a client sends. On a pipe no thread waits for it: the host's are few, all else that it does with files needs them, and
+/// a client may send nothing for as long as it likes. A regular file cannot be polled, and lets nobody wait.
+pub(crate) fn source(fd: OwnedFd) -> Result<Reader> {
+    let status = fstat(&fd).map_err(std::io::Error::from)?;
+    let reader: Reader = match FileType::from_raw_mode(status.st_mode) {
+        FileType::RegularFile => Box::pin(tokio::fs::File::from_std(std::fs::File::from(fd))),
+        _ => Box::pin(pipe::Receiver::from_owned_fd(nonblocking(fd)?)?),
+    };
+    Ok(reader)
 }
 
 pub(crate) fn pipes() -> Result<(ExecStreams, Reader, Writer, Writer)> {
@@ -267,6 +281,63 @@ async fn kill(agent: &Agent, pid: u64, signal: i32) -> Result<()> {
     let (signal, pid) = (signal.to_string(), pid.to_string());
     let script = r#"kill -s "$1" -- "-$2" 2>/dev/null || kill -s "$1" -- "$2""#;
     agent.run(&["/bin/sh", "-c", script, "sh", &signal, &pid], Duration::from_secs(10)).await.map(drop)
+}
+
+/// Clients that begin to send a file and then stop.
+#[cfg(test)]
+pub(crate) mod stalled {
+    use super::*;
+    use std::time::Instant;
+    use tokio::task::JoinHandle;
+
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    /// Waits until somebody has taken what is in a client's pipe.
+    pub(crate) async fn taken(client: &OwnedFd) {
+        let end = Instant::now() + PATIENCE;
+        while rustix::io::ioctl_fionread(client).unwrap() > 0 {
+            assert!(Instant::now() < end, "nobody takes what a client has sent");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    pub(crate) struct Writes {
+        clients: Vec<OwnedFd>,
+        writes: Vec<JoinHandle<Result<()>>>,
+    }
+
+    impl Writes {
+        /// Begins as many, each by `write` of its number and what its client sends.
+        pub(crate) fn begin<F: Future<Output = Result<()>> + Send + 'static>(
+            count: usize,
+            write: impl Fn(usize, OwnedFd) -> F,
+        ) -> Self {
+            let (mut clients, mut writes) = (vec![], vec![]);
+            for n in 0..count {
+                let (source, client) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+                rustix::io::write(&client, b"some").unwrap();
+                writes.push(tokio::spawn(write(n, source)));
+                clients.push(client);
+            }
+            Self { clients, writes }
+        }
+
+        /// All go on at once in a runtime with one thread for work that blocks, and leave that to others; each is whole once
+        /// its client has sent the rest.
+        pub(crate) async fn hold_no_thread(self) {
+            for client in &self.clients {
+                taken(client).await;
+            }
+            let other = tokio::time::timeout(PATIENCE, tokio::task::spawn_blocking(|| ())).await;
+            other.expect("the thread that all share waits for a client").unwrap();
+            for client in self.clients {
+                rustix::io::write(&client, b" and the rest").unwrap();
+            }
+            for write in self.writes {
+                tokio::time::timeout(PATIENCE, write).await.expect("a write does not end").unwrap().unwrap();
+            }
+        }
+    }
 }
 
 #[cfg(test)]

@@ -219,8 +219,7 @@ pub async fn write(agent: &Agent, request: FileWrite, source: Option<OwnedFd>) -
 }
 
 async fn fill(agent: &Agent, handle: u64, source: OwnedFd) -> Result<()> {
-    // A file or a pipe; files are never pollable, so a thread of the pool reads.
-    let mut source = tokio::fs::File::from_std(std::fs::File::from(source));
+    let mut source = crate::exec::source(source)?;
     let mut buffer = vec![0; CHUNK];
     loop {
         let n = source.read(&mut buffer).await?;
@@ -289,5 +288,41 @@ mod tests {
         }
         let (_d, a) = answering(b"", 0);
         assert!(open(&a, "relative").await.unwrap_err().is(ErrorKind::Invalid));
+    }
+
+    #[test]
+    fn clients_that_send_nothing_more_hold_no_thread() {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .max_blocking_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let (_d, agent) = fake(|v| {
+                sync(v).or_else(|| {
+                    Some(match v["execute"].as_str() {
+                        Some("guest-exec") => b"{\"return\": {\"pid\": 5}}\n".to_vec(),
+                        Some("guest-exec-status") => {
+                            b"{\"return\": {\"exited\": true, \"exitcode\": 0, \"out-data\": \"\"}}\n"
+                                .to_vec()
+                        }
+                        Some("guest-file-open") => b"{\"return\": 7}\n".to_vec(),
+                        Some("guest-file-write") => {
+                            let data = v["arguments"]["buf-b64"].as_str().unwrap();
+                            let count = BASE64_STANDARD.decode(data).unwrap().len();
+                            format!("{{\"return\": {{\"count\": {count}, \"eof\": false}}}}\n").into_bytes()
+                        }
+                        _ => b"{\"return\": {}}\n".to_vec(),
+                    })
+                })
+            });
+            let agent = Arc::new(agent);
+            let writes = crate::exec::stalled::Writes::begin(3, |n, source| {
+                let (agent, path) = (agent.clone(), format!("/stalled{n}"));
+                async move { write(&agent, karst_guest::contract::write_of(&path), Some(source)).await }
+            });
+            writes.hold_no_thread().await;
+        });
     }
 }

@@ -157,12 +157,16 @@ pub(crate) async fn write(link: &Arc<Link>, request: FileWrite, source: Option<O
 }
 
 async fn fill(stream: &Stream, source: OwnedFd) -> Result<()> {
-    // A file or a pipe; files are never pollable, so a thread of the pool reads.
-    let mut source = tokio::fs::File::from_std(std::fs::File::from(source));
+    let mut source = crate::exec::source(source)?;
     let mut buffer = vec![0; MAX_DATA];
     while let Some(room) = stream.credit().await {
         let room = room.min(buffer.len());
-        match source.read(&mut buffer[..room]).await? {
+        let read = tokio::select! {
+            n = source.read(&mut buffer[..room]) => n?,
+            // It takes no more, whatever the client still sends, or does not; the end says why.
+            () = stream.input_over() => break,
+        };
+        match read {
             0 => break,
             n => stream.send(&buffer[..n]).await,
         }

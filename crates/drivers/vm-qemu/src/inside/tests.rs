@@ -344,6 +344,45 @@ async fn large_files_many_names_and_refusals() {
     assert!(e.is(ErrorKind::TooLarge), "{e}");
 }
 
+#[test]
+fn clients_that_send_nothing_more_hold_no_thread() {
+    let Some(place) = Place::new() else { return };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let inside = place.inside();
+        let writes = crate::exec::stalled::Writes::begin(3, |n, source| {
+            let (inside, path) = (inside.clone(), format!("/mnt/stalled{n}"));
+            async move { inside.write(write_of(&path), Some(source)).await }
+        });
+        writes.hold_no_thread().await;
+        for n in 0..3 {
+            assert_eq!(shell(&inside, &format!("cat /mnt/stalled{n}")).await.stdout, "some and the rest");
+        }
+    });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_sends_nothing_more_learns_of_the_guests_end() {
+    let Some(place) = Place::new() else { return };
+    let inside = place.inside();
+    let (source, client) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+    rustix::io::write(&client, b"some").unwrap();
+    let writing = {
+        let inside = inside.clone();
+        tokio::spawn(async move { inside.write(write_of("/mnt/lost"), Some(source)).await })
+    };
+    crate::exec::stalled::taken(&client).await;
+    inside.port("karst", false);
+    let outcome = tokio::time::timeout(Duration::from_secs(30), writing).await.expect("the client waits");
+    assert!(outcome.unwrap().unwrap_err().is(ErrorKind::Unavailable));
+    drop(client);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_system_and_its_interfaces() {
     let Some(place) = Place::new() else { return };
