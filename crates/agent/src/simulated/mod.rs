@@ -153,6 +153,11 @@ impl SimulatedAgent {
         self.faults.lock().unwrap().values().map(VecDeque::len).sum()
     }
 
+    /// Sessions that nobody has closed yet, those that are over included.
+    pub fn sessions_kept(&self) -> usize {
+        self.lock().sessions.len()
+    }
+
     /// How often a call was made so far, of whatever outcome.
     pub fn count(&self, call: &str) -> u64 {
         self.counts.lock().unwrap().get(call).copied().unwrap_or(0)

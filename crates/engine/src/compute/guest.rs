@@ -26,12 +26,13 @@ const CALL: Duration = Duration::from_secs(60);
 /// A session may live long; its calls are still bounded.
 const SESSION: Duration = Duration::from_secs(30 * 24 * 3600);
 
-/// A session on a guest. Dropping it ends the program or detaches the console.
+/// A session on a guest. Dropping it ends the program or detaches the console. The host keeps one that is over until it is
+/// closed, with what leads to the guest, so that is done of each.
 pub struct Session {
     agent: Arc<dyn HostAgent>,
     id: SessionId,
     env: Arc<dyn karst_env::Env>,
-    ended: AtomicBool,
+    closed: AtomicBool,
 }
 
 /// A running exec.
@@ -61,28 +62,26 @@ impl Session {
         self.agent.session_signal(&CallContext::read(CALL), SessionSignal { session: self.id, signal }).await
     }
 
-    /// Waits for the end.
+    /// Waits for the end. What was written until then can still be read, as long as this is not dropped.
     ///
     /// # Errors
     /// Unavailable when the host went away.
     pub async fn wait(&self) -> Result<i32> {
-        let code = self.agent.session_wait(&CallContext::read(SESSION), self.id).await?;
-        self.ended.store(true, Ordering::Relaxed);
-        Ok(code)
+        self.agent.session_wait(&CallContext::read(SESSION), self.id).await
     }
 
     /// Ends it, and answers when it has ended.
     pub async fn close(self) {
         // A host that is gone has ended it itself.
         if self.agent.session_close(&CallContext::read(CALL), self.id).await.is_ok() {
-            self.ended.store(true, Ordering::Relaxed);
+            self.closed.store(true, Ordering::Relaxed);
         }
     }
 }
 
 impl Drop for Session {
     fn drop(&mut self) {
-        if !self.ended.load(Ordering::Relaxed) {
+        if !self.closed.load(Ordering::Relaxed) {
             let (agent, id) = (self.agent.clone(), self.id);
             // Not waited for: a host that is gone has ended the session itself.
             self.env.spawn(
@@ -258,7 +257,7 @@ impl Engine {
     }
 
     pub(crate) fn session(&self, agent: Arc<dyn HostAgent>, id: SessionId) -> Session {
-        Session { agent, id, env: self.inner().env.clone(), ended: AtomicBool::new(false) }
+        Session { agent, id, env: self.inner().env.clone(), closed: AtomicBool::new(false) }
     }
 
     /// Attaches to the console of a running guest: one descriptor, both ways.

@@ -18,6 +18,7 @@ mod pending;
 mod pools;
 mod recover;
 mod remote;
+mod sessions;
 mod settings;
 mod table;
 mod vmids;

@@ -242,17 +242,17 @@ async fn instances_are_changed_under_their_etag() {
     s.post("/1.0/instances/c2", json!({"name": "a/b"})).await.refused(400);
 }
 
-fn secrets(answer: &crate::common::Answer) -> (String, Value) {
+pub fn secrets(answer: &crate::common::Answer) -> (String, Value) {
     assert_eq!(answer.status, 202, "{}", String::from_utf8_lossy(&answer.body));
     let json = answer.json();
     (json["operation"].as_str().unwrap().to_owned(), json["metadata"]["metadata"]["fds"].clone())
 }
 
-fn at(operation: &str, secrets: &Value, name: &str) -> String {
+pub fn at(operation: &str, secrets: &Value, name: &str) -> String {
     format!("{operation}/websocket?secret={}", secrets[name].as_str().unwrap())
 }
 
-fn command(words: &[&str]) -> Value {
+pub fn command(words: &[&str]) -> Value {
     json!({"command": words, "wait-for-websocket": true, "interactive": false, "environment": {"TERM": "xterm"},
         "width": 0, "height": 0, "record-output": false, "user": 0, "group": 0, "cwd": ""})
 }

@@ -411,6 +411,18 @@ async fn the_system_and_its_interfaces() {
     assert_eq!(refused, 6);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_program_that_is_over_leaves_its_place_to_others() {
+    let Some(place) = Place::new() else { return };
+    let inside = place.inside();
+    // Each leaves something behind that holds its output open.
+    for n in 0..65 {
+        let exec = inside.exec(&BTreeMap::new(), request(&["sh", "-c", "sleep 30 & exit 0"])).await;
+        let exec = exec.unwrap_or_else(|e| panic!("{n}: {e:?}"));
+        assert_eq!(exec.control.wait().await.unwrap(), 0);
+    }
+}
+
 /// A guest that answers the handshake, and then `bytes` to the first request; whatever it says to the handshake comes of
 /// `welcome`.
 fn hostile(

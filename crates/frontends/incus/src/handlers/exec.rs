@@ -206,10 +206,12 @@ async fn bridge(exec: ExecSession, sockets: Vec<Socket>, control: oneshot::Recei
         }
     };
     ended.send_replace(true);
-    drop(session);
+    // A program that goes on is ended first, so that its output ends; of one that has ended the output is taken first.
+    let over = result.is_ok().then_some(session);
     for output in outputs {
         let _ = output.await;
     }
+    drop(over);
     if let Some(input) = input {
         input.abort();
     }
