@@ -28,7 +28,7 @@ pub type Reader = Pin<Box<dyn AsyncRead + Send + Sync>>;
 pub trait Write: Send + Sync {
     /// Takes more of it.
     async fn write(&mut self, data: &[u8]) -> Result<()>;
-    /// Ends it: it is whole on return.
+    /// Ends it: it is whole on return. One that is dropped instead is given up: what was there before stays.
     async fn finish(self: Box<Self>) -> Result<()>;
 }
 /// A file being written.
@@ -111,12 +111,8 @@ pub async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, files: &dyn File
         };
         writer.write_all(&reply).await?;
     }
-    // A client that leaves without closing: what it sent is kept, as a file system would.
-    for handle in session.handles.into_values() {
-        if let Handle::Write { state: Writing::Open(writer), .. } = handle {
-            let _ = writer.finish().await;
-        }
-    }
+    // A client that is killed leaves between two packets too, so only closing says that a file is whole. What was not closed
+    // is given up with the session, and the file that it was to replace stays.
     Ok(())
 }
 

@@ -27,6 +27,8 @@ struct Writing {
     files: Memory,
     path: String,
     data: Vec<u8>,
+    /// What was there goes, once this is whole.
+    replaces: bool,
 }
 
 #[async_trait]
@@ -37,6 +39,9 @@ impl Write for Writing {
     }
     async fn finish(self: Box<Self>) -> Result<()> {
         if let Some(file) = self.files.0.lock().unwrap().get_mut(&self.path) {
+            if self.replaces {
+                file.data.clear();
+            }
             file.data.extend_from_slice(&self.data);
         }
         Ok(())
@@ -75,9 +80,6 @@ impl Files for Memory {
         let mut files = self.0.lock().unwrap();
         let new = File { kind: write.kind, mode: 0o644, uid: 0, data: vec![] };
         let file = files.entry(write.path.clone()).or_insert(new);
-        if !write.append {
-            file.data.clear();
-        }
         file.mode = write.mode.unwrap_or(file.mode);
         file.uid = write.uid.unwrap_or(file.uid);
         if let Some(target) = write.target {
@@ -87,7 +89,8 @@ impl Files for Memory {
         if write.kind != FileKind::File {
             return Ok(None);
         }
-        Ok(Some(Box::new(Writing { files: self.clone(), path: write.path, data: vec![] })))
+        let replaces = !write.append;
+        Ok(Some(Box::new(Writing { files: self.clone(), path: write.path, data: vec![], replaces })))
     }
 
     async fn delete(&self, path: &str) -> Result<()> {
@@ -188,6 +191,21 @@ async fn a_file_is_written_changed_and_read() {
     assert_eq!(c.status(request::RMDIR, &[string(b"/f")]).await, 4, "not a directory");
     assert_eq!(c.status(request::REMOVE, &[string(b"/f")]).await, 0);
     assert_eq!(c.status(request::REMOVE, &[string(b"/f")]).await, 2);
+}
+
+#[tokio::test]
+async fn a_client_that_is_killed_leaves_the_file_that_was_there() {
+    let mut c = Client::new();
+    let handle = c.open("/f", WRITE_CREATE_TRUNCATE).await;
+    assert_eq!(c.status(request::WRITE, &[handle.clone(), offset(0), string(b"the old one")]).await, 0);
+    assert_eq!(c.status(request::CLOSE, &[handle]).await, 0);
+    let handle = c.open("/f", WRITE_CREATE_TRUNCATE).await;
+    assert_eq!(c.status(request::WRITE, &[handle, offset(0), string(b"the n")]).await, 0);
+    // It ends where a packet does, as nearly always when a client is killed.
+    let Client { stream, files, served } = c;
+    drop(stream);
+    served.await.unwrap().unwrap();
+    assert_eq!(String::from_utf8_lossy(&files.0.lock().unwrap()["/f"].data), "the old one");
 }
 
 #[tokio::test]
