@@ -254,6 +254,18 @@ async fn accept(
     }
 }
 
+/// Lets the kernel notice within two minutes that a client has vanished without a word, also where nothing is said: on the
+/// control socket of a program, on a console. Where something is on its way, it gives up by itself after a quarter of an
+/// hour. No limit on what is unacknowledged: the kernel counts the time too for which a client is there and does not read,
+/// as behind a pager. No pings on such connections either: with one on its way keepalive would wait.
+fn keep_alive(stream: &TcpStream) -> rustix::io::Result<()> {
+    use rustix::net::sockopt;
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, Duration::from_secs(60))?;
+    sockopt::set_tcp_keepintvl(stream, Duration::from_secs(15))?;
+    sockopt::set_tcp_keepcnt(stream, 4)
+}
+
 async fn connection(
     app: Arc<App>,
     acceptor: tokio_rustls::TlsAcceptor,
@@ -264,6 +276,8 @@ async fn connection(
 ) {
     // Small answers go out at once; where the socket does not know the option they only come later.
     let _ = stream.set_nodelay(true);
+    // Where it cannot be set, a client that vanishes is noticed later: when something is sent to it.
+    let _ = keep_alive(&stream);
     let stream = match tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(e)) => {

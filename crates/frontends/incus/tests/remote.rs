@@ -16,7 +16,11 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime},
 };
 use serde_json::{Value, json};
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use tokio::net::TcpStream;
 
 /// A client: its certificate, if it has one, and the server's fingerprint that it insists on.
@@ -201,6 +205,44 @@ async fn the_server_is_configured_and_listens() {
     assert_eq!(Client::new(&s, moved, false, BOTH).get("/1.0").await.status, 200);
     assert_eq!(s.put("/1.0", json!({"config": {}})).await.status, 200);
     assert!(TcpStream::connect(address).await.is_err(), "it listens no more");
+}
+
+/// The timer that the kernel runs for the server's end of a connection, if that is there: what it is for (2 is keepalive)
+/// and how long it runs on.
+fn timer(server: SocketAddr, client: SocketAddr) -> Option<(u32, Duration)> {
+    let shown = |address: SocketAddr| {
+        let IpAddr::V4(ip) = address.ip() else { panic!("{address}") };
+        format!("{:08X}:{:04X}", u32::from_le_bytes(ip.octets()), address.port())
+    };
+    let (server, client) = (shown(server), shown(client));
+    let all = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    all.lines().find_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        if fields.get(1..3)? != [server.as_str(), client.as_str()] {
+            return None;
+        }
+        let (what, ticks) = fields.get(5)?.split_once(':')?;
+        let hundredths = u64::from_str_radix(ticks, 16).ok()?;
+        Some((what.parse().ok()?, Duration::from_millis(hundredths * 10)))
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_vanishes_is_noticed() {
+    let (_s, address) = listening().await;
+    let stream = TcpStream::connect(address).await.unwrap();
+    let near = stream.local_addr().unwrap();
+    let end = Instant::now() + crate::common::PATIENCE;
+    // Nothing is said on it: only keepalive tells whether anybody is there, and by default after two hours.
+    loop {
+        let found = timer(address, near);
+        if found.is_some_and(|(what, left)| what == 2 && left <= Duration::from_secs(61)) {
+            break;
+        }
+        assert!(Instant::now() < end, "{found:?}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    drop(stream);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

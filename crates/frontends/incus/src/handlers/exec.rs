@@ -24,11 +24,15 @@ use std::{os::fd::OwnedFd, time::Duration};
 use tokio::{
     io::AsyncReadExt,
     sync::{oneshot, watch},
+    task::JoinHandle,
 };
 use tokio_tungstenite::tungstenite::Message;
 
 /// How long output is waited for after the program ended, when others still hold its pipes (background processes).
 const LINGER: Duration = Duration::from_millis(100);
+/// How long a client may take for the last output of a program that has ended. It may be read in a pager; but one that was
+/// stopped takes nothing, and would hold the operation and the session for ever.
+const LAST: Duration = Duration::from_secs(3600);
 /// A terminal without a size.
 const SIZE: (u16, u16) = (80, 25);
 
@@ -171,14 +175,15 @@ async fn attended(call: &Taken, project: &str, request: ExecRequest, mut awaited
 async fn bridge(exec: ExecSession, sockets: Vec<Socket>, control: oneshot::Receiver<Socket>) -> Result<i32> {
     let ExecSession { fds, session } = exec;
     let (ended, has_ended) = watch::channel(false);
-    let mut outputs = vec![];
+    let (mut outputs, mut listeners) = (vec![], vec![]);
     let mut input = None;
     for (socket, fd) in sockets.into_iter().zip(sources(fds)?) {
         let (sender, mut receiver) = socket.split();
         if let Some(sink) = fd.sink {
             input = Some(tokio::spawn(async move { socket::pump_in(&mut receiver, sink).await }));
         } else {
-            tokio::spawn(async move { while receiver.next().await.is_some_and(|m| m.is_ok()) {} });
+            let listening = async move { while receiver.next().await.is_some_and(|m| m.is_ok()) {} };
+            listeners.push(tokio::spawn(listening));
         }
         match fd.source {
             Some(source) => outputs.push(tokio::spawn(drain(source, sender, has_ended.clone()))),
@@ -208,15 +213,31 @@ async fn bridge(exec: ExecSession, sockets: Vec<Socket>, control: oneshot::Recei
     ended.send_replace(true);
     // A program that goes on is ended first, so that its output ends; of one that has ended the output is taken first.
     let over = result.is_ok().then_some(session);
-    for output in outputs {
-        let _ = output.await;
-    }
+    let taken = taken(outputs, LAST).await;
     drop(over);
     if let Some(input) = input {
         input.abort();
     }
     controller.abort();
+    if !taken {
+        // The other halves of its sockets, which nobody closes any more.
+        listeners.iter().for_each(|listener| listener.abort());
+        return result.and_then(|_| Err(Error::timeout("the client did not take the program's last output")));
+    }
     result
+}
+
+/// Waits until the client has taken what is left of the output; what it has not in this time is given up.
+async fn taken(mut outputs: Vec<JoinHandle<()>>, patience: Duration) -> bool {
+    let all = async {
+        for output in &mut outputs {
+            // One that broke off has nothing left to give.
+            let _ = output.await;
+        }
+    };
+    let taken = tokio::time::timeout(patience, all).await.is_ok();
+    outputs.iter().for_each(|output| output.abort());
+    taken
 }
 
 fn log(what: &str, result: Result<()>) {
@@ -523,6 +544,21 @@ pub async fn console_clear(call: Call) -> Result<Reply> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn what_a_client_never_takes_is_given_up() {
+        let long = Duration::from_secs(60);
+        assert!(taken(vec![tokio::spawn(async {})], long).await);
+        let (held, given_up) = oneshot::channel::<()>();
+        let stopped = tokio::spawn(async move {
+            let _held = held;
+            std::future::pending::<()>().await;
+        });
+        let outputs = vec![tokio::spawn(async {}), stopped];
+        assert!(!taken(outputs, Duration::from_millis(50)).await);
+        let nobody = tokio::time::timeout(long, given_up).await.expect("it is left behind");
+        assert!(nobody.is_err());
+    }
 
     #[test]
     fn orders_as_clients_send_them() {
