@@ -3,6 +3,7 @@
 use crate::{
     calls::{AgentEvent, Call, CallContext, Executor, Remote, Transport, VERSIONS},
     events::EventHub,
+    lanes::Lane,
     wire::{Frame, FrameReader, FromHost, Outcome, ToHost},
 };
 use async_trait::async_trait;
@@ -26,9 +27,9 @@ use tokio::{
     sync::{Notify, Semaphore, mpsc, oneshot, watch},
 };
 
-/// Calls in flight at a time, below the server's bound; later ones wait for their turn within their deadline.
+/// Calls of a lane in flight at a time, below the server's bound; later ones wait for their turn within their deadline.
 const MAX_IN_FLIGHT: usize = 192;
-/// Waits on sessions at a time, apart from the others: they last as long as people type.
+/// The same of a lane in which the host only waits.
 const MAX_WAITS: usize = 768;
 const OUTGOING: usize = 64;
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
@@ -48,8 +49,8 @@ struct Shared {
     executor: Option<Executor>,
     link: watch::Sender<Link>,
     next: AtomicU64,
-    calls: Semaphore,
-    waits: Semaphore,
+    /// For each [`Lane`] by its number.
+    places: [Semaphore; Lane::ALL.len()],
     events: EventHub,
 }
 
@@ -113,8 +114,8 @@ impl Client {
             executor,
             link: watch::Sender::new(Link::Down(None)),
             next: AtomicU64::new(0),
-            calls: Semaphore::new(MAX_IN_FLIGHT),
-            waits: Semaphore::new(MAX_WAITS),
+            places: Lane::ALL
+                .map(|lane| Semaphore::new(if lane.waits() { MAX_WAITS } else { MAX_IN_FLIGHT })),
             events: EventHub::default(),
         });
         let task = env.spawn_task("agent client", Shared::keep_connected(shared.clone()));
@@ -240,8 +241,8 @@ impl Shared {
 
     async fn call(&self, context: &CallContext, call: Call) -> Answer {
         let began = self.env.monotonic();
-        let permits = if matches!(call, Call::SessionWait(_)) { &self.waits } else { &self.calls };
-        let _permit = permits.acquire().await.map_err(|_| Error::unavailable("shutting down"))?;
+        let places = &self.places[call.lane() as usize];
+        let _place = places.acquire().await.map_err(|_| Error::unavailable("shutting down"))?;
         let connection = self.connection().await.ok_or_else(|| self.why_down())?;
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let left = context.deadline.saturating_sub(self.env.monotonic().saturating_sub(began));

@@ -3,6 +3,7 @@
 use crate::{
     calls::{Call, CallContext, HostAgent, VERSIONS, dispatch},
     epoch::EpochGuard,
+    lanes::Lane,
     wire::{Frame, FrameReader, FromHost, Outcome, ToHost},
 };
 use futures::{
@@ -28,9 +29,9 @@ use tokio::{
 pub struct ServerOptions {
     /// Users whose connections are taken, by the kernel's word; root always is.
     pub uids: Vec<u32>,
-    /// Calls of one connection that may run at a time, but for waits on sessions; more are refused as unavailable.
+    /// Calls of one connection and [`Lane`] that may run at a time; more are refused as unavailable.
     pub max_in_flight: usize,
-    /// Waits on sessions of one connection at a time.
+    /// The same of a lane in which the host only waits.
     pub max_waits: usize,
     /// Connections at a time; more are closed at once.
     pub max_connections: usize,
@@ -117,7 +118,7 @@ struct Connection {
     server: Arc<Server>,
     outgoing: mpsc::Sender<Frame>,
     /// Calls that run: dropping (or using) the sender cancels one.
-    running: Mutex<BTreeMap<u64, (bool, oneshot::Sender<()>)>>,
+    running: Mutex<BTreeMap<u64, (Lane, oneshot::Sender<()>)>>,
     sessions: Mutex<BTreeSet<SessionId>>,
 }
 
@@ -227,21 +228,21 @@ impl Connection {
                             continue;
                         }
                     };
-                    let wait = matches!(call, Call::SessionWait(_));
+                    let lane = call.lane();
                     let (cancel, cancelled) = oneshot::channel();
                     let full = {
                         let mut running = self.running.lock().unwrap();
                         if running.contains_key(&id) {
                             return Err(malformed("an id of a call that still runs"));
                         }
-                        let limit = if wait {
+                        let limit = if lane.waits() {
                             self.server.options.max_waits
                         } else {
                             self.server.options.max_in_flight
                         };
-                        let full = running.values().filter(|(w, _)| *w == wait).count() >= limit;
+                        let full = running.values().filter(|(l, _)| *l == lane).count() >= limit;
                         if !full {
-                            running.insert(id, (wait, cancel));
+                            running.insert(id, (lane, cancel));
                         }
                         full
                     };
@@ -334,7 +335,7 @@ impl Connection {
         let this = self.clone();
         let (cancel, cancelled) = oneshot::channel::<()>();
         // Ids count up from 0; this one is never reached.
-        self.running.lock().unwrap().insert(u64::MAX, (true, cancel));
+        self.running.lock().unwrap().insert(u64::MAX, (Lane::Session, cancel));
         self.server.env.spawn_task("agent events", async move {
             let _alive = alive;
             let forward = async {

@@ -5,12 +5,15 @@
 mod backends;
 
 use karst_agent::{
-    AgentEvent, CallContext, Client, Executor, Fault, Fence, HostAgent, ServerOptions, SimulatedAgent,
-    SimulatedOptions, serve,
+    AgentEvent, CallContext, Client, Executor, Fault, Fence, GuestRef, GuestStop, HostAgent, ServerOptions,
+    SimulatedAgent, SimulatedOptions, serve,
     wire::{Frame, FrameReader, FromHost, HEADER, MAX_FRAME, Outcome, ToHost},
 };
 use karst_env::{EnvExt, RealEnv, SharedEnv};
-use karst_model::{ErrorKind, NodeId, PoolId, SagaId, spec::PoolSpec, storage::PoolKind};
+use karst_model::{
+    ErrorKind, InstanceId, NodeId, PoolId, SagaId, guest::StopMode, instance::Generation, spec::PoolSpec,
+    storage::PoolKind,
+};
 use proptest::prelude::*;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use std::{
@@ -366,6 +369,57 @@ async fn bounds_hold() {
     let mut fourth = UnixStream::connect(&host.path).await.unwrap();
     let end = host.env.timeout(LONG, fourth.read_u8()).await.unwrap();
     assert!(end.is_err(), "no room");
+}
+
+/// More than a host takes of one kind of call, and all of them for long.
+#[tokio::test]
+async fn what_takes_long_holds_up_nothing_that_must_get_through() {
+    const MANY: usize = 300;
+    let host = Host::new(ServerOptions::default());
+    let client = host.client().await;
+    let stop = |n: u128, mode: StopMode| GuestStop {
+        guest: GuestRef { instance: InstanceId(uuid::Uuid::from_u128(n)), generation: Generation::default() },
+        mode,
+    };
+    for _ in 0..MANY {
+        host.agent.inject("guest_stop", Fault::HangBefore);
+    }
+    let mut held = vec![];
+    for n in 0..MANY {
+        let (client, stop) = (client.clone(), stop(n as u128, StopMode::Graceful { timeout: LONG }));
+        held.push(tokio::spawn(async move { client.guest_stop(&change(1), stop).await.map(drop) }));
+    }
+    // As many wait as there are guests to wait for.
+    let all = async {
+        while host.agent.faults_left() > 0 {
+            host.env.sleep(Duration::from_millis(5)).await;
+        }
+    };
+    host.env.timeout(LONG / 2, all).await.expect("guests that shut down slowly wait for each other");
+    for n in 0..MANY {
+        host.agent.inject("pool_flush", Fault::HangBefore);
+        host.agent.inject("guest_start", Fault::HangBefore);
+        let (flushing, starting) = (client.clone(), client.clone());
+        held.push(tokio::spawn(
+            async move { flushing.pool_flush(&CallContext::read(LONG), pool().id).await },
+        ));
+        let spec = guest(n as u128, uuid::Uuid::from_u128(1));
+        held.push(tokio::spawn(async move { starting.guest_start(&change(1), spec).await.map(drop) }));
+    }
+    let all_places = async {
+        while host.agent.count("pool_flush") < 192 || host.agent.count("guest_start") < 192 {
+            host.env.sleep(Duration::from_millis(5)).await;
+        }
+    };
+    host.env.timeout(LONG / 2, all_places).await.expect("they take their places");
+    let urgent = async {
+        client.guest_observe_all(&CallContext::read(LONG), ()).await.unwrap();
+        // Whether it ever ran: it is answered.
+        client.guest_stop(&change(1), stop(7, StopMode::Force)).await
+    };
+    let answer = host.env.timeout(LONG / 4, urgent).await.expect("a forced stop waits for what takes long");
+    assert!(!answer.is_err_and(|e| e.is(ErrorKind::Timeout)));
+    held.iter().for_each(|call| call.abort());
 }
 
 #[tokio::test]
