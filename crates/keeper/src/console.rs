@@ -30,6 +30,8 @@ pub(crate) enum ChildEnd {
 struct Log {
     current: PathBuf,
     old: PathBuf,
+    /// Begins a new part; takes the place of the current one.
+    new: PathBuf,
     size: u64,
     limit: u64,
     file: Option<File>,
@@ -40,6 +42,7 @@ impl Log {
         let mut log = Log {
             current: dir.path(files::CONSOLE),
             old: dir.path(files::CONSOLE_OLD),
+            new: dir.path("console.log.new"),
             size: 0,
             limit: limit.max(4096),
             file: None,
@@ -50,25 +53,60 @@ impl Log {
 
     fn reopen(&mut self) {
         self.file = File::options().append(true).create(true).mode(0o600).open(&self.current).ok();
+        self.measure();
+    }
+
+    fn measure(&mut self) {
         self.size = self.file.as_ref().and_then(|f| f.metadata().ok()).map_or(0, |m| m.len());
+    }
+
+    /// Begins a new part, where the old one is kept until the new one is there: a full disk has room again some day.
+    fn rotate(&mut self) -> io::Result<()> {
+        // Standard options do not combine appending with the emptying of what a crash left.
+        let file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .custom_flags(libc::O_APPEND)
+            .mode(0o600)
+            .open(&self.new)?;
+        match std::fs::rename(&self.current, &self.old) {
+            // Somebody removed it: nothing is to be kept.
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => std::fs::rename(&self.new, &self.current)?,
+        }
+        self.file = Some(file);
+        self.size = 0;
+        Ok(())
     }
 
     /// Appends; a full disk loses log, never the guest.
     fn append(&mut self, bytes: &[u8]) {
-        if self.size + bytes.len() as u64 > self.limit && self.size > 0 {
-            self.file = None;
-            let _ = std::fs::rename(&self.current, &self.old);
+        if self.file.is_none() {
             self.reopen();
         }
-        if let Some(f) = &mut self.file
-            && f.write_all(bytes).is_ok()
-        {
-            self.size += bytes.len() as u64;
+        if self.size + bytes.len() as u64 > self.limit && self.size > 0 && self.rotate().is_err() {
+            // What comes now is worth more than what came before, and the bound holds.
+            if let Some(f) = &self.file
+                && f.set_len(0).is_ok()
+            {
+                self.size = 0;
+            }
+        }
+        if let Some(f) = &mut self.file {
+            match f.write_all(bytes) {
+                Ok(()) => self.size += bytes.len() as u64,
+                // A part of it may have been written.
+                Err(_) => self.measure(),
+            }
         }
     }
 
     fn clear(&mut self) {
         let _ = std::fs::remove_file(&self.old);
+        if self.file.is_none() {
+            self.reopen();
+        }
         if let Some(f) = &self.file
             && f.set_len(0).is_ok()
         {
@@ -258,5 +296,51 @@ impl Console {
     /// Empties the log.
     pub(crate) fn clear(&mut self) {
         self.log.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_that_cannot_be_rotated_stays_bounded_and_is_rotated_later() {
+        let directory = tempfile::tempdir().unwrap();
+        let fd = File::open(directory.path()).unwrap().into();
+        let dir = Dir { fd, replaced: Default::default() };
+        // No file takes the place of a directory.
+        let (current, old) = (directory.path().join("console.log"), directory.path().join("console.log.1"));
+        std::fs::create_dir(&old).unwrap();
+        let mut log = Log::open(&dir, 4096);
+        for n in 0..100 {
+            log.append(format!("{n:0>1000}\n").as_bytes());
+            assert!(std::fs::metadata(&current).unwrap().len() <= 4096);
+        }
+        assert!(std::fs::read_to_string(&current).unwrap().ends_with("99\n"));
+
+        std::fs::remove_dir(&old).unwrap();
+        for n in 100..110 {
+            log.append(format!("{n:0>1000}\n").as_bytes());
+        }
+        let (new, kept) =
+            (std::fs::read_to_string(&current).unwrap(), std::fs::read_to_string(&old).unwrap());
+        assert!(new.ends_with("109\n") && new.len() <= 4096, "{new}");
+        let (first, last) = (new.lines().next().unwrap(), kept.lines().last().unwrap());
+        let number = |line: &str| line.trim_start_matches('0').parse::<u32>().unwrap();
+        assert_eq!(number(last) + 1, number(first), "nothing is lost between the two");
+    }
+
+    #[test]
+    fn a_log_that_could_not_be_opened_is_opened_when_it_can_be() {
+        let directory = tempfile::tempdir().unwrap();
+        let fd = File::open(directory.path()).unwrap().into();
+        let dir = Dir { fd, replaced: Default::default() };
+        let current = directory.path().join("console.log");
+        std::fs::create_dir(&current).unwrap();
+        let mut log = Log::open(&dir, 4096);
+        log.append(b"lost\n");
+        std::fs::remove_dir(&current).unwrap();
+        log.append(b"kept\n");
+        assert_eq!(std::fs::read_to_string(&current).unwrap(), "kept\n");
     }
 }

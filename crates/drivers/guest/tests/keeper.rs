@@ -6,6 +6,7 @@ mod backends;
 
 use karst_guest::keeper::{self, Console, End, Exit, Requested, Spec, State};
 use karst_model::ErrorKind;
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use std::{
     io::{Read, Write},
     os::{fd::OwnedFd, unix::net::UnixStream},
@@ -297,6 +298,76 @@ async fn a_flood_on_the_console_never_blocks_the_guest_and_the_log_stays_bounded
     let log = keeper::console_log(dir.path(), usize::MAX).unwrap();
     assert!(log.ends_with(b"END\n") && log.len() <= 128 * 1024 + 16 * 1024, "{}", log.len());
     assert!(log.len() >= 64 * 1024);
+}
+
+/// A small file system of the test's own, and the keeper on it.
+struct SmallDisk(tempfile::TempDir);
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = keeper::end_keeper(self.0.path());
+        let _ = unmount(self.0.path(), UnmountFlags::DETACH);
+    }
+}
+
+#[tokio::test]
+async fn a_console_log_goes_on_after_the_disk_was_full() {
+    if !backends::root() {
+        return;
+    }
+    built();
+    let directory = tempfile::tempdir().unwrap();
+    // Room for few files: the bytes themselves would fit.
+    let options = c"size=4m,nr_inodes=64,mode=700";
+    if let Err(e) = mount("tmpfs", directory.path(), "tmpfs", MountFlags::empty(), options) {
+        return backends::missing(&format!("a small file system cannot be mounted: {e}"));
+    }
+    let disk = SmallDisk(directory);
+    let dir = disk.0.path();
+    let flood = "head -c 40000 /dev/zero | tr '\\0' x; echo";
+    let mut s =
+        sh(&format!("exec >&0; while read x; do case $x in flood) {flood};; esac; echo said $x; done"));
+    s.console = Console::Pty;
+    s.log_size = 4096;
+    let k = keeper::launch(dir, &s, vec![]).await.unwrap();
+    let mut console = UnixStream::from(k.attach(false).await.unwrap());
+    console.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    // The client is told last: what it hears was offered to the log before.
+    let mut say = |word: &str| {
+        console.write_all(format!("{word}\n").as_bytes()).unwrap();
+        let (mut heard, mut part) = (vec![], [0u8; 4096]);
+        while !heard.ends_with(format!("said {word}\n").as_bytes()) {
+            let n = console.read(&mut part).unwrap();
+            assert!(n > 0, "the console has ended");
+            heard.extend_from_slice(&part[..n]);
+        }
+    };
+    let kept = || ["console.log", "console.log.1"].map(|f| dir.join(f).metadata().map_or(0, |m| m.len()));
+    let log = || String::from_utf8(keeper::console_log(dir, 1 << 20).unwrap()).unwrap();
+    // One read of the keeper's may pass the bound.
+    let bound = 4096 + 16 * 1024;
+    say("flood");
+    let full = (0..1000)
+        .find_map(|n| std::fs::File::create(dir.join(format!("fill{n}"))).err())
+        .expect("the file system is small");
+    assert_eq!(full.kind(), std::io::ErrorKind::StorageFull, "{full}");
+    say("flood");
+    say("meanwhile");
+    assert!(log().ends_with("said meanwhile\n"), "what is there is used");
+    assert!(kept().iter().all(|size| *size <= bound), "{:?}", kept());
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.file_name().unwrap().to_string_lossy().starts_with("fill") {
+            std::fs::remove_file(path).unwrap();
+        }
+    }
+    say("flood");
+    say("after");
+    assert!(log().ends_with("said after\n"));
+    assert!(kept().iter().all(|size| (1..=bound).contains(size)), "{:?}", kept());
+    k.kill().await.unwrap();
+    k.wait_exit().await.unwrap();
+    keeper::wait_gone(dir).await.unwrap();
 }
 
 fn boottime() -> Duration {
