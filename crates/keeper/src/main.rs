@@ -33,7 +33,12 @@ use std::{
         unix::fs::{MetadataExt, OpenOptionsExt},
     },
     path::PathBuf,
+    time::{Duration, Instant},
 };
+
+/// How long the lock may be held by those who only look whether a keeper lives (see the client's `is_alive`), and by a
+/// child of theirs before it executes its program.
+const LOOKS: Duration = Duration::from_secs(1);
 
 /// The guest's state directory: everything in it is reached by descriptor, so that its path may be long or move.
 pub(crate) struct Dir {
@@ -131,13 +136,19 @@ fn prepare(a: &Arguments) -> Result<(Dir, Spec, OwnedFd), String> {
         .map_err(|e| format!("lock: {e}"))?
         .into();
     use rustix::fs::{FlockOperation, flock};
-    if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
-        // A keeper whose guest has ended only syncs its last status and goes: worth waiting for. Any other is not.
+    let patience = Instant::now() + LOOKS;
+    while flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        // A keeper whose guest has ended only syncs its last status and goes: worth waiting for. Any other is not, but
+        // who looks whether there is one holds the lock for a moment too.
         let status = std::fs::read(dir.path(files::STATUS)).unwrap_or_default();
-        if !Status::parse(&status).is_ok_and(|s| s.state == State::Exited) {
+        if Status::parse(&status).is_ok_and(|s| s.state == State::Exited) {
+            flock(&lock, FlockOperation::LockExclusive).map_err(|e| format!("lock: {e}"))?;
+            break;
+        }
+        if Instant::now() >= patience {
             return Err("this guest already has a keeper".into());
         }
-        flock(&lock, FlockOperation::LockExclusive).map_err(|e| format!("lock: {e}"))?;
+        std::thread::sleep(Duration::from_millis(1));
     }
     Ok((dir, spec, lock))
 }

@@ -12,7 +12,10 @@ use std::{
     os::{fd::OwnedFd, unix::net::UnixStream},
     path::Path,
     process::Command,
-    sync::Once,
+    sync::{
+        Arc, Once,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -146,6 +149,35 @@ async fn one_keeper_a_guest_and_a_start_right_after_the_end() {
         let End::Exited(s) = k.wait_exit().await.unwrap() else { panic!() };
         assert_eq!((s.exit, s.requested), (Some(Exit::Signal(9)), Requested::Force));
         keeper::launch(dir.path(), &sh("exec sleep 1000"), vec![]).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn who_looks_at_a_guest_does_not_keep_it_from_starting() {
+    built();
+    let guests = tempfile::tempdir().unwrap();
+    for n in 0..100 {
+        let dir = guests.path().join(n.to_string());
+        std::fs::create_dir(&dir).unwrap();
+        // As an earlier start leaves it that died before its first status.
+        std::fs::write(dir.join("keeper.lock"), "").unwrap();
+        let over = Arc::new(AtomicBool::new(false));
+        let looking = std::thread::spawn({
+            let (dir, over) = (dir.clone(), over.clone());
+            move || {
+                while !over.load(Ordering::Relaxed) {
+                    keeper::is_alive(&dir);
+                }
+            }
+        });
+        let launched = keeper::launch(&dir, &sh("exec sleep 1000"), vec![]).await;
+        over.store(true, Ordering::Relaxed);
+        looking.join().unwrap();
+        match launched {
+            Ok(k) => k.kill().await.unwrap(),
+            Err(e) => panic!("start {n}: {e:?}"),
+        }
+        keeper::wait_gone(&dir).await.unwrap();
     }
 }
 
