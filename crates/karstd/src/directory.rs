@@ -204,7 +204,10 @@ fn directory(path: &Path, mode: u32, owner: &User, group: u32) -> Result<()> {
     if !found.is_dir() {
         return Err(Error::conflict(format!("{} is not a directory", path.display())));
     }
-    if found.uid() != owner.uid {
+    if found.uid() != owner.uid && is_half_made(path, &found)? {
+        chown(path, Some(Uid::from_raw(owner.uid)), Some(Gid::from_raw(group)))
+            .map_err(std::io::Error::from)?;
+    } else if found.uid() != owner.uid {
         return Err(Error::forbidden(format!(
             "{} belongs to user {}, not to user {}; give it to that user or choose another --dir or --user",
             path.display(),
@@ -226,6 +229,13 @@ fn directory(path: &Path, mode: u32, owner: &User, group: u32) -> Result<()> {
         fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
     }
     Ok(())
+}
+
+/// Did a launcher end between making the directory and giving it to its owner? Then it is ours, and nothing is in it. What
+/// lies in DIR only we could have put there.
+fn is_half_made(path: &Path, found: &fs::Metadata) -> Result<bool> {
+    let ours = found.uid() == rustix::process::geteuid().as_raw() && found.mode() & 0o022 == 0;
+    Ok(ours && fs::read_dir(path)?.next().is_none())
 }
 
 /// Made before anything that carries it: whole or not there.

@@ -765,6 +765,31 @@ fn one_launcher_a_directory() {
     assert!(!output.status.success() && text.contains("useradd"), "{text}");
 }
 
+/// A launcher may be killed between making a directory of control's and giving it away.
+#[test]
+fn a_directory_that_was_not_given_away_yet_is_taken_over() {
+    use std::os::unix::fs::{DirBuilderExt, chown};
+    let half_made = |command: &mut Command| {
+        let dir = PathBuf::from(command.get_args().nth(1).unwrap());
+        fs::DirBuilder::new().mode(0o711).create(&dir).unwrap();
+        fs::DirBuilder::new().mode(0o700).create(dir.join("state")).unwrap();
+    };
+    let Some(mut karstd) = Karstd::start_as(&[], half_made) else {
+        return;
+    };
+    karstd.healthy();
+    let (state, (uid, gid)) = (karstd.dir.join("state"), nobody());
+    assert_eq!(mode(state.clone()), (0o700, uid, gid));
+    assert!(karstd.stop().success());
+    // With something in it, somebody gave it to that user.
+    chown(&state, Some(0), None).unwrap();
+    let refused = start_in(&karstd.dir, &[]).wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && text.contains("belongs to user 0"), "{text}");
+    assert_eq!(mode(state.clone()).1, 0, "nothing was changed");
+    chown(&state, Some(uid), None).unwrap();
+}
+
 #[test]
 fn without_root_it_says_what_to_do() {
     if !backends::root() {
