@@ -220,6 +220,10 @@ impl RealAgent {
     }
 
     async fn stop(&self, request: GuestStop) -> Result<Observed> {
+        if matches!(request.mode, StopMode::Graceful { timeout } if timeout > StopMode::LONGEST) {
+            let text = format!("a stop waits for {} seconds at most", StopMode::LONGEST.as_secs());
+            return Err(Error::invalid("mode.timeout", text));
+        }
         let id = request.guest.instance;
         if self.guest(id).is_none() {
             return Ok(never_ran(request.guest));

@@ -22,6 +22,11 @@ pub enum StopMode {
     Save,
 }
 
+impl StopMode {
+    /// The longest that a graceful stop may be given: a day.
+    pub const LONGEST: Duration = Duration::from_secs(86_400);
+}
+
 /// What a host saw of a guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Observed {

@@ -185,6 +185,8 @@ fn cases() -> Vec<Case> {
         "restart of a stopped one" => Conflict, "", "start it", |w| w.engine.instance_power(&w.admin, P, "still", force(PowerAction::Restart));
         "freeze of a stopped one" => Conflict, "", "not running", |w| w.engine.instance_power(&w.admin, P, "still", force(PowerAction::Freeze));
         "unfreeze of a running one" => Conflict, "", "not frozen", |w| w.engine.instance_power(&w.admin, P, "run", force(PowerAction::Unfreeze));
+        "stop with all the time there is" => Invalid, "timeout", "86400", |w| w.engine.instance_power(&w.admin, P, "run", PowerRequest { force: false, timeout: Some(std::time::Duration::from_secs(i64::MAX as u64)), ..force(PowerAction::Stop) });
+        "restart with more than a day" => Invalid, "timeout", "86400", |w| w.engine.instance_power(&w.admin, P, "run", PowerRequest { force: false, timeout: Some(std::time::Duration::from_secs(86_401)), ..force(PowerAction::Restart) });
         "power of a missing one" => NotFound, "", "nope", |w| w.engine.instance_power(&w.admin, P, "nope", force(PowerAction::Start));
         // Guests.
         "exec in a stopped one" => Conflict, "", "start it", |w| w.engine.exec(&w.admin, P, "still", exec(&["true"]));

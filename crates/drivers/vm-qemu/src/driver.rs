@@ -116,11 +116,11 @@ impl Shared {
         lock(&self.guests).entry(instance).or_default().clone()
     }
 
-    /// The machine that is held and has not ended.
+    /// The machine that is held and has not ended; not one whose owner broke off.
     fn held(&self, instance: InstanceId) -> Option<Arc<Machine>> {
         let slot = lock(&self.guests).get(&instance).cloned()?;
         let machine = lock(&slot.machine).clone()?;
-        (machine.now().state != RuntimeState::Stopped).then_some(machine)
+        (machine.now().state != RuntimeState::Stopped && machine.is_owned()).then_some(machine)
     }
 
     /// The machine, adopted when its keeper lives and nobody holds it yet.
@@ -272,8 +272,10 @@ impl Shared {
     /// `changing`.
     async fn settle(&self, slot: &Slot) {
         let old = lock(&slot.machine).take();
-        if let Some(old) = old {
-            old.ended().await;
+        if let Some(old) = old
+            && let Err(e) = old.ended().await
+        {
+            tracing::warn!(error = %e, context = e.context, "nobody saw the end of a guest");
         }
     }
 
@@ -465,7 +467,7 @@ impl Shared {
             }
             Ok(()) => {}
         }
-        timeout(FORCE, machine.ended()).await.map(drop).map_err(|_| Error::timeout("QEMU does not end"))
+        timeout(FORCE, machine.ended()).await.map_err(|_| Error::timeout("QEMU does not end"))?.map(drop)
     }
 
     /// What goes on inside a machine that can answer: one whose CPUs stand still cannot.
@@ -537,7 +539,7 @@ impl GuestDriver for QemuDriver {
         match stopped {
             // It ended by itself meanwhile.
             Err(e) if !e.is(ErrorKind::NotFound) => Err(e),
-            _ => Ok(machine.ended().await),
+            _ => machine.ended().await,
         }
     }
 

@@ -17,7 +17,7 @@ use karst_guest::{
 use karst_host::cgroup::Cgroups;
 use karst_model::{
     Error, ErrorKind, Result,
-    guest::MonitorEvent,
+    guest::{MonitorEvent, StopMode},
     instance::{ExitReason, RuntimeState},
 };
 use serde_json::{Value, json};
@@ -160,19 +160,40 @@ impl Machine {
         self.observed.borrow().clone()
     }
 
+    /// Does its owner live? One that broke off (a fault of ours) says nothing any more: the machine must be adopted anew.
+    pub(crate) fn is_owned(&self) -> bool {
+        !self.requests.is_closed()
+    }
+
+    /// Why its owner does not answer. It says last that the machine has ended.
+    fn gone(&self) -> Error {
+        match self.now().state {
+            RuntimeState::Stopped => Error::not_found("the guest is not running"),
+            _ => Error::internal("watching the guest broke off; try again", "its owner is gone"),
+        }
+    }
+
     /// Asks, and waits until it is done.
     pub(crate) async fn ask(&self, ask: Ask) -> Result<()> {
-        let gone = || Error::not_found("the guest is not running");
         let (send, receive) = oneshot::channel();
-        self.requests.send((ask, send)).await.map_err(|_| gone())?;
-        receive.await.map_err(|_| gone())?
+        self.requests.send((ask, send)).await.map_err(|_| self.gone())?;
+        receive.await.map_err(|_| self.gone())?
     }
 
     /// Waits until it has ended and nothing of it is left.
-    pub(crate) async fn ended(&self) -> Observed {
+    ///
+    /// # Errors
+    /// Internal when its owner broke off.
+    pub(crate) async fn ended(&self) -> Result<Observed> {
         let mut observed = self.observed.subscribe();
-        let last = observed.wait_for(|o| o.state == RuntimeState::Stopped).await.map(|o| o.clone());
-        last.unwrap_or_else(|_| self.observed.borrow().clone())
+        let stopped = async { observed.wait_for(|o| o.state == RuntimeState::Stopped).await.is_ok() };
+        tokio::select! {
+            biased;
+            _ = stopped => {}
+            () = self.requests.closed() => {}
+        }
+        let now = self.now();
+        if now.state == RuntimeState::Stopped { Ok(now) } else { Err(self.gone()) }
     }
 }
 
@@ -427,7 +448,7 @@ impl Owner {
                     Err(e) => Err(e),
                     Ok(()) => {
                         let Ask::Graceful(time) = ask else { return };
-                        let waiter = (Instant::now() + time, reply);
+                        let waiter = (Instant::now() + time.min(StopMode::LONGEST), reply);
                         match &mut self.stopping {
                             Some(s) => s.waiters.push(waiter),
                             None => {
@@ -619,6 +640,49 @@ mod tests {
         assert_eq!(decide(S::Running, wait).unwrap(), Do::PowerDown { cont: false });
         assert!(decide(S::Error, wait).unwrap_err().message.contains("force"));
         assert!(decide(S::Stopping, Ask::Pause).unwrap_err().message.contains("shutting down"));
+    }
+
+    #[tokio::test]
+    async fn an_owner_that_broke_off_is_noticed() {
+        let (id, dir) = (karst_model::InstanceId(Default::default()), PathBuf::from("/nonexistent"));
+        let record = json!({
+            "version": 1, "instance": id, "daemon_id": "aaaaaa", "generation": {"incarnation": 1, "n": 1},
+            "spec_version": 1, "domain_id": 1, "hostname": "v1", "ids": {"base": 100_000, "count": 1},
+            "accelerator": "tcg", "memory": 1, "cpus": 1, "cpu": null, "root": "/nonexistent", "nics": []
+        });
+        let record: Record = serde_json::from_value(record).unwrap();
+        let observed = Observed {
+            instance: id,
+            generation: record.generation,
+            state: S::Running,
+            pid: None,
+            domain_id: None,
+            started_at: None,
+            exit: None,
+            applied_spec_version: 1,
+            accelerator: None,
+        };
+        let (requests, receiver) = mpsc::channel(1);
+        let inner = Arc::new(Inner {
+            inside: Arc::new(Inside::new(dir.clone(), "v1".into())),
+            keeper: Keeper::unasked(&dir),
+            dir,
+            observed: watch::Sender::new(observed),
+            record: Mutex::new(record),
+            still: tokio::sync::Mutex::default(),
+        });
+        let machine = Machine { inner, requests };
+        assert!(machine.is_owned());
+        // As when the task of the owner panics.
+        drop(receiver);
+        assert!(!machine.is_owned());
+        assert!(machine.ask(Ask::Pause).await.unwrap_err().is(ErrorKind::Internal));
+        let end = timeout(Duration::from_secs(60), machine.ended()).await.expect("nobody says any more");
+        assert!(end.unwrap_err().is(ErrorKind::Internal));
+        // An owner that ended with its machine.
+        machine.observed.send_modify(|o| o.state = S::Stopped);
+        assert!(machine.ask(Ask::Pause).await.unwrap_err().is(ErrorKind::NotFound));
+        assert_eq!(machine.ended().await.unwrap().state, S::Stopped);
     }
 
     #[test]

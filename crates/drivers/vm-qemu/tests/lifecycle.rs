@@ -95,6 +95,28 @@ async fn a_keeper_that_does_not_answer_keeps_nobody_from_its_machine() {
     assert!(!guest.state_dir.exists() && driver.warnings().is_empty());
 }
 
+/// No time that is given for a shutdown harms who watches the machine.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shutdown_with_all_the_time_there_is_can_be_forced() {
+    let Some(place) = Place::small("patience") else { return };
+    let guest = place.guest(1);
+    let id = guest.instance;
+    let driver = place.driver();
+    driver.start(&guest).await.unwrap();
+    let asked = tokio::spawn({
+        let driver = driver.clone();
+        async move { driver.stop(id, StopMode::Graceful { timeout: Duration::MAX }).await }
+    });
+    let end = Instant::now() + Duration::from_secs(60);
+    while driver.observe(id).await.unwrap().state == RuntimeState::Running {
+        assert!(Instant::now() < end, "nobody asked it to shut down");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(driver.stop(id, StopMode::Force).await.unwrap().state, RuntimeState::Stopped);
+    assert_eq!(asked.await.unwrap().unwrap().state, RuntimeState::Stopped);
+    driver.destroy(id).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_guest_outlives_its_driver() {
     // The contract suite boots a machine in every run; this one, which kills and resets it, is for the long suites.

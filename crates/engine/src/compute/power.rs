@@ -66,6 +66,12 @@ impl Engine {
         keep: bool,
     ) -> Result<LiveOperation> {
         let project = self.project(context, project, Permission::InstanceUse)?;
+        if request.timeout.is_some_and(|timeout| timeout > StopMode::LONGEST) {
+            let most = StopMode::LONGEST.as_secs();
+            let text =
+                format!("a stop waits for {most} seconds at most; give fewer, or none for the default");
+            return Err(Error::invalid("timeout", text));
+        }
         let inner = self.inner();
         let save = request.stateful && request.action == PowerAction::Stop;
         let mode = if save {
