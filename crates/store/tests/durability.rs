@@ -11,7 +11,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::block_on;
-use common::power_cut::{self, Loss};
+use common::power_cut::{self, Fault, Loss};
+use futures::StreamExt;
 use karst_env::{Env, RealEnv};
 use karst_store::*;
 
@@ -230,28 +231,73 @@ fn power_cuts_lose_nothing_acknowledged_and_without_syncing_the_test_notices() {
     eprintln!("without syncing: {loss}");
 }
 
-#[test]
-fn after_a_failed_sync_nothing_is_believed_until_the_store_is_reopened() {
-    power_cut::register();
+/// Follows a watch up to `revision`.
+async fn follow(watch: &mut WatchStream, revision: Revision, live: &mut BTreeMap<String, KeyValue>) {
+    let mut at = 0;
+    while at < revision {
+        let item = watch.next().await.expect("the store is open").unwrap();
+        assert!(item.revision() >= at, "{} after {at}", item.revision());
+        at = item.revision();
+        let WatchItem::Batch(batch) = item else { continue };
+        for event in batch.events {
+            match event.change {
+                Change::Put(kv) => drop(live.insert(kv.key.clone(), kv)),
+                Change::Delete { key } => drop(live.remove(&key)),
+            }
+        }
+    }
+}
+
+/// Nobody has read before, so that the log is recovered when the database is opened again; or somebody watches.
+async fn fail_and_go_on(watching: bool) {
     let directory = tempfile::tempdir().unwrap();
     let home = directory.path().canonicalize().unwrap();
     let path = home.join("state.db");
-    block_on(async {
-        let options = SqliteOptions { vfs: Some(power_cut::VFS.into()), ..SqliteOptions::default() };
-        let store = open(&path, options).await.unwrap();
-        assert!(store.txn(paired(0, 1)).await.unwrap().committed().is_some());
-        power_cut::break_syncs(Some(&home));
-        assert_eq!(store.txn(paired(0, 2)).await, Ok(TxnOutcome::Unknown));
-        power_cut::break_syncs(None);
-        // The disk works again, but what it holds is not what we think.
-        match store.txn(paired(0, 2)).await {
-            Err(StoreError::Unavailable(text)) => assert!(text.contains("must be reopened"), "{text}"),
-            other => panic!("{other:?}"),
+    let options = SqliteOptions { vfs: Some(power_cut::VFS.into()), ..SqliteOptions::default() };
+    let store = open(&path, options).await.unwrap();
+    let mut watch = store.watch("/", 1).await.unwrap();
+    let mut live = BTreeMap::new();
+    let lease = store.lease_grant(Duration::from_secs(600)).await.unwrap();
+    let mut revision = store.txn(paired(0, 1)).await.unwrap().committed().unwrap();
+    let mut known = 1;
+    for fault in [Fault::Sync, Fault::Write, Fault::Sync] {
+        if watching {
+            follow(&mut watch, revision, &mut live).await;
         }
-        drop(store);
-        let store = open(&path, SqliteOptions::default()).await.unwrap();
+        power_cut::break_disk(&home, fault);
+        let next = known + 1;
+        assert_eq!(store.txn(paired(0, next)).await, Ok(TxnOutcome::Unknown), "{fault:?}");
+        for _ in 0..3 {
+            let refused = store.txn(paired(0, next)).await;
+            assert!(matches!(refused, Err(StoreError::Unavailable(_))), "{fault:?}: {refused:?}");
+        }
+        power_cut::mend_disk();
+        // By itself; and what was unknown is one of the two from now on.
+        let mark = Txn { success: vec![Op::put("/mark", next.to_string())], ..Txn::default() };
+        let marked = store.txn(mark).await.unwrap().committed().expect("the disk works again");
         let found = examine(&store).await.unwrap()[&0];
-        assert!((1..=2).contains(&found), "{found}: applied or not, but whole");
-        assert!(store.txn(paired(0, found + 1)).await.unwrap().committed().is_some());
+        assert!(found == known || found == next, "{fault:?}: {found}: applied or not, but whole");
+        assert_eq!(marked, revision + 1 + u64::from(found == next), "no revision is given twice");
+        known = found + 1;
+        revision = store.txn(paired(0, known)).await.unwrap().committed().unwrap();
+        assert_eq!(revision, marked + 1);
+    }
+    store.lease_keepalive(lease).await.unwrap();
+    follow(&mut watch, revision, &mut live).await;
+    let (all, _) = list_prefix(&store, "/").await.unwrap();
+    assert_eq!(live.into_values().collect::<Vec<_>>(), all, "who watched has missed nothing");
+    drop(watch);
+    drop(store);
+    let store = open(&path, SqliteOptions::default()).await.unwrap();
+    assert_eq!(examine(&store).await.unwrap()[&0], known);
+}
+
+#[test]
+fn after_a_failed_commit_nothing_is_believed_until_the_database_is_opened_again() {
+    power_cut::register();
+    block_on(async {
+        for watching in [false, true] {
+            fail_and_go_on(watching).await;
+        }
     });
 }

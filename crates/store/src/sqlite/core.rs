@@ -71,15 +71,21 @@ pub(super) struct AtomicCounters {
     pub transactions: AtomicU64,
 }
 
+/// Opens the writer's connection anew.
+pub(super) type Reopen = Box<dyn Fn() -> Result<Connection> + Send>;
+
 pub(super) struct Core {
     pub conn: Connection,
+    /// `None` in memory, where nothing is left of a connection that is closed.
+    reopen: Option<Reopen>,
     revision: Revision,
     compact_revision: Revision,
     keep_revisions: u64,
     leases: Arc<Leases>,
     counters: Arc<AtomicCounters>,
     publish: broadcast::Sender<Arc<Published>>,
-    /// Set when a commit failed in a way that leaves open what is on disk: from then on nothing is believed.
+    /// Set when a commit failed in a way that leaves open what is on disk: nothing is believed until the database is
+    /// opened again.
     poisoned: Option<String>,
 }
 
@@ -104,25 +110,27 @@ struct Applying<'a> {
 impl Core {
     pub fn new(
         conn: Connection,
+        reopen: Option<Reopen>,
         keep_revisions: u64,
         leases: Arc<Leases>,
         counters: Arc<AtomicCounters>,
     ) -> Result<Core> {
         let revision = read::current_revision(&conn)?;
         let compact_revision = read::compact_revision(&conn)?;
-        {
-            let mut statement = conn.prepare("SELECT id, ttl_seconds FROM lease").map_err(failed)?;
-            let rows =
-                statement.query_map([], |row| Ok((row.get(0)?, row.get::<_, i64>(1)?))).map_err(failed)?;
-            for row in rows {
-                let (id, seconds) = row.map_err(failed)?;
-                // Nobody could keep it alive while the store was down, so its time starts anew (as in etcd).
-                leases.granted(LeaseId(id), Duration::from_secs(seconds as u64));
-            }
-        }
+        leases.replace(recorded_leases(&conn)?);
         let publish = broadcast::channel(PUBLISHED).0;
         let poisoned = None;
-        Ok(Core { conn, revision, compact_revision, keep_revisions, leases, counters, publish, poisoned })
+        Ok(Core {
+            conn,
+            reopen,
+            revision,
+            compact_revision,
+            keep_revisions,
+            leases,
+            counters,
+            publish,
+            poisoned,
+        })
     }
 
     pub fn publisher(&self) -> &broadcast::Sender<Arc<Published>> {
@@ -131,8 +139,9 @@ impl Core {
 
     /// Runs the commands in order, each with its own revision, commits them together, then answers.
     pub fn run(&mut self, commands: Vec<Command>) {
-        if let Some(reason) = &self.poisoned {
-            let error = StoreError::Unavailable(reason.clone());
+        if let Some(reason) = self.poisoned.clone()
+            && let Err(error) = self.open_again(&reason)
+        {
             commands.into_iter().for_each(|command| refuse(command, &error));
             return;
         }
@@ -180,17 +189,18 @@ impl Core {
         if !group.wrote {
             self.rollback();
         } else if let Err(error) = self.conn.execute_batch("COMMIT") {
-            let full = error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull);
+            // First: the next call of the system may change what the last one said.
+            let full = read::is_full(&error);
             self.rollback();
             if full {
                 // The frame that would have committed was not written.
-                let error = failed(error);
+                let error = StoreError::Full(error.to_string());
                 answers.into_iter().for_each(|answer| answer.fail(&error));
             } else {
                 // A failed fsync says nothing about what is on disk, and must not be tried again: the kernel
-                // forgets which pages were dirty. After a restart recovery decides.
-                let reason = format!("a commit failed and the store must be reopened: {error}");
-                tracing::error!(%error, "a commit failed; the store refuses work until it is reopened");
+                // forgets which pages were dirty. Opening the database again decides.
+                let reason = format!("a commit failed: {error}");
+                tracing::error!(%error, "a commit failed; the store refuses changes until the database can be opened again");
                 answers.into_iter().for_each(|answer| answer.unknown(&reason));
                 self.poisoned = Some(reason);
             }
@@ -214,12 +224,45 @@ impl Core {
         answers.into_iter().for_each(Answer::send);
     }
 
-    fn rollback(&self) {
+    fn rollback(&mut self) {
         if !self.conn.is_autocommit()
             && let Err(error) = self.conn.execute_batch("ROLLBACK")
         {
-            tracing::error!(%error, "a rollback failed");
+            tracing::error!(%error, "a rollback failed; the database is opened again");
+            self.poisoned = Some(format!("a rollback failed: {error}"));
         }
+    }
+
+    /// Opens the database again after a commit whose outcome is open, and makes it one of the two for good. Everything
+    /// goes on from what is then there. Tried with each group of commands: who wants a change tries again anyway.
+    fn open_again(&mut self, reason: &str) -> Result<()> {
+        let Some(open) = &self.reopen else { return Err(StoreError::Unavailable(reason.to_owned())) };
+        // The old one is closed first: it may hold locks.
+        self.conn = Connection::open_in_memory().map_err(failed)?;
+        let least = self.revision;
+        let opened = open().and_then(|conn| {
+            let (revision, compact_revision) = settle(&conn, least)?;
+            let leases = recorded_leases(&conn)?;
+            Ok((conn, revision, compact_revision, leases))
+        });
+        let (conn, revision, compact_revision, leases) = match opened {
+            Ok(opened) => opened,
+            Err(StoreError::Full(text)) => return Err(StoreError::Full(text)),
+            Err(error) => {
+                tracing::debug!(%error, "the database cannot be opened again yet");
+                return Err(StoreError::Unavailable(format!("{reason}; opening it again: {error}")));
+            }
+        };
+        self.conn = conn;
+        self.leases.replace(leases);
+        if revision > self.revision {
+            // It was applied after all; whoever watches reads of it in the log. Nobody is watching: fine.
+            let _ = self.publish.send(Arc::new(Published { revision, events: None }));
+        }
+        (self.revision, self.compact_revision) = (revision, compact_revision);
+        self.poisoned = None;
+        tracing::warn!(reason, "the database was opened again; changes are made again");
+        Ok(())
     }
 
     /// `Err` only when SQLite failed; a refusal is an answer like others.
@@ -356,6 +399,38 @@ impl Core {
         group.wrote = true;
         Ok(())
     }
+}
+
+/// Decides for good what a commit of unknown outcome has left: what the log holds goes into the database and the log is
+/// emptied, so that no frame of that commit comes to life later; one more commit then makes this durable. Answers the
+/// revision and the compacted one.
+fn settle(conn: &Connection, least: Revision) -> Result<(Revision, Revision)> {
+    let sql = "PRAGMA wal_checkpoint(TRUNCATE)";
+    let busy: bool = conn.query_row(sql, [], |row| row.get(0)).map_err(failed)?;
+    if busy {
+        return Err(StoreError::Unavailable("the log could not be emptied beside a reader".into()));
+    }
+    // Written also when nothing changes, unlike a row.
+    let version = read::SCHEMA_VERSION;
+    conn.execute_batch(&format!("BEGIN IMMEDIATE; PRAGMA user_version = {version}; COMMIT;"))
+        .map_err(failed)?;
+    let revision = read::current_revision(conn)?;
+    if revision < least {
+        return Err(StoreError::Unavailable(format!(
+            "the database is at revision {revision}, and {least} was acknowledged"
+        )));
+    }
+    Ok((revision, read::compact_revision(conn)?))
+}
+
+/// The leases of the table with their times to live. Nobody could keep them alive while the store was down, so their time
+/// starts anew (as in etcd).
+fn recorded_leases(conn: &Connection) -> Result<Vec<(LeaseId, Duration)>> {
+    let mut statement = conn.prepare("SELECT id, ttl_seconds FROM lease").map_err(failed)?;
+    let rows = statement
+        .query_map([], |row| Ok((LeaseId(row.get(0)?), Duration::from_secs(row.get::<_, i64>(1)? as u64))))
+        .map_err(failed)?;
+    rows.collect::<rusqlite::Result<_>>().map_err(failed)
 }
 
 impl Group {

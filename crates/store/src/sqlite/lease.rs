@@ -34,6 +34,14 @@ impl Leases {
         self.changed.notify_one();
     }
 
+    /// These there are, each with all of its time, and no others.
+    pub fn replace(&self, leases: Vec<(LeaseId, Duration)>) {
+        let now = self.env.monotonic();
+        let leases = leases.into_iter().map(|(id, ttl)| (id, Lease { ttl, deadline: now + ttl }));
+        *self.leases.lock().unwrap() = leases.collect();
+        self.changed.notify_one();
+    }
+
     pub fn gone(&self, lease: LeaseId) {
         self.leases.lock().unwrap().remove(&lease);
     }

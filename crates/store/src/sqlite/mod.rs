@@ -4,6 +4,9 @@
 //! revision, and commits the whole group with one wait for the disk; only then does anybody get an answer. Reads run
 //! beside it on a few connections, each on a snapshot that contains all that was answered before.
 //!
+//! After a commit whose outcome is open (a failed fsync) nothing is believed: the writer closes its connection, and opens
+//! the database again before the next change, for as long as the disk fails again and again.
+//!
 //! `:memory:` has neither thread nor pool: each call runs where it is polled. That makes it deterministic, which is
 //! what [`karst_env::SeededEnv`] needs.
 
@@ -28,7 +31,7 @@ mod lease;
 mod read;
 mod watch;
 
-use self::core::{AtomicCounters, Command, Core, Published};
+use self::core::{AtomicCounters, Command, Core, Published, Reopen};
 use self::lease::Leases;
 use self::read::failed;
 
@@ -267,7 +270,9 @@ impl SqliteStore {
         let (for_path, for_options) = (path.clone(), options.clone());
         let opening = tokio::task::spawn_blocking(move || {
             let (conn, lock) = open_file(&for_path, &for_options)?;
-            let core = Core::new(conn, for_options.keep_revisions, for_leases, for_counters)?;
+            let keep_revisions = for_options.keep_revisions;
+            let reopen: Reopen = Box::new(move || connect(&for_path, &for_options, Role::Writer));
+            let core = Core::new(conn, Some(reopen), keep_revisions, for_leases, for_counters)?;
             Ok((core, lock))
         });
         let (mut core, lock) =
@@ -307,7 +312,7 @@ impl SqliteStore {
         prepare_schema(&conn, ":memory:")?;
         let leases = Arc::new(Leases::new(env.clone()));
         let counters = Arc::new(AtomicCounters::default());
-        let core = Core::new(conn, options.keep_revisions, leases.clone(), counters.clone())?;
+        let core = Core::new(conn, None, options.keep_revisions, leases.clone(), counters.clone())?;
         let publish = core.publisher().downgrade();
         let core = Arc::new(Mutex::new(core));
         let reads = Reads::Inline(Arc::downgrade(&core));
@@ -343,8 +348,9 @@ impl SqliteStore {
                     match done.await {
                         Ok(Ok(())) | Ok(Err(StoreError::LeaseNotFound)) => {}
                         Ok(Err(error)) => {
-                            tracing::warn!(%error, "a lease that ended could not be removed");
-                            return;
+                            // The disk may be full, or failed: the next round finds the lease again.
+                            tracing::debug!(%error, "a lease that ended could not be removed yet");
+                            sweeper_env.sleep(Duration::from_secs(1)).await;
                         }
                         Err(_) => return,
                     }

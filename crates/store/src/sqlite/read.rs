@@ -47,11 +47,22 @@ pub(super) fn revision_of(id: i64) -> Revision {
     (id as u64) >> SUB_BITS
 }
 
+/// Is there no room, or no more than a quota allows? SQLite takes the second for any other error of writing. To be asked
+/// right after the error, before another call of the system fails.
+pub(super) fn is_full(error: &rusqlite::Error) -> bool {
+    let quota = || {
+        let code = error.sqlite_error().map(|error| error.extended_code);
+        code == Some(rusqlite::ffi::SQLITE_IOERR_WRITE)
+            && std::io::Error::last_os_error().kind() == std::io::ErrorKind::QuotaExceeded
+    };
+    error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull) || quota()
+}
+
 /// An error of SQLite that left nothing behind.
 pub(super) fn failed(error: rusqlite::Error) -> StoreError {
-    match error.sqlite_error_code() {
-        Some(rusqlite::ErrorCode::DiskFull) => StoreError::Full(error.to_string()),
-        _ => StoreError::Unavailable(error.to_string()),
+    match is_full(&error) {
+        true => StoreError::Full(error.to_string()),
+        false => StoreError::Unavailable(error.to_string()),
     }
 }
 

@@ -64,8 +64,8 @@ struct Recording {
 struct State {
     files: BTreeMap<PathBuf, Disk>,
     recording: Option<Recording>,
-    /// Syncs under this fail.
-    broken: Option<PathBuf>,
+    /// What fails under which directory.
+    broken: Option<(PathBuf, Fault)>,
 }
 
 static STATE: Mutex<State> = Mutex::new(State { files: BTreeMap::new(), recording: None, broken: None });
@@ -75,6 +75,12 @@ fn state() -> MutexGuard<'static, State> {
 }
 
 impl State {
+    fn fails(&self, path: &Path, fault: Fault) -> bool {
+        self.broken
+            .as_ref()
+            .is_some_and(|(directory, broken)| *broken == fault && path.starts_with(directory))
+    }
+
     /// To be called before a change reaches the disk.
     fn snapshot(&mut self, path: &Path) {
         let Some(recording) = &mut self.recording else {
@@ -90,9 +96,23 @@ impl State {
     }
 }
 
-/// Lets every sync under `directory` fail from now on; `None`: no more.
-pub fn break_syncs(directory: Option<&Path>) {
-    state().broken = directory.map(Path::to_owned);
+/// How a disk fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Nothing can be written, as over a quota.
+    Write,
+    /// What was written cannot be synced.
+    Sync,
+}
+
+/// Lets every write or sync under `directory` fail from now on.
+pub fn break_disk(directory: &Path, fault: Fault) {
+    state().broken = Some((directory.to_owned(), fault));
+}
+
+/// Nothing fails any more.
+pub fn mend_disk() {
+    state().broken = None;
 }
 
 /// Starts to take a snapshot at each change under `directory`, with what `acknowledged` holds then.
@@ -235,6 +255,9 @@ unsafe extern "C" fn x_write(
     // SAFETY: the file is open, and SQLite gives `amount` readable bytes at `buffer`.
     unsafe {
         if let Some(path) = path_of(file) {
+            if state().fails(path, Fault::Write) {
+                return ffi::SQLITE_IOERR_WRITE;
+            }
             let data = std::slice::from_raw_parts(buffer.cast::<u8>(), amount as usize).to_vec();
             let mut state = state();
             state.snapshot(path);
@@ -266,7 +289,7 @@ unsafe extern "C" fn x_sync(file: *mut ffi::sqlite3_file, _flags: c_int) -> c_in
     // SAFETY: the file is open.
     if let Some(path) = unsafe { path_of(file) } {
         let mut state = state();
-        if state.broken.as_deref().is_some_and(|directory| path.starts_with(directory)) {
+        if state.fails(path, Fault::Sync) {
             return ffi::SQLITE_IOERR_FSYNC;
         }
         state.snapshot(path);
