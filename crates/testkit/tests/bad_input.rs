@@ -160,6 +160,10 @@ fn cases() -> Vec<Case> {
         "wrong device name" => Invalid, "devices.a b", "", |w| w.engine.instance_create(&w.admin, P, with_device("a b", &[("type", "none")]));
         "missing image" => NotFound, "", "nope", |w| w.engine.instance_create(&w.admin, P, CreateInstance { source: InstanceSource::Image("nope".into()), ..container("new") });
         "image of the other kind" => Invalid, "source.alias", "container", |w| w.engine.instance_create(&w.admin, P, CreateInstance { kind: InstanceKind::VirtualMachine, source: InstanceSource::Image("debian/12".into()), ..container("new") });
+        "image of a missing project" => NotFound, "source.project", "nope", |w| w.engine.instance_create(&w.admin, P, CreateInstance { source: InstanceSource::ImageOf { project: "nope".into(), reference: "debian/12".into() }, ..container("new") });
+        "missing image of a project" => NotFound, "", "nope", |w| w.engine.instance_create(&w.admin, P, CreateInstance { source: InstanceSource::ImageOf { project: P.into(), reference: "nope".into() }, ..container("new") });
+        "architecture of another machine" => Invalid, "architecture", "armv7l", |w| async { w.engine.demand_architecture(&w.admin, None, "armv7l") };
+        "unknown architecture" => Invalid, "architecture", "nonsense", |w| async { w.engine.demand_architecture(&w.admin, None, "nonsense") };
         "VMID of another" => Conflict, "vmid", "100 is taken", |w| w.engine.instance_create(&w.admin, P, CreateInstance { vmid: Some(Vmid(100)), ..container("new") });
         "VMID that was given out before" => Conflict, "vmid", "4000 was given out before", |w| w.engine.instance_create(&w.admin, P, CreateInstance { vmid: Some(Vmid(4000)), ..container("new") });
         "VMID below the range" => Invalid, "vmid", "100 to 999999999", |w| w.engine.instance_create(&w.admin, P, CreateInstance { vmid: Some(Vmid(99)), ..container("new") });
@@ -266,6 +270,7 @@ fn cases() -> Vec<Case> {
         "rebuild of nothing" => NotFound, "", "nope", |w| w.engine.instance_rebuild(&w.admin, P, "nope", InstanceSource::None);
         "rebuild of an image of the other kind" => Invalid, "source.alias", "container", |w| w.engine.instance_rebuild(&w.admin, P, "vm", InstanceSource::Image("debian/12".into()));
         "rebuild of a missing image" => NotFound, "", "nope", |w| w.engine.instance_rebuild(&w.admin, P, "still", InstanceSource::Image("nope".into()));
+        "rebuild of an image of a missing project" => NotFound, "source.project", "nope", |w| w.engine.instance_rebuild(&w.admin, P, "still", InstanceSource::ImageOf { project: "nope".into(), reference: "debian/12".into() });
         "alias that is taken" => Conflict, "name", "debian/12", |w| w.engine.image_alias_create(&w.admin, P, "debian/12", "", "debian/12");
         "alias of nothing" => NotFound, "target", "nope", |w| w.engine.image_alias_create(&w.admin, P, "new", "", "nope");
         "rename of a missing alias" => NotFound, "", "nope", |w| w.engine.image_alias_rename(&w.admin, P, "nope", "x");

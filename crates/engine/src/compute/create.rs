@@ -2,9 +2,10 @@
 
 use super::{disks::check_disks, expand, lock, path, slots, templates};
 use crate::{
-    Engine, EngineInner, Records,
+    Engine, EngineInner, Records, Row,
     context::Context,
     db::Tx,
+    images::FEATURE,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
     tenancy::limits::{Planned, admit},
@@ -17,6 +18,7 @@ use karst_model::{
     application,
     device::{Device, Devices, NicDevice, RootDevice},
     guest::Observed,
+    image::Image,
     instance::{DesiredPower, Generation, Hardware, Instance, InstanceKind, Lifecycle},
     keys, keys_machine,
     spec::{GuestSpec, NicSpec, VolumeSource, VolumeSpec},
@@ -63,6 +65,13 @@ pub enum InstanceSource {
     Application,
     /// An image by fingerprint, unique beginning of it, or alias.
     Image(String),
+    /// The same of another project.
+    ImageOf {
+        /// Its name; it may have the images of the project that it shares them with.
+        project: String,
+        /// Which.
+        reference: String,
+    },
 }
 
 /// Smallest root disk of a virtual machine without a size.
@@ -81,6 +90,7 @@ impl Engine {
     ) -> Result<(String, LiveOperation)> {
         let project = self.project(context, project, Permission::ResourceEdit)?;
         super::vmids::demand_choice(context, request.vmid)?;
+        self.demand_source(context, &request.source)?;
         let inner = self.inner();
         let mut made_up = None;
         let mut chosen = String::new();
@@ -104,6 +114,73 @@ impl Engine {
         })
         .await?;
         Ok((chosen, operation))
+    }
+
+    /// Demands that an instance on the node `target` (`None`: the engine's own) may be of `architecture`, by one of its names.
+    ///
+    /// # Errors
+    /// Invalid by field.
+    pub fn demand_architecture(
+        &self,
+        context: &Context,
+        target: Option<&str>,
+        architecture: &str,
+    ) -> Result<()> {
+        context.demand_known()?;
+        let name = match architecture {
+            "amd64" => "x86_64",
+            "arm64" => "aarch64",
+            other => other,
+        };
+        let inner = self.inner();
+        let records = inner.inventory.read();
+        let node = match target {
+            None => records.nodes.get(&inner.node),
+            Some(target) => records.nodes.values().find(|n| *n.name == *target),
+        };
+        // A node that is not there is told by what makes the instance.
+        let Some(node) = node else { return Ok(()) };
+        let said = node.facts.as_ref().map(|f| f.architecture.as_str()).filter(|a| !a.is_empty());
+        let here = said.unwrap_or(std::env::consts::ARCH);
+        if name == here {
+            return Ok(());
+        }
+        let text = format!("{architecture:?} does not run on this host; leave it out, or say {here:?}");
+        Err(Error::invalid("architecture", text))
+    }
+
+    /// Demands that `context` may see the project whose image the source names.
+    pub(crate) fn demand_source(&self, context: &Context, source: &InstanceSource) -> Result<()> {
+        if let InstanceSource::ImageOf { project, .. } = source {
+            self.project(context, project, Permission::ProjectView).map_err(|e| e.at("source.project"))?;
+        }
+        Ok(())
+    }
+}
+
+impl EngineInner {
+    /// The image that an instance of that kind in `project` begins as; [`Engine::demand_source`] was asked before.
+    pub(crate) fn source_image(
+        &self,
+        records: &Records,
+        project: &karst_model::project::Project,
+        source: &InstanceSource,
+        kind: InstanceKind,
+    ) -> Result<Option<Row<Image>>> {
+        let (home, reference) = match source {
+            InstanceSource::None | InstanceSource::Application => return Ok(None),
+            InstanceSource::Image(reference) => (records.home(project, FEATURE), reference),
+            InstanceSource::ImageOf { project, reference } => {
+                let named = records.project(project).map_err(|e| e.at("source.project"))?;
+                (records.home(named, FEATURE), reference)
+            }
+        };
+        let image = self.resolve_image(records, home, reference, Some(kind))?;
+        if image.kind != kind {
+            let text = format!("image {reference:?} is for a {}, not for a {kind}", image.kind);
+            return Err(Error::invalid("source.alias", text));
+        }
+        Ok(Some(image))
     }
 }
 
@@ -164,27 +241,12 @@ pub(crate) fn plan(
     }
     keys::check(&request.config, Some(request.kind))?;
     check_devices(&request.devices)?;
-    let image = match &request.source {
-        InstanceSource::None | InstanceSource::Application => None,
-        InstanceSource::Image(reference) => {
-            let row = inner.resolve_image(
-                records,
-                records.home(project, "features.images"),
-                reference,
-                Some(request.kind),
-            )?;
-            if row.kind != request.kind {
-                return Err(Error::invalid(
-                    "source.alias",
-                    format!("image {reference:?} is for a {}, not for a {}", row.kind, request.kind),
-                ));
-            }
-            tx.expect_unlocked(&crate::images::lock(row.id));
-            tx.expect(&row);
-            crate::images::used(tx, &row, inner.env.now());
-            Some(row)
-        }
-    };
+    let image = inner.source_image(records, project, &request.source, request.kind)?;
+    if let Some(row) = &image {
+        tx.expect_unlocked(&crate::images::lock(row.id));
+        tx.expect(row);
+        crate::images::used(tx, row, inner.env.now());
+    }
     let now = inner.env.now();
     let id = InstanceId(inner.env.uuid());
     let volume_id = VolumeId(inner.env.uuid());

@@ -36,6 +36,7 @@ impl Engine {
         source: InstanceSource,
     ) -> Result<LiveOperation> {
         let project = self.project(context, project, Permission::ResourceEdit)?;
+        self.demand_source(context, &source)?;
         let inner = self.inner();
         runner::start::<InstanceRebuild>(inner, context, |tx| {
             let records = inner.inventory.read();
@@ -53,26 +54,15 @@ impl Engine {
             }
             tx.expect(row);
             tx.expect(&project);
-            let image = match &source {
-                InstanceSource::None | InstanceSource::Application => None,
-                InstanceSource::Image(reference) => {
-                    let home = records.home(&project, "features.images");
-                    let image = inner.resolve_image(&records, home, reference, Some(row.kind))?;
-                    if image.kind != row.kind {
-                        let text =
-                            format!("image {reference:?} is for a {}, not for a {}", image.kind, row.kind);
-                        return Err(Error::invalid("source.alias", text));
-                    }
-                    if row.is_application() != image.application.is_some() {
-                        let text =
-                            "application containers are rebuilt of images of the OCI, and only they are";
-                        return Err(Error::invalid("source.alias", text));
-                    }
-                    tx.expect_unlocked(&crate::images::lock(image.id));
-                    tx.expect(&image);
-                    Some(image)
+            let image = inner.source_image(&records, &project, &source, row.kind)?;
+            if let Some(image) = &image {
+                if row.is_application() != image.application.is_some() {
+                    let text = "application containers are rebuilt of images of the OCI, and only they are";
+                    return Err(Error::invalid("source.alias", text));
                 }
-            };
+                tx.expect_unlocked(&crate::images::lock(image.id));
+                tx.expect(image);
+            }
             let root = records.volumes.get(&row.root);
             let root = root.ok_or_else(|| Error::not_found("the root volume is gone"))?;
             let machine = row.kind == InstanceKind::VirtualMachine;

@@ -99,6 +99,41 @@ async fn instances_are_rebuilt() {
     s.post("/1.0/instances/nope/rebuild", json!({"source": {"type": "none"}})).await.refused(404);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn instances_begin_as_images_of_other_projects() {
+    let s = Server::start().await;
+    let project = json!({"name": "other", "config": {"features.profiles": "false"}});
+    assert_eq!(s.post("/1.0/projects", project).await.status, 201);
+    // One of the same alias in each.
+    let publish = async |query: &str, content: &'static str| {
+        let headers = [("x-incus-aliases", "alias=web"), ("x-incus-properties", "os=Mine")];
+        let made =
+            s.done(s.send(Method::POST, &format!("/1.0/images{query}"), &headers, content).await).await;
+        made["metadata"]["fingerprint"].as_str().expect("the fingerprint").to_owned()
+    };
+    let (shared, own) = (publish("", "one").await, publish("?project=other", "another").await);
+    assert_ne!(shared, own);
+    let image = |project: &str| json!({"type": "image", "alias": "web", "project": project});
+    let by_properties = json!({"type": "image", "properties": {"os": "Mine"}, "project": "default"});
+    for (name, source, wanted) in [
+        ("c1", json!({"type": "image", "alias": "web"}), &own),
+        ("c2", image(""), &own),
+        ("c3", image("other"), &own),
+        ("c4", image("default"), &shared),
+        ("c5", by_properties, &shared),
+    ] {
+        let body = json!({"name": name, "architecture": "x86_64", "source": source});
+        s.done(s.post("/1.0/instances?project=other", body).await).await;
+        let made = s.get(&format!("/1.0/instances/{name}?project=other")).await.metadata();
+        assert_eq!(made["config"]["volatile.base_image"], json!(wanted), "{name}");
+    }
+    let rebuild = "/1.0/instances/c1/rebuild?project=other";
+    s.done(s.post(rebuild, json!({"source": image("default")})).await).await;
+    let made = s.get("/1.0/instances/c1?project=other").await.metadata();
+    assert_eq!(made["config"]["volatile.base_image"], json!(shared));
+    assert!(s.post(rebuild, json!({"source": image("nope")})).await.refused(404).contains("source.project"));
+}
+
 /// A server on the network, and its address and certificate.
 async fn listening() -> (Server, String, String) {
     let s = Server::start().await;

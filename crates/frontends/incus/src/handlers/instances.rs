@@ -249,10 +249,13 @@ pub async fn create(call: Call) -> Result<Reply> {
     if f.flag("stateful")? {
         return Err(Error::unsupported("stateful instances are not there yet").at("stateful"));
     }
-    f.text("architecture")?;
+    let architecture = f.text("architecture")?.filter(|a| !a.is_empty());
     f.text("restore")?;
     f.finish(&["disk_only"])?;
     let engine = call.engine();
+    if let Some(architecture) = &architecture {
+        engine.demand_architecture(&call.context, request.target.as_deref(), architecture)?;
+    }
     if let Some(far) = far {
         return running(&engine.instance_create_remote(&call.context, call.project(), request, far).await?);
     }
@@ -352,7 +355,9 @@ pub(super) fn source(f: &mut Fields, call: &crate::app::Taken) -> Result<Instanc
         return Err(Error::invalid("source", "source is missing: say what the root disk begins as"));
     }
     let mut s = f.object("source")?;
-    let source = match s.need_text("type")?.as_str() {
+    let word = s.need_text("type")?;
+    let project = s.text("project")?.filter(|p| !p.is_empty());
+    let source = match word.as_str() {
         "none" => InstanceSource::None,
         "image" => {
             if s.text("server")?.is_some_and(|s| !s.is_empty()) {
@@ -361,9 +366,13 @@ pub(super) fn source(f: &mut Fields, call: &crate::app::Taken) -> Result<Instanc
             }
             let fingerprint = s.text("fingerprint")?.filter(|s| !s.is_empty());
             let alias = s.text("alias")?.filter(|s| !s.is_empty());
-            match (fingerprint, alias) {
-                (Some(reference), _) | (None, Some(reference)) => InstanceSource::Image(reference),
-                (None, None) => by_properties(&mut s, call)?,
+            let reference = match (fingerprint, alias) {
+                (Some(reference), _) | (None, Some(reference)) => reference,
+                (None, None) => by_properties(&mut s, call, project.as_deref().unwrap_or(call.project()))?,
+            };
+            match project {
+                None => InstanceSource::Image(reference),
+                Some(project) => InstanceSource::ImageOf { project, reference },
             }
         }
         kind @ "migration" => {
@@ -379,7 +388,6 @@ pub(super) fn source(f: &mut Fields, call: &crate::app::Taken) -> Result<Instanc
     };
     s.text("mode")?;
     s.text("protocol")?;
-    s.text("project")?;
     s.take("properties");
     s.finish(&[
         "certificate",
@@ -401,22 +409,20 @@ pub(super) fn source(f: &mut Fields, call: &crate::app::Taken) -> Result<Instanc
     Ok(source)
 }
 
-/// The newest image with all these properties.
-fn by_properties(s: &mut Fields, call: &crate::app::Taken) -> Result<InstanceSource> {
+/// The fingerprint of the project's newest image with all these properties.
+fn by_properties(s: &mut Fields, call: &crate::app::Taken, project: &str) -> Result<String> {
     let wanted = s.config("properties")?.filter(|p| !p.is_empty()).ok_or_else(|| {
         Error::invalid(
             "source.fingerprint",
             "the image is missing: give source.fingerprint, alias or properties",
         )
     })?;
-    let project = call.engine().project(&call.context, call.project(), Permission::ProjectView)?;
-    let records = call.engine().inner().inventory.read();
-    records
-        .images
-        .values()
-        .filter(|i| i.project == project.id && wanted.iter().all(|(k, v)| i.properties.get(k) == Some(v)))
-        .max_by_key(|i| i.uploaded_at)
-        .map(|i| InstanceSource::Image(i.fingerprint.clone()))
+    // Newest first.
+    let images = call.engine().images(&call.context, project)?;
+    images
+        .iter()
+        .find(|i| wanted.iter().all(|(k, v)| i.properties.get(k) == Some(v)))
+        .map(|i| i.fingerprint.clone())
         .ok_or_else(|| Error::not_found("no image has these properties").at("source.properties"))
 }
 

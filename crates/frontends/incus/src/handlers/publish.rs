@@ -155,7 +155,7 @@ pub async fn rebuild(call: Call) -> Result<Reply> {
     let (call, mut f) = call.fields().await?;
     let source = super::instances::source(&mut f, &call)?;
     f.finish(&[])?;
-    if let InstanceSource::Image(reference) = &source
+    if let InstanceSource::Image(reference) | InstanceSource::ImageOf { reference, .. } = &source
         && reference.is_empty()
     {
         return Err(Error::invalid("source.alias", "the image is missing"));
