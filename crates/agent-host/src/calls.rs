@@ -320,7 +320,6 @@ impl RealAgent {
     }
 
     pub(crate) async fn metrics(&self, instances: Vec<InstanceId>) -> Result<Vec<(InstanceId, Metrics)>> {
-        use futures::StreamExt;
         let wanted = if instances.is_empty() {
             self.all_guests().into_iter().map(|(id, _)| id).collect()
         } else {
@@ -341,8 +340,7 @@ impl RealAgent {
                 }
             }
         };
-        let all = futures::stream::iter(wanted).map(figures).buffered(AT_A_TIME);
-        let all: Vec<_> = all.filter_map(|m| async { m }).collect().await;
+        let all = crate::samples::within(&self.env, wanted, figures).await;
         let minutes = all.iter().filter_map(|(id, _, over)| Some((*id, (*over)?))).collect();
         self.write_minutes(minutes).await;
         Ok(all.into_iter().map(|(id, metrics, _)| (id, metrics)).collect())

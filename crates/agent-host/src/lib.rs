@@ -30,6 +30,7 @@ mod purge;
 mod registry;
 mod reopen;
 mod resources;
+mod samples;
 mod sessions;
 mod staging;
 mod storage;

@@ -17,15 +17,27 @@ use crate::{agent::Agent, line::printable};
 use karst_guest::{Exec, ExecRequest, FileWrite, Interface, OpenedFile};
 use karst_guest_agent::message::{self, Figures, Frozen, Info, Nothing, Request};
 use karst_model::{
-    Error, Result,
+    Error, ErrorKind, Result,
     guest::{AgentKind, GuestSystem},
 };
 use serde_json::{Value, json};
-use std::{collections::BTreeMap, net::IpAddr, os::fd::OwnedFd, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::IpAddr,
+    os::fd::OwnedFd,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 use tokio::sync::watch;
 
 /// How long figures wait for a guest's agent.
 const FIGURES: Duration = Duration::from_secs(1);
+/// How long it is looked in the background whether an agent answers again.
+const LOOK: Duration = Duration::from_secs(5);
 /// How long the file systems may take until they are still.
 const FREEZE: Duration = Duration::from_secs(30);
 /// At most this many interfaces and addresses are taken from a guest.
@@ -55,6 +67,10 @@ pub(crate) struct Inside {
     link: Arc<Link>,
     qemu: Arc<Agent>,
     ports: watch::Sender<Ports>,
+    /// The agent let a sample wait in vain. Samples leave it alone until it has answered a look, for which nobody waits.
+    silent: AtomicBool,
+    /// Such a look is on its way.
+    looking: AtomicBool,
 }
 
 enum Chosen<'a> {
@@ -69,6 +85,8 @@ impl Inside {
             link: Arc::new(Link::new(dir.clone(), name.clone())),
             qemu: Arc::new(Agent::new(dir, name)),
             ports: watch::Sender::new(Ports::default()),
+            silent: AtomicBool::new(false),
+            looking: AtomicBool::new(false),
         }
     }
 
@@ -79,7 +97,7 @@ impl Inside {
 
     /// QEMU tells that the guest opened or closed a port; the device's or character device's id.
     pub(crate) fn port(&self, id: &str, open: bool) {
-        self.ports.send_if_modified(|p| {
+        let changed = self.ports.send_if_modified(|p| {
             let port = match id {
                 "agent" => &mut p.qemu,
                 "karst" => &mut p.karst,
@@ -87,6 +105,10 @@ impl Inside {
             };
             *port != Some(open) && port.replace(open) != Some(open)
         });
+        if changed {
+            // Another agent, or the same after it began anew.
+            self.silent.store(false, Ordering::Relaxed);
+        }
         if id == "karst" && !open {
             self.link.closed();
         }
@@ -173,10 +195,10 @@ impl Inside {
 
     /// Interfaces by name; `host` tells the host's end of a MAC address. Empty when nobody answers at once.
     pub(crate) async fn interfaces(
-        &self,
+        self: &Arc<Self>,
         host: impl Fn(&str) -> Option<String>,
     ) -> BTreeMap<String, Interface> {
-        let found = match self.chosen_at_once() {
+        let found = match self.sampled() {
             None => return BTreeMap::new(),
             Some(Chosen::Karst(link)) => {
                 let call = link.call::<message::Interfaces>(Request::Interfaces(Nothing {}), FIGURES);
@@ -189,6 +211,9 @@ impl Inside {
         };
         found.unwrap_or_else(|e| {
             tracing::debug!(error = %e, "a guest did not tell its interfaces");
+            if e.is(ErrorKind::Unavailable) {
+                self.silent.store(true, Ordering::Relaxed);
+            }
             BTreeMap::new()
         })
     }
@@ -203,10 +228,38 @@ impl Inside {
         }
     }
 
+    /// The agent that a sample asks: none where it let the last one wait.
+    fn sampled(self: &Arc<Self>) -> Option<Chosen<'_>> {
+        if self.silent.load(Ordering::Relaxed) {
+            self.look();
+            return None;
+        }
+        self.chosen_at_once()
+    }
+
+    /// Finds out in the background whether the agent answers again.
+    fn look(self: &Arc<Self>) {
+        if self.looking.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let inside = self.clone();
+        tokio::spawn(async move {
+            let answers = match inside.chosen_at_once() {
+                None => false,
+                Some(Chosen::Karst(link)) => link.call::<Info>(Request::Info(Nothing {}), LOOK).await.is_ok(),
+                Some(Chosen::Qemu(agent)) => agent.ping(LOOK).await.is_ok(),
+            };
+            if answers {
+                inside.silent.store(false, Ordering::Relaxed);
+            }
+            inside.looking.store(false, Ordering::Relaxed);
+        });
+    }
+
     /// Processes inside, and what the system inside is; nothing when nobody answers at once.
-    pub(crate) async fn system(&self) -> (Option<u64>, Option<GuestSystem>) {
+    pub(crate) async fn system(self: &Arc<Self>) -> (Option<u64>, Option<GuestSystem>) {
         let short = |s: &str| printable(s, 128);
-        match self.chosen_at_once() {
+        match self.sampled() {
             None => (None, None),
             Some(Chosen::Karst(link)) => {
                 let figures = link.call::<Figures>(Request::Figures(Nothing {}), FIGURES);

@@ -545,6 +545,75 @@ async fn handshakes_that_are_none() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn samples_leave_a_silent_guest_alone_until_it_answers() {
+    // It answers the handshake at all times, and requests when it may.
+    let dir = tempfile::tempdir().unwrap();
+    let listener = UnixListener::bind(dir.path().join(crate::launch::LINK)).unwrap();
+    let may = Arc::new(AtomicBool::new(false));
+    let answers = may.clone();
+    std::thread::spawn(move || {
+        for s in listener.incoming() {
+            let Ok(mut s) = s else { return };
+            let mut decoder = Decoder::default();
+            let mut buffer = [0; 65536];
+            while let Ok(n @ 1..) = s.read(&mut buffer) {
+                let mut frames = vec![];
+                decoder.push(&buffer[..n], |d| frames.push(d));
+                for f in frames {
+                    let Decoded::Frame(f) = f else { continue };
+                    let reply = match f.kind {
+                        kind::HELLO => welcome(Hello::decoded(&f.payload).unwrap()),
+                        kind::OPEN if answers.load(Ordering::SeqCst) => {
+                            let reply = match Request::decoded(&f.payload).unwrap() {
+                                Request::Interfaces(_) => {
+                                    let lo = message::Interface { name: "lo".into(), ..Default::default() };
+                                    Reply(Ok(message::Interfaces { list: vec![lo] })).encoded()
+                                }
+                                Request::Figures(_) => Reply(Ok(Figures::default())).encoded(),
+                                _ => Reply(Ok(Info { os: "x".into(), ..Default::default() })).encoded(),
+                            };
+                            Frame::new(kind::REPLY, f.stream, reply).encode()
+                        }
+                        _ => continue,
+                    };
+                    // The host may leave meanwhile.
+                    let _ = s.write_all(&reply);
+                }
+            }
+        }
+    });
+    let inside = Arc::new(Inside::new(dir.path().to_owned(), "v1".into()));
+    inside.port("karst", true);
+    let sample = async || {
+        let began = Instant::now();
+        let (interfaces, (_, system)) = tokio::join!(inside.interfaces(|_| None), inside.system());
+        (interfaces.len(), system.is_some(), began.elapsed())
+    };
+    let (interfaces, system, took) = sample().await;
+    assert!((interfaces, system) == (0, false) && took >= FIGURES, "{took:?}");
+    let began = Instant::now();
+    for _ in 0..20 {
+        sample().await;
+    }
+    assert!(began.elapsed() < FIGURES, "each waited: {:?}", began.elapsed());
+    may.store(true, Ordering::SeqCst);
+    let began = Instant::now();
+    while sample().await.0 == 0 {
+        assert!(began.elapsed() < Duration::from_secs(60), "it is left alone for good");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let (interfaces, system, _) = sample().await;
+    assert_eq!((interfaces, system), (1, true));
+    // One that begins anew is asked at once.
+    may.store(false, Ordering::SeqCst);
+    assert!(sample().await.2 >= FIGURES);
+    may.store(true, Ordering::SeqCst);
+    inside.port("karst", false);
+    inside.port("karst", true);
+    assert_eq!(sample().await.0, 1);
+}
+
 #[test]
 fn which_agent_answers() {
     let inside = Inside::new("/nonexistent".into(), "v1".into());
