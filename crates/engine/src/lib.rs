@@ -13,6 +13,7 @@
 //! * [`reconcile`]: what follows the records without being asked.
 
 pub mod audit;
+mod autostart;
 pub mod backups;
 pub mod bootstrap;
 pub mod compute;
@@ -149,6 +150,8 @@ pub struct EngineInner {
     pub daemon_id: String,
     /// All guests are being stopped: none starts any more.
     pub(crate) leaving: AtomicBool,
+    /// Who was to start with its host and did not, and why: a warning for as long as it is down.
+    pub(crate) unstarted: Mutex<BTreeMap<karst_model::InstanceId, String>>,
     pub(crate) next_vmid: AtomicU32,
     pub(crate) next_domain_id: AtomicU32,
     pub(crate) metrics: compute::metrics::Cache,
@@ -208,6 +211,7 @@ impl Engine {
             epoch,
             daemon_id,
             leaving: AtomicBool::new(false),
+            unstarted: Mutex::default(),
             next_vmid: AtomicU32::new(100),
             next_domain_id: AtomicU32::new(domain),
             metrics: Default::default(),

@@ -3,7 +3,7 @@
 
 use crate::{
     Engine, EngineInner,
-    compute::power::PowerRequest,
+    autostart::Starts,
     context::Context,
     db::Tx,
     events::{Event, EventKind, Subject},
@@ -14,7 +14,7 @@ use karst_env::{EnvExt, TaskHandle};
 use karst_model::{
     InstanceId, NodeId, Result,
     guest::Observed,
-    instance::{DesiredPower, ExitReason, Lifecycle, PowerAction, RuntimeState},
+    instance::{DesiredPower, ExitReason, Lifecycle, RuntimeState},
     keys,
     operation::OperationState,
     spec::NetworkSpec,
@@ -30,6 +30,8 @@ use std::{
 const SWEEP: Duration = Duration::from_secs(30);
 /// When to look again at what could not be done.
 const SOON: Duration = Duration::from_secs(1);
+/// How often it is looked what became of starts that are under way.
+const TICK: Duration = Duration::from_millis(100);
 /// Ended operations that the store keeps.
 const OPERATIONS_KEPT: usize = 200;
 
@@ -69,20 +71,27 @@ async fn host_sync(weak: Weak<EngineInner>, node: NodeId, agent: Arc<dyn HostAge
             tracing::warn!(%node, error = %e, "the host does not say what it runs; trying again");
         }
         drop(inner);
-        let (Ok(mut events), Ok(unsure)) = (events, synced) else {
+        let (Ok(mut events), Ok(next)) = (events, synced) else {
             env.sleep(Duration::from_millis(500)).await;
             continue;
         };
         first = false;
         // The next look at the whole has its time, however many events come until then.
-        let mut sweep = env.monotonic() + if unsure { SOON } else { SWEEP };
+        let mut sweep = env.monotonic() + next;
         loop {
             let left = sweep.saturating_sub(env.monotonic());
             if left.is_zero() {
                 break;
             }
-            let event = env.timeout(left, events.recv()).await;
+            let tick = if restart.starts.are_under_way() { left.min(TICK) } else { left };
+            let event = env.timeout(tick, events.recv()).await;
             let Some(inner) = weak.upgrade() else { return };
+            if restart.starts.are_under_way() {
+                restart.starts.go_on(&inner).await;
+                if !restart.starts.are_under_way() {
+                    sweep = sweep.min(env.monotonic() + SOON);
+                }
+            }
             match event {
                 Ok(Some(AgentEvent::Guest { observed })) => match record(&inner, &observed, None).await {
                     Ok(true) => {}
@@ -93,8 +102,10 @@ async fn host_sync(weak: Weak<EngineInner>, node: NodeId, agent: Arc<dyn HostAge
                     }
                 },
                 Ok(Some(AgentEvent::ImageProgress { .. })) => {}
-                // Missed something, lost the connection, or it is time for a sweep.
-                Ok(Some(AgentEvent::Lost) | None) | Err(_) => break,
+                // Missed something, or lost the connection.
+                Ok(Some(AgentEvent::Lost) | None) => break,
+                // The head of the loop says whether it is time for a sweep.
+                Err(_) => {}
             }
         }
     }
@@ -104,22 +115,20 @@ async fn host_sync(weak: Weak<EngineInner>, node: NodeId, agent: Arc<dyn HostAge
 #[derive(Default)]
 struct HostRestart {
     boot_id: String,
-    /// Instances that were started, or could not be: once is enough.
-    tried: BTreeSet<InstanceId>,
-    /// The one that was started last asked that no other starts before.
-    not_before: Duration,
+    starts: Starts,
     /// Some that an earlier daemon stopped with the platform are still to be started.
     rest: bool,
 }
 
-/// Looks at the whole of a host. Answers whether something could not be recorded now, because a saga was at work there.
+/// Looks at the whole of a host. Answers when to look again: soon when something could not be recorded now, because a saga
+/// was at work there, or when instances are still to be started.
 async fn sync_once(
     inner: &Arc<EngineInner>,
     node: NodeId,
     agent: &dyn HostAgent,
     first: bool,
     restart: &mut HostRestart,
-) -> Result<bool> {
+) -> Result<Duration> {
     let context = CallContext::read(Duration::from_secs(20));
     let facts = agent.host_facts(&context, ()).await?;
     let rebooted = {
@@ -207,31 +216,17 @@ async fn sync_once(
     if rebooted && restart.boot_id != facts.boot_id {
         *restart = HostRestart { boot_id: facts.boot_id.clone(), ..HostRestart::default() };
     }
-    let mut waiting = false;
-    for (id, delay) in start_again {
-        if restart.tried.contains(&id) {
-            continue;
-        }
-        // The one before asked for time; the next look goes on here.
-        if restart.not_before > inner.env.monotonic() {
-            waiting = true;
-            break;
-        }
-        if at_work(inner, id) {
-            // A saga that the restart interrupted goes on there. It ends, and the next look finds the instance free.
-            waiting = true;
-            continue;
-        }
-        start(inner, id, if rebooted { "after the host's restart" } else { "with the platform" }).await;
-        restart.tried.insert(id);
-        restart.not_before = inner.env.monotonic() + delay;
-    }
+    let why = if rebooted { "after the host's restart" } else { "with the platform" };
+    restart.starts.look(start_again, facts.cpus, why);
+    restart.starts.go_on(inner).await;
+    let waiting = !restart.starts.are_settled();
     restart.rest &= waiting;
     if rebooted && !waiting {
         // Last: whoever takes over from a daemon that dies before this finds the restart of the host anew.
         write_facts().await?;
     }
-    Ok(unsure || waiting)
+    let starts = restart.starts.next(inner.env.monotonic()).map_or(SWEEP, |wait| wait.clamp(SOON, SWEEP));
+    Ok(if unsure { SOON } else { starts })
 }
 
 /// Does a saga hold the instance that will end by itself?
@@ -273,25 +268,6 @@ fn autostart_candidates(
         .collect();
     candidates.sort_by(|a, b| a.0.cmp(&b.0));
     candidates.into_iter().map(|(_, id, delay)| (id, delay)).collect()
-}
-
-async fn start(inner: &Arc<EngineInner>, id: InstanceId, why: &str) {
-    let (project, name) = {
-        let records = inner.inventory.read();
-        let Some(i) = records.instances.get(&id) else {
-            return;
-        };
-        let Some(p) = records.projects.get(&i.project) else {
-            return;
-        };
-        (p.name.to_string(), i.name.to_string())
-    };
-    let engine = Engine { inner: inner.clone() };
-    let request = PowerRequest { action: PowerAction::Start, force: false, timeout: None, stateful: true };
-    match engine.instance_power(&Context::system(), &project, &name, request).await {
-        Ok(_) => tracing::info!(instance = %name, "starts {why}"),
-        Err(e) => tracing::warn!(instance = %name, error = %e, "does not start {why}"),
-    }
 }
 
 /// Records what a host saw, unless it is old news. Answers `false` when that must wait: a saga is at work on the instance
@@ -338,7 +314,10 @@ async fn record(inner: &Arc<EngineInner>, observed: &Observed, as_of: Option<Rev
                 None => tx.create(&runtime),
             }
             if observed.state == RuntimeState::Stopped && row.power != DesiredPower::Stopped {
-                let shut_down_itself = !matches!(observed.exit, Some(ExitReason::Crashed { .. }));
+                // A start that failed is undone by force, and never recorded: that says nothing about what is wanted.
+                let undone = matches!(observed.exit, None | Some(ExitReason::Forced))
+                    && old.is_some_and(|old| old.generation < observed.generation);
+                let shut_down_itself = !undone && !matches!(observed.exit, Some(ExitReason::Crashed { .. }));
                 if shut_down_itself {
                     let mut instance = row.value.clone();
                     instance.power = DesiredPower::Stopped;

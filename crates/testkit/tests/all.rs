@@ -2,6 +2,7 @@
 //! would hold the whole daemon again. A file that is not named here does not run; `cargo xtask tidy` refuses it.
 mod access;
 mod addresses;
+mod autostart;
 mod bad_input;
 mod commits;
 mod disk_full;

@@ -115,6 +115,25 @@ fn conditions(inner: &EngineInner, records: &Records) -> BTreeMap<Uuid, Conditio
             about: instance.id.to_string(),
         });
     }
+    let mut unstarted = inner.unstarted.lock().unwrap_or_else(|e| e.into_inner());
+    unstarted.retain(|id, why| {
+        let runtime = records.runtimes.get(id).map(|r| &r.value);
+        let Some(instance) = records.instances.get(id) else { return false };
+        if instance.status(runtime) != Status::Stopped {
+            return false;
+        }
+        let project = records.projects.get(&instance.project).map(|p| p.name.to_string()).unwrap_or_default();
+        all.push(Condition {
+            kind: "Instance not started",
+            severity: Severity::High,
+            message: format!("instance {:?} was to start with its host and does not: {why}", &*instance.name),
+            project: Some(instance.project),
+            entity: crate::compute::path(&project, &instance.name),
+            about: id.to_string(),
+        });
+        true
+    });
+    drop(unstarted);
     let id = |c: &Condition| Uuid::new_v5(&Uuid::NAMESPACE_OID, format!("{} {}", c.kind, c.about).as_bytes());
     all.into_iter().map(|c| (id(&c), c)).collect()
 }
