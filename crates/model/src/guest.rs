@@ -172,6 +172,51 @@ pub struct DiskFigures {
     pub physical: Option<u64>,
 }
 
+/// How far a copy of a running machine's disk is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct DiskCopyState {
+    /// What it does.
+    pub phase: DiskCopyPhase,
+    /// Bytes that are done of `total`. Both grow when the guest writes what was copied before.
+    pub done: u64,
+    /// Bytes that there are to do.
+    pub total: u64,
+    /// Bytes a second at most; 0: as fast as it goes.
+    pub speed: u64,
+}
+
+/// What a copy of a running machine's disk does.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskCopyPhase {
+    /// There is none, or not any more: the machine ended before it was done.
+    #[default]
+    Gone,
+    /// It is on its way.
+    Copying,
+    /// The copy is what the disk is, and follows it.
+    Ready,
+    /// The machine goes on from the copy. This stays known until the machine's next start.
+    Pivoted,
+    /// It failed; the machine goes on from its disk as if there had been no copy.
+    Failed {
+        /// Why, in words.
+        reason: String,
+    },
+}
+
+/// How a copy of a running machine's disk ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskCopyEnd {
+    /// The machine goes on from the copy.
+    Pivot,
+    /// The copy is what the disk was at this moment; the machine goes on from its disk.
+    Finish,
+    /// What the copy is by then is of no use.
+    Cancel,
+}
+
 /// An interface as the host counts it, from the guest's side.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
 #[allow(missing_docs)]

@@ -1,14 +1,14 @@
 //! The trait of guest drivers.
 
-use crate::ResolvedGuest;
+use crate::{DiskFormat, ResolvedGuest};
 use async_trait::async_trait;
-use karst_model::{Error, InstanceId, Result, SnapshotId, instance::InstanceKind};
-use std::{collections::BTreeMap, fmt, os::fd::OwnedFd};
+use karst_model::{Error, InstanceId, Result, SnapshotId, VolumeId, instance::InstanceKind};
+use std::{collections::BTreeMap, fmt, os::fd::OwnedFd, path::PathBuf};
 use tokio::sync::{broadcast, mpsc};
 
 pub use karst_model::guest::{
-    Applied, DirtyRate, ExecRequest, FileInfo, FileKind, FileWrite, Interface, MachineFigures, Metrics,
-    MonitorAnswer, MonitorEvent, Observed, StopMode,
+    Applied, DirtyRate, DiskCopyEnd, DiskCopyPhase, DiskCopyState, ExecRequest, FileInfo, FileKind,
+    FileWrite, Interface, MachineFigures, Metrics, MonitorAnswer, MonitorEvent, Observed, StopMode,
 };
 
 /// A kind of guest on this host. Implementations pass one contract suite.
@@ -73,6 +73,11 @@ pub trait GuestDriver: Send + Sync {
 
     /// What only virtual machines can; `None` for others.
     fn machine(&self) -> Option<&dyn GuestMachine> {
+        None
+    }
+
+    /// Copies disks of guests that run; `None` where the kind cannot.
+    fn disk_copies(&self) -> Option<&dyn DiskCopies> {
         None
     }
 
@@ -166,6 +171,47 @@ pub trait GuestMachine: Send + Sync {
 
     /// A connection to its display, in RFB (VNC); any number at a time. Unsupported for a machine without a display.
     async fn display(&self, instance: InstanceId) -> Result<OwnedFd>;
+}
+
+/// A disk of a guest that runs, to be copied.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskCopy {
+    /// What the copy is called: the volume that it is made into.
+    pub to: VolumeId,
+    /// Where the disk is.
+    pub from: PathBuf,
+    /// Where the copy is to be: something of exactly the disk's size, of which nothing needs to be kept.
+    pub path: PathBuf,
+    /// Form of what is there.
+    pub format: DiskFormat,
+    /// The qcow2 file below it, if it is a clone.
+    pub backing: Option<PathBuf>,
+    /// Bytes a second at most; 0: as fast as it goes.
+    pub speed: u64,
+    /// What the guest writes is on both before it is told so: the copy then keeps up with any guest.
+    pub synchronous: bool,
+}
+
+/// Copies disks of guests that run. One call at a time for each guest matters; all may be called again after a crash.
+#[async_trait]
+pub trait DiskCopies: Send + Sync {
+    /// Begins a copy; one of this name that there is already goes on. Not found without such a disk, conflict while the disk
+    /// is being copied elsewhere.
+    async fn begin(&self, instance: InstanceId, copy: DiskCopy) -> Result<()>;
+
+    /// How far it is. Also of a guest that does not run any more.
+    async fn state(&self, instance: InstanceId, to: VolumeId) -> Result<DiskCopyState>;
+
+    /// Ends it, and answers when it has ended.
+    ///
+    /// * `Pivot`: conflict unless it is ready. Once this has answered, the guest's disk is the copy, and that is known until its
+    ///   next start, whatever happens to the machine: before a guest writes to a copy it is on disk that it may.
+    /// * `Finish`: conflict unless it is ready.
+    /// * `Cancel`: fine when there is none; conflict when the guest goes on from the copy already.
+    async fn end(&self, instance: InstanceId, to: VolumeId, end: DiskCopyEnd) -> Result<()>;
+
+    /// Sets the bytes a second that it may copy; 0: as fast as it goes. Conflict when there is none.
+    async fn set_speed(&self, instance: InstanceId, to: VolumeId, speed: u64) -> Result<()>;
 }
 
 /// What a virtual machine is beside its disks and memory.

@@ -4,6 +4,9 @@
 //! `disk-SLOT`, its nodes `f-SLOT` (file), `i-SLOT` (format), `d-SLOT` (limits of rates, the top), `b-SLOT` (below a
 //! clone), the group of its limits `t-SLOT`, and its descriptor sets. So what belongs to a slot can be found and removed
 //! without knowing how far a plugging went.
+//!
+//! All but the device there is twice ([`Side`]): a disk that is copied while the machine runs has its copy on the other side,
+//! and a machine that goes on from the copy drives that one from then on. Which of the two it is, QEMU says.
 
 use karst_guest::{DiskFormat, ResolvedDisk, ResolvedNic};
 use karst_model::{
@@ -158,12 +161,64 @@ pub fn device_id(slot: &str) -> String {
     format!("disk-{slot}")
 }
 
+/// Which of a slot's two sets of names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Side {
+    /// That with which a disk is plugged.
+    #[default]
+    First,
+    /// That of a first copy; of a copy of it, the first again.
+    Second,
+}
+
+impl Side {
+    /// Both.
+    pub const BOTH: [Self; 2] = [Self::First, Self::Second];
+
+    /// The one that this is not.
+    #[must_use]
+    pub fn other(self) -> Self {
+        match self {
+            Self::First => Self::Second,
+            Self::Second => Self::First,
+        }
+    }
+
+    /// The name of what belongs to a slot, by the letter of its kind.
+    pub fn name(self, kind: char, slot: &str) -> String {
+        match self {
+            Self::First => format!("{kind}-{slot}"),
+            Self::Second => format!("{kind}-{slot}.2"),
+        }
+    }
+
+    /// The filter that QEMU puts above a disk of this side while it is copied.
+    pub fn filter(self, slot: &str) -> String {
+        self.name('m', slot)
+    }
+
+    /// The side that a slot's device drives, by what QEMU says of its block devices (`query-block`); `None` where it drives
+    /// none.
+    pub fn of(blocks: &Value, slot: &str) -> Option<Self> {
+        let driven = |node: &str| {
+            let nodes = blocks.as_array().into_iter().flatten();
+            nodes.filter_map(|b| b.pointer("/inserted/node-name")?.as_str()).any(|n| n == node)
+        };
+        Self::BOTH.into_iter().find(|side| driven(&side.name('d', slot)) || driven(&side.filter(slot)))
+    }
+}
+
 /// The descriptor sets of a slot's disk and of the file below a clone.
 ///
 /// # Errors
 /// Invalid for an unknown slot.
-pub fn fd_sets(field: &str, slot: &str) -> Result<(u32, u32)> {
-    let n = 100 + 2 * Bus::of(field, slot)?.number();
+pub fn fd_sets(field: &str, slot: &str, side: Side) -> Result<(u32, u32)> {
+    let first = match side {
+        Side::First => 100,
+        Side::Second => 1100,
+    };
+    let n = first + 2 * Bus::of(field, slot)?.number();
     Ok((n, n + 1))
 }
 
@@ -174,6 +229,8 @@ pub struct Disk {
     pub name: String,
     /// Bus slot, such as `scsi0`.
     pub slot: String,
+    /// Which of the slot's names it has.
+    pub side: Side,
     /// Format, stated.
     pub format: DiskFormat,
     /// It is a block device.
@@ -210,6 +267,7 @@ impl Disk {
         Self {
             name: disk.name.clone(),
             slot: disk.slot.clone(),
+            side: Side::First,
             format: disk.format,
             block_device,
             cloned: disk.backing.is_some(),
@@ -241,7 +299,7 @@ impl Disk {
     /// # Errors
     /// Invalid for an unknown slot.
     pub fn fd_sets(&self) -> Result<(u32, u32)> {
-        fd_sets(&self.field(), &self.slot)
+        fd_sets(&self.field(), &self.slot, self.side)
     }
 
     /// Can it come and go while the machine runs?
@@ -260,7 +318,7 @@ impl Disk {
 
     /// The object that holds its limits.
     pub fn group(&self) -> Value {
-        json!({"qom-type": "throttle-group", "id": format!("t-{}", self.slot), "limits": self.throttle()})
+        json!({"qom-type": "throttle-group", "id": self.side.name('t', &self.slot), "limits": self.throttle()})
     }
 
     /// Its limits in QEMU's words; 0 is none.
@@ -281,7 +339,7 @@ impl Disk {
 
     /// Name of the node that the device drives.
     pub fn top(&self) -> String {
-        format!("d-{}", self.slot)
+        self.side.name('d', &self.slot)
     }
 
     /// Its block nodes, the lowest first.
@@ -289,16 +347,16 @@ impl Disk {
     /// # Errors
     /// Invalid for a directory.
     pub fn nodes(&self) -> Result<Vec<Value>> {
-        let slot = &self.slot;
+        let name = |kind| self.side.name(kind, &self.slot);
         let (file_set, base_set) = self.fd_sets()?;
         let mut nodes = vec![];
         if self.cloned {
             nodes.push(json!({
-                "driver": "file", "node-name": format!("c-{slot}"), "filename": format!("/dev/fdset/{base_set}"),
+                "driver": "file", "node-name": name('c'), "filename": format!("/dev/fdset/{base_set}"),
                 "read-only": true,
             }));
             nodes.push(json!({
-                "driver": "qcow2", "node-name": format!("b-{slot}"), "file": format!("c-{slot}"),
+                "driver": "qcow2", "node-name": name('b'), "file": name('c'),
                 "read-only": true, "backing": null,
             }));
         }
@@ -309,12 +367,12 @@ impl Disk {
         let cache = json!({"direct": direct, "no-flush": mode == DiskCache::Unsafe});
         nodes.push(json!({
             "driver": if self.block_device { "host_device" } else { "file" },
-            "node-name": format!("f-{slot}"), "filename": format!("/dev/fdset/{file_set}"),
+            "node-name": name('f'), "filename": format!("/dev/fdset/{file_set}"),
             "aio": if direct { "native" } else { "threads" }, "cache": cache, "discard": "unmap",
             "read-only": self.readonly,
         }));
         let mut image = json!({
-            "driver": "raw", "node-name": format!("i-{slot}"), "file": format!("f-{slot}"), "cache": cache,
+            "driver": "raw", "node-name": name('i'), "file": name('f'), "cache": cache,
             "discard": "unmap", "read-only": self.readonly,
         });
         if !self.readonly {
@@ -325,7 +383,7 @@ impl Disk {
             DiskFormat::Qcow2 => {
                 image["driver"] = "qcow2".into();
                 // A backing file that an image names is not opened; the one below a clone is the agent's word.
-                image["backing"] = if self.cloned { format!("b-{slot}").into() } else { Value::Null };
+                image["backing"] = if self.cloned { name('b').into() } else { Value::Null };
             }
             DiskFormat::Directory | DiskFormat::Memory(_) => {
                 return Err(Error::invalid(
@@ -336,15 +394,17 @@ impl Disk {
         }
         nodes.push(image);
         nodes.push(json!({
-            "driver": "throttle", "node-name": self.top(), "throttle-group": format!("t-{slot}"),
-            "file": format!("i-{slot}"), "read-only": self.readonly,
+            "driver": "throttle", "node-name": self.top(), "throttle-group": name('t'),
+            "file": name('i'), "read-only": self.readonly,
+            // Without this no discard of a guest gets past it, and no hole into a copy.
+            "discard": "unmap",
         }));
         Ok(nodes)
     }
 
     /// The names of its nodes, the highest first: the order in which they can be removed.
-    pub fn node_names(slot: &str) -> [String; 5] {
-        ["d", "i", "f", "b", "c"].map(|n| format!("{n}-{slot}"))
+    pub fn node_names(slot: &str, side: Side) -> [String; 5] {
+        ['d', 'i', 'f', 'b', 'c'].map(|kind| side.name(kind, slot))
     }
 
     /// The device.
@@ -523,6 +583,7 @@ pub(crate) mod tests {
         Disk {
             name: "data".into(),
             slot: slot.into(),
+            side: Side::First,
             format: DiskFormat::Raw,
             block_device: false,
             cloned: false,
@@ -560,8 +621,11 @@ pub(crate) mod tests {
             for n in 0..MAX_DISKS {
                 let mut d = disk(&format!("{kind}{n}"));
                 d.pci = Some("01:00.0".into());
-                let (a, b) = d.fd_sets().unwrap();
-                assert!(sets.insert(a) && sets.insert(b));
+                for side in Side::BOTH {
+                    d.side = side;
+                    let (a, b) = d.fd_sets().unwrap();
+                    assert!(sets.insert(a) && sets.insert(b));
+                }
                 assert!(order.insert(d.device(Q35).unwrap()["bootindex"].as_u64().unwrap()));
             }
         }
@@ -569,6 +633,28 @@ pub(crate) mod tests {
         // A higher priority comes before everything of a lower one.
         let first = Disk { boot_priority: 1, ..disk("sata5") }.device(Q35).unwrap();
         assert!(first["bootindex"].as_u64() < order.first().copied());
+    }
+
+    #[test]
+    fn a_copy_has_names_of_its_own_and_qemu_says_which_is_driven() {
+        let first = Disk { cloned: true, format: DiskFormat::Qcow2, ..disk("scsi1") };
+        let second = Disk { side: Side::Second, ..first.clone() };
+        let names = |d: &Disk| -> Vec<String> {
+            let nodes = d.nodes().unwrap();
+            nodes.iter().map(|n| n["node-name"].as_str().unwrap().to_owned()).collect()
+        };
+        assert!(names(&first).iter().all(|n| !names(&second).contains(n)));
+        let mut made = names(&second);
+        made.reverse();
+        assert_eq!(made, Disk::node_names("scsi1", Side::Second), "the order of removal");
+        assert_eq!(second.nodes().unwrap()[3]["backing"], "b-scsi1.2");
+        assert_eq!((second.group()["id"].as_str(), second.top().as_str()), (Some("t-scsi1.2"), "d-scsi1.2"));
+        let drives =
+            |node: &str| Side::of(&json!([{"device": ""}, {"inserted": {"node-name": node}}]), "scsi1");
+        assert_eq!(drives("d-scsi1"), Some(Side::First));
+        assert_eq!(drives("m-scsi1"), Some(Side::First), "while it is copied");
+        assert_eq!(drives("d-scsi1.2"), Some(Side::Second));
+        assert_eq!((drives("d-scsi10"), Side::Second.other()), (None, Side::First));
     }
 
     #[test]

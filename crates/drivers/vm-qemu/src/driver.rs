@@ -2,7 +2,7 @@
 
 use crate::{
     argv::cpu_count,
-    display, figures,
+    copies, display, figures,
     inside::Inside,
     launch::{self, Groups, explain, limits, prepare},
     machine::{Ask, Machine, Tell, Tells, exit_reason, own, run_state},
@@ -13,9 +13,9 @@ use crate::{
 };
 use async_trait::async_trait;
 use karst_guest::{
-    Applied, Exec, ExecRequest, FileWrite, GuestDriver, GuestFiles, GuestMachine, Interface, MachineFigures,
-    MachineFiles, Metrics, MonitorAnswer, MonitorEvent, Observed, OpenedFile, Quiesce, ResolvedGuest,
-    Silence, StopMode,
+    Applied, DiskCopies, Exec, ExecRequest, FileWrite, GuestDriver, GuestFiles, GuestMachine, Interface,
+    MachineFigures, MachineFiles, Metrics, MonitorAnswer, MonitorEvent, Observed, OpenedFile, Quiesce,
+    ResolvedGuest, Silence, StopMode,
     keeper::{self, End, Keeper, Requested, State, Status},
     silence,
 };
@@ -59,10 +59,10 @@ pub struct QemuOptions {
 /// Runs virtual machines.
 #[derive(Clone)]
 pub struct QemuDriver {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
 }
 
-struct Shared {
+pub(crate) struct Shared {
     options: QemuOptions,
     cgroups: Arc<Cgroups>,
     guests: Mutex<HashMap<InstanceId, Arc<Slot>>>,
@@ -74,9 +74,9 @@ struct Shared {
 }
 
 #[derive(Default)]
-struct Slot {
+pub(crate) struct Slot {
     /// One start, adoption or destroy at a time.
-    changing: tokio::sync::Mutex<()>,
+    pub(crate) changing: tokio::sync::Mutex<()>,
     machine: Mutex<Option<Arc<Machine>>>,
 }
 
@@ -108,11 +108,11 @@ impl QemuDriver {
 }
 
 impl Shared {
-    fn dir(&self, instance: InstanceId) -> PathBuf {
+    pub(crate) fn dir(&self, instance: InstanceId) -> PathBuf {
         self.options.guests_dir.join(instance.to_string())
     }
 
-    fn slot(&self, instance: InstanceId) -> Arc<Slot> {
+    pub(crate) fn slot(&self, instance: InstanceId) -> Arc<Slot> {
         lock(&self.guests).entry(instance).or_default().clone()
     }
 
@@ -124,7 +124,7 @@ impl Shared {
     }
 
     /// The machine, adopted when its keeper lives and nobody holds it yet.
-    async fn machine(&self, instance: InstanceId) -> Result<Arc<Machine>> {
+    pub(crate) async fn machine(&self, instance: InstanceId) -> Result<Arc<Machine>> {
         if let Some(m) = self.held(instance) {
             return Ok(m);
         }
@@ -193,6 +193,7 @@ impl Shared {
         let observed = Self::observed(&record, state, Some(&status));
         let machine = self.own(dir, record, keeper, observed);
         still::adopted(&machine);
+        copies::adopted(&machine);
         *lock(&slot.machine) = Some(machine.clone());
         Ok(Some(machine))
     }
@@ -325,6 +326,8 @@ impl Shared {
         }
         let mut record = Record::new(guest);
         monitor::unmark(dir)?;
+        // Whoever orders a start knows by now which of a disk and its copy counts.
+        copies::clear(dir)?;
         if record.resuming {
             saved::demand_fit(&saved::place(dir), &mut record)?;
         } else {
@@ -436,6 +439,7 @@ impl Shared {
     async fn save(&self, machine: &Machine) -> Result<()> {
         let slot = self.slot(machine.record().instance);
         let _changing = slot.changing.lock().await;
+        copies::demand_none(machine).await?;
         let ran = machine.now().state != RuntimeState::Paused;
         machine.ask(Ask::Pause).await?;
         if let Err(e) = saved::save(machine, &saved::place(&machine.dir)).await {
@@ -713,6 +717,10 @@ impl GuestDriver for QemuDriver {
         Some(self)
     }
 
+    fn disk_copies(&self) -> Option<&dyn DiskCopies> {
+        Some(self)
+    }
+
     fn quiesce(&self) -> Option<&dyn Quiesce> {
         Some(self)
     }
@@ -765,6 +773,7 @@ impl GuestMachine for QemuDriver {
                      try again when they go on",
                 ));
             }
+            copies::demand_none(&machine).await?;
             saved::save(&machine, &place).await?;
         }
         files(move || states::complete(&dir, snapshot)).await

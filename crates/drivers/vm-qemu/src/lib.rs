@@ -9,6 +9,7 @@
 
 pub mod agent;
 pub mod argv;
+mod copies;
 pub mod cpu;
 pub mod devices;
 mod display;

@@ -145,6 +145,8 @@ pub(crate) struct Inner {
     record: Mutex<Record>,
     /// Who makes its file systems still, or lets them go on.
     pub(crate) still: tokio::sync::Mutex<()>,
+    /// Who begins or ends a copy of a disk.
+    pub(crate) copying: tokio::sync::Mutex<()>,
 }
 
 impl Inner {
@@ -227,6 +229,7 @@ pub(crate) fn own(
         observed: watch::Sender::new(observed),
         record: Mutex::new(record),
         still: tokio::sync::Mutex::default(),
+        copying: tokio::sync::Mutex::default(),
     });
     let owner = Owner {
         reconnect: Some(Instant::now()),
@@ -548,6 +551,12 @@ impl Owner {
             .filter(|d| !d.readonly && !d.cdrom)
             .map(|d| d.path)
             .collect();
+        // What changes its disk lets it go on by itself.
+        let machine = self.machine.clone();
+        let Ok(_turn) = machine.copying.try_lock() else {
+            self.full = Some(Instant::now() + ROOM_EVERY);
+            return;
+        };
         let room = tokio::task::spawn_blocking(move || paths.iter().all(|p| has_room(p))).await;
         if !room.unwrap_or(false) {
             self.full = Some(Instant::now() + ROOM_EVERY);

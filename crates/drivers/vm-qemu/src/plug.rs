@@ -5,7 +5,8 @@
 //! device is named after its slot, so nothing of it can be missed.
 
 use crate::{
-    devices::{Disk, Layout, Nic, device_id},
+    copies,
+    devices::{Disk, Layout, Nic, Side, device_id},
     launch,
     machine::Inner,
     qmp::{Event, Qmp},
@@ -85,10 +86,13 @@ pub(crate) async fn apply(machine: &Inner, guest: &ResolvedGuest) -> Result<Vec<
     if applied.disks == wanted.disks && applied.nics == wanted.nics {
         return Ok(vec![]);
     }
+    if applied.disks != wanted.disks {
+        copies::demand_none(machine).await?;
+    }
     let layout = Layout::of(&applied.machine, applied.ports)?;
     let (qmp, events) = Qmp::connect(&machine.dir, launch::QMP, GREETING).await?;
     let mut change = Change { machine, qmp, events, layout, present: BTreeSet::new() };
-    change.present = change.names("qom-list", json!({"path": "/machine/peripheral"}), "name").await?;
+    change.present = change.devices().await?;
     let mut pending = vec![];
     change.remove(&applied, &wanted, &mut pending).await?;
     change.adjust(&wanted, &mut pending).await?;
@@ -106,9 +110,78 @@ pub(crate) async fn grow(machine: &Inner, slot: &str, size: u64) -> Result<()> {
     if slot.starts_with("nvme") {
         return Err(Error::conflict("an NVMe disk cannot grow while the machine runs; stop it first"));
     }
+    copies::demand_none(machine).await?;
     let (qmp, _) = Qmp::connect(&machine.dir, launch::QMP, GREETING).await?;
-    let node = Disk::node_names(slot)[0].clone();
+    let node = side(&qmp, slot).await?.name('d', slot);
     qmp.execute("block_resize", json!({"node-name": node, "size": size})).await.map(drop)
+}
+
+/// The side that a slot's device drives; of an empty drive the first.
+pub(crate) async fn side(qmp: &Qmp, slot: &str) -> Result<Side> {
+    Ok(Side::of(&qmp.execute("query-block", json!({})).await?, slot).unwrap_or_default())
+}
+
+/// One property of everything that a query lists.
+async fn names(qmp: &Qmp, query: &str, arguments: Value, property: &str) -> Result<BTreeSet<String>> {
+    let list = qmp.execute(query, arguments).await?;
+    let names = list.as_array().into_iter().flatten().filter_map(|d| d.get(property)?.as_str());
+    Ok(names.map(str::to_owned).collect())
+}
+
+/// Gives QEMU the descriptors and nodes of a disk or disc, by the names of a side.
+pub(crate) async fn add_nodes(qmp: &Qmp, disk: &ResolvedDisk, side: Side) -> Result<Disk> {
+    let opened = tokio::task::spawn_blocking({
+        let disk = disk.clone();
+        move || launch::open_disk(&disk)
+    });
+    let (file, base, block) =
+        opened.await.map_err(|e| Error::internal("the disk could not be opened", e))??;
+    let node = Disk { side, ..Disk::new(disk, block, true) };
+    let (file_set, base_set) = node.fd_sets()?;
+    for (set, fd) in [(file_set, Some(&file)), (base_set, base.as_ref())] {
+        if let Some(fd) = fd {
+            qmp.execute_with_fd("add-fd", json!({"fdset-id": set, "opaque": "disk"}), fd.as_fd()).await?;
+        }
+    }
+    for n in node.nodes()? {
+        qmp.execute("blockdev-add", n).await?;
+    }
+    Ok(node)
+}
+
+/// Takes the nodes and descriptors of a slot's side from QEMU; nothing may drive them.
+pub(crate) async fn clear_nodes(qmp: &Qmp, slot: &str, side: Side) -> Result<()> {
+    let nodes = names(qmp, "query-named-block-nodes", json!({"flat": true}), "node-name").await?;
+    for node in Disk::node_names(slot, side).into_iter().filter(|n| nodes.contains(n)) {
+        // A device that has gone lets go of its node a little later.
+        let until = Instant::now() + GREETING;
+        while let Err(e) = qmp.execute("blockdev-del", json!({"node-name": node})).await {
+            let busy = e.context.as_deref().is_some_and(|c| c.contains("in use"));
+            if !busy || Instant::now() >= until {
+                return Err(e);
+            }
+            sleep(LOOK).await;
+        }
+    }
+    let (a, b) = crate::devices::fd_sets(&format!("devices.{slot}"), slot, side)?;
+    let sets = qmp.execute("query-fdsets", json!({})).await?;
+    for set in sets.as_array().into_iter().flatten().filter_map(|s| s.get("fdset-id")?.as_u64()) {
+        if set == u64::from(a) || set == u64::from(b) {
+            qmp.execute("remove-fd", json!({"fdset-id": set})).await?;
+        }
+    }
+    Ok(())
+}
+
+/// The same with the limits.
+pub(crate) async fn clear_side(qmp: &Qmp, slot: &str, side: Side) -> Result<()> {
+    clear_nodes(qmp, slot, side).await?;
+    let objects = names(qmp, "qom-list", json!({"path": "/objects"}), "name").await?;
+    let group = side.name('t', slot);
+    if objects.contains(&group) {
+        qmp.execute("object-del", json!({"id": group})).await?;
+    }
+    Ok(())
 }
 
 /// Says what has to be said before the first instruction.
@@ -123,11 +196,9 @@ pub(crate) async fn before_first(qmp: &Qmp, guest: &ResolvedGuest) -> Result<()>
 }
 
 impl Change<'_> {
-    /// One property of everything that a query lists.
-    async fn names(&self, query: &str, arguments: Value, property: &str) -> Result<BTreeSet<String>> {
-        let list = self.qmp.execute(query, arguments).await?;
-        let names = list.as_array().into_iter().flatten().filter_map(|d| d.get(property)?.as_str());
-        Ok(names.map(str::to_owned).collect())
+    /// The ids of the devices that QEMU has.
+    async fn devices(&self) -> Result<BTreeSet<String>> {
+        names(&self.qmp, "qom-list", json!({"path": "/machine/peripheral"}), "name").await
     }
 
     fn note(&self, change: impl FnOnce(&mut Devices)) -> Result<()> {
@@ -188,7 +259,8 @@ impl Change<'_> {
             }
             if old.io.limits != disk.io.limits {
                 let limits = Disk::new(disk, false, true).throttle();
-                let group = format!("/objects/t-{}", disk.slot);
+                let side = side(&self.qmp, &disk.slot).await?;
+                let group = format!("/objects/{}", side.name('t', &disk.slot));
                 let set = json!({"path": group, "property": "limits", "value": limits});
                 self.qmp.execute("qom-set", set).await?;
             }
@@ -272,32 +344,13 @@ impl Change<'_> {
         Ok(())
     }
 
-    /// Descriptors, limits and nodes of a disk or disc.
-    async fn add_nodes(&self, disk: &ResolvedDisk) -> Result<Disk> {
-        let opened = tokio::task::spawn_blocking({
-            let disk = disk.clone();
-            move || launch::open_disk(&disk)
-        });
-        let (file, base, block) =
-            opened.await.map_err(|e| Error::internal("the disk could not be opened", e))??;
-        let node = Disk::new(disk, block, true);
-        let (file_set, base_set) = node.fd_sets()?;
-        for (set, fd) in [(file_set, Some(&file)), (base_set, base.as_ref())] {
-            if let Some(fd) = fd {
-                self.qmp
-                    .execute_with_fd("add-fd", json!({"fdset-id": set, "opaque": "disk"}), fd.as_fd())
-                    .await?;
-            }
-        }
-        for n in node.nodes()? {
-            self.qmp.execute("blockdev-add", n).await?;
-        }
-        Ok(node)
-    }
-
     async fn plug_disk(&self, disk: &ResolvedDisk) -> Result<()> {
         self.qmp.execute("object-add", Disk::new(disk, false, true).group()).await?;
-        let disk = if disk.ejected { Disk::new(disk, false, true) } else { self.add_nodes(disk).await? };
+        let disk = if disk.ejected {
+            Disk::new(disk, false, true)
+        } else {
+            add_nodes(&self.qmp, disk, Side::First).await?
+        };
         self.qmp.execute("device_add", disk.device(self.layout)?).await.map(drop)
     }
 
@@ -322,7 +375,7 @@ impl Change<'_> {
         let until = Instant::now() + UNPLUG;
         let mut ask = Instant::now();
         loop {
-            let now = self.names("qom-list", json!({"path": "/machine/peripheral"}), "name").await?;
+            let now = self.devices().await?;
             if !now.contains(id) {
                 self.present = now;
                 return Ok(());
@@ -348,34 +401,8 @@ impl Change<'_> {
 
     /// Removes nodes, limits and descriptors of a slot whose device is gone.
     async fn clear_disk(&self, slot: &str) -> Result<()> {
-        self.clear_nodes(slot).await?;
-        let objects = self.names("qom-list", json!({"path": "/objects"}), "name").await?;
-        let group = format!("t-{slot}");
-        if objects.contains(&group) {
-            self.qmp.execute("object-del", json!({"id": group})).await?;
-        }
-        Ok(())
-    }
-
-    async fn clear_nodes(&self, slot: &str) -> Result<()> {
-        let nodes = self.names("query-named-block-nodes", json!({"flat": true}), "node-name").await?;
-        for node in Disk::node_names(slot).into_iter().filter(|n| nodes.contains(n)) {
-            // A device that has gone lets go of its node a little later.
-            let until = Instant::now() + GREETING;
-            while let Err(e) = self.qmp.execute("blockdev-del", json!({"node-name": node})).await {
-                let busy = e.context.as_deref().is_some_and(|c| c.contains("in use"));
-                if !busy || Instant::now() >= until {
-                    return Err(e);
-                }
-                sleep(LOOK).await;
-            }
-        }
-        let (a, b) = crate::devices::fd_sets(&format!("devices.{slot}"), slot)?;
-        let sets = self.qmp.execute("query-fdsets", json!({})).await?;
-        for set in sets.as_array().into_iter().flatten().filter_map(|s| s.get("fdset-id")?.as_u64()) {
-            if set == u64::from(a) || set == u64::from(b) {
-                self.qmp.execute("remove-fd", json!({"fdset-id": set})).await?;
-            }
+        for side in Side::BOTH {
+            clear_side(&self.qmp, slot, side).await?;
         }
         Ok(())
     }
@@ -397,9 +424,9 @@ impl Change<'_> {
         // A guest that has locked the tray is asked by this, and not waited for: the user's word counts.
         self.qmp.execute("blockdev-open-tray", json!({"id": id, "force": true})).await?;
         self.qmp.execute("blockdev-remove-medium", json!({"id": id})).await?;
-        self.clear_nodes(&disk.slot).await?;
+        clear_nodes(&self.qmp, &disk.slot, Side::First).await?;
         if !disk.ejected {
-            let node = self.add_nodes(disk).await?.top();
+            let node = add_nodes(&self.qmp, disk, Side::First).await?.top();
             self.qmp.execute("blockdev-insert-medium", json!({"id": id, "node-name": node})).await?;
         }
         self.qmp.execute("blockdev-close-tray", json!({"id": id})).await.map(drop)
