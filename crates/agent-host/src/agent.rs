@@ -374,6 +374,9 @@ impl RealAgent {
         let wanted = fixed.or(old.as_ref().map(|r| r.ids.base));
         let count = spec.security.idmap_size.unwrap_or(crate::ids::COUNT);
         let ids = self.ids.claim_many(&owner, wanted, count, fixed.is_some())?;
+        // Of another start none is left.
+        let copies = old.as_ref().filter(|old| old.generation == spec.generation);
+        let copies = copies.map(|old| old.copies.clone()).unwrap_or_default();
         if let Some(old) = old {
             self.ids.release_rest(old.ids, ids, &owner);
         }
@@ -384,6 +387,7 @@ impl RealAgent {
             pool: spec.root.pool,
             root: spec.root.volume,
             volumes: spec.disks.iter().filter_map(DiskSpec::volume).map(|(_, volume)| volume).collect(),
+            copies,
             interfaces: spec.nics.iter().map(|n| n.host_interface.clone()).collect(),
             networks: spec.nics.iter().filter_map(NicSpec::network).collect(),
             lent: crate::nics::lent(spec),
@@ -394,7 +398,7 @@ impl RealAgent {
 
     /// Writes a guest's record, which may wait for the disk, and knows it from then on. Whoever is dropped meanwhile leaves both
     /// done: what is being written is known before.
-    async fn put_guest(&self, id: InstanceId, record: GuestRecord) -> Result<()> {
+    pub(crate) async fn put_guest(&self, id: InstanceId, record: GuestRecord) -> Result<()> {
         let old = self.guests.lock().unwrap().insert(id, record.clone());
         let registry = self.registry.clone();
         let written = blocking(move || registry.put_guest(id, &record)).await;
@@ -683,7 +687,7 @@ fn in_memory(disk: DiskSpec, size: Option<ByteSize>) -> ResolvedDisk {
     }
 }
 
-fn format(format: Format) -> DiskFormat {
+pub(crate) fn format(format: Format) -> DiskFormat {
     match format {
         Format::Directory => DiskFormat::Directory,
         Format::Raw => DiskFormat::Raw,
@@ -734,5 +738,5 @@ pub(crate) fn as_state(id: InstanceId) -> impl Fn(Error) -> Error {
 
 /// A volume's user, by its record.
 pub(crate) fn has_volume(volume: VolumeId) -> impl Fn(&GuestRecord) -> bool {
-    move |record| record.root == volume || record.volumes.contains(&volume)
+    move |record| record.root == volume || record.volumes.contains(&volume) || record.copies.contains(&volume)
 }

@@ -8,7 +8,7 @@ use crate::{
 use async_trait::async_trait;
 use karst_agent::*;
 use karst_env::EnvExt;
-use karst_guest::{Applied, FileKind, MachineFigures, Metrics, Observed, StopMode};
+use karst_guest::{Applied, DiskCopyState, FileKind, MachineFigures, Metrics, Observed, StopMode};
 use karst_image::{Staged, Upload};
 use karst_model::{
     BackupId, Error, ErrorKind, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
@@ -692,6 +692,10 @@ calls! {
         let _lock = me.lock(instance.0).await;
         me.machines()?.memory_drop(instance).await
     }
+    mutate machine_copy_begin(me, request: MachineCopyBegin) -> () { me.begin_copy(request).await }
+    read machine_copy_state(me, at: MachineCopyRef) -> DiskCopyState { me.copy_state(at).await }
+    mutate machine_copy_speed(me, request: MachineCopySpeed) -> () { me.set_copy_speed(request).await }
+    mutate machine_copy_end(me, request: MachineCopyEnd) -> () { me.end_copy(request).await }
     mutate guest_destroy(me, instance: InstanceId) -> () { me.destroy(instance).await }
     read guest_observe_all(me, _request: ()) -> Vec<Observed> { me.observe_all().await }
     read guest_metrics(me, instances: Vec<InstanceId>) -> Vec<(InstanceId, Metrics)> { me.metrics(instances).await }

@@ -12,6 +12,7 @@ mod block_pools;
 mod bytes;
 mod calls;
 mod check;
+mod copies;
 mod descriptions;
 mod facts;
 mod history;

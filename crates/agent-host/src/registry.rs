@@ -41,6 +41,9 @@ pub(crate) struct GuestRecord {
     /// Volumes of its other disks.
     #[serde(default)]
     pub volumes: Vec<VolumeId>,
+    /// Volumes that its disks are being copied to.
+    #[serde(default)]
+    pub copies: Vec<VolumeId>,
     /// The host's interfaces, written before they are made.
     pub interfaces: Vec<String>,
     pub networks: Vec<karst_model::NetworkId>,

@@ -3,6 +3,7 @@
 
 use crate::{
     backups::{BackupCreate, BackupFacts, VolumeFill, VolumeFilled, VolumeWrite},
+    copies::{MachineCopyBegin, MachineCopyEnd, MachineCopyRef, MachineCopySpeed},
     descriptions::{FoundPool, PoolDescribe, PoolSurvey, PoolSurveyed, PoolsFind},
     publish::{ImagePublish, VolumeRebuild},
 };
@@ -12,7 +13,8 @@ use karst_model::{
     SnapshotId, VolumeId,
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
     guest::{
-        Applied, ExecRequest, FileInfo, FileWrite, MachineFigures, Metrics, MonitorAnswer, Observed, StopMode,
+        Applied, DiskCopyState, ExecRequest, FileInfo, FileWrite, MachineFigures, Metrics, MonitorAnswer,
+        Observed, StopMode,
     },
     history::Series,
     image::{DiskFormat, ImageFacts},
@@ -135,6 +137,7 @@ plain!(
     Vec<Series>,
     serde_json::Value,
     MonitorAnswer,
+    DiskCopyState,
     Vec<u8>,
     u32,
     Vec<VolumeSnapshot>,
@@ -353,6 +356,18 @@ agent_calls! {
     mutate fn machine_state_delete(MachineStateDelete: MachineStateRef) -> ();
     /// Drops the memory that a virtual machine which does not run keeps over its stop; fine when there is none.
     mutate fn machine_memory_drop(MachineMemoryDrop: InstanceId) -> ();
+    /// Begins to copy a disk of a running virtual machine into another volume, of exactly its size and of whose content nothing
+    /// needs to be kept; a copy that goes on already is fine. Until its end both volumes are in use, and the disk is neither
+    /// changed nor taken away.
+    mutate fn machine_copy_begin(MachineCopyBegin: MachineCopyBegin) -> ();
+    /// How far it is. That a machine goes on from a copy is known until its next start, also when it has ended meanwhile.
+    read fn machine_copy_state(MachineCopyState: MachineCopyRef) -> DiskCopyState;
+    /// Sets the bytes a second that it may copy. Conflict when there is none.
+    mutate fn machine_copy_speed(MachineCopySpeed: MachineCopySpeed) -> ();
+    /// Ends a copy. A machine that goes on from it stands still for a moment; conflict unless the copy is ready, or when the
+    /// machine does not run any more and had not gone on from it. To cancel one that there is none of is fine; conflict when
+    /// the machine goes on from it already.
+    mutate fn machine_copy_end(MachineCopyEnd: MachineCopyEnd) -> ();
     /// Removes all that a stopped guest has on the host but its volumes.
     mutate fn guest_destroy(GuestDestroy: InstanceId) -> ();
     /// Every guest that the host knows.

@@ -5,13 +5,14 @@
 //! breach, so it stands in a `#[test]`.
 
 mod backups;
+mod copies;
 mod descriptions;
 mod guests;
 mod parts;
 mod publish;
 mod storage;
 
-use crate::{backups::*, calls::*, publish::*};
+use crate::{backups::*, calls::*, copies::*, publish::*};
 use karst_env::{EnvExt, SharedEnv};
 use karst_model::{
     ByteSize, DeviceId, Error, ErrorKind, ImageId, InstanceId, NetworkId, NodeId, PoolId, Result, SagaId,

@@ -9,6 +9,7 @@ pub mod calls;
 pub mod client;
 #[cfg(feature = "testing")]
 pub mod contract;
+pub mod copies;
 pub mod descriptions;
 pub mod epoch;
 pub mod events;
@@ -23,6 +24,7 @@ pub mod wire;
 pub use backups::*;
 pub use calls::*;
 pub use client::Client;
+pub use copies::*;
 pub use descriptions::*;
 pub use epoch::EpochGuard;
 pub use events::EventHub;

@@ -70,7 +70,7 @@ pub(super) async fn all(s: &Subject, kind: InstanceKind, source: &ImageSource) {
     let pool = s.pool().await;
     let (image, _) = s.image(source).await;
     let volume = s.volume(pool, kind, Some(image));
-    let root = VolumeRef { pool, volume: volume.id };
+    let mut root = VolumeRef { pool, volume: volume.id };
     agent.volume_create(&s.change(), volume.clone()).await.unwrap();
     agent.volume_create(&s.change(), volume).await.expect("twice is once");
     let network = s.network();
@@ -98,6 +98,13 @@ pub(super) async fn all(s: &Subject, kind: InstanceKind, source: &ImageSource) {
     eprintln!("contract: {kind}: pause, update");
     Box::pin(machine_only(&guest)).await;
     Box::pin(pause_and_update(&guest)).await;
+    if kind == InstanceKind::VirtualMachine {
+        eprintln!("contract: {kind}: copies of its disk");
+        root = Box::pin(copies::of_a_root(s, &guest.spec, root)).await;
+        guest.root = root;
+        (guest.spec.root.pool, guest.spec.root.volume) = (root.pool, root.volume);
+        s.until("exec from the copy", s.boot, async || guest.exec(&["true"]).await.ok()).await;
+    }
 
     eprintln!("contract: {kind}: stop");
     refused(agent.guest_destroy(&s.change(), guest.spec.instance).await, ErrorKind::Conflict);
@@ -124,6 +131,7 @@ pub(super) async fn all(s: &Subject, kind: InstanceKind, source: &ImageSource) {
     if kind == InstanceKind::VirtualMachine {
         eprintln!("contract: {kind}: what it is beside its disk, for another");
         Box::pin(state_travels(&guest)).await;
+        copies::after_the_end(s, guest.spec.instance, root, false).await;
     }
     eprintln!("contract: {kind}: start again, stop gracefully");
     let older = guest.at();
@@ -135,6 +143,13 @@ pub(super) async fn all(s: &Subject, kind: InstanceKind, source: &ImageSource) {
     let timeout = s.boot;
     let observed = guest.stop(StopMode::Graceful { timeout }).await;
     assert_eq!((observed.state, observed.exit), (RuntimeState::Stopped, Some(ExitReason::Shutdown)));
+    if kind == InstanceKind::VirtualMachine {
+        eprintln!("contract: {kind}: a copy that its end breaks off");
+        copies::after_the_end(s, guest.spec.instance, root, true).await;
+        guest.spec.generation = guest.spec.generation.next();
+        agent.guest_start(&s.change(), guest.spec.clone()).await.unwrap();
+        Box::pin(copies::broken_off(s, &guest.spec, root)).await;
+    }
 
     eprintln!("contract: {kind}: destroy");
     agent.guest_destroy(&s.change(), guest.spec.instance).await.unwrap();
@@ -147,6 +162,9 @@ pub(super) async fn all(s: &Subject, kind: InstanceKind, source: &ImageSource) {
     agent.network_remove(&s.change(), network.id).await.unwrap();
     agent.image_delete(&s.change(), image).await.unwrap();
     agent.pool_remove(&s.change(), pool).await.unwrap();
+    if root.pool != pool {
+        agent.pool_remove(&s.change(), root.pool).await.unwrap();
+    }
     let check = s.until("ended sessions", s.boot, async || {
         let check = agent.self_check(&s.read(), ()).await.unwrap();
         (check.sessions == 0).then_some(check)

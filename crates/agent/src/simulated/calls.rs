@@ -2,15 +2,15 @@
 
 use super::work::*;
 use super::{SimulatedAgent, state::Guest};
-use crate::{backups::*, calls::*, descriptions::*, publish::*};
+use crate::{backups::*, calls::*, copies::*, descriptions::*, publish::*};
 use async_trait::async_trait;
 use karst_model::{
     BackupId, ByteSize, Error, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
     device::interface_name,
     guest::{
-        Applied, BalloonFigures, DiskFigures, MachineFigures, Metrics, MonitorAnswer, NicFigures, Observed,
-        VcpuFigures,
+        Applied, BalloonFigures, DiskCopyState, DiskFigures, MachineFigures, Metrics, MonitorAnswer,
+        NicFigures, Observed, VcpuFigures,
     },
     history::{self, Meter, Series},
     image::ImageFacts,
@@ -285,6 +285,9 @@ calls! {
     mutate guest_update(me, spec: GuestSpec) -> Applied {
         let mut state = me.settled();
         me.check_guest(&state, &spec)?;
+        if state.guests.get(&spec.instance).is_some_and(|g| g.spec.disks != spec.disks) {
+            state.demand_no_copy(spec.instance)?;
+        }
         let guest = state.running(GuestRef { instance: spec.instance, generation: spec.generation })?;
         if guest.refuses_update && guest.spec.limits != spec.limits {
             return Err(Error::conflict("the guest uses more than that"));
@@ -312,6 +315,10 @@ calls! {
         }
         Ok(Applied { pending })
     }
+    mutate machine_copy_begin(me, request: MachineCopyBegin) -> () { me.begin_copy(request) }
+    read machine_copy_state(me, at: MachineCopyRef) -> DiskCopyState { me.copy_state(at) }
+    mutate machine_copy_speed(me, request: MachineCopySpeed) -> () { me.set_copy_speed(request) }
+    mutate machine_copy_end(me, request: MachineCopyEnd) -> () { me.end_copy(request) }
     mutate guest_destroy(me, instance: InstanceId) -> () {
         let mut state = me.settled();
         if state.guests.get(&instance).is_some_and(Guest::runs) {
@@ -321,6 +328,7 @@ calls! {
         state.machine_states.retain(|(i, _), _| *i != instance);
         state.arrived.remove(&instance);
         state.histories.remove(&instance);
+        state.forget_copies(instance);
         Ok(())
     }
     mutate machine_memory_drop(me, instance: InstanceId) -> () {
@@ -346,6 +354,9 @@ calls! {
         };
         if request.memory && guest.state != karst_model::instance::RuntimeState::Paused {
             return Err(Error::conflict("memory is kept of a machine that is paused"));
+        }
+        if request.memory {
+            state.demand_no_copy(instance)?;
         }
         let memory = request.memory || (guest.saved && !guest.runs());
         state.machine_states.insert((instance, snapshot), memory);

@@ -6,6 +6,7 @@
 
 mod backups;
 mod calls;
+mod copies;
 mod descriptions;
 mod files;
 mod hardware;
@@ -53,6 +54,8 @@ pub struct SimulatedOptions {
     pub shutdown_time: Duration,
     /// Time that building an image takes.
     pub build_time: Duration,
+    /// Time that copying a disk of a running machine takes.
+    pub copy_time: Duration,
     /// Size of each pool.
     pub pool_size: ByteSize,
     /// Bridges of others on this host, which are never touched.
@@ -73,6 +76,7 @@ impl Default for SimulatedOptions {
             address_after: Duration::from_millis(800),
             shutdown_time: Duration::from_millis(50),
             build_time: Duration::from_millis(100),
+            copy_time: Duration::from_millis(300),
             pool_size: ByteSize::gib(1024),
             foreign_bridges: vec!["docker0".into()],
             cpus: 16,

@@ -1,6 +1,7 @@
 //! What a simulated host keeps.
 
 use super::{
+    copies::Copying,
     session::Session,
     storage::{Held, Snapshot},
 };
@@ -39,6 +40,10 @@ pub(super) struct State {
     pub machine_states: BTreeMap<(InstanceId, SnapshotId), bool>,
     /// Machines that are something beside their disks and were not started yet.
     pub arrived: BTreeSet<InstanceId>,
+    /// Disks that are copied, by their machine and the volume that the copy is.
+    pub copies: BTreeMap<(InstanceId, VolumeId), Copying>,
+    /// Copies that machines went on from since they were started.
+    pub pivoted: BTreeSet<(InstanceId, VolumeId)>,
     pub sessions: BTreeMap<SessionId, Session>,
     /// Starts of machines in which a command of the monitor was run, and who follows its events.
     pub monitored: BTreeMap<InstanceId, u32>,
@@ -224,7 +229,8 @@ impl State {
     pub fn user_of(&self, volume: VolumeId) -> Option<InstanceId> {
         let has = |g: &&Guest| {
             let mut disks = g.spec.disks.iter().filter_map(|d| d.volume());
-            g.runs() && (g.spec.root.volume == volume || disks.any(|(_, v)| v == volume))
+            let disk = g.spec.root.volume == volume || disks.any(|(_, v)| v == volume);
+            g.runs() && (disk || self.is_copied_to(g, volume))
         };
         self.guests.values().find(has).map(|g| g.spec.instance)
     }

@@ -151,7 +151,8 @@ impl SimulatedAgent {
     }
 
     pub(super) fn resize_volume(&self, request: VolumeResize) -> Result<()> {
-        let mut state = self.lock();
+        let mut state = self.settled();
+        state.demand_not_copied(request.volume.volume)?;
         let volume = state.volume_mut(request.volume)?;
         if volume.spec.content.is_disk() && volume.size.is_some_and(|now| request.size < now) {
             return Err(Error::invalid("size", "a volume can only grow"));

@@ -148,6 +148,7 @@ impl SimulatedAgent {
             }
         }
         self.check_guest(&state, &spec)?;
+        state.forget_copies(spec.instance);
         let resume = spec.machine.as_ref().is_some_and(|m| m.resume);
         if resume && !state.guests.get(&spec.instance).is_some_and(|g| g.saved) {
             return Err(Error::not_found(
@@ -191,6 +192,12 @@ impl SimulatedAgent {
             if !guest.runs() {
                 return Ok(guest.observed());
             }
+            if request.mode == StopMode::Save {
+                state.demand_no_copy(instance)?;
+            }
+            let Some(guest) = state.guests.get_mut(&instance) else {
+                return Ok(stopped(request.guest));
+            };
             match request.mode {
                 StopMode::Force => Duration::ZERO,
                 StopMode::Save => {
@@ -592,6 +599,7 @@ impl SimulatedAgent {
         for guest in state.guests.values().filter(|g| g.still && g.runs()) {
             leaks.push(format!("file systems of guest {} are still", guest.spec.instance));
         }
+        leaks.extend(state.copies_that_go_on());
         leaks.extend(state.staged_backups.keys().map(|id| format!("staged backup {id}")));
         let live = state.sessions.values().filter(|s| s.exit().is_none()).count();
         SelfCheck {
