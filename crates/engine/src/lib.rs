@@ -162,6 +162,7 @@ pub struct EngineInner {
     pub(crate) fetching: images::remote::Turns,
     pub(crate) image_secrets: images::shared::Secrets,
     pub(crate) vault: secrets::Vault,
+    pub(crate) copy_words: compute::disk_copy::Words,
     /// Sagas that this engine executes now.
     pub(crate) executing: Mutex<BTreeSet<SagaId>>,
     pub(crate) network_locks: network::Locks,
@@ -222,6 +223,7 @@ impl Engine {
             fetching: Default::default(),
             image_secrets: Default::default(),
             vault: Default::default(),
+            copy_words: Default::default(),
             executing: Mutex::default(),
             network_locks: Default::default(),
             hook: RwLock::new(None),

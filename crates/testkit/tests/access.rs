@@ -10,7 +10,11 @@ use karst_engine::{
         import::{ImportInstance, ImportVolume},
     },
     compute::{
-        copy::CopyInstance, create::CreateInstance, define::DefineMachine, power::PowerRequest,
+        copy::CopyInstance,
+        create::CreateInstance,
+        define::DefineMachine,
+        disk_copy::{CopyDisk, CopyTarget},
+        power::PowerRequest,
         update::UpdateInstance,
     },
     firewall::{UpdateAcl, UpdateAddressSet, UpdateForward},
@@ -242,6 +246,14 @@ fn of_a_machine(outcome: Result<()>) -> Result<()> {
     }
 }
 
+/// Who may is told that there is nothing to do it to.
+fn nothing_is_copied(outcome: Result<()>) -> Result<()> {
+    match outcome {
+        Err(e) if e.kind == ErrorKind::Conflict => Ok(()),
+        other => other.and_then(|()| Err(Error::internal("a copy that there is none of", ""))),
+    }
+}
+
 fn power(action: PowerAction) -> PowerRequest {
     PowerRequest { action, force: true, timeout: None, stateful: false }
 }
@@ -407,6 +419,10 @@ fn cases() -> Vec<Case> {
         snapshot_restore_with Edit |f, c, p| f.w.engine.snapshot_restore_with(c, of_still(p), "snap", false).await.map(drop);
         snapshot_delete Edit |f, c, p| f.w.engine.snapshot_delete(c, of_still(p), "snap").await.map(drop);
         instance_move Edit |f, c, p| f.w.engine.instance_move(c, p, "still", karst_engine::compute::relocate::MoveInstance { name: Some("moved".into()), ..Default::default() }).await.map(drop);
+        disk_copy_begin Edit |f, c, p| of_a_machine(f.w.engine.disk_copy_begin(c, p, "run", CopyDisk { device: None, to: CopyTarget::Pool("second".into()), hold: false, speed: 0, synchronous: false }).await.map(drop));
+        disk_copy View |f, c, p| { let found = f.w.engine.disk_copy(c, p, "run").await?; assert!(found.is_none(), "nothing is copied"); Ok(()) };
+        disk_copy_end Edit |f, c, p| nothing_is_copied(f.w.engine.disk_copy_end(c, p, "run", "root", karst_model::guest::DiskCopyEnd::Cancel, true).await);
+        disk_copy_speed Edit |f, c, p| nothing_is_copied(f.w.engine.disk_copy_speed(c, p, "run", "root", 1).await);
         instance_rebuild Edit |f, c, p| f.w.engine.instance_rebuild(c, p, "still", karst_engine::compute::create::InstanceSource::None).await.map(drop);
         instance_copy Edit |f, c, p| f.w.engine.instance_copy(c, p, CopyInstance { project: p.into(), name: "still".into(), snapshot: None, instance_only: false, refresh: false, exclude_older: false, copy: container("copied") }).await.map(drop);
         backups View |f, c, p| f.w.engine.backups(c, of_still(p)).map(drop);

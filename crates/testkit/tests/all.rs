@@ -5,6 +5,7 @@ mod addresses;
 mod autostart;
 mod bad_input;
 mod commits;
+mod disk_copies;
 mod disk_full;
 mod generations;
 mod images;

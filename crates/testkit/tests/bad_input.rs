@@ -9,6 +9,7 @@ use karst_engine::{
     },
     compute::{
         create::{CreateInstance, InstanceSource},
+        disk_copy::{CopyDisk, CopyTarget},
         power::PowerRequest,
         relocate::MoveInstance,
         update::UpdateInstance,
@@ -99,6 +100,10 @@ fn file(path: &str) -> FileWrite {
         append: false,
         target: None,
     }
+}
+
+fn disk_copy(device: Option<&str>, to: CopyTarget) -> CopyDisk {
+    CopyDisk { device: device.map(str::to_owned), to, hold: false, speed: 0, synchronous: false }
 }
 
 fn network(pairs: &[(&str, &str)]) -> CreateNetwork {
@@ -261,6 +266,11 @@ fn cases() -> Vec<Case> {
         "image of an instance in a missing project" => NotFound, "source.project", "nope", |w| w.engine.image_publish(&w.admin, P, PublishImage { project: Some("nope".into()), name: "still".into(), ..Default::default() });
         "image under an alias that is taken" => Conflict, "aliases", "debian/12", |w| w.engine.image_publish(&w.admin, P, PublishImage { name: "still".into(), options: ImageOptions { aliases: vec![("debian/12".into(), String::new())], ..Default::default() }, ..Default::default() });
         "move of a running one" => Conflict, "", "stop it", |w| w.engine.instance_move(&w.admin, P, "run", MoveInstance { pool: Some("second".into()), ..Default::default() });
+        "copy of the disk of a container" => Unsupported, "", "container", |w| w.engine.disk_copy_begin(&w.admin, P, "run", disk_copy(None, CopyTarget::Pool("second".into())));
+        "copy of the disk of a stopped machine" => Conflict, "", "not running", |w| w.engine.disk_copy_begin(&w.admin, P, "vm", disk_copy(None, CopyTarget::Pool("second".into())));
+        "copy of the disk of nothing" => NotFound, "", "nope", |w| w.engine.disk_copy_begin(&w.admin, P, "nope", disk_copy(None, CopyTarget::Pool("second".into())));
+        "end of a copy that there is none of" => Conflict, "", "copied", |w| w.engine.disk_copy_end(&w.admin, P, "vm", "root", karst_model::guest::DiskCopyEnd::Cancel, true);
+        "speed of a copy that there is none of" => Conflict, "", "copied", |w| w.engine.disk_copy_speed(&w.admin, P, "vm", "root", 1);
         "move to nowhere" => Invalid, "pool", "there already", |w| w.engine.instance_move(&w.admin, P, "still", MoveInstance::default());
         "move to a missing pool" => NotFound, "pool", "nope", |w| w.engine.instance_move(&w.admin, P, "still", MoveInstance { pool: Some("nope".into()), ..Default::default() });
         "move to a missing project" => NotFound, "project", "nope", |w| w.engine.instance_move(&w.admin, P, "still", MoveInstance { project: Some("nope".into()), ..Default::default() });

@@ -6,6 +6,7 @@ pub mod copy;
 pub mod create;
 pub mod define;
 pub mod delete;
+pub mod disk_copy;
 pub mod disks;
 pub mod expand;
 pub mod guest;

@@ -85,6 +85,9 @@ impl Engine {
             let node = inner.inventory.read().instance(&project, name).ok().map(|row| row.node);
             node.into_iter().for_each(|node| inner.expect_entry(node));
         }
+        if matches!(request.action, PowerAction::Stop | PowerAction::Restart) && !save {
+            self.break_off_copy(&project, name).await?;
+        }
         runner::start::<InstancePower>(inner, context, |tx| {
             let records = inner.inventory.read();
             let row = records.instance(&project, name)?;

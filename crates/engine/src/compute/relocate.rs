@@ -1,14 +1,18 @@
 //! Moving: a stopped instance goes to another pool, project or name with its snapshots, and stays the same instance: its UUID,
-//! VMID and addresses are kept.
+//! VMID and addresses are kept. The root of a virtual machine that runs goes to another pool by [`super::disk_copy`].
 //!
 //! Another pool means another volume. It is made beside the old one, then one transaction lets instance and snapshots refer
 //! to it, and only then the old one goes. Should that fail, the old one stays recorded as the instance's and goes with it.
 
 use super::{
-    copy::VolumeCopy, create::check_devices, create::check_nics, disks::check_disks, expand, lock, path,
+    copy::VolumeCopy,
+    create::{check_devices, check_nics},
+    disk_copy::{CopyDisk, CopyTarget},
+    disks::check_disks,
+    expand, lock, path,
 };
 use crate::{
-    Engine, EngineInner,
+    Engine, EngineInner, Records,
     context::Context,
     db::Tx,
     events::Subject,
@@ -23,8 +27,9 @@ use karst_model::{
     Config, Error, Name, ProfileId, ProjectId, Result, SnapshotId, VolumeId,
     access::Permission,
     device::Devices,
-    instance::{Instance, Lifecycle},
+    instance::{Instance, InstanceKind, Lifecycle},
     keys,
+    project::Project,
     snapshot::Snapshot,
     spec::{VolumeSource, VolumeSpec},
     storage::Volume,
@@ -58,8 +63,25 @@ fn said(text: &Option<String>) -> Option<&str> {
     text.as_deref().filter(|t| !t.is_empty())
 }
 
+impl MoveInstance {
+    /// The pool, when it is all that becomes another one. Clients say the rest too, as it is.
+    fn only_pool(&self, records: &Records, project: &Project, row: &Instance) -> Option<&str> {
+        let same = |said: Option<&str>, is: &str| said.is_none_or(|s| s == is);
+        let named = |id: &ProfileId| records.profiles.get(id).map(|p| p.name.to_string());
+        let as_it_is = same(said(&self.name), &*row.name)
+            && same(said(&self.project), &*project.name)
+            && self.config.iter().all(|(k, v)| row.config.get(k) == Some(v))
+            && self.devices.iter().all(|(n, keys)| row.devices.get(n) == Some(keys))
+            && self
+                .profiles
+                .as_ref()
+                .is_none_or(|p| *p == row.profiles.iter().filter_map(named).collect::<Vec<_>>());
+        said(&self.pool).filter(|_| as_it_is)
+    }
+}
+
 impl Engine {
-    /// Moves a stopped instance.
+    /// Moves a stopped instance, or the root of a virtual machine that runs to another pool and nothing else.
     ///
     /// # Errors
     /// Invalid by field, not found, conflict (taken name, running, busy), quota, forbidden.
@@ -76,6 +98,17 @@ impl Engine {
             None => from.clone(),
         };
         let inner = self.inner();
+        let live = {
+            let records = inner.inventory.read();
+            let row = records.instance(&from, name)?;
+            let machine = row.kind == InstanceKind::VirtualMachine && volumes::runs(&records, row);
+            request.only_pool(&records, &from, row).filter(|_| machine).map(str::to_owned)
+        };
+        if let Some(pool) = live {
+            let to = CopyTarget::Pool(pool);
+            let copy = CopyDisk { device: None, to, hold: false, speed: 0, synchronous: false };
+            return self.disk_copy_begin(context, project, name, copy).await;
+        }
         runner::start::<InstanceMove>(inner, context, |tx| {
             let records = inner.inventory.read();
             let row = records.instance(&from, name)?;
@@ -83,8 +116,12 @@ impl Engine {
                 return Err(Error::conflict(format!("instance {name:?} is being made or deleted")));
             }
             if volumes::runs(&records, row) {
+                let beside = match row.kind {
+                    InstanceKind::VirtualMachine => "; only its pool changes while it runs",
+                    InstanceKind::Container => "",
+                };
                 return Err(Error::conflict(format!(
-                    "instance {name:?} is running; stop it before it is moved"
+                    "instance {name:?} is running; stop it before it is moved{beside}"
                 )));
             }
             if row.stateful {
@@ -219,7 +256,7 @@ impl Engine {
 }
 
 /// Says in the devices themselves in which pool the root is.
-fn pin(devices: &mut Devices, expanded: &Devices, root: &str, pool: &str) {
+pub(super) fn pin(devices: &mut Devices, expanded: &Devices, root: &str, pool: &str) {
     let mut keys = devices.get(root).or_else(|| expanded.get(root)).cloned().unwrap_or_default();
     keys.insert("pool".into(), pool.to_owned());
     devices.insert(root.to_owned(), keys);

@@ -13,6 +13,7 @@ static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
         Arc::new(Erased::<compute::copy::InstanceCopy>::new()),
         Arc::new(Erased::<compute::create::InstanceCreate>::new()),
         Arc::new(Erased::<compute::delete::InstanceDelete>::new()),
+        Arc::new(Erased::<compute::disk_copy::saga::DiskCopying>::new()),
         Arc::new(Erased::<compute::memory::MemoryDrop>::new()),
         Arc::new(Erased::<compute::power::InstancePower>::new()),
         Arc::new(Erased::<compute::rebuild::InstanceRebuild>::new()),

@@ -1,19 +1,33 @@
 //! Scenarios of virtual machines: what they are beside their disks on its way, and file systems inside that are still.
 
 use super::{
-    OF_C1, Scenario, back_up, container, copy, done, machine, power, refresh, snapshot, snapshot_with_memory,
-    upload,
+    OF_C1, Scenario, back_up, container, copy, defined, done, machine, power, refresh, second_pool,
+    set_power, snapshot, snapshot_with_memory, upload, volume,
 };
+use crate::World;
 use karst_engine::{
+    LiveOperation,
     backups::import::ImportInstance,
-    compute::create::CreateInstance,
+    compute::{
+        create::CreateInstance,
+        disk_copy::{CopyDisk, CopyTarget},
+        relocate::MoveInstance,
+    },
     snapshots::{Origin, create::CreateSnapshot},
 };
 use karst_model::{
-    Config,
+    Config, Result,
     instance::{InstanceKind, PowerAction},
     snapshot::Quiesce,
+    storage::VolumeContent,
 };
+
+/// Copies the disk of the machine on the custom volume `v1` to another one, from which it goes on.
+async fn copy_disk(w: &World, pool: &str, new: bool) -> Result<LiveOperation> {
+    let to = CopyTarget::Volume { pool: pool.into(), name: "v2".into(), new };
+    let request = CopyDisk { device: Some("sda".into()), to, hold: false, speed: 0, synchronous: true };
+    w.engine.disk_copy_begin(&w.admin, "default", "c1", request).await
+}
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
@@ -25,6 +39,41 @@ pub(super) fn scenarios() -> Vec<Scenario> {
                 done(w, snapshot_with_memory(w).await).await
             },
             |w| copy(w, None, true).await
+        ),
+        scenario!(
+            "instance-disk-copy",
+            "the root of a running machine with snapshots, to another pool",
+            |w| {
+                second_pool(w).await?;
+                machine(w).await?;
+                done(w, snapshot_with_memory(w).await).await?;
+                done(w, snapshot(w, OF_C1, "s2").await).await
+            },
+            |w| {
+                let request = MoveInstance { pool: Some("second".into()), ..Default::default() };
+                w.engine.instance_move(&w.admin, "default", "c1", request).await
+            }
+        ),
+        scenario!(
+            "instance-disk-copy",
+            "a custom volume, into one that is made in another pool",
+            |w| {
+                second_pool(w).await?;
+                done(w, volume(w, "v1", VolumeContent::Block).await).await?;
+                done(w, defined(w).await).await
+            },
+            |w| copy_disk(w, "second", true).await
+        ),
+        scenario!(
+            "instance-disk-copy",
+            "of a machine that is frozen, into a custom volume that is there",
+            |w| {
+                done(w, volume(w, "v1", VolumeContent::Block).await).await?;
+                done(w, volume(w, "v2", VolumeContent::Block).await).await?;
+                done(w, defined(w).await).await?;
+                done(w, set_power(w, PowerAction::Freeze).await).await
+            },
+            |w| copy_disk(w, "default", false).await
         ),
         scenario!(
             "snapshot-create",
