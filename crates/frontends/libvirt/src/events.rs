@@ -1,7 +1,7 @@
 //! Events: who listens for what on a connection, and the engine's events in libvirt's words.
 
 use crate::{
-    calls::domain::is_running,
+    calls::{copies::COPY, domain::is_running, figures::disks},
     domain_id,
     frame::{Frame, Header},
     instance_uuid,
@@ -9,10 +9,15 @@ use crate::{
     xdr::Writer,
     xml,
 };
-use karst_engine::events::{Event, EventKind, Subject};
+use karst_engine::{
+    compute::disk_copy,
+    events::{Event, EventKind, Subject},
+};
 use karst_model::{
+    InstanceId, OperationId,
     instance::{ExitReason, Instance, Runtime},
     network::Network,
+    operation::{Operation, OperationState},
     secret::Secret,
     storage::Pool,
 };
@@ -27,7 +32,11 @@ use uuid::Uuid;
 pub const LIFECYCLE: i32 = 0;
 /// `VIR_DOMAIN_EVENT_ID_REBOOT`
 pub const REBOOT: i32 = 1;
-/// Kinds of domain events that may be listened for; Karst tells the two above.
+/// `VIR_DOMAIN_EVENT_ID_BLOCK_JOB`: disks by the paths of their volumes.
+pub const BLOCK_JOB: i32 = 8;
+/// `VIR_DOMAIN_EVENT_ID_BLOCK_JOB_2`: disks by their names.
+pub const BLOCK_JOB_2: i32 = 16;
+/// Kinds of domain events that may be listened for; Karst tells those above.
 pub const DOMAIN_EVENTS: i32 = 27;
 /// Callbacks of one connection.
 pub const MOST: usize = 1024;
@@ -111,6 +120,7 @@ pub fn listen(session: &Arc<Session>, callback: Callback) -> karst_model::Result
         // The session owns the task: it must not keep the session.
         let weak = Arc::downgrade(session);
         let task = tokio::spawn(async move {
+            let mut jobs = Jobs::new();
             loop {
                 let happened = tokio::select! {
                     biased;
@@ -121,7 +131,10 @@ pub fn listen(session: &Arc<Session>, callback: Callback) -> karst_model::Result
                     Ok(happened) => {
                         let Some(session) = Weak::upgrade(&weak) else { return };
                         match happened {
-                            Happened::Event(event) => tell(&session, &event).await,
+                            Happened::Event(event) => match &event.kind {
+                                EventKind::Operation(o) => block_job(&session, &event, o, &mut jobs).await,
+                                _ => tell(&session, &event).await,
+                            },
                             Happened::Refreshed(pool) => pool_refreshed(&session, pool).await,
                         }
                     }
@@ -208,6 +221,59 @@ async fn guest(session: &Arc<Session>, action: &str, of: &Instance, runtime: Opt
             }
             _ => {}
         }
+    }
+}
+
+/// What was last said of each job: a `virConnectDomainEventBlockJobStatus`.
+type Jobs = BTreeMap<OperationId, i32>;
+
+/// Jobs that a listener remembers.
+const JOBS: usize = 1024;
+
+/// Tells what becomes of the copy of a disk: an operation that says so of itself.
+async fn block_job(session: &Arc<Session>, event: &Event, operation: &Operation, jobs: &mut Jobs) {
+    let Some(copy) = operation.metadata.get(disk_copy::METADATA) else { return };
+    let text = |key: &str| copy.get(key).and_then(serde_json::Value::as_str);
+    let ready = copy.get("ready").and_then(serde_json::Value::as_bool) == Some(true);
+    // Completed, failed, cancelled, ready.
+    let status = match operation.state {
+        OperationState::Success => 0,
+        OperationState::Failure | OperationState::NeedsAttention => 1,
+        OperationState::Cancelled => 2,
+        OperationState::Running if ready => 3,
+        _ => return,
+    };
+    if !session.opened().is_ok_and(|o| o.project == event.project_name) {
+        return;
+    }
+    if jobs.len() > JOBS {
+        jobs.clear();
+    }
+    if jobs.insert(operation.id, status) == Some(status) {
+        return;
+    }
+    let instance = text("instance").and_then(|i| i.parse::<InstanceId>().ok());
+    let guests = session.guests().unwrap_or_default();
+    let Some(view) = guests.into_iter().find(|v| Some(v.instance.id) == instance) else { return };
+    let slot = text("device").and_then(|d| view.instance.identities.get(d)).map(|i| i.slot.clone());
+    let found = disks(&session.front.engine.inner().inventory.read(), &view);
+    let Some(disk) = found.into_iter().find(|d| Some(&d.slot) == slot.as_ref()) else { return };
+    let (uuid, id) = (instance_uuid(&view.instance), domain_id(&view));
+    let callbacks = matching(session, uuid, |c| matches!(c.style, Style::Plain | Style::Numbered));
+    for (number, callback) in callbacks {
+        let numbered = callback.style == Style::Numbered;
+        let (procedure, which) = match (callback.event, numbered) {
+            (BLOCK_JOB, false) => (241, disk.path.as_deref().unwrap_or(&disk.target)),
+            (BLOCK_JOB, true) => (326, disk.path.as_deref().unwrap_or(&disk.target)),
+            (BLOCK_JOB_2, true) => (339, disk.target.as_str()),
+            _ => continue,
+        };
+        let mut w = Writer::new();
+        if numbered {
+            w.i32(number);
+        }
+        w.string(&view.instance.name).uuid(uuid).i32(id).string(which).i32(COPY).i32(status);
+        session.send(Frame::new(Header::event(procedure), w.finish())).await;
     }
 }
 

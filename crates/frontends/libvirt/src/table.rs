@@ -3,9 +3,9 @@
 
 use crate::{
     calls::{
-        connect, console, cpu, define, devices, domain, event, figures, graphics, host, inside, machine,
-        monitor, network, networks, nodedev, nwfilter, pools, power, secret, snapshots, stats, storage,
-        transfer, tuning, volumes,
+        connect, console, copies, cpu, define, devices, domain, event, figures, graphics, host, inside,
+        machine, monitor, network, networks, nodedev, nwfilter, pools, power, secret, snapshots, stats,
+        storage, transfer, tuning, volumes,
     },
     error::{Code, VirError},
     frame::QEMU,
@@ -242,6 +242,9 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     234 DOMAIN_DESTROY_FLAGS Change power::destroy_flags;
     235 DOMAIN_SAVE_IMAGE_GET_XML_DESC Change machine::save_to_path;
     236 DOMAIN_SAVE_IMAGE_DEFINE_XML Change machine::save_to_path;
+    237 DOMAIN_BLOCK_JOB_ABORT Change copies::abort;
+    238 DOMAIN_GET_BLOCK_JOB_INFO See copies::info;
+    239 DOMAIN_BLOCK_JOB_SET_SPEED Change copies::set_speed;
     243 DOMAIN_BLOCK_STATS_FLAGS See figures::block_stats_flags;
     244 DOMAIN_SNAPSHOT_GET_PARENT See snapshots::parent;
     245 DOMAIN_RESET Change power::reset;
@@ -263,6 +266,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     263 DOMAIN_GET_DISK_ERRORS See figures::disk_errors;
     264 DOMAIN_SET_METADATA Change domain::set_metadata;
     265 DOMAIN_GET_METADATA See domain::metadata;
+    266 DOMAIN_BLOCK_REBASE Change copies::rebase;
     267 DOMAIN_PM_WAKEUP Change figures::wake;
     271 DOMAIN_SNAPSHOT_IS_CURRENT See snapshots::is_current;
     272 DOMAIN_SNAPSHOT_HAS_METADATA See snapshots::has_metadata;
@@ -297,6 +301,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     342 CONNECT_GET_DOMAIN_CAPABILITIES See connect::domain_capabilities;
     343 DOMAIN_OPEN_GRAPHICS_FD Change graphics::open_fd;
     344 CONNECT_GET_ALL_DOMAIN_STATS See stats::all;
+    345 DOMAIN_BLOCK_COPY Change copies::copy;
     349 DOMAIN_GET_FSINFO Change inside::fs_info;
     350 DOMAIN_DEFINE_XML_FLAGS Change define::define_flags;
     351 DOMAIN_GET_IOTHREAD_INFO See tuning::iothreads;
@@ -383,6 +388,10 @@ const NEVER: &[(&[i32], &str)] = &[
     (
         &[123, 124, 428, 429, 430, 434],
         "no devices of the host are made: neither mediated ones nor virtual ports",
+    ),
+    (
+        &[240, 290],
+        "a volume has no chain of images below it from which blocks could be pulled, or to which they could be committed",
     ),
     (&[250], "a host with guests is not put to sleep"),
     (&[395], "encrypted memory is not used here"),

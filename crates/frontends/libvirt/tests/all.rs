@@ -1,6 +1,7 @@
 //! All integration tests of this crate in one program: linking one for each file takes longer than running them, and each
 //! would hold the whole daemon again. A file that is not named here does not run; `cargo xtask tidy` refuses it.
 mod compare;
+mod copies;
 mod define;
 mod documents;
 mod events;

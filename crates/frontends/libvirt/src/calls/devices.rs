@@ -397,7 +397,7 @@ pub async fn set_vcpu(call: Call) -> Answered {
 }
 
 /// The device of a disk by its target or by the path of its volume.
-fn disk_of(view: &InstanceView, disk: &str) -> Result<String, VirError> {
+pub(super) fn disk_of(view: &InstanceView, disk: &str) -> Result<String, VirError> {
     let of_volume = disk.strip_prefix(read::VOLUMES).and_then(|p| p.split_once('/'));
     let found = view.expanded_devices.iter().find(|(name, keys)| {
         let Some(identity) = view.instance.identities.get(*name) else { return false };

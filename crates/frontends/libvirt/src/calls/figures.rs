@@ -16,7 +16,7 @@ use karst_model::{
 };
 
 /// A disk of a domain.
-pub(super) struct Disk {
+pub(crate) struct Disk {
     /// Its bus slot.
     pub slot: String,
     /// Its name in libvirt's words, such as `vda`.
@@ -28,7 +28,7 @@ pub(super) struct Disk {
 }
 
 /// Disks of a domain, by target: those that it runs with, else those of its next start.
-pub(super) fn disks(records: &Records, view: &InstanceView) -> Vec<Disk> {
+pub(crate) fn disks(records: &Records, view: &InstanceView) -> Vec<Disk> {
     let applied = view.runtime.as_ref().and_then(|r| r.applied.as_ref()).filter(|_| is_running(view));
     let mut all = vec![];
     for (name, keys) in applied.map_or(&view.expanded_devices, |a| &a.devices) {

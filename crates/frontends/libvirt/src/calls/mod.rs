@@ -2,6 +2,7 @@
 
 pub mod connect;
 pub mod console;
+pub mod copies;
 pub mod cpu;
 pub mod define;
 pub mod devices;
