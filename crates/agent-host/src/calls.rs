@@ -13,6 +13,7 @@ use karst_image::{Staged, Upload};
 use karst_model::{
     BackupId, Error, ErrorKind, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
+    display::DisplayGuard,
     guest::MonitorAnswer,
     history::Series,
     image::ImageFacts,
@@ -409,9 +410,9 @@ impl RealAgent {
         })
     }
 
-    async fn display(&self, id: InstanceId) -> Result<WithFds<SessionId>> {
+    async fn display(&self, id: InstanceId, guard: Option<&DisplayGuard>) -> Result<WithFds<SessionId>> {
         self.sessions.room()?;
-        let stream = self.machine(id)?.display(id).await.map_err(as_state(id))?;
+        let stream = self.machine(id)?.display(id, guard).await.map_err(as_state(id))?;
         let (value, fd) = self.sessions.display(id, stream)?;
         Ok(WithFds { value, fds: vec![fd] })
     }
@@ -767,7 +768,14 @@ calls! {
         let file = me.machine(instance)?.screenshot(instance).await.map_err(as_state(instance))?;
         Ok(WithFds { value: (), fds: vec![file] })
     }
-    read display_attach(me, instance: InstanceId) -> WithFds<SessionId> { me.display(instance).await }
+    read display_attach(me, instance: InstanceId) -> WithFds<SessionId> { me.display(instance, None).await }
+    read display_attach_guarded(me, request: DisplayGuarded) -> WithFds<SessionId> {
+        me.display(request.instance, Some(&request.guard)).await
+    }
+    read display_guard(me, request: DisplayGuardSet) -> () {
+        let id = request.instance;
+        me.machine(id)?.guard_display(id, request.guard.as_ref()).await.map_err(as_state(id))
+    }
     read console_log(me, request: ConsoleLog) -> Vec<u8> {
         let (_, driver) = me.known(request.instance)?;
         let max = request.max.min(CONSOLE_LOG) as usize;

@@ -5,6 +5,7 @@ use crate::{
     backups::{BackupCreate, BackupFacts, VolumeFill, VolumeFilled, VolumeWrite},
     copies::{MachineCopyBegin, MachineCopyEnd, MachineCopyRef, MachineCopySpeed},
     descriptions::{FoundPool, PoolDescribe, PoolSurvey, PoolSurveyed, PoolsFind},
+    displays::{DisplayGuardSet, DisplayGuarded},
     publish::{ImagePublish, VolumeRebuild},
 };
 use async_trait::async_trait;
@@ -413,8 +414,13 @@ agent_calls! {
     read fn guest_keys(GuestKeys: KeyPresses) -> ();
     /// What a running virtual machine shows: one descriptor that reads a PNG file.
     read fn guest_screenshot(GuestScreenshot: InstanceId) -> WithFds<()>;
-    /// Attaches to the display of a running virtual machine: one descriptor, both ways, that speaks RFB (VNC).
+    /// Attaches to the display of a running virtual machine: one descriptor, both ways, that speaks RFB (VNC). Nothing is asked.
     read fn display_attach(DisplayAttach: InstanceId) -> WithFds<SessionId>;
+    /// The same, where whoever is at the other end has to prove that he knows the password (RFB's "VNC authentication").
+    read fn display_attach_guarded(DisplayAttachGuarded: DisplayGuarded) -> WithFds<SessionId>;
+    /// Tells a running virtual machine the password of its display, for those who are being asked for it just now. The host keeps
+    /// none: each attachment brings it along.
+    read fn display_guard(DisplayGuard: DisplayGuardSet) -> ();
     /// The kept console log.
     read fn console_log(ConsoleLog: ConsoleLog) -> Vec<u8>;
 

@@ -11,6 +11,7 @@ use karst_model::{
     PoolId, ProfileId, ProjectId, Result, SnapshotId, VolumeId,
     backup::Backup,
     device::{Device, Devices, NicDevice},
+    display::DisplayLock,
     firewall::{AddressSet, NetworkAcl, NetworkForward},
     image::{Image, ImageAlias},
     instance::{Instance, Runtime, Status},
@@ -149,6 +150,8 @@ pub struct Records {
     pub address_sets: BTreeMap<AddressSetId, Row<AddressSet>>,
     /// Forwards, by key.
     pub forwards: BTreeMap<String, Row<NetworkForward>>,
+    /// Passwords of displays.
+    pub display_locks: BTreeMap<InstanceId, Row<DisplayLock>>,
     /// Secrets that are written, by key.
     pub secrets: BTreeMap<String, Row<Secret>>,
     /// Images.
@@ -475,6 +478,10 @@ impl Records {
             }
             t if t == NetworkForward::TABLE => {
                 put!(self.forwards, Some(id.to_owned()));
+                Touched::Nothing
+            }
+            t if t == DisplayLock::TABLE => {
+                put!(self.display_locks, parse(id));
                 Touched::Nothing
             }
             t if t == Secret::TABLE => {

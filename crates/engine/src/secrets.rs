@@ -48,24 +48,38 @@ impl SecretKey {
     }
 
     /// Whose value it is, which is sealed with it.
-    fn whose(secret: &Secret) -> Aad<String> {
-        Aad::from(format!("karst secret {} {}", secret.project, secret.uuid))
+    fn whose(secret: &Secret) -> String {
+        format!("karst secret {} {}", secret.project, secret.uuid)
     }
 
     fn seal(&self, env: &dyn Env, secret: &Secret, value: &SecretValue) -> Result<Sealed> {
+        self.seal_for(env, Self::whose(secret), value)
+    }
+
+    fn open(&self, secret: &Secret, sealed: &Sealed) -> Result<SecretValue> {
+        self.open_for(Self::whose(secret), sealed)
+    }
+
+    /// Seals a value together with `whose` it is: it opens with the same words only.
+    ///
+    /// # Errors
+    /// Internal; the cipher takes any value.
+    pub(crate) fn seal_for(&self, env: &dyn Env, whose: String, value: &SecretValue) -> Result<Sealed> {
         let mut nonce = [0; NONCE_LEN];
         env.fill_random(&mut nonce);
         // With room for the tag, so that no copy of it is left behind.
         let mut bytes = Vec::with_capacity(value.0.len() + AES_256_GCM.tag_len());
         bytes.extend_from_slice(&value.0);
         let once = Nonce::assume_unique_for_key(nonce);
-        self.0
-            .seal_in_place_append_tag(once, Self::whose(secret), &mut bytes)
-            .map_err(|_| cannot("sealed"))?;
+        self.0.seal_in_place_append_tag(once, Aad::from(whose), &mut bytes).map_err(|_| cannot("sealed"))?;
         Ok(Sealed(BASE64_STANDARD.encode([&nonce[..], &bytes].concat())))
     }
 
-    fn open(&self, secret: &Secret, sealed: &Sealed) -> Result<SecretValue> {
+    /// Opens what was sealed with the same words.
+    ///
+    /// # Errors
+    /// Unavailable, when it was sealed with another key or for something else.
+    pub(crate) fn open_for(&self, whose: String, sealed: &Sealed) -> Result<SecretValue> {
         let other = || {
             Error::unavailable(
                 "the value was sealed with a key that this server no longer has, or was tampered with; set it again",
@@ -75,8 +89,7 @@ impl SecretKey {
         let (nonce, bytes) = bytes.split_at_checked(NONCE_LEN).ok_or_else(other)?;
         let nonce = Nonce::try_assume_unique_for_key(nonce).map_err(|_| other())?;
         let mut value = SecretValue(bytes.to_vec());
-        let length =
-            self.0.open_in_place(nonce, Self::whose(secret), &mut value.0).map_err(|_| other())?.len();
+        let length = self.0.open_in_place(nonce, Aad::from(whose), &mut value.0).map_err(|_| other())?.len();
         value.0.truncate(length);
         Ok(value)
     }
@@ -154,7 +167,11 @@ pub(crate) struct Vault {
 }
 
 impl Vault {
-    fn with_key<T>(&self, work: impl FnOnce(&SecretKey) -> Result<T>) -> Result<T> {
+    /// Does what needs the key.
+    ///
+    /// # Errors
+    /// Unavailable without one; those of the work.
+    pub(crate) fn with_key<T>(&self, work: impl FnOnce(&SecretKey) -> Result<T>) -> Result<T> {
         let key = self.key.read().unwrap_or_else(|e| e.into_inner());
         let key = key.as_ref().ok_or_else(|| {
             Error::unavailable("this server has no key for secrets; its log of the start says why")

@@ -6,9 +6,9 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind}
 
 use crate::{
     commands::{
-        access, admin, completion, config, console, copy, create, exec, file, host, image, info, lifecycle,
-        list, machine, man, monitor, network, operation, profile, project, query, snapshot, storage, top,
-        trust, version, warning,
+        access, admin, completion, config, console, copy, create, display, exec, file, host, image, info,
+        lifecycle, list, machine, man, monitor, network, operation, profile, project, query, snapshot,
+        storage, top, trust, version, warning,
     },
     context::Context,
     error::{Error, Result},
@@ -69,6 +69,9 @@ enum Command {
     /// Press keys of a virtual machine
     #[command(visible_alias = "sendkey")]
     SendKey(machine::SendKey),
+    /// Screens of virtual machines and their passwords
+    #[command(subcommand)]
+    Display(display::Display),
     /// Freeze instances
     Pause(lifecycle::Freeze),
     /// Let frozen instances go on
@@ -176,6 +179,7 @@ async fn run(context: &Context, command: Command) -> Result<()> {
         Command::Reset(command) => command.run(context).await,
         Command::Screenshot(command) => command.run(context).await,
         Command::SendKey(command) => command.run(context).await,
+        Command::Display(command) => command.run(context).await,
         Command::Pause(command) => command.run(context, lifecycle::Action::Freeze).await,
         Command::Resume(command) => command.run(context, lifecycle::Action::Unfreeze).await,
         Command::Stop(command) => command.run(context, lifecycle::Action::Stop).await,

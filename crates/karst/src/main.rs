@@ -9,6 +9,7 @@ mod context;
 mod editor;
 mod error;
 mod output;
+mod password;
 mod terminal;
 
 fn main() {

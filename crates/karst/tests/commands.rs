@@ -210,6 +210,34 @@ async fn image_build_prints_the_fingerprint() {
 }
 
 #[tokio::test]
+async fn passwords_of_displays_come_from_stdin_or_a_file() {
+    let fake = Fake::start().await;
+    let (out, err, code) = texts(&fake.run(&["display", "show", "v1"]).await);
+    assert_eq!((out.as_str(), err.as_str(), code), ("a display without a password\n", "", 0));
+    let (out, err, code) = texts(&fake.run_with(&["display", "set-password", "v1"], b"sesame\n").await);
+    assert_eq!((out.as_str(), err.as_str(), code), ("", "", 0));
+    let local = tempfile::tempdir().unwrap();
+    let file = local.path().join("password");
+    std::fs::write(&file, "other").unwrap();
+    let end = "2030-01-01T00:00:00Z";
+    let line = ["display", "set-password", "v1", "--file", file.to_str().unwrap(), "--until", end];
+    let (_, err, code) = texts(&fake.run(&line).await);
+    assert_eq!((err.as_str(), code), ("", 0));
+    assert_eq!(
+        fake.bodies(),
+        [json!({"password": "sesame", "valid_to": null}), json!({"password": "other", "valid_to": end})]
+    );
+    let (out, _, _) = texts(&fake.run(&["display", "show", "v1"]).await);
+    assert_eq!(out, format!("a display with a password, valid until {end}\n"));
+    // Nothing is asked of the server without one; and none is taken from the command line.
+    let before = fake.requests().len();
+    let (_, err, code) = texts(&fake.run(&["display", "set-password", "v1"]).await);
+    assert_eq!((err.lines().count(), code), (1, 1), "{err}");
+    let (_, _, code) = texts(&fake.run(&["display", "set-password", "v1", "sesame"]).await);
+    assert_eq!((code, fake.requests().len()), (2, before));
+}
+
+#[tokio::test]
 async fn files_go_there_and_back() {
     let fake = Fake::start().await;
     let local = tempfile::tempdir().unwrap();

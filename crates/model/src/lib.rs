@@ -11,6 +11,7 @@ pub mod applied;
 pub mod audit;
 pub mod backup;
 pub mod device;
+pub mod display;
 pub mod dnsmasq;
 pub mod error;
 pub mod firewall;

@@ -3,6 +3,7 @@
 use crate::Record;
 use karst_model::{
     backup::Backup,
+    display::DisplayLock,
     firewall::{AddressSet, NetworkAcl, NetworkForward},
     image::{Image, ImageAlias},
     instance::{Instance, Runtime},
@@ -48,6 +49,7 @@ records! {
     Certificate: "certificates" = |r| r.id.to_string();
     TrustToken: "trust-tokens" = |r| r.id.to_string();
     ApiToken: "api-tokens" = |r| r.id.to_string();
+    DisplayLock: "display-locks" = |r| r.instance.to_string();
     Secret: "secrets" = |r| secret_id(r.project, r.uuid);
     Warning: "warnings" = |r| r.id.to_string();
     ServerConfig: "server" = |_r| "config".into();

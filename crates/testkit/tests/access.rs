@@ -393,7 +393,11 @@ fn cases() -> Vec<Case> {
         machine_reset Use |f, c, p| of_a_machine(f.w.engine.machine_reset(c, p, "run").await);
         machine_keys Use |f, c, p| of_a_machine(f.w.engine.machine_keys(c, p, "run", &["a".into()]).await);
         machine_screenshot Use |f, c, p| of_a_machine(f.w.engine.machine_screenshot(c, p, "run").await.map(drop));
-        machine_display Use |f, c, p| of_a_machine(f.w.engine.machine_display(c, p, "run").await.map(drop));
+        machine_display Use |f, c, p| of_a_machine(f.w.engine.machine_display(c, p, "run", true).await.map(drop));
+        display_state View |f, c, p| f.w.engine.display_state(c, p, "run").map(drop);
+        display_password Edit |f, c, p| f.w.engine.display_password(c, p, "run").map(drop);
+        display_passwords_kept Edit |f, c, p| f.w.engine.display_passwords_kept(c, p);
+        display_password_set Edit |f, c, p| of_a_machine(f.w.engine.display_password_set(c, p, "run", None).await);
         machine_figures View |f, c, p| { let found = f.w.engine.machine_figures(c, p, "run").await?; assert!(found.is_none(), "it is a container"); Ok(()) };
         guest_agent Use |f, c, p| of_a_machine(f.w.engine.guest_agent(c, p, "run", ("guest-ping", serde_json::json!({})), Duration::from_secs(5)).await.map(drop));
         machine_interrupt Use |f, c, p| of_a_machine(f.w.engine.machine_interrupt(c, p, "run").await);

@@ -7,6 +7,7 @@ mod bad_input;
 mod commits;
 mod disk_copies;
 mod disk_full;
+mod displays;
 mod generations;
 mod images;
 mod limits;

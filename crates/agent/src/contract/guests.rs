@@ -4,6 +4,7 @@ use super::*;
 use karst_model::{
     SessionId, SnapshotId,
     device::{ParentLink, RoutedLink},
+    display::{DisplayGuard, DisplayPassword},
     guest::{ExecRequest, FileKind, FileWrite, MonitorAnswer, MonitorEvent, Observed, StopMode},
     instance::{ExitReason, RuntimeState},
 };
@@ -459,6 +460,7 @@ async fn machine_only(guest: &Guest<'_>) {
         command: command.into(),
         arguments: serde_json::json!({}),
     };
+    let guard = |guard: Option<DisplayGuard>| DisplayGuardSet { instance, guard };
     if guest.spec.kind == InstanceKind::Container {
         refused(agent.guest_reset(&s.read(), guest.at()).await, ErrorKind::Unsupported);
         refused(agent.guest_keys(&s.read(), keys("a")).await, ErrorKind::Unsupported);
@@ -470,6 +472,7 @@ async fn machine_only(guest: &Guest<'_>) {
         refused(agent.machine_dirty_rate(&s.read(), rate).await, ErrorKind::Unsupported);
         assert!(agent.machine_figures(&s.read(), vec![instance]).await.unwrap().is_empty());
         refused(agent.display_attach(&s.read(), instance).await, ErrorKind::Unsupported);
+        refused(agent.display_guard(&s.read(), guard(None)).await, ErrorKind::Unsupported);
         return;
     }
     agent.guest_keys(&s.read(), keys("shift")).await.unwrap();
@@ -539,6 +542,22 @@ async fn machine_only(guest: &Guest<'_>) {
     });
     assert!(greeting.await.unwrap().unwrap().starts_with(b"RFB 003."));
     agent.session_close(&s.read(), display.value).await.unwrap();
+    // One that asks for a password, which is changed and taken away while it runs.
+    let known = |text: &str| DisplayGuard {
+        password: DisplayPassword::parse("password", text.into()).unwrap(),
+        valid_to: None,
+    };
+    agent.display_guard(&s.read(), guard(Some(known("one")))).await.unwrap();
+    let viewer = DisplayGuarded { instance, guard: known("two") };
+    let display = agent.display_attach_guarded(&s.read(), viewer).await.unwrap();
+    let greeting = tokio::task::spawn_blocking(move || {
+        let mut stream = std::fs::File::from(one(display.fds));
+        let mut greeting = [0; 12];
+        std::io::Read::read_exact(&mut stream, &mut greeting).map(|()| greeting)
+    });
+    assert!(greeting.await.unwrap().unwrap().starts_with(b"RFB 003."));
+    agent.session_close(&s.read(), display.value).await.unwrap();
+    agent.display_guard(&s.read(), guard(None)).await.unwrap();
     // What runs keeps no memory over a stop.
     refused(agent.machine_memory_drop(&s.change(), instance).await, ErrorKind::Conflict);
 }

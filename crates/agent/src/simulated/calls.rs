@@ -2,7 +2,7 @@
 
 use super::work::*;
 use super::{SimulatedAgent, state::Guest};
-use crate::{backups::*, calls::*, copies::*, descriptions::*, publish::*};
+use crate::{backups::*, calls::*, copies::*, descriptions::*, displays::*, publish::*};
 use async_trait::async_trait;
 use karst_model::{
     BackupId, ByteSize, Error, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
@@ -529,7 +529,11 @@ calls! {
         demand_machine(state.guests.get(&instance).ok_or_else(|| no_guest(instance))?)?;
         Ok(WithFds { value: (), fds: vec![super::files::content(b"\x89PNG\r\n\x1a\nsimulated")?] })
     }
-    read display_attach(me, instance: InstanceId) -> WithFds<SessionId> { me.display(instance) }
+    read display_attach(me, instance: InstanceId) -> WithFds<SessionId> { me.display(instance, None) }
+    read display_attach_guarded(me, request: DisplayGuarded) -> WithFds<SessionId> {
+        me.display(request.instance, Some(request.guard))
+    }
+    read display_guard(me, request: DisplayGuardSet) -> () { me.guard_display(request) }
     read console_log(me, request: ConsoleLog) -> Vec<u8> {
         let mut state = me.settled();
         let guest = state.guests.get_mut(&request.instance).ok_or_else(|| no_guest(request.instance))?;

@@ -257,6 +257,11 @@ impl SimulatedAgent {
         self.lock().networks.get(&id).map(|n| n.spec.hosts.clone()).unwrap_or_default()
     }
 
+    /// What viewers of a machine's display have to know now, as the host was last told.
+    pub fn guard_of_display(&self, instance: InstanceId) -> Option<karst_model::display::DisplayGuard> {
+        self.lock().guests.get(&instance)?.display_guard.clone()
+    }
+
     /// The limits that a guest has now.
     pub fn guest_limits(&self, instance: InstanceId) -> Option<karst_model::spec::Limits> {
         self.lock().guests.get(&instance).map(|g| g.spec.limits.clone())

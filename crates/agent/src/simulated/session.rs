@@ -137,9 +137,10 @@ impl Session {
         Self::echo(instance, SessionKind::Console, b"", log)
     }
 
-    /// A display: greets as RFB does, then echoes.
-    pub fn display(instance: InstanceId) -> Result<(Self, OwnedFd)> {
-        Self::echo(instance, SessionKind::Display, b"RFB 003.008\n", |_| {})
+    /// A display: greets as RFB does, offers "VNC authentication" alone if it is guarded, then echoes.
+    pub fn display(instance: InstanceId, guarded: bool) -> Result<(Self, OwnedFd)> {
+        let greeting: &[u8] = if guarded { b"RFB 003.008\n\x01\x02" } else { b"RFB 003.008\n" };
+        Self::echo(instance, SessionKind::Display, greeting, |_| {})
     }
 
     fn echo(

@@ -9,6 +9,7 @@ use crate::calls::ImagePart;
 use karst_model::{
     BackupId, ByteSize, Error, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId, SnapshotId,
     VolumeId,
+    display::DisplayGuard,
     guest::{AgentKind, FileKind, GuestSystem, Interface, Metrics, Observed},
     history::{Meter, Series},
     image::ImageFacts,
@@ -107,6 +108,8 @@ pub(super) struct Guest {
     pub saved: bool,
     /// Its file systems are still.
     pub still: bool,
+    /// What viewers of its display were last said to have to know.
+    pub display_guard: Option<DisplayGuard>,
     pub console_extra: Vec<u8>,
     pub console_cleared: bool,
 }

@@ -6,10 +6,11 @@ use super::{
     state::{Guest, Image, Network, State, Volume},
     storage::Held,
 };
-use crate::calls::*;
+use crate::{calls::*, displays::DisplayGuardSet};
 use karst_model::{
     ByteSize, Config, Error, InstanceId, NetworkId, PoolId, Result, SessionId,
     device::interface_name,
+    display::DisplayGuard,
     guest::{FileKind, Observed, StopMode},
     image::{DiskFormat, ImageFacts},
     instance::{ExitReason, Generation, InstanceKind, RuntimeState},
@@ -169,6 +170,7 @@ impl SimulatedAgent {
             refuses_update: state.guests.get(&spec.instance).is_some_and(|g| g.refuses_update),
             saved: false,
             still: false,
+            display_guard: None,
             console_extra: vec![],
             console_cleared: false,
             spec,
@@ -560,11 +562,28 @@ impl SimulatedAgent {
         Ok(WithFds { value: id, fds: vec![fd] })
     }
 
+    /// Keeps what viewers have to know, as QEMU does.
+    pub(super) fn guard_display(&self, request: DisplayGuardSet) -> Result<()> {
+        let mut state = self.settled();
+        let guest = state.guests.get_mut(&request.instance).ok_or_else(|| no_guest(request.instance))?;
+        demand_machine(guest)?;
+        guest.display_guard = request.guard;
+        Ok(())
+    }
+
     /// A display that says what an RFB server says first, and echoes.
-    pub(super) fn display(&self, instance: InstanceId) -> Result<WithFds<SessionId>> {
+    pub(super) fn display(
+        &self,
+        instance: InstanceId,
+        guard: Option<DisplayGuard>,
+    ) -> Result<WithFds<SessionId>> {
+        let guarded = guard.is_some();
+        if guarded {
+            self.guard_display(DisplayGuardSet { instance, guard })?;
+        }
         let mut state = self.settled();
         demand_machine(state.guests.get(&instance).ok_or_else(|| no_guest(instance))?)?;
-        let (session, fd) = Session::display(instance)?;
+        let (session, fd) = Session::display(instance, guarded)?;
         let id = SessionId(self.env.uuid());
         state.add_session(id, session)?;
         Ok(WithFds { value: id, fds: vec![fd] })

@@ -296,8 +296,9 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     }
 
     if m.spec.display {
-        // Shown to whoever is handed a connection; it listens nowhere.
-        opt("-vnc", "none".into());
+        // Shown to whoever is handed a connection; it listens nowhere. Which of them are asked for a password, and for which one,
+        // is said with each.
+        opt("-vnc", "none,password=on".into());
         let mut vga = json!({"driver": "VGA", "id": "video", "vgamem_mb": 16});
         layout.put(&mut vga, "display", slot::DISPLAY)?;
         opt("-device", vga.to_string());

@@ -1,10 +1,11 @@
 //! Screen, keyboard and reset button of a running machine.
 //!
 //! QEMU's VNC server listens nowhere: each connection is one end of a socket pair that it is handed, the other goes to who
-//! asked, after the API has decided whether he may. So there is no port, no socket file and no password to lose.
+//! asked, after the API has decided whether he may. So there is no port and no socket file. A display may have a password
+//! nevertheless (ADR 56): then each connection brings it along, and it goes to QEMU over its control socket and nowhere else.
 
 use crate::{launch, machine::Inner, qmp::Qmp};
-use karst_model::{Error, Result, instance::RuntimeState};
+use karst_model::{Error, Result, display::DisplayGuard, instance::RuntimeState};
 use rustix::{
     fs::{MemfdFlags, memfd_create},
     net::{AddressFamily, SocketFlags, SocketType, socketpair},
@@ -76,14 +77,37 @@ pub(crate) async fn screenshot(machine: &Inner) -> Result<OwnedFd> {
     Ok(File::open(path)?.into())
 }
 
-/// A new connection to the VNC server.
-pub(crate) async fn attach(machine: &Inner) -> Result<OwnedFd> {
+/// Tells the VNC server the password of who is asked for one; without one, nobody who is asked gets in.
+pub(crate) async fn guard(machine: &Inner, guard: Option<&DisplayGuard>) -> Result<()> {
+    demand_display(machine)?;
+    tell(&connect(machine).await?, guard).await
+}
+
+async fn tell(qmp: &Qmp, guard: Option<&DisplayGuard>) -> Result<()> {
+    let Some(guard) = guard else {
+        return qmp.execute("expire_password", json!({"protocol": "vnc", "time": "now"})).await.map(drop);
+    };
+    let password = json!({"protocol": "vnc", "password": guard.password.text()});
+    if let Err(refusal) = qmp.ask(GREETING, "set_password", password).await? {
+        let text =
+            "the machine was started before displays here could have a password; stop and start it once";
+        return Err(Error::conflict(text).with_context(refusal.description));
+    }
+    let time = guard.valid_to.map_or("never".to_owned(), |t| t.as_second().max(1).to_string());
+    qmp.execute("expire_password", json!({"protocol": "vnc", "time": time})).await.map(drop)
+}
+
+/// A new connection to the VNC server, which asks for the password when there is a guard.
+pub(crate) async fn attach(machine: &Inner, guard: Option<&DisplayGuard>) -> Result<OwnedFd> {
     demand_display(machine)?;
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
         .map_err(std::io::Error::from)?;
     let qmp = connect(machine).await?;
+    if guard.is_some() {
+        tell(&qmp, guard).await?;
+    }
     qmp.execute_with_fd("getfd", json!({"fdname": "display"}), theirs.as_fd()).await?;
-    let client = json!({"protocol": "vnc", "fdname": "display", "skipauth": true});
+    let client = json!({"protocol": "vnc", "fdname": "display", "skipauth": guard.is_none()});
     qmp.execute("add_client", client).await?;
     Ok(ours)
 }

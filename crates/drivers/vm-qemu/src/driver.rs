@@ -22,6 +22,7 @@ use karst_guest::{
 use karst_host::cgroup::Cgroups;
 use karst_model::{
     Error, ErrorKind, InstanceId, Result, SnapshotId,
+    display::DisplayGuard,
     instance::{InstanceKind, RuntimeState},
     node::AcceleratorKind,
 };
@@ -877,8 +878,12 @@ impl GuestMachine for QemuDriver {
         display::screenshot(&*self.shared.machine(instance).await?).await
     }
 
-    async fn display(&self, instance: InstanceId) -> Result<OwnedFd> {
-        display::attach(&*self.shared.machine(instance).await?).await
+    async fn display(&self, instance: InstanceId, guard: Option<&DisplayGuard>) -> Result<OwnedFd> {
+        display::attach(&*self.shared.machine(instance).await?, guard).await
+    }
+
+    async fn guard_display(&self, instance: InstanceId, guard: Option<&DisplayGuard>) -> Result<()> {
+        display::guard(&*self.shared.machine(instance).await?, guard).await
     }
 }
 

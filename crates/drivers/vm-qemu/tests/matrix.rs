@@ -12,9 +12,14 @@ use karst_guest::{GuestDriver, ResolvedDisk, ResolvedGuest, StopMode};
 use karst_model::{
     ByteSize, ErrorKind, SnapshotId,
     device::NicModel,
+    display::{DisplayGuard, DisplayPassword},
     instance::{ExitReason, Firmware, RuntimeState},
     node::AcceleratorKind,
     spec::CpuLimit,
+};
+use std::{
+    io::{Read, Write},
+    time::Duration,
 };
 
 #[derive(Debug, Clone, Copy)]
@@ -73,6 +78,24 @@ fn guest(place: &Place, kind: Kind, n: u128) -> ResolvedGuest {
 fn next(guest: &mut ResolvedGuest, resume: bool) {
     guest.generation = guest.generation.next();
     guest.machine.as_mut().unwrap().resume = resume;
+}
+
+/// The ways to be let in that a display offers.
+async fn offered(display: std::os::fd::OwnedFd) -> Vec<u8> {
+    let talk = move || {
+        let mut stream = std::os::unix::net::UnixStream::from(display);
+        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        let mut greeting = [0; 12];
+        stream.read_exact(&mut greeting).unwrap();
+        assert_eq!(&greeting, b"RFB 003.008\n");
+        stream.write_all(&greeting).unwrap();
+        let mut count = [0];
+        stream.read_exact(&mut count).unwrap();
+        let mut all = vec![0; count[0].into()];
+        stream.read_exact(&mut all).unwrap();
+        all
+    };
+    tokio::task::spawn_blocking(talk).await.unwrap()
 }
 
 async fn one(place: &Place, driver: &dyn GuestDriver, kind: Kind, n: u128) {
@@ -167,6 +190,18 @@ async fn one(place: &Place, driver: &dyn GuestDriver, kind: Kind, n: u128) {
     let mut head = [0; 8];
     std::io::Read::read_exact(&mut std::fs::File::from(picture), &mut head).unwrap();
     assert_eq!(&head, b"\x89PNG\r\n\x1a\n");
+
+    // Viewers are let in (1), or asked for a password (2), as is said with each; a change does not end who looks.
+    let guard = |text: &str| DisplayGuard {
+        password: DisplayPassword::parse("password", text.into()).unwrap(),
+        valid_to: None,
+    };
+    assert_eq!(offered(machine.display(id, None).await.unwrap()).await, [1]);
+    assert_eq!(offered(machine.display(id, Some(&guard("one"))).await.unwrap()).await, [2]);
+    machine.guard_display(id, Some(&guard("two"))).await.unwrap();
+    assert_eq!(offered(machine.display(id, Some(&guard("two"))).await.unwrap()).await, [2]);
+    machine.guard_display(id, None).await.unwrap();
+    assert_eq!(offered(machine.display(id, None).await.unwrap()).await, [1]);
 
     // With its memory over a stop.
     let stopped = driver.stop(id, StopMode::Save).await.unwrap();

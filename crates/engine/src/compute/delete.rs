@@ -14,6 +14,7 @@ use karst_model::{
     Error, InstanceId, Name, NodeId, Result,
     access::Permission,
     backup::BackupOwner,
+    display::DisplayLock,
     instance::{Lifecycle, Runtime, Status},
     storage::{Volume, VolumeOwner},
 };
@@ -220,6 +221,7 @@ fn remove_all(engine: &EngineInner, tx: &mut Tx, id: InstanceId, kept: &[Volume]
     tx.release_name("vmids", "", &row.vmid.to_string(), &owner);
     super::vmids::retire(tx, &records, row);
     tx.delete_id::<Runtime>(&id.to_string());
+    tx.delete_id::<DisplayLock>(&id.to_string());
     for volume in records.volumes.values().filter(|v| v.owner == VolumeOwner::Instance { instance: id }) {
         if !kept.iter().any(|k| k.id == volume.id) {
             tx.delete(volume);

@@ -334,16 +334,6 @@ impl Engine {
             .ok_or_else(|| Error::internal("there is no screenshot", "no descriptor"))
     }
 
-    /// Attaches to the display of a running virtual machine: one descriptor, both ways, that speaks RFB (VNC).
-    ///
-    /// # Errors
-    /// Those of [`Engine::machine_screenshot`].
-    pub async fn machine_display(&self, context: &Context, project: &str, name: &str) -> Result<ExecSession> {
-        let (view, agent) = self.virtual_machine(context, project, name)?;
-        let answer = agent.display_attach(&CallContext::read(CALL), view.instance.id).await?;
-        Ok(ExecSession { fds: answer.fds, session: self.session(agent, answer.value) })
-    }
-
     /// The kept console log, newest at the end; `clear` empties it.
     ///
     /// # Errors

@@ -8,6 +8,7 @@ pub mod define;
 pub mod delete;
 pub mod disk_copy;
 pub mod disks;
+pub mod display;
 pub mod expand;
 pub mod guest;
 pub mod inside;

@@ -68,6 +68,7 @@ pub const TESTED: &[(&str, &str)] = &[
     ("instances_state_total", "lists_filter_and_recurse"),
     ("karst_access", "roles_are_given_and_explained"),
     ("karst_audit", "changes_and_refusals_are_audited"),
+    ("karst_display_password", "displays_have_passwords"),
     ("karst_host", "karst_paths_answer"),
     ("karst_images_build", "karst_paths_answer"),
     ("karst_snapshot_quiesce", "file_systems_are_still_around_snapshots"),

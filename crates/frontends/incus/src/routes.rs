@@ -4,9 +4,9 @@
 use crate::{
     app::Call,
     handlers::{
-        access, allocations, audit, backups, certificates, events, exec, files, firewall, images, instances,
-        karst, libvirt, logs, metadata, metrics, networks, operations, profiles, projects, publish, recover,
-        resources, server, snapshots, storage, tokens, volumes, warnings,
+        access, allocations, audit, backups, certificates, displays, events, exec, files, firewall, images,
+        instances, karst, libvirt, logs, metadata, metrics, networks, operations, profiles, projects,
+        publish, recover, resources, server, snapshots, storage, tokens, volumes, warnings,
     },
     respond::Reply,
 };
@@ -188,7 +188,10 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         POST "/1.0/karst/instances/{name}/keys" => exec::keys, "machines_are_seen_and_operated",
         POST "/1.0/karst/instances/{name}/reset" => exec::reset, "machines_are_seen_and_operated",
         GET "/1.0/karst/instances/{name}/screenshot" => exec::screenshot, "machines_are_seen_and_operated",
-        POST "/1.0/karst/instances/{name}/vnc" => exec::vnc, "machines_are_seen_and_operated",
+        GET "/1.0/karst/instances/{name}/vnc" => displays::get, "displays_have_passwords",
+        POST "/1.0/karst/instances/{name}/vnc" => displays::open, "machines_are_seen_and_operated",
+        PUT "/1.0/karst/instances/{name}/vnc" => displays::change, "displays_have_passwords",
+        DELETE "/1.0/karst/instances/{name}/vnc" => displays::delete, "displays_have_passwords",
         GET "/1.0/karst/tokens" => tokens::list, "tokens_are_shown_with_each_request",
         POST "/1.0/karst/tokens" => tokens::create, "tokens_are_shown_with_each_request",
         DELETE "/1.0/karst/tokens/{name}" => tokens::delete, "tokens_are_shown_with_each_request",

@@ -415,6 +415,53 @@ async fn machines_are_seen_and_operated() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn displays_have_passwords() {
+    let s = Server::start().await;
+    s.container("c1", true).await;
+    let body = json!({"name": "v1", "type": "virtual-machine", "source": {"type": "none"}, "start": true});
+    s.done(s.post("/1.0/instances", body).await).await;
+    let (v1, c1) = ("/1.0/karst/instances/v1/vnc", "/1.0/karst/instances/c1/vnc");
+    assert_eq!(s.get(v1).await.metadata(), json!({"display": true, "password": false, "valid_to": null}));
+    assert_eq!(s.get(c1).await.metadata()["display"], false);
+    // A server without a key for secrets takes none.
+    s.put(v1, json!({"password": "opensesa"})).await.refused(503);
+    s.engine.set_secret_key(karst_engine::secrets::SecretKey::new(&[7; 32]).unwrap());
+    for (bad, word) in [
+        (json!({"password": ""}), "missing"),
+        (json!({"password": "ninechars"}), "9 characters"),
+        (json!({"password": "tab\t"}), "ASCII"),
+        (json!({"password": "x", "valid_to": "soon"}), "valid_to"),
+        (json!({"password": "x", "until": "soon"}), "until"),
+    ] {
+        let text = s.put(v1, bad).await.refused(400);
+        assert!(text.contains(word) && !text.contains("ninechars"), "{text}");
+    }
+    s.put(c1, json!({"password": "x"})).await.refused(501);
+    s.delete(v1).await.refused(404);
+    assert_eq!(s.get(v1).await.metadata()["password"], false, "what was refused changed nothing");
+    s.put(v1, json!({"password": "opensesa", "valid_to": "2200-01-01T00:00:00Z"})).await.metadata();
+    let told = json!({"display": true, "password": true, "valid_to": "2200-01-01T00:00:00Z"});
+    assert_eq!(s.get(v1).await.metadata(), told);
+    // Who comes now is asked for it, the administrator too.
+    let (operation, fds) = secrets(&s.post(v1, json!({})).await);
+    let mut display = s.websocket(&at(&operation, &fds, "0")).await;
+    let _control = s.websocket(&at(&operation, &fds, "control")).await;
+    expect(&mut display, "RFB 003.008\n\u{1}\u{2}").await;
+    s.put(v1, json!({"password": "late", "valid_to": "2001-01-01T00:00:00Z"})).await.metadata();
+    s.post(v1, json!({})).await.refused(409);
+    s.delete(v1).await.metadata();
+    let (operation, fds) = secrets(&s.post(v1, json!({})).await);
+    let mut display = s.websocket(&at(&operation, &fds, "0")).await;
+    let _control = s.websocket(&at(&operation, &fds, "control")).await;
+    expect(&mut display, "RFB 003.008").await;
+    // What was said is nowhere to be read.
+    for path in ["/1.0/instances/v1?recursion=1", "/1.0/karst/audit", "/1.0/operations?recursion=1"] {
+        let text = String::from_utf8_lossy(&s.get(path).await.body).into_owned();
+        assert!(!text.contains("opensesa"), "{path}: {text}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn console_joins_both_ways() {
     let s = Server::start().await;
     s.container("c1", true).await;

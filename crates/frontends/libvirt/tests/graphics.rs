@@ -1,7 +1,11 @@
 //! Screens: descriptors both ways over the socket, and what documents say of them.
 #![allow(clippy::disallowed_methods)] // a test tool
 
-use crate::support::{Client, PATIENCE, Server, argument};
+use crate::{
+    host::number,
+    support::{Client, PATIENCE, Server, argument},
+};
+use karst_engine::secrets::SecretKey;
 use karst_frontend_libvirt::{
     error::Code,
     fds,
@@ -190,4 +194,102 @@ async fn documents_say_that_there_is_a_screen_and_no_port() {
     let live = document(&mut client, &d1, 0).await;
     assert!(live.contains(screen) && !live.contains("spice"), "{live}");
     assert!(document(&mut client, &d1, 2).await.contains("<graphics type='spice' autoport='yes'/>"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_screen_has_a_password_that_only_who_may_is_shown() {
+    let server = Server::start().await;
+    server.guest("v1", InstanceKind::VirtualMachine, true).await;
+    let mut client = server.open("full", "qemu:///system").await;
+    let v1 = client.domain("v1").await;
+    let document = async |client: &mut Client, domain: &[u8], flags: u32| {
+        let payload = client.call(14, &[domain, &flags.to_be_bytes()].concat()).await.unwrap();
+        Reader::new(&payload).string().unwrap()
+    };
+    let update = async |client: &mut Client, domain: &[u8], xml: &str, flags: u32| {
+        let payload = [domain, &arguments(|w| w.string(xml).u32(flags))].concat();
+        client.call(number("DOMAIN_UPDATE_DEVICE_FLAGS"), &payload).await
+    };
+    let guarded = "<graphics type='vnc' passwd='opensesa' passwdValidTo='2200-01-31T12:00:00'/>";
+    let keyless = update(&mut client, &v1, guarded, 1).await.unwrap_err();
+    assert_eq!(keyless.0, Code::OperationFailed as i32, "{keyless:?}");
+    server.engine.set_secret_key(SecretKey::new(&[7; 32]).unwrap());
+    for (bad, word) in [
+        ("<graphics type='spice' passwd='x'/>", "graphics passwd"),
+        ("<graphics type='spice'/>", "graphics type"),
+        ("<graphics type='vnc' passwd=''/>", "empty"),
+        ("<graphics type='vnc' passwd='ninechars'/>", "9 characters"),
+        ("<graphics type='vnc' passwd='x' connected='disconnect'/>", "graphics connected"),
+        ("<graphics type='vnc' passwd='x' port='5901'/>", "the password changes"),
+        ("<graphics type='vnc' passwd='x'><listen type='address' address='0.0.0.0'/></graphics>", "changes"),
+    ] {
+        let (code, text) = update(&mut client, &v1, bad, 1).await.unwrap_err();
+        assert!(code == Code::ConfigUnsupported as i32 && text.contains(word), "{bad}: {text}");
+        assert!(!text.contains("ninechars"), "{text}");
+    }
+    let soon = "<graphics type='vnc' passwd='x' passwdValidTo='soon'/>";
+    assert_eq!(update(&mut client, &v1, soon, 1).await.unwrap_err().0, Code::XmlError as i32);
+    assert!(!document(&mut client, &v1, 1).await.contains("passwd"), "what was refused changed nothing");
+    update(&mut client, &v1, guarded, 3).await.unwrap();
+    let whole = "<graphics type='vnc' passwd='opensesa' passwdValidTo='2200-01-31T12:00:00'>";
+    for (flags, wanted) in [
+        (0, "<graphics type='vnc' passwdValidTo='2200-01-31T12:00:00'>"),
+        (1, whole),
+        (2, "<graphics type='vnc' passwdValidTo='2200-01-31T12:00:00'>"),
+        (3, whole),
+    ] {
+        let text = document(&mut client, &v1, flags).await;
+        assert!(text.contains(wanted), "{flags}: {text}");
+    }
+    let mut read_only = server.open("ro", "qemu:///system").await;
+    let refused = read_only.call(14, &[&v1[..], &1u32.to_be_bytes()].concat()).await.unwrap_err();
+    assert_eq!(refused.0, Code::OperationDenied as i32);
+    assert!(!document(&mut read_only, &v1, 0).await.contains("opensesa"));
+    // Who comes is asked for it, unless he says that libvirt's word is enough.
+    for (flags, offers) in [(0u32, true), (1, false)] {
+        let (mut near, far) = pair();
+        let payload = [&v1[..], &0u32.to_be_bytes(), &flags.to_be_bytes()].concat();
+        let answer = call_with(&mut client, OPEN, &payload, vec![far]).await;
+        assert_eq!(answer.header.status, Status::Ok);
+        let mut greeting = [0; 12];
+        let told = async {
+            near.read_exact(&mut greeting).await.unwrap();
+            near.write_all(b"hello").await.unwrap();
+            let mut next = [0; 2];
+            near.read_exact(&mut next).await.unwrap();
+            assert_eq!(next == [1, 2], offers);
+        };
+        tokio::time::timeout(PATIENCE, told).await.unwrap();
+    }
+    // A definition brings one along, and takes it away; what is kept of its words has none.
+    let xml = |screen: &str| {
+        format!(
+            "<domain type='qemu'><name>d1</name><memory>65536</memory><os><type machine='q35'>hvm</type></os><devices>\
+             <disk type='volume' device='disk'><source pool='default' volume='root'/><target dev='vda' bus='virtio'/></disk>\
+             {screen}</devices></domain>"
+        )
+    };
+    let volume = "<volume><name>root</name><capacity unit='MiB'>64</capacity></volume>";
+    let pool = client.call(84, &arguments(|w| w.string("default"))).await.unwrap();
+    client.call(93, &[&pool[..], &arguments(|w| w.string(volume).u32(0))].concat()).await.unwrap();
+    let define = async |client: &mut Client, screen: &str| {
+        client.call(11, &arguments(|w| w.string(&xml(screen)))).await
+    };
+    let defined = "<graphics type='vnc' port='-1' autoport='yes' passwd='closed'/>";
+    let two = format!("{defined}{defined}");
+    assert_eq!(define(&mut client, &two).await.unwrap_err().0, Code::ConfigUnsupported as i32);
+    let d1 = define(&mut client, defined).await.unwrap();
+    assert!(document(&mut client, &d1, 3).await.contains(defined));
+    assert!(!document(&mut client, &d1, 2).await.contains("passwd"));
+    let kept = {
+        let admin = karst_engine::Context::new(karst_model::access::Principal::unix_admin(0, 0, 1));
+        let view = server.engine.instance(&admin, "default", "d1").unwrap();
+        format!("{:?}", view.instance.config)
+    };
+    assert!(kept.contains("autoport") && !kept.contains("closed"), "{kept}");
+    // One that shows no VNC says nothing of it.
+    define(&mut client, "<graphics type='spice' autoport='yes'/>").await.unwrap();
+    define(&mut client, "<graphics type='vnc' port='-1' autoport='yes' passwd='closed'/>").await.unwrap();
+    define(&mut client, "<graphics type='vnc' port='-1' autoport='yes'/>").await.unwrap();
+    assert!(!document(&mut client, &d1, 3).await.contains("passwd"));
 }

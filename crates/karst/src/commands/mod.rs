@@ -9,6 +9,7 @@ pub mod console;
 pub mod copy;
 pub mod create;
 pub mod device;
+pub mod display;
 pub mod exec;
 pub mod file;
 pub mod file_pull;

@@ -86,6 +86,7 @@ impl Fake {
             .route("/1.0/instances/{name}/console", post(console))
             .route("/1.0/instances/{name}/files", get(get_file).post(put_file))
             .route("/1.0/karst/images/build", post(build))
+            .route("/1.0/karst/instances/{name}/vnc", get(display).put(put_display))
             .route("/1.0/operations/{id}", get(operation).delete(cancel))
             .route("/1.0/operations/{id}/wait", get(wait))
             .route("/1.0/operations/{id}/websocket", get(stream))
@@ -295,6 +296,17 @@ async fn create(State(inner): Shared, Json(body): Json<Value>) -> Response {
         _ => finished(&inner, 200, ""),
     };
     accepted(&inner, &id)
+}
+
+async fn display(State(inner): Shared) -> Response {
+    let last = inner.bodies.lock().unwrap().last().cloned();
+    let end = last.as_ref().map_or(Value::Null, |body| body["valid_to"].clone());
+    sync(json!({"display": true, "password": last.is_some(), "valid_to": end}))
+}
+
+async fn put_display(State(inner): Shared, Json(body): Json<Value>) -> Response {
+    inner.bodies.lock().unwrap().push(body);
+    sync(json!({}))
 }
 
 async fn build(State(inner): Shared, Json(body): Json<Value>) -> Response {

@@ -377,18 +377,6 @@ pub async fn console(call: Call) -> Result<Reply> {
     show(call, session, (width, height)).await
 }
 
-/// `POST /1.0/karst/instances/{name}/vnc`: the display of a virtual machine, as RFB on a websocket; the operation's
-/// metadata names its secrets as those of a console (`{"fds": {"0", "control"}}`).
-///
-/// # Errors
-/// Those of the engine.
-pub async fn vnc(call: Call) -> Result<Reply> {
-    let (call, f) = call.fields().await?;
-    f.finish(&[])?;
-    let session = call.engine().machine_display(&call.context, call.project(), call.param(0)).await?;
-    show(call, session, (None, None)).await
-}
-
 /// `POST /1.0/karst/instances/{name}/reset`: the reset button of a virtual machine.
 ///
 /// # Errors
@@ -437,7 +425,7 @@ pub async fn screenshot(call: Call) -> Result<Reply> {
 }
 
 /// Offers a session's stream on a websocket.
-async fn show(
+pub(super) async fn show(
     call: Taken,
     session: ExecSession,
     (width, height): (Option<i64>, Option<i64>),

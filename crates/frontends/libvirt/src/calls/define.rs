@@ -1,6 +1,6 @@
 //! Defining domains by XML, starting transient ones, and undefining.
 
-use super::{Answered, Named, connect::facts, domain::is_running, nothing, power, write_domain};
+use super::{Answered, Named, connect::facts, domain::is_running, graphics, nothing, power, write_domain};
 use crate::{
     domain_uuid,
     error::{Code, Part, VirError},
@@ -45,6 +45,7 @@ fn read(call: &Call, text: &str) -> Result<Machine, VirError> {
         return Err(refuse("domain type", "'kvm' is not usable on this host; 'qemu' is"));
     }
     demand_discs(call, &machine)?;
+    graphics::demand_settable(call, &machine.screen)?;
     Ok(machine)
 }
 
@@ -99,6 +100,7 @@ fn present(call: &Call, machine: &Machine) -> Result<Option<Arc<InstanceView>>, 
 
 async fn create(call: &Call, machine: Machine, transient: bool) -> Result<(), VirError> {
     let created = spec::create(&machine)?;
+    let name = machine.name.clone();
     let request = DefineMachine {
         create: CreateInstance {
             name: Some(machine.name),
@@ -120,10 +122,10 @@ async fn create(call: &Call, machine: Machine, transient: bool) -> Result<(), Vi
     let (engine, context) = (&session.front.engine, &session.context);
     let (_, operation) =
         engine.machine_define(context, &session.opened()?.project, request).await.map_err(of_definition)?;
-    match operation.ended().await.error.clone() {
-        Some(e) => Err(of_definition(e)),
-        None => Ok(()),
+    if let Some(e) = operation.ended().await.error.clone() {
+        return Err(of_definition(e));
     }
+    graphics::set(call, &session.opened()?.project, &name, machine.screen).await
 }
 
 async fn change(call: &Call, view: &InstanceView, machine: Machine) -> Result<(), VirError> {
@@ -149,10 +151,10 @@ async fn change(call: &Call, view: &InstanceView, machine: Machine) -> Result<()
     let (engine, context) = (&session.front.engine, &session.context);
     let (project, name) = (&view.project.name, &instance.name);
     let changed = engine.machine_update(context, project, name, request, false, &slots).await;
-    match changed.map_err(of_definition)?.ended().await.error.clone() {
-        Some(e) => Err(of_definition(e)),
-        None => Ok(()),
+    if let Some(e) = changed.map_err(of_definition)?.ended().await.error.clone() {
+        return Err(of_definition(e));
     }
+    graphics::set(call, project, name, machine.screen).await
 }
 
 async fn defined(call: &Call, text: &str) -> Answered {

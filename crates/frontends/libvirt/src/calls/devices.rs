@@ -291,7 +291,11 @@ pub async fn detach_alias(call: Call) -> Answered {
 /// `DOMAIN_UPDATE_DEVICE_FLAGS`
 pub async fn update(call: Call) -> Answered {
     let (named, text, flags) = flagged(&call)?;
-    with_device(call, named, text, flags, update_in).await
+    let e = xml::read::document(&text)?;
+    match e.name() {
+        "graphics" => super::graphics::update(&call, &named, &e, flags).await,
+        _ => with_device(call, named, text, flags, update_in).await,
+    }
 }
 
 /// Sets a limit by its key.

@@ -229,7 +229,7 @@ pub async fn xml(call: Call) -> Answered {
         return Err(VirError::new(Code::OperationDenied, call.opened()?.driver.part(), text));
     }
     let view = call.guest(&named)?;
-    Ok(text(&xml::domain::document(&call, &view, flags & 2 != 0)?))
+    Ok(text(&xml::domain::shown(&call, &view, flags & 2 != 0, flags & 1 != 0)?))
 }
 
 /// `DOMAIN_IS_ACTIVE`

@@ -1,11 +1,22 @@
 //! The screen of a machine, to viewers that ask for a descriptor (`virt-viewer --attach`, virt-manager) or bring one.
 //!
-//! There is no port: a viewer's connection is a socket pair, of which this relays the other end to the machine's display.
+//! There is no port: a viewer's connection is a socket pair, of which this relays the other end to the machine's display. And the
+//! password of a screen (ADR 56).
 
-use super::{Answered, Named, domain::is_running, nothing};
+use super::{
+    Answered, Named,
+    devices::{CONFIG, LIVE, live},
+    domain::is_running,
+    nothing,
+};
 use crate::{
     error::{Code, Part, VirError},
-    session::{Answer, Call},
+    session::{Answer, Call, Driver},
+    xml::{
+        Element, domain,
+        machine::{Screen, read, refuse},
+        read::document,
+    },
 };
 use karst_engine::{InstanceView, compute::guest::ExecSession, stream::FdStream};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -14,7 +25,8 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 
 /// Viewers at once; each is a connection of QEMU's and a task here.
 static VIEWERS: Semaphore = Semaphore::const_new(256);
-/// `VIR_DOMAIN_OPEN_GRAPHICS_SKIPAUTH`: as it is here always, because the connection to libvirt was let in.
+/// `VIR_DOMAIN_OPEN_GRAPHICS_SKIPAUTH`: the viewer is not asked for the password, because the connection to libvirt was let in.
+/// Who may not change the domain is asked nevertheless.
 const SKIP_AUTH: u32 = 1;
 
 /// A viewer that may come.
@@ -23,7 +35,7 @@ struct Viewer {
     place: SemaphorePermit<'static>,
 }
 
-async fn admit(call: &Call, view: &InstanceView, index: u32) -> Result<Viewer, VirError> {
+async fn admit(call: &Call, view: &InstanceView, index: u32, flags: u32) -> Result<Viewer, VirError> {
     if !is_running(view) {
         return Err(VirError::state("domain is not running"));
     }
@@ -33,7 +45,8 @@ async fn admit(call: &Call, view: &InstanceView, index: u32) -> Result<Viewer, V
     let place = VIEWERS.try_acquire().map_err(|_| VirError::state("too many viewers are connected"))?;
     let session = &call.session;
     let (engine, context) = (&session.front.engine, &session.context);
-    let display = engine.machine_display(context, &view.project.name, &view.instance.name).await?;
+    let (project, name, unasked) = (&view.project.name, &view.instance.name, flags & SKIP_AUTH != 0);
+    let display = engine.machine_display(context, project, name, unasked).await?;
     Ok(Viewer { display, place })
 }
 
@@ -67,7 +80,7 @@ pub async fn open(mut call: Call) -> Answered {
     };
     rustix::net::sockopt::socket_type(&fd).map_err(|e| unusable(e.into()))?;
     let client = FdStream::new(fd).map_err(unusable)?;
-    let viewer = admit(&call, &view, index).await?;
+    let viewer = admit(&call, &view, index, flags).await?;
     Ok(Answer { then: Some(Box::pin(relay(viewer, client))), ..nothing() })
 }
 
@@ -80,7 +93,7 @@ pub async fn open_fd(call: Call) -> Answered {
     let (named, index, flags) = arguments(&call)?;
     call.known_flags(flags, SKIP_AUTH)?;
     let view = call.guest(&named)?;
-    let viewer = admit(&call, &view, index).await?;
+    let viewer = admit(&call, &view, index, flags).await?;
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
         .map_err(io::Error::from)
         .map_err(karst_model::Error::from)?;
@@ -90,4 +103,70 @@ pub async fn open_fd(call: Call) -> Answered {
 
 fn arguments(call: &Call) -> Result<(Named, u32, u32), VirError> {
     call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?, r.u32()?)))
+}
+
+/// Nothing but the password of a screen changes: what else the document says of it has to be as it is shown, or unsaid.
+fn demand_same(call: &Call, view: &InstanceView, bare: &Element) -> Result<(), VirError> {
+    if bare.attribute("type") != Some("vnc") {
+        return Err(refuse("graphics type", "machines have a screen of type vnc"));
+    }
+    let mut all = vec![];
+    for inactive in [false, true] {
+        let domain = document(&domain::document(call, view, inactive)?)?;
+        for graphics in domain.find("devices").into_iter().flat_map(|d| d.all("graphics")) {
+            all.push(read::screen(graphics)?.0);
+        }
+    }
+    // Which every machine has, whatever its definition asks for.
+    let own = Element::new("graphics").with("type", "vnc");
+    all.push(own.child(Element::new("listen").with("type", "none")));
+    let anywhere = [("port", "-1"), ("autoport", "yes")];
+    let same = |shown: &Element| {
+        let known = |(n, v): (&str, &str)| shown.attribute(n) == Some(v) || anywhere.contains(&(n, v));
+        bare.attributes().all(known) && bare.elements().iter().all(|e| shown.elements().contains(e))
+    };
+    match all.iter().any(same) {
+        true => Ok(()),
+        false => Err(refuse("graphics", "of a screen the password changes: passwd and passwdValidTo")),
+    }
+}
+
+/// Makes the password of a domain's screen what a document says.
+pub(super) async fn set(call: &Call, project: &str, name: &str, said: Screen) -> Result<(), VirError> {
+    let session = &call.session;
+    let (engine, context) = (&session.front.engine, &session.context);
+    let there = engine.display_state(context, project, name)?.password;
+    let guard = match said {
+        Screen::Open if there => None,
+        Screen::Unsaid | Screen::Open => return Ok(()),
+        Screen::Guarded(guard) => Some(guard),
+    };
+    Ok(engine.display_password_set(context, project, name, guard).await?)
+}
+
+/// Demands what [`set`] needs, before anything else of a document is done.
+pub(super) fn demand_settable(call: &Call, said: &Screen) -> Result<(), VirError> {
+    let session = &call.session;
+    match said {
+        Screen::Guarded(_) => {
+            let project = &session.opened()?.project;
+            Ok(session.front.engine.display_passwords_kept(&session.context, project)?)
+        }
+        Screen::Unsaid | Screen::Open => Ok(()),
+    }
+}
+
+/// `DOMAIN_UPDATE_DEVICE_FLAGS` of a screen. A domain has one password, which counts at once.
+pub async fn update(call: &Call, named: &Named, e: &Element, flags: u32) -> Answered {
+    // The third is force, which changes nothing here.
+    call.known_flags(flags, LIVE | CONFIG | 4)?;
+    let view = call.guest(named)?;
+    if call.opened()?.driver != Driver::Qemu {
+        return Err(refuse("graphics", "containers have no screen"));
+    }
+    live(&view, flags)?;
+    let (bare, said) = read::screen(e)?;
+    demand_same(call, &view, &bare)?;
+    set(call, &view.project.name, &view.instance.name, said).await?;
+    Ok(nothing())
 }

@@ -67,7 +67,7 @@ fn demand_saved(view: &InstanceView) -> Result<(), VirError> {
 /// `DOMAIN_MANAGED_SAVE_GET_XML_DESC`: it goes on as the machine that it is, which a start from memory demands.
 pub async fn managed_save_xml(call: Call) -> Answered {
     let (named, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
-    // With what is secret, of which there is nothing.
+    // With what is secret: the password of the screen.
     call.known_flags(flags, 1)?;
     if flags & 1 != 0 && call.session.read_only() {
         let text = "virDomainManagedSaveGetXMLDesc with secure flag";
@@ -75,7 +75,7 @@ pub async fn managed_save_xml(call: Call) -> Answered {
     }
     let view = call.guest(&named)?;
     demand_saved(&view)?;
-    Ok(text(&crate::xml::domain::document(&call, &view, true)?))
+    Ok(text(&crate::xml::domain::shown(&call, &view, true, flags & 1 != 0)?))
 }
 
 /// `DOMAIN_MANAGED_SAVE_DEFINE_XML`: there is no document beside the domain's.

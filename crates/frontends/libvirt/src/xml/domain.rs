@@ -1,6 +1,9 @@
 //! Domains as XML: an instance's expanded configuration in libvirt's words.
 
-use super::{Element, machine::write::Shown};
+use super::{
+    Element,
+    machine::{ShownGuard, write::Shown},
+};
 use crate::{
     calls::{
         connect::facts,
@@ -60,12 +63,31 @@ pub fn nics(view: &InstanceView) -> Result<Vec<Nic>, VirError> {
 /// # Errors
 /// Invalid, when its configuration is; those of the engine.
 pub fn document(call: &Call, view: &InstanceView, inactive: bool) -> Result<String, VirError> {
+    shown(call, view, inactive, false)
+}
+
+/// The same; `secure`: with the password of the screen, for who may change the domain.
+///
+/// # Errors
+/// Those of [`document`], and access denied.
+pub fn shown(call: &Call, view: &InstanceView, inactive: bool, secure: bool) -> Result<String, VirError> {
     let live = is_running(view) && !inactive;
     // What it runs with may differ from what it will start with.
     let applied = view.runtime.as_ref().and_then(|r| r.applied.as_ref()).filter(|_| live);
     let config = applied.map_or(&view.expanded_config, |a| &a.config);
     let devices = applied.map_or(&view.expanded_devices, |a| &a.devices);
-    document_of(call, view, config, devices, live)
+    let session = &call.session;
+    let (engine, context) = (&session.front.engine, &session.context);
+    let (project, name) = (&view.project.name, &view.instance.name);
+    let state = engine.display_state(context, project, name)?;
+    let guard = match (state.password, secure) {
+        (false, _) => None,
+        (true, false) => Some(ShownGuard { password: None, valid_to: state.valid_to }),
+        (true, true) => engine
+            .display_password(context, project, name)?
+            .map(|guard| ShownGuard { password: Some(guard.password), valid_to: guard.valid_to }),
+    };
+    document_of(call, view, config, devices, live, guard)
 }
 
 /// The document of a domain with these keys and devices, expanded.
@@ -78,6 +100,7 @@ pub fn document_of(
     config: &Config,
     devices: &Devices,
     live: bool,
+    guard: Option<ShownGuard>,
 ) -> Result<String, VirError> {
     let driver = call.opened()?.driver;
     let facts = facts(call)?;
@@ -97,7 +120,8 @@ pub fn document_of(
             found.is_some_and(|v| v.content == VolumeContent::Iso)
         };
         let id = Some(domain_id(view)).filter(|_| live);
-        let shown = Shown { view, hardware, config, devices, kind, id, memory, cpus, pinned, disc: &disc };
+        let disc = &disc;
+        let shown = Shown { view, hardware, config, devices, kind, id, memory, cpus, pinned, guard, disc };
         return super::machine::write::document(&shown);
     }
     let mut e = Element::new("domain")

@@ -12,6 +12,7 @@ use super::Element;
 use crate::error::{Code, Part, VirError};
 use karst_model::{
     device::{DiskBus, DiskCache, NicModel},
+    display::{DisplayGuard, DisplayPassword},
     instance::Firmware,
 };
 use std::collections::BTreeMap;
@@ -58,8 +59,31 @@ pub struct Machine {
     pub disks: Vec<Disk>,
     /// NICs.
     pub nics: Vec<Nic>,
+    /// The password of its screen.
+    pub screen: Screen,
     /// The rest.
     pub opaque: Opaque,
+}
+
+/// What a document says of the password of a machine's screen. It is never kept as it was written.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Screen {
+    /// There is no screen of VNC in it, so nothing is said.
+    #[default]
+    Unsaid,
+    /// There is none.
+    Open,
+    /// This one.
+    Guarded(DisplayGuard),
+}
+
+/// What is shown of the password of a machine's screen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ShownGuard {
+    /// The password, to who may have it.
+    pub password: Option<DisplayPassword>,
+    /// Until when it lets anybody in.
+    pub valid_to: Option<jiff::Timestamp>,
 }
 
 /// A kernel that a machine is started with.

@@ -1,9 +1,10 @@
 //! From domain XML to the typed form.
 
-use super::{Disk, Kernel, Machine, Nic, Opaque, Source, number, pci_of, priority, refuse, wrong};
+use super::{Disk, Kernel, Machine, Nic, Opaque, Screen, Source, number, pci_of, priority, refuse, wrong};
 use crate::{error::VirError, xml::Element};
 use karst_model::{
     device::{DiskBus, DiskCache, NicModel, parse_mac},
+    display::{DisplayGuard, DisplayPassword},
     instance::Firmware,
 };
 use std::collections::{BTreeMap, BTreeSet};
@@ -101,6 +102,7 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
         tpm: false,
         disks: vec![],
         nics: vec![],
+        screen: Screen::Unsaid,
         opaque,
     };
     let (mut targets, mut macs) = (BTreeSet::new(), BTreeSet::new());
@@ -144,16 +146,55 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
                 all.tpm = true;
                 all.opaque.devices.push(e.clone());
             }
-            "graphics" if e.attribute("passwd").is_some() => {
-                return Err(refuse(
-                    "graphics passwd",
-                    "there are no passwords; whoever may use the domain may see it",
-                ));
+            "graphics" => {
+                let (bare, said) = screen(e)?;
+                match (&all.screen, said) {
+                    (_, Screen::Unsaid) => {}
+                    (Screen::Unsaid, said) => all.screen = said,
+                    _ => return Err(refuse("graphics", "a machine has one screen of type vnc")),
+                }
+                all.opaque.devices.push(bare);
             }
             _ => all.opaque.devices.push(e.clone()),
         }
     }
     Ok(all)
+}
+
+/// How `passwdValidTo` is written: UTC.
+pub const VALID_TO: &str = "%Y-%m-%dT%H:%M:%S";
+/// Attributes of a screen that are about its password.
+const SECRET: [&str; 3] = ["passwd", "passwdValidTo", "connected"];
+
+/// A `<graphics>` without its password, and what it says of that.
+///
+/// # Errors
+/// CONFIG_UNSUPPORTED, naming the attribute.
+pub fn screen(e: &Element) -> Result<(Element, Screen), VirError> {
+    let mut bare = e.clone();
+    SECRET.iter().for_each(|name| bare.unset(name));
+    let vnc = e.attribute("type") == Some("vnc");
+    let Some(text) = e.attribute("passwd") else {
+        return Ok((bare, if vnc { Screen::Open } else { Screen::Unsaid }));
+    };
+    if !vnc {
+        return Err(refuse("graphics passwd", "machines have a screen of type vnc; give that the password"));
+    }
+    if let Some(other) = e.attribute("connected").filter(|c| *c != "keep") {
+        return Err(refuse(
+            "graphics connected",
+            format!("'{other}' is not there; viewers keep their connections"),
+        ));
+    }
+    let password = DisplayPassword::parse("passwd", text.to_owned());
+    let password = password.map_err(|e| refuse("graphics passwd", e.message))?;
+    let valid_to = e.attribute("passwdValidTo").map(|t| {
+        let time = format!("{}Z", t.trim_end_matches('Z')).parse::<jiff::Timestamp>();
+        time.map_err(|_| {
+            wrong(format!("cannot parse password validity time '{t}', expect 2030-01-31T12:00:00"))
+        })
+    });
+    Ok((bare, Screen::Guarded(DisplayGuard { password, valid_to: valid_to.transpose()? })))
 }
 
 /// A size in KiB, whatever its unit.

@@ -1,6 +1,6 @@
 //! From an instance to domain XML, with what was kept of the document that it was defined by.
 
-use super::{Kernel, Opaque, Source, pci_of, priority, read, target};
+use super::{Kernel, Opaque, ShownGuard, Source, pci_of, priority, read, target};
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
     error::VirError,
@@ -33,6 +33,8 @@ pub struct Shown<'a> {
     pub cpus: u32,
     /// CPUs of the host that it is pinned to.
     pub pinned: Option<String>,
+    /// The password of its screen, if it has one.
+    pub guard: Option<ShownGuard>,
     /// Is the volume of this pool and name a disc?
     pub disc: &'a dyn Fn(&str, &str) -> bool,
 }
@@ -390,7 +392,9 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque) -> Result<Element, VirError> {
     let own_screen = screen && (live || !given("graphics"));
     if own_screen {
         let listen = Element::new("listen").with("type", "none");
-        devices.push(Element::new("graphics").with("type", "vnc").child(listen));
+        let mut graphics = Element::new("graphics").with("type", "vnc");
+        secure(&mut graphics, shown.guard.as_ref());
+        devices.push(graphics.child(listen));
     }
     if screen && !given("video") {
         let model = Element::new("model").with("type", "vga").with("vram", 16384).with("heads", 1);
@@ -401,9 +405,25 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque) -> Result<Element, VirError> {
         "graphics" => !own_screen,
         _ => true,
     };
-    devices.elements_mut().extend(opaque.devices.iter().filter(there).cloned());
+    let mut kept: Vec<Element> = opaque.devices.iter().filter(there).cloned().collect();
+    let vnc = |e: &&mut Element| e.name() == "graphics" && e.attribute("type") == Some("vnc");
+    if let Some(graphics) = kept.iter_mut().find(vnc) {
+        secure(graphics, shown.guard.as_ref());
+    }
+    devices.elements_mut().extend(kept);
     sort(&mut devices, DEVICES);
     Ok(devices)
+}
+
+/// Says what there is to be said of the password of a screen.
+fn secure(graphics: &mut Element, guard: Option<&ShownGuard>) {
+    let Some(guard) = guard else { return };
+    if let Some(password) = &guard.password {
+        graphics.set("passwd", password.text());
+    }
+    if let Some(end) = guard.valid_to {
+        graphics.set("passwdValidTo", end.strftime(read::VALID_TO));
+    }
 }
 
 /// How the boot order is shown: by kinds of devices where the document did so, else by numbers.
