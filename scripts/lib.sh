@@ -12,6 +12,22 @@ backports_list=/etc/apt/sources.list.d/karst-backports.sources
 say() { printf '\033[1m==>\033[0m %s\n' "$*"; }
 fail() { printf 'karst: %s\n' "$*" >&2; exit 1; }
 
+# manual_pages PROGRAMS DIRECTORY: the manual pages of the programs in PROGRAMS, below DIRECTORY as share/man has them. They are
+# what the programs say of themselves.
+manual_pages() {
+    local programs=$1 to=$2 number
+    number=$(sed -n 's/^version = "\(.*\)"/\1/p' "$top/Cargo.toml" | head -n 1)
+    mkdir -p "$to/man1" "$to/man8"
+    env -u KARST_DIR -u KARST_PROJECT "$programs/karst" man "$to/man1"
+    {
+        printf '.TH KARSTD 8 "" "karst %s"\n.SH NAME\nkarstd \\- the daemon of Karst\n.SH SYNOPSIS\n.B karstd\n[options] [command]\n.SH DESCRIPTION\n.nf\n' "$number"
+        env -u KARST_DIR COLUMNS=78 "$programs/karstd" --help | sed 's/\\/\\\\/g; s/^\([.'"'"']\)/\\\&\1/; s/-/\\-/g'
+        printf '.fi\n.SH SEE ALSO\n.BR karst (1)\n'
+    } >"$to/man8/karstd.8"
+    gzip -9nf "$to"/man?/*
+    chmod 0644 "$to"/man?/*
+}
+
 # Runs a command as root: directly, or through sudo.
 as_root() {
     if [ "$(id -u)" = 0 ]; then "$@"

@@ -281,9 +281,31 @@ mod tests {
         let man = Cli::try_parse_from(["karst", "man", directory.path().to_str().unwrap()]).unwrap();
         let Command::Man(man) = man.command else { panic!("another command") };
         man.run(Cli::command()).unwrap();
-        for page in ["karst.1", "karst-launch.1", "karst-network-acl-rule-add.1"] {
-            let text = std::fs::read_to_string(directory.path().join(page)).unwrap();
-            assert!(text.contains(".SH NAME"), "{page}");
+        let mut all = vec![];
+        let mut command = Cli::command();
+        command.build();
+        pages(&command, "karst", &mut all);
+        for deep in ["karst", "karst-launch", "karst-network-acl-rule-add"] {
+            assert!(all.iter().any(|(name, _)| name == deep), "{deep}");
+        }
+        for (name, about) in &all {
+            let page = directory.path().join(format!("{name}.1"));
+            let text = std::fs::read_to_string(&page).unwrap_or_else(|e| panic!("{}: {e}", page.display()));
+            assert!(text.contains(".SH NAME") && text.contains(".SH SYNOPSIS"), "{name}: {text}");
+            // Its first words, before anything that is written in another way there.
+            let words: String = about.chars().take_while(|c| c.is_ascii_alphabetic() || *c == ' ').collect();
+            assert!(!words.trim().is_empty() && text.contains(words.trim()), "{name}: {about:?}\n{text}");
+        }
+        let there = std::fs::read_dir(directory.path()).unwrap().count();
+        assert_eq!(there, all.len(), "a page for each command, and no other");
+    }
+
+    /// Names of pages and what the commands say of themselves.
+    fn pages(command: &clap::Command, name: &str, all: &mut Vec<(String, String)>) {
+        let about = command.get_about().map(ToString::to_string).unwrap_or_default();
+        all.push((name.to_owned(), about));
+        for child in command.get_subcommands().filter(|c| c.get_name() != "help" && !c.is_hide_set()) {
+            pages(child, &format!("{name}-{}", child.get_name()), all);
         }
     }
 
