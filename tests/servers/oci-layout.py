@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """oci-layout.py OUT.tar CONFIG.json LAYER.tar…: an archive of an OCI layout of these layers; prints its digest.
-oci-layout.py --push HOST:PORT NAME:TAG CA.crt OUT.tar: puts the image of such an archive into a registry."""
-import hashlib, http.client, io, json, ssl, sys, tarfile, urllib.parse
+oci-layout.py --push HOST:PORT NAME:TAG CA.crt OUT.tar [USER FILE]: puts the image of such an archive into a registry, as this user
+with the password in the file."""
+import base64, hashlib, http.client, io, json, ssl, sys, tarfile, urllib.parse
 
 OCI = "application/vnd.oci.image."
 
@@ -31,14 +32,18 @@ def make(out, config, layers):
     print(manifest["digest"].split(":")[1])
 
 
-def push(registry, reference, authority, path):
+def push(registry, reference, authority, path, user=None, password=None):
     name, tag = reference.split(":")
     archive = tarfile.open(path)
     read = lambda n: archive.extractfile(n).read()
     link = http.client.HTTPSConnection(registry, timeout=30, context=ssl.create_default_context(cafile=authority))
 
+    shown = {}
+    if user:
+        shown["Authorization"] = "Basic " + base64.b64encode(f"{user}:{open(password).read().strip()}".encode()).decode()
+
     def ask(method, where, body=b"", **headers):
-        link.request(method, where, body, {k.replace("_", "-"): v for k, v in headers.items()})
+        link.request(method, where, body, {**shown, **{k.replace("_", "-"): v for k, v in headers.items()}})
         answer = link.getresponse()
         text = answer.read()
         if answer.status >= 300:

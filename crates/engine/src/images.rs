@@ -1,6 +1,7 @@
 //! Images: the use cases.
 
 pub mod publish;
+pub mod registries;
 pub mod remote;
 pub mod shared;
 

@@ -20,6 +20,7 @@ use karst_model::{
     operation::Operation,
     profile::{Profile, expand},
     project::Project,
+    registry::RegistryLogin,
     secret::Secret,
     snapshot::{Snapshot, VolumeSnapshot},
     spec::{NameView, NetworkHost, PortSpec},
@@ -152,6 +153,8 @@ pub struct Records {
     pub forwards: BTreeMap<String, Row<NetworkForward>>,
     /// Passwords of displays.
     pub display_locks: BTreeMap<InstanceId, Row<DisplayLock>>,
+    /// Who projects are at registries, by key.
+    pub registry_logins: BTreeMap<String, Row<RegistryLogin>>,
     /// Secrets that are written, by key.
     pub secrets: BTreeMap<String, Row<Secret>>,
     /// Images.
@@ -482,6 +485,10 @@ impl Records {
             }
             t if t == DisplayLock::TABLE => {
                 put!(self.display_locks, parse(id));
+                Touched::Nothing
+            }
+            t if t == RegistryLogin::TABLE => {
+                put!(self.registry_logins, Some(id.to_owned()));
                 Touched::Nothing
             }
             t if t == Secret::TABLE => {

@@ -238,6 +238,24 @@ async fn passwords_of_displays_come_from_stdin_or_a_file() {
 }
 
 #[tokio::test]
+async fn passwords_of_registries_come_from_stdin() {
+    let fake = Fake::start().await;
+    let line = ["image", "registry", "add", "registry.example:5000", "--user", "robot"];
+    let (out, err, code) = texts(&fake.run_with(&line, b"open sesame\n").await);
+    assert_eq!((out.as_str(), err.as_str(), code), ("", "", 0));
+    assert_eq!(fake.bodies(), [json!({"user": "robot", "password": "open sesame", "certificate": null})]);
+    let (out, _, _) = texts(&fake.run(&["image", "registry", "list", "--format", "csv"]).await);
+    assert_eq!(out, "registry.example:5000,robot\n");
+    let (_, err, code) = texts(&fake.run(&["image", "registry", "remove", "registry.example:5000"]).await);
+    assert_eq!((err.as_str(), code), ("", 0));
+    let asked = ["PUT", "GET", "DELETE"].map(|method| match method {
+        "GET" => "GET /1.0/karst/registries".to_owned(),
+        other => format!("{other} /1.0/karst/registries/registry.example:5000"),
+    });
+    assert_eq!(fake.requests(), asked);
+}
+
+#[tokio::test]
 async fn files_go_there_and_back() {
     let fake = Fake::start().await;
     let local = tempfile::tempdir().unwrap();

@@ -31,6 +31,7 @@ pub mod oci;
 pub mod operation;
 pub mod profile;
 pub mod project;
+pub mod registry;
 pub mod schedule;
 pub mod secret;
 pub mod signal;

@@ -12,6 +12,7 @@ use karst_model::{
     operation::Operation,
     profile::Profile,
     project::Project,
+    registry::RegistryLogin,
     secret::Secret,
     snapshot::{Snapshot, VolumeSnapshot},
     storage::{Pool, Volume},
@@ -50,6 +51,7 @@ records! {
     TrustToken: "trust-tokens" = |r| r.id.to_string();
     ApiToken: "api-tokens" = |r| r.id.to_string();
     DisplayLock: "display-locks" = |r| r.instance.to_string();
+    RegistryLogin: "registry-logins" = |r| login_id(r.project, &r.host);
     Secret: "secrets" = |r| secret_id(r.project, r.uuid);
     Warning: "warnings" = |r| r.id.to_string();
     ServerConfig: "server" = |_r| "config".into();
@@ -63,6 +65,11 @@ pub fn forward_id(network: karst_model::NetworkId, listen: std::net::IpAddr) -> 
 /// Identity of a secret in its table: its UUID is its user's choice, and another project's may be the same.
 pub fn secret_id(project: karst_model::ProjectId, uuid: uuid::Uuid) -> String {
     format!("{project}:{uuid}")
+}
+
+/// Identity of who a project is at a registry.
+pub fn login_id(project: karst_model::ProjectId, host: &str) -> String {
+    format!("{project}:{host}")
 }
 
 /// Identity of an image alias in its table: it is found by project and name.

@@ -78,5 +78,6 @@ pub fn source(reference: &str) -> RemoteSource {
         reference: reference.into(),
         secret: None,
         project: None,
+        login: None,
     }
 }

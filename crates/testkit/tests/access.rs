@@ -483,6 +483,9 @@ fn cases() -> Vec<Case> {
         forward_create SharedEdit |f, c, p| f.w.engine.forward_create(c, p, "net1", "192.0.2.51", UpdateForward::default()).await.map(drop);
         forward_update SharedEdit |f, c, p| f.w.engine.forward_update(c, p, "net1", LISTEN, UpdateForward { description: "x".into(), ..Default::default() }).await.map(drop);
         forward_delete SharedEdit |f, c, p| f.w.engine.forward_delete(c, p, "net1", LISTEN).await.map(drop);
+        registry_logins View |f, c, p| f.w.engine.registry_logins(c, p).map(drop);
+        registry_login_set Edit |f, c, p| f.w.engine.registry_login_set(c, p, karst_engine::images::registries::NewLogin { host: "registry.example".into(), user: "robot".into(), password: value(), certificate: None }).await;
+        registry_login_remove Edit |f, c, p| match f.w.engine.registry_login_remove(c, p, "registry.example").await { Err(e) if e.kind == ErrorKind::NotFound && e.message.contains("at registry") => Ok(()), other => other };
         secrets View |f, c, p| f.w.engine.secrets(c, p).map(drop);
         secret View |f, c, p| f.w.engine.secret(c, p, SECRET).map(drop);
         secret_by_use View |f, c, p| f.w.engine.secret_by_use(c, p, SecretUse::Volume, "v1").map(drop);

@@ -10,6 +10,7 @@ use crate::{
     compute::create::{CreateInstance, InstanceSource},
     context::Context,
     operations::{LiveOperation, NewOperation},
+    secrets::SecretValue,
     tenancy::{restricted, rules::ProjectRules},
     uploads::{ImageUpload, PartUpload},
 };
@@ -21,6 +22,7 @@ use karst_model::{
     access::Permission,
     image::{Image, ImageOrigin, ImageServerProtocol, UpdateSource},
     instance::InstanceKind,
+    registry::{check_password, check_user},
 };
 use serde_json::{Map, Value};
 use std::{sync::Arc, time::Duration};
@@ -43,6 +45,17 @@ pub struct RemoteSource {
     pub secret: Option<String>,
     /// Project there.
     pub project: Option<String>,
+    /// Who one is there, at a registry that wants to know.
+    pub login: Option<Login>,
+}
+
+/// A name at a registry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Login {
+    /// The name.
+    pub user: String,
+    /// The password.
+    pub password: SecretValue,
 }
 
 impl RemoteSource {
@@ -56,10 +69,20 @@ impl RemoteSource {
         let host = rest.split('/').next().unwrap_or_default();
         let odd = |c: char| c.is_whitespace() || c.is_control() || matches!(c, '@' | '?' | '#' | '\\');
         if host.is_empty() || server.len() > LONGEST.0 || server.contains(odd) {
+            // What stands before an @ may be a password.
+            let said = if server.contains('@') { "this".to_owned() } else { format!("{server:?}") };
             let text = format!(
-                "{server:?} is not the address of an image server; write it as https://HOST[:PORT][/PATH]"
+                "{said} is not the address of an image server; write it as https://HOST[:PORT][/PATH]"
             );
             return Err(Error::invalid("source.server", text));
+        }
+        if let Some(login) = &self.login {
+            if self.from.protocol != ImageServerProtocol::Oci {
+                let text = "a name and a password are for registries, with the protocol oci";
+                return Err(Error::invalid("source.server", text));
+            }
+            check_user("source.server", &login.user)?;
+            check_password("source.server", login.password.bytes())?;
         }
         if self.from.certificate.as_ref().is_some_and(|c| c.len() > LONGEST.1) {
             return Err(Error::invalid("source.certificate", "the certificate is too long"));
@@ -296,11 +319,13 @@ impl Engine {
         // Also when it is fetched again, of a server that the project might use once.
         self.demand_image_server(context, project, &request.source)?;
         let servers = self.image_servers()?;
-        let found = match inner.env.timeout(FIND, servers.find(&request.source)).await {
+        let own = self.project(context, project, Permission::ResourceEdit)?;
+        let source = self.with_login(own.id, request.source.clone())?;
+        let found = match inner.env.timeout(FIND, servers.find(&source)).await {
             Ok(found) => found?,
             Err(_) => return Err(Error::timeout("the image server does not answer")),
         };
-        if let Some(kind) = request.source.from.kind
+        if let Some(kind) = source.from.kind
             && kind != found.kind
         {
             let text = format!("the server's image is for a {}, not for a {kind}", found.kind);
@@ -315,7 +340,7 @@ impl Engine {
         }
         let upload = self.image_upload(context, project)?;
         let staging = Staging { engine: self, context, project, upload: &upload, live, size: found.size };
-        let parts = match inner.env.timeout(FETCH, servers.fetch(&request.source, &found, &staging)).await {
+        let parts = match inner.env.timeout(FETCH, servers.fetch(&source, &found, &staging)).await {
             Ok(parts) => parts?,
             Err(_) => return Err(Error::timeout("the download took too long")),
         };
@@ -331,8 +356,8 @@ impl Engine {
         options.origin = Some(ImageOrigin {
             from: UpdateSource {
                 kind: Some(found.kind),
-                alias: found.by_alias.then(|| request.source.reference.clone()),
-                ..request.source.from.clone()
+                alias: found.by_alias.then(|| source.reference.clone()),
+                ..source.from.clone()
             },
             cached,
             auto_update: request.auto_update && found.by_alias,
@@ -420,7 +445,7 @@ impl Engine {
             ..Default::default()
         };
         let reference = origin.from.alias.clone().unwrap_or_default();
-        let source = RemoteSource { from: origin.from, reference, secret: None, project: None };
+        let source = RemoteSource { from: origin.from, reference, secret: None, project: None, login: None };
         let request = FetchImage { source, options, auto_update: origin.auto_update };
         let new = self.fetch_image(context, project, &request, live, origin.cached).await?;
         if new.id == image.id {

@@ -133,8 +133,8 @@ impl Object {
         let of_projects = ["instances", "images", "profiles", "networks", "network-acls", "storage-volumes"];
         let first = path.trim_start_matches('/').split('/').next().unwrap_or_default();
         let volumes = first == "storage-pools" && path.contains("/volumes");
-        let secrets = path.starts_with("/karst/secrets/");
-        if !of_projects.contains(&first) && !volumes && !secrets {
+        let kept = path.starts_with("/karst/secrets/") || path.starts_with("/karst/registries/");
+        if !of_projects.contains(&first) && !volumes && !kept {
             return Ok(Self::Server);
         }
         project(query.split('&').find_map(|p| p.strip_prefix("project=")).unwrap_or("default"))

@@ -38,6 +38,7 @@ fn content(records: &Records, id: ProjectId) -> usize {
         + records.volumes.values().filter(|v| v.project == id).count()
         + records.profiles.values().filter(|p| p.project == id && &*p.name != "default").count()
         + crate::secrets::written(records, id)
+        + crate::images::registries::logins(records, id)
 }
 
 /// What is shared and what is not stays so while anything is there: it would be lost from sight.
@@ -109,6 +110,8 @@ impl Engine {
         );
         let secrets = records.secrets.values().filter(|s| of(s.project));
         used.extend(secrets.map(|s| crate::secrets::path(name, s.uuid)));
+        let logins = records.registry_logins.values().filter(|l| of(l.project));
+        used.extend(logins.map(|l| crate::images::registries::path(name, &l.host)));
         let custom = records.volumes.values().filter(|v| of(v.project) && v.owner == VolumeOwner::Custom);
         used.extend(custom.map(|v| crate::volumes::path(&records, v)));
         used

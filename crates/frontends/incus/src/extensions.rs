@@ -71,6 +71,7 @@ pub const TESTED: &[(&str, &str)] = &[
     ("karst_display_password", "displays_have_passwords"),
     ("karst_host", "karst_paths_answer"),
     ("karst_images_build", "karst_paths_answer"),
+    ("karst_registries", "registries_know_projects_by_name"),
     ("karst_snapshot_quiesce", "file_systems_are_still_around_snapshots"),
     ("karst_tokens", "tokens_are_shown_with_each_request"),
     ("karst_vmid", "a_vmid_is_chosen_and_shown"),

@@ -6,7 +6,7 @@ use crate::{
     handlers::{
         access, allocations, audit, backups, certificates, displays, events, exec, files, firewall, images,
         instances, karst, libvirt, logs, metadata, metrics, networks, operations, profiles, projects,
-        publish, recover, resources, server, snapshots, storage, tokens, volumes, warnings,
+        publish, recover, registries, resources, server, snapshots, storage, tokens, volumes, warnings,
     },
     respond::Reply,
 };
@@ -192,6 +192,9 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         POST "/1.0/karst/instances/{name}/vnc" => displays::open, "machines_are_seen_and_operated",
         PUT "/1.0/karst/instances/{name}/vnc" => displays::change, "displays_have_passwords",
         DELETE "/1.0/karst/instances/{name}/vnc" => displays::delete, "displays_have_passwords",
+        GET "/1.0/karst/registries" => registries::list, "registries_know_projects_by_name",
+        PUT "/1.0/karst/registries/{host}" => registries::change, "registries_know_projects_by_name",
+        DELETE "/1.0/karst/registries/{host}" => registries::delete, "registries_know_projects_by_name",
         GET "/1.0/karst/tokens" => tokens::list, "tokens_are_shown_with_each_request",
         POST "/1.0/karst/tokens" => tokens::create, "tokens_are_shown_with_each_request",
         DELETE "/1.0/karst/tokens/{name}" => tokens::delete, "tokens_are_shown_with_each_request",

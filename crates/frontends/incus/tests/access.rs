@@ -90,7 +90,7 @@ pub fn concrete(path: &str, names: &Names, operation: &str) -> String {
         .replace("certificates/{fingerprint}", &format!("certificates/{FINGERPRINT}"))
         .replace("{fingerprint}", &names.image)
         .replace("operations/{id}", &format!("operations/{operation}"));
-    p = p.replace("{listenAddress}", "192.0.2.50");
+    p = p.replace("{listenAddress}", "192.0.2.50").replace("{host}", "registry.example");
     if p.ends_with("/network/explain") {
         p += "?from=c1&to=192.0.2.9&port=80";
     }
@@ -115,6 +115,7 @@ pub fn body(method: &Method, path: &str, image: &str) -> String {
     let value = match (method.as_str(), path) {
         ("POST" | "DELETE", "/1.0/karst/access") => json!({"principal": "robot", "role": "user"}),
         ("PUT" | "PATCH", "/1.0/warnings/{uuid}") => json!({"status": "acknowledged"}),
+        ("PUT", "/1.0/karst/registries/{host}") => json!({"user": "robot", "password": "s3cret"}),
         ("POST", "/1.0/karst/tokens") => json!({"name": "n9", "role": "viewer"}),
         ("POST", "/1.0/certificates") => json!({"name": "n9", "certificate": OTHER_CERTIFICATE}),
         ("PUT" | "PATCH", "/1.0/certificates/{fingerprint}") => json!({"name": "n9"}),

@@ -57,6 +57,7 @@ pub async fn everything(s: &Server) -> Vec<Value> {
         "certificates",
         "karst/access",
         "karst/tokens",
+        "karst/registries",
         "warnings",
         "storage-pools/default/volumes",
         "storage-pools/default/volumes/custom/data/snapshots",

@@ -24,8 +24,22 @@ fn hex(bytes: &[u8]) -> String {
 /// What lies at which path, and of which type.
 type Files = BTreeMap<String, (&'static str, Vec<u8>)>;
 
-/// A registry that gives everybody a token who asks for one; answers its address and certificate.
-async fn registry(files: Files) -> (String, String) {
+/// Whom a registry lets read.
+#[derive(Clone, Copy, PartialEq)]
+enum Readers {
+    /// Everybody who asks for a token.
+    Everybody,
+    /// Who shows name and password with each request.
+    Basic,
+    /// Who gets a token by name and password.
+    Token,
+}
+
+/// The name and the password that registries here know: `robot` and `open sesame`.
+const KNOWN: &str = "Basic cm9ib3Q6b3BlbiBzZXNhbWU=";
+
+/// A registry; answers its address and certificate.
+async fn registry(files: Files, readers: Readers) -> (String, String) {
     let key = KeyPair::generate().unwrap();
     let made = CertificateParams::new(vec!["127.0.0.1".into()]).unwrap().self_signed(&key).unwrap();
     let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
@@ -49,7 +63,7 @@ async fn registry(files: Files) -> (String, String) {
                 let Ok(stream) = acceptor.accept(stream).await else { return };
                 let answer = service_fn(move |request: Request<hyper::body::Incoming>| {
                     let (files, base) = (files.clone(), base.clone());
-                    async move { Ok::<_, Infallible>(answer(&files, &base, &request)) }
+                    async move { Ok::<_, Infallible>(answer(&files, &base, readers, &request)) }
                 });
                 let _ = hyper::server::conn::http1::Builder::new()
                     .serve_connection(TokioIo::new(stream), answer)
@@ -60,17 +74,26 @@ async fn registry(files: Files) -> (String, String) {
     (address, made.pem())
 }
 
-fn answer<B>(files: &Files, base: &str, request: &Request<B>) -> Response<Full<Bytes>> {
+fn answer<B>(files: &Files, base: &str, readers: Readers, request: &Request<B>) -> Response<Full<Bytes>> {
     let path = request.uri().path();
     let body = |b: &[u8]| Full::new(Bytes::copy_from_slice(b));
+    let shown = request.headers().get("authorization").map_or("", |v| v.to_str().unwrap());
+    let refused = |asked: &str| {
+        Response::builder().status(401).header("www-authenticate", asked).body(body(b"")).unwrap()
+    };
+    if readers == Readers::Basic && shown != KNOWN {
+        return refused("Basic realm=\"a registry\"");
+    }
     if path == "/token" {
+        if readers == Readers::Token && shown != KNOWN {
+            return refused("Basic realm=\"tokens\"");
+        }
         assert!(request.uri().query().unwrap().contains("scope=repository%3Ateam%2Fserver%3Apull"));
         return Response::new(body(br#"{"token": "open-sesame"}"#));
     }
-    if request.headers().get("authorization").is_none_or(|v| v != "Bearer open-sesame") {
-        let asked =
-            format!("Bearer realm=\"{base}/token\",service=\"test\",scope=\"repository:team/server:pull\"");
-        return Response::builder().status(401).header("www-authenticate", asked).body(body(b"")).unwrap();
+    if readers != Readers::Basic && shown != "Bearer open-sesame" {
+        let scope = "repository:team/server:pull";
+        return refused(&format!("Bearer realm=\"{base}/token\",service=\"test\",scope=\"{scope}\""));
     }
     match files.get(path) {
         Some((kind, content)) => {
@@ -122,7 +145,7 @@ fn repository() -> (Files, String) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn applications_come_from_registries() {
     let (files, digest) = repository();
-    let (server, certificate) = registry(files).await;
+    let (server, certificate) = registry(files, Readers::Everybody).await;
     let s = Server::start().await;
     s.engine.set_image_servers(Arc::new(NetworkServers::new()));
     let launch = |name: &str, alias: &str, more: Value| {
@@ -176,4 +199,91 @@ async fn applications_come_from_registries() {
         assert!(text.contains(word), "{alias}: {text}");
     }
     s.get("/1.0/instances/never").await.refused(404);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn registries_know_projects_by_name() {
+    let (files, digest) = repository();
+    let s = Server::start().await;
+    s.engine.set_image_servers(Arc::new(NetworkServers::new()));
+    let list = "/1.0/karst/registries";
+    let at = |server: &str| format!("{list}/{}", server.trim_start_matches("https://"));
+    let (basic, certificate) = registry(files.clone(), Readers::Basic).await;
+    let login = |password: &str| json!({"user": "robot", "password": password, "certificate": certificate});
+    s.put(&at(&basic), login("open sesame")).await.refused(503);
+    s.engine.set_secret_key(karst_engine::secrets::SecretKey::new(&[7; 32]).unwrap());
+    let copy = |server: &str, certificate: Option<&str>| {
+        json!({"source": {"type": "image", "mode": "pull", "protocol": "oci", "server": server, "certificate": certificate,
+            "alias": "team/server:v1"}})
+    };
+    let fetched = async |server: &str, certificate: Option<&str>| {
+        let ended = s.wait(s.post("/1.0/images", copy(server, certificate)).await).await;
+        ended["err"].as_str().unwrap().to_owned()
+    };
+    let forget = async || s.done(s.delete(&format!("/1.0/images/{digest}")).await).await;
+    // Nobody has said who asks, then somebody who is not known, then the right one.
+    let text = fetched(&basic, Some(&certificate)).await;
+    assert!(text.contains("karst image registry add 127.0.0.1:"), "{text}");
+    s.put(&at(&basic), login("wrong one")).await.metadata();
+    let text = fetched(&basic, None).await;
+    assert!(text.contains("does not let \"robot\" read") && !text.contains("wrong one"), "{text}");
+    s.put(&at(&basic), login("open sesame")).await.metadata();
+    assert_eq!(fetched(&basic, None).await, "");
+    let host = basic.trim_start_matches("https://").to_owned();
+    let told = json!([{"host": host, "user": "robot", "certificate": certificate}]);
+    assert_eq!(s.get(list).await.metadata(), told, "and no password");
+    let image = s.get(&format!("/1.0/images/{digest}")).await.metadata();
+    assert_eq!(image["update_source"]["server"], json!(basic));
+    forget().await;
+    // Who states another certificate does not get the password to go there.
+    let (_, other) = registry(Files::new(), Readers::Everybody).await;
+    let text = fetched(&basic, Some(&other)).await;
+    assert!(!text.is_empty() && !text.contains("robot"), "{text}");
+    // By a token, in the address as clients of Incus say it; kept nowhere.
+    let (token, certificate) = registry(files, Readers::Token).await;
+    let named = |who: &str| token.replace("https://", &format!("https://{who}@"));
+    for (who, word) in
+        [("robot:wrong%20one", "does not let"), ("robot", "without a password"), ("a%3Ab:c", "colon")]
+    {
+        let answer = s.post("/1.0/images", copy(&named(who), Some(&certificate))).await;
+        let text = match answer.status {
+            202 => s.wait(answer).await["err"].as_str().unwrap().to_owned(),
+            _ => answer.refused(400),
+        };
+        assert!(text.contains(word) && !text.contains("wrong"), "{who}: {text}");
+    }
+    assert_eq!(fetched(&named("robot:open%20sesame"), Some(&certificate)).await, "");
+    let image = s.get(&format!("/1.0/images/{digest}")).await;
+    assert_eq!(image.metadata()["update_source"]["server"], json!(token));
+    for path in ["/1.0/images?recursion=1", "/1.0/operations?recursion=1", "/1.0/karst/audit", list] {
+        let text = String::from_utf8_lossy(&s.get(path).await.body).into_owned();
+        assert!(!text.contains("sesame"), "{path}: {text}");
+    }
+    let other = json!({"source": {"type": "image", "mode": "pull", "protocol": "simplestreams",
+        "server": "https://robot:sesame@images.example", "alias": "x"}});
+    let text = s.post("/1.0/images", other).await.refused(400);
+    assert!(text.contains("protocol oci") && !text.contains("sesame"), "{text}");
+    forget().await;
+    // Wrong input changes nothing; what is forgotten is not used any more.
+    for (path, body, word) in [
+        (format!("{list}/a%2Fb"), login("x"), "HOST:PORT"),
+        (at(&basic), json!({"user": "a:b", "password": "x"}), "colon"),
+        (at(&basic), json!({"user": "a", "password": "x\n"}), "control"),
+        (at(&basic), json!({"user": "a"}), "password"),
+    ] {
+        let text = s.put(&path, body).await.refused(400);
+        assert!(text.contains(word), "{text}");
+    }
+    assert_eq!(s.get(list).await.metadata(), told);
+    s.delete(&at(&basic)).await.metadata();
+    s.delete(&at(&basic)).await.refused(404);
+    assert_eq!(s.get(list).await.metadata(), json!([]));
+    // A project's are its own, and keep it from being removed.
+    assert_eq!(s.post("/1.0/projects", json!({"name": "other"})).await.status, 201);
+    s.put(&format!("{}?project=other", at(&basic)), login("open sesame")).await.metadata();
+    assert_eq!(s.get(list).await.metadata(), json!([]));
+    let text = s.delete("/1.0/projects/other").await.refused(409);
+    assert!(text.contains("not empty"), "{text}");
+    s.delete(&format!("{}?project=other", at(&basic))).await.metadata();
+    s.delete("/1.0/projects/other").await.metadata();
 }

@@ -8,6 +8,7 @@ use super::{
     completion::complete,
     create::is_fingerprint,
     image_alias::Alias,
+    image_registry::Registry,
     image_transfer::{export, import},
     object::Object,
 };
@@ -76,6 +77,9 @@ pub enum Image {
     /// Names of images
     #[command(subcommand)]
     Alias(Alias),
+    /// Registries of application containers that want a password
+    #[command(subcommand)]
+    Registry(Registry),
 }
 
 /// Options of `image import`.
@@ -149,6 +153,7 @@ impl Image {
             }
             Self::Build(options) => options.run(context).await,
             Self::Alias(command) => command.run(context).await,
+            Self::Registry(command) => command.run(context).await,
         }
     }
 }

@@ -17,6 +17,7 @@ pub mod file_push;
 pub mod host;
 pub mod image;
 pub mod image_alias;
+pub mod image_registry;
 pub mod image_transfer;
 pub mod info;
 pub mod lifecycle;

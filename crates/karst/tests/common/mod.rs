@@ -86,6 +86,8 @@ impl Fake {
             .route("/1.0/instances/{name}/console", post(console))
             .route("/1.0/instances/{name}/files", get(get_file).post(put_file))
             .route("/1.0/karst/images/build", post(build))
+            .route("/1.0/karst/registries", get(registries))
+            .route("/1.0/karst/registries/{host}", put(put_display).delete(registries))
             .route("/1.0/karst/instances/{name}/vnc", get(display).put(put_display))
             .route("/1.0/operations/{id}", get(operation).delete(cancel))
             .route("/1.0/operations/{id}/wait", get(wait))
@@ -302,6 +304,10 @@ async fn display(State(inner): Shared) -> Response {
     let last = inner.bodies.lock().unwrap().last().cloned();
     let end = last.as_ref().map_or(Value::Null, |body| body["valid_to"].clone());
     sync(json!({"display": true, "password": last.is_some(), "valid_to": end}))
+}
+
+async fn registries() -> Response {
+    sync(json!([{"host": "registry.example:5000", "user": "robot", "certificate": null}]))
 }
 
 async fn put_display(State(inner): Shared, Json(body): Json<Value>) -> Response {

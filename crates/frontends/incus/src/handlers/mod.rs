@@ -23,6 +23,7 @@ pub mod profiles;
 pub mod projects;
 pub mod publish;
 pub mod recover;
+pub mod registries;
 pub mod resources;
 pub mod server;
 pub mod snapshots;

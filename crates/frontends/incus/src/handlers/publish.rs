@@ -11,10 +11,12 @@ use karst_engine::{
     images::{
         ImageOptions,
         publish::PublishImage,
-        remote::{FetchImage, RemoteSource, protocol},
+        remote::{FetchImage, Login, RemoteSource, protocol},
     },
+    secrets::SecretValue,
 };
 use karst_model::{Error, Result, backup::Compression, image::UpdateSource, instance::InstanceKind};
+use percent_encoding::percent_decode_str;
 use serde_json::Value;
 
 /// Aliases of a body: a list of `{name, description}`.
@@ -65,8 +67,9 @@ pub(super) fn remote(source: &mut Fields) -> Result<RemoteSource> {
     let fingerprint = text(source.text("fingerprint")?);
     let alias = text(source.text("alias")?);
     let kind = text(source.text("image_type")?).map(|k| InstanceKind::parse("source.image_type", &k));
+    let (server, login) = apart(source.text("server")?.unwrap_or_default())?;
     let from = UpdateSource {
-        server: source.text("server")?.unwrap_or_default(),
+        server,
         protocol: protocol(&source.text("protocol")?.unwrap_or_default())?,
         certificate: text(source.text("certificate")?),
         alias: None,
@@ -78,7 +81,25 @@ pub(super) fn remote(source: &mut Fields) -> Result<RemoteSource> {
         reference: fingerprint.or(alias).unwrap_or_default(),
         secret: text(source.text("secret")?),
         project: text(source.text("project")?),
+        login,
     })
+}
+
+/// An address without the name and the password that it may hold, and those: `https://NAME:PASSWORD@HOST`, as clients of Incus
+/// say who they are at a registry.
+fn apart(address: String) -> Result<(String, Option<Login>)> {
+    let Some(rest) = address.strip_prefix("https://") else { return Ok((address, None)) };
+    let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let Some((who, place)) = authority.rsplit_once('@') else { return Ok((address, None)) };
+    // The error says nothing of what it is about.
+    let wrong = |text: &str| Error::invalid("source.server", text);
+    let (user, password) = who
+        .split_once(':')
+        .ok_or_else(|| wrong("there is a name without a password in the address of the registry"))?;
+    let decoded = |text: &str| percent_decode_str(text).decode_utf8().map(String::from);
+    let user = decoded(user).map_err(|_| wrong("the name in the address of the registry is not UTF-8"))?;
+    let password = SecretValue::new(percent_decode_str(password).collect())?;
+    Ok((format!("https://{place}{path}"), Some(Login { user, password })))
 }
 
 async fn fetch(call: &Taken, mut f: Fields, mut source: Fields) -> Result<Reply> {
@@ -163,4 +184,30 @@ pub async fn rebuild(call: Call) -> Result<Reply> {
     let operation =
         call.engine().instance_rebuild(&call.context, call.project(), call.param(0), source).await?;
     running(&operation)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_passwords_are_taken_out_of_addresses() {
+        let of = |address: &str| apart(address.to_owned());
+        let login = |user: &str, password: &str| {
+            let password = SecretValue::new(password.as_bytes().to_vec()).unwrap();
+            Some(Login { user: user.to_owned(), password })
+        };
+        for (address, server, wanted) in [
+            ("https://a.example/x", "https://a.example/x", None),
+            ("https://a.example/x@y", "https://a.example/x@y", None),
+            ("https://me:sesame@a.example:5000", "https://a.example:5000", login("me", "sesame")),
+            ("https://a%40b:se%3Aame%2F@a.example/v", "https://a.example/v", login("a@b", "se:ame/")),
+            ("https://me:se@same@a.example", "https://a.example", login("me", "se@same")),
+            ("http://me:sesame@a.example", "http://me:sesame@a.example", None),
+        ] {
+            assert_eq!(of(address).unwrap(), (server.to_owned(), wanted), "{address}");
+        }
+        let e = of("https://sesame@a.example").unwrap_err();
+        assert!(!e.message.contains("sesame"), "{e}");
+    }
 }

@@ -1,5 +1,5 @@
 //! Registries of the OCI (distribution-spec 1.1), which Docker's is as well: a manifest by tag or digest, its blobs, and a token
-//! for those who ask nothing but to read. What comes is staged as one archive of a layout, which is judged like one that
+//! for those who ask nothing but to read, or who say who they are. What comes is staged as one archive of a layout, which is judged like one that
 //! somebody uploads; every blob is compared with its digest while it comes.
 
 use super::{
@@ -7,6 +7,7 @@ use super::{
     https::{Body, Https},
     nonsense,
 };
+use base64::{Engine as _, prelude::BASE64_STANDARD};
 use hyper::{
     StatusCode,
     header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderName, WWW_AUTHENTICATE},
@@ -14,7 +15,7 @@ use hyper::{
 };
 use karst_engine::images::{
     ImagePart,
-    remote::{Parts, RemoteImage, RemoteSource},
+    remote::{Login, Parts, RemoteImage, RemoteSource},
 };
 use karst_model::{
     Config, Error, Result,
@@ -38,7 +39,9 @@ struct Registry<'a> {
     https: &'a Https,
     base: String,
     repository: String,
-    token: Mutex<Option<String>>,
+    login: Option<&'a Login>,
+    /// What is shown with each request, once it was asked for.
+    authorization: Mutex<Option<String>>,
 }
 
 /// `NAME[:TAG][@DIGEST]`: the repository, and what of it is meant.
@@ -98,20 +101,21 @@ struct Token {
 }
 
 impl<'a> Registry<'a> {
-    fn of(https: &'a Https, source: &RemoteSource) -> Result<(Self, String)> {
+    fn of(https: &'a Https, source: &'a RemoteSource) -> Result<(Self, String)> {
         let docker = https.base() == DOCKER.0;
         let base = if docker { DOCKER.1 } else { https.base() };
         let (repository, wanted) = reference(&source.reference, docker)?;
-        Ok((Self { https, base: base.to_owned(), repository, token: Mutex::default() }, wanted))
+        let (base, login) = (base.to_owned(), source.login.as_ref());
+        Ok((Self { https, base, repository, login, authorization: Mutex::default() }, wanted))
     }
 
-    /// Asks once, and once more with a token when one is wanted.
+    /// Asks once, and once more with what is wanted.
     async fn get(&self, what: &str, accept: &str) -> Result<(response::Parts, Body)> {
         let address = format!("{}/v2/{}/{what}", self.base, self.repository);
         for second in [false, true] {
             let mut headers: Vec<(HeaderName, String)> = vec![(ACCEPT, accept.to_owned())];
-            if let Some(token) = &*self.token.lock().await {
-                headers.push((AUTHORIZATION, format!("Bearer {token}")));
+            if let Some(shown) = &*self.authorization.lock().await {
+                headers.push((AUTHORIZATION, shown.clone()));
             }
             let (head, body) = self.https.ask(&address, &headers).await?;
             if head.status != StatusCode::UNAUTHORIZED {
@@ -120,22 +124,58 @@ impl<'a> Registry<'a> {
             if second {
                 break;
             }
-            let asked = head.headers.get(WWW_AUTHENTICATE).and_then(|v| v.to_str().ok()).unwrap_or_default();
-            let token = self.sign_in(asked).await?;
-            *self.token.lock().await = Some(token);
+            let asked = head.headers.get_all(WWW_AUTHENTICATE).iter();
+            let asked: Vec<&str> = asked.filter_map(|v| v.to_str().ok()).collect();
+            let shown = self.sign_in(&asked).await?;
+            *self.authorization.lock().await = Some(shown);
         }
-        // Registries answer so for what is not there, too.
-        Err(Error::not_found(format!(
-            "the registry has no image {:?} that everybody may read; check the name",
-            self.repository
-        )))
+        let (host, repository) = (self.host(), &self.repository);
+        Err(match self.login {
+            Some(_) => self.refused(),
+            // Registries answer so for what is not there, too.
+            None => Error::not_found(format!(
+                "the registry has no image {repository:?} that everybody may read; check the name, or say who you are: \
+                 karst image registry add {host} --user NAME"
+            )),
+        })
     }
 
-    async fn sign_in(&self, asked: &str) -> Result<String> {
-        let refused = || Error::forbidden("the registry wants a password, which cannot be given here");
-        let parts = challenge(asked).ok_or_else(refused)?;
+    fn host(&self) -> &str {
+        let rest = self.https.base().trim_start_matches("https://");
+        rest.split('/').next().unwrap_or(rest)
+    }
+
+    /// Who asks is nobody, or not who he says.
+    fn refused(&self) -> Error {
+        let (host, repository) = (self.host(), &self.repository);
+        Error::forbidden(match self.login {
+            Some(login) => format!(
+                "the registry {host} does not let {:?} read {repository:?}; check the name and set the password again: \
+                 karst image registry add {host} --user NAME",
+                login.user
+            ),
+            None => format!(
+                "the registry {host} wants a name and a password: karst image registry add {host} --user NAME"
+            ),
+        })
+    }
+
+    /// What is to be shown: a token that the registry's own server gives, or name and password.
+    async fn sign_in(&self, asked: &[&str]) -> Result<String> {
+        let basic = self.login.map(|login| {
+            let both = [login.user.as_bytes(), b":", login.password.bytes()].concat();
+            format!("Basic {}", BASE64_STANDARD.encode(both))
+        });
+        let Some(parts) = asked.iter().find_map(|a| challenge(a)) else {
+            let wanted =
+                |a: &&str| a.split(' ').next().is_some_and(|kind| kind.eq_ignore_ascii_case("basic"));
+            return match basic {
+                Some(basic) if asked.iter().any(wanted) => Ok(basic),
+                _ => Err(self.refused()),
+            };
+        };
         let get = |name: &str| parts.iter().find(|(n, _)| *n == name).map(|(_, v)| *v);
-        let realm = get("realm").ok_or_else(refused)?;
+        let realm = get("realm").ok_or_else(|| self.refused())?;
         let mut address = realm.to_owned();
         let scope = format!("repository:{}:pull", self.repository);
         for (name, value) in [("service", get("service")), ("scope", Some(get("scope").unwrap_or(&scope)))] {
@@ -144,16 +184,17 @@ impl<'a> Registry<'a> {
                 address.push_str(&format!("{sign}{name}={}", encoded(value)));
             }
         }
-        let (head, body) = self.https.ask(&address, &[]).await?;
+        let headers: Vec<(HeaderName, String)> = basic.into_iter().map(|b| (AUTHORIZATION, b)).collect();
+        let (head, body) = self.https.ask(&address, &headers).await?;
         if head.status != StatusCode::OK {
-            return Err(refused());
+            return Err(self.refused());
         }
         let text = read(body, 64 << 10).await?;
         let token: Token = serde_json::from_slice(&text).map_err(|e| nonsense("token", e))?;
         let token = if token.token.is_empty() { token.access_token } else { token.token };
         match token.is_empty() || token.len() > 32 << 10 || !token.bytes().all(|b| b.is_ascii_graphic()) {
             true => Err(nonsense("token", "none, or no token")),
-            false => Ok(token),
+            false => Ok(format!("Bearer {token}")),
         }
     }
 
