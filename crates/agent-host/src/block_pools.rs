@@ -174,7 +174,7 @@ async fn lvm_at(granted: Granted) -> Result<Vec<(PoolId, Option<String>)>> {
 }
 
 impl PoolPlace {
-    fn zpool(&self) -> String {
+    pub(crate) fn zpool(&self) -> String {
         zfs_name(self.id())
     }
 
@@ -263,7 +263,7 @@ impl PoolPlace {
         succeeds(import.arg(self.zpool())).await
     }
 
-    fn group(&self, spec: &PoolSpec) -> lvm::LvmPlace {
+    pub(crate) fn group(&self, spec: &PoolSpec) -> lvm::LvmPlace {
         let id = self.id();
         let named = spec.options.thin_pool.clone();
         let (group, thin_pool) = match &spec.source {

@@ -575,7 +575,7 @@ calls! {
     mutate pool_ensure(me, spec: PoolSpec) -> () {
         let _lock = me.lock(spec.id.0).await;
         match me.registry.pool(spec.id)? {
-            Some(old) if old != spec => return Err(Error::conflict(format!("pool {} is there already, and different", spec.id))),
+            Some(old) if !old.is_same_pool(&spec) => return Err(Error::conflict(format!("pool {} is there already, and different", spec.id))),
             Some(_) => {}
             None => {
                 // Before anything is made of it.
@@ -589,6 +589,7 @@ calls! {
         }
         me.open_pool(&spec, Purpose::Make).await
     }
+    mutate pool_grow(me, request: PoolGrow) -> () { me.grow_pool(request).await }
     mutate pool_remove(me, pool: PoolId) -> () { me.remove_pool(pool).await }
     read pool_usage(me, pool: PoolId) -> Usage { me.pool(pool)?.space().await }
     read pool_flush(me, pool: PoolId) -> () { me.pool(pool)?.flush().await }

@@ -24,6 +24,7 @@ mod monitor;
 mod nics;
 mod nodes;
 mod policy;
+mod pool_growth;
 mod pools;
 mod proxies;
 mod publish;

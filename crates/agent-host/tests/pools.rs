@@ -1,14 +1,14 @@
-//! Pools whose disk comes late: told, tried again, never made anew. What a power cut tore: a guest's record, a snapshot.
+//! Pools that grow while they are in use. Pools whose disk comes late: told, tried again, never made anew. What a power cut tore: a guest's record, a snapshot.
 #![allow(clippy::disallowed_methods)] // a real machine
 
 #[path = "../../testkit/src/backends.rs"]
 mod backends;
 
-use karst_agent::{CallContext, Fence, HostAgent, VolumeSnapshotRef};
+use karst_agent::{CallContext, Fence, HostAgent, PoolGrow, VolumeSnapshotRef};
 use karst_agent_host::{HostPolicy, RealAgent, RealOptions, ids};
 use karst_env::RealEnv;
 use karst_model::{
-    ErrorKind, NodeId, PoolId, SagaId, SnapshotId, VolumeId,
+    ByteSize, ErrorKind, NodeId, PoolId, SagaId, SnapshotId, VolumeId,
     spec::{PoolSource, PoolSpec, VolumeSource, VolumeSpec},
     storage::{PoolKind, VolumeContent},
 };
@@ -160,4 +160,70 @@ async fn a_snapshot_that_the_power_cut_short_is_taken_again() {
     agent.volume_snapshot_create(&change, at).await.expect("the step is done again");
     agent.volume_snapshot_restore(&change, at).await.expect("now it is whole");
     agent.purge().await.unwrap();
+}
+
+/// Can this machine have a pool of this kind in a file?
+fn can_have(kind: PoolKind) -> bool {
+    let there = |path: &str| Path::new(path).exists();
+    let (can, what) = match kind {
+        PoolKind::Zfs => (there("/dev/zfs"), backends::Optional::Zfs),
+        PoolKind::Lvm => {
+            (there("/dev/mapper/control") && there("/dev/loop-control"), backends::Optional::DeviceMapper)
+        }
+        _ => {
+            let known = fs::read_to_string("/proc/filesystems").unwrap_or_default().contains("btrfs");
+            (known && there("/dev/loop-control"), backends::Optional::LoopDevices)
+        }
+    };
+    if !can {
+        backends::absent(what);
+    }
+    can
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pools_in_files_of_their_own_grow() {
+    if !backends::root() {
+        return;
+    }
+    let _claims = Claims(3);
+    let dir = tempfile::tempdir().unwrap();
+    let host = dir.path().join("host");
+    for path in [dir.path(), &host] {
+        fs::create_dir_all(path).unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(0o711)).unwrap();
+    }
+    let read = CallContext::read(LONG);
+    let fence =
+        Fence { saga: SagaId(uuid::Uuid::nil()), executor: NodeId(uuid::Uuid::nil()), epoch: 1, step: 0 };
+    let change = CallContext::mutate(LONG, fence);
+    let mut first = agent(3, dir.path(), dir.path()).await;
+    for kind in [PoolKind::Btrfs, PoolKind::Zfs, PoolKind::Lvm] {
+        if !can_have(kind) {
+            continue;
+        }
+        let id = PoolId(uuid::Uuid::new_v4());
+        let source = |size: ByteSize| PoolSource::Own { size: Some(size) };
+        let small = PoolSpec { source: source(ByteSize::mib(512)), ..PoolSpec::own(id, kind) };
+        first.pool_ensure(&change, small.clone()).await.unwrap();
+        let space = async |agent: &RealAgent| agent.pool_usage(&read, id).await.unwrap().total;
+        let before = space(&first).await;
+        let grow = |size| PoolGrow { pool: id, size };
+        // Twice is once; smaller is refused, and changes nothing.
+        for _ in 0..2 {
+            first.pool_grow(&change, grow(ByteSize::gib(1))).await.unwrap();
+            let after = space(&first).await;
+            assert!(after >= before + (400 << 20), "{kind:?}: {before} became {after}");
+        }
+        let refused = first.pool_grow(&change, grow(ByteSize::mib(600))).await.unwrap_err();
+        assert_eq!((refused.kind, refused.field.as_deref()), (ErrorKind::Conflict, Some("config.size")));
+        let large = space(&first).await;
+        // It is as large after a restart, and the same pool to who knows it as it was made.
+        drop(first);
+        first = agent(3, dir.path(), dir.path()).await;
+        assert_eq!(space(&first).await, large, "{kind:?}");
+        first.pool_ensure(&change, small).await.unwrap();
+        first.pool_remove(&change, id).await.unwrap();
+    }
+    first.purge().await.unwrap();
 }

@@ -227,6 +227,8 @@ agent_calls! {
 
     /// Makes the pool usable.
     mutate fn pool_ensure(PoolEnsure: PoolSpec) -> ();
+    /// Grows a pool that lies in a file of its own, while it is in use. What has its size already stays; smaller is refused.
+    mutate fn pool_grow(PoolGrow: PoolGrow) -> ();
     /// Forgets an empty pool and removes its directory.
     mutate fn pool_remove(PoolRemove: PoolId) -> ();
     /// Space of a pool.
@@ -504,6 +506,15 @@ pub struct VolumeRef {
     pub pool: PoolId,
     /// Volume.
     pub volume: VolumeId,
+}
+
+/// A larger pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolGrow {
+    /// Which.
+    pub pool: PoolId,
+    /// How large its file is to be.
+    pub size: ByteSize,
 }
 
 /// A new size.

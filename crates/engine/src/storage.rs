@@ -9,10 +9,11 @@ use crate::{
     saga::{Saga, StepContext, runner},
 };
 use async_trait::async_trait;
-use karst_agent::{CallContext, VolumeRef};
+use karst_agent::{CallContext, PoolGrow, VolumeRef};
 use karst_model::{
-    Config, Error, Name, NodeId, PoolId, ProjectId, Result,
+    ByteSize, Config, Error, Name, NodeId, PoolId, ProjectId, Result,
     access::Permission,
+    spec::PoolSource,
     storage::{Pool, PoolKind, Usage, Volume, VolumeOwner},
 };
 use serde::{Deserialize, Serialize};
@@ -177,33 +178,34 @@ impl Engine {
         .await
     }
 
-    /// Replaces a pool's description and notes (`user.*`). What the pool is made of stays as it was made.
+    /// Replaces a pool's description and notes (`user.*`), and lets one in a file of its own grow (`size`), which is the operation
+    /// that is answered. What else the pool is made of stays as it was made.
     ///
     /// # Errors
-    /// Invalid by field, not found, conflict (deleted meanwhile), precondition failed, forbidden.
-    pub async fn pool_update(&self, context: &Context, name: &str, request: UpdatePool) -> Result<()> {
+    /// Invalid by field, not found, conflict (deleted meanwhile), precondition failed, forbidden; what fails on a host comes
+    /// with the operation.
+    pub async fn pool_update(
+        &self,
+        context: &Context,
+        name: &str,
+        request: UpdatePool,
+    ) -> Result<Option<LiveOperation>> {
         context.demand_server(Permission::ServerEdit)?;
         let inner = self.inner();
         let config: Config = request.config.into_iter().filter(|(_, v)| !v.is_empty()).collect();
+        let request = UpdatePool { config, ..request };
+        let grows = changed(inner.inventory.read().pool(name)?, name, &request)?.is_some();
+        if grows {
+            return self.pool_grow(context, name, &request).await.map(Some);
+        }
+        let config = &request.config;
         inner
             .transact(|records, tx| {
                 let row = records.pool(name)?;
-                if request.if_version.is_some_and(|v| v != row.spec_version) {
-                    return Err(Error::precondition_failed(format!(
-                        "storage pool {name:?} has changed since it was read; read it again"
+                if changed(row, name, &request)?.is_some() {
+                    return Err(Error::conflict(format!(
+                        "storage pool {name:?} changes just now; try again"
                     )));
-                }
-                karst_model::storage::pool_source(row.kind, &config)?;
-                let made = |c: &Config, key: &str| c.get(key).cloned().unwrap_or_default();
-                let keys = config.keys().chain(row.config.keys()).filter(|k| !k.starts_with("user."));
-                if let Some(key) = keys.into_iter().find(|k| made(&config, k) != made(&row.config, k)) {
-                    return Err(Error::invalid(
-                        format!("config.{key}"),
-                        format!(
-                            "{key} of a pool is decided when it is created; it is {:?}",
-                            made(&row.config, key)
-                        ),
-                    ));
                 }
                 tx.expect_unlocked(&pool_lock(row.id));
                 let mut pool = row.value.clone();
@@ -215,7 +217,30 @@ impl Engine {
             })
             .await?;
         inner.announce(context, None, "storage-pool-updated", format!("/1.0/storage-pools/{name}"));
-        Ok(())
+        Ok(None)
+    }
+
+    async fn pool_grow(&self, context: &Context, name: &str, request: &UpdatePool) -> Result<LiveOperation> {
+        let inner = self.inner();
+        runner::start::<PoolGrowth>(inner, context, |tx| {
+            let records = inner.inventory.read();
+            let row = records.pool(name)?;
+            let size = changed(row, name, request)?;
+            let size = size.ok_or_else(|| {
+                Error::conflict(format!("storage pool {name:?} changes just now; try again"))
+            })?;
+            tx.expect(row);
+            let pool = Pool {
+                description: request.description.clone(),
+                config: request.config.clone(),
+                spec_version: row.spec_version + 1,
+                ..row.value.clone()
+            };
+            let path = format!("/1.0/storage-pools/{name}");
+            let new = NewOperation::task("Growing storage pool", None, "storage-pools", path);
+            Ok((GrowthPlan { pool, size, nodes: inner.agents.nodes() }, new))
+        })
+        .await
     }
 
     /// Deletes a pool that nothing uses.
@@ -250,6 +275,40 @@ impl Engine {
         })
         .await
     }
+}
+
+/// What a change asks of the hosts of a pool: to let it grow to a size. All else that it is made of stays.
+fn changed(row: &Row<Pool>, name: &str, request: &UpdatePool) -> Result<Option<ByteSize>> {
+    if request.if_version.is_some_and(|v| v != row.spec_version) {
+        return Err(Error::precondition_failed(format!(
+            "storage pool {name:?} has changed since it was read; read it again"
+        )));
+    }
+    let config = &request.config;
+    let source = karst_model::storage::pool_source(row.kind, config)?;
+    let made = |c: &Config, key: &str| c.get(key).cloned().unwrap_or_default();
+    let mut grows = None;
+    for key in config.keys().chain(row.config.keys()).filter(|k| !k.starts_with("user.")) {
+        let before = made(&row.config, key);
+        if made(config, key) == before {
+            continue;
+        }
+        let field = format!("config.{key}");
+        match (key.as_str(), &source) {
+            ("size", PoolSource::Own { size: Some(size) }) => {
+                let now = Some(&before).filter(|s| !s.is_empty()).map(|s| ByteSize::parse(&field, s));
+                if now.transpose()?.is_some_and(|now| now > *size) {
+                    return Err(Error::invalid(field, format!("a pool only grows; its size is {before}")));
+                }
+                grows = Some(*size);
+            }
+            _ => {
+                let text = format!("{key} of a pool is decided when it is created; it is {before:?}");
+                return Err(Error::invalid(field, text));
+            }
+        }
+    }
+    Ok(grows)
 }
 
 /// Time that a host has to make a file system.
@@ -350,5 +409,55 @@ impl Saga for PoolDelete {
     }
     fn announce(plan: &PoolPlan) -> Vec<(&'static str, String)> {
         vec![("storage-pool-deleted", format!("/1.0/storage-pools/{}", plan.pool.name))]
+    }
+}
+
+/// Plan of [`PoolGrowth`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct GrowthPlan {
+    /// The pool as it will be.
+    pool: Pool,
+    size: ByteSize,
+    nodes: Vec<NodeId>,
+}
+
+/// Grows a pool on every host, then the record. What has grown does not shrink: where a host refuses, others stay as large as they
+/// are, the record says what it said, and the same change can be asked for again.
+pub struct PoolGrowth;
+
+#[async_trait]
+impl Saga for PoolGrowth {
+    const NAME: &'static str = "pool-grow";
+    const STEPS: &'static [&'static str] = &["grow"];
+    type Plan = GrowthPlan;
+    type Outputs = ();
+
+    fn locks(plan: &GrowthPlan) -> Vec<String> {
+        vec![pool_lock(plan.pool.id)]
+    }
+    fn begin(_: &GrowthPlan, _: &EngineInner, _: &mut Tx) -> Result<()> {
+        Ok(())
+    }
+    async fn run(cx: &StepContext, plan: &GrowthPlan, _: &mut (), _: usize) -> Result<()> {
+        let request = PoolGrow { pool: plan.pool.id, size: plan.size };
+        for node in &plan.nodes {
+            cx.agent(*node)?.pool_grow(&cx.mutate(MAKING), request).await?;
+        }
+        Ok(())
+    }
+    async fn undo(_: &StepContext, _: &GrowthPlan, _: &(), _: usize) -> Result<()> {
+        Ok(())
+    }
+    fn commit(plan: &GrowthPlan, _: &(), engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        let records = engine.inventory.read();
+        let row = records.pools.get(&plan.pool.id).ok_or_else(|| Error::not_found("the pool is gone"))?;
+        tx.replace(row, &plan.pool);
+        Ok(())
+    }
+    fn abort(_: &GrowthPlan, _: &(), _: &EngineInner, _: &mut Tx) -> Result<()> {
+        Ok(())
+    }
+    fn announce(plan: &GrowthPlan) -> Vec<(&'static str, String)> {
+        vec![("storage-pool-updated", format!("/1.0/storage-pools/{}", plan.pool.name))]
     }
 }

@@ -67,6 +67,7 @@ const WRITE: u64 = 1;
 const READ: u64 = 2;
 const SUBVOL_CREATE: libc::c_ulong = request(WRITE, 14, size_of::<Named>());
 const SNAP_DESTROY: libc::c_ulong = request(WRITE, 15, size_of::<Named>());
+const RESIZE: libc::c_ulong = request(WRITE, 3, size_of::<Named>());
 const SNAP_CREATE_V2: libc::c_ulong = request(WRITE, 23, size_of::<NamedV2>());
 const QUOTA_CTL: libc::c_ulong = request(READ | WRITE, 40, size_of::<Control>());
 const QGROUP_LIMIT: libc::c_ulong = request(READ, 43, size_of::<Limit>());
@@ -207,6 +208,14 @@ pub fn enable_quota(path: &Path) -> Result<()> {
         call(&fd, QUOTA_RESCAN_WAIT, &mut ())?;
     }
     Ok(())
+}
+
+/// Grows the file system that is mounted on `path` to the size of its one device. Blocking.
+///
+/// # Errors
+/// The system refuses.
+pub fn fill_device(path: &Path) -> io::Result<()> {
+    call(open(path)?, RESIZE, &mut Named { fd: 0, name: named(OsStr::new("max"))? })
 }
 
 /// Limits what a subvolume refers to, in bytes; `None`: no limit. Accounting must be on.

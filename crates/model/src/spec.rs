@@ -558,6 +558,17 @@ pub struct PoolSpec {
     pub options: PoolOptions,
 }
 
+impl PoolSpec {
+    /// The same pool, whatever size its own file has by now?
+    pub fn is_same_pool(&self, other: &PoolSpec) -> bool {
+        let any = |spec: &PoolSpec| match spec.source {
+            PoolSource::Own { .. } => PoolSpec { source: PoolSource::default(), ..spec.clone() },
+            PoolSource::Granted { .. } => spec.clone(),
+        };
+        any(self) == any(other)
+    }
+}
+
 /// What only some kinds of pools have; `None` is the host's choice.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PoolOptions {

@@ -124,7 +124,7 @@ pub const POOL_KEYS: &[PoolKey] = &[
         name: "size",
         kinds: &[PoolKind::Btrfs, PoolKind::Zfs, PoolKind::Lvm],
         default: "20% of the free space, 5GiB to 30GiB",
-        text: "Size of the pool's own file; not with `source`.",
+        text: "Size of the pool's own file, which may grow later; not with `source`.",
     },
     PoolKey {
         name: "lvm.vg_name",

@@ -282,6 +282,7 @@ macro_rules! scenario {
 }
 
 mod machines;
+mod pools;
 mod recover;
 pub use recover::lose;
 
@@ -832,6 +833,7 @@ pub fn all() -> Vec<Scenario> {
         ),
     ];
     all.extend(machines::scenarios());
+    all.extend(pools::scenarios());
     all.extend(recover::scenarios());
     all
 }

@@ -280,7 +280,7 @@ pub fn fingerprint(engine: &Engine) -> String {
     lines.extend(records.images.values().map(|i| format!("image {} {}", i.fingerprint, i.kind)));
     lines.extend(records.aliases().map(|a| format!("alias {}", a.name)));
     lines.extend(records.networks.values().map(|n| format!("network {} {:?}", &*n.name, n.config)));
-    lines.extend(records.pools.values().map(|p| format!("pool {}", &*p.name)));
+    lines.extend(records.pools.values().map(|p| format!("pool {} {:?}", &*p.name, p.config)));
     lines.extend(records.volumes.values().map(|v| format!("volume {} {:?} {:?}", v.name, v.content, v.size)));
     lines.sort();
     lines.join("\n")

@@ -309,7 +309,7 @@ fn cases() -> Vec<Case> {
         pool ServerView |f, c, p| f.w.engine.pool(c, "default").map(drop);
         pool_usage ServerView |f, c, p| f.w.engine.pool_usage(c, "default").await.map(drop);
         pool_create ServerEdit |f, c, p| f.w.engine.pool_create(c, CreatePool { name: "third".into(), driver: "dir".into(), ..Default::default() }).await.map(drop);
-        pool_update ServerEdit |f, c, p| f.w.engine.pool_update(c, "default", Default::default()).await;
+        pool_update ServerEdit |f, c, p| f.w.engine.pool_update(c, "default", Default::default()).await.map(drop);
         pool_delete ServerEdit |f, c, p| f.w.engine.pool_delete(c, "second").await.map(drop);
         operation_attend ServerEdit |f, c, p| f.w.engine.operation_attend(c, f.running, false).await;
         warnings Filtered |f, c, p| match f.w.engine.warnings(c) { Ok(all) => { assert!(all.is_empty() || c.principal().may(karst_model::access::Permission::ServerInspect, None), "{all:?}"); Ok(()) } Err(e) => { assert_eq!(e.kind, ErrorKind::Unauthenticated); Ok(()) } };

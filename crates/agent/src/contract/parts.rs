@@ -80,6 +80,9 @@ pub(super) async fn pools(s: &Subject) {
     s.agent.pool_ensure(&s.change(), spec).await.expect("twice is once");
     let usage = s.agent.pool_usage(&s.read(), pool).await.unwrap();
     assert!(usage.total > 0 && usage.used <= usage.total, "{usage:?}");
+    let grow = |pool| PoolGrow { pool, size: ByteSize::gib(1) };
+    refused(s.agent.pool_grow(&s.change(), grow(pool)).await, ErrorKind::Unsupported);
+    refused(s.agent.pool_grow(&s.change(), grow(PoolId(s.env.uuid()))).await, ErrorKind::NotFound);
     let volume = s.volume(pool, InstanceKind::Container, None);
     s.agent.volume_create(&s.change(), volume.clone()).await.unwrap();
     s.agent.pool_flush(&s.read(), pool).await.unwrap();

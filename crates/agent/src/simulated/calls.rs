@@ -17,8 +17,8 @@ use karst_model::{
     instance::InstanceKind,
     network::Lease,
     node::{Accelerator, AcceleratorKind, HostFacts},
-    spec::{GuestSpec, NetworkSpec, PoolSpec, VolumeSpec},
-    storage::Usage,
+    spec::{GuestSpec, NetworkSpec, PoolSource, PoolSpec, VolumeSpec},
+    storage::{PoolKind, Usage},
 };
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::io::{Read, Seek, SeekFrom};
@@ -113,11 +113,25 @@ calls! {
     mutate pool_ensure(me, spec: PoolSpec) -> () {
         let mut state = me.lock();
         match state.pools.get(&spec.id) {
-            Some(old) if *old != spec => Err(Error::conflict(format!("pool {} is of another kind", spec.id))),
+            Some(old) if !old.is_same_pool(&spec) => Err(Error::conflict(format!("pool {} is of another kind", spec.id))),
             _ => {
                 state.pools.insert(spec.id, spec);
                 Ok(())
             }
+        }
+    }
+    mutate pool_grow(me, request: PoolGrow) -> () {
+        let mut state = me.lock();
+        let spec = state.pools.get_mut(&request.pool).ok_or_else(|| no_pool(request.pool))?;
+        match &mut spec.source {
+            PoolSource::Own { size } if spec.kind != PoolKind::Dir => {
+                if size.is_some_and(|now| now > request.size) {
+                    return Err(Error::conflict("a pool only grows").at("config.size"));
+                }
+                *size = Some(request.size);
+                Ok(())
+            }
+            _ => Err(Error::unsupported("only a pool in a file of its own has a size").at("config.size")),
         }
     }
     mutate pool_remove(me, pool: PoolId) -> () {
@@ -134,11 +148,13 @@ calls! {
     read pools_find(me, request: PoolsFind) -> Vec<FoundPool> { me.find_pools(&request) }
     read pool_usage(me, pool: PoolId) -> Usage {
         let state = me.lock();
-        if !state.pools.contains_key(&pool) {
-            return Err(no_pool(pool));
-        }
+        let spec = state.pools.get(&pool).ok_or_else(|| no_pool(pool))?;
+        let size = match spec.source {
+            PoolSource::Own { size: Some(size) } => size,
+            _ => me.options.pool_size,
+        };
         let used = state.pool_used(pool);
-        Ok(Usage { used, total: me.options.pool_size.bytes(), inodes_used: used >> 14, inodes_total: 1 << 24 })
+        Ok(Usage { used, total: size.bytes(), inodes_used: used >> 14, inodes_total: 1 << 24 })
     }
 
     read pool_flush(me, pool: PoolId) -> () {

@@ -39,10 +39,22 @@ async fn pools_are_described() {
     let seen = s.get(pool).await.metadata();
     assert_eq!((&seen["description"], &seen["config"]["user.note"]), (&json!("fast"), &json!("x")));
     assert_eq!(seen["config"]["user.more"], "y");
-    // What it is made of is not changed afterwards, and keys are checked as at its creation.
+    // What it is made of is not changed afterwards but for its size, which grows; keys are checked as at its creation.
     let made = json!({"name": "p5", "driver": "btrfs", "config": {"size": "1GiB"}});
     assert_eq!(s.post("/1.0/storage-pools", made).await.status, 201);
-    for (config, key) in [(json!({"size": "2GiB"}), "size"), (json!({"nothing": "1"}), "nothing")] {
+    s.patch("/1.0/storage-pools/p5", json!({"config": {"size": "2GiB", "user.note": "more"}}))
+        .await
+        .metadata();
+    let p5 = s.get("/1.0/storage-pools/p5").await.metadata();
+    assert_eq!((&p5["config"]["size"], &p5["config"]["user.note"]), (&json!("2GiB"), &json!("more")));
+    let space = s.get("/1.0/storage-pools/p5/resources").await.metadata();
+    assert_eq!(space["space"]["total"], 2u64 << 30);
+    for (config, key) in [
+        (json!({"size": "1GiB"}), "only grows"),
+        (json!({"size": "much"}), "size"),
+        (json!({"size": ""}), "decided"),
+        (json!({"nothing": "1"}), "nothing"),
+    ] {
         let said = s.patch("/1.0/storage-pools/p5", json!({"config": config})).await.refused(400);
         assert!(said.contains(key), "{said}");
     }

@@ -102,6 +102,9 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
     add("pool_ensure", "of another kind", json!({"id": id(2), "kind": "btrfs"}), Refused);
     add("pool_remove", "with volumes", json!(pool()), Refused);
     add("pool_usage", "of none", no_pool.clone(), Refused);
+    for (what, which) in [("none", no_pool.clone()), ("one without a size", json!(pool()))] {
+        add("pool_grow", what, json!({"pool": which, "size": u64::MAX}), Refused);
+    }
     add("pool_flush", "of none", no_pool.clone(), Refused);
 
     for name in ["$(reboot)", "../x", "a b", ""] {
@@ -492,6 +495,13 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
     }
     add("guest_screenshot", "of a container", json!(id(4)), Refused);
     add("display_attach", "of a container", json!(id(4)), Refused);
+    for (what, password) in
+        [("of a container", "sesame"), ("with what ends a line", "a\nquit"), ("with none", "")]
+    {
+        let guarded = json!({"instance": id(4), "guard": {"password": password}});
+        add("display_attach_guarded", what, guarded.clone(), Refused);
+        add("display_guard", what, guarded, Refused);
+    }
 
     for (key, value) in [("uid", u32::MAX), ("gid", u32::MAX), ("mode", 0o1_000_000)] {
         let mut request = json!(FileWriteRequest {

@@ -103,7 +103,9 @@ pub async fn change(call: Call) -> Result<Reply> {
         if_version: if patch { if_version.or(Some(pool.spec_version)) } else { if_version },
     };
     request.config.extend(config.unwrap_or_default());
-    call.engine().pool_update(&call.context, call.param(0), request).await?;
+    if let Some(operation) = call.engine().pool_update(&call.context, call.param(0), request).await? {
+        finished(&operation).await?;
+    }
     Ok(empty())
 }
 
