@@ -30,7 +30,11 @@ fn grow_file(image: &Path, size: ByteSize) -> Result<Option<PathBuf>> {
         return Err(Error::conflict(text).at("config.size"));
     }
     if size.bytes() > now {
-        file.set_len(size.bytes())?;
+        file.set_len(size.bytes()).map_err(|e| {
+            Error::quota(format!("what the pool's file lies on takes no file of {size}"))
+                .at("config.size")
+                .with_context(e)
+        })?;
         file.sync_all()?;
     }
     let device = mount::attached(image);

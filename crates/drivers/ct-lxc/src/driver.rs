@@ -29,7 +29,10 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, Weak},
+    sync::{
+        Arc, Mutex, MutexGuard, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 use tokio::{sync::mpsc, time::timeout};
@@ -621,11 +624,8 @@ impl Shared {
             self.cgroups.freeze(&running.groups.limits, false).await?;
         }
         let chosen = running.record.fixed.program.as_ref().and_then(|p| p.stop_signal);
-        let signal = match running.record.application {
-            true => chosen.unwrap_or(libc::SIGTERM),
-            false => init.halt_signal(),
-        };
-        if running.record.application && !init.minds(signal) {
+        let chosen = running.record.application.then(|| chosen.unwrap_or(libc::SIGTERM));
+        if let Some(signal) = chosen.filter(|s| !init.minds(*s)) {
             // The kernel keeps from the first process of a container what that does not handle: it cannot be asked to end.
             // A program that has only just started may still prepare for it.
             tokio::time::sleep(DEAF.min(time)).await;
@@ -635,12 +635,18 @@ impl Shared {
                 return running.keeper.wait_exit().await.map(drop);
             }
         }
+        let asked = AtomicBool::new(false);
         let work = async {
             // An init that has not yet installed its handler ignores the signal for good.
-            while !running.record.application && !init.handles(signal) {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
+            let signal = loop {
+                match chosen.or_else(|| init.halt_signal()) {
+                    Some(signal) => break signal,
+                    None if init.lives() => tokio::time::sleep(Duration::from_millis(5)).await,
+                    None => return running.keeper.wait_exit().await.map(drop),
+                }
+            };
             init.signal_number(signal)?;
+            asked.store(true, Ordering::Relaxed);
             running.keeper.wait_exit().await.map(drop)
         };
         match timeout(time, work).await {
@@ -652,10 +658,16 @@ impl Shared {
             }
             Err(_) => {
                 asking.take_back().await;
-                Err(Error::timeout(format!(
-                    "the guest did not shut down within {} s; force it, or look at its console",
-                    time.as_secs()
-                )))
+                Err(Error::timeout(match asked.into_inner() {
+                    true => format!(
+                        "the guest did not shut down within {} s; force it, or look at its console",
+                        time.as_secs()
+                    ),
+                    false => format!(
+                        "the guest's init was not ready to be asked to shut down within {} s, or it is none; force it, or look at its console",
+                        time.as_secs()
+                    ),
+                }))
             }
         }
     }

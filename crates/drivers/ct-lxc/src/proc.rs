@@ -8,6 +8,65 @@ use std::{
     path::Path,
 };
 
+/// What a process makes of signals, as the kernel shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Minded {
+    /// It has a handler.
+    caught: u64,
+    /// It does not hear them now, and may wait for them.
+    blocked: u64,
+}
+
+impl Minded {
+    fn of(pid: u32) -> Option<Self> {
+        Self::parse(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?)
+    }
+
+    fn parse(status: &str) -> Option<Self> {
+        let mask = |key: &str| {
+            let text = status.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(':'))?;
+            u64::from_str_radix(text.trim(), 16).ok()
+        };
+        Some(Self { caught: mask("SigCgt")?, blocked: mask("SigBlk")? })
+    }
+
+    fn catches(&self, signal: i32) -> bool {
+        self.caught & (1 << (signal - 1)) != 0
+    }
+
+    fn minds(&self, signal: i32) -> bool {
+        (self.caught | self.blocked) & (1 << (signal - 1)) != 0
+    }
+}
+
+/// SIGRTMIN+3 as the C library counts, by which systemd, and what follows it, shuts down.
+const RTMIN_3: i32 = 37;
+
+/// The signal by which the init that runs this program shuts down, once it minds it. Nothing of the guest is executed or read:
+/// where the name of the program says nothing (a copy as `/sbin/init`, say), what it makes of signals does.
+///
+/// - systemd waits for SIGRTMIN+3 on a descriptor, which is blocked for that.
+/// - openrc-init blocks everything that it has no handler for. SIGTERM shuts down in all its versions.
+/// - busybox' init waits for its signals blocked, which the kernel does not show as such meanwhile; but it has a handler for SIGTSTP,
+///   from just after it blocked them. SIGUSR2 powers off, after `::shutdown:` of its inittab, as on Alpine `openrc shutdown`.
+/// - sysvinit, which starts OpenRC elsewhere, has a handler for SIGPWR and what its inittab makes of it. It has one for SIGTSTP as
+///   well, which it installs later.
+fn halt_signal(program: &str, minded: Minded) -> Option<i32> {
+    let signal = match program {
+        "systemd" => return minded.minds(RTMIN_3).then_some(RTMIN_3),
+        "openrc-init" => return minded.catches(libc::SIGTERM).then_some(libc::SIGTERM),
+        busybox if busybox.starts_with("busybox") => {
+            return minded.catches(libc::SIGTSTP).then_some(libc::SIGUSR2);
+        }
+        _ if minded.catches(libc::SIGPWR) => libc::SIGPWR,
+        _ if minded.catches(libc::SIGTSTP) => libc::SIGUSR2,
+        _ if minded.minds(RTMIN_3) => RTMIN_3,
+        _ if minded.minds(libc::SIGPWR) => libc::SIGPWR,
+        _ => return None,
+    };
+    Some(signal)
+}
+
 /// A container's init that was seen to run.
 #[derive(Debug)]
 pub(crate) struct Init {
@@ -59,14 +118,10 @@ impl Init {
         rustix::process::pidfd_send_signal(&self.pidfd, signal).is_ok()
     }
 
-    /// The signal that makes this kind of init shut down: its number.
-    pub(crate) fn halt_signal(&self) -> i32 {
-        match self.program().as_deref() {
-            Some("systemd") => 37,                // SIGRTMIN+3 as the C library counts
-            Some("busybox") => libc::SIGUSR2,     // poweroff
-            Some("openrc-init") => libc::SIGTERM, // shuts down
-            _ => libc::SIGPWR,                    // sysvinit and LXC's convention
-        }
+    /// The signal that makes this init shut down: its number; `None` as long as it would ignore it. The kernel keeps from a
+    /// namespace's first process what that does not handle.
+    pub(crate) fn halt_signal(&self) -> Option<i32> {
+        halt_signal(self.program().as_deref().unwrap_or_default(), Minded::of(self.pid)?)
     }
 
     fn program(&self) -> Option<String> {
@@ -74,21 +129,9 @@ impl Init {
         Some(exe.file_name()?.to_str()?.to_owned())
     }
 
-    /// Has the init a handler for this signal? Without one it ignores the signal: the kernel protects a namespace's
-    /// first process.
-    pub(crate) fn handles(&self, signal: i32) -> bool {
-        // Busybox' init waits for signals that it has blocked, which the kernel does not show as such meanwhile. For this
-        // one it has a handler, from just after it blocked them.
-        let signal = if self.program().as_deref() == Some("busybox") { libc::SIGTSTP } else { signal };
-        self.minds(signal)
-    }
-
-    /// As [`Init::handles`], of a program that is no init.
+    /// Has a program that is no init a handler for this signal, or does it wait for it?
     pub(crate) fn minds(&self, signal: i32) -> bool {
-        ["SigCgt", "SigBlk"]
-            .iter()
-            .filter_map(|k| u64::from_str_radix(&status_field(self.pid, k)?, 16).ok())
-            .any(|mask| mask & (1 << (signal - 1)) != 0)
+        Minded::of(self.pid).is_some_and(|m| m.minds(signal))
     }
 
     /// Sends a signal by its number.
@@ -199,6 +242,57 @@ fn reason(log: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+
+    fn minded(caught: &[i32], blocked: &[i32]) -> Minded {
+        let mask = |all: &[i32]| all.iter().fold(0, |m, n| m | 1 << (n - 1));
+        Minded { caught: mask(caught), blocked: mask(blocked) }
+    }
+
+    #[test]
+    fn inits_are_known_by_their_name_or_by_what_they_mind() {
+        use libc::{SIGALRM, SIGCHLD, SIGHUP, SIGINT, SIGPWR, SIGSEGV, SIGTERM, SIGTSTP, SIGUSR1, SIGUSR2};
+        let nothing = Minded::default();
+        let systemd = minded(&[SIGSEGV], &[SIGTERM, SIGPWR, SIGCHLD, RTMIN_3]);
+        // While it waits, and while it does something.
+        let busybox = [minded(&[SIGTSTP], &[]), minded(&[SIGTSTP], &[SIGPWR, SIGUSR1, SIGUSR2, SIGTERM])];
+        let all: Vec<i32> = (1..65).filter(|n| ![SIGCHLD, SIGINT, SIGTERM, SIGPWR].contains(n)).collect();
+        let openrc = minded(&[SIGCHLD, SIGINT, SIGTERM, SIGPWR], &all);
+        let sysvinit = minded(&[SIGALRM, SIGHUP, SIGINT, SIGCHLD, SIGPWR, SIGTSTP], &[]);
+        for (program, minds, wanted) in [
+            ("systemd", systemd, Some(RTMIN_3)),
+            ("init", systemd, Some(RTMIN_3)),
+            ("systemd", nothing, None),
+            ("busybox", busybox[0], Some(SIGUSR2)),
+            ("busybox.static", busybox[1], Some(SIGUSR2)),
+            ("init", busybox[0], Some(SIGUSR2)),
+            ("init", busybox[1], Some(SIGUSR2)),
+            // A shell script that is the first program; it hands over to an init later, or never does.
+            ("busybox", nothing, None),
+            ("dash", nothing, None),
+            ("openrc-init", openrc, Some(SIGTERM)),
+            ("openrc-init", minded(&[SIGCHLD, SIGINT, SIGTERM], &all), Some(SIGTERM)),
+            ("openrc-init", minded(&[], &all), None),
+            ("init", openrc, Some(SIGPWR)),
+            ("init", sysvinit, Some(SIGPWR)),
+            ("init", minded(&[SIGALRM, SIGHUP], &[]), None),
+            ("other", minded(&[], &[SIGPWR, SIGTERM]), Some(SIGPWR)),
+        ] {
+            assert_eq!(halt_signal(program, minds), wanted, "{program}: {minds:x?}");
+        }
+    }
+
+    #[test]
+    fn what_is_minded_is_read_from_the_kernels_words() {
+        let status =
+            "Name:\tinit\nSigBlk:\t0000001000000000\nSigIgn:\t0000000000000000\nSigCgt:\t0000000000080000\n";
+        let read = Minded::parse(status).unwrap();
+        assert_eq!(read, minded(&[libc::SIGTSTP], &[RTMIN_3]));
+        assert!(read.catches(libc::SIGTSTP) && read.minds(RTMIN_3) && !read.minds(libc::SIGTERM));
+        assert_eq!(Minded::parse("Name:\tgone\n"), None);
+        assert!(Minded::of(std::process::id()).is_some());
+    }
+
     #[test]
     fn the_cause_is_found_in_the_log() {
         let log = "\
