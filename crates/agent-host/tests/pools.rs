@@ -1,4 +1,5 @@
-//! Pools that grow while they are in use. Pools whose disk comes late: told, tried again, never made anew. What a power cut tore: a guest's record, a snapshot.
+//! Pools that grow while they are in use. Pools whose disk comes late: told, tried again, never made anew. What a power cut
+//! tore: a guest's record, a snapshot.
 #![allow(clippy::disallowed_methods)] // a real machine
 
 #[path = "../../testkit/src/backends.rs"]

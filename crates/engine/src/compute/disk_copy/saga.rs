@@ -14,7 +14,6 @@ use crate::{
 };
 use async_trait::async_trait;
 use karst_agent::{CallContext, GuestRef, MachineCopyBegin, MachineCopyEnd, VolumeRebuild, VolumeRef};
-use karst_env::EnvExt;
 use karst_model::{
     Config, Error, ErrorKind, NodeId, Result, SnapshotId,
     device::Devices,

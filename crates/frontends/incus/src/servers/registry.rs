@@ -1,6 +1,6 @@
 //! Registries of the OCI (distribution-spec 1.1), which Docker's is as well: a manifest by tag or digest, its blobs, and a token
-//! for those who ask nothing but to read, or who say who they are. What comes is staged as one archive of a layout, which is judged like one that
-//! somebody uploads; every blob is compared with its digest while it comes.
+//! for those who ask nothing but to read, or who say who they are. What comes is staged as one archive of a layout, which is
+//! judged like one that somebody uploads; every blob is compared with its digest while it comes.
 
 use super::{
     Count, Sink, checked_name, differs, encoded,
