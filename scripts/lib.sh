@@ -101,7 +101,7 @@ start_karst() {
     need_passage
     say "Starting karstd in $KARST_DIR"
     as_root mkdir -p -m 0711 "$KARST_DIR"
-    as_root bash -c 'exec setsid --fork "$1" --dir "$2" </dev/null >>"$3" 2>&1' start "$KARST_BIN/karstd" "$KARST_DIR" "$log"
+    as_root bash -c 'exec setsid --fork "$1" --dir "$2" --log-file "$3" </dev/null >>"$3" 2>&1' start "$KARST_BIN/karstd" "$KARST_DIR" "$log"
     wait_for 60 answers || {
         as_root tail -n 20 "$log" >&2
         fail "karstd does not answer; its log is $log"

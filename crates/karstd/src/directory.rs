@@ -1,7 +1,7 @@
 //! DIR: what is in it, whose it is, and the lock that makes it one instance's.
 //!
 //! ```text
-//! DIR/            0711 root           lock, id, karstd.log (of a daemon that make run started)
+//! DIR/            0711 root           lock, id; karstd.log and karstd.log.1 (of a daemon that make run started)
 //! DIR/unix.socket 0660 root:karst-admin  the API
 //! DIR/libvirt-sock, 0660 root:karst-admin, libvirt-sock-ro, 0666: libvirt's protocol
 //! DIR/run/        0750 root:karst     host.sock, daemons.json

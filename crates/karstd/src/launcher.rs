@@ -9,6 +9,7 @@ use crate::{
     control,
     directory::Directory,
     host::POLICY,
+    log_file::{self, LogFile},
     logging::Format,
     privilege::{self, Confined, User},
     refusing::Refusing,
@@ -63,7 +64,7 @@ struct Daemon {
 ///
 /// # Errors
 /// When DIR cannot be served: not root, no user, taken, or not ours.
-pub fn run(dir: &Path, user: &str, format: Format) -> Result<()> {
+pub fn run(dir: &Path, user: &str, format: Format, log: Option<LogFile>) -> Result<()> {
     if !rustix::process::geteuid().is_root() {
         return Err(Error::forbidden(
             "karstd needs root to run guests: start it by its systemd unit, or with sudo; --simulate needs no privileges",
@@ -99,6 +100,7 @@ pub fn run(dir: &Path, user: &str, format: Format) -> Result<()> {
         directory,
         control,
         format,
+        log,
         refusing: Refusing::default(),
         daemons: vec![
             daemon("host", Confined::Host { privileged: false }, vec![host]),
@@ -118,6 +120,8 @@ struct Launcher {
     directory: Directory,
     control: User,
     format: Format,
+    /// Where standard error leads to, when that is a file of the daemon's own.
+    log: Option<LogFile>,
     daemons: Vec<Daemon>,
     refusing: Refusing,
 }
@@ -128,7 +132,8 @@ impl Launcher {
             self.start_due();
             let now = Instant::now();
             let dues = self.daemons.iter().filter_map(|d| d.due);
-            let next = dues.chain(self.refusing.next()).min();
+            let log_look = self.log.as_ref().map(|_| now + log_file::LOOK);
+            let next = dues.chain(self.refusing.next()).chain(log_look).min();
             let control = &self.daemons[CONTROL];
             // Its sockets are ours as well; while it is away nobody else takes who comes.
             let listener = control.sockets.first().filter(|_| control.keeps_ending()).map(AsFd::as_fd);
@@ -139,6 +144,9 @@ impl Launcher {
             self.refusing.serve(listener, &control.excuse());
             if self.reap(true) {
                 return Ok(());
+            }
+            if let Some(log) = &self.log {
+                log.cut_when_long();
             }
         }
     }

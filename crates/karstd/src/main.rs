@@ -13,6 +13,7 @@ mod control;
 mod directory;
 mod host;
 mod launcher;
+mod log_file;
 mod logging;
 mod node;
 mod platform;
@@ -35,6 +36,12 @@ struct Arguments {
     /// Form of the log on standard error; `KARST_LOG` (such as `debug`) says how much.
     #[arg(long, value_enum, default_value_t = logging::Format::Text, global = true)]
     log_format: logging::Format,
+    /// Log into this file instead, which is cut when it is long: what was in it is in FILE.1 then.
+    #[arg(long, value_name = "FILE", conflicts_with = "simulate")]
+    log_file: Option<PathBuf>,
+    /// How long that file may become.
+    #[arg(long, value_name = "BYTES", default_value_t = 32 << 20)]
+    log_file_size: u64,
     /// User of the control process.
     #[arg(long, default_value = "karst")]
     user: String,
@@ -64,6 +71,15 @@ enum Role {
     },
 }
 
+/// Opens the launcher's log file, if there is to be one, and makes it standard error.
+fn begin_log(arguments: &Arguments) -> std::io::Result<Option<log_file::LogFile>> {
+    let launches = matches!(arguments.role, None | Some(Role::Launcher));
+    let Some(path) = arguments.log_file.as_deref().filter(|_| launches) else { return Ok(None) };
+    let log = log_file::LogFile::open(path, arguments.log_file_size)?;
+    log.take_standard_error()?;
+    Ok(Some(log))
+}
+
 fn main() -> ExitCode {
     // The image worker: its plan follows, and it must be alone in its process.
     let mut words = std::env::args().skip(1);
@@ -71,11 +87,21 @@ fn main() -> ExitCode {
         karst_image::worker::main(&words.next().unwrap_or_default());
     }
     let arguments = Arguments::parse();
+    let log = match begin_log(&arguments) {
+        Ok(log) => log,
+        Err(e) => {
+            eprintln!(
+                "karstd: the log file {:?} cannot be used: {e}",
+                arguments.log_file.unwrap_or_default()
+            );
+            return ExitCode::FAILURE;
+        }
+    };
     logging::start(arguments.log_format);
     let outcome = match (&arguments.role, arguments.simulate) {
         (None | Some(Role::Launcher), Some(size)) => simulate::run(&arguments.dir, size),
         (None | Some(Role::Launcher), None) => {
-            launcher::run(&arguments.dir, &arguments.user, arguments.log_format)
+            launcher::run(&arguments.dir, &arguments.user, arguments.log_format, log)
         }
         (Some(Role::Control(inherited)), _) => control::start(&arguments.dir, inherited),
         (Some(Role::Host(inherited)), _) => host::start(&arguments.dir, inherited),

@@ -113,7 +113,9 @@ fn never_began(dir: &Path) -> Result<bool> {
     for entry in std::fs::read_dir(dir)? {
         let entry = entry?;
         let known = match entry.file_name().to_str() {
-            Some("lock" | "karstd.log" | "id.new") => entry.file_type()?.is_file(),
+            Some("lock" | "karstd.log" | "karstd.log.1" | "karstd.log.new" | "id.new") => {
+                entry.file_type()?.is_file()
+            }
             // Of the file system that is mounted there.
             Some("lost+found") => entry.file_type()?.is_dir(),
             Some("run" | "state" | "host") => {
@@ -350,7 +352,9 @@ mod tests {
         for name in ["run", "state", "host"] {
             std::fs::create_dir(path.join(name)).unwrap();
         }
-        std::fs::write(path.join("karstd.log"), "died").unwrap();
+        for name in ["karstd.log", "karstd.log.1", "karstd.log.new"] {
+            std::fs::write(path.join(name), "died").unwrap();
+        }
         std::fs::write(path.join("lock"), "1\n").unwrap();
         assert!(never_began(path).unwrap());
         std::fs::write(path.join("id.new"), "abc").unwrap();
@@ -364,6 +368,7 @@ mod tests {
         std::fs::write(path.join("photo.jpg"), "").unwrap();
         assert!(!never_began(path).unwrap(), "somebody's file");
         std::fs::remove_file(path.join("photo.jpg")).unwrap();
+        std::fs::remove_file(path.join("karstd.log.1")).unwrap();
         std::os::unix::fs::symlink("/", path.join("karstd.log.1")).unwrap();
         assert!(!never_began(path).unwrap());
         std::fs::remove_file(path.join("karstd.log.1")).unwrap();
