@@ -342,7 +342,7 @@ pub(crate) async fn state(dir: &Path, machine: Option<&Machine>, to: VolumeId) -
 /// Conflict when there is none.
 pub(crate) async fn set_speed(machine: &Machine, to: VolumeId, speed: u64) -> Result<()> {
     let entry = find(&machine.dir, to)?.filter(|c| c.stage == Stage::Copying).ok_or_else(gone)?;
-    if !job(machine, &entry.slot).await?.is_some_and(|j| !j.has_ended()) {
+    if job(machine, &entry.slot).await?.is_none_or(|j| j.has_ended()) {
         return Err(gone());
     }
     let speed = json!({"device": id(&entry.slot), "speed": speed});

@@ -678,6 +678,7 @@ mod tests {
             dir,
             observed: watch::Sender::new(observed),
             record: Mutex::new(record),
+            copying: tokio::sync::Mutex::default(),
             still: tokio::sync::Mutex::default(),
         });
         let machine = Machine { inner, requests };

@@ -68,8 +68,8 @@ impl MoveInstance {
     fn only_pool(&self, records: &Records, project: &Project, row: &Instance) -> Option<&str> {
         let same = |said: Option<&str>, is: &str| said.is_none_or(|s| s == is);
         let named = |id: &ProfileId| records.profiles.get(id).map(|p| p.name.to_string());
-        let as_it_is = same(said(&self.name), &*row.name)
-            && same(said(&self.project), &*project.name)
+        let as_it_is = same(said(&self.name), &row.name)
+            && same(said(&self.project), &project.name)
             && self.config.iter().all(|(k, v)| row.config.get(k) == Some(v))
             && self.devices.iter().all(|(n, keys)| row.devices.get(n) == Some(keys))
             && self
