@@ -153,6 +153,14 @@ impl IdRanges {
         }
     }
 
+    /// Whether no daemon of the machine claims anything: the one that asks was the last of them.
+    pub fn unclaimed(&self) -> bool {
+        match fs::read_dir(&self.directory) {
+            Ok(mut claims) => claims.next().is_none(),
+            Err(e) => e.kind() == std::io::ErrorKind::NotFound,
+        }
+    }
+
     /// Removes the directory, and the one above it, where nobody has anything in them: nothing of Karst stays on a machine
     /// whose last daemon was purged.
     pub fn leave(&self) {
@@ -254,9 +262,12 @@ mod tests {
         let range = b.claim("guest-1", None).unwrap();
         a.leave();
         assert_eq!(b.claims().unwrap().len(), 1, "another's claim keeps it");
+        assert!(!a.unclaimed());
         b.release(range, "guest-1");
+        assert!(a.unclaimed());
         std::fs::write(dir.path().join("karst/other"), "").unwrap();
         b.leave();
+        assert!(b.unclaimed());
         assert!(!claims.exists() && dir.path().join("karst/other").exists());
         std::fs::remove_file(dir.path().join("karst/other")).unwrap();
         assert_eq!(a.claims().unwrap(), []);

@@ -67,6 +67,10 @@ impl RealAgent {
         for claim in left.note("claims of user ids", self.ids.claims()).unwrap_or_default() {
             self.ids.release(claim.range, &claim.owner);
         }
+        if self.ids.unclaimed() {
+            // No other daemon has containers that count on it.
+            left.note("limits of the kernel", karst_ct_lxc::room::give_back());
+        }
         self.ids.leave();
         left.told()
     }

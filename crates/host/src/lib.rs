@@ -21,6 +21,7 @@ pub mod overlay;
 pub mod process;
 pub mod sandbox;
 mod seccomp;
+pub mod shared_limit;
 pub mod sockets;
 pub mod sysctl;
 pub mod tap;

@@ -3,7 +3,7 @@
 use karst_model::{Error, Result};
 use std::path::PathBuf;
 
-fn path(key: &[&str]) -> Result<PathBuf> {
+pub(crate) fn path(key: &[&str]) -> Result<PathBuf> {
     let mut path = PathBuf::from("/proc/sys");
     for part in key {
         // Interface names may contain dots, hence parts in place of a dotted key.
@@ -44,30 +44,9 @@ pub fn set(key: &[&str], value: &str) -> Result<bool> {
     }
 }
 
-/// Brings a limit up to `least`, never down. `false` when it was there already, or this kernel has no such setting.
-///
-/// # Errors
-/// Internal.
-pub fn raise(key: &[&str], least: u64) -> Result<bool> {
-    match get(key)?.and_then(|now| now.parse::<u64>().ok()) {
-        Some(now) if now < least => set(key, &least.to_string()),
-        _ => Ok(false),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_limit_is_never_lowered() {
-        let key = ["kernel", "pid_max"];
-        let before = get(&key).unwrap();
-        assert!(!raise(&key, 2).unwrap());
-        assert_eq!(get(&key).unwrap(), before);
-        assert!(!raise(&["kernel", "no_such_setting"], 2).unwrap());
-        assert!(!raise(&["kernel", "ostype"], 2).unwrap(), "no number");
-    }
 
     #[test]
     fn reads_and_refuses() {

@@ -462,7 +462,8 @@ impl Shared {
         previous: Option<&Record>,
     ) -> Result<Running> {
         let dir = &guest.state_dir;
-        self.make_room();
+        let containers = lock(&self.guests).len() + 1;
+        crate::room::make(containers);
         if self.host.apparmor {
             let privileged = guest.security.privileged;
             let loaded = &self.profiles[usize::from(privileged)];

@@ -21,6 +21,7 @@ mod nics;
 mod proc;
 mod proxies;
 mod record;
+pub mod room;
 mod seed;
 
 pub use config::{HostFeatures, render};

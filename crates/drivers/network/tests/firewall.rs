@@ -100,6 +100,11 @@ fn guests_make_and_get_ipv6_addresses() {
         net.spec.routes6 = vec!["fd42:99::/64".parse().unwrap()];
         net.spec.routes = vec!["10.99.0.0/16".parse().unwrap()];
         driver.ensure(&net).await.unwrap();
+        // The host forwards, and hears its own router all the same; the purge below gives both back.
+        assert_eq!(
+            (lab.setting6("all", "forwarding"), lab.setting6("up0", "accept_ra")),
+            ("1".into(), "2".into())
+        );
         lab.plug("a", MACS[0], "ktbr0");
         lab.plug("b", MACS[1], "ktbr0");
         let addresses = |n: &str| run(&["ip", "-n", &lab.ns(n), "-6", "addr", "show", "dev", "eth0"]);

@@ -1,10 +1,9 @@
-//! The end of a container by force, what is removed after any end (control groups, interfaces, proxies), and the host's limit
-//! that containers share.
+//! The end of a container by force, and what is removed after any end: control groups, interfaces, proxies.
 
-use super::{FORCE, Running, Shared, lock};
+use super::{FORCE, Running, Shared};
 use crate::{config::Groups, ending::Held, guest_api, proxies, record::Record};
 use karst_guest::keeper;
-use karst_host::{Program, link, run, sysctl};
+use karst_host::{Program, link, run};
 use karst_model::{Error, ErrorKind, InstanceId, Result};
 use rustix::process::Signal;
 use std::path::Path;
@@ -15,21 +14,7 @@ fn gone_is_fine(e: Error) -> Result<()> {
     if e.is(ErrorKind::NotFound) { Ok(()) } else { Err(e) }
 }
 
-/// Inotify instances that a host with so many containers should allow: all are counted as root's, the kernel allows 128, and
-/// a container with systemd has about eight. One that gets none does not boot.
-fn watches(containers: usize) -> u64 {
-    (containers as u64 * 16).next_power_of_two().max(1024)
-}
-
 impl Shared {
-    /// Raises the limit of the host that containers with systemd meet first; it stays raised until the host boots again.
-    pub(super) fn make_room(&self) {
-        let containers = lock(&self.guests).len() + 1;
-        if let Err(e) = sysctl::raise(&["fs", "inotify", "max_user_instances"], watches(containers)) {
-            tracing::info!(error = %e, "the limit of inotify instances stays; with many containers some will not boot");
-        }
-    }
-
     /// Removes what a dead guest may have left outside its directory. The caller holds `changing` and knows that no keeper
     /// lives.
     pub(super) async fn clear(
@@ -152,16 +137,5 @@ impl Shared {
             let _ = unlinked.await;
         }
         ended
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn there_is_room_for_every_container() {
-        for containers in [1, 16, 17, 64, 65, 500, 4000] {
-            assert!(super::watches(containers) >= containers as u64 * 16);
-        }
-        assert_eq!(super::watches(1), 1024);
     }
 }

@@ -49,6 +49,21 @@ pub fn missing(programs: &[&str]) -> Option<String> {
         .map(|p| format!("{p} is not installed"))
 }
 
+const SETTINGS6: &str = "/proc/sys/net/ipv6/conf";
+
+/// What making a network changes of IPv6 for interfaces that are not its own.
+fn settings6() -> Vec<String> {
+    let mut found = vec![];
+    for link in std::fs::read_dir(SETTINGS6).into_iter().flatten().flatten() {
+        for key in ["forwarding", "accept_ra", "disable_ipv6"] {
+            let value = std::fs::read_to_string(link.path().join(key)).unwrap_or_default();
+            found.push(format!("{}.{key}={}", link.file_name().to_string_lossy(), value.trim_end()));
+        }
+    }
+    found.sort();
+    found
+}
+
 /// The lab: this process runs inside the namespace of the "host".
 pub struct Lab {
     /// Names of the guests' and the outside's namespaces begin with it.
@@ -82,6 +97,9 @@ pub fn lab<F: Future<Output = ()>>(test: &str, programs: &[&str], inside: impl F
         run(&["ip", "-n", name, "link", "set", "lo", "up"]);
         // New namespaces inherit it from the machine's.
         run(&["ip", "netns", "exec", name, "busybox", "sysctl", "-qw", "net.ipv4.ip_forward=0"]);
+        if Path::new(SETTINGS6).exists() {
+            run(&["ip", "netns", "exec", name, "busybox", "sysctl", "-qw", "net.ipv6.conf.all.forwarding=0"]);
+        }
     }
     let dir = tempfile::tempdir().unwrap();
     std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711)).unwrap();
@@ -209,9 +227,10 @@ impl Lab {
             String::new()
         };
         format!(
-            "{links:?}\n{}\n{iptables}\n{:?}\n{}\n{:?}",
+            "{links:?}\n{}\n{iptables}\n{:?}\n{:?}\n{}\n{:?}",
             run(&["nft", "-s", "list", "ruleset"]),
             karst_host::sysctl::get(&["net", "ipv4", "ip_forward"]).unwrap(),
+            settings6(),
             run(&["ip", "-br", "addr"]),
             self.dnsmasqs()
         ) + &if std::fs::read_to_string("/proc/net/ip_tables_names").is_ok_and(|t| !t.is_empty()) {
@@ -219,6 +238,9 @@ impl Lab {
         } else {
             String::new()
         }
+    }
+    pub fn setting6(&self, link: &str, key: &str) -> String {
+        karst_host::sysctl::get(&["net", "ipv6", "conf", link, key]).unwrap().unwrap_or_default()
     }
     pub fn dnsmasqs(&self) -> Vec<i32> {
         let dir = self.dir.to_string_lossy().into_owned();
