@@ -8,11 +8,13 @@
 
 use karst_guest::IdRange;
 use karst_model::{Error, Result};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, openat};
 use std::{
     fs,
-    io::Write,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    io::{self, Write},
+    os::{fd::AsRawFd, unix::fs::DirBuilderExt},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 /// Ids of a range.
@@ -21,6 +23,9 @@ const FIRST: u32 = 0x7000_0000;
 const RANGES: u32 = 0xfff;
 /// Where the claims of all daemons of a machine lie.
 pub const CLAIMS: &str = "/run/karst/ids";
+
+/// After this long nobody is at writing a claim any more.
+const WRITTEN: Duration = Duration::from_secs(60);
 
 /// Claims of one daemon.
 #[derive(Debug, Clone)]
@@ -58,7 +63,9 @@ impl IdRanges {
             let ids = ids.lines().filter_map(|l| l.split(':').nth(2)?.parse().ok());
             taken.extend(ids.map(|id: u32| (id, id)));
         }
-        Ok(Self { directory, daemon_id: daemon_id.to_owned(), taken })
+        let ranges = Self { directory, daemon_id: daemon_id.to_owned(), taken };
+        ranges.sweep();
+        Ok(ranges)
     }
 
     fn free_of_others(&self, base: u32) -> bool {
@@ -120,12 +127,12 @@ impl IdRanges {
             let ours = if !self.free_of_others(base) {
                 Ok(false)
             } else {
-                match self.create(&file) {
-                    Ok(mut f) => {
+                match self.create(&file, &mine) {
+                    Ok(()) => {
                         new.push(file.clone());
-                        f.write_all(mine.as_bytes()).map(|()| true)
+                        Ok(true)
                     }
-                    Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
+                    Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
                         Ok(fs::read_to_string(&file).is_ok_and(|text| text == mine))
                     }
                     Err(e) => Err(e),
@@ -141,11 +148,20 @@ impl IdRanges {
         Ok(true)
     }
 
-    /// Makes a claim's file; the directory too, which another daemon's purge may just have taken away.
-    fn create(&self, file: &Path) -> std::io::Result<fs::File> {
-        let create = || fs::File::options().write(true).create_new(true).mode(0o644).open(file);
+    /// Makes a claim's file, whole or not at all: who is killed in between leaves nothing that belongs to nobody. The directory
+    /// too, which another daemon's purge may just have taken away.
+    fn create(&self, file: &Path, text: &str) -> io::Result<()> {
+        let create = || -> io::Result<()> {
+            let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
+            let mut nameless =
+                fs::File::from(openat(CWD, &self.directory, flags, Mode::from_raw_mode(0o644))?);
+            nameless.write_all(text.as_bytes())?;
+            let itself = format!("/proc/self/fd/{}", nameless.as_raw_fd());
+            // A name that is taken is not replaced.
+            Ok(linkat(CWD, itself, CWD, file, AtFlags::SYMLINK_FOLLOW)?)
+        };
         match create() {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 fs::DirBuilder::new().recursive(true).mode(0o755).create(&self.directory)?;
                 create()
             }
@@ -153,17 +169,30 @@ impl IdRanges {
         }
     }
 
+    /// Takes away claims that say nothing. Daemons of earlier versions made the file first and wrote to it then; one that was
+    /// killed in between left them.
+    fn sweep(&self) {
+        for entry in fs::read_dir(&self.directory).into_iter().flatten().flatten() {
+            let old =
+                |m: &fs::Metadata| m.modified().is_ok_and(|t| t.elapsed().is_ok_and(|age| age > WRITTEN));
+            if entry.metadata().is_ok_and(|m| m.is_file() && m.len() == 0 && old(&m)) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+    }
+
     /// Whether no daemon of the machine claims anything: the one that asks was the last of them.
     pub fn unclaimed(&self) -> bool {
         match fs::read_dir(&self.directory) {
             Ok(mut claims) => claims.next().is_none(),
-            Err(e) => e.kind() == std::io::ErrorKind::NotFound,
+            Err(e) => e.kind() == io::ErrorKind::NotFound,
         }
     }
 
     /// Removes the directory, and the one above it, where nobody has anything in them: nothing of Karst stays on a machine
     /// whose last daemon was purged.
     pub fn leave(&self) {
+        self.sweep();
         if fs::remove_dir(&self.directory).is_ok()
             && let Some(above) = self.directory.parent()
         {
@@ -203,7 +232,7 @@ impl IdRanges {
 fn claims_of(directory: &Path, daemon_id: &str) -> Result<Vec<Claim>> {
     let mut found = vec![];
     let entries = match fs::read_dir(directory) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(found),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(found),
         entries => entries?,
     };
     for entry in entries.flatten() {
@@ -275,6 +304,48 @@ mod tests {
         assert_eq!(a.claims().unwrap().len(), 1, "its directory was made anew");
         a.release(range, "guest-2");
         a.leave();
+        assert!(!dir.path().join("karst").exists());
+    }
+
+    #[test]
+    fn a_claim_says_whose_it_is_from_the_first_moment_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let ranges = IdRanges::open(dir.path(), "000001").unwrap();
+        let over = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let looking = scope.spawn(|| {
+                let mut seen = 0;
+                while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                    for entry in fs::read_dir(dir.path()).unwrap().flatten() {
+                        // Given back meanwhile.
+                        let Ok(text) = fs::read_to_string(entry.path()) else { continue };
+                        assert!(text.starts_with("000001 guest-"), "{text:?}");
+                        seen += 1;
+                    }
+                }
+                seen
+            });
+            for n in 0..2000 {
+                let owner = format!("guest-{n}");
+                ranges.release(ranges.claim(&owner, None).unwrap(), &owner);
+            }
+            over.store(true, std::sync::atomic::Ordering::Relaxed);
+            assert!(looking.join().unwrap() > 0);
+        });
+    }
+
+    #[test]
+    fn what_says_nothing_keeps_nobody_from_leaving() {
+        let dir = tempfile::tempdir().unwrap();
+        let claims = dir.path().join("karst/ids");
+        let ranges = IdRanges::open(&claims, "000001").unwrap();
+        let torn = claims.join(FIRST.to_string());
+        fs::write(&torn, "").unwrap();
+        ranges.leave();
+        assert!(torn.exists(), "somebody may be at writing it");
+        let long_ago = std::time::SystemTime::now() - 2 * WRITTEN;
+        fs::File::options().write(true).open(&torn).unwrap().set_modified(long_ago).unwrap();
+        ranges.leave();
         assert!(!dir.path().join("karst").exists());
     }
 
