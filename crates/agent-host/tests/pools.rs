@@ -19,7 +19,7 @@ const LONG: Duration = Duration::from_secs(60);
 
 /// Of each test another: what a daemon's claims are it knows by it.
 fn daemon_id(test: u32) -> String {
-    format!("{:06x}", (std::process::id() & 0xf_ffff) | ((0xd + test) << 20))
+    format!("{:06x}", (std::process::id() & 0xf_ffff) | ((0xc + test) << 20))
 }
 
 async fn agent(test: u32, dir: &Path, source: &Path) -> Arc<RealAgent> {

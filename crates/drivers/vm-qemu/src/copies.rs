@@ -173,12 +173,15 @@ fn reason(error: &str) -> String {
     printable(error, 300)
 }
 
+fn other_size() -> Error {
+    Error::invalid("to", "the copy has another size than the disk; make it of exactly the same")
+}
+
 /// The same of what it refused.
 fn refused(e: Error) -> Error {
     let said = e.context.clone().unwrap_or_default();
     if said.contains("different sizes") {
-        return Error::invalid("to", "the copy has another size than the disk; make it of exactly the same")
-            .with_context(said);
+        return other_size().with_context(said);
     }
     if said.contains("write\" lock") {
         return Error::conflict("what the disk is to be copied to is in use by another program")
@@ -294,6 +297,16 @@ async fn start(machine: &Inner, entry: &Copying, speed: u64, synchronous: bool) 
     bare.limits = Default::default();
     qmp.execute("object-add", bare.group()).await?;
     plug::add_nodes(&qmp, &entry.disk, side).await?;
+    // QEMU would grow a file that is too small, and leave the rest of one that is too large as it is.
+    let nodes = qmp.execute("query-named-block-nodes", json!({"flat": true})).await?;
+    let size = |name: &str| {
+        let node = nodes.as_array()?.iter().find(|node| node["node-name"] == name)?;
+        node["image"]["virtual-size"].as_u64()
+    };
+    let (from, to) = (size(&side.other().name('d', slot)), size(&side.name('d', slot)));
+    if from.is_none() || from != to {
+        return Err(other_size().with_context(format!("{from:?} and {to:?} bytes")));
+    }
     let mirror = json!({
         "job-id": id(slot),
         "device": side.other().name('d', slot),

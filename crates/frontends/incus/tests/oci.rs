@@ -216,8 +216,12 @@ async fn registries_know_projects_by_name() {
         json!({"source": {"type": "image", "mode": "pull", "protocol": "oci", "server": server, "certificate": certificate,
             "alias": "team/server:v1"}})
     };
+    // What is not said to be JSON is an image that is uploaded.
+    let pull = async |body: Value| {
+        s.send(Method::POST, "/1.0/images", &[("content-type", "application/json")], body.to_string()).await
+    };
     let fetched = async |server: &str, certificate: Option<&str>| {
-        let ended = s.wait(s.post("/1.0/images", copy(server, certificate)).await).await;
+        let ended = s.wait(pull(copy(server, certificate)).await).await;
         ended["err"].as_str().unwrap().to_owned()
     };
     let forget = async || s.done(s.delete(&format!("/1.0/images/{digest}")).await).await;
@@ -245,7 +249,7 @@ async fn registries_know_projects_by_name() {
     for (who, word) in
         [("robot:wrong%20one", "does not let"), ("robot", "without a password"), ("a%3Ab:c", "colon")]
     {
-        let answer = s.post("/1.0/images", copy(&named(who), Some(&certificate))).await;
+        let answer = pull(copy(&named(who), Some(&certificate))).await;
         let text = match answer.status {
             202 => s.wait(answer).await["err"].as_str().unwrap().to_owned(),
             _ => answer.refused(400),
@@ -261,7 +265,7 @@ async fn registries_know_projects_by_name() {
     }
     let other = json!({"source": {"type": "image", "mode": "pull", "protocol": "simplestreams",
         "server": "https://robot:sesame@images.example", "alias": "x"}});
-    let text = s.post("/1.0/images", other).await.refused(400);
+    let text = pull(other).await.refused(400);
     assert!(text.contains("protocol oci") && !text.contains("sesame"), "{text}");
     forget().await;
     // Wrong input changes nothing; what is forgotten is not used any more.

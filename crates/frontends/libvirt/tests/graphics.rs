@@ -262,9 +262,9 @@ async fn a_screen_has_a_password_that_only_who_may_is_shown() {
         tokio::time::timeout(PATIENCE, told).await.unwrap();
     }
     // A definition brings one along, and takes it away; what is kept of its words has none.
-    let xml = |screen: &str| {
+    let xml = |uuid: &str, screen: &str| {
         format!(
-            "<domain type='qemu'><name>d1</name><memory>65536</memory><os><type machine='q35'>hvm</type></os><devices>\
+            "<domain type='qemu'><name>d1</name>{uuid}<memory>65536</memory><os><type machine='q35'>hvm</type></os><devices>\
              <disk type='volume' device='disk'><source pool='default' volume='root'/><target dev='vda' bus='virtio'/></disk>\
              {screen}</devices></domain>"
         )
@@ -272,13 +272,15 @@ async fn a_screen_has_a_password_that_only_who_may_is_shown() {
     let volume = "<volume><name>root</name><capacity unit='MiB'>64</capacity></volume>";
     let pool = client.call(84, &arguments(|w| w.string("default"))).await.unwrap();
     client.call(93, &[&pool[..], &arguments(|w| w.string(volume).u32(0))].concat()).await.unwrap();
-    let define = async |client: &mut Client, screen: &str| {
-        client.call(11, &arguments(|w| w.string(&xml(screen)))).await
+    let define = async |client: &mut Client, uuid: &str, screen: &str| {
+        client.call(11, &arguments(|w| w.string(&xml(uuid, screen)))).await
     };
     let defined = "<graphics type='vnc' port='-1' autoport='yes' passwd='closed'/>";
     let two = format!("{defined}{defined}");
-    assert_eq!(define(&mut client, &two).await.unwrap_err().0, Code::ConfigUnsupported as i32);
-    let d1 = define(&mut client, defined).await.unwrap();
+    assert_eq!(define(&mut client, "", &two).await.unwrap_err().0, Code::ConfigUnsupported as i32);
+    let d1 = define(&mut client, "", defined).await.unwrap();
+    // A reference to a domain: its name (a length, the bytes, padding), then its UUID.
+    let uuid = format!("<uuid>{}</uuid>", uuid::Uuid::from_slice(&d1[8..24]).unwrap());
     assert!(document(&mut client, &d1, 3).await.contains(defined));
     assert!(!document(&mut client, &d1, 2).await.contains("passwd"));
     let kept = {
@@ -288,8 +290,10 @@ async fn a_screen_has_a_password_that_only_who_may_is_shown() {
     };
     assert!(kept.contains("autoport") && !kept.contains("closed"), "{kept}");
     // One that shows no VNC says nothing of it.
-    define(&mut client, "<graphics type='spice' autoport='yes'/>").await.unwrap();
-    define(&mut client, "<graphics type='vnc' port='-1' autoport='yes' passwd='closed'/>").await.unwrap();
-    define(&mut client, "<graphics type='vnc' port='-1' autoport='yes'/>").await.unwrap();
+    define(&mut client, &uuid, "<graphics type='spice' autoport='yes'/>").await.unwrap();
+    define(&mut client, &uuid, "<graphics type='vnc' port='-1' autoport='yes' passwd='closed'/>")
+        .await
+        .unwrap();
+    define(&mut client, &uuid, "<graphics type='vnc' port='-1' autoport='yes'/>").await.unwrap();
     assert!(!document(&mut client, &d1, 3).await.contains("passwd"));
 }
