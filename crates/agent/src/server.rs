@@ -279,9 +279,11 @@ impl Connection {
     ) -> Result<(serde_json::Value, Vec<std::os::fd::OwnedFd>)> {
         let (name, mutation) = (call.name(), call.is_mutation());
         let (opens, closes) = match &call {
-            Call::ExecStart(_) | Call::ConsoleAttach(_) | Call::DisplayAttach(_) | Call::FileWrite(_) => {
-                (true, None)
-            }
+            Call::ExecStart(_)
+            | Call::ConsoleAttach(_)
+            | Call::DisplayAttach(_)
+            | Call::DisplayAttachGuarded(_)
+            | Call::FileWrite(_) => (true, None),
             // These keep a volume from everybody else for as long as they live.
             Call::VolumeOpen(_) | Call::VolumeExport(_) | Call::VolumeImport(_) => (true, None),
             Call::SessionClose(session) => (false, Some(*session)),

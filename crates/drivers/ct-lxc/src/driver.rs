@@ -310,7 +310,7 @@ impl Shared {
                 tracing::warn!(%instance, error = %e, context = e.context.as_deref(), "watching a guest failed");
             }
             lock(&guest.watched).take_if(|w| *w == keeper_pid);
-            if matches!(end, Ok(End::KeeperLost(_))) {
+            if matches!(end, Ok(keeper::End::KeeperLost(_))) {
                 // A process that dies closes what it has open one after the other; its lock may come after its socket.
                 let _ = keeper::wait_gone(&shared.dir(instance)).await; // one that does not go is looked at below
             }

@@ -3,7 +3,7 @@
 
 use crate::common::Server;
 use http_body_util::Full;
-use hyper::{Request, Response, body::Bytes, service::service_fn};
+use hyper::{Method, Request, Response, body::Bytes, service::service_fn};
 use hyper_util::rt::TokioIo;
 use karst_frontend_incus::servers::NetworkServers;
 use rcgen::{CertificateParams, KeyPair};
