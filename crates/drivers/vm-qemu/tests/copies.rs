@@ -180,16 +180,25 @@ async fn a_disk_is_copied_while_it_is_written() {
     assert_eq!(driver.update(&moved).await.unwrap().pending, Vec::<String>::new());
     shell.until(SUM, &sum);
 
-    // A machine that ends in the middle keeps its disk; one that went on from a copy says so until its next start.
+    // A machine that ends in the middle keeps its disk. Who begins the next copy has long written down how the last one ended.
     copies.begin(id, DiskCopy { speed: 1 << 20, ..copy(7, &fourth, &third) }).await.unwrap();
     driver.stop(id, StopMode::Force).await.unwrap();
     assert_eq!(phase(&driver, id, 7).await, DiskCopyPhase::Gone);
     assert!(copies.end(id, volume(7), DiskCopyEnd::Pivot).await.unwrap_err().is(ErrorKind::Conflict));
     copies.end(id, volume(7), DiskCopyEnd::Cancel).await.unwrap();
-    assert_eq!(phase(&driver, id, 6).await, DiskCopyPhase::Pivoted);
+    assert_eq!(phase(&driver, id, 6).await, DiskCopyPhase::Gone);
+    // One that went on from a copy says so until its next start, also when it has ended.
     moved.generation = moved.generation.next();
     driver.start(&moved).await.unwrap();
-    assert_eq!(phase(&driver, id, 6).await, DiskCopyPhase::Gone);
+    copies.begin(id, copy(8, &fourth, &third)).await.unwrap();
+    until_ready(&driver, id, 8).await;
+    copies.end(id, volume(8), DiskCopyEnd::Pivot).await.unwrap();
+    driver.stop(id, StopMode::Force).await.unwrap();
+    assert_eq!(phase(&driver, id, 8).await, DiskCopyPhase::Pivoted);
+    moved.disks[0].path = third.clone();
+    moved.generation = moved.generation.next();
+    driver.start(&moved).await.unwrap();
+    assert_eq!(phase(&driver, id, 8).await, DiskCopyPhase::Gone);
     driver.stop(id, StopMode::Force).await.unwrap();
     driver.destroy(id).await.unwrap();
     place.assert_clean();
