@@ -54,9 +54,12 @@ pub struct Snapshot {
     /// The snapshot it descends from.
     #[serde(default)]
     pub parent: Option<SnapshotId>,
-    /// User's text then.
+    /// User's text of the instance then.
     #[serde(default)]
     pub description: String,
+    /// User's text of the snapshot itself.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub note: String,
     /// Was it removed when it stops?
     #[serde(default)]
     pub ephemeral: bool,

@@ -210,6 +210,7 @@ impl Engine {
                     instance: create.instance.id,
                     parent: snapshots.last().map(|s| s.id),
                     description: of.description.clone(),
+                    note: String::new(),
                     ephemeral: of.ephemeral,
                     profiles: profiles.map_err(in_words)?,
                     config,

@@ -365,6 +365,7 @@ fn snapshots(
                 name: unsaid(id)?,
                 parent: None,
                 description: String::new(),
+                note: String::new(),
                 ephemeral: false,
                 profiles: instance.profiles.clone(),
                 config: instance.config.clone(),

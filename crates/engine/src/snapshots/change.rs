@@ -1,6 +1,6 @@
 //! Renaming snapshots, and when they go.
 
-use super::{Found, Origin, Row2};
+use super::{Found, Origin, Row2, check_note};
 use crate::{Engine, context::Context, saga::runner};
 use jiff::Timestamp;
 use karst_model::{Error, Name, Result};
@@ -12,6 +12,8 @@ pub struct UpdateSnapshot {
     pub expires_at: Option<Timestamp>,
     /// User's text; volumes only. `None` leaves it.
     pub description: Option<String>,
+    /// User's text of a snapshot of an instance. `None` leaves it.
+    pub note: Option<String>,
     /// `spec_version` that was read (If-Match).
     pub if_version: Option<u64>,
 }
@@ -80,10 +82,10 @@ impl Engine {
         Ok(())
     }
 
-    /// Says when a snapshot goes.
+    /// Says when a snapshot goes, and what its user says of it.
     ///
     /// # Errors
-    /// Invalid (a time that is over), not found, precondition failed, forbidden.
+    /// Invalid (a time that is over, a text that is too long), not found, precondition failed, forbidden.
     pub async fn snapshot_update(
         &self,
         context: &Context,
@@ -94,6 +96,7 @@ impl Engine {
         let project = origin.editor(self, context)?;
         let inner = self.inner();
         let now = inner.env.now();
+        check_note(update.note.as_deref().unwrap_or_default())?;
         let mut told = None;
         inner
             .transact(|records, tx| {
@@ -111,6 +114,9 @@ impl Engine {
                     Row2::Instance(s) => {
                         let mut snapshot = s.value.clone();
                         snapshot.expires_at = update.expires_at;
+                        if let Some(text) = &update.note {
+                            snapshot.note.clone_from(text);
+                        }
                         snapshot.spec_version += 1;
                         tx.replace(s, &snapshot);
                         "instance-snapshot-updated"

@@ -1,7 +1,7 @@
 //! Taking snapshots.
 
 use super::{
-    Found, Origin, Taken, automatic_name, expiry, owned,
+    Found, Origin, Taken, automatic_name, check_note, expiry, owned,
     pause::{PausedGuest, guest, pause, quiesce, release, resume},
 };
 use crate::{
@@ -38,6 +38,8 @@ pub struct CreateSnapshot {
     pub expires_at: Option<Option<Timestamp>>,
     /// User's text; volumes only.
     pub description: String,
+    /// User's text of a snapshot of an instance.
+    pub note: String,
     /// Taken by the schedule.
     pub automatic: bool,
     /// With the memory of the running virtual machine.
@@ -65,6 +67,7 @@ impl Engine {
             let found = origin.find(&records, project.id)?;
             found.demand_ready()?;
             found.expect(tx);
+            check_note(&request.note)?;
             let (now, config, taken) = (inner.env.now(), found.config(&records), found.taken(&records));
             let name = match request.name.as_deref().filter(|n| !n.is_empty()) {
                 Some(name) => Name::parse("name", name)?,
@@ -115,6 +118,7 @@ impl Engine {
                         name,
                         parent: row.current_snapshot,
                         description: row.description.clone(),
+                        note: request.note.clone(),
                         ephemeral: row.ephemeral,
                         profiles: row.profiles.clone(),
                         config: row.config.clone(),

@@ -279,6 +279,19 @@ pub(crate) fn expiry(config: &Config, manual: bool, now: Timestamp) -> Result<Op
     }
 }
 
+/// Longest text of a snapshot, bytes.
+const NOTE: usize = 64 << 10;
+
+pub(crate) fn check_note(text: &str) -> Result<()> {
+    match text.len() <= NOTE {
+        true => Ok(()),
+        false => Err(Error::invalid(
+            "description",
+            format!("the text of a snapshot has at most {} KiB; shorten it", NOTE >> 10),
+        )),
+    }
+}
+
 /// A free name by the pattern of the configuration, `snap%d` without one.
 pub(crate) fn automatic_name(config: &Config, taken: &[Row2], now: Timestamp) -> Result<String> {
     let pattern =

@@ -579,6 +579,36 @@ async fn snapshots_are_a_tree() {
     let xml = client.call(186, &flagged(&all[1], 0)).await.unwrap();
     let xml = Reader::new(&xml).string().unwrap();
     assert!(xml.contains("<parent>\n    <name>s1</name>") && xml.contains("<domain type='"), "{xml}");
+    // Another description is all that its document may get; as virsh sends what somebody edited.
+    let redefine = async |client: &mut Client, xml: &str, flags: u32| {
+        let said = argument(|w| {
+            w.string(xml).u32(1 | flags);
+        });
+        client.call(185, &[v1.clone(), said].concat()).await
+    };
+    let edited = xml.replacen("</name>", "</name>\n  <description>of &lt;mine&gt;</description>", 1);
+    assert_eq!(redefine(&mut client, &edited, 0).await.unwrap(), all[1]);
+    let shown = client.call(186, &flagged(&all[1], 0)).await.unwrap();
+    assert_eq!(Reader::new(&shown).string().unwrap(), edited);
+    let unsupported = Code::OperationUnsupported as i32;
+    for (xml, flags, code, word) in [
+        (xml.replacen("s2", "new", 1), 0, unsupported, "no snapshot 'new'"),
+        (edited.clone(), 2, unsupported, "snapshot-revert"),
+        (edited.replace("shutoff", "running"), 0, Code::ConfigUnsupported as i32, "state: "),
+        (edited.clone(), 4, Code::InvalidArg as i32, "flags"),
+        ("<domainsnapshot/>".to_owned(), 0, Code::XmlError as i32, "must have a name"),
+        (edited.replace("of &lt;mine&gt;", &"x".repeat(65537)), 0, Code::InvalidArg as i32, "description"),
+    ] {
+        let refused = redefine(&mut client, &xml, flags).await.unwrap_err();
+        assert!(refused.0 == code && refused.1.contains(word), "{word}: {refused:?}");
+    }
+    let shown = client.call(186, &flagged(&all[1], 0)).await.unwrap();
+    assert_eq!(Reader::new(&shown).string().unwrap(), edited, "what was refused has changed nothing");
+    // Without it there is none any more; the current one may be said to be so.
+    assert_eq!(redefine(&mut client, &xml, 0).await.unwrap(), all[1]);
+    let last = client.call(186, &flagged(&all[2], 0)).await.unwrap();
+    assert_eq!(redefine(&mut client, &Reader::new(&last).string().unwrap(), 2).await.unwrap(), all[2]);
+    assert_eq!(count(&mut client, 0).await, 3);
     client.call(192, &flagged(&all[0], 0)).await.unwrap();
     assert_eq!(client.call(191, &flagged(&v1, 0)).await.unwrap(), all[0]);
     // External ones are not there, by flag and by document.

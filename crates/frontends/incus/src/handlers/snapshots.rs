@@ -173,6 +173,7 @@ pub async fn create(call: Call) -> Result<Reply> {
         // Clients that know no expiry send none; never is said by Go's zero time.
         expires_at: time(&mut f, "expires_at")?,
         description: f.text("description")?.unwrap_or_default(),
+        note: String::new(),
         automatic: false,
         stateful: f.flag("stateful")?,
         quiesce: match f.text("quiesce")?.filter(|t| !t.is_empty()) {
@@ -234,6 +235,7 @@ async fn change(call: Call, merge: bool) -> Result<(TakenCall, Place)> {
     let update = UpdateSnapshot {
         expires_at: time(&mut f, "expires_at")?.unwrap_or(if merge { kept } else { None }),
         description: f.text("description")?,
+        note: None,
         if_version,
     };
     f.finish(READ_ONLY)?;

@@ -15,7 +15,7 @@ use crate::{
 };
 use karst_engine::{
     InstanceView,
-    snapshots::{Origin, Taken, create::CreateSnapshot},
+    snapshots::{Origin, Taken, change::UpdateSnapshot, create::CreateSnapshot},
 };
 use karst_model::{
     SnapshotId,
@@ -86,6 +86,12 @@ impl Tree {
         let mut w = Writer::new();
         self.write(&mut w, snapshot);
         Ok(w.finish().into())
+    }
+
+    fn document(&self, call: &Call, snapshot: &Snapshot) -> Result<String, VirError> {
+        let parent = snapshot.parent.and_then(|p| self.all.iter().find(|s| s.id == p));
+        let parent = parent.map(|p| p.name.to_string());
+        xml::snapshot::document(call, &self.view, snapshot, parent.as_deref())
     }
 
     fn origin(&self) -> Origin<'_> {
@@ -245,9 +251,7 @@ pub async fn has_metadata(call: Call) -> Answered {
 pub async fn xml(call: Call) -> Answered {
     // Secure.
     let (tree, snapshot, _) = one(&call, 1)?;
-    let parent = snapshot.parent.and_then(|p| tree.all.iter().find(|s| s.id == p));
-    let parent = parent.map(|p| p.name.to_string());
-    Ok(text(&xml::snapshot::document(&call, &tree.view, &snapshot, parent.as_deref())?))
+    Ok(text(&tree.document(&call, &snapshot)?))
 }
 
 /// `VIR_DOMAIN_SNAPSHOT_CREATE_*`
@@ -265,11 +269,11 @@ const VALIDATE: u32 = 512;
 /// `DOMAIN_SNAPSHOT_CREATE_XML`
 pub async fn create(call: Call) -> Answered {
     let (named, text, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.string()?, r.u32()?)))?;
+    if flags & REDEFINE != 0 {
+        return redefine(&call, &named, &text, flags).await;
+    }
     let refused = [
-        (
-            REDEFINE | CURRENT | NO_META,
-            "snapshots are what the pool keeps; their records are not written apart",
-        ),
+        (CURRENT | NO_META, "snapshots are what the pool keeps; their records are not written apart"),
         (
             DISK | REUSE,
             "external snapshots: a disk stays the volume that it is; take one without --disk-only",
@@ -298,6 +302,7 @@ pub async fn create(call: Call) -> Answered {
     let name = new.name.unwrap_or_else(|| now().to_string());
     let request = CreateSnapshot {
         name: Some(name.clone()),
+        note: new.description,
         stateful: running && new.memory.unwrap_or(!still),
         quiesce: still.then_some(Quiesce::Require),
         ..CreateSnapshot::default()
@@ -308,6 +313,36 @@ pub async fn create(call: Call) -> Answered {
     }
     let tree = Tree::of(&call, &named)?;
     tree.answer(tree.demand(&name)?)
+}
+
+/// Gives a snapshot that is there another description.
+async fn redefine(call: &Call, named: &Named, text: &str, flags: u32) -> Answered {
+    call.known_flags(flags, REDEFINE | CURRENT | VALIDATE)?;
+    let (new, name) = xml::snapshot::named(text)?;
+    let tree = Tree::of(call, named)?;
+    let Some(snapshot) = tree.all.iter().find(|s| *s.name == *name) else {
+        return Err(unsupported(format!(
+            "there is no snapshot '{name}': a snapshot is what the pool keeps, so that none is made, copied or renamed \
+             by its document; take it by snapshot-create"
+        )));
+    };
+    if flags & CURRENT != 0 && tree.current().is_none_or(|c| c.id != snapshot.id) {
+        return Err(unsupported(format!(
+            "snapshot '{name}' is not the one that the domain's disks descend from; it becomes current by \
+             snapshot-revert"
+        )));
+    }
+    let now = xml::read::document(&tree.document(call, snapshot)?)?;
+    let update = UpdateSnapshot {
+        expires_at: snapshot.expires_at,
+        note: Some(xml::snapshot::described(&new, &now)?),
+        // What the new document was compared with.
+        if_version: Some(snapshot.spec_version),
+        ..UpdateSnapshot::default()
+    };
+    let session = &call.session;
+    session.front.engine.snapshot_update(&session.context, tree.origin(), &name, update).await?;
+    tree.answer(snapshot)
 }
 
 /// Seconds of the epoch, by which libvirt names what has no name.
