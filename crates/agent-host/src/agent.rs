@@ -14,6 +14,7 @@ use karst_ct_lxc::{LxcDriver, LxcOptions};
 use karst_env::{EnvExt, SharedEnv};
 use karst_guest::{
     DiskFormat, GuestDriver, Observed, Opened, ResolvedApplication, ResolvedDisk, ResolvedGuest, ResolvedNic,
+    ThresholdReached,
 };
 use karst_host::sandbox::Launcher;
 use karst_image::ImageStore;
@@ -33,7 +34,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
 };
-use tokio::sync::OwnedMutexGuard;
+use tokio::sync::{OwnedMutexGuard, broadcast};
 
 /// Whose the id range of the image worker is.
 pub(crate) const WORKER: &str = "worker";
@@ -193,6 +194,9 @@ impl RealAgent {
         }
         for driver in &self.drivers {
             self.forward(driver.events());
+            if let Some(machines) = driver.machine() {
+                self.forward_thresholds(machines.thresholds());
+            }
             let adopted = driver.adopt().await;
             for observed in self.unless_failed(adopted, "guests cannot be adopted").unwrap_or_default() {
                 tracing::info!(instance = %observed.instance, state = ?observed.state, "adopted a guest");
@@ -247,6 +251,28 @@ impl RealAgent {
             while let Some(observed) = from.recv().await {
                 let Some(agent) = weak.upgrade() else { return };
                 agent.saw(&observed);
+            }
+        });
+    }
+
+    /// Hands thresholds of disks on that were reached.
+    fn forward_thresholds(self: &Arc<Self>, mut from: broadcast::Receiver<ThresholdReached>) {
+        let weak = Arc::downgrade(self);
+        tokio::spawn(async move {
+            loop {
+                let reached = match from.recv().await {
+                    Ok(reached) => reached,
+                    Err(broadcast::error::RecvError::Lagged(n)) => {
+                        tracing::warn!(
+                            n,
+                            "too many thresholds of disks were reached at once: nobody is told of some"
+                        );
+                        continue;
+                    }
+                    Err(broadcast::error::RecvError::Closed) => return,
+                };
+                let Some(agent) = weak.upgrade() else { return };
+                agent.events.publish(&AgentEvent::DiskThreshold { reached });
             }
         });
     }

@@ -722,6 +722,13 @@ calls! {
     }
     read machine_monitor(me, request: MonitorCommand) -> MonitorAnswer { me.monitor(request).await }
     read machine_events(me, _request: ()) -> WithFds<()> { me.monitor_events() }
+    read machine_threshold(me, request: DiskThresholdSet) -> () {
+        request.check()?;
+        let DiskThresholdSet { guest, slot, bytes } = request;
+        me.meant(guest)?;
+        let machine = me.machine(guest.instance)?;
+        machine.set_threshold(guest.instance, &slot, bytes).await.map_err(as_state(guest.instance))
+    }
     read machine_dirty_rate(me, request: DirtyRateRequest) -> () {
         let DirtyRateRequest { instance, seconds } = request;
         let machine = me.machine(instance)?;

@@ -7,6 +7,7 @@ use crate::{
     descriptions::{FoundPool, PoolDescribe, PoolSurvey, PoolSurveyed, PoolsFind},
     displays::{DisplayGuardSet, DisplayGuarded},
     publish::{ImagePublish, VolumeRebuild},
+    thresholds::DiskThresholdSet,
 };
 use async_trait::async_trait;
 use karst_model::{
@@ -15,7 +16,7 @@ use karst_model::{
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
     guest::{
         Applied, DiskCopyState, ExecRequest, FileInfo, FileWrite, MachineFigures, Metrics, MonitorAnswer,
-        Observed, StopMode,
+        Observed, StopMode, ThresholdReached,
     },
     history::Series,
     image::{DiskFormat, ImageFacts},
@@ -392,6 +393,9 @@ agent_calls! {
     /// Follows the events of QEMU's monitor of all virtual machines, where the host's policy grants it: one descriptor that
     /// reads lines of JSON ([`MonitorEvent`](karst_model::guest::MonitorEvent)).
     read fn machine_events(MachineEvents: ()) -> WithFds<()>;
+    /// Has it told as [`AgentEvent::DiskThreshold`], once, when a running virtual machine writes behind a byte of what a disk
+    /// lies in. The machine keeps that until then, or until its end. Invalid without such a disk.
+    read fn machine_threshold(MachineThreshold: DiskThresholdSet) -> ();
     /// Begins to measure how fast a running virtual machine writes memory; its figures say it then.
     read fn machine_dirty_rate(MachineDirtyRate: DirtyRateRequest) -> ();
 
@@ -858,6 +862,11 @@ pub enum AgentEvent {
     Guest {
         /// What was seen.
         observed: Box<Observed>,
+    },
+    /// A virtual machine has written behind the threshold of a disk.
+    DiskThreshold {
+        /// Which.
+        reached: ThresholdReached,
     },
     /// Progress of a build or import.
     ImageProgress {

@@ -20,6 +20,7 @@ pub mod publish;
 pub mod resources;
 pub mod server;
 pub mod simulated;
+pub mod thresholds;
 pub mod wire;
 
 pub use backups::*;
@@ -35,3 +36,4 @@ pub use names::{check_host_interface, host_interface};
 pub use publish::*;
 pub use server::{ServerOptions, serve};
 pub use simulated::{Fault, SimulatedAgent, SimulatedOptions};
+pub use thresholds::*;

@@ -18,6 +18,10 @@ use tokio::sync::broadcast;
 /// Events kept for a slow listener; one that falls further behind is told how many it lost.
 const BACKLOG: usize = 1024;
 
+/// A virtual machine has written behind the threshold of a disk ([`Engine::machine_threshold`](crate::Engine::machine_threshold)):
+/// the action of its event, whose context has the disk's `device` and `slot`, the `threshold` and the `excess`, bytes.
+pub const DISK_THRESHOLD: &str = "instance-disk-threshold-reached";
+
 /// Something that happened.
 #[derive(Debug, Clone)]
 pub struct Event {

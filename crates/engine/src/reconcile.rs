@@ -6,22 +6,23 @@ use crate::{
     autostart::Starts,
     context::Context,
     db::Tx,
-    events::{Event, EventKind, Subject},
+    events::{DISK_THRESHOLD, Event, EventKind, Subject},
     saga::Phase,
 };
 use karst_agent::{AgentEvent, CallContext, HostAgent};
 use karst_env::{EnvExt, TaskHandle};
 use karst_model::{
     InstanceId, NodeId, Result,
-    guest::Observed,
+    guest::{Observed, ThresholdReached},
     instance::{DesiredPower, ExitReason, Lifecycle, RuntimeState},
     keys,
     operation::OperationState,
     spec::NetworkSpec,
 };
 use karst_store::Revision;
+use serde_json::json;
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -101,6 +102,7 @@ async fn host_sync(weak: Weak<EngineInner>, node: NodeId, agent: Arc<dyn HostAge
                         break;
                     }
                 },
+                Ok(Some(AgentEvent::DiskThreshold { reached })) => tell_threshold(&inner, &reached),
                 Ok(Some(AgentEvent::ImageProgress { .. })) => {}
                 // Missed something, or lost the connection.
                 Ok(Some(AgentEvent::Lost) | None) => break,
@@ -346,6 +348,35 @@ async fn record(inner: &Arc<EngineInner>, observed: &Observed, as_of: Option<Rev
         });
     }
     Ok(now)
+}
+
+/// Tells who listens that a machine has written behind the threshold of a disk.
+fn tell_threshold(inner: &EngineInner, reached: &ThresholdReached) {
+    let (row, runtime) = {
+        let records = inner.inventory.read();
+        let Some(row) = records.instances.get(&reached.instance) else { return };
+        (row.value.clone(), records.runtimes.get(&row.id).map(|r| Arc::new(r.value.clone())))
+    };
+    let device = row.identities.iter().find(|(_, i)| i.slot == reached.slot).map(|(name, _)| name.clone());
+    let project_name = inner.project_name(Some(row.project));
+    let context = BTreeMap::from([
+        ("device".to_owned(), json!(device)),
+        ("slot".to_owned(), json!(reached.slot)),
+        ("threshold".to_owned(), json!(reached.threshold)),
+        ("excess".to_owned(), json!(reached.excess)),
+    ]);
+    inner.events.send(Event {
+        time: inner.env.now(),
+        project: Some(row.project),
+        kind: EventKind::Lifecycle {
+            action: DISK_THRESHOLD,
+            source: crate::compute::path(&project_name, &row.name),
+            context,
+            requestor: "karst".into(),
+        },
+        subject: Some(Subject::Instance(Arc::new(row), runtime)),
+        project_name,
+    });
 }
 
 async fn ensure_all_networks(inner: &Arc<EngineInner>, node: NodeId) {

@@ -154,6 +154,19 @@ pub struct MonitorEvent {
     pub micros: u32,
 }
 
+/// A virtual machine has written behind the threshold of a disk, which is none any more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThresholdReached {
+    /// Whose disk.
+    pub instance: InstanceId,
+    /// Bus slot of the disk, such as `scsi0`.
+    pub slot: String,
+    /// The byte of what the disk lies in.
+    pub threshold: u64,
+    /// How far behind it was written, bytes.
+    pub excess: u64,
+}
+
 /// A disk: requests, bytes and nanoseconds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
 #[allow(missing_docs)]

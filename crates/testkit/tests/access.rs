@@ -403,6 +403,7 @@ fn cases() -> Vec<Case> {
         guest_agent Use |f, c, p| of_a_machine(f.w.engine.guest_agent(c, p, "run", ("guest-ping", serde_json::json!({})), Duration::from_secs(5)).await.map(drop));
         machine_interrupt Use |f, c, p| of_a_machine(f.w.engine.machine_interrupt(c, p, "run").await);
         machine_wake Use |f, c, p| of_a_machine(f.w.engine.machine_wake(c, p, "run").await);
+        machine_threshold Use |f, c, p| of_a_machine(f.w.engine.machine_threshold(c, p, "run", "scsi0", 1).await);
         machine_dirty_rate Use |f, c, p| of_a_machine(f.w.engine.machine_dirty_rate(c, p, "run", 1).await);
         machine_monitor ServerEdit |f, c, p| of_a_machine(f.w.engine.machine_monitor(c, HERE, "run", "query-status", serde_json::json!({})).await.map(drop));
         machine_events ServerEdit |f, c, p| f.w.engine.machine_events(c).await.map(drop);

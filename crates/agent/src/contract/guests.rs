@@ -407,6 +407,36 @@ async fn files(guest: &Guest<'_>) {
     assert!(matches!(kind, FileKind::File | FileKind::Symlink), "{kind:?}");
 }
 
+/// Somebody is told, once, that a machine has written behind a byte of its root; and nobody of a threshold that was taken away.
+async fn thresholds(guest: &Guest<'_>) {
+    let (s, agent) = (guest.s, &guest.s.agent);
+    let root = guest.spec.root.slot.as_str();
+    let to = |slot: &str, bytes| DiskThresholdSet { guest: guest.at(), slot: slot.into(), bytes };
+    refused(agent.machine_threshold(&s.read(), to("scsi99", 1)).await, ErrorKind::Invalid);
+    refused(agent.machine_threshold(&s.read(), to("../../x", 1)).await, ErrorKind::Invalid);
+    refused(agent.machine_threshold(&s.read(), to(root, u64::MAX)).await, ErrorKind::Invalid);
+    let mut events = agent.events().await.unwrap();
+    let write = ["sh", "-c", "echo written > /karst-threshold; sync; rm -f /karst-threshold; sync"];
+    // Nothing is written meanwhile.
+    agent.guest_pause(&s.change(), guest.at()).await.unwrap();
+    agent.machine_threshold(&s.read(), to(root, 1)).await.unwrap();
+    agent.machine_threshold(&s.read(), to(root, 0)).await.unwrap();
+    agent.guest_resume(&s.change(), guest.at()).await.unwrap();
+    guest.output(&write, b"").await;
+    agent.machine_threshold(&s.read(), to(root, 2)).await.unwrap();
+    guest.output(&write, b"").await;
+    let reached = s.until("a threshold that is reached", s.boot, async || match events.try_recv() {
+        Ok(AgentEvent::DiskThreshold { reached }) if reached.instance == guest.spec.instance => Some(reached),
+        _ => None,
+    });
+    let reached = reached.await;
+    assert!((reached.slot.as_str(), reached.threshold) == (root, 2) && reached.excess > 0, "{reached:?}");
+    guest.output(&write, b"").await;
+    while let Ok(event) = events.try_recv() {
+        assert!(!matches!(event, AgentEvent::DiskThreshold { .. }), "it is told once: {event:?}");
+    }
+}
+
 async fn console(guest: &Guest<'_>) {
     let (s, agent) = (guest.s, &guest.s.agent);
     let instance = guest.spec.instance;
@@ -470,6 +500,8 @@ async fn machine_only(guest: &Guest<'_>) {
         refused(agent.machine_monitor(&s.read(), monitor("query-status")).await, ErrorKind::Unsupported);
         let rate = DirtyRateRequest { instance, seconds: 1 };
         refused(agent.machine_dirty_rate(&s.read(), rate).await, ErrorKind::Unsupported);
+        let threshold = DiskThresholdSet { guest: guest.at(), slot: guest.spec.root.slot.clone(), bytes: 1 };
+        refused(agent.machine_threshold(&s.read(), threshold).await, ErrorKind::Unsupported);
         assert!(agent.machine_figures(&s.read(), vec![instance]).await.unwrap().is_empty());
         refused(agent.display_attach(&s.read(), instance).await, ErrorKind::Unsupported);
         refused(agent.display_guard(&s.read(), guard(None)).await, ErrorKind::Unsupported);
@@ -515,6 +547,7 @@ async fn machine_only(guest: &Guest<'_>) {
     let heard = heard.await.unwrap();
     let first: MonitorEvent = serde_json::from_str(heard.lines().next().unwrap()).unwrap();
     assert_eq!(first.instance, instance);
+    thresholds(guest).await;
     let rate = |seconds| DirtyRateRequest { instance, seconds };
     refused(agent.machine_dirty_rate(&s.read(), rate(0)).await, ErrorKind::Invalid);
     agent.machine_dirty_rate(&s.read(), rate(1)).await.unwrap();

@@ -2,7 +2,7 @@
 
 use super::work::*;
 use super::{SimulatedAgent, state::Guest};
-use crate::{backups::*, calls::*, copies::*, descriptions::*, displays::*, publish::*};
+use crate::{backups::*, calls::*, copies::*, descriptions::*, displays::*, publish::*, thresholds::*};
 use async_trait::async_trait;
 use karst_model::{
     BackupId, ByteSize, Error, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
@@ -493,6 +493,10 @@ calls! {
         me.settled().monitor(request, second)
     }
     read machine_events(me, _request: ()) -> WithFds<()> { me.settled().follow() }
+    read machine_threshold(me, request: DiskThresholdSet) -> () {
+        request.check()?;
+        me.settled().set_threshold(request)
+    }
     read machine_dirty_rate(me, request: DirtyRateRequest) -> () { me.settled().measure(request) }
 
     read entry_expected(me, _request: ()) -> () {

@@ -1,10 +1,14 @@
-//! QEMU's monitor of simulated machines: the few commands that say or change what is simulated. The host grants them all.
+//! QEMU's monitor of simulated machines: the few commands that say or change what is simulated, all of which the host grants;
+//! and what else QEMU tells while a machine runs.
 
 use super::{state::State, work::no_guest};
-use crate::calls::{DirtyRateRequest, MonitorCommand, WithFds};
+use crate::{
+    calls::{DirtyRateRequest, MonitorCommand, WithFds},
+    thresholds::DiskThresholdSet,
+};
 use karst_model::{
     Error, InstanceId, Result,
-    guest::{DirtyRate, MonitorAnswer, MonitorEvent},
+    guest::{DirtyRate, MonitorAnswer, MonitorEvent, ThresholdReached},
     instance::RuntimeState,
 };
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -65,6 +69,46 @@ impl State {
             socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(std::io::Error::from)?;
         self.followers.push(File::from(ours));
         Ok(WithFds { value: (), fds: vec![theirs] })
+    }
+
+    /// Sets the threshold of a disk, or takes it away.
+    pub fn set_threshold(&mut self, request: DiskThresholdSet) -> Result<()> {
+        let DiskThresholdSet { guest, slot, bytes } = request;
+        let machine = self.running(guest)?;
+        super::work::demand_machine(machine)?;
+        let pid = machine.pid;
+        let spec = &machine.spec;
+        let only_read = match spec.disks.iter().find(|d| d.slot == slot) {
+            Some(disk) => disk.readonly,
+            None if spec.root.slot == slot => false,
+            None => return Err(Error::invalid("slot", "the guest has no such disk")),
+        };
+        if only_read {
+            return Err(Error::unsupported("a disk that is only read is never written"));
+        }
+        match bytes {
+            0 => drop(self.thresholds.remove(&(guest.instance, slot))),
+            bytes => drop(self.thresholds.insert((guest.instance, slot), (pid, bytes))),
+        }
+        Ok(())
+    }
+
+    /// The thresholds of a machine that something reaches which writes all over its disks.
+    pub fn reach_thresholds(&mut self, instance: InstanceId) -> Vec<ThresholdReached> {
+        let Some(pid) = self.guests.get(&instance).map(|g| g.pid) else { return vec![] };
+        let mut reached = vec![];
+        self.thresholds.retain(|(of, slot), (start, threshold)| {
+            if *of != instance {
+                return true;
+            }
+            // Those of an earlier start ended with it.
+            if *start == pid {
+                let (slot, threshold) = (slot.clone(), *threshold);
+                reached.push(ThresholdReached { instance, slot, threshold, excess: 4096 });
+            }
+            false
+        });
+        reached
     }
 
     /// Measures at once.

@@ -51,6 +51,8 @@ pub(super) struct State {
     pub followers: Vec<File>,
     /// Measurements of how fast memory is written, by start.
     pub dirty_rates: BTreeMap<InstanceId, (u32, u32)>,
+    /// Thresholds of disks, by machine and slot: of which start, and the byte.
+    pub thresholds: BTreeMap<(InstanceId, String), (u32, u64)>,
     /// What guests used over time.
     pub histories: BTreeMap<InstanceId, (Meter, Vec<Series>)>,
     pub next_pid: u32,

@@ -530,6 +530,10 @@ impl SimulatedAgent {
         let (session, fds) = Session::exec(request.instance, &guest.spec.hostname, request.request)?;
         let id = SessionId(self.env.uuid());
         state.add_session(id, session)?;
+        // A program of a simulated machine writes all over its disks.
+        for reached in state.reach_thresholds(request.instance) {
+            self.events.publish(&AgentEvent::DiskThreshold { reached });
+        }
         Ok(WithFds { value: id, fds })
     }
 

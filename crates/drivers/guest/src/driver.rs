@@ -11,6 +11,7 @@ use tokio::sync::{broadcast, mpsc};
 pub use karst_model::guest::{
     Applied, DirtyRate, DiskCopyEnd, DiskCopyPhase, DiskCopyState, ExecRequest, FileInfo, FileKind,
     FileWrite, Interface, MachineFigures, Metrics, MonitorAnswer, MonitorEvent, Observed, StopMode,
+    ThresholdReached,
 };
 
 /// A kind of guest on this host. Implementations pass one contract suite.
@@ -123,6 +124,13 @@ pub trait GuestMachine: Send + Sync {
 
     /// Events of QEMU's monitor, of all machines, from now on; who falls behind misses some.
     fn monitor_events(&self) -> broadcast::Receiver<MonitorEvent>;
+
+    /// Has it said, once, when it writes behind a byte of what the disk in a slot lies in; 0: not any more. It is told by
+    /// [`GuestMachine::thresholds`]. Invalid without such a disk, unsupported for one that is only read.
+    async fn set_threshold(&self, instance: InstanceId, slot: &str, bytes: u64) -> Result<()>;
+
+    /// Thresholds that are reached, of all machines, from now on; who falls behind misses some.
+    fn thresholds(&self) -> broadcast::Receiver<ThresholdReached>;
 
     /// Begins to measure how fast it writes memory; its figures say it then.
     async fn measure_dirty_rate(&self, instance: InstanceId, seconds: u32) -> Result<()>;

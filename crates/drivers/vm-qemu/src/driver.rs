@@ -11,13 +11,13 @@ use crate::{
     monitor, plug, probe,
     qmp::Qmp,
     record::Record,
-    resize, saved, states, still, tpm,
+    resize, saved, states, still, threshold, tpm,
 };
 use async_trait::async_trait;
 use karst_guest::{
     Applied, DiskCopies, Exec, ExecRequest, FileWrite, GuestDriver, GuestFiles, GuestMachine, Interface,
     MachineFigures, MachineFiles, Metrics, MonitorAnswer, MonitorEvent, Observed, OpenedFile, Quiesce,
-    ResolvedGuest, Silence, StopMode,
+    ResolvedGuest, Silence, StopMode, ThresholdReached,
     keeper::{self, End, Keeper, Requested, State, Status},
     silence,
 };
@@ -74,6 +74,8 @@ pub(crate) struct Shared {
     events: Arc<Mutex<Option<mpsc::Sender<Observed>>>>,
     /// Events of QEMU's monitors, for who follows them.
     heard: broadcast::Sender<MonitorEvent>,
+    /// Thresholds of disks that were reached, for who waits for them.
+    reached: broadcast::Sender<ThresholdReached>,
 }
 
 #[derive(Default)]
@@ -105,6 +107,7 @@ impl QemuDriver {
                 silence: Arc::default(),
                 events: Arc::default(),
                 heard: broadcast::channel(HEARD).0,
+                reached: broadcast::channel(HEARD).0,
             }),
         })
     }
@@ -153,7 +156,7 @@ impl Shared {
 
     fn own(&self, dir: &Path, record: Record, keeper: Keeper, observed: Observed) -> Arc<Machine> {
         let (cgroups, silence) = (self.cgroups.clone(), self.silence.clone());
-        let tell = Tells { changed: self.tell(), heard: self.heard.clone() };
+        let tell = Tells { changed: self.tell(), heard: self.heard.clone(), reached: self.reached.clone() };
         own(dir.to_owned(), record, keeper, observed, cgroups, silence, tell)
     }
 

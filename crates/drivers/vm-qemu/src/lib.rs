@@ -32,6 +32,7 @@ pub mod seed;
 mod share;
 mod states;
 mod still;
+mod threshold;
 mod tpm;
 
 pub use driver::{QemuDriver, QemuOptions};

@@ -8,7 +8,7 @@ use crate::{
     launch::{self, Groups, explain},
     qmp::{Event, Qmp},
     record::Record,
-    saved, tpm,
+    saved, threshold, tpm,
 };
 use karst_guest::{
     Observed, Silence,
@@ -17,7 +17,7 @@ use karst_guest::{
 use karst_host::cgroup::Cgroups;
 use karst_model::{
     Error, ErrorKind, Result,
-    guest::{MonitorEvent, StopMode},
+    guest::{MonitorEvent, StopMode, ThresholdReached},
     instance::{ExitReason, RuntimeState},
 };
 use serde_json::{Value, json};
@@ -209,6 +209,8 @@ pub(crate) struct Tells {
     pub(crate) changed: Tell,
     /// Who follows the events of QEMU's monitor.
     pub(crate) heard: broadcast::Sender<MonitorEvent>,
+    /// Who waits for thresholds of disks.
+    pub(crate) reached: broadcast::Sender<ThresholdReached>,
 }
 
 /// Begins to own a machine that runs.
@@ -399,6 +401,13 @@ impl Owner {
             }
             // Asked rather than concluded: by now a later command may have undone it.
             "STOP" | "RESUME" => self.refresh().await,
+            "BLOCK_WRITE_THRESHOLD" => {
+                let instance = self.machine.record().instance;
+                if let Some(reached) = threshold::reached(instance, &event) {
+                    // An error only says that nobody waits for any.
+                    let _ = self.tell.reached.send(reached);
+                }
+            }
             "VSERPORT_CHANGE" => {
                 if let (Some(id), Some(open)) = (text("id"), event.data.get("open").and_then(Value::as_bool))
                 {

@@ -1,7 +1,7 @@
 //! What is asked of a running virtual machine beside its console and screen: its figures, commands of its agent, interrupts.
 
 use crate::{Engine, context::Context};
-use karst_agent::{AgentCommand, CallContext, GuestRef};
+use karst_agent::{AgentCommand, CallContext, DiskThresholdSet, GuestRef};
 use karst_model::{Error, InstanceId, Result, guest::MachineFigures, instance::Status};
 use std::{collections::HashMap, time::Duration};
 
@@ -74,6 +74,26 @@ impl Engine {
         let generation = view.runtime.as_ref().map_or(view.instance.generation, |r| r.generation);
         let guest = GuestRef { instance: view.instance.id, generation };
         agent.machine_interrupt(&CallContext::read(CALL), guest).await
+    }
+
+    /// Has listeners told, once, by [`DISK_THRESHOLD`](crate::events::DISK_THRESHOLD), when a running virtual machine writes behind
+    /// a byte of the file or block device that the disk in a slot lies in; 0: not any more.
+    ///
+    /// # Errors
+    /// Those of [`Engine::machine_reset`]; invalid without such a disk or behind any, unsupported for one that is only read.
+    pub async fn machine_threshold(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        slot: &str,
+        bytes: u64,
+    ) -> Result<()> {
+        let (view, agent) = self.virtual_machine(context, project, name)?;
+        let generation = view.runtime.as_ref().map_or(view.instance.generation, |r| r.generation);
+        let guest = GuestRef { instance: view.instance.id, generation };
+        let request = DiskThresholdSet { guest, slot: slot.into(), bytes };
+        agent.machine_threshold(&CallContext::read(CALL), request).await
     }
 
     /// Wakes a virtual machine that sleeps.

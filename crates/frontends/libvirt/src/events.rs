@@ -11,7 +11,7 @@ use crate::{
 };
 use karst_engine::{
     compute::disk_copy,
-    events::{Event, EventKind, Subject},
+    events::{DISK_THRESHOLD, Event, EventKind, Subject},
 };
 use karst_model::{
     InstanceId, OperationId,
@@ -36,6 +36,8 @@ pub const REBOOT: i32 = 1;
 pub const BLOCK_JOB: i32 = 8;
 /// `VIR_DOMAIN_EVENT_ID_BLOCK_JOB_2`: disks by their names.
 pub const BLOCK_JOB_2: i32 = 16;
+/// `VIR_DOMAIN_EVENT_ID_BLOCK_THRESHOLD`: somebody wrote behind the threshold of a disk.
+pub const BLOCK_THRESHOLD: i32 = 24;
 /// Kinds of domain events that may be listened for; Karst tells those above.
 pub const DOMAIN_EVENTS: i32 = 27;
 /// Callbacks of one connection.
@@ -156,13 +158,16 @@ enum Happened {
 }
 
 async fn tell(session: &Arc<Session>, event: &Event) {
-    let EventKind::Lifecycle { action, .. } = &event.kind else { return };
+    let EventKind::Lifecycle { action, context, .. } = &event.kind else { return };
     let Ok(opened) = session.opened() else { return };
     let own = event.project_name == opened.project;
     match &event.subject {
         Some(Subject::Network(of)) => network(session, action, of).await,
         Some(Subject::Pool(of)) => pool(session, action, of).await,
         Some(Subject::Secret(of)) if own => secret(session, action, of).await,
+        Some(Subject::Instance(of, _)) if own && *action == DISK_THRESHOLD => {
+            threshold(session, of, context).await;
+        }
         Some(Subject::Instance(of, runtime)) if own && of.kind == opened.driver.kind() => {
             guest(session, action, of, runtime.as_deref()).await;
         }
@@ -221,6 +226,26 @@ async fn guest(session: &Arc<Session>, action: &str, of: &Instance, runtime: Opt
             }
             _ => {}
         }
+    }
+}
+
+/// Tells that a machine has written behind the threshold of a disk.
+async fn threshold(session: &Arc<Session>, of: &Instance, said: &BTreeMap<String, serde_json::Value>) {
+    let number = |key: &str| said.get(key).and_then(serde_json::Value::as_u64);
+    let slot = said.get("slot").and_then(serde_json::Value::as_str);
+    let (Some(slot), Some(bytes), Some(excess)) = (slot, number("threshold"), number("excess")) else {
+        return;
+    };
+    let Some(view) = session.guest(&of.name).ok().filter(|v| v.instance.id == of.id) else { return };
+    let found = disks(&session.front.engine.inner().inventory.read(), &view);
+    let Some(disk) = found.into_iter().find(|d| d.slot == slot) else { return };
+    let (uuid, id) = (instance_uuid(of), domain_id(&view));
+    let wanted = |c: &Callback| c.style == Style::Numbered && c.event == BLOCK_THRESHOLD;
+    for (number, _) in matching(session, uuid, wanted) {
+        let mut w = Writer::new();
+        w.i32(number).string(&of.name).uuid(uuid).i32(id).string(&disk.target);
+        w.optional(disk.path.as_deref()).u64(bytes).u64(excess);
+        session.send(Frame::new(Header::event(385), w.finish())).await;
     }
 }
 

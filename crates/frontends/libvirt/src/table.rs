@@ -321,6 +321,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     380 CONNECT_SECRET_EVENT_REGISTER_ANY See event::secret_register;
     381 CONNECT_SECRET_EVENT_DEREGISTER_ANY See event::secret_deregister;
     384 DOMAIN_SET_VCPU Change devices::set_vcpu;
+    386 DOMAIN_SET_BLOCK_THRESHOLD Change figures::set_threshold;
     388 DOMAIN_MANAGED_SAVE_GET_XML_DESC See machine::managed_save_xml;
     389 DOMAIN_MANAGED_SAVE_DEFINE_XML Change machine::managed_save_define;
     390 DOMAIN_SET_LIFECYCLE_ACTION Change power::set_lifecycle_action;

@@ -8,8 +8,8 @@ use karst_engine::{
     secrets::DefineSecret,
     storage::CreatePool,
 };
-use karst_frontend_libvirt::{frame::Kind, xdr::Reader};
-use karst_model::{access::Principal, instance::InstanceKind, secret::SecretUse};
+use karst_frontend_libvirt::{error::Code, frame::Kind, xdr::Reader};
+use karst_model::{access::Principal, guest::ExecRequest, instance::InstanceKind, secret::SecretUse};
 use uuid::Uuid;
 
 const NETWORK: &str = "3a1b0e4c-5d0d-4a0f-9d5d-0f3f6f2b1c33";
@@ -128,4 +128,80 @@ async fn events_have_their_objects_when_those_are_gone() {
     assert_eq!(networks, [0, 2, 3, 1].map(|change| ("n1".to_owned(), uuid, change)));
     let of = [(first_uuid, 0), (first_uuid, 1), (second_uuid, 0), (second_uuid, 1)];
     assert_eq!(domains, of.map(|(uuid, change)| ("v1".to_owned(), uuid, change)));
+}
+
+/// Lets a simulated machine write all over its disks, as a program in it does.
+async fn write(server: &Server) {
+    let request = ExecRequest {
+        command: vec!["true".into()],
+        environment: Default::default(),
+        uid: 0,
+        gid: 0,
+        cwd: None,
+        terminal: None,
+        term: None,
+    };
+    server.engine.exec(&Context::new(Principal::system()), "default", "v1", request).await.map(drop).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn thresholds_of_disks_are_told_once() {
+    const SET: i32 = 386;
+    let server = Server::start().await;
+    server.guest("v1", InstanceKind::VirtualMachine, true).await;
+    let mut client = server.open("full", "qemu:///system").await;
+    let v1 = client.domain("v1").await;
+    let mut listener = server.open("ro", "qemu:///system").await;
+    let threshold_events = argument(|w| {
+        w.i32(24).u32(0);
+    });
+    listener.call(316, &threshold_events).await.unwrap();
+    let to = |domain: &[u8], disk: &str, bytes: u64, flags: u32| {
+        let said = argument(|w| {
+            w.string(disk).u64(bytes).u32(flags);
+        });
+        [domain, &said].concat()
+    };
+    let invalid = Code::InvalidArg as i32;
+    for (disk, bytes, flags, word) in
+        [("vdz", 1, 0, "vdz"), ("sda", 1, 1, "flags"), ("sda", u64::MAX, 0, "threshold")]
+    {
+        let refused = client.call(SET, &to(&v1, disk, bytes, flags)).await.unwrap_err();
+        assert!(refused.0 == invalid && refused.1.contains(word), "{disk} {bytes} {flags}: {refused:?}");
+    }
+    server.guest("off", InstanceKind::VirtualMachine, false).await;
+    let off = client.domain("off").await;
+    let refused = client.call(SET, &to(&off, "sda", 1, 0)).await.unwrap_err();
+    assert_eq!(refused.0, Code::OperationInvalid as i32, "{refused:?}");
+    let refused = listener.call(SET, &to(&v1, "sda", 1, 0)).await.unwrap_err();
+    assert_eq!(refused.0, Code::OperationDenied as i32, "{refused:?}");
+    server.guest("c1", InstanceKind::Container, true).await;
+    let mut lxc = server.open("full", "lxc:///system").await;
+    let c1 = lxc.domain("c1").await;
+    let refused = lxc.call(SET, &to(&c1, "sda", 1, 0)).await.unwrap_err();
+    assert_eq!(refused.0, Code::NoSupport as i32, "{refused:?}");
+
+    // The first is reached, and is none any more; the second is taken away; the third is reached.
+    client.call(SET, &to(&v1, "sda", 1 << 20, 0)).await.unwrap();
+    write(&server).await;
+    write(&server).await;
+    client.call(SET, &to(&v1, "sda", 3 << 20, 0)).await.unwrap();
+    client.call(SET, &to(&v1, "sda", 0, 0)).await.unwrap();
+    write(&server).await;
+    client.call(SET, &to(&v1, "/karst/default/v1", 2 << 20, 0)).await.unwrap();
+    write(&server).await;
+    for bytes in [1 << 20, 2 << 20] {
+        let frame = listener.receive().await;
+        assert_eq!((frame.header.kind, frame.header.procedure), (Kind::Message, 385));
+        let mut r = Reader::new(&frame.payload);
+        r.i32().unwrap();
+        assert_eq!(r.string().unwrap(), "v1");
+        r.uuid().unwrap();
+        assert!(r.i32().unwrap() > 0, "it runs");
+        assert_eq!(r.string().unwrap(), "sda");
+        assert_eq!(r.option(|r| r.string()).unwrap().as_deref(), Some("/karst/default/v1"));
+        assert_eq!(r.u64().unwrap(), bytes);
+        assert!(r.u64().unwrap() > 0, "how far behind it");
+        r.end().unwrap();
+    }
 }

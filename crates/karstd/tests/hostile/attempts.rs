@@ -459,6 +459,15 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
         );
     }
     add("machine_events", "which no policy grants", json!(null), Refused);
+    for (what, n, slot, bytes) in [
+        ("of none", 99, "scsi0", 1),
+        ("of a container", 4, "scsi0", 1),
+        ("of a node that is no disk's", 4, "../../seed-file", 1),
+        ("behind any disk", 4, "scsi0", u64::MAX),
+    ] {
+        let threshold = json!({"guest": at(n), "slot": slot, "bytes": bytes});
+        add("machine_threshold", what, threshold, Refused);
+    }
     for (what, n, seconds) in [("of none", 99, 1), ("of a container", 4, 1), ("for ever", 4, u32::MAX)] {
         add("machine_dirty_rate", what, json!({"instance": id(n), "seconds": seconds}), Refused);
     }

@@ -117,6 +117,14 @@ impl GuestMachine for QemuDriver {
         self.shared.heard.subscribe()
     }
 
+    async fn set_threshold(&self, instance: InstanceId, slot: &str, bytes: u64) -> Result<()> {
+        threshold::set(&*self.shared.machine(instance).await?, slot, bytes).await
+    }
+
+    fn thresholds(&self) -> broadcast::Receiver<ThresholdReached> {
+        self.shared.reached.subscribe()
+    }
+
     async fn measure_dirty_rate(&self, instance: InstanceId, seconds: u32) -> Result<()> {
         monitor::measure_dirty_rate(&*self.shared.machine(instance).await?, seconds).await
     }

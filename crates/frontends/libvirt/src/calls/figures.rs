@@ -226,6 +226,27 @@ pub async fn vcpus(call: Call) -> Answered {
     Ok(w.finish().into())
 }
 
+/// `DOMAIN_SET_BLOCK_THRESHOLD`: listeners are told, once, that the guest has written behind a byte of what a disk lies in.
+pub async fn set_threshold(call: Call) -> Answered {
+    let (named, which, bytes, flags) =
+        call.arguments(|r| Ok((Named::read_domain(r)?, r.string()?, r.u64()?, r.u32()?)))?;
+    call.known_flags(flags, 0)?;
+    let view = call.guest(&named)?;
+    if call.opened()?.driver == Driver::Lxc {
+        return Err(VirError::no_support(crate::table::name_of(call.header.program, call.header.procedure)));
+    }
+    if !is_running(&view) {
+        return Err(VirError::state("domain is not running"));
+    }
+    let disk = disk(&call, &view, &which);
+    let disk = disk.ok_or_else(|| VirError::argument(format!("invalid path: {which}")))?;
+    let session = &call.session;
+    let (engine, context) = (&session.front.engine, &session.context);
+    let (project, name) = (&view.project.name, &view.instance.name);
+    engine.machine_threshold(context, project, name, &disk.slot, bytes).await?;
+    Ok(nothing())
+}
+
 async fn machine(call: &Call, view: &InstanceView, wake: bool) -> Answered {
     if !is_running(view) {
         return Err(VirError::state("domain is not running"));
