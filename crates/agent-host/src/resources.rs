@@ -1,8 +1,8 @@
 //! The machine's hardware, read from `/proc` and `/sys`. Reads only; what is missing there is left empty.
 
 use karst_agent::resources::{
-    CpuCore, CpuSocket, CpuTimes, DiskResources, HostResources, MemoryResources, NetworkResources,
-    PartitionResources, PciResources, SystemResources, UsbResources,
+    CpuCore, CpuSocket, CpuTimes, DiskResources, HostResources, MemoryResources, MergingResources,
+    NetworkResources, PartitionResources, PciResources, SystemResources, UsbResources,
 };
 use std::{
     collections::BTreeMap,
@@ -193,7 +193,41 @@ impl Machine {
             hugepages_used: (pages - kilobytes(&info, "HugePages_Free").min(pages))
                 * kilobytes(&info, "Hugepagesize"),
             nodes: nodes.collect(),
+            page_size: rustix::param::page_size() as u64,
+            huge_pages: self.huge_pages(),
+            merging: self.merging(),
         }
+    }
+
+    fn huge_pages(&self) -> Vec<(u64, u64, u64)> {
+        let base = self.sys.join("kernel/mm/hugepages");
+        let sizes = entries(&base).into_iter().filter_map(|name| {
+            let size: u64 = name.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse().ok()?;
+            let at = base.join(&name);
+            Some((size << 10, number(at.join("nr_hugepages")), number(at.join("free_hugepages"))))
+        });
+        let mut sizes: Vec<_> = sizes.collect();
+        sizes.sort_unstable();
+        sizes
+    }
+
+    fn merging(&self) -> Option<MergingResources> {
+        let base = self.sys.join("kernel/mm/ksm");
+        let of = |file: &str| number(base.join(file));
+        base.join("run").exists().then(|| MergingResources {
+            pages_to_scan: of("pages_to_scan"),
+            sleep: of("sleep_millisecs"),
+            shared: of("pages_shared"),
+            sharing: of("pages_sharing"),
+            unshared: of("pages_unshared"),
+            volatile: of("pages_volatile"),
+            full_scans: of("full_scans"),
+            across_nodes: match text(base.join("merge_across_nodes")).as_str() {
+                "0" => Some(false),
+                "1" => Some(true),
+                _ => None,
+            },
+        })
     }
 
     fn disks(&self) -> Vec<DiskResources> {
@@ -365,6 +399,12 @@ mod tests {
         put("sys/block/sda/sda1/size", "1024\n");
         put("sys/block/loop0/size", "8\n");
         put("sys/class/dmi/id/sys_vendor", "Maker\n");
+        put("sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages", "1\n");
+        put("sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", "8\n");
+        put("sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages", "5\n");
+        put("sys/kernel/mm/ksm/run", "1\n");
+        put("sys/kernel/mm/ksm/pages_to_scan", "100\n");
+        put("sys/kernel/mm/ksm/full_scans", "3\n");
         put("sys/bus/pci/devices/0000:00:02.0/vendor", "0x1af4\n");
         put("sys/bus/pci/devices/0000:00:02.0/numa_node", "-1\n");
         let machine = Machine { proc: d.path().join("proc"), sys: d.path().join("sys") };
@@ -374,6 +414,10 @@ mod tests {
         assert_eq!(r.sockets[0].cache, [(2, String::new(), 512 << 10)]);
         assert_eq!((r.memory.total, r.memory.used, r.memory.hugepages_used), (4 << 20, 3 << 20, 2 << 20));
         assert_eq!((r.memory.free, r.memory.buffers, r.memory.cached), (512 << 10, 8 << 10, 16 << 10));
+        assert_eq!(r.memory.huge_pages, [(2 << 20, 8, 5), (1 << 30, 1, 0)]);
+        let merging = MergingResources { pages_to_scan: 100, full_scans: 3, ..Default::default() };
+        assert_eq!(r.memory.merging, Some(merging));
+        assert!(r.memory.page_size >= 4096);
         let all = CpuTimes { cpu: None, kernel: 4 * TICK, user: 4 * TICK, idle: 9 * TICK, waiting: 4 * TICK };
         assert_eq!((r.times.len(), &r.times[0], r.times[1].cpu), (2, &all, Some(1)));
         assert_eq!((r.load, r.processes), ([0.5, 1.0, 2.0], 1));
@@ -385,5 +429,6 @@ mod tests {
         // Nothing at all is answered too.
         let none = Machine { proc: "/nonexistent".into(), sys: "/nonexistent".into() }.resources();
         assert_eq!(none.sockets, []);
+        assert!(none.memory.huge_pages.is_empty() && none.memory.merging.is_none());
     }
 }

@@ -94,6 +94,30 @@ pub struct MemoryResources {
     pub hugepages_size: u64,
     /// NUMA node, total, used.
     pub nodes: Vec<(u32, u64, u64)>,
+    /// Of an ordinary page.
+    pub page_size: u64,
+    /// Sizes of huge pages, with how many there are and how many of them are free.
+    pub huge_pages: Vec<(u64, u64, u64)>,
+    /// `None` where the kernel cannot.
+    pub merging: Option<MergingResources>,
+}
+
+/// How the kernel keeps pages of the same content once, and what it saves (KSM); pages, where nothing else is said.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs)]
+pub struct MergingResources {
+    pub pages_to_scan: u64,
+    /// Between two looks, milliseconds.
+    pub sleep: u64,
+    pub shared: u64,
+    pub sharing: u64,
+    pub unshared: u64,
+    pub volatile: u64,
+    /// How often it has looked at everything.
+    pub full_scans: u64,
+    /// Also of different NUMA nodes; `None` where there are no nodes.
+    pub across_nodes: Option<bool>,
 }
 
 /// A disk.

@@ -100,7 +100,7 @@ calls! {
         Ok(crate::resources::HostResources {
             sockets: vec![socket],
             times: std::iter::once(None).chain((0..me.options.cpus).map(Some)).map(times).collect(),
-            memory: crate::resources::MemoryResources { total, free: total, ..Default::default() },
+            memory: crate::simulated::hardware::memory(total),
             processes: 1,
             ..crate::simulated::hardware::cards()
         })

@@ -1,7 +1,8 @@
 //! The cards of a simulated host: one of each kind.
 
 use crate::resources::{
-    CpuModel, DiskResources, HostResources, NetworkResources, PciResources, SystemResources, UsbResources,
+    CpuModel, DiskResources, HostResources, MemoryResources, MergingResources, NetworkResources,
+    PciResources, SystemResources, UsbResources,
 };
 
 /// Two PCI functions, of which one is a network card, a disk and a USB device.
@@ -53,6 +54,24 @@ pub(super) fn cards() -> HostResources {
             ..SystemResources::default()
         },
         ..HostResources::default()
+    }
+}
+
+/// Memory, all of it free; some of its huge pages are used, and equal pages could be kept once.
+pub(super) fn memory(total: u64) -> MemoryResources {
+    MemoryResources {
+        total,
+        free: total,
+        page_size: 4096,
+        huge_pages: vec![(2 << 20, 512, 384), (1 << 30, 0, 0)],
+        merging: Some(MergingResources {
+            pages_to_scan: 100,
+            sleep: 20,
+            full_scans: 7,
+            across_nodes: Some(true),
+            ..MergingResources::default()
+        }),
+        ..MemoryResources::default()
     }
 }
 

@@ -283,6 +283,8 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     285 CONNECT_LIST_ALL_NODE_DEVICES See nodedev::list;
     286 CONNECT_LIST_ALL_NWFILTERS See nwfilter::list;
     287 CONNECT_LIST_ALL_SECRETS See secret::list;
+    288 NODE_SET_MEMORY_PARAMETERS Change host::set_memory_parameters;
+    289 NODE_GET_MEMORY_PARAMETERS See host::memory_parameters;
     291 NETWORK_UPDATE Change networks::update;
     293 NODE_GET_CPU_MAP See connect::cpu_map;
     294 DOMAIN_FSTRIM Change inside::trim;
@@ -297,6 +299,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     336 DOMAIN_FSTHAW Change inside::thaw;
     337 DOMAIN_GET_TIME Change inside::time;
     338 DOMAIN_SET_TIME Change inside::set_time;
+    340 NODE_GET_FREE_PAGES See host::free_pages;
     341 NETWORK_GET_DHCP_LEASES See network::leases;
     342 CONNECT_GET_DOMAIN_CAPABILITIES See connect::domain_capabilities;
     343 DOMAIN_OPEN_GRAPHICS_FD Change graphics::open_fd;
@@ -395,6 +398,10 @@ const NEVER: &[(&[i32], &str)] = &[
         "a volume has no chain of images below it from which blocks could be pulled, or to which they could be committed",
     ),
     (&[250], "a host with guests is not put to sleep"),
+    (
+        &[347],
+        "the huge pages of a host are set aside by its administrator, with vm.nr_hugepages: whatever else runs there lacks them",
+    ),
     (&[395], "encrypted memory is not used here"),
     (
         &[406, 408, 410],

@@ -17,8 +17,11 @@ fn capabilities_of_both_drivers() {
         ..Default::default()
     };
     let node = Uuid::from_u128(7);
-    insta::assert_snapshot!("capabilities_qemu", capabilities::document(Driver::Qemu, &facts, node, None));
-    insta::assert_snapshot!("capabilities_lxc", capabilities::document(Driver::Lxc, &facts, node, None));
+    insta::assert_snapshot!(
+        "capabilities_qemu",
+        capabilities::document(Driver::Qemu, &facts, node, None, &[])
+    );
+    insta::assert_snapshot!("capabilities_lxc", capabilities::document(Driver::Lxc, &facts, node, None, &[]));
 }
 
 #[test]

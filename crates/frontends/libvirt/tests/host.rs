@@ -6,7 +6,7 @@ use karst_engine::{Context, compute::update::UpdateInstance};
 use karst_frontend_libvirt::{
     error::Code,
     names::NAMES,
-    xdr::{Reader, Writer},
+    xdr::{Reader, Typed, Writer},
     xml::read::document,
 };
 use karst_model::{access::Principal, instance::InstanceKind};
@@ -87,6 +87,70 @@ async fn hardware_is_listed_by_kind_and_described() {
     assert_eq!(none, Err(Code::InvalidArg as i32));
     let sysinfo = string(&ask(&mut client, "CONNECT_GET_SYSINFO", |w| w.u32(0)).await.unwrap());
     assert!(sysinfo.contains("<entry name='product'>simulated</entry>"), "{sysinfo}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pages_are_counted_and_belong_to_the_hosts_administrator() {
+    let server = Server::start().await;
+    let mut client = server.open("full", "qemu:///system").await;
+    let free = async |client: &mut Client, sizes: &[u32], start: i32, cells: u32| {
+        let asked = ask(client, "NODE_GET_FREE_PAGES", |w| {
+            w.array(sizes, |w, size| {
+                w.u32(*size);
+            })
+            .i32(start)
+            .u32(cells)
+            .u32(0)
+        });
+        asked.await.map(|answer| {
+            let mut r = Reader::new(&answer);
+            let counts = r.array(16, |r| r.u64()).unwrap();
+            r.end().unwrap();
+            counts
+        })
+    };
+    let memory = ask(&mut client, "NODE_GET_FREE_MEMORY", |w| w).await.unwrap();
+    let pages = Reader::new(&memory).u64().unwrap() / 4096;
+    assert!(pages > 0);
+    assert_eq!(free(&mut client, &[4, 2048, 1 << 20], 0, 1).await, Ok(vec![pages, 384, 0]));
+    // There is one cell, and the host as a whole.
+    assert_eq!(free(&mut client, &[2048], 0, 9).await, Ok(vec![384]));
+    assert_eq!(free(&mut client, &[2048], -1, 2).await, Ok(vec![384, 384]));
+    let invalid = Err(Code::InvalidArg as i32);
+    assert_eq!(free(&mut client, &[64], 0, 1).await, invalid);
+    assert_eq!(free(&mut client, &[0], 0, 1).await, invalid);
+    assert_eq!(free(&mut client, &[4], 1, 1).await, invalid);
+    let capabilities = string(&ask(&mut client, "CONNECT_GET_CAPABILITIES", |w| w).await.unwrap());
+    assert!(capabilities.contains("<pages unit='KiB' size='2048'/>"), "{capabilities}");
+    let (code, why) = client.call(number("NODE_ALLOC_PAGES"), &[]).await.unwrap_err();
+    assert!(code == Code::NoSupport as i32 && why.contains("administrator"), "{why}");
+
+    let parameters = async |client: &mut Client, wanted: i32| {
+        let answer = ask(client, "NODE_GET_MEMORY_PARAMETERS", |w| w.i32(wanted).u32(0)).await.unwrap();
+        let mut r = Reader::new(&answer);
+        // All are numbers, of 4 bytes (2) or of 8 (4).
+        let all = r.array(16, |r| {
+            let field = r.string()?;
+            let value = if r.u32()? == 2 { u64::from(r.u32()?) } else { r.u64()? };
+            Ok((field, value))
+        });
+        let all = all.unwrap();
+        let count = r.i32().unwrap();
+        r.end().unwrap();
+        (all, count)
+    };
+    assert_eq!(parameters(&mut client, 0).await, (vec![], 8));
+    let (all, count) = parameters(&mut client, 8).await;
+    assert_eq!((all.len(), count), (8, 8));
+    assert_eq!(all[0], ("shm_pages_to_scan".to_owned(), 100));
+    assert_eq!(all[6], ("shm_full_scans".to_owned(), 7));
+    assert_eq!(all[7], ("shm_merge_across_nodes".to_owned(), 1));
+    let set = arguments(|w| w.u32(1).typed("shm_pages_to_scan", &Typed::Uint(50)).u32(0));
+    let (code, why) = client.call(number("NODE_SET_MEMORY_PARAMETERS"), &set).await.unwrap_err();
+    assert!(code == Code::ConfigUnsupported as i32 && why.contains("shm_pages_to_scan: "), "{why}");
+    let mut reader = server.open("ro", "qemu:///system").await;
+    let (code, _) = reader.call(number("NODE_SET_MEMORY_PARAMETERS"), &set).await.unwrap_err();
+    assert_eq!(code, Code::OperationDenied as i32);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

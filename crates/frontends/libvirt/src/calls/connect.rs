@@ -196,7 +196,9 @@ pub async fn capabilities(call: Call) -> Answered {
             None
         }
     };
-    Ok(text(&xml::capabilities::document(driver, &facts, node.uuid(), cpu)))
+    // As little as that, of the same answer, which was warned of.
+    let pages = super::host::page_sizes(&call).await.unwrap_or_default();
+    Ok(text(&xml::capabilities::document(driver, &facts, node.uuid(), cpu, &pages)))
 }
 
 /// Demands that `arch` and `kind`, when they are said, are those of this host's machines; answers what the host said of

@@ -8,8 +8,14 @@ use uuid::Uuid;
 /// What a processor is called: model, vendor, and features beyond the model.
 pub type Described = (Element, Option<Element>, Vec<Element>);
 
-/// The capabilities document.
-pub fn document(driver: Driver, facts: &HostFacts, node: Uuid, called: Option<Described>) -> String {
+/// The capabilities document; `pages` are the sizes of the host's, KiB.
+pub fn document(
+    driver: Driver,
+    facts: &HostFacts,
+    node: Uuid,
+    called: Option<Described>,
+    pages: &[u64],
+) -> String {
     let cpus = facts.cpus.max(1);
     let topology =
         Element::new("topology").with("sockets", 1).with("dies", 1).with("cores", cpus).with("threads", 1);
@@ -22,6 +28,7 @@ pub fn document(driver: Driver, facts: &HostFacts, node: Uuid, called: Option<De
         }
         None => cpu.push(topology),
     }
+    cpu = cpu.children(pages.iter().map(|kib| Element::new("pages").with("unit", "KiB").with("size", kib)));
     let cell = Element::new("cell")
         .with("id", 0)
         .child(Element::text("memory", facts.memory / 1024).with("unit", "KiB"))
