@@ -16,6 +16,8 @@ const CHUNK: usize = 64 << 10;
 pub const REMOTE: u32 = 0x2000_8086;
 /// The program of what goes past libvirt's own words to QEMU and its guest agent.
 pub const QEMU: u32 = 0x2000_8087;
+/// The program of what goes past them to containers: descriptors of their namespaces, and nothing else.
+pub const LXC: u32 = 0x0006_8000;
 /// Keepalive: either side asks, the other answers.
 pub const KEEPALIVE: u32 = 0x6b65_6570;
 

@@ -6,7 +6,7 @@ use crate::{
     calls::monitor::Listeners,
     error::{Code, Part, VirError},
     events::Callbacks,
-    frame::{Frame, Header, KEEPALIVE, Kind, QEMU, REMOTE, Status},
+    frame::{Frame, Header, KEEPALIVE, Kind, LXC, QEMU, REMOTE, Status},
     table,
     transport::{Incoming, Outgoing, Transport},
     xdr::Reader,
@@ -440,6 +440,13 @@ async fn read(session: &Arc<Session>, mut reader: Incoming) {
                     run(call).await;
                     drop(place);
                 });
+            }
+            (LXC, Kind::Call | Kind::CallWithFds) => {
+                let error = VirError::no_support(
+                    "virDomainLxcOpenNamespace: no descriptor of a container's namespaces is given to a client, who could \
+                     do with it what the host's root can; run programs in it by `incus exec`, or on its console",
+                );
+                session.send(Frame::error(header, &error)).await;
             }
             (REMOTE, Kind::Stream | Kind::StreamHole) => streamed(session, header, payload).await,
             (_, Kind::Call | Kind::CallWithFds) => {

@@ -337,6 +337,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     399 NWFILTER_BINDING_CREATE_XML Change nwfilter::change_binding;
     400 NWFILTER_BINDING_DELETE Change nwfilter::change_binding;
     401 CONNECT_LIST_ALL_NWFILTER_BINDINGS See nwfilter::list_bindings;
+    402 DOMAIN_SET_IOTHREAD_PARAMS Change tuning::set_iothread;
     403 CONNECT_GET_STORAGE_POOL_CAPABILITIES See pools::capabilities;
     404 NETWORK_LIST_ALL_PORTS See networks::list_ports;
     405 NETWORK_PORT_LOOKUP_BY_UUID See networks::port_by_uuid;
@@ -396,6 +397,15 @@ const NEVER: &[(&[i32], &str)] = &[
     (
         &[240, 290],
         "a volume has no chain of images below it from which blocks could be pulled, or to which they could be committed",
+    ),
+    (
+        &[118, 119, 120, 301],
+        "no PCI device of the host is handed to a machine; what drives them, and their reset, are its administrator's",
+    ),
+    (
+        &[365, 366],
+        "what the processors count of one guest tells about the others that they run; figures are in virDomainGetCPUStats \
+         and the metrics",
     ),
     (&[250], "a host with guests is not put to sleep"),
     (

@@ -5,11 +5,13 @@ use crate::support::{Client, Server, argument};
 use karst_engine::{Context, compute::update::UpdateInstance};
 use karst_frontend_libvirt::{
     error::Code,
+    frame::{Frame, Header, Kind, LXC, Status},
     names::NAMES,
     xdr::{Reader, Typed, Writer},
     xml::read::document,
 };
 use karst_model::{access::Principal, instance::InstanceKind};
+use tokio::io::AsyncWriteExt;
 
 /// Number of a procedure.
 pub fn number(name: &str) -> i32 {
@@ -265,4 +267,43 @@ async fn saved_memory_is_described_and_dropped() {
     assert!(!server.engine.instance(&admin, "default", "v1").unwrap().instance.stateful);
     client.call(9, &v1).await.unwrap();
     assert_eq!(client.state(&v1).await.0, 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_belongs_to_the_host_is_refused_with_the_reason() {
+    let server = Server::start().await;
+    server.guest("v1", InstanceKind::VirtualMachine, false).await;
+    let mut client = server.open("full", "qemu:///system").await;
+    let v1 = client.domain("v1").await;
+    let no_support = Code::NoSupport as i32;
+    for (procedure, word) in [
+        ("NODE_DEVICE_DETTACH", "PCI device"),
+        ("NODE_DEVICE_DETACH_FLAGS", "PCI device"),
+        ("NODE_DEVICE_RE_ATTACH", "PCI device"),
+        ("NODE_DEVICE_RESET", "PCI device"),
+        ("DOMAIN_GET_PERF_EVENTS", "virDomainGetCPUStats"),
+        ("DOMAIN_SET_PERF_EVENTS", "virDomainGetCPUStats"),
+    ] {
+        let (code, why) = client.call(number(procedure), &[]).await.unwrap_err();
+        assert!(code == no_support && why.contains(word), "{procedure}: {why}");
+    }
+    let set =
+        [&v1[..], &arguments(|w| w.u32(1).u32(1).typed("poll-max-ns", &Typed::Uint(1)).u32(0))].concat();
+    let (code, why) = client.call(number("DOMAIN_SET_IOTHREAD_PARAMS"), &set).await.unwrap_err();
+    assert!(code == Code::ConfigUnsupported as i32 && why.contains("main thread"), "{why}");
+    let set = [&v1[..], &arguments(|w| w.u32(1).u32(0).u32(64))].concat();
+    let (code, _) = client.call(number("DOMAIN_SET_IOTHREAD_PARAMS"), &set).await.unwrap_err();
+    assert_eq!(code, Code::InvalidArg as i32);
+    // Another program of the protocol than `call` speaks.
+    let header =
+        Header { program: LXC, version: 1, procedure: 1, kind: Kind::Call, serial: 77, status: Status::Ok };
+    client.stream.write_all(&Frame::new(header, vec![0; 4]).encode()).await.unwrap();
+    let frame = client.receive().await;
+    assert_eq!((frame.header.serial, frame.header.status), (77, Status::Error));
+    let mut r = Reader::new(&frame.payload);
+    let (code, _) = (r.i32().unwrap(), r.i32().unwrap());
+    let why = r.option(|r| r.string()).unwrap().unwrap();
+    assert!(code == no_support && why.contains("namespaces"), "{why}");
+    // The connection goes on.
+    client.domain("v1").await;
 }

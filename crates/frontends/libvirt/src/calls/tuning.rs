@@ -409,6 +409,15 @@ pub async fn change_iothread(call: Call) -> Answered {
     Err(no_iothreads())
 }
 
+/// `DOMAIN_SET_IOTHREAD_PARAMS`
+pub async fn set_iothread(call: Call) -> Answered {
+    let (named, _, _, flags) =
+        call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?, r.array(64, typed)?, r.u32()?)))?;
+    call.known_flags(flags, LIVE | CONFIG)?;
+    call.guest(&named)?;
+    Err(no_iothreads())
+}
+
 /// `DOMAIN_PIN_IOTHREAD`
 pub async fn pin_iothread(call: Call) -> Answered {
     let named = call.arguments(|r| {
