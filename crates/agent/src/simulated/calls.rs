@@ -97,12 +97,14 @@ calls! {
         };
         let times = |cpu| crate::resources::CpuTimes { cpu, idle: 1_000_000_000, ..Default::default() };
         let total = me.options.memory.bytes();
+        let mut cards = crate::simulated::hardware::cards();
+        cards.usb.extend(me.lock().plugged.iter().cloned());
         Ok(crate::resources::HostResources {
             sockets: vec![socket],
             times: std::iter::once(None).chain((0..me.options.cpus).map(Some)).map(times).collect(),
             memory: crate::simulated::hardware::memory(total),
             processes: 1,
-            ..crate::simulated::hardware::cards()
+            ..cards
         })
     }
     read host_cpu_models(_me, _request: ()) -> Vec<crate::resources::CpuModel> {

@@ -21,6 +21,7 @@ use crate::{
     calls::{AgentEvent, CallContext},
     epoch::EpochGuard,
     events::EventHub,
+    resources::UsbResources,
 };
 use futures::future::{Either, select};
 use karst_env::{EnvExt, SharedEnv};
@@ -150,6 +151,11 @@ impl SimulatedAgent {
         let names = crate::calls::Call::NAMES;
         let name = names.iter().find(|n| **n == call).expect("a call of the protocol");
         self.faults.lock().unwrap().entry(name).or_default().push_back(fault);
+    }
+
+    /// From now on these USB devices are plugged into the host, beside the one that it always has.
+    pub fn plug(&self, devices: Vec<UsbResources>) {
+        self.lock().plugged = devices;
     }
 
     /// Faults that no call has met yet.

@@ -53,6 +53,8 @@ pub(super) struct State {
     pub dirty_rates: BTreeMap<InstanceId, (u32, u32)>,
     /// Thresholds of disks, by machine and slot: of which start, and the byte.
     pub thresholds: BTreeMap<(InstanceId, String), (u32, u64)>,
+    /// USB devices that were plugged after the start.
+    pub plugged: Vec<crate::resources::UsbResources>,
     /// What guests used over time.
     pub histories: BTreeMap<InstanceId, (Meter, Vec<Series>)>,
     pub next_pid: u32,

@@ -3,7 +3,7 @@
 
 use crate::{
     Front,
-    calls::monitor::Listeners,
+    calls::{monitor::Listeners, plugged::Watchers},
     error::{Code, Part, VirError},
     events::Callbacks,
     frame::{Frame, Header, KEEPALIVE, Kind, LXC, QEMU, REMOTE, Status},
@@ -148,6 +148,8 @@ pub struct Session {
     pub callbacks: Mutex<Callbacks>,
     /// Who listens for events of QEMU's monitors.
     pub monitor: Mutex<Listeners>,
+    /// Who listens for events of node devices.
+    pub plugged: Mutex<Watchers>,
     opened: OnceLock<Opened>,
     out: mpsc::Sender<(Frame, Vec<OwnedFd>)>,
     streams: Mutex<HashMap<u32, Stream>>,
@@ -363,6 +365,7 @@ pub async fn serve(front: Arc<Front>, peer: Peer, transport: Transport) {
         passes_descriptors,
         callbacks: Mutex::default(),
         monitor: Mutex::default(),
+        plugged: Mutex::default(),
         opened: OnceLock::new(),
         out,
         streams: Mutex::default(),
@@ -380,6 +383,7 @@ pub async fn serve(front: Arc<Front>, peer: Peer, transport: Transport) {
     session.end();
     session.callbacks.lock().unwrap_or_else(|e| e.into_inner()).clear();
     session.monitor.lock().unwrap_or_else(|e| e.into_inner()).clear();
+    session.plugged.lock().unwrap_or_else(|e| e.into_inner()).clear();
     session.streams.lock().unwrap_or_else(|e| e.into_inner()).clear();
     let _ = writing.await;
 }

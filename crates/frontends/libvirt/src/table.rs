@@ -4,8 +4,8 @@
 use crate::{
     calls::{
         connect, console, copies, cpu, define, devices, domain, event, figures, graphics, host, inside,
-        machine, monitor, network, networks, nodedev, nwfilter, pools, power, secret, snapshots, stats,
-        storage, transfer, tuning, volumes,
+        machine, monitor, network, networks, nodedev, nwfilter, plugged, pools, power, secret, snapshots,
+        stats, storage, transfer, tuning, volumes,
     },
     error::{Code, VirError},
     frame::QEMU,
@@ -320,6 +320,8 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     369 CONNECT_STORAGE_POOL_EVENT_DEREGISTER_ANY See event::pool_deregister;
     371 DOMAIN_GET_GUEST_VCPUS Change inside::vcpus;
     372 DOMAIN_SET_GUEST_VCPUS Change inside::set_vcpus;
+    374 CONNECT_NODE_DEVICE_EVENT_REGISTER_ANY See plugged::register;
+    375 CONNECT_NODE_DEVICE_EVENT_DEREGISTER_ANY See plugged::deregister;
     378 STORAGE_VOL_GET_INFO_FLAGS See storage::volume_info_flags;
     380 CONNECT_SECRET_EVENT_REGISTER_ANY See event::secret_register;
     381 CONNECT_SECRET_EVENT_DEREGISTER_ANY See event::secret_deregister;

@@ -2,6 +2,7 @@
 #![allow(clippy::disallowed_methods)] // a test tool
 
 use crate::support::{PATIENCE, Server, argument};
+use karst_agent::resources::UsbResources;
 use karst_engine::{
     Context,
     events::{EventKind, Subject},
@@ -204,4 +205,58 @@ async fn thresholds_of_disks_are_told_once() {
         assert!(r.u64().unwrap() > 0, "how far behind it");
         r.end().unwrap();
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn devices_of_the_host_come_and_go() {
+    const REGISTER: i32 = 374;
+    const DEREGISTER: i32 = 375;
+    let server = Server::start().await;
+    let mut listener = server.open("ro", "qemu:///system").await;
+    let of = |event: i32, only: Option<&str>| {
+        argument(|w| {
+            w.i32(event).optional(only);
+        })
+    };
+    let refused = listener.call(REGISTER, &of(2, None)).await.unwrap_err();
+    assert_eq!(refused.0, Code::InvalidArg as i32, "{refused:?}");
+    let refused = listener.call(REGISTER, &of(0, Some("usb_9_9"))).await.unwrap_err();
+    assert_eq!(refused.0, Code::NoNodeDevice as i32, "{refused:?}");
+    let every = listener.call(REGISTER, &of(0, None)).await.unwrap();
+    // Nothing happens to this one, and nothing of this kind.
+    listener.call(REGISTER, &of(0, Some("net_eth0"))).await.unwrap();
+    let updates = listener.call(REGISTER, &of(1, None)).await.unwrap();
+    let device = |product: &str| UsbResources {
+        bus: 7,
+        device: 3,
+        vendor_id: "1d6b".into(),
+        product_id: "0003".into(),
+        product: product.into(),
+        ..UsbResources::default()
+    };
+    let next = async |listener: &mut crate::support::Client| {
+        let frame = listener.receive().await;
+        assert_eq!(frame.header.kind, Kind::Message);
+        let mut r = Reader::new(&frame.payload);
+        let (number, name) = (r.i32().unwrap(), r.string().unwrap());
+        let change = (frame.header.procedure == 376).then(|| {
+            let change = r.i32().unwrap();
+            assert_eq!(r.i32().unwrap(), 0, "no detail");
+            change
+        });
+        r.end().unwrap();
+        (number.to_be_bytes().to_vec(), name, change)
+    };
+    let name = "usb_7_3".to_owned();
+    server.host.plug(vec![device("one")]);
+    assert_eq!(next(&mut listener).await, (every.clone(), name.clone(), Some(0)));
+    server.host.plug(vec![]);
+    assert_eq!(next(&mut listener).await, (every.clone(), name.clone(), Some(1)));
+    server.host.plug(vec![device("one")]);
+    assert_eq!(next(&mut listener).await, (every.clone(), name.clone(), Some(0)));
+    server.host.plug(vec![device("two")]);
+    assert_eq!(next(&mut listener).await, (updates.clone(), name, None));
+    listener.call(DEREGISTER, &every).await.unwrap();
+    let refused = listener.call(DEREGISTER, &every).await.unwrap_err();
+    assert_eq!(refused.0, Code::InvalidArg as i32, "{refused:?}");
 }

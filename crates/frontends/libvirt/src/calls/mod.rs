@@ -18,6 +18,7 @@ pub mod network;
 pub mod networks;
 pub mod nodedev;
 pub mod nwfilter;
+pub mod plugged;
 pub mod pools;
 pub mod power;
 pub mod secret;

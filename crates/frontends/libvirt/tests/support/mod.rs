@@ -27,6 +27,7 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 
 pub struct Server {
     pub engine: Engine,
+    pub host: Arc<SimulatedAgent>,
     pub dir: tempfile::TempDir,
     pub tasks: Vec<JoinHandle<()>>,
 }
@@ -45,7 +46,8 @@ impl Server {
         let options = SimulatedOptions { address_after: Duration::from_millis(20), ..Default::default() };
         let agents = Agents::default();
         let node = NodeId(Uuid::from_u128(7));
-        agents.insert(node, SimulatedAgent::new(env.clone(), options));
+        let host = SimulatedAgent::new(env.clone(), options);
+        agents.insert(node, host.clone());
         let engine = Engine::open(EngineConfig {
             env,
             store,
@@ -64,7 +66,7 @@ impl Server {
                 tokio::spawn(serve(front.clone(), surface, listener))
             })
             .into();
-        Self { engine, dir, tasks }
+        Self { engine, host, dir, tasks }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
