@@ -29,10 +29,10 @@ fn refuse(text: &str) -> VirError {
 
 fn root(text: &str) -> Result<Element, VirError> {
     let root = super::read::document(text)?;
-    match root.name() {
-        "domainsnapshot" => Ok(root),
-        other => Err(wrong(format!("unexpected root element <{other}>, expecting <domainsnapshot>"))),
+    if root.name() != "domainsnapshot" {
+        return Err(wrong(format!("unexpected root element <{}>, expecting <domainsnapshot>", root.name())));
     }
+    Ok(root)
 }
 
 fn name(root: &Element) -> Option<String> {
