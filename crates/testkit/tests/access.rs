@@ -363,7 +363,7 @@ fn cases() -> Vec<Case> {
         profile_delete Edit |f, c, p| f.w.engine.profile_delete(c, p, "spare").await;
         // Instances.
         instances View |f, c, p| f.w.engine.instances(c, p).map(drop);
-        demand_architecture Filtered |f, c, p| { match f.w.engine.demand_architecture(c, None, std::env::consts::ARCH) { Ok(()) => Ok(()), Err(e) => { assert_eq!(e.kind, ErrorKind::Unauthenticated); Ok(()) } } };
+        demand_architecture Filtered |f, c, p| match f.w.engine.demand_architecture(c, None, std::env::consts::ARCH) { Ok(()) => Ok(()), Err(e) => { assert_eq!(e.kind, ErrorKind::Unauthenticated); Ok(()) } };
         instances_all Filtered |f, c, p| { assert!(f.w.engine.instances_all(c).iter().all(|x| c.principal().may(karst_model::access::Permission::ProjectView, Some(x.project.id)))); Ok(()) };
         instance View |f, c, p| f.w.engine.instance(c, p, "run").map(drop);
         instance_metadata View |f, c, p| f.w.engine.instance_metadata(c, p, "still").map(drop);
