@@ -492,14 +492,13 @@ impl RealAgent {
     async fn resolve_disk(&self, disk: DiskSpec, user: Option<u32>) -> Result<Option<ResolvedDisk>> {
         let (pool, volume) = match disk.source {
             DiskSource::Volume { pool, volume } => (pool, volume),
-            // QEMU would open it by its name, which others may lead elsewhere.
-            DiskSource::Host { ref path } if user.is_some() => {
-                return Err(Error::forbidden(format!(
-                    "this host grants no virtual machine the path {path:?}; containers only so far"
-                ))
-                .at(format!("devices.{}.source", disk.name)));
+            DiskSource::Host { ref path } => {
+                let found = self.resolve_path(&disk, path)?;
+                if let (Some(_), Some(found)) = (user, &found) {
+                    demand_directory(found)?;
+                }
+                return Ok(found);
             }
-            DiskSource::Host { ref path } => return self.resolve_path(&disk, path),
             DiskSource::Memory { size } => return Ok(Some(in_memory(disk, size))),
         };
         let content = self.pool(pool)?.inspect(volume).await?.content;
@@ -688,6 +687,23 @@ impl RealAgent {
         }
         Ok(all)
     }
+}
+
+/// Of the host's paths a virtual machine gets directories, and those where it can mount them.
+fn demand_directory(disk: &ResolvedDisk) -> Result<()> {
+    let field = |key: &str| format!("devices.{}.{key}", disk.name);
+    if disk.format != DiskFormat::Directory {
+        let text = format!(
+            "{:?} is not a directory; a virtual machine shares directories of the host, and its drives are volumes of a pool",
+            disk.path
+        );
+        return Err(Error::unsupported(text).at(field("source")));
+    }
+    if disk.mount_point.is_none() {
+        let text = "a directory needs the path where the virtual machine mounts it";
+        return Err(Error::invalid(field("path"), text));
+    }
+    Ok(())
 }
 
 /// A file system in memory: nothing of the host to resolve.

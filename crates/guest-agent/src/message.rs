@@ -214,6 +214,8 @@ choices! {
         10 SetTime(Time),
         /// Shuts down: an empty reply, then the system goes.
         11 Shutdown(Shutdown),
+        /// Mounts a directory of the host: an empty reply, also where it is mounted already.
+        12 Mount(Mount),
     }
 }
 
@@ -419,6 +421,16 @@ records! {
     Shutdown {
         /// Start again.
         reboot: bool,
+    }
+
+    /// A directory of the host (9p).
+    Mount {
+        /// Its tag.
+        tag: String,
+        /// Where to mount it: absolute. Made when it is missing.
+        path: String,
+        /// Nobody writes through it.
+        readonly: bool,
     }
 
     /// Why not.

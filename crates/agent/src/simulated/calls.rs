@@ -320,10 +320,20 @@ calls! {
                     pending.push(key.to_owned());
                 }
             }
+            // What it shares with its host is not plugged while it runs.
+            let shared = |disks: &[DiskSpec]| -> Vec<_> {
+                disks.iter().filter(|d| d.path.is_some()).cloned().collect()
+            };
+            let (now, wanted) = (shared(&guest.spec.disks), shared(&spec.disks));
+            let changed = now.iter().chain(&wanted).filter(|d| !(now.contains(d) && wanted.contains(d)));
+            let names: std::collections::BTreeSet<_> = changed.map(|d| format!("devices.{}", d.name)).collect();
+            pending.extend(names);
+            let drives = spec.disks.iter().filter(|d| d.path.is_none());
+            guest.spec.disks = drives.chain(&now).cloned().collect();
         } else {
             guest.spec.limits = spec.limits.clone();
+            guest.spec.disks = spec.disks.clone();
         }
-        guest.spec.disks = spec.disks.clone();
         guest.spec.nics = spec.nics.clone();
         if spec.security != guest.spec.security {
             pending.push("security.nesting".into());

@@ -4,7 +4,10 @@
 //! addresses), because they change between versions and a guest must keep its hardware. Files, taps and sockets are
 //! descriptors that the keeper hands on: QEMU runs as a user that could open none of them.
 
-use crate::devices::{Bus, Disk, Layout, MAX_DISKS, MAX_NICS, Nic};
+use crate::{
+    devices::{Bus, Disk, Layout, MAX_DISKS, MAX_NICS, Nic},
+    directories::{Directory, MAX_DIRECTORIES},
+};
 use karst_model::{
     Error, Result,
     instance::Firmware,
@@ -60,6 +63,8 @@ pub mod fd {
     pub const NIC: i32 = 20;
     /// Of the first disk; each has this and the next, which is of the file below a clone.
     pub const DISK: i32 = 40;
+    /// First shared directory.
+    pub const DIRECTORY: i32 = 200;
 }
 
 /// What Windows wants to know of its hypervisor.
@@ -85,6 +90,8 @@ pub struct Machine {
     pub memory: u64,
     /// Disks, the root first.
     pub disks: Vec<Disk>,
+    /// Shared directories, and of which QEMU keeps owners and modes beside the files.
+    pub directories: Vec<(Directory, bool)>,
     /// NICs.
     pub nics: Vec<Nic>,
     /// Has a cloud-init seed.
@@ -337,6 +344,14 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         }
         opt("-device", disk.device(layout)?.to_string());
     }
+    if m.directories.len() > MAX_DIRECTORIES {
+        let text = format!("a virtual machine shares {MAX_DIRECTORIES} directories at most");
+        return Err(Error::invalid("devices", text));
+    }
+    for (i, (directory, mapped)) in m.directories.iter().enumerate() {
+        opt("-fsdev", directory.host(i, *mapped)?);
+        opt("-device", directory.device(layout)?.to_string());
+    }
 
     if m.seed {
         sets.push((2, fd::SEED, "seed"));
@@ -373,7 +388,7 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::devices::tests::disk;
+    use crate::{devices::tests::disk, directories::tests::directory};
     use karst_guest::DiskFormat;
     use karst_model::device::NicModel;
 
@@ -402,6 +417,7 @@ pub(crate) mod tests {
             max_cpus: 4,
             memory: 1 << 30,
             disks: vec![Disk { pci: Some("00:04.0".into()), format: DiskFormat::Qcow2, ..disk("virtio0") }],
+            directories: vec![],
             nics: vec![Nic {
                 name: "eth0".into(),
                 slot: "net0".into(),
@@ -464,6 +480,36 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn directories_are_descriptors_with_a_tag() {
+        let mut m = machine();
+        let first = Directory { pci: Some("00:09.0".into()), ..directory("data", "fs0") };
+        let second = Directory {
+            pci: Some("00:0a.0".into()),
+            readonly: true,
+            foreign: true,
+            ..directory("config", "fs1")
+        };
+        m.directories = vec![(first, true), (second, false)];
+        let text = lines(&m);
+        let from = text.find("-fsdev local,id=directory-fs0").unwrap();
+        let to = text.find("-blockdev {\"driver\":\"file\",\"filename\":\"/dev/fdset/2\"").unwrap();
+        assert_eq!(
+            text[from..to].trim_end(),
+            "-fsdev local,id=directory-fs0,path=/proc/self/fd/200,security_model=mapped-xattr,multidevs=remap\n\
+             -device {\"addr\":\"0x9.0x0\",\"bus\":\"pcie.0\",\"disable-legacy\":\"on\",\"driver\":\"virtio-9p-pci\",\
+             \"fsdev\":\"directory-fs0\",\"id\":\"directory-fs0\",\"mount_tag\":\"data\"}\n\
+             -fsdev local,id=directory-fs1,path=/proc/self/fd/201,security_model=none,multidevs=remap,readonly=on\n\
+             -device {\"addr\":\"0xa.0x0\",\"bus\":\"pcie.0\",\"disable-legacy\":\"on\",\"driver\":\"virtio-9p-pci\",\
+             \"fsdev\":\"directory-fs1\",\"id\":\"directory-fs1\",\"mount_tag\":\"karst-fs1\"}"
+        );
+        // Neither the path of the host nor the place inside is QEMU's to know.
+        assert!(!text.contains("/srv/data") && !text.contains("/mnt/data"), "{text}");
+        let many = (0..17).map(|n| (directory("data", &format!("fs{n}")), false));
+        m.directories = many.collect();
+        assert_eq!(argv(&m).unwrap_err().field.as_deref(), Some("devices"));
+    }
+
+    #[test]
     fn an_i440fx_machine_has_its_devices_on_its_one_bus() {
         let mut m = machine();
         m.spec.machine = "pc-i440fx-7.2".into();
@@ -509,6 +555,7 @@ pub(crate) mod tests {
         ];
         all.extend((0..MAX_NICS as i32).map(|i| fd::NIC + i));
         all.extend((0..2 * MAX_DISKS as i32).map(|i| fd::DISK + i));
+        all.extend((0..MAX_DIRECTORIES as i32).map(|i| fd::DIRECTORY + i));
         let n = all.len();
         all.sort_unstable();
         all.dedup();

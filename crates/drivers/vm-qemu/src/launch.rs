@@ -4,6 +4,7 @@
 use crate::{
     argv::{Machine, argv, fd},
     devices::{Disk, Layout, Nic},
+    directories,
     probe::kvm_group,
     record::Record,
     seed, share,
@@ -286,7 +287,7 @@ pub(crate) fn prepare(
     let code = firmware(spec.firmware);
     let layout = Layout::of(&spec.machine, spec.ports)?;
     let (mut fds, mut disks) = (vec![], vec![]);
-    for (i, disk) in std::iter::once(&guest.root).chain(&guest.disks).enumerate() {
+    for (i, disk) in directories::drives(guest).enumerate() {
         let number = fd::DISK + 2 * i as i32;
         let mut block_device = false;
         if !disk.ejected {
@@ -296,6 +297,12 @@ pub(crate) fn prepare(
             fds.extend(base.map(|b| (number + 1, b)));
         }
         disks.push(Disk::new(disk, block_device, layout.hotplug()));
+    }
+    let mut shared = vec![];
+    let opened = directories::open(guest, &record.directories)?;
+    for (i, (directory, (file, mapped))) in record.directories.iter().zip(opened).enumerate() {
+        fds.push((fd::DIRECTORY + i as i32, file));
+        shared.push((directory.clone(), mapped));
     }
     let medium = share::read(&guest.state_dir)?;
     fds.push((fd::SHARE, medium.directory));
@@ -324,6 +331,7 @@ pub(crate) fn prepare(
         max_cpus: record.max_cpus,
         memory: record.memory,
         disks,
+        directories: shared,
         nics: guest.nics.iter().map(Nic::new).collect(),
         seed: true,
         firmware_code: code.map(|(code, _)| code.to_owned()),

@@ -12,6 +12,7 @@ pub mod argv;
 mod copies;
 pub mod cpu;
 pub mod devices;
+pub mod directories;
 mod display;
 mod driver;
 pub mod exec;

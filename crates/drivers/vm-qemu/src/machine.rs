@@ -4,6 +4,7 @@
 //! a QEMU that hangs can always be ended.
 
 use crate::{
+    directories,
     inside::Inside,
     launch::{self, Groups, explain},
     qmp::{Event, Qmp},
@@ -224,8 +225,9 @@ pub(crate) fn own(
     tell: Tells,
 ) -> Arc<Machine> {
     let (requests, receiver) = mpsc::channel(16);
+    let inside = Inside::new(dir.clone(), record.hostname.clone());
     let machine = Arc::new(Inner {
-        inside: Arc::new(Inside::new(dir.clone(), record.hostname.clone())),
+        inside: Arc::new(inside.with_directories(directories::mounts(&record.directories))),
         dir,
         keeper,
         observed: watch::Sender::new(observed),
@@ -603,6 +605,8 @@ impl Owner {
             }
             (record.instance, Groups::of(&record.daemon_id, record.instance))
         };
+        // Nobody answers there any more.
+        self.machine.inside.port("karst", false);
         let _ = karst_guest::keeper::wait_gone(&self.machine.dir).await;
         // Not under a successor of ours that was quicker.
         let replaced = karst_guest::keeper::is_alive(&self.machine.dir);

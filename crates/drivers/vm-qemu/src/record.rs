@@ -2,6 +2,7 @@
 
 use crate::{
     argv::{DEFAULT_MEMORY, cpu_count},
+    directories::{self, Directory},
     resize::most_cpus,
 };
 use karst_guest::{IdRange, ResolvedDisk, ResolvedGuest, ResolvedNic};
@@ -46,12 +47,11 @@ pub(crate) struct Devices {
 impl Devices {
     pub(crate) fn of(guest: &ResolvedGuest) -> Option<Self> {
         let machine = guest.machine.as_ref()?;
-        let disks = std::iter::once(&guest.root).chain(&guest.disks);
         Some(Self {
             machine: machine.machine.clone(),
             ports: machine.ports,
             display: machine.display,
-            disks: disks.cloned().collect(),
+            disks: directories::drives(guest).cloned().collect(),
             nics: guest.nics.clone(),
         })
     }
@@ -86,6 +86,9 @@ pub(crate) struct Record {
     /// Its hardware as far as it can change while it runs; unknown of a start by an earlier version.
     #[serde(default)]
     pub(crate) devices: Option<Devices>,
+    /// The directories that it shares since its start.
+    #[serde(default)]
+    pub(crate) directories: Vec<Directory>,
     /// What it was made of; unknown of a start by an earlier version.
     #[serde(default)]
     pub(crate) hardware: Option<MachineSpec>,
@@ -136,6 +139,7 @@ impl Record {
                 .collect(),
             environment: guest.environment.clone(),
             devices: Devices::of(guest),
+            directories: directories::of(guest),
             hardware: guest.machine.clone(),
             resuming: guest.machine.as_ref().is_some_and(|m| m.resume),
             exit: None,
@@ -144,7 +148,7 @@ impl Record {
 
     /// Keys whose new value waits for the next start.
     pub(crate) fn pending(&self, new: &Record) -> Vec<String> {
-        let mut pending = vec![];
+        let mut pending = Vec::from_iter(directories::pending(&self.directories, &new.directories));
         if let (Some(now), Some(new)) = (&self.hardware, &new.hardware) {
             let changes = [
                 ("devices.tpm", now.tpm != new.tpm),

@@ -123,9 +123,7 @@ fn check_content(kind: InstanceKind, volume: &Volume, device: &str, disk: &DiskD
         (VolumeContent::Filesystem, _, None) => {
             Err(Error::invalid(field, "a file system needs a path where it is mounted in the guest"))
         }
-        (VolumeContent::Filesystem, InstanceKind::VirtualMachine, _) => {
-            Err(Error::unsupported("directories are not shared with virtual machines yet").at(field))
-        }
+        // What a machine shares is checked with the rest of its devices.
         (VolumeContent::Filesystem, ..) => Ok(()),
         (content, InstanceKind::Container, _) => Err(Error::invalid(
             format!("devices.{device}.source"),
@@ -149,6 +147,58 @@ fn check_content(kind: InstanceKind, volume: &Volume, device: &str, disk: &DiskD
         }
         (_, InstanceKind::VirtualMachine, None) => Ok(()),
     }
+}
+
+/// Does a disk of a virtual machine fit as what it is: a directory that it shares with its host, which has a path, or a drive?
+pub(crate) fn check_directory(device: &str, disk: &DiskDevice, stateful: bool) -> Result<()> {
+    let field = |key: &str| format!("devices.{device}.{key}");
+    let Some(path) = &disk.path else {
+        return match disk.io.bus {
+            Some(DiskBus::Plan9 | DiskBus::Virtiofs) => Err(Error::invalid(
+                field("io.bus"),
+                "that is how directories are shared, which need a path; a drive has virtio-scsi, virtio-blk, nvme or sata",
+            )),
+            _ => Ok(()),
+        };
+    };
+    if ["/dev", "/proc", "/sys"].contains(&path.as_str()) {
+        return Err(Error::invalid(field("path"), format!("nothing can be mounted at {path:?}")));
+    }
+    match disk.io.bus {
+        None | Some(DiskBus::Plan9) => {}
+        Some(DiskBus::Virtiofs) => {
+            return Err(Error::unsupported(
+                "directories are shared with virtual machines by 9p; leave io.bus out, or set io.bus=9p",
+            )
+            .at(field("io.bus")));
+        }
+        Some(_) => {
+            return Err(Error::invalid(
+                field("io.bus"),
+                "a directory is shared by 9p and on no bus of drives; leave io.bus out, or set io.bus=9p",
+            ));
+        }
+    }
+    if disk.io.cache.is_some() {
+        let text = "a shared directory has no cache mode; the guest chooses one when it mounts it";
+        return Err(Error::invalid(field("io.cache"), text));
+    }
+    if disk.boot_priority.is_some() {
+        return Err(Error::invalid(field("boot.priority"), "no machine boots from a shared directory"));
+    }
+    if disk.follow {
+        return Err(Error::unsupported(
+            "a virtual machine sees of the host's mounts those of its start; use recursive=true",
+        )
+        .at(field("propagation")));
+    }
+    if stateful {
+        return Err(Error::unsupported(
+            "the memory of a virtual machine that shares directories cannot be kept; unset migration.stateful",
+        )
+        .at(field("path")));
+    }
+    Ok(())
 }
 
 fn called(content: VolumeContent) -> &'static str {

@@ -157,9 +157,10 @@ pub fn assign_identities(
             let bus =
                 |slot: &str, io: Option<DiskBus>| io.is_none_or(|b| slots::prefix(b) == slots::kind_of(slot));
             let slot = old.get(name).map(|i| i.slot.as_str()).unwrap_or_default();
+            let shared = slots::kind_of(slot) == slots::prefix(DiskBus::Plan9);
             match parsed.disks.iter().find(|(n, _)| n == name) {
-                // On another bus it is another device.
-                Some((_, disk)) => bus(slot, disk.io.bus),
+                // On another bus it is another device, and a directory is no drive.
+                Some((_, disk)) => bus(slot, disk.io.bus) && shared == disk.path.is_some(),
                 None if name == root_name => bus(slot, root.io.bus),
                 None => true,
             }
@@ -296,10 +297,15 @@ pub fn guest_spec(
         pci: root_identity.pci.clone(),
         boot_priority: root_device.boot_priority.unwrap_or(1),
     };
+    let stateful = keys::optional_flag(config, "migration.stateful").unwrap_or(false);
     let mut disks = vec![];
     for (name, disk) in &parsed.disks {
         let id = identity(name)?;
-        if !disk.attached && instance.kind == InstanceKind::Container {
+        if instance.kind == InstanceKind::VirtualMachine {
+            super::disks::check_directory(name, disk, stateful)?;
+        }
+        // A drive of discs stays without one; what is mounted does not.
+        if !disk.attached && (instance.kind == InstanceKind::Container || disk.path.is_some()) {
             continue;
         }
         let source = match &disk.source {
@@ -382,7 +388,7 @@ pub fn guest_spec(
             display: h.display,
             balloon: h.balloon,
             tpm: parsed.tpm.is_some(),
-            stateful: keys::optional_flag(config, "migration.stateful").unwrap_or(false),
+            stateful,
             boot_menu: keys::optional_flag(config, "hardware.boot_menu").unwrap_or(false),
             windows: is_windows(config, instance),
             ends_on_reboot: config.get("boot.reboot_action").is_some_and(|a| a == "stop"),

@@ -7,6 +7,7 @@ mod exec;
 mod facts;
 mod files;
 mod freeze;
+mod mount;
 mod mux;
 mod port;
 mod power;
@@ -188,6 +189,7 @@ fn answer(stream: &Stream, request: Request) {
         Request::Freeze(how) => once(stream, freeze::freeze(how)),
         Request::Thaw(_) => once(stream, freeze::thaw()),
         Request::SetTime(time) => once(stream, power::set_time(time)),
+        Request::Mount(directory) => once(stream, mount::mount(&directory)),
         Request::Shutdown(how) => match power::plan(how) {
             Ok(plan) => {
                 stream.reply(&Reply(Ok(crate::message::Nothing {})));

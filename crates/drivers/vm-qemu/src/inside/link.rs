@@ -68,6 +68,11 @@ impl Link {
         Self { dir, name, connection: Default::default(), trouble: Mutex::default(), uses: AtomicU64::new(0) }
     }
 
+    /// What users call the guest.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// The error for an agent that is not there.
     fn silent(&self) -> Error {
         Error::unavailable(format!(

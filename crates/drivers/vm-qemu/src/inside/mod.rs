@@ -32,7 +32,10 @@ use std::{
     },
     time::Duration,
 };
-use tokio::sync::watch;
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep},
+};
 
 /// How long figures wait for a guest's agent.
 const FIGURES: Duration = Duration::from_secs(1);
@@ -40,6 +43,12 @@ const FIGURES: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_secs(5);
 /// How long the file systems may take until they are still.
 const FREEZE: Duration = Duration::from_secs(30);
+/// How long a guest may take to boot until it can mount its directories.
+const MOUNTING: Duration = Duration::from_secs(180);
+/// Between two tries.
+const MOUNT_AGAIN: Duration = Duration::from_secs(2);
+/// How long one of them may take.
+const MOUNT: Duration = Duration::from_secs(20);
 /// At most this many interfaces and addresses are taken from a guest.
 const MOST: usize = 64;
 
@@ -71,6 +80,8 @@ pub(crate) struct Inside {
     silent: AtomicBool,
     /// Such a look is on its way.
     looking: AtomicBool,
+    /// Directories of the host that its own agent mounts.
+    directories: Vec<message::Mount>,
 }
 
 enum Chosen<'a> {
@@ -87,7 +98,14 @@ impl Inside {
             ports: watch::Sender::new(Ports::default()),
             silent: AtomicBool::new(false),
             looking: AtomicBool::new(false),
+            directories: vec![],
         }
+    }
+
+    /// The same for a guest that mounts directories of the host.
+    #[must_use]
+    pub(crate) fn with_directories(self, directories: Vec<message::Mount>) -> Self {
+        Self { directories, ..self }
     }
 
     /// Who answers now.
@@ -111,6 +129,16 @@ impl Inside {
         }
         if id == "karst" && !open {
             self.link.closed();
+        }
+        if id == "karst" && open && changed {
+            self.mount_soon();
+        }
+    }
+
+    /// Has the directories mounted, in the background: at each boot, and again when the agent begins anew.
+    fn mount_soon(&self) {
+        if !self.directories.is_empty() {
+            tokio::spawn(mount_all(self.link.clone(), self.ports.subscribe(), self.directories.clone()));
         }
     }
 
@@ -377,6 +405,36 @@ impl Inside {
                 tracing::debug!(error = %e, "the clock of a guest could not be set");
             }
         });
+    }
+}
+
+/// Has the agent mount directories in their order, each as soon as the guest is ready for it.
+async fn mount_all(link: Arc<Link>, ports: watch::Receiver<Ports>, directories: Vec<message::Mount>) {
+    for directory in directories {
+        let mut ports = ports.clone();
+        tokio::select! {
+            biased;
+            // Closed, or of a machine that nobody holds any more: with whoever opens it next this begins anew.
+            _ = async { ports.wait_for(|p| p.karst != Some(true)).await.is_ok() } => return,
+            () = mount(&link, directory) => {}
+        }
+    }
+}
+
+async fn mount(link: &Arc<Link>, directory: message::Mount) {
+    let until = Instant::now() + MOUNTING;
+    loop {
+        let outcome = link.call::<Nothing>(Request::Mount(directory.clone()), MOUNT).await;
+        let Err(e) = outcome else { return };
+        let later = matches!(e.kind, ErrorKind::Unavailable | ErrorKind::Timeout);
+        if !later || Instant::now() >= until {
+            tracing::warn!(
+                guest = link.name(), path = directory.path, error = %e, context = e.context,
+                "a directory of the host is not mounted in a guest"
+            );
+            return;
+        }
+        sleep(MOUNT_AGAIN).await;
     }
 }
 
