@@ -17,7 +17,7 @@ use karst_model::{
     instance::InstanceKind,
     network::Lease,
     node::{Accelerator, AcceleratorKind, HostFacts},
-    spec::{GuestSpec, NetworkSpec, PoolSource, PoolSpec, VolumeSpec},
+    spec::{DiskSpec, GuestSpec, NetworkSpec, PoolSource, PoolSpec, VolumeSpec},
     storage::{PoolKind, Usage},
 };
 use rustix::fs::{MemfdFlags, memfd_create};

@@ -222,3 +222,45 @@ pub(crate) fn demand_idle(records: &Records, tx: &mut Tx, spec: &GuestSpec) -> R
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use karst_model::device::Device;
+
+    fn disk(keys: &[(&str, &str)]) -> DiskDevice {
+        let all = [("type", "disk"), ("source", "/srv/shared")].iter().chain(keys);
+        let keys = all.map(|(k, v)| (k.to_string(), v.to_string())).collect();
+        match Device::parse("d", &keys).unwrap() {
+            Device::Disk(disk) => disk,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_a_machine_shares_is_a_directory_and_nothing_else() {
+        let check = |keys: &[(&str, &str)], stateful: bool| check_directory("d", &disk(keys), stateful);
+        let path = ("path", "/mnt/data");
+        for good in [
+            &[path][..],
+            &[path, ("io.bus", "9p")],
+            &[path, ("readonly", "true"), ("recursive", "true"), ("shift", "true"), ("limits.max", "1MiB")],
+            &[("io.bus", "nvme"), ("boot.priority", "1")],
+        ] {
+            check(good, false).unwrap();
+        }
+        for (keys, stateful, field) in [
+            (&[path, ("io.bus", "virtiofs")][..], false, "devices.d.io.bus"),
+            (&[path, ("io.bus", "nvme")], false, "devices.d.io.bus"),
+            (&[("io.bus", "9p")], false, "devices.d.io.bus"),
+            (&[path, ("io.cache", "none")], false, "devices.d.io.cache"),
+            (&[path, ("boot.priority", "1")], false, "devices.d.boot.priority"),
+            (&[path, ("propagation", "rslave")], false, "devices.d.propagation"),
+            (&[("path", "/proc")], false, "devices.d.path"),
+            (&[path], true, "devices.d.path"),
+        ] {
+            assert_eq!(check(keys, stateful).unwrap_err().field.as_deref(), Some(field), "{keys:?}");
+        }
+        check(&[("io.bus", "virtio-blk")], true).expect("its drives can be kept");
+    }
+}

@@ -549,6 +549,27 @@ mod tests {
     }
 
     #[test]
+    fn a_directory_is_no_drive() {
+        let (machine, volume) = (hardware("pc-q35-7.2", 16), VolumeId(uuid::Uuid::from_u128(1)));
+        let with = |path: Option<(&'static str, &'static str)>| {
+            let keys = [("type", "disk"), ("pool", "p"), ("source", "v")].into_iter().chain(path);
+            devices(&[ROOT, NIC, ("data", &keys.collect::<Vec<_>>())])
+        };
+        let assign = |old: &BTreeMap<String, DeviceIdentity>, devices: &Devices| {
+            let parsed = parse_devices(devices).unwrap();
+            assign_identities(old, &parsed, Some(&machine), volume, "abc123", &mut counter())
+        };
+        let drive = assign(&BTreeMap::new(), &with(None));
+        assert_eq!((drive["data"].slot.as_str(), drive["data"].pci.as_deref()), ("scsi1", None));
+        let shared = assign(&drive, &with(Some(("path", "/mnt"))));
+        assert_eq!((shared["data"].slot.as_str(), shared["data"].pci.as_deref()), ("fs0", Some("02:00.0")));
+        assert_eq!(shared["eth0"], drive["eth0"]);
+        let moved = assign(&shared, &with(Some(("path", "/srv"))));
+        assert_eq!(moved["data"], shared["data"], "it is the same at another place inside");
+        assert_eq!(assign(&moved, &with(None))["data"].slot, "scsi1");
+    }
+
+    #[test]
     fn a_disk_on_another_bus_is_another_device_and_the_rest_stays() {
         let machine = hardware("pc-q35-7.2", 16);
         let volume = VolumeId(uuid::Uuid::from_u128(1));

@@ -483,3 +483,54 @@ async fn custom_volumes_are_refreshed_and_moved() {
         .await
         .refused(409);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn directories_are_shared_with_machines() {
+    let s = Server::start().await;
+    const V1: &str = "/1.0/instances/v1";
+    let volumes = "/1.0/storage-pools/default/volumes/custom";
+    assert_eq!(s.post(volumes, json!({"name": "data"})).await.status, 201);
+    let body = json!({"name": "v1", "type": "virtual-machine", "source": {"type": "none"}, "start": true});
+    s.done(s.post("/1.0/instances", body).await).await;
+    let device = |keys: Value| {
+        let mut disk = json!({"type": "disk", "pool": "default", "source": "data", "path": "/mnt/data"});
+        disk.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+        json!({"devices": {"d": disk}})
+    };
+    for (keys, status, text) in [
+        (json!({"path": ""}), 400, "devices.d.path"),
+        (json!({"path": "/mnt/../etc"}), 400, "devices.d.path"),
+        (json!({"path": "/sys"}), 400, "devices.d.path"),
+        (json!({"source": "gone"}), 404, "gone"),
+        (json!({"readonly": "maybe"}), 400, "devices.d.readonly"),
+        (json!({"shift": "maybe"}), 400, "devices.d.shift"),
+        (json!({"io.bus": "virtiofs"}), 501, "devices.d.io.bus"),
+        (json!({"io.bus": "nvme"}), 400, "devices.d.io.bus"),
+        (json!({"io.cache": "unsafe"}), 400, "devices.d.io.cache"),
+        (json!({"boot.priority": "1"}), 400, "devices.d.boot.priority"),
+    ] {
+        let refused = s.patch(V1, device(keys.clone())).await.refused(status);
+        assert!(refused.contains(text), "{keys}: {refused}");
+    }
+    let pending = async || s.get("/1.0/karst/instances/v1/pending").await.metadata();
+    assert_eq!(s.get(V1).await.metadata()["devices"], json!({}), "nothing was changed");
+    assert_eq!(pending().await, json!([]));
+
+    // Not plugged while it runs; there from the next start on, and its volume in use.
+    s.patch(V1, device(json!({"readonly": "true"}))).await.metadata();
+    assert_eq!(pending().await[0]["key"], "devices.d");
+    assert!(s.delete(&format!("{volumes}/data")).await.refused(409).contains(V1));
+    let restart = json!({"action": "restart", "force": true});
+    s.done(s.put(&format!("{V1}/state"), restart.clone()).await).await;
+    assert_eq!(pending().await, json!([]));
+    s.patch(V1, device(json!({"path": "/srv", "readonly": "true"}))).await.metadata();
+    let moved = json!([{"key": "devices.d.path", "live": "/mnt/data", "configured": "/srv"}]);
+    assert_eq!(pending().await, moved);
+    // Its memory could not be kept.
+    let stateful = json!({"config": {"migration.stateful": "true"}});
+    assert!(s.patch(V1, stateful).await.refused(501).contains("migration.stateful"));
+    // A path of the host is the host's to grant.
+    let host = json!({"devices": {"d": {"type": "disk", "source": "/srv/shared", "path": "/srv"}}});
+    s.patch(V1, host).await.metadata();
+    assert_eq!(pending().await[0]["key"], "devices.d.path");
+}

@@ -406,7 +406,7 @@ pub(super) fn disk_of(view: &InstanceView, disk: &str) -> Result<String, VirErro
     let found = view.expanded_devices.iter().find(|(name, keys)| {
         let Some(identity) = view.instance.identities.get(*name) else { return false };
         let is = |key: &str| keys.get(key).map(String::as_str);
-        if is("type") != Some("disk") {
+        if is("type") != Some("disk") || xml::machine::is_directory(identity) {
             return false;
         }
         let bus = karst_model::device::DISK_BUSES.iter().find(|(n, _)| Some(*n) == is("io.bus"));

@@ -6,7 +6,7 @@ use crate::{
     limits,
     session::{Call, Driver},
     xdr::{Typed, Writer},
-    xml::machine::{read::VOLUMES, target},
+    xml::machine::{is_directory, read::VOLUMES, target},
 };
 use karst_engine::{InstanceView, Records, Row};
 use karst_model::{
@@ -37,6 +37,9 @@ pub(crate) fn disks(records: &Records, view: &InstanceView) -> Vec<Disk> {
         else {
             continue;
         };
+        if is_directory(identity) {
+            continue;
+        }
         let bus = DISK_BUSES.iter().find(|(n, _)| Some(*n) == key("io.bus"));
         let bus = bus.map_or(DiskBus::VirtioScsi, |(_, b)| *b);
         let root = key("path") == Some("/");

@@ -13,7 +13,7 @@ use crate::error::{Code, Part, VirError};
 use karst_model::{
     device::{DiskBus, DiskCache, NicModel},
     display::{DisplayGuard, DisplayPassword},
-    instance::Firmware,
+    instance::{DeviceIdentity, Firmware},
 };
 use std::collections::BTreeMap;
 use uuid::Uuid;
@@ -247,6 +247,11 @@ pub fn target(slot: &str, bus: DiskBus) -> (String, &'static str) {
         DiskBus::Nvme => (format!("nvme{n}n1"), "nvme"),
         _ => (format!("sd{}", letters(n)), "scsi"),
     }
+}
+
+/// Is it a directory that the machine shares with its host, not a disk?
+pub fn is_directory(identity: &DeviceIdentity) -> bool {
+    identity.slot.starts_with("fs")
 }
 
 /// The number of a disk by its name: 1 of `vdb`.
