@@ -614,6 +614,62 @@ async fn samples_leave_a_silent_guest_alone_until_it_answers() {
     assert_eq!(sample().await.0, 1);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn directories_are_mounted_in_their_order_whenever_the_port_opens() {
+    // It is not ready for the first that is asked for, and cannot mount the second at all.
+    let dir = tempfile::tempdir().unwrap();
+    let listener = UnixListener::bind(dir.path().join(crate::launch::LINK)).unwrap();
+    let (asked, heard) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let mut times = 0;
+        for s in listener.incoming() {
+            let Ok(mut s) = s else { return };
+            let mut decoder = Decoder::default();
+            let mut buffer = [0; 65536];
+            while let Ok(n @ 1..) = s.read(&mut buffer) {
+                let mut frames = vec![];
+                decoder.push(&buffer[..n], |d| frames.push(d));
+                for f in frames {
+                    let Decoded::Frame(f) = f else { continue };
+                    let reply = match f.kind {
+                        kind::HELLO => welcome(Hello::decoded(&f.payload).unwrap()),
+                        kind::OPEN => {
+                            let Ok(Request::Mount(m)) = Request::decoded(&f.payload) else { continue };
+                            times += 1;
+                            let refused = |code| {
+                                Err(message::Refused { code, field: String::new(), text: "no".into() })
+                            };
+                            let answer = match m.tag.as_str() {
+                                _ if times == 1 => refused(message::refusal::BUSY),
+                                "second" => refused(message::refusal::UNSUPPORTED),
+                                _ => Ok(Nothing {}),
+                            };
+                            let _ = asked.send(m);
+                            Frame::new(kind::REPLY, f.stream, Reply(answer).encoded()).encode()
+                        }
+                        _ => continue,
+                    };
+                    // The host may leave meanwhile.
+                    let _ = s.write_all(&reply);
+                }
+            }
+        }
+    });
+    let mount = |tag: &str| message::Mount { tag: tag.into(), path: format!("/mnt/{tag}"), readonly: false };
+    let wanted = ["first", "second", "third"].map(mount);
+    let inside = Inside::new(dir.path().to_owned(), "v1".into()).with_directories(wanted.to_vec());
+    let next = || heard.recv_timeout(Duration::from_secs(60)).unwrap().tag;
+    inside.port("karst", true);
+    // Again until it can, and what cannot be is no hindrance for the rest.
+    assert_eq!([next(), next(), next(), next()], ["first", "first", "second", "third"]);
+    // Told once more nothing is done; an agent that begins anew is asked anew.
+    inside.port("karst", true);
+    inside.port("karst", false);
+    inside.port("karst", true);
+    assert_eq!([next(), next(), next()], ["first", "second", "third"]);
+    assert!(heard.try_recv().is_err());
+}
+
 #[test]
 fn which_agent_answers() {
     let inside = Inside::new("/nonexistent".into(), "v1".into());
