@@ -782,3 +782,36 @@ pub(crate) fn as_state(id: InstanceId) -> impl Fn(Error) -> Error {
 pub(crate) fn has_volume(volume: VolumeId) -> impl Fn(&GuestRecord) -> bool {
     move |record| record.root == volume || record.volumes.contains(&volume) || record.copies.contains(&volume)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_the_hosts_paths_a_machine_gets_directories_that_it_can_mount() {
+        let disk = |format: DiskFormat, at: Option<&str>| ResolvedDisk {
+            name: "data".into(),
+            slot: "fs0".into(),
+            path: "/srv/shared".into(),
+            backing: None,
+            format,
+            mount_point: at.map(str::to_owned),
+            readonly: false,
+            foreign: true,
+            shift: false,
+            opened: None,
+            recursive: false,
+            follow: false,
+            cdrom: false,
+            ejected: false,
+            io: Default::default(),
+            pci: None,
+            boot_priority: 0,
+        };
+        demand_directory(&disk(DiskFormat::Directory, Some("/mnt"))).unwrap();
+        let field = |disk| demand_directory(&disk).unwrap_err().field.unwrap();
+        assert_eq!(field(disk(DiskFormat::Directory, None)), "devices.data.path");
+        assert_eq!(field(disk(DiskFormat::Raw, Some("/mnt"))), "devices.data.source");
+        assert_eq!(field(disk(DiskFormat::Raw, None)), "devices.data.source");
+    }
+}

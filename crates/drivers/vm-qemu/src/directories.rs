@@ -136,7 +136,9 @@ impl Directory {
     /// The name by which the guest mounts it: the device's, where that can be one and is not that of the share with the agent.
     pub fn tag(&self) -> String {
         let own = self.name == "config" || self.name.starts_with("karst-");
-        if self.name.len() <= MAX_TAG && !own { self.name.clone() } else { format!("karst-{}", self.slot) }
+        let plain = self.name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+        let fits = (1..=MAX_TAG).contains(&self.name.len()) && plain && !own;
+        if fits { self.name.clone() } else { format!("karst-{}", self.slot) }
     }
 
     /// QEMU's id of its device and of its host side.
@@ -227,6 +229,7 @@ pub(crate) mod tests {
         assert_eq!(tag("data", "fs0"), "data");
         assert_eq!(tag(&"x".repeat(31), "fs0"), "x".repeat(31));
         assert_eq!(tag(&"x".repeat(32), "fs1"), "karst-fs1");
+        assert_eq!(tag("a,b", "fs1"), "karst-fs1");
         // Neither the agent's share nor the tag of another.
         assert_eq!((tag("config", "fs2"), tag("karst-fs1", "fs3")), ("karst-fs2".into(), "karst-fs3".into()));
         let told = mounts(&[Directory { readonly: true, ..directory("config", "fs0") }]);

@@ -429,7 +429,7 @@ async fn mount(link: &Arc<Link>, directory: message::Mount) {
         let later = matches!(e.kind, ErrorKind::Unavailable | ErrorKind::Timeout);
         if !later || Instant::now() >= until {
             tracing::warn!(
-                guest = link.name(), path = directory.path, error = %e, context = e.context,
+                guest = link.name(), path = ?directory.path, error = %e, context = e.context,
                 "a directory of the host is not mounted in a guest"
             );
             return;
