@@ -230,7 +230,8 @@ mod tests {
 
     fn disk(keys: &[(&str, &str)]) -> DiskDevice {
         let all = [("type", "disk"), ("source", "/srv/shared")].iter().chain(keys);
-        let keys = all.map(|(k, v)| (k.to_string(), v.to_string())).collect();
+        let keys: std::collections::BTreeMap<String, String> =
+            all.map(|(k, v)| (k.to_string(), v.to_string())).collect();
         match Device::parse("d", &keys).unwrap() {
             Device::Disk(disk) => disk,
             other => panic!("{other:?}"),
