@@ -167,9 +167,12 @@ async fn directories_of_the_host_are_mounted_inside() {
     driver.adopt().await.unwrap();
     assert_eq!(driver.update(&without).await.unwrap().pending, pending);
     // An agent that begins anew mounts nothing twice.
+    until_inside(&driver, &guest, "true", BOOT).await;
     let of_agent = "systemctl show -p MainPID --value incus-agent.service";
     let old = shell(&driver, &guest, of_agent).await.stdout;
-    let restarted = shell(&driver, &guest, "systemctl restart --no-block incus-agent.service").await;
+    // Not while it answers.
+    let restart = "systemd-run --on-active=1 systemctl restart incus-agent.service";
+    let restarted = shell(&driver, &guest, restart).await;
     assert_eq!(restarted.code, 0, "{restarted:?}");
     let new = format!("pid=$({of_agent}); test $pid != 0 && test $pid != {}", old.trim());
     let twice = format!("{new} && test $(grep -c ' 9p ' /proc/mounts) = 2");
