@@ -278,21 +278,29 @@ pub(crate) async fn begin(machine: &Machine, copy: DiskCopy) -> Result<()> {
     put(&machine.dir, &entry).await?;
     let began = start(machine, &entry, copy.speed, copy.synchronous).await;
     if let Err(e) = began {
-        if let Err(e) = sweep(machine, &entry.slot, side).await {
-            // The next copy of this disk, or what takes the disk away, does it again.
-            tracing::warn!(slot = %entry.slot, error = %e, context = e.context, "what is left of a copy could not be taken from QEMU");
+        match take_back(machine, &entry.slot, side).await {
+            Ok(()) => remove(&machine.dir, entry.to).await?,
+            // What QEMU did all the same is not forgotten: it is told of, and a cancel ends it.
+            Err(e) => {
+                tracing::warn!(slot = %entry.slot, error = %e, context = e.context, "what is left of a copy could not be taken from QEMU; cancel the copy");
+            }
         }
-        remove(&machine.dir, entry.to).await?;
         return Err(refused(e));
     }
     Ok(())
 }
 
+/// Takes from QEMU what it has done of a begin: also the job, of one that it did later than it was waited for.
+async fn take_back(machine: &Inner, slot: &str, side: Side) -> Result<()> {
+    stop(machine, slot, false).await?;
+    sweep(machine, slot, side).await
+}
+
 async fn start(machine: &Inner, entry: &Copying, speed: u64, synchronous: bool) -> Result<()> {
     let (slot, side) = (&entry.slot, entry.side);
+    // Nobody knows of one that there may be: whoever begins has seen to those that are written down.
+    take_back(machine, slot, side).await?;
     let (qmp, _) = Qmp::connect(&machine.dir, launch::QMP, GREETING).await?;
-    dismiss(&qmp, slot).await?;
-    plug::clear_side(&qmp, slot, side).await?;
     let mut bare = Disk { side, ..Disk::new(&entry.disk, false, true) };
     bare.limits = Default::default();
     qmp.execute("object-add", bare.group()).await?;
@@ -622,102 +630,4 @@ impl DiskCopies for QemuDriver {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn jobs(job: Value) -> Value {
-        let other = json!({"type": "mirror", "device": "copy-scsi10", "len": 9, "offset": 9, "ready": true, "status": "ready"});
-        json!([other, job])
-    }
-
-    #[test]
-    fn a_job_is_told_by_its_slot_and_says_how_far_it_is() {
-        let said = |status: &str, ready: bool, error: Option<&str>| {
-            let mut job = json!({
-                "type": "mirror", "device": "copy-scsi1", "len": 100, "offset": 40, "speed": 7, "ready": ready,
-                "status": status, "auto-dismiss": false, "io-status": "ok", "busy": true, "paused": false,
-            });
-            if let Some(error) = error {
-                job["error"] = error.into();
-            }
-            Job::of(&jobs(job), "scsi1").unwrap()
-        };
-        let running = said("running", false, None).state();
-        assert_eq!(
-            (running.phase, running.done, running.total, running.speed),
-            (DiskCopyPhase::Copying, 40, 100, 7)
-        );
-        assert_eq!(said("ready", true, None).state().phase, DiskCopyPhase::Ready);
-        assert_eq!(
-            said("concluded", true, None).state().phase,
-            DiskCopyPhase::Ready,
-            "its end was broken off"
-        );
-        let full = said("concluded", false, Some("No space left on device")).state().phase;
-        assert!(matches!(full, DiskCopyPhase::Failed { reason } if reason.contains("no space left")));
-        // Of one that goes on an error is only what it met.
-        assert_eq!(said("running", false, Some("x")).state().phase, DiskCopyPhase::Copying);
-        assert_eq!(Job::of(&jobs(json!({"device": "copy-scsi1x"})), "scsi1"), None);
-        assert_eq!(Job::of(&json!({}), "scsi1"), None);
-    }
-
-    #[test]
-    fn refusals_name_what_to_do() {
-        let said = |text: &str| refused(Error::internal("QEMU refused", format!("GenericError: {text}")));
-        let sizes = said("Source and target image have different sizes");
-        assert!(sizes.is(ErrorKind::Invalid) && sizes.field.as_deref() == Some("to"), "{sizes:?}");
-        assert!(said("Failed to get \"write\" lock").is(ErrorKind::Conflict));
-        assert!(said("else").is(ErrorKind::Internal));
-    }
-
-    #[tokio::test]
-    async fn what_is_written_down_outlives_the_machine() {
-        let dir = tempfile::tempdir().unwrap();
-        let (one, two) = (VolumeId(uuid::Uuid::from_u128(1)), VolumeId(uuid::Uuid::from_u128(2)));
-        let disk = ResolvedDisk {
-            name: "root".into(),
-            slot: "scsi0".into(),
-            path: "/a".into(),
-            format: karst_guest::DiskFormat::Raw,
-            backing: None,
-            mount_point: None,
-            readonly: false,
-            foreign: false,
-            shift: false,
-            opened: None,
-            recursive: false,
-            follow: false,
-            cdrom: false,
-            ejected: false,
-            io: Default::default(),
-            pci: None,
-            boot_priority: 0,
-        };
-        let entry = |to, stage| Copying {
-            to,
-            slot: "scsi0".into(),
-            side: Side::Second,
-            disk: disk.clone(),
-            stage,
-            resume: false,
-        };
-        put(dir.path(), &entry(one, Stage::Pivoted)).await.unwrap();
-        put(dir.path(), &entry(two, Stage::Pivoting)).await.unwrap();
-        let phase = async |to| state(dir.path(), None, to).await.unwrap().phase;
-        assert_eq!((phase(one).await, phase(two).await), (DiskCopyPhase::Pivoted, DiskCopyPhase::Gone));
-
-        // It goes on from the first, which nothing takes back; of the second nothing came.
-        end(dir.path(), None, one, DiskCopyEnd::Pivot).await.unwrap();
-        for how in [DiskCopyEnd::Cancel, DiskCopyEnd::Finish] {
-            assert!(end(dir.path(), None, one, how).await.unwrap_err().is(ErrorKind::Conflict), "{how:?}");
-        }
-        assert!(end(dir.path(), None, two, DiskCopyEnd::Pivot).await.unwrap_err().is(ErrorKind::Conflict));
-        for _ in 0..2 {
-            end(dir.path(), None, two, DiskCopyEnd::Cancel).await.unwrap();
-        }
-        assert_eq!(read(dir.path()).unwrap(), [entry(one, Stage::Pivoted)]);
-        clear(dir.path()).unwrap();
-        assert_eq!(phase(one).await, DiskCopyPhase::Gone);
-        clear(dir.path()).unwrap();
-    }
-}
+mod tests;

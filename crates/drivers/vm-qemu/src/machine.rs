@@ -642,6 +642,40 @@ fn has_room(path: &std::path::Path) -> bool {
     }
 }
 
+/// A machine that runs, as far as is told of it. Whoever has the receiver is its owner.
+#[cfg(test)]
+pub(crate) fn without_owner(dir: PathBuf) -> (Machine, mpsc::Receiver<(Ask, oneshot::Sender<Result<()>>)>) {
+    let id = karst_model::InstanceId(Default::default());
+    let record = json!({
+        "version": 1, "instance": id, "daemon_id": "aaaaaa", "generation": {"incarnation": 1, "n": 1},
+        "spec_version": 1, "domain_id": 1, "hostname": "v1", "ids": {"base": 100_000, "count": 1},
+        "accelerator": "tcg", "memory": 1, "cpus": 1, "cpu": null, "root": "/nonexistent", "nics": []
+    });
+    let record: Record = serde_json::from_value(record).unwrap();
+    let observed = Observed {
+        instance: id,
+        generation: record.generation,
+        state: RuntimeState::Running,
+        pid: None,
+        domain_id: None,
+        started_at: None,
+        exit: None,
+        applied_spec_version: 1,
+        accelerator: None,
+    };
+    let (requests, receiver) = mpsc::channel(1);
+    let inner = Arc::new(Inner {
+        inside: Arc::new(Inside::new(dir.clone(), "v1".into())),
+        keeper: Keeper::unasked(&dir),
+        dir,
+        observed: watch::Sender::new(observed),
+        record: Mutex::new(record),
+        copying: tokio::sync::Mutex::default(),
+        still: tokio::sync::Mutex::default(),
+    });
+    (Machine { inner, requests }, receiver)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -666,35 +700,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_owner_that_broke_off_is_noticed() {
-        let (id, dir) = (karst_model::InstanceId(Default::default()), PathBuf::from("/nonexistent"));
-        let record = json!({
-            "version": 1, "instance": id, "daemon_id": "aaaaaa", "generation": {"incarnation": 1, "n": 1},
-            "spec_version": 1, "domain_id": 1, "hostname": "v1", "ids": {"base": 100_000, "count": 1},
-            "accelerator": "tcg", "memory": 1, "cpus": 1, "cpu": null, "root": "/nonexistent", "nics": []
-        });
-        let record: Record = serde_json::from_value(record).unwrap();
-        let observed = Observed {
-            instance: id,
-            generation: record.generation,
-            state: S::Running,
-            pid: None,
-            domain_id: None,
-            started_at: None,
-            exit: None,
-            applied_spec_version: 1,
-            accelerator: None,
-        };
-        let (requests, receiver) = mpsc::channel(1);
-        let inner = Arc::new(Inner {
-            inside: Arc::new(Inside::new(dir.clone(), "v1".into())),
-            keeper: Keeper::unasked(&dir),
-            dir,
-            observed: watch::Sender::new(observed),
-            record: Mutex::new(record),
-            copying: tokio::sync::Mutex::default(),
-            still: tokio::sync::Mutex::default(),
-        });
-        let machine = Machine { inner, requests };
+        let (machine, receiver) = without_owner(PathBuf::from("/nonexistent"));
         assert!(machine.is_owned());
         // As when the task of the owner panics.
         drop(receiver);

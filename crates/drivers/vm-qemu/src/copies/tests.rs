@@ -1,0 +1,337 @@
+//! What is made of jobs and refusals, and of a QEMU that answers late, breaks off, or does what nobody heard of.
+
+use super::*;
+use crate::machine::without_owner;
+use std::{
+    collections::BTreeSet,
+    path::PathBuf,
+    sync::{Mutex, MutexGuard},
+};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+    net::UnixListener,
+};
+
+fn jobs(job: Value) -> Value {
+    let other = json!({"type": "mirror", "device": "copy-scsi10", "len": 9, "offset": 9, "ready": true, "status": "ready"});
+    json!([other, job])
+}
+
+#[test]
+fn a_job_is_told_by_its_slot_and_says_how_far_it_is() {
+    let said = |status: &str, ready: bool, error: Option<&str>| {
+        let mut job = json!({
+            "type": "mirror", "device": "copy-scsi1", "len": 100, "offset": 40, "speed": 7, "ready": ready,
+            "status": status, "auto-dismiss": false, "io-status": "ok", "busy": true, "paused": false,
+        });
+        if let Some(error) = error {
+            job["error"] = error.into();
+        }
+        Job::of(&jobs(job), "scsi1").unwrap()
+    };
+    let running = said("running", false, None).state();
+    assert_eq!(
+        (running.phase, running.done, running.total, running.speed),
+        (DiskCopyPhase::Copying, 40, 100, 7)
+    );
+    assert_eq!(said("ready", true, None).state().phase, DiskCopyPhase::Ready);
+    assert_eq!(said("concluded", true, None).state().phase, DiskCopyPhase::Ready, "its end was broken off");
+    let full = said("concluded", false, Some("No space left on device")).state().phase;
+    assert!(matches!(full, DiskCopyPhase::Failed { reason } if reason.contains("no space left")));
+    // Of one that goes on an error is only what it met.
+    assert_eq!(said("running", false, Some("x")).state().phase, DiskCopyPhase::Copying);
+    assert_eq!(Job::of(&jobs(json!({"device": "copy-scsi1x"})), "scsi1"), None);
+    assert_eq!(Job::of(&json!({}), "scsi1"), None);
+}
+
+#[test]
+fn refusals_name_what_to_do() {
+    let said = |text: &str| refused(Error::internal("QEMU refused", format!("GenericError: {text}")));
+    let sizes = said("Source and target image have different sizes");
+    assert!(sizes.is(ErrorKind::Invalid) && sizes.field.as_deref() == Some("to"), "{sizes:?}");
+    assert!(said("Failed to get \"write\" lock").is(ErrorKind::Conflict));
+    assert!(said("else").is(ErrorKind::Internal));
+}
+
+#[tokio::test]
+async fn what_is_written_down_outlives_the_machine() {
+    let dir = tempfile::tempdir().unwrap();
+    let (one, two) = (VolumeId(uuid::Uuid::from_u128(1)), VolumeId(uuid::Uuid::from_u128(2)));
+    let disk = disk("scsi0", Path::new("/a"));
+    let entry = |to, stage| Copying {
+        to,
+        slot: "scsi0".into(),
+        side: Side::Second,
+        disk: disk.clone(),
+        stage,
+        resume: false,
+    };
+    put(dir.path(), &entry(one, Stage::Pivoted)).await.unwrap();
+    put(dir.path(), &entry(two, Stage::Pivoting)).await.unwrap();
+    let phase = async |to| state(dir.path(), None, to).await.unwrap().phase;
+    assert_eq!((phase(one).await, phase(two).await), (DiskCopyPhase::Pivoted, DiskCopyPhase::Gone));
+
+    // It goes on from the first, which nothing takes back; of the second nothing came.
+    end(dir.path(), None, one, DiskCopyEnd::Pivot).await.unwrap();
+    for how in [DiskCopyEnd::Cancel, DiskCopyEnd::Finish] {
+        assert!(end(dir.path(), None, one, how).await.unwrap_err().is(ErrorKind::Conflict), "{how:?}");
+    }
+    assert!(end(dir.path(), None, two, DiskCopyEnd::Pivot).await.unwrap_err().is(ErrorKind::Conflict));
+    for _ in 0..2 {
+        end(dir.path(), None, two, DiskCopyEnd::Cancel).await.unwrap();
+    }
+    assert_eq!(read(dir.path()).unwrap(), [entry(one, Stage::Pivoted)]);
+    clear(dir.path()).unwrap();
+    assert_eq!(phase(one).await, DiskCopyPhase::Gone);
+    clear(dir.path()).unwrap();
+}
+
+fn disk(slot: &str, path: &Path) -> ResolvedDisk {
+    ResolvedDisk {
+        name: "root".into(),
+        slot: slot.into(),
+        path: path.to_owned(),
+        format: karst_guest::DiskFormat::Raw,
+        backing: None,
+        mount_point: None,
+        readonly: false,
+        foreign: false,
+        shift: false,
+        opened: None,
+        recursive: false,
+        follow: false,
+        cdrom: false,
+        ejected: false,
+        io: Default::default(),
+        pci: None,
+        boot_priority: 0,
+    }
+}
+
+fn volume(n: u128) -> VolumeId {
+    VolumeId(uuid::Uuid::from_u128(n))
+}
+
+const SLOT: &str = "virtio0";
+
+/// What a QEMU has, that copies its one disk.
+#[derive(Default)]
+struct Qemu {
+    driven: Side,
+    /// Status and error of the job.
+    job: Option<(&'static str, Option<&'static str>)>,
+    nodes: BTreeSet<String>,
+    /// Commands of it, and what the machine's owner was asked.
+    said: Vec<String>,
+    /// What it does, and closes the connection instead of an answer.
+    silent_at: Option<&'static str>,
+    /// The same of what comes after the next `job-complete`.
+    silent_then: Option<&'static str>,
+    /// It refuses to break the job off.
+    busy: bool,
+    /// `job-complete` comes to its end at once.
+    quick: bool,
+}
+
+impl Qemu {
+    fn has(&self, what: &str) -> bool {
+        self.said.iter().any(|s| s == what)
+    }
+
+    /// The machine goes on from the copy.
+    fn complete(&mut self) {
+        self.driven = self.driven.other();
+        self.job = Some(("concluded", None));
+    }
+
+    fn run(&mut self, command: &str, arguments: &Value) -> std::result::Result<Value, &'static str> {
+        let text = |key: &str| arguments[key].as_str().unwrap_or_default().to_owned();
+        match command {
+            "query-block" => return Ok(json!([{"inserted": {"node-name": self.driven.name('d', SLOT)}}])),
+            "query-block-jobs" => {
+                let told = |(status, error): &(&str, Option<&str>)| {
+                    let ready = *status == "ready";
+                    let mut job =
+                        json!({"device": id(SLOT), "status": status, "ready": ready, "len": 1, "offset": 1});
+                    if let Some(error) = error {
+                        job["error"] = (*error).into();
+                    }
+                    job
+                };
+                return Ok(self.job.iter().map(told).collect());
+            }
+            "query-named-block-nodes" => {
+                let node = |name: &String| json!({"node-name": name, "image": {"virtual-size": 1 << 20}});
+                return Ok(self.nodes.iter().map(node).collect());
+            }
+            "qom-list" | "query-fdsets" => return Ok(json!([])),
+            "blockdev-add" => drop(self.nodes.insert(text("node-name"))),
+            "blockdev-del" if self.job.is_some_and(|(status, _)| status != "concluded") => {
+                return Err("Node is in use");
+            }
+            "blockdev-del" => drop(self.nodes.remove(&text("node-name"))),
+            "blockdev-mirror" => self.job = Some(("running", None)),
+            "block-job-cancel" if self.busy => return Err("Job is busy"),
+            "block-job-cancel" => self.job = Some(("concluded", Some("Operation canceled"))),
+            "job-complete" => {
+                if self.quick {
+                    self.complete();
+                }
+                self.silent_at = self.silent_then.take();
+            }
+            "job-dismiss" => self.job = None,
+            _ => {}
+        }
+        Ok(json!({}))
+    }
+
+    /// Nothing: it closes the connection.
+    fn answer(&mut self, line: &str) -> Option<String> {
+        let asked: Value = serde_json::from_str(line).unwrap();
+        let command = asked["execute"].as_str().unwrap();
+        self.said.push(command.to_owned());
+        let silent = self.silent_at.take_if(|at| *at == command).is_some();
+        let mut answer = match self.run(command, &asked["arguments"]) {
+            Ok(value) => json!({"return": value}),
+            Err(text) => json!({"error": {"class": "GenericError", "desc": text}}),
+        };
+        answer["id"] = asked["id"].clone();
+        (!silent).then(|| format!("{answer}\n"))
+    }
+}
+
+/// A machine of such a QEMU.
+struct Place {
+    dir: tempfile::TempDir,
+    machine: Arc<Machine>,
+    qemu: Arc<Mutex<Qemu>>,
+}
+
+impl Place {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let qemu = Arc::new(Mutex::new(Qemu { quick: true, ..Default::default() }));
+        qemu.lock().unwrap().nodes.insert(Side::First.name('d', SLOT));
+        let listener = UnixListener::bind(dir.path().join(launch::QMP)).unwrap();
+        tokio::spawn(Self::serve(listener, qemu.clone()));
+        let (machine, mut asked) = without_owner(dir.path().to_owned());
+        let machine = Arc::new(machine);
+        for name in ["old", "new"] {
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        machine.record().devices = Some(crate::record::Devices {
+            machine: "q35".into(),
+            ports: 8,
+            display: false,
+            disks: vec![disk(SLOT, &dir.path().join("old"))],
+            nics: vec![],
+        });
+        let (owned, said) = (machine.clone(), qemu.clone());
+        tokio::spawn(async move {
+            while let Some((ask, reply)) = asked.recv().await {
+                said.lock().unwrap().said.push(format!("{ask:?}"));
+                let state = if ask == Ask::Pause { RuntimeState::Paused } else { RuntimeState::Running };
+                owned.observed.send_modify(|o| o.state = state);
+                let _ = reply.send(Ok(()));
+            }
+        });
+        Self { dir, machine, qemu }
+    }
+
+    async fn serve(listener: UnixListener, qemu: Arc<Mutex<Qemu>>) {
+        while let Ok((stream, _)) = listener.accept().await {
+            let (read, mut write) = stream.into_split();
+            let mut lines = BufReader::new(read).lines();
+            let mut answer = Some("{\"QMP\": {}}\n".to_owned());
+            while let Some(text) = answer {
+                if write.write_all(text.as_bytes()).await.is_err() {
+                    break;
+                }
+                let Ok(Some(line)) = lines.next_line().await else { break };
+                answer = qemu.lock().unwrap().answer(&line);
+            }
+        }
+    }
+
+    fn qemu(&self) -> MutexGuard<'_, Qemu> {
+        self.qemu.lock().unwrap()
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn copy(&self) -> DiskCopy {
+        DiskCopy {
+            to: volume(1),
+            from: self.path("old"),
+            path: self.path("new"),
+            format: karst_guest::DiskFormat::Raw,
+            backing: None,
+            speed: 0,
+            synchronous: false,
+        }
+    }
+
+    /// A copy that is ready.
+    async fn ready(&self) {
+        begin(&self.machine, self.copy()).await.unwrap();
+        self.qemu().job = Some(("ready", None));
+    }
+
+    async fn end(&self, how: DiskCopyEnd) -> Result<()> {
+        end(self.dir.path(), Some(&self.machine), volume(1), how).await
+    }
+
+    async fn phase(&self) -> DiskCopyPhase {
+        state(self.dir.path(), Some(&self.machine), volume(1)).await.unwrap().phase
+    }
+
+    fn entry(&self) -> Option<Copying> {
+        find(self.dir.path(), volume(1)).unwrap()
+    }
+
+    fn runs(&self) -> bool {
+        self.machine.now().state == RuntimeState::Running
+    }
+}
+
+#[tokio::test]
+async fn a_begin_that_qemu_did_unheard_leaves_nothing() {
+    let place = Place::new();
+    place.qemu().silent_at = Some("blockdev-mirror");
+    let lost = begin(&place.machine, place.copy()).await.unwrap_err();
+    assert!(lost.is(ErrorKind::Unavailable), "{lost}");
+    {
+        let qemu = place.qemu();
+        assert_eq!((qemu.job, qemu.nodes.len()), (None, 1), "{:?}", qemu.said);
+    }
+    assert_eq!(place.entry(), None);
+    demand_none(&place.machine).await.unwrap();
+
+    // What cannot be taken back at once is known, and a cancel ends it.
+    {
+        let mut qemu = place.qemu();
+        qemu.silent_at = Some("blockdev-mirror");
+        qemu.busy = true;
+    }
+    begin(&place.machine, place.copy()).await.unwrap_err();
+    assert_eq!(place.phase().await, DiskCopyPhase::Copying);
+    assert!(demand_none(&place.machine).await.unwrap_err().is(ErrorKind::Conflict));
+    place.qemu().busy = false;
+    place.end(DiskCopyEnd::Cancel).await.unwrap();
+    assert_eq!(place.entry(), None);
+    {
+        let qemu = place.qemu();
+        assert_eq!((qemu.job, qemu.nodes.len()), (None, 1), "{:?}", qemu.said);
+    }
+
+    // One that nobody knows of does not keep the next from being made.
+    place.qemu().job = Some(("running", None));
+    place.ready().await;
+    assert_eq!(place.phase().await, DiskCopyPhase::Ready);
+    place.end(DiskCopyEnd::Pivot).await.unwrap();
+    assert_eq!(place.phase().await, DiskCopyPhase::Pivoted);
+    assert!(place.runs());
+    assert_eq!(place.machine.record().root, place.path("new"));
+}
