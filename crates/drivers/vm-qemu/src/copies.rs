@@ -456,13 +456,15 @@ async fn pivot(machine: &Machine, mut entry: Copying) -> Result<()> {
         demand_ready(machine, &entry.slot).await?;
     }
     if entry.stage != Stage::Pivoted {
+        // One that was broken off may have asked.
+        let mut asked = entry.stage == Stage::Pivoting;
         let changed = match pause(machine, &mut entry, Stage::Pivoting).await {
-            Ok(()) => change_over(machine, &entry).await,
+            Ok(()) => change_over(machine, &entry, &mut asked).await,
             Err(e) => Err(e),
         };
         if let Err(e) = changed {
-            // It runs on only from where it certainly is; else it stands still until this is done again.
-            if side(machine, &entry.slot).await.is_ok_and(|now| now != entry.side) {
+            // It runs on only from where it certainly is and stays; else it stands still until this is done again.
+            if stays(machine, &entry, asked).await {
                 entry.stage = Stage::Copying;
                 go_on(machine, &mut entry).await?;
             }
@@ -479,12 +481,24 @@ async fn pivot(machine: &Machine, mut entry: Copying) -> Result<()> {
     Ok(())
 }
 
-/// The machine stands still: its device gets the copy, and the record and the limits follow.
-async fn change_over(machine: &Inner, entry: &Copying) -> Result<()> {
+/// Is the machine certainly where it was, with no change-over to come that was `asked` for?
+async fn stays(machine: &Inner, entry: &Copying, asked: bool) -> bool {
+    let settled =
+        !asked || job(machine, &entry.slot).await.is_ok_and(|job| job.is_none_or(|j| j.has_ended()));
+    // In this order: a job that has ended changes nothing any more.
+    settled && side(machine, &entry.slot).await.is_ok_and(|now| now != entry.side)
+}
+
+/// The machine stands still: its device gets the copy, and the record and the limits follow. Notes when the change-over is
+/// `asked` for: from then on QEMU may do it at any time.
+async fn change_over(machine: &Inner, entry: &Copying, asked: &mut bool) -> Result<()> {
     let slot = &entry.slot;
     if side(machine, slot).await? != entry.side {
         if !job(machine, slot).await?.ok_or_else(gone)?.has_ended() {
-            execute(machine, "job-complete", json!({"id": id(slot)})).await?;
+            let told = execute(machine, "job-complete", json!({"id": id(slot)})).await;
+            // Of what QEMU refuses nothing comes; of what it does not answer something may.
+            *asked |= !told.as_ref().is_err_and(|e| e.is(ErrorKind::Internal));
+            told?;
         }
         let job = match ended(machine, slot, STILL).await {
             Err(e) if e.is(ErrorKind::Timeout) => {

@@ -129,6 +129,8 @@ struct Qemu {
     silent_then: Option<&'static str>,
     /// It refuses to break the job off.
     busy: bool,
+    /// What it was asked to complete fails.
+    fails: bool,
     /// `job-complete` comes to its end at once.
     quick: bool,
 }
@@ -177,7 +179,12 @@ impl Qemu {
                 if self.quick {
                     self.complete();
                 }
-                self.silent_at = self.silent_then.take();
+                if self.fails {
+                    self.job = Some(("concluded", Some("Input/output error")));
+                }
+                if self.silent_then.is_some() {
+                    self.silent_at = self.silent_then.take();
+                }
             }
             "job-dismiss" => self.job = None,
             _ => {}
@@ -334,4 +341,41 @@ async fn a_begin_that_qemu_did_unheard_leaves_nothing() {
     assert_eq!(place.phase().await, DiskCopyPhase::Pivoted);
     assert!(place.runs());
     assert_eq!(place.machine.record().root, place.path("new"));
+}
+
+#[tokio::test]
+async fn a_machine_stands_still_until_a_change_over_that_was_asked_for_is_over() {
+    // What comes after the word cannot be seen: the job comes to its end all the same, later.
+    let place = Place::new();
+    place.ready().await;
+    {
+        let mut qemu = place.qemu();
+        qemu.quick = false;
+        qemu.silent_then = Some("query-block-jobs");
+    }
+    assert!(place.end(DiskCopyEnd::Pivot).await.unwrap_err().is(ErrorKind::Unavailable));
+    assert!(place.qemu().has("job-complete"));
+    assert!(!place.runs(), "it may go over at any time");
+    assert_eq!(place.entry().unwrap().stage, Stage::Pivoting);
+    place.qemu().complete();
+    place.end(DiskCopyEnd::Pivot).await.unwrap();
+    assert_eq!(place.entry().unwrap().stage, Stage::Pivoted);
+    assert!(place.runs());
+
+    // Nothing was asked for: it runs on from its disk.
+    let place = Place::new();
+    place.ready().await;
+    place.qemu().silent_at = Some("query-block");
+    assert!(place.end(DiskCopyEnd::Pivot).await.unwrap_err().is(ErrorKind::Unavailable));
+    assert!(place.runs() && !place.qemu().has("job-complete"));
+    assert_eq!(place.phase().await, DiskCopyPhase::Ready);
+
+    // It came to an end that is none: it runs on as well.
+    place.qemu().quick = false;
+    place.qemu().fails = true;
+    assert!(place.end(DiskCopyEnd::Pivot).await.unwrap_err().is(ErrorKind::Conflict));
+    assert!(place.runs());
+    assert!(matches!(place.phase().await, DiskCopyPhase::Failed { .. }));
+    place.end(DiskCopyEnd::Cancel).await.unwrap();
+    assert_eq!(place.entry(), None);
 }
