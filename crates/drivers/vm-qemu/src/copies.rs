@@ -481,6 +481,11 @@ async fn pivot(machine: &Machine, mut entry: Copying) -> Result<()> {
     Ok(())
 }
 
+/// Has a change-over that was broken off come to its end? Nothing leads back then, even if it is not written down yet.
+async fn has_gone_over(machine: &Inner, entry: &Copying) -> Result<bool> {
+    Ok(entry.stage == Stage::Pivoting && side(machine, &entry.slot).await? == entry.side)
+}
+
 /// Is the machine certainly where it was, with no change-over to come that was `asked` for?
 async fn stays(machine: &Inner, entry: &Copying, asked: bool) -> bool {
     let settled =
@@ -535,19 +540,31 @@ async fn change_over(machine: &Inner, entry: &Copying, asked: &mut bool) -> Resu
 
 /// The machine stays where it is; with `finish` the copy is what the disk is now. The caller holds `copying`.
 async fn leave(machine: &Machine, mut entry: Copying, finish: bool) -> Result<()> {
+    if has_gone_over(machine, &entry).await? {
+        pivot(machine, entry).await?;
+        return Err(over());
+    }
+    let stage = entry.stage;
     let stopped = async {
         if finish {
             demand_ready(machine, &entry.slot).await?;
             // A guest that writes without a pause would never let it come to its end.
-            pause(machine, &mut entry, Stage::Copying).await?;
+            pause(machine, &mut entry, stage).await?;
         }
         stop(machine, &entry.slot, finish).await
     };
     let stopped = stopped.await;
-    // A change-over that was broken off may have come to its end.
-    if entry.stage == Stage::Pivoting && side(machine, &entry.slot).await? == entry.side {
+    // A change-over that was broken off may have come to its end meanwhile.
+    if has_gone_over(machine, &entry).await? {
         pivot(machine, entry).await?;
         return Err(over());
+    }
+    // As with a pivot: it stands still as long as one may be to come.
+    if stage == Stage::Pivoting
+        && let Err(e) = &stopped
+        && !stays(machine, &entry, true).await
+    {
+        return Err(e.clone());
     }
     entry.stage = Stage::Copying;
     go_on(machine, &mut entry).await?;

@@ -131,6 +131,8 @@ struct Qemu {
     busy: bool,
     /// What it was asked to complete fails.
     fails: bool,
+    /// A change-over is quicker than who breaks it off.
+    late: bool,
     /// `job-complete` comes to its end at once.
     quick: bool,
 }
@@ -173,6 +175,7 @@ impl Qemu {
             }
             "blockdev-del" => drop(self.nodes.remove(&text("node-name"))),
             "blockdev-mirror" => self.job = Some(("running", None)),
+            "block-job-cancel" if self.late => self.complete(),
             "block-job-cancel" if self.busy => return Err("Job is busy"),
             "block-job-cancel" => self.job = Some(("concluded", Some("Operation canceled"))),
             "job-complete" => {
@@ -378,4 +381,31 @@ async fn a_machine_stands_still_until_a_change_over_that_was_asked_for_is_over()
     assert!(matches!(place.phase().await, DiskCopyPhase::Failed { .. }));
     place.end(DiskCopyEnd::Cancel).await.unwrap();
     assert_eq!(place.entry(), None);
+}
+
+#[tokio::test]
+async fn nothing_leads_back_from_a_change_over_that_nobody_saw() {
+    for how in [DiskCopyEnd::Finish, DiskCopyEnd::Cancel] {
+        for late in [false, true] {
+            let place = Place::new();
+            place.ready().await;
+            // The machine stands still, and QEMU does it now or as soon as it is asked for something else.
+            let mut entry = place.entry().unwrap();
+            (entry.stage, entry.resume) = (Stage::Pivoting, true);
+            put(place.dir.path(), &entry).await.unwrap();
+            place.machine.ask(Ask::Pause).await.unwrap();
+            match late {
+                true => place.qemu().late = true,
+                false => place.qemu().complete(),
+            }
+            let over = place.end(how).await.unwrap_err();
+            assert!(
+                over.is(ErrorKind::Conflict) && over.message.contains("already"),
+                "{how:?} {late}: {over}"
+            );
+            assert_eq!(place.phase().await, DiskCopyPhase::Pivoted, "{how:?} {late}");
+            assert!(place.runs());
+            assert_eq!(place.machine.record().root, place.path("new"));
+        }
+    }
 }
