@@ -10,6 +10,7 @@ use karst_engine::{
         power::PowerRequest,
         relocate::MoveInstance,
     },
+    saga::runner::{Interference, Moment},
     snapshots::{Origin, create::CreateSnapshot},
     storage::CreatePool,
     volumes::create::CreateVolume,
@@ -24,7 +25,7 @@ use karst_model::{
     storage::VolumeContent,
 };
 use karst_testkit::{World, scenarios::container};
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 const P: &str = "default";
 
@@ -347,6 +348,48 @@ fn a_copy_that_waits_for_a_word_outlives_the_engine() {
         until_ready(&w).await;
         end(&w, DiskCopyEnd::Pivot).await.unwrap();
         assert_eq!(pool_of(&w).0, "second");
+        demand_clean(&w).await;
+    });
+}
+
+#[test]
+fn a_change_over_that_the_host_cannot_bring_to_its_end_counts() {
+    SeededEnv::run(41, |env| async move {
+        let w = world(&env, false).await;
+        for _ in 0..100 {
+            let full = Error::internal("the host's disk is full", "ENOSPC");
+            w.agent.inject("machine_copy_end", Fault::FailAfter(full));
+        }
+        let request = MoveInstance { pool: Some("second".into()), ..Default::default() };
+        done(&w, w.engine.instance_move(&w.admin, P, "m", request).await).await;
+        assert!(w.agent.faults_left() < 50, "it was asked again and again");
+        assert_eq!(pool_of(&w), ("second".into(), "second".into()));
+        demand_clean(&w).await;
+    });
+}
+
+#[test]
+fn an_undo_follows_a_machine_that_goes_on_from_the_copy() {
+    SeededEnv::run(42, |env| async move {
+        let w = world(&env, false).await;
+        let before = w.engine.instance(&w.admin, P, "m").unwrap().instance;
+        w.engine.set_hook(Some(Arc::new(|saga: &str, moment: Moment| match (saga, moment) {
+            ("instance-disk-copy", Moment::AfterStep(2)) => {
+                Interference::Fail(Error::unavailable("it is not known whether it does"))
+            }
+            _ => Interference::None,
+        })));
+        let request = MoveInstance { pool: Some("second".into()), ..Default::default() };
+        let operation = w.engine.instance_move(&w.admin, P, "m", request).await.unwrap();
+        assert_eq!(w.ended(operation).await.state, OperationState::Failure, "it says so, and needs nobody");
+        w.engine.set_hook(None);
+        assert_eq!(pool_of(&w), ("second".into(), "second".into()));
+        let after = w.engine.instance(&w.admin, P, "m").unwrap().instance;
+        assert_ne!(after.root, before.root);
+        // It starts from what it wrote to.
+        stop(&w).await.unwrap();
+        let start = PowerRequest { action: PowerAction::Start, force: false, timeout: None, stateful: false };
+        done(&w, w.engine.instance_power(&w.admin, P, "m", start).await).await;
         demand_clean(&w).await;
     });
 }

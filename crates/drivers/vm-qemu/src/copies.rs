@@ -354,7 +354,12 @@ pub(crate) async fn state(dir: &Path, machine: Option<&Machine>, to: VolumeId) -
         return Ok(DiskCopyState { phase: DiskCopyPhase::Pivoted, ..Default::default() });
     }
     let Some(machine) = machine else { return Ok(DiskCopyState::default()) };
-    Ok(job(machine, &entry.slot).await?.map(|j| j.state()).unwrap_or_default())
+    let job = job(machine, &entry.slot).await?;
+    // Its end was broken off, or could not be written down: nothing leads back all the same.
+    if has_gone_over(machine, &entry).await? {
+        return Ok(DiskCopyState { phase: DiskCopyPhase::Pivoted, ..Default::default() });
+    }
+    Ok(job.map(|j| j.state()).unwrap_or_default())
 }
 
 /// Sets how fast it may be.

@@ -409,3 +409,21 @@ async fn nothing_leads_back_from_a_change_over_that_nobody_saw() {
         }
     }
 }
+
+#[tokio::test]
+async fn a_change_over_that_cannot_be_written_down_is_told_of() {
+    let place = Place::new();
+    place.ready().await;
+    // What the machine is written down in cannot be made.
+    let new = place.path("machine.json.new");
+    std::fs::create_dir(&new).unwrap();
+    place.end(DiskCopyEnd::Pivot).await.unwrap_err();
+    assert!(!place.runs(), "nothing is on disk that says what counts");
+    assert_eq!(place.entry().unwrap().stage, Stage::Pivoting);
+    assert_eq!(place.phase().await, DiskCopyPhase::Pivoted, "nothing leads back");
+    assert!(place.end(DiskCopyEnd::Cancel).await.is_err() && !place.runs());
+    std::fs::remove_dir(&new).unwrap();
+    place.end(DiskCopyEnd::Pivot).await.unwrap();
+    assert!(place.runs());
+    assert_eq!(place.phase().await, DiskCopyPhase::Pivoted);
+}

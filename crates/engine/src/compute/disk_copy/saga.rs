@@ -2,8 +2,8 @@
 //!
 //! Up to the moment in which the machine goes on from the copy everything is undone by ending the copy and dropping what was made
 //! for it. From that moment on nothing leads back, because what the guest writes is in the copy alone: the host keeps it on disk
-//! that it is so, a step whose answer is lost is asked again until it is known, and even a saga that fails or is abandoned
-//! then leaves records that say where the machine is.
+//! that it is so, a step whose answer is lost is asked again until it is known, an undo that finds it so lets the records follow,
+//! and even a saga that fails or is abandoned then leaves records that say where the machine is.
 
 use super::super::{copy::VolumeCopy, lock, relocate::pin};
 use crate::{
@@ -34,6 +34,8 @@ const LOOK: Duration = Duration::from_millis(250);
 const SILENCE: Duration = Duration::from_secs(300);
 /// Tries of a change-over that the host says it did not do.
 const TRIES: u32 = 5;
+/// Tries of one that the host did and cannot bring to its end, such as on a full disk.
+const UNFINISHED: u32 = 60;
 
 /// Plan of [`DiskCopying`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -196,7 +198,7 @@ impl CopyPlan {
 
     /// Lets the machine go on from the copy. Ends with an error only when it certainly does not.
     async fn pivot(&self, cx: &StepContext) -> Result<()> {
-        let mut refused = 0;
+        let (mut refused, mut unfinished) = (0, 0);
         loop {
             let done = match cx.agent(self.node) {
                 Ok(agent) => agent.machine_copy_end(&cx.mutate(END), self.ending(DiskCopyEnd::Pivot)).await,
@@ -206,7 +208,14 @@ impl CopyPlan {
             let mut silent = Duration::ZERO;
             match self.look(cx, &mut silent).await {
                 Ok(Some(state)) => match state.phase {
-                    DiskCopyPhase::Pivoted => return Ok(()),
+                    // Nothing leads back, but the machine may stand still until the host has brought it to its end.
+                    DiskCopyPhase::Pivoted => {
+                        unfinished += 1;
+                        tracing::warn!(instance = %self.guest.instance, error = %e, context = e.context, "a machine goes over to the copy of its disk, and the host does not bring that to its end");
+                        if unfinished >= UNFINISHED {
+                            return Ok(());
+                        }
+                    }
                     DiskCopyPhase::Gone | DiskCopyPhase::Failed { .. } => return Err(e),
                     DiskCopyPhase::Copying | DiskCopyPhase::Ready => {
                         refused += 1;
@@ -222,6 +231,26 @@ impl CopyPlan {
             }
             cx.engine.env.sleep(LOOK * 4).await;
         }
+    }
+
+    /// Does the machine go on from the copy after all? Then the records say so as well, whatever becomes of the rest.
+    async fn follow(&self, cx: &StepContext) -> Result<bool> {
+        let agent = cx.agent(self.node)?;
+        let state = agent.machine_copy_state(&CallContext::read(CALL), self.copy()).await?;
+        if state.phase != DiskCopyPhase::Pivoted {
+            return Ok(false);
+        }
+        if let Err(e) = agent.machine_copy_end(&cx.mutate(END), self.ending(DiskCopyEnd::Pivot)).await {
+            tracing::warn!(instance = %self.guest.instance, error = %e, context = e.context, "a machine may stand still for the end of a copy of its disk; stop it and start it again");
+        }
+        cx.engine.transact(|records, tx| self.switch(records, tx)).await?;
+        Ok(true)
+    }
+
+    /// Do the records say that the machine goes on from the copy?
+    fn is_switched(&self, records: &Records) -> bool {
+        let row = records.instances.get(&self.guest.instance);
+        row.is_some_and(|row| row.devices.get(&self.device) == Some(&self.after))
     }
 
     /// Lets instance, snapshots and what is known of the running guest be as they are when it goes on from the copy; done
@@ -353,14 +382,23 @@ impl Saga for DiskCopying {
         }
         let agent = cx.agent(plan.node)?;
         match step {
-            0 => agent.volume_delete(&cx.mutate(LONG), plan.at()).await,
-            1 => agent.machine_copy_end(&cx.mutate(END), plan.ending(DiskCopyEnd::Cancel)).await,
-            2 => match agent.machine_copy_state(&CallContext::read(CALL), plan.copy()).await?.phase {
-                DiskCopyPhase::Pivoted => {
-                    Err(Error::conflict("the machine goes on from the copy, which nothing takes back"))
+            0 => {
+                let switched = plan.is_switched(&cx.engine.inventory.read());
+                match switched {
+                    true => Ok(()),
+                    false => agent.volume_delete(&cx.mutate(LONG), plan.at()).await,
                 }
-                _ => Ok(()),
-            },
+            }
+            1 => {
+                let end = plan.ending(DiskCopyEnd::Cancel);
+                let cancelled = agent.machine_copy_end(&cx.mutate(END), end).await;
+                match cancelled.is_err() && plan.follow(cx).await.unwrap_or(false) {
+                    true => Ok(()),
+                    false => cancelled,
+                }
+            }
+            // What nothing takes back is followed.
+            2 => plan.follow(cx).await.map(drop),
             _ => Ok(()),
         }
     }
@@ -379,7 +417,7 @@ impl Saga for DiskCopying {
 
     fn abort(plan: &CopyPlan, outputs: &CopyOutputs, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
         let records = engine.inventory.read();
-        if outputs.pivoted {
+        if outputs.pivoted || plan.is_switched(&records) {
             return plan.switch(&records, tx);
         }
         if !plan.made {
