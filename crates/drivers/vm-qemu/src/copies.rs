@@ -15,6 +15,7 @@
 use crate::{
     QemuDriver,
     devices::{Disk, Side},
+    driver::Slot,
     launch,
     line::printable,
     machine::{Ask, Inner, Machine},
@@ -26,8 +27,18 @@ use karst_guest::{DiskCopies, DiskCopy, DiskCopyEnd, DiskCopyPhase, DiskCopyStat
 use karst_model::{Error, ErrorKind, InstanceId, Result, VolumeId, instance::RuntimeState};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use std::{fs::File, io::Write, os::unix::fs::OpenOptionsExt, path::Path, sync::Arc, time::Duration};
-use tokio::time::{Instant, sleep};
+use std::{
+    fs::File,
+    io::Write,
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{
+    sync::oneshot,
+    time::{Instant, sleep},
+};
 
 const FILE: &str = "copies.json";
 const GREETING: Duration = Duration::from_secs(5);
@@ -400,6 +411,26 @@ pub(crate) async fn end(dir: &Path, machine: Option<&Machine>, to: VolumeId, how
     }
 }
 
+/// Ends a copy, and once that has begun brings it to its end whoever waits for it: a machine stands still meanwhile, and would
+/// until control is back when control goes.
+async fn end_for_good(
+    slot: Arc<Slot>,
+    dir: PathBuf,
+    machine: Option<Arc<Machine>>,
+    to: VolumeId,
+    how: DiskCopyEnd,
+) -> Result<()> {
+    let (answer, waits) = oneshot::channel();
+    tokio::spawn(async move {
+        let _changing = slot.changing.lock().await;
+        // Of whoever has gone away before it began nothing is wanted any more.
+        if !answer.is_closed() {
+            let _ = answer.send(end(&dir, machine.as_deref(), to, how).await);
+        }
+    });
+    waits.await.map_err(|e| Error::internal("the end of the copy broke off", e))?
+}
+
 async fn demand_ready(machine: &Inner, slot: &str) -> Result<()> {
     let job = job(machine, slot).await?.ok_or_else(gone)?;
     match job.state().phase {
@@ -655,9 +686,8 @@ impl DiskCopies for QemuDriver {
 
     async fn end(&self, instance: InstanceId, to: VolumeId, how: DiskCopyEnd) -> Result<()> {
         let machine = self.running(instance).await?;
-        let slot = self.shared.slot(instance);
-        let _changing = slot.changing.lock().await;
-        end(&self.shared.dir(instance), machine.as_deref(), to, how).await
+        let (slot, dir) = (self.shared.slot(instance), self.shared.dir(instance));
+        end_for_good(slot, dir, machine, to, how).await
     }
 
     async fn set_speed(&self, instance: InstanceId, to: VolumeId, speed: u64) -> Result<()> {

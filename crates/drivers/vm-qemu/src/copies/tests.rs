@@ -4,7 +4,6 @@ use super::*;
 use crate::machine::without_owner;
 use std::{
     collections::BTreeSet,
-    path::PathBuf,
     sync::{Mutex, MutexGuard},
 };
 use tokio::{
@@ -426,4 +425,38 @@ async fn a_change_over_that_cannot_be_written_down_is_told_of() {
     place.end(DiskCopyEnd::Pivot).await.unwrap();
     assert!(place.runs());
     assert_eq!(place.phase().await, DiskCopyPhase::Pivoted);
+}
+
+#[tokio::test]
+async fn a_pivot_that_nobody_waits_for_any_more_comes_to_its_end() {
+    let place = Place::new();
+    place.ready().await;
+    place.qemu().quick = false;
+    let slot = Arc::<Slot>::default();
+    let begin_to_end = |how| {
+        let (dir, machine) = (place.dir.path().to_owned(), place.machine.clone());
+        tokio::spawn(end_for_good(slot.clone(), dir, Some(machine), volume(1), how))
+    };
+    let until = async |what: &str, is: &dyn Fn() -> bool| {
+        let limit = Instant::now() + Duration::from_secs(20);
+        while !is() {
+            assert!(Instant::now() < limit, "{what}: {:?}", place.qemu().said);
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let waits = begin_to_end(DiskCopyEnd::Pivot);
+    until("the change-over is asked for", &|| place.qemu().has("job-complete")).await;
+    // A cancel that has its turn after it, and of which nobody wants anything then.
+    let cancels = begin_to_end(DiskCopyEnd::Cancel);
+    tokio::task::yield_now().await;
+    for gone in [waits, cancels] {
+        gone.abort();
+        assert!(gone.await.unwrap_err().is_cancelled());
+    }
+    assert!(!place.runs());
+    place.qemu().complete();
+    until("it runs again", &|| place.runs()).await;
+    let _turn = slot.changing.lock().await;
+    assert_eq!(place.phase().await, DiskCopyPhase::Pivoted);
+    assert!(place.runs() && !place.qemu().has("block-job-cancel"));
 }
