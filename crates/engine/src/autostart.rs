@@ -2,8 +2,9 @@
 //! late, a machine that is busy with all of them). What fails for another reason, or for too long, is given up and is a
 //! warning. Who crashed by itself is not here but in [`crate::restarts`].
 //!
-//! Whom it concerns is for [`crate::reconcile`] to say, anew with each look at the host: who is up by now, or not wanted
-//! any more, is not named again. It is settled when nobody is left; only then the restart of the host is done with.
+//! Whom it concerns is for [`crate::reconcile`] to say, with the first look at the host after its boot. Each later look only takes
+//! away: who is up by now, or not wanted any more, is not named again, and who is made or stopped meanwhile is left to its user.
+//! It is settled when nobody is left; only then the restart of the host is done with.
 
 use crate::{
     Engine, EngineInner, compute::power::PowerRequest, context::Context, operations::LiveOperation, reconcile,
@@ -13,7 +14,11 @@ use karst_model::{
     instance::PowerAction,
     operation::{Operation, OperationState},
 };
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 /// Before a start is tried again, at first and at most.
 const WAITS: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(60));
@@ -36,13 +41,15 @@ struct Start {
     since: Duration,
     /// When it is tried again.
     due: Duration,
-    /// Started, or given up.
+    /// Started, given up, or taken away.
     settled: bool,
 }
 
-/// The starts of one host after one boot. Kept in memory: a daemon that takes over begins anew with who is not up.
+/// The starts of one host after one boot. Kept in memory: a daemon that takes over begins anew with who is recorded as left.
 #[derive(Debug, Default)]
 pub(crate) struct Starts {
+    /// Was it said whom it concerns?
+    begun: bool,
     why: &'static str,
     at_once: usize,
     known: BTreeMap<InstanceId, Start>,
@@ -58,13 +65,22 @@ fn wait(failures: u32) -> Duration {
 }
 
 impl Starts {
-    /// Who is to be started and does not run, in order, each with the time to wait after it.
+    /// Who is to be started and does not run, in order, each with the time to wait after it. The first time it says whom this
+    /// concerns; later it takes away who is not among them.
     pub(crate) fn look(&mut self, candidates: Vec<(InstanceId, Duration)>, cpus: u32, why: &'static str) {
         self.why = why;
         self.at_once = (AT_ONCE.0 * cpus as usize).max(AT_ONCE.1);
         self.queue.clear();
+        if !std::mem::replace(&mut self.begun, true) {
+            self.known = candidates.iter().map(|(id, _)| (*id, Start::default())).collect();
+        }
+        let named: BTreeSet<InstanceId> = candidates.iter().map(|(id, _)| *id).collect();
+        for (_, gone) in self.known.iter_mut().filter(|(id, s)| s.operation.is_none() && !named.contains(*id))
+        {
+            gone.settled = true;
+        }
         for (id, delay) in candidates {
-            let start = self.known.entry(id).or_default();
+            let Some(start) = self.known.get_mut(&id) else { continue };
             start.delay = delay;
             if !start.settled && start.operation.is_none() {
                 self.queue.push(id);
@@ -149,6 +165,11 @@ impl Starts {
         self.count() > 0
     }
 
+    /// Who neither runs yet nor is given up.
+    pub(crate) fn left(&self) -> BTreeSet<InstanceId> {
+        self.known.iter().filter(|(_, s)| !s.settled).map(|(id, _)| *id).collect()
+    }
+
     /// Is nothing left to be done?
     pub(crate) fn are_settled(&self) -> bool {
         self.queue.is_empty() && !self.are_under_way()
@@ -188,5 +209,21 @@ mod tests {
         let waits: Vec<u64> = (1..=8).map(|n| wait(n).as_secs()).collect();
         assert_eq!(waits, [2, 4, 8, 16, 32, 60, 60, 60]);
         assert_eq!(wait(u32::MAX), WAITS.1);
+    }
+
+    #[test]
+    fn later_looks_only_take_away() {
+        let [a, b, c] = [1, 2, 3].map(|n| InstanceId(uuid::Uuid::from_u128(n)));
+        let named = |ids: &[InstanceId]| ids.iter().map(|id| (*id, Duration::ZERO)).collect::<Vec<_>>();
+        let mut starts = Starts::default();
+        starts.look(named(&[b, a]), 1, "again");
+        assert_eq!((&starts.queue, starts.left()), (&vec![b, a], BTreeSet::from([a, b])));
+        starts.look(named(&[c, a]), 1, "again");
+        assert_eq!((&starts.queue, starts.left()), (&vec![a], BTreeSet::from([a])));
+        // Somebody started it, and stopped it.
+        starts.look(named(&[a, b]), 1, "again");
+        assert_eq!(starts.queue, [a]);
+        starts.look(vec![], 1, "again");
+        assert!(starts.are_settled() && starts.left().is_empty());
     }
 }

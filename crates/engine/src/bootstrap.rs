@@ -23,7 +23,7 @@ async fn ensure_nodes(inner: &Arc<EngineInner>, nodes: &[(NodeId, String)]) -> R
         .transact(|records, tx: &mut Tx| {
             for (id, name) in nodes {
                 let Some(row) = records.nodes.get(id) else {
-                    tx.create(&Node { id: *id, name: Name::parse("node", name)?, facts: None });
+                    tx.create(&Node { id: *id, name: Name::parse("node", name)?, facts: None, starting: None });
                     continue;
                 };
                 if row.name.as_str() == name.as_str() {

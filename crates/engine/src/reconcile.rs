@@ -16,6 +16,7 @@ use karst_model::{
     guest::{Observed, ThresholdReached},
     instance::{DesiredPower, ExitReason, Lifecycle, RuntimeState},
     keys,
+    node::{Node, Starting},
     operation::OperationState,
     spec::NetworkSpec,
 };
@@ -89,6 +90,10 @@ async fn host_sync(weak: Weak<EngineInner>, node: NodeId, agent: Arc<dyn HostAge
             let Some(inner) = weak.upgrade() else { return };
             if restart.starts.are_under_way() {
                 restart.starts.go_on(&inner).await;
+                if let Err(e) = note_left(&inner, node, &restart).await {
+                    tracing::warn!(%node, error = %e, "what has started could not be recorded; trying again");
+                    break;
+                }
                 if !restart.starts.are_under_way() {
                     sweep = sweep.min(env.monotonic() + SOON);
                 }
@@ -142,10 +147,11 @@ async fn sync_once(
         inner
             .transact(|records, tx| {
                 if let Some(row) = records.nodes.get(&node)
-                    && row.facts.as_ref() != Some(&facts)
+                    && (row.facts.as_ref() != Some(&facts) || row.starting.is_some())
                 {
                     let mut new = row.value.clone();
                     new.facts = Some(facts.clone());
+                    new.starting = None;
                     tx.replace(row, &new);
                 }
                 Ok(())
@@ -202,7 +208,7 @@ async fn sync_once(
     };
     // After a restart of the host the desired power must survive, or nothing would start again.
     restart.rest |= first;
-    let start_again = match rebooted || restart.rest {
+    let mut start_again = match rebooted || restart.rest {
         true => autostart_candidates(inner, node, &seen, !rebooted),
         false => vec![],
     };
@@ -216,6 +222,8 @@ async fn sync_once(
         ensure_all_networks(inner, node).await;
     }
     if rebooted && restart.boot_id != facts.boot_id {
+        let left = fix_left(inner, node, &facts.boot_id, &start_again).await?;
+        start_again.retain(|(id, _)| left.contains(id));
         *restart = HostRestart { boot_id: facts.boot_id.clone(), ..HostRestart::default() };
     }
     let why = if rebooted { "after the host's restart" } else { "with the platform" };
@@ -223,12 +231,55 @@ async fn sync_once(
     restart.starts.go_on(inner).await;
     let waiting = !restart.starts.are_settled();
     restart.rest &= waiting;
-    if rebooted && !waiting {
+    if rebooted && waiting {
+        note_left(inner, node, restart).await?;
+    } else if rebooted {
         // Last: whoever takes over from a daemon that dies before this finds the restart of the host anew.
         write_facts().await?;
     }
     let starts = restart.starts.next(inner.env.monotonic()).map_or(SWEEP, |wait| wait.clamp(SOON, SWEEP));
     Ok(if unsure { SOON } else { starts })
+}
+
+/// Records who starts with this boot of the host, before the first does. Answers who is left when it was recorded already, by a
+/// daemon that has died since.
+async fn fix_left(
+    inner: &Arc<EngineInner>,
+    node: NodeId,
+    boot_id: &str,
+    candidates: &[(InstanceId, Duration)],
+) -> Result<BTreeSet<InstanceId>> {
+    inner
+        .transact(|records, tx| {
+            let left: BTreeSet<InstanceId> = candidates.iter().map(|(id, _)| *id).collect();
+            let Some(row) = records.nodes.get(&node) else { return Ok(left) };
+            if let Some(recorded) = row.starting.as_ref().filter(|s| s.boot_id == boot_id) {
+                return Ok(recorded.left.clone());
+            }
+            let starting = Starting { boot_id: boot_id.to_owned(), left: left.clone() };
+            tx.replace(row, &Node { starting: Some(starting), ..row.value.clone() });
+            Ok(left)
+        })
+        .await
+}
+
+/// Records who of them is left: who has come up and is stopped by its user is not started again, whatever daemon looks next.
+async fn note_left(inner: &Arc<EngineInner>, node: NodeId, restart: &HostRestart) -> Result<()> {
+    let left = restart.starts.left();
+    let behind =
+        |n: &Node| n.starting.as_ref().is_some_and(|s| s.boot_id == restart.boot_id && s.left != left);
+    if !inner.inventory.read().nodes.get(&node).is_some_and(|row| behind(row)) {
+        return Ok(());
+    }
+    inner
+        .transact(|records, tx| {
+            if let Some(row) = records.nodes.get(&node).filter(|row| behind(row)) {
+                let starting = Starting { boot_id: restart.boot_id.clone(), left: left.clone() };
+                tx.replace(row, &Node { starting: Some(starting), ..row.value.clone() });
+            }
+            Ok(())
+        })
+        .await
 }
 
 /// Does a saga hold the instance that will end by itself?

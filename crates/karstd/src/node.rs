@@ -112,7 +112,7 @@ mod tests {
     const DAEMON: &str = "abc123";
 
     fn node(id: NodeId, name: &str) -> Node {
-        Node { id, name: Name::parse("node", name).unwrap(), facts: None }
+        Node { id, name: Name::parse("node", name).unwrap(), facts: None, starting: None }
     }
 
     #[test]

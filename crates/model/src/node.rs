@@ -1,7 +1,8 @@
 //! Nodes: hosts that run guests, and what they report of themselves.
 
-use crate::{Name, NodeId};
+use crate::{InstanceId, Name, NodeId};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 
 /// A host of the cluster.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -12,6 +13,19 @@ pub struct Node {
     pub name: Name,
     /// What the host last said of itself.
     pub facts: Option<HostFacts>,
+    /// What is still to start after a boot that [`Self::facts`] do not tell of yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub starting: Option<Starting>,
+}
+
+/// What starts with its host after one boot. Whom it concerns is fixed when the boot is seen first: who is made, or stopped, since
+/// then is left to its user.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Starting {
+    /// [`HostFacts::boot_id`] of the boot.
+    pub boot_id: String,
+    /// Those that neither run yet nor were given up.
+    pub left: BTreeSet<InstanceId>,
 }
 
 /// What an agent says of its machine.

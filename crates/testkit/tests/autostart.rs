@@ -7,7 +7,7 @@ use karst_agent::{
 use karst_engine::compute::{create::CreateInstance, power::PowerRequest};
 use karst_env::{Env, SeededEnv};
 use karst_model::{
-    Error,
+    Config, Error,
     instance::{PowerAction, Status},
     warning::WarningStatus,
 };
@@ -146,4 +146,61 @@ fn what_does_not_start_is_given_up_with_a_warning() {
             until(&w, 60, "the warning ends", || warned(&w) == Some(WarningStatus::Resolved)).await;
         });
     }
+}
+
+fn with(name: &str, config: &[(&str, &str)], start: bool) -> CreateInstance {
+    let config: Config = config.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+    CreateInstance { config, start, ..container(name) }
+}
+
+/// How often an instance was ordered to start.
+fn ordered(w: &World, name: &str) -> u64 {
+    w.engine.instance(&w.admin, "default", name).unwrap().instance.generation.n
+}
+
+#[test]
+fn who_is_made_or_stopped_while_another_is_tried_is_left_to_its_user() {
+    run(1, |mut w| async move {
+        // `c` comes up alone, and `a` does not for minutes.
+        let first =
+            [("boot.autostart", "true"), ("boot.autostart.priority", "1"), ("boot.autostart.delay", "5")];
+        for request in [with("a", &[], true), with("c", &first, true)] {
+            let (_, operation) = w.engine.instance_create(&w.admin, "default", request).await.unwrap();
+            assert_eq!(w.ended(operation).await.error, None);
+        }
+        w.engine.close();
+        w.agent.power_cut();
+        w.agent.inject("guest_start", Fault::Delay(Duration::from_millis(1)));
+        for _ in 0..200 {
+            w.agent.inject("guest_start", Fault::FailBefore(Error::unavailable("injected")));
+        }
+        w.reopen().await.unwrap();
+        until(&w, 60, "c runs, and a fails", || w.agent.faults_left() < 200).await;
+        assert_eq!(status(&w, "c"), Status::Running);
+        let request = with("b", &[("boot.autostart", "true")], false);
+        let (_, operation) = w.engine.instance_create(&w.admin, "default", request).await.unwrap();
+        assert_eq!(w.ended(operation).await.error, None);
+        let stop = PowerRequest { action: PowerAction::Stop, force: true, timeout: None, stateful: false };
+        let operation = w.engine.instance_power(&w.admin, "default", "c", stop).await.unwrap();
+        assert_eq!(w.ended(operation).await.error, None);
+        let before = (ordered(&w, "b"), ordered(&w, "c"));
+        w.env.sleep(Duration::from_secs(70)).await;
+        assert_eq!((ordered(&w, "b"), ordered(&w, "c")), before);
+        // Nor does a daemon that takes over.
+        w.reopen().await.unwrap();
+        let tried = w.agent.count("guest_start");
+        w.env.sleep(Duration::from_secs(70)).await;
+        assert!(w.agent.count("guest_start") > tried && !is_recorded(&w).await, "a is still tried");
+        assert_eq!((ordered(&w, "b"), ordered(&w, "c")), before);
+        until(&w, 900, "it is given up", || warned(&w) == Some(WarningStatus::New)).await;
+        w.env.sleep(Duration::from_secs(32)).await;
+        assert!(is_recorded(&w).await);
+        assert_eq!((ordered(&w, "b"), ordered(&w, "c")), before);
+        assert!(w.engine.inner().inventory.read().nodes.values().all(|node| node.starting.is_none()));
+        // The next boot is another one.
+        w.engine.close();
+        w.agent.power_cut();
+        w.reopen().await.unwrap();
+        until(&w, 60, "all are tried", || ordered(&w, "b") > before.0 && ordered(&w, "c") > before.1).await;
+    });
 }
