@@ -2,7 +2,8 @@
 //! at once.
 
 use karst_engine::{
-    compute::{create::CreateInstance, update::UpdateInstance},
+    compute::{create::CreateInstance, relocate::MoveInstance, update::UpdateInstance},
+    storage::CreatePool,
     tenancy::UpdateProfile,
 };
 use karst_env::{Env, SeededEnv};
@@ -306,6 +307,42 @@ fn a_profile_reaches_all_running_users_or_none() {
             assert_eq!(memory(), [Some(96)].repeat(41));
         }
         assert!(e.operations(c, None).unwrap().iter().all(|o| o.state != OperationState::NeedsAttention));
+        w.engine.close();
+    });
+}
+
+#[test]
+fn a_root_moves_only_to_a_pool_where_its_project_has_room() {
+    SeededEnv::run(1, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        let pool = CreatePool { name: "second".into(), driver: "dir".into(), ..Default::default() };
+        let made = w.engine.pool_create(&w.admin, pool).await.unwrap();
+        assert_eq!(w.ended(made).await.error, None);
+        project(&w, "p", &[("limits.disk.pool.second", "5GiB")]).await;
+        // One that runs, and one that does not.
+        for (name, start) in [("m", true), ("s", false)] {
+            let request = CreateInstance { kind: InstanceKind::VirtualMachine, start, ..container(name) };
+            create(&w, "p", request).await.unwrap();
+        }
+        let moves = async |name: &str| {
+            let request = MoveInstance { pool: Some("second".into()), ..Default::default() };
+            let operation = w.engine.instance_move(&w.admin, "p", name, request).await?;
+            w.ended(operation).await.error.clone().map_or(Ok(()), Err)
+        };
+        let pool_of = |name: &str| w.engine.instance(&w.admin, "p", name).unwrap().pool.clone();
+        for name in ["m", "s"] {
+            let e = refused(moves(name).await, ErrorKind::Quota, "limits.disk.pool.second");
+            assert_eq!((e.field.as_deref(), &*pool_of(name)), (Some("pool"), "default"));
+        }
+        let view = karst_model::access::Permission::ProjectView;
+        let mut keys = w.engine.project(&w.admin, "p", view).unwrap().config.clone();
+        keys.insert("limits.disk.pool.second".into(), "15GiB".into());
+        w.engine.project_update(&w.admin, "p", "", keys, None).await.unwrap();
+        moves("m").await.unwrap();
+        refused(moves("s").await, ErrorKind::Quota, "limits.disk.pool.second");
+        assert_eq!((&*pool_of("m"), &*pool_of("s")), ("second", "default"));
+        w.settle().await;
+        assert_eq!(w.faults().await, Vec::<String>::new());
         w.engine.close();
     });
 }

@@ -230,10 +230,12 @@ impl Engine {
             inner.demand_own_label(&records, &instance, "name")?;
             instance.spec_version += 1;
             inner.guest_spec(&records, &instance, 0)?;
-            if elsewhere {
-                admit(&records, tx, to.id, &Planned { instance: Some(&instance), ..Default::default() })?;
-                tx.touch(&crate::tenancy::project_uses(to.id));
-            }
+            // Its root is as large as the one that it has: the new one is not recorded yet.
+            let measured = Instance { root: row.root, ..instance.clone() };
+            let planned = Planned { instance: Some(&measured), ..Default::default() };
+            let only_pool = !elsewhere && pool.id != row.pool;
+            admit(&records, tx, to.id, &planned)
+                .map_err(|e| if only_pool && e.field.is_none() { e.at("pool") } else { e })?;
             let path = path(&to.name, &instance.name);
             let device = parsed.root.0.clone();
             let plan = MovePlan {

@@ -387,6 +387,11 @@ fn prepare(
             volume.spec_version += 1;
             let mut own = row.devices.clone();
             pin(&mut own, &[(device.clone(), after)].into(), &device, &pool.name);
+            // Its root is measured as it is: only the pool that it counts for becomes another one.
+            let moved = Instance { devices: own.clone(), ..row.value.clone() };
+            let planned = Planned { instance: Some(&moved), ..Default::default() };
+            admit(records, tx, row.project, &planned)
+                .map_err(|e| if e.field.is_none() { e.at("pool") } else { e })?;
             after = own.remove(&device).unwrap_or_default();
             (pool, volume, true)
         }
