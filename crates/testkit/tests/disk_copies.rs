@@ -393,3 +393,42 @@ fn an_undo_follows_a_machine_that_goes_on_from_the_copy() {
         demand_clean(&w).await;
     });
 }
+
+#[test]
+fn a_shutdown_of_the_host_does_not_wait_for_a_word_and_keeps_the_memory() {
+    SeededEnv::run(43, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        let pool = CreatePool { name: "second".into(), driver: "dir".into(), ..Default::default() };
+        done(&w, w.engine.pool_create(&w.admin, pool).await).await;
+        let keys = [("boot.host_shutdown_action", "stateful-stop"), ("migration.stateful", "true")];
+        let config: Config = keys.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+        let kind = InstanceKind::VirtualMachine;
+        let create = CreateInstance { kind, config, start: true, ..container("m") };
+        done(&w, w.engine.instance_create(&w.admin, P, create).await.map(|(_, o)| o)).await;
+        let operation = begin(&w, to("second", "v2", true)).await.unwrap();
+        until_ready(&w).await;
+        let begun = w.env.monotonic();
+        assert_eq!(w.engine.host_stop(&w.admin).await.unwrap(), Vec::<String>::new());
+        let took = w.env.monotonic() - begun;
+        assert!(took < Duration::from_secs(10), "{took:?}");
+        assert_eq!(operation.ended().await.state, OperationState::Cancelled);
+        let view = w.engine.instance(&w.admin, P, "m").unwrap();
+        assert!(view.status == Status::Stopped && view.instance.stateful, "its memory is kept");
+        demand_clean(&w).await;
+    });
+}
+
+#[test]
+fn a_stop_that_is_refused_ends_no_copy() {
+    SeededEnv::run(44, |env| async move {
+        let w = world(&env, true).await;
+        begin(&w, to("second", "v2", true)).await.unwrap();
+        until_ready(&w).await;
+        let save = PowerRequest { action: PowerAction::Stop, force: false, timeout: None, stateful: true };
+        let refused = w.engine.instance_power(&w.admin, P, "m", save).await.map(drop).unwrap_err();
+        assert_eq!(refused.field.as_deref(), Some("stateful"), "{refused}");
+        assert!(w.engine.disk_copy(&w.admin, P, "m").await.unwrap().is_some());
+        end(&w, DiskCopyEnd::Cancel).await.unwrap();
+        demand_clean(&w).await;
+    });
+}

@@ -85,7 +85,13 @@ impl Engine {
             let node = inner.inventory.read().instance(&project, name).ok().map(|row| row.node);
             node.into_iter().for_each(|node| inner.expect_entry(node));
         }
-        if matches!(request.action, PowerAction::Stop | PowerAction::Restart) && !save {
+        if save {
+            // What is refused ends no copy.
+            let records = inner.inventory.read();
+            let row = records.instance(&project, name)?;
+            demand_savable(row, &records.expanded(row).0)?;
+        }
+        if matches!(request.action, PowerAction::Stop | PowerAction::Restart) {
             self.break_off_copy(&project, name).await?;
         }
         runner::start::<InstancePower>(inner, context, |tx| {
@@ -95,13 +101,7 @@ impl Engine {
             let status = row.status(runtime.map(|r| &r.value));
             request.action.check(name, status)?;
             if save {
-                demand_stateful(row, &records.expanded(row).0)?;
-                if row.ephemeral {
-                    return Err(Error::conflict(format!(
-                        "instance {name:?} is ephemeral: it is deleted when it stops, its memory with it"
-                    ))
-                    .at("stateful"));
-                }
+                demand_savable(row, &records.expanded(row).0)?;
             }
             tx.expect(row);
             let path = path(&project.name, name);
@@ -140,6 +140,22 @@ pub(crate) fn demand_stateful(instance: &Instance, config: &Config) -> Result<()
         return Err(Error::conflict(format!(
             "the memory of instance {:?} cannot be kept; stop it, set migration.stateful=true and start it anew",
             &*instance.name
+        ))
+        .at("stateful"));
+    }
+    Ok(())
+}
+
+/// Can the memory of this instance be kept over a stop?
+///
+/// # Errors
+/// Those of [`demand_stateful`], and conflict for one that goes with its stop.
+fn demand_savable(instance: &Instance, config: &Config) -> Result<()> {
+    demand_stateful(instance, config)?;
+    if instance.ephemeral {
+        let name = &*instance.name;
+        return Err(Error::conflict(format!(
+            "instance {name:?} is ephemeral: it is deleted when it stops, its memory with it"
         ))
         .at("stateful"));
     }

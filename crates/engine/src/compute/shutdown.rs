@@ -150,6 +150,10 @@ impl Engine {
             Way::Force => &[Way::Force],
             Way::Save => &[Way::Save, Way::Graceful, Way::Force],
         };
+        // It would be waited for in vain: a copy may wait for a word for days, and outlives no stop.
+        if let Err(e) = self.break_off_copy_of(guest).await {
+            tracing::warn!(instance = guest.name, error = %e, "the copy of its disk is not broken off");
+        }
         let mut end = Ok(());
         for way in ways {
             self.until_idle(guest).await;
@@ -163,6 +167,11 @@ impl Engine {
             }
         }
         if self.runs(guest.id) { end } else { Ok(()) }
+    }
+
+    async fn break_off_copy_of(&self, guest: &Guest) -> Result<()> {
+        let project = self.project(&Context::system(), &guest.project, Permission::InstanceUse)?;
+        self.break_off_copy(&project, &guest.name).await
     }
 
     async fn stop_by(&self, guest: &Guest, way: Way) -> Result<()> {
