@@ -69,7 +69,9 @@ impl RealAgent {
         }
         if self.ids.unclaimed() {
             // No other daemon has containers that count on it.
-            left.note("limits of the kernel", karst_ct_lxc::room::give_back());
+            let given = tokio::task::spawn_blocking(karst_ct_lxc::room::give_back).await;
+            let given = given.map_err(|e| Error::internal("it was broken off", e)).and_then(|given| given);
+            left.note("limits of the kernel", given);
         }
         self.ids.leave();
         left.told()

@@ -2,17 +2,25 @@
 //! last daemon that leaves gives it back.
 //!
 //! The notes lie in a directory that is gone with the next boot, as what was raised is. One file a limit: its first line is what
-//! the limit was, each other one what it was raised to. Who reads or writes it has the directory locked.
+//! the limit was, each other one what it was raised to. Who reads or writes it has the directory locked, for moments: a daemon
+//! that stands still with the lock keeps no other one waiting for long.
 
 use crate::sysctl;
 use karst_model::{Error, Result};
-use rustix::fs::{FlockOperation, flock};
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::Errno,
+};
 use std::{
     fs::{self, File},
     io::ErrorKind,
-    os::unix::fs::DirBuilderExt,
+    os::unix::fs::{DirBuilderExt, MetadataExt},
     path::PathBuf,
+    time::Duration,
 };
+
+/// How often it is tried to lock the notes, and the wait after each.
+const TRIES: (u32, Duration) = (100, Duration::from_millis(10));
 
 /// One limit.
 #[derive(Debug, Clone)]
@@ -54,17 +62,46 @@ impl SharedLimit {
         }
     }
 
-    /// Brings it up to `least`, never down. `false` when it was there already, or this kernel has no such limit.
+    /// The directory of the notes, locked; `None` when there is none and it is not to be made.
+    fn locked(&self, make: bool) -> Result<Option<File>> {
+        for _ in 0..TRIES.0 {
+            if make {
+                fs::DirBuilder::new().recursive(true).mode(0o755).create(&self.notes)?;
+            }
+            let directory = match File::open(&self.notes) {
+                // Another daemon took it away meanwhile.
+                Err(e) if e.kind() == ErrorKind::NotFound && make => continue,
+                Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+                directory => directory?,
+            };
+            match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {
+                    let ours = directory.metadata()?;
+                    let is = |now: fs::Metadata| (now.dev(), now.ino()) == (ours.dev(), ours.ino());
+                    if fs::metadata(&self.notes).is_ok_and(is) {
+                        return Ok(Some(directory));
+                    }
+                }
+                Err(Errno::WOULDBLOCK) => std::thread::sleep(TRIES.1),
+                Err(e) => return Err(std::io::Error::from(e).into()),
+            }
+        }
+        let text = format!(
+            "the limit {} is being changed by another daemon of this machine, which does not get done",
+            self.name
+        );
+        Err(Error::unavailable(text))
+    }
+
+    /// Brings it up to `least`, never down. Blocks for moments. `false` when it was there already, or this kernel has no such limit.
     ///
     /// # Errors
-    /// Internal; then it is as it was.
+    /// Internal, or unavailable while another daemon does not get done with it; then it is as it was.
     pub fn raise(&self, least: u64) -> Result<bool> {
         if self.now()?.is_none_or(|now| now >= least) {
             return Ok(false);
         }
-        fs::DirBuilder::new().recursive(true).mode(0o755).create(&self.notes)?;
-        let directory = File::open(&self.notes)?;
-        flock(&directory, FlockOperation::LockExclusive).map_err(std::io::Error::from)?;
+        let _locked = self.locked(true)?;
         // Another daemon may have been here meanwhile.
         let Some(now) = self.now()?.filter(|now| *now < least) else { return Ok(false) };
         let mut noted = self.noted()?;
@@ -85,13 +122,9 @@ impl SharedLimit {
     /// knows that no other daemon of the machine needs it.
     ///
     /// # Errors
-    /// Internal; it can be called again.
+    /// As of [`Self::raise`]; it can be called again.
     pub fn give_back(&self) -> Result<()> {
-        let directory = match File::open(&self.notes) {
-            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
-            directory => directory?,
-        };
-        flock(&directory, FlockOperation::LockExclusive).map_err(std::io::Error::from)?;
+        let Some(_locked) = self.locked(false)? else { return Ok(()) };
         if let [before, raised @ ..] = self.noted()?.as_slice()
             && self.now()?.is_some_and(|now| raised.contains(&now))
         {
@@ -151,6 +184,27 @@ mod tests {
         limit.raise(1024).unwrap();
         limit.give_back().unwrap();
         assert_eq!((is(), notes.exists()), (512, false));
+    }
+
+    #[test]
+    fn who_does_not_get_done_keeps_nobody_waiting() {
+        let dir = tempfile::tempdir().unwrap();
+        let (setting, notes) = (dir.path().join("setting"), dir.path().join("limits"));
+        let limit =
+            SharedLimit { name: "fs.some.limit".into(), setting: setting.clone(), notes: notes.clone() };
+        fs::write(&setting, "128\n").unwrap();
+        fs::create_dir(&notes).unwrap();
+        let other = File::open(&notes).unwrap();
+        flock(&other, FlockOperation::LockExclusive).unwrap();
+        for refused in [limit.raise(1024).map(drop), limit.give_back()] {
+            let e = refused.unwrap_err();
+            assert!(e.is(karst_model::ErrorKind::Unavailable) && e.message.contains("fs.some.limit"), "{e}");
+        }
+        assert_eq!(fs::read_to_string(&setting).unwrap(), "128\n");
+        drop(other);
+        assert!(limit.raise(1024).unwrap());
+        limit.give_back().unwrap();
+        assert_eq!((fs::read_to_string(&setting).unwrap().as_str(), notes.exists()), ("128", false));
     }
 
     #[test]

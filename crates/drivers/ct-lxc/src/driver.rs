@@ -467,7 +467,9 @@ impl Shared {
     ) -> Result<Running> {
         let dir = &guest.state_dir;
         let containers = lock(&self.guests).len() + 1;
-        crate::room::make(containers);
+        // It may have to wait for another daemon.
+        let made = tokio::task::spawn_blocking(move || crate::room::make(containers)).await;
+        made.map_err(|e| Error::internal("raising a limit was broken off", e))?;
         if self.host.apparmor {
             let privileged = guest.security.privileged;
             let loaded = &self.profiles[usize::from(privileged)];

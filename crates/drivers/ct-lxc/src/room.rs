@@ -16,7 +16,7 @@ fn watches(containers: usize) -> u64 {
     (containers as u64 * 16).next_power_of_two().max(1024)
 }
 
-/// Raises the limit so that so many containers boot.
+/// Raises the limit so that so many containers boot. Blocks for moments.
 pub(crate) fn make(containers: usize) {
     if let Err(e) = limit().and_then(|limit| limit.raise(watches(containers))) {
         tracing::info!(error = %e, "the limit of inotify instances stays; with many containers some will not boot");
