@@ -67,12 +67,11 @@ impl RealAgent {
         for claim in left.note("claims of user ids", self.ids.claims()).unwrap_or_default() {
             self.ids.release(claim.range, &claim.owner);
         }
-        if self.ids.unclaimed() {
-            // No other daemon has containers that count on it.
-            let given = tokio::task::spawn_blocking(karst_ct_lxc::room::give_back).await;
-            let given = given.map_err(|e| Error::internal("it was broken off", e)).and_then(|given| given);
-            left.note("limits of the kernel", given);
-        }
+        let ids = self.ids.clone();
+        let give_back = move || karst_ct_lxc::room::give_back(|| ids.unclaimed());
+        let given = tokio::task::spawn_blocking(give_back).await;
+        let given = given.map_err(|e| Error::internal("it was broken off", e)).and_then(|given| given);
+        left.note("limits of the kernel", given);
         self.ids.leave();
         left.told()
     }

@@ -98,7 +98,9 @@ impl SharedLimit {
     /// # Errors
     /// Internal, or unavailable while another daemon does not get done with it; then it is as it was.
     pub fn raise(&self, least: u64) -> Result<bool> {
-        if self.now()?.is_none_or(|now| now >= least) {
+        // With a note of it, somebody may be about to give it back: what it is counts for who has the lock only.
+        let noted = self.notes.join(&self.name).exists();
+        if self.now()?.is_none_or(|now| now >= least && !noted) {
             return Ok(false);
         }
         let _locked = self.locked(true)?;
@@ -118,13 +120,17 @@ impl SharedLimit {
         Ok(true)
     }
 
-    /// Makes it what it was, unless it is something else by now than what it was raised to; and removes the notes. For who
-    /// knows that no other daemon of the machine needs it.
+    /// Makes it what it was, unless it is something else by now than what it was raised to; and removes the notes. Nothing is done
+    /// while another daemon of the machine needs it: `unneeded` is asked when none can raise it any more, so that who says that it
+    /// needs it, and raises it then, finds it raised.
     ///
     /// # Errors
     /// As of [`Self::raise`]; it can be called again.
-    pub fn give_back(&self) -> Result<()> {
+    pub fn give_back(&self, unneeded: impl FnOnce() -> bool) -> Result<()> {
         let Some(_locked) = self.locked(false)? else { return Ok(()) };
+        if !unneeded() {
+            return Ok(());
+        }
         if let [before, raised @ ..] = self.noted()?.as_slice()
             && self.now()?.is_some_and(|now| raised.contains(&now))
         {
@@ -155,7 +161,7 @@ mod tests {
         let is = || fs::read_to_string(&setting).unwrap().trim_end().parse::<u64>().unwrap();
         let write = |text: &str| fs::write(&setting, text).unwrap();
         assert!(!limit.raise(10).unwrap(), "this kernel has none");
-        limit.give_back().unwrap();
+        limit.give_back(|| true).unwrap();
         write("no number\n");
         assert!(!limit.raise(10).unwrap());
         write("128\n");
@@ -165,25 +171,52 @@ mod tests {
         assert!(limit.raise(1024).unwrap() && limit.clone().raise(2048).unwrap());
         assert!(!limit.raise(1024).unwrap());
         assert_eq!(is(), 2048);
-        limit.give_back().unwrap();
+        limit.give_back(|| true).unwrap();
         assert_eq!((is(), notes.exists()), (128, false));
-        limit.give_back().unwrap();
+        limit.give_back(|| true).unwrap();
         // Died between two raises, after the note was written and before it was followed.
         limit.raise(1024).unwrap();
         fs::write(notes.join("fs.some.limit"), "128\n1024\n2048\n").unwrap();
-        limit.give_back().unwrap();
+        limit.give_back(|| true).unwrap();
         assert_eq!(is(), 128);
         // The administrator's own wish is kept, and is what it was when more is needed later.
         limit.raise(1024).unwrap();
         write("5000\n");
-        limit.give_back().unwrap();
+        limit.give_back(|| true).unwrap();
         assert_eq!(is(), 5000);
         write("128\n");
         limit.raise(1024).unwrap();
         write("512\n");
         limit.raise(1024).unwrap();
-        limit.give_back().unwrap();
+        limit.give_back(|| true).unwrap();
         assert_eq!((is(), notes.exists()), (512, false));
+    }
+
+    #[test]
+    fn who_begins_while_the_last_leaves_has_it_raised() {
+        let dir = tempfile::tempdir().unwrap();
+        let (setting, notes) = (dir.path().join("setting"), dir.path().join("limits"));
+        let limit =
+            SharedLimit { name: "fs.some.limit".into(), setting: setting.clone(), notes: notes.clone() };
+        fs::write(&setting, "128\n").unwrap();
+        let is = || fs::read_to_string(&setting).unwrap();
+        assert!(limit.raise(1024).unwrap());
+        limit.give_back(|| false).unwrap();
+        assert_eq!((is().as_str(), notes.exists()), ("1024", true), "another needs it");
+        // It says so too late to be seen, and finds the limit high enough: it waits for what comes of it.
+        std::thread::scope(|scope| {
+            let mut other = None;
+            let unneeded = || {
+                other = Some(scope.spawn(|| limit.raise(1024).unwrap()));
+                std::thread::sleep(TRIES.1 * 3);
+                true
+            };
+            limit.give_back(unneeded).unwrap();
+            assert!(other.unwrap().join().unwrap(), "raised anew");
+        });
+        assert_eq!(is(), "1024");
+        limit.give_back(|| true).unwrap();
+        assert_eq!((is().as_str(), notes.exists()), ("128", false));
     }
 
     #[test]
@@ -196,14 +229,14 @@ mod tests {
         fs::create_dir(&notes).unwrap();
         let other = File::open(&notes).unwrap();
         flock(&other, FlockOperation::LockExclusive).unwrap();
-        for refused in [limit.raise(1024).map(drop), limit.give_back()] {
+        for refused in [limit.raise(1024).map(drop), limit.give_back(|| true)] {
             let e = refused.unwrap_err();
             assert!(e.is(karst_model::ErrorKind::Unavailable) && e.message.contains("fs.some.limit"), "{e}");
         }
         assert_eq!(fs::read_to_string(&setting).unwrap(), "128\n");
         drop(other);
         assert!(limit.raise(1024).unwrap());
-        limit.give_back().unwrap();
+        limit.give_back(|| true).unwrap();
         assert_eq!((fs::read_to_string(&setting).unwrap().as_str(), notes.exists()), ("128", false));
     }
 

@@ -23,12 +23,13 @@ pub(crate) fn make(containers: usize) {
     }
 }
 
-/// Gives back what was raised: for the last daemon that leaves the machine.
+/// Gives back what was raised, for the last daemon that leaves the machine: not while `unclaimed` says that another one has
+/// containers, which claims their ids before it raises the limit. Blocks for moments.
 ///
 /// # Errors
-/// Internal; it can be called again.
-pub fn give_back() -> Result<()> {
-    limit()?.give_back()
+/// Internal and unavailable; it can be called again.
+pub fn give_back(unclaimed: impl FnOnce() -> bool) -> Result<()> {
+    limit()?.give_back(unclaimed)
 }
 
 #[cfg(test)]
