@@ -336,25 +336,30 @@ async fn record(inner: &Arc<EngineInner>, observed: &Observed, as_of: Option<Rev
                 return Ok(());
             };
             let lock = crate::compute::lock(row.id);
-            if records.lock(&lock).is_some() {
-                now = false;
-                return Ok(());
-            }
+            let locked = records.lock(&lock).is_some();
             let old = records.runtimes.get(&row.id);
             if let Some(old) = old {
+                let over = old.generation == observed.generation && old.state == RuntimeState::Stopped;
+                if over || old.generation > observed.generation {
+                    return Ok(());
+                }
                 let same = old.generation == observed.generation
                     && old.state == observed.state
                     && old.pid == observed.pid
                     && old.exit == observed.exit;
-                let over = old.generation == observed.generation && old.state == RuntimeState::Stopped;
-                if same || over || old.generation > observed.generation {
-                    return Ok(());
-                }
-                if as_of.is_some_and(|moment| old.mod_revision > moment) {
-                    now = false;
+                if same {
+                    // A look that finds all as it is recorded has seen enough: a saga may be at work for days. An event under one
+                    // may be news by what the saga is about to report.
+                    now = !locked || as_of.is_some();
                     return Ok(());
                 }
             } else if observed.state == RuntimeState::Stopped {
+                now = !locked;
+                return Ok(());
+            }
+            let newer = old.zip(as_of).is_some_and(|(old, moment)| old.mod_revision > moment);
+            if locked || newer {
+                now = false;
                 return Ok(());
             }
             if observed.generation > row.generation {

@@ -432,3 +432,24 @@ fn a_stop_that_is_refused_ends_no_copy() {
         demand_clean(&w).await;
     });
 }
+
+#[test]
+fn a_copy_that_waits_for_a_word_is_hardly_looked_at_and_hears_it_at_once() {
+    SeededEnv::run(45, |env| async move {
+        let w = world(&env, true).await;
+        begin(&w, to("second", "v2", true)).await.unwrap();
+        until_ready(&w).await;
+        w.env.sleep(Duration::from_secs(5)).await;
+        let asked = || ["guest_observe_all", "machine_copy_state"].map(|call| w.agent.count(call));
+        let before = asked();
+        w.env.sleep(Duration::from_secs(300)).await;
+        let [looks, states] = std::array::from_fn(|n| asked()[n] - before[n]);
+        assert!((5..=15).contains(&looks), "the host is looked at as ever: {looks}");
+        assert!((100..=200).contains(&states), "{states}");
+        let begun = w.env.monotonic();
+        end(&w, DiskCopyEnd::Finish).await.unwrap();
+        let took = w.env.monotonic() - begun;
+        assert!(took < Duration::from_secs(1), "{took:?}");
+        demand_clean(&w).await;
+    });
+}

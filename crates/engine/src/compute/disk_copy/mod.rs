@@ -38,6 +38,7 @@ use std::{
     sync::{Mutex, MutexGuard},
     time::Duration,
 };
+use tokio::sync::{Notify, futures::Notified};
 
 /// Most snapshots of an instance whose root is moved: one transaction changes all.
 const MOST: usize = 80;
@@ -94,17 +95,27 @@ pub struct DiskCopyView {
 
 /// What was said of copies that wait for a word.
 #[derive(Debug, Default)]
-pub(crate) struct Words(Mutex<BTreeMap<SagaId, DiskCopyEnd>>);
+pub(crate) struct Words {
+    said: Mutex<BTreeMap<SagaId, DiskCopyEnd>>,
+    news: Notify,
+}
 
 impl Words {
     fn all(&self) -> MutexGuard<'_, BTreeMap<SagaId, DiskCopyEnd>> {
-        self.0.lock().unwrap_or_else(|e| e.into_inner())
+        self.said.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     fn say(&self, records: &Records, saga: SagaId, word: DiskCopyEnd) {
         let mut all = self.all();
         all.retain(|saga, _| records.sagas.contains_key(saga));
         all.insert(saga, word);
+        drop(all);
+        self.news.notify_waiters();
+    }
+
+    /// Until a word is said, of any copy, after this call.
+    fn next(&self) -> Notified<'_> {
+        self.news.notified()
     }
 
     fn of(&self, saga: SagaId) -> Option<DiskCopyEnd> {

@@ -14,6 +14,7 @@ use crate::{
 };
 use async_trait::async_trait;
 use karst_agent::{CallContext, GuestRef, MachineCopyBegin, MachineCopyEnd, VolumeRebuild, VolumeRef};
+use karst_env::EnvExt;
 use karst_model::{
     Config, Error, ErrorKind, NodeId, Result, SnapshotId,
     device::Devices,
@@ -30,6 +31,8 @@ const LONG: Duration = Duration::from_secs(86_400);
 const END: Duration = Duration::from_secs(180);
 /// Between two looks at how far it is.
 const LOOK: Duration = Duration::from_millis(250);
+/// The same once it is ready and waits for a word, by which it is woken.
+const LOOK_READY: Duration = Duration::from_secs(2);
 /// How long a host may be silent before a copy is given up; one that is started anew is back before.
 const SILENCE: Duration = Duration::from_secs(300);
 /// Tries of a change-over that the host says it did not do.
@@ -141,6 +144,8 @@ impl CopyPlan {
         cx.agent(self.node)?.machine_copy_begin(&cx.mutate(CALL), begin).await?;
         let (mut silent, mut told) = (Duration::ZERO, None);
         loop {
+            let word = cx.engine.copy_words.next();
+            let mut wait = LOOK;
             let successor =
                 cx.engine.inventory.read().sagas.get(&cx.saga).is_some_and(|s| s.epoch > cx.engine.epoch);
             if successor {
@@ -159,6 +164,7 @@ impl CopyPlan {
                     }
                 }
                 let ready = state.phase == DiskCopyPhase::Ready;
+                wait = if ready { LOOK_READY } else { LOOK };
                 self.tell(cx, &state, &mut told);
                 match cx.engine.copy_words.of(cx.saga) {
                     _ if !ready => {}
@@ -173,7 +179,8 @@ impl CopyPlan {
                     Some(DiskCopyEnd::Cancel) | None => {}
                 }
             }
-            cx.engine.env.sleep(LOOK).await;
+            // A word, or the time for the next look.
+            let _ = cx.engine.env.timeout(wait, word).await;
         }
     }
 
