@@ -372,7 +372,7 @@ fn a_change_over_that_the_host_cannot_bring_to_its_end_counts() {
 fn an_undo_follows_a_machine_that_goes_on_from_the_copy() {
     SeededEnv::run(42, |env| async move {
         let w = world(&env, false).await;
-        let before = w.engine.instance(&w.admin, P, "m").unwrap().instance;
+        let before = w.engine.instance(&w.admin, P, "m").unwrap().instance.clone();
         w.engine.set_hook(Some(Arc::new(|saga: &str, moment: Moment| match (saga, moment) {
             ("instance-disk-copy", Moment::AfterStep(2)) => {
                 Interference::Fail(Error::unavailable("it is not known whether it does"))
@@ -384,7 +384,7 @@ fn an_undo_follows_a_machine_that_goes_on_from_the_copy() {
         assert_eq!(w.ended(operation).await.state, OperationState::Failure, "it says so, and needs nobody");
         w.engine.set_hook(None);
         assert_eq!(pool_of(&w), ("second".into(), "second".into()));
-        let after = w.engine.instance(&w.admin, P, "m").unwrap().instance;
+        let after = w.engine.instance(&w.admin, P, "m").unwrap().instance.clone();
         assert_ne!(after.root, before.root);
         // It starts from what it wrote to.
         stop(&w).await.unwrap();
