@@ -123,10 +123,13 @@ pub(crate) fn exit_reason(heard: Option<&str>, end: &End, record: &Record) -> Ex
     }
 }
 
+/// What is asked of a machine's owner, and where the answer goes.
+type Request = (Ask, oneshot::Sender<Result<()>>);
+
 /// A machine as the driver holds it. When the driver lets go of it, its owner ends and QEMU runs on.
 pub(crate) struct Machine {
     inner: Arc<Inner>,
-    requests: mpsc::Sender<(Ask, oneshot::Sender<Result<()>>)>,
+    requests: mpsc::Sender<Request>,
 }
 
 impl std::ops::Deref for Machine {
@@ -297,7 +300,7 @@ async fn next(events: &mut Option<mpsc::Receiver<Event>>) -> Option<Event> {
 }
 
 impl Owner {
-    async fn run(mut self, mut requests: mpsc::Receiver<(Ask, oneshot::Sender<Result<()>>)>) {
+    async fn run(mut self, mut requests: mpsc::Receiver<Request>) {
         let (watched, instance) = (self.machine.keeper.clone(), self.machine.record().instance);
         let silence = self.silence.clone();
         let watch = |after: Duration| {
@@ -644,7 +647,7 @@ fn has_room(path: &std::path::Path) -> bool {
 
 /// A machine that runs, as far as is told of it. Whoever has the receiver is its owner.
 #[cfg(test)]
-pub(crate) fn without_owner(dir: PathBuf) -> (Machine, mpsc::Receiver<(Ask, oneshot::Sender<Result<()>>)>) {
+pub(crate) fn without_owner(dir: PathBuf) -> (Machine, mpsc::Receiver<Request>) {
     let id = karst_model::InstanceId(Default::default());
     let record = json!({
         "version": 1, "instance": id, "daemon_id": "aaaaaa", "generation": {"incarnation": 1, "n": 1},
