@@ -242,6 +242,16 @@ impl Link {
     }
 }
 
+/// Its tasks hold a connection for as long as the guest's side is there: without an end it would keep the socket, which serves
+/// one client, from whoever comes next. No stream is open here, because each holds the link.
+impl Drop for Link {
+    fn drop(&mut self) {
+        if let Some(c) = self.connection.get_mut().take() {
+            c.end(false);
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Connection {
     name: String,

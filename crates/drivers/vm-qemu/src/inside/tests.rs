@@ -282,6 +282,16 @@ async fn what_runs_ends_with_the_host_and_the_next_one_is_understood() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_lets_go_of_a_guest_leaves_its_agent_to_the_next() {
+    let Some(place) = Place::new() else { return };
+    let inside = place.inside();
+    assert_eq!(shell(&inside, "echo one").await.stdout, "one\n");
+    // At once: its connection is not given back yet for want of use, and the agent serves one at a time.
+    drop(inside);
+    assert_eq!(shell(&place.inside(), "echo two").await.stdout, "two\n");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_terminal_that_is_left_is_hung_up_on() {
     let Some(place) = Place::new() else { return };
     let inside = place.inside();
