@@ -6,7 +6,7 @@ use crate::{
     Exec, ExecRequest, ExecStreams, FileKind, FileWrite, GuestDriver, Observed, ResolvedGuest, StopMode,
 };
 use karst_model::{
-    ErrorKind,
+    ErrorKind, Result,
     instance::{ExitReason, InstanceKind, RuntimeState},
 };
 use rustix::process::{Pid, Signal, kill_process};
@@ -56,6 +56,11 @@ async fn read_all(fd: OwnedFd) -> String {
 
 /// Feeds `stdin` and collects everything to the end.
 pub async fn collect(exec: Exec, stdin: &[u8]) -> Ran {
+    collected(exec, stdin).await.unwrap()
+}
+
+/// As [`collect`]; an error where the end of the program was not seen.
+async fn collected(exec: Exec, stdin: &[u8]) -> Result<Ran> {
     let work = async {
         match exec.streams {
             ExecStreams::Terminal(master) => {
@@ -63,7 +68,7 @@ pub async fn collect(exec: Exec, stdin: &[u8]) -> Ran {
                 feed.write_all(stdin).unwrap();
                 drop(feed);
                 let (stdout, code) = tokio::join!(read_all(master), exec.control.wait());
-                Ran { code: code.unwrap(), stdout, stderr: String::new() }
+                (code, stdout, String::new())
             }
             ExecStreams::Pipes { stdin: to, stdout, stderr } => {
                 let bytes = stdin.to_vec();
@@ -72,11 +77,13 @@ pub async fn collect(exec: Exec, stdin: &[u8]) -> Ran {
                 let (stdout, stderr, code) =
                     tokio::join!(read_all(stdout), read_all(stderr), exec.control.wait());
                 feed.await.unwrap();
-                Ran { code: code.unwrap(), stdout, stderr }
+                (code, stdout, stderr)
             }
         }
     };
-    tokio::time::timeout(Duration::from_secs(300), work).await.expect("the program ends")
+    let (code, stdout, stderr) =
+        tokio::time::timeout(Duration::from_secs(300), work).await.expect("the program ends");
+    Ok(Ran { code: code?, stdout, stderr })
 }
 
 /// A request that runs `command` as root with pipes.
@@ -98,18 +105,15 @@ pub async fn shell(driver: &dyn GuestDriver, guest: &ResolvedGuest, script: &str
     collect(exec.unwrap(), b"").await
 }
 
-/// Waits until a script inside succeeds.
+/// Waits until a script inside succeeds; one that was ended with the agent that ran it is tried again.
 pub async fn until_inside(driver: &dyn GuestDriver, guest: &ResolvedGuest, script: &str, within: Duration) {
     let end = Instant::now() + within;
     loop {
         let last = match driver.exec(guest.instance, request(&["sh", "-c", script])).await {
-            Ok(exec) => {
-                let ran = collect(exec, b"").await;
-                if ran.code == 0 {
-                    return;
-                }
-                format!("{ran:?}")
-            }
+            Ok(exec) => match collected(exec, b"").await {
+                Ok(ran) if ran.code == 0 => return,
+                other => format!("{other:?}"),
+            },
             Err(e) => format!("{e:?}"),
         };
         assert!(Instant::now() < end, "not within {within:?}: {script}: {last}");
