@@ -171,7 +171,8 @@ async fn directories_of_the_host_are_mounted_inside() {
     let of_agent = "systemctl show -p MainPID --value incus-agent.service";
     let old = shell(&driver, &guest, of_agent).await.stdout;
     // Not while it answers.
-    let restart = "systemd-run --on-active=1 systemctl restart incus-agent.service";
+    let restart =
+        "systemd-run --on-active=3 --timer-property=AccuracySec=100ms systemctl restart incus-agent.service";
     let restarted = shell(&driver, &guest, restart).await;
     assert_eq!(restarted.code, 0, "{restarted:?}");
     let new = format!("pid=$({of_agent}); test $pid != 0 && test $pid != {}", old.trim());

@@ -504,7 +504,7 @@ async fn directories_are_shared_with_machines() {
         (json!({"source": "gone"}), 404, "gone"),
         (json!({"readonly": "maybe"}), 400, "devices.d.readonly"),
         (json!({"shift": "maybe"}), 400, "devices.d.shift"),
-        (json!({"io.bus": "virtiofs"}), 501, "devices.d.io.bus"),
+        (json!({"io.bus": "virtiofs"}), 400, "devices.d.io.bus"),
         (json!({"io.bus": "nvme"}), 400, "devices.d.io.bus"),
         (json!({"io.cache": "unsafe"}), 400, "devices.d.io.cache"),
         (json!({"boot.priority": "1"}), 400, "devices.d.boot.priority"),
