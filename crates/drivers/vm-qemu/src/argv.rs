@@ -496,11 +496,11 @@ pub(crate) mod tests {
         assert_eq!(
             shown.join("\n"),
             "-fsdev local,id=directory-fs0,path=/proc/self/fd/200,security_model=mapped-xattr,multidevs=remap\n\
-             -device {\"addr\":\"0x9.0x0\",\"bus\":\"pcie.0\",\"disable-legacy\":\"on\",\"driver\":\"virtio-9p-pci\",\
-             \"fsdev\":\"directory-fs0\",\"id\":\"directory-fs0\",\"mount_tag\":\"data\"}\n\
+             -device {\"driver\":\"virtio-9p-pci\",\"id\":\"directory-fs0\",\"fsdev\":\"directory-fs0\",\
+             \"mount_tag\":\"data\",\"disable-legacy\":\"on\",\"bus\":\"pcie.0\",\"addr\":\"0x9.0x0\"}\n\
              -fsdev local,id=directory-fs1,path=/proc/self/fd/201,security_model=none,multidevs=remap,readonly=on\n\
-             -device {\"addr\":\"0xa.0x0\",\"bus\":\"pcie.0\",\"disable-legacy\":\"on\",\"driver\":\"virtio-9p-pci\",\
-             \"fsdev\":\"directory-fs1\",\"id\":\"directory-fs1\",\"mount_tag\":\"karst-fs1\"}"
+             -device {\"driver\":\"virtio-9p-pci\",\"id\":\"directory-fs1\",\"fsdev\":\"directory-fs1\",\
+             \"mount_tag\":\"karst-fs1\",\"disable-legacy\":\"on\",\"bus\":\"pcie.0\",\"addr\":\"0xa.0x0\"}"
         );
         // Neither the path of the host nor the place inside is QEMU's to know.
         assert!(!text.contains("/srv/data") && !text.contains("/mnt/data"), "{text}");

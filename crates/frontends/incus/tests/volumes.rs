@@ -528,7 +528,7 @@ async fn directories_are_shared_with_machines() {
     assert_eq!(pending().await, moved);
     // Its memory could not be kept.
     let stateful = json!({"config": {"migration.stateful": "true"}});
-    assert!(s.patch(V1, stateful).await.refused(501).contains("migration.stateful"));
+    assert!(s.patch(V1, stateful).await.refused(400).contains("migration.stateful"));
     // A path of the host is the host's to grant.
     let host = json!({"devices": {"d": {"type": "disk", "source": "/srv/shared", "path": "/srv"}}});
     s.patch(V1, host).await.metadata();

@@ -120,7 +120,7 @@ impl Shared {
                     self.cgroups.thaw_now(&file, value)?;
                 }
             }
-            None => running.keeper.kill().await?,
+            None => running.keeper.kill().await.or_else(gone_is_fine)?,
         }
         let ended = match timeout(FORCE, running.keeper.wait_exit()).await {
             Ok(r) => r.map(drop),
