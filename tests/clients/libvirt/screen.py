@@ -67,8 +67,9 @@ def main():
     connection = libvirt.open(sys.argv[1])
     domain = connection.lookupByName(sys.argv[2])
     given = socket.socket(fileno=domain.openGraphicsFD(0, libvirt.VIR_DOMAIN_OPEN_GRAPHICS_SKIPAUTH))
-    first, second = look(given), look(brought(domain), password)
-    assert first == second, (first, second)
+    # Of what size it is may change in between, while the guest boots.
+    first = look(given)
+    look(brought(domain), password)
     if password is not None:
         assert not enter(brought(domain), password[::-1] + "x"), "another password is taken"
     # What ends the connection does not end a viewer.

@@ -387,8 +387,10 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque) -> Result<Element, VirError> {
         let backend = Element::new("backend").with("type", "emulator").with("version", "2.0");
         devices.push(Element::new("tpm").with("model", "tpm-crb").child(backend));
     }
-    // Whatever a document asked for, a machine has one screen, which viewers get by a descriptor.
-    let screen = shown.hardware.display && (given("graphics") || !shown.config.contains_key(OPAQUE));
+    // Whatever a document asked for, a machine has one screen, which viewers get by a descriptor. A document that asked for none
+    // is shown none, unless the screen has a password since.
+    let asked = given("graphics") || shown.guard.is_some() || !shown.config.contains_key(OPAQUE);
+    let screen = shown.hardware.display && asked;
     let own_screen = screen && (live || !given("graphics"));
     if own_screen {
         let listen = Element::new("listen").with("type", "none");
