@@ -1,7 +1,7 @@
 //! Directories that a machine shares with its host (9p by QEMU itself): file systems of volumes and paths of the host.
 //!
 //! Each is a mount that is nowhere: a clone of the directory's own mount in which owners are mapped, so that the user that QEMU
-//! runs as stands for root. It is made at the start and handed to QEMU as a descriptor, and goes with the last process that has
+//! runs as stands for root; of a path of the host only where that was asked for (`shift`). It is made at the start and handed to QEMU as a descriptor, and goes with the last process that has
 //! it, however that ends. So nothing is attached on the host, and nothing can stay behind. QEMU plugs no such device while the
 //! machine runs: what changes waits for the next start, and the record says what it was started with.
 //!
@@ -50,6 +50,8 @@ pub struct Directory {
     pub recursive: bool,
     /// A path of the host rather than a volume.
     pub foreign: bool,
+    /// QEMU's user stands for root there, as in every volume. Else it is in a path of the host what it is on the host: nobody.
+    pub shift: bool,
     /// Limits of rates.
     pub limits: DiskLimits,
 }
@@ -77,6 +79,7 @@ pub(crate) fn of(guest: &ResolvedGuest) -> Vec<Directory> {
             readonly: d.readonly,
             recursive: d.recursive && d.foreign,
             foreign: d.foreign,
+            shift: d.shift,
             limits: d.io.limits,
         })
         .collect()
@@ -113,12 +116,30 @@ pub(crate) fn open(guest: &ResolvedGuest, directories: &[Directory]) -> Result<V
         };
         let options =
             MountOptions { readonly: directory.readonly, recursive: directory.recursive, follow: false };
-        let opened =
-            mount::detached(source.as_fd(), options, Some(ids.as_fd())).map_err(|e| e.at(field()))?;
+        let shifted = !directory.foreign || directory.shift;
+        if !shifted {
+            demand_readable(&source, guest.ids.base).map_err(|e| e.at(field()))?;
+        }
+        let ids = shifted.then(|| ids.as_fd());
+        let opened = mount::detached(source.as_fd(), options, ids).map_err(|e| e.at(field()))?;
         let mapped = !directory.foreign && !directory.readonly && keeps_owners(&opened);
         Ok((opened, mapped))
     };
     directories.iter().map(one).collect()
+}
+
+/// QEMU reads a directory as the user `uid`, who is in no group of the host.
+fn demand_readable(directory: &OwnedFd, uid: u32) -> Result<()> {
+    let found = rustix::fs::fstat(directory).map_err(std::io::Error::from)?;
+    let needed = if found.st_uid == uid { 0o500 } else { 0o005 };
+    if found.st_mode & needed == needed {
+        return Ok(());
+    }
+    let text = format!(
+        "the machine's user ({uid}) may not read the directory; let others read it, or set shift=true, which makes the \
+         machine's root the directory's"
+    );
+    Err(Error::invalid("source", text))
 }
 
 /// Can a file there have attributes of users? A file system in memory has none on older kernels.
@@ -217,6 +238,7 @@ pub(crate) mod tests {
             readonly: false,
             recursive: false,
             foreign: false,
+            shift: false,
             limits: DiskLimits::default(),
         }
     }

@@ -133,6 +133,7 @@ async fn directories_of_the_host_are_mounted_inside() {
         mount_point: Some("/srv/made for it".into()),
         readonly: true,
         foreign: true,
+        shift: true,
         opened: Some(Opened(Arc::new(opened))),
         pci: Some("00:0a.0".into()),
         ..data.clone()
