@@ -51,6 +51,7 @@ pub struct Directory {
     /// A path of the host rather than a volume.
     pub foreign: bool,
     /// QEMU's user stands for root there, as in every volume. Else it is in a path of the host what it is on the host: nobody.
+    #[serde(default)]
     pub shift: bool,
     /// Limits of rates.
     pub limits: DiskLimits,
@@ -122,7 +123,8 @@ pub(crate) fn open(guest: &ResolvedGuest, directories: &[Directory]) -> Result<V
         }
         let ids = shifted.then(|| ids.as_fd());
         let opened = mount::detached(source.as_fd(), options, ids).map_err(|e| e.at(field()))?;
-        let mapped = !directory.foreign && !directory.readonly && keeps_owners(&opened);
+        // Of the volume, whoever reads: what a machine wrote there is what it says beside it.
+        let mapped = !directory.foreign && keeps_owners(&opened);
         Ok((opened, mapped))
     };
     directories.iter().map(one).collect()
@@ -136,8 +138,8 @@ fn demand_readable(directory: &OwnedFd, uid: u32) -> Result<()> {
         return Ok(());
     }
     let text = format!(
-        "the machine's user ({uid}) may not read the directory; let others read it, or set shift=true, which makes the \
-         machine's root the directory's"
+        "the machine's user ({uid}) may not read the directory; let others read it (chmod o+rx), or set shift=true, \
+         which makes the machine's root as good as the host's root there"
     );
     Err(Error::invalid("source", text))
 }

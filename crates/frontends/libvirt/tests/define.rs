@@ -2,7 +2,7 @@
 #![allow(clippy::disallowed_methods)] // a test tool
 
 use crate::support::{Client, Refused, Server, argument};
-use karst_engine::{Context, volumes::create::CreateVolume};
+use karst_engine::{Context, compute::update::UpdateInstance, volumes::create::CreateVolume};
 use karst_frontend_libvirt::{
     error::Code,
     xdr::{Reader, Writer},
@@ -220,6 +220,27 @@ async fn a_document_changes_what_it_changes() {
         .unwrap();
     let v2 = server.engine.instance(&admin, "default", "v2").unwrap();
     assert_eq!(v2.expanded_config["limits.cpu"], "2");
+    // So do directories that it shares.
+    volume(&server, "shared", VolumeContent::Filesystem).await;
+    let keys = [("type", "disk"), ("pool", "default"), ("source", "shared"), ("path", "/mnt/data")];
+    let directory = keys.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+    let mut devices = v2.instance.devices.clone();
+    devices.insert("data".into(), directory);
+    let request = UpdateInstance {
+        description: v2.instance.description.clone(),
+        ephemeral: false,
+        config: v2.instance.config.clone(),
+        devices,
+        profiles: v2.profiles.iter().map(|p| p.name.to_string()).collect(),
+        if_version: None,
+    };
+    let changed = server.engine.instance_update(&admin, "default", "v2", request).await.unwrap();
+    assert_eq!(changed.ended().await.error, None);
+    let shown = dump(&mut client, "v2", 2).await;
+    assert!(!shown.contains("shared"), "{shown}");
+    define(&mut client, &shown).await.unwrap();
+    let v2 = server.engine.instance(&admin, "default", "v2").unwrap();
+    assert_eq!(v2.instance.devices["data"]["source"], "shared");
 }
 
 /// What `virt-install --location` does: it starts a kernel that it has uploaded, writes what comes afterwards, and removes the

@@ -22,6 +22,7 @@ use std::{
         unix::process::{CommandExt, ExitStatusExt},
     },
     process::{Child, Command, Stdio},
+    sync::atomic::{AtomicUsize, Ordering},
     time::{Duration, Instant},
 };
 
@@ -118,6 +119,39 @@ struct Session {
 fn nonblocking(fd: OwnedFd) -> Result<OwnedFd, Refused> {
     rustix::io::ioctl_fionbio(&fd, true).map_err(failed)?;
     Ok(fd)
+}
+
+/// Outputs of programs that have ended, which others still have.
+const LEFT: usize = 256;
+
+/// Goes on to take what is written to an output of a program that has ended, for nobody: what it has left in the background
+/// would else be ended by its next word. Of very many the rest is.
+fn leave(output: OwnedFd) {
+    static TAKEN: AtomicUsize = AtomicUsize::new(0);
+    if TAKEN.fetch_add(1, Ordering::Relaxed) >= LEFT {
+        TAKEN.fetch_sub(1, Ordering::Relaxed);
+        return;
+    }
+    let taking = move || {
+        let mut buffer = [0; 4096];
+        loop {
+            match rustix::io::read(&output, &mut buffer) {
+                Ok(0) => break,
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => {
+                    // It was polled until now.
+                    let _ = poll(&mut [PollFd::new(&output, PollFlags::IN)], None);
+                }
+                Err(_) => break,
+            }
+        }
+        TAKEN.fetch_sub(1, Ordering::Relaxed);
+    };
+    // Without a thread it is as with too many.
+    let began = std::thread::Builder::new().stack_size(64 << 10).spawn(taking);
+    if began.is_err() {
+        TAKEN.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Session {
@@ -249,7 +283,10 @@ impl Session {
         }
         // Closing a terminal's master hangs up on its session.
         self.input = None;
-        self.outputs = [None, None];
+        let outputs = std::mem::take(&mut self.outputs);
+        if ended.is_some() && !self.terminal {
+            outputs.into_iter().flatten().for_each(|(_, fd)| leave(fd));
+        }
         if ended.is_none() {
             let until = Instant::now() + if self.terminal { HANGUP } else { Duration::ZERO };
             while Instant::now() < until && matches!(child.try_wait(), Ok(None)) {

@@ -433,6 +433,21 @@ async fn a_program_that_is_over_leaves_its_place_to_others() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_program_leaves_in_the_background_may_go_on_to_write() {
+    let Some(place) = Place::new() else { return };
+    let inside = place.inside();
+    let script = "(sleep 1; echo nobody hears; echo it goes on >/mnt/after) & exit 0";
+    let exec = inside.exec(&BTreeMap::new(), request(&["sh", "-c", script])).await.unwrap();
+    assert_eq!(exec.control.wait().await.unwrap(), 0);
+    drop(exec);
+    let end = std::time::Instant::now() + Duration::from_secs(30);
+    while shell(&inside, "cat /mnt/after 2>/dev/null; true").await.stdout.trim() != "it goes on" {
+        assert!(std::time::Instant::now() < end, "its next word ended it");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
 /// A guest that answers the handshake, and then `bytes` to the first request; whatever it says to the handshake comes of
 /// `welcome`.
 fn hostile(

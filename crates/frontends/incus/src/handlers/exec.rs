@@ -33,8 +33,6 @@ const LINGER: Duration = Duration::from_millis(100);
 /// How long a client may take for the last output of a program that has ended. It may be read in a pager; but one that was
 /// stopped takes nothing, and would hold the operation and the session for ever.
 const LAST: Duration = Duration::from_secs(3600);
-/// How long what a program without websockets has left in the background is listened to.
-const BACKGROUND: Duration = Duration::from_secs(24 * 3600);
 /// A terminal without a size.
 const SIZE: (u16, u16) = (80, 25);
 
@@ -152,18 +150,11 @@ async fn unattended(call: &Taken, project: &str, request: ExecRequest) -> Result
         call.engine().exec(&call.context, project, call.param(0), request).await?;
     let mut fds = fds.into_iter();
     drop(fds.next());
-    let mut outputs = vec![];
     for fd in fds {
         let mut stream = Stream::new(fd)?;
-        outputs.push(tokio::spawn(async move { tokio::io::copy(&mut stream, &mut tokio::io::sink()).await }));
+        tokio::spawn(async move { tokio::io::copy(&mut stream, &mut tokio::io::sink()).await });
     }
-    let result = session.wait().await;
-    // What the program has left in the background goes on, and would end by its next word if nobody took that any more.
-    tokio::spawn(async move {
-        let _ = tokio::time::timeout(BACKGROUND, futures::future::join_all(outputs)).await;
-        drop(session);
-    });
-    result
+    session.wait().await
 }
 
 /// Runs a program on websockets.

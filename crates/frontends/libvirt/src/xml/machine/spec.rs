@@ -319,7 +319,9 @@ fn devices(present: &Present<'_>, new: &Machine) -> Result<Devices, VirError> {
     }
     for (name, keys) in present.expanded {
         let shown = match keys.get("type").map(String::as_str) {
-            Some("disk") => !is_root(keys) || !wanted.contains_key(name),
+            Some("disk") if is_root(keys) => !wanted.contains_key(name),
+            // Directories that it shares are in no document.
+            Some("disk") => !keys.contains_key("path"),
             Some("nic") => true,
             Some("tpm") => {
                 if new.tpm {
