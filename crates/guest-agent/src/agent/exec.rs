@@ -283,9 +283,10 @@ impl Session {
         }
         // Closing a terminal's master hangs up on its session.
         self.input = None;
-        let outputs = std::mem::take(&mut self.outputs);
-        if ended.is_some() && !self.terminal {
-            outputs.into_iter().flatten().for_each(|(_, fd)| leave(fd));
+        let outputs = std::mem::take(&mut self.outputs).into_iter().flatten();
+        match ended.is_some() && !self.terminal {
+            true => outputs.for_each(|(_, fd)| leave(fd)),
+            false => outputs.for_each(drop),
         }
         if ended.is_none() {
             let until = Instant::now() + if self.terminal { HANGUP } else { Duration::ZERO };
