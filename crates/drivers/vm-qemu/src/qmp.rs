@@ -113,9 +113,17 @@ impl Qmp {
         write: impl AsyncWrite + Send + Unpin + 'static,
     ) -> Result<(Self, mpsc::Receiver<Event>)> {
         let mut lines = Lines::new(read, LINE);
-        let greeting = object(&lines.next().await?.ok_or_else(closed)?)?;
-        if !greeting.contains_key("QMP") {
-            return Err(Error::internal("QEMU's control socket could not be understood", "no greeting"));
+        let mut before = 0;
+        loop {
+            let line = object(&lines.next().await?.ok_or_else(closed)?)?;
+            if line.contains_key("QMP") {
+                break;
+            }
+            // What happens just when QEMU takes a connection it may tell before it greets, as if to who was there before.
+            before += 1;
+            if !line.contains_key("event") || before > EVENTS {
+                return Err(Error::internal("QEMU's control socket could not be understood", "no greeting"));
+            }
         }
         let pending: Pending = Arc::new(Mutex::new(Some(HashMap::new())));
         let (events, receiver) = mpsc::channel(EVENTS);
@@ -311,6 +319,25 @@ mod tests {
     async fn open(stream: DuplexStream) -> Result<(Qmp, mpsc::Receiver<Event>)> {
         let (r, w) = split(stream);
         Qmp::negotiate(r, w).await
+    }
+
+    #[tokio::test]
+    async fn what_is_told_before_the_greeting_is_passed_over() {
+        let early = "{\"event\":\"STOP\",\"timestamp\":{\"seconds\":7,\"microseconds\":9}}\n";
+        for (said, fine) in [(early, true), ("{\"return\":{}}\n", false)] {
+            let (ours, mut theirs) = duplex(1 << 16);
+            theirs.write_all(format!("{said}{GREETING}").as_bytes()).await.unwrap();
+            let answering = tokio::spawn(async move {
+                let mut lines = BufReader::new(&mut theirs).lines();
+                let Ok(Some(line)) = lines.next_line().await else { return };
+                let asked: Value = serde_json::from_str(&line).unwrap();
+                let answer = ok(&asked);
+                drop(lines);
+                theirs.write_all(answer.as_bytes()).await.unwrap();
+            });
+            assert_eq!(open(ours).await.map(drop).is_ok(), fine, "{said}");
+            answering.await.unwrap();
+        }
     }
 
     fn ok(v: &Value) -> String {
