@@ -40,9 +40,12 @@ impl<R: AsyncRead + Unpin> Lines<R> {
                 self.buffer = vec![];
                 return Err(Error::too_large("an answer is longer than is accepted"));
             }
-            if self.source.read_buf(&mut self.buffer).await? == 0 {
-                return Ok(None);
-            }
+            match self.source.read_buf(&mut self.buffer).await {
+                Ok(0) => return Ok(None),
+                // A peer that ends without having read all that it was sent.
+                Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => return Ok(None),
+                other => other?,
+            };
         }
     }
 }
@@ -68,6 +71,14 @@ pub fn printable(text: &str, max: usize) -> String {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[tokio::test]
+    async fn a_peer_that_ends_without_reading_all_has_ended() {
+        let (ours, theirs) = tokio::net::UnixStream::pair().unwrap();
+        ours.try_write(b"never read").unwrap();
+        drop(theirs);
+        assert_eq!(Lines::new(ours, 64).next().await.unwrap(), None);
+    }
 
     fn all(data: &[u8], max: usize) -> (Vec<Vec<u8>>, bool) {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
