@@ -1,9 +1,10 @@
 //! Directories that a machine shares with its host (9p by QEMU itself): file systems of volumes and paths of the host.
 //!
 //! Each is a mount that is nowhere: a clone of the directory's own mount in which owners are mapped, so that the user that QEMU
-//! runs as stands for root; of a path of the host only where that was asked for (`shift`). It is made at the start and handed to QEMU as a descriptor, and goes with the last process that has
-//! it, however that ends. So nothing is attached on the host, and nothing can stay behind. QEMU plugs no such device while the
-//! machine runs: what changes waits for the next start, and the record says what it was started with.
+//! runs as stands for root; of a path of the host only where that was asked for (`shift`). It is made at the start and handed to
+//! QEMU as a descriptor, and goes with the last process that has it, however that ends. So nothing is attached on the host, and
+//! nothing can stay behind. QEMU plugs no such device while the machine runs: what changes waits for the next start, and the
+//! record says what it was started with.
 //!
 //! Why it is as it is: ADR 0058.
 
