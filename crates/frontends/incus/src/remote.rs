@@ -1,7 +1,15 @@
 //! Listeners on the network: the API over HTTPS, and one for metrics only. They follow the server's configuration; a
 //! change that cannot be listened for changes nothing.
 
-use crate::{Peer, app::App, serve_stream, tls::ClientCertificate};
+use crate::{
+    Peer,
+    app::App,
+    serve_stream,
+    tls::{
+        ClientCertificate,
+        listener::{Connection, HANDSHAKE, Listener, handshake},
+    },
+};
 use karst_engine::tenancy::server::ServerSettings;
 use karst_model::{Error, Result};
 use std::{
@@ -9,18 +17,11 @@ use std::{
     sync::{Arc, RwLock},
     time::Duration,
 };
-use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::{Mutex, Semaphore, watch},
-    task::JoinHandle,
-};
+use tokio::sync::{Mutex, Semaphore};
 
-/// How long a client may take for the TLS handshake.
-const HANDSHAKE: Duration = Duration::from_secs(15);
 /// Most connections from the network at once.
 const CONNECTIONS: usize = 2048;
-/// Pause after a failure to accept, and before an address is tried again.
-const PAUSE: Duration = Duration::from_millis(100);
+/// Pause before an address is tried again.
 const AGAIN: Duration = Duration::from_secs(5);
 
 /// What a listener answers.
@@ -32,26 +33,10 @@ pub enum Surface {
     Metrics,
 }
 
-struct Listening {
-    address: SocketAddr,
-    end: watch::Sender<bool>,
-    task: JoinHandle<()>,
-}
-
-impl Listening {
-    /// Closes the socket at once; connections end with the answer that is in flight.
-    async fn stop(self) {
-        self.end.send_replace(true);
-        self.task.abort();
-        // Aborted on purpose: only that it is gone, and with it the socket, matters.
-        let _ = self.task.await;
-    }
-}
-
 #[derive(Default)]
 struct Both {
-    api: Option<Listening>,
-    metrics: Option<Listening>,
+    api: Option<Listener>,
+    metrics: Option<Listener>,
 }
 
 /// The listeners of a server.
@@ -69,16 +54,6 @@ impl Default for Remote {
             places: Arc::new(Semaphore::new(CONNECTIONS)),
             address: RwLock::default(),
         }
-    }
-}
-
-async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
-    match TcpListener::bind(address).await {
-        // A host without IPv6: every address of IPv4 is what is left of "every address".
-        Err(e) if address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) && e.raw_os_error() == Some(97) => {
-            TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
-        }
-        other => other,
     }
 }
 
@@ -129,7 +104,7 @@ impl Remote {
         // All that ends ends first: one may take over the other's port.
         for (slot, wanted) in [(&mut *api, settings.https_address), (&mut *metrics, settings.metrics_address)]
         {
-            if slot.as_ref().is_some_and(|l| Some(l.address) != wanted)
+            if slot.as_ref().is_some_and(|l| Some(l.address()) != wanted)
                 && let Some(old) = slot.take()
             {
                 old.stop().await;
@@ -146,14 +121,14 @@ impl Remote {
         if let (Ok(()), Some(other)) = (&outcome, &other) {
             outcome = other.ensure(settings).await;
         }
-        *self.address.write().unwrap_or_else(|e| e.into_inner()) = api.as_ref().map(|l| l.address);
+        *self.address.write().unwrap_or_else(|e| e.into_inner()) = api.as_ref().map(Listener::address);
         outcome
     }
 
     async fn ensure(
         &self,
         app: &Arc<App>,
-        slot: &mut Option<Listening>,
+        slot: &mut Option<Listener>,
         wanted: Option<SocketAddr>,
         surface: Surface,
     ) -> Result<()> {
@@ -165,13 +140,11 @@ impl Remote {
         let Some(identity) = &app.info.identity else {
             return Err(Error::unsupported("this server has no certificate to listen with").at(key));
         };
-        let listener = bind(address)
-            .await
-            .map_err(|e| Error::invalid(key, format!("{address} cannot be listened on: {e}")))?;
-        let (end, ended) = watch::channel(false);
-        let task = tokio::spawn(accept(app.clone(), listener, identity.acceptor(), surface, ended));
+        let (app, acceptor) = (app.clone(), identity.acceptor());
+        let places = app.remote.places.clone();
+        let serve = move |taken| connection(app.clone(), acceptor.clone(), surface, taken);
+        *slot = Some(Listener::start(address, key, places, serve).await?);
         tracing::info!(%address, ?surface, "listening");
-        *slot = Some(Listening { address, end, task });
         Ok(())
     }
 
@@ -228,64 +201,10 @@ fn parse_addresses(v4: &str, v6: &str) -> Vec<IpAddr> {
     found
 }
 
-async fn accept(
-    app: Arc<App>,
-    listener: TcpListener,
-    acceptor: tokio_rustls::TlsAcceptor,
-    surface: Surface,
-    ended: watch::Receiver<bool>,
-) {
-    let places = app.remote.places.clone();
-    loop {
-        let Ok(place) = places.clone().acquire_owned().await else { return };
-        match listener.accept().await {
-            Ok((stream, address)) => {
-                let (app, acceptor, ended) = (app.clone(), acceptor.clone(), ended.clone());
-                tokio::spawn(async move {
-                    connection(app, acceptor, stream, address, surface, ended).await;
-                    drop(place);
-                });
-            }
-            Err(e) => {
-                tracing::warn!(error = %e, "a connection could not be accepted");
-                tokio::time::sleep(PAUSE).await;
-            }
-        }
-    }
-}
-
-/// Lets the kernel notice within two minutes that a client has vanished without a word, also where nothing is said: on the
-/// control socket of a program, on a console. Where something is on its way, it gives up by itself after a quarter of an
-/// hour. No limit on what is unacknowledged: the kernel counts the time too for which a client is there and does not read,
-/// as behind a pager. No pings on such connections either: with one on its way keepalive would wait.
-fn keep_alive(stream: &TcpStream) -> rustix::io::Result<()> {
-    use rustix::net::sockopt;
-    sockopt::set_socket_keepalive(stream, true)?;
-    sockopt::set_tcp_keepidle(stream, Duration::from_secs(60))?;
-    sockopt::set_tcp_keepintvl(stream, Duration::from_secs(15))?;
-    sockopt::set_tcp_keepcnt(stream, 4)
-}
-
-async fn connection(
-    app: Arc<App>,
-    acceptor: tokio_rustls::TlsAcceptor,
-    stream: TcpStream,
-    address: SocketAddr,
-    surface: Surface,
-    ended: watch::Receiver<bool>,
-) {
-    // Small answers go out at once; where the socket does not know the option they only come later.
-    let _ = stream.set_nodelay(true);
-    // Where it cannot be set, a client that vanishes is noticed later: when something is sent to it.
-    let _ = keep_alive(&stream);
-    let stream = match tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(e)) => {
-            tracing::debug!(%address, error = %e, "a TLS handshake failed");
-            return;
-        }
-        Err(_) => return,
-    };
+async fn connection(app: Arc<App>, acceptor: tokio_rustls::TlsAcceptor, surface: Surface, taken: Connection) {
+    // Its place is free when all is over.
+    let Connection { stream, address, place: _place, ended } = taken;
+    let Some(stream) = handshake(acceptor, stream, address, HANDSHAKE).await else { return };
     let shown = stream.get_ref().1.peer_certificates().and_then(|c| c.first());
     let certificate = match shown.map(|der| ClientCertificate::from_der(der)) {
         None => None,

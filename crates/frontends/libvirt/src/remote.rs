@@ -15,25 +15,26 @@ use karst_engine::{
     tenancy::server::{NetworkListener, ServerSettings},
 };
 use karst_model::{Error, PrincipalId, Result, access::Principal};
-use karst_tls::{Authority, ClientCertificate, authority::ServerCertificates};
+use karst_tls::{
+    Authority, ClientCertificate,
+    authority::ServerCertificates,
+    listener::{self, Connection, Listener},
+};
 use std::{
     collections::HashMap,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::SocketAddr,
     sync::{Arc, Mutex, RwLock, Weak},
     time::Duration,
 };
 use tokio::{
     io::AsyncWriteExt,
-    net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, watch},
-    task::JoinHandle,
+    net::TcpStream,
+    sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit},
 };
 use tokio_rustls::server::TlsStream;
 
 /// Where a refusal names the key.
 const KEY: &str = "config.core.libvirt_address";
-/// Pause after a failure to accept, so that it does not spin.
-const PAUSE: Duration = Duration::from_millis(100);
 /// Time for the word that a client is not let in.
 const FAREWELL: Duration = Duration::from_secs(5);
 /// How often it is looked whether the certificate of a connection that lasts is still trusted. Each call looks besides.
@@ -59,7 +60,7 @@ pub struct Bounds {
 impl Default for Bounds {
     fn default() -> Self {
         Self {
-            handshake: Duration::from_secs(15),
+            handshake: listener::HANDSHAKE,
             handshakes: 256,
             login: Duration::from_secs(60),
             logins: 64,
@@ -70,21 +71,9 @@ impl Default for Bounds {
 }
 
 struct Listening {
-    address: SocketAddr,
+    listener: Listener,
     names: Vec<String>,
     certificates: Arc<RwLock<Arc<ServerCertificates>>>,
-    end: watch::Sender<bool>,
-    task: JoinHandle<()>,
-}
-
-impl Listening {
-    /// Closes the socket at once, and the connections.
-    async fn stop(self) {
-        self.end.send_replace(true);
-        self.task.abort();
-        // Aborted on purpose: only that it is gone, and with it the socket, matters.
-        let _ = self.task.await;
-    }
 }
 
 /// The listener.
@@ -98,16 +87,6 @@ pub struct Network {
     of_one: Mutex<HashMap<PrincipalId, usize>>,
     listening: tokio::sync::Mutex<Option<Listening>>,
     me: Weak<Self>,
-}
-
-async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
-    match TcpListener::bind(address).await {
-        // A host without IPv6: every address of IPv4 is what is left of "every address".
-        Err(e) if address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) && e.raw_os_error() == Some(97) => {
-            TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
-        }
-        other => other,
-    }
 }
 
 impl Network {
@@ -129,7 +108,7 @@ impl Network {
     /// Listens no more; connections end.
     pub async fn stop(&self) {
         if let Some(listening) = self.listening.lock().await.take() {
-            listening.stop().await;
+            listening.listener.stop().await;
         }
     }
 
@@ -139,30 +118,17 @@ impl Network {
         self.authority.server(names, today).map(Arc::new).map_err(|e| e.at(KEY))
     }
 
-    async fn accept(
+    /// Serves a connection until the listener stops; what is shown to it is what the certificates are now.
+    async fn serve(
         self: Arc<Self>,
-        listener: TcpListener,
         certificates: Arc<RwLock<Arc<ServerCertificates>>>,
-        ended: watch::Receiver<bool>,
+        connection: Connection,
     ) {
-        loop {
-            let Ok(place) = self.handshakes.clone().acquire_owned().await else { return };
-            match listener.accept().await {
-                Ok((stream, address)) => {
-                    let certificates = certificates.read().unwrap_or_else(|e| e.into_inner()).clone();
-                    let (me, mut ended) = (self.clone(), ended.clone());
-                    tokio::spawn(async move {
-                        tokio::select! {
-                            () = me.connection(stream, address, &certificates, place) => {}
-                            _ = ended.wait_for(|ended| *ended) => {}
-                        }
-                    });
-                }
-                Err(e) => {
-                    tracing::warn!(error = %e, "a connection could not be accepted");
-                    tokio::time::sleep(PAUSE).await;
-                }
-            }
+        let Connection { stream, address, place, mut ended } = connection;
+        let certificates = certificates.read().unwrap_or_else(|e| e.into_inner()).clone();
+        tokio::select! {
+            () = self.connection(stream, address, &certificates, place) => {}
+            _ = ended.wait_for(|ended| *ended) => {}
         }
     }
 
@@ -245,10 +211,6 @@ impl Network {
         address: SocketAddr,
         certificates: &ServerCertificates,
     ) -> Option<TlsStream<TcpStream>> {
-        // Small answers go out at once, and of a client that is gone without a word the kernel tells; where the socket does
-        // not know the options, both only come later.
-        let _ = stream.set_nodelay(true);
-        let _ = keep_alive(&stream);
         let acceptor =
             match stream.local_addr().map_err(Error::from).and_then(|a| certificates.acceptor(a.ip())) {
                 Ok(acceptor) => acceptor,
@@ -258,14 +220,7 @@ impl Network {
                     return None;
                 }
             };
-        match tokio::time::timeout(self.bounds.handshake, acceptor.accept(stream)).await {
-            Ok(Ok(stream)) => Some(stream),
-            Ok(Err(e)) => {
-                tracing::debug!(%address, error = %e, "a TLS handshake failed");
-                None
-            }
-            Err(_) => None,
-        }
+        listener::handshake(acceptor, stream, address, self.bounds.handshake).await
     }
 
     fn principal(&self, certificate: &ClientCertificate, address: SocketAddr) -> Principal {
@@ -322,22 +277,14 @@ impl Drop for Admitted<'_> {
     }
 }
 
-fn keep_alive(stream: &TcpStream) -> rustix::io::Result<()> {
-    use rustix::net::sockopt;
-    sockopt::set_socket_keepalive(stream, true)?;
-    sockopt::set_tcp_keepidle(stream, Duration::from_secs(60))?;
-    sockopt::set_tcp_keepintvl(stream, Duration::from_secs(15))?;
-    sockopt::set_tcp_keepcnt(stream, 4)
-}
-
 #[async_trait]
 impl NetworkListener for Network {
     async fn release(&self, settings: &ServerSettings) {
         let mut listening = self.listening.lock().await;
-        if listening.as_ref().is_some_and(|l| Some(l.address) != settings.libvirt_address)
+        if listening.as_ref().is_some_and(|l| Some(l.listener.address()) != settings.libvirt_address)
             && let Some(old) = listening.take()
         {
-            old.stop().await;
+            old.listener.stop().await;
         }
     }
 
@@ -353,15 +300,12 @@ impl NetworkListener for Network {
             return Ok(());
         }
         let certificates = Arc::new(RwLock::new(self.certificates(&settings.libvirt_names)?));
-        let listener = bind(address)
-            .await
-            .map_err(|e| Error::invalid(KEY, format!("{address} cannot be listened on: {e}")))?;
         let Some(me) = self.me.upgrade() else { return Ok(()) };
-        let (end, ended) = watch::channel(false);
-        let task = tokio::spawn(me.accept(listener, certificates.clone(), ended));
+        let (places, shown) = (self.handshakes.clone(), certificates.clone());
+        let serve = move |connection| me.clone().serve(shown.clone(), connection);
+        let listener = Listener::start(address, KEY, places, serve).await?;
         tracing::info!(%address, "listening for clients of libvirt");
-        let names = settings.libvirt_names.clone();
-        *listening = Some(Listening { address, names, certificates, end, task });
+        *listening = Some(Listening { listener, names: settings.libvirt_names.clone(), certificates });
         Ok(())
     }
 }

@@ -1,5 +1,5 @@
-//! TLS as front ends share it: the server's own certificate, made at the first start, what is known of a client's, and
-//! the authority of clients that know a server by one ([`authority`]).
+//! TLS as front ends share it: the server's own certificate, made at the first start, what is known of a client's, the
+//! authority of clients that know a server by one ([`authority`]), and how connections are taken ([`listener`]).
 //!
 //! Clients are identified by the fingerprint of the certificate they show, as Incus does: no authority signs it, and
 //! that it is shown proves nothing until the handshake's signature did. Whether it is trusted is decided by each request.
@@ -8,6 +8,7 @@
 #![allow(clippy::disallowed_methods)]
 
 pub mod authority;
+pub mod listener;
 pub use authority::Authority;
 
 use karst_model::{Error, Result};
