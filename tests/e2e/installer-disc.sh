@@ -2,7 +2,7 @@
 # bootable system to the machine's first disk, says so on the serial console and powers off, or (karst.end=reboot) restarts.
 export MTOOLS_SKIP_CHECK=1
 
-# small_linux: prints where the cached disk of `small-linux.sh` is; made when it is missing.
+# small_linux: prints where the cached disk of `small-machine.sh` is; made when it is missing.
 small_linux() {
     local cache=${CARGO_TARGET_DIR:-$top/target}/test-cache disk
     disk=$cache/vm-small-1.raw
@@ -10,7 +10,7 @@ small_linux() {
     (
         # The drivers' tests make it too.
         flock 9
-        [ -e "$disk" ] || "$top/crates/drivers/vm-qemu/tests/common/small-linux.sh" "$disk"
+        [ -e "$disk" ] || "$top/tests/small-machine.sh" disk "$disk"
     ) 9>"$cache/vm-small-lock" && printf '%s\n' "$disk"
 }
 

@@ -125,8 +125,8 @@ fn small_machine() -> ImageSource {
     if !cache.exists() {
         let making = cache.with_extension("making");
         let _ = fs::remove_dir_all(&making);
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/small-machine.sh");
-        run(script, &[making.to_str().unwrap()]);
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/small-machine.sh");
+        run(script, &["image", making.to_str().unwrap()]);
         fs::rename(making, &cache).unwrap();
     }
     let parts = [(ImagePart::Metadata, cache.join("metadata")), (ImagePart::Disk, cache.join("rootfs"))];

@@ -216,7 +216,7 @@ echo '/dev/vda1 / ext4 rw 0 0' > "$1/etc/fstab""#;
     Ok(disk)
 }
 
-/// The cached disk of `small-linux.sh`, or why there is none.
+/// The cached disk of `small-machine.sh`, or why there is none.
 fn small_disk() -> Result<PathBuf, String> {
     if !rustix::process::geteuid().is_root() {
         return Err("not root".into());
@@ -233,8 +233,8 @@ fn small_disk() -> Result<PathBuf, String> {
     let lock = std::fs::File::create(cache.join("vm-small-lock")).unwrap();
     rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
     if !disk.exists() {
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/small-linux.sh");
-        run(script, &[disk.to_str().unwrap()]);
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../tests/small-machine.sh");
+        run(script, &["disk", disk.to_str().unwrap()]);
     }
     Ok(disk)
 }
