@@ -790,23 +790,9 @@ mod tests {
     #[test]
     fn of_the_hosts_paths_a_machine_gets_directories_that_it_can_mount() {
         let disk = |format: DiskFormat, at: Option<&str>| ResolvedDisk {
-            name: "data".into(),
-            slot: "fs0".into(),
-            path: "/srv/shared".into(),
-            backing: None,
-            format,
             mount_point: at.map(str::to_owned),
-            readonly: false,
             foreign: true,
-            shift: false,
-            opened: None,
-            recursive: false,
-            follow: false,
-            cdrom: false,
-            ejected: false,
-            io: Default::default(),
-            pci: None,
-            boot_priority: 0,
+            ..karst_guest::samples::disk("data", "fs0", "/srv/shared", format)
         };
         demand_directory(&disk(DiskFormat::Directory, Some("/mnt"))).unwrap();
         let field = |disk| demand_directory(&disk).unwrap_err().field.unwrap();

@@ -277,18 +277,14 @@ pub(crate) fn seccomp_file(state_dir: &Path) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use karst_guest::{DiskFormat, IdRange, ResolvedDisk, ResolvedLink, ResolvedNic};
-    use karst_model::{
-        instance::{Generation, InstanceKind},
-        node::AcceleratorKind,
-        spec::{CloudInit, Limits, Security},
-    };
+    use karst_guest::{DiskFormat, IdRange, ResolvedLink, ResolvedNic, samples};
+    use karst_model::instance::{Generation, InstanceKind};
 
     fn guest() -> ResolvedGuest {
+        let root = samples::disk("root", "scsi0", "/var/lib/karst/volumes/v/rootfs", DiskFormat::Directory);
+        let nic = samples::nic("00:16:3e:01:02:03", "vab12cd0001", "karstbr0");
         ResolvedGuest {
-            application: None,
             instance: "6c0f7f0e-0000-4000-8000-000000000001".parse().unwrap(),
-            kind: InstanceKind::Container,
             generation: Generation { incarnation: 1, n: 3 },
             spec_version: 7,
             domain_id: 2,
@@ -296,53 +292,9 @@ mod tests {
             hostname: "c1".into(),
             state_dir: "/var/lib/karst/guests/x".into(),
             ids: IdRange { base: 1_000_000, count: 65_536 },
-            machine: None,
-            accelerator: AcceleratorKind::Tcg,
-            limits: Limits::default(),
-            security: Security::default(),
-            root_layers: None,
-            root: ResolvedDisk {
-                name: "root".into(),
-                slot: "scsi0".into(),
-                path: "/var/lib/karst/volumes/v/rootfs".into(),
-                format: DiskFormat::Directory,
-                backing: None,
-                mount_point: None,
-                readonly: false,
-                foreign: false,
-                shift: false,
-                opened: None,
-                recursive: false,
-                follow: false,
-                cdrom: false,
-                ejected: false,
-                io: Default::default(),
-                pci: None,
-                boot_priority: 0,
-            },
-            disks: vec![],
-            kernel: None,
-            nodes: vec![],
-            proxies: vec![],
-            nics: vec![ResolvedNic {
-                name: "eth0".into(),
-                slot: "net0".into(),
-                guest_name: "eth0".into(),
-                mac: "00:16:3e:01:02:03".into(),
-                host_interface: "vab12cd0001".into(),
-                link: karst_guest::ResolvedLink::Bridge("karstbr0".into()),
-                mtu: Some(1400),
-                model: Default::default(),
-                disconnected: false,
-                pci: None,
-                boot_priority: 0,
-                host_name: None,
-                queue_length: None,
-                vlans: Default::default(),
-            }],
-            cloud_init: CloudInit::default(),
-            files: vec![],
+            nics: vec![ResolvedNic { mtu: Some(1400), ..nic }],
             environment: [("A".to_owned(), "b c".to_owned())].into(),
+            ..samples::guest(InstanceKind::Container, root)
         }
     }
 

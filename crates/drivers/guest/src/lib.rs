@@ -11,6 +11,8 @@ pub mod keeper;
 pub mod packet;
 pub mod record;
 pub mod resolved;
+#[cfg(feature = "testing")]
+pub mod samples;
 pub mod silence;
 
 pub use driver::*;

@@ -458,25 +458,7 @@ mod tests {
     use karst_guest::DiskFormat;
 
     fn disk() -> ResolvedDisk {
-        ResolvedDisk {
-            name: "d".into(),
-            slot: "scsi1".into(),
-            path: "/a".into(),
-            format: DiskFormat::Raw,
-            backing: None,
-            mount_point: None,
-            readonly: false,
-            foreign: false,
-            shift: false,
-            opened: None,
-            recursive: false,
-            follow: false,
-            cdrom: false,
-            ejected: false,
-            io: Default::default(),
-            pci: None,
-            boot_priority: 0,
-        }
+        karst_guest::samples::disk("d", "scsi1", "/a", DiskFormat::Raw)
     }
 
     #[test]

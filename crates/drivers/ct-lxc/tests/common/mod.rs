@@ -6,12 +6,11 @@ use karst_ct_lxc::{LxcDriver, LxcOptions};
 use karst_guest::{
     DiskFormat, ExecRequest, GuestDriver, IdRange, ResolvedDisk, ResolvedGuest, ResolvedNic, StopMode,
     contract::{Ran, collect},
+    samples,
 };
 use karst_model::{
     InstanceId,
     instance::{Generation, InstanceKind},
-    node::AcceleratorKind,
-    spec::{CloudInit, Limits, Security},
 };
 use std::{
     path::{Path, PathBuf},
@@ -194,10 +193,9 @@ pub async fn until(what: &str, mut condition: impl FnMut() -> bool) {
 /// A guest without root file system and bridge.
 pub fn bare_guest(daemon_id: &str, guests: &Path, n: u32) -> ResolvedGuest {
     let instance = InstanceId::from(uuid::Uuid::new_v4());
+    let nic = samples::nic(&format!("00:16:3e:00:00:{n:02x}"), &format!("v{daemon_id}{n}"), "");
     ResolvedGuest {
-        application: None,
         instance,
-        kind: InstanceKind::Container,
         generation: Generation { incarnation: 1, n: 1 },
         spec_version: 5,
         domain_id: 40 + n,
@@ -205,59 +203,15 @@ pub fn bare_guest(daemon_id: &str, guests: &Path, n: u32) -> ResolvedGuest {
         hostname: format!("c{n}"),
         state_dir: guests.join(instance.to_string()),
         ids: IdRange { base: 1_000_000 + n * 65_536, count: 65_536 },
-        machine: None,
-        accelerator: AcceleratorKind::Tcg,
-        limits: Limits::default(),
-        security: Security::default(),
-        root_layers: None,
-        root: bare_disk("root"),
-        disks: vec![],
-        kernel: None,
-        nodes: vec![],
-        proxies: vec![],
-        nics: vec![ResolvedNic {
-            name: "eth0".into(),
-            slot: "net0".into(),
-            guest_name: "eth0".into(),
-            mac: format!("00:16:3e:00:00:{n:02x}"),
-            host_interface: format!("v{}{n}", daemon_id),
-            link: karst_guest::ResolvedLink::Bridge(String::new()),
-            mtu: Some(1400),
-            model: Default::default(),
-            disconnected: false,
-            pci: None,
-            boot_priority: 0,
-            host_name: None,
-            queue_length: None,
-            vlans: Default::default(),
-        }],
-        cloud_init: CloudInit::default(),
-        files: vec![],
+        nics: vec![ResolvedNic { mtu: Some(1400), ..nic }],
         environment: [("FROM_CONFIG".to_owned(), "yes".to_owned())].into(),
+        ..samples::guest(InstanceKind::Container, bare_disk("root"))
     }
 }
 
 /// A directory without a path.
 pub fn bare_disk(name: &str) -> ResolvedDisk {
-    ResolvedDisk {
-        name: name.into(),
-        slot: "scsi0".into(),
-        path: PathBuf::new(),
-        format: DiskFormat::Directory,
-        backing: None,
-        mount_point: None,
-        readonly: false,
-        foreign: false,
-        shift: false,
-        opened: None,
-        recursive: false,
-        follow: false,
-        cdrom: false,
-        ejected: false,
-        io: Default::default(),
-        pci: None,
-        boot_priority: 0,
-    }
+    samples::disk(name, "scsi0", "", DiskFormat::Directory)
 }
 
 /// Runs a script inside.

@@ -86,25 +86,7 @@ async fn what_is_written_down_outlives_the_machine() {
 }
 
 fn disk(slot: &str, path: &Path) -> ResolvedDisk {
-    ResolvedDisk {
-        name: "root".into(),
-        slot: slot.into(),
-        path: path.to_owned(),
-        format: karst_guest::DiskFormat::Raw,
-        backing: None,
-        mount_point: None,
-        readonly: false,
-        foreign: false,
-        shift: false,
-        opened: None,
-        recursive: false,
-        follow: false,
-        cdrom: false,
-        ejected: false,
-        io: Default::default(),
-        pci: None,
-        boot_priority: 0,
-    }
+    karst_guest::samples::disk("root", slot, path, karst_guest::DiskFormat::Raw)
 }
 
 fn volume(n: u128) -> VolumeId {

@@ -3,16 +3,17 @@
 use super::*;
 use async_trait::async_trait;
 use karst_guest::{
-    Applied, DiskFormat, Exec, ExecRequest, ExecStreams, GuestDriver, GuestFiles, IdRange, Metrics, Observed,
-    ResolvedDisk, ResolvedGuest, StopMode,
+    Applied, DiskFormat, Exec, ExecRequest, ExecStreams, GuestDriver, GuestFiles, Metrics, Observed,
+    ResolvedGuest, StopMode,
     contract::{collect, content, request, write_of},
+    samples,
 };
 use karst_guest_agent::{
     agent::{Port, serve},
     message::{Hello, Reply, Started, Welcome, Wire},
     wire::{Decoded, Decoder, Frame, NONCE, VERSION, WINDOW, channel, kind},
 };
-use karst_model::{ErrorKind, InstanceId, instance::InstanceKind, node::AcceleratorKind};
+use karst_model::{ErrorKind, InstanceId, instance::InstanceKind};
 use std::{
     fs::File,
     io::{Read, Write as _},
@@ -141,50 +142,8 @@ impl GuestFiles for Driver {
 }
 
 fn guest(state_dir: PathBuf) -> ResolvedGuest {
-    ResolvedGuest {
-        application: None,
-        instance: InstanceId(uuid::Uuid::from_u128(1)),
-        kind: InstanceKind::VirtualMachine,
-        generation: Default::default(),
-        spec_version: 1,
-        domain_id: 1,
-        daemon_id: "t".into(),
-        hostname: "v1".into(),
-        state_dir,
-        ids: IdRange { base: 1, count: 1 },
-        machine: None,
-        accelerator: AcceleratorKind::Tcg,
-        limits: Default::default(),
-        security: Default::default(),
-        root_layers: None,
-        root: ResolvedDisk {
-            name: "root".into(),
-            slot: "virtio0".into(),
-            path: "/nonexistent".into(),
-            format: DiskFormat::Raw,
-            backing: None,
-            mount_point: None,
-            readonly: false,
-            foreign: false,
-            shift: false,
-            opened: None,
-            recursive: false,
-            follow: false,
-            cdrom: false,
-            ejected: false,
-            io: Default::default(),
-            pci: None,
-            boot_priority: 0,
-        },
-        disks: vec![],
-        kernel: None,
-        nodes: vec![],
-        proxies: vec![],
-        nics: vec![],
-        cloud_init: Default::default(),
-        files: vec![],
-        environment: Default::default(),
-    }
+    let root = samples::disk("root", "virtio0", "/nonexistent", DiskFormat::Raw);
+    ResolvedGuest { state_dir, ..samples::guest(InstanceKind::VirtualMachine, root) }
 }
 
 async fn shell(inside: &Inside, script: &str) -> karst_guest::contract::Ran {

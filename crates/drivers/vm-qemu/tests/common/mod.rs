@@ -4,12 +4,13 @@
 
 pub mod console;
 
-use karst_guest::{DiskFormat, GuestDriver, IdRange, ResolvedDisk, ResolvedGuest, ResolvedNic, StopMode};
+use karst_guest::{
+    DiskFormat, GuestDriver, IdRange, ResolvedDisk, ResolvedGuest, ResolvedNic, StopMode, samples,
+};
 use karst_model::{
     ByteSize, InstanceId,
-    instance::{Firmware, Generation, InstanceKind},
-    node::AcceleratorKind,
-    spec::{CloudInit, CpuLimit, Limits, MachineSpec, Security},
+    instance::{Generation, InstanceKind},
+    spec::{CloudInit, CpuLimit, Limits},
 };
 use karst_vm_qemu::{QemuDriver, QemuOptions};
 use std::{
@@ -314,88 +315,31 @@ impl Place {
         let instance = InstanceId(uuid::Uuid::from_u128(0x1234_0000 + n));
         let state_dir = self.guests().join(instance.to_string());
         std::fs::create_dir_all(&state_dir).unwrap();
+        let disk = samples::disk("root", "virtio0", self.dir.join("root.raw"), DiskFormat::Raw);
+        let root = ResolvedDisk { pci: Some("00:04.0".into()), ..disk };
+        let nic = samples::nic("10:66:6a:00:00:07", &self.tap(), &self.bridge);
         ResolvedGuest {
-            application: None,
             instance,
-            kind: InstanceKind::VirtualMachine,
             generation: Generation { incarnation: 1, n: 1 },
             spec_version: 3,
             domain_id: 8,
             daemon_id: self.daemon.clone(),
-            hostname: "v1".into(),
             state_dir,
             ids: IdRange { base: 1_234_567, count: 1 },
-            machine: Some(MachineSpec {
-                machine: "pc-q35-7.2".into(),
-                cpu_model: "max".into(),
-                firmware: Firmware::Bios,
-                uuid: uuid::Uuid::from_u128(0xabcd),
-                ports: 0,
-                display: false,
-                balloon: false,
-                tpm: false,
-                stateful: false,
-                boot_menu: false,
-                windows: false,
-                ends_on_reboot: false,
-                kernel: None,
-                resume: false,
-                accelerator: None,
-            }),
-            accelerator: AcceleratorKind::Tcg,
+            machine: Some(samples::machine(0xabcd)),
             limits: Limits {
                 cpu: Some(CpuLimit::Count { n: 2 }),
                 memory: Some(ByteSize::mib(512)),
                 ..Limits::default()
             },
-            security: Security::default(),
-            root_layers: None,
-            root: ResolvedDisk {
-                name: "root".into(),
-                slot: "virtio0".into(),
-                path: self.dir.join("root.raw"),
-                format: DiskFormat::Raw,
-                backing: None,
-                mount_point: None,
-                readonly: false,
-                foreign: false,
-                shift: false,
-                opened: None,
-                recursive: false,
-                follow: false,
-                cdrom: false,
-                ejected: false,
-                io: Default::default(),
-                pci: Some("00:04.0".into()),
-                boot_priority: 0,
-            },
-            disks: vec![],
-            kernel: None,
-            nodes: vec![],
-            proxies: vec![],
-            nics: vec![ResolvedNic {
-                name: "eth0".into(),
-                slot: "net0".into(),
-                guest_name: "eth0".into(),
-                mac: "10:66:6a:00:00:07".into(),
-                host_interface: self.tap(),
-                link: karst_guest::ResolvedLink::Bridge(self.bridge.clone()),
-                mtu: None,
-                model: Default::default(),
-                disconnected: false,
-                pci: Some("00:08.0".into()),
-                boot_priority: 0,
-                host_name: None,
-                queue_length: None,
-                vlans: Default::default(),
-            }],
-            files: vec![],
+            nics: vec![ResolvedNic { pci: Some("00:08.0".into()), ..nic }],
             cloud_init: CloudInit {
                 instance_id: "first".into(),
                 user_data: Some("#cloud-config\nsecret: xyzzy\n".into()),
                 ..CloudInit::default()
             },
             environment: [("FROM_RECORD".to_owned(), "yes".to_owned())].into(),
+            ..samples::guest(InstanceKind::VirtualMachine, root)
         }
     }
 
