@@ -90,16 +90,19 @@ impl Span {
     }
 }
 
-/// What the server tells of an instance: counters since its start.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-struct Counted {
+/// Which instance.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
+struct Named {
     name: String,
     project: String,
     #[serde(rename = "type")]
     kind: String,
     status: String,
-    sampled_at: Option<i64>,
-    cpu_ns: Option<u64>,
+}
+
+/// What it has and moves, in bytes: since its start, or by second.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
+struct Amounts {
     memory: Option<u64>,
     memory_total: Option<u64>,
     disk_read: Option<u64>,
@@ -109,22 +112,25 @@ struct Counted {
     processes: Option<u64>,
 }
 
+/// What the server tells of an instance: counters since its start.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+struct Counted {
+    #[serde(flatten)]
+    of: Named,
+    sampled_at: Option<i64>,
+    cpu_ns: Option<u64>,
+    #[serde(flatten)]
+    amounts: Amounts,
+}
+
 /// What an instance uses; rates are by second, CPU in per cent of one.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 struct Use {
-    name: String,
-    project: String,
-    #[serde(rename = "type")]
-    kind: String,
-    status: String,
+    #[serde(flatten)]
+    of: Named,
     cpu_percent: Option<f64>,
-    memory: Option<u64>,
-    memory_total: Option<u64>,
-    disk_read: Option<u64>,
-    disk_written: Option<u64>,
-    received: Option<u64>,
-    sent: Option<u64>,
-    processes: Option<u64>,
+    #[serde(flatten)]
+    amounts: Amounts,
 }
 
 /// The last two different samples of instances, by project and name.
@@ -137,7 +143,7 @@ impl Watched {
         let mut kept = HashMap::new();
         let mut uses = vec![];
         for now in all {
-            let key = (now.project.clone(), now.name.clone());
+            let key = (now.of.project.clone(), now.of.name.clone());
             let pair = match self.0.remove(&key) {
                 None => [now.clone(), now],
                 // The same sample again.
@@ -158,38 +164,38 @@ fn used(before: &Counted, now: &Counted) -> Use {
     let rate = |old: Option<u64>, new: Option<u64>, unit: f64| -> Option<f64> {
         Some(new?.checked_sub(old?)? as f64 * unit / (span? as f64 / 1000.0))
     };
-    let bytes = |old, new| rate(old, new, 1.0).map(|rate| rate.round() as u64);
+    let (old, new) = (&before.amounts, &now.amounts);
+    let bytes = |of: fn(&Amounts) -> Option<u64>| rate(of(old), of(new), 1.0).map(|rate| rate.round() as u64);
     let cpu = rate(before.cpu_ns, now.cpu_ns, 100.0 / 1e9);
     Use {
-        name: now.name.clone(),
-        project: now.project.clone(),
-        kind: now.kind.clone(),
-        status: now.status.clone(),
+        of: now.of.clone(),
         cpu_percent: cpu.map(|cpu| (cpu * 10.0).round() / 10.0),
-        memory: now.memory,
-        memory_total: now.memory_total,
-        disk_read: bytes(before.disk_read, now.disk_read),
-        disk_written: bytes(before.disk_written, now.disk_written),
-        received: bytes(before.received, now.received),
-        sent: bytes(before.sent, now.sent),
-        processes: now.processes,
+        amounts: Amounts {
+            disk_read: bytes(|a| a.disk_read),
+            disk_written: bytes(|a| a.disk_written),
+            received: bytes(|a| a.received),
+            sent: bytes(|a| a.sent),
+            ..new.clone()
+        },
     }
 }
 
 fn sort(uses: &mut [Use], by: Sort) {
     let sum = |a: Option<u64>, b: Option<u64>| a.unwrap_or(0).saturating_add(b.unwrap_or(0));
+    let disk = |u: &Use| sum(u.amounts.disk_read, u.amounts.disk_written);
+    let network = |u: &Use| sum(u.amounts.received, u.amounts.sent);
     uses.sort_by(|a, b| {
         let greatest = match by {
             Sort::Cpu => {
                 let of = |u: &Use| u.cpu_percent.unwrap_or(-1.0);
                 of(b).total_cmp(&of(a))
             }
-            Sort::Memory => b.memory.cmp(&a.memory),
-            Sort::Disk => sum(b.disk_read, b.disk_written).cmp(&sum(a.disk_read, a.disk_written)),
-            Sort::Network => sum(b.received, b.sent).cmp(&sum(a.received, a.sent)),
+            Sort::Memory => b.amounts.memory.cmp(&a.amounts.memory),
+            Sort::Disk => disk(b).cmp(&disk(a)),
+            Sort::Network => network(b).cmp(&network(a)),
             Sort::Name => Ordering::Equal,
         };
-        greatest.then_with(|| (&a.project, &a.name).cmp(&(&b.project, &b.name)))
+        greatest.then_with(|| (&a.of.project, &a.of.name).cmp(&(&b.of.project, &b.of.name)))
     });
 }
 
@@ -214,21 +220,21 @@ fn list(uses: &[Use], all_projects: bool) -> Result<List> {
         columns.insert(0, "PROJECT");
     }
     let mut list = List::new(&columns, serde_json::to_value(uses).map_err(Error::local)?);
-    for u in uses {
+    for Use { of, cpu_percent, amounts } in uses {
         let mut row = vec![
-            u.name.clone(),
-            if u.kind == "virtual-machine" { "vm".to_owned() } else { u.kind.clone() },
-            u.cpu_percent.map(|cpu| format!("{cpu:.1}")).unwrap_or_default(),
-            size(u.memory),
-            size(u.memory_total),
-            size(u.disk_read),
-            size(u.disk_written),
-            size(u.received),
-            size(u.sent),
-            u.processes.map(|n| n.to_string()).unwrap_or_default(),
+            of.name.clone(),
+            if of.kind == "virtual-machine" { "vm".to_owned() } else { of.kind.clone() },
+            cpu_percent.map(|cpu| format!("{cpu:.1}")).unwrap_or_default(),
+            size(amounts.memory),
+            size(amounts.memory_total),
+            size(amounts.disk_read),
+            size(amounts.disk_written),
+            size(amounts.received),
+            size(amounts.sent),
+            amounts.processes.map(|n| n.to_string()).unwrap_or_default(),
         ];
         if all_projects {
-            row.insert(0, u.project.clone());
+            row.insert(0, of.project.clone());
         }
         list.rows.push(row);
     }
@@ -265,7 +271,7 @@ impl Top {
         }
         let mut all: Vec<Counted> = client.get_as(&url).await?;
         if let Some(name) = &self.instance {
-            all.retain(|counted| counted.name == *name);
+            all.retain(|counted| counted.of.name == *name);
             if all.is_empty() {
                 // Whether it is not there, or does not run.
                 let url = Url::new(&["instances", name]);
@@ -294,11 +300,8 @@ impl Top {
 struct Point {
     time: i64,
     cpu: Option<u64>,
-    memory: Option<u64>,
-    disk_read: Option<u64>,
-    disk_written: Option<u64>,
-    received: Option<u64>,
-    sent: Option<u64>,
+    #[serde(flatten)]
+    amounts: Amounts,
 }
 
 async fn history(client: &Client, name: &str, span: Span, format: Format) -> Result<()> {
@@ -316,11 +319,11 @@ fn past(points: &Value) -> Result<List> {
         list.rows.push(vec![
             units::time(&time),
             p.cpu.map(|cpu| format!("{:.1}", cpu as f64 / 10.0)).unwrap_or_default(),
-            size(p.memory),
-            size(p.disk_read),
-            size(p.disk_written),
-            size(p.received),
-            size(p.sent),
+            size(p.amounts.memory),
+            size(p.amounts.disk_read),
+            size(p.amounts.disk_written),
+            size(p.amounts.received),
+            size(p.amounts.sent),
         ]);
     }
     Ok(list)
@@ -343,14 +346,14 @@ mod tests {
     fn two_samples_make_a_rate() {
         let mut watched = Watched::default();
         let first = watched.take(vec![counted("a", 1000, 0, 10, Some(0)), counted("b", 1000, 5, 20, None)]);
-        assert!(first.iter().all(|u| u.cpu_percent.is_none() && u.memory.is_some()));
+        assert!(first.iter().all(|u| u.cpu_percent.is_none() && u.amounts.memory.is_some()));
         let second =
             || vec![counted("a", 3000, 500_000_000, 10, Some(4096)), counted("b", 3000, 3, 20, None)];
         for _ in 0..2 {
             // Also when the server tells the same sample again.
             let uses = watched.take(second());
-            assert_eq!((uses[0].cpu_percent, uses[0].sent), (Some(25.0), Some(2048)));
-            assert_eq!((uses[1].cpu_percent, uses[1].sent), (None, None), "started anew");
+            assert_eq!((uses[0].cpu_percent, uses[0].amounts.sent), (Some(25.0), Some(2048)));
+            assert_eq!((uses[1].cpu_percent, uses[1].amounts.sent), (None, None), "started anew");
         }
         let third = watched.take(vec![counted("b", 5000, 2_000_000_003, 20, None)]);
         assert_eq!((third.len(), third[0].cpu_percent), (1, Some(100.0)));
@@ -359,11 +362,9 @@ mod tests {
     #[test]
     fn the_greatest_comes_first() {
         let of = |name: &str, cpu: Option<f64>, memory: u64, sent: Option<u64>| Use {
-            name: name.into(),
+            of: Named { name: name.into(), ..Named::default() },
             cpu_percent: cpu,
-            memory: Some(memory),
-            sent,
-            ..Use::default()
+            amounts: Amounts { memory: Some(memory), sent, ..Amounts::default() },
         };
         let mut uses = vec![
             of("idle", Some(0.0), 5, Some(9)),
@@ -373,7 +374,7 @@ mod tests {
         ];
         let mut order = |by| {
             sort(&mut uses, by);
-            uses.iter().map(|u| u.name.clone()).collect::<Vec<_>>().join(" ")
+            uses.iter().map(|u| u.of.name.clone()).collect::<Vec<_>>().join(" ")
         };
         assert_eq!(order(Sort::Cpu), "busy alike idle new");
         assert_eq!(order(Sort::Memory), "alike idle new busy");
