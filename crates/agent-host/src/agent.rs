@@ -11,7 +11,7 @@ use crate::{
 };
 use karst_agent::{AgentEvent, EpochGuard, EventHub, GuestRef, VolumeRef, names::is_daemon_id};
 use karst_ct_lxc::{LxcDriver, LxcOptions};
-use karst_env::{EnvExt, SharedEnv};
+use karst_env::{EnvExt, Mutex, SharedEnv};
 use karst_guest::{
     DiskFormat, GuestDriver, Observed, Opened, ResolvedApplication, ResolvedDisk, ResolvedGuest, ResolvedNic,
     ThresholdReached,
@@ -32,7 +32,7 @@ use karst_vm_qemu::{QemuDriver, QemuOptions};
 use std::{
     collections::{BTreeMap, HashMap},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::Arc,
 };
 use tokio::sync::{OwnedMutexGuard, broadcast};
 
@@ -189,7 +189,7 @@ impl RealAgent {
         }
         let known = self.registry.guests()?;
         {
-            let mut guests = self.guests.lock().unwrap();
+            let mut guests = self.guests.lock();
             guests.extend(known.iter().filter_map(|(id, record)| Some((*id, record.clone()?))));
         }
         for driver in &self.drivers {
@@ -288,7 +288,7 @@ impl RealAgent {
     /// One change of an object at a time.
     pub(crate) async fn lock(&self, id: uuid::Uuid) -> OwnedMutexGuard<()> {
         let lock = {
-            let mut locks = self.locks.lock().unwrap();
+            let mut locks = self.locks.lock();
             if locks.len() > 4096 {
                 locks.retain(|_, lock| Arc::strong_count(lock) > 1);
             }
@@ -307,11 +307,11 @@ impl RealAgent {
     }
 
     pub(crate) fn guest(&self, id: InstanceId) -> Option<GuestRecord> {
-        self.guests.lock().unwrap().get(&id).cloned()
+        self.guests.lock().get(&id).cloned()
     }
 
     pub(crate) fn all_guests(&self) -> Vec<(InstanceId, GuestRecord)> {
-        self.guests.lock().unwrap().iter().map(|(id, r)| (*id, r.clone())).collect()
+        self.guests.lock().iter().map(|(id, r)| (*id, r.clone())).collect()
     }
 
     /// Its driver, of a guest that was started here.
@@ -347,9 +347,9 @@ impl RealAgent {
     }
 
     pub(crate) async fn open_pool(&self, spec: &PoolSpec, purpose: Purpose) -> Result<()> {
-        if !self.pools.lock().unwrap().contains_key(&spec.id) {
+        if !self.pools.lock().contains_key(&spec.id) {
             let pool = self.pool_place(spec.id).open(spec, &self.options.policy, purpose).await?;
-            self.pools.lock().unwrap().insert(spec.id, pool);
+            self.pools.lock().insert(spec.id, pool);
         }
         self.unopened.forget(spec.id);
         Ok(())
@@ -360,7 +360,7 @@ impl RealAgent {
     }
 
     pub(crate) fn pool(&self, id: PoolId) -> Result<Arc<dyn PoolDriver>> {
-        let found = self.pools.lock().unwrap().get(&id).cloned();
+        let found = self.pools.lock().get(&id).cloned();
         found.ok_or_else(|| {
             let missing = || Error::not_found(format!("pool {id} is not on this host"));
             self.unopened.why(id).unwrap_or_else(missing)
@@ -368,7 +368,7 @@ impl RealAgent {
     }
 
     pub(crate) fn forget_pool(&self, id: PoolId) {
-        self.pools.lock().unwrap().remove(&id);
+        self.pools.lock().remove(&id);
         self.unopened.forget(id);
     }
 
@@ -385,7 +385,7 @@ impl RealAgent {
     }
 
     pub(crate) fn all_pools(&self) -> Vec<(PoolId, Arc<dyn PoolDriver>)> {
-        self.pools.lock().unwrap().iter().map(|(id, p)| (*id, p.clone())).collect()
+        self.pools.lock().iter().map(|(id, p)| (*id, p.clone())).collect()
     }
 
     pub(crate) async fn locate(&self, at: VolumeRef, user: Option<u32>) -> Result<Located> {
@@ -425,11 +425,11 @@ impl RealAgent {
     /// Writes a guest's record, which may wait for the disk, and knows it from then on. Whoever is dropped meanwhile leaves both
     /// done: what is being written is known before.
     pub(crate) async fn put_guest(&self, id: InstanceId, record: GuestRecord) -> Result<()> {
-        let old = self.guests.lock().unwrap().insert(id, record.clone());
+        let old = self.guests.lock().insert(id, record.clone());
         let registry = self.registry.clone();
         let written = blocking(move || registry.put_guest(id, &record)).await;
         if written.is_err() {
-            let mut guests = self.guests.lock().unwrap();
+            let mut guests = self.guests.lock();
             match old {
                 Some(old) => drop(guests.insert(id, old)),
                 None => drop(guests.remove(&id)),
@@ -458,7 +458,7 @@ impl RealAgent {
     pub(crate) async fn forget(&self, id: InstanceId) -> Result<()> {
         let registry = self.registry.clone();
         blocking(move || registry.remove_guest(id)).await?;
-        let record = self.guests.lock().unwrap().remove(&id);
+        let record = self.guests.lock().remove(&id);
         if let Some(record) = record {
             self.ids.release(record.ids, &id.0.to_string());
         }

@@ -535,16 +535,16 @@ macro_rules! calls {
 calls! {
     mutate audit_append(me, entries: Vec<AuditEntry>) -> AuditHead {
         let log = me.audit.clone();
-        blocking(move || log.lock().unwrap_or_else(|e| e.into_inner()).append(entries)).await
+        blocking(move || log.lock().append(entries)).await
     }
     read audit_read(me, range: AuditRange) -> Vec<AuditRecord> {
         let log = me.audit.clone();
-        blocking(move || log.lock().unwrap_or_else(|e| e.into_inner()).read(range)).await
+        blocking(move || log.lock().read(range)).await
     }
     read audit_verify(me, _request: ()) -> AuditVerdict {
         let log = me.audit.clone();
         blocking(move || {
-            let mut log = log.lock().unwrap_or_else(|e| e.into_inner());
+            let mut log = log.lock();
             log.sync()?;
             log.verify()
         })

@@ -5,7 +5,7 @@
 //! was not over, and what a power cut has torn is left out. Nothing is synced: these are figures, not records.
 
 use crate::{RealAgent, agent::blocking};
-use karst_env::Env;
+use karst_env::{Env, Mutex};
 use karst_model::{
     InstanceId, Result,
     guest::Metrics,
@@ -17,7 +17,7 @@ use std::{
     io::{self, ErrorKind},
     os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, Weak},
+    sync::{Arc, Weak},
     time::Duration,
 };
 
@@ -36,7 +36,7 @@ pub(crate) struct History {
 
 impl History {
     fn meters(&self) -> std::sync::MutexGuard<'_, HashMap<InstanceId, Meter>> {
-        self.meters.lock().unwrap_or_else(|e| e.into_inner())
+        self.meters.lock()
     }
 
     /// Takes a sample; answers the minute that is over with it.

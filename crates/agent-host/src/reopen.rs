@@ -5,10 +5,11 @@
 //! it needs a restart. Opening again never makes anything: what is not there is missing, not new.
 
 use crate::{RealAgent, pools::Purpose};
+use karst_env::Mutex;
 use karst_model::{Error, PoolId, Result};
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, Weak},
+    sync::{Arc, Weak},
     time::Duration,
 };
 
@@ -21,27 +22,27 @@ pub(crate) struct Unopened(Mutex<BTreeMap<PoolId, Error>>);
 
 impl Unopened {
     pub fn note(&self, id: PoolId, error: Error) {
-        self.0.lock().unwrap().insert(id, error);
+        self.0.lock().insert(id, error);
     }
 
     pub fn forget(&self, id: PoolId) {
-        self.0.lock().unwrap().remove(&id);
+        self.0.lock().remove(&id);
     }
 
     fn all(&self) -> Vec<PoolId> {
-        self.0.lock().unwrap().keys().copied().collect()
+        self.0.lock().keys().copied().collect()
     }
 
     /// Why a pool is not there.
     pub fn why(&self, id: PoolId) -> Option<Error> {
-        let why = self.0.lock().unwrap().get(&id).cloned()?;
+        let why = self.0.lock().get(&id).cloned()?;
         let text = format!("pool {id} cannot be opened now and is tried again: {}", why.message);
         Some(Error::unavailable(text).with_context(why.context.unwrap_or_default()))
     }
 
     /// For people.
     pub fn warnings(&self) -> Vec<String> {
-        let all = self.0.lock().unwrap();
+        let all = self.0.lock();
         let text = |(id, why): (&PoolId, &Error)| {
             format!("storage pool {id} cannot be opened; it is tried again until it can: {}", why.message)
         };

@@ -1,16 +1,11 @@
 //! Open sessions: programs that run in guests, consoles, files being written. Bounded; ended when control closes them, when
 //! its connection ends, or when the guest does.
 
-use karst_env::SharedEnv;
+use karst_env::{Mutex, SharedEnv};
 use karst_guest::{Exec, ExecControl, ExecStreams, GuestDriver};
 use karst_model::{Error, InstanceId, Result, SessionId};
 use rustix::net::Shutdown;
-use std::{
-    collections::BTreeMap,
-    future::Future,
-    os::fd::OwnedFd,
-    sync::{Arc, Mutex},
-};
+use std::{collections::BTreeMap, future::Future, os::fd::OwnedFd, sync::Arc};
 use tokio::sync::watch;
 
 /// Sessions of a host at a time, ended ones that nobody has closed included.
@@ -71,7 +66,7 @@ impl Session {
     }
 
     fn end(&self) {
-        if let Some(task) = self.task.lock().unwrap().take() {
+        if let Some(task) = self.task.lock().take() {
             task.abort();
         }
         if let Kind::Console(stream, _) | Kind::Display(stream) = &self.kind {
@@ -100,18 +95,18 @@ impl Sessions {
     }
 
     pub fn get(&self, id: SessionId) -> Result<Arc<Session>> {
-        let found = self.open.lock().unwrap().get(&id).cloned();
+        let found = self.open.lock().get(&id).cloned();
         found.ok_or_else(|| Error::not_found(format!("session {id} is over")))
     }
 
     /// Sessions that go on.
     pub fn count(&self) -> usize {
-        self.open.lock().unwrap().values().filter(|s| !s.ended()).count()
+        self.open.lock().values().filter(|s| !s.ended()).count()
     }
 
     /// Is there room for one more? Asked before a program is started for nothing.
     pub fn room(&self) -> Result<()> {
-        let mut open = self.open.lock().unwrap();
+        let mut open = self.open.lock();
         if open.len() >= LIMIT {
             open.retain(|_, s| !s.ended());
         }
@@ -125,7 +120,7 @@ impl Sessions {
         let id = SessionId(self.env.uuid());
         let session =
             Arc::new(Session { instance, kind, outcome: watch::Sender::new(None), task: Mutex::default() });
-        self.open.lock().unwrap().insert(id, session.clone());
+        self.open.lock().insert(id, session.clone());
         (id, session)
     }
 
@@ -184,14 +179,14 @@ impl Sessions {
                 session.outcome.send_replace(Some(outcome));
             }
         });
-        *session.task.lock().unwrap() = Some(task.abort_handle());
+        *session.task.lock() = Some(task.abort_handle());
     }
 
     /// Ends and forgets one; an unknown one is over already.
     pub async fn close(&self, id: SessionId) {
-        let session = self.open.lock().unwrap().remove(&id);
+        let session = self.open.lock().remove(&id);
         if let Some(session) = session {
-            let task = session.task.lock().unwrap().clone();
+            let task = session.task.lock().clone();
             session.end();
             // What it did with a file is over, before anybody closes the stream and that looks like the file's end.
             for _ in 0..1000 {
@@ -205,8 +200,7 @@ impl Sessions {
 
     /// The guest ended: so do its sessions. They stay until they are closed, so that waiters learn of it.
     pub fn guest_ended(&self, instance: InstanceId) {
-        let of: Vec<_> =
-            self.open.lock().unwrap().values().filter(|s| s.instance == instance).cloned().collect();
+        let of: Vec<_> = self.open.lock().values().filter(|s| s.instance == instance).cloned().collect();
         for session in of {
             if session.is_console() {
                 session.end();

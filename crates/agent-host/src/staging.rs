@@ -6,7 +6,7 @@
 //! import fails with the limit's name. Nothing survives the agent's process: the other end was lost with it.
 
 use karst_agent::{ImagePart, ImageStaged};
-use karst_env::SharedEnv;
+use karst_env::{Mutex, SharedEnv};
 use karst_model::{Error, ImageId, Result, size::ByteSize};
 use serde::{Deserialize, Deserializer};
 use std::{
@@ -14,7 +14,7 @@ use std::{
     fs::File,
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::{Mutex, Weak},
+    sync::Weak,
     time::Duration,
 };
 
@@ -119,7 +119,7 @@ impl Staging {
     /// # Errors
     /// Quota, naming the limit.
     pub fn stage(&self, image: ImageId, part: ImagePart) -> Result<(File, ImageStaged)> {
-        let mut parts = self.parts.lock().unwrap();
+        let mut parts = self.parts.lock();
         let images: BTreeSet<ImageId> =
             parts.iter().filter(|(_, p)| p.over.is_none()).map(|((i, _), _)| *i).collect();
         if !images.contains(&image) && images.len() >= self.limits.number {
@@ -153,7 +153,7 @@ impl Staging {
     /// # Errors
     /// Not found; quota when it was cut off.
     pub fn read(&self, image: ImageId, part: ImagePart) -> Result<File> {
-        let parts = self.parts.lock().unwrap();
+        let parts = self.parts.lock();
         let missing = || Error::not_found(format!("no {part:?} part of the image was uploaded"));
         let found = parts.get(&(image, part)).ok_or_else(missing)?;
         match &found.over {
@@ -164,7 +164,7 @@ impl Staging {
 
     /// Drops what was uploaded of an image; fine when there is nothing.
     pub fn drop_image(&self, image: ImageId) -> Result<()> {
-        let mut parts = self.parts.lock().unwrap();
+        let mut parts = self.parts.lock();
         for part in [ImagePart::Unified, ImagePart::Metadata, ImagePart::Rootfs, ImagePart::Disk] {
             remove(&self.path(image, part))?;
             parts.remove(&(image, part));
@@ -174,14 +174,14 @@ impl Staging {
 
     /// Images of which something is here.
     pub fn images(&self) -> Vec<ImageId> {
-        let images: BTreeSet<ImageId> = self.parts.lock().unwrap().keys().map(|(i, _)| *i).collect();
+        let images: BTreeSet<ImageId> = self.parts.lock().keys().map(|(i, _)| *i).collect();
         images.into_iter().collect()
     }
 
     /// A new directory to convert a volume in; it is gone when the answer is dropped.
     pub fn work(self: &std::sync::Arc<Self>) -> Result<Scratch> {
         let path = self.directory.join(format!("{}.work", self.env.uuid()));
-        self.work.lock().unwrap().insert(path.clone());
+        self.work.lock().insert(path.clone());
         let scratch = Scratch { staging: self.clone(), path };
         std::fs::create_dir(&scratch.path)?;
         Ok(scratch)
@@ -189,8 +189,8 @@ impl Staging {
 
     /// Names in the directory that nobody here accounts for.
     pub fn strays(&self) -> Result<Vec<String>> {
-        let parts = self.parts.lock().unwrap();
-        let work = self.work.lock().unwrap();
+        let parts = self.parts.lock();
+        let work = self.work.lock();
         let mut found = vec![];
         for entry in std::fs::read_dir(&self.directory)? {
             let path = entry?.path();
@@ -223,7 +223,7 @@ impl Staging {
 
     /// Cuts off what is over a limit. Blocks. Answers whether any upload is open.
     fn look(&self) -> bool {
-        let mut parts = self.parts.lock().unwrap();
+        let mut parts = self.parts.lock();
         // Read under the lock: a part is not younger than this.
         let now = self.env.monotonic();
         let (mut total, mut free) = (0, self.free());
@@ -326,7 +326,7 @@ impl Drop for Scratch {
         if let Err(e) = std::fs::remove_dir_all(&self.path) {
             tracing::warn!(path = %self.path.display(), error = %e, "a directory of converted volumes stays until the next start");
         }
-        self.staging.work.lock().unwrap().remove(&self.path);
+        self.staging.work.lock().remove(&self.path);
     }
 }
 

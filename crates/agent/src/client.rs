@@ -8,7 +8,7 @@ use crate::{
 };
 use async_trait::async_trait;
 use futures::future::{Either, select};
-use karst_env::{EnvExt, SharedEnv, TaskHandle};
+use karst_env::{EnvExt, Mutex, SharedEnv, TaskHandle};
 use karst_model::{Error, ErrorKind, Result};
 use std::{
     collections::BTreeMap,
@@ -17,7 +17,7 @@ use std::{
     path::PathBuf,
     pin::pin,
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -204,7 +204,7 @@ impl Shared {
         loop {
             match reader.next::<FromHost>().await {
                 Ok(Some((FromHost::Response { id, outcome }, fds))) => {
-                    let waiting = connection.state.lock().unwrap().pending.remove(&id);
+                    let waiting = connection.state.lock().pending.remove(&id);
                     if let Some(waiting) = waiting {
                         // Nobody there any more: its descriptors are closed by the drop.
                         let _ = waiting.send(match outcome {
@@ -255,7 +255,7 @@ impl Shared {
         let broke = || Error::unavailable("the host process ended while it worked on this");
         let (sender, answer) = oneshot::channel();
         {
-            let mut state = connection.state.lock().unwrap();
+            let mut state = connection.state.lock();
             if state.broken {
                 return Err(broke());
             }
@@ -275,7 +275,7 @@ struct CancelOnDrop<'a> {
 
 impl Drop for CancelOnDrop<'_> {
     fn drop(&mut self) {
-        let mut state = self.connection.state.lock().unwrap();
+        let mut state = self.connection.state.lock();
         if state.pending.remove(&self.id).is_some() {
             state.cancelled.push(self.id);
             self.connection.control.notify_one();
@@ -285,7 +285,7 @@ impl Drop for CancelOnDrop<'_> {
 
 impl Connection {
     fn fail(&self) {
-        let mut state = self.state.lock().unwrap();
+        let mut state = self.state.lock();
         state.broken = true;
         state.pending.clear();
     }
@@ -314,7 +314,7 @@ impl Connection {
     }
 
     fn control_frames(&self) -> Vec<Frame> {
-        let mut state = self.state.lock().unwrap();
+        let mut state = self.state.lock();
         let cancels = std::mem::take(&mut state.cancelled);
         let mut messages: Vec<_> = cancels.into_iter().map(|id| ToHost::Cancel { id }).collect();
         if state.subscribe && !state.subscribed {
@@ -344,7 +344,7 @@ impl Transport for Client {
     async fn subscribe(&self) -> Result<mpsc::Receiver<AgentEvent>> {
         let receiver = self.shared.events.subscribe();
         if let Link::Up(connection) = &*self.shared.link.borrow() {
-            connection.state.lock().unwrap().subscribe = true;
+            connection.state.lock().subscribe = true;
             connection.control.notify_one();
         }
         Ok(receiver)

@@ -2,6 +2,7 @@
 //! any more. Executors of different nodes do not end each other: that what they do does not collide is the locks' part.
 
 use crate::calls::{CallContext, Executor, Fence};
+use karst_env::Mutex;
 use karst_model::{Error, NodeId, Result};
 use std::{
     collections::BTreeMap,
@@ -9,7 +10,6 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
     pin::pin,
-    sync::Mutex,
 };
 use tokio::sync::watch;
 
@@ -105,7 +105,7 @@ impl EpochGuard {
 
     /// The highest epoch seen of an executor.
     pub fn highest(&self, node: NodeId) -> u64 {
-        self.state.lock().unwrap().seen.of(node)
+        self.state.lock().seen.of(node)
     }
 
     /// An executor introduces itself: records its epoch when it is higher than all before.
@@ -113,7 +113,7 @@ impl EpochGuard {
     /// # Errors
     /// Conflict when it is lower.
     pub fn introduce(&self, executor: Executor) -> Result<()> {
-        self.raise(&mut self.state.lock().unwrap(), executor)
+        self.raise(&mut self.state.lock(), executor)
     }
 
     fn raise(&self, state: &mut State, Executor { node, epoch }: Executor) -> Result<()> {
@@ -160,7 +160,7 @@ impl EpochGuard {
         loop {
             ended.borrow_and_update();
             {
-                let mut state = self.state.lock().unwrap();
+                let mut state = self.state.lock();
                 self.raise(&mut state, Executor { node, epoch })?;
                 if state.running.keys().all(|(n, e)| *n != node || *e >= epoch) {
                     *state.running.entry((node, epoch)).or_default() += 1;
@@ -195,7 +195,7 @@ struct Running<'a> {
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
-        let mut state = self.guard.state.lock().unwrap();
+        let mut state = self.guard.state.lock();
         if let Some(n) = state.running.get_mut(&self.of) {
             *n -= 1;
             if *n == 0 {
@@ -303,7 +303,7 @@ mod tests {
         struct Note(Arc<Mutex<Vec<&'static str>>>);
         impl Drop for Note {
             fn drop(&mut self) {
-                self.0.lock().unwrap().push("old gone");
+                self.0.lock().push("old gone");
             }
         }
         let (started, wait) = tokio::sync::oneshot::channel();
@@ -322,11 +322,11 @@ mod tests {
         });
         wait.await.unwrap();
         let new = async {
-            log.lock().unwrap().push("new begins");
+            log.lock().push("new begins");
             Ok(())
         };
         guard.run(&at(2), new).await.unwrap();
         assert!(old.await.unwrap().unwrap_err().is(ErrorKind::Conflict));
-        assert_eq!(*log.lock().unwrap(), ["old gone", "new begins"]);
+        assert_eq!(*log.lock(), ["old gone", "new begins"]);
     }
 }

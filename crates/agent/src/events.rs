@@ -1,7 +1,7 @@
 //! Delivery of events to any number of bounded queues.
 
 use crate::calls::AgentEvent;
-use std::sync::Mutex;
+use karst_env::Mutex;
 use tokio::sync::mpsc;
 
 /// Events that a receiver may be behind.
@@ -18,7 +18,7 @@ impl EventHub {
     /// A new receiver.
     pub fn subscribe(&self) -> mpsc::Receiver<AgentEvent> {
         let (sender, receiver) = mpsc::channel(EVENT_QUEUE);
-        let mut receivers = self.receivers.lock().unwrap();
+        let mut receivers = self.receivers.lock();
         receivers.retain(|r| !r.is_closed());
         receivers.push(sender);
         receiver
@@ -26,7 +26,7 @@ impl EventHub {
 
     /// Hands out one event.
     pub fn publish(&self, event: &AgentEvent) {
-        self.receivers.lock().unwrap().retain(|receiver| match receiver.capacity() {
+        self.receivers.lock().retain(|receiver| match receiver.capacity() {
             0 => !receiver.is_closed(),
             1 => !matches!(receiver.try_send(AgentEvent::Lost), Err(mpsc::error::TrySendError::Closed(_))),
             _ => !matches!(receiver.try_send(event.clone()), Err(mpsc::error::TrySendError::Closed(_))),
@@ -35,12 +35,12 @@ impl EventHub {
 
     /// Does anybody listen?
     pub fn is_empty(&self) -> bool {
-        self.receivers.lock().unwrap().iter().all(|r| r.is_closed())
+        self.receivers.lock().iter().all(|r| r.is_closed())
     }
 
     /// Ends all subscriptions: receivers see the end of their queue.
     pub fn close(&self) {
-        self.receivers.lock().unwrap().clear();
+        self.receivers.lock().clear();
     }
 }
 

@@ -10,13 +10,13 @@ use futures::{
     FutureExt,
     future::{Either, select},
 };
-use karst_env::{EnvExt, SharedEnv};
+use karst_env::{EnvExt, Mutex, SharedEnv};
 use karst_model::{Error, ErrorKind, Result, SessionId};
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     pin::pin,
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::Duration,
 };
 use tokio::{
@@ -156,10 +156,10 @@ impl Connection {
                 tracing::warn!(error = %e, "agent connection broken");
             }
         }
-        connection.running.lock().unwrap().clear();
+        connection.running.lock().clear();
         drop(alive);
         let _ = all_ended.recv().await;
-        let sessions = std::mem::take(&mut *connection.sessions.lock().unwrap());
+        let sessions = std::mem::take(&mut *connection.sessions.lock());
         for session in sessions {
             let context = CallContext::read(CLOSE_TIMEOUT);
             let close = server.agent.session_close(&context, session);
@@ -211,7 +211,7 @@ impl Connection {
         while let Some((message, _)) = reader.next::<ToHost>().await? {
             match message {
                 ToHost::Hello { .. } => return Err(malformed("a second hello")),
-                ToHost::Cancel { id } => drop(self.running.lock().unwrap().remove(&id)),
+                ToHost::Cancel { id } => drop(self.running.lock().remove(&id)),
                 ToHost::Subscribe if subscribed => return Err(malformed("a second subscription")),
                 ToHost::Subscribe => {
                     subscribed = true;
@@ -231,7 +231,7 @@ impl Connection {
                     let lane = call.lane();
                     let (cancel, cancelled) = oneshot::channel();
                     let full = {
-                        let mut running = self.running.lock().unwrap();
+                        let mut running = self.running.lock();
                         if running.contains_key(&id) {
                             return Err(malformed("an id of a call that still runs"));
                         }
@@ -264,7 +264,7 @@ impl Connection {
                             Either::Right(_) => Err(Error::cancelled("cancelled by the caller")),
                         };
                         this.answer(id, outcome).await;
-                        this.running.lock().unwrap().remove(&id);
+                        this.running.lock().remove(&id);
                     });
                 }
             }
@@ -303,12 +303,12 @@ impl Connection {
             Err(_) => Err(Error::timeout(format!("{name} did not end within its time ({deadline:?})"))),
         };
         if let Some(session) = closes {
-            self.sessions.lock().unwrap().remove(&session);
+            self.sessions.lock().remove(&session);
         }
         if let (true, Ok((value, _))) = (opens, &outcome)
             && let Ok(Some(session)) = serde_json::from_value::<Option<SessionId>>(value.clone())
         {
-            self.sessions.lock().unwrap().insert(session);
+            self.sessions.lock().insert(session);
         }
         outcome
     }
@@ -337,7 +337,7 @@ impl Connection {
         let this = self.clone();
         let (cancel, cancelled) = oneshot::channel::<()>();
         // Ids count up from 0; this one is never reached.
-        self.running.lock().unwrap().insert(u64::MAX, (Lane::Session, cancel));
+        self.running.lock().insert(u64::MAX, (Lane::Session, cancel));
         self.server.env.spawn_task("agent events", async move {
             let _alive = alive;
             let forward = async {

@@ -1,4 +1,5 @@
-//! Time, randomness, spawning and the links between parts, behind one trait: [`Env`].
+//! Time, randomness, spawning and the links between parts, behind one trait: [`Env`]; and a lock for what tasks share
+//! ([`Mutex`]).
 //!
 //! The engine, the store and the agent never ask the operating system for the time, for random bytes or for a
 //! task: `clippy.toml` forbids them to. They ask an `Arc<dyn Env>`, which is either
@@ -22,11 +23,13 @@ use std::time::Duration;
 use futures::FutureExt;
 use futures::future::{BoxFuture, Either, select};
 
+mod mutex;
 mod partition;
 mod real;
 mod seeded;
 mod task;
 
+pub use mutex::Mutex;
 pub use partition::{Cut, LinkDown, Partition};
 pub use real::RealEnv;
 pub use seeded::SeededEnv;
