@@ -26,7 +26,6 @@ use karst_model::{
     BackupId, Error, Name, Result, SnapshotId,
     backup::{Backup, Compression},
     guest::Observed,
-    instance::RuntimeState,
     storage::VolumeContent,
 };
 use serde::{Deserialize, Serialize};
@@ -285,18 +284,7 @@ impl Saga for BackupCreate {
 
     fn commit(plan: &BackupPlan, outputs: &BackupOutputs, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
         tx.create(&Backup { size: outputs.size, ..plan.backup.clone() });
-        let records = engine.inventory.read();
-        for observed in &outputs.resumed {
-            let runtime = engine.runtime_of(&records, observed);
-            let old = records.runtimes.get(&observed.instance);
-            let known = old.is_some_and(|r| {
-                r.generation == runtime.generation
-                    && (r.state == RuntimeState::Stopped || r.state == runtime.state)
-            });
-            if !known {
-                tx.put(&runtime);
-            }
-        }
+        engine.note_resumed(&engine.inventory.read(), &outputs.resumed, tx);
         Ok(())
     }
 

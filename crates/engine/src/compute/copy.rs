@@ -25,7 +25,7 @@ use karst_model::{
     Config, Error, InstanceId, Name, NodeId, Result, SnapshotId, VolumeId,
     access::Permission,
     guest::Observed,
-    instance::{Hardware, InstanceKind, Lifecycle, RuntimeState},
+    instance::{Hardware, InstanceKind, Lifecycle},
     snapshot::Snapshot,
     spec::{VolumeSource, VolumeSpec},
     template::Trigger,
@@ -448,17 +448,7 @@ impl Saga for InstanceCopy {
         if let Some(observed) = &outputs.started {
             tx.put(&engine.runtime_of(&records, observed));
         }
-        for observed in &outputs.resumed {
-            let runtime = engine.runtime_of(&records, observed);
-            let old = records.runtimes.get(&observed.instance);
-            let known = old.is_some_and(|r| {
-                r.generation == runtime.generation
-                    && (r.state == RuntimeState::Stopped || r.state == runtime.state)
-            });
-            if !known {
-                tx.put(&runtime);
-            }
-        }
+        engine.note_resumed(&records, &outputs.resumed, tx);
         Ok(())
     }
 

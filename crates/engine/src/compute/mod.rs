@@ -28,11 +28,12 @@ pub mod templates;
 pub mod update;
 pub(crate) mod vmids;
 
-use crate::{Engine, EngineInner, InstanceView, Records, Row, context::Context};
+use crate::{Engine, EngineInner, InstanceView, Records, Row, context::Context, db::Tx};
 use karst_model::{
     Error, InstanceId, ProjectId, Result,
     access::Permission,
-    instance::{Instance, Runtime},
+    guest::Observed,
+    instance::{Instance, Runtime, RuntimeState},
     spec::GuestSpec,
 };
 use std::sync::Arc;
@@ -126,7 +127,7 @@ impl EngineInner {
     }
 
     /// The next runtime record out of what a host saw.
-    pub(crate) fn runtime_of(&self, records: &Records, observed: &karst_model::guest::Observed) -> Runtime {
+    pub(crate) fn runtime_of(&self, records: &Records, observed: &Observed) -> Runtime {
         let old = records.runtimes.get(&observed.instance);
         Runtime {
             instance: observed.instance,
@@ -140,6 +141,20 @@ impl EngineInner {
             applied_spec_version: observed.applied_spec_version,
             applied: self.applied_of(records, observed.instance, observed.generation, observed.state),
             accelerator: observed.accelerator.clone(),
+        }
+    }
+
+    /// Notes that guests run again which stood still for a step of a saga, unless that is known, or that they have ended since.
+    pub(crate) fn note_resumed(&self, records: &Records, resumed: &[Observed], tx: &mut Tx) {
+        for observed in resumed {
+            let runtime = self.runtime_of(records, observed);
+            let known = records.runtimes.get(&observed.instance).is_some_and(|r| {
+                r.generation == runtime.generation
+                    && (r.state == RuntimeState::Stopped || r.state == runtime.state)
+            });
+            if !known {
+                tx.put(&runtime);
+            }
         }
     }
 

@@ -26,7 +26,7 @@ use karst_model::{
     ByteSize, Error, InstanceId, Name, NodeId, Result, SnapshotId,
     access::Permission,
     guest::Observed,
-    instance::{Instance, InstanceKind, Lifecycle, RuntimeState},
+    instance::{Instance, InstanceKind, Lifecycle},
     project::Project,
     snapshot::{Snapshot, VolumeSnapshot},
     storage::{Volume, VolumeContent},
@@ -570,17 +570,7 @@ impl Saga for ContentRefresh {
             }
             tx.replace(&row, &instance);
         }
-        for observed in &outputs.resumed {
-            let runtime = engine.runtime_of(&records, observed);
-            let old = records.runtimes.get(&observed.instance);
-            let known = old.is_some_and(|r| {
-                r.generation == runtime.generation
-                    && (r.state == RuntimeState::Stopped || r.state == runtime.state)
-            });
-            if !known {
-                tx.put(&runtime);
-            }
-        }
+        engine.note_resumed(&records, &outputs.resumed, tx);
         Ok(())
     }
 

@@ -14,12 +14,8 @@ use crate::{
 use async_trait::async_trait;
 use karst_agent::{ImagePublish as Packing, VolumeRef, VolumeSnapshotRef};
 use karst_model::{
-    Error, ImageId, NodeId, ProjectId, Result, SnapshotId,
-    access::Permission,
-    backup::Compression,
-    guest::Observed,
-    image::ImageFacts,
-    instance::{Lifecycle, RuntimeState},
+    Error, ImageId, NodeId, ProjectId, Result, SnapshotId, access::Permission, backup::Compression,
+    guest::Observed, image::ImageFacts, instance::Lifecycle,
 };
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -218,18 +214,7 @@ impl Saga for ImagePublish {
         let facts =
             facts.ok_or_else(|| Error::internal("an image's facts are missing", plan.packing.image))?;
         commit_new(engine, tx, (plan.packing.image, plan.project), &plan.options, facts)?;
-        let records = engine.inventory.read();
-        for observed in &outputs.resumed {
-            let runtime = engine.runtime_of(&records, observed);
-            let old = records.runtimes.get(&observed.instance);
-            let known = old.is_some_and(|r| {
-                r.generation == runtime.generation
-                    && (r.state == RuntimeState::Stopped || r.state == runtime.state)
-            });
-            if !known {
-                tx.put(&runtime);
-            }
-        }
+        engine.note_resumed(&engine.inventory.read(), &outputs.resumed, tx);
         Ok(())
     }
 

@@ -20,7 +20,7 @@ use karst_agent::{CallContext, MachineStateRef, MachineStateSave, VolumeSnapshot
 use karst_model::{
     Error, Name, NodeId, Result, SnapshotId,
     guest::Observed,
-    instance::{Instance, InstanceKind, RuntimeState, Status},
+    instance::{Instance, InstanceKind, Status},
     snapshot::{QUIESCE, Quiesce, Snapshot, VolumeSnapshot},
 };
 use serde::{Deserialize, Serialize};
@@ -332,18 +332,7 @@ impl Saga for SnapshotCreate {
             }
             Taken::Volume { snapshot } => tx.create(&**snapshot),
         }
-        let records = engine.inventory.read();
-        for observed in &outputs.resumed {
-            let runtime = engine.runtime_of(&records, observed);
-            let old = records.runtimes.get(&observed.instance);
-            let known = old.is_some_and(|r| {
-                r.generation == runtime.generation
-                    && (r.state == RuntimeState::Stopped || r.state == runtime.state)
-            });
-            if !known {
-                tx.put(&runtime);
-            }
-        }
+        engine.note_resumed(&engine.inventory.read(), &outputs.resumed, tx);
         Ok(())
     }
     fn abort(plan: &SnapshotPlan, _: &SnapshotOutputs, _: &EngineInner, tx: &mut Tx) -> Result<()> {

@@ -20,7 +20,6 @@ use karst_model::{
     Error, Name, NodeId, Result, SnapshotId, VolumeId,
     access::Permission,
     guest::Observed,
-    instance::RuntimeState,
     snapshot::VolumeSnapshot,
     spec::{VolumeSource, VolumeSpec},
     storage::{Volume, VolumeContent, VolumeOwner, check_volume_config},
@@ -269,17 +268,7 @@ impl Saga for VolumeCopying {
         let planned = Planned { volume: Some(&plan.volume), ..Default::default() };
         admit(&records, tx, plan.volume.project, &planned)?;
         tx.create(&plan.volume);
-        for observed in &outputs.resumed {
-            let runtime = engine.runtime_of(&records, observed);
-            let old = records.runtimes.get(&observed.instance);
-            let known = old.is_some_and(|r| {
-                r.generation == runtime.generation
-                    && (r.state == RuntimeState::Stopped || r.state == runtime.state)
-            });
-            if !known {
-                tx.put(&runtime);
-            }
-        }
+        engine.note_resumed(&records, &outputs.resumed, tx);
         Ok(())
     }
 
