@@ -757,17 +757,7 @@ fn check_hostname(name: &str) -> Result<()> {
 
 /// The state that nobody started here.
 pub(crate) fn never_ran(guest: GuestRef) -> Observed {
-    Observed {
-        instance: guest.instance,
-        generation: guest.generation,
-        state: RuntimeState::Stopped,
-        pid: None,
-        domain_id: None,
-        started_at: None,
-        exit: None,
-        applied_spec_version: 0,
-        accelerator: None,
-    }
+    Observed::never_ran(guest.instance, guest.generation)
 }
 
 /// A driver says "not found" of a guest that does not run; here it is known, and what fails is the state.

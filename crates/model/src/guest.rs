@@ -50,6 +50,23 @@ pub struct Observed {
     pub accelerator: Option<String>,
 }
 
+impl Observed {
+    /// Of a start of which the host has nothing: nobody made it there.
+    pub fn never_ran(instance: InstanceId, generation: Generation) -> Self {
+        Self {
+            instance,
+            generation,
+            state: RuntimeState::Stopped,
+            pid: None,
+            domain_id: None,
+            started_at: None,
+            exit: None,
+            applied_spec_version: 0,
+            accelerator: None,
+        }
+    }
+}
+
 /// Result of a live update.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
 pub struct Applied {

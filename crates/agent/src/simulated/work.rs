@@ -648,17 +648,7 @@ pub(super) fn no_network(id: NetworkId) -> Error {
 }
 
 pub(super) fn stopped(guest: GuestRef) -> Observed {
-    Observed {
-        instance: guest.instance,
-        generation: guest.generation,
-        state: RuntimeState::Stopped,
-        pid: None,
-        domain_id: None,
-        started_at: None,
-        exit: None,
-        applied_spec_version: 0,
-        accelerator: None,
-    }
+    Observed::never_ran(guest.instance, guest.generation)
 }
 
 /// Digest of the manifest of an archive of an OCI layout whose first two files are `oci-layout` and a short `index.json`, and a

@@ -255,17 +255,7 @@ impl Shared {
                         };
                         self.stopped(&record, exit)
                     }
-                    None => Observed {
-                        instance,
-                        generation: Default::default(),
-                        state: RuntimeState::Stopped,
-                        pid: None,
-                        domain_id: None,
-                        started_at: None,
-                        exit: None,
-                        applied_spec_version: 0,
-                        accelerator: None,
-                    },
+                    None => Observed::never_ran(instance, Default::default()),
                 })
             }
             Err(e) => Err(e),

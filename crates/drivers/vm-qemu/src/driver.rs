@@ -251,17 +251,7 @@ impl Shared {
     fn stopped(&self, instance: InstanceId) -> Result<Observed> {
         let dir = self.dir(instance);
         let Some(record) = Record::read(&dir)? else {
-            return Ok(Observed {
-                instance,
-                generation: Default::default(),
-                state: RuntimeState::Stopped,
-                pid: None,
-                domain_id: None,
-                started_at: None,
-                exit: None,
-                applied_spec_version: 0,
-                accelerator: None,
-            });
+            return Ok(Observed::never_ran(instance, Default::default()));
         };
         let exit = record.exit.clone().or_else(|| {
             let status = keeper::read_status(&dir)
