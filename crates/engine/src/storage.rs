@@ -24,6 +24,15 @@ pub fn pool_lock(id: PoolId) -> String {
     format!("pools/{id}")
 }
 
+/// Of a transaction that begins to use a pool: the pool is as it was read, nobody is changing it, and who would remove it
+/// learns of the use.
+pub(crate) fn use_pool(tx: &mut Tx, pool: &Row<Pool>) {
+    let target = pool_lock(pool.id);
+    tx.expect(pool);
+    tx.expect_unlocked(&target);
+    tx.touch(&target);
+}
+
 /// What a user wants created.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct CreatePool {

@@ -313,13 +313,7 @@ impl Engine {
         runner::start::<VolumeImport>(inner, context, |tx| {
             let records = inner.inventory.read();
             let pool = records.pool(pool)?;
-            volumes::demand_free(&records, &project, pool, &name)?;
-            tx.expect(&project);
-            tx.expect(pool);
-            tx.expect_unlocked(&crate::storage::pool_lock(pool.id));
-            tx.touch(&crate::storage::pool_lock(pool.id));
-            let owner = records.volume_project(project.id);
-            tx.touch(&crate::tenancy::project_uses(owner));
+            let owner = volumes::begin_new(&records, tx, &project, pool, &name)?;
             let volume = Volume {
                 id: VolumeId(inner.env.uuid()),
                 pool: pool.id,

@@ -189,9 +189,7 @@ impl Engine {
             }
             check_disks(&records, tx, &instance, &parsed)?;
             check_nics(&records, tx, &parsed)?;
-            tx.expect(pool);
-            tx.expect_unlocked(&crate::storage::pool_lock(pool.id));
-            tx.touch(&crate::storage::pool_lock(pool.id));
+            crate::storage::use_pool(tx, pool);
             let root = records.volumes.get(&row.root);
             let root = root.ok_or_else(|| Error::not_found("the root volume is gone"))?;
             let mut volume: Volume = root.value.clone();

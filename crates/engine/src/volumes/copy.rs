@@ -1,6 +1,6 @@
 //! Copies of custom volumes: to another name, pool or project, with their snapshots.
 
-use super::{attached, create::CreateVolume, demand_free, lock, path, scope};
+use super::{attached, begin_new, create::CreateVolume, lock, path, scope};
 use crate::{
     Engine, EngineInner,
     compute::copy::VolumeCopy,
@@ -78,13 +78,7 @@ impl Engine {
                 .map_err(|e| e.at("source.name"))?;
             tx.expect(source);
             let pool = records.pool(pool)?;
-            demand_free(&records, &project, pool, &name)?;
-            tx.expect(&project);
-            tx.expect(pool);
-            tx.expect_unlocked(&crate::storage::pool_lock(pool.id));
-            tx.touch(&crate::storage::pool_lock(pool.id));
-            let owner = records.volume_project(project.id);
-            tx.touch(&crate::tenancy::project_uses(owner));
+            let owner = begin_new(&records, tx, &project, pool, &name)?;
             let all = records.volume_snapshots_of(source.id);
             let at = match request.snapshot.as_deref() {
                 None => None,

@@ -1,6 +1,6 @@
 //! Creating custom volumes.
 
-use super::{demand_free, lock, path, scope};
+use super::{begin_new, lock, path, scope};
 use crate::{
     Engine, EngineInner,
     context::Context,
@@ -52,13 +52,7 @@ impl Engine {
         runner::start::<VolumeCreate>(inner, context, |tx| {
             let records = inner.inventory.read();
             let pool = records.pool(pool)?;
-            demand_free(&records, &project, pool, &name)?;
-            tx.expect(&project);
-            tx.expect(pool);
-            tx.expect_unlocked(&crate::storage::pool_lock(pool.id));
-            tx.touch(&crate::storage::pool_lock(pool.id));
-            let owner = records.volume_project(project.id);
-            tx.touch(&crate::tenancy::project_uses(owner));
+            let owner = begin_new(&records, tx, &project, pool, &name)?;
             let volume = Volume {
                 id: VolumeId(inner.env.uuid()),
                 pool: pool.id,

@@ -8,7 +8,7 @@ pub mod delete;
 pub mod relocate;
 pub mod update;
 
-use crate::{Engine, EngineInner, Records, Row, context::Context};
+use crate::{Engine, EngineInner, Records, Row, context::Context, db::Tx};
 use karst_model::{
     Error, Name, ProjectId, Result, VolumeId,
     access::Permission,
@@ -185,6 +185,23 @@ impl EngineInner {
         let row = self.inventory.read().volumes.get(&id).cloned();
         row.ok_or_else(|| Error::not_found("the volume is gone").with_context(id))
     }
+}
+
+/// Of a transaction that makes a custom volume of a project in a pool: the name is free, both are as they were read, and whoever
+/// counts or removes them learns of it. Answers the project that the volume belongs to.
+pub(crate) fn begin_new(
+    records: &Records,
+    tx: &mut Tx,
+    project: &Row<Project>,
+    pool: &Row<Pool>,
+    name: &Name,
+) -> Result<ProjectId> {
+    demand_free(records, project, pool, name)?;
+    tx.expect(project);
+    crate::storage::use_pool(tx, pool);
+    let owner = records.volume_project(project.id);
+    tx.touch(&crate::tenancy::project_uses(owner));
+    Ok(owner)
 }
 
 /// A free name for a volume of a pool.

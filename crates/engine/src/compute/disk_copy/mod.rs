@@ -431,9 +431,7 @@ fn prepare(
     if let (false, Some(why)) = (request.hold, &stays) {
         return Err(Error::unsupported(why.clone()).at("to"));
     }
-    tx.expect(pool);
-    tx.expect_unlocked(&crate::storage::pool_lock(pool.id));
-    tx.touch(&crate::storage::pool_lock(pool.id));
+    crate::storage::use_pool(tx, pool);
     let history = snapshots.iter().filter_map(|id| {
         let kept = records.snapshots.get(id)?.volumes.iter().find(|(v, _)| *v == old.id)?.1;
         Some((kept, kept))
