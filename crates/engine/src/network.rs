@@ -14,6 +14,7 @@ use crate::{
     tenancy::limits::{Planned, admit},
 };
 use async_trait::async_trait;
+use ipnet::IpNet;
 use karst_agent::{CallContext, NetworkChoose, NetworkState};
 use karst_model::{
     Config, Error, Name, NetworkId, NodeId, ProjectId, Result,
@@ -558,28 +559,23 @@ fn demand_fitting(now: &NetworkSpec, spec: &BridgeSpec) -> Result<()> {
 }
 
 fn demand_free_subnet(records: &Records, spec: &BridgeSpec, except: Option<NetworkId>) -> Result<()> {
-    for other in records.networks.values().filter(|n| Some(n.id) != except) {
-        if let (Ok(BridgeSpec { ipv4: Some(theirs), .. }), Some(ours)) = (other.bridge(), spec.ipv4)
-            && (theirs.contains(&ours.network()) || ours.contains(&theirs.network()))
-        {
-            return Err(Error::conflict(format!(
-                "the subnet {} overlaps with network {:?}",
-                ours.trunc(),
-                &*other.name
-            ))
-            .at("config.ipv4.address"));
-        }
-    }
-    for other in records.networks.values().filter(|n| Some(n.id) != except) {
-        if let (Ok(BridgeSpec { ipv6: Some(theirs), .. }), Some(ours)) = (other.bridge(), spec.ipv6)
-            && (theirs.contains(&ours.network()) || ours.contains(&theirs.network()))
-        {
-            return Err(Error::conflict(format!(
-                "the subnet {} overlaps with network {:?}",
-                ours.trunc(),
-                &*other.name
-            ))
-            .at("config.ipv6.address"));
+    type Subnet = fn(&BridgeSpec) -> Option<IpNet>;
+    let families: [(&str, Subnet); 2] = [
+        ("config.ipv4.address", |spec| spec.ipv4.map(IpNet::V4)),
+        ("config.ipv6.address", |spec| spec.ipv6.map(IpNet::V6)),
+    ];
+    for (key, subnet) in families {
+        let Some(ours) = subnet(spec) else { continue };
+        for other in records.networks.values().filter(|n| Some(n.id) != except) {
+            let Some(theirs) = other.bridge().ok().and_then(|other| subnet(&other)) else { continue };
+            if theirs.contains(&ours.network()) || ours.contains(&theirs.network()) {
+                return Err(Error::conflict(format!(
+                    "the subnet {} overlaps with network {:?}",
+                    ours.trunc(),
+                    &*other.name
+                ))
+                .at(key));
+            }
         }
     }
     Ok(())
