@@ -13,7 +13,7 @@ use karst_image::{Staged, Upload};
 use karst_model::{
     BackupId, Error, ErrorKind, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
-    display::DisplayGuard,
+    display::{DisplayGuard, DisplayProtocol},
     guest::MonitorAnswer,
     history::Series,
     image::ImageFacts,
@@ -410,9 +410,14 @@ impl RealAgent {
         })
     }
 
-    async fn display(&self, id: InstanceId, guard: Option<&DisplayGuard>) -> Result<WithFds<SessionId>> {
+    async fn display(
+        &self,
+        id: InstanceId,
+        protocol: DisplayProtocol,
+        guard: Option<&DisplayGuard>,
+    ) -> Result<WithFds<SessionId>> {
         self.sessions.room()?;
-        let stream = self.machine(id)?.display(id, guard).await.map_err(as_state(id))?;
+        let stream = self.machine(id)?.display(id, protocol, guard).await.map_err(as_state(id))?;
         let (value, fd) = self.sessions.display(id, stream)?;
         Ok(WithFds { value, fds: vec![fd] })
     }
@@ -776,9 +781,14 @@ calls! {
         let file = me.machine(instance)?.screenshot(instance).await.map_err(as_state(instance))?;
         Ok(WithFds { value: (), fds: vec![file] })
     }
-    read display_attach(me, instance: InstanceId) -> WithFds<SessionId> { me.display(instance, None).await }
+    read display_attach(me, instance: InstanceId) -> WithFds<SessionId> {
+        me.display(instance, DisplayProtocol::Vnc, None).await
+    }
     read display_attach_guarded(me, request: DisplayGuarded) -> WithFds<SessionId> {
-        me.display(request.instance, Some(&request.guard)).await
+        me.display(request.instance, DisplayProtocol::Vnc, Some(&request.guard)).await
+    }
+    read display_attach_spice(me, request: SpiceChannel) -> WithFds<SessionId> {
+        me.display(request.instance, DisplayProtocol::Spice, request.guard.as_ref()).await
     }
     read display_guard(me, request: DisplayGuardSet) -> () {
         let id = request.instance;

@@ -49,6 +49,7 @@ pub(crate) async fn complete(facts: &mut HostFacts) {
     match karst_vm_qemu::probe().await {
         Ok(found) => {
             (facts.qemu, facts.default_machine) = (Some(found.qemu_version), Some(found.default_machine));
+            facts.spice = found.spice;
             if facts.accelerator.kind == AcceleratorKind::Tcg {
                 facts.warnings.push(facts.accelerator.reason.clone());
             }

@@ -5,7 +5,7 @@ use crate::{
     backups::{BackupCreate, BackupFacts, VolumeFill, VolumeFilled, VolumeWrite},
     copies::{MachineCopyBegin, MachineCopyEnd, MachineCopyRef, MachineCopySpeed},
     descriptions::{FoundPool, PoolDescribe, PoolSurvey, PoolSurveyed, PoolsFind},
-    displays::{DisplayGuardSet, DisplayGuarded},
+    displays::{DisplayGuardSet, DisplayGuarded, SpiceChannel},
     publish::{ImagePublish, VolumeRebuild},
     thresholds::DiskThresholdSet,
 };
@@ -424,6 +424,9 @@ agent_calls! {
     read fn display_attach(DisplayAttach: InstanceId) -> WithFds<SessionId>;
     /// The same, where whoever is at the other end has to prove that he knows the password (RFB's "VNC authentication").
     read fn display_attach_guarded(DisplayAttachGuarded: DisplayGuarded) -> WithFds<SessionId>;
+    /// Attaches a channel of a viewer to the display of a running virtual machine: one descriptor, both ways, that speaks SPICE.
+    /// Unsupported where the machine was started without, saying whether it was not asked for or QEMU cannot.
+    read fn display_attach_spice(DisplayAttachSpice: SpiceChannel) -> WithFds<SessionId>;
     /// Tells a running virtual machine the password of its display, for those who are being asked for it just now. The host keeps
     /// none: each attachment brings it along.
     read fn display_guard(DisplayGuard: DisplayGuardSet) -> ();

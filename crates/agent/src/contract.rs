@@ -231,6 +231,7 @@ impl Subject {
                 uuid: instance.0,
                 ports: 0,
                 display: true,
+                spice: true,
                 balloon: false,
                 tpm: false,
                 stateful: false,

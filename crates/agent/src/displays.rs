@@ -1,4 +1,4 @@
-//! Displays of virtual machines that ask their viewers for a password.
+//! Viewers of the displays of virtual machines, and the passwords that they are asked for.
 
 use karst_model::{InstanceId, display::DisplayGuard};
 use serde::{Deserialize, Serialize};
@@ -9,6 +9,16 @@ pub struct DisplayGuardSet {
     /// Whose.
     pub instance: InstanceId,
     /// `None`: there is no password any more. Who is just being asked for one does not get in then.
+    pub guard: Option<DisplayGuard>,
+}
+
+/// A channel of a viewer that speaks SPICE.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SpiceChannel {
+    /// Whose display.
+    pub instance: InstanceId,
+    /// What it has to know; `None`: nothing is asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guard: Option<DisplayGuard>,
 }
 

@@ -1,10 +1,30 @@
-//! Passwords of the displays of virtual machines: the secret that a viewer proves to know by RFB's own authentication. In
-//! clear it is on its way only; what is written is sealed.
+//! Displays of virtual machines: what they speak, and their passwords: the secret that a viewer proves to know by the protocol's
+//! own authentication. In clear it is on its way only; what is written is sealed.
 
 use crate::{Error, InstanceId, Result, secret::Sealed};
 use jiff::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use std::fmt;
+
+/// How a screen is spoken of between QEMU and a viewer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DisplayProtocol {
+    /// RFB: one connection a viewer. Every display has it.
+    Vnc,
+    /// SPICE: a connection for each of a viewer's channels. Those that were made with it, where QEMU can do it.
+    Spice,
+}
+
+impl DisplayProtocol {
+    /// QEMU's and libvirt's name for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Vnc => "vnc",
+            Self::Spice => "spice",
+        }
+    }
+}
 
 /// Most bytes of a password: RFB's authentication takes no more into account.
 pub const PASSWORD_MAX: usize = 8;

@@ -184,6 +184,16 @@ pub const INSTANCE_KEYS: &[Key] = &[
         false,
         "Machine type: q35 or pc for the newest of the host, or a version such as pc-q35-7.2. Fixed when the machine is made.",
     ),
+    key(
+        "hardware.spice",
+        Bool,
+        VirtualMachine,
+        "false",
+        false,
+        "The screen is there by SPICE too (incus console --type vga), with the clipboard, USB devices of the viewer's and an \
+         exact pointer. It costs an idle machine processor time, and a machine starts without it where the host's QEMU has \
+         no SPICE.",
+    ),
     key("image.*", Text, Any, "", true, "Property of the image the instance was made of."),
     key(
         "limits.cpu",

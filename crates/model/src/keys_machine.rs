@@ -3,8 +3,16 @@
 use crate::{
     Config, Error, Result,
     instance::Firmware,
-    keys::{parse_bool, set},
+    keys::{optional_flag, parse_bool, set},
 };
+
+/// The key that gives a machine's screen SPICE.
+pub const SPICE: &str = "hardware.spice";
+
+/// Is the screen of a machine of this expanded configuration to be there by SPICE too?
+pub fn spice(config: &Config) -> bool {
+    optional_flag(config, SPICE).unwrap_or(false)
+}
 
 /// What a configuration says of a virtual machine's hardware.
 #[derive(Debug, Clone, PartialEq, Eq)]

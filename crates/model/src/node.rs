@@ -52,6 +52,9 @@ pub struct HostFacts {
     pub lxc: Option<String>,
     /// Machine type that new virtual machines get, such as `pc-q35-7.2`.
     pub default_machine: Option<String>,
+    /// QEMU of this host serves screens by SPICE too.
+    #[serde(default)]
+    pub spice: bool,
     /// `v1`, `hybrid` or `v2`.
     pub cgroup_layout: String,
     /// Number of usable CPUs.

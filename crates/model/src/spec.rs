@@ -83,6 +83,9 @@ pub struct MachineSpec {
     /// It has a screen; machines that were made before have none.
     #[serde(default)]
     pub display: bool,
+    /// Its screen is served by SPICE too, where the host's QEMU can do that; with what SPICE's viewers use beside it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub spice: bool,
     /// It has a balloon: its memory can shrink and grow back while it runs.
     #[serde(default)]
     pub balloon: bool,

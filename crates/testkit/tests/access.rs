@@ -394,7 +394,7 @@ fn cases() -> Vec<Case> {
         machine_reset Use |f, c, p| of_a_machine(f.w.engine.machine_reset(c, p, "run").await);
         machine_keys Use |f, c, p| of_a_machine(f.w.engine.machine_keys(c, p, "run", &["a".into()]).await);
         machine_screenshot Use |f, c, p| of_a_machine(f.w.engine.machine_screenshot(c, p, "run").await.map(drop));
-        machine_display Use |f, c, p| of_a_machine(f.w.engine.machine_display(c, p, "run", true).await.map(drop));
+        machine_display Use |f, c, p| of_a_machine(f.w.engine.machine_display(c, p, "run", karst_model::display::DisplayProtocol::Spice, true).await.map(drop));
         display_state View |f, c, p| f.w.engine.display_state(c, p, "run").map(drop);
         display_password Edit |f, c, p| f.w.engine.display_password(c, p, "run").map(drop);
         display_passwords_kept Edit |f, c, p| f.w.engine.display_passwords_kept(c, p);

@@ -8,6 +8,7 @@ use karst_model::{
     BackupId, ByteSize, Error, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
     device::interface_name,
+    display::DisplayProtocol,
     guest::{
         Applied, BalloonFigures, DiskCopyState, DiskFigures, MachineFigures, Metrics, MonitorAnswer,
         NicFigures, Observed, VcpuFigures,
@@ -79,6 +80,7 @@ calls! {
             qemu: Some("7.2.0".into()),
             lxc: Some("5.0.2".into()),
             default_machine: Some("pc-q35-7.2".into()),
+            spice: true,
             cgroup_layout: "v2".into(),
             cpus: me.options.cpus,
             memory: me.options.memory.bytes(),
@@ -561,9 +563,14 @@ calls! {
         demand_machine(state.guests.get(&instance).ok_or_else(|| no_guest(instance))?)?;
         Ok(WithFds { value: (), fds: vec![super::files::content(b"\x89PNG\r\n\x1a\nsimulated")?] })
     }
-    read display_attach(me, instance: InstanceId) -> WithFds<SessionId> { me.display(instance, None) }
+    read display_attach(me, instance: InstanceId) -> WithFds<SessionId> {
+        me.display(instance, DisplayProtocol::Vnc, None)
+    }
     read display_attach_guarded(me, request: DisplayGuarded) -> WithFds<SessionId> {
-        me.display(request.instance, Some(request.guard))
+        me.display(request.instance, DisplayProtocol::Vnc, Some(request.guard))
+    }
+    read display_attach_spice(me, request: SpiceChannel) -> WithFds<SessionId> {
+        me.display(request.instance, DisplayProtocol::Spice, request.guard)
     }
     read display_guard(me, request: DisplayGuardSet) -> () { me.guard_display(request) }
     read console_log(me, request: ConsoleLog) -> Vec<u8> {

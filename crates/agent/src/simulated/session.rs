@@ -134,19 +134,27 @@ impl Session {
 
     /// A console: what is typed is echoed and given to `log`.
     pub fn console(instance: InstanceId, log: impl Fn(&[u8]) + Send + 'static) -> Result<(Self, OwnedFd)> {
-        Self::echo(instance, SessionKind::Console, b"", log)
+        Self::echo(instance, SessionKind::Console, (b"", false), log)
     }
 
     /// A display: greets as RFB does, offers "VNC authentication" alone if it is guarded, then echoes.
     pub fn display(instance: InstanceId, guarded: bool) -> Result<(Self, OwnedFd)> {
         let greeting: &[u8] = if guarded { b"RFB 003.008\n\x01\x02" } else { b"RFB 003.008\n" };
-        Self::echo(instance, SessionKind::Display, greeting, |_| {})
+        Self::echo(instance, SessionKind::Display, (greeting, false), |_| {})
     }
 
+    /// A display that speaks SPICE, as far as the header of its first answer, which comes when it was spoken to; then it echoes.
+    pub fn spice(instance: InstanceId) -> Result<(Self, OwnedFd)> {
+        // Magic, version 2.2, and the length of what is not there.
+        let answer: &[u8] = b"REDQ\x02\0\0\0\x02\0\0\0\0\0\0\0";
+        Self::echo(instance, SessionKind::Display, (answer, true), |_| {})
+    }
+
+    /// `after`: the greeting answers what is said first, which is not echoed then.
     fn echo(
         instance: InstanceId,
         kind: SessionKind,
-        greeting: &'static [u8],
+        (greeting, after): (&'static [u8], bool),
         log: impl Fn(&[u8]) + Send + 'static,
     ) -> Result<(Self, OwnedFd)> {
         let (session, woken) = Self::new(instance, kind)?;
@@ -154,6 +162,9 @@ impl Session {
         session.play("simulated-console", move || {
             let mut far = File::from(far);
             let mut buffer = [0; 4096];
+            if after && !(readable(&far, &woken, None) && matches!(far.read(&mut buffer), Ok(1..))) {
+                return 0;
+            }
             if far.write_all(greeting).is_err() {
                 return 0;
             }

@@ -10,7 +10,7 @@ use crate::{calls::*, displays::DisplayGuardSet};
 use karst_model::{
     ByteSize, Config, Error, InstanceId, NetworkId, PoolId, Result, SessionId,
     device::interface_name,
-    display::DisplayGuard,
+    display::{DisplayGuard, DisplayProtocol},
     guest::{FileKind, Observed, StopMode},
     image::{DiskFormat, ImageFacts},
     instance::{ExitReason, Generation, InstanceKind, RuntimeState},
@@ -575,19 +575,31 @@ impl SimulatedAgent {
         Ok(())
     }
 
-    /// A display that says what an RFB server says first, and echoes.
+    /// A display that says what a server of its protocol says first, and echoes.
     pub(super) fn display(
         &self,
         instance: InstanceId,
+        protocol: DisplayProtocol,
         guard: Option<DisplayGuard>,
     ) -> Result<WithFds<SessionId>> {
+        let state = self.settled();
+        let guest = state.guests.get(&instance).ok_or_else(|| no_guest(instance))?;
+        demand_machine(guest)?;
+        if protocol == DisplayProtocol::Spice && !guest.spec.machine.as_ref().is_some_and(|m| m.spice) {
+            return Err(Error::unsupported(
+                "the virtual machine was started without SPICE; set hardware.spice=true and start it anew",
+            ));
+        }
+        drop(state);
         let guarded = guard.is_some();
         if guarded {
             self.guard_display(DisplayGuardSet { instance, guard })?;
         }
         let mut state = self.settled();
-        demand_machine(state.guests.get(&instance).ok_or_else(|| no_guest(instance))?)?;
-        let (session, fd) = Session::display(instance, guarded)?;
+        let (session, fd) = match protocol {
+            DisplayProtocol::Vnc => Session::display(instance, guarded)?,
+            DisplayProtocol::Spice => Session::spice(instance)?,
+        };
         let id = SessionId(self.env.uuid());
         state.add_session(id, session)?;
         Ok(WithFds { value: id, fds: vec![fd] })

@@ -3,7 +3,9 @@
 use crate::{DiskFormat, ResolvedGuest};
 use async_trait::async_trait;
 use karst_model::{
-    Error, InstanceId, Result, SnapshotId, VolumeId, display::DisplayGuard, instance::InstanceKind,
+    Error, InstanceId, Result, SnapshotId, VolumeId,
+    display::{DisplayGuard, DisplayProtocol},
+    instance::InstanceKind,
 };
 use std::{collections::BTreeMap, fmt, os::fd::OwnedFd, path::PathBuf};
 use tokio::sync::{broadcast, mpsc};
@@ -179,10 +181,15 @@ pub trait GuestMachine: Send + Sync {
     /// What it shows: a descriptor that reads a PNG file. Unsupported for a machine without a display.
     async fn screenshot(&self, instance: InstanceId) -> Result<OwnedFd>;
 
-    /// A connection to its display, in RFB (VNC); any number at a time. With a guard, whoever is at the other end has to know
-    /// its password, else nothing is asked. Unsupported for a machine without a display; conflict for one whose start was
-    /// before displays could have a password.
-    async fn display(&self, instance: InstanceId, guard: Option<&DisplayGuard>) -> Result<OwnedFd>;
+    /// A connection to its display; any number at a time. With a guard, whoever is at the other end has to know its password,
+    /// else nothing is asked. Unsupported for a machine without a display or one that does not speak this; conflict for one
+    /// whose start was before displays could have a password, or before its host could do this.
+    async fn display(
+        &self,
+        instance: InstanceId,
+        protocol: DisplayProtocol,
+        guard: Option<&DisplayGuard>,
+    ) -> Result<OwnedFd>;
 
     /// The password for connections that are being asked for one, from now on; without one nobody who is asked gets in.
     async fn guard_display(&self, instance: InstanceId, guard: Option<&DisplayGuard>) -> Result<()>;

@@ -92,6 +92,7 @@ pub fn machine(uuid: u128) -> MachineSpec {
         uuid: uuid::Uuid::from_u128(uuid),
         ports: 0,
         display: false,
+        spice: false,
         balloon: false,
         tpm: false,
         stateful: false,

@@ -26,6 +26,8 @@ mod slot {
         if layout.pc { "00:1d.0" } else { "00:01.0" }
     }
     pub(super) const DISPLAY: &str = "00:1b.0";
+    /// Controller of the USB devices that belong to SPICE.
+    pub(super) const USB: &str = "00:1e.0";
     pub(super) const BALLOON: &str = "00:05.0";
     pub(super) const SERIAL: &str = "00:02.0";
     pub(super) const SCSI: &str = "00:03.0";
@@ -100,7 +102,12 @@ pub struct Machine {
     pub firmware_code: Option<String>,
     /// Waits for `cont` before its first instruction.
     pub hold: bool,
+    /// The screen is there by SPICE too.
+    pub spice: bool,
 }
+
+/// USB devices of a viewer's that a machine can have at a time.
+const REDIRECTED: usize = 3;
 
 impl Machine {
     /// Where its devices can be.
@@ -309,6 +316,30 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         let mut vga = json!({"driver": "VGA", "id": "video", "vgamem_mb": 16});
         layout.put(&mut vga, "display", slot::DISPLAY)?;
         opt("-device", vga.to_string());
+        if m.spec.spice {
+            // The port of the guest's agent for clipboard and size is there also without SPICE: then nobody is at its other end.
+            opt("-device", port(5, "vdagent", m.spice.then_some("vdagent"), "com.redhat.spice.0"));
+        }
+    }
+    if m.spice {
+        // Port 0 is none: it listens nowhere either, and is handed connections as VNC is. Video is not streamed as such: GStreamer
+        // would start programs, for which the sandbox ends QEMU.
+        opt("-spice", "port=0,streaming-video=off,seamless-migration=off".into());
+        opt("-chardev", "spicevmc,id=vdagent,name=vdagent".into());
+        let mut usb = json!({"driver": "qemu-xhci", "id": "usb"});
+        layout.put(&mut usb, "hardware.spice", slot::USB)?;
+        opt("-device", usb.to_string());
+        // Without it a pointer only moves relatively, until the guest has SPICE's agent.
+        let tablet = json!({"driver": "usb-tablet", "id": "tablet", "bus": "usb.0", "port": "1"});
+        opt("-device", tablet.to_string());
+        for n in 0..REDIRECTED {
+            let id = format!("redirect{n}");
+            opt("-chardev", format!("spicevmc,id={id},name=usbredir"));
+            let port = (n + 2).to_string();
+            let device =
+                json!({"driver": "usb-redir", "id": id, "chardev": id, "bus": "usb.0", "port": port});
+            opt("-device", device.to_string());
+        }
     }
     for port in layout.root_ports() {
         opt("-device", port.to_string());
@@ -414,6 +445,7 @@ pub(crate) mod tests {
             seed: true,
             firmware_code: None,
             hold: false,
+            spice: false,
         }
     }
 
@@ -520,6 +552,42 @@ pub(crate) mod tests {
         assert!(args.iter().any(|a| a == "-no-reboot") && !args.iter().any(|a| a.contains("shadow")));
         m.spec.kernel.as_mut().unwrap().cmdline = Some("a\nb".into());
         assert_eq!(argv(&m).unwrap_err().field.as_deref(), Some("devices.boot.cmdline"));
+    }
+
+    #[test]
+    fn spice_listens_nowhere_and_what_the_guest_has_of_it_does_not_hang_on_the_host() {
+        const VGA: &str =
+            r#"-device {"driver":"VGA","id":"video","vgamem_mb":16,"bus":"pcie.0","addr":"0x1b.0x0"}"#;
+        let mut m = machine();
+        m.spec.display = true;
+        let without = lines(&m);
+        assert!(!without.contains("spice") && !without.contains("xhci"), "{without}");
+        // Wanted of a QEMU that has none: the port alone, with nobody behind it.
+        m.spec.spice = true;
+        let wanted = lines(&m);
+        let port = "-device {\"driver\":\"virtserialport\",\"bus\":\"serial0.0\",\"nr\":5,\"id\":\"vdagent\",\
+             \"name\":\"com.redhat.spice.0\"";
+        assert_eq!(wanted, without.replacen(VGA, &format!("{VGA}\n{port}}}"), 1));
+        m.spice = true;
+        let text = lines(&m);
+        let from = text.find(port).unwrap();
+        let shown: Vec<&str> = text[from..].lines().take(11).collect();
+        assert_eq!(
+            shown.join("\n"),
+            format!("{port},\"chardev\":\"vdagent\"}}\n")
+                + "-spice port=0,streaming-video=off,seamless-migration=off\n\
+                   -chardev spicevmc,id=vdagent,name=vdagent\n\
+                   -device {\"driver\":\"qemu-xhci\",\"id\":\"usb\",\"bus\":\"pcie.0\",\"addr\":\"0x1e.0x0\"}\n\
+                   -device {\"driver\":\"usb-tablet\",\"id\":\"tablet\",\"bus\":\"usb.0\",\"port\":\"1\"}\n\
+                   -chardev spicevmc,id=redirect0,name=usbredir\n\
+                   -device {\"driver\":\"usb-redir\",\"id\":\"redirect0\",\"chardev\":\"redirect0\",\"bus\":\"usb.0\",\"port\":\"2\"}\n\
+                   -chardev spicevmc,id=redirect1,name=usbredir\n\
+                   -device {\"driver\":\"usb-redir\",\"id\":\"redirect1\",\"chardev\":\"redirect1\",\"bus\":\"usb.0\",\"port\":\"3\"}\n\
+                   -chardev spicevmc,id=redirect2,name=usbredir\n\
+                   -device {\"driver\":\"usb-redir\",\"id\":\"redirect2\",\"chardev\":\"redirect2\",\"bus\":\"usb.0\",\"port\":\"4\"}"
+        );
+        m.spec.machine = "pc-i440fx-7.2".into();
+        assert!(lines(&m).contains(r#""id":"usb","bus":"pci.0","addr":"0x1e.0x0""#));
     }
 
     #[test]

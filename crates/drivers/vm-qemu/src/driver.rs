@@ -24,7 +24,7 @@ use karst_guest::{
 use karst_host::cgroup::Cgroups;
 use karst_model::{
     Error, ErrorKind, InstanceId, Result, SnapshotId,
-    display::DisplayGuard,
+    display::{DisplayGuard, DisplayProtocol},
     instance::{InstanceKind, RuntimeState},
     node::AcceleratorKind,
 };
@@ -321,6 +321,7 @@ impl Shared {
             }
         }
         let mut record = Record::new(guest);
+        record.spice = guest.machine.as_ref().is_some_and(|m| m.spice && m.display) && probe::spice();
         monitor::unmark(dir)?;
         // Whoever orders a start knows by now which of a disk and its copy counts.
         copies::clear(dir)?;

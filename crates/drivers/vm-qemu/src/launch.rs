@@ -336,6 +336,7 @@ pub(crate) fn prepare(
         seed: true,
         firmware_code: code.map(|(code, _)| code.to_owned()),
         hold: hold(guest),
+        spice: record.spice,
     };
     let program = Program::QemuSystemX86.path()?;
     let mut arguments = vec!["qemu-system-x86_64".into()];
@@ -411,6 +412,15 @@ pub(crate) fn explain(output: &str, record: &Record) -> Error {
         || output.contains("failed to initialize kvm")
     {
         (ErrorKind::Unavailable, "KVM is not usable by it; check the group and mode of /dev/kvm".to_owned())
+    } else if output.contains("spice support is disabled")
+        || output.contains("failed to initialize spice server")
+    {
+        (
+            ErrorKind::Unsupported,
+            "SPICE of this host's QEMU does not work; install the package qemu-system-modules-spice of QEMU's own version, or \
+             unset hardware.spice"
+                .to_owned(),
+        )
     } else if output.contains("is not in qcow2 format") {
         (ErrorKind::Invalid, "its disk image is not the qcow2 image that it should be".to_owned())
     } else {

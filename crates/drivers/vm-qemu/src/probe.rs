@@ -7,7 +7,7 @@ use karst_model::{
 };
 use std::{
     os::{fd::AsRawFd, unix::fs::MetadataExt},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Mutex,
     time::SystemTime,
 };
@@ -21,6 +21,8 @@ pub struct HostVirtualization {
     pub qemu_version: String,
     /// Machine type for new virtual machines: what `q35` means to this QEMU, such as `pc-q35-7.2`.
     pub default_machine: String,
+    /// It serves screens by SPICE.
+    pub spice: bool,
 }
 
 /// `/dev/kvm` as far as it decides.
@@ -111,6 +113,24 @@ fn default_machine(text: &str) -> Option<String> {
     name.starts_with("pc-q35-").then(|| name.to_owned())
 }
 
+/// What QEMU has SPICE in: the server, the channels of viewers' agents and USB devices, and those devices.
+const SPICE: [&str; 3] = ["ui-spice-core.so", "chardev-spice.so", "hw-usb-redirect.so"];
+
+/// Does this host's QEMU serve screens by SPICE? Distributions give it modules for that, in a package that need not be there;
+/// they are what is looked for. Cheap; asked anew each time, because packages come and go.
+pub fn spice() -> bool {
+    let Ok(program) = Program::QemuSystemX86.path() else { return false };
+    // Its modules are those of where it is installed, not of another QEMU beside it.
+    let program = std::fs::canonicalize(&program).unwrap_or(program);
+    let prefix = program.parent().and_then(Path::parent);
+    prefix.is_some_and(has_spice)
+}
+
+fn has_spice(prefix: &Path) -> bool {
+    let places = ["lib/x86_64-linux-gnu/qemu", "lib64/qemu", "lib/qemu"];
+    places.iter().any(|place| SPICE.iter().all(|module| prefix.join(place).join(module).is_file()))
+}
+
 type Cached = Option<(PathBuf, SystemTime, String, String)>;
 static CACHE: Mutex<Cached> = Mutex::new(None);
 
@@ -140,7 +160,7 @@ pub async fn probe() -> Result<HostVirtualization> {
             (v, m)
         }
     };
-    Ok(HostVirtualization { accelerator: accelerator(), qemu_version, default_machine })
+    Ok(HostVirtualization { accelerator: accelerator(), qemu_version, default_machine, spice: spice() })
 }
 
 #[cfg(test)]
@@ -175,6 +195,21 @@ mod tests {
             q35                  Standard PC (Q35 + ICH9, 2009) (alias of pc-q35-7.2)\npc-q35-7.2  x\n";
         assert_eq!(default_machine(help).unwrap(), "pc-q35-7.2");
         assert_eq!(default_machine("q35  (alias of evil)"), None);
+    }
+
+    #[test]
+    fn spice_is_there_when_all_of_its_modules_are() {
+        let prefix = tempfile::tempdir().unwrap();
+        assert!(!has_spice(prefix.path()));
+        let place = prefix.path().join("lib/x86_64-linux-gnu/qemu");
+        std::fs::create_dir_all(&place).unwrap();
+        for module in SPICE {
+            assert!(!has_spice(prefix.path()), "without {module}");
+            std::fs::write(place.join(module), "").unwrap();
+        }
+        assert!(has_spice(prefix.path()));
+        std::fs::rename(&place, prefix.path().join("lib/elsewhere")).unwrap();
+        assert!(!has_spice(prefix.path()));
     }
 
     #[tokio::test]

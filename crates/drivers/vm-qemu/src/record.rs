@@ -92,6 +92,9 @@ pub(crate) struct Record {
     /// What it was made of; unknown of a start by an earlier version.
     #[serde(default)]
     pub(crate) hardware: Option<MachineSpec>,
+    /// Its screen is there by SPICE since its start: it was wanted, and QEMU could.
+    #[serde(default)]
+    pub(crate) spice: bool,
     /// Its memory is being loaded: it has executed nothing since its start.
     #[serde(default)]
     pub(crate) resuming: bool,
@@ -141,6 +144,7 @@ impl Record {
             devices: Devices::of(guest),
             directories: directories::of(guest),
             hardware: guest.machine.clone(),
+            spice: false,
             resuming: guest.machine.as_ref().is_some_and(|m| m.resume),
             exit: None,
         }
@@ -155,6 +159,7 @@ impl Record {
                 ("migration.stateful", now.stateful != new.stateful),
                 ("boot.reboot_action", now.ends_on_reboot != new.ends_on_reboot),
                 ("hardware.boot_menu", now.boot_menu != new.boot_menu),
+                ("hardware.spice", now.spice != new.spice),
             ];
             if now.kernel != new.kernel {
                 let names = [&now.kernel, &new.kernel].into_iter().flatten().map(|k| &k.name);

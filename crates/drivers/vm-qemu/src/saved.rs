@@ -42,6 +42,9 @@ struct Shape {
     max_cpus: u32,
     memory: u64,
     balloon: Option<u64>,
+    /// It had what belongs to SPICE.
+    #[serde(default)]
+    spice: bool,
     /// Slots and addresses.
     disks: Vec<(String, Option<String>)>,
     nics: Vec<(String, Option<String>, String)>,
@@ -72,9 +75,14 @@ impl Shape {
             max_cpus: record.max_cpus,
             memory: record.memory,
             balloon: record.balloon,
+            spice: record.spice,
             disks,
             nics,
         }
+    }
+
+    fn wanted_spice(&self) -> bool {
+        self.hardware.as_ref().is_some_and(|h| h.spice)
     }
 
     /// What differs, in words.
@@ -88,6 +96,10 @@ impl Shape {
             () if self.disks != other.disks => "its disks",
             () if self.nics != other.nics => "its NICs",
             () if self.accelerator != other.accelerator => "whether KVM is usable",
+            () if self.wanted_spice() != other.wanted_spice() => "hardware.spice",
+            () if self.spice != other.spice => {
+                "whether QEMU has SPICE (the package qemu-system-modules-spice)"
+            }
             () => "its hardware",
         })
     }

@@ -6,11 +6,11 @@
 
 use super::guest::ExecSession;
 use crate::{Engine, EngineInner, InstanceView, context::Context, secrets::SecretValue};
-use karst_agent::{CallContext, DisplayGuardSet, DisplayGuarded};
+use karst_agent::{CallContext, DisplayGuardSet, DisplayGuarded, SpiceChannel};
 use karst_model::{
     Error, InstanceId, Result,
     access::Permission,
-    display::{DisplayGuard, DisplayLock, DisplayPassword},
+    display::{DisplayGuard, DisplayLock, DisplayPassword, DisplayProtocol},
     instance::{InstanceKind, Status},
 };
 use std::time::Duration;
@@ -146,32 +146,38 @@ impl Engine {
         Ok(())
     }
 
-    /// Attaches to the display of a running virtual machine: one descriptor, both ways, that speaks RFB (VNC), and asks for the
-    /// password if there is one. `unasked`: who may change the machine could take the password away, and is not asked.
+    /// Attaches to the display of a running virtual machine: one descriptor, both ways, that speaks this protocol, and asks for
+    /// the password if there is one. Viewers that speak SPICE want several. `unasked`: who may change the machine could take the
+    /// password away, and is not asked.
     ///
     /// # Errors
-    /// Those of [`Engine::machine_screenshot`], and conflict when the password is not valid any more.
+    /// Those of [`Engine::machine_screenshot`]; conflict when the password is not valid any more; unsupported for SPICE where the
+    /// machine was started without.
     pub async fn machine_display(
         &self,
         context: &Context,
         project: &str,
         name: &str,
+        protocol: DisplayProtocol,
         unasked: bool,
     ) -> Result<ExecSession> {
         let (view, agent) = self.virtual_machine(context, project, name)?;
         let (inner, instance) = (self.inner(), view.instance.id);
         let trusted = unasked && context.principal().may(Permission::ResourceEdit, Some(view.project.id));
         let guard = if trusted { None } else { inner.display_guard(instance)? };
+        if let Some(end) = guard.as_ref().and_then(|g| g.valid_to).filter(|end| *end <= inner.env.now()) {
+            return Err(Error::conflict(format!(
+                "the password of the display of {name:?} was valid until {end}; set a new one"
+            )));
+        }
         let call = CallContext::read(CALL);
-        let answer = match guard {
-            None => agent.display_attach(&call, instance).await?,
-            Some(guard) => {
-                if let Some(end) = guard.valid_to.filter(|end| *end <= inner.env.now()) {
-                    return Err(Error::conflict(format!(
-                        "the password of the display of {name:?} was valid until {end}; set a new one"
-                    )));
-                }
+        let answer = match (protocol, guard) {
+            (DisplayProtocol::Vnc, None) => agent.display_attach(&call, instance).await?,
+            (DisplayProtocol::Vnc, Some(guard)) => {
                 agent.display_attach_guarded(&call, DisplayGuarded { instance, guard }).await?
+            }
+            (DisplayProtocol::Spice, guard) => {
+                agent.display_attach_spice(&call, SpiceChannel { instance, guard }).await?
             }
         };
         Ok(ExecSession { fds: answer.fds, session: self.session(agent, answer.value) })

@@ -8,7 +8,7 @@ use karst_model::{
         RootDevice,
     },
     instance::{DeviceIdentity, Hardware, Instance, InstanceKind},
-    keys,
+    keys, keys_machine,
     network::Network,
     signal,
     spec::{
@@ -386,6 +386,7 @@ pub fn guest_spec(
             uuid: h.uuid,
             ports: h.ports,
             display: h.display,
+            spice: keys_machine::spice(config),
             balloon: h.balloon,
             tpm: parsed.tpm.is_some(),
             stateful,

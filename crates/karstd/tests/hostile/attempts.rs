@@ -509,6 +509,7 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
     {
         let guarded = json!({"instance": id(4), "guard": {"password": password}});
         add("display_attach_guarded", what, guarded.clone(), Refused);
+        add("display_attach_spice", what, guarded.clone(), Refused);
         add("display_guard", what, guarded, Refused);
     }
 

@@ -151,8 +151,13 @@ impl GuestMachine for QemuDriver {
         display::screenshot(&*self.shared.machine(instance).await?).await
     }
 
-    async fn display(&self, instance: InstanceId, guard: Option<&DisplayGuard>) -> Result<OwnedFd> {
-        display::attach(&*self.shared.machine(instance).await?, guard).await
+    async fn display(
+        &self,
+        instance: InstanceId,
+        protocol: DisplayProtocol,
+        guard: Option<&DisplayGuard>,
+    ) -> Result<OwnedFd> {
+        display::attach(&*self.shared.machine(instance).await?, protocol, guard).await
     }
 
     async fn guard_display(&self, instance: InstanceId, guard: Option<&DisplayGuard>) -> Result<()> {

@@ -7,7 +7,7 @@ use crate::{
 };
 use karst_model::{
     Error, Result,
-    display::{DisplayGuard, DisplayPassword},
+    display::{DisplayGuard, DisplayPassword, DisplayProtocol},
 };
 use serde_json::json;
 
@@ -65,6 +65,8 @@ pub async fn delete(call: Call) -> Result<Reply> {
 pub async fn open(call: Call) -> Result<Reply> {
     let (call, f) = call.fields().await?;
     f.finish(&[])?;
-    let session = call.engine().machine_display(&call.context, call.project(), call.param(0), false).await?;
+    let (project, name) = (call.project(), call.param(0));
+    let session =
+        call.engine().machine_display(&call.context, project, name, DisplayProtocol::Vnc, false).await?;
     show(call, session, (None, None)).await
 }
