@@ -13,6 +13,7 @@ pub const TESTED: &[(&str, &str)] = &[
     ("certificate_update", "certificates_live"),
     ("clustering", "server_describes_itself"),
     ("console", "console_joins_both_ways"),
+    ("console_vga_type", "a_screen_comes_by_spice_on_many_websockets"),
     ("container_backup", "backups_of_instances_live"),
     ("container_backup_override_pool", "backups_of_instances_live"),
     ("container_copy_project", "instances_are_copied"),

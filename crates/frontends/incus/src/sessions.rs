@@ -1,5 +1,6 @@
 //! Websockets of exec and console: each operation offers some by name (`0`, `1`, `2`, `control`), each under a secret of
 //! its own; the client connects them at `/1.0/operations/ID/websocket?secret=…`. Secrets live here only, never in records.
+//! A viewer of SPICE connects one for each of its channels, all under the same secret; any other slot is taken once.
 
 use crate::socket::Socket;
 use karst_model::{Error, OperationId, Result};
@@ -8,10 +9,13 @@ use std::{
     sync::{Mutex, MutexGuard},
     time::Duration,
 };
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
 /// How long a client may take to connect what it was offered.
 pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Sockets under one secret that were connected and not yet taken.
+const WAITING: usize = 16;
 
 /// Slots that wait for their client.
 #[derive(Debug, Default)]
@@ -28,8 +32,35 @@ struct Offered {
 struct Slot {
     name: &'static str,
     secret: String,
+    give: Give,
+}
+
+#[derive(Debug)]
+enum Give {
     /// Taken by the first who knows the secret.
-    give: Option<oneshot::Sender<Socket>>,
+    Once(Option<oneshot::Sender<Socket>>),
+    /// Taken by each who knows it.
+    Each(mpsc::Sender<Socket>),
+}
+
+/// Where a websocket that a client has connected goes.
+#[derive(Debug)]
+pub enum Taker {
+    /// To who awaits this one.
+    One(oneshot::Sender<Socket>),
+    /// To who awaits any number.
+    Any(mpsc::Sender<Socket>),
+}
+
+impl Taker {
+    /// Hands it over. It closes when whoever awaited it has gone, or does not keep up.
+    pub fn give(self, socket: Socket) {
+        // What is not taken comes back and is closed by that.
+        match self {
+            Self::One(one) => drop(one.send(socket)),
+            Self::Any(any) => drop(any.try_send(socket)),
+        }
+    }
 }
 
 /// What is awaited: by name, in the order asked for.
@@ -58,11 +89,25 @@ impl Sessions {
             let (give, take) = oneshot::channel();
             let secret = secret();
             secrets.insert((*name).to_owned(), secret.clone().into());
-            slots.push(Slot { name, secret, give: Some(give) });
+            slots.push(Slot { name, secret, give: Give::Once(Some(give)) });
             awaited.push(take);
         }
         self.slots().insert(operation, Offered { slots, ended: None });
         (secrets, awaited)
+    }
+
+    /// Offers one socket `control`, and any number of `0` under one secret; answers the secrets by name, and the sockets to come.
+    pub fn offer_many(
+        &self,
+        operation: OperationId,
+    ) -> (serde_json::Map<String, serde_json::Value>, oneshot::Receiver<Socket>, mpsc::Receiver<Socket>) {
+        let (control, controlled) = oneshot::channel();
+        let (each, all) = mpsc::channel(WAITING);
+        let gives = [("control", Give::Once(Some(control))), ("0", Give::Each(each))];
+        let slots: Vec<_> = gives.map(|(name, give)| Slot { name, secret: secret(), give }).into();
+        let secrets = slots.iter().map(|s| (s.name.to_owned(), s.secret.clone().into())).collect();
+        self.slots().insert(operation, Offered { slots, ended: None });
+        (secrets, controlled, all)
     }
 
     /// Forgets what was offered.
@@ -77,11 +122,11 @@ impl Sessions {
         }
     }
 
-    /// The slot behind a secret; it can be taken once.
+    /// The slot behind a secret; it can be taken once, if it is not for many.
     ///
     /// # Errors
     /// Forbidden, without telling whether the operation or the secret is wrong; why it failed, where it did.
-    pub fn take(&self, operation: OperationId, secret: &str) -> Result<oneshot::Sender<Socket>> {
+    pub fn take(&self, operation: OperationId, secret: &str) -> Result<Taker> {
         let wrong = || Error::forbidden("no websocket is awaited under this operation and secret");
         let mut slots = self.slots();
         let offered = slots.get_mut(&operation).ok_or_else(wrong)?;
@@ -90,9 +135,12 @@ impl Sessions {
         if let Some(why) = &offered.ended {
             return Err(why.clone());
         }
-        slot.give
-            .take()
-            .ok_or_else(|| Error::conflict(format!("the websocket {:?} is connected already", slot.name)))
+        match &mut slot.give {
+            Give::Each(any) => Ok(Taker::Any(any.clone())),
+            Give::Once(one) => one.take().map(Taker::One).ok_or_else(|| {
+                Error::conflict(format!("the websocket {:?} is connected already", slot.name))
+            }),
+        }
     }
 }
 
@@ -135,5 +183,23 @@ mod tests {
         assert!(sessions.take(a, "").unwrap_err().is(karst_model::ErrorKind::Forbidden));
         sessions.withdraw(a);
         assert!(sessions.take(a, secrets["control"].as_str().unwrap()).is_err());
+    }
+
+    #[test]
+    fn a_secret_for_many_opens_again_until_it_is_withdrawn() {
+        let sessions = Sessions::default();
+        let a = OperationId(uuid::Uuid::from_u128(1));
+        let (secrets, _control, mut all) = sessions.offer_many(a);
+        assert_eq!(secrets.len(), 2);
+        let zero = secrets["0"].as_str().unwrap();
+        for _ in 0..3 {
+            assert!(matches!(sessions.take(a, zero).unwrap(), Taker::Any(_)));
+        }
+        let control = secrets["control"].as_str().unwrap();
+        assert!(matches!(sessions.take(a, control).unwrap(), Taker::One(_)));
+        assert!(sessions.take(a, control).unwrap_err().is(karst_model::ErrorKind::Conflict));
+        sessions.withdraw(a);
+        assert!(sessions.take(a, zero).is_err());
+        assert!(matches!(all.try_recv(), Err(mpsc::error::TryRecvError::Disconnected)));
     }
 }

@@ -20,6 +20,7 @@ mod recover;
 mod remote;
 mod sessions;
 mod settings;
+mod spice;
 mod table;
 mod vmids;
 mod volumes;

@@ -53,6 +53,7 @@ fn the_table_is_whole() {
         include_str!("recover.rs"),
         include_str!("remote.rs"),
         include_str!("settings.rs"),
+        include_str!("spice.rs"),
         include_str!("vmids.rs"),
         include_str!("volumes.rs"),
     ]

@@ -110,7 +110,7 @@ pub async fn exec(call: Call) -> Result<Reply> {
 }
 
 /// What was offered is awaited no more. A client that still connects its sockets is told why, for as long as it could have.
-fn close(call: &Taken, live: &LiveOperation, failed: Option<&Error>) {
+pub(super) fn close(call: &Taken, live: &LiveOperation, failed: Option<&Error>) {
     let (app, id) = (call.app.clone(), live.id());
     let Some(why) = failed else { return app.sessions.withdraw(id) };
     app.sessions.fail(id, why);
@@ -123,11 +123,15 @@ fn close(call: &Taken, live: &LiveOperation, failed: Option<&Error>) {
 /// 202 with the secrets of the offered websockets.
 fn offer(call: &Taken, live: &LiveOperation, names: &[&'static str]) -> Result<(Reply, Awaited)> {
     let (secrets, awaited) = call.app.sessions.offer(live.id(), names);
+    Ok((offered(live, secrets)?, awaited))
+}
+
+/// 202 with these secrets.
+pub(super) fn offered(live: &LiveOperation, secrets: Map<String, Value>) -> Result<Reply> {
     let record = live.snapshot();
     let mut metadata = record.metadata.clone();
     metadata.insert("fds".into(), Value::Object(secrets));
-    let answer = accepted(&record.id.to_string(), &OperationView::of(&record).with_metadata(&metadata))?;
-    Ok((answer, awaited))
+    accepted(&record.id.to_string(), &OperationView::of(&record).with_metadata(&metadata))
 }
 
 /// Ends the operation of a program. By the two codes that say "there is no such program" and "it cannot be executed" it
@@ -351,7 +355,7 @@ fn parse_order(text: &str) -> Option<Order> {
     }
 }
 
-/// `POST /1.0/instances/{name}/console`
+/// `POST /1.0/instances/{name}/console`: the serial console; with the type `vga` the screen ([`super::spice`]).
 ///
 /// # Errors
 /// Those of the engine.
@@ -360,14 +364,10 @@ pub async fn console(call: Call) -> Result<Reply> {
     let (width, height) = (f.integer("width")?, f.integer("height")?);
     match f.text("type")?.as_deref() {
         None | Some("" | "console") => {}
-        Some("vga") => {
-            return Err(Error::unsupported(
-                "displays here speak VNC, not SPICE: POST /1.0/karst/instances/NAME/vnc, or GET this path with type=vga for a screenshot",
-            )
-            .at("type"));
-        }
+        Some("vga") => return super::spice::open(call, f).await,
         Some(other) => {
-            return Err(Error::invalid("type", format!("{other:?} is not a console; use \"console\"")));
+            let text = format!("{other:?} is not a console; use \"console\" or \"vga\"");
+            return Err(Error::invalid("type", text));
         }
     }
     let force = f.flag("force")?;
@@ -424,14 +424,9 @@ pub async fn screenshot(call: Call) -> Result<Reply> {
     Ok(reply)
 }
 
-/// Offers a session's stream on a websocket.
-pub(super) async fn show(
-    call: Taken,
-    session: ExecSession,
-    (width, height): (Option<i64>, Option<i64>),
-) -> Result<Reply> {
-    let project = call.project().to_owned();
-    let view = call.engine().instance(&call.context, &project, call.param(0))?;
+/// Begins the operation in which a console or a screen is shown.
+pub(super) fn begin(call: &Taken) -> Result<LiveOperation> {
+    let view = call.engine().instance(&call.context, call.project(), call.param(0))?;
     let new = NewOperation {
         description: "Showing console".into(),
         class: OperationClass::Websocket,
@@ -444,7 +439,16 @@ pub(super) async fn show(
         may_cancel: true,
         metadata: Map::new(),
     };
-    let live = call.engine().inner().operations.begin(&call.context, new);
+    Ok(call.engine().inner().operations.begin(&call.context, new))
+}
+
+/// Offers a session's stream on a websocket.
+pub(super) async fn show(
+    call: Taken,
+    session: ExecSession,
+    (width, height): (Option<i64>, Option<i64>),
+) -> Result<Reply> {
+    let live = begin(&call)?;
     let (answer, awaited) = offer(&call, &live, &["control", "0"])?;
     if width.is_some_and(|w| w > 0) {
         let (columns, rows) = size(width, height);

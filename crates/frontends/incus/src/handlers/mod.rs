@@ -27,6 +27,7 @@ pub mod registries;
 pub mod resources;
 pub mod server;
 pub mod snapshots;
+mod spice;
 pub mod storage;
 pub mod tokens;
 pub mod volumes;

@@ -90,8 +90,5 @@ pub async fn websocket(call: Call) -> Result<Reply> {
         return Err(Error::invalid("Upgrade", "this path speaks websocket: the Upgrade header is missing"));
     }
     let slot = call.app.sessions.take(id, secret)?;
-    socket::websocket(call.request, |socket| async move {
-        // Who awaited it may have gone; then the socket closes here.
-        let _ = slot.send(socket);
-    })
+    socket::websocket(call.request, |socket| async move { slot.give(socket) })
 }
