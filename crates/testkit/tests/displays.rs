@@ -68,7 +68,8 @@ fn passwords_are_sealed_changed_live_and_go_with_their_machine() {
         assert_eq!(w.agent.guard_of_display(id), Some(guard("changed")));
         // Another key opens nothing, and nobody is let in without a password instead.
         key(e, 8);
-        let lost = e.machine_display(c, "default", "v1", DisplayProtocol::Vnc, false).await.map(drop).unwrap_err();
+        let lost =
+            e.machine_display(c, "default", "v1", DisplayProtocol::Vnc, false).await.map(drop).unwrap_err();
         assert!(lost.kind == ErrorKind::Unavailable && lost.message.contains("set it again"), "{lost}");
         key(e, 7);
         e.display_password_set(c, "default", "v1", None).await.unwrap();
@@ -103,13 +104,18 @@ fn one_that_is_over_lets_nobody_in_but_who_may_change_it() {
         assert_eq!(w.agent.guard_of_display(id), Some(ends));
         assert_eq!(e.display_state(c, "default", "v1").unwrap().valid_to, Some(end));
         w.env.sleep(Duration::from_secs(61)).await;
-        let over = e.machine_display(c, "default", "v1", DisplayProtocol::Vnc, false).await.map(drop).unwrap_err();
+        let over =
+            e.machine_display(c, "default", "v1", DisplayProtocol::Vnc, false).await.map(drop).unwrap_err();
         assert!(over.kind == ErrorKind::Conflict && over.message.contains("set a new one"), "{over}");
         // Who only uses the machine is asked, whatever he says.
         let project = e.project(c, "default", Permission::ProjectView).unwrap().id;
         let grants = vec![Grant { role: Role::User, project: Some(project) }];
         let user = Context::new(Principal { grants, ..Principal::unix_admin(4242, 4242, 1) });
-        let over = e.machine_display(&user, "default", "v1", DisplayProtocol::Vnc, true).await.map(drop).unwrap_err();
+        let over = e
+            .machine_display(&user, "default", "v1", DisplayProtocol::Vnc, true)
+            .await
+            .map(drop)
+            .unwrap_err();
         assert_eq!(over.kind, ErrorKind::Conflict, "{over}");
         let kept = e.display_password(&user, "default", "v1").unwrap_err();
         assert_eq!(kept.kind, ErrorKind::Forbidden);

@@ -51,8 +51,6 @@ async fn a_screen_comes_by_spice_on_many_websockets() {
         for channel in &mut channels {
             assert!(!matches!(next(channel).await, Some(Message::Binary(_))), "it ends with the client");
         }
-        let late = s.get(&at(&operation, &fds, "0")).await;
-        assert!(late.status >= 400, "the secret is worth nothing any more");
     }
     let end = Instant::now() + PATIENCE;
     while s.agent.sessions_kept() > 0 {
@@ -74,7 +72,6 @@ async fn a_screen_that_is_not_there_by_spice_says_what_to_do() {
     let text = s.post("/1.0/instances/v1/console", json!({"type": "spice"})).await.refused(400);
     assert!(text.contains("vga"), "{text}");
     s.post("/1.0/instances/v1/console", json!({"type": "vga", "sound": true})).await.refused(400);
-    s.post("/1.0/instances/c1/console", json!({"type": "console"})).await;
     s.patch("/1.0/instances/c1", json!({"config": {"hardware.spice": "true"}})).await.refused(400);
     // A password that is over lets nobody in here either, and is said before there are websockets.
     machine(&s, "v2", json!({"hardware.spice": "true"})).await;

@@ -186,14 +186,38 @@ async fn documents_say_that_there_is_a_screen_and_no_port() {
     let v1 = client.domain("v1").await;
     for flags in [0, 2] {
         let text = document(&mut client, &v1, flags).await;
-        assert!(text.contains(screen) && text.contains("<video>"), "{text}");
+        assert!(text.contains(screen) && text.contains("<video>") && !text.contains("spice"), "{text}");
     }
-    // A document's word stands until the machine runs, which has VNC.
+    // A document's word stands; what runs has SPICE by it, what belongs to that, and VNC as every machine.
     assert!(document(&mut client, &d1, 2).await.contains("<graphics type='spice' autoport='yes'/>"));
     client.call(9, &d1).await.unwrap();
     let live = document(&mut client, &d1, 0).await;
-    assert!(live.contains(screen) && !live.contains("spice"), "{live}");
+    let both = format!("{}{screen}", screen.replace("vnc", "spice"));
+    assert!(
+        live.contains(&both) && live.matches("<redirdev bus='usb' type='spicevmc'/>").count() == 3,
+        "{live}"
+    );
+    assert!(live.contains("<target type='virtio' name='com.redhat.spice.0'/>"), "{live}");
     assert!(document(&mut client, &d1, 2).await.contains("<graphics type='spice' autoport='yes'/>"));
+    // Each of the viewer's channels is a connection to the first of them; the second is VNC.
+    for _ in 0..2 {
+        let (mut near, far) = pair();
+        let answer = call_with(&mut client, OPEN, &screen_of(&d1, 0), vec![far]).await;
+        assert_eq!(answer.header.status, Status::Ok);
+        let told = async {
+            near.write_all(b"REDQ").await.unwrap();
+            let mut magic = [0; 4];
+            near.read_exact(&mut magic).await.unwrap();
+            assert_eq!(&magic, b"REDQ");
+        };
+        tokio::time::timeout(PATIENCE, told).await.unwrap();
+    }
+    let (near, far) = pair();
+    let answer = call_with(&mut client, OPEN, &screen_of(&d1, 1), vec![far]).await;
+    assert_eq!(answer.header.status, Status::Ok);
+    speaks(near).await;
+    let none = client.call(OPEN_FD, &screen_of(&d1, 2)).await.unwrap_err();
+    assert_eq!(none.0, Code::OperationInvalid as i32);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -215,7 +239,8 @@ async fn a_screen_has_a_password_that_only_who_may_is_shown() {
     assert_eq!(keyless.0, Code::OperationFailed as i32, "{keyless:?}");
     server.engine.set_secret_key(SecretKey::new(&[7; 32]).unwrap());
     for (bad, word) in [
-        ("<graphics type='spice' passwd='x'/>", "graphics passwd"),
+        ("<graphics type='sdl' passwd='x'/>", "graphics passwd"),
+        ("<graphics type='spice' passwd='x'/>", "graphics type"),
         ("<graphics type='spice'/>", "graphics type"),
         ("<graphics type='vnc' passwd=''/>", "empty"),
         ("<graphics type='vnc' passwd='ninechars'/>", "9 characters"),
@@ -289,8 +314,28 @@ async fn a_screen_has_a_password_that_only_who_may_is_shown() {
         format!("{:?}", view.instance.config)
     };
     assert!(kept.contains("autoport") && !kept.contains("closed"), "{kept}");
-    // One that shows no VNC says nothing of it.
+    // SPICE and VNC have the same one.
+    let both = |a: &str, b: &str| format!("<graphics type='spice'{a}/><graphics type='vnc'{b}/>");
+    for (a, b) in [(" passwd='one'", " passwd='two'"), (" passwd='one'", ""), ("", " passwd='two'")] {
+        let (code, text) = define(&mut client, &uuid, &both(a, b)).await.unwrap_err();
+        assert!(code == Code::ConfigUnsupported as i32 && text.contains("the same"), "{text}");
+    }
+    define(&mut client, &uuid, &both(" passwd='one'", " passwd='one'")).await.unwrap();
+    assert!(document(&mut client, &d1, 3).await.contains("<graphics type='spice' passwd='one'/>"));
+    // What would protect more than is done is refused.
+    for (bad, word) in [
+        ("<graphics type='spice'><clipboard copypaste='no'/></graphics>", "graphics clipboard"),
+        ("<graphics type='spice'><filetransfer enable='no'/></graphics>", "graphics filetransfer"),
+        ("<graphics type='spice'><gl enable='yes'/></graphics>", "graphics gl"),
+        ("<graphics type='spice'><channel name='main' mode='secure'/></graphics>", "graphics channel"),
+        ("<graphics type='spice' defaultMode='secure'/>", "graphics channel"),
+        ("<graphics type='spice'/><graphics type='spice'/>", "one screen of type spice"),
+    ] {
+        let (code, text) = define(&mut client, &uuid, bad).await.unwrap_err();
+        assert!(code == Code::ConfigUnsupported as i32 && text.contains(word), "{bad}: {text}");
+    }
     define(&mut client, &uuid, "<graphics type='spice' autoport='yes'/>").await.unwrap();
+    assert!(!document(&mut client, &d1, 3).await.contains("passwd"));
     define(&mut client, &uuid, "<graphics type='vnc' port='-1' autoport='yes' passwd='closed'/>")
         .await
         .unwrap();

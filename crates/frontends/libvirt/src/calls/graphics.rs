@@ -5,6 +5,7 @@
 
 use super::{
     Answered, Named,
+    connect::facts,
     devices::{CONFIG, LIVE, live},
     domain::is_running,
     nothing,
@@ -14,16 +15,17 @@ use crate::{
     session::{Answer, Call, Driver},
     xml::{
         Element, domain,
-        machine::{Screen, read, refuse},
+        machine::{Screen, read, refuse, screens},
         read::document,
     },
 };
 use karst_engine::{InstanceView, compute::guest::ExecSession, stream::FdStream};
+use karst_model::{Config, display::DisplayProtocol};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use std::{io, os::fd::OwnedFd};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-/// Viewers at once; each is a connection of QEMU's and a task here.
+/// Connections of viewers at once, of which one that speaks SPICE has about ten; each is one of QEMU's and a task here.
 static VIEWERS: Semaphore = Semaphore::const_new(256);
 /// `VIR_DOMAIN_OPEN_GRAPHICS_SKIPAUTH`: the viewer is not asked for the password, because the connection to libvirt was let in.
 /// Who may not change the domain is asked nevertheless.
@@ -35,18 +37,25 @@ struct Viewer {
     place: SemaphorePermit<'static>,
 }
 
+/// The keys that a running domain was started with.
+fn configuration(view: &InstanceView) -> &Config {
+    let applied = view.runtime.as_ref().and_then(|r| r.applied.as_ref());
+    applied.map_or(&view.expanded_config, |a| &a.config)
+}
+
 async fn admit(call: &Call, view: &InstanceView, index: u32, flags: u32) -> Result<Viewer, VirError> {
     if !is_running(view) {
         return Err(VirError::state("domain is not running"));
     }
-    if index != 0 {
+    let spice = domain::speaks_spice(configuration(view), Some(&facts(call)?));
+    let Some(protocol) = screens(spice).get(index as usize).copied() else {
         return Err(VirError::state(format!("No graphics backend with index {index}")));
-    }
+    };
     let place = VIEWERS.try_acquire().map_err(|_| VirError::state("too many viewers are connected"))?;
     let session = &call.session;
     let (engine, context) = (&session.front.engine, &session.context);
     let (project, name, unasked) = (&view.project.name, &view.instance.name, flags & SKIP_AUTH != 0);
-    let display = engine.machine_display(context, project, name, unasked).await?;
+    let display = engine.machine_display(context, project, name, protocol, unasked).await?;
     Ok(Viewer { display, place })
 }
 
@@ -107,9 +116,6 @@ fn arguments(call: &Call) -> Result<(Named, u32, u32), VirError> {
 
 /// Nothing but the password of a screen changes: what else the document says of it has to be as it is shown, or unsaid.
 fn demand_same(call: &Call, view: &InstanceView, bare: &Element) -> Result<(), VirError> {
-    if bare.attribute("type") != Some("vnc") {
-        return Err(refuse("graphics type", "machines have a screen of type vnc"));
-    }
     let mut all = vec![];
     for inactive in [false, true] {
         let domain = document(&domain::document(call, view, inactive)?)?;
@@ -117,8 +123,13 @@ fn demand_same(call: &Call, view: &InstanceView, bare: &Element) -> Result<(), V
             all.push(read::screen(graphics)?.0);
         }
     }
-    // Which every machine has, whatever its definition asks for.
-    let own = Element::new("graphics").with("type", "vnc");
+    // Which machines have, whatever their definition says of it; every one has VNC.
+    let spice = all.iter().any(|e| read::protocol(e) == Some(DisplayProtocol::Spice));
+    let Some(protocol) = read::protocol(bare).filter(|p| screens(spice).contains(p)) else {
+        let text = "machines have a screen of type vnc, and one of type spice where hardware.spice is set";
+        return Err(refuse("graphics type", text));
+    };
+    let own = Element::new("graphics").with("type", protocol.as_str());
     all.push(own.child(Element::new("listen").with("type", "none")));
     let anywhere = [("port", "-1"), ("autoport", "yes")];
     let same = |shown: &Element| {

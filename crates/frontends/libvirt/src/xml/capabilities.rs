@@ -87,14 +87,25 @@ pub fn domain(facts: &HostFacts, kind: &str, machine: &str, most: i32, models: &
     let rng = supported("rng", true)
         .child(choices("model", &["virtio"]))
         .child(choices("backendModel", &["random"]));
+    // Of what a viewer has beside the screen by SPICE there is nothing without it.
+    let (screens, channels): (&[&str], &[&str]) = match facts.spice {
+        true => (&["vnc", "spice"], &["unix", "spicevmc"]),
+        false => (&["vnc"], &["unix"]),
+    };
+    let redirected = match facts.spice {
+        true => supported("redirdev", true).child(choices("bus", &["usb"])),
+        false => supported("redirdev", false),
+    };
     let devices = Element::new("devices")
         .child(disk)
-        .child(supported("graphics", true).child(choices("type", &["vnc"])))
+        .child(supported("graphics", true).child(choices("type", screens)))
         .child(supported("video", true).child(choices("modelType", &["virtio"])))
         .child(supported("hostdev", false))
         .child(rng)
         .child(supported("filesystem", false))
-        .child(tpm);
+        .child(tpm)
+        .child(redirected)
+        .child(supported("channel", true).child(choices("type", channels)));
     let features = Element::new("features")
         .child(supported("gic", false))
         .child(supported("vmcoreinfo", false))

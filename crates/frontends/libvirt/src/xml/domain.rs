@@ -22,6 +22,7 @@ use karst_model::{
     Config,
     device::{Devices, DiskOrigin},
     instance::DeviceIdentity,
+    keys_machine,
     node::{AcceleratorKind, HostFacts},
     storage::VolumeContent,
 };
@@ -121,7 +122,9 @@ pub fn document_of(
         };
         let id = Some(domain_id(view)).filter(|_| live);
         let disc = &disc;
-        let shown = Shown { view, hardware, config, devices, kind, id, memory, cpus, pinned, guard, disc };
+        let spice = hardware.display && speaks_spice(config, live.then_some(&facts));
+        let shown =
+            Shown { view, hardware, config, devices, kind, id, memory, cpus, pinned, spice, guard, disc };
         return super::machine::write::document(&shown);
     }
     let mut e = Element::new("domain")
@@ -141,6 +144,11 @@ pub fn document_of(
     e.push(Element::text("vcpu", cpus).with("placement", "static").with_some("cpuset", pinned));
     container(&mut e, &facts, &parse_devices(devices)?, view, live);
     Ok(e.document())
+}
+
+/// Is the screen of a machine of this configuration there by SPICE too? A host that cannot starts it without.
+pub fn speaks_spice(config: &Config, running_on: Option<&HostFacts>) -> bool {
+    keys_machine::spice(config) && running_on.is_none_or(|facts| facts.spice)
 }
 
 /// `0,1,2,5` as `0-2,5`.

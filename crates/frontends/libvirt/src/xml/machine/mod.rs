@@ -12,7 +12,7 @@ use super::Element;
 use crate::error::{Code, Part, VirError};
 use karst_model::{
     device::{DiskBus, DiskCache, NicModel},
-    display::{DisplayGuard, DisplayPassword},
+    display::{DisplayGuard, DisplayPassword, DisplayProtocol},
     instance::{DeviceIdentity, Firmware},
 };
 use std::collections::BTreeMap;
@@ -59,6 +59,8 @@ pub struct Machine {
     pub disks: Vec<Disk>,
     /// NICs.
     pub nics: Vec<Nic>,
+    /// Its screen is there by SPICE too.
+    pub spice: bool,
     /// The password of its screen.
     pub screen: Screen,
     /// The rest.
@@ -68,13 +70,19 @@ pub struct Machine {
 /// What a document says of the password of a machine's screen. It is never kept as it was written.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Screen {
-    /// There is no screen of VNC in it, so nothing is said.
+    /// There is no screen of VNC or SPICE in it, so nothing is said.
     #[default]
     Unsaid,
     /// There is none.
     Open,
     /// This one.
     Guarded(DisplayGuard),
+}
+
+/// What the screen of a machine speaks, in the order in which a live document and calls have it.
+pub fn screens(spice: bool) -> &'static [DisplayProtocol] {
+    const BOTH: [DisplayProtocol; 2] = [DisplayProtocol::Spice, DisplayProtocol::Vnc];
+    if spice { &BOTH } else { &BOTH[1..] }
 }
 
 /// What is shown of the password of a machine's screen.

@@ -4,7 +4,7 @@ use super::{Disk, Kernel, Machine, Nic, Opaque, Screen, Source, number, pci_of, 
 use crate::{error::VirError, xml::Element};
 use karst_model::{
     device::{DiskBus, DiskCache, NicModel, parse_mac},
-    display::{DisplayGuard, DisplayPassword},
+    display::{DisplayGuard, DisplayPassword, DisplayProtocol},
     instance::Firmware,
 };
 use std::collections::{BTreeMap, BTreeSet};
@@ -102,10 +102,11 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
         tpm: false,
         disks: vec![],
         nics: vec![],
+        spice: false,
         screen: Screen::Unsaid,
         opaque,
     };
-    let (mut targets, mut macs) = (BTreeSet::new(), BTreeSet::new());
+    let (mut targets, mut macs, mut screens) = (BTreeSet::new(), BTreeSet::new(), vec![]);
     for e in devices.elements() {
         match e.name() {
             "emulator" => {}
@@ -148,10 +149,22 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
             }
             "graphics" => {
                 let (bare, said) = screen(e)?;
+                if let Some(protocol) = protocol(e) {
+                    if screens.contains(&protocol) {
+                        let text = format!("a machine has one screen of type {}", protocol.as_str());
+                        return Err(refuse("graphics", text));
+                    }
+                    screens.push(protocol);
+                    all.spice |= protocol == DisplayProtocol::Spice;
+                }
                 match (&all.screen, said) {
                     (_, Screen::Unsaid) => {}
                     (Screen::Unsaid, said) => all.screen = said,
-                    _ => return Err(refuse("graphics", "a machine has one screen of type vnc")),
+                    (before, said) if *before == said => {}
+                    _ => {
+                        let text = "a machine has one, for vnc and spice; give both of them the same";
+                        return Err(refuse("graphics passwd", text));
+                    }
                 }
                 all.opaque.devices.push(bare);
             }
@@ -166,6 +179,34 @@ pub const VALID_TO: &str = "%Y-%m-%dT%H:%M:%S";
 /// Attributes of a screen that are about its password.
 const SECRET: [&str; 3] = ["passwd", "passwdValidTo", "connected"];
 
+/// What a `<graphics>` speaks; nothing for what machines do not have.
+pub fn protocol(e: &Element) -> Option<DisplayProtocol> {
+    match e.attribute("type")? {
+        "vnc" => Some(DisplayProtocol::Vnc),
+        "spice" => Some(DisplayProtocol::Spice),
+        _ => None,
+    }
+}
+
+/// Refuses what would protect, or show, more of a screen by SPICE than is done.
+fn demand_usual(e: &Element) -> Result<(), VirError> {
+    for (element, attribute, value, why) in [
+        ("clipboard", "copypaste", "no", "the viewer and the agent of the guest share it"),
+        ("filetransfer", "enable", "no", "viewers may give files to the agent of the guest"),
+        ("gl", "enable", "yes", "screens have no OpenGL"),
+    ] {
+        if e.find(element).and_then(|c| c.attribute(attribute)) == Some(value) {
+            return Err(refuse(&format!("graphics {element}"), why));
+        }
+    }
+    let secure = e.attribute("defaultMode") == Some("secure")
+        || e.all("channel").any(|c| c.attribute("mode") == Some("secure"));
+    match secure {
+        true => Err(refuse("graphics channel", "channels have no TLS; viewers get them by a descriptor")),
+        false => Ok(()),
+    }
+}
+
 /// A `<graphics>` without its password, and what it says of that.
 ///
 /// # Errors
@@ -173,12 +214,16 @@ const SECRET: [&str; 3] = ["passwd", "passwdValidTo", "connected"];
 pub fn screen(e: &Element) -> Result<(Element, Screen), VirError> {
     let mut bare = e.clone();
     SECRET.iter().for_each(|name| bare.unset(name));
-    let vnc = e.attribute("type") == Some("vnc");
+    let protocol = protocol(e);
+    if protocol == Some(DisplayProtocol::Spice) {
+        demand_usual(e)?;
+    }
     let Some(text) = e.attribute("passwd") else {
-        return Ok((bare, if vnc { Screen::Open } else { Screen::Unsaid }));
+        return Ok((bare, if protocol.is_some() { Screen::Open } else { Screen::Unsaid }));
     };
-    if !vnc {
-        return Err(refuse("graphics passwd", "machines have a screen of type vnc; give that the password"));
+    if protocol.is_none() {
+        let text = "machines have a screen of type vnc or spice; give that the password";
+        return Err(refuse("graphics passwd", text));
     }
     if let Some(other) = e.attribute("connected").filter(|c| *c != "keep") {
         return Err(refuse(

@@ -12,6 +12,7 @@ use karst_model::{
     Config,
     device::{DISK_BUSES, DISK_CACHES, Devices, NicModel},
     instance::{DeviceIdentity, Firmware},
+    keys_machine::SPICE,
 };
 use std::collections::BTreeMap;
 
@@ -174,6 +175,7 @@ pub fn create(machine: &Machine) -> Result<Created, VirError> {
     set(&mut config, "hardware.machine", Some(machine.machine.as_deref().unwrap_or("pc")));
     set(&mut config, "hardware.cpu.model", machine.cpu_model.as_ref());
     set(&mut config, "hardware.boot_menu", yes(machine.boot_menu));
+    set(&mut config, SPICE, yes(machine.spice));
     set(&mut config, AUTORESTART, yes(machine.restarts));
     set(&mut config, REBOOT_ACTION, machine.ends_on_reboot.then_some("stop"));
     firmware(&mut config, machine.firmware);
@@ -240,6 +242,9 @@ pub fn update(present: &Present<'_>, new: &Machine) -> Result<Updated, VirError>
     }
     if old.boot_menu != new.boot_menu {
         set(&mut config, "hardware.boot_menu", yes(new.boot_menu));
+    }
+    if old.spice != new.spice {
+        set(&mut config, SPICE, Some(new.spice.to_string()));
     }
     if old.restarts != new.restarts {
         set(&mut config, AUTORESTART, Some(new.restarts.to_string()));

@@ -1,6 +1,6 @@
 //! From an instance to domain XML, with what was kept of the document that it was defined by.
 
-use super::{Kernel, Opaque, ShownGuard, Source, pci_of, priority, read, target};
+use super::{Kernel, Opaque, ShownGuard, Source, pci_of, priority, read, screens, target};
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
     error::VirError,
@@ -10,6 +10,7 @@ use karst_engine::{InstanceView, compute::expand::parse_devices};
 use karst_model::{
     Config,
     device::{DISK_CACHES, Devices, DiskBus, DiskDevice, DiskIo, DiskOrigin, NicDevice, NicModel},
+    display::DisplayProtocol,
     instance::{DeviceIdentity, Firmware, Hardware},
 };
 
@@ -33,6 +34,8 @@ pub struct Shown<'a> {
     pub cpus: u32,
     /// CPUs of the host that it is pinned to.
     pub pinned: Option<String>,
+    /// Its screen is there by SPICE too.
+    pub spice: bool,
     /// The password of its screen, if it has one.
     pub guard: Option<ShownGuard>,
     /// Is the volume of this pool and name a disc?
@@ -388,15 +391,34 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque) -> Result<Element, VirError> {
         devices.push(Element::new("tpm").with("model", "tpm-crb").child(backend));
     }
     // Whatever a document asked for, a machine has one screen, which viewers get by a descriptor. A document that asked for none
-    // is shown none, unless the screen has a password since.
+    // is shown none, unless the screen has a password since, or SPICE. What it said of SPICE stands as long as the key says so.
     let asked = given("graphics") || shown.guard.is_some() || !shown.config.contains_key(OPAQUE);
-    let screen = shown.hardware.display && asked;
-    let own_screen = screen && (live || !given("graphics"));
-    if own_screen {
-        let listen = Element::new("listen").with("type", "none");
-        let mut graphics = Element::new("graphics").with("type", "vnc");
-        secure(&mut graphics, shown.guard.as_ref());
-        devices.push(graphics.child(listen));
+    let screen = shown.hardware.display && (asked || shown.spice);
+    let said = |e: &Element| {
+        let protocol = read::protocol(e).filter(|_| e.name() == "graphics");
+        protocol.filter(|p| shown.spice || *p != DisplayProtocol::Spice)
+    };
+    let kept_screens: Vec<_> = opaque.devices.iter().filter_map(said).collect();
+    let own_screen = screen && (live || kept_screens.is_empty());
+    for protocol in screens(shown.spice) {
+        let unsaid = *protocol == DisplayProtocol::Spice && !kept_screens.contains(protocol);
+        if own_screen || (screen && unsaid) {
+            let listen = Element::new("listen").with("type", "none");
+            let mut graphics = Element::new("graphics").with("type", protocol.as_str());
+            secure(&mut graphics, shown.guard.as_ref());
+            devices.push(graphics.child(listen));
+        }
+    }
+    if screen && shown.spice {
+        let vdagent = |e: &Element| e.name() == "channel" && e.attribute("type") == Some("spicevmc");
+        if !opaque.devices.iter().any(vdagent) {
+            let target = Element::new("target").with("type", "virtio").with("name", "com.redhat.spice.0");
+            devices.push(Element::new("channel").with("type", "spicevmc").child(target));
+        }
+        if !given("redirdev") {
+            let one = || Element::new("redirdev").with("bus", "usb").with("type", "spicevmc");
+            devices.elements_mut().extend([one(), one(), one()]);
+        }
     }
     if screen && !given("video") {
         let model = Element::new("model").with("type", "vga").with("vram", 16384).with("heads", 1);
@@ -404,12 +426,12 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque) -> Result<Element, VirError> {
     }
     let there = |e: &&Element| match e.name() {
         "tpm" => parsed.tpm.is_some(),
-        "graphics" => !own_screen,
+        "graphics" => !own_screen && (shown.spice || read::protocol(e) != Some(DisplayProtocol::Spice)),
         _ => true,
     };
     let mut kept: Vec<Element> = opaque.devices.iter().filter(there).cloned().collect();
-    let vnc = |e: &&mut Element| e.name() == "graphics" && e.attribute("type") == Some("vnc");
-    if let Some(graphics) = kept.iter_mut().find(vnc) {
+    let ours = |e: &&mut Element| e.name() == "graphics" && read::protocol(e).is_some();
+    for graphics in kept.iter_mut().filter(ours) {
         secure(graphics, shown.guard.as_ref());
     }
     devices.elements_mut().extend(kept);
