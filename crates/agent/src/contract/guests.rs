@@ -505,6 +505,8 @@ async fn machine_only(guest: &Guest<'_>) {
         assert!(agent.machine_figures(&s.read(), vec![instance]).await.unwrap().is_empty());
         refused(agent.display_attach(&s.read(), instance).await, ErrorKind::Unsupported);
         refused(agent.display_guard(&s.read(), guard(None)).await, ErrorKind::Unsupported);
+        let channel = SpiceChannel { instance, guard: None };
+        refused(agent.display_attach_spice(&s.read(), channel).await, ErrorKind::Unsupported);
         return;
     }
     agent.guest_keys(&s.read(), keys("shift")).await.unwrap();
@@ -591,8 +593,43 @@ async fn machine_only(guest: &Guest<'_>) {
     assert!(greeting.await.unwrap().unwrap().starts_with(b"RFB 003."));
     agent.session_close(&s.read(), display.value).await.unwrap();
     agent.display_guard(&s.read(), guard(None)).await.unwrap();
+    spice(guest).await;
     // What runs keeps no memory over a stop.
     refused(agent.machine_memory_drop(&s.change(), instance).await, ErrorKind::Conflict);
+}
+
+/// What a viewer's main channel says first in SPICE: magic, version 2.2, length; connection 0, kind 1, number 0, no capabilities.
+const SPICE_LINK: &[u8; 34] = b"REDQ\x02\0\0\0\x02\0\0\0\x12\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\0\0\x12\0\0\0";
+
+/// Channels by SPICE, any number; a host whose QEMU has none says what it lacks, and runs the machine without.
+async fn spice(guest: &Guest<'_>) {
+    let (s, agent, instance) = (guest.s, &guest.s.agent, guest.spec.instance);
+    if !agent.host_facts(&s.read(), ()).await.unwrap().spice {
+        let channel = SpiceChannel { instance, guard: None };
+        let e = agent.display_attach_spice(&s.read(), channel).await.map(drop).unwrap_err();
+        assert!(e.is(ErrorKind::Unsupported) && e.message.contains("qemu-system-modules-spice"), "{e}");
+        return;
+    }
+    let password = DisplayPassword::parse("password", "three".into()).unwrap();
+    let mut open = vec![];
+    for guard in [None, None, Some(DisplayGuard { password, valid_to: None })] {
+        let channel = SpiceChannel { instance, guard };
+        let channel = agent.display_attach_spice(&s.read(), channel).await.unwrap();
+        let answered = tokio::task::spawn_blocking(move || {
+            let mut stream = std::fs::File::from(one(channel.fds));
+            std::io::Write::write_all(&mut stream, SPICE_LINK)?;
+            let mut magic = [0; 4];
+            std::io::Read::read_exact(&mut stream, &mut magic).map(|()| (magic, stream))
+        });
+        let (magic, stream) = answered.await.unwrap().unwrap();
+        assert_eq!(&magic, b"REDQ");
+        open.push((channel.value, stream));
+    }
+    for (session, stream) in open {
+        agent.session_close(&s.read(), session).await.unwrap();
+        drop(stream);
+    }
+    agent.display_guard(&s.read(), DisplayGuardSet { instance, guard: None }).await.unwrap();
 }
 
 /// What a machine is beside its disk becomes another's that was never started, and goes with that one.

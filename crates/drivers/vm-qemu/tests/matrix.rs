@@ -12,7 +12,7 @@ use karst_guest::{GuestDriver, ResolvedDisk, ResolvedGuest, StopMode};
 use karst_model::{
     ByteSize, ErrorKind, SnapshotId,
     device::NicModel,
-    display::{DisplayGuard, DisplayPassword},
+    display::{DisplayGuard, DisplayPassword, DisplayProtocol},
     instance::{ExitReason, Firmware, RuntimeState},
     node::AcceleratorKind,
     spec::CpuLimit,
@@ -61,6 +61,7 @@ fn guest(place: &Place, kind: Kind, n: u128) -> ResolvedGuest {
         machine.ports = if pc { 0 } else { 8 };
         machine.stateful = true;
         machine.display = true;
+        machine.spice = true;
         machine.tpm = true;
         machine.balloon = true;
     }
@@ -94,6 +95,27 @@ async fn offered(display: std::os::fd::OwnedFd) -> Vec<u8> {
         let mut all = vec![0; count[0].into()];
         stream.read_exact(&mut all).unwrap();
         all
+    };
+    tokio::task::spawn_blocking(talk).await.unwrap()
+}
+
+/// What a viewer's main channel says first in SPICE: magic, version 2.2, length; connection 0, kind 1, number 0, no capabilities.
+const LINK: &[u8; 34] = b"REDQ\x02\0\0\0\x02\0\0\0\x12\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\0\0\x12\0\0\0";
+
+/// Begins a channel by SPICE: the server answers with its version and, where all is well, with its key.
+async fn linked(display: std::os::fd::OwnedFd) -> std::os::unix::net::UnixStream {
+    let talk = move || {
+        let mut stream = std::os::unix::net::UnixStream::from(display);
+        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        stream.write_all(LINK).unwrap();
+        let mut head = [0; 20];
+        stream.read_exact(&mut head).unwrap();
+        assert_eq!(&head[..8], b"REDQ\x02\0\0\0");
+        assert_eq!(head[16..], [0; 4], "no error");
+        let mut rest = vec![0; u32::from_le_bytes(head[12..16].try_into().unwrap()) as usize - 4];
+        stream.read_exact(&mut rest).unwrap();
+        assert!(rest.len() >= 162, "a public key and capabilities: {} bytes", rest.len());
+        stream
     };
     tokio::task::spawn_blocking(talk).await.unwrap()
 }
@@ -196,12 +218,37 @@ async fn one(place: &Place, driver: &dyn GuestDriver, kind: Kind, n: u128) {
         password: DisplayPassword::parse("password", text.into()).unwrap(),
         valid_to: None,
     };
-    assert_eq!(offered(machine.display(id, None).await.unwrap()).await, [1]);
-    assert_eq!(offered(machine.display(id, Some(&guard("one"))).await.unwrap()).await, [2]);
+    assert_eq!(offered(machine.display(id, DisplayProtocol::Vnc, None).await.unwrap()).await, [1]);
+    assert_eq!(
+        offered(machine.display(id, DisplayProtocol::Vnc, Some(&guard("one"))).await.unwrap()).await,
+        [2]
+    );
     machine.guard_display(id, Some(&guard("two"))).await.unwrap();
-    assert_eq!(offered(machine.display(id, Some(&guard("two"))).await.unwrap()).await, [2]);
+    assert_eq!(
+        offered(machine.display(id, DisplayProtocol::Vnc, Some(&guard("two"))).await.unwrap()).await,
+        [2]
+    );
     machine.guard_display(id, None).await.unwrap();
-    assert_eq!(offered(machine.display(id, None).await.unwrap()).await, [1]);
+    assert_eq!(offered(machine.display(id, DisplayProtocol::Vnc, None).await.unwrap()).await, [1]);
+
+    // By SPICE: several channels, with and without a password to come; where QEMU has none, it says what to install.
+    let spice = async |guard: Option<&DisplayGuard>| machine.display(id, DisplayProtocol::Spice, guard).await;
+    if karst_vm_qemu::probe::spice() {
+        let first = linked(spice(None).await.unwrap()).await;
+        let second = linked(spice(Some(&guard("three"))).await.unwrap()).await;
+        machine.guard_display(id, None).await.unwrap();
+        drop((first, second));
+        linked(spice(None).await.unwrap()).await;
+        assert_eq!(offered(machine.display(id, DisplayProtocol::Vnc, None).await.unwrap()).await, [1]);
+    } else {
+        let e = spice(None).await.unwrap_err();
+        assert!(e.is(ErrorKind::Unsupported) && e.message.contains("qemu-system-modules-spice"), "{e}");
+    }
+    let mut without = guest.clone();
+    without.spec_version += 1;
+    without.machine.as_mut().unwrap().spice = false;
+    assert_eq!(driver.update(&without).await.unwrap().pending, ["hardware.spice"]);
+    driver.update(&guest).await.unwrap();
 
     // With its memory over a stop.
     let stopped = driver.stop(id, StopMode::Save).await.unwrap();
