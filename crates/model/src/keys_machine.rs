@@ -84,6 +84,12 @@ mod tests {
     use super::*;
 
     #[test]
+    fn spice_is_asked_for() {
+        let with = |value: &str| spice(&[(SPICE.to_owned(), value.to_owned())].into());
+        assert!(!spice(&Config::new()) && with("true") && !with("false") && !with(""));
+    }
+
+    #[test]
     fn firmware_and_machine() {
         let choice = |pairs: &[(&str, &str)]| {
             hardware(&pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect())

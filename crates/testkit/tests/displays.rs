@@ -64,6 +64,13 @@ fn passwords_are_sealed_changed_live_and_go_with_their_machine() {
         assert_eq!(w.agent.guard_of_display(id), None);
         power(&w, "v1", PowerAction::Start).await;
         assert_eq!(w.agent.guard_of_display(id), None, "it comes along with the first viewer");
+        let none = e.machine_display(c, "default", "v1", DisplayProtocol::Spice, false).await.map(drop);
+        let none = none.unwrap_err();
+        assert!(
+            none.kind == ErrorKind::Unsupported && none.message.contains("hardware.spice=true"),
+            "{none}"
+        );
+        assert_eq!(w.agent.guard_of_display(id), None, "who is not let in changes nothing");
         e.display_password_set(c, "default", "v1", Some(guard("changed"))).await.unwrap();
         assert_eq!(w.agent.guard_of_display(id), Some(guard("changed")));
         // Another key opens nothing, and nobody is let in without a password instead.

@@ -1,7 +1,7 @@
 //! Screen, keyboard and reset button of a running machine.
 //!
-//! QEMU's servers of VNC and SPICE listen nowhere: each connection is one end of a socket pair that it is handed, the other goes to who
-//! asked, after the API has decided whether he may. So there is no port and no socket file. A display may have a password
+//! QEMU's servers of VNC and SPICE listen nowhere: each connection is one end of a socket pair that it is handed, the other
+//! goes to who asked, after the API has decided whether he may. So there is no port and no socket file. A display may have a password
 //! nevertheless (ADR 56): then each connection brings it along, and it goes to QEMU over its control socket and nowhere else.
 //! A viewer of VNC has one connection, one of SPICE has one for each of its channels (ADR 60).
 
