@@ -509,6 +509,9 @@ impl RealAgent {
             self.pool(pool)?.flatten(volume).await?;
             located = self.locate(at, user).await?;
         }
+        if disk.shared {
+            demand_raw(&disk.name, located.format)?;
+        }
         Ok(Some(ResolvedDisk {
             name: disk.name,
             slot: disk.slot,
@@ -524,6 +527,7 @@ impl RealAgent {
             follow: false,
             cdrom: content == VolumeContent::Iso,
             ejected: disk.ejected,
+            shared: disk.shared,
             io: disk.io,
             pci: disk.pci,
             boot_priority: disk.boot_priority,
@@ -563,6 +567,7 @@ impl RealAgent {
             follow: disk.follow,
             cdrom: false,
             ejected: disk.ejected,
+            shared: false,
             io: disk.io,
             pci: disk.pci.clone(),
             boot_priority: disk.boot_priority,
@@ -578,6 +583,9 @@ impl RealAgent {
         let user = (spec.kind == InstanceKind::VirtualMachine).then_some(record.ids.base);
         let at = VolumeRef { pool: spec.root.pool, volume: spec.root.volume };
         let located = self.locate(at, user).await?;
+        if spec.root.shared {
+            demand_raw(&spec.root.name, located.format)?;
+        }
         let mut disks = vec![];
         for disk in spec.disks {
             disks.extend(self.resolve_disk(disk, user).await?);
@@ -655,6 +663,7 @@ impl RealAgent {
                 follow: false,
                 cdrom: false,
                 ejected: false,
+                shared: spec.root.shared,
                 io: spec.root.io,
                 pci: spec.root.pci,
                 boot_priority: spec.root.boot_priority,
@@ -706,6 +715,18 @@ fn demand_directory(disk: &ResolvedDisk) -> Result<()> {
     Ok(())
 }
 
+/// What several machines write is raw: of qcow2 each of them would keep its own idea of where things are.
+fn demand_raw(device: &str, format: Format) -> Result<()> {
+    match format {
+        Format::Raw => Ok(()),
+        Format::Qcow2 | Format::Directory => Err(Error::conflict(
+            "the volume shares blocks with what it was made of, and so several machines cannot write it; export it and import it again, \
+             or unset security.shared",
+        )
+        .at(format!("devices.{device}.source"))),
+    }
+}
+
 /// A file system in memory: nothing of the host to resolve.
 fn in_memory(disk: DiskSpec, size: Option<ByteSize>) -> ResolvedDisk {
     ResolvedDisk {
@@ -723,6 +744,7 @@ fn in_memory(disk: DiskSpec, size: Option<ByteSize>) -> ResolvedDisk {
         follow: false,
         cdrom: false,
         ejected: disk.ejected,
+        shared: false,
         io: disk.io,
         pci: disk.pci,
         boot_priority: disk.boot_priority,
@@ -789,5 +811,15 @@ mod tests {
         assert_eq!(field(disk(DiskFormat::Directory, None)), "devices.data.path");
         assert_eq!(field(disk(DiskFormat::Raw, Some("/mnt"))), "devices.data.source");
         assert_eq!(field(disk(DiskFormat::Raw, None)), "devices.data.source");
+    }
+
+    #[test]
+    fn what_several_machines_write_is_raw() {
+        demand_raw("data", Format::Raw).unwrap();
+        for format in [Format::Qcow2, Format::Directory] {
+            let e = demand_raw("data", format).unwrap_err();
+            assert!(e.is(ErrorKind::Conflict) && e.message.contains("security.shared"), "{e}");
+            assert_eq!(e.field.as_deref(), Some("devices.data.source"));
+        }
     }
 }

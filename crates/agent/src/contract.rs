@@ -254,6 +254,7 @@ impl Subject {
                 slot: if vm { "virtio0" } else { "scsi0" }.into(),
                 pool: root.pool,
                 volume: root.volume,
+                shared: false,
                 io: Default::default(),
                 pci: vm.then(|| "00:04.0".into()),
                 boot_priority: 1,

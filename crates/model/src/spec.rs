@@ -312,6 +312,9 @@ pub struct RootSpec {
     pub pool: PoolId,
     /// Volume.
     pub volume: VolumeId,
+    /// It is a custom volume that other machines may write at the same time.
+    #[serde(default)]
+    pub shared: bool,
     /// Rates, bus and cache.
     #[serde(default)]
     pub io: DiskIo,
@@ -355,6 +358,9 @@ pub struct DiskSpec {
     /// A drive of discs without its disc.
     #[serde(default)]
     pub ejected: bool,
+    /// It is a block volume that other machines may write at the same time.
+    #[serde(default)]
+    pub shared: bool,
     /// Left out, rather than an error, when a path of the host is not there at the start.
     #[serde(default)]
     pub optional: bool,

@@ -17,5 +17,6 @@ mod recover;
 mod restored;
 mod sagas;
 mod secrets;
+mod shared_volumes;
 mod snapshots;
 mod two_engines;

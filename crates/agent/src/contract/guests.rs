@@ -695,6 +695,7 @@ async fn hot_plugged_volume(guest: &Guest<'_>) {
         shift: false,
         io: Default::default(),
         ejected: false,
+        shared: false,
         optional: false,
         pci: None,
         boot_priority: 0,

@@ -273,6 +273,11 @@ impl SimulatedAgent {
         self.lock().guests.get(&instance).map(|g| g.spec.limits.clone())
     }
 
+    /// The disks beside its root that a guest has now.
+    pub fn guest_disks(&self, instance: InstanceId) -> Option<Vec<karst_model::spec::DiskSpec>> {
+        self.lock().guests.get(&instance).map(|g| g.spec.disks.clone())
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }

@@ -168,6 +168,9 @@ pub struct ResolvedDisk {
     pub cdrom: bool,
     /// The drive is empty.
     pub ejected: bool,
+    /// Other machines may write it at the same time; only what is raw can be so.
+    #[serde(default)]
+    pub shared: bool,
     /// Rates, bus and cache.
     pub io: DiskIo,
     /// PCI address in the guest.

@@ -57,6 +57,7 @@ pub fn disk(name: &str, slot: &str, path: impl Into<PathBuf>, format: DiskFormat
         follow: false,
         cdrom: false,
         ejected: false,
+        shared: false,
         io: Default::default(),
         pci: None,
         boot_priority: 0,

@@ -283,6 +283,11 @@ pub(crate) async fn begin(machine: &Machine, copy: DiskCopy) -> Result<()> {
     if disk.cdrom || disk.readonly {
         return Err(Error::unsupported("a disk that is only read is copied as a volume, not by its guest"));
     }
+    if disk.shared {
+        return Err(Error::unsupported(
+            "a disk that other machines may write is copied while none of those that have it runs",
+        ));
+    }
     let side = side(machine, &slot).await?.other();
     let disk = ResolvedDisk { path: copy.path, format: copy.format, backing: copy.backing, ..disk };
     let entry = Copying { to: copy.to, slot, side, disk, stage: Stage::Copying, resume: false };

@@ -243,6 +243,8 @@ pub struct Disk {
     pub cdrom: bool,
     /// The drive is empty.
     pub ejected: bool,
+    /// Other machines may write it at the same time.
+    pub shared: bool,
     /// Cache mode; `None` is what fits the kind of source.
     pub cache: Option<DiskCache>,
     /// Limits of rates.
@@ -274,6 +276,7 @@ impl Disk {
             readonly: disk.readonly || disk.cdrom,
             cdrom: disk.cdrom,
             ejected: disk.cdrom && disk.ejected,
+            shared: disk.shared,
             cache: disk.io.cache,
             limits: disk.io.limits,
             pci: disk.pci.clone(),
@@ -438,6 +441,11 @@ impl Disk {
             device["werror"] = "enospc".into();
             device["rerror"] = "report".into();
         }
+        if self.shared {
+            // QEMU locks the image as ever, and demands everything but that nobody else writes. One that only reads must
+            // allow it too.
+            device["share-rw"] = true.into();
+        }
         let at = |device: &mut Value| {
             let pci = self.pci.as_deref().ok_or_else(|| no_slot(&field))?;
             layout.put(device, &field, pci)
@@ -590,6 +598,7 @@ pub(crate) mod tests {
             readonly: false,
             cdrom: false,
             ejected: false,
+            shared: false,
             cache: None,
             limits: DiskLimits::default(),
             pci: None,
@@ -679,5 +688,18 @@ pub(crate) mod tests {
         assert_eq!(d.device(Q35).unwrap_err().field.unwrap(), "devices.data.io.bus");
         assert!(disk("virtio1").device(Q35).unwrap_err().message.contains("no free PCI slot"));
         assert!(!disk("sata1").hotplug(Q35).unwrap() && disk("scsi1").hotplug(Q35).unwrap());
+    }
+
+    #[test]
+    fn only_what_is_shared_may_be_written_by_others() {
+        for slot in ["scsi1", "virtio1", "nvme1", "sata1"] {
+            let mut d = disk(slot);
+            d.pci = Some("01:00.0".into());
+            assert_eq!(d.device(Q35).unwrap().get("share-rw"), None, "{slot}");
+            d.shared = true;
+            assert_eq!(d.device(Q35).unwrap()["share-rw"], true, "{slot}");
+            let nodes = d.nodes().unwrap();
+            assert!(nodes.iter().all(|n| n.get("locking").is_none()), "{slot}: its image stays locked");
+        }
     }
 }

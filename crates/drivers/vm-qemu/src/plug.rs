@@ -37,6 +37,8 @@ fn same_disk(a: &ResolvedDisk, b: &ResolvedDisk) -> bool {
         d.boot_priority = 0;
         d.name = String::new();
         d.mount_point = None;
+        // Whether others may write it too is said when it is plugged, and holds as long as it is.
+        d.shared = false;
         if medium {
             d.path = Default::default();
             d.ejected = false;
@@ -467,6 +469,7 @@ mod tests {
         let mut b = ResolvedDisk { boot_priority: 3, ..disk() };
         b.io.limits.read = Some(karst_model::device::DiskRate::Operations { per_second: 5 });
         assert!(same_disk(&a, &b));
+        assert!(same_disk(&a, &ResolvedDisk { shared: true, ..disk() }), "its guest has it in use");
         assert!(!same_disk(&a, &ResolvedDisk { path: "/b".into(), ..disk() }));
         assert!(!same_disk(&a, &ResolvedDisk { readonly: true, ..disk() }));
         let disc = ResolvedDisk { cdrom: true, readonly: true, ..disk() };

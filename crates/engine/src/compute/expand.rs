@@ -15,7 +15,7 @@ use karst_model::{
         DiskSource, DiskSpec, GuestApi, GuestSpec, KernelSpec, MachineSpec, NicLink, NicSpec, NodeSpec,
         ProxySpec, RootSpec,
     },
-    storage::Volume,
+    storage::{Volume, VolumeContent},
 };
 use std::collections::BTreeMap;
 
@@ -253,6 +253,11 @@ fn source(lookups: &Lookups<'_>, name: &str, key: &str, origin: &DiskOrigin) -> 
     })
 }
 
+/// Is it a block volume that other machines may write at the same time?
+fn is_shared(lookups: &Lookups<'_>, pool: &str, volume: &str) -> bool {
+    (lookups.volume)(pool, volume).is_some_and(|v| v.content == VolumeContent::Block && v.is_shared())
+}
+
 fn kernel(lookups: &Lookups<'_>, name: &str, device: &KernelDevice) -> Result<KernelSpec> {
     let initrd = device.initrd.as_ref().map(|i| source(lookups, name, "initrd", i));
     Ok(KernelSpec {
@@ -293,6 +298,10 @@ pub fn guest_spec(
         slot: root_identity.slot.clone(),
         pool: instance.pool,
         volume: instance.root,
+        shared: root_device
+            .source
+            .as_ref()
+            .is_some_and(|volume| is_shared(lookups, &root_device.pool, volume)),
         io: root_device.io,
         pci: root_identity.pci.clone(),
         boot_priority: root_device.boot_priority.unwrap_or(1),
@@ -328,6 +337,10 @@ pub fn guest_spec(
             shift: disk.shift,
             io: disk.io,
             ejected: !disk.attached,
+            shared: match &disk.source {
+                DiskOrigin::Volume { pool, volume } => is_shared(lookups, pool, volume),
+                DiskOrigin::Host { .. } | DiskOrigin::Memory { .. } => false,
+            },
             optional: !disk.required,
             pci: id.pci.clone(),
             boot_priority: disk.boot_priority.unwrap_or(0),

@@ -9,7 +9,7 @@ use crate::{
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
     tenancy::limits::{Planned, admit},
-    volumes,
+    volumes::{self, update::demand_one},
 };
 use async_trait::async_trait;
 use karst_agent::{
@@ -118,6 +118,17 @@ pub(super) fn plan(
             volume.config = snapshot.config.clone();
             volume.size = snapshot.size;
             volume.spec_version += 1;
+            if row.is_shared() && !volume.is_shared() {
+                tx.expect_untouched(records, &volumes::lock(row.id));
+                let attached = volumes::attached(records, row);
+                demand_one(row, &attached).map_err(|e| {
+                    let text = format!(
+                        "as the snapshot has it one instance alone may have the volume; {}",
+                        e.message
+                    );
+                    Error::conflict(text)
+                })?;
+            }
             Target::Volume { volume: Box::new(volume) }
         }
         _ => return Err(Error::internal("a snapshot of another kind", name)),
@@ -360,7 +371,16 @@ impl Saga for SnapshotRestore {
                 tx.replace(&row, &restored);
                 write_sizes(&engine.inventory.read(), tx, outputs);
             }
-            Target::Volume { volume } => tx.replace(&engine.volume_row(volume.id)?, &**volume),
+            Target::Volume { volume } => {
+                let row = engine.volume_row(volume.id)?;
+                let records = engine.inventory.read();
+                if row.is_shared() && !volume.is_shared() {
+                    // Its lock keeps others from attaching it; a profile may have brought it to some all the same.
+                    demand_one(&row, &volumes::attached(&records, &row))?;
+                    tx.expect_untouched(&records, &volumes::lock(row.id));
+                }
+                tx.replace(&row, &**volume);
+            }
         }
         Ok(())
     }

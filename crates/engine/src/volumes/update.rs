@@ -2,7 +2,7 @@
 
 use super::{attached, demand_free, lock, path, runs, scope, users};
 use crate::{
-    Engine, EngineInner,
+    Engine, EngineInner, Records, Row,
     compute::called,
     context::Context,
     db::Tx,
@@ -15,6 +15,7 @@ use karst_agent::{VolumeRef, VolumeResize};
 use karst_model::{
     ByteSize, Config, Error, Name, NodeId, Result,
     device::{Devices, kernel_follow},
+    instance::Instance,
     storage::{Volume, VolumeContent, check_volume_config},
 };
 use serde::{Deserialize, Serialize};
@@ -66,12 +67,22 @@ impl Engine {
             after.size = new_size(row, size)?;
             after.spec_version += 1;
             let attached = attached(&records, row);
-            if row.is_shared() && !after.is_shared() && attached.len() > 1 {
-                return Err(Error::conflict(format!(
-                    "volume {name:?} is attached to {} instances; detach it from all but one first",
-                    attached.len()
-                ))
-                .at("config.security.shared"));
+            if row.is_shared() && !after.is_shared() {
+                demand_one(row, &attached)?;
+            }
+            if !row.is_shared() && after.is_shared() {
+                for user in &attached {
+                    // Its QEMU lets nobody else write, and that cannot change while it has the disk.
+                    if runs(&records, user) {
+                        return Err(Error::conflict(format!(
+                            "{} runs and has volume {name:?} for itself; stop it, or detach the volume from it, before others may \
+                             share it",
+                            called(row.project, user)
+                        ))
+                        .at("config.security.shared"));
+                    }
+                    demand_at_rest(&records, tx, user)?;
+                }
             }
             if after.size != row.size && row.content != VolumeContent::Filesystem {
                 for user in &attached {
@@ -82,10 +93,7 @@ impl Engine {
                         ))
                         .at("config.size"));
                     }
-                    // A start would expect this volume to be unlocked; a start that is under way has this lock.
-                    runner::demand_unlocked(&records, &[crate::compute::lock(user.id)])?;
-                    tx.expect_unlocked(&crate::compute::lock(user.id));
-                    tx.expect(user);
+                    demand_at_rest(&records, tx, user)?;
                 }
             }
             tx.expect(row);
@@ -172,6 +180,31 @@ impl Engine {
         inner.announce(context, Some(project.id), "storage-volume-renamed", renamed);
         Ok(())
     }
+}
+
+/// A start would expect the volume to be unlocked; a start that is under way has the lock of its instance.
+fn demand_at_rest(records: &Records, tx: &mut Tx, user: &Row<Instance>) -> Result<()> {
+    let lock = crate::compute::lock(user.id);
+    runner::demand_unlocked(records, std::slice::from_ref(&lock))?;
+    tx.expect_unlocked(&lock);
+    tx.expect(user);
+    Ok(())
+}
+
+/// What one instance alone may have, several must not have already.
+///
+/// # Errors
+/// Conflict, with how many have it.
+pub(crate) fn demand_one(volume: &Volume, attached: &[Row<Instance>]) -> Result<()> {
+    if attached.len() < 2 {
+        return Ok(());
+    }
+    Err(Error::conflict(format!(
+        "volume {:?} is attached to {} instances; detach it from all but one first",
+        volume.name,
+        attached.len()
+    ))
+    .at("config.security.shared"))
 }
 
 /// Lets devices name a volume by its new name; answers whether one did.
