@@ -224,21 +224,27 @@ impl RealAgent {
         let _lock = self.lock(at.volume.0).await;
         let pool = self.pool(at.pool)?;
         let now = pool.inspect(at.volume).await?;
-        if now.size == Some(request.size) {
-            return Ok(());
-        }
-        if now.content.is_disk() && now.size.is_some_and(|now| request.size < now) {
-            return Err(Error::invalid("size", "a volume can only grow"));
-        }
+        let there = now.size == Some(request.size);
         if !now.content.is_disk() {
-            return pool.resize(at.volume, request.size).await.map(drop);
+            return match there {
+                true => Ok(()),
+                false => pool.resize(at.volume, request.size).await.map(drop),
+            };
+        }
+        if now.size.is_some_and(|now| request.size < now) {
+            return Err(Error::invalid("size", "a volume can only grow"));
         }
         let located = self.locate(at, None).await?;
         // A file that QEMU has open is QEMU's to grow; a block device grows first.
         let device = located.path.metadata().is_ok_and(|m| m.file_type().is_block_device());
-        if device {
+        if there && !device {
+            // That is written down when all that have it know it.
+            return Ok(());
+        }
+        if device && !there {
             pool.resize(at.volume, request.size).await?;
         }
+        // One that was broken off in between has grown and not told everybody.
         let held = self.grow_live(&located.path, request.size.bytes()).await?;
         match (device, held) {
             (true, _) => Ok(()),
@@ -247,16 +253,19 @@ impl RealAgent {
         }
     }
 
-    /// Grows a disk through the running virtual machine that has it, if one has.
+    /// Grows a disk through the running virtual machines that have it; answers whether one has. Done again it does no harm to
+    /// those that know already.
     async fn grow_live(&self, path: &Path, size: u64) -> Result<bool> {
+        let mut held = false;
         for (id, record) in self.all_guests() {
             let Some(machine) = self.driver(record.kind)?.machine() else { continue };
             match machine.grow(id, path, size).await {
+                Ok(()) => held = true,
                 Err(e) if e.is(ErrorKind::NotFound) => {}
-                other => return other.map(|()| true),
+                Err(e) => return Err(e),
             }
         }
-        Ok(false)
+        Ok(held)
     }
 
     pub(crate) async fn create_snapshot(&self, at: VolumeSnapshotRef) -> Result<()> {

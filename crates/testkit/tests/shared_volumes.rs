@@ -7,7 +7,7 @@ use karst_engine::{
     snapshots::{Origin, create::CreateSnapshot},
     volumes::{create::CreateVolume, update::UpdateVolume},
 };
-use karst_env::SeededEnv;
+use karst_env::{Env, SeededEnv};
 use karst_model::{
     Config, Error, ErrorKind, InstanceId, Result,
     device::Devices,
@@ -15,6 +15,7 @@ use karst_model::{
     storage::VolumeContent,
 };
 use karst_testkit::{World, scenarios::container};
+use std::time::Duration;
 
 const P: &str = "default";
 const V: Origin<'static> = Origin::Volume { project: P, pool: P, name: "v" };
@@ -125,6 +126,61 @@ fn a_restore_takes_a_volume_from_nobody() {
         ended(&w, w.engine.instance_delete(&w.admin, P, "b").await).await.unwrap();
         restore(&w).await.unwrap();
         assert!(!volume().is_shared());
+        w.settle().await;
+        assert_eq!(w.faults().await, [""; 0]);
+        w.engine.close();
+    });
+}
+
+#[test]
+fn a_volume_grows_under_the_machines_that_have_it() {
+    SeededEnv::run(53, |env| async move {
+        let w = world(&env).await;
+        machine(&w, "a", true, &[]).await.unwrap();
+        set(&w, "2GiB", false).await.unwrap();
+        assert_eq!(size(&w), 2 << 30);
+        power(&w, "a", PowerAction::Stop).await;
+        set(&w, "2GiB", true).await.unwrap();
+        power(&w, "a", PowerAction::Start).await;
+        machine(&w, "b", true, &[]).await.unwrap();
+        machine(&w, "c", false, &[]).await.unwrap();
+        set(&w, "3GiB", true).await.unwrap();
+        assert_eq!(size(&w), 3 << 30);
+        // Who runs with it neither gets nor gives back a device meanwhile, and who does not run does not start.
+        w.agent.inject("volume_resize", karst_agent::Fault::Delay(Duration::from_secs(20)));
+        let request =
+            UpdateVolume { description: String::new(), config: config("4GiB", true), if_version: None };
+        let growing = w.engine.volume_update(&w.admin, P, P, "v", request).await.unwrap();
+        w.env.sleep(Duration::from_secs(1)).await;
+        for (name, action) in
+            [("a", PowerAction::Restart), ("b", PowerAction::Restart), ("c", PowerAction::Start)]
+        {
+            let request = PowerRequest { action, force: true, timeout: None, stateful: false };
+            let outcome = w.engine.instance_power(&w.admin, P, name, request).await;
+            let e = ended(&w, outcome).await.unwrap_err();
+            assert!(e.is(ErrorKind::Conflict), "{name}: {e}");
+        }
+        assert_eq!(w.ended(growing).await.error, None);
+        assert_eq!(size(&w), 4 << 30);
+        let e = set(&w, "1GiB", true).await.unwrap_err();
+        assert!(e.is(ErrorKind::Invalid) && e.message.contains("shrink"), "{e}");
+        w.settle().await;
+        assert_eq!(w.faults().await, [""; 0]);
+        w.engine.close();
+    });
+}
+
+#[test]
+fn a_disk_whose_guest_is_told_of_nothing_grows_while_it_is_stopped() {
+    SeededEnv::run(54, |env| async move {
+        let w = world(&env).await;
+        machine(&w, "a", true, &[("io.bus", "nvme")]).await.unwrap();
+        let e = conflict(set(&w, "2GiB", false).await, "config.size");
+        assert!(e.message.contains("\"a\"") && e.message.contains("NVMe"), "{e}");
+        assert_eq!((size(&w), w.agent.count("volume_resize")), (1 << 30, 0));
+        power(&w, "a", PowerAction::Stop).await;
+        set(&w, "2GiB", false).await.unwrap();
+        assert_eq!(size(&w), 2 << 30);
         w.settle().await;
         assert_eq!(w.faults().await, [""; 0]);
         w.engine.close();

@@ -102,11 +102,32 @@ pub fn users(records: &Records, volume: &Volume) -> Users {
 
 /// Do these devices have the volume as a disk?
 fn has_disk(devices: &Devices, pool: &Pool, volume: &Volume) -> bool {
-    let is =
-        |keys: &BTreeMap<String, String>, key: &str, value: &str| keys.get(key).is_some_and(|v| v == value);
-    devices
-        .values()
-        .any(|d| is(d, "type", "disk") && is(d, "pool", &pool.name) && is(d, "source", &volume.name))
+    disks_of(devices, pool, volume).next().is_some()
+}
+
+/// The names of the disks among these devices that are the volume.
+fn disks_of<'a>(
+    devices: &'a Devices,
+    pool: &'a Pool,
+    volume: &'a Volume,
+) -> impl Iterator<Item = &'a String> + 'a {
+    fn is(keys: &BTreeMap<String, String>, key: &str, value: &str) -> bool {
+        keys.get(key).is_some_and(|v| v == value)
+    }
+    let all = devices.iter().filter(move |(_, d)| {
+        is(d, "type", "disk") && is(d, "pool", &pool.name) && is(d, "source", &volume.name)
+    });
+    all.map(|(name, _)| name)
+}
+
+/// The bus slots at which an instance has the volume, in its record or as it runs.
+pub(crate) fn slots_of(records: &Records, volume: &Volume, instance: &Instance) -> Vec<String> {
+    let Some(pool) = records.pools.get(&volume.pool) else { return vec![] };
+    let expanded = records.expanded(instance).1;
+    let applied = records.runtimes.get(&instance.id).and_then(|r| r.applied.as_ref());
+    let all = [Some(&expanded), applied.map(|a| &a.devices)];
+    let names = all.into_iter().flatten().flat_map(|devices| disks_of(devices, pool, volume));
+    names.filter_map(|name| Some(instance.identities.get(name)?.slot.clone())).collect()
 }
 
 /// Has the guest of the instance, which runs, the volume as a disk?

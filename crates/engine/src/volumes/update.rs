@@ -1,20 +1,23 @@
 //! Changing custom volumes: description, configuration, size, name.
 
-use super::{attached, demand_free, lock, path, runs, scope, users};
+use super::{attached, demand_free, lock, path, runs, scope, slots_of, users};
 use crate::{
     Engine, EngineInner, Records, Row,
-    compute::called,
+    compute::{
+        called,
+        slots::{kind_of, prefix},
+    },
     context::Context,
     db::Tx,
     operations::{LiveOperation, NewOperation},
-    saga::{Saga, StepContext, runner},
+    saga::{MAX_LOCKS, Saga, StepContext, runner},
     tenancy::limits::{Planned, admit},
 };
 use async_trait::async_trait;
 use karst_agent::{VolumeRef, VolumeResize};
 use karst_model::{
-    ByteSize, Config, Error, Name, NodeId, Result,
-    device::{Devices, kernel_follow},
+    ByteSize, Config, Error, InstanceId, Name, NodeId, Result,
+    device::{Devices, DiskBus, kernel_follow},
     instance::Instance,
     storage::{Volume, VolumeContent, check_volume_config},
 };
@@ -84,16 +87,24 @@ impl Engine {
                     demand_at_rest(&records, tx, user)?;
                 }
             }
+            let mut running = vec![];
             if after.size != row.size && row.content != VolumeContent::Filesystem {
                 for user in &attached {
                     if runs(&records, user) {
-                        return Err(Error::conflict(format!(
-                            "{} runs with volume {name:?}; stop it before the volume grows",
-                            called(row.project, user)
-                        ))
-                        .at("config.size"));
+                        demand_grows(&records, row, user)?;
+                        tx.expect(user);
+                        running.push(user.id);
+                    } else {
+                        demand_at_rest(&records, tx, user)?;
                     }
-                    demand_at_rest(&records, tx, user)?;
+                }
+                if running.len() >= MAX_LOCKS {
+                    return Err(Error::conflict(format!(
+                        "{} instances run with volume {name:?}, and under so many at once it cannot grow; stop all but {}",
+                        running.len(),
+                        MAX_LOCKS - 1
+                    ))
+                    .at("config.size"));
                 }
             }
             tx.expect(row);
@@ -103,7 +114,7 @@ impl Engine {
             }
             tx.expect_untouched(&records, &lock(row.id));
             let path = path(&records, row);
-            let plan = UpdatePlan { before: row.size, after, node: inner.node, path: path.clone() };
+            let plan = UpdatePlan { before: row.size, after, running, node: inner.node, path: path.clone() };
             Ok((
                 plan,
                 NewOperation::task("Updating storage volume", Some(project.id), "storage_volumes", path),
@@ -191,6 +202,23 @@ fn demand_at_rest(records: &Records, tx: &mut Tx, user: &Row<Instance>) -> Resul
     Ok(())
 }
 
+/// Can the disk grow under an instance that runs with it?
+///
+/// # Errors
+/// Conflict, with the reason.
+fn demand_grows(records: &Records, volume: &Row<Volume>, user: &Row<Instance>) -> Result<()> {
+    // The guest of an NVMe disk is told of no change.
+    if slots_of(records, volume, user).iter().any(|slot| kind_of(slot) == prefix(DiskBus::Nvme)) {
+        return Err(Error::conflict(format!(
+            "{} runs with volume {:?} as an NVMe disk, which cannot grow under it; stop it before the volume grows",
+            called(volume.project, user),
+            volume.name
+        ))
+        .at("config.size"));
+    }
+    Ok(())
+}
+
 /// What one instance alone may have, several must not have already.
 ///
 /// # Errors
@@ -251,11 +279,14 @@ pub struct UpdatePlan {
     /// Size before.
     before: Option<ByteSize>,
     after: Volume,
+    /// Instances that run with it, of a disk that grows: none gets or loses a device meanwhile.
+    #[serde(default)]
+    running: Vec<InstanceId>,
     node: NodeId,
     path: String,
 }
 
-/// Changes the size on the host when it changes, then the record. A disk that grew stays so when the saga is undone: it
+/// Changes the size on the host when it changes, also under the machines that run with it, then the record. A disk that grew stays so when the saga is undone: it
 /// cannot shrink, and the record's smaller size lets it grow again.
 pub struct VolumeUpdate;
 
@@ -275,7 +306,8 @@ impl Saga for VolumeUpdate {
     type Outputs = ();
 
     fn locks(plan: &UpdatePlan) -> Vec<String> {
-        vec![lock(plan.after.id)]
+        let users = plan.running.iter().map(|id| crate::compute::lock(*id));
+        [lock(plan.after.id)].into_iter().chain(users).collect()
     }
     fn begin(_: &UpdatePlan, _: &EngineInner, _: &mut Tx) -> Result<()> {
         Ok(())
