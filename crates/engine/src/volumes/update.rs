@@ -286,8 +286,8 @@ pub struct UpdatePlan {
     path: String,
 }
 
-/// Changes the size on the host when it changes, also under the machines that run with it, then the record. A disk that grew stays so when the saga is undone: it
-/// cannot shrink, and the record's smaller size lets it grow again.
+/// Changes the size on the host when it changes, also under the machines that run with it, then the record. A disk that grew
+/// stays so when the saga is undone: it cannot shrink, and the record's smaller size lets it grow again.
 pub struct VolumeUpdate;
 
 impl VolumeUpdate {
