@@ -52,6 +52,7 @@ pub(crate) fn spawn_all(inner: &Arc<EngineInner>) -> Vec<TaskHandle> {
     tasks.push(inner.env.spawn_task("networks", networks(Arc::downgrade(inner))));
     let schedule = crate::snapshots::schedule::follow(Arc::downgrade(inner));
     tasks.push(inner.env.spawn_task("snapshots", schedule));
+    tasks.push(inner.env.spawn_task("backups", crate::backups::follow(Arc::downgrade(inner))));
     tasks.push(inner.env.spawn_task("images", crate::images::remote::follow(Arc::downgrade(inner))));
     tasks.push(inner.env.spawn_task("restarts", crate::restarts::follow(Arc::downgrade(inner))));
     let describe = crate::recover::describe::follow(Arc::downgrade(inner));

@@ -1,8 +1,9 @@
 //! Snapshots by the clock of the environment.
 
+use karst_agent::Fault;
 use karst_engine::{
     compute::create::CreateInstance,
-    snapshots::{Origin, Taken},
+    snapshots::{Origin, Taken, create::CreateSnapshot},
 };
 use karst_env::{Env, SeededEnv};
 use karst_model::{Config, instance::InstanceKind};
@@ -10,6 +11,7 @@ use karst_testkit::{World, scenarios::container};
 use std::time::Duration;
 
 const HOUR: Duration = Duration::from_secs(3600);
+const MINUTE: Duration = Duration::from_secs(60);
 
 fn names(w: &World, name: &str) -> Vec<String> {
     let all = w.engine.snapshots(&w.admin, Origin::Instance { project: "default", name }).unwrap();
@@ -52,6 +54,47 @@ fn scheduled_snapshots_come_and_go() {
         let left = names(&w, "runs");
         assert!(left.len() == 2 || left.len() == 3, "{left:?}");
         assert_eq!(left.last().map(String::as_str), Some("auto4"));
+        assert_eq!(w.faults().await, [""; 0]);
+        w.engine.close();
+    });
+}
+
+/// What is slow holds up its own project at most: the others are served, and what has expired goes.
+#[test]
+fn nobody_waits_for_the_snapshots_of_others() {
+    SeededEnv::run(6, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        let shares = Config::from([("features.profiles".to_owned(), "false".to_owned())]);
+        w.engine.project_create(&w.admin, "other", "", shares).await.unwrap();
+        let keys = [("snapshots.schedule", "0 * * * *"), ("snapshots.schedule.stopped", "true")];
+        let config = Config::from(keys.map(|(k, v)| (k.to_owned(), v.to_owned())));
+        let all = [("default", "a"), ("default", "b"), ("default", "c"), ("other", "d")];
+        for (project, name) in all {
+            let request = CreateInstance { config: config.clone(), ..container(name) };
+            let (_, operation) = w.engine.instance_create(&w.admin, project, request).await.unwrap();
+            assert_eq!(w.ended(operation).await.error, None);
+        }
+        let (_, operation) =
+            w.engine.instance_create(&w.admin, "default", container("expires")).await.unwrap();
+        assert_eq!(w.ended(operation).await.error, None);
+        // Ten minutes after the next full hour it goes.
+        let hour = Duration::from_secs(3600 - u64::try_from(env.now().as_second()).unwrap() % 3600);
+        let over = env.now() + hour + MINUTE * 10;
+        let of = Origin::Instance { project: "default", name: "expires" };
+        let request = CreateSnapshot { expires_at: Some(Some(over)), ..CreateSnapshot::default() };
+        let taken = w.engine.snapshot_create(&w.admin, of, request).await.unwrap();
+        assert_eq!(w.ended(taken).await.error, None);
+        w.agent.inject("volume_snapshot_create", Fault::Delay(MINUTE * 25));
+        env.sleep(hour + MINUTE).await;
+        let taken = |project: &str, name: &str| {
+            w.engine.snapshots(&w.admin, Origin::Instance { project, name }).unwrap().len()
+        };
+        let done = || all.iter().filter(|(project, name)| taken(project, name) == 1).count();
+        assert_eq!((done(), taken("default", "expires")), (3, 1), "one of them takes long");
+        env.sleep(MINUTE * 14).await;
+        assert_eq!((done(), taken("default", "expires")), (3, 0), "what has expired goes meanwhile");
+        env.sleep(MINUTE * 20).await;
+        assert_eq!(done(), 4);
         assert_eq!(w.faults().await, [""; 0]);
         w.engine.close();
     });

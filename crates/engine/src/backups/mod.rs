@@ -22,7 +22,7 @@ use karst_model::{
     instance::InstanceKind,
 };
 use serde::{Deserialize, Serialize};
-use std::{os::fd::OwnedFd, time::Duration};
+use std::{os::fd::OwnedFd, sync::Weak, time::Duration};
 
 pub(crate) const CALL: Duration = Duration::from_secs(60);
 
@@ -252,6 +252,19 @@ impl Engine {
                 Err(e) => tracing::warn!(backup = %name, error = %e, "an expired backup was not deleted"),
             }
         }
+    }
+}
+
+/// How often it is looked for backups that have expired.
+const LOOK: Duration = Duration::from_secs(15);
+
+/// Deletes what has expired, until the engine ends.
+pub(crate) async fn follow(weak: Weak<EngineInner>) {
+    loop {
+        let Some(inner) = weak.upgrade() else { return };
+        let env = inner.env.clone();
+        Engine { inner }.expire_backups(env.now()).await;
+        env.sleep(LOOK).await;
     }
 }
 
