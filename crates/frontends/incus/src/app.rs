@@ -1,6 +1,8 @@
 //! What all handlers share, and a request on its way to one.
 
 use crate::{
+    places::Bounds,
+    remote::Remote,
     request::{self, Query, RequestBody},
     respond::{Etag, Reply, accepted},
     sessions::Sessions,
@@ -42,7 +44,7 @@ pub struct App {
     /// Websockets that are awaited.
     pub sessions: Sessions,
     /// Listeners on the network.
-    pub remote: crate::remote::Remote,
+    pub remote: Remote,
     /// What was answered.
     pub served: crate::routes::Served,
     /// JSON of instances, valid as long as the engine's view is the same object.
@@ -52,11 +54,16 @@ pub struct App {
 impl App {
     /// A front end over `engine`.
     pub fn new(engine: Engine, info: ServerInfo) -> Arc<Self> {
+        Self::bounded(engine, info, Bounds::default())
+    }
+
+    /// The same with so many places for connections from the network.
+    pub fn bounded(engine: Engine, info: ServerInfo, bounds: Bounds) -> Arc<Self> {
         Arc::new(Self {
             engine,
             info,
             sessions: Sessions::default(),
-            remote: Default::default(),
+            remote: Remote::new(bounds),
             served: Default::default(),
             rendered: Mutex::default(),
         })

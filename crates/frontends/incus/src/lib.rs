@@ -16,6 +16,7 @@ pub mod filter;
 pub mod handlers;
 pub mod multipart;
 pub mod openapi;
+pub mod places;
 pub mod remote;
 pub mod request;
 pub mod respond;
@@ -42,6 +43,7 @@ use hyper::{
 use hyper_util::rt::{TokioIo, TokioTimer};
 use karst_engine::{Context, audit::AuditRequest};
 use karst_model::{Error, Result, access::Principal};
+use places::Place;
 use remote::Surface;
 use request::{Query, RequestBody};
 use respond::Reply;
@@ -58,7 +60,8 @@ use tokio::{
 const HEAD: Duration = Duration::from_secs(30);
 /// Largest head of a request.
 const LARGEST_HEAD: usize = 64 << 10;
-/// Most connections at once that speak HTTP; those that were upgraded no longer count.
+/// Most connections of the unix socket at once that speak HTTP; those that were upgraded no longer count: they are those of
+/// administrators of this machine.
 const CONNECTIONS: usize = 4096;
 /// Methods and paths that answer nobody too: what they say to nobody is a formality, and a trust token makes a somebody.
 const PUBLIC: [(Method, &[&str]); 5] = [
@@ -134,6 +137,8 @@ pub enum Peer {
         address: SocketAddr,
         /// What the listener answers.
         surface: Surface,
+        /// Its place among the connections.
+        place: Arc<Place>,
     },
 }
 
@@ -180,8 +185,12 @@ pub async fn serve_stream<S>(app: Arc<App>, peer: Peer, stream: S, mut ended: wa
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let service = service_fn(|request: Request<Incoming>| {
+    let service = service_fn(|mut request: Request<Incoming>| {
         let (app, peer) = (app.clone(), peer.clone());
+        if let Peer::Remote { place, .. } = &peer {
+            // An upgrade keeps it.
+            request.extensions_mut().insert(place.clone());
+        }
         async move {
             let surface = match &peer {
                 Peer::Remote { surface, .. } => *surface,

@@ -4,6 +4,7 @@
 use crate::{
     Peer,
     app::App,
+    places::{Bounds, Places},
     serve_stream,
     tls::{
         ClientCertificate,
@@ -17,10 +18,11 @@ use std::{
     sync::{Arc, RwLock},
     time::Duration,
 };
-use tokio::sync::{Mutex, Semaphore};
+use tokio::{io::AsyncWriteExt, net::TcpStream, sync::Mutex};
+use tokio_rustls::server::TlsStream;
 
-/// Most connections from the network at once.
-const CONNECTIONS: usize = 2048;
+/// Time for the word that a client is not let in.
+const FAREWELL: Duration = Duration::from_secs(5);
 /// Pause before an address is tried again.
 const AGAIN: Duration = Duration::from_secs(5);
 
@@ -42,22 +44,23 @@ struct Both {
 /// The listeners of a server.
 pub struct Remote {
     both: Mutex<Both>,
-    places: Arc<Semaphore>,
+    places: Places,
     /// Where the API listens now, for `/1.0` and trust tokens.
     address: RwLock<Option<SocketAddr>>,
 }
 
 impl Default for Remote {
     fn default() -> Self {
-        Self {
-            both: Mutex::default(),
-            places: Arc::new(Semaphore::new(CONNECTIONS)),
-            address: RwLock::default(),
-        }
+        Self::new(Bounds::default())
     }
 }
 
 impl Remote {
+    /// Without listeners, which have so many places.
+    pub fn new(bounds: Bounds) -> Self {
+        Self { both: Mutex::default(), places: Places::new(bounds), address: RwLock::default() }
+    }
+
     /// Listens as the server's configuration says, and tries again what does not work.
     pub async fn start(app: Arc<App>) {
         let mut told = false;
@@ -141,7 +144,7 @@ impl Remote {
             return Err(Error::unsupported("this server has no certificate to listen with").at(key));
         };
         let (app, acceptor) = (app.clone(), identity.acceptor());
-        let places = app.remote.places.clone();
+        let places = app.remote.places.handshakes();
         let serve = move |taken| connection(app.clone(), acceptor.clone(), surface, taken);
         *slot = Some(Listener::start(address, key, places, serve).await?);
         tracing::info!(%address, ?surface, "listening");
@@ -202,8 +205,11 @@ fn parse_addresses(v4: &str, v6: &str) -> Vec<IpAddr> {
 }
 
 async fn connection(app: Arc<App>, acceptor: tokio_rustls::TlsAcceptor, surface: Surface, taken: Connection) {
-    // Its place is free when all is over.
-    let Connection { stream, address, place: _place, ended } = taken;
+    let Connection { stream, address, place, ended } = taken;
+    let Some(arrival) = app.remote.places.arrive(place, address.ip()) else {
+        tracing::debug!(%address, "too many connections come from there");
+        return;
+    };
     let Some(stream) = handshake(acceptor, stream, address, HANDSHAKE).await else { return };
     let shown = stream.get_ref().1.peer_certificates().and_then(|c| c.first());
     let certificate = match shown.map(|der| ClientCertificate::from_der(der)) {
@@ -214,8 +220,33 @@ async fn connection(app: Arc<App>, acceptor: tokio_rustls::TlsAcceptor, surface:
             None
         }
     };
-    let peer = Peer::Remote { certificate: certificate.map(Arc::new), address, surface };
+    let now = app.engine.inner().env.now().as_second();
+    let known = certificate.as_ref().filter(|c| c.is_valid_at(now));
+    let known = known.map(|c| app.engine.principal_by_certificate(&c.fingerprint, &address.to_string()));
+    let who = known.filter(|p| p.is_known()).map(|p| p.id);
+    let Some(place) = app.remote.places.admit(arrival, who) else {
+        tracing::debug!(%address, known = who.is_some(), "there are too many connections");
+        return farewell(stream).await;
+    };
+    let place = Arc::new(place);
+    let peer = Peer::Remote { certificate: certificate.map(Arc::new), address, surface, place };
     serve_stream(app, peer, stream, ended).await;
+}
+
+/// Ends a connection for which there is no place, with the reason for who has asked for something already.
+async fn farewell(mut stream: TlsStream<TcpStream>) {
+    let text = "there are too many connections; close some, or try again later";
+    let body = serde_json::json!({"type": "error", "error": text, "error_code": 503}).to_string();
+    let answer = format!(
+        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+        body.len()
+    );
+    let told = async {
+        stream.write_all(answer.as_bytes()).await?;
+        stream.shutdown().await
+    };
+    // Its client may be gone already.
+    let _ = tokio::time::timeout(FAREWELL, told).await;
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Upgrades of HTTP connections: websockets (RFC 6455) for events, exec and console, and bare streams (SFTP).
 
 use crate::{
+    places::Place,
     request::RequestBody,
     respond::{Reply, full},
 };
@@ -15,8 +16,14 @@ use hyper::{
 };
 use hyper_util::rt::TokioIo;
 use karst_model::{Error, Result};
-use std::{io, time::Duration};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use std::{
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{self, Poll},
+    time::Duration,
+};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio_tungstenite::{
     WebSocketStream,
     tungstenite::{
@@ -27,14 +34,17 @@ use tokio_tungstenite::{
 };
 
 /// A server's side of a websocket.
-pub type Socket = WebSocketStream<TokioIo<Upgraded>>;
+pub type Socket = WebSocketStream<Connection>;
 /// Its sending half.
 pub type Sender = SplitSink<Socket, Message>;
 /// Its receiving half.
 pub type Receiver = SplitStream<Socket>;
 
-/// Largest message from a client, in bytes.
-const LARGEST: usize = 16 << 20;
+/// Largest message of a client that sends a stream, in bytes: some send the whole of an input as one message. Each is kept
+/// whole until it has come, so this times the places of a client is what he may take.
+pub const STREAM: usize = 4 << 20;
+/// Largest message of a client that has nothing to say.
+pub const LISTENER: usize = 64 << 10;
 /// Bytes sent in one message.
 const CHUNK: usize = 64 << 10;
 /// Time between pings that keep an idle connection from being forgotten.
@@ -53,11 +63,58 @@ pub fn asks_for(request: &Request<RequestBody>, protocol: &str) -> bool {
     has_token(request.headers(), CONNECTION, "upgrade") && has_token(request.headers(), UPGRADE, protocol)
 }
 
-/// Answers 101 and hands the websocket to `serve`, once the connection has switched.
+/// A connection that no longer speaks HTTP, with its place among the connections from the network if it came from there.
+pub struct Connection {
+    io: TokioIo<Upgraded>,
+    _place: Option<Arc<Place>>,
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut task::Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut task::Context<'_>,
+        buffer: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buffer)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut task::Context<'_>,
+        buffers: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, buffers)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+}
+
+/// Answers 101 and hands the websocket to `serve`, once the connection has switched. No message of the client's may have more
+/// than `largest` bytes: one that has ends it.
 ///
 /// # Errors
 /// Invalid, when the request is no websocket handshake.
-pub fn websocket<F, Fut>(mut request: Request<RequestBody>, serve: F) -> Result<Reply>
+pub fn websocket<F, Fut>(mut request: Request<RequestBody>, largest: usize, serve: F) -> Result<Reply>
 where
     F: FnOnce(Socket) -> Fut + Send + 'static,
     Fut: Future<Output = ()> + Send,
@@ -71,14 +128,15 @@ where
         .ok_or_else(|| Error::invalid("Sec-WebSocket-Key", "Sec-WebSocket-Key is missing"))?;
     let accept = HeaderValue::from_str(&derive_accept_key(key.as_bytes()))
         .map_err(|e| Error::internal("the handshake failed", e))?;
+    let place = request.extensions().get::<Arc<Place>>().cloned();
     let upgrade = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {
         match upgrade.await {
             Ok(upgraded) => {
                 let mut config = WebSocketConfig::default();
-                config.max_message_size = Some(LARGEST);
-                config.max_frame_size = Some(LARGEST);
-                let io = TokioIo::new(upgraded);
+                config.max_message_size = Some(largest);
+                config.max_frame_size = Some(largest);
+                let io = Connection { io: TokioIo::new(upgraded), _place: place };
                 serve(WebSocketStream::from_raw_socket(io, Role::Server, Some(config)).await).await;
             }
             Err(e) => tracing::debug!(error = %e, "a client went away during its upgrade"),
@@ -95,16 +153,17 @@ where
 /// Invalid, when the request does not ask for `protocol`.
 pub fn raw<F, Fut>(mut request: Request<RequestBody>, protocol: &'static str, serve: F) -> Result<Reply>
 where
-    F: FnOnce(TokioIo<Upgraded>) -> Fut + Send + 'static,
+    F: FnOnce(Connection) -> Fut + Send + 'static,
     Fut: Future<Output = ()> + Send,
 {
     if !asks_for(&request, protocol) {
         return Err(Error::invalid("Upgrade", format!("this path needs the header Upgrade: {protocol}")));
     }
+    let place = request.extensions().get::<Arc<Place>>().cloned();
     let upgrade = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {
         match upgrade.await {
-            Ok(upgraded) => serve(TokioIo::new(upgraded)).await,
+            Ok(upgraded) => serve(Connection { io: TokioIo::new(upgraded), _place: place }).await,
             Err(e) => tracing::debug!(error = %e, "a client went away during its upgrade"),
         }
     });

@@ -3,10 +3,12 @@
 
 use crate::common::{Answer, Server, unused_address};
 use base64::Engine as _;
+use futures::{SinkExt, StreamExt};
 use http_body_util::{BodyExt, Full};
 use hyper::{Method, Request, body::Bytes, client::conn::http1::SendRequest};
 use hyper_util::rt::TokioIo;
 use karst_engine::tenancy::server::{NetworkListener, ServerSettings};
+use karst_frontend_incus::places::Bounds;
 use karst_model::access::Principal;
 use rcgen::{CertificateParams, KeyPair};
 use rustls::{
@@ -22,6 +24,10 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::net::TcpStream;
+use tokio_tungstenite::{
+    WebSocketStream,
+    tungstenite::{self, Message},
+};
 
 /// A client: its certificate, if it has one, and the server's fingerprint that it insists on.
 struct Client {
@@ -133,6 +139,15 @@ impl Client {
         }
     }
 
+    /// A websocket; the server's refusal when there is none.
+    async fn websocket(&self, path: &str) -> Result<Socket, tungstenite::Error> {
+        let stream = TcpStream::connect(self.address).await?;
+        let name = ServerName::try_from("karst").unwrap();
+        let stream = tokio_rustls::TlsConnector::from(self.config.clone()).connect(name, stream).await?;
+        let url = format!("ws://karst{path}");
+        tokio_tungstenite::client_async(url, stream).await.map(|(socket, _)| socket)
+    }
+
     async fn get(&self, path: &str) -> Answer {
         Self::on(&mut self.connect().await.unwrap(), Method::GET, path, None, Value::Null).await
     }
@@ -142,10 +157,16 @@ impl Client {
     }
 }
 
+type Socket = WebSocketStream<tokio_rustls::client::TlsStream<TcpStream>>;
+
 const BOTH: &[&rustls::SupportedProtocolVersion] = &[&rustls::version::TLS12, &rustls::version::TLS13];
 
 async fn listening() -> (Server, SocketAddr) {
-    let s = Server::start().await;
+    listening_with(Bounds::default()).await
+}
+
+async fn listening_with(bounds: Bounds) -> (Server, SocketAddr) {
+    let s = Server::with_places(bounds).await;
     let address = unused_address();
     let config = json!({"config": {"core.https_address": address.to_string()}});
     assert_eq!(s.put("/1.0", config).await.status, 200);
@@ -243,6 +264,77 @@ async fn a_client_that_vanishes_is_noticed() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     drop(stream);
+}
+
+/// A connection keeps its place after its upgrade, one client has so many, and strangers take none of them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn places_are_kept_by_websockets_and_taken_from_nobody() {
+    let bounds = Bounds { handshakes: 16, connections: 8, of_one: 3, strangers: 8, of_address: 4 };
+    let (s, address) = listening_with(bounds).await;
+    let trusted = async |name: &str| {
+        let client = Client::new(&s, address, true, &BOTH[1..]);
+        let pem = base64::engine::general_purpose::STANDARD.encode(&client.der);
+        let add = json!({"name": name, "type": "client", "certificate": pem});
+        assert_eq!(s.post("/1.0/certificates", add).await.status, 201);
+        client
+    };
+    let (viewer, other) = (trusted("viewer").await, trusted("other").await);
+    let mut sockets = vec![];
+    for _ in 0..bounds.of_one {
+        sockets.push(viewer.websocket("/1.0/events").await.unwrap());
+    }
+    assert!(viewer.websocket("/1.0/events").await.is_err(), "it has as many as one may have");
+    assert_eq!(other.get("/1.0/instances").await.status, 200, "others have theirs");
+
+    // Strangers of one address, who say nothing.
+    let mut silent = vec![];
+    for _ in 0..bounds.of_address {
+        silent.push(TcpStream::connect(address).await.unwrap());
+    }
+    let refused = async || Client::new(&s, address, false, &BOTH[1..]).connect().await.is_err();
+    until("the address has no place left", refused).await;
+    silent.clear();
+    until("they are gone", async || other.connect().await.is_ok()).await;
+
+    // A listener that says more than a listener may is not listened to.
+    let mut talker = sockets.pop().unwrap();
+    let large = "x".repeat(karst_frontend_incus::socket::LISTENER + 1);
+    // It may be ended before it has sent all.
+    let _ = talker.send(Message::text(large)).await;
+    let ended = async {
+        while let Some(Ok(message)) = talker.next().await {
+            if message.is_close() {
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(crate::common::PATIENCE, ended).await.expect("it is ended");
+    drop(talker);
+    // Its place is free again, and the others listen on.
+    until("a place is free", async || viewer.websocket("/1.0/events").await.is_ok()).await;
+    for socket in &mut sockets {
+        socket.send(Message::Ping("there?".into())).await.unwrap();
+        let answered = async {
+            while let Some(Ok(message)) = socket.next().await {
+                if message.is_pong() {
+                    return true;
+                }
+            }
+            false
+        };
+        assert!(
+            tokio::time::timeout(crate::common::PATIENCE, answered).await.expect("it answers"),
+            "it ended"
+        );
+    }
+}
+
+async fn until(what: &str, mut probe: impl AsyncFnMut() -> bool) {
+    let end = Instant::now() + crate::common::PATIENCE;
+    while !probe().await {
+        assert!(Instant::now() < end, "{what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

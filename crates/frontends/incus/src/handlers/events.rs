@@ -3,7 +3,7 @@
 use crate::{
     app::Call,
     respond::Reply,
-    socket::{self, PING, Socket},
+    socket::{self, LISTENER, PING, Socket},
     wire::{
         NOWHERE,
         operation::{EventView, LifecycleView, OperationView, Requestor},
@@ -56,7 +56,7 @@ pub async fn listen(call: Call) -> Result<Reply> {
     let events = call.engine().subscribe(&call.context)?;
     let engine = call.engine().clone();
     engine.change_expected();
-    socket::websocket(call.request, move |socket| serve(engine, socket, events, wanted))
+    socket::websocket(call.request, LISTENER, move |socket| serve(engine, socket, events, wanted))
 }
 
 async fn serve(engine: Engine, socket: Socket, mut events: Subscription, wanted: Wanted) {

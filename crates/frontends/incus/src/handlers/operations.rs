@@ -90,5 +90,5 @@ pub async fn websocket(call: Call) -> Result<Reply> {
         return Err(Error::invalid("Upgrade", "this path speaks websocket: the Upgrade header is missing"));
     }
     let slot = call.app.sessions.take(id, secret)?;
-    socket::websocket(call.request, |socket| async move { slot.give(socket) })
+    socket::websocket(call.request, socket::STREAM, |socket| async move { slot.give(socket) })
 }

@@ -10,6 +10,7 @@ use karst_engine::{Agents, Context, Engine, EngineConfig};
 use karst_env::RealEnv;
 use karst_frontend_incus::{
     App, Identity, ServerInfo,
+    places::Bounds,
     routes::{State, TABLE},
     serve, serve_connection,
 };
@@ -137,6 +138,11 @@ impl Answer {
 
 impl Server {
     pub async fn start() -> Server {
+        Self::with_places(Bounds::default()).await
+    }
+
+    /// With so many places for connections from the network.
+    pub async fn with_places(bounds: Bounds) -> Server {
         let test = Touched::begin();
         let env = RealEnv::shared();
         let store: Arc<dyn Store> = Arc::new(SqliteStore::memory(env.clone()).unwrap());
@@ -173,7 +179,7 @@ impl Server {
             identity,
             authority: Some(Arc::new(authority)),
         };
-        let app = App::new(engine.clone(), info);
+        let app = App::bounded(engine.clone(), info, bounds);
         let task = tokio::spawn(serve(app.clone(), listener));
         Server { app, engine, shutdown, agent, socket, dir, test, task }
     }
