@@ -1,7 +1,9 @@
 //! The agent: what it is made of, how ids become things of this machine, and what it finds when it starts.
 
 use crate::{
-    HostPolicy, facts,
+    HostPolicy,
+    backup_room::BackupRoom,
+    facts,
     ids::{CLAIMS, IdRanges},
     pools::{PoolPlace, Purpose},
     registry::{GuestRecord, Registry},
@@ -69,6 +71,7 @@ pub struct RealAgent {
     pub(crate) networks: NetworkDriver,
     pub(crate) images: ImageStore,
     pub(crate) staging: Arc<Staging>,
+    pub(crate) backup_room: Arc<BackupRoom>,
     pub(crate) unopened: Unopened,
     /// How workers without privileges are started.
     pub(crate) launcher: Launcher,
@@ -134,6 +137,7 @@ impl RealAgent {
                 registry.path("staging"),
                 options.policy.uploads.clone(),
             )?),
+            backup_room: Arc::new(BackupRoom::new(registry.path("backups"), options.policy.backups.clone())),
             unopened: Unopened::default(),
             history: Default::default(),
             launcher,

@@ -6,10 +6,13 @@
 use crate::{
     RealAgent,
     agent::blocking,
-    storage::{BOUNDS, contents, converted, open, said},
+    storage::{BOUNDS, STREAM, contents, converted, open, said},
 };
 use karst_agent::{BackupCreate, BackupFacts, BackupKind, VolumeFill, VolumeFilled, WithFds};
-use karst_host::{Program, sandbox::Ended};
+use karst_host::{
+    Program,
+    sandbox::{Ended, Limits, Sandbox},
+};
 use karst_image::{
     backup::{Kind, Piece},
     unpack::{Answer, Found, Part, Task},
@@ -78,16 +81,26 @@ impl RealAgent {
         self.registry.path("backups").join(id.0.to_string())
     }
 
-    fn staged_backup(&self, id: BackupId) -> PathBuf {
-        self.registry.path("staging").join(format!("{}.backup", id.0))
-    }
-
     pub(crate) async fn create_backup(&self, request: BackupCreate) -> Result<BackupFacts> {
         let _making = self.lock(request.id.0).await;
         let path = self.backup_file(request.id);
         if let Ok(there) = tokio::fs::metadata(&path).await {
             return Ok(BackupFacts { size: there.len(), index: serde_json::Value::Null });
         }
+        let room = self.backup_room.clone();
+        blocking(move || room.begin()).await?;
+        // Its workers end with it, and what they have written goes.
+        tokio::select! {
+            biased;
+            made = self.make_backup(request, path) => made,
+            over = self.backup_room.clone().gone(self.env.clone()) => {
+                tracing::warn!(error = %over, "a backup was broken off");
+                Err(over)
+            }
+        }
+    }
+
+    async fn make_backup(&self, request: BackupCreate, path: PathBuf) -> Result<BackupFacts> {
         let at = request.volume;
         let _lock = self.lock(at.volume.0).await;
         let pool = self.pool(at.pool)?;
@@ -154,7 +167,7 @@ impl RealAgent {
     ) -> Result<bool> {
         let (Some(machine), Some((at, tpm))) = (&request.machine, own) else { return Ok(false) };
         let Some(room) = self.machine_for_backup(machine, at, tpm).await? else { return Ok(false) };
-        let worker = self.worker().stdout(out.try_clone()?.into());
+        let worker = self.packer(out).await?;
         let piece = Piece {
             texts: std::mem::take(texts),
             content: Some((directory.to_owned(), Kind::Tree)),
@@ -162,8 +175,26 @@ impl RealAgent {
             last: false,
         };
         let worker = worker.readable("tree", open(room.path(), false)?);
-        packed(&worker.call("backup-pack", serde_json::to_value(piece)?).await?)?;
+        self.packed(&worker.call("backup-pack", serde_json::to_value(piece)?).await?).await?;
         Ok(true)
+    }
+
+    /// A worker that writes on at the end of a backup, as much as there is room for.
+    async fn packer(&self, out: &File) -> Result<Sandbox> {
+        let room = self.backup_room.clone();
+        let left = blocking(move || room.left()).await?;
+        let limits = Limits { file_size: out.metadata()?.len().saturating_add(left), ..STREAM };
+        Ok(self.worker().limits(limits).stdout(out.try_clone()?.into()))
+    }
+
+    /// How it ended; where there was no room, which limit that is of.
+    async fn packed(&self, ended: &Ended) -> Result<()> {
+        let outcome = packed(ended);
+        if outcome.as_ref().is_err_and(|e| e.is(ErrorKind::Quota)) {
+            let room = self.backup_room.clone();
+            blocking(move || room.left()).await?;
+        }
+        outcome
     }
 
     async fn pack(
@@ -176,7 +207,7 @@ impl RealAgent {
         last: bool,
     ) -> Result<()> {
         let located = &reading.located;
-        let mut worker = self.worker().stdout(out.try_clone()?.into());
+        let mut worker = self.packer(out).await?;
         let mut converted_to = None;
         let kind = match located.format {
             Format::Directory => {
@@ -207,26 +238,17 @@ impl RealAgent {
         let piece = Piece { texts, content: Some((place, kind)), compression: request.compression, last };
         let ended = worker.call("backup-pack", serde_json::to_value(piece)?).await?;
         drop(converted_to);
-        packed(&ended)
+        self.packed(&ended).await
     }
 
     pub(crate) async fn stage_backup(&self, id: BackupId) -> Result<WithFds<()>> {
-        let path = self.staged_backup(id);
-        let file = blocking(move || {
-            let mut options = File::options();
-            Ok(options.write(true).create(true).truncate(true).mode(0o600).open(path)?)
-        })
-        .await?;
+        let staging = self.staging.clone();
+        let file = blocking(move || staging.stage_backup(id)).await?;
         Ok(WithFds { value: (), fds: vec![file.into()] })
     }
 
     pub(crate) fn open_staged(&self, id: BackupId) -> Result<File> {
-        match File::open(self.staged_backup(id)) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                Err(Error::not_found("the uploaded backup is gone; send it again"))
-            }
-            other => Ok(other?),
-        }
+        self.staging.read_backup(id)
     }
 
     pub(crate) async fn inspect_backup(&self, id: BackupId) -> Result<BackupFacts> {
@@ -255,13 +277,12 @@ impl RealAgent {
 
     pub(crate) async fn delete_backup(&self, id: BackupId) -> Result<()> {
         let _lock = self.lock(id.0).await;
-        for path in [self.backup_file(id), self.staged_backup(id)] {
-            match tokio::fs::remove_file(path).await {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
-                _ => {}
-            }
+        match tokio::fs::remove_file(self.backup_file(id)).await {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e.into()),
+            _ => {}
         }
-        Ok(())
+        let staging = self.staging.clone();
+        blocking(move || staging.drop_backup(id)).await
     }
 
     pub(crate) async fn fill_volume(&self, request: VolumeFill) -> Result<VolumeFilled> {
@@ -385,7 +406,8 @@ pub(crate) fn template_texts(
 pub(crate) fn packed(ended: &Ended) -> Result<()> {
     match ended.code {
         0 => Ok(()),
-        28 => Err(Error::new(ErrorKind::Quota, "no space left on the host for the backup")),
+        // The second: it was ended for writing more than it may (SIGXFSZ).
+        28 | 153 => Err(Error::new(ErrorKind::Quota, "no space left on the host for the backup")),
         125 => Err(Error::internal("the worker that packs could not be set up", said(ended))),
         _ => Err(Error::internal("packing the backup failed", said(ended))),
     }

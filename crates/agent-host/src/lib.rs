@@ -7,6 +7,7 @@
 
 mod agent;
 mod audit;
+mod backup_room;
 mod backups;
 mod block_pools;
 mod bytes;
@@ -38,6 +39,7 @@ mod staging;
 mod storage;
 
 pub use agent::{RealAgent, RealOptions};
+pub use backup_room::BackupLimits;
 pub use policy::HostPolicy;
 pub use registry::set_damaged_aside;
 pub use staging::UploadLimits;

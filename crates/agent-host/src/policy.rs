@@ -42,6 +42,8 @@ pub struct HostPolicy {
     pub qemu_events: bool,
     /// What uploads of images may take.
     pub uploads: crate::staging::UploadLimits,
+    /// What backups may take.
+    pub backups: crate::backup_room::BackupLimits,
 }
 
 impl HostPolicy {

@@ -4,10 +4,13 @@
 //! that the file system keeps for others. Control stops at the size that it is told; one that does not is cut off here: a
 //! part over a limit loses its name, is emptied again and again for as long as somebody may still write to it, and its
 //! import fails with the limit's name. Nothing survives the agent's process: the other end was lost with it.
+//!
+//! Backups and disks that are uploaded lie there too. Of them only the space is bounded that the file system keeps: they are
+//! as large as what they were made of.
 
 use karst_agent::{ImagePart, ImageStaged};
-use karst_env::{Mutex, SharedEnv};
-use karst_model::{Error, ImageId, Result, size::ByteSize};
+use karst_env::{EnvExt, Mutex, SharedEnv};
+use karst_model::{BackupId, Error, ImageId, Result, size::ByteSize};
 use serde::{Deserialize, Deserializer};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,10 +20,11 @@ use std::{
     sync::Weak,
     time::Duration,
 };
+use tokio::sync::Notify;
 
 /// How often open uploads are looked at, and how often the directory is when there are none.
-const LOOK: Duration = Duration::from_secs(1);
-const IDLE_LOOK: Duration = Duration::from_secs(60);
+const LOOK: Duration = Duration::from_millis(250);
+const IDLE_LOOK: Duration = Duration::from_secs(5);
 /// How the names of uploaded backups end, and when they are dropped after they were last touched.
 const BACKUP: &str = ".backup";
 const BACKUP_KEPT: Duration = Duration::from_secs(3600);
@@ -59,9 +63,9 @@ impl Default for UploadLimits {
     }
 }
 
-fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ByteSize, D::Error> {
+pub(crate) fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ByteSize, D::Error> {
     let text = String::deserialize(deserializer)?;
-    ByteSize::parse("uploads", &text).map_err(serde::de::Error::custom)
+    ByteSize::parse("size", &text).map_err(serde::de::Error::custom)
 }
 
 /// The table of open uploads.
@@ -70,8 +74,20 @@ pub(crate) struct Staging {
     directory: PathBuf,
     limits: UploadLimits,
     parts: Mutex<BTreeMap<(ImageId, ImagePart), Part>>,
+    /// Backups and disks, as long as they are there or were cut off lately.
+    backups: Mutex<BTreeMap<BackupId, Uploaded>>,
+    /// An upload has begun.
+    begun: Notify,
     /// Directories in which volumes are converted.
     work: Mutex<BTreeSet<PathBuf>>,
+}
+
+struct Uploaded {
+    file: File,
+    /// It has come whole and is read.
+    whole: bool,
+    /// Why it was cut off, and when.
+    over: Option<(Error, Duration)>,
 }
 
 struct Part {
@@ -107,7 +123,64 @@ impl Staging {
                 false => std::fs::remove_file(entry.path())?,
             }
         }
-        Ok(Self { env, directory, limits, parts: Mutex::default(), work: Mutex::default() })
+        Ok(Self {
+            env,
+            directory,
+            limits,
+            parts: Mutex::default(),
+            backups: Mutex::default(),
+            begun: Notify::new(),
+            work: Mutex::default(),
+        })
+    }
+
+    fn backup_path(&self, id: BackupId) -> PathBuf {
+        self.directory.join(format!("{}{BACKUP}", id.0))
+    }
+
+    /// Opens the file of a backup or disk that is uploaded, emptied. Blocks.
+    ///
+    /// # Errors
+    /// Quota, naming the limit.
+    pub fn stage_backup(&self, id: BackupId) -> Result<File> {
+        let mut backups = self.backups.lock();
+        if self.free() <= self.limits.reserve.bytes() {
+            return Err(self.disk_full());
+        }
+        let path = self.backup_path(id);
+        let mut options = File::options();
+        let theirs = options.write(true).create(true).truncate(true).mode(0o600).open(&path)?;
+        let file = File::options().write(true).open(&path)?;
+        backups.insert(id, Uploaded { file, whole: false, over: None });
+        self.begun.notify_one();
+        Ok(theirs)
+    }
+
+    /// Opens one that was uploaded, to read it: nothing is added to it any more.
+    ///
+    /// # Errors
+    /// Not found; quota when it was cut off.
+    pub fn read_backup(&self, id: BackupId) -> Result<File> {
+        let mut backups = self.backups.lock();
+        match backups.get_mut(&id) {
+            Some(Uploaded { over: Some((e, _)), .. }) => return Err(e.clone()),
+            Some(found) => found.whole = true,
+            None => {}
+        }
+        match File::open(self.backup_path(id)) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                Err(Error::not_found("the uploaded backup is gone; send it again"))
+            }
+            other => Ok(other?),
+        }
+    }
+
+    /// Drops one; fine when there is none. Blocks.
+    pub fn drop_backup(&self, id: BackupId) -> Result<()> {
+        let mut backups = self.backups.lock();
+        remove(&self.backup_path(id))?;
+        backups.remove(&id);
+        Ok(())
     }
 
     fn path(&self, image: ImageId, part: ImagePart) -> PathBuf {
@@ -145,6 +218,7 @@ impl Staging {
         let theirs = File::options().write(true).open(&path)?;
         let now = self.env.monotonic();
         parts.insert((image, part), Part { file, begun: now, size: 0, grown: now, over: None });
+        self.begun.notify_one();
         Ok((theirs, ImageStaged { limit }))
     }
 
@@ -179,7 +253,13 @@ impl Staging {
     }
 
     /// A new directory to convert a volume in; it is gone when the answer is dropped.
+    ///
+    /// # Errors
+    /// Quota where nothing is left that it may take.
     pub fn work(self: &std::sync::Arc<Self>) -> Result<Scratch> {
+        if self.free() <= self.limits.reserve.bytes() {
+            return Err(self.disk_full());
+        }
         let path = self.directory.join(format!("{}.work", self.env.uuid()));
         self.work.lock().insert(path.clone());
         let scratch = Scratch { staging: self.clone(), path };
@@ -216,7 +296,7 @@ impl Staging {
 
     fn disk_full(&self) -> Error {
         over(format!(
-            "the host's disk has no more than the {} free that uploads must leave",
+            "the host's disk has no more than the {} free that uploads and conversions must leave",
             self.limits.reserve
         ))
     }
@@ -266,7 +346,37 @@ impl Staging {
         }
         let kept = Duration::from_secs(3600 * self.limits.age_hours.max(1));
         parts.retain(|_, p| p.over.is_none() || now.saturating_sub(p.grown) < kept);
-        !parts.is_empty()
+        let any = !parts.is_empty();
+        drop(parts);
+        self.look_at_backups(free) || any
+    }
+
+    /// The same of backups and disks; `free` is what the file system has.
+    fn look_at_backups(&self, mut free: u64) -> bool {
+        let mut backups = self.backups.lock();
+        let now = self.env.monotonic();
+        let mut by_size: Vec<_> = backups.iter_mut().filter(|(_, b)| !b.whole).collect();
+        by_size.sort_by_key(|(_, b)| std::cmp::Reverse(allocated(&b.file)));
+        for (id, backup) in by_size {
+            if backup.over.is_some() {
+                // As above.
+                let _ = backup.file.set_len(0);
+            } else if free < self.limits.reserve.bytes() {
+                let fault = self.disk_full();
+                tracing::warn!(upload = %id, error = %fault, "an upload was cut off");
+                free = free.saturating_add(allocated(&backup.file));
+                let emptied = backup.file.set_len(0).and_then(|()| remove(&self.backup_path(*id)));
+                if let Err(e) = emptied {
+                    tracing::warn!(upload = %id, error = %e, "an upload that was cut off could not be emptied; trying again");
+                }
+                backup.over = Some((fault, now));
+            }
+        }
+        backups.retain(|id, b| match &b.over {
+            Some((_, at)) => now.saturating_sub(*at) < BACKUP_KEPT,
+            None => self.backup_path(*id).exists(),
+        });
+        backups.values().any(|b| !b.whole)
     }
 
     /// Drops uploaded backups that nobody has touched for long. Blocks.
@@ -293,7 +403,14 @@ impl Staging {
                 staging.look()
             };
             let any = tokio::task::spawn_blocking(work).await.unwrap_or(true);
-            env.sleep(if any { LOOK } else { IDLE_LOOK.min(LOOK * 5) }).await;
+            let Some(staging) = this.upgrade() else { return };
+            match any {
+                true => env.sleep(LOOK).await,
+                false => {
+                    // One that begins is not left alone for so long.
+                    let _ = env.timeout(IDLE_LOOK, staging.begun.notified()).await;
+                }
+            }
         }
     }
 }
@@ -439,6 +556,40 @@ mod tests {
         let (_dir, s) = staging(UploadLimits { reserve: ByteSize(u64::MAX >> 1), ..small() });
         let refused = s.stage(image(1), ImagePart::Unified).unwrap_err();
         assert!(refused.message.contains("must leave"), "{refused}");
+    }
+
+    #[test]
+    fn an_uploaded_backup_leaves_the_reserve() {
+        let id = |n: u128| BackupId(uuid::Uuid::from_u128(n));
+        let (_dir, s) = staging(small());
+        let (mut a, mut b) = (s.stage_backup(id(1)).unwrap(), s.stage_backup(id(2)).unwrap());
+        a.write_all(&[1; 4096]).unwrap();
+        b.write_all(&vec![2; 1 << 20]).unwrap();
+        assert!(s.look(), "they are looked at");
+        s.read_backup(id(1)).expect("there was room");
+        let full = Staging { limits: UploadLimits { reserve: ByteSize(1), ..small() }, ..unshared(s) };
+        assert!(full.look_at_backups(0), "it may be written to");
+        let refused = full.read_backup(id(2)).unwrap_err();
+        assert!(
+            refused.is(karst_model::ErrorKind::Quota) && refused.message.contains("must leave"),
+            "{refused}"
+        );
+        full.read_backup(id(1)).expect("what is read has come whole");
+        b.write_all(&vec![2; 1 << 20]).unwrap();
+        full.look_at_backups(0);
+        assert_eq!(allocated(&b), 0, "no bytes stay");
+        full.drop_backup(id(1)).unwrap();
+        full.drop_backup(id(1)).expect("twice is once");
+        assert!(full.read_backup(id(1)).unwrap_err().is(karst_model::ErrorKind::NotFound));
+        assert_eq!(full.strays().unwrap(), Vec::<String>::new());
+        let (_dir, s) = staging(UploadLimits { reserve: ByteSize(u64::MAX >> 1), ..small() });
+        for refused in [s.stage_backup(id(3)).map(drop), s.work().map(drop)] {
+            assert!(refused.unwrap_err().message.contains("must leave"));
+        }
+    }
+
+    fn unshared(s: std::sync::Arc<Staging>) -> Staging {
+        std::sync::Arc::into_inner(s).unwrap()
     }
 
     #[test]

@@ -152,6 +152,7 @@ impl From<std::io::Error> for Error {
             Io::StorageFull | Io::QuotaExceeded => {
                 Error::quota("no space left on the device").with_context(e)
             }
+            Io::FileTooLarge => Error::quota("a file would be larger than it may be").with_context(e),
             Io::TimedOut => Error::timeout("timed out").with_context(e),
             _ => Error::internal("an operation of the system failed", e),
         }

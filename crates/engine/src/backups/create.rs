@@ -32,6 +32,8 @@ use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 const LONG: Duration = Duration::from_secs(86_400);
+/// Backups of one instance or volume. What all of a host may take, its policy says.
+pub const MOST: usize = 128;
 
 /// What a user wants.
 #[derive(Debug, Clone, Default)]
@@ -68,6 +70,12 @@ impl Engine {
             found.expect(tx);
             tx.expect(&project);
             let there = records.backups_of(found.owner());
+            if there.len() >= MOST {
+                return Err(Error::quota(format!(
+                    "{} has {MOST} backups, as many as there may be of one; delete some, or give them an end (expires_at)",
+                    found.words()
+                )));
+            }
             let taken = |name: &str| there.iter().any(|b| *b.name == *name);
             let name = match request.name.as_deref().filter(|n| !n.is_empty()) {
                 Some(name) => name.to_owned(),

@@ -157,3 +157,30 @@ async fn backups_of_volumes_live() {
     let faults = left_over(&s).await;
     assert!(faults.is_empty(), "{faults:?}");
 }
+
+/// Of one thing there are only so many, and what the host has no room for leaves nothing and says why.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn backups_have_bounds() {
+    let s = Server::start().await;
+    for name in ["c1", "c2"] {
+        s.container(name, false).await;
+    }
+    let all = "/1.0/instances/c1/backups";
+    let full =
+        karst_model::Error::quota("the host's disk has no more than the 512MiB free that backups must leave");
+    s.agent.inject("backup_create", karst_agent::Fault::FailBefore(full));
+    let failed = s.wait(s.post(all, json!({"name": "b"})).await).await;
+    assert!(failed["err"].as_str().unwrap().contains("512MiB free that backups must leave"), "{failed}");
+    assert_eq!(s.get(all).await.metadata(), json!([]));
+    let faults = left_over(&s).await;
+    assert!(faults.is_empty(), "{faults:?}");
+
+    for _ in 0..karst_engine::backups::create::MOST {
+        s.done(s.post(all, json!({"instance_only": true})).await).await;
+    }
+    let refused = s.post(all, json!({"name": "more"})).await.refused(403);
+    assert!(refused.contains("c1") && refused.contains("expires_at"), "{refused}");
+    s.done(s.post("/1.0/instances/c2/backups", json!({})).await).await;
+    s.done(s.delete(&format!("{all}/backup7")).await).await;
+    s.done(s.post(all, json!({"name": "more"})).await).await;
+}
