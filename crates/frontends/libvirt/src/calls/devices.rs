@@ -472,7 +472,7 @@ pub async fn block_resize(call: Call) -> Answered {
     let bytes = bytes.ok_or_else(|| VirError::argument("size must be less than 2^64 bytes"))?;
     let device = disk_of(&view, &disk)?;
     if view.expanded_devices[&device].contains_key("source") {
-        let text = "a volume grows by vol-resize while no guest has it; the disk of an instance made by Karst grows live";
+        let text = "a volume grows by vol-resize, also under the guests that run with it; the disk of an instance made by Karst grows by this";
         return Err(VirError::new(Code::OperationUnsupported, call.opened()?.driver.part(), text));
     }
     set_device(&call, &view, 0, &device, vec![("size", Some(bytes.to_string()))]).await?;
