@@ -64,6 +64,7 @@ pub fn asks_for(request: &Request<RequestBody>, protocol: &str) -> bool {
 }
 
 /// A connection that no longer speaks HTTP, with its place among the connections from the network if it came from there.
+#[derive(Debug)]
 pub struct Connection {
     io: TokioIo<Upgraded>,
     _place: Option<Arc<Place>>,
