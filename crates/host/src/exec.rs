@@ -33,6 +33,8 @@ pub enum Program {
     MkfsXfs,
     /// `mmdebstrap`: Debian root file systems.
     Mmdebstrap,
+    /// `modprobe`: the kernel's modules of ZFS and of thin pools.
+    Modprobe,
     /// `nft`: firewall.
     Nft,
     /// `qemu-img`: disk images.
@@ -45,6 +47,8 @@ pub enum Program {
     Sqfs2tar,
     /// `swtpm`: the TPM of a virtual machine.
     Swtpm,
+    /// `thin_check`: with which LVM looks at a thin pool before it uses one.
+    ThinCheck,
     /// `iptables-nft`: the rules of Docker, ufw and others, kept by the kernel's nftables.
     IptablesNft,
     /// `iptables-nft-restore`: several of them in one transaction.
@@ -87,12 +91,14 @@ impl Program {
             Self::MkfsExt4 => "mkfs.ext4",
             Self::MkfsXfs => "mkfs.xfs",
             Self::Mmdebstrap => "mmdebstrap",
+            Self::Modprobe => "modprobe",
             Self::Nft => "nft",
             Self::QemuImg => "qemu-img",
             Self::QemuSystemX86 => "qemu-system-x86_64",
             Self::Resize2fs => "resize2fs",
             Self::Sqfs2tar => "sqfs2tar",
             Self::Swtpm => "swtpm",
+            Self::ThinCheck => "thin_check",
             Self::IptablesNft => "iptables-nft",
             Self::IptablesNftRestore => "iptables-nft-restore",
             Self::IptablesLegacy => "iptables-legacy",
@@ -122,8 +128,10 @@ impl Program {
             Self::MkfsXfs | Self::XfsGrowfs => "xfsprogs",
             Self::Zfs | Self::Zpool => "zfsutils-linux",
             Self::Mmdebstrap => "mmdebstrap",
+            Self::Modprobe => "kmod",
             Self::Sqfs2tar => "squashfs-tools-ng",
             Self::Swtpm => "swtpm",
+            Self::ThinCheck => "thin-provisioning-tools",
             Self::Nft => "nftables",
             Self::QemuImg => "qemu-utils",
             Self::QemuSystemX86 => "qemu-system-x86",

@@ -62,8 +62,11 @@ pub fn reflink(from: impl AsFd, to: impl AsFd) -> io::Result<bool> {
 /// No space, or reading or writing fails.
 pub fn copy_sparse(from: impl AsFd, to: impl AsFd, size: u64) -> io::Result<()> {
     let (from, to) = (from.as_fd(), to.as_fd());
-    let blocks = rustix::fs::fstat(from)?.st_blocks as u64;
-    let sparse = blocks * 512 < size;
+    let source = rustix::fs::fstat(from)?;
+    if rustix::fs::FileType::from_raw_mode(source.st_mode) == rustix::fs::FileType::BlockDevice {
+        return copy_device(from, to, size);
+    }
+    let sparse = source.st_blocks as u64 * 512 < size;
     let mut at = 0u64;
     while at < size {
         let (data, end) = if sparse {
@@ -82,6 +85,34 @@ pub fn copy_sparse(from: impl AsFd, to: impl AsFd, size: u64) -> io::Result<()> 
     let stat = rustix::fs::fstat(to)?;
     // A block device has the size that it has, and holes stay what is there.
     if sparse && rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() {
+        rustix::fs::ftruncate(to, size)?;
+    }
+    Ok(())
+}
+
+/// Zeros as far as they are looked for at a time.
+static ZEROS: [u8; 256 << 10] = [0; 256 << 10];
+
+/// A block device does not say where it holds data: what is all zeros is left out.
+fn copy_device(from: BorrowedFd<'_>, to: BorrowedFd<'_>, size: u64) -> io::Result<()> {
+    let mut buffer = vec![0u8; ZEROS.len()];
+    let mut at = 0;
+    while at < size {
+        let want = (size - at).min(buffer.len() as u64) as usize;
+        let n = match rustix::io::pread(from, &mut buffer[..want], at) {
+            Ok(0) => break,
+            Ok(n) => n,
+            Err(Errno::INTR) => continue,
+            Err(e) => return Err(e.into()),
+        };
+        let mut done = if buffer[..n] == ZEROS[..n] { n } else { 0 };
+        while done < n {
+            done += rustix::io::pwrite(to, &buffer[done..n], at + done as u64)?;
+        }
+        at += n as u64;
+    }
+    let target = rustix::fs::fstat(to)?;
+    if rustix::fs::FileType::from_raw_mode(target.st_mode).is_file() {
         rustix::fs::ftruncate(to, size)?;
     }
     Ok(())

@@ -25,6 +25,7 @@ pub mod shared_limit;
 pub mod sockets;
 pub mod sysctl;
 pub mod tap;
+pub mod zvol;
 
 pub use exec::{Command, Output, Program, guest_agent, run};
 

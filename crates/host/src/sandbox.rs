@@ -21,7 +21,7 @@ use std::{
     io::{self, Read, Write},
     os::{
         fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
-        unix::{ffi::OsStrExt, process::ExitStatusExt},
+        unix::{ffi::OsStrExt, fs::FileTypeExt, process::ExitStatusExt},
     },
     path::{Path, PathBuf},
     process::Stdio,
@@ -536,9 +536,11 @@ fn enter(plan: Plan, call: Call) -> io::Result<i32> {
     for (i, grant) in plan.grants.iter().enumerate() {
         let fd = FIRST_FD + i as RawFd;
         let read_only = if grant.writable { 0 } else { MOUNT_ATTR_RDONLY };
-        let attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | read_only;
-        // SAFETY: descriptor was put there by the parent.
-        let is_dir = std::fs::metadata(format!("/proc/self/fd/{fd}"))?.is_dir();
+        let found = std::fs::metadata(format!("/proc/self/fd/{fd}"))?;
+        let is_dir = found.is_dir();
+        // A disk may be a device, which was granted to be read as one; in a tree there are none to be opened.
+        let devices = if found.file_type().is_block_device() { 0 } else { MOUNT_ATTR_NODEV };
+        let attributes = MOUNT_ATTR_NOSUID | devices | read_only;
         if grant.mounted {
             // SAFETY: as above; nobody else owns it.
             mounts.push((unsafe { OwnedFd::from_raw_fd(fd) }, grant.name.clone(), is_dir));

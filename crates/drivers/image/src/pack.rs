@@ -330,7 +330,7 @@ fn extents(disk: &File, size: u64) -> Result<Vec<(u64, u64)>> {
             Ok(from) => from,
             Err(Errno::NXIO) => break,
             // A block device, or a file system that does not tell.
-            Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(vec![(0, size)]),
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => return filled(disk, size),
             Err(e) => return Err(io::Error::from(e).into()),
         };
         let to = rustix::fs::seek(disk, rustix::fs::SeekFrom::Hole(from)).map_err(io::Error::from)?;
@@ -341,6 +341,30 @@ fn extents(disk: &File, size: u64) -> Result<Vec<(u64, u64)>> {
             _ => parts.push((from, to)),
         }
         at = to;
+    }
+    Ok(parts)
+}
+
+/// As much as is told from zeros at a time.
+const GRAIN: u64 = 64 << 10;
+
+/// The parts of a disk that are not all zeros, by reading it: twice then, but what is packed and unpacked is no more than there is.
+fn filled(disk: &File, size: u64) -> Result<Vec<(u64, u64)>> {
+    static ZEROS: [u8; GRAIN as usize] = [0; GRAIN as usize];
+    let mut parts: Vec<(u64, u64)> = vec![];
+    let mut buffer = vec![0u8; GRAIN as usize];
+    let mut from = 0;
+    while from < size {
+        let to = size.min(from + GRAIN);
+        let piece = &mut buffer[..(to - from) as usize];
+        disk.read_exact_at(piece, from)?;
+        if *piece != ZEROS[..piece.len()] {
+            match parts.last_mut() {
+                Some(last) if last.1 == from => last.1 = to,
+                _ => parts.push((from, to)),
+            }
+        }
+        from = to;
     }
     Ok(parts)
 }
@@ -458,6 +482,18 @@ mod tests {
         let mut again = vec![];
         pack(&tree, &mut again).unwrap();
         assert!(again == packed, "the same tree, the same stream");
+    }
+
+    #[test]
+    fn zeros_of_a_device_are_left_out() {
+        let file = tempfile::tempfile().unwrap();
+        let size = 5 * GRAIN + 512;
+        file.set_len(size).unwrap();
+        assert_eq!(filled(&file, size).unwrap(), []);
+        for at in [GRAIN + 7, 3 * GRAIN - 1, size - 1] {
+            file.write_all_at(b"x", at).unwrap();
+        }
+        assert_eq!(filled(&file, size).unwrap(), [(GRAIN, 3 * GRAIN), (5 * GRAIN, size)]);
     }
 
     #[test]
