@@ -26,6 +26,7 @@ mod nics;
 mod nodes;
 mod policy;
 mod pool_growth;
+mod pool_kinds;
 mod pools;
 mod proxies;
 mod publish;

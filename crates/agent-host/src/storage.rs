@@ -225,13 +225,15 @@ impl RealAgent {
         let pool = self.pool(at.pool)?;
         let now = pool.inspect(at.volume).await?;
         let there = now.size == Some(request.size);
+        // What lies on a device may be behind it, after a kill: its file system, or what the guest was told.
+        let devices = pool.kind().has_names();
         if !now.content.is_disk() {
-            return match there {
+            return match there && !devices {
                 true => Ok(()),
                 false => pool.resize(at.volume, request.size).await.map(drop),
             };
         }
-        if now.size.is_some_and(|now| request.size < now) {
+        if !devices && now.size.is_some_and(|now| request.size < now) {
             return Err(Error::invalid("size", "a volume can only grow"));
         }
         let located = self.locate(at, None).await?;
@@ -241,15 +243,17 @@ impl RealAgent {
             // That is written down when all that have it know it.
             return Ok(());
         }
-        if device && !there {
-            pool.resize(at.volume, request.size).await?;
+        let mut size = request.size;
+        if device {
+            // It may have more than was asked for: whole blocks of its pool.
+            size = pool.resize(at.volume, size).await?.size.unwrap_or(size);
         }
         // One that was broken off in between has grown and not told everybody.
-        let held = self.grow_live(&located.path, request.size.bytes()).await?;
+        let held = self.grow_live(&located.path, size.bytes()).await?;
         match (device, held) {
             (true, _) => Ok(()),
-            (false, true) => pool.grown(at.volume, request.size).await.map(drop),
-            (false, false) => pool.resize(at.volume, request.size).await.map(drop),
+            (false, true) => pool.grown(at.volume, size).await.map(drop),
+            (false, false) => pool.resize(at.volume, size).await.map(drop),
         }
     }
 

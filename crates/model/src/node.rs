@@ -1,6 +1,6 @@
 //! Nodes: hosts that run guests, and what they report of themselves.
 
-use crate::{InstanceId, Name, NodeId};
+use crate::{Error, InstanceId, Name, NodeId, Result, storage::PoolKind};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
@@ -61,8 +61,43 @@ pub struct HostFacts {
     pub cpus: u32,
     /// Total memory in bytes.
     pub memory: u64,
+    /// Kinds of storage pools; none: it has not said yet.
+    #[serde(default)]
+    pub storage: Vec<StorageDriver>,
     /// What is wrong or missing, in words, each with the fix.
     pub warnings: Vec<String>,
+}
+
+impl HostFacts {
+    /// Kinds of pools that the host can have.
+    pub fn storage_kinds(&self) -> impl Iterator<Item = &StorageDriver> {
+        self.storage.iter().filter(|d| d.missing.is_none())
+    }
+
+    /// Refuses a kind of pools that the host cannot have.
+    ///
+    /// # Errors
+    /// Unsupported at `driver`, saying what is missing and what to do.
+    pub fn demand_storage(&self, kind: PoolKind) -> Result<()> {
+        if self.storage_kinds().any(|d| d.kind == kind) {
+            return Ok(());
+        }
+        let why = self.storage.iter().find(|d| d.kind == kind).and_then(|d| d.missing.as_deref());
+        let why = why.unwrap_or("it does not say that it can");
+        let text = format!("no pools of the storage driver {:?} on this host: {why}", kind.as_str());
+        Err(Error::unsupported(text).at("driver"))
+    }
+}
+
+/// A kind of storage pools on a host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StorageDriver {
+    /// Which.
+    pub kind: PoolKind,
+    /// Version of its tools, or of the kernel's module; empty where nothing tells.
+    pub version: String,
+    /// What is missing for it, with the fix; `None`: such pools can be made.
+    pub missing: Option<String>,
 }
 
 /// How virtual machines are executed here, and why.
@@ -97,5 +132,28 @@ impl AcceleratorKind {
             Self::Kvm => "kvm",
             Self::Tcg => "tcg",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_say_which_pools_they_can_have() {
+        let driver = |kind, missing: Option<&str>| StorageDriver {
+            kind,
+            version: String::new(),
+            missing: missing.map(str::to_owned),
+        };
+        let mut facts = HostFacts::default();
+        assert!(facts.demand_storage(PoolKind::Dir).is_err(), "it has said nothing yet");
+        facts.storage =
+            vec![driver(PoolKind::Dir, None), driver(PoolKind::Zfs, Some("install zfsutils-linux"))];
+        facts.demand_storage(PoolKind::Dir).unwrap();
+        assert_eq!(facts.storage_kinds().count(), 1);
+        let e = facts.demand_storage(PoolKind::Zfs).unwrap_err();
+        assert!(e.is(crate::ErrorKind::Unsupported) && e.field.as_deref() == Some("driver"), "{e:?}");
+        assert!(e.message.contains("\"zfs\"") && e.message.ends_with("install zfsutils-linux"), "{e}");
     }
 }

@@ -37,35 +37,17 @@ impl PoolKind {
         }
     }
 
-    /// Those that users may make: they were shown to keep the contract of pools, and guests on them to work.
-    pub const OFFERED: &[PoolKind] = &[PoolKind::Dir, PoolKind::Btrfs];
-
-    /// May it be made?
-    ///
-    /// # Errors
-    /// Unsupported, naming the field, for a kind that is not offered yet.
-    pub fn check_offered(self, field: &str) -> Result<()> {
-        if Self::OFFERED.contains(&self) {
-            return Ok(());
-        }
-        let offered: Vec<_> = Self::OFFERED.iter().map(|k| k.as_str()).collect();
-        let (name, offered) = (self.as_str(), offered.join(" and "));
-        let text = format!("{name:?} is a storage driver that is not offered yet; {offered} are");
-        Err(Error::unsupported(text).at(field))
-    }
-
     /// Can it be made of something that has a name on its host, a data set or volume group?
     pub fn has_names(self) -> bool {
         matches!(self, Self::Zfs | Self::Lvm)
     }
 
-    /// Parses Incus' driver name.
+    /// Parses Incus' driver name. Whether a host can have such pools it says itself.
     pub fn parse(field: &str, s: &str) -> Result<Self> {
-        let known = Self::ALL.iter().copied().find(|k| k.as_str() == s).ok_or_else(|| {
-            let hint = nearest(s, Self::OFFERED.iter().map(|k| k.as_str())).unwrap_or("dir");
+        Self::ALL.iter().copied().find(|k| k.as_str() == s).ok_or_else(|| {
+            let hint = nearest(s, Self::ALL.iter().map(|k| k.as_str())).unwrap_or("dir");
             Error::invalid(field, format!("{s:?} is not a storage driver of this server; {hint:?} is"))
-        })?;
-        known.check_offered(field).map(|()| known)
+        })
     }
 }
 
@@ -455,18 +437,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kinds_that_are_not_offered_are_refused_by_name() {
+    fn kinds_have_incus_names() {
         for kind in PoolKind::ALL {
-            let read = PoolKind::parse("driver", kind.as_str());
-            if PoolKind::OFFERED.contains(kind) {
-                assert_eq!(read.unwrap(), *kind);
-                continue;
-            }
-            let e = read.unwrap_err();
-            assert!(e.is(crate::ErrorKind::Unsupported) && e.field.as_deref() == Some("driver"), "{e:?}");
-            assert!(e.message.contains("not offered yet; dir and btrfs are"), "{e}");
+            assert_eq!(PoolKind::parse("driver", kind.as_str()).unwrap(), *kind);
         }
-        assert!(PoolKind::parse("driver", "btrsf").unwrap_err().message.contains("\"btrfs\" is"));
+        let e = PoolKind::parse("driver", "btrsf").unwrap_err();
+        assert!(e.field.as_deref() == Some("driver") && e.message.contains("\"btrfs\" is"), "{e}");
     }
 
     #[test]

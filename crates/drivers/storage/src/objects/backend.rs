@@ -120,6 +120,12 @@ pub trait Backend: Send + Sync + Debug {
     fn texts(&self) -> Kept;
     /// How a tree of a wanted size is kept.
     fn tree(&self, size: Option<ByteSize>) -> Kept;
+    /// Frees what a daemon that was killed in the midst of a call has left beside the objects.
+    async fn tidy(&self) -> Result<()> {
+        Ok(())
+    }
+    /// The size that a device gets of which this is wanted.
+    async fn rounded(&self, size: ByteSize) -> Result<ByteSize>;
     /// Makes an empty one, of zeros.
     async fn make(&self, object: Object, kept: Kept) -> Result<()>;
     /// Makes `to` what `from` is at this instant, with its size.
@@ -162,16 +168,16 @@ pub fn full(e: Error) -> Error {
     }
 }
 
-/// Waits until udev has made a node.
+/// Asks until there is an answer, with the number of the try: what udev and the kernel have still to do takes them a moment.
 ///
 /// # Errors
 /// Unavailable when it does not come.
-pub async fn awaited(path: PathBuf) -> Result<PathBuf> {
-    for _ in 0..1200 {
-        if tokio::fs::try_exists(&path).await? {
-            return Ok(path);
+pub async fn until<T, F: Future<Output = Result<Option<T>>>>(ask: impl Fn(u32) -> F) -> Result<T> {
+    for tried in 0..1200 {
+        if let Some(answer) = ask(tried).await? {
+            return Ok(answer);
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    Err(Error::unavailable("the device of a volume did not appear on this host").with_context(path.display()))
+    Err(Error::unavailable("the device of a volume did not appear on this host"))
 }

@@ -5,7 +5,7 @@
 
 use super::{
     Hold, Object, ObjectPool,
-    backend::{Backend, FileSystem, Kept, PATIENCE, awaited, done},
+    backend::{Backend, FileSystem, Kept, PATIENCE, done, until},
 };
 use async_trait::async_trait;
 use karst_host::{Program, run, sandbox::Launcher};
@@ -39,7 +39,12 @@ pub struct LvmPlace {
 struct Lvm {
     place: LvmPlace,
     on: FileSystem,
+    /// Bytes of an extent of the group, in which volumes are measured.
+    extent: u64,
 }
+
+/// LVM's own extents, where nothing is made.
+const EXTENT: u64 = 4 << 20;
 
 /// Opens the pool in a volume group that is there; the thin pool is made of the group's free space when it is not there.
 /// `root` is a directory for mounts.
@@ -57,24 +62,24 @@ pub async fn open(
     let found = lvm(["lvs", "--noheadings", "-o", "lv_attr", &thin]).output().await?;
     if found.code != 0 {
         let tag = place.tag();
-        let args = ["lvcreate", "--type", "thin-pool", "-l", "100%FREE", "--addtag", &tag, "-n"];
-        done(lvm(args).args([&place.thin_pool, &place.group])).await?;
-    } else if !String::from_utf8_lossy(&found.stdout).trim().starts_with('t') {
-        return Err(Error::invalid(
-            "config.lvm.thinpool_name",
-            format!("{:?} is a volume of the group, but no thin pool", place.thin_pool),
-        ));
+        // What is given out is cleared: no guest reads what another wrote.
+        let args = ["lvcreate", "--type", "thin-pool", "-l", "100%FREE", "-Zy", "--addtag", &tag, "-n"];
+        done(place.command(args).args([&place.thin_pool, &place.group])).await?;
+    } else {
+        check_pool(&place, String::from_utf8_lossy(&found.stdout).trim())?;
     }
     // One that is set so already would be an error to the tool: it is not selected.
     let own = format!("tags={{{}}} && lv_when_full=queue", place.tag());
     // Errors at once when it is full: a machine is paused then, rather than everybody hung for a minute.
-    done(lvm(["lvchange", "--errorwhenfull", "y", "-S", &own, &thin])).await?;
-    done(lvm(["lvchange", "-ay", "-K", &thin])).await?;
-    let backend = Lvm { place, on };
+    done(place.command(["lvchange", "--errorwhenfull", "y", "-S", &own, &thin])).await?;
+    done(place.command(["lvchange", "-ay", "-K", &thin])).await?;
+    let extent = ["vgs", "--noheadings", "--nosuffix", "--units", "b", "-o", "vg_extent_size", &place.group];
+    let extent = done(lvm(extent)).await?.trim().parse::<u64>().ok().filter(|n| *n > 0).unwrap_or(EXTENT);
+    let backend = Lvm { place, on, extent };
     // After a start of the machine a group of ours is there, but not active.
     let all: Vec<_> = backend.rows().await?.into_iter().map(|(object, _, _)| backend.name(object)).collect();
     for part in all.chunks(64) {
-        done(lvm(["lvchange", "-ay", "-K"]).args(part)).await?;
+        done(backend.place.command(["lvchange", "-ay", "-K"]).args(part)).await?;
     }
     ObjectPool::open(root.into(), Arc::new(backend), worker, hold).await
 }
@@ -91,11 +96,30 @@ pub async fn look(
 ) -> Result<ObjectPool> {
     let thin = format!("{}/{}", place.group, place.thin_pool);
     done(lvm(["lvs", "--noheadings", "-o", "lv_attr", &thin])).await?;
-    let backend = Lvm { place, on: FileSystem::Ext4 };
+    let backend = Lvm { place, on: FileSystem::Ext4, extent: EXTENT };
     if backend.find(Object::Descriptions).await?.is_some() {
-        done(lvm(["lvchange", "-ay", "-K", &backend.name(Object::Descriptions)])).await?;
+        done(backend.place.command(["lvchange", "-ay", "-K", &backend.name(Object::Descriptions)])).await?;
     }
     Ok(ObjectPool::look(root.into(), Arc::new(backend), worker, hold))
+}
+
+/// Is what has the thin pool's name one, and one that guests may share?
+fn check_pool(place: &LvmPlace, attributes: &str) -> Result<()> {
+    let field = "config.lvm.thinpool_name";
+    if !attributes.starts_with('t') {
+        let text = format!("{:?} is a volume of the group, but no thin pool", place.thin_pool);
+        return Err(Error::invalid(field, text));
+    }
+    // The eighth letter of the attributes, by lvs(8).
+    if attributes.as_bytes().get(7) != Some(&b'z') {
+        let (group, thin) = (&place.group, &place.thin_pool);
+        let text = format!(
+            "{thin:?} gives blocks out as they were left, so that a guest could read what another wrote; \
+             `lvchange -Zy {group}/{thin}` makes it clear them"
+        );
+        return Err(Error::invalid(field, text));
+    }
+    Ok(())
 }
 
 /// Pools that have something in a group: their ids, and the thin pool of each.
@@ -138,7 +162,12 @@ pub async fn clear(place: &LvmPlace) -> Result<()> {
         return Ok(());
     }
     // Tags name volumes of all groups: those of this pool's id are in one.
-    done(lvm(["lvremove", "-f", "-y", &place.selector()])).await.map(drop)
+    done(place.command(["lvremove", "-f", "-y", &place.selector()])).await.map(drop)
+}
+
+/// Name of a group that a pool has for itself.
+pub fn own_group(pool: Uuid) -> String {
+    format!("karst-{}", &pool.simple().to_string()[..12])
 }
 
 fn lvm<'a>(args: impl IntoIterator<Item = &'a str>) -> karst_host::Command {
@@ -157,6 +186,15 @@ impl LvmPlace {
 
     fn tag(&self) -> String {
         format!("{TAG}{}", self.id.simple())
+    }
+
+    /// A command that changes what is in the group. Of one that is the pool's alone LVM keeps no copies in /etc: they would be
+    /// there when the pool is long gone.
+    pub fn command<'a>(&self, args: impl IntoIterator<Item = &'a str>) -> karst_host::Command {
+        match self.group == own_group(self.id) {
+            true => lvm(args).args(["--config", "backup{backup=0 archive=0}"]),
+            false => lvm(args),
+        }
     }
 }
 
@@ -181,8 +219,13 @@ impl Lvm {
     }
 
     async fn rows(&self) -> Result<Vec<(Object, Kept, f64)>> {
+        self.rows_of(&self.place.group).await
+    }
+
+    /// Those of the group, or of one volume.
+    async fn rows_of(&self, what: &str) -> Result<Vec<(Object, Kept, f64)>> {
         let args = ["lvs", "--noheadings", "--nosuffix", "--units", "b", "--separator", "|"];
-        let args = args.into_iter().chain(["-o", "lv_name,lv_size,data_percent,lv_tags", &self.place.group]);
+        let args = args.into_iter().chain(["-o", "lv_name,lv_size,data_percent,lv_tags", what]);
         let out = done(lvm(args)).await?;
         let (prefix, tag) = (self.prefix(), self.place.tag());
         Ok(out.lines().filter_map(|line| row(&prefix, &tag, line)).collect())
@@ -219,6 +262,18 @@ impl Backend for Lvm {
         Ok(self.rows().await?.into_iter().map(|(object, kept, _)| (object, kept)).collect())
     }
 
+    async fn find(&self, object: Object) -> Result<Option<Kept>> {
+        match self.rows_of(&self.name(object)).await {
+            Ok(rows) => Ok(rows.first().map(|(_, kept, _)| *kept)),
+            Err(e) if said(&e, "Failed to find") => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    async fn rounded(&self, size: ByteSize) -> Result<ByteSize> {
+        Ok(ByteSize(size.0.next_multiple_of(self.extent)))
+    }
+
     fn texts(&self) -> Kept {
         Kept { content: VolumeContent::Filesystem, size: Some(TEXTS), on: Some(FileSystem::Ext4) }
     }
@@ -231,21 +286,22 @@ impl Backend for Lvm {
         let size = format!("{}b", kept.size.unwrap_or_default().0);
         let create =
             ["lvcreate", "--type", "thin", "-kn", "-Wn", "-V", &size, "--thinpool", &self.place.thin_pool];
-        let create = lvm(create).args(["-n", &self.short(object)]).args(self.tags(kept));
+        let create = self.place.command(create).args(["-n", &self.short(object)]).args(self.tags(kept));
         done(create.arg(&self.place.group)).await.map(drop)
     }
 
     async fn clone(&self, from: Object, to: Object, kept: Kept) -> Result<()> {
-        let create = lvm(["lvcreate", "-s", "-kn", "-ay", "-n", &self.short(to)]).args(self.tags(kept));
-        done(create.arg(self.name(from))).await.map(drop)
+        let create = self.place.command(["lvcreate", "-s", "-kn", "-ay", "-n", &self.short(to)]);
+        done(create.args(self.tags(kept)).arg(self.name(from))).await.map(drop)
     }
 
     async fn rename(&self, from: Object, to: Object) -> Result<()> {
-        done(lvm(["lvrename", &self.place.group, &self.short(from), &self.short(to)])).await.map(drop)
+        let rename = ["lvrename", &self.place.group, &self.short(from), &self.short(to)];
+        done(self.place.command(rename)).await.map(drop)
     }
 
     async fn remove(&self, object: Object) -> Result<bool> {
-        match done(lvm(["lvremove", "-f", "-y", &self.name(object)])).await {
+        match done(self.place.command(["lvremove", "-f", "-y", &self.name(object)])).await {
             Ok(_) => Ok(true),
             Err(e) if said(&e, "Failed to find") => Ok(true),
             Err(e) if said(&e, "in use") || said(&e, "contains a filesystem") => {
@@ -257,7 +313,7 @@ impl Backend for Lvm {
 
     async fn resize(&self, object: Object, kept: Kept) -> Result<()> {
         let size = format!("{}b", kept.size.unwrap_or_default().0);
-        match done(lvm(["lvextend", "-L", &size, &self.name(object)])).await {
+        match done(self.place.command(["lvextend", "-L", &size, &self.name(object)])).await {
             // Extents are large: it may have the size already.
             Err(e) if said(&e, "matches existing size") || said(&e, "not larger than existing") => Ok(()),
             other => other.map(drop),
@@ -265,7 +321,12 @@ impl Backend for Lvm {
     }
 
     async fn device(&self, object: Object) -> Result<PathBuf> {
-        awaited(Path::new("/dev").join(&self.place.group).join(self.short(object))).await
+        let path = Path::new("/dev").join(&self.place.group).join(self.short(object));
+        until(|_| {
+            let path = path.clone();
+            async move { Ok(tokio::fs::try_exists(&path).await?.then_some(path)) }
+        })
+        .await
     }
 
     async fn mount(&self, _: Object, _: &Path, _: bool) -> Result<()> {
@@ -273,8 +334,7 @@ impl Backend for Lvm {
     }
 
     async fn used(&self, object: Object, _: Kept) -> Result<u64> {
-        let rows = self.rows().await?;
-        let found = rows.into_iter().find(|(o, _, _)| *o == object);
+        let found = self.rows_of(&self.name(object)).await?.into_iter().next();
         Ok(found.map_or(0, |(_, kept, percent)| {
             (kept.size.unwrap_or_default().0 as f64 * percent / 100.0) as u64
         }))
@@ -314,6 +374,20 @@ mod tests {
         assert_eq!(read("karst.content.block,karst.pool.y"), None, "another pool's");
         assert_eq!(read(""), None);
         assert_eq!(row("kab_", "karst.pool.x", "  root|10737418240||"), None, "the host's own");
+    }
+
+    #[test]
+    fn a_thin_pool_that_does_not_clear_its_blocks_is_refused() {
+        let place = LvmPlace { group: "vg0".into(), thin_pool: "thin".into(), id: Uuid::from_u128(7) };
+        for good in ["twi-aotz--", "twi---tz--"] {
+            check_pool(&place, good).unwrap();
+        }
+        for (bad, word) in
+            [("twi-aot---", "lvchange -Zy vg0/thin"), ("-wi-ao----", "no thin pool"), ("", "no")]
+        {
+            let e = check_pool(&place, bad).unwrap_err();
+            assert!(e.message.contains(word), "{e}");
+        }
     }
 
     #[test]

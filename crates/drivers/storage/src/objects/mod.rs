@@ -15,14 +15,15 @@
 //! made here with the numbers of its device, for its guest's own user: udev's is left alone.
 
 mod backend;
+mod contents;
 pub mod lvm;
 mod names;
+mod sweep;
 mod texts;
 pub mod zfs;
 
 use crate::{
-    Contents, Descriptions, Filling, Format, Hold, Located, NewVolume, PoolDriver, Reading, Snapshots,
-    Source, VolumeInfo,
+    Contents, Descriptions, Format, Hold, Located, NewVolume, PoolDriver, Snapshots, Source, VolumeInfo,
     files::{convert, grown_size, mismatch},
     states::{check_disk_size, copy_tree},
 };
@@ -31,7 +32,7 @@ pub use backend::FileSystem;
 use backend::{Backend, Kept};
 use karst_host::{fs::TreeMode, mount, sandbox::Launcher};
 use karst_model::{
-    ByteSize, Error, ErrorKind, ImageId, Result, SnapshotId, VolumeId,
+    ByteSize, Error, ImageId, Result, SnapshotId, VolumeId,
     storage::{PoolKind, Usage, VolumeContent},
 };
 use names::Object;
@@ -43,9 +44,15 @@ use std::{
     os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
+    time::Duration,
 };
+use sweep::{Work, sweeper};
 use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
+
+/// How often the last rename of an exchange is tried, and how long apart.
+const TRIES: u32 = 5;
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// Such a pool. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -144,13 +151,29 @@ impl ObjectPool {
                 _ => {}
             }
         }
-        let pool = Self::with(root, backend, worker, hold, false);
-        if found.contains(&Object::Descriptions) {
-            let volumes = found.iter().filter_map(|object| match object {
+        backend.tidy().await?;
+        let volumes: HashSet<VolumeId> = found
+            .iter()
+            .filter_map(|object| match object {
                 Object::Volume(v) | Object::Next(v) => Some(*v),
                 _ => None,
-            });
-            pool.sweep_texts(volumes.collect()).await?;
+            })
+            .collect();
+        let (at, known) = (root.join("volumes"), volumes.clone());
+        blocking(move || {
+            // What is still mounted of a volume that has gone could not be freed.
+            for entry in std::fs::read_dir(at)?.flatten() {
+                let id = entry.file_name().to_str().and_then(|name| name.parse::<VolumeId>().ok());
+                if !id.is_some_and(|id| known.contains(&id)) {
+                    clear_place(&entry.path())?;
+                }
+            }
+            Ok(())
+        })
+        .await?;
+        let pool = Self::with(root, backend, worker, hold, false);
+        if found.contains(&Object::Descriptions) {
+            pool.sweep_texts(volumes).await?;
         }
         pool.wake_sweeper();
         Ok(pool)
@@ -182,19 +205,6 @@ impl ObjectPool {
         }
     }
 
-    /// A place to make something in, swept unless it is renamed away.
-    fn work(&self) -> Work {
-        let id = Uuid::new_v4();
-        self.inner.active.lock().unwrap_or_else(|e| e.into_inner()).insert(id);
-        Work { pool: self.clone(), id }
-    }
-
-    fn staging(&self) -> Result<Staging> {
-        let path = self.inner.root.join("staging").join(Uuid::new_v4().to_string());
-        std::fs::DirBuilder::new().mode(0o700).create(&path)?;
-        Ok(Staging(path))
-    }
-
     /// Is the pool so full that what is made now would be cut off?
     async fn room(&self) -> Result<()> {
         let space = self.backend().space().await?;
@@ -216,15 +226,20 @@ impl ObjectPool {
         if mounted {
             return Ok(());
         }
-        let read_only = self.inner.looking;
-        match kept.on {
-            None => self.backend().mount(object, &at, read_only).await,
-            Some(on) => {
-                let device = self.backend().device(object).await?;
-                let mount = if read_only { FileSystem::mount_read_only } else { FileSystem::mount };
-                blocking(move || mount(on, &device, &at)).await
-            }
+        let mounted = self.mount_at(object, kept, &at).await;
+        if mounted.is_err() {
+            let _ = tokio::fs::remove_dir(&at).await; // it was made for this, and is empty
         }
+        mounted
+    }
+
+    async fn mount_at(&self, object: Object, kept: Kept, at: &Path) -> Result<()> {
+        let read_only = self.inner.looking;
+        let Some(on) = kept.on else { return self.backend().mount(object, at, read_only).await };
+        let device = self.backend().device(object).await?;
+        let mount = if read_only { FileSystem::mount_read_only } else { FileSystem::mount };
+        let at = at.to_owned();
+        blocking(move || mount(on, &device, &at)).await
     }
 
     async fn unmount(&self, at: PathBuf) -> Result<()> {
@@ -442,14 +457,32 @@ impl ObjectPool {
         let pool = self.clone();
         let exchanged = tokio::spawn(async move {
             let backend = pool.backend();
-            pool.unmount(pool.place(volume)).await?;
-            if backend.find(Object::Next(volume)).await?.is_some() {
+            let (now, next) = (Object::Volume(volume), Object::Next(volume));
+            // Nobody mounts what goes: who asks meanwhile waits for what comes.
+            let _one = pool.inner.mounting.lock().await;
+            let at = pool.place(volume);
+            blocking(move || clear_place(&at)).await?;
+            if backend.find(next).await?.is_some() {
                 // Of an exchange that failed before the volume was moved; this one is wanted now.
-                backend.rename(Object::Next(volume), Object::trash()).await?;
+                backend.rename(next, Object::trash()).await?;
             }
-            backend.rename(work.object(), Object::Next(volume)).await?;
-            backend.rename(Object::Volume(volume), Object::trash()).await?;
-            backend.rename(Object::Next(volume), Object::Volume(volume)).await?;
+            backend.rename(work.object(), next).await?;
+            if let Err(e) = backend.rename(now, Object::trash()).await
+                && backend.find(now).await?.is_some()
+            {
+                // Nothing has changed, and nothing is to be completed later.
+                backend.rename(next, Object::trash()).await?;
+                return Err(e);
+            }
+            let mut tries = 0;
+            while let Err(e) = backend.rename(next, now).await {
+                tries += 1;
+                if tries == TRIES {
+                    // It is whole, and gets its name when the pool is opened next.
+                    return Err(e);
+                }
+                tokio::time::sleep(PAUSE).await;
+            }
             pool.wake_sweeper();
             Ok(())
         });
@@ -532,12 +565,26 @@ impl PoolDriver for ObjectPool {
     }
 
     async fn delete(&self, volume: VolumeId) -> Result<()> {
-        self.unmount(self.place(volume)).await?;
-        // The volume first: snapshots without one go at the next start.
-        let mut found: Vec<_> = self.backend().list().await?.into_iter().map(|(object, _)| object).collect();
-        found.retain(|o| matches!(o, Object::Volume(v) | Object::Snapshot(v, _) if *v == volume));
-        found.sort();
-        for object in found {
+        let all = self.backend().list().await?.into_iter().map(|(object, _)| object);
+        let (snapshots, mut own): (Vec<_>, Vec<_>) = all
+            .filter(|o| match o {
+                Object::Volume(v) | Object::Next(v) | Object::Snapshot(v, _) => *v == volume,
+                _ => false,
+            })
+            .partition(|o| matches!(o, Object::Snapshot(..)));
+        // What was about to take its place first: it would be completed. Then the volume: snapshots without one go at the next
+        // start.
+        own.sort_by_key(|o| matches!(o, Object::Volume(_)));
+        {
+            // Nobody mounts what goes.
+            let _one = self.inner.mounting.lock().await;
+            let at = self.place(volume);
+            blocking(move || clear_place(&at)).await?;
+            for object in own {
+                self.backend().rename(object, Object::trash()).await?;
+            }
+        }
+        for object in snapshots {
             self.backend().rename(object, Object::trash()).await?;
         }
         self.forget_text(volume).await?;
@@ -575,15 +622,16 @@ impl PoolDriver for ObjectPool {
     async fn resize(&self, volume: VolumeId, size: ByteSize) -> Result<VolumeInfo> {
         let old = self.known(volume, None).await?;
         let before = old.size.unwrap_or_default();
+        let device = old.on.is_some() || old.content.is_disk();
         if old.content.is_disk() {
             check_disk_size(size.0)?;
-            if size < before {
-                return Err(Error::invalid(
-                    "size",
-                    format!("a disk cannot shrink; it has {} bytes", before.0),
-                ));
-            }
-        } else {
+        }
+        // A device has more than was wanted, by less than a block of the pool.
+        let size = if device { self.backend().rounded(size).await? } else { size };
+        if old.content.is_disk() && size < before {
+            return Err(Error::invalid("size", format!("a disk cannot shrink; it has {} bytes", before.0)));
+        }
+        if !old.content.is_disk() {
             let used = self.usage(volume).await?.used;
             if used > size.0 {
                 return Err(Error::invalid(
@@ -598,7 +646,8 @@ impl PoolDriver for ObjectPool {
                 ));
             }
         }
-        if size != before {
+        // A file system may be behind its device, which grew just before the daemon was killed.
+        if size != before || old.on.is_some() {
             let kept = Kept { size: Some(size), ..old };
             self.set_size(Object::Volume(volume), kept, self.place(volume), false).await?;
         }
@@ -711,200 +760,6 @@ impl Snapshots for ObjectPool {
         found.sort_by_key(|(id, _)| *id);
         Ok(found)
     }
-}
-
-#[async_trait]
-impl Contents for ObjectPool {
-    async fn read(&self, volume: VolumeId, snapshot: Option<SnapshotId>) -> Result<Reading> {
-        let kept = self.known(volume, snapshot).await?;
-        let info = info(volume, kept);
-        let Some(snapshot) = snapshot else {
-            return Ok(Reading { info, located: self.locate(volume, None).await?, guard: None });
-        };
-        let place = Place(self.inner.root.join("work").join(Uuid::new_v4().to_string()));
-        let object = Object::Snapshot(volume, snapshot);
-        let (path, format) = if kept.content.is_disk() {
-            (self.node(object, place.0.clone(), 0).await?, Format::Raw)
-        } else {
-            self.mount(object, kept, place.0.clone()).await?;
-            (place.0.join("rootfs"), Format::Directory)
-        };
-        Ok(Reading {
-            info,
-            located: Located { path, layers: None, format, backing: None },
-            guard: Some(Box::new(place)),
-        })
-    }
-
-    async fn replace(&self, volume: VolumeId, source: &Source) -> Result<VolumeInfo> {
-        let old = self.known(volume, None).await?;
-        // A tree keeps its own limit.
-        let size = if old.content.is_disk() { None } else { old.size };
-        let new = NewVolume { content: old.content, size, source: source.clone() };
-        let work = self.work();
-        self.build(&work, &new).await?;
-        self.exchange(work, volume).await?;
-        self.inspect(volume).await
-    }
-
-    async fn begin(&self, volume: VolumeId) -> Result<Box<dyn Filling>> {
-        let old = self.known(volume, None).await?;
-        if old.content.is_disk() {
-            let (staging, work) = (self.staging()?, None);
-            return Ok(Box::new(ObjectFilling {
-                pool: self.clone(),
-                staging: Some(staging),
-                work,
-                volume,
-                old,
-            }));
-        }
-        let work = self.work();
-        self.make(work.object(), old).await?;
-        self.mount(work.object(), old, work.place()).await?;
-        std::fs::set_permissions(work.place(), Permissions::from_mode(0o700))?;
-        let at = work.place();
-        Ok(Box::new(ObjectFilling { pool: self.clone(), staging: None, work: Some((work, at)), volume, old }))
-    }
-}
-
-/// A new content in the making: a disk is staged as a file, a tree is written into the pool at once.
-struct ObjectFilling {
-    pool: ObjectPool,
-    staging: Option<Staging>,
-    work: Option<(Work, PathBuf)>,
-    volume: VolumeId,
-    old: Kept,
-}
-
-#[async_trait]
-impl Filling for ObjectFilling {
-    fn directory(&self) -> &Path {
-        match (&self.staging, &self.work) {
-            (Some(staging), _) => &staging.0,
-            (None, Some((_, at))) => at,
-            (None, None) => Path::new("/nonexistent"),
-        }
-    }
-
-    async fn commit(self: Box<Self>) -> Result<VolumeInfo> {
-        let Self { pool, staging, work, volume, old } = *self;
-        let work = match (staging, work) {
-            (Some(staging), _) => {
-                let came = std::fs::metadata(staging.0.join("disk.img"))?.len().next_multiple_of(512);
-                // A disc is as large as what is on it; a disk keeps what it has beyond.
-                let size = match old.content {
-                    VolumeContent::Iso => came,
-                    _ => came.max(old.size.map_or(0, |s| s.0)),
-                };
-                check_disk_size(size)?;
-                let work = pool.work();
-                let kept = Kept { size: Some(ByteSize(size)), ..old };
-                pool.poured(&work, kept, staging.0.join("disk.img")).await?;
-                work
-            }
-            (None, Some((work, at))) => {
-                let inside = at.clone();
-                blocking(move || Ok(std::fs::rename(inside.join("tree"), inside.join("rootfs"))?)).await?;
-                pool.unmount(at).await?;
-                work
-            }
-            (None, None) => return Err(Error::internal("a filling has neither staging nor work", "")),
-        };
-        pool.exchange(work, volume).await?;
-        pool.inspect(volume).await
-    }
-}
-
-/// A mount for reading, gone when it is dropped, and at the next start.
-struct Place(PathBuf);
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        if let Err(e) = clear_place(&self.0) {
-            tracing::warn!(error = %e, "a mount for reading was left; the next start removes it");
-        }
-    }
-}
-
-/// A directory for disks on their way into the pool.
-struct Staging(PathBuf);
-
-impl Drop for Staging {
-    fn drop(&mut self) {
-        if let Err(e) = std::fs::remove_dir_all(&self.0) {
-            tracing::warn!(error = %e, "a staged disk was left; the next start removes it");
-        }
-    }
-}
-
-/// An object in the making: the sweeper's unless it was renamed, whatever ended the work (error, cancellation).
-struct Work {
-    pool: ObjectPool,
-    id: Uuid,
-}
-
-impl Work {
-    fn object(&self) -> Object {
-        Object::Work(self.id)
-    }
-
-    /// Where it is mounted while it is made.
-    fn place(&self) -> PathBuf {
-        self.pool.inner.root.join("work").join(self.id.to_string())
-    }
-}
-
-impl Drop for Work {
-    fn drop(&mut self) {
-        self.pool.inner.active.lock().unwrap_or_else(|e| e.into_inner()).remove(&self.id);
-        self.pool.wake_sweeper();
-    }
-}
-
-/// Frees what is in the trash and what was given up, one after the other. Ends with the pool.
-async fn sweeper(pool: Arc<Inner>, mut wanted: mpsc::Receiver<Option<oneshot::Sender<()>>>) {
-    while let Some(answer) = wanted.recv().await {
-        if let Err(e) = sweep(&pool).await {
-            tracing::warn!(error = %e, context = e.context, "deleted volumes could not be freed");
-        }
-        if let Some(answer) = answer {
-            let _ = answer.send(()); // nobody waits any more
-        }
-    }
-}
-
-async fn sweep(pool: &Inner) -> Result<()> {
-    // What goes may set others free that it was made of.
-    for _ in 0..64 {
-        let mut gone = 0;
-        for (object, _) in pool.backend.list().await? {
-            match object {
-                Object::Trash(_) => {}
-                Object::Work(id) => {
-                    if pool.active.lock().unwrap_or_else(|e| e.into_inner()).contains(&id) {
-                        continue;
-                    }
-                    let _one = pool.mounting.lock().await;
-                    let at = pool.root.join("work").join(id.to_string());
-                    blocking(move || clear_place(&at)).await?;
-                }
-                _ => continue,
-            }
-            match pool.backend.remove(object).await {
-                Ok(true) => gone += 1,
-                Ok(false) => {}
-                Err(e) if e.is(ErrorKind::Conflict) => {} // in use a moment longer; the next sweep gets it
-                Err(e) => {
-                    tracing::warn!(error = %e, context = e.context, "a deleted volume could not be freed");
-                }
-            }
-        }
-        if gone == 0 {
-            break;
-        }
-    }
-    Ok(())
 }
 
 async fn blocking<T: Send + 'static>(f: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {

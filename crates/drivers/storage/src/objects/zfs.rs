@@ -9,10 +9,10 @@
 
 use super::{
     Hold, Object, ObjectPool,
-    backend::{Backend, FileSystem, Kept, PATIENCE, awaited, done},
+    backend::{Backend, FileSystem, Kept, PATIENCE, done, until},
 };
 use async_trait::async_trait;
-use karst_host::{Program, mount, run, sandbox::Launcher};
+use karst_host::{Program, mount, run, sandbox::Launcher, zvol};
 use karst_model::{
     ByteSize, Error, Result,
     storage::{PoolKind, Usage, VolumeContent},
@@ -124,6 +124,11 @@ impl Zfs {
         format!("{}/{}", self.parent, object.text())
     }
 
+    /// In whole blocks of the zvol, of which none is larger than this.
+    fn step(&self) -> u64 {
+        self.options.block_size.unwrap_or(0).max(64 << 10)
+    }
+
     fn properties(&self, kept: Kept) -> Vec<String> {
         let mut set = vec![format!("{CONTENT}={}", kept.content.as_str())];
         match (kept.on, kept.content.is_disk()) {
@@ -151,6 +156,15 @@ impl Zfs {
         let last = out.lines().rev().map(str::trim).find(|c| !c.is_empty() && *c != "-");
         Ok(last.and_then(|clones| clones.split(',').next()).map(str::to_owned))
     }
+}
+
+/// A snapshot that a clone was to be made of, and that nobody gave up: by a line of the list. Those of others are left alone.
+fn left<'a>(parent: &str, line: &'a str) -> Option<&'a str> {
+    let (name, deferred) = line.split_once('\t')?;
+    let (of, snapshot) = name.strip_prefix(parent)?.strip_prefix('/')?.split_once('@')?;
+    Object::parse(of)?;
+    let ours = snapshot.len() == 32 && snapshot.parse::<Uuid>().is_ok();
+    (ours && deferred == "off").then_some(name)
 }
 
 /// A line of `zfs list`.
@@ -188,6 +202,15 @@ impl Backend for Zfs {
         }
     }
 
+    async fn tidy(&self) -> Result<()> {
+        let list = ["list", "-Hp", "-t", "snapshot", "-d", "2", "-o", "name,defer_destroy", &self.parent];
+        let out = done(zfs(list)).await?;
+        for snapshot in out.lines().filter_map(|line| left(&self.parent, line)) {
+            gone(done(zfs(["destroy", "-d", snapshot])).await)?;
+        }
+        Ok(())
+    }
+
     fn texts(&self) -> Kept {
         Kept { content: VolumeContent::Filesystem, size: None, on: None }
     }
@@ -201,9 +224,7 @@ impl Backend for Zfs {
     async fn make(&self, object: Object, kept: Kept) -> Result<()> {
         let mut create = zfs(["create"]).args(self.properties(kept));
         if kept.on.is_some() || kept.content.is_disk() {
-            // In whole blocks of the zvol, of which none is larger than this.
-            let step = self.options.block_size.unwrap_or(0).max(64 << 10);
-            let size = kept.size.unwrap_or_default().0.next_multiple_of(step);
+            let size = kept.size.unwrap_or_default().0.next_multiple_of(self.step());
             create = create.args(["-s", "-V", &size.to_string()]);
             if let Some(block) = self.options.block_size {
                 create = create.args(["-b", &block.to_string()]);
@@ -214,15 +235,34 @@ impl Backend for Zfs {
 
     async fn clone(&self, from: Object, to: Object, kept: Kept) -> Result<()> {
         let snapshot = format!("{}@{}", self.name(from), Uuid::new_v4().simple());
-        done(zfs(["snapshot", &snapshot])).await?;
-        let cloned = done(zfs(["clone"]).args(self.properties(kept)).arg(&snapshot).arg(self.name(to))).await;
-        // Deferred: it goes with its clone, or now where there is none.
-        gone(done(zfs(["destroy", "-d", &snapshot])).await)?;
-        cloned.map(drop)
+        let taking = zfs(["snapshot", &snapshot]);
+        let cloning = zfs(["clone"]).args(self.properties(kept)).arg(&snapshot).arg(self.name(to));
+        // As one, whoever stops waiting for it: what is taken and not given up keeps space.
+        let cloned = tokio::spawn(async move {
+            done(taking).await?;
+            let cloned = done(cloning).await;
+            // Deferred: it goes with its clone, or now where there is none.
+            gone(done(zfs(["destroy", "-d", &snapshot])).await)?;
+            cloned.map(drop)
+        });
+        cloned.await.map_err(|e| Error::internal("a task ended unexpectedly", e))?
     }
 
     async fn rename(&self, from: Object, to: Object) -> Result<()> {
-        done(zfs(["rename", &self.name(from), &self.name(to)])).await.map(drop)
+        let (before, after) = (self.name(from), self.name(to));
+        let asked = before.clone();
+        let device = super::blocking(move || Ok(zvol::find(&asked, false))).await?;
+        done(zfs(["rename", &before, &after])).await?;
+        let Some(device) = device else { return Ok(()) };
+        // The kernel tells a zvol its new name a moment later: until then it would be found by the old one.
+        until(|_| {
+            let (device, before) = (device.clone(), before.clone());
+            super::blocking(move || {
+                let still = zvol::name(&device).is_ok_and(|n| n == before);
+                Ok((!still).then_some(()))
+            })
+        })
+        .await
     }
 
     async fn remove(&self, object: Object) -> Result<bool> {
@@ -241,15 +281,25 @@ impl Backend for Zfs {
 
     async fn resize(&self, object: Object, kept: Kept) -> Result<()> {
         let value = match (kept.size, kept.on.is_some() || kept.content.is_disk()) {
-            (Some(size), true) => format!("volsize={}", size.0.next_multiple_of(64 << 10)),
+            (Some(size), true) => format!("volsize={}", size.0.next_multiple_of(self.step())),
             (Some(size), false) => format!("refquota={}", size.0),
             (None, _) => "refquota=none".to_owned(),
         };
         done(zfs(["set", &value, &self.name(object)])).await.map(drop)
     }
 
+    async fn rounded(&self, size: ByteSize) -> Result<ByteSize> {
+        Ok(ByteSize(size.0.next_multiple_of(self.step())))
+    }
+
     async fn device(&self, object: Object) -> Result<PathBuf> {
-        awaited(Path::new("/dev/zvol").join(self.name(object))).await
+        let name = self.name(object);
+        // All zvols are asked now and then only: there may be many, and the link is there as a rule.
+        until(|tried| {
+            let name = name.clone();
+            super::blocking(move || Ok(zvol::find(&name, tried % 20 == 10)))
+        })
+        .await
     }
 
     async fn mount(&self, object: Object, at: &Path, read_only: bool) -> Result<()> {
@@ -275,6 +325,24 @@ impl Backend for Zfs {
 mod tests {
     use super::*;
     use karst_model::VolumeId;
+
+    #[test]
+    fn only_snapshots_of_our_own_that_nobody_gave_up_are_left() {
+        let volume = Object::Volume(VolumeId(Uuid::from_u128(5))).text();
+        let taken = Uuid::from_u128(7).simple();
+        let ours = format!("tank/k/{volume}@{taken}");
+        assert_eq!(left("tank/k", &format!("{ours}\toff")), Some(&*ours));
+        for other in [
+            format!("{ours}\ton"),
+            format!("tank/k@{taken}\toff"),
+            format!("tank/k/theirs@{taken}\toff"),
+            format!("tank/other/{volume}@{taken}\toff"),
+            format!("tank/k/{volume}@daily-2026\toff"),
+            String::new(),
+        ] {
+            assert_eq!(left("tank/k", &other), None, "{other}");
+        }
+    }
 
     #[test]
     fn lines_of_the_list_are_read() {
