@@ -36,11 +36,8 @@ fn storage_keys() -> String {
          ## Pools\n\n| key | drivers | default | what it does |\n|---|---|---|---|\n",
     );
     for key in POOL_KEYS {
-        let kinds = PoolKind::OFFERED.iter().filter(|k| key.kinds.contains(k));
+        let kinds = PoolKind::ALL.iter().filter(|k| key.kinds.contains(k));
         let kinds = kinds.map(|k| k.as_str()).collect::<Vec<_>>().join(", ");
-        if kinds.is_empty() {
-            continue;
-        }
         text.push_str(&format!("| `{}` | {kinds} | {} | {} |\n", key.name, key.default, key.text));
     }
     text.push_str("| `user.*` | all | | Yours. |\n\n## Custom volumes\n\n");

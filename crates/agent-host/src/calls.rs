@@ -585,7 +585,7 @@ calls! {
             None => {
                 // Before anything is made of it.
                 let (registry, spec) = (me.registry.clone(), spec.clone());
-                spec.kind.check_offered("driver")?;
+                crate::pool_kinds::ready(spec.kind).await?;
                 if let PoolSource::Granted { source } = &spec.source {
                     me.options.policy.check_pool_source(spec.kind, source)?;
                 }

@@ -45,6 +45,7 @@ pub(crate) async fn complete(facts: &mut HostFacts) {
     if facts.lxc.is_none() {
         facts.lxc = version(Program::LxcStart).await;
     }
+    facts.storage = crate::pool_kinds::all().await;
     facts.accelerator = karst_vm_qemu::probe::accelerator();
     match karst_vm_qemu::probe().await {
         Ok(found) => {

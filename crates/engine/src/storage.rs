@@ -163,6 +163,7 @@ impl Engine {
         let name = Name::parse("name", &request.name)?;
         let kind = PoolKind::parse("driver", &request.driver)?;
         karst_model::storage::pool_source(kind, &request.config)?;
+        self.demand_kind(kind).await?;
         runner::start::<PoolCreate>(inner, context, |_| {
             let records = inner.inventory.read();
             if records.pool(&name).is_ok() {
@@ -185,6 +186,17 @@ impl Engine {
             Ok((PoolPlan { pool, nodes: inner.agents.nodes() }, new))
         })
         .await
+    }
+
+    /// Every host must be able to have such a pool. It is asked for now: a package or a module may have come a moment ago.
+    async fn demand_kind(&self, kind: PoolKind) -> Result<()> {
+        let inner = self.inner();
+        // Nothing is missing for those.
+        for node in inner.agents.nodes().into_iter().filter(|_| kind != PoolKind::Dir) {
+            let facts = inner.agents.get(node)?.host_facts(&CallContext::read(ASKING), ()).await?;
+            facts.demand_storage(kind)?;
+        }
+        Ok(())
     }
 
     /// Replaces a pool's description and notes (`user.*`), and lets one in a file of its own grow (`size`), which is the operation
@@ -320,6 +332,8 @@ fn changed(row: &Row<Pool>, name: &str, request: &UpdatePool) -> Result<Option<B
     Ok(grows)
 }
 
+/// Time that a host has to say what it is.
+const ASKING: Duration = Duration::from_secs(20);
 /// Time that a host has to make a file system.
 const MAKING: Duration = Duration::from_secs(180);
 

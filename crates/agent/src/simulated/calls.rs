@@ -84,6 +84,7 @@ calls! {
             cgroup_layout: "v2".into(),
             cpus: me.options.cpus,
             memory: me.options.memory.bytes(),
+            storage: super::hardware::storage(),
             warnings: vec!["this host is simulated: no guest really runs".into()],
         })
     }

@@ -1,9 +1,22 @@
 //! The cards of a simulated host: one of each kind.
 
+use karst_model::{node::StorageDriver, storage::PoolKind};
+
 use crate::resources::{
     CpuModel, DiskResources, HostResources, MemoryResources, MergingResources, NetworkResources,
     PciResources, SystemResources, UsbResources,
 };
+
+/// Kinds of pools, one of which cannot be had.
+pub(super) fn storage() -> Vec<StorageDriver> {
+    let driver = |kind: &PoolKind| StorageDriver {
+        kind: *kind,
+        version: "1".into(),
+        missing: (*kind == PoolKind::Zfs)
+            .then(|| "zfs is not installed on this host; install the package zfsutils-linux".into()),
+    };
+    PoolKind::ALL.iter().map(driver).collect()
+}
 
 /// Two PCI functions, of which one is a network card, a disk and a USB device.
 pub(super) fn cards() -> HostResources {

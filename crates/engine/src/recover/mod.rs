@@ -158,6 +158,7 @@ impl EngineInner {
             PoolSource::Granted { source } => Some(source),
         };
         let agent = self.agents.get(self.node)?;
+        agent.host_facts(&CallContext::read(CALL), ()).await?.demand_storage(kind)?;
         let mut all = agent
             .pools_find(&CallContext::read(CALL), PoolsFind { kind: Some(kind), source: source.clone() })
             .await?;

@@ -67,8 +67,23 @@ pub fn complete_named() -> ArgValueCompleter {
     })
 }
 
+/// Completes the storage drivers that the server's host can have.
+pub fn complete_driver() -> ArgValueCompleter {
+    ArgValueCompleter::new(|current: &OsStr| {
+        of_server(current, async |client: &Client| drivers(client).await)
+    })
+}
+
 /// The names that begin like this; none where the server does not answer soon.
 fn candidates(kind: Kind, current: &OsStr) -> Vec<CompletionCandidate> {
+    of_server(current, async |client: &Client| names(client, kind).await)
+}
+
+/// What the server has that begins like this.
+fn of_server(
+    current: &OsStr,
+    ask: impl AsyncFnOnce(&Client) -> Result<Vec<String>>,
+) -> Vec<CompletionCandidate> {
     let Some(current) = current.to_str() else {
         return Vec::new();
     };
@@ -77,10 +92,16 @@ fn candidates(kind: Kind, current: &OsStr) -> Vec<CompletionCandidate> {
     };
     let (dir, project) = (std::env::var_os("KARST_DIR"), std::env::var("KARST_PROJECT").ok());
     let context = Context::new(dir.map(Into::into), project, true);
-    let names =
-        runtime.block_on(async { tokio::time::timeout(PATIENCE, names(&context.client, kind)).await });
+    let names = runtime.block_on(async { tokio::time::timeout(PATIENCE, ask(&context.client)).await });
     let names = names.ok().and_then(Result::ok).unwrap_or_default();
     names.into_iter().filter(|name| name.starts_with(current)).map(CompletionCandidate::new).collect()
+}
+
+/// Drivers of which the server makes pools.
+async fn drivers(client: &Client) -> Result<Vec<String>> {
+    let server = client.get(&Url::new(&[])).await?.metadata;
+    let drivers = server["environment"]["storage_supported_drivers"].as_array().cloned().unwrap_or_default();
+    Ok(drivers.iter().filter_map(|d| d["Name"].as_str().map(str::to_owned)).collect())
 }
 
 /// All names of a kind.

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::{
     common::Common,
-    completion::complete,
+    completion::{complete, complete_driver},
     object::{Object, config_object, create},
     volume::Volume,
 };
@@ -32,7 +32,8 @@ pub enum Storage {
     Create {
         /// Its name
         name: String,
-        /// dir, btrfs, lvm, zfs, ...
+        /// dir, btrfs, zfs or lvm, as far as the host has them
+        #[arg(add = complete_driver())]
         driver: String,
         /// Its keys
         #[arg(value_name = "KEY=VALUE")]

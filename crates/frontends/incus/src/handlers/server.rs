@@ -11,7 +11,7 @@ use karst_model::{
     access::{Identity, Permission},
     keys::{INSTANCE_KEYS, KeyScope},
     network::BRIDGE_KEYS,
-    node::HostFacts,
+    node::{HostFacts, StorageDriver},
     storage::PoolKind,
 };
 use serde_json::{Map, Value, json};
@@ -22,7 +22,21 @@ const CONTRACT: &str = "6.0.4";
 fn facts(call: &Call) -> HostFacts {
     let inner = call.engine().inner();
     let records = inner.inventory.read();
-    records.nodes.get(&inner.node).and_then(|n| n.facts.clone()).unwrap_or_default()
+    let mut facts = records.nodes.get(&inner.node).and_then(|n| n.facts.clone()).unwrap_or_default();
+    if facts.storage.is_empty() {
+        // It has not said yet what it can have; directories are everywhere.
+        facts.storage.push(StorageDriver { kind: PoolKind::Dir, version: "1".into(), missing: None });
+    }
+    facts
+}
+
+/// Drivers of the pools that there are, and their versions, as Incus joins them.
+fn storage(call: &Call, facts: &HostFacts) -> (String, String) {
+    let records = call.engine().inner().inventory.read();
+    let used = |kind: PoolKind| records.pools.values().any(|pool| pool.kind == kind);
+    let used: Vec<_> = facts.storage.iter().filter(|d| used(d.kind)).collect();
+    let join = |of: fn(&StorageDriver) -> &str| used.iter().map(|d| of(d)).collect::<Vec<_>>().join(" | ");
+    (join(|d| d.kind.as_str()), join(|d| d.version.as_str()))
 }
 
 /// `GET /`
@@ -68,6 +82,7 @@ pub async fn get(call: Call) -> Result<Reply> {
         .filter_map(|(name, version)| Some((name, version.clone()?)))
         .collect();
     let join = |f: fn(&(&str, String)) -> String| drivers.iter().map(f).collect::<Vec<_>>().join(" | ");
+    let storage = storage(&call, &facts);
     let architectures = match facts.architecture.as_str() {
         "x86_64" => vec!["x86_64", "i686"],
         other => vec![other],
@@ -100,11 +115,11 @@ pub async fn get(call: Call) -> Result<Reply> {
             "server_pid": std::process::id(),
             "server_version": CONTRACT,
             "karst_version": call.app.info.version,
-            "storage": "dir",
-            "storage_version": "1",
-            "storage_supported_drivers": PoolKind::OFFERED
-                .iter()
-                .map(|k| json!({"Name": k.as_str(), "Version": "1", "Remote": false}))
+            "storage": storage.0,
+            "storage_version": storage.1,
+            "storage_supported_drivers": facts
+                .storage_kinds()
+                .map(|d| json!({"Name": d.kind.as_str(), "Version": d.version, "Remote": false}))
                 .collect::<Vec<_>>(),
         }),
     );

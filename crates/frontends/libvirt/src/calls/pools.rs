@@ -92,7 +92,9 @@ pub async fn capabilities(call: Call) -> Answered {
     let flags = call.arguments(|r| r.u32())?;
     call.known_flags(flags, 0)?;
     call.opened()?;
-    Ok(text(&xml::storage::capabilities()))
+    let facts = super::connect::facts(&call)?;
+    let kinds: Vec<_> = facts.storage_kinds().map(|d| d.kind).collect();
+    Ok(text(&xml::storage::capabilities(&kinds)))
 }
 
 /// `CONNECT_FIND_STORAGE_POOL_SOURCES`: no kind of pool is looked for on the host or elsewhere.

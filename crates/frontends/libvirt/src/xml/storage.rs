@@ -58,7 +58,7 @@ const KINDS: [(&str, &[&str]); 14] = [
     ("dir", &["dir"]),
     ("fs", &[]),
     ("netfs", &[]),
-    ("logical", &[]),
+    ("logical", &["lvm"]),
     ("disk", &[]),
     ("iscsi", &[]),
     ("iscsi-direct", &[]),
@@ -71,28 +71,26 @@ const KINDS: [(&str, &[&str]); 14] = [
     ("vstorage", &[]),
 ];
 
-/// Is there a kind of Karst that a document of libvirt's kind makes?
-fn made(kind: &str) -> bool {
-    let of = KINDS.iter().find(|(k, _)| *k == kind).map(|(_, of)| *of).unwrap_or_default();
-    PoolKind::OFFERED.iter().any(|k| of.contains(&k.as_str()))
-}
-
 /// Does libvirt know such a kind of pools?
 pub fn is_kind(name: &str) -> bool {
     KINDS.iter().any(|(kind, _)| *kind == name)
 }
 
-/// What kinds of pools there are, and the formats of volumes in them.
-pub fn capabilities() -> String {
+/// What kinds of pools there are on a host that can have those of the kinds `there`, and the formats of volumes in them.
+pub fn capabilities(there: &[PoolKind]) -> String {
     let volumes = || {
         let formats = ["raw", "iso", "dir"].iter().map(|f| Element::text("value", f));
         Element::new("volOptions")
             .child(Element::new("defaultFormat").with("type", "raw"))
             .child(Element::new("enum").with("name", "targetFormatType").children(formats))
     };
-    let pool = |(kind, _): &(&'static str, &[&str])| {
+    let pool = |(kind, of): &(&'static str, &[&str])| {
         let e = Element::new("pool").with("type", kind);
-        if made(kind) { e.with("supported", "yes").child(volumes()) } else { e.with("supported", "no") }
+        if there.iter().any(|k| of.contains(&k.as_str())) {
+            e.with("supported", "yes").child(volumes())
+        } else {
+            e.with("supported", "no")
+        }
     };
     Element::new("storagepoolCapabilities").children(KINDS.iter().map(pool)).document()
 }
@@ -217,9 +215,14 @@ pub fn read_pool(text: &str) -> Result<NewPool, VirError> {
             let own = path.is_empty() || path == target(&name);
             ("dir", (!own).then(|| path.to_owned()))
         }
-        Some("zfs") => ("zfs", source.and_then(|s| s.find("name")).map(|n| n.body().trim().to_owned())),
+        Some(of @ ("zfs" | "logical")) => {
+            // A data set, or a volume group; without one the pool lies in a file of its own.
+            let named = source.and_then(|s| s.find("name")).map(|n| n.body().trim().to_owned());
+            (if of == "zfs" { "zfs" } else { "lvm" }, named.filter(|n| !n.is_empty()))
+        }
         Some(other) => {
-            return Err(refuse("pool type", format!("'{other}' is not made this way; 'dir' and 'zfs' are")));
+            let text = format!("'{other}' is not made this way; 'dir', 'logical' and 'zfs' are");
+            return Err(refuse("pool type", text));
         }
         None => return Err(wrong("missing pool type attribute")),
     };
@@ -270,16 +273,18 @@ mod tests {
 
     #[test]
     fn capabilities_tell_the_kinds_that_documents_make() {
-        let text = capabilities();
-        for (kind, _) in KINDS {
-            let is = text.contains(&format!("<pool type='{kind}' supported='yes'>"));
-            let no = text.contains(&format!("<pool type='{kind}' supported='no'/>"));
-            assert!(is == made(kind) && is != no, "{kind}");
-            let document = format!("<pool type='{kind}'><name>p</name></pool>");
-            let driver = read_pool(&document).map(|p| p.driver).unwrap_or_default();
-            assert_eq!(is, PoolKind::OFFERED.iter().any(|k| k.as_str() == driver), "{kind}");
+        for there in [&[PoolKind::Dir, PoolKind::Btrfs][..], PoolKind::ALL] {
+            let text = capabilities(there);
+            for (kind, _) in KINDS {
+                let is = text.contains(&format!("<pool type='{kind}' supported='yes'>"));
+                let no = text.contains(&format!("<pool type='{kind}' supported='no'/>"));
+                let document = format!("<pool type='{kind}'><name>p</name></pool>");
+                let driver = read_pool(&document).map(|p| p.driver).unwrap_or_default();
+                let made = there.iter().any(|k| k.as_str() == driver);
+                assert!(is == made && is != no, "{kind}");
+            }
         }
-        assert!(made("dir"));
+        assert!(capabilities(&[PoolKind::Dir]).contains("<pool type='dir' supported='yes'>"));
     }
 
     #[test]
@@ -292,6 +297,12 @@ mod tests {
         assert!(read(&scratch.replace("boot-scratch", "p")).unwrap().source.is_some());
         let path = "<pool type='dir'><name>p</name><target><path>/srv/p</path></target></pool>";
         assert_eq!(read(path).unwrap().source.as_deref(), Some("/srv/p"));
+        let group = "<pool type='logical'><name>p</name><source><name>vg0</name></source></pool>";
+        let group = read(group).unwrap();
+        assert_eq!((group.driver.as_str(), group.source.as_deref()), ("lvm", Some("vg0")));
+        let set =
+            read("<pool type='zfs'><name>p</name><source><name>tank/vms</name></source></pool>").unwrap();
+        assert_eq!((set.driver.as_str(), set.source.as_deref()), ("zfs", Some("tank/vms")));
         assert_eq!(
             read("<pool type='iscsi'><name>p</name></pool>").unwrap_err().code,
             Code::ConfigUnsupported
