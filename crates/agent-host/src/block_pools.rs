@@ -7,6 +7,7 @@
 
 use crate::{
     agent::blocking,
+    pool_kinds,
     pools::{Granted, PoolPlace, Purpose, not_there},
 };
 use karst_host::{Command, Program, mount, run};
@@ -20,6 +21,7 @@ use karst_storage::{
     objects::{FileSystem, lvm, zfs},
 };
 use std::{
+    fs::File,
     os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
     sync::Arc,
@@ -37,6 +39,26 @@ async fn succeeds(command: Command) -> Result<bool> {
     Ok(command.output().await?.code == 0)
 }
 
+/// How often what is in use is tried again, and how long apart: mounts and disks of guests go some time after their processes.
+const TRIES: u32 = 30;
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// Does it until what was in use a moment ago is so no more.
+async fn patiently<F: Future<Output = Result<()>>>(act: impl Fn() -> F) -> Result<()> {
+    let words = ["busy", "in use", "used by another", "is open"];
+    let in_use = |e: &Error| {
+        e.is(ErrorKind::Conflict)
+            || e.context.as_ref().is_some_and(|context| words.iter().any(|w| context.contains(w)))
+    };
+    for _ in 1..TRIES {
+        match act().await {
+            Err(e) if in_use(&e) => tokio::time::sleep(PAUSE).await,
+            other => return other,
+        }
+    }
+    act().await
+}
+
 fn options(options: &PoolOptions) -> zfs::ZfsOptions {
     // Containers need id-mapped mounts of their trees.
     let block_mode = options.block_mode.unwrap_or(!zfs::maps_ids());
@@ -48,6 +70,15 @@ fn options(options: &PoolOptions) -> zfs::ZfsOptions {
 
 fn file_system(options: &PoolOptions) -> FileSystem {
     options.file_system.as_deref().and_then(FileSystem::parse).unwrap_or(FileSystem::Ext4)
+}
+
+/// What makes and grows file systems of volumes, where these lie on devices.
+fn demand_tools(options: &PoolOptions) -> Result<()> {
+    let programs = match file_system(options) {
+        FileSystem::Ext4 => [Program::MkfsExt4, Program::Resize2fs],
+        FileSystem::Xfs => [Program::MkfsXfs, Program::XfsGrowfs],
+    };
+    programs.iter().try_for_each(|program| program.path().map(drop))
 }
 
 /// Where the labels of a zpool are that was made on `from`: on a whole disk ZFS makes partitions, and is in the first.
@@ -82,7 +113,7 @@ fn zfs_name(id: PoolId) -> String {
 
 /// Name of a group of ours.
 fn group_name(id: PoolId) -> String {
-    format!("karst-{}", short(id))
+    lvm::own_group(id.0)
 }
 
 /// Name of a thin pool of ours in a granted group.
@@ -200,10 +231,12 @@ impl PoolPlace {
         granted: Option<Granted>,
         purpose: Purpose,
     ) -> Result<ObjectPool> {
+        pool_kinds::ready(PoolKind::Zfs).await?;
+        demand_tools(&spec.options)?;
         let hold = self.hold().await?;
         let make = purpose == Purpose::Make;
         let name = self.zpool();
-        let there = match &granted {
+        let mut there = match &granted {
             Some(Granted::Name(parent)) => {
                 if !succeeds(command(Program::Zfs).args(["list", "-H", "-o", "name", parent])).await? {
                     return Err(Error::invalid("source", format!("{parent:?} is no data set of this host")));
@@ -212,6 +245,13 @@ impl PoolPlace {
             }
             _ => succeeds(command(Program::Zpool).args(["list", "-H", &name])).await?,
         };
+        let fresh = self.image().with_extension("img.new");
+        if there && make && granted.is_none() && !self.image().exists() && fresh.exists() {
+            // An interrupted call made it, and its file has not got its name.
+            command(Program::Zpool).args(["export", &name]).ok().await?;
+            self.finish_image(fresh).await?;
+            there = false;
+        }
         match granted {
             _ if there => {}
             Some(Granted::Device(device)) => {
@@ -286,6 +326,8 @@ impl PoolPlace {
         granted: Option<Granted>,
         purpose: Purpose,
     ) -> Result<ObjectPool> {
+        pool_kinds::ready(PoolKind::Lvm).await?;
+        demand_tools(&spec.options)?;
         let hold = self.hold().await?;
         let make = purpose == Purpose::Make;
         let place = self.group(spec);
@@ -299,7 +341,7 @@ impl PoolPlace {
             Some(Granted::Device(device)) if !make => return Err(not_there(device.display())),
             Some(Granted::Device(device)) => {
                 // It asks before it overwrites anything, and nobody answers.
-                let create = command(Program::Lvm).args(["vgcreate", &place.group]).arg(&device);
+                let create = place.command(["vgcreate", &place.group]).arg(&device);
                 create.ok().await.map_err(occupied(&device))?;
             }
             _ => {
@@ -316,7 +358,7 @@ impl PoolPlace {
                 })
                 .await?;
                 if make {
-                    command(Program::Lvm).args(["vgcreate", &place.group]).arg(&device.path).ok().await?;
+                    place.command(["vgcreate", &place.group]).arg(&device.path).ok().await?;
                     self.finish_image(file).await?;
                 } else {
                     // Where nobody runs udev nothing has told LVM of the device.
@@ -348,15 +390,19 @@ impl PoolPlace {
         if spec.kind == PoolKind::Lvm {
             let place = self.group(spec);
             if self.group_there(&place.group).await? {
-                let mut close = command(Program::Lvm);
-                close = match own {
-                    true => close.args(["vgchange", "-an", &place.group]),
-                    false => close.args(["lvchange", "-an"]).arg(place.selector()),
+                let close = || async {
+                    let close = match own {
+                        true => place.command(["vgchange", "-an", &place.group]),
+                        false => place.command(["lvchange", "-an", &place.selector()]),
+                    };
+                    close.ok().await.map(drop)
                 };
-                close.ok().await?;
+                patiently(close).await?;
             }
         } else if own && succeeds(command(Program::Zpool).args(["list", "-H", &self.zpool()])).await? {
-            command(Program::Zpool).args(["export", &self.zpool()]).ok().await?;
+            let name = self.zpool();
+            let export = || async { command(Program::Zpool).args(["export", &name]).ok().await.map(drop) };
+            patiently(export).await?;
         }
         // Of a pool that was only looked at nothing else is here.
         for place in [self.directory().join("meta"), self.directory().to_owned()] {
@@ -369,9 +415,10 @@ impl PoolPlace {
     pub(crate) async fn remove_objects(&self, spec: &PoolSpec) -> Result<()> {
         self.unmount_volumes().await?;
         let _hold = self.hold().await?;
+        // Each finds what it has removed already.
         match spec.kind {
-            PoolKind::Lvm => self.remove_lvm(spec).await,
-            _ => self.remove_zfs(spec).await,
+            PoolKind::Lvm => patiently(|| self.remove_lvm(spec)).await,
+            _ => patiently(|| self.remove_zfs(spec)).await,
         }
     }
 
@@ -399,6 +446,10 @@ impl PoolPlace {
 
     async fn remove_lvm(&self, spec: &PoolSpec) -> Result<()> {
         let place = self.group(spec);
+        // The loop device goes with what is last open of it, and what LVM knows of the group with that.
+        let image = self.image().to_owned();
+        let held = blocking(move || Ok(mount::attached(&image).and_then(|device| File::open(device).ok())));
+        let _held = held.await?;
         lvm::clear(&place).await?;
         let device = match &spec.source {
             PoolSource::Granted { source } if !source.starts_with('/') => return Ok(()),
@@ -406,7 +457,7 @@ impl PoolPlace {
             PoolSource::Own { .. } => None,
         };
         if self.group_there(&place.group).await? {
-            command(Program::Lvm).args(["vgremove", "-f", &place.group]).ok().await?;
+            place.command(["vgremove", "-f", &place.group]).ok().await?;
         }
         if let Some(device) = device
             && succeeds(command(Program::Lvm).args(["pvs", "-S", "vg_name=\"\"", &device])).await?

@@ -67,15 +67,15 @@ impl PoolPlace {
                 let device = device.ok_or_else(|| {
                     Error::unavailable("the pool's file is attached to no loop device; restart the daemon")
                 })?;
-                command(Program::Lvm).arg("pvresize").arg(device).ok().await?;
                 let place = self.group(spec);
+                place.command(["pvresize"]).arg(device).ok().await?;
                 let free = command(Program::Lvm).args(["vgs", "--noheadings", "-o", "vg_free_count"]);
                 let free = free.arg(&place.group).ok().await?;
                 if String::from_utf8_lossy(&free).trim() == "0" {
                     return Ok(());
                 }
                 let thin = format!("{}/{}", place.group, place.thin_pool);
-                command(Program::Lvm).args(["lvextend", "-l", "+100%FREE"]).arg(thin).ok().await.map(drop)
+                place.command(["lvextend", "-l", "+100%FREE", &thin]).ok().await.map(drop)
             }
         }
     }

@@ -122,6 +122,18 @@ pub const POOL_KEYS: &[PoolKey] = &[
                what else is in it.",
     },
     PoolKey {
+        name: "lvm.use_thinpool",
+        kinds: &[PoolKind::Lvm],
+        default: "true",
+        text: "Volumes are thin always: Incus' other value is refused.",
+    },
+    PoolKey {
+        name: "zfs.clone_copy",
+        kinds: &[PoolKind::Zfs],
+        default: "true",
+        text: "Copies are clones always, which keep nothing that was deleted: Incus' other values are refused.",
+    },
+    PoolKey {
         name: "zfs.pool_name",
         kinds: &[PoolKind::Zfs],
         default: "",
@@ -145,6 +157,12 @@ pub const POOL_KEYS: &[PoolKey] = &[
         default: "OpenZFS' own",
         text: "Block size of zvols: a power of two, 4KiB to 128KiB.",
     },
+    PoolKey {
+        name: "volume.zfs.use_refquota",
+        kinds: &[PoolKind::Zfs],
+        default: "true",
+        text: "Limits count what a volume holds, not its snapshots, as on all pools: Incus' other value is refused.",
+    },
 ];
 
 /// Is this the name of a data set or volume group?
@@ -152,20 +170,36 @@ pub const POOL_KEYS: &[PoolKey] = &[
 /// # Errors
 /// Invalid, naming the field.
 pub fn check_source_name(kind: PoolKind, field: &str, name: &str) -> Result<()> {
-    let (letters, parts) = match kind {
-        PoolKind::Zfs => ("_-.: ", 16),
-        _ => ("_-.+", 1),
+    // What is made in it has a name of up to 150 letters after a data set's, of up to 84 after a group's: the kernel takes 255,
+    // and 127 where a dash counts twice.
+    let (letters, parts, longest) = match kind {
+        PoolKind::Zfs => ("_-.: ", 16, 100),
+        _ => ("_-.+", 1, 40),
     };
+    let length = name.len() + if kind == PoolKind::Zfs { 0 } else { name.matches('-').count() };
+    if length > longest {
+        let text = format!(
+            "{name:?} is too long: what is made in it must have a name too, so it has {longest} letters at most"
+        );
+        return Err(Error::invalid(field, text));
+    }
     let part = |p: &str| {
         let begins = p.chars().next().is_some_and(|c| c.is_ascii_alphanumeric() || c == '_');
         begins && p.chars().all(|c| c.is_ascii_alphanumeric() || (c != ' ' && letters.contains(c)))
     };
-    if name.len() <= 127 && name.split('/').count() <= parts && name.split('/').all(part) {
+    if name.split('/').count() <= parts && name.split('/').all(part) {
         return Ok(());
     }
     let what = if kind == PoolKind::Zfs { "a data set of ZFS" } else { "a volume group" };
     Err(Error::invalid(field, format!("{name:?} is neither an absolute path nor the name of {what}")))
 }
+
+/// Keys of Incus that have one value here, and why.
+const ALWAYS: &[(&str, &str)] = &[
+    ("lvm.use_thinpool", "volumes of LVM are thin here; leave it out"),
+    ("zfs.clone_copy", "copies are clones here, which keep nothing that was deleted; leave it out"),
+    ("volume.zfs.use_refquota", "limits count what a volume holds, without its snapshots; leave it out"),
+];
 
 /// What only some kinds have. The keys are checked by [`pool_source`].
 ///
@@ -173,6 +207,14 @@ pub fn check_source_name(kind: PoolKind, field: &str, name: &str) -> Result<()> 
 /// Invalid, naming the key.
 pub fn pool_options(config: &Config) -> Result<PoolOptions> {
     let value = |key: &str| config.get(key).filter(|v| !v.is_empty());
+    // What is always so may be said.
+    for (key, what) in ALWAYS {
+        let field = format!("config.{key}");
+        match value(key) {
+            Some(text) if !keys::parse_bool(&field, text)? => return Err(Error::invalid(field, *what)),
+            _ => {}
+        }
+    }
     let mut options = PoolOptions::default();
     if let Some(name) = value("lvm.thinpool_name") {
         check_source_name(PoolKind::Lvm, "config.lvm.thinpool_name", name)?;
@@ -460,7 +502,12 @@ mod tests {
         let named = [("zfs.pool_name", "tank/guests"), ("volume.zfs.blocksize", "16KiB")];
         assert_eq!(read(PoolKind::Zfs, &named), Ok(PoolSource::Granted { source }));
         let source = "vg0".to_owned();
-        let group = [("source", "vg0"), ("lvm.thinpool_name", "thin"), ("volume.block.filesystem", "xfs")];
+        let group = [
+            ("source", "vg0"),
+            ("lvm.thinpool_name", "thin"),
+            ("lvm.use_thinpool", "true"),
+            ("volume.block.filesystem", "xfs"),
+        ];
         assert_eq!(read(PoolKind::Lvm, &group), Ok(PoolSource::Granted { source }));
         for (kind, config, field, word) in [
             (PoolKind::Dir, &[("size", "10GiB")][..], "config.size", "dir pool"),
@@ -478,6 +525,15 @@ mod tests {
             (PoolKind::Zfs, &[("volume.zfs.blocksize", "5KiB")], "config.volume.zfs.blocksize", "power"),
             (PoolKind::Zfs, &[("volume.zfs.block_mode", "some")], "config.volume.zfs.block_mode", ""),
             (PoolKind::Lvm, &[("source", "vg0/lv")], "config.source", "volume group"),
+            (
+                PoolKind::Lvm,
+                &[("source", "a-volume-group-with-a-name-that-is-too-long")],
+                "config.source",
+                "at most",
+            ),
+            (PoolKind::Lvm, &[("lvm.use_thinpool", "false")], "config.lvm.use_thinpool", "thin here"),
+            (PoolKind::Zfs, &[("zfs.clone_copy", "rebase")], "config.zfs.clone_copy", ""),
+            (PoolKind::Zfs, &[("lvm.use_thinpool", "true")], "config.lvm.use_thinpool", "zfs pool"),
             (PoolKind::Lvm, &[("lvm.thinpool_name", "thin")], "config.lvm.thinpool_name", "source"),
             (
                 PoolKind::Lvm,
