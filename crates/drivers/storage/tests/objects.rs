@@ -120,6 +120,21 @@ async fn zfs_pool(name: &str, block_mode: Option<FileSystem>) {
     let pool = open().await.unwrap();
     after_interruption(&pool).await;
     assert_eq!(children(), texts);
+    left_behind(&pool, |from, to| {
+        let name = |n: &str| format!("{parent}/{n}");
+        out("zfs", &["rename", &name(from), &name(to)]);
+    })
+    .await;
+    // Of a clone that was never made; and one that is somebody else's.
+    let taken = uuid::Uuid::new_v4().simple();
+    for snapshot in [taken.to_string(), "daily".to_owned()] {
+        out("zfs", &["snapshot", &format!("{parent}/descriptions@{snapshot}")]);
+    }
+    drop(pool);
+    let pool = open().await.unwrap();
+    pool.settle().await;
+    assert_eq!(children(), format!("{texts}\n{parent}/descriptions@daily"));
+    out("zfs", &["destroy", &format!("{parent}/descriptions@daily")]);
     assert_eq!(out("zfs", &["get", "-H", "-o", "value", "volmode", &parent]), "dev");
     full_of_things(&pool, &d.path().join(name)).await;
     drop(pool);
@@ -195,8 +210,21 @@ async fn lvm_pool_keeps_the_contract() {
     unmounted(&d.path().join("pool/meta"));
     let pool = open().await.unwrap();
     after_interruption(&pool).await;
+    left_behind(&pool, |from, to| {
+        out("lvrename", &[&group.name, &format!("k0000abcd_{from}"), &format!("k0000abcd_{to}")]);
+    })
+    .await;
+    drop(pool);
+    let pool = open().await.unwrap();
+    pool.settle().await;
+    assert_eq!(left(), ["k0000abcd_descriptions", "other", "thin"]);
     unmounted(&d.path().join("pool/meta"));
     drop(pool);
+    let thin = format!("{}/thin", group.name);
+    out("lvchange", &["-Zn", &thin]);
+    let e = open().await.unwrap_err();
+    assert!(e.message.contains("lvchange -Zy"), "what one guest wrote another would read: {e}");
+    out("lvchange", &["-Zy", &thin]);
 
     // XFS, which clones with its own id.
     let root = d.path().join("xfs");
@@ -311,6 +339,28 @@ async fn interrupted(pool: &ObjectPool, rename: impl Fn(&str, &str)) {
     rename(&format!("volume_{}", simple(half)), &format!("work_{}", simple(half)));
     mount::unmount(at.parent().unwrap(), false).unwrap();
     unmounted(&at.ancestors().nth(3).unwrap().join("meta"));
+}
+
+/// What kills leave: what was about to take a deleted volume's place, and a mount of what has gone. What is read stays as it was.
+async fn left_behind(pool: &ObjectPool, rename: impl Fn(&str, &str)) {
+    let size = Some(ByteSize::mib(16));
+    let (deleted, next, mounted) = (id(), id(), id());
+    for v in [deleted, next, mounted] {
+        pool.create(v, &volume(size, Source::Empty)).await.unwrap();
+    }
+    let at = pool.locate(mounted, None).await.unwrap().path;
+    std::fs::write(at.join("which"), b"then").unwrap();
+    let reading = pool.contents().unwrap().read(mounted, None).await.unwrap();
+    std::fs::write(at.join("which"), b"later").unwrap();
+    assert_eq!(file(&reading.located.path), "then");
+    assert_eq!(file(&at), "later");
+    drop(reading);
+    let simple = |v: VolumeId| v.0.simple().to_string();
+    rename(&format!("volume_{}", simple(next)), &format!("next_{}", simple(deleted)));
+    pool.delete(deleted).await.unwrap();
+    rename(&format!("volume_{}", simple(mounted)), &format!("trash_{}", simple(mounted)));
+    pool.settle().await;
+    assert!(pool.list().await.unwrap().is_empty());
 }
 
 async fn after_interruption(pool: &ObjectPool) {
