@@ -26,6 +26,10 @@ must() {
     [ "$failed" = "$before" ] || { finish; exit 1; }
 }
 boot_id() { guest cat /proc/sys/kernel/random/boot_id; }
+# client ARGUMENT…: the real incus client of the guest's image against Karst, or karst itself where there is none.
+client() { guest sh -c 'command -v incus >/dev/null || exec karst "$@"; INCUS_SOCKET=/var/lib/karst/unix.socket exec incus "$@"' client "$@"; }
+# clients TEXT: a line of shell there in which incus is that client.
+clients() { shell "export INCUS_SOCKET=/var/lib/karst/unix.socket; command -v incus >/dev/null || incus() { karst \"\$@\"; }; $1"; }
 # until_there TEXT SECONDS LINE: the line of shell succeeds there within so many seconds. It asks in the guest, where asking is cheap.
 until_there() {
     ok "$1" shell "i=0; until $3; do i=\$((i + 1)); [ \$i -lt $2 ] || { echo 'not within $2 s:'; $3; exit 1; }; sleep 1; done"
@@ -60,7 +64,7 @@ settled() {
     shell 'modprobe kvm_amd 2>/dev/null || modprobe kvm_intel 2>/dev/null'
 }
 # machine VARIANT KIND… [-- OPTION…]: a guest of that variant with Karst installed as a stranger would, and images of these kinds
-# as debian/12 (debian/12/vm; small: as such). Everything else in a suite stands on it, so a failure ends the suite.
+# as debian/12 (debian/12/vm; small, machine: as such). Everything else in a suite stands on it, so a failure ends the suite.
 machine() {
     local variant=$1 kinds=() files=() kind alias
     shift
