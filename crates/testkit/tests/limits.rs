@@ -346,3 +346,30 @@ fn a_root_moves_only_to_a_pool_where_its_project_has_room() {
         w.engine.close();
     });
 }
+
+#[test]
+fn the_root_of_a_container_has_the_size_that_it_is_given_later() {
+    SeededEnv::run(1, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        let pool = CreatePool { name: "fast".into(), driver: "btrfs".into(), ..Default::default() };
+        let made = w.engine.pool_create(&w.admin, pool).await.unwrap();
+        assert!(w.ended(made).await.error.is_none());
+        let devices = |size: &str| {
+            let keys = [("type", "disk"), ("path", "/"), ("pool", "fast"), ("size", size)];
+            Devices::from([("root".into(), keys.map(|(k, v)| (k.into(), v.into())).into())])
+        };
+        create(&w, "default", CreateInstance { devices: devices("1GiB"), ..container("c1") }).await.unwrap();
+        // A tree may also shrink, as far as its host lets it.
+        for (size, bytes) in [("3GiB", 3u64 << 30), ("2GiB", 2 << 30)] {
+            let request = UpdateInstance { devices: devices(size), ..update(&[]) };
+            let operation = w.engine.instance_update(&w.admin, "default", "c1", request).await.unwrap();
+            let ended = w.ended(operation).await;
+            assert!(ended.error.is_none(), "{:?}", ended.error);
+            let volumes = w.engine.volumes(&w.admin, "fast", None).unwrap();
+            assert_eq!(volumes[0].size.map(|s| s.bytes()), Some(bytes));
+            let usage = w.engine.volume_usage(&volumes[0]).await.unwrap();
+            assert_eq!(usage.total, bytes, "the host knows it");
+        }
+        w.engine.close();
+    });
+}

@@ -24,7 +24,7 @@ use karst_model::{
     keys,
     keys_machine::{self, HardwareChoice},
     spec::GuestSpec,
-    storage::{Volume, VolumeOwner},
+    storage::{PoolKind, Volume, VolumeOwner},
     template::Trigger,
 };
 use serde::{Deserialize, Serialize};
@@ -166,7 +166,7 @@ impl Engine {
             }
             if running && !now && grown.is_some() {
                 return Err(Error::conflict(format!(
-                    "the root disk of instance {name:?} grows at once; stop the instance first or change it live"
+                    "the root disk of instance {name:?} changes its size at once; stop the instance first or change it live"
                 ))
                 .at(format!("devices.{}.size", parsed.root.0)));
             }
@@ -283,7 +283,8 @@ fn profiles(
     Ok(ids)
 }
 
-/// The root stays on its pool; its size grows only. Answers the volume as it is to be when it grows.
+/// The root stays on its pool; a disk grows only, and what a tree holds its host knows. Answers the volume as it is to be when its
+/// size changes.
 fn check_root(
     records: &crate::Records,
     instance: &Instance,
@@ -298,17 +299,19 @@ fn check_root(
         )
         .at(format!("devices.{name}.source")));
     }
-    if records.pool(pool).map_err(|e| e.at(format!("devices.{name}.pool")))?.id != instance.pool {
+    let pool = records.pool(pool).map_err(|e| e.at(format!("devices.{name}.pool")))?;
+    if pool.id != instance.pool {
         return Err(Error::new(ErrorKind::Unsupported, "an instance cannot change its pool this way")
             .at(format!("devices.{name}.pool")));
     }
-    let (Some(new), Some(volume), InstanceKind::VirtualMachine) =
-        (size, records.volumes.get(&instance.root), instance.kind)
-    else {
+    let (Some(new), Some(volume)) = (size, records.volumes.get(&instance.root)) else { return Ok(None) };
+    let disk = instance.kind == InstanceKind::VirtualMachine;
+    if !disk && pool.kind == PoolKind::Dir {
+        // Nothing there limits a tree, which was said when the instance was made.
         return Ok(None);
-    };
+    }
     match volume.size {
-        Some(now) if *new < now => {
+        Some(now) if disk && *new < now => {
             Err(Error::invalid(format!("devices.{name}.size"), format!("a disk cannot shrink; it has {now}")))
         }
         Some(now) if *new == now => Ok(None),
@@ -380,8 +383,9 @@ pub struct UpdateOutputs {
     applied: Option<Applied>,
 }
 
-/// Applies to the running guest what can change live, grows the root of a stopped one, then writes the record. A root that
-/// grew stays so when the saga is undone: it cannot shrink, and the record's smaller size lets it grow again.
+/// Applies to the running guest what can change live, gives the root its size, then writes the record. A disk that grew stays so
+/// when the saga is undone: it cannot shrink, and the record's smaller size lets it grow again. So does a tree's limit, for what
+/// was written under it; the next change of it is one from the record's.
 pub struct InstanceUpdate;
 
 #[async_trait]
