@@ -18,7 +18,7 @@ use karst_image::{
     unpack::{Answer, Bounds, Part, Task},
 };
 use karst_model::{
-    Error, ErrorKind, ImageId, InstanceId, PoolId, Result, SessionId, SnapshotId, VolumeId,
+    ByteSize, Error, ErrorKind, ImageId, InstanceId, PoolId, Result, SessionId, SnapshotId, VolumeId,
     instance::{InstanceKind, RuntimeState},
     spec::{VolumeSource, VolumeSpec},
     storage::VolumeContent,
@@ -50,6 +50,8 @@ pub(crate) const STREAM: Limits = Limits {
     file_size: 64 << 40,
     timeout: Duration::from_secs(86_400),
 };
+/// Devices are measured in blocks of their pools, of which none is larger as a rule.
+const BLOCK: u64 = 64 << 20;
 /// What an import may hold: a volume may be larger than any image.
 pub(crate) const BOUNDS: Bounds = Bounds { bytes: 64 << 40, entries: 1 << 32, ratio: 1 << 20 };
 
@@ -143,7 +145,7 @@ impl RealAgent {
             }
             return Ok(());
         }
-        let mut held = None;
+        let (mut held, mut size) = (None, spec.size);
         let source = match spec.source {
             VolumeSource::Empty => Source::Empty,
             VolumeSource::Image { image } => self.image_source(image).await?,
@@ -151,10 +153,17 @@ impl RealAgent {
                 let (source, reading) =
                     self.source(VolumeRef { pool: from, volume }, snapshot, spec.pool, spec.content).await?;
                 held = reading;
+                // A device has more than was asked for when it was made, by less than a block of its pool. It goes along.
+                if let Source::Disk { size: had, .. } = source
+                    && self.pool(from)?.kind().has_names()
+                {
+                    let more = |size: ByteSize| had.checked_sub(size.bytes()).is_some_and(|n| n < BLOCK);
+                    size = size.map(|size| if more(size) { ByteSize(had) } else { size });
+                }
                 source
             }
         };
-        let new = NewVolume { content: spec.content, size: spec.size, source };
+        let new = NewVolume { content: spec.content, size, source };
         pool.create(spec.id, &new).await?;
         drop(held);
         Ok(())

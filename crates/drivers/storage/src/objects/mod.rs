@@ -409,7 +409,12 @@ impl ObjectPool {
                 };
                 let old = Kept { content: new.content, ..old };
                 if is_disk {
-                    let size = grown_size(new.size, old.size.map_or(0, |s| s.0))?;
+                    // What is copied has more than was asked for when it was made, by less than a block of the pool.
+                    let wanted = match new.size {
+                        Some(size) => Some(self.backend().rounded(size).await?),
+                        None => None,
+                    };
+                    let size = grown_size(wanted, old.size.map_or(0, |s| s.0))?;
                     return self.cloned(work, from, old, Some(ByteSize(size))).await;
                 }
                 let wanted = Kept { on: old.on, ..self.backend().tree(new.size.or(old.size)) };
