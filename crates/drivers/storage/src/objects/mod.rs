@@ -336,23 +336,25 @@ impl ObjectPool {
         grown
     }
 
+    /// How a tree of a wanted size is kept: on a device, in whole blocks of the pool.
+    async fn tree(&self, size: Option<ByteSize>) -> Result<Kept> {
+        let mut kept = self.backend().tree(size);
+        if let (Some(on), Some(size)) = (kept.on, kept.size) {
+            if size < on.smallest() {
+                let text = format!("a volume with {} has at least {}", on.as_str(), on.smallest());
+                return Err(Error::invalid("size", text));
+            }
+            kept.size = Some(self.backend().rounded(size).await?);
+        }
+        Ok(kept)
+    }
+
     /// Makes what a new volume begins as.
     async fn build(&self, work: &Work, new: &NewVolume) -> Result<Kept> {
         let disk = |size| Kept { content: new.content, size: Some(ByteSize(size)), on: None };
-        let tree = || {
-            let kept = self.backend().tree(new.size);
-            match (kept.on, kept.size) {
-                (Some(on), Some(size)) if size < on.smallest() => {
-                    let text = format!("a volume with {} has at least {}", on.as_str(), on.smallest());
-                    return Err(Error::invalid("size", text));
-                }
-                _ => {}
-            }
-            Ok(kept)
-        };
         match (&new.source, new.content.is_disk()) {
             (Source::Empty, false) => {
-                let kept = tree()?;
+                let kept = self.tree(new.size).await?;
                 self.filled(work, kept, |at| {
                     Ok(std::fs::DirBuilder::new().mode(0o755).create(at.join("rootfs"))?)
                 })
@@ -366,7 +368,7 @@ impl ObjectPool {
                 Ok(disk(size.0))
             }
             (Source::Tree { path, image }, false) => {
-                let kept = tree()?;
+                let kept = self.tree(new.size).await?;
                 if let Some(image) = image {
                     let (from, old) = self.image(*image, &new.source).await?;
                     if old.on == kept.on && !smaller(old, kept) {
@@ -417,7 +419,7 @@ impl ObjectPool {
                     let size = grown_size(wanted, old.size.map_or(0, |s| s.0))?;
                     return self.cloned(work, from, old, Some(ByteSize(size))).await;
                 }
-                let wanted = Kept { on: old.on, ..self.backend().tree(new.size.or(old.size)) };
+                let wanted = Kept { on: old.on, ..self.tree(new.size.or(old.size)).await? };
                 let wanted =
                     if new.size.is_none() && old.on.is_none() { Kept { size: None, ..old } } else { wanted };
                 if smaller(old, wanted) {
