@@ -118,13 +118,11 @@ async fn said(known: &OnceCell<String>, program: Program, argument: &str) -> Str
 
 /// The first number with a point in what a program says of itself.
 fn number(text: &str) -> String {
-    let word = text.split_whitespace().map(|w| w.trim_start_matches('v'));
-    let number = word.map(|w| w.split(|c: char| !c.is_ascii_digit() && c != '.').next().unwrap_or_default());
-    number
-        .filter(|n| n.contains('.') && n.starts_with(|c: char| c.is_ascii_digit()))
-        .next()
-        .unwrap_or_default()
-        .to_owned()
+    let words = text.split_whitespace().map(|w| w.trim_start_matches('v'));
+    let mut numbers =
+        words.map(|w| w.split(|c: char| !c.is_ascii_digit() && c != '.').next().unwrap_or_default());
+    let is = |n: &&str| n.contains('.') && n.starts_with(|c: char| c.is_ascii_digit());
+    numbers.find(is).unwrap_or_default().to_owned()
 }
 
 #[cfg(test)]

@@ -79,7 +79,8 @@ impl HostFacts {
     /// # Errors
     /// Unsupported at `driver`, saying what is missing and what to do.
     pub fn demand_storage(&self, kind: PoolKind) -> Result<()> {
-        if self.storage_kinds().any(|d| d.kind == kind) {
+        // Directories are everywhere.
+        if kind == PoolKind::Dir || self.storage_kinds().any(|d| d.kind == kind) {
             return Ok(());
         }
         let why = self.storage.iter().find(|d| d.kind == kind).and_then(|d| d.missing.as_deref());
@@ -147,7 +148,8 @@ mod tests {
             missing: missing.map(str::to_owned),
         };
         let mut facts = HostFacts::default();
-        assert!(facts.demand_storage(PoolKind::Dir).is_err(), "it has said nothing yet");
+        facts.demand_storage(PoolKind::Dir).unwrap();
+        assert!(facts.demand_storage(PoolKind::Btrfs).is_err(), "it has said nothing yet");
         facts.storage =
             vec![driver(PoolKind::Dir, None), driver(PoolKind::Zfs, Some("install zfsutils-linux"))];
         facts.demand_storage(PoolKind::Dir).unwrap();
