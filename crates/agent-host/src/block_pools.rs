@@ -131,6 +131,7 @@ pub(crate) async fn at(
     kind: PoolKind,
     granted: Granted,
 ) -> Result<Vec<(PoolSpec, Option<String>)>> {
+    pool_kinds::ready(kind).await?;
     let found = match (kind, granted) {
         (PoolKind::Zfs, granted) => zfs_at(granted).await?.into_iter().map(|id| (id, None)).collect(),
         (_, granted) => lvm_at(granted).await?,
