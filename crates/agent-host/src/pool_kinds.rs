@@ -1,9 +1,9 @@
 //! Which kinds of pools this host can have: by the programs that are installed, and by what its kernel has or can load.
 
 use crate::agent::blocking;
-use karst_host::{Program, run};
+use karst_host::{Program, device_mapper, run};
 use karst_model::{Error, Result, node::StorageDriver, storage::PoolKind};
-use std::{path::Path, time::Duration};
+use std::{fs::File, path::Path, time::Duration};
 use tokio::sync::OnceCell;
 
 /// What a kind needs.
@@ -61,22 +61,32 @@ fn missing(kind: PoolKind) -> Option<Error> {
     Some(Error::unsupported(format!("the kernel of this host has no module {module:?}; {fix}")))
 }
 
-/// Refuses a kind that this host cannot have; loads what it needs of the kernel.
+/// Refuses a kind that this host cannot have. The host process may load no modules, and neither may its programs; but the
+/// kernel does by itself when what they bring is asked for.
 ///
 /// # Errors
 /// Unsupported, naming what is missing.
 pub(crate) async fn ready(kind: PoolKind) -> Result<()> {
-    let module = blocking(move || match missing(kind) {
-        Some(e) => Err(e),
-        None => Ok(needs(kind).module.filter(|module| !loaded(module))),
+    blocking(move || {
+        if let Some(e) = missing(kind) {
+            return Err(e);
+        }
+        let Some(module) = needs(kind).module.filter(|module| !loaded(module)) else { return Ok(()) };
+        let comes = match kind {
+            PoolKind::Zfs => File::open("/dev/zfs").is_ok(),
+            PoolKind::Lvm => device_mapper::has_target("thin-pool").unwrap_or(false),
+            // With the first mount.
+            PoolKind::Dir | PoolKind::Btrfs => true,
+        };
+        if comes || loaded(module) {
+            return Ok(());
+        }
+        Err(Error::unsupported(format!(
+            "the kernel of this host has not loaded its module {module:?}; `modprobe {module}`, and name it in a file of \
+             /etc/modules-load.d for the next boot"
+        )))
     })
-    .await?;
-    let Some(module) = module else { return Ok(()) };
-    let load = run(Program::Modprobe).arg(module).timeout(Duration::from_secs(60));
-    load.ok().await.map(drop).map_err(|e| {
-        let text = format!("the kernel does not load its module {module:?}; `modprobe {module}` says why");
-        Error::unsupported(text).with_context(e.context.unwrap_or(e.message))
-    })
+    .await
 }
 
 /// The versions of tools do not change while they are asked.

@@ -33,8 +33,6 @@ pub enum Program {
     MkfsXfs,
     /// `mmdebstrap`: Debian root file systems.
     Mmdebstrap,
-    /// `modprobe`: the kernel's modules of ZFS and of thin pools.
-    Modprobe,
     /// `nft`: firewall.
     Nft,
     /// `qemu-img`: disk images.
@@ -91,7 +89,6 @@ impl Program {
             Self::MkfsExt4 => "mkfs.ext4",
             Self::MkfsXfs => "mkfs.xfs",
             Self::Mmdebstrap => "mmdebstrap",
-            Self::Modprobe => "modprobe",
             Self::Nft => "nft",
             Self::QemuImg => "qemu-img",
             Self::QemuSystemX86 => "qemu-system-x86_64",
@@ -128,7 +125,6 @@ impl Program {
             Self::MkfsXfs | Self::XfsGrowfs => "xfsprogs",
             Self::Zfs | Self::Zpool => "zfsutils-linux",
             Self::Mmdebstrap => "mmdebstrap",
-            Self::Modprobe => "kmod",
             Self::Sqfs2tar => "squashfs-tools-ng",
             Self::Swtpm => "swtpm",
             Self::ThinCheck => "thin-provisioning-tools",

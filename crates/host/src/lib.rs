@@ -6,6 +6,7 @@
 
 pub mod btrfs;
 pub mod cgroup;
+pub mod device_mapper;
 pub mod exec;
 pub mod fs;
 pub mod link;
