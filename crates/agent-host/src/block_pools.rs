@@ -81,6 +81,12 @@ fn demand_tools(options: &PoolOptions) -> Result<()> {
     programs.iter().try_for_each(|program| program.path().map(drop))
 }
 
+/// A group of ours is active when we open it, not from the start of the host, which would also keep a copy of its description in
+/// /etc. Tools before 2.03.12 do not know how: there it is as LVM has it.
+async fn opened_by_us_alone(place: &lvm::LvmPlace) -> Result<()> {
+    succeeds(place.command(["vgchange", "--setautoactivation", "n", &place.group])).await.map(drop)
+}
+
 /// Where the labels of a zpool are that was made on `from`: on a whole disk ZFS makes partitions, and is in the first.
 fn label_places(from: &Path) -> Vec<PathBuf> {
     let real = std::fs::canonicalize(from).unwrap_or_else(|_| from.to_owned());
@@ -344,6 +350,7 @@ impl PoolPlace {
                 // It asks before it overwrites anything, and nobody answers.
                 let create = place.command(["vgcreate", &place.group]).arg(&device);
                 create.ok().await.map_err(occupied(&device))?;
+                opened_by_us_alone(&place).await?;
             }
             _ => {
                 let (file, make) = match self.image().exists() {
@@ -360,6 +367,7 @@ impl PoolPlace {
                 .await?;
                 if make {
                     place.command(["vgcreate", &place.group]).arg(&device.path).ok().await?;
+                    opened_by_us_alone(&place).await?;
                     self.finish_image(file).await?;
                 } else {
                     // Where nobody runs udev nothing has told LVM of the device.
