@@ -8,6 +8,9 @@ use uuid::Uuid;
 
 /// When what was still in use is tried to be freed again.
 const AGAIN: Duration = Duration::from_secs(20);
+/// How often it is tried before, and how long apart: udev looks into devices that have just changed.
+const TRIES: u32 = 10;
+const PAUSE: Duration = Duration::from_millis(200);
 
 /// An object in the making: the sweeper's unless it was renamed, whatever ended the work (error, cancellation).
 pub(super) struct Work {
@@ -66,7 +69,7 @@ pub(super) async fn sweeper(pool: Arc<Inner>, mut wanted: mpsc::Receiver<Option<
 
 /// Answers whether something is in use for a moment longer.
 async fn sweep(pool: &Inner) -> Result<bool> {
-    let mut left = false;
+    let (mut left, mut tries) = (false, 0);
     // What goes may set others free that it was made of.
     for _ in 0..64 {
         let mut gone = 0;
@@ -93,9 +96,14 @@ async fn sweep(pool: &Inner) -> Result<bool> {
                 }
             }
         }
-        if gone == 0 {
+        if gone > 0 {
+            continue;
+        }
+        if !left || tries == TRIES {
             break;
         }
+        tries += 1;
+        tokio::time::sleep(PAUSE).await;
     }
     Ok(left)
 }
