@@ -9,6 +9,9 @@ pub(super) async fn facts(s: &Subject) {
         !facts.hostname.is_empty() && !facts.kernel.is_empty() && facts.cpus > 0 && facts.memory > 1 << 20
     );
     assert!(!facts.accelerator.reason.is_empty());
+    let kinds: Vec<_> = facts.storage.iter().map(|d| d.kind).collect();
+    assert_eq!(kinds, PoolKind::ALL, "of each kind it says whether it can have it");
+    assert!(facts.storage_kinds().any(|d| d.kind == PoolKind::Dir), "{:?}", facts.storage);
     let hardware = s.agent.host_resources(&s.read(), ()).await.unwrap();
     assert!(hardware.memory.total > 1 << 20 && !hardware.sockets.is_empty() && hardware.processes > 0);
     assert!(hardware.times.first().is_some_and(|t| t.cpu.is_none() && t.idle > 0), "{:?}", hardware.times);
