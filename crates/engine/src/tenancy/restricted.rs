@@ -175,7 +175,8 @@ fn device(rules: &ProjectRules, name: &str, keys: &std::collections::BTreeMap<St
     }
     match get("type") {
         "none" => Ok(()),
-        "disk" if get("path") == "/" => Ok(()),
+        // Its own, which every instance has; a custom volume in its place is a disk as any other.
+        "disk" if get("path") == "/" && get("source").is_empty() => Ok(()),
         // In the guest's own memory.
         "disk"
             if get("source") == "tmpfs:" && rules.restriction("restricted.devices.disk") != Some("block") =>
@@ -188,6 +189,9 @@ fn device(rules: &ProjectRules, name: &str, keys: &std::collections::BTreeMap<St
                 "allow" if pool.is_empty() => disk_path(rules, field("source"), get("source")),
                 "managed" if pool.is_empty() => {
                     Err(refusal(field("source"), restriction, "a disk that is no volume of a pool"))
+                }
+                "block" if get("path") == "/" => {
+                    Err(refusal(field("source"), restriction, "a root disk that is a custom volume"))
                 }
                 "block" => Err(refusal(field("type"), restriction, "a disk beside the root")),
                 _ => Ok(()),
@@ -368,6 +372,20 @@ mod tests {
         ] {
             assert_eq!(refused(&strict, ct, &[], keys).as_deref(), field, "{keys:?}");
         }
+    }
+
+    #[test]
+    fn where_disks_are_blocked_the_root_is_the_instances_own() {
+        let blocked = rules(&[("restricted.devices.disk", "block")]);
+        let own = [("type", "disk"), ("path", "/"), ("pool", "p")];
+        let custom = [("type", "disk"), ("path", "/"), ("pool", "p"), ("source", "v")];
+        for kind in [None, Some(InstanceKind::VirtualMachine)] {
+            assert_eq!(refused(&blocked, kind, &[], &own), None);
+            assert_eq!(refused(&blocked, kind, &[], &custom).as_deref(), Some("devices.d.source"));
+            assert_eq!(refused(&rules(&[]), kind, &[], &custom), None, "managed includes it");
+        }
+        let host = [("type", "disk"), ("path", "/"), ("source", "/dev/sda")];
+        assert_eq!(refused(&rules(&[]), None, &[], &host).as_deref(), Some("devices.d.source"));
     }
 
     #[test]
