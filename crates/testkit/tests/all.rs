@@ -19,4 +19,5 @@ mod sagas;
 mod secrets;
 mod shared_volumes;
 mod snapshots;
+mod tenants;
 mod two_engines;

@@ -13,7 +13,7 @@ use crate::{
     db::Tx,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
-    snapshots::Taken,
+    snapshots::{Taken, demand_welcome},
     tenancy::limits::{Planned, admit},
     volumes,
 };
@@ -35,6 +35,7 @@ use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 const LONG: Duration = Duration::from_secs(86_400);
+const WITHOUT: &str = "export it without its snapshots (instance_only, volume_only)";
 
 /// An uploaded backup of an instance.
 #[derive(Debug, Clone)]
@@ -224,6 +225,7 @@ impl Engine {
                     name,
                 });
             }
+            demand_welcome(&records, tx, project.id, snapshots.len(), WITHOUT)?;
             create.instance.current_snapshot = snapshots.last().map(|s| s.id);
             let instance = &create.instance;
             let tpm_at = |s: &Snapshot| compute::states::tpm_at(&records, instance, s);
@@ -344,6 +346,7 @@ impl Engine {
                     spec_version: 1,
                 });
             }
+            demand_welcome(&records, tx, project.id, snapshots.len(), WITHOUT)?;
             let fill = Fill {
                 machine: None,
                 upload: request.upload,

@@ -15,6 +15,7 @@ use crate::{
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
     snapshots::{
+        demand_welcome,
         pause::{PausedGuest, guest, pause, release, resume},
         restore::hardware_of,
     },
@@ -181,6 +182,13 @@ impl Engine {
                 true => (vec![], vec![], vec![]),
                 false => history(inner, &all, from.volume, create.instance.id, create.volume.id),
             };
+            demand_welcome(
+                &records,
+                tx,
+                project.id,
+                snapshots.len(),
+                "copy it without its snapshots (instance_only)",
+            )?;
             let tip = source.current_snapshot.and_then(|id| {
                 snapshots.iter().position(|s| states.iter().any(|(old, new)| *old == id && *new == s.id))
             });

@@ -12,7 +12,7 @@ use crate::{
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
     snapshots::{
-        Row2, Taken,
+        Row2, Taken, demand_welcome,
         pause::{PausedGuest, guest, pause, release, resume},
     },
     volumes::{self, copy::CopyVolume, runs},
@@ -138,6 +138,8 @@ impl Engine {
                     });
                 }
             }
+            let without = "refresh it without its snapshots (instance_only)";
+            demand_welcome(&records, tx, project.id, made.len(), without)?;
             let machine = target.kind == InstanceKind::VirtualMachine;
             let states = gone
                 .iter()
@@ -263,6 +265,8 @@ impl Engine {
                     made.push(Taken::Volume { snapshot: Box::new(new) });
                 }
             }
+            let without = "refresh it without its snapshots (volume_only)";
+            demand_welcome(&records, tx, project.id, made.len(), without)?;
             let mut guests: Vec<PausedGuest> = vec![];
             if at.is_none() {
                 for user in volumes::attached(&records, source) {

@@ -18,6 +18,7 @@ use crate::{
     events::Subject,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
+    snapshots::demand_welcome,
     tenancy::limits::{Planned, admit},
     volumes,
 };
@@ -183,6 +184,15 @@ impl Engine {
                 // What a profile says of the pool is not so any more, or not there.
                 pin(&mut instance.devices, &devices, &parsed.root.0, &pool.name);
                 parsed = expand::parse_devices(&records.expanded(&instance).1)?;
+            }
+            if elsewhere {
+                demand_welcome(
+                    &records,
+                    tx,
+                    to.id,
+                    all.len(),
+                    "delete them first, or move a copy without them",
+                )?;
             }
             if pool.id == row.pool && !elsewhere && instance.name == row.name {
                 return Err(Error::invalid("pool", format!("instance {name:?} is there already")));

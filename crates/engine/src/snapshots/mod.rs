@@ -12,7 +12,12 @@ pub mod restore;
 pub mod restore_running;
 pub mod schedule;
 
-use crate::{Engine, EngineInner, Records, Row, context::Context, db::Tx};
+use crate::{
+    Engine, EngineInner, Records, Row,
+    context::Context,
+    db::Tx,
+    tenancy::{restricted, rules::ProjectRules},
+};
 use jiff::Timestamp;
 use karst_agent::VolumeSnapshotRef;
 use karst_model::{
@@ -94,6 +99,29 @@ impl Origin<'_> {
             }
         }
     }
+}
+
+/// Snapshots that come along with a copy, an import or a move are allowed where snapshots may be taken: what a project may
+/// not make it does not get in another way either. `leave_out` says how to come without them.
+///
+/// # Errors
+/// Forbidden, naming the restriction.
+pub(crate) fn demand_welcome(
+    records: &Records,
+    tx: &mut Tx,
+    project: ProjectId,
+    brought: usize,
+    leave_out: &str,
+) -> Result<()> {
+    if brought == 0 {
+        return Ok(());
+    }
+    let row = records.projects.get(&project).ok_or_else(|| Error::not_found("the project is gone"))?;
+    tx.expect(row);
+    restricted::check_snapshot(&ProjectRules::parse(&row.config)?).map_err(|e| {
+        let message = format!("{}, and {brought} would come along; {leave_out}", e.message);
+        Error { message, ..e }
+    })
 }
 
 /// What an [`Origin`] leads to.

@@ -9,7 +9,7 @@ use crate::{
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
     snapshots::{
-        Taken,
+        Taken, demand_welcome,
         pause::{PausedGuest, guest, pause, release, resume},
     },
     tenancy::limits::{Planned, admit},
@@ -136,6 +136,8 @@ impl Engine {
                     ..s.value.clone()
                 })
                 .collect();
+            let without = "copy it without its snapshots (volume_only)";
+            demand_welcome(&records, tx, project.id, snapshots.len(), without)?;
             let mut locks = vec![lock(volume.id), lock(source.id)];
             locks.extend(guests.iter().map(|g| crate::compute::lock(g.at.instance)));
             locks.sort();

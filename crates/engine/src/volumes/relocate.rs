@@ -12,7 +12,7 @@ use crate::{
     inventory::Uses,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
-    snapshots::Taken,
+    snapshots::{Taken, demand_welcome},
     storage::users_in_words,
     tenancy::limits::{Planned, admit},
 };
@@ -115,6 +115,16 @@ impl Engine {
                     "volume {name:?} has backups, which do not go to another pool; delete them first"
                 );
                 return Err(Error::conflict(text));
+            }
+            if elsewhere {
+                let brought = records.volume_snapshots_of(row.id).len();
+                demand_welcome(
+                    &records,
+                    tx,
+                    to.id,
+                    brought,
+                    "delete them first, or move a copy without them",
+                )?;
             }
             let mut volume = row.value.clone();
             volume.project = owner;
