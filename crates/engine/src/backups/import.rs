@@ -14,7 +14,7 @@ use crate::{
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
     snapshots::{Taken, demand_welcome},
-    tenancy::limits::{Planned, admit},
+    tenancy::limits::{Planned, admit, grows},
     volumes,
 };
 use async_trait::async_trait;
@@ -193,6 +193,9 @@ impl Engine {
             {
                 create.volume.size = Some(ByteSize::parse("backup", size)?);
             }
+            let planned =
+                Planned { instance: Some(&create.instance), root: create.volume.size, ..Default::default() };
+            admit(&records, tx, project.id, &planned)?;
             let mut snapshots: Vec<Snapshot> = vec![];
             let named = index.snapshots.as_deref().unwrap_or_default();
             for (name, of) in described(named, all.snapshots.as_deref().unwrap_or_default())? {
@@ -600,11 +603,19 @@ impl Saga for InstanceImport {
         let row = engine.instance_row(plan.instance())?;
         let mut instance = row.value.clone();
         instance.lifecycle = Lifecycle::Ready;
-        compute::templates::bring(&mut instance, &engine.inventory.read(), &outputs.templates);
+        let records = engine.inventory.read();
+        compute::templates::bring(&mut instance, &records, &outputs.templates);
         tx.replace(&row, &instance);
-        if plan.fill.content.is_disk() && outputs.size.is_some() {
-            let row = engine.volume_row(plan.fill.volume.volume)?;
-            tx.replace(&row, &Volume { size: outputs.size, ..row.value.clone() });
+        if plan.fill.content.is_disk()
+            && outputs.size.is_some()
+            && let Some(row) = records.volumes.get(&plan.fill.volume.volume)
+        {
+            if grows(row.size, outputs.size) {
+                // The disk in the backup is larger than the backup says.
+                let planned = Planned { instance: Some(&instance), root: outputs.size, ..Default::default() };
+                admit(&records, tx, instance.project, &planned)?;
+            }
+            tx.replace(row, &Volume { size: outputs.size, ..row.value.clone() });
         }
         Ok(())
     }

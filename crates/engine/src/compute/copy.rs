@@ -19,6 +19,7 @@ use crate::{
         pause::{PausedGuest, guest, pause, release, resume},
         restore::hardware_of,
     },
+    tenancy::limits::{Planned, admit},
 };
 use async_trait::async_trait;
 use karst_agent::{HostAgent, MachineStateSave, VolumeRef, VolumeRefresh, VolumeSnapshotRef};
@@ -177,6 +178,10 @@ impl Engine {
                 }
                 (wanted, now, _) => wanted.or(now),
             };
+            // It was admitted with the size that is written, and is as large as the original.
+            let planned =
+                Planned { instance: Some(&create.instance), root: create.volume.size, ..Default::default() };
+            admit(&records, tx, project.id, &planned)?;
             let from = VolumeRef { pool: root.pool, volume: root.id };
             let (history, states, snapshots) = match at.is_some() || request.instance_only {
                 true => (vec![], vec![], vec![]),

@@ -15,6 +15,7 @@ use crate::{
         Row2, Taken, demand_welcome,
         pause::{PausedGuest, guest, pause, release, resume},
     },
+    tenancy::limits::{Planned, admit, grows},
     volumes::{self, copy::CopyVolume, runs},
 };
 use async_trait::async_trait;
@@ -180,6 +181,11 @@ impl Engine {
                 node: source.node,
                 path: path.clone(),
             };
+            if plan.grows() {
+                let planned =
+                    Planned { instance: Some(&target.value), root: plan.size(), ..Default::default() };
+                admit(&records, tx, project.id, &planned)?;
+            }
             let mut new = NewOperation::task("Refreshing instance", Some(project.id), "instances", path);
             new.may_cancel = true;
             Ok((plan, new))
@@ -294,6 +300,11 @@ impl Engine {
                 node: inner.node,
                 path: path.clone(),
             };
+            if plan.grows() {
+                let grown = Volume { size: plan.size(), ..target.value.clone() };
+                let planned = Planned { volume: Some(&grown), ..Default::default() };
+                admit(&records, tx, target.project, &planned)?;
+            }
             let mut new =
                 NewOperation::task("Refreshing storage volume", Some(project.id), "storage_volumes", path);
             new.may_cancel = true;
@@ -382,6 +393,11 @@ impl RefreshPlan {
         }
     }
 
+    /// Its project has to have room for it. The size is recorded from the beginning, so that nobody else takes that room.
+    fn grows(&self) -> bool {
+        grows(self.to.size, self.size())
+    }
+
     /// Makes it what the original is. May be called again after a crash: each snapshot is taken once.
     async fn content(&self, cx: &StepContext, agent: &dyn HostAgent) -> Result<()> {
         let there = agent.volume_snapshots(&CallContext::read(CALL), self.volume()).await?;
@@ -464,7 +480,12 @@ impl Saga for ContentRefresh {
         plan.locks.clone()
     }
 
-    fn begin(_: &RefreshPlan, _: &EngineInner, _: &mut Tx) -> Result<()> {
+    fn begin(plan: &RefreshPlan, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        if plan.grows() {
+            let row = engine.volume_row(plan.to.id)?;
+            let spec_version = row.spec_version + 1;
+            tx.replace(&row, &Volume { size: plan.size(), spec_version, ..row.value.clone() });
+        }
         Ok(())
     }
 
@@ -578,7 +599,12 @@ impl Saga for ContentRefresh {
         Ok(())
     }
 
-    fn abort(_: &RefreshPlan, _: &RefreshOutputs, _: &EngineInner, _: &mut Tx) -> Result<()> {
+    fn abort(plan: &RefreshPlan, _: &RefreshOutputs, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        if plan.grows() {
+            let row = engine.volume_row(plan.to.id)?;
+            let spec_version = row.spec_version + 1;
+            tx.replace(&row, &Volume { size: plan.to.size, spec_version, ..row.value.clone() });
+        }
         Ok(())
     }
 

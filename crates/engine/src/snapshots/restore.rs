@@ -8,7 +8,7 @@ use crate::{
     db::Tx,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
-    tenancy::limits::{Planned, admit},
+    tenancy::limits::{Planned, admit, grows},
     volumes::{self, update::demand_one},
 };
 use async_trait::async_trait;
@@ -129,7 +129,12 @@ pub(super) fn plan(
                     Error::conflict(text)
                 })?;
             }
-            Target::Volume { volume: Box::new(volume) }
+            let grown = grows(row.size, volume.size);
+            if grown {
+                let planned = Planned { volume: Some(&volume), ..Default::default() };
+                admit(records, tx, volume.project, &planned)?;
+            }
+            Target::Volume { volume: Box::new(volume), grown, before: row.size }
         }
         _ => return Err(Error::internal("a snapshot of another kind", name)),
     };
@@ -249,8 +254,17 @@ struct RestoredMachine {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "of", rename_all = "snake_case")]
 pub(super) enum Target {
-    Instance { instance: Box<Instance> },
-    Volume { volume: Box<Volume> },
+    Instance {
+        instance: Box<Instance>,
+    },
+    Volume {
+        volume: Box<Volume>,
+        /// It becomes larger than it was: that is recorded from the beginning, so that nobody else takes the room.
+        #[serde(default)]
+        grown: bool,
+        #[serde(default)]
+        before: Option<ByteSize>,
+    },
 }
 
 /// Plan of [`SnapshotRestore`].
@@ -265,6 +279,17 @@ pub struct RestorePlan {
     pub(super) lock: String,
     pub(super) node: NodeId,
     pub(super) path: String,
+}
+
+impl RestorePlan {
+    /// Records the size that a volume is to have, or had, where it grows.
+    fn claim(&self, engine: &EngineInner, tx: &mut Tx, forward: bool) -> Result<()> {
+        let Target::Volume { volume, grown: true, before } = &self.target else { return Ok(()) };
+        let row = engine.volume_row(volume.id)?;
+        let size = if forward { volume.size } else { *before };
+        tx.replace(&row, &Volume { size, ..row.value.clone() });
+        Ok(())
+    }
 }
 
 /// Outputs of [`SnapshotRestore`].
@@ -292,8 +317,8 @@ impl Saga for SnapshotRestore {
     fn locks(plan: &RestorePlan) -> Vec<String> {
         vec![plan.lock.clone()]
     }
-    fn begin(_: &RestorePlan, _: &EngineInner, _: &mut Tx) -> Result<()> {
-        Ok(())
+    fn begin(plan: &RestorePlan, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        plan.claim(engine, tx, true)
     }
     async fn run(
         cx: &StepContext,
@@ -371,7 +396,7 @@ impl Saga for SnapshotRestore {
                 tx.replace(&row, &restored);
                 write_sizes(&engine.inventory.read(), tx, outputs);
             }
-            Target::Volume { volume } => {
+            Target::Volume { volume, .. } => {
                 let row = engine.volume_row(volume.id)?;
                 let records = engine.inventory.read();
                 if row.is_shared() && !volume.is_shared() {
@@ -384,8 +409,8 @@ impl Saga for SnapshotRestore {
         }
         Ok(())
     }
-    fn abort(_: &RestorePlan, _: &RestoreOutputs, _: &EngineInner, _: &mut Tx) -> Result<()> {
-        Ok(())
+    fn abort(plan: &RestorePlan, _: &RestoreOutputs, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        plan.claim(engine, tx, false)
     }
     fn announce(plan: &RestorePlan) -> Vec<(&'static str, String)> {
         let action = match plan.target {

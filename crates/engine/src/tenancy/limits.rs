@@ -4,7 +4,7 @@
 use super::{project_uses, restricted, rules::ProjectRules};
 use crate::{Records, db::Tx};
 use karst_model::{
-    Config, Error, ErrorKind, ProjectId, Result,
+    ByteSize, Config, Error, ErrorKind, ProjectId, Result, VolumeId,
     device::Devices,
     instance::{Instance, InstanceKind},
     keys,
@@ -22,10 +22,22 @@ pub(crate) struct Planned<'a> {
     pub instance: Option<&'a Instance>,
     /// A profile as it is to be.
     pub profile: Option<&'a Profile>,
+    /// The size that the root disk of `instance` is to have at least, where its record does not say it yet.
+    pub root: Option<ByteSize>,
     /// A custom volume as it is to be: a new one, or in place of the one with its id.
     pub volume: Option<&'a Volume>,
+    /// A custom volume that goes when `volume` is there.
+    pub replaced: Option<VolumeId>,
     /// Networks more than now.
     pub networks: u64,
+}
+
+/// Is a volume larger with `after` than with `before`? Without a size it is without limit.
+pub(crate) fn grows(before: Option<ByteSize>, after: Option<ByteSize>) -> bool {
+    match (before, after) {
+        (Some(before), Some(after)) => after > before,
+        (before, after) => before != after,
+    }
 }
 
 /// What a project uses.
@@ -79,12 +91,12 @@ impl ProjectUsage {
     fn of(records: &Records, project: ProjectId, planned: &Planned<'_>) -> Self {
         let mut usage = Self::default();
         for instance in instances(records, project, planned) {
-            usage.add(records, instance, planned.profile);
+            usage.add(records, instance, planned);
         }
         let changed = planned.volume.filter(|v| v.project == project);
+        let stays = |v: &Volume| changed.is_none_or(|c| c.id != v.id) && planned.replaced != Some(v.id);
         let others = records.volumes.values().map(|row| &row.value);
-        let all =
-            others.filter(|v| v.project == project && changed.is_none_or(|c| c.id != v.id)).chain(changed);
+        let all = others.filter(|v| v.project == project && stays(v)).chain(changed);
         for volume in all.filter(|v| v.owner == VolumeOwner::Custom) {
             let pool = records.pools.get(&volume.pool).map_or("", |p| p.name.as_str());
             match volume.size {
@@ -95,6 +107,20 @@ impl ProjectUsage {
                 None => {}
             }
         }
+        // What is made for an instance, or was left of it, beside its root: a root that goes to another pool has its room there
+        // from the beginning. In sum it is what it was.
+        for volume in records.volumes.values() {
+            let VolumeOwner::Instance { instance } = &volume.owner else { continue };
+            let changed = planned.instance.filter(|i| i.id == *instance);
+            let Some(owner) = changed.or_else(|| records.instances.get(instance).map(|row| &row.value))
+            else {
+                continue;
+            };
+            if owner.project == project && owner.root != volume.id {
+                let pool = records.pools.get(&volume.pool).map_or("", |p| p.name.as_str());
+                usage.add_in_pool(pool, volume.size.map_or(0, |size| size.0));
+            }
+        }
         usage.networks =
             planned.networks + records.networks.values().filter(|n| n.project == project).count() as u64;
         usage
@@ -102,12 +128,16 @@ impl ProjectUsage {
 
     fn add_disk(&mut self, pool: &str, bytes: u64) {
         self.disk = self.disk.saturating_add(bytes);
+        self.add_in_pool(pool, bytes);
+    }
+
+    fn add_in_pool(&mut self, pool: &str, bytes: u64) {
         let sum = self.pools.entry(pool.to_owned()).or_default();
         *sum = sum.saturating_add(bytes);
     }
 
-    fn add(&mut self, records: &Records, instance: &Instance, profile: Option<&Profile>) {
-        let (config, devices) = expanded(records, instance, profile);
+    fn add(&mut self, records: &Records, instance: &Instance, planned: &Planned<'_>) {
+        let (config, devices) = expanded(records, instance, planned.profile);
         let who = || format!("instance {:?}", &*instance.name);
         match instance.kind {
             InstanceKind::Container => self.containers += 1,
@@ -133,8 +163,10 @@ impl ProjectUsage {
             .values()
             .find(|d| d.get("type").is_some_and(|t| t == "disk") && d.get("path").is_some_and(|p| p == "/"));
         let written = root.and_then(|d| d.get("size")).filter(|s| !s.is_empty());
-        let written = written.and_then(|s| karst_model::ByteSize::parse("size", s).ok());
+        let written = written.and_then(|s| ByteSize::parse("size", s).ok());
         let recorded = records.volumes.get(&instance.root).and_then(|v| v.size);
+        let recorded =
+            recorded.max(planned.root.filter(|_| planned.instance.is_some_and(|i| i.id == instance.id)));
         let pool = root.and_then(|d| d.get("pool")).map_or("", String::as_str);
         let size = match instance.kind {
             // A disk that grew stays so, whatever a profile says later.
@@ -187,7 +219,7 @@ impl ProjectUsage {
             }
             if used > limit {
                 let show = |n: u64| match name.starts_with("disk") || name == "memory" {
-                    true => karst_model::ByteSize(n).to_string(),
+                    true => ByteSize(n).to_string(),
                     false => n.to_string(),
                 };
                 return Err(Error::new(
