@@ -1,6 +1,7 @@
 //! What keeps tenants within what they were given: every way in which something comes into a project, or becomes larger there,
 //! is asked the same.
 
+use karst_agent::simulated::SimulatedOptions;
 use karst_engine::{
     LiveOperation,
     backups::{
@@ -9,15 +10,17 @@ use karst_engine::{
     },
     compute::{copy::CopyInstance, create::CreateInstance, relocate::MoveInstance},
     snapshots::{Origin, create::CreateSnapshot},
+    storage::CreatePool,
     tenancy::UpdateProfile,
-    volumes::{copy::CopyVolume, create::CreateVolume, relocate::MoveVolume},
+    volumes::{copy::CopyVolume, create::CreateVolume, relocate::MoveVolume, update::UpdateVolume},
 };
 use karst_env::SeededEnv;
-use karst_model::{Config, Error, ErrorKind, Result, storage::VolumeContent};
+use karst_model::{Config, Error, ErrorKind, Result, instance::InstanceKind, storage::VolumeContent};
 use karst_testkit::{
     World,
     scenarios::{container, upload},
 };
+use std::time::Duration;
 
 fn config(pairs: &[(&str, &str)]) -> Config {
     pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect()
@@ -155,4 +158,199 @@ fn snapshots_do_not_come_along_where_they_are_blocked() {
         drop(records);
         w.engine.close();
     });
+}
+
+/// What a project uses of a limit.
+fn used(w: &World, project: &str, limit: &str) -> u64 {
+    let state = w.engine.project_state(&w.admin, project).unwrap();
+    state.iter().find(|(name, ..)| name == limit).map(|(.., used)| *used).unwrap()
+}
+
+async fn second_pool(w: &World) {
+    let pool = CreatePool { name: "second".into(), driver: "dir".into(), ..Default::default() };
+    done(w, w.engine.pool_create(&w.admin, pool).await).await.unwrap();
+}
+
+async fn resize(w: &World, project: &str, name: &str, size: &str) -> Result<()> {
+    let update =
+        UpdateVolume { description: String::new(), config: config(&[("size", size)]), if_version: None };
+    done(w, w.engine.volume_update(&w.admin, project, "default", name, update).await).await
+}
+
+async fn move_volume(w: &World, from: &str, name: &str, pool: &str, to: &str) -> Result<()> {
+    let request = MoveVolume { name: None, pool: Some(pool.into()), project: Some(to.into()) };
+    done(w, w.engine.volume_move(&w.admin, from, "default", name, request).await).await
+}
+
+/// Ways of getting bytes: what it is, and what is asked of the project of that name.
+const WAYS: &[&str] = &[
+    "create-volume",
+    "grow-volume",
+    "copy-volume",
+    "refresh-volume",
+    "restore-volume",
+    "import-volume",
+    "move-volume",
+    "move-pool",
+    "copy-machine",
+    "refresh-machine",
+    "import-machine",
+    "move-machine",
+];
+
+/// Does one of [`WAYS`] in the project of its name, which has 14 GiB, of pool `second` 2 GiB. What comes from the default
+/// project has 15 GiB.
+async fn get_more(w: &World, way: &str) -> Result<()> {
+    let block = |name: &str, size: &str| volume(name, VolumeContent::Block, size);
+    let own = |name: &'static str| Origin::Volume { project: "restore-volume", pool: "default", name };
+    match way {
+        "create-volume" => create_volume(w, way, "default", block("v", "15GiB")).await,
+        "grow-volume" => {
+            create_volume(w, way, "default", block("v", "1GiB")).await?;
+            resize(w, way, "v", "15GiB").await
+        }
+        "copy-volume" => copy_volume(w, way, "src", "v", true, false).await,
+        "refresh-volume" => {
+            create_volume(w, way, "default", block("v", "1GiB")).await?;
+            copy_volume(w, way, "src", "v", true, true).await
+        }
+        "restore-volume" => {
+            create_volume(w, way, "default", volume("v", VolumeContent::Filesystem, "10GiB")).await?;
+            snapshot(w, own("v"), "s1").await?;
+            resize(w, way, "v", "1GiB").await?;
+            create_volume(w, way, "default", volume("rest", VolumeContent::Filesystem, "9GiB")).await?;
+            done(w, w.engine.snapshot_restore(&w.admin, own("v"), "s1").await).await
+        }
+        "import-volume" => {
+            let of = Origin::Volume { project: "default", pool: "default", name: "src" };
+            let import = ImportVolume { upload: upload(w, of).await?, name: Some("v".into()), disc: false };
+            done(w, w.engine.volume_import(&w.admin, way, "default", import).await).await
+        }
+        "move-volume" => move_volume(w, "default", "src", "default", way).await,
+        "move-pool" => {
+            create_volume(w, way, "default", block("v", "3GiB")).await?;
+            move_volume(w, way, "v", "second", way).await
+        }
+        "copy-machine" => copy(w, way, "big", "m", true, false).await,
+        "refresh-machine" => {
+            let kind = InstanceKind::VirtualMachine;
+            create(w, way, CreateInstance { kind, ..container("m") }).await?;
+            copy(w, way, "big", "m", true, true).await
+        }
+        "import-machine" => {
+            let upload = upload(w, Origin::Instance { project: "default", name: "big" }).await?;
+            let import = ImportInstance { upload, name: Some("m".into()), pool: None };
+            done(w, w.engine.instance_import(&w.admin, way, import).await).await
+        }
+        "move-machine" => {
+            let request = MoveInstance { project: Some(way.into()), ..Default::default() };
+            done(w, w.engine.instance_move(&w.admin, "default", "big", request).await).await
+        }
+        other => panic!("{other}"),
+    }
+}
+
+/// The size of what comes stands in a profile, as people have it, and the profile of that name in the project says none.
+#[test]
+fn no_way_leads_past_the_limit_of_bytes() {
+    SeededEnv::run(1, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        second_pool(&w).await;
+        let mut root = w.engine.profile(&w.admin, "default", "default").unwrap().devices.clone();
+        root.retain(|name, _| name == "root");
+        let large = |size: Option<&str>| {
+            let mut devices = root.clone();
+            let keys = devices.get_mut("root").unwrap();
+            keys.extend(size.map(|s| ("size".to_owned(), s.to_owned())));
+            UpdateProfile { devices, ..Default::default() }
+        };
+        w.engine.profile_create(&w.admin, "default", "large", large(Some("15GiB"))).await.unwrap();
+        for way in WAYS {
+            project(&w, way, &[("limits.disk", "14GiB"), ("limits.disk.pool.second", "2GiB")]).await;
+            w.engine.profile_create(&w.admin, way, "large", large(None)).await.unwrap();
+        }
+        let profiles = Some(vec!["default".into(), "large".into()]);
+        let kind = InstanceKind::VirtualMachine;
+        create(&w, "default", CreateInstance { kind, profiles, ..container("big") }).await.unwrap();
+        create_volume(&w, "default", "default", volume("src", VolumeContent::Block, "15GiB")).await.unwrap();
+        back_up(&w, Origin::Instance { project: "default", name: "big" }).await.unwrap();
+        back_up(&w, Origin::Volume { project: "default", pool: "default", name: "src" }).await.unwrap();
+        for way in WAYS {
+            refused(get_more(&w, way).await, ErrorKind::Quota, "limits.disk");
+            // What the host has is what is counted, and both are within the limit.
+            let limit = (14 << 30, 2 << 30);
+            let now = (used(&w, way, "disk"), used(&w, way, "disk.pool.second"));
+            assert!(now.0 <= limit.0 && now.1 <= limit.1, "{way}: {now:?}");
+            let view = karst_model::access::Permission::ProjectView;
+            let id = w.engine.project(&w.admin, way, view).unwrap().id;
+            let records = w.engine.inner().inventory.read();
+            let all = records.volumes.values().filter(|v| v.project == id);
+            let bytes: u64 = all.filter_map(|v| v.size).map(|size| size.0).sum();
+            assert!(bytes <= limit.0, "{way}: {bytes}");
+        }
+        w.settle().await;
+        assert_eq!(w.engine.inner().inventory.read().sagas.len(), 0);
+        w.engine.close();
+    });
+}
+
+/// A pool that the project may not use is none that its volumes are moved to.
+#[test]
+fn a_volume_moves_only_to_a_pool_that_its_project_may_use() {
+    SeededEnv::run(1, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        second_pool(&w).await;
+        let keys = [("restricted", "true"), ("restricted.storage-pools.access", "default")];
+        project(&w, "p", &keys).await;
+        create_volume(&w, "p", "default", volume("v", VolumeContent::Block, "1GiB")).await.unwrap();
+        let e = refused(
+            move_volume(&w, "p", "v", "second", "p").await,
+            ErrorKind::Forbidden,
+            "restricted.storage-pools.access",
+        );
+        assert_eq!(e.field.as_deref(), Some("pool"));
+        w.engine.custom_volume(&w.admin, "p", "default", "v").unwrap();
+        w.engine.close();
+    });
+}
+
+/// Each alone would fit. They come from other pools, so that both are on their way at the same time.
+#[test]
+fn of_two_that_move_into_a_project_at_once_one_gets_the_last_room() {
+    for seed in 1..=8 {
+        SeededEnv::run(seed, |env| async move {
+            let latency = (Duration::from_millis(1), Duration::from_millis(20));
+            let options = SimulatedOptions { latency, ..Default::default() };
+            let w = World::with(&env, options).await.unwrap();
+            second_pool(&w).await;
+            project(&w, "p", &[("limits.disk", "10GiB")]).await;
+            project(&w, "q", &[("limits.instances", "1")]).await;
+            for name in ["x", "y"] {
+                create_volume(&w, "default", "default", volume(name, VolumeContent::Block, "8GiB"))
+                    .await
+                    .unwrap();
+                create(&w, "default", container(name)).await.unwrap();
+            }
+            let moves = (
+                move_volume(&w, "default", "x", "second", "p"),
+                move_volume(&w, "default", "y", "second", "p"),
+            );
+            let (x, y) = futures::join!(moves.0, moves.1);
+            assert!(x.is_ok() != y.is_ok(), "seed {seed}: {x:?} {y:?}");
+            refused(x.and(y), ErrorKind::Quota, "limits.disk");
+            assert_eq!(used(&w, "p", "disk"), 8 << 30, "seed {seed}");
+            let instance = async |name: &str| {
+                let (pool, project) = (Some("second".into()), Some("q".into()));
+                let request = MoveInstance { pool, project, ..Default::default() };
+                done(&w, w.engine.instance_move(&w.admin, "default", name, request).await).await
+            };
+            let (x, y) = futures::join!(instance("x"), instance("y"));
+            assert!(x.is_ok() != y.is_ok(), "seed {seed}: {x:?} {y:?}");
+            refused(x.and(y), ErrorKind::Quota, "limits.instances");
+            assert_eq!(used(&w, "q", "instances"), 1, "seed {seed}");
+            w.settle().await;
+            assert_eq!(w.faults().await, Vec::<String>::new());
+            w.engine.close();
+        });
+    }
 }

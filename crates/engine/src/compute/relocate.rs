@@ -310,6 +310,11 @@ impl MovePlan {
                     return Ok(());
                 }
                 tx.replace(row, there);
+                if forward && (there.project, there.pool) != (row.project, row.pool) {
+                    // Admitted when it was planned; another one may have come there meanwhile.
+                    let planned = Planned { instance: Some(there), ..Default::default() };
+                    admit(records, tx, there.project, &planned)?;
+                }
                 if self.copy.is_none()
                     && let Some(row) = records.volumes.get(&volume.id)
                 {

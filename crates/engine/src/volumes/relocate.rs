@@ -160,7 +160,10 @@ impl Engine {
             }
             if elsewhere {
                 tx.touch(&crate::tenancy::project_uses(owner));
-                let planned = Planned { volume: Some(&volume), ..Default::default() };
+            }
+            if elsewhere || other_pool {
+                // Decided when the records follow; said now, before anything is made.
+                let planned = Planned { volume: Some(&volume), replaced: Some(row.id), ..Default::default() };
                 admit(&records, &mut Tx::default(), owner, &planned)?;
             }
             let path = path(&records, &volume);
@@ -232,6 +235,11 @@ impl MovePlan {
                 Some(row) => tx.delete(row),
                 None => return Ok(()),
             },
+        }
+        if forward && (there.project, there.pool) != (here.project, here.pool) {
+            // From here on it counts there: whoever came there first meanwhile has the room.
+            let planned = Planned { volume: Some(there), replaced: Some(here.id), ..Default::default() };
+            admit(records, tx, there.project, &planned)?;
         }
         let (mut old, mut new) = (
             (self.pools.0.as_str(), self.old.name.as_str()),
