@@ -11,6 +11,8 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 pub struct Tx {
     builder: TxnBuilder,
     touched: BTreeSet<String>,
+    /// What is expected already: a transaction has room for 128 compares, and who asks of many things asks of some often.
+    expected: BTreeSet<(String, Option<Revision>)>,
 }
 
 impl Tx {
@@ -37,12 +39,21 @@ impl Tx {
 
     /// Refused unless the record of `row` is still as it was.
     pub fn expect<T: Record>(&mut self, row: &Row<T>) {
-        self.with(|b| b.expect_mod(Table::<T>::new().key_of(row), row.mod_revision));
+        let key = Table::<T>::new().key_of(row);
+        if self.expected.insert((key.clone(), Some(row.mod_revision))) {
+            self.with(|b| b.expect_mod(key, row.mod_revision));
+        }
     }
 
     /// Refused unless `target` is not locked.
     pub fn expect_unlocked(&mut self, target: &str) {
-        self.with(|b| b.expect(Compare::absent(Table::<Lock>::new().key(target))));
+        self.expect_none(Table::<Lock>::new().key(target));
+    }
+
+    fn expect_none(&mut self, key: String) {
+        if self.expected.insert((key.clone(), None)) {
+            self.with(|b| b.expect(Compare::absent(key)));
+        }
     }
 
     /// Says that something begins to use `target`; see [`Uses`].
@@ -57,7 +68,7 @@ impl Tx {
     pub fn expect_untouched(&mut self, records: &Records, target: &str) {
         match records.uses(target) {
             Some(row) => self.expect(row),
-            None => self.with(|b| b.expect_absent(Table::<Uses>::new().key(target))),
+            None => self.expect_none(Table::<Uses>::new().key(target)),
         }
     }
 

@@ -2,7 +2,7 @@
 
 use crate::{
     Engine, EngineInner, Records, Row,
-    compute::{addresses, labels},
+    compute::{addresses, labels, nic_checks::confine},
     context::Context,
     db::Tx,
     events::Subject,
@@ -29,7 +29,7 @@ use karst_model::{
 };
 use serde::{Deserialize, Serialize};
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -88,14 +88,15 @@ impl EngineInner {
             .networks
             .get(&id)
             .ok_or_else(|| Error::not_found("the network is gone").with_context(id))?;
-        self.network_spec_of(records, network, self.hosts_on(records, network, None))
+        self.network_spec_of(records, network, self.hosts_on(records, network, &BTreeSet::new()))
     }
 
-    /// Brings networks up to date with an instance as it is about to be.
+    /// Brings networks on a host up to date with instances as they are about to be.
     pub(crate) async fn ensure_networks_for(
         &self,
         cx: &StepContext,
-        instance: &Instance,
+        node: NodeId,
+        instances: &[Instance],
         ids: &[NetworkId],
     ) -> Result<()> {
         for id in ids {
@@ -104,10 +105,10 @@ impl EngineInner {
                 let records = self.inventory.read();
                 let network =
                     records.networks.get(id).ok_or_else(|| Error::not_found("the network is gone"))?;
-                let hosts = self.demand_own_addresses(&records, network, instance)?;
+                let hosts = self.demand_own_addresses(&records, network, instances)?;
                 self.network_spec_of(&records, network, hosts)?
             };
-            self.agents.get(instance.node)?.network_ensure(&cx.mutate(CALL), spec).await?;
+            self.agents.get(node)?.network_ensure(&cx.mutate(CALL), spec).await?;
         }
         Ok(())
     }
@@ -118,13 +119,14 @@ impl EngineInner {
         network: &Network,
         mut hosts: Vec<NetworkHost>,
     ) -> Result<NetworkSpec> {
+        let spec = network.bridge()?;
         // What is left out is a warning; see `tenancy::warnings`.
+        confine(&spec, &mut hosts);
         addresses::settle(&mut hosts);
         labels::settle(records, &mut hosts);
         for host in &mut hosts {
             host.view.take_if(|v| v.project == network.project);
         }
-        let spec = network.bridge()?;
         let policies: Vec<&Policy> =
             hosts.iter().filter_map(|h| h.port.as_ref().and_then(|p| p.policy.as_ref())).collect();
         let Rules { acls, sets, forwards } = firewall::rules_of(records, network, &spec, &policies);
@@ -536,7 +538,7 @@ impl Engine {
     }
 }
 
-/// Static addresses of guests stay inside of the network's subnets.
+/// Static addresses and routes of guests stay inside of what is the network's.
 fn demand_fitting(now: &NetworkSpec, spec: &BridgeSpec) -> Result<()> {
     for host in &now.hosts {
         let (v4, v6) = (host.ipv4, host.ipv6);
@@ -553,6 +555,14 @@ fn demand_fitting(now: &NetworkSpec, spec: &BridgeSpec) -> Result<()> {
                 host.hostname
             ))
             .at("config.ipv6.address"));
+        }
+        if let Some(route) = host.routes.iter().find(|r| !spec.routed().any(|net| net.contains(*r))) {
+            let family = if route.addr().is_ipv4() { "ipv4" } else { "ipv6" };
+            return Err(Error::conflict(format!(
+                "guest {:?} has the route {route}; change that first",
+                host.hostname
+            ))
+            .at(format!("config.{family}.routes")));
         }
     }
     Ok(())

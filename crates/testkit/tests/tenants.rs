@@ -8,14 +8,17 @@ use karst_engine::{
         create::CreateBackup,
         import::{ImportInstance, ImportVolume},
     },
-    compute::{copy::CopyInstance, create::CreateInstance, relocate::MoveInstance},
+    compute::{copy::CopyInstance, create::CreateInstance, relocate::MoveInstance, update::UpdateInstance},
+    network::UpdateNetwork,
     snapshots::{Origin, create::CreateSnapshot},
     storage::CreatePool,
     tenancy::UpdateProfile,
     volumes::{copy::CopyVolume, create::CreateVolume, relocate::MoveVolume, update::UpdateVolume},
 };
 use karst_env::SeededEnv;
-use karst_model::{Config, Error, ErrorKind, Result, instance::InstanceKind, storage::VolumeContent};
+use karst_model::{
+    Config, Error, ErrorKind, Result, device::Devices, instance::InstanceKind, storage::VolumeContent,
+};
 use karst_testkit::{
     World,
     scenarios::{container, upload},
@@ -353,4 +356,130 @@ fn of_two_that_move_into_a_project_at_once_one_gets_the_last_room() {
             w.engine.close();
         });
     }
+}
+
+/// The address `n` of the network's subnet.
+fn address(w: &World, n: u32) -> String {
+    let network = w.engine.network(&w.admin, "default", "karstbr0").unwrap();
+    let subnet = network.bridge().unwrap().ipv4.unwrap();
+    std::net::Ipv4Addr::from(u32::from(subnet.network()) + n).to_string()
+}
+
+fn nic(keys: &[(&str, &str)]) -> Devices {
+    let mut nic = config(&[("type", "nic"), ("network", "karstbr0")]);
+    nic.extend(config(keys));
+    Devices::from([("eth0".into(), nic)])
+}
+
+fn with_nic(name: &str, keys: &[(&str, &str)]) -> CreateInstance {
+    CreateInstance { devices: nic(keys), ..container(name) }
+}
+
+/// Changes keys of the network that all share.
+async fn set_network(w: &World, keys: &[(&str, &str)]) -> Result<()> {
+    let mut all = w.engine.network(&w.admin, "default", "karstbr0").unwrap().config.clone();
+    all.extend(config(keys));
+    let request = UpdateNetwork { description: String::new(), config: all, if_version: None };
+    done(w, w.engine.network_update(&w.admin, "default", "karstbr0", request).await).await
+}
+
+/// The ways in which a NIC comes about or changes.
+const EDITS: &[&str] = &["create", "edit", "configure", "profile", "copy", "move"];
+
+/// Writes keys of a NIC into something of project `p` whose instance `mine` has its NIC of the profile `nics`.
+async fn write_nic(w: &World, way: &str, keys: &[(&str, &str)]) -> Result<()> {
+    let (e, c) = (&w.engine, &w.admin);
+    let update = || UpdateInstance {
+        description: String::new(),
+        ephemeral: false,
+        config: Config::new(),
+        devices: nic(keys),
+        profiles: vec!["default".into(), "nics".into()],
+        if_version: None,
+    };
+    match way {
+        "create" => create(w, "p", with_nic("new", keys)).await,
+        "edit" => done(w, e.instance_update(c, "p", "mine", update()).await).await,
+        "configure" => done(w, e.instance_configure(c, "p", "mine", update()).await).await,
+        "profile" => {
+            let update = UpdateProfile { devices: nic(keys), ..Default::default() };
+            e.profile_update(c, "p", "nics", update).await
+        }
+        "copy" => {
+            let request = CopyInstance {
+                project: "p".into(),
+                name: "mine".into(),
+                snapshot: None,
+                instance_only: true,
+                refresh: false,
+                exclude_older: false,
+                copy: with_nic("new", keys),
+            };
+            done(w, e.instance_copy(c, "p", request).await.map(|(_, operation)| operation)).await
+        }
+        "move" => {
+            let request = MoveInstance { name: Some("new".into()), devices: nic(keys), ..Default::default() };
+            done(w, e.instance_move(c, "p", "mine", request).await).await
+        }
+        other => panic!("{other}"),
+    }
+}
+
+/// What NICs say becomes addresses and routes of the host: whoever says it, in whatever way, gets no more than the network gives,
+/// and nothing of another's.
+#[test]
+fn no_nic_takes_what_is_the_hosts_or_anothers() {
+    SeededEnv::run(1, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        project(&w, "p", &[("restricted", "true")]).await;
+        project(&w, "theirs", &[]).await;
+        let profile = UpdateProfile { devices: nic(&[]), ..Default::default() };
+        w.engine.profile_create(&w.admin, "p", "nics", profile).await.unwrap();
+        let profiles = Some(vec!["default".into(), "nics".into()]);
+        create(&w, "p", CreateInstance { profiles, ..container("mine") }).await.unwrap();
+        set_network(&w, &[("ipv4.routes", "192.0.2.0/24")]).await.unwrap();
+        let (fixed, mac) = (address(&w, 60), "10:66:6a:00:00:60");
+        let keys = [("ipv4.address", fixed.as_str()), ("hwaddr", mac), ("ipv4.routes", "192.0.2.64/26")];
+        create(&w, "theirs", with_nic("victim", &keys)).await.unwrap();
+        let network = w.engine.network(&w.admin, "default", "karstbr0").unwrap();
+        let (own, invalid, conflict) = (address(&w, 1), ErrorKind::Invalid, ErrorKind::Conflict);
+        w.settle().await;
+        let before = (w.fingerprint(), w.agent.network_hosts(network.id));
+        for (key, value, kind) in [
+            ("ipv4.routes", "1.1.1.1/32", invalid),
+            ("ipv4.routes", "0.0.0.0/1", invalid),
+            ("ipv4.routes", "192.0.0.0/16", invalid),
+            ("ipv6.routes", "2001:db8::/32", invalid),
+            ("ipv4.routes.external", "1.1.1.1/32", invalid),
+            ("ipv4.address", "10.99.99.99", invalid),
+            ("ipv4.address", own.as_str(), invalid),
+            ("ipv6.address", "2001:db8::9", invalid),
+            ("parent", "karstbr0", invalid),
+            ("security.acls", "none-such", ErrorKind::NotFound),
+            ("ipv4.address", fixed.as_str(), conflict),
+            ("hwaddr", mac, conflict),
+            // Also a part of what is another's.
+            ("ipv4.routes", "192.0.2.70/32", conflict),
+            ("ipv4.routes", "192.0.2.0/25", conflict),
+        ] {
+            for way in EDITS {
+                let e = write_nic(&w, way, &[(key, value)]).await.expect_err(way);
+                let field = format!("devices.eth0.{key}");
+                assert_eq!((e.kind, e.field), (kind, Some(field)), "{way}: {key}={value}: {}", e.message);
+                assert!(!e.message.contains("victim"), "{way}: {}", e.message);
+            }
+        }
+        w.settle().await;
+        assert_eq!((w.fingerprint(), w.agent.network_hosts(network.id)), before, "nothing has changed");
+        // What the network gives and nobody has.
+        for way in EDITS.iter().filter(|way| ["edit", "profile"].contains(way)) {
+            write_nic(&w, way, &[("ipv4.routes", "192.0.2.0/26"), ("ipv4.address", &address(&w, 61))])
+                .await
+                .unwrap();
+        }
+        // A network keeps what its guests have of it.
+        let e = refused(set_network(&w, &[("ipv4.routes", "192.0.2.0/26")]).await, conflict, "192.0.2.64/26");
+        assert_eq!(e.field.as_deref(), Some("config.ipv4.routes"));
+        w.engine.close();
+    });
 }

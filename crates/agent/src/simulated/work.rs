@@ -395,6 +395,9 @@ impl SimulatedAgent {
                     return Err(Error::conflict(format!("two guests have the address {address}")));
                 }
             }
+            if let Some(route) = host.routes.iter().find(|r| !spec.spec.routed().any(|n| n.contains(*r))) {
+                return Err(Error::invalid("hosts", format!("{route} is not within the network's routes")));
+            }
             if !seen.insert(host.mac.to_ascii_lowercase()) {
                 return Err(Error::conflict(format!("two guests have the MAC address {}", host.mac)));
             }

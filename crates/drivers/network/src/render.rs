@@ -236,6 +236,11 @@ pub(crate) fn check_hosts(spec: &BridgeSpec, hosts: &[NetworkHost]) -> Result<Ve
                 return Err(Error::invalid(key, text));
             }
         }
+        // What the network does not give away would be others' traffic.
+        if let Some(route) = host.routes.iter().find(|r| !spec.routed().any(|net| net.contains(*r))) {
+            let text = format!("{route} is not within the routes of this network");
+            return Err(Error::invalid("ipv4.routes", text));
+        }
         if let Some(port) = &host.port {
             interface_name("host_name", &port.interface)?;
         }
@@ -432,6 +437,13 @@ mod tests {
             host("02:00:00:00:00:02", "a", Some("10.1.2.255")),
         ] {
             assert!(check_hosts(&net, std::slice::from_ref(&bad)).is_err(), "{bad:?}");
+        }
+        let given = BridgeSpec { routes: vec!["192.0.2.0/24".parse().unwrap()], ..net.clone() };
+        for (route, fine) in [("192.0.2.64/26", true), ("192.0.0.0/16", false), ("1.1.1.1/32", false)] {
+            let routes = vec![route.parse().unwrap()];
+            let routed = [NetworkHost { routes, ..host("02:00:00:00:00:02", "a", None) }];
+            assert_eq!(check_hosts(&given, &routed).is_ok(), fine, "{route}");
+            assert!(check_hosts(&net, &routed).is_err(), "{route}");
         }
         let twice = [host("02:00:00:00:00:02", "a", None), host("02:00:00:00:00:02", "b", None)];
         assert!(check_hosts(&net, &twice).unwrap_err().is(karst_model::ErrorKind::Conflict));

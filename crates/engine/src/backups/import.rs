@@ -174,6 +174,7 @@ impl Engine {
                 instance.created_at = at;
             }
             let written = records.expanded(instance).1;
+            let mut took = vec![];
             for (device, identity) in &mut instance.identities {
                 let chosen = written.get(device).is_some_and(|d| d.contains_key("hwaddr"));
                 if let Some(mac) =
@@ -183,9 +184,16 @@ impl Engine {
                     && usable_mac(&records, &mac)
                 {
                     identity.mac = Some(mac);
+                    took.push(device.clone());
                 }
             }
             let parsed = expand::parse_devices(&written)?;
+            // Of two imports of one backup at once one has its addresses.
+            for (device, nic) in parsed.nics.iter().filter(|(device, _)| took.contains(device)) {
+                if let Some((_, network)) = compute::nics::network_of(&records, device, nic)? {
+                    tx.expect_untouched(&records, &crate::network::lock(network.id));
+                }
+            }
             if kind == InstanceKind::VirtualMachine
                 && parsed.root.1.size.is_none()
                 && let Some(size) = all.volume.as_ref().map(index::Described::config).transpose()?

@@ -3,10 +3,10 @@
 //! gives one address to two) is settled so that one guest's fault never keeps a whole network from being brought up to
 //! date.
 
-use super::{expand::ParsedDevices, labels, nics::network_of};
+use super::{expand::ParsedDevices, labels, nic_checks::confine, nics::network_of};
 use crate::{EngineInner, Records, Row, db::Tx, inventory};
 use karst_model::{
-    Error, InstanceId, Result,
+    Error, InstanceId, ProfileId, Result,
     device::NicDevice,
     instance::{DeviceIdentity, Hardware, Instance},
     network::Network,
@@ -83,15 +83,15 @@ impl EngineInner {
         new
     }
 
-    /// The guests of a network as records have them, but for one of them.
+    /// The guests of a network as records have them, but for some of them.
     pub(crate) fn hosts_on(
         &self,
         records: &Records,
         network: &Network,
-        except: Option<InstanceId>,
+        except: &BTreeSet<InstanceId>,
     ) -> Vec<NetworkHost> {
         let mut hosts = vec![];
-        for id in records.instances.keys().filter(|id| Some(**id) != except) {
+        for id in records.instances.keys().filter(|id| !except.contains(id)) {
             let Some(view) = self.inventory.view(records, *id) else { continue };
             let on = view.nics.iter().filter(|(on, _)| **on == *network.name);
             hosts.extend(on.map(|(_, host)| host.clone()));
@@ -99,8 +99,8 @@ impl EngineInner {
         hosts
     }
 
-    /// The addresses of an instance's NICs are no other guest's. With a transaction: and stay so, where a request named
-    /// them.
+    /// The addresses of an instance's NICs are no other guest's, and their routes no other project's. With a transaction: and
+    /// stay so, where a request named them. Other users of the profile `together` change at the same time.
     ///
     /// # Errors
     /// Conflict, naming the key, and the other guest where it is of the same project.
@@ -110,11 +110,12 @@ impl EngineInner {
         mut tx: Option<&mut Tx>,
         instance: &Instance,
         parsed: &ParsedDevices,
+        together: Option<ProfileId>,
     ) -> Result<()> {
         let mut expected = BTreeSet::new();
         let mut own: Vec<(karst_model::NetworkId, NetworkHost)> = vec![];
         for (device, nic) in &parsed.nics {
-            let NicDevice { ipv4, ipv6, mac: wanted, .. } = nic;
+            let NicDevice { ipv4, ipv6, routes, mac: wanted, .. } = nic;
             let Some((_, network)) = network_of(records, device, nic)? else { continue };
             let identity = instance.identities.get(device);
             let Some(mac) = identity.and_then(|i| i.mac.clone()) else { continue };
@@ -137,25 +138,39 @@ impl EngineInner {
             }
             // Without an address of its own it can share the MAC only, and there is an index of these: with thousands of
             // guests on a network a look at each would be most of what a creation costs.
-            let fixed = host.ipv4.is_some() || host.ipv6.is_some();
+            let fixed = host.ipv4.is_some() || host.ipv6.is_some() || !routes.is_empty();
             let others: Vec<InstanceId> = match fixed {
                 true => records.instances.keys().copied().collect(),
                 false => records.with_mac(&host.mac).collect(),
             };
             for id in others.into_iter().filter(|id| *id != instance.id) {
                 let Some(other) = records.instances.get(&id) else { continue };
+                if together.is_some_and(|profile| other.profiles.contains(&profile)) {
+                    continue;
+                }
                 let Some(view) = self.inventory.view(records, id) else { continue };
                 let on = view.nics.iter().filter(|(on, _)| **on == *network.name);
-                if let Some(shared) =
-                    on.map(|(_, theirs)| theirs).find_map(|theirs| Shared::of(&host, theirs))
-                {
-                    let same = other.project == instance.project;
+                let theirs: Vec<&NetworkHost> = on.map(|(_, theirs)| theirs).collect();
+                let same = other.project == instance.project;
+                // Within a project several may have a route, such as those that take over from one another.
+                let foreign = theirs.iter().filter(|_| !same).flat_map(|t| t.routes.iter().copied());
+                let foreign: Vec<_> = foreign.collect();
+                let overlaps = |r: &&ipnet::IpNet| foreign.iter().any(|t| t.contains(*r) || r.contains(t));
+                if let Some(route) = routes.iter().find(overlaps) {
+                    let family = if route.addr().is_ipv4() { "ipv4" } else { "ipv6" };
+                    return Err(Error::conflict(format!(
+                        "{route} is routed to a guest of another project on network {:?}; choose another subnet",
+                        &*network.name
+                    ))
+                    .at(format!("devices.{device}.{family}.routes")));
+                }
+                if let Some(shared) = theirs.into_iter().find_map(|theirs| Shared::of(&host, theirs)) {
                     let by = if same { format!(" by instance {:?}", &*other.name) } else { String::new() };
                     return Err(refuse(&shared, &by));
                 }
             }
             // Who draws a number collides with nobody; who names one must be the only one to do so meanwhile.
-            let named = wanted.is_some() || ipv4.is_some() || ipv6.is_some();
+            let named = wanted.is_some() || fixed;
             if let Some(tx) = tx.as_deref_mut().filter(|_| named && expected.insert(network.id)) {
                 tx.expect_untouched(records, &crate::network::lock(network.id));
             }
@@ -164,23 +179,25 @@ impl EngineInner {
         Ok(())
     }
 
-    /// As [`Self::check_addresses`], for the NICs that an instance is about to have on `network`.
+    /// As [`Self::check_addresses`], for the NICs that instances are about to have on `network`.
     pub(crate) fn demand_own_addresses(
         &self,
         records: &Records,
         network: &Network,
-        instance: &Instance,
+        instances: &[Instance],
     ) -> Result<Vec<NetworkHost>> {
-        let mut hosts = self.hosts_on(records, network, Some(instance.id));
-        let own = inventory::nics(instance, &records.expanded(instance).1).into_iter();
-        for (_, host) in own.filter(|(on, _)| **on == *network.name) {
-            if let Some(shared) = hosts.iter().find_map(|theirs| Shared::of(&host, theirs)) {
-                return Err(Error::conflict(format!(
-                    "the {shared} of instance {:?} is another guest's on network {:?}; give it another one",
-                    &*instance.name, &*network.name
-                )));
+        let mut hosts = self.hosts_on(records, network, &instances.iter().map(|i| i.id).collect());
+        for instance in instances {
+            let own = inventory::nics(instance, &records.expanded(instance).1).into_iter();
+            for (_, host) in own.filter(|(on, _)| **on == *network.name) {
+                if let Some(shared) = hosts.iter().find_map(|theirs| Shared::of(&host, theirs)) {
+                    return Err(Error::conflict(format!(
+                        "the {shared} of instance {:?} is another guest's on network {:?}; give it another one",
+                        &*instance.name, &*network.name
+                    )));
+                }
+                hosts.push(host);
             }
-            hosts.push(host);
         }
         Ok(hosts)
     }
@@ -223,19 +240,23 @@ pub(crate) fn settle(hosts: &mut Vec<NetworkHost>) -> Vec<String> {
 /// What two guests of a network have, each in words.
 pub(crate) struct Settled {
     pub(crate) network: karst_model::NetworkId,
+    /// What is not the network's to give.
+    pub(crate) outside: Vec<String>,
     pub(crate) addresses: Vec<String>,
     pub(crate) names: Vec<String>,
 }
 
 impl EngineInner {
-    /// What [`settle`] says of each network, and what [`labels::settle`] says of each bridge.
+    /// What [`confine`] and [`settle`] say of each network, and what [`labels::settle`] says of each bridge.
     pub(crate) fn shared(&self, records: &Records) -> Vec<Settled> {
         let of = |network: &Row<Network>| {
-            let mut hosts = self.hosts_on(records, network, None);
-            let addresses = settle(&mut hosts);
+            let mut hosts = self.hosts_on(records, network, &BTreeSet::new());
             let bridge = network.kind == NetworkKind::Bridge;
+            let spec = if bridge { network.bridge().ok() } else { None };
+            let outside = spec.map(|spec| confine(&spec, &mut hosts)).unwrap_or_default();
+            let addresses = settle(&mut hosts);
             let names = if bridge { labels::settle(records, &mut hosts) } else { vec![] };
-            Settled { network: network.id, addresses, names }
+            Settled { network: network.id, outside, addresses, names }
         };
         records.networks.values().map(of).collect()
     }

@@ -16,7 +16,7 @@ use karst_model::{
     ByteSize, Config, Error, ImageId, InstanceId, Name, NetworkId, Result, VolumeId,
     access::Permission,
     application,
-    device::{Device, Devices, NicDevice, RootDevice},
+    device::{Device, Devices, RootDevice},
     guest::Observed,
     image::Image,
     instance::{DesiredPower, Generation, Hardware, Instance, InstanceKind, Lifecycle},
@@ -24,7 +24,6 @@ use karst_model::{
     spec::{GuestSpec, NicSpec, VolumeSource, VolumeSpec},
     storage::{Volume, VolumeContent, VolumeOwner},
     template::Trigger,
-    uplink::NetworkForm,
 };
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, time::Duration};
@@ -322,7 +321,6 @@ pub(crate) fn plan(
         }
         instance.root = volume.id;
     }
-    check_nics(records, tx, &parsed)?;
     if request.kind == InstanceKind::VirtualMachine {
         let facts = node.facts.as_ref().ok_or_else(|| {
             Error::unavailable("the host has not reported what it is yet; try again in a moment")
@@ -354,7 +352,7 @@ pub(crate) fn plan(
         instance.hardware.as_ref(),
         instance.root,
     );
-    inner.check_addresses(records, Some(&mut *tx), &instance, &parsed)?;
+    inner.check_nics(records, tx, &instance, &parsed)?;
     inner.demand_own_label(records, &instance, "name")?;
     if let Some(image) = &image {
         instance.volatile.insert("volatile.base_image".into(), image.fingerprint.clone());
@@ -419,63 +417,6 @@ pub(crate) fn plan(
 pub(crate) fn check_devices(devices: &Devices) -> Result<()> {
     for (name, keys) in devices {
         Device::parse(name, keys)?;
-    }
-    Ok(())
-}
-
-/// The networks of NICs exist and stay as they were read.
-pub(crate) fn check_nics(records: &Records, tx: &mut Tx, parsed: &expand::ParsedDevices) -> Result<()> {
-    let mut seen = std::collections::BTreeSet::new();
-    for (device, nic) in &parsed.nics {
-        let NicDevice { ipv4, ipv6, port, routes, .. } = nic;
-        let Some((network, row)) = super::nics::network_of(records, device, nic)? else { continue };
-        let bridge = match row.form()? {
-            NetworkForm::Bridge(bridge) => bridge,
-            NetworkForm::Uplink(uplink) => {
-                super::nics::demand_plain(device, nic, uplink.kind)?;
-                if seen.insert(row.id) {
-                    tx.expect(row);
-                    tx.expect_unlocked(&crate::network::lock(row.id));
-                    tx.touch(&crate::network::lock(row.id));
-                }
-                continue;
-            }
-        };
-        let addresses =
-            [("ipv4", ipv4.map(std::net::IpAddr::from)), ("ipv6", ipv6.map(std::net::IpAddr::from))];
-        for (family, address) in addresses {
-            if let Some(address) = address.filter(|a| !bridge.takes(*a)) {
-                let field = format!("devices.{device}.{family}.address");
-                let subnet = match family {
-                    "ipv4" => bridge.ipv4.map(|n| n.to_string()),
-                    _ => bridge.ipv6.map(|n| n.to_string()),
-                };
-                return Err(Error::invalid(
-                    field,
-                    match subnet {
-                        Some(subnet) => format!(
-                            "{address} is not an address for a guest of network {network:?}; choose one within {subnet} that is not the network's own"
-                        ),
-                        None => format!("network {network:?} has no {family} subnet"),
-                    },
-                ));
-            }
-        }
-        // They become routes of the host: whoever may have an instance must not turn others' traffic to it.
-        if let Some(route) = routes.iter().find(|r| !bridge.routed().any(|net| net.contains(*r))) {
-            let family = if route.addr().is_ipv4() { "ipv4" } else { "ipv6" };
-            return Err(Error::invalid(
-                format!("devices.{device}.{family}.routes"),
-                format!("{route} is not within {family}.routes of network {network:?}"),
-            ));
-        }
-        let field = format!("devices.{device}.security.acls");
-        crate::firewall::check_policy(records, tx, port.policy.as_ref(), &field)?;
-        if seen.insert(row.id) {
-            tx.expect(row);
-            tx.expect_unlocked(&crate::network::lock(row.id));
-            tx.touch(&crate::network::lock(row.id));
-        }
     }
     Ok(())
 }

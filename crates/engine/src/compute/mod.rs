@@ -16,6 +16,7 @@ pub(crate) mod labels;
 pub mod memory;
 pub mod metrics;
 pub mod monitor;
+pub(crate) mod nic_checks;
 pub(crate) mod nics;
 pub mod power;
 pub mod rebuild;

@@ -204,7 +204,7 @@ fn plan(
                 instance.hardware.as_ref(),
                 instance.root,
             );
-            inner.check_addresses(records, None, &instance, &parsed)?;
+            inner.check_addresses(records, None, &instance, &parsed, None)?;
             instance.generation = instance.generation.next_in(records.incarnation);
             instance.power = DesiredPower::Running;
             instance.last_used_at = Some(inner.env.now());

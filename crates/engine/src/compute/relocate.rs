@@ -6,7 +6,7 @@
 
 use super::{
     copy::VolumeCopy,
-    create::{check_devices, check_nics},
+    create::check_devices,
     disk_copy::{CopyDisk, CopyTarget},
     disks::check_disks,
     expand, lock, path,
@@ -198,7 +198,6 @@ impl Engine {
                 return Err(Error::invalid("pool", format!("instance {name:?} is there already")));
             }
             check_disks(&records, tx, &instance, &parsed)?;
-            check_nics(&records, tx, &parsed)?;
             crate::storage::use_pool(tx, pool);
             let root = records.volumes.get(&row.root);
             let root = root.ok_or_else(|| Error::not_found("the root volume is gone"))?;
@@ -234,7 +233,7 @@ impl Engine {
                 row.hardware.as_ref(),
                 instance.root,
             );
-            inner.check_addresses(&records, Some(&mut *tx), &instance, &parsed)?;
+            inner.check_nics(&records, tx, &instance, &parsed)?;
             inner.demand_own_label(&records, &instance, "name")?;
             instance.spec_version += 1;
             inner.guest_spec(&records, &instance, 0)?;

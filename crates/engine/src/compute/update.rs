@@ -1,7 +1,7 @@
 //! Changing instances: configuration, devices, profiles, name.
 
 use super::{
-    create::{StartPlan, check_devices, check_nics, networks_of},
+    create::{StartPlan, check_devices, networks_of},
     disks::check_disks,
     expand, lock, path,
 };
@@ -140,7 +140,6 @@ impl Engine {
             admit(&records, &mut Tx::default(), project.id, &planned)?;
             let grown = check_root(&records, &instance, &parsed)?;
             check_disks(&records, tx, &instance, &parsed)?;
-            check_nics(&records, tx, &parsed)?;
             // A profile may have got devices since the last start: they are no change of this request.
             let mut before = row.value.clone();
             let assign = |from: &Instance, parsed: &expand::ParsedDevices| {
@@ -150,7 +149,7 @@ impl Engine {
             let mut placed = before.clone();
             place_disks(inner, &mut placed, &parsed, slots);
             instance.identities = assign(&placed, &parsed);
-            inner.check_addresses(&records, Some(&mut *tx), &instance, &parsed)?;
+            inner.check_nics(&records, tx, &instance, &parsed)?;
             inner.demand_own_label(&records, &instance, "devices")?;
             let runtime = records.runtimes.get(&row.id);
             let running = matches!(row.status(runtime.map(|r| &r.value)), Status::Running | Status::Frozen);
@@ -408,7 +407,14 @@ impl Saga for InstanceUpdate {
             let agent = cx.agent(plan.instance.node)?;
             // What a NIC may send is settled before it comes.
             if before.nics != after.nics {
-                cx.engine.ensure_networks_for(cx, &plan.instance, &plan.networks).await?;
+                cx.engine
+                    .ensure_networks_for(
+                        cx,
+                        plan.instance.node,
+                        std::slice::from_ref(&plan.instance),
+                        &plan.networks,
+                    )
+                    .await?;
             }
             outputs.applied = Some(agent.guest_update(&cx.mutate(UPDATE), after.clone()).await?);
         }
@@ -450,8 +456,7 @@ impl Saga for InstanceUpdate {
         let parsed = expand::parse_devices(&devices)?;
         check_root(&records, &instance, &parsed)?;
         check_disks(&records, tx, &instance, &parsed)?;
-        check_nics(&records, tx, &parsed)?;
-        engine.check_addresses(&records, Some(&mut *tx), &instance, &parsed)?;
+        engine.check_nics(&records, tx, &instance, &parsed)?;
         tx.replace(&row, &instance);
         if let (Some(grown), Some(volume)) = (&plan.grown, records.volumes.get(&plan.instance.root)) {
             tx.replace(volume, grown);

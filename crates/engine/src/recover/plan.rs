@@ -8,11 +8,7 @@ use super::{
 use crate::{
     EngineInner, Records,
     backups::import::usable_mac,
-    compute::{
-        create::{check_devices, check_nics},
-        disks::check_disks,
-        expand,
-    },
+    compute::{create::check_devices, disks::check_disks, expand},
     db::Tx,
     snapshots::Taken,
     tenancy::limits::{Planned, admit},
@@ -472,11 +468,10 @@ pub(super) fn plan_instance(
         ));
     }
     check_disks(records, tx, &instance, &parsed)?;
-    check_nics(records, tx, &parsed)?;
     let kept = identities(inner, records, &was.identities, found.volume);
     instance.identities =
         inner.assign_identities(records, &kept, &parsed, instance.hardware.as_ref(), instance.root);
-    inner.check_addresses(records, Some(&mut *tx), &instance, &parsed)?;
+    inner.check_nics(records, tx, &instance, &parsed)?;
     let volume = (said.volume.owner != VolumeOwner::Custom).then(|| Volume {
         id: found.volume,
         pool: pool.id,
@@ -493,7 +488,8 @@ pub(super) fn plan_instance(
     if volume.is_some() && records.volumes.contains_key(&found.volume) {
         return Err(Error::conflict("the database knows its root by now"));
     }
-    admit(records, tx, project.id, &Planned { instance: Some(&instance), ..Default::default() })?;
+    let planned = Planned { instance: Some(&instance), root: found.size, ..Default::default() };
+    admit(records, tx, project.id, &planned)?;
     inner.guest_spec(records, &instance, 0)?;
     let taken = snapshots(inner, records, tx, project, &instance, found, said)?;
     instance.current_snapshot = instance.current_snapshot.filter(|id| taken.iter().any(|s| s.id == *id));

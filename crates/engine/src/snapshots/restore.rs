@@ -3,7 +3,7 @@
 use super::{Found, Origin, Taken};
 use crate::{
     Engine, EngineInner, Records,
-    compute::{create::check_nics, disks::check_disks, expand, update::follow_keys},
+    compute::{disks::check_disks, expand, update::follow_keys},
     context::Context,
     db::Tx,
     operations::{LiveOperation, NewOperation},
@@ -221,10 +221,9 @@ fn before(
         .at(format!("devices.{device}.pool")));
     }
     check_disks(records, tx, &instance, &parsed)?;
-    check_nics(records, tx, &parsed)?;
     instance.identities =
         inner.assign_identities(records, &row.identities, &parsed, row.hardware.as_ref(), row.root);
-    inner.check_addresses(records, Some(&mut *tx), &instance, &parsed)?;
+    inner.check_nics(records, tx, &instance, &parsed)?;
     inner.guest_spec(records, &instance, 0)?;
     // What it was then may be more than the project has room for now, or than it may have.
     admit(records, tx, instance.project, &Planned { instance: Some(&instance), ..Default::default() })?;

@@ -208,7 +208,7 @@ impl Engine {
             tx.expect(row);
             // Decided when it is written; said now, before anything is touched.
             demand_named(&records, &profile.devices)?;
-            demand_valid(&records, &mut Tx::default(), &profile)?;
+            demand_valid(inner, &records, &mut Tx::default(), &profile)?;
             let path = match &*project.name {
                 karst_model::project::DEFAULT_PROJECT => format!("/1.0/profiles/{name}"),
                 other => format!("/1.0/profiles/{name}?project={other}"),
@@ -297,10 +297,10 @@ pub(crate) fn demand_idle(records: &Records, tx: &mut Tx, id: ProfileId) -> Resu
 
 /// Every user stays valid with the profile as it is to be, and every project of theirs within its limits; `tx` holds as
 /// long as that is so.
-fn demand_valid(records: &Records, tx: &mut Tx, profile: &Profile) -> Result<()> {
+fn demand_valid(engine: &EngineInner, records: &Records, tx: &mut Tx, profile: &Profile) -> Result<()> {
     let mut projects = BTreeSet::from([profile.project]);
     for instance in records.instances.values().filter(|i| i.profiles.contains(&profile.id)) {
-        demand_valid_user(records, tx, instance, profile)?;
+        demand_valid_user(engine, records, tx, instance, profile)?;
         projects.insert(instance.project);
     }
     for project in projects {
@@ -310,7 +310,13 @@ fn demand_valid(records: &Records, tx: &mut Tx, profile: &Profile) -> Result<()>
     Ok(())
 }
 
-fn demand_valid_user(records: &Records, tx: &mut Tx, instance: &Instance, changed: &Profile) -> Result<()> {
+fn demand_valid_user(
+    engine: &EngineInner,
+    records: &Records,
+    tx: &mut Tx,
+    instance: &Instance,
+    changed: &Profile,
+) -> Result<()> {
     let (config, devices) = super::limits::expanded(records, instance, Some(changed));
     let because = |e: Error| Error {
         message: format!("{} would be invalid: {}", called(changed.project, instance), e.message),
@@ -318,6 +324,10 @@ fn demand_valid_user(records: &Records, tx: &mut Tx, instance: &Instance, change
     };
     keys::limits(&config).map_err(because)?;
     let parsed = crate::compute::expand::parse_devices(&devices).map_err(because)?;
+    // What does not change was asked when it came.
+    if records.expanded(instance).1 == devices {
+        return Ok(());
+    }
     let (name, root) = &parsed.root;
     crate::compute::disks::check_disks(records, tx, instance, &parsed).map_err(because)?;
     if records.pool(&root.pool).map_err(because)?.id != instance.pool {
@@ -326,10 +336,15 @@ fn demand_valid_user(records: &Records, tx: &mut Tx, instance: &Instance, change
             called(changed.project, instance)
         )));
     }
-    for (device, nic) in &parsed.nics {
-        crate::compute::nics::network_of(records, device, nic).map_err(because)?;
-    }
-    Ok(())
+    let mut now = instance.clone();
+    now.identities = engine.assign_identities(
+        records,
+        &instance.identities,
+        &parsed,
+        instance.hardware.as_ref(),
+        instance.root,
+    );
+    engine.check_nics_besides(records, tx, &now, &parsed, Some(changed.id)).map_err(because)
 }
 
 /// Plan of [`ProfileUpdate`].
@@ -436,7 +451,7 @@ impl Saga for ProfileUpdate {
             }
         }
         // Who was busy may have changed what counts.
-        demand_valid(&engine.inventory.read(), &mut Tx::default(), &plan.profile)?;
+        demand_valid(engine, &engine.inventory.read(), &mut Tx::default(), &plan.profile)?;
         for user in running_users(engine, &plan.profile)?.into_iter().filter(|u| u.before != u.after) {
             let applied = cx.agent(user.node)?.guest_update(&cx.mutate(APPLY), user.after).await;
             match applied {
@@ -476,7 +491,7 @@ impl Saga for ProfileUpdate {
         let records = engine.inventory.read();
         let gone = || Error::not_found("the profile is gone");
         let row = records.profiles.get(&plan.profile.id).ok_or_else(gone)?;
-        demand_valid(&records, tx, &plan.profile)?;
+        demand_valid(engine, &records, tx, &plan.profile)?;
         tx.replace(row, &plan.profile);
         Ok(())
     }

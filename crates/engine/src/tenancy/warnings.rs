@@ -47,6 +47,11 @@ fn conditions(inner: &EngineInner, records: &Records) -> BTreeMap<Uuid, Conditio
         };
         let mixed = records.instances.values().any(|i| i.project != network.project && on(i));
         for (kind, said, advice) in [
+            (
+                "Guests have what is not their network's",
+                &settled.outside,
+                "it is left out; change their devices, or the network",
+            ),
             ("Guests share an address", &settled.addresses, "give it another one"),
             ("Guests share a name", &settled.names, "rename one of them"),
         ] {

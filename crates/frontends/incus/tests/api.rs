@@ -484,7 +484,7 @@ async fn console_joins_both_ways() {
     let _console = s.websocket(&at(&operation, &fds, "0")).await;
     s.delete(&operation).await.metadata();
     assert_eq!(s.get(&format!("{operation}/wait?timeout=60")).await.metadata()["status"], "Cancelled");
-    s.post("/1.0/instances/c1/console", json!({"type": "vga"})).await.refused(400);
+    s.post("/1.0/instances/c1/console", json!({"type": "vga"})).await.refused(501);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
