@@ -91,11 +91,13 @@ impl EngineInner {
         self.network_spec_of(records, network, self.hosts_on(records, network, &BTreeSet::new()))
     }
 
-    /// Brings networks on a host up to date with instances as they are about to be.
+    /// Brings networks on a host up to date with instances as they are about to be. An error is for who sees the project
+    /// `from`.
     pub(crate) async fn ensure_networks_for(
         &self,
         cx: &StepContext,
         node: NodeId,
+        from: ProjectId,
         instances: &[Instance],
         ids: &[NetworkId],
     ) -> Result<()> {
@@ -105,7 +107,7 @@ impl EngineInner {
                 let records = self.inventory.read();
                 let network =
                     records.networks.get(id).ok_or_else(|| Error::not_found("the network is gone"))?;
-                let hosts = self.demand_own_addresses(&records, network, instances)?;
+                let hosts = self.demand_own_addresses(&records, network, from, instances)?;
                 self.network_spec_of(&records, network, hosts)?
             };
             self.agents.get(node)?.network_ensure(&cx.mutate(CALL), spec).await?;

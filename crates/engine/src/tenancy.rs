@@ -3,6 +3,7 @@
 pub mod access;
 pub mod figures;
 pub(crate) mod limits;
+pub mod profile_update;
 pub mod profiles;
 pub mod projects;
 pub mod records;

@@ -167,6 +167,17 @@ async fn profile_update(w: &World) -> Result<LiveOperation> {
     w.engine.profile_update_begin(&w.admin, "default", "default", update).await
 }
 
+/// The same with one more NIC for all.
+async fn profile_nic(w: &World) -> Result<LiveOperation> {
+    let mut devices = w.engine.profile(&w.admin, "default", "default")?.devices.clone();
+    devices.insert("eth1".into(), devices["eth0"].clone());
+    if let Some(keys) = devices.get_mut("eth1") {
+        keys.insert("name".into(), "eth1".into());
+    }
+    let update = UpdateProfile { devices, ..Default::default() };
+    w.engine.profile_update_begin(&w.admin, "default", "default", update).await
+}
+
 /// A custom volume of 1 GiB.
 async fn volume(w: &World, name: &str, content: VolumeContent) -> Result<LiveOperation> {
     let config = Config::from([("size".into(), "1GiB".into())]);
@@ -304,6 +315,9 @@ pub fn all() -> Vec<Scenario> {
         }),
         scenario!("profile-update", "with a running user", |w| make(w, "c1", true).await, |w| {
             profile_update(w).await
+        }),
+        scenario!("profile-update", "with a NIC for a running user", |w| make(w, "c1", true).await, |w| {
+            profile_nic(w).await
         }),
         scenario!("instance-delete", "stopped", |w| make(w, "c1", false).await, |w| w
             .engine

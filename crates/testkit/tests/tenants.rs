@@ -483,3 +483,157 @@ fn no_nic_takes_what_is_the_hosts_or_anothers() {
         w.engine.close();
     });
 }
+
+fn device(keys: &[(&str, &str)]) -> std::collections::BTreeMap<String, String> {
+    config(keys)
+}
+
+/// Names of the devices that a guest has, beside its root, and the MAC addresses of its NICs.
+fn has(w: &World, name: &str) -> (Vec<String>, Vec<String>) {
+    let id = w.engine.instance(&w.admin, "default", name).unwrap().instance.id;
+    let spec = w.agent.guest_spec(id).expect("a guest");
+    let disks = spec.disks.iter().map(|d| d.name.clone());
+    let mut names: Vec<_> = disks.chain(spec.nics.iter().map(|n| n.name.clone())).collect();
+    names.sort();
+    (names, spec.nics.iter().map(|n| n.mac.clone()).collect())
+}
+
+async fn set_profile(w: &World, name: &str, devices: &Devices) -> Result<()> {
+    let update = UpdateProfile { devices: devices.clone(), ..Default::default() };
+    w.engine.profile_update(&w.admin, "default", name, update).await
+}
+
+#[test]
+fn devices_of_a_profile_come_to_all_its_running_users_or_to_none() {
+    SeededEnv::run(1, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        let (e, c) = (&w.engine, &w.admin);
+        e.profile_create(c, "default", "extra", UpdateProfile::default()).await.unwrap();
+        create_volume(&w, "default", "default", volume("shared", VolumeContent::Filesystem, "1GiB"))
+            .await
+            .unwrap();
+        let profiles = || Some(vec!["default".into(), "extra".into()]);
+        for name in ["c0", "c1", "c2", "stopped"] {
+            let start = name != "stopped";
+            create(&w, "default", CreateInstance { start, profiles: profiles(), ..container(name) })
+                .await
+                .unwrap();
+        }
+        let disk = device(&[("type", "disk"), ("pool", "default"), ("source", "shared"), ("path", "/srv")]);
+        let more = Devices::from([("data".into(), disk), ("eth1".into(), nic(&[])["eth0"].clone())]);
+        let network = e.network(c, "default", "karstbr0").unwrap().id;
+        set_profile(&w, "extra", &more).await.unwrap();
+        for name in ["c0", "c1", "c2"] {
+            let (names, macs) = has(&w, name);
+            assert_eq!(names, ["data", "eth0", "eth1"], "{name}");
+            // They are the same ones when it starts again, and the host knows them.
+            let view = e.instance(c, "default", name).unwrap();
+            assert_eq!(view.instance.identities["eth1"].mac.as_ref(), macs.get(1), "{name}");
+            let known: Vec<_> = w.agent.network_hosts(network).into_iter().map(|h| h.mac).collect();
+            assert!(macs.iter().all(|mac| known.contains(mac)), "{name}: {macs:?} {known:?}");
+            assert_eq!(e.instance_pending(c, "default", name).unwrap(), [], "{name}");
+        }
+        // One of them will not give them back: it is named, and all keep them.
+        let stubborn = e.instance(c, "default", "c1").unwrap().instance.id;
+        w.agent.set_refuses_update(stubborn, true);
+        let before = ["c0", "c1", "c2"].map(|name| has(&w, name));
+        refused(
+            set_profile(&w, "extra", &Devices::new()).await,
+            ErrorKind::Conflict,
+            "instance \"c1\" refuses",
+        );
+        assert_eq!(["c0", "c1", "c2"].map(|name| has(&w, name)), before);
+        assert_eq!(e.profile(c, "default", "extra").unwrap().devices, more);
+        w.agent.set_refuses_update(stubborn, false);
+        // Who is a virtual machine cannot have a node: said at once, of one that is stopped too.
+        let kind = InstanceKind::VirtualMachine;
+        create(&w, "default", CreateInstance { kind, profiles: profiles(), ..container("v1") })
+            .await
+            .unwrap();
+        let mut node = more.clone();
+        node.insert("node".into(), device(&[("type", "unix-char"), ("path", "/dev/fuse")]));
+        let e1 = refused(set_profile(&w, "extra", &node).await, ErrorKind::Unsupported, "instance \"v1\"");
+        assert_eq!(e1.field.as_deref(), Some("devices.node.type"));
+        assert_eq!(["c0", "c1", "c2"].map(|name| has(&w, name)), before);
+        set_profile(&w, "extra", &Devices::new()).await.unwrap();
+        assert_eq!(["c0", "c1", "c2"].map(|name| has(&w, name).0), [["eth0"]; 3]);
+        w.settle().await;
+        assert_eq!(w.faults().await, Vec::<String>::new());
+        w.engine.close();
+    });
+}
+
+#[test]
+fn machines_get_of_a_profile_what_they_can_take_while_they_run() {
+    SeededEnv::run(1, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        let (e, c) = (&w.engine, &w.admin);
+        let root =
+            |size: &str| device(&[("type", "disk"), ("path", "/"), ("pool", "default"), ("size", size)]);
+        let of = |size: &str, more: &[(&str, &[(&str, &str)])]| {
+            let more = more.iter().map(|(name, keys)| (name.to_string(), device(keys)));
+            Devices::from([("root".to_owned(), root(size))]).into_iter().chain(more).collect::<Devices>()
+        };
+        let profile = UpdateProfile { devices: of("10GiB", &[]), ..Default::default() };
+        e.profile_create(c, "default", "machine", profile).await.unwrap();
+        for (name, start) in [("v1", true), ("v2", false)] {
+            let (kind, profiles) =
+                (InstanceKind::VirtualMachine, Some(vec!["default".into(), "machine".into()]));
+            create(&w, "default", CreateInstance { kind, start, profiles, ..container(name) }).await.unwrap();
+        }
+        for (name, content) in [("shared", VolumeContent::Filesystem), ("block", VolumeContent::Block)] {
+            create_volume(&w, "default", "default", volume(name, content, "1GiB")).await.unwrap();
+        }
+        let size = |name: &str| {
+            let root = e.instance(c, "default", name).unwrap().instance.root;
+            e.inner().inventory.read().volumes[&root].size.map(|size| size.0 >> 30)
+        };
+        // Roots grow, of those that run and of those that do not, and never shrink.
+        set_profile(&w, "machine", &of("20GiB", &[])).await.unwrap();
+        assert_eq!((size("v1"), size("v2")), (Some(20), Some(20)));
+        let e1 =
+            refused(set_profile(&w, "machine", &of("15GiB", &[])).await, ErrorKind::Invalid, "cannot shrink");
+        assert_eq!(e1.field.as_deref(), Some("devices.root.size"));
+        // What a machine takes only when it starts.
+        let disk: &[(&str, &str)] =
+            &[("type", "disk"), ("pool", "default"), ("source", "shared"), ("path", "/srv")];
+        let before = has(&w, "v1");
+        let tried = set_profile(&w, "machine", &of("30GiB", &[("data", disk)])).await;
+        let e1 =
+            refused(tried, ErrorKind::Conflict, "instance \"v1\" cannot take the change of device \"data\"");
+        assert_eq!(e1.field.as_deref(), Some("devices.data"));
+        assert_eq!((has(&w, "v1"), size("v1")), (before, Some(20)));
+        assert_eq!(e.profile(c, "default", "machine").unwrap().devices, of("20GiB", &[]));
+        // A block volume is one machine's.
+        let disk: &[(&str, &str)] = &[("type", "disk"), ("pool", "default"), ("source", "block")];
+        let tried = set_profile(&w, "machine", &of("20GiB", &[("data", disk)])).await;
+        refused(tried, ErrorKind::Conflict, "security.shared");
+        w.settle().await;
+        assert_eq!(w.faults().await, Vec::<String>::new());
+        w.engine.close();
+    });
+}
+
+/// What users of a profile get counts: also their roots, as they are to be.
+#[test]
+fn a_profile_makes_no_root_larger_than_its_project_has_room_for() {
+    SeededEnv::run(1, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        project(&w, "p", &[("limits.disk", "25GiB")]).await;
+        for (name, start) in [("v1", true), ("v2", false)] {
+            let request = CreateInstance { kind: InstanceKind::VirtualMachine, start, ..container(name) };
+            create(&w, "p", request).await.unwrap();
+        }
+        let larger = async |size: &str| {
+            let mut devices = w.engine.profile(&w.admin, "p", "default").unwrap().devices.clone();
+            devices.get_mut("root").unwrap().insert("size".into(), size.into());
+            let update = UpdateProfile { devices, ..Default::default() };
+            w.engine.profile_update(&w.admin, "p", "default", update).await
+        };
+        refused(larger("13GiB").await, ErrorKind::Quota, "limits.disk");
+        assert_eq!(used(&w, "p", "disk"), 20 << 30);
+        larger("12GiB").await.unwrap();
+        assert_eq!(used(&w, "p", "disk"), 24 << 30);
+        w.engine.close();
+    });
+}

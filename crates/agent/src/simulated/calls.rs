@@ -310,7 +310,8 @@ calls! {
             state.demand_no_copy(spec.instance)?;
         }
         let guest = state.running(GuestRef { instance: spec.instance, generation: spec.generation })?;
-        if guest.refuses_update && guest.spec.limits != spec.limits {
+        let of = |s: &GuestSpec| (s.limits.clone(), s.disks.clone(), s.nics.clone());
+        if guest.refuses_update && of(&guest.spec) != of(&spec) {
             return Err(Error::conflict("the guest uses more than that"));
         }
         let mut pending = vec![];

@@ -268,6 +268,11 @@ impl SimulatedAgent {
         self.lock().guests.get(&instance)?.display_guard.clone()
     }
 
+    /// What a guest has now.
+    pub fn guest_spec(&self, instance: InstanceId) -> Option<karst_model::spec::GuestSpec> {
+        self.lock().guests.get(&instance).map(|g| g.spec.clone())
+    }
+
     /// The limits that a guest has now.
     pub fn guest_limits(&self, instance: InstanceId) -> Option<karst_model::spec::Limits> {
         self.lock().guests.get(&instance).map(|g| g.spec.limits.clone())

@@ -6,7 +6,7 @@
 use super::{expand::ParsedDevices, labels, nic_checks::confine, nics::network_of};
 use crate::{EngineInner, Records, Row, db::Tx, inventory};
 use karst_model::{
-    Error, InstanceId, ProfileId, Result,
+    Error, InstanceId, ProfileId, ProjectId, Result,
     device::NicDevice,
     instance::{DeviceIdentity, Hardware, Instance},
     network::Network,
@@ -184,6 +184,7 @@ impl EngineInner {
         &self,
         records: &Records,
         network: &Network,
+        from: ProjectId,
         instances: &[Instance],
     ) -> Result<Vec<NetworkHost>> {
         let mut hosts = self.hosts_on(records, network, &instances.iter().map(|i| i.id).collect());
@@ -192,8 +193,9 @@ impl EngineInner {
             for (_, host) in own.filter(|(on, _)| **on == *network.name) {
                 if let Some(shared) = hosts.iter().find_map(|theirs| Shared::of(&host, theirs)) {
                     return Err(Error::conflict(format!(
-                        "the {shared} of instance {:?} is another guest's on network {:?}; give it another one",
-                        &*instance.name, &*network.name
+                        "the {shared} of {} is another guest's on network {:?}; give it another one",
+                        super::called(from, instance),
+                        &*network.name
                     )));
                 }
                 hosts.push(host);

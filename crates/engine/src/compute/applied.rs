@@ -73,12 +73,12 @@ impl EngineInner {
         }
     }
 
-    /// Notes what a live change of a profile did to one of its users: devices come with the next start.
+    /// Notes what a live change of a profile did to one of its users, whose expanded form is `as_is`.
     pub(crate) async fn note_applied_profile(
         &self,
         id: InstanceId,
         generation: Generation,
-        config: &Config,
+        as_is: (&Config, &Devices),
         applied: &Applied,
     ) -> Result<()> {
         self.transact(|records, tx| {
@@ -86,8 +86,9 @@ impl EngineInner {
             let (Some(runtime), Some(instance)) = (runtime, records.instances.get(&id)) else {
                 return Ok(());
             };
-            let Some(devices) = runtime.applied.as_ref().map(|a| a.devices.clone()) else { return Ok(()) };
-            self.note_applied(tx, runtime, instance, config, &devices, applied);
+            if runtime.applied.is_some() {
+                self.note_applied(tx, runtime, instance, as_is.0, as_is.1, applied);
+            }
             Ok(())
         })
         .await

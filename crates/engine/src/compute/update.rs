@@ -284,7 +284,7 @@ fn profiles(
 
 /// The root stays on its pool; a disk grows only, and what a tree holds its host knows. Answers the volume as it is to be when its
 /// size changes.
-fn check_root(
+pub(crate) fn check_root(
     records: &crate::Records,
     instance: &Instance,
     parsed: &expand::ParsedDevices,
@@ -407,14 +407,8 @@ impl Saga for InstanceUpdate {
             let agent = cx.agent(plan.instance.node)?;
             // What a NIC may send is settled before it comes.
             if before.nics != after.nics {
-                cx.engine
-                    .ensure_networks_for(
-                        cx,
-                        plan.instance.node,
-                        std::slice::from_ref(&plan.instance),
-                        &plan.networks,
-                    )
-                    .await?;
+                let (instance, from) = (std::slice::from_ref(&plan.instance), plan.instance.project);
+                cx.engine.ensure_networks_for(cx, plan.instance.node, from, instance, &plan.networks).await?;
             }
             outputs.applied = Some(agent.guest_update(&cx.mutate(UPDATE), after.clone()).await?);
         }

@@ -2,35 +2,29 @@
 
 use super::{
     limits::{Planned, admit},
+    profile_update::{ProfilePlan, ProfileUpdate, demand_valid},
     profile_uses,
 };
 use crate::{
-    Engine, EngineInner, Records, Row,
-    compute::{called, expand},
+    Engine, Records, Row,
+    compute::called,
     context::Context,
     db::Tx,
     inventory::Uses,
     operations::{LiveOperation, NewOperation},
-    saga::{Saga, StepContext, runner},
+    saga::runner,
     storage::UsedBy,
 };
-use async_trait::async_trait;
 use karst_model::{
-    Config, Error, ErrorKind, Name, NodeId, ProfileId, Result,
+    Config, Error, Name, ProfileId, Result,
     access::Permission,
     device::{Device, Devices},
-    instance::{Instance, Status},
     keys,
     profile::Profile,
-    spec::GuestSpec,
 };
-use serde::{Deserialize, Serialize};
-use std::{collections::BTreeSet, time::Duration};
 
 /// What makes a project have profiles of its own.
 const FEATURE: &str = "features.profiles";
-/// Time for a change of one running guest.
-const APPLY: Duration = Duration::from_secs(30);
 
 /// Replaces what a user may set of a profile.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -159,11 +153,11 @@ impl Engine {
     }
 
     /// Replaces a profile's content, for all of its users or none: they must stay valid with it and within the limits of
-    /// their projects, and running guests get at once what can change live. NICs come with a guest's next start.
+    /// their projects, and running guests get its devices at once, and of its configuration what can change live.
     ///
     /// # Errors
     /// Invalid by field, not found, precondition failed, forbidden; what refuses it is named. Conflict when a user is busy
-    /// and stays so.
+    /// and stays so, or cannot take a device while it runs.
     pub async fn profile_update(
         &self,
         context: &Context,
@@ -293,214 +287,4 @@ pub(crate) fn demand_idle(records: &Records, tx: &mut Tx, id: ProfileId) -> Resu
     runner::demand_unlocked(records, &[profile_uses(id)])?;
     tx.expect_unlocked(&profile_uses(id));
     Ok(())
-}
-
-/// Every user stays valid with the profile as it is to be, and every project of theirs within its limits; `tx` holds as
-/// long as that is so.
-fn demand_valid(engine: &EngineInner, records: &Records, tx: &mut Tx, profile: &Profile) -> Result<()> {
-    let mut projects = BTreeSet::from([profile.project]);
-    for instance in records.instances.values().filter(|i| i.profiles.contains(&profile.id)) {
-        demand_valid_user(engine, records, tx, instance, profile)?;
-        projects.insert(instance.project);
-    }
-    for project in projects {
-        admit(records, tx, project, &Planned { profile: Some(profile), ..Default::default() })?;
-    }
-    tx.expect_untouched(records, &profile_uses(profile.id));
-    Ok(())
-}
-
-fn demand_valid_user(
-    engine: &EngineInner,
-    records: &Records,
-    tx: &mut Tx,
-    instance: &Instance,
-    changed: &Profile,
-) -> Result<()> {
-    let (config, devices) = super::limits::expanded(records, instance, Some(changed));
-    let because = |e: Error| Error {
-        message: format!("{} would be invalid: {}", called(changed.project, instance), e.message),
-        ..e
-    };
-    keys::limits(&config).map_err(because)?;
-    let parsed = crate::compute::expand::parse_devices(&devices).map_err(because)?;
-    // What does not change was asked when it came.
-    if records.expanded(instance).1 == devices {
-        return Ok(());
-    }
-    let (name, root) = &parsed.root;
-    crate::compute::disks::check_disks(records, tx, instance, &parsed).map_err(because)?;
-    if records.pool(&root.pool).map_err(because)?.id != instance.pool {
-        return Err(Error::conflict(format!(
-            "{} would change its pool by device {name:?}",
-            called(changed.project, instance)
-        )));
-    }
-    let mut now = instance.clone();
-    now.identities = engine.assign_identities(
-        records,
-        &instance.identities,
-        &parsed,
-        instance.hardware.as_ref(),
-        instance.root,
-    );
-    engine.check_nics_besides(records, tx, &now, &parsed, Some(changed.id)).map_err(because)
-}
-
-/// Plan of [`ProfileUpdate`].
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct ProfilePlan {
-    /// As it is to be.
-    profile: Profile,
-    path: String,
-}
-
-/// Changes a profile and what its running users have of it. The profile's lock keeps users from changing and from coming;
-/// the first step waits for those who were at it before. So what each had and is to have can be computed from the
-/// records at any time, and the plan stays small however many there are.
-pub struct ProfileUpdate;
-
-/// How long a user of the profile may stay busy.
-const SETTLE: Duration = Duration::from_secs(30);
-const LOOK: Duration = Duration::from_millis(50);
-
-/// A running user: where, what it has, what it is to have.
-struct User {
-    /// For errors.
-    name: String,
-    node: NodeId,
-    before: GuestSpec,
-    after: GuestSpec,
-    /// Expanded configuration that it has, and that it is to have.
-    config: [Config; 2],
-}
-
-fn running_users(engine: &EngineInner, profile: &Profile) -> Result<Vec<User>> {
-    let records = engine.inventory.read();
-    let mut users = vec![];
-    for instance in records.instances.values().filter(|i| i.profiles.contains(&profile.id)) {
-        let runtime = records.runtimes.get(&instance.id);
-        let status = instance.status(runtime.map(|r| &r.value));
-        let (Status::Running | Status::Frozen, Some(runtime)) = (status, runtime) else { continue };
-        let name = called(profile.project, instance);
-        let named = |e: Error| Error { message: format!("{name}: {}", e.message), ..e };
-        let domain = runtime.domain_id.unwrap_or(0);
-        // A profile may have got devices since the start: they come with the next one.
-        let devices = records.expanded(instance).1;
-        let mut now = instance.value.clone();
-        now.identities = engine.assign_identities(
-            &records,
-            &instance.identities,
-            &expand::parse_devices(&devices).map_err(named)?,
-            instance.hardware.as_ref(),
-            instance.root,
-        );
-        let generation = runtime.generation;
-        let before = GuestSpec { generation, ..engine.guest_spec(&records, &now, domain).map_err(named)? };
-        let was = records.expanded(instance).0;
-        let (config, _) = super::limits::expanded(&records, instance, Some(profile));
-        let after = GuestSpec {
-            limits: keys::limits(&config).map_err(named)?,
-            security: keys::security(&config).map_err(named)?,
-            environment: keys::environment(&config),
-            ..before.clone()
-        };
-        let config = [was, config];
-        users.push(User { name, node: instance.node, before, after, config });
-    }
-    Ok(users)
-}
-
-#[async_trait]
-impl Saga for ProfileUpdate {
-    const NAME: &'static str = "profile-update";
-    const STEPS: &'static [&'static str] = &["settle", "apply"];
-    type Plan = ProfilePlan;
-    type Outputs = ();
-
-    fn locks(plan: &ProfilePlan) -> Vec<String> {
-        vec![profile_uses(plan.profile.id)]
-    }
-
-    fn begin(_: &ProfilePlan, _: &EngineInner, _: &mut Tx) -> Result<()> {
-        Ok(())
-    }
-
-    async fn run(cx: &StepContext, plan: &ProfilePlan, _: &mut (), step: usize) -> Result<()> {
-        let engine = &cx.engine;
-        if step == 0 {
-            let mut left = SETTLE;
-            loop {
-                let busy = {
-                    let records = engine.inventory.read();
-                    let mut users =
-                        records.instances.values().filter(|i| i.profiles.contains(&plan.profile.id));
-                    users.find_map(|i| {
-                        let lock = records.lock(&crate::compute::lock(i.id))?;
-                        Some((called(plan.profile.project, i), lock.description.to_lowercase()))
-                    })
-                };
-                let Some((name, what)) = busy else { return Ok(()) };
-                left = left.saturating_sub(LOOK);
-                if left.is_zero() {
-                    return Err(Error::conflict(format!(
-                        "{name}, which has this profile, is busy ({what}); try again when it is not"
-                    )));
-                }
-                engine.env.sleep(LOOK).await;
-            }
-        }
-        // Who was busy may have changed what counts.
-        demand_valid(engine, &engine.inventory.read(), &mut Tx::default(), &plan.profile)?;
-        for user in running_users(engine, &plan.profile)?.into_iter().filter(|u| u.before != u.after) {
-            let applied = cx.agent(user.node)?.guest_update(&cx.mutate(APPLY), user.after).await;
-            match applied {
-                Ok(applied) => {
-                    let (id, generation) = (user.before.instance, user.before.generation);
-                    engine.note_applied_profile(id, generation, &user.config[1], &applied).await?;
-                }
-                // It ended meanwhile; the next start is with the profile as it is then.
-                Err(e) if e.is(ErrorKind::NotFound) => {}
-                Err(e) => {
-                    let message = format!("{} refuses it: {}", user.name, e.message);
-                    return Err(Error { message, ..e });
-                }
-            }
-        }
-        Ok(())
-    }
-
-    async fn undo(cx: &StepContext, plan: &ProfilePlan, _: &(), step: usize) -> Result<()> {
-        if step == 0 {
-            return Ok(());
-        }
-        for user in running_users(&cx.engine, &plan.profile)?.into_iter().filter(|u| u.before != u.after) {
-            let (id, generation) = (user.before.instance, user.before.generation);
-            match cx.agent(user.node)?.guest_update(&cx.mutate(APPLY), user.before).await {
-                Err(e) if matches!(e.kind, ErrorKind::NotFound | ErrorKind::Conflict) => {}
-                other => {
-                    let engine = &cx.engine;
-                    engine.note_applied_profile(id, generation, &user.config[0], &other?).await?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn commit(plan: &ProfilePlan, _: &(), engine: &EngineInner, tx: &mut Tx) -> Result<()> {
-        let records = engine.inventory.read();
-        let gone = || Error::not_found("the profile is gone");
-        let row = records.profiles.get(&plan.profile.id).ok_or_else(gone)?;
-        demand_valid(engine, &records, tx, &plan.profile)?;
-        tx.replace(row, &plan.profile);
-        Ok(())
-    }
-
-    fn abort(_: &ProfilePlan, _: &(), _: &EngineInner, _: &mut Tx) -> Result<()> {
-        Ok(())
-    }
-
-    fn announce(plan: &ProfilePlan) -> Vec<(&'static str, String)> {
-        vec![("profile-updated", plan.path.clone())]
-    }
 }
