@@ -39,8 +39,14 @@ impl Engine {
                     )));
                 }
             }
-            let specs =
-                records.networks.keys().filter_map(|id| self.inner().network_spec(&records, *id).ok());
+            let specs = records.networks.iter().filter_map(|(id, network)| {
+                let mut spec = self.inner().network_spec(&records, *id).ok()?;
+                if !records.sees_network(&project, network) {
+                    // It decides about packets all the same.
+                    spec.bridge = "that is another project's".into();
+                }
+                Some(spec)
+            });
             (specs.collect::<Vec<_>>(), nics)
         };
         let mut networks = self.with_leases(networks).await;

@@ -262,8 +262,10 @@ impl Engine {
     /// # Errors
     /// Not found, forbidden.
     pub fn acls(&self, context: &Context, project: &str) -> Result<Vec<Row<NetworkAcl>>> {
-        self.project(context, project, Permission::ProjectView)?;
-        let mut all: Vec<_> = self.inner().inventory.read().acls.values().cloned().collect();
+        let project = self.project(context, project, Permission::ProjectView)?;
+        let records = self.inner().inventory.read();
+        let seen = records.acls.values().filter(|a| records.sees_acl(&project, a));
+        let mut all: Vec<_> = seen.cloned().collect();
         all.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(all)
     }
@@ -273,8 +275,13 @@ impl Engine {
     /// # Errors
     /// Not found, forbidden.
     pub fn acl(&self, context: &Context, project: &str, name: &str) -> Result<Row<NetworkAcl>> {
-        self.project(context, project, Permission::ProjectView)?;
-        self.inner().inventory.read().acl(name).cloned()
+        let project = self.project(context, project, Permission::ProjectView)?;
+        let records = self.inner().inventory.read();
+        let row = records.acl(name)?;
+        match records.sees_acl(&project, row) {
+            true => Ok(row.clone()),
+            false => Err(Error::not_found(format!("network ACL {name:?} not found"))),
+        }
     }
 
     /// What names an ACL, as far as `context` may see it.
@@ -416,8 +423,10 @@ impl Engine {
     /// # Errors
     /// Not found, forbidden.
     pub fn address_sets(&self, context: &Context, project: &str) -> Result<Vec<Row<AddressSet>>> {
-        self.project(context, project, Permission::ProjectView)?;
-        let mut all: Vec<_> = self.inner().inventory.read().address_sets.values().cloned().collect();
+        let project = self.project(context, project, Permission::ProjectView)?;
+        let records = self.inner().inventory.read();
+        let seen = records.address_sets.values().filter(|s| records.sees_address_set(&project, s));
+        let mut all: Vec<_> = seen.cloned().collect();
         all.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(all)
     }
@@ -427,8 +436,13 @@ impl Engine {
     /// # Errors
     /// Not found, forbidden.
     pub fn address_set(&self, context: &Context, project: &str, name: &str) -> Result<Row<AddressSet>> {
-        self.project(context, project, Permission::ProjectView)?;
-        self.inner().inventory.read().address_set(name).cloned()
+        let project = self.project(context, project, Permission::ProjectView)?;
+        let records = self.inner().inventory.read();
+        let row = records.address_set(name)?;
+        match records.sees_address_set(&project, row) {
+            true => Ok(row.clone()),
+            false => Err(Error::not_found(format!("address set {name:?} not found"))),
+        }
     }
 
     /// ACLs that name an address set.
@@ -577,29 +591,30 @@ impl Engine {
         Ok(())
     }
 
-    /// Forwards of a network, by listen address.
+    /// Forwards of a network, by listen address; where they lead, as far as `context` sees the guests.
     ///
     /// # Errors
     /// Not found, forbidden.
-    pub fn forwards(
+    pub async fn forwards(
         &self,
         context: &Context,
         project: &str,
         network: &str,
     ) -> Result<Vec<Row<NetworkForward>>> {
         let network = self.network(context, project, network)?;
-        let records = self.inner().inventory.read();
-        let mut all: Vec<_> =
-            records.forwards.values().filter(|f| f.network == network.id).cloned().collect();
+        let mut all: Vec<_> = {
+            let records = self.inner().inventory.read();
+            records.forwards.values().filter(|f| f.network == network.id).cloned().collect()
+        };
         all.sort_by_key(|f| f.listen_address);
-        Ok(all)
+        self.show_forwards(context, project, &network, all).await
     }
 
     /// A forward by its listen address.
     ///
     /// # Errors
     /// Not found, forbidden.
-    pub fn forward(
+    pub async fn forward(
         &self,
         context: &Context,
         project: &str,
@@ -607,8 +622,9 @@ impl Engine {
         listen: &str,
     ) -> Result<Row<NetworkForward>> {
         let network = self.network(context, project, network)?;
-        let records = self.inner().inventory.read();
-        forward_row(&records, network.id, listen).cloned()
+        let found = forward_row(&self.inner().inventory.read(), network.id, listen)?.clone();
+        let shown = self.show_forwards(context, project, &network, vec![found]).await?;
+        shown.into_iter().next().ok_or_else(|| Error::not_found("the forward is gone"))
     }
 
     /// Creates a forward, live.
@@ -733,6 +749,11 @@ impl Engine {
         inner.announce(context, Some(owner.id), "network-forward-deleted", path);
         Ok(())
     }
+}
+
+/// Does an ACL name an address set?
+pub(crate) fn names_set(acl: &NetworkAcl, set: &str) -> bool {
+    refers(acl, &Subject::Set(set.to_owned()))
 }
 
 fn set_users(records: &Records, name: &str) -> UsedBy {

@@ -37,6 +37,7 @@ pub mod storage;
 pub mod stream;
 pub mod tenancy;
 pub mod uploads;
+mod visible;
 pub mod volumes;
 
 pub use context::Context;

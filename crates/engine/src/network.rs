@@ -12,6 +12,7 @@ use crate::{
     saga::{Saga, StepContext, runner},
     storage::{UsedBy, users_in_words},
     tenancy::limits::{Planned, admit},
+    visible::no_network,
 };
 use async_trait::async_trait;
 use ipnet::IpNet;
@@ -212,13 +213,15 @@ impl EngineInner {
 }
 
 impl Engine {
-    /// All networks, by name.
+    /// All networks that a project may use, by name.
     ///
     /// # Errors
     /// Not found, forbidden.
     pub fn networks(&self, context: &Context, project: &str) -> Result<Vec<Row<Network>>> {
-        self.project(context, project, Permission::ProjectView)?;
-        let mut all: Vec<_> = self.inner().inventory.read().networks.values().cloned().collect();
+        let project = self.project(context, project, Permission::ProjectView)?;
+        let records = self.inner().inventory.read();
+        let seen = records.networks.values().filter(|n| records.sees_network(&project, n));
+        let mut all: Vec<_> = seen.cloned().collect();
         all.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(all)
     }
@@ -226,10 +229,15 @@ impl Engine {
     /// A network by name.
     ///
     /// # Errors
-    /// Not found, forbidden.
+    /// Not found, also when the project may not use it; forbidden.
     pub fn network(&self, context: &Context, project: &str, name: &str) -> Result<Row<Network>> {
-        self.project(context, project, Permission::ProjectView)?;
-        self.inner().inventory.read().network(name).cloned()
+        let project = self.project(context, project, Permission::ProjectView)?;
+        let records = self.inner().inventory.read();
+        let row = records.network(name)?;
+        match records.sees_network(&project, row) {
+            true => Ok(row.clone()),
+            false => Err(no_network(name)),
+        }
     }
 
     /// What uses a network, as far as `context` may see it.

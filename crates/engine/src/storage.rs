@@ -71,13 +71,15 @@ pub(crate) fn users_in_words(seen: &UsedBy, all: &UsedBy) -> String {
 }
 
 impl Engine {
-    /// All pools, by name.
+    /// All pools that the projects of `context` may use, by name.
     ///
     /// # Errors
     /// Forbidden.
     pub fn pools(&self, context: &Context) -> Result<Vec<Row<Pool>>> {
         context.demand_server(Permission::ServerView)?;
-        let mut all: Vec<_> = self.inner().inventory.read().pools.values().cloned().collect();
+        let records = self.inner().inventory.read();
+        let seen = records.pools.values().filter(|p| records.sees_pool(context, p));
+        let mut all: Vec<_> = seen.cloned().collect();
         all.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(all)
     }
@@ -88,7 +90,12 @@ impl Engine {
     /// Not found, forbidden.
     pub fn pool(&self, context: &Context, name: &str) -> Result<Row<Pool>> {
         context.demand_server(Permission::ServerView)?;
-        self.inner().inventory.read().pool(name).cloned()
+        let records = self.inner().inventory.read();
+        let row = records.pool(name)?;
+        match records.sees_pool(context, row) {
+            true => Ok(row.clone()),
+            false => Err(Error::not_found(format!("storage pool {name:?} not found"))),
+        }
     }
 
     /// What uses a pool, as far as `context` may see it.

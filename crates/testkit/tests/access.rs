@@ -480,8 +480,8 @@ fn cases() -> Vec<Case> {
         address_set_update SharedEdit |f, c, p| f.w.engine.address_set_update(c, p, "office", UpdateAddressSet { description: "x".into(), ..Default::default() }).await.map(drop);
         address_set_rename SharedEdit |f, c, p| f.w.engine.address_set_rename(c, p, "office", "home").await.map(drop);
         address_set_delete SharedEdit |f, c, p| f.w.engine.address_set_delete(c, p, "office").await.map(drop);
-        forwards View |f, c, p| f.w.engine.forwards(c, p, "net1").map(drop);
-        forward View |f, c, p| f.w.engine.forward(c, p, "net1", LISTEN).map(drop);
+        forwards View |f, c, p| f.w.engine.forwards(c, p, "net1").await.map(drop);
+        forward View |f, c, p| f.w.engine.forward(c, p, "net1", LISTEN).await.map(drop);
         forward_create SharedEdit |f, c, p| f.w.engine.forward_create(c, p, "net1", "192.0.2.51", UpdateForward::default()).await.map(drop);
         forward_update SharedEdit |f, c, p| f.w.engine.forward_update(c, p, "net1", LISTEN, UpdateForward { description: "x".into(), ..Default::default() }).await.map(drop);
         forward_delete SharedEdit |f, c, p| f.w.engine.forward_delete(c, p, "net1", LISTEN).await.map(drop);

@@ -3,13 +3,14 @@
 
 use karst_agent::simulated::SimulatedOptions;
 use karst_engine::{
-    LiveOperation,
+    Context, LiveOperation,
     backups::{
         create::CreateBackup,
         import::{ImportInstance, ImportVolume},
     },
     compute::{copy::CopyInstance, create::CreateInstance, relocate::MoveInstance, update::UpdateInstance},
-    network::UpdateNetwork,
+    firewall::{UpdateAcl, UpdateAddressSet, UpdateForward},
+    network::{CreateNetwork, UpdateNetwork},
     snapshots::{Origin, create::CreateSnapshot},
     storage::CreatePool,
     tenancy::UpdateProfile,
@@ -17,7 +18,12 @@ use karst_engine::{
 };
 use karst_env::SeededEnv;
 use karst_model::{
-    Config, Error, ErrorKind, Result, device::Devices, instance::InstanceKind, storage::VolumeContent,
+    Config, Error, ErrorKind, PrincipalId, Result,
+    access::{Grant, Identity, Permission, Principal, Role},
+    device::Devices,
+    firewall::AclRule,
+    instance::InstanceKind,
+    storage::VolumeContent,
 };
 use karst_testkit::{
     World,
@@ -634,6 +640,117 @@ fn a_profile_makes_no_root_larger_than_its_project_has_room_for() {
         assert_eq!(used(&w, "p", "disk"), 20 << 30);
         larger("12GiB").await.unwrap();
         assert_eq!(used(&w, "p", "disk"), 24 << 30);
+        w.engine.close();
+    });
+}
+
+/// Who has a role in one project and nowhere else.
+fn somebody(w: &World, project: &str) -> Context {
+    let view = Permission::ProjectView;
+    let id = w.engine.project(&w.admin, project, view).unwrap().id;
+    let grants = vec![Grant { role: Role::Operator, project: Some(id) }];
+    let identity = Identity::Token { name: "tenant".into(), address: String::new() };
+    Context::new(Principal::of(PrincipalId(uuid::Uuid::from_u128(99)), identity, grants))
+}
+
+/// What a project may not use it does not see: it answers as what is nowhere.
+#[test]
+fn a_restricted_project_sees_of_what_all_share_what_it_may_use() {
+    SeededEnv::run(1, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        second_pool(&w).await;
+        let (e, c) = (&w.engine, &w.admin);
+        for (name, subnet) in [("acmebr", "10.71.1.1/24"), ("betabr", "10.71.2.1/24")] {
+            let config = config(&[("ipv4.address", subnet), ("ipv6.address", "none")]);
+            let request = CreateNetwork { name: name.into(), config, ..Default::default() };
+            let made = e.network_create(c, "default", request).await;
+            done(&w, made.map(|(_, operation)| operation)).await.unwrap();
+        }
+        for set in ["ours", "theirs"] {
+            let new = UpdateAddressSet { addresses: vec!["192.0.2.0/28".into()], ..Default::default() };
+            e.address_set_create(c, "default", set, new).await.unwrap();
+            let source = format!("${set}");
+            let rule =
+                AclRule { action: "allow".into(), source, state: "enabled".into(), ..Default::default() };
+            let new = UpdateAcl { ingress: vec![rule], ..Default::default() };
+            e.acl_create(c, "default", &format!("{set}-acl"), new).await.unwrap();
+        }
+        project(&w, "free", &[]).await;
+        for (name, keys) in [
+            (
+                "acme",
+                &[("restricted.networks.access", "acmebr"), ("restricted.storage-pools.access", "default")][..],
+            ),
+            ("none", &[("restricted.devices.nic", "block"), ("limits.disk.pool.second", "0")][..]),
+        ] {
+            let mut keys = config(keys);
+            keys.insert("restricted".into(), "true".into());
+            e.project_create(c, name, "", keys).await.unwrap();
+        }
+        let mut own = nic(&[("security.acls", "ours-acl")]);
+        own.get_mut("eth0").unwrap().insert("network".into(), "acmebr".into());
+        let own = UpdateProfile { devices: own, ..Default::default() };
+        e.profile_update(c, "acme", "default", own).await.unwrap();
+        let forward =
+            UpdateForward { config: config(&[("target_address", "10.71.1.9")]), ..Default::default() };
+        e.forward_create(c, "default", "acmebr", "198.51.100.9", forward).await.unwrap();
+        for (name, networks, acls, sets, pools) in [
+            ("acme", &["acmebr"][..], &["ours-acl"][..], &["ours"][..], &["default"][..]),
+            ("none", &[], &[], &[], &["default"]),
+            (
+                "free",
+                &["acmebr", "betabr", "karstbr0"],
+                &["ours-acl", "theirs-acl"],
+                &["ours", "theirs"],
+                &["default", "second"],
+            ),
+        ] {
+            let tenant = somebody(&w, name);
+            let seen: Vec<_> =
+                e.networks(&tenant, name).unwrap().iter().map(|n| n.name.to_string()).collect();
+            assert_eq!(seen, networks, "{name}");
+            let seen: Vec<_> = e.acls(&tenant, name).unwrap().iter().map(|n| n.name.to_string()).collect();
+            assert_eq!(seen, acls, "{name}");
+            let seen: Vec<_> =
+                e.address_sets(&tenant, name).unwrap().iter().map(|n| n.name.to_string()).collect();
+            assert_eq!(seen, sets, "{name}");
+            let seen: Vec<_> = e.pools(&tenant).unwrap().iter().map(|n| n.name.to_string()).collect();
+            assert_eq!(seen, pools, "{name}");
+            for (there, nowhere) in [("betabr", "zetabr"), ("karstbr0", "karstbr9")] {
+                if networks.contains(&there) {
+                    continue;
+                }
+                let said = |name: &str, e: Error| (e.kind, e.message.replace(name, "X"));
+                let ask = async |which: &str| {
+                    vec![
+                        e.network(&tenant, name, which).map(drop).unwrap_err(),
+                        e.network_state(&tenant, name, which).await.map(drop).unwrap_err(),
+                        e.network_leases(&tenant, name, which).await.map(drop).unwrap_err(),
+                        e.forwards(&tenant, name, which).await.map(drop).unwrap_err(),
+                    ]
+                };
+                let real = ask(there).await.into_iter().map(|e| said(there, e)).collect::<Vec<_>>();
+                let none = ask(nowhere).await.into_iter().map(|e| said(nowhere, e)).collect::<Vec<_>>();
+                assert_eq!(real, none, "{name}: {there}");
+            }
+        }
+        let tenant = somebody(&w, "acme");
+        assert_eq!(e.acl(&tenant, "acme", "theirs-acl").unwrap_err().kind, ErrorKind::NotFound);
+        assert_eq!(e.address_set(&tenant, "acme", "theirs").unwrap_err().kind, ErrorKind::NotFound);
+        assert_eq!(e.pool(&tenant, "second").unwrap_err().kind, ErrorKind::NotFound);
+        // Where a forward leads is told to who sees the guest, and to who sees the project that it is in.
+        let target = async |context: &Context, project: &str| {
+            let forward = e.forward(context, project, "acmebr", "198.51.100.9").await.unwrap();
+            forward.config.get("target_address").cloned()
+        };
+        assert_eq!(target(&tenant, "acme").await, None);
+        assert_eq!(target(c, "default").await.as_deref(), Some("10.71.1.9"));
+        let keys = [("network", "acmebr"), ("ipv4.address", "10.71.1.9")];
+        let request = CreateInstance { start: true, ..with_nic("mine", &keys) };
+        let mut devices = request.devices.clone();
+        devices.insert("root".into(), device(&[("type", "disk"), ("path", "/"), ("pool", "default")]));
+        create(&w, "acme", CreateInstance { devices, ..request }).await.unwrap();
+        assert_eq!(target(&tenant, "acme").await.as_deref(), Some("10.71.1.9"));
         w.engine.close();
     });
 }

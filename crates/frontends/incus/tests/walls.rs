@@ -685,6 +685,30 @@ async fn what_projects_share_does_not_tell_of_their_guests() {
     assert!(used.contains("/1.0/instances/sekret-user?project=sekretlean"), "{used}");
 }
 
+/// A forward is the host's, and to whom it leads is the business of who sees that guest.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn forwards_do_not_tell_where_they_lead() {
+    let site = Site::build().await;
+    let forwards = format!("/1.0/networks/{}/forwards", site.names.network);
+    let port = json!({"protocol": "tcp", "listen_port": "443", "target_port": "8443", "target_address": site.address});
+    let body = json!({"config": {"target_address": site.address}, "ports": [port]});
+    assert_eq!(site.s.put(&format!("{forwards}/192.0.2.50"), body).await.status, 200);
+    let whole = site.s.get(&format!("{forwards}/192.0.2.50")).await;
+    assert!(site.told(&String::from_utf8_lossy(&whole.body)).is_some(), "who may see it all does");
+    let mut looked = 0;
+    for asker in site.askers().await.iter().filter(|a| a.home == HOME) {
+        let mut line = Line::of(&site, asker);
+        for path in [format!("{forwards}?recursion=1"), format!("{forwards}/192.0.2.50")] {
+            let answer = line.ask(&Method::GET, &query(&path, &format!("project={HOME}")), "").await;
+            let said = String::from_utf8_lossy(&answer.body);
+            assert_eq!(site.told(&said), None, "{}: {path}: {said}", asker.who);
+            assert!(!said.contains("8443"), "{}: {path}: {said}", asker.who);
+            looked += usize::from(answer.status == 200 && said.contains("192.0.2.50"));
+        }
+    }
+    assert!(looked >= 8, "{looked} saw that there is one");
+}
+
 /// A listener hears of his own project, and of another only that nothing happens.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn events_stay_in_their_project() {

@@ -50,7 +50,7 @@ pub async fn list(call: Call) -> Result<Reply> {
                 network: name.clone(),
             });
         }
-        for forward in engine.forwards(&call.context, call.project(), &name)? {
+        for forward in engine.forwards(&call.context, call.project(), &name).await? {
             let v4 = forward.listen_address.is_ipv4();
             all.push(Allocation {
                 addresses: format!("{}/{}", forward.listen_address, if v4 { 32 } else { 128 }),

@@ -314,7 +314,7 @@ fn forward_view(forward: &NetworkForward) -> String {
 pub async fn forwards(call: Call) -> Result<Reply> {
     let recursion = call.query.recursion()?;
     let filter = Filter::parse(call.query.get("filter"))?;
-    let all = call.engine().forwards(&call.context, call.project(), call.param(0))?;
+    let all = call.engine().forwards(&call.context, call.project(), call.param(0)).await?;
     respond_list(
         recursion,
         &filter,
@@ -329,7 +329,7 @@ pub async fn forwards(call: Call) -> Result<Reply> {
 /// # Errors
 /// Those of the engine.
 pub async fn forward(call: Call) -> Result<Reply> {
-    let forward = call.engine().forward(&call.context, call.project(), call.param(0), call.param(1))?;
+    let forward = call.engine().forward(&call.context, call.project(), call.param(0), call.param(1)).await?;
     let etag = Etag::of(&forward_view(&forward), forward.network.uuid(), forward.spec_version);
     sync_etag(&ForwardView::of(&forward), &etag)
 }
@@ -352,7 +352,7 @@ pub async fn create_forward(call: Call) -> Result<Reply> {
 /// # Errors
 /// Those of the engine.
 pub async fn change_forward(call: Call) -> Result<Reply> {
-    let forward = call.engine().forward(&call.context, call.project(), call.param(0), call.param(1))?;
+    let forward = call.engine().forward(&call.context, call.project(), call.param(0), call.param(1)).await?;
     let if_version = call.expected(&forward_view(&forward), forward.network.uuid(), forward.spec_version)?;
     let mut base = UpdateForward { if_version, ..Default::default() };
     if is_patch(&call) {
