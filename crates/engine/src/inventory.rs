@@ -350,7 +350,7 @@ impl Records {
         let (expanded_config, expanded_devices) = self.expanded(&instance);
         Some(InstanceView {
             status: instance.status(runtime.as_ref().map(|r| &r.value)),
-            nics: nics(&instance, &expanded_devices),
+            nics: self.nics_of(&instance, &expanded_devices),
             runtime,
             project: self.projects.get(&instance.project)?.clone(),
             profiles: instance.profiles.iter().filter_map(|p| self.profiles.get(p).cloned()).collect(),
@@ -360,6 +360,22 @@ impl Records {
             pool: self.pools.get(&instance.pool).map(|p| p.name.to_string()).unwrap_or_default(),
             instance,
         })
+    }
+
+    /// An instance's NICs on networks with what its project demands of them: guests of restricted projects do not forge
+    /// senders, whatever their NICs say.
+    pub(crate) fn nics_of(&self, instance: &Instance, devices: &Devices) -> Vec<(String, NetworkHost)> {
+        let mut found = nics(instance, devices);
+        let Some(project) = self.projects.get(&instance.project).filter(|_| !found.is_empty()) else {
+            return found;
+        };
+        let filters = crate::visible::rules(project).filters();
+        for port in found.iter_mut().filter_map(|(_, host)| host.port.as_mut()) {
+            port.mac_filter |= filters.contains(&"security.mac_filtering");
+            port.ipv4_filter |= filters.contains(&"security.ipv4_filtering");
+            port.ipv6_filter |= filters.contains(&"security.ipv6_filtering");
+        }
+        found
     }
 
     /// The instances that have a NIC with this MAC address.
@@ -595,8 +611,8 @@ impl Records {
     }
 }
 
-/// An instance's NICs on networks: the network's name, and what that is told.
-pub(crate) fn nics(instance: &Instance, devices: &Devices) -> Vec<(String, NetworkHost)> {
+/// An instance's NICs on networks: the network's name, and what that is told of them as they are written.
+fn nics(instance: &Instance, devices: &Devices) -> Vec<(String, NetworkHost)> {
     let mut found = vec![];
     for (name, keys) in devices {
         let Ok(Device::Nic(NicDevice { kind, ipv4, ipv6, routes, port, .. })) = Device::parse(name, keys)

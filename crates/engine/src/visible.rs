@@ -15,7 +15,7 @@ use karst_model::{
 use std::{collections::BTreeSet, net::IpAddr};
 
 /// What was checked when it was written parses, unless a newer version wrote it: what that restricts is not known here.
-fn rules(project: &Project) -> ProjectRules {
+pub(crate) fn rules(project: &Project) -> ProjectRules {
     let config = &project.config;
     ProjectRules::parse(config).unwrap_or_else(|_| {
         let on = config.get("restricted").is_some_and(|v| keys::parse_bool("restricted", v).unwrap_or(true));

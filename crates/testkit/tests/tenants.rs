@@ -754,3 +754,69 @@ fn a_restricted_project_sees_of_what_all_share_what_it_may_use() {
         w.engine.close();
     });
 }
+
+/// A bridge is one wire for all who are on it: who is restricted sends there as himself only, whatever his NIC says.
+#[test]
+fn guests_of_restricted_projects_do_not_forge_senders() {
+    SeededEnv::run(1, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        let (e, c) = (&w.engine, &w.admin);
+        project(&w, "p", &[("restricted", "true")]).await;
+        let network = e.network(c, "default", "karstbr0").unwrap().id;
+        // Of each kind: bound to the NIC of a profile that says nothing, and free.
+        create(&w, "default", CreateInstance { start: true, ..container("free") }).await.unwrap();
+        create(&w, "p", CreateInstance { start: true, ..container("bound") }).await.unwrap();
+        let filters = |project: &str, name: &str| {
+            let view = e.instance(c, project, name).unwrap();
+            let mac = view.instance.identities["eth0"].mac.clone().unwrap();
+            let host = w.agent.network_hosts(network).into_iter().find(|h| h.mac == mac).expect("a guest");
+            let port = host.port.expect("a port");
+            (port.mac_filter, port.ipv4_filter, port.ipv6_filter)
+        };
+        assert_eq!(
+            (filters("default", "free"), filters("p", "bound")),
+            ((false, false, false), (true, true, true))
+        );
+        for key in ["security.mac_filtering", "security.ipv4_filtering", "security.ipv6_filtering"] {
+            for way in ["create", "edit", "profile"] {
+                let keys = [(key, "false")];
+                let tried = match way {
+                    "create" => create(&w, "p", with_nic("new", &keys)).await,
+                    "edit" => {
+                        let update = UpdateInstance {
+                            description: String::new(),
+                            ephemeral: false,
+                            config: Config::new(),
+                            devices: nic(&keys),
+                            profiles: vec!["default".into()],
+                            if_version: None,
+                        };
+                        done(&w, e.instance_update(c, "p", "bound", update).await).await
+                    }
+                    _ => {
+                        let mut devices = e.profile(c, "p", "default").unwrap().devices.clone();
+                        devices.extend(nic(&keys));
+                        let update = UpdateProfile { devices, ..Default::default() };
+                        e.profile_update(c, "p", "default", update).await
+                    }
+                };
+                let e1 = refused(tried, ErrorKind::Forbidden, "restricted.networks.spoofing");
+                assert_eq!(e1.field, Some(format!("devices.eth0.{key}")), "{way}");
+            }
+        }
+        // The administrator decides otherwise, and at once.
+        let set = async |value: &str| {
+            let mut all = e.project(c, "p", Permission::ProjectView).unwrap().config.clone();
+            all.insert("restricted.networks.spoofing".into(), value.into());
+            e.project_update(c, "p", "", all, None).await.unwrap();
+            w.settle().await;
+        };
+        set("ipv6").await;
+        assert_eq!(filters("p", "bound"), (true, true, false));
+        set("allow").await;
+        assert_eq!(filters("p", "bound"), (false, false, false));
+        set("block").await;
+        assert_eq!(filters("p", "bound"), (true, true, true));
+        w.engine.close();
+    });
+}

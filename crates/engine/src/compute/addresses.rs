@@ -4,7 +4,7 @@
 //! date.
 
 use super::{expand::ParsedDevices, labels, nic_checks::confine, nics::network_of};
-use crate::{EngineInner, Records, Row, db::Tx, inventory};
+use crate::{EngineInner, Records, Row, db::Tx};
 use karst_model::{
     Error, InstanceId, ProfileId, ProjectId, Result,
     device::NicDevice,
@@ -189,7 +189,7 @@ impl EngineInner {
     ) -> Result<Vec<NetworkHost>> {
         let mut hosts = self.hosts_on(records, network, &instances.iter().map(|i| i.id).collect());
         for instance in instances {
-            let own = inventory::nics(instance, &records.expanded(instance).1).into_iter();
+            let own = records.nics_of(instance, &records.expanded(instance).1).into_iter();
             for (_, host) in own.filter(|(on, _)| **on == *network.name) {
                 if let Some(shared) = hosts.iter().find_map(|theirs| Shared::of(&host, theirs)) {
                     return Err(Error::conflict(format!(

@@ -3,7 +3,7 @@
 //! say it all the same (they are older, two came at once, or a profile brought both onto a network) the one that was there
 //! first keeps the name, and a warning says who is not found.
 
-use crate::{EngineInner, InstanceView, Records, inventory};
+use crate::{EngineInner, InstanceView, Records};
 use karst_model::{Error, ProjectId, Result, instance::Instance, spec::NetworkHost, uplink::NetworkKind};
 
 /// Under what a guest is found: each project has its own names.
@@ -62,7 +62,7 @@ impl EngineInner {
         if others.is_empty() {
             return Ok(());
         }
-        let own = inventory::nics(instance, &records.expanded(instance).1);
+        let own = records.nics_of(instance, &records.expanded(instance).1);
         let known = records.with_label(instance.project, &label).any(|id| id == instance.id);
         let before = self.inventory.view(records, instance.id).filter(|_| known);
         for (network, _) in &own {

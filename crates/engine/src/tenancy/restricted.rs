@@ -3,7 +3,7 @@
 //! They look at keys as written, so that a key or device type that is new to the platform is refused until it is
 //! allowed.
 
-use super::rules::ProjectRules;
+use super::rules::{ProjectRules, SPOOFING};
 use karst_model::{Config, Error, Result, device::Devices, instance::InstanceKind, keys};
 
 const CONTAINER_LOWLEVEL: &[&str] = &[
@@ -226,6 +226,11 @@ fn device(rules: &ProjectRules, name: &str, keys: &std::collections::BTreeMap<St
                 }
                 _ => {}
             }
+            // They are on there whatever is said; whoever wants them off is told.
+            let off = |k: &&&str| keys.get(**k).is_some_and(|v| !v.is_empty() && !is_on(keys, k));
+            if let Some(key) = rules.filters().iter().find(off).filter(|_| !network.is_empty()) {
+                return Err(refusal(field(key), SPOOFING, &format!("a NIC without {key}")));
+            }
             let on = if network.is_empty() { get("parent") } else { network };
             match on.is_empty() || rules.lists("restricted.networks.access", on) {
                 true => Ok(()),
@@ -358,6 +363,15 @@ mod tests {
             (&[("type", "disk"), ("path", "/d"), ("pool", "p"), ("source", "v")], None),
             (&[("type", "disk"), ("path", "/d"), ("source", "/etc")], Some("devices.d.source")),
             (&[("type", "nic"), ("network", "n")], None),
+            (&[("type", "nic"), ("network", "n"), ("security.mac_filtering", "true")], None),
+            (
+                &[("type", "nic"), ("network", "n"), ("security.mac_filtering", "false")],
+                Some("devices.d.security.mac_filtering"),
+            ),
+            (
+                &[("type", "nic"), ("network", "n"), ("security.ipv6_filtering", "0")],
+                Some("devices.d.security.ipv6_filtering"),
+            ),
             (&[("type", "nic"), ("nictype", "bridged"), ("parent", "br0")], Some("devices.d.network")),
             (&[("type", "gpu")], Some("devices.d.type")),
             (&[("type", "proxy")], Some("devices.d.type")),

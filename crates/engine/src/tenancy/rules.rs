@@ -25,6 +25,10 @@ const NUMBERS: &[&str] = &[
 const SIZES: &[&str] = &["limits.disk", "limits.memory"];
 const POOL_LIMIT: &str = "limits.disk.pool.";
 
+/// May guests of a restricted project send under others' addresses on the networks that projects share? `ipv6`: under others of
+/// IPv6 only, for systems that make theirs otherwise than from their MAC address. Incus has no such key.
+pub(crate) const SPOOFING: &str = "restricted.networks.spoofing";
+
 /// Restrictions: key, values, and the value when it is not written. Without values it is a list of names.
 pub(crate) const RESTRICTIONS: &[(&str, &[&str], &str)] = &[
     ("restricted.backups", &["allow", "block"], "block"),
@@ -46,6 +50,7 @@ pub(crate) const RESTRICTIONS: &[(&str, &[&str], &str)] = &[
     ("restricted.devices.usb", &["allow", "block"], "block"),
     ("restricted.images.servers", &[], ""),
     ("restricted.networks.access", &[], ""),
+    (SPOOFING, &["allow", "block", "ipv6"], "block"),
     ("restricted.snapshots", &["allow", "block"], "block"),
     ("restricted.storage-pools.access", &[], ""),
     ("restricted.virtual-machines.lowlevel", &["allow", "block"], "block"),
@@ -156,6 +161,17 @@ impl ProjectRules {
         Some(config.get(key).map_or(default, String::as_str))
     }
 
+    /// The filters against forged senders that NICs on networks have here whatever they say themselves, by their keys.
+    pub(crate) fn filters(&self) -> &'static [&'static str] {
+        const ALL: &[&str] =
+            &["security.mac_filtering", "security.ipv4_filtering", "security.ipv6_filtering"];
+        match self.restriction(SPOOFING) {
+            None | Some("allow") => &[],
+            Some("ipv6") => &ALL[..2],
+            Some(_) => ALL,
+        }
+    }
+
     /// As [`ProjectRules::lists`], of names that are the same in capitals.
     pub(crate) fn lists_ignoring_case(&self, key: &str, name: &str) -> bool {
         let list = self.restricted.as_ref().and_then(|c| c.get(key)).filter(|l| !l.trim().is_empty());
@@ -198,6 +214,13 @@ mod tests {
         assert!(rules.lists("restricted.storage-pools.access", "any"));
         let free = parse(&[("restricted.devices.gpu", "block")]).unwrap();
         assert_eq!(free.restriction("restricted.devices.gpu"), None, "nothing holds until `restricted` does");
+        for (value, filters) in [(None, 3), (Some("block"), 3), (Some("ipv6"), 2), (Some("allow"), 0)] {
+            let mut config = Config::from([("restricted".to_owned(), "true".to_owned())]);
+            config.extend(value.map(|v| (SPOOFING.to_owned(), v.to_owned())));
+            assert_eq!(ProjectRules::parse(&config).unwrap().filters().len(), filters, "{value:?}");
+            config.insert("restricted".into(), "false".into());
+            assert_eq!(ProjectRules::parse(&config).unwrap().filters().len(), 0, "{value:?}");
+        }
         for (key, value, says) in [
             ("limits.cpu", "-1", "whole number"),
             ("limits.memory", "lots", "not a size"),
