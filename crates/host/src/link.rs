@@ -422,6 +422,17 @@ fn change_route(kind: u16, flags: u16, link: u32, destination: (IpAddr, u8)) -> 
 /// # Errors
 /// Conflict when the kernel refuses one, such as one that others have.
 pub fn set_routes(link: u32, wanted: &[(IpAddr, u8)]) -> Result<()> {
+    match offer_routes(link, wanted)?.into_iter().next() {
+        None => Ok(()),
+        Some((_, refused)) => Err(refused),
+    }
+}
+
+/// As [`set_routes`], but goes on when the kernel refuses to add one; answers those.
+///
+/// # Errors
+/// Conflict when one that is not wanted any more could not be removed.
+pub fn offer_routes(link: u32, wanted: &[(IpAddr, u8)]) -> Result<Vec<((IpAddr, u8), Error)>> {
     let mut there = vec![];
     for family in [AF_INET, AF_INET6] {
         let mut body = [0; 12];
@@ -441,10 +452,13 @@ pub fn set_routes(link: u32, wanted: &[(IpAddr, u8)]) -> Result<()> {
     for route in there.iter().filter(|r| !wanted.contains(r)) {
         change_route(RTM_DELROUTE, 0, link, *route)?;
     }
+    let mut refused = vec![];
     for route in wanted.iter().filter(|r| !there.contains(r)) {
-        change_route(RTM_NEWROUTE, CREATE | EXCLUSIVE, link, *route)?;
+        if let Err(e) = change_route(RTM_NEWROUTE, CREATE | EXCLUSIVE, link, *route) {
+            refused.push((*route, e));
+        }
     }
-    Ok(())
+    Ok(refused)
 }
 
 /// Switches IGMP and MLD snooping of a bridge.

@@ -153,19 +153,28 @@ fn external(wanted: &Record, before: &[String], bridge: u32) -> Result<()> {
     Ok(())
 }
 
-/// Routes over the bridge: those of the network, and those of its guests.
+/// Routes over the bridge: those of the network, and those of its guests. One guest's route that the host has otherwise is that
+/// guest's loss, and nobody else's.
 pub(crate) fn routes(spec: &NetworkSpec) -> Result<()> {
     let Some(found) = link::get(&spec.bridge)? else { return Ok(()) };
     let own = |net: IpNet| {
         spec.spec.ipv4.is_some_and(|n| IpNet::V4(n.trunc()) == net)
             || spec.spec.ipv6.is_some_and(|n| IpNet::V6(n.trunc()) == net)
     };
-    let guests = spec.hosts.iter().flat_map(|h| h.routes.iter().map(IpNet::trunc));
-    let mut wanted: Vec<(IpAddr, u8)> =
-        spec.spec.subnets().filter(|n| !own(*n)).chain(guests).map(|n| (n.addr(), n.prefix_len())).collect();
+    let pair = |n: IpNet| (n.addr(), n.prefix_len());
+    let networks: Vec<(IpAddr, u8)> = spec.spec.subnets().filter(|n| !own(*n)).map(pair).collect();
+    let guests = spec.hosts.iter().flat_map(|h| h.routes.iter().map(|n| pair(n.trunc())));
+    let mut wanted: Vec<(IpAddr, u8)> = networks.iter().copied().chain(guests).collect();
     wanted.sort();
     wanted.dedup();
-    link::set_routes(found.index, &wanted)
+    for (route, e) in link::offer_routes(found.index, &wanted)? {
+        if networks.contains(&route) {
+            return Err(e);
+        }
+        let (address, prefix) = route;
+        tracing::warn!(bridge = %spec.bridge, route = %format!("{address}/{prefix}"), error = %e, "a guest is without a route: the host has it otherwise");
+    }
+    Ok(())
 }
 
 fn settings(paths: &Paths, wanted: &Record) -> Result<()> {

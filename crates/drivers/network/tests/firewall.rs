@@ -92,10 +92,13 @@ fn guests_make_and_get_ipv6_addresses() {
         lab.outside();
         run(&["ip", "addr", "add", "2001:db8::1/64", "dev", "up0", "nodad"]);
         run(&["ip", "-n", &lab.ns("x"), "addr", "add", "2001:db8::2/64", "dev", "eth0", "nodad"]);
+        // The host has this one otherwise: that keeps nobody's network back.
+        run(&["ip", "route", "add", "10.99.7.0/24", "dev", "up0"]);
         let before = lab.trace();
         let driver = lab.driver();
         let mut net =
             network(1, "ktbr0", vec![host(0, MACS[0], "10.77.1.10"), host(1, MACS[1], "10.77.1.11")]);
+        net.hosts[0].routes = ["10.99.7.0/24", "10.99.8.0/24"].iter().map(|r| r.parse().unwrap()).collect();
         net.hosts[1].ipv6 = Some("fd42:77:0:1::99".parse().unwrap());
         net.spec.routes6 = vec!["fd42:99::/64".parse().unwrap()];
         net.spec.routes = vec!["10.99.0.0/16".parse().unwrap()];
@@ -114,7 +117,9 @@ fn guests_make_and_get_ipv6_addresses() {
         eventually("outwards by IPv6", || lab.pings("a", "2001:db8::2"));
         let routes = run(&["ip", "-6", "route", "show", "dev", "ktbr0"]);
         assert!(routes.contains("fd42:99::/64"), "{routes}");
-        assert!(run(&["ip", "route", "show", "dev", "ktbr0"]).contains("10.99.0.0/16"));
+        let routes = run(&["ip", "route", "show", "dev", "ktbr0"]);
+        assert!(routes.contains("10.99.0.0/16") && routes.contains("10.99.8.0/24"), "{routes}");
+        assert!(!routes.contains("10.99.7.0/24"), "{routes}");
         address(&lab, "a", "10.77.1.10/24", "10.77.1.1");
         let name = |n: &str| {
             let out = lab.guest("a", &["busybox", "nslookup", "-type=aaaa", n, "10.77.1.1"]);
@@ -130,6 +135,9 @@ fn guests_make_and_get_ipv6_addresses() {
         let mut changed = net.clone();
         changed.spec.routes.clear();
         changed.spec.routes6.clear();
+        // What the network does not give a host refuses, whoever asks for it.
+        assert!(driver.ensure(&changed).await.unwrap_err().is(karst_model::ErrorKind::Invalid));
+        changed.hosts[0].routes.clear();
         changed.spec.hwaddr = Some("02:12:34:56:78:9a".into());
         changed.spec.mtu = Some(1400);
         changed.spec.search = vec!["a.example".into()];
