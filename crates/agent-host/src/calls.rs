@@ -320,7 +320,11 @@ impl RealAgent {
         Ok(futures::stream::iter(self.all_guests()).map(observe).buffered(AT_A_TIME).collect().await)
     }
 
-    pub(crate) async fn metrics(&self, instances: Vec<InstanceId>) -> Result<Vec<(InstanceId, Metrics)>> {
+    pub(crate) async fn metrics(
+        &self,
+        instances: Vec<InstanceId>,
+        detailed: bool,
+    ) -> Result<Vec<(InstanceId, Metrics)>> {
         let wanted = if instances.is_empty() {
             self.all_guests().into_iter().map(|(id, _)| id).collect()
         } else {
@@ -328,7 +332,7 @@ impl RealAgent {
         };
         let figures = |id| async move {
             let (_, driver) = self.known(id).ok()?;
-            match driver.metrics(id).await {
+            match driver.sample(id, detailed).await {
                 Ok(metrics) => {
                     let metrics = Metrics { sampled_at: Some(self.env.now().as_millisecond()), ..metrics };
                     let over = self.history.take(&*self.env, id, &metrics);
@@ -705,7 +709,8 @@ calls! {
     mutate machine_copy_end(me, request: MachineCopyEnd) -> () { me.end_copy(request).await }
     mutate guest_destroy(me, instance: InstanceId) -> () { me.destroy(instance).await }
     read guest_observe_all(me, _request: ()) -> Vec<Observed> { me.observe_all().await }
-    read guest_metrics(me, instances: Vec<InstanceId>) -> Vec<(InstanceId, Metrics)> { me.metrics(instances).await }
+    read guest_metrics(me, instances: Vec<InstanceId>) -> Vec<(InstanceId, Metrics)> { me.metrics(instances, false).await }
+    read guest_details(me, instances: Vec<InstanceId>) -> Vec<(InstanceId, Metrics)> { me.metrics(instances, true).await }
     read guest_history(me, instance: InstanceId) -> Vec<Series> { me.history_of(instance).await }
 
     read machine_figures(me, instances: Vec<InstanceId>) -> Vec<(InstanceId, MachineFigures)> { me.figures(instances).await }

@@ -108,7 +108,7 @@ pub(crate) async fn watch(agent: Weak<RealAgent>) {
         env.sleep(Duration::from_secs(left.unsigned_abs())).await;
         let Some(agent) = agent.upgrade() else { return };
         agent.history.keep(|id| agent.guest(id).is_some());
-        if let Err(e) = agent.metrics(vec![]).await {
+        if let Err(e) = agent.metrics(vec![], false).await {
             tracing::debug!(error = %e, "guests could not be sampled");
         }
         // The clock may stand a little before the minute still.

@@ -378,6 +378,8 @@ agent_calls! {
     read fn guest_observe_all(GuestObserveAll: ()) -> Vec<Observed>;
     /// Figures of these guests (all running ones when empty); one that does not run is left out.
     read fn guest_metrics(GuestMetrics: Vec<InstanceId>) -> Vec<(InstanceId, Metrics)>;
+    /// The same with what monitoring alone reads, which costs more.
+    read fn guest_details(GuestDetails: Vec<InstanceId>) -> Vec<(InstanceId, Metrics)>;
     /// What a guest used over time, one series for each resolution; without points of one that never ran here, or is gone.
     read fn guest_history(GuestHistory: InstanceId) -> Vec<Series>;
     /// What these virtual machines (all running ones when empty) have done; one that does not run is left out.

@@ -373,6 +373,20 @@ records! {
         filesystems: Vec<Filesystem>,
         /// Disks.
         disks: Vec<Disk>,
+        /// More of memory in bytes, as [`MEMORY_PARTS`] names it.
+        memory_parts: Vec<u64>,
+        /// Each CPU.
+        processors: Vec<Processor>,
+        /// Processes that were killed for want of memory.
+        oom_kills: Option<u64>,
+    }
+
+    /// A CPU.
+    Processor {
+        /// Number.
+        number: u32,
+        /// Nanoseconds, as [`MODES`] names them.
+        times: Vec<u64>,
     }
 
     /// A file system.
@@ -443,6 +457,29 @@ records! {
         text: String,
     }
 }
+
+/// What a CPU is at, in the order of `/proc/stat`.
+pub const MODES: [&str; 8] = ["user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal"];
+
+/// Further parts of memory, named as Incus' families are; the order is a part of the protocol and only grows.
+pub const MEMORY_PARTS: [&str; 16] = [
+    "Active",
+    "Active_anon",
+    "Active_file",
+    "Dirty",
+    "HugepagesFree",
+    "HugepagesTotal",
+    "Inactive",
+    "Inactive_anon",
+    "Inactive_file",
+    "Mapped",
+    "Shmem",
+    "Swap",
+    "Unevictable",
+    "Writeback",
+    "Buffers",
+    "RSS",
+];
 
 /// Longest freeze in milliseconds.
 pub const MAX_FREEZE: u32 = 120_000;

@@ -2,14 +2,14 @@
 //!
 //! Paths are relative to the root of each hierarchy (`karst-ab12cd/UUID`); limits are set on a group that the guest cannot
 //! reach, because its own groups lie below. Interfaces: the kernel's `cgroup-v1/*` and `cgroup-v2` documents. Here is which
-//! groups there are and what is in them; what they are limited to is in `limits`, what they used in `figures`.
+//! groups there are and what is in them; what they are limited to is in `limits`, what they used in `stats`.
 
-mod figures;
 mod limits;
 mod moved;
+mod stats;
 
-pub use figures::CgroupStats;
 pub use limits::{CgroupLimits, HUGE_PAGES, IoLimit, parse_cpus};
+pub use stats::{CgroupDetails, CgroupStats};
 
 use karst_model::{Error, Result};
 use std::{

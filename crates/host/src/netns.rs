@@ -27,6 +27,8 @@ pub struct Link {
     pub loopback: bool,
     /// Bytes received and sent, packets received and sent.
     pub counters: [u64; 4],
+    /// Failed at receiving and sending, dropped at receiving and sending.
+    pub losses: [u64; 4],
     /// Address, prefix length, scope (`global`, `link`, `local`).
     pub addresses: Vec<(IpAddr, u8, String)>,
 }
@@ -245,9 +247,10 @@ fn parse_link(body: &[u8]) -> Option<Link> {
             }
             libc::IFLA_MTU => link.mtu = u32::from_ne_bytes(value.try_into().ok()?),
             libc::IFLA_STATS64 => {
-                // rtnl_link_stats64 begins: packets received, sent, bytes received, sent.
+                // rtnl_link_stats64 begins: packets received, sent, bytes, errors, dropped, each received and sent.
                 let n = |i: usize| Some(u64::from_ne_bytes(value.get(i * 8..i * 8 + 8)?.try_into().ok()?));
                 link.counters = [n(2)?, n(3)?, n(0)?, n(1)?];
+                link.losses = [n(4)?, n(5)?, n(6)?, n(7)?];
             }
             _ => {}
         }

@@ -103,6 +103,62 @@ pub struct Metrics {
     /// When the host took the sample, milliseconds since 1970.
     #[serde(default)]
     pub sampled_at: Option<i64>,
+    /// What monitoring alone reads; only where it was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub details: Option<Box<Details>>,
+}
+
+/// What monitoring reads of a running guest beside [`Metrics`]. What is not known is absent, never 0.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct Details {
+    /// Time of its processors, by number.
+    pub processors: Vec<ProcessorTimes>,
+    /// Parts of its memory in bytes, by the names that Incus' families have (`Active_anon`, `Cached`, `MemFree`, …).
+    pub memory: BTreeMap<String, u64>,
+    /// Processes that were killed for want of memory.
+    pub oom_kills: Option<u64>,
+    /// Disks by the name that the kernel beneath has for them: the host's for a container, the guest's for a machine.
+    pub disks: BTreeMap<String, DiskCounters>,
+    /// File systems.
+    pub filesystems: Vec<FilesystemFigures>,
+    /// NICs by device, as the host counts them; of machines without Karst's agent.
+    pub nics: BTreeMap<String, NicFigures>,
+}
+
+/// Time of a processor in nanoseconds, by what it was for (`user`, `system`, `idle`, …).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct ProcessorTimes {
+    /// Number.
+    pub number: u32,
+    /// By mode.
+    pub modes: BTreeMap<String, u64>,
+}
+
+/// What a disk has done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[allow(missing_docs)]
+pub struct DiskCounters {
+    pub read_bytes: u64,
+    pub reads: Option<u64>,
+    pub written_bytes: u64,
+    pub writes: Option<u64>,
+}
+
+/// A file system of a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct FilesystemFigures {
+    /// What is mounted.
+    pub device: String,
+    /// Its kind, such as `ext4`.
+    pub kind: String,
+    /// Where the guest has it.
+    pub mount_point: String,
+    /// Bytes.
+    pub size: u64,
+    /// Bytes that are free.
+    pub free: u64,
+    /// Bytes that are free for everybody.
+    pub available: u64,
 }
 
 /// What a running virtual machine has done since its start, beside [`Metrics`].
@@ -323,6 +379,9 @@ pub struct Interface {
     pub addresses: Vec<(IpAddr, u8, String)>,
     /// Bytes received and sent, packets received and sent, as the guest sees them.
     pub counters: [u64; 4],
+    /// Packets that failed at receiving and sending, and that were dropped at receiving and sending.
+    #[serde(default)]
+    pub losses: [u64; 4],
 }
 
 /// A program to run inside a guest.

@@ -3,7 +3,8 @@
 `record SOCKET OUT` runs the cases and writes what came of them; `compare OUT RECORDING` compares two such files. Ids, times,
 addresses and sizes that differ between any two servers are replaced before; everything else counts: output, error text, exit
 code. What is accepted to differ stands in `accepted`: a line names the command and why. An accepted difference that does not
-occur any more is a failure too: the list only becomes shorter.
+occur any more is a failure too: the list only becomes shorter. `CASE || LINES => REASON` accepts only that lines of the output
+are missing (`-LINE`) or more (`+LINE`); any other difference of that case is wrong, and each line has to differ.
 """
 
 import argparse
@@ -129,6 +130,24 @@ def alike(got, want):
     return any(re.search(b, ours, re.M) and re.search(a, theirs, re.M) for a, b in WORDINGS)
 
 
+def lines_of(text):
+    """`-a, +b` as the lines that may be missing and that may be more."""
+    missing, more = set(), set()
+    for word in filter(None, (w.strip() for w in text.split(", "))):
+        {"-": missing, "+": more}.get(word[0], set()).add(word[1:])
+    return missing, more
+
+
+def alike_but(got, want, allowed):
+    """Why two answers differ by other lines than `allowed`; nothing where they differ by exactly these."""
+    if (got["code"], got["err"]) != (want["code"], want["err"]):
+        return "differ in more than lines of the output"
+    ours, theirs = set(got["out"]), set(want["out"])
+    missing, more = allowed
+    wrong = [f"-{l}" for l in sorted((theirs - ours) ^ missing)] + [f"+{l}" for l in sorted((ours - theirs) ^ more)]
+    return wrong and "differ otherwise than accepted (or do not any more) by " + ", ".join(wrong)
+
+
 def accepted(path):
     reasons = {}
     with open(path) as file:
@@ -139,7 +158,8 @@ def accepted(path):
             case, arrow, reason = line.partition(" => ")
             if not arrow or not reason.strip():
                 sys.exit(f"{path}:{number}: `CASE => REASON`")
-            reasons[case] = reason
+            case, bar, lines = case.partition(" || ")
+            reasons[case] = (reason, lines_of(lines) if bar else None)
     return reasons
 
 
@@ -159,11 +179,13 @@ def compare(arguments):
             if case in reasons:
                 print(f"{case}\n  is the same now; take it out of {os.path.basename(arguments.accepted)}")
                 differ += 1
-        elif case in reasons:
+        elif case in reasons and not (reasons[case][1] and alike_but(got, want, reasons[case][1])):
             tolerated += 1
         else:
             differ += 1
             print(case)
+            if case in reasons:
+                print(f"  {alike_but(got, want, reasons[case][1])}")
             for field in ("code", "out", "err"):
                 if got[field] != want[field]:
                     show = lambda v: v if isinstance(v, int) else "\n         ".join(v)  # noqa: E731

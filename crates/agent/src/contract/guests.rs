@@ -252,6 +252,14 @@ async fn metrics(guest: &Guest<'_>) {
     let later = agent.guest_metrics(&s.read(), vec![id]).await.unwrap();
     assert!(later[0].1.cpu_ns >= first.cpu_ns);
     assert!(later[0].1.sampled_at >= first.sampled_at && first.sampled_at.is_some());
+    // Details come only where they are asked for, and of the same guests.
+    assert!(later[0].1.details.is_none(), "{later:?}");
+    let detailed = agent.guest_details(&s.read(), vec![id]).await.unwrap();
+    assert_eq!((detailed.len(), detailed[0].0), (1, id));
+    let details = detailed[0].1.details.as_ref().expect("details");
+    assert!(details.processors.iter().any(|p| p.modes.contains_key("user")), "{details:?}");
+    assert!(details.memory.get("MemFree").is_some_and(|bytes| *bytes > 0), "{details:?}");
+    assert!(agent.guest_details(&s.read(), vec![]).await.unwrap().iter().any(|(i, _)| *i == id));
     // What samples have said is kept, from the second one on, in all resolutions; traffic from the second that has any: a
     // machine's is told by the agent inside.
     let kept = s.until("a history", s.boot, async || {

@@ -1,7 +1,10 @@
 //! The calls of the simulated host.
 
 use super::work::*;
-use super::{SimulatedAgent, state::Guest};
+use super::{
+    SimulatedAgent,
+    state::{Guest, State},
+};
 use crate::{backups::*, calls::*, copies::*, descriptions::*, displays::*, publish::*, thresholds::*};
 use async_trait::async_trait;
 use karst_model::{
@@ -442,6 +445,19 @@ calls! {
             all.push((id, metrics));
         }
         Ok(all)
+    }
+    read guest_details(me, instances: Vec<InstanceId>) -> Vec<(InstanceId, Metrics)> {
+        let now = me.env.monotonic();
+        let mut state = me.settled();
+        let wanted = if instances.is_empty() { state.guests.keys().copied().collect() } else { instances };
+        let after = me.options.address_after;
+        let time = Some(me.env.now().as_millisecond());
+        let detailed = |id| {
+            let metrics = state.metrics(id, now, after)?;
+            let details = State::details(&metrics);
+            Some((id, Metrics { sampled_at: time, details: Some(Box::new(details)), ..metrics }))
+        };
+        Ok(wanted.into_iter().filter_map(detailed).collect())
     }
     read guest_history(me, instance: InstanceId) -> Vec<Series> {
         let now = me.env.now().as_second();

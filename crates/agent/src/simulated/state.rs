@@ -10,7 +10,10 @@ use karst_model::{
     BackupId, ByteSize, Error, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId, SnapshotId,
     VolumeId,
     display::DisplayGuard,
-    guest::{AgentKind, FileKind, GuestSystem, Interface, Metrics, Observed},
+    guest::{
+        AgentKind, Details, DiskCounters, FileKind, FilesystemFigures, GuestSystem, Interface, Metrics,
+        Observed, ProcessorTimes,
+    },
     history::{Meter, Series},
     image::ImageFacts,
     instance::{ExitReason, InstanceKind, RuntimeState},
@@ -288,6 +291,7 @@ impl State {
                     loopback: false,
                     addresses,
                     counters: [1000 + seconds * 500, 800 + seconds * 300, 10 + seconds, 8 + seconds],
+                    losses: [0, 0, 1, 2],
                 },
             );
         }
@@ -302,6 +306,7 @@ impl State {
             disk_written: Some(4096 * (1 + up.as_secs())),
             interfaces,
             sampled_at: None,
+            details: None,
             system: (guest.spec.kind == InstanceKind::VirtualMachine).then(|| GuestSystem {
                 agent: AgentKind::Karst,
                 os: "Simulated".into(),
@@ -311,5 +316,53 @@ impl State {
                 fqdn: guest.spec.hostname.clone(),
             }),
         })
+    }
+
+    /// What monitoring reads beside.
+    pub fn details(metrics: &Metrics) -> Details {
+        let used = metrics.memory.unwrap_or(0);
+        let total = metrics.memory_total.unwrap_or(0);
+        let parts = [
+            ("Active", used / 2),
+            ("Active_anon", used / 4),
+            ("Active_file", used / 4),
+            ("Cached", used / 4),
+            ("Dirty", 4096),
+            ("Inactive", used / 2),
+            ("Inactive_anon", used / 4),
+            ("Inactive_file", used / 4),
+            ("Mapped", used / 8),
+            ("MemAvailable", total - used),
+            ("MemFree", total - used),
+            ("RSS", used / 2),
+            ("Shmem", 0),
+            ("Unevictable", 0),
+            ("Writeback", 0),
+        ];
+        let time = metrics.cpu_ns.unwrap_or(0);
+        let disk = DiskCounters {
+            read_bytes: metrics.disk_read.unwrap_or(0),
+            reads: Some(16),
+            written_bytes: metrics.disk_written.unwrap_or(0),
+            writes: Some(8),
+        };
+        Details {
+            processors: vec![ProcessorTimes {
+                number: 0,
+                modes: [("system".into(), time / 4), ("user".into(), time - time / 4)].into(),
+            }],
+            memory: parts.map(|(name, bytes)| (name.to_owned(), bytes)).into(),
+            oom_kills: Some(0),
+            disks: [("sda".to_owned(), disk)].into(),
+            filesystems: vec![FilesystemFigures {
+                device: "/dev/sda1".into(),
+                kind: "ext4".into(),
+                mount_point: "/".into(),
+                size: 10 << 30,
+                free: 6 << 30,
+                available: 5 << 30,
+            }],
+            nics: BTreeMap::new(),
+        }
     }
 }

@@ -438,8 +438,8 @@ impl GuestDriver for LxcDriver {
         Ok(())
     }
 
-    async fn metrics(&self, instance: InstanceId) -> Result<Metrics> {
-        self.shared.sample(instance).await
+    async fn sample(&self, instance: InstanceId, detailed: bool) -> Result<Metrics> {
+        self.shared.sample(instance, detailed).await
     }
 
     async fn exec(&self, instance: InstanceId, request: ExecRequest) -> Result<Exec> {

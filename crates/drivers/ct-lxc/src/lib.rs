@@ -23,6 +23,7 @@ mod proxies;
 mod record;
 pub mod room;
 mod seed;
+mod spaces;
 
 pub use config::{HostFeatures, render};
 pub use driver::{LxcDriver, LxcOptions};

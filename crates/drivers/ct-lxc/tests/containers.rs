@@ -55,6 +55,12 @@ async fn limits_hold_inside_at_start_and_live() {
     let ran = shell(&driver, &guest, &format!("{}; true", eat(200))).await;
     assert_eq!(ran.stdout.trim(), "0", "tail was killed: {ran:?}");
     let metrics = driver.metrics(guest.instance).await.unwrap();
+    assert!(metrics.details.is_none());
+    let details = driver.sample(guest.instance, true).await.unwrap().details.unwrap();
+    for part in ["Active", "Active_anon", "Cached", "Dirty", "MemAvailable", "MemFree", "RSS", "Writeback"] {
+        assert!(details.memory.contains_key(part), "{part}: {details:?}");
+    }
+    assert!(details.oom_kills.is_some() && !details.processors.is_empty(), "{details:?}");
     assert_eq!(metrics.memory_total, Some(128 << 20));
     assert!(metrics.memory_peak.unwrap() > 100 << 20, "{metrics:?}");
 

@@ -11,9 +11,9 @@ use std::{collections::BTreeMap, fmt, os::fd::OwnedFd, path::PathBuf};
 use tokio::sync::{broadcast, mpsc};
 
 pub use karst_model::guest::{
-    Applied, DirtyRate, DiskCopyEnd, DiskCopyPhase, DiskCopyState, ExecRequest, FileInfo, FileKind,
-    FileWrite, Interface, MachineFigures, Metrics, MonitorAnswer, MonitorEvent, Observed, StopMode,
-    ThresholdReached,
+    Applied, Details, DirtyRate, DiskCopyEnd, DiskCopyPhase, DiskCopyState, DiskCounters, ExecRequest,
+    FileInfo, FileKind, FileWrite, FilesystemFigures, Interface, MachineFigures, Metrics, MonitorAnswer,
+    MonitorEvent, Observed, ProcessorTimes, StopMode, ThresholdReached,
 };
 
 /// A kind of guest on this host. Implementations pass one contract suite.
@@ -50,8 +50,13 @@ pub trait GuestDriver: Send + Sync {
     /// Removes everything that belongs to a stopped guest outside its volumes: keeper, cgroups, links, state directory.
     async fn destroy(&self, instance: InstanceId) -> Result<()>;
 
-    /// Figures of a running guest.
-    async fn metrics(&self, instance: InstanceId) -> Result<Metrics>;
+    /// Figures of a running guest; with what monitoring alone reads if `detailed`, which costs more.
+    async fn sample(&self, instance: InstanceId, detailed: bool) -> Result<Metrics>;
+
+    /// Figures of a running guest, without details.
+    async fn metrics(&self, instance: InstanceId) -> Result<Metrics> {
+        self.sample(instance, false).await
+    }
 
     /// Runs a program inside.
     async fn exec(&self, instance: InstanceId, request: ExecRequest) -> Result<Exec>;

@@ -4,7 +4,7 @@ mod capabilities;
 
 use crate::{
     argv::cpu_count,
-    copies, display, figures,
+    copies, details, display, figures,
     inside::Inside,
     launch::{self, Groups, explain, limits, prepare},
     machine::{Ask, Machine, Tell, Tells, exit_reason, own, run_state},
@@ -649,7 +649,7 @@ impl GuestDriver for QemuDriver {
         Ok(())
     }
 
-    async fn metrics(&self, instance: InstanceId) -> Result<Metrics> {
+    async fn sample(&self, instance: InstanceId, detailed: bool) -> Result<Metrics> {
         let machine = self.shared.machine(instance).await?;
         let (groups, memory_total) = {
             let record = machine.record();
@@ -661,9 +661,15 @@ impl GuestDriver for QemuDriver {
         let (disk_read, disk_written) = pid.map_or((None, None), moved);
         // One whose CPUs stand still would only be waited for.
         let answers = matches!(machine.now().state, RuntimeState::Running | RuntimeState::Stopping);
-        let (interfaces, (processes, system)) = match answers {
+        let (interfaces, (figures, system)) = match answers {
             true => tokio::join!(Shared::interfaces(&machine), machine.inside.system()),
             false => Default::default(),
+        };
+        let processes = figures.as_ref().map(|f| f.processes);
+        let details = match (detailed, figures) {
+            (false, _) => None,
+            (true, Some(figures)) => Some(details::of_guest(figures)),
+            (true, None) => Some(details::of_host(&machine, memory_total, memory).await),
         };
         Ok(Metrics {
             cpu_ns: stats.cpu_ns,
@@ -677,6 +683,7 @@ impl GuestDriver for QemuDriver {
             interfaces,
             system,
             sampled_at: None,
+            details: details.map(Box::new),
         })
     }
 

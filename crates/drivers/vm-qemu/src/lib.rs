@@ -11,6 +11,7 @@ pub mod agent;
 pub mod argv;
 mod copies;
 pub mod cpu;
+mod details;
 pub mod devices;
 pub mod directories;
 mod display;

@@ -21,10 +21,10 @@ pub type Sample = Arc<HashMap<InstanceId, Metrics>>;
 /// The last sample of a node and when it was taken; locked while the node is asked.
 type Slot = Arc<tokio::sync::Mutex<Option<(Duration, Sample)>>>;
 
-/// The last sample of each node.
+/// The last sample of each node, and the last one with details.
 #[derive(Default)]
 pub struct Cache {
-    nodes: Mutex<HashMap<NodeId, Slot>>,
+    nodes: Mutex<HashMap<(NodeId, bool), Slot>>,
 }
 
 impl Engine {
@@ -64,6 +64,15 @@ impl Engine {
 
     /// Figures of all running instances, at most 2 s old. A host that does not answer is left out.
     pub async fn all_metrics(&self) -> Sample {
+        self.sampled(false).await
+    }
+
+    /// The same with what monitoring alone reads.
+    pub(crate) async fn all_details(&self) -> Sample {
+        self.sampled(true).await
+    }
+
+    async fn sampled(&self, detailed: bool) -> Sample {
         let inner = self.inner();
         let samples = inner.agents.all().into_iter().map(|(node, agent)| async move {
             let slot = inner
@@ -71,7 +80,7 @@ impl Engine {
                 .nodes
                 .lock()
                 .unwrap_or_else(|e| e.into_inner())
-                .entry(node)
+                .entry((node, detailed))
                 .or_default()
                 .clone();
             let mut slot = slot.lock().await;
@@ -82,7 +91,11 @@ impl Engine {
             }
             let taken = inner.env.monotonic();
             let context = CallContext::read(PATIENCE);
-            let asked = inner.env.timeout(PATIENCE, agent.guest_metrics(&context, vec![])).await;
+            let asking = match detailed {
+                true => agent.guest_details(&context, vec![]),
+                false => agent.guest_metrics(&context, vec![]),
+            };
+            let asked = inner.env.timeout(PATIENCE, asking).await;
             let sample: Sample = match asked {
                 Ok(Ok(list)) => Arc::new(list.into_iter().collect()),
                 Ok(Err(e)) => {

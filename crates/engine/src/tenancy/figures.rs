@@ -60,7 +60,7 @@ impl Engine {
         views.sort_by(|a, b| {
             (&*a.project.name, &*a.instance.name).cmp(&(&*b.project.name, &*b.instance.name))
         });
-        let sample = self.all_metrics().await;
+        let sample = self.all_details().await;
         let instances = views
             .into_iter()
             .filter_map(|v| Some((v.clone(), sample.get(&v.instance.id)?.clone())))

@@ -518,6 +518,20 @@ async fn metrics_are_incus() {
     ] {
         assert!(all.lines().any(|l| l == line), "{line}: {all}");
     }
+    for start in [
+        "incus_cpu_seconds_total{cpu=\"0\",mode=\"user\"",
+        "incus_disk_read_bytes_total{device=\"sda\"",
+        "incus_disk_writes_completed_total{device=\"sda\"",
+        "incus_filesystem_size_bytes{device=\"/dev/sda1\",fstype=\"ext4\",mountpoint=\"/\"",
+        "incus_memory_OOM_kills_total{",
+        "incus_memory_Active_file_bytes{",
+        "incus_memory_MemTotal_bytes{",
+        "incus_memory_Writeback_bytes{",
+        "incus_network_receive_drop_total{device=\"lo\"",
+        "incus_network_transmit_errs_total{device=\"lo\"",
+    ] {
+        assert!(all.lines().any(|l| l.starts_with(start)), "{start}: {all}");
+    }
     assert!(
         all.contains("incus_memory_RSS_bytes{name=\"c1\",project=\"default\",type=\"container\"}"),
         "{all}"

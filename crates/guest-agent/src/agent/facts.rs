@@ -1,7 +1,9 @@
 //! What the system says of itself, from `/proc`, `/sys` and the kernel's own calls. What is missing is empty or 0.
 
 use super::{Refused, failed};
-use crate::message::{Bytes, Disk, Figures, Filesystem, Info, Interface, Interfaces};
+use crate::message::{
+    Bytes, Disk, Figures, Filesystem, Info, Interface, Interfaces, MEMORY_PARTS, MODES, Processor,
+};
 use std::{
     collections::BTreeMap,
     ffi::CStr,
@@ -211,7 +213,45 @@ pub(super) fn figures() -> Result<Figures, Refused> {
         processes: pids.filter(|e| is_pid(&e.file_name())).count() as u64,
         filesystems: mounts().into_iter().take(MOST).filter_map(filesystem).collect(),
         disks: disks(&read("/proc/diskstats")),
+        memory_parts: memory_parts(&meminfo),
+        processors: processors(&stat, 1_000_000_000 / ticks),
+        oom_kills: read("/proc/vmstat")
+            .lines()
+            .find_map(|l| l.strip_prefix("oom_kill ")?.trim().parse().ok()),
     })
+}
+
+/// In the order of [`MEMORY_PARTS`].
+fn memory_parts(meminfo: &str) -> Vec<u64> {
+    let number = |key: &str| {
+        let line = meminfo.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(':'));
+        line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0)
+    };
+    let bytes = |key: &str| number(key) << 10;
+    let page = bytes("Hugepagesize");
+    let part = |name: &&str| match *name {
+        "Active_anon" => bytes("Active(anon)"),
+        "Active_file" => bytes("Active(file)"),
+        "Inactive_anon" => bytes("Inactive(anon)"),
+        "Inactive_file" => bytes("Inactive(file)"),
+        "HugepagesFree" => number("HugePages_Free").saturating_mul(page),
+        "HugepagesTotal" => number("HugePages_Total").saturating_mul(page),
+        "Swap" => bytes("SwapTotal").saturating_sub(bytes("SwapFree")),
+        "RSS" => bytes("AnonPages"),
+        other => bytes(other),
+    };
+    MEMORY_PARTS.iter().map(part).collect()
+}
+
+/// The lines of single CPUs in `/proc/stat`; a tick is so many nanoseconds.
+fn processors(stat: &str, tick: u64) -> Vec<Processor> {
+    let line = |l: &str| {
+        let mut words = l.strip_prefix("cpu")?.split_whitespace();
+        let number = words.next().filter(|_| !l.starts_with("cpu "))?.parse().ok()?;
+        let times = words.take(MODES.len()).map(|n| n.parse::<u64>().unwrap_or(0).saturating_mul(tick));
+        Some(Processor { number, times: times.collect() })
+    };
+    stat.lines().filter_map(line).take(MOST).collect()
 }
 
 fn filesystem(m: Mount) -> Option<Filesystem> {
@@ -278,12 +318,28 @@ mod tests {
     }
 
     #[test]
+    fn each_processor_and_part_of_memory() {
+        let stat = "cpu  9 9 9 9 9 9 9 9 9 9\ncpu0 1 2 3 4 5 6 7 8 9 10\ncpu12 1 x\nintr 5\n";
+        let all = processors(stat, 10);
+        assert_eq!((all.len(), all[0].number, all[1].number), (2, 0, 12));
+        assert_eq!(all[0].times, [10, 20, 30, 40, 50, 60, 70, 80]);
+        assert_eq!(all[1].times, [10, 0]);
+        let meminfo = "MemTotal: 9 kB\nActive: 3 kB\nActive(anon): 2 kB\nSwapTotal: 9 kB\nSwapFree: 4 kB\n\
+                       HugePages_Total: 2\nHugepagesize: 2048 kB\n";
+        let parts = memory_parts(meminfo);
+        let part = |name: &str| parts[MEMORY_PARTS.iter().position(|n| *n == name).unwrap()];
+        assert_eq!((part("Active"), part("Active_anon"), part("Swap")), (3 << 10, 2 << 10, 5 << 10));
+        assert_eq!((part("HugepagesTotal"), part("Buffers")), (4 << 20, 0));
+    }
+
+    #[test]
     fn this_system() {
         let i = interfaces().unwrap();
         let lo = i.list.iter().find(|i| i.name == "lo").unwrap();
         assert!(lo.loopback);
         let f = figures().unwrap();
         assert!(f.memory[0] > 1 << 20 && f.cpu.len() == 8 && f.processes > 0 && f.cpus > 0, "{f:?}");
+        assert!(f.processors.len() == (f.cpus as usize).min(MOST) && f.memory_parts[0] > 0, "{f:?}");
         assert!(f.encoded().len() < crate::wire::MAX_PAYLOAD);
         let info = info().unwrap();
         assert!(!info.kernel.is_empty() && info.time > 0);

@@ -431,6 +431,7 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
     add("guest_destroy", "which runs", json!(id(4)), Refused);
     add("guest_destroy", "none", nobody.clone(), GONE);
     add("guest_metrics", "of none", json!([id(99)]), Nothing("left out"));
+    add("guest_details", "of none", json!([id(99)]), Nothing("left out"));
     add("guest_history", "of none", nobody.clone(), Nothing("there is nothing to be told"));
     add("machine_figures", "of none", json!([id(99), id(4)]), Nothing("left out"));
     for command in ["guest-exec\n{}", "", "guest-ping\"}", "../x"] {

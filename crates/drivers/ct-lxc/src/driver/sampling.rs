@@ -3,9 +3,12 @@
 //! groups and asks its network namespace, and wakes no other process.
 
 use super::{Shared, lock};
-use crate::{proc::Init, record::Nic};
-use karst_guest::{Interface, Metrics};
-use karst_host::{cgroup::Cgroups, netns::NetnsProbe};
+use crate::{proc::Init, record::Nic, spaces::Spaces};
+use karst_guest::{Details, DiskCounters, Interface, Metrics, ProcessorTimes};
+use karst_host::{
+    cgroup::{CgroupDetails, CgroupStats, Cgroups},
+    netns::NetnsProbe,
+};
 use karst_model::{InstanceId, Result};
 use std::{
     collections::BTreeMap,
@@ -20,23 +23,17 @@ pub(super) struct Sampled {
     nics: Vec<Nic>,
     /// One question at a time.
     probe: Mutex<NetnsProbe>,
+    spaces: Spaces,
 }
 
 impl Sampled {
-    fn sample(&self, cgroups: &Cgroups) -> Result<Metrics> {
-        let s = cgroups.stats(&self.group);
-        Ok(Metrics {
-            cpu_ns: s.cpu_ns,
-            memory: s.memory,
-            memory_peak: s.memory_peak,
-            swap: s.swap,
-            memory_total: s.memory_limit.or_else(host_memory),
-            processes: s.processes,
-            disk_read: s.disk_read,
-            disk_written: s.disk_written,
-            interfaces: self.interfaces()?,
-            ..Metrics::default()
-        })
+    async fn sample(&self, cgroups: &Cgroups, detailed: bool) -> Result<Metrics> {
+        let metrics = counted(cgroups, &self.group, detailed);
+        let mut metrics = Metrics { interfaces: self.interfaces()?, ..metrics };
+        if let Some(details) = &mut metrics.details {
+            details.filesystems = self.spaces.figures().await;
+        }
+        Ok(metrics)
     }
 
     fn interfaces(&self) -> Result<BTreeMap<String, Interface>> {
@@ -50,6 +47,7 @@ impl Sampled {
                 loopback: link.loopback,
                 addresses: link.addresses,
                 counters: link.counters,
+                losses: link.losses,
             };
             (link.name, interface)
         });
@@ -59,36 +57,77 @@ impl Sampled {
 
 impl Shared {
     /// A sample of a guest that runs.
-    pub(super) async fn sample(&self, instance: InstanceId) -> Result<Metrics> {
+    pub(super) async fn sample(&self, instance: InstanceId, detailed: bool) -> Result<Metrics> {
         let guest = self.guest(instance);
         let kept = lock(&guest.sampled).clone().filter(|s| s.init.lives());
         if let Some(kept) = kept {
-            return kept.sample(&self.cgroups);
+            return kept.sample(&self.cgroups, detailed).await;
         }
         let running = self.running(instance).await?;
         let Some(init) = running.init() else {
             // Between two lives: no network, and what the groups say is still the guest's.
-            let s = self.cgroups.stats(&running.groups.limits);
-            return Ok(Metrics {
-                cpu_ns: s.cpu_ns,
-                memory: s.memory,
-                memory_peak: s.memory_peak,
-                swap: s.swap,
-                memory_total: s.memory_limit.or_else(host_memory),
-                processes: s.processes,
-                disk_read: s.disk_read,
-                disk_written: s.disk_written,
-                ..Metrics::default()
-            });
+            return Ok(counted(&self.cgroups, &running.groups.limits, detailed));
         };
         let sampled = Arc::new(Sampled {
             probe: NetnsProbe::open(&init.pidfd)?.into(),
             init,
             group: running.groups.limits.clone(),
             nics: running.record.nics.clone(),
+            spaces: Spaces::of(&running.record),
         });
         *lock(&guest.sampled) = Some(sampled.clone());
-        sampled.sample(&self.cgroups)
+        sampled.sample(&self.cgroups, detailed).await
+    }
+}
+
+/// What the groups of a guest count.
+fn counted(cgroups: &Cgroups, group: &str, detailed: bool) -> Metrics {
+    let (s, details) = match detailed {
+        true => {
+            let (stats, details) = cgroups.detailed(group);
+            let details = details_of(&stats, details);
+            (stats, Some(Box::new(details)))
+        }
+        false => (cgroups.stats(group), None),
+    };
+    Metrics {
+        cpu_ns: s.cpu_ns,
+        memory: s.memory,
+        memory_peak: s.memory_peak,
+        swap: s.swap,
+        memory_total: s.memory_limit.or_else(host_memory),
+        processes: s.processes,
+        disk_read: s.disk_read,
+        disk_written: s.disk_written,
+        details,
+        ..Metrics::default()
+    }
+}
+
+fn details_of(stats: &CgroupStats, counted: CgroupDetails) -> Details {
+    let mut memory: BTreeMap<String, u64> =
+        counted.memory.into_iter().map(|(name, bytes)| (name.to_owned(), bytes)).collect();
+    // What is free of the limit: file cache is used memory here, and available all the same.
+    if let Some((total, used)) = stats.memory_limit.or_else(host_memory).zip(stats.memory) {
+        let reclaimable = memory.get("Inactive_file").copied().unwrap_or(0);
+        let cached = memory.get("Cached").copied().unwrap_or(0);
+        let free = total.saturating_sub(used + reclaimable);
+        memory.insert("MemFree".to_owned(), free);
+        memory.insert("MemAvailable".to_owned(), (free + cached).min(total));
+    }
+    let processor = |(number, user, system): (u32, u64, u64)| ProcessorTimes {
+        number,
+        modes: [("system".to_owned(), system), ("user".to_owned(), user)].into(),
+    };
+    let disk = |(name, [read_bytes, reads, written_bytes, writes]): (String, [u64; 4])| {
+        (name, DiskCounters { read_bytes, reads: Some(reads), written_bytes, writes: Some(writes) })
+    };
+    Details {
+        processors: counted.processors.into_iter().map(processor).collect(),
+        memory,
+        oom_kills: counted.oom_kills,
+        disks: counted.disks.into_iter().map(disk).collect(),
+        ..Details::default()
     }
 }
 

@@ -284,8 +284,8 @@ impl Inside {
         });
     }
 
-    /// Processes inside, and what the system inside is; nothing when nobody answers at once.
-    pub(crate) async fn system(self: &Arc<Self>) -> (Option<u64>, Option<GuestSystem>) {
+    /// Figures of the system inside, and what it is; nothing when nobody answers at once.
+    pub(crate) async fn system(self: &Arc<Self>) -> (Option<Figures>, Option<GuestSystem>) {
         let short = |s: &str| printable(s, 128);
         match self.sampled() {
             None => (None, None),
@@ -301,7 +301,7 @@ impl Inside {
                     hostname: short(&i.hostname),
                     fqdn: short(&i.fqdn),
                 });
-                (figures.ok().map(|f| f.processes), system)
+                (figures.ok(), system)
             }
             Some(Chosen::Qemu(agent)) => {
                 let Ok(os) = agent.call("guest-get-osinfo", json!({}), FIGURES).await else {
@@ -469,6 +469,7 @@ fn interfaces(
             loopback: i.loopback,
             addresses: i.addresses.iter().take(MOST).filter_map(address).collect(),
             counters: [counter(0), counter(1), counter(2), counter(3)],
+            losses: [counter(4), counter(5), counter(6), counter(7)],
         };
         (printable(&i.name, 64), interface)
     };
@@ -513,6 +514,7 @@ fn interfaces_of_qemu(v: &Value, host: impl Fn(&str) -> Option<String>) -> BTree
                 host_name,
                 mtu,
                 counters: [count("rx-bytes"), count("tx-bytes"), count("rx-packets"), count("tx-packets")],
+                losses: [count("rx-errs"), count("tx-errs"), count("rx-dropped"), count("tx-dropped")],
                 addresses,
             },
         );

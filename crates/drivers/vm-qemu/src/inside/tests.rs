@@ -102,7 +102,7 @@ impl GuestDriver for Driver {
     async fn destroy(&self, _: InstanceId) -> Result<()> {
         other()
     }
-    async fn metrics(&self, _: InstanceId) -> Result<Metrics> {
+    async fn sample(&self, _: InstanceId, _: bool) -> Result<Metrics> {
         other()
     }
     async fn exec(&self, _: InstanceId, request: ExecRequest) -> Result<Exec> {
@@ -356,10 +356,11 @@ async fn a_client_that_sends_nothing_more_learns_of_the_guests_end() {
 async fn the_system_and_its_interfaces() {
     let Some(place) = Place::new() else { return };
     let inside = place.inside();
-    let (processes, system) = inside.system().await;
-    let system = system.unwrap();
+    let (figures, system) = inside.system().await;
+    let (figures, system) = (figures.unwrap(), system.unwrap());
+    assert!(!figures.processors.is_empty() && !figures.memory_parts.is_empty(), "{figures:?}");
     assert!(
-        processes.unwrap() > 0 && system.agent == AgentKind::Karst && !system.kernel.is_empty(),
+        figures.processes > 0 && system.agent == AgentKind::Karst && !system.kernel.is_empty(),
         "{system:?}"
     );
     let interfaces = inside.interfaces(|_| Some("tap0".into())).await;

@@ -10,25 +10,57 @@ use hyper::{
     header::{ACCEPT, CONTENT_TYPE, HeaderValue},
 };
 use karst_engine::InstanceView;
-use karst_model::{Result, guest::Metrics, instance::InstanceKind, keys, spec::CpuLimit};
+use karst_model::{
+    Result,
+    guest::{Details, Metrics},
+    instance::InstanceKind,
+    keys,
+    spec::CpuLimit,
+};
 use std::{collections::BTreeMap, fmt::Write, sync::Arc};
 
 /// Name, whether it only grows, help.
 const FAMILIES: &[(&str, bool, &str)] = &[
     ("incus_cpu_effective_total", false, "Total number of effective CPUs."),
     ("incus_cpu_seconds_total", true, "Total number of CPU time used in seconds."),
+    ("incus_disk_read_bytes_total", true, "Total number of bytes read."),
+    ("incus_disk_reads_completed_total", true, "Total number of completed reads."),
+    ("incus_disk_writes_completed_total", true, "Total number of completed writes."),
+    ("incus_disk_written_bytes_total", true, "Total number of bytes written."),
+    ("incus_filesystem_avail_bytes", false, "Available space in bytes."),
+    ("incus_filesystem_free_bytes", false, "Free space in bytes."),
+    ("incus_filesystem_size_bytes", false, "Size of the file system in bytes."),
+    ("incus_memory_Active_anon_bytes", false, "Amount of anonymous memory on active LRU list."),
+    ("incus_memory_Active_bytes", false, "Amount of memory on active LRU list."),
+    ("incus_memory_Active_file_bytes", false, "Amount of file-backed memory on active LRU list."),
+    ("incus_memory_Cached_bytes", false, "Amount of cached memory."),
+    ("incus_memory_Dirty_bytes", false, "Amount of memory waiting to get written back to the disk."),
+    ("incus_memory_HugepagesFree_bytes", false, "Amount of free memory for hugetlb."),
+    ("incus_memory_HugepagesTotal_bytes", false, "Amount of used memory for hugetlb."),
+    ("incus_memory_Inactive_anon_bytes", false, "Amount of anonymous memory on inactive LRU list."),
+    ("incus_memory_Inactive_bytes", false, "Amount of memory on inactive LRU list."),
+    ("incus_memory_Inactive_file_bytes", false, "Amount of file-backed memory on inactive LRU list."),
+    ("incus_memory_Mapped_bytes", false, "Amount of mapped memory."),
     ("incus_memory_MemAvailable_bytes", false, "Amount of available memory."),
     ("incus_memory_MemFree_bytes", false, "Amount of free memory."),
     ("incus_memory_MemTotal_bytes", false, "Amount of used memory."),
-    (
-        "incus_memory_RSS_bytes",
-        false,
-        "Amount of anonymous and swap cache memory (includes transparent hugepages).",
-    ),
+    ("incus_memory_OOM_kills_total", true, "Number of out of memory kills."),
+    ("incus_memory_RSS_bytes", false, "Amount of anonymous and swap cache memory."),
+    ("incus_memory_Shmem_bytes", false, "Amount of cached filesystem data that is swap-backed."),
     ("incus_memory_Swap_bytes", false, "Amount of used swap memory."),
+    ("incus_memory_Unevictable_bytes", false, "Amount of unevictable memory."),
+    ("incus_memory_Writeback_bytes", false, "Amount of memory queued for syncing to disk."),
     ("incus_network_receive_bytes_total", true, "Amount of received bytes on a given interface."),
+    ("incus_network_receive_drop_total", true, "Amount of received dropped packets on a given interface."),
+    ("incus_network_receive_errs_total", true, "Amount of received errors on a given interface."),
     ("incus_network_receive_packets_total", true, "Amount of received packets on a given interface."),
     ("incus_network_transmit_bytes_total", true, "Amount of transmitted bytes on a given interface."),
+    (
+        "incus_network_transmit_drop_total",
+        true,
+        "Amount of transmitted dropped packets on a given interface.",
+    ),
+    ("incus_network_transmit_errs_total", true, "Amount of transmitted errors on a given interface."),
     ("incus_network_transmit_packets_total", true, "Amount of transmitted packets on a given interface."),
     ("incus_operations_total", false, "Number of running operations"),
     ("incus_procs_total", false, "Number of running processes."),
@@ -67,6 +99,13 @@ fn effective_cpus(view: &InstanceView, host: u32) -> Option<f64> {
     (cpus > 0).then_some(f64::from(cpus))
 }
 
+/// The family of a part of memory, as hosts and agents name it.
+fn memory_family(part: &str) -> Option<&'static str> {
+    let named =
+        |name: &str| name.strip_prefix("incus_memory_").and_then(|n| n.strip_suffix("_bytes")) == Some(part);
+    FAMILIES.iter().map(|(name, _, _)| *name).find(|name| named(name))
+}
+
 fn instance(samples: &mut Samples, view: &InstanceView, m: &Metrics, host_cpus: u32) {
     let mut add = |name: &'static str, more: &[(&str, &str)], value: Option<f64>| {
         if let Some(value) = value {
@@ -74,23 +113,62 @@ fn instance(samples: &mut Samples, view: &InstanceView, m: &Metrics, host_cpus: 
         }
     };
     let number = |n: Option<u64>| n.map(|n| n as f64);
-    let cpu = m.cpu_ns.map(|ns| ns as f64 / 1e9);
+    let none = Details::default();
+    let d = m.details.as_deref().unwrap_or(&none);
     add("incus_cpu_effective_total", &[], effective_cpus(view, host_cpus));
-    add("incus_cpu_seconds_total", &[("cpu", "0"), ("mode", "total")], cpu);
-    let free = m.memory_total.zip(m.memory).map(|(total, used)| total.saturating_sub(used));
-    add("incus_memory_MemAvailable_bytes", &[], number(free));
-    add("incus_memory_MemFree_bytes", &[], number(free));
-    add("incus_memory_MemTotal_bytes", &[], number(m.memory_total));
-    add("incus_memory_RSS_bytes", &[], number(m.memory));
-    add("incus_memory_Swap_bytes", &[], number(m.swap));
-    add("incus_procs_total", &[], number(m.processes));
-    for (device, interface) in &m.interfaces {
+    for processor in &d.processors {
+        let cpu = processor.number.to_string();
+        for (mode, ns) in &processor.modes {
+            let labels = [("cpu", cpu.as_str()), ("mode", mode.as_str())];
+            add("incus_cpu_seconds_total", &labels, Some(*ns as f64 / 1e9));
+        }
+    }
+    for (device, disk) in &d.disks {
         let device = [("device", device.as_str())];
-        let [received, sent, packets_received, packets_sent] = interface.counters.map(|n| Some(n as f64));
+        add("incus_disk_read_bytes_total", &device, Some(disk.read_bytes as f64));
+        add("incus_disk_reads_completed_total", &device, number(disk.reads));
+        add("incus_disk_written_bytes_total", &device, Some(disk.written_bytes as f64));
+        add("incus_disk_writes_completed_total", &device, number(disk.writes));
+    }
+    for f in &d.filesystems {
+        let place = [("device", &*f.device), ("fstype", &*f.kind), ("mountpoint", &*f.mount_point)];
+        add("incus_filesystem_avail_bytes", &place, Some(f.available as f64));
+        add("incus_filesystem_free_bytes", &place, Some(f.free as f64));
+        add("incus_filesystem_size_bytes", &place, Some(f.size as f64));
+    }
+    for (part, bytes) in &d.memory {
+        if let Some(family) = memory_family(part) {
+            add(family, &[], Some(*bytes as f64));
+        }
+    }
+    // What the system inside tells goes before what the host sees of it.
+    for (part, family, value) in [
+        ("MemTotal", "incus_memory_MemTotal_bytes", m.memory_total),
+        ("RSS", "incus_memory_RSS_bytes", m.memory),
+        ("Swap", "incus_memory_Swap_bytes", m.swap),
+    ] {
+        add(family, &[], number(value.filter(|_| !d.memory.contains_key(part))));
+    }
+    add("incus_memory_OOM_kills_total", &[], number(d.oom_kills));
+    add("incus_procs_total", &[], number(m.processes));
+    let inside = m.interfaces.iter().map(|(name, i)| (name.as_str(), i.counters, i.losses));
+    // Seen from the host only where nobody inside tells.
+    let outside = d.nics.iter().filter(|_| m.interfaces.is_empty()).map(|(name, n)| {
+        let counters = [n.received_bytes, n.sent_bytes, n.received_packets, n.sent_packets];
+        (name.as_str(), counters, [n.received_errors, n.sent_errors, n.received_drops, n.sent_drops])
+    });
+    for (device, counters, losses) in inside.chain(outside) {
+        let device = [("device", device)];
+        let [received, sent, packets_received, packets_sent] = counters.map(|n| Some(n as f64));
         add("incus_network_receive_bytes_total", &device, received);
         add("incus_network_transmit_bytes_total", &device, sent);
         add("incus_network_receive_packets_total", &device, packets_received);
         add("incus_network_transmit_packets_total", &device, packets_sent);
+        let [errors_received, errors_sent, drops_received, drops_sent] = losses.map(|n| Some(n as f64));
+        add("incus_network_receive_errs_total", &device, errors_received);
+        add("incus_network_transmit_errs_total", &device, errors_sent);
+        add("incus_network_receive_drop_total", &device, drops_received);
+        add("incus_network_transmit_drop_total", &device, drops_sent);
     }
 }
 
@@ -157,6 +235,8 @@ mod tests {
     #[test]
     fn families_are_sorted_and_rendered_in_both_forms() {
         assert!(FAMILIES.windows(2).all(|w| w[0].0 < w[1].0));
+        assert_eq!(memory_family("Active_anon"), Some("incus_memory_Active_anon_bytes"));
+        assert_eq!(memory_family("Buffers"), None);
         let samples = Samples::from([
             ("incus_cpu_seconds_total", vec![("{name=\"a\"}".to_owned(), 1.5)]),
             ("incus_procs_total", vec![("{name=\"a\"}".to_owned(), 3.0)]),

@@ -214,6 +214,7 @@ pub struct Counters {
 impl<'a> InterfaceView<'a> {
     fn of(i: &'a Interface) -> Self {
         let [bytes_received, bytes_sent, packets_received, packets_sent] = i.counters;
+        let [errors_received, errors_sent, packets_dropped_inbound, packets_dropped_outbound] = i.losses;
         Self {
             addresses: i.addresses.iter().map(AddressView::of).collect(),
             counters: Counters {
@@ -221,7 +222,10 @@ impl<'a> InterfaceView<'a> {
                 bytes_sent,
                 packets_received,
                 packets_sent,
-                ..Default::default()
+                errors_received,
+                errors_sent,
+                packets_dropped_outbound,
+                packets_dropped_inbound,
             },
             hwaddr: &i.mac,
             host_name: &i.host_name,
