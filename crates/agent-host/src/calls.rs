@@ -18,7 +18,7 @@ use karst_model::{
     history::Series,
     image::ImageFacts,
     instance::{InstanceKind, RuntimeState},
-    network::Lease,
+    network::{ExternalInterface, Lease},
     node::HostFacts,
     spec::{GuestSpec, NetworkSpec, PoolSource, PoolSpec, VolumeSpec},
     storage::{Usage, VolumeContent},
@@ -150,7 +150,8 @@ impl RealAgent {
                 return Err(Error::forbidden(format!("{:?} is not an interface of a guest", port.interface)));
             }
         }
-        for name in &spec.spec.external_interfaces {
+        for text in &spec.spec.external_interfaces {
+            let name = ExternalInterface::parse(text)?.needs();
             self.policy().check_interface(name).map_err(|e| e.at("config.bridge.external_interfaces"))?;
         }
         if spec.spec.raw_dnsmasq.is_some() {

@@ -132,14 +132,27 @@ pub fn create_macvtap(parent: &Link, name: &str, mac: &str, mtu: Option<u32>) ->
 /// # Errors
 /// Unsupported by a kernel without 802.1Q, conflict when somebody has this VLAN.
 pub fn create_vlan(parent: &Link, vlan: u16, guest: &GuestEnd<'_>) -> Result<()> {
+    let message = guest.put(Message::new(RTM_NEWLINK, CREATE | EXCLUSIVE, &info(0, 0, 0)))?;
+    vlan_of(message, parent, vlan, guest.name)
+}
+
+/// Makes an interface of the host of a VLAN of `parent`, down, with this MAC address.
+///
+/// # Errors
+/// As [`create_vlan`].
+pub fn create_host_vlan(parent: &Link, vlan: u16, name: &str, mac: [u8; 6]) -> Result<()> {
+    check(name)?;
+    let message = Message::new(RTM_NEWLINK, CREATE | EXCLUSIVE, &info(0, 0, 0))
+        .text(IFLA_IFNAME, name)
+        .attr(IFLA_ADDRESS, &mac);
+    vlan_of(message, parent, vlan, name)
+}
+
+fn vlan_of(message: Message, parent: &Link, vlan: u16, name: &str) -> Result<()> {
     const IFLA_VLAN_ID: u16 = 1;
-    let message = guest
-        .put(Message::new(RTM_NEWLINK, CREATE | EXCLUSIVE, &info(0, 0, 0)))?
-        .attr(IFLA_LINK, &parent.index.to_ne_bytes())
-        .nested(IFLA_LINKINFO, |m| {
-            m.text(IFLA_INFO_KIND, "vlan")
-                .nested(IFLA_INFO_DATA, |m| m.attr(IFLA_VLAN_ID, &vlan.to_ne_bytes()))
-        });
+    let message = message.attr(IFLA_LINK, &parent.index.to_ne_bytes()).nested(IFLA_LINKINFO, |m| {
+        m.text(IFLA_INFO_KIND, "vlan").nested(IFLA_INFO_DATA, |m| m.attr(IFLA_VLAN_ID, &vlan.to_ne_bytes()))
+    });
     Socket::route().and_then(|mut s| s.execute(message)).map_err(|e| match e.raw_os_error() {
         Some(libc::EOPNOTSUPP) => Error::unsupported(
             "this host's kernel has no VLANs (802.1Q, module 8021q); without vlan the NIC can be had",
@@ -147,7 +160,7 @@ pub fn create_vlan(parent: &Link, vlan: u16, guest: &GuestEnd<'_>) -> Result<()>
         Some(libc::EEXIST) => {
             Error::conflict(format!("VLAN {vlan} of {:?} is in use on this host", parent.name))
         }
-        _ => failed("created", guest.name, &e),
+        _ => failed("created", name, &e),
     })
 }
 

@@ -115,13 +115,55 @@ pub struct BridgeSpec {
     pub hwaddr: Option<String>,
     /// IGMP and MLD snooping; the kernel's default (on) when absent.
     pub multicast_snooping: Option<bool>,
-    /// Interfaces of the host that become ports of the bridge.
+    /// Interfaces of the host that become ports of the bridge, each as [`ExternalInterface::parse`] takes it.
     pub external_interfaces: Vec<String>,
     /// What passes between the bridge and the rest, where ACLs decide that.
     pub policy: Option<Policy>,
     /// `raw.dnsmasq`, which the host's policy must grant ([`crate::dnsmasq`] says which lines).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub raw_dnsmasq: Option<String>,
+}
+
+/// An interface of the host that is to be a port of a bridge: one that is there (`eth1`), or one that is made of a VLAN
+/// (`NAME/PARENT/VLAN`) and goes when it is no port any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExternalInterface<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// What it is made of: an interface that is there, and the VLAN.
+    pub vlan: Option<(&'a str, u16)>,
+}
+
+impl<'a> ExternalInterface<'a> {
+    /// Parses one.
+    ///
+    /// # Errors
+    /// Invalid; the field is `config.bridge.external_interfaces`.
+    pub fn parse(text: &'a str) -> Result<Self> {
+        let field = "config.bridge.external_interfaces";
+        let words: Vec<&str> = text.split('/').collect();
+        let (name, vlan) = match words[..] {
+            [name] => (name, None),
+            [name, parent, vlan] => {
+                interface_name(field, parent)?;
+                (name, Some((parent, crate::device::vlan_id(field, vlan)?)))
+            }
+            _ => {
+                let text = format!("{text:?} is neither an interface nor NAME/PARENT/VLAN");
+                return Err(Error::invalid(field, text));
+            }
+        };
+        interface_name(field, name)?;
+        if vlan.is_some_and(|(parent, _)| parent == name) {
+            return Err(Error::invalid(field, format!("{name:?} cannot be made of itself")));
+        }
+        Ok(Self { name, vlan })
+    }
+
+    /// The interface that has to be there.
+    pub fn needs(&self) -> &'a str {
+        self.vlan.map_or(self.name, |(parent, _)| parent)
+    }
 }
 
 impl Default for BridgeSpec {
@@ -170,7 +212,10 @@ const HOUR: u32 = 3600;
 /// Keys of a bridge network with what they mean, in order.
 pub const BRIDGE_KEYS: &[(&str, &str)] = &[
     ("bridge.driver", "native"),
-    ("bridge.external_interfaces", "interfaces of the host that become ports of the bridge, comma-separated"),
+    (
+        "bridge.external_interfaces",
+        "interfaces of the host that become ports of the bridge, comma-separated; NAME/PARENT/VLAN makes one of a VLAN",
+    ),
     ("bridge.hwaddr", "MAC address of the bridge"),
     ("bridge.mtu", "MTU of the bridge, 1280 to 65535"),
     ("bridge.multicast_snooping", "IGMP and MLD snooping (true)"),
@@ -424,17 +469,16 @@ impl BridgeSpec {
         search.iter().try_for_each(|s| domain("dns.search", s))?;
         let external_interfaces: Vec<String> =
             r.words("bridge.external_interfaces").map(str::to_owned).collect();
-        for (n, interface) in external_interfaces.iter().enumerate() {
-            if interface.contains('/') {
-                return Err(Error::unsupported(
-                    "VLAN interfaces (NAME/PARENT/VLAN) are not made here; make the interface on the host and name it",
-                )
-                .at("config.bridge.external_interfaces"));
+        let mut named = vec![name];
+        for text in &external_interfaces {
+            let interface = ExternalInterface::parse(text)?;
+            if named.contains(&interface.name) || interface.vlan.is_some_and(|(parent, _)| parent == name) {
+                return Err(bad(
+                    "bridge.external_interfaces",
+                    format!("{:?} is named twice", interface.name),
+                ));
             }
-            interface_name("config.bridge.external_interfaces", interface)?;
-            if interface == name || external_interfaces[..n].contains(interface) {
-                return Err(bad("bridge.external_interfaces", format!("{interface:?} is named twice")));
-            }
+            named.push(interface.name);
         }
         let spec = Self {
             nat: r.flag("ipv4.nat", false)?,
@@ -586,6 +630,12 @@ mod tests {
             ("bridge.hwaddr", "x"),
             ("bridge.external_interfaces", "eth1,eth1"),
             ("bridge.external_interfaces", "br0"),
+            ("bridge.external_interfaces", "v5/eth1"),
+            ("bridge.external_interfaces", "v5/eth1/0"),
+            ("bridge.external_interfaces", "v5/eth1/5/6"),
+            ("bridge.external_interfaces", "v5/v5/5"),
+            ("bridge.external_interfaces", "v5/eth1/5,v5"),
+            ("bridge.external_interfaces", "v5/br0/5"),
             ("ipv4.dhcp.ranges", "10.9.9.9-10.9.9.10"),
             ("ipv4.dhcp.ranges", "10.1.2.5-10.1.2.9,10.1.2.9-10.1.2.10"),
             ("ipv4.dhcp.expiry", "soon"),

@@ -119,6 +119,9 @@ pub(crate) fn settle(nic: &ResolvedNic) -> Result<()> {
             nic::delete_port_vlan(name, 1)?;
         }
     }
+    if nic.vlans.closed && nic.bridge().is_some() {
+        nic::delete_port_vlan(name, 1).map_err(|e| e.at(field(nic, "vlan")))?;
+    }
     for vlan in nic.vlans.tagged.iter().filter(|v| nic.vlans.untagged != Some(**v)) {
         nic::add_port_vlan(name, *vlan, false).map_err(|e| e.at(field(nic, "vlan.tagged")))?;
     }

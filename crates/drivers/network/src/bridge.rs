@@ -7,9 +7,9 @@ use crate::{
 use ipnet::IpNet;
 use karst_host::{
     link::{self, Link},
-    sysctl,
+    nic, sysctl,
 };
-use karst_model::{Error, NetworkId, Result, spec::NetworkSpec};
+use karst_model::{Error, NetworkId, Result, network::ExternalInterface, spec::NetworkSpec};
 use std::net::IpAddr;
 use uuid::Uuid;
 
@@ -120,24 +120,37 @@ pub(crate) fn ensure(daemon: &str, paths: &Paths, wanted: &Record) -> Result<()>
         link::set_up(name, true)?;
     }
     addresses(wanted, found.index)?;
-    external(wanted, &recorded_external, found.index)
+    external(daemon, wanted, &recorded_external, found.index)
 }
 
-/// Interfaces of the host in the bridge: those that are wanted go in, those that no longer are come out.
-fn external(wanted: &Record, before: &[String], bridge: u32) -> Result<()> {
-    for name in before.iter().filter(|n| !wanted.spec.external_interfaces.contains(n)) {
-        if link::get(name)?.is_some_and(|l| l.master == Some(bridge)) {
-            link::set_master(name, None)?;
+/// Interfaces of the host in the bridge: those that are wanted go in, those that no longer are come out; what was made of a
+/// VLAN goes.
+fn external(daemon: &str, wanted: &Record, before: &[String], bridge: u32) -> Result<()> {
+    for text in before.iter().filter(|t| !wanted.spec.external_interfaces.contains(t)) {
+        let interface = ExternalInterface::parse(text)?;
+        let Some(found) = link::get(interface.name)? else { continue };
+        if interface.vlan.is_some() && is_our_vlan(daemon, wanted.id, before, &found) {
+            ignore_missing(link::delete(&found.name))?;
+        } else if found.master == Some(bridge) {
+            link::set_master(interface.name, None)?;
         }
     }
-    for name in &wanted.spec.external_interfaces {
+    for text in &wanted.spec.external_interfaces {
         let field = "config.bridge.external_interfaces";
+        let interface = ExternalInterface::parse(text)?;
+        let name = interface.name;
+        if let Some((parent, vlan)) = interface.vlan {
+            ensure_vlan(daemon, wanted, text, parent, vlan).map_err(|e| e.at(field))?;
+        }
         let found = link::get(name)?
             .ok_or_else(|| Error::not_found(format!("this host has no interface {name:?}")).at(field))?;
         match found.master {
             Some(master) if master == bridge => continue,
             Some(_) => {
-                return Err(Error::conflict(format!("the interface {name:?} is in another bridge")).at(field));
+                return Err(Error::conflict(format!(
+                    "the interface {name:?} is in another bridge, or part of a bond, which is named in its place"
+                ))
+                .at(field));
             }
             None => {}
         }
@@ -149,6 +162,58 @@ fn external(wanted: &Record, before: &[String], bridge: u32) -> Result<()> {
         }
         link::set_master(name, Some(&wanted.bridge))?;
         link::set_up(name, true)?;
+    }
+    Ok(())
+}
+
+/// The MAC address of the interface that `text` (NAME/PARENT/VLAN) makes, by which it is recognized before its mark is set,
+/// and by which one that was made of something else is told apart.
+fn vlan_mac(daemon: &str, id: NetworkId, text: &str) -> [u8; 6] {
+    let hash = Uuid::new_v5(&id.uuid(), format!("{daemon}/{text}").as_bytes());
+    let b = hash.as_bytes();
+    [0x02, b[0], b[1], b[2], b[3], b[4]]
+}
+
+fn has_vlan_mac(daemon: &str, id: NetworkId, text: &str, found: &Link) -> bool {
+    found.mac.as_deref() == Some(link::format_mac(&vlan_mac(daemon, id, text)).as_str())
+}
+
+/// Was it made of a VLAN for this network, as one of `texts` says?
+fn is_our_vlan(daemon: &str, id: NetworkId, texts: &[String], found: &Link) -> bool {
+    found.kind.as_deref() == Some("vlan")
+        && match &found.alias {
+            Some(alias) => *alias == render::alias(daemon, id),
+            None => texts.iter().any(|text| has_vlan_mac(daemon, id, text, found)),
+        }
+}
+
+/// The interface of VLAN `vlan` of `parent`, as `text` names it.
+fn ensure_vlan(daemon: &str, wanted: &Record, text: &str, parent: &str, vlan: u16) -> Result<()> {
+    let name = ExternalInterface::parse(text)?.name;
+    let parent = link::get(parent)?
+        .ok_or_else(|| Error::not_found(format!("this host has no interface {parent:?}")))?;
+    let mut found = link::get(name)?;
+    if let Some(there) = &found {
+        if !is_our_vlan(daemon, wanted.id, &wanted.spec.external_interfaces, there) {
+            return Err(Error::conflict(format!(
+                "the interface {name:?} is there already and was not made by this Karst; name it without parent and VLAN, or \
+                 take another name"
+            )));
+        }
+        if there.below != Some(parent.index) || !has_vlan_mac(daemon, wanted.id, text, there) {
+            ignore_missing(link::delete(name))?;
+            found = None;
+        }
+    }
+    if found.is_none() {
+        nic::create_host_vlan(&parent, vlan, name, vlan_mac(daemon, wanted.id, text))?;
+    }
+    if found.is_none_or(|f| f.alias.is_none()) {
+        link::set_alias(name, &render::alias(daemon, wanted.id))?;
+    }
+    // What leaves by it needs its parent.
+    if !parent.up {
+        link::set_up(&parent.name, true)?;
     }
     Ok(())
 }
@@ -243,35 +308,46 @@ fn addresses(wanted: &Record, index: u32) -> Result<()> {
 /// Deletes the bridge of a network: the recorded one, and any that carries its mark.
 pub(crate) fn delete(daemon: &str, paths: &Paths, id: NetworkId) -> Result<()> {
     let record = paths.read(id)?;
+    let texts = record.as_ref().map(|r| r.spec.external_interfaces.as_slice()).unwrap_or_default();
     for found in link::list()? {
         let recorded = record.as_ref().is_some_and(|r| r.bridge == found.name);
-        if is_ours(daemon, id, recorded, &found) {
+        if is_ours(daemon, id, recorded, &found) || is_our_vlan(daemon, id, texts, &found) {
             ignore_missing(link::delete(&found.name))?;
         }
     }
     Ok(())
 }
 
-/// Deletes every bridge that carries this daemon's mark.
+/// Deletes every bridge that carries this daemon's mark, and every interface that was made for one.
 pub(crate) fn delete_all(daemon: &str) -> Result<()> {
     let mark = format!("karst:{daemon}:");
     for found in link::list()? {
-        if found.kind.as_deref() == Some("bridge") && found.alias.is_some_and(|a| a.starts_with(&mark)) {
+        let made = matches!(found.kind.as_deref(), Some("bridge" | "vlan"));
+        if made && found.alias.is_some_and(|a| a.starts_with(&mark)) {
             ignore_missing(link::delete(&found.name))?;
         }
     }
     Ok(())
 }
 
-/// Bridges with this daemon's mark that are not those of `records`.
+/// Bridges and interfaces of VLANs with this daemon's mark that are not those of `records`.
 pub(crate) fn strays(daemon: &str, records: &[Record]) -> Result<Vec<String>> {
     let mark = format!("karst:{daemon}:");
-    let stray = |l: &Link| {
-        l.kind.as_deref() == Some("bridge")
-            && l.alias.as_deref().is_some_and(|a| a.starts_with(&mark))
-            && !records.iter().any(|r| r.bridge == l.name && is_ours(daemon, r.id, true, l))
+    let named = |r: &Record, name: &str| {
+        let mut parsed = r.spec.external_interfaces.iter().filter_map(|t| ExternalInterface::parse(t).ok());
+        parsed.any(|e| e.name == name && e.vlan.is_some())
     };
-    Ok(link::list()?.iter().filter(|l| stray(l)).map(|l| format!("bridge {}", l.name)).collect())
+    let stray = |l: &Link| {
+        let wanted = |r: &Record| match l.kind.as_deref() {
+            Some("vlan") => named(r, &l.name) && is_our_vlan(daemon, r.id, &[], l),
+            _ => r.bridge == l.name && is_ours(daemon, r.id, true, l),
+        };
+        matches!(l.kind.as_deref(), Some("bridge" | "vlan"))
+            && l.alias.as_deref().is_some_and(|a| a.starts_with(&mark))
+            && !records.iter().any(wanted)
+    };
+    let words = |l: &Link| format!("{} {}", l.kind.as_deref().unwrap_or_default(), l.name);
+    Ok(link::list()?.iter().filter(|l| stray(l)).map(words).collect())
 }
 
 fn ignore_missing(result: Result<()>) -> Result<()> {

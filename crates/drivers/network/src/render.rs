@@ -194,8 +194,8 @@ pub(crate) fn check(bridge: &str, spec: &karst_model::network::BridgeSpec) -> Re
         // `net.ipv4.conf.all` is every interface of the host.
         return Err(Error::invalid("name", format!("a bridge cannot be called {bridge:?}")));
     }
-    for name in &spec.external_interfaces {
-        interface_name("config.bridge.external_interfaces", name)?;
+    for text in &spec.external_interfaces {
+        karst_model::network::ExternalInterface::parse(text)?;
     }
     if let Some(mac) = &spec.hwaddr {
         parse_mac(mac)?;

@@ -190,6 +190,9 @@ pub(crate) fn open_tap(dir: &Path, nic: &ResolvedNic) -> Result<OwnedFd> {
             karst_host::nic::delete_port_vlan(&nic.host_interface, 1)?;
         }
     }
+    if nic.vlans.closed && nic.bridge().is_some() {
+        karst_host::nic::delete_port_vlan(&nic.host_interface, 1).map_err(|e| e.at(field("vlan")))?;
+    }
     for vlan in nic.vlans.tagged.iter().filter(|v| nic.vlans.untagged != Some(**v)) {
         karst_host::nic::add_port_vlan(&nic.host_interface, *vlan, false)
             .map_err(|e| e.at(field("vlan.tagged")))?;

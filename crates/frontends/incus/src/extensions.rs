@@ -88,6 +88,7 @@ pub const TESTED: &[(&str, &str)] = &[
     ("network_address_set_ip_ranges", "network_acls_live"),
     ("network_bridge_acl", "network_acls_live"),
     ("network_bridge_acl_devices", "network_acls_live"),
+    ("network_bridge_external_create", "networks_live_and_are_refused"),
     ("network_bridge_multicast_snooping", "networks_live_and_are_refused"),
     ("network_dhcp_expiry", "networks_live_and_are_refused"),
     ("network_dhcp_gateway", "networks_live_and_are_refused"),

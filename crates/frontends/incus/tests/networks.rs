@@ -34,6 +34,11 @@ async fn networks_live_and_are_refused() {
     s.send(Method::PUT, "/1.0/networks/n1", &[("if-match", &tag)], body.clone()).await.metadata();
     s.send(Method::PUT, "/1.0/networks/n1", &[("if-match", &tag)], body).await.refused(412);
     s.patch("/1.0/networks/n1", json!({"config": {"ipv4.nat": "false"}})).await.metadata();
+    let external = |text: &str| json!({"config": {"bridge.external_interfaces": text}});
+    s.patch("/1.0/networks/n1", external("v5/granted0/5")).await.metadata();
+    let wrong = s.patch("/1.0/networks/n1", external("v5/granted0")).await;
+    assert!(wrong.refused(400).contains("NAME/PARENT/VLAN"));
+    s.patch("/1.0/networks/n1", external("")).await.metadata();
     let config = s.get("/1.0/networks/n1").await.metadata()["config"].clone();
     assert_eq!((config["user.a"].as_str(), config["ipv4.nat"].as_str()), (Some("b"), Some("false")));
     let state = s.get("/1.0/networks/n1/state").await.metadata();

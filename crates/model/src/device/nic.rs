@@ -83,12 +83,15 @@ pub struct PortVlans {
     /// Those that pass with their tag.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tagged: Vec<u16>,
+    /// What has no tag is of none, and is dropped (`vlan=none`).
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub closed: bool,
 }
 
 impl PortVlans {
     /// There are none.
     pub fn is_empty(&self) -> bool {
-        self.untagged.is_none() && self.tagged.is_empty()
+        self.untagged.is_none() && self.tagged.is_empty() && !self.closed
     }
 }
 
@@ -110,7 +113,10 @@ impl NicDevice {
             interface_name(&keys.field("host_name"), n)?;
         }
         let vlans = match kind.network() {
-            Some(_) => PortVlans { untagged: nic_kind::vlan(keys)?, tagged: tagged(keys)? },
+            Some(_) if keys.get("vlan") == Some("none") => {
+                PortVlans { untagged: None, tagged: tagged(keys)?, closed: true }
+            }
+            Some(_) => PortVlans { untagged: nic_kind::vlan(keys)?, tagged: tagged(keys)?, closed: false },
             None => PortVlans::default(),
         };
         let mtu = keys.number("mtu")?;

@@ -177,7 +177,7 @@ impl NicKind {
                         "ACLs are rules of a network: name it by network in place of parent",
                     ));
                 }
-                Ok(Self::Bridged { parent: parent(keys)?.parent })
+                Ok(Self::Bridged { parent: parent_name(keys)? })
             }
             ("macvlan", None) => Ok(Self::Macvlan(parent(keys)?)),
             ("physical", None) => Ok(Self::Physical(parent(keys)?)),
@@ -197,9 +197,13 @@ impl NicKind {
 }
 
 fn parent(keys: &Keys<'_>) -> Result<ParentLink> {
+    Ok(ParentLink { parent: parent_name(keys)?, vlan: vlan(keys)? })
+}
+
+fn parent_name(keys: &Keys<'_>) -> Result<String> {
     let name = keys.demand("parent", "name an interface of the host")?;
     interface_name(&keys.field("parent"), name)?;
-    Ok(ParentLink { parent: name.to_owned(), vlan: vlan(keys)? })
+    Ok(name.to_owned())
 }
 
 /// The VLAN of a NIC.
@@ -286,6 +290,13 @@ mod tests {
             NicKind::Physical(eth1(Some(7)))
         );
         assert_eq!(kind(&[("nictype", "p2p"), ("ipv4.routes", "10.0.0.0/24")]), NicKind::PointToPoint);
+        let vlans = |pairs: &[(&str, &str)]| {
+            let bridged = [("nictype", "bridged"), ("parent", "br0")];
+            let vlans = nic(&[&bridged[..], pairs].concat()).unwrap().vlans;
+            (vlans.untagged, vlans.tagged, vlans.closed)
+        };
+        assert_eq!(vlans(&[("vlan", "7"), ("vlan.tagged", "5-6,9")]), (Some(7), vec![5, 6, 9], false));
+        assert_eq!(vlans(&[("vlan", "none"), ("vlan.tagged", "5")]), (None, vec![5], true));
         let routed = kind(&[
             ("nictype", "routed"),
             ("parent", "eth1"),
@@ -319,6 +330,7 @@ mod tests {
             (&[("nictype", "physical"), ("parent", "eth1"), ("vlan", "4095")], "vlan", "4094"),
             (&[("nictype", "p2p"), ("parent", "eth1")], "parent", "p2p"),
             (&[("nictype", "routed"), ("vlan", "3")], "vlan", "parent"),
+            (&[("nictype", "macvlan"), ("parent", "eth1"), ("vlan", "none")], "vlan", "4094"),
             (&[("nictype", "routed"), ("ipv4.address", "10.0.0.0/24")], "ipv4.address", "prefix"),
             (&[("nictype", "routed"), ("ipv4.address", "10.0.0.1,10.0.0.1")], "ipv4.address", "twice"),
             (&[("nictype", "routed"), ("ipv4.gateway", "10.0.0.1")], "ipv4.gateway", "auto"),
