@@ -84,6 +84,48 @@ def storage(bench):
             server.client("delete", name)
 
 
+def export(bench):
+    """Export of a stopped container beside `tar | zstd -3` of the same files: bytes of files a second."""
+    name = f"kb{bench.id}e"
+    for server in bench.servers():
+        server.client("init", "bench", name)
+    tree = bench.rootfs
+    size = int(subprocess.run(["du", "--apparent-size", "-sb", tree], capture_output=True, text=True, check=True).stdout.split()[0])
+    out = os.path.join(bench.work, "export.tar.zst")
+
+    def exported(server):
+        clock.settle(2)
+        took = server.client("export", name, out, "--compression", "zstd", "--instance-only")
+        # What it wrote is an archive of all of it.
+        listed = subprocess.run(["tar", "--zstd", "-tf", out], capture_output=True, text=True, check=True).stdout
+        if "backup/container/rootfs/etc/" not in listed:
+            raise Failed(f"{server.name}: the export has no files of the container")
+        os.remove(out)
+        return size / 1e3 / took
+
+    def piped():
+        clock.settle(2)
+        start = clock.now()
+        with open(out, "wb") as file:
+            tar = subprocess.Popen(["tar", "-C", tree, "--numeric-owner", "--xattrs", "-cf", "-", "."], stdout=subprocess.PIPE)
+            zstd = subprocess.run(["zstd", "-q", "-3", "-c"], stdin=tar.stdout, stdout=file, check=False)
+            tar.stdout.close()
+            if tar.wait() != 0 or zstd.returncode != 0:
+                raise Failed("tar | zstd failed")
+        took = clock.now() - start
+        os.remove(out)
+        return size / 1e3 / took
+
+    measures = {s.name: functools.partial(exported, s) for s in bench.servers()}
+    samples = bench.alternate({**measures, "plain": piped})
+    bench.row("`incus export` of a container, zstd", "MB/s", samples)
+    if bench.karst:
+        share = median(samples["karst"]) / median(samples["plain"]) * 100
+        bench.row("the same, of what `tar | zstd -3` does", "%", {"karst": share}, target=("karst", ">=", 80))
+    for server in bench.servers():
+        server.client("delete", name)
+
+
 # ---- long lists ------------------------------------------------------------------------------------------------------
 
 
@@ -162,6 +204,14 @@ def snapshots(bench):
             bench.notes.append(
                 f"Simulated list, recursion={recursion}: {size / 1e6:.1f} MB, {used:.1f} ms of CPU a request, client's reading not counted."
             )
+        page = "/1.0/instances?recursion=2&limit=50"
+        connection.get(page)
+        bench.row(
+            "simulated: first page of 50 of them, with states and snapshots",
+            "ms",
+            {"karst": [connection.timed_get(page) for _ in range(bench.arguments.rounds)]},
+            target=("karst", "<=", 50),
+        )
         bench.notes.append(f"Simulated server with {len(done):,} snapshots: {clock.pss(pids) / 1024:.0f} MiB PSS, the simulated hosts included.")
         connection.close()
     finally:

@@ -394,6 +394,7 @@ FIGURES = {
     "machines": machines,
     "syncs": syncs,
     "storage": daily.storage,
+    "export": daily.export,
     "throughput": daily.throughput,
     "many": many,
     "snapshots": daily.snapshots,

@@ -23,7 +23,7 @@ class Row:
         mine, peer = self.values.get("karst"), self.peer()
         if mine is None or peer is None or mine <= 0 or self.values[peer] <= 0:
             return None
-        return mine / self.values[peer] if self.unit == "per s" else self.values[peer] / mine
+        return mine / self.values[peer] if self.unit in ("per s", "MB/s") else self.values[peer] / mine
 
     def peer(self):
         return next((who for who in ("incus", "libvirt") if who in self.values), None)

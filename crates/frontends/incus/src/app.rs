@@ -69,14 +69,14 @@ impl App {
         })
     }
 
-    /// JSON of instances, in order. Serialized when a view changed only.
+    /// JSON of instances, in order, of so many that there are in `total`. Serialized when a view changed only.
     ///
     /// # Errors
     /// Internal, when a value cannot be encoded.
-    pub fn render(&self, views: &[Arc<InstanceView>]) -> Result<Vec<Bytes>> {
+    pub fn render(&self, views: &[Arc<InstanceView>], total: usize) -> Result<Vec<Bytes>> {
         let mut cache = self.rendered.lock().unwrap_or_else(|e| e.into_inner());
-        // What was deleted leaves with the next long list.
-        if cache.len() > 2 * views.len() + 64 {
+        // What was deleted leaves when it has become much; a short page of a long list is no reason.
+        if cache.len() > 2 * total + 64 {
             cache.clear();
         }
         views

@@ -72,6 +72,7 @@ pub const TESTED: &[(&str, &str)] = &[
     ("karst_display_password", "displays_have_passwords"),
     ("karst_host", "karst_paths_answer"),
     ("karst_images_build", "karst_paths_answer"),
+    ("karst_paging", "lists_come_in_pages"),
     ("karst_registries", "registries_know_projects_by_name"),
     ("karst_snapshot_quiesce", "file_systems_are_still_around_snapshots"),
     ("karst_tokens", "tokens_are_shown_with_each_request"),

@@ -16,6 +16,7 @@ pub mod filter;
 pub mod handlers;
 pub mod multipart;
 pub mod openapi;
+mod page;
 pub mod places;
 pub mod remote;
 pub mod request;

@@ -27,6 +27,18 @@ fn parameters(row: &Row) -> Vec<Value> {
     if row.method == Method::GET && list && !not_lists.contains(&last) {
         all.push(query("recursion", "integer", "0: paths; 1: objects; 2: objects with their state"));
         all.push(query("filter", "string", "Only what matches, such as `name eq c1 and status eq Running`"));
+        if row.path == "/1.0/instances" {
+            all.push(query(
+                "limit",
+                "integer",
+                "At most so many (1 to 1000), by name; `link` of the answer's header is the next page",
+            ));
+            all.push(query(
+                "after",
+                "string",
+                "Those behind this name (PROJECT/NAME with all-projects), which need not be there any more",
+            ));
+        }
     }
     if ["PUT", "PATCH"].contains(&row.method.as_str()) {
         all.push(json!({

@@ -1,7 +1,7 @@
 //! The API by plain HTTP and websockets. Tests named in the table of paths and in the list of extensions stand here.
 #![allow(clippy::disallowed_methods)] // a test
 
-use crate::common::{Server, expect, next, say, stream_of};
+use crate::common::{Answer, Server, expect, next, say, stream_of};
 use hyper::Method;
 use karst_frontend_incus::routes;
 use serde_json::{Value, json};
@@ -133,6 +133,49 @@ async fn lists_filter_and_recurse() {
     s.done(s.put("/1.0/instances/c1/state", json!({"action": "stop", "force": true, "timeout": -1})).await)
         .await;
     assert_eq!(s.get("/1.0/instances?recursion=1").await.metadata()[0]["status"], "Stopped");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lists_come_in_pages() {
+    let s = Server::start().await;
+    for name in ["c3", "c1", "c5", "c2", "c4"] {
+        s.container(name, false).await;
+    }
+    let names = |a: &Answer| -> Vec<String> {
+        let all = a.metadata();
+        all.as_array().unwrap().iter().map(|i| i["name"].as_str().unwrap().to_owned()).collect()
+    };
+    let next = |a: &Answer| {
+        let link = a.header("link").strip_prefix('<')?.split_once('>')?;
+        assert_eq!(link.1, "; rel=\"next\"");
+        Some(link.0.to_owned())
+    };
+    // Page by page, while what stands at its end goes.
+    let first = s.get("/1.0/instances?recursion=1&limit=2").await;
+    assert_eq!(names(&first), ["c1", "c2"]);
+    s.done(s.delete("/1.0/instances/c2").await).await;
+    let second = s.get(&next(&first).unwrap()).await;
+    assert_eq!(names(&second), ["c3", "c4"]);
+    let third = s.get(&next(&second).unwrap()).await;
+    assert_eq!((names(&third), next(&third)), (vec!["c5".to_owned()], None));
+    // Paths, states and filters as in the whole list.
+    let paths = s.get("/1.0/instances?limit=1&after=c3").await;
+    assert_eq!(paths.metadata(), json!(["/1.0/instances/c4"]));
+    assert_eq!(next(&paths).unwrap(), "/1.0/instances?limit=1&after=c4");
+    let full = s.get("/1.0/instances?recursion=2&limit=1").await;
+    assert_eq!(full.metadata()[0]["state"]["status"], "Stopped");
+    let some = s.get("/1.0/instances?recursion=1&limit=1&filter=name+ne+c1").await;
+    assert_eq!(names(&some), ["c3"]);
+    let rest = s.get(&next(&some).unwrap()).await;
+    assert_eq!(names(&rest), ["c4"]);
+    let all = s.get("/1.0/instances?recursion=1&all-projects=true&limit=3").await;
+    assert_eq!(next(&all).unwrap(), "/1.0/instances?recursion=1&all-projects=true&limit=3&after=default/c4");
+    assert_eq!(names(&s.get(&next(&all).unwrap()).await), ["c5"]);
+    for (query, word) in
+        [("limit=0", "limit"), ("limit=2000", "1000"), ("limit=x", "limit"), ("after=a/b", "name")]
+    {
+        assert!(s.get(&format!("/1.0/instances?{query}")).await.refused(400).contains(word), "{query}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -5,6 +5,7 @@ use crate::{
     app::{App, Call, running},
     fields::Fields,
     filter::Filter,
+    page::{self, Page},
     respond::{Etag, Reply, accepted, sync, sync_etag},
     wire::{
         self,
@@ -129,11 +130,27 @@ pub async fn list(call: Call) -> Result<Reply> {
     let recursion = call.query.recursion()?;
     let chosen = call.query.recursion_fields(COSTLY)?;
     let filter = Filter::parse(call.query.get("filter"))?;
+    let page = Page::of(&call.query)?;
     let mut all = views(&call)?;
-    if recursion == 0 && filter.accepts_all() {
-        return sync(&all.iter().map(|v| link(v)).collect::<Vec<_>>());
+    let total = call.engine().inner().inventory.read().instances.len();
+    let mut next = None;
+    if let Some(page) = &page {
+        let accepts = |some: &[Arc<InstanceView>]| -> Result<Vec<bool>> {
+            if filter.accepts_all() {
+                return Ok(vec![true; some.len()]);
+            }
+            let json = call.app.render(some, total)?;
+            json.iter().map(|j| Ok(filter.accepts(&serde_json::from_slice(j)?))).collect()
+        };
+        next = page.cut(&mut all, place, accepts)?;
     }
-    let mut json = call.app.render(&all)?;
+    let next = page::next_link(&call.query, next.as_deref())?;
+    // What a page has was looked at.
+    let filtered = page.is_some() || filter.accepts_all();
+    if recursion == 0 && filtered {
+        return Ok(page::linked(sync(&all.iter().map(|v| link(v)).collect::<Vec<_>>())?, next));
+    }
+    let mut json = call.app.render(&all, total)?;
     let metrics = match recursion {
         2 => Some(call.engine().all_metrics().await),
         _ => None,
@@ -149,7 +166,7 @@ pub async fn list(call: Call) -> Result<Reply> {
             })
             .collect::<Result<_>>()?;
     }
-    if !filter.accepts_all() {
+    if !filtered {
         let accepted = json
             .iter()
             .map(|j| Ok(filter.accepts(&serde_json::from_slice(j)?)))
@@ -162,7 +179,12 @@ pub async fn list(call: Call) -> Result<Reply> {
     if recursion == 0 {
         return sync(&all.iter().map(|v| link(v)).collect::<Vec<_>>());
     }
-    Ok(array(&json))
+    Ok(page::linked(array(&json), next))
+}
+
+/// Where an instance stands in pages: by project and name.
+fn place(view: &InstanceView) -> (&str, &str) {
+    (&*view.project.name, &*view.instance.name)
 }
 
 /// `GET /1.0/instances/{name}`
