@@ -341,7 +341,7 @@ impl Records {
     pub fn expanded<'a>(&'a self, instance: &'a Instance) -> (Config, Devices) {
         let profiles =
             instance.profiles.iter().filter_map(|id| self.profiles.get(id)).map(|p| (&p.config, &p.devices));
-        expand(profiles, (&instance.config, &instance.devices))
+        expand(instance.kind, profiles, (&instance.config, &instance.devices))
     }
 
     fn view(&self, id: InstanceId) -> Option<InstanceView> {

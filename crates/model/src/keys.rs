@@ -185,6 +185,14 @@ pub const INSTANCE_KEYS: &[Key] = &[
         "Machine type: q35 or pc for the newest of the host, or a version such as pc-q35-7.2. Fixed when the machine is made.",
     ),
     key(
+        "hardware.preset",
+        OneOf(&["windows"]),
+        VirtualMachine,
+        "",
+        false,
+        "windows: what its installer has drivers for, where devices do not say otherwise (SATA, e1000e), and a TPM; clock in local time.",
+    ),
+    key(
         "hardware.spice",
         Bool,
         VirtualMachine,

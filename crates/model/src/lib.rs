@@ -29,6 +29,7 @@ pub mod network;
 pub mod node;
 pub mod oci;
 pub mod operation;
+pub mod preset;
 pub mod profile;
 pub mod project;
 pub mod registry;

@@ -1,6 +1,6 @@
 //! Profiles: configuration and devices shared by instances.
 
-use crate::{Config, Name, ProfileId, ProjectId, device::Devices};
+use crate::{Config, Name, ProfileId, ProjectId, device::Devices, instance::InstanceKind};
 use serde::{Deserialize, Serialize};
 
 /// A profile.
@@ -25,8 +25,10 @@ pub struct Profile {
     pub spec_version: u64,
 }
 
-/// Expands configuration and devices: profiles in order, then the instance's own; a device `type=none` removes one.
+/// Expands configuration and devices: profiles in order, then the instance's own; a device `type=none` removes one. A virtual
+/// machine's devices are what its preset makes of them.
 pub fn expand<'a>(
+    kind: InstanceKind,
     profiles: impl IntoIterator<Item = (&'a Config, &'a Devices)>,
     own: (&'a Config, &'a Devices),
 ) -> (Config, Devices) {
@@ -37,5 +39,8 @@ pub fn expand<'a>(
         devices.extend(d.iter().map(|(k, v)| (k.clone(), v.clone())));
     }
     devices.retain(|_, keys| keys.get("type").map(String::as_str) != Some("none"));
+    if kind == InstanceKind::VirtualMachine {
+        crate::preset::fill(&config, &mut devices);
+    }
     (config, devices)
 }

@@ -70,7 +70,7 @@ pub mod fd {
 }
 
 /// What Windows wants to know of its hypervisor.
-const HYPER_V: &str = ",hv-relaxed,hv-vapic,hv-spinlocks=0x1fff,hv-vpindex,hv-runtime,hv-synic,hv-stimer,hv-time,hv-frequencies,\
+pub const HYPER_V: &str = ",hv-relaxed,hv-vapic,hv-spinlocks=0x1fff,hv-vpindex,hv-runtime,hv-synic,hv-stimer,hv-time,hv-frequencies,\
     hv-reset,hv-tlbflush,hv-ipi";
 
 /// Default size of a guest's memory where no limit is set.
@@ -485,6 +485,41 @@ pub(crate) mod tests {
         });
         m.seed = false;
         insta::assert_snapshot!(lines(&m));
+    }
+
+    #[test]
+    fn a_machine_for_windows() {
+        let mut m = machine();
+        m.accelerator = AcceleratorKind::Kvm;
+        m.spec.cpu_model = "host".into();
+        m.spec.firmware = Firmware::UefiSecure;
+        m.firmware_code = Some("/usr/share/OVMF/OVMF_CODE_4M.secboot.fd".into());
+        m.spec.ports = 16;
+        (m.spec.tpm, m.spec.display) = (true, true);
+        m.disks = vec![disk("sata0"), Disk { cdrom: true, readonly: true, ..disk("sata1") }];
+        m.nics[0] = Nic { model: NicModel::E1000e, pci: Some("01:00.0".into()), ..m.nics[0].clone() };
+        let plain = lines(&m);
+        m.spec.windows = true;
+        let text = lines(&m);
+        let changed: Vec<&str> = text.lines().filter(|l| !plain.lines().any(|p| p == *l)).collect();
+        assert_eq!(text.lines().count(), plain.lines().count());
+        insta::assert_snapshot!(changed.join("\n"), @r"
+        -cpu host,hv-relaxed,hv-vapic,hv-spinlocks=0x1fff,hv-vpindex,hv-runtime,hv-synic,hv-stimer,hv-time,hv-frequencies,hv-reset,hv-tlbflush,hv-ipi
+        -rtc base=localtime
+        ");
+        // What its installer has drivers for, and what its newer ones demand.
+        for part in [
+            r#""bus":"ide.0""#,
+            r#""bus":"ide.1""#,
+            r#""driver":"e1000e""#,
+            r#""driver":"tpm-crb""#,
+            "smm=on",
+        ] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        // Emulated, there is no Hyper-V.
+        m.accelerator = AcceleratorKind::Tcg;
+        assert!(!lines(&m).contains("hv-"));
     }
 
     #[test]

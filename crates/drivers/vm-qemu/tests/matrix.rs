@@ -309,6 +309,67 @@ async fn each_kind_of_machine() {
     }
 }
 
+/// The words for Windows are words of this QEMU, with whatever accelerator it has here.
+#[test]
+fn qemu_knows_what_windows_wants_to_know() {
+    let qemu = "qemu-system-x86_64";
+    if std::process::Command::new(qemu).arg("--version").output().is_err() {
+        return backends::missing("QEMU is not installed");
+    }
+    let start = |cpu: &str| {
+        let mut child = std::process::Command::new(qemu)
+            .args(["-nodefaults", "-no-user-config", "-display", "none", "-S", "-monitor", "stdio"])
+            .args([
+                "-machine",
+                "q35",
+                "-accel",
+                "kvm",
+                "-accel",
+                "tcg",
+                "-cpu",
+                cpu,
+                "-rtc",
+                "base=localtime",
+            ])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        // One that refused has ended before it reads.
+        let _ = child.stdin.take().unwrap().write_all(b"quit\n");
+        let out = child.wait_with_output().unwrap();
+        (out.status.success(), String::from_utf8_lossy(&out.stderr).into_owned())
+    };
+    let (accepted, said) = start(&format!("max{}", karst_vm_qemu::argv::HYPER_V));
+    assert!(accepted, "{said}");
+    let (accepted, said) = start("max,hv-no-such-word");
+    assert!(!accepted && said.contains("hv-no-such-word"), "{said}");
+}
+
+/// As the preset for Windows makes it: a Linux finds all of it there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_for_windows_starts() {
+    if std::env::var_os("KARST_TEST_LONG").is_none() {
+        return println!("skipped: a long test; `make test-all` runs it (KARST_TEST_LONG=1)");
+    }
+    let Some(place) = Place::small("windows") else { return };
+    let driver = place.driver();
+    let kind =
+        Kind { firmware: Firmware::UefiSecure, machine: "pc-q35-7.2", bus: "sata0", nic: NicModel::E1000e };
+    let mut guest = guest(&place, kind, 90);
+    guest.machine.as_mut().unwrap().windows = true;
+    driver.start(&guest).await.unwrap();
+    let mut shell = Shell::open(&driver, guest.instance).await;
+    shell.until_up();
+    assert_eq!(shell.run("basename $(readlink /sys/class/net/eth0/device/driver)"), "e1000e");
+    assert_eq!(shell.run("ls /sys/bus/pci/drivers/ahci | grep -c 0000:"), "1");
+    assert_eq!(shell.run("cat /sys/class/tpm/tpm0/tpm_version_major"), "2");
+    driver.stop(guest.instance, StopMode::Force).await.unwrap();
+    driver.destroy(guest.instance).await.unwrap();
+    place.assert_clean();
+}
+
 /// Under secure boot Debian's signed kernel starts, one with a changed byte does not; without it, both do.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn secure_boot_refuses_what_is_not_signed() {

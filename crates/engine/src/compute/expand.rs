@@ -10,7 +10,7 @@ use karst_model::{
     instance::{DeviceIdentity, Hardware, Instance, InstanceKind},
     keys, keys_machine,
     network::Network,
-    signal,
+    preset, signal,
     spec::{
         DiskSource, DiskSpec, GuestApi, GuestSpec, KernelSpec, MachineSpec, NicLink, NicSpec, NodeSpec,
         ProxySpec, RootSpec,
@@ -468,10 +468,9 @@ pub fn guest_spec(
     })
 }
 
-/// Does the image or the user say that it is Windows (`image.os`)?
 fn is_windows(config: &Config, instance: &Instance) -> bool {
     let os = config.get("image.os").or_else(|| instance.image_properties.get("image.os"));
-    os.is_some_and(|os| os.to_ascii_lowercase().starts_with("windows"))
+    preset::is_windows(config, os.map(String::as_str))
 }
 
 /// Devices as their guest sees them: with the addresses they got, without the paths of the host.

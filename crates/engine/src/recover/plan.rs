@@ -102,7 +102,7 @@ pub(super) fn expanded_devices(records: &Records, project: &Project, of: &Descri
     let home = records.home(project, "features.profiles");
     let profiles = of.profiles.iter().filter_map(|name| records.profile(home, name).ok());
     let profiles = profiles.map(|p| (&p.config, &p.devices));
-    expand_profiles(profiles, (&of.instance.config, &of.instance.devices)).1
+    expand_profiles(of.instance.kind, profiles, (&of.instance.config, &of.instance.devices)).1
 }
 
 /// The pool is used from now on.

@@ -73,7 +73,7 @@ pub(crate) fn expanded(
         Some(p) => Some((&p.config, &p.devices)),
         None => records.profiles.get(id).map(|p| (&p.config, &p.devices)),
     });
-    karst_model::profile::expand(profiles, (&instance.config, &instance.devices))
+    karst_model::profile::expand(instance.kind, profiles, (&instance.config, &instance.devices))
 }
 
 /// The instances of a project as they are to be.

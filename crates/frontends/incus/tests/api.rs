@@ -179,6 +179,38 @@ async fn lists_come_in_pages() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn presets_fill_in_devices() {
+    let s = Server::start().await;
+    let new = |preset: &str, kind: &str| {
+        let config = json!({"hardware.preset": preset});
+        json!({"name": "w1", "type": kind, "source": {"type": "none"}, "config": config})
+    };
+    assert!(
+        s.post("/1.0/instances", new("windoze", "virtual-machine")).await.refused(400).contains("windows")
+    );
+    s.post("/1.0/instances", new("windows", "container")).await.refused(400);
+    s.done(s.post("/1.0/instances", new("windows", "virtual-machine")).await).await;
+    let w1 = s.get("/1.0/instances/w1").await.metadata();
+    assert_eq!(w1["devices"], json!({}), "what was written stays as it is");
+    let of = |kind: &str| -> Vec<Value> {
+        let all = w1["expanded_devices"].as_object().unwrap();
+        all.values().filter(|d| d["type"] == kind).cloned().collect()
+    };
+    assert_eq!(
+        (of("disk")[0]["io.bus"].as_str(), of("nic")[0]["io.bus"].as_str()),
+        (Some("sata"), Some("e1000e"))
+    );
+    assert_eq!(of("tpm").len(), 1);
+    s.done(s.put("/1.0/instances/w1/state", json!({"action": "start", "timeout": -1})).await).await;
+    // Once its drivers are there, it may go, and the devices are as they are without it.
+    s.done(s.put("/1.0/instances/w1/state", json!({"action": "stop", "force": true, "timeout": -1})).await)
+        .await;
+    s.patch("/1.0/instances/w1", json!({"config": {"hardware.preset": ""}})).await;
+    let w1 = s.get("/1.0/instances/w1").await.metadata();
+    assert!(w1["expanded_devices"].as_object().unwrap().values().all(|d| d.get("io.bus").is_none()), "{w1}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn older_names_of_collections() {
     let s = Server::start().await;
     s.container("c1", false).await;

@@ -6,6 +6,7 @@ use karst_engine::Records;
 use karst_model::{
     Config,
     device::Devices,
+    instance::InstanceKind,
     snapshot::{Snapshot, VolumeSnapshot},
 };
 use serde::Serialize;
@@ -36,11 +37,12 @@ impl<'a> SnapshotView<'a> {
     /// Of a record, with the profiles as they are now.
     pub fn of(records: &Records, snapshot: &'a Snapshot) -> Self {
         let profiles = || snapshot.profiles.iter().filter_map(|p| records.profiles.get(p));
+        let instance = records.instances.get(&snapshot.instance);
         let (expanded_config, expanded_devices) = karst_model::profile::expand(
+            instance.map_or(InstanceKind::Container, |i| i.kind),
             profiles().map(|p| (&p.config, &p.devices)),
             (&snapshot.config, &snapshot.devices),
         );
-        let instance = records.instances.get(&snapshot.instance);
         Self {
             architecture: instance.map(|i| i.architecture.clone()).unwrap_or_default(),
             config: &snapshot.config,
