@@ -206,7 +206,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Replaces a pool's description and notes (`user.*`), and lets one in a file of its own grow (`size`), which is the operation
+    /// Replaces a pool's description, notes (`user.*`) and defaults of volumes (`volume.*`), and lets one in a file of its own
+    /// grow (`size`), which is the operation
     /// that is answered. What else the pool is made of stays as it was made.
     ///
     /// # Errors
@@ -323,6 +324,8 @@ fn changed(row: &Row<Pool>, name: &str, request: &UpdatePool) -> Result<Option<B
         }
         let field = format!("config.{key}");
         match (key.as_str(), &source) {
+            // Of volumes that are made from now on.
+            _ if karst_model::storage::default_of(key).is_some() => {}
             ("size", PoolSource::Own { size: Some(size) }) => {
                 let now = Some(&before).filter(|s| !s.is_empty()).map(|s| ByteSize::parse(&field, s));
                 if now.transpose()?.is_some_and(|now| now > *size) {

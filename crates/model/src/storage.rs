@@ -146,6 +146,48 @@ pub const POOL_KEYS: &[PoolKey] = &[
         text: "File system of containers' volumes on devices: `ext4` or `xfs`.",
     },
     PoolKey {
+        name: "volume.security.shared",
+        kinds: PoolKind::ALL,
+        default: "false",
+        text: "New block volumes may be attached to several instances at once, as their own key says.",
+    },
+    PoolKey {
+        name: "volume.security.shifted",
+        kinds: PoolKind::ALL,
+        default: "false",
+        text: "The same of file systems and `security.shifted`.",
+    },
+    PoolKey {
+        name: "volume.size",
+        kinds: PoolKind::ALL,
+        default: "10GiB for disks of machines and block volumes",
+        text: "Size of new volumes and root disks that say none themselves. Not of files in a `dir` pool, which cannot bound them.",
+    },
+    PoolKey {
+        name: "volume.snapshots.expiry",
+        kinds: PoolKind::ALL,
+        default: "",
+        text: "When snapshots of new volumes expire, where the volume does not say.",
+    },
+    PoolKey {
+        name: "volume.snapshots.expiry.manual",
+        kinds: PoolKind::ALL,
+        default: "",
+        text: "The same of snapshots that were asked for.",
+    },
+    PoolKey {
+        name: "volume.snapshots.pattern",
+        kinds: PoolKind::ALL,
+        default: "`snap%d`",
+        text: "How snapshots of new volumes are called, where the volume does not say.",
+    },
+    PoolKey {
+        name: "volume.snapshots.schedule",
+        kinds: PoolKind::ALL,
+        default: "",
+        text: "When snapshots of new volumes are taken, where the volume does not say.",
+    },
+    PoolKey {
         name: "volume.zfs.block_mode",
         kinds: &[PoolKind::Zfs],
         default: "true before OpenZFS 2.2, which cannot map the ids of mounts",
@@ -164,6 +206,60 @@ pub const POOL_KEYS: &[PoolKey] = &[
         text: "Limits count what a volume holds, not its snapshots, as on all pools: Incus' other value is refused.",
     },
 ];
+
+/// The key of volumes that this key of a pool is the default of, such as `size` of `volume.size`.
+pub fn default_of(key: &str) -> Option<&str> {
+    key.strip_prefix("volume.").filter(|k| VOLUME_KEYS.contains(k) && *k != "user.*")
+}
+
+/// Keys that only some volumes have.
+fn fits(key: &str, content: VolumeContent) -> bool {
+    match key {
+        "security.shared" => content == VolumeContent::Block,
+        "security.shifted" => content == VolumeContent::Filesystem,
+        "size" => content != VolumeContent::Iso,
+        _ => true,
+    }
+}
+
+fn check_volume_defaults(config: &Config) -> Result<()> {
+    for (key, value) in config {
+        let Some(of) = default_of(key) else { continue };
+        let content =
+            if fits(of, VolumeContent::Block) { VolumeContent::Block } else { VolumeContent::Filesystem };
+        let one = Config::from([(of.to_owned(), value.clone())]);
+        check_volume_config(&one, content).map_err(|e| e.at(format!("config.{key}")))?;
+    }
+    Ok(())
+}
+
+impl Pool {
+    /// What a new custom volume of this pool is to have: what was asked for, and the pool's defaults for what was not.
+    pub fn volume_config(&self, asked: &Config, content: VolumeContent) -> Config {
+        let mut all: Config =
+            asked.iter().filter(|(_, v)| !v.is_empty()).map(|(k, v)| (k.clone(), v.clone())).collect();
+        for (key, value) in self.config.iter().filter(|(_, v)| !v.is_empty()) {
+            let Some(of) = default_of(key).filter(|of| fits(of, content)) else { continue };
+            // Asked for as empty is asked for as none.
+            if asked.contains_key(of) || (of == "size" && !self.bounds(content)) {
+                continue;
+            }
+            all.insert(of.to_owned(), value.clone());
+        }
+        all
+    }
+
+    /// The size of a new root disk that says none itself.
+    pub fn root_size(&self, content: VolumeContent) -> Option<ByteSize> {
+        let size = self.config.get("volume.size").filter(|s| !s.is_empty() && self.bounds(content))?;
+        ByteSize::parse("config.volume.size", size).ok()
+    }
+
+    /// Can it bound what such a volume takes?
+    fn bounds(&self, content: VolumeContent) -> bool {
+        content != VolumeContent::Filesystem || self.kind != PoolKind::Dir
+    }
+}
 
 /// Is this the name of a data set or volume group?
 ///
@@ -272,6 +368,7 @@ pub fn pool_source(kind: PoolKind, config: &Config) -> Result<PoolSource> {
     let size = config.get("size").filter(|s| !s.is_empty());
     let size = size.map(|s| ByteSize::parse("config.size", s)).transpose()?;
     pool_options(config)?;
+    check_volume_defaults(config)?;
     let value = |key: &str| config.get(key).filter(|s| !s.is_empty());
     let named = value("zfs.pool_name").or(value("lvm.vg_name"));
     if let (Some(source), Some(named)) = (value("source"), named)
@@ -534,6 +631,16 @@ mod tests {
             (PoolKind::Lvm, &[("lvm.use_thinpool", "false")], "config.lvm.use_thinpool", "thin here"),
             (PoolKind::Zfs, &[("zfs.clone_copy", "rebase")], "config.zfs.clone_copy", ""),
             (PoolKind::Zfs, &[("lvm.use_thinpool", "true")], "config.lvm.use_thinpool", "zfs pool"),
+            (PoolKind::Dir, &[("volume.size", "1KiB")], "config.volume.size", "too small"),
+            (PoolKind::Dir, &[("volume.security.shared", "perhaps")], "config.volume.security.shared", ""),
+            (
+                PoolKind::Btrfs,
+                &[("volume.snapshots.schedule", "* *")],
+                "config.volume.snapshots.schedule",
+                "",
+            ),
+            (PoolKind::Btrfs, &[("volume.sise", "1GiB")], "config.volume.sise", "volume.size"),
+            (PoolKind::Dir, &[("volume.user.x", "y")], "config.volume.user.x", "unknown"),
             (PoolKind::Lvm, &[("lvm.thinpool_name", "thin")], "config.lvm.thinpool_name", "source"),
             (
                 PoolKind::Lvm,
@@ -545,6 +652,42 @@ mod tests {
             let (at, message) = read(kind, config).unwrap_err();
             assert!(at == field && message.contains(word), "{at}: {message}");
         }
+    }
+
+    #[test]
+    fn volumes_get_what_their_pool_says() {
+        use VolumeContent::{Block, Filesystem, Iso};
+        let map = |pairs: &[(&str, &str)]| -> Config {
+            pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
+        };
+        let pool = |kind| Pool {
+            id: PoolId(uuid::Uuid::nil()),
+            name: Name::parse("name", "p").unwrap(),
+            kind,
+            description: String::new(),
+            config: map(&[
+                ("volume.size", "20GiB"),
+                ("volume.security.shared", "true"),
+                ("volume.snapshots.expiry", "1w"),
+                ("volume.zfs.blocksize", "16KiB"),
+            ]),
+            spec_version: 1,
+        };
+        let btrfs = pool(PoolKind::Btrfs);
+        let shown = |asked: &[(&str, &str)], content| btrfs.volume_config(&map(asked), content);
+        assert_eq!(
+            shown(&[], Block),
+            map(&[("security.shared", "true"), ("size", "20GiB"), ("snapshots.expiry", "1w")])
+        );
+        assert_eq!(
+            shown(&[("size", "1GiB"), ("snapshots.expiry", "")], Filesystem),
+            map(&[("size", "1GiB")])
+        );
+        assert_eq!(shown(&[], Iso), map(&[("snapshots.expiry", "1w")]));
+        assert_eq!(btrfs.root_size(Filesystem), Some(ByteSize::gib(20)));
+        let dir = pool(PoolKind::Dir);
+        assert_eq!((dir.root_size(Filesystem), dir.root_size(Block)), (None, Some(ByteSize::gib(20))));
+        assert!(!dir.volume_config(&Config::new(), Filesystem).contains_key("size"));
     }
 
     #[test]

@@ -363,10 +363,11 @@ pub(crate) fn plan(
         InstanceKind::Container => VolumeContent::Filesystem,
         InstanceKind::VirtualMachine => VolumeContent::Block,
     };
-    let size = match (request.kind, size) {
-        (_, Some(s)) => Some(*s),
-        (InstanceKind::VirtualMachine, None) => Some(DEFAULT_VM_DISK),
-        (InstanceKind::Container, None) => None,
+    let size = match (size, pool.root_size(content), request.kind) {
+        (Some(s), ..) => Some(*s),
+        (None, Some(s), _) => Some(s),
+        (None, None, InstanceKind::VirtualMachine) => Some(DEFAULT_VM_DISK),
+        (None, None, InstanceKind::Container) => None,
     };
     let own = Volume {
         id: volume_id,

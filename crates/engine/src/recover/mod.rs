@@ -219,7 +219,8 @@ fn as_made(mut pool: Pool, spec: &PoolSpec) -> Result<Pool> {
     if pool.spec().is_ok_and(|said| said == *spec) {
         return Ok(pool);
     }
-    pool.config.retain(|key, _| key.starts_with("user."));
+    let free = |key: &str| key.starts_with("user.") || karst_model::storage::default_of(key).is_some();
+    pool.config.retain(|key, _| free(key));
     match &spec.source {
         PoolSource::Granted { source } => drop(pool.config.insert("source".into(), source.clone())),
         PoolSource::Own { size: Some(size) } => {

@@ -164,16 +164,20 @@ impl ProjectUsage {
             .find(|d| d.get("type").is_some_and(|t| t == "disk") && d.get("path").is_some_and(|p| p == "/"));
         let written = root.and_then(|d| d.get("size")).filter(|s| !s.is_empty());
         let written = written.and_then(|s| ByteSize::parse("size", s).ok());
-        let recorded = records.volumes.get(&instance.root).and_then(|v| v.size);
+        let there = records.volumes.get(&instance.root);
+        let recorded = there.and_then(|v| v.size);
         let recorded =
             recorded.max(planned.root.filter(|_| planned.instance.is_some_and(|i| i.id == instance.id)));
         let pool = root.and_then(|d| d.get("pool")).map_or("", String::as_str);
+        // The pool's default is that of disks which are not there yet.
+        let of_pool = |content| records.pool(pool).ok().filter(|_| there.is_none())?.root_size(content);
         let size = match instance.kind {
             // A disk that grew stays so, whatever a profile says later.
             InstanceKind::VirtualMachine => {
-                Some(written.max(recorded).unwrap_or(crate::compute::create::DEFAULT_VM_DISK))
+                let size = written.max(recorded).or_else(|| of_pool(VolumeContent::Block));
+                Some(size.unwrap_or(crate::compute::create::DEFAULT_VM_DISK))
             }
-            InstanceKind::Container => written,
+            InstanceKind::Container => written.or(recorded).or_else(|| of_pool(VolumeContent::Filesystem)),
         };
         if root.is_some_and(|d| d.get("source").is_some_and(|s| !s.is_empty())) {
             // A custom volume, which counts as such.

@@ -47,12 +47,14 @@ impl Engine {
         let project = self.volume_editor(context, project)?;
         let inner = self.inner();
         let name = Name::parse("name", &request.name)?;
-        let size = check_volume_config(&request.config, request.content)?;
-        let size = size.or((request.content != VolumeContent::Filesystem).then_some(DEFAULT_BLOCK_SIZE));
+        check_volume_config(&request.config, request.content)?;
         runner::start::<VolumeCreate>(inner, context, |tx| {
             let records = inner.inventory.read();
             let pool = records.pool(pool)?;
             let owner = begin_new(&records, tx, &project, pool, &name)?;
+            let config = pool.volume_config(&request.config, request.content);
+            let size = check_volume_config(&config, request.content)?;
+            let size = size.or((request.content != VolumeContent::Filesystem).then_some(DEFAULT_BLOCK_SIZE));
             let volume = Volume {
                 id: VolumeId(inner.env.uuid()),
                 pool: pool.id,
@@ -62,12 +64,7 @@ impl Engine {
                 owner: VolumeOwner::Custom,
                 description: request.description.clone(),
                 size,
-                config: request
-                    .config
-                    .iter()
-                    .filter(|(_, v)| !v.is_empty())
-                    .map(|(k, v)| (k.clone(), v.clone()))
-                    .collect(),
+                config,
                 spec_version: 1,
                 created_at: inner.env.now(),
             };

@@ -72,3 +72,39 @@ async fn pools_are_described() {
     let wrong = json!({"name": "p", "devices": {"eth0": {"type": "nic", "network": "none0"}}});
     assert!(s.post("/1.0/profiles", wrong).await.refused(404).contains("none0"));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pools_have_defaults_of_volumes() {
+    let s = Server::start().await;
+    let config = json!({"size": "100GiB", "volume.size": "3GiB", "volume.snapshots.expiry": "1w"});
+    let made = json!({"name": "p6", "driver": "btrfs", "config": config});
+    assert_eq!(s.post("/1.0/storage-pools", made).await.status, 201);
+    let volumes = "/1.0/storage-pools/p6/volumes/custom";
+    let make = async |name: &str, config: serde_json::Value| {
+        let answer = s.post(volumes, json!({"name": name, "config": config})).await;
+        assert!(answer.status < 300, "{}", answer.json());
+        s.get(&format!("{volumes}/{name}")).await.metadata()["config"].clone()
+    };
+    assert_eq!(make("plain", json!({})).await, json!({"size": "3GiB", "snapshots.expiry": "1w"}));
+    let own = make("own", json!({"size": "2GiB", "snapshots.expiry": ""})).await;
+    assert_eq!(own, json!({"size": "2GiB"}), "what is asked for as none stays none");
+    // They change for volumes that are made from now on.
+    s.patch("/1.0/storage-pools/p6", json!({"config": {"volume.size": "4GiB"}})).await.metadata();
+    assert_eq!(make("later", json!({})).await["size"], "4GiB");
+    assert_eq!(s.get(&format!("{volumes}/plain")).await.metadata()["config"]["size"], "3GiB");
+    for (key, value) in [("volume.size", "1KiB"), ("volume.sise", "1GiB"), ("volume.snapshots.schedule", "x")]
+    {
+        let said = s.patch("/1.0/storage-pools/p6", json!({"config": {key: value}})).await.refused(400);
+        assert!(said.contains("volume."), "{said}");
+    }
+    // Root disks too; a project's limit counts what they will have.
+    let root = json!({"root": {"type": "disk", "path": "/", "pool": "p6"}});
+    let config = json!({"features.images": "true", "features.profiles": "true", "limits.disk": "5GiB"});
+    assert_eq!(s.post("/1.0/projects", json!({"name": "team", "config": config})).await.status, 201);
+    let guest = |name: &str, kind: &str| json!({"name": name, "type": kind, "source": {"type": "none"}, "devices": root});
+    s.done(s.post("/1.0/instances?project=team", guest("v1", "virtual-machine")).await).await;
+    let over = s.post("/1.0/instances?project=team", guest("c1", "container")).await;
+    assert!(
+        (400..500).contains(&over.status) && over.json()["error"].as_str().unwrap().contains("limits.disk")
+    );
+}
