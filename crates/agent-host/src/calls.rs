@@ -755,6 +755,10 @@ calls! {
         Ok(())
     }
     read exec_start(me, request: ExecStart) -> WithFds<SessionId> { me.exec(request).await }
+    read exec_output_keep(me, output: ExecOutput) -> WithFds<SessionId> { me.keep_output(output).await }
+    read exec_outputs(me, instance: InstanceId) -> Vec<ExecOutput> { me.outputs(instance).await }
+    read exec_output_open(me, output: ExecOutput) -> WithFds<()> { me.open_output(output).await }
+    read exec_output_delete(me, output: ExecOutput) -> () { me.delete_output(output).await }
     read session_resize(me, request: SessionResize) -> () {
         me.sessions.get(request.session)?.resize(request.columns, request.rows).await
     }

@@ -24,6 +24,7 @@ mod machines;
 mod monitor;
 mod nics;
 mod nodes;
+mod outputs;
 mod policy;
 mod pool_growth;
 mod pool_kinds;

@@ -6,6 +6,7 @@ use crate::{
     copies::{MachineCopyBegin, MachineCopyEnd, MachineCopyRef, MachineCopySpeed},
     descriptions::{FoundPool, PoolDescribe, PoolSurvey, PoolSurveyed, PoolsFind},
     displays::{DisplayGuardSet, DisplayGuarded, SpiceChannel},
+    outputs::ExecOutput,
     publish::{ImagePublish, VolumeRebuild},
     thresholds::DiskThresholdSet,
 };
@@ -136,6 +137,7 @@ plain!(
     VolumeFilled,
     Vec<(InstanceId, Metrics)>,
     Vec<(InstanceId, MachineFigures)>,
+    Vec<ExecOutput>,
     Vec<Series>,
     serde_json::Value,
     MonitorAnswer,
@@ -414,6 +416,15 @@ agent_calls! {
     read fn session_wait(SessionWait: SessionId) -> i32;
     /// Ends a session.
     read fn session_close(SessionClose: SessionId) -> ();
+    /// Keeps what a program prints, by the bounds of [`crate::outputs`], in place of what is kept under the same name: one
+    /// write-only descriptor; it is whole when `session_wait` answers 0.
+    read fn exec_output_keep(ExecOutputKeep: ExecOutput) -> WithFds<SessionId>;
+    /// What is kept of a guest, the oldest first.
+    read fn exec_outputs(ExecOutputs: InstanceId) -> Vec<ExecOutput>;
+    /// Opens what is kept: one descriptor for reading.
+    read fn exec_output_open(ExecOutputOpen: ExecOutput) -> WithFds<()>;
+    /// Deletes what is kept.
+    read fn exec_output_delete(ExecOutputDelete: ExecOutput) -> ();
     /// Attaches to the console: one descriptor, both ways.
     read fn console_attach(ConsoleAttach: ConsoleAttach) -> WithFds<SessionId>;
     /// Presses the reset button of a running virtual machine.

@@ -12,7 +12,7 @@ mod parts;
 mod publish;
 mod storage;
 
-use crate::{backups::*, calls::*, copies::*, displays::*, publish::*, thresholds::*};
+use crate::{backups::*, calls::*, copies::*, displays::*, outputs::*, publish::*, thresholds::*};
 use karst_env::{EnvExt, SharedEnv};
 use karst_model::{
     ByteSize, DeviceId, Error, ErrorKind, ImageId, InstanceId, NetworkId, NodeId, PoolId, Result, SagaId,

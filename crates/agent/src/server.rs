@@ -280,6 +280,7 @@ impl Connection {
         let (name, mutation) = (call.name(), call.is_mutation());
         let (opens, closes) = match &call {
             Call::ExecStart(_)
+            | Call::ExecOutputKeep(_)
             | Call::ConsoleAttach(_)
             | Call::DisplayAttach(_)
             | Call::DisplayAttachGuarded(_)

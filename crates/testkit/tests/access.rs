@@ -2,7 +2,7 @@
 //! with exactly what it needs. A use case that is missing in the table fails the test.
 
 use futures::future::BoxFuture;
-use karst_agent::ImagePart;
+use karst_agent::{ImagePart, OutputStream};
 use karst_engine::{
     Context,
     backups::{
@@ -272,6 +272,13 @@ fn settings(name: &str) -> CertificateSettings {
     }
 }
 
+/// What a program printed that the administrator had run: its name.
+async fn kept_output(f: &Fixture) -> String {
+    let kept = f.w.engine.exec_output_keep(&f.w.admin, HERE, "run", f.running, OutputStream::Stdout).await;
+    drop(kept.unwrap());
+    OutputStream::Stdout.of(f.running)
+}
+
 fn exec() -> ExecRequest {
     ExecRequest {
         command: vec!["true".into()],
@@ -386,6 +393,10 @@ fn cases() -> Vec<Case> {
         instance_memory_drop Use |f, c, p| f.w.engine.instance_memory_drop(c, p, "still").await.map(drop);
         exec_check Use |f, c, p| f.w.engine.exec_check(c, p, "run", &exec()).map(drop);
         exec Use |f, c, p| f.w.engine.exec(c, p, "run", exec()).await.map(drop);
+        exec_output_keep Use |f, c, p| f.w.engine.exec_output_keep(c, p, "run", f.running, OutputStream::Stdout).await.map(drop);
+        exec_outputs Use |f, c, p| f.w.engine.exec_outputs(c, p, "run").await.map(drop);
+        exec_output Use |f, c, p| { let name = kept_output(f).await; f.w.engine.exec_output(c, p, "run", &name).await.map(drop) };
+        exec_output_delete Use |f, c, p| { let name = kept_output(f).await; f.w.engine.exec_output_delete(c, p, "run", &name).await };
         console Use |f, c, p| f.w.engine.console(c, p, "run", false).await.map(drop);
         console_log Use |f, c, p| f.w.engine.console_log(c, p, "run", false).await.map(drop);
         console_log Edit |f, c, p| f.w.engine.console_log(c, p, "run", true).await.map(drop);

@@ -95,6 +95,7 @@ pub(super) async fn all(s: &Subject, kind: InstanceKind, source: &ImageSource) {
     eprintln!("contract: {kind}: files");
     Box::pin(files(&guest)).await;
     eprintln!("contract: {kind}: console");
+    Box::pin(outputs(&guest)).await;
     Box::pin(console(&guest)).await;
     eprintln!("contract: {kind}: pause, update");
     Box::pin(machine_only(&guest)).await;
@@ -223,6 +224,46 @@ async fn start(guest: &Guest<'_>) {
     let known = agent.guest_observe_all(&s.read(), ()).await.unwrap();
     let known = known.into_iter().find(|o| o.instance == guest.spec.instance).unwrap();
     assert_eq!((known.pid, known.state), (observed.pid, RuntimeState::Running));
+}
+
+/// What programs print is kept by name, read and deleted.
+async fn outputs(guest: &Guest<'_>) {
+    let (s, agent, instance) = (guest.s, &guest.s.agent, guest.spec.instance);
+    assert!(agent.exec_outputs(&s.read(), instance).await.unwrap().is_empty());
+    let of = |n: u128, stream| ExecOutput { instance, operation: uuid::Uuid::from_u128(n).into(), stream };
+    let keep = async |output: ExecOutput, text: Vec<u8>| {
+        let kept = agent.exec_output_keep(&s.read(), output).await.unwrap();
+        let [sink]: [OwnedFd; 1] = kept.fds.try_into().expect("one descriptor");
+        write_all(sink, text).await;
+        assert_eq!(agent.session_wait(&s.read(), kept.value).await.unwrap(), 0);
+        agent.session_close(&s.read(), kept.value).await.unwrap();
+    };
+    let text = async |output: ExecOutput| {
+        let opened = agent.exec_output_open(&s.read(), output).await.unwrap();
+        let [file]: [OwnedFd; 1] = opened.fds.try_into().expect("one descriptor");
+        read_all(file).await
+    };
+    let (out, err) = (of(1, OutputStream::Stdout), of(1, OutputStream::Stderr));
+    keep(out, b"said\n".to_vec()).await;
+    keep(err, vec![]).await;
+    let mut all = agent.exec_outputs(&s.read(), instance).await.unwrap();
+    all.sort();
+    assert_eq!(all, [out, err]);
+    assert_eq!((text(out).await, text(err).await), (b"said\n".to_vec(), vec![]));
+    // The beginning of what is too long.
+    keep(out, vec![b'x'; OUTPUT_BYTES as usize + 7]).await;
+    assert_eq!(text(out).await.len() as u64, OUTPUT_BYTES);
+    agent.exec_output_delete(&s.read(), out).await.unwrap();
+    refused(agent.exec_output_delete(&s.read(), out).await, ErrorKind::NotFound);
+    refused(agent.exec_output_open(&s.read(), out).await, ErrorKind::NotFound);
+    // So many and no more.
+    for n in 0..OUTPUTS as u128 {
+        keep(of(n + 10, OutputStream::Stdout), vec![]).await;
+    }
+    assert_eq!(agent.exec_outputs(&s.read(), instance).await.unwrap().len(), OUTPUTS);
+    let nobody = ExecOutput { instance: uuid::Uuid::nil().into(), ..out };
+    refused(agent.exec_output_keep(&s.read(), nobody).await, ErrorKind::NotFound);
+    refused(agent.exec_outputs(&s.read(), nobody.instance).await, ErrorKind::NotFound);
 }
 
 async fn metrics(guest: &Guest<'_>) {

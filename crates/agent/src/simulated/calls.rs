@@ -5,7 +5,9 @@ use super::{
     SimulatedAgent,
     state::{Guest, State},
 };
-use crate::{backups::*, calls::*, copies::*, descriptions::*, displays::*, publish::*, thresholds::*};
+use crate::{
+    backups::*, calls::*, copies::*, descriptions::*, displays::*, outputs::*, publish::*, thresholds::*,
+};
 use async_trait::async_trait;
 use karst_model::{
     BackupId, ByteSize, Error, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
@@ -360,6 +362,7 @@ calls! {
             return Err(Error::conflict(format!("instance {instance} runs; stop it first")));
         }
         state.guests.remove(&instance);
+        state.outputs.retain(|output, _| output.instance != instance);
         state.machine_states.retain(|(i, _), _| *i != instance);
         state.arrived.remove(&instance);
         state.histories.remove(&instance);
@@ -536,6 +539,23 @@ calls! {
         Ok(())
     }
     read exec_start(me, request: ExecStart) -> WithFds<SessionId> { me.exec(request) }
+    read exec_output_keep(me, output: ExecOutput) -> WithFds<SessionId> { me.keep_output(output) }
+    read exec_outputs(me, instance: InstanceId) -> Vec<ExecOutput> {
+        let state = me.settled();
+        state.guests.get(&instance).ok_or_else(|| no_guest(instance))?;
+        Ok(state.outputs.keys().filter(|o| o.instance == instance).copied().collect())
+    }
+    read exec_output_open(me, output: ExecOutput) -> WithFds<()> {
+        let state = me.settled();
+        state.guests.get(&output.instance).ok_or_else(|| no_guest(output.instance))?;
+        let kept = state.outputs.get(&output).ok_or_else(|| output.missing())?;
+        Ok(WithFds { value: (), fds: vec![super::files::content(kept)?] })
+    }
+    read exec_output_delete(me, output: ExecOutput) -> () {
+        let mut state = me.settled();
+        state.guests.get(&output.instance).ok_or_else(|| no_guest(output.instance))?;
+        state.outputs.remove(&output).map(drop).ok_or_else(|| output.missing())
+    }
     read session_resize(me, request: SessionResize) -> () {
         let state = me.lock();
         let session = state.sessions.get(&request.session).ok_or_else(|| no_session(request.session))?;

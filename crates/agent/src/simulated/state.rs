@@ -5,7 +5,7 @@ use super::{
     session::Session,
     storage::{Held, Snapshot},
 };
-use crate::calls::ImagePart;
+use crate::{calls::ImagePart, outputs::ExecOutput};
 use karst_model::{
     BackupId, ByteSize, Error, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId, SnapshotId,
     VolumeId,
@@ -49,6 +49,8 @@ pub(super) struct State {
     /// Copies that machines went on from since they were started.
     pub pivoted: BTreeSet<(InstanceId, VolumeId)>,
     pub sessions: BTreeMap<SessionId, Session>,
+    /// What programs printed.
+    pub outputs: BTreeMap<ExecOutput, Vec<u8>>,
     /// Starts of machines in which a command of the monitor was run, and who follows its events.
     pub monitored: BTreeMap<InstanceId, u32>,
     pub followers: Vec<File>,

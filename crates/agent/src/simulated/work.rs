@@ -6,7 +6,7 @@ use super::{
     state::{Guest, Image, Network, State, Volume},
     storage::Held,
 };
-use crate::{calls::*, displays::DisplayGuardSet};
+use crate::{calls::*, displays::DisplayGuardSet, outputs::*};
 use karst_model::{
     ByteSize, Config, Error, InstanceId, NetworkId, PoolId, Result, SessionId,
     device::interface_name,
@@ -538,6 +538,29 @@ impl SimulatedAgent {
             self.events.publish(&AgentEvent::DiskThreshold { reached });
         }
         Ok(WithFds { value: id, fds })
+    }
+
+    pub(super) fn keep_output(&self, output: ExecOutput) -> Result<WithFds<SessionId>> {
+        let mut state = self.settled();
+        state.guests.get(&output.instance).ok_or_else(|| no_guest(output.instance))?;
+        let of_guest: Vec<_> =
+            state.outputs.keys().filter(|o| o.instance == output.instance).copied().collect();
+        for old in of_guest.iter().take((of_guest.len() + 1).saturating_sub(OUTPUTS)) {
+            state.outputs.remove(old);
+        }
+        state.outputs.insert(output, vec![]);
+        let states = self.state.clone();
+        let commit = move |mut data: Vec<u8>| {
+            data.truncate(OUTPUT_BYTES as usize);
+            if let Some(kept) = states.lock().unwrap().outputs.get_mut(&output) {
+                *kept = data;
+            }
+            Ok(())
+        };
+        let (session, fd) = Session::file_write(output.instance, commit)?;
+        let id = SessionId(self.env.uuid());
+        state.add_session(id, session)?;
+        Ok(WithFds { value: id, fds: vec![fd] })
     }
 
     pub(super) fn console(&self, request: ConsoleAttach) -> Result<WithFds<SessionId>> {

@@ -18,6 +18,7 @@ pub mod metrics;
 pub mod monitor;
 pub(crate) mod nic_checks;
 pub(crate) mod nics;
+pub mod outputs;
 pub mod power;
 pub mod rebuild;
 pub mod refresh;

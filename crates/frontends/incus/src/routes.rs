@@ -59,7 +59,6 @@ const BUCKETS: &str = "object storage is not planned before Ceph";
 const ACLS: &str = "what ACLs log goes to the kernel's log, not to files";
 const OVN: &str = "this needs OVN networks, which come with tenant networks";
 const NVRAM: &str = "editing of firmware variables is not there yet";
-const LOGS: &str = "what programs print goes to whoever runs them; it is not recorded yet";
 
 /// The table.
 pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
@@ -138,9 +137,9 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         POST "/1.0/instances/{name}/files" => files::post, "files_over_http",
         DELETE "/1.0/instances/{name}/files" => files::delete, "files_over_http",
         GET "/1.0/instances/{name}/logs" => logs::list, "instances_have_logs",
-        GET "/1.0/instances/{name}/logs/exec-output"; open LOGS,
-        GET "/1.0/instances/{name}/logs/exec-output/{filename}"; open LOGS,
-        DELETE "/1.0/instances/{name}/logs/exec-output/{filename}"; open LOGS,
+        GET "/1.0/instances/{name}/logs/exec-output" => logs::outputs, "what_programs_print_is_kept",
+        GET "/1.0/instances/{name}/logs/exec-output/{filename}" => logs::output, "what_programs_print_is_kept",
+        DELETE "/1.0/instances/{name}/logs/exec-output/{filename}" => logs::output_delete, "what_programs_print_is_kept",
         GET "/1.0/instances/{name}/logs/{filename}" => logs::get, "instances_have_logs",
         DELETE "/1.0/instances/{name}/logs/{filename}" => logs::delete, "instances_have_logs",
         GET "/1.0/instances/{name}/metadata" => metadata::get, "metadata_and_templates_live",

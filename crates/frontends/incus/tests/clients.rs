@@ -355,6 +355,40 @@ async fn incus_monitors() {
 
 /// `incus info --show-log` reads the log of what runs the guest, by a name of its own for each kind.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_programs_print_is_kept() {
+    let s = Server::start().await;
+    s.container("c1", true).await;
+    let all = "/1.0/instances/c1/logs/exec-output";
+    assert_eq!(s.get(all).await.metadata(), json!([]));
+    let run = |command: serde_json::Value, more: serde_json::Value| {
+        let mut body = json!({"command": command, "record-output": true, "wait-for-websocket": false});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body
+    };
+    let ran = s
+        .post("/1.0/instances/c1/exec", run(json!(["sh", "-c", "echo out; echo err >&2; exit 7"]), json!({})))
+        .await;
+    let metadata = s.done(ran).await["metadata"].clone();
+    assert_eq!(metadata["return"], 7);
+    let (out, err) = (metadata["output"]["1"].as_str().unwrap(), metadata["output"]["2"].as_str().unwrap());
+    assert!(out.starts_with(&format!("{all}/exec_")) && out.ends_with(".stdout"), "{metadata}");
+    assert_eq!(&s.get(out).await.body[..], b"out\n");
+    assert_eq!(&s.get(err).await.body[..], b"err\n");
+    let listed = s.get(all).await.metadata();
+    assert!([out, err].iter().all(|p| listed.as_array().unwrap().contains(&json!(p))), "{listed}");
+    s.delete(out).await.metadata();
+    s.delete(out).await.refused(404);
+    s.get(out).await.refused(404);
+    assert_eq!(s.get(all).await.metadata(), json!([err]));
+    // With websockets the client has it; a terminal has one stream for both.
+    s.post("/1.0/instances/c1/exec", run(json!(["true"]), json!({"interactive": true}))).await.refused(400);
+    for wrong in ["exec_x.stdout", "..%2Fguest.json", "lxc.log"] {
+        s.get(&format!("{all}/{wrong}")).await.refused(404);
+    }
+    s.get("/1.0/instances/nope/logs/exec-output").await.refused(404);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn instances_have_logs() {
     let s = Server::start().await;
     s.container("c1", false).await;

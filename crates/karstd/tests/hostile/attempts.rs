@@ -493,6 +493,12 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
     ] {
         add("exec_start", what, request, Refused);
     }
+    let output = |stream: &str| json!({"instance": id(99), "operation": id(1), "stream": stream});
+    for call in ["exec_output_keep", "exec_output_open", "exec_output_delete"] {
+        add(call, "of none", output("stdout"), Refused);
+        add(call, "of no stream", output("../x"), Refused);
+    }
+    add("exec_outputs", "of none", nobody.clone(), Refused);
     add("session_resize", "none", json!({"session": id(99), "columns": 0, "rows": 0}), Refused);
     add("session_signal", "none", json!({"session": id(99), "signal": 9}), Refused);
     add("session_wait", "none", nobody.clone(), Refused);

@@ -17,8 +17,11 @@ use hyper::{
     Response,
     header::{CONTENT_DISPOSITION, CONTENT_TYPE, HeaderValue},
 };
-use karst_engine::{LiveOperation, NewOperation, compute::guest::ExecSession};
-use karst_model::{Error, Result, guest::ExecRequest, operation::OperationClass};
+use karst_engine::{
+    LiveOperation, NewOperation,
+    compute::{guest::ExecSession, outputs::OutputStream},
+};
+use karst_model::{Error, OperationId, Result, guest::ExecRequest, operation::OperationClass};
 use serde_json::{Map, Value, json};
 use std::{os::fd::OwnedFd, time::Duration};
 use tokio::{
@@ -33,6 +36,8 @@ const LINGER: Duration = Duration::from_millis(100);
 /// How long a client may take for the last output of a program that has ended. It may be read in a pager; but one that was
 /// stopped takes nothing, and would hold the operation and the session for ever.
 const LAST: Duration = Duration::from_secs(3600);
+/// How long the output of a program that has ended is waited for where it is kept.
+const KEPT: Duration = Duration::from_secs(2);
 /// A terminal without a size.
 const SIZE: (u16, u16) = (80, 25);
 
@@ -66,10 +71,13 @@ pub async fn exec(call: Call) -> Result<Reply> {
         terminal: interactive.then(|| size(width, height)),
     };
     let sockets = f.flag("wait-for-websocket")?;
-    if f.flag("record-output")? {
-        return Err(
-            Error::unsupported("recording the output is not there yet; use websockets").at("record-output")
-        );
+    // On websockets the client has the output itself.
+    let record = f.flag("record-output")? && !sockets;
+    if record && interactive {
+        return Err(Error::invalid(
+            "record-output",
+            "what is kept has no terminal; leave out interactive, or use websockets",
+        ));
     }
     f.finish(&[])?;
     let project = call.project().to_owned();
@@ -93,9 +101,21 @@ pub async fn exec(call: Call) -> Result<Reply> {
     let live = call.engine().inner().operations.begin(&call.context, new);
     if !sockets {
         let answer = running(&live)?;
+        let path = super::logs::path_of_outputs(&view);
         tokio::spawn(async move {
-            let result = unattended(&call, &project, request).await;
-            end(&call, &live, result);
+            if !record {
+                let result = unattended(&call, &project, request).await;
+                return end(&call, &live, result, Map::new());
+            }
+            let result = recorded(&call, &project, request, live.id()).await;
+            let output = [("1", OutputStream::Stdout), ("2", OutputStream::Stderr)]
+                .map(|(number, stream)| (number.to_owned(), json!(path(&stream.of(live.id())))));
+            end(
+                &call,
+                &live,
+                result,
+                Map::from_iter([("output".to_owned(), Value::Object(output.into_iter().collect()))]),
+            );
         });
         return Ok(answer);
     }
@@ -104,7 +124,7 @@ pub async fn exec(call: Call) -> Result<Reply> {
     tokio::spawn(async move {
         let result = attended(&call, &project, request, awaited).await;
         close(&call, &live, result.as_ref().err());
-        end(&call, &live, result);
+        end(&call, &live, result, Map::new());
     });
     Ok(answer)
 }
@@ -136,9 +156,13 @@ pub(super) fn offered(live: &LiveOperation, secrets: Map<String, Value>) -> Resu
 
 /// Ends the operation of a program. By the two codes that say "there is no such program" and "it cannot be executed" it
 /// fails, as Incus' does: its client has no other way to tell why.
-fn end(call: &Taken, live: &LiveOperation, result: Result<i32>) {
+fn end(call: &Taken, live: &LiveOperation, result: Result<i32>, more: Map<String, Value>) {
     let operations = &call.engine().inner().operations;
-    let outcome = |code: i32| Map::from_iter([("return".to_owned(), json!(code))]);
+    let outcome = |code: i32| {
+        let mut all = more.clone();
+        all.insert("return".to_owned(), json!(code));
+        all
+    };
     match result {
         Ok(code @ 127) => operations.end_failed(live, Error::not_found("Command not found"), outcome(code)),
         Ok(code @ 126) => {
@@ -159,6 +183,49 @@ async fn unattended(call: &Taken, project: &str, request: ExecRequest) -> Result
         tokio::spawn(async move { tokio::io::copy(&mut stream, &mut tokio::io::sink()).await });
     }
     session.wait().await
+}
+
+/// Runs a program nobody listens to, and has the host keep what it prints.
+async fn recorded(call: &Taken, project: &str, request: ExecRequest, operation: OperationId) -> Result<i32> {
+    let (engine, context, name) = (call.engine(), &call.context, call.param(0));
+    let mut kept = vec![];
+    for stream in OutputStream::ALL {
+        kept.push(engine.exec_output_keep(context, project, name, operation, stream).await?);
+    }
+    let started = engine.exec(context, project, name, request).await;
+    let ExecSession { fds, session } = match started {
+        Ok(started) => started,
+        Err(e) => {
+            for stream in OutputStream::ALL {
+                // Nothing was printed into it; what cannot be deleted now goes with the oldest.
+                let _ = engine.exec_output_delete(context, project, name, &stream.of(operation)).await;
+            }
+            return Err(e);
+        }
+    };
+    let (mut copies, mut ends) = (vec![], vec![]);
+    // Standard input has nothing in it.
+    for (source, kept) in fds.into_iter().skip(1).zip(kept) {
+        let mut source = Stream::new(source)?;
+        let sinks = kept.fds.into_iter().map(Stream::new).collect::<std::io::Result<Vec<_>>>()?;
+        copies.push(tokio::spawn(async move {
+            for mut sink in sinks {
+                // One that broke off has nothing more to give.
+                let _ = tokio::io::copy(&mut source, &mut sink).await;
+            }
+        }));
+        ends.push(kept.session);
+    }
+    let code = session.wait().await;
+    // Others of its processes may hold on to its pipes: what is there is taken.
+    taken(copies, KEPT).await;
+    for end in ends {
+        let whole = tokio::time::timeout(KEPT, end.wait()).await;
+        if !matches!(whole, Ok(Ok(0))) {
+            tracing::debug!(%operation, "the output of a program is not kept whole");
+        }
+    }
+    code
 }
 
 /// Runs a program on websockets.
