@@ -2,8 +2,13 @@
 
 use crate::root;
 use karst_model::{
+    device::{DISK_KEYS, NIC_KEYS, nic_kinds},
     keys::{INSTANCE_KEYS, Key, KeyScope, KeyType},
+    network::BRIDGE_KEYS,
+    project::{FEATURES, LIMITS, RESTRICTIONS, text_of},
+    server_keys::SERVER_KEYS,
     storage::{POOL_KEYS, PoolKind, VOLUME_KEYS},
+    uplink::UPLINK_KEYS,
 };
 use std::fs;
 
@@ -13,6 +18,11 @@ pub fn run(check: bool) -> Vec<String> {
     let documents = [
         ("docs/reference/instance-keys.md", instance_keys()),
         ("docs/reference/storage-keys.md", storage_keys()),
+        ("docs/reference/network-keys.md", network_keys()),
+        ("docs/reference/nic-keys.md", nic_keys()),
+        ("docs/reference/disk-keys.md", disk_keys()),
+        ("docs/reference/project-keys.md", project_keys()),
+        ("docs/reference/server-keys.md", server_keys()),
     ];
     for (name, text) in documents {
         let path = root().join(name);
@@ -44,6 +54,91 @@ fn storage_keys() -> String {
     for key in VOLUME_KEYS {
         text.push_str(&format!("- `{key}`\n"));
     }
+    text
+}
+
+/// Begins a page.
+fn page(of: &str, made_of: &str) -> String {
+    format!(
+        "# Configuration keys of {of}\n\nMade of `crates/model/src/{made_of}.rs` by `cargo xtask gen`.\n\n"
+    )
+}
+
+/// A table of keys and texts.
+fn table(text: &mut String, keys: &[(&str, &str)]) {
+    text.push_str("| key | what it does |\n|---|---|\n");
+    for (name, what) in keys {
+        text.push_str(&format!("| `{name}` | {what} |\n"));
+    }
+    text.push_str("| `user.*` | Yours. |\n");
+}
+
+fn network_keys() -> String {
+    let mut text = page("networks", "network");
+    text.push_str("## Bridges\n\n");
+    table(&mut text, BRIDGE_KEYS);
+    text.push_str("\n## Interfaces of the host (macvlan, physical)\n\n");
+    table(&mut text, UPLINK_KEYS);
+    text
+}
+
+fn nic_keys() -> String {
+    let mut text = page("NICs", "device/nic_keys");
+    let kinds: Vec<_> = nic_kinds().collect();
+    text.push_str(
+        "A NIC on a network (`network=NAME`) has those of `bridged`, or of what the network is.\n\n",
+    );
+    text.push_str("| key | nictype | what it does |\n|---|---|---|\n");
+    for (name, what) in NIC_KEYS {
+        let of: Vec<_> =
+            kinds.iter().filter(|(_, keys)| keys.contains(name)).map(|(kind, _)| *kind).collect();
+        let of = if of.len() == kinds.len() { "all".to_owned() } else { of.join(", ") };
+        text.push_str(&format!("| `{name}` | {of} | {what} |\n"));
+    }
+    text
+}
+
+fn disk_keys() -> String {
+    let mut text = page("disks", "device/disk_keys");
+    text.push_str("| key | of | what it does |\n|---|---|---|\n");
+    for (name, root, others, what) in DISK_KEYS {
+        let of = match (root, others) {
+            (true, false) => "the root disk",
+            (false, true) => "other disks",
+            _ => "all",
+        };
+        text.push_str(&format!("| `{name}` | {of} | {what} |\n"));
+    }
+    text
+}
+
+fn project_keys() -> String {
+    let mut text = page("projects", "project");
+    text.push_str("## What it has of its own\n\n| key | in a new project | what it does |\n|---|---|---|\n");
+    for (name, new) in FEATURES {
+        text.push_str(&format!("| `{name}` | {new} | {} |\n", text_of(name)));
+    }
+    text.push_str("\n## Limits\n\nNever passed, also not by two creations at once.\n\n");
+    text.push_str("| key | is a | of what |\n|---|---|---|\n");
+    for (name, kind) in LIMITS {
+        text.push_str(&format!("| `{name}` | {kind} | {} |\n", text_of(name)));
+    }
+    text.push_str(
+        "\n## Restrictions\n\n| key | values | without it | what it restricts |\n|---|---|---|---|\n",
+    );
+    text.push_str(&format!("| `restricted` | `true`, `false` | false | {} |\n", text_of("restricted")));
+    for (name, values, default) in RESTRICTIONS {
+        let words: Vec<_> = values.iter().map(|v| format!("`{v}`")).collect();
+        let words = if words.is_empty() { "names".to_owned() } else { words.join(", ") };
+        let default = if default.is_empty() { "all" } else { *default };
+        text.push_str(&format!("| `{name}` | {words} | {default} | {} |\n", text_of(name)));
+    }
+    text + "| `user.*` | text | | Yours. |\n"
+}
+
+fn server_keys() -> String {
+    let mut text = page("the server", "server_keys");
+    table(&mut text, SERVER_KEYS);
     text
 }
 

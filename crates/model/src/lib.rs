@@ -35,6 +35,7 @@ pub mod project;
 pub mod registry;
 pub mod schedule;
 pub mod secret;
+pub mod server_keys;
 pub mod signal;
 pub mod size;
 pub mod snapshot;

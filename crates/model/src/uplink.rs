@@ -62,16 +62,28 @@ pub struct UplinkSpec {
     pub mtu: Option<u32>,
 }
 
-const KEYS: &[&str] = &["mtu", "parent", "vlan"];
+/// Keys of networks that are an interface of the host, with what they mean, in order.
+pub const UPLINK_KEYS: &[(&str, &str)] = &[
+    ("mtu", "MTU of the guests' ends, 68 to 65535"),
+    (
+        "parent",
+        "interface of the host, which `network_interfaces` of host-policy.toml grants; a bond is one too",
+    ),
+    ("vlan", "VLAN of the parent, 1 to 4094, which is an interface of the host (`eth1.5`)"),
+];
 
 impl UplinkSpec {
     fn parse(kind: NetworkKind, config: &Config) -> Result<Self> {
         for (key, value) in config {
             crate::keys::check_free(key, value)?;
-            if !key.starts_with("user.") && !KEYS.contains(&key.as_str()) {
-                let hint = match nearest(key, KEYS.iter().copied()) {
+            let known = || UPLINK_KEYS.iter().map(|(k, _)| *k);
+            if !key.starts_with("user.") && !known().any(|k| k == key) {
+                let hint = match nearest(key, known()) {
                     Some(n) => format!("; did you mean {n:?}?"),
-                    None => format!("; a network of type {} has {}", kind.as_str(), KEYS.join(", ")),
+                    None => {
+                        let all: Vec<_> = known().collect();
+                        format!("; a network of type {} has {}", kind.as_str(), all.join(", "))
+                    }
                 };
                 return Err(Error::invalid(
                     format!("config.{key}"),

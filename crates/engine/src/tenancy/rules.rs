@@ -1,61 +1,16 @@
 //! Keys of a project: what it has of its own, its limits, its restrictions; parsed once.
 
-use karst_model::{ByteSize, Config, Error, Result, error::nearest, keys};
+use karst_model::{ByteSize, Config, Error, Result, error::nearest, keys, project::LIMITS};
 use std::collections::BTreeMap;
 
-/// Switches by which a project has something of its own (`true`) or shares the default project's, and what a new project
-/// begins with.
-pub const FEATURES: &[(&str, &str)] = &[
-    ("features.images", "true"),
-    ("features.networks", "false"),
-    ("features.profiles", "true"),
-    ("features.storage.buckets", "true"),
-    ("features.storage.volumes", "true"),
-];
+pub use karst_model::project::FEATURES;
+pub(crate) use karst_model::project::RESTRICTIONS;
 
-/// Limits that are numbers, and those that are sizes.
-const NUMBERS: &[&str] = &[
-    "limits.containers",
-    "limits.cpu",
-    "limits.instances",
-    "limits.networks",
-    "limits.processes",
-    "limits.virtual-machines",
-];
-const SIZES: &[&str] = &["limits.disk", "limits.memory"];
 const POOL_LIMIT: &str = "limits.disk.pool.";
 
 /// May guests of a restricted project send under others' addresses on the networks that projects share? `ipv6`: under others of
 /// IPv6 only, for systems that make theirs otherwise than from their MAC address. Incus has no such key.
 pub(crate) const SPOOFING: &str = "restricted.networks.spoofing";
-
-/// Restrictions: key, values, and the value when it is not written. Without values it is a list of names.
-pub(crate) const RESTRICTIONS: &[(&str, &[&str], &str)] = &[
-    ("restricted.backups", &["allow", "block"], "block"),
-    ("restricted.cluster.target", &["allow", "block"], "block"),
-    ("restricted.containers.interception", &["allow", "block", "full"], "block"),
-    ("restricted.containers.lowlevel", &["allow", "block"], "block"),
-    ("restricted.containers.nesting", &["allow", "block"], "block"),
-    ("restricted.containers.privilege", &["unprivileged", "isolated", "allow"], "unprivileged"),
-    ("restricted.devices.disk", &["allow", "block", "managed"], "managed"),
-    ("restricted.devices.disk.paths", &[], ""),
-    ("restricted.devices.gpu", &["allow", "block"], "block"),
-    ("restricted.devices.infiniband", &["allow", "block"], "block"),
-    ("restricted.devices.nic", &["allow", "block", "managed"], "managed"),
-    ("restricted.devices.pci", &["allow", "block"], "block"),
-    ("restricted.devices.proxy", &["allow", "block"], "block"),
-    ("restricted.devices.unix-block", &["allow", "block"], "block"),
-    ("restricted.devices.unix-char", &["allow", "block"], "block"),
-    ("restricted.devices.unix-hotplug", &["allow", "block"], "block"),
-    ("restricted.devices.usb", &["allow", "block"], "block"),
-    ("restricted.images.servers", &[], ""),
-    ("restricted.networks.access", &[], ""),
-    (SPOOFING, &["allow", "block", "ipv6"], "block"),
-    ("restricted.snapshots", &["allow", "block"], "block"),
-    ("restricted.storage-pools.access", &[], ""),
-    ("restricted.virtual-machines.lowlevel", &["allow", "block"], "block"),
-    ("restricted.virtual-machines.nesting", &["allow", "block"], "allow"),
-];
 
 /// What must not be passed. `None` is without limit.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -91,8 +46,11 @@ pub struct ProjectRules {
 
 fn refuse_unknown(key: &str) -> Error {
     let known = || {
-        let all =
-            FEATURES.iter().map(|(k, _)| *k).chain(NUMBERS.iter().copied()).chain(SIZES.iter().copied());
+        let all = FEATURES
+            .iter()
+            .map(|(k, _)| *k)
+            .chain(LIMITS.iter().map(|(k, _)| *k))
+            .filter(|k| !k.ends_with('*'));
         all.chain(["restricted"]).chain(RESTRICTIONS.iter().map(|(k, ..)| *k))
     };
     let hint = match nearest(key, known()) {

@@ -162,7 +162,23 @@ pub enum DiskRate {
     },
 }
 
-const IO_KEYS: [&str; 5] = ["io.bus", "io.cache", "limits.read", "limits.write", "limits.max"];
+/// Keys of the root disk, and those of others; beside [`IO_KEYS`].
+pub(super) const ROOT_KEYS: &[&str] = &["type", "path", "pool", "source", "size", "boot.priority"];
+pub(super) const OTHER_KEYS: &[&str] = &[
+    "type",
+    "path",
+    "pool",
+    "source",
+    "readonly",
+    "recursive",
+    "propagation",
+    "shift",
+    "required",
+    "boot.priority",
+    "attached",
+    "size",
+];
+pub(super) const IO_KEYS: [&str; 5] = ["io.bus", "io.cache", "limits.read", "limits.write", "limits.max"];
 
 impl DiskIo {
     /// Parses the keys that all disks have.
@@ -201,7 +217,7 @@ fn rate(keys: &Keys<'_>, key: &str) -> Result<Option<DiskRate>> {
 
 impl RootDevice {
     pub(super) fn parse(keys: &Keys<'_>) -> Result<Self> {
-        keys.known(&[&["type", "path", "pool", "source", "size", "boot.priority"][..], &IO_KEYS].concat())?;
+        keys.known(&[ROOT_KEYS, &IO_KEYS].concat())?;
         let (source, size) = (keys.get("source").map(str::to_owned), keys.size("size")?);
         if source.is_some() && size.is_some() {
             return Err(Error::invalid(
@@ -221,21 +237,7 @@ impl RootDevice {
 
 impl DiskDevice {
     pub(super) fn parse(keys: &Keys<'_>) -> Result<Self> {
-        let own = [
-            "type",
-            "path",
-            "pool",
-            "source",
-            "readonly",
-            "recursive",
-            "propagation",
-            "shift",
-            "required",
-            "boot.priority",
-            "attached",
-            "size",
-        ];
-        keys.known(&[&own[..], &IO_KEYS].concat())?;
+        keys.known(&[OTHER_KEYS, &IO_KEYS].concat())?;
         let source = keys.demand("source", "a disk needs a source: a custom volume of a pool, or a path")?;
         let source = match keys.get("pool") {
             Some(_) if source == MEMORY => {

@@ -1,18 +1,22 @@
 //! Devices as users write them, and their typed form: a module for each type.
 
 mod disk;
+mod disk_keys;
 mod kernel;
 mod nic;
+mod nic_keys;
 mod nic_kind;
 mod node;
 mod proxy;
 mod tpm;
 
 pub use disk::*;
+pub use disk_keys::DISK_KEYS;
 pub use kernel::*;
 pub use nic::*;
+pub use nic_keys::NIC_KEYS;
 pub(crate) use nic_kind::vlan_id;
-pub use nic_kind::{NicKind, ParentLink, RoutedLink};
+pub use nic_kind::{NicKind, ParentLink, RoutedLink, nic_kinds};
 pub use node::*;
 pub use proxy::*;
 pub use tpm::*;

@@ -105,6 +105,11 @@ const KINDS: &[(&str, &[&[&str]])] = &[
 ];
 const LATER: &[&str] = &["ipvlan", "ovn", "sriov"];
 
+/// Kinds as users write them, and the keys that each has.
+pub fn nic_kinds() -> impl Iterator<Item = (&'static str, Vec<&'static str>)> {
+    KINDS.iter().map(|(kind, lists)| (*kind, lists.iter().flat_map(|l| l.iter().copied()).collect()))
+}
+
 impl NicKind {
     pub(super) fn parse(keys: &Keys<'_>) -> Result<Self> {
         let network = keys.get("network");

@@ -1,0 +1,70 @@
+//! What the keys of disks mean.
+
+/// Name, whether root disks and whether others have it, and text; by name.
+pub const DISK_KEYS: &[(&str, bool, bool, &str)] = &[
+    ("attached", false, true, "`false`: a disc is ejected; a disk is described and not there (true)."),
+    (
+        "boot.priority",
+        true,
+        true,
+        "Virtual machines: the higher, the earlier it is booted from; the root has 1 unless it says otherwise.",
+    ),
+    (
+        "io.bus",
+        true,
+        true,
+        "Virtual machines: `virtio-scsi` (the default), `virtio-blk`, `nvme`, `sata`; `9p` for directories.",
+    ),
+    ("io.cache", true, true, "Virtual machines: `none` (the default), `writeback`, `unsafe`."),
+    ("limits.max", true, true, "Both `limits.read` and `limits.write`."),
+    ("limits.read", true, true, "Bytes a second such as `10MiB`, or operations such as `100iops`; live."),
+    ("limits.write", true, true, "The same of writing."),
+    (
+        "path",
+        true,
+        true,
+        "Where it is mounted: `/` is the root disk. A virtual machine shares a directory there; without it, it has a drive.",
+    ),
+    ("pool", true, true, "Pool of the root disk, or of the custom volume that `source` names."),
+    (
+        "propagation",
+        false,
+        true,
+        "Mounts of the host that appear below later: `private` (the default) or `slave`, and their `r` forms.",
+    ),
+    ("readonly", false, true, "Nobody writes through it (false)."),
+    ("recursive", false, true, "Mounts below a directory of the host are there too (false)."),
+    ("required", false, true, "`false`: the instance starts without it where it is missing (true)."),
+    ("shift", false, true, "Owners of a directory of the host are mapped into the container's ids (false)."),
+    ("size", true, true, "Size of the root disk, or of a file system in memory."),
+    (
+        "source",
+        true,
+        true,
+        "A custom volume of the pool, a path of the host that `path_prefixes` of host-policy.toml grants, or `tmpfs:`.",
+    ),
+    ("type", true, true, "`disk`."),
+];
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::disk::{IO_KEYS, OTHER_KEYS, ROOT_KEYS},
+        *,
+    };
+
+    #[test]
+    fn all_and_no_others() {
+        assert!(DISK_KEYS.windows(2).all(|w| w[0].0 < w[1].0));
+        let sorted = |keys: &[&'static str]| {
+            let mut all = [keys, &IO_KEYS].concat();
+            all.sort_unstable();
+            all
+        };
+        let of = |root: bool| -> Vec<&str> {
+            let has = |key: &&(&str, bool, bool, &str)| if root { key.1 } else { key.2 };
+            DISK_KEYS.iter().filter(has).map(|key| key.0).collect()
+        };
+        assert_eq!((of(true), of(false)), (sorted(ROOT_KEYS), sorted(OTHER_KEYS)));
+    }
+}
