@@ -207,8 +207,7 @@ impl Engine {
     }
 
     /// Replaces a pool's description, notes (`user.*`) and defaults of volumes (`volume.*`), and lets one in a file of its own
-    /// grow (`size`), which is the operation
-    /// that is answered. What else the pool is made of stays as it was made.
+    /// grow (`size`), which is the operation that is answered. What else the pool is made of stays as it was made.
     ///
     /// # Errors
     /// Invalid by field, not found, conflict (deleted meanwhile), precondition failed, forbidden; what fails on a host comes

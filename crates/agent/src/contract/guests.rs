@@ -94,7 +94,7 @@ pub(super) async fn all(s: &Subject, kind: InstanceKind, source: &ImageSource) {
     Box::pin(exec(&guest)).await;
     eprintln!("contract: {kind}: files");
     Box::pin(files(&guest)).await;
-    eprintln!("contract: {kind}: console");
+    eprintln!("contract: {kind}: kept output, console");
     Box::pin(outputs(&guest)).await;
     Box::pin(console(&guest)).await;
     eprintln!("contract: {kind}: pause, update");

@@ -205,7 +205,7 @@ async fn presets_fill_in_devices() {
     // Once its drivers are there, it may go, and the devices are as they are without it.
     s.done(s.put("/1.0/instances/w1/state", json!({"action": "stop", "force": true, "timeout": -1})).await)
         .await;
-    s.patch("/1.0/instances/w1", json!({"config": {"hardware.preset": ""}})).await;
+    s.patch("/1.0/instances/w1", json!({"config": {"hardware.preset": ""}})).await.metadata();
     let w1 = s.get("/1.0/instances/w1").await.metadata();
     assert!(w1["expanded_devices"].as_object().unwrap().values().all(|d| d.get("io.bus").is_none()), "{w1}");
 }

@@ -82,6 +82,7 @@ mod tests {
         let new = "8:0 rbytes=4096 wbytes=512 rios=1 wios=1\n8:16 \n259:1 rbytes=4 wbytes=x dbytes=9\n";
         assert_eq!((v2(new, "rbytes="), v2(new, "wbytes=")), (4100, 512));
     }
+
     #[test]
     fn each_device_has_its_own() {
         let bytes = "8:0 Read 4096\n8:0 Write 512\n8:0 Total 4608\n7:1 Read 9\nTotal 4617\n";
