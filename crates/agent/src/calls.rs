@@ -3,6 +3,10 @@
 
 use crate::{
     backups::{BackupCreate, BackupFacts, VolumeFill, VolumeFilled, VolumeWrite},
+    checkpoints::{
+        MachineBackupBegin, MachineBackupRef, MachineCheckpointCreate, MachineCheckpointDelete,
+        MachineCheckpoints,
+    },
     copies::{MachineCopyBegin, MachineCopyEnd, MachineCopyRef, MachineCopySpeed},
     descriptions::{FoundPool, PoolDescribe, PoolSurvey, PoolSurveyed, PoolsFind},
     displays::{DisplayGuardSet, DisplayGuarded, SpiceChannel},
@@ -16,8 +20,8 @@ use karst_model::{
     SnapshotId, VolumeId,
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
     guest::{
-        Applied, DiskCopyState, ExecRequest, FileInfo, FileWrite, MachineFigures, Metrics, MonitorAnswer,
-        Observed, StopMode, ThresholdReached,
+        Applied, CheckpointMark, DiskBackupState, DiskCopyState, ExecRequest, FileInfo, FileWrite,
+        MachineFigures, Metrics, MonitorAnswer, Observed, StopMode, ThresholdReached,
     },
     history::Series,
     image::{DiskFormat, ImageFacts},
@@ -142,6 +146,8 @@ plain!(
     serde_json::Value,
     MonitorAnswer,
     DiskCopyState,
+    DiskBackupState,
+    Vec<CheckpointMark>,
     Vec<u8>,
     u32,
     Vec<VolumeSnapshot>,
@@ -374,6 +380,22 @@ agent_calls! {
     /// machine does not run any more and had not gone on from it. To cancel one that there is none of is fine; conflict when
     /// the machine goes on from it already.
     mutate fn machine_copy_end(MachineCopyEnd: MachineCopyEnd) -> ();
+    /// Makes a checkpoint of a running virtual machine: from one moment on, the same for all its disks, the host follows what
+    /// changes. One that is there is fine. Unsupported for a disk whose format cannot keep it.
+    mutate fn machine_checkpoint_create(MachineCheckpointCreate: MachineCheckpointCreate) -> ();
+    /// Takes a checkpoint away; the one before it has then what it had. Fine when it is not there; of a machine that does not run
+    /// nothing happens, and what is left goes with its next checkpoint or backup.
+    mutate fn machine_checkpoint_delete(MachineCheckpointDelete: MachineCheckpointDelete) -> ();
+    /// What disks of a running virtual machine have of checkpoints.
+    read fn machine_checkpoints(MachineCheckpoints: MachineCheckpoints) -> Vec<CheckpointMark>;
+    /// Begins a backup of disks of a running virtual machine, all of one moment; one of this id that goes on already is fine. Until
+    /// its end all volumes of it are in use, and the disks are neither changed nor taken away. On an error there is none, and no
+    /// checkpoint.
+    mutate fn machine_backup_begin(MachineBackupBegin: MachineBackupBegin) -> ();
+    /// How far it is.
+    read fn machine_backup_state(MachineBackupState: MachineBackupRef) -> DiskBackupState;
+    /// Ends it, however far it is; nothing of it is in use then. Fine when there is none. A checkpoint of it stays.
+    mutate fn machine_backup_end(MachineBackupEnd: MachineBackupRef) -> ();
     /// Removes all that a stopped guest has on the host but its volumes.
     mutate fn guest_destroy(GuestDestroy: InstanceId) -> ();
     /// Every guest that the host knows.

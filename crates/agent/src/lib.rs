@@ -6,6 +6,7 @@
 
 pub mod backups;
 pub mod calls;
+pub mod checkpoints;
 pub mod client;
 #[cfg(feature = "testing")]
 pub mod contract;
@@ -26,6 +27,7 @@ pub mod wire;
 
 pub use backups::*;
 pub use calls::*;
+pub use checkpoints::*;
 pub use client::Client;
 pub use copies::*;
 pub use descriptions::*;

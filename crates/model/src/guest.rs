@@ -1,7 +1,7 @@
 //! What a host sees of its guests and what can be asked of a running one; shared by drivers, agent and engine.
 
 use crate::{
-    InstanceId,
+    CheckpointId, InstanceId, VolumeId,
     instance::{ExitReason, Generation, RuntimeState},
 };
 use serde::{Deserialize, Serialize};
@@ -256,6 +256,51 @@ pub struct DiskFigures {
     pub allocation: Option<u64>,
     /// Bytes that its file has.
     pub physical: Option<u64>,
+}
+
+/// How far a backup of a running machine's disks is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct DiskBackupState {
+    /// What it does.
+    pub phase: DiskBackupPhase,
+    /// Bytes that are done of `total`; of one that is read by others, what was kept for them because the guest wrote.
+    pub done: u64,
+    /// Bytes that there are to do.
+    pub total: u64,
+    /// The socket at which one is read, in words of its host: for people, and those who are on that host.
+    #[serde(default)]
+    pub socket: Option<String>,
+}
+
+/// What a backup of a running machine's disks does.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskBackupPhase {
+    /// There is none, or not any more: the machine ended before it was done.
+    #[default]
+    Gone,
+    /// It is written, or can be read.
+    Running,
+    /// All of it is written.
+    Done,
+    /// It failed; nothing of it is of use.
+    Failed {
+        /// Why, in words.
+        reason: String,
+    },
+}
+
+/// What a host has of a checkpoint in the file of a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointMark {
+    /// Which.
+    pub checkpoint: CheckpointId,
+    /// The volume that the disk is.
+    pub volume: VolumeId,
+    /// Bytes that changed while it was the newest.
+    pub bytes: u64,
+    /// It is whole: the machine was not killed while it followed.
+    pub whole: bool,
 }
 
 /// How far a copy of a running machine's disk is.

@@ -39,6 +39,10 @@ ids! {
     VolumeId,
     /// A node of a snapshot tree.
     SnapshotId,
+    /// A checkpoint of a virtual machine's disks.
+    CheckpointId,
+    /// A backup of a virtual machine's disks while it is made.
+    DiskBackupId,
     /// A network.
     NetworkId,
     /// A network ACL.

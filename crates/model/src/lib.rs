@@ -10,6 +10,7 @@ pub mod application;
 pub mod applied;
 pub mod audit;
 pub mod backup;
+pub mod checkpoint;
 pub mod device;
 pub mod display;
 pub mod dnsmasq;

@@ -3,17 +3,17 @@
 use crate::{DiskFormat, ResolvedGuest};
 use async_trait::async_trait;
 use karst_model::{
-    Error, InstanceId, Result, SnapshotId, VolumeId,
+    CheckpointId, DiskBackupId, Error, InstanceId, Result, SnapshotId, VolumeId,
     display::{DisplayGuard, DisplayProtocol},
     instance::InstanceKind,
 };
-use std::{collections::BTreeMap, fmt, os::fd::OwnedFd, path::PathBuf};
+use std::{collections::BTreeMap, fmt, net::SocketAddr, os::fd::OwnedFd, path::PathBuf};
 use tokio::sync::{broadcast, mpsc};
 
 pub use karst_model::guest::{
-    Applied, Details, DirtyRate, DiskCopyEnd, DiskCopyPhase, DiskCopyState, DiskCounters, ExecRequest,
-    FileInfo, FileKind, FileWrite, FilesystemFigures, Interface, MachineFigures, Metrics, MonitorAnswer,
-    MonitorEvent, Observed, ProcessorTimes, StopMode, ThresholdReached,
+    Applied, Details, DirtyRate, DiskBackupPhase, DiskBackupState, DiskCopyEnd, DiskCopyPhase, DiskCopyState,
+    DiskCounters, ExecRequest, FileInfo, FileKind, FileWrite, FilesystemFigures, Interface, MachineFigures,
+    Metrics, MonitorAnswer, MonitorEvent, Observed, ProcessorTimes, StopMode, ThresholdReached,
 };
 
 /// A kind of guest on this host. Implementations pass one contract suite.
@@ -88,6 +88,11 @@ pub trait GuestDriver: Send + Sync {
 
     /// Copies disks of guests that run; `None` where the kind cannot.
     fn disk_copies(&self) -> Option<&dyn DiskCopies> {
+        None
+    }
+
+    /// Follows what changes of disks of guests that run, and backs them up; `None` where the kind cannot.
+    fn disk_backups(&self) -> Option<&dyn DiskBackups> {
         None
     }
 
@@ -239,6 +244,118 @@ pub trait DiskCopies: Send + Sync {
 
     /// Sets the bytes a second that it may copy; 0: as fast as it goes. Conflict when there is none.
     async fn set_speed(&self, instance: InstanceId, to: VolumeId, speed: u64) -> Result<()>;
+}
+
+/// A disk of a checkpoint that is to be made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MarkedDisk {
+    /// Where the disk is.
+    pub path: PathBuf,
+    /// Its checkpoint that followed it until now.
+    pub before: Option<CheckpointId>,
+}
+
+/// A checkpoint to be made: from one moment on, the same for all its disks, what changes is followed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewCheckpoint {
+    /// What it is called.
+    pub id: CheckpointId,
+    /// Its disks.
+    pub disks: Vec<MarkedDisk>,
+}
+
+/// A disk of a checkpoint that is to go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnmarkedDisk {
+    /// Where the disk is.
+    pub path: PathBuf,
+    /// The checkpoint before it, which what changed since is what this one has, too.
+    pub parent: Option<CheckpointId>,
+    /// It is the newest of the disk: the one before it follows from then on.
+    pub last: bool,
+}
+
+/// A disk to be backed up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackedUpDisk {
+    /// Where the disk is.
+    pub path: PathBuf,
+    /// What changed since the first of these, which follow each other; without any, all of it.
+    pub since: Vec<CheckpointId>,
+    /// Where it is written to: something raw of the disk's size; of a backup that is read by others, where what the guest
+    /// overwrites is kept meanwhile: something raw and empty, larger than the disk by [`scratch_size`].
+    pub to: PathBuf,
+    /// What it is called where it is read.
+    pub export: String,
+    /// What the bitmap of its changes is called there.
+    pub bitmap: String,
+}
+
+/// Bytes that what keeps the old content of a disk of so many bytes may need: the disk's, and what a qcow2 image has of its own
+/// (tables of clusters of 64 KiB: 8 bytes each and 2 for their counts), rounded up generously.
+pub fn scratch_size(disk: u64) -> u64 {
+    let most = disk.saturating_add(disk / 1024).saturating_add(16 << 20);
+    most.checked_next_multiple_of(1 << 20).unwrap_or(u64::MAX)
+}
+
+/// Where a backup is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BackupServer {
+    /// At a socket in the guest's directory.
+    Unix,
+    /// At an address of this host.
+    Tcp(SocketAddr),
+}
+
+/// A backup of disks, all as they were at one moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskBackup {
+    /// What it is called.
+    pub id: DiskBackupId,
+    /// The disks.
+    pub disks: Vec<BackedUpDisk>,
+    /// A checkpoint of the same moment.
+    pub checkpoint: Option<NewCheckpoint>,
+    /// The checkpoints that there are: what disks have of others is dropped.
+    pub known: Vec<CheckpointId>,
+    /// Others read it there, until its end; else it is written.
+    pub server: Option<BackupServer>,
+}
+
+/// What a disk has of a checkpoint: where the disk is, which one, the bytes that changed while it was the newest, and whether it
+/// is whole.
+pub type DiskMark = (PathBuf, CheckpointId, u64, bool);
+
+/// Checkpoints and backups of disks of guests that run. All may be called again after a crash.
+#[async_trait]
+pub trait DiskBackups: Send + Sync {
+    /// Makes a checkpoint; one that is there is fine. What disks have of others than `known` is dropped. Not found without such a
+    /// disk, unsupported for one whose format cannot keep it, by its name.
+    async fn mark(
+        &self,
+        instance: InstanceId,
+        checkpoint: NewCheckpoint,
+        known: Vec<CheckpointId>,
+    ) -> Result<()>;
+
+    /// Takes a checkpoint away, of the disks that the guest has; fine when it is not there. Of a guest that does not run nothing
+    /// happens: what is left goes with the next checkpoint or backup.
+    async fn unmark(&self, instance: InstanceId, id: CheckpointId, disks: Vec<UnmarkedDisk>) -> Result<()>;
+
+    /// What the disks of a guest that runs have.
+    async fn marks(&self, instance: InstanceId) -> Result<Vec<DiskMark>>;
+
+    /// Begins a backup; one of this name that there is already goes on. Conflict while there is another, and when a disk does not
+    /// have all of the checkpoints that it is to be backed up since. Without an answer or with an error there is none, and no
+    /// checkpoint.
+    async fn begin(&self, instance: InstanceId, backup: DiskBackup) -> Result<()>;
+
+    /// How far it is. Also of a guest that does not run any more.
+    async fn state(&self, instance: InstanceId, id: DiskBackupId) -> Result<DiskBackupState>;
+
+    /// Ends it, however far it is, and answers when nothing of it is in use any more; fine when there is none. A checkpoint of it
+    /// stays.
+    async fn end(&self, instance: InstanceId, id: DiskBackupId) -> Result<()>;
 }
 
 /// What a virtual machine is beside its disks and memory.
