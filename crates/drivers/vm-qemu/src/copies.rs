@@ -13,7 +13,7 @@
 //! be taken from what the guest may use; those of the disk before the machine goes on from it.
 
 use crate::{
-    QemuDriver,
+    QemuDriver, backups,
     devices::{Disk, Side},
     driver::Slot,
     launch,
@@ -280,6 +280,7 @@ pub(crate) async fn begin(machine: &Machine, copy: DiskCopy) -> Result<()> {
     if disk.path == copy.path {
         return Err(Error::invalid("to", "the disk is there already"));
     }
+    backups::demand_none(machine).await?;
     if disk.cdrom || disk.readonly {
         return Err(Error::unsupported("a disk that is only read is copied as a volume, not by its guest"));
     }

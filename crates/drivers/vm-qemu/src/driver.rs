@@ -4,7 +4,7 @@ mod capabilities;
 
 use crate::{
     argv::cpu_count,
-    copies, details, display, figures,
+    backups, bitmaps, copies, details, display, figures,
     inside::Inside,
     launch::{self, Groups, explain, limits, prepare},
     machine::{Ask, Machine, Tell, Tells, exit_reason, own, run_state},
@@ -15,9 +15,9 @@ use crate::{
 };
 use async_trait::async_trait;
 use karst_guest::{
-    Applied, DiskCopies, Exec, ExecRequest, FileWrite, GuestDriver, GuestFiles, GuestMachine, Interface,
-    MachineFigures, MachineFiles, Metrics, MonitorAnswer, MonitorEvent, Observed, OpenedFile, Quiesce,
-    ResolvedGuest, Silence, StopMode, ThresholdReached,
+    Applied, DiskBackups, DiskCopies, Exec, ExecRequest, FileWrite, GuestDriver, GuestFiles, GuestMachine,
+    Interface, MachineFigures, MachineFiles, Metrics, MonitorAnswer, MonitorEvent, Observed, OpenedFile,
+    Quiesce, ResolvedGuest, Silence, StopMode, ThresholdReached,
     keeper::{self, End, Keeper, Requested, State, Status},
     silence,
 };
@@ -46,6 +46,8 @@ const HEARD: usize = 1024;
 
 /// How long QEMU may take from its execution to its greeting.
 const GREETING: Duration = Duration::from_secs(20);
+/// How long a QEMU that is told to end may take for what it has to write.
+const WRITE: Duration = Duration::from_secs(10);
 /// How long a killed QEMU may take to be gone.
 const FORCE: Duration = Duration::from_secs(20);
 
@@ -325,6 +327,7 @@ impl Shared {
         monitor::unmark(dir)?;
         // Whoever orders a start knows by now which of a disk and its copy counts.
         copies::clear(dir)?;
+        backups::clear(dir)?;
         if record.resuming {
             saved::demand_fit(&saved::place(dir), &mut record)?;
         } else {
@@ -437,6 +440,7 @@ impl Shared {
         let slot = self.slot(machine.record().instance);
         let _changing = slot.changing.lock().await;
         copies::demand_none(machine).await?;
+        backups::demand_none(machine).await?;
         let ran = machine.now().state != RuntimeState::Paused;
         machine.ask(Ask::Pause).await?;
         if let Err(e) = saved::save(machine, &saved::place(&machine.dir)).await {
@@ -455,6 +459,10 @@ impl Shared {
                 return Err(Error::timeout("the guest's keeper does not answer"));
             }
             machine.keeper.mark(Requested::Force).await?;
+            // What has changed since checkpoints is in its files only when QEMU ends by itself.
+            if bitmaps::quit(machine).await.is_ok() && timeout(WRITE, machine.ended()).await.is_ok() {
+                return Ok(());
+            }
             machine.keeper.kill().await
         };
         match killed.await {
@@ -718,6 +726,10 @@ impl GuestDriver for QemuDriver {
     }
 
     fn machine(&self) -> Option<&dyn GuestMachine> {
+        Some(self)
+    }
+
+    fn disk_backups(&self) -> Option<&dyn DiskBackups> {
         Some(self)
     }
 

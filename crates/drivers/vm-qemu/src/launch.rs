@@ -42,6 +42,8 @@ pub(crate) const QMP: &str = "qmp.sock";
 pub(crate) const EVENTS: &str = "events.sock";
 pub(crate) const AGENT: &str = "agent.sock";
 pub(crate) const LINK: &str = "karst-agent.sock";
+/// That at which a backup is read; QEMU gets it when one begins.
+pub(crate) const BACKUP: &str = "backup.sock";
 /// Variables of the two kinds of UEFI firmware: those without enrolled keys are of no use under secure boot, nor the others
 /// without it.
 fn nvram_file(firmware: Firmware) -> &'static str {
@@ -111,7 +113,7 @@ pub(crate) async fn connect(dir: &Path, name: &str) -> std::io::Result<UnixStrea
     UnixStream::connect(format!("/proc/self/fd/{}/{name}", dir.as_raw_fd())).await
 }
 
-fn listen(dir: &Path, name: &str) -> Result<OwnedFd> {
+pub(crate) fn listen(dir: &Path, name: &str) -> Result<OwnedFd> {
     let dir = open_dir(dir)?;
     let path = format!("/proc/self/fd/{}/{name}", dir.as_raw_fd());
     match std::fs::remove_file(&path) {
@@ -383,7 +385,7 @@ pub(crate) fn prepare(
 
 /// Removes the sockets of a guest that has ended.
 pub(crate) fn remove_sockets(dir: &Path) {
-    for name in [QMP, EVENTS, AGENT, LINK] {
+    for name in [QMP, EVENTS, AGENT, LINK, BACKUP] {
         let _ = std::fs::remove_file(dir.join(name));
     }
 }

@@ -9,6 +9,8 @@
 
 pub mod agent;
 pub mod argv;
+mod backups;
+mod bitmaps;
 mod copies;
 pub mod cpu;
 mod details;

@@ -5,7 +5,7 @@
 //! device is named after its slot, so nothing of it can be missed.
 
 use crate::{
-    copies,
+    backups, copies,
     devices::{Disk, Layout, Nic, Side, device_id},
     launch,
     machine::Inner,
@@ -90,6 +90,7 @@ pub(crate) async fn apply(machine: &Inner, guest: &ResolvedGuest) -> Result<Vec<
     }
     if applied.disks != wanted.disks {
         copies::demand_none(machine).await?;
+        backups::demand_none(machine).await?;
     }
     let layout = Layout::of(&applied.machine, applied.ports)?;
     let (qmp, events) = Qmp::connect(&machine.dir, launch::QMP, GREETING).await?;
@@ -113,6 +114,7 @@ pub(crate) async fn grow(machine: &Inner, slot: &str, size: u64) -> Result<()> {
         return Err(Error::conflict("an NVMe disk cannot grow while the machine runs; stop it first"));
     }
     copies::demand_none(machine).await?;
+    backups::demand_none(machine).await?;
     let (qmp, _) = Qmp::connect(&machine.dir, launch::QMP, GREETING).await?;
     let node = side(&qmp, slot).await?.name('d', slot);
     qmp.execute("block_resize", json!({"node-name": node, "size": size})).await.map(drop)

@@ -40,6 +40,7 @@ impl GuestMachine for QemuDriver {
                 ));
             }
             copies::demand_none(&machine).await?;
+            backups::demand_none(&machine).await?;
             saved::save(&machine, &place).await?;
         }
         files(move || states::complete(&dir, snapshot)).await
