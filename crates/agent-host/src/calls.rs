@@ -8,13 +8,15 @@ use crate::{
 use async_trait::async_trait;
 use karst_agent::*;
 use karst_env::EnvExt;
-use karst_guest::{Applied, DiskCopyState, FileKind, MachineFigures, Metrics, Observed, StopMode};
+use karst_guest::{
+    Applied, DiskBackupState, DiskCopyState, FileKind, MachineFigures, Metrics, Observed, StopMode,
+};
 use karst_image::{Staged, Upload};
 use karst_model::{
     BackupId, Error, ErrorKind, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
     display::{DisplayGuard, DisplayProtocol},
-    guest::MonitorAnswer,
+    guest::{CheckpointMark, MonitorAnswer},
     history::Series,
     image::ImageFacts,
     instance::{InstanceKind, RuntimeState},
@@ -708,6 +710,12 @@ calls! {
     read machine_copy_state(me, at: MachineCopyRef) -> DiskCopyState { me.copy_state(at).await }
     mutate machine_copy_speed(me, request: MachineCopySpeed) -> () { me.set_copy_speed(request).await }
     mutate machine_copy_end(me, request: MachineCopyEnd) -> () { me.end_copy(request).await }
+    mutate machine_checkpoint_create(me, request: MachineCheckpointCreate) -> () { me.create_checkpoint(request).await }
+    mutate machine_checkpoint_delete(me, request: MachineCheckpointDelete) -> () { me.delete_checkpoint(request).await }
+    read machine_checkpoints(me, request: MachineCheckpoints) -> Vec<CheckpointMark> { me.checkpoints(request).await }
+    mutate machine_backup_begin(me, request: MachineBackupBegin) -> () { me.begin_backup(request).await }
+    read machine_backup_state(me, at: MachineBackupRef) -> DiskBackupState { me.backup_state(at).await }
+    mutate machine_backup_end(me, at: MachineBackupRef) -> () { me.end_backup(at).await }
     mutate guest_destroy(me, instance: InstanceId) -> () { me.destroy(instance).await }
     read guest_observe_all(me, _request: ()) -> Vec<Observed> { me.observe_all().await }
     read guest_metrics(me, instances: Vec<InstanceId>) -> Vec<(InstanceId, Metrics)> { me.metrics(instances, false).await }

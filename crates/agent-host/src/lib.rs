@@ -13,6 +13,7 @@ mod block_pools;
 mod bytes;
 mod calls;
 mod check;
+mod checkpoints;
 mod copies;
 mod descriptions;
 mod facts;

@@ -5,6 +5,7 @@
 //! breach, so it stands in a `#[test]`.
 
 mod backups;
+mod checkpoints;
 mod copies;
 mod descriptions;
 mod guests;

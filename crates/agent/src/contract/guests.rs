@@ -101,6 +101,8 @@ pub(super) async fn all(s: &Subject, kind: InstanceKind, source: &ImageSource) {
     Box::pin(machine_only(&guest)).await;
     Box::pin(pause_and_update(&guest)).await;
     if kind == InstanceKind::VirtualMachine {
+        eprintln!("contract: {kind}: checkpoints and backups of its disk");
+        Box::pin(checkpoints::of_a_root(s, &guest.spec, root)).await;
         eprintln!("contract: {kind}: copies of its disk");
         root = Box::pin(copies::of_a_root(s, &guest.spec, root)).await;
         guest.root = root;
@@ -151,6 +153,10 @@ pub(super) async fn all(s: &Subject, kind: InstanceKind, source: &ImageSource) {
         guest.spec.generation = guest.spec.generation.next();
         agent.guest_start(&s.change(), guest.spec.clone()).await.unwrap();
         Box::pin(copies::broken_off(s, &guest.spec, root)).await;
+        eprintln!("contract: {kind}: a backup that its end breaks off");
+        guest.spec.generation = guest.spec.generation.next();
+        agent.guest_start(&s.change(), guest.spec.clone()).await.unwrap();
+        Box::pin(checkpoints::broken_off(s, &guest.spec, root)).await;
     }
 
     eprintln!("contract: {kind}: destroy");

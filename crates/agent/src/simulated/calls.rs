@@ -6,7 +6,8 @@ use super::{
     state::{Guest, State},
 };
 use crate::{
-    backups::*, calls::*, copies::*, descriptions::*, displays::*, outputs::*, publish::*, thresholds::*,
+    backups::*, calls::*, checkpoints::*, copies::*, descriptions::*, displays::*, outputs::*, publish::*,
+    thresholds::*,
 };
 use async_trait::async_trait;
 use karst_model::{
@@ -15,8 +16,8 @@ use karst_model::{
     device::interface_name,
     display::DisplayProtocol,
     guest::{
-        Applied, BalloonFigures, DiskCopyState, DiskFigures, MachineFigures, Metrics, MonitorAnswer,
-        NicFigures, Observed, VcpuFigures,
+        Applied, BalloonFigures, CheckpointMark, DiskBackupState, DiskCopyState, DiskFigures, MachineFigures,
+        Metrics, MonitorAnswer, NicFigures, Observed, VcpuFigures,
     },
     history::{self, Meter, Series},
     image::ImageFacts,
@@ -356,6 +357,12 @@ calls! {
     read machine_copy_state(me, at: MachineCopyRef) -> DiskCopyState { me.copy_state(at) }
     mutate machine_copy_speed(me, request: MachineCopySpeed) -> () { me.set_copy_speed(request) }
     mutate machine_copy_end(me, request: MachineCopyEnd) -> () { me.end_copy(request) }
+    mutate machine_checkpoint_create(me, request: MachineCheckpointCreate) -> () { me.create_checkpoint(request) }
+    mutate machine_checkpoint_delete(me, request: MachineCheckpointDelete) -> () { me.delete_checkpoint(request) }
+    read machine_checkpoints(me, request: MachineCheckpoints) -> Vec<CheckpointMark> { me.checkpoints(request) }
+    mutate machine_backup_begin(me, request: MachineBackupBegin) -> () { me.begin_backup(request) }
+    read machine_backup_state(me, at: MachineBackupRef) -> DiskBackupState { me.backup_state(at) }
+    mutate machine_backup_end(me, at: MachineBackupRef) -> () { me.end_backup(at) }
     mutate guest_destroy(me, instance: InstanceId) -> () {
         let mut state = me.settled();
         if state.guests.get(&instance).is_some_and(Guest::runs) {

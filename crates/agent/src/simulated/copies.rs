@@ -54,8 +54,9 @@ impl State {
         self.copying(at).is_some()
     }
 
-    /// Refuses what cannot be done to disks of a machine while one is copied.
+    /// Refuses what cannot be done to disks of a machine while one is copied, or they are backed up.
     pub(super) fn demand_no_copy(&self, instance: InstanceId) -> Result<()> {
+        self.demand_no_backup(instance)?;
         let of = self.copies.keys().filter(|(i, _)| *i == instance);
         match of.into_iter().any(|(_, to)| self.copying(MachineCopyRef { instance, to: *to }).is_some()) {
             true => Err(Error::conflict(
@@ -67,6 +68,7 @@ impl State {
 
     /// The same of a volume that is the disk.
     pub(super) fn demand_not_copied(&self, volume: VolumeId) -> Result<()> {
+        self.demand_not_backed_up(volume)?;
         let of = self.copies.iter().find(|(_, c)| c.from.volume == volume);
         of.map_or(Ok(()), |((instance, _), _)| self.demand_no_copy(*instance))
     }
@@ -75,6 +77,7 @@ impl State {
     pub(super) fn forget_copies(&mut self, instance: InstanceId) {
         self.copies.retain(|(i, _), _| *i != instance);
         self.pivoted.retain(|(i, _)| *i != instance);
+        self.forget_backups(instance);
     }
 
     /// Copies that go on, in words.
@@ -83,7 +86,8 @@ impl State {
             self.copying(MachineCopyRef { instance: *instance, to: *to }).is_some()
         };
         let all = self.copies.keys().filter(live);
-        all.map(|(instance, to)| format!("a disk of guest {instance} is being copied to {to}")).collect()
+        let copies = all.map(|(instance, to)| format!("a disk of guest {instance} is being copied to {to}"));
+        copies.chain(self.backups_that_go_on()).collect()
     }
 }
 
@@ -123,6 +127,7 @@ impl SimulatedAgent {
         if elsewhere {
             return Err(Error::conflict("the disk is being copied elsewhere; wait until that has ended"));
         }
+        state.demand_no_backup(at.instance)?;
         if let Some(user) = state.user_of(to.volume) {
             return Err(Error::conflict(format!("the volume is in use by instance {user}, which runs")));
         }

@@ -6,6 +6,7 @@
 
 mod backups;
 mod calls;
+mod checkpoints;
 mod copies;
 mod descriptions;
 mod files;

@@ -1,14 +1,15 @@
 //! What a simulated host keeps.
 
 use super::{
+    checkpoints::BackingUp,
     copies::Copying,
     session::Session,
     storage::{Held, Snapshot},
 };
 use crate::{calls::ImagePart, outputs::ExecOutput};
 use karst_model::{
-    BackupId, ByteSize, Error, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId, SnapshotId,
-    VolumeId,
+    BackupId, ByteSize, CheckpointId, Error, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
+    SnapshotId, VolumeId,
     display::DisplayGuard,
     guest::{
         AgentKind, Details, DiskCounters, FileKind, FilesystemFigures, GuestSystem, Interface, Metrics,
@@ -48,6 +49,10 @@ pub(super) struct State {
     pub copies: BTreeMap<(InstanceId, VolumeId), Copying>,
     /// Copies that machines went on from since they were started.
     pub pivoted: BTreeSet<(InstanceId, VolumeId)>,
+    /// Backups of disks of machines.
+    pub backing_up: BTreeMap<InstanceId, BackingUp>,
+    /// Checkpoints that volumes have.
+    pub marks: BTreeSet<(VolumeId, CheckpointId)>,
     pub sessions: BTreeMap<SessionId, Session>,
     /// What programs printed.
     pub outputs: BTreeMap<ExecOutput, Vec<u8>>,
@@ -242,7 +247,8 @@ impl State {
         let has = |g: &&Guest| {
             let mut disks = g.spec.disks.iter().filter_map(|d| d.volume());
             let disk = g.spec.root.volume == volume || disks.any(|(_, v)| v == volume);
-            g.runs() && (disk || self.is_copied_to(g, volume))
+            let target = || self.is_copied_to(g, volume) || self.is_backed_up_to(g.spec.instance, volume);
+            g.runs() && (disk || target())
         };
         self.guests.values().find(has).map(|g| g.spec.instance)
     }

@@ -291,13 +291,6 @@ pub struct BackedUpDisk {
     pub bitmap: String,
 }
 
-/// Bytes that what keeps the old content of a disk of so many bytes may need: the disk's, and what a qcow2 image has of its own
-/// (tables of clusters of 64 KiB: 8 bytes each and 2 for their counts), rounded up generously.
-pub fn scratch_size(disk: u64) -> u64 {
-    let most = disk.saturating_add(disk / 1024).saturating_add(16 << 20);
-    most.checked_next_multiple_of(1 << 20).unwrap_or(u64::MAX)
-}
-
 /// Where a backup is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BackupServer {

@@ -428,6 +428,36 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
     add("machine_copy_end", "of a container", end(4, json!(id(13)), "pivot"), Refused);
     add("machine_copy_end", "of none", end(99, json!(id(13)), "cancel"), GONE);
     add("machine_copy_end", "elsewhere", end(4, json!("../../x"), "cancel"), Refused);
+    let mark = |of: Value| json!({"id": id(21), "disks": [{"volume": volume_of(of), "before": null}]});
+    let create = |n: u128, of: Value| json!({"guest": at(n), "mark": mark(of), "known": []});
+    add("machine_checkpoint_create", "of a container", create(4, json!(id(3))), Refused);
+    add("machine_checkpoint_create", "of none", create(99, json!(id(3))), Refused);
+    add("machine_checkpoint_create", "elsewhere", create(4, json!("../../x")), Refused);
+    let delete = |n: u128, of: Value| json!({"instance": id(n), "id": id(21), "disks": [{"volume": volume_of(of), "parent": null, "last": true}]});
+    add("machine_checkpoint_delete", "of a container", delete(4, json!(id(3))), Refused);
+    add("machine_checkpoint_delete", "of none", delete(99, json!(id(3))), GONE);
+    add("machine_checkpoint_delete", "elsewhere", delete(4, json!("../../x")), Refused);
+    let asked = |n: u128| json!({"guest": at(n), "volumes": []});
+    add("machine_checkpoints", "of a container", asked(4), Refused);
+    add("machine_checkpoints", "of none", asked(99), Refused);
+    let listening = |n: u128, to: Value, listen: Value| json!({"guest": at(n), "id": id(22), "disks": [{"from": volume_of(json!(id(3))), "since": [], "to": volume_of(to), "export": "vda", "bitmap": "b"}], "mark": null, "known": [], "listen": listen});
+    add("machine_backup_begin", "of a container", listening(4, json!(id(13)), Value::Null), Refused);
+    add("machine_backup_begin", "of none", listening(99, json!(id(13)), Value::Null), Refused);
+    add("machine_backup_begin", "elsewhere", listening(4, json!("../../x"), Value::Null), Refused);
+    let anywhere = json!({"transport": "tcp", "address": "0.0.0.0:10809"});
+    add("machine_backup_begin", "for everybody to read", listening(4, json!(id(13)), anywhere), Refused);
+    let socket = json!({"transport": "unix", "path": "/etc/cron.d/x"});
+    add(
+        "machine_backup_begin",
+        "at a socket elsewhere, of a container",
+        listening(4, json!(id(13)), socket),
+        Refused,
+    );
+    let backup = |n: u128| json!({"instance": id(n), "id": id(22)});
+    add("machine_backup_state", "of none", backup(99), Nothing("there is none"));
+    add("machine_backup_state", "elsewhere", json!({"instance": "../../x", "id": id(22)}), Refused);
+    add("machine_backup_end", "of none", backup(99), GONE);
+    add("machine_backup_end", "elsewhere", json!({"instance": id(4), "id": "../../x"}), Refused);
     add("guest_destroy", "which runs", json!(id(4)), Refused);
     add("guest_destroy", "none", nobody.clone(), GONE);
     add("guest_metrics", "of none", json!([id(99)]), Nothing("left out"));

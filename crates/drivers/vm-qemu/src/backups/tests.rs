@@ -337,9 +337,12 @@ async fn a_begin_that_breaks_off_leaves_nothing_or_goes_on() {
     for at in ["object-add", "blockdev-add", "transaction"] {
         let place = Place::new();
         place.marked();
+        if at == "transaction" {
+            // There is nothing to be swept: it is the moment itself.
+            place.qemu().bitmaps.remove(&bitmaps::name(checkpoint(9)));
+        }
         place.qemu().silent_at = Some(at);
         begin(&place.machine, &place.backup(None)).await.unwrap_err();
-        place.qemu().bitmaps.remove(&bitmaps::name(checkpoint(9)));
         place.demand_clean(&[(1, true)]);
         assert_eq!(place.phase().await, DiskBackupPhase::Gone, "{at}");
     }
