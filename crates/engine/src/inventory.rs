@@ -7,9 +7,10 @@
 use futures::StreamExt;
 use karst_env::{Env, EnvExt};
 use karst_model::{
-    AclId, AddressSetId, BackupId, Config, Error, ImageId, InstanceId, NetworkId, NodeId, OperationId,
-    PoolId, ProfileId, ProjectId, Result, SnapshotId, VolumeId,
+    AclId, AddressSetId, BackupId, CheckpointId, Config, Error, ImageId, InstanceId, NetworkId, NodeId,
+    OperationId, PoolId, ProfileId, ProjectId, Result, SnapshotId, VolumeId,
     backup::Backup,
+    checkpoint::{Checkpoint, in_line},
     device::{Device, Devices, NicDevice},
     display::DisplayLock,
     firewall::{AddressSet, NetworkAcl, NetworkForward},
@@ -171,6 +172,8 @@ pub struct Records {
     /// Snapshots of instances.
     pub snapshots: BTreeMap<SnapshotId, Row<Snapshot>>,
     snapshots_by_instance: HashMap<InstanceId, BTreeSet<SnapshotId>>,
+    /// Checkpoints of instances.
+    pub checkpoints: BTreeMap<CheckpointId, Row<Checkpoint>>,
     /// Snapshots of custom volumes.
     pub volume_snapshots: BTreeMap<SnapshotId, Row<VolumeSnapshot>>,
     snapshots_by_volume: HashMap<VolumeId, BTreeSet<SnapshotId>>,
@@ -279,6 +282,14 @@ impl Records {
         let mut all: Vec<_> = ids.filter_map(|id| self.snapshots.get(id)).collect();
         all.sort_by_key(|s| (s.created_at, s.id));
         all
+    }
+
+    /// Checkpoints of an instance, in the order in which they descend from each other.
+    pub fn checkpoints_of(&self, instance: InstanceId) -> Vec<&Row<Checkpoint>> {
+        let all: Vec<&Row<Checkpoint>> =
+            self.checkpoints.values().filter(|c| c.instance == instance).collect();
+        let line = in_line(all.iter().map(|row| &row.value));
+        line.iter().filter_map(|c| all.iter().find(|row| row.id == c.id).copied()).collect()
     }
 
     /// Snapshots of a custom volume, oldest first.
@@ -549,6 +560,10 @@ impl Records {
                 put!(self.snapshots, Some(id));
                 let new = self.snapshots.get(&id).map(|s| s.instance);
                 follow(&mut self.snapshots_by_instance, id, old, new)
+            }
+            t if t == Checkpoint::TABLE => {
+                put!(self.checkpoints, parse(id));
+                Touched::Nothing
             }
             t if t == VolumeSnapshot::TABLE => {
                 let Some(id) = parse::<SnapshotId>(id) else {

@@ -8,7 +8,7 @@
 //! * [`db`]: records in the store, and the transaction that use cases build.
 //! * [`saga`]: work over several resources that is all or nothing across a crash.
 //! * [`operations`], [`events`]: what users see of it.
-//! * [`compute`], [`storage`], [`volumes`], [`snapshots`], [`backups`], [`recover`], [`network`], [`images`], [`secrets`],
+//! * [`compute`], [`storage`], [`volumes`], [`snapshots`], [`checkpoints`], [`backups`], [`recover`], [`network`], [`images`], [`secrets`],
 //!   [`tenancy`]: the use cases.
 //! * [`reconcile`]: what follows the records without being asked.
 
@@ -16,6 +16,7 @@ pub mod audit;
 mod autostart;
 pub mod backups;
 pub mod bootstrap;
+pub mod checkpoints;
 pub mod compute;
 pub mod context;
 pub mod db;

@@ -3,6 +3,7 @@
 use crate::Record;
 use karst_model::{
     backup::Backup,
+    checkpoint::Checkpoint,
     display::DisplayLock,
     firewall::{AddressSet, NetworkAcl, NetworkForward},
     image::{Image, ImageAlias},
@@ -45,6 +46,7 @@ records! {
     Instance: "instances" = |r| r.id.to_string();
     Runtime: "runtimes" = |r| r.instance.to_string();
     Snapshot: "snapshots" = |r| r.id.to_string();
+    Checkpoint: "checkpoints" = |r| r.id.to_string();
     VolumeSnapshot: "volume_snapshots" = |r| r.id.to_string();
     Operation: "operations" = |r| r.id.to_string();
     Certificate: "certificates" = |r| r.id.to_string();

@@ -167,6 +167,7 @@ impl Saga for InstanceDelete {
                 }
                 let owner = BackupOwner::Instance { instance: plan.instance };
                 cx.engine.forget_backups(cx, owner).await?;
+                cx.engine.forget_checkpoints(plan.instance).await?;
                 cx.engine.forget_snapshots(Some(plan.instance), None).await
             }
         }

@@ -1,7 +1,7 @@
 //! All sagas.
 
 use super::{AnySaga, Erased};
-use crate::{backups, compute, images, network, recover, snapshots, storage, tenancy, volumes};
+use crate::{backups, checkpoints, compute, images, network, recover, snapshots, storage, tenancy, volumes};
 use std::sync::{Arc, LazyLock};
 
 static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
@@ -10,6 +10,9 @@ static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
         Arc::new(Erased::<backups::create::BackupCreate>::new()),
         Arc::new(Erased::<backups::import::InstanceImport>::new()),
         Arc::new(Erased::<backups::import::VolumeImport>::new()),
+        Arc::new(Erased::<checkpoints::backup::DiskBackingUp>::new()),
+        Arc::new(Erased::<checkpoints::create::CheckpointCreate>::new()),
+        Arc::new(Erased::<checkpoints::delete::CheckpointDelete>::new()),
         Arc::new(Erased::<compute::copy::InstanceCopy>::new()),
         Arc::new(Erased::<compute::create::InstanceCreate>::new()),
         Arc::new(Erased::<compute::delete::InstanceDelete>::new()),

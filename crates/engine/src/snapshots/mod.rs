@@ -315,7 +315,7 @@ pub(crate) fn check_note(text: &str) -> Result<()> {
         true => Ok(()),
         false => Err(Error::invalid(
             "description",
-            format!("the text of a snapshot has at most {} KiB; shorten it", NOTE >> 10),
+            format!("the text of a snapshot or checkpoint has at most {} KiB; shorten it", NOTE >> 10),
         )),
     }
 }

@@ -105,7 +105,7 @@ impl Words {
         self.said.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    fn say(&self, records: &Records, saga: SagaId, word: DiskCopyEnd) {
+    pub(crate) fn say(&self, records: &Records, saga: SagaId, word: DiskCopyEnd) {
         let mut all = self.all();
         all.retain(|saga, _| records.sagas.contains_key(saga));
         all.insert(saga, word);
@@ -114,11 +114,11 @@ impl Words {
     }
 
     /// Until a word is said, of any copy, after this call.
-    fn next(&self) -> Notified<'_> {
+    pub(crate) fn next(&self) -> Notified<'_> {
         self.news.notified()
     }
 
-    fn of(&self, saga: SagaId) -> Option<DiskCopyEnd> {
+    pub(crate) fn of(&self, saga: SagaId) -> Option<DiskCopyEnd> {
         self.all().get(&saga).copied()
     }
 }
@@ -258,14 +258,18 @@ impl Engine {
         inner.agents.get(plan.node)?.machine_copy_speed(&inner.reconcile_context(CALL), request).await
     }
 
-    /// A copy does not keep a machine from being stopped: it ends before, if it does in time.
+    /// Neither a copy nor a backup keeps a machine from being stopped: it ends before, if it does in time.
     pub(crate) async fn break_off_copy(&self, project: &Project, name: &str) -> Result<()> {
         let inner = self.inner();
         let found = {
             let records = inner.inventory.read();
-            records.instance(project, name).ok().and_then(|row| going(&records, row))
+            let row = records.instance(project, name).ok();
+            let copy = row.and_then(|row| going(&records, row)).map(|g| g.operation);
+            copy.or_else(|| row.and_then(|row| crate::checkpoints::backup::operation_of(&records, row)))
         };
-        let Some(live) = found.and_then(|g| inner.operations.live(g.operation)) else { return Ok(()) };
+        let Some(live) = found.and_then(|operation| inner.operations.live(operation)) else {
+            return Ok(());
+        };
         cancel(inner, &live)?;
         // One that does not end in time holds the instance, which whoever stops it is told then.
         let _ = inner.env.timeout(BREAK, live.ended()).await;
@@ -274,7 +278,7 @@ impl Engine {
 }
 
 /// Asks for the end, unless somebody has.
-fn cancel(inner: &EngineInner, live: &LiveOperation) -> Result<()> {
+pub(crate) fn cancel(inner: &EngineInner, live: &LiveOperation) -> Result<()> {
     let now = live.snapshot();
     match now.may_cancel && !now.state.is_final() {
         true => inner.operations.cancel(live),
@@ -469,8 +473,8 @@ fn owned_target(volume: &Volume) -> bool {
     volume.owner != VolumeOwner::Custom
 }
 
-/// A custom volume that is made for a copy.
-fn new_volume(
+/// A custom volume that is made for a copy or backup.
+pub(crate) fn new_volume(
     inner: &EngineInner,
     records: &Records,
     tx: &mut Tx,
@@ -498,7 +502,7 @@ fn new_volume(
 }
 
 /// A custom volume that is there and that nothing has.
-fn there(
+pub(crate) fn there(
     records: &Records,
     tx: &mut Tx,
     project: &Row<Project>,
