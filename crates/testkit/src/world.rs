@@ -272,6 +272,11 @@ pub fn fingerprint(engine: &Engine) -> String {
         let of = records.instances.get(&s.instance).map(|i| i.name.to_string());
         lines.push(format!("snapshot {} of {of:?} after {parent:?} {:?}", &*s.name, s.config));
     }
+    for c in records.checkpoints.values() {
+        let parent = c.parent.and_then(|p| records.checkpoints.get(&p)).map(|p| p.name.to_string());
+        let of = records.instances.get(&c.instance).map(|i| i.name.to_string());
+        lines.push(format!("checkpoint {} of {of:?} after {parent:?}", &*c.name));
+    }
     lines.extend(records.volume_snapshots.values().map(|s| {
         let of = records.volumes.get(&s.volume).map(|v| v.name.clone());
         format!("snapshot {} of volume {of:?} {:?}", &*s.name, s.size)

@@ -9,6 +9,7 @@ use karst_engine::{
         create::CreateBackup,
         import::{ImportInstance, ImportVolume},
     },
+    checkpoints::{CreateCheckpoint, backup::BeginBackup},
     compute::{
         copy::CopyInstance,
         create::CreateInstance,
@@ -254,6 +255,14 @@ fn nothing_is_copied(outcome: Result<()>) -> Result<()> {
     }
 }
 
+/// Who may is told that there is none.
+fn there_is_no_checkpoint(outcome: Result<()>) -> Result<()> {
+    match outcome {
+        Err(e) if e.kind == ErrorKind::NotFound && e.message.contains("checkpoint") => Ok(()),
+        other => other.and_then(|()| Err(Error::internal("a checkpoint that there is none of", ""))),
+    }
+}
+
 fn power(action: PowerAction) -> PowerRequest {
     PowerRequest { action, force: true, timeout: None, stateful: false }
 }
@@ -440,6 +449,14 @@ fn cases() -> Vec<Case> {
         disk_copy View |f, c, p| { let found = f.w.engine.disk_copy(c, p, "run").await?; assert!(found.is_none(), "nothing is copied"); Ok(()) };
         disk_copy_end Edit |f, c, p| nothing_is_copied(f.w.engine.disk_copy_end(c, p, "run", "root", karst_model::guest::DiskCopyEnd::Cancel, true).await);
         disk_copy_speed Edit |f, c, p| nothing_is_copied(f.w.engine.disk_copy_speed(c, p, "run", "root", 1).await);
+        checkpoints View |f, c, p| f.w.engine.checkpoints(c, p, "run").map(drop);
+        checkpoint_marks View |f, c, p| of_a_machine(f.w.engine.checkpoint_marks(c, p, "run").await.map(drop));
+        checkpoint_create Edit |f, c, p| of_a_machine(f.w.engine.checkpoint_create(c, p, "run", CreateCheckpoint { name: "c".into(), ..Default::default() }).await.map(drop));
+        checkpoint_describe Edit |f, c, p| there_is_no_checkpoint(f.w.engine.checkpoint_describe(c, p, "run", "c", "x").await);
+        checkpoint_delete Edit |f, c, p| there_is_no_checkpoint(f.w.engine.checkpoint_delete(c, p, "run", "c").await.map(drop));
+        disk_backup_begin Edit |f, c, p| of_a_machine(f.w.engine.disk_backup_begin(c, p, "run", BeginBackup { disks: vec![], checkpoint: None, listen: None, limit: None }).await.map(drop));
+        disk_backup View |f, c, p| { let found = f.w.engine.disk_backup(c, p, "run").await?; assert!(found.is_none(), "nothing is backed up"); Ok(()) };
+        disk_backup_end Edit |f, c, p| nothing_is_copied(f.w.engine.disk_backup_end(c, p, "run").await);
         instance_rebuild Edit |f, c, p| f.w.engine.instance_rebuild(c, p, "still", karst_engine::compute::create::InstanceSource::None).await.map(drop);
         instance_copy Edit |f, c, p| f.w.engine.instance_copy(c, p, CopyInstance { project: p.into(), name: "still".into(), snapshot: None, instance_only: false, refresh: false, exclude_older: false, copy: container("copied") }).await.map(drop);
         backups View |f, c, p| f.w.engine.backups(c, of_still(p)).map(drop);

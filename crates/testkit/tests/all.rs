@@ -4,6 +4,7 @@ mod access;
 mod addresses;
 mod autostart;
 mod bad_input;
+mod checkpoints;
 mod commits;
 mod disk_copies;
 mod disk_full;

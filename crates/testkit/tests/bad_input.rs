@@ -7,6 +7,7 @@ use karst_engine::{
         create::CreateBackup,
         import::{ImportInstance, ImportVolume},
     },
+    checkpoints::{CreateCheckpoint, backup::BeginBackup},
     compute::{
         create::{CreateInstance, InstanceSource},
         disk_copy::{CopyDisk, CopyTarget},
@@ -271,6 +272,12 @@ fn cases() -> Vec<Case> {
         "copy of the disk of nothing" => NotFound, "", "nope", |w| w.engine.disk_copy_begin(&w.admin, P, "nope", disk_copy(None, CopyTarget::Pool("second".into())));
         "end of a copy that there is none of" => Conflict, "", "copied", |w| w.engine.disk_copy_end(&w.admin, P, "vm", "root", karst_model::guest::DiskCopyEnd::Cancel, true);
         "speed of a copy that there is none of" => Conflict, "", "copied", |w| w.engine.disk_copy_speed(&w.admin, P, "vm", "root", 1);
+        "checkpoint of a container" => Unsupported, "", "container", |w| w.engine.checkpoint_create(&w.admin, P, "run", CreateCheckpoint { name: "c".into(), ..Default::default() });
+        "checkpoint of a stopped machine" => Conflict, "", "not running", |w| w.engine.checkpoint_create(&w.admin, P, "vm", CreateCheckpoint { name: "c".into(), ..Default::default() });
+        "delete of a missing checkpoint" => NotFound, "", "nope", |w| w.engine.checkpoint_delete(&w.admin, P, "vm", "nope");
+        "text of a missing checkpoint" => NotFound, "", "nope", |w| w.engine.checkpoint_describe(&w.admin, P, "vm", "nope", "x");
+        "backup of the disks of a stopped machine" => Conflict, "", "not running", |w| w.engine.disk_backup_begin(&w.admin, P, "vm", BeginBackup { disks: vec![], checkpoint: None, listen: None, limit: None });
+        "end of a backup that there is none of" => Conflict, "", "backed up", |w| w.engine.disk_backup_end(&w.admin, P, "vm");
         "move to nowhere" => Invalid, "pool", "there already", |w| w.engine.instance_move(&w.admin, P, "still", MoveInstance::default());
         "move to a missing pool" => NotFound, "pool", "nope", |w| w.engine.instance_move(&w.admin, P, "still", MoveInstance { pool: Some("nope".into()), ..Default::default() });
         "move to a missing project" => NotFound, "project", "nope", |w| w.engine.instance_move(&w.admin, P, "still", MoveInstance { project: Some("nope".into()), ..Default::default() });

@@ -268,7 +268,12 @@ impl FilePool {
         }
         let at = state.to_owned();
         // The worker has no guest's ids.
-        blocking(move || states::give(&at, 0)).await?;
+        blocking(move || {
+            // Those of a machine that was killed would keep it from growing; no instance has checkpoints in them now.
+            states::forget_bitmaps(&at.join("disk.img"))?;
+            states::give(&at, 0)
+        })
+        .await?;
         let mut sandbox = self.sandbox().writable("disk.img", open(&disk, true)?);
         if record.based {
             sandbox = sandbox.readable("base.img", open(&state.join("base.img"), false)?);

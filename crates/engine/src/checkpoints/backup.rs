@@ -4,14 +4,15 @@
 //!
 //! It is one saga ([`DiskBackingUp`]): it makes the volumes, lets the host begin, writes the checkpoint's record, waits, and ends it on
 //! the host. What is read has scratch volumes beside it, which are in the plan alone and go with it. A cancel, or a stop of the
-//! machine, breaks one off: volumes that were made for it go, and a checkpoint that it made stays.
+//! machine, breaks one off: volumes that were made for it go, and so does its checkpoint, of which there is no backup.
 //!
 //! That one which is read has been read is kept in memory only: whoever says it waits for the end, and says it again to a daemon that
 //! was started anew.
 
 use super::{
-    CreateCheckpoint, OwnDisk, Running, create::taking_back, demand, disks, prepare, release_name, running,
-    take_name,
+    CreateCheckpoint, OwnDisk, Running,
+    create::{taking_back, write},
+    demand, disks, prepare, release_name, running, take_name,
 };
 use crate::{
     Engine, EngineInner, Records, Row,
@@ -179,24 +180,6 @@ impl Engine {
         .await
     }
 
-    /// Answers when a backup has begun, with its first look, or that it has not.
-    ///
-    /// # Errors
-    /// What it failed of.
-    pub async fn disk_backup_begun(&self, operation: &LiveOperation) -> Result<()> {
-        loop {
-            let now = operation.snapshot();
-            let begun = now.metadata.get(METADATA).and_then(|m| m.get("begun")?.as_bool()) == Some(true);
-            if now.state.is_final() {
-                return now.error.clone().map_or(Ok(()), Err);
-            }
-            if begun {
-                return Ok(());
-            }
-            self.inner().env.sleep(Duration::from_millis(20)).await;
-        }
-    }
-
     /// How far the backup of an instance's disks is; `None` when none goes on.
     ///
     /// # Errors
@@ -243,6 +226,24 @@ impl Engine {
             Some(e) => Err(e.clone()),
             None => Ok(()),
         }
+    }
+}
+
+/// Answers when a backup has begun, or that it has not.
+///
+/// # Errors
+/// What it failed of.
+pub async fn begun(engine: &Engine, operation: &LiveOperation) -> Result<()> {
+    loop {
+        let now = operation.snapshot();
+        if now.state.is_final() {
+            return now.error.clone().map_or(Ok(()), Err);
+        }
+        let begun = now.metadata.get(METADATA).and_then(|m| m.get("begun")?.as_bool());
+        if begun == Some(true) {
+            return Ok(());
+        }
+        engine.inner().env.sleep(Duration::from_millis(20)).await;
     }
 }
 
@@ -645,8 +646,9 @@ impl Saga for DiskBackingUp {
                 let new = plan.checkpoint.as_ref();
                 cx.engine
                     .transact(|records, tx| {
-                        if let Some(new) = new.filter(|_| !plan.is_recorded(records)) {
-                            tx.create(new);
+                        let row = records.instances.get(&plan.guest.instance);
+                        if let (Some(new), Some(row)) = (new.filter(|_| !plan.is_recorded(records)), row) {
+                            write(row, tx, new);
                         }
                         Ok(())
                     })
@@ -661,12 +663,24 @@ impl Saga for DiskBackingUp {
     async fn undo(cx: &StepContext, plan: &BackupPlan, _: &(), step: usize) -> Result<()> {
         match step {
             0 => plan.drop_made(cx).await,
+            // Of a machine that has ended its disks have it, and it is the newest: it stays.
+            2 => {
+                cx.engine
+                    .transact(|records, tx| {
+                        let row = records.instances.get(&plan.guest.instance);
+                        let new = plan.checkpoint.as_ref().and_then(|c| records.checkpoints.get(&c.id));
+                        if let (Some(new), true) = (new, row.is_some_and(|row| volumes::runs(records, row))) {
+                            tx.delete(new);
+                        }
+                        Ok(())
+                    })
+                    .await
+            }
             1 => {
                 let agent = cx.agent(plan.node)?;
                 agent.machine_backup_end(&cx.mutate(END), plan.at()).await?;
                 let recorded = plan.is_recorded(&cx.engine.inventory.read());
                 match &plan.mark {
-                    // One that is written down is its user's.
                     Some(mark) if !recorded => {
                         let back = taking_back(plan.guest.instance, mark);
                         agent.machine_checkpoint_delete(&cx.mutate(CALL), back).await

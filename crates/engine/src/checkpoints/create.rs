@@ -2,7 +2,7 @@
 
 use super::{CreateCheckpoint, Running, prepare, release_name, running, take_name};
 use crate::{
-    Engine, EngineInner,
+    Engine, EngineInner, Row,
     compute::{lock, path},
     context::Context,
     db::Tx,
@@ -11,7 +11,9 @@ use crate::{
 };
 use async_trait::async_trait;
 use karst_agent::{GuestRef, MachineCheckpointCreate, MachineCheckpointDelete, NewMark, UnmarkedVolume};
-use karst_model::{CheckpointId, InstanceId, NodeId, Result, access::Permission, checkpoint::Checkpoint};
+use karst_model::{
+    CheckpointId, InstanceId, NodeId, Result, access::Permission, checkpoint::Checkpoint, instance::Instance,
+};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
@@ -63,6 +65,13 @@ pub(super) fn taking_back(instance: InstanceId, mark: &NewMark) -> MachineCheckp
     MachineCheckpointDelete { instance, id: mark.id, disks: disks.collect() }
 }
 
+/// Writes the record of a checkpoint. The instance's own is written with it, as it is: whoever has decided meanwhile, by an instance
+/// without checkpoints, that its disk may become another one decides anew.
+pub(super) fn write(instance: &Row<Instance>, tx: &mut Tx, checkpoint: &Checkpoint) {
+    tx.replace(instance, &instance.value);
+    tx.create(checkpoint);
+}
+
 /// Lets the host follow what changes, then writes the record.
 pub struct CheckpointCreate;
 
@@ -89,8 +98,8 @@ impl Saga for CheckpointCreate {
         let back = taking_back(plan.guest.instance, &plan.mark);
         cx.agent(plan.node)?.machine_checkpoint_delete(&cx.mutate(CALL), back).await
     }
-    fn commit(plan: &CreatePlan, _: &(), _: &EngineInner, tx: &mut Tx) -> Result<()> {
-        tx.create(&plan.checkpoint);
+    fn commit(plan: &CreatePlan, _: &(), engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        write(&engine.instance_row(plan.guest.instance)?, tx, &plan.checkpoint);
         Ok(())
     }
     fn abort(plan: &CreatePlan, _: &(), _: &EngineInner, tx: &mut Tx) -> Result<()> {

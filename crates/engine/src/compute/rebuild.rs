@@ -52,6 +52,7 @@ impl Engine {
                     format!("instance {name:?} keeps its memory over its stop; start it and stop it without");
                 return Err(Error::conflict(text));
             }
+            crate::checkpoints::demand_none_of(&records, row.id, "and would get another disk")?;
             tx.expect(row);
             tx.expect(&project);
             let image = inner.source_image(&records, &project, &source, row.kind)?;

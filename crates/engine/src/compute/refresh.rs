@@ -87,6 +87,7 @@ impl Engine {
                 let text = format!("instance {name:?} runs; stop it before it is refreshed");
                 return Err(Error::conflict(text));
             }
+            crate::checkpoints::demand_none_of(&records, target.id, "and would get another disk")?;
             let (from, to) = (root(&records, source)?, root(&records, target)?);
             let taken = |i: &Instance| records.snapshots_of(i.id).into_iter().cloned().collect::<Vec<_>>();
             let (theirs, ours) = (taken(source), taken(target));
@@ -217,6 +218,7 @@ impl Engine {
             if source.id == target.id {
                 return Err(Error::invalid("source.name", "a volume cannot be refreshed from itself"));
             }
+            crate::checkpoints::demand_none(&records, target.id, "and would get another disk")?;
             if source.content != target.content {
                 let text = format!(
                     "volume {:?} holds {}, and {:?} {}",

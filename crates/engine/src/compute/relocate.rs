@@ -207,6 +207,7 @@ impl Engine {
             volume.spec_version += 1;
             let mut copy = None;
             if pool.id != row.pool {
+                crate::checkpoints::demand_none(&records, root.id, "which does not go to another pool")?;
                 volume.id = VolumeId(inner.env.uuid());
                 volume.pool = pool.id;
                 instance.pool = pool.id;

@@ -314,7 +314,11 @@ pub(crate) fn check_root(
             Err(Error::invalid(format!("devices.{name}.size"), format!("a disk cannot shrink; it has {now}")))
         }
         Some(now) if *new == now => Ok(None),
-        _ => Ok(Some(Volume { size: Some(*new), ..volume.value.clone() })),
+        _ => {
+            crate::checkpoints::demand_none(records, volume.id, "with backups of the size that the disk has")
+                .map_err(|e| e.at(format!("devices.{name}.size")))?;
+            Ok(Some(Volume { size: Some(*new), ..volume.value.clone() }))
+        }
     }
 }
 

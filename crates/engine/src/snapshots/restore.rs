@@ -95,6 +95,11 @@ pub(super) fn plan(
     let row = found.demand(records, name)?;
     row.expect(tx);
     demand_memory(&row.taken(), memory)?;
+    let over = "which would not know what the restore changed";
+    match found {
+        Found::Instance(row) => crate::checkpoints::demand_none_of(records, row.id, over)?,
+        Found::Volume(row) => crate::checkpoints::demand_none(records, row.id, over)?,
+    }
     let target = match (found, row.taken()) {
         (Found::Instance(row), Taken::Instance { snapshot }) => {
             let instance = before(inner, records, tx, row, &snapshot, memory)?;

@@ -95,6 +95,7 @@ impl Engine {
         runner::start::<VolumeWipe>(inner, context, |tx| {
             let records = inner.inventory.read();
             let row = records.demand_volume(project.id, pool, name)?;
+            crate::checkpoints::demand_none(&records, row.id, "which would not know what was wiped")?;
             if !records.volume_snapshots_of(row.id).is_empty() {
                 return Err(Error::conflict(format!(
                     "volume {name:?} has snapshots, which would still show what was in it; delete them first"
@@ -191,6 +192,7 @@ impl Engine {
             let records = inner.inventory.read();
             let row = records.demand_volume(project.id, pool, name)?;
             demand_room(row, request.offset, request.length)?;
+            crate::checkpoints::demand_none(&records, row.id, "which would not know what was written")?;
             demand_still(&records, tx, row)?;
             let path = path(&records, row);
             let plan = WritePlan {

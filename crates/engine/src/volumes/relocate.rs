@@ -126,6 +126,9 @@ impl Engine {
                     "delete them first, or move a copy without them",
                 )?;
             }
+            if other_pool {
+                crate::checkpoints::demand_none(&records, row.id, "which does not go to another pool")?;
+            }
             let mut volume = row.value.clone();
             volume.project = owner;
             volume.name = new_name.to_string();

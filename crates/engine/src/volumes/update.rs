@@ -89,6 +89,12 @@ impl Engine {
             }
             let mut running = vec![];
             if after.size != row.size && row.content != VolumeContent::Filesystem {
+                crate::checkpoints::demand_none(
+                    &records,
+                    row.id,
+                    "with backups of the size that the disk has",
+                )
+                .map_err(|e| e.at("config.size"))?;
                 for user in &attached {
                     if runs(&records, user) {
                         demand_grows(&records, row, user)?;

@@ -5,9 +5,14 @@ use super::{
     set_power, snapshot, snapshot_with_memory, upload, volume,
 };
 use crate::World;
+use karst_agent::BackupListen;
 use karst_engine::{
     LiveOperation,
     backups::import::ImportInstance,
+    checkpoints::{
+        CreateCheckpoint,
+        backup::{BackupDisk, BackupTarget, BeginBackup, Since},
+    },
     compute::{
         create::CreateInstance,
         disk_copy::{CopyDisk, CopyTarget},
@@ -21,6 +26,40 @@ use karst_model::{
     snapshot::Quiesce,
     storage::VolumeContent,
 };
+use std::time::Duration;
+
+fn checkpoint(name: &str) -> CreateCheckpoint {
+    CreateCheckpoint { name: name.into(), ..Default::default() }
+}
+
+async fn mark(w: &World, name: &str) -> Result<LiveOperation> {
+    w.engine.checkpoint_create(&w.admin, "default", "c1", checkpoint(name)).await
+}
+
+/// Backs the root of the machine up: into the volume `b1`, or for others to read for a while.
+async fn back_disk_up(
+    w: &World,
+    since: Since,
+    new: Option<bool>,
+    name: Option<&str>,
+) -> Result<LiveOperation> {
+    let target = new.map(|new| BackupTarget { pool: "default".into(), name: "b1".into(), new });
+    let listen = new.is_none().then_some(BackupListen::Unix);
+    let disk = BackupDisk {
+        device: "root".into(),
+        since,
+        target,
+        export: "vda".into(),
+        bitmap: "backup-vda".into(),
+    };
+    let request = BeginBackup {
+        disks: vec![disk],
+        checkpoint: name.map(checkpoint),
+        listen,
+        limit: Some(Duration::from_secs(1)),
+    };
+    w.engine.disk_backup_begin(&w.admin, "default", "c1", request).await
+}
 
 /// Copies the disk of the machine on the custom volume `v1` to another one, from which it goes on.
 async fn copy_disk(w: &World, pool: &str, new: bool) -> Result<LiveOperation> {
@@ -31,6 +70,51 @@ async fn copy_disk(w: &World, pool: &str, new: bool) -> Result<LiveOperation> {
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     vec![
+        scenario!(
+            "checkpoint-create",
+            "after another",
+            |w| {
+                machine(w).await?;
+                done(w, mark(w, "first").await).await
+            },
+            |w| mark(w, "second").await
+        ),
+        scenario!(
+            "checkpoint-delete",
+            "between two others",
+            |w| {
+                machine(w).await?;
+                for name in ["first", "second", "third"] {
+                    done(w, mark(w, name).await).await?;
+                }
+                Ok(())
+            },
+            |w| w.engine.checkpoint_delete(&w.admin, "default", "c1", "second").await
+        ),
+        scenario!(
+            "instance-disk-backup",
+            "of all of a disk into a volume that is made, with a checkpoint",
+            |w| machine(w).await,
+            |w| back_disk_up(w, Since::Whole, Some(true), Some("first")).await
+        ),
+        scenario!(
+            "instance-disk-backup",
+            "of what changed, over the backup before",
+            |w| {
+                machine(w).await?;
+                done(w, back_disk_up(w, Since::Whole, Some(true), Some("first")).await).await
+            },
+            |w| back_disk_up(w, Since::Checkpoint("first".into()), Some(false), Some("second")).await
+        ),
+        scenario!(
+            "instance-disk-backup",
+            "which others read, of what changed",
+            |w| {
+                machine(w).await?;
+                done(w, mark(w, "first").await).await
+            },
+            |w| back_disk_up(w, Since::Checkpoint("first".into()), None, Some("second")).await
+        ),
         scenario!(
             "instance-copy",
             "of a running machine with a snapshot",

@@ -385,6 +385,7 @@ fn prepare(
                 );
                 return Err(Error::unsupported(text).at("pool"));
             }
+            crate::checkpoints::demand_none(records, old.id, "which does not go to another pool")?;
             if pool.id == old.pool {
                 return Err(Error::invalid(
                     "pool",
@@ -418,6 +419,9 @@ fn prepare(
                     "the disk belongs to instance {name:?}, which goes on from it in another pool only; a copy under \
                      another name is left as the disk is"
                 ));
+            } else if let Err(e) = crate::checkpoints::demand_none(records, old.id, "which does not go along")
+            {
+                stays = Some(format!("{}; a copy is left as the disk is", e.message));
             } else if !all.is_empty() {
                 stays = Some(format!(
                     "instance {name:?} has snapshots, which would not go along; a copy is left as the disk is"

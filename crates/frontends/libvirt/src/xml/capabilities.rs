@@ -111,7 +111,7 @@ pub fn domain(facts: &HostFacts, kind: &str, machine: &str, most: i32, models: &
         .child(supported("vmcoreinfo", false))
         .child(supported("genid", false))
         .child(supported("backingStoreInput", false))
-        .child(supported("backup", false))
+        .child(supported("backup", true))
         .child(supported("sev", false));
     Element::new("domainCapabilities")
         .child(Element::text("path", format!("/usr/bin/qemu-system-{}", facts.architecture)))
