@@ -164,10 +164,12 @@ fn what_would_make_another_disk_is_refused_and_names_the_checkpoint() {
         let mut grown = w.engine.instance(&w.admin, P, "m").unwrap().expanded_devices["root"].clone();
         grown.insert("size".into(), "50GiB".into());
         let update = UpdateInstance {
+            description: String::new(),
+            ephemeral: false,
             config: w.engine.instance(&w.admin, P, "m").unwrap().instance.config.clone(),
             devices: [("root".to_owned(), grown)].into(),
             profiles: vec!["default".into()],
-            ..Default::default()
+            if_version: None,
         };
         let resized = refused(&w, w.engine.instance_update(&w.admin, P, "m", update).await).await;
         let moved = karst_engine::compute::relocate::MoveInstance {

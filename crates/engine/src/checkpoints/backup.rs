@@ -27,9 +27,10 @@ use crate::{
     volumes,
 };
 use async_trait::async_trait;
+pub use karst_agent::BackupListen;
 use karst_agent::{
-    BackedUpVolume, BackupListen, CallContext, GuestRef, MachineBackupBegin, MachineBackupRef, NewMark,
-    VolumeRef, is_export_name,
+    BackedUpVolume, CallContext, GuestRef, MachineBackupBegin, MachineBackupRef, NewMark, VolumeRef,
+    is_export_name,
 };
 use karst_env::EnvExt;
 use karst_model::{

@@ -40,6 +40,8 @@ pub enum Code {
     CpuIncompatible = 91,
     DeviceMissing = 99,
     NoNwfilterBinding = 101,
+    NoDomainCheckpoint = 103,
+    NoDomainBackup = 104,
     NoNetworkPort = 107,
 }
 
@@ -78,6 +80,8 @@ impl Code {
             Self::CpuIncompatible => "the CPU is incompatible with host CPU",
             Self::DeviceMissing => "device not found",
             Self::NoNwfilterBinding => "Network filter binding not found",
+            Self::NoDomainCheckpoint => "Domain checkpoint not found",
+            Self::NoDomainBackup => "Domain backup job id not found",
             Self::NoNetworkPort => "network port not found",
         }
     }

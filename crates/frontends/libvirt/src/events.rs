@@ -1,7 +1,7 @@
 //! Events: who listens for what on a connection, and the engine's events in libvirt's words.
 
 use crate::{
-    calls::{copies::COPY, domain::is_running, figures::disks},
+    calls::{backup, copies::COPY, domain::is_running, figures::disks},
     domain_id,
     frame::{Frame, Header},
     instance_uuid,
@@ -36,6 +36,8 @@ pub const REBOOT: i32 = 1;
 pub const BLOCK_JOB: i32 = 8;
 /// `VIR_DOMAIN_EVENT_ID_BLOCK_JOB_2`: disks by their names.
 pub const BLOCK_JOB_2: i32 = 16;
+/// `VIR_DOMAIN_EVENT_ID_JOB_COMPLETED`: a backup of disks has ended.
+pub const JOB_COMPLETED: i32 = 21;
 /// `VIR_DOMAIN_EVENT_ID_BLOCK_THRESHOLD`: somebody wrote behind the threshold of a disk.
 pub const BLOCK_THRESHOLD: i32 = 24;
 /// Kinds of domain events that may be listened for; Karst tells those above.
@@ -134,7 +136,10 @@ pub fn listen(session: &Arc<Session>, callback: Callback) -> karst_model::Result
                         let Some(session) = Weak::upgrade(&weak) else { return };
                         match happened {
                             Happened::Event(event) => match &event.kind {
-                                EventKind::Operation(o) => block_job(&session, &event, o, &mut jobs).await,
+                                EventKind::Operation(o) => {
+                                    block_job(&session, &event, o, &mut jobs).await;
+                                    backup_job(&session, &event, o, &mut jobs).await;
+                                }
                                 _ => tell(&session, &event).await,
                             },
                             Happened::Refreshed(pool) => pool_refreshed(&session, pool).await,
@@ -299,6 +304,29 @@ async fn block_job(session: &Arc<Session>, event: &Event, operation: &Operation,
         }
         w.string(&view.instance.name).uuid(uuid).i32(id).string(which).i32(COPY).i32(status);
         session.send(Frame::new(Header::event(procedure), w.finish())).await;
+    }
+}
+
+/// Tells that a backup of a domain's disks has ended: an operation that says so of itself.
+async fn backup_job(session: &Arc<Session>, event: &Event, operation: &Operation, jobs: &mut Jobs) {
+    let Some((kind, params)) = backup::completed(operation) else { return };
+    let own = session.opened().is_ok_and(|o| o.project == event.project_name);
+    if !own || jobs.insert(operation.id, kind) == Some(kind) {
+        return;
+    }
+    let said = operation.metadata.get(karst_engine::checkpoints::backup::METADATA);
+    let instance = said.and_then(|m| m.get("instance")?.as_str()?.parse::<InstanceId>().ok());
+    let guests = session.guests().unwrap_or_default();
+    let Some(view) = guests.into_iter().find(|v| Some(v.instance.id) == instance) else { return };
+    let (uuid, id) = (instance_uuid(&view.instance), domain_id(&view));
+    let wanted = |c: &Callback| c.style == Style::Numbered && c.event == JOB_COMPLETED;
+    for (number, _) in matching(session, uuid, wanted) {
+        let mut w = Writer::new();
+        w.i32(number).string(&view.instance.name).uuid(uuid).i32(id);
+        w.array(&params, |w, (field, value)| {
+            w.typed(field, value);
+        });
+        session.send(Frame::new(Header::event(363), w.finish())).await;
     }
 }
 

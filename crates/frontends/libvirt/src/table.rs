@@ -3,9 +3,9 @@
 
 use crate::{
     calls::{
-        connect, console, copies, cpu, define, devices, domain, event, figures, graphics, host, inside,
-        machine, monitor, network, networks, nodedev, nwfilter, plugged, pools, power, secret, snapshots,
-        stats, storage, transfer, tuning, volumes,
+        backup, checkpoints, connect, console, copies, cpu, define, devices, domain, event, figures,
+        graphics, host, inside, machine, monitor, network, networks, nodedev, nwfilter, plugged, pools,
+        power, secret, snapshots, stats, storage, transfer, tuning, volumes,
     },
     error::{Code, VirError},
     frame::QEMU,
@@ -186,8 +186,8 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     160 DOMAIN_ATTACH_DEVICE_FLAGS Change devices::attach_flags;
     161 DOMAIN_DETACH_DEVICE_FLAGS Change devices::detach_flags;
     162 CONNECT_BASELINE_CPU See cpu::baseline;
-    163 DOMAIN_GET_JOB_INFO See machine::job_info;
-    164 DOMAIN_ABORT_JOB Change machine::abort_job;
+    163 DOMAIN_GET_JOB_INFO See backup::job_info;
+    164 DOMAIN_ABORT_JOB Change backup::abort;
     165 STORAGE_VOL_WIPE Change volumes::wipe;
     167 CONNECT_DOMAIN_EVENT_REGISTER_ANY See event::register_any;
     168 CONNECT_DOMAIN_EVENT_DEREGISTER_ANY See event::deregister_any;
@@ -288,7 +288,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     291 NETWORK_UPDATE Change networks::update;
     293 NODE_GET_CPU_MAP See connect::cpu_map;
     294 DOMAIN_FSTRIM Change inside::trim;
-    298 DOMAIN_GET_JOB_STATS See machine::job_stats;
+    298 DOMAIN_GET_JOB_STATS See backup::job_stats;
     312 CONNECT_GET_CPU_MODEL_NAMES See nodedev::cpu_models;
     313 CONNECT_NETWORK_EVENT_REGISTER_ANY See event::network_register;
     314 CONNECT_NETWORK_EVENT_DEREGISTER_ANY See event::network_deregister;
@@ -344,8 +344,17 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     404 NETWORK_LIST_ALL_PORTS See networks::list_ports;
     405 NETWORK_PORT_LOOKUP_BY_UUID See networks::port_by_uuid;
     409 NETWORK_PORT_GET_XML_DESC See networks::port_xml;
+    411 DOMAIN_CHECKPOINT_CREATE_XML Change checkpoints::create;
+    412 DOMAIN_CHECKPOINT_GET_XML_DESC See checkpoints::xml;
+    413 DOMAIN_LIST_ALL_CHECKPOINTS See checkpoints::list;
+    414 DOMAIN_CHECKPOINT_LIST_ALL_CHILDREN See checkpoints::children;
+    415 DOMAIN_CHECKPOINT_LOOKUP_BY_NAME See checkpoints::by_name;
+    416 DOMAIN_CHECKPOINT_GET_PARENT See checkpoints::parent;
+    417 DOMAIN_CHECKPOINT_DELETE Change checkpoints::delete;
     418 DOMAIN_GET_GUEST_INFO Change inside::info;
     420 DOMAIN_AGENT_SET_RESPONSE_TIMEOUT Change inside::set_timeout;
+    421 DOMAIN_BACKUP_BEGIN Change backup::begin;
+    422 DOMAIN_BACKUP_GET_XML_DESC See backup::xml;
     424 DOMAIN_AUTHORIZED_SSH_KEYS_GET Change inside::ssh_keys;
     425 DOMAIN_AUTHORIZED_SSH_KEYS_SET Change inside::set_ssh_keys;
     426 DOMAIN_GET_MESSAGES See domain::messages;

@@ -244,10 +244,15 @@ async fn forget(call: &Call, view: &InstanceView, flags: u32) -> Answered {
         let text = "what the firmware and the TPM keep goes with the domain";
         return Err(VirError::new(Code::OperationUnsupported, part, text));
     }
-    let (snapshots, own) = {
+    let (snapshots, checkpoints, own) = {
         let records = engine.inner().inventory.read();
         let root = records.volumes.get(&instance.root);
-        (records.snapshots_of(instance.id).len(), root.is_none_or(|v| v.owner != VolumeOwner::Custom))
+        let checkpoints = records.checkpoints_of(instance.id).len();
+        (
+            records.snapshots_of(instance.id).len(),
+            checkpoints,
+            root.is_none_or(|v| v.owner != VolumeOwner::Custom),
+        )
     };
     if is_running(view) {
         if own {
@@ -268,6 +273,10 @@ async fn forget(call: &Call, view: &InstanceView, flags: u32) -> Answered {
     }
     if snapshots > 0 && flags & SNAPSHOTS == 0 {
         return Err(VirError::state(format!("cannot delete inactive domain with {snapshots} snapshots")));
+    }
+    if checkpoints > 0 && flags & CHECKPOINTS == 0 {
+        let text = format!("cannot delete inactive domain with {checkpoints} checkpoints");
+        return Err(VirError::state(text));
     }
     if instance.stateful && flags & MANAGED_SAVE == 0 {
         return Err(VirError::state("Refusing to undefine while domain managed save image exists"));

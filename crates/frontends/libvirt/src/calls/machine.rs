@@ -303,44 +303,6 @@ pub async fn send_key(call: Call) -> Answered {
     Ok(nothing())
 }
 
-fn demand_running(view: &InstanceView) -> Result<(), VirError> {
-    match is_running(view) {
-        true => Ok(()),
-        false => Err(VirError::state("domain is not running")),
-    }
-}
-
-/// `DOMAIN_GET_JOB_INFO`: whoever asks for work waits for its end, so that there is none to tell of.
-pub async fn job_info(call: Call) -> Answered {
-    demand_running(&*call.only_guest()?)?;
-    let mut w = Writer::new();
-    w.i32(0);
-    for _ in 0..11 {
-        w.u64(0);
-    }
-    Ok(w.finish().into())
-}
-
-/// `DOMAIN_GET_JOB_STATS`
-pub async fn job_stats(call: Call) -> Answered {
-    let (named, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
-    // Of one that is done; kept after it is asked for.
-    call.known_flags(flags, 1 | 2)?;
-    let view = call.guest(&named)?;
-    if flags & 1 == 0 {
-        demand_running(&view)?;
-    }
-    let mut w = Writer::new();
-    w.i32(0).u32(0);
-    Ok(w.finish().into())
-}
-
-/// `DOMAIN_ABORT_JOB`
-pub async fn abort_job(call: Call) -> Answered {
-    demand_running(&*call.only_guest()?)?;
-    Err(VirError::state("no job is active on the domain"))
-}
-
 /// `DOMAIN_HAS_MANAGED_SAVE_IMAGE`
 pub async fn has_managed_save(call: Call) -> Answered {
     let view = call.guest_without_flags()?;

@@ -1,5 +1,7 @@
 //! What answers the procedures: each decodes its arguments, calls one use case, encodes the result.
 
+pub mod backup;
+pub mod checkpoints;
 pub mod connect;
 pub mod console;
 pub mod copies;

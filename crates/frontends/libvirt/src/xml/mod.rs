@@ -1,6 +1,8 @@
 //! XML as libvirt writes it: two spaces a level, attributes in single quotes. Scripts match these lines, so the form counts.
 
+pub mod backup;
 pub mod capabilities;
+pub mod checkpoint;
 pub mod domain;
 pub mod machine;
 pub mod network;
