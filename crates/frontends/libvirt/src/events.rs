@@ -311,6 +311,9 @@ async fn block_job(session: &Arc<Session>, event: &Event, operation: &Operation,
 async fn backup_job(session: &Arc<Session>, event: &Event, operation: &Operation, jobs: &mut Jobs) {
     let Some((kind, params)) = backup::completed(operation) else { return };
     let own = session.opened().is_ok_and(|o| o.project == event.project_name);
+    if jobs.len() > JOBS {
+        jobs.clear();
+    }
     if !own || jobs.insert(operation.id, kind) == Some(kind) {
         return;
     }
