@@ -276,3 +276,35 @@ pub(crate) fn check_disk_size(size: u64) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_qcow2_file_with_bitmaps_is_changed_and_only_in_that_bit() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = dir.path().join("disk.img");
+        let head = |magic: &[u8], autoclear: u8| {
+            let mut bytes = vec![7; 200];
+            bytes[..magic.len()].copy_from_slice(magic);
+            bytes[95] = autoclear;
+            bytes
+        };
+        let v3: &[u8] = b"QFI\xfb\0\0\0\x03";
+        for (before, after) in [
+            (head(v3, 0b011), head(v3, 0b010)),
+            (head(v3, 0b010), head(v3, 0b010)),
+            (head(b"QFI\xfb\0\0\0\x02", 1), head(b"QFI\xfb\0\0\0\x02", 1)),
+            (head(b"raw", 1), head(b"raw", 1)),
+            (vec![1; 95], vec![1; 95]),
+        ] {
+            std::fs::write(&disk, &before).unwrap();
+            forget_bitmaps(&disk).unwrap();
+            assert_eq!(std::fs::read(&disk).unwrap(), after);
+        }
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&disk, &link).unwrap();
+        assert!(forget_bitmaps(&link).is_err(), "no link is followed");
+    }
+}
