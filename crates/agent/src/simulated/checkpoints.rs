@@ -1,12 +1,12 @@
 //! Checkpoints and backups of disks of simulated machines: backups take a time, and have the content of the moment in which they
-//! began. As on a host whose pools are directories, disks of images keep checkpoints, and those that began empty cannot.
+//! began. All disks keep checkpoints, as those of images do in directories.
 
 use super::{SimulatedAgent, state::State, work::demand_machine};
 use crate::{calls::*, checkpoints::*};
 use karst_model::{
     CheckpointId, DiskBackupId, Error, InstanceId, Result, VolumeId,
     guest::{CheckpointMark, DiskBackupPhase, DiskBackupState, scratch_size},
-    spec::{GuestSpec, VolumeSource},
+    spec::GuestSpec,
     storage::VolumeContent,
 };
 use std::{collections::BTreeSet, time::Duration};
@@ -81,14 +81,7 @@ impl State {
         let mut marks = vec![];
         for disk in &mark.disks {
             demand_disk(spec, disk.volume.volume)?;
-            if self.volume(disk.volume)?.spec.source == VolumeSource::Empty {
-                let name =
-                    spec.disks.iter().find(|d| d.volume().is_some_and(|(_, v)| v == disk.volume.volume));
-                let name = name.map_or("root", |d| d.name.as_str());
-                let text =
-                    format!("the disk {name:?} is raw: what changes of it can be kept in qcow2 files only");
-                return Err(Error::unsupported(text).at(format!("devices.{name}")));
-            }
+            self.volume(disk.volume)?;
             marks.push((disk.volume.volume, mark.id));
         }
         Ok(marks)
