@@ -215,7 +215,7 @@ pub(crate) async fn demand_none(machine: &Inner) -> Result<()> {
 }
 
 /// Begins a backup. The caller holds the machine's lock of changes.
-async fn begin(machine: &Inner, backup: &DiskBackup) -> Result<()> {
+async fn begin(machine: &Machine, backup: &DiskBackup) -> Result<()> {
     if let Some(old) = read(&machine.dir)? {
         if old.id != backup.id {
             demand_none(machine).await?;
@@ -271,8 +271,7 @@ async fn undo(machine: &Inner, backup: &DiskBackup, now: &Running) {
         end_all(machine, &qmp, now).await?;
         drop(qmp);
         if let Some(checkpoint) = &backup.checkpoint {
-            let disks: Vec<_> = unmarked(checkpoint);
-            bitmaps::unmark(machine, checkpoint.id, &disks).await?;
+            bitmaps::unmark(machine, checkpoint.id, &unmarked(checkpoint)).await?;
         }
         clear(&machine.dir)
     };

@@ -6,8 +6,8 @@
 //!
 //! QEMU writes bitmaps into the file when it ends, and marks them while it runs: one of a QEMU that was killed says of itself that
 //! it is not whole, and nobody backs up by it. When one that is not whole goes, the one before it cannot have what it had: an empty
-//! bitmap ([`lost`]) in its place says that it is not whole either. Nothing is written down here; what QEMU says of its nodes decides. What a disk
-//! has that nobody knows is dropped when the next checkpoint is made or the next backup begins.
+//! bitmap ([`lost`]) in its place says that it is not whole either. Nothing is written down here; what QEMU says of its nodes
+//! decides. What a disk has that nobody knows is dropped when the next checkpoint is made or the next backup begins.
 
 use crate::{launch, machine::Inner, plug, qmp::Qmp};
 use karst_guest::{DiskFormat, DiskMark, MarkedDisk, NewCheckpoint, ResolvedDisk, UnmarkedDisk};

@@ -464,7 +464,7 @@ impl BackupPlan {
 
     /// Custom volumes that are made for it.
     fn volumes(&self) -> impl Iterator<Item = &Volume> {
-        self.disks.iter().filter(|d| d.made && self.listen.is_none()).map(|d| &d.to)
+        self.disks.iter().filter(move |d| d.made && self.listen.is_none()).map(|d| &d.to)
     }
 
     /// What its operation says of it.

@@ -92,7 +92,7 @@ impl Qemu {
             }
             "blockdev-backup" => {
                 assert!(self.nodes.contains(&text("target")), "{data}");
-                drop(self.jobs.insert(text("job-id"), "running"));
+                self.jobs.insert(text("job-id"), "running");
             }
             other => panic!("{other} in a transaction"),
         }
