@@ -8,8 +8,8 @@
 //! * [`db`]: records in the store, and the transaction that use cases build.
 //! * [`saga`]: work over several resources that is all or nothing across a crash.
 //! * [`operations`], [`events`]: what users see of it.
-//! * [`compute`], [`storage`], [`volumes`], [`snapshots`], [`checkpoints`], [`backups`], [`recover`], [`network`], [`images`], [`secrets`],
-//!   [`tenancy`]: the use cases.
+//! * [`compute`], [`storage`], [`volumes`], [`snapshots`], [`checkpoints`], [`backups`], [`recover`], [`network`],
+//!   [`images`], [`secrets`], [`tenancy`]: the use cases.
 //! * [`reconcile`]: what follows the records without being asked.
 
 pub mod audit;
