@@ -2,7 +2,7 @@
 //!
 //! The checkpoints of an instance are a line ([`karst_model::checkpoint`]): a new one descends from the newest, and of one that is
 //! deleted the next descends from the one before it, which has on the host what it had. What a host follows is in the file of a
-//! disk: where a disk becomes another one, or has another size, an instance must have no checkpoints of it ([`demand_none`]).
+//! disk: where a disk becomes another one, or has another size, an instance must have no checkpoints of it (`demand_none`).
 
 pub mod backup;
 pub mod create;
