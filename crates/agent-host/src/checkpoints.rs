@@ -79,7 +79,14 @@ impl RealAgent {
         let Ok((record, driver)) = self.known(instance) else { return Ok(()) };
         let backups = backups(driver)?;
         let mut at = vec![];
-        for disk in disks.into_iter().filter(|d| has_volume(d.volume.volume)(&record)) {
+        for disk in disks {
+            if !has_volume(disk.volume.volume)(&record) {
+                if disk.parent.is_some() && !disk.last {
+                    let text = "the guest does not have a disk of the checkpoint; attach it again";
+                    return Err(Error::conflict(text));
+                }
+                continue;
+            }
             let path = self.disk_of(disk.volume, record.ids.base).await?;
             at.push(UnmarkedDisk { path, parent: disk.parent, last: disk.last });
         }

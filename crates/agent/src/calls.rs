@@ -384,7 +384,8 @@ agent_calls! {
     /// changes. One that is there is fine. Unsupported for a disk whose format cannot keep it.
     mutate fn machine_checkpoint_create(MachineCheckpointCreate: MachineCheckpointCreate) -> ();
     /// Takes a checkpoint away; the one before it has then what it had. Fine when it is not there; of a machine that does not run
-    /// nothing happens, and what is left goes with its next checkpoint or backup.
+    /// nothing happens, and what is left goes with its next checkpoint or backup. Conflict then, and without one of its disks, for
+    /// one between two others, which would miss in what changed since the one before.
     mutate fn machine_checkpoint_delete(MachineCheckpointDelete: MachineCheckpointDelete) -> ();
     /// What disks of a running virtual machine have of checkpoints.
     read fn machine_checkpoints(MachineCheckpoints: MachineCheckpoints) -> Vec<CheckpointMark>;

@@ -199,5 +199,6 @@ pub(super) async fn broken_off(s: &Subject, spec: &GuestSpec, root: VolumeRef) {
     assert_eq!(m.state(read.id).await.phase, DiskBackupPhase::Gone);
     m.end(read.id).await;
     m.delete(m.id(), None, true).await.expect("what does not run has nothing to be taken away");
+    refused(m.delete(m.id(), Some(m.id()), false).await, ErrorKind::Conflict);
     m.drop_volume(scratch).await;
 }

@@ -115,7 +115,12 @@ impl SimulatedAgent {
             return Err(Error::unsupported("only disks of virtual machines have checkpoints"));
         }
         if !guest.runs() {
-            return Ok(());
+            return match disks.iter().any(|d| d.parent.is_some() && !d.last) {
+                true => {
+                    Err(Error::conflict("the guest is not running: what the checkpoint has cannot be merged"))
+                }
+                false => Ok(()),
+            };
         }
         state.demand_no_backup(instance)?;
         for disk in disks {

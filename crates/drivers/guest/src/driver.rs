@@ -331,8 +331,8 @@ pub trait DiskBackups: Send + Sync {
         known: Vec<CheckpointId>,
     ) -> Result<()>;
 
-    /// Takes a checkpoint away, of the disks that the guest has; fine when it is not there. Of a guest that does not run nothing
-    /// happens: what is left goes with the next checkpoint or backup.
+    /// Takes a checkpoint away; fine when it is not there. Of a guest that does not run nothing happens, and what is left goes with
+    /// the next checkpoint or backup; conflict then, and without one of the disks, for one between two others.
     async fn unmark(&self, instance: InstanceId, id: CheckpointId, disks: Vec<UnmarkedDisk>) -> Result<()>;
 
     /// What the disks of a guest that runs have.

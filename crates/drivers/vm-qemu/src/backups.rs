@@ -592,7 +592,15 @@ impl DiskBackups for QemuDriver {
     }
 
     async fn unmark(&self, instance: InstanceId, id: CheckpointId, disks: Vec<UnmarkedDisk>) -> Result<()> {
-        let Some(machine) = self.if_running(instance).await? else { return Ok(()) };
+        let Some(machine) = self.if_running(instance).await? else {
+            // The newest leaves a gap that is seen; one between others would leave one that is not.
+            return match disks.iter().any(|d| d.parent.is_some() && !d.last) {
+                true => {
+                    Err(Error::conflict("the guest is not running: what the checkpoint has cannot be merged"))
+                }
+                false => Ok(()),
+            };
+        };
         let slot = self.shared.slot(instance);
         let _changing = slot.changing.lock().await;
         demand_none(&machine).await?;

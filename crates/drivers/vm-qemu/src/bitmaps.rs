@@ -100,11 +100,6 @@ impl Tracked {
         add
     }
 
-    /// One that can be merged.
-    fn whole(&self, id: CheckpointId) -> Option<&Bitmap> {
-        self.find(id).filter(|b| !b.broken)
-    }
-
     pub(crate) fn action(&self, kind: &str, bitmap: &str) -> Value {
         json!({"type": format!("block-dirty-bitmap-{kind}"), "data": {"node": self.node, "name": bitmap}})
     }
@@ -124,9 +119,25 @@ impl Tracked {
 
     /// A new checkpoint.
     fn mark(&self, id: CheckpointId, before: Option<CheckpointId>) -> Vec<Value> {
-        let add = self.add(&name(id), false);
-        let before = before.and_then(|b| self.whole(b)).filter(|b| b.recording);
-        [add].into_iter().chain(before.map(|b| self.action("disable", &b.name))).collect()
+        let mut actions = vec![self.add(&name(id), false)];
+        let before = before.and_then(|id| Some((id, self.find(id)?)));
+        match before {
+            Some((_, old)) if old.recording => actions.push(self.action("disable", &old.name)),
+            // It did not follow until now: what is missing in it the new one does not have.
+            Some((id, old)) if !old.broken => actions.extend(self.lose(id, Some(old))),
+            _ => {}
+        }
+        actions
+    }
+
+    /// Puts what says so in the place of a checkpoint that is not whole any more.
+    fn lose(&self, id: CheckpointId, now: Option<&Bitmap>) -> Vec<Value> {
+        let mut actions: Vec<_> = now.map(|b| self.action("remove", &b.name)).into_iter().collect();
+        let lost = lost(id);
+        if !self.has(&lost) {
+            actions.push(self.add(&lost, true));
+        }
+        actions
     }
 
     /// A checkpoint that goes.
@@ -149,13 +160,7 @@ impl Tracked {
                     actions.push(self.merge(&before.name, std::slice::from_ref(&name)));
                 }
                 // What the one before would have to say of the time after it nobody knows.
-                (_, before) => {
-                    actions.extend(before.map(|b| self.action("remove", &b.name)));
-                    let lost = lost(parent);
-                    if !self.has(&lost) {
-                        actions.push(self.add(&lost, true));
-                    }
-                }
+                (_, before) => actions.extend(self.lose(parent, before)),
             }
         }
         actions.push(self.action("remove", &name));
@@ -314,6 +319,8 @@ pub(crate) async fn unmark(machine: &Inner, id: CheckpointId, disks: &[UnmarkedD
     for UnmarkedDisk { path, parent, last } in disks {
         if disk_at(machine, path).is_some() {
             actions.extend(tracked(machine, &qmp, &now, path).await?.unmark(id, *parent, *last));
+        } else if parent.is_some() && !last {
+            return Err(Error::conflict("the guest does not have a disk of the checkpoint; attach it again"));
         }
     }
     transact(&qmp, actions).await
@@ -423,6 +430,9 @@ mod tests {
         // One that is not whole cannot be touched, and follows nothing.
         assert_eq!(words(&disk(vec![bitmap(1, false, true)]).mark(id(2), Some(id(1)))), ["add 2"]);
         assert_eq!(words(&disk(vec![]).mark(id(2), Some(id(1)))), ["add 2"]);
+        // One that did not follow until now, because another was made and nobody knows it, is lost with what came after it.
+        let stale = disk(vec![bitmap(1, false, false), bitmap(9, true, false)]);
+        assert_eq!(words(&stale.mark(id(2), Some(id(1)))), ["add 2", "remove 1", "add lost1"]);
     }
 
     #[test]

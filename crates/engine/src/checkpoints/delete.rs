@@ -43,13 +43,21 @@ impl Engine {
             let at = line.iter().position(|c| c.id == gone.id).unwrap_or_default();
             let (before, after) = (&line[..at], &line[at + 1..]);
             let mut disks = vec![];
+            let attached = super::disks(&records, row, None).unwrap_or_default();
             for disk in &gone.disks {
                 // One whose volume is gone has nothing of it any more.
                 let Some(volume) = records.volumes.get(&disk.volume) else { continue };
-                let has = |c: &&&crate::Row<Checkpoint>| c.has(disk.volume);
+                let parent = before.iter().rev().find(|c| c.has(disk.volume)).map(|c| c.id);
+                if parent.is_some() && !attached.iter().any(|d| d.volume.id == disk.volume) {
+                    return Err(Error::conflict(format!(
+                        "the instance does not have disk {:?} of checkpoint {name:?} as it was then; attach it again, or delete the \
+                         checkpoints before {name:?} as well: what it has goes to the one before it",
+                        disk.device
+                    )));
+                }
                 disks.push(UnmarkedVolume {
                     volume: VolumeRef { pool: volume.pool, volume: volume.id },
-                    parent: before.iter().rev().find(has).map(|c| c.id),
+                    parent,
                     last: !after.iter().any(|c| c.has(disk.volume)),
                 });
             }
