@@ -2,7 +2,7 @@
 //! began. All disks keep checkpoints, as those of images do in directories.
 
 use super::{SimulatedAgent, state::State, work::demand_machine};
-use crate::{calls::*, checkpoints::*};
+use crate::checkpoints::*;
 use karst_model::{
     CheckpointId, DiskBackupId, Error, InstanceId, Result, VolumeId,
     guest::{CheckpointMark, DiskBackupPhase, DiskBackupState, scratch_size},

@@ -13,7 +13,7 @@ use tokio::sync::{broadcast, mpsc};
 pub use karst_model::guest::{
     Applied, Details, DirtyRate, DiskBackupPhase, DiskBackupState, DiskCopyEnd, DiskCopyPhase, DiskCopyState,
     DiskCounters, ExecRequest, FileInfo, FileKind, FileWrite, FilesystemFigures, Interface, MachineFigures,
-    Metrics, MonitorAnswer, MonitorEvent, Observed, ProcessorTimes, StopMode, ThresholdReached,
+    Metrics, MonitorAnswer, MonitorEvent, Observed, ProcessorTimes, StopMode, ThresholdReached, scratch_size,
 };
 
 /// A kind of guest on this host. Implementations pass one contract suite.

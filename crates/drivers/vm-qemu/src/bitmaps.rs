@@ -361,25 +361,7 @@ mod tests {
 
     fn disk(bitmaps: Vec<Bitmap>) -> Tracked {
         Tracked {
-            disk: ResolvedDisk {
-                name: "root".into(),
-                slot: "scsi0".into(),
-                path: "/a".into(),
-                format: DiskFormat::Qcow2,
-                backing: None,
-                mount_point: None,
-                readonly: false,
-                foreign: false,
-                shift: false,
-                opened: None,
-                recursive: false,
-                follow: false,
-                cdrom: false,
-                ejected: false,
-                io: Default::default(),
-                pci: None,
-                boot_priority: 0,
-            },
+            disk: karst_guest::samples::disk("root", "scsi0", "/a", DiskFormat::Qcow2),
             node: "i-scsi0".into(),
             bitmaps,
         }

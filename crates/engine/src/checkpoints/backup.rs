@@ -197,7 +197,7 @@ impl Engine {
         let agent = self.inner().agents.get(plan.node)?;
         let state = agent.machine_backup_state(&CallContext::read(CALL), plan.at()).await?;
         let disks = plan.disks.into_iter().map(|d| BackupDiskView {
-            target: plan.listen.is_none().then(|| (d.pool, d.to.name)),
+            target: plan.listen.is_none().then_some((d.pool, d.to.name)),
             device: d.device,
             since: d.since_name,
             export: d.export,

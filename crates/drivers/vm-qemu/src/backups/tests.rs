@@ -266,25 +266,7 @@ fn checkpoint(n: u128) -> CheckpointId {
 }
 
 fn disk(path: &Path) -> ResolvedDisk {
-    ResolvedDisk {
-        name: "root".into(),
-        slot: SLOT.into(),
-        path: path.to_owned(),
-        format: DiskFormat::Qcow2,
-        backing: None,
-        mount_point: None,
-        readonly: false,
-        foreign: false,
-        shift: false,
-        opened: None,
-        recursive: false,
-        follow: false,
-        cdrom: false,
-        ejected: false,
-        io: Default::default(),
-        pci: None,
-        boot_priority: 0,
-    }
+    karst_guest::samples::disk("root", SLOT, path, DiskFormat::Qcow2)
 }
 
 #[tokio::test]
