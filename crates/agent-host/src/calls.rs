@@ -670,6 +670,12 @@ calls! {
 
     mutate guest_start(me, spec: GuestSpec) -> Observed { me.start(spec).await }
     mutate guest_stop(me, request: GuestStop) -> Observed { me.stop(request).await }
+    read guest_ask(me, request: GuestAsk) -> () {
+        let GuestAsk { guest, wish, by } = request;
+        // No lock: nothing is waited for, and a stop by force must get past it.
+        let (_, driver) = me.meant(guest)?;
+        driver.ask(guest.instance, wish, by).await.map_err(as_state(guest.instance))
+    }
     mutate guest_pause(me, guest: GuestRef) -> Observed { me.freeze(guest, true).await }
     mutate guest_resume(me, guest: GuestRef) -> Observed { me.freeze(guest, false).await }
     mutate guest_quiesce(me, request: GuestQuiesce) -> u32 {

@@ -2,6 +2,7 @@
 //! enumeration and the dispatcher all come from it.
 
 use crate::{
+    asks::GuestAsk,
     backups::{BackupCreate, BackupFacts, VolumeFill, VolumeFilled, VolumeWrite},
     checkpoints::{
         MachineBackupBegin, MachineBackupRef, MachineCheckpointCreate, MachineCheckpointDelete,
@@ -343,6 +344,10 @@ agent_calls! {
     mutate fn guest_start(GuestStart: GuestSpec) -> Observed;
     /// Stops a guest.
     mutate fn guest_stop(GuestStop: GuestStop) -> Observed;
+    /// Asks a running guest to shut down or to boot anew, and waits for neither; each call asks again. A guest that stands still
+    /// finds its power button pressed when it goes on. Containers do not boot anew by themselves. By the agent alone: unavailable
+    /// without one.
+    read fn guest_ask(GuestAsk: GuestAsk) -> ();
     /// Freezes a guest.
     mutate fn guest_pause(GuestPause: GuestRef) -> Observed;
     /// Continues a guest.

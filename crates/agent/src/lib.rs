@@ -4,6 +4,7 @@
 //! host path, argv, raw configuration line, nft text or environment of host processes is on this wire. Bytes (exec,
 //! console, files, images) flow through descriptors that the host opened and passed; the host never receives one.
 
+pub mod asks;
 pub mod backups;
 pub mod calls;
 pub mod checkpoints;
@@ -25,6 +26,7 @@ pub mod simulated;
 pub mod thresholds;
 pub mod wire;
 
+pub use asks::*;
 pub use backups::*;
 pub use calls::*;
 pub use checkpoints::*;

@@ -14,7 +14,7 @@ use karst_model::{
 };
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
-    sync::{Arc, Mutex, MutexGuard, RwLock},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock},
     time::Duration,
 };
 use tokio::sync::watch;
@@ -64,6 +64,8 @@ struct Shared {
     record: RwLock<Arc<Operation>>,
     version: watch::Sender<u64>,
     cancel: watch::Sender<bool>,
+    /// Why it was cancelled, where that is said.
+    why: OnceLock<String>,
 }
 
 impl LiveOperation {
@@ -80,6 +82,11 @@ impl LiveOperation {
     /// Was a cancel asked for?
     pub fn is_cancelled(&self) -> bool {
         *self.shared.cancel.borrow()
+    }
+
+    /// What one ends with that was cancelled.
+    pub(crate) fn cancel_error(&self) -> Error {
+        Error::cancelled(self.shared.why.get().map_or("cancelled", String::as_str))
     }
 
     /// Completes when a cancel is asked for.
@@ -164,6 +171,7 @@ impl Operations {
                     record: RwLock::new(record.clone()),
                     version: watch::channel(0).0,
                     cancel: watch::channel(false).0,
+                    why: OnceLock::new(),
                 }),
             });
             let live = live.clone();
@@ -302,6 +310,18 @@ impl Operations {
         record.may_cancel = false;
         self.publish(record);
         Ok(())
+    }
+
+    /// As [`Self::cancel`], for a reason that the operation then ends with.
+    ///
+    /// # Errors
+    /// Those of [`Self::cancel`].
+    pub fn cancel_because(&self, live: &LiveOperation, why: &str) -> Result<()> {
+        if live.snapshot().may_cancel {
+            // The first reason stays.
+            let _ = live.shared.why.set(why.to_owned());
+        }
+        self.cancel(live)
     }
 
     /// Waits for the end, at most `timeout` (`None`: without limit); answers the record as it then is.

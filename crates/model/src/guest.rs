@@ -27,6 +27,28 @@ impl StopMode {
     pub const LONGEST: Duration = Duration::from_secs(86_400);
 }
 
+/// What a guest is asked to do, which it does by itself or not at all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GuestWish {
+    /// To shut down.
+    Shutdown,
+    /// To shut down and boot anew, on the same virtual hardware.
+    Reboot,
+}
+
+/// How a guest is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AskedBy {
+    /// In every way that it may listen to.
+    Any,
+    /// By its power button alone.
+    Button,
+    /// By the agent inside alone.
+    Agent,
+}
+
 /// What a host saw of a guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Observed {

@@ -582,6 +582,36 @@ fn a_graceful_stop_that_takes_too_long_or_is_cancelled_leaves_it_running() {
     });
 }
 
+/// Whoever stops by force does not wait for who waits for the guest, and each hears what became of him.
+#[test]
+fn a_forced_stop_overtakes_one_that_waits() {
+    run(17, |w| async move {
+        let id = started(&w, "c1").await;
+        w.agent.set_ignores_shutdown(id, true);
+        for (waits, forced, then) in [
+            (PowerAction::Stop, PowerAction::Restart, Status::Running),
+            (PowerAction::Restart, PowerAction::Stop, Status::Stopped),
+        ] {
+            let long = PowerRequest { timeout: Some(Duration::from_secs(600)), ..power(waits, false) };
+            let begin = |request| w.engine.instance_power(&w.admin, "default", "c1", request);
+            let waiting = begin(long).await.unwrap();
+            w.env.sleep(Duration::from_secs(1)).await;
+            let refused = begin(long).await.map(|o| o.id()).expect_err("another that would wait as well");
+            assert!(refused.message.contains("busy"), "{refused}");
+            let began = w.env.monotonic();
+            let operation = begin(power(forced, true)).await.unwrap();
+            assert_eq!(done(&w, operation).await.error, None);
+            assert!(w.env.monotonic() - began < Duration::from_secs(10), "it waits for nobody");
+            let end = done(&w, waiting).await;
+            assert_eq!(end.state, OperationState::Cancelled);
+            let said = end.error.as_ref().map(|e| e.message.as_str());
+            assert_eq!(said, Some("cancelled: the instance is stopped by force instead"));
+            assert_eq!(status(&w, "c1"), Some(then));
+        }
+        demand_clean(&w, "forced").await;
+    });
+}
+
 #[test]
 fn a_cancelled_build_leaves_nothing() {
     let options = SimulatedOptions { build_time: Duration::from_secs(60), ..Default::default() };

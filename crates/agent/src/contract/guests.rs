@@ -5,7 +5,9 @@ use karst_model::{
     SessionId, SnapshotId,
     device::{ParentLink, RoutedLink},
     display::{DisplayGuard, DisplayPassword},
-    guest::{ExecRequest, FileKind, FileWrite, MonitorAnswer, MonitorEvent, Observed, StopMode},
+    guest::{
+        AskedBy, ExecRequest, FileKind, FileWrite, GuestWish, MonitorAnswer, MonitorEvent, Observed, StopMode,
+    },
     instance::{ExitReason, RuntimeState},
 };
 use std::net::Ipv4Addr;
@@ -548,6 +550,10 @@ async fn machine_only(guest: &Guest<'_>) {
     let guard = |guard: Option<DisplayGuard>| DisplayGuardSet { instance, guard };
     if guest.spec.kind == InstanceKind::Container {
         refused(agent.guest_reset(&s.read(), guest.at()).await, ErrorKind::Unsupported);
+        for (wish, by) in [(GuestWish::Reboot, AskedBy::Any), (GuestWish::Shutdown, AskedBy::Agent)] {
+            let ask = GuestAsk { guest: guest.at(), wish, by };
+            refused(agent.guest_ask(&s.read(), ask).await, ErrorKind::Unsupported);
+        }
         refused(agent.guest_keys(&s.read(), keys("a")).await, ErrorKind::Unsupported);
         refused(agent.guest_screenshot(&s.read(), instance).await, ErrorKind::Unsupported);
         refused(agent.machine_interrupt(&s.read(), guest.at()).await, ErrorKind::Unsupported);

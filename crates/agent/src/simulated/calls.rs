@@ -6,8 +6,8 @@ use super::{
     state::{Guest, State},
 };
 use crate::{
-    backups::*, calls::*, checkpoints::*, copies::*, descriptions::*, displays::*, outputs::*, publish::*,
-    thresholds::*,
+    asks::*, backups::*, calls::*, checkpoints::*, copies::*, descriptions::*, displays::*, outputs::*,
+    publish::*, thresholds::*,
 };
 use async_trait::async_trait;
 use karst_model::{
@@ -287,6 +287,7 @@ calls! {
 
     mutate guest_start(me, spec: GuestSpec) -> Observed { me.start(spec) }
     mutate guest_stop(me, request: GuestStop) -> Observed { me.stop(request).await }
+    read guest_ask(me, request: GuestAsk) -> () { me.ask(request).await }
     mutate guest_pause(me, guest: GuestRef) -> Observed { me.set_frozen(guest, true) }
     mutate guest_resume(me, guest: GuestRef) -> Observed { me.set_frozen(guest, false) }
     mutate guest_quiesce(me, request: GuestQuiesce) -> u32 {

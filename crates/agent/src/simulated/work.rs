@@ -6,12 +6,12 @@ use super::{
     state::{Guest, Image, Network, State, Volume},
     storage::Held,
 };
-use crate::{calls::*, displays::DisplayGuardSet, outputs::*};
+use crate::{asks::GuestAsk, calls::*, displays::DisplayGuardSet, outputs::*};
 use karst_model::{
     ByteSize, Config, Error, InstanceId, NetworkId, PoolId, Result, SessionId,
     device::interface_name,
     display::{DisplayGuard, DisplayProtocol},
-    guest::{FileKind, Observed, StopMode},
+    guest::{AskedBy, FileKind, GuestWish, Observed, StopMode},
     image::{DiskFormat, ImageFacts},
     instance::{ExitReason, Generation, InstanceKind, RuntimeState},
     network::Lease,
@@ -235,6 +235,39 @@ impl SimulatedAgent {
                 "instance {instance} did not shut down within {wait:?}; it still runs, stop it by force"
             ))),
         }
+    }
+
+    /// One that follows has followed when this answers.
+    pub(super) async fn ask(&self, request: GuestAsk) -> Result<()> {
+        let GuestAsk { guest: at, wish, by } = request;
+        let pid = {
+            let mut state = self.settled();
+            let guest = state.running(at)?;
+            if guest.spec.kind == InstanceKind::Container {
+                if wish == GuestWish::Reboot {
+                    return Err(Error::unsupported(
+                        "a container is restarted; it does not boot anew by itself",
+                    ));
+                }
+                if by == AskedBy::Agent {
+                    return Err(Error::unsupported("a container has no agent; its init is asked"));
+                }
+            }
+            if guest.state == RuntimeState::Paused && by == AskedBy::Agent {
+                return Err(Error::conflict("the guest is frozen; resume it first"));
+            }
+            if guest.ignores_shutdown || guest.state == RuntimeState::Paused {
+                return Ok(());
+            }
+            guest.pid
+        };
+        self.env.sleep(self.options.shutdown_time).await;
+        let still = self.settled().guests.get(&at.instance).is_some_and(|g| g.runs() && g.pid == pid);
+        match wish {
+            GuestWish::Shutdown if still => drop(self.end_guest(at.instance, ExitReason::Shutdown)),
+            GuestWish::Shutdown | GuestWish::Reboot => {}
+        }
+        Ok(())
     }
 
     pub(super) fn set_frozen(&self, guest: GuestRef, frozen: bool) -> Result<Observed> {

@@ -14,8 +14,9 @@ use crate::{
 };
 use async_trait::async_trait;
 use karst_guest::{
-    Applied, Exec, ExecRequest, GuestDriver, GuestFiles, Metrics, Observed, ResolvedGuest, Silence, StopMode,
-    keeper::{self, Keeper, Requested, Status},
+    Applied, AskedBy, Exec, ExecRequest, GuestDriver, GuestFiles, GuestWish, Metrics, Observed,
+    ResolvedGuest, Silence, StopMode,
+    keeper::{self, Console, Keeper, Requested, Spec, Status, write_private},
 };
 use karst_host::{Program, cgroup::Cgroups, overlay::Held, run};
 use karst_model::{
@@ -305,6 +306,17 @@ impl GuestDriver for LxcDriver {
             Err(e) if !e.is(ErrorKind::NotFound) => Err(e),
             _ => shared.after_end(instance, &shared.guest(instance)).await,
         }
+    }
+
+    async fn ask(&self, instance: InstanceId, wish: GuestWish, by: AskedBy) -> Result<()> {
+        if wish == GuestWish::Reboot {
+            return Err(Error::unsupported("a container is restarted; it does not boot anew by itself"));
+        }
+        if by == AskedBy::Agent {
+            return Err(Error::unsupported("a container has no agent; its init is asked"));
+        }
+        let running = self.shared.running(instance).await?;
+        self.shared.ask_to_end(&running).await
     }
 
     async fn pause(&self, instance: InstanceId) -> Result<Observed> {

@@ -11,9 +11,10 @@ use std::{collections::BTreeMap, fmt, net::SocketAddr, os::fd::OwnedFd, path::Pa
 use tokio::sync::{broadcast, mpsc};
 
 pub use karst_model::guest::{
-    Applied, Details, DirtyRate, DiskBackupPhase, DiskBackupState, DiskCopyEnd, DiskCopyPhase, DiskCopyState,
-    DiskCounters, ExecRequest, FileInfo, FileKind, FileWrite, FilesystemFigures, Interface, MachineFigures,
-    Metrics, MonitorAnswer, MonitorEvent, Observed, ProcessorTimes, StopMode, ThresholdReached, scratch_size,
+    Applied, AskedBy, Details, DirtyRate, DiskBackupPhase, DiskBackupState, DiskCopyEnd, DiskCopyPhase,
+    DiskCopyState, DiskCounters, ExecRequest, FileInfo, FileKind, FileWrite, FilesystemFigures, GuestWish,
+    Interface, MachineFigures, Metrics, MonitorAnswer, MonitorEvent, Observed, ProcessorTimes, StopMode,
+    ThresholdReached, scratch_size,
 };
 
 /// A kind of guest on this host. Implementations pass one contract suite.
@@ -31,6 +32,11 @@ pub trait GuestDriver: Send + Sync {
 
     /// Asks the guest to shut down (`Graceful`, answers when it has ended or the time is up) or ends it (`Force`).
     async fn stop(&self, instance: InstanceId, mode: StopMode) -> Result<Observed>;
+
+    /// Asks the guest to shut down or to boot anew, and waits for nothing. Unsupported for what a kind cannot.
+    async fn ask(&self, _instance: InstanceId, _wish: GuestWish, _by: AskedBy) -> Result<()> {
+        Err(Error::unsupported("guests of this kind are stopped, not asked"))
+    }
 
     /// Freezes it.
     async fn pause(&self, instance: InstanceId) -> Result<Observed>;

@@ -15,9 +15,9 @@ use crate::{
 };
 use async_trait::async_trait;
 use karst_guest::{
-    Applied, DiskBackups, DiskCopies, Exec, ExecRequest, FileWrite, GuestDriver, GuestFiles, GuestMachine,
-    Interface, MachineFigures, MachineFiles, Metrics, MonitorAnswer, MonitorEvent, Observed, OpenedFile,
-    Quiesce, ResolvedGuest, Silence, StopMode, ThresholdReached,
+    Applied, AskedBy, DiskBackups, DiskCopies, Exec, ExecRequest, FileWrite, GuestDriver, GuestFiles,
+    GuestMachine, GuestWish, Interface, MachineFigures, MachineFiles, Metrics, MonitorAnswer, MonitorEvent,
+    Observed, OpenedFile, Quiesce, ResolvedGuest, Silence, StopMode, ThresholdReached,
     keeper::{self, End, Keeper, Requested, State, Status},
     silence,
 };
@@ -458,7 +458,10 @@ impl Shared {
             if self.silence.contains(instance) {
                 return Err(Error::timeout("the guest's keeper does not answer"));
             }
-            machine.keeper.mark(Requested::Force).await?;
+            {
+                let _telling = machine.telling.lock().await;
+                machine.keeper.mark(Requested::Force).await?;
+            }
             // What has changed since checkpoints is in its files only when QEMU ends by itself.
             if bitmaps::quit(machine).await.is_ok() && timeout(WRITE, machine.ended()).await.is_ok() {
                 return Ok(());
@@ -550,6 +553,25 @@ impl GuestDriver for QemuDriver {
             Err(e) if !e.is(ErrorKind::NotFound) => Err(e),
             _ => machine.ended().await,
         }
+    }
+
+    async fn ask(&self, instance: InstanceId, wish: GuestWish, by: AskedBy) -> Result<()> {
+        let anew = wish == GuestWish::Reboot;
+        if by == AskedBy::Agent {
+            return self.shared.inside(instance).await?.1.ask(anew).await;
+        }
+        let machine = self.shared.machine(instance).await?;
+        // An agent whose processors stand still would be waited for.
+        let answers = matches!(machine.now().state, RuntimeState::Running | RuntimeState::Stopping);
+        if by == AskedBy::Any && answers {
+            if !anew {
+                // Beside the button, and not waited for.
+                drop(machine.inside.shut_down());
+            } else if machine.inside.ask(true).await.is_ok() {
+                return Ok(());
+            }
+        }
+        machine.ask(Ask::Press { anew }).await
     }
 
     async fn pause(&self, instance: InstanceId) -> Result<Observed> {

@@ -3,6 +3,8 @@
 //! What may be asked in which state is a pure function ([`decide`]). Ending by force does not pass through here, so that
 //! a QEMU that hangs can always be ended.
 
+mod anew;
+
 use crate::{
     directories,
     inside::Inside,
@@ -53,6 +55,8 @@ pub(crate) enum Ask {
     Resume,
     /// Shut down, waiting so long.
     Graceful(Duration),
+    /// Press the power button, once; `anew`: what shuts down then boots anew.
+    Press { anew: bool },
 }
 
 /// What is then done.
@@ -66,6 +70,8 @@ enum Do {
     Cont,
     /// Press the power button, after `cont` where it does not run.
     PowerDown { cont: bool },
+    /// Press it, and nothing else.
+    Press { anew: bool },
 }
 
 /// The only place that says what is legal when.
@@ -73,6 +79,8 @@ fn decide(state: RuntimeState, ask: Ask) -> Result<Do> {
     use RuntimeState as S;
     match (ask, state) {
         (_, S::Stopped) => Err(Error::not_found("the guest is not running")),
+        // One that stands still finds it pressed when it goes on.
+        (Ask::Press { anew }, _) => Ok(Do::Press { anew }),
         (Ask::Pause, S::Paused) | (Ask::Resume, S::Running | S::Stopping) => Ok(Do::Nothing),
         (Ask::Pause, S::Stopping) => {
             Err(Error::conflict("the guest is shutting down; wait, or force it to stop"))
@@ -151,6 +159,8 @@ pub(crate) struct Inner {
     pub(crate) still: tokio::sync::Mutex<()>,
     /// Who begins or ends a copy of a disk.
     pub(crate) copying: tokio::sync::Mutex<()>,
+    /// Held while the keeper is told who asked for the end, so that none tells it what another has just made untrue.
+    pub(crate) telling: tokio::sync::Mutex<()>,
 }
 
 impl Inner {
@@ -237,8 +247,10 @@ pub(crate) fn own(
         record: Mutex::new(record),
         still: tokio::sync::Mutex::default(),
         copying: tokio::sync::Mutex::default(),
+        telling: tokio::sync::Mutex::default(),
     });
     let owner = Owner {
+        anew: machine.record().anew.then(|| Instant::now() + anew::WINDOW),
         reconnect: Some(Instant::now()),
         machine: machine.clone(),
         following: None,
@@ -285,6 +297,8 @@ struct Owner {
     stopping: Option<Stopping>,
     /// Halted by a full disk: when to look again whether there is room.
     full: Option<Instant>,
+    /// Until when a guest that shuts down boots anew.
+    anew: Option<Instant>,
     /// Reason of the `SHUTDOWN` event.
     heard: Option<String>,
     cgroups: Arc<Cgroups>,
@@ -316,6 +330,7 @@ impl Owner {
             let alarm = [
                 self.reconnect,
                 self.full,
+                self.anew,
                 self.stopping.as_ref().map(|s| s.next_press),
                 self.stopping.as_ref().and_then(|s| s.waiters.iter().map(|(at, _)| *at).min()),
             ]
@@ -398,7 +413,8 @@ impl Owner {
         self.pass_on(&event);
         let text = |k: &str| event.data.get(k).and_then(Value::as_str);
         match event.name.as_str() {
-            "SHUTDOWN" => self.heard = text("reason").map(str::to_owned),
+            // The first is why; what follows, such as our own `quit`, is only how.
+            "SHUTDOWN" if self.heard.is_none() => self.heard = text("reason").map(str::to_owned),
             "BLOCK_IO_ERROR" if text("action") == Some("stop") => {
                 tracing::warn!(instance = %self.machine.record().instance, reason = text("reason"), "a guest is halted by an error of its disk");
                 self.full = Some(Instant::now() + ROOM_EVERY);
@@ -429,6 +445,11 @@ impl Owner {
         qmp.execute(command, json!({})).await
     }
 
+    async fn qmp(&self, command: &str, arguments: Value) -> Result<()> {
+        let (qmp, _) = Qmp::connect(&self.machine.dir, launch::QMP, GREETING).await?;
+        qmp.execute(command, arguments).await.map(drop)
+    }
+
     /// Learns what events could not tell while nobody followed them.
     async fn refresh(&mut self) {
         if let Ok(v) = self.execute("query-status").await
@@ -441,6 +462,9 @@ impl Owner {
             // Also after an adoption, and when somebody else has resumed it.
             self.full = (s == "io-error").then(|| self.full.unwrap_or(Instant::now() + ROOM_EVERY));
             self.set_state(state, true);
+            if s == "shutdown" {
+                self.has_shut_down().await;
+            }
         }
         if let Ok(v) = self.execute("query-chardev").await {
             self.machine.inside.ports(&v);
@@ -454,6 +478,7 @@ impl Owner {
         };
         let result = match action {
             Do::Nothing => Ok(()),
+            Do::Press { anew } => self.press(anew).await,
             Do::Stop => self.command("stop", RuntimeState::Paused).await,
             Do::Cont => {
                 let to = self.running();
@@ -461,7 +486,7 @@ impl Owner {
             }
             Do::PowerDown { cont } => {
                 let woken = if cont { self.cont(RuntimeState::Running).await } else { Ok(()) };
-                match woken {
+                match woken.and(self.stays_down().await) {
                     Err(e) => Err(e),
                     Ok(()) => {
                         let Ask::Graceful(time) = ask else { return };
@@ -469,7 +494,10 @@ impl Owner {
                         match &mut self.stopping {
                             Some(s) => s.waiters.push(waiter),
                             None => {
-                                let _ = self.machine.keeper.mark(Requested::Shutdown).await;
+                                {
+                                    let _telling = self.machine.telling.lock().await;
+                                    let _ = self.machine.keeper.mark(Requested::Shutdown).await;
+                                }
                                 self.set_state(RuntimeState::Stopping, false);
                                 // Beside the power button: some systems do not listen to the button, others have no agent.
                                 let inside = self.machine.inside.shut_down();
@@ -515,6 +543,12 @@ impl Owner {
             self.full = None;
             self.go_on_with_room().await;
         }
+        if self.anew.is_some_and(|at| at <= now)
+            && let Err(e) = self.stays_down().await
+        {
+            tracing::debug!(error = %e, "QEMU does not take it back that its guest was to boot anew");
+            self.anew = Some(now + RECONNECT);
+        }
         let Some(stopping) = &mut self.stopping else {
             return;
         };
@@ -547,6 +581,7 @@ impl Owner {
     /// Nobody asks for the end any more, unless somebody forces it now.
     async fn take_back(&self) {
         let keeper = &self.machine.keeper;
+        let _telling = self.machine.telling.lock().await;
         if keeper.status().await.is_ok_and(|s| s.requested == Requested::Shutdown) {
             let _ = keeper.mark(Requested::Nobody).await;
         }
@@ -675,6 +710,7 @@ pub(crate) fn without_owner(dir: PathBuf) -> (Machine, mpsc::Receiver<Request>) 
         record: Mutex::new(record),
         copying: tokio::sync::Mutex::default(),
         still: tokio::sync::Mutex::default(),
+        telling: tokio::sync::Mutex::default(),
     });
     (Machine { inner, requests }, receiver)
 }
@@ -687,7 +723,7 @@ mod tests {
     #[test]
     fn only_what_is_legal_and_the_refusal_says_what_to_do() {
         let wait = Ask::Graceful(Duration::ZERO);
-        for ask in [Ask::Pause, Ask::Resume, wait] {
+        for ask in [Ask::Pause, Ask::Resume, wait, Ask::Press { anew: true }] {
             assert!(decide(S::Stopped, ask).unwrap_err().is(karst_model::ErrorKind::NotFound));
         }
         assert_eq!(decide(S::Running, Ask::Pause).unwrap(), Do::Stop);
@@ -697,6 +733,9 @@ mod tests {
         assert_eq!(decide(S::Running, Ask::Resume).unwrap(), Do::Nothing);
         assert_eq!(decide(S::Paused, wait).unwrap(), Do::PowerDown { cont: true });
         assert_eq!(decide(S::Running, wait).unwrap(), Do::PowerDown { cont: false });
+        for state in [S::Running, S::Paused, S::Stopping, S::Error] {
+            assert_eq!(decide(state, Ask::Press { anew: false }).unwrap(), Do::Press { anew: false });
+        }
         assert!(decide(S::Error, wait).unwrap_err().message.contains("force"));
         assert!(decide(S::Stopping, Ask::Pause).unwrap_err().message.contains("shutting down"));
     }

@@ -98,6 +98,9 @@ pub(crate) struct Record {
     /// Its memory is being loaded: it has executed nothing since its start.
     #[serde(default)]
     pub(crate) resuming: bool,
+    /// It was asked to boot anew: when it shuts down it is reset.
+    #[serde(default)]
+    pub(crate) anew: bool,
     /// Why it ended, where the host saw more than the keeper can know.
     #[serde(default)]
     pub(crate) exit: Option<ExitReason>,
@@ -146,6 +149,7 @@ impl Record {
             hardware: guest.machine.clone(),
             spice: false,
             resuming: guest.machine.as_ref().is_some_and(|m| m.resume),
+            anew: false,
             exit: None,
         }
     }

@@ -8,7 +8,7 @@ mod common;
 
 use common::Place;
 use karst_guest::{
-    GuestDriver, ResolvedGuest, StopMode,
+    AskedBy, GuestDriver, GuestWish, ResolvedGuest, StopMode,
     contract::{shell, until_inside},
 };
 use karst_model::{
@@ -284,6 +284,28 @@ async fn a_guest_outlives_its_driver() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     assert_eq!(driver.observe(id).await.unwrap().pid, Some(pid));
+
+    // Nor does it become another when the guest boots anew by its power button, whoever has it shut down then.
+    until_inside(&driver, &guest, "true", Duration::from_secs(180)).await;
+    driver.console_log(id, 1 << 20, true).await.unwrap();
+    driver.ask(id, GuestWish::Reboot, AskedBy::Button).await.unwrap();
+    let end = Instant::now() + Duration::from_secs(120);
+    let (mut asked, mut again) = (0, Instant::now());
+    loop {
+        if Instant::now() >= again && asked < 4 {
+            let off = karst_guest::contract::request(&["sh", "-c", "echo o > /proc/sysrq-trigger"]);
+            drop(driver.exec(id, off).await);
+            (asked, again) = (asked + 1, Instant::now() + Duration::from_secs(25));
+        }
+        let log = driver.console_log(id, 1 << 20, false).await.unwrap();
+        if String::from_utf8_lossy(&log).contains("SeaBIOS") {
+            break;
+        }
+        assert!(Instant::now() < end, "the firmware speaks once more");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let now = driver.observe(id).await.unwrap();
+    assert_eq!((now.pid, now.state), (Some(pid), RuntimeState::Running));
 
     // QEMU dies: that is told, with the reason, and everything is cleared up.
     common::run("kill", &["-SEGV", &pid.to_string()]);

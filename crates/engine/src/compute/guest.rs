@@ -2,14 +2,14 @@
 
 use crate::{Engine, EngineInner, InstanceView, context::Context};
 use karst_agent::{
-    CallContext, ConsoleAttach, ConsoleLog, ExecStart, FileOpened, FileRef, FileWriteRequest, GuestRef,
-    HostAgent, KeyPresses, SessionResize, SessionSignal, VolumeRef,
+    CallContext, ConsoleAttach, ConsoleLog, ExecStart, FileOpened, FileRef, FileWriteRequest, GuestAsk,
+    GuestRef, HostAgent, KeyPresses, SessionResize, SessionSignal, VolumeRef,
 };
 use karst_env::EnvExt;
 use karst_model::{
     Error, ErrorKind, NodeId, Result, SessionId,
     access::Permission,
-    guest::{ExecRequest, FileKind, FileWrite},
+    guest::{AskedBy, ExecRequest, FileKind, FileWrite, GuestWish},
     instance::{InstanceKind, Status},
     keys,
 };
@@ -142,6 +142,16 @@ impl FileUpload {
             },
         }
     }
+}
+
+fn demand_machine(view: &InstanceView) -> Result<()> {
+    if view.instance.kind != InstanceKind::VirtualMachine {
+        return Err(Error::unsupported(format!(
+            "instance {:?} is a container; only virtual machines have a screen, a keyboard and a reset button",
+            &*view.instance.name
+        )));
+    }
+    Ok(())
 }
 
 impl EngineInner {
@@ -284,22 +294,51 @@ impl Engine {
         name: &str,
     ) -> Result<(Arc<InstanceView>, Arc<dyn HostAgent>)> {
         let found = self.running(context, project, name)?;
-        if found.0.instance.kind != InstanceKind::VirtualMachine {
-            return Err(Error::unsupported(format!(
-                "instance {name:?} is a container; only virtual machines have a screen, a keyboard and a reset button"
-            )));
-        }
+        demand_machine(&found.0)?;
         Ok(found)
     }
 
-    /// Presses the reset button of a running virtual machine.
+    /// A guest that has a process, whatever it does.
+    fn active(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+    ) -> Result<(GuestRef, Arc<InstanceView>, Arc<dyn HostAgent>)> {
+        let view = self.find(context, project, name, Permission::InstanceUse)?;
+        if view.status == Status::Stopped {
+            return Err(Error::conflict(format!("instance {name:?} is not running; start it first")));
+        }
+        let agent = self.inner().agents.get(view.instance.node)?;
+        let generation = view.runtime.as_ref().map_or(view.instance.generation, |r| r.generation);
+        Ok((GuestRef { instance: view.instance.id, generation }, view, agent))
+    }
+
+    /// Asks a guest that has a process to shut down or to boot anew, and answers when it was asked: what it makes of that is its
+    /// own affair, and nothing waits for it or is held by it. Each call asks again.
+    ///
+    /// # Errors
+    /// Not found, conflict when it does not run, unsupported for a container that is to boot anew or to be asked by an agent,
+    /// unavailable when the agent that is to be asked is not there, forbidden.
+    pub async fn instance_ask(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        wish: GuestWish,
+        by: AskedBy,
+    ) -> Result<()> {
+        let (guest, _, agent) = self.active(context, project, name)?;
+        agent.guest_ask(&CallContext::read(CALL), GuestAsk { guest, wish, by }).await
+    }
+
+    /// Presses the reset button of a virtual machine that has a process; one that stands still goes on doing so.
     ///
     /// # Errors
     /// Not found, conflict when it does not run, unsupported for a container, forbidden.
     pub async fn machine_reset(&self, context: &Context, project: &str, name: &str) -> Result<()> {
-        let (view, agent) = self.virtual_machine(context, project, name)?;
-        let generation = view.runtime.as_ref().map_or(view.instance.generation, |r| r.generation);
-        let guest = GuestRef { instance: view.instance.id, generation };
+        let (guest, view, agent) = self.active(context, project, name)?;
+        demand_machine(&view)?;
         agent.guest_reset(&CallContext::read(CALL), guest).await
     }
 

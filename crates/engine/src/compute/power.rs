@@ -13,12 +13,14 @@ use crate::{
 };
 use async_trait::async_trait;
 use karst_agent::{GuestRef, GuestStop};
+use karst_env::EnvExt;
 use karst_model::{
     Config, Error, ErrorKind, InstanceId, NodeId, Result,
     access::Permission,
     guest::{Observed, StopMode},
     instance::{DesiredPower, Generation, Instance, InstanceKind, PowerAction, RuntimeState, Status},
     keys,
+    project::Project,
 };
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -38,6 +40,10 @@ pub struct PowerRequest {
 
 /// Time for writing or reading a machine's memory.
 pub(crate) const SAVING: Duration = Duration::from_secs(1800);
+/// How long whoever stops by force waits for the end of a stop that waits for its guest.
+const BREAK: Duration = Duration::from_secs(10);
+/// How a stop ends that one by force has overtaken.
+const OVERTAKEN: &str = "cancelled: the instance is stopped by force instead";
 /// Time for a graceful stop when none is given.
 pub const DEFAULT_STOP_TIMEOUT: Duration = Duration::from_secs(600);
 
@@ -92,6 +98,9 @@ impl Engine {
             demand_savable(row, &records.expanded(row).0)?;
         }
         if matches!(request.action, PowerAction::Stop | PowerAction::Restart) {
+            if request.force {
+                self.break_off_stop(&project, name).await;
+            }
             self.break_off_copy(&project, name).await?;
         }
         runner::start::<InstancePower>(inner, context, |tx| {
@@ -125,6 +134,25 @@ impl Engine {
             Ok((plan, new))
         })
         .await
+    }
+}
+
+impl Engine {
+    /// A stop that waits for its guest, or for its memory to be kept, does not keep the instance from being stopped by force: it
+    /// is cancelled. One that does not end in time, or is no such stop, holds the instance, which whoever stops it is told then.
+    async fn break_off_stop(&self, project: &Project, name: &str) {
+        let inner = self.inner();
+        let waiting = {
+            let records = inner.inventory.read();
+            let held = records.instance(project, name).ok().and_then(|row| records.lock(&lock(row.id)));
+            held.filter(|held| records.sagas.get(&held.saga).is_some_and(|s| s.name == InstancePower::NAME))
+                .map(|held| held.operation)
+        };
+        let Some(live) = waiting.and_then(|id| inner.operations.live(id)) else { return };
+        // Refused: it has ended, may not be cancelled, or somebody has cancelled it already.
+        if inner.operations.cancel_because(&live, OVERTAKEN).is_ok() || live.is_cancelled() {
+            let _ = inner.env.timeout(BREAK, live.ended()).await;
+        }
     }
 }
 

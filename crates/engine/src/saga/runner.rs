@@ -471,7 +471,7 @@ async fn try_step(
     no_return: bool,
 ) -> Result<serde_json::Value, Failure> {
     if live.is_cancelled() && !no_return {
-        return Err(Failure::Error(Error::cancelled("cancelled")));
+        return Err(Failure::Error(live.cancel_error()));
     }
     let mut times = 1;
     match engine.interfere(saga.name(), Moment::BeforeStep(next)) {
@@ -498,7 +498,7 @@ async fn try_step(
                 Ok(Err(e)) => return Err(Failure::Error(e)),
                 Err(_) => return Err(Failure::Error(Error::internal("a step panicked", saga.steps()[next]))),
             },
-            () = cancel => return Err(Failure::Error(Error::cancelled("cancelled"))),
+            () = cancel => return Err(Failure::Error(live.cancel_error())),
         };
     }
     match engine.interfere(saga.name(), Moment::AfterStep(next)) {

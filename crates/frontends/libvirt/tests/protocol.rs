@@ -84,6 +84,66 @@ async fn power_goes_round_and_events_tell_it() {
     assert_eq!(listener.call(317, &registered).await.unwrap_err().0, Code::InvalidArg as i32);
 }
 
+/// A request to shut down is one: whoever asked may ask again, ask otherwise, or end it, and need not wait for the guest.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_that_heeds_no_request_is_ended_at_once() {
+    const SHUTDOWN: i32 = 33;
+    const REBOOT: i32 = 27;
+    const SHUTDOWN_FLAGS: i32 = 258;
+    let soon = std::time::Duration::from_secs(10);
+    let server = Server::start().await;
+    for (uri, kind, name) in [
+        ("qemu:///system", InstanceKind::VirtualMachine, "v1"),
+        ("lxc:///system", InstanceKind::Container, "c1"),
+    ] {
+        server.guest(name, kind, false).await;
+        let mut client = server.open("full", uri).await;
+        let guest = client.domain(name).await;
+        let id = {
+            let records = server.engine.inner().inventory.read();
+            records.instances.values().find(|i| *i.name == *name).map(|i| i.id).unwrap()
+        };
+        let flagged = |flags: u32| [guest.as_slice(), &flags.to_be_bytes()].concat();
+        let refused = client.call(SHUTDOWN, &guest).await.unwrap_err();
+        assert_eq!(refused.0, Code::OperationInvalid as i32, "{refused:?}");
+        for asked in [(SHUTDOWN, guest.clone()), (REBOOT, flagged(0)), (SHUTDOWN_FLAGS, flagged(0))] {
+            client.call(9, &guest).await.unwrap();
+            server.host.set_ignores_shutdown(id, true);
+            let began = server.host.count("guest_ask");
+            client.call(asked.0, &asked.1).await.unwrap();
+            // A container that is to boot anew is stopped for it, which others have to wait for.
+            let asks = if kind == InstanceKind::Container && asked.0 == REBOOT { 0 } else { 2 };
+            assert_eq!(client.state(&guest).await.0, 1, "it goes on");
+            if asks > 0 {
+                client.call(asked.0, &asked.1).await.unwrap();
+                client.call(34, &guest).await.unwrap();
+                client.call(28, &guest).await.unwrap();
+            }
+            assert_eq!(server.host.count("guest_ask") - began, asks, "{name} {}", asked.0);
+            let ended = tokio::time::timeout(soon, client.call(12, &guest)).await;
+            ended.expect("it does not wait for the guest").unwrap();
+            assert_eq!(client.state(&guest).await, (5, 2));
+        }
+        // One that stands still is asked, too, and goes on standing still.
+        client.call(9, &guest).await.unwrap();
+        client.call(34, &guest).await.unwrap();
+        client.call(SHUTDOWN, &guest).await.unwrap();
+        assert_eq!(client.state(&guest).await.0, 3);
+        client.call(28, &guest).await.unwrap();
+        // Ways that are the other driver's.
+        let foreign = if kind == InstanceKind::Container { 2 } else { 4 };
+        let refused = client.call(SHUTDOWN_FLAGS, &flagged(foreign)).await.unwrap_err();
+        assert_eq!(refused.0, Code::InvalidArg as i32, "{refused:?}");
+        server.host.set_ignores_shutdown(id, false);
+        client.call(SHUTDOWN, &guest).await.unwrap();
+        let end = std::time::Instant::now() + PATIENCE;
+        while client.state(&guest).await != (5, 1) {
+            assert!(std::time::Instant::now() < end, "it heeds the request");
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_is_answered_before_the_connection_is_open() {
     let server = Server::start().await;

@@ -371,6 +371,10 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
     let graceful = |n: u128| json!({"guest": at(n), "mode": {"kind": "graceful", "timeout": {"secs": u64::MAX, "nanos": 0}}});
     add("guest_stop", "with all the time there is", graceful(4), Refused);
     add("guest_stop", "none, with all the time there is", graceful(99), Refused);
+    let ask = |n: u128, wish: &str| json!({"guest": at(n), "wish": wish, "by": "any"});
+    add("guest_ask", "none", ask(99, "shutdown"), Refused);
+    add("guest_ask", "a container, to boot anew", ask(4, "reboot"), Refused);
+    add("guest_ask", "a container, for something else", ask(4, "sh"), Refused);
     add("guest_pause", "of another start", json!({"instance": id(4), "generation": generation(0)}), Refused);
     add("guest_resume", "which is not paused", at(4), Nothing("it goes on"));
     add("guest_quiesce", "none", json!({"guest": at(99), "limit": {"secs": 60, "nanos": 0}}), Refused);

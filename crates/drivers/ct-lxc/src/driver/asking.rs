@@ -4,12 +4,18 @@
 
 use super::{Guest, Running, Shared};
 use karst_guest::keeper::{Keeper, Requested, State};
-use karst_model::Result;
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
+use karst_model::{Error, Result};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
-use tokio::{runtime::Handle, task::JoinHandle};
+use tokio::{runtime::Handle, task::JoinHandle, time::timeout};
+
+/// How long the end of a guest that somebody asked, and did not wait for, is one that was asked for.
+const COUNTS: Duration = Duration::from_secs(600);
 
 /// Requests to a guest to shut down.
 #[derive(Default)]
@@ -40,6 +46,42 @@ impl Shared {
         let _telling = guest.requests.telling.lock().await;
         running.keeper.mark(Requested::Shutdown).await?;
         Ok(asking)
+    }
+
+    /// Asks it to shut down, once, and waits for nothing. One that is frozen hears it when it goes on.
+    ///
+    /// # Errors
+    /// Not found when it has ended, unavailable when its first process does not listen.
+    pub(super) async fn ask_to_end(&self, running: &Running) -> Result<()> {
+        let Some(init) = running.init() else {
+            return Err(Error::unavailable("the guest is just starting; try again, or force it"));
+        };
+        let chosen = running.record.fixed.program.as_ref().and_then(|p| p.stop_signal);
+        let signal = match running.record.application {
+            true => Some(chosen.unwrap_or(libc::SIGTERM)).filter(|s| init.minds(*s)),
+            false => init.halt_signal(),
+        };
+        // What it does not handle the kernel would keep from it.
+        let signal = signal.ok_or_else(|| {
+            Error::unavailable(
+                "the first process of the guest does not listen to requests to shut down (yet); try again, or force it",
+            )
+        })?;
+        let guest = self.guest(running.record.instance);
+        // Somebody waits already, and the keeper knows.
+        if guest.requests.waiting.load(Ordering::SeqCst) > 0 {
+            return init.signal_number(signal);
+        }
+        let asking = self.asks(running).await?;
+        init.signal_number(signal)?;
+        let keeper = running.keeper.clone();
+        tokio::spawn(async move {
+            match timeout(COUNTS, keeper.wait_exit()).await {
+                Ok(_) => asking.followed(),
+                Err(_) => asking.take_back().await,
+            }
+        });
+        Ok(())
     }
 
     /// Tells the keeper that the guest is ended by force.

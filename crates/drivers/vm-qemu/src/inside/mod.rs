@@ -41,6 +41,8 @@ use tokio::{
 const FIGURES: Duration = Duration::from_secs(1);
 /// How long it is looked in the background whether an agent answers again.
 const LOOK: Duration = Duration::from_secs(5);
+/// How long an agent may take to hear that the system is to go down.
+const ASKED: Duration = Duration::from_secs(5);
 /// How long the file systems may take until they are still.
 const FREEZE: Duration = Duration::from_secs(30);
 /// How long a guest may take to boot until it can mount its directories.
@@ -342,6 +344,15 @@ impl Inside {
                     agent.call("guest-shutdown", json!({"mode": "powerdown"}), Duration::from_secs(5)).await;
             }
         })
+    }
+
+    /// Asks the agent to have the system go down, or boot anew.
+    ///
+    /// # Errors
+    /// Unavailable without an agent; what the guest refuses.
+    pub(crate) async fn ask(&self, anew: bool) -> Result<()> {
+        let mode = if anew { "reboot" } else { "powerdown" };
+        self.command("guest-shutdown", json!({"mode": mode}), ASKED).await.map(drop)
     }
 
     /// Makes the file systems still for at most `limit`; how many.

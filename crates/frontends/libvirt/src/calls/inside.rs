@@ -19,7 +19,8 @@ const TIMEOUT: &str = "user.libvirt.agent_timeout";
 /// Most of anything that is taken from a guest.
 const MOST: usize = 256;
 
-fn failed(e: Error) -> VirError {
+/// What the agent inside did not do.
+pub(super) fn failed(e: Error) -> VirError {
     let code = match e.kind {
         ErrorKind::Unavailable | ErrorKind::Timeout => Code::AgentUnresponsive,
         ErrorKind::Unsupported => Code::OperationUnsupported,

@@ -3,15 +3,18 @@
 use super::{Answered, Named, domain::is_running, int, nothing, write_domain};
 use crate::{
     error::{Code, Part, VirError},
-    session::Call,
+    session::{Call, Driver},
     xdr::Writer,
     xml::domain::{AUTORESTART, REBOOT_ACTION, ends_on_reboot, restarts},
 };
 use karst_engine::{InstanceView, LiveOperation, compute::power::PowerRequest};
-use karst_model::instance::{InstanceKind, PowerAction, Status};
+use karst_model::{
+    guest::{AskedBy, GuestWish},
+    instance::{InstanceKind, PowerAction, Status},
+};
 use std::time::Duration;
 
-/// How long a request to shut down is followed up; the call itself answers at once, as libvirt's does.
+/// How long a container may take to end before it starts again; the call itself answers at once, as libvirt's does.
 const SHUTDOWN: Duration = Duration::from_secs(600);
 
 /// How often, and after which pause, it is looked whether a transient domain is gone.
@@ -146,38 +149,73 @@ pub async fn destroy_flags(call: Call) -> Answered {
     kill(&call, &*call.guest(&named)?).await
 }
 
-/// Asks the guest to end; it may take its time, which is followed by an operation.
-async fn ask(call: &Call, view: &InstanceView, action: PowerAction) -> Answered {
-    if view.status != Status::Running {
-        return Err(VirError::state("domain is not running"));
+/// Flags of `virDomainShutdownFlagValues` and `virDomainRebootFlagValues`: the drivers of libvirt know two each.
+const BUTTON: u32 = 1;
+const AGENT: u32 = 2;
+const INITCTL: u32 = 4;
+const SIGNAL: u32 = 8;
+
+/// By which way a guest is to be asked: of several any, and without one all.
+fn asked_by(call: &Call, flags: u32) -> Result<AskedBy, VirError> {
+    let known = match call.opened()?.driver {
+        Driver::Qemu => BUTTON | AGENT,
+        Driver::Lxc => INITCTL | SIGNAL,
+    };
+    call.known_flags(flags, known)?;
+    Ok(match flags {
+        AGENT => AskedBy::Agent,
+        BUTTON => AskedBy::Button,
+        _ => AskedBy::Any,
+    })
+}
+
+/// Asks the guest, which may take its time or not heed it: nobody waits for it, and whoever wants may ask again, or end it.
+async fn ask(call: &Call, view: &InstanceView, wish: GuestWish, by: AskedBy) -> Answered {
+    demand_running(view)?;
+    let session = &call.session;
+    let (engine, context) = (&session.front.engine, &session.context);
+    let asked = engine.instance_ask(context, &view.project.name, &view.instance.name, wish, by).await;
+    match asked {
+        Err(e) if by == AskedBy::Agent => Err(super::inside::failed(e)),
+        other => other.map(|()| nothing()).map_err(Into::into),
     }
-    begin(call, view, action, false).await?;
-    Ok(nothing())
 }
 
 /// `DOMAIN_SHUTDOWN`
 pub async fn shutdown(call: Call) -> Answered {
-    ask(&call, &*call.only_guest()?, PowerAction::Stop).await
+    ask(&call, &*call.only_guest()?, GuestWish::Shutdown, AskedBy::Any).await
 }
 
-/// `DOMAIN_SHUTDOWN_FLAGS`: by ACPI button or agent, as the guest takes it.
+/// `DOMAIN_SHUTDOWN_FLAGS`
 pub async fn shutdown_flags(call: Call) -> Answered {
     let (named, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
-    call.known_flags(flags, 0x1f)?;
-    ask(&call, &*call.guest(&named)?, PowerAction::Stop).await
+    let by = asked_by(&call, flags)?;
+    ask(&call, &*call.guest(&named)?, GuestWish::Shutdown, by).await
 }
 
-/// `DOMAIN_REBOOT`
+/// `DOMAIN_REBOOT`: a machine goes on as the same domain; a container is stopped and started.
 pub async fn reboot(call: Call) -> Answered {
     let (named, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
-    call.known_flags(flags, 0x1f)?;
-    ask(&call, &*call.guest(&named)?, PowerAction::Restart).await
+    let by = asked_by(&call, flags)?;
+    let view = call.guest(&named)?;
+    if view.instance.kind == InstanceKind::VirtualMachine {
+        return ask(&call, &view, GuestWish::Reboot, by).await;
+    }
+    demand_running(&view)?;
+    begin(&call, &view, PowerAction::Restart, false).await?;
+    Ok(nothing())
 }
 
 /// `DOMAIN_RESET`: at once, without asking the guest.
 pub async fn reset(call: Call) -> Answered {
     let view = call.guest_without_flags()?;
     demand_running(&view)?;
+    if view.instance.kind == InstanceKind::VirtualMachine {
+        let session = &call.session;
+        let (engine, context) = (&session.front.engine, &session.context);
+        engine.machine_reset(context, &view.project.name, &view.instance.name).await?;
+        return Ok(nothing());
+    }
     ended(begin(&call, &view, PowerAction::Restart, true).await?).await?;
     Ok(nothing())
 }
