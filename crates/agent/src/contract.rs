@@ -13,7 +13,7 @@ mod parts;
 mod publish;
 mod storage;
 
-use crate::{backups::*, calls::*, copies::*, displays::*, outputs::*, publish::*, thresholds::*};
+use crate::{asks::*, backups::*, calls::*, copies::*, displays::*, outputs::*, publish::*, thresholds::*};
 use karst_env::{EnvExt, SharedEnv};
 use karst_model::{
     ByteSize, DeviceId, Error, ErrorKind, ImageId, InstanceId, NetworkId, NodeId, PoolId, Result, SagaId,
@@ -241,6 +241,7 @@ impl Subject {
                 ends_on_reboot: false,
                 kernel: None,
                 resume: false,
+                paused: false,
                 accelerator: None,
             }),
             limits: Limits {

@@ -110,6 +110,9 @@ pub struct MachineSpec {
     /// This start goes on where the machine was when its memory was saved.
     #[serde(default)]
     pub resume: bool,
+    /// This start ends before the first instruction: the machine stands still until it is told to go on.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub paused: bool,
     /// Pass the accelerator explicitly only when a test or the user forces one; otherwise the host chooses.
     pub accelerator: Option<crate::node::AcceleratorKind>,
 }

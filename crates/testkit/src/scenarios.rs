@@ -106,7 +106,10 @@ async fn defined(w: &World) -> Result<LiveOperation> {
     };
     let places = BTreeMap::from([("sda".into(), Place { slot: "scsi3".into(), alias: None, pci: None })]);
     let uuid = Some(uuid::Uuid::from_u128(77));
-    Ok(w.engine.machine_define(&w.admin, "default", DefineMachine { create, uuid, places }).await?.1)
+    Ok(w.engine
+        .machine_define(&w.admin, "default", DefineMachine { create, uuid, places, paused: false })
+        .await?
+        .1)
 }
 
 async fn stateful(w: &World, action: PowerAction) -> Result<LiveOperation> {

@@ -397,8 +397,10 @@ fn cases() -> Vec<Case> {
         instance_delete Edit |f, c, p| f.w.engine.instance_delete(c, p, "still").await.map(drop);
         machine_update Edit |f, c, p| f.w.engine.machine_update(c, p, "still", UpdateInstance { description: "x".into(), ephemeral: false, config: Config::new(), devices: Devices::new(), profiles: vec!["default".into()], if_version: None }, true, &BTreeMap::new()).await.map(drop);
         instance_undefine Edit |f, c, p| f.w.engine.instance_undefine(c, p, "still").await.map(drop);
-        machine_define Edit |f, c, p| f.w.engine.machine_define(c, p, DefineMachine { create: CreateInstance { kind: InstanceKind::VirtualMachine, ..container("fresh") }, uuid: None, places: BTreeMap::new() }).await.map(drop);
+        machine_define Edit |f, c, p| f.w.engine.machine_define(c, p, DefineMachine { create: CreateInstance { kind: InstanceKind::VirtualMachine, ..container("fresh") }, uuid: None, places: BTreeMap::new(), paused: false }).await.map(drop);
         instance_power Use |f, c, p| f.w.engine.instance_power(c, p, "run", power(PowerAction::Stop)).await.map(drop);
+        instance_ask Use |f, c, p| f.w.engine.instance_ask(c, p, "run", karst_model::guest::GuestWish::Shutdown, karst_model::guest::AskedBy::Any).await;
+        machine_start_paused Use |f, c, p| of_a_machine(f.w.engine.machine_start_paused(c, p, "still", false).await.map(drop));
         instance_memory_drop Use |f, c, p| f.w.engine.instance_memory_drop(c, p, "still").await.map(drop);
         exec_check Use |f, c, p| f.w.engine.exec_check(c, p, "run", &exec()).map(drop);
         exec Use |f, c, p| f.w.engine.exec(c, p, "run", exec()).await.map(drop);
@@ -443,6 +445,7 @@ fn cases() -> Vec<Case> {
         snapshot_rename Edit |f, c, p| f.w.engine.snapshot_rename(c, of_still(p), "snap", "renamed").await;
         snapshot_restore Edit |f, c, p| f.w.engine.snapshot_restore(c, of_still(p), "snap").await.map(drop);
         snapshot_restore_with Edit |f, c, p| f.w.engine.snapshot_restore_with(c, of_still(p), "snap", false).await.map(drop);
+        snapshot_restore_paused Edit |f, c, p| match f.w.engine.snapshot_restore_paused(c, of_still(p), "snap").await.map(drop) { Err(e) if e.kind == ErrorKind::Invalid => Ok(()), other => other };
         snapshot_delete Edit |f, c, p| f.w.engine.snapshot_delete(c, of_still(p), "snap").await.map(drop);
         instance_move Edit |f, c, p| f.w.engine.instance_move(c, p, "still", karst_engine::compute::relocate::MoveInstance { name: Some("moved".into()), ..Default::default() }).await.map(drop);
         disk_copy_begin Edit |f, c, p| of_a_machine(f.w.engine.disk_copy_begin(c, p, "run", CopyDisk { device: None, to: CopyTarget::Pool("second".into()), hold: false, speed: 0, synchronous: false }).await.map(drop));

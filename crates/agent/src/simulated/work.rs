@@ -157,9 +157,10 @@ impl SimulatedAgent {
             ));
         }
         state.next_pid += 1;
+        let paused = spec.machine.as_ref().is_some_and(|m| m.paused);
         let guest = Guest {
             runner_cleared: false,
-            state: RuntimeState::Running,
+            state: if paused { RuntimeState::Paused } else { RuntimeState::Running },
             pid: 100_000 + state.next_pid,
             started: self.env.monotonic(),
             started_at: self.seconds(),

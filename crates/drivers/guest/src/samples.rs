@@ -102,6 +102,7 @@ pub fn machine(uuid: u128) -> MachineSpec {
         ends_on_reboot: false,
         kernel: None,
         resume: false,
+        paused: false,
         accelerator: None,
     }
 }

@@ -67,8 +67,14 @@ fn demand_running(machine: &Inner) -> Result<()> {
     }
 }
 
-/// The reset button.
+/// The reset button. What stands still goes on doing so.
 pub(crate) async fn reset(machine: &Inner) -> Result<()> {
+    let state = machine.observed.borrow().state;
+    if !matches!(state, RuntimeState::Running | RuntimeState::Stopping) {
+        let mut record = machine.record();
+        record.held = true;
+        record.write(&machine.dir)?;
+    }
     connect(machine).await?.execute("system_reset", json!({})).await.map(drop)
 }
 

@@ -190,7 +190,7 @@ impl Shared {
         };
         // A QEMU that does not answer for the moment still runs; its owner goes on asking.
         let state = match Self::run_state(dir, Duration::from_secs(2)).await {
-            Ok(s) => run_state(&s),
+            Ok(s) => run_state(&s, record.held),
             // It has ended, and who should say so is silent.
             Err(_) if status.pid.is_some_and(keeper::has_ended) => RuntimeState::Error,
             Err(e) => {
@@ -324,6 +324,7 @@ impl Shared {
         }
         let mut record = Record::new(guest);
         record.spice = guest.machine.as_ref().is_some_and(|m| m.spice && m.display) && probe::spice();
+        let paused = guest.machine.as_ref().is_some_and(|m| m.paused);
         monitor::unmark(dir)?;
         // Whoever orders a start knows by now which of a disk and its copy counts.
         copies::clear(dir)?;
@@ -335,14 +336,21 @@ impl Shared {
         }
         match self.start_new(guest, &groups, &record).await {
             Ok((keeper, status)) => {
-                let observed = Self::observed(&record, RuntimeState::Running, Some(&status));
+                let state = if paused { RuntimeState::Paused } else { RuntimeState::Running };
+                let observed = Self::observed(&record, state, Some(&status));
+                // Before its owner asks QEMU.
+                record.held = paused;
                 let machine = self.own(dir, record, keeper, observed.clone());
                 *lock(&slot.machine) = Some(machine.clone());
                 still::adopted(&machine);
-                if machine.record().resuming {
-                    let mut record = machine.record();
-                    record.resuming = false;
-                    record.write(dir)?;
+                if machine.record().resuming || paused {
+                    {
+                        let mut record = machine.record();
+                        record.resuming = false;
+                        record.write(dir)?;
+                    }
+                    // QEMU has it now, be it that the machine goes on or not.
+                    saved::discard(dir)?;
                 }
                 Ok(observed)
             }
@@ -387,6 +395,7 @@ impl Shared {
             tpm::forget(dir).await?;
         }
         let keeper = keeper::launch(dir, &spec, fds).await?;
+        let paused = guest.machine.as_ref().is_some_and(|m| m.paused);
         let greeted = async {
             if launch::hold(guest) {
                 let (qmp, _) = Qmp::connect(dir, launch::QMP, GREETING).await?;
@@ -394,11 +403,14 @@ impl Shared {
                     saved::load(&qmp, &saved::place(dir)).await?;
                 }
                 plug::before_first(&qmp, guest).await?;
-                saved::discard(dir)?;
-                qmp.execute("cont", json!({})).await?;
+                if !paused {
+                    saved::discard(dir)?;
+                    qmp.execute("cont", json!({})).await?;
+                }
             }
             match Self::run_state(dir, GREETING).await?.as_str() {
-                "running" => Ok(()),
+                "running" if !paused => Ok(()),
+                "prelaunch" | "paused" if paused => Ok(()),
                 other => Err(Error::internal("the virtual machine did not begin to run", other)),
             }
         };

@@ -272,7 +272,7 @@ fn nvram(dir: &Path, name: &str, template: &str) -> Result<OwnedFd> {
 
 /// Must something be said to QEMU before the guest's first instruction?
 pub(crate) fn hold(guest: &ResolvedGuest) -> bool {
-    guest.nics.iter().any(|n| n.disconnected) || guest.machine.as_ref().is_some_and(|m| m.resume)
+    guest.nics.iter().any(|n| n.disconnected) || guest.machine.as_ref().is_some_and(|m| m.resume || m.paused)
 }
 
 /// Makes everything; the control groups are the caller's to remove when anything fails.

@@ -100,9 +100,11 @@ fn decide(state: RuntimeState, ask: Ask) -> Result<Do> {
     }
 }
 
-/// QEMU's run state.
-pub(crate) fn run_state(status: &str) -> RuntimeState {
+/// QEMU's run state. Of a machine that was held on request, or reset while it stood still, `prelaunch` is no start that is under
+/// way.
+pub(crate) fn run_state(status: &str, held: bool) -> RuntimeState {
     match status {
+        "prelaunch" if held => RuntimeState::Paused,
         "paused" | "debug" | "suspended" | "save-vm" | "restore-vm" | "finish-migrate" | "postmigrate" => {
             RuntimeState::Paused
         }
@@ -422,6 +424,8 @@ impl Owner {
             }
             // Asked rather than concluded: by now a later command may have undone it.
             "STOP" | "RESUME" => self.refresh().await,
+            // One that an error had halted only stands still then.
+            "RESET" if self.state() == RuntimeState::Error => self.refresh().await,
             "BLOCK_WRITE_THRESHOLD" => {
                 let instance = self.machine.record().instance;
                 if let Some(reached) = threshold::reached(instance, &event) {
@@ -455,7 +459,8 @@ impl Owner {
         if let Ok(v) = self.execute("query-status").await
             && let Some(s) = v.get("status").and_then(Value::as_str)
         {
-            let state = match run_state(s) {
+            let held = self.machine.record().held;
+            let state = match run_state(s, held) {
                 RuntimeState::Running => self.running(),
                 other => other,
             };
@@ -764,7 +769,9 @@ mod tests {
             ("io-error", S::Error),
             ("prelaunch", S::Starting),
         ] {
-            assert_eq!(run_state(text), state);
+            assert_eq!(run_state(text, false), state);
+            let held = if text == "prelaunch" { S::Paused } else { state };
+            assert_eq!(run_state(text, true), held);
         }
     }
 }

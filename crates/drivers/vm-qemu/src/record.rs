@@ -98,6 +98,9 @@ pub(crate) struct Record {
     /// Its memory is being loaded: it has executed nothing since its start.
     #[serde(default)]
     pub(crate) resuming: bool,
+    /// It was started to stand still, or was reset while it did: it is not on its way up.
+    #[serde(default)]
+    pub(crate) held: bool,
     /// It was asked to boot anew: when it shuts down it is reset.
     #[serde(default)]
     pub(crate) anew: bool,
@@ -149,6 +152,7 @@ impl Record {
             hardware: guest.machine.clone(),
             spice: false,
             resuming: guest.machine.as_ref().is_some_and(|m| m.resume),
+            held: false,
             anew: false,
             exit: None,
         }

@@ -65,6 +65,7 @@ impl Shape {
         Self {
             hardware: record.hardware.clone().map(|h| MachineSpec {
                 resume: false,
+                paused: false,
                 boot_menu: false,
                 ends_on_reboot: false,
                 accelerator: None,

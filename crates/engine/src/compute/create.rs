@@ -439,6 +439,20 @@ pub struct StartPlan {
     pub networks: Vec<NetworkId>,
 }
 
+impl StartPlan {
+    /// A virtual machine stands still then, before its first instruction.
+    pub(crate) fn pause(&mut self) {
+        if let Some(machine) = &mut self.spec.machine {
+            machine.paused = true;
+        }
+    }
+
+    /// Does it?
+    fn is_paused(&self) -> bool {
+        self.spec.machine.as_ref().is_some_and(|m| m.paused)
+    }
+}
+
 /// Plan of [`InstanceCreate`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct CreatePlan {
@@ -482,8 +496,11 @@ impl CreatePlan {
     /// What is told of it when it is there.
     pub(crate) fn announce(&self) -> Vec<(&'static str, String)> {
         let mut events = vec![("instance-created", self.path.clone())];
-        if self.start.is_some() {
+        if let Some(start) = &self.start {
             events.push(("instance-started", self.path.clone()));
+            if start.is_paused() {
+                events.push(("instance-paused", self.path.clone()));
+            }
         }
         events
     }

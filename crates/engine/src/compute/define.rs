@@ -15,7 +15,7 @@ use karst_model::{
     DeviceId, Error, InstanceId, Name, Result,
     access::Permission,
     device::DiskBus,
-    instance::{DeviceIdentity, Instance, InstanceKind},
+    instance::{DesiredPower, DeviceIdentity, Instance, InstanceKind},
     storage::VolumeOwner,
 };
 use std::collections::BTreeMap;
@@ -30,6 +30,8 @@ pub struct DefineMachine {
     pub uuid: Option<Uuid>,
     /// Where its devices are, by their names.
     pub places: BTreeMap<String, Place>,
+    /// When it is started, it stands still before its first instruction.
+    pub paused: bool,
 }
 
 /// Where a device is.
@@ -77,6 +79,10 @@ impl Engine {
             if let Some(start) = &mut plan.start {
                 super::disks::demand_idle(&records, tx, &spec)?;
                 start.spec = spec;
+                if request.paused {
+                    start.pause();
+                    plan.instance.power = DesiredPower::Paused;
+                }
             }
             let path = path(&project.name, &name);
             Ok((plan, NewOperation::task("Defining instance", Some(project.id), "instances", path)))

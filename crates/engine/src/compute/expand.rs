@@ -408,6 +408,7 @@ pub fn guest_spec(
             ends_on_reboot: config.get("boot.reboot_action").is_some_and(|a| a == "stop"),
             kernel: parsed.kernel.as_ref().map(|(name, k)| kernel(lookups, name, k)).transpose()?,
             resume: false,
+            paused: false,
             accelerator: None,
         }),
         (None, InstanceKind::VirtualMachine) => {

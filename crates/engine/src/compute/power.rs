@@ -47,6 +47,15 @@ const OVERTAKEN: &str = "cancelled: the instance is stopped by force instead";
 /// Time for a graceful stop when none is given.
 pub const DEFAULT_STOP_TIMEOUT: Duration = Duration::from_secs(600);
 
+/// What else is to be so.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Also {
+    /// An instance that stops is still one that is to run.
+    pub(crate) keep: bool,
+    /// A virtual machine that starts stands still before its first instruction.
+    pub(crate) paused: bool,
+}
+
 impl Engine {
     /// Changes an instance's power.
     ///
@@ -59,17 +68,33 @@ impl Engine {
         name: &str,
         request: PowerRequest,
     ) -> Result<LiveOperation> {
-        self.power(context, project, name, request, false).await
+        self.power(context, project, name, request, Also::default()).await
     }
 
-    /// As [`Engine::instance_power`]; with `keep` an instance that stops is still one that is to run.
+    /// Starts a virtual machine that stands still until it is unfrozen: not one instruction is executed before. From where its
+    /// memory was kept with `stateful`, if it was.
+    ///
+    /// # Errors
+    /// Those of [`Engine::instance_power`], and unsupported for a container.
+    pub async fn machine_start_paused(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        stateful: bool,
+    ) -> Result<LiveOperation> {
+        let request = PowerRequest { action: PowerAction::Start, force: false, timeout: None, stateful };
+        self.power(context, project, name, request, Also { paused: true, ..Also::default() }).await
+    }
+
+    /// As [`Engine::instance_power`].
     pub(crate) async fn power(
         &self,
         context: &Context,
         project: &str,
         name: &str,
         request: PowerRequest,
-        keep: bool,
+        also: Also,
     ) -> Result<LiveOperation> {
         let project = self.project(context, project, Permission::InstanceUse)?;
         if request.timeout.is_some_and(|timeout| timeout > StopMode::LONGEST) {
@@ -125,8 +150,16 @@ impl Engine {
             new.may_cancel =
                 matches!(request.action, PowerAction::Stop | PowerAction::Restart) && !request.force;
             let mut plan = plan(inner, &records, row, request, status, mode, path)?;
-            if keep && request.action == PowerAction::Stop {
+            if also.keep && request.action == PowerAction::Stop {
                 (plan.keep, plan.instance.power) = (true, row.power);
+            }
+            if also.paused && row.kind != InstanceKind::VirtualMachine {
+                let text = "virtual machines only stand still before their first instruction; start it, then freeze it";
+                return Err(Error::unsupported(text).at("paused"));
+            }
+            if let (true, Some(start)) = (also.paused, &mut plan.start) {
+                start.pause();
+                (plan.paused, plan.instance.power) = (true, DesiredPower::Paused);
             }
             if let Some(start) = &plan.start {
                 super::disks::demand_idle(&records, tx, &start.spec)?;
@@ -255,6 +288,7 @@ fn plan(
         resume,
         save: mode == StopMode::Save,
         keep: false,
+        paused: false,
         stop: matches!(action, PowerAction::Stop | PowerAction::Restart)
             .then_some(GuestStop { guest: running, mode }),
         running,
@@ -284,6 +318,9 @@ pub struct PowerPlan {
     /// It stops with its host and is to run again.
     #[serde(default)]
     keep: bool,
+    /// It stands still from the start on.
+    #[serde(default)]
+    paused: bool,
     running: GuestRef,
     was_frozen: bool,
     stop: Option<GuestStop>,
@@ -436,7 +473,11 @@ impl Saga for InstancePower {
             PowerAction::Freeze => "instance-paused",
             PowerAction::Unfreeze => "instance-resumed",
         };
-        vec![(action, plan.path.clone())]
+        let mut all = vec![(action, plan.path.clone())];
+        if plan.paused {
+            all.push(("instance-paused", plan.path.clone()));
+        }
+        all
     }
 }
 

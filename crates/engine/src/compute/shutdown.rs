@@ -4,7 +4,7 @@
 //! `boot.stop.priority` says who stops first, `boot.host_shutdown_action` how, `boot.host_shutdown_timeout` how long a graceful
 //! stop may take before it is forced.
 
-use super::power::PowerRequest;
+use super::power::{Also, PowerRequest};
 use crate::{Engine, EngineInner, Records, context::Context, reconcile::at_work};
 use futures::future::join_all;
 use karst_env::EnvExt;
@@ -181,7 +181,8 @@ impl Engine {
             timeout: Some(guest.patience),
             stateful: way == Way::Save,
         };
-        let operation = self.power(&Context::system(), &guest.project, &guest.name, request, true).await?;
+        let keep = Also { keep: true, ..Also::default() };
+        let operation = self.power(&Context::system(), &guest.project, &guest.name, request, keep).await?;
         operation.ended().await.error.clone().map_or(Ok(()), Err)
     }
 

@@ -60,7 +60,7 @@ impl Engine {
             matches!(&found, Found::Instance(row) if volumes::runs(&records, row))
         };
         if runs || memory {
-            return self.restore_running(context, origin, name, memory).await;
+            return self.restore_running(context, origin, name, memory, false).await;
         }
         let inner = self.inner();
         runner::start::<SnapshotRestore>(inner, context, |tx| {
@@ -79,6 +79,27 @@ impl Engine {
             Ok((plan, NewOperation::task("Restoring snapshot", Some(project.id), found.kind(), path)))
         })
         .await
+    }
+}
+
+impl Engine {
+    /// As [`Engine::snapshot_restore_with`] with the memory of a virtual machine, which stands still then until it is unfrozen.
+    ///
+    /// # Errors
+    /// Those of [`Engine::snapshot_restore_with`].
+    pub async fn snapshot_restore_paused(
+        &self,
+        context: &Context,
+        origin: Origin<'_>,
+        name: &str,
+    ) -> Result<LiveOperation> {
+        let project = origin.editor(self, context)?;
+        {
+            let records = self.inner().inventory.read();
+            let found = origin.find(&records, project.id)?;
+            demand_memory(&found.demand(&records, name)?.taken(), true)?;
+        }
+        self.restore_running(context, origin, name, true, true).await
     }
 }
 

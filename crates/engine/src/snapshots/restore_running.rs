@@ -45,6 +45,7 @@ impl Engine {
         origin: Origin<'_>,
         name: &str,
         memory: bool,
+        paused: bool,
     ) -> Result<LiveOperation> {
         let project = origin.editor(self, context)?;
         let inner = self.inner();
@@ -80,7 +81,7 @@ impl Engine {
             };
             let first = row.generation.max(generation).next();
             instance.generation = first;
-            instance.power = DesiredPower::Running;
+            instance.power = if paused { DesiredPower::Paused } else { DesiredPower::Running };
             // The start takes it.
             instance.stateful = false;
             let start = |instance: &Instance, resume: bool| -> Result<StartPlan> {
@@ -90,7 +91,10 @@ impl Engine {
                 }
                 Ok(StartPlan { networks: networks_of(&spec), spec })
             };
-            let again = start(instance, memory)?;
+            let mut again = start(instance, memory)?;
+            if paused {
+                again.pause();
+            }
             let back = start(&Instance { generation: first.next(), ..row.value.clone() }, false)?;
             demand_idle(&records, tx, &again.spec)?;
             let path = restore.path.clone();

@@ -10,6 +10,7 @@ mod graphics;
 mod host;
 mod monitor;
 mod networks;
+mod power;
 mod protocol;
 mod remote;
 mod secrets;

@@ -98,7 +98,19 @@ fn present(call: &Call, machine: &Machine) -> Result<Option<Arc<InstanceView>>, 
     }
 }
 
-async fn create(call: &Call, machine: Machine, transient: bool) -> Result<(), VirError> {
+/// How a new domain begins.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Begins {
+    /// Defined, and off.
+    Off,
+    /// Transient, and running.
+    Running,
+    /// Transient, and still before its first instruction.
+    Paused,
+}
+
+async fn create(call: &Call, machine: Machine, begins: Begins) -> Result<(), VirError> {
+    let transient = begins != Begins::Off;
     let created = spec::create(&machine)?;
     let name = machine.name.clone();
     let request = DefineMachine {
@@ -117,6 +129,7 @@ async fn create(call: &Call, machine: Machine, transient: bool) -> Result<(), Vi
         },
         uuid: machine.uuid,
         places: created.places,
+        paused: begins == Begins::Paused,
     };
     let session = &call.session;
     let (engine, context) = (&session.front.engine, &session.context);
@@ -162,7 +175,7 @@ async fn defined(call: &Call, text: &str) -> Answered {
     let name = machine.name.clone();
     match present(call, &machine)? {
         Some(view) => change(call, &view, machine).await?,
-        None => create(call, machine, false).await?,
+        None => create(call, machine, Begins::Off).await?,
     }
     domain(call, &name)
 }
@@ -200,10 +213,7 @@ pub async fn create_xml(call: Call) -> Answered {
         return Err(VirError::new(Code::OperationFailed, Part::Qemu, text));
     }
     let name = machine.name.clone();
-    create(&call, machine, true).await?;
-    if flags & 1 != 0 {
-        power::freeze(&call, &*call.session.guest(&name)?).await?;
-    }
+    create(&call, machine, if flags & 1 != 0 { Begins::Paused } else { Begins::Running }).await?;
     domain(&call, &name)
 }
 

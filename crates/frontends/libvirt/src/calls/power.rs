@@ -57,12 +57,26 @@ fn demand_running(view: &InstanceView) -> Result<(), VirError> {
 /// # Errors
 /// Those of the engine.
 pub async fn start(call: &Call, view: &InstanceView) -> Result<(), VirError> {
-    start_with(call, view, true).await
+    start_with(call, view, true, false).await
 }
 
-async fn start_with(call: &Call, view: &InstanceView, stateful: bool) -> Result<(), VirError> {
+/// Starts it to stand still before its first instruction; from where its memory was kept, if it was.
+///
+/// # Errors
+/// Those of the engine.
+pub async fn start_paused(call: &Call, view: &InstanceView) -> Result<(), VirError> {
+    start_with(call, view, true, true).await
+}
+
+async fn start_with(call: &Call, view: &InstanceView, stateful: bool, paused: bool) -> Result<(), VirError> {
     if is_running(view) {
         return Err(VirError::state("domain is already running"));
+    }
+    if paused {
+        let session = &call.session;
+        let (engine, context) = (&session.front.engine, &session.context);
+        let (project, name) = (&view.project.name, &view.instance.name);
+        return ended(engine.machine_start_paused(context, project, name, stateful).await?).await;
     }
     let request = PowerRequest { action: PowerAction::Start, force: false, timeout: None, stateful };
     ask_power(call, view, request).await
@@ -83,11 +97,7 @@ async fn ask_power(call: &Call, view: &InstanceView, request: PowerRequest) -> R
     ended(engine.instance_power(context, &view.project.name, &view.instance.name, request).await?).await
 }
 
-/// Stops its processors.
-///
-/// # Errors
-/// Those of the engine.
-pub async fn freeze(call: &Call, view: &InstanceView) -> Result<(), VirError> {
+async fn freeze(call: &Call, view: &InstanceView) -> Result<(), VirError> {
     ended(begin(call, view, PowerAction::Freeze, false).await?).await
 }
 
@@ -103,11 +113,7 @@ pub async fn create_with_flags(call: Call) -> Answered {
     // Paused, past the cache, and without what was saved.
     call.known_flags(flags, 1 | 4 | 8)?;
     let view = call.guest(&named)?;
-    start_with(&call, &view, flags & 8 == 0).await?;
-    let view = call.guest(&named)?;
-    if flags & 1 != 0 {
-        freeze(&call, &view).await?;
-    }
+    start_with(&call, &view, flags & 8 == 0, flags & 1 != 0).await?;
     let mut w = Writer::new();
     write_domain(&mut w, &*call.guest(&named)?);
     Ok(w.finish().into())

@@ -4,7 +4,7 @@ use super::{
     Answered, Named,
     domain::is_running,
     flag, int, listed, names as some_names, nothing,
-    power::{ended, freeze, kill, start},
+    power::{ended, kill, start, start_paused},
     text, write_domain,
 };
 use crate::{
@@ -19,7 +19,6 @@ use karst_engine::{
 };
 use karst_model::{
     SnapshotId,
-    instance::Status,
     snapshot::{Quiesce, Snapshot},
 };
 use std::{collections::BTreeSet, sync::Arc};
@@ -367,14 +366,18 @@ pub async fn revert(call: Call) -> Answered {
     }
     let session = &call.session;
     let (engine, context) = (&session.front.engine, &session.context);
-    let memory = snapshot.stateful;
-    ended(engine.snapshot_restore_with(context, tree.origin(), &snapshot.name, memory).await?).await?;
+    let (memory, paused) = (snapshot.stateful, flags & PAUSED != 0);
+    let (origin, name) = (tree.origin(), &snapshot.name);
+    let operation = match memory && paused {
+        true => engine.snapshot_restore_paused(context, origin, name).await?,
+        false => engine.snapshot_restore_with(context, origin, name, memory).await?,
+    };
+    ended(operation).await?;
     let view = call.session.guest(&view.instance.name)?;
-    if flags & (RUNNING | PAUSED) != 0 && !is_running(&view) {
-        start(&call, &view).await?;
-    }
-    if flags & PAUSED != 0 && call.session.guest(&view.instance.name)?.status == Status::Running {
-        freeze(&call, &view).await?;
+    match is_running(&view) {
+        false if paused => start_paused(&call, &view).await?,
+        false if flags & RUNNING != 0 => start(&call, &view).await?,
+        _ => {}
     }
     Ok(nothing())
 }

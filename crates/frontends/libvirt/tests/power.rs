@@ -1,0 +1,116 @@
+//! Power: how a domain begins, and what of it stays when it begins anew.
+#![allow(clippy::disallowed_methods)] // a test tool
+
+use crate::support::{Server, argument};
+use karst_agent::{AgentEvent, HostAgent};
+use karst_engine::{
+    Context,
+    compute::create::{CreateInstance, InstanceSource},
+    volumes::create::CreateVolume,
+};
+use karst_frontend_libvirt::error::Code;
+use karst_model::{
+    Config,
+    access::Principal,
+    instance::{DesiredPower, InstanceKind, RuntimeState},
+    storage::VolumeContent,
+};
+use tokio::sync::mpsc::Receiver;
+
+const START_WITH_FLAGS: i32 = 196;
+const CREATE_XML: i32 = 10;
+const SUSPEND: i32 = 34;
+const RESUME: i32 = 28;
+const DESTROY: i32 = 12;
+const SNAPSHOT: i32 = 185;
+const REVERT: i32 = 192;
+/// Of a start, of `create` and of a revert.
+const PAUSED: u32 = 1;
+const REVERT_PAUSED: u32 = 2;
+
+fn flagged(of: &[u8], flags: u32) -> Vec<u8> {
+    [of, &flags.to_be_bytes()].concat()
+}
+
+/// What the host told of its guests so far.
+fn told(events: &mut Receiver<AgentEvent>) -> Vec<RuntimeState> {
+    let all = std::iter::from_fn(|| events.try_recv().ok());
+    let states = all.filter_map(|event| match event {
+        AgentEvent::Guest { observed } => Some(observed.state),
+        _ => None,
+    });
+    states.collect()
+}
+
+async fn machine(server: &Server, name: &str) {
+    let request = CreateInstance {
+        name: Some(name.into()),
+        kind: InstanceKind::VirtualMachine,
+        description: String::new(),
+        ephemeral: false,
+        config: Config::from([("migration.stateful".into(), "true".into())]),
+        devices: Default::default(),
+        profiles: None,
+        source: InstanceSource::None,
+        start: false,
+        target: None,
+        vmid: None,
+    };
+    let admin = Context::new(Principal::system());
+    let (_, operation) = server.engine.instance_create(&admin, "default", request).await.unwrap();
+    assert_eq!(operation.ended().await.error, None);
+}
+
+/// Not one instruction is executed before somebody says so: no host ever sees it run.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_domain_that_begins_paused_executes_nothing() {
+    use RuntimeState::{Paused, Stopped};
+    let server = Server::start().await;
+    let admin = Context::new(Principal::system());
+    machine(&server, "v1").await;
+    let mut seen = server.host.events().await.unwrap();
+    let mut client = server.open("full", "qemu:///system").await;
+    let v1 = client.domain("v1").await;
+    client.call(START_WITH_FLAGS, &flagged(&v1, PAUSED)).await.unwrap();
+    assert_eq!(client.state(&v1).await.0, 3);
+    assert_eq!(told(&mut seen), [Paused]);
+    let power = server.engine.instance(&admin, "default", "v1").unwrap().instance.power;
+    assert_eq!(power, DesiredPower::Paused, "as after a suspend");
+    client.call(RESUME, &v1).await.unwrap();
+    assert_eq!(client.state(&v1).await.0, 1);
+
+    // Back to where it ran, and no further.
+    let document = argument(|w| {
+        w.string("<domainsnapshot><name>s1</name></domainsnapshot>").u32(0);
+    });
+    let snapshot = client.call(SNAPSHOT, &[v1.clone(), document].concat()).await.unwrap();
+    told(&mut seen);
+    let paused = server.host.count("guest_pause");
+    client.call(REVERT, &flagged(&snapshot, REVERT_PAUSED)).await.unwrap();
+    assert_eq!((told(&mut seen), client.state(&v1).await.0), (vec![Stopped, Paused], 3));
+    client.call(DESTROY, &v1).await.unwrap();
+    told(&mut seen);
+
+    // A transient one.
+    let config = Config::from([("size".into(), "64MiB".into())]);
+    let request =
+        CreateVolume { name: "d1".into(), content: VolumeContent::Block, description: String::new(), config };
+    let operation = server.engine.volume_create(&admin, "default", "default", request).await.unwrap();
+    assert_eq!(operation.ended().await.error, None);
+    let xml = "<domain type='qemu'><name>t1</name><memory unit='MiB'>64</memory><os><type>hvm</type></os><devices>\
+        <disk type='volume' device='disk'><source pool='default' volume='d1'/><target dev='vda' bus='virtio'/></disk>\
+        </devices></domain>";
+    let create = argument(|w| {
+        w.string(xml).u32(PAUSED);
+    });
+    let t1 = client.call(CREATE_XML, &create).await.unwrap();
+    assert_eq!((told(&mut seen), client.state(&t1).await.0), (vec![Paused], 3));
+    assert_eq!(server.host.count("guest_pause"), paused, "nobody paused what ran");
+
+    server.guest("c1", InstanceKind::Container, false).await;
+    let mut lxc = server.open("full", "lxc:///system").await;
+    let c1 = lxc.domain("c1").await;
+    let refused = lxc.call(START_WITH_FLAGS, &flagged(&c1, PAUSED)).await.unwrap_err();
+    assert_eq!(refused.0, Code::OperationUnsupported as i32, "{refused:?}");
+    assert_eq!(lxc.state(&c1).await.0, 5);
+}
