@@ -24,6 +24,7 @@ use karst_model::{
     ByteSize, Error, ErrorKind, InstanceId, NetworkId, PoolId, Result, VolumeId,
     image::Application,
     instance::{Generation, InstanceKind, RuntimeState},
+    news::MachineNews,
     node::HostFacts,
     spec::{DiskSource, DiskSpec, GuestSpec, NicSpec, PoolSpec},
     storage::VolumeContent,
@@ -197,7 +198,7 @@ impl RealAgent {
             guests.extend(known.iter().filter_map(|(id, record)| Some((*id, record.clone()?))));
         }
         for driver in &self.drivers {
-            self.forward(driver.events());
+            self.forward(driver.events(), driver.machine().map(|machines| machines.news()));
             if let Some(machines) = driver.machine() {
                 self.forward_thresholds(machines.thresholds());
             }
@@ -249,12 +250,26 @@ impl RealAgent {
     }
 
     /// Hands a driver's events on.
-    fn forward(self: &Arc<Self>, mut from: tokio::sync::mpsc::Receiver<Observed>) {
+    fn forward(
+        self: &Arc<Self>,
+        mut from: tokio::sync::mpsc::Receiver<Observed>,
+        mut news: Option<broadcast::Receiver<MachineNews>>,
+    ) {
         let weak = Arc::downgrade(self);
         tokio::spawn(async move {
-            while let Some(observed) = from.recv().await {
+            loop {
+                // What happened in a guest before its end is told before that.
+                let (news, observed) = tokio::select! {
+                    biased;
+                    news = next(&mut news) => (Some(news), None),
+                    observed = from.recv() => (None, observed),
+                };
                 let Some(agent) = weak.upgrade() else { return };
-                agent.saw(&observed);
+                match (news, observed) {
+                    (Some(news), _) => agent.events.publish(&AgentEvent::Machine { news }),
+                    (None, Some(observed)) => agent.saw(&observed),
+                    (None, None) => return,
+                }
             }
         });
     }
@@ -784,6 +799,18 @@ fn check_hostname(name: &str) -> Result<()> {
 /// The state that nobody started here.
 pub(crate) fn never_ran(guest: GuestRef) -> Observed {
     Observed::never_ran(guest.instance, guest.generation)
+}
+
+/// The next of the news, of which some may be missed.
+async fn next(news: &mut Option<broadcast::Receiver<MachineNews>>) -> MachineNews {
+    while let Some(from) = news {
+        match from.recv().await {
+            Ok(news) => return news,
+            Err(broadcast::error::RecvError::Lagged(_)) => {}
+            Err(broadcast::error::RecvError::Closed) => *news = None,
+        }
+    }
+    std::future::pending().await
 }
 
 /// A driver says "not found" of a guest that does not run; here it is known, and what fails is the state.

@@ -28,6 +28,7 @@ use karst_model::{
     image::{DiskFormat, ImageFacts},
     instance::{Generation, InstanceKind},
     network::Lease,
+    news::MachineNews,
     node::HostFacts,
     spec::{GuestSpec, NetworkSpec, PoolSpec, VolumeSpec},
     storage::Usage,
@@ -911,6 +912,12 @@ pub enum AgentEvent {
     DiskThreshold {
         /// Which.
         reached: ThresholdReached,
+    },
+    /// Something happened in a virtual machine. Of these a receiver that falls behind misses some and is not told: there are as
+    /// many as a guest likes.
+    Machine {
+        /// What.
+        news: MachineNews,
     },
     /// Progress of a build or import.
     ImageProgress {

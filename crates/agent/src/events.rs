@@ -7,8 +7,12 @@ use tokio::sync::mpsc;
 /// Events that a receiver may be behind.
 pub const EVENT_QUEUE: usize = 1024;
 
+/// Room that news of machines leave in a queue for everything else.
+const RESERVED: usize = EVENT_QUEUE / 2;
+
 /// Hands each event to every receiver. The last place of a queue is kept for [`AgentEvent::Lost`]: a receiver that falls
-/// behind finds it after the events that it still gets, and then whatever happened after it made room.
+/// behind finds it after the events that it still gets, and then whatever happened after it made room. News of machines take
+/// half of it at most: what guests cause displaces nothing that is to be known of them.
 #[derive(Debug, Default)]
 pub struct EventHub {
     receivers: Mutex<Vec<mpsc::Sender<AgentEvent>>>,
@@ -26,7 +30,9 @@ impl EventHub {
 
     /// Hands out one event.
     pub fn publish(&self, event: &AgentEvent) {
+        let may_be_missed = matches!(event, AgentEvent::Machine { .. });
         self.receivers.lock().retain(|receiver| match receiver.capacity() {
+            left if may_be_missed && left <= RESERVED => !receiver.is_closed(),
             0 => !receiver.is_closed(),
             1 => !matches!(receiver.try_send(AgentEvent::Lost), Err(mpsc::error::TrySendError::Closed(_))),
             _ => !matches!(receiver.try_send(event.clone()), Err(mpsc::error::TrySendError::Closed(_))),
@@ -66,6 +72,17 @@ mod tests {
         assert!(got[..EVENT_QUEUE - 1].iter().all(|e| *e == event));
         hub.publish(&event);
         assert_eq!(slow.try_recv().ok(), Some(event));
+        // What guests cause leaves room for what is to be known of them.
+        let instance = karst_model::InstanceId(uuid::Uuid::nil());
+        let what = karst_model::news::Happened::Reset;
+        let news = AgentEvent::Machine { news: karst_model::news::MachineNews { instance, what } };
+        for _ in 0..EVENT_QUEUE * 2 {
+            hub.publish(&news);
+        }
+        hub.publish(&event);
+        let got: Vec<_> = std::iter::from_fn(|| slow.try_recv().ok()).collect();
+        assert_eq!(got.len(), EVENT_QUEUE - RESERVED + 1);
+        assert!(got[..got.len() - 1].iter().all(|e| *e == news) && got.last() == Some(&event));
         drop(slow);
         hub.publish(&AgentEvent::Lost);
         assert!(hub.is_empty());

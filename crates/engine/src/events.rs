@@ -8,6 +8,7 @@ use karst_model::{
     access::{Permission, Principal},
     instance::{Instance, Runtime},
     network::Network,
+    news::Happened,
     operation::Operation,
     secret::Secret,
     storage::Pool,
@@ -21,6 +22,22 @@ const BACKLOG: usize = 1024;
 /// A virtual machine has written behind the threshold of a disk ([`Engine::machine_threshold`](crate::Engine::machine_threshold)):
 /// the action of its event, whose context has the disk's `device` and `slot`, the `threshold` and the `excess`, bytes.
 pub const DISK_THRESHOLD: &str = "instance-disk-threshold-reached";
+
+/// The context of an event that tells what happened in a machine.
+pub(crate) fn context_of(what: &Happened) -> BTreeMap<String, serde_json::Value> {
+    match serde_json::to_value(what) {
+        Ok(serde_json::Value::Object(fields)) => fields.into_iter().collect(),
+        // It has no other form.
+        _ => BTreeMap::new(),
+    }
+}
+
+/// What happened in a machine, of an event that tells such a thing.
+pub fn happened(action: &str, context: &BTreeMap<String, serde_json::Value>) -> Option<Happened> {
+    let fields = context.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
+    let what: Happened = serde_json::from_value(serde_json::Value::Object(fields)).ok()?;
+    (what.action() == action).then_some(what)
+}
 
 /// Something that happened.
 #[derive(Debug, Clone)]

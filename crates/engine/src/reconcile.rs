@@ -16,6 +16,7 @@ use karst_model::{
     guest::{Observed, ThresholdReached},
     instance::{DesiredPower, ExitReason, Lifecycle, RuntimeState},
     keys,
+    news::MachineNews,
     node::{Node, Starting},
     operation::OperationState,
     spec::NetworkSpec,
@@ -109,6 +110,7 @@ async fn host_sync(weak: Weak<EngineInner>, node: NodeId, agent: Arc<dyn HostAge
                     }
                 },
                 Ok(Some(AgentEvent::DiskThreshold { reached })) => tell_threshold(&inner, &reached),
+                Ok(Some(AgentEvent::Machine { news })) => tell_news(&inner, &news),
                 Ok(Some(AgentEvent::ImageProgress { .. })) => {}
                 // Missed something, or lost the connection.
                 Ok(Some(AgentEvent::Lost) | None) => break,
@@ -409,31 +411,52 @@ async fn record(inner: &Arc<EngineInner>, observed: &Observed, as_of: Option<Rev
 
 /// Tells who listens that a machine has written behind the threshold of a disk.
 fn tell_threshold(inner: &EngineInner, reached: &ThresholdReached) {
-    let (row, runtime) = {
-        let records = inner.inventory.read();
-        let Some(row) = records.instances.get(&reached.instance) else { return };
-        (row.value.clone(), records.runtimes.get(&row.id).map(|r| Arc::new(r.value.clone())))
-    };
-    let device = row.identities.iter().find(|(_, i)| i.slot == reached.slot).map(|(name, _)| name.clone());
-    let project_name = inner.project_name(Some(row.project));
     let context = BTreeMap::from([
-        ("device".to_owned(), json!(device)),
-        ("slot".to_owned(), json!(reached.slot)),
         ("threshold".to_owned(), json!(reached.threshold)),
         ("excess".to_owned(), json!(reached.excess)),
     ]);
-    inner.events.send(Event {
-        time: inner.env.now(),
-        project: Some(row.project),
-        kind: EventKind::Lifecycle {
-            action: DISK_THRESHOLD,
-            source: crate::compute::path(&project_name, &row.name),
-            context,
-            requestor: "karst".into(),
-        },
-        subject: Some(Subject::Instance(Arc::new(row), runtime)),
-        project_name,
-    });
+    inner.tell_of(reached.instance, DISK_THRESHOLD, Some(&reached.slot), context, "karst".into());
+}
+
+/// Tells who listens what happened in a machine.
+fn tell_news(inner: &EngineInner, news: &MachineNews) {
+    let context = crate::events::context_of(&news.what);
+    inner.tell_of(news.instance, news.what.action(), news.what.slot(), context, "karst".into());
+}
+
+impl EngineInner {
+    /// Tells who listens of something in an instance; of a device, by the name that it has, too.
+    pub(crate) fn tell_of(
+        &self,
+        instance: InstanceId,
+        action: &'static str,
+        slot: Option<&str>,
+        mut context: BTreeMap<String, serde_json::Value>,
+        requestor: String,
+    ) {
+        let (row, runtime) = {
+            let records = self.inventory.read();
+            let Some(row) = records.instances.get(&instance) else { return };
+            (row.value.clone(), records.runtimes.get(&row.id).map(|r| Arc::new(r.value.clone())))
+        };
+        if let Some(slot) = slot {
+            let device = row.identities.iter().find(|(_, i)| i.slot == slot).map(|(name, _)| name.clone());
+            context.extend([("device".to_owned(), json!(device)), ("slot".to_owned(), json!(slot))]);
+        }
+        let project_name = self.project_name(Some(row.project));
+        self.events.send(Event {
+            time: self.env.now(),
+            project: Some(row.project),
+            kind: EventKind::Lifecycle {
+                action,
+                source: crate::compute::path(&project_name, &row.name),
+                context,
+                requestor,
+            },
+            subject: Some(Subject::Instance(Arc::new(row), runtime)),
+            project_name,
+        });
+    }
 }
 
 async fn ensure_all_networks(inner: &Arc<EngineInner>, node: NodeId) {

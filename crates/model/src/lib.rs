@@ -27,6 +27,7 @@ mod keys_container;
 pub mod keys_machine;
 pub mod name;
 pub mod network;
+pub mod news;
 pub mod node;
 pub mod oci;
 pub mod operation;

@@ -23,6 +23,7 @@ use karst_model::{
     image::ImageFacts,
     instance::InstanceKind,
     network::Lease,
+    news::Happened,
     node::{Accelerator, AcceleratorKind, HostFacts},
     spec::{DiskSpec, GuestSpec, NetworkSpec, PoolSource, PoolSpec, VolumeSpec},
     storage::{PoolKind, Usage},
@@ -321,6 +322,11 @@ calls! {
         if guest.refuses_update && of(&guest.spec) != of(&spec) {
             return Err(Error::conflict("the guest uses more than that"));
         }
+        let slots = |spec: &GuestSpec| -> std::collections::BTreeSet<String> {
+            let disks = spec.disks.iter().map(|d| d.slot.clone());
+            disks.chain(spec.nics.iter().map(|n| n.slot.clone())).collect()
+        };
+        let before = slots(&guest.spec);
         let mut pending = vec![];
         if spec.kind == InstanceKind::VirtualMachine {
             for (key, changed) in [
@@ -351,6 +357,15 @@ calls! {
         }
         if pending.is_empty() {
             guest.applied_spec_version = guest.applied_spec_version.max(spec.spec_version);
+        }
+        if spec.kind == InstanceKind::VirtualMachine {
+            let after = slots(&guest.spec);
+            for slot in before.difference(&after) {
+                me.happens(spec.instance, Happened::DeviceRemoved { slot: slot.clone() });
+            }
+            for slot in after.difference(&before) {
+                me.happens(spec.instance, Happened::DeviceAdded { slot: slot.clone() });
+            }
         }
         Ok(Applied { pending })
     }
@@ -592,8 +607,9 @@ calls! {
     }
     read console_attach(me, request: ConsoleAttach) -> WithFds<SessionId> { me.console(request) }
     read guest_reset(me, guest: GuestRef) -> () {
-        let mut state = me.settled();
-        demand_machine(state.running(guest)?)
+        demand_machine(me.settled().running(guest)?)?;
+        me.happens(guest.instance, Happened::Reset);
+        Ok(())
     }
     read guest_keys(me, request: KeyPresses) -> () {
         let mut state = me.settled();

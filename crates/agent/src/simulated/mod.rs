@@ -26,7 +26,11 @@ use crate::{
 };
 use futures::future::{Either, select};
 use karst_env::{EnvExt, SharedEnv};
-use karst_model::{ByteSize, Error, InstanceId, Result, instance::ExitReason};
+use karst_model::{
+    ByteSize, Error, InstanceId, Result,
+    instance::ExitReason,
+    news::{Happened, MachineNews},
+};
 use state::State;
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -306,6 +310,11 @@ impl SimulatedAgent {
             self.publish(observed);
         }
         state
+    }
+
+    /// Something happens in a machine, and is told.
+    pub fn happens(&self, instance: InstanceId, what: Happened) {
+        self.events.publish(&AgentEvent::Machine { news: MachineNews { instance, what } });
     }
 
     fn publish(&self, observed: karst_model::guest::Observed) {

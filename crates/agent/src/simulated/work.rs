@@ -15,6 +15,7 @@ use karst_model::{
     image::{DiskFormat, ImageFacts},
     instance::{ExitReason, Generation, InstanceKind, RuntimeState},
     network::Lease,
+    news::Happened,
     spec::{GuestSpec, NetworkSpec, NicLink, NicSpec, VolumeSource},
     storage::VolumeContent,
 };
@@ -264,9 +265,13 @@ impl SimulatedAgent {
         };
         self.env.sleep(self.options.shutdown_time).await;
         let still = self.settled().guests.get(&at.instance).is_some_and(|g| g.runs() && g.pid == pid);
-        match wish {
-            GuestWish::Shutdown if still => drop(self.end_guest(at.instance, ExitReason::Shutdown)),
-            GuestWish::Shutdown | GuestWish::Reboot => {}
+        match (wish, still) {
+            (GuestWish::Shutdown, true) => {
+                self.happens(at.instance, Happened::ShutDown);
+                self.end_guest(at.instance, ExitReason::Shutdown);
+            }
+            (GuestWish::Reboot, true) => self.happens(at.instance, Happened::Reset),
+            (_, false) => {}
         }
         Ok(())
     }

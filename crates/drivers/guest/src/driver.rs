@@ -6,6 +6,7 @@ use karst_model::{
     CheckpointId, DiskBackupId, Error, InstanceId, Result, SnapshotId, VolumeId,
     display::{DisplayGuard, DisplayProtocol},
     instance::InstanceKind,
+    news::MachineNews,
 };
 use std::{collections::BTreeMap, fmt, net::SocketAddr, os::fd::OwnedFd, path::PathBuf};
 use tokio::sync::{broadcast, mpsc};
@@ -149,6 +150,10 @@ pub trait GuestMachine: Send + Sync {
 
     /// Thresholds that are reached, of all machines, from now on; who falls behind misses some.
     fn thresholds(&self) -> broadcast::Receiver<ThresholdReached>;
+
+    /// What happens in machines, of all of them, from now on; who falls behind misses some. What a guest can cause is told of a
+    /// bounded number in a time.
+    fn news(&self) -> broadcast::Receiver<MachineNews>;
 
     /// Begins to measure how fast it writes memory; its figures say it then.
     async fn measure_dirty_rate(&self, instance: InstanceId, seconds: u32) -> Result<()>;

@@ -26,6 +26,7 @@ use karst_model::{
     Error, ErrorKind, InstanceId, Result, SnapshotId,
     display::{DisplayGuard, DisplayProtocol},
     instance::{InstanceKind, RuntimeState},
+    news::MachineNews,
     node::AcceleratorKind,
 };
 use serde_json::{Value, json};
@@ -78,6 +79,8 @@ pub(crate) struct Shared {
     heard: broadcast::Sender<MonitorEvent>,
     /// Thresholds of disks that were reached, for who waits for them.
     reached: broadcast::Sender<ThresholdReached>,
+    /// What happens in machines, for who hears of it.
+    news: broadcast::Sender<MachineNews>,
 }
 
 #[derive(Default)]
@@ -110,6 +113,7 @@ impl QemuDriver {
                 events: Arc::default(),
                 heard: broadcast::channel(HEARD).0,
                 reached: broadcast::channel(HEARD).0,
+                news: broadcast::channel(HEARD).0,
             }),
         })
     }
@@ -158,7 +162,12 @@ impl Shared {
 
     fn own(&self, dir: &Path, record: Record, keeper: Keeper, observed: Observed) -> Arc<Machine> {
         let (cgroups, silence) = (self.cgroups.clone(), self.silence.clone());
-        let tell = Tells { changed: self.tell(), heard: self.heard.clone(), reached: self.reached.clone() };
+        let tell = Tells {
+            changed: self.tell(),
+            heard: self.heard.clone(),
+            reached: self.reached.clone(),
+            news: self.news.clone(),
+        };
         own(dir.to_owned(), record, keeper, observed, cgroups, silence, tell)
     }
 

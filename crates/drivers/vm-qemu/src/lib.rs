@@ -26,6 +26,7 @@ mod launch;
 pub mod line;
 mod machine;
 mod monitor;
+mod news;
 mod plug;
 pub mod probe;
 pub mod qmp;

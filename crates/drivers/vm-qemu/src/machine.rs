@@ -9,6 +9,7 @@ use crate::{
     directories,
     inside::Inside,
     launch::{self, Groups, explain},
+    news::{self, Budget},
     qmp::{Event, Qmp},
     record::Record,
     saved, threshold, tpm,
@@ -22,6 +23,7 @@ use karst_model::{
     Error, ErrorKind, Result,
     guest::{MonitorEvent, StopMode, ThresholdReached},
     instance::{ExitReason, RuntimeState},
+    news::{Happened, MachineNews},
 };
 use serde_json::{Value, json};
 use std::{
@@ -161,11 +163,23 @@ pub(crate) struct Inner {
     pub(crate) still: tokio::sync::Mutex<()>,
     /// Who begins or ends a copy of a disk.
     pub(crate) copying: tokio::sync::Mutex<()>,
+    /// Who hears what happens in it, and how much more is told.
+    news: (broadcast::Sender<MachineNews>, Mutex<Budget>),
     /// Held while the keeper is told who asked for the end, so that none tells it what another has just made untrue.
     pub(crate) telling: tokio::sync::Mutex<()>,
 }
 
 impl Inner {
+    /// Tells what happened in it, unless that was too much lately.
+    pub(crate) fn tell(&self, what: Happened) {
+        let (listeners, budget) = &self.news;
+        if budget.lock().unwrap_or_else(|e| e.into_inner()).take() {
+            let instance = self.record().instance;
+            // An error only says that nobody listens.
+            let _ = listeners.send(MachineNews { instance, what });
+        }
+    }
+
     /// The record.
     pub(crate) fn record(&self) -> MutexGuard<'_, Record> {
         self.record.lock().unwrap_or_else(|e| e.into_inner())
@@ -227,6 +241,8 @@ pub(crate) struct Tells {
     pub(crate) heard: broadcast::Sender<MonitorEvent>,
     /// Who waits for thresholds of disks.
     pub(crate) reached: broadcast::Sender<ThresholdReached>,
+    /// Who hears what happens in machines.
+    pub(crate) news: broadcast::Sender<MachineNews>,
 }
 
 /// Begins to own a machine that runs.
@@ -250,6 +266,7 @@ pub(crate) fn own(
         still: tokio::sync::Mutex::default(),
         copying: tokio::sync::Mutex::default(),
         telling: tokio::sync::Mutex::default(),
+        news: (tell.news.clone(), Mutex::default()),
     });
     let owner = Owner {
         anew: machine.record().anew.then(|| Instant::now() + anew::WINDOW),
@@ -381,6 +398,10 @@ impl Owner {
 
     /// A change that nobody asked for is told.
     fn set_state(&self, state: RuntimeState, told: bool) {
+        let before = self.state();
+        if before == RuntimeState::Error && matches!(state, RuntimeState::Running | RuntimeState::Stopping) {
+            self.machine.tell(Happened::Recovered);
+        }
         let changed = self.machine.observed.send_if_modified(|o| {
             let changed = o.state != state;
             o.state = state;
@@ -413,6 +434,10 @@ impl Owner {
 
     async fn event(&mut self, event: Event) {
         self.pass_on(&event);
+        // A guest that boots anew by its power button shuts down for that only.
+        if let Some(what) = news::of(&event).filter(|w| *w != Happened::ShutDown || self.anew.is_none()) {
+            self.machine.tell(what);
+        }
         let text = |k: &str| event.data.get(k).and_then(Value::as_str);
         match event.name.as_str() {
             // The first is why; what follows, such as our own `quit`, is only how.
@@ -436,7 +461,13 @@ impl Owner {
             "VSERPORT_CHANGE" => {
                 if let (Some(id), Some(open)) = (text("id"), event.data.get("open").and_then(Value::as_bool))
                 {
-                    self.machine.inside.port(id, open);
+                    let inside = &self.machine.inside;
+                    let before = inside.kind().is_some();
+                    inside.port(id, open);
+                    let connected = inside.kind().is_some();
+                    if before != connected {
+                        self.machine.tell(Happened::Agent { connected });
+                    }
                 }
             }
             _ => {}
@@ -716,6 +747,7 @@ pub(crate) fn without_owner(dir: PathBuf) -> (Machine, mpsc::Receiver<Request>) 
         copying: tokio::sync::Mutex::default(),
         still: tokio::sync::Mutex::default(),
         telling: tokio::sync::Mutex::default(),
+        news: (broadcast::channel(1).0, Mutex::default()),
     });
     (Machine { inner, requests }, receiver)
 }

@@ -13,7 +13,7 @@ use crate::{
     record::{Devices, Record},
 };
 use karst_guest::{ResolvedDisk, ResolvedGuest, ResolvedNic};
-use karst_model::{Error, ErrorKind, Result};
+use karst_model::{Error, ErrorKind, Result, news::Happened};
 use serde_json::{Value, json};
 use std::{collections::BTreeSet, os::fd::AsFd, time::Duration};
 use tokio::{
@@ -323,6 +323,7 @@ impl Change<'_> {
                 self.note(|d| d.disks.retain(|x| x.slot != disk.slot))?;
                 return Err(refused(e, &disk.name));
             }
+            self.machine.tell(Happened::DeviceAdded { slot: disk.slot.clone() });
         }
         for nic in &wanted.nics {
             let waits = pending.contains(&format!("devices.{}", nic.name));
@@ -344,6 +345,7 @@ impl Change<'_> {
                 self.note(|d| d.nics.retain(|x| x.slot != nic.slot))?;
                 return Err(refused(e, &nic.name));
             }
+            self.machine.tell(Happened::DeviceAdded { slot: nic.slot.clone() });
         }
         Ok(())
     }

@@ -170,6 +170,7 @@ impl Engine {
                 "the password of the display of {name:?} was valid until {end}; set a new one"
             )));
         }
+        let guarded = guard.is_some();
         let call = CallContext::read(CALL);
         let answer = match (protocol, guard) {
             (DisplayProtocol::Vnc, None) => agent.display_attach(&call, instance).await?,
@@ -180,6 +181,7 @@ impl Engine {
                 agent.display_attach_spice(&call, SpiceChannel { instance, guard }).await?
             }
         };
-        Ok(ExecSession { fds: answer.fds, session: self.session(agent, answer.value) })
+        let session = self.viewer(context, &view, guarded, (agent, answer.value));
+        Ok(ExecSession { fds: answer.fds, session })
     }
 }

@@ -1,22 +1,23 @@
 //! What is done with a running guest: exec, console, files.
 
-use crate::{Engine, EngineInner, InstanceView, context::Context};
+use crate::{Engine, EngineInner, InstanceView, context::Context, events::context_of};
 use karst_agent::{
     CallContext, ConsoleAttach, ConsoleLog, ExecStart, FileOpened, FileRef, FileWriteRequest, GuestAsk,
     GuestRef, HostAgent, KeyPresses, SessionResize, SessionSignal, VolumeRef,
 };
 use karst_env::EnvExt;
 use karst_model::{
-    Error, ErrorKind, NodeId, Result, SessionId,
+    Error, ErrorKind, InstanceId, NodeId, Result, SessionId,
     access::Permission,
     guest::{AskedBy, ExecRequest, FileKind, FileWrite, GuestWish},
     instance::{InstanceKind, Status},
     keys,
+    news::Happened,
 };
 use std::{
     os::fd::OwnedFd,
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -33,6 +34,25 @@ pub struct Session {
     id: SessionId,
     env: Arc<dyn karst_env::Env>,
     closed: AtomicBool,
+    /// Told when it is over.
+    _farewell: Option<Farewell>,
+}
+
+/// Tells of the end of a session when it is dropped.
+struct Farewell {
+    engine: Weak<EngineInner>,
+    instance: InstanceId,
+    what: Happened,
+    requestor: String,
+}
+
+impl Drop for Farewell {
+    fn drop(&mut self) {
+        if let Some(engine) = self.engine.upgrade() {
+            let (what, requestor) = (&self.what, std::mem::take(&mut self.requestor));
+            engine.tell_of(self.instance, what.action(), None, context_of(what), requestor);
+        }
+    }
 }
 
 /// A running exec.
@@ -267,7 +287,31 @@ impl Engine {
     }
 
     pub(crate) fn session(&self, agent: Arc<dyn HostAgent>, id: SessionId) -> Session {
-        Session { agent, id, env: self.inner().env.clone(), closed: AtomicBool::new(false) }
+        Session { agent, id, env: self.inner().env.clone(), closed: AtomicBool::new(false), _farewell: None }
+    }
+
+    /// The session of somebody who looks at a display, which is told, and its end as well.
+    pub(crate) fn viewer(
+        &self,
+        context: &Context,
+        view: &InstanceView,
+        guarded: bool,
+        (agent, id): (Arc<dyn HostAgent>, SessionId),
+    ) -> Session {
+        let viewer = context.principal().identity.describe();
+        let what = |opened| Happened::Display { opened, guarded, viewer: viewer.clone() };
+        let (instance, opened) = (view.instance.id, what(true));
+        let inner = self.inner();
+        inner.tell_of(instance, opened.action(), None, context_of(&opened), viewer.clone());
+        let farewell = Farewell {
+            engine: Arc::downgrade(inner),
+            instance,
+            what: what(false),
+            requestor: viewer.clone(),
+        };
+        let mut session = self.session(agent, id);
+        session._farewell = Some(farewell);
+        session
     }
 
     /// Attaches to the console of a running guest: one descriptor, both ways.

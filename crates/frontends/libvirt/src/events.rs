@@ -1,5 +1,7 @@
 //! Events: who listens for what on a connection, and the engine's events in libvirt's words.
 
+mod news;
+
 use crate::{
     calls::{backup, copies::COPY, domain::is_running, figures::disks},
     domain_id,
@@ -11,12 +13,13 @@ use crate::{
 };
 use karst_engine::{
     compute::disk_copy,
-    events::{DISK_THRESHOLD, Event, EventKind, Subject},
+    events::{DISK_THRESHOLD, Event, EventKind, Subject, happened},
 };
 use karst_model::{
     InstanceId, OperationId,
     instance::{ExitReason, Instance, Runtime},
     network::Network,
+    news::Happened,
     operation::{Operation, OperationState},
     secret::Secret,
     storage::Pool,
@@ -40,10 +43,21 @@ pub const BLOCK_JOB_2: i32 = 16;
 pub const JOB_COMPLETED: i32 = 21;
 /// `VIR_DOMAIN_EVENT_ID_BLOCK_THRESHOLD`: somebody wrote behind the threshold of a disk.
 pub const BLOCK_THRESHOLD: i32 = 24;
-/// Kinds of domain events that may be listened for; Karst tells those above.
+/// Kinds of domain events that may be listened for; Karst tells those above and those of `news`.
 pub const DOMAIN_EVENTS: i32 = 27;
 /// Callbacks of one connection.
 pub const MOST: usize = 1024;
+
+/// What is said of a domain was changed through some connection.
+#[derive(Debug, Clone)]
+pub struct Described {
+    /// Of which.
+    pub instance: InstanceId,
+    /// `virDomainMetadataType`.
+    pub about: i32,
+    /// Whose words they are, of an application's.
+    pub uri: Option<String>,
+}
 
 /// How an event is sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -121,28 +135,39 @@ pub fn listen(session: &Arc<Session>, callback: Callback) -> karst_model::Result
     if callbacks.task.is_none() {
         let mut subscription = session.front.engine.subscribe(&session.context)?;
         let mut refreshed = session.front.refreshed.subscribe();
+        let mut described = session.front.described.subscribe();
         // The session owns the task: it must not keep the session.
         let weak = Arc::downgrade(session);
         let task = tokio::spawn(async move {
             let mut jobs = Jobs::new();
             loop {
-                let happened = tokio::select! {
+                let heard = tokio::select! {
                     biased;
-                    event = subscription.recv() => event.map(Happened::Event),
-                    pool = refreshed.recv() => pool.map(Happened::Refreshed),
+                    event = subscription.recv() => event.map(Heard::Event),
+                    pool = refreshed.recv() => pool.map(Heard::Refreshed),
+                    said = described.recv() => said.map(Heard::Described),
                 };
-                match happened {
-                    Ok(happened) => {
+                match heard {
+                    Ok(heard) => {
                         let Some(session) = Weak::upgrade(&weak) else { return };
-                        match happened {
-                            Happened::Event(event) => match &event.kind {
+                        match heard {
+                            Heard::Event(event) => match &event.kind {
                                 EventKind::Operation(o) => {
                                     block_job(&session, &event, o, &mut jobs).await;
                                     backup_job(&session, &event, o, &mut jobs).await;
                                 }
                                 _ => tell(&session, &event).await,
                             },
-                            Happened::Refreshed(pool) => pool_refreshed(&session, pool).await,
+                            Heard::Refreshed(pool) => pool_refreshed(&session, pool).await,
+                            Heard::Described(said) => {
+                                // A domain of the connection, and nobody else's.
+                                let view = session.guests().unwrap_or_default();
+                                let view = view.into_iter().find(|v| v.instance.id == said.instance);
+                                if let Some(view) = view {
+                                    let (id, uri) = (domain_id(&view), said.uri.as_deref());
+                                    news::described(&session, &view.instance, id, said.about, uri).await;
+                                }
+                            }
                         }
                     }
                     // libvirt's clients cannot be told that events were lost.
@@ -157,9 +182,10 @@ pub fn listen(session: &Arc<Session>, callback: Callback) -> karst_model::Result
 }
 
 /// What a listener hears of.
-enum Happened {
+enum Heard {
     Event(Arc<Event>),
     Refreshed(Uuid),
+    Described(Described),
 }
 
 async fn tell(session: &Arc<Session>, event: &Event) {
@@ -174,7 +200,10 @@ async fn tell(session: &Arc<Session>, event: &Event) {
             threshold(session, of, context).await;
         }
         Some(Subject::Instance(of, runtime)) if own && of.kind == opened.driver.kind() => {
-            guest(session, action, of, runtime.as_deref()).await;
+            match happened(action, context) {
+                Some(what) => news::tell(session, of, &what).await,
+                None => guest(session, action, of, runtime.as_deref()).await,
+            }
         }
         _ => {}
     }
@@ -206,30 +235,25 @@ async fn guest(session: &Arc<Session>, action: &str, of: &Instance, runtime: Opt
         _ => return,
     };
     let id = view.as_ref().filter(|v| is_running(v)).map_or(-1, |v| domain_id(v));
-    let callbacks = matching(session, uuid, |c| matches!(c.style, Style::Plain | Style::Numbered));
-    for (number, callback) in callbacks {
-        let mut head = Writer::new();
-        if callback.style == Style::Numbered {
-            head.i32(number);
-        }
-        head.string(name).uuid(uuid).i32(id);
+    lifecycle(session, name, uuid, id, changes).await;
+    if action == "instance-restarted" {
+        news::tell(session, of, &Happened::Reset).await;
+    }
+}
+
+/// Tells changes of a domain's life: `virDomainEventType` with its detail.
+async fn lifecycle(session: &Arc<Session>, name: &str, uuid: Uuid, id: i32, changes: &[(i32, i32)]) {
+    let wanted = |c: &Callback| c.event == LIFECYCLE && matches!(c.style, Style::Plain | Style::Numbered);
+    for (number, callback) in matching(session, uuid, wanted) {
         let numbered = callback.style == Style::Numbered;
-        match callback.event {
-            LIFECYCLE => {
-                let head = head.finish();
-                for (kind, detail) in changes {
-                    let mut w = Writer::new();
-                    w.i32(*kind).i32(*detail);
-                    let payload = [head.clone(), w.finish()].concat();
-                    let procedure = if numbered { 318 } else { 107 };
-                    session.send(Frame::new(Header::event(procedure), payload)).await;
-                }
+        for (kind, detail) in changes {
+            let mut w = Writer::new();
+            if numbered {
+                w.i32(number);
             }
-            REBOOT if action == "instance-restarted" => {
-                let procedure = if numbered { 319 } else { 169 };
-                session.send(Frame::new(Header::event(procedure), head.finish())).await;
-            }
-            _ => {}
+            w.string(name).uuid(uuid).i32(id).i32(*kind).i32(*detail);
+            let procedure = if numbered { 318 } else { 107 };
+            session.send(Frame::new(Header::event(procedure), w.finish())).await;
         }
     }
 }

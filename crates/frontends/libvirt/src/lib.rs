@@ -39,7 +39,7 @@ use uuid::Uuid;
 
 /// Most connections at once; libvirtd has as many.
 const CONNECTIONS: usize = 5000;
-/// Refreshed pools that a slow listener has not heard of yet; it misses older ones.
+/// Refreshed pools, and described domains, that a slow listener has not heard of yet; it misses older ones.
 const REFRESHED: usize = 64;
 /// Pause after a failure to accept (no descriptors left), so that it does not spin.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -50,12 +50,15 @@ pub struct Front {
     pub engine: Engine,
     /// Pools that somebody asked to be looked at again: all connections that listen hear of it.
     pub refreshed: broadcast::Sender<Uuid>,
+    /// Domains of which something else is said now.
+    pub described: broadcast::Sender<events::Described>,
 }
 
 impl Front {
     /// Over an engine.
     pub fn new(engine: Engine) -> Arc<Self> {
-        Arc::new(Self { engine, refreshed: broadcast::channel(REFRESHED).0 })
+        let (refreshed, described) = (broadcast::channel(REFRESHED).0, broadcast::channel(REFRESHED).0);
+        Arc::new(Self { engine, refreshed, described })
     }
 }
 

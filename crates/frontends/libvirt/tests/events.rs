@@ -10,7 +10,13 @@ use karst_engine::{
     storage::CreatePool,
 };
 use karst_frontend_libvirt::{error::Code, frame::Kind, xdr::Reader};
-use karst_model::{access::Principal, guest::ExecRequest, instance::InstanceKind, secret::SecretUse};
+use karst_model::{
+    access::Principal,
+    guest::ExecRequest,
+    instance::InstanceKind,
+    news::{DiskErrorAction, Happened, MemoryFailureAction, WatchdogAction},
+    secret::SecretUse,
+};
 use uuid::Uuid;
 
 const NETWORK: &str = "3a1b0e4c-5d0d-4a0f-9d5d-0f3f6f2b1c33";
@@ -205,6 +211,210 @@ async fn thresholds_of_disks_are_told_once() {
         assert!(r.u64().unwrap() > 0, "how far behind it");
         r.end().unwrap();
     }
+}
+
+/// Each kind once, with its whole message: listeners of libvirt's clients decode them as libvirtd's.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_happens_in_machines_is_told_in_libvirts_words() {
+    const SET_METADATA: i32 = 264;
+    let server = Server::start().await;
+    let admin = Context::new(Principal::system());
+    server.guest("v1", InstanceKind::VirtualMachine, true).await;
+    server.guest("c1", InstanceKind::Container, true).await;
+    let mut client = server.open("full", "qemu:///system").await;
+    let v1 = client.domain("v1").await;
+    let mut listener = server.open("ro", "qemu:///system").await;
+    let mut numbers = vec![];
+    for event in 0..27 {
+        let every = argument(|w| {
+            w.i32(event).u32(0);
+        });
+        numbers.push(listener.call(316, &every).await.unwrap());
+    }
+    // Of another kind of guests, to whom none of this is told.
+    let mut other = server.open("ro", "lxc:///system").await;
+    let c1 = other.domain("c1").await;
+    let reboots = argument(|w| {
+        w.i32(1).u32(0);
+    });
+    other.call(316, &reboots).await.unwrap();
+    // As old clients do: without a number.
+    let mut plain = server.open("ro", "qemu:///system").await;
+    for event in [3, 10, 18] {
+        plain
+            .call(
+                167,
+                &argument(|w| {
+                    w.i32(event);
+                }),
+            )
+            .await
+            .unwrap();
+    }
+    let view = server.engine.instance(&admin, "default", "v1").unwrap();
+    let id = view.instance.id;
+    let root = view.instance.identities.values().find(|i| i.slot == "scsi0").expect("its root");
+    let (slot, alias) = (root.slot.clone(), root.alias.clone());
+    let path = "/karst/default/v1";
+    let lifecycle = |kind: i32, detail: i32| {
+        (
+            0,
+            318,
+            None,
+            argument(|w| {
+                w.i32(kind).i32(detail);
+            }),
+        )
+    };
+    let numbers_only = |all: &[i32]| {
+        argument(|w| {
+            for n in all {
+                w.i32(*n);
+            }
+        })
+    };
+    let of_device = || {
+        argument(|w| {
+            w.string(&alias);
+        })
+    };
+    let io_error = |reason: Option<&str>, action: i32| {
+        argument(|w| {
+            w.string(path).string(&alias).i32(action);
+            if let Some(reason) = reason {
+                w.string(reason);
+            }
+        })
+    };
+    type Message = (usize, i32, Option<i32>, Vec<u8>);
+    let cases: Vec<(Happened, Vec<Message>)> = vec![
+        (Happened::Reset, vec![(1, 319, None, vec![])]),
+        (
+            Happened::Clock { offset: -7 },
+            vec![(
+                2,
+                320,
+                None,
+                argument(|w| {
+                    w.i64(-7);
+                }),
+            )],
+        ),
+        (
+            Happened::Watchdog { action: WatchdogAction::Pause },
+            vec![(3, 321, None, numbers_only(&[1])), lifecycle(3, 3)],
+        ),
+        (
+            Happened::DiskError { slot: slot.clone(), action: DiskErrorAction::Halted, full: true },
+            vec![
+                (4, 322, None, io_error(None, 1)),
+                (6, 324, None, io_error(Some("enospc"), 1)),
+                lifecycle(3, 2),
+            ],
+        ),
+        (
+            Happened::DiskError { slot: slot.clone(), action: DiskErrorAction::Reported, full: false },
+            vec![(4, 322, None, io_error(None, 2)), (6, 324, None, io_error(Some(""), 2))],
+        ),
+        (Happened::Recovered, vec![lifecycle(4, 0)]),
+        (
+            Happened::Tray { slot: slot.clone(), open: true },
+            vec![(10, 328, None, [of_device(), numbers_only(&[0])].concat())],
+        ),
+        (Happened::Asleep { disk: false }, vec![(12, 330, Some(0), vec![]), lifecycle(7, 0)]),
+        (Happened::Awake, vec![(11, 329, Some(0), vec![]), lifecycle(2, 4)]),
+        (Happened::Asleep { disk: true }, vec![(14, 332, Some(0), vec![]), lifecycle(7, 1)]),
+        (
+            Happened::Balloon { actual: (1 << 20) + 1 },
+            vec![(
+                13,
+                331,
+                None,
+                argument(|w| {
+                    w.u64(1025);
+                }),
+            )],
+        ),
+        (Happened::DeviceRemoved { slot: slot.clone() }, vec![(15, 333, None, of_device())]),
+        (Happened::DeviceAdded { slot: slot.clone() }, vec![(19, 354, None, of_device())]),
+        (Happened::DeviceKept { slot: slot.clone() }, vec![(22, 367, None, of_device())]),
+        (Happened::Agent { connected: true }, vec![(18, 348, None, numbers_only(&[1, 2]))]),
+        (Happened::Agent { connected: false }, vec![(18, 348, None, numbers_only(&[2, 2]))]),
+        (
+            Happened::MemoryFailure {
+                guest: true,
+                action: MemoryFailureAction::Injected,
+                required: true,
+                recursive: false,
+            },
+            vec![(25, 423, None, numbers_only(&[1, 1, 1]))],
+        ),
+        (Happened::ShutDown, vec![lifecycle(6, 1)]),
+    ];
+    let mut demand = async |what: &str, all: &[Message]| {
+        for (event, procedure, lead, body) in all {
+            let frame = listener.receive().await;
+            assert_eq!((frame.header.kind, frame.header.procedure), (Kind::Message, *procedure), "{what}");
+            let lead = lead.map(|n: i32| n.to_be_bytes().to_vec()).unwrap_or_default();
+            assert_eq!(
+                frame.payload.to_vec(),
+                [&numbers[*event], &lead, &v1, body].map(|b| b.as_slice()).concat(),
+                "{what}"
+            );
+        }
+    };
+    for (what, all) in cases {
+        server.host.happens(id, what.clone());
+        demand(&format!("{what:?}"), &all).await;
+    }
+    // Those that were there when clients had no numbers for their callbacks; the agent's were not.
+    for procedure in [171, 268] {
+        let frame = plain.receive().await;
+        assert_eq!((frame.header.procedure, frame.payload.starts_with(&v1)), (procedure, true));
+    }
+
+    // Somebody looks at the screen, who need not know a password.
+    let viewer = server.engine.machine_display(&admin, "default", "v1", true).await.unwrap();
+    drop(viewer);
+    let nowhere = argument(|w| {
+        w.i32(2).string("").string("");
+    });
+    let seen = |phase: i32| {
+        let who = argument(|w| {
+            w.string("none").u32(1).string("karst").string("karst");
+        });
+        (5, 323, None, [&numbers_only(&[phase]), &nowhere, &nowhere, &who].map(|b| b.as_slice()).concat())
+    };
+    demand("a viewer", &[seen(0), seen(1), seen(2)]).await;
+
+    // An application says something of the domain, and takes it back.
+    for value in [Some("<a xmlns='http://x.org/1'/>"), None] {
+        let said = argument(|w| {
+            w.i32(2).optional(value).optional(Some("k")).optional(Some("http://x.org/1")).u32(0);
+        });
+        client.call(SET_METADATA, &[v1.clone(), said].concat()).await.unwrap();
+        let (mut told, mut defined) = (0, 0);
+        while (told, defined) != (1, 1) {
+            let frame = listener.receive().await;
+            match frame.header.procedure {
+                379 => {
+                    let about = argument(|w| {
+                        w.i32(2).optional(Some("http://x.org/1"));
+                    });
+                    let whole = [&numbers[23], &v1, &about].map(|b| b.as_slice()).concat();
+                    assert_eq!(frame.payload.to_vec(), whole);
+                    told += 1;
+                }
+                318 => defined += 1,
+                other => panic!("event {other}"),
+            }
+        }
+    }
+
+    let container = server.engine.instance(&admin, "default", "c1").unwrap().instance.id;
+    server.host.happens(container, Happened::Reset);
+    let frame = other.receive().await;
+    assert!(frame.header.procedure == 319 && frame.payload.ends_with(&c1), "nothing before its own");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

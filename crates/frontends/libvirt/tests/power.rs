@@ -97,7 +97,7 @@ async fn a_domain_that_begins_paused_executes_nothing() {
         CreateVolume { name: "d1".into(), content: VolumeContent::Block, description: String::new(), config };
     let operation = server.engine.volume_create(&admin, "default", "default", request).await.unwrap();
     assert_eq!(operation.ended().await.error, None);
-    let xml = "<domain type='qemu'><name>t1</name><memory unit='MiB'>64</memory><os><type>hvm</type></os><devices>\
+    let xml = "<domain type='qemu'><name>t1</name><memory unit='MiB'>64</memory><os><type machine='q35'>hvm</type></os><devices>\
         <disk type='volume' device='disk'><source pool='default' volume='d1'/><target dev='vda' bus='virtio'/></disk>\
         </devices></domain>";
     let create = argument(|w| {
@@ -113,4 +113,41 @@ async fn a_domain_that_begins_paused_executes_nothing() {
     let refused = lxc.call(START_WITH_FLAGS, &flagged(&c1, PAUSED)).await.unwrap_err();
     assert_eq!(refused.0, Code::OperationUnsupported as i32, "{refused:?}");
     assert_eq!(lxc.state(&c1).await.0, 5);
+}
+
+/// A machine that begins anew stays the same domain, with its number: nobody is told that it stopped.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_begins_anew_is_the_same_domain() {
+    const RESET: i32 = 245;
+    const REBOOT: i32 = 27;
+    let server = Server::start().await;
+    server.guest("v1", InstanceKind::VirtualMachine, true).await;
+    let mut client = server.open("full", "qemu:///system").await;
+    let v1 = client.domain("v1").await;
+    let mut listener = server.open("ro", "qemu:///system").await;
+    for event in [0, 1] {
+        let every = argument(|w| {
+            w.i32(event).u32(0);
+        });
+        listener.call(316, &every).await.unwrap();
+    }
+    let starts = server.host.count("guest_start");
+    for procedure in [RESET, REBOOT] {
+        client.call(procedure, &flagged(&v1, 0)).await.unwrap();
+        let frame = listener.receive().await;
+        assert_eq!(frame.header.procedure, 319);
+        assert!(frame.payload.ends_with(&v1), "with its number");
+        assert_eq!((client.domain("v1").await, client.state(&v1).await.0), (v1.clone(), 1));
+    }
+    // One that stands still goes on doing so.
+    client.call(SUSPEND, &v1).await.unwrap();
+    client.call(RESET, &flagged(&v1, 0)).await.unwrap();
+    let told = [listener.receive().await, listener.receive().await];
+    assert_eq!(told.map(|frame| frame.header.procedure), [318, 319]);
+    assert_eq!((client.domain("v1").await, client.state(&v1).await.0), (v1.clone(), 3));
+    assert_eq!((server.host.count("guest_start"), server.host.count("guest_stop")), (starts, 0));
+    // And then nothing but its end.
+    client.call(DESTROY, &v1).await.unwrap();
+    let frame = listener.receive().await;
+    assert!(frame.header.procedure == 318 && frame.payload.ends_with(&[0, 0, 0, 5, 0, 0, 0, 1]));
 }

@@ -126,6 +126,10 @@ impl GuestMachine for QemuDriver {
         self.shared.reached.subscribe()
     }
 
+    fn news(&self) -> broadcast::Receiver<MachineNews> {
+        self.shared.news.subscribe()
+    }
+
     async fn measure_dirty_rate(&self, instance: InstanceId, seconds: u32) -> Result<()> {
         monitor::measure_dirty_rate(&*self.shared.machine(instance).await?, seconds).await
     }

@@ -4,6 +4,7 @@ use super::{Answered, Named, flag, int, listed, names, nothing, text, write_doma
 use crate::{
     domain_id,
     error::{Code, VirError},
+    events::Described,
     limits,
     session::{Call, Driver},
     xdr::Writer,
@@ -340,6 +341,8 @@ pub async fn set_metadata(call: Call) -> Answered {
     call.known_flags(flags, 3)?;
     let view = call.guest(&named)?;
     let value = value.filter(|v| !v.is_empty());
+    let said =
+        Described { instance: view.instance.id, about: kind, uri: uri.clone().filter(|_| kind == ELEMENT) };
     match kind {
         DESCRIPTION => set_keys(&call, &view, vec![], Some(value.unwrap_or_default())).await?,
         TITLES if value.as_ref().is_some_and(|v| v.contains('\n')) => {
@@ -363,6 +366,8 @@ pub async fn set_metadata(call: Call) -> Answered {
         }
         n => return Err(VirError::argument(format!("unknown metadata type '{n}'"))),
     }
+    // An error only says that nobody listens.
+    let _ = call.session.front.described.send(said);
     Ok(nothing())
 }
 
