@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use karst_model::{
     ProjectId,
     access::{Permission, Principal},
-    instance::{Instance, Runtime},
+    instance::{ExitReason, Instance, Runtime},
     network::Network,
     news::Happened,
     operation::Operation,
@@ -22,6 +22,36 @@ const BACKLOG: usize = 1024;
 /// A virtual machine has written behind the threshold of a disk ([`Engine::machine_threshold`](crate::Engine::machine_threshold)):
 /// the action of its event, whose context has the disk's `device` and `slot`, the `threshold` and the `excess`, bytes.
 pub const DISK_THRESHOLD: &str = "instance-disk-threshold-reached";
+
+/// In the context of an end: why it came, in one of [`reason`]'s words.
+pub const REASON: &str = "reason";
+/// Of a start: it went on from memory that was kept.
+pub const RESUMED: &str = "resumed";
+/// Of a new name: the one before, as Incus has it.
+pub const OLD_NAME: &str = "old_name";
+/// Of one that was put back to a snapshot: it ran before.
+pub const RAN: &str = "ran";
+/// Of the same: it runs now.
+pub const RUNS: &str = "runs";
+/// Of the same: it stands still now.
+pub const PAUSED: &str = "paused";
+
+/// Why a guest ended, in a word: `saved` with its memory, `shutdown`, `forced`, `crashed`; nothing where that is not known.
+pub fn reason(exit: Option<&ExitReason>, saved: bool) -> Option<&'static str> {
+    match exit {
+        _ if saved => Some("saved"),
+        Some(ExitReason::Shutdown) => Some("shutdown"),
+        Some(ExitReason::Forced) => Some("forced"),
+        Some(ExitReason::Crashed { .. }) => Some("crashed"),
+        None => None,
+    }
+}
+
+/// The same as a context.
+pub(crate) fn reason_context(exit: Option<&ExitReason>, saved: bool) -> BTreeMap<String, serde_json::Value> {
+    let said = reason(exit, saved).map(|word| (REASON.to_owned(), serde_json::Value::from(word)));
+    said.into_iter().collect()
+}
 
 /// The context of an event that tells what happened in a machine.
 pub(crate) fn context_of(what: &Happened) -> BTreeMap<String, serde_json::Value> {

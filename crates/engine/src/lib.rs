@@ -439,6 +439,19 @@ impl EngineInner {
         self.announce_of(context, project, action, source, subject);
     }
 
+    /// The same with something that is told along with it.
+    pub(crate) fn announce_with(
+        &self,
+        context: &Context,
+        project: Option<ProjectId>,
+        action: &'static str,
+        source: String,
+        told: BTreeMap<String, serde_json::Value>,
+    ) {
+        let subject = events::Subject::of(&self.inventory.read(), project, &source);
+        self.send_event(context, project, action, source, (subject, told));
+    }
+
     /// The same of an object that the inventory does not have, or not any more.
     pub(crate) fn announce_of(
         &self,
@@ -448,6 +461,17 @@ impl EngineInner {
         source: String,
         subject: Option<events::Subject>,
     ) {
+        self.send_event(context, project, action, source, (subject, BTreeMap::new()));
+    }
+
+    fn send_event(
+        &self,
+        context: &Context,
+        project: Option<ProjectId>,
+        action: &'static str,
+        source: String,
+        (subject, told): (Option<events::Subject>, BTreeMap<String, serde_json::Value>),
+    ) {
         self.events.send(Event {
             time: self.env.now(),
             project,
@@ -456,7 +480,7 @@ impl EngineInner {
             kind: EventKind::Lifecycle {
                 action,
                 source,
-                context: Default::default(),
+                context: told,
                 requestor: context.principal().identity.describe(),
             },
         });

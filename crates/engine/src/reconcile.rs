@@ -385,12 +385,12 @@ async fn record(inner: &Arc<EngineInner>, observed: &Observed, as_of: Option<Rev
                     tx.replace(row, &instance);
                 }
                 let subject = Subject::Instance(Arc::new(row.value.clone()), Some(Arc::new(runtime.clone())));
-                ended = Some((row.project, row.name.to_string(), subject));
+                ended = Some((row.project, row.name.to_string(), subject, observed.exit.clone()));
             }
             Ok(())
         })
         .await?;
-    if let Some((project, name, subject)) = ended {
+    if let Some((project, name, subject, exit)) = ended {
         let subject = Some(subject);
         let project_name = inner.project_name(Some(project));
         inner.events.send(Event {
@@ -400,7 +400,7 @@ async fn record(inner: &Arc<EngineInner>, observed: &Observed, as_of: Option<Rev
             kind: EventKind::Lifecycle {
                 action: "instance-shutdown",
                 source: crate::compute::path(&project_name, &name),
-                context: Default::default(),
+                context: crate::events::reason_context(exit.as_ref(), false),
                 requestor: "karst".into(),
             },
             project_name,

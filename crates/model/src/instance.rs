@@ -266,6 +266,23 @@ pub struct Runtime {
     /// `kvm` or `tcg`, virtual machines only.
     #[serde(default)]
     pub accelerator: Option<String>,
+    /// Since what it runs; not known of a start by an earlier version.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since: Option<Since>,
+}
+
+/// Since what a guest runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Since {
+    /// Its start.
+    Start,
+    /// Its start from memory that was kept when it was stopped.
+    Memory,
+    /// It was put back to a snapshot.
+    Snapshot,
+    /// The end of a pause.
+    Pause,
 }
 
 /// State of a guest on its host.

@@ -143,6 +143,7 @@ impl EngineInner {
             applied_spec_version: observed.applied_spec_version,
             applied: self.applied_of(records, observed.instance, observed.generation, observed.state),
             accelerator: observed.accelerator.clone(),
+            since: old.filter(|o| o.generation == observed.generation).and_then(|o| o.since),
         }
     }
 

@@ -8,6 +8,7 @@ use crate::{
     Engine, EngineInner, Records, Row,
     context::Context,
     db::Tx,
+    events::{RESUMED, reason_context},
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
 };
@@ -18,12 +19,12 @@ use karst_model::{
     Config, Error, ErrorKind, InstanceId, NodeId, Result,
     access::Permission,
     guest::{Observed, StopMode},
-    instance::{DesiredPower, Generation, Instance, InstanceKind, PowerAction, RuntimeState, Status},
+    instance::{DesiredPower, Generation, Instance, InstanceKind, PowerAction, RuntimeState, Since, Status},
     keys,
     project::Project,
 };
 use serde::{Deserialize, Serialize};
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 /// How power is to change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -429,7 +430,13 @@ impl Saga for InstancePower {
         }
         if let Some(observed) = &outputs.observed {
             let records = engine.inventory.read();
-            let runtime = engine.runtime_of(&records, observed);
+            let mut runtime = engine.runtime_of(&records, observed);
+            runtime.since = match plan.action {
+                PowerAction::Start if plan.resume => Some(Since::Memory),
+                PowerAction::Start | PowerAction::Restart => Some(Since::Start),
+                PowerAction::Unfreeze => Some(Since::Pause),
+                PowerAction::Stop | PowerAction::Freeze => runtime.since,
+            };
             // The guest may have ended since, and the host said so: that report is newer than the step's answer.
             let ended = records
                 .runtimes
@@ -463,6 +470,18 @@ impl Saga for InstancePower {
             tx.put(&engine.runtime_of(&records, observed));
         }
         Ok(())
+    }
+
+    fn told(plan: &PowerPlan, outputs: &PowerOutputs) -> BTreeMap<String, serde_json::Value> {
+        let exit = outputs.stopped.as_ref().and_then(|o| o.exit.as_ref());
+        let mut told = match outputs.stopped.is_some() {
+            true => reason_context(exit, plan.save),
+            false => BTreeMap::new(),
+        };
+        if plan.action == PowerAction::Start && plan.resume {
+            told.insert(RESUMED.into(), true.into());
+        }
+        told
     }
 
     fn announce(plan: &PowerPlan) -> Vec<(&'static str, String)> {

@@ -15,7 +15,7 @@ use crate::{
     Engine, EngineInner, Records,
     context::Context,
     db::Tx,
-    events::Subject,
+    events::{OLD_NAME, Subject},
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
     snapshots::demand_welcome,
@@ -37,7 +37,7 @@ use karst_model::{
     template::Trigger,
 };
 use serde::{Deserialize, Serialize};
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 /// Most snapshots of an instance that is moved: one transaction changes all.
 const MOST: usize = 80;
@@ -437,6 +437,15 @@ impl Saga for InstanceMove {
 
     fn announce(plan: &MovePlan) -> Vec<(&'static str, String)> {
         vec![(if plan.renamed() { "instance-renamed" } else { "instance-updated" }, plan.path.clone())]
+    }
+
+    fn told(plan: &MovePlan, _: &Self::Outputs) -> BTreeMap<String, serde_json::Value> {
+        match plan.old.name != plan.new.name {
+            true => {
+                BTreeMap::from([(OLD_NAME.to_owned(), serde_json::Value::from(plan.old.name.to_string()))])
+            }
+            false => BTreeMap::new(),
+        }
     }
 
     // In the project of the operation, from which it went, another one may have the name that it has where it is now.

@@ -9,6 +9,7 @@ use crate::{
     Engine, EngineInner,
     context::Context,
     db::Tx,
+    events::OLD_NAME,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
     tenancy::limits::{Planned, admit},
@@ -226,7 +227,9 @@ impl Engine {
                 Ok(())
             })
             .await?;
-        inner.announce(context, Some(project.id), "instance-renamed", path(&project.name, &new));
+        let source = path(&project.name, &new);
+        let told = BTreeMap::from([(OLD_NAME.to_owned(), serde_json::Value::from(name))]);
+        inner.announce_with(context, Some(project.id), "instance-renamed", source, told);
         Ok(())
     }
 }

@@ -20,7 +20,7 @@ use karst_agent::{CallContext, Fence, HostAgent};
 use karst_model::{Error, NodeId, OperationId, Result, SagaId, operation::OperationState};
 use karst_store::Record;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 /// Most bytes of a plan.
 pub const MAX_PLAN: usize = 256 << 10;
@@ -82,6 +82,11 @@ pub trait Saga: Send + Sync + Sized + 'static {
     /// Announced after the commit: Incus' lifecycle action and the path of the object.
     fn announce(_plan: &Self::Plan) -> Vec<(&'static str, String)> {
         vec![]
+    }
+
+    /// What listeners are told along with that.
+    fn told(_plan: &Self::Plan, _outputs: &Self::Outputs) -> BTreeMap<String, serde_json::Value> {
+        BTreeMap::new()
     }
 
     /// The object that is announced, where its record is not there before the commit.
@@ -243,6 +248,12 @@ pub trait AnySaga: Send + Sync {
     ) -> serde_json::Map<String, serde_json::Value>;
     /// [`Saga::announce`].
     fn announce(&self, plan: &serde_json::Value) -> Vec<(&'static str, String)>;
+    /// [`Saga::told`].
+    fn told(
+        &self,
+        plan: &serde_json::Value,
+        outputs: &serde_json::Value,
+    ) -> BTreeMap<String, serde_json::Value>;
     /// See [`Saga::subject`].
     fn subject(&self, plan: &serde_json::Value) -> Option<Subject>;
 }
@@ -346,6 +357,17 @@ impl<S: Saga> AnySaga for Erased<S> {
     }
     fn announce(&self, plan: &serde_json::Value) -> Vec<(&'static str, String)> {
         plan_of::<S>(plan).map(|p| S::announce(&p)).unwrap_or_default()
+    }
+
+    fn told(
+        &self,
+        plan: &serde_json::Value,
+        outputs: &serde_json::Value,
+    ) -> BTreeMap<String, serde_json::Value> {
+        match (plan_of::<S>(plan), outputs_of::<S>(outputs)) {
+            (Ok(p), Ok(o)) => S::told(&p, &o),
+            _ => BTreeMap::new(),
+        }
     }
 
     fn subject(&self, plan: &serde_json::Value) -> Option<Subject> {

@@ -738,6 +738,7 @@ fn announce(
     before: Vec<Option<Subject>>,
 ) {
     let before = before.into_iter().chain(std::iter::repeat(None));
+    let told = saga.told(&record.plan, &record.outputs);
     for ((action, source), before) in saga.announce(&record.plan).into_iter().zip(before) {
         let after = Subject::of(&engine.inventory.read(), record.project, &source);
         engine.events.send(Event {
@@ -748,7 +749,7 @@ fn announce(
             kind: EventKind::Lifecycle {
                 action,
                 source,
-                context: Default::default(),
+                context: told.clone(),
                 requestor: operation.requestor.clone(),
             },
         });

@@ -19,6 +19,7 @@ use crate::{
     },
     context::Context,
     db::Tx,
+    events::{PAUSED, RAN, RUNS},
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
 };
@@ -28,11 +29,11 @@ use karst_model::{
     Error, ErrorKind, Result,
     applied::AppliedSpec,
     guest::{Observed, StopMode},
-    instance::{DesiredPower, Instance, RuntimeState, Status},
+    instance::{DesiredPower, Instance, RuntimeState, Since, Status},
     spec::GuestSpec,
 };
 use serde::{Deserialize, Serialize};
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 const STOP: Duration = Duration::from_secs(60);
 const START: Duration = Duration::from_secs(120);
@@ -268,6 +269,7 @@ impl Saga for SnapshotRestoreRunning {
         if let Some(observed) = &outputs.started {
             let (config, devices) = records.expanded(&restored);
             let mut runtime = engine.runtime_of(&records, observed);
+            runtime.since = Some(Since::Snapshot);
             runtime.applied = Some(AppliedSpec::of_start(&config, &devices));
             tx.put(&runtime);
         }
@@ -295,5 +297,11 @@ impl Saga for SnapshotRestoreRunning {
 
     fn announce(plan: &RunningPlan) -> Vec<(&'static str, String)> {
         SnapshotRestore::announce(&plan.restore)
+    }
+
+    fn told(plan: &RunningPlan, _: &RunningOutputs) -> BTreeMap<String, serde_json::Value> {
+        let paused = plan.again.spec.machine.as_ref().is_some_and(|m| m.paused);
+        let told = [(RAN, plan.was != Was::Stopped), (RUNS, true), (PAUSED, paused)];
+        told.into_iter().map(|(key, value)| (key.to_owned(), serde_json::Value::from(value))).collect()
     }
 }

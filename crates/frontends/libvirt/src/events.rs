@@ -13,11 +13,14 @@ use crate::{
 };
 use karst_engine::{
     compute::disk_copy,
-    events::{DISK_THRESHOLD, Event, EventKind, Subject, happened},
+    events::{
+        DISK_THRESHOLD, Event, EventKind, OLD_NAME, PAUSED, RAN, REASON, RESUMED, RUNS, Subject, happened,
+        reason,
+    },
 };
 use karst_model::{
     InstanceId, OperationId,
-    instance::{ExitReason, Instance, Runtime},
+    instance::{Instance, Runtime},
     network::Network,
     news::Happened,
     operation::{Operation, OperationState},
@@ -202,40 +205,70 @@ async fn tell(session: &Arc<Session>, event: &Event) {
         Some(Subject::Instance(of, runtime)) if own && of.kind == opened.driver.kind() => {
             match happened(action, context) {
                 Some(what) => news::tell(session, of, &what).await,
-                None => guest(session, action, of, runtime.as_deref()).await,
+                None => guest(session, action, of, runtime.as_deref(), context).await,
             }
         }
         _ => {}
     }
 }
 
-async fn guest(session: &Arc<Session>, action: &str, of: &Instance, runtime: Option<&Runtime>) {
+/// `virDomainEventStoppedDetailType` of why a guest ended.
+fn stopped(context: &BTreeMap<String, serde_json::Value>, runtime: Option<&Runtime>) -> (i32, i32) {
+    let said = context.get(REASON).and_then(serde_json::Value::as_str);
+    let detail = match said.or_else(|| reason(runtime.and_then(|r| r.exit.as_ref()), false)) {
+        Some("forced") => 1,
+        Some("crashed") => 2,
+        Some("saved") => 4,
+        _ => 0,
+    };
+    (5, detail)
+}
+
+/// `virDomainEventType` with its detail, of what the engine says of an instance as it was when that happened.
+fn changes(
+    action: &str,
+    of: &Instance,
+    context: &BTreeMap<String, serde_json::Value>,
+    runtime: Option<&Runtime>,
+) -> Vec<(i32, i32)> {
+    let flag = |key: &str| context.get(key).and_then(serde_json::Value::as_bool) == Some(true);
+    match action {
+        // What is transient was never defined.
+        "instance-created" | "instance-deleted" if of.ephemeral => vec![],
+        "instance-created" => vec![(0, 0)],
+        "instance-deleted" => vec![(1, 0)],
+        "instance-updated" => vec![(0, 1)],
+        "instance-renamed" => vec![(0, 2)],
+        "instance-started" if flag(RESUMED) => vec![(2, 1)],
+        "instance-started" => vec![(2, 0)],
+        "instance-paused" => vec![(3, 0)],
+        "instance-resumed" => vec![(4, 0)],
+        "instance-stopped" | "instance-shutdown" => vec![stopped(context, runtime)],
+        "instance-restarted" => vec![stopped(context, None), (2, 0)],
+        // From a snapshot: stopped, defined, started, suspended.
+        "instance-restored" => {
+            let all = [(flag(RAN), (5, 6)), (true, (0, 3)), (flag(RUNS), (2, 3)), (flag(PAUSED), (3, 5))];
+            all.into_iter().filter(|(is, _)| *is).map(|(_, change)| change).collect()
+        }
+        _ => vec![],
+    }
+}
+
+async fn guest(
+    session: &Arc<Session>,
+    action: &str,
+    of: &Instance,
+    runtime: Option<&Runtime>,
+    context: &BTreeMap<String, serde_json::Value>,
+) {
     let (name, uuid) = (&*of.name, instance_uuid(of));
-    // What it does by now, if it is still there.
     let view = session.guest(name).ok().filter(|v| v.instance.id == of.id);
-    let seen = view.as_ref().and_then(|v| v.runtime.as_ref()).and_then(|r| r.exit.clone());
-    let exit = seen.or_else(|| runtime.and_then(|r| r.exit.clone()));
-    let stopped = match exit {
-        Some(ExitReason::Forced) => (5, 1),
-        Some(ExitReason::Crashed { .. }) => (5, 2),
-        _ => (5, 0),
-    };
-    // virDomainEventType with its detail.
-    let changes: &[(i32, i32)] = match action {
-        "instance-created" => &[(0, 0)],
-        "instance-deleted" => &[(1, 0)],
-        "instance-updated" => &[(0, 1)],
-        "instance-renamed" => &[(0, 2)],
-        "instance-started" => &[(2, 0)],
-        "instance-paused" => &[(3, 0)],
-        "instance-resumed" => &[(4, 0)],
-        "instance-stopped" | "instance-shutdown" => &[stopped],
-        "instance-restarted" => &[(5, 0), (2, 0)],
-        "instance-restored" => &[(0, 3)],
-        _ => return,
-    };
     let id = view.as_ref().filter(|v| is_running(v)).map_or(-1, |v| domain_id(v));
-    lifecycle(session, name, uuid, id, changes).await;
+    // Who knows it by its name loses that one.
+    if let ("instance-renamed", Some(old)) = (action, context.get(OLD_NAME).and_then(|n| n.as_str())) {
+        lifecycle(session, old, uuid, id, &[(1, 1)]).await;
+    }
+    lifecycle(session, name, uuid, id, &changes(action, of, context, runtime)).await;
     if action == "instance-restarted" {
         news::tell(session, of, &Happened::Reset).await;
     }
@@ -443,6 +476,35 @@ async fn pool_refreshed(session: &Arc<Session>, uuid: Uuid) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn life_is_told_with_its_details() {
+        let of: Instance = serde_json::from_value(serde_json::json!({
+            "id": Uuid::nil(), "project": Uuid::nil(), "name": "v1", "vmid": 100, "kind": "virtual-machine",
+            "architecture": "x86_64", "pool": Uuid::nil(), "root": Uuid::nil(), "node": Uuid::nil(),
+            "generation": {"incarnation": 1, "n": 1}, "power": "stopped", "spec_version": 1,
+            "created_at": "2026-01-01T00:00:00Z",
+        }))
+        .unwrap();
+        let said = |action: &str, context: serde_json::Value| {
+            let serde_json::Value::Object(context) = context else { unreachable!("an object") };
+            changes(action, &of, &context.into_iter().collect(), None)
+        };
+        use serde_json::json;
+        assert_eq!(said("instance-stopped", json!({"reason": "saved"})), [(5, 4)]);
+        assert_eq!(said("instance-shutdown", json!({"reason": "crashed"})), [(5, 2)]);
+        assert_eq!(said("instance-restarted", json!({"reason": "forced"})), [(5, 1), (2, 0)]);
+        assert_eq!(said("instance-started", json!({"resumed": true})), [(2, 1)]);
+        assert_eq!(said("instance-started", json!({})), [(2, 0)]);
+        let restored = json!({"ran": true, "runs": true, "paused": true});
+        assert_eq!(said("instance-restored", restored), [(5, 6), (0, 3), (2, 3), (3, 5)]);
+        assert_eq!(said("instance-restored", json!({})), [(0, 3)]);
+        let transient = Instance { ephemeral: true, ..of.clone() };
+        for action in ["instance-created", "instance-deleted"] {
+            assert!(changes(action, &transient, &BTreeMap::new(), None).is_empty());
+            assert_eq!(changes(action, &of, &BTreeMap::new(), None).len(), 1);
+        }
+    }
 
     #[test]
     fn callbacks_are_removed_by_their_own_kind() {

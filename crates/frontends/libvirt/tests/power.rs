@@ -8,7 +8,7 @@ use karst_engine::{
     compute::create::{CreateInstance, InstanceSource},
     volumes::create::CreateVolume,
 };
-use karst_frontend_libvirt::error::Code;
+use karst_frontend_libvirt::{error::Code, xdr::Reader};
 use karst_model::{
     Config,
     access::Principal,
@@ -150,4 +150,61 @@ async fn what_begins_anew_is_the_same_domain() {
     client.call(DESTROY, &v1).await.unwrap();
     let frame = listener.receive().await;
     assert!(frame.header.procedure == 318 && frame.payload.ends_with(&[0, 0, 0, 5, 0, 0, 0, 1]));
+}
+
+/// What becomes of a domain is told with its details, and its state says them as well.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn life_is_told_with_its_details() {
+    const CREATE: i32 = 9;
+    const MANAGED_SAVE: i32 = 182;
+    const RENAME: i32 = 358;
+    let server = Server::start().await;
+    machine(&server, "v1").await;
+    let mut client = server.open("full", "qemu:///system").await;
+    let v1 = client.domain("v1").await;
+    let mut listener = server.open("ro", "qemu:///system").await;
+    let every = argument(|w| {
+        w.i32(0).u32(0);
+    });
+    listener.call(316, &every).await.unwrap();
+    let mut demand = async |name: &str, all: &[(i32, i32)]| {
+        for told in all {
+            let frame = listener.receive().await;
+            assert_eq!(frame.header.procedure, 318);
+            let mut r = Reader::new(&frame.payload);
+            r.i32().unwrap();
+            let of = r.string().unwrap();
+            r.uuid().unwrap();
+            r.i32().unwrap();
+            assert_eq!((of.as_str(), (r.i32().unwrap(), r.i32().unwrap())), (name, *told));
+        }
+    };
+    let document = argument(|w| {
+        w.string("<domainsnapshot><name>s1</name></domainsnapshot>").u32(0);
+    });
+    client.call(CREATE, &v1).await.unwrap();
+    demand("v1", &[(2, 0)]).await;
+    assert_eq!(client.state(&v1).await, (1, 1));
+    client.call(MANAGED_SAVE, &flagged(&v1, 0)).await.unwrap();
+    demand("v1", &[(5, 4)]).await;
+    assert_eq!(client.state(&v1).await, (5, 5));
+    client.call(CREATE, &v1).await.unwrap();
+    demand("v1", &[(2, 1)]).await;
+    assert_eq!(client.state(&v1).await, (1, 3));
+    client.call(SUSPEND, &v1).await.unwrap();
+    client.call(RESUME, &v1).await.unwrap();
+    demand("v1", &[(3, 0), (4, 0)]).await;
+    assert_eq!(client.state(&v1).await, (1, 5));
+    let snapshot = client.call(SNAPSHOT, &[v1.clone(), document].concat()).await.unwrap();
+    client.call(REVERT, &flagged(&snapshot, 0)).await.unwrap();
+    demand("v1", &[(5, 6), (0, 3), (2, 3)]).await;
+    assert_eq!(client.state(&v1).await, (1, 4));
+    client.call(DESTROY, &v1).await.unwrap();
+    demand("v1", &[(5, 1)]).await;
+    let new = argument(|w| {
+        w.optional(Some("v2")).u32(0);
+    });
+    client.call(RENAME, &[v1, new].concat()).await.unwrap();
+    demand("v1", &[(1, 1)]).await;
+    demand("v2", &[(0, 2)]).await;
 }

@@ -12,7 +12,7 @@ use crate::{
 };
 use karst_engine::{InstanceView, compute::update::UpdateInstance};
 use karst_model::{
-    instance::{ExitReason, InstanceKind, Status},
+    instance::{ExitReason, InstanceKind, Since, Status},
     keys::parse_bool,
 };
 use std::{collections::BTreeSet, sync::Arc};
@@ -28,13 +28,20 @@ const AUTOSTART: &str = "boot.autostart";
 /// `virDomainState` with its reason.
 pub fn state_of(view: &InstanceView) -> (i32, i32) {
     match view.status {
-        // Booted.
-        Status::Running | Status::Starting => (1, 1),
+        Status::Running | Status::Starting => match view.runtime.as_ref().and_then(|r| r.since) {
+            // Booted, restored, from a snapshot, unpaused.
+            None | Some(Since::Start) => (1, 1),
+            Some(Since::Memory) => (1, 3),
+            Some(Since::Snapshot) => (1, 4),
+            Some(Since::Pause) => (1, 5),
+        },
         // By the user.
         Status::Frozen => (3, 1),
         // By an error of IO: the host could not keep it.
         Status::Error => (3, 5),
         Status::Stopping => (4, 1),
+        // Saved.
+        Status::Stopped if view.instance.stateful => (5, 5),
         Status::Stopped => match view.runtime.as_ref().and_then(|r| r.exit.as_ref()) {
             Some(ExitReason::Shutdown) => (5, 1),
             Some(ExitReason::Forced) => (5, 2),
