@@ -2,7 +2,14 @@
 #![allow(clippy::disallowed_methods)] // a test tool
 
 use crate::support::{Client, Refused, Server, argument};
-use karst_engine::{Context, compute::update::UpdateInstance, volumes::create::CreateVolume};
+use karst_engine::{
+    Context,
+    compute::{
+        create::{CreateInstance, InstanceSource},
+        update::UpdateInstance,
+    },
+    volumes::create::CreateVolume,
+};
 use karst_frontend_libvirt::{
     error::Code,
     xdr::{Reader, Writer},
@@ -173,6 +180,52 @@ async fn a_drive_of_discs_has_discs_in_it() {
     let admin = Context::new(Principal::system());
     let used = server.engine.volume_delete(&admin, "default", "default", "disc").await.map(drop).unwrap_err();
     assert!(used.message.contains("is used by"), "{used}");
+}
+
+/// Whatever Karst shows of a domain it takes back, whoever made that: a domain that could not be read could not be changed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_shown_is_taken_back_whatever_the_bus() {
+    let (server, mut client) = ready().await;
+    let admin = Context::new(Principal::system());
+    for (root, other) in ["virtio-scsi", "virtio-blk", "nvme", "sata"].map(|bus| (bus, "nvme")) {
+        let device = |keys: &[(&str, &str)]| {
+            keys.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect::<Config>()
+        };
+        let devices = [
+            ("root", device(&[("type", "disk"), ("path", "/"), ("pool", "default"), ("io.bus", root)])),
+            ("data", device(&[("type", "disk"), ("pool", "default"), ("source", "d1"), ("io.bus", other)])),
+            ("eth0", device(&[("type", "nic"), ("network", "karstbr0"), ("io.bus", "e1000e")])),
+        ];
+        let request = CreateInstance {
+            name: Some("made".into()),
+            kind: InstanceKind::VirtualMachine,
+            description: String::new(),
+            ephemeral: false,
+            config: Config::new(),
+            devices: devices.map(|(name, keys)| (name.to_owned(), keys)).into(),
+            profiles: Some(vec![]),
+            source: InstanceSource::None,
+            start: false,
+            target: None,
+            vmid: None,
+        };
+        let (_, operation) = server.engine.instance_create(&admin, "default", request).await.unwrap();
+        assert_eq!(operation.ended().await.error, None, "{root}");
+        let before = server.engine.instance(&admin, "default", "made").unwrap();
+        let shown = dump(&mut client, "made", 2).await;
+        assert!(shown.contains("dev='nvme"), "{root}: {shown}");
+        let with = shown.replacen("<vcpu", "<title>new</title><vcpu", 1);
+        define(&mut client, &with).await.unwrap_or_else(|e| panic!("{root}: {e:?}\n{shown}"));
+        let after = server.engine.instance(&admin, "default", "made").unwrap();
+        let buses = |devices: &karst_model::device::Devices| {
+            let all = devices.values().filter_map(|d| d.get("io.bus").cloned());
+            all.collect::<std::collections::BTreeSet<_>>()
+        };
+        assert_eq!(buses(&after.expanded_devices), buses(&before.expanded_devices), "{root}");
+        assert_eq!(after.instance.identities, before.instance.identities, "{root}");
+        let gone = server.engine.instance_delete(&admin, "default", "made").await.unwrap();
+        assert_eq!(gone.ended().await.error, None);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

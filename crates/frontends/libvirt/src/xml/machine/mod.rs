@@ -262,8 +262,12 @@ pub fn is_directory(identity: &DeviceIdentity) -> bool {
     identity.slot.starts_with("fs")
 }
 
-/// The number of a disk by its name: 1 of `vdb`.
+/// The number of a disk by its name: 1 of `vdb`, 2 of `nvme2n1`.
 pub fn number(target: &str) -> Option<u32> {
+    if let Some(digits) = target.strip_prefix("nvme").and_then(|t| t.strip_suffix("n1")) {
+        let n = digits.parse().ok()?;
+        return (format!("{n}") == digits && n < 702).then_some(n);
+    }
     let letters = target.strip_prefix("vd").or_else(|| target.strip_prefix("sd"));
     let letters = letters.or_else(|| target.strip_prefix("hd")).or_else(|| target.strip_prefix("xvd"))?;
     if letters.is_empty() || letters.len() > 2 || !letters.bytes().all(|b| b.is_ascii_lowercase()) {
@@ -302,8 +306,12 @@ mod tests {
         for n in 0..64 {
             let (name, _) = target(&format!("virtio{n}"), DiskBus::VirtioBlk);
             assert_eq!(number(&name), Some(n), "{name}");
+            let (name, bus) = target(&format!("nvme{n}"), DiskBus::Nvme);
+            assert_eq!((number(&name), bus), (Some(n), "nvme"), "{name}");
         }
-        assert_eq!((number("vd"), number("vdA"), number("nvme0n1")), (None, None, None));
+        for none in ["vd", "vdA", "nvme", "nvme0", "nvme0n2", "nvme00n1", "nvme-1n1", "nvme9999n1"] {
+            assert_eq!(number(none), None, "{none}");
+        }
     }
 
     #[test]

@@ -545,6 +545,7 @@ fn disk(e: &Element, order: &Order) -> Result<Option<Disk>, VirError> {
         Some("vd") => "virtio",
         Some("sd") => "scsi",
         Some("hd") => "ide",
+        Some("nv") => "nvme",
         _ => "",
     });
     let n = number(dev).ok_or_else(|| wrong(format!("Invalid harddisk device name: {dev}")))?;
@@ -553,12 +554,16 @@ fn disk(e: &Element, order: &Order) -> Result<Option<Disk>, VirError> {
         "virtio" => (DiskBus::VirtioBlk, format!("virtio{n}")),
         "scsi" => (DiskBus::VirtioScsi, format!("scsi{n}")),
         "sata" => (DiskBus::Sata, format!("sata{n}")),
+        // By its name: one of another bus has another.
+        "nvme" if dev.starts_with("nvme") => (DiskBus::Nvme, format!("nvme{n}")),
         // Nothing is in it, so no guest misses it before somebody puts something in.
         _ if cdrom && source.is_none() => return Ok(None),
         other => {
             return Err(refuse(
                 "disk bus",
-                format!("'{other}' of {dev} is not there; virtio, scsi and sata are"),
+                format!(
+                    "'{other}' of {dev} is not there; virtio, scsi, sata, and nvme of nvme0n1 and its like, are"
+                ),
             ));
         }
     };
@@ -568,8 +573,12 @@ fn disk(e: &Element, order: &Order) -> Result<Option<Disk>, VirError> {
     if source.is_none() && !cdrom {
         return Err(wrong(format!("disk {dev} has no source")));
     }
-    if cdrom && bus == DiskBus::VirtioBlk {
-        return Err(wrong("disk type of 'cdrom' does not support bus 'virtio'"));
+    if cdrom && matches!(bus, DiskBus::VirtioBlk | DiskBus::Nvme) {
+        let bus = if bus == DiskBus::Nvme { "nvme" } else { "virtio" };
+        return Err(wrong(format!("disk type of 'cdrom' does not support bus '{bus}'")));
+    }
+    if dev.starts_with("nvme") != (bus == DiskBus::Nvme) {
+        return Err(refuse("disk target", format!("{dev}: a disk of this bus has another name")));
     }
     let driver = e.find("driver");
     let of = |name: &str| driver.and_then(|d| d.attribute(name));
