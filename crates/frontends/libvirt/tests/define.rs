@@ -228,6 +228,44 @@ async fn what_is_shown_is_taken_back_whatever_the_bus() {
     }
 }
 
+/// A prefix is a name: it cannot bring elements of its own into the document, nor make that one which nobody reads.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn metadata_has_names() {
+    let (server, mut client) = ready().await;
+    define(&mut client, &domain("v1", &[])).await.unwrap();
+    let v1 = client.domain("v1").await;
+    let said = |key: &str| {
+        let said = argument(|w| {
+            w.i32(2).optional(Some("<n>x</n>")).optional(Some(key)).optional(Some("http://x.org/1")).u32(0);
+        });
+        [v1.clone(), said].concat()
+    };
+    for key in ["a><injected", "a b", "a:b", "", "1", "xmlns"] {
+        let refused = client.call(264, &said(key)).await.unwrap_err();
+        assert!(refused.0 == Code::InvalidArg as i32 && refused.1.contains("prefix"), "{key}: {refused:?}");
+    }
+    client.call(264, &said("app")).await.unwrap();
+    // Whoever sets the key otherwise gains as little.
+    let admin = Context::new(Principal::system());
+    let view = server.engine.instance(&admin, "default", "v1").unwrap();
+    let mut config = view.instance.config.clone();
+    config.insert("user.libvirt.metadata.http://x.org/2".into(), "a><devices/><a\n<n>x</n>".into());
+    let update = UpdateInstance {
+        description: view.instance.description.clone(),
+        ephemeral: false,
+        config,
+        devices: view.instance.devices.clone(),
+        profiles: vec![],
+        if_version: None,
+    };
+    let operation = server.engine.instance_update(&admin, "default", "v1", update).await.unwrap();
+    assert_eq!(operation.ended().await.error, None);
+    let shown = dump(&mut client, "v1", 2).await;
+    let devices = document(&shown).unwrap().elements().iter().filter(|e| e.name() == "devices").count();
+    assert!(devices == 1 && shown.contains("<app:n xmlns:app='http://x.org/1'>"), "{shown}");
+    define(&mut client, &shown).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_document_changes_what_it_changes() {
     let (server, mut client) = ready().await;

@@ -363,6 +363,11 @@ pub async fn set_metadata(call: Call) -> Answered {
                 xml::read::document(value)?;
             }
             let value = match (value, key) {
+                (Some(_), Some(key)) if !xml::is_prefix(&key) => {
+                    let text =
+                        format!("key in virDomainSetMetadata is to be a prefix of XML, which {key:?} is not");
+                    return Err(VirError::argument(text));
+                }
                 (Some(value), Some(key)) => Some(format!("{key}\n{value}")),
                 (Some(_), None) => {
                     return Err(VirError::argument("key in virDomainSetMetadata must not be NULL"));

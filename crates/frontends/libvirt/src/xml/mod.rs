@@ -161,6 +161,8 @@ impl Element {
     }
 
     fn write(&self, out: &mut String, level: usize) {
+        let names = || self.attributes.iter().map(|(n, _)| &**n).chain([&*self.name]);
+        debug_assert!(names().all(is_name), "what is read, and what is written, has names: {self:?}");
         // Writing to a string does not fail.
         let _ = write!(out, "{:level$}<{}", "", self.name, level = 2 * level);
         for (name, value) in &self.attributes {
@@ -178,6 +180,19 @@ impl Element {
             }
         }
     }
+}
+
+/// Can it be the name of an element or attribute, with its prefix?
+pub fn is_name(text: &str) -> bool {
+    let mut all = text.chars();
+    let first = all.next().is_some_and(|c| c.is_alphabetic() || matches!(c, '_' | ':'));
+    first && all.all(|c| c.is_alphanumeric() || matches!(c, '_' | ':' | '-' | '.' | '\u{b7}'))
+}
+
+/// Can it be a prefix, or what follows one (`NCName`)? Those that begin with `xml` are XML's own.
+pub fn is_prefix(text: &str) -> bool {
+    let own = text.get(..3).is_some_and(|b| b.eq_ignore_ascii_case("xml"));
+    is_name(text) && !text.contains(':') && !own
 }
 
 /// Escapes text; what XML 1.0 cannot hold is left out, as libvirt does.
@@ -201,6 +216,17 @@ fn escape(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_are_told_from_what_would_break_out_of_a_document() {
+        for good in ["a", "_a", "app:a", "a-1.b", "ä"] {
+            assert!(is_name(good), "{good}");
+        }
+        for bad in ["", "1", "-a", "a b", "a>", "a><injected", "a='x'", "a/", "a\n"] {
+            assert!(!is_name(bad) && !is_prefix(bad), "{bad}");
+        }
+        assert!(is_prefix("app") && !is_prefix("app:a") && !is_prefix("xml") && !is_prefix("XMLns"));
+    }
 
     #[test]
     fn documents_look_like_libvirts() {

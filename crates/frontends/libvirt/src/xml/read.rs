@@ -1,7 +1,7 @@
 //! Reading XML into elements. What a client sends is foreign: a declaration of a document type and entities of its own are
 //! refused, and size and depth have bounds.
 
-use super::Element;
+use super::{Element, is_name};
 use crate::error::{Code, Part, VirError};
 use quick_xml::{
     XmlVersion,
@@ -124,7 +124,7 @@ fn say(open: &mut [Open], text: &str) -> Result<(), VirError> {
 
 fn begin(start: &BytesStart<'_>) -> Result<Element, VirError> {
     let name: String = start.name().as_ref().to_owned();
-    if name.is_empty() || name.contains(['<', '&', '\'', '"']) {
+    if !is_name(&name) {
         return Err(wrong(format!("{name:?} is no name of an element")));
     }
     let mut element = Element::new(name);
@@ -135,6 +135,9 @@ fn begin(start: &BytesStart<'_>) -> Result<Element, VirError> {
             return Err(wrong(format!("the document holds the character {:#x}", u32::from(c))));
         }
         let name: String = attribute.key.as_ref().to_owned();
+        if !is_name(&name) {
+            return Err(wrong(format!("{name:?} is no name of an attribute")));
+        }
         element = element.with(name, value);
     }
     Ok(element)
@@ -173,6 +176,8 @@ mod tests {
             "<a>text<b/></a>",
             "<!DOCTYPE a [<!ENTITY x SYSTEM '/etc/passwd'>]><a>&x;</a>",
             "<a x=1/>",
+            "<a x<y='1'/>",
+            "<1/>",
             &deep,
             &large,
         ] {

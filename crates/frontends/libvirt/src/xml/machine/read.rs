@@ -1,7 +1,10 @@
 //! From domain XML to the typed form.
 
 use super::{Disk, Kernel, Machine, Nic, Opaque, Screen, Source, number, pci_of, priority, refuse, wrong};
-use crate::{error::VirError, xml::Element};
+use crate::{
+    error::VirError,
+    xml::{Element, is_name, is_prefix},
+};
 use karst_model::{
     device::{DiskBus, DiskCache, NicModel, parse_mac},
     display::{DisplayGuard, DisplayPassword, DisplayProtocol},
@@ -406,6 +409,10 @@ fn metadata(root: &Element) -> Result<BTreeMap<String, (String, Element)>, VirEr
     let mut all = BTreeMap::new();
     for e in root.find("metadata").map(Element::elements).unwrap_or_default() {
         let (prefix, _) = e.name().split_once(':').unwrap_or(("", e.name()));
+        let local = e.name().strip_prefix(prefix).unwrap_or_default().trim_start_matches(':');
+        if !prefix.is_empty() && !(is_prefix(prefix) && is_name(local)) {
+            return Err(wrong(format!("<{}> in <metadata> has no name with a prefix", e.name())));
+        }
         let key = if prefix.is_empty() { "xmlns".to_owned() } else { format!("xmlns:{prefix}") };
         let uri = e.attribute(&key).or_else(|| root.attribute(&key));
         let uri = uri.ok_or_else(|| wrong(format!("<{}> in <metadata> has no namespace", e.name())))?;

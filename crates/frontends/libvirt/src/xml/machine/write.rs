@@ -4,7 +4,7 @@ use super::{Kernel, Opaque, ShownGuard, Source, pci_of, priority, read, screens,
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
     error::VirError,
-    xml::Element,
+    xml::{Element, is_prefix},
 };
 use karst_engine::{InstanceView, compute::expand::parse_devices};
 use karst_model::{
@@ -215,6 +215,8 @@ pub fn metadata(config: &Config) -> Option<Element> {
         // What is not XML was not written by libvirt's clients.
         let Ok(e) = crate::xml::read::document(text) else { continue };
         all.push(match prefix {
+            // Nor was this: it would not be one in the document.
+            prefix if !prefix.is_empty() && !is_prefix(prefix) => continue,
             "" => e.with("xmlns", uri),
             prefix => with_prefix(e, prefix).with(format!("xmlns:{prefix}"), uri),
         });
