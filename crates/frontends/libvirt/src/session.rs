@@ -16,7 +16,7 @@ use futures::future::BoxFuture;
 use karst_engine::{Context, InstanceView, audit::AuditRequest};
 use karst_model::instance::InstanceKind;
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     os::fd::OwnedFd,
     sync::{
         Arc, Mutex, OnceLock,
@@ -153,6 +153,8 @@ pub struct Session {
     opened: OnceLock<Opened>,
     out: mpsc::Sender<(Frame, Vec<OwnedFd>)>,
     streams: Mutex<HashMap<u32, Stream>>,
+    /// Serials of the calls that run.
+    serials: Mutex<HashSet<u32>>,
     over: watch::Sender<bool>,
 }
 
@@ -343,6 +345,29 @@ impl Session {
     }
 }
 
+/// A serial that a call has while it runs. Its stream has it from then on.
+struct Serial {
+    session: Arc<Session>,
+    number: u32,
+}
+
+impl Serial {
+    /// Nothing when another call has it, or its stream: what is sent into the one would go into the other.
+    fn take(session: &Arc<Session>, number: u32) -> Option<Self> {
+        // In this order wherever both are held.
+        let mut serials = session.serials.lock().unwrap_or_else(|e| e.into_inner());
+        let streams = session.streams.lock().unwrap_or_else(|e| e.into_inner());
+        let free = !streams.contains_key(&number) && serials.insert(number);
+        free.then(|| Self { session: session.clone(), number })
+    }
+}
+
+impl Drop for Serial {
+    fn drop(&mut self) {
+        self.session.serials.lock().unwrap_or_else(|e| e.into_inner()).remove(&self.number);
+    }
+}
+
 /// Ends a connection when it is dropped.
 struct Ends(Arc<Session>);
 
@@ -369,6 +394,7 @@ pub async fn serve(front: Arc<Front>, peer: Peer, transport: Transport) {
         opened: OnceLock::new(),
         out,
         streams: Mutex::default(),
+        serials: Mutex::default(),
         over: watch::channel(false).0,
     });
     // Also when whoever serves it lets go of it: what was spawned for it must not keep it open.
@@ -439,9 +465,15 @@ async fn read(session: &Arc<Session>, mut reader: Incoming) {
             }
             (REMOTE | QEMU, Kind::Call | Kind::CallWithFds) => {
                 let Ok(place) = places.clone().acquire_owned().await else { return };
+                let Some(serial) = Serial::take(session, header.serial) else {
+                    let text =
+                        format!("the serial {} is that of a call or stream that goes on", header.serial);
+                    session.send(Frame::error(header, &VirError::rpc(text))).await;
+                    continue;
+                };
                 let call = Call { session: session.clone(), header, payload, fds: with };
                 tokio::spawn(async move {
-                    run(call).await;
+                    run(call, serial).await;
                     drop(place);
                 });
             }
@@ -527,7 +559,7 @@ fn hole(payload: &Bytes) -> Option<u64> {
     (flags == 0 && i64::try_from(length).is_ok()).then_some(length)
 }
 
-async fn run(call: Call) {
+async fn run(call: Call, serial: Serial) {
     let (session, header) = (call.session.clone(), call.header);
     if !session.stands() {
         return session.end();
@@ -563,6 +595,8 @@ async fn run(call: Call) {
         };
         session.front.engine.audit(&session.context, request);
     }
+    // Before the client is answered, which may use it again.
+    drop(serial);
     match answered {
         Ok(answer) => {
             let frame = match answer.fds.len() {

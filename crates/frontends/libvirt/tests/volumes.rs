@@ -132,6 +132,25 @@ async fn what_goes_up_comes_down() {
     assert_eq!(refused.0, Code::OperationUnsupported as i32);
 }
 
+/// What is sent into a stream goes into that one, and it ends for itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_serial_has_one_stream() {
+    let (_server, mut client, volume) = ready().await;
+    client.call(UPLOAD, &asked(&volume, 0, 0, 0)).await.unwrap();
+    data(&mut client, b"first").await;
+    for procedure in [UPLOAD, DOWNLOAD, 273] {
+        client.serial -= 1;
+        let refused = client.call(procedure, &asked(&volume, 8, 0, 0)).await.unwrap_err();
+        assert!(refused.0 == Code::Rpc as i32 && refused.1.contains("serial"), "{procedure}: {refused:?}");
+    }
+    data(&mut client, b" and last").await;
+    finish(&mut client).await.unwrap();
+    // It is free again.
+    client.serial -= 1;
+    let (began, _) = down(&mut client, &volume, 0, 16, false).await;
+    assert_eq!(began, b"first and last\0\0");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_broken_off_or_too_much_changes_nothing() {
     let (_server, mut client, volume) = ready().await;
