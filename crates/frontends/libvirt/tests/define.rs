@@ -2,6 +2,7 @@
 #![allow(clippy::disallowed_methods)] // a test tool
 
 use crate::support::{Client, Refused, Server, argument};
+use karst_agent::Fault;
 use karst_engine::{
     Context,
     compute::{
@@ -751,4 +752,38 @@ async fn snapshots_are_a_tree() {
     assert_eq!(count(&mut client, 0).await, 1);
     client.call(231, &flagged(&v1, 2 | 4)).await.unwrap();
     assert!(client.names().await.is_empty());
+}
+
+/// What is gone of a tree cannot be brought back: who deletes it is told how much that is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn half_a_tree_is_told() {
+    const DELETE: i32 = 193;
+    const CHILDREN: u32 = 1;
+    let server = Server::start().await;
+    server.guest("v1", InstanceKind::VirtualMachine, false).await;
+    let mut client = server.open("full", "qemu:///system").await;
+    let v1 = client.domain("v1").await;
+    let mut all = vec![];
+    for name in ["s1", "s2", "s3"] {
+        let xml = format!("<domainsnapshot><name>{name}</name></domainsnapshot>");
+        let create = argument(|w| {
+            w.string(&xml).u32(0);
+        });
+        all.push(client.call(185, &[v1.clone(), create].concat()).await.unwrap());
+    }
+    // The last descendant goes; the next does not, however often that is tried.
+    server.host.inject("volume_snapshot_delete", Fault::Delay(std::time::Duration::ZERO));
+    for _ in 0..6 {
+        let e = karst_model::Error::unavailable("the pool does not answer");
+        server.host.inject("volume_snapshot_delete", Fault::FailBefore(e));
+    }
+    let of = [all[0].clone(), CHILDREN.to_be_bytes().to_vec()].concat();
+    let refused = client.call(DELETE, &of).await.unwrap_err();
+    assert!(refused.1.contains("the pool does not answer"), "{refused:?}");
+    assert!(refused.1.ends_with("; deleted are 's3', not 's2', 's1'"), "{refused:?}");
+    assert_eq!(server.host.faults_left(), 0);
+    // What is left is a tree, and goes when it is asked for again.
+    client.call(DELETE, &of).await.unwrap();
+    let count = client.call(187, &[v1, vec![0; 4]].concat()).await.unwrap();
+    assert_eq!(Reader::new(&count).i32().unwrap(), 0);
 }

@@ -387,6 +387,18 @@ const CHILDREN: u32 = 1;
 const METADATA_ONLY: u32 = 2;
 const CHILDREN_ONLY: u32 = 4;
 
+/// Which snapshots are gone when others could not be deleted.
+fn in_the_middle(e: VirError, gone: &[&Snapshot], left: &[&Snapshot]) -> VirError {
+    let names =
+        |all: &[&Snapshot]| all.iter().map(|s| format!("'{}'", &*s.name)).collect::<Vec<_>>().join(", ");
+    match gone.is_empty() {
+        true => e,
+        false => {
+            VirError { text: format!("{}; deleted are {}, not {}", e.text, names(gone), names(left)), ..e }
+        }
+    }
+}
+
 /// `DOMAIN_SNAPSHOT_DELETE`: children of one that goes descend from its parent, unless they go too.
 pub async fn delete(call: Call) -> Answered {
     let (tree, snapshot, flags) = one(&call, CHILDREN | METADATA_ONLY | CHILDREN_ONLY)?;
@@ -401,9 +413,14 @@ pub async fn delete(call: Call) -> Answered {
         gone.push(&snapshot);
     }
     let session = &call.session;
-    for one in gone {
-        ended(session.front.engine.snapshot_delete(&session.context, tree.origin(), &one.name).await?)
-            .await?;
+    let engine = &session.front.engine;
+    for (n, one) in gone.iter().enumerate() {
+        let deleted = match engine.snapshot_delete(&session.context, tree.origin(), &one.name).await {
+            Ok(operation) => ended(operation).await,
+            Err(e) => Err(e.into()),
+        };
+        // What is gone cannot be brought back. From the last descendants on, so that what is left is a tree.
+        deleted.map_err(|e| in_the_middle(e, &gone[..n], &gone[n..]))?;
     }
     Ok(nothing())
 }
