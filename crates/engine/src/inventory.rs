@@ -7,8 +7,8 @@
 use futures::StreamExt;
 use karst_env::{Env, EnvExt};
 use karst_model::{
-    AclId, AddressSetId, BackupId, CheckpointId, Config, Error, ImageId, InstanceId, NetworkId, NodeId,
-    OperationId, PoolId, ProfileId, ProjectId, Result, SnapshotId, VolumeId,
+    AclId, AddressSetId, BackupId, CheckpointId, Config, Error, ImageId, InstanceId, Missing, NetworkId,
+    NodeId, OperationId, PoolId, ProfileId, ProjectId, Result, SnapshotId, VolumeId,
     backup::Backup,
     checkpoint::{Checkpoint, in_line},
     device::{Device, Devices, NicDevice},
@@ -254,7 +254,7 @@ impl Records {
         self.pools
             .values()
             .find(|p| &*p.name == name)
-            .ok_or_else(|| Error::not_found(format!("storage pool {name:?} not found")))
+            .ok_or_else(|| Error::missing(Missing::Pool, format!("storage pool {name:?} not found")))
     }
 
     /// Whose custom volumes instances and users of a project have: its own, or those of the default project.
@@ -305,7 +305,7 @@ impl Records {
         self.networks
             .values()
             .find(|n| &*n.name == name)
-            .ok_or_else(|| Error::not_found(format!("network {name:?} not found")))
+            .ok_or_else(|| Error::missing(Missing::Network, format!("network {name:?} not found")))
     }
 
     /// Network ACL by name.

@@ -39,6 +39,18 @@ pub enum ErrorKind {
     Internal,
 }
 
+/// What is not there, where clients decide by that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Missing {
+    /// A network.
+    Network,
+    /// A storage pool.
+    Pool,
+    /// A volume of a pool.
+    Volume,
+}
+
 /// An error with a public text, optionally the field at fault, and private context for the log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Error {
@@ -52,6 +64,9 @@ pub struct Error {
     /// For the log only (argv, exit code, stderr, source chain). It stays on this machine's logs: front ends drop it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context: Option<String>,
+    /// Of [`ErrorKind::NotFound`]: what kind of thing, where that is said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub missing: Option<Missing>,
 }
 
 macro_rules! constructors {
@@ -88,7 +103,12 @@ constructors! {
 impl Error {
     /// An error of `kind` with its public text.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), field: None, context: None }
+        Self { kind, message: message.into(), field: None, context: None, missing: None }
+    }
+
+    /// [`ErrorKind::NotFound`] of a kind of things.
+    pub fn missing(what: Missing, message: impl Into<String>) -> Self {
+        Self { missing: Some(what), ..Self::new(ErrorKind::NotFound, message) }
     }
 
     /// [`ErrorKind::Invalid`] at `field`.

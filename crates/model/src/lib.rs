@@ -49,7 +49,7 @@ pub mod trust;
 pub mod uplink;
 pub mod warning;
 
-pub use error::{Error, ErrorKind, Result};
+pub use error::{Error, ErrorKind, Missing, Result};
 pub use id::*;
 pub use name::Name;
 pub use size::ByteSize;

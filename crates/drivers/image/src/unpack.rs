@@ -429,7 +429,9 @@ impl From<Result<Found>> for Answer {
     fn from(r: Result<Found>) -> Self {
         match r {
             Ok(f) => Self::Done(f),
-            Err(Error { kind, message, field, context }) => Self::Failed { kind, message, field, context },
+            Err(Error { kind, message, field, context, .. }) => {
+                Self::Failed { kind, message, field, context }
+            }
         }
     }
 }
@@ -438,7 +440,9 @@ impl From<Answer> for Result<Found> {
     fn from(a: Answer) -> Self {
         match a {
             Answer::Done(f) => Ok(f),
-            Answer::Failed { kind, message, field, context } => Err(Error { kind, message, field, context }),
+            Answer::Failed { kind, message, field, context } => {
+                Err(Error { field, context, ..Error::new(kind, message) })
+            }
         }
     }
 }

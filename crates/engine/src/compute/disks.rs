@@ -3,7 +3,7 @@
 use super::expand::ParsedDevices;
 use crate::{Records, Row, db::Tx, saga::runner, volumes};
 use karst_model::{
-    Error, Result,
+    Error, Missing, Result,
     device::{DiskBus, DiskDevice, DiskOrigin},
     instance::{Instance, InstanceKind},
     spec::GuestSpec,
@@ -67,7 +67,8 @@ fn find<'a>(
     let field = |key: &str| format!("devices.{device}.{key}");
     records.pool(pool).map_err(|e| e.at(field("pool")))?;
     records.custom_volume(instance.project, pool, volume).ok_or_else(|| {
-        Error::not_found(format!("custom volume {volume:?} not found in pool {pool:?}")).at(field("source"))
+        let text = format!("custom volume {volume:?} not found in pool {pool:?}");
+        Error::missing(Missing::Volume, text).at(field("source"))
     })
 }
 

@@ -2,7 +2,7 @@
 
 use super::slots;
 use karst_model::{
-    Config, DeviceId, Error, InstanceId, Result, VolumeId, application,
+    Config, DeviceId, Error, InstanceId, Missing, Result, VolumeId, application,
     device::{
         Device, Devices, DiskBus, DiskDevice, DiskOrigin, KernelDevice, NicDevice, NodeDevice, ProxyDevice,
         RootDevice,
@@ -245,8 +245,8 @@ fn source(lookups: &Lookups<'_>, name: &str, key: &str, origin: &DiskOrigin) -> 
         DiskOrigin::Memory { size } => DiskSource::Memory { size: *size },
         DiskOrigin::Volume { pool, volume } => {
             let found = (lookups.volume)(pool, volume).ok_or_else(|| {
-                Error::not_found(format!("volume {volume:?} of device {name:?} not found in pool {pool:?}"))
-                    .at(format!("devices.{name}.{key}"))
+                let text = format!("volume {volume:?} of device {name:?} not found in pool {pool:?}");
+                Error::missing(Missing::Volume, text).at(format!("devices.{name}.{key}"))
             })?;
             DiskSource::Volume { pool: found.pool, volume: found.id }
         }

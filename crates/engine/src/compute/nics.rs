@@ -3,7 +3,7 @@
 use super::expand::Lookups;
 use crate::{Records, Row};
 use karst_model::{
-    Error, Result,
+    Error, Missing, Result,
     device::{NicDevice, NicKind, ParentLink},
     instance::InstanceKind,
     network::Network,
@@ -105,8 +105,8 @@ pub(super) fn link(
     let (link, mtu) = match &nic.kind {
         NicKind::Network { network } => {
             let found = (lookups.network)(network).ok_or_else(|| {
-                Error::not_found(format!("network {network:?} of device {name:?} not found"))
-                    .at(format!("devices.{name}.network"))
+                let text = format!("network {network:?} of device {name:?} not found");
+                Error::missing(Missing::Network, text).at(format!("devices.{name}.network"))
             })?;
             match found.kind {
                 NetworkKind::Bridge => (NicLink::Network(found.id), None),

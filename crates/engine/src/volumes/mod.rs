@@ -10,7 +10,7 @@ pub mod update;
 
 use crate::{Engine, EngineInner, Records, Row, context::Context, db::Tx};
 use karst_model::{
-    Error, Name, ProjectId, Result, VolumeId,
+    Error, Missing, Name, ProjectId, Result, VolumeId,
     access::Permission,
     device::{Devices, kernel_names},
     instance::{Instance, Status},
@@ -178,8 +178,10 @@ impl Records {
     /// The same as [`Records::custom_volume`], as an error for the user when there is none.
     pub(crate) fn demand_volume(&self, project: ProjectId, pool: &str, name: &str) -> Result<&Row<Volume>> {
         self.pool(pool)?;
-        self.custom_volume(project, pool, name)
-            .ok_or_else(|| Error::not_found(format!("custom volume {name:?} not found in pool {pool:?}")))
+        self.custom_volume(project, pool, name).ok_or_else(|| {
+            let text = format!("custom volume {name:?} not found in pool {pool:?}");
+            Error::missing(Missing::Volume, text)
+        })
     }
 }
 

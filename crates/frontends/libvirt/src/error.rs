@@ -2,7 +2,7 @@
 //! text that begins with the number's own words, because clients print it as it is.
 
 use crate::xdr::Writer;
-use karst_model::{Error, ErrorKind};
+use karst_model::{Error, ErrorKind, Missing};
 
 /// Numbers of `virErrorNumber` that Karst says, each with the words that its texts begin with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -164,6 +164,15 @@ impl VirError {
 
 impl From<Error> for VirError {
     fn from(e: Error) -> Self {
+        // Clients make what is missing, or name another, by these numbers.
+        if let (ErrorKind::NotFound, Some(what)) = (e.kind, e.missing) {
+            let (code, part) = match what {
+                Missing::Network => (Code::NoNetwork, Part::Network),
+                Missing::Pool => (Code::NoStoragePool, Part::Storage),
+                Missing::Volume => (Code::NoStorageVol, Part::Storage),
+            };
+            return Self::new(code, part, e.to_string());
+        }
         let code = match e.kind {
             ErrorKind::NotFound | ErrorKind::Quota | ErrorKind::Unavailable => Code::OperationFailed,
             ErrorKind::Conflict | ErrorKind::PreconditionFailed => Code::OperationInvalid,

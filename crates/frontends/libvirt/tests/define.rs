@@ -409,14 +409,15 @@ async fn what_is_refused_is_named_and_leaves_nothing() {
         (
             "<type arch='x86_64'",
             "<kernel>/karst/default/d2</kernel><initrd>/karst/default/none</initrd><type arch='x86_64'",
-            Code::OperationFailed,
+            Code::NoStorageVol,
             "\"none\" not found",
         ),
         ("bus='virtio'", "bus='usb'", Code::ConfigUnsupported, "disk bus"),
         (disk, "<source file='/etc/passwd'/>", Code::ConfigUnsupported, "driver type"),
-        (disk, "<source file='/karst/default/none'/>", Code::OperationFailed, "\"none\" not found"),
+        (disk, "<source file='/karst/default/none'/>", Code::NoStorageVol, "\"none\" not found"),
+        (disk, "<source file='/karst/none/d1'/>", Code::NoStoragePool, "\"none\" not found"),
         ("dev='sdc'", "dev='vda'", Code::XmlError, "duplicated"),
-        ("network='karstbr0'", "network='none'", Code::OperationFailed, "none"),
+        ("network='karstbr0'", "network='none'", Code::NoNetwork, "none"),
         ("interface type='network'", "interface type='user'", Code::ConfigUnsupported, "interface type"),
         ("clean-traffic", "mine", Code::ConfigUnsupported, "filterref"),
         (
