@@ -623,6 +623,10 @@ calls! {
     }
     mutate network_remove(me, network: NetworkId) -> () { me.remove_network(network).await }
     read network_leases(me, network: NetworkId) -> Vec<Lease> { me.networks.leases(network).await }
+    read neighbours(_me, request: NeighboursFind) -> Vec<Neighbour> {
+        request.check()?;
+        blocking(move || crate::nics::neighbours(&request)).await
+    }
     read link_state(me, name: String) -> NetworkState { me.link_state_of(&name).await }
     read network_state(me, network: NetworkId) -> NetworkState {
         let state = me.networks.state(network).await?;
@@ -753,6 +757,13 @@ calls! {
         me.meant(guest)?;
         let machine = me.machine(guest.instance)?;
         machine.set_threshold(guest.instance, &slot, bytes).await.map_err(as_state(guest.instance))
+    }
+    read machine_memory_period(me, request: MemoryPeriod) -> () {
+        request.check()?;
+        let MemoryPeriod { guest, seconds } = request;
+        me.meant(guest)?;
+        let machine = me.machine(guest.instance)?;
+        machine.set_memory_period(guest.instance, seconds).await.map_err(as_state(guest.instance))
     }
     read machine_dirty_rate(me, request: DirtyRateRequest) -> () {
         let DirtyRateRequest { instance, seconds } = request;

@@ -2,7 +2,7 @@
 
 use crate::{HostPolicy, RealAgent, policy::FILE};
 use ipnet::IpNet;
-use karst_agent::{NetworkState, names::check_host_interface};
+use karst_agent::{Neighbour, NeighboursFind, NetworkState, names::check_host_interface};
 use karst_guest::ResolvedLink;
 use karst_host::{link, nic::filters_vlans};
 use karst_model::{
@@ -20,6 +20,13 @@ pub(crate) fn lent(spec: &GuestSpec) -> Vec<String> {
         _ => None,
     };
     spec.nics.iter().filter_map(of).collect()
+}
+
+/// What the host's kernel knows of these neighbours.
+pub(crate) fn neighbours(find: &NeighboursFind) -> Result<Vec<Neighbour>> {
+    let wanted: Vec<String> = find.macs.iter().map(|m| m.to_ascii_lowercase()).collect();
+    let known = karst_host::neighbours::all()?.into_iter().filter(|n| wanted.contains(&n.mac));
+    Ok(known.map(|n| Neighbour { mac: n.mac, address: n.address }).collect())
 }
 
 /// Things of this machine in place of ids.

@@ -11,6 +11,7 @@ use crate::{
     copies::{MachineCopyBegin, MachineCopyEnd, MachineCopyRef, MachineCopySpeed},
     descriptions::{FoundPool, PoolDescribe, PoolSurvey, PoolSurveyed, PoolsFind},
     displays::{DisplayGuardSet, DisplayGuarded, SpiceChannel},
+    neighbours::{MemoryPeriod, Neighbour, NeighboursFind},
     outputs::ExecOutput,
     publish::{ImagePublish, VolumeRebuild},
     thresholds::DiskThresholdSet,
@@ -131,6 +132,7 @@ plain!(
     Vec<crate::resources::CpuModel>,
     Usage,
     Vec<Lease>,
+    Vec<Neighbour>,
     NetworkState,
     NetworkChoice,
     ImageFacts,
@@ -263,6 +265,8 @@ agent_calls! {
     mutate fn network_remove(NetworkRemove: NetworkId) -> ();
     /// DHCP leases and static assignments.
     read fn network_leases(NetworkLeases: NetworkId) -> Vec<Lease>;
+    /// Addresses of neighbours of the host, as its kernel has learned them (ARP, neighbour discovery).
+    read fn neighbours(Neighbours: NeighboursFind) -> Vec<Neighbour>;
     /// State of the bridge.
     read fn network_state(NetworkState: NetworkId) -> NetworkState;
     /// State of an interface of the host, which its policy must grant.
@@ -429,6 +433,9 @@ agent_calls! {
     /// Has it told as [`AgentEvent::DiskThreshold`], once, when a running virtual machine writes behind a byte of what a disk
     /// lies in. The machine keeps that until then, or until its end. Invalid without such a disk.
     read fn machine_threshold(MachineThreshold: DiskThresholdSet) -> ();
+    /// How often a running virtual machine tells of its memory; its figures say it then. Until its end; else every ten seconds
+    /// from the first time on that somebody asks. Unsupported without a balloon.
+    read fn machine_memory_period(MachineMemoryPeriod: MemoryPeriod) -> ();
     /// Begins to measure how fast a running virtual machine writes memory; its figures say it then.
     read fn machine_dirty_rate(MachineDirtyRate: DirtyRateRequest) -> ();
 

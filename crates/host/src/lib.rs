@@ -13,6 +13,7 @@ pub mod link;
 pub mod mount;
 pub mod mountns;
 pub mod moves;
+pub mod neighbours;
 pub mod netlink;
 pub mod netns;
 pub mod nft;

@@ -265,7 +265,7 @@ pub fn list() -> Result<Vec<Link>> {
         .map(|answers| answers.iter().filter_map(parse_link).collect())
 }
 
-fn dump(message: Message, what: &str) -> Result<Vec<Answer>> {
+pub(crate) fn dump(message: Message, what: &str) -> Result<Vec<Answer>> {
     Socket::route()
         .and_then(|mut s| s.query(message))
         .map_err(|e| Error::internal(format!("the {what} of this host could not be listed"), e))
@@ -337,7 +337,7 @@ fn parse_address(answer: &Answer) -> Option<Address> {
     })
 }
 
-fn ip(value: &[u8]) -> Option<IpAddr> {
+pub(crate) fn ip(value: &[u8]) -> Option<IpAddr> {
     match value.len() {
         4 => Some(Ipv4Addr::from(*value.first_chunk::<4>()?).into()),
         16 => Some(Ipv6Addr::from(*value.first_chunk::<16>()?).into()),

@@ -407,6 +407,36 @@ pub struct VcpuFigures {
 pub struct BalloonFigures {
     /// What the guest has, bytes.
     pub actual: u64,
+    /// What the system inside tells of its memory, once it has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub inside: Option<MemoryInside>,
+}
+
+/// What a system tells of its memory by its balloon; what it does not know is missing. Bytes where it says nothing else.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct MemoryInside {
+    /// When, seconds since 1970.
+    pub told_at: i64,
+    /// What it has.
+    pub total: Option<u64>,
+    /// What nobody uses.
+    pub free: Option<u64>,
+    /// What programs can have without swapping.
+    pub available: Option<u64>,
+    /// What its caches of disks take.
+    pub caches: Option<u64>,
+    /// What was read from swap.
+    pub swapped_in: Option<u64>,
+    /// What was written to swap.
+    pub swapped_out: Option<u64>,
+    /// Faults that needed a disk, a number.
+    pub major_faults: Option<u64>,
+    /// Faults that needed none, a number.
+    pub minor_faults: Option<u64>,
+    /// Huge pages that were given, a number.
+    pub huge_given: Option<u64>,
+    /// Huge pages that could not be given, a number.
+    pub huge_refused: Option<u64>,
 }
 
 /// Which agent answers inside a virtual machine.

@@ -6,8 +6,8 @@ use super::{
     state::{Guest, State},
 };
 use crate::{
-    asks::*, backups::*, calls::*, checkpoints::*, copies::*, descriptions::*, displays::*, outputs::*,
-    publish::*, thresholds::*,
+    asks::*, backups::*, calls::*, checkpoints::*, copies::*, descriptions::*, displays::*, neighbours::*,
+    outputs::*, publish::*, thresholds::*,
 };
 use async_trait::async_trait;
 use karst_model::{
@@ -202,6 +202,16 @@ calls! {
     }
     read network_leases(me, network: NetworkId) -> Vec<Lease> { me.leases(network) }
     read link_state(me, name: String) -> NetworkState { me.link_state_of(&name) }
+    read neighbours(me, request: NeighboursFind) -> Vec<Neighbour> {
+        request.check()?;
+        let state = me.settled();
+        let leases = state.networks.values().flat_map(|n| &n.leases);
+        let leased = leases.map(|(mac, address)| (mac.clone(), std::net::IpAddr::from(*address)));
+        let all = leased.chain(state.spoke.iter().cloned());
+        let wanted = |mac: &str| request.macs.iter().any(|m| m.eq_ignore_ascii_case(mac));
+        let found = all.filter(|(mac, _)| wanted(mac)).map(|(mac, address)| Neighbour { mac, address });
+        Ok(found.collect())
+    }
     read network_state(me, network: NetworkId) -> NetworkState { me.network(network) }
 
     mutate volume_create(me, spec: VolumeSpec) -> () { me.create_volume(spec) }
@@ -509,7 +519,10 @@ calls! {
                 disks: slots.map(|slot| (slot.clone(), disk.clone())).collect(),
                 nics: spec.nics.iter().map(|n| (n.host_interface.clone(), NicFigures { sent_bytes: 90, sent_packets: 1, ..Default::default() })).collect(),
                 vcpus: vec![VcpuFigures { index: 0, time_ns: 1_000_000, processor: 0 }],
-                balloon: Some(BalloonFigures { actual: spec.limits.memory.map_or(1 << 30, ByteSize::bytes) }),
+                balloon: Some(BalloonFigures {
+                    actual: spec.limits.memory.map_or(1 << 30, ByteSize::bytes),
+                    inside: state.memory_inside(id, guest),
+                }),
                 user_ns: Some(700_000),
                 system_ns: Some(300_000),
                 monitored: state.monitored.get(&id) == Some(&guest.pid),
@@ -554,6 +567,13 @@ calls! {
     read machine_threshold(me, request: DiskThresholdSet) -> () {
         request.check()?;
         me.settled().set_threshold(request)
+    }
+    read machine_memory_period(me, request: MemoryPeriod) -> () {
+        request.check()?;
+        let mut state = me.settled();
+        demand_machine(state.running(request.guest)?)?;
+        state.memory_periods.insert(request.guest.instance, request.seconds);
+        Ok(())
     }
     read machine_dirty_rate(me, request: DirtyRateRequest) -> () { me.settled().measure(request) }
 

@@ -312,6 +312,11 @@ impl SimulatedAgent {
         state
     }
 
+    /// Somebody on the network spoke from this address, which the host's kernel remembers.
+    pub fn speaks(&self, mac: &str, address: std::net::IpAddr) {
+        self.lock().spoke.push((mac.to_ascii_lowercase(), address));
+    }
+
     /// Something happens in a machine, and is told.
     pub fn happens(&self, instance: InstanceId, what: Happened) {
         self.events.publish(&AgentEvent::Machine { news: MachineNews { instance, what } });

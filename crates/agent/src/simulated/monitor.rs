@@ -1,14 +1,17 @@
 //! QEMU's monitor of simulated machines: the few commands that say or change what is simulated, all of which the host grants;
 //! and what else QEMU tells while a machine runs.
 
-use super::{state::State, work::no_guest};
+use super::{
+    state::{Guest, State},
+    work::no_guest,
+};
 use crate::{
     calls::{DirtyRateRequest, MonitorCommand, WithFds},
     thresholds::DiskThresholdSet,
 };
 use karst_model::{
     Error, InstanceId, Result,
-    guest::{DirtyRate, MonitorAnswer, MonitorEvent, ThresholdReached},
+    guest::{DirtyRate, MemoryInside, MonitorAnswer, MonitorEvent, ThresholdReached},
     instance::RuntimeState,
 };
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -109,6 +112,24 @@ impl State {
             false
         });
         reached
+    }
+
+    /// What a system tells of its memory, unless it is not to.
+    pub fn memory_inside(&self, instance: InstanceId, guest: &Guest) -> Option<MemoryInside> {
+        let total = guest.spec.limits.memory.map_or(1 << 30, karst_model::ByteSize::bytes);
+        let told = MemoryInside {
+            told_at: guest.started_at + 1,
+            total: Some(total),
+            free: Some(total / 2),
+            available: Some(total / 4 * 3),
+            caches: Some(total / 4),
+            swapped_in: Some(0),
+            swapped_out: Some(4096),
+            major_faults: Some(7),
+            minor_faults: Some(700),
+            ..MemoryInside::default()
+        };
+        (self.memory_periods.get(&instance) != Some(&0)).then_some(told)
     }
 
     /// Measures at once.

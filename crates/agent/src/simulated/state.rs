@@ -61,6 +61,10 @@ pub(super) struct State {
     pub followers: Vec<File>,
     /// Measurements of how fast memory is written, by start.
     pub dirty_rates: BTreeMap<InstanceId, (u32, u32)>,
+    /// How often machines are to tell of their memory, where that was said.
+    pub memory_periods: BTreeMap<InstanceId, u32>,
+    /// Addresses that were seen behind MAC addresses, beside those that DHCP gave.
+    pub spoke: Vec<(String, IpAddr)>,
     /// Thresholds of disks, by machine and slot: of which start, and the byte.
     pub thresholds: BTreeMap<(InstanceId, String), (u32, u64)>,
     /// USB devices that were plugged after the start.

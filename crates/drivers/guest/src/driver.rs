@@ -155,6 +155,9 @@ pub trait GuestMachine: Send + Sync {
     /// bounded number in a time.
     fn news(&self) -> broadcast::Receiver<MachineNews>;
 
+    /// Has its figures say what it tells of its memory, every so many seconds; 0: not any more. Unsupported without a balloon.
+    async fn set_memory_period(&self, instance: InstanceId, seconds: u32) -> Result<()>;
+
     /// Begins to measure how fast it writes memory; its figures say it then.
     async fn measure_dirty_rate(&self, instance: InstanceId, seconds: u32) -> Result<()>;
 

@@ -3,12 +3,16 @@
 use crate::{devices::device_id, launch, machine::Inner, monitor, qmp::Qmp};
 use karst_model::{
     Error, Result,
-    guest::{BalloonFigures, DiskFigures, MachineFigures, NicFigures, VcpuFigures},
+    guest::{BalloonFigures, DiskFigures, MachineFigures, MemoryInside, NicFigures, VcpuFigures},
 };
 use serde_json::{Value, json};
 use std::{collections::BTreeMap, os::unix::fs::MetadataExt, path::PathBuf, time::Duration};
 
 const GREETING: Duration = Duration::from_secs(5);
+/// The balloon, in QEMU's tree of objects.
+const BALLOON: &str = "/machine/peripheral/balloon";
+/// How often a machine tells of its memory when nobody said how often, seconds; as libvirt's tools have it.
+const PERIOD: u32 = 10;
 
 async fn connect(machine: &Inner) -> Result<Qmp> {
     Ok(Qmp::connect(&machine.dir, launch::QMP, GREETING).await?.0)
@@ -31,6 +35,7 @@ pub(crate) async fn of(machine: &Inner) -> Result<MachineFigures> {
     let cpus = qmp.execute("query-cpus-fast", json!({})).await?;
     // A machine without a balloon says so.
     let balloon = qmp.execute("query-balloon", json!({})).await.ok();
+    let inside = if balloon.is_some() { inside(machine, &qmp).await } else { None };
     let dirty_rate = qmp.execute("query-dirty-rate", json!({})).await.ok();
     let dir = machine.dir.clone();
     let sizes = tokio::task::spawn_blocking(move || {
@@ -49,11 +54,67 @@ pub(crate) async fn of(machine: &Inner) -> Result<MachineFigures> {
         disks,
         nics: nics.into_iter().filter_map(|name| Some((name.clone(), nic(&name)?))).collect(),
         vcpus: vcpus_of(&cpus, |thread| thread_of(pid?, thread)),
-        balloon: balloon.and_then(|b| Some(BalloonFigures { actual: b.get("actual")?.as_u64()? })),
+        balloon: balloon.and_then(|b| Some(BalloonFigures { actual: b.get("actual")?.as_u64()?, inside })),
         user_ns,
         system_ns,
         monitored,
         dirty_rate: dirty_rate.as_ref().and_then(monitor::dirty_rate),
+    })
+}
+
+/// What the system inside tells of its memory. One that was never asked is, from now on.
+async fn inside(machine: &Inner, qmp: &Qmp) -> Option<MemoryInside> {
+    let stats = json!({"path": BALLOON, "property": "guest-stats"});
+    let told = qmp.execute("qom-get", stats).await.ok()?;
+    let found = inside_of(&told);
+    let period = machine.record().memory_period;
+    if found.is_none()
+        && period.is_none()
+        && let Err(e) = ask_for_memory(qmp, PERIOD).await
+    {
+        tracing::debug!(error = %e, context = e.context, "a guest is not asked for its memory");
+    }
+    found.filter(|_| period != Some(0))
+}
+
+async fn ask_for_memory(qmp: &Qmp, seconds: u32) -> Result<()> {
+    let set = json!({"path": BALLOON, "property": "guest-stats-polling-interval", "value": seconds});
+    qmp.execute("qom-set", set).await.map(drop)
+}
+
+/// Has a machine tell of its memory every so many seconds, or not any more.
+///
+/// # Errors
+/// Unsupported without a balloon.
+pub(crate) async fn set_memory_period(machine: &Inner, seconds: u32) -> Result<()> {
+    let has = machine.record().hardware.as_ref().is_some_and(|h| h.balloon);
+    if !has {
+        return Err(Error::unsupported(
+            "this virtual machine was made without a balloon, which tells of its memory",
+        ));
+    }
+    ask_for_memory(&connect(machine).await?, seconds).await?;
+    let mut record = machine.record();
+    record.memory_period = Some(seconds);
+    record.write(&machine.dir)
+}
+
+/// What `guest-stats` says; nothing before the guest has told anything. What it does not tell is the largest number.
+fn inside_of(told: &Value) -> Option<MemoryInside> {
+    let told_at = told.get("last-update")?.as_i64().filter(|at| *at > 0)?;
+    let stat = |key: &str| told.get("stats")?.get(format!("stat-{key}"))?.as_u64().filter(|n| *n != u64::MAX);
+    Some(MemoryInside {
+        told_at,
+        total: stat("total-memory"),
+        free: stat("free-memory"),
+        available: stat("available-memory"),
+        caches: stat("disk-caches"),
+        swapped_in: stat("swap-in"),
+        swapped_out: stat("swap-out"),
+        major_faults: stat("major-faults"),
+        minor_faults: stat("minor-faults"),
+        huge_given: stat("htlb-pgalloc"),
+        huge_refused: stat("htlb-pgfail"),
     })
 }
 
@@ -154,6 +215,17 @@ pub(crate) async fn wake(machine: &Inner) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_guest_does_not_tell_of_its_memory_is_missing() {
+        let stats = json!({"stat-total-memory": 1024, "stat-free-memory": u64::MAX, "stat-swap-in": 0});
+        let told = inside_of(&json!({"stats": stats, "last-update": 17})).unwrap();
+        let wanted =
+            MemoryInside { told_at: 17, total: Some(1024), swapped_in: Some(0), ..MemoryInside::default() };
+        assert_eq!(told, wanted);
+        assert_eq!(inside_of(&json!({"stats": stats, "last-update": 0})), None);
+        assert_eq!(inside_of(&json!({})), None);
+    }
 
     #[test]
     fn disks_are_found_by_id_and_by_path() {

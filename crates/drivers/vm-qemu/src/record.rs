@@ -101,6 +101,9 @@ pub(crate) struct Record {
     /// It was started to stand still, or was reset while it did: it is not on its way up.
     #[serde(default)]
     pub(crate) held: bool,
+    /// How often it tells of its memory, seconds, where that was asked for.
+    #[serde(default)]
+    pub(crate) memory_period: Option<u32>,
     /// It was asked to boot anew: when it shuts down it is reset.
     #[serde(default)]
     pub(crate) anew: bool,
@@ -153,6 +156,7 @@ impl Record {
             spice: false,
             resuming: guest.machine.as_ref().is_some_and(|m| m.resume),
             held: false,
+            memory_period: None,
             anew: false,
             exit: None,
         }

@@ -1,7 +1,9 @@
 //! What is asked of a running virtual machine beside its console and screen: its figures, commands of its agent, interrupts.
 
 use crate::{Engine, context::Context};
-use karst_agent::{AgentCommand, CallContext, DiskThresholdSet, GuestRef};
+use karst_agent::{
+    AgentCommand, CallContext, DiskThresholdSet, GuestRef, MemoryPeriod, Neighbour, NeighboursFind,
+};
 use karst_model::{Error, InstanceId, Result, guest::MachineFigures, instance::Status};
 use std::{collections::HashMap, time::Duration};
 
@@ -94,6 +96,40 @@ impl Engine {
         let guest = GuestRef { instance: view.instance.id, generation };
         let request = DiskThresholdSet { guest, slot: slot.into(), bytes };
         agent.machine_threshold(&CallContext::read(CALL), request).await
+    }
+
+    /// How often a running virtual machine tells of its memory, seconds; 0: not at all. Until its end.
+    ///
+    /// # Errors
+    /// Those of [`Engine::machine_reset`], and unsupported without a balloon.
+    pub async fn machine_memory_period(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        seconds: u32,
+    ) -> Result<()> {
+        let (view, agent) = self.virtual_machine(context, project, name)?;
+        let generation = view.runtime.as_ref().map_or(view.instance.generation, |r| r.generation);
+        let guest = GuestRef { instance: view.instance.id, generation };
+        agent.machine_memory_period(&CallContext::read(CALL), MemoryPeriod { guest, seconds }).await
+    }
+
+    /// Addresses that the host of an instance knows behind the MAC addresses of its NICs, whoever gave them.
+    ///
+    /// # Errors
+    /// Not found, forbidden.
+    pub async fn instance_neighbours(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+    ) -> Result<Vec<Neighbour>> {
+        let view = self.instance(context, project, name)?;
+        let macs = view.instance.identities.values().filter_map(|i| i.mac.clone());
+        let find = NeighboursFind { macs: macs.take(NeighboursFind::MOST).collect() };
+        let agent = self.inner().agents.get(view.instance.node)?;
+        agent.neighbours(&CallContext::read(CALL), find).await
     }
 
     /// Wakes a virtual machine that sleeps.

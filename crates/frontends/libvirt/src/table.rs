@@ -289,6 +289,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     293 NODE_GET_CPU_MAP See connect::cpu_map;
     294 DOMAIN_FSTRIM Change inside::trim;
     298 DOMAIN_GET_JOB_STATS See backup::job_stats;
+    308 DOMAIN_SET_MEMORY_STATS_PERIOD Change stats::memory_period;
     312 CONNECT_GET_CPU_MODEL_NAMES See nodedev::cpu_models;
     313 CONNECT_NETWORK_EVENT_REGISTER_ANY See event::network_register;
     314 CONNECT_NETWORK_EVENT_DEREGISTER_ANY See event::network_deregister;

@@ -2,7 +2,7 @@
 #![allow(clippy::disallowed_methods)] // a test tool
 
 use crate::support::{Server, argument};
-use karst_agent::{AgentEvent, HostAgent};
+use karst_agent::{AgentEvent, Fault, HostAgent};
 use karst_engine::{
     Context,
     compute::create::{CreateInstance, InstanceSource},
@@ -10,7 +10,7 @@ use karst_engine::{
 };
 use karst_frontend_libvirt::{error::Code, xdr::Reader};
 use karst_model::{
-    Config,
+    Config, Error,
     access::Principal,
     instance::{DesiredPower, InstanceKind, RuntimeState},
     storage::VolumeContent,
@@ -207,4 +207,69 @@ async fn life_is_told_with_its_details() {
     client.call(RENAME, &[v1, new].concat()).await.unwrap();
     demand("v1", &[(1, 1)]).await;
     demand("v2", &[(0, 2)]).await;
+}
+
+/// A way to ask is taken at its word, and memory and addresses are those that were asked for.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_asked_for_is_told() {
+    const MEMORY: i32 = 159;
+    const PERIOD: i32 = 308;
+    const ADDRESSES: i32 = 353;
+    const SHUTDOWN_FLAGS: i32 = 258;
+    const AGENT: u32 = 2;
+    let server = Server::start().await;
+    let admin = Context::new(Principal::system());
+    server.guest("v1", InstanceKind::VirtualMachine, true).await;
+    let mut client = server.open("full", "qemu:///system").await;
+    let v1 = client.domain("v1").await;
+    let told = async |client: &mut crate::support::Client| {
+        let asked = argument(|w| {
+            w.u32(32).u32(0);
+        });
+        let answer = client.call(MEMORY, &[v1.clone(), asked].concat()).await.unwrap();
+        let mut r = Reader::new(&answer);
+        let all = r.array(32, |r| Ok((r.i32()?, r.u64()?))).unwrap();
+        all.into_iter().collect::<std::collections::BTreeMap<_, _>>()
+    };
+    let all = told(&mut client).await;
+    let gib = 1 << 20;
+    assert_eq!((all[&6], all[&5], all[&4], all[&8], all[&10]), (gib, gib, gib / 2, gib / 4 * 3, gib / 4));
+    assert_eq!((all[&0], all[&1], all[&2], all[&3]), (0, 4, 7, 700));
+    assert!(all[&9] > 0 && all.contains_key(&7) && !all.contains_key(&11));
+    let period = |seconds: i32, flags: u32| {
+        let asked = argument(|w| {
+            w.i32(seconds).u32(flags);
+        });
+        [v1.clone(), asked].concat()
+    };
+    for (seconds, flags, code) in
+        [(-1, 1, Code::InvalidArg), (1, 2, Code::ConfigUnsupported), (1 << 30, 1, Code::InvalidArg)]
+    {
+        let refused = client.call(PERIOD, &period(seconds, flags)).await.unwrap_err();
+        assert_eq!(refused.0, code as i32, "{refused:?}");
+    }
+    client.call(PERIOD, &period(0, 1)).await.unwrap();
+    assert_eq!(told(&mut client).await.into_keys().collect::<Vec<_>>(), [6, 7]);
+
+    // One with an address that no server gave is found where the host's kernel is asked.
+    let view = server.engine.instance(&admin, "default", "v1").unwrap();
+    let mac = view.instance.identities.values().find_map(|i| i.mac.clone()).expect("it has a NIC");
+    server.host.speaks(&mac, "192.0.2.77".parse().unwrap());
+    server.host.speaks("02:00:00:00:00:09", "192.0.2.78".parse().unwrap());
+    let mut found = vec![];
+    for source in [0, 2] {
+        let asked = argument(|w| {
+            w.u32(source).u32(0);
+        });
+        let answer = client.call(ADDRESSES, &[v1.clone(), asked].concat()).await.unwrap();
+        let has = |address: &str| answer.windows(address.len()).any(|part| part == address.as_bytes());
+        found.push((has("192.0.2.77"), has("192.0.2.78")));
+    }
+    assert_eq!(found, [(false, false), (true, false)]);
+
+    // The agent alone is the agent alone.
+    server.host.inject("guest_ask", Fault::FailBefore(Error::unavailable("the guest agent does not answer")));
+    let refused = client.call(SHUTDOWN_FLAGS, &flagged(&v1, AGENT)).await.unwrap_err();
+    assert_eq!(refused.0, Code::AgentUnresponsive as i32, "{refused:?}");
+    assert_eq!(client.state(&v1).await.0, 1);
 }

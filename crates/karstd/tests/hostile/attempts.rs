@@ -372,6 +372,12 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
     add("guest_stop", "with all the time there is", graceful(4), Refused);
     add("guest_stop", "none, with all the time there is", graceful(99), Refused);
     let ask = |n: u128, wish: &str| json!({"guest": at(n), "wish": wish, "by": "any"});
+    add("neighbours", "of a place", json!({"macs": ["../../x"]}), Refused);
+    add("neighbours", "of nobody", json!({"macs": ["02:00:00:00:00:01"]}), Nothing("the kernel knows none"));
+    let period = |n: u128, seconds: u64| json!({"guest": at(n), "seconds": seconds});
+    add("machine_memory_period", "none", period(99, 1), Refused);
+    add("machine_memory_period", "a container", period(4, 1), Refused);
+    add("machine_memory_period", "of years", period(4, 1 << 31), Refused);
     add("guest_ask", "none", ask(99, "shutdown"), Refused);
     add("guest_ask", "a container, to boot anew", ask(4, "reboot"), Refused);
     add("guest_ask", "a container, for something else", ask(4, "sh"), Refused);

@@ -130,6 +130,10 @@ impl GuestMachine for QemuDriver {
         self.shared.news.subscribe()
     }
 
+    async fn set_memory_period(&self, instance: InstanceId, seconds: u32) -> Result<()> {
+        figures::set_memory_period(&*self.shared.machine(instance).await?, seconds).await
+    }
+
     async fn measure_dirty_rate(&self, instance: InstanceId, seconds: u32) -> Result<()> {
         monitor::measure_dirty_rate(&*self.shared.machine(instance).await?, seconds).await
     }

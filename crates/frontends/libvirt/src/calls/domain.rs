@@ -186,8 +186,10 @@ pub async fn info(call: Call) -> Answered {
         false => None,
         true => call.session.front.engine.all_metrics().await.get(&view.instance.id).and_then(|m| m.cpu_ns),
     };
+    let most = limits.memory_kib(&call)?;
+    let now = super::stats::balloon_of(&call, &view).await?.map_or(most, |b| b.actual / 1024);
     let mut w = Writer::new();
-    w.u32(state_of(&view).0 as u32).u64(limits.memory_kib(&call)?).u64(limits.memory_kib(&call)?);
+    w.u32(state_of(&view).0 as u32).u64(most).u64(now);
     w.u32(limits.cpus(&call)?).u64(used.unwrap_or(0));
     Ok(w.finish().into())
 }

@@ -1,6 +1,8 @@
 //! Figures of running domains.
 
-use super::{Answered, Named, domain::is_running, domain::state_of, figures::disks, text, write_domain};
+use super::{
+    Answered, Named, domain::is_running, domain::state_of, figures::disks, nothing, text, write_domain,
+};
 use crate::{
     domain_uuid,
     error::{Code, VirError},
@@ -9,7 +11,7 @@ use crate::{
     xdr::{Typed, Writer},
 };
 use karst_engine::InstanceView;
-use karst_model::guest::{Interface, MachineFigures, Metrics, NicFigures};
+use karst_model::guest::{BalloonFigures, Interface, MachineFigures, MemoryInside, Metrics, NicFigures};
 use std::{collections::HashMap, net::IpAddr, sync::Arc};
 use uuid::Uuid;
 
@@ -133,6 +135,10 @@ async fn parameters(
         let actual = machine.and_then(|m| m.balloon.as_ref()).map_or(memory, |b| b.actual / 1024);
         add("balloon.current", Typed::Ullong(actual));
         add("balloon.maximum", Typed::Ullong(memory));
+        let inside = machine.and_then(|m| m.balloon.as_ref()?.inside.as_ref());
+        for (_, field, value) in inside.map(inside_of).unwrap_or_default() {
+            add(&format!("balloon.{field}"), Typed::Ullong(value));
+        }
         if let Some(rss) = metrics.and_then(|m| m.memory) {
             add("balloon.rss", Typed::Ullong(rss / 1024));
         }
@@ -271,14 +277,74 @@ pub async fn interface(call: Call) -> Answered {
     Ok(w.finish().into())
 }
 
+/// The balloon of a machine that runs.
+pub(super) async fn balloon_of(call: &Call, view: &InstanceView) -> Result<Option<BalloonFigures>, VirError> {
+    if call.opened()?.driver == Driver::Lxc || !is_running(view) {
+        return Ok(None);
+    }
+    let session = &call.session;
+    let (engine, context) = (&session.front.engine, &session.context);
+    let machine = engine.machine_figures(context, &view.project.name, &view.instance.name).await?;
+    Ok(machine.and_then(|m| m.balloon))
+}
+
+/// What a system tells of its memory: tags of `virDomainMemoryStatTags`, the fields of the group of statistics, and values, in
+/// KiB where they are sizes.
+fn inside_of(inside: &MemoryInside) -> Vec<(i32, &'static str, u64)> {
+    let kib = |bytes: Option<u64>| bytes.map(|b| b / 1024);
+    let told_at = u64::try_from(inside.told_at).ok();
+    let all = [
+        (0, "swap_in", kib(inside.swapped_in)),
+        (1, "swap_out", kib(inside.swapped_out)),
+        (2, "major_fault", inside.major_faults),
+        (3, "minor_fault", inside.minor_faults),
+        (4, "unused", kib(inside.free)),
+        (5, "available", kib(inside.total)),
+        (8, "usable", kib(inside.available)),
+        (9, "last-update", told_at),
+        (10, "disk_caches", kib(inside.caches)),
+        (11, "hugetlb_pgalloc", inside.huge_given),
+        (12, "hugetlb_pgfail", inside.huge_refused),
+    ];
+    all.into_iter().filter_map(|(tag, name, value)| Some((tag, name, value?))).collect()
+}
+
+/// `DOMAIN_SET_MEMORY_STATS_PERIOD`: of what runs; a record says nothing of it.
+pub async fn memory_period(call: Call) -> Answered {
+    let (named, period, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.i32()?, r.u32()?)))?;
+    call.known_flags(flags, 1 | 2)?;
+    let view = call.guest(&named)?;
+    if flags & 2 != 0 {
+        let text = "the period of a domain's memory statistics lasts to its end; give --live alone";
+        return Err(VirError::new(Code::ConfigUnsupported, call.opened()?.driver.part(), text));
+    }
+    if !is_running(&view) {
+        return Err(VirError::state("domain is not running"));
+    }
+    let period = u32::try_from(period).map_err(|_| VirError::argument("period must not be negative"))?;
+    let session = &call.session;
+    let (engine, context) = (&session.front.engine, &session.context);
+    engine.machine_memory_period(context, &view.project.name, &view.instance.name, period).await?;
+    Ok(nothing())
+}
+
 /// `DOMAIN_MEMORY_STATS`
 pub async fn memory(call: Call) -> Answered {
     let (named, max, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?, r.u32()?)))?;
     call.known_flags(flags, 0)?;
     let view = call.guest(&named)?;
     let metrics = figures(&call, &view).await?;
-    // Tags of virDomainMemoryStatTags: the balloon's size and what the process takes, KiB.
-    let mut all = vec![(6, limits::of(&view)?.memory_kib(&call)?)];
+    let balloon = balloon_of(&call, &view).await?;
+    let mut all = vec![];
+    if let Some(inside) = balloon.as_ref().and_then(|b| b.inside.as_ref()) {
+        all.extend(inside_of(inside).into_iter().map(|(tag, _, value)| (tag, value)));
+    }
+    // The balloon's size and what the process takes, KiB.
+    let actual = match balloon {
+        Some(balloon) => balloon.actual / 1024,
+        None => limits::of(&view)?.memory_kib(&call)?,
+    };
+    all.push((6, actual));
     all.extend(metrics.memory.map(|m| (7, m / 1024)));
     all.truncate(max as usize);
     let mut w = Writer::new();
@@ -302,7 +368,8 @@ pub async fn addresses(call: Call) -> Answered {
         return Err(VirError::state("domain is not running"));
     }
     let found = match source {
-        LEASE | ARP => leased(&call, &view).await?,
+        LEASE => leased(&call, &view).await?,
+        ARP => spoken(&call, &view).await?,
         AGENT => {
             let metrics = figures(&call, &view).await?;
             let shown = metrics.interfaces.into_iter();
@@ -321,6 +388,26 @@ pub async fn addresses(call: Call) -> Answered {
         });
     });
     Ok(w.finish().into())
+}
+
+/// By the neighbours that the host's kernel knows, whoever gave them their addresses.
+async fn spoken(
+    call: &Call,
+    view: &InstanceView,
+) -> Result<Vec<(String, String, Vec<(IpAddr, u8)>)>, VirError> {
+    let session = &call.session;
+    let (engine, context) = (&session.front.engine, &session.context);
+    let known = engine.instance_neighbours(context, &view.project.name, &view.instance.name).await?;
+    let mut all = vec![];
+    for nic in crate::xml::domain::nics(view)? {
+        let mine = known.iter().filter(|n| n.mac.eq_ignore_ascii_case(&nic.mac));
+        // Of how many others are near nothing is known.
+        let addresses: Vec<(IpAddr, u8)> = mine.map(|n| (n.address, 0)).collect();
+        if !addresses.is_empty() {
+            all.push((nic.host_interface, nic.mac, addresses));
+        }
+    }
+    Ok(all)
 }
 
 /// By the DHCP server's leases and what is assigned.
