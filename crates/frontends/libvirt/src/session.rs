@@ -3,7 +3,7 @@
 
 use crate::{
     Front,
-    calls::{monitor::Listeners, plugged::Watchers},
+    calls::{monitor::Listeners, plugged::Watchers, power::end_doomed},
     error::{Code, Part, VirError},
     events::Callbacks,
     frame::{Frame, Header, KEEPALIVE, Kind, LXC, QEMU, REMOTE, Status},
@@ -14,7 +14,10 @@ use crate::{
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use karst_engine::{Context, InstanceView, audit::AuditRequest};
-use karst_model::instance::InstanceKind;
+use karst_model::{
+    InstanceId,
+    instance::{Generation, InstanceKind},
+};
 use std::{
     collections::{HashMap, HashSet},
     os::fd::OwnedFd,
@@ -150,6 +153,8 @@ pub struct Session {
     pub monitor: Mutex<Listeners>,
     /// Who listens for events of node devices.
     pub plugged: Mutex<Watchers>,
+    /// Starts of guests that end with the connection.
+    pub doomed: Mutex<Vec<(InstanceId, Generation)>>,
     opened: OnceLock<Opened>,
     out: mpsc::Sender<(Frame, Vec<OwnedFd>)>,
     streams: Mutex<HashMap<u32, Stream>>,
@@ -391,6 +396,7 @@ pub async fn serve(front: Arc<Front>, peer: Peer, transport: Transport) {
         callbacks: Mutex::default(),
         monitor: Mutex::default(),
         plugged: Mutex::default(),
+        doomed: Mutex::default(),
         opened: OnceLock::new(),
         out,
         streams: Mutex::default(),
@@ -411,6 +417,8 @@ pub async fn serve(front: Arc<Front>, peer: Peer, transport: Transport) {
     session.monitor.lock().unwrap_or_else(|e| e.into_inner()).clear();
     session.plugged.lock().unwrap_or_else(|e| e.into_inner()).clear();
     session.streams.lock().unwrap_or_else(|e| e.into_inner()).clear();
+    // Not waited for: whoever serves it lets go of it.
+    tokio::spawn(end_doomed(session.clone()));
     let _ = writing.await;
 }
 

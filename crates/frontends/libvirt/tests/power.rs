@@ -273,3 +273,54 @@ async fn what_is_asked_for_is_told() {
     assert_eq!(refused.0, Code::AgentUnresponsive as i32, "{refused:?}");
     assert_eq!(client.state(&v1).await.0, 1);
 }
+
+/// A domain that is defined is started by its own document, stays defined, and starts as nothing else; and one may end with the
+/// connection that it was started over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_document_starts_what_it_defines() {
+    const DUMP: i32 = 14;
+    const AUTODESTROY: u32 = 2;
+    let server = Server::start().await;
+    server.guest("v1", InstanceKind::VirtualMachine, false).await;
+    let mut client = server.open("full", "qemu:///system").await;
+    let v1 = client.domain("v1").await;
+    let document = client.call(DUMP, &flagged(&v1, 2)).await.unwrap();
+    let document = Reader::new(&document).string().unwrap();
+    let create = |document: &str| {
+        argument(|w| {
+            w.string(document).u32(0);
+        })
+    };
+    let revision = server.engine.inner().inventory.read().revision;
+    let other = document.replacen("<devices>", "<on_crash>restart</on_crash><devices>", 1);
+    let other = other.replacen("<on_crash>destroy</on_crash>", "", 1);
+    let refused = client.call(CREATE_XML, &create(&other)).await.unwrap_err();
+    assert!(refused.0 == Code::ConfigUnsupported as i32 && refused.1.contains("definition"), "{refused:?}");
+    assert_eq!(server.engine.inner().inventory.read().revision, revision);
+    client.call(CREATE_XML, &create(&document)).await.unwrap();
+    assert_eq!(client.state(&v1).await.0, 1);
+    let refused = client.call(CREATE_XML, &create(&document)).await.unwrap_err();
+    assert!(
+        refused.0 == Code::OperationInvalid as i32 && refused.1.contains("already active"),
+        "{refused:?}"
+    );
+    client.call(DESTROY, &v1).await.unwrap();
+    assert_eq!(client.state(&v1).await, (5, 2), "it is defined");
+
+    // One goes with its connection; what was started anew since does not.
+    server.guest("v2", InstanceKind::VirtualMachine, false).await;
+    let v2 = client.domain("v2").await;
+    let mut passing = server.open("full", "qemu:///system").await;
+    for domain in [&v1, &v2] {
+        passing.call(START_WITH_FLAGS, &flagged(domain, AUTODESTROY)).await.unwrap();
+    }
+    client.call(DESTROY, &v2).await.unwrap();
+    client.call(START_WITH_FLAGS, &flagged(&v2, 0)).await.unwrap();
+    drop(passing);
+    let end = std::time::Instant::now() + crate::support::PATIENCE;
+    while client.state(&v1).await != (5, 2) {
+        assert!(std::time::Instant::now() < end, "it ends with its connection");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    assert_eq!(client.state(&v2).await.0, 1);
+}

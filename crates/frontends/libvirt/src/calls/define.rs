@@ -199,21 +199,34 @@ pub async fn define_flags(call: Call) -> Answered {
     defined(&call, &text).await
 }
 
-/// `DOMAIN_CREATE_XML`: a transient domain is an ephemeral instance.
+/// `DOMAIN_CREATE_XML`: a transient domain is an ephemeral instance. One that is defined is started, by a document that says the
+/// same, and stays defined.
 pub async fn create_xml(call: Call) -> Answered {
     let (text, flags) = call.arguments(|r| Ok((r.string()?, r.u32()?)))?;
-    // Paused, past the cache, afresh, checked against the schema. Destroyed with the connection it never is.
-    call.known_flags(flags, 1 | 4 | 8 | 16)?;
+    // Checked against the schema.
+    call.known_flags(flags, power::START | 16)?;
     let machine = read(&call, &text)?;
-    if let Some(view) = present(&call, &machine)? {
-        let text = match is_running(&view) {
-            true => format!("domain is already active as '{}'", machine.name),
-            false => format!("domain '{}' is defined; start it", machine.name),
-        };
-        return Err(VirError::new(Code::OperationFailed, Part::Qemu, text));
-    }
     let name = machine.name.clone();
-    create(&call, machine, if flags & 1 != 0 { Begins::Paused } else { Begins::Running }).await?;
+    match present(&call, &machine)? {
+        Some(view) if is_running(&view) => {
+            return Err(VirError::state(format!("domain is already active as '{name}'")));
+        }
+        Some(view) => {
+            let now = xml::machine::read::machine(&xml::domain::document(&call, &view, true)?)?;
+            // Its password is not shown, and stays what it is.
+            if (Machine { screen: now.screen.clone(), ..machine }) != now {
+                let text = "a domain that is defined starts as that says: change its definition, then start it; or give \
+                    the document another name and UUID";
+                return Err(refuse("domain", text));
+            }
+            power::start_with(&call, &view, flags).await?;
+        }
+        None => {
+            let begins = if flags & power::PAUSED != 0 { Begins::Paused } else { Begins::Running };
+            create(&call, machine, begins).await?;
+            power::doom(&call, &*call.session.guest(&name)?, flags);
+        }
+    }
     domain(&call, &name)
 }
 
@@ -251,7 +264,8 @@ async fn forget(call: &Call, view: &InstanceView, flags: u32) -> Answered {
         return Err(VirError::state("cannot undefine transient domain"));
     }
     if flags & (KEEP_NVRAM | KEEP_TPM) != 0 {
-        let text = "what the firmware and the TPM keep goes with the domain";
+        let text = "what the firmware and the TPM keep goes with the domain; give --nvram and --tpm, or keep a copy of the \
+            domain (virt-clone)";
         return Err(VirError::new(Code::OperationUnsupported, part, text));
     }
     let (snapshots, checkpoints, own) = {

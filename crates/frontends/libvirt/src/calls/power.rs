@@ -3,7 +3,7 @@
 use super::{Answered, Named, domain::is_running, int, nothing, write_domain};
 use crate::{
     error::{Code, Part, VirError},
-    session::{Call, Driver},
+    session::{Call, Driver, Session},
     xdr::Writer,
     xml::domain::{AUTORESTART, REBOOT_ACTION, ends_on_reboot, restarts},
 };
@@ -12,7 +12,7 @@ use karst_model::{
     guest::{AskedBy, GuestWish},
     instance::{InstanceKind, PowerAction, Status},
 };
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 /// How long a container may take to end before it starts again; the call itself answers at once, as libvirt's does.
 const SHUTDOWN: Duration = Duration::from_secs(600);
@@ -57,7 +57,7 @@ fn demand_running(view: &InstanceView) -> Result<(), VirError> {
 /// # Errors
 /// Those of the engine.
 pub async fn start(call: &Call, view: &InstanceView) -> Result<(), VirError> {
-    start_with(call, view, true, false).await
+    start_as(call, view, true, false).await
 }
 
 /// Starts it to stand still before its first instruction; from where its memory was kept, if it was.
@@ -65,10 +65,55 @@ pub async fn start(call: &Call, view: &InstanceView) -> Result<(), VirError> {
 /// # Errors
 /// Those of the engine.
 pub async fn start_paused(call: &Call, view: &InstanceView) -> Result<(), VirError> {
-    start_with(call, view, true, true).await
+    start_as(call, view, true, true).await
 }
 
-async fn start_with(call: &Call, view: &InstanceView, stateful: bool, paused: bool) -> Result<(), VirError> {
+/// `VIR_DOMAIN_START_*`, of which to read past the cache changes nothing here.
+pub(super) const PAUSED: u32 = 1;
+const AUTODESTROY: u32 = 2;
+const BYPASS_CACHE: u32 = 4;
+const FORCE_BOOT: u32 = 8;
+/// Those that a start knows.
+pub(super) const START: u32 = PAUSED | AUTODESTROY | BYPASS_CACHE | FORCE_BOOT;
+
+/// Starts it as flags say.
+pub(super) async fn start_with(call: &Call, view: &InstanceView, flags: u32) -> Result<(), VirError> {
+    start_as(call, view, flags & FORCE_BOOT == 0, flags & PAUSED != 0).await?;
+    if flags & AUTODESTROY != 0 {
+        doom(call, &*call.session.guest(&view.instance.name)?, flags);
+    }
+    Ok(())
+}
+
+/// One that runs ends with the connection, where flags say so.
+pub(super) fn doom(call: &Call, view: &InstanceView, flags: u32) {
+    if flags & AUTODESTROY != 0 {
+        let start = (view.instance.id, view.instance.generation);
+        call.session.doomed.lock().unwrap_or_else(|e| e.into_inner()).push(start);
+    }
+}
+
+/// Ends what was to end with a connection that is over, unless that has been started anew since.
+pub async fn end_doomed(session: Arc<Session>) {
+    let doomed = std::mem::take(&mut *session.doomed.lock().unwrap_or_else(|e| e.into_inner()));
+    for (id, generation) in doomed {
+        let all = session.guests().unwrap_or_default();
+        let same = |v: &&Arc<InstanceView>| v.instance.id == id && v.instance.generation == generation;
+        let Some(view) = all.iter().find(same).filter(|v| is_running(v)) else { continue };
+        let (engine, context) = (&session.front.engine, &session.context);
+        let request = PowerRequest { action: PowerAction::Stop, force: true, timeout: None, stateful: false };
+        let name = &view.instance.name;
+        let ended = match engine.instance_power(context, &view.project.name, name, request).await {
+            Ok(operation) => operation.ended().await.error.clone(),
+            Err(e) => Some(e),
+        };
+        if let Some(e) = ended {
+            tracing::warn!(instance = %id, error = %e, "a domain outlives the connection that it was to end with");
+        }
+    }
+}
+
+async fn start_as(call: &Call, view: &InstanceView, stateful: bool, paused: bool) -> Result<(), VirError> {
     if is_running(view) {
         return Err(VirError::state("domain is already running"));
     }
@@ -110,10 +155,9 @@ pub async fn create(call: Call) -> Answered {
 /// `DOMAIN_CREATE_WITH_FLAGS`
 pub async fn create_with_flags(call: Call) -> Answered {
     let (named, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
-    // Paused, past the cache, and without what was saved.
-    call.known_flags(flags, 1 | 4 | 8)?;
+    call.known_flags(flags, START)?;
     let view = call.guest(&named)?;
-    start_with(&call, &view, flags & 8 == 0, flags & 1 != 0).await?;
+    start_with(&call, &view, flags).await?;
     let mut w = Writer::new();
     write_domain(&mut w, &*call.guest(&named)?);
     Ok(w.finish().into())
