@@ -71,7 +71,7 @@ mod tests {
         assert_eq!(got.last(), Some(&AgentEvent::Lost));
         assert!(got[..EVENT_QUEUE - 1].iter().all(|e| *e == event));
         hub.publish(&event);
-        assert_eq!(slow.try_recv().ok(), Some(event));
+        assert_eq!(slow.try_recv().ok(), Some(event.clone()));
         // What guests cause leaves room for what is to be known of them.
         let instance = karst_model::InstanceId(uuid::Uuid::nil());
         let what = karst_model::news::Happened::Reset;
