@@ -26,8 +26,8 @@ use karst_model::{
 use std::{
     collections::{BTreeMap, HashMap},
     os::fd::OwnedFd,
-    path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, Weak},
     time::Duration,
 };
 use tokio::sync::mpsc;
@@ -39,7 +39,6 @@ mod clearing;
 mod network;
 mod sampling;
 mod starting;
-mod stopping;
 mod watching;
 
 /// How long a killed container may take to be gone.
@@ -309,14 +308,7 @@ impl GuestDriver for LxcDriver {
     }
 
     async fn ask(&self, instance: InstanceId, wish: GuestWish, by: AskedBy) -> Result<()> {
-        if wish == GuestWish::Reboot {
-            return Err(Error::unsupported("a container is restarted; it does not boot anew by itself"));
-        }
-        if by == AskedBy::Agent {
-            return Err(Error::unsupported("a container has no agent; its init is asked"));
-        }
-        let running = self.shared.running(instance).await?;
-        self.shared.ask_to_end(&running).await
+        self.shared.ask(instance, wish, by).await
     }
 
     async fn pause(&self, instance: InstanceId) -> Result<Observed> {

@@ -3,17 +3,22 @@
 //! what was once asked.
 
 use super::{Guest, Running, Shared};
-use karst_guest::keeper::{Keeper, Requested, State};
-use karst_model::{Error, Result};
+use karst_guest::{
+    AskedBy, GuestWish,
+    keeper::{Keeper, Requested, State},
+};
+use karst_model::{Error, ErrorKind, InstanceId, Result};
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 use tokio::{runtime::Handle, task::JoinHandle, time::timeout};
 
+/// How long an application's program may take to handle the signal that asks it to end.
+const DEAF: Duration = Duration::from_secs(2);
 /// How long the end of a guest that somebody asked, and did not wait for, is one that was asked for.
 const COUNTS: Duration = Duration::from_secs(600);
 
@@ -48,11 +53,83 @@ impl Shared {
         Ok(asking)
     }
 
+    /// Asks it to shut down and waits for its end, for so long.
+    ///
+    /// # Errors
+    /// Timeout when it runs on; not found when it has ended.
+    pub(super) async fn stop_graceful(&self, running: &Running, time: Duration) -> Result<()> {
+        let Some(init) = running.init() else {
+            return Err(Error::unavailable("the guest is just starting; try again, or force it"));
+        };
+        let asking = self.asks(running).await?;
+        if self.cgroups.is_frozen(&running.groups.limits) {
+            self.cgroups.freeze(&running.groups.limits, false).await?;
+        }
+        let chosen = running.record.fixed.program.as_ref().and_then(|p| p.stop_signal);
+        let chosen = running.record.application.then(|| chosen.unwrap_or(libc::SIGTERM));
+        if let Some(signal) = chosen.filter(|s| !init.minds(*s)) {
+            // The kernel keeps from the first process of a container what that does not handle: it cannot be asked to end.
+            // A program that has only just started may still prepare for it.
+            tokio::time::sleep(DEAF.min(time)).await;
+            if !init.minds(signal) {
+                asking.followed();
+                init.signal(rustix::process::Signal::KILL);
+                return running.keeper.wait_exit().await.map(drop);
+            }
+        }
+        let asked = AtomicBool::new(false);
+        let work = async {
+            // An init that has not yet installed its handler ignores the signal for good.
+            let signal = loop {
+                match chosen.or_else(|| init.halt_signal()) {
+                    Some(signal) => break signal,
+                    None if init.lives() => tokio::time::sleep(Duration::from_millis(5)).await,
+                    None => return running.keeper.wait_exit().await.map(drop),
+                }
+            };
+            init.signal_number(signal)?;
+            asked.store(true, Ordering::Relaxed);
+            running.keeper.wait_exit().await.map(drop)
+        };
+        match timeout(time, work).await {
+            Ok(Err(e)) if !e.is(ErrorKind::NotFound) => Err(e),
+            // Also when it was gone before it could be asked.
+            Ok(_) => {
+                asking.followed();
+                Ok(())
+            }
+            Err(_) => {
+                asking.take_back().await;
+                Err(Error::timeout(match asked.into_inner() {
+                    true => format!(
+                        "the guest did not shut down within {} s; force it, or look at its console",
+                        time.as_secs()
+                    ),
+                    false => format!(
+                        "the guest's init was not ready to be asked to shut down within {} s, or it is none; force it, or look at its console",
+                        time.as_secs()
+                    ),
+                }))
+            }
+        }
+    }
+
+    /// What a container can be asked, and by whom.
+    pub(super) async fn ask(&self, instance: InstanceId, wish: GuestWish, by: AskedBy) -> Result<()> {
+        if wish == GuestWish::Reboot {
+            return Err(Error::unsupported("a container is restarted; it does not boot anew by itself"));
+        }
+        if by == AskedBy::Agent {
+            return Err(Error::unsupported("a container has no agent; its init is asked"));
+        }
+        self.ask_to_end(&self.running(instance).await?).await
+    }
+
     /// Asks it to shut down, once, and waits for nothing. One that is frozen hears it when it goes on.
     ///
     /// # Errors
     /// Not found when it has ended, unavailable when its first process does not listen.
-    pub(super) async fn ask_to_end(&self, running: &Running) -> Result<()> {
+    async fn ask_to_end(&self, running: &Running) -> Result<()> {
         let Some(init) = running.init() else {
             return Err(Error::unavailable("the guest is just starting; try again, or force it"));
         };
