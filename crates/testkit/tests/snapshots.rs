@@ -1,12 +1,13 @@
-//! Snapshots by the clock of the environment.
+//! Snapshots by the clock of the environment, and what does not fit together in one.
 
 use karst_agent::Fault;
 use karst_engine::{
     compute::create::CreateInstance,
     snapshots::{Origin, Taken, create::CreateSnapshot},
+    volumes::create::CreateVolume,
 };
 use karst_env::{Env, SeededEnv};
-use karst_model::{Config, instance::InstanceKind};
+use karst_model::{Config, ErrorKind, device::Devices, instance::InstanceKind, storage::VolumeContent};
 use karst_testkit::{World, scenarios::container};
 use std::time::Duration;
 
@@ -95,6 +96,64 @@ fn nobody_waits_for_the_snapshots_of_others() {
         assert_eq!((done(), taken("default", "expires")), (3, 0), "what has expired goes meanwhile");
         env.sleep(MINUTE * 20).await;
         assert_eq!(done(), 4);
+        assert_eq!(w.faults().await, [""; 0]);
+        w.engine.close();
+    });
+}
+
+#[test]
+fn memory_is_not_kept_beside_a_disk_that_the_snapshot_does_not_hold() {
+    SeededEnv::run(6, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        let size = Config::from([("size".into(), "64MiB".into())]);
+        let volume = CreateVolume {
+            name: "data".into(),
+            content: VolumeContent::Block,
+            description: String::new(),
+            config: size,
+        };
+        let operation = w.engine.volume_create(&w.admin, "default", "default", volume).await.unwrap();
+        assert_eq!(w.ended(operation).await.error, None);
+        for (name, readonly) in [("writes", "false"), ("reads", "true")] {
+            let disk = [("type", "disk"), ("pool", "default"), ("source", "data"), ("readonly", readonly)];
+            let disk = disk.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+            let request = CreateInstance {
+                kind: InstanceKind::VirtualMachine,
+                start: true,
+                config: Config::from([("migration.stateful".into(), "true".into())]),
+                devices: Devices::from([("data".into(), disk)]),
+                ..container(name)
+            };
+            let (_, operation) = w.engine.instance_create(&w.admin, "default", request).await.unwrap();
+            assert_eq!(w.ended(operation).await.error, None);
+            let of = Origin::Instance { project: "default", name };
+            let with = |stateful: bool| CreateSnapshot { stateful, ..CreateSnapshot::default() };
+            let taken = w.engine.snapshot_create(&w.admin, of, with(true)).await;
+            if readonly == "true" {
+                assert_eq!(w.ended(taken.unwrap()).await.error, None);
+            } else {
+                let refused = taken.err().unwrap();
+                assert!(
+                    refused.kind == ErrorKind::Conflict && refused.message.contains("\"data\""),
+                    "{refused}"
+                );
+                assert_eq!(names(&w, name), [""; 0]);
+                let operation = w.engine.snapshot_create(&w.admin, of, with(false)).await.unwrap();
+                assert_eq!(w.ended(operation).await.error, None);
+            }
+            assert_eq!(names(&w, name), ["snap0"]);
+            // It lets go of the disk for the next one.
+            let stop = karst_engine::compute::power::PowerRequest {
+                action: karst_model::instance::PowerAction::Stop,
+                force: true,
+                timeout: None,
+                stateful: false,
+            };
+            let operation = w.engine.instance_power(&w.admin, "default", name, stop).await.unwrap();
+            assert_eq!(w.ended(operation).await.error, None);
+            let operation = w.engine.instance_delete(&w.admin, "default", name).await.unwrap();
+            assert_eq!(w.ended(operation).await.error, None);
+        }
         assert_eq!(w.faults().await, [""; 0]);
         w.engine.close();
     });

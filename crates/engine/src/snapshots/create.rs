@@ -3,6 +3,7 @@
 use super::{
     Found, Origin, Taken, automatic_name, check_note, expiry, owned,
     pause::{PausedGuest, guest, pause, quiesce, release, resume},
+    uncovered_now,
 };
 use crate::{
     Engine, EngineInner, Records,
@@ -202,6 +203,15 @@ fn demand_memory(records: &Records, found: &Found) -> Result<()> {
     if !matches!(status, Status::Running | Status::Frozen) {
         return Err(Error::conflict(format!(
             "instance {:?} is not running: it has no memory to be kept",
+            &*row.name
+        ))
+        .at("stateful"));
+    }
+    if let Some(disk) = uncovered_now(records, row)?.first() {
+        // Whoever went back to it would have the memory of then beside a disk of now: its file systems would be destroyed.
+        return Err(Error::conflict(format!(
+            "disk {disk:?} of instance {:?} is a volume with snapshots of its own, which no snapshot of the instance \
+             holds, so that memory kept with one would not fit it; take the snapshot without memory, or detach the disk",
             &*row.name
         ))
         .at("stateful"));

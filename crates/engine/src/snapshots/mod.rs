@@ -13,21 +13,20 @@ pub mod restore_running;
 pub mod schedule;
 
 use crate::{
-    Engine, EngineInner, Records, Row,
-    context::Context,
-    db::Tx,
-    tenancy::{restricted, rules::ProjectRules},
+    Engine, EngineInner, Records, Row, compute::disks::custom_root, compute::expand::parse_devices,
+    context::Context, db::Tx, tenancy::restricted, tenancy::rules::ProjectRules,
 };
 use jiff::Timestamp;
 use karst_agent::VolumeSnapshotRef;
 use karst_model::{
     Config, Error, InstanceId, ProjectId, Result, SnapshotId, VolumeId,
     access::Permission,
-    instance::Instance,
+    device::{Devices, DiskOrigin},
+    instance::{Instance, InstanceKind},
     project::{DEFAULT_PROJECT, Project},
     schedule::{self as calendar, Span},
     snapshot::{Snapshot, VolumeSnapshot},
-    storage::{Volume, VolumeOwner},
+    storage::{Volume, VolumeContent, VolumeOwner},
 };
 use serde::{Deserialize, Serialize};
 
@@ -297,6 +296,54 @@ pub(crate) fn owned(records: &Records, instance: &Instance) -> Vec<Row<Volume>> 
     all
 }
 
+/// Names of the devices that are drives of a virtual machine to which its guest may write, and whose volumes are none of
+/// `covered`: a snapshot of the instance holds nothing of what is on them. Discs are never written.
+///
+/// # Errors
+/// Those of the devices.
+pub(crate) fn uncovered(
+    records: &Records,
+    instance: &Instance,
+    devices: &Devices,
+    covered: &[VolumeId],
+) -> Result<Vec<String>> {
+    if instance.kind != InstanceKind::VirtualMachine {
+        return Ok(vec![]);
+    }
+    let parsed = parse_devices(devices)?;
+    let root = custom_root(records, instance, &parsed)?.map_or(instance.root, |volume| volume.id);
+    let mut names: Vec<String> =
+        (!covered.contains(&root)).then(|| parsed.root.0.clone()).into_iter().collect();
+    for (name, disk) in &parsed.disks {
+        if disk.path.is_some() || disk.readonly || !disk.attached {
+            continue;
+        }
+        let held = match &disk.source {
+            DiskOrigin::Volume { pool, volume } => records
+                .custom_volume(instance.project, pool, volume)
+                .is_some_and(|v| v.content == VolumeContent::Iso || covered.contains(&v.id)),
+            DiskOrigin::Host { .. } | DiskOrigin::Memory { .. } => false,
+        };
+        if !held {
+            names.push(name.clone());
+        }
+    }
+    Ok(names)
+}
+
+/// The same of a snapshot that would be taken now: of the record's devices, and of those that a running guest still has.
+pub(crate) fn uncovered_now(records: &Records, instance: &Instance) -> Result<Vec<String>> {
+    let covered: Vec<_> = owned(records, instance).iter().map(|v| v.id).collect();
+    let mut names = uncovered(records, instance, &records.expanded(instance).1, &covered)?;
+    let runtime = records.runtimes.get(&instance.id).filter(|_| crate::volumes::runs(records, instance));
+    if let Some(applied) = runtime.and_then(|r| r.applied.as_ref()) {
+        names.extend(uncovered(records, instance, &applied.devices, &covered)?);
+    }
+    names.sort();
+    names.dedup();
+    Ok(names)
+}
+
 /// When a snapshot taken now goes by itself.
 pub(crate) fn expiry(config: &Config, manual: bool, now: Timestamp) -> Result<Option<Timestamp>> {
     let set = |key: &'static str| config.get(key).filter(|v| !v.is_empty()).map(|v| (key, v));
@@ -338,6 +385,17 @@ impl Engine {
         let records = self.inner().inventory.read();
         let found = origin.find(&records, project.id)?;
         Ok(found.taken(&records).iter().map(Row2::taken).collect())
+    }
+
+    /// Names of the devices of an instance that are drives its guest may write to and of which no snapshot of it holds
+    /// anything: custom volumes have snapshots of their own.
+    ///
+    /// # Errors
+    /// Not found, forbidden.
+    pub fn snapshot_gaps(&self, context: &Context, project: &str, name: &str) -> Result<Vec<String>> {
+        let project = self.project(context, project, Permission::ProjectView)?;
+        let records = self.inner().inventory.read();
+        uncovered_now(&records, records.instance(&project, name)?)
     }
 
     /// A snapshot by name.

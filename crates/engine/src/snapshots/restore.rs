@@ -247,6 +247,14 @@ fn before(
         .at(format!("devices.{device}.pool")));
     }
     check_disks(records, tx, &instance, &parsed)?;
+    let held: Vec<_> = snapshot.volumes.iter().map(|(volume, _)| *volume).collect();
+    if memory && let Some(disk) = super::uncovered(records, &instance, &devices, &held)?.first() {
+        return Err(Error::conflict(format!(
+            "nothing of disk {disk:?} is in the snapshot: the memory of then does not fit what is on it now; restore the \
+             snapshot without memory"
+        ))
+        .at("stateful"));
+    }
     instance.identities =
         inner.assign_identities(records, &row.identities, &parsed, row.hardware.as_ref(), row.root);
     inner.check_nics(records, tx, &instance, &parsed)?;

@@ -788,3 +788,48 @@ async fn half_a_tree_is_told() {
     let count = client.call(187, &[v1, vec![0; 4]].concat()).await.unwrap();
     assert_eq!(Reader::new(&count).i32().unwrap(), 0);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_says_which_disks_it_does_not_hold() {
+    let (_server, mut client) = ready().await;
+    let written = ("<target dev='sdc' bus='scsi'/><readonly/>", "<target dev='sdc' bus='scsi'/>");
+    define(&mut client, &domain("v1", &[written])).await.unwrap();
+    let v1 = client.domain("v1").await;
+    client.call(9, &v1).await.unwrap();
+    let create = async |client: &mut Client, inner: &str| {
+        let xml = format!("<domainsnapshot>{inner}</domainsnapshot>");
+        let said = argument(|w| {
+            w.string(&xml).u32(0);
+        });
+        client.call(185, &[v1.clone(), said].concat()).await
+    };
+    // All that the guest writes to is asked for, by a document that says nothing too.
+    for inner in [
+        "",
+        "<memory snapshot='no'/>",
+        "<disks><disk name='vda' snapshot='internal'/></disks>",
+        "<disks><disk name='sdc' snapshot='internal'/></disks>",
+        "<disks><disk name='/karst/default/d2'/></disks>",
+    ] {
+        let refused = create(&mut client, inner).await.unwrap_err();
+        assert!(
+            refused.0 == Code::ConfigUnsupported as i32 && refused.1.contains("sdc"),
+            "{inner}: {refused:?}"
+        );
+    }
+    // Its memory would not fit what is on the disk later.
+    let without = "<disks><disk name='sdc' snapshot='no'/></disks>";
+    let refused = create(&mut client, without).await.unwrap_err();
+    assert!(refused.0 == Code::OperationInvalid as i32 && refused.1.contains("memory"), "{refused:?}");
+    let none = argument(|w| {
+        w.u32(0);
+    });
+    let count = client.call(187, &[v1.clone(), none.clone()].concat()).await.unwrap();
+    assert_eq!(Reader::new(&count).i32().unwrap(), 0);
+    let taken = create(&mut client, &format!("<memory snapshot='no'/>{without}")).await.unwrap();
+    let shown = client.call(186, &[taken, none].concat()).await.unwrap();
+    let shown = Reader::new(&shown).string().unwrap();
+    for line in ["<disk name='vda' snapshot='internal'/>", "<disk name='sdc' snapshot='no'/>"] {
+        assert!(shown.contains(line), "{shown}");
+    }
+}

@@ -11,14 +11,21 @@ use crate::{
     error::{Code, Part, VirError},
     session::Call,
     xdr::{Reader, Writer},
-    xml,
+    xml::{
+        self,
+        machine::{Source, target},
+        snapshot::OfDomain,
+    },
 };
 use karst_engine::{
     InstanceView,
+    compute::expand::parse_devices,
     snapshots::{Origin, Taken, change::UpdateSnapshot, create::CreateSnapshot},
 };
 use karst_model::{
     SnapshotId,
+    device::{DiskBus, DiskOrigin},
+    instance::Status,
     snapshot::{Quiesce, Snapshot},
 };
 use std::{collections::BTreeSet, sync::Arc};
@@ -298,6 +305,9 @@ pub async fn create(call: Call) -> Answered {
     let (engine, context) = (&session.front.engine, &session.context);
     let origin = Origin::Instance { project: &view.project.name, name: &view.instance.name };
     let running = is_running(&view) && view.instance.hardware.is_some();
+    if view.instance.hardware.is_some() {
+        xml::snapshot::check_disks(&new.disks, &disks(&call, &view)?)?;
+    }
     let name = new.name.unwrap_or_else(|| now().to_string());
     let request = CreateSnapshot {
         name: Some(name.clone()),
@@ -312,6 +322,43 @@ pub async fn create(call: Call) -> Answered {
     }
     let tree = Tree::of(&call, &named)?;
     tree.answer(tree.demand(&name)?)
+}
+
+/// The disks of a machine, also those that only its guest still has, as snapshots of it treat them.
+fn disks(call: &Call, view: &InstanceView) -> Result<Vec<OfDomain>, VirError> {
+    let session = &call.session;
+    let engine = &session.front.engine;
+    let gaps = engine.snapshot_gaps(&session.context, &view.project.name, &view.instance.name)?;
+    let (mut disks, mut seen): (Vec<OfDomain>, BTreeSet<String>) = Default::default();
+    let mut add = |name: &str, source: Option<Source>, bus: Option<DiskBus>, held: bool| {
+        let Some(identity) = view.instance.identities.get(name).filter(|_| seen.insert(name.to_owned()))
+        else {
+            return;
+        };
+        let gap = gaps.iter().any(|g| g == name);
+        disks.push(OfDomain {
+            target: target(&identity.slot, bus.unwrap_or(DiskBus::VirtioScsi)).0,
+            path: source.map(|s| s.path()),
+            held: held && !gap,
+            written: held || gap,
+        });
+    };
+    let applied = view.runtime.as_ref().and_then(|r| r.applied.as_ref()).filter(|_| is_running(view));
+    for devices in [Some(&view.expanded_devices), applied.map(|a| &a.devices)].into_iter().flatten() {
+        let parsed = parse_devices(devices)?;
+        let (name, root) = parsed.root;
+        let volume = root.source.unwrap_or_else(|| view.instance.name.to_string());
+        add(&name, Some(Source::Volume { pool: root.pool, volume }), root.io.bus, true);
+        for (name, disk) in parsed.disks.into_iter().filter(|(_, d)| d.path.is_none()) {
+            let source = match disk.source {
+                DiskOrigin::Volume { pool, volume } => Some(Source::Volume { pool, volume }),
+                DiskOrigin::Host { path } => Some(Source::Path(path)),
+                DiskOrigin::Memory { .. } => None,
+            };
+            add(&name, source.filter(|_| disk.attached), disk.io.bus, false);
+        }
+    }
+    Ok(disks)
 }
 
 /// Gives a snapshot that is there another description.

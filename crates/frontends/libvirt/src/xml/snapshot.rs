@@ -5,8 +5,8 @@ use crate::{
     error::{Code, Part, VirError},
     session::Call,
 };
-use karst_engine::InstanceView;
-use karst_model::{instance::Instance, snapshot::Snapshot};
+use karst_engine::{InstanceView, compute::expand::parse_devices};
+use karst_model::{device::DiskBus, instance::Instance, snapshot::Snapshot};
 
 /// A snapshot to take.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,6 +17,58 @@ pub struct NewSnapshot {
     pub description: String,
     /// With the memory of a running machine; as it runs when absent.
     pub memory: Option<bool>,
+    /// Disks that it names, by target or path of the source, and whether they are to be in it.
+    pub disks: Vec<(String, bool)>,
+}
+
+/// A disk of a domain, as far as it matters to snapshots.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OfDomain {
+    /// Name in libvirt's words.
+    pub target: String,
+    /// Path of what it shows.
+    pub path: Option<String>,
+    /// Snapshots of the domain hold what is on it.
+    pub held: bool,
+    /// The guest may write to it.
+    pub written: bool,
+}
+
+/// Are the disks of a domain treated as a document of a snapshot says? What it does not say is as libvirt has it: all that the
+/// guest may write to are in the snapshot, the others are not.
+///
+/// # Errors
+/// CONFIG_UNSUPPORTED, naming the disk.
+pub fn check_disks(said: &[(String, bool)], disks: &[OfDomain]) -> Result<(), VirError> {
+    let is = |disk: &OfDomain, name: &str| disk.target == name || disk.path.as_deref() == Some(name);
+    if let Some((name, _)) = said.iter().find(|(name, _)| !disks.iter().any(|d| is(d, name))) {
+        return Err(refuse(&format!("no disk named '{name}'")));
+    }
+    for disk in disks {
+        let asked = said.iter().find(|(name, _)| is(disk, name)).map(|(_, wanted)| *wanted);
+        let target = &disk.target;
+        match (asked.unwrap_or(disk.written), disk.held) {
+            (true, true) | (false, false) => {}
+            (true, false) if !disk.written => {
+                return Err(refuse(&format!(
+                    "disk snapshot: the guest only reads {target}; say snapshot='no' of it, or nothing"
+                )));
+            }
+            (true, false) => {
+                return Err(refuse(&format!(
+                    "disk snapshot: {target} is a volume that does not belong to the domain, and no snapshot of the \
+                     domain holds what is on it; leave it out by --diskspec {target},snapshot=no without the memory \
+                     (--memspec snapshot=no), and take one of the volume by itself"
+                )));
+            }
+            (false, true) => {
+                return Err(refuse(&format!(
+                    "disk snapshot: a snapshot without {target} is not there; the domain's own disk is always in it"
+                )));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn wrong(text: impl Into<String>) -> VirError {
@@ -90,17 +142,30 @@ pub fn read(text: &str) -> Result<NewSnapshot, VirError> {
             return Err(refuse(&format!("memory snapshot: '{other}' is not there; no and internal are")));
         }
     };
+    let mut disks: Vec<(String, bool)> = vec![];
     for disk in root.find("disks").into_iter().flat_map(|d| d.all("disk")) {
-        let dev = disk.attribute("name").unwrap_or_default();
-        match disk.attribute("snapshot") {
-            None | Some("internal") => {}
-            // The pool takes all disks of the instance's own at once.
-            Some(other) => {
-                return Err(refuse(&format!("disk snapshot: '{other}' of {dev} is not there; internal is")));
-            }
+        let dev = disk.attribute("name").filter(|n| !n.is_empty());
+        let dev = dev.ok_or_else(|| wrong("missing name from disk snapshot element"))?;
+        if disks.iter().any(|(known, _)| known == dev) {
+            return Err(wrong(format!("disk '{dev}' specified twice")));
         }
+        let wanted = match disk.attribute("snapshot") {
+            None if disk.find("source").is_some() => {
+                return Err(refuse(&format!(
+                    "disk source: a snapshot of {dev} is kept by its pool, in no other file"
+                )));
+            }
+            None | Some("internal") => true,
+            Some("no") => false,
+            Some(other) => {
+                return Err(refuse(&format!(
+                    "disk snapshot: '{other}' of {dev} is not there; no and internal are"
+                )));
+            }
+        };
+        disks.push((dev.to_owned(), wanted));
     }
-    Ok(NewSnapshot { name, description, memory })
+    Ok(NewSnapshot { name, description, memory, disks })
 }
 
 /// The document of a snapshot, with the domain as it was.
@@ -130,14 +195,16 @@ pub fn document(
         ..view.instance.value.clone()
     };
     let (config, devices) = call.session.front.engine.inner().inventory.read().expanded(&then);
+    // What is in it of disks is the root, the only one that an instance's snapshots hold.
+    let (name, device) = parse_devices(&devices)?.root;
+    let bus = device.io.bus.unwrap_or(DiskBus::VirtioScsi);
+    let root = view.instance.identities.get(&name).map(|i| super::machine::target(&i.slot, bus).0);
     let domain = super::domain::document_of(call, view, &config, &devices, false, None)?;
     let domain = super::read::document(&domain)?;
     let mut disks = Element::new("disks");
     for disk in domain.find("devices").into_iter().flat_map(|d| d.all("disk")) {
         let dev = disk.find("target").and_then(|t| t.attribute("dev")).unwrap_or_default();
-        // Those of others are not part of it: the root's is the instance's own.
-        let own = disk.find("readonly").is_none() && disk.find("source").is_some();
-        let kind = if own && disks.elements().is_empty() { "internal" } else { "no" };
+        let kind = if root.as_deref() == Some(dev) { "internal" } else { "no" };
         disks.push(Element::new("disk").with("name", dev).with("snapshot", kind));
     }
     if !disks.elements().is_empty() {
@@ -154,12 +221,17 @@ mod tests {
     #[test]
     fn snapshots_are_read() {
         let inner = |inner: &str| read(&format!("<domainsnapshot>{inner}</domainsnapshot>"));
-        let none = NewSnapshot { name: None, description: String::new(), memory: None };
+        let none = NewSnapshot { name: None, description: String::new(), memory: None, disks: vec![] };
         assert_eq!(inner(""), Ok(none));
         let whole = inner(
-            "<name>s1</name><description>a &lt;b</description><memory snapshot='no'/><disks><disk name='vda' snapshot='internal'/></disks>",
+            "<name>s1</name><description>a &lt;b</description><memory snapshot='no'/><disks><disk name='vda' snapshot='internal'/><disk name='vdb' snapshot='no'/></disks>",
         );
-        let said = NewSnapshot { name: Some("s1".into()), description: "a <b".into(), memory: Some(false) };
+        let said = NewSnapshot {
+            name: Some("s1".into()),
+            description: "a <b".into(),
+            memory: Some(false),
+            disks: vec![("vda".into(), true), ("vdb".into(), false)],
+        };
         assert_eq!(whole, Ok(said));
         for (text, word) in [
             ("<memory snapshot='external' file='/x'/>", "memory file"),
@@ -169,6 +241,34 @@ mod tests {
             assert!(e.code == Code::ConfigUnsupported && e.text.contains(word), "{e:?}");
         }
         assert_eq!(read("<domain/>").unwrap_err().code, Code::XmlError);
+        for text in ["<disk snapshot='no'/>", "<disk name='vda'/><disk name='vda'/>"] {
+            assert_eq!(inner(&format!("<disks>{text}</disks>")).unwrap_err().code, Code::XmlError, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_disk_that_is_not_in_a_snapshot_is_named() {
+        let disk = |target: &str, held: bool, written: bool| {
+            let path = Some(format!("/karst/default/{target}"));
+            OfDomain { target: target.into(), path, held, written }
+        };
+        let disks = [disk("vda", true, true), disk("vdb", false, true), disk("sda", false, false)];
+        let check = |said: &[(&str, bool)]| {
+            let said: Vec<_> = said.iter().map(|(n, w)| ((*n).to_owned(), *w)).collect();
+            check_disks(&said, &disks).map_err(|e| e.text)
+        };
+        assert_eq!(check(&[("vdb", false)]), Ok(()));
+        assert_eq!(check(&[("/karst/default/vdb", false), ("vda", true), ("sda", false)]), Ok(()));
+        for (said, word) in [
+            (&[][..], "vdb is a volume"),
+            (&[("vdb", true)], "vdb is a volume"),
+            (&[("vdb", false), ("vda", false)], "without vda"),
+            (&[("vdb", false), ("sda", true)], "only reads sda"),
+            (&[("vdb", false), ("vdc", false)], "no disk named 'vdc'"),
+        ] {
+            let text = check(said).unwrap_err();
+            assert!(text.contains(word), "{text}");
+        }
     }
 
     #[test]
