@@ -29,6 +29,9 @@ const IDLE_LOOK: Duration = Duration::from_secs(5);
 const BACKUP: &str = ".backup";
 const BACKUP_KEPT: Duration = Duration::from_secs(3600);
 
+/// Backups, and contents of volumes, that may lie here at a time.
+const BACKUPS: usize = 64;
+
 /// What uploads of images may take of this host: the table `uploads` of `host-policy.toml`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -144,9 +147,7 @@ impl Staging {
     /// Quota, naming the limit.
     pub fn stage_backup(&self, id: BackupId) -> Result<File> {
         let mut backups = self.backups.lock();
-        if self.free() <= self.limits.reserve.bytes() {
-            return Err(self.disk_full());
-        }
+        self.demand_backup()?;
         let path = self.backup_path(id);
         let mut options = File::options();
         let theirs = options.write(true).create(true).truncate(true).mode(0o600).open(&path)?;
@@ -220,6 +221,26 @@ impl Staging {
         parts.insert((image, part), Part { file, begun: now, size: 0, grown: now, over: None });
         self.begun.notify_one();
         Ok((theirs, ImageStaged { limit }))
+    }
+
+    /// May another backup, or the content of a volume, be uploaded? Blocks.
+    ///
+    /// # Errors
+    /// Quota, naming the limit.
+    fn demand_backup(&self) -> Result<()> {
+        let mut number = 0;
+        for entry in std::fs::read_dir(&self.directory)? {
+            number += usize::from(entry?.file_name().to_string_lossy().ends_with(BACKUP));
+        }
+        if number >= BACKUPS {
+            return Err(Error::quota(format!(
+                "this host takes no more than {BACKUPS} uploads of backups and volumes at a time; wait until one has ended"
+            )));
+        }
+        match self.free() > self.limits.reserve.bytes() {
+            true => Ok(()),
+            false => Err(self.disk_full()),
+        }
     }
 
     /// Opens a part that was uploaded, to read it.
@@ -468,6 +489,18 @@ mod tests {
 
     fn small() -> UploadLimits {
         UploadLimits { reserve: ByteSize(0), ..Default::default() }
+    }
+
+    #[test]
+    fn uploads_of_backups_are_bounded_in_number_and_by_the_space_that_is_kept() {
+        let (dir, s) = staging(small());
+        s.demand_backup().unwrap();
+        for n in 0..BACKUPS {
+            std::fs::write(dir.path().join(format!("{n}.backup")), "").unwrap();
+        }
+        assert!(s.demand_backup().unwrap_err().message.contains("64 uploads"));
+        let (_dir, s) = staging(UploadLimits { reserve: ByteSize(u64::MAX), ..UploadLimits::default() });
+        assert!(s.demand_backup().unwrap_err().message.contains("free"));
     }
 
     #[test]

@@ -12,12 +12,20 @@ use crate::{
     db::Tx,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
+    tenancy::rules::ProjectRules,
 };
 use async_trait::async_trait;
 use karst_agent::{CallContext, VolumeRebuild, VolumeRef, VolumeWrite as WriteCall};
-use karst_model::{BackupId, Error, NodeId, Result, VolumeId, spec::VolumeSource, storage::Volume};
+use karst_model::{
+    BackupId, ByteSize, Error, NodeId, ProjectId, Result, VolumeId, spec::VolumeSource, storage::Volume,
+};
 use serde::{Deserialize, Serialize};
-use std::{os::fd::OwnedFd, time::Duration};
+use std::{
+    collections::BTreeMap,
+    os::fd::OwnedFd,
+    sync::{Arc, Mutex, Weak},
+    time::Duration,
+};
 
 const CALL: Duration = Duration::from_secs(60);
 const LONG: Duration = Duration::from_secs(86_400);
@@ -39,6 +47,35 @@ pub struct WriteVolume {
     pub length: u64,
     /// Byte of the volume that its first goes to.
     pub offset: u64,
+}
+
+/// Uploads into volumes that one project may have on their way at a time.
+pub const UPLOADS: usize = 16;
+
+/// Uploads into volumes that go on, with whose they are and how much they may stage: none outlives this process.
+pub(crate) type Open = Mutex<BTreeMap<BackupId, (ProjectId, u64)>>;
+
+/// The right to stage an upload into a volume; dropped it is another's. What is staged is given to [`Engine::volume_write`],
+/// or abandoned.
+#[derive(Debug)]
+pub struct VolumeUpload {
+    id: BackupId,
+    engine: Weak<EngineInner>,
+}
+
+impl VolumeUpload {
+    /// The upload.
+    pub fn id(&self) -> BackupId {
+        self.id
+    }
+}
+
+impl Drop for VolumeUpload {
+    fn drop(&mut self) {
+        if let Some(inner) = self.engine.upgrade() {
+            inner.volume_uploads.lock().unwrap_or_else(|e| e.into_inner()).remove(&self.id);
+        }
+    }
 }
 
 /// The volume is a disk, and `length` bytes from `offset` on are within it.
@@ -173,7 +210,42 @@ impl Engine {
         demand_still(&records, &mut Tx::default(), row)
     }
 
-    /// Puts what was uploaded ([`Engine::backup_upload`]) over a part of a custom volume, and drops the upload.
+    /// Begins the upload of at most `room` bytes into a volume. Until it is put in place or given up it takes space of the host
+    /// that no pool counts, so a project has few at a time, and together not more than it may have of disks.
+    ///
+    /// # Errors
+    /// Quota, not found, forbidden.
+    pub fn volume_upload(&self, context: &Context, project: &str, room: u64) -> Result<VolumeUpload> {
+        let project = self.volume_editor(context, project)?;
+        let inner = self.inner();
+        let limit = ProjectRules::parse(&project.config)?.limits.disk;
+        let mut open = inner.volume_uploads.lock().unwrap_or_else(|e| e.into_inner());
+        let (mut number, mut bytes) = (1, room);
+        for (_, theirs) in open.values().filter(|(of, _)| *of == project.id) {
+            number += 1;
+            bytes = bytes.saturating_add(*theirs);
+        }
+        let name = &*project.name;
+        if number > UPLOADS {
+            return Err(Error::quota(format!(
+                "project {name:?} has {UPLOADS} uploads into volumes on their way, which is as many as it may have; wait \
+                 until one has ended"
+            )));
+        }
+        if let Some(limit) = limit.filter(|limit| bytes > *limit) {
+            return Err(Error::quota(format!(
+                "uploads into volumes of project {name:?} would take {} aside, and limits.disk is {}; upload one after the \
+                 other, or say how long each is",
+                ByteSize(bytes),
+                ByteSize(limit)
+            )));
+        }
+        let id = BackupId(inner.env.uuid());
+        open.insert(id, (project.id, room));
+        Ok(VolumeUpload { id, engine: Arc::downgrade(inner) })
+    }
+
+    /// Puts what was uploaded ([`Engine::volume_upload`]) over a part of a custom volume, and drops the upload.
     ///
     /// # Errors
     /// Not found, unsupported (no disk), invalid (beyond its end), conflict when a guest runs with it or it is busy,

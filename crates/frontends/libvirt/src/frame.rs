@@ -150,6 +150,19 @@ impl Frame {
     /// # Errors
     /// Those of [`Frame::read`].
     pub async fn read_within(from: &mut (impl AsyncRead + Unpin), most: usize) -> io::Result<Option<Self>> {
+        let Some((header, length)) = Self::read_head(from, most).await? else { return Ok(None) };
+        let payload = Self::read_payload(from, length).await?;
+        Ok(Some(Self { header, payload }))
+    }
+
+    /// Reads the header of the next frame, which has at most `most` bytes, and how long its payload is.
+    ///
+    /// # Errors
+    /// Those of [`Frame::read`].
+    pub async fn read_head(
+        from: &mut (impl AsyncRead + Unpin),
+        most: usize,
+    ) -> io::Result<Option<(Header, usize)>> {
         let mut head = [0u8; HEAD];
         match from.read_exact(&mut head[..1]).await {
             Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
@@ -180,7 +193,16 @@ impl Frame {
             n => return Err(bad("status", n)),
         };
         let (program, version, procedure, serial) = (word(1), word(2), word(3) as i32, word(5));
-        let mut left = length - HEAD;
+        let header = Header { program, version, procedure, kind, serial, status };
+        Ok(Some((header, length - HEAD)))
+    }
+
+    /// Reads the payload that follows a header.
+    ///
+    /// # Errors
+    /// Those of the transport.
+    pub async fn read_payload(from: &mut (impl AsyncRead + Unpin), length: usize) -> io::Result<Bytes> {
+        let mut left = length;
         let mut payload = Vec::with_capacity(left.min(CHUNK));
         while left > 0 {
             let n = left.min(CHUNK);
@@ -189,8 +211,7 @@ impl Frame {
             from.read_exact(&mut payload[start..]).await?;
             left -= n;
         }
-        let header = Header { program, version, procedure, kind, serial, status };
-        Ok(Some(Self { header, payload: payload.into() }))
+        Ok(payload.into())
     }
 }
 

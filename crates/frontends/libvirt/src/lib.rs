@@ -9,6 +9,7 @@
 #![allow(clippy::disallowed_methods)]
 
 pub mod auth;
+pub mod bounds;
 pub mod calls;
 pub mod cpu;
 pub mod error;
@@ -24,6 +25,7 @@ pub mod transport;
 pub mod xdr;
 pub mod xml;
 
+use bounds::{Bounds, Clients};
 use karst_engine::{Context, Engine, InstanceView};
 use karst_model::{
     access::{Grant, Principal, Role},
@@ -32,7 +34,7 @@ use karst_model::{
 };
 use std::{sync::Arc, time::Duration};
 use tokio::{
-    net::{UnixListener, UnixStream},
+    net::{UnixListener, UnixStream, unix::UCred},
     sync::{Semaphore, broadcast},
 };
 use uuid::Uuid;
@@ -52,13 +54,20 @@ pub struct Front {
     pub refreshed: broadcast::Sender<Uuid>,
     /// Domains of which something else is said now.
     pub described: broadcast::Sender<events::Described>,
+    /// What clients may cost.
+    pub bounds: Bounds,
 }
 
 impl Front {
     /// Over an engine.
     pub fn new(engine: Engine) -> Arc<Self> {
+        Self::bounded(engine, Bounds::default())
+    }
+
+    /// The same with bounds of its own.
+    pub fn bounded(engine: Engine, bounds: Bounds) -> Arc<Self> {
         let (refreshed, described) = (broadcast::channel(REFRESHED).0, broadcast::channel(REFRESHED).0);
-        Arc::new(Self { engine, refreshed, described })
+        Arc::new(Self { engine, refreshed, described, bounds })
     }
 }
 
@@ -74,18 +83,27 @@ pub enum Surface {
 /// Answers on `listener` until dropped.
 pub async fn serve(front: Arc<Front>, surface: Surface, listener: UnixListener) {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let clients = Clients::new(match surface {
+        Surface::Full => front.bounds.full,
+        Surface::ReadOnly => front.bounds.read_only,
+    });
     loop {
         let Ok(place) = places.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, _)) => {
+                let Some(peer) = peer(&stream) else { continue };
+                let Some(of_one) = clients.admit(peer.uid()) else {
+                    tracing::debug!(uid = peer.uid(), "a user has as many libvirt connections as one may");
+                    continue;
+                };
                 let front = front.clone();
                 tokio::spawn(async move {
-                    if let Some(context) = context(&stream, surface) {
-                        let read_only = surface == Surface::ReadOnly;
-                        let peer = session::Peer { context, read_only, stands: None };
-                        session::serve(front, peer, transport::Transport::Unix(stream)).await;
-                    }
-                    drop(place);
+                    let read_only = surface == Surface::ReadOnly;
+                    let context = context(&peer, surface);
+                    let allowance = of_one.allowance.clone();
+                    let peer = session::Peer { context, read_only, stands: None, allowance };
+                    session::serve(front, peer, transport::Transport::Unix(stream)).await;
+                    drop((of_one, place));
                 });
             }
             Err(e) => {
@@ -97,19 +115,23 @@ pub async fn serve(front: Arc<Front>, surface: Surface, listener: UnixListener) 
 }
 
 /// Who is at the other end; nobody when the kernel does not say.
-fn context(stream: &UnixStream, surface: Surface) -> Option<Context> {
-    let peer = match stream.peer_cred() {
-        Ok(peer) => peer,
+fn peer(stream: &UnixStream) -> Option<UCred> {
+    match stream.peer_cred() {
+        Ok(peer) => Some(peer),
         Err(e) => {
             tracing::warn!(error = %e, "the kernel does not tell who is at the other end");
-            return None;
+            None
         }
-    };
+    }
+}
+
+/// What they may do.
+fn context(peer: &UCred, surface: Surface) -> Context {
     let mut principal = Principal::unix_admin(peer.uid(), peer.gid(), peer.pid().unwrap_or(0));
     if surface == Surface::ReadOnly {
         principal.grants = vec![Grant { role: Role::Viewer, project: None }];
     }
-    Some(Context::new(principal))
+    Context::new(principal)
 }
 
 /// The UUID of a domain: of a virtual machine that which its firmware shows.

@@ -6,6 +6,7 @@
 
 use crate::{
     Front, auth,
+    bounds::{Clients, OfOne, Place},
     session::{self, Peer},
     transport::Transport,
 };
@@ -22,7 +23,7 @@ use karst_tls::{
 };
 use std::{
     collections::HashMap,
-    net::SocketAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{Arc, Mutex, RwLock, Weak},
     time::Duration,
 };
@@ -84,7 +85,7 @@ pub struct Network {
     handshakes: Arc<Semaphore>,
     logins: Arc<Semaphore>,
     connections: Arc<Semaphore>,
-    of_one: Mutex<HashMap<PrincipalId, usize>>,
+    clients: Arc<Clients<PrincipalId>>,
     listening: tokio::sync::Mutex<Option<Listening>>,
     me: Weak<Self>,
 }
@@ -93,15 +94,15 @@ impl Network {
     /// Over a front end; listens when it is told.
     pub fn new(front: Arc<Front>, authority: Arc<Authority>, bounds: Bounds) -> Arc<Self> {
         Arc::new_cyclic(|me| Self {
-            front,
             authority,
             bounds,
             handshakes: Arc::new(Semaphore::new(bounds.handshakes)),
             logins: Arc::new(Semaphore::new(bounds.logins)),
             connections: Arc::new(Semaphore::new(bounds.connections)),
-            of_one: Mutex::default(),
+            clients: Clients::new(OfOne { connections: bounds.of_one, ..front.bounds.network }),
             listening: tokio::sync::Mutex::default(),
             me: me.clone(),
+            front,
         })
     }
 
@@ -200,6 +201,7 @@ impl Network {
             context: Context::new(principal),
             read_only: false,
             stands: Some((Box::new(stands), LOOK)),
+            allowance: admitted.place.allowance.clone(),
         };
         session::serve(front, peer, Transport::Tls(Box::new(stream))).await;
         drop(admitted);
@@ -232,22 +234,16 @@ impl Network {
     }
 
     /// A place among the connections, and among those of one client.
-    fn admit(&self, of: PrincipalId) -> Option<Admitted<'_>> {
-        let place = self.connections.clone().try_acquire_owned().ok()?;
-        let mut counts = self.of_one.lock().unwrap_or_else(|e| e.into_inner());
-        let count = counts.entry(of).or_default();
-        if *count >= self.bounds.of_one {
-            return None;
-        }
-        *count += 1;
-        Some(Admitted { network: self, of, _place: place })
+    fn admit(&self, of: PrincipalId) -> Option<Admitted> {
+        let all = self.connections.clone().try_acquire_owned().ok()?;
+        Some(Admitted { place: self.clients.admit(of)?, _all: all })
     }
 }
 
 /// How a connection goes on after the handshake.
 enum Entry<'a> {
     /// As somebody.
-    Known(Principal, Admitted<'a>),
+    Known(Principal, Admitted),
     /// With a login.
     Stranger(SemaphorePermit<'a>),
 }
@@ -259,22 +255,9 @@ async fn farewell(mut stream: TlsStream<TcpStream>) {
 }
 
 /// A connection that was let in, as long as it lasts.
-struct Admitted<'a> {
-    network: &'a Network,
-    of: PrincipalId,
-    _place: OwnedSemaphorePermit,
-}
-
-impl Drop for Admitted<'_> {
-    fn drop(&mut self) {
-        let mut counts = self.network.of_one.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some(count) = counts.get_mut(&self.of) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.of);
-            }
-        }
-    }
+struct Admitted {
+    place: Place<PrincipalId>,
+    _all: OwnedSemaphorePermit,
 }
 
 #[async_trait]

@@ -3,7 +3,10 @@
 
 use crate::{
     Front,
-    calls::{monitor::Listeners, plugged::Watchers, power::end_doomed},
+    bounds::{Allowance, Bounds, SMALL, STREAM_FRAME},
+    calls::monitor::Listeners,
+    calls::plugged::Watchers,
+    calls::power::end_doomed,
     error::{Code, Part, VirError},
     events::Callbacks,
     frame::{Frame, Header, KEEPALIVE, Kind, LXC, QEMU, REMOTE, Status},
@@ -19,29 +22,30 @@ use karst_model::{
     instance::{Generation, InstanceKind},
 };
 use std::{
+    collections::hash_map::Entry,
     collections::{HashMap, HashSet},
+    io,
     os::fd::OwnedFd,
     sync::{
         Arc, Mutex, OnceLock,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use uuid::Uuid;
 
 /// Calls of one client that run at once; more wait in its socket.
 const CALLS: usize = 20;
 /// Frames that wait for a slow client before its calls have to.
 const QUEUE: usize = 64;
-/// Frames and bytes of a stream from the client that wait for the guest. A stream that has more is ended: the connection's
-/// other calls do not wait for it.
+/// Frames of a stream from the client that wait for the guest. A stream that has more is ended: the connection's other calls
+/// do not wait for it.
 const STREAM_QUEUE: usize = 1024;
-const STREAM_BYTES: usize = 8 << 20;
 /// Frames of an upload that wait for the disk; a client's have 256 KiB.
 const UPLOAD_QUEUE: usize = 16;
-/// A client that does not read what it asked for is cut off after this.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// So many bytes of a large frame a millisecond are awaited beyond the patience that a small one is met with.
+const SLOWEST: usize = 64;
 
 /// Time to say that the connection ends.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -97,29 +101,30 @@ pub enum StreamInput {
     Abort,
 }
 
+/// What a client sent into a stream, and the room that it takes up until it is taken.
+struct Queued {
+    input: StreamInput,
+    _room: OwnedSemaphorePermit,
+}
+
 /// The session's end of a stream.
 #[derive(Clone)]
 struct Stream {
-    sender: mpsc::Sender<StreamInput>,
-    waiting: Arc<AtomicUsize>,
+    sender: mpsc::Sender<Queued>,
     /// What takes the input always comes around to it: the connection waits for it.
     patient: bool,
 }
 
 /// What a client sends into a stream, to be taken.
 pub struct Input {
-    receiver: mpsc::Receiver<StreamInput>,
-    waiting: Arc<AtomicUsize>,
+    receiver: mpsc::Receiver<Queued>,
+    _place: OwnedSemaphorePermit,
 }
 
 impl Input {
-    /// The next of it; nothing when the stream is over.
+    /// The next of it; nothing when the stream is over without the client's word: something of it was lost, or the connection.
     pub async fn recv(&mut self) -> Option<StreamInput> {
-        let input = self.receiver.recv().await;
-        if let Some(StreamInput::Data(data)) = &input {
-            self.waiting.fetch_sub(data.len(), Ordering::Relaxed);
-        }
-        input
+        self.receiver.recv().await.map(|queued| queued.input)
     }
 }
 
@@ -134,6 +139,8 @@ pub struct Peer {
     pub read_only: bool,
     /// Where trust may be taken away while the connection lasts: asked by each call, and so often besides.
     pub stands: Option<(Stands, Duration)>,
+    /// What they may have.
+    pub allowance: Allowance,
 }
 
 /// A connection's state, shared by its calls.
@@ -145,6 +152,7 @@ pub struct Session {
     /// Can change nothing: by its socket, or because the client said so.
     read_only: AtomicBool,
     stands: Option<(Stands, Duration)>,
+    allowance: Allowance,
     /// Do descriptors go over it?
     pub passes_descriptors: bool,
     /// Callbacks for events.
@@ -160,6 +168,9 @@ pub struct Session {
     streams: Mutex<HashMap<u32, Stream>>,
     /// Serials of the calls that run.
     serials: Mutex<HashSet<u32>>,
+    /// Bytes that may wait in streams that the connection waits for, and in the others.
+    patient_room: Arc<Semaphore>,
+    other_room: Arc<Semaphore>,
     over: watch::Sender<bool>,
 }
 
@@ -300,21 +311,39 @@ impl Session {
 
     /// Opens a stream beside the answer of a call; what the client sends comes out of the receiver. More of it than is taken
     /// ends the stream: a guest may never take it, and the connection's other calls do not wait for one.
-    pub fn stream(&self, call: Header) -> Input {
+    ///
+    /// # Errors
+    /// Operation failed, with as many streams as there may be; RPC, when there is one of this serial.
+    pub fn stream(&self, call: Header) -> Result<Input, VirError> {
         self.open_stream(call, STREAM_QUEUE, false)
     }
 
     /// As [`Session::stream`], of what is taken as fast as disks are: the connection waits while it is not.
-    pub fn upload(&self, call: Header) -> Input {
+    ///
+    /// # Errors
+    /// Those of [`Session::stream`].
+    pub fn upload(&self, call: Header) -> Result<Input, VirError> {
         self.open_stream(call, UPLOAD_QUEUE, true)
     }
 
-    fn open_stream(&self, call: Header, queue: usize, patient: bool) -> Input {
+    fn open_stream(&self, call: Header, queue: usize, patient: bool) -> Result<Input, VirError> {
+        let many = |whose: &str, most: usize| {
+            let text = format!("{whose} has {most} streams, which is as many as there may be; end one first");
+            VirError::new(Code::OperationFailed, Part::Rpc, text)
+        };
+        let most = self.front.bounds.streams;
+        let place = self.allowance.streams.clone().try_acquire_owned();
+        let mut streams = self.streams.lock().unwrap_or_else(|e| e.into_inner());
+        if streams.len() >= most {
+            return Err(many("the connection", most));
+        }
+        let Entry::Vacant(free) = streams.entry(call.serial) else {
+            return Err(VirError::rpc(format!("the stream of call {} goes on", call.serial)));
+        };
+        let place = place.map_err(|_| many("the client", self.allowance.all_streams))?;
         let (sender, receiver) = mpsc::channel(queue);
-        let waiting = Arc::new(AtomicUsize::new(0));
-        let stream = Stream { sender, waiting: waiting.clone(), patient };
-        self.streams.lock().unwrap_or_else(|e| e.into_inner()).insert(call.serial, stream);
-        Input { receiver, waiting }
+        free.insert(Stream { sender, patient });
+        Ok(Input { receiver, _place: place })
     }
 
     /// Forgets a stream; was it still there, so that its end is to be told?
@@ -387,11 +416,14 @@ pub async fn serve(front: Arc<Front>, peer: Peer, transport: Transport) {
     let passes_descriptors = transport.passes_descriptors();
     let (reader, writer) = transport.split();
     let (out, queue) = mpsc::channel(QUEUE);
+    let room = || Arc::new(Semaphore::new(front.bounds.stream_bytes.max(STREAM_FRAME)));
+    let (patient_room, other_room) = (room(), room());
     let session = Arc::new(Session {
         front,
         context: peer.context,
         read_only: AtomicBool::new(peer.read_only),
         stands: peer.stands,
+        allowance: peer.allowance,
         passes_descriptors,
         callbacks: Mutex::default(),
         monitor: Mutex::default(),
@@ -401,6 +433,8 @@ pub async fn serve(front: Arc<Front>, peer: Peer, transport: Transport) {
         out,
         streams: Mutex::default(),
         serials: Mutex::default(),
+        patient_room,
+        other_room,
         over: watch::channel(false).0,
     });
     // Also when whoever serves it lets go of it: what was spawned for it must not keep it open.
@@ -435,7 +469,7 @@ async fn write(
         };
         let Some((frame, with)) = next else { break };
         let bytes = frame.encode();
-        match tokio::time::timeout(PATIENCE, writer.send(&bytes, with)).await {
+        match tokio::time::timeout(session.front.bounds.patience, writer.send(&bytes, with)).await {
             Ok(Ok(())) => {}
             _ => break,
         }
@@ -447,19 +481,21 @@ async fn write(
 
 async fn read(session: &Arc<Session>, mut reader: Incoming) {
     let places = Arc::new(Semaphore::new(CALLS));
+    let patience = session.front.bounds.patience;
+    let mut began = false;
     loop {
-        let frame = match Frame::read(&mut reader).await {
-            Ok(Some(frame)) => frame,
+        let (Frame { header, mut payload }, room) = match next(session, &mut reader, began).await {
+            Ok(Some(next)) => next,
             Ok(None) => return,
             Err(e) => {
                 tracing::debug!(error = %e, "a libvirt connection ended badly");
                 return;
             }
         };
-        let Frame { header, mut payload } = frame;
+        began = true;
         let mut with = vec![];
         if header.kind == Kind::CallWithFds {
-            match tokio::time::timeout(PATIENCE, reader.descriptors(&mut payload)).await {
+            match tokio::time::timeout(patience, reader.descriptors(&mut payload)).await {
                 Ok(Ok(taken)) => with = taken,
                 // What follows cannot be told from descriptors.
                 _ => return,
@@ -482,7 +518,7 @@ async fn read(session: &Arc<Session>, mut reader: Incoming) {
                 let call = Call { session: session.clone(), header, payload, fds: with };
                 tokio::spawn(async move {
                     run(call, serial).await;
-                    drop(place);
+                    drop((place, room));
                 });
             }
             (LXC, Kind::Call | Kind::CallWithFds) => {
@@ -506,56 +542,95 @@ async fn read(session: &Arc<Session>, mut reader: Incoming) {
     }
 }
 
-/// Hands what a client sends on to its stream. One that does not take it is ended: nobody else waits for it.
+/// Reads the next frame; a large one when its client has room for it, which it takes up as long as what comes with it is kept.
+/// What has begun must come to its end.
+async fn next(
+    session: &Session,
+    reader: &mut Incoming,
+    began: bool,
+) -> io::Result<Option<(Frame, Option<OwnedSemaphorePermit>)>> {
+    let Allowance { frame: most, large, .. } = &session.allowance;
+    let Bounds { patience, first, .. } = session.front.bounds;
+    let late = |what: &'static str| io::Error::new(io::ErrorKind::TimedOut, what);
+    let head = Frame::read_head(reader, *most);
+    let head = match began {
+        true => head.await,
+        false => tokio::time::timeout(first, head).await.map_err(|_| late("nothing is asked"))?,
+    };
+    let Some((header, length)) = head? else { return Ok(None) };
+    if matches!(header.kind, Kind::Stream | Kind::StreamHole) && length > STREAM_FRAME {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("{length} bytes of a stream at once"),
+        ));
+    }
+    let room = match u32::try_from(length) {
+        Ok(length) if length as usize > SMALL => {
+            let room = tokio::time::timeout(patience, large.clone().acquire_many_owned(length)).await;
+            // It is never closed.
+            Some(room.map_err(|_| late("there is no room"))?.map_err(io::Error::other)?)
+        }
+        _ => None,
+    };
+    let time = patience + Duration::from_millis((length / SLOWEST) as u64);
+    let payload = tokio::time::timeout(time, Frame::read_payload(reader, length)).await;
+    let payload = payload.map_err(|_| late("a frame does not end"))??;
+    Ok(Some((Frame { header, payload }, room)))
+}
+
+/// Hands what a client sends on to its stream. One of which anything is lost is ended with an error, and never goes on.
 async fn streamed(session: &Session, header: Header, payload: Bytes) {
+    let stream = session.streams.lock().unwrap_or_else(|e| e.into_inner()).get(&header.serial).cloned();
+    let Some(stream) = stream else {
+        // It ended by itself meanwhile; a client that finishes it is told so.
+        if header.status == Status::Ok {
+            session.send(Frame::new(header.stream(Status::Ok), Bytes::new())).await;
+        }
+        return;
+    };
     let input = match (header.kind, header.status) {
-        (Kind::StreamHole, _) => hole(&payload).map_or(StreamInput::Abort, StreamInput::Hole),
+        (Kind::StreamHole, _) => match hole(&payload) {
+            Some(length) => StreamInput::Hole(length),
+            None => {
+                let error =
+                    VirError::rpc("a hole in a stream has a length that is not negative, and no flags");
+                return lose(session, header, &error).await;
+            }
+        },
         (_, Status::Continue) => StreamInput::Data(payload),
         (_, Status::Ok) => StreamInput::Finish,
         (_, Status::Error) => StreamInput::Abort,
     };
-    let patient = {
-        let streams = session.streams.lock().unwrap_or_else(|e| e.into_inner());
-        streams.get(&header.serial).filter(|s| s.patient).cloned()
-    };
-    if let Some(stream) = patient {
-        if tokio::time::timeout(PATIENCE, stream.sender.send(input)).await.is_err() {
-            // Without what was lost it must not go on: whoever takes it sees its end, and tells.
-            session.streams.lock().unwrap_or_else(|e| e.into_inner()).remove(&header.serial);
+    // Frames are smaller than that.
+    let size =
+        if let StreamInput::Data(data) = &input { u32::try_from(data.len()).unwrap_or(u32::MAX) } else { 0 };
+    let taken = match stream.patient {
+        true => {
+            let put = async {
+                let Ok(room) = session.patient_room.clone().acquire_many_owned(size).await else { return };
+                // Whoever took it and has ended tells of that.
+                let _ = stream.sender.send(Queued { input, _room: room }).await;
+            };
+            tokio::time::timeout(session.front.bounds.patience, put).await.is_ok()
         }
-        return;
-    }
-    let full = {
-        let mut streams = session.streams.lock().unwrap_or_else(|e| e.into_inner());
-        match streams.get(&header.serial) {
-            None => None,
-            Some(stream) => {
-                let size = if let StreamInput::Data(data) = &input { data.len() } else { 0 };
-                let waiting = stream.waiting.fetch_add(size, Ordering::Relaxed) + size;
-                let full = waiting > STREAM_BYTES
-                    || matches!(stream.sender.try_send(input), Err(mpsc::error::TrySendError::Full(_)));
-                if full {
-                    streams.remove(&header.serial);
-                }
-                Some(full)
+        false => match session.other_room.clone().try_acquire_many_owned(size) {
+            Ok(room) => {
+                let put = stream.sender.try_send(Queued { input, _room: room });
+                !matches!(put, Err(mpsc::error::TrySendError::Full(_)))
             }
-        }
+            Err(_) => false,
+        },
     };
-    match full {
-        Some(false) => {}
-        Some(true) => {
-            let error = VirError::new(
-                Code::OperationAborted,
-                Part::Rpc,
-                "what was sent into the stream is not taken",
-            );
-            session.send(Frame::new(header.stream(Status::Error), error.encode())).await;
-        }
-        // It ended by itself meanwhile; a client that finishes it is told so.
-        None if header.status == Status::Ok => {
-            session.send(Frame::new(header.stream(Status::Ok), Bytes::new())).await;
-        }
-        None => {}
+    if !taken {
+        let text = "what was sent into the stream was not taken in time";
+        lose(session, header, &VirError::new(Code::OperationAborted, Part::Rpc, text)).await;
+    }
+}
+
+/// Ends a stream of which something was lost, and tells its client. Whoever takes its input sees an end without a word.
+async fn lose(session: &Session, header: Header, error: &VirError) {
+    if session.stream_ended(header) {
+        session.send(Frame::new(header.stream(Status::Error), error.encode())).await;
     }
 }
 

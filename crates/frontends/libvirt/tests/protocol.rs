@@ -3,6 +3,7 @@
 
 use crate::support::{PATIENCE, Server, argument};
 use karst_frontend_libvirt::{
+    bounds::{Bounds, OfOne},
     error::Code,
     frame::{Frame, Header, KEEPALIVE, Kind, Status},
     names::NAMES,
@@ -10,7 +11,7 @@ use karst_frontend_libvirt::{
     xdr::Reader,
 };
 use karst_model::instance::InstanceKind;
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -300,4 +301,41 @@ async fn many_clients_and_one_that_sends_garbage() {
         client.await.unwrap();
     }
     noise.await.unwrap();
+}
+
+/// Whoever is at the read-only socket is anybody: neither connections nor what they begin to send add up.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_user_may_have_of_the_read_only_socket_is_bounded() {
+    let read_only = OfOne { connections: 2, frame: 1 << 20, ..Bounds::default().read_only };
+    let server =
+        Server::bounded(Bounds { first: Duration::from_millis(400), read_only, ..Bounds::default() }).await;
+    let ends = async |client: &mut crate::support::Client| {
+        let mut rest = vec![];
+        let ended = tokio::time::timeout(PATIENCE, client.stream.read_to_end(&mut rest)).await;
+        assert!(ended.expect("it ends").is_ok_and(|n| n == 0), "without a word");
+    };
+    let mut one = server.open("ro", "qemu:///system").await;
+    let mut silent = server.connect("ro").await;
+    let mut third = server.connect("ro").await;
+    ends(&mut third).await;
+    // One that asks nothing does not keep its place.
+    ends(&mut silent).await;
+    let mut again = server.open("ro", "qemu:///system").await;
+    assert!(again.names().await.is_empty());
+    // A frame that is larger than any that this socket needs; the other one takes it.
+    let header = Header {
+        program: karst_frontend_libvirt::frame::REMOTE,
+        version: 1,
+        procedure: 66,
+        kind: Kind::Call,
+        serial: 9,
+        status: Status::Ok,
+    };
+    let frame = Frame::new(header, vec![0; (1 << 20) + 1]).encode();
+    again.stream.write_all(&frame[..28]).await.unwrap();
+    ends(&mut again).await;
+    let mut full = server.open("full", "qemu:///system").await;
+    full.stream.write_all(&frame).await.unwrap();
+    assert_eq!(full.receive().await.header.serial, 9);
+    assert!(one.names().await.is_empty());
 }

@@ -4,19 +4,24 @@
 use crate::support::{Client, Server, argument};
 use karst_engine::{Context, volumes::create::CreateVolume};
 use karst_frontend_libvirt::{
+    bounds::Bounds,
     error::Code,
     frame::{Frame, Header, Kind, REMOTE, Status},
     xdr::Reader,
 };
 use karst_model::{Config, access::Principal, storage::VolumeContent};
-use tokio::io::AsyncWriteExt;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 const SIZE: usize = 1 << 20;
 const UPLOAD: i32 = 208;
 const DOWNLOAD: i32 = 209;
 
 async fn ready() -> (Server, Client, Vec<u8>) {
-    let server = Server::start().await;
+    on(Server::start().await).await
+}
+
+async fn on(server: Server) -> (Server, Client, Vec<u8>) {
     let config = Config::from([("size".into(), SIZE.to_string())]);
     let content = VolumeContent::Block;
     let request = CreateVolume { name: "d1".into(), content, description: String::new(), config };
@@ -210,4 +215,121 @@ async fn what_runs_with_a_volume_keeps_it() {
     data(&mut client, b"now").await;
     finish(&mut client).await.unwrap();
     assert_eq!(down(&mut client, &volume, 0, 3, false).await.0, b"now");
+}
+
+/// Without a thread that writes, as a disk that stands still: what is sent and not taken in time is lost, and said to be.
+#[test]
+fn what_is_lost_of_an_upload_is_no_upload() {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let bounds = Bounds { patience: Duration::from_millis(300), ..Bounds::default() };
+        let (_server, mut client, volume) = on(Server::bounded(bounds).await).await;
+        client.call(UPLOAD, &asked(&volume, 0, 0, 0)).await.unwrap();
+        let (release, held) = std::sync::mpsc::channel::<()>();
+        let (began, begins) = tokio::sync::oneshot::channel();
+        let stall = tokio::task::spawn_blocking(move || {
+            began.send(()).unwrap();
+            // Also when the test has failed meanwhile.
+            let _ = held.recv();
+        });
+        begins.await.unwrap();
+        for _ in 0..40 {
+            data(&mut client, &[7; 4096]).await;
+        }
+        put(&mut client, UPLOAD, Kind::Stream, Status::Ok, vec![]).await;
+        let refused = ended(&mut client).await.unwrap_err();
+        assert!(refused.contains("not taken in time"), "{refused}");
+        drop(release);
+        stall.await.unwrap();
+        // Its last word came after the end, which is told again as that of any stream that has ended.
+        ended(&mut client).await.unwrap();
+        assert_eq!(down(&mut client, &volume, 0, 0, false).await.0, vec![0; SIZE]);
+    });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hole_that_is_none_is_an_error() {
+    let (_server, mut client, volume) = ready().await;
+    for hole in [
+        argument(|w| {
+            w.u64(u64::MAX).u32(0);
+        }),
+        argument(|w| {
+            w.u64(5).u32(1);
+        }),
+        vec![0; 3],
+    ] {
+        client.call(UPLOAD, &asked(&volume, 0, 0, 1)).await.unwrap();
+        data(&mut client, b"lost").await;
+        put(&mut client, UPLOAD, Kind::StreamHole, Status::Continue, hole).await;
+        assert!(ended(&mut client).await.unwrap_err().contains("a hole"));
+    }
+    assert_eq!(down(&mut client, &volume, 0, 4, false).await.0, [0; 4]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn streams_and_uploads_are_bounded() {
+    let (server, mut client, volume) = ready().await;
+    // Of a project.
+    for _ in 0..16 {
+        client.call(UPLOAD, &asked(&volume, 0, 10, 0)).await.unwrap();
+    }
+    let refused = client.call(UPLOAD, &asked(&volume, 0, 10, 0)).await.unwrap_err();
+    assert!(refused.1.contains("16 uploads"), "{refused:?}");
+    drop(client);
+    let (mut client, mut tries) = (server.open("full", "qemu:///system").await, 0);
+    while client.call(UPLOAD, &asked(&volume, 0, 10, 0)).await.is_err() {
+        tries += 1;
+        assert!(tries < 500, "what a client that is gone had on its way is given back");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // Of a connection: reading takes no space.
+    for _ in 1..32 {
+        client.send(DOWNLOAD, &asked(&volume, 0, 1, 0)).await;
+    }
+    client.send(DOWNLOAD, &asked(&volume, 0, 1, 0)).await;
+    let mut refused = vec![];
+    for _ in 0..(32 + 31 * 2) {
+        let frame = client.receive().await;
+        if frame.header.kind == Kind::Reply && frame.header.status == Status::Error {
+            refused.push(String::from_utf8_lossy(&frame.payload).into_owned());
+        }
+    }
+    assert!(refused.len() == 1 && refused[0].contains("32 streams"), "{refused:?}");
+    // A frame of a stream that no client sends ends the connection.
+    let header = Header {
+        program: REMOTE,
+        version: 1,
+        procedure: UPLOAD,
+        kind: Kind::Stream,
+        serial: client.serial,
+        status: Status::Continue,
+    };
+    let frame = Frame::new(header, vec![0; (1 << 20) + 1]).encode();
+    client.stream.write_all(&frame[..28]).await.unwrap();
+    let mut rest = vec![];
+    tokio::time::timeout(crate::support::PATIENCE, client.stream.read_to_end(&mut rest))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(rest, Vec::<u8>::new());
+}
+
+/// The limit of a project's disks is one of what lies aside for them, too.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_lies_aside_is_within_the_limit_of_disks() {
+    let (server, mut client, volume) = ready().await;
+    let admin = Context::new(Principal::system());
+    let project = server.engine.inner().inventory.read().project("default").unwrap().value.clone();
+    let config =
+        Config::from_iter(project.config.into_iter().chain([("limits.disk".to_owned(), SIZE.to_string())]));
+    server.engine.project_update(&admin, "default", &project.description, config, None).await.unwrap();
+    client.call(UPLOAD, &asked(&volume, 0, 0, 0)).await.unwrap();
+    let refused = client.call(UPLOAD, &asked(&volume, 0, 1, 0)).await.unwrap_err();
+    assert!(refused.1.contains("limits.disk"), "{refused:?}");
 }

@@ -35,7 +35,7 @@ pub async fn open(call: Call) -> Answered {
     let force = flags & FORCE != 0;
     let mut console = engine.console(context, &view.project.name, &view.instance.name, force).await?;
     let fd = console.fds.pop().ok_or_else(|| VirError::state("the console cannot be attached to"))?;
-    let input = session.stream(call.header);
+    let input = session.stream(call.header)?;
     let then = pump(session.clone(), call.header, console, fd, input);
     Ok(Answer { payload: vec![], fds: vec![], then: Some(Box::pin(then)) })
 }

@@ -114,7 +114,7 @@ pub async fn screenshot(call: Call) -> Answered {
     let session = &call.session;
     let (engine, context) = (&session.front.engine, &session.context);
     let fd = engine.machine_screenshot(context, &view.project.name, &view.instance.name).await?;
-    let input = session.stream(call.header);
+    let input = session.stream(call.header)?;
     let mut w = Writer::new();
     w.optional(Some("image/png"));
     let then = give(session.clone(), call.header, fd, input);

@@ -16,7 +16,7 @@ use bytes::Bytes;
 use karst_engine::volumes::content::{OpenVolume, WriteVolume};
 use karst_model::{BackupId, Error};
 use rustix::{
-    fs::{SeekFrom, seek},
+    fs::{SeekFrom, fstatvfs, seek},
     io::Errno,
 };
 use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
@@ -27,6 +27,9 @@ const SPARSE: u32 = 1;
 const FRAME: usize = 262_120;
 /// Bytes that are read at a time.
 const READ: u64 = 4 * FRAME as u64;
+
+/// Bytes of the host's disk that uploads leave free, as those of images do.
+const RESERVE: u64 = 512 << 20;
 
 /// A stream of ours is at its end: says so, and waits for the client's word.
 pub(super) async fn sent(
@@ -84,7 +87,7 @@ pub async fn download(call: Call) -> Answered {
         return Err(failed(Code::InvalidArg, text));
     }
     let end = if length == 0 { size } else { offset.saturating_add(length).min(size) };
-    let mut input = session.stream(call.header);
+    let mut input = session.stream(call.header)?;
     let (session, header) = (session.clone(), call.header);
     let then = async move {
         let outcome = tokio::select! {
@@ -174,9 +177,16 @@ pub async fn upload(call: Call) -> Answered {
         0 => found.volume.size.unwrap_or_default().bytes().saturating_sub(offset),
         length => length,
     };
-    let upload = engine.backup_upload(context, &project)?;
-    let file = Arc::new(File::from(engine.backup_upload_open(context, &project, upload).await?));
-    let (mut input, header) = (session.upload(call.header), call.header);
+    let held = engine.volume_upload(context, &project, room)?;
+    let upload = held.id();
+    let (mut input, header) = (session.upload(call.header)?, call.header);
+    let file = match engine.backup_upload_open(context, &project, upload).await {
+        Ok(file) => Arc::new(File::from(file)),
+        Err(e) => {
+            session.stream_ended(header);
+            return Err(e.into());
+        }
+    };
     let then = async move {
         let (engine, context) = (&session.front.engine, &session.context);
         let came = tokio::select! {
@@ -194,8 +204,11 @@ pub async fn upload(call: Call) -> Answered {
             }
             other => abandoned(&session, upload, other.map(drop)).await,
         };
-        // One that the client's connection lost is nobody's to be told of.
-        session.stream_ended(header);
+        drop((held, input));
+        // Who lost something of it, or the connection, has been told or is gone.
+        if !session.stream_ended(header) {
+            return;
+        }
         let frame = match outcome {
             Ok(()) => Frame::new(header.stream(Status::Ok), Bytes::new()),
             Err(e) => Frame::new(header.stream(Status::Error), e.encode()),
@@ -208,6 +221,12 @@ pub async fn upload(call: Call) -> Answered {
 async fn abandoned<T>(session: &Session, upload: BackupId, outcome: T) -> T {
     session.front.engine.backup_upload_abandon(upload).await;
     outcome
+}
+
+/// Bytes that are free where a file lies, as far as its file system counts them.
+fn left(file: &File) -> io::Result<u64> {
+    let found = fstatvfs(file)?;
+    Ok(if found.f_blocks == 0 { u64::MAX } else { found.f_bavail.saturating_mul(found.f_frsize) })
 }
 
 /// Writes what comes into a file; answers its length, or nothing when the client gave up.
@@ -224,13 +243,30 @@ async fn take(input: &mut Input, file: &Arc<File>, room: u64) -> Result<Option<u
         match input.recv().await {
             Some(StreamInput::Data(data)) => {
                 let (start, file) = (grow(data.len() as u64)?, file.clone());
-                blocking(move || file.write_all_at(&data, start)).await?;
+                let full = blocking(move || match left(&file)? < RESERVE {
+                    true => Ok(true),
+                    false => file.write_all_at(&data, start).map(|()| false),
+                });
+                if full.await? {
+                    let text = format!(
+                        "the host's disk has no more than {} MiB free, which uploads leave",
+                        RESERVE >> 20
+                    );
+                    return Err(failed(Code::OperationFailed, text));
+                }
             }
             Some(StreamInput::Hole(length)) => {
                 grow(length)?;
             }
             Some(StreamInput::Finish) => break grow(0)?,
-            Some(StreamInput::Abort) | None => return Ok(None),
+            Some(StreamInput::Abort) => return Ok(None),
+            // What came is not all that was sent.
+            None => {
+                return Err(failed(
+                    Code::OperationAborted,
+                    "the stream ended before the upload was finished",
+                ));
+            }
         }
     };
     let file = file.clone();

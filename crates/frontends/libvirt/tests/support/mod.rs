@@ -9,6 +9,7 @@ use karst_engine::{
 use karst_env::RealEnv;
 use karst_frontend_libvirt::{
     Front, Surface,
+    bounds::Bounds,
     frame::{Frame, Header, Kind, REMOTE, Status},
     serve,
     xdr::{Reader, Writer},
@@ -41,6 +42,10 @@ impl Drop for Server {
 
 impl Server {
     pub async fn start() -> Self {
+        Self::bounded(Bounds::default()).await
+    }
+
+    pub async fn bounded(bounds: Bounds) -> Self {
         let env = RealEnv::shared();
         let store: Arc<dyn Store> = Arc::new(SqliteStore::memory(env.clone()).unwrap());
         let options = SimulatedOptions { address_after: Duration::from_millis(20), ..Default::default() };
@@ -59,7 +64,7 @@ impl Server {
         .unwrap();
         engine.bootstrap().await.unwrap();
         let dir = tempfile::tempdir().unwrap();
-        let front = Front::new(engine.clone());
+        let front = Front::bounded(engine.clone(), bounds);
         let tasks = [(Surface::Full, "full"), (Surface::ReadOnly, "ro")]
             .map(|(surface, name)| {
                 let listener = UnixListener::bind(dir.path().join(name)).unwrap();
