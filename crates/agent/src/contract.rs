@@ -238,6 +238,7 @@ impl Subject {
                 stateful: false,
                 boot_menu: false,
                 windows: false,
+                local_time: false,
                 ends_on_reboot: false,
                 kernel: None,
                 resume: false,

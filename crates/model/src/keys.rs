@@ -169,6 +169,14 @@ pub const INSTANCE_KEYS: &[Key] = &[
         "The firmware waits some seconds for a key that opens its menu of what to boot.",
     ),
     key(
+        "hardware.clock",
+        OneOf(&["utc", "localtime"]),
+        VirtualMachine,
+        "localtime for Windows, else utc",
+        false,
+        "What the clock of the hardware shows.",
+    ),
+    key(
         "hardware.cpu.model",
         Text,
         VirtualMachine,
@@ -176,6 +184,7 @@ pub const INSTANCE_KEYS: &[Key] = &[
         false,
         "QEMU's CPU model, such as host, max or EPYC-v4; changes when the machine is stopped.",
     ),
+    key("hardware.hyperv", Bool, VirtualMachine, "true for Windows", false, "Hyper-V's interfaces (KVM)."),
     key(
         "hardware.machine",
         Text,

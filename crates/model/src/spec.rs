@@ -98,9 +98,12 @@ pub struct MachineSpec {
     /// The firmware offers its menu of what to boot.
     #[serde(default)]
     pub boot_menu: bool,
-    /// It runs Windows: clock of the hardware in local time, and what Hyper-V tells its guests.
+    /// It is told what Hyper-V tells its guests, as Windows wants it.
     #[serde(default)]
     pub windows: bool,
+    /// The clock of the hardware is in local time, not UTC.
+    #[serde(default)]
+    pub local_time: bool,
     /// A guest that reboots ends instead.
     #[serde(default, skip_serializing_if = "is_false")]
     pub ends_on_reboot: bool,

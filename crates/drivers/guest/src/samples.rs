@@ -99,6 +99,7 @@ pub fn machine(uuid: u128) -> MachineSpec {
         stateful: false,
         boot_menu: false,
         windows: false,
+        local_time: false,
         ends_on_reboot: false,
         kernel: None,
         resume: false,

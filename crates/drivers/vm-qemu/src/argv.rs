@@ -195,7 +195,7 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     opt("-m", format!("size={}M", m.memory >> 20));
     opt("-uuid", m.spec.uuid.to_string());
     opt("-smbios", format!("type=1,manufacturer=Karst,product=Virtual Machine,uuid={}", m.spec.uuid));
-    opt("-rtc", if m.spec.windows { "base=localtime" } else { "base=utc" }.into());
+    opt("-rtc", if m.spec.local_time { "base=localtime" } else { "base=utc" }.into());
     let menu = if m.spec.boot_menu { "menu=on,splash-time=5000" } else { "menu=off" };
     opt("-boot", format!("{menu},strict=on"));
     let power = if layout.pc { "PIIX4_PM" } else { "ICH9-LPC" };
@@ -500,6 +500,7 @@ pub(crate) mod tests {
         m.nics[0] = Nic { model: NicModel::E1000e, pci: Some("01:00.0".into()), ..m.nics[0].clone() };
         let plain = lines(&m);
         m.spec.windows = true;
+        m.spec.local_time = true;
         let text = lines(&m);
         let changed: Vec<&str> = text.lines().filter(|l| !plain.lines().any(|p| p == *l)).collect();
         assert_eq!(text.lines().count(), plain.lines().count());
@@ -623,6 +624,24 @@ pub(crate) mod tests {
         );
         m.spec.machine = "pc-i440fx-7.2".into();
         assert!(lines(&m).contains(r#""id":"usb","bus":"pci.0","addr":"0x1e.0x0""#));
+    }
+
+    #[test]
+    fn the_clock_and_what_hyper_v_says_are_chosen_apart() {
+        let mut m = machine();
+        m.accelerator = AcceleratorKind::Kvm;
+        let says = |m: &Machine| {
+            let text = lines(m);
+            (text.contains("-rtc base=localtime"), text.contains("hv-relaxed"))
+        };
+        assert_eq!(says(&m), (false, false));
+        m.spec.local_time = true;
+        assert_eq!(says(&m), (true, false));
+        m.spec.windows = true;
+        assert_eq!(says(&m), (true, true));
+        // TCG knows none of it.
+        m.accelerator = AcceleratorKind::Tcg;
+        assert_eq!(says(&m), (true, false));
     }
 
     #[test]

@@ -172,6 +172,8 @@ impl Record {
                 ("boot.reboot_action", now.ends_on_reboot != new.ends_on_reboot),
                 ("hardware.boot_menu", now.boot_menu != new.boot_menu),
                 ("hardware.spice", now.spice != new.spice),
+                ("hardware.clock", now.local_time != new.local_time),
+                ("hardware.hyperv", now.windows != new.windows),
             ];
             if now.kernel != new.kernel {
                 let names = [&now.kernel, &new.kernel].into_iter().flatten().map(|k| &k.name);

@@ -68,6 +68,8 @@ impl Shape {
                 paused: false,
                 boot_menu: false,
                 ends_on_reboot: false,
+                // The time goes on as it was saved.
+                local_time: false,
                 accelerator: None,
                 ..h
             }),

@@ -404,7 +404,8 @@ pub fn guest_spec(
             tpm: parsed.tpm.is_some(),
             stateful,
             boot_menu: keys::optional_flag(config, "hardware.boot_menu").unwrap_or(false),
-            windows: is_windows(config, instance),
+            windows: told_of_hyper_v(config, instance),
+            local_time: in_local_time(config, instance),
             ends_on_reboot: config.get("boot.reboot_action").is_some_and(|a| a == "stop"),
             kernel: parsed.kernel.as_ref().map(|(name, k)| kernel(lookups, name, k)).transpose()?,
             resume: false,
@@ -472,6 +473,20 @@ pub fn guest_spec(
 fn is_windows(config: &Config, instance: &Instance) -> bool {
     let os = config.get("image.os").or_else(|| instance.image_properties.get("image.os"));
     preset::is_windows(config, os.map(String::as_str))
+}
+
+/// Is the clock of a machine's hardware in local time, as Windows expects it and nobody else?
+pub fn in_local_time(config: &Config, instance: &Instance) -> bool {
+    match config.get("hardware.clock").map(String::as_str) {
+        Some("localtime") => true,
+        Some("utc") => false,
+        _ => is_windows(config, instance),
+    }
+}
+
+/// Is a machine told what Hyper-V tells its guests?
+pub fn told_of_hyper_v(config: &Config, instance: &Instance) -> bool {
+    keys::optional_flag(config, "hardware.hyperv").unwrap_or_else(|| is_windows(config, instance))
 }
 
 /// Devices as their guest sees them: with the addresses they got, without the paths of the host.

@@ -56,13 +56,12 @@ fn domain(name: &str, changes: &[(&str, &str)]) -> String {
   <metadata><app:a xmlns:app='http://example.org/app'><app:b c='d'>e</app:b></app:a></metadata>
   <memory unit='MiB'>256</memory><currentMemory unit='KiB'>131072</currentMemory>
   <vcpu placement='static' current='1'>2</vcpu>
-  <cputune><shares>2048</shares></cputune>
   <os firmware='efi'><type arch='x86_64' machine='q35'>hvm</type><boot dev='cdrom'/><boot dev='hd'/></os>
   <features><acpi/><hyperv mode='custom'><relaxed state='on'/></hyperv></features>
   <cpu mode='custom' match='exact'><model fallback='allow'>qemu64</model><topology sockets='1' dies='1' cores='2' threads='1'/><feature policy='disable' name='lm'/></cpu>
   <clock offset='utc'><timer name='rtc' tickpolicy='catchup'/></clock>
   <devices>
-    <disk type='file' device='disk'><driver name='qemu' type='qcow2' cache='none' discard='unmap'/><source file='/karst/default/d1'/><target dev='vda' bus='virtio'/><serial>S1</serial><alias name='ua-first'/><address type='pci' domain='0x0000' bus='0x05' slot='0x00' function='0x0'/></disk>
+    <disk type='file' device='disk'><driver name='qemu' type='qcow2' cache='none' discard='unmap'/><source file='/karst/default/d1'/><target dev='vda' bus='virtio'/><alias name='ua-first'/><address type='pci' domain='0x0000' bus='0x05' slot='0x00' function='0x0'/></disk>
     <disk type='volume' device='disk'><source pool='default' volume='d2'/><target dev='sdc' bus='scsi'/><readonly/></disk>
     <disk type='file' device='cdrom'><target dev='hdc' bus='ide'/><readonly/></disk>
     <controller type='usb' model='qemu-xhci'/>
@@ -108,9 +107,11 @@ async fn what_is_defined_is_shown_again_in_meaning() {
     };
     assert_eq!(same(&kept), same(&given));
     let e = document(&shown).unwrap();
-    for name in ["currentMemory", "cputune", "features", "cpu", "clock"] {
+    for name in ["features", "cpu", "clock"] {
         assert_eq!(e.find(name), document(&text).unwrap().find(name), "{name}");
     }
+    // There is one size of memory.
+    assert_eq!(e.find("currentMemory").map(Element::body), Some("262144"), "{shown}");
     let devices = e.find("devices").unwrap();
     for name in ["controller", "input", "video", "tpm"] {
         assert_eq!(
@@ -120,7 +121,6 @@ async fn what_is_defined_is_shown_again_in_meaning() {
         );
     }
     let disk = devices.find("disk").unwrap();
-    assert_eq!(disk.find("serial").map(Element::body), Some("S1"));
     assert_eq!(disk.find("driver").and_then(|d| d.attribute("discard")), Some("unmap"));
     assert_eq!(devices.all("disk").count(), 3);
     assert!(shown.contains("<app:b c='d'>e</app:b>"), "{shown}");
@@ -133,6 +133,8 @@ async fn what_is_defined_is_shown_again_in_meaning() {
     let view = server.engine.instance(&admin, "default", "v1").unwrap();
     assert_eq!(view.instance.id.to_string(), UUID);
     assert_eq!(view.expanded_config.get("limits.memory").map(String::as_str), Some("262144KiB"));
+    assert_eq!(view.expanded_config.get("hardware.hyperv").map(String::as_str), Some("true"));
+    assert_eq!(view.expanded_config.get("hardware.clock"), None);
     assert_eq!(view.instance.identities["vda"].pci.as_deref(), Some("05:00.0"));
     assert_eq!(view.instance.identities["vda"].alias, "ua-first");
     let used = server.engine.volume_delete(&admin, "default", "default", "d1").await.map(drop).unwrap_err();
@@ -413,6 +415,19 @@ async fn what_is_refused_is_named_and_leaves_nothing() {
             "\"none\" not found",
         ),
         ("bus='virtio'", "bus='usb'", Code::ConfigUnsupported, "disk bus"),
+        // What would have no effect.
+        ("<os ", "<cputune><shares>2048</shares></cputune><os ", Code::ConfigUnsupported, "cputune"),
+        ("<os ", "<memtune><hard_limit>1</hard_limit></memtune><os ", Code::ConfigUnsupported, "memtune"),
+        ("offset='utc'", "offset='timezone' timezone='CET'", Code::ConfigUnsupported, "clock offset"),
+        ("<alias name='ua-first'/>", "<serial>S1</serial>", Code::ConfigUnsupported, "disk serial"),
+        ("<inbound average='1000'", "<inbound average='1' peak='2'", Code::ConfigUnsupported, "bandwidth"),
+        ("placement='static' current='1'", "cpuset='0-3'", Code::ConfigUnsupported, "vcpu cpuset"),
+        (
+            "<input type='tablet'",
+            "<watchdog model='itco'/><input type='tablet'",
+            Code::ConfigUnsupported,
+            "watchdog",
+        ),
         (disk, "<source file='/etc/passwd'/>", Code::ConfigUnsupported, "driver type"),
         (disk, "<source file='/karst/default/none'/>", Code::NoStorageVol, "\"none\" not found"),
         (disk, "<source file='/karst/none/d1'/>", Code::NoStoragePool, "\"none\" not found"),
@@ -832,4 +847,33 @@ async fn a_snapshot_says_which_disks_it_does_not_hold() {
     for line in ["<disk name='vda' snapshot='internal'/>", "<disk name='sdc' snapshot='no'/>"] {
         assert!(shown.contains(line), "{shown}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_clock_and_pins_of_a_document_are_the_machines() {
+    let (server, mut client) = ready().await;
+    let admin = Context::new(Principal::system());
+    let config = |key: &str| {
+        let view = server.engine.instance(&admin, "default", "v1").unwrap();
+        view.expanded_config.get(key).cloned()
+    };
+    let local = [
+        ("offset='utc'", "offset='localtime'"),
+        ("placement='static' current='1'>2<", "cpuset='1'>1<"),
+        ("cores='2'", "cores='1'"),
+    ];
+    define(&mut client, &domain("v1", &local)).await.unwrap();
+    assert_eq!(config("hardware.clock").as_deref(), Some("localtime"));
+    assert_eq!(config("limits.cpu").as_deref(), Some("1-1"), "the second one of the host, not one");
+    let shown = dump(&mut client, "v1", 2).await;
+    assert!(shown.contains("<clock offset='localtime'>") && shown.contains("cpuset='1'>1<"), "{shown}");
+    define(&mut client, &shown).await.unwrap();
+    assert_eq!(dump(&mut client, "v1", 2).await, shown);
+    // As it is set elsewhere it is shown, whatever was kept of the document.
+    let utc = shown.replace("offset='localtime'", "offset='utc'").replace("state='on'", "state='off'");
+    define(&mut client, &utc).await.unwrap();
+    assert_eq!(config("hardware.clock").as_deref(), Some("utc"));
+    assert_eq!(config("hardware.hyperv").as_deref(), Some("false"));
+    let shown = dump(&mut client, "v1", 2).await;
+    assert!(shown.contains("<clock offset='utc'>") && shown.contains("<relaxed state='off'/>"), "{shown}");
 }

@@ -2,8 +2,9 @@
 //! and written out of an instance ([`write`]). Without side effects: nothing here asks the engine or the host.
 //!
 //! What Karst has no field for is kept as it was written ([`Opaque`]) and shown again; it never reaches QEMU. What would
-//! change what a guest is or what protects it, and that Karst does not do, is refused by the name of its element.
+//! change what a guest is or what protects it, and that Karst does not do, is refused by the name of its element ([`kept`]).
 
+pub mod kept;
 pub mod read;
 pub mod spec;
 pub mod write;
@@ -47,6 +48,10 @@ pub struct Machine {
     pub boot_menu: bool,
     /// CPU model in QEMU's words with its flags; `None`: as the host has it.
     pub cpu_model: Option<String>,
+    /// The clock of its hardware is in local time.
+    pub local_time: bool,
+    /// It is told what Hyper-V tells its guests.
+    pub hyper_v: bool,
     /// It starts again after a crash.
     pub restarts: bool,
     /// It ends when the system in it restarts.
@@ -211,7 +216,8 @@ impl Opaque {
             .document()
     }
 
-    /// Out of the value of a key; what somebody else wrote there counts as nothing.
+    /// Out of the value of a key; what somebody else wrote there counts as nothing, and so does what was kept once and is
+    /// refused now.
     pub fn parse(text: &str) -> Self {
         let Ok(root) = super::read::document(text) else { return Self::default() };
         let list = |name: &str| root.find(name).map(|e| e.elements().to_vec()).unwrap_or_default();
@@ -219,7 +225,13 @@ impl Opaque {
             let one = |e: &Element| Some((e.attribute("at")?.to_owned(), e.elements().first()?.clone()));
             list(name).iter().filter_map(one).collect()
         };
-        Self { domain: list("domain"), devices: list("devices"), disks: map("disks"), nics: map("nics") }
+        let mut all =
+            Self { domain: list("domain"), devices: list("devices"), disks: map("disks"), nics: map("nics") };
+        all.domain.retain(|e| kept::part(e).is_ok());
+        all.devices.retain(|e| kept::device(e).is_ok());
+        all.disks.values_mut().for_each(kept::without_refused);
+        all.nics.values_mut().for_each(kept::without_refused);
+        all
     }
 }
 
@@ -318,8 +330,17 @@ mod tests {
     fn opaque_parts_survive_being_kept() {
         let mut opaque = Opaque::default();
         opaque.domain.push(Element::new("pm").child(Element::new("suspend-to-mem").with("enabled", "no")));
-        opaque.disks.insert("vda".into(), Element::new("disk").child(Element::text("serial", "a'b")));
+        opaque
+            .disks
+            .insert("vda".into(), Element::new("disk").child(Element::new("driver").with("io", "a'b")));
         assert_eq!(Opaque::parse(&opaque.document()), opaque);
+        // Of what was kept once and has no effect nothing is shown any more.
+        let mut old = opaque.clone();
+        old.domain.push(Element::new("cputune").child(Element::text("shares", 2048)));
+        old.devices.push(Element::new("watchdog").with("model", "i6300esb"));
+        old.disks.values_mut().for_each(|disk| disk.push(Element::text("serial", "S1")));
+        old.disks.values_mut().for_each(|disk| disk.set("rawio", "yes"));
+        assert_eq!(Opaque::parse(&old.document()), opaque);
         assert_eq!(Opaque::parse("<x"), Opaque::default());
     }
 

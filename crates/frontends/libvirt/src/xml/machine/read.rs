@@ -1,6 +1,8 @@
 //! From domain XML to the typed form.
 
-use super::{Disk, Kernel, Machine, Nic, Opaque, Screen, Source, number, pci_of, priority, refuse, wrong};
+use super::{
+    Disk, Kernel, Machine, Nic, Opaque, Screen, Source, kept, number, pci_of, priority, refuse, wrong,
+};
 use crate::{
     error::VirError,
     xml::{Element, is_name, is_prefix},
@@ -15,27 +17,9 @@ use uuid::Uuid;
 
 /// Where paths of volumes begin.
 pub const VOLUMES: &str = "/karst/";
-/// Elements of the domain that the typed form holds whole.
-const TYPED: &[&str] = &["name", "uuid", "title", "description", "metadata", "memory", "devices"];
-/// Elements of the domain that Karst does not do, and why.
-const REFUSED: &[(&str, &str)] = &[
-    ("bootloader", "virtual machines start by their firmware"),
-    ("launchSecurity", "encrypted memory is not there"),
-    ("qemu:commandline", "arguments of QEMU are not passed on"),
-    ("qemu:override", "properties of QEMU's devices are not passed on"),
-    ("qemu:deprecation", "is not passed on"),
-    ("keywrap", "is for s390"),
-];
-/// Devices that a guest would miss.
-const REFUSED_DEVICES: &[(&str, &str)] = &[
-    ("hostdev", "devices of the host are not passed through"),
-    ("filesystem", "directories are shared with machines by devices of the instance, not by XML"),
-    ("lease", "there is no lock manager"),
-    ("shmem", "shared memory is not there"),
-    ("memory", "memory modules are not there; set <memory>"),
-    ("crypto", "is not there"),
-    ("nvram", "is for other architectures"),
-];
+/// Elements of the domain that the typed form holds whole. There is one size of memory, which is what is shown.
+const TYPED: &[&str] =
+    &["name", "uuid", "title", "description", "metadata", "memory", "currentMemory", "devices"];
 
 /// Reads a domain.
 ///
@@ -57,11 +41,7 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
         }
         None => return Err(wrong("missing domain type attribute")),
     };
-    for (element, why) in REFUSED {
-        if root.find(element).is_some() {
-            return Err(refuse(element, why));
-        }
-    }
+    kept::domain(&root)?;
     let body = |name: &str| root.find(name).map(|e| e.body().trim()).filter(|t| !t.is_empty());
     let name = body("name").ok_or_else(|| wrong("missing name information"))?.to_owned();
     let uuid =
@@ -70,18 +50,12 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
     if title.as_ref().is_some_and(|t| t.contains('\n')) {
         return Err(wrong("Domain title can't contain newlines"));
     }
-    let memory = root.find("memory").or_else(|| root.find("maxMemory"));
-    let memory = kib(memory.ok_or_else(|| wrong("missing memory element"))?)?;
+    let memory = kib(root.find("memory").ok_or_else(|| wrong("missing memory element"))?)?;
     let (cpus, pinned) = cpus(&root)?;
     let os = root.find("os").ok_or_else(|| wrong("an os <type> must be specified"))?;
     let (machine, firmware) = system(os)?;
     let none = Element::new("devices");
     let devices = root.find("devices").unwrap_or(&none);
-    for (element, why) in REFUSED_DEVICES {
-        if devices.find(element).is_some() {
-            return Err(refuse(element, why));
-        }
-    }
     let kept = root.elements().iter().filter(|e| !TYPED.contains(&e.name())).cloned();
     let opaque = Opaque { domain: kept.collect(), ..Opaque::default() };
     let order = Order::of(os);
@@ -99,6 +73,8 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
         firmware,
         boot_menu: os.find("bootmenu").is_some_and(|e| e.attribute("enable") == Some("yes")),
         cpu_model: root.find("cpu").map(cpu_model).transpose()?.flatten(),
+        local_time: root.find("clock").and_then(|c| c.attribute("offset")) == Some("localtime"),
+        hyper_v: root.find("features").is_some_and(kept::asks_for_hyper_v),
         restarts: body("on_crash") == Some("restart"),
         ends_on_reboot: body("on_reboot") == Some("destroy"),
         kernel: kernel(os)?,
@@ -281,8 +257,15 @@ pub fn vcpu(e: &Element) -> Result<(u32, Option<String>), VirError> {
             .filter(|n| (1..=most).contains(n))
             .ok_or_else(|| wrong(format!("current vcpus '{n}' must be 1 to {most}")))?,
     };
-    let set = e.attribute("cpuset").filter(|s| count(s) == Some(current));
-    Ok((current, set.map(str::to_owned)))
+    match e.attribute("cpuset") {
+        Some(set) if count(set) != Some(current) => Err(refuse(
+            "vcpu cpuset",
+            format!(
+                "'{set}': processors are pinned together, to as many of the host's as there are ({current})"
+            ),
+        )),
+        set => Ok((current, set.map(str::to_owned))),
+    }
 }
 
 fn cpus(root: &Element) -> Result<(u32, Option<String>), VirError> {
@@ -314,9 +297,6 @@ fn system(os: &Element) -> Result<(Option<String>, Firmware), VirError> {
     }
     if let Some(arch) = kind.attribute("arch").filter(|a| *a != "x86_64") {
         return Err(refuse("os arch", format!("'{arch}' is not the architecture of this host")));
-    }
-    if os.find("dtb").is_some_and(|e| !e.body().trim().is_empty()) {
-        return Err(refuse("dtb", "is for other architectures"));
     }
     let machine = kind.attribute("machine").map(str::to_owned);
     if let Some(m) = &machine
@@ -378,7 +358,18 @@ pub fn cpu_model(cpu: &Element) -> Result<Option<String>, VirError> {
         return Err(refuse("numa", "machines have one node of memory"));
     }
     match cpu.attribute("mode").unwrap_or("custom") {
-        "host-passthrough" | "host-model" | "maximum" => return Ok(None),
+        "host-passthrough" | "host-model" | "maximum" => {
+            return match cpu.all("feature").find(|f| f.attribute("policy") != Some("optional")) {
+                None => Ok(None),
+                Some(f) => {
+                    let name = f.attribute("name").unwrap_or_default();
+                    Err(refuse(
+                        "cpu feature",
+                        format!("'{name}': flags belong to a model; say mode='custom'"),
+                    ))
+                }
+            };
+        }
         "custom" => {}
         other => return Err(wrong(format!("Invalid mode attribute '{other}'"))),
     }
@@ -527,6 +518,7 @@ fn place(path: &str) -> Result<Source, VirError> {
 /// # Errors
 /// XML error; CONFIG_UNSUPPORTED, naming the element.
 pub fn disk_alone(e: &Element) -> Result<Disk, VirError> {
+    kept::disk(e)?;
     let disk = disk(e, &Order::default())?;
     disk.ok_or_else(|| refuse("disk bus", "drives of discs are on sata or scsi"))
 }
@@ -536,6 +528,7 @@ pub fn disk_alone(e: &Element) -> Result<Disk, VirError> {
 /// # Errors
 /// XML error; CONFIG_UNSUPPORTED, naming the element.
 pub fn nic_alone(e: &Element) -> Result<Nic, VirError> {
+    kept::interface(e)?;
     nic(e, &Order::default())
 }
 
@@ -607,15 +600,6 @@ fn disk(e: &Element, order: &Order) -> Result<Option<Disk>, VirError> {
         let text = format!("{path}: the format of a path of the host is stated, never guessed, and is raw");
         return Err(refuse("driver type", text));
     }
-    for (element, why) in [
-        ("iotune", "limits of rates are set by blkdeviotune"),
-        ("transient", "changes are kept"),
-        ("mirror", "is the state of a job"),
-    ] {
-        if e.find(element).is_some() {
-            return Err(refuse(element, why));
-        }
-    }
     Ok(Some(Disk {
         target: dev.to_owned(),
         slot,
@@ -643,22 +627,6 @@ fn nic(e: &Element, order: &Order) -> Result<Nic, VirError> {
         None => return Err(wrong("missing type of interface")),
     };
     let network = network.ok_or_else(|| wrong("missing source of interface"))?.to_owned();
-    if of("portgroup").is_some() {
-        return Err(refuse("portgroup", "networks have none"));
-    }
-    for (element, why) in [
-        ("vlan", "tags are not set by XML"),
-        ("virtualport", "bridges are Linux bridges"),
-        ("ip", "addresses are given by the network"),
-        ("route", "routes are given by the network"),
-        ("teaming", "is not there"),
-        ("script", "programs of the host are not started"),
-        ("tune", "is not there"),
-    ] {
-        if e.find(element).is_some() {
-            return Err(refuse(element, why));
-        }
-    }
     let mac = match e.find("mac").and_then(|m| m.attribute("address")) {
         None => None,
         Some(m) => Some(parse_mac("mac address", m).map_err(|e| wrong(e.to_string()))?),

@@ -65,7 +65,12 @@ fn firmware(config: &mut Config, firmware: Firmware) {
 }
 
 fn cpus(machine: &Machine) -> String {
-    machine.pinned.clone().unwrap_or_else(|| machine.cpus.to_string())
+    match &machine.pinned {
+        // A set of one would read as a number of processors.
+        Some(one) if one.trim().parse::<u32>().is_ok() => format!("{0}-{0}", one.trim()),
+        Some(set) => set.clone(),
+        None => machine.cpus.to_string(),
+    }
 }
 
 fn memory(machine: &Machine) -> String {
@@ -176,6 +181,8 @@ pub fn create(machine: &Machine) -> Result<Created, VirError> {
     set(&mut config, "hardware.cpu.model", machine.cpu_model.as_ref());
     set(&mut config, "hardware.boot_menu", yes(machine.boot_menu));
     set(&mut config, SPICE, yes(machine.spice));
+    set(&mut config, "hardware.clock", machine.local_time.then_some("localtime"));
+    set(&mut config, "hardware.hyperv", yes(machine.hyper_v));
     set(&mut config, AUTORESTART, yes(machine.restarts));
     set(&mut config, REBOOT_ACTION, machine.ends_on_reboot.then_some("stop"));
     firmware(&mut config, machine.firmware);
@@ -245,6 +252,12 @@ pub fn update(present: &Present<'_>, new: &Machine) -> Result<Updated, VirError>
     }
     if old.spice != new.spice {
         set(&mut config, SPICE, Some(new.spice.to_string()));
+    }
+    if old.local_time != new.local_time {
+        set(&mut config, "hardware.clock", Some(if new.local_time { "localtime" } else { "utc" }));
+    }
+    if old.hyper_v != new.hyper_v {
+        set(&mut config, "hardware.hyperv", Some(new.hyper_v.to_string()));
     }
     if old.restarts != new.restarts {
         set(&mut config, AUTORESTART, Some(new.restarts.to_string()));

@@ -1,12 +1,15 @@
 //! From an instance to domain XML, with what was kept of the document that it was defined by.
 
-use super::{Kernel, Opaque, ShownGuard, Source, pci_of, priority, read, screens, target};
+use super::{Kernel, Opaque, ShownGuard, Source, kept, pci_of, priority, read, screens, target};
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
     error::VirError,
     xml::{Element, is_prefix},
 };
-use karst_engine::{InstanceView, compute::expand::parse_devices};
+use karst_engine::{
+    InstanceView,
+    compute::expand::{in_local_time, parse_devices, told_of_hyper_v},
+};
 use karst_model::{
     Config,
     device::{DISK_CACHES, Devices, DiskBus, DiskDevice, DiskIo, DiskOrigin, NicDevice, NicModel},
@@ -177,14 +180,26 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
     let mut os = system(shown, &opaque);
     start_with(&mut os, kernel(shown)?);
     e.push(os);
-    e.push(Element::new("features").child(Element::new("acpi")).child(Element::new("apic")));
+    let hyper_v = told_of_hyper_v(shown.config, instance);
+    let mut features = Element::new("features").child(Element::new("acpi")).child(Element::new("apic"));
+    if hyper_v {
+        let on = |name: &&'static str| Element::new(*name).with("state", "on");
+        features.push(Element::new("hyperv").with("mode", "custom").children(kept::HYPER_V.iter().map(on)));
+    }
+    e.push(features);
     e.push(cpu(shown.hardware));
     crate::xml::domain::ends(&mut e, shown.config);
+    let local_time = in_local_time(shown.config, instance);
+    if local_time && let Some(clock) = e.elements_mut().iter_mut().find(|c| c.name() == "clock") {
+        clock.set("offset", "localtime");
+    }
     for kept in &opaque.domain {
         let still = match kept.name() {
             "os" => continue,
             "vcpu" => read::vcpu(kept).is_ok_and(|(n, set)| n == shown.cpus && set == shown.pinned),
-            "currentMemory" => kept.body().trim().parse::<u64>().is_ok_and(|n| n <= shown.memory),
+            "currentMemory" => false,
+            "features" => kept::asks_for_hyper_v(kept) == hyper_v,
+            "clock" => (kept.attribute("offset") == Some("localtime")) == local_time,
             "cpu" => {
                 let now = shown.config.get("hardware.cpu.model").filter(|m| !m.is_empty());
                 read::cpu_model(kept).is_ok_and(|m| m.as_ref() == now)

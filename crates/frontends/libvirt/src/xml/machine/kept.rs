@@ -1,0 +1,883 @@
+//! What becomes of the XML of a machine that the typed form does not hold: one row for each element and attribute that
+//! libvirt knows. It is shown again when nothing of the guest depends on it, or when it says what Karst does anyway; else
+//! it is refused by its name. What no row names is refused too: nothing is accepted that has no effect and was meant to
+//! have one.
+//!
+//! The tools of libvirt write some things unasked (a sound card, ports for USB over SPICE, the model of the screen). Those
+//! are kept: a guest without them does what it does, and the tools stay usable.
+
+use super::refuse;
+use crate::{error::VirError, xml::Element};
+
+/// What is done with an element or attribute.
+#[derive(Clone, Copy)]
+enum Rule {
+    /// Shown again, or held by the typed form.
+    Kept,
+    /// Kept when it says what Karst does.
+    When(fn(&Element) -> bool),
+    /// Refused.
+    Never,
+}
+use Rule::{Kept, Never, When};
+
+/// A row: the name of an element, `@` and that of an attribute, what is done with it, and why it is refused.
+type Row = (&'static str, Rule, &'static str);
+
+fn said<'a>(e: &'a Element, name: &str) -> Option<&'a str> {
+    e.attribute(name)
+}
+
+/// No attribute, or one of these values.
+fn is(e: &Element, name: &str, values: &[&str]) -> bool {
+    said(e, name).is_none_or(|v| values.contains(&v))
+}
+
+fn text_is(e: &Element, values: &[&str]) -> bool {
+    values.contains(&e.body().trim())
+}
+
+/// It says nothing.
+fn empty(e: &Element) -> bool {
+    e.elements().is_empty() && e.body().trim().is_empty()
+}
+
+fn off(e: &Element) -> bool {
+    is(e, "state", &["off", "no"]) && said(e, "state").is_some()
+}
+
+fn no(e: &Element) -> bool {
+    is(e, "enabled", &["no"])
+}
+
+/// Elements of a domain.
+const DOMAIN: &[Row] = &[
+    ("name", Kept, ""),
+    ("uuid", Kept, ""),
+    ("title", Kept, ""),
+    ("description", Kept, ""),
+    ("metadata", Kept, ""),
+    ("memory", When(|e| is(e, "dumpCore", &["off"])), "the memory of guests is in no core"),
+    // There is one size of memory, which is what is shown.
+    ("currentMemory", Kept, ""),
+    ("maxMemory", Never, "memory modules are not there; set <memory>"),
+    ("vcpu", When(|e| is(e, "placement", &["static"])), "placement is static"),
+    ("vcpus", Never, "processors are plugged in order; say vcpu current"),
+    ("iothreads", Never, "disks are served by the machine's main thread"),
+    ("iothreadids", Never, "disks are served by the machine's main thread"),
+    ("defaultiothread", Never, "disks are served by the machine's main thread"),
+    ("cputune", When(empty), "machines have no shares, quotas or pins of one thread; vcpu cpuset pins all"),
+    ("memtune", When(empty), "a machine has its memory, and no limit beside"),
+    ("blkiotune", When(empty), "machines have rates for each disk (blkdeviotune)"),
+    ("numatune", When(empty), "memory is where the host's kernel puts it"),
+    (
+        "memoryBacking",
+        When(backing),
+        "memory is the host's ordinary one; its source and access are what is taken",
+    ),
+    (
+        "resource",
+        When(|e| e.elements().iter().all(|p| p.name() == "partition" && text_is(p, &["/machine"]))),
+        "guests are in groups of their own",
+    ),
+    ("sysinfo", Never, "what the firmware tells of the machine is Karst's"),
+    ("genid", Never, "a generation is not told to guests"),
+    ("bootloader", Never, "virtual machines start by their firmware"),
+    ("bootloader_args", Never, "virtual machines start by their firmware"),
+    ("os", Kept, ""),
+    ("idmap", Never, "is for containers"),
+    ("features", Kept, ""),
+    ("cpu", Kept, ""),
+    ("clock", Kept, ""),
+    (
+        "on_poweroff",
+        When(|e| text_is(e, &["destroy"])),
+        "a machine that is switched off is off; destroy is there",
+    ),
+    ("on_reboot", When(|e| text_is(e, &["restart", "destroy"])), "restart and destroy are there"),
+    ("on_crash", When(|e| text_is(e, &["restart", "destroy"])), "restart and destroy are there"),
+    ("on_lockfailure", Never, "there is no lock manager"),
+    ("pm", When(|e| e.elements().iter().all(no)), "machines do not sleep"),
+    ("perf", When(|e| e.elements().iter().all(no)), "the host's counters are not told"),
+    ("devices", Kept, ""),
+    // What libvirt found for it on another host; Karst confines its guests by itself.
+    (
+        "seclabel",
+        When(|e| is(e, "type", &["dynamic"]) && is(e, "relabel", &["yes"])),
+        "how guests are confined is not said by their document",
+    ),
+    ("launchSecurity", Never, "encrypted memory is not there"),
+    ("keywrap", Never, "is for s390"),
+    ("throttlegroups", Never, "disks have rates of their own"),
+    ("qemu:commandline", Never, "arguments of QEMU are not passed on"),
+    ("qemu:override", Never, "properties of QEMU's devices are not passed on"),
+    ("qemu:deprecation", Never, "is not passed on"),
+    ("qemu:capabilities", Never, "QEMU's capabilities are not overridden"),
+];
+
+fn backing(e: &Element) -> bool {
+    e.elements().iter().all(|b| match b.name() {
+        "source" => is(b, "type", &["memfd", "anonymous"]),
+        "access" => is(b, "mode", &["shared", "private"]),
+        _ => false,
+    })
+}
+
+/// What is in an `<os>`.
+const OS: &[Row] = &[
+    ("type", Kept, ""),
+    ("@firmware", Kept, ""),
+    ("loader", Kept, ""),
+    (
+        "nvram",
+        When(|e| is(e, "type", &["file"]) && e.find("source").is_none()),
+        "the variables are kept by the host",
+    ),
+    ("firmware", When(enrolled), "secure boot comes with its keys enrolled"),
+    ("boot", When(|e| is(e, "dev", &["hd", "cdrom", "network"])), "hd, cdrom and network are there"),
+    (
+        "bootmenu",
+        When(|e| is(e, "enable", &["no"]) || is(e, "timeout", &["5000"])),
+        "the menu waits for 5000 ms",
+    ),
+    ("kernel", Kept, ""),
+    ("initrd", Kept, ""),
+    ("cmdline", Kept, ""),
+    ("smbios", When(|e| is(e, "mode", &["emulate"])), "what the firmware tells of the machine is Karst's"),
+    (
+        "bios",
+        When(|e| is(e, "useserial", &["no"]) && is(e, "rebootTimeout", &["-1"])),
+        "the firmware is as it is",
+    ),
+    ("acpi", Never, "tables of a file of the host are not passed on"),
+    ("dtb", When(empty), "is for other architectures"),
+    ("shim", Never, "a kernel is started by the firmware alone"),
+    ("init", Never, "is for containers"),
+    ("initarg", Never, "is for containers"),
+];
+
+fn enrolled(e: &Element) -> bool {
+    let has = |name: &str, enabled: &str| {
+        e.all("feature").any(|f| said(f, "name") == Some(name) && said(f, "enabled") == Some(enabled))
+    };
+    !(has("secure-boot", "yes") && has("enrolled-keys", "no"))
+}
+
+/// What is in `<features>`.
+const FEATURES: &[Row] = &[
+    ("acpi", Kept, ""),
+    ("apic", When(|e| is(e, "eoi", &["off"])), "its end of interrupts is as it is"),
+    // What 32 bits see of memory is the model's to say, which has it.
+    ("pae", Kept, ""),
+    (
+        "hyperv",
+        When(hyper_v),
+        "what is told of Hyper-V is relaxed, vapic, spinlocks (8191), vpindex, runtime, synic, stimer, \
+        frequencies, reset, tlbflush and ipi, all together",
+    ),
+    ("kvm", When(|e| e.elements().iter().all(off)), "KVM shows itself as it is"),
+    ("vmport", When(off), "there is none"),
+    (
+        "smm",
+        When(|e| is(e, "state", &["on", "off"]) && e.find("tseg").is_none()),
+        "it comes with secure boot",
+    ),
+    ("pmu", Never, "the counters are those of the CPU model"),
+    ("vmcoreinfo", When(off), "the guest's kernel is not described to the host"),
+    ("pvspinlock", Never, "is as the CPU model has it"),
+    ("ioapic", When(|e| is(e, "driver", &["kvm"])), "interrupts are KVM's"),
+    ("msrs", Never, "accesses to unknown registers are QEMU's to answer"),
+    ("tcg", Never, "the translation cache has QEMU's size"),
+    ("async-teardown", Never, "is not there"),
+    ("ps2", When(|e| is(e, "state", &["on"])), "it is there"),
+    ("hap", Never, "is for Xen"),
+    ("viridian", Never, "is for Xen"),
+    ("xen", Never, "is for Xen"),
+    ("privnet", Never, "is for containers"),
+    ("capabilities", Never, "is for containers"),
+    ("gic", Never, "is for other architectures"),
+    ("hpt", Never, "is for other architectures"),
+    ("htm", Never, "is for other architectures"),
+];
+
+/// What Karst tells a guest of Hyper-V, in libvirt's words.
+pub const HYPER_V: &[&str] = &[
+    "relaxed",
+    "vapic",
+    "spinlocks",
+    "vpindex",
+    "runtime",
+    "synic",
+    "stimer",
+    "frequencies",
+    "reset",
+    "tlbflush",
+    "ipi",
+];
+
+fn hyper_v(e: &Element) -> bool {
+    is(e, "mode", &["custom"])
+        && e.elements().iter().all(|f| {
+            let told = HYPER_V.contains(&f.name());
+            off(f) || told && is(f, "retries", &["8191"]) && f.find("direct").is_none_or(off)
+        })
+}
+
+/// Does a `<features>` ask for what Hyper-V tells its guests?
+pub fn asks_for_hyper_v(features: &Element) -> bool {
+    features.find("hyperv").is_some_and(|h| h.elements().iter().any(|f| said(f, "state") == Some("on")))
+}
+
+/// What is in a `<cpu>`.
+const CPU: &[Row] = &[
+    ("@mode", Kept, ""),
+    (
+        "@match",
+        When(|e| is(e, "match", &["exact", "minimum", "strict"])),
+        "exact, minimum and strict are there",
+    ),
+    ("@check", Kept, ""),
+    ("@migratable", When(|e| is(e, "migratable", &["on"])), "it can be"),
+    ("model", When(|e| said(e, "vendor_id").is_none()), "the vendor is the model's"),
+    // Whose CPU the model is.
+    ("vendor", Kept, ""),
+    ("feature", Kept, ""),
+    (
+        "topology",
+        When(|e| ["sockets", "dies", "clusters", "threads"].iter().all(|n| is(e, n, &["1"]))),
+        "a machine has one socket with a core for each processor",
+    ),
+    ("cache", Never, "caches are those of the model"),
+    ("maxphysaddr", When(|e| is(e, "mode", &["passthrough"])), "addresses are as wide as those of the model"),
+    ("numa", Never, "machines have one node of memory"),
+];
+
+/// What is in a `<clock>`.
+const CLOCK: &[Row] = &[
+    ("@offset", When(|e| is(e, "offset", &["utc", "localtime"])), "utc and localtime are there"),
+    ("@adjustment", When(|e| is(e, "adjustment", &["0", "reset"])), "the clock begins with the host's time"),
+    ("@basis", Never, "the clock begins with the host's time"),
+    ("@timezone", Never, "utc and localtime are there"),
+    ("@start", Never, "the clock begins with the host's time"),
+    ("timer", When(timer), "the timers are those of the machine, without an HPET"),
+];
+
+fn timer(e: &Element) -> bool {
+    let there = is(e, "present", &["yes"]) && is(e, "track", &["wall"]) && e.find("catchup").is_none();
+    match said(e, "name") {
+        // How ticks that were missed are made up for, as tools write it for every guest.
+        Some("rtc") => there && is(e, "tickpolicy", &["catchup", "delay"]),
+        Some("pit") => there && is(e, "tickpolicy", &["delay", "discard"]),
+        Some("hpet") => said(e, "present") == Some("no"),
+        Some("kvmclock") => there,
+        Some("hypervclock") => is(e, "present", &["yes", "no"]),
+        Some("tsc") => there && is(e, "mode", &["auto"]) && said(e, "frequency").is_none(),
+        _ => false,
+    }
+}
+
+/// Devices.
+const DEVICES: &[Row] = &[
+    ("emulator", Kept, ""),
+    ("disk", Kept, ""),
+    ("interface", Kept, ""),
+    (
+        "controller",
+        When(controller),
+        "the controllers are those of the machine, disks on scsi are on virtio-scsi",
+    ),
+    (
+        "input",
+        When(|e| is(e, "bus", &["ps2", "usb"]) && is(e, "type", &["mouse", "keyboard", "tablet"])),
+        "mouse, keyboard and tablet of every machine are there, on ps2 or usb",
+    ),
+    ("serial", When(|e| port(e, &["isa-serial"])), "a machine has one, of type pty"),
+    ("console", When(|e| port(e, &["serial"])), "a machine has one, which is its serial port"),
+    ("parallel", Never, "there is none"),
+    ("channel", When(channel), "the one of the guest agent is there"),
+    ("graphics", When(graphics), "a machine has one screen, which viewers get by a descriptor"),
+    (
+        "video",
+        When(|e| {
+            e.find("model").is_none_or(|m| {
+                !matches!(said(m, "type"), Some("none"))
+                    && m.find("acceleration")
+                        .is_none_or(|a| is(a, "accel3d", &["no"]) && is(a, "accel2d", &["no"]))
+            })
+        }),
+        "a machine has a screen, which is not accelerated",
+    ),
+    ("audio", When(|e| is(e, "type", &["none", "spice"])), "sound goes nowhere"),
+    ("sound", Kept, ""),
+    ("redirdev", When(|e| is(e, "type", &["spicevmc"])), "USB devices of others are not reached"),
+    ("redirfilter", Kept, ""),
+    ("memballoon", When(balloon), "every machine has the one of virtio"),
+    ("rng", When(rng), "every machine has one on /dev/urandom without a rate"),
+    (
+        "tpm",
+        When(|e| is(e, "model", &["tpm-crb"]) && e.find("backend").is_none_or(|b| b.elements().is_empty())),
+        "there are emulated ones of the model tpm-crb",
+    ),
+    ("watchdog", Never, "there is none that would act"),
+    ("panic", Never, "a guest that panics is not heard"),
+    ("vsock", Never, "sockets between guest and host are not there"),
+    ("iommu", Never, "is not there"),
+    ("smartcard", Never, "is not there"),
+    ("hub", Never, "is not there"),
+    ("pstore", Never, "is not there"),
+    ("hostdev", Never, "devices of the host are not passed through"),
+    ("filesystem", Never, "directories are shared with machines by devices of the instance, not by XML"),
+    ("lease", Never, "there is no lock manager"),
+    ("shmem", Never, "shared memory is not there"),
+    ("memory", Never, "memory modules are not there; set <memory>"),
+    ("crypto", Never, "is not there"),
+    ("nvram", Never, "is for other architectures"),
+];
+
+fn controller(e: &Element) -> bool {
+    let plain = e
+        .find("driver")
+        .is_none_or(|d| d.attributes().all(|(n, _)| matches!(n, "name")) && d.elements().is_empty());
+    plain
+        && match said(e, "type") {
+            Some("usb" | "pci" | "virtio-serial" | "sata" | "ide") => true,
+            Some("scsi") => is(e, "model", &["virtio-scsi", "auto"]),
+            _ => false,
+        }
+}
+
+fn port(e: &Element, targets: &[&str]) -> bool {
+    let target = e.find("target");
+    is(e, "type", &["pty"])
+        && target.is_none_or(|t| is(t, "type", targets) && is(t, "port", &["0"]))
+        && ["log", "protocol", "auth"].iter().all(|n| e.find(n).is_none())
+}
+
+fn channel(e: &Element) -> bool {
+    let name = e.find("target").and_then(|t| said(t, "name"));
+    match said(e, "type") {
+        Some("unix") => name == Some("org.qemu.guest_agent.0"),
+        // What tools write beside a screen of SPICE.
+        Some("spicevmc") => name.is_none_or(|n| n == "com.redhat.spice.0"),
+        _ => false,
+    }
+}
+
+fn graphics(e: &Element) -> bool {
+    let free = is(e, "autoport", &["yes"]) && said(e, "autoport").is_some() || is(e, "port", &["-1", "0"]);
+    is(e, "type", &["vnc", "spice"])
+        && free
+        && is(e, "websocket", &["-1"])
+        && is(e, "tlsPort", &["-1"])
+        && said(e, "socket").is_none()
+        && e.find("gl").is_none_or(|g| is(g, "enable", &["no"]))
+        && e.all("listen").all(|l| is(l, "type", &["address", "none"]))
+}
+
+fn balloon(e: &Element) -> bool {
+    is(e, "model", &["virtio", "virtio-non-transitional"])
+        && is(e, "autodeflate", &["off"])
+        && is(e, "freePageReporting", &["on"])
+        && e.find("driver").is_none()
+}
+
+fn rng(e: &Element) -> bool {
+    let backend = e.find("backend");
+    is(e, "model", &["virtio", "virtio-non-transitional"])
+        && e.find("rate").is_none()
+        && backend.is_none_or(|b| {
+            is(b, "model", &["random", "builtin"])
+                && matches!(b.body().trim(), "" | "/dev/urandom" | "/dev/random")
+        })
+}
+
+/// What is in a `<disk>`.
+const DISK: &[Row] = &[
+    ("@type", Kept, ""),
+    ("@device", Kept, ""),
+    (
+        "@model",
+        When(|e| is(e, "model", &["virtio", "virtio-non-transitional"])),
+        "a disk is a modern device of virtio",
+    ),
+    (
+        "@snapshot",
+        When(|e| is(e, "snapshot", &["internal"]) || e.find("readonly").is_some()),
+        "what is in a snapshot is said when it is taken",
+    ),
+    ("@rawio", When(|e| is(e, "rawio", &["no"])), "commands do not reach devices of the host"),
+    ("@sgio", When(|e| is(e, "sgio", &["filtered"])), "commands do not reach devices of the host"),
+    ("driver", When(driver), "what is said of it is name, type, cache, io, discard and detect_zeroes"),
+    ("source", When(|e| is(e, "startupPolicy", &["mandatory"])), "a disk is there at the start"),
+    (
+        "target",
+        When(|e| said(e, "rotation_rate").is_none() && is(e, "removable", &["off"])),
+        "a disk shows itself as it is",
+    ),
+    ("backingStore", When(empty), "a disk is one volume, without others below it"),
+    ("readonly", Kept, ""),
+    ("shareable", Never, "a volume is of several machines by security.shared of the volume"),
+    ("transient", Never, "changes are kept"),
+    ("mirror", Never, "is the state of a job"),
+    ("iotune", Never, "limits of rates are set by blkdeviotune"),
+    ("throttlefilters", Never, "limits of rates are set by blkdeviotune"),
+    ("serial", Never, "the serial number of a disk is made of its name"),
+    ("wwn", Never, "disks have none"),
+    ("vendor", Never, "disks are QEMU's"),
+    ("product", Never, "disks are QEMU's"),
+    ("geometry", Never, "disks have none"),
+    ("blockio", Never, "disks have sectors of 512 bytes"),
+    ("auth", Never, "volumes are the host's"),
+    ("encryption", Never, "is not there for disks"),
+    ("reservations", Never, "is not there for disks"),
+    ("slices", Never, "is not there for disks"),
+    ("ssl", Never, "is not there for disks"),
+    ("cookies", Never, "is not there for disks"),
+    ("boot", Kept, ""),
+    ("alias", Kept, ""),
+    ("address", Kept, ""),
+];
+
+fn driver(e: &Element) -> bool {
+    e.elements().is_empty()
+        && e.attributes().all(|(name, value)| match name {
+            // How the host reads and writes, and what space it gives back: the guest sees nothing of it.
+            "name" | "type" | "cache" | "io" | "discard" | "detect_zeroes" => true,
+            "error_policy" => matches!(value, "enospace" | "default"),
+            "rerror_policy" => matches!(value, "report" | "default"),
+            "copy_on_read" => value == "off",
+            _ => false,
+        })
+}
+
+/// What is in an `<interface>`.
+const INTERFACE: &[Row] = &[
+    ("@type", Kept, ""),
+    (
+        "@trustGuestRxFilters",
+        When(|e| is(e, "trustGuestRxFilters", &["no"])),
+        "a guest's addresses are its own",
+    ),
+    ("@managed", Kept, ""),
+    ("mac", When(|e| is(e, "type", &["generated", "static"])), "its type is generated or static"),
+    ("source", When(|e| said(e, "portgroup").is_none()), "networks have no portgroup"),
+    // The name that the host gave it, which it gives anew.
+    ("target", Kept, ""),
+    ("guest", Never, "the guest names its interfaces"),
+    ("model", Kept, ""),
+    (
+        "driver",
+        When(|e| {
+            e.elements().is_empty()
+                && e.attributes().all(|(n, v)| n == "name" && matches!(v, "vhost" | "qemu"))
+        }),
+        "an interface has one queue",
+    ),
+    ("backend", Never, "interfaces of the host are Karst's"),
+    ("filterref", Kept, ""),
+    (
+        "bandwidth",
+        When(|e| {
+            e.elements().iter().all(|d| {
+                matches!(d.name(), "inbound" | "outbound") && d.attributes().all(|(n, _)| n == "average")
+            })
+        }),
+        "a rate is an average; there is no peak, burst or floor",
+    ),
+    ("boot", When(|e| said(e, "loadparm").is_none()), "is for s390"),
+    ("link", Kept, ""),
+    ("mtu", Kept, ""),
+    ("port", Kept, ""),
+    ("rom", Never, "the ROM of an interface is QEMU's"),
+    ("coalesce", Never, "is not there"),
+    ("acpi", Never, "interfaces have no number in the tables of ACPI"),
+    ("vlan", Never, "tags are not set by XML"),
+    ("virtualport", Never, "bridges are Linux bridges"),
+    ("ip", Never, "addresses are given by the network"),
+    ("route", Never, "routes are given by the network"),
+    ("teaming", Never, "is not there"),
+    ("script", Never, "programs of the host are not started"),
+    ("downscript", Never, "programs of the host are not started"),
+    ("tune", Never, "is not there"),
+    ("alias", Kept, ""),
+    ("address", Kept, ""),
+];
+
+/// All that is in an element, by the rows for it. `of` names the element where its own name does not say enough.
+fn check(e: &Element, of: &str, rows: &[Row]) -> Result<(), VirError> {
+    let named = |name: &str| match of {
+        "" => name.to_owned(),
+        of => format!("{of} {name}"),
+    };
+    let row = |name: &str| rows.iter().find(|(known, _, _)| *known == name);
+    for inner in e.elements() {
+        one(row(inner.name()), inner, &named(inner.name()))?;
+    }
+    // Elements with rows for their attributes have one for each.
+    if rows.iter().any(|(name, _, _)| name.starts_with('@')) {
+        for (name, _) in e.attributes().filter(|(n, _)| !n.starts_with("xmlns")) {
+            let at = rows.iter().find(|(known, _, _)| known.strip_prefix('@') == Some(name));
+            one(at, e, &named(name))?;
+        }
+    }
+    Ok(())
+}
+
+fn one(row: Option<&Row>, e: &Element, name: &str) -> Result<(), VirError> {
+    match row {
+        Some((_, Kept, _)) => Ok(()),
+        Some((_, When(good), _)) if good(e) => Ok(()),
+        Some((_, _, why)) => Err(refuse(name, why)),
+        None => Err(refuse(name, "is not known")),
+    }
+}
+
+/// Takes out of a disk or an interface what is refused of it.
+pub fn without_refused(e: &mut Element) {
+    let rows = if e.name() == "disk" { DISK } else { INTERFACE };
+    let row = |name: &str| rows.iter().find(|(known, _, _)| *known == name);
+    let bad: Vec<String> = e
+        .attributes()
+        .map(|(name, _)| name.to_owned())
+        .filter(|name| one(row(&format!("@{name}")), &*e, name).is_err())
+        .collect();
+    bad.iter().for_each(|name| e.unset(name));
+    if !e.elements().is_empty() {
+        e.elements_mut().retain(|inner| one(row(inner.name()), inner, inner.name()).is_ok());
+    }
+}
+
+/// One element of a domain, with what is in it.
+///
+/// # Errors
+/// CONFIG_UNSUPPORTED, naming what Karst does not do.
+pub fn part(e: &Element) -> Result<(), VirError> {
+    one(DOMAIN.iter().find(|(name, _, _)| *name == e.name()), e, e.name())?;
+    match e.name() {
+        "os" => check(e, "os", OS),
+        "features" => check(e, "features", FEATURES),
+        "cpu" => check(e, "cpu", CPU),
+        "clock" => check(e, "clock", CLOCK),
+        "devices" => devices(e),
+        _ => Ok(()),
+    }
+}
+
+/// A whole domain.
+///
+/// # Errors
+/// Those of [`part`].
+pub fn domain(root: &Element) -> Result<(), VirError> {
+    root.elements().iter().try_for_each(part)
+}
+
+fn devices(all: &Element) -> Result<(), VirError> {
+    all.elements().iter().try_for_each(device)?;
+    let second = |name: &str| all.all(name).count() > 1;
+    match ["serial", "console", "video", "memballoon", "rng"].into_iter().find(|name| second(name)) {
+        Some(name) => Err(refuse(name, "a machine has one")),
+        None => Ok(()),
+    }
+}
+
+/// One device; what is in a disk or an interface too.
+///
+/// # Errors
+/// CONFIG_UNSUPPORTED, naming what Karst does not do.
+pub fn device(e: &Element) -> Result<(), VirError> {
+    one(DEVICES.iter().find(|(name, _, _)| *name == e.name()), e, e.name())?;
+    match e.name() {
+        "disk" => disk(e),
+        "interface" => interface(e),
+        _ => Ok(()),
+    }
+}
+
+/// What is in a disk.
+///
+/// # Errors
+/// CONFIG_UNSUPPORTED, naming what Karst does not do.
+pub fn disk(e: &Element) -> Result<(), VirError> {
+    check(e, "disk", DISK)
+}
+
+/// What is in an interface.
+///
+/// # Errors
+/// CONFIG_UNSUPPORTED, naming what Karst does not do.
+pub fn interface(e: &Element) -> Result<(), VirError> {
+    check(e, "interface", INTERFACE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{error::Code, xml::read::document};
+
+    const TABLES: &[(&str, &[Row])] = &[
+        ("domain", DOMAIN),
+        ("os", OS),
+        ("features", FEATURES),
+        ("cpu", CPU),
+        ("clock", CLOCK),
+        ("devices", DEVICES),
+        ("disk", DISK),
+        ("interface", INTERFACE),
+    ];
+
+    /// Of each row with a condition: its element, what is kept of it, and what is refused. Of a row for an attribute the element
+    /// that has it.
+    const SAMPLES: &[(&str, &str, &str, &str)] = &[
+        (
+            "domain",
+            "memory",
+            "<memory unit='MiB' dumpCore='off'>1</memory>",
+            "<memory dumpCore='on'>1</memory>",
+        ),
+        ("domain", "vcpu", "<vcpu placement='static'>1</vcpu>", "<vcpu placement='auto'>1</vcpu>"),
+        ("domain", "cputune", "<cputune/>", "<cputune><vcpupin vcpu='0' cpuset='1'/></cputune>"),
+        ("domain", "memtune", "<memtune/>", "<memtune><hard_limit>1</hard_limit></memtune>"),
+        ("domain", "blkiotune", "<blkiotune/>", "<blkiotune><weight>800</weight></blkiotune>"),
+        ("domain", "numatune", "<numatune/>", "<numatune><memory mode='strict' nodeset='0'/></numatune>"),
+        (
+            "domain",
+            "memoryBacking",
+            "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>",
+            "<memoryBacking><hugepages/></memoryBacking>",
+        ),
+        (
+            "domain",
+            "resource",
+            "<resource><partition>/machine</partition></resource>",
+            "<resource><partition>/gold</partition></resource>",
+        ),
+        ("domain", "on_poweroff", "<on_poweroff>destroy</on_poweroff>", "<on_poweroff>restart</on_poweroff>"),
+        ("domain", "on_reboot", "<on_reboot>restart</on_reboot>", "<on_reboot>preserve</on_reboot>"),
+        ("domain", "on_crash", "<on_crash>destroy</on_crash>", "<on_crash>coredump-destroy</on_crash>"),
+        (
+            "domain",
+            "pm",
+            "<pm><suspend-to-mem enabled='no'/></pm>",
+            "<pm><suspend-to-disk enabled='no'/><suspend-to-mem enabled='yes'/></pm>",
+        ),
+        (
+            "domain",
+            "perf",
+            "<perf><event name='cmt' enabled='no'/></perf>",
+            "<perf><event name='cmt' enabled='yes'/></perf>",
+        ),
+        (
+            "domain",
+            "seclabel",
+            "<seclabel type='dynamic' model='dac' relabel='yes'/>",
+            "<seclabel type='none' model='apparmor'/>",
+        ),
+        ("os", "nvram", "<nvram template='/x'>/y</nvram>", "<nvram type='network'/>"),
+        (
+            "os",
+            "firmware",
+            "<firmware><feature enabled='no' name='enrolled-keys'/><feature enabled='no' name='secure-boot'/></firmware>",
+            "<firmware><feature enabled='no' name='enrolled-keys'/><feature enabled='yes' name='secure-boot'/></firmware>",
+        ),
+        ("os", "boot", "<boot dev='hd'/>", "<boot dev='fd'/>"),
+        ("os", "bootmenu", "<bootmenu enable='yes'/>", "<bootmenu enable='yes' timeout='3000'/>"),
+        ("os", "smbios", "<smbios mode='emulate'/>", "<smbios mode='host'/>"),
+        ("os", "bios", "<bios useserial='no'/>", "<bios useserial='yes'/>"),
+        ("os", "dtb", "<dtb/>", "<dtb>/boot/dtb</dtb>"),
+        ("features", "apic", "<apic/>", "<apic eoi='on'/>"),
+        (
+            "features",
+            "hyperv",
+            "<hyperv><relaxed state='on'/><spinlocks state='on' retries='8191'/><evmcs state='off'/></hyperv>",
+            "<hyperv><vendor_id state='on' value='me'/></hyperv>",
+        ),
+        ("features", "kvm", "<kvm><hidden state='off'/></kvm>", "<kvm><hidden state='on'/></kvm>"),
+        ("features", "vmport", "<vmport state='off'/>", "<vmport state='on'/>"),
+        ("features", "smm", "<smm state='on'/>", "<smm state='on'><tseg unit='MiB'>48</tseg></smm>"),
+        ("features", "vmcoreinfo", "<vmcoreinfo state='off'/>", "<vmcoreinfo state='on'/>"),
+        ("features", "ioapic", "<ioapic driver='kvm'/>", "<ioapic driver='qemu'/>"),
+        ("features", "ps2", "<ps2 state='on'/>", "<ps2 state='off'/>"),
+        ("cpu", "@match", "<cpu match='exact'/>", "<cpu match='any'/>"),
+        ("cpu", "@migratable", "<cpu migratable='on'/>", "<cpu migratable='off'/>"),
+        ("cpu", "model", "<model fallback='forbid'>qemu64</model>", "<model vendor_id='Mine'>qemu64</model>"),
+        (
+            "cpu",
+            "topology",
+            "<topology sockets='1' dies='1' cores='4' threads='1'/>",
+            "<topology sockets='2' cores='1' threads='2'/>",
+        ),
+        (
+            "cpu",
+            "maxphysaddr",
+            "<maxphysaddr mode='passthrough'/>",
+            "<maxphysaddr mode='emulate' bits='42'/>",
+        ),
+        ("clock", "@offset", "<clock offset='localtime'/>", "<clock offset='timezone'/>"),
+        ("clock", "@adjustment", "<clock adjustment='reset'/>", "<clock adjustment='3600'/>"),
+        ("clock", "timer", "<timer name='hpet' present='no'/>", "<timer name='hpet' present='yes'/>"),
+        (
+            "clock",
+            "timer",
+            "<timer name='rtc' tickpolicy='catchup'/>",
+            "<timer name='rtc' tickpolicy='merge'/>",
+        ),
+        ("clock", "timer", "<timer name='tsc'/>", "<timer name='tsc' frequency='3000000000'/>"),
+        (
+            "devices",
+            "controller",
+            "<controller type='scsi' model='virtio-scsi'/>",
+            "<controller type='scsi' model='lsilogic'/>",
+        ),
+        (
+            "devices",
+            "controller",
+            "<controller type='usb' model='qemu-xhci' ports='15'/>",
+            "<controller type='ccid'/>",
+        ),
+        ("devices", "input", "<input type='tablet' bus='usb'/>", "<input type='evdev'/>"),
+        ("devices", "serial", "<serial type='pty'/>", "<serial type='file'/>"),
+        (
+            "devices",
+            "console",
+            "<console type='pty'><target type='serial' port='0'/></console>",
+            "<console type='pty'><target type='virtio' port='1'/></console>",
+        ),
+        (
+            "devices",
+            "channel",
+            "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>",
+            "<channel type='unix'><target type='virtio' name='com.example'/></channel>",
+        ),
+        (
+            "devices",
+            "graphics",
+            "<graphics type='vnc' port='-1' autoport='yes'><listen type='address' address='127.0.0.1'/></graphics>",
+            "<graphics type='vnc' port='5907' autoport='no'/>",
+        ),
+        (
+            "devices",
+            "video",
+            "<video><model type='virtio' heads='1'/></video>",
+            "<video><model type='virtio'><acceleration accel3d='yes'/></model></video>",
+        ),
+        ("devices", "audio", "<audio id='1' type='none'/>", "<audio id='1' type='alsa'/>"),
+        ("devices", "redirdev", "<redirdev bus='usb' type='spicevmc'/>", "<redirdev bus='usb' type='tcp'/>"),
+        ("devices", "memballoon", "<memballoon model='virtio'/>", "<memballoon model='none'/>"),
+        (
+            "devices",
+            "rng",
+            "<rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>",
+            "<rng model='virtio'><rate bytes='10'/></rng>",
+        ),
+        (
+            "devices",
+            "tpm",
+            "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>",
+            "<tpm model='tpm-tis'><backend type='emulator'/></tpm>",
+        ),
+        ("disk", "@model", "<disk model='virtio'/>", "<disk model='virtio-transitional'/>"),
+        ("disk", "@snapshot", "<disk snapshot='no'><readonly/></disk>", "<disk snapshot='external'/>"),
+        ("disk", "@rawio", "<disk rawio='no'/>", "<disk rawio='yes'/>"),
+        ("disk", "@sgio", "<disk sgio='filtered'/>", "<disk sgio='unfiltered'/>"),
+        (
+            "disk",
+            "driver",
+            "<driver name='qemu' type='raw' cache='none' io='native' discard='unmap'/>",
+            "<driver name='qemu' iothread='2'/>",
+        ),
+        ("disk", "source", "<source file='/x'/>", "<source file='/x' startupPolicy='optional'/>"),
+        ("disk", "target", "<target dev='vda' bus='virtio'/>", "<target dev='sda' rotation_rate='7200'/>"),
+        (
+            "disk",
+            "backingStore",
+            "<backingStore/>",
+            "<backingStore type='file'><source file='/base'/></backingStore>",
+        ),
+        (
+            "interface",
+            "@trustGuestRxFilters",
+            "<interface trustGuestRxFilters='no'/>",
+            "<interface trustGuestRxFilters='yes'/>",
+        ),
+        ("interface", "mac", "<mac address='52:54:00:00:00:01'/>", "<mac type='other'/>"),
+        ("interface", "source", "<source network='n'/>", "<source network='n' portgroup='p'/>"),
+        ("interface", "driver", "<driver name='vhost'/>", "<driver name='vhost' queues='4'/>"),
+        (
+            "interface",
+            "bandwidth",
+            "<bandwidth><inbound average='1000'/></bandwidth>",
+            "<bandwidth><inbound average='1000' peak='2000'/></bandwidth>",
+        ),
+        ("interface", "boot", "<boot order='1'/>", "<boot order='1' loadparm='x'/>"),
+    ];
+
+    /// What becomes of an element of a table's kind, or of one with this in it.
+    fn taken(table: &str, row: &str, text: &str) -> Result<(), VirError> {
+        let given = document(text).unwrap();
+        let rows = TABLES.iter().find(|(name, _)| *name == table).unwrap().1;
+        let whole = if row.starts_with('@') { given } else { Element::new(table.to_owned()).child(given) };
+        check(&whole, "", rows)
+    }
+
+    #[test]
+    fn every_row_does_what_it_says() {
+        for (table, rows) in TABLES {
+            for (n, (row, rule, why)) in rows.iter().enumerate() {
+                assert!(rows[..n].iter().all(|(known, _, _)| known != row), "{table} {row} is there twice");
+                let samples: Vec<_> = SAMPLES.iter().filter(|s| (s.0, s.1) == (*table, *row)).collect();
+                let bare = row.trim_start_matches('@');
+                let plain = match row.strip_prefix('@') {
+                    Some(attribute) => format!("<{table} {attribute}='x'/>"),
+                    None => format!("<{row}/>"),
+                };
+                match rule {
+                    Kept => {
+                        assert!(
+                            samples.is_empty() && why.is_empty(),
+                            "{table} {row} is kept, whatever it says"
+                        );
+                        assert_eq!(taken(table, row, &plain), Ok(()), "{table} {row}");
+                    }
+                    When(_) => {
+                        assert!(!samples.is_empty() && !why.is_empty(), "{table} {row} has no sample");
+                        for (_, _, good, bad) in samples {
+                            assert_eq!(taken(table, row, good), Ok(()), "{good}");
+                            let e = taken(table, row, bad).unwrap_err();
+                            assert!(
+                                e.code == Code::ConfigUnsupported && e.text.starts_with(bare),
+                                "{bad}: {e:?}"
+                            );
+                        }
+                    }
+                    Never => {
+                        assert!(samples.is_empty() && !why.is_empty(), "{table} {row} is always refused");
+                        let e = taken(table, row, &plain).unwrap_err();
+                        assert!(
+                            e.code == Code::ConfigUnsupported && e.text.starts_with(bare),
+                            "{row}: {e:?}"
+                        );
+                    }
+                }
+            }
+        }
+        for (table, row, ..) in SAMPLES {
+            let rows = TABLES.iter().find(|(name, _)| name == table).unwrap().1;
+            assert!(rows.iter().any(|(known, _, _)| known == row), "{table} {row} has a sample and no row");
+        }
+    }
+
+    #[test]
+    fn what_no_row_names_is_refused() {
+        for (text, word) in [
+            ("<domain><teleport/></domain>", "teleport: "),
+            ("<domain><os><teleport/></os></domain>", "os teleport: "),
+            ("<domain><devices><teleport/></devices></domain>", "teleport: "),
+            ("<domain><devices><disk><teleport/></disk></devices></domain>", "disk teleport: "),
+            ("<domain><devices><disk teleport='yes'/></devices></domain>", "disk teleport: "),
+            ("<domain><devices><rng/><rng/></devices></domain>", "rng: a machine has one"),
+        ] {
+            let e = domain(&document(text).unwrap()).unwrap_err();
+            assert!(e.code == Code::ConfigUnsupported && e.text.starts_with(word), "{e:?}");
+        }
+    }
+}
