@@ -435,6 +435,13 @@ async fn what_is_refused_is_named_and_leaves_nothing() {
         ("network='karstbr0'", "network='none'", Code::NoNetwork, "none"),
         ("interface type='network'", "interface type='user'", Code::ConfigUnsupported, "interface type"),
         ("clean-traffic", "mine", Code::ConfigUnsupported, "filterref"),
+        ("clean-traffic", "clean-traffic-gateway", Code::ConfigUnsupported, "isolated"),
+        (
+            "clean-traffic'/>",
+            "no-mac-spoofing'><parameter name='MAC' value='x'/></filterref>",
+            Code::ConfigUnsupported,
+            "MAC",
+        ),
         (
             "<controller",
             "<hostdev mode='subsystem' type='pci'/><controller",
@@ -876,4 +883,35 @@ async fn the_clock_and_pins_of_a_document_are_the_machines() {
     assert_eq!(config("hardware.hyperv").as_deref(), Some("false"));
     let shown = dump(&mut client, "v1", 2).await;
     assert!(shown.contains("<clock offset='utc'>") && shown.contains("<relaxed state='off'/>"), "{shown}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_filter_is_bound_by_its_name_with_the_addresses_it_gives() {
+    let (server, mut client) = ready().await;
+    let admin = Context::new(Principal::system());
+    let network = server.engine.network(&admin, "default", "karstbr0").unwrap();
+    // The ninth of its addresses.
+    let subnet = network.config["ipv4.address"].split('/').next().unwrap().to_owned();
+    let address = format!("{}.9", subnet.rsplit_once('.').unwrap().0);
+    let filter = |inner: &str| domain("v1", &[("<filterref filter='clean-traffic'/>", inner)]);
+    let given =
+        format!("<filterref filter='no-arp-spoofing'><parameter name='IP' value='{address}'/></filterref>");
+    define(&mut client, &filter(&given)).await.unwrap();
+    let nic = || server.engine.instance(&admin, "default", "v1").unwrap().expanded_devices["net0"].clone();
+    assert_eq!(nic()["ipv4.address"], address);
+    assert_eq!(
+        (nic()["security.mac_filtering"].as_str(), nic()["security.ipv4_filtering"].as_str()),
+        ("true", "true")
+    );
+    let shown = dump(&mut client, "v1", 2).await;
+    assert!(
+        shown.contains("filter='no-arp-spoofing'") && shown.contains(&format!("value='{address}'")),
+        "{shown}"
+    );
+    define(&mut client, &shown).await.unwrap();
+    assert_eq!(dump(&mut client, "v1", 2).await, shown);
+    // One that only lets pass keeps nothing away, and what is reserved stays so.
+    define(&mut client, &filter("<filterref filter='allow-dhcp'/>")).await.unwrap();
+    assert!(!nic().contains_key("security.mac_filtering") && nic()["ipv4.address"] == address, "{:?}", nic());
+    assert!(dump(&mut client, "v1", 2).await.contains("<filterref filter='allow-dhcp'/>"));
 }

@@ -218,6 +218,9 @@ fn update_in(machine: &mut Machine, e: &Element) -> Result<(), VirError> {
         return Err(failed("cannot modify network device model"));
     }
     let (boot, mac) = (new.boot.or(old.boot), old.mac.clone());
+    if let Some(mac) = &mac {
+        machine.opaque.nics.insert(mac.clone(), e.clone());
+    }
     let new = xml::machine::Nic { boot, mac, alias: old.alias.clone(), pci: old.pci.clone(), ..new };
     machine.nics[at] = new;
     Ok(())

@@ -1,6 +1,6 @@
 //! Network filters, of which there is a fixed set, and the interfaces of running domains that are bound to one.
 
-use super::{Answered, int, listed, names, text};
+use super::{Answered, domain::OPAQUE, int, listed, names, text};
 use crate::{
     domain_uuid,
     error::{Code, Part, VirError},
@@ -8,8 +8,8 @@ use crate::{
     xdr::Writer,
     xml::{
         Element,
-        machine::refuse,
-        nwfilter::{FILTERS, Filter, find},
+        machine::{Opaque, refuse},
+        nwfilter::{FILTERS, Filter, find, shown},
     },
 };
 use karst_engine::compute::expand::parse_devices;
@@ -85,24 +85,31 @@ pub async fn undefine(call: Call) -> Answered {
 /// An interface that is filtered.
 struct Binding {
     port: String,
-    filter: &'static str,
+    /// Its `<filterref>`.
+    filter: Element,
     mac: String,
     owner: (String, Uuid),
+}
+
+impl Binding {
+    fn name(&self) -> &str {
+        self.filter.attribute("filter").unwrap_or_default()
+    }
 }
 
 fn bindings(call: &Call) -> Result<Vec<Binding>, VirError> {
     let mut all = vec![];
     for view in call.session.guests()?.iter().filter(|v| super::domain::is_running(v)) {
         let applied = view.runtime.as_ref().and_then(|r| r.applied.as_ref());
+        let config = applied.map_or(&view.expanded_config, |a| &a.config);
+        let opaque = config.get(OPAQUE).map(|text| Opaque::parse(text)).unwrap_or_default();
         let parsed = parse_devices(applied.map_or(&view.expanded_devices, |a| &a.devices))?;
         for (name, nic) in parsed.nics.iter().filter(|(_, nic)| nic.attached) {
             let Some(identity) = view.instance.identities.get(name) else { continue };
             let (Some(port), Some(mac)) = (&identity.host_interface, &identity.mac) else { continue };
-            let filter = match (nic.port.mac_filter, nic.port.ipv4_filter || nic.port.ipv6_filter) {
-                (_, true) => "clean-traffic",
-                (true, false) => "no-mac-spoofing",
-                (false, false) => continue,
-            };
+            let flags = (nic.port.mac_filter, nic.port.ipv4_filter || nic.port.ipv6_filter);
+            let kept = opaque.nics.get(mac).and_then(|e| e.find("filterref"));
+            let Some(filter) = shown(flags, (nic.ipv4, nic.ipv6), kept) else { continue };
             let owner = (view.instance.name.to_string(), domain_uuid(view));
             all.push(Binding { port: port.clone(), filter, mac: mac.clone(), owner });
         }
@@ -122,7 +129,7 @@ pub async fn list_bindings(call: Call) -> Answered {
     let (need_results, flags) = call.arguments(|r| Ok((r.i32()?, r.u32()?)))?;
     call.known_flags(flags, 0)?;
     listed(bindings(&call)?, need_results, |w, b| {
-        w.string(&b.port).string(b.filter);
+        w.string(&b.port).string(b.name());
     })
 }
 
@@ -131,7 +138,7 @@ pub async fn binding_by_port(call: Call) -> Answered {
     let port = call.arguments(|r| r.string())?;
     let found = binding(&call, &port)?;
     let mut w = Writer::new();
-    w.string(&found.port).string(found.filter);
+    w.string(&found.port).string(found.name());
     Ok(w.finish().into())
 }
 
@@ -145,7 +152,7 @@ pub async fn binding_xml(call: Call) -> Answered {
         .child(owner)
         .child(Element::new("portdev").with("name", port))
         .child(Element::new("mac").with("address", mac))
-        .child(Element::new("filterref").with("filter", filter));
+        .child(filter);
     Ok(text(&e.document()))
 }
 

@@ -16,7 +16,10 @@ use karst_model::{
     display::{DisplayGuard, DisplayPassword, DisplayProtocol},
     instance::{DeviceIdentity, Firmware},
 };
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, Ipv6Addr},
+};
 use uuid::Uuid;
 
 /// A domain that is a virtual machine.
@@ -178,6 +181,8 @@ pub struct Nic {
     pub mac_filter: bool,
     /// Only its own addresses as sender.
     pub ip_filter: bool,
+    /// The addresses that its network gives it, where the document says.
+    pub addresses: (Option<Ipv4Addr>, Option<Ipv6Addr>),
     /// No traffic with other isolated ports.
     pub isolated: bool,
     /// To the guest and from it, kbit a second.

@@ -5,7 +5,7 @@ use super::{
 };
 use crate::{
     error::VirError,
-    xml::{Element, is_name, is_prefix},
+    xml::{Element, is_name, is_prefix, nwfilter},
 };
 use karst_model::{
     device::{DiskBus, DiskCache, NicModel, parse_mac},
@@ -642,13 +642,7 @@ fn nic(e: &Element, order: &Order) -> Result<Nic, VirError> {
         None => None,
         Some(n) => Some(n.parse().map_err(|_| wrong(format!("MTU '{n}' is no number")))?),
     };
-    let (mac_filter, ip_filter) = match e.find("filterref").and_then(|f| f.attribute("filter")) {
-        None => (false, false),
-        Some(name) => match crate::xml::nwfilter::find(name) {
-            Some(filter) => (filter.mac, filter.ip),
-            None => return Err(refuse("filterref", format!("the filter '{name}' is not there"))),
-        },
-    };
+    let bound = e.find("filterref").map(nwfilter::reference).transpose()?;
     let bandwidth = |name: &str| -> Result<Option<u64>, VirError> {
         let of = e.find("bandwidth").and_then(|b| b.find(name));
         let Some(average) = of.and_then(|b| b.attribute("average")) else { return Ok(None) };
@@ -663,8 +657,9 @@ fn nic(e: &Element, order: &Order) -> Result<Nic, VirError> {
         connected: e.find("link").and_then(|l| l.attribute("state")) != Some("down"),
         mtu,
         boot: own_order(e)?.or(order.network),
-        mac_filter,
-        ip_filter,
+        mac_filter: bound.is_some_and(|b| b.filter.mac),
+        ip_filter: bound.is_some_and(|b| b.filter.ip),
+        addresses: bound.map_or((None, None), |b| (b.ipv4, b.ipv6)),
         isolated: e.find("port").is_some_and(|p| p.attribute("isolated") == Some("yes")),
         limits: (bandwidth("inbound")?, bandwidth("outbound")?),
         alias: alias(e)?,

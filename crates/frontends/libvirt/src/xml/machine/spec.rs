@@ -121,6 +121,13 @@ fn nic(keys: &mut Keys, nic: &Nic) {
     set(keys, "security.mac_filtering", yes(nic.mac_filter));
     set(keys, "security.ipv4_filtering", yes(nic.ip_filter));
     set(keys, "security.ipv6_filtering", yes(nic.ip_filter));
+    // Without a word the reserved ones stay, which have a document of their own: the network's.
+    if let Some(address) = nic.addresses.0 {
+        set(keys, "ipv4.address", Some(address));
+    }
+    if let Some(address) = nic.addresses.1 {
+        set(keys, "ipv6.address", Some(address));
+    }
     set(keys, "security.port_isolation", yes(nic.isolated));
     set(keys, "limits.ingress", nic.limits.0.map(|n| format!("{n}kbit")));
     set(keys, "limits.egress", nic.limits.1.map(|n| format!("{n}kbit")));

@@ -4,7 +4,7 @@ use super::{Kernel, Opaque, ShownGuard, Source, kept, pci_of, priority, read, sc
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
     error::VirError,
-    xml::{Element, is_prefix},
+    xml::{Element, is_prefix, nwfilter},
 };
 use karst_engine::{
     InstanceView,
@@ -612,13 +612,9 @@ fn interface(
     if nic.port.isolated {
         e.push(Element::new("port").with("isolated", "yes"));
     }
-    let filter = match (nic.port.mac_filter, nic.port.ipv4_filter || nic.port.ipv6_filter) {
-        (_, true) => Some("clean-traffic"),
-        (true, false) => Some("no-mac-spoofing"),
-        (false, false) => None,
-    };
-    let same = kept.and_then(|k| k.find("filterref")).filter(|_| filter == Some("clean-traffic")).cloned();
-    e.push_some(same.or_else(|| filter.map(|f| Element::new("filterref").with("filter", f))));
+    let flags = (nic.port.mac_filter, nic.port.ipv4_filter || nic.port.ipv6_filter);
+    let referred = kept.and_then(|k| k.find("filterref"));
+    e.push_some(nwfilter::shown(flags, (nic.ipv4, nic.ipv6), referred));
     if let Some(order) = boot {
         e.push(Element::new("boot").with("order", order));
     }
