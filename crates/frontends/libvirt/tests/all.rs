@@ -5,6 +5,7 @@ mod compare;
 mod copies;
 mod define;
 mod documents;
+mod elements;
 mod events;
 mod graphics;
 mod host;

@@ -20,7 +20,7 @@ use karst_model::{Config, access::Principal, instance::InstanceKind, storage::Vo
 
 const UUID: &str = "c7a5fdbd-edaf-9455-926a-d65c16db1809";
 
-async fn volume(server: &Server, name: &str, content: VolumeContent) {
+pub async fn volume(server: &Server, name: &str, content: VolumeContent) {
     let config = Config::from([("size".into(), "64MiB".into())]);
     let request = CreateVolume { name: name.into(), content, description: String::new(), config };
     let admin = Context::new(Principal::system());
@@ -28,7 +28,7 @@ async fn volume(server: &Server, name: &str, content: VolumeContent) {
     assert_eq!(operation.ended().await.error, None);
 }
 
-async fn define(client: &mut Client, xml: &str) -> Result<(), Refused> {
+pub async fn define(client: &mut Client, xml: &str) -> Result<(), Refused> {
     client
         .call(
             350,
@@ -40,7 +40,7 @@ async fn define(client: &mut Client, xml: &str) -> Result<(), Refused> {
         .map(drop)
 }
 
-async fn dump(client: &mut Client, name: &str, flags: u32) -> String {
+pub async fn dump(client: &mut Client, name: &str, flags: u32) -> String {
     let domain = client.domain(name).await;
     let mut w = Writer::new();
     w.u32(flags);
@@ -49,7 +49,7 @@ async fn dump(client: &mut Client, name: &str, flags: u32) -> String {
 }
 
 /// A whole domain; its parts can be replaced.
-fn domain(name: &str, changes: &[(&str, &str)]) -> String {
+pub fn domain(name: &str, changes: &[(&str, &str)]) -> String {
     let text = format!(
         "<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{name}</name><uuid>{UUID}</uuid><title>A title</title><description>Some &lt;text&gt;</description>
@@ -78,7 +78,7 @@ fn domain(name: &str, changes: &[(&str, &str)]) -> String {
     })
 }
 
-async fn ready() -> (Server, Client) {
+pub async fn ready() -> (Server, Client) {
     let server = Server::start().await;
     for name in ["d1", "d2"] {
         volume(&server, name, VolumeContent::Block).await;
@@ -809,109 +809,4 @@ async fn half_a_tree_is_told() {
     client.call(DELETE, &of).await.unwrap();
     let count = client.call(187, &[v1, vec![0; 4]].concat()).await.unwrap();
     assert_eq!(Reader::new(&count).i32().unwrap(), 0);
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_snapshot_says_which_disks_it_does_not_hold() {
-    let (_server, mut client) = ready().await;
-    let written = ("<target dev='sdc' bus='scsi'/><readonly/>", "<target dev='sdc' bus='scsi'/>");
-    define(&mut client, &domain("v1", &[written])).await.unwrap();
-    let v1 = client.domain("v1").await;
-    client.call(9, &v1).await.unwrap();
-    let create = async |client: &mut Client, inner: &str| {
-        let xml = format!("<domainsnapshot>{inner}</domainsnapshot>");
-        let said = argument(|w| {
-            w.string(&xml).u32(0);
-        });
-        client.call(185, &[v1.clone(), said].concat()).await
-    };
-    // All that the guest writes to is asked for, by a document that says nothing too.
-    for inner in [
-        "",
-        "<memory snapshot='no'/>",
-        "<disks><disk name='vda' snapshot='internal'/></disks>",
-        "<disks><disk name='sdc' snapshot='internal'/></disks>",
-        "<disks><disk name='/karst/default/d2'/></disks>",
-    ] {
-        let refused = create(&mut client, inner).await.unwrap_err();
-        assert!(
-            refused.0 == Code::ConfigUnsupported as i32 && refused.1.contains("sdc"),
-            "{inner}: {refused:?}"
-        );
-    }
-    // Its memory would not fit what is on the disk later.
-    let without = "<disks><disk name='sdc' snapshot='no'/></disks>";
-    let refused = create(&mut client, without).await.unwrap_err();
-    assert!(refused.0 == Code::OperationInvalid as i32 && refused.1.contains("memory"), "{refused:?}");
-    let none = argument(|w| {
-        w.u32(0);
-    });
-    let count = client.call(187, &[v1.clone(), none.clone()].concat()).await.unwrap();
-    assert_eq!(Reader::new(&count).i32().unwrap(), 0);
-    let taken = create(&mut client, &format!("<memory snapshot='no'/>{without}")).await.unwrap();
-    let shown = client.call(186, &[taken, none].concat()).await.unwrap();
-    let shown = Reader::new(&shown).string().unwrap();
-    for line in ["<disk name='vda' snapshot='internal'/>", "<disk name='sdc' snapshot='no'/>"] {
-        assert!(shown.contains(line), "{shown}");
-    }
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_clock_and_pins_of_a_document_are_the_machines() {
-    let (server, mut client) = ready().await;
-    let admin = Context::new(Principal::system());
-    let config = |key: &str| {
-        let view = server.engine.instance(&admin, "default", "v1").unwrap();
-        view.expanded_config.get(key).cloned()
-    };
-    let local = [
-        ("offset='utc'", "offset='localtime'"),
-        ("placement='static' current='1'>2<", "cpuset='1'>1<"),
-        ("cores='2'", "cores='1'"),
-    ];
-    define(&mut client, &domain("v1", &local)).await.unwrap();
-    assert_eq!(config("hardware.clock").as_deref(), Some("localtime"));
-    assert_eq!(config("limits.cpu").as_deref(), Some("1-1"), "the second one of the host, not one");
-    let shown = dump(&mut client, "v1", 2).await;
-    assert!(shown.contains("<clock offset='localtime'>") && shown.contains("cpuset='1'>1<"), "{shown}");
-    define(&mut client, &shown).await.unwrap();
-    assert_eq!(dump(&mut client, "v1", 2).await, shown);
-    // As it is set elsewhere it is shown, whatever was kept of the document.
-    let utc = shown.replace("offset='localtime'", "offset='utc'").replace("state='on'", "state='off'");
-    define(&mut client, &utc).await.unwrap();
-    assert_eq!(config("hardware.clock").as_deref(), Some("utc"));
-    assert_eq!(config("hardware.hyperv").as_deref(), Some("false"));
-    let shown = dump(&mut client, "v1", 2).await;
-    assert!(shown.contains("<clock offset='utc'>") && shown.contains("<relaxed state='off'/>"), "{shown}");
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_filter_is_bound_by_its_name_with_the_addresses_it_gives() {
-    let (server, mut client) = ready().await;
-    let admin = Context::new(Principal::system());
-    let network = server.engine.network(&admin, "default", "karstbr0").unwrap();
-    // The ninth of its addresses.
-    let subnet = network.config["ipv4.address"].split('/').next().unwrap().to_owned();
-    let address = format!("{}.9", subnet.rsplit_once('.').unwrap().0);
-    let filter = |inner: &str| domain("v1", &[("<filterref filter='clean-traffic'/>", inner)]);
-    let given =
-        format!("<filterref filter='no-arp-spoofing'><parameter name='IP' value='{address}'/></filterref>");
-    define(&mut client, &filter(&given)).await.unwrap();
-    let nic = || server.engine.instance(&admin, "default", "v1").unwrap().expanded_devices["net0"].clone();
-    assert_eq!(nic()["ipv4.address"], address);
-    assert_eq!(
-        (nic()["security.mac_filtering"].as_str(), nic()["security.ipv4_filtering"].as_str()),
-        ("true", "true")
-    );
-    let shown = dump(&mut client, "v1", 2).await;
-    assert!(
-        shown.contains("filter='no-arp-spoofing'") && shown.contains(&format!("value='{address}'")),
-        "{shown}"
-    );
-    define(&mut client, &shown).await.unwrap();
-    assert_eq!(dump(&mut client, "v1", 2).await, shown);
-    // One that only lets pass keeps nothing away, and what is reserved stays so.
-    define(&mut client, &filter("<filterref filter='allow-dhcp'/>")).await.unwrap();
-    assert!(!nic().contains_key("security.mac_filtering") && nic()["ipv4.address"] == address, "{:?}", nic());
-    assert!(dump(&mut client, "v1", 2).await.contains("<filterref filter='allow-dhcp'/>"));
 }

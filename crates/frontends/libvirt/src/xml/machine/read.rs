@@ -550,6 +550,9 @@ fn disk(e: &Element, order: &Order) -> Result<Option<Disk>, VirError> {
     });
     let n = number(dev).ok_or_else(|| wrong(format!("Invalid harddisk device name: {dev}")))?;
     let source = source(e)?;
+    if (bus == "nvme") != dev.starts_with("nvme") {
+        return Err(wrong(format!("disk {dev} is not named as one on bus '{bus}' is")));
+    }
     let (bus, slot) = match bus {
         "virtio" => (DiskBus::VirtioBlk, format!("virtio{n}")),
         "scsi" => (DiskBus::VirtioScsi, format!("scsi{n}")),

@@ -269,7 +269,9 @@ fn system(shown: &Shown<'_>, opaque: &Opaque) -> Element {
         let feature = Element::new("feature").with("enabled", secure).with("name", "secure-boot");
         os.push(Element::new("firmware").child(feature));
     }
-    if kept.is_none() {
+    // Kinds of devices, or numbers at the devices: never both.
+    let numbered = shown.devices.values().any(|d| d.contains_key("boot.priority"));
+    if kept.is_none() && !numbered {
         os.push(Element::new("boot").with("dev", "hd"));
     }
     os

@@ -1,0 +1,174 @@
+//! What single elements of a domain's document come to: disks in snapshots, clocks, pins, filters, and what machines that were
+//! made elsewhere have.
+#![allow(clippy::disallowed_methods)] // a test tool
+
+use crate::{
+    define::{define, domain, dump, ready},
+    support::{Client, argument},
+};
+use karst_engine::{Context, compute::update::UpdateInstance};
+use karst_frontend_libvirt::{error::Code, xdr::Reader};
+use karst_model::{
+    access::Principal,
+    device::{DISK_BUSES, DISK_CACHES, DiskBus},
+    instance::InstanceKind,
+};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_says_which_disks_it_does_not_hold() {
+    let (_server, mut client) = ready().await;
+    let written = ("<target dev='sdc' bus='scsi'/><readonly/>", "<target dev='sdc' bus='scsi'/>");
+    define(&mut client, &domain("v1", &[written])).await.unwrap();
+    let v1 = client.domain("v1").await;
+    client.call(9, &v1).await.unwrap();
+    let create = async |client: &mut Client, inner: &str| {
+        let xml = format!("<domainsnapshot>{inner}</domainsnapshot>");
+        let said = argument(|w| {
+            w.string(&xml).u32(0);
+        });
+        client.call(185, &[v1.clone(), said].concat()).await
+    };
+    // All that the guest writes to is asked for, by a document that says nothing too.
+    for inner in [
+        "",
+        "<memory snapshot='no'/>",
+        "<disks><disk name='vda' snapshot='internal'/></disks>",
+        "<disks><disk name='sdc' snapshot='internal'/></disks>",
+        "<disks><disk name='/karst/default/d2'/></disks>",
+    ] {
+        let refused = create(&mut client, inner).await.unwrap_err();
+        assert!(
+            refused.0 == Code::ConfigUnsupported as i32 && refused.1.contains("sdc"),
+            "{inner}: {refused:?}"
+        );
+    }
+    // Its memory would not fit what is on the disk later.
+    let without = "<disks><disk name='sdc' snapshot='no'/></disks>";
+    let refused = create(&mut client, without).await.unwrap_err();
+    assert!(refused.0 == Code::OperationInvalid as i32 && refused.1.contains("memory"), "{refused:?}");
+    let none = argument(|w| {
+        w.u32(0);
+    });
+    let count = client.call(187, &[v1.clone(), none.clone()].concat()).await.unwrap();
+    assert_eq!(Reader::new(&count).i32().unwrap(), 0);
+    let taken = create(&mut client, &format!("<memory snapshot='no'/>{without}")).await.unwrap();
+    let shown = client.call(186, &[taken, none].concat()).await.unwrap();
+    let shown = Reader::new(&shown).string().unwrap();
+    for line in ["<disk name='vda' snapshot='internal'/>", "<disk name='sdc' snapshot='no'/>"] {
+        assert!(shown.contains(line), "{shown}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_clock_and_pins_of_a_document_are_the_machines() {
+    let (server, mut client) = ready().await;
+    let admin = Context::new(Principal::system());
+    let config = |key: &str| {
+        let view = server.engine.instance(&admin, "default", "v1").unwrap();
+        view.expanded_config.get(key).cloned()
+    };
+    let local = [
+        ("offset='utc'", "offset='localtime'"),
+        ("placement='static' current='1'>2<", "cpuset='1'>1<"),
+        ("cores='2'", "cores='1'"),
+    ];
+    define(&mut client, &domain("v1", &local)).await.unwrap();
+    assert_eq!(config("hardware.clock").as_deref(), Some("localtime"));
+    assert_eq!(config("limits.cpu").as_deref(), Some("1-1"), "the second one of the host, not one");
+    let shown = dump(&mut client, "v1", 2).await;
+    assert!(shown.contains("<clock offset='localtime'>") && shown.contains("cpuset='1'>1<"), "{shown}");
+    define(&mut client, &shown).await.unwrap();
+    assert_eq!(dump(&mut client, "v1", 2).await, shown);
+    // As it is set elsewhere it is shown, whatever was kept of the document.
+    let utc = shown.replace("offset='localtime'", "offset='utc'").replace("state='on'", "state='off'");
+    define(&mut client, &utc).await.unwrap();
+    assert_eq!(config("hardware.clock").as_deref(), Some("utc"));
+    assert_eq!(config("hardware.hyperv").as_deref(), Some("false"));
+    let shown = dump(&mut client, "v1", 2).await;
+    assert!(shown.contains("<clock offset='utc'>") && shown.contains("<relaxed state='off'/>"), "{shown}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_filter_is_bound_by_its_name_with_the_addresses_it_gives() {
+    let (server, mut client) = ready().await;
+    let admin = Context::new(Principal::system());
+    let network = server.engine.network(&admin, "default", "karstbr0").unwrap();
+    // The ninth of its addresses.
+    let subnet = network.config["ipv4.address"].split('/').next().unwrap().to_owned();
+    let address = format!("{}.9", subnet.rsplit_once('.').unwrap().0);
+    let filter = |inner: &str| domain("v1", &[("<filterref filter='clean-traffic'/>", inner)]);
+    let given =
+        format!("<filterref filter='no-arp-spoofing'><parameter name='IP' value='{address}'/></filterref>");
+    define(&mut client, &filter(&given)).await.unwrap();
+    let nic = || server.engine.instance(&admin, "default", "v1").unwrap().expanded_devices["net0"].clone();
+    assert_eq!(nic()["ipv4.address"], address);
+    assert_eq!(
+        (nic()["security.mac_filtering"].as_str(), nic()["security.ipv4_filtering"].as_str()),
+        ("true", "true")
+    );
+    let shown = dump(&mut client, "v1", 2).await;
+    assert!(
+        shown.contains("filter='no-arp-spoofing'") && shown.contains(&format!("value='{address}'")),
+        "{shown}"
+    );
+    define(&mut client, &shown).await.unwrap();
+    assert_eq!(dump(&mut client, "v1", 2).await, shown);
+    // One that only lets pass keeps nothing away, and what is reserved stays so.
+    define(&mut client, &filter("<filterref filter='allow-dhcp'/>")).await.unwrap();
+    assert!(!nic().contains_key("security.mac_filtering") && nic()["ipv4.address"] == address, "{:?}", nic());
+    assert!(dump(&mut client, "v1", 2).await.contains("<filterref filter='allow-dhcp'/>"));
+}
+
+/// What is made elsewhere is shown so that it can be read, whatever its disks and interfaces are: else no change of it would
+/// be possible here.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_shown_of_any_machine_can_be_defined() {
+    let (server, mut client) = ready().await;
+    server.guest("v1", InstanceKind::VirtualMachine, false).await;
+    let admin = Context::new(Principal::system());
+    let drives = DISK_BUSES.iter().filter(|(_, bus)| !matches!(bus, DiskBus::Virtiofs | DiskBus::Plan9));
+    let caches = [None].into_iter().chain(DISK_CACHES.iter().map(|(name, _)| Some(*name)));
+    for ((bus, _), cache) in drives.flat_map(|bus| caches.clone().map(move |cache| (bus, cache))) {
+        let view = server.engine.instance(&admin, "default", "v1").unwrap();
+        let mut devices = view.instance.devices.clone();
+        let keys = [
+            ("type", "disk"),
+            ("pool", "default"),
+            ("source", "d1"),
+            ("io.bus", *bus),
+            ("boot.priority", "7"),
+        ];
+        let keys = keys.into_iter().chain(cache.map(|cache| ("io.cache", cache)));
+        devices.insert("more".into(), keys.map(|(k, v)| (k.to_owned(), v.to_owned())).collect());
+        let request = UpdateInstance {
+            description: String::new(),
+            ephemeral: false,
+            config: view.instance.config.clone(),
+            devices: devices.clone(),
+            profiles: view.profiles.iter().map(|p| p.name.to_string()).collect(),
+            if_version: None,
+        };
+        let operation =
+            server.engine.instance_update(&admin, "default", "v1", request.clone()).await.unwrap();
+        assert_eq!(operation.ended().await.error, None);
+        let shown = dump(&mut client, "v1", 2).await;
+        define(&mut client, &shown).await.unwrap_or_else(|e| panic!("{bus} {cache:?}: {e:?} of {shown}"));
+        assert_eq!(dump(&mut client, "v1", 2).await, shown, "{bus} {cache:?}");
+        let after = server.engine.instance(&admin, "default", "v1").unwrap();
+        assert_eq!(after.instance.devices, devices, "{bus} {cache:?}: nothing of it is changed");
+        devices.remove("more");
+        let without = UpdateInstance { devices, config: after.instance.config.clone(), ..request };
+        let operation = server.engine.instance_update(&admin, "default", "v1", without).await.unwrap();
+        assert_eq!(operation.ended().await.error, None);
+    }
+    // One that is attached here.
+    let nvme = "<disk type='file' device='disk'><source file='/karst/default/d2'/><target dev='nvme3n1' bus='nvme'/></disk>";
+    let v1 = client.domain("v1").await;
+    let said = argument(|w| {
+        w.string(nvme).u32(2);
+    });
+    client.call(160, &[v1, said].concat()).await.unwrap();
+    let view = server.engine.instance(&admin, "default", "v1").unwrap();
+    assert_eq!(view.expanded_devices["nvme3n1"]["io.bus"], "nvme");
+    assert_eq!(view.instance.identities["nvme3n1"].slot, "nvme3");
+}
