@@ -131,35 +131,35 @@ async fn a_disk_is_copied_and_its_machine_goes_on_from_the_copy() {
     let (server, mut client, mut listener, v1) = ready().await;
     assert_eq!(info(&mut client, &v1, 0).await, (0, 0, 0, 0, 0));
     // The instance's own name in another pool: it moves there.
-    copy(&mut client, &v1, &volume("p2", "v1"), &[], 4).await.unwrap();
+    copy(&mut client, &v1, &volume("p2", "instances/v1"), &[], 4).await.unwrap();
     assert_eq!(info(&mut client, &v1, 0).await.0, 1);
     until_ready(&mut client, &v1).await;
-    told(&mut listener, "/karst/default/v1", READY).await;
+    told(&mut listener, "/karst/default/instances/v1", READY).await;
     let again = copy(&mut client, &v1, &volume("p2", "other"), &[], 0).await.unwrap_err();
     assert_eq!(again.0, Code::BlockCopyActive as i32, "{again:?}");
     abort(&mut client, &v1, 2).await.unwrap();
-    told(&mut listener, "/karst/p2/v1", COMPLETED).await;
+    told(&mut listener, "/karst/p2/instances/v1", COMPLETED).await;
     assert_eq!(info(&mut client, &v1, 0).await.0, 0);
     let view = server.engine.instance(&admin(), "default", "v1").unwrap();
     assert_eq!(view.pool, "p2");
     let path = argument(|w| {
-        w.string("/karst/p2/v1");
+        w.string("/karst/p2/instances/v1");
     });
     client.call(97, &path).await.expect("the volume is there");
     let old = argument(|w| {
-        w.string("/karst/default/v1");
+        w.string("/karst/default/instances/v1");
     });
     assert_eq!(client.call(97, &old).await.unwrap_err().0, Code::NoStorageVol as i32);
 
     // By the older call, by a path, and left as the disk is.
     rebase(&mut client, &v1, "/karst/default/left", 8 | 4).await.unwrap();
     until_ready(&mut client, &v1).await;
-    told(&mut listener, "/karst/p2/v1", READY).await;
+    told(&mut listener, "/karst/p2/instances/v1", READY).await;
     let stays = abort(&mut client, &v1, 2).await.unwrap_err();
     assert_eq!(stays.0, Code::ConfigUnsupported as i32, "{stays:?}");
     assert!(stays.1.contains("another pool"), "{stays:?}");
     abort(&mut client, &v1, 0).await.unwrap();
-    told(&mut listener, "/karst/p2/v1", COMPLETED).await;
+    told(&mut listener, "/karst/p2/instances/v1", COMPLETED).await;
     let left = argument(|w| {
         w.string("/karst/default/left");
     });
@@ -184,7 +184,7 @@ async fn a_disk_is_copied_and_its_machine_goes_on_from_the_copy() {
     assert!((found, bandwidth) == (1, 5) && now < whole, "{now} of {whole}");
     // Not waited for: the event says that it is over.
     abort(&mut client, &v1, 1).await.unwrap();
-    told(&mut listener, "/karst/p2/v1", CANCELED).await;
+    told(&mut listener, "/karst/p2/instances/v1", CANCELED).await;
     client.call(97, &left).await.expect("what was there before stays");
 }
 
@@ -204,7 +204,7 @@ async fn what_there_is_none_of_says_why() {
         (good.clone(), vec![("bandwidth", Typed::Ullong(u64::MAX))], 0, Code::InvalidArg, "bandwidth"),
         (good.clone(), vec![], 16, Code::InvalidArg, "flags"),
         (good.clone(), vec![], 2, Code::OperationFailed, "missing"),
-        (volume("default", "v1"), vec![], 0, unsupported, "already exists"),
+        (volume("default", "instances/v1"), vec![], 0, unsupported, "already exists"),
         (volume("nope", "x"), vec![], 0, Code::NoStoragePool, "nope"),
         ("<domain/>".to_owned(), vec![], 0, Code::XmlError, "domain"),
         ("<disk".to_owned(), vec![], 0, Code::XmlError, ""),

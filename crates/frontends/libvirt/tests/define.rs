@@ -575,7 +575,7 @@ async fn volumes_are_made_copied_grown_and_deleted() {
         .call(
             97,
             &argument(|w| {
-                w.string("/karst/default/v1");
+                w.string("/karst/default/instances/v1");
             }),
         )
         .await

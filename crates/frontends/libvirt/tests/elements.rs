@@ -3,7 +3,7 @@
 #![allow(clippy::disallowed_methods)] // a test tool
 
 use crate::{
-    define::{define, domain, dump, ready},
+    define::{define, domain, dump, ready, volume},
     support::{Client, argument},
 };
 use karst_engine::{Context, compute::update::UpdateInstance};
@@ -12,6 +12,7 @@ use karst_model::{
     access::Principal,
     device::{DISK_BUSES, DISK_CACHES, DiskBus},
     instance::InstanceKind,
+    storage::VolumeContent,
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -171,4 +172,33 @@ async fn what_is_shown_of_any_machine_can_be_defined() {
     let view = server.engine.instance(&admin, "default", "v1").unwrap();
     assert_eq!(view.expanded_devices["nvme3n1"]["io.bus"], "nvme");
     assert_eq!(view.instance.identities["nvme3n1"].slot, "nvme3");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_of_an_instance_is_not_taken_for_a_users_of_the_same_name() {
+    let (server, mut client) = ready().await;
+    volume(&server, "v1", VolumeContent::Block).await;
+    server.guest("v1", InstanceKind::VirtualMachine, false).await;
+    let by_path = async |client: &mut Client, path: &str| {
+        let said = argument(|w| {
+            w.string(path);
+        });
+        client.call(97, &said).await.unwrap()
+    };
+    let users = by_path(&mut client, "/karst/default/v1").await;
+    let instances = by_path(&mut client, "/karst/default/instances/v1").await;
+    assert_ne!(users, instances);
+    let shown = dump(&mut client, "v1", 2).await;
+    assert!(shown.contains("<source pool='default' volume='instances/v1'/>"), "{shown}");
+    // What a domain that is defined refers to by that path is the user's; the other is in use by its instance alone.
+    let disk = "<source file='/karst/default/d1'/>";
+    let of = |path: &str| {
+        let source = format!("<source file='{path}'/>");
+        domain("v2", &[(disk, source.as_str())])
+    };
+    let refused = define(&mut client, &of("/karst/default/instances/v1")).await.unwrap_err();
+    assert!(refused.1.contains("instances/v1"), "{refused:?}");
+    define(&mut client, &of("/karst/default/v1")).await.unwrap();
+    let deleted = client.call(94, &[instances, vec![0; 4]].concat()).await.unwrap_err();
+    assert!(deleted.1.contains("part of the domain"), "{deleted:?}");
 }

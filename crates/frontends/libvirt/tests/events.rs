@@ -195,7 +195,7 @@ async fn thresholds_of_disks_are_told_once() {
     client.call(SET, &to(&v1, "sda", 3 << 20, 0)).await.unwrap();
     client.call(SET, &to(&v1, "sda", 0, 0)).await.unwrap();
     write(&server).await;
-    client.call(SET, &to(&v1, "/karst/default/v1", 2 << 20, 0)).await.unwrap();
+    client.call(SET, &to(&v1, "/karst/default/instances/v1", 2 << 20, 0)).await.unwrap();
     write(&server).await;
     for bytes in [1 << 20, 2 << 20] {
         let frame = listener.receive().await;
@@ -206,7 +206,7 @@ async fn thresholds_of_disks_are_told_once() {
         r.uuid().unwrap();
         assert!(r.i32().unwrap() > 0, "it runs");
         assert_eq!(r.string().unwrap(), "sda");
-        assert_eq!(r.option(|r| r.string()).unwrap().as_deref(), Some("/karst/default/v1"));
+        assert_eq!(r.option(|r| r.string()).unwrap().as_deref(), Some("/karst/default/instances/v1"));
         assert_eq!(r.u64().unwrap(), bytes);
         assert!(r.u64().unwrap() > 0, "how far behind it");
         r.end().unwrap();

@@ -1,8 +1,8 @@
 //! Block jobs. There is one kind: a disk of a running machine is copied into a volume, and the machine goes on from the copy, or it
 //! is left as the disk was. A volume has no chain of images below it, so nothing is pulled or committed.
 //!
-//! The disk that an instance owns has the instance's name in its pool (`/karst/POOL/NAME`): copied to that name in another pool
-//! it moves there with its snapshots when the machine goes on from it.
+//! The disk that an instance owns has the instance's name in its pool (`/karst/POOL/instances/NAME`): copied to that name in another
+//! pool it moves there with its snapshots when the machine goes on from it.
 
 use super::{
     Answered, Named,
@@ -117,7 +117,7 @@ async fn begin(
             return Err(VirError::new(Code::NoStoragePool, Part::Storage, text));
         }
     };
-    let moves = owned && volume == *view.instance.name;
+    let moves = owned && volume == xml::machine::owned(&view.instance.name);
     if there && !reuse {
         let text = format!(
             "external destination file for disk {device} already exists and is not a block device: /karst/{pool}/{volume}"

@@ -414,9 +414,9 @@ pub(super) fn disk_of(view: &InstanceView, disk: &str) -> Result<String, VirErro
         }
         let bus = karst_model::device::DISK_BUSES.iter().find(|(n, _)| Some(*n) == is("io.bus"));
         let bus = bus.map_or(karst_model::device::DiskBus::VirtioScsi, |(_, b)| *b);
-        let source = is("source").unwrap_or(&view.instance.name);
+        let source = is("source").map_or_else(|| xml::machine::owned(&view.instance.name), str::to_owned);
         xml::machine::target(&identity.slot, bus).0 == disk
-            || of_volume == Some((is("pool").unwrap_or_default(), source))
+            || of_volume == Some((is("pool").unwrap_or_default(), source.as_str()))
     });
     let missing = || VirError::argument(format!("invalid path {disk} not assigned to domain"));
     found.map(|(name, _)| name.clone()).ok_or_else(missing)

@@ -6,7 +6,7 @@ use crate::{
     limits,
     session::{Call, Driver},
     xdr::{Typed, Writer},
-    xml::machine::{is_directory, read::VOLUMES, target},
+    xml::machine::{is_directory, owned, read::VOLUMES, target},
 };
 use karst_engine::{InstanceView, Records, Row};
 use karst_model::{
@@ -50,7 +50,7 @@ pub(crate) fn disks(records: &Records, view: &InstanceView) -> Vec<Disk> {
             ),
             (pool, _) if root => (
                 records.volumes.get(&view.instance.root).cloned(),
-                pool.map(|pool| format!("{VOLUMES}{pool}/{}", view.instance.name)),
+                pool.map(|pool| format!("{VOLUMES}{pool}/{}", owned(&view.instance.name))),
             ),
             _ => (None, None),
         };

@@ -13,7 +13,7 @@ use crate::{
     xdr::{Reader, Writer},
     xml::{
         self,
-        machine::{Source, target},
+        machine::{Source, owned, target},
         snapshot::OfDomain,
     },
 };
@@ -347,7 +347,7 @@ fn disks(call: &Call, view: &InstanceView) -> Result<Vec<OfDomain>, VirError> {
     for devices in [Some(&view.expanded_devices), applied.map(|a| &a.devices)].into_iter().flatten() {
         let parsed = parse_devices(devices)?;
         let (name, root) = parsed.root;
-        let volume = root.source.unwrap_or_else(|| view.instance.name.to_string());
+        let volume = root.source.unwrap_or_else(|| owned(&view.instance.name));
         add(&name, Some(Source::Volume { pool: root.pool, volume }), root.io.bus, true);
         for (name, disk) in parsed.disks.into_iter().filter(|(_, d)| d.path.is_none()) {
             let source = match disk.source {

@@ -164,7 +164,8 @@ impl VolumeName {
     }
 }
 
-/// A volume with the names of its pool and its own: an instance's has the instance's.
+/// A volume with the names of its pool and its own: an instance's has the instance's, apart from those that users make, so that
+/// a name and a path are of one volume.
 pub(super) struct Found {
     pub(super) pool: String,
     pub(super) name: String,
@@ -197,7 +198,9 @@ pub(super) fn volumes_of(call: &Call, pool: &Pool) -> Result<Vec<Found>, VirErro
     let name = |volume: &Volume| match &volume.owner {
         VolumeOwner::Image { .. } => None,
         VolumeOwner::Custom => Some(volume.name.clone()),
-        VolumeOwner::Instance { instance } => Some(records.instances.get(instance)?.name.to_string()),
+        VolumeOwner::Instance { instance } => {
+            Some(xml::machine::owned(&records.instances.get(instance)?.name))
+        }
     };
     let with =
         |volume: Row<Volume>| Some(Found { pool: pool.name.to_string(), name: name(&volume)?, volume });

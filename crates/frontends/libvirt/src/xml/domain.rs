@@ -2,7 +2,7 @@
 
 use super::{
     Element,
-    machine::{ShownGuard, write::Shown},
+    machine::{ShownGuard, owned, write::Shown},
 };
 use crate::{
     calls::{
@@ -205,7 +205,7 @@ fn container(e: &mut Element, facts: &HostFacts, parsed: &ParsedDevices, view: &
         }
         f
     };
-    devices.push(volume(&parsed.root.1.pool, &view.instance.name, "/", false));
+    devices.push(volume(&parsed.root.1.pool, &owned(&view.instance.name), "/", false));
     for (_, device) in parsed.disks.iter().filter(|(_, d)| d.attached) {
         if let (DiskOrigin::Volume { pool, volume: name }, Some(path)) = (&device.source, &device.path) {
             devices.push(volume(pool, name, path, device.readonly));

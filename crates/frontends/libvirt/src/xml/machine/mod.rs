@@ -250,6 +250,11 @@ pub(super) fn wrong(text: impl Into<String>) -> VirError {
     VirError::new(Code::XmlError, Part::Domain, text)
 }
 
+/// The name of a volume that an instance owns: beside those that users make, which have no slash in theirs.
+pub fn owned(instance: &str) -> String {
+    format!("instances/{instance}")
+}
+
 /// Boot order, higher first, of what is the `n`th.
 pub fn priority(n: u32) -> u32 {
     1000u32.saturating_sub(n).max(1)

@@ -1,6 +1,6 @@
 //! From an instance to domain XML, with what was kept of the document that it was defined by.
 
-use super::{Kernel, Opaque, ShownGuard, Source, kept, pci_of, priority, read, screens, target};
+use super::{Kernel, Opaque, ShownGuard, Source, kept, owned, pci_of, priority, read, screens, target};
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
     error::VirError,
@@ -340,7 +340,7 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque) -> Result<Element, VirError> {
     let orders = Orders::of(shown, opaque);
     let (root, device) = &parsed.root;
     if let Some(identity) = of(root) {
-        let volume = device.source.clone().unwrap_or_else(|| instance.name.to_string());
+        let volume = device.source.clone().unwrap_or_else(|| owned(&instance.name));
         let source = Some(Source::Volume { pool: device.pool.clone(), volume });
         let boot = orders.order(device.boot_priority);
         devices.push(disk(identity, &source, &device.io, (false, false), boot, live, opaque));
