@@ -339,3 +339,36 @@ async fn what_a_user_may_have_of_the_read_only_socket_is_bounded() {
     assert_eq!(full.receive().await.header.serial, 9);
     assert!(one.names().await.is_empty());
 }
+
+/// What only those get who may change a domain, whatever it is called.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn documents_with_what_is_secret_are_not_for_the_read_only_socket() {
+    let server = Server::start().await;
+    server.guest("v1", InstanceKind::VirtualMachine, false).await;
+    let mut full = server.open("full", "qemu:///system").await;
+    let mut viewer = server.open("ro", "qemu:///system").await;
+    let v1 = viewer.domain("v1").await;
+    let taken = argument(|w| {
+        w.string("<domainsnapshot><name>s1</name></domainsnapshot>").u32(0);
+    });
+    let snapshot = full.call(185, &[v1.clone(), taken].concat()).await.unwrap();
+    // The document of a domain, with secrets and to be migrated; that of a snapshot.
+    for (procedure, of, secret, open) in
+        [(14, &v1, &[1, 8, 9][..], &[0, 2][..]), (186, &snapshot, &[1], &[0])]
+    {
+        let with = |flags: u32| {
+            let flags = argument(|w| {
+                w.u32(flags);
+            });
+            [of.clone(), flags].concat()
+        };
+        for flags in secret {
+            let refused = viewer.call(procedure, &with(*flags)).await.unwrap_err();
+            assert!(refused.0 == Code::OperationDenied as i32 && refused.1.contains("secure"), "{refused:?}");
+            full.call(procedure, &with(*flags)).await.unwrap();
+        }
+        for flags in open {
+            viewer.call(procedure, &with(*flags)).await.unwrap();
+        }
+    }
+}

@@ -234,7 +234,8 @@ pub async fn xml(call: Call) -> Answered {
     let (named, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
     // Secure, inactive, with an updated CPU, migratable.
     call.known_flags(flags, 1 | 2 | 4 | 8)?;
-    if flags & 1 != 0 && call.session.read_only() {
+    // What migrates is whole, what is secret included.
+    if flags & (1 | 8) != 0 && call.session.read_only() {
         let text = "virDomainGetXMLDesc with secure flag";
         return Err(VirError::new(Code::OperationDenied, call.opened()?.driver.part(), text));
     }

@@ -256,7 +256,11 @@ pub async fn has_metadata(call: Call) -> Answered {
 /// `DOMAIN_SNAPSHOT_GET_XML_DESC`
 pub async fn xml(call: Call) -> Answered {
     // Secure.
-    let (tree, snapshot, _) = one(&call, 1)?;
+    let (tree, snapshot, flags) = one(&call, 1)?;
+    if flags & 1 != 0 && call.session.read_only() {
+        let text = "virDomainSnapshotGetXMLDesc with secure flag";
+        return Err(VirError::new(Code::OperationDenied, Part::Qemu, text));
+    }
     Ok(text(&tree.document(&call, &snapshot)?))
 }
 
