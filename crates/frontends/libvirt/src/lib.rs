@@ -26,6 +26,7 @@ pub mod xdr;
 pub mod xml;
 
 use bounds::{Bounds, Clients};
+use calls::plugged::Looks;
 use karst_engine::{Context, Engine, InstanceView};
 use karst_model::{
     access::{Grant, Principal, Role},
@@ -54,6 +55,8 @@ pub struct Front {
     pub refreshed: broadcast::Sender<Uuid>,
     /// Domains of which something else is said now.
     pub described: broadcast::Sender<events::Described>,
+    /// Looks at the host's devices, for those who listen for what becomes of them.
+    pub looks: Looks,
     /// What clients may cost.
     pub bounds: Bounds,
 }
@@ -67,7 +70,7 @@ impl Front {
     /// The same with bounds of its own.
     pub fn bounded(engine: Engine, bounds: Bounds) -> Arc<Self> {
         let (refreshed, described) = (broadcast::channel(REFRESHED).0, broadcast::channel(REFRESHED).0);
-        Arc::new(Self { engine, refreshed, described, bounds })
+        Arc::new(Self { engine, refreshed, described, looks: Looks::default(), bounds })
     }
 }
 

@@ -470,3 +470,27 @@ async fn devices_of_the_host_come_and_go() {
     let refused = listener.call(DEREGISTER, &every).await.unwrap_err();
     assert_eq!(refused.0, Code::InvalidArg as i32, "{refused:?}");
 }
+
+/// The host is looked at once for all who listen.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_who_listen_for_devices_are_one_look() {
+    let server = Server::start().await;
+    let mut listeners = vec![];
+    for _ in 0..8 {
+        let mut listener = server.open("ro", "qemu:///system").await;
+        let every = argument(|w| {
+            w.i32(0).optional(None);
+        });
+        listener.call(374, &every).await.unwrap();
+        listeners.push(listener);
+    }
+    let before = server.host.count("host_resources");
+    for plugged in [vec![UsbResources { bus: 7, device: 3, ..UsbResources::default() }], vec![]] {
+        server.host.plug(plugged);
+        for listener in &mut listeners {
+            assert_eq!(listener.receive().await.header.procedure, 376);
+        }
+    }
+    let looks = server.host.count("host_resources") - before;
+    assert!((2..8).contains(&looks), "{looks} looks for two changes");
+}

@@ -1,24 +1,31 @@
 //! Events of node devices: what was plugged, pulled out, or is another than before. The host is looked at again every two
-//! seconds for as long as somebody of the connection listens, and at no other time.
+//! seconds for as long as somebody listens, once for all connections, and at no other time.
 
 use super::{Answered, int, nothing};
 use crate::{
+    Front,
     error::{Code, Part, VirError},
     frame::{Frame, Header},
     session::{Call, Session},
     xdr::{Reader, Writer},
     xml::nodedev,
 };
-use karst_model::access::Permission;
+use karst_engine::{Context, health::resources::HostResources};
+use karst_model::access::{Permission, Principal};
 use std::{
     collections::BTreeMap,
-    sync::{Arc, MutexGuard, Weak},
+    sync::{Arc, Mutex, MutexGuard, Weak},
     time::Duration,
 };
-use tokio::task::AbortHandle;
+use tokio::{
+    sync::broadcast::{self, error::RecvError},
+    task::AbortHandle,
+};
 
 /// Between two looks.
 const LOOK: Duration = Duration::from_secs(2);
+/// Looks that a slow listener has not heard of yet; it misses older ones.
+const ROUNDS: usize = 16;
 /// Callbacks of one connection.
 const MOST: usize = 64;
 /// `VIR_NODE_DEVICE_EVENT_ID_LIFECYCLE`, `_UPDATE`.
@@ -27,6 +34,32 @@ const UPDATE: i32 = 1;
 
 /// Devices by name, with what is said of them.
 type Known = BTreeMap<String, String>;
+
+/// What a look found changed, by what of it one may see.
+struct Round {
+    all: Vec<(String, Change)>,
+    /// Without serial numbers and hardware addresses.
+    open: Vec<(String, Change)>,
+}
+
+/// The looks at the host's devices that all connections share.
+pub struct Looks {
+    rounds: broadcast::Sender<Arc<Round>>,
+    /// Somebody looks.
+    running: Mutex<bool>,
+}
+
+impl Default for Looks {
+    fn default() -> Self {
+        Self { rounds: broadcast::channel(ROUNDS).0, running: Mutex::default() }
+    }
+}
+
+impl Looks {
+    fn running(&self) -> MutexGuard<'_, bool> {
+        self.running.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
 
 /// Who listens on a connection.
 #[derive(Default)]
@@ -51,10 +84,13 @@ fn watchers(session: &Session) -> MutexGuard<'_, Watchers> {
     session.plugged.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-async fn known(session: &Session) -> karst_model::Result<Known> {
-    let host = session.front.engine.host_resources(&session.context).await?;
-    let secrets = session.context.principal().may(Permission::ServerInspect, None);
-    Ok(nodedev::devices(&host, secrets).into_iter().map(|d| (d.name.clone(), d.document())).collect())
+/// What one may see of the host's devices.
+fn known(host: &HostResources, secrets: bool) -> Known {
+    nodedev::devices(host, secrets).into_iter().map(|d| (d.name.clone(), d.document())).collect()
+}
+
+fn sees_secrets(session: &Session) -> bool {
+    session.context.principal().may(Permission::ServerInspect, None)
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,19 +115,50 @@ fn changes(before: &Known, now: &Known) -> Vec<(String, Change)> {
     all
 }
 
-async fn watch(of: Weak<Session>, mut before: Known) {
+/// Looks until nobody listens any more.
+async fn look(of: Weak<Front>, host: HostResources) {
+    let views = |host: &HostResources| [true, false].map(|secrets| known(host, secrets));
+    let mut before = views(&host);
+    let context = Context::new(Principal::system());
     loop {
         tokio::time::sleep(LOOK).await;
-        // The connection owns this task, which must not keep it.
-        let Some(session) = of.upgrade() else { return };
-        match known(&session).await {
-            Ok(now) => {
-                for (name, change) in changes(&before, &now) {
-                    tell(&session, &name, change).await;
+        let Some(front) = of.upgrade() else { return };
+        {
+            // Whoever begins to listen from here on finds that nobody looks.
+            let mut running = front.looks.running();
+            if front.looks.rounds.receiver_count() == 0 {
+                *running = false;
+                return;
+            }
+        }
+        match front.engine.host_resources(&context).await {
+            Ok(host) => {
+                let now = views(&host);
+                let [all, open] = [0, 1].map(|n| changes(&before[n], &now[n]));
+                if !all.is_empty() {
+                    // They may all have gone meanwhile.
+                    let _ = front.looks.rounds.send(Arc::new(Round { all, open }));
                 }
                 before = now;
             }
             Err(e) => tracing::debug!(error = %e, "the host does not say what devices it has; asking again"),
+        }
+    }
+}
+
+/// Tells a connection what was found.
+async fn listen(of: Weak<Session>, mut rounds: broadcast::Receiver<Arc<Round>>) {
+    loop {
+        let round = match rounds.recv().await {
+            Ok(round) => round,
+            Err(RecvError::Lagged(_)) => continue,
+            Err(RecvError::Closed) => return,
+        };
+        // The connection owns this task, which must not keep it.
+        let Some(session) = of.upgrade() else { return };
+        let found = if sees_secrets(&session) { &round.all } else { &round.open };
+        for (name, change) in found {
+            tell(&session, name, *change).await;
         }
     }
 }
@@ -129,7 +196,8 @@ pub async fn register(call: Call) -> Answered {
         return Err(VirError::argument(format!("unsupported node device event ID {event}")));
     }
     let session = &call.session;
-    let before = known(session).await?;
+    let host = session.front.engine.host_resources(&session.context).await?;
+    let before = known(&host, sees_secrets(session));
     if let Some(name) = only.as_ref().filter(|name| !before.contains_key(*name)) {
         let text = format!("no node device with matching name '{name}'");
         return Err(VirError::new(Code::NoNodeDevice, Part::Nodedev, text));
@@ -140,7 +208,13 @@ pub async fn register(call: Call) -> Answered {
         return Err(VirError::state(text));
     }
     if watchers.task.is_none() {
-        let task = tokio::spawn(watch(Arc::downgrade(session), before));
+        let front = &session.front;
+        let rounds = front.looks.rounds.subscribe();
+        if !std::mem::replace(&mut *front.looks.running(), true) {
+            // It ends by itself, soon after the last that listens.
+            drop(tokio::spawn(look(Arc::downgrade(front), host)));
+        }
+        let task = tokio::spawn(listen(Arc::downgrade(session), rounds));
         watchers.task = Some(task.abort_handle());
     }
     watchers.last = watchers.last.wrapping_add(1).max(1);
