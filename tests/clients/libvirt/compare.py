@@ -3,9 +3,11 @@
 
     compare.py record URI OUT --pool PATH --work DIR     runs them, and writes what came, normalized
     compare.py compare OURS THEIRS                       compares; differences that `accepted` names are fine
+    compare.py check                                     reads `accepted` and `cases`, and says whether they fit together
 
-`accepted` holds reasons, each over the command lines that differ because of it; one that does not differ is a fault too, so
-that the list only shrinks. The `n`th of equal lines is written with `#n` at its end, from the second on.
+`accepted` holds reasons, each over the command lines that differ because of it, and below each line what Karst answers: the
+exit code, and a regular expression that the whole normalized text matches, with `\d+` and the like where hosts differ. An
+answer that does not match is a fault, as is one that does not differ any more: the list only shrinks. The `n`th of equal lines is written with `#n` at its end, from the second on.
 """
 
 import argparse
@@ -93,18 +95,35 @@ def record(arguments):
 
 
 def accepted():
-    """Reasons by command line."""
-    reasons, reason = {}, ""
+    """Reasons by command line, with the code and the pattern of our answer."""
+    found, reason, last = {}, "", None
     with open(os.path.join(HERE, "accepted")) as file:
         for line in file:
             line = line.rstrip("\n")
             if line.startswith("# "):
-                reason = line[2:]
+                reason, last = line[2:], None
+            elif line.startswith("    "):
+                if last is None or last in found:
+                    sys.exit(f"accepted: an answer of no command line: {line.strip()}")
+                code, _, pattern = line[4:].partition(" ")
+                found[last] = (reason, int(code), re.compile(pattern))
             elif line:
                 if not reason:
                     sys.exit(f"accepted: no reason for {line!r}")
-                reasons[line] = reason
-    return reasons
+                if last is not None and last not in found:
+                    sys.exit(f"accepted: no answer for {last!r}")
+                last = line
+    if last is not None and last not in found:
+        sys.exit(f"accepted: no answer for {last!r}")
+    return found
+
+
+def check(_):
+    cases = set(lines())
+    wrong = [line for line in accepted() if line not in cases]
+    for line in wrong:
+        print(f"accepted, but no case: {line}")
+    return 1 if wrong else 0
 
 
 def compare(arguments):
@@ -117,9 +136,14 @@ def compare(arguments):
     for line, answer in ours.items():
         equal = answer == theirs.get(line)
         if equal and line in reasons:
-            print(f"accepted ({reasons[line]}), but the same now: {line}")
+            print(f"accepted ({reasons[line][0]}), but the same now: {line}")
             wrong += 1
-        elif not equal and line not in reasons:
+        elif line in reasons:
+            _, code, pattern = reasons[line]
+            if answer[0] != code or not pattern.fullmatch(answer[1]):
+                print(f"accepted, but not as it was: {line}\n  Karst    {answer}\n  expected {[code, pattern.pattern]}")
+                wrong += 1
+        elif not equal:
             print(f"differs: {line}\n  Karst    {answer}\n  libvirtd {theirs.get(line)}")
             wrong += 1
         same += equal
@@ -138,8 +162,9 @@ def main():
     both = commands.add_parser("compare")
     for name in ("ours", "theirs"):
         both.add_argument(name)
+    commands.add_parser("check")
     arguments = parser.parse_args()
-    sys.exit(record(arguments) if arguments.command == "record" else compare(arguments))
+    sys.exit({"record": record, "compare": compare, "check": check}[arguments.command](arguments))
 
 
 main()
