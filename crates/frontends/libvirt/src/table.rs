@@ -21,6 +21,9 @@ pub enum Demand {
     Handshake,
     /// That it is open.
     See,
+    /// That it may change things, although this changes nothing: libvirt lets only those ask, because the answer is of a guest's
+    /// inside or takes a program of the host.
+    Inspect,
     /// That it may change things.
     Change,
 }
@@ -273,7 +276,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     273 CONNECT_LIST_ALL_DOMAINS See domain::list;
     274 DOMAIN_LIST_ALL_SNAPSHOTS See snapshots::list;
     275 DOMAIN_SNAPSHOT_LIST_ALL_CHILDREN See snapshots::children;
-    277 DOMAIN_GET_HOSTNAME See stats::hostname;
+    277 DOMAIN_GET_HOSTNAME Inspect stats::hostname;
     279 DOMAIN_PIN_EMULATOR Change tuning::pin_emulator;
     280 DOMAIN_GET_EMULATOR_PIN_INFO See tuning::emulator_pin;
     281 CONNECT_LIST_ALL_STORAGE_POOLS See storage::list;
@@ -302,7 +305,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     338 DOMAIN_SET_TIME Change inside::set_time;
     340 NODE_GET_FREE_PAGES See host::free_pages;
     341 NETWORK_GET_DHCP_LEASES See network::leases;
-    342 CONNECT_GET_DOMAIN_CAPABILITIES See connect::domain_capabilities;
+    342 CONNECT_GET_DOMAIN_CAPABILITIES Inspect connect::domain_capabilities;
     343 DOMAIN_OPEN_GRAPHICS_FD Change graphics::open_fd;
     344 CONNECT_GET_ALL_DOMAIN_STATS See stats::all;
     345 DOMAIN_BLOCK_COPY Change copies::copy;
@@ -333,8 +336,8 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     390 DOMAIN_SET_LIFECYCLE_ACTION Change power::set_lifecycle_action;
     391 STORAGE_POOL_LOOKUP_BY_TARGET_PATH See storage::by_target;
     392 DOMAIN_DETACH_DEVICE_ALIAS Change devices::detach_alias;
-    393 CONNECT_COMPARE_HYPERVISOR_CPU See cpu::compare_hypervisor;
-    394 CONNECT_BASELINE_HYPERVISOR_CPU See cpu::baseline_hypervisor;
+    393 CONNECT_COMPARE_HYPERVISOR_CPU Inspect cpu::compare_hypervisor;
+    394 CONNECT_BASELINE_HYPERVISOR_CPU Inspect cpu::baseline_hypervisor;
     397 NWFILTER_BINDING_LOOKUP_BY_PORT_DEV See nwfilter::binding_by_port;
     398 NWFILTER_BINDING_GET_XML_DESC See nwfilter::binding_xml;
     399 NWFILTER_BINDING_CREATE_XML Change nwfilter::change_binding;
@@ -362,7 +365,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     427 DOMAIN_START_DIRTY_RATE_CALC Change monitor::measure;
     431 NWFILTER_DEFINE_XML_FLAGS Change nwfilter::define;
     432 NETWORK_DEFINE_XML_FLAGS Change networks::define_flags;
-    433 NODE_DEVICE_GET_AUTOSTART See nodedev::is_persistent;
+    433 NODE_DEVICE_GET_AUTOSTART Inspect nodedev::is_persistent;
     435 NODE_DEVICE_IS_PERSISTENT See nodedev::is_persistent;
     436 NODE_DEVICE_IS_ACTIVE See nodedev::is_active;
     437 NETWORK_CREATE_XML_FLAGS Change networks::create_xml_flags;
@@ -375,7 +378,7 @@ const OF_QEMU: &[Procedure] = procedures! {
     1 DOMAIN_MONITOR_COMMAND Change monitor::command;
     3 DOMAIN_AGENT_COMMAND Change inside::command;
     4 CONNECT_DOMAIN_MONITOR_EVENT_REGISTER Change monitor::register;
-    5 CONNECT_DOMAIN_MONITOR_EVENT_DEREGISTER See monitor::deregister;
+    5 CONNECT_DOMAIN_MONITOR_EVENT_DEREGISTER Inspect monitor::deregister;
 };
 
 /// The procedure of a program and a number.
@@ -449,7 +452,7 @@ impl Procedure {
             return Ok(());
         }
         let driver = session.opened()?.driver;
-        if self.demand == Demand::Change && session.read_only() {
+        if matches!(self.demand, Demand::Change | Demand::Inspect) && session.read_only() {
             let text = format!("read only access prevents vir{}", words(self.name));
             return Err(VirError::new(Code::OperationDenied, driver.part(), text));
         }

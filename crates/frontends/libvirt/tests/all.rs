@@ -13,6 +13,7 @@ mod monitor;
 mod networks;
 mod power;
 mod protocol;
+mod read_only;
 mod remote;
 mod secrets;
 mod support;

@@ -23,7 +23,7 @@ async fn compared(client: &mut Client, procedure: &str, xml: &str, flags: u32) -
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn processors_are_compared_with_the_hosts_and_with_what_guests_get() {
     let server = Server::start().await;
-    let mut client = server.open("ro", "qemu:///system").await;
+    let mut client = server.open("full", "qemu:///system").await;
     let capabilities = string(&ask(&mut client, "CONNECT_GET_CAPABILITIES", |w| w).await.unwrap());
     let root = document(&capabilities).unwrap();
     let own = root.find("host").unwrap().find("cpu").unwrap();

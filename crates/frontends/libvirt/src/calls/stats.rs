@@ -370,6 +370,10 @@ pub async fn addresses(call: Call) -> Answered {
     let found = match source {
         LEASE => leased(&call, &view).await?,
         ARP => spoken(&call, &view).await?,
+        AGENT if call.session.read_only() => {
+            let text = "read only access prevents virDomainInterfaceAddresses";
+            return Err(VirError::new(Code::OperationDenied, call.opened()?.driver.part(), text));
+        }
         AGENT => {
             let metrics = figures(&call, &view).await?;
             let shown = metrics.interfaces.into_iter();

@@ -28,6 +28,7 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 
 pub struct Server {
     pub engine: Engine,
+    pub front: Arc<Front>,
     pub host: Arc<SimulatedAgent>,
     pub dir: tempfile::TempDir,
     pub tasks: Vec<JoinHandle<()>>,
@@ -71,7 +72,7 @@ impl Server {
                 tokio::spawn(serve(front.clone(), surface, listener))
             })
             .into();
-        Self { engine, host, dir, tasks }
+        Self { engine, front, host, dir, tasks }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
