@@ -512,9 +512,12 @@ impl RealAgent {
         let (pool, volume) = match disk.source {
             DiskSource::Volume { pool, volume } => (pool, volume),
             DiskSource::Host { ref path } => {
-                let found = self.resolve_path(&disk, path)?;
-                if let (Some(_), Some(found)) = (user, &found) {
-                    demand_directory(found)?;
+                let drive = user.is_some() && disk.path.is_none();
+                let mut found = self.resolve_path(&disk, path, drive)?;
+                match &mut found {
+                    Some(found) if drive => to_drive(found, path)?,
+                    Some(found) if user.is_some() => demand_directory(found)?,
+                    _ => {}
                 }
                 return Ok(found);
             }
@@ -554,14 +557,22 @@ impl RealAgent {
     }
 
     /// A path of the host, which its policy must grant; `None` when it is not there and may be left out.
-    fn resolve_path(&self, disk: &DiskSpec, path: &str) -> Result<Option<ResolvedDisk>> {
+    fn resolve_path(&self, disk: &DiskSpec, path: &str, drive: bool) -> Result<Option<ResolvedDisk>> {
         let field = || format!("devices.{}.source", disk.name);
-        let opened =
-            match karst_host::mountns::open_beneath(&self.options.policy.path_prefixes, Path::new(path)) {
-                Ok(opened) => opened,
-                Err(e) if disk.optional && e.is(ErrorKind::NotFound) => return Ok(None),
-                Err(e) => return Err(e.at(field())),
-            };
+        let policy = &self.options.policy;
+        let granted = if drive { &policy.disk_paths } else { &policy.path_prefixes };
+        if drive && !granted.iter().any(|prefix| Path::new(path).starts_with(prefix)) {
+            return Err(Error::forbidden(format!(
+                "this host gives no virtual machine {path:?} as a drive; its administrator can, with disk_paths in \
+                 host-policy.toml"
+            ))
+            .at(field()));
+        }
+        let opened = match karst_host::mountns::open_beneath(granted, Path::new(path)) {
+            Ok(opened) => opened,
+            Err(e) if disk.optional && e.is(ErrorKind::NotFound) => return Ok(None),
+            Err(e) => return Err(e.at(field())),
+        };
         let stat = rustix::fs::fstat(&opened).map_err(std::io::Error::from)?;
         let format = match rustix::fs::FileType::from_raw_mode(stat.st_mode) {
             rustix::fs::FileType::Directory => DiskFormat::Directory,
@@ -717,12 +728,22 @@ impl RealAgent {
     }
 }
 
-/// Of the host's paths a virtual machine gets directories, and those where it can mount them.
+/// Makes a path of the host a drive: raw, as its device says and never looked into, and a disc when its name says so.
+fn to_drive(disk: &mut ResolvedDisk, path: &str) -> Result<()> {
+    if disk.format != DiskFormat::Raw {
+        let text = format!("{path:?} is a directory, which a virtual machine mounts somewhere; set path");
+        return Err(Error::invalid(format!("devices.{}.path", disk.name), text));
+    }
+    disk.cdrom = karst_model::device::is_disc_name(path);
+    Ok(())
+}
+
+/// Of the host's paths a virtual machine mounts directories, and those where it can mount them.
 fn demand_directory(disk: &ResolvedDisk) -> Result<()> {
     let field = |key: &str| format!("devices.{}.{key}", disk.name);
     if disk.format != DiskFormat::Directory {
         let text = format!(
-            "{:?} is not a directory; a virtual machine shares directories of the host, and its drives are volumes of a pool",
+            "{:?} is not a directory; a virtual machine mounts directories of the host, and a drive has no path",
             disk.path
         );
         return Err(Error::unsupported(text).at(field("source")));
@@ -842,6 +863,14 @@ mod tests {
         assert_eq!(field(disk(DiskFormat::Directory, None)), "devices.data.path");
         assert_eq!(field(disk(DiskFormat::Raw, Some("/mnt"))), "devices.data.source");
         assert_eq!(field(disk(DiskFormat::Raw, None)), "devices.data.source");
+        // Without a place it is a drive, and a disc by its name.
+        let drive = |path: &str| {
+            let mut drive = disk(DiskFormat::Raw, None);
+            to_drive(&mut drive, path).map(|()| drive.cdrom)
+        };
+        assert_eq!((drive("/srv/disk.img"), drive("/srv/Debian.ISO")), (Ok(false), Ok(true)));
+        let refused = to_drive(&mut disk(DiskFormat::Directory, None), "/srv/shared").unwrap_err();
+        assert_eq!(refused.field.as_deref(), Some("devices.data.path"));
     }
 
     #[test]

@@ -22,6 +22,9 @@ pub struct HostPolicy {
     pub privileged_containers: bool,
     /// Directories of the host whose content may be given to guests; absolute, without `..`.
     pub path_prefixes: Vec<PathBuf>,
+    /// Images and block devices of the host, each as it stands there, and those below directories, that virtual machines may have
+    /// as drives: raw, opened as root. What a machine writes there nobody else may have mounted.
+    pub disk_paths: Vec<PathBuf>,
     /// Classes of devices of the host that guests may have (`gpu`, `usb`, `unix-char`, …).
     pub device_classes: Vec<String>,
     /// `raw.*` keys that are passed on (`raw.lxc`, `raw.qemu`, …).
@@ -84,6 +87,7 @@ impl HostPolicy {
             Error::invalid(FILE, format!("{}: {}", path.display(), e.message())).with_context(e.to_string())
         })?;
         let places = policy.path_prefixes.iter().map(|p| ("path_prefixes", p));
+        let places = places.chain(policy.disk_paths.iter().map(|p| ("disk_paths", p)));
         let named = |p: &&PathBuf| p.to_str().is_some_and(|p| p.starts_with("zfs:") || p.starts_with("lvm:"));
         let sources = policy.pool_sources.iter().filter(|p| !named(p));
         for (field, prefix) in places.chain(sources.map(|p| ("pool_sources", p))) {

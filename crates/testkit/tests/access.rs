@@ -441,6 +441,7 @@ fn cases() -> Vec<Case> {
         // Storage.
         volumes View |f, c, p| f.w.engine.volumes(c, "default", Some(p)).map(drop);
         snapshots View |f, c, p| f.w.engine.snapshots(c, of_still(p)).map(drop);
+        snapshot_gaps View |f, c, p| f.w.engine.snapshot_gaps(c, p, "still").map(drop);
         snapshot View |f, c, p| f.w.engine.snapshot(c, of_still(p), "snap").map(drop);
         snapshot_create Edit |f, c, p| f.w.engine.snapshot_create(c, of_still(p), CreateSnapshot::default()).await.map(drop);
         snapshot_update Edit |f, c, p| f.w.engine.snapshot_update(c, of_still(p), "snap", UpdateSnapshot::default()).await;
@@ -486,6 +487,7 @@ fn cases() -> Vec<Case> {
         volume_rename Edit |f, c, p| f.w.engine.volume_rename(c, p, "default", "data", "renamed").await;
         volume_wipe Edit |f, c, p| f.w.engine.volume_wipe(c, p, "default", "data").await.map(drop);
         volume_open Edit |f, c, p| f.w.engine.volume_open(c, p, "default", "blocks").await.map(drop);
+        volume_upload Edit |f, c, p| f.w.engine.volume_upload(c, p, 1).map(drop);
         volume_writable Edit |f, c, p| f.w.engine.volume_writable(c, p, "default", "blocks", (0, 1));
         volume_write Edit |f, c, p| { let upload = upload(&f.w, of_still(HERE)).await?; f.w.engine.volume_write(c, p, "default", "blocks", WriteVolume { upload, length: 1, offset: 0 }).await.map(drop) };
         volume_delete Edit |f, c, p| f.w.engine.volume_delete(c, p, "default", "data").await.map(drop);

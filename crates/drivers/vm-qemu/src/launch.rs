@@ -10,7 +10,7 @@ use crate::{
     seed, share,
 };
 use karst_guest::{
-    DiskFormat, ResolvedDisk, ResolvedGuest, ResolvedLink, ResolvedNic,
+    DiskFormat, Opened, ResolvedDisk, ResolvedGuest, ResolvedLink, ResolvedNic,
     keeper::{Console, Spec},
 };
 use karst_host::{
@@ -132,16 +132,29 @@ pub(crate) fn open_disk(disk: &ResolvedDisk) -> Result<(OwnedFd, Option<OwnedFd>
     if disk.format == DiskFormat::Directory {
         return Err(Error::invalid(field, "a disk of a virtual machine is a disk image, not a directory"));
     }
-    let meta = std::fs::symlink_metadata(&disk.path).map_err(|e| match e.kind() {
-        std::io::ErrorKind::NotFound => {
-            Error::not_found(format!("the disk {:?} of the virtual machine does not exist", disk.name))
-        }
-        _ => e.into(),
-    })?;
-    let block = meta.file_type().is_block_device();
-    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | if block { libc::O_DIRECT } else { 0 };
     let write = !(disk.readonly || disk.cdrom);
-    let file = File::options().read(true).write(write).custom_flags(flags).open(&disk.path)?;
+    let (file, block) = match &disk.opened {
+        Some(opened) => granted(opened, write).map_err(|e| match e.raw_os_error() {
+            Some(libc::EBUSY) => {
+                let text =
+                    format!("{:?} is in use on the host: mounted, or part of something else", disk.path);
+                Error::conflict(text).at(format!("{field}.source"))
+            }
+            _ => e.into(),
+        })?,
+        None => {
+            let meta = std::fs::symlink_metadata(&disk.path).map_err(|e| match e.kind() {
+                std::io::ErrorKind::NotFound => Error::not_found(format!(
+                    "the disk {:?} of the virtual machine does not exist",
+                    disk.name
+                )),
+                _ => e.into(),
+            })?;
+            let block = meta.file_type().is_block_device();
+            let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | if block { libc::O_DIRECT } else { 0 };
+            (File::options().read(true).write(write).custom_flags(flags).open(&disk.path)?, block)
+        }
+    };
     let kind = FileType::from_raw_mode(rustix::fs::fstat(&file).map_err(std::io::Error::from)?.st_mode);
     if !matches!(kind, FileType::RegularFile | FileType::BlockDevice) {
         return Err(Error::invalid(field, "a disk of a virtual machine is a disk image or a block device"));
@@ -151,6 +164,17 @@ pub(crate) fn open_disk(disk: &ResolvedDisk) -> Result<(OwnedFd, Option<OwnedFd>
         None => None,
     };
     Ok((file.into(), base, block))
+}
+
+/// Opens a path of the host that was found beneath what the host grants: what was found, whatever its name leads to by now. A block
+/// device that is written is nobody else's meanwhile; the kernel refuses one that is mounted.
+fn granted(found: &Opened, write: bool) -> std::io::Result<(File, bool)> {
+    let stat = rustix::fs::fstat(&*found.0)?;
+    let block = FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice;
+    let alone = if write { libc::O_EXCL } else { 0 };
+    let flags = libc::O_NONBLOCK | if block { libc::O_DIRECT | alone } else { 0 };
+    let name = format!("/proc/self/fd/{}", found.0.as_raw_fd());
+    Ok((File::options().read(true).write(write).custom_flags(flags).open(name)?, block))
 }
 
 /// The host's side of a NIC: a tap in a bridge, or a macvtap, which the caller deletes at the end.
@@ -432,4 +456,46 @@ pub(crate) fn explain(output: &str, record: &Record) -> Error {
         (ErrorKind::Internal, line)
     };
     Error::new(kind, format!("the virtual machine could not be started: {text}")).with_context(output.trim())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{io::Read, sync::Arc};
+
+    #[test]
+    fn a_path_of_the_host_is_what_was_found_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.img");
+        std::fs::write(&path, "found").unwrap();
+        let found = rustix::fs::open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        let disk = ResolvedDisk {
+            name: "data".into(),
+            slot: "scsi1".into(),
+            path: path.clone(),
+            format: DiskFormat::Raw,
+            backing: None,
+            mount_point: None,
+            readonly: true,
+            foreign: true,
+            shift: false,
+            opened: Some(Opened(Arc::new(found))),
+            recursive: false,
+            follow: false,
+            cdrom: false,
+            ejected: false,
+            io: Default::default(),
+            pci: None,
+            boot_priority: 0,
+        };
+        // Somebody puts something else in its place.
+        std::fs::rename(&path, dir.path().join("old")).unwrap();
+        std::os::unix::fs::symlink("/etc/shadow", &path).unwrap();
+        let (fd, base, block) = open_disk(&disk).unwrap();
+        let mut text = String::new();
+        File::from(fd).read_to_string(&mut text).unwrap();
+        assert_eq!((text.as_str(), base.is_none(), block), ("found", true, false));
+        // By its name it would be that.
+        assert!(open_disk(&ResolvedDisk { opened: None, ..disk }).is_err());
+    }
 }

@@ -39,6 +39,8 @@ fn same_disk(a: &ResolvedDisk, b: &ResolvedDisk) -> bool {
         d.mount_point = None;
         // Whether others may write it too is said when it is plugged, and holds as long as it is.
         d.shared = false;
+        // Opened anew each time.
+        d.opened = None;
         if medium {
             d.path = Default::default();
             d.ejected = false;
@@ -475,6 +477,12 @@ mod tests {
         assert!(same_disk(&a, &b));
         assert!(same_disk(&a, &ResolvedDisk { shared: true, ..disk() }), "its guest has it in use");
         assert!(!same_disk(&a, &ResolvedDisk { path: "/b".into(), ..disk() }));
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let opened = Some(karst_guest::Opened(std::sync::Arc::new(null.into())));
+        assert!(
+            same_disk(&a, &ResolvedDisk { opened, ..disk() }),
+            "of a path it is the same, opened once more"
+        );
         assert!(!same_disk(&a, &ResolvedDisk { readonly: true, ..disk() }));
         let disc = ResolvedDisk { cdrom: true, readonly: true, ..disk() };
         let other = ResolvedDisk { path: "/b".into(), ..disc.clone() };

@@ -134,6 +134,7 @@ impl Engine {
         let mut devices = of.devices()?;
         // The root becomes a volume of the instance's own.
         expand::own_root(&mut devices);
+        compute::disks::demand_drives(context, &Default::default(), &devices)?;
         let wanted = request.name.as_deref().filter(|n| !n.is_empty());
         let name = Name::parse("name", wanted.unwrap_or(&index.name))?;
         runner::start::<InstanceImport>(inner, context, |tx| {

@@ -72,6 +72,7 @@ impl Engine {
     ) -> Result<(String, LiveOperation)> {
         let project = self.project(context, project, Permission::ResourceEdit)?;
         super::vmids::demand_choice(context, request.copy.vmid)?;
+        super::disks::demand_drives(context, &Default::default(), &request.copy.devices)?;
         if let Some(name) = self.copy_there(&project, &request) {
             let operation = self.instance_refresh(context, &project, &name, &request).await?;
             return Ok((name, operation));

@@ -1,6 +1,9 @@
 //! Creating instances.
 
-use super::{disks::check_disks, expand, lock, path, slots, templates};
+use super::{
+    disks::{check_disks, demand_drives},
+    expand, lock, path, slots, templates,
+};
 use crate::{
     Engine, EngineInner, Records, Row,
     context::Context,
@@ -90,6 +93,7 @@ impl Engine {
         let project = self.project(context, project, Permission::ResourceEdit)?;
         super::vmids::demand_choice(context, request.vmid)?;
         self.demand_source(context, &request.source)?;
+        demand_drives(context, &Devices::new(), &request.devices)?;
         let inner = self.inner();
         let mut made_up = None;
         let mut chosen = String::new();

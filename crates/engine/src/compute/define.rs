@@ -14,7 +14,7 @@ use crate::{
 use karst_model::{
     DeviceId, Error, InstanceId, Name, Result,
     access::Permission,
-    device::DiskBus,
+    device::{Devices, DiskBus},
     instance::{DesiredPower, DeviceIdentity, Instance, InstanceKind},
     storage::VolumeOwner,
 };
@@ -62,6 +62,7 @@ impl Engine {
         if request.create.kind != InstanceKind::VirtualMachine {
             return Err(Error::unsupported("containers are made of images, not defined by their hardware"));
         }
+        super::disks::demand_drives(context, &Devices::new(), &request.create.devices)?;
         let operation = runner::start::<InstanceCreate>(inner, context, |tx| {
             let records = inner.inventory.read();
             tx.expect(&project);

@@ -1,10 +1,11 @@
 //! Disks that an instance does not own: what it may attach, also as its root, and what must not be at work on it when it starts.
 
 use super::expand::ParsedDevices;
-use crate::{Records, Row, db::Tx, saga::runner, volumes};
+use crate::{Records, Row, context::Context, db::Tx, saga::runner, volumes};
 use karst_model::{
     Error, Missing, Result,
-    device::{DiskBus, DiskDevice, DiskOrigin},
+    access::Permission,
+    device::{Devices, DiskBus, DiskDevice, DiskOrigin, host_drive},
     instance::{Instance, InstanceKind},
     spec::GuestSpec,
     storage::{Volume, VolumeContent},
@@ -27,7 +28,10 @@ pub(crate) fn check_disks(
         take(records, tx, instance, row, &parsed.root.0)?;
     }
     for (device, disk) in &parsed.disks {
-        let DiskOrigin::Volume { pool, volume } = &disk.source else { continue };
+        let DiskOrigin::Volume { pool, volume } = &disk.source else {
+            check_drive(records, tx, instance, device, disk)?;
+            continue;
+        };
         let row = find(records, instance, device, pool, volume)?;
         check_content(instance.kind, row, device, disk)?;
         if !seen.insert(row.id) && !row.is_shared() {
@@ -55,6 +59,66 @@ pub(crate) fn check_disks(
         }
     }
     Ok(())
+}
+
+/// What a virtual machine has as a drive of the host's paths is its own device, and in no other machine as long as it may be
+/// written. Discs are read, by as many as like.
+fn check_drive(
+    records: &Records,
+    tx: &mut Tx,
+    instance: &Instance,
+    device: &str,
+    disk: &DiskDevice,
+) -> Result<()> {
+    let (DiskOrigin::Host { path }, None, InstanceKind::VirtualMachine) =
+        (&disk.source, &disk.path, instance.kind)
+    else {
+        return Ok(());
+    };
+    let field = |key: &str| format!("devices.{device}.{key}");
+    if !instance.devices.contains_key(device) {
+        let text = format!(
+            "{path:?} is a path of the host, which is a device of the instance itself and of no profile"
+        );
+        return Err(Error::invalid(field("source"), text));
+    }
+    if disk.source.is_disc_file() {
+        return match disk.io.bus {
+            None | Some(DiskBus::VirtioScsi | DiskBus::Sata) => Ok(()),
+            Some(_) => Err(Error::invalid(field("io.bus"), "a disc is in a drive of virtio-scsi or sata")),
+        };
+    }
+    if !disk.attached {
+        let text = format!("{path:?} is no disc, which alone leaves its drive. Remove the device");
+        return Err(Error::invalid(field("attached"), text));
+    }
+    let has = |i: &Instance| i.devices.values().any(|keys| host_drive(keys) == Some(path.as_str()));
+    if let Some(other) = records.instances.values().find(|i| i.id != instance.id && has(i)) {
+        return Err(Error::conflict(format!(
+            "{path:?} is a drive of {}; remove it there first",
+            super::called(instance.project, other)
+        ))
+        .at(field("source")));
+    }
+    let target = format!("host-drives{path}");
+    tx.expect_untouched(records, &target);
+    tx.touch(&target);
+    Ok(())
+}
+
+/// Only who administers the server says which of the host's paths a machine has as a drive; `now` are the devices that it
+/// has. What the host grants at all is its own policy's.
+///
+/// # Errors
+/// Forbidden, naming the device.
+pub(crate) fn demand_drives(context: &Context, now: &Devices, wanted: &Devices) -> Result<()> {
+    let has = |path: &str| now.values().any(|keys| host_drive(keys) == Some(path));
+    let new = wanted.iter().find(|(_, keys)| host_drive(keys).is_some_and(|path| !has(path)));
+    let Some((device, _)) = new.filter(|_| !context.principal().may(Permission::ServerEdit, None)) else {
+        return Ok(());
+    };
+    let text = "only administrators of the server give a machine a path of the host as a drive; use a volume of a pool";
+    Err(Error::forbidden(text).at(format!("devices.{device}.source")))
 }
 
 fn find<'a>(

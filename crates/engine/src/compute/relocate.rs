@@ -94,6 +94,7 @@ impl Engine {
         request: MoveInstance,
     ) -> Result<LiveOperation> {
         let from = self.project(context, project, Permission::ResourceEdit)?;
+        super::disks::demand_drives(context, &Devices::new(), &request.devices)?;
         let to = match said(&request.project) {
             Some(to) => self.project(context, to, Permission::ResourceEdit).map_err(|e| e.at("project"))?,
             None => from.clone(),

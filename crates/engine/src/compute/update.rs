@@ -117,6 +117,7 @@ impl Engine {
                 )));
             }
             tx.expect(row);
+            super::disks::demand_drives(context, &row.devices, &request.devices)?;
             let mut instance = row.value.clone();
             instance.description = request.description.clone();
             instance.ephemeral = request.ephemeral;

@@ -322,7 +322,8 @@ pub(crate) fn uncovered(
             DiskOrigin::Volume { pool, volume } => records
                 .custom_volume(instance.project, pool, volume)
                 .is_some_and(|v| v.content == VolumeContent::Iso || covered.contains(&v.id)),
-            DiskOrigin::Host { .. } | DiskOrigin::Memory { .. } => false,
+            origin @ DiskOrigin::Host { .. } => origin.is_disc_file(),
+            DiskOrigin::Memory { .. } => false,
         };
         if !held {
             names.push(name.clone());

@@ -3,7 +3,10 @@
 use super::{Found, Origin, Taken};
 use crate::{
     Engine, EngineInner, Records,
-    compute::{disks::check_disks, expand, update::follow_keys},
+    compute::create::check_nics,
+    compute::disks::{check_disks, demand_drives},
+    compute::expand,
+    compute::update::follow_keys,
     context::Context,
     db::Tx,
     operations::{LiveOperation, NewOperation},
@@ -56,7 +59,11 @@ impl Engine {
         let runs = {
             let records = self.inner().inventory.read();
             let found = origin.find(&records, project.id)?;
-            demand_memory(&found.demand(&records, name)?.taken(), memory)?;
+            let taken = found.demand(&records, name)?.taken();
+            demand_memory(&taken, memory)?;
+            if let (Found::Instance(row), Taken::Instance { snapshot }) = (&found, &taken) {
+                demand_drives(context, &row.devices, &snapshot.devices)?;
+            }
             matches!(&found, Found::Instance(row) if volumes::runs(&records, row))
         };
         if runs || memory {

@@ -9,7 +9,8 @@ use crate::{
 use karst_engine::{Context, compute::update::UpdateInstance};
 use karst_frontend_libvirt::{error::Code, xdr::Reader};
 use karst_model::{
-    access::Principal,
+    ErrorKind,
+    access::{Grant, Principal, Role},
     device::{DISK_BUSES, DISK_CACHES, DiskBus},
     instance::InstanceKind,
     storage::VolumeContent,
@@ -201,4 +202,71 @@ async fn a_volume_of_an_instance_is_not_taken_for_a_users_of_the_same_name() {
     define(&mut client, &of("/karst/default/v1")).await.unwrap();
     let deleted = client.call(94, &[instances, vec![0; 4]].concat()).await.unwrap_err();
     assert!(deleted.1.contains("part of the domain"), "{deleted:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_path_of_the_host_is_a_drive_by_its_administrators_word() {
+    let (server, mut client) = ready().await;
+    volume(&server, "d3", VolumeContent::Block).await;
+    let second = "<disk type='volume' device='disk'><source pool='default' volume='d2'/><target dev='sdc' bus='scsi'/><readonly/></disk>";
+    let path = |device: &str, file: &str, dev: &str| {
+        format!(
+            "<disk type='file' device='{device}'><driver name='qemu' type='raw'/><source file='{file}'/><target dev='{dev}' bus='scsi'/></disk>"
+        )
+    };
+    let both = path("disk", "/srv/data.img", "sdc") + &path("cdrom", "/srv/Debian.ISO", "sdd");
+    define(&mut client, &domain("v1", &[(second, both.as_str())])).await.unwrap();
+    let admin = Context::new(Principal::system());
+    let view = server.engine.instance(&admin, "default", "v1").unwrap();
+    assert_eq!(view.expanded_devices["sdc"]["source"], "/srv/data.img");
+    assert!(!view.expanded_devices["sdc"].contains_key("pool"));
+    let shown = dump(&mut client, "v1", 2).await;
+    for line in ["<source file='/srv/data.img'/>", "<source file='/srv/Debian.ISO'/>", "device='cdrom'"] {
+        assert!(shown.contains(line), "{line} in {shown}");
+    }
+    define(&mut client, &shown).await.unwrap();
+    assert_eq!(dump(&mut client, "v1", 2).await, shown);
+    // It is in one machine; a disc is in as many as like.
+    let other = |disks: &str| {
+        let changes = [
+            ("c7a5fdbd-edaf-9455-926a-d65c16db1809", "c7a5fdbd-edaf-9455-926a-d65c16db1810"),
+            ("52:54:00:11:22:33", "52:54:00:11:22:34"),
+            ("/karst/default/d1", "/karst/default/d3"),
+            (second, disks),
+        ];
+        domain("v2", &changes)
+    };
+    for (disk, word) in [
+        (path("disk", "/srv/data.img", "sdc"), "is a drive of"),
+        (path("disk", "/srv/other.iso", "sdc"), "device='cdrom'"),
+        (path("cdrom", "/srv/other.img", "sdc"), ".iso"),
+        (path("disk", "/srv/other.img", "sdc").replace(" type='raw'", ""), "never guessed"),
+        (path("disk", "/srv/other.img", "sdc").replace("type='raw'", "type='qcow2'"), "never guessed"),
+    ] {
+        let refused = define(&mut client, &other(&disk)).await.unwrap_err();
+        assert!(refused.1.contains(word), "{disk}: {refused:?}");
+    }
+    define(&mut client, &other(&path("cdrom", "/srv/Debian.ISO", "sdd"))).await.unwrap();
+    // Who runs the instances of all projects is no administrator of the server; what is there stays.
+    let mut principal = Principal::unix_admin(1000, 1000, 1);
+    principal.grants = vec![Grant { role: Role::Operator, project: None }];
+    let operator = Context::new(principal);
+    let view = server.engine.instance(&operator, "default", "v1").unwrap();
+    let request = |devices| UpdateInstance {
+        description: "by an operator".into(),
+        ephemeral: false,
+        config: view.instance.config.clone(),
+        devices,
+        profiles: vec![],
+        if_version: None,
+    };
+    let mut more = view.instance.devices.clone();
+    let keys = [("type", "disk"), ("source", "/srv/more.img")];
+    more.insert("more".into(), keys.map(|(k, v)| (k.to_owned(), v.to_owned())).into());
+    let refused =
+        server.engine.instance_update(&operator, "default", "v1", request(more)).await.err().unwrap();
+    assert_eq!((refused.kind, refused.field.as_deref()), (ErrorKind::Forbidden, Some("devices.more.source")));
+    let same = request(view.instance.devices.clone());
+    let operation = server.engine.instance_update(&operator, "default", "v1", same).await.unwrap();
+    assert_eq!(operation.ended().await.error, None);
 }

@@ -3,6 +3,7 @@
 use super::Keys;
 use crate::{ByteSize, Error, Result};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// The root disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,6 +76,26 @@ pub enum DiskOrigin {
         /// At most so much; half of the host's memory when absent. It counts as the container's memory.
         size: Option<ByteSize>,
     },
+}
+
+impl DiskOrigin {
+    /// A path of the host, the name of which says that it is a disc: `.iso`.
+    pub fn is_disc_file(&self) -> bool {
+        matches!(self, Self::Host { path } if is_disc_name(path))
+    }
+}
+
+/// Does a path of the host name a disc? Nothing else says what a file is, which is never looked into.
+pub fn is_disc_name(path: &str) -> bool {
+    path.to_ascii_lowercase().ends_with(".iso")
+}
+
+/// The path of the host that a disk of a virtual machine is a drive of, by its keys; nothing of a volume, or of a directory, which has
+/// a path in the machine too.
+pub fn host_drive(keys: &BTreeMap<String, String>) -> Option<&str> {
+    let key = |name: &str| keys.get(name).map(String::as_str).filter(|v| !v.is_empty());
+    let drive = key("type") == Some("disk") && key("pool").is_none() && key("path").is_none();
+    key("source").filter(|source| drive && source.starts_with('/'))
 }
 
 /// Source of a disk in memory.

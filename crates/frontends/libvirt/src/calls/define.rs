@@ -21,6 +21,7 @@ use karst_engine::{
 };
 use karst_model::{
     Error, ErrorKind,
+    device::is_disc_name,
     instance::{Firmware, InstanceKind},
     node::AcceleratorKind,
     storage::{VolumeContent, VolumeOwner},
@@ -55,7 +56,17 @@ pub(super) fn demand_discs(call: &Call, machine: &Machine) -> Result<(), VirErro
     let session = &call.session;
     let project = &session.opened()?.project;
     for disk in &machine.disks {
-        let Some(Source::Volume { pool, volume }) = &disk.source else { continue };
+        let (pool, volume) = match &disk.source {
+            Some(Source::Volume { pool, volume }) => (pool, volume),
+            Some(Source::Path(path)) if is_disc_name(path) != disk.cdrom => {
+                let why = match disk.cdrom {
+                    true => "no disc, which a path of the host says by the end .iso",
+                    false => "a disc by its name; use device='cdrom'",
+                };
+                return Err(refuse("disk device", format!("{path} of {} is {why}", disk.target)));
+            }
+            _ => continue,
+        };
         let Ok(found) = session.front.engine.custom_volume(&session.context, project, pool, volume) else {
             continue;
         };

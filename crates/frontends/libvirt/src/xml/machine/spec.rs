@@ -162,18 +162,6 @@ fn root(machine: &Machine) -> Result<&Disk, VirError> {
     first.ok_or_else(|| refuse("disk", "a machine needs one that is a volume of a pool and can be written"))
 }
 
-/// QEMU would open a path by its name, which others may lead elsewhere.
-fn demand_volume(disk: &Disk) -> Result<(), VirError> {
-    match &disk.source {
-        Some(Source::Path(path)) => {
-            let text =
-                format!("{path}: this host gives no virtual machine its paths; use a volume of a pool");
-            Err(refuse("disk source", text))
-        }
-        _ => Ok(()),
-    }
-}
-
 /// A new machine.
 ///
 /// # Errors
@@ -203,7 +191,6 @@ pub fn create(machine: &Machine) -> Result<Created, VirError> {
     set(&mut config, OPAQUE, Some(machine.opaque.document()));
     let root = &root(machine)?.target;
     for one in machine.disks.iter().filter(|d| d.source.is_some()) {
-        demand_volume(one)?;
         disk(devices.entry(one.target.clone()).or_default(), one, one.target == *root);
         let (alias, pci) = (one.alias.clone(), one.pci.clone());
         places.insert(one.target.clone(), Place { slot: one.slot.clone(), alias, pci });
@@ -313,7 +300,6 @@ fn devices(present: &Present<'_>, new: &Machine) -> Result<Devices, VirError> {
             // An empty drive that the machine does not have yet.
             continue;
         }
-        demand_volume(one)?;
         let (is_root, own) = (is_root(&keys), !keys.contains_key("source"));
         disk(&mut keys, one, is_root);
         if is_root && own && before.is_some_and(|b| b.source == one.source) {

@@ -12,7 +12,9 @@ use karst_engine::{
 };
 use karst_model::{
     Config,
-    device::{DISK_CACHES, Devices, DiskBus, DiskDevice, DiskIo, DiskOrigin, NicDevice, NicModel},
+    device::{
+        DISK_CACHES, Devices, DiskBus, DiskDevice, DiskIo, DiskOrigin, NicDevice, NicModel, is_disc_name,
+    },
     display::DisplayProtocol,
     instance::{DeviceIdentity, Firmware, Hardware},
 };
@@ -359,11 +361,8 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque) -> Result<Element, VirError> {
         let cdrom = match &source {
             _ if !attached => true,
             Source::Volume { pool, volume } => (shown.disc)(pool, volume),
-            // As it was written: what a path holds is not known here.
-            path => opaque.disks.values().any(|e| {
-                e.attribute("device") == Some("cdrom")
-                    && read::source(e).is_ok_and(|s| s.as_ref() == Some(path))
-            }),
+            // Its name says it, as to the host.
+            Source::Path(path) => is_disc_name(path),
         };
         let source = Some(source).filter(|_| *attached);
         let boot = orders.order(device.boot_priority);
