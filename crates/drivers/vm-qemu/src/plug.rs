@@ -46,6 +46,9 @@ fn same_disk(a: &ResolvedDisk, b: &ResolvedDisk) -> bool {
             d.ejected = false;
             d.backing = None;
             d.readonly = true;
+            // One of a pool, or a path of the host.
+            d.foreign = false;
+            d.shift = false;
         }
         d
     };

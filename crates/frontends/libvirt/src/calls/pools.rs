@@ -31,7 +31,9 @@ pub async fn define(call: Call) -> Answered {
             return Err(failed(Code::OperationFailed, text));
         }
         // What a pool is made of is decided when it is made: its own document changes nothing.
-        if there.kind.as_str() != new.driver || there.config.get("source") != new.source.as_ref() {
+        // What is not told is not asked for either.
+        let another = new.source.as_ref().is_some_and(|s| there.config.get("source") != Some(s));
+        if there.kind.as_str() != new.driver || another {
             let text = "source: what a pool is made of is fixed since it was made";
             return Err(failed(Code::ConfigUnsupported, text));
         }
@@ -43,11 +45,15 @@ pub async fn define(call: Call) -> Answered {
             "uuid: that of a new pool is chosen by the host; leave it out",
         ));
     }
+    let pairs = [
+        new.source.map(|s| ("source".to_owned(), s)),
+        new.size.map(|bytes| ("size".to_owned(), bytes.to_string())),
+    ];
     let request = CreatePool {
         name: new.name.clone(),
         driver: new.driver,
         description: String::new(),
-        config: new.source.map(|s| ("source".to_owned(), s)).into_iter().collect::<Config>(),
+        config: pairs.into_iter().flatten().collect::<Config>(),
     };
     let session = &call.session;
     ended(session.front.engine.pool_create(&session.context, request).await?).await?;

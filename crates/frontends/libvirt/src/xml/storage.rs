@@ -20,14 +20,19 @@ fn target(name: &str) -> String {
 
 /// The document of a pool. Its place on the host is not told: the target is the name under which volumes have their paths.
 pub fn pool(pool: &Pool, usage: Usage) -> String {
+    let mut source = Element::new("source");
+    if pool.kind == PoolKind::Btrfs {
+        source.push(Element::new("format").with("type", "btrfs"));
+    }
+    let kind = KINDS.iter().find(|(_, of)| of.contains(&pool.kind.as_str())).map_or("dir", |(kind, _)| *kind);
     Element::new("pool")
-        .with("type", "dir")
+        .with("type", kind)
         .child(Element::text("name", &pool.name))
         .child(Element::text("uuid", pool.id))
         .child(bytes("capacity", usage.total))
         .child(bytes("allocation", usage.used))
         .child(bytes("available", usage.total.saturating_sub(usage.used)))
-        .child(Element::new("source"))
+        .child(source)
         .child(Element::new("target").child(Element::text("path", target(&pool.name))))
         .document()
 }
@@ -56,7 +61,7 @@ pub fn volume(volume: &Volume, name: &str, path: &str, capacity: u64, allocation
 /// libvirt's kinds of pools, with the kinds of Karst that are made by documents of each.
 const KINDS: [(&str, &[&str]); 14] = [
     ("dir", &["dir"]),
-    ("fs", &[]),
+    ("fs", &["btrfs"]),
     ("netfs", &[]),
     ("logical", &["lvm"]),
     ("disk", &[]),
@@ -192,8 +197,10 @@ pub struct NewPool {
     pub uuid: Option<Uuid>,
     /// Incus' name of its kind.
     pub driver: String,
-    /// What of the host it is made of; `None`: the host's own directory.
+    /// What of the host it is made of; `None`: the host's own directory, or a file in it.
     pub source: Option<String>,
+    /// Bytes of that file.
+    pub size: Option<u64>,
 }
 
 /// Reads the document of a pool.
@@ -209,24 +216,56 @@ pub fn read_pool(text: &str) -> Result<NewPool, VirError> {
     let uuid = root.find("uuid").map(|u| u.body().trim()).filter(|u| !u.is_empty());
     let uuid = uuid.map(|u| Uuid::parse_str(u).map_err(|_| wrong(format!("malformed uuid element '{u}'"))));
     let path = root.find("target").and_then(|t| t.find("path")).map(|p| p.body().trim()).unwrap_or_default();
-    let source = root.find("source");
-    let (driver, source) = match root.attribute("type") {
-        Some("dir") => {
-            let own = path.is_empty() || path == target(&name);
-            ("dir", (!own).then(|| path.to_owned()))
+    let from = root.find("source");
+    let said = |element: &str, attribute: &str| {
+        let found = from.and_then(|s| s.find(element)).and_then(|e| e.attribute(attribute));
+        found.filter(|v| !v.is_empty()).map(str::to_owned)
+    };
+    let named = || {
+        let found = from.and_then(|s| s.find("name")).map(|n| n.body().trim());
+        found.filter(|n| !n.is_empty()).map(str::to_owned)
+    };
+    let own = path.is_empty() || path == target(&name);
+    // Where libvirt has what a pool of its kind holds.
+    let usual = |prefix: &str, source: &Option<String>| {
+        source.as_ref().is_some_and(|s| path == format!("{prefix}{s}"))
+    };
+    let (driver, source, placed) = match root.attribute("type") {
+        Some("dir") => ("dir", (!own).then(|| path.to_owned()), true),
+        Some("fs") => match said("format", "type").as_deref() {
+            Some("btrfs") => ("btrfs", said("device", "path"), own),
+            other => {
+                let format = other.unwrap_or("auto");
+                return Err(refuse("source format", format!("'{format}' is not there for a pool; btrfs is")));
+            }
+        },
+        Some("zfs") => {
+            let source = named();
+            let placed = own || usual("/dev/zvol/", &source);
+            ("zfs", source, placed)
         }
-        Some(of @ ("zfs" | "logical")) => {
-            // A data set, or a volume group; without one the pool lies in a file of its own.
-            let named = source.and_then(|s| s.find("name")).map(|n| n.body().trim().to_owned());
-            (if of == "zfs" { "zfs" } else { "lvm" }, named.filter(|n| !n.is_empty()))
+        Some("logical") => {
+            let source = named();
+            let placed = own || usual("/dev/", &source);
+            ("lvm", source, placed)
         }
         Some(other) => {
-            let text = format!("'{other}' is not made this way; 'dir', 'logical' and 'zfs' are");
-            return Err(refuse("pool type", text));
+            return Err(refuse(
+                "pool type",
+                format!("'{other}' is not made this way; dir, fs (btrfs), zfs and logical are"),
+            ));
         }
         None => return Err(wrong("missing pool type attribute")),
     };
-    Ok(NewPool { name, uuid: uuid.transpose()?, driver: driver.to_owned(), source })
+    if !placed {
+        return Err(refuse("target path", format!("a pool lies where its host puts it; leave {path} out")));
+    }
+    let size = match (driver, &source) {
+        // It has the size of what it is made of.
+        ("dir", _) | (_, Some(_)) => None,
+        _ => root.find("capacity").map(in_bytes).transpose()?.filter(|n| *n > 0),
+    };
+    Ok(NewPool { name, uuid: uuid.transpose()?, driver: driver.to_owned(), source, size })
 }
 
 #[cfg(test)]
@@ -278,13 +317,29 @@ mod tests {
             for (kind, _) in KINDS {
                 let is = text.contains(&format!("<pool type='{kind}' supported='yes'>"));
                 let no = text.contains(&format!("<pool type='{kind}' supported='no'/>"));
-                let document = format!("<pool type='{kind}'><name>p</name></pool>");
+                let source = "<source><format type='btrfs'/></source>";
+                let document = format!("<pool type='{kind}'><name>p</name>{source}</pool>");
                 let driver = read_pool(&document).map(|p| p.driver).unwrap_or_default();
                 let made = there.iter().any(|k| k.as_str() == driver);
                 assert!(is == made && is != no, "{kind}");
             }
         }
         assert!(capabilities(&[PoolKind::Dir]).contains("<pool type='dir' supported='yes'>"));
+        for kind in PoolKind::ALL {
+            let shown = |usage| {
+                let pool = Pool {
+                    id: karst_model::PoolId(Uuid::nil()),
+                    name: karst_model::Name::parse("name", "p").unwrap(),
+                    kind: *kind,
+                    description: String::new(),
+                    config: Default::default(),
+                    spec_version: 1,
+                };
+                super::pool(&pool, usage)
+            };
+            let read = read_pool(&shown(Usage { total: 10, used: 1, ..Default::default() })).unwrap();
+            assert_eq!((read.driver.as_str(), read.source), (kind.as_str(), None));
+        }
     }
 
     #[test]
@@ -297,9 +352,24 @@ mod tests {
         assert!(read(&scratch.replace("boot-scratch", "p")).unwrap().source.is_some());
         let path = "<pool type='dir'><name>p</name><target><path>/srv/p</path></target></pool>";
         assert_eq!(read(path).unwrap().source.as_deref(), Some("/srv/p"));
-        let group = "<pool type='logical'><name>p</name><source><name>vg0</name></source></pool>";
+        let btrfs = |inner: &str| {
+            read(&format!("<pool type='fs'><name>p</name><capacity unit='GiB'>5</capacity>{inner}</pool>"))
+        };
+        let file = btrfs("<source><format type='btrfs'/></source>").unwrap();
+        assert_eq!((file.driver.as_str(), file.source, file.size), ("btrfs", None, Some(5 << 30)));
+        let disk = btrfs("<source><device path='/dev/vdb'/><format type='btrfs'/></source>").unwrap();
+        assert_eq!((disk.source.as_deref(), disk.size), (Some("/dev/vdb"), None));
+        let group = "<pool type='logical'><name>p</name><source><name>vg0</name></source><target><path>/dev/vg0</path></target></pool>";
         let group = read(group).unwrap();
         assert_eq!((group.driver.as_str(), group.source.as_deref()), ("lvm", Some("vg0")));
+        for (refused, word) in [
+            (btrfs(""), "'auto'"),
+            (btrfs("<source><format type='ext4'/></source>"), "'ext4'"),
+            (btrfs("<source><format type='btrfs'/></source><target><path>/mnt</path></target>"), "/mnt"),
+        ] {
+            let e = refused.unwrap_err();
+            assert!(e.code == Code::ConfigUnsupported && e.text.contains(word), "{e:?}");
+        }
         let set =
             read("<pool type='zfs'><name>p</name><source><name>tank/vms</name></source></pool>").unwrap();
         assert_eq!((set.driver.as_str(), set.source.as_deref()), ("zfs", Some("tank/vms")));
