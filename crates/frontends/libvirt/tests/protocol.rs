@@ -322,17 +322,32 @@ async fn what_a_user_may_have_of_the_read_only_socket_is_bounded() {
     ends(&mut third).await;
     // One that asks nothing does not keep its place.
     ends(&mut silent).await;
-    let mut again = server.open("ro", "qemu:///system").await;
-    assert!(again.names().await.is_empty());
-    // A frame that is larger than any that this socket needs; the other one takes it.
     let header = Header {
         program: karst_frontend_libvirt::frame::REMOTE,
         version: 1,
-        procedure: 66,
+        procedure: 1,
         kind: Kind::Call,
-        serial: 9,
+        serial: 1,
         status: Status::Ok,
     };
+    let open = argument(|w| {
+        w.optional(Some("qemu:///system")).u32(0);
+    });
+    let open = Frame::new(header, open).encode();
+    let entered = async {
+        loop {
+            let mut client = server.connect("ro").await;
+            let sent = client.stream.write_all(&open).await.is_ok();
+            if sent && matches!(Frame::read(&mut client.stream).await, Ok(Some(_))) {
+                client.serial = 1;
+                return client;
+            }
+        }
+    };
+    let mut again = tokio::time::timeout(PATIENCE, entered).await.expect("a place is free again");
+    assert!(again.names().await.is_empty());
+    // A frame that is larger than any that this socket needs; the other one takes it.
+    let header = Header { procedure: 66, serial: 9, ..header };
     let frame = Frame::new(header, vec![0; (1 << 20) + 1]).encode();
     again.stream.write_all(&frame[..28]).await.unwrap();
     ends(&mut again).await;
