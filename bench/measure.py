@@ -18,6 +18,7 @@ import traceback
 
 import clock
 import daily
+import domains
 import report
 import subjects
 from clock import Commands, Failed, median
@@ -85,9 +86,9 @@ class Bench:
                 subject.stop()
             except Exception as e:  # whatever happens, the others are stopped
                 print(f"stopping {subject.name}: {e}", file=sys.stderr)
-                background = getattr(subject, "background", None)
-                if background:
-                    background.end()
+                for background in [getattr(subject, "background", None), *getattr(subject, "before", [])]:
+                    if background:
+                        background.end()
                 subjects.release(subject.directory)
         for link in self.links:
             if os.path.exists(f"/sys/class/net/{link}"):
@@ -392,6 +393,7 @@ FIGURES = {
     "first": lambda bench: first_answer(bench, 0),
     "containers": containers,
     "machines": machines,
+    "domains": domains.domains,
     "syncs": syncs,
     "storage": daily.storage,
     "export": daily.export,
@@ -410,6 +412,7 @@ def main():
     parser.add_argument("--figures", default=",".join(FIGURES), help="which figures: " + " ".join(FIGURES))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--instances", type=int, default=500)
+    parser.add_argument("--domains", type=int, default=1000, help="that are defined by libvirt's protocol")
     parser.add_argument("--running", type=int, default=20)
     parser.add_argument("--snapshots", type=int, default=48, help="of each of the thousand simulated instances")
     parser.add_argument("--ports", type=int, default=1000, help="of the firewall")

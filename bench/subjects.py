@@ -51,12 +51,12 @@ class Server:
         except (OSError, Failed):
             return False
 
-    def first_answer(self):
-        """Milliseconds from the daemon's exec to its first successful GET /1.0, after all of it was killed."""
+    def first_answer(self, answers=None):
+        """Milliseconds from the daemon's exec to its first successful GET /1.0 (or other answer), after all of it was killed."""
         self.kill()
         start = clock.now()
         self.spawn()
-        wait_until(self.answers, 60, f"{self.name} does not answer")
+        wait_until(answers or self.answers, 60, f"{self.name} does not answer")
         return clock.now() - start
 
     def start(self):
@@ -120,6 +120,9 @@ class Karst(Server):
                 connection.close()
 
         wait_until(profile, 30, "the first start makes no default profile")
+
+    def libvirt_socket(self):
+        return os.path.join(self.directory, "libvirt-sock")
 
     def karst(self, *arguments):
         """Milliseconds of Karst's own client."""
@@ -351,7 +354,10 @@ lxc.log.file = {place}/log
 
 
 class Libvirt:
-    """libvirtd in a mount namespace of its own: its state is not the host's, and /dev/kvm is hidden when it does not work."""
+    """libvirtd in a mount namespace of its own: its state is not the host's, and /dev/kvm is hidden when it does not work.
+
+    A process that only sleeps holds the namespace, so that the daemon can be killed and started again in it.
+    """
 
     name = "libvirt"
     HIDDEN = ("/run/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt", "/etc/libvirt")
@@ -361,7 +367,11 @@ class Libvirt:
         self.commands = bench.commands
         self.directory = os.path.join(bench.work, "libvirt")
         self.domain = f"kb{bench.id}"
+        self.log = os.path.join(bench.work, "libvirt.log")
         self.background = None
+        self.holder = None
+        self.made = []
+        self.before = []  # the holder, and daemons that were killed: their guests are still below them
 
     def prepare(self):
         os.makedirs(self.directory)
@@ -370,9 +380,14 @@ class Libvirt:
         for path in made:
             os.makedirs(path)
         self.made = made
-        bridge = self.bench.bridge("v")
+        self.bridge = self.bench.bridge("v")
         script = ["set -e", "mount --make-rprivate /"]
-        script += [f"mount -t tmpfs -o mode=0755 karst-bench {path}" for path in self.HIDDEN]
+        # Definitions lie on the file system of the bench, as Karst's records do: both wait for the same disk.
+        definitions = os.path.join(self.directory, "etc")
+        os.makedirs(definitions)
+        for path in self.HIDDEN:
+            on_disk = path == "/etc/libvirt"
+            script.append(f"mount --bind {definitions} {path}" if on_disk else f"mount -t tmpfs -o mode=0755 karst-bench {path}")
         if os.path.exists("/dev/kvm") and not kvm_usable():
             script.append("mount --bind /dev/null /dev/kvm")
         # The user that libvirt was built for exists only where its whole package is installed; here, only in this namespace.
@@ -386,14 +401,16 @@ class Libvirt:
         with open(f"{self.directory}/qemu.conf", "w") as out:
             out.write('user = "libvirt-qemu"\ngroup = "libvirt-qemu"\nsecurity_driver = "none"\nstdio_handler = "file"\n')
         script.append(f"cp {self.directory}/qemu.conf /etc/libvirt/qemu.conf")
-        script.append('exec libvirtd -f "$1"')
-        config = os.path.join(self.directory, "libvirtd.conf")
-        with open(config, "w") as file:
+        ready = os.path.join(self.directory, "ready")
+        script += [f"touch {ready}", "exec sleep infinity"]
+        self.config = os.path.join(self.directory, "libvirtd.conf")
+        with open(self.config, "w") as file:
             file.write(f'unix_sock_dir = "{self.directory}"\nauth_unix_rw = "none"\nlisten_tls = 0\n')
-        self.background = Background(
-            ["unshare", "--mount", "sh", "-c", "\n".join(script), "sh", config], os.path.join(self.bench.work, "libvirt.log")
-        )
-        self.uri = f"qemu+unix:///system?socket={self.directory}/libvirt-sock"
+        self.holder = Background(["unshare", "--mount", "sh", "-c", "\n".join(script)], self.log)
+        self.before.append(self.holder)
+        wait_until(lambda: os.path.exists(ready), 20, "libvirtd's mount namespace cannot be made; see libvirt.log")
+        self.spawn()
+        self.uri = f"qemu+unix:///system?socket={self.libvirt_socket()}"
         wait_until(lambda: self.virsh("version", check=False) and self.commands.succeeded, 60, "libvirtd does not answer; see libvirt.log")
         self.version = next(
             (l.rpartition(" ")[2] for l in self.commands.text().splitlines() if "library" in l and "Using" in l), "?"
@@ -407,28 +424,53 @@ class Libvirt:
 <os><type arch='x86_64' machine='q35'>hvm</type></os><features><acpi/></features>
 <devices><emulator>/usr/bin/qemu-system-x86_64</emulator>
 <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{disk}'/><target dev='vda' bus='virtio'/></disk>
-<interface type='bridge'><source bridge='{bridge}'/><model type='virtio'/></interface>
+<interface type='bridge'><source bridge='{self.bridge}'/><model type='virtio'/></interface>
 <serial type='pty'/><rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>
 <memballoon model='none'/></devices></domain>
 """
             )
         self.virsh("define", xml)
 
+    def spawn(self):
+        old = self.background
+        namespace = f"--mount=/proc/{self.holder.pid}/ns/mnt"
+        self.background = Background(["nsenter", namespace, "--", shutil.which("libvirtd"), "-f", self.config], self.log)
+        if old:
+            self.before.append(old)
+
+    def kill(self):
+        clock.kill(self.background.pid, signal.SIGKILL)
+        clock.wait_gone([self.background.pid])
+
+    def first_answer(self, answers):
+        """As that of `Server`; entering the namespace, a millisecond or two, is in it."""
+        self.kill()
+        start = clock.now()
+        self.spawn()
+        wait_until(answers, 60, "libvirtd does not answer; see libvirt.log")
+        return clock.now() - start
+
+    def libvirt_socket(self):
+        return os.path.join(self.directory, "libvirt-sock")
+
     def virsh(self, *arguments, check=True):
         return self.commands.run(["virsh", "-q", "-c", self.uri, *arguments], check=check)
 
     def stop(self):
-        if not self.background:
-            return
-        self.virsh("destroy", self.domain, check=False)
-        clock.kill(self.background.pid, signal.SIGTERM)
         try:
-            clock.wait_gone([self.background.pid])
+            if self.background:
+                self.virsh("destroy", self.domain, check=False)
+                clock.kill(self.background.pid, signal.SIGTERM)
+                clock.wait_gone([self.background.pid])
         finally:
-            self.background.end()
-            self.background = None
+            # Also when it was never up: what holds the namespace would stay.
+            for background in [self.background, *self.before]:
+                if background:
+                    background.end()
+            self.background, self.before = None, []
             for path in self.made:
                 os.rmdir(path)
+            self.made = []
             release(self.directory)
 
 
