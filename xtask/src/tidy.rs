@@ -87,7 +87,7 @@ pub fn faults() -> Vec<String> {
     let accepted = fs::read_to_string(root().join(ACCEPTED.0)).unwrap_or_default();
     check_accepted(&accepted, ACCEPTED.1, &mut faults);
     let mut files = vec![];
-    for dir in ["crates", "xtask", "tests", "bench"] {
+    for dir in ["crates", "xtask", "tests", "bench", "fuzz"] {
         collect(&root().join(dir), &mut files);
     }
     for file in files {

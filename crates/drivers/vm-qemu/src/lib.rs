@@ -21,6 +21,9 @@ mod driver;
 pub mod exec;
 mod figures;
 pub mod files;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod inside;
 mod launch;
 pub mod line;

@@ -7,6 +7,7 @@ mod define;
 mod documents;
 mod elements;
 mod events;
+mod fuzzed;
 mod graphics;
 mod host;
 mod monitor;

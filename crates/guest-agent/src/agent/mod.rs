@@ -7,6 +7,9 @@ mod exec;
 mod facts;
 mod files;
 mod freeze;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod mount;
 mod mux;
 mod port;

@@ -136,7 +136,7 @@ impl Mux {
         match f.kind {
             kind::DATA => {
                 let Some((channel::IN, bytes)) = f.channel() else { return };
-                inbox.unread += bytes.len() as u32;
+                inbox.unread = inbox.unread.saturating_add(bytes.len() as u32);
                 if inbox.unread > WINDOW {
                     inbox.closed = true; // it sends what it has no credit for
                 } else if !bytes.is_empty() {

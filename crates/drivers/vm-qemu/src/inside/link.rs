@@ -368,6 +368,45 @@ impl Connection {
     }
 }
 
+/// Takes bytes as those of a guest on a connection with one open stream, in pieces of `piece` bytes, as [`read_all`] does.
+/// What is kept of them for the stream: reply, end, and the bytes of its channels.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn taken(bytes: &[u8], piece: usize) -> [usize; 4] {
+    // Nobody reads what goes to the guest; there is room for it.
+    let (urgent, _urgent) = mpsc::channel(URGENT);
+    let (data, _data) = mpsc::channel(DATA);
+    let inbox = Arc::new(Inbox::default());
+    let connection = Connection {
+        name: "fuzzed".into(),
+        urgent,
+        data,
+        streams: Mutex::new(Some(Streams { open: HashMap::from([(1, inbox.clone())]), next: 2 })),
+        over: Notify::new(),
+        misbehaved: AtomicBool::new(false),
+    };
+    let mut decoder = Decoder::default();
+    let mut result = Ok(());
+    for chunk in bytes.chunks(piece.max(1)) {
+        decoder.push(chunk, |d| {
+            if result.is_ok() {
+                result = match d {
+                    Decoded::Frame(f) => connection.take(f),
+                    Decoded::Malformed => Err("bytes that are no frame"),
+                };
+            }
+        });
+    }
+    match result {
+        Err(what) => connection.violation(what),
+        Ok(()) => connection.end(false),
+    }
+    assert!(!connection.lives(), "it ended");
+    let state = lock(&inbox.state);
+    let length = |bytes: &Option<Vec<u8>>| bytes.as_ref().map_or(0, Vec::len);
+    let [out, err] = &state.outputs;
+    [length(&state.reply), length(&state.end), out.bytes.len(), err.bytes.len()]
+}
+
 async fn read_all(
     connection: Arc<Connection>,
     mut read: OwnedReadHalf,

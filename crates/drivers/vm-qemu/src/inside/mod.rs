@@ -12,6 +12,8 @@ mod link;
 mod tests;
 
 pub(crate) use link::Link;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use link::taken;
 
 use crate::{agent::Agent, line::printable};
 use karst_guest::{Exec, ExecRequest, FileWrite, Interface, OpenedFile};
