@@ -237,7 +237,7 @@ impl World {
         });
     }
 
-    /// A connection: its first byte says how it is made, the rest is calls ([`World::steps`]). It ends, and another one stays.
+    /// A connection: its first byte says how it is made, the rest is calls ([`step`]). It ends, and another one stays.
     pub fn converse(&self, input: &[u8]) {
         let Some((flags, rest)) = input.split_first() else { return };
         self.block_on(self.conversation(*flags, rest));

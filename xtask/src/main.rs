@@ -1,4 +1,4 @@
-//! Repository tasks: `cargo xtask check|tidy|gen|lab`.
+//! Repository tasks: `cargo xtask check|tidy|gen|corpus|lab`.
 #![allow(clippy::disallowed_methods)] // a tool
 
 mod generate;
@@ -7,7 +7,7 @@ mod tidy;
 
 use clap::{Parser, Subcommand};
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, ExitCode},
 };
 
@@ -30,6 +30,11 @@ enum Task {
         #[arg(long)]
         check: bool,
     },
+    /// Counts which of libvirt's domain documents are accepted and shown again in meaning; writes docs/reference/libvirt-corpus.md.
+    Corpus {
+        /// Directory of the documents: tests/qemuxml2argvdata of libvirt's source package (`apt-get source libvirt`).
+        directory: PathBuf,
+    },
     /// Guests of QEMU with a stock kernel in which Karst itself runs.
     Lab(lab::Lab),
 }
@@ -42,6 +47,25 @@ pub fn root() -> PathBuf {
 fn cargo(arguments: &[&str]) -> bool {
     eprintln!("cargo {}", arguments.join(" "));
     Command::new(env!("CARGO")).args(arguments).current_dir(root()).status().is_ok_and(|s| s.success())
+}
+
+/// The documents are tried by a test of the front end, which has an engine with a simulated host.
+fn corpus(directory: &Path) -> bool {
+    let directory = match directory.canonicalize() {
+        Ok(directory) => directory,
+        Err(e) => {
+            eprintln!("{}: {e}", directory.display());
+            return false;
+        }
+    };
+    let test = ["test", "--package", "karst-frontend-libvirt", "--test", "all", "corpus::libvirts_documents"];
+    Command::new(env!("CARGO"))
+        .args(test)
+        .args(["--", "--exact", "--ignored", "--nocapture"])
+        .env("KARST_LIBVIRT_CORPUS", directory)
+        .current_dir(root())
+        .status()
+        .is_ok_and(|s| s.success())
 }
 
 fn report(name: &str, faults: &[String]) -> bool {
@@ -60,6 +84,7 @@ fn main() -> ExitCode {
         }
         Task::Tidy => report("tidy", &tidy::faults()),
         Task::Gen { check } => report("gen", &generate::run(check)),
+        Task::Corpus { directory } => corpus(&directory),
         Task::Lab(lab) => return ExitCode::from(lab::run(lab)),
     };
     if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE }

@@ -3,6 +3,7 @@
 mod checkpoints;
 mod compare;
 mod copies;
+mod corpus;
 mod define;
 mod documents;
 mod elements;
