@@ -116,14 +116,14 @@ struct Bystander {
     serial: u32,
 }
 
-/// What there is, as arguments of calls have it.
-struct Objects {
-    machine: Vec<u8>,
-    container: Vec<u8>,
-    pool: Vec<u8>,
-    network: Vec<u8>,
-    volume: Vec<u8>,
-}
+/// What there is, as arguments of calls have it: nothing, machine, container, pool, network, volume.
+type Objects = [Vec<u8>; 6];
+const NOTHING: u8 = 0;
+const MACHINE: u8 = 1;
+const CONTAINER: u8 = 2;
+const POOL: u8 = 3;
+const NETWORK: u8 = 4;
+const VOLUME: u8 = 5;
 
 fn arguments(write: impl FnOnce(&mut Writer) -> &mut Writer) -> Vec<u8> {
     let mut w = Writer::new();
@@ -216,7 +216,7 @@ impl World {
             let text = "<volume><name>d1</name><capacity unit='MiB'>1</capacity></volume>";
             let new = [pool.clone(), arguments(|w| w.string(text).u32(0))].concat();
             let volume = bystander.ask(93, &new).await;
-            (engine, front, bystander, Objects { machine, container, pool, network, volume })
+            (engine, front, bystander, [vec![], machine, container, pool, network, volume])
         });
         Self { runtime: Some(runtime), engine, front, bystander: Mutex::new(bystander), objects }
     }
@@ -261,7 +261,7 @@ impl World {
             steps.push((opening(uri, u32::MAX), Some(u32::MAX)));
         }
         match flags & RAW {
-            0 => steps.extend(calls(rest)),
+            0 => steps.extend(calls(rest, &self.objects)),
             _ => steps.push((rest.to_vec(), None)),
         }
         for (bytes, awaited) in steps {
@@ -284,52 +284,52 @@ impl World {
         timeout(PATIENCE, served).await.expect("the connection ends").expect("and not by a panic");
         timeout(PATIENCE, reading).await.expect("so do its answers").expect("which are frames");
     }
+}
 
-    /// Conversations that reach each procedure with arguments that fit many of them: those after which what there was is there
-    /// still, and the others.
-    pub fn seeds(&self) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
-        let Objects { machine, container, pool, network, volume } = &self.objects;
-        let zeros: &[u8] = &[0; 8];
-        let text = arguments(|w| w.string("text").u32(0));
-        let typed = arguments(|w| w.u32(1).string("vcpu_quota").u32(3).i64(1000).u32(0));
-        let tails: [&[u8]; 6] = [&[], &zeros[..4], zeros, &[0, 0, 0, 1], &text, &typed];
-        let list = step(0, 273, &[0, 0, 0, 1, 0, 0, 0, 0]);
-        let list_frame = calls(&list).pop().map(|(bytes, _)| bytes).unwrap_or_default();
-        let (mut stay, mut remove) = (vec![], vec![]);
-        stay.push([&[RAW][..], &opening("qemu:///system?project=default", 1), &list_frame].concat());
-        stay.push([&[OPENED | RAW][..], &list_frame, &list_frame].concat());
-        for (n, p) in PROCEDURES.iter().enumerate() {
-            let object: &[u8] = match p.name {
-                // By turns: most are for both kinds.
-                name if name.starts_with("DOMAIN_") && n % 8 == 0 => container,
-                name if name.starts_with("DOMAIN_") => machine,
-                name if name.starts_with("NETWORK_") => network,
-                name if name.starts_with("STORAGE_POOL_") => pool,
-                name if name.starts_with("STORAGE_VOL_") => volume,
-                _ => &[],
-            };
-            let flags = if object == container.as_slice() { OPENED | CONTAINERS } else { OPENED };
-            let removes = REMOVES.iter().any(|word| p.name.contains(word));
-            let to = if removes { &mut remove } else { &mut stay };
-            for tail in tails {
-                to.push([&[flags][..], &step(0, p.number, &[object, tail].concat())].concat());
-            }
+/// Conversations that reach each procedure with arguments that fit many of them: those after which what there was is there
+/// still, and the others.
+pub fn seeds() -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
+    let zeros: &[u8] = &[0; 8];
+    let text = arguments(|w| w.string("text").u32(0));
+    let typed = arguments(|w| w.u32(1).string("vcpu_quota").u32(3).i64(1000).u32(0));
+    let tails: [&[u8]; 6] = [&[], &zeros[..4], zeros, &[0, 0, 0, 1], &text, &typed];
+    let list = call(REMOTE, 273, Kind::Call, 2, Status::Ok);
+    let list = Frame::new(list, arguments(|w| w.i32(1).u32(0))).encode();
+    let (mut stay, mut remove) = (vec![], vec![]);
+    stay.push([&[RAW][..], &opening("qemu:///system?project=default", 1), &list].concat());
+    stay.push([&[OPENED | RAW][..], &list, &list].concat());
+    for (n, p) in PROCEDURES.iter().enumerate() {
+        let object = match p.name {
+            // By turns: most are for both kinds.
+            name if name.starts_with("DOMAIN_") && n % 8 == 0 => CONTAINER,
+            name if name.starts_with("DOMAIN_") => MACHINE,
+            name if name.starts_with("NETWORK_") => NETWORK,
+            name if name.starts_with("STORAGE_POOL_") => POOL,
+            name if name.starts_with("STORAGE_VOL_") => VOLUME,
+            _ => NOTHING,
+        };
+        let flags = if object == CONTAINER { OPENED | CONTAINERS } else { OPENED };
+        let removes = REMOVES.iter().any(|word| p.name.contains(word));
+        let to = if removes { &mut remove } else { &mut stay };
+        for tail in tails {
+            to.push([&[flags][..], &step(0, object, p.number, tail)].concat());
         }
-        for xml in DOCUMENTS {
-            let payload = arguments(|w| w.string(xml).u32(0));
-            for number in [10, 350, 40, 41, 76, 142] {
-                stay.push([&[OPENED][..], &step(0, number, &payload)].concat());
-            }
-        }
-        // What QEMU and its agent are told, the program of containers, keepalive, streams; and a descriptor that does not
-        // come, which ends the connection.
-        let command = arguments(|w| w.string("{\"execute\":\"query-status\"}").u32(0));
-        for (selector, number) in [(5, 1), (5, 3), (6, 1), (7, 1), (16, 201), (40, 208), (8, 343)] {
-            let payload = [machine.as_slice(), &command].concat();
-            stay.push([&[OPENED][..], &step(selector, number, &payload)].concat());
-        }
-        (stay, remove)
     }
+    for xml in DOCUMENTS {
+        let payload = arguments(|w| w.string(xml).u32(0));
+        for number in [10, 350, 40, 41, 78, 142] {
+            stay.push([&[OPENED][..], &step(0, NOTHING, number, &payload)].concat());
+        }
+        stay.push([&[OPENED][..], &step(0, POOL, 93, &payload)].concat());
+        stay.push([&[OPENED][..], &step(0, MACHINE, 185, &payload)].concat());
+    }
+    // What QEMU and its agent are told, the program of containers, keepalive, streams; and a descriptor that does not come,
+    // which ends the connection.
+    let command = arguments(|w| w.string("{\"execute\":\"query-status\"}").u32(0));
+    for (selector, number) in [(5, 1), (5, 3), (6, 1), (7, 1), (16, 201), (40, 208), (8, 343)] {
+        stay.push([&[OPENED][..], &step(selector, MACHINE, number, &command)].concat());
+    }
+    (stay, remove)
 }
 
 impl Drop for World {
@@ -342,9 +342,10 @@ impl Drop for World {
     }
 }
 
-/// One call of a conversation: what it is, its procedure, how long its arguments are, and they.
-pub fn step(selector: u8, procedure: i32, payload: &[u8]) -> Vec<u8> {
-    let mut all = vec![selector];
+/// One call of a conversation: what it is, the object that its arguments begin with, its procedure, how long the rest of them is,
+/// and that.
+pub fn step(selector: u8, object: u8, procedure: i32, payload: &[u8]) -> Vec<u8> {
+    let mut all = vec![selector, object];
     all.extend((procedure as u16).to_be_bytes());
     all.extend((payload.len() as u16).to_be_bytes());
     all.extend(payload);
@@ -352,13 +353,14 @@ pub fn step(selector: u8, procedure: i32, payload: &[u8]) -> Vec<u8> {
 }
 
 /// Frames out of [`step`]s, each with the serial of the answer that is waited for.
-fn calls(mut rest: &[u8]) -> Vec<(Vec<u8>, Option<u32>)> {
+fn calls(mut rest: &[u8], objects: &Objects) -> Vec<(Vec<u8>, Option<u32>)> {
     let mut all = vec![];
-    while let Some(([selector, a, b, c, d], more)) = rest.split_first_chunk()
+    while let Some(([selector, object, a, b, c, d], more)) = rest.split_first_chunk()
         && all.len() < CALLS
     {
         let length = usize::from(u16::from_be_bytes([*c, *d])).min(more.len());
         let (payload, left) = more.split_at(length);
+        let payload = [objects[usize::from(*object) % objects.len()].as_slice(), payload].concat();
         rest = left;
         let program = match selector & 7 {
             5 => QEMU,
@@ -380,7 +382,7 @@ fn calls(mut rest: &[u8]) -> Vec<(Vec<u8>, Option<u32>)> {
         let procedure = i32::from(i16::from_be_bytes([*a, *b]));
         let header = call(program, procedure, kind, serial as u32, status);
         let awaited = (kind == Kind::Call && program != KEEPALIVE).then_some(serial as u32);
-        all.push((Frame::new(header, payload.to_vec()).encode(), awaited));
+        all.push((Frame::new(header, payload).encode(), awaited));
     }
     all
 }

@@ -113,8 +113,8 @@ mod tests {
         seeds.push([&[255][..], &frames[..8].concat()].concat());
         seeds.push([&[40][..], &flood].concat());
         let mut mutator = Mutator::new(1);
-        for _ in 0..6000 {
-            let input = mutator.mutated(&seeds, 256 << 10);
+        for _ in 0..3000 {
+            let input = mutator.mutated(&seeds, 160 << 10);
             // What is kept, a frame that is being put together, and one that is taken apart.
             let most = most(|| link(&input));
             assert!(most <= (1 << 20) + 2 * input.len(), "{most} bytes for {}", input.escape_ascii());

@@ -128,7 +128,7 @@ fn nobody_becomes_somebody_by_any_bytes() {
 fn calls_of_any_kind_end_their_own_connection_only() {
     watch_panics();
     let world = World::start();
-    let (stay, remove) = world.seeds();
+    let (stay, remove) = entries::seeds();
     // As they are, as many in a conversation as it has; those that take something away at the end.
     for flags in [OPENED, OPENED | entries::CONTAINERS, OPENED | entries::READ_ONLY, 0] {
         for seeds in [&stay, &remove] {
@@ -146,12 +146,27 @@ fn calls_of_any_kind_end_their_own_connection_only() {
     }
     drop(world);
     let world = World::start();
-    let (seeds, _) = world.seeds();
+    let seeds = stay;
     assert!(seeds.iter().any(|s| s[0] & RAW != 0) && seeds.iter().any(|s| s[0] & RAW == 0));
     let mut mutator = Mutator::new(4);
     for _ in 0..250 {
         let input = mutator.mutated(&seeds, 4096);
         world.converse(&input);
         assert_eq!(panics(), Vec::<String>::new(), "{}", shown(&input));
+    }
+}
+
+#[test]
+#[ignore = "writes what cargo-fuzz begins with into fuzz/corpus"]
+fn seeds_for_cargo_fuzz() {
+    let corpus = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../fuzz/corpus");
+    let (stay, remove) = entries::seeds();
+    let documents = DOCUMENTS.iter().map(|d| d.as_bytes().to_vec()).collect();
+    for (target, seeds) in [("libvirt_calls", [stay, remove].concat()), ("libvirt_documents", documents)] {
+        let directory = corpus.join(target);
+        std::fs::create_dir_all(&directory).unwrap();
+        for (n, seed) in seeds.iter().enumerate() {
+            std::fs::write(directory.join(format!("seed{n:04}")), seed).unwrap();
+        }
     }
 }
