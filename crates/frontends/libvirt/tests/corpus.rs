@@ -288,11 +288,10 @@ async fn tried(client: &mut Client, text: &str, made: &mut BTreeSet<String>) -> 
         Err(e) => Err(format!("what is shown is refused: {}", e.message())),
     };
     if result.is_ok() {
-        result = match define(client, &first).await {
-            Ok(()) if shown(client, &given.name).await == first => Ok(()),
-            Ok(()) => Err("what is shown becomes something else when it is defined".into()),
-            Err((_, e)) => Err(format!("what is shown is refused: {e}")),
-        };
+        result = define(client, &first).await.map_err(|(_, e)| format!("what is shown is refused: {e}"));
+    }
+    if result.is_ok() && shown(client, &given.name).await != first {
+        result = Err("what is shown becomes something else when it is defined".into());
     }
     let domain = client.domain(&given.name).await;
     let gone = client.call(231, &[&domain[..], &UNDEFINED.to_be_bytes()].concat()).await;
