@@ -412,8 +412,11 @@ async fn answers_of(mut read: OwnedReadHalf, told: mpsc::UnboundedSender<u32>) {
     }
 }
 
-/// Documents with something of everything that is read.
-pub const DOCUMENTS: [&str; 6] = [
+/// Documents with something of everything that is read, and a domain that can be defined.
+pub const DOCUMENTS: [&str; 7] = [
+    "<domain type='qemu'><name>f0</name><memory unit='MiB'>64</memory><vcpu>1</vcpu><os><type machine='q35'>hvm</type></os>\
+     <devices><disk type='volume'><source pool='default' volume='d1'/><target dev='vda' bus='virtio'/></disk>\
+     <interface type='network'><source network='karstbr0'/></interface></devices></domain>",
     "<domain type='qemu' id='3' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><name>f1</name>\
      <uuid>c7a5fdbd-edaf-9455-926a-d65c16db1809</uuid><title>A &amp; b</title><description>Some &lt;text&gt;</description>\
      <metadata><app:a xmlns:app='http://example.org/app'><app:b c='d'>e</app:b></app:a></metadata>\
@@ -433,12 +436,11 @@ pub const DOCUMENTS: [&str; 6] = [
      <graphics type='vnc' passwd='secret' passwdValidTo='2031-01-31T12:00:00'/><graphics type='spice'/>\
      <video><model type='virtio' heads='1'/></video></devices></domain>",
     "<network><name>f2</name><uuid>c7a5fdbd-edaf-9455-926a-d65c16db1810</uuid><forward mode='nat'/>\
-     <bridge name='virbr7' stp='on' delay='0'/><mtu size='1400'/><domain name='example.org'/>\
+     <bridge name='f2' stp='on' delay='0'/><mtu size='1400'/><domain name='example.org'/>\
      <ip address='10.77.0.1' netmask='255.255.255.0'><dhcp><range start='10.77.0.10' end='10.77.0.90'/>\
      <host mac='52:54:00:11:22:34' name='a' ip='10.77.0.5'/></dhcp></ip>\
      <ip family='ipv6' address='fd00:77::1' prefix='64'/></network>",
-    "<pool type='dir'><name>f3</name><uuid>c7a5fdbd-edaf-9455-926a-d65c16db1811</uuid>\
-     <target><path>/srv/f3</path></target></pool>",
+    "<pool type='dir'><name>f3</name></pool>",
     "<volume type='file'><name>f4</name><capacity unit='GiB'>1</capacity><allocation>0</allocation>\
      <target><format type='qcow2'/></target></volume>",
     "<secret ephemeral='no' private='yes'><uuid>c7a5fdbd-edaf-9455-926a-d65c16db1812</uuid><description>d</description>\
