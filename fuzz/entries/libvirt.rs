@@ -9,6 +9,7 @@ use karst_engine::{
 use karst_env::RealEnv;
 use karst_frontend_libvirt::{
     Front, auth,
+    bounds::Clients,
     frame::{Frame, Header, KEEPALIVE, Kind, LXC, QEMU, REMOTE, Status},
     session::{self, Peer},
     table::PROCEDURES,
@@ -158,8 +159,16 @@ fn connect(front: &Arc<Front>, read_only: bool) -> (UnixStream, tokio::task::Joi
     if read_only {
         principal.grants = vec![Grant { role: Role::Viewer, project: None }];
     }
-    let peer = Peer { context: Context::new(principal), read_only, stands: None };
-    (ours, tokio::spawn(session::serve(front.clone(), peer, Transport::Unix(theirs))))
+    let bounds = if read_only { front.bounds.read_only } else { front.bounds.full };
+    let place = Clients::new(bounds).admit(0).expect("it is the first");
+    let (context, allowance) = (Context::new(principal), place.allowance.clone());
+    let peer = Peer { context, read_only, stands: None, allowance };
+    let front = front.clone();
+    let served = async move {
+        session::serve(front, peer, Transport::Unix(theirs)).await;
+        drop(place);
+    };
+    (ours, tokio::spawn(served))
 }
 
 async fn engine() -> Engine {

@@ -16,7 +16,7 @@ use async_trait::async_trait;
 use karst_guest::{
     Applied, AskedBy, Exec, ExecRequest, GuestDriver, GuestFiles, GuestWish, Metrics, Observed,
     ResolvedGuest, Silence, StopMode,
-    keeper::{self, Console, Keeper, Requested, Spec, Status, write_private},
+    keeper::{self, Keeper, Requested, Status},
 };
 use karst_host::{Program, cgroup::Cgroups, overlay::Held, run};
 use karst_model::{
@@ -26,8 +26,8 @@ use karst_model::{
 use std::{
     collections::{BTreeMap, HashMap},
     os::fd::OwnedFd,
-    path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, Weak},
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 use tokio::sync::mpsc;

@@ -3,7 +3,6 @@
 use super::{Found, Origin, Taken};
 use crate::{
     Engine, EngineInner, Records,
-    compute::create::check_nics,
     compute::disks::{check_disks, demand_drives},
     compute::expand,
     compute::update::follow_keys,

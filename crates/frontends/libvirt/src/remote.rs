@@ -22,9 +22,8 @@ use karst_tls::{
     listener::{self, Connection, Listener},
 };
 use std::{
-    collections::HashMap,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    sync::{Arc, Mutex, RwLock, Weak},
+    net::SocketAddr,
+    sync::{Arc, RwLock, Weak},
     time::Duration,
 };
 use tokio::{

@@ -12,6 +12,7 @@ use karst_engine::{
 use karst_frontend_libvirt::{error::Code, frame::Kind, xdr::Reader};
 use karst_model::{
     access::Principal,
+    display::DisplayProtocol,
     guest::ExecRequest,
     instance::InstanceKind,
     news::{DiskErrorAction, Happened, MemoryFailureAction, WatchdogAction},
@@ -374,7 +375,8 @@ async fn what_happens_in_machines_is_told_in_libvirts_words() {
     }
 
     // Somebody looks at the screen, who need not know a password.
-    let viewer = server.engine.machine_display(&admin, "default", "v1", true).await.unwrap();
+    let viewer =
+        server.engine.machine_display(&admin, "default", "v1", DisplayProtocol::Vnc, true).await.unwrap();
     drop(viewer);
     let nowhere = argument(|w| {
         w.i32(2).string("").string("");

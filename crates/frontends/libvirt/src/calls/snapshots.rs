@@ -25,7 +25,6 @@ use karst_engine::{
 use karst_model::{
     SnapshotId,
     device::{DiskBus, DiskOrigin},
-    instance::Status,
     snapshot::{Quiesce, Snapshot},
 };
 use std::{collections::BTreeSet, sync::Arc};

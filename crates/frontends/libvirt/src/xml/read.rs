@@ -113,14 +113,6 @@ fn allowed(c: char) -> bool {
     matches!(c, '\t' | '\n' | '\r' | ' '..='\u{fffd}' | '\u{10000}'..)
 }
 
-/// A name of XML 1.0, in which every letter beyond ASCII may stand: names are written again as they are, so that they must not
-/// hold what ends them.
-fn is_name(name: &str) -> bool {
-    let begins = |c: char| c.is_ascii_alphabetic() || matches!(c, '_' | ':' | '\u{80}'..);
-    let goes_on = |c: char| begins(c) || c.is_ascii_digit() || matches!(c, '-' | '.');
-    name.starts_with(begins) && name.chars().all(goes_on)
-}
-
 fn say(open: &mut [Open], text: &str) -> Result<(), VirError> {
     match open.last_mut() {
         Some(inner) => inner.text.push_str(text),

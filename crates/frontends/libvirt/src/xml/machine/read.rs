@@ -401,7 +401,7 @@ fn metadata(root: &Element) -> Result<BTreeMap<String, (String, Element)>, VirEr
     for e in root.find("metadata").map(Element::elements).unwrap_or_default() {
         let (prefix, _) = e.name().split_once(':').unwrap_or(("", e.name()));
         let local = e.name().strip_prefix(prefix).unwrap_or_default().trim_start_matches(':');
-        if !prefix.is_empty() && !(is_prefix(prefix) && is_name(local)) {
+        if !(prefix.is_empty() || is_prefix(prefix) && is_name(local)) {
             return Err(wrong(format!("<{}> in <metadata> has no name with a prefix", e.name())));
         }
         let key = if prefix.is_empty() { "xmlns".to_owned() } else { format!("xmlns:{prefix}") };
