@@ -147,7 +147,8 @@ impl Tracked {
         if !self.has(&name) {
             return vec![];
         }
-        let whole = own.filter(|b| !b.broken);
+        // The newest that does not follow lacks what came after it: another was made that nobody knows.
+        let whole = own.filter(|b| !b.broken && (b.recording || !last));
         let mut actions = vec![];
         if let Some(parent) = parent {
             match (whole, self.find(parent)) {
@@ -424,6 +425,10 @@ mod tests {
         assert_eq!(words(&all.unmark(id(2), Some(id(1)), false)), ["merge 1<2", "remove 2"]);
         assert_eq!(words(&all.unmark(id(3), Some(id(2)), true)), ["enable 2", "merge 2<3", "remove 3"]);
         assert!(all.unmark(id(4), Some(id(3)), true).is_empty(), "it is gone");
+        // The newest did not follow to the end, because another was made and nobody knows it: the one before has not all either.
+        let stale = disk(vec![bitmap(1, false, false), bitmap(2, false, false), bitmap(9, true, false)]);
+        assert_eq!(words(&stale.unmark(id(2), Some(id(1)), true)), ["remove 1", "add lost1", "remove 2"]);
+        assert_eq!(words(&stale.unmark(id(2), None, true)), ["remove 2"]);
         // Of what is not whole the one before must not be taken for whole.
         let broken = disk(vec![bitmap(1, false, false), bitmap(2, false, true)]);
         assert_eq!(words(&broken.unmark(id(2), Some(id(1)), true)), ["remove 1", "add lost1", "remove 2"]);
