@@ -11,7 +11,7 @@
 
 use crate::{launch, machine::Inner, plug, qmp::Qmp};
 use karst_guest::{DiskFormat, DiskMark, MarkedDisk, NewCheckpoint, ResolvedDisk, UnmarkedDisk};
-use karst_model::{CheckpointId, Error, Result};
+use karst_model::{CheckpointId, Error, ErrorKind, Result};
 use serde_json::{Value, json};
 use std::{path::Path, time::Duration};
 
@@ -288,13 +288,32 @@ pub(crate) fn remember(dir: &Path) -> Result<()> {
 }
 
 /// Lets a QEMU whose disks have checkpoints end by itself, which writes them into its files. Whoever asks for it ends it by force
-/// when it does not.
+/// when it does not, and sees to it that this does not take forever.
+///
+/// # Errors
+/// Not found when there is nothing to be written, which one without checkpoints knows at once.
 pub(crate) async fn quit(machine: &Inner) -> Result<()> {
+    let nothing = || Error::not_found("there is nothing that QEMU had to write");
     if !machine.dir.join(MARK).exists() {
-        return Err(Error::not_found("there is nothing that QEMU had to write"));
+        return Err(nothing());
     }
     let (qmp, _) = Qmp::connect(&machine.dir, launch::QMP, GREETING).await?;
-    qmp.execute("quit", json!({})).await.map(drop)
+    // They may have been deleted since; a disk that has some may come back at any time, so that the mark stays.
+    if !any(&nodes(&qmp).await?) {
+        return Err(nothing());
+    }
+    match qmp.execute("quit", json!({})).await {
+        // It was quicker to close than to answer.
+        Err(e) if e.is(ErrorKind::Unavailable) => Ok(()),
+        other => other.map(drop),
+    }
+}
+
+/// Has any disk a checkpoint, or what is left of one?
+fn any(nodes: &Value) -> bool {
+    let all = nodes.as_array().into_iter().flatten();
+    let mut bitmaps = all.filter_map(|n| n["dirty-bitmaps"].as_array()).flatten();
+    bitmaps.any(|b| b["name"].as_str().is_some_and(|name| name.starts_with(PREFIX)))
 }
 
 /// Makes a checkpoint. The caller holds the machine's lock of changes.
@@ -401,6 +420,11 @@ mod tests {
         assert_eq!((found.len(), found[0].recording, found[0].bytes), (2, true, 131_072));
         assert!(found[1].broken && !found[0].broken);
         assert!(of(&nodes, "d-scsi0").is_empty() && of(&nodes, "x").is_empty());
+        // Those of others are no reason to wait for QEMU's end.
+        assert!(!any(&nodes) && !any(&json!([])));
+        for mine in [name(id(1)), lost(id(1))] {
+            assert!(any(&json!([{"node-name": "d"}, {"node-name": "i", "dirty-bitmaps": [{"name": mine}]}])));
+        }
     }
 
     #[test]

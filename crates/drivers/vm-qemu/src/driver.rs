@@ -47,7 +47,7 @@ const HEARD: usize = 1024;
 
 /// How long QEMU may take from its execution to its greeting.
 const GREETING: Duration = Duration::from_secs(20);
-/// How long a QEMU that is told to end may take for what it has to write.
+/// How long a QEMU that is told to end may take, from the telling, for what it has to write.
 const WRITE: Duration = Duration::from_secs(10);
 /// How long a killed QEMU may take to be gone.
 const FORCE: Duration = Duration::from_secs(20);
@@ -484,7 +484,11 @@ impl Shared {
                 machine.keeper.mark(Requested::Force).await?;
             }
             // What has changed since checkpoints is in its files only when QEMU ends by itself.
-            if bitmaps::quit(machine).await.is_ok() && timeout(WRITE, machine.ended()).await.is_ok() {
+            let wrote = async {
+                bitmaps::quit(machine).await?;
+                machine.ended().await
+            };
+            if matches!(timeout(WRITE, wrote).await, Ok(Ok(_))) {
                 return Ok(());
             }
             machine.keeper.kill().await
