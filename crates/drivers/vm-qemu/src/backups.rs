@@ -48,6 +48,8 @@ const GREETING: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(20);
 /// How long a job may take to end, once it is broken off, and an empty image to be made.
 const END: Duration = Duration::from_secs(60);
+/// Connections of those who read, at a time.
+const CONNECTIONS: u32 = 100;
 /// QEMU's name of the descriptor on which it listens.
 const LISTENER: &str = "backup";
 
@@ -227,7 +229,13 @@ async fn begin(machine: &Machine, backup: &DiskBackup) -> Result<()> {
         let began = old.disks.iter().all(|d| Job::of(&jobs, &d.job()).is_some());
         if old.id == backup.id && began {
             // Of a call that was broken off: its moment counts.
-            return finish(machine, &qmp, backup, old).await;
+            let finished = finish(machine, &qmp, backup, old.clone()).await;
+            if finished.is_err() {
+                // QEMU serves one connection at a time.
+                drop(qmp);
+                undo(machine, backup, &old).await;
+            }
+            return finished;
         }
         end_all(machine, &qmp, &old).await?;
     }
@@ -341,10 +349,11 @@ async fn prepare(machine: &Inner, qmp: &Qmp, backup: &DiskBackup, now: &Running)
         }
         gathered.push(json!({"type": "blockdev-backup", "data": job}));
     }
-    // What changed until now is gathered before the moment from which on the new checkpoint follows.
+    // QEMU does one after the other, and between two of them a guest may get to write. First the new checkpoint, so that what is
+    // written from then on is in it, and in no case in neither; then what changed before is gathered.
     let (merges, jobs): (Vec<Value>, Vec<Value>) =
         gathered.into_iter().partition(|a| a["type"] != "blockdev-backup");
-    bitmaps::transact(qmp, [merges, actions, jobs].concat()).await
+    bitmaps::transact(qmp, [actions, merges, jobs].concat()).await
 }
 
 fn virtual_size(nodes: &Value, node: &str) -> Result<u64> {
@@ -481,7 +490,8 @@ async fn serve(
         listener.await.map_err(|e| Error::internal("the socket of the backup could not be made", e))??;
     qmp.execute_with_fd("getfd", json!({"fdname": LISTENER}), listener.as_fd()).await?;
     let address = json!({"type": "fd", "data": {"str": LISTENER}});
-    qmp.execute("nbd-server-start", json!({"addr": address})).await?;
+    // QEMU before 9.1 sets no bound itself.
+    qmp.execute("nbd-server-start", json!({"addr": address, "max-connections": CONNECTIONS})).await?;
     for (disk, running) in backup.disks.iter().zip(&now.disks) {
         let mut export = json!({
             "type": "nbd", "id": running.job(), "node-name": running.side.name('i', &running.slot),

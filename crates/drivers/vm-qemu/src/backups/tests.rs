@@ -68,6 +68,8 @@ struct Qemu {
     serves: bool,
     exports: Vec<Value>,
     said: Vec<String>,
+    /// What was done in transactions.
+    acted: Vec<String>,
     /// What it does, and closes the connection instead of an answer.
     silent_at: Option<&'static str>,
     /// What it refuses.
@@ -140,7 +142,9 @@ impl Qemu {
             "block-dirty-bitmap-remove" => self.act(command, arguments),
             "transaction" => {
                 for action in arguments["actions"].as_array().unwrap() {
-                    self.act(action["type"].as_str().unwrap(), &action["data"]);
+                    let kind = action["type"].as_str().unwrap();
+                    self.acted.push(kind.to_owned());
+                    self.act(kind, &action["data"]);
                 }
             }
             _ => {}
@@ -284,6 +288,9 @@ async fn a_backup_is_written_and_its_checkpoint_stays() {
         assert!(!qemu.serves && qemu.nodes.contains("d-scsi0.2"));
         assert!(!qemu.bitmaps.contains_key(&bitmaps::name(checkpoint(9))), "nobody knows it");
         assert_eq!(qemu.bitmaps.get("backup-scsi0"), Some(&false));
+        // What the guest writes meanwhile is in the new checkpoint at least.
+        let at = |kind: &str| qemu.acted.iter().position(|a| a.ends_with(kind)).unwrap();
+        assert!(at("-disable") < at("-merge") && at("-merge") < at("blockdev-backup"), "{:?}", qemu.acted);
     }
     place.qemu().jobs.insert(job_id(SLOT), "concluded");
     assert_eq!(place.phase().await, DiskBackupPhase::Done);
@@ -349,6 +356,17 @@ async fn a_begin_that_breaks_off_leaves_nothing_or_goes_on() {
     assert_eq!(place.qemu().said.iter().filter(|s| *s == "transaction").count(), 2, "a sweep and a begin");
     place.end().await;
     place.demand_clean(&[(1, false), (2, true)]);
+    // The same of one that nobody can read in the end.
+    let place = Place::new();
+    place.marked();
+    let read_by = || place.backup(Some(BackupServer::Unix));
+    begin(&place.machine, &read_by()).await.unwrap();
+    let mut now = read(place.dir.path()).unwrap().unwrap();
+    now.begun = false;
+    note(place.dir.path(), &now).await.unwrap();
+    place.qemu().refuses = Some("block-export-add");
+    begin(&place.machine, &read_by()).await.unwrap_err();
+    place.demand_clean(&[(1, true)]);
 }
 
 #[tokio::test]
