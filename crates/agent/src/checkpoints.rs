@@ -1,7 +1,7 @@
 //! What the calls carry that follow what changes of disks of virtual machines, and back them up while they run.
 
 use crate::{GuestRef, VolumeRef};
-use karst_model::{CheckpointId, DiskBackupId, InstanceId};
+use karst_model::{CheckpointId, DiskBackupId, Error, InstanceId, Result};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 
@@ -94,6 +94,31 @@ pub enum BackupListen {
     },
 }
 
+impl BackupListen {
+    /// May a backup be read there? Of a machine that is on this host: at its loopback alone, and not at a port that belongs to root,
+    /// as whom QEMU's listener is made.
+    ///
+    /// # Errors
+    /// Forbidden, invalid for no port.
+    pub fn check(self) -> Result<()> {
+        let Self::Tcp { address } = self else { return Ok(()) };
+        match address.port() {
+            _ if !address.ip().is_loopback() => Err(Error::forbidden(format!(
+                "whoever can reach {} would read the disks: a backup is read on its host, at an address of the loopback or at its \
+                 socket",
+                address.ip()
+            ))
+            .at("server.name")),
+            0 => Err(Error::invalid("server.port", "the port at which a backup is read is 1024 to 65535")),
+            1..=1023 => Err(Error::forbidden(
+                "ports below 1024 belong to the services of the host; a backup is read at port 1024 to 65535",
+            )
+            .at("server.port")),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// A backup to be begun.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineBackupBegin {
@@ -133,6 +158,24 @@ pub fn is_export_name(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use karst_model::ErrorKind;
+
+    #[test]
+    fn others_read_on_the_host_only_and_at_no_port_of_roots() {
+        let tcp = |text: &str| BackupListen::Tcp { address: text.parse().unwrap() }.check();
+        BackupListen::Unix.check().unwrap();
+        for good in ["127.0.0.1:10809", "[::1]:1024", "127.9.9.9:65535"] {
+            tcp(good).unwrap();
+        }
+        for bad in ["0.0.0.0:10809", "192.0.2.1:10809", "[::]:10809", "[::ffff:127.0.0.1]:10809"] {
+            let e = tcp(bad).unwrap_err();
+            assert!(e.is(ErrorKind::Forbidden) && e.field.as_deref() == Some("server.name"), "{bad}: {e:?}");
+        }
+        for (bad, kind) in [("127.0.0.1:0", ErrorKind::Invalid), ("[::1]:1023", ErrorKind::Forbidden)] {
+            let e = tcp(bad).unwrap_err();
+            assert!(e.is(kind) && e.field.as_deref() == Some("server.port"), "{bad}: {e:?}");
+        }
+    }
 
     #[test]
     fn names_of_exports() {

@@ -222,7 +222,14 @@ fn a_backup_is_a_volume_and_the_next_one_goes_over_it() {
         assert!(e.is(ErrorKind::Forbidden) && e.field.as_deref() == Some("server.name"), "{e:?}");
         let mut twice = read(Since::Whole, None);
         twice.disks.push(twice.disks[0].clone());
-        assert!(refused(&w, begin(&w, twice).await).await.is(ErrorKind::Invalid));
+        assert_eq!(refused(&w, begin(&w, twice.clone()).await).await.field.as_deref(), Some("disks"));
+        twice.disks[1].export = "other".into();
+        let e = refused(&w, begin(&w, twice).await).await;
+        assert!(e.is(ErrorKind::Invalid) && e.message.contains("\"root\" is there twice"), "{e}");
+        let port = BackupListen::Tcp { address: "127.0.0.1:22".parse().unwrap() };
+        let e = refused(&w, begin(&w, BeginBackup { listen: Some(port), ..read(Since::Whole, None) }).await)
+            .await;
+        assert!(e.is(ErrorKind::Forbidden) && e.field.as_deref() == Some("server.port"), "{e:?}");
         let mut odd = read(Since::Whole, None);
         odd.disks[0].bitmap = "karst-x".into();
         assert_eq!(refused(&w, begin(&w, odd).await).await.field.as_deref(), Some("exportbitmap"));

@@ -45,7 +45,7 @@ use karst_model::{
     storage::{Volume, VolumeContent, VolumeOwner},
 };
 use serde::{Deserialize, Serialize};
-use std::{net::SocketAddr, time::Duration};
+use std::{collections::BTreeSet, time::Duration};
 
 const CALL: Duration = Duration::from_secs(60);
 const LONG: Duration = Duration::from_secs(86_400);
@@ -289,18 +289,6 @@ pub struct BackupPlan {
     volume_paths: Vec<String>,
 }
 
-fn check_listen(listen: BackupListen) -> Result<()> {
-    let loopback = |a: &SocketAddr| a.ip().is_loopback();
-    match listen {
-        BackupListen::Tcp { address } if !loopback(&address) => Err(Error::forbidden(
-            "whoever can reach that address would read the disks; a backup is read on its host: at a socket, or at an address of \
-             the loopback",
-        )
-        .at("server.name")),
-        _ => Ok(()),
-    }
-}
-
 fn plan(
     inner: &EngineInner,
     records: &Records,
@@ -312,14 +300,18 @@ fn plan(
     let Running { row, guest } = running(records, records.instance(project, name)?)?;
     tx.expect(row);
     tx.expect(project);
-    request.listen.map_or(Ok(()), check_listen)?;
+    request.listen.map_or(Ok(()), BackupListen::check)?;
     let wanted: Vec<String> = request.disks.iter().map(|d| d.device.clone()).collect();
     let found = disks(records, row, Some(&wanted))?;
     let mut planned = vec![];
-    let (mut exports, mut targets) = (std::collections::BTreeSet::new(), std::collections::BTreeSet::new());
+    let (mut devices, mut exports, mut targets) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
     for disk in &request.disks {
         let own = found.iter().find(|d| d.device == disk.device);
-        let own = own.ok_or_else(|| Error::invalid("disks", "a disk is named twice, or not there"))?;
+        let own = own.ok_or_else(|| Error::invalid("disks", "a disk is named that is not there"))?;
+        if !devices.insert(&disk.device) {
+            let text = format!("disk {:?} is there twice; a backup has each disk once", disk.device);
+            return Err(Error::invalid("disks", text));
+        }
         for (key, said) in [("exportname", &disk.export), ("exportbitmap", &disk.bitmap)] {
             if !is_export_name(said) {
                 let text = format!("{said:?} is no name of an export: letters, digits, '.', '_' and '-'");
