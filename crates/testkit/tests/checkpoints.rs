@@ -16,13 +16,16 @@ use karst_engine::{
     },
     snapshots::{Origin, create::CreateSnapshot},
     storage::CreatePool,
+    volumes::create::CreateVolume,
 };
 use karst_env::{Env, SeededEnv};
 use karst_model::{
-    Error, ErrorKind, Result,
+    Config, Error, ErrorKind, Result,
+    access::Permission,
     guest::DiskBackupPhase,
     instance::{InstanceKind, PowerAction, Status},
     operation::OperationState,
+    storage::VolumeContent,
 };
 use karst_testkit::{World, scenarios::container};
 use std::time::Duration;
@@ -296,6 +299,61 @@ fn what_fails_leaves_neither_volume_nor_checkpoint() {
             w.agent
                 .inject("machine_backup_state", Fault::FailBefore(Error::unavailable("gone for a moment")));
         }
+        assert_eq!(w.ended(operation).await.error, None);
+        demand_clean(&w).await;
+    });
+}
+
+#[test]
+fn volumes_of_several_disks_are_within_the_limits_of_their_project_together() {
+    SeededEnv::run(56, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        let volume = CreateVolume {
+            name: "data".into(),
+            content: VolumeContent::Block,
+            description: String::new(),
+            config: [("size".to_owned(), "1GiB".to_owned())].into(),
+        };
+        done(&w, w.engine.volume_create(&w.admin, P, "default", volume).await).await;
+        let data = [("type", "disk"), ("pool", "default"), ("source", "data")];
+        let data: Config = data.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
+        let create = CreateInstance {
+            kind: InstanceKind::VirtualMachine,
+            start: true,
+            devices: [("data".to_owned(), data)].into(),
+            ..container("m")
+        };
+        done(&w, w.engine.instance_create(&w.admin, P, create).await.map(|(_, o)| o)).await;
+
+        let root = w.engine.instance(&w.admin, P, "m").unwrap().instance.root;
+        let root = w.engine.inner().inventory.read().volumes[&root].size.unwrap().bytes();
+        let state = w.engine.project_state(&w.admin, P).unwrap();
+        let used = state.iter().find(|(name, ..)| name == "disk").unwrap().2;
+        let limit = async |bytes: u64| {
+            let mut config = w.engine.project(&w.admin, P, Permission::ProjectView).unwrap().config.clone();
+            config.insert("limits.disk".into(), bytes.to_string());
+            w.engine.project_update(&w.admin, P, "", config, None).await.unwrap();
+        };
+        let disk = |device: &str, name: &str| {
+            let target = Some(BackupTarget { pool: "default".into(), name: name.into(), new: true });
+            BackupDisk {
+                device: device.into(),
+                target,
+                export: device.into(),
+                ..to("", true, Since::Whole, None).disks.remove(0)
+            }
+        };
+        let both = || BeginBackup {
+            disks: vec![disk("root", "a"), disk("data", "b")],
+            ..to("", true, Since::Whole, None)
+        };
+        // Either of them would be.
+        limit(used + root + (1 << 30) - 1).await;
+        let e = refused(&w, begin(&w, both()).await).await;
+        assert!(e.is(ErrorKind::Quota) && e.message.contains("limits.disk"), "{e}");
+        assert!(w.engine.custom_volume(&w.admin, P, "default", "a").is_err());
+        limit(used + root + (1 << 30)).await;
+        let operation = begin(&w, both()).await.unwrap();
         assert_eq!(w.ended(operation).await.error, None);
         demand_clean(&w).await;
     });

@@ -24,6 +24,7 @@ use crate::{
     db::Tx,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
+    tenancy::limits::{Planned, admit},
     volumes,
 };
 use async_trait::async_trait;
@@ -329,6 +330,12 @@ fn plan(
         }
         planned.push(one);
     }
+    // Each was admitted by itself.
+    let made = planned.iter().filter(|d| d.made && request.listen.is_none());
+    let made: Vec<Volume> = made.map(|d| d.to.clone()).collect();
+    if let [first, _, ..] = &made[..] {
+        admit(records, tx, first.project, &Planned { more: &made, ..Default::default() })?;
+    }
     let line = records.checkpoints_of(row.id);
     let known = line.iter().map(|c| c.id).collect();
     if planned.iter().any(|d| !d.since.is_empty())
@@ -343,8 +350,7 @@ fn plan(
         }
         None => (None, None),
     };
-    let made = planned.iter().filter(|d| d.made && request.listen.is_none());
-    let volume_paths = made.map(|d| volumes::path(records, &d.to)).collect();
+    let volume_paths = made.iter().map(|v| volumes::path(records, v)).collect();
     let plan = BackupPlan {
         id: DiskBackupId(inner.env.uuid()),
         guest,

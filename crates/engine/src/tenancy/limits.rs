@@ -26,6 +26,8 @@ pub(crate) struct Planned<'a> {
     pub root: Option<ByteSize>,
     /// A custom volume as it is to be: a new one, or in place of the one with its id.
     pub volume: Option<&'a Volume>,
+    /// New custom volumes beside it.
+    pub more: &'a [Volume],
     /// A custom volume that goes when `volume` is there.
     pub replaced: Option<VolumeId>,
     /// Networks more than now.
@@ -96,7 +98,8 @@ impl ProjectUsage {
         let changed = planned.volume.filter(|v| v.project == project);
         let stays = |v: &Volume| changed.is_none_or(|c| c.id != v.id) && planned.replaced != Some(v.id);
         let others = records.volumes.values().map(|row| &row.value);
-        let all = others.filter(|v| v.project == project && stays(v)).chain(changed);
+        let more = planned.more.iter().filter(|v| v.project == project);
+        let all = others.filter(|v| v.project == project && stays(v)).chain(changed).chain(more);
         for volume in all.filter(|v| v.owner == VolumeOwner::Custom) {
             let pool = records.pools.get(&volume.pool).map_or("", |p| p.name.as_str());
             match volume.size {
@@ -261,7 +264,7 @@ pub(crate) fn admit(records: &Records, tx: &mut Tx, project: ProjectId, planned:
         let (config, devices) = expanded(records, instance, planned.profile);
         restricted::check(&rules, Some(instance.kind), &config, &devices)?;
     }
-    if let Some(volume) = planned.volume {
+    for volume in planned.volume.into_iter().chain(planned.more) {
         restricted::check_pool(&rules, records.pools.get(&volume.pool).map_or("", |p| p.name.as_str()))?;
     }
     if let Some(profile) = planned.profile.filter(|p| p.project == project) {
