@@ -316,6 +316,19 @@ fn any(nodes: &Value) -> bool {
     bitmaps.any(|b| b["name"].as_str().is_some_and(|name| name.starts_with(PREFIX)))
 }
 
+/// Drops what a node has that is not whole: QEMU lets no disk grow that has such. Nobody backs up by them, and of one without
+/// checkpoints they are what its machine's being killed has left.
+pub(crate) async fn drop_broken(qmp: &Qmp, node: &str) -> Result<()> {
+    let all = of(&nodes(qmp).await?, node);
+    transact(qmp, dropping(node, &all)).await
+}
+
+fn dropping(node: &str, all: &[Bitmap]) -> Vec<Value> {
+    let ours = all.iter().filter(|b| b.broken && b.name.starts_with(PREFIX));
+    ours.map(|b| json!({"type": "block-dirty-bitmap-remove", "data": {"node": node, "name": b.name}}))
+        .collect()
+}
+
 /// Makes a checkpoint. The caller holds the machine's lock of changes.
 pub(crate) async fn mark(machine: &Inner, new: &NewCheckpoint, known: &[CheckpointId]) -> Result<()> {
     let (qmp, _) = Qmp::connect(&machine.dir, launch::QMP, GREETING).await?;
@@ -425,6 +438,13 @@ mod tests {
         for mine in [name(id(1)), lost(id(1))] {
             assert!(any(&json!([{"node-name": "d"}, {"node-name": "i", "dirty-bitmaps": [{"name": mine}]}])));
         }
+    }
+
+    #[test]
+    fn what_is_not_whole_does_not_keep_a_disk_from_growing() {
+        let mut all = vec![bitmap(1, false, true), bitmap(2, true, false)];
+        all.push(Bitmap { name: "mine".into(), recording: false, broken: true, bytes: 0 });
+        assert_eq!(words(&dropping("i-scsi0", &all)), ["remove 1"]);
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! device is named after its slot, so nothing of it can be missed.
 
 use crate::{
-    backups, copies,
+    backups, bitmaps, copies,
     devices::{Disk, Layout, Nic, Side, device_id},
     launch,
     machine::Inner,
@@ -121,7 +121,9 @@ pub(crate) async fn grow(machine: &Inner, slot: &str, size: u64) -> Result<()> {
     copies::demand_none(machine).await?;
     backups::demand_none(machine).await?;
     let (qmp, _) = Qmp::connect(&machine.dir, launch::QMP, GREETING).await?;
-    let node = side(&qmp, slot).await?.name('d', slot);
+    let side = side(&qmp, slot).await?;
+    bitmaps::drop_broken(&qmp, &side.name('i', slot)).await?;
+    let node = side.name('d', slot);
     qmp.execute("block_resize", json!({"node-name": node, "size": size})).await.map(drop)
 }
 
