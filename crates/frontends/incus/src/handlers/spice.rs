@@ -34,7 +34,7 @@ const CHANNELS: usize = 64;
 /// # Errors
 /// Those of the engine, before there is an operation.
 pub(super) async fn open(call: Taken, mut f: Fields) -> Result<Reply> {
-    // Any number looks at once: nobody has to be sent away.
+    // Taken, as Incus takes it: whoever begins to look takes the screen over in any case, because SPICE's server has one viewer.
     f.flag("force")?;
     f.finish(&[])?;
     // The first channel already now: who connects a websocket could not be told what is wrong.
