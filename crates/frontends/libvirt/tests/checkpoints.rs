@@ -135,7 +135,7 @@ fn checkpoint(name: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn checkpoints_are_a_line() {
-    let (_server, mut client, v1) = ready().await;
+    let (server, mut client, v1) = ready().await;
     assert!(list(&mut client, &v1, 0).await.is_empty());
     for name in ["a", "b", "c"] {
         create(&mut client, &v1, &checkpoint(name), 0).await.unwrap();
@@ -164,6 +164,11 @@ async fn checkpoints_are_a_line() {
     assert!(whole.contains("<disk name='sda' checkpoint='bitmap' bitmap='b'/>"), "{whole}");
     assert!(whole.contains("<parent>\n    <name>a</name>") && whole.contains("<domain "), "{whole}");
     assert!(!text(&mut client, &v1, "b", 2).await.contains("<domain "), "without the domain");
+    // As libvirt has it, whoever may only look does not ask for what is secure.
+    let mut reader = server.open("ro", "qemu:///system").await;
+    let denied = of(&mut reader, XML, &v1, "b", &[1]).await.unwrap_err();
+    assert_eq!(denied.0, Code::OperationDenied as i32, "{denied:?}");
+    of(&mut reader, XML, &v1, "b", &[0]).await.unwrap();
     // 64 KiB in each of the two that follow.
     let sizes = text(&mut client, &v1, "b", 2 | 4).await;
     assert!(sizes.contains("bitmap='b' size='131072'"), "{sizes}");

@@ -183,6 +183,10 @@ const SIZE: u32 = 4;
 /// `DOMAIN_CHECKPOINT_GET_XML_DESC`
 pub async fn xml(call: Call) -> Answered {
     let (line, checkpoint, flags) = one(&call, SECURE | NO_DOMAIN | SIZE)?;
+    if flags & SECURE != 0 && call.session.read_only() {
+        let text = "virDomainCheckpointGetXMLDesc with secure flag";
+        return Err(VirError::new(Code::OperationDenied, Part::Qemu, text));
+    }
     let domain = flags & NO_DOMAIN == 0;
     if flags & SIZE == 0 {
         return Ok(text(&line.document(&call, &checkpoint, domain, None)?));
