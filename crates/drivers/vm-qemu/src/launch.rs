@@ -470,23 +470,10 @@ mod tests {
         std::fs::write(&path, "found").unwrap();
         let found = rustix::fs::open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
         let disk = ResolvedDisk {
-            name: "data".into(),
-            slot: "scsi1".into(),
-            path: path.clone(),
-            format: DiskFormat::Raw,
-            backing: None,
-            mount_point: None,
             readonly: true,
             foreign: true,
-            shift: false,
             opened: Some(Opened(Arc::new(found))),
-            recursive: false,
-            follow: false,
-            cdrom: false,
-            ejected: false,
-            io: Default::default(),
-            pci: None,
-            boot_priority: 0,
+            ..karst_guest::samples::disk("data", "scsi1", path.clone(), DiskFormat::Raw)
         };
         // Somebody puts something else in its place.
         std::fs::rename(&path, dir.path().join("old")).unwrap();

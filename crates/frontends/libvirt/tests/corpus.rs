@@ -316,7 +316,7 @@ async fn count(directory: &Path) -> Vec<Counted> {
         }
         // Also those of one architecture or version each: NAME.x86_64-latest.args.
         let of = |c: &&str| *c == name || c.strip_prefix(name).is_some_and(|rest| rest.starts_with('.'));
-        let usable = commands.iter().any(|c| of(c));
+        let usable = commands.iter().any(of);
         let outcome = tried(&mut client, &text, &mut made).await;
         all.push(Counted { name: name.to_owned(), usable, outcome });
     }
