@@ -3,8 +3,13 @@
 use crate::inventory::{Lock, Records, Row, Uses};
 use karst_env::Env;
 use karst_model::{Error, Result};
-use karst_store::{Compare, Record, Requests, Resolved, Revision, Store, Stored, Table, TxnBuilder};
+use karst_store::{
+    Compare, MAX_TXN_OPS, Record, Requests, Resolved, Revision, Store, Stored, Table, TxnBuilder,
+};
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+/// Operations of a saga's end beside those of its use case: its records, one lock, the fence.
+const OF_AN_END: usize = 16;
 
 /// A transaction in the making; a mutable face of [`TxnBuilder`] with the words of use cases.
 #[derive(Debug, Default)]
@@ -104,6 +109,11 @@ impl Tx {
     /// Writes a plain value (counters of the platform).
     pub fn put_raw(&mut self, key: &str, value: String) {
         self.with(|b| b.put_raw(key, value));
+    }
+
+    /// Has the end of a saga room for it? Where not, it is better said before anything is done.
+    pub fn fits_an_end(&self) -> bool {
+        self.builder.operations() + OF_AN_END <= MAX_TXN_OPS
     }
 
     /// Changes nothing?

@@ -140,6 +140,11 @@ impl TxnBuilder {
         self.txn.success.is_empty()
     }
 
+    /// How many it has of what it has most of: compares or operations.
+    pub fn operations(&self) -> usize {
+        self.txn.compares.len().max(self.txn.success.len())
+    }
+
     /// The transaction, checked against the limits.
     pub fn build(self) -> Result<Txn> {
         if let Some(error) = self.error {

@@ -721,6 +721,8 @@ async fn finish(
                 engine.catch_up(revision).await;
             }
             Err(e) if e.is(ErrorKind::Conflict) => return Err(Failure::Stopped(Stopped::Superseded)),
+            // That stays so, however long one waits.
+            Err(e) if e.is(ErrorKind::TooLarge) => return Err(Failure::Error(e)),
             Err(e) => {
                 tracing::warn!(saga = %record.id, error = %e, "a saga's end cannot be written; waiting for the store");
                 engine.env.sleep(wait).await;

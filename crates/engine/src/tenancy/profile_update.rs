@@ -5,7 +5,7 @@
 //! gets anything.
 
 use super::{
-    limits::{self, Planned, admit},
+    limits::{self, Planned, admit, grows},
     profile_uses,
 };
 use crate::{
@@ -24,7 +24,7 @@ use async_trait::async_trait;
 use karst_agent::{VolumeRef, VolumeResize};
 use karst_model::{
     ByteSize, Error, ErrorKind, InstanceId, NetworkId, NodeId, Result, VolumeId,
-    device::DiskOrigin,
+    device::{Devices, DiskOrigin},
     guest::Applied,
     instance::{DeviceIdentity, Generation, Instance, Status},
     keys,
@@ -47,6 +47,8 @@ const LOOK: Duration = Duration::from_millis(50);
 const AT_ONCE: usize = 40;
 
 type Identities = BTreeMap<String, DeviceIdentity>;
+/// What devices were known by before, of those for which that changes; `None` of those that are new.
+type Had = BTreeMap<String, Option<DeviceIdentity>>;
 
 /// Every user stays valid with the profile as it is to be, and every project of theirs within its limits; `tx` holds as
 /// long as that is so.
@@ -105,10 +107,10 @@ fn demand_valid_user(
     let (after, parsed) = flat(engine, records, instance, Some(changed))?;
     keys::limits(&after.config)?;
     let before = records.expanded(instance).1;
-    // Devices that do not change were asked when they came.
     if before != after.devices {
         let (device, root) = &parsed.root;
-        check_disks(records, tx, instance, &parsed)?;
+        let changed_disks = disks_of_change(&parsed, &before, &after.devices);
+        check_disks(records, tx, instance, &changed_disks)?;
         if records.pool(&root.pool)?.id != instance.pool {
             return Err(Error::conflict(format!("it would change its pool by device {device:?}"))
                 .at(format!("devices.{device}.pool")));
@@ -116,7 +118,7 @@ fn demand_valid_user(
         if before.get(device) != after.devices.get(device) {
             check_root(records, instance, &parsed)?;
         }
-        demand_unshared(records, instance, &parsed, taken)?;
+        demand_unshared(records, instance, &changed_disks, taken)?;
         engine.check_nics_besides(records, tx, &after, &parsed, Some(changed.id))?;
     }
     let whole = |i: &Instance| {
@@ -127,6 +129,22 @@ fn demand_valid_user(
         Err(e) if flat(engine, records, instance, None).is_ok_and(|(now, _)| whole(&now).is_ok()) => Err(e),
         _ => Ok(()),
     }
+}
+
+/// The disks of a change, and those with the same volume as one of them. The others were asked when they came: with many users that
+/// have volumes of their own, a transaction has no room to expect all of these, and one that is at work stops nobody.
+fn disks_of_change(parsed: &ParsedDevices, before: &Devices, after: &Devices) -> ParsedDevices {
+    let changed = |name: &String| before.get(name) != after.get(name);
+    let disks = parsed.disks.iter().filter(|(name, _)| changed(name)).map(|(_, disk)| &disk.source);
+    let mut sources: Vec<DiskOrigin> = disks.cloned().collect();
+    let (name, root) = &parsed.root;
+    let custom = root.source.clone().map(|volume| DiskOrigin::Volume { pool: root.pool.clone(), volume });
+    sources.extend(custom.clone().filter(|_| changed(name)));
+    let mut of_change = parsed.clone();
+    of_change.root.1.source.take_if(|_| custom.is_some_and(|custom| !sources.contains(&custom)));
+    of_change.disks.retain(|(_, disk)| sources.contains(&disk.source));
+    of_change.kernel = parsed.kernel.clone().filter(|(name, _)| changed(name));
+    of_change
 }
 
 /// A block volume of a profile is one user's, unless it says that it may be several.
@@ -165,8 +183,9 @@ pub struct ProfilePlan {
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ProfileOutputs {
-    /// What running users knew their devices by, where that changes.
-    had: Vec<(InstanceId, Identities)>,
+    /// What running users knew their devices by, where that changes. It is known before it changes: afterwards nobody could
+    /// tell what a guest has from what it is to have.
+    had: Vec<(InstanceId, Had)>,
     /// Roots that grow, with their sizes before.
     roots: Vec<(VolumeId, Option<ByteSize>)>,
 }
@@ -214,11 +233,7 @@ impl User {
     }
 }
 
-fn running_users(
-    engine: &EngineInner,
-    profile: &Profile,
-    had: &[(InstanceId, Identities)],
-) -> Result<Vec<User>> {
+fn running_users(engine: &EngineInner, profile: &Profile, had: &[(InstanceId, Had)]) -> Result<Vec<User>> {
     let records = engine.inventory.read();
     let mut users = vec![];
     for instance in records.instances.values().filter(|i| i.profiles.contains(&profile.id)) {
@@ -232,8 +247,8 @@ fn running_users(
             Ok(GuestSpec { generation, ..engine.guest_spec(&records, i, domain)? })
         };
         let mut now = instance.value.clone();
-        if let Some((_, identities)) = had.iter().find(|(id, _)| *id == instance.id) {
-            now.identities.clone_from(identities);
+        if let Some((_, had)) = had.iter().find(|(id, _)| *id == instance.id) {
+            put_back(&mut now.identities, had);
         }
         let before = flat(engine, &records, &now, None).map_err(named)?.0;
         let after = flat(engine, &records, instance, Some(profile)).map_err(named)?.0;
@@ -272,27 +287,41 @@ async fn settle(cx: &StepContext, profile: &Profile) -> Result<()> {
     }
 }
 
-/// Writes down what running users know their devices by, those that are to come included, so that a device is the same one
-/// whenever it is asked for. What a guest still has keeps what it is known by until the next start.
-async fn identify(cx: &StepContext, profile: &Profile, outputs: &mut ProfileOutputs) -> Result<()> {
-    let engine = &cx.engine;
-    let mut new = vec![];
-    for user in running_users(engine, profile, &[])? {
+/// What running users are to know their devices by, those that are to come included, so that a device is the same one whenever
+/// it is asked for. What a guest still has keeps what it is known by until the next start. Users for whom that is as it was are
+/// left out.
+fn identities(
+    engine: &EngineInner,
+    profile: &Profile,
+    had: &[(InstanceId, Had)],
+) -> Result<Vec<(Instance, Identities)>> {
+    let mut all = vec![];
+    for user in running_users(engine, profile, had)? {
         let [before, after] = user.flat;
+        let now = engine.instance_row(after.id)?;
         let mut identities = after.identities;
-        for (name, identity) in before.identities {
-            identities.entry(name).or_insert(identity);
-        }
-        let now = engine.instance_row(after.id)?.identities.clone();
-        for (name, identity) in &now {
+        for (name, identity) in before.identities.iter().chain(&now.identities) {
             identities.entry(name.clone()).or_insert_with(|| identity.clone());
         }
-        if identities != now {
-            outputs.had.push((after.id, now));
-            new.push((after.id, identities));
+        if identities != now.identities {
+            all.push((now.value.clone(), identities));
         }
     }
-    write(cx, &new).await
+    Ok(all)
+}
+
+fn had(now: &Identities, then: &Identities) -> Had {
+    let changed = then.iter().filter(|(name, identity)| now.get(*name) != Some(*identity));
+    changed.map(|(name, _)| (name.clone(), now.get(name).cloned())).collect()
+}
+
+fn put_back(identities: &mut Identities, had: &Had) {
+    for (name, was) in had {
+        match was {
+            Some(was) => drop(identities.insert(name.clone(), was.clone())),
+            None => drop(identities.remove(name)),
+        }
+    }
 }
 
 async fn write(cx: &StepContext, all: &[(InstanceId, Identities)]) -> Result<()> {
@@ -380,6 +409,8 @@ async fn apply(cx: &StepContext, profile: &Profile, users: &[User]) -> Result<()
                 return Err(Error { message, ..e });
             }
         };
+        // Also of one that is undone: what it has is known, whatever becomes of that.
+        note(engine, &user.flat[1], user.after.generation, &applied).await?;
         if let Some(device) = user.left(&applied) {
             return Err(Error::conflict(format!(
                 "{} cannot take the change of device {device:?} while it runs; stop it first, or change the profile without \
@@ -388,7 +419,6 @@ async fn apply(cx: &StepContext, profile: &Profile, users: &[User]) -> Result<()
             ))
             .at(format!("devices.{device}")));
         }
-        note(engine, &user.flat[1], user.after.generation, &applied).await?;
     }
     Ok(())
 }
@@ -414,7 +444,7 @@ fn networks(users: &[User]) -> BTreeMap<NodeId, Vec<NetworkId>> {
 #[async_trait]
 impl Saga for ProfileUpdate {
     const NAME: &'static str = "profile-update";
-    const STEPS: &'static [&'static str] = &["settle", "apply"];
+    const STEPS: &'static [&'static str] = &["settle", "identify", "apply"];
     type Plan = ProfilePlan;
     type Outputs = ProfileOutputs;
 
@@ -443,7 +473,14 @@ impl Saga for ProfileUpdate {
                 let size = |id: &VolumeId| records.volumes.get(id).and_then(|v| v.size);
                 outputs.roots = roots.iter().map(|v| (v.id, size(&v.id))).collect();
             }
-            return identify(cx, profile, outputs).await;
+            let all = identities(engine, profile, &[])?;
+            outputs.had = all.iter().map(|(now, then)| (now.id, had(&now.identities, then))).collect();
+            return Ok(());
+        }
+        if step == 1 {
+            let all = identities(engine, profile, &outputs.had)?;
+            let all: Vec<_> = all.into_iter().map(|(now, then)| (now.id, then)).collect();
+            return write(cx, &all).await;
         }
         demand_valid(engine, &engine.inventory.read(), &mut Tx::default(), profile)?;
         let users = running_users(engine, profile, &outputs.had)?;
@@ -453,8 +490,18 @@ impl Saga for ProfileUpdate {
 
     async fn undo(cx: &StepContext, plan: &ProfilePlan, outputs: &ProfileOutputs, step: usize) -> Result<()> {
         let engine = &cx.engine;
-        if step == 0 {
-            return write(cx, &outputs.had).await;
+        if step < 2 {
+            let all: Vec<_> = {
+                let records = engine.inventory.read();
+                let there = |id: &InstanceId| records.instances.get(id).map(|i| i.identities.clone());
+                let was = |(id, had): &(InstanceId, Had)| {
+                    let mut identities = there(id)?;
+                    put_back(&mut identities, had);
+                    Some((*id, identities))
+                };
+                outputs.had.iter().filter_map(was).collect()
+            };
+            return write(cx, &all).await;
         }
         let users = running_users(engine, &plan.profile, &outputs.had)?;
         for user in users.iter().filter(|u| u.is_changed()) {
@@ -470,6 +517,19 @@ impl Saga for ProfileUpdate {
         }
         for (node, ids) in networks(&users) {
             engine.ensure_networks(cx, node, &ids).await?;
+        }
+        for (id, size) in &outputs.roots {
+            let found = {
+                let records = engine.inventory.read();
+                let user = records.instances.values().find(|i| i.root == *id).map(|i| i.node);
+                let less = records.volumes.get(id).filter(|v| grows(v.size, *size) && !v.content.is_disk());
+                user.zip(less.map(|v| v.pool))
+            };
+            // A tree that was given less has what it had again.
+            if let (Some((node, pool)), Some(size)) = (found, *size) {
+                let resize = VolumeResize { volume: VolumeRef { pool, volume: *id }, size };
+                cx.agent(node)?.volume_resize(&cx.mutate(APPLY), resize).await?;
+            }
         }
         // A root that grew stays so: it cannot shrink, and the record's smaller size lets it grow again.
         for some in outputs.roots.chunks(AT_ONCE) {

@@ -202,7 +202,13 @@ impl Engine {
             tx.expect(row);
             // Decided when it is written; said now, before anything is touched.
             demand_named(&records, &profile.devices)?;
-            demand_valid(inner, &records, &mut Tx::default(), &profile)?;
+            let mut asked = Tx::default();
+            demand_valid(inner, &records, &mut asked, &profile)?;
+            if !asked.fits_an_end() {
+                return Err(Error::too_large(format!(
+                    "profile {name:?} has users in so many projects, or with so many different devices, that they cannot all be                      asked at once; give some of them another profile"
+                )));
+            }
             let path = match &*project.name {
                 karst_model::project::DEFAULT_PROJECT => format!("/1.0/profiles/{name}"),
                 other => format!("/1.0/profiles/{name}?project={other}"),
