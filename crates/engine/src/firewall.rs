@@ -264,8 +264,8 @@ impl Engine {
     pub fn acls(&self, context: &Context, project: &str) -> Result<Vec<Row<NetworkAcl>>> {
         let project = self.project(context, project, Permission::ProjectView)?;
         let records = self.inner().inventory.read();
-        let seen = records.acls.values().filter(|a| records.sees_acl(&project, a));
-        let mut all: Vec<_> = seen.cloned().collect();
+        let seen = records.seen_acls(&project);
+        let mut all: Vec<_> = records.acls.values().filter(|a| seen.has(&a.name)).cloned().collect();
         all.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(all)
     }
@@ -278,7 +278,7 @@ impl Engine {
         let project = self.project(context, project, Permission::ProjectView)?;
         let records = self.inner().inventory.read();
         let row = records.acl(name)?;
-        match records.sees_acl(&project, row) {
+        match records.seen_acls(&project).has(&row.name) {
             true => Ok(row.clone()),
             false => Err(Error::not_found(format!("network ACL {name:?} not found"))),
         }
@@ -425,8 +425,8 @@ impl Engine {
     pub fn address_sets(&self, context: &Context, project: &str) -> Result<Vec<Row<AddressSet>>> {
         let project = self.project(context, project, Permission::ProjectView)?;
         let records = self.inner().inventory.read();
-        let seen = records.address_sets.values().filter(|s| records.sees_address_set(&project, s));
-        let mut all: Vec<_> = seen.cloned().collect();
+        let seen = records.seen_address_sets(&project);
+        let mut all: Vec<_> = records.address_sets.values().filter(|s| seen.has(&s.name)).cloned().collect();
         all.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(all)
     }
@@ -439,7 +439,7 @@ impl Engine {
         let project = self.project(context, project, Permission::ProjectView)?;
         let records = self.inner().inventory.read();
         let row = records.address_set(name)?;
-        match records.sees_address_set(&project, row) {
+        match records.seen_address_sets(&project).has(&row.name) {
             true => Ok(row.clone()),
             false => Err(Error::not_found(format!("address set {name:?} not found"))),
         }
@@ -751,9 +751,15 @@ impl Engine {
     }
 }
 
-/// Does an ACL name an address set?
-pub(crate) fn names_set(acl: &NetworkAcl, set: &str) -> bool {
-    refers(acl, &Subject::Set(set.to_owned()))
+/// The address sets that an ACL names.
+pub(crate) fn sets_of(acl: &NetworkAcl) -> BTreeSet<String> {
+    let Ok(spec) = acl.parse() else { return BTreeSet::new() };
+    let all = spec.ingress.iter().chain(&spec.egress).flat_map(|rule| rule.references());
+    let set = |subject: &Subject| match subject {
+        Subject::Set(name) => Some(name.clone()),
+        _ => None,
+    };
+    all.filter_map(set).collect()
 }
 
 fn set_users(records: &Records, name: &str) -> UsedBy {

@@ -3,14 +3,8 @@
 
 use crate::{Engine, Records, Row, context::Context, firewall, tenancy::rules::ProjectRules};
 use karst_model::{
-    Error, Result,
-    access::Permission,
-    device::Devices,
-    firewall::{AddressSet, NetworkAcl, NetworkForward},
-    keys,
-    network::Network,
-    project::Project,
-    storage::Pool,
+    Error, Result, access::Permission, device::Devices, firewall::NetworkForward, keys, network::Network,
+    project::Project, storage::Pool,
 };
 use std::{collections::BTreeSet, net::IpAddr};
 
@@ -21,6 +15,22 @@ pub(crate) fn rules(project: &Project) -> ProjectRules {
         let on = config.get("restricted").is_some_and(|v| keys::parse_bool("restricted", v).unwrap_or(true));
         ProjectRules { limits: Default::default(), restricted: on.then(|| config.clone()) }
     })
+}
+
+/// What a project sees of things with names.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Seen {
+    All,
+    Only(BTreeSet<String>),
+}
+
+impl Seen {
+    pub(crate) fn has(&self, name: &str) -> bool {
+        match self {
+            Self::All => true,
+            Self::Only(names) => names.contains(name),
+        }
+    }
 }
 
 impl Records {
@@ -38,35 +48,42 @@ impl Records {
             && rules.restriction("restricted.networks.access").is_none_or(|list| list.trim().is_empty())
     }
 
-    /// An ACL of a network that a project does not see tells of guests there. Where a project sees some networks only, it
-    /// sees the ACLs of those, and those that its own NICs name.
-    pub(crate) fn sees_acl(&self, project: &Project, acl: &NetworkAcl) -> bool {
+    /// The ACLs that a project sees. One of a network that it does not see tells of guests there: where it sees some networks
+    /// only, it sees the ACLs of those, and those that its own NICs name.
+    pub(crate) fn seen_acls(&self, project: &Project) -> Seen {
         if Self::sees_all_networks(project) {
-            return true;
+            return Seen::All;
         }
-        let names =
-            |text: Option<&String>| text.is_some_and(|t| t.split(',').any(|w| w.trim() == &*acl.name));
-        let nics = |devices: &Devices| {
-            let mut nics = devices.values().filter(|keys| keys.get("type").is_some_and(|t| t == "nic"));
-            nics.any(|keys| names(keys.get("security.acls")))
+        let mut seen = BTreeSet::new();
+        let mut add = |text: Option<&String>| {
+            let names = text.into_iter().flat_map(|t| t.split(','));
+            seen.extend(names.map(|name| name.trim().to_owned()));
         };
-        let home = self.home(project, "features.profiles");
-        let mut networks = self.networks.values().filter(|n| self.sees_network(project, n));
-        networks.any(|n| names(n.config.get("security.acls")))
-            || self
-                .profiles
-                .values()
-                .any(|p| p.project == project.id && home == project.id && nics(&p.devices))
-            || self.instances.values().any(|i| i.project == project.id && nics(&self.expanded(i).1))
+        for network in self.networks.values().filter(|n| self.sees_network(project, n)) {
+            add(network.config.get("security.acls"));
+        }
+        let mut of_nics = |devices: &Devices| {
+            let nics = devices.values().filter(|keys| keys.get("type").is_some_and(|t| t == "nic"));
+            nics.for_each(|keys| add(keys.get("security.acls")));
+        };
+        if self.home(project, "features.profiles") == project.id {
+            let own = self.profiles.values().filter(|p| p.project == project.id);
+            own.for_each(|p| of_nics(&p.devices));
+        }
+        for instance in self.instances.values().filter(|i| i.project == project.id) {
+            of_nics(&self.expanded(instance).1);
+        }
+        Seen::Only(seen)
     }
 
-    /// An address set is seen with the ACLs that name it.
-    pub(crate) fn sees_address_set(&self, project: &Project, set: &AddressSet) -> bool {
-        Self::sees_all_networks(project)
-            || self
-                .acls
-                .values()
-                .any(|acl| firewall::names_set(acl, &set.name) && self.sees_acl(project, acl))
+    /// The address sets that a project sees: those that the ACLs that it sees name.
+    pub(crate) fn seen_address_sets(&self, project: &Project) -> Seen {
+        let acls = self.seen_acls(project);
+        if acls == Seen::All {
+            return Seen::All;
+        }
+        let seen = self.acls.values().filter(|acl| acls.has(&acl.name));
+        Seen::Only(seen.flat_map(|acl| firewall::sets_of(acl)).collect())
     }
 
     /// Whether one of the projects that `context` sees may use a pool. Who sees no project is no tenant.
