@@ -329,6 +329,20 @@ impl RestorePlan {
         tx.replace(&row, &Volume { size, ..row.value.clone() });
         Ok(())
     }
+
+    /// A machine's disk is as large again as it was then. Where that is more than it has now, and than what is written says, its
+    /// project has to have room for it.
+    fn demand_room(&self, engine: &EngineInner, sizes: &[(VolumeId, Option<ByteSize>)]) -> Result<()> {
+        let Target::Instance { instance } = &self.target else { return Ok(()) };
+        let records = engine.inventory.read();
+        let now = records.volumes.get(&instance.root).and_then(|v| v.size);
+        let root = sizes.iter().find(|(id, _)| *id == instance.root).and_then(|(_, size)| *size);
+        if root.is_none() || !grows(now, root) {
+            return Ok(());
+        }
+        let planned = Planned { instance: Some(instance), root, ..Default::default() };
+        admit(&records, &mut Tx::default(), instance.project, &planned)
+    }
 }
 
 /// Outputs of [`SnapshotRestore`].
@@ -386,6 +400,7 @@ impl Saga for SnapshotRestore {
                     let size = all.iter().find(|s| s.snapshot == at.snapshot).and_then(|s| s.size);
                     outputs.sizes.push((at.volume, size));
                 }
+                plan.demand_room(&cx.engine, &outputs.sizes)?;
                 if let Some(machine) = &plan.machine {
                     let restore = MachineStateRestore { at: machine.at, memory: machine.memory };
                     agent.machine_state_restore(&cx.mutate(LONG), restore).await?;
