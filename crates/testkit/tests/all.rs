@@ -13,6 +13,7 @@ mod generations;
 mod images;
 mod limits;
 mod node_names;
+mod profile_changes;
 mod races;
 mod recover;
 mod restored;
