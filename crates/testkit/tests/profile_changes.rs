@@ -1,11 +1,13 @@
 //! Changes of profiles where they are most likely to go wrong: an executor that dies in the middle, users with much of their own,
 //! more users than one transaction can ask of, and what a profile said when a snapshot was taken.
 
+use karst_agent::Fault;
 use karst_engine::{
     LiveOperation,
     compute::create::CreateInstance,
     saga::runner::{Interference, Moment},
     snapshots::{Origin, create::CreateSnapshot},
+    storage::CreatePool,
     tenancy::UpdateProfile,
     volumes::create::CreateVolume,
 };
@@ -192,6 +194,39 @@ fn a_restore_makes_no_disk_larger_than_its_project_has_room_for() {
         assert!(refused.is(ErrorKind::Quota) && refused.message.contains("limits.disk"), "{refused}");
         assert_eq!(used(), Some(24));
         w.settle().await;
+        assert_eq!(w.faults().await, [""; 0]);
+        w.engine.close();
+    });
+}
+
+/// A change that is undone leaves the host with the limits that the records say.
+#[test]
+fn a_tree_that_was_given_less_has_what_it_had_when_that_is_undone() {
+    SeededEnv::run(11, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        let (e, c) = (&w.engine, &w.admin);
+        let pool = CreatePool { name: "fast".into(), driver: "btrfs".into(), ..Default::default() };
+        ended(&w, e.pool_create(c, pool).await).await.unwrap();
+        let tree = |size: &str| {
+            let root = config(&[("type", "disk"), ("path", "/"), ("pool", "fast"), ("size", size)]);
+            UpdateProfile { devices: Devices::from([("root".to_owned(), root)]), ..Default::default() }
+        };
+        e.profile_create(c, P, "tree", tree("3GiB")).await.unwrap();
+        let profiles = Some(vec!["default".to_owned(), "tree".to_owned()]);
+        create(&w, P, CreateInstance { profiles, ..container("c1") }).await.unwrap();
+        let sizes = async || {
+            let volumes = e.volumes(c, "fast", None).unwrap();
+            assert_eq!(volumes.len(), 1);
+            let there = e.volume_usage(&volumes[0]).await.unwrap().total;
+            (volumes[0].size.map(|size| size.bytes() >> 30), there >> 30)
+        };
+        assert_eq!(sizes().await, (Some(3), 3));
+        w.agent.inject("volume_resize", Fault::FailAfter(Error::timeout("it took too long")));
+        e.profile_update(c, P, "tree", tree("2GiB")).await.unwrap_err();
+        assert_eq!(w.agent.faults_left(), 0);
+        assert_eq!(sizes().await, (Some(3), 3));
+        e.profile_update(c, P, "tree", tree("2GiB")).await.unwrap();
+        assert_eq!(sizes().await, (Some(2), 2));
         assert_eq!(w.faults().await, [""; 0]);
         w.engine.close();
     });
