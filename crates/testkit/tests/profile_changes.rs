@@ -13,7 +13,7 @@ use karst_engine::{
 };
 use karst_env::{Env, SeededEnv};
 use karst_model::{
-    Config, ErrorKind, Result, device::Devices, instance::InstanceKind, storage::VolumeContent,
+    Config, Error, ErrorKind, Result, device::Devices, instance::InstanceKind, storage::VolumeContent,
 };
 use karst_testkit::{World, scenarios::container};
 use std::{
