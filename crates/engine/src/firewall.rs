@@ -9,6 +9,7 @@ use crate::{
     context::Context,
     db::Tx,
     storage::{UsedBy, users_in_words},
+    visible::no_acl,
 };
 use karst_model::{
     AclId, AddressSetId, Config, Error, NetworkId, ProjectId, Result,
@@ -280,7 +281,7 @@ impl Engine {
         let row = records.acl(name)?;
         match records.seen_acls(&project).has(&row.name) {
             true => Ok(row.clone()),
-            false => Err(Error::not_found(format!("network ACL {name:?} not found"))),
+            false => Err(no_acl(name)),
         }
     }
 

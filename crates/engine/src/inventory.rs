@@ -310,10 +310,7 @@ impl Records {
 
     /// Network ACL by name.
     pub fn acl(&self, name: &str) -> Result<&Row<NetworkAcl>> {
-        self.acls
-            .values()
-            .find(|a| &*a.name == name)
-            .ok_or_else(|| Error::not_found(format!("network ACL {name:?} not found")))
+        self.acls.values().find(|a| &*a.name == name).ok_or_else(|| crate::visible::no_acl(name))
     }
 
     /// Address set by name.

@@ -76,6 +76,34 @@ impl Records {
         Seen::Only(seen)
     }
 
+    /// Whoever writes the name of an ACL into a NIC has to see that ACL: else its name alone would show it to him. One that he does
+    /// not see is as one that is not there.
+    ///
+    /// # Errors
+    /// Not found, naming the key.
+    pub(crate) fn demand_seen_acls(
+        &self,
+        context: &Context,
+        project: &Project,
+        devices: &Devices,
+    ) -> Result<()> {
+        let mut seen = None;
+        for (device, keys) in devices.iter().filter(|(_, keys)| keys.get("type").is_some_and(|t| t == "nic"))
+        {
+            let named = keys.get("security.acls").into_iter().flat_map(|text| text.split(',')).map(str::trim);
+            for name in named.filter(|name| !name.is_empty()) {
+                let at = |e: Error| e.at(format!("devices.{device}.security.acls"));
+                let acl = self.acl(name).map_err(at)?;
+                if !context.principal().may(Permission::ProjectView, Some(acl.project))
+                    && !seen.get_or_insert_with(|| self.seen_acls(project)).has(name)
+                {
+                    return Err(at(no_acl(name)));
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// The address sets that a project sees: those that the ACLs that it sees name.
     pub(crate) fn seen_address_sets(&self, project: &Project) -> Seen {
         let acls = self.seen_acls(project);
@@ -144,4 +172,9 @@ impl Engine {
 /// As of what is nowhere.
 pub(crate) fn no_network(name: &str) -> Error {
     Error::not_found(format!("network {name:?} not found"))
+}
+
+/// As of what is nowhere.
+pub(crate) fn no_acl(name: &str) -> Error {
+    Error::not_found(format!("network ACL {name:?} not found"))
 }

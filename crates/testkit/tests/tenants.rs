@@ -737,6 +737,22 @@ fn a_restricted_project_sees_of_what_all_share_what_it_may_use() {
         let tenant = somebody(&w, "acme");
         assert_eq!(e.acl(&tenant, "acme", "theirs-acl").unwrap_err().kind, ErrorKind::NotFound);
         assert_eq!(e.address_set(&tenant, "acme", "theirs").unwrap_err().kind, ErrorKind::NotFound);
+        // Nor does it get to see one by naming it.
+        let name_it = async |acl: &str| {
+            let devices = nic(&[("network", "acmebr"), ("security.acls", acl)]);
+            let request = CreateInstance { devices: devices.clone(), ..container("namer") };
+            let made = e.instance_create(&tenant, "acme", request).await.map(drop);
+            let update = UpdateProfile { devices, ..Default::default() };
+            [made, e.profile_update(&tenant, "acme", "default", update).await]
+        };
+        for (there, nowhere) in name_it("theirs-acl").await.into_iter().zip(name_it("no-acl").await) {
+            let (e1, e2) = (there.unwrap_err(), nowhere.unwrap_err());
+            assert_eq!(
+                (e1.kind, e1.field.as_deref()),
+                (ErrorKind::NotFound, Some("devices.eth0.security.acls"))
+            );
+            assert_eq!((e2.kind, e2.message), (e1.kind, e1.message.replace("theirs-acl", "no-acl")));
+        }
         assert_eq!(e.pool(&tenant, "second").unwrap_err().kind, ErrorKind::NotFound);
         // Where a forward leads is told to who sees the guest, and to who sees the project that it is in.
         let target = async |context: &Context, project: &str| {

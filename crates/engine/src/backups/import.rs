@@ -160,6 +160,7 @@ impl Engine {
                 target: None,
                 vmid: None,
             };
+            records.demand_seen_acls(context, &project, &create.devices)?;
             let mut create = plan_create(inner, &records, tx, &project, name.clone(), &create)?;
             create.demand_own_root()?;
             let instance = &mut create.instance;

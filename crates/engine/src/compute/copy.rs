@@ -118,6 +118,7 @@ impl Engine {
             merged.extend(copy.config.into_iter().filter(|(k, _)| !own(k)));
             merged.retain(|_, v| !v.is_empty());
             copy.config = merged;
+            records.demand_seen_acls(context, &project, &copy.devices)?;
             let mut all_devices = devices.clone();
             expand::own_root(&mut all_devices);
             all_devices.append(&mut copy.devices);

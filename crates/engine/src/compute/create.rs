@@ -105,6 +105,7 @@ impl Engine {
             };
             chosen = name.to_string();
             tx.expect(&project);
+            records.demand_seen_acls(context, &project, &request.devices)?;
             let plan = plan(inner, &records, tx, &project, name.clone(), &request)?;
             let mut new = NewOperation::task(
                 "Creating instance",

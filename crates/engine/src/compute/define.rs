@@ -66,6 +66,7 @@ impl Engine {
         let operation = runner::start::<InstanceCreate>(inner, context, |tx| {
             let records = inner.inventory.read();
             tx.expect(&project);
+            records.demand_seen_acls(context, &project, &request.create.devices)?;
             let mut plan = plan(inner, &records, tx, &project, name.clone(), &request.create)?;
             if let Some(uuid) = request.uuid {
                 demand_free(&records, uuid)?;

@@ -173,6 +173,7 @@ impl Engine {
             instance.config.retain(|_, v| !v.is_empty());
             keys::check(&instance.config, Some(row.kind))?;
             check_devices(&request.devices)?;
+            records.demand_seen_acls(context, &to, &request.devices)?;
             instance.devices.extend(request.devices.clone());
             let pool = match said(&request.pool) {
                 Some(pool) => records.pool(pool).map_err(|e| e.at("pool"))?,

@@ -130,6 +130,7 @@ impl Engine {
                 .collect();
             keys::check(&instance.config, Some(instance.kind))?;
             check_devices(&request.devices)?;
+            records.demand_seen_acls(context, &project, &request.devices)?;
             instance.devices = request.devices.clone();
             instance.profiles =
                 profiles(&records, tx, records.home(&project, "features.profiles"), &request.profiles)?;

@@ -132,6 +132,7 @@ impl Engine {
                     return Err(Error::conflict(format!("a profile {:?} exists already", &*name)).at("name"));
                 }
                 demand_named(records, &request.devices)?;
+                records.demand_seen_acls(context, &project, &request.devices)?;
                 let id = ProfileId(inner.env.uuid());
                 let profile = Profile {
                     id,
@@ -202,6 +203,7 @@ impl Engine {
             tx.expect(row);
             // Decided when it is written; said now, before anything is touched.
             demand_named(&records, &profile.devices)?;
+            records.demand_seen_acls(context, &project, &profile.devices)?;
             let mut asked = Tx::default();
             demand_valid(inner, &records, &mut asked, &profile)?;
             if !asked.fits_an_end() {
