@@ -23,7 +23,7 @@ pub struct Bounds {
     pub of_one: usize,
     /// Connections of those who are not.
     pub strangers: usize,
-    /// Handshakes and connections of those who are not, from one address.
+    /// Handshakes from one address, and as many connections of those who are not known: who is comes in beside them.
     pub of_address: usize,
 }
 
@@ -83,6 +83,9 @@ pub struct Places {
     connections: Arc<Semaphore>,
     strangers: Arc<Semaphore>,
     of_one: Arc<Shares<PrincipalId>>,
+    /// Handshakes from an address.
+    arriving: Arc<Shares<IpAddr>>,
+    /// Strangers from an address.
     of_address: Arc<Shares<IpAddr>>,
 }
 
@@ -95,6 +98,7 @@ impl Places {
             connections: semaphore(bounds.connections),
             strangers: semaphore(bounds.strangers),
             of_one: Shares::new(bounds.of_one),
+            arriving: Shares::new(bounds.of_address),
             of_address: Shares::new(bounds.of_address),
         }
     }
@@ -106,15 +110,16 @@ impl Places {
 
     /// Somebody comes from there; `None` when too many have.
     pub fn arrive(&self, handshake: OwnedSemaphorePermit, from: IpAddr) -> Option<Arrival> {
-        let address = self.of_address.take(network_of(from))?;
-        Some(Arrival { _handshake: handshake, address })
+        let address = network_of(from);
+        let share = self.arriving.take(address)?;
+        Some(Arrival { _handshake: handshake, _share: share, address })
     }
 
     /// After the handshake: the place of a connection, of somebody or of nobody yet. `None` when there are too many.
     pub fn admit(&self, arrival: Arrival, who: Option<PrincipalId>) -> Option<Place> {
         let (of, places) = match who {
             Some(who) => (Of::Client { _share: self.of_one.take(who)? }, &self.connections),
-            None => (Of::Address { _share: arrival.address }, &self.strangers),
+            None => (Of::Address { _share: self.of_address.take(arrival.address)? }, &self.strangers),
         };
         Some(Place { _of: of, _connection: places.clone().try_acquire_owned().ok()? })
     }
@@ -124,7 +129,8 @@ impl Places {
 #[derive(Debug)]
 pub struct Arrival {
     _handshake: OwnedSemaphorePermit,
-    address: Share<IpAddr>,
+    _share: Share<IpAddr>,
+    address: IpAddr,
 }
 
 /// A connection that was let in, as long as it lasts.
@@ -164,15 +170,18 @@ mod tests {
         for from in ["192.0.2.1", "::ffff:192.0.2.1", "2001:db8::1"] {
             kept.push(places.admit(arrive(&places, from).await.unwrap(), None).unwrap());
         }
-        assert!(arrive(&places, "192.0.2.1").await.is_none(), "two of one address");
+        let third = arrive(&places, "192.0.2.1").await.unwrap();
+        assert!(places.admit(third, None).is_none(), "two of one address");
         let fourth = arrive(&places, "2001:db8::2:3").await.unwrap();
-        assert!(arrive(&places, "2001:db8::4").await.is_none(), "which is a whole network of IPv6");
+        let fifth = arrive(&places, "2001:db8::4").await.unwrap();
+        assert!(arrive(&places, "2001:db8::5").await.is_none(), "which is a whole network of IPv6");
+        drop(fifth);
         assert!(places.admit(fourth, None).is_none(), "three strangers");
-        // Who is known has his own.
+        // Who is known has his own, also where strangers have come from before.
         let one = PrincipalId(uuid::Uuid::from_u128(1));
         let other = PrincipalId(uuid::Uuid::from_u128(2));
         for who in [one, one, other] {
-            let arrival = arrive(&places, "198.51.100.1").await.unwrap();
+            let arrival = arrive(&places, "192.0.2.1").await.unwrap();
             kept.push(places.admit(arrival, Some(who)).unwrap());
         }
         for who in [one, other] {
@@ -183,6 +192,7 @@ mod tests {
         kept.clear();
         assert!(places.of_one.taken.lock().unwrap().is_empty());
         assert!(places.of_address.taken.lock().unwrap().is_empty());
+        assert!(places.arriving.taken.lock().unwrap().is_empty());
         let all = (&places.handshakes, &places.connections, &places.strangers);
         assert_eq!(
             (all.0.available_permits(), all.1.available_permits(), all.2.available_permits()),
