@@ -3,7 +3,7 @@
 use karst_agent::Fault;
 use karst_engine::{
     compute::create::CreateInstance,
-    snapshots::{Origin, Taken, create::CreateSnapshot},
+    snapshots::{Origin, Taken, change::UpdateSnapshot, create::CreateSnapshot},
     volumes::create::CreateVolume,
 };
 use karst_env::{Env, SeededEnv};
@@ -154,6 +154,42 @@ fn memory_is_not_kept_beside_a_disk_that_the_snapshot_does_not_hold() {
             let operation = w.engine.instance_delete(&w.admin, "default", name).await.unwrap();
             assert_eq!(w.ended(operation).await.error, None);
         }
+        assert_eq!(w.faults().await, [""; 0]);
+        w.engine.close();
+    });
+}
+
+/// What waits to go is looked at again before it goes: its user may want to keep it by now.
+#[test]
+fn a_snapshot_that_is_kept_longer_while_it_waits_stays() {
+    SeededEnv::run(7, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        let keys = [("snapshots.schedule", "0 * * * *"), ("snapshots.schedule.stopped", "true")];
+        let config = Config::from(keys.map(|(k, v)| (k.to_owned(), v.to_owned())));
+        let request = CreateInstance { config, ..container("a") };
+        let (_, operation) = w.engine.instance_create(&w.admin, "default", request).await.unwrap();
+        assert_eq!(w.ended(operation).await.error, None);
+        let hour = Duration::from_secs(3600 - u64::try_from(env.now().as_second()).unwrap() % 3600);
+        let over = env.now() + hour + MINUTE * 2;
+        let of = Origin::Instance { project: "default", name: "a" };
+        for name in ["kept", "gone"] {
+            let request = CreateSnapshot {
+                name: Some(name.into()),
+                expires_at: Some(Some(over)),
+                ..CreateSnapshot::default()
+            };
+            let taken = w.engine.snapshot_create(&w.admin, of, request).await.unwrap();
+            assert_eq!(w.ended(taken).await.error, None);
+        }
+        // The one of the hour takes long, and both wait behind it.
+        w.agent.inject("volume_snapshot_create", Fault::Delay(MINUTE * 25));
+        env.sleep(hour + MINUTE * 5).await;
+        assert_eq!(names(&w, "a"), ["kept", "gone"], "they wait");
+        w.engine.snapshot_update(&w.admin, of, "kept", UpdateSnapshot::default()).await.unwrap();
+        env.sleep(MINUTE * 40).await;
+        let left = names(&w, "a");
+        assert_eq!((left.len(), left[0].as_str()), (2, "kept"), "{left:?}");
+        assert!(!left.contains(&"gone".to_owned()), "{left:?}");
         assert_eq!(w.faults().await, [""; 0]);
         w.engine.close();
     });

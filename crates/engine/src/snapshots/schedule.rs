@@ -89,8 +89,12 @@ impl Due {
                 ("a scheduled snapshot was not taken", ended(taken).await)
             }
             Work::Delete(snapshot) => {
-                let deleted = engine.snapshot_delete(&context, origin, snapshot).await;
-                ("an expired snapshot was not deleted", ended(deleted).await)
+                let deleted = match has_expired(&engine, origin, snapshot) {
+                    true => ended(engine.snapshot_delete(&context, origin, snapshot).await).await,
+                    // While this waited somebody has kept it for longer, or another one has got its name.
+                    false => Ok(()),
+                };
+                ("an expired snapshot was not deleted", deleted)
             }
         };
         report(&self.named, what, done);
@@ -217,6 +221,14 @@ fn schedule(config: &Config) -> Option<Schedule> {
 fn allowed(records: &Records, project: ProjectId) -> bool {
     let rules = records.projects.get(&project).and_then(|p| ProjectRules::parse(&p.config).ok());
     rules.is_some_and(|r| restricted::check_snapshot(&r).is_ok())
+}
+
+fn has_expired(engine: &Engine, origin: Origin<'_>, snapshot: &str) -> bool {
+    let inner = engine.inner();
+    let (records, now) = (inner.inventory.read(), inner.env.now());
+    let found = records.project(origin.project()).and_then(|project| origin.find(&records, project.id));
+    let row = found.and_then(|found| found.demand(&records, snapshot));
+    row.is_ok_and(|row| row.expires_at().is_some_and(|time| time <= now))
 }
 
 /// What a snapshot is due of, between two looks.
