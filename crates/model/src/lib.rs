@@ -21,6 +21,7 @@ pub mod history;
 pub mod id;
 pub mod image;
 pub mod instance;
+pub mod key_values;
 pub mod keyboard;
 pub mod keys;
 mod keys_container;

@@ -158,29 +158,6 @@ async fn uplink(w: &World) -> Result<LiveOperation> {
     Ok(w.engine.network_create(&w.admin, "default", request).await?.1)
 }
 
-/// The use case waits for its end; whoever walks over the saga wants its operation.
-async fn profile_update(w: &World) -> Result<LiveOperation> {
-    let profile = w.engine.profile(&w.admin, "default", "default")?;
-    let update = UpdateProfile {
-        description: "changed".into(),
-        config: Config::from([("limits.memory".into(), "64MiB".into())]),
-        devices: profile.devices.clone(),
-        if_version: None,
-    };
-    w.engine.profile_update_begin(&w.admin, "default", "default", update).await
-}
-
-/// The same with one more NIC for all.
-async fn profile_nic(w: &World) -> Result<LiveOperation> {
-    let mut devices = w.engine.profile(&w.admin, "default", "default")?.devices.clone();
-    devices.insert("eth1".into(), devices["eth0"].clone());
-    if let Some(keys) = devices.get_mut("eth1") {
-        keys.insert("name".into(), "eth1".into());
-    }
-    let update = UpdateProfile { devices, ..Default::default() };
-    w.engine.profile_update_begin(&w.admin, "default", "default", update).await
-}
-
 /// A custom volume of 1 GiB.
 async fn volume(w: &World, name: &str, content: VolumeContent) -> Result<LiveOperation> {
     let config = Config::from([("size".into(), "1GiB".into())]);
@@ -297,6 +274,7 @@ macro_rules! scenario {
 
 mod machines;
 mod pools;
+mod profiles;
 mod recover;
 pub use recover::lose;
 
@@ -317,10 +295,10 @@ pub fn all() -> Vec<Scenario> {
             Ok(w.engine.instance_create(&w.admin, "default", request).await?.1)
         }),
         scenario!("profile-update", "with a running user", |w| make(w, "c1", true).await, |w| {
-            profile_update(w).await
+            profiles::profile_update(w).await
         }),
         scenario!("profile-update", "with a NIC for a running user", |w| make(w, "c1", true).await, |w| {
-            profile_nic(w).await
+            profiles::profile_nic(w).await
         }),
         scenario!("instance-delete", "stopped", |w| make(w, "c1", false).await, |w| w
             .engine

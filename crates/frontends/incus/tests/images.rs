@@ -294,3 +294,107 @@ async fn disks_become_images() {
     assert!(ended["err"].as_str().unwrap().contains("not a vmdk disk"), "{ended}");
     assert_eq!(s.get("/1.0/images").await.metadata().as_array().unwrap().len(), 1, "nothing is left");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn images_are_uploaded_listed_and_exported() {
+    let s = Server::start().await;
+    let headers = [
+        ("x-incus-filename", "u.tar.gz"),
+        ("x-incus-properties", "distro=x&os=Debian"),
+        ("x-incus-aliases", "alias=deb"),
+    ];
+    let operation = s.done(s.send(Method::POST, "/1.0/images", &headers, "a unified image").await).await;
+    let fingerprint = operation["metadata"]["fingerprint"].as_str().expect("the fingerprint").to_owned();
+    assert_eq!(fingerprint.len(), 64);
+    let list = s.get("/1.0/images?recursion=1").await.metadata();
+    assert_eq!(
+        (list[0]["fingerprint"].as_str(), list[0]["properties"]["distro"].as_str()),
+        (Some(&*fingerprint), Some("x"))
+    );
+    assert_eq!(
+        (list[0]["aliases"][0]["name"].as_str(), list[0]["type"].as_str()),
+        (Some("deb"), Some("container"))
+    );
+    assert_eq!(
+        s.get("/1.0/images?all-projects=true").await.metadata(),
+        json!([format!("/1.0/images/{fingerprint}")])
+    );
+    assert_eq!(s.get("/1.0/images?filter=properties.os+eq+fedora&recursion=1").await.metadata(), json!([]));
+    let export = s.get(&format!("/1.0/images/{}/export", &fingerprint[..12])).await;
+    assert_eq!((&export.body[..], export.header("x-incus-type")), (&b"a unified image"[..], "incus"));
+    let got = s.get(&format!("/1.0/images/{fingerprint}")).await;
+    let tag = got.header("etag").to_owned();
+    let body = json!({"auto_update": false, "properties": {"os": "mine"}, "public": false, "profiles": ["default"], "expires_at": "0001-01-01T00:00:00Z"});
+    let path = format!("/1.0/images/{fingerprint}");
+    s.send(Method::PUT, &path, &[("if-match", &tag)], body.to_string()).await.metadata();
+    s.send(Method::PUT, &path, &[("if-match", &tag)], body.to_string()).await.refused(412);
+    s.patch(&path, json!({"properties": {"release": "12"}})).await.metadata();
+    assert_eq!(s.get(&path).await.metadata()["properties"], json!({"os": "mine", "release": "12"}));
+    // A split image, and what is wrong with some.
+    let multipart = |parts: &[(&str, &str)]| {
+        let mut body = String::new();
+        for (name, data) in parts {
+            body.push_str(&format!("--BB\r\nContent-Disposition: form-data; name=\"{name}\"; filename=\"{name}.tar\"\r\n\r\n{data}\r\n"));
+        }
+        body + "--BB--\r\n"
+    };
+    let kind = [("content-type", "multipart/form-data; boundary=BB")];
+    let split = s
+        .send(Method::POST, "/1.0/images", &kind, multipart(&[("metadata", "meta"), ("rootfs", "root")]))
+        .await;
+    let split = s.done(split).await["metadata"]["fingerprint"].as_str().unwrap().to_owned();
+    let export = s.get(&format!("/1.0/images/{split}/export")).await;
+    let text = String::from_utf8(export.body.to_vec()).unwrap();
+    assert!(export.header("content-type").starts_with("multipart/form-data; boundary="));
+    assert!(text.contains("name=\"metadata\"") && text.contains("\r\n\r\nroot\r\n"), "{text}");
+    for parts in [&[("rootfs", "root")][..], &[("metadata", "m")], &[("metadata", "m"), ("sources", "x")]] {
+        s.send(Method::POST, "/1.0/images", &kind, multipart(parts)).await.refused(400);
+    }
+    s.send(Method::POST, "/1.0/images", &[("content-type", "multipart/form-data")], "x").await.refused(400);
+    s.send(Method::POST, "/1.0/images", &[], "").await.refused(400);
+    let wrong = s.wait(s.send(Method::POST, "/1.0/images", &[], "not an image").await).await;
+    assert_eq!(wrong["status"], "Failure");
+    s.send(Method::POST, "/1.0/images", &[("x-incus-fingerprint", "00ff")], "x").await.refused(400);
+    let other = [("x-incus-fingerprint", "00".repeat(32))];
+    let other = other.each_ref().map(|(k, v)| (*k, v.as_str()));
+    assert_eq!(
+        s.wait(s.send(Method::POST, "/1.0/images", &other, "another").await).await["status"],
+        "Failure"
+    );
+    // An instance of it; then both go.
+    let body = json!({"name": "c1", "source": {"type": "image", "alias": "deb"}});
+    s.done(s.post("/1.0/instances", body).await).await;
+    let c1 = s.get("/1.0/instances/c1").await.metadata();
+    assert_eq!(c1["config"]["volatile.base_image"], fingerprint);
+    s.done(s.delete("/1.0/instances/c1").await).await;
+    for f in [&fingerprint, &split] {
+        s.done(s.delete(&format!("/1.0/images/{f}")).await).await;
+    }
+    assert_eq!(s.get("/1.0/images").await.metadata(), json!([]));
+    assert_eq!(s.get("/1.0/images/aliases").await.metadata(), json!([]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn image_aliases_live() {
+    let s = Server::start().await;
+    let operation = s.done(s.send(Method::POST, "/1.0/images", &[], "an image").await).await;
+    let target = operation["metadata"]["fingerprint"].as_str().unwrap().to_owned();
+    let body = json!({"description": "", "target": target, "name": "debian/12", "type": ""});
+    let created = s.post("/1.0/images/aliases", body.clone()).await;
+    assert_eq!((created.status, created.header("location")), (201, "/1.0/images/aliases/debian%2F12"));
+    s.post("/1.0/images/aliases", body).await.refused(409);
+    let alias = s.get("/1.0/images/aliases/debian%2F12").await.metadata();
+    assert_eq!(alias, json!({"description": "", "target": target, "name": "debian/12", "type": "container"}));
+    s.patch("/1.0/images/aliases/debian%2F12", json!({"description": "mine"})).await.metadata();
+    assert_eq!(s.get("/1.0/images/aliases?recursion=1").await.metadata()[0]["description"], "mine");
+    s.put("/1.0/images/aliases/debian%2F12", json!({"description": "x"})).await.refused(400);
+    s.put("/1.0/images/aliases/debian%2F12", json!({"target": target})).await.metadata();
+    let replaced = s.get("/1.0/images/aliases/debian%2F12").await.metadata();
+    assert_eq!((&replaced["description"], &replaced["target"]), (&json!(""), &json!(target)), "PUT replaces");
+    assert_eq!(s.post("/1.0/images/aliases/debian%2F12", json!({"name": "deb"})).await.status, 201);
+    s.get("/1.0/images/aliases/debian%2F12").await.refused(404);
+    s.post("/1.0/images/aliases", json!({"name": "x", "target": "00000000"})).await.refused(404);
+    s.post("/1.0/images/aliases", json!({"name": "../x", "target": target})).await.refused(400);
+    s.delete("/1.0/images/aliases/deb").await.metadata();
+    s.delete("/1.0/images/aliases/deb").await.refused(404);
+}
