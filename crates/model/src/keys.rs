@@ -717,6 +717,7 @@ pub fn environment(config: &Config) -> std::collections::BTreeMap<String, String
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::spec::{CpuAllowance, CpuLimit, SwapLimit};
 
     fn cfg(k: &str, v: &str) -> Config {
         Config::from([(k.to_owned(), v.to_owned())])
