@@ -33,7 +33,7 @@ build: deps
 	@scripts/build-guest-agent $${CARGO_TARGET_DIR:-target}/release
 
 check:
-	@cargo xtask check
+	@PATH="$$HOME/.cargo/bin:$$PATH" cargo xtask check
 
 test: test-deps
 	@scripts/test
