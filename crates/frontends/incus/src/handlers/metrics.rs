@@ -17,7 +17,12 @@ use karst_model::{
     keys,
     spec::CpuLimit,
 };
-use std::{collections::BTreeMap, fmt::Write, sync::Arc};
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, HashMap},
+    fmt::Write,
+    sync::{Arc, LazyLock},
+};
 
 /// Name, whether it only grows, help.
 const FAMILIES: &[(&str, bool, &str)] = &[
@@ -71,20 +76,35 @@ const FAMILIES: &[(&str, bool, &str)] = &[
 /// Samples by family: labels and value.
 type Samples = BTreeMap<&'static str, Vec<(String, f64)>>;
 
-fn escape(text: &str) -> String {
-    text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+fn escape(text: &str) -> Cow<'_, str> {
+    if !text.contains(['\\', '"', '\n']) {
+        return Cow::Borrowed(text);
+    }
+    Cow::Owned(text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n"))
 }
 
-fn labels(view: &InstanceView, more: &[(&str, &str)]) -> String {
+/// The labels that all samples of an instance have. They are many: this is made once.
+fn own_labels(view: &InstanceView) -> String {
     let kind = match view.instance.kind {
         InstanceKind::Container => "container",
         InstanceKind::VirtualMachine => "virtual-machine",
     };
-    let mut all: Vec<(&str, &str)> = more.to_vec();
-    all.extend([("name", &*view.instance.name), ("project", &*view.project.name), ("type", kind)]);
-    all.sort();
-    let pairs: Vec<_> = all.iter().map(|(k, v)| format!("{k}=\"{}\"", escape(v))).collect();
-    format!("{{{}}}", pairs.join(","))
+    let (name, project) = (escape(&view.instance.name), escape(&view.project.name));
+    format!("name=\"{name}\",project=\"{project}\",type=\"{kind}\"")
+}
+
+/// Those of one sample, by name: what only some have stands before what all have.
+fn labels(own: &str, more: &[(&str, &str)]) -> String {
+    debug_assert!(more.iter().map(|(k, _)| *k).chain(["name"]).is_sorted());
+    let mut text =
+        String::with_capacity(own.len() + 2 + more.iter().map(|(k, v)| k.len() + v.len() + 4).sum::<usize>());
+    text.push('{');
+    for (key, value) in more {
+        text.extend([*key, "=\"", &*escape(value), "\","]);
+    }
+    text.push_str(own);
+    text.push('}');
+    text
 }
 
 /// CPUs that an instance may use of `host`: what its limit says, else one of a machine, all of a container.
@@ -101,15 +121,19 @@ fn effective_cpus(view: &InstanceView, host: u32) -> Option<f64> {
 
 /// The family of a part of memory, as hosts and agents name it.
 fn memory_family(part: &str) -> Option<&'static str> {
-    let named =
-        |name: &str| name.strip_prefix("incus_memory_").and_then(|n| n.strip_suffix("_bytes")) == Some(part);
-    FAMILIES.iter().map(|(name, _, _)| *name).find(|name| named(name))
+    static PARTS: LazyLock<HashMap<&str, &str>> = LazyLock::new(|| {
+        let part =
+            |name: &'static str| Some((name.strip_prefix("incus_memory_")?.strip_suffix("_bytes")?, name));
+        FAMILIES.iter().filter_map(|(name, _, _)| part(name)).collect()
+    });
+    PARTS.get(part).copied()
 }
 
 fn instance(samples: &mut Samples, view: &InstanceView, m: &Metrics, host_cpus: u32) {
+    let own = own_labels(view);
     let mut add = |name: &'static str, more: &[(&str, &str)], value: Option<f64>| {
         if let Some(value) = value {
-            samples.entry(name).or_default().push((labels(view, more), value));
+            samples.entry(name).or_default().push((labels(&own, more), value));
         }
     };
     let number = |n: Option<u64>| n.map(|n| n as f64);
@@ -254,5 +278,11 @@ mod tests {
         assert!(open.contains("# TYPE incus_cpu_seconds counter\nincus_cpu_seconds_total{"), "{open}");
         assert!(open.contains("# TYPE incus_procs gauge\nincus_procs{"), "{open}");
         assert_eq!(escape("a\"b\\c\nd"), "a\\\"b\\\\c\\nd");
+        let own = "name=\"c1\",project=\"p\"";
+        assert_eq!(labels(own, &[]), "{name=\"c1\",project=\"p\"}");
+        assert_eq!(
+            labels(own, &[("cpu", "0"), ("mode", "a\"b")]),
+            "{cpu=\"0\",mode=\"a\\\"b\",name=\"c1\",project=\"p\"}"
+        );
     }
 }
