@@ -35,6 +35,7 @@ use karst_model::{
     storage::Usage,
 };
 use serde::{Deserialize, Serialize};
+use serde_json::value::{RawValue, to_raw_value};
 use std::{os::fd::OwnedFd, time::Duration};
 use tokio::sync::mpsc;
 
@@ -96,29 +97,29 @@ pub struct WithFds<T> {
 /// How a call's answer becomes a value and descriptors on the wire, and back.
 pub trait Answer: Sized + Send {
     /// Takes it apart.
-    fn split(self) -> Result<(serde_json::Value, Vec<OwnedFd>)>;
+    fn split(self) -> Result<(Box<RawValue>, Vec<OwnedFd>)>;
     /// Puts it together.
-    fn join(value: serde_json::Value, fds: Vec<OwnedFd>) -> Result<Self>;
+    fn join(value: Box<RawValue>, fds: Vec<OwnedFd>) -> Result<Self>;
 }
 
 /// Marks plain answers (no descriptors).
 pub trait Plain: Serialize + for<'de> Deserialize<'de> + Send {}
 
 impl<T: Plain> Answer for T {
-    fn split(self) -> Result<(serde_json::Value, Vec<OwnedFd>)> {
-        Ok((serde_json::to_value(self)?, vec![]))
+    fn split(self) -> Result<(Box<RawValue>, Vec<OwnedFd>)> {
+        Ok((to_raw_value(&self)?, vec![]))
     }
-    fn join(value: serde_json::Value, _: Vec<OwnedFd>) -> Result<Self> {
-        Ok(serde_json::from_value(value)?)
+    fn join(value: Box<RawValue>, _: Vec<OwnedFd>) -> Result<Self> {
+        Ok(serde_json::from_str(value.get())?)
     }
 }
 
 impl<T: Serialize + for<'de> Deserialize<'de> + Send> Answer for WithFds<T> {
-    fn split(self) -> Result<(serde_json::Value, Vec<OwnedFd>)> {
-        Ok((serde_json::to_value(self.value)?, self.fds))
+    fn split(self) -> Result<(Box<RawValue>, Vec<OwnedFd>)> {
+        Ok((to_raw_value(&self.value)?, self.fds))
     }
-    fn join(value: serde_json::Value, fds: Vec<OwnedFd>) -> Result<Self> {
-        Ok(Self { value: serde_json::from_value(value)?, fds })
+    fn join(value: Box<RawValue>, fds: Vec<OwnedFd>) -> Result<Self> {
+        Ok(Self { value: serde_json::from_str(value.get())?, fds })
     }
 }
 
@@ -191,7 +192,7 @@ macro_rules! agent_calls {
         }
 
         /// Executes a call that came over the wire on `agent`.
-        pub async fn dispatch(agent: &dyn HostAgent, context: &CallContext, call: Call) -> Result<(serde_json::Value, Vec<OwnedFd>)> {
+        pub async fn dispatch(agent: &dyn HostAgent, context: &CallContext, call: Call) -> Result<(Box<RawValue>, Vec<OwnedFd>)> {
             match call { $( Call::$variant(request) => agent.$name(context, request).await?.split(), )+ }
         }
 
@@ -200,7 +201,7 @@ macro_rules! agent_calls {
         #[async_trait]
         pub trait Transport: Send + Sync {
             /// Carries one call.
-            async fn carry(&self, context: &CallContext, call: Call) -> Result<(serde_json::Value, Vec<OwnedFd>)>;
+            async fn carry(&self, context: &CallContext, call: Call) -> Result<(Box<RawValue>, Vec<OwnedFd>)>;
             /// Subscribes to events.
             async fn subscribe(&self) -> Result<mpsc::Receiver<AgentEvent>>;
         }
@@ -578,7 +579,7 @@ pub struct PoolGrow {
 pub struct VolumeResize {
     /// Which.
     pub volume: VolumeRef,
-    /// How large; smaller than now is refused.
+    /// How large. A disk does not shrink; a tree does as far as its pool lets it, and not below what it holds.
     pub size: ByteSize,
 }
 

@@ -10,6 +10,7 @@ use async_trait::async_trait;
 use futures::future::{Either, select};
 use karst_env::{EnvExt, Mutex, SharedEnv, TaskHandle};
 use karst_model::{Error, ErrorKind, Result};
+use serde_json::value::RawValue;
 use std::{
     collections::BTreeMap,
     io,
@@ -35,7 +36,7 @@ const OUTGOING: usize = 64;
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
 
-type Answer = Result<(serde_json::Value, Vec<OwnedFd>)>;
+type Answer = Result<(Box<RawValue>, Vec<OwnedFd>)>;
 
 /// The client. [`Client::agent`] makes the whole trait of it.
 pub struct Client {

@@ -12,6 +12,7 @@ use futures::{
 };
 use karst_env::{EnvExt, Mutex, SharedEnv};
 use karst_model::{Error, ErrorKind, Result, SessionId};
+use serde_json::value::RawValue;
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
@@ -276,7 +277,7 @@ impl Connection {
         &self,
         context: CallContext,
         call: Call,
-    ) -> Result<(serde_json::Value, Vec<std::os::fd::OwnedFd>)> {
+    ) -> Result<(Box<RawValue>, Vec<std::os::fd::OwnedFd>)> {
         let (name, mutation) = (call.name(), call.is_mutation());
         let (opens, closes) = match &call {
             Call::ExecStart(_)
@@ -307,14 +308,14 @@ impl Connection {
             self.sessions.lock().remove(&session);
         }
         if let (true, Ok((value, _))) = (opens, &outcome)
-            && let Ok(Some(session)) = serde_json::from_value::<Option<SessionId>>(value.clone())
+            && let Ok(Some(session)) = serde_json::from_str::<Option<SessionId>>(value.get())
         {
             self.sessions.lock().insert(session);
         }
         outcome
     }
 
-    async fn answer(&self, id: u64, outcome: Result<(serde_json::Value, Vec<std::os::fd::OwnedFd>)>) {
+    async fn answer(&self, id: u64, outcome: Result<(Box<RawValue>, Vec<std::os::fd::OwnedFd>)>) {
         let (outcome, fds) = match outcome {
             Ok((value, fds)) => (Outcome::Result(value), fds),
             Err(error) => (Outcome::Error(error), vec![]),

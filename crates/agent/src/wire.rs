@@ -17,6 +17,7 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags,
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::value::RawValue;
 use std::{
     io::{self, IoSlice, IoSliceMut},
     mem::MaybeUninit,
@@ -64,7 +65,7 @@ pub enum ToHost {
 
 /// What the host sends.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "type", rename_all = "snake_case")]
+#[serde(tag = "type", rename_all = "snake_case", try_from = "Received")]
 pub enum FromHost {
     /// Answer to the hello.
     Welcome {
@@ -90,14 +91,55 @@ pub enum FromHost {
     },
 }
 
+/// A message of the host as it comes. An answer stays text until its caller reads it, once and as what it is: by the tag among
+/// the fields alone all of it would be taken apart before.
+#[derive(Deserialize)]
+struct Received {
+    #[serde(rename = "type")]
+    kind: String,
+    version: Option<u32>,
+    error: Option<Error>,
+    id: Option<u64>,
+    outcome: Option<Outcome>,
+    event: Option<AgentEvent>,
+}
+
+impl TryFrom<Received> for FromHost {
+    type Error = String;
+
+    fn try_from(received: Received) -> Result<Self, String> {
+        let Received { kind, version, error, id, outcome, event } = received;
+        let missing = || format!("a message {kind:?} lacks a field");
+        match kind.as_str() {
+            "welcome" => Ok(Self::Welcome { version: version.ok_or_else(missing)? }),
+            "refused" => Ok(Self::Refused { error: error.ok_or_else(missing)? }),
+            "response" => {
+                Ok(Self::Response { id: id.ok_or_else(missing)?, outcome: outcome.ok_or_else(missing)? })
+            }
+            "event" => Ok(Self::Event { event: event.ok_or_else(missing)? }),
+            _ => Err(format!("a message {kind:?} is not known")),
+        }
+    }
+}
+
 /// How a call went.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
-    /// Its answer.
-    Result(serde_json::Value),
+    /// Its answer, as text.
+    Result(Box<RawValue>),
     /// Its error.
     Error(Error),
+}
+
+impl PartialEq for Outcome {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Result(one), Self::Result(other)) => one.get() == other.get(),
+            (Self::Error(one), Self::Error(other)) => one == other,
+            _ => false,
+        }
+    }
 }
 
 /// A frame to be sent.

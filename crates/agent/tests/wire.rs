@@ -204,6 +204,23 @@ async fn calls_that_the_host_does_not_know_are_answered() {
     assert!(matches!(answer, FromHost::Response { id: 99, outcome: Outcome::Result(_) }));
 }
 
+#[test]
+fn messages_of_the_host_are_read_in_any_order_and_answers_stay_text() {
+    let read = |text: &str| serde_json::from_str::<FromHost>(text);
+    let text = r#"{"outcome":{"result":[1,{"a":null}]},"later":{"x":1},"id":7,"type":"response"}"#;
+    match read(text).unwrap() {
+        FromHost::Response { id: 7, outcome: Outcome::Result(value) } => {
+            assert_eq!(value.get(), r#"[1,{"a":null}]"#);
+        }
+        other => panic!("{other:?}"),
+    }
+    let welcome = FromHost::Welcome { version: 1 };
+    assert_eq!(read(&serde_json::to_string(&welcome).unwrap()).unwrap(), welcome);
+    for wrong in [r#"{"type":"response","id":7}"#, r#"{"type":"other"}"#, r#"{"version":1}"#, "[]"] {
+        assert!(read(wrong).is_err(), "{wrong}");
+    }
+}
+
 #[tokio::test]
 async fn what_breaks_the_rules_ends_its_connection_only() {
     let host = Host::new(ServerOptions::default());
@@ -298,7 +315,7 @@ async fn the_client_checks_what_comes_with_an_answer() {
                     break id;
                 }
             };
-            let outcome = Outcome::Result(serde_json::json!(null));
+            let outcome = Outcome::Result(serde_json::value::to_raw_value(&()).unwrap());
             let body = serde_json::to_vec(&FromHost::Response { id, outcome }).unwrap();
             let bytes = [&header(body.len() as u32, said)[..], &body].concat();
             let fds: Vec<OwnedFd> =

@@ -229,7 +229,9 @@ impl Raw {
         Frame::new(&request, vec![]).unwrap().send(&self.stream).await.unwrap();
         let (answer, fds) = self.reader.next::<FromHost>().await.unwrap().expect("answered, not cut off");
         match answer {
-            FromHost::Response { id, outcome: Outcome::Result(value) } if id == self.id => Ok((value, fds)),
+            FromHost::Response { id, outcome: Outcome::Result(value) } if id == self.id => {
+                Ok((serde_json::from_str(value.get()).unwrap(), fds))
+            }
             FromHost::Response { id, outcome: Outcome::Error(error) } if id == self.id => Err(error),
             other => panic!("{other:?}"),
         }
