@@ -43,6 +43,9 @@ const RTM_NEWLINK: u16 = 16;
 const RTM_GETLINK: u16 = 18;
 const RTM_NEWADDR: u16 = 20;
 const RTM_GETADDR: u16 = 22;
+/// `RTEXT_FILTER_SKIP_STATS`: without the counters that each protocol keeps of an interface, which are more than all the rest.
+/// [`libc::IFLA_STATS64`] is there all the same.
+const SKIP_STATS: u32 = 1 << 3;
 
 impl NetnsProbe {
     /// Opens a socket in the network namespace of a process, named by a pidfd.
@@ -93,14 +96,15 @@ impl NetnsProbe {
     /// Internal when the kernel's answer is not understood.
     pub fn links(&self) -> Result<Vec<Link>> {
         let mut links: BTreeMap<u32, Link> = BTreeMap::new();
-        self.dump(RTM_GETLINK, |kind, body| {
+        let mut buffer = vec![0u8; 32 * 1024];
+        self.dump(RTM_GETLINK, &mut buffer, |kind, body| {
             if kind == RTM_NEWLINK
                 && let Some(link) = parse_link(body)
             {
                 links.insert(link.index, link);
             }
         })?;
-        self.dump(RTM_GETADDR, |kind, body| {
+        self.dump(RTM_GETADDR, &mut buffer, |kind, body| {
             if kind == RTM_NEWADDR
                 && let Some((index, address)) = parse_address(body)
                 && let Some(link) = links.get_mut(&index)
@@ -111,21 +115,24 @@ impl NetnsProbe {
         Ok(links.into_values().collect())
     }
 
-    fn dump(&self, kind: u16, mut each: impl FnMut(u16, &[u8])) -> Result<()> {
+    fn dump(&self, kind: u16, buffer: &mut [u8], mut each: impl FnMut(u16, &[u8])) -> Result<()> {
         let failed = |e: &str| Error::internal("the guest's network could not be read", e);
-        // nlmsghdr (16 bytes) and rtgenmsg, padded to the size of ifinfomsg, which older kernels want.
-        let mut request = [0u8; 32];
-        request[..4].copy_from_slice(&32u32.to_ne_bytes());
+        // nlmsghdr (16 bytes) and rtgenmsg, padded to the size of ifinfomsg, which older kernels want; of links then an attribute.
+        let mut request = [0u8; 40];
+        let length = if kind == RTM_GETLINK { request.len() } else { 32 };
+        request[32..34].copy_from_slice(&8u16.to_ne_bytes());
+        request[34..36].copy_from_slice(&libc::IFLA_EXT_MASK.to_ne_bytes());
+        request[36..].copy_from_slice(&SKIP_STATS.to_ne_bytes());
+        let request = &mut request[..length];
+        request[..4].copy_from_slice(&(length as u32).to_ne_bytes());
         request[4..6].copy_from_slice(&kind.to_ne_bytes());
         let flags = (libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16;
         request[6..8].copy_from_slice(&flags.to_ne_bytes());
-        rustix::net::send(&self.socket, &request, rustix::net::SendFlags::empty())
+        rustix::net::send(&self.socket, request, rustix::net::SendFlags::empty())
             .map_err(|e| failed(&e.to_string()))?;
-        let mut buffer = vec![0u8; 32 * 1024];
         loop {
-            let (n, _) =
-                rustix::net::recv(&self.socket, buffer.as_mut_slice(), rustix::net::RecvFlags::empty())
-                    .map_err(|e| failed(&e.to_string()))?;
+            let (n, _) = rustix::net::recv(&self.socket, &mut *buffer, rustix::net::RecvFlags::empty())
+                .map_err(|e| failed(&e.to_string()))?;
             let mut rest = &buffer[..n];
             while rest.len() >= 16 {
                 let length = u32::from_ne_bytes([rest[0], rest[1], rest[2], rest[3]]) as usize;
@@ -293,11 +300,16 @@ mod tests {
             return;
         }
         let me = rustix::process::pidfd_open(rustix::process::getpid(), rustix::process::PidfdFlags::empty());
-        let links = NetnsProbe::open(me.unwrap()).unwrap().links().unwrap();
+        let links = NetnsProbe::open(me.as_ref().unwrap()).unwrap().links().unwrap();
         let lo = links.iter().find(|l| l.loopback).unwrap();
         assert_eq!((lo.name.as_str(), lo.mac.as_str()), ("lo", "00:00:00:00:00:00"));
         assert!(lo.mtu > 1000);
         if lo.up {
+            let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+            socket.send_to(b"x", socket.local_addr().unwrap()).unwrap();
+            let links = NetnsProbe::open(me.as_ref().unwrap()).unwrap().links().unwrap();
+            let counters = links.iter().find(|l| l.loopback).unwrap().counters;
+            assert!(counters.iter().all(|n| *n > 0), "{counters:?}");
             let local = ("127.0.0.1".parse().unwrap(), 8, "local".to_owned());
             assert!(lo.addresses.contains(&local), "{lo:?}");
         }
