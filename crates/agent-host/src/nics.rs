@@ -205,7 +205,7 @@ impl RealAgent {
             }
         };
         if !nic.vlans.is_empty() && !filters_vlans(bridge)? {
-            let key = if nic.vlans.untagged.is_some() { "vlan" } else { "vlan.tagged" };
+            let key = if nic.vlans.untagged.is_some() || nic.vlans.closed { "vlan" } else { "vlan.tagged" };
             return Err(Error::unsupported(format!(
                 "the bridge {bridge:?} does not tell VLANs apart; its host switches that on (ip link set {bridge} type bridge \
                  vlan_filtering 1), where the kernel has it"

@@ -229,6 +229,28 @@ pub fn delete_port_vlan(port: &str, vlan: u16) -> Result<()> {
     port_vlan(port, vlan, 0, RTM_DELLINK)
 }
 
+/// Takes a port out of the VLAN in which its bridge puts each new one (`default_pvid`), unless that is `keep`.
+///
+/// # Errors
+/// As [`add_port_vlan`].
+pub fn leave_default_vlan(port: &str, bridge: &str, keep: Option<u16>) -> Result<()> {
+    check(bridge)?;
+    let default = match std::fs::read_to_string(format!("/sys/class/net/{bridge}/bridge/default_pvid")) {
+        Ok(text) => default_vlan(&text),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+        Err(e) => return Err(e.into()),
+    };
+    match default.filter(|vlan| Some(*vlan) != keep) {
+        Some(vlan) => delete_port_vlan(port, vlan),
+        None => Ok(()),
+    }
+}
+
+/// Of the kernel's text; 0: new ports are in none.
+fn default_vlan(text: &str) -> Option<u16> {
+    text.trim().parse().ok().filter(|vlan| *vlan != 0)
+}
+
 fn port_vlan(port: &str, vlan: u16, flags: u16, kind: u16) -> Result<()> {
     const PF_BRIDGE: u8 = 7;
     const IFLA_BRIDGE_VLAN_INFO: u16 = 2;
@@ -326,6 +348,14 @@ mod tests {
 
     fn ip(words: &[&str]) -> String {
         String::from_utf8(Command::new("ip").args(words).output().unwrap().stdout).unwrap()
+    }
+
+    #[test]
+    fn bridges_have_a_default_vlan_or_none() {
+        assert_eq!(
+            (default_vlan("1\n"), default_vlan("10\n"), default_vlan("0\n")),
+            (Some(1), Some(10), None)
+        );
     }
 
     #[test]

@@ -115,12 +115,9 @@ pub(crate) fn settle(nic: &ResolvedNic) -> Result<()> {
     }
     if let (Some(vlan), Some(_)) = (nic.vlans.untagged, nic.bridge()) {
         nic::add_port_vlan(name, vlan, true).map_err(|e| e.at(field(nic, "vlan")))?;
-        if vlan != 1 {
-            nic::delete_port_vlan(name, 1)?;
-        }
     }
-    if nic.vlans.closed && nic.bridge().is_some() {
-        nic::delete_port_vlan(name, 1).map_err(|e| e.at(field(nic, "vlan")))?;
+    if let Some(bridge) = nic.bridge().filter(|_| nic.vlans.untagged.is_some() || nic.vlans.closed) {
+        nic::leave_default_vlan(name, bridge, nic.vlans.untagged).map_err(|e| e.at(field(nic, "vlan")))?;
     }
     for vlan in nic.vlans.tagged.iter().filter(|v| nic.vlans.untagged != Some(**v)) {
         nic::add_port_vlan(name, *vlan, false).map_err(|e| e.at(field(nic, "vlan.tagged")))?;

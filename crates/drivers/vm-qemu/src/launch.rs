@@ -212,12 +212,10 @@ pub(crate) fn open_tap(dir: &Path, nic: &ResolvedNic) -> Result<OwnedFd> {
     }
     if let (Some(vlan), Some(_)) = (nic.vlans.untagged, nic.bridge()) {
         karst_host::nic::add_port_vlan(&nic.host_interface, vlan, true).map_err(|e| e.at(field("vlan")))?;
-        if vlan != 1 {
-            karst_host::nic::delete_port_vlan(&nic.host_interface, 1)?;
-        }
     }
-    if nic.vlans.closed && nic.bridge().is_some() {
-        karst_host::nic::delete_port_vlan(&nic.host_interface, 1).map_err(|e| e.at(field("vlan")))?;
+    if let Some(bridge) = nic.bridge().filter(|_| nic.vlans.untagged.is_some() || nic.vlans.closed) {
+        karst_host::nic::leave_default_vlan(&nic.host_interface, bridge, nic.vlans.untagged)
+            .map_err(|e| e.at(field("vlan")))?;
     }
     for vlan in nic.vlans.tagged.iter().filter(|v| nic.vlans.untagged != Some(**v)) {
         karst_host::nic::add_port_vlan(&nic.host_interface, *vlan, false)
