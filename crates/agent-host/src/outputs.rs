@@ -7,11 +7,14 @@ use karst_model::{InstanceId, Result, SessionId};
 use rustix::pipe::{PipeFlags, pipe_with};
 use std::{
     fs::File,
-    io::{self, ErrorKind, Write},
+    io::{self, ErrorKind},
     os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
 };
-use tokio::{io::AsyncReadExt, net::unix::pipe::Receiver};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::unix::pipe::Receiver,
+};
 
 const DIRECTORY: &str = "exec-output";
 
@@ -95,18 +98,25 @@ fn create(directory: &Path, output: &ExecOutput) -> io::Result<File> {
     File::options().write(true).create(true).truncate(true).mode(0o600).open(directory.join(output.name()))
 }
 
-/// Keeps the beginning of a stream, and reads it to its end, so that nobody waits for room in it.
-async fn keep(mut source: Receiver, mut file: File) -> io::Result<()> {
-    let (mut buffer, mut room) = (vec![0; 16 << 10], OUTPUT_BYTES);
+/// Keeps the beginning of a stream, and reads it to its end, so that nobody waits for room in it, nor ends for want of a reader:
+/// also where it cannot be kept.
+async fn keep(mut source: Receiver, file: File) -> io::Result<()> {
+    let mut file = tokio::fs::File::from_std(file);
+    let (mut buffer, mut room, mut kept) = (vec![0; 16 << 10], OUTPUT_BYTES, Ok(()));
     loop {
         let n = source.read(&mut buffer).await?;
         if n == 0 {
-            return Ok(());
+            break;
         }
-        let kept = n.min(usize::try_from(room).unwrap_or(usize::MAX));
-        file.write_all(&buffer[..kept])?;
-        room -= kept as u64;
+        let wanted = n.min(usize::try_from(room).unwrap_or(usize::MAX));
+        room -= wanted as u64;
+        if kept.is_ok() && wanted > 0 {
+            kept = file.write_all(&buffer[..wanted]).await;
+        }
     }
+    kept?;
+    // What it was given last is written on the side.
+    file.flush().await
 }
 
 #[cfg(test)]
@@ -114,7 +124,7 @@ mod tests {
     use super::*;
     use karst_agent::OutputStream;
     use karst_model::OperationId;
-    use std::io::Read;
+    use std::io::{Read, Write};
 
     fn output(n: u128) -> ExecOutput {
         let id = uuid::Uuid::from_u128(n);
@@ -138,6 +148,16 @@ mod tests {
         let mut text = vec![];
         File::open(directory.join(output(1).name())).unwrap().read_to_end(&mut text).unwrap();
         assert_eq!((text.len() as u64, text.last()), (OUTPUT_BYTES, Some(&b'b')));
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_kept_is_read_all_the_same() {
+        // Nothing can be written to it.
+        let file = File::open("/dev/null").unwrap();
+        let (source, sink): (OwnedFd, OwnedFd) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        let writer = std::thread::spawn(move || File::from(sink).write_all(&vec![b'a'; 1 << 20]));
+        keep(Receiver::from_file(File::from(source)).unwrap(), file).await.unwrap_err();
+        writer.join().unwrap().unwrap();
     }
 
     #[test]
