@@ -49,12 +49,16 @@ impl Drop for Work {
 pub(super) async fn sweeper(pool: Arc<Inner>, mut wanted: mpsc::Receiver<Option<oneshot::Sender<()>>>) {
     let mut left = false;
     loop {
-        let next = match left {
-            true => tokio::time::timeout(AGAIN, wanted.recv()).await.unwrap_or(Some(None)),
-            false => wanted.recv().await,
+        let (next, tries) = match left {
+            // What may be in use for days is looked at once then.
+            true => match tokio::time::timeout(AGAIN, wanted.recv()).await {
+                Ok(next) => (next, TRIES),
+                Err(_) => (Some(None), 0),
+            },
+            false => (wanted.recv().await, TRIES),
         };
         let Some(answer) = next else { return };
-        left = match sweep(&pool).await {
+        left = match sweep(&pool, tries).await {
             Ok(left) => left,
             Err(e) => {
                 tracing::warn!(error = %e, context = e.context, "deleted volumes could not be freed");
@@ -67,9 +71,9 @@ pub(super) async fn sweeper(pool: Arc<Inner>, mut wanted: mpsc::Receiver<Option<
     }
 }
 
-/// Answers whether something is in use for a moment longer.
-async fn sweep(pool: &Inner) -> Result<bool> {
-    let (mut left, mut tries) = (false, 0);
+/// Answers whether something is in use for a moment longer, after so many tries more than one.
+async fn sweep(pool: &Inner, mut tries: u32) -> Result<bool> {
+    let mut left = false;
     // What goes may set others free that it was made of.
     for _ in 0..64 {
         let mut gone = 0;
@@ -99,10 +103,10 @@ async fn sweep(pool: &Inner) -> Result<bool> {
         if gone > 0 {
             continue;
         }
-        if !left || tries == TRIES {
+        if !left || tries == 0 {
             break;
         }
-        tries += 1;
+        tries -= 1;
         tokio::time::sleep(PAUSE).await;
     }
     Ok(left)
