@@ -32,6 +32,9 @@ pub(crate) struct Spaces {
     places: Arc<Vec<Place>>,
     /// Somebody waits for the answer of a file system: nobody else does.
     asked: Arc<AtomicBool>,
+    /// They were all found to lie where [`QUICK`] says: they are asked without a thread of their own, which costs more than the
+    /// answers.
+    quick: Arc<AtomicBool>,
 }
 
 impl Spaces {
@@ -44,18 +47,21 @@ impl Spaces {
             mount_point: d.at.clone(),
         };
         let places = std::iter::once(root).chain(disks.map(disk)).collect();
-        Self { places: Arc::new(places), asked: Arc::default() }
+        Self { places: Arc::new(places), asked: Arc::default(), quick: Arc::default() }
     }
 
     /// Figures of those with room of their own.
     pub(crate) async fn figures(&self) -> Vec<FilesystemFigures> {
+        if self.quick.load(Ordering::Relaxed) {
+            return self.look();
+        }
         if self.asked.swap(true, Ordering::Relaxed) {
             return vec![];
         }
-        let (places, asked) = (self.places.clone(), self.asked.clone());
+        let this = self.clone();
         let work = tokio::task::spawn_blocking(move || {
-            let found = places.iter().filter_map(look).collect();
-            asked.store(false, Ordering::Relaxed);
+            let found = this.look();
+            this.asked.store(false, Ordering::Relaxed);
             found
         });
         match tokio::time::timeout(PATIENCE, work).await {
@@ -63,14 +69,29 @@ impl Spaces {
             _ => vec![],
         }
     }
+
+    fn look(&self) -> Vec<FilesystemFigures> {
+        let mut quick = true;
+        let found = self.places.iter().filter_map(|place| look(place, &mut quick)).collect();
+        self.quick.store(quick, Ordering::Relaxed);
+        found
+    }
 }
 
 const BTRFS: u32 = 0x9123_683e;
+const EXT4: u32 = 0xef53;
+const XFS: u32 = 0x5846_5342;
+const TMPFS: u32 = 0x0102_1994;
 
-fn look(place: &Place) -> Option<FilesystemFigures> {
+/// File systems that say out of memory what room they have.
+const QUICK: [u32; 3] = [EXT4, XFS, TMPFS];
+
+fn look(place: &Place, quick: &mut bool) -> Option<FilesystemFigures> {
     let device = |path: &Path| std::fs::metadata(path).map(|m| m.dev()).ok();
     let (own, parent) = (rustix::fs::statfs(&place.path).ok()?, place.path.parent()?);
+    *quick &= QUICK.contains(&(own.f_type as u32));
     let around = rustix::fs::statfs(parent).ok()?;
+    *quick &= QUICK.contains(&(around.f_type as u32));
     // What is free changes from one look to the next, and says nothing. A subvolume has a device of its own, and no room; a
     // quota of a project has room, and no device.
     let beside = own.f_type as u32 == BTRFS || device(&place.path)? == device(parent)?;
@@ -104,10 +125,10 @@ fn device_of(mounts: &[u8], path: &Path) -> Option<String> {
 fn kind(magic: u32) -> String {
     let name = match magic {
         BTRFS => "btrfs",
-        0xef53 => "ext4",
-        0x5846_5342 => "xfs",
+        EXT4 => "ext4",
+        XFS => "xfs",
         0x6969 => "nfs",
-        0x0102_1994 => "tmpfs",
+        TMPFS => "tmpfs",
         0x2fc1_2fc1 => "zfs",
         0x794c_7630 => "overlay",
         0x6573_5546 => "fuse",
@@ -139,14 +160,19 @@ mod tests {
             place("proc", "/proc".into()),
             place("gone", dir.path().join("gone")),
         ];
-        let spaces = Spaces { places: Arc::new(places), asked: Arc::default() };
+        let spaces = Spaces { places: Arc::new(places), asked: Arc::default(), quick: Arc::default() };
         for _ in 0..2 {
             let found = spaces.figures().await;
             assert_eq!(found.len(), 1, "{found:?}");
             assert_eq!((found[0].device.as_str(), found[0].mount_point.as_str()), ("proc", "/m"));
         }
         // While one waits, nobody else does.
+        assert!(!spaces.quick.load(Ordering::Relaxed), "/proc is not among those");
         spaces.asked.store(true, Ordering::Relaxed);
         assert!(spaces.figures().await.is_empty());
+        // Where nothing is to be waited for, all are answered.
+        spaces.quick.store(true, Ordering::Relaxed);
+        assert_eq!(spaces.figures().await.len(), 1);
+        assert!(!spaces.quick.load(Ordering::Relaxed), "it is found out again each time");
     }
 }
