@@ -1,16 +1,17 @@
 //! A platform in one seeded world: an engine over an in-memory store and a simulated host.
 
 use karst_agent::{
-    CallContext, HostAgent, SelfCheck,
+    CallContext, HostAgent, SelfCheck, VolumeRef,
     simulated::{SimulatedAgent, SimulatedOptions},
 };
 use karst_engine::{Agents, Context, Engine, EngineConfig, LiveOperation};
 use karst_env::{Env, EnvExt, SeededEnv};
 use karst_model::{
-    NodeId, Result,
+    NodeId, PoolId, Result,
     access::Principal,
     instance::{Lifecycle, RuntimeState},
     operation::Operation,
+    storage::{PoolKind, Volume, VolumeContent},
     uplink::NetworkKind,
 };
 use karst_store::{SqliteStore, Store, list_prefix};
@@ -182,6 +183,20 @@ pub async fn faults(engine: &Engine, store: &dyn Store, agents: &[&SimulatedAgen
         check.guests.extend(one.guests);
         check.machine_states.extend(one.machine_states);
     }
+    for (volume, size) in limits(engine) {
+        for agent in agents {
+            let said = agent.volume_usage(&CallContext::read(Duration::from_secs(10)), volume).await;
+            // A host that does not have it says so.
+            if let Ok(usage) = said
+                && usage.total != size
+            {
+                faults.push(format!(
+                    "tree {} is limited to {}, and recorded with {size}",
+                    volume.volume, usage.total
+                ));
+            }
+        }
+    }
     let (kvs, _) = list_prefix(store, karst_store::ROOT).await.expect("list");
     let keys: Vec<(String, String)> =
         kvs.iter().map(|kv| (kv.key.clone(), String::from_utf8_lossy(&kv.value).into_owned())).collect();
@@ -254,6 +269,16 @@ pub async fn faults(engine: &Engine, store: &dyn Store, agents: &[&SimulatedAgen
         faults.push(format!("operation {:?} has not ended", operation.description));
     }
     faults
+}
+
+/// Trees on btrfs with a limit, which their hosts must have as it is recorded.
+fn limits(engine: &Engine) -> Vec<(VolumeRef, u64)> {
+    let records = engine.inner().inventory.read();
+    let btrfs = |id: PoolId| records.pools.get(&id).is_some_and(|p| p.kind == PoolKind::Btrfs);
+    let trees = records.volumes.values();
+    let trees = trees.filter(|v| v.content == VolumeContent::Filesystem && btrfs(v.pool));
+    let limit = |v: &Volume| Some((VolumeRef { pool: v.pool, volume: v.id }, v.size?.bytes()));
+    trees.filter_map(|v| limit(v)).collect()
 }
 
 /// What users have, without ids, times and counters: to compare the outcome of two ways.

@@ -17,7 +17,7 @@ use crate::{
 use async_trait::async_trait;
 use karst_agent::{VolumeRef, VolumeResize};
 use karst_model::{
-    Config, DeviceId, Error, ErrorKind, Name, ProfileId, Result,
+    Config, DeviceId, Error, ErrorKind, Name, NodeId, ProfileId, Result, VolumeId,
     access::Permission,
     device::{Devices, DiskBus, RootDevice},
     guest::Applied,
@@ -25,7 +25,7 @@ use karst_model::{
     keys,
     keys_machine::{self, HardwareChoice},
     spec::GuestSpec,
-    storage::{PoolKind, Volume, VolumeOwner},
+    storage::{PoolKind, Volume, VolumeContent, VolumeOwner},
     template::Trigger,
 };
 use serde::{Deserialize, Serialize};
@@ -391,9 +391,23 @@ pub struct UpdateOutputs {
     applied: Option<Applied>,
 }
 
+/// Gives a tree the limit of its record again. More than that may have been written meanwhile, and a file system on a device does
+/// not shrink: then it stays as it is.
+pub(crate) async fn limit_again(cx: &StepContext, node: NodeId, root: VolumeId) -> Result<()> {
+    let found = cx.engine.inventory.read().volumes.get(&root).map(|v| v.value.clone());
+    let Some(Volume { id, pool, content: VolumeContent::Filesystem, size: Some(size), .. }) = found else {
+        return Ok(());
+    };
+    let resize = VolumeResize { volume: VolumeRef { pool, volume: id }, size };
+    match cx.agent(node)?.volume_resize(&cx.mutate(Duration::from_secs(120)), resize).await {
+        Err(e) if e.is(ErrorKind::Invalid) => Ok(()),
+        other => other,
+    }
+}
+
 /// Applies to the running guest what can change live, gives the root its size, then writes the record. A disk that grew stays so
-/// when the saga is undone: it cannot shrink, and the record's smaller size lets it grow again. So does a tree's limit, for what
-/// was written under it; the next change of it is one from the record's.
+/// when the saga is undone: it cannot shrink, and the record's smaller size lets it grow again. A tree gets its limit back: room
+/// that its project has not is not kept.
 pub struct InstanceUpdate;
 
 #[async_trait]
@@ -430,6 +444,9 @@ impl Saga for InstanceUpdate {
     }
 
     async fn undo(cx: &StepContext, plan: &UpdatePlan, _: &UpdateOutputs, _: usize) -> Result<()> {
+        if let Some(root) = &plan.grown {
+            limit_again(cx, plan.instance.node, root.id).await?;
+        }
         if let Some((before, after)) = &plan.live {
             match cx.agent(plan.instance.node)?.guest_update(&cx.mutate(UPDATE), before.clone()).await {
                 // A guest that ended meanwhile needs no undo.

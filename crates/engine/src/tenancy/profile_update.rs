@@ -15,7 +15,7 @@ use crate::{
         create::networks_of,
         disks::check_disks,
         expand::{self, ParsedDevices},
-        update::check_root,
+        update::{check_root, limit_again},
     },
     db::Tx,
     saga::{Saga, StepContext},
@@ -30,7 +30,7 @@ use karst_model::{
     keys,
     profile::Profile,
     spec::GuestSpec,
-    storage::Volume,
+    storage::{PoolKind, Volume},
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -518,20 +518,7 @@ impl Saga for ProfileUpdate {
         for (node, ids) in networks(&users) {
             engine.ensure_networks(cx, node, &ids).await?;
         }
-        for (id, size) in &outputs.roots {
-            let found = {
-                let records = engine.inventory.read();
-                let user = records.instances.values().find(|i| i.root == *id).map(|i| i.node);
-                let less = records.volumes.get(id).filter(|v| grows(v.size, *size) && !v.content.is_disk());
-                user.zip(less.map(|v| v.pool))
-            };
-            // A tree that was given less has what it had again.
-            if let (Some((node, pool)), Some(size)) = (found, *size) {
-                let resize = VolumeResize { volume: VolumeRef { pool, volume: *id }, size };
-                cx.agent(node)?.volume_resize(&cx.mutate(APPLY), resize).await?;
-            }
-        }
-        // A root that grew stays so: it cannot shrink, and the record's smaller size lets it grow again.
+        // A disk that grew stays so: it cannot shrink, and the record's smaller size lets it grow again. Trees get their limits back.
         for some in outputs.roots.chunks(AT_ONCE) {
             engine
                 .transact(|records, tx| {
@@ -543,6 +530,18 @@ impl Saga for ProfileUpdate {
                     Ok(())
                 })
                 .await?;
+        }
+        for (id, size) in &outputs.roots {
+            let node = {
+                let records = engine.inventory.read();
+                let pool = |i: &Instance| records.pools.get(&i.pool).map(|p| p.kind);
+                let user = records.instances.values().find(|i| i.root == *id);
+                // Where nothing limits a tree there is nothing to be undone.
+                user.filter(|i| size.is_some() && pool(i) != Some(PoolKind::Dir)).map(|i| i.node)
+            };
+            if let Some(node) = node {
+                limit_again(cx, node, *id).await?;
+            }
         }
         Ok(())
     }
