@@ -18,14 +18,11 @@ pub(crate) fn of_guest(figures: Figures) -> Details {
     let modes = |times: &[u64]| -> BTreeMap<String, u64> {
         MODES.iter().zip(times).map(|(mode, ns)| ((*mode).to_owned(), *ns)).collect()
     };
-    let all = match figures.processors.is_empty() {
-        true => vec![ProcessorTimes { number: 0, modes: modes(&figures.cpu) }],
-        false => figures
-            .processors
-            .iter()
-            .take(MOST)
-            .map(|p| ProcessorTimes { number: p.number, modes: modes(&p.times) })
-            .collect(),
+    // Each once: what is told twice would be one series with two values.
+    let processor = |number, times: &[u64]| (number, ProcessorTimes { number, modes: modes(times) });
+    let processors: BTreeMap<u32, ProcessorTimes> = match figures.processors.is_empty() {
+        true => [processor(0, &figures.cpu)].into(),
+        false => figures.processors.iter().take(MOST).map(|p| processor(p.number, &p.times)).collect(),
     };
     let disk = |d: &karst_guest_agent::message::Disk| {
         let [reads, read_bytes, writes, written_bytes] = d.counters.first_chunk::<4>().copied()?;
@@ -34,21 +31,24 @@ pub(crate) fn of_guest(figures: Figures) -> Details {
     };
     let filesystem = |f: &karst_guest_agent::message::Filesystem| {
         let [size, free, available] = f.bytes.first_chunk::<3>().copied()?;
-        Some(FilesystemFigures {
+        let found = FilesystemFigures {
             device: printable(&f.device, 128),
             kind: printable(&f.kind, 64),
             mount_point: printable(&f.mount, 128),
             size,
             free,
             available,
-        })
+        };
+        Some(((found.device.clone(), found.kind.clone(), found.mount_point.clone()), found))
     };
+    // Of those that are mounted twice at a place the last one covers the others.
+    let filesystems: BTreeMap<_, _> = figures.filesystems.iter().take(MOST).filter_map(filesystem).collect();
     Details {
-        processors: all,
+        processors: processors.into_values().collect(),
         memory,
         oom_kills: figures.oom_kills,
         disks: figures.disks.iter().take(MOST).filter_map(disk).collect(),
-        filesystems: figures.filesystems.iter().take(MOST).filter_map(filesystem).collect(),
+        filesystems: filesystems.into_values().collect(),
         nics: BTreeMap::new(),
     }
 }
@@ -110,7 +110,7 @@ mod tests {
         let new = Figures {
             memory: vec![10, 5, 4, 3],
             memory_parts: vec![7; 2],
-            processors: vec![Processor { number: 3, times: vec![9; 100] }; 1000],
+            processors: (0..1000).map(|number| Processor { number, times: vec![9; 100] }).collect(),
             disks: (0..1000).map(disk).chain([Disk::default()]).collect(),
             filesystems: vec![Filesystem { mount: "/".into(), bytes: vec![3, 2], ..Filesystem::default() }],
             oom_kills: Some(1),
@@ -123,6 +123,16 @@ mod tests {
             d.disks["vd 0"],
             DiskCounters { read_bytes: 2, reads: Some(1), written_bytes: 4, writes: Some(3) }
         );
+        let twice = Figures {
+            processors: vec![Processor { number: 3, times: vec![9] }; 2],
+            filesystems: [[3, 2, 1], [9, 8, 7]]
+                .map(|bytes| Filesystem { mount: "/".into(), bytes: bytes.into(), ..Filesystem::default() })
+                .into(),
+            ..Figures::default()
+        };
+        let twice = of_guest(twice);
+        assert_eq!((twice.processors.len(), twice.filesystems.len()), (1, 1));
+        assert_eq!(twice.filesystems[0].size, 9);
         assert_eq!(d.memory[MEMORY_PARTS[1]], 7);
         assert_eq!(d.memory.len(), 6);
     }
