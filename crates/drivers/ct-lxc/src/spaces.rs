@@ -88,26 +88,32 @@ const QUICK: [u32; 3] = [EXT4, XFS, TMPFS];
 
 fn look(place: &Place, quick: &mut bool) -> Option<FilesystemFigures> {
     let device = |path: &Path| std::fs::metadata(path).map(|m| m.dev()).ok();
-    let (own, parent) = (rustix::fs::statfs(&place.path).ok()?, place.path.parent()?);
+    let at = whole(&place.path);
+    let (own, parent) = (rustix::fs::statfs(at).ok()?, at.parent()?);
     *quick &= QUICK.contains(&(own.f_type as u32));
     let around = rustix::fs::statfs(parent).ok()?;
     *quick &= QUICK.contains(&(around.f_type as u32));
     // What is free changes from one look to the next, and says nothing. A subvolume has a device of its own, and no room; a
     // quota of a project has room, and no device.
-    let beside = own.f_type as u32 == BTRFS || device(&place.path)? == device(parent)?;
+    let beside = own.f_type as u32 == BTRFS || device(at)? == device(parent)?;
     if beside && (own.f_type, own.f_blocks) == (around.f_type, around.f_blocks) {
         return None;
     }
     let bytes = |blocks: u64| blocks.saturating_mul(own.f_bsize as u64);
     let mounts = std::fs::read("/proc/self/mounts").unwrap_or_default();
     Some(FilesystemFigures {
-        device: device_of(&mounts, &place.path).unwrap_or_else(|| place.device.clone()),
+        device: device_of(&mounts, at).unwrap_or_else(|| place.device.clone()),
         kind: kind(own.f_type as u32),
         mount_point: place.mount_point.clone(),
         size: bytes(own.f_blocks),
         free: bytes(own.f_bfree),
         available: bytes(own.f_bavail),
     })
+}
+
+/// Where the file system begins that a tree may have for itself: on pools of ZFS and LVM it lies in a directory of that.
+fn whole(tree: &Path) -> &Path {
+    tree.parent().filter(|_| tree.file_name().is_some_and(|name| name == "rootfs")).unwrap_or(tree)
 }
 
 /// What is mounted at `path`, out of a text like `/proc/self/mounts`; the last one covers those before.
@@ -146,6 +152,8 @@ mod tests {
         let mounts = b"/dev/a /x ext4 rw 0 0\n/dev/b /y ext4 rw 0 0\n/dev/c /x xfs rw 0 0\n";
         assert_eq!(device_of(mounts, Path::new("/x")).as_deref(), Some("/dev/c"));
         assert_eq!(device_of(mounts, Path::new("/z")), None);
+        assert_eq!(whole(Path::new("/p/volumes/v/rootfs")), Path::new("/p/volumes/v"));
+        assert_eq!(whole(Path::new("/p/volumes/v/tree")), Path::new("/p/volumes/v/tree"));
         assert_eq!((kind(0xef53).as_str(), kind(0x1234).as_str()), ("ext4", "0x1234"));
     }
 
@@ -157,7 +165,8 @@ mod tests {
             |device: &str, path: PathBuf| Place { device: device.into(), path, mount_point: "/m".into() };
         let places = vec![
             place("plain", dir.path().join("plain")),
-            place("proc", "/proc".into()),
+            // As a tree is on a file system of its own.
+            place("proc", "/proc/rootfs".into()),
             place("gone", dir.path().join("gone")),
         ];
         let spaces = Spaces { places: Arc::new(places), asked: Arc::default(), quick: Arc::default() };
