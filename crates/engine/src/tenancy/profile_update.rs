@@ -5,7 +5,7 @@
 //! gets anything.
 
 use super::{
-    limits::{self, Planned, admit, grows},
+    limits::{self, Planned, admit},
     profile_uses,
 };
 use crate::{
