@@ -99,7 +99,12 @@ pub(crate) async fn flusher(root: Arc<PathBuf>, mut wanted: mpsc::Receiver<Waite
             answer = tokio::time::timeout(GATHER, waiting).await.ok().flatten();
         }
         let at = root.clone();
-        let flushed = crate::files::blocking(move || Ok(flush(&at)?)).await;
+        let flushed = match tokio::task::spawn_blocking(move || flush(&at)).await {
+            Ok(outcome) => outcome.map_err(Error::from),
+            // The process ends, and it had not begun: the marks stay, and the next one sees them.
+            Err(e) if e.is_cancelled() => return,
+            Err(e) => Err(Error::internal("a task ended unexpectedly", e)),
+        };
         if let Err(e) = &flushed {
             tracing::warn!(error = %e, "new volumes are not known to be on disk");
         }
