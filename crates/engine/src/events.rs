@@ -103,7 +103,13 @@ impl Subject {
     /// kinds of objects.
     pub(crate) fn of(records: &Records, project: Option<ProjectId>, source: &str) -> Option<Self> {
         let path = source.split('?').next()?.strip_prefix("/1.0/")?;
-        let (kind, name) = path.split_once('/').filter(|(_, name)| !name.contains('/'))?;
+        let (kind, name) = path.split_once('/')?;
+        // What happens to a snapshot happens to its instance.
+        let of_snapshot = name.split_once("/snapshots/").filter(|_| kind == "instances");
+        let name = of_snapshot.map_or(name, |(instance, _)| instance);
+        if name.contains('/') {
+            return None;
+        }
         match kind {
             "instances" => {
                 let row = records.instance(records.projects.get(&project?)?, name).ok()?;

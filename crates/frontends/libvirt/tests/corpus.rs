@@ -106,7 +106,7 @@ async fn provide(client: &mut Client, root: &Element, made: &mut BTreeSet<String
             let text = argument(|w| {
                 w.string(&new).u32(0);
             });
-            let _ = client.call(78, &text).await;
+            let _ = client.call(77, &text).await;
         }
         let Ok(found) = client.call(84, &name(&pool)).await else { continue };
         if made.insert(format!("volume {pool} {volume}")) {
@@ -461,16 +461,17 @@ async fn documents_are_counted_as_they_are() {
 
 #[test]
 fn what_is_lost_is_found() {
-    let domain = |cpu: &str, disk: &str| {
+    let domain = |clock: &str, device: &str| {
         let text = format!(
-            "<domain type='qemu'><name>a</name><memory>65536</memory><os><type>hvm</type></os>{cpu}<devices>\
-             <disk type='volume'><source pool='p' volume='v'/><target dev='vda' bus='virtio'/>{disk}</disk></devices></domain>"
+            "<domain type='qemu'><name>a</name><memory>65536</memory><os><type>hvm</type></os>{clock}<devices>\
+             <disk type='volume'><source pool='p' volume='v'/><target dev='vda' bus='virtio'/></disk>{device}</devices></domain>"
         );
         read::machine(&text).unwrap()
     };
-    let given = domain("<clock offset='utc'/>", "<serial>S1</serial>");
+    let (local, sound) = ("<clock offset='localtime'/>", "<sound model='ich9'/>");
+    let given = domain(local, sound);
     assert_eq!(difference(&given, &given), Ok(()));
-    for kept in [domain("", "<serial>S1</serial>"), domain("<clock offset='utc'/>", "<serial>S2</serial>")] {
+    for kept in [domain("", sound), domain(local, "<sound model='ich6'/>")] {
         assert!(difference(&given, &kept).is_err());
     }
     let mut kept = given.clone();

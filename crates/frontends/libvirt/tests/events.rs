@@ -256,7 +256,7 @@ async fn what_happens_in_machines_is_told_in_libvirts_words() {
     let id = view.instance.id;
     let root = view.instance.identities.values().find(|i| i.slot == "scsi0").expect("its root");
     let (slot, alias) = (root.slot.clone(), root.alias.clone());
-    let path = "/karst/default/v1";
+    let path = "/karst/default/instances/v1";
     let lifecycle = |kind: i32, detail: i32| {
         (
             0,

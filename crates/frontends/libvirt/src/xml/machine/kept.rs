@@ -363,6 +363,10 @@ fn channel(e: &Element) -> bool {
     }
 }
 
+fn is_spice(e: &Element) -> bool {
+    said(e, "type").is_some() && is(e, "type", &["spice"])
+}
+
 fn graphics(e: &Element) -> bool {
     let free = is(e, "autoport", &["yes"]) && said(e, "autoport").is_some() || is(e, "port", &["-1", "0"]);
     is(e, "type", &["vnc", "spice"])
@@ -370,7 +374,8 @@ fn graphics(e: &Element) -> bool {
         && is(e, "websocket", &["-1"])
         && is(e, "tlsPort", &["-1"])
         && said(e, "socket").is_none()
-        && e.find("gl").is_none_or(|g| is(g, "enable", &["no"]))
+        // That of SPICE is refused by its own name.
+        && (is_spice(e) || e.find("gl").is_none_or(|g| is(g, "enable", &["no"])))
         && e.all("listen").all(|l| is(l, "type", &["address", "none"]))
 }
 
