@@ -180,7 +180,7 @@ impl RealAgent {
 
     pub(crate) async fn facts(&self) -> Result<HostFacts> {
         let mut facts = self.facts.get_or_try_init(facts::collect).await?.clone();
-        facts::complete(&mut facts).await;
+        facts::complete(&mut facts, &self.options.policy).await;
         Ok(facts)
     }
 

@@ -592,6 +592,7 @@ calls! {
             None => {
                 // Before anything is made of it.
                 let (registry, spec) = (me.registry.clone(), spec.clone());
+                me.options.policy.check_pool_kind(spec.kind)?;
                 crate::pool_kinds::ready(spec.kind).await?;
                 if let PoolSource::Granted { source } = &spec.source {
                     me.options.policy.check_pool_source(spec.kind, source)?;

@@ -1,5 +1,6 @@
 //! What the machine is.
 
+use crate::policy::HostPolicy;
 use karst_host::{Program, run};
 use karst_model::{
     Result,
@@ -41,11 +42,11 @@ pub(crate) async fn collect() -> Result<HostFacts> {
 
 /// What may change while the process runs, as modules are loaded and packages installed, or because a program that was asked
 /// did not answer in time. What does not change costs next to nothing.
-pub(crate) async fn complete(facts: &mut HostFacts) {
+pub(crate) async fn complete(facts: &mut HostFacts, policy: &HostPolicy) {
     if facts.lxc.is_none() {
         facts.lxc = version(Program::LxcStart).await;
     }
-    facts.storage = crate::pool_kinds::all().await;
+    facts.storage = crate::pool_kinds::all(policy).await;
     facts.accelerator = karst_vm_qemu::probe::accelerator();
     match karst_vm_qemu::probe().await {
         Ok(found) => {

@@ -13,6 +13,8 @@ use std::{
 /// Name of the file.
 pub const FILE: &str = "host-policy.toml";
 const LARGEST: u64 = 64 << 10;
+/// Kinds of pools whose own contract was kept on real kernels, and on which guests have not lived long enough to be promised.
+const ON_TRIAL: &[PoolKind] = &[PoolKind::Zfs, PoolKind::Lvm];
 
 /// What the host grants.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
@@ -38,6 +40,8 @@ pub struct HostPolicy {
     /// Directories and block devices that storage pools may be made of: each as it stands there, and directories below. Also
     /// data sets of ZFS (`zfs:tank/guests`, and those below) and volume groups of LVM (`lvm:vg0`).
     pub pool_sources: Vec<PathBuf>,
+    /// Kinds of pools that may be made here although guests on them are still on trial: `zfs`, `lvm`. What was made stays.
+    pub trial_pools: Vec<PoolKind>,
     /// Commands of QEMU's monitor that administrators may run in virtual machines (`query-status`; `query-*`: all that begin
     /// so; `*`: all). Text for its human monitor is `human-monitor-command`. They can do what QEMU's own user can.
     pub qemu_monitor: Vec<String>,
@@ -50,6 +54,20 @@ pub struct HostPolicy {
 }
 
 impl HostPolicy {
+    /// Refuses a kind of pools that is on trial and not asked for.
+    ///
+    /// # Errors
+    /// Unsupported, naming what to write.
+    pub fn check_pool_kind(&self, kind: PoolKind) -> Result<()> {
+        if !ON_TRIAL.contains(&kind) || self.trial_pools.contains(&kind) {
+            return Ok(());
+        }
+        Err(Error::unsupported(format!(
+            "guests on pools of kind {0} are on trial; the administrator of this host who wants them adds \"{0}\" to trial_pools in {FILE}",
+            kind.as_str()
+        )))
+    }
+
     /// The file of the first of `directories` that has one; nothing granted when none has.
     ///
     /// # Errors
@@ -239,6 +257,17 @@ mod tests {
         let e = all.check_monitor_events().unwrap_err();
         assert!(e.message.contains("qemu_events = true in host-policy.toml"), "{e}");
         assert!(HostPolicy::default().check_monitor("query-status").is_err());
+    }
+
+    #[test]
+    fn kinds_of_pools_on_trial_are_asked_for() {
+        let policy: HostPolicy = toml::from_str("trial_pools = [\"zfs\"]").unwrap();
+        for kind in [PoolKind::Dir, PoolKind::Btrfs, PoolKind::Zfs] {
+            policy.check_pool_kind(kind).unwrap();
+        }
+        let e = policy.check_pool_kind(PoolKind::Lvm).unwrap_err();
+        assert!(e.message.contains("adds \"lvm\" to trial_pools in host-policy.toml"), "{e}");
+        assert!(HostPolicy::default().check_pool_kind(PoolKind::Zfs).is_err());
     }
 
     #[test]

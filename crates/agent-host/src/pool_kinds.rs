@@ -1,6 +1,6 @@
 //! Which kinds of pools this host can have: by the programs that are installed, and by what its kernel has or can load.
 
-use crate::agent::blocking;
+use crate::{agent::blocking, policy::HostPolicy};
 use karst_host::{Program, device_mapper, run};
 use karst_model::{Error, Result, node::StorageDriver, storage::PoolKind};
 use std::{fs::File, path::Path, time::Duration};
@@ -93,9 +93,14 @@ pub(crate) async fn ready(kind: PoolKind) -> Result<()> {
 static LVM: OnceCell<String> = OnceCell::const_new();
 static BTRFS: OnceCell<String> = OnceCell::const_new();
 
-/// All kinds, with what this host lacks for each.
-pub(crate) async fn all() -> Vec<StorageDriver> {
-    let look = || Ok(PoolKind::ALL.iter().map(|kind| (*kind, missing(*kind))).collect::<Vec<_>>());
+/// All kinds, with what this host lacks for each, or why it does not make them.
+pub(crate) async fn all(policy: &HostPolicy) -> Vec<StorageDriver> {
+    let asked = PoolKind::ALL.iter().map(|kind| (*kind, policy.check_pool_kind(*kind).err()));
+    let asked: Vec<_> = asked.collect();
+    let look = move || {
+        let lacks = asked.into_iter().map(|(kind, trial)| (kind, missing(kind).or(trial)));
+        Ok(lacks.collect::<Vec<_>>())
+    };
     let mut all = vec![];
     for (kind, missing) in blocking(look).await.unwrap_or_default() {
         let version = if missing.is_some() { String::new() } else { version(kind).await };
@@ -161,7 +166,12 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_missing_is_named() {
-        let all = all().await;
+        let policy = HostPolicy { trial_pools: PoolKind::ALL.to_vec(), ..HostPolicy::default() };
+        let of_default = all(&HostPolicy::default()).await;
+        for kind in [PoolKind::Zfs, PoolKind::Lvm] {
+            assert!(of_default.iter().any(|d| d.kind == kind && d.missing.is_some()), "{kind:?} is on trial");
+        }
+        let all = all(&policy).await;
         assert_eq!(all.iter().map(|d| d.kind).collect::<Vec<_>>(), PoolKind::ALL);
         assert_eq!(all[0].missing, None, "directories are everywhere");
         for driver in all.iter().filter(|d| d.missing.is_some()) {

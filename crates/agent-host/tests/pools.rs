@@ -23,7 +23,8 @@ fn daemon_id(test: u32) -> String {
 }
 
 async fn agent(test: u32, dir: &Path, source: &Path) -> Arc<RealAgent> {
-    let policy = HostPolicy { pool_sources: vec![source.to_owned()], ..Default::default() };
+    let trial_pools = vec![PoolKind::Zfs, PoolKind::Lvm];
+    let policy = HostPolicy { pool_sources: vec![source.to_owned()], trial_pools, ..Default::default() };
     let options = RealOptions {
         dir: dir.to_owned(),
         daemon_id: daemon_id(test),
