@@ -5,8 +5,8 @@
 //! part over a limit loses its name, is emptied again and again for as long as somebody may still write to it, and its
 //! import fails with the limit's name. Nothing survives the agent's process: the other end was lost with it.
 //!
-//! Backups and disks that are uploaded lie there too. Of them only the space is bounded that the file system keeps: they are
-//! as large as what they were made of.
+//! Backups and disks that are uploaded lie there too. Of them the number is bounded, and the space that the file system keeps:
+//! they are as large as what they were made of.
 
 use karst_agent::{ImagePart, ImageStaged};
 use karst_env::{EnvExt, Mutex, SharedEnv};
@@ -296,7 +296,7 @@ impl Staging {
         for entry in std::fs::read_dir(&self.directory)? {
             let path = entry?.path();
             let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            // Backups that are uploaded are kept by their name alone, and swept by their age.
+            // Backups that are uploaded are not parts of images, and are swept by their age.
             if !file.ends_with(BACKUP)
                 && !work.contains(&path)
                 && !parts.keys().any(|(image, part)| name(*image, *part) == file)

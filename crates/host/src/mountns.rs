@@ -411,7 +411,10 @@ pub fn open_beneath(prefixes: &[PathBuf], path: &Path) -> Result<OwnedFd> {
     };
     let top = open_path(prefix)?;
     let rest = path.strip_prefix(prefix).unwrap_or(Path::new(""));
-    let rest = if rest.as_os_str().is_empty() { Path::new(".") } else { rest };
+    if rest.as_os_str().is_empty() {
+        // It may be a file or a device, in which nothing is.
+        return Ok(top);
+    }
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
     for _ in 0..64 {
         return match openat2(&top, rest, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve) {
@@ -524,5 +527,11 @@ mod tests {
             assert!(e.is(karst_model::ErrorKind::Forbidden), "{bad}: {e:?}");
         }
         assert!(open("granted/none").unwrap_err().is(karst_model::ErrorKind::NotFound));
+        // A file that is granted by its name, also by a link of root's.
+        std::os::unix::fs::symlink("secret", dir.path().join("by-id")).unwrap();
+        for name in ["secret", "by-id"] {
+            let path = dir.path().join(name);
+            open_beneath(std::slice::from_ref(&path), &path).unwrap();
+        }
     }
 }

@@ -2,7 +2,7 @@
 //! told and not kept: whoever is not there, or too slow, misses them, and nothing is decided by them. What a guest can cause is
 //! told of a bounded number in a time.
 
-use crate::InstanceId;
+use crate::{InstanceId, display::DisplayProtocol};
 use serde::{Deserialize, Serialize};
 
 /// Something that happened in a virtual machine.
@@ -97,6 +97,8 @@ pub enum Happened {
     Display {
         /// He does.
         opened: bool,
+        /// How it is spoken of. By SPICE each channel of his is told.
+        protocol: DisplayProtocol,
         /// He had to know the password.
         guarded: bool,
         /// Who, in words.

@@ -123,6 +123,8 @@ impl Engine {
             expand::own_root(&mut all_devices);
             all_devices.append(&mut copy.devices);
             copy.devices = all_devices;
+            // What the original has, or had when it was taken, was not given to this one.
+            super::disks::demand_drives(context, &Default::default(), &copy.devices)?;
             if copy.profiles.is_none() {
                 let name = |id| records.profiles.get(id).map(|p| p.name.to_string());
                 copy.profiles = Some(profiles.iter().filter_map(name).collect());

@@ -7,9 +7,11 @@ use karst_model::{
     access::Permission,
     device::{Devices, DiskBus, DiskDevice, DiskOrigin, host_drive},
     instance::{Instance, InstanceKind},
+    keys::parse_bool,
     spec::GuestSpec,
     storage::{Volume, VolumeContent},
 };
+use std::collections::BTreeMap;
 
 /// What disks beside the root name exists, fits the instance, and may be used by it. The volumes are touched: whoever
 /// deletes one, or decides that nobody else has it, compares that.
@@ -112,13 +114,22 @@ fn check_drive(
 /// # Errors
 /// Forbidden, naming the device.
 pub(crate) fn demand_drives(context: &Context, now: &Devices, wanted: &Devices) -> Result<()> {
-    let has = |path: &str| now.values().any(|keys| host_drive(keys) == Some(path));
-    let new = wanted.iter().find(|(_, keys)| host_drive(keys).is_some_and(|path| !has(path)));
+    let new = wanted.iter().find(|(device, keys)| gains(now.get(*device), keys));
     let Some((device, _)) = new.filter(|_| !context.principal().may(Permission::ServerEdit, None)) else {
         return Ok(());
     };
     let text = "only administrators of the server give a machine a path of the host as a drive; use a volume of a pool";
     Err(Error::forbidden(text).at(format!("devices.{device}.source")))
+}
+
+/// Does a device become a drive of the host's that it was not, or one that its machine may write to now?
+fn gains(before: Option<&BTreeMap<String, String>>, keys: &BTreeMap<String, String>) -> bool {
+    let Some(path) = host_drive(keys) else { return false };
+    let readonly = |keys: &BTreeMap<String, String>| {
+        keys.get("readonly").is_some_and(|v| parse_bool("readonly", v).unwrap_or(false))
+    };
+    let had = before.filter(|keys| host_drive(keys) == Some(path));
+    had.is_none_or(|had| readonly(had) && !readonly(keys))
 }
 
 fn find<'a>(
@@ -292,6 +303,24 @@ pub(crate) fn demand_idle(records: &Records, tx: &mut Tx, spec: &GuestSpec) -> R
 mod tests {
     use super::*;
     use karst_model::device::Device;
+
+    #[test]
+    fn a_drive_of_the_host_is_kept_or_tightened_and_never_gained() {
+        let drive = |more: &[(&str, &str)]| {
+            let keys = [("type", "disk"), ("source", "/dev/sdb")].into_iter().chain(more.iter().copied());
+            keys.map(|(k, v)| (k.to_owned(), v.to_owned())).collect::<BTreeMap<_, _>>()
+        };
+        let (written, read) = (drive(&[]), drive(&[("readonly", "true")]));
+        assert!(gains(None, &read) && gains(None, &written));
+        assert!(gains(Some(&read), &written), "what is read is not written next");
+        assert!(gains(Some(&read), &drive(&[("readonly", "no")])));
+        assert!(
+            !gains(Some(&read), &read) && !gains(Some(&written), &written) && !gains(Some(&written), &read)
+        );
+        assert!(!gains(Some(&read), &drive(&[("readonly", "on"), ("boot.priority", "3")])));
+        assert!(gains(Some(&drive(&[("source", "/dev/sdc")])), &written), "another path");
+        assert!(!gains(None, &drive(&[("pool", "default")])), "a volume");
+    }
 
     fn disk(keys: &[(&str, &str)]) -> DiskDevice {
         let all = [("type", "disk"), ("source", "/srv/shared")].iter().chain(keys);

@@ -181,7 +181,7 @@ impl Engine {
                 agent.display_attach_spice(&call, SpiceChannel { instance, guard }).await?
             }
         };
-        let session = self.viewer(context, &view, guarded, (agent, answer.value));
+        let session = self.viewer(context, &view, (protocol, guarded), (agent, answer.value));
         Ok(ExecSession { fds: answer.fds, session })
     }
 }

@@ -9,6 +9,7 @@ use karst_env::EnvExt;
 use karst_model::{
     Error, ErrorKind, InstanceId, NodeId, Result, SessionId,
     access::Permission,
+    display::DisplayProtocol,
     guest::{AskedBy, ExecRequest, FileKind, FileWrite, GuestWish},
     instance::{InstanceKind, Status},
     keys,
@@ -295,11 +296,11 @@ impl Engine {
         &self,
         context: &Context,
         view: &InstanceView,
-        guarded: bool,
+        (protocol, guarded): (DisplayProtocol, bool),
         (agent, id): (Arc<dyn HostAgent>, SessionId),
     ) -> Session {
         let viewer = context.principal().identity.describe();
-        let what = |opened| Happened::Display { opened, guarded, viewer: viewer.clone() };
+        let what = |opened| Happened::Display { opened, protocol, guarded, viewer: viewer.clone() };
         let (instance, opened) = (view.instance.id, what(true));
         let inner = self.inner();
         inner.tell_of(instance, opened.action(), None, context_of(&opened), viewer.clone());

@@ -94,7 +94,6 @@ impl Engine {
         request: MoveInstance,
     ) -> Result<LiveOperation> {
         let from = self.project(context, project, Permission::ResourceEdit)?;
-        super::disks::demand_drives(context, &Devices::new(), &request.devices)?;
         let to = match said(&request.project) {
             Some(to) => self.project(context, to, Permission::ResourceEdit).map_err(|e| e.at("project"))?,
             None => from.clone(),
@@ -103,6 +102,10 @@ impl Engine {
         let live = {
             let records = inner.inventory.read();
             let row = records.instance(&from, name)?;
+            let none = Devices::new();
+            let has = if to.id == from.id { &row.devices } else { &none };
+            super::disks::demand_drives(context, has, &row.devices)?;
+            super::disks::demand_drives(context, has, &request.devices)?;
             let machine = row.kind == InstanceKind::VirtualMachine && volumes::runs(&records, row);
             request.only_pool(&records, &from, row).filter(|_| machine).map(str::to_owned)
         };

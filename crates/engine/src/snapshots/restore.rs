@@ -60,9 +60,7 @@ impl Engine {
             let found = origin.find(&records, project.id)?;
             let taken = found.demand(&records, name)?.taken();
             demand_memory(&taken, memory)?;
-            if let (Found::Instance(row), Taken::Instance { snapshot }) = (&found, &taken) {
-                demand_drives(context, &row.devices, &snapshot.devices)?;
-            }
+            demand_own_drives(context, &found, &taken)?;
             matches!(&found, Found::Instance(row) if volumes::runs(&records, row))
         };
         if runs || memory {
@@ -103,9 +101,21 @@ impl Engine {
         {
             let records = self.inner().inventory.read();
             let found = origin.find(&records, project.id)?;
-            demand_memory(&found.demand(&records, name)?.taken(), true)?;
+            let taken = found.demand(&records, name)?.taken();
+            demand_memory(&taken, true)?;
+            demand_own_drives(context, &found, &taken)?;
         }
         self.restore_running(context, origin, name, true, true).await
+    }
+}
+
+/// A drive of the host's that the instance has no more comes back by an administrator only.
+fn demand_own_drives(context: &Context, found: &Found, taken: &Taken) -> Result<()> {
+    match (found, taken) {
+        (Found::Instance(row), Taken::Instance { snapshot }) => {
+            demand_drives(context, &row.devices, &snapshot.devices)
+        }
+        _ => Ok(()),
     }
 }
 

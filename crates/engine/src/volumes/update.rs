@@ -325,13 +325,10 @@ impl Saga for VolumeUpdate {
         }
     }
     async fn undo(cx: &StepContext, plan: &UpdatePlan, _: &(), _: usize) -> Result<()> {
-        match plan.before {
-            Some(size)
-                if plan.before != plan.after.size && plan.after.content == VolumeContent::Filesystem =>
-            {
-                Self::resize(cx, plan, size).await
-            }
-            _ => Ok(()),
+        // Disks do not shrink.
+        match plan.before != plan.after.size {
+            true => crate::compute::update::limit_again(cx, plan.node, plan.after.id).await,
+            false => Ok(()),
         }
     }
     fn commit(plan: &UpdatePlan, _: &(), engine: &EngineInner, tx: &mut Tx) -> Result<()> {

@@ -51,7 +51,7 @@ macro_rules! rows {
     (@ ; $why:expr) => { State::Open($why) };
 }
 
-const BACKUPS: &str = "blocks that changed since a backup are not kept yet; backups are whole";
+const BACKUPS: &str = "what changed since a checkpoint is reached by libvirt only, as yet (`backup-begin`); backups here are whole";
 const CLUSTER: &str = "Server is not clustered; clusters come with the etcd milestone";
 const VOLUMES: &str =
     "files of custom volumes are not reached over the API yet; attach the volume to an instance";

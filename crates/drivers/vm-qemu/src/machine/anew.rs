@@ -70,7 +70,13 @@ impl Owner {
             sleep(PAUSE).await;
         }
         self.heard = None;
-        self.stays_down().await
+        // It boots already, whatever becomes of this: then it is tried again.
+        if let Err(e) = self.stays_down().await {
+            let instance = self.machine.record().instance;
+            tracing::debug!(%instance, error = %e, "QEMU does not take it back yet that its guest was to boot anew");
+            self.anew = Some(Instant::now() + PAUSE);
+        }
+        Ok(())
     }
 
     fn write_anew(&self, anew: bool) -> Result<()> {

@@ -10,6 +10,7 @@ use crate::{
     xdr::Writer,
 };
 use karst_model::{
+    display::DisplayProtocol,
     instance::Instance,
     news::{DiskErrorAction, Happened, MemoryFailureAction, WatchdogAction},
 };
@@ -75,12 +76,17 @@ fn nowhere(w: &mut Writer) {
     w.i32(2).string("").string("");
 }
 
-fn viewer(phase: i32, guarded: bool, who: &str) -> Message {
+fn viewer(phase: i32, protocol: DisplayProtocol, guarded: bool, who: &str) -> Message {
+    let scheme = match (guarded, protocol) {
+        (false, _) => "none",
+        (true, DisplayProtocol::Vnc) => "vnc",
+        (true, DisplayProtocol::Spice) => "spice",
+    };
     Message::new(GRAPHICS, |w| {
         w.i32(phase);
         nowhere(w);
         nowhere(w);
-        w.string(if guarded { "vnc" } else { "none" });
+        w.string(scheme);
         w.array([who], |w, who| {
             w.string("karst").string(who);
         });
@@ -159,11 +165,15 @@ fn messages(what: &Happened, alias: &str, path: &str) -> Vec<Message> {
         Happened::Asleep { disk: true } => vec![Message::without_reason(SUSPEND_DISK)],
         Happened::Awake => vec![Message::without_reason(WAKEUP)],
         // Who need not know a password is in at once.
-        Happened::Display { opened: true, guarded: false, viewer: who } => {
-            vec![viewer(0, false, who), viewer(1, false, who)]
+        Happened::Display { opened: true, protocol, guarded: false, viewer: who } => {
+            vec![viewer(0, *protocol, false, who), viewer(1, *protocol, false, who)]
         }
-        Happened::Display { opened: true, guarded, viewer: who } => vec![viewer(0, *guarded, who)],
-        Happened::Display { opened: false, guarded, viewer: who } => vec![viewer(2, *guarded, who)],
+        Happened::Display { opened: true, protocol, guarded, viewer: who } => {
+            vec![viewer(0, *protocol, *guarded, who)]
+        }
+        Happened::Display { opened: false, protocol, guarded, viewer: who } => {
+            vec![viewer(2, *protocol, *guarded, who)]
+        }
     }
 }
 
