@@ -40,9 +40,12 @@ impl Engine {
             tx.expect(row);
             tx.expect(gone);
             let line = records.checkpoints_of(row.id);
-            let at = line.iter().position(|c| c.id == gone.id).unwrap_or_default();
+            // Taken for the oldest, its changes would go to nobody.
+            let at = line.iter().position(|c| c.id == gone.id);
+            let at = at.ok_or_else(|| Error::internal("the checkpoint is not among the instance's", name))?;
             let (before, after) = (&line[..at], &line[at + 1..]);
             let mut disks = vec![];
+            // Disks that cannot be told apart now, because what runs is not what is configured, count as detached: that refuses only.
             let attached = super::disks(&records, row, None).unwrap_or_default();
             for disk in &gone.disks {
                 // One whose volume is gone has nothing of it any more.
