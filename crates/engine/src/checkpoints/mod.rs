@@ -54,19 +54,24 @@ fn release_name(tx: &mut Tx, checkpoint: &Checkpoint) {
 /// them.
 ///
 /// # Errors
-/// Conflict, naming a checkpoint.
+/// Conflict, naming the oldest checkpoint.
 pub(crate) fn demand_none(records: &Records, volume: VolumeId, why: &str) -> Result<()> {
-    let found = records.checkpoints.values().find(|c| c.has(volume));
+    let found = oldest(records, |c| c.has(volume));
     found.map_or(Ok(()), |c| Err(in_the_way(records, c, why)))
 }
 
 /// The same of all disks of an instance.
 ///
 /// # Errors
-/// Conflict, naming a checkpoint.
+/// Conflict, naming the oldest checkpoint.
 pub(crate) fn demand_none_of(records: &Records, instance: InstanceId, why: &str) -> Result<()> {
-    let found = records.checkpoints.values().find(|c| c.instance == instance);
+    let found = oldest(records, |c| c.instance == instance);
     found.map_or(Ok(()), |c| Err(in_the_way(records, c, why)))
+}
+
+/// Records stand in the order of their ids, which are random: an error that names one of several names the same each time.
+fn oldest(records: &Records, wanted: impl Fn(&Checkpoint) -> bool) -> Option<&Row<Checkpoint>> {
+    records.checkpoints.values().filter(|c| wanted(c)).min_by_key(|c| (c.created_at, c.id))
 }
 
 fn in_the_way(records: &Records, checkpoint: &Checkpoint, why: &str) -> Error {
