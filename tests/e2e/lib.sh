@@ -180,6 +180,7 @@ of_kills=(
     "karst_engine::reconcile: a network is behind; trying again network=[^ ]* error=$host_gone"
     "karst_engine::compute::metrics: a host does not tell its figures node=[^ ]* error=$host_gone"
     "karst_engine::saga::runner: (a step|an undo) failed; trying again saga=[^ ]* step=[^ ]* error=$host_gone attempt=[0-9]+"
+    'karst_vm_qemu::driver: QEMU of an adopted guest does not answer instance=[^ ]* error=.*'
 )
 # undone SAGA STEP ERROR: the message of a step that was undone; all three are patterns.
 undone() { printf '%s' "karst_engine::saga::runner: a step failed; undoing saga=[^ ]* name=\"?$1\"? step=\"?$2\"? error=$3 context=.*"; }

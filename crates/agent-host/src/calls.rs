@@ -13,7 +13,7 @@ use karst_guest::{
 };
 use karst_image::{Staged, Upload};
 use karst_model::{
-    BackupId, Error, ErrorKind, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
+    BackupId, Error, ErrorKind, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId, VolumeId,
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
     display::{DisplayGuard, DisplayProtocol},
     guest::{CheckpointMark, MonitorAnswer},
@@ -645,6 +645,7 @@ calls! {
     mutate volume_delete(me, at: VolumeRef) -> () { me.delete_volume(at).await }
     mutate volume_resize(me, request: VolumeResize) -> () { me.resize_volume(request).await }
     read volume_usage(me, at: VolumeRef) -> Usage { me.pool(at.pool)?.usage(at.volume).await }
+    read volume_usages(me, all: Vec<VolumeRef>) -> Vec<(VolumeId, Usage)> { me.volume_usages(all).await }
 
     mutate volume_snapshot_create(me, at: VolumeSnapshotRef) -> () { me.create_snapshot(at).await }
     mutate volume_snapshot_delete(me, at: VolumeSnapshotRef) -> () { me.delete_snapshot(at).await }

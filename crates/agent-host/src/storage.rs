@@ -21,7 +21,7 @@ use karst_model::{
     ByteSize, Error, ErrorKind, ImageId, InstanceId, PoolId, Result, SessionId, SnapshotId, VolumeId,
     instance::{InstanceKind, RuntimeState},
     spec::{VolumeSource, VolumeSpec},
-    storage::VolumeContent,
+    storage::{Usage, VolumeContent},
 };
 use karst_storage::{Contents, Filling, Format, NewVolume, PoolDriver, Reading, Snapshots, Source};
 use rustix::{
@@ -226,6 +226,20 @@ impl RealAgent {
             Ok(pool) => pool.delete(at.volume).await,
             Err(_) => Ok(()),
         }
+    }
+
+    /// Space of several volumes; see the protocol.
+    pub(crate) async fn volume_usages(&self, all: Vec<VolumeRef>) -> Result<Vec<(VolumeId, Usage)>> {
+        if all.len() > MAX_USAGES {
+            return Err(Error::too_large(format!(
+                "one call tells the space of at most {MAX_USAGES} volumes"
+            )));
+        }
+        let ask = |at: VolumeRef| async move {
+            let usage = self.pool(at.pool).ok()?.usage(at.volume).await.ok()?;
+            Some((at.volume, usage))
+        };
+        Ok(crate::samples::within(&self.env, all, ask).await)
     }
 
     pub(crate) async fn resize_volume(&self, request: VolumeResize) -> Result<()> {

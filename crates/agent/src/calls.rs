@@ -146,6 +146,7 @@ plain!(
     VolumeFilled,
     Vec<(InstanceId, Metrics)>,
     Vec<(InstanceId, MachineFigures)>,
+    Vec<(VolumeId, Usage)>,
     Vec<ExecOutput>,
     Vec<Series>,
     serde_json::Value,
@@ -281,6 +282,9 @@ agent_calls! {
     mutate fn volume_resize(VolumeResize: VolumeResize) -> ();
     /// Space of a volume.
     read fn volume_usage(VolumeUsage: VolumeRef) -> Usage;
+    /// Space of several volumes, at most [`MAX_USAGES`]. Those that are not there are left out, and so are those whose space
+    /// is not known within two seconds.
+    read fn volume_usages(VolumeUsages: Vec<VolumeRef>) -> Vec<(VolumeId, Usage)>;
 
     /// Freezes a volume's content now under an id. What a running guest has not written yet is not in it (as after a power
     /// cut), so the caller pauses the guest around the calls for all its volumes: then they are of one instant, and its
@@ -555,6 +559,9 @@ pub struct NetworkState {
     /// Ports of the bridge.
     pub ports: Vec<String>,
 }
+
+/// Volumes of one call of `volume_usages`.
+pub const MAX_USAGES: usize = 1024;
 
 /// A volume in its pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

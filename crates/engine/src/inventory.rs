@@ -32,7 +32,7 @@ use karst_store::{
     records::alias_id,
 };
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry},
     sync::{Arc, Mutex, RwLock, RwLockReadGuard},
     time::Duration,
 };
@@ -144,6 +144,8 @@ pub struct Records {
     pub pools: BTreeMap<PoolId, Row<Pool>>,
     /// Volumes.
     pub volumes: BTreeMap<VolumeId, Row<Volume>>,
+    /// Volumes by their names, which several pools and projects may have.
+    volumes_by_name: HashMap<String, BTreeSet<VolumeId>>,
     /// Networks.
     pub networks: BTreeMap<NetworkId, Row<Network>>,
     /// Network ACLs.
@@ -271,9 +273,10 @@ impl Records {
     pub fn custom_volume(&self, project: ProjectId, pool: &str, name: &str) -> Option<&Row<Volume>> {
         let project = self.volume_project(project);
         let pool = self.pool(pool).ok()?.id;
-        self.volumes.values().find(|v| {
-            v.pool == pool && v.project == project && v.owner == VolumeOwner::Custom && v.name == name
-        })
+        let named = self.volumes_by_name.get(name).into_iter().flatten();
+        named
+            .filter_map(|id| self.volumes.get(id))
+            .find(|v| v.pool == pool && v.project == project && v.owner == VolumeOwner::Custom)
     }
 
     /// Snapshots of an instance, oldest first.
@@ -488,7 +491,25 @@ impl Records {
                 Touched::All
             }
             t if t == Volume::TABLE => {
-                put!(self.volumes, parse(id));
+                let Some(id) = parse::<VolumeId>(id) else {
+                    return Touched::Nothing;
+                };
+                let old = self.volumes.get(&id).map(|v| v.name.clone());
+                put!(self.volumes, Some(id));
+                let new = self.volumes.get(&id).map(|v| v.name.clone());
+                if old != new {
+                    if let Some(old) = old
+                        && let Entry::Occupied(mut named) = self.volumes_by_name.entry(old)
+                    {
+                        named.get_mut().remove(&id);
+                        if named.get().is_empty() {
+                            named.remove();
+                        }
+                    }
+                    if let Some(new) = new {
+                        self.volumes_by_name.entry(new).or_default().insert(id);
+                    }
+                }
                 Touched::Nothing
             }
             t if t == Network::TABLE => {

@@ -62,7 +62,7 @@ pub type UsedBy = Vec<String>;
 
 /// Who uses something, for whoever is refused because of it: named is one that he sees, the others are counted.
 pub(crate) fn users_in_words(seen: &UsedBy, all: &UsedBy) -> String {
-    match (seen.first(), all.len()) {
+    match (seen.iter().min(), all.len()) {
         (Some(first), 1) => first.clone(),
         (Some(first), n) => format!("{first} and {} more", n.saturating_sub(1)),
         (None, 1) => "one object of another project".into(),
@@ -286,7 +286,7 @@ impl Engine {
                 row
             };
             let used = self.pool_used_by(&Context::system(), &row);
-            if let Some(first) = used.first() {
+            if let Some(first) = used.iter().min() {
                 return Err(Error::conflict(format!(
                     "storage pool {name:?} is used by {first}{}",
                     if used.len() > 1 { format!(" and {} more", used.len() - 1) } else { String::new() }

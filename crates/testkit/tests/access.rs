@@ -588,6 +588,7 @@ const WITHOUT_CONTEXT: &[(&str, &str)] = &[
     ("all_metrics", "by instance id: callers join it with the instances that a context showed them"),
     ("all_machine_figures", "by instance id: callers join it with the instances that a context showed them"),
     ("volume_usage", "takes a record that a context showed"),
+    ("volume_usages", "takes records that a context showed"),
     ("exec_expected", "takes an instance that exec_check showed"),
     ("project_used_by", "takes a record that a context showed; tells what is in it"),
     ("backup_upload_abandon", "takes the handle that backup_upload gave"),

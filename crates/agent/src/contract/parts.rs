@@ -166,7 +166,14 @@ pub(super) async fn volumes(s: &Subject) {
     s.agent.volume_create(&s.change(), volume.clone()).await.expect("twice is once");
     let check = s.agent.self_check(&s.read(), ()).await.unwrap();
     assert!(check.volumes.contains(&volume.id) && check.leaks.is_empty(), "{check:?}");
-    s.agent.volume_usage(&s.read(), at).await.unwrap();
+    let usage = s.agent.volume_usage(&s.read(), at).await.unwrap();
+    let lost = VolumeRef { pool, volume: VolumeId(s.env.uuid()) };
+    let elsewhere = VolumeRef { pool: PoolId(s.env.uuid()), volume: volume.id };
+    let several = s.agent.volume_usages(&s.read(), vec![lost, at, elsewhere]).await.unwrap();
+    assert_eq!(several.len(), 1, "of those that are there: {several:?}");
+    assert_eq!((several[0].0, several[0].1.total), (volume.id, usage.total));
+    let many = vec![at; MAX_USAGES + 1];
+    refused(s.agent.volume_usages(&s.read(), many).await, ErrorKind::TooLarge);
     let resize = |size| VolumeResize { volume: at, size };
     s.agent.volume_resize(&s.change(), resize(ByteSize::gib(12))).await.unwrap();
     s.agent.volume_resize(&s.change(), resize(ByteSize::gib(12))).await.expect("twice is once");

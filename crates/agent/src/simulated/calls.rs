@@ -11,7 +11,7 @@ use crate::{
 };
 use async_trait::async_trait;
 use karst_model::{
-    BackupId, ByteSize, Error, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId,
+    BackupId, ByteSize, Error, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId, VolumeId,
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
     device::interface_name,
     display::DisplayProtocol,
@@ -225,6 +225,19 @@ calls! {
             total: volume.size.map_or(0, ByteSize::bytes),
             ..Usage::default()
         })
+    }
+
+    read volume_usages(me, all: Vec<VolumeRef>) -> Vec<(VolumeId, Usage)> {
+        if all.len() > MAX_USAGES {
+            return Err(Error::too_large(format!("one call tells the space of at most {MAX_USAGES} volumes")));
+        }
+        let state = me.lock();
+        let of = |at: &VolumeRef| {
+            let volume = state.volume(*at).ok()?;
+            let total = volume.size.map_or(0, ByteSize::bytes);
+            Some((at.volume, Usage { used: state.used(volume), total, ..Usage::default() }))
+        };
+        Ok(all.iter().filter_map(of).collect())
     }
 
     mutate volume_snapshot_create(me, at: VolumeSnapshotRef) -> () { me.create_snapshot(at) }

@@ -155,7 +155,7 @@ pub(crate) async fn stop(state_dir: &Path) -> Result<()> {
     let root = root(state_dir);
     if root.exists() {
         proxies::end(&root.join("keeper")).await?;
-        std::fs::remove_dir_all(root)?;
+        proxies::remove_tree(&root)?;
     }
     Ok(())
 }

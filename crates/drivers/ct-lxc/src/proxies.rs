@@ -236,8 +236,12 @@ pub(crate) async fn end(dir: &Path) -> Result<()> {
     };
     match asked {
         Ok((keeper, _)) => {
-            keeper.kill().await?;
-            keeper.wait_exit().await?;
+            // It may end by itself at this moment, or by another who clears up after the same guest.
+            let ended = match keeper.kill().await {
+                Ok(()) => keeper.wait_exit().await.map(drop),
+                Err(e) => Err(e),
+            };
+            ended.or_else(|e| if e.is(ErrorKind::NotFound) { Ok(()) } else { Err(e) })?;
         }
         Err(e) if e.is(ErrorKind::NotFound) => {}
         Err(e) => return Err(e),
@@ -245,9 +249,17 @@ pub(crate) async fn end(dir: &Path) -> Result<()> {
     if dir.exists() {
         keeper::wait_gone(dir).await?;
         remove_socket(dir);
-        std::fs::remove_dir_all(dir).map_err(Error::from)?;
+        remove_tree(dir)?;
     }
     Ok(())
+}
+
+/// Removes a directory that another may be removing, too.
+pub(crate) fn remove_tree(dir: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e.into()),
+        _ => Ok(()),
+    }
 }
 
 /// Takes away the socket on the host at which the proxy of this directory listened.

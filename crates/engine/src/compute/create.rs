@@ -535,6 +535,16 @@ impl Saga for InstanceCreate {
         vec![lock(plan.instance.id)]
     }
 
+    /// A definition: its disk is there already, and it is off.
+    fn at_once(plan: &mut CreatePlan, tx: &mut Tx) -> Result<bool> {
+        if Self::has(plan, 0) || Self::has(plan, 1) {
+            return Ok(false);
+        }
+        plan.instance.lifecycle = Lifecycle::Ready;
+        plan.begin(tx);
+        Ok(true)
+    }
+
     fn begin(plan: &CreatePlan, _engine: &EngineInner, tx: &mut Tx) -> Result<()> {
         plan.begin(tx);
         Ok(())

@@ -1,9 +1,12 @@
 //! Sampled figures of guests: at most 2 s old, asked for at most once at a time per node.
 
 use crate::{Engine, context::Context};
-use karst_agent::CallContext;
+use karst_agent::{CallContext, MAX_USAGES, VolumeRef};
 use karst_env::EnvExt;
-use karst_model::{InstanceId, NodeId, Result, guest::Metrics, history::Series, instance::Status};
+use karst_model::{
+    InstanceId, NodeId, PoolId, Result, VolumeId, guest::Metrics, history::Series, instance::Status,
+    storage::Usage,
+};
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex},
@@ -21,10 +24,15 @@ pub type Sample = Arc<HashMap<InstanceId, Metrics>>;
 /// The last sample of a node and when it was taken; locked while the node is asked.
 type Slot = Arc<tokio::sync::Mutex<Option<(Duration, Sample)>>>;
 
+/// Space of volumes and when it was looked at; nothing of those that were not told.
+type Spaces = HashMap<VolumeId, (Duration, Option<Usage>)>;
+
 /// The last sample of each node, and the last one with details.
 #[derive(Default)]
 pub struct Cache {
     nodes: Mutex<HashMap<(NodeId, bool), Slot>>,
+    /// Locked while the host is asked.
+    spaces: tokio::sync::Mutex<Spaces>,
 }
 
 impl Engine {
@@ -112,5 +120,31 @@ impl Engine {
             1 => all.pop().unwrap_or_default(),
             _ => Arc::new(all.iter().flat_map(|s| s.iter().map(|(k, v)| (*k, v.clone()))).collect()),
         }
+    }
+    /// Space of volumes, as far as their host tells it in time.
+    pub async fn volume_usages(&self, volumes: &[(PoolId, VolumeId)]) -> HashMap<VolumeId, Usage> {
+        let inner = self.inner();
+        let now = inner.env.monotonic();
+        let mut spaces = inner.metrics.spaces.lock().await;
+        spaces.retain(|_, (taken, _)| now.saturating_sub(*taken) < MAX_AGE);
+        let wanted: Vec<VolumeRef> =
+            volumes.iter().map(|(pool, volume)| VolumeRef { pool: *pool, volume: *volume }).collect();
+        let unknown: Vec<VolumeRef> =
+            wanted.iter().filter(|at| !spaces.contains_key(&at.volume)).copied().collect();
+        for part in unknown.chunks(MAX_USAGES) {
+            let Ok(agent) = inner.agents.get(inner.node) else { break };
+            let context = CallContext::read(PATIENCE);
+            let asking = agent.volume_usages(&context, part.to_vec());
+            let told: HashMap<VolumeId, Usage> = match inner.env.timeout(PATIENCE, asking).await {
+                Ok(Ok(told)) => told.into_iter().collect(),
+                Ok(Err(e)) => {
+                    tracing::warn!(error = %e, "a host does not tell the space of volumes");
+                    break;
+                }
+                Err(_) => break,
+            };
+            spaces.extend(part.iter().map(|at| (at.volume, (now, told.get(&at.volume).copied()))));
+        }
+        wanted.iter().filter_map(|at| Some((at.volume, spaces.get(&at.volume)?.1?))).collect()
     }
 }

@@ -54,6 +54,15 @@ pub trait Saga: Send + Sync + Sized + 'static {
     /// Aggregate roots to lock, such as `instances/UUID`.
     fn locks(plan: &Self::Plan) -> Vec<String>;
 
+    /// Of a plan that has none of the steps: writes what the saga leaves, and it is done with the transaction that would have
+    /// begun it, without a log or locks. `false`, with nothing written: it begins and ends like any other.
+    ///
+    /// # Errors
+    /// Those of [`Saga::begin`].
+    fn at_once(_plan: &mut Self::Plan, _tx: &mut Tx) -> Result<bool> {
+        Ok(false)
+    }
+
     /// Pure database work of the beginning, in the transaction that writes the plan.
     fn begin(plan: &Self::Plan, engine: &EngineInner, tx: &mut Tx) -> Result<()>;
 

@@ -16,7 +16,7 @@ use karst_model::{
     operation::{Operation, OperationState},
 };
 use karst_store::Revision;
-use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 /// Tries of an undo before it needs attention.
 const UNDO_TRIES: u32 = 5;
@@ -80,15 +80,27 @@ pub async fn start<S: Saga>(
     let saga: Arc<dyn AnySaga> = Arc::new(super::Erased::<S>::new());
     for _ in 0..TXN_TRIES {
         let mut tx = Tx::default();
-        let (plan, new) = prepare(&mut tx)?;
+        let (mut plan, new) = prepare(&mut tx)?;
         let locks = S::locks(&plan);
         if locks.len() > MAX_LOCKS {
             return Err(Error::too_large(format!("one request may touch at most {MAX_LOCKS} objects")));
         }
         check_locks(engine, &locks)?;
         expect_idle_profiles(engine, &mut tx, &locks)?;
-        let id = SagaId(engine.env.uuid());
         let mut operation = engine.operations.record(context, new);
+        if S::at_once(&mut plan, &mut tx)? {
+            operation.state = OperationState::Success;
+            operation.may_cancel = false;
+            let told = S::told(&plan, &S::Outputs::default());
+            operation.metadata.extend(S::result(&plan, &S::Outputs::default(), engine));
+            tx.put(&operation);
+            match at_once(engine, operation, (S::announce(&plan), told), tx).await? {
+                Ok(live) => return Ok(live),
+                Err(revision) => engine.catch_up(revision).await,
+            }
+            continue;
+        }
+        let id = SagaId(engine.env.uuid());
         operation.saga = Some(id);
         operation.state = OperationState::Running;
         let plan_value = serde_json::to_value(&plan)?;
@@ -155,6 +167,37 @@ async fn begin(
     engine.env.spawn_task("saga-begin", async move {
         // Nobody listens when the caller has gone: the operation tells the rest.
         let _ = sender.send(begun.await);
+    });
+    answer.await.unwrap_or_else(|_| Err(Error::unavailable("the daemon is stopping")))
+}
+
+/// Lifecycle actions with the paths of their objects, and what is told along with them.
+type Told = (Vec<(&'static str, String)>, BTreeMap<String, serde_json::Value>);
+
+/// Commits what is done with this one transaction, in a task of its own for the reason of [`begin`].
+async fn at_once(
+    engine: &Arc<EngineInner>,
+    operation: Operation,
+    (actions, told): Told,
+    tx: Tx,
+) -> Result<std::result::Result<LiveOperation, Revision>> {
+    let (sender, answer) = tokio::sync::oneshot::channel();
+    let inner = engine.clone();
+    let done = async move {
+        let revision = match inner.db.commit(tx).await? {
+            Commit::Applied(revision) => revision,
+            Commit::Refused(revision) => return Ok(Err(revision)),
+        };
+        let seen = inner.inventory.wait_for(revision).await;
+        for (action, source) in actions {
+            let subject = Subject::of(&inner.inventory.read(), operation.project, &source);
+            send(&inner, &operation, (action, source), subject, told.clone());
+        }
+        let live = inner.operations.publish(operation);
+        seen.map(|()| Ok(live))
+    };
+    engine.env.spawn_task("saga-at-once", async move {
+        let _ = sender.send(done.await);
     });
     answer.await.unwrap_or_else(|_| Err(Error::unavailable("the daemon is stopping")))
 }
@@ -743,17 +786,22 @@ fn announce(
     let told = saga.told(&record.plan, &record.outputs);
     for ((action, source), before) in saga.announce(&record.plan).into_iter().zip(before) {
         let after = Subject::of(&engine.inventory.read(), record.project, &source);
-        engine.events.send(Event {
-            time: engine.env.now(),
-            project: record.project,
-            subject: Subject::changed(before, after),
-            project_name: engine.project_name(record.project),
-            kind: EventKind::Lifecycle {
-                action,
-                source,
-                context: told.clone(),
-                requestor: operation.requestor.clone(),
-            },
-        });
+        send(engine, operation, (action, source), Subject::changed(before, after), told.clone());
     }
+}
+
+fn send(
+    engine: &EngineInner,
+    operation: &Operation,
+    (action, source): (&'static str, String),
+    subject: Option<Subject>,
+    context: BTreeMap<String, serde_json::Value>,
+) {
+    engine.events.send(Event {
+        time: engine.env.now(),
+        project: operation.project,
+        subject,
+        project_name: engine.project_name(operation.project),
+        kind: EventKind::Lifecycle { action, source, context, requestor: operation.requestor.clone() },
+    });
 }

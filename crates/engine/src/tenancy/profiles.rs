@@ -272,7 +272,8 @@ impl Engine {
             .transact(|records, tx| {
                 let row = records.profile(project.id, name)?;
                 demand_idle(records, tx, row.id)?;
-                if let Some(user) = records.instances.values().find(|i| i.profiles.contains(&row.id)) {
+                let users = records.instances.values().filter(|i| i.profiles.contains(&row.id));
+                if let Some(user) = users.min_by(|a, b| a.name.cmp(&b.name)) {
                     return Err(Error::conflict(format!(
                         "profile {name:?} is used by {}",
                         called(row.project, user)

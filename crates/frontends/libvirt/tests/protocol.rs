@@ -310,7 +310,7 @@ async fn many_clients_and_one_that_sends_garbage() {
 async fn what_a_user_may_have_of_the_read_only_socket_is_bounded() {
     let read_only = OfOne { connections: 2, frame: 1 << 20, ..Bounds::default().read_only };
     let server =
-        Server::bounded(Bounds { first: Duration::from_millis(400), read_only, ..Bounds::default() }).await;
+        Server::bounded(Bounds { first: Duration::from_secs(2), read_only, ..Bounds::default() }).await;
     let ends = async |client: &mut crate::support::Client| {
         let mut rest = vec![];
         let ended = tokio::time::timeout(PATIENCE, client.stream.read_to_end(&mut rest)).await;

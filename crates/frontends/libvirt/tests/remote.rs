@@ -214,7 +214,7 @@ async fn a_trusted_certificate_is_let_in_and_does_what_the_socket_does() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nobody_else_gets_past_the_handshake() {
-    let l = Listening::start(Bounds { handshake: Duration::from_millis(300), ..Bounds::default() }).await;
+    let l = Listening::start(Bounds { handshake: Duration::from_secs(2), ..Bounds::default() }).await;
     let (word, mut none) = l.connect(None, "localhost").await.unwrap();
     assert_eq!(word, 0);
     none.ends().await;
@@ -293,7 +293,7 @@ async fn trust_and_the_listener_end_connections_that_are_open() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_are_bounded() {
     let bounds = Bounds {
-        handshake: Duration::from_millis(500),
+        handshake: Duration::from_secs(2),
         handshakes: 2,
         connections: 3,
         of_one: 2,

@@ -156,6 +156,7 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
     add("volume_resize", "of another pool", json!({"volume": elsewhere, "size": 1 << 30}), Refused);
     add("volume_usage", "of none", json!(volume(99)), Refused);
     add("volume_usage", "of another pool", elsewhere.clone(), Refused);
+    add("volume_usages", "more than a call takes", json!(vec![volume(13); 1025]), Refused);
     add("volume_snapshot_create", "of none", snapshot(99), Refused);
     add("volume_snapshot_delete", "of none", snapshot(3), GONE);
     add("volume_snapshot_restore", "under a guest", snapshot(3), Refused);

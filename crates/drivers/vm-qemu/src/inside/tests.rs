@@ -581,7 +581,7 @@ async fn samples_leave_a_silent_guest_alone_until_it_answers() {
     for _ in 0..20 {
         sample().await;
     }
-    assert!(began.elapsed() < FIGURES, "each waited: {:?}", began.elapsed());
+    assert!(began.elapsed() < FIGURES * 5, "each waited: {:?}", began.elapsed());
     may.store(true, Ordering::SeqCst);
     let began = Instant::now();
     while sample().await.0 == 0 {

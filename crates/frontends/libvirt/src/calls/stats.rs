@@ -1,7 +1,10 @@
 //! Figures of running domains.
 
 use super::{
-    Answered, Named, domain::is_running, domain::state_of, figures::disks, nothing, text, write_domain,
+    Answered, Named,
+    domain::{is_running, state_of},
+    figures::{Disk, disks},
+    nothing, text, write_domain,
 };
 use crate::{
     domain_uuid,
@@ -11,7 +14,11 @@ use crate::{
     xdr::{Typed, Writer},
 };
 use karst_engine::InstanceView;
-use karst_model::guest::{BalloonFigures, Interface, MachineFigures, MemoryInside, Metrics, NicFigures};
+use karst_model::{
+    VolumeId,
+    guest::{BalloonFigures, Interface, MachineFigures, MemoryInside, Metrics, NicFigures},
+    storage::Usage,
+};
 use std::{collections::HashMap, net::IpAddr, sync::Arc};
 use uuid::Uuid;
 
@@ -74,17 +81,32 @@ pub async fn all(call: Call) -> Answered {
         true if guests.iter().any(|v| is_running(v)) => engine.all_machine_figures().await,
         _ => HashMap::new(),
     };
-    let mut rows = vec![];
-    for view in guests {
-        let is = is_running(&view);
-        if (running || stopped) && !(running && is || stopped && !is) {
-            continue;
+    let mut told: Vec<(Arc<InstanceView>, Figures<'_>)> = vec![];
+    {
+        let records = engine.inner().inventory.read();
+        for view in guests {
+            let is = is_running(&view);
+            if (running || stopped) && !(running && is || stopped && !is) {
+                continue;
+            }
+            let of = Figures {
+                metrics: sample.get(&view.instance.id).filter(|_| is),
+                machine: machines.get(&view.instance.id).filter(|_| is),
+                disks: if stats & BLOCK != 0 { disks(&records, &view) } else { vec![] },
+            };
+            told.push((view, of));
         }
-        let of = Figures {
-            metrics: sample.get(&view.instance.id).filter(|_| is),
-            machine: machines.get(&view.instance.id).filter(|_| is),
-        };
-        let params = parameters(&call, &view, of, stats).await?;
+    }
+    // What QEMU does not tell the host does, of all disks at once.
+    let mut quiet = vec![];
+    for (_, of) in &told {
+        let unknown = of.disks.iter().filter(|d| of.allocation(d).is_none());
+        quiet.extend(unknown.filter_map(|d| d.volume.as_ref().map(|v| (v.pool, v.id))));
+    }
+    let spaces = engine.volume_usages(&quiet).await;
+    let mut rows = vec![];
+    for (view, of) in told {
+        let params = parameters(&call, &view, of, &spaces, stats)?;
         rows.push((view, params));
     }
     let mut w = Writer::new();
@@ -97,20 +119,29 @@ pub async fn all(call: Call) -> Answered {
     Ok(w.finish().into())
 }
 
-/// What is known of a running guest.
-#[derive(Clone, Copy)]
+/// What is known of a guest: its disks, and of one that runs what it did.
 struct Figures<'a> {
     metrics: Option<&'a Metrics>,
     machine: Option<&'a MachineFigures>,
+    disks: Vec<Disk>,
 }
 
-async fn parameters(
+impl Figures<'_> {
+    /// What a disk takes and how long its file is, where QEMU tells.
+    fn allocation(&self, disk: &Disk) -> Option<(u64, u64)> {
+        let figures = self.machine?.disks.get(&disk.slot)?;
+        Some((figures.allocation?, figures.physical?))
+    }
+}
+
+fn parameters(
     call: &Call,
     view: &InstanceView,
     of: Figures<'_>,
+    spaces: &HashMap<VolumeId, Usage>,
     stats: u32,
 ) -> Result<Vec<(String, Typed)>, VirError> {
-    let Figures { metrics, machine } = of;
+    let Figures { metrics, machine, .. } = of;
     let mut all = vec![];
     let mut add = |field: &str, value| all.push((field.to_owned(), value));
     let limits = limits::of(view)?;
@@ -187,14 +218,12 @@ async fn parameters(
         add("dirtyrate.calc_mode", Typed::Text("page-sampling".into()));
     }
     if stats & BLOCK != 0 && call.opened()?.driver == Driver::Qemu {
-        let engine = &call.session.front.engine;
-        let disks = disks(&engine.inner().inventory.read(), view);
-        add("block.count", Typed::Uint(disks.len() as u32));
-        for (n, disk) in disks.into_iter().enumerate() {
+        add("block.count", Typed::Uint(of.disks.len() as u32));
+        for (n, disk) in of.disks.iter().enumerate() {
             let mut add = |field: &str, value| add(&format!("block.{n}.{field}"), value);
-            add("name", Typed::Text(disk.target));
-            if let Some(path) = disk.path {
-                add("path", Typed::Text(path));
+            add("name", Typed::Text(disk.target.clone()));
+            if let Some(path) = &disk.path {
+                add("path", Typed::Text(path.clone()));
             }
             let figures = machine.and_then(|m| m.disks.get(&disk.slot));
             if let Some(d) = figures {
@@ -211,17 +240,16 @@ async fn parameters(
                     add(field, Typed::Ullong(value));
                 }
             }
-            let Some(volume) = disk.volume else { continue };
-            let (used, file) = match figures.and_then(|d| Some((d.allocation?, d.physical?))) {
-                Some(known) => known,
-                None => {
-                    let usage = engine.volume_usage(&volume).await?;
-                    (usage.used, usage.used)
-                }
-            };
-            add("allocation", Typed::Ullong(used));
+            let Some(volume) = &disk.volume else { continue };
+            let space = || spaces.get(&volume.id).map(|usage| (usage.used, usage.used));
+            let known = of.allocation(disk).or_else(space);
+            if let Some((used, _)) = known {
+                add("allocation", Typed::Ullong(used));
+            }
             add("capacity", Typed::Ullong(volume.size.unwrap_or_default().bytes()));
-            add("physical", Typed::Ullong(file));
+            if let Some((_, file)) = known {
+                add("physical", Typed::Ullong(file));
+            }
         }
     }
     if stats & IOTHREAD != 0 && metrics.is_some() && call.opened()?.driver == Driver::Qemu {
