@@ -169,6 +169,8 @@ pub struct Records {
     pub instance_names: BTreeMap<(ProjectId, String), InstanceId>,
     /// Instances by the MAC addresses of their NICs, so that a new one is not compared with each.
     instances_by_mac: HashMap<String, BTreeSet<InstanceId>>,
+    /// Instances by the sources of their own disks, of whatever pool; by nothing those that start with a kernel.
+    instances_by_source: HashMap<String, BTreeSet<InstanceId>>,
     /// Instances by project and DNS label, of which names are several.
     instances_by_label: HashMap<(ProjectId, String), BTreeSet<InstanceId>>,
     /// Snapshots of instances.
@@ -419,6 +421,38 @@ impl Records {
         }
     }
 
+    /// Instances of which a device of their own may be a volume of this name: all that are, and perhaps more.
+    pub(crate) fn instances_naming(&self, volume: &str) -> impl Iterator<Item = InstanceId> {
+        let named = [volume, ""].map(|name| self.instances_by_source.get(name));
+        named.into_iter().flatten().flatten().copied()
+    }
+
+    /// Keeps the index of instances by the sources of their disks.
+    fn follow_sources(&mut self, id: InstanceId, old: Option<&Instance>, new: Option<&Instance>) {
+        let of = |instance: Option<&Instance>| -> BTreeSet<String> {
+            let devices = instance.into_iter().flat_map(|i| i.devices.values());
+            devices
+                .filter_map(|keys| match keys.get("type")?.as_str() {
+                    "disk" => keys.get("source").filter(|s| !s.is_empty()).cloned(),
+                    "kernel" => Some(String::new()),
+                    _ => None,
+                })
+                .collect()
+        };
+        let (old, new) = (of(old), of(new));
+        for source in old.difference(&new) {
+            if let Some(ids) = self.instances_by_source.get_mut(source) {
+                ids.remove(&id);
+                if ids.is_empty() {
+                    self.instances_by_source.remove(source);
+                }
+            }
+        }
+        for source in new.difference(&old) {
+            self.instances_by_source.entry(source.clone()).or_default().insert(id);
+        }
+    }
+
     /// Keeps the index of instances by MAC address.
     fn follow_macs(&mut self, id: InstanceId, old: Option<&Instance>, new: Option<&Instance>) {
         let of = |instance: Option<&Instance>| -> BTreeSet<String> {
@@ -560,6 +594,7 @@ impl Records {
                 put!(self.instances, Some(id));
                 let new = self.instances.get(&id).cloned();
                 self.follow_macs(id, old.as_deref().map(|i| &**i), new.as_deref().map(|i| &**i));
+                self.follow_sources(id, old.as_deref().map(|i| &**i), new.as_deref().map(|i| &**i));
                 self.follow_labels(id, old.as_deref().map(|i| &**i), new.as_deref().map(|i| &**i));
                 if let Some(new) = new {
                     self.taken_vmids.insert(new.vmid.0);

@@ -16,6 +16,8 @@ use std::{
 /// Largest `index.yaml` that is read, and what may become of it.
 const INDEX: u64 = 4 << 20;
 const ANSWER: usize = 1 << 20;
+/// Most threads that compress one content.
+const PACKERS: usize = 4;
 
 /// One piece of a backup.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -73,6 +75,8 @@ pub fn pack(piece: &Piece, tree: &Path, disk: &Path, out: File) -> Result<File> 
         }
         Compression::Zstd => {
             let mut out = zstd::stream::write::Encoder::new(buffered, 3)?;
+            // Beside the one that reads. What one thread would write decompresses to the same.
+            out.multithread(std::thread::available_parallelism().map_or(1, |n| n.get().min(PACKERS) as u32))?;
             fill(&mut out)?;
             out.finish()?
         }

@@ -10,7 +10,7 @@ pub mod update;
 
 use crate::{Engine, EngineInner, Records, Row, context::Context, db::Tx};
 use karst_model::{
-    Error, Missing, Name, ProjectId, Result, VolumeId,
+    Error, InstanceId, Missing, Name, ProjectId, Result, VolumeId,
     access::Permission,
     device::{Devices, kernel_names},
     instance::{Instance, Status},
@@ -18,7 +18,7 @@ use karst_model::{
     project::{DEFAULT_PROJECT, Project},
     storage::{Pool, Volume},
 };
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Lock target of a custom volume.
 pub fn lock(id: VolumeId) -> String {
@@ -90,7 +90,15 @@ pub fn users(records: &Records, volume: &Volume) -> Users {
     };
     let profiles: Vec<_> =
         records.profiles.values().filter(|p| names(&p.devices, p.project)).cloned().collect();
-    let instances = records.instances.values().filter(|i| {
+    // Those of which a device names it, theirs or their profile's, and those that run: of thousands, few.
+    let own = records.instances_naming(&volume.name);
+    let running = records.runtimes.values().filter(|r| r.applied.is_some()).map(|r| r.instance);
+    let mut near: BTreeSet<InstanceId> = own.chain(running).collect();
+    if !profiles.is_empty() {
+        let has = |i: &&Row<Instance>| profiles.iter().any(|p| i.profiles.contains(&p.id));
+        near.extend(records.instances.values().filter(has).map(|i| i.id));
+    }
+    let instances = near.iter().filter_map(|id| records.instances.get(id)).filter(|i| {
         // What the profiles say counts unless the instance masks it: look closer only where there is a chance.
         let chance = names(&i.devices, i.project) || profiles.iter().any(|p| i.profiles.contains(&p.id));
         // A running guest has what it was given until it gives it back, whatever its record says for the next start. A

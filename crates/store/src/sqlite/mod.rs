@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use karst_env::{EnvExt, SharedEnv};
-use rusqlite::{Connection, OpenFlags};
+use rusqlite::{Connection, OpenFlags, config::DbConfig};
 use tokio::sync::{Semaphore, broadcast, mpsc, oneshot};
 
 use crate::error::{Result, StoreError};
@@ -202,6 +202,8 @@ fn connect(path: &Path, options: &SqliteOptions, role: Role) -> Result<Connectio
     }
     .map_err(failed)?;
     conn.busy_timeout(Duration::from_secs(5)).map_err(failed)?;
+    // Otherwise what is bound to a statement may change its plan, and it is compiled anew each time.
+    conn.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true).map_err(failed)?;
     conn.set_prepared_statement_cache_capacity(128);
     let (cache, extra) = match role {
         Role::Writer => (1024, ""),
