@@ -22,6 +22,7 @@ use karst_host::sandbox::Launcher;
 use karst_image::ImageStore;
 use karst_model::{
     ByteSize, Error, ErrorKind, InstanceId, NetworkId, PoolId, Result, VolumeId,
+    device::{DriveFormat, DriveMedia},
     image::Application,
     instance::{Generation, InstanceKind, RuntimeState},
     news::MachineNews,
@@ -32,8 +33,10 @@ use karst_model::{
 use karst_network::NetworkDriver;
 use karst_storage::{Format, Located, PoolDriver};
 use karst_vm_qemu::{QemuDriver, QemuOptions};
+use rustix::fs::{Mode, OFlags};
 use std::{
     collections::{BTreeMap, HashMap},
+    os::fd::AsRawFd,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -515,7 +518,7 @@ impl RealAgent {
                 let drive = user.is_some() && disk.path.is_none();
                 let mut found = self.resolve_path(&disk, path, drive)?;
                 match &mut found {
-                    Some(found) if drive => to_drive(found, path)?,
+                    Some(found) if drive => to_drive(found, path, disk.format, disk.media)?,
                     Some(found) if user.is_some() => demand_directory(found)?,
                     _ => {}
                 }
@@ -692,7 +695,7 @@ impl RealAgent {
                 recursive: false,
                 follow: false,
                 cdrom: false,
-                ejected: false,
+                ejected: spec.root.detached,
                 shared: spec.root.shared,
                 io: spec.root.io,
                 pci: spec.root.pci,
@@ -728,13 +731,26 @@ impl RealAgent {
     }
 }
 
-/// Makes a path of the host a drive: raw, as its device says and never looked into, and a disc when its name says so.
-fn to_drive(disk: &mut ResolvedDisk, path: &str) -> Result<()> {
+/// Makes a path of the host a drive, in the format that its device says, and a disc when that or its name says so. Its format is
+/// never found out; of qcow2 it is made sure that it is one, and refers to no other file.
+fn to_drive(
+    disk: &mut ResolvedDisk,
+    path: &str,
+    format: DriveFormat,
+    media: Option<DriveMedia>,
+) -> Result<()> {
     if disk.format != DiskFormat::Raw {
         let text = format!("{path:?} is a directory, which a virtual machine mounts somewhere; set path");
         return Err(Error::invalid(format!("devices.{}.path", disk.name), text));
     }
-    disk.cdrom = karst_model::device::is_disc_name(path);
+    disk.cdrom = karst_model::device::is_disc(path, media);
+    if let (DriveFormat::Qcow2, Some(opened)) = (format, &disk.opened) {
+        let name = format!("/proc/self/fd/{}", opened.0.as_raw_fd());
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = rustix::fs::open(name, flags, Mode::empty()).map_err(std::io::Error::from)?;
+        karst_image::qcow2::check(&format!("devices.{}.source", disk.name), &file.into())?;
+        disk.format = DiskFormat::Qcow2;
+    }
     Ok(())
 }
 
@@ -863,14 +879,44 @@ mod tests {
         assert_eq!(field(disk(DiskFormat::Directory, None)), "devices.data.path");
         assert_eq!(field(disk(DiskFormat::Raw, Some("/mnt"))), "devices.data.source");
         assert_eq!(field(disk(DiskFormat::Raw, None)), "devices.data.source");
-        // Without a place it is a drive, and a disc by its name.
-        let drive = |path: &str| {
+        // Without a place it is a drive, and a disc by its name or by its device's word.
+        let drive = |path: &str, media: Option<DriveMedia>| {
             let mut drive = disk(DiskFormat::Raw, None);
-            to_drive(&mut drive, path).map(|()| drive.cdrom)
+            to_drive(&mut drive, path, DriveFormat::Raw, media).map(|()| drive.cdrom)
         };
-        assert_eq!((drive("/srv/disk.img"), drive("/srv/Debian.ISO")), (Ok(false), Ok(true)));
-        let refused = to_drive(&mut disk(DiskFormat::Directory, None), "/srv/shared").unwrap_err();
+        assert_eq!((drive("/srv/disk.img", None), drive("/srv/Debian.ISO", None)), (Ok(false), Ok(true)));
+        assert_eq!(drive("/dev/cdrom", Some(DriveMedia::Cdrom)), Ok(true));
+        assert_eq!(drive("/srv/Debian.ISO", Some(DriveMedia::Disk)), Ok(false));
+        let mut directory = disk(DiskFormat::Directory, None);
+        let refused = to_drive(&mut directory, "/srv/shared", DriveFormat::Raw, None).unwrap_err();
         assert_eq!(refused.field.as_deref(), Some("devices.data.path"));
+    }
+
+    #[test]
+    fn a_drive_in_qcow2_is_one_and_refers_to_nothing() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("disk");
+        // Version 2, of 1 MiB in clusters of 64 KiB.
+        let mut header = vec![0u8; 512];
+        header[..4].copy_from_slice(b"QFI\xfb");
+        (header[7], header[23], header[29]) = (2, 16, 0x10);
+        let take = |header: &[u8]| {
+            std::fs::write(&path, header).unwrap();
+            let opened = Opened(Arc::new(std::fs::File::open(&path).unwrap().into()));
+            let mut drive = ResolvedDisk {
+                foreign: true,
+                opened: Some(opened),
+                ..karst_guest::samples::disk("data", "scsi1", &path, DiskFormat::Raw)
+            };
+            to_drive(&mut drive, "/srv/disk", DriveFormat::Qcow2, None).map(|()| drive.format)
+        };
+        assert_eq!(take(&header).unwrap(), DiskFormat::Qcow2);
+        let mut below = header.clone();
+        below[19] = 8;
+        for (bad, word) in [(&below[..], "backing"), (&[0u8; 512][..], "not in qcow2")] {
+            let e = take(bad).unwrap_err();
+            assert!(e.message.contains(word) && e.field.as_deref() == Some("devices.data.source"), "{e}");
+        }
     }
 
     #[test]

@@ -43,6 +43,7 @@ pub(crate) fn resolve(link: NicLink, networks: &BTreeMap<NetworkId, String>) -> 
         NicLink::Physical(parent) => ResolvedLink::Physical(parent),
         NicLink::PointToPoint(routes) => ResolvedLink::PointToPoint(routes),
         NicLink::Routed { link, routes } => ResolvedLink::Routed { link, routes },
+        NicLink::User {} => ResolvedLink::User {},
     })
 }
 
@@ -185,6 +186,13 @@ impl RealAgent {
                     .map_err(|e| e.at(field("parent")));
             }
             NicLink::PointToPoint(routes) => return routed("routes", routes.clone()),
+            NicLink::User {} if policy.user_networking => return Ok(()),
+            NicLink::User {} => {
+                return Err(Error::forbidden(format!(
+                    "this host lets no machine out as itself; its administrator can, by user_networking in {FILE}"
+                ))
+                .at(field("nictype")));
+            }
             NicLink::Routed { link, routes } => {
                 if let Some(parent) = &link.parent {
                     granted(&parent.parent)?;

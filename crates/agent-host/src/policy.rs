@@ -33,6 +33,9 @@ pub struct HostPolicy {
     pub raw_keys: Vec<String>,
     /// Interfaces of the host that networks and guests may have (`eth1`, …; `*`: all).
     pub network_interfaces: Vec<String>,
+    /// May virtual machines reach networks as a program of the host does (NICs of type `user`)? No firewall of Karst's is before
+    /// that, and what listens on the host for itself alone is reached too.
+    pub user_networking: bool,
     /// Addresses and subnets that the host routes to guests (NICs of type `routed`, routes of `p2p`): `192.0.2.0/24`, ….
     pub routed_subnets: Vec<ipnet::IpNet>,
     /// PCI addresses (`0000:01:00.0`) that may be passed through.

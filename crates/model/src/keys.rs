@@ -9,81 +9,13 @@ use crate::{
     spec::{CloudInit, KERNEL_LIMITS, Limits},
 };
 
+pub use crate::key_row::{Key, KeyScope, KeyType};
 pub use crate::key_values::{
     parse_allowance, parse_bool, parse_cpus, parse_kernel_limit, parse_nodes, parse_swap,
 };
 pub use keys_container::security;
 
-/// Type of a key's value.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum KeyType {
-    /// Any text.
-    Text,
-    /// `true` or `false` (also `1/0`, `yes/no`, `on/off`).
-    Bool,
-    /// A whole number within bounds.
-    Integer(i64, i64),
-    /// A size, such as `512MiB`.
-    Size,
-    /// CPUs: a number, or a set such as `0-1,3`.
-    Cpus,
-    /// NUMA nodes: a set such as `0` or `0-1,3`.
-    Nodes,
-    /// `50%` or `25ms/100ms`.
-    Allowance,
-    /// `true`, `false` or a size.
-    Swap,
-    /// `1024`, `1024:4096`, `unlimited`.
-    KernelLimit,
-    /// When something is done: a line of cron, or `@daily`.
-    Schedule,
-    /// A time, such as `2w 3d`.
-    Span,
-    /// Names of snapshots, such as `snap%d`.
-    Pattern,
-    /// One of the words.
-    OneOf(&'static [&'static str]),
-}
-
-/// Which instances have a key.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum KeyScope {
-    /// Both kinds.
-    Any,
-    /// Containers only.
-    Container,
-    /// Virtual machines only.
-    VirtualMachine,
-}
-
-/// A row of the table.
-#[derive(Debug, Clone, Copy)]
-pub struct Key {
-    /// Name, or a prefix ending in `.*`.
-    pub name: &'static str,
-    /// Type.
-    pub kind: KeyType,
-    /// Who has it.
-    pub scope: KeyScope,
-    /// Default in words or as value.
-    pub default: &'static str,
-    /// Takes effect on a running guest.
-    pub live: bool,
-    /// Documentation.
-    pub text: &'static str,
-}
-
-const fn key(
-    name: &'static str,
-    kind: KeyType,
-    scope: KeyScope,
-    default: &'static str,
-    live: bool,
-    text: &'static str,
-) -> Key {
-    Key { name, kind, scope, default, live, text }
-}
-
+use crate::key_row::key;
 use KeyScope::{Any, Container, VirtualMachine};
 use KeyType::{
     Allowance, Bool, Cpus, Integer, KernelLimit, Nodes, OneOf, Pattern, Schedule, Size, Span, Swap, Text,
@@ -164,12 +96,44 @@ pub const INSTANCE_KEYS: &[Key] = &[
     key("cloud-init.vendor-data", Text, Any, "", false, "cloud-init vendor data."),
     key("environment.*", Text, Any, "", true, "Environment of the container's init and of exec."),
     key(
+        "hardware.balloon",
+        Bool,
+        VirtualMachine,
+        "true",
+        false,
+        "The machine has a balloon, by which its memory shrinks and grows back while it runs.",
+    ),
+    key(
+        "hardware.balloon.deflate",
+        Bool,
+        VirtualMachine,
+        "false",
+        false,
+        "A guest that is short of memory takes back what the balloon has.",
+    ),
+    key(
+        "hardware.boot.retry",
+        Integer(0, 65535),
+        VirtualMachine,
+        "never",
+        false,
+        "Milliseconds until a firmware that found nothing to boot begins anew.",
+    ),
+    key(
         "hardware.boot_menu",
         Bool,
         VirtualMachine,
         "false",
         false,
         "The firmware waits some seconds for a key that opens its menu of what to boot.",
+    ),
+    key(
+        "hardware.boot_menu.timeout",
+        Integer(0, 65535),
+        VirtualMachine,
+        "5000",
+        false,
+        "Milliseconds that the menu of the firmware waits (hardware.boot_menu).",
     ),
     key(
         "hardware.clock",
@@ -187,7 +151,39 @@ pub const INSTANCE_KEYS: &[Key] = &[
         false,
         "QEMU's CPU model, such as host, max or EPYC-v4; changes when the machine is stopped.",
     ),
+    key(
+        "hardware.cpu.topology",
+        Text,
+        VirtualMachine,
+        "one socket",
+        false,
+        "How processors are laid out, such as sockets=2,dies=1,cores=4,threads=1; there is room for as many.",
+    ),
+    key(
+        "hardware.generation",
+        Text,
+        VirtualMachine,
+        "",
+        false,
+        "A UUID that the guest is told as its generation: another one after it was copied or put back.",
+    ),
+    key(
+        "hardware.hpet",
+        Bool,
+        VirtualMachine,
+        "false",
+        false,
+        "The machine has a high precision event timer.",
+    ),
     key("hardware.hyperv", Bool, VirtualMachine, "true for Windows", false, "Hyper-V's interfaces (KVM)."),
+    key(
+        "hardware.input",
+        Text,
+        VirtualMachine,
+        "",
+        false,
+        "Input devices of virtio: keyboard, mouse, tablet.",
+    ),
     key(
         "hardware.machine",
         Text,
@@ -195,6 +191,30 @@ pub const INSTANCE_KEYS: &[Key] = &[
         "q35",
         false,
         "Machine type: q35 or pc for the newest of the host, or a version such as pc-q35-7.2. Fixed when the machine is made.",
+    ),
+    key(
+        "hardware.memory",
+        Text,
+        VirtualMachine,
+        "",
+        false,
+        "How memory is had of the host: file, shared, allocated (from the start), unmerged, hugepages or hugepages=2MiB.",
+    ),
+    key(
+        "hardware.numa",
+        Text,
+        VirtualMachine,
+        "one node",
+        false,
+        "Nodes of memory, each with its processors: 0-1:512MiB;2-3:512MiB. Together they are limits.memory.",
+    ),
+    key(
+        "hardware.panic",
+        Bool,
+        VirtualMachine,
+        "false",
+        false,
+        "A guest whose kernel panics can say so (pvpanic).",
     ),
     key(
         "hardware.preset",
@@ -205,6 +225,22 @@ pub const INSTANCE_KEYS: &[Key] = &[
         "windows: what its installer has drivers for, where devices do not say otherwise (SATA, e1000e), and a TPM; clock in local time.",
     ),
     key(
+        "hardware.sleep",
+        OneOf(&["memory", "disk", "both"]),
+        VirtualMachine,
+        "",
+        false,
+        "States of sleep that the firmware offers.",
+    ),
+    key(
+        "hardware.sound",
+        Text,
+        VirtualMachine,
+        "",
+        false,
+        "Sound cards: ac97, es1370, ich6, ich9, sb16. They are heard by SPICE, else nowhere.",
+    ),
+    key(
         "hardware.spice",
         Bool,
         VirtualMachine,
@@ -213,6 +249,38 @@ pub const INSTANCE_KEYS: &[Key] = &[
         "The screen is there by SPICE too (incus console --type vga), with the clipboard, USB devices of the viewer's and an \
          exact pointer. It costs an idle machine processor time, and a machine starts without it where the host's QEMU has \
          no SPICE.",
+    ),
+    key(
+        "hardware.usb",
+        Text,
+        VirtualMachine,
+        "",
+        false,
+        "Controllers of USB: piix3-uhci, piix4-uhci, pci-ohci, ehci, ich9-ehci1 with ich9-uhci1:0 and its like, nec-xhci, qemu-xhci:PORTS.",
+    ),
+    key(
+        "hardware.usb.devices",
+        Text,
+        VirtualMachine,
+        "",
+        false,
+        "Emulated devices of USB: hub, keyboard, mouse, tablet, audio, each with its place as in hub@0:1.",
+    ),
+    key(
+        "hardware.video",
+        Text,
+        VirtualMachine,
+        "vga",
+        false,
+        "What screens are on: vga, cirrus, qxl, virtio, vmvga, bochs, none; further ones on qxl, virtio or bochs.",
+    ),
+    key(
+        "hardware.watchdog",
+        Text,
+        VirtualMachine,
+        "",
+        false,
+        "A watchdog and what it does: i6300esb or ib700, with reset, shutdown, poweroff, pause, none or inject-nmi, as in i6300esb:reset.",
     ),
     key("image.*", Text, Any, "", true, "Property of the image the instance was made of."),
     key(

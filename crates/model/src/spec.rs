@@ -3,7 +3,10 @@
 
 use crate::{
     ByteSize, DeviceId, ImageId, InstanceId, NetworkId, PoolId, ProjectId, SnapshotId, VolumeId,
-    device::{DiskIo, NicModel, NodeDevice, ParentLink, PortVlans, ProxyDevice, RoutedLink},
+    board::Board,
+    device::{
+        DiskIo, DriveFormat, DriveMedia, NicModel, NodeDevice, ParentLink, PortVlans, ProxyDevice, RoutedLink,
+    },
     firewall::{AclSpec, AddressSetSpec, ForwardSpec, Policy},
     image::Application,
     instance::{Firmware, Generation, InstanceKind},
@@ -89,6 +92,9 @@ pub struct MachineSpec {
     /// It has a balloon: its memory can shrink and grow back while it runs.
     #[serde(default)]
     pub balloon: bool,
+    /// What else it is made of.
+    #[serde(default, skip_serializing_if = "Board::is_usual")]
+    pub board: Board,
     /// It has a TPM 2.0.
     #[serde(default)]
     pub tpm: bool,
@@ -330,6 +336,9 @@ pub struct RootSpec {
     /// Boot order, higher first.
     #[serde(default)]
     pub boot_priority: u32,
+    /// The guest does not see it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub detached: bool,
 }
 
 /// A disk that is not the root.
@@ -376,6 +385,12 @@ pub struct DiskSpec {
     /// Boot order, higher first.
     #[serde(default)]
     pub boot_priority: u32,
+    /// How what is at a path of the host is written down.
+    #[serde(default)]
+    pub format: DriveFormat,
+    /// What a path of the host is shown as, where its name is not to say it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub media: Option<DriveMedia>,
 }
 
 impl DiskSpec {
@@ -512,6 +527,8 @@ pub enum NicLink {
         /// The subnets.
         routes: Vec<IpNet>,
     },
+    /// What QEMU reaches as a program of the host.
+    User {},
 }
 
 impl NicSpec {

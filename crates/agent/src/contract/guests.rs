@@ -760,6 +760,8 @@ async fn hot_plugged_volume(guest: &Guest<'_>) {
         optional: false,
         pci: None,
         boot_priority: 0,
+        format: Default::default(),
+        media: None,
     };
     let with = GuestSpec { disks: vec![disk], ..guest.spec.clone() };
     let applied = agent.guest_update(&s.change(), with).await.unwrap();

@@ -518,6 +518,7 @@ impl SimulatedAgent {
             NicLink::Network(id) => Err(Error::not_found(format!("network {id} is not on this host"))),
             NicLink::Bridge(name) => granted(name),
             NicLink::Macvlan(p) | NicLink::Physical(p) => granted(&p.parent),
+            NicLink::User {} => Ok(()),
             NicLink::PointToPoint(routes) => routes.iter().try_for_each(|r| routed(r, "routes")),
             NicLink::Routed { link, routes } => {
                 link.parent.iter().try_for_each(|p| granted(&p.parent))?;

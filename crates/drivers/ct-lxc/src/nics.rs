@@ -200,6 +200,11 @@ fn make(dir: &Path, namespace: BorrowedFd<'_>, nic: &Nic, spec: &ResolvedNic) ->
                 .map_err(|e| e.at(field(spec, "vlan")))?;
         }
         ResolvedLink::Physical(link) => lend(dir, namespace, nic, spec, link)?,
+        ResolvedLink::User {} => {
+            return Err(
+                Error::unsupported("virtual machines have NICs of this type").at(field(spec, "nictype"))
+            );
+        }
     }
     within(namespace, || {
         link::set_up(name, true)?;
@@ -303,6 +308,8 @@ pub(crate) fn unplug(dir: &Path, namespace: BorrowedFd<'_>, nic: &Nic) -> Result
             forget_proxies(spec)?;
             remove(&spec.host_interface)
         }
+        // It was never made.
+        ResolvedLink::User {} => Ok(()),
         ResolvedLink::Physical(ParentLink { vlan: None, .. }) => bring_home(dir, namespace, nic, spec),
         ResolvedLink::Macvlan(_) | ResolvedLink::Physical(_) => {
             within(namespace, || match find(nic, spec)? {

@@ -242,6 +242,8 @@ pub enum ResolvedLink {
         /// The subnets.
         routes: Vec<IpNet>,
     },
+    /// What QEMU reaches as a program of the host.
+    User {},
 }
 
 /// A NIC: an interface of the host that exists.

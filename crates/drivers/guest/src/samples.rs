@@ -95,6 +95,7 @@ pub fn machine(uuid: u128) -> MachineSpec {
         display: false,
         spice: false,
         balloon: false,
+        board: Default::default(),
         tpm: false,
         stateful: false,
         boot_menu: false,

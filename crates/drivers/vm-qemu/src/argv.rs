@@ -5,11 +5,13 @@
 //! descriptors that the keeper hands on: QEMU runs as a user that could open none of them.
 
 use crate::{
+    board,
     devices::{Bus, Disk, Layout, MAX_DISKS, MAX_NICS, Nic},
     directories::{Directory, MAX_DIRECTORIES},
 };
 use karst_model::{
     Error, Result,
+    board::UsbKind,
     instance::Firmware,
     node::AcceleratorKind,
     spec::{CpuLimit, MachineSpec},
@@ -25,7 +27,6 @@ mod slot {
     pub(super) fn rng(layout: Layout) -> &'static str {
         if layout.pc { "00:1d.0" } else { "00:01.0" }
     }
-    pub(super) const DISPLAY: &str = "00:1b.0";
     /// Controller of the USB devices that belong to SPICE.
     pub(super) const USB: &str = "00:1e.0";
     pub(super) const BALLOON: &str = "00:05.0";
@@ -163,10 +164,20 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
 
     // graphics=off is what -nographic means for the firmware: SeaBIOS then speaks on the serial port.
     // System management mode is needed by secure boot alone and costs at every firmware call.
+    let on = |on: bool| if on { "on" } else { "off" };
     let mut machine = format!(
-        "{machine},graphics=off,usb=off,vmport=off,hpet=off,dump-guest-core=off,smm={}",
-        if secure { "on" } else { "off" }
+        "{machine},graphics=off,usb=off,vmport=off,hpet={},dump-guest-core=off,smm={}",
+        on(m.spec.board.hpet),
+        on(secure)
     );
+    if let Some(memory) = &m.spec.board.memory {
+        if memory.unmerged {
+            machine.push_str(",mem-merge=off");
+        }
+        if m.spec.board.numa.is_empty() {
+            machine.push_str(&format!(",memory-backend={}", board::MEMORY));
+        }
+    }
     if m.firmware_code.is_some() {
         machine.push_str(",pflash0=firmware-code,pflash1=firmware-vars");
     }
@@ -185,7 +196,7 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     }
     opt("-cpu", cpu);
     let (cpus, most) = (m.cpus.max(1), m.max_cpus.max(m.cpus).max(1));
-    opt("-smp", format!("cpus={cpus},maxcpus={most},sockets=1,cores={most},threads=1"));
+    opt("-smp", board::processors(m.spec.board.topology.as_ref(), cpus, most)?);
     if m.memory < 64 << 20 || !m.memory.is_multiple_of(1 << 20) {
         return Err(Error::invalid(
             "config.limits.memory",
@@ -193,14 +204,23 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         ));
     }
     opt("-m", format!("size={}M", m.memory >> 20));
+    for (option, value) in board::memory(&m.spec.board, m.memory)? {
+        opt(option, value);
+    }
     opt("-uuid", m.spec.uuid.to_string());
     opt("-smbios", format!("type=1,manufacturer=Karst,product=Virtual Machine,uuid={}", m.spec.uuid));
     opt("-rtc", if m.spec.local_time { "base=localtime" } else { "base=utc" }.into());
-    let menu = if m.spec.boot_menu { "menu=on,splash-time=5000" } else { "menu=off" };
-    opt("-boot", format!("{menu},strict=on"));
+    let mut boot = match m.spec.boot_menu {
+        true => format!("menu=on,splash-time={}", m.spec.board.menu_timeout.unwrap_or(5000)),
+        false => "menu=off".to_owned(),
+    };
+    if let Some(retry) = m.spec.board.boot_retry {
+        boot.push_str(&format!(",reboot-timeout={retry}"));
+    }
+    opt("-boot", format!("{boot},strict=on"));
     let power = if layout.pc { "PIIX4_PM" } else { "ICH9-LPC" };
-    opt("-global", format!("{power}.disable_s3=1"));
-    opt("-global", format!("{power}.disable_s4=1"));
+    opt("-global", format!("{power}.disable_s3={}", u8::from(!m.spec.board.sleeps)));
+    opt("-global", format!("{power}.disable_s4={}", u8::from(!m.spec.board.hibernates)));
     if m.spec.ends_on_reboot {
         opt("-no-reboot", String::new());
     }
@@ -300,7 +320,11 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     }
     if m.spec.balloon {
         // What the guest frees goes back to the host by itself.
-        let balloon = json!({"driver": "virtio-balloon-pci", "id": "balloon", "free-page-reporting": true});
+        let mut balloon =
+            json!({"driver": "virtio-balloon-pci", "id": "balloon", "free-page-reporting": true});
+        if m.spec.board.balloon_deflates {
+            balloon["deflate-on-oom"] = true.into();
+        }
         opt("-device", fixed("balloon", balloon, slot::BALLOON)?);
     }
     if m.spec.tpm {
@@ -313,9 +337,9 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         // Shown to whoever is handed a connection; it listens nowhere. Which of them are asked for a password, and for which one,
         // is said with each.
         opt("-vnc", "none,password=on".into());
-        let mut vga = json!({"driver": "VGA", "id": "video", "vgamem_mb": 16});
-        layout.put(&mut vga, "display", slot::DISPLAY)?;
-        opt("-device", vga.to_string());
+        for (option, value) in board::screens(&m.spec.board, layout)? {
+            opt(option, value);
+        }
         if m.spec.spice {
             // The port of the guest's agent for clipboard and size is there also without SPICE: then nobody is at its other end.
             opt("-device", port(5, "vdagent", m.spice.then_some("vdagent"), "com.redhat.spice.0"));
@@ -330,8 +354,10 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         layout.put(&mut usb, "hardware.spice", slot::USB)?;
         opt("-device", usb.to_string());
         // Without it a pointer only moves relatively, until the guest has SPICE's agent.
-        let tablet = json!({"driver": "usb-tablet", "id": "tablet", "bus": "usb.0", "port": "1"});
-        opt("-device", tablet.to_string());
+        if !m.spec.board.usb_devices.iter().any(|d| d.kind == UsbKind::Tablet) {
+            let tablet = json!({"driver": "usb-tablet", "id": "tablet", "bus": "usb.0", "port": "1"});
+            opt("-device", tablet.to_string());
+        }
         for n in 0..REDIRECTED {
             let id = format!("redirect{n}");
             opt("-chardev", format!("spicevmc,id={id},name=usbredir"));
@@ -340,6 +366,9 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
                 json!({"driver": "usb-redir", "id": id, "chardev": id, "bus": "usb.0", "port": port});
             opt("-device", device.to_string());
         }
+    }
+    for (option, value) in board::devices(&m.spec.board, layout, m.spice)? {
+        opt(option, value);
     }
     for port in layout.root_ports() {
         opt("-device", port.to_string());
@@ -372,6 +401,9 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
             for node in disk.nodes()? {
                 opt("-blockdev", node.to_string());
             }
+        }
+        if let Some(property) = disk.boots_by_controller()? {
+            opt("-global", property);
         }
         opt("-device", disk.device(layout)?.to_string());
     }
@@ -441,6 +473,7 @@ pub(crate) mod tests {
                 pci: Some("00:08.0".into()),
                 mtu: None,
                 boot_priority: 0,
+                user: false,
             }],
             seed: true,
             firmware_code: None,
@@ -481,6 +514,7 @@ pub(crate) mod tests {
             pci: Some("02:00.0".into()),
             mtu: Some(1400),
             boot_priority: 5,
+            user: false,
             mac: "10:66:6a:12:34:57".into(),
         });
         m.seed = false;

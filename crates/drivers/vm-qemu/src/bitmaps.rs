@@ -271,7 +271,8 @@ pub(crate) async fn sweep(
     let paths: Vec<_> = {
         let record = machine.record();
         let disks = record.devices.iter().flat_map(|d| &d.disks);
-        disks.filter(|d| d.format == DiskFormat::Qcow2).map(|d| d.path.clone()).collect()
+        // What is in files of the host is its administrator's.
+        disks.filter(|d| d.format == DiskFormat::Qcow2 && !d.foreign).map(|d| d.path.clone()).collect()
     };
     let mut actions = vec![];
     for path in paths {

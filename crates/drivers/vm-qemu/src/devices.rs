@@ -8,7 +8,7 @@
 //! All but the device there is twice ([`Side`]): a disk that is copied while the machine runs has its copy on the other side,
 //! and a machine that goes on from the copy drives that one from then on. Which of the two it is, QEMU says.
 
-use karst_guest::{DiskFormat, ResolvedDisk, ResolvedNic};
+use karst_guest::{DiskFormat, ResolvedDisk, ResolvedLink, ResolvedNic};
 use karst_model::{
     Error, Result,
     device::{DiskCache, DiskLimits, DiskRate, NicModel},
@@ -21,6 +21,8 @@ pub const MAX_DISKS: usize = 64;
 pub const MAX_NICS: usize = 16;
 /// Ports of the SATA controller.
 pub const SATA_PORTS: u32 = 6;
+/// Drives of the IDE controller of i440FX: two at each of its two channels.
+pub const IDE_DRIVES: u32 = 4;
 /// PCIe root ports that a machine can have: the functions of two slots.
 pub const MAX_PORTS: u8 = 16;
 
@@ -120,6 +122,10 @@ pub enum Bus {
     Nvme(u32),
     /// A port of the SATA controller.
     Sata(u32),
+    /// A drive of the IDE controller that i440FX has.
+    Ide(u32),
+    /// A drive of its controller of floppy disks.
+    Floppy(u32),
 }
 
 impl Bus {
@@ -140,6 +146,13 @@ impl Bus {
                 field,
                 format!("the SATA controller has {SATA_PORTS} ports; use another io.bus"),
             )),
+            ("floppy", Some(n)) if n < 2 => Ok(Self::Floppy(n)),
+            ("floppy", Some(_)) => Err(Error::invalid(field, "a machine has two drives of floppy disks")),
+            ("ide", Some(n)) if n < IDE_DRIVES => Ok(Self::Ide(n)),
+            ("ide", Some(_)) => Err(Error::invalid(
+                field,
+                format!("the IDE controller has {IDE_DRIVES} drives; use another io.bus"),
+            )),
             _ => Err(Error::invalid(field, format!("{slot:?} is not a slot of a disk of a virtual machine"))),
         }
     }
@@ -152,6 +165,8 @@ impl Bus {
             Self::Virtio(n) => most + n,
             Self::Nvme(n) => 2 * most + n,
             Self::Sata(n) => 3 * most + n,
+            Self::Ide(n) => 4 * most + n,
+            Self::Floppy(n) => 5 * most + n,
         }
     }
 }
@@ -315,7 +330,7 @@ impl Disk {
             Bus::Virtio(_) | Bus::Nvme(_) => {
                 layout.hotplug() && self.pci.as_deref().is_none_or(|p| layout.pc || !p.starts_with("00:"))
             }
-            Bus::Sata(_) => false,
+            Bus::Sata(_) | Bus::Ide(_) | Bus::Floppy(_) => false,
         })
     }
 
@@ -410,6 +425,22 @@ impl Disk {
         ['d', 'i', 'f', 'b', 'c'].map(|kind| side.name(kind, slot))
     }
 
+    /// The property of a controller that says when a floppy disk is booted from; nothing for other disks.
+    ///
+    /// # Errors
+    /// Invalid for an unknown slot.
+    pub fn boots_by_controller(&self) -> Result<Option<String>> {
+        let bus = self.bus()?;
+        Ok(match bus {
+            Bus::Floppy(n) => {
+                let drive = if n == 0 { 'A' } else { 'B' };
+                let order = boot_index(self.boot_priority, bus.number());
+                Some(format!("isa-fdc.bootindex{drive}={order}"))
+            }
+            _ => None,
+        })
+    }
+
     /// The device.
     ///
     /// # Errors
@@ -424,16 +455,22 @@ impl Disk {
         if !self.ejected {
             device["drive"] = self.top().into();
         }
-        if self.readonly && !self.cdrom && matches!(bus, Bus::Sata(_)) {
+        if self.readonly && !self.cdrom && matches!(bus, Bus::Sata(_) | Bus::Ide(_)) {
             return Err(Error::invalid(
                 format!("{field}.io.bus"),
-                "a SATA disk cannot be read-only; use virtio-scsi",
+                "a disk on SATA or IDE cannot be read-only; use virtio-scsi",
             ));
         }
-        if self.cdrom && !matches!(bus, Bus::Scsi(_) | Bus::Sata(_)) {
+        if self.cdrom && !matches!(bus, Bus::Scsi(_) | Bus::Sata(_) | Bus::Ide(_)) {
             return Err(Error::invalid(
                 format!("{field}.io.bus"),
-                "a disc is in a drive of virtio-scsi or sata",
+                "a disc is in a drive of virtio-scsi, sata or ide",
+            ));
+        }
+        if matches!(bus, Bus::Ide(_) | Bus::Floppy(_)) && !layout.pc {
+            return Err(Error::invalid(
+                format!("{field}.io.bus"),
+                "machines of type pc have controllers of IDE and of floppy disks; use sata",
             ));
         }
         if !self.cdrom {
@@ -473,12 +510,22 @@ impl Disk {
                 device["driver"] = "nvme".into();
                 device["serial"] = serial.chars().take(20).collect::<String>().into();
                 // It has no such properties: the guest sees its errors.
-                for property in ["werror", "rerror", "write-cache"] {
-                    if let Some(d) = device.as_object_mut() {
-                        d.remove(property);
-                    }
-                }
+                without(&mut device, &["werror", "rerror", "write-cache"]);
                 at(&mut device)?;
+            }
+            Bus::Floppy(n) => {
+                device["driver"] = "floppy".into();
+                device["unit"] = n.into();
+                // Its place in the order of boot is the controller's to know ([`Disk::boots_by_controller`]).
+                without(&mut device, &["werror", "rerror", "write-cache", "bootindex"]);
+            }
+            Bus::Ide(n) => {
+                device["driver"] = if self.cdrom { "ide-cd" } else { "ide-hd" }.into();
+                device["bus"] = format!("ide.{}", n / 2).into();
+                device["unit"] = (n % 2).into();
+                if self.serial {
+                    device["serial"] = serial.chars().take(20).collect::<String>().into();
+                }
             }
             Bus::Sata(n) => {
                 device["driver"] = if self.cdrom { "ide-cd" } else { "ide-hd" }.into();
@@ -489,6 +536,13 @@ impl Disk {
             }
         }
         Ok(device)
+    }
+}
+
+/// Takes properties away that a device has not.
+fn without(device: &mut Value, properties: &[&str]) {
+    if let Some(all) = device.as_object_mut() {
+        all.retain(|name, _| !properties.contains(&name.as_str()));
     }
 }
 
@@ -516,6 +570,8 @@ pub struct Nic {
     pub mtu: Option<u32>,
     /// Boot order, higher first.
     pub boot_priority: u32,
+    /// QEMU itself is its network: there is no tap.
+    pub user: bool,
 }
 
 impl Nic {
@@ -529,6 +585,7 @@ impl Nic {
             pci: nic.pci.clone(),
             mtu: nic.mtu,
             boot_priority: nic.boot_priority,
+            user: nic.link == ResolvedLink::User {},
         }
     }
 
@@ -546,8 +603,11 @@ impl Nic {
         layout.pc || self.pci.as_deref().is_some_and(|p| layout.ports > 0 && !p.starts_with("00:"))
     }
 
-    /// Its host side: a tap, by the number or the name of its descriptor.
+    /// Its host side: a tap, by the number or the name of its descriptor, or QEMU itself.
     pub fn host(&self, fd: &str) -> Value {
+        if self.user {
+            return json!({"type": "user", "id": Self::netdev(&self.slot)});
+        }
         json!({"type": "tap", "id": Self::netdev(&self.slot), "fd": fd, "vhost": false})
     }
 
@@ -575,6 +635,10 @@ impl Nic {
                 }
             }
             NicModel::E1000e => device["driver"] = "e1000e".into(),
+            NicModel::E1000 => device["driver"] = "e1000".into(),
+            NicModel::Rtl8139 => device["driver"] = "rtl8139".into(),
+            NicModel::Pcnet => device["driver"] = "pcnet".into(),
+            NicModel::Ne2k => device["driver"] = "ne2k_pci".into(),
         }
         layout.put(&mut device, &field, self.pci.as_deref().ok_or_else(|| no_slot(&field))?)?;
         Ok(device)
@@ -638,7 +702,12 @@ pub(crate) mod tests {
                 assert!(order.insert(d.device(Q35).unwrap()["bootindex"].as_u64().unwrap()));
             }
         }
-        assert!(disk("scsi64").bus().is_err() && disk("sata6").bus().is_err() && disk("ide0").bus().is_err());
+        assert!(
+            disk("scsi64").bus().is_err()
+                && disk("sata6").bus().is_err()
+                && disk("ide4").bus().is_err()
+                && disk("floppy2").bus().is_err()
+        );
         // A higher priority comes before everything of a lower one.
         let first = Disk { boot_priority: 1, ..disk("sata5") }.device(Q35).unwrap();
         assert!(first["bootindex"].as_u64() < order.first().copied());

@@ -63,9 +63,10 @@ pub(crate) fn is_directory(disk: &ResolvedDisk) -> bool {
     disk.format == DiskFormat::Directory && disk.mount_point.is_some()
 }
 
-/// The disks that QEMU drives, the root first.
+/// The disks that QEMU drives, the root first where the guest sees it.
 pub(crate) fn drives(guest: &ResolvedGuest) -> impl Iterator<Item = &ResolvedDisk> {
-    std::iter::once(&guest.root).chain(guest.disks.iter().filter(|d| !is_directory(d)))
+    let root = std::iter::once(&guest.root).filter(|d| !d.ejected);
+    root.chain(guest.disks.iter().filter(|d| !is_directory(d)))
 }
 
 /// A guest's directories.

@@ -373,7 +373,7 @@ pub(crate) fn prepare(
     fds.push((fd::EVENTS, listen(&guest.state_dir, EVENTS)?));
     fds.push((fd::AGENT, listen(&guest.state_dir, AGENT)?));
     fds.push((fd::LINK, listen(&guest.state_dir, LINK)?));
-    for (i, n) in guest.nics.iter().enumerate() {
+    for (i, n) in guest.nics.iter().enumerate().filter(|(_, n)| n.link != ResolvedLink::User {}) {
         fds.push((fd::NIC + i as i32, open_tap(&guest.state_dir, n)?));
     }
     let limits = limits(guest)?;

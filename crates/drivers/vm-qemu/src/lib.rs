@@ -11,6 +11,7 @@ pub mod agent;
 pub mod argv;
 mod backups;
 mod bitmaps;
+mod board;
 mod copies;
 pub mod cpu;
 mod details;

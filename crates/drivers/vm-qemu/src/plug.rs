@@ -369,9 +369,11 @@ impl Change<'_> {
 
     async fn plug_nic(&self, nic: &ResolvedNic) -> Result<()> {
         let device = Nic::new(nic);
-        let tap = launch::open_tap(&self.machine.dir, nic)?;
         let name = format!("tap-{}", nic.slot);
-        self.qmp.execute_with_fd("getfd", json!({"fdname": name}), tap.as_fd()).await?;
+        if !device.user {
+            let tap = launch::open_tap(&self.machine.dir, nic)?;
+            self.qmp.execute_with_fd("getfd", json!({"fdname": name}), tap.as_fd()).await?;
+        }
         self.qmp.execute("netdev_add", device.host(&name)).await?;
         self.qmp.execute("device_add", device.device(self.layout)?).await?;
         if nic.disconnected {

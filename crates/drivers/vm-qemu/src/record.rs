@@ -131,11 +131,14 @@ impl Record {
             accelerator: guest.accelerator,
             memory: memory(guest),
             cpus: cpu_count(guest.limits.cpu.as_ref()),
-            max_cpus: most_cpus(
-                guest.accelerator,
-                guest.machine.as_ref().map(|m| m.firmware),
-                cpu_count(guest.limits.cpu.as_ref()),
-            ),
+            max_cpus: match guest.machine.as_ref().and_then(|m| m.board.topology) {
+                Some(topology) => topology.processors(),
+                None => most_cpus(
+                    guest.accelerator,
+                    guest.machine.as_ref().map(|m| m.firmware),
+                    cpu_count(guest.limits.cpu.as_ref()),
+                ),
+            },
             balloon: None,
             cpu: guest.limits.cpu.clone(),
             root: guest.root.path.clone(),
@@ -174,7 +177,9 @@ impl Record {
                 ("hardware.spice", now.spice != new.spice),
                 ("hardware.clock", now.local_time != new.local_time),
                 ("hardware.hyperv", now.windows != new.windows),
+                ("hardware.balloon", now.balloon != new.balloon),
             ];
+            pending.extend(now.board.differences(&new.board).into_iter().map(str::to_owned));
             if now.kernel != new.kernel {
                 let names = [&now.kernel, &new.kernel].into_iter().flatten().map(|k| &k.name);
                 let names: std::collections::BTreeSet<_> = names.collect();

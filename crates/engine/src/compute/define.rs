@@ -12,11 +12,12 @@ use crate::{
     saga::runner,
 };
 use karst_model::{
-    DeviceId, Error, InstanceId, Name, Result,
+    ByteSize, DeviceId, Error, InstanceId, Name, Result,
     access::Permission,
     device::{Devices, DiskBus},
     instance::{DesiredPower, DeviceIdentity, Instance, InstanceKind},
-    storage::VolumeOwner,
+    project::Project,
+    storage::{Volume, VolumeOwner},
 };
 use std::collections::BTreeMap;
 use uuid::Uuid;
@@ -67,7 +68,9 @@ impl Engine {
             let records = inner.inventory.read();
             tx.expect(&project);
             records.demand_seen_acls(context, &project, &request.create.devices)?;
-            let mut plan = plan(inner, &records, tx, &project, name.clone(), &request.create)?;
+            let mut create = request.create.clone();
+            give_root(&records, &project, &mut create.devices)?;
+            let mut plan = plan(inner, &records, tx, &project, name.clone(), &create)?;
             if let Some(uuid) = request.uuid {
                 demand_free(&records, uuid)?;
                 identify(&mut plan.instance, uuid);
@@ -92,6 +95,41 @@ impl Engine {
         .await?;
         Ok((name.to_string(), operation))
     }
+}
+
+/// Size of a root that no guest ever saw.
+const BARE: ByteSize = ByteSize::mib(1);
+
+/// Is it the root of a machine that has none to its guest, as [`give_root`] made it? Nothing is on it.
+pub(crate) fn is_bare(devices: &Devices, volume: &Volume) -> bool {
+    let hidden = devices.values().any(|keys| {
+        let is = |key: &str, value: &str| keys.get(key).is_some_and(|v| v == value);
+        is("type", "disk") && is("path", "/") && is("attached", "false")
+    });
+    hidden && volume.size == Some(BARE)
+}
+
+/// A machine without a disk that can be its root, or with none at all, is kept by a small volume that its guest does not see:
+/// snapshots, copies and quotas go by the root of an instance.
+fn give_root(records: &Records, project: &Project, devices: &mut Devices) -> Result<()> {
+    let is =
+        |keys: &BTreeMap<String, String>, key: &str, value: &str| keys.get(key).is_some_and(|v| v == value);
+    let root = |keys: &BTreeMap<String, String>| is(keys, "type", "disk") && is(keys, "path", "/");
+    if devices.values().any(root) {
+        return Ok(());
+    }
+    let usual = records.profiles.values().find(|p| p.project == project.id && &*p.name == "default");
+    let usual = usual.and_then(|p| p.devices.values().find(|keys| root(keys))?.get("pool").cloned());
+    let pool = usual.or_else(|| records.pools.values().map(|p| p.name.to_string()).min()).ok_or_else(|| {
+        let text = "a machine without a disk of a pool is kept in a pool all the same, and there is none; make one";
+        Error::invalid("devices", text)
+    })?;
+    let name = (0..).map(|n| if n == 0 { "root".to_owned() } else { format!("root{n}") });
+    let name = name.into_iter().find(|name| !devices.contains_key(name)).unwrap_or_default();
+    let size = BARE.to_string();
+    let keys = [("type", "disk"), ("path", "/"), ("pool", &*pool), ("size", &*size), ("attached", "false")];
+    devices.insert(name, keys.map(|(k, v)| (k.to_owned(), v.to_owned())).into());
+    Ok(())
 }
 
 fn demand_free(records: &Records, uuid: Uuid) -> Result<()> {
@@ -147,7 +185,10 @@ fn place(
         let disk = parsed.disks.iter().find(|(n, _)| n == name).map(|(_, d)| d.io.bus);
         let disk = disk.or_else(|| (parsed.root.0 == *name).then_some(parsed.root.1.io.bus));
         let behind = |bus: Option<DiskBus>| {
-            matches!(bus.unwrap_or(DiskBus::VirtioScsi), DiskBus::VirtioScsi | DiskBus::Sata)
+            matches!(
+                bus.unwrap_or(DiskBus::VirtioScsi),
+                DiskBus::VirtioScsi | DiskBus::Sata | DiskBus::Ide | DiskBus::Floppy
+            )
         };
         if !disk.is_some_and(behind) {
             identity.pci = free.pci();

@@ -68,7 +68,7 @@ impl Engine {
                     "instance {name:?} is running; stop it first, or delete it with --force"
                 )));
             }
-            let (config, _) = records.expanded(row);
+            let (config, devices) = records.expanded(row);
             if karst_model::keys::flag(&config, "security.protection.delete")? {
                 return Err(Error::conflict(format!(
                     "instance {name:?} is protected from being deleted; unset security.protection.delete first"
@@ -80,7 +80,7 @@ impl Engine {
                 if volume.owner != (VolumeOwner::Instance { instance: row.id }) {
                     continue;
                 }
-                if !keep {
+                if !keep || super::define::is_bare(&devices, volume) {
                     volumes.push(VolumeRef { pool: volume.pool, volume: volume.id });
                     continue;
                 }

@@ -84,10 +84,12 @@ fn check_drive(
         );
         return Err(Error::invalid(field("source"), text));
     }
-    if disk.source.is_disc_file() {
+    if disk.is_disc() {
         return match disk.io.bus {
-            None | Some(DiskBus::VirtioScsi | DiskBus::Sata) => Ok(()),
-            Some(_) => Err(Error::invalid(field("io.bus"), "a disc is in a drive of virtio-scsi or sata")),
+            None | Some(DiskBus::VirtioScsi | DiskBus::Sata | DiskBus::Ide) => Ok(()),
+            Some(_) => {
+                Err(Error::invalid(field("io.bus"), "a disc is in a drive of virtio-scsi, sata or ide"))
+            }
         };
     }
     if !disk.attached {
@@ -108,12 +110,22 @@ fn check_drive(
     Ok(())
 }
 
-/// Only who administers the server says which of the host's paths a machine has as a drive; `now` are the devices that it
-/// has. What the host grants at all is its own policy's.
+/// Only who administers the server says which of the host's paths a machine has as a drive, and which machine goes out as the
+/// host itself; `now` are the devices that it has. What the host grants at all is its own policy's.
 ///
 /// # Errors
 /// Forbidden, naming the device.
 pub(crate) fn demand_drives(context: &Context, now: &Devices, wanted: &Devices) -> Result<()> {
+    let user = |keys: &BTreeMap<String, String>| {
+        let is = |key: &str, value: &str| keys.get(key).is_some_and(|v| v == value);
+        is("type", "nic") && is("nictype", "user")
+    };
+    let out =
+        wanted.iter().find(|(device, keys)| user(keys) && now.get(*device).is_none_or(|had| !user(had)));
+    if let Some((device, _)) = out.filter(|_| !context.principal().may(Permission::ServerEdit, None)) {
+        let text = "only administrators of the server let a machine out as the host itself; use a network";
+        return Err(Error::forbidden(text).at(format!("devices.{device}.nictype")));
+    }
     let new = wanted.iter().find(|(device, keys)| gains(now.get(*device), keys));
     let Some((device, _)) = new.filter(|_| !context.principal().may(Permission::ServerEdit, None)) else {
         return Ok(());
@@ -128,7 +140,13 @@ fn gains(before: Option<&BTreeMap<String, String>>, keys: &BTreeMap<String, Stri
     let readonly = |keys: &BTreeMap<String, String>| {
         keys.get("readonly").is_some_and(|v| parse_bool("readonly", v).unwrap_or(false))
     };
-    let had = before.filter(|keys| host_drive(keys) == Some(path));
+    // Read as another format or kind it is another thing.
+    let same = |had: &&BTreeMap<String, String>| {
+        ["format", "media"]
+            .iter()
+            .all(|key| had.get(*key).unwrap_or(&String::new()) == keys.get(*key).unwrap_or(&String::new()))
+    };
+    let had = before.filter(|keys| host_drive(keys) == Some(path)).filter(same);
     had.is_none_or(|had| readonly(had) && !readonly(keys))
 }
 
@@ -214,11 +232,11 @@ fn check_content(kind: InstanceKind, volume: &Volume, device: &str, disk: &DiskD
             format!("{:?} is a block volume; only a disc leaves its drive. Remove the device", volume.name),
         )),
         (VolumeContent::Iso, ..)
-            if !matches!(disk.io.bus, None | Some(DiskBus::VirtioScsi | DiskBus::Sata)) =>
+            if !matches!(disk.io.bus, None | Some(DiskBus::VirtioScsi | DiskBus::Sata | DiskBus::Ide)) =>
         {
             Err(Error::invalid(
                 format!("devices.{device}.io.bus"),
-                "a disc is in a drive of virtio-scsi or sata",
+                "a disc is in a drive of virtio-scsi, sata or ide",
             ))
         }
         (_, InstanceKind::VirtualMachine, None) => Ok(()),
@@ -319,6 +337,8 @@ mod tests {
         );
         assert!(!gains(Some(&read), &drive(&[("readonly", "on"), ("boot.priority", "3")])));
         assert!(gains(Some(&drive(&[("source", "/dev/sdc")])), &written), "another path");
+        assert!(gains(Some(&written), &drive(&[("format", "qcow2")])), "another format");
+        assert!(gains(Some(&drive(&[("media", "cdrom")])), &written), "another kind");
         assert!(!gains(None, &drive(&[("pool", "default")])), "a volume");
     }
 

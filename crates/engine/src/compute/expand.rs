@@ -3,6 +3,7 @@
 use super::slots;
 use karst_model::{
     Config, DeviceId, Error, InstanceId, Missing, Result, VolumeId, application,
+    board::Board,
     device::{
         Device, Devices, DiskBus, DiskDevice, DiskOrigin, KernelDevice, NicDevice, NodeDevice, ProxyDevice,
         RootDevice,
@@ -161,7 +162,10 @@ pub fn assign_identities(
             match parsed.disks.iter().find(|(n, _)| n == name) {
                 // On another bus it is another device, and a directory is no drive.
                 Some((_, disk)) => bus(slot, disk.io.bus) && shared == disk.path.is_some(),
-                None if name == root_name => bus(slot, root.io.bus),
+                None if name == root_name => {
+                    let hidden = slots::kind_of(slot) == slots::HIDDEN;
+                    if root.attached { !hidden && bus(slot, root.io.bus) } else { hidden }
+                }
                 None => true,
             }
         }
@@ -180,6 +184,7 @@ pub fn assign_identities(
     let root_identity = kept.get(root_name).cloned().unwrap_or_else(|| {
         let (slot, pci) = match hardware {
             None => ("rootfs".into(), None),
+            Some(_) if !root.attached => (free.slot(slots::HIDDEN), None),
             Some(_) => free.disk(root.io.bus.unwrap_or(DiskBus::VirtioScsi)),
         };
         DeviceIdentity { volume: Some(root_volume), ..fresh(slot, pci, random) }
@@ -305,11 +310,21 @@ pub fn guest_spec(
         io: root_device.io,
         pci: root_identity.pci.clone(),
         boot_priority: root_device.boot_priority.unwrap_or(1),
+        detached: !root_device.attached,
     };
+    if root.detached && instance.kind == InstanceKind::Container {
+        return Err(Error::invalid(
+            format!("devices.{root_name}.attached"),
+            "a container lives in its root; virtual machines can be without it",
+        ));
+    }
     let stateful = keys::optional_flag(config, "migration.stateful").unwrap_or(false);
+    let pc = instance.hardware.as_ref().is_some_and(|h| h.machine.starts_with("pc-i440fx-"));
+    demand_bus(root_name, root_device.io.bus, pc)?;
     let mut disks = vec![];
     for (name, disk) in &parsed.disks {
         let id = identity(name)?;
+        demand_bus(name, disk.io.bus, pc)?;
         if instance.kind == InstanceKind::VirtualMachine {
             super::disks::check_directory(name, disk, stateful)?;
         }
@@ -344,6 +359,8 @@ pub fn guest_spec(
             optional: !disk.required,
             pci: id.pci.clone(),
             boot_priority: disk.boot_priority.unwrap_or(0),
+            format: disk.format,
+            media: disk.media,
         });
     }
     disks.sort_by_key(|d| slot_number(&d.slot));
@@ -400,7 +417,8 @@ pub fn guest_spec(
             ports: h.ports,
             display: h.display,
             spice: keys_machine::spice(config),
-            balloon: h.balloon,
+            balloon: h.balloon && keys::optional_flag(config, "hardware.balloon").unwrap_or(true),
+            board: Board::of(config)?,
             tpm: parsed.tpm.is_some(),
             stateful,
             boot_menu: keys::optional_flag(config, "hardware.boot_menu").unwrap_or(false),
@@ -468,6 +486,17 @@ pub fn guest_spec(
         environment: keys::environment(config),
         application,
     })
+}
+
+/// Controllers of IDE and of floppy disks are where there have always been such.
+fn demand_bus(device: &str, bus: Option<DiskBus>, pc: bool) -> Result<()> {
+    match bus {
+        Some(DiskBus::Ide | DiskBus::Floppy) if !pc => Err(Error::invalid(
+            format!("devices.{device}.io.bus"),
+            "machines of type pc have controllers of IDE and of floppy disks; use sata",
+        )),
+        _ => Ok(()),
+    }
 }
 
 fn is_windows(config: &Config, instance: &Instance) -> bool {

@@ -9,7 +9,11 @@ use super::{
 };
 use crate::{EngineInner, Records, db::Tx};
 use karst_model::{
-    Error, ProfileId, Result, device::NicDevice, instance::Instance, network::BridgeSpec, spec::NetworkHost,
+    Error, ProfileId, Result,
+    device::{NicDevice, NicKind},
+    instance::Instance,
+    network::BridgeSpec,
+    spec::NetworkHost,
     uplink::NetworkForm,
 };
 use std::{collections::BTreeSet, net::IpAddr};
@@ -40,7 +44,20 @@ impl EngineInner {
         together: Option<ProfileId>,
     ) -> Result<()> {
         check_ports(records, tx, parsed)?;
+        check_user(instance, parsed)?;
         self.check_addresses(records, Some(tx), instance, parsed, together)
+    }
+}
+
+/// What goes out as the host itself is given by an administrator to one machine, and by no profile.
+fn check_user(instance: &Instance, parsed: &ParsedDevices) -> Result<()> {
+    let mut all = parsed.nics.iter().filter(|(_, nic)| nic.kind == NicKind::User);
+    match all.find(|(device, _)| !instance.devices.contains_key(device)) {
+        Some((device, _)) => {
+            let text = "a NIC of nictype user is a device of the instance itself and of no profile";
+            Err(Error::invalid(format!("devices.{device}.nictype"), text))
+        }
+        None => Ok(()),
     }
 }
 

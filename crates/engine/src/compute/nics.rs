@@ -123,10 +123,16 @@ pub(super) fn link(
         NicKind::Macvlan(link) => (NicLink::Macvlan(link.clone()), None),
         NicKind::Physical(link) => (NicLink::Physical(link.clone()), None),
         NicKind::PointToPoint => (NicLink::PointToPoint(nic.routes.clone()), None),
+        NicKind::User => (NicLink::User {}, None),
         NicKind::Routed(link) => (NicLink::Routed { link: link.clone(), routes: nic.routes.clone() }, None),
     };
+    if let (NicLink::User {}, InstanceKind::Container) = (&link, kind) {
+        let text =
+            "a container has no QEMU that would reach a network for it; use bridged, macvlan, p2p or routed";
+        return Err(Error::unsupported(text).at(format!("devices.{name}.nictype")));
+    }
     let wrong = match (&link, kind) {
-        (NicLink::Network(_) | NicLink::Bridge(_) | NicLink::Macvlan(_), _) => None,
+        (NicLink::Network(_) | NicLink::Bridge(_) | NicLink::Macvlan(_) | NicLink::User {}, _) => None,
         (_, InstanceKind::Container) => None,
         (NicLink::Physical(_), _) => Some("physical"),
         (NicLink::PointToPoint(_), _) => Some("p2p"),
@@ -146,7 +152,7 @@ pub(super) fn link(
 pub(super) fn loose_port(link: &NicLink, nic: &NicDevice, interface: &str) -> Option<PortSpec> {
     let port = Some(&nic.port).filter(|p| **p != PortSpec::default())?;
     match link {
-        NicLink::Network(_) | NicLink::Macvlan(_) | NicLink::Physical(_) => None,
+        NicLink::Network(_) | NicLink::Macvlan(_) | NicLink::Physical(_) | NicLink::User {} => None,
         _ => Some(PortSpec { interface: interface.to_owned(), ..port.clone() }),
     }
 }

@@ -39,15 +39,19 @@ pub fn is_of(machine: &str, wanted: &str) -> bool {
 
 /// Ports of the SATA controller.
 const SATA_PORTS: u32 = 6;
+/// Slots of roots that their guests do not see.
+pub const HIDDEN: &str = "hidden";
 
 /// First and last slot for devices on the root bus.
 const FIRST: u8 = 0x08;
 const LAST: u8 = 0x17;
+const ROOT: &str = "00:04.0";
 
 /// Is there such a place for devices in this machine?
 pub fn fits(hardware: &Hardware, pci: &str) -> bool {
     match hardware.ports {
-        0 => (FIRST..=LAST).any(|n| *pci == format!("00:{n:02x}.0")),
+        // Where roots once were, nothing is chosen, and what asks for it may be.
+        0 => *pci == *ROOT || (FIRST..=LAST).any(|n| *pci == format!("00:{n:02x}.0")),
         ports => (1..=ports).any(|n| *pci == format!("{n:02x}:00.0")),
     }
 }
@@ -59,6 +63,8 @@ pub fn prefix(bus: DiskBus) -> &'static str {
         DiskBus::VirtioBlk => "virtio",
         DiskBus::Nvme => "nvme",
         DiskBus::Sata => "sata",
+        DiskBus::Ide => "ide",
+        DiskBus::Floppy => "floppy",
         DiskBus::Virtiofs | DiskBus::Plan9 => "fs",
     }
 }
@@ -120,7 +126,7 @@ impl Free {
     pub fn disk(&mut self, bus: DiskBus) -> (String, Option<String>) {
         let slot = self.slot(prefix(bus));
         let pci = match bus {
-            DiskBus::VirtioScsi | DiskBus::Sata => None,
+            DiskBus::VirtioScsi | DiskBus::Sata | DiskBus::Ide | DiskBus::Floppy => None,
             _ => self.pci(),
         };
         (slot, pci)
@@ -188,6 +194,8 @@ mod tests {
         let q35 = hardware("pc-q35-7.2", 16);
         assert!(fits(&q35, "10:00.0") && !fits(&q35, "11:00.0") && !fits(&q35, "00:08.0"));
         let pc = hardware("pc-i440fx-7.2", 0);
-        assert!(fits(&pc, "00:08.0") && !fits(&pc, "00:02.0") && !fits(&pc, "01:00.0"));
+        assert!(
+            fits(&pc, "00:08.0") && fits(&pc, "00:04.0") && !fits(&pc, "00:02.0") && !fits(&pc, "01:00.0")
+        );
     }
 }

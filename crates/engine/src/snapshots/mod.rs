@@ -322,7 +322,7 @@ pub(crate) fn uncovered(
             DiskOrigin::Volume { pool, volume } => records
                 .custom_volume(instance.project, pool, volume)
                 .is_some_and(|v| v.content == VolumeContent::Iso || covered.contains(&v.id)),
-            origin @ DiskOrigin::Host { .. } => origin.is_disc_file(),
+            DiskOrigin::Host { .. } => disk.is_disc(),
             DiskOrigin::Memory { .. } => false,
         };
         if !held {

@@ -128,7 +128,9 @@ async fn what_is_shown_of_any_machine_can_be_defined() {
     let (server, mut client) = ready().await;
     server.guest("v1", InstanceKind::VirtualMachine, false).await;
     let admin = Context::new(Principal::system());
-    let drives = DISK_BUSES.iter().filter(|(_, bus)| !matches!(bus, DiskBus::Virtiofs | DiskBus::Plan9));
+    // This machine has no IDE controller.
+    let other = [DiskBus::Virtiofs, DiskBus::Plan9, DiskBus::Ide, DiskBus::Floppy];
+    let drives = DISK_BUSES.iter().filter(|(_, bus)| !other.contains(bus));
     let caches = [None].into_iter().chain(DISK_CACHES.iter().map(|(name, _)| Some(*name)));
     for ((bus, _), cache) in drives.flat_map(|bus| caches.clone().map(move |cache| (bus, cache))) {
         let view = server.engine.instance(&admin, "default", "v1").unwrap();
@@ -238,15 +240,28 @@ async fn a_path_of_the_host_is_a_drive_by_its_administrators_word() {
     };
     for (disk, word) in [
         (path("disk", "/srv/data.img", "sdc"), "is a drive of"),
-        (path("disk", "/srv/other.iso", "sdc"), "device='cdrom'"),
-        (path("cdrom", "/srv/other.img", "sdc"), ".iso"),
-        (path("disk", "/srv/other.img", "sdc").replace(" type='raw'", ""), "never guessed"),
-        (path("disk", "/srv/other.img", "sdc").replace("type='raw'", "type='qcow2'"), "never guessed"),
+        (path("disk", "/srv/other.img", "sdc").replace("type='raw'", "type='vmdk'"), "driver type"),
+        (path("disk", "/srv/other.img", "hda").replace("scsi", "ide"), "disk bus"),
     ] {
         let refused = define(&mut client, &other(&disk)).await.unwrap_err();
         assert!(refused.1.contains(word), "{disk}: {refused:?}");
     }
-    define(&mut client, &other(&path("cdrom", "/srv/Debian.ISO", "sdd"))).await.unwrap();
+    // Its format is stated, and what it is where its name does not say it.
+    let stated = path("disk", "/srv/other.img", "sdc").replace("type='raw'", "type='qcow2'")
+        + &path("cdrom", "/srv/other.disc", "sde").replace(" type='raw'", "")
+        + &path("cdrom", "/srv/Debian.ISO", "sdd");
+    define(&mut client, &other(&stated)).await.unwrap();
+    let view = server.engine.instance(&admin, "default", "v2").unwrap();
+    let keys = |device: &str, key: &str| view.expanded_devices[device].get(key).cloned().unwrap_or_default();
+    assert_eq!((keys("sdc", "format").as_str(), keys("sdc", "media").as_str()), ("qcow2", ""));
+    assert_eq!((keys("sde", "format").as_str(), keys("sde", "media").as_str()), ("", "cdrom"));
+    assert_eq!(keys("sdd", "media"), "");
+    let shown = dump(&mut client, "v2", 2).await;
+    for line in ["<driver name='qemu' type='qcow2'/>", "<source file='/srv/other.disc'/>"] {
+        assert!(shown.contains(line), "{line} in {shown}");
+    }
+    define(&mut client, &shown).await.unwrap();
+    assert_eq!(dump(&mut client, "v2", 2).await, shown);
     // Who runs the instances of all projects is no administrator of the server; what is there stays.
     let mut principal = Principal::unix_admin(1000, 1000, 1);
     principal.grants = vec![Grant { role: Role::Operator, project: None }];
@@ -269,4 +284,109 @@ async fn a_path_of_the_host_is_a_drive_by_its_administrators_word() {
     let same = request(view.instance.devices.clone());
     let operation = server.engine.instance_update(&operator, "default", "v1", same).await.unwrap();
     assert_eq!(operation.ended().await.error, None);
+    // Nor does he let a machine out as the host itself.
+    let view = server.engine.instance(&operator, "default", "v1").unwrap();
+    let mut out = view.instance.devices.clone();
+    let keys = [("type", "nic"), ("nictype", "user")];
+    out.insert("out".into(), keys.map(|(k, v)| (k.to_owned(), v.to_owned())).into());
+    let request = |devices| UpdateInstance {
+        description: String::new(),
+        ephemeral: false,
+        config: view.instance.config.clone(),
+        devices,
+        profiles: vec![],
+        if_version: None,
+    };
+    let refused =
+        server.engine.instance_update(&operator, "default", "v1", request(out.clone())).await.err().unwrap();
+    assert_eq!((refused.kind, refused.field.as_deref()), (ErrorKind::Forbidden, Some("devices.out.nictype")));
+    let operation = server.engine.instance_update(&admin, "default", "v1", request(out)).await.unwrap();
+    assert_eq!(operation.ended().await.error, None);
+}
+
+/// A machine is kept by a root that its guest does not see where its document has no disk of a pool.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_needs_no_disk_and_has_what_its_document_says() {
+    let (server, mut client) = ready().await;
+    let text = "<domain type='kvm'><name>bare</name><memory unit='MiB'>128</memory><vcpu>4</vcpu>
+        <genid>0b3c1f9e-7f2c-4d0a-9a53-3a3f6f0f0001</genid>
+        <os><type arch='i686' machine='pc'>hvm</type><boot dev='hd'/><bootmenu enable='yes' timeout='3000'/></os>
+        <features><pmu state='off'/></features>
+        <cpu><topology sockets='2' dies='1' cores='2' threads='1'/></cpu>
+        <clock offset='utc'><timer name='kvmclock' present='no'/></clock>
+        <devices><disk type='block' device='disk'><source dev='/dev/vg/a'/><target dev='hda' bus='ide'/></disk>
+        <disk type='file' device='cdrom'><target dev='hdc' bus='ide'/><readonly/></disk>
+        <controller type='usb' index='0' model='qemu-xhci' ports='8'/><hub type='usb'/>
+        <input type='tablet' bus='usb'/><sound model='ich6'/><watchdog model='i6300esb' action='poweroff'/>
+        <interface type='user'><mac address='52:54:00:11:22:33'/><model type='rtl8139'/></interface>
+        <video><model type='cirrus'/></video><panic/><memballoon model='none'/></devices></domain>";
+    define(&mut client, text).await.unwrap();
+    let admin = Context::new(Principal::system());
+    let view = server.engine.instance(&admin, "default", "bare").unwrap();
+    for (key, value) in [
+        ("hardware.cpu.model", "qemu32,pmu=off,kvmclock=off"),
+        ("hardware.cpu.topology", "sockets=2,dies=1,cores=2,threads=1"),
+        ("hardware.usb", "qemu-xhci:8"),
+        ("hardware.usb.devices", "hub,tablet"),
+        ("hardware.sound", "ich6"),
+        ("hardware.video", "cirrus"),
+        ("hardware.watchdog", "i6300esb:poweroff"),
+        ("hardware.panic", "true"),
+        ("hardware.balloon", "false"),
+        ("hardware.boot_menu.timeout", "3000"),
+        ("hardware.generation", "0b3c1f9e-7f2c-4d0a-9a53-3a3f6f0f0001"),
+    ] {
+        assert_eq!(view.expanded_config.get(key).map(String::as_str), Some(value), "{key}");
+    }
+    assert_eq!(view.instance.identities["hda"].slot, "ide0");
+    assert_eq!(view.instance.identities["root"].slot, "hidden0");
+    let shown = dump(&mut client, "bare", 2).await;
+    for line in [
+        "arch='i686'",
+        "<target dev='hda' bus='ide'/>",
+        "<topology sockets='2' dies='1' cores='2' threads='1'/>",
+        "<timer name='kvmclock' present='no'/>",
+        "<memballoon model='none'/>",
+        "<hub type='usb'/>",
+        "<interface type='user'>",
+        "<model type='rtl8139'/>",
+    ] {
+        assert!(shown.contains(line), "{line} in {shown}");
+    }
+    assert!(!shown.contains("instances/bare"), "{shown}");
+    define(&mut client, &shown).await.unwrap();
+    assert_eq!(dump(&mut client, "bare", 2).await, shown);
+    // What is taken away is there no more, and what is changed elsewhere is shown.
+    let less = shown.replace("<sound model='ich6'/>", "").replace("<panic/>", "");
+    define(&mut client, &less).await.unwrap();
+    let mut view = server.engine.instance(&admin, "default", "bare").unwrap();
+    assert!(!view.expanded_config.contains_key("hardware.sound"));
+    let mut config = view.instance.config.clone();
+    config.insert("hardware.watchdog".into(), "ib700:none".into());
+    config.insert("hardware.cpu.model".into(), "n270".into());
+    let request = UpdateInstance {
+        description: String::new(),
+        ephemeral: false,
+        config,
+        devices: view.instance.devices.clone(),
+        profiles: vec![],
+        if_version: None,
+    };
+    let operation = server.engine.instance_update(&admin, "default", "bare", request).await.unwrap();
+    assert_eq!(operation.ended().await.error, None);
+    let shown = dump(&mut client, "bare", 2).await;
+    for line in ["<watchdog model='ib700' action='none'/>", ">n270<", "arch='i686'"] {
+        assert!(shown.contains(line), "{line} in {shown}");
+    }
+    assert!(!shown.contains("kvmclock") && !shown.contains("<pmu"), "{shown}");
+    // It is started and undefined like any other.
+    let domain = client.domain("bare").await;
+    client.call(9, &domain).await.unwrap();
+    view = server.engine.instance(&admin, "default", "bare").unwrap();
+    assert!(view.runtime.is_some());
+    client.call(12, &domain).await.unwrap();
+    client.call(231, &[&domain[..], &0u32.to_be_bytes()].concat()).await.unwrap();
+    // Nothing of it is left: no volume of its name either.
+    let left = server.engine.custom_volume(&admin, "default", "default", "bare");
+    assert!(left.is_err() && server.engine.instance(&admin, "default", "bare").is_err());
 }

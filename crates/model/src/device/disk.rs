@@ -20,6 +20,10 @@ pub struct RootDevice {
     /// How it is driven.
     #[serde(default)]
     pub io: DiskIo,
+    /// A virtual machine sees it; else it is what the instance is kept by (snapshots, copies, its pool), and its guest has no such
+    /// disk.
+    #[serde(default = "yes")]
+    pub attached: bool,
 }
 
 /// A disk that is not the root.
@@ -49,7 +53,40 @@ pub struct DiskDevice {
     /// The disk is there; a drive of discs without it is empty.
     #[serde(default = "yes")]
     pub attached: bool,
+    /// How what is at a path of the host is written down.
+    #[serde(default)]
+    pub format: DriveFormat,
+    /// What a path of the host is shown as, where its name is not to say it.
+    #[serde(default)]
+    pub media: Option<DriveMedia>,
 }
+
+/// How a drive of a virtual machine that is a path of the host is written down: stated, never found out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "snake_case")]
+pub enum DriveFormat {
+    /// As it is.
+    #[default]
+    Raw,
+    /// QEMU's own, without a file below it.
+    Qcow2,
+}
+
+/// Names of the formats as users write them.
+pub const DRIVE_FORMATS: &[(&str, DriveFormat)] = &[("raw", DriveFormat::Raw), ("qcow2", DriveFormat::Qcow2)];
+
+/// What a drive of a virtual machine that is a path of the host shows itself as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DriveMedia {
+    /// A disk.
+    Disk,
+    /// A disc in its drive.
+    Cdrom,
+}
+
+/// Names of what drives show themselves as.
+pub const DRIVE_MEDIA: &[(&str, DriveMedia)] = &[("disk", DriveMedia::Disk), ("cdrom", DriveMedia::Cdrom)];
 
 fn yes() -> bool {
     true
@@ -78,16 +115,14 @@ pub enum DiskOrigin {
     },
 }
 
-impl DiskOrigin {
-    /// A path of the host, the name of which says that it is a disc: `.iso`.
-    pub fn is_disc_file(&self) -> bool {
-        matches!(self, Self::Host { path } if is_disc_name(path))
-    }
-}
-
-/// Does a path of the host name a disc? Nothing else says what a file is, which is never looked into.
+/// Does a path of the host name a disc? Nothing but that and the key `media` says what a file is, which is never looked into.
 pub fn is_disc_name(path: &str) -> bool {
     path.to_ascii_lowercase().ends_with(".iso")
+}
+
+/// Is a path of the host a disc to a virtual machine?
+pub fn is_disc(path: &str, media: Option<DriveMedia>) -> bool {
+    media.map_or_else(|| is_disc_name(path), |media| media == DriveMedia::Cdrom)
 }
 
 /// The path of the host that a disk of a virtual machine is a drive of, by its keys; nothing of a volume, or of a directory, which has
@@ -125,6 +160,10 @@ pub enum DiskBus {
     Nvme,
     /// SATA (AHCI).
     Sata,
+    /// IDE, of machines of type `pc`.
+    Ide,
+    /// A drive of floppy disks, of machines of type `pc`.
+    Floppy,
     /// A shared directory by virtiofs.
     Virtiofs,
     /// A shared directory by 9p.
@@ -138,6 +177,8 @@ pub const DISK_BUSES: &[(&str, DiskBus)] = &[
     ("virtio-blk", DiskBus::VirtioBlk),
     ("nvme", DiskBus::Nvme),
     ("sata", DiskBus::Sata),
+    ("ide", DiskBus::Ide),
+    ("floppy", DiskBus::Floppy),
     ("virtiofs", DiskBus::Virtiofs),
     ("9p", DiskBus::Plan9),
 ];
@@ -184,7 +225,8 @@ pub enum DiskRate {
 }
 
 /// Keys of the root disk, and those of others; beside [`IO_KEYS`].
-pub(super) const ROOT_KEYS: &[&str] = &["type", "path", "pool", "source", "size", "boot.priority"];
+pub(super) const ROOT_KEYS: &[&str] =
+    &["type", "path", "pool", "source", "size", "boot.priority", "attached"];
 pub(super) const OTHER_KEYS: &[&str] = &[
     "type",
     "path",
@@ -198,6 +240,8 @@ pub(super) const OTHER_KEYS: &[&str] = &[
     "boot.priority",
     "attached",
     "size",
+    "format",
+    "media",
 ];
 pub(super) const IO_KEYS: [&str; 5] = ["io.bus", "io.cache", "limits.read", "limits.write", "limits.max"];
 
@@ -252,6 +296,7 @@ impl RootDevice {
             size,
             boot_priority: keys.number("boot.priority")?,
             io: DiskIo::parse(keys)?,
+            attached: keys.get("attached").is_none() || keys.boolean("attached")?,
         })
     }
 }
@@ -286,9 +331,16 @@ impl DiskDevice {
             // Incus takes it relative to the guest's root as well.
             plain_path(&keys.field("path"), &format!("/{}", p.trim_start_matches('/')))
         });
+        let path = path.transpose()?;
+        for key in ["format", "media"] {
+            if keys.get(key).is_some() && (path.is_some() || !matches!(source, DiskOrigin::Host { .. })) {
+                let text = "is said of a path of the host that a virtual machine has as a drive, and of nothing else";
+                return Err(Error::invalid(keys.field(key), text));
+            }
+        }
         Ok(Self {
             source,
-            path: path.transpose()?,
+            path,
             readonly: keys.boolean("readonly")?,
             recursive: keys.boolean("recursive")?,
             follow: follow(keys)?,
@@ -297,7 +349,14 @@ impl DiskDevice {
             boot_priority: keys.number("boot.priority")?,
             io: DiskIo::parse(keys)?,
             attached: keys.get("attached").is_none() || keys.boolean("attached")?,
+            format: keys.one_of("format", DRIVE_FORMATS)?.unwrap_or_default(),
+            media: keys.one_of("media", DRIVE_MEDIA)?,
         })
+    }
+
+    /// Is it a path of the host that is a disc to a virtual machine?
+    pub fn is_disc(&self) -> bool {
+        matches!(&self.source, DiskOrigin::Host { path } if is_disc(path, self.media))
     }
 }
 

@@ -2,7 +2,12 @@
 
 /// Name, whether root disks and whether others have it, and text; by name.
 pub const DISK_KEYS: &[(&str, bool, bool, &str)] = &[
-    ("attached", false, true, "`false`: a disc is ejected; a disk is described and not there (true)."),
+    (
+        "attached",
+        true,
+        true,
+        "`false`: a disc is ejected, a disk is described and not there; the root of a virtual machine is kept and not shown to its guest (true).",
+    ),
     (
         "boot.priority",
         true,
@@ -10,15 +15,27 @@ pub const DISK_KEYS: &[(&str, bool, bool, &str)] = &[
         "Virtual machines: the higher, the earlier it is booted from; the root has 1 unless it says otherwise.",
     ),
     (
+        "format",
+        false,
+        true,
+        "Virtual machines, of a path of the host: `raw` (the default), or `qcow2` without a file below it. It is never found out.",
+    ),
+    (
         "io.bus",
         true,
         true,
-        "Virtual machines: `virtio-scsi` (the default), `virtio-blk`, `nvme`, `sata`; `9p` for directories.",
+        "Virtual machines: `virtio-scsi` (the default), `virtio-blk`, `nvme`, `sata`, `ide` and `floppy` (machines of type `pc`); `9p` for directories.",
     ),
     ("io.cache", true, true, "Virtual machines: `none` (the default), `writeback`, `unsafe`."),
     ("limits.max", true, true, "Both `limits.read` and `limits.write`."),
     ("limits.read", true, true, "Bytes a second such as `10MiB`, or operations such as `100iops`; live."),
     ("limits.write", true, true, "The same of writing."),
+    (
+        "media",
+        false,
+        true,
+        "Virtual machines, of a path of the host: `disk` or `cdrom` (what its name says: `cdrom` of `.iso`).",
+    ),
     (
         "path",
         true,

@@ -204,6 +204,7 @@ mod tests {
                 size: Some(ByteSize::gib(5)),
                 boot_priority: None,
                 io: DiskIo::default(),
+                attached: true,
             })
         );
         let nic = Device::parse("eth0", &dev(&[("type", "nic"), ("nictype", "bridged"), ("parent", "br0")]))
@@ -256,7 +257,10 @@ mod tests {
                 &[("source", "v"), ("pool", "p"), ("limits.max", "1MiB"), ("limits.read", "1MiB")],
                 "limits.max",
             ),
-            (&[("source", "v"), ("pool", "p"), ("io.bus", "ide")], "io.bus"),
+            (&[("source", "v"), ("pool", "p"), ("io.bus", "scsi")], "io.bus"),
+            (&[("source", "v"), ("pool", "p"), ("format", "qcow2")], "format"),
+            (&[("source", "/srv"), ("path", "/x"), ("media", "cdrom")], "media"),
+            (&[("source", "/srv/a"), ("format", "vmdk")], "format"),
             (&[("source", "v"), ("pool", "p"), ("path", "/x"), ("size", "1GiB")], "size"),
             (&[("source", "tmpfs:")], "path"),
             (&[("source", "tmpfs:"), ("pool", "p"), ("path", "/x")], "pool"),

@@ -68,10 +68,26 @@ pub enum NicModel {
     Virtio,
     /// Intel 82574L, for systems without virtio's drivers.
     E1000e,
+    /// Intel 82540EM, of older systems.
+    E1000,
+    /// Realtek's, of older systems.
+    Rtl8139,
+    /// AMD's PCnet, of older systems.
+    Pcnet,
+    /// NE2000 on PCI, of older systems.
+    #[serde(rename = "ne2k_pci")]
+    Ne2k,
 }
 
 /// Names of the models as users write them (`io.bus`).
-pub const NIC_MODELS: &[(&str, NicModel)] = &[("virtio", NicModel::Virtio), ("e1000e", NicModel::E1000e)];
+pub const NIC_MODELS: &[(&str, NicModel)] = &[
+    ("virtio", NicModel::Virtio),
+    ("e1000e", NicModel::E1000e),
+    ("e1000", NicModel::E1000),
+    ("rtl8139", NicModel::Rtl8139),
+    ("pcnet", NicModel::Pcnet),
+    ("ne2k_pci", NicModel::Ne2k),
+];
 
 /// VLANs of a port of a bridge.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]

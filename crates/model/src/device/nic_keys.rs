@@ -7,7 +7,10 @@ pub const NIC_KEYS: &[(&str, &str)] = &[
     ("connected", "`false` takes its cable out (true)."),
     ("host_name", "A further name of the host's end."),
     ("hwaddr", "MAC address; one is chosen."),
-    ("io.bus", "Virtual machines: `virtio` (the default) or `e1000e`."),
+    (
+        "io.bus",
+        "Virtual machines: `virtio` (the default), `e1000e`, and of older systems `e1000`, `rtl8139`, `pcnet`, `ne2k_pci`.",
+    ),
     ("ipv4.address", "Address that the guest always gets; of nictype routed its addresses, comma-separated."),
     ("ipv4.gateway", "`none`: no default route in the guest (auto)."),
     ("ipv4.host_address", "The host's end of the cable (169.254.0.1)."),

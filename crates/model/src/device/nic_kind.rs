@@ -27,6 +27,8 @@ pub enum NicKind {
     PointToPoint,
     /// A cable between host and guest, with addresses that the host answers for on its own network (`nictype=routed`).
     Routed(RoutedLink),
+    /// What a virtual machine's QEMU reaches as a program of the host (`nictype=user`).
+    User,
 }
 
 /// An interface of the host, or a VLAN on it.
@@ -102,6 +104,7 @@ const KINDS: &[(&str, &[&[&str]])] = &[
     ("p2p", &[COMMON, CABLE]),
     ("physical", &[COMMON, PARENT]),
     ("routed", &[COMMON, ROUTED, CABLE]),
+    ("user", &[COMMON]),
 ];
 const LATER: &[&str] = &["ipvlan", "ovn", "sriov"];
 
@@ -130,7 +133,7 @@ impl NicKind {
                 keys.known(&all)?;
                 return Err(Error::invalid(
                     keys.field("network"),
-                    "a NIC needs the name of a network, or a nictype (bridged, macvlan, p2p, physical, routed)",
+                    "a NIC needs the name of a network, or a nictype (bridged, macvlan, p2p, physical, routed, user)",
                 ));
             }
         };
@@ -187,6 +190,7 @@ impl NicKind {
             ("macvlan", None) => Ok(Self::Macvlan(parent(keys)?)),
             ("physical", None) => Ok(Self::Physical(parent(keys)?)),
             ("p2p", None) => Ok(Self::PointToPoint),
+            ("user", None) => Ok(Self::User),
             _ => routed(keys).map(Self::Routed),
         }
     }

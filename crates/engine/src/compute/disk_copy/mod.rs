@@ -315,6 +315,10 @@ fn origin<'a>(records: &'a Records, row: &Row<Instance>, request: &CopyDisk) -> 
         }
     }
     let root = device == parsed.root.0;
+    if root && !parsed.root.1.attached {
+        let text = format!("{device:?} is not seen by the guest, which writes nothing to it");
+        return Err(Error::unsupported(text).at("device"));
+    }
     let volume = if root {
         records.volumes.get(&row.root)
     } else {

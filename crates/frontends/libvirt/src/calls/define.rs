@@ -21,7 +21,6 @@ use karst_engine::{
 };
 use karst_model::{
     Error, ErrorKind,
-    device::is_disc_name,
     instance::{Firmware, InstanceKind},
     node::AcceleratorKind,
     storage::{VolumeContent, VolumeOwner},
@@ -58,13 +57,6 @@ pub(super) fn demand_discs(call: &Call, machine: &Machine) -> Result<(), VirErro
     for disk in &machine.disks {
         let (pool, volume) = match &disk.source {
             Some(Source::Volume { pool, volume }) => (pool, volume),
-            Some(Source::Path(path)) if is_disc_name(path) != disk.cdrom => {
-                let why = match disk.cdrom {
-                    true => "no disc, which a path of the host says by the end .iso",
-                    false => "a disc by its name; use device='cdrom'",
-                };
-                return Err(refuse("disk device", format!("{path} of {} is {why}", disk.target)));
-            }
             _ => continue,
         };
         let Ok(found) = session.front.engine.custom_volume(&session.context, project, pool, volume) else {
@@ -289,8 +281,12 @@ async fn forget(call: &Call, view: &InstanceView, flags: u32) -> Answered {
             root.is_none_or(|v| v.owner != VolumeOwner::Custom),
         )
     };
+    let hidden = view.expanded_devices.values().any(|keys| {
+        let is = |key: &str, value: &str| keys.get(key).is_some_and(|v| v == value);
+        is("path", "/") && is("attached", "false")
+    });
     if is_running(view) {
-        if own {
+        if own && !hidden {
             return Err(VirError::state(
                 "the disk of this running domain is its own and would go with it; destroy it before it is undefined",
             ));

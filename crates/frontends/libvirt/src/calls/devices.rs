@@ -159,7 +159,7 @@ fn nic_of(machine: &Machine, e: &Element) -> Result<usize, VirError> {
     let network = e.find("source").and_then(|s| s.attribute("network").or(s.attribute("bridge")));
     let is = |n: &xml::machine::Nic| match (&mac, network) {
         (Some(mac), _) => n.mac.as_ref() == Some(mac),
-        (None, Some(network)) => n.network == network,
+        (None, Some(network)) => n.network.as_deref() == Some(network),
         (None, None) => true,
     };
     let found: Vec<usize> = (0..machine.nics.len()).filter(|n| is(&machine.nics[*n])).collect();
@@ -409,7 +409,7 @@ pub(super) fn disk_of(view: &InstanceView, disk: &str) -> Result<String, VirErro
     let found = view.expanded_devices.iter().find(|(name, keys)| {
         let Some(identity) = view.instance.identities.get(*name) else { return false };
         let is = |key: &str| keys.get(key).map(String::as_str);
-        if is("type") != Some("disk") || xml::machine::is_directory(identity) {
+        if is("type") != Some("disk") || xml::machine::is_no_drive(identity) {
             return false;
         }
         let bus = karst_model::device::DISK_BUSES.iter().find(|(n, _)| Some(*n) == is("io.bus"));

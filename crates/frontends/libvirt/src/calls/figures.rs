@@ -6,7 +6,7 @@ use crate::{
     limits,
     session::{Call, Driver},
     xdr::{Typed, Writer},
-    xml::machine::{is_directory, owned, read::VOLUMES, target},
+    xml::machine::{is_no_drive, owned, read::VOLUMES, target},
 };
 use karst_engine::{InstanceView, Records, Row};
 use karst_model::{
@@ -37,7 +37,7 @@ pub(crate) fn disks(records: &Records, view: &InstanceView) -> Vec<Disk> {
         else {
             continue;
         };
-        if is_directory(identity) {
+        if is_no_drive(identity) {
             continue;
         }
         let bus = DISK_BUSES.iter().find(|(n, _)| Some(*n) == key("io.bus"));

@@ -13,7 +13,7 @@ use crate::{
     xdr::{Reader, Writer},
     xml::{
         self,
-        machine::{Source, owned, target},
+        machine::{Source, is_no_drive, owned, target},
         snapshot::OfDomain,
     },
 };
@@ -334,7 +334,8 @@ fn disks(call: &Call, view: &InstanceView) -> Result<Vec<OfDomain>, VirError> {
     let gaps = engine.snapshot_gaps(&session.context, &view.project.name, &view.instance.name)?;
     let (mut disks, mut seen): (Vec<OfDomain>, BTreeSet<String>) = Default::default();
     let mut add = |name: &str, source: Option<Source>, bus: Option<DiskBus>, held: bool| {
-        let Some(identity) = view.instance.identities.get(name).filter(|_| seen.insert(name.to_owned()))
+        let Some(identity) =
+            view.instance.identities.get(name).filter(|i| !is_no_drive(i) && seen.insert(name.to_owned()))
         else {
             return;
         };

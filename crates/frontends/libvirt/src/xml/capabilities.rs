@@ -76,9 +76,13 @@ pub fn domain(facts: &HostFacts, kind: &str, machine: &str, most: i32, models: &
         .child(mode("maximum", true).child(choices("maximumMigratable", &["on"])))
         .child(mode("host-model", false))
         .child(mode("custom", true).children(models.iter().map(model)));
+    let (kinds, buses): (&[&str], &[&str]) = match machine.starts_with("pc-i440fx-") {
+        true => (&["disk", "cdrom", "floppy"], &["ide", "fdc", "scsi", "virtio", "sata"]),
+        false => (&["disk", "cdrom"], &["scsi", "virtio", "sata"]),
+    };
     let disk = supported("disk", true)
-        .child(choices("diskDevice", &["disk", "cdrom"]))
-        .child(choices("bus", &["scsi", "virtio", "sata"]))
+        .child(choices("diskDevice", kinds))
+        .child(choices("bus", buses))
         .child(choices("model", &["virtio"]));
     let tpm = supported("tpm", true)
         .child(choices("model", &["tpm-crb"]))
@@ -96,10 +100,14 @@ pub fn domain(facts: &HostFacts, kind: &str, machine: &str, most: i32, models: &
         true => supported("redirdev", true).child(choices("bus", &["usb"])),
         false => supported("redirdev", false),
     };
+    let cards: &[&str] = match facts.spice {
+        true => &["vga", "cirrus", "vmvga", "qxl", "virtio", "none", "bochs"],
+        false => &["vga", "cirrus", "vmvga", "virtio", "none", "bochs"],
+    };
     let devices = Element::new("devices")
         .child(disk)
         .child(supported("graphics", true).child(choices("type", screens)))
-        .child(supported("video", true).child(choices("modelType", &["virtio"])))
+        .child(supported("video", true).child(choices("modelType", cards)))
         .child(supported("hostdev", false))
         .child(rng)
         .child(supported("filesystem", false))
@@ -109,7 +117,7 @@ pub fn domain(facts: &HostFacts, kind: &str, machine: &str, most: i32, models: &
     let features = Element::new("features")
         .child(supported("gic", false))
         .child(supported("vmcoreinfo", false))
-        .child(supported("genid", false))
+        .child(supported("genid", true))
         .child(supported("backingStoreInput", false))
         .child(supported("backup", true))
         .child(supported("sev", false));

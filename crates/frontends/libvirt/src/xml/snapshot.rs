@@ -198,7 +198,12 @@ pub fn document(
     // What is in it of disks is the root, the only one that an instance's snapshots hold.
     let (name, device) = parse_devices(&devices)?.root;
     let bus = device.io.bus.unwrap_or(DiskBus::VirtioScsi);
-    let root = view.instance.identities.get(&name).map(|i| super::machine::target(&i.slot, bus).0);
+    let root = view
+        .instance
+        .identities
+        .get(&name)
+        .filter(|i| !super::machine::is_no_drive(i))
+        .map(|i| super::machine::target(&i.slot, bus).0);
     let domain = super::domain::document_of(call, view, &config, &devices, false, None)?;
     let domain = super::read::document(&domain)?;
     let mut disks = Element::new("disks");

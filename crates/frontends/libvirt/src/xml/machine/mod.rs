@@ -4,7 +4,9 @@
 //! What Karst has no field for is kept as it was written ([`Opaque`]) and shown again; it never reaches QEMU. What would
 //! change what a guest is or what protects it, and that Karst does not do, is refused by the name of its element ([`kept`]).
 
+pub mod board;
 pub mod kept;
+pub mod processor;
 pub mod read;
 pub mod spec;
 pub mod write;
@@ -12,7 +14,8 @@ pub mod write;
 use super::Element;
 use crate::error::{Code, Part, VirError};
 use karst_model::{
-    device::{DiskBus, DiskCache, NicModel},
+    board::Board,
+    device::{DiskBus, DiskCache, DriveFormat, NicModel},
     display::{DisplayGuard, DisplayPassword, DisplayProtocol},
     instance::{DeviceIdentity, Firmware},
 };
@@ -51,6 +54,12 @@ pub struct Machine {
     pub boot_menu: bool,
     /// CPU model in QEMU's words with its flags; `None`: as the host has it.
     pub cpu_model: Option<String>,
+    /// Its processors are of 32 bits (`i686`).
+    pub old: bool,
+    /// What its board has beside.
+    pub board: Board,
+    /// It has a balloon.
+    pub balloon: bool,
     /// The clock of its hardware is in local time.
     pub local_time: bool,
     /// It is told what Hyper-V tells its guests.
@@ -130,6 +139,8 @@ pub struct Disk {
     pub readonly: bool,
     /// Cache mode.
     pub cache: Option<DiskCache>,
+    /// How what is at a path of the host is written down.
+    pub format: DriveFormat,
     /// Boot order, higher first.
     pub boot: Option<u32>,
     /// Alias that the user gave.
@@ -165,8 +176,8 @@ impl Source {
 /// A NIC on a network of Karst.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Nic {
-    /// Network.
-    pub network: String,
+    /// Network; `None`: it goes out as the host itself.
+    pub network: Option<String>,
     /// MAC address.
     pub mac: Option<String>,
     /// What the guest sees.
@@ -274,14 +285,16 @@ pub fn target(slot: &str, bus: DiskBus) -> (String, &'static str) {
     match bus {
         DiskBus::VirtioBlk => (format!("vd{}", letters(n)), "virtio"),
         DiskBus::Sata => (format!("sd{}", letters(n)), "sata"),
+        DiskBus::Ide => (format!("hd{}", letters(n)), "ide"),
+        DiskBus::Floppy => (format!("fd{}", letters(n)), "fdc"),
         DiskBus::Nvme => (format!("nvme{n}n1"), "nvme"),
         _ => (format!("sd{}", letters(n)), "scsi"),
     }
 }
 
-/// Is it a directory that the machine shares with its host, not a disk?
-pub fn is_directory(identity: &DeviceIdentity) -> bool {
-    identity.slot.starts_with("fs")
+/// Is it no drive of the machine's: a directory that it shares with its host, or a root that its guest does not see?
+pub fn is_no_drive(identity: &DeviceIdentity) -> bool {
+    identity.slot.starts_with("fs") || identity.slot.starts_with(karst_engine::compute::slots::HIDDEN)
 }
 
 /// The number of a disk by its name: 1 of `vdb`, 2 of `nvme2n1`.
@@ -291,7 +304,8 @@ pub fn number(target: &str) -> Option<u32> {
         return (format!("{n}") == digits && n < 702).then_some(n);
     }
     let letters = target.strip_prefix("vd").or_else(|| target.strip_prefix("sd"));
-    let letters = letters.or_else(|| target.strip_prefix("hd")).or_else(|| target.strip_prefix("xvd"))?;
+    let letters = letters.or_else(|| target.strip_prefix("hd")).or_else(|| target.strip_prefix("fd"));
+    let letters = letters.or_else(|| target.strip_prefix("xvd"))?;
     if letters.is_empty() || letters.len() > 2 || !letters.bytes().all(|b| b.is_ascii_lowercase()) {
         return None;
     }
@@ -347,7 +361,7 @@ mod tests {
         // Of what was kept once and has no effect nothing is shown any more.
         let mut old = opaque.clone();
         old.domain.push(Element::new("cputune").child(Element::text("shares", 2048)));
-        old.devices.push(Element::new("watchdog").with("model", "i6300esb"));
+        old.devices.push(Element::new("parallel").with("type", "pty"));
         old.disks.values_mut().for_each(|disk| disk.push(Element::text("serial", "S1")));
         old.disks.values_mut().for_each(|disk| disk.set("rawio", "yes"));
         assert_eq!(Opaque::parse(&old.document()), opaque);

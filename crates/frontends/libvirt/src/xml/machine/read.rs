@@ -1,14 +1,15 @@
 //! From domain XML to the typed form.
 
 use super::{
-    Disk, Kernel, Machine, Nic, Opaque, Screen, Source, kept, number, pci_of, priority, refuse, wrong,
+    Disk, Kernel, Machine, Nic, Opaque, Screen, Source, board, kept, number, pci_of, priority, processor,
+    refuse, wrong,
 };
 use crate::{
     error::VirError,
     xml::{Element, is_name, is_prefix, nwfilter},
 };
 use karst_model::{
-    device::{DiskBus, DiskCache, NicModel, parse_mac},
+    device::{DRIVE_FORMATS, DiskBus, DiskCache, DriveFormat, NIC_MODELS, NicModel, parse_mac},
     display::{DisplayGuard, DisplayPassword, DisplayProtocol},
     instance::Firmware,
 };
@@ -50,10 +51,17 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
     if title.as_ref().is_some_and(|t| t.contains('\n')) {
         return Err(wrong("Domain title can't contain newlines"));
     }
-    let memory = kib(root.find("memory").ok_or_else(|| wrong("missing memory element"))?)?;
     let (cpus, pinned) = cpus(&root)?;
+    let on_board = board::read(&root, cpus)?;
+    let memory = match on_board.numa.iter().map(|cell| cell.memory.bytes() / 1024).sum() {
+        // Nodes of memory are all of it.
+        // QEMU has whole MiB, up to which libvirt rounds too.
+        0 => kib(root.find("memory").ok_or_else(|| wrong("missing memory element"))?)?.next_multiple_of(1024),
+        nodes => nodes,
+    };
     let os = root.find("os").ok_or_else(|| wrong("an os <type> must be specified"))?;
     let (machine, firmware) = system(os)?;
+    let old = is_old(os);
     let none = Element::new("devices");
     let devices = root.find("devices").unwrap_or(&none);
     let kept = root.elements().iter().filter(|e| !TYPED.contains(&e.name())).cloned();
@@ -72,7 +80,10 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
         machine,
         firmware,
         boot_menu: os.find("bootmenu").is_some_and(|e| e.attribute("enable") == Some("yes")),
-        cpu_model: root.find("cpu").map(cpu_model).transpose()?.flatten(),
+        cpu_model: processor::read(root.find("cpu"), root.find("features"), root.find("clock"), old)?,
+        old,
+        board: on_board,
+        balloon: has_balloon(devices.elements()),
         local_time: root.find("clock").and_then(|c| c.attribute("offset")) == Some("localtime"),
         hyper_v: root.find("features").is_some_and(kept::asks_for_hyper_v),
         restarts: body("on_crash") == Some("restart"),
@@ -85,11 +96,15 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
         screen: Screen::Unsaid,
         opaque,
     };
+    let q35 = all.machine.as_deref().is_some_and(|m| m == "q35" || m.starts_with("pc-q35-"));
+    // Nothing is in such a drive, so no guest misses it before somebody puts something in.
+    let of_pc = |disk: &Disk| matches!(disk.bus, DiskBus::Ide | DiskBus::Floppy);
+    let missed = |disk: &Disk| !(q35 && of_pc(disk) && disk.source.is_none());
     let (mut targets, mut macs, mut screens) = (BTreeSet::new(), BTreeSet::new(), vec![]);
     for e in devices.elements() {
         match e.name() {
             "emulator" => {}
-            "disk" => match disk(e, &order)? {
+            "disk" => match disk(e, &order)?.filter(missed) {
                 Some(disk) => {
                     if !targets.insert(disk.target.clone()) {
                         return Err(wrong(format!("target '{}' duplicated for disk sources", disk.target)));
@@ -150,7 +165,23 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
             _ => all.opaque.devices.push(e.clone()),
         }
     }
+    if q35 && all.disks.iter().any(of_pc) {
+        return Err(refuse("disk bus", "'ide' and 'fdc' are of machines of type pc; q35 has sata"));
+    }
+    if q35 && all.opaque.devices.iter().any(|e| e.attribute("type") == Some("fdc")) {
+        return Err(refuse("controller", "'fdc' is of machines of type pc"));
+    }
     Ok(all)
+}
+
+/// Is an `<os>` one of 32 bits?
+pub fn is_old(os: &Element) -> bool {
+    os.find("type").and_then(|t| t.attribute("arch")) == Some("i686")
+}
+
+/// Has a machine with these devices a balloon? Without a word of it it has.
+pub fn has_balloon(devices: &[Element]) -> bool {
+    !devices.iter().any(|e| e.name() == "memballoon" && e.attribute("model") == Some("none"))
 }
 
 /// How `passwdValidTo` is written: UTC.
@@ -222,7 +253,7 @@ pub fn screen(e: &Element) -> Result<(Element, Screen), VirError> {
 }
 
 /// A size in KiB, whatever its unit.
-fn kib(e: &Element) -> Result<u64, VirError> {
+pub(super) fn kib(e: &Element) -> Result<u64, VirError> {
     let number: u64 =
         e.body().trim().parse().map_err(|_| wrong(format!("<{}> is no number: '{}'", e.name(), e.body())))?;
     let unit = e.attribute("unit").unwrap_or("KiB");
@@ -295,7 +326,7 @@ fn system(os: &Element) -> Result<(Option<String>, Firmware), VirError> {
             format!("'{}' is not a kind of machine of this host", kind.body().trim()),
         ));
     }
-    if let Some(arch) = kind.attribute("arch").filter(|a| *a != "x86_64") {
+    if let Some(arch) = kind.attribute("arch").filter(|a| !matches!(*a, "x86_64" | "i686")) {
         return Err(refuse("os arch", format!("'{arch}' is not the architecture of this host")));
     }
     let machine = kind.attribute("machine").map(str::to_owned);
@@ -352,50 +383,6 @@ pub fn firmware(os: &Element) -> Result<Firmware, VirError> {
     }
 }
 
-/// QEMU's model for a `<cpu>` with its flags; `None`: what the host has.
-pub fn cpu_model(cpu: &Element) -> Result<Option<String>, VirError> {
-    if cpu.find("numa").is_some() {
-        return Err(refuse("numa", "machines have one node of memory"));
-    }
-    match cpu.attribute("mode").unwrap_or("custom") {
-        "host-passthrough" | "host-model" | "maximum" => {
-            return match cpu.all("feature").find(|f| f.attribute("policy") != Some("optional")) {
-                None => Ok(None),
-                Some(f) => {
-                    let name = f.attribute("name").unwrap_or_default();
-                    Err(refuse(
-                        "cpu feature",
-                        format!("'{name}': flags belong to a model; say mode='custom'"),
-                    ))
-                }
-            };
-        }
-        "custom" => {}
-        other => return Err(wrong(format!("Invalid mode attribute '{other}'"))),
-    }
-    let Some(model) = cpu.find("model").map(|m| m.body().trim()).filter(|m| !m.is_empty()) else {
-        return Ok(None);
-    };
-    let word = |s: &str| s.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
-    if !word(model) {
-        return Err(wrong(format!("'{model}' is no CPU model")));
-    }
-    let mut whole = model.to_owned();
-    for feature in cpu.all("feature") {
-        let name = feature.attribute("name").unwrap_or_default();
-        if name.is_empty() || !word(name) {
-            return Err(wrong("Invalid CPU feature name"));
-        }
-        match feature.attribute("policy").unwrap_or("require") {
-            "require" | "force" => whole += &format!(",{name}=on"),
-            "disable" | "forbid" => whole += &format!(",{name}=off"),
-            "optional" => {}
-            other => return Err(wrong(format!("Invalid CPU feature policy '{other}'"))),
-        }
-    }
-    Ok(Some(whole))
-}
-
 fn metadata(root: &Element) -> Result<BTreeMap<String, (String, Element)>, VirError> {
     let mut all = BTreeMap::new();
     for e in root.find("metadata").map(Element::elements).unwrap_or_default() {
@@ -435,6 +422,7 @@ fn without_prefix(mut e: Element, prefix: &str) -> Element {
 #[derive(Default)]
 struct Order {
     disk: Option<u32>,
+    floppy: Option<u32>,
     cdrom: Option<u32>,
     network: Option<u32>,
 }
@@ -445,6 +433,7 @@ impl Order {
         for (n, boot) in (0u32..).zip(os.all("boot")) {
             let of = match boot.attribute("dev") {
                 Some("hd") => &mut order.disk,
+                Some("fd") => &mut order.floppy,
                 Some("cdrom") => &mut order.cdrom,
                 Some("network") => &mut order.network,
                 _ => continue,
@@ -520,7 +509,7 @@ fn place(path: &str) -> Result<Source, VirError> {
 pub fn disk_alone(e: &Element) -> Result<Disk, VirError> {
     kept::disk(e)?;
     let disk = disk(e, &Order::default())?;
-    disk.ok_or_else(|| refuse("disk bus", "drives of discs are on sata or scsi"))
+    disk.ok_or_else(|| refuse("disk bus", "drives of discs are on sata, scsi or ide"))
 }
 
 /// An interface that stands alone.
@@ -534,10 +523,13 @@ pub fn nic_alone(e: &Element) -> Result<Nic, VirError> {
 
 /// A disk; nothing for an empty drive on a bus that is not there.
 fn disk(e: &Element, order: &Order) -> Result<Option<Disk>, VirError> {
-    let cdrom = match e.attribute("device").unwrap_or("disk") {
-        "disk" => false,
-        "cdrom" => true,
-        other => return Err(refuse("disk device", format!("'{other}' is not there; disk and cdrom are"))),
+    let (cdrom, floppy) = match e.attribute("device").unwrap_or("disk") {
+        "disk" => (false, false),
+        "cdrom" => (true, false),
+        "floppy" => (false, true),
+        other => {
+            return Err(refuse("disk device", format!("'{other}' is not there; disk, cdrom and floppy are")));
+        }
     };
     let target = e.find("target").ok_or_else(|| wrong("missing target information for disk"))?;
     let dev = target.attribute("dev").ok_or_else(|| wrong("missing target information for disk"))?;
@@ -545,10 +537,12 @@ fn disk(e: &Element, order: &Order) -> Result<Option<Disk>, VirError> {
         Some("vd") => "virtio",
         Some("sd") => "scsi",
         Some("hd") => "ide",
+        Some("fd") => "fdc",
         Some("nv") => "nvme",
         _ => "",
     });
-    let n = number(dev).ok_or_else(|| wrong(format!("Invalid harddisk device name: {dev}")))?;
+    let n = number(dev)
+        .ok_or_else(|| wrong(format!("Invalid harddisk device name: {dev}, the target of a disk")))?;
     let source = source(e)?;
     if (bus == "nvme") != dev.starts_with("nvme") {
         return Err(wrong(format!("disk {dev} is not named as one on bus '{bus}' is")));
@@ -557,21 +551,39 @@ fn disk(e: &Element, order: &Order) -> Result<Option<Disk>, VirError> {
         "virtio" => (DiskBus::VirtioBlk, format!("virtio{n}")),
         "scsi" => (DiskBus::VirtioScsi, format!("scsi{n}")),
         "sata" => (DiskBus::Sata, format!("sata{n}")),
+        "ide" => (DiskBus::Ide, format!("ide{n}")),
+        "fdc" if floppy => (DiskBus::Floppy, format!("floppy{n}")),
         // By its name: one of another bus has another.
         "nvme" if dev.starts_with("nvme") => (DiskBus::Nvme, format!("nvme{n}")),
         // Nothing is in it, so no guest misses it before somebody puts something in.
-        _ if cdrom && source.is_none() => return Ok(None),
+        _ if (cdrom || floppy) && source.is_none() => return Ok(None),
         other => {
             return Err(refuse(
                 "disk bus",
                 format!(
-                    "'{other}' of {dev} is not there; virtio, scsi, sata, and nvme of nvme0n1 and its like, are"
+                    "'{other}' of {dev} is not there; virtio, scsi, sata, ide, and nvme of nvme0n1 and its like, are"
                 ),
             ));
         }
     };
     if bus == DiskBus::Sata && n > 5 {
         return Err(refuse("disk target", format!("{dev}: the SATA controller has 6 ports")));
+    }
+    if bus == DiskBus::Ide {
+        demand_ide(e, dev, n)?;
+    }
+    if floppy != (bus == DiskBus::Floppy) {
+        return Err(refuse("disk bus", format!("{dev}: floppy disks, and no others, are on 'fdc'")));
+    }
+    let pci = e.find("address").and_then(pci_of);
+    if pci.is_some() && !matches!(bus, DiskBus::VirtioBlk | DiskBus::Nvme) {
+        return Err(refuse("disk address", format!("{dev} is behind a controller and has none on PCI")));
+    }
+    if floppy && n > 1 {
+        return Err(refuse("disk target", format!("{dev}: a machine has fda and fdb")));
+    }
+    if floppy && source.is_none() {
+        return Ok(None);
     }
     if source.is_none() && !cdrom {
         return Err(wrong(format!("disk {dev} has no source")));
@@ -597,12 +609,19 @@ fn disk(e: &Element, order: &Order) -> Result<Option<Disk>, VirError> {
             ));
         }
     };
-    if let Some(Source::Path(path)) = &source
-        && of("type") != Some("raw")
-    {
-        let text = format!("{path}: the format of a path of the host is stated, never guessed, and is raw");
-        return Err(refuse("driver type", text));
-    }
+    let format = match (&source, of("type")) {
+        // Without a word it is raw, as libvirt has it: nothing is found out.
+        (Some(Source::Path(path)), Some(kind)) => {
+            let found = DRIVE_FORMATS.iter().find(|(name, _)| *name == kind).map(|(_, format)| *format);
+            found.ok_or_else(|| {
+                refuse(
+                    "driver type",
+                    format!("'{kind}' of {path} is not there; of paths of the host raw and qcow2 are"),
+                )
+            })?
+        }
+        _ => DriveFormat::Raw,
+    };
     Ok(Some(Disk {
         target: dev.to_owned(),
         slot,
@@ -611,10 +630,30 @@ fn disk(e: &Element, order: &Order) -> Result<Option<Disk>, VirError> {
         source,
         readonly: cdrom || e.find("readonly").is_some(),
         cache,
-        boot: own_order(e)?.or(if cdrom { order.cdrom } else { order.disk }),
+        format,
+        boot: own_order(e)?.or(match (cdrom, floppy) {
+            (true, _) => order.cdrom,
+            (_, true) => order.floppy,
+            _ => order.disk,
+        }),
         alias: alias(e)?,
-        pci: e.find("address").and_then(pci_of),
+        pci,
     }))
+}
+
+/// A drive of the IDE controller is where its name says.
+fn demand_ide(e: &Element, dev: &str, n: u32) -> Result<(), VirError> {
+    if n > 3 {
+        return Err(refuse("disk target", format!("{dev}: the IDE controller has 4 drives, hda to hdd")));
+    }
+    let Some(address) = e.find("address").filter(|a| a.attribute("type") == Some("drive")) else {
+        return Ok(());
+    };
+    let of = |name: &str| address.attribute(name).unwrap_or("0").parse::<u32>().ok();
+    match (of("controller"), of("bus"), of("unit")) {
+        (Some(0), Some(bus), Some(unit)) if bus == n / 2 && unit == n % 2 => Ok(()),
+        _ => Err(refuse("disk address", format!("{dev} is unit {} of bus {} of controller 0", n % 2, n / 2))),
+    }
 }
 
 fn nic(e: &Element, order: &Order) -> Result<Nic, VirError> {
@@ -624,22 +663,42 @@ fn nic(e: &Element, order: &Order) -> Result<Nic, VirError> {
         Some("network") => of("network"),
         // The bridge of a network has the network's name.
         Some("bridge") => of("bridge"),
+        Some("user") => None,
         Some(other) => {
-            return Err(refuse("interface type", format!("'{other}' is not there; network and bridge are")));
+            return Err(refuse(
+                "interface type",
+                format!("'{other}' is not there; network, bridge and user are"),
+            ));
         }
         None => return Err(wrong("missing type of interface")),
     };
-    let network = network.ok_or_else(|| wrong("missing source of interface"))?.to_owned();
+    let user = e.attribute("type") == Some("user");
+    let network = match network {
+        None if !user => return Err(wrong("missing source of interface")),
+        network => network.map(str::to_owned),
+    };
+    if user
+        && let Some(name) = ["filterref", "bandwidth", "port"].into_iter().find(|name| e.find(name).is_some())
+    {
+        return Err(refuse(
+            &format!("interface {name}"),
+            "an interface of type user has no port of a network",
+        ));
+    }
     let mac = match e.find("mac").and_then(|m| m.attribute("address")) {
         None => None,
         Some(m) => Some(parse_mac("mac address", m).map_err(|e| wrong(e.to_string()))?),
     };
     let model = match e.find("model").and_then(|m| m.attribute("type")) {
         None | Some("virtio" | "virtio-net" | "virtio-non-transitional") => NicModel::Virtio,
-        Some("e1000e") => NicModel::E1000e,
-        Some(other) => {
-            return Err(refuse("interface model", format!("'{other}' is not there; virtio and e1000e are")));
-        }
+        Some(name) => match NIC_MODELS.iter().find(|(known, _)| *known == name) {
+            Some((_, model)) => *model,
+            None => {
+                let text =
+                    format!("'{name}' is not there; virtio, e1000e, e1000, rtl8139, pcnet and ne2k_pci are");
+                return Err(refuse("interface model", text));
+            }
+        },
     };
     let mtu = match e.find("mtu").and_then(|m| m.attribute("size")) {
         None => None,

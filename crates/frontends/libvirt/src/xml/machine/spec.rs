@@ -10,7 +10,10 @@ use crate::{
 use karst_engine::compute::define::Place;
 use karst_model::{
     Config,
-    device::{DISK_BUSES, DISK_CACHES, Devices, NicModel},
+    board::Board,
+    device::{
+        DISK_BUSES, DISK_CACHES, DRIVE_FORMATS, Devices, DriveFormat, NIC_MODELS, NicModel, is_disc_name,
+    },
     instance::{DeviceIdentity, Firmware},
     keys_machine::SPICE,
 };
@@ -100,6 +103,17 @@ fn disk(keys: &mut Keys, disk: &Disk, root: bool) {
     set(keys, "io.bus", DISK_BUSES.iter().find(|(_, b)| *b == disk.bus).map(|(n, _)| n));
     set(keys, "io.cache", DISK_CACHES.iter().find(|(_, c)| Some(*c) == disk.cache).map(|(n, _)| n));
     set(keys, "boot.priority", disk.boot);
+    if let Some(source) = &disk.source {
+        let path = match source {
+            Source::Path(path) => Some(path),
+            Source::Volume { .. } => None,
+        };
+        let format = DRIVE_FORMATS.iter().find(|(_, f)| path.is_some() && *f == disk.format);
+        set(keys, "format", format.filter(|(_, f)| *f != DriveFormat::Raw).map(|(name, _)| name));
+        // Said where its name says something else.
+        let media = path.filter(|p| is_disc_name(p) != disk.cdrom);
+        set(keys, "media", media.map(|_| if disk.cdrom { "cdrom" } else { "disk" }));
+    }
     match root {
         true => set(keys, "path", Some("/")),
         // Drives of discs are read-only by nature.
@@ -110,11 +124,13 @@ fn disk(keys: &mut Keys, disk: &Disk, root: bool) {
 fn nic(keys: &mut Keys, nic: &Nic) {
     set(keys, "type", Some("nic"));
     keys.retain(|k, _| !matches!(k.as_str(), "nictype" | "parent" | "limits.max"));
-    set(keys, "network", Some(&nic.network));
+    set(keys, "network", nic.network.as_ref());
+    set(keys, "nictype", nic.network.is_none().then_some("user"));
     if let Some(mac) = &nic.mac {
         set(keys, "hwaddr", Some(mac));
     }
-    set(keys, "io.bus", (nic.model == NicModel::E1000e).then_some("e1000e"));
+    let model = NIC_MODELS.iter().find(|(_, m)| nic.model != NicModel::Virtio && *m == nic.model);
+    set(keys, "io.bus", model.map(|(name, _)| name));
     set(keys, "connected", (!nic.connected).then_some("false"));
     set(keys, "mtu", nic.mtu);
     set(keys, "boot.priority", nic.boot);
@@ -155,17 +171,28 @@ fn kernel(keys: &mut Keys, kernel: &Kernel) {
     set(keys, "cmdline", kernel.cmdline.as_ref());
 }
 
-/// The disk that is the root: of the volumes that can be written the one that boots first.
-fn root(machine: &Machine) -> Result<&Disk, VirError> {
+/// The disk that is the root: of the volumes that can be written the one that boots first. A machine without one gets a root
+/// that its guest does not see.
+fn root(machine: &Machine) -> Option<&Disk> {
     let can = |d: &&Disk| !d.cdrom && !d.readonly && matches!(d.source, Some(Source::Volume { .. }));
-    let first = machine.disks.iter().filter(can).reduce(|a, b| if b.boot > a.boot { b } else { a });
-    first.ok_or_else(|| refuse("disk", "a machine needs one that is a volume of a pool and can be written"))
+    machine.disks.iter().filter(can).reduce(|a, b| if b.boot > a.boot { b } else { a })
+}
+
+/// The keys of what is on its board, as it is to be.
+fn board(config: &mut Config, was: &Board, is: &Board) {
+    for ((key, was), (_, is)) in was.keys().into_iter().zip(is.keys()) {
+        if was != is {
+            // An empty value takes back what a profile says.
+            let none = is.is_none() && !config.contains_key(key);
+            set(config, key, is.or_else(|| none.then(String::new)));
+        }
+    }
 }
 
 /// A new machine.
 ///
 /// # Errors
-/// CONFIG_UNSUPPORTED when no disk can be its root.
+/// None as yet.
 pub fn create(machine: &Machine) -> Result<Created, VirError> {
     let mut config = Config::new();
     let mut devices = Devices::new();
@@ -174,6 +201,8 @@ pub fn create(machine: &Machine) -> Result<Created, VirError> {
     set(&mut config, "limits.cpu", Some(cpus(machine)));
     set(&mut config, "hardware.machine", Some(machine.machine.as_deref().unwrap_or("pc")));
     set(&mut config, "hardware.cpu.model", machine.cpu_model.as_ref());
+    board(&mut config, &Board::default(), &machine.board);
+    set(&mut config, "hardware.balloon", (!machine.balloon).then_some("false"));
     set(&mut config, "hardware.boot_menu", yes(machine.boot_menu));
     set(&mut config, SPICE, yes(machine.spice));
     set(&mut config, "hardware.clock", machine.local_time.then_some("localtime"));
@@ -189,9 +218,9 @@ pub fn create(machine: &Machine) -> Result<Created, VirError> {
         set(&mut config, key, Some(value));
     }
     set(&mut config, OPAQUE, Some(machine.opaque.document()));
-    let root = &root(machine)?.target;
+    let root = root(machine).map(|disk| &disk.target);
     for one in machine.disks.iter().filter(|d| d.source.is_some()) {
-        disk(devices.entry(one.target.clone()).or_default(), one, one.target == *root);
+        disk(devices.entry(one.target.clone()).or_default(), one, Some(&one.target) == root);
         let (alias, pci) = (one.alias.clone(), one.pci.clone());
         places.insert(one.target.clone(), Place { slot: one.slot.clone(), alias, pci });
     }
@@ -240,6 +269,10 @@ pub fn update(present: &Present<'_>, new: &Machine) -> Result<Updated, VirError>
     }
     if old.cpu_model != new.cpu_model {
         set(&mut config, "hardware.cpu.model", new.cpu_model.as_ref());
+    }
+    board(&mut config, &old.board, &new.board);
+    if old.balloon != new.balloon {
+        set(&mut config, "hardware.balloon", Some(new.balloon.to_string()));
     }
     if old.boot_menu != new.boot_menu {
         set(&mut config, "hardware.boot_menu", yes(new.boot_menu));
@@ -330,6 +363,8 @@ fn devices(present: &Present<'_>, new: &Machine) -> Result<Devices, VirError> {
     }
     for (name, keys) in present.expanded {
         let shown = match keys.get("type").map(String::as_str) {
+            // Its guest does not see it.
+            Some("disk") if is_root(keys) && keys.get("attached").is_some_and(|a| a == "false") => false,
             Some("disk") if is_root(keys) => !wanted.contains_key(name),
             // Directories that it shares are in no document.
             Some("disk") => !keys.contains_key("path"),

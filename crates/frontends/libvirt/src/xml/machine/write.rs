@@ -1,6 +1,9 @@
 //! From an instance to domain XML, with what was kept of the document that it was defined by.
 
-use super::{Kernel, Opaque, ShownGuard, Source, kept, owned, pci_of, priority, read, screens, target};
+use super::{
+    Kernel, Opaque, ShownGuard, Source, board, kept, owned, pci_of, priority, processor, read, screens,
+    target,
+};
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
     error::VirError,
@@ -12,11 +15,14 @@ use karst_engine::{
 };
 use karst_model::{
     Config,
+    board::Board,
     device::{
-        DISK_CACHES, Devices, DiskBus, DiskDevice, DiskIo, DiskOrigin, NicDevice, NicModel, is_disc_name,
+        DISK_CACHES, DRIVE_FORMATS, Devices, DiskBus, DiskDevice, DiskIo, DiskOrigin, DriveFormat,
+        NIC_MODELS, NicDevice, NicKind,
     },
     display::DisplayProtocol,
     instance::{DeviceIdentity, Firmware, Hardware},
+    keys::optional_flag,
 };
 
 /// A machine that is shown.
@@ -179,7 +185,9 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
     e.push(Element::text("currentMemory", shown.memory).with("unit", "KiB"));
     let pinned = shown.pinned.as_ref();
     e.push(Element::text("vcpu", shown.cpus).with("placement", "static").with_some("cpuset", pinned));
+    let on_board = Board::of(shown.config)?;
     let mut os = system(shown, &opaque);
+    menu(&mut os, shown.config, &on_board)?;
     start_with(&mut os, kernel(shown)?);
     e.push(os);
     let hyper_v = told_of_hyper_v(shown.config, instance);
@@ -189,23 +197,37 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
         features.push(Element::new("hyperv").with("mode", "custom").children(kept::HYPER_V.iter().map(on)));
     }
     e.push(features);
-    e.push(cpu(shown.hardware));
+    let mut cpu = processor::shown(&shown.hardware.cpu_model);
+    board::show_layout(&mut cpu, &on_board);
+    e.push(cpu);
     crate::xml::domain::ends(&mut e, shown.config);
     let local_time = in_local_time(shown.config, instance);
     if local_time && let Some(clock) = e.elements_mut().iter_mut().find(|c| c.name() == "clock") {
         clock.set("offset", "localtime");
     }
+    let of = |name: &str| opaque.domain.iter().find(|e| e.name() == name);
+    let model = shown.config.get("hardware.cpu.model").filter(|m| !m.is_empty());
+    let old = of("os").is_some_and(read::is_old);
+    // What says something of the processor is shown as it was where all of it together still holds.
+    let same_model =
+        processor::read(of("cpu"), of("features"), of("clock"), old).is_ok_and(|m| m.as_ref() == model);
     for kept in &opaque.domain {
         let still = match kept.name() {
             "os" => continue,
             "vcpu" => read::vcpu(kept).is_ok_and(|(n, set)| n == shown.cpus && set == shown.pinned),
             "currentMemory" => false,
-            "features" => kept::asks_for_hyper_v(kept) == hyper_v,
-            "clock" => (kept.attribute("offset") == Some("localtime")) == local_time,
-            "cpu" => {
-                let now = shown.config.get("hardware.cpu.model").filter(|m| !m.is_empty());
-                read::cpu_model(kept).is_ok_and(|m| m.as_ref() == now)
+            "features" => same_model && kept::asks_for_hyper_v(kept) == hyper_v,
+            "clock" => {
+                let same = (kept.attribute("offset") == Some("localtime")) == local_time;
+                same_model && same && board::hpet(kept) == on_board.hpet
             }
+            "cpu" => {
+                let now = (on_board.topology, on_board.numa.clone());
+                same_model && board::layout(kept, shown.cpus).is_ok_and(|layout| layout == now)
+            }
+            "genid" => board::generation(kept).is_ok_and(|g| Some(g) == on_board.generation),
+            "memoryBacking" => board::backing(kept) == on_board.memory,
+            "pm" => board::sleep(kept) == (on_board.sleeps, on_board.hibernates),
             // Which of the others it says makes no difference to what happens.
             "on_reboot" => {
                 (kept.body().trim() == "destroy") == crate::xml::domain::ends_on_reboot(shown.config)
@@ -218,7 +240,19 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
             e.push(kept.clone());
         }
     }
-    e.push(devices(shown, &opaque)?);
+    let said = |name: &str| e.find(name).is_some();
+    let (genid, pm, backing) = (said("genid"), said("pm"), said("memoryBacking"));
+    board::show_domain(
+        &mut e,
+        &Board {
+            generation: on_board.generation.filter(|_| !genid),
+            sleeps: on_board.sleeps && !pm,
+            hibernates: on_board.hibernates && !pm,
+            memory: on_board.memory.filter(|_| !backing),
+            ..on_board.clone()
+        },
+    );
+    e.push(devices(shown, &opaque, &on_board)?);
     sort(&mut e, DOMAIN);
     Ok(e.document())
 }
@@ -252,8 +286,9 @@ fn with_prefix(mut e: Element, prefix: &str) -> Element {
 
 fn system(shown: &Shown<'_>, opaque: &Opaque) -> Element {
     let kept = opaque.domain.iter().find(|e| e.name() == "os");
+    let old = kept.is_some_and(read::is_old) && processor::is_of_32_bits(&shown.hardware.cpu_model);
     let kind = Element::text("type", "hvm")
-        .with("arch", &shown.view.instance.architecture)
+        .with("arch", if old { "i686" } else { &shown.view.instance.architecture })
         .with("machine", &shown.hardware.machine);
     if let Some(kept) = kept.filter(|k| read::firmware(k).is_ok_and(|f| f == shown.hardware.firmware)) {
         let mut os = kept.clone();
@@ -308,31 +343,26 @@ fn start_with(os: &mut Element, kernel: Option<Kernel>) {
     os.elements_mut().splice(at..at, parts.into_iter().flatten());
 }
 
-fn cpu(hardware: &Hardware) -> Element {
-    let cpu = Element::new("cpu");
-    match hardware.cpu_model.as_str() {
-        "host" => cpu.with("mode", "host-passthrough").with("check", "none").with("migratable", "on"),
-        "max" => cpu.with("mode", "maximum").with("check", "none").with("migratable", "on"),
-        model => {
-            let mut words = model.split(',');
-            let mut cpu =
-                cpu.with("mode", "custom").with("match", "exact").with("check", "none").child(
-                    Element::text("model", words.next().unwrap_or_default()).with("fallback", "forbid"),
-                );
-            for flag in words {
-                let (name, policy) = match flag.split_once('=') {
-                    Some((name, "off")) => (name, "disable"),
-                    Some((name, _)) => (name, "require"),
-                    None => (flag.trim_start_matches('+'), "require"),
-                };
-                cpu.push(Element::new("feature").with("policy", policy).with("name", name));
-            }
-            cpu
+/// Corrects what was kept of the menu of a firmware, and of what it does when it finds nothing.
+fn menu(os: &mut Element, config: &Config, on_board: &Board) -> Result<(), VirError> {
+    let wanted = optional_flag(config, "hardware.boot_menu").unwrap_or(false);
+    let says = os.find("bootmenu").is_some_and(|e| e.attribute("enable") == Some("yes"));
+    let now = board::boot(os)?;
+    if (says, now.0.filter(|_| says)) != (wanted, on_board.menu_timeout.filter(|_| wanted)) {
+        os.elements_mut().retain(|e| e.name() != "bootmenu");
+        if wanted {
+            let timeout = on_board.menu_timeout;
+            os.push(Element::new("bootmenu").with("enable", "yes").with_some("timeout", timeout));
         }
     }
+    if now.1 != on_board.boot_retry {
+        os.elements_mut().retain(|e| e.name() != "bios");
+        os.push_some(on_board.boot_retry.map(|n| Element::new("bios").with("rebootTimeout", n)));
+    }
+    Ok(())
 }
 
-fn devices(shown: &Shown<'_>, opaque: &Opaque) -> Result<Element, VirError> {
+fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Element, VirError> {
     let live = shown.id.is_some();
     let instance = &shown.view.instance;
     let parsed = parse_devices(shown.devices)?;
@@ -341,11 +371,12 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque) -> Result<Element, VirError> {
     devices.push(Element::text("emulator", format!("/usr/bin/qemu-system-{}", instance.architecture)));
     let orders = Orders::of(shown, opaque);
     let (root, device) = &parsed.root;
-    if let Some(identity) = of(root) {
+    if let Some(identity) = of(root).filter(|_| device.attached) {
         let volume = device.source.clone().unwrap_or_else(|| owned(&instance.name));
         let source = Some(Source::Volume { pool: device.pool.clone(), volume });
         let boot = orders.order(device.boot_priority);
-        devices.push(disk(identity, &source, &device.io, (false, false), boot, live, opaque));
+        let is = (false, false, DriveFormat::Raw);
+        devices.push(disk(identity, &source, &device.io, is, boot, live, opaque));
     }
     for (name, device) in parsed.disks.iter().filter(|(_, d)| d.path.is_none()) {
         let Some(identity) = of(name) else { continue };
@@ -361,12 +392,12 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque) -> Result<Element, VirError> {
         let cdrom = match &source {
             _ if !attached => true,
             Source::Volume { pool, volume } => (shown.disc)(pool, volume),
-            // Its name says it, as to the host.
-            Source::Path(path) => is_disc_name(path),
+            Source::Path(_) => device.is_disc(),
         };
         let source = Some(source).filter(|_| *attached);
         let boot = orders.order(device.boot_priority);
-        devices.push(disk(identity, &source, io, (cdrom, *readonly || cdrom), boot, live, opaque));
+        let is = (cdrom, *readonly || cdrom, device.format);
+        devices.push(disk(identity, &source, io, is, boot, live, opaque));
     }
     let targets: Vec<&str> =
         devices.elements().iter().filter_map(|e| e.find("target")?.attribute("dev")).collect();
@@ -438,13 +469,25 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque) -> Result<Element, VirError> {
             devices.elements_mut().extend([one(), one(), one()]);
         }
     }
-    if screen && !given("video") {
+    let mut stale = board::stale(&opaque.devices, on_board);
+    let balloon = optional_flag(shown.config, "hardware.balloon").unwrap_or(true);
+    let same_balloon = read::has_balloon(&opaque.devices) == balloon
+        && board::devices(&opaque.devices).is_ok_and(|b| b.balloon_deflates == on_board.balloon_deflates);
+    if !same_balloon {
+        stale.push("memballoon");
+        let model = Element::new("memballoon").with("model", if balloon { "virtio" } else { "none" });
+        devices.push(model.with_some("autodeflate", on_board.balloon_deflates.then_some("on")));
+    }
+    devices.elements_mut().extend(board::shown(on_board, &stale));
+    if screen && on_board.video.is_empty() && (!given("video") || stale.contains(&"video")) {
         let model = Element::new("model").with("type", "vga").with("vram", 16384).with("heads", 1);
         devices.push(Element::new("video").child(model.with("primary", "yes")));
     }
     let there = |e: &&Element| match e.name() {
         "tpm" => parsed.tpm.is_some(),
         "graphics" => !own_screen && (shown.spice || read::protocol(e) != Some(DisplayProtocol::Spice)),
+        "memballoon" => same_balloon,
+        name if board::holds(e) => !stale.contains(&name),
         _ => true,
     };
     let mut kept: Vec<Element> = opaque.devices.iter().filter(there).cloned().collect();
@@ -523,7 +566,7 @@ fn disk(
     identity: &DeviceIdentity,
     source: &Option<Source>,
     io: &DiskIo,
-    (cdrom, readonly): (bool, bool),
+    (cdrom, readonly, format): (bool, bool, DriveFormat),
     boot: Option<u32>,
     live: bool,
     opaque: &Opaque,
@@ -538,10 +581,15 @@ fn disk(
         // As libvirt shows an empty drive: tools put a path into it.
         None => ("file", vec![]),
     };
-    let mut e = Element::new("disk").with("type", kind).with("device", if cdrom { "cdrom" } else { "disk" });
+    let device = match (cdrom, bus) {
+        (true, _) => "cdrom",
+        (_, DiskBus::Floppy) => "floppy",
+        _ => "disk",
+    };
+    let mut e = Element::new("disk").with("type", kind).with("device", device);
     let mut driver = Element::new("driver").with("name", "qemu");
     if matches!(source, Some(Source::Path(_))) {
-        driver.set("type", "raw");
+        driver.set("type", DRIVE_FORMATS.iter().find(|(_, f)| *f == format).map_or("raw", |(name, _)| name));
     }
     if let Some((word, _)) = DISK_CACHES.iter().find(|(_, c)| Some(*c) == io.cache) {
         driver.set("cache", word);
@@ -569,13 +617,18 @@ fn disk(
     }
     named(&mut e, identity, live);
     let unit = identity.slot.trim_start_matches(|c: char| !c.is_ascii_digit());
+    // Two drives are at each channel of IDE.
+    let (channel, unit) = match (bus, unit.parse::<u32>()) {
+        (DiskBus::Ide, Ok(n)) => (n / 2, (n % 2).to_string()),
+        _ => (0, unit.to_owned()),
+    };
     match placed(identity) {
         Some(address) => e.push(address),
         None => e.push(
             Element::new("address")
                 .with("type", "drive")
                 .with("controller", 0)
-                .with("bus", 0)
+                .with("bus", channel)
                 .with("target", 0)
                 .with("unit", unit),
         ),
@@ -595,13 +648,12 @@ fn interface(
     kept: Option<&Element>,
 ) -> Element {
     let mut e = super::super::domain::interface(identity, nic.network().unwrap_or_default(), live);
-    e.push(Element::new("model").with(
-        "type",
-        match nic.model {
-            NicModel::Virtio => "virtio",
-            NicModel::E1000e => "e1000e",
-        },
-    ));
+    if nic.kind == NicKind::User {
+        e.set("type", "user");
+        e.elements_mut().retain(|inner| inner.name() == "mac");
+    }
+    let model = NIC_MODELS.iter().find(|(_, m)| *m == nic.model).map_or("virtio", |(name, _)| name);
+    e.push(Element::new("model").with("type", model));
     let limits = (nic.port.ingress_limit, nic.port.egress_limit);
     if limits != (None, None) {
         let one = |name: &'static str, bits: u64| Element::new(name).with("average", bits / 8192);

@@ -1,0 +1,457 @@
+//! What a machine's board has beside processors, memory, disks and NICs, as arguments ([`karst_model::board`]). Pure.
+//!
+//! Each class of PCI devices has one device number of the root bus, and the place in its list is the function: so addresses
+//! follow from the machine's keys alone, and are no others' (disks and NICs have 08 to 17, or root ports).
+
+use crate::devices::Layout;
+use karst_model::{
+    Error, Result,
+    board::{
+        Board, Memory, Pointer, Sound, Topology, UsbController, UsbDevice, UsbKind, UsbModel, Video,
+        WatchdogEnd, WatchdogModel, ranges,
+    },
+};
+use serde_json::{Value, json};
+
+/// Controllers of USB.
+const USB: &str = "00:18";
+/// Sound cards.
+const SOUND: &str = "00:19";
+/// The watchdog, and input devices after it.
+const REST: &str = "00:1a";
+/// Screens; the first is where machines without a choice have theirs.
+const VIDEO: &str = "00:1b";
+/// All of a machine's memory.
+pub const MEMORY: &str = "memory";
+/// Where sound goes.
+const AUDIO: &str = "audio";
+
+/// An option and its value.
+type Argument = (&'static str, String);
+
+/// Puts a device at a function; the others of its slot are told apart from it by the first.
+fn at(layout: Layout, mut device: Value, slot: &str, function: usize, many: bool) -> Result<String> {
+    layout.put(&mut device, "hardware", &format!("{slot}.{function}"))?;
+    if function == 0 && many {
+        device["multifunction"] = true.into();
+    }
+    Ok(device.to_string())
+}
+
+/// `-smp`'s value.
+///
+/// # Errors
+/// Invalid when there are more processors than it has room for.
+pub fn processors(topology: Option<&Topology>, cpus: u32, most: u32) -> Result<String> {
+    let Some(t) = topology else {
+        return Ok(format!("cpus={cpus},maxcpus={most},sockets=1,cores={most},threads=1"));
+    };
+    let room = t.processors();
+    if cpus > room {
+        let text = format!("{cpus} processors (limits.cpu) do not fit: there is room for {room}");
+        return Err(Error::invalid("config.hardware.cpu.topology", text));
+    }
+    // Dies are said where there are several alone: other machines' processors do not have them.
+    let dies = if t.dies > 1 { format!("dies={},", t.dies) } else { String::new() };
+    Ok(format!(
+        "cpus={cpus},maxcpus={room},sockets={},{dies}cores={},threads={}",
+        t.sockets, t.cores, t.threads
+    ))
+}
+
+/// What a part of a machine's memory is.
+fn backend(memory: Option<&Memory>, id: &str, size: u64) -> Value {
+    let Some(m) = memory else {
+        return json!({"qom-type": "memory-backend-ram", "id": id, "size": size});
+    };
+    let file = m.file || m.shared || m.pages.is_some();
+    let kind = if file { "memory-backend-memfd" } else { "memory-backend-ram" };
+    let mut object = json!({"qom-type": kind, "id": id, "size": size, "share": m.shared});
+    if m.allocated {
+        object["prealloc"] = true.into();
+    }
+    if let Some(pages) = m.pages {
+        object["hugetlb"] = true.into();
+        if let Some(size) = pages {
+            object["hugetlbsize"] = size.bytes().into();
+        }
+    }
+    object
+}
+
+/// Nodes of memory, or all of it where the host is to have it in a way of its own.
+///
+/// # Errors
+/// Invalid when they are not the machine's memory.
+pub fn memory(board: &Board, memory: u64) -> Result<Vec<Argument>> {
+    let cells = &board.numa;
+    if cells.is_empty() && board.memory.is_some() {
+        let object = backend(board.memory.as_ref(), MEMORY, memory);
+        return Ok(vec![("-object", object.to_string())]);
+    }
+    let all: u64 = cells.iter().map(|c| c.memory.bytes()).sum();
+    if !cells.is_empty() && all != memory {
+        let text =
+            format!("its nodes have {} MiB, and the machine {} MiB (limits.memory)", all >> 20, memory >> 20);
+        return Err(Error::invalid("config.hardware.numa", text));
+    }
+    let mut arguments = vec![];
+    for (n, cell) in cells.iter().enumerate() {
+        let object = backend(board.memory.as_ref(), &format!("memory{n}"), cell.memory.bytes());
+        arguments.push(("-object", object.to_string()));
+        let cpus: String =
+            ranges(&cell.cpus).split(',').filter(|r| !r.is_empty()).map(|r| format!(",cpus={r}")).collect();
+        arguments.push(("-numa", format!("node,nodeid={n}{cpus},memdev=memory{n}")));
+    }
+    Ok(arguments)
+}
+
+fn usb_controller(n: usize, bus: usize, one: &UsbController) -> Value {
+    let driver = match one.model {
+        UsbModel::Piix3Uhci => "piix3-usb-uhci",
+        UsbModel::Piix4Uhci => "piix4-usb-uhci",
+        UsbModel::Ohci => "pci-ohci",
+        UsbModel::Ehci => "usb-ehci",
+        UsbModel::Ich9Ehci1 => "ich9-usb-ehci1",
+        UsbModel::Ich9Uhci1 => "ich9-usb-uhci1",
+        UsbModel::Ich9Uhci2 => "ich9-usb-uhci2",
+        UsbModel::Ich9Uhci3 => "ich9-usb-uhci3",
+        UsbModel::NecXhci => "nec-usb-xhci",
+        UsbModel::QemuXhci => "qemu-xhci",
+    };
+    if one.is_companion() {
+        let first = one.ports.unwrap_or(0);
+        return json!({
+            "driver": driver, "id": format!("companion{n}"), "masterbus": format!("usb{bus}.0"), "firstport": first,
+        });
+    }
+    let mut device = json!({"driver": driver, "id": format!("usb{bus}")});
+    if let Some(ports) = one.ports {
+        (device["p2"], device["p3"]) = (ports.into(), ports.into());
+    }
+    device
+}
+
+fn usb_device(n: usize, one: &UsbDevice) -> Value {
+    let driver = match one.kind {
+        UsbKind::Hub => "usb-hub",
+        UsbKind::Keyboard => "usb-kbd",
+        UsbKind::Mouse => "usb-mouse",
+        UsbKind::Tablet => "usb-tablet",
+        UsbKind::Audio => "usb-audio",
+    };
+    let bus = one.at.as_ref().map_or(0, |(bus, _)| *bus);
+    let mut device = json!({"driver": driver, "id": format!("usb-device{n}"), "bus": format!("usb{bus}.0")});
+    if let Some((_, port)) = &one.at {
+        device["port"] = port.as_str().into();
+    }
+    if one.kind == UsbKind::Audio {
+        device["audiodev"] = AUDIO.into();
+    }
+    device
+}
+
+fn sound(n: usize, one: Sound, layout: Layout, many: bool) -> Result<Vec<String>> {
+    let id = format!("sound{n}");
+    let plain = |driver: &str| json!({"driver": driver, "id": id, "audiodev": AUDIO});
+    let of_intel = |driver: &str| -> Result<Vec<String>> {
+        let codec = json!({
+            "driver": "hda-duplex", "id": format!("{id}-codec0"), "bus": format!("{id}.0"), "cad": 0, "audiodev": AUDIO,
+        });
+        Ok(vec![at(layout, json!({"driver": driver, "id": id}), SOUND, n, many)?, codec.to_string()])
+    };
+    match one {
+        Sound::Ac97 => Ok(vec![at(layout, plain("AC97"), SOUND, n, many)?]),
+        Sound::Es1370 => Ok(vec![at(layout, plain("ES1370"), SOUND, n, many)?]),
+        Sound::Ich6 => of_intel("intel-hda"),
+        Sound::Ich9 => of_intel("ich9-intel-hda"),
+        Sound::Sb16 => Ok(vec![plain("sb16").to_string()]),
+    }
+}
+
+/// The screens of a machine that has any.
+///
+/// # Errors
+/// Invalid for an address that is none.
+pub fn screens(board: &Board, layout: Layout) -> Result<Vec<Argument>> {
+    let usual = [Video::Vga];
+    let all = if board.video.is_empty() { &usual[..] } else { &board.video };
+    let mut arguments = vec![];
+    for (n, one) in all.iter().enumerate() {
+        let driver = match (one, n) {
+            (Video::Absent, _) => continue,
+            (Video::Vga, _) => "VGA",
+            (Video::Cirrus, _) => "cirrus-vga",
+            (Video::Qxl, 0) => "qxl-vga",
+            (Video::Qxl, _) => "qxl",
+            (Video::Virtio, 0) => "virtio-vga",
+            (Video::Virtio, _) => "virtio-gpu-pci",
+            (Video::Vmvga, _) => "vmware-svga",
+            (Video::Bochs, _) => "bochs-display",
+        };
+        let id = if n == 0 { "video".to_owned() } else { format!("video{n}") };
+        let mut device = json!({"driver": driver, "id": id});
+        if *one == Video::Vga {
+            device["vgamem_mb"] = 16.into();
+        }
+        arguments.push(("-device", at(layout, device, VIDEO, n, all.len() > 1)?));
+    }
+    Ok(arguments)
+}
+
+/// The rest of its devices; `spice`: where sound is heard.
+///
+/// # Errors
+/// Invalid for an address that is none.
+pub fn devices(board: &Board, layout: Layout, spice: bool) -> Result<Vec<Argument>> {
+    let mut arguments = vec![];
+    let mut add = |device: String| arguments.push(("-device", device));
+    let (mut bus, many) = (0, board.usb.len() > 1);
+    for (n, one) in board.usb.iter().enumerate() {
+        // Companions come after their master, and are of its bus.
+        if n > 0 && !one.is_companion() {
+            bus += 1;
+        }
+        add(at(layout, usb_controller(n, bus, one), USB, n, many)?);
+    }
+    let heard = !board.sound.is_empty() || board.usb_devices.iter().any(|d| d.kind == UsbKind::Audio);
+    for (n, one) in board.usb_devices.iter().enumerate() {
+        add(usb_device(n, one).to_string());
+    }
+    // The place of the first is taken also where that is on no PCI bus, for the others to be found.
+    let cards = board.sound.iter().filter(|s| **s != Sound::Sb16).count();
+    let mut place = 0;
+    for one in &board.sound {
+        let n = if *one == Sound::Sb16 { cards + place } else { place };
+        for device in sound(n, *one, layout, cards > 1)? {
+            add(device);
+        }
+        place += usize::from(*one != Sound::Sb16);
+    }
+    let watches = board.watchdog.is_some_and(|w| w.model == WatchdogModel::I6300esb);
+    let first = usize::from(watches);
+    let rest = first + board.inputs.len();
+    if let Some(watchdog) = &board.watchdog {
+        let device = match watchdog.model {
+            WatchdogModel::I6300esb => {
+                at(layout, json!({"driver": "i6300esb", "id": "watchdog"}), REST, 0, rest > 1)?
+            }
+            WatchdogModel::Ib700 => json!({"driver": "ib700", "id": "watchdog"}).to_string(),
+        };
+        add(device);
+    }
+    for (n, one) in board.inputs.iter().enumerate() {
+        let driver = match one {
+            Pointer::Keyboard => "virtio-keyboard-pci",
+            Pointer::Mouse => "virtio-mouse-pci",
+            Pointer::Tablet => "virtio-tablet-pci",
+        };
+        add(at(layout, json!({"driver": driver, "id": format!("input{n}")}), REST, first + n, rest > 1)?);
+    }
+    if board.panic {
+        add(json!({"driver": "pvpanic", "id": "panic", "ioport": 0x505}).to_string());
+    }
+    if let Some(generation) = board.generation {
+        add(json!({"driver": "vmgenid", "id": "generation", "guid": generation.to_string()}).to_string());
+    }
+    if let Some(watchdog) = &board.watchdog {
+        let action = match watchdog.end {
+            WatchdogEnd::Reset => "reset",
+            WatchdogEnd::Shutdown => "shutdown",
+            WatchdogEnd::Poweroff => "poweroff",
+            WatchdogEnd::Pause => "pause",
+            WatchdogEnd::None => "none",
+            WatchdogEnd::InjectNmi => "inject-nmi",
+        };
+        arguments.push(("-action", format!("watchdog={action}")));
+    }
+    if heard {
+        // Before what refers to it.
+        let way = if spice { "spice" } else { "none" };
+        arguments.insert(0, ("-audiodev", json!({"driver": way, "id": AUDIO}).to_string()));
+    }
+    Ok(arguments)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use karst_model::ByteSize;
+
+    const PC: Layout = Layout { pc: true, ports: 0 };
+
+    fn board(pairs: &[(&str, &str)]) -> Board {
+        Board::of(&pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect()).unwrap()
+    }
+
+    fn lines(arguments: Vec<Argument>) -> String {
+        arguments
+            .into_iter()
+            .map(|(option, value)| format!("{option} {value}"))
+            .collect::<Vec<_>>()
+            .join("\n")
+    }
+
+    #[test]
+    fn usb_has_its_controllers_first_and_devices_where_they_are_said_to_be() {
+        let board = board(&[
+            ("hardware.usb", "ich9-ehci1,ich9-uhci1:0,ich9-uhci2:2,qemu-xhci:8"),
+            ("hardware.usb.devices", "hub@0:1,mouse@0:1.2,tablet@1:1,keyboard"),
+        ]);
+        insta::assert_snapshot!(lines(devices(&board, PC, false).unwrap()), @r#"
+        -device {"driver":"ich9-usb-ehci1","id":"usb0","bus":"pci.0","addr":"0x18.0x0","multifunction":true}
+        -device {"driver":"ich9-usb-uhci1","id":"companion1","masterbus":"usb0.0","firstport":0,"bus":"pci.0","addr":"0x18.0x1"}
+        -device {"driver":"ich9-usb-uhci2","id":"companion2","masterbus":"usb0.0","firstport":2,"bus":"pci.0","addr":"0x18.0x2"}
+        -device {"driver":"qemu-xhci","id":"usb1","p2":8,"p3":8,"bus":"pci.0","addr":"0x18.0x3"}
+        -device {"driver":"usb-hub","id":"usb-device0","bus":"usb0.0","port":"1"}
+        -device {"driver":"usb-mouse","id":"usb-device1","bus":"usb0.0","port":"1.2"}
+        -device {"driver":"usb-tablet","id":"usb-device2","bus":"usb1.0","port":"1"}
+        -device {"driver":"usb-kbd","id":"usb-device3","bus":"usb0.0"}
+        "#);
+    }
+
+    #[test]
+    fn sound_screens_and_what_watches() {
+        let board = board(&[
+            ("hardware.sound", "sb16,ich6,ac97"),
+            ("hardware.watchdog", "i6300esb:poweroff"),
+            ("hardware.input", "tablet"),
+            ("hardware.panic", "true"),
+            ("hardware.generation", "0b3c1f9e-7f2c-4d0a-9a53-3a3f6f0f0001"),
+            ("hardware.video", "qxl,qxl,virtio"),
+        ]);
+        insta::assert_snapshot!(lines(devices(&board, PC, true).unwrap()), @r#"
+        -audiodev {"driver":"spice","id":"audio"}
+        -device {"driver":"sb16","id":"sound2","audiodev":"audio"}
+        -device {"driver":"intel-hda","id":"sound0","bus":"pci.0","addr":"0x19.0x0","multifunction":true}
+        -device {"driver":"hda-duplex","id":"sound0-codec0","bus":"sound0.0","cad":0,"audiodev":"audio"}
+        -device {"driver":"AC97","id":"sound1","audiodev":"audio","bus":"pci.0","addr":"0x19.0x1"}
+        -device {"driver":"i6300esb","id":"watchdog","bus":"pci.0","addr":"0x1a.0x0","multifunction":true}
+        -device {"driver":"virtio-tablet-pci","id":"input0","bus":"pci.0","addr":"0x1a.0x1"}
+        -device {"driver":"pvpanic","id":"panic","ioport":1285}
+        -device {"driver":"vmgenid","id":"generation","guid":"0b3c1f9e-7f2c-4d0a-9a53-3a3f6f0f0001"}
+        -action watchdog=poweroff
+        "#);
+        insta::assert_snapshot!(lines(screens(&board, PC).unwrap()), @r#"
+        -device {"driver":"qxl-vga","id":"video","bus":"pci.0","addr":"0x1b.0x0","multifunction":true}
+        -device {"driver":"qxl","id":"video1","bus":"pci.0","addr":"0x1b.0x1"}
+        -device {"driver":"virtio-gpu-pci","id":"video2","bus":"pci.0","addr":"0x1b.0x2"}
+        "#);
+        assert!(screens(&Board { video: vec![Video::Absent], ..Board::default() }, PC).unwrap().is_empty());
+        assert!(devices(&Board::default(), PC, true).unwrap().is_empty(), "nothing of it is there unasked");
+    }
+
+    #[test]
+    fn processors_and_memory_are_laid_out_as_they_are_said() {
+        assert_eq!(processors(None, 2, 4).unwrap(), "cpus=2,maxcpus=4,sockets=1,cores=4,threads=1");
+        let topology = Topology { sockets: 2, dies: 1, cores: 2, threads: 2 };
+        assert_eq!(
+            processors(Some(&topology), 3, 64).unwrap(),
+            "cpus=3,maxcpus=8,sockets=2,cores=2,threads=2"
+        );
+        let many = processors(Some(&topology), 9, 9).unwrap_err();
+        assert_eq!(many.field.as_deref(), Some("config.hardware.cpu.topology"));
+        let cells = board(&[("hardware.numa", "0-1,4:512MiB;2-3:512MiB")]);
+        assert_eq!(
+            lines(memory(&cells, 1 << 30).unwrap()),
+            "-object {\"qom-type\":\"memory-backend-ram\",\"id\":\"memory0\",\"size\":536870912}\n\
+             -numa node,nodeid=0,cpus=0-1,cpus=4,memdev=memory0\n\
+             -object {\"qom-type\":\"memory-backend-ram\",\"id\":\"memory1\",\"size\":536870912}\n\
+             -numa node,nodeid=1,cpus=2-3,memdev=memory1"
+        );
+        assert_eq!(memory(&cells, 2 << 30).unwrap_err().field.as_deref(), Some("config.hardware.numa"));
+        let huge = board(&[("hardware.memory", "shared,allocated,hugepages=2MiB")]);
+        assert_eq!(
+            lines(memory(&huge, 1 << 30).unwrap()),
+            "-object {\"qom-type\":\"memory-backend-memfd\",\"id\":\"memory\",\"size\":1073741824,\"share\":true,\
+             \"prealloc\":true,\"hugetlb\":true,\"hugetlbsize\":2097152}"
+        );
+        assert_eq!(memory(&Board::default(), ByteSize::gib(1).bytes()).unwrap(), []);
+    }
+
+    /// What QEMU itself says to arguments, in the few lines of a machine that stands still.
+    async fn accepted(machine: &str, arguments: &[Argument]) -> Result<()> {
+        let usual =
+            ["-S", "-no-user-config", "-nodefaults", "-display", "none", "-accel", "tcg", "-m", "64", "-M"];
+        let more = arguments.iter().flat_map(|(option, value)| [*option, value.as_str()]);
+        let input = "{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"quit\"}\n";
+        let run = karst_host::run(karst_host::Program::QemuSystemX86).args(usual).arg(machine).args(more);
+        run.args(["-qmp", "stdio"]).stdin(input.to_owned()).ok().await.map(drop)
+    }
+
+    #[tokio::test]
+    async fn qemu_itself_takes_all_of_it() {
+        if karst_host::Program::QemuSystemX86.path().is_err() {
+            return crate::backends::missing("QEMU is not installed");
+        }
+        let one = |key: &str, value: &str| (format!("{key}={value}"), board(&[(key, value)]));
+        let mut all = vec![];
+        for (key, words) in [
+            ("hardware.usb", "piix3-uhci piix4-uhci pci-ohci ehci nec-xhci:4 qemu-xhci:15"),
+            ("hardware.usb", "ich9-ehci1,ich9-uhci1:0,ich9-uhci2:2,ich9-uhci3:4 qemu-xhci,ehci"),
+            ("hardware.sound", "ac97 es1370 ich6 ich9 sb16 ich6,ac97"),
+            ("hardware.video", "vga cirrus qxl virtio vmvga bochs qxl,qxl virtio,bochs none"),
+            ("hardware.input", "keyboard,mouse,tablet"),
+            ("hardware.panic", "true"),
+            ("hardware.generation", "0b3c1f9e-7f2c-4d0a-9a53-3a3f6f0f0001"),
+            (
+                "hardware.watchdog",
+                "i6300esb:reset ib700:shutdown ib700:poweroff ib700:pause ib700:none i6300esb:inject-nmi",
+            ),
+        ] {
+            all.extend(words.split(' ').map(|value| one(key, value)));
+        }
+        let usb = [
+            ("hardware.usb", "piix3-uhci,qemu-xhci"),
+            ("hardware.usb.devices", "hub@0:1,mouse@1:1,keyboard,tablet,audio@1:2"),
+        ];
+        all.push(("devices of USB".into(), board(&usb)));
+        for (machine, layout) in [("pc-i440fx-7.2", PC), ("pc-q35-7.2", Layout { pc: false, ports: 16 })] {
+            for (what, board) in &all {
+                let mut arguments = screens(board, layout).unwrap();
+                arguments.extend(devices(board, layout, false).unwrap());
+                let took = accepted(machine, &arguments).await;
+                assert!(took.is_ok(), "{machine} {what}: {took:?} of {arguments:?}");
+            }
+        }
+        let topology = Topology { sockets: 2, dies: 1, cores: 2, threads: 2 };
+        let cells = board(&[("hardware.numa", "0-3:32MiB;4-7:32MiB"), ("hardware.memory", "shared")]);
+        let mut arguments = vec![("-smp", processors(Some(&topology), 3, 3).unwrap())];
+        arguments.extend(memory(&cells, 64 << 20).unwrap());
+        accepted("pc-q35-7.2,hpet=on", &arguments).await.unwrap();
+        let dies = Topology { sockets: 1, dies: 2, cores: 2, threads: 1 };
+        accepted("pc-i440fx-7.2", &[("-smp", processors(Some(&dies), 1, 1).unwrap())]).await.unwrap();
+        let all = board(&[("hardware.memory", "file,allocated")]);
+        accepted("pc-q35-7.2,mem-merge=off,memory-backend=memory", &memory(&all, 64 << 20).unwrap())
+            .await
+            .unwrap();
+        // NICs and drives of older systems.
+        for (_, model) in karst_model::device::NIC_MODELS {
+            let nic = crate::devices::Nic {
+                name: "eth0".into(),
+                slot: "net0".into(),
+                model: *model,
+                mac: "10:66:6a:12:34:56".into(),
+                pci: Some("00:08.0".into()),
+                mtu: None,
+                boot_priority: 0,
+                user: true,
+            };
+            let network = ("-netdev", nic.host("").to_string());
+            let device = nic.device(PC).unwrap().to_string();
+            accepted("pc-i440fx-7.2", &[network, ("-device", device)]).await.unwrap();
+        }
+        let mut arguments = vec![];
+        for slot in ["ide0", "ide1", "ide2", "ide3", "floppy0", "floppy1"] {
+            let disk = crate::devices::Disk { cdrom: slot == "ide3", ..crate::devices::tests::disk(slot) };
+            arguments.push(("-blockdev", json!({"driver": "null-co", "node-name": disk.top()}).to_string()));
+            let order = disk.boots_by_controller().unwrap();
+            arguments.extend(order.map(|property| ("-global", property)));
+            arguments.push(("-device", disk.device(PC).unwrap().to_string()));
+        }
+        accepted("pc-i440fx-7.2", &arguments).await.unwrap();
+        // It is no test of anything where QEMU takes what it has not.
+        let refused = accepted("pc-q35-7.2", &[("-device", "teleporter".into())]).await;
+        assert!(refused.is_err());
+    }
+}

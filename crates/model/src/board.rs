@@ -1,0 +1,712 @@
+//! What a virtual machine's board has beside processors, memory, disks and NICs, out of the keys `hardware.*`: controllers and
+//! devices of USB, sound, screens, a watchdog, what tells of a panic, and how its processors and memory are laid out.
+//!
+//! Each key has one form in text, which [`Board::keys`] writes and [`Board::of`] reads. Where a device is follows from its place in
+//! its list, so that a machine keeps its addresses for as long as its keys stay.
+
+use crate::{
+    ByteSize, Config, Error, Result,
+    keys::{optional_flag, set},
+};
+use serde::{Deserialize, Serialize};
+
+/// Controllers of USB of a machine at most, and so of sound cards and screens: functions of one PCI device.
+pub const MOST: usize = 8;
+/// Devices of USB of a machine at most.
+const DEVICES: usize = 32;
+
+/// What it has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(default)]
+pub struct Board {
+    /// `hardware.cpu.topology`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub topology: Option<Topology>,
+    /// `hardware.numa`: nodes of memory; without any it has one.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub numa: Vec<NumaCell>,
+    /// `hardware.memory`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Memory>,
+    /// `hardware.usb`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub usb: Vec<UsbController>,
+    /// `hardware.usb.devices`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub usb_devices: Vec<UsbDevice>,
+    /// `hardware.input`: those of virtio.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub inputs: Vec<Pointer>,
+    /// `hardware.sound`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub sound: Vec<Sound>,
+    /// `hardware.video`: without any it has the VGA card.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub video: Vec<Video>,
+    /// `hardware.watchdog`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub watchdog: Option<Watchdog>,
+    /// `hardware.panic`.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub panic: bool,
+    /// `hardware.balloon.deflate`.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub balloon_deflates: bool,
+    /// `hardware.hpet`.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub hpet: bool,
+    /// `hardware.sleep`: to memory.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub sleeps: bool,
+    /// The same to its disk.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub hibernates: bool,
+    /// `hardware.boot_menu.timeout`: milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub menu_timeout: Option<u32>,
+    /// `hardware.boot.retry`: milliseconds until a firmware that found nothing to boot begins anew.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub boot_retry: Option<u32>,
+    /// `hardware.generation`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub generation: Option<uuid::Uuid>,
+}
+
+/// How processors are laid out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Topology {
+    /// Sockets.
+    pub sockets: u32,
+    /// Dies of each.
+    pub dies: u32,
+    /// Cores of each.
+    pub cores: u32,
+    /// Threads of each.
+    pub threads: u32,
+}
+
+impl Topology {
+    /// How many processors it has room for.
+    pub fn processors(&self) -> u32 {
+        [self.dies, self.cores, self.threads].iter().fold(self.sockets, |n, m| n.saturating_mul(*m))
+    }
+}
+
+/// A node of a machine's memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NumaCell {
+    /// Its processors, sorted ranges of first and last.
+    pub cpus: Vec<(u32, u32)>,
+    /// Its memory, whole MiB.
+    pub memory: ByteSize,
+}
+
+/// How the memory of a machine is had of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct Memory {
+    /// It is a file without a name.
+    pub file: bool,
+    /// Others whom QEMU hands it to see what is written there.
+    pub shared: bool,
+    /// All of it is there from the start.
+    pub allocated: bool,
+    /// It is not merged with that of others that is the same.
+    pub unmerged: bool,
+    /// It is in huge pages: of this size, or of the host's usual one.
+    pub pages: Option<Option<ByteSize>>,
+}
+
+impl Memory {
+    /// Are its pages of a size that processors have?
+    pub fn is_possible(&self) -> bool {
+        self.pages.flatten().is_none_or(|s| [ByteSize::mib(2), ByteSize::gib(1)].contains(&s))
+    }
+
+    fn parse(text: &str) -> Result<Self> {
+        let mut found = Self::default();
+        for part in text.split(',') {
+            match part.trim().split_once('=').unwrap_or((part.trim(), "")) {
+                ("file", "") => found.file = true,
+                ("shared", "") => found.shared = true,
+                ("allocated", "") => found.allocated = true,
+                ("unmerged", "") => found.unmerged = true,
+                ("hugepages", "") => found.pages = Some(None),
+                ("hugepages", size) => {
+                    found.pages = Some(Some(ByteSize::parse(&format!("config.{MEMORY}"), size)?));
+                }
+                _ => {
+                    let text = format!(
+                        "{part:?} is not there; file, shared, allocated, unmerged and hugepages=2MiB are"
+                    );
+                    return Err(wrong(MEMORY, text));
+                }
+            }
+        }
+        match found.is_possible() {
+            true => Ok(found),
+            false => Err(wrong(MEMORY, "huge pages have 2MiB or 1GiB")),
+        }
+    }
+
+    fn text(&self) -> String {
+        let words = [
+            (self.file, "file".to_owned()),
+            (self.shared, "shared".into()),
+            (self.allocated, "allocated".into()),
+            (self.unmerged, "unmerged".into()),
+            (
+                self.pages.is_some(),
+                match self.pages.flatten() {
+                    Some(size) => format!("hugepages={}MiB", size.bytes() >> 20),
+                    None => "hugepages".into(),
+                },
+            ),
+        ];
+        words.into_iter().filter(|(on, _)| *on).map(|(_, word)| word).collect::<Vec<_>>().join(",")
+    }
+}
+
+macro_rules! words {
+    ($(#[$doc:meta])* $name:ident, $table:ident { $($(#[$of:meta])* $variant:ident = $word:literal),* $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+        pub enum $name {
+            $($(#[$of])* #[serde(rename = $word)] $variant,)*
+        }
+
+        /// Names as users write them.
+        pub const $table: &[(&str, $name)] = &[$(($word, $name::$variant)),*];
+
+        impl $name {
+            /// Its name as users write it.
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $word,)* }
+            }
+        }
+    };
+}
+
+words!(
+    /// A controller of USB.
+    UsbModel, USB_MODELS {
+        /// UHCI of PIIX3: USB 1.
+        Piix3Uhci = "piix3-uhci",
+        /// UHCI of PIIX4.
+        Piix4Uhci = "piix4-uhci",
+        /// OHCI: USB 1.
+        Ohci = "pci-ohci",
+        /// EHCI: USB 2 alone.
+        Ehci = "ehci",
+        /// EHCI of ICH9, beside which UHCI of ICH9 has what is slower.
+        Ich9Ehci1 = "ich9-ehci1",
+        /// UHCI of ICH9.
+        Ich9Uhci1 = "ich9-uhci1",
+        /// Another.
+        Ich9Uhci2 = "ich9-uhci2",
+        /// Another.
+        Ich9Uhci3 = "ich9-uhci3",
+        /// xHCI of NEC: USB 3.
+        NecXhci = "nec-xhci",
+        /// xHCI of QEMU's own: USB 3.
+        QemuXhci = "qemu-xhci",
+    }
+);
+words!(
+    /// A device of USB that is emulated.
+    UsbKind, USB_KINDS {
+        /// A hub.
+        Hub = "hub",
+        /// A keyboard.
+        Keyboard = "keyboard",
+        /// A mouse.
+        Mouse = "mouse",
+        /// A pointer with places rather than moves.
+        Tablet = "tablet",
+        /// A sound card.
+        Audio = "audio",
+    }
+);
+words!(
+    /// An input device of virtio.
+    Pointer, POINTERS {
+        /// A keyboard.
+        Keyboard = "keyboard",
+        /// A mouse.
+        Mouse = "mouse",
+        /// A pointer with places.
+        Tablet = "tablet",
+    }
+);
+words!(
+    /// A sound card.
+    Sound, SOUNDS {
+        /// Intel's AC97.
+        Ac97 = "ac97",
+        /// Ensoniq's.
+        Es1370 = "es1370",
+        /// High definition audio of ICH6.
+        Ich6 = "ich6",
+        /// The same of ICH9.
+        Ich9 = "ich9",
+        /// SoundBlaster 16.
+        Sb16 = "sb16",
+    }
+);
+words!(
+    /// What a screen is on.
+    Video, VIDEOS {
+        /// None at all.
+        Absent = "none",
+        /// The standard VGA card.
+        Vga = "vga",
+        /// Cirrus'.
+        Cirrus = "cirrus",
+        /// QXL, of SPICE.
+        Qxl = "qxl",
+        /// virtio, without acceleration.
+        Virtio = "virtio",
+        /// VMware's.
+        Vmvga = "vmvga",
+        /// The standard card without VGA's registers.
+        Bochs = "bochs",
+    }
+);
+words!(
+    /// A watchdog.
+    WatchdogModel, WATCHDOGS {
+        /// Intel's, on PCI.
+        I6300esb = "i6300esb",
+        /// iBASE's, on ISA.
+        Ib700 = "ib700",
+    }
+);
+words!(
+    /// What becomes of a machine whose watchdog was not fed.
+    WatchdogEnd, WATCHDOG_ENDS {
+        /// It is reset.
+        Reset = "reset",
+        /// It is asked to shut down.
+        Shutdown = "shutdown",
+        /// It is switched off.
+        Poweroff = "poweroff",
+        /// It stands still.
+        Pause = "pause",
+        /// Nothing; it is told.
+        None = "none",
+        /// Its processors get an NMI.
+        InjectNmi = "inject-nmi",
+    }
+);
+
+/// A controller of USB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UsbController {
+    /// What it is.
+    pub model: UsbModel,
+    /// Ports of an xHCI controller; of an UHCI one of ICH9, the first port of its EHCI controller that it serves.
+    pub ports: Option<u32>,
+}
+
+impl UsbController {
+    /// Is it one that serves slower devices of another?
+    pub fn is_companion(&self) -> bool {
+        matches!(self.model, UsbModel::Ich9Uhci1 | UsbModel::Ich9Uhci2 | UsbModel::Ich9Uhci3)
+    }
+}
+
+/// A device of USB.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UsbDevice {
+    /// What it is.
+    pub kind: UsbKind,
+    /// The bus that it is on, of those of `hardware.usb` without companions, and its port there such as `1` or `2.1`.
+    pub at: Option<(u32, String)>,
+}
+
+/// A watchdog.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Watchdog {
+    /// What it is.
+    pub model: WatchdogModel,
+    /// What it does.
+    pub end: WatchdogEnd,
+}
+
+const TOPOLOGY: &str = "hardware.cpu.topology";
+const NUMA: &str = "hardware.numa";
+const USB: &str = "hardware.usb";
+const USB_DEVICES: &str = "hardware.usb.devices";
+const INPUT: &str = "hardware.input";
+const SOUND: &str = "hardware.sound";
+const VIDEO: &str = "hardware.video";
+const WATCHDOG: &str = "hardware.watchdog";
+const MEMORY: &str = "hardware.memory";
+const PANIC: &str = "hardware.panic";
+const DEFLATE: &str = "hardware.balloon.deflate";
+const HPET: &str = "hardware.hpet";
+const SLEEP: &str = "hardware.sleep";
+const MENU_TIMEOUT: &str = "hardware.boot_menu.timeout";
+const RETRY: &str = "hardware.boot.retry";
+const GENERATION: &str = "hardware.generation";
+
+fn wrong(key: &str, text: impl Into<String>) -> Error {
+    Error::invalid(format!("config.{key}"), text)
+}
+
+fn word<T: Copy>(key: &str, text: &str, table: &[(&str, T)]) -> Result<T> {
+    let found = table.iter().find(|(name, _)| *name == text).map(|(_, value)| *value);
+    found.ok_or_else(|| {
+        let names: Vec<&str> = table.iter().map(|(name, _)| *name).collect();
+        wrong(key, format!("{text:?} is not there; {} are", names.join(", ")))
+    })
+}
+
+fn number(key: &str, text: &str) -> Result<u32> {
+    text.parse().map_err(|_| wrong(key, format!("{text:?} is not a whole number")))
+}
+
+fn list<T>(config: &Config, key: &str, most: usize, one: impl Fn(&str) -> Result<T>) -> Result<Vec<T>> {
+    let Some(text) = set(config, key) else { return Ok(vec![]) };
+    let all = text.split(',').map(|part| one(part.trim())).collect::<Result<Vec<_>>>()?;
+    if all.len() > most {
+        return Err(wrong(key, format!("a machine has {most} at most")));
+    }
+    Ok(all)
+}
+
+fn joined<T>(all: &[T], one: impl Fn(&T) -> String) -> Option<String> {
+    (!all.is_empty()).then(|| all.iter().map(one).collect::<Vec<_>>().join(","))
+}
+
+fn topology(text: &str) -> Result<Topology> {
+    let mut found = Topology { sockets: 1, dies: 1, cores: 1, threads: 1 };
+    for part in text.split(',') {
+        let (name, value) = part.trim().split_once('=').unwrap_or((part.trim(), ""));
+        let of = match name {
+            "sockets" => &mut found.sockets,
+            "dies" => &mut found.dies,
+            "cores" => &mut found.cores,
+            "threads" => &mut found.threads,
+            _ => {
+                let text = format!("{part:?} is no part of it; write sockets=1,dies=1,cores=2,threads=2");
+                return Err(wrong(TOPOLOGY, text));
+            }
+        };
+        *of = number(TOPOLOGY, value)?;
+    }
+    match found.processors() {
+        1..=1024 => Ok(found),
+        n => Err(wrong(TOPOLOGY, format!("{n} processors are not possible; 1 to 1024 are"))),
+    }
+}
+
+/// `0-3,8` as ranges; nothing of what is none.
+pub fn parse_ranges(text: &str) -> Option<Vec<(u32, u32)>> {
+    let mut all: Vec<(u32, u32)> = vec![];
+    for part in text.split(',') {
+        let (first, last) = part.trim().split_once('-').unwrap_or((part.trim(), part.trim()));
+        let (first, last): (u32, u32) = (first.parse().ok()?, last.parse().ok()?);
+        if last < first || last > 4096 {
+            return None;
+        }
+        all.push((first, last));
+    }
+    all.sort_unstable();
+    let apart = all.windows(2).all(|w| w[0].1 < w[1].0);
+    apart.then_some(all)
+}
+
+/// Ranges as they are written.
+pub fn ranges(all: &[(u32, u32)]) -> String {
+    let one = |(first, last): &(u32, u32)| match first == last {
+        true => first.to_string(),
+        false => format!("{first}-{last}"),
+    };
+    all.iter().map(one).collect::<Vec<_>>().join(",")
+}
+
+/// `0-1:512MiB;2-3:512MiB`.
+fn cells(text: &str) -> Result<Vec<NumaCell>> {
+    let mut all = vec![];
+    for part in text.split(';') {
+        let odd = || wrong(NUMA, format!("{part:?} is no node; write its processors and memory, 0-1:512MiB"));
+        let (cpus, memory) = part.trim().split_once(':').ok_or_else(odd)?;
+        let cpus = if cpus.is_empty() { vec![] } else { parse_ranges(cpus).ok_or_else(odd)? };
+        let memory = ByteSize::parse(&format!("config.{NUMA}"), memory)?;
+        if memory.bytes() == 0 || !memory.bytes().is_multiple_of(1 << 20) {
+            return Err(wrong(NUMA, "a node has a multiple of 1MiB"));
+        }
+        all.push(NumaCell { cpus, memory });
+    }
+    if all.len() > 128 {
+        return Err(wrong(NUMA, "a machine has 128 at most"));
+    }
+    let mut seen: Vec<(u32, u32)> = all.iter().flat_map(|c| c.cpus.iter().copied()).collect();
+    seen.sort_unstable();
+    match seen.windows(2).all(|w| w[0].1 < w[1].0) {
+        true => Ok(all),
+        false => Err(wrong(NUMA, "a processor is of one node")),
+    }
+}
+
+fn controller(text: &str) -> Result<UsbController> {
+    let (model, ports) = text.split_once(':').map_or((text, None), |(m, p)| (m, Some(p)));
+    let found = UsbController {
+        model: word(USB, model, USB_MODELS)?,
+        ports: ports.map(|p| number(USB, p)).transpose()?,
+    };
+    let good = match found.model {
+        UsbModel::NecXhci | UsbModel::QemuXhci => found.ports.is_none_or(|p| (1..=15).contains(&p)),
+        _ if found.is_companion() => found.ports.is_none_or(|p| p < 6),
+        _ => found.ports.is_none(),
+    };
+    match good {
+        true => Ok(found),
+        false => {
+            Err(wrong(USB, format!("{text:?}: xHCI controllers have 1 to 15 ports, and no others a number")))
+        }
+    }
+}
+
+fn usb_device(text: &str) -> Result<UsbDevice> {
+    let (kind, at) = text.split_once('@').map_or((text, None), |(k, at)| (k, Some(at)));
+    let at = match at {
+        None => None,
+        Some(at) => {
+            let odd = || {
+                wrong(
+                    USB_DEVICES,
+                    format!("{text:?}: a place is a bus and a port, such as hub@0:1 or mouse@0:1.2"),
+                )
+            };
+            let (bus, port) = at.split_once(':').ok_or_else(odd)?;
+            let good =
+                port.split('.').all(|p| p.parse::<u8>().is_ok_and(|n| n > 0)) && port.split('.').count() <= 5;
+            match good {
+                true => Some((number(USB_DEVICES, bus)?, port.to_owned())),
+                false => return Err(odd()),
+            }
+        }
+    };
+    Ok(UsbDevice { kind: word(USB_DEVICES, kind, USB_KINDS)?, at })
+}
+
+fn watchdog(text: &str) -> Result<Watchdog> {
+    let (model, end) = text.split_once(':').unwrap_or((text, "reset"));
+    Ok(Watchdog { model: word(WATCHDOG, model, WATCHDOGS)?, end: word(WATCHDOG, end, WATCHDOG_ENDS)? })
+}
+
+impl Board {
+    /// Out of an expanded configuration.
+    ///
+    /// # Errors
+    /// Invalid, naming the key.
+    pub fn of(config: &Config) -> Result<Self> {
+        let flag = |key: &str| optional_flag(config, key).unwrap_or(false);
+        let sleep = set(config, SLEEP).unwrap_or_default();
+        let (sleeps, hibernates) = match sleep {
+            "" => (false, false),
+            "memory" => (true, false),
+            "disk" => (false, true),
+            "both" => (true, true),
+            other => return Err(wrong(SLEEP, format!("{other:?} is not there; memory, disk and both are"))),
+        };
+        let millis = |key: &str| set(config, key).map(|text| number(key, text)).transpose();
+        let board = Self {
+            topology: set(config, TOPOLOGY).map(topology).transpose()?,
+            numa: set(config, NUMA).map(cells).transpose()?.unwrap_or_default(),
+            memory: set(config, MEMORY).map(Memory::parse).transpose()?,
+            usb: list(config, USB, MOST, controller)?,
+            usb_devices: list(config, USB_DEVICES, DEVICES, usb_device)?,
+            inputs: list(config, INPUT, MOST, |text| word(INPUT, text, POINTERS))?,
+            sound: list(config, SOUND, MOST, |text| word(SOUND, text, SOUNDS))?,
+            video: list(config, VIDEO, MOST, |text| word(VIDEO, text, VIDEOS))?,
+            watchdog: set(config, WATCHDOG).map(watchdog).transpose()?,
+            panic: flag(PANIC),
+            balloon_deflates: flag(DEFLATE),
+            hpet: flag(HPET),
+            sleeps,
+            hibernates,
+            menu_timeout: millis(MENU_TIMEOUT)?,
+            boot_retry: millis(RETRY)?,
+            generation: set(config, GENERATION)
+                .map(|text| {
+                    uuid::Uuid::parse_str(text).map_err(|_| wrong(GENERATION, format!("{text:?} is no UUID")))
+                })
+                .transpose()?,
+        };
+        board.demand_sense()?;
+        Ok(board)
+    }
+
+    /// What does not fit together.
+    fn demand_sense(&self) -> Result<()> {
+        let first = self.usb.first();
+        if first.is_some_and(UsbController::is_companion) {
+            return Err(wrong(USB, "an UHCI controller of ICH9 follows the ich9-ehci1 that it belongs to"));
+        }
+        let mut master = None;
+        for one in &self.usb {
+            if !one.is_companion() {
+                master = Some(one.model);
+            } else if master != Some(UsbModel::Ich9Ehci1) {
+                return Err(wrong(
+                    USB,
+                    "an UHCI controller of ICH9 follows the ich9-ehci1 that it belongs to",
+                ));
+            }
+        }
+        let buses = self.usb.iter().filter(|c| !c.is_companion()).count() as u32;
+        if buses == 0 && !self.usb_devices.is_empty() {
+            return Err(wrong(USB_DEVICES, "there is no controller that they could be at; set hardware.usb"));
+        }
+        let beyond = |d: &UsbDevice| d.at.as_ref().is_some_and(|(bus, _)| *bus >= buses);
+        if let Some(device) = self.usb_devices.iter().find(|d| beyond(d)) {
+            let text =
+                format!("{:?} is at a bus that is not there; hardware.usb has {buses}", device.kind.as_str());
+            return Err(wrong(USB_DEVICES, text));
+        }
+        if self.video.len() > 1 {
+            if self.video.contains(&Video::Absent) {
+                return Err(wrong(VIDEO, "none is alone"));
+            }
+            if self.video[1..].iter().any(|v| !matches!(v, Video::Qxl | Video::Virtio | Video::Bochs)) {
+                return Err(wrong(VIDEO, "further screens are on qxl, virtio or bochs"));
+            }
+        }
+        if let (Some(topology), false) = (&self.topology, self.numa.is_empty()) {
+            let beyond = |c: &NumaCell| c.cpus.last().is_some_and(|(_, last)| *last >= topology.processors());
+            if self.numa.iter().any(beyond) {
+                return Err(wrong(NUMA, "a node has processors that hardware.cpu.topology has not"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Nothing of it is there, as with machines of earlier versions.
+    pub fn is_usual(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// The keys that say it, with the values of those that are set.
+    pub fn keys(&self) -> Vec<(&'static str, Option<String>)> {
+        let flag = |flag: bool| flag.then(|| "true".to_owned());
+        let device = |d: &UsbDevice| match &d.at {
+            Some((bus, port)) => format!("{}@{bus}:{port}", d.kind.as_str()),
+            None => d.kind.as_str().to_owned(),
+        };
+        let controller = |c: &UsbController| match c.ports {
+            Some(ports) => format!("{}:{ports}", c.model.as_str()),
+            None => c.model.as_str().to_owned(),
+        };
+        let cell = |c: &NumaCell| format!("{}:{}MiB", ranges(&c.cpus), c.memory.bytes() >> 20);
+        vec![
+            (RETRY, self.boot_retry.map(|n| n.to_string())),
+            (MENU_TIMEOUT, self.menu_timeout.map(|n| n.to_string())),
+            (DEFLATE, flag(self.balloon_deflates)),
+            (
+                TOPOLOGY,
+                self.topology.map(|t| {
+                    format!("sockets={},dies={},cores={},threads={}", t.sockets, t.dies, t.cores, t.threads)
+                }),
+            ),
+            (GENERATION, self.generation.map(|g| g.to_string())),
+            (HPET, flag(self.hpet)),
+            (INPUT, joined(&self.inputs, |i| i.as_str().to_owned())),
+            (MEMORY, self.memory.map(|m| m.text())),
+            (NUMA, (!self.numa.is_empty()).then(|| self.numa.iter().map(cell).collect::<Vec<_>>().join(";"))),
+            (PANIC, flag(self.panic)),
+            (
+                SLEEP,
+                match (self.sleeps, self.hibernates) {
+                    (true, true) => Some("both".into()),
+                    (true, false) => Some("memory".into()),
+                    (false, true) => Some("disk".into()),
+                    (false, false) => None,
+                },
+            ),
+            (SOUND, joined(&self.sound, |s| s.as_str().to_owned())),
+            (USB, joined(&self.usb, controller)),
+            (USB_DEVICES, joined(&self.usb_devices, device)),
+            (VIDEO, joined(&self.video, |v| v.as_str().to_owned())),
+            (WATCHDOG, self.watchdog.map(|w| format!("{}:{}", w.model.as_str(), w.end.as_str()))),
+        ]
+    }
+
+    /// The keys by which two of them are not the same.
+    pub fn differences(&self, other: &Self) -> Vec<&'static str> {
+        let pairs = self.keys().into_iter().zip(other.keys());
+        pairs.filter(|((_, one), (_, two))| one != two).map(|((key, _), _)| key).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(pairs: &[(&str, &str)]) -> Result<Board> {
+        Board::of(&pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect())
+    }
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        assert!(of(&[]).unwrap().is_usual());
+        let all = [
+            (RETRY, "5000"),
+            (MENU_TIMEOUT, "3000"),
+            (DEFLATE, "true"),
+            (TOPOLOGY, "sockets=2,dies=1,cores=4,threads=2"),
+            (GENERATION, "0b3c1f9e-7f2c-4d0a-9a53-3a3f6f0f0001"),
+            (HPET, "true"),
+            (INPUT, "tablet,mouse"),
+            (MEMORY, "file,shared,allocated,unmerged,hugepages=2MiB"),
+            (NUMA, "0-3,8:512MiB;4-7:1024MiB"),
+            (PANIC, "true"),
+            (SLEEP, "memory"),
+            (SOUND, "ich6,ac97"),
+            (USB, "ich9-ehci1,ich9-uhci1:0,ich9-uhci2:2,qemu-xhci:15"),
+            (USB_DEVICES, "hub@0:1,mouse@0:1.2,tablet"),
+            (VIDEO, "qxl,qxl"),
+            (WATCHDOG, "i6300esb:poweroff"),
+        ];
+        let board = of(&all).unwrap();
+        let keys = board.keys();
+        let again: Vec<(&str, &str)> = keys.iter().map(|(k, v)| (*k, v.as_deref().unwrap())).collect();
+        assert_eq!(again, all);
+        assert_eq!(board.differences(&board), [] as [&str; 0]);
+        let other = Board { watchdog: None, video: vec![], ..board.clone() };
+        assert_eq!(board.differences(&other), [VIDEO, WATCHDOG]);
+        assert_eq!(serde_json::from_str::<Board>(&serde_json::to_string(&board).unwrap()).unwrap(), board);
+        assert_eq!(of(&[(WATCHDOG, "ib700")]).unwrap().watchdog.unwrap().end, WatchdogEnd::Reset);
+    }
+
+    #[test]
+    fn what_cannot_be_names_its_key() {
+        for (pairs, key) in [
+            (&[(TOPOLOGY, "cores=0")][..], TOPOLOGY),
+            (&[(TOPOLOGY, "plants=2")], TOPOLOGY),
+            (&[(NUMA, "0-1")], NUMA),
+            (&[(NUMA, "0-1:1MiB;1-2:1MiB")], NUMA),
+            (&[(NUMA, "0:1500KiB")], NUMA),
+            (&[(NUMA, "0-3:1MiB"), (TOPOLOGY, "cores=2")], NUMA),
+            (&[(USB, "uhci")], USB),
+            (&[(USB, "piix3-uhci:4")], USB),
+            (&[(USB, "qemu-xhci:16")], USB),
+            (&[(USB, "ich9-uhci1:0")], USB),
+            (&[(USB, "qemu-xhci,ich9-uhci1:0")], USB),
+            (&[(USB_DEVICES, "hub")], USB_DEVICES),
+            (&[(USB, "ehci"), (USB_DEVICES, "hub@1:1")], USB_DEVICES),
+            (&[(USB, "ehci"), (USB_DEVICES, "hub@0:a")], USB_DEVICES),
+            (&[(SOUND, "loud")], SOUND),
+            (&[(MEMORY, "hugepages=3MiB")], MEMORY),
+            (&[(MEMORY, "fast")], MEMORY),
+            (&[(VIDEO, "none,qxl")], VIDEO),
+            (&[(VIDEO, "qxl,cirrus")], VIDEO),
+            (&[(WATCHDOG, "ib700:bark")], WATCHDOG),
+            (&[(GENERATION, "x")], GENERATION),
+            (&[(SLEEP, "often")], SLEEP),
+        ] {
+            assert_eq!(of(pairs).unwrap_err().field, Some(format!("config.{key}")), "{pairs:?}");
+        }
+    }
+}
