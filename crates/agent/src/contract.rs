@@ -12,6 +12,7 @@ mod guests;
 mod parts;
 mod publish;
 mod storage;
+mod threads;
 
 use crate::{asks::*, backups::*, calls::*, copies::*, displays::*, outputs::*, publish::*, thresholds::*};
 use karst_env::{EnvExt, SharedEnv};
@@ -241,6 +242,8 @@ impl Subject {
                 windows: false,
                 local_time: false,
                 ends_on_reboot: false,
+                iothreads: vec![],
+                scsi_iothread: None,
                 kernel: None,
                 resume: false,
                 paused: false,

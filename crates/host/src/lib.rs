@@ -4,6 +4,7 @@
 //! environment, a timeout and an output cap. Errors carry argv, exit code and stderr as private context.
 #![allow(clippy::disallowed_methods)] // this crate is the real world
 
+pub mod affinity;
 pub mod btrfs;
 pub mod cgroup;
 pub mod device_mapper;

@@ -3,6 +3,7 @@
 use crate::{
     CheckpointId, InstanceId, VolumeId,
     instance::{ExitReason, Generation, RuntimeState},
+    threads::IoThread,
 };
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::IpAddr, time::Duration};
@@ -192,6 +193,9 @@ pub struct MachineFigures {
     pub nics: BTreeMap<String, NicFigures>,
     /// Processors by index.
     pub vcpus: Vec<VcpuFigures>,
+    /// Threads that serve disks beside the main one, by number, as they are at work.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub iothreads: Vec<IoThread>,
     /// Balloon, where it has one.
     pub balloon: Option<BalloonFigures>,
     /// CPU time of its process in user mode, nanoseconds.

@@ -29,7 +29,7 @@ pub fn parse_cpus(field: &str, s: &str) -> Result<CpuLimit> {
 }
 
 /// `0-1,3`: sorted numbers up to `largest`; none for anything else.
-fn parse_set(s: &str, largest: u32) -> Option<Vec<u32>> {
+pub(crate) fn parse_set(s: &str, largest: u32) -> Option<Vec<u32>> {
     let mut set = std::collections::BTreeSet::new();
     for part in s.split(',') {
         let (a, b) = part.split_once('-').unwrap_or((part, part));
@@ -59,17 +59,18 @@ pub fn parse_allowance(field: &str, s: &str) -> Result<CpuAllowance> {
             _ => Err(wrong()),
         };
     }
-    let ms = |t: &str| {
-        t.trim().strip_suffix("ms").and_then(|n| n.parse::<u64>().ok()).filter(|n| (1..=1000).contains(n))
+    // In milliseconds, or finer.
+    let us = |t: &str, most: u64| {
+        let t = t.trim();
+        let (digits, factor) = match (t.strip_suffix("ms"), t.strip_suffix("us")) {
+            (Some(digits), _) => (digits, 1000),
+            (None, digits) => (digits?, 1),
+        };
+        digits.parse::<u64>().ok()?.checked_mul(factor).filter(|us| (1000..=most).contains(us))
     };
     let (q, p) = s.split_once('/').ok_or_else(wrong)?;
-    let quota = q
-        .trim()
-        .strip_suffix("ms")
-        .and_then(|n| n.parse::<u64>().ok())
-        .filter(|n| (1..=1_000_000).contains(n));
-    match (quota, ms(p)) {
-        (Some(q), Some(p)) => Ok(CpuAllowance::Quota { quota_us: q * 1000, period_us: p * 1000 }),
+    match (us(q, 1_000_000_000), us(p, 1_000_000)) {
+        (Some(quota_us), Some(period_us)) => Ok(CpuAllowance::Quota { quota_us, period_us }),
         _ => Err(wrong()),
     }
 }

@@ -7,6 +7,7 @@ use crate::{
     instance::InstanceKind,
     keys_container, schedule,
     spec::{CloudInit, KERNEL_LIMITS, Limits},
+    threads::{self, text},
 };
 
 pub use crate::key_row::{Key, KeyScope, KeyType};
@@ -176,6 +177,8 @@ pub const INSTANCE_KEYS: &[Key] = &[
         "The machine has a high precision event timer.",
     ),
     key("hardware.hyperv", Bool, VirtualMachine, "true for Windows", false, "Hyper-V's interfaces (KVM)."),
+    key("hardware.iothreads", Text, VirtualMachine, "none", true, text::IOTHREADS),
+    key("hardware.iothreads.*", Text, VirtualMachine, "QEMU's", true, text::PROPERTIES),
     key(
         "hardware.input",
         Text,
@@ -224,6 +227,7 @@ pub const INSTANCE_KEYS: &[Key] = &[
         false,
         "windows: what its installer has drivers for, where devices do not say otherwise (SATA, e1000e), and a TPM; clock in local time.",
     ),
+    key("hardware.scsi.iothread", Integer(1, 65_535), VirtualMachine, "the main one", false, text::SCSI),
     key(
         "hardware.sleep",
         OneOf(&["memory", "disk", "both"]),
@@ -294,10 +298,10 @@ pub const INSTANCE_KEYS: &[Key] = &[
     key(
         "limits.cpu.allowance",
         Allowance,
-        Container,
+        Any,
         "100%",
         true,
-        "Share under contention (50%) or hard limit (25ms/100ms).",
+        "Share under contention (50%) or hard limit (25ms/100ms; finer: 12500us/50ms).",
     ),
     key(
         "limits.cpu.nodes",
@@ -307,6 +311,7 @@ pub const INSTANCE_KEYS: &[Key] = &[
         true,
         "NUMA nodes of the host on whose CPUs it runs, such as 0 or 0-1; limits.cpu is then a number of CPUs, or left out.",
     ),
+    key("limits.cpu.pin.*", Text, VirtualMachine, "all of limits.cpu", true, text::PIN),
     key(
         "limits.cpu.priority",
         Integer(0, 10),
@@ -315,10 +320,11 @@ pub const INSTANCE_KEYS: &[Key] = &[
         true,
         "Priority when CPUs are contended; between containers of the same share.",
     ),
+    key("limits.cpu.shares", Integer(2, 262_144), VirtualMachine, "1024", true, text::SHARES),
     key(
         "limits.disk.priority",
         Integer(0, 10),
-        Container,
+        Any,
         "5",
         true,
         "Priority when disks are contended, where the host's scheduler of disks has one.",
@@ -344,6 +350,8 @@ pub const INSTANCE_KEYS: &[Key] = &[
         true,
         "A hard limit holds always, a soft one when the host is short of memory.",
     ),
+    key("limits.memory.hard", Size, VirtualMachine, "no limit", true, text::HARD),
+    key("limits.memory.nodes", Nodes, VirtualMachine, "all", true, text::NODES),
     key(
         "limits.memory.oom_priority",
         Integer(0, 1000),
@@ -352,10 +360,11 @@ pub const INSTANCE_KEYS: &[Key] = &[
         false,
         "The higher, the earlier the container's processes are killed when the host is out of memory.",
     ),
+    key("limits.memory.soft", Size, VirtualMachine, "no limit", true, text::SOFT),
     key(
         "limits.memory.swap",
         Swap,
-        Container,
+        Any,
         "true",
         true,
         "May memory be swapped out: true, false, or at most so much.",
@@ -653,6 +662,7 @@ pub fn check(config: &Config, kind: Option<InstanceKind>) -> Result<()> {
         if !value.is_empty() {
             row.check(&field, value)?;
             keys_container::check(name, &field, value)?;
+            threads::check(name, &field, value)?;
         }
     }
     Ok(())
@@ -703,15 +713,24 @@ pub fn limits(config: &Config) -> Result<Limits> {
             "limits.cpu names the CPUs already; make it a number of CPUs, or take one of the two away",
         ));
     }
+    let cpu = set(config, "limits.cpu").map(|v| parse_cpus("config.limits.cpu", v)).transpose()?;
+    let (memory_hard, memory_high) = threads::memory_limits(config, memory)?;
     Ok(Limits {
         cpu_nodes,
+        pins: threads::pins(config, cpu.as_ref())?,
+        cpu_shares: set(config, "limits.cpu.shares").and_then(|v| v.parse().ok()),
+        memory_hard,
+        memory_high,
+        memory_nodes: set(config, "limits.memory.nodes")
+            .map(|v| parse_nodes("config.limits.memory.nodes", v))
+            .transpose()?,
         hugepages: config
             .iter()
             .filter(|(_, v)| !v.is_empty())
             .filter_map(|(k, v)| Some((k.strip_prefix("limits.hugepages.")?, k, v)))
             .map(|(size, k, v)| Ok((size.to_owned(), ByteSize::parse(&format!("config.{k}"), v)?)))
             .collect::<Result<_>>()?,
-        cpu: set(config, "limits.cpu").map(|v| parse_cpus("config.limits.cpu", v)).transpose()?,
+        cpu,
         cpu_allowance: set(config, "limits.cpu.allowance")
             .map(|v| parse_allowance("config.limits.cpu.allowance", v))
             .transpose()?,
@@ -839,7 +858,9 @@ mod tests {
             parse_allowance("x", "25ms/100ms").unwrap(),
             CpuAllowance::Quota { quota_us: 25_000, period_us: 100_000 }
         );
-        assert!(parse_allowance("x", "200%").is_err());
+        let fine = CpuAllowance::Quota { quota_us: 12_345, period_us: 50_000 };
+        assert_eq!(parse_allowance("x", "12345us/50ms").unwrap(), fine);
+        assert!(["200%", "999us/50ms", "1ms", "1ms/2s"].iter().all(|bad| parse_allowance("x", bad).is_err()));
         assert_eq!(parse_nodes("x", "1,0-1,3").unwrap(), [0, 1, 3]);
         assert!(["", "x", "2-1", "-1", "1024"].iter().all(|bad| parse_nodes("x", bad).is_err()));
         let mut placed = cfg("limits.cpu.nodes", "0");

@@ -48,6 +48,7 @@ pub mod spec;
 pub mod storage;
 pub mod syscalls;
 pub mod template;
+pub mod threads;
 pub mod trust;
 pub mod uplink;
 pub mod warning;

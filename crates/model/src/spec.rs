@@ -13,6 +13,7 @@ use crate::{
     network::BridgeSpec,
     storage::{PoolKind, VolumeContent},
     syscalls::DeniedCall,
+    threads::{IoThread, Pin},
 };
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -113,6 +114,12 @@ pub struct MachineSpec {
     /// A guest that reboots ends instead.
     #[serde(default, skip_serializing_if = "is_false")]
     pub ends_on_reboot: bool,
+    /// Threads that serve disks beside the main one, by number. One that is added or removed in an update comes or goes live.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub iothreads: Vec<IoThread>,
+    /// Which of them serves the disks on virtio-scsi; the main one when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scsi_iothread: Option<u32>,
     /// What it is started with in place of what its disks would boot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<KernelSpec>,
@@ -159,8 +166,23 @@ pub struct Limits {
     /// Memory in huge pages (containers), by their size as control groups name it: `2MB`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub hugepages: BTreeMap<String, ByteSize>,
-    /// Share of CPU time for containers.
+    /// Share or limit of CPU time.
     pub cpu_allowance: Option<CpuAllowance>,
+    /// Which of the host's CPUs threads of a virtual machine run on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pins: Vec<Pin>,
+    /// Part of the CPUs when they are contended (virtual machines), beside the 1024 of others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_shares: Option<u32>,
+    /// Most memory of a virtual machine and its QEMU together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_hard: Option<ByteSize>,
+    /// What of it they keep when the host is short of memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_high: Option<ByteSize>,
+    /// NUMA nodes of the host that a virtual machine's memory is on; all when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_nodes: Option<Vec<u32>>,
     /// Memory in bytes; for virtual machines its size.
     pub memory: Option<ByteSize>,
     /// Processes (containers).
@@ -171,13 +193,13 @@ pub struct Limits {
     /// The limit of memory holds when the host is short of it only (containers).
     #[serde(default)]
     pub memory_soft: bool,
-    /// Swap (containers).
+    /// Swap.
     #[serde(default)]
     pub swap: Option<SwapLimit>,
     /// How unwillingly memory is swapped out (containers): 0 to 10, where 10 is the default.
     #[serde(default)]
     pub swap_priority: Option<u32>,
-    /// Priority when disks are contended (containers): 0 to 10.
+    /// Priority when disks are contended: 0 to 10.
     #[serde(default)]
     pub disk_priority: Option<u32>,
     /// How early its processes are killed when the host is out of memory (containers): 0 to 1000.

@@ -103,6 +103,8 @@ pub(super) async fn all(s: &Subject, kind: InstanceKind, source: &ImageSource) {
     Box::pin(machine_only(&guest)).await;
     Box::pin(pause_and_update(&guest)).await;
     if kind == InstanceKind::VirtualMachine {
+        eprintln!("contract: {kind}: threads");
+        Box::pin(threads::of_a_machine(s, &guest.spec)).await;
         eprintln!("contract: {kind}: checkpoints and backups of its disk");
         Box::pin(checkpoints::of_a_root(s, &guest.spec, root)).await;
         eprintln!("contract: {kind}: copies of its disk");

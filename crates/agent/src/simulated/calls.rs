@@ -368,8 +368,9 @@ calls! {
             let changed = now.iter().chain(&wanted).filter(|d| !(now.contains(d) && wanted.contains(d)));
             let names: std::collections::BTreeSet<_> = changed.map(|d| format!("devices.{}", d.name)).collect();
             pending.extend(names);
-            let drives = spec.disks.iter().filter(|d| d.path.is_none());
-            guest.spec.disks = drives.chain(&now).cloned().collect();
+            let mut drives: Vec<_> = spec.disks.iter().filter(|d| d.path.is_none()).cloned().collect();
+            pending.extend(super::threads::update(guest, &spec, &mut drives));
+            guest.spec.disks = drives.into_iter().chain(now).collect();
         } else {
             guest.spec.limits = spec.limits.clone();
             guest.spec.disks = spec.disks.clone();
@@ -532,6 +533,7 @@ calls! {
                 disks: slots.map(|slot| (slot.clone(), disk.clone())).collect(),
                 nics: spec.nics.iter().map(|n| (n.host_interface.clone(), NicFigures { sent_bytes: 90, sent_packets: 1, ..Default::default() })).collect(),
                 vcpus: vec![VcpuFigures { index: 0, time_ns: 1_000_000, processor: 0 }],
+                iothreads: super::threads::figures(spec),
                 balloon: Some(BalloonFigures {
                     actual: spec.limits.memory.map_or(1 << 30, ByteSize::bytes),
                     inside: state.memory_inside(id, guest),

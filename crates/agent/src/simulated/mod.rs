@@ -16,6 +16,7 @@ mod publish;
 mod session;
 mod state;
 mod storage;
+mod threads;
 mod work;
 
 use crate::{

@@ -124,6 +124,7 @@ impl SimulatedAgent {
         if let Some(other) = state.user_of(spec.root.volume).filter(|other| *other != spec.instance) {
             return Err(Error::conflict(format!("the root volume is in use by instance {other}")));
         }
+        super::threads::demand(spec, self.options.cpus)?;
         for nic in &spec.nics {
             self.check_nic(state, nic)?;
             crate::names::check_host_interface(self.options.daemon_id.as_deref(), &nic.host_interface)?;

@@ -115,6 +115,8 @@ fn control_limits(instance: InstanceId, limits: &Limits, place: &Place, online: 
         swappiness: limits.swap_priority.map(|p| 60 - p.min(10) * 6),
         io_weight: limits.disk_priority.map(|p| (p.min(10) * 100).max(10)),
         hugepages: limits.hugepages.iter().map(|(size, n)| (size.clone(), n.bytes())).collect(),
+        // Of machines.
+        ..CgroupLimits::default()
     }
 }
 

@@ -102,6 +102,8 @@ pub fn machine(uuid: u128) -> MachineSpec {
         windows: false,
         local_time: false,
         ends_on_reboot: false,
+        iothreads: vec![],
+        scsi_iothread: None,
         kernel: None,
         resume: false,
         paused: false,

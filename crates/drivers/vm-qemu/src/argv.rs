@@ -8,6 +8,7 @@ use crate::{
     board,
     devices::{Bus, Disk, Layout, MAX_DISKS, MAX_NICS, Nic},
     directories::{Directory, MAX_DIRECTORIES},
+    threads,
 };
 use karst_model::{
     Error, Result,
@@ -370,6 +371,10 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     for (option, value) in board::devices(&m.spec.board, layout, m.spice)? {
         opt(option, value);
     }
+    threads::demand_few(&m.spec.iothreads)?;
+    for thread in &m.spec.iothreads {
+        opt("-object", threads::object(thread).to_string());
+    }
     for port in layout.root_ports() {
         opt("-device", port.to_string());
     }
@@ -382,7 +387,11 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         // An older machine's root behind virtio-scsi carries the address of the controller.
         let old = m.disks.first().filter(|d| layout.ports == 0 && d.slot.starts_with("scsi"));
         let at = old.and_then(|d| d.pci.as_deref()).unwrap_or(slot::SCSI);
-        opt("-device", fixed("devices.root", json!({"driver": "virtio-scsi-pci", "id": "scsi"}), at)?);
+        let mut controller = json!({"driver": "virtio-scsi-pci", "id": "scsi"});
+        if let Some(thread) = m.spec.scsi_iothread {
+            controller["iothread"] = threads::id(thread).into();
+        }
+        opt("-device", fixed("devices.root", controller, at)?);
     }
     if layout.pc && buses.iter().any(|b| matches!(b, Bus::Sata(_))) {
         let mut controller = json!({"driver": "ich9-ahci", "id": "sata"});
@@ -453,7 +462,7 @@ pub(crate) mod tests {
     use super::*;
     use crate::{devices::tests::disk, directories::tests::directory};
     use karst_guest::DiskFormat;
-    use karst_model::device::NicModel;
+    use karst_model::{device::NicModel, threads::IoThread};
 
     pub(crate) fn machine() -> Machine {
         Machine {
@@ -563,6 +572,26 @@ pub(crate) mod tests {
         m.disks[0].cloned = true;
         let text = lines(&m);
         assert!(text.contains("fd=41,opaque=base") && text.contains(r#""backing":"b-virtio0""#), "{text}");
+    }
+
+    #[test]
+    fn disks_are_served_by_threads_that_are_made_before() {
+        let mut m = machine();
+        m.spec.iothreads = vec![IoThread::new(1), IoThread { poll_grow: Some(2), ..IoThread::new(4) }];
+        m.spec.scsi_iothread = Some(4);
+        m.disks[0].thread = Some(1);
+        m.disks.push(disk("scsi1"));
+        let text = lines(&m);
+        let objects = "-object {\"qom-type\":\"iothread\",\"id\":\"iothread1\"}\n\
+            -object {\"qom-type\":\"iothread\",\"id\":\"iothread4\",\"poll-grow\":2}";
+        let at = |part: &str| text.find(part).unwrap_or_else(|| panic!("{part}: {text}"));
+        let controller = "\"driver\":\"virtio-scsi-pci\",\"id\":\"scsi\",\"iothread\":\"iothread4\"";
+        assert!(at(objects) < at(controller) && at(controller) < at("\"iothread\":\"iothread1\""));
+        m.disks[1].thread = Some(1);
+        assert_eq!(argv(&m).unwrap_err().field.as_deref(), Some("devices.data.io.thread"));
+        m.disks.pop();
+        m.spec.iothreads = (1..=65).map(IoThread::new).collect();
+        assert_eq!(argv(&m).unwrap_err().field.as_deref(), Some("config.hardware.iothreads"));
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! All but the device there is twice ([`Side`]): a disk that is copied while the machine runs has its copy on the other side,
 //! and a machine that goes on from the copy drives that one from then on. Which of the two it is, QEMU says.
 
+use crate::threads;
 use karst_guest::{DiskFormat, ResolvedDisk, ResolvedLink, ResolvedNic};
 use karst_model::{
     Error, Result,
@@ -264,6 +265,8 @@ pub struct Disk {
     pub cache: Option<DiskCache>,
     /// Limits of rates.
     pub limits: DiskLimits,
+    /// Number of the thread that serves it.
+    pub thread: Option<u32>,
     /// PCI address; disks behind a controller have none.
     pub pci: Option<String>,
     /// Boot order, higher first.
@@ -294,6 +297,7 @@ impl Disk {
             shared: disk.shared,
             cache: disk.io.cache,
             limits: disk.io.limits,
+            thread: disk.io.thread,
             pci: disk.pci.clone(),
             boot_priority: disk.boot_priority,
             serial,
@@ -472,6 +476,14 @@ impl Disk {
                 format!("{field}.io.bus"),
                 "machines of type pc have controllers of IDE and of floppy disks; use sata",
             ));
+        }
+        match (self.thread, bus) {
+            (None, _) => {}
+            (Some(number), Bus::Virtio(_)) => device["iothread"] = threads::id(number).into(),
+            (Some(_), _) => {
+                let text = "a disk with a thread of its own is on io.bus=virtio-blk";
+                return Err(Error::invalid(format!("{field}.io.thread"), text));
+            }
         }
         if !self.cdrom {
             device["write-cache"] = "on".into();
@@ -665,6 +677,7 @@ pub(crate) mod tests {
             shared: false,
             cache: None,
             limits: DiskLimits::default(),
+            thread: None,
             pci: None,
             boot_priority: 0,
             serial: true,

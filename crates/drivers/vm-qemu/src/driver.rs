@@ -11,7 +11,7 @@ use crate::{
     monitor, plug, probe,
     qmp::Qmp,
     record::Record,
-    resize, saved, states, still, threshold, tpm,
+    resize, saved, states, still, threads, threshold, tpm,
 };
 use async_trait::async_trait;
 use karst_guest::{
@@ -21,13 +21,14 @@ use karst_guest::{
     keeper::{self, End, Keeper, Requested, State, Status},
     silence,
 };
-use karst_host::cgroup::Cgroups;
+use karst_host::cgroup::{CgroupLimits, Cgroups};
 use karst_model::{
     Error, ErrorKind, InstanceId, Result, SnapshotId,
     display::{DisplayGuard, DisplayProtocol},
     instance::{InstanceKind, RuntimeState},
     news::MachineNews,
     node::AcceleratorKind,
+    threads::BESIDE,
 };
 use serde_json::{Value, json};
 use std::{
@@ -412,6 +413,7 @@ impl Shared {
                     saved::load(&qmp, &saved::place(dir)).await?;
                 }
                 plug::before_first(&qmp, guest).await?;
+                self.place(&qmp, &keeper, guest, groups).await?;
                 if !paused {
                     saved::discard(dir)?;
                     qmp.execute("cont", json!({})).await?;
@@ -446,6 +448,18 @@ impl Shared {
             Some(s) => explain(&s.output, record),
             None => failure,
         })
+    }
+
+    /// Puts the threads of a QEMU that begins where they are pinned.
+    async fn place(&self, qmp: &Qmp, keeper: &Keeper, guest: &ResolvedGuest, groups: &Groups) -> Result<()> {
+        let pins = &guest.limits.pins;
+        if pins.is_empty() {
+            return Ok(());
+        }
+        let pid = keeper.status().await?.pid;
+        let pid = pid.ok_or_else(|| Error::unavailable("QEMU ended while it started"))?;
+        let all = threads::cpus(&limits(guest)?, &self.cgroups, &groups.machine);
+        threads::place(qmp, pid, pins, &all).await
     }
 
     /// The last steps of a start from memory whose caller was lost.
@@ -529,6 +543,17 @@ impl Shared {
         };
         machine.inside.interfaces(host).await
     }
+}
+
+/// Limits of a machine that runs with so much memory, be it that a part of it is the balloon's: what would be its end waits.
+fn live_limits(guest: &ResolvedGuest, memory: u64) -> Result<(CgroupLimits, Vec<String>)> {
+    let mut limits = limits(guest)?;
+    let least = memory.saturating_add(BESIDE.bytes());
+    if limits.memory.is_some_and(|hard| hard < least) {
+        limits.memory = Some(least);
+        return Ok((limits, vec!["limits.memory.hard".to_owned()]));
+    }
+    Ok((limits, vec![]))
 }
 
 /// Work on files, which may take long.
@@ -617,10 +642,17 @@ impl GuestDriver for QemuDriver {
         let slot = self.shared.slot(guest.instance);
         let _changing = slot.changing.lock().await;
         let groups = Groups::of(&guest.daemon_id, guest.instance);
-        self.shared.cgroups.limit(&groups.machine, &limits(guest)?)?;
+        let (limits, mut pending) = live_limits(guest, machine.record().memory)?;
+        let cpus = threads::cpus(&limits, &self.shared.cgroups, &groups.machine);
+        threads::demand(&guest.limits.pins, &cpus)?;
+        self.shared.cgroups.limit(&groups.machine, &limits)?;
         let new = Record::new(guest);
-        let mut pending = plug::apply(&machine, guest).await?;
+        let iothreads = guest.machine.as_ref().map_or(&[][..], |m| &m.iothreads);
+        threads::add(&machine, iothreads).await?;
+        pending.extend(plug::apply(&machine, guest).await?);
         pending.extend(resize::apply(&machine, &new).await?);
+        pending.extend(threads::remove(&machine, iothreads).await?);
+        threads::place_anew(&machine, &guest.limits.pins, &cpus).await?;
         let version = {
             let mut record = machine.record();
             pending.extend(record.pending(&new));

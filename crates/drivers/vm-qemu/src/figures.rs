@@ -1,6 +1,6 @@
 //! Figures of a running machine: what QEMU counts of its disks, and what the kernel counts of its threads.
 
-use crate::{devices::device_id, launch, machine::Inner, monitor, qmp::Qmp};
+use crate::{devices::device_id, launch, machine::Inner, monitor, qmp::Qmp, threads};
 use karst_model::{
     Error, Result,
     guest::{BalloonFigures, DiskFigures, MachineFigures, MemoryInside, NicFigures, VcpuFigures},
@@ -36,6 +36,7 @@ pub(crate) async fn of(machine: &Inner) -> Result<MachineFigures> {
     // A machine without a balloon says so.
     let balloon = qmp.execute("query-balloon", json!({})).await.ok();
     let inside = if balloon.is_some() { inside(machine, &qmp).await } else { None };
+    let iothreads = threads::figures(machine, &qmp).await?;
     let dirty_rate = qmp.execute("query-dirty-rate", json!({})).await.ok();
     let dir = machine.dir.clone();
     let sizes = tokio::task::spawn_blocking(move || {
@@ -54,6 +55,7 @@ pub(crate) async fn of(machine: &Inner) -> Result<MachineFigures> {
         disks,
         nics: nics.into_iter().filter_map(|name| Some((name.clone(), nic(&name)?))).collect(),
         vcpus: vcpus_of(&cpus, |thread| thread_of(pid?, thread)),
+        iothreads,
         balloon: balloon.and_then(|b| Some(BalloonFigures { actual: b.get("actual")?.as_u64()?, inside })),
         user_ns,
         system_ns,

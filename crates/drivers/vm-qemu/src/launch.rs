@@ -7,7 +7,7 @@ use crate::{
     directories,
     probe::kvm_group,
     record::Record,
-    seed, share,
+    seed, share, threads,
 };
 use karst_guest::{
     DiskFormat, Opened, ResolvedDisk, ResolvedGuest, ResolvedLink, ResolvedNic,
@@ -23,7 +23,7 @@ use karst_model::{
     device::ParentLink,
     instance::Firmware,
     node::AcceleratorKind,
-    spec::{CpuAllowance, CpuLimit},
+    spec::{CpuAllowance, CpuLimit, SwapLimit},
 };
 use rustix::fs::{FileType, MemfdFlags, Mode, OFlags, SealFlags};
 use std::{
@@ -80,7 +80,8 @@ impl Groups {
     }
 }
 
-/// Limits of QEMU's process. Memory is the guest's size and needs no second limit, which could only kill it.
+/// Limits of QEMU's process. Memory is the guest's size and needs no second limit, which could only kill it; who wants one all the
+/// same gives it room beside.
 ///
 /// # Errors
 /// Invalid for a NUMA node that this host does not have.
@@ -99,6 +100,16 @@ pub(crate) fn limits(guest: &ResolvedGuest) -> Result<CgroupLimits> {
             Some(CpuAllowance::Share { percent }) => Some(percent),
             _ => None,
         },
+        cpu_shares: guest.limits.cpu_shares,
+        nodes: guest.limits.memory_nodes.clone(),
+        memory: guest.limits.memory_hard.map(|m| m.bytes()),
+        memory_high: guest.limits.memory_high.map(|m| m.bytes()),
+        swap: match guest.limits.swap {
+            None | Some(SwapLimit::Allowed) => None,
+            Some(SwapLimit::Forbidden) => Some(0),
+            Some(SwapLimit::Bytes { bytes }) => Some(bytes),
+        },
+        io_weight: guest.limits.disk_priority.map(|p| (p.min(10) * 100).max(10)),
         ..CgroupLimits::default()
     })
 }
@@ -294,7 +305,9 @@ fn nvram(dir: &Path, name: &str, template: &str) -> Result<OwnedFd> {
 
 /// Must something be said to QEMU before the guest's first instruction?
 pub(crate) fn hold(guest: &ResolvedGuest) -> bool {
-    guest.nics.iter().any(|n| n.disconnected) || guest.machine.as_ref().is_some_and(|m| m.resume || m.paused)
+    guest.nics.iter().any(|n| n.disconnected)
+        || !guest.limits.pins.is_empty()
+        || guest.machine.as_ref().is_some_and(|m| m.resume || m.paused)
 }
 
 /// Makes everything; the control groups are the caller's to remove when anything fails.
@@ -379,6 +392,7 @@ pub(crate) fn prepare(
     let limits = limits(guest)?;
     cgroups.create(&groups.machine)?;
     cgroups.limit(&groups.machine, &limits)?;
+    threads::demand(&guest.limits.pins, &threads::cpus(&limits, cgroups, &groups.machine))?;
     cgroups.create(&groups.keeper)?;
 
     let kvm = (guest.accelerator == AcceleratorKind::Kvm).then(kvm_group).flatten();

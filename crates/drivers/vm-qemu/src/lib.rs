@@ -41,6 +41,7 @@ pub mod seed;
 mod share;
 mod states;
 mod still;
+mod threads;
 mod threshold;
 mod tpm;
 

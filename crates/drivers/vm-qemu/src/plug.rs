@@ -34,6 +34,8 @@ fn same_disk(a: &ResolvedDisk, b: &ResolvedDisk) -> bool {
     let plain = |d: &ResolvedDisk| {
         let mut d = d.clone();
         d.io.limits = Default::default();
+        // It stays with its thread until the next start.
+        d.io.thread = None;
         d.boot_priority = 0;
         d.name = String::new();
         d.mount_point = None;
@@ -281,9 +283,14 @@ impl Change<'_> {
             if old.boot_priority != disk.boot_priority {
                 pending.push(format!("devices.{}.boot.priority", disk.name));
             }
+            if old.io.thread != disk.io.thread {
+                pending.push(format!("devices.{}", disk.name));
+            }
             self.note(|d| {
                 if let Some(d) = d.disks.iter_mut().find(|d| d.slot == disk.slot) {
+                    let thread = d.io.thread;
                     *d = disk.clone();
+                    d.io.thread = thread;
                 }
             })?;
         }
@@ -480,6 +487,7 @@ mod tests {
     fn only_what_makes_another_disk_unplugs_it() {
         let a = disk();
         let mut b = ResolvedDisk { boot_priority: 3, ..disk() };
+        b.io.thread = Some(1);
         b.io.limits.read = Some(karst_model::device::DiskRate::Operations { per_second: 5 });
         assert!(same_disk(&a, &b));
         assert!(same_disk(&a, &ResolvedDisk { shared: true, ..disk() }), "its guest has it in use");

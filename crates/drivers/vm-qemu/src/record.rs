@@ -11,6 +11,7 @@ use karst_model::{
     instance::{ExitReason, Generation},
     node::AcceleratorKind,
     spec::{CpuLimit, MachineSpec},
+    threads::{Pin, SCSI_IOTHREAD},
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -79,6 +80,9 @@ pub(crate) struct Record {
     #[serde(default)]
     pub(crate) balloon: Option<u64>,
     pub(crate) cpu: Option<CpuLimit>,
+    /// Where its threads run.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) pins: Vec<Pin>,
     pub(crate) root: PathBuf,
     pub(crate) nics: Vec<Nic>,
     #[serde(default)]
@@ -141,6 +145,7 @@ impl Record {
             },
             balloon: None,
             cpu: guest.limits.cpu.clone(),
+            pins: guest.limits.pins.clone(),
             root: guest.root.path.clone(),
             nics: guest
                 .nics
@@ -178,6 +183,7 @@ impl Record {
                 ("hardware.clock", now.local_time != new.local_time),
                 ("hardware.hyperv", now.windows != new.windows),
                 ("hardware.balloon", now.balloon != new.balloon),
+                (SCSI_IOTHREAD, now.scsi_iothread != new.scsi_iothread),
             ];
             pending.extend(now.board.differences(&new.board).into_iter().map(str::to_owned));
             if now.kernel != new.kernel {

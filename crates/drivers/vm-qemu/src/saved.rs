@@ -70,6 +70,9 @@ impl Shape {
                 ends_on_reboot: false,
                 // The time goes on as it was saved.
                 local_time: false,
+                // Who serves the disks is not the guest's to see.
+                iothreads: vec![],
+                scsi_iothread: None,
                 accelerator: None,
                 ..h
             }),

@@ -17,6 +17,7 @@ use karst_model::{
         ProxySpec, RootSpec,
     },
     storage::{Volume, VolumeContent},
+    threads::{self, IoThread},
 };
 use std::collections::BTreeMap;
 
@@ -408,6 +409,8 @@ pub fn guest_spec(
         });
     }
     nics.sort_by_key(|n| slot_number(&n.slot));
+    let iothreads = threads::iothreads(config)?;
+    demand_threads(instance.kind, &parsed, &iothreads)?;
     let machine = match (&instance.hardware, instance.kind) {
         (Some(h), InstanceKind::VirtualMachine) => Some(MachineSpec {
             machine: h.machine.clone(),
@@ -425,6 +428,8 @@ pub fn guest_spec(
             windows: told_of_hyper_v(config, instance),
             local_time: in_local_time(config, instance),
             ends_on_reboot: config.get("boot.reboot_action").is_some_and(|a| a == "stop"),
+            scsi_iothread: threads::scsi_iothread(config, &iothreads)?,
+            iothreads,
             kernel: parsed.kernel.as_ref().map(|(name, k)| kernel(lookups, name, k)).transpose()?,
             resume: false,
             paused: false,
@@ -497,6 +502,20 @@ fn demand_bus(device: &str, bus: Option<DiskBus>, pc: bool) -> Result<()> {
         )),
         _ => Ok(()),
     }
+}
+
+/// The threads that disks name are there; those of containers are the host's own.
+fn demand_threads(kind: InstanceKind, parsed: &ParsedDevices, there: &[IoThread]) -> Result<()> {
+    let root = std::iter::once((&parsed.root.0, parsed.root.1.io));
+    for (name, io) in root.chain(parsed.disks.iter().map(|(name, disk)| (name, disk.io))) {
+        let Some(id) = io.thread else { continue };
+        let field = format!("devices.{name}.io.thread");
+        if kind == InstanceKind::Container {
+            return Err(Error::unsupported("disks of virtual machines only have threads").at(field));
+        }
+        threads::demand(&field, there, id)?;
+    }
+    Ok(())
 }
 
 fn is_windows(config: &Config, instance: &Instance) -> bool {

@@ -2,7 +2,12 @@
 
 use crate::{calls::connect::facts, error::VirError, session::Call};
 use karst_engine::InstanceView;
-use karst_model::{Config, instance::InstanceKind, keys, spec};
+use karst_model::{
+    Config,
+    instance::InstanceKind,
+    keys, spec,
+    threads::{self, Thread},
+};
 
 /// Memory of a virtual machine that says nothing, bytes.
 const MACHINE_MEMORY: u64 = 1 << 30;
@@ -43,8 +48,18 @@ impl Limits {
         }
     }
 
-    /// CPUs of the host that it is pinned to.
+    /// CPUs of the host that it is pinned to: those of its threads that are not pinned apart.
     pub fn pinned(&self) -> Option<&[u32]> {
+        self.runs_on(Thread::Default)
+    }
+
+    /// CPUs of the host that a thread of it is pinned to.
+    pub fn runs_on(&self, thread: Thread) -> Option<&[u32]> {
+        threads::pinned(&self.limits.pins, thread).or_else(|| self.set())
+    }
+
+    /// CPUs of the host that `limits.cpu` names.
+    pub fn set(&self) -> Option<&[u32]> {
         match &self.limits.cpu {
             Some(spec::CpuLimit::Set { cpus }) => Some(cpus),
             _ => None,

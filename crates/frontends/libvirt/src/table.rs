@@ -5,7 +5,7 @@ use crate::{
     calls::{
         backup, checkpoints, connect, console, copies, cpu, define, devices, domain, event, figures,
         graphics, host, inside, machine, monitor, network, networks, nodedev, nwfilter, plugged, pools,
-        power, secret, snapshots, stats, storage, transfer, tuning, volumes,
+        power, secret, snapshots, stats, storage, threads, transfer, tuning, volumes,
     },
     error::{Code, VirError},
     frame::QEMU,
@@ -78,7 +78,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     23 DOMAIN_LOOKUP_BY_NAME See domain::by_name;
     24 DOMAIN_LOOKUP_BY_UUID See domain::by_uuid;
     25 CONNECT_NUM_OF_DEFINED_DOMAINS See domain::count_defined;
-    26 DOMAIN_PIN_VCPU Change tuning::pin_vcpu;
+    26 DOMAIN_PIN_VCPU Change threads::pin_vcpu;
     27 DOMAIN_REBOOT Change power::reboot;
     28 DOMAIN_RESUME Change power::resume;
     29 DOMAIN_SET_AUTOSTART Change domain::set_autostart;
@@ -233,12 +233,12 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     212 DOMAIN_GET_STATE See domain::state;
     219 DOMAIN_SET_SCHEDULER_PARAMETERS_FLAGS Change tuning::set_scheduler_flags;
     223 DOMAIN_GET_SCHEDULER_PARAMETERS_FLAGS See tuning::scheduler_flags;
-    225 DOMAIN_PIN_VCPU_FLAGS Change tuning::pin_vcpu_flags;
+    225 DOMAIN_PIN_VCPU_FLAGS Change threads::pin_vcpu_flags;
     226 DOMAIN_SEND_KEY Change machine::send_key;
     227 NODE_GET_CPU_STATS See nodedev::cpu_stats;
     228 NODE_GET_MEMORY_STATS See host::memory_stats;
     229 DOMAIN_GET_CONTROL_INFO See domain::control_info;
-    230 DOMAIN_GET_VCPU_PIN_INFO See tuning::vcpu_pins;
+    230 DOMAIN_GET_VCPU_PIN_INFO See threads::vcpu_pins;
     231 DOMAIN_UNDEFINE_FLAGS Change define::undefine_flags;
     232 DOMAIN_SAVE_FLAGS Change machine::save_to_path;
     233 DOMAIN_RESTORE_FLAGS Change machine::save_to_path;
@@ -277,8 +277,8 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     274 DOMAIN_LIST_ALL_SNAPSHOTS See snapshots::list;
     275 DOMAIN_SNAPSHOT_LIST_ALL_CHILDREN See snapshots::children;
     277 DOMAIN_GET_HOSTNAME Inspect stats::hostname;
-    279 DOMAIN_PIN_EMULATOR Change tuning::pin_emulator;
-    280 DOMAIN_GET_EMULATOR_PIN_INFO See tuning::emulator_pin;
+    279 DOMAIN_PIN_EMULATOR Change threads::pin_emulator;
+    280 DOMAIN_GET_EMULATOR_PIN_INFO See threads::emulator_pin;
     281 CONNECT_LIST_ALL_STORAGE_POOLS See storage::list;
     282 STORAGE_POOL_LIST_ALL_VOLUMES See storage::volumes;
     283 CONNECT_LIST_ALL_NETWORKS See network::list;
@@ -311,11 +311,11 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     345 DOMAIN_BLOCK_COPY Change copies::copy;
     349 DOMAIN_GET_FSINFO Change inside::fs_info;
     350 DOMAIN_DEFINE_XML_FLAGS Change define::define_flags;
-    351 DOMAIN_GET_IOTHREAD_INFO See tuning::iothreads;
-    352 DOMAIN_PIN_IOTHREAD Change tuning::pin_iothread;
+    351 DOMAIN_GET_IOTHREAD_INFO See threads::iothreads;
+    352 DOMAIN_PIN_IOTHREAD Change threads::pin_iothread;
     353 DOMAIN_INTERFACE_ADDRESSES See stats::addresses;
-    355 DOMAIN_ADD_IOTHREAD Change tuning::change_iothread;
-    356 DOMAIN_DEL_IOTHREAD Change tuning::change_iothread;
+    355 DOMAIN_ADD_IOTHREAD Change threads::add_iothread;
+    356 DOMAIN_DEL_IOTHREAD Change threads::delete_iothread;
     357 DOMAIN_SET_USER_PASSWORD Change inside::set_password;
     358 DOMAIN_RENAME Change power::rename;
     360 CONNECT_REGISTER_CLOSE_CALLBACK See connect::nothing;
@@ -343,7 +343,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     399 NWFILTER_BINDING_CREATE_XML Change nwfilter::change_binding;
     400 NWFILTER_BINDING_DELETE Change nwfilter::change_binding;
     401 CONNECT_LIST_ALL_NWFILTER_BINDINGS See nwfilter::list_bindings;
-    402 DOMAIN_SET_IOTHREAD_PARAMS Change tuning::set_iothread;
+    402 DOMAIN_SET_IOTHREAD_PARAMS Change threads::set_iothread;
     403 CONNECT_GET_STORAGE_POOL_CAPABILITIES See pools::capabilities;
     404 NETWORK_LIST_ALL_PORTS See networks::list_ports;
     405 NETWORK_PORT_LOOKUP_BY_UUID See networks::port_by_uuid;

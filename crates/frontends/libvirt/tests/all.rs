@@ -19,4 +19,5 @@ mod read_only;
 mod remote;
 mod secrets;
 mod support;
+mod threads;
 mod volumes;

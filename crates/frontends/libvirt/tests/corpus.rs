@@ -268,7 +268,7 @@ fn difference(given: &Machine, kept: &Machine) -> Result<(), String> {
             }
         )*};
     }
-    same!(memory cpus pinned machine firmware boot_menu cpu_model restarts ends_on_reboot disks nics);
+    same!(memory cpus pinned tuning machine firmware boot_menu cpu_model restarts ends_on_reboot disks nics);
     if given == kept { Ok(()) } else { Err(format!("{given:?} became {kept:?}")) }
 }
 

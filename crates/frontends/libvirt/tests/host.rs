@@ -287,10 +287,9 @@ async fn what_belongs_to_the_host_is_refused_with_the_reason() {
         let (code, why) = client.call(number(procedure), &[]).await.unwrap_err();
         assert!(code == no_support && why.contains(word), "{procedure}: {why}");
     }
-    let set =
-        [&v1[..], &arguments(|w| w.u32(1).u32(1).typed("poll-max-ns", &Typed::Uint(1)).u32(0))].concat();
+    let set = [&v1[..], &arguments(|w| w.u32(1).u32(1).typed("poll_grow", &Typed::Uint(1)).u32(0))].concat();
     let (code, why) = client.call(number("DOMAIN_SET_IOTHREAD_PARAMS"), &set).await.unwrap_err();
-    assert!(code == Code::ConfigUnsupported as i32 && why.contains("main thread"), "{why}");
+    assert!(code == Code::InvalidArg as i32 && why.contains("cannot find IOThread '1'"), "{why}");
     let set = [&v1[..], &arguments(|w| w.u32(1).u32(0).u32(64))].concat();
     let (code, _) = client.call(number("DOMAIN_SET_IOTHREAD_PARAMS"), &set).await.unwrap_err();
     assert_eq!(code, Code::InvalidArg as i32);

@@ -27,10 +27,16 @@ pub struct CgroupLimits {
     pub cpu_share: Option<u32>,
     /// Between groups of the same share: 0 to 10, where 10 is the default.
     pub cpu_priority: Option<u32>,
+    /// The same as one number, in place of both: 2 to 262,144, where 1024 is the default.
+    pub cpu_shares: Option<u32>,
+    /// NUMA nodes that its memory is on.
+    pub nodes: Option<Vec<u32>>,
     /// Rates of block devices.
     pub io: Vec<IoLimit>,
     /// Memory is limited when the host is short of it only.
     pub memory_soft: bool,
+    /// Bytes of memory beside the limit, to which it is brought when the host is short of it.
+    pub memory_high: Option<u64>,
     /// Bytes of swap.
     pub swap: Option<u64>,
     /// 0 to 100, the lower the less is swapped out; v1 only.
@@ -80,6 +86,7 @@ impl Cgroups {
     /// when a limit is asked for whose controller this host does not have.
     pub fn limit(&self, group: &str, limits: &CgroupLimits) -> Result<()> {
         self.check_cpus(group, limits.cpus.as_deref().unwrap_or_default())?;
+        self.check_nodes(group, limits.nodes.as_deref().unwrap_or_default())?;
         self.limit_memory(group, limits)?;
         let processes = limits.processes.map_or("max".to_owned(), |n| n.to_string());
         self.set("pids", group, "pids.max", "pids.max", &processes, &processes, limits.processes.is_some())?;
@@ -100,9 +107,14 @@ impl Cgroups {
         let below = 10 - limits.cpu_priority.unwrap_or(10).min(10);
         let shares = (share * 1024 / 100).saturating_sub(below).max(2).to_string();
         let weight = share.saturating_sub(below).max(1).to_string();
-        let asked = limits.cpu_share.is_some() || limits.cpu_priority.is_some();
+        let (shares, weight) = match limits.cpu_shares {
+            Some(n) => (n.to_string(), (u64::from(n) * 100 / 1024).clamp(1, 10_000).to_string()),
+            None => (shares, weight),
+        };
+        let asked = [limits.cpu_share, limits.cpu_priority, limits.cpu_shares].iter().any(Option::is_some);
         self.set("cpu", group, "cpu.shares", "cpu.weight", &shares, &weight, asked)?;
         self.limit_cpus(group, limits.cpus.as_deref())?;
+        self.limit_nodes(group, limits.nodes.as_deref())?;
         let weight = limits.io_weight.unwrap_or(100);
         let v1 = weight.clamp(10, 1000).to_string();
         self.set("blkio", group, "blkio.bfq.weight", "io.bfq.weight", &v1, &v1, false)?;
@@ -239,7 +251,7 @@ impl Cgroups {
     }
 
     fn limit_memory(&self, group: &str, limits: &CgroupLimits) -> Result<()> {
-        let soft = limits.memory.filter(|_| limits.memory_soft);
+        let soft = limits.memory_high.or(limits.memory.filter(|_| limits.memory_soft));
         let memory = limits.memory.filter(|_| !limits.memory_soft);
         let number = |n: Option<u64>, none: &str| n.map_or(none.to_owned(), |n| n.to_string());
         let (v1, v2) = (number(soft, "-1"), number(soft, "max"));
@@ -300,6 +312,54 @@ impl Cgroups {
             )),
             None => Ok(()),
         }
+    }
+
+    /// The file of a group's NUMA nodes, and what its parent has of them; nothing without the controller.
+    fn nodes_of(&self, group: &str) -> Option<(PathBuf, String)> {
+        let (dir, file) = match (self.v1("cpuset", group), self.v2(group)) {
+            (Some(dir), _) => (dir, "cpuset.mems"),
+            (None, Some(dir)) => (dir, "cpuset.mems.effective"),
+            (None, None) => return None,
+        };
+        let above = read(&dir.parent()?.join(file))?;
+        Some((dir.join("cpuset.mems"), above))
+    }
+
+    /// Asked before anything is written.
+    fn check_nodes(&self, group: &str, nodes: &[u32]) -> Result<()> {
+        const FIELD: &str = "config.limits.memory.nodes";
+        if nodes.is_empty() {
+            return Ok(());
+        }
+        let Some((_, above)) = self.nodes_of(group) else {
+            let text = "this host's kernel has no cpuset controller, so the nodes of memory cannot be set";
+            return Err(Error::unsupported(text).at(FIELD));
+        };
+        let there = parse_cpus(&above);
+        match nodes.iter().find(|node| !there.contains(node)) {
+            Some(node) => {
+                let text = format!("names node {node}, which has no memory here; those that have: {above}");
+                Err(Error::invalid(FIELD, text))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Keeps the memory of the processes of `group` itself on these nodes, or on those of its parent. What is elsewhere moves.
+    fn limit_nodes(&self, group: &str, nodes: Option<&[u32]>) -> Result<()> {
+        let Some((path, above)) = self.nodes_of(group) else { return Ok(()) };
+        let now = read(&path).unwrap_or_default();
+        let wanted = nodes.map_or_else(|| above.clone(), cpu_list);
+        // An empty list is the parent's.
+        let now = if now.is_empty() { above } else { now };
+        if parse_cpus(&now) == parse_cpus(&wanted) {
+            return Ok(());
+        }
+        if self.v1("cpuset", group).is_some() {
+            let moves = path.with_file_name("cpuset.memory_migrate");
+            write(&moves, "1").map_err(|e| failed("writing", &moves, e))?;
+        }
+        write(&path, &wanted).map_err(|e| failed("writing", &path, e).with_context(&wanted))
     }
 
     /// CPUs that `group` may use; `None` when it is not there, or nothing limits CPUs here.
@@ -437,6 +497,22 @@ mod tests {
         assert_eq!(e.field.as_deref(), Some("config.limits.hugepages.1GB"));
         cgroups.limit("karst-x/guest", &CgroupLimits { io: vec![], ..limits.clone() }).unwrap();
         assert!(get("io.max").starts_with("8:0 rbps=max wbps=max riops=max wiops=max"), "taken away again");
+        fs::write(root.path().join("karst-x/cpuset.mems.effective"), "0-1\n").unwrap();
+        fs::write(dir.join("cpuset.mems"), "").unwrap();
+        let machine = CgroupLimits {
+            cpu_shares: Some(2048),
+            memory_high: Some(4096),
+            nodes: Some(vec![1]),
+            ..limits.clone()
+        };
+        cgroups.limit("karst-x/guest", &machine).unwrap();
+        assert_eq!((get("cpu.weight").as_str(), get("cpuset.mems").as_str()), ("200", "1"));
+        assert_eq!((get("memory.high").as_str(), get("memory.max").as_str()), ("4096", "1048576"));
+        let e =
+            cgroups.limit("karst-x/guest", &CgroupLimits { nodes: Some(vec![2]), ..machine }).unwrap_err();
+        assert_eq!(e.field.as_deref(), Some("config.limits.memory.nodes"), "{e:?}");
+        cgroups.limit("karst-x/guest", &limits).unwrap();
+        assert!(get("cpuset.mems").starts_with("0-1"), "those of its parent again");
         fs::write(root.path().join("karst-x/cpuset.cpus.effective"), "0-3\n").unwrap();
         let absent = CgroupLimits { cpus: Some(vec![3, 4]), processes: Some(7), ..limits.clone() };
         let e = cgroups.limit("karst-x/guest", &absent).unwrap_err();

@@ -146,6 +146,9 @@ pub struct DiskIo {
     /// Limits of rates.
     #[serde(default)]
     pub limits: DiskLimits,
+    /// Number of the thread that serves it (virtio-blk); the main one when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub thread: Option<u32>,
 }
 
 /// Bus of a virtual machine's disk.
@@ -243,7 +246,8 @@ pub(super) const OTHER_KEYS: &[&str] = &[
     "format",
     "media",
 ];
-pub(super) const IO_KEYS: [&str; 5] = ["io.bus", "io.cache", "limits.read", "limits.write", "limits.max"];
+pub(super) const IO_KEYS: [&str; 6] =
+    ["io.bus", "io.cache", "io.thread", "limits.read", "limits.write", "limits.max"];
 
 impl DiskIo {
     /// Parses the keys that all disks have.
@@ -256,10 +260,21 @@ impl DiskIo {
                 "give either limits.max, or limits.read and limits.write",
             ));
         }
+        let (bus, thread) = (keys.one_of("io.bus", DISK_BUSES)?, keys.number("io.thread")?);
+        if thread == Some(0) {
+            return Err(Error::invalid(keys.field("io.thread"), "threads are numbered from 1"));
+        }
+        if thread.is_some() && bus != Some(DiskBus::VirtioBlk) {
+            return Err(Error::invalid(
+                keys.field("io.thread"),
+                "a disk with a thread of its own is on io.bus=virtio-blk; those on virtio-scsi have hardware.scsi.iothread",
+            ));
+        }
         Ok(Self {
-            bus: keys.one_of("io.bus", DISK_BUSES)?,
+            bus,
             cache: keys.one_of("io.cache", DISK_CACHES)?,
             limits: DiskLimits { read: both.or(read), write: both.or(write) },
+            thread,
         })
     }
 }

@@ -27,6 +27,12 @@ pub const DISK_KEYS: &[(&str, bool, bool, &str)] = &[
         "Virtual machines: `virtio-scsi` (the default), `virtio-blk`, `nvme`, `sata`, `ide` and `floppy` (machines of type `pc`); `9p` for directories.",
     ),
     ("io.cache", true, true, "Virtual machines: `none` (the default), `writeback`, `unsafe`."),
+    (
+        "io.thread",
+        true,
+        true,
+        "Virtual machines: the thread of `hardware.iothreads` that serves a disk on `virtio-blk`.",
+    ),
     ("limits.max", true, true, "Both `limits.read` and `limits.write`."),
     ("limits.read", true, true, "Bytes a second such as `10MiB`, or operations such as `100iops`; live."),
     ("limits.write", true, true, "The same of writing."),

@@ -13,6 +13,7 @@ use karst_model::{
     device::{DISK_BUSES, DiskBus},
     guest::{DiskFigures, MachineFigures, NicFigures},
     storage::Volume,
+    threads::Thread,
 };
 
 /// A disk of a domain.
@@ -219,7 +220,8 @@ pub async fn vcpus(call: Call) -> Answered {
     let limits = limits::of(&view)?;
     let host = super::connect::facts(&call)?.cpus;
     let vcpus: Vec<_> = figures.vcpus.iter().take(usize::try_from(max).unwrap_or(0)).collect();
-    let map = cpu_map(limits.pinned(), host, length).repeat(vcpus.len());
+    let map = |n| cpu_map(limits.runs_on(Thread::Vcpu(n)), host, length);
+    let map: Vec<u8> = vcpus.iter().flat_map(|vcpu| map(vcpu.index)).collect();
     let mut w = Writer::new();
     w.array(vcpus, |w, vcpu| {
         // State 1: running.

@@ -27,6 +27,7 @@ pub mod secret;
 pub mod snapshots;
 pub mod stats;
 pub mod storage;
+pub mod threads;
 pub mod transfer;
 pub mod tuning;
 pub mod volumes;

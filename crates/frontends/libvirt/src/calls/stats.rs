@@ -253,7 +253,17 @@ fn parameters(
         }
     }
     if stats & IOTHREAD != 0 && metrics.is_some() && call.opened()?.driver == Driver::Qemu {
-        add("iothread.count", Typed::Uint(0));
+        let threads = machine.map_or(&[][..], |m| &m.iothreads);
+        add("iothread.count", Typed::Uint(threads.len() as u32));
+        for thread in threads {
+            for (field, value) in [
+                ("poll-max-ns", thread.poll_max_ns.map(|n| Typed::Ullong(n.into()))),
+                ("poll-grow", thread.poll_grow.map(Typed::Uint)),
+                ("poll-shrink", thread.poll_shrink.map(Typed::Uint)),
+            ] {
+                value.into_iter().for_each(|value| add(&format!("iothread.{}.{field}", thread.id), value));
+            }
+        }
     }
     Ok(all)
 }

@@ -5,70 +5,90 @@ use super::{
     Answered, Named,
     devices::{CONFIG, LIVE, live, number, parameters, typed, write},
     domain::is_running,
-    figures::{cpu_map, map_length},
     nothing,
 };
 use crate::{
     error::VirError,
-    limits,
     session::{Call, Driver},
     xdr::{Reader, Typed, Writer},
-    xml::machine::{refuse, spec},
+    xml::{
+        domain::ranges,
+        machine::{
+            refuse, spec,
+            tuning::{
+                ALLOWANCE, AS_A_WHOLE, HARD, NODES, SHARES as SHARES_KEY, SOFT, SWAP, Tuning, UNLIMITED,
+                WEIGHT, allowance as allowance_text, demand_mode, demand_quota, demand_room, demand_shares,
+                of_config, priority, swap, swap_of,
+            },
+        },
+    },
 };
 use karst_engine::InstanceView;
 use karst_model::{
-    keys,
+    Config, keys,
     spec::{CpuAllowance, Limits},
 };
 
 /// Strings among parameters are fine.
 const STRINGS: u32 = 4;
-/// What libvirt shows of memory that is not limited, KiB.
-const UNLIMITED: u64 = 9_007_199_254_740_991;
 /// Shares of a group without any of its own.
 const SHARES: u64 = 1024;
 /// Period that quotas refer to where none is set, microseconds.
 const PERIOD: u64 = 100_000;
 
-fn limits_of(view: &InstanceView) -> Result<Limits, VirError> {
-    Ok(keys::limits(&view.expanded_config)?)
+fn limits_of(config: &Config) -> Result<Limits, VirError> {
+    Ok(keys::limits(config)?)
+}
+
+/// The keys that a question is about: those that a running guest has, or those of its next start.
+pub(super) fn config_of(view: &InstanceView, flags: u32) -> Result<&Config, VirError> {
+    let live = live(view, flags & 3)?;
+    let applied = view.runtime.as_ref().and_then(|r| r.applied.as_ref()).filter(|_| live);
+    Ok(applied.map_or(&view.expanded_config, |a| &a.config))
 }
 
 /// `DOMAIN_GET_SCHEDULER_TYPE`
 pub async fn scheduler_type(call: Call) -> Answered {
     let view = call.only_guest()?;
     let mut w = Writer::new();
-    w.string("posix").i32(scheduler_fields(&call, &view)?.len() as i32);
+    w.string("posix").i32(scheduler_fields(&call, &view, 0)?.len() as i32);
     Ok(w.finish().into())
 }
 
-fn scheduler_fields(call: &Call, view: &InstanceView) -> Result<Vec<(&'static str, Typed)>, VirError> {
+fn scheduler_fields(
+    call: &Call,
+    view: &InstanceView,
+    flags: u32,
+) -> Result<Vec<(&'static str, Typed)>, VirError> {
     // Of one that does not run there is nothing but what was set.
     let (mut shares, mut period, mut quota) = match is_running(view) {
         true => (SHARES, PERIOD, -1),
         false => (0, 0, 0),
     };
     let (none, unlimited) = (period, quota);
-    match limits_of(view)?.cpu_allowance {
+    let limits = limits_of(config_of(view, flags)?)?;
+    match limits.cpu_allowance {
         Some(CpuAllowance::Share { percent }) => shares = SHARES * u64::from(percent) / 100,
         Some(CpuAllowance::Quota { quota_us, period_us }) => {
             (period, quota) = (period_us, quota_us as i64);
         }
         None => {}
     }
+    shares = limits.cpu_shares.map_or(shares, u64::from);
     let mut all = vec![("cpu_shares", Typed::Ullong(shares))];
     match call.opened()?.driver {
         Driver::Lxc => {
             all.extend([("vcpu_period", Typed::Ullong(period)), ("vcpu_quota", Typed::Llong(quota))])
         }
         Driver::Qemu => {
-            for (period, quota) in [
+            for (of, its_quota) in [
                 ("vcpu_period", "vcpu_quota"),
                 ("emulator_period", "emulator_quota"),
                 ("global_period", "global_quota"),
                 ("iothread_period", "iothread_quota"),
             ] {
-                all.extend([(period, Typed::Ullong(none)), (quota, Typed::Llong(unlimited))]);
+                let (period, quota) = if of == "global_period" { (period, quota) } else { (none, unlimited) };
+                all.extend([(of, Typed::Ullong(period)), (its_quota, Typed::Llong(quota))]);
             }
         }
     }
@@ -78,8 +98,7 @@ fn scheduler_fields(call: &Call, view: &InstanceView) -> Result<Vec<(&'static st
 async fn scheduler_of(call: &Call, named: &Named, wanted: i32, flags: u32) -> Answered {
     call.known_flags(flags, LIVE | CONFIG | STRINGS)?;
     let view = call.guest(named)?;
-    live(&view, flags & 3)?;
-    let all = scheduler_fields(call, &view)?;
+    let all = scheduler_fields(call, &view, flags)?;
     let wanted = usize::try_from(wanted).unwrap_or(0);
     let mut w = Writer::new();
     w.array(all.into_iter().take(wanted).collect::<Vec<_>>(), |w, (field, value)| {
@@ -142,32 +161,98 @@ fn allowance(all: &Parameters) -> Result<Option<String>, VirError> {
     }
 }
 
-/// Sets keys of a container.
-async fn set(
+/// Sets a key of a guest, or takes it away.
+pub(super) async fn set(
     call: &Call,
     view: &InstanceView,
     flags: u32,
     key: &str,
     value: Option<String>,
 ) -> Result<(), VirError> {
+    set_all(call, view, flags, vec![(key.to_owned(), value)], &[key.to_owned()]).await
+}
+
+/// The same of several, all of them or none; `touched` are those that a running guest must have taken.
+pub(super) async fn set_all(
+    call: &Call,
+    view: &InstanceView,
+    flags: u32,
+    keys: Vec<(String, Option<String>)>,
+    touched: &[String],
+) -> Result<(), VirError> {
     let live = live(view, flags)?;
     let mut config = view.instance.config.clone();
-    match value {
-        Some(value) => drop(config.insert(key.to_owned(), value)),
-        None => drop(config.remove(key)),
+    for (key, value) in keys {
+        match value {
+            Some(value) => drop(config.insert(key, value)),
+            None => drop(config.remove(&key)),
+        }
     }
     let devices = view.instance.devices.clone();
-    write(call, view, spec::Updated { config, devices, slots: Default::default() }, live, &[key.to_owned()])
-        .await
+    write(call, view, spec::Updated { config, devices, slots: Default::default() }, live, touched).await
+}
+
+/// The same of a machine's limits; those that are said.
+async fn set_limits(
+    call: &Call,
+    view: &InstanceView,
+    flags: u32,
+    keys: Vec<(String, Option<String>)>,
+) -> Result<(), VirError> {
+    let touched: Vec<String> = keys.iter().map(|(key, _)| key.clone()).collect();
+    set_all(call, view, flags, keys, &touched).await
+}
+
+/// What parameters of a machine's scheduler mean, beside what it has.
+fn machine_shares(all: &Parameters, now: &Tuning) -> Result<Vec<(String, Option<String>)>, VirError> {
+    let mut keys = vec![];
+    let (mut period, mut quota) = (None, None);
+    for (field, value) in all {
+        let none = matches!(value, Typed::Llong(n) if *n <= 0);
+        let n = number(value).unwrap_or(0);
+        match field.as_str() {
+            "cpu_shares" => {
+                keys.push((SHARES_KEY.to_owned(), Some(demand_shares(field, n)?.to_string())));
+                if now.shares.is_some() && now.quota.is_none() {
+                    // It may have been said in percent.
+                    keys.push((ALLOWANCE.to_owned(), None));
+                }
+            }
+            "global_period" => period = Some(n),
+            "global_quota" => quota = Some((!none).then_some(n)),
+            "vcpu_quota" | "emulator_quota" | "iothread_quota" if none => {}
+            other if other.ends_with("_quota") || other.ends_with("_period") => {
+                return Err(refuse(other, AS_A_WHOLE));
+            }
+            other => return Err(VirError::argument(format!("parameter '{other}' not supported"))),
+        }
+    }
+    match (quota, period, now.quota) {
+        (Some(None), _, _) => keys.push((ALLOWANCE.to_owned(), None)),
+        (Some(Some(quota)), period, before) => {
+            let period = period.or(before.map(|(_, period)| period)).unwrap_or(PERIOD);
+            let (quota, period) = demand_quota(quota, period)?;
+            keys.push((ALLOWANCE.to_owned(), Some(allowance_text(quota, period))));
+        }
+        (None, Some(period), Some((quota, _))) => {
+            let (quota, period) = demand_quota(quota, period)?;
+            keys.push((ALLOWANCE.to_owned(), Some(allowance_text(quota, period))));
+        }
+        (None, Some(_), None) => {
+            return Err(refuse("global_period", "is of a global_quota, which is not set"));
+        }
+        (None, None, _) => {}
+    }
+    Ok(keys)
 }
 
 async fn set_scheduler_to(call: &Call, (named, all): (Named, Parameters), flags: u32) -> Answered {
     call.known_flags(flags, LIVE | CONFIG)?;
     let view = call.guest(&named)?;
     if call.opened()?.driver == Driver::Qemu {
-        let why = "the processors of a machine have no share or quota on this host; limits.cpu is their number, or which \
-                   of the host's they run on";
-        return Err(refuse("schedinfo", why));
+        let keys = machine_shares(&all, &of_config(&view.expanded_config)?)?;
+        set_limits(call, &view, flags, keys).await?;
+        return Ok(nothing());
     }
     set(call, &view, flags, "limits.cpu.allowance", allowance(&all)?).await?;
     Ok(nothing())
@@ -185,20 +270,28 @@ pub async fn set_scheduler_flags(call: Call) -> Answered {
     set_scheduler_to(&call, arguments, flags).await
 }
 
-fn asked(call: &Call) -> Result<(std::sync::Arc<InstanceView>, i32), VirError> {
+fn asked(call: &Call) -> Result<(Config, i32), VirError> {
     let (named, wanted, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.i32()?, r.u32()?)))?;
     call.known_flags(flags, LIVE | CONFIG | STRINGS)?;
     let view = call.guest(&named)?;
-    live(&view, flags & 3)?;
-    Ok((view, wanted))
+    Ok((config_of(&view, flags)?.clone(), wanted))
 }
 
-/// `DOMAIN_GET_MEMORY_PARAMETERS`, KiB: of a machine its memory is all there is.
+/// `DOMAIN_GET_MEMORY_PARAMETERS`, KiB: of a machine what it and its QEMU have together.
 pub async fn memory(call: Call) -> Answered {
-    let (view, wanted) = asked(&call)?;
-    let limits = limits_of(&view)?;
-    let size = limits.memory.filter(|_| call.opened().is_ok_and(|o| o.driver == Driver::Lxc));
-    let size = size.map(|s| s.bytes() / 1024);
+    let (config, wanted) = asked(&call)?;
+    if call.opened()?.driver == Driver::Qemu {
+        let all = of_config(&config)?;
+        let of = |size: Option<u64>| Typed::Ullong(size.unwrap_or(UNLIMITED));
+        let all = vec![
+            ("hard_limit", of(all.hard)),
+            ("soft_limit", of(all.soft)),
+            ("swap_hard_limit", of(all.swap)),
+        ];
+        return parameters(all, wanted);
+    }
+    let limits = limits_of(&config)?;
+    let size = limits.memory.map(|s| s.bytes() / 1024);
     let kept = |is: bool| Typed::Ullong(size.filter(|_| is).unwrap_or(UNLIMITED));
     let all = vec![
         ("hard_limit", kept(!limits.memory_soft)),
@@ -215,10 +308,25 @@ pub async fn set_memory(call: Call) -> Answered {
     let view = call.guest(&named)?;
     let limited = |value: &Typed| number(value).filter(|n| *n < UNLIMITED);
     if call.opened()?.driver == Driver::Qemu {
-        return match all.iter().find(|(_, value)| limited(value).is_some()) {
-            None => Ok(nothing()),
-            Some((field, _)) => Err(refuse(field, "a machine has its memory (setmem), and no limit beside")),
-        };
+        let now = of_config(&view.expanded_config)?;
+        let (mut hard, mut soft, mut both) = (now.hard, now.soft, now.swap);
+        for (field, value) in &all {
+            let size = match field.as_str() {
+                "hard_limit" => &mut hard,
+                "soft_limit" => &mut soft,
+                "swap_hard_limit" => &mut both,
+                other => return Err(VirError::argument(format!("parameter '{other}' not supported"))),
+            };
+            *size = limited(value);
+        }
+        demand_room("hard_limit", hard, crate::limits::of(&view)?.memory_kib(&call)?)?;
+        let kib = |n: Option<u64>| n.map(|n| format!("{n}KiB"));
+        let mut keys = vec![(HARD.to_owned(), kib(hard)), (SOFT.to_owned(), kib(soft))];
+        if both.is_some() || now.swap.is_some() {
+            keys.push((SWAP.to_owned(), swap_of(hard, both)?.map(swap)));
+        }
+        set_limits(&call, &view, flags, keys).await?;
+        return Ok(nothing());
     }
     for (field, value) in &all {
         match (field.as_str(), limited(value)) {
@@ -240,8 +348,8 @@ pub async fn set_memory(call: Call) -> Answered {
 
 /// `DOMAIN_GET_BLKIO_PARAMETERS`
 pub async fn disks(call: Call) -> Answered {
-    let (view, wanted) = asked(&call)?;
-    let weight = limits_of(&view)?.disk_priority.map_or(0, |p| (p * 100).max(10));
+    let (config, wanted) = asked(&call)?;
+    let weight = limits_of(&config)?.disk_priority.map_or(0, |p| (p * 100).max(10));
     let mut all = vec![("weight", Typed::Uint(weight))];
     for field in [
         "device_weight",
@@ -260,18 +368,21 @@ pub async fn set_disks(call: Call) -> Answered {
     let ((named, all), flags) = call.arguments(|r| Ok((read(r)?, r.u32()?)))?;
     call.known_flags(flags, LIVE | CONFIG)?;
     let view = call.guest(&named)?;
-    for (field, value) in &all {
-        match (field.as_str(), call.opened()?.driver) {
-            ("weight", Driver::Lxc) => {
+    if let Some((other, _)) = all.iter().find(|(field, _)| field != "weight") {
+        return Err(refuse(other, "disks have rates of their own (blkdeviotune)"));
+    }
+    for (_, value) in &all {
+        match call.opened()?.driver {
+            Driver::Lxc => {
                 let weight = number(value).filter(|n| (10..=1000).contains(n));
                 let weight = weight.ok_or_else(|| VirError::argument("weight is 10 to 1000"))?;
                 let priority = (weight / 100).to_string();
                 set(&call, &view, flags, "limits.disk.priority", Some(priority)).await?;
             }
-            ("weight", Driver::Qemu) => {
-                return Err(refuse("weight", "machines have rates for each disk (blkdeviotune)"));
+            Driver::Qemu => {
+                let priority = priority(number(value).unwrap_or(0))?.to_string();
+                set(&call, &view, flags, WEIGHT, Some(priority)).await?;
             }
-            (other, _) => return Err(refuse(other, "disks have rates of their own (blkdeviotune)")),
         }
     }
     Ok(nothing())
@@ -279,156 +390,42 @@ pub async fn set_disks(call: Call) -> Answered {
 
 /// `DOMAIN_GET_NUMA_PARAMETERS`
 pub async fn nodes(call: Call) -> Answered {
-    let (_, wanted) = asked(&call)?;
-    parameters(vec![("numa_mode", Typed::Int(0)), ("numa_nodeset", Typed::Text(String::new()))], wanted)
+    let (config, wanted) = asked(&call)?;
+    let nodes = limits_of(&config)?.memory_nodes.as_deref().map(ranges).unwrap_or_default();
+    parameters(vec![("numa_mode", Typed::Int(0)), ("numa_nodeset", Typed::Text(nodes))], wanted)
 }
 
 /// `DOMAIN_SET_NUMA_PARAMETERS`
 pub async fn set_nodes(call: Call) -> Answered {
-    let ((named, _), flags) = call.arguments(|r| Ok((read(r)?, r.u32()?)))?;
+    let ((named, all), flags) = call.arguments(|r| Ok((read(r)?, r.u32()?)))?;
     call.known_flags(flags, LIVE | CONFIG)?;
-    call.guest(&named)?;
-    Err(refuse("numatune", "memory is where the host's kernel puts it"))
-}
-
-fn pins(call: &Call, named: &Named, length: i32, flags: u32) -> Result<(Vec<u8>, u32), VirError> {
-    call.known_flags(flags, LIVE | CONFIG)?;
-    let length = map_length(length)?;
-    let view = call.guest(named)?;
-    live(&view, flags)?;
-    let limits = limits::of(&view)?;
-    let host = super::connect::facts(call)?.cpus;
-    Ok((cpu_map(limits.pinned(), host, length), limits.cpus(call)?))
-}
-
-/// `DOMAIN_GET_VCPU_PIN_INFO`: `limits.cpu` names those of all processors together.
-pub async fn vcpu_pins(call: Call) -> Answered {
-    let (named, count, length, flags) =
-        call.arguments(|r| Ok((Named::read_domain(r)?, r.i32()?, r.i32()?, r.u32()?)))?;
-    let (map, cpus) = pins(&call, &named, length, flags)?;
-    let count = usize::try_from(count).unwrap_or(0).min(cpus as usize);
-    let mut w = Writer::new();
-    w.opaque(&map.repeat(count)).i32(count as i32);
-    Ok(w.finish().into())
-}
-
-/// `DOMAIN_GET_EMULATOR_PIN_INFO`
-pub async fn emulator_pin(call: Call) -> Answered {
-    let (named, length, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.i32()?, r.u32()?)))?;
-    let (map, _) = pins(&call, &named, length, flags)?;
-    let mut w = Writer::new();
-    w.opaque(&map).i32(1);
-    Ok(w.finish().into())
-}
-
-/// The processors that a map names.
-fn chosen(map: &[u8]) -> Vec<u32> {
-    let bits = 0..(map.len() as u32 * 8);
-    bits.filter(|n| map[*n as usize / 8] >> (n % 8) & 1 == 1).collect()
-}
-
-async fn pin(call: &Call, named: &Named, map: &[u8], flags: u32) -> Answered {
-    call.known_flags(flags, LIVE | CONFIG)?;
-    let view = call.guest(named)?;
-    let host = super::connect::facts(call)?.cpus;
-    let mut wanted = chosen(map);
-    wanted.retain(|cpu| *cpu < host);
-    if wanted.is_empty() {
-        return Err(VirError::argument("Empty cpu list for pinning"));
+    let view = call.guest(&named)?;
+    if call.opened()?.driver != Driver::Qemu {
+        return Err(refuse("numatune", "the memory of containers is where the host's kernel puts it"));
     }
-    let limits = limits::of(&view)?;
-    let cpus = limits.cpus(call)? as usize;
-    let now: Vec<u32> = limits.pinned().map_or_else(|| (0..host).collect(), <[u32]>::to_vec);
-    if wanted == now {
-        return Ok(nothing());
+    let mut keys = vec![];
+    for (field, value) in &all {
+        match (field.as_str(), value) {
+            ("numa_mode", Typed::Int(mode)) => {
+                let modes = ["strict", "preferred", "interleave", "restrictive"];
+                let mode = usize::try_from(*mode).ok().and_then(|n| modes.get(n)).copied();
+                demand_mode(mode.ok_or_else(|| VirError::argument("unsupported numatune mode"))?)?;
+            }
+            ("numa_nodeset", Typed::Text(text)) => {
+                let nodes = match text.as_str() {
+                    "" => None,
+                    text => {
+                        let set = crate::xml::machine::tuning::set(text);
+                        Some(ranges(&set.ok_or_else(|| VirError::argument("nodeset is no set of nodes"))?))
+                    }
+                };
+                keys.push((NODES.to_owned(), nodes));
+            }
+            (other, _) => return Err(VirError::argument(format!("parameter '{other}' not supported"))),
+        }
     }
-    if wanted.len() == host as usize && wanted.len() != cpus {
-        set(call, &view, flags, "limits.cpu", Some(cpus.to_string())).await?;
-        return Ok(nothing());
-    }
-    // Several processors that share what they run on are one set, and as many as it has.
-    if wanted.len() != cpus {
-        let why = format!(
-            "processors are pinned together, to as many of the host's as there are ({cpus}): limits.cpu is the set"
-        );
-        return Err(refuse("vcpupin", why));
-    }
-    // A set of one would read as a number of processors.
-    let text = match wanted.as_slice() {
-        [one] => format!("{one}-{one}"),
-        all => all.iter().map(u32::to_string).collect::<Vec<_>>().join(","),
-    };
-    set(call, &view, flags, "limits.cpu", Some(text)).await?;
+    set_limits(&call, &view, flags, keys).await?;
     Ok(nothing())
-}
-
-/// `DOMAIN_PIN_VCPU`
-pub async fn pin_vcpu(call: Call) -> Answered {
-    let (named, _, map) =
-        call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?, r.opaque(2048)?.to_vec())))?;
-    pin(&call, &named, &map, LIVE).await
-}
-
-/// `DOMAIN_PIN_VCPU_FLAGS`
-pub async fn pin_vcpu_flags(call: Call) -> Answered {
-    let (named, vcpu, map, flags) =
-        call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?, r.opaque(2048)?.to_vec(), r.u32()?)))?;
-    let cpus = limits::of(&*call.guest(&named)?)?.cpus(&call)?;
-    if vcpu >= cpus {
-        return Err(VirError::argument(format!("vcpu {vcpu} is out of range of {cpus}")));
-    }
-    pin(&call, &named, &map, flags).await
-}
-
-/// `DOMAIN_PIN_EMULATOR`
-pub async fn pin_emulator(call: Call) -> Answered {
-    let (named, map, flags) =
-        call.arguments(|r| Ok((Named::read_domain(r)?, r.opaque(2048)?.to_vec(), r.u32()?)))?;
-    pin(&call, &named, &map, flags).await
-}
-
-/// `DOMAIN_GET_IOTHREAD_INFO`: disks are served by the machine's main thread.
-pub async fn iothreads(call: Call) -> Answered {
-    let (named, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
-    call.known_flags(flags, LIVE | CONFIG)?;
-    live(&*call.guest(&named)?, flags)?;
-    let mut w = Writer::new();
-    w.u32(0).u32(0);
-    Ok(w.finish().into())
-}
-
-fn no_iothreads() -> VirError {
-    refuse("iothreads", "disks are served by the machine's main thread")
-}
-
-/// `DOMAIN_ADD_IOTHREAD`, `DOMAIN_DEL_IOTHREAD`
-pub async fn change_iothread(call: Call) -> Answered {
-    let (named, _, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?, r.u32()?)))?;
-    call.known_flags(flags, LIVE | CONFIG)?;
-    call.guest(&named)?;
-    Err(no_iothreads())
-}
-
-/// `DOMAIN_SET_IOTHREAD_PARAMS`
-pub async fn set_iothread(call: Call) -> Answered {
-    let (named, _, _, flags) =
-        call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?, r.array(64, typed)?, r.u32()?)))?;
-    call.known_flags(flags, LIVE | CONFIG)?;
-    call.guest(&named)?;
-    Err(no_iothreads())
-}
-
-/// `DOMAIN_PIN_IOTHREAD`
-pub async fn pin_iothread(call: Call) -> Answered {
-    let named = call.arguments(|r| {
-        let named = Named::read_domain(r)?;
-        r.u32()?;
-        r.opaque(2048)?;
-        r.u32()?;
-        Ok(named)
-    })?;
-    call.guest(&named)?;
-    Err(no_iothreads())
 }
 
 #[cfg(test)]
@@ -449,11 +446,5 @@ mod tests {
         assert!(of(&[("cpu_shares", Typed::Ullong(2048))]).is_err());
         assert!(of(&[("emulator_quota", Typed::Llong(2048))]).is_err());
         assert!(of(&[("vcpu_period", Typed::Ullong(7))]).is_err());
-    }
-
-    #[test]
-    fn maps_name_processors() {
-        assert_eq!(chosen(&[0b101, 0b1]), [0, 2, 8]);
-        assert!(chosen(&[]).is_empty());
     }
 }

@@ -127,7 +127,7 @@ pub fn domain(facts: &HostFacts, kind: &str, machine: &str, most: i32, models: &
         .child(Element::text("machine", machine))
         .child(Element::text("arch", &facts.architecture))
         .child(Element::new("vcpu").with("max", most))
-        .child(supported("iothreads", false))
+        .child(supported("iothreads", true))
         .child(os)
         .child(cpu)
         .child(supported("memoryBacking", false))

@@ -152,7 +152,7 @@ pub fn speaks_spice(config: &Config, running_on: Option<&HostFacts>) -> bool {
 }
 
 /// `0,1,2,5` as `0-2,5`.
-fn ranges(cpus: &[u32]) -> String {
+pub fn ranges(cpus: &[u32]) -> String {
     let mut parts: Vec<(u32, u32)> = vec![];
     for cpu in cpus {
         match parts.last_mut() {

@@ -63,13 +63,14 @@ const DOMAIN: &[Row] = &[
     ("maxMemory", Never, "memory modules are not there; set <memory>"),
     ("vcpu", When(|e| is(e, "placement", &["static"])), "placement is static"),
     ("vcpus", Never, "processors are plugged in order; say vcpu current"),
-    ("iothreads", Never, "disks are served by the machine's main thread"),
-    ("iothreadids", Never, "disks are served by the machine's main thread"),
-    ("defaultiothread", Never, "disks are served by the machine's main thread"),
-    ("cputune", When(empty), "machines have no shares, quotas or pins of one thread; vcpu cpuset pins all"),
-    ("memtune", When(empty), "a machine has its memory, and no limit beside"),
-    ("blkiotune", When(empty), "machines have rates for each disk (blkdeviotune)"),
-    ("numatune", When(empty), "memory is where the host's kernel puts it"),
+    ("iothreads", Kept, ""),
+    ("iothreadids", Kept, ""),
+    ("defaultiothread", Never, "the main thread is as QEMU has it"),
+    // What is in these is looked at by `tuning`.
+    ("cputune", Kept, ""),
+    ("memtune", Kept, ""),
+    ("blkiotune", Kept, ""),
+    ("numatune", Kept, ""),
     (
         "memoryBacking",
         When(board::is_backing),
@@ -332,9 +333,10 @@ const DEVICES: &[Row] = &[
 ];
 
 fn controller(e: &Element) -> bool {
-    let plain = e
-        .find("driver")
-        .is_none_or(|d| d.attributes().all(|(n, _)| matches!(n, "name")) && d.elements().is_empty());
+    let scsi = said(e, "type") == Some("scsi");
+    let done = |name: &str| name == "name" || scsi && name == "iothread";
+    let plain =
+        e.find("driver").is_none_or(|d| d.attributes().all(|(n, _)| done(n)) && d.elements().is_empty());
     plain
         && match said(e, "type") {
             Some("usb" | "pci" | "virtio-serial" | "sata" | "ide" | "fdc") => true,
@@ -414,7 +416,11 @@ const DISK: &[Row] = &[
     ),
     ("@rawio", When(|e| is(e, "rawio", &["no"])), "commands do not reach devices of the host"),
     ("@sgio", When(|e| is(e, "sgio", &["filtered"])), "commands do not reach devices of the host"),
-    ("driver", When(driver), "what is said of it is name, type, cache, io, discard and detect_zeroes"),
+    (
+        "driver",
+        When(driver),
+        "what is said of it is name, type, cache, io, iothread, discard and detect_zeroes",
+    ),
     ("source", When(|e| is(e, "startupPolicy", &["mandatory"])), "a disk is there at the start"),
     (
         "target",
@@ -449,7 +455,7 @@ fn driver(e: &Element) -> bool {
     e.elements().is_empty()
         && e.attributes().all(|(name, value)| match name {
             // How the host reads and writes, and what space it gives back: the guest sees nothing of it.
-            "name" | "type" | "cache" | "io" | "discard" | "detect_zeroes" => true,
+            "name" | "type" | "cache" | "io" | "discard" | "detect_zeroes" | "iothread" => true,
             "error_policy" => matches!(value, "enospace" | "default"),
             "rerror_policy" => matches!(value, "report" | "default"),
             "copy_on_read" => value == "off",
@@ -566,7 +572,7 @@ pub fn part(e: &Element) -> Result<(), VirError> {
         "cpu" => check(e, "cpu", CPU),
         "clock" => check(e, "clock", CLOCK),
         "devices" => devices(e),
-        _ => Ok(()),
+        _ => super::tuning::check(e),
     }
 }
 
@@ -642,10 +648,6 @@ mod tests {
             "<memory dumpCore='on'>1</memory>",
         ),
         ("domain", "vcpu", "<vcpu placement='static'>1</vcpu>", "<vcpu placement='auto'>1</vcpu>"),
-        ("domain", "cputune", "<cputune/>", "<cputune><vcpupin vcpu='0' cpuset='1'/></cputune>"),
-        ("domain", "memtune", "<memtune/>", "<memtune><hard_limit>1</hard_limit></memtune>"),
-        ("domain", "blkiotune", "<blkiotune/>", "<blkiotune><weight>800</weight></blkiotune>"),
-        ("domain", "numatune", "<numatune/>", "<numatune><memory mode='strict' nodeset='0'/></numatune>"),
         (
             "domain",
             "memoryBacking",
@@ -789,7 +791,7 @@ mod tests {
             "disk",
             "driver",
             "<driver name='qemu' type='raw' cache='none' io='native' discard='unmap'/>",
-            "<driver name='qemu' iothread='2'/>",
+            "<driver name='qemu' queues='2'/>",
         ),
         ("disk", "source", "<source file='/x'/>", "<source file='/x' startupPolicy='optional'/>"),
         ("disk", "target", "<target dev='vda' bus='virtio'/>", "<target dev='sda' rotation_rate='7200'/>"),

@@ -9,6 +9,7 @@ pub mod kept;
 pub mod processor;
 pub mod read;
 pub mod spec;
+pub mod tuning;
 pub mod write;
 
 use super::Element;
@@ -44,8 +45,10 @@ pub struct Machine {
     pub memory: u64,
     /// CPUs at the start.
     pub cpus: u32,
-    /// CPUs of the host that they are pinned to, as many as there are.
+    /// CPUs of the host that its threads run on, those that are not pinned apart.
     pub pinned: Option<String>,
+    /// Threads, pins and limits.
+    pub tuning: tuning::Tuning,
     /// Machine type, such as `q35` or `pc-q35-7.2`.
     pub machine: Option<String>,
     /// Firmware.
@@ -141,6 +144,8 @@ pub struct Disk {
     pub cache: Option<DiskCache>,
     /// How what is at a path of the host is written down.
     pub format: DriveFormat,
+    /// Number of the thread that serves it.
+    pub thread: Option<u32>,
     /// Boot order, higher first.
     pub boot: Option<u32>,
     /// Alias that the user gave.
@@ -360,7 +365,7 @@ mod tests {
         assert_eq!(Opaque::parse(&opaque.document()), opaque);
         // Of what was kept once and has no effect nothing is shown any more.
         let mut old = opaque.clone();
-        old.domain.push(Element::new("cputune").child(Element::text("shares", 2048)));
+        old.domain.push(Element::new("cputune").child(Element::text("quota", 2048)));
         old.devices.push(Element::new("parallel").with("type", "pty"));
         old.disks.values_mut().for_each(|disk| disk.push(Element::text("serial", "S1")));
         old.disks.values_mut().for_each(|disk| disk.set("rawio", "yes"));

@@ -2,11 +2,11 @@
 
 use super::{
     Disk, Kernel, Machine, Nic, Opaque, Screen, Source, board, kept, number, pci_of, priority, processor,
-    refuse, wrong,
+    refuse, tuning, wrong,
 };
 use crate::{
     error::VirError,
-    xml::{Element, is_name, is_prefix, nwfilter},
+    xml::{Element, domain::ranges, is_name, is_prefix, nwfilter},
 };
 use karst_model::{
     device::{DRIVE_FORMATS, DiskBus, DiskCache, DriveFormat, NIC_MODELS, NicModel, parse_mac},
@@ -64,7 +64,10 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
     let old = is_old(os);
     let none = Element::new("devices");
     let devices = root.find("devices").unwrap_or(&none);
-    let kept = root.elements().iter().filter(|e| !TYPED.contains(&e.name())).cloned();
+    // Of two modes of NUMA that mean the same it is shown which.
+    let typed =
+        |name: &str| TYPED.contains(&name) || (tuning::ELEMENTS.contains(&name) && name != "numatune");
+    let kept = root.elements().iter().filter(|e| !typed(e.name())).cloned();
     let opaque = Opaque { domain: kept.collect(), ..Opaque::default() };
     let order = Order::of(os);
     let mut all = Machine {
@@ -77,6 +80,7 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
         memory,
         cpus,
         pinned,
+        tuning: tuning::of(&root)?,
         machine,
         firmware,
         boot_menu: os.find("bootmenu").is_some_and(|e| e.attribute("enable") == Some("yes")),
@@ -170,6 +174,10 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
     }
     if q35 && all.opaque.devices.iter().any(|e| e.attribute("type") == Some("fdc")) {
         return Err(refuse("controller", "'fdc' is of machines of type pc"));
+    }
+    let there = |id: u32| all.tuning.iothreads.iter().any(|t| t.id == id);
+    if let Some(id) = all.disks.iter().filter_map(|d| d.thread).find(|id| !there(*id)) {
+        return Err(wrong(format!("Disk iothread '{id}' not defined in iothreadid")));
     }
     Ok(all)
 }
@@ -288,33 +296,15 @@ pub fn vcpu(e: &Element) -> Result<(u32, Option<String>), VirError> {
             .filter(|n| (1..=most).contains(n))
             .ok_or_else(|| wrong(format!("current vcpus '{n}' must be 1 to {most}")))?,
     };
-    match e.attribute("cpuset") {
-        Some(set) if count(set) != Some(current) => Err(refuse(
-            "vcpu cpuset",
-            format!(
-                "'{set}': processors are pinned together, to as many of the host's as there are ({current})"
-            ),
-        )),
-        set => Ok((current, set.map(str::to_owned))),
-    }
+    let pinned = e.attribute("cpuset").map(|text| -> Result<String, VirError> {
+        let set = tuning::set(text).ok_or_else(|| wrong(format!("Invalid value '{text}' of vcpu cpuset")))?;
+        Ok(ranges(&set))
+    });
+    Ok((current, pinned.transpose()?))
 }
 
 fn cpus(root: &Element) -> Result<(u32, Option<String>), VirError> {
     root.find("vcpu").map_or(Ok((1, None)), vcpu)
-}
-
-/// How many CPUs a set such as `0-2,5` has; nothing of one with exceptions.
-fn count(set: &str) -> Option<u32> {
-    let mut all = BTreeSet::new();
-    for part in set.split(',') {
-        let (first, last) = part.trim().split_once('-').unwrap_or((part.trim(), part.trim()));
-        let (first, last): (u32, u32) = (first.parse().ok()?, last.parse().ok()?);
-        if last < first || last > 4096 {
-            return None;
-        }
-        all.extend(first..=last);
-    }
-    Some(all.len() as u32)
 }
 
 /// Machine type and firmware.
@@ -622,6 +612,12 @@ fn disk(e: &Element, order: &Order) -> Result<Option<Disk>, VirError> {
         }
         _ => DriveFormat::Raw,
     };
+    let thread = driver.map(|d| tuning::thread_of(d, "driver iothread")).transpose()?.flatten();
+    if thread.is_some() && bus != DiskBus::VirtioBlk {
+        let text =
+            format!("{dev}: disks on virtio have one of their own; those on scsi have their controller's");
+        return Err(refuse("driver iothread", text));
+    }
     Ok(Some(Disk {
         target: dev.to_owned(),
         slot,
@@ -631,6 +627,7 @@ fn disk(e: &Element, order: &Order) -> Result<Option<Disk>, VirError> {
         readonly: cdrom || e.find("readonly").is_some(),
         cache,
         format,
+        thread,
         boot: own_order(e)?.or(match (cdrom, floppy) {
             (true, _) => order.cdrom,
             (_, true) => order.floppy,

@@ -1,7 +1,7 @@
 //! From the typed form to the engine's words: keys, devices and places of a new machine, or of one that is there. Of one that
 //! is there only what the document changes is changed, so that what libvirt has no word for stays.
 
-use super::{Disk, Kernel, Machine, Nic, Source, refuse};
+use super::{Disk, Kernel, Machine, Nic, Source, refuse, tuning};
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
     error::VirError,
@@ -68,7 +68,7 @@ fn firmware(config: &mut Config, firmware: Firmware) {
 }
 
 fn cpus(machine: &Machine) -> String {
-    match &machine.pinned {
+    match machine.pinned.as_ref().filter(|_| tuning::is_set(machine)) {
         // A set of one would read as a number of processors.
         Some(one) if one.trim().parse::<u32>().is_ok() => format!("{0}-{0}", one.trim()),
         Some(set) => set.clone(),
@@ -102,6 +102,7 @@ fn disk(keys: &mut Keys, disk: &Disk, root: bool) {
     }
     set(keys, "io.bus", DISK_BUSES.iter().find(|(_, b)| *b == disk.bus).map(|(n, _)| n));
     set(keys, "io.cache", DISK_CACHES.iter().find(|(_, c)| Some(*c) == disk.cache).map(|(n, _)| n));
+    set(keys, "io.thread", disk.thread);
     set(keys, "boot.priority", disk.boot);
     if let Some(source) = &disk.source {
         let path = match source {
@@ -209,6 +210,7 @@ pub fn create(machine: &Machine) -> Result<Created, VirError> {
     set(&mut config, "hardware.hyperv", yes(machine.hyper_v));
     set(&mut config, AUTORESTART, yes(machine.restarts));
     set(&mut config, REBOOT_ACTION, machine.ends_on_reboot.then_some("stop"));
+    tuning::change(&mut config, None, machine);
     firmware(&mut config, machine.firmware);
     // So that saving and snapshots with memory are there, as they are with libvirt.
     set(&mut config, "migration.stateful", Some("true"));
@@ -262,6 +264,7 @@ pub fn update(present: &Present<'_>, new: &Machine) -> Result<Updated, VirError>
     if cpus(old) != cpus(new) {
         set(&mut config, "limits.cpu", Some(cpus(new)));
     }
+    tuning::change(&mut config, Some(old), new);
     let family = |m: &str| if m.starts_with("pc-q35-") || m == "q35" { "q35" } else { "pc" };
     let (was, is) = (old.machine.as_deref().unwrap_or("pc"), new.machine.as_deref());
     if is.is_some_and(|is| is != was && is != family(was)) {

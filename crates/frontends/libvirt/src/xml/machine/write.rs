@@ -2,7 +2,7 @@
 
 use super::{
     Kernel, Opaque, ShownGuard, Source, board, kept, owned, pci_of, priority, processor, read, screens,
-    target,
+    target, tuning,
 };
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
@@ -186,6 +186,7 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
     let pinned = shown.pinned.as_ref();
     e.push(Element::text("vcpu", shown.cpus).with("placement", "static").with_some("cpuset", pinned));
     let on_board = Board::of(shown.config)?;
+    tuning::show(&mut e, shown.config, &opaque.domain)?;
     let mut os = system(shown, &opaque);
     menu(&mut os, shown.config, &on_board)?;
     start_with(&mut os, kernel(shown)?);
@@ -216,6 +217,8 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
             "os" => continue,
             "vcpu" => read::vcpu(kept).is_ok_and(|(n, set)| n == shown.cpus && set == shown.pinned),
             "currentMemory" => false,
+            // Shown already, as the keys say.
+            name if tuning::ELEMENTS.contains(&name) => false,
             "features" => same_model && kept::asks_for_hyper_v(kept) == hyper_v,
             "clock" => {
                 let same = (kept.attribute("offset") == Some("localtime")) == local_time;
@@ -496,6 +499,7 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
         secure(graphics, shown.guard.as_ref());
     }
     devices.elements_mut().extend(kept);
+    tuning::show_controller(&mut devices, shown.config)?;
     sort(&mut devices, DEVICES);
     Ok(devices)
 }
@@ -550,7 +554,7 @@ fn merge(shown: &mut Element, kept: &Element, typed: &[&str], order: &[&str]) {
     for e in kept.elements().iter().filter(|e| !typed.contains(&e.name())) {
         match shown.elements_mut().iter_mut().find(|s| s.name() == e.name()) {
             Some(same) => {
-                for (name, value) in e.attributes().filter(|(n, _)| *n != "cache") {
+                for (name, value) in e.attributes().filter(|(n, _)| !matches!(*n, "cache" | "iothread")) {
                     if same.attribute(name).is_none() {
                         same.set(name.to_owned(), value);
                     }
@@ -593,6 +597,9 @@ fn disk(
     }
     if let Some((word, _)) = DISK_CACHES.iter().find(|(_, c)| Some(*c) == io.cache) {
         driver.set("cache", word);
+    }
+    if let Some(id) = io.thread {
+        driver.set("iothread", id);
     }
     e.push(driver);
     // The same source as it was written.
