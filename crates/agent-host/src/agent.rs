@@ -478,6 +478,7 @@ impl RealAgent {
     }
 
     pub(crate) async fn forget(&self, id: InstanceId) -> Result<()> {
+        self.forget_memory(id)?;
         let registry = self.registry.clone();
         blocking(move || registry.remove_guest(id)).await?;
         let record = self.guests.lock().remove(&id);
@@ -609,10 +610,14 @@ impl RealAgent {
 
     pub(crate) async fn resolve(
         &self,
-        spec: GuestSpec,
+        mut spec: GuestSpec,
         record: &GuestRecord,
         networks: &BTreeMap<NetworkId, String>,
     ) -> Result<ResolvedGuest> {
+        let memory = self.resolve_memory(&spec).await?;
+        if let Some(machine) = spec.machine.as_mut().filter(|_| memory.is_some()) {
+            machine.resume = true;
+        }
         let user = (spec.kind == InstanceKind::VirtualMachine).then_some(record.ids.base);
         let at = VolumeRef { pool: spec.root.pool, volume: spec.root.volume };
         let located = self.locate(at, user).await?;
@@ -711,6 +716,7 @@ impl RealAgent {
             files: spec.files,
             environment: spec.environment,
             application,
+            memory,
         })
     }
 

@@ -20,6 +20,7 @@ use karst_model::{
     history::Series,
     image::ImageFacts,
     instance::{InstanceKind, RuntimeState},
+    memory::{MemoryState, SavedMemory},
     network::{ExternalInterface, Lease},
     node::HostFacts,
     spec::{GuestSpec, NetworkSpec, PoolSource, PoolSpec, VolumeSpec},
@@ -728,6 +729,11 @@ calls! {
     mutate machine_backup_begin(me, request: MachineBackupBegin) -> () { me.begin_backup(request).await }
     read machine_backup_state(me, at: MachineBackupRef) -> DiskBackupState { me.backup_state(at).await }
     mutate machine_backup_end(me, at: MachineBackupRef) -> () { me.end_backup(at).await }
+    mutate machine_memory_begin(me, request: MachineMemoryBegin) -> () { me.begin_memory(request).await }
+    read machine_memory_state(me, at: MachineMemoryRef) -> MemoryState { me.memory_state(at).await }
+    mutate machine_memory_end(me, request: MachineMemoryEnd) -> () { me.end_memory(request).await }
+    read memory_file_read(me, path: String) -> SavedMemory { me.read_memory_file(path).await }
+    mutate memory_file_change(me, request: MemoryFileChange) -> () { me.change_memory_file(request).await }
     mutate guest_destroy(me, instance: InstanceId) -> () { me.destroy(instance).await }
     read guest_observe_all(me, _request: ()) -> Vec<Observed> { me.observe_all().await }
     read guest_metrics(me, instances: Vec<InstanceId>) -> Vec<(InstanceId, Metrics)> { me.metrics(instances, false).await }

@@ -69,6 +69,11 @@ impl RealAgent {
                 false => check.leaks.push(format!("state directory of an unknown guest {id}")),
             }
         }
+        for (id, kept) in self.registry.memory_places() {
+            if !kept && !running.contains(&id) {
+                check.leaks.push(format!("a part of a file with the memory of guest {id}"));
+            }
+        }
         for claim in self.ids.claims()? {
             let known =
                 claim.owner.parse().is_ok_and(|id| guests.get(&id).is_some_and(|r| r.ids == claim.range));

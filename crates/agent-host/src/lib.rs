@@ -22,6 +22,7 @@ pub mod ids;
 mod kernel;
 mod logs;
 mod machines;
+mod memory;
 mod monitor;
 mod nics;
 mod nodes;

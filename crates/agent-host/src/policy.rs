@@ -1,12 +1,13 @@
 //! `host-policy.toml`: what this host grants beyond ordinary guests. Root writes it, on this machine; control cannot, so a
 //! compromised control process gets no further than what stands there. Without the file nothing is granted.
 
+use karst_agent::check_memory_path;
 use karst_model::{Error, Result, storage::PoolKind};
 use serde::Deserialize;
 use std::{
     fs::File,
     io::Read,
-    os::unix::fs::MetadataExt,
+    os::{fd::OwnedFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
 };
 
@@ -27,6 +28,9 @@ pub struct HostPolicy {
     /// Images and block devices of the host, each as it stands there, and those below directories, that virtual machines may have
     /// as drives: raw, opened as root. What a machine writes there nobody else may have mounted.
     pub disk_paths: Vec<PathBuf>,
+    /// Directories of the host below which administrators may have the memory of virtual machines written into files (`virsh save`,
+    /// `virsh dump`), and start machines from there. The files are root's alone.
+    pub save_paths: Vec<PathBuf>,
     /// Classes of devices of the host that guests may have (`gpu`, `usb`, `unix-char`, …).
     pub device_classes: Vec<String>,
     /// `raw.*` keys that are passed on (`raw.lxc`, `raw.qemu`, …).
@@ -109,6 +113,7 @@ impl HostPolicy {
         })?;
         let places = policy.path_prefixes.iter().map(|p| ("path_prefixes", p));
         let places = places.chain(policy.disk_paths.iter().map(|p| ("disk_paths", p)));
+        let places = places.chain(policy.save_paths.iter().map(|p| ("save_paths", p)));
         let named = |p: &&PathBuf| p.to_str().is_some_and(|p| p.starts_with("zfs:") || p.starts_with("lvm:"));
         let sources = policy.pool_sources.iter().filter(|p| !named(p));
         for (field, prefix) in places.chain(sources.map(|p| ("pool_sources", p))) {
@@ -209,6 +214,42 @@ impl HostPolicy {
 }
 
 impl HostPolicy {
+    /// The directory of a file for memory, below one that is granted and reached without links, and the file's name.
+    ///
+    /// # Errors
+    /// Invalid for what is no plain path, forbidden for what is not granted or leads through a link, not found.
+    pub fn save_place(&self, path: &str) -> Result<(OwnedFd, String)> {
+        check_memory_path(path)?;
+        let at = |e: Error| e.at("path");
+        let whole = Path::new(path);
+        let parts = whole.parent().zip(whole.file_name().and_then(|n| n.to_str()));
+        let (parent, name) = parts.ok_or_else(|| at(Error::invalid("path", "a path names a file")))?;
+        let below = |granted: &&PathBuf| parent.starts_with(granted);
+        let granted = self.save_paths.iter().filter(below).max_by_key(|p| p.components().count());
+        let granted = granted.ok_or_else(|| {
+            at(Error::forbidden(format!(
+                "this host grants no file {path:?} for memory of virtual machines; its administrator can, with save_paths in {FILE}"
+            )))
+        })?;
+        let failed = |e: std::io::Error| match e.kind() {
+            std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory => {
+                at(Error::not_found(format!("{:?} is no directory of the host", parent.display())))
+            }
+            _ => at(Error::forbidden(format!(
+                "{path:?} leads through a link, or out of what this host grants"
+            )))
+            .with_context(e),
+        };
+        let top = File::open(granted).map_err(failed)?;
+        let rest = parent.strip_prefix(granted).ok().and_then(Path::to_str).unwrap_or_default();
+        let rest = if rest.is_empty() { "." } else { rest };
+        let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECTORY;
+        let directory = karst_host::fs::open_beneath(top, rest, flags).map_err(failed)?;
+        Ok((directory, name.to_owned()))
+    }
+}
+
+impl HostPolicy {
     fn check_pool_name(&self, kind: PoolKind, source: &str) -> Result<()> {
         karst_model::storage::check_source_name(kind, "source", source)?;
         let wanted = format!("{}:{source}", kind.as_str());
@@ -260,6 +301,32 @@ mod tests {
         let e = all.check_monitor_events().unwrap_err();
         assert!(e.message.contains("qemu_events = true in host-policy.toml"), "{e}");
         assert!(HostPolicy::default().check_monitor("query-status").is_err());
+    }
+
+    #[test]
+    fn memory_is_written_below_what_is_granted_only() {
+        use karst_model::ErrorKind::{Forbidden, Invalid, NotFound};
+        let dir = tempfile::tempdir().unwrap();
+        let (granted, other) = (dir.path().join("granted"), dir.path().join("other"));
+        std::fs::create_dir_all(granted.join("below")).unwrap();
+        std::fs::create_dir(&other).unwrap();
+        std::os::unix::fs::symlink(&other, granted.join("link")).unwrap();
+        let policy = HostPolicy { save_paths: vec![granted.clone()], ..HostPolicy::default() };
+        let place = |path: PathBuf| {
+            let found = policy.save_place(path.to_str().unwrap());
+            found.map(|(_, name)| name).map_err(|e| (e.kind, e.field))
+        };
+        let refused = |kind| Err((kind, Some("path".to_owned())));
+        assert_eq!(place(granted.join("a.save")), Ok("a.save".into()));
+        assert_eq!(place(granted.join("below/a.save")), Ok("a.save".into()));
+        assert_eq!(place(granted.join("link/a.save")), refused(Forbidden));
+        assert_eq!(place(granted.join("none/a.save")), refused(NotFound));
+        assert_eq!(place(granted.join("below/../a.save")), refused(Invalid));
+        assert_eq!(place(granted.clone()), refused(Forbidden), "the directory itself is no file below it");
+        assert_eq!(place(other.join("a.save")), refused(Forbidden));
+        assert_eq!(place(dir.path().join("granted2/a.save")), refused(Forbidden));
+        let e = HostPolicy::default().save_place("/srv/a").unwrap_err();
+        assert!(e.message.contains("save_paths in host-policy.toml"), "{e}");
     }
 
     #[test]

@@ -40,6 +40,9 @@ impl RealAgent {
             let ended = self.end(id).await;
             left.note(format!("instance {id}"), ended);
         }
+        for (id, _) in self.registry.memory_places() {
+            left.note(format!("memory of instance {id}"), self.forget_memory(id));
+        }
         self.end_keepers(&mut left).await;
         // What no record tells of any more is found by the daemon's id: processes first, then what they held.
         let group = format!("karst-{}", self.options.daemon_id);

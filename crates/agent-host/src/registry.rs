@@ -8,6 +8,7 @@
 //!   images/ networks/          of their drivers
 //!   staging/ID.PART      0600  parts of images being uploaded
 //!   backups/ID           0600  backups that were made here
+//!   memory/ID.json       0600  where memory of a guest is being written
 //!   guests/ID/           0711  state of a guest that was started: the driver's, and agent.json; or, with the
 //!                              mark `arrived`, what a machine is that was not started yet
 //! ```
@@ -78,6 +79,7 @@ impl Registry {
             ("registry/pools", 0o700),
             ("staging", 0o700),
             ("backups", 0o700),
+            ("memory", 0o700),
             ("guests", 0o711),
         ] {
             directory(&root.join(name), mode)?;

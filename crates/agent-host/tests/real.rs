@@ -64,6 +64,7 @@ impl Place {
         let dir = tempfile::Builder::new().prefix("agent-").tempdir_in(&cache).unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711)).unwrap();
         fs::create_dir(dir.path().join("host")).unwrap();
+        fs::create_dir(dir.path().join("saves")).unwrap();
         fs::set_permissions(dir.path().join("host"), fs::Permissions::from_mode(0o711)).unwrap();
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let n = COUNT.fetch_add(1, Ordering::SeqCst);
@@ -73,12 +74,21 @@ impl Place {
         Some(Self { dir, daemon_id, foreign })
     }
 
+    fn saves(&self) -> PathBuf {
+        self.dir.path().join("saves")
+    }
+
     async fn agent(&self) -> Arc<RealAgent> {
         let options = RealOptions {
             dir: self.dir.path().to_owned(),
             daemon_id: self.daemon_id.clone(),
             // What the contract asks of QEMU's monitor; without it all of that is refused.
-            policy: HostPolicy { qemu_monitor: vec!["*".into()], qemu_events: true, ..HostPolicy::default() },
+            policy: HostPolicy {
+                qemu_monitor: vec!["*".into()],
+                qemu_events: true,
+                save_paths: vec![self.saves()],
+                ..HostPolicy::default()
+            },
             worker: Some((target().join("debug/karst-image-worker"), vec![])),
         };
         RealAgent::open(RealEnv::shared(), options).await.unwrap()
@@ -165,6 +175,7 @@ async fn subject(place: &Place, agent: &Arc<RealAgent>) -> Subject {
         ipv4: choice.ipv4,
         foreign_bridge: Some(place.foreign.clone()),
         boot: Duration::from_secs(240),
+        saves: Some(place.saves().to_str().unwrap().to_owned()),
         counter: AtomicU32::new(0),
     }
 }

@@ -11,6 +11,7 @@ use crate::{
     copies::{MachineCopyBegin, MachineCopyEnd, MachineCopyRef, MachineCopySpeed},
     descriptions::{FoundPool, PoolDescribe, PoolSurvey, PoolSurveyed, PoolsFind},
     displays::{DisplayGuardSet, DisplayGuarded, SpiceChannel},
+    memory::{MachineMemoryBegin, MachineMemoryEnd, MachineMemoryRef, MemoryFileChange},
     neighbours::{MemoryPeriod, Neighbour, NeighboursFind},
     outputs::ExecOutput,
     publish::{ImagePublish, VolumeRebuild},
@@ -28,6 +29,7 @@ use karst_model::{
     history::Series,
     image::{DiskFormat, ImageFacts},
     instance::{Generation, InstanceKind},
+    memory::{MemoryState, SavedMemory},
     network::Lease,
     news::MachineNews,
     node::HostFacts,
@@ -153,6 +155,8 @@ plain!(
     MonitorAnswer,
     DiskCopyState,
     DiskBackupState,
+    MemoryState,
+    SavedMemory,
     Vec<CheckpointMark>,
     Vec<u8>,
     u32,
@@ -412,6 +416,20 @@ agent_calls! {
     read fn machine_backup_state(MachineBackupState: MachineBackupRef) -> DiskBackupState;
     /// Ends it, however far it is; nothing of it is in use then. Fine when there is none. A checkpoint of it stays.
     mutate fn machine_backup_end(MachineBackupEnd: MachineBackupRef) -> ();
+    /// Begins to write the state or memory of a running virtual machine into a file that the host's policy grants; what is written
+    /// under this id already is fine. The file gets its name at the end: until then, and on an error, what is there stays. What is
+    /// saved stands still from now on. Conflict when something else is there than saved memory, or anything where memory is
+    /// dumped; unsupported for a machine that QEMU cannot save.
+    mutate fn machine_memory_begin(MachineMemoryBegin: MachineMemoryBegin) -> ();
+    /// How far it is.
+    read fn machine_memory_state(MachineMemoryState: MachineMemoryRef) -> MemoryState;
+    /// Ends it. To keep it is a conflict unless it is done; it may be said again. To cancel one that there is none of is fine, and
+    /// memory of a machine that has ended since it was kept stays. A cancel answers when the machine goes on.
+    mutate fn machine_memory_end(MachineMemoryEnd: MachineMemoryEnd) -> ();
+    /// What a file with saved memory, which the host's policy grants, says of itself. Invalid for what is none, or is not whole.
+    read fn memory_file_read(MemoryFileRead: String) -> SavedMemory;
+    /// Has it say something else, in one step.
+    mutate fn memory_file_change(MemoryFileChange: MemoryFileChange) -> ();
     /// Removes all that a stopped guest has on the host but its volumes.
     mutate fn guest_destroy(GuestDestroy: InstanceId) -> ();
     /// Every guest that the host knows.

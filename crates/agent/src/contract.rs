@@ -9,12 +9,15 @@ mod checkpoints;
 mod copies;
 mod descriptions;
 mod guests;
+mod memory;
 mod parts;
 mod publish;
 mod storage;
 mod threads;
 
-use crate::{asks::*, backups::*, calls::*, copies::*, displays::*, outputs::*, publish::*, thresholds::*};
+use crate::{
+    asks::*, backups::*, calls::*, copies::*, displays::*, memory::*, outputs::*, publish::*, thresholds::*,
+};
 use karst_env::{EnvExt, SharedEnv};
 use karst_model::{
     ByteSize, DeviceId, Error, ErrorKind, ImageId, InstanceId, NetworkId, NodeId, PoolId, Result, SagaId,
@@ -67,6 +70,8 @@ pub struct Subject {
     pub foreign_bridge: Option<String>,
     /// Longest time from a start to the guest's address and a working exec.
     pub boot: Duration,
+    /// A directory below which the host grants files for memory of machines; skipped visibly without.
+    pub saves: Option<String>,
     /// Counter for interface names.
     pub counter: AtomicU32,
 }
@@ -93,6 +98,7 @@ impl Subject {
             ipv4: "10.99.7.1/24".parse().unwrap(),
             foreign_bridge: Some("docker0".into()),
             boot: Duration::from_secs(5),
+            saves: Some("/srv/saves".into()),
             counter: AtomicU32::new(0),
         }
     }
@@ -220,6 +226,7 @@ impl Subject {
         let vm = kind == InstanceKind::VirtualMachine;
         GuestSpec {
             application: None,
+            memory: None,
             instance,
             kind,
             generation: Generation { incarnation: 1, n: 1 },

@@ -59,7 +59,8 @@ impl Call {
             | Self::ImagePublish(_)
             | Self::MachineStateSave(_)
             | Self::MachineStateRestore(_)
-            | Self::MachineStateCopy(_) => Lane::Storage,
+            | Self::MachineStateCopy(_)
+            | Self::MachineMemoryEnd(_) => Lane::Storage,
             _ => Lane::Short,
         }
     }

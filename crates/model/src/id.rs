@@ -43,6 +43,8 @@ ids! {
     CheckpointId,
     /// A backup of a virtual machine's disks while it is made.
     DiskBackupId,
+    /// Memory of a running machine on its way into a file.
+    MemoryJobId,
     /// A network.
     NetworkId,
     /// A network ACL.

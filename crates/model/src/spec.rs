@@ -68,6 +68,9 @@ pub struct GuestSpec {
     /// The program that runs in place of an init (application containers).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub application: Option<Application>,
+    /// This start of a virtual machine goes on from memory in this file of the host, which its policy must grant.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<String>,
 }
 
 /// Virtual hardware.

@@ -107,7 +107,11 @@ async fn defined(w: &World) -> Result<LiveOperation> {
     let places = BTreeMap::from([("sda".into(), Place { slot: "scsi3".into(), alias: None, pci: None })]);
     let uuid = Some(uuid::Uuid::from_u128(77));
     Ok(w.engine
-        .machine_define(&w.admin, "default", DefineMachine { create, uuid, places, paused: false })
+        .machine_define(
+            &w.admin,
+            "default",
+            DefineMachine { create, uuid, places, paused: false, memory: None },
+        )
         .await?
         .1)
 }

@@ -17,6 +17,7 @@ use karst_engine::{
         create::CreateInstance,
         define::DefineMachine,
         disk_copy::{CopyDisk, CopyTarget},
+        memory_files::{AfterDump, DumpMemory, SaveMemory},
         power::PowerRequest,
         update::UpdateInstance,
     },
@@ -265,6 +266,14 @@ fn there_is_no_checkpoint(outcome: Result<()>) -> Result<()> {
     }
 }
 
+/// Who may is told that there is none.
+fn there_is_no_file(outcome: Result<()>) -> Result<()> {
+    match outcome {
+        Err(e) if e.kind == ErrorKind::NotFound && e.message.contains("/srv/saves/a") => Ok(()),
+        other => other.and_then(|()| Err(Error::internal("a file that there is none of", ""))),
+    }
+}
+
 fn power(action: PowerAction) -> PowerRequest {
     PowerRequest { action, force: true, timeout: None, stateful: false }
 }
@@ -399,10 +408,17 @@ fn cases() -> Vec<Case> {
         instance_delete Edit |f, c, p| f.w.engine.instance_delete(c, p, "still").await.map(drop);
         machine_update Edit |f, c, p| f.w.engine.machine_update(c, p, "still", UpdateInstance { description: "x".into(), ephemeral: false, config: Config::new(), devices: Devices::new(), profiles: vec!["default".into()], if_version: None }, true, &BTreeMap::new()).await.map(drop);
         instance_undefine Edit |f, c, p| f.w.engine.instance_undefine(c, p, "still").await.map(drop);
-        machine_define Edit |f, c, p| f.w.engine.machine_define(c, p, DefineMachine { create: CreateInstance { kind: InstanceKind::VirtualMachine, ..container("fresh") }, uuid: None, places: BTreeMap::new(), paused: false }).await.map(drop);
+        machine_define Edit |f, c, p| f.w.engine.machine_define(c, p, DefineMachine { create: CreateInstance { kind: InstanceKind::VirtualMachine, ..container("fresh") }, uuid: None, places: BTreeMap::new(), paused: false, memory: None }).await.map(drop);
         instance_power Use |f, c, p| f.w.engine.instance_power(c, p, "run", power(PowerAction::Stop)).await.map(drop);
         instance_ask Use |f, c, p| f.w.engine.instance_ask(c, p, "run", karst_model::guest::GuestWish::Shutdown, karst_model::guest::AskedBy::Any).await;
         machine_start_paused Use |f, c, p| of_a_machine(f.w.engine.machine_start_paused(c, p, "still", false).await.map(drop));
+        machine_save ServerEdit |f, c, p| of_a_machine(f.w.engine.machine_save(c, HERE, "run", SaveMemory { path: "/srv/saves/a".into(), document: String::new(), paused: None }).await.map(drop));
+        machine_dump ServerEdit |f, c, p| of_a_machine(f.w.engine.machine_dump(c, HERE, "run", DumpMemory { path: "/srv/saves/a".into(), format: karst_model::memory::DumpFormat::Elf, after: AfterDump::GoesOn }).await.map(drop));
+        machine_restore ServerEdit |f, c, p| of_a_machine(f.w.engine.machine_restore(c, HERE, "still", "/srv/saves/a", false).await.map(drop));
+        memory_writing View |f, c, p| { let found = f.w.engine.memory_writing(c, p, "run").await?; assert!(found.is_none(), "nothing is written"); Ok(()) };
+        memory_writing_abort Use |f, c, p| nothing_is_copied(f.w.engine.memory_writing_abort(c, p, "run").await);
+        memory_file ServerEdit |f, c, p| there_is_no_file(f.w.engine.memory_file(c, "/srv/saves/a").await.map(drop));
+        memory_file_change ServerEdit |f, c, p| there_is_no_file(f.w.engine.memory_file_change(c, "/srv/saves/a", uuid::Uuid::nil(), String::new(), false).await);
         instance_memory_drop Use |f, c, p| f.w.engine.instance_memory_drop(c, p, "still").await.map(drop);
         exec_check Use |f, c, p| f.w.engine.exec_check(c, p, "run", &exec()).map(drop);
         exec Use |f, c, p| f.w.engine.exec(c, p, "run", exec()).await.map(drop);

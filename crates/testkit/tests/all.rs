@@ -12,6 +12,7 @@ mod displays;
 mod generations;
 mod images;
 mod limits;
+mod memory_files;
 mod node_names;
 mod profile_changes;
 mod races;

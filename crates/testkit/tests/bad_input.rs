@@ -11,6 +11,7 @@ use karst_engine::{
     compute::{
         create::{CreateInstance, InstanceSource},
         disk_copy::{CopyDisk, CopyTarget},
+        memory_files::SaveMemory,
         power::PowerRequest,
         relocate::MoveInstance,
         update::UpdateInstance,
@@ -105,6 +106,10 @@ fn file(path: &str) -> FileWrite {
 
 fn disk_copy(device: Option<&str>, to: CopyTarget) -> CopyDisk {
     CopyDisk { device: device.map(str::to_owned), to, hold: false, speed: 0, synchronous: false }
+}
+
+fn save(path: &str) -> SaveMemory {
+    SaveMemory { path: path.into(), document: String::new(), paused: None }
 }
 
 fn network(pairs: &[(&str, &str)]) -> CreateNetwork {
@@ -270,6 +275,13 @@ fn cases() -> Vec<Case> {
         "copy of the disk of a container" => Unsupported, "", "container", |w| w.engine.disk_copy_begin(&w.admin, P, "run", disk_copy(None, CopyTarget::Pool("second".into())));
         "copy of the disk of a stopped machine" => Conflict, "", "not running", |w| w.engine.disk_copy_begin(&w.admin, P, "vm", disk_copy(None, CopyTarget::Pool("second".into())));
         "copy of the disk of nothing" => NotFound, "", "nope", |w| w.engine.disk_copy_begin(&w.admin, P, "nope", disk_copy(None, CopyTarget::Pool("second".into())));
+        "save of a stopped machine" => Conflict, "", "not running", |w| w.engine.machine_save(&w.admin, P, "vm", save("/srv/saves/a"));
+        "save of a container" => Unsupported, "", "container", |w| w.engine.machine_save(&w.admin, P, "run", save("/srv/saves/a"));
+        "save through a way out" => Invalid, "path", "absolute", |w| w.engine.machine_save(&w.admin, P, "vm", save("/srv/saves/../a"));
+        "save with too large a document" => TooLarge, "document", "bytes", |w| w.engine.machine_save(&w.admin, P, "vm", SaveMemory { document: "x".repeat(200 << 10), ..save("/srv/saves/a") });
+        "restore from a path that is none" => Invalid, "path", "absolute", |w| w.engine.machine_restore(&w.admin, P, "vm", "a", false);
+        "look into a file that is not granted" => Forbidden, "path", "save_paths", |w| w.engine.memory_file(&w.admin, "/etc/shadow");
+        "abort of memory that is not written" => Conflict, "", "not being written", |w| w.engine.memory_writing_abort(&w.admin, P, "vm");
         "end of a copy that there is none of" => Conflict, "", "copied", |w| w.engine.disk_copy_end(&w.admin, P, "vm", "root", karst_model::guest::DiskCopyEnd::Cancel, true);
         "speed of a copy that there is none of" => Conflict, "", "copied", |w| w.engine.disk_copy_speed(&w.admin, P, "vm", "root", 1);
         "checkpoint of a container" => Unsupported, "", "container", |w| w.engine.checkpoint_create(&w.admin, P, "run", CreateCheckpoint { name: "c".into(), ..Default::default() });

@@ -107,6 +107,8 @@ pub(super) async fn all(s: &Subject, kind: InstanceKind, source: &ImageSource) {
         Box::pin(threads::of_a_machine(s, &guest.spec)).await;
         eprintln!("contract: {kind}: checkpoints and backups of its disk");
         Box::pin(checkpoints::of_a_root(s, &guest.spec, root)).await;
+        eprintln!("contract: {kind}: its memory in files");
+        Box::pin(memory::of_a_machine(s, &guest.spec)).await;
         eprintln!("contract: {kind}: copies of its disk");
         root = Box::pin(copies::of_a_root(s, &guest.spec, root)).await;
         guest.root = root;
@@ -157,6 +159,9 @@ pub(super) async fn all(s: &Subject, kind: InstanceKind, source: &ImageSource) {
         guest.spec.generation = guest.spec.generation.next();
         agent.guest_start(&s.change(), guest.spec.clone()).await.unwrap();
         Box::pin(copies::broken_off(s, &guest.spec, root)).await;
+        eprintln!("contract: {kind}: memory that its end breaks off, and a start from a file");
+        guest.spec.generation = guest.spec.generation.next();
+        Box::pin(memory::over_an_end(s, &mut guest.spec)).await;
         eprintln!("contract: {kind}: a backup that its end breaks off");
         guest.spec.generation = guest.spec.generation.next();
         agent.guest_start(&s.change(), guest.spec.clone()).await.unwrap();

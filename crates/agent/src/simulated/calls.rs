@@ -6,8 +6,8 @@ use super::{
     state::{Guest, State},
 };
 use crate::{
-    asks::*, backups::*, calls::*, checkpoints::*, copies::*, descriptions::*, displays::*, neighbours::*,
-    outputs::*, publish::*, thresholds::*,
+    asks::*, backups::*, calls::*, checkpoints::*, copies::*, descriptions::*, displays::*, memory::*,
+    neighbours::*, outputs::*, publish::*, thresholds::*,
 };
 use async_trait::async_trait;
 use karst_model::{
@@ -22,6 +22,7 @@ use karst_model::{
     history::{self, Meter, Series},
     image::ImageFacts,
     instance::InstanceKind,
+    memory::{MemoryState, SavedMemory},
     network::Lease,
     news::Happened,
     node::{Accelerator, AcceleratorKind, HostFacts},
@@ -403,6 +404,11 @@ calls! {
     mutate machine_backup_begin(me, request: MachineBackupBegin) -> () { me.begin_backup(request) }
     read machine_backup_state(me, at: MachineBackupRef) -> DiskBackupState { me.backup_state(at) }
     mutate machine_backup_end(me, at: MachineBackupRef) -> () { me.end_backup(at) }
+    mutate machine_memory_begin(me, request: MachineMemoryBegin) -> () { me.begin_memory(request) }
+    read machine_memory_state(me, at: MachineMemoryRef) -> MemoryState { me.memory_state(at) }
+    mutate machine_memory_end(me, request: MachineMemoryEnd) -> () { me.end_memory(request) }
+    read memory_file_read(me, path: String) -> SavedMemory { me.read_memory_file(&path) }
+    mutate memory_file_change(me, request: MemoryFileChange) -> () { me.change_memory_file(request) }
     mutate guest_destroy(me, instance: InstanceId) -> () {
         let mut state = me.settled();
         if state.guests.get(&instance).is_some_and(Guest::runs) {
@@ -414,6 +420,7 @@ calls! {
         state.arrived.remove(&instance);
         state.histories.remove(&instance);
         state.forget_copies(instance);
+        state.forget_memory(instance);
         Ok(())
     }
     mutate machine_memory_drop(me, instance: InstanceId) -> () {

@@ -11,6 +11,7 @@ mod copies;
 mod descriptions;
 mod files;
 mod hardware;
+mod memory;
 mod monitor;
 mod publish;
 mod session;
@@ -44,6 +45,9 @@ use std::{
 };
 use tokio::sync::watch;
 
+/// Below this a simulated host grants files for memory of machines.
+pub const SAVES: &str = "/srv/saves/";
+
 /// What a simulated host is like.
 #[derive(Debug, Clone)]
 pub struct SimulatedOptions {
@@ -63,6 +67,8 @@ pub struct SimulatedOptions {
     pub build_time: Duration,
     /// Time that copying a disk of a running machine takes.
     pub copy_time: Duration,
+    /// Time that writing the memory of a machine takes.
+    pub memory_time: Duration,
     /// Size of each pool.
     pub pool_size: ByteSize,
     /// Bridges of others on this host, which are never touched.
@@ -84,6 +90,7 @@ impl Default for SimulatedOptions {
             shutdown_time: Duration::from_millis(50),
             build_time: Duration::from_millis(100),
             copy_time: Duration::from_millis(300),
+            memory_time: Duration::from_millis(200),
             pool_size: ByteSize::gib(1024),
             foreign_bridges: vec!["docker0".into()],
             cpus: 16,

@@ -53,6 +53,8 @@ pub(super) struct State {
     pub backing_up: BTreeMap<InstanceId, BackingUp>,
     /// Checkpoints that volumes have.
     pub marks: BTreeSet<(VolumeId, CheckpointId)>,
+    /// Memory of machines in files.
+    pub memories: super::memory::Memories,
     pub sessions: BTreeMap<SessionId, Session>,
     /// What programs printed.
     pub outputs: BTreeMap<ExecOutput, Vec<u8>>,

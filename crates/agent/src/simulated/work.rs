@@ -152,12 +152,14 @@ impl SimulatedAgent {
         }
         self.check_guest(&state, &spec)?;
         state.forget_copies(spec.instance);
-        let resume = spec.machine.as_ref().is_some_and(|m| m.resume);
+        state.demand_memory(&spec)?;
+        let resume = spec.machine.as_ref().is_some_and(|m| m.resume) && spec.memory.is_none();
         if resume && !state.guests.get(&spec.instance).is_some_and(|g| g.saved) {
             return Err(Error::not_found(
                 "there is no saved memory of this virtual machine; start it without",
             ));
         }
+        state.forget_memory(spec.instance);
         state.next_pid += 1;
         let paused = spec.machine.as_ref().is_some_and(|m| m.paused);
         let guest = Guest {
@@ -207,8 +209,8 @@ impl SimulatedAgent {
                 StopMode::Force => Duration::ZERO,
                 StopMode::Save => {
                     demand_machine(guest)?;
-                    guest.saved = true;
-                    Duration::ZERO
+                    state.begin_saving(instance, began)?;
+                    self.options.memory_time
                 }
                 StopMode::Graceful { timeout } => {
                     if guest.ignores_shutdown || guest.state == RuntimeState::Paused {
@@ -225,6 +227,14 @@ impl SimulatedAgent {
                 }
             }
         };
+        if request.mode == StopMode::Save {
+            self.env.sleep(wait).await;
+            let mut state = self.lock();
+            state.forget_memory(instance);
+            if let Some(guest) = state.guests.get_mut(&instance).filter(|g| g.runs()) {
+                guest.saved = true;
+            }
+        }
         if matches!(request.mode, StopMode::Force | StopMode::Save) {
             self.end_guest(instance, ExitReason::Forced);
         } else {
@@ -702,6 +712,7 @@ impl SimulatedAgent {
             leaks.push(format!("file systems of guest {} are still", guest.spec.instance));
         }
         leaks.extend(state.copies_that_go_on());
+        leaks.extend(state.memory_that_is_written());
         leaks.extend(state.staged_backups.keys().map(|id| format!("staged backup {id}")));
         let live = state.sessions.values().filter(|s| s.exit().is_none()).count();
         SelfCheck {

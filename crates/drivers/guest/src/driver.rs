@@ -3,9 +3,10 @@
 use crate::{DiskFormat, ResolvedGuest};
 use async_trait::async_trait;
 use karst_model::{
-    CheckpointId, DiskBackupId, Error, InstanceId, Result, SnapshotId, VolumeId,
+    CheckpointId, DiskBackupId, Error, InstanceId, MemoryJobId, Result, SnapshotId, VolumeId,
     display::{DisplayGuard, DisplayProtocol},
     instance::InstanceKind,
+    memory::{DumpFormat, MemoryEnd, MemoryState},
     news::MachineNews,
 };
 use std::{collections::BTreeMap, fmt, net::SocketAddr, os::fd::OwnedFd, path::PathBuf};
@@ -100,6 +101,11 @@ pub trait GuestDriver: Send + Sync {
 
     /// Follows what changes of disks of guests that run, and backs them up; `None` where the kind cannot.
     fn disk_backups(&self) -> Option<&dyn DiskBackups> {
+        None
+    }
+
+    /// Writes memory of guests that run into files; `None` where the kind cannot.
+    fn memory_files(&self) -> Option<&dyn MemoryFiles> {
         None
     }
 
@@ -258,6 +264,47 @@ pub trait DiskCopies: Send + Sync {
 
     /// Sets the bytes a second that it may copy; 0: as fast as it goes. Conflict when there is none.
     async fn set_speed(&self, instance: InstanceId, to: VolumeId, speed: u64) -> Result<()>;
+}
+
+/// What of a guest's memory is to be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MemoryJob {
+    /// All of its state, to go on from; it stands still from the beginning on.
+    Save,
+    /// Its memory, to look into.
+    Dump(DumpFormat),
+}
+
+/// What a guest is whose memory is saved.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryShape {
+    /// UUID that its firmware shows.
+    pub uuid: uuid::Uuid,
+    /// Machine type.
+    pub machine: String,
+    /// What else must be the same, in words of the driver.
+    pub words: String,
+}
+
+/// Writes memory of guests that run into files that the caller has opened. One call at a time for each guest matters; all may be
+/// called again after a crash.
+#[async_trait]
+pub trait MemoryFiles: Send + Sync {
+    /// What must be there again for memory that is saved now to be of use.
+    async fn shape(&self, instance: InstanceId) -> Result<MemoryShape>;
+
+    /// Begins to write into `file`, from where it stands. One of this name that was begun whole goes on, and `file` is not used
+    /// then. Conflict while another is written, or the guest is neither running nor paused; unsupported for a guest whose state
+    /// cannot be saved.
+    async fn begin(&self, instance: InstanceId, id: MemoryJobId, job: MemoryJob, file: OwnedFd)
+    -> Result<()>;
+
+    /// How far it is; without an id what a stop that keeps the memory writes. Of a guest that does not run: gone.
+    async fn state(&self, instance: InstanceId, id: Option<MemoryJobId>) -> Result<MemoryState>;
+
+    /// Ends it. Keep: conflict unless it is done; what was saved stands still. Cancel: it is broken off, and a guest that ran goes
+    /// on; fine when there is none.
+    async fn end(&self, instance: InstanceId, id: Option<MemoryJobId>, end: MemoryEnd) -> Result<()>;
 }
 
 /// A disk of a checkpoint that is to be made.

@@ -88,6 +88,17 @@ pub struct ResolvedGuest {
     pub environment: BTreeMap<String, String>,
     /// The program that runs in place of an init (application containers).
     pub application: Option<ResolvedApplication>,
+    /// This start goes on from memory in a file of the host.
+    pub memory: Option<ResolvedMemory>,
+}
+
+/// Memory in a file of the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ResolvedMemory {
+    /// The file, opened for reading where the memory begins.
+    pub file: Opened,
+    /// The driver's words for the machine when it was saved ([`MemoryShape`](crate::MemoryShape)).
+    pub shape: String,
 }
 
 /// An application container's program, and what an init would have found out for it.

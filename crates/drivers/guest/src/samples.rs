@@ -37,6 +37,7 @@ pub fn guest(kind: InstanceKind, root: ResolvedDisk) -> ResolvedGuest {
         files: vec![],
         environment: Default::default(),
         application: None,
+        memory: None,
     }
 }
 

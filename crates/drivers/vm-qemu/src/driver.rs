@@ -8,7 +8,7 @@ use crate::{
     inside::Inside,
     launch::{self, Groups, explain, limits, prepare},
     machine::{Ask, Machine, Tell, Tells, exit_reason, own, run_state},
-    monitor, plug, probe,
+    memory_files, monitor, plug, probe,
     qmp::Qmp,
     record::Record,
     resize, saved, states, still, threads, threshold, tpm,
@@ -16,8 +16,8 @@ use crate::{
 use async_trait::async_trait;
 use karst_guest::{
     Applied, AskedBy, DiskBackups, DiskCopies, Exec, ExecRequest, FileWrite, GuestDriver, GuestFiles,
-    GuestMachine, GuestWish, Interface, MachineFigures, MachineFiles, Metrics, MonitorAnswer, MonitorEvent,
-    Observed, OpenedFile, Quiesce, ResolvedGuest, Silence, StopMode, ThresholdReached,
+    GuestMachine, GuestWish, Interface, MachineFigures, MachineFiles, MemoryFiles, Metrics, MonitorAnswer,
+    MonitorEvent, Observed, OpenedFile, Quiesce, ResolvedGuest, Silence, StopMode, ThresholdReached,
     keeper::{self, End, Keeper, Requested, State, Status},
     silence,
 };
@@ -309,6 +309,8 @@ impl Shared {
             let again = match now.state {
                 RuntimeState::Starting => true,
                 RuntimeState::Paused if resuming && saved::there(&saved::place(dir)) => true,
+                // A file of the host stays: it begins anew from there.
+                RuntimeState::Paused if resuming && machine.record().from_file => true,
                 RuntimeState::Paused if resuming => {
                     self.resumed(&machine).await?;
                     return Ok(machine.now());
@@ -339,7 +341,12 @@ impl Shared {
         // Whoever orders a start knows by now which of a disk and its copy counts.
         copies::clear(dir)?;
         backups::clear(dir)?;
-        if record.resuming {
+        memory_files::clear(dir)?;
+        record.from_file = guest.memory.is_some();
+        if let Some(memory) = &guest.memory {
+            record.resuming = true;
+            saved::demand_words_fit(&memory.shape, &mut record)?;
+        } else if record.resuming {
             saved::demand_fit(&saved::place(dir), &mut record)?;
         } else {
             saved::discard(dir)?;
@@ -409,8 +416,10 @@ impl Shared {
         let greeted = async {
             if launch::hold(guest) {
                 let (qmp, _) = Qmp::connect(dir, launch::QMP, GREETING).await?;
-                if record.resuming {
-                    saved::load(&qmp, &saved::place(dir)).await?;
+                match &guest.memory {
+                    Some(memory) => saved::load_from(&qmp, &*memory.file.0).await?,
+                    None if record.resuming => saved::load(&qmp, &saved::place(dir)).await?,
+                    None => {}
                 }
                 plug::before_first(&qmp, guest).await?;
                 self.place(&qmp, &keeper, guest, groups).await?;
@@ -470,21 +479,37 @@ impl Shared {
         record.write(&machine.dir)
     }
 
-    /// Keeps the memory and ends the machine. When that fails it runs on, if it ran.
-    async fn save(&self, machine: &Machine) -> Result<()> {
-        let slot = self.slot(machine.record().instance);
-        let _changing = slot.changing.lock().await;
-        copies::demand_none(machine).await?;
-        backups::demand_none(machine).await?;
-        let ran = machine.now().state != RuntimeState::Paused;
-        machine.ask(Ask::Pause).await?;
-        if let Err(e) = saved::save(machine, &saved::place(&machine.dir)).await {
-            if ran {
-                machine.ask(Ask::Resume).await?;
+    /// Keeps the memory and ends the machine. When that fails, or nobody waits for it any more, it runs on, if it ran.
+    async fn save(self: &Arc<Self>, machine: &Arc<Machine>) -> Result<()> {
+        let (shared, machine) = (self.clone(), machine.clone());
+        // Whoever is dropped drops this, which the task sees: QEMU is not left with a machine that stands still for nobody.
+        let (waits, mut gone) = tokio::sync::oneshot::channel::<()>();
+        let work = tokio::spawn(async move {
+            let slot = shared.slot(machine.record().instance);
+            let _changing = slot.changing.lock().await;
+            copies::demand_none(&machine).await?;
+            backups::demand_none(&machine).await?;
+            let stopping = memory_files::begin_stop(&machine).await?;
+            let written = async {
+                machine.ask(Ask::Pause).await?;
+                stopping.asked(&machine).await?;
+                saved::save(&machine, &saved::place(&machine.dir)).await
+            };
+            let written = tokio::select! {
+                biased;
+                _ = &mut gone => Err(Error::new(ErrorKind::Cancelled, "nobody waits for the memory any more")),
+                written = written => written,
+            };
+            if let Err(e) = written {
+                stopping.broken_off(&machine).await?;
+                return Err(e);
             }
-            return Err(e);
-        }
-        self.force(machine).await
+            memory_files::clear(&machine.dir)?;
+            shared.force(&machine).await
+        });
+        let saved = work.await.map_err(|e| Error::internal("the memory could not be kept", e))?;
+        drop(waits);
+        saved
     }
 
     async fn force(&self, machine: &Machine) -> Result<()> {
@@ -813,6 +838,10 @@ impl GuestDriver for QemuDriver {
     }
 
     fn disk_copies(&self) -> Option<&dyn DiskCopies> {
+        Some(self)
+    }
+
+    fn memory_files(&self) -> Option<&dyn MemoryFiles> {
         Some(self)
     }
 

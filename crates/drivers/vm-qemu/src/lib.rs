@@ -29,6 +29,7 @@ mod inside;
 mod launch;
 pub mod line;
 mod machine;
+mod memory_files;
 mod monitor;
 mod news;
 mod plug;

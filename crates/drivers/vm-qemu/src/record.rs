@@ -102,6 +102,9 @@ pub(crate) struct Record {
     /// Its memory is being loaded: it has executed nothing since its start.
     #[serde(default)]
     pub(crate) resuming: bool,
+    /// That memory is in a file of the host.
+    #[serde(default)]
+    pub(crate) from_file: bool,
     /// It was started to stand still, or was reset while it did: it is not on its way up.
     #[serde(default)]
     pub(crate) held: bool,
@@ -163,6 +166,7 @@ impl Record {
             hardware: guest.machine.clone(),
             spice: false,
             resuming: guest.machine.as_ref().is_some_and(|m| m.resume),
+            from_file: false,
             held: false,
             memory_period: None,
             anew: false,

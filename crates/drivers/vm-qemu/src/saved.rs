@@ -5,6 +5,7 @@
 //! memory never meets newer disks.
 
 use crate::{launch, machine::Inner, qmp::Qmp, record::Record};
+use karst_guest::MemoryShape;
 use karst_model::{Error, ErrorKind, Result, spec::MachineSpec};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -147,7 +148,41 @@ pub(crate) fn demand_fit(place: &Path, record: &mut Record) -> Result<()> {
     if !there(place) {
         return Err(Error::not_found("there is no saved memory of this virtual machine; start it without"));
     }
-    let shape: Shape = serde_json::from_slice(&std::fs::read(place.join(SHAPE))?)?;
+    demand_shape(serde_json::from_slice(&std::fs::read(place.join(SHAPE))?)?, record)
+}
+
+/// What must be there again, of the machine as it runs, for memory in a file of the host.
+///
+/// # Errors
+/// Unsupported for one that was started by a version that did not write down what it is.
+pub(crate) fn shape(machine: &Inner) -> Result<MemoryShape> {
+    let record = machine.record();
+    let hardware = record.hardware.as_ref().ok_or_else(|| {
+        Error::unsupported("the virtual machine was started by an earlier version; restart it first")
+    })?;
+    Ok(MemoryShape {
+        uuid: hardware.uuid,
+        machine: hardware.machine.clone(),
+        words: serde_json::to_string(&Shape::of(&record))?,
+    })
+}
+
+/// As [`demand_fit`], by the words of [`shape`] that were in a file.
+///
+/// # Errors
+/// Invalid for what are no such words, conflict naming what differs.
+pub(crate) fn demand_words_fit(shape: &str, record: &mut Record) -> Result<()> {
+    let shape = serde_json::from_str(shape).map_err(|e| {
+        Error::invalid(
+            "path",
+            "the file does not say of what machine its memory is, or not as QEMU's host does",
+        )
+        .with_context(e)
+    })?;
+    demand_shape(shape, record)
+}
+
+fn demand_shape(shape: Shape, record: &mut Record) -> Result<()> {
     record.max_cpus = shape.max_cpus;
     if shape.balloon == Some(record.memory) {
         (record.memory, record.balloon) = (shape.memory, shape.balloon);
@@ -182,8 +217,7 @@ pub(crate) async fn save(machine: &Inner, place: &Path) -> Result<()> {
             .mode(0o600)
             .custom_flags(libc::O_NOFOLLOW)
             .open(&new)?;
-        let (qmp, _) = Qmp::connect(&machine.dir, launch::QMP, GREETING).await?;
-        write(&qmp, &file).await?;
+        write(&machine.dir, &file).await?;
         let shape = serde_json::to_vec(&Shape::of(&machine.record()))?;
         let place = place.to_owned();
         let synced = tokio::task::spawn_blocking(move || {
@@ -208,21 +242,65 @@ pub(crate) async fn save(machine: &Inner, place: &Path) -> Result<()> {
     outcome.await.inspect_err(|_| drop(std::fs::remove_dir_all(place)))
 }
 
-async fn migration(qmp: &Qmp) -> Result<(String, String)> {
-    let now = qmp.execute("query-migrate", json!({})).await?;
-    let text = |k: &str| now.get(k).and_then(Value::as_str).unwrap_or_default().to_owned();
-    Ok((text("status"), text("error-desc")))
+/// A migration as QEMU tells of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Migration {
+    pub(crate) status: String,
+    pub(crate) error: String,
+    /// Bytes of memory that are to be written, and that are left.
+    pub(crate) total: u64,
+    pub(crate) remaining: u64,
 }
 
-async fn write(qmp: &Qmp, file: &File) -> Result<()> {
-    // An earlier attempt may have been broken off: one that still runs is ended, and QEMU saves a machine only once
-    // between two runs of its processors.
-    while ["setup", "active", "device", "pre-switchover", "cancelling", "postmigrate"]
-        .contains(&migration(qmp).await?.0.as_str())
-    {
+impl Migration {
+    fn of(said: &Value) -> Self {
+        let text = |k: &str| said.get(k).and_then(Value::as_str).unwrap_or_default().to_owned();
+        let bytes = |k: &str| said.get("ram").and_then(|ram| ram.get(k)?.as_u64()).unwrap_or(0);
+        Self {
+            status: text("status"),
+            error: text("error-desc"),
+            total: bytes("total"),
+            remaining: bytes("remaining"),
+        }
+    }
+
+    /// Does it go on, or hold the machine?
+    pub(crate) fn goes_on(&self) -> bool {
+        ["setup", "active", "device", "pre-switchover", "cancelling", "postmigrate"]
+            .contains(&self.status.as_str())
+    }
+
+    /// Why it failed, if it did.
+    pub(crate) fn failure(&self) -> Option<Error> {
+        matches!(self.status.as_str(), "failed" | "cancelled")
+            .then(|| explain(Error::internal("the memory could not be written", &self.error)))
+    }
+}
+
+pub(crate) async fn migration(qmp: &Qmp) -> Result<Migration> {
+    Ok(Migration::of(&qmp.execute("query-migrate", json!({})).await?))
+}
+
+/// Breaks off what is being written.
+///
+/// # Errors
+/// When QEMU does not answer.
+pub(crate) async fn break_off(qmp: &Qmp) -> Result<()> {
+    while migration(qmp).await?.goes_on() {
         qmp.execute("migrate_cancel", json!({})).await?;
         sleep(LOOK).await;
     }
+    Ok(())
+}
+
+/// Has QEMU begin to write the state of a machine that stands still.
+///
+/// # Errors
+/// Unsupported for a machine with devices that QEMU cannot save.
+pub(crate) async fn begin(qmp: &Qmp, file: impl AsFd) -> Result<()> {
+    // An earlier attempt may have been broken off: one that still runs is ended, and QEMU saves a machine only once
+    // between two runs of its processors.
+    break_off(qmp).await?;
     let status = qmp.execute("query-status", json!({})).await?;
     if matches!(status.get("status").and_then(Value::as_str), Some("postmigrate" | "finish-migrate")) {
         qmp.execute("cont", json!({})).await?;
@@ -232,13 +310,24 @@ async fn write(qmp: &Qmp, file: &File) -> Result<()> {
     qmp.execute("migrate-set-parameters", json!({"max-bandwidth": 1u64 << 40})).await?;
     qmp.execute_with_fd("getfd", json!({"fdname": FD}), file.as_fd()).await?;
     qmp.execute("migrate", json!({"uri": format!("fd:{FD}")})).await.map_err(explain)?;
+    Ok(())
+}
+
+/// Until all is written. QEMU serves one connection at a time: others look at how far it is meanwhile.
+async fn write(dir: &Path, file: &File) -> Result<()> {
+    {
+        let (qmp, _) = Qmp::connect(dir, launch::QMP, GREETING).await?;
+        begin(&qmp, file).await?;
+    }
     loop {
-        match migration(qmp).await? {
-            (status, _) if status == "completed" => return Ok(()),
-            (status, error) if matches!(status.as_str(), "failed" | "cancelled") => {
-                return Err(explain(Error::internal("the memory could not be written", error)));
-            }
-            _ => sleep(LOOK).await,
+        let now = {
+            let (qmp, _) = Qmp::connect(dir, launch::QMP, GREETING).await?;
+            migration(&qmp).await?
+        };
+        match now.failure() {
+            _ if now.status == "completed" => return Ok(()),
+            Some(e) => return Err(e),
+            None => sleep(LOOK).await,
         }
     }
 }
@@ -270,6 +359,14 @@ fn explain(e: Error) -> Error {
 /// When QEMU refuses; its last words say why.
 pub(crate) async fn load(qmp: &Qmp, place: &Path) -> Result<()> {
     let file = File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(place.join(RAM))?;
+    load_from(qmp, file).await
+}
+
+/// The same from where a file stands.
+///
+/// # Errors
+/// Those of [`load`].
+pub(crate) async fn load_from(qmp: &Qmp, file: impl AsFd) -> Result<()> {
     qmp.execute_with_fd("getfd", json!({"fdname": FD}), file.as_fd()).await?;
     qmp.execute("migrate-incoming", json!({"uri": format!("fd:{FD}")})).await?;
     loop {
@@ -277,11 +374,46 @@ pub(crate) async fn load(qmp: &Qmp, place: &Path) -> Result<()> {
         if status.get("status").and_then(Value::as_str) != Some("inmigrate") {
             return Ok(());
         }
-        if let (status, error) = migration(qmp).await?
-            && status == "failed"
-        {
-            return Err(Error::internal("the saved memory could not be loaded", error));
+        let now = migration(qmp).await?;
+        if now.status == "failed" {
+            return Err(Error::internal("the saved memory could not be loaded", now.error));
         }
         sleep(LOOK).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_qemu_tells_of_a_migration() {
+        let said = json!({"status": "active", "ram": {"total": 100, "remaining": 40, "transferred": 60}});
+        let now = Migration::of(&said);
+        assert!(now.goes_on() && now.failure().is_none(), "{now:?}");
+        assert_eq!((now.total, now.remaining), (100, 40));
+        assert_eq!(Migration::of(&json!({})), Migration::default());
+        assert!(!Migration::default().goes_on());
+        let failed =
+            Migration::of(&json!({"status": "failed", "error-desc": "write: No space left on device"}));
+        assert!(failed.failure().is_some_and(|e| e.is(ErrorKind::Quota)));
+        assert!(Migration::of(&json!({"status": "cancelled"})).failure().is_some());
+    }
+
+    #[test]
+    fn words_of_another_machine_name_what_differs() {
+        let (machine, _) = crate::machine::without_owner("/nonexistent".into());
+        assert!(shape(&machine).unwrap_err().is(ErrorKind::Unsupported), "of an earlier version");
+        machine.record().hardware = Some(karst_guest::samples::machine(7));
+        let mut record = machine.record().clone();
+        let MemoryShape { uuid, words, .. } = shape(&machine).unwrap();
+        assert_eq!(uuid, uuid::Uuid::from_u128(7));
+        demand_words_fit(&words, &mut record).unwrap();
+        record.memory += 1;
+        let e = demand_words_fit(&words, &mut record).unwrap_err();
+        assert!(e.is(ErrorKind::Conflict) && e.message.contains("limits.memory"), "{e}");
+        for junk in ["", "{}", "[1]"] {
+            assert!(demand_words_fit(junk, &mut record).unwrap_err().is(ErrorKind::Invalid), "{junk}");
+        }
     }
 }

@@ -8,6 +8,7 @@ use crate::{
     Engine, EngineInner, Records, Row,
     context::Context,
     db::Tx,
+    events::RESUMED,
     images::FEATURE,
     operations::{LiveOperation, NewOperation},
     saga::{Saga, StepContext, runner},
@@ -22,7 +23,7 @@ use karst_model::{
     device::{Device, Devices, RootDevice},
     guest::Observed,
     image::Image,
-    instance::{DesiredPower, Generation, Hardware, Instance, InstanceKind, Lifecycle},
+    instance::{DesiredPower, Generation, Hardware, Instance, InstanceKind, Lifecycle, Since},
     keys, keys_machine,
     spec::{GuestSpec, NicSpec, VolumeSource, VolumeSpec},
     storage::{Volume, VolumeContent, VolumeOwner},
@@ -452,6 +453,14 @@ impl StartPlan {
         }
     }
 
+    /// A virtual machine goes on from memory in a file of its host.
+    pub(crate) fn go_on_from(&mut self, file: &str) {
+        self.spec.memory = Some(file.to_owned());
+        if let Some(machine) = &mut self.spec.machine {
+            machine.resume = true;
+        }
+    }
+
     /// Does it?
     fn is_paused(&self) -> bool {
         self.spec.machine.as_ref().is_some_and(|m| m.paused)
@@ -496,6 +505,11 @@ impl CreatePlan {
             )
             .at("devices")),
         }
+    }
+
+    /// It goes on from memory in a file of its host.
+    fn from_file(&self) -> bool {
+        self.start.as_ref().is_some_and(|s| s.spec.memory.is_some())
     }
 
     /// What is told of it when it is there.
@@ -571,8 +585,12 @@ impl Saga for InstanceCreate {
             _ => {
                 if let Some(start) = &plan.start {
                     cx.engine.ensure_networks(cx, plan.instance.node, &start.networks).await?;
-                    let observed =
-                        agent.guest_start(&cx.mutate(Duration::from_secs(120)), start.spec.clone()).await?;
+                    let patience = if start.spec.memory.is_some() {
+                        super::power::SAVING
+                    } else {
+                        Duration::from_secs(120)
+                    };
+                    let observed = agent.guest_start(&cx.mutate(patience), start.spec.clone()).await?;
                     outputs.observed = Some(observed);
                 }
                 Ok(())
@@ -613,9 +631,17 @@ impl Saga for InstanceCreate {
         tx.replace(&row, &instance);
         if let Some(observed) = &outputs.observed {
             let records = engine.inventory.read();
-            tx.put(&engine.runtime_of(&records, observed));
+            let mut runtime = engine.runtime_of(&records, observed);
+            if plan.from_file() {
+                runtime.since = Some(Since::Memory);
+            }
+            tx.put(&runtime);
         }
         Ok(())
+    }
+
+    fn told(plan: &CreatePlan, _: &CreateOutputs) -> BTreeMap<String, serde_json::Value> {
+        plan.from_file().then(|| (RESUMED.to_owned(), true.into())).into_iter().collect()
     }
 
     fn abort(plan: &CreatePlan, _outputs: &CreateOutputs, engine: &EngineInner, tx: &mut Tx) -> Result<()> {

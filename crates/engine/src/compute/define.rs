@@ -33,6 +33,8 @@ pub struct DefineMachine {
     pub places: BTreeMap<String, Place>,
     /// When it is started, it stands still before its first instruction.
     pub paused: bool,
+    /// When it is started, it goes on from memory in this file of its host; for administrators of the server.
+    pub memory: Option<String>,
 }
 
 /// Where a device is.
@@ -64,6 +66,10 @@ impl Engine {
             return Err(Error::unsupported("containers are made of images, not defined by their hardware"));
         }
         super::disks::demand_drives(context, &Devices::new(), &request.create.devices)?;
+        if let Some(file) = &request.memory {
+            context.demand_server(Permission::ServerEdit)?;
+            karst_agent::check_memory_path(file)?;
+        }
         let operation = runner::start::<InstanceCreate>(inner, context, |tx| {
             let records = inner.inventory.read();
             tx.expect(&project);
@@ -84,6 +90,9 @@ impl Engine {
             if let Some(start) = &mut plan.start {
                 super::disks::demand_idle(&records, tx, &spec)?;
                 start.spec = spec;
+                if let Some(file) = &request.memory {
+                    start.go_on_from(file);
+                }
                 if request.paused {
                     start.pause();
                     plan.instance.power = DesiredPower::Paused;

@@ -490,6 +490,7 @@ pub fn guest_spec(
         files: vec![],
         environment: keys::environment(config),
         application,
+        memory: None,
     })
 }
 

@@ -14,6 +14,7 @@ pub mod guest;
 pub mod inside;
 pub(crate) mod labels;
 pub mod memory;
+pub mod memory_files;
 pub mod metrics;
 pub mod monitor;
 pub(crate) mod nic_checks;

@@ -13,7 +13,7 @@ use crate::{
     saga::{Saga, StepContext, runner},
 };
 use async_trait::async_trait;
-use karst_agent::{GuestRef, GuestStop};
+use karst_agent::{GuestRef, GuestStop, MachineMemoryEnd, MachineMemoryRef};
 use karst_env::EnvExt;
 use karst_model::{
     Config, Error, ErrorKind, InstanceId, NodeId, Result,
@@ -21,6 +21,7 @@ use karst_model::{
     guest::{Observed, StopMode},
     instance::{DesiredPower, Generation, Instance, InstanceKind, PowerAction, RuntimeState, Since, Status},
     keys,
+    memory::MemoryEnd,
     project::Project,
 };
 use serde::{Deserialize, Serialize};
@@ -49,12 +50,14 @@ const OVERTAKEN: &str = "cancelled: the instance is stopped by force instead";
 pub const DEFAULT_STOP_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// What else is to be so.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Also {
     /// An instance that stops is still one that is to run.
     pub(crate) keep: bool,
     /// A virtual machine that starts stands still before its first instruction.
     pub(crate) paused: bool,
+    /// A virtual machine that starts goes on from memory in this file of its host.
+    pub(crate) memory: Option<String>,
 }
 
 impl Engine {
@@ -154,6 +157,13 @@ impl Engine {
             if also.keep && request.action == PowerAction::Stop {
                 (plan.keep, plan.instance.power) = (true, row.power);
             }
+            if also.memory.is_some() {
+                super::memory_files::demand_restorable(&records, row)?;
+            }
+            if save {
+                let told = super::memory_files::told(row.id, "stop", &Default::default());
+                new.metadata.insert(super::memory_files::METADATA.into(), told);
+            }
             if also.paused && row.kind != InstanceKind::VirtualMachine {
                 let text = "virtual machines only stand still before their first instruction; start it, then freeze it";
                 return Err(Error::unsupported(text).at("paused"));
@@ -161,6 +171,10 @@ impl Engine {
             if let (true, Some(start)) = (also.paused, &mut plan.start) {
                 start.pause();
                 (plan.paused, plan.instance.power) = (true, DesiredPower::Paused);
+            }
+            if let (Some(file), Some(start)) = (&also.memory, &mut plan.start) {
+                start.go_on_from(file);
+                (plan.resume, plan.from_file) = (true, true);
             }
             if let Some(start) = &plan.start {
                 super::disks::demand_idle(&records, tx, &start.spec)?;
@@ -287,6 +301,7 @@ fn plan(
         before: row.power,
         ordered: Some(row.generation),
         resume,
+        from_file: false,
         save: mode == StopMode::Save,
         keep: false,
         paused: false,
@@ -313,6 +328,9 @@ pub struct PowerPlan {
     /// The start goes on from memory that was kept.
     #[serde(default)]
     resume: bool,
+    /// That memory is in a file of the host, which stays.
+    #[serde(default)]
+    from_file: bool,
     /// The stop keeps the memory.
     #[serde(default)]
     save: bool,
@@ -374,7 +392,13 @@ impl Saga for InstancePower {
                     StopMode::Force => Duration::from_secs(60),
                     StopMode::Save => SAVING,
                 };
-                outputs.stopped = Some(agent.guest_stop(&cx.mutate(patience), stop.clone()).await?);
+                let order = cx.mutate(patience);
+                let stopping = agent.guest_stop(&order, stop.clone());
+                let stopped = match plan.save {
+                    true => super::memory_files::watched(cx, (node, plan.instance.id), stopping).await?,
+                    false => stopping.await?,
+                };
+                outputs.stopped = Some(stopped);
             }
             if plan.action == PowerAction::Stop {
                 outputs.observed = outputs.stopped.clone();
@@ -404,6 +428,12 @@ impl Saga for InstancePower {
     async fn undo(cx: &StepContext, plan: &PowerPlan, _: &PowerOutputs, step: usize) -> Result<()> {
         let agent = cx.agent(plan.instance.node)?;
         match (step, plan.action) {
+            // What keeps its memory stands still meanwhile; one that has ended is not minded.
+            (0, PowerAction::Stop) if plan.save => {
+                let memory = MachineMemoryRef { instance: plan.instance.id, id: None };
+                let request = MachineMemoryEnd { memory, end: MemoryEnd::Cancel };
+                agent.machine_memory_end(&cx.mutate(SAVING), request).await
+            }
             // What stopped cannot be brought back to where it was: the record will say that it is stopped.
             (0, _) | (_, PowerAction::Stop) => Ok(()),
             (_, PowerAction::Freeze) => {
@@ -463,7 +493,7 @@ impl Saga for InstancePower {
             instance.generation = ordered;
         }
         // A start that failed leaves the memory where it was.
-        instance.stateful = plan.resume || (plan.save && stopped);
+        instance.stateful = (plan.resume && !plan.from_file) || (plan.save && stopped);
         tx.replace(&row, &instance);
         if let Some(observed) = &outputs.stopped {
             let records = engine.inventory.read();

@@ -18,6 +18,7 @@ static REGISTRY: LazyLock<Vec<Arc<dyn AnySaga>>> = LazyLock::new(|| {
         Arc::new(Erased::<compute::delete::InstanceDelete>::new()),
         Arc::new(Erased::<compute::disk_copy::saga::DiskCopying>::new()),
         Arc::new(Erased::<compute::memory::MemoryDrop>::new()),
+        Arc::new(Erased::<compute::memory_files::MemoryWriting>::new()),
         Arc::new(Erased::<compute::power::InstancePower>::new()),
         Arc::new(Erased::<compute::rebuild::InstanceRebuild>::new()),
         Arc::new(Erased::<compute::refresh::ContentRefresh>::new()),

@@ -42,7 +42,7 @@ pub const REBOOT: i32 = 1;
 pub const BLOCK_JOB: i32 = 8;
 /// `VIR_DOMAIN_EVENT_ID_BLOCK_JOB_2`: disks by their names.
 pub const BLOCK_JOB_2: i32 = 16;
-/// `VIR_DOMAIN_EVENT_ID_JOB_COMPLETED`: a backup of disks has ended.
+/// `VIR_DOMAIN_EVENT_ID_JOB_COMPLETED`: a backup of disks, or what wrote memory, has ended.
 pub const JOB_COMPLETED: i32 = 21;
 /// `VIR_DOMAIN_EVENT_ID_BLOCK_THRESHOLD`: somebody wrote behind the threshold of a disk.
 pub const BLOCK_THRESHOLD: i32 = 24;
@@ -364,7 +364,7 @@ async fn block_job(session: &Arc<Session>, event: &Event, operation: &Operation,
     }
 }
 
-/// Tells that a backup of a domain's disks has ended: an operation that says so of itself.
+/// Tells that a backup of a domain's disks, or what wrote its memory, has ended: an operation that says so of itself.
 async fn backup_job(session: &Arc<Session>, event: &Event, operation: &Operation, jobs: &mut Jobs) {
     let Some((kind, params)) = backup::completed(operation) else { return };
     let own = session.opened().is_ok_and(|o| o.project == event.project_name);
@@ -374,8 +374,7 @@ async fn backup_job(session: &Arc<Session>, event: &Event, operation: &Operation
     if !own || jobs.insert(operation.id, kind) == Some(kind) {
         return;
     }
-    let said = operation.metadata.get(karst_engine::checkpoints::backup::METADATA);
-    let instance = said.and_then(|m| m.get("instance")?.as_str()?.parse::<InstanceId>().ok());
+    let instance = backup::instance_of(operation).and_then(|id| id.parse::<InstanceId>().ok());
     let guests = session.guests().unwrap_or_default();
     let Some(view) = guests.into_iter().find(|v| Some(v.instance.id) == instance) else { return };
     let (uuid, id) = (instance_uuid(&view.instance), domain_id(&view));

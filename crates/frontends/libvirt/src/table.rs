@@ -4,8 +4,8 @@
 use crate::{
     calls::{
         backup, checkpoints, connect, console, copies, cpu, define, devices, domain, event, figures,
-        graphics, host, inside, machine, monitor, network, networks, nodedev, nwfilter, plugged, pools,
-        power, secret, snapshots, stats, storage, threads, transfer, tuning, volumes,
+        graphics, host, inside, machine, memory, monitor, network, networks, nodedev, nwfilter, plugged,
+        pools, power, secret, snapshots, stats, storage, threads, transfer, tuning, volumes,
     },
     error::{Code, VirError},
     frame::QEMU,
@@ -105,9 +105,9 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     50 CONNECT_NUM_OF_DEFINED_NETWORKS See network::count_defined;
     51 CONNECT_NUM_OF_DOMAINS See domain::count;
     52 CONNECT_NUM_OF_NETWORKS See network::count;
-    53 DOMAIN_CORE_DUMP Change machine::dump_to_path;
-    54 DOMAIN_RESTORE Change machine::save_to_path;
-    55 DOMAIN_SAVE Change machine::save_to_path;
+    53 DOMAIN_CORE_DUMP Change memory::dump;
+    54 DOMAIN_RESTORE Change memory::restore;
+    55 DOMAIN_SAVE Change memory::save;
     56 DOMAIN_GET_SCHEDULER_TYPE See tuning::scheduler_type;
     57 DOMAIN_GET_SCHEDULER_PARAMETERS See tuning::scheduler;
     58 DOMAIN_SET_SCHEDULER_PARAMETERS Change tuning::set_scheduler;
@@ -240,11 +240,11 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     229 DOMAIN_GET_CONTROL_INFO See domain::control_info;
     230 DOMAIN_GET_VCPU_PIN_INFO See threads::vcpu_pins;
     231 DOMAIN_UNDEFINE_FLAGS Change define::undefine_flags;
-    232 DOMAIN_SAVE_FLAGS Change machine::save_to_path;
-    233 DOMAIN_RESTORE_FLAGS Change machine::save_to_path;
+    232 DOMAIN_SAVE_FLAGS Change memory::save_flags;
+    233 DOMAIN_RESTORE_FLAGS Change memory::restore_flags;
     234 DOMAIN_DESTROY_FLAGS Change power::destroy_flags;
-    235 DOMAIN_SAVE_IMAGE_GET_XML_DESC Change machine::save_to_path;
-    236 DOMAIN_SAVE_IMAGE_DEFINE_XML Change machine::save_to_path;
+    235 DOMAIN_SAVE_IMAGE_GET_XML_DESC Change memory::image_xml;
+    236 DOMAIN_SAVE_IMAGE_DEFINE_XML Change memory::image_define;
     237 DOMAIN_BLOCK_JOB_ABORT Change copies::abort;
     238 DOMAIN_GET_BLOCK_JOB_INFO See copies::info;
     239 DOMAIN_BLOCK_JOB_SET_SPEED Change copies::set_speed;
@@ -298,7 +298,7 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     314 CONNECT_NETWORK_EVENT_DEREGISTER_ANY See event::network_deregister;
     316 CONNECT_DOMAIN_EVENT_CALLBACK_REGISTER_ANY See event::callback_register;
     317 CONNECT_DOMAIN_EVENT_CALLBACK_DEREGISTER_ANY See event::callback_deregister;
-    334 DOMAIN_CORE_DUMP_WITH_FORMAT Change machine::dump_to_path;
+    334 DOMAIN_CORE_DUMP_WITH_FORMAT Change memory::dump_with_format;
     335 DOMAIN_FSFREEZE Change inside::freeze;
     336 DOMAIN_FSTHAW Change inside::thaw;
     337 DOMAIN_GET_TIME Change inside::time;
@@ -369,8 +369,8 @@ pub const PROCEDURES: &[Procedure] = procedures! {
     435 NODE_DEVICE_IS_PERSISTENT See nodedev::is_persistent;
     436 NODE_DEVICE_IS_ACTIVE See nodedev::is_active;
     437 NETWORK_CREATE_XML_FLAGS Change networks::create_xml_flags;
-    440 DOMAIN_SAVE_PARAMS Change machine::save_to_path;
-    441 DOMAIN_RESTORE_PARAMS Change machine::save_to_path;
+    440 DOMAIN_SAVE_PARAMS Change memory::save_params;
+    441 DOMAIN_RESTORE_PARAMS Change memory::restore_params;
 };
 
 /// Those of the QEMU program, which go past libvirt's own words.

@@ -11,6 +11,7 @@ mod events;
 mod fuzzed;
 mod graphics;
 mod host;
+mod memory;
 mod monitor;
 mod networks;
 mod power;

@@ -469,6 +469,27 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
     add("machine_backup_state", "elsewhere", json!({"instance": "../../x", "id": id(22)}), Refused);
     add("machine_backup_end", "of none", backup(99), GONE);
     add("machine_backup_end", "elsewhere", json!({"instance": id(4), "id": "../../x"}), Refused);
+    let memory = |n: u128, path: &str| json!({"guest": at(n), "id": id(23), "path": path, "wish": {"save": {"document": "", "paused": false}}});
+    add("machine_memory_begin", "of a container", memory(4, "/srv/x"), Refused);
+    add("machine_memory_begin", "of none", memory(99, "/srv/x"), Refused);
+    add("machine_memory_begin", "over what is the system's", memory(4, "/etc/shadow"), Refused);
+    add("machine_memory_begin", "through a way out", memory(4, "/srv/../etc/cron.d/x"), Refused);
+    let written = |n: u128| json!({"instance": id(n), "id": id(23)});
+    add("machine_memory_state", "of none", written(99), Nothing("there is none"));
+    add("machine_memory_state", "elsewhere", json!({"instance": "../../x", "id": null}), Refused);
+    add("machine_memory_end", "of none", json!({"memory": written(99), "end": "cancel"}), GONE);
+    add("machine_memory_end", "kept, of none", json!({"memory": written(99), "end": "keep"}), Refused);
+    add(
+        "machine_memory_end",
+        "elsewhere",
+        json!({"memory": {"instance": id(4), "id": "../../x"}, "end": "cancel"}),
+        Refused,
+    );
+    for path in ["/etc/shadow", "/proc/self/mem", "", "x", "/srv/../etc/shadow"] {
+        add("memory_file_read", "which is not granted", json!(path), Refused);
+        let change = json!({"path": path, "uuid": id(4), "document": "x", "paused": false});
+        add("memory_file_change", "which is not granted", change, Refused);
+    }
     add("guest_destroy", "which runs", json!(id(4)), Refused);
     add("guest_destroy", "none", nobody.clone(), GONE);
     add("guest_metrics", "of none", json!([id(99)]), Nothing("left out"));

@@ -16,6 +16,7 @@ use karst_engine::{
     compute::{
         create::CreateInstance,
         disk_copy::{CopyDisk, CopyTarget},
+        memory_files::{AfterDump, DumpMemory, SaveMemory},
         relocate::MoveInstance,
     },
     snapshots::{Origin, create::CreateSnapshot},
@@ -23,6 +24,7 @@ use karst_engine::{
 use karst_model::{
     Config, Result,
     instance::{InstanceKind, PowerAction},
+    memory::DumpFormat,
     snapshot::Quiesce,
     storage::VolumeContent,
 };
@@ -66,6 +68,16 @@ async fn copy_disk(w: &World, pool: &str, new: bool) -> Result<LiveOperation> {
     let to = CopyTarget::Volume { pool: pool.into(), name: "v2".into(), new };
     let request = CopyDisk { device: Some("sda".into()), to, hold: false, speed: 0, synchronous: true };
     w.engine.disk_copy_begin(&w.admin, "default", "c1", request).await
+}
+
+async fn save_memory(w: &World) -> Result<LiveOperation> {
+    let request = SaveMemory { path: "/srv/saves/c1".into(), document: "<domain/>".into(), paused: None };
+    w.engine.machine_save(&w.admin, "default", "c1", request).await
+}
+
+async fn dump_memory(w: &World, after: AfterDump) -> Result<LiveOperation> {
+    let request = DumpMemory { path: "/srv/saves/c1.dump".into(), format: DumpFormat::Elf, after };
+    w.engine.machine_dump(&w.admin, "default", "c1", request).await
 }
 
 pub(super) fn scenarios() -> Vec<Scenario> {
@@ -158,6 +170,38 @@ pub(super) fn scenarios() -> Vec<Scenario> {
                 done(w, set_power(w, PowerAction::Freeze).await).await
             },
             |w| copy_disk(w, "default", false).await
+        ),
+        scenario!("machine-memory-writing", "a machine that runs, saved", |w| machine(w).await, |w| {
+            save_memory(w).await
+        }),
+        scenario!(
+            "machine-memory-writing",
+            "a machine that is frozen, saved over an older file",
+            |w| {
+                machine(w).await?;
+                done(w, save_memory(w).await).await?;
+                let restored = w.engine.machine_restore(&w.admin, "default", "c1", "/srv/saves/c1", true);
+                done(w, restored.await).await
+            },
+            |w| save_memory(w).await
+        ),
+        scenario!("machine-memory-writing", "a dump of a machine that goes on", |w| machine(w).await, |w| {
+            dump_memory(w, AfterDump::GoesOn).await
+        }),
+        scenario!(
+            "machine-memory-writing",
+            "a dump of a machine that is reset then",
+            |w| machine(w).await,
+            |w| dump_memory(w, AfterDump::Reset).await
+        ),
+        scenario!(
+            "instance-power",
+            "start from a file",
+            |w| {
+                machine(w).await?;
+                done(w, save_memory(w).await).await
+            },
+            |w| w.engine.machine_restore(&w.admin, "default", "c1", "/srv/saves/c1", false).await
         ),
         scenario!(
             "snapshot-create",

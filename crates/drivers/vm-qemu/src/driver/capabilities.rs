@@ -41,6 +41,7 @@ impl GuestMachine for QemuDriver {
             }
             copies::demand_none(&machine).await?;
             backups::demand_none(&machine).await?;
+            memory_files::demand_none(&machine)?;
             saved::save(&machine, &place).await?;
         }
         files(move || states::complete(&dir, snapshot)).await

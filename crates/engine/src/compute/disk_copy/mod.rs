@@ -258,14 +258,16 @@ impl Engine {
         inner.agents.get(plan.node)?.machine_copy_speed(&inner.reconcile_context(CALL), request).await
     }
 
-    /// Neither a copy nor a backup keeps a machine from being stopped: it ends before, if it does in time.
+    /// Neither a copy nor a backup, nor memory that is written, keeps a machine from being stopped: it ends before, if it does in time.
     pub(crate) async fn break_off_copy(&self, project: &Project, name: &str) -> Result<()> {
         let inner = self.inner();
         let found = {
             let records = inner.inventory.read();
             let row = records.instance(project, name).ok();
             let copy = row.and_then(|row| going(&records, row)).map(|g| g.operation);
-            copy.or_else(|| row.and_then(|row| crate::checkpoints::backup::operation_of(&records, row)))
+            let copy =
+                copy.or_else(|| row.and_then(|row| crate::checkpoints::backup::operation_of(&records, row)));
+            copy.or_else(|| row.and_then(|row| super::memory_files::operation_of(&records, row)))
         };
         let Some(live) = found.and_then(|operation| inner.operations.live(operation)) else {
             return Ok(());

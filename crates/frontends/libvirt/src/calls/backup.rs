@@ -1,12 +1,12 @@
-//! Backups of disks of domains that run, and what is told of them as of a domain's job. It is the only kind of job: whoever asks for
-//! other work waits for its end.
+//! Backups of disks of domains that run, and what is told of them, and of memory that is written, as of a domain's job. There are no
+//! other jobs: whoever asks for other work waits for its end.
 
 use super::{
     Answered, Named,
     checkpoints::{machine, new, now, targets},
     devices::disk_of,
     domain::is_running,
-    nothing, text,
+    memory, nothing, text,
 };
 use crate::{
     error::{Code, Part, VirError},
@@ -160,6 +160,16 @@ pub async fn job_info(call: Call) -> Answered {
     let view = call.only_guest()?;
     demand_running(&view)?;
     let mut w = Writer::new();
+    if let Some(found) = memory::going(&call, &view).await? {
+        let (done, total) = (found.state.done, found.state.total);
+        let took = operation(&call.session, found.operation).map_or(0, |o| elapsed(&o));
+        let of_memory = [total, done, total.saturating_sub(done)];
+        w.i32(UNBOUNDED).u64(took).u64(0);
+        for figure in of_memory.into_iter().chain(of_memory).chain([0; 3]) {
+            w.u64(figure);
+        }
+        return Ok(w.finish().into());
+    }
     match going(&call, &view).await? {
         None => {
             w.i32(0);
@@ -192,23 +202,37 @@ fn figures(took: u64, done: u64, total: u64) -> Params {
     ]
 }
 
-/// What is told of a backup that has ended: a `virDomainJobType` with its parameters. Nothing of another operation.
+/// What is told of a backup, or of memory that was written, when it has ended: a `virDomainJobType` with its parameters. Nothing of another operation.
 pub(crate) fn completed(operation: &Operation) -> Option<(i32, Params)> {
-    let said = operation.metadata.get(METADATA)?;
-    let number = |key: &str| said.get(key).and_then(serde_json::Value::as_u64).unwrap_or(0);
-    let (kind, total) = match operation.state {
-        OperationState::Success => (COMPLETED, number("total")),
-        OperationState::Cancelled => (CANCELLED, number("total")),
-        OperationState::Failure | OperationState::NeedsAttention => (FAILED, number("total")),
+    let kind = match operation.state {
+        OperationState::Success => COMPLETED,
+        OperationState::Cancelled => CANCELLED,
+        OperationState::Failure | OperationState::NeedsAttention => FAILED,
         _ => return None,
     };
-    let done = if kind == COMPLETED { total } else { number("done") };
-    let mut params = figures(elapsed(operation), done, total);
+    let took = elapsed(operation);
+    let mut params = match (operation.metadata.get(METADATA), memory::said(operation)) {
+        (Some(said), _) => {
+            let number = |key: &str| said.get(key).and_then(serde_json::Value::as_u64).unwrap_or(0);
+            let (done, total) = (number("done"), number("total"));
+            figures(took, if kind == COMPLETED { total } else { done }, total)
+        }
+        (None, Some((what, done, total))) => {
+            memory::figures(&what, took, if kind == COMPLETED { total } else { done }, total)
+        }
+        (None, None) => return None,
+    };
     params.push(("success", Typed::Boolean(kind == COMPLETED)));
     if let Some(error) = operation.error.as_ref().filter(|_| kind == FAILED) {
         params.push(("errmsg", Typed::Text(error.to_string())));
     }
     Some((kind, params))
+}
+
+/// The instance of which an operation says that it is a job of its.
+pub(crate) fn instance_of(operation: &Operation) -> Option<&str> {
+    let keys = [METADATA, karst_engine::compute::memory_files::METADATA];
+    keys.iter().find_map(|key| operation.metadata.get(*key)?.get("instance")?.as_str())
 }
 
 /// `DOMAIN_GET_JOB_STATS`
@@ -219,15 +243,17 @@ pub async fn job_stats(call: Call) -> Answered {
     let (kind, params) = if flags & OF_COMPLETED != 0 {
         let id = view.instance.id.to_string();
         let records = call.session.front.engine.inner().inventory.read();
-        let of_it = |o: &&karst_engine::Row<Operation>| {
-            let of = o.metadata.get(METADATA).and_then(|m| m.get("instance")?.as_str());
-            of == Some(&*id) && o.state.is_final()
-        };
+        let of_it = |o: &&karst_engine::Row<Operation>| instance_of(o) == Some(&*id) && o.state.is_final();
         let last = records.operations.values().filter(of_it).max_by_key(|o| o.updated_at);
         last.and_then(|o| completed(o)).unwrap_or_default()
     } else {
         demand_running(&view)?;
+        let written = memory::going(&call, &view).await?;
         match going(&call, &view).await? {
+            None if written.is_some() => written.map_or_else(Default::default, |found| {
+                let took = operation(&call.session, found.operation).map_or(0, |o| elapsed(&o));
+                (UNBOUNDED, memory::figures(&found.kind, took, found.state.done, found.state.total))
+            }),
             None => (0, vec![]),
             Some(found) => {
                 let took = operation(&call.session, found.operation).map_or(0, |o| elapsed(&o));
@@ -246,6 +272,9 @@ pub async fn job_stats(call: Call) -> Answered {
 pub async fn abort(call: Call) -> Answered {
     let view = call.only_guest()?;
     demand_running(&view)?;
+    if let Some(found) = memory::going(&call, &view).await? {
+        return memory::abort(&call, &view, &found).await;
+    }
     if going(&call, &view).await?.is_none() {
         return Err(VirError::state("no job is active on the domain"));
     }

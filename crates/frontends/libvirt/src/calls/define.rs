@@ -36,7 +36,7 @@ pub fn of_definition(e: Error) -> VirError {
     }
 }
 
-fn read(call: &Call, text: &str) -> Result<Machine, VirError> {
+pub(super) fn read(call: &Call, text: &str) -> Result<Machine, VirError> {
     if call.opened()?.driver != Driver::Qemu {
         return Err(refuse("domain type", "containers are made of images, not defined by XML"));
     }
@@ -81,7 +81,7 @@ pub(super) fn demand_discs(call: &Call, machine: &Machine) -> Result<(), VirErro
 }
 
 /// The domain that a document is about, when there is one; a name and a UUID of two are a mistake.
-fn present(call: &Call, machine: &Machine) -> Result<Option<Arc<InstanceView>>, VirError> {
+pub(super) fn present(call: &Call, machine: &Machine) -> Result<Option<Arc<InstanceView>>, VirError> {
     let failed = |text: String| VirError::new(Code::OperationFailed, Part::Qemu, text);
     if let Some(view) = machine.uuid.and_then(|uuid| call.session.guest_by_uuid(uuid).ok()) {
         return match *view.instance.name == *machine.name {
@@ -112,7 +112,22 @@ enum Begins {
     Paused,
 }
 
+/// A transient domain that goes on from memory in a file of the host.
+pub(super) async fn create_from_memory(
+    call: &Call,
+    machine: Machine,
+    file: String,
+    paused: bool,
+) -> Result<(), VirError> {
+    let begins = if paused { Begins::Paused } else { Begins::Running };
+    make(call, machine, begins, Some(file)).await
+}
+
 async fn create(call: &Call, machine: Machine, begins: Begins) -> Result<(), VirError> {
+    make(call, machine, begins, None).await
+}
+
+async fn make(call: &Call, machine: Machine, begins: Begins, memory: Option<String>) -> Result<(), VirError> {
     let transient = begins != Begins::Off;
     let created = spec::create(&machine)?;
     let name = machine.name.clone();
@@ -133,6 +148,7 @@ async fn create(call: &Call, machine: Machine, begins: Begins) -> Result<(), Vir
         uuid: machine.uuid,
         places: created.places,
         paused: begins == Begins::Paused,
+        memory,
     };
     let session = &call.session;
     let (engine, context) = (&session.front.engine, &session.context);

@@ -88,18 +88,6 @@ pub async fn managed_save_define(call: Call) -> Answered {
     Err(refuse("domain", "saved memory goes on with the domain as it is defined; change that (define, edit)"))
 }
 
-/// `DOMAIN_SAVE`, `DOMAIN_RESTORE` and their like, `DOMAIN_SAVE_IMAGE_*`.
-pub async fn save_to_path(_: Call) -> Answered {
-    Err(unsupported("no file of the host is written or read; use managedsave, or a snapshot"))
-}
-
-/// `DOMAIN_CORE_DUMP`, `DOMAIN_CORE_DUMP_WITH_FORMAT`.
-pub async fn dump_to_path(_: Call) -> Answered {
-    Err(unsupported(
-        "no file of the host is written; managedsave or a snapshot keeps the memory of a machine",
-    ))
-}
-
 /// `DOMAIN_SCREENSHOT`: a PNG file as a stream.
 pub async fn screenshot(call: Call) -> Answered {
     let (named, screen, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?, r.u32()?)))?;

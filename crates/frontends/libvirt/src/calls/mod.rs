@@ -15,6 +15,7 @@ pub mod graphics;
 pub mod host;
 pub mod inside;
 pub mod machine;
+pub mod memory;
 pub mod monitor;
 pub mod network;
 pub mod networks;

@@ -177,7 +177,7 @@ pub async fn kill(call: &Call, view: &InstanceView) -> Answered {
 }
 
 /// Waits a moment for a transient domain to go, as it does by itself after its end: who destroyed it does not look for it.
-async fn gone(call: &Call, view: &InstanceView) {
+pub(super) async fn gone(call: &Call, view: &InstanceView) {
     let engine = &call.session.front.engine;
     for _ in 0..GONE {
         if !engine.inner().inventory.read().instances.contains_key(&view.instance.id) {
