@@ -183,7 +183,7 @@ impl Layout {
             return Err(damaged(&format!("it is of version {version}, and this host knows {VERSION}")));
         }
         let slot = number(12)? as usize;
-        if !SLOTS.contains(&slot) || slot % BLOCK != 0 {
+        if !SLOTS.contains(&slot) || !slot.is_multiple_of(BLOCK) {
             return Err(damaged("its slots have no size that there is"));
         }
         Ok(Self { slot })

@@ -508,7 +508,7 @@ impl CreatePlan {
     }
 
     /// It goes on from memory in a file of its host.
-    fn from_file(&self) -> bool {
+    fn is_of_file(&self) -> bool {
         self.start.as_ref().is_some_and(|s| s.spec.memory.is_some())
     }
 
@@ -632,7 +632,7 @@ impl Saga for InstanceCreate {
         if let Some(observed) = &outputs.observed {
             let records = engine.inventory.read();
             let mut runtime = engine.runtime_of(&records, observed);
-            if plan.from_file() {
+            if plan.is_of_file() {
                 runtime.since = Some(Since::Memory);
             }
             tx.put(&runtime);
@@ -641,7 +641,7 @@ impl Saga for InstanceCreate {
     }
 
     fn told(plan: &CreatePlan, _: &CreateOutputs) -> BTreeMap<String, serde_json::Value> {
-        plan.from_file().then(|| (RESUMED.to_owned(), true.into())).into_iter().collect()
+        plan.is_of_file().then(|| (RESUMED.to_owned(), true.into())).into_iter().collect()
     }
 
     fn abort(plan: &CreatePlan, _outputs: &CreateOutputs, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
