@@ -125,7 +125,8 @@ fn disks<'a>(
     let devices = records.expanded(row).1;
     let parsed = expand::parse_devices(&devices)?;
     let mut all = vec![];
-    if let Some(volume) = records.volumes.get(&row.root) {
+    // A machine without a disk has a root that it does not see.
+    if let Some(volume) = records.volumes.get(&row.root).filter(|_| parsed.root.1.attached) {
         all.push(OwnDisk { device: parsed.root.0.clone(), volume });
     }
     for (device, disk) in &parsed.disks {
