@@ -36,7 +36,7 @@ const DIRTYRATE: u32 = 512;
 /// Of three of the last four there is never anything to tell, as with libvirt's own guests that have none of it.
 const KNOWN: u32 = STATE | CPU | BALLOON | VCPU | INTERFACE | BLOCK | PERF | IOTHREAD | MEMORY | DIRTYRATE;
 /// What QEMU has to be asked for.
-const OF_MACHINES: u32 = CPU | BALLOON | VCPU | INTERFACE | BLOCK | DIRTYRATE;
+const OF_MACHINES: u32 = CPU | BALLOON | VCPU | INTERFACE | BLOCK | IOTHREAD | DIRTYRATE;
 /// Flags of the list, as of [`super::domain::list`]; the two highest are of the statistics: do not wait for a busy guest,
 /// and insist on every group.
 const INSIST: u32 = 1 << 31;
