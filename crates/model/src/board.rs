@@ -113,7 +113,15 @@ pub struct Memory {
     /// It is not merged with that of others that is the same.
     pub unmerged: bool,
     /// It is in huge pages: of this size, or of the host's usual one.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "there")]
     pub pages: Option<Option<ByteSize>>,
+}
+
+/// What is there and says nothing is not what is absent.
+fn there<'de, D: serde::Deserializer<'de>>(
+    from: D,
+) -> std::result::Result<Option<Option<ByteSize>>, D::Error> {
+    Option::<ByteSize>::deserialize(from).map(Some)
 }
 
 impl Memory {
@@ -651,6 +659,9 @@ mod tests {
     #[test]
     fn what_is_written_is_read_again() {
         assert!(of(&[]).unwrap().is_usual());
+        let usual = of(&[(MEMORY, "hugepages")]).unwrap();
+        let again: Board = serde_json::from_str(&serde_json::to_string(&usual).unwrap()).unwrap();
+        assert_eq!(again, usual, "of no size in particular is not none");
         let all = [
             (RETRY, "5000"),
             (MENU_TIMEOUT, "3000"),

@@ -15,6 +15,8 @@ pub const PIN: &str = "limits.cpu.pin.";
 pub const MAX_IOTHREAD: u32 = 65_535;
 /// How many a machine has at most.
 pub const MAX_IOTHREADS: usize = 64;
+/// Threads that one of them keeps for what blocks, at most.
+const MAX_POOL: u32 = 256;
 /// The largest number of a CPU of the host.
 const MAX_CPU: u32 = 4095;
 /// What QEMU needs beside the memory of its machine before a limit of both would be its end.
@@ -218,7 +220,8 @@ fn property_of(field: &str, rest: &str) -> Result<(u32, &'static str)> {
 
 fn parse_property(field: &str, name: &str, text: &str) -> Result<u32> {
     let least = u32::from(name == "thread_pool_max");
-    let most = i32::MAX.cast_unsigned();
+    // QEMU makes those of a pool at once, and nothing else bounds how many threads of the host a machine has.
+    let most = if name.starts_with("thread_pool") { MAX_POOL } else { i32::MAX.cast_unsigned() };
     text.parse().ok().filter(|n| (least..=most).contains(n)).ok_or_else(|| {
         Error::invalid(field, format!("{text:?} is not a whole number from {least} to {most}"))
     })

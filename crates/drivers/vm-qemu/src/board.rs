@@ -89,7 +89,7 @@ pub fn memory(board: &Board, memory: u64) -> Result<Vec<Argument>> {
         let object = backend(board.memory.as_ref(), MEMORY, memory);
         return Ok(vec![("-object", object.to_string())]);
     }
-    let all: u64 = cells.iter().map(|c| c.memory.bytes()).sum();
+    let all = cells.iter().fold(0u64, |all, c| all.saturating_add(c.memory.bytes()));
     if !cells.is_empty() && all != memory {
         let text =
             format!("its nodes have {} MiB, and the machine {} MiB (limits.memory)", all >> 20, memory >> 20);

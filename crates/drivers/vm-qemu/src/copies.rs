@@ -561,10 +561,11 @@ async fn change_over(machine: &Inner, entry: &Copying, asked: &mut bool) -> Resu
     }
     let limits = {
         let mut record = machine.record();
+        let was = record.root.clone();
         let Some(devices) = &mut record.devices else {
             return Err(Error::internal("the guest's devices are not known", "no record of them"));
         };
-        let root = devices.disks.first().is_some_and(|d| d.slot == *slot);
+        let root = devices.disks.iter().any(|d| d.slot == *slot && d.path == was);
         let disk = devices.disks.iter_mut().find(|d| d.slot == *slot);
         let disk = disk.ok_or_else(|| Error::internal("the guest's disk is not known", slot))?;
         (disk.path, disk.format, disk.backing) =

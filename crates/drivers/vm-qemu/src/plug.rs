@@ -95,7 +95,13 @@ pub(crate) async fn apply(machine: &Inner, guest: &ResolvedGuest) -> Result<Vec<
     if applied.disks == wanted.disks && applied.nics == wanted.nics {
         return Ok(vec![]);
     }
-    if applied.disks != wanted.disks {
+    // A thread that waits for the next start is no change.
+    let plain = |disks: &[ResolvedDisk]| -> Vec<ResolvedDisk> {
+        let mut disks = disks.to_vec();
+        disks.iter_mut().for_each(|d| d.io.thread = None);
+        disks
+    };
+    if plain(&applied.disks) != plain(&wanted.disks) {
         copies::demand_none(machine).await?;
         backups::demand_none(machine).await?;
     }
@@ -234,7 +240,8 @@ impl Change<'_> {
                 continue;
             }
             // The root stays where it is whatever happens; what cannot go waits for the next start.
-            let root = applied.disks.first().is_some_and(|r| r.slot == disk.slot);
+            // The first disk is another where the guest does not see its root.
+            let root = self.machine.record().root == disk.path;
             let there = self.present.contains(&device_id(&disk.slot));
             if there && (root || !Disk::new(disk, false, true).hotplug(self.layout)?) {
                 pending.push(format!("devices.{}", disk.name));

@@ -8,7 +8,7 @@ use crate::{
 use karst_guest::{IdRange, ResolvedDisk, ResolvedGuest, ResolvedNic};
 use karst_model::{
     InstanceId, Result,
-    instance::{ExitReason, Generation},
+    instance::{ExitReason, Firmware, Generation},
     node::AcceleratorKind,
     spec::{CpuLimit, MachineSpec},
     threads::{Pin, SCSI_IOTHREAD},
@@ -138,9 +138,14 @@ impl Record {
             accelerator: guest.accelerator,
             memory: memory(guest),
             cpus: cpu_count(guest.limits.cpu.as_ref()),
-            max_cpus: match guest.machine.as_ref().and_then(|m| m.board.topology) {
-                Some(topology) => topology.processors(),
-                None => most_cpus(
+            max_cpus: match guest.machine.as_ref().and_then(|m| Some((m.board.topology?, m.firmware))) {
+                // Others have the room, and keep the processors that they began with ([`most_cpus`]).
+                Some((topology, firmware))
+                    if guest.accelerator == AcceleratorKind::Kvm && firmware != Firmware::UefiSecure =>
+                {
+                    topology.processors()
+                }
+                _ => most_cpus(
                     guest.accelerator,
                     guest.machine.as_ref().map(|m| m.firmware),
                     cpu_count(guest.limits.cpu.as_ref()),

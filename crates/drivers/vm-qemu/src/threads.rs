@@ -107,20 +107,26 @@ pub(crate) async fn figures(machine: &Inner, qmp: &Qmp) -> Result<Vec<IoThread>>
 pub(crate) async fn add(machine: &Inner, wanted: &[IoThread]) -> Result<()> {
     demand_few(wanted)?;
     let Some(now) = written(machine) else { return Ok(()) };
-    if wanted.iter().all(|w| now.contains(w)) {
+    if wanted.is_empty() {
         return Ok(());
     }
     let qmp = connect(machine).await?;
     let there = ask(&qmp).await?;
-    for thread in wanted.iter().filter(|w| !now.contains(w)) {
+    let has = |id: u32| there.iter().any(|(t, _)| t.id == id);
+    for thread in wanted.iter().filter(|w| !(now.contains(w) && has(w.id))) {
+        if has(thread.id) {
+            // Written down when QEMU has all of it: else the next change would find nothing to do.
+            set(&qmp, thread).await?;
+        }
         note(machine, |all| {
             all.retain(|t| t.id != thread.id);
             all.push(*thread);
             all.sort_by_key(|t| t.id);
         })?;
-        if there.iter().any(|(t, _)| t.id == thread.id) {
-            set(&qmp, thread).await?;
-        } else if let Err(e) = qmp.execute("object-add", object(thread)).await {
+        if has(thread.id) {
+            continue;
+        }
+        if let Err(e) = qmp.execute("object-add", object(thread)).await {
             note(machine, |all| all.retain(|t| t.id != thread.id))?;
             return Err(e.at(format!("config.{IOTHREADS}")));
         }
@@ -264,7 +270,11 @@ pub(crate) async fn place_anew(machine: &Inner, pins: &[Pin], all: &[u32]) -> Re
             record.write(&machine.dir)?;
         }
     }
-    place(&connect(machine).await?, pid, pins, all).await?;
+    // The kernel remembers what was asked for, and gives no more of it when the group has more: without pins it is all that
+    // there can be.
+    let everywhere: Vec<u32> = (0..1024).collect();
+    let rest = if pins.is_empty() { &everywhere[..] } else { all };
+    place(&connect(machine).await?, pid, pins, rest).await?;
     let mut record = machine.record();
     if pins.is_empty() {
         record.pins.clear();

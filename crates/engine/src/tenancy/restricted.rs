@@ -18,8 +18,18 @@ const CONTAINER_LOWLEVEL: &[&str] = &[
     "security.idmap.base",
     "security.idmap.size",
 ];
-const MACHINE_LOWLEVEL: &[&str] =
-    &["boot.host_shutdown_", "limits.memory.hugepages", "raw.apparmor", "raw.idmap", "raw.qemu"];
+const MACHINE_LOWLEVEL: &[&str] = &[
+    "boot.host_shutdown_",
+    // Properties of threads; how many there are is free.
+    "hardware.iothreads.",
+    "hardware.memory",
+    "limits.cpu.shares",
+    "limits.memory.hugepages",
+    "limits.memory.nodes",
+    "raw.apparmor",
+    "raw.idmap",
+    "raw.qemu",
+];
 /// Interceptions that `allow` includes; the others need `full`.
 const HARMLESS_INTERCEPTION: &[&str] = &[
     "security.syscalls.intercept.mknod",
