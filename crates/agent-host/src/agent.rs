@@ -478,7 +478,7 @@ impl RealAgent {
     }
 
     pub(crate) async fn forget(&self, id: InstanceId) -> Result<()> {
-        self.forget_memory(id)?;
+        self.forget_memory(id).await?;
         let registry = self.registry.clone();
         blocking(move || registry.remove_guest(id)).await?;
         let record = self.guests.lock().remove(&id);

@@ -18,7 +18,7 @@ use karst_model::{
     spec::GuestSpec,
 };
 use rustix::{
-    fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, openat, renameat_with, unlinkat},
+    fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, linkat, openat, renameat_with, unlinkat},
     io::Errno,
 };
 use serde::{Deserialize, Serialize};
@@ -27,7 +27,7 @@ use std::{
     io::{Seek, SeekFrom, Write},
     os::{
         fd::OwnedFd,
-        unix::fs::{FileExt, OpenOptionsExt},
+        unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     },
     path::PathBuf,
     sync::Arc,
@@ -45,6 +45,9 @@ struct Place {
     saved: bool,
     /// It has its name.
     kept: bool,
+    /// Device and inode of what is to get the name, known before it does.
+    #[serde(default)]
+    made: Option<(u64, u64)>,
 }
 
 impl Place {
@@ -198,13 +201,22 @@ fn keep(directory: &OwnedFd, name: &str, place: &Place) -> Result<()> {
         There::Nothing => RenameFlags::NOREPLACE,
         There::Saved => RenameFlags::empty(),
     };
-    match renameat_with(directory, &part, directory, name, flags) {
+    let named = match renameat_with(directory, &part, directory, name, flags) {
+        // File systems without that: a second name is made over nothing either.
+        Err(Errno::INVAL | Errno::NOSYS) if flags == RenameFlags::NOREPLACE => {
+            linkat(directory, &part, directory, name, AtFlags::empty())
+        }
+        other => other,
+    };
+    match named {
         Err(Errno::EXIST) => {
             let text = format!("{:?} was made by somebody else meanwhile", place.path);
             return Err(Error::conflict(text).at("path"));
         }
         other => other.map_err(io)?,
     }
+    // The first of two names, or of one that a kill left behind.
+    remove(directory, &part)?;
     rustix::fs::fsync(directory).map_err(io)
 }
 
@@ -217,20 +229,30 @@ fn remove(directory: &OwnedFd, name: &str) -> Result<()> {
 
 impl RealAgent {
     /// Removes the part of what was not kept, and forgets it.
-    fn drop_part(&self, instance: InstanceId, place: &Place) -> Result<()> {
-        if !place.kept {
+    async fn drop_part(&self, instance: InstanceId, place: &Place) -> Result<()> {
+        let (policy, registry, place) = (self.policy().clone(), self.registry.clone(), place.clone());
+        blocking(move || {
             // A directory that is gone, or granted no more, has no part that could be reached.
-            if let Ok((directory, _)) = self.policy().save_place(&place.path) {
+            if !place.kept
+                && let Ok((directory, _)) = policy.save_place(&place.path)
+            {
                 remove(&directory, &place.part())?;
             }
-        }
-        self.registry.drop_memory_place(instance)
+            registry.drop_memory_place(instance)
+        })
+        .await
+    }
+
+    /// As the policy says, of a file system that may be one that does not answer.
+    async fn save_place(&self, path: &str) -> Result<(OwnedFd, String)> {
+        let (policy, path) = (self.policy().clone(), path.to_owned());
+        blocking(move || policy.save_place(&path)).await
     }
 
     /// What is left of a machine that goes.
-    pub(crate) fn forget_memory(&self, instance: InstanceId) -> Result<()> {
+    pub(crate) async fn forget_memory(&self, instance: InstanceId) -> Result<()> {
         match self.registry.memory_place(instance)? {
-            Some(place) => self.drop_part(instance, &place),
+            Some(place) => self.drop_part(instance, &place).await,
             None => Ok(()),
         }
     }
@@ -239,7 +261,7 @@ impl RealAgent {
         let MachineMemoryBegin { guest, id, path, wish } = request;
         let instance = guest.instance;
         let _lock = self.lock(instance.0).await;
-        let (directory, name) = self.policy().save_place(&path)?;
+        let (directory, name) = self.save_place(&path).await?;
         let (_, driver) = self.meant(guest)?;
         let driver = files(driver)?;
         if !self.runs(instance).await? {
@@ -253,11 +275,10 @@ impl RealAgent {
                 true if !old.kept => {
                     return Err(Error::conflict("the memory of the guest is being written already"));
                 }
-                _ => self.drop_part(instance, &old)?,
+                _ => self.drop_part(instance, &old).await?,
             }
         }
-        let place = Place { id, path, saved, kept: false };
-        demand_own(&directory, &name, &place)?;
+        let place = Place { id, path, saved, kept: false, made: None };
         let head = match &wish {
             MemoryWish::Dump { .. } => vec![],
             MemoryWish::Save { document, paused } => {
@@ -273,6 +294,7 @@ impl RealAgent {
         };
         let (registry, part, noted) = (self.registry.clone(), place.part(), place.clone());
         let file = blocking(move || {
+            demand_own(&directory, &name, &noted)?;
             registry.put_memory_place(instance, &noted)?;
             let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let made = openat(&directory, &part, flags, Mode::from_raw_mode(0o600)).map_err(io)?;
@@ -285,7 +307,7 @@ impl RealAgent {
             Err(e) => Err(e),
         };
         if begun.is_err() {
-            self.drop_part(instance, &place)?;
+            self.drop_part(instance, &place).await?;
         }
         begun
     }
@@ -331,9 +353,14 @@ impl RealAgent {
                 if driver.state(instance, id).await?.phase != MemoryPhase::Done {
                     return Err(gone());
                 }
-                let (directory, name) = self.policy().save_place(&place.path)?;
+                let (directory, name) = self.save_place(&place.path).await?;
                 let registry = self.registry.clone();
                 blocking(move || {
+                    if let Some(part) = open(&directory, &place.part(), false)? {
+                        let of = part.metadata()?;
+                        place.made = Some((of.dev(), of.ino()));
+                        registry.put_memory_place(instance, &place)?;
+                    }
                     keep(&directory, &name, &place)?;
                     place.kept = true;
                     registry.put_memory_place(instance, &place)
@@ -342,13 +369,24 @@ impl RealAgent {
                 driver.end(instance, id, MemoryEnd::Keep).await.map_err(as_state(instance))
             }
             MemoryEnd::Cancel => {
-                let runs = self.runs(instance).await?;
-                if let Some(place) = &place {
-                    // It comes back to life: what it was is not to be gone on from. One that has ended is only in the file.
-                    if place.kept && runs {
-                        let (directory, name) = self.policy().save_place(&place.path)?;
-                        remove(&directory, &name)?;
-                    }
+                // It comes back to life: what it was is not to be gone on from. One that has ended, or ends, or was started anew
+                // is only in the file; and what has taken its place since is somebody else's.
+                let comes_back = match driver {
+                    Some(driver) => driver.state(instance, id).await?.phase == MemoryPhase::Done,
+                    None => false,
+                };
+                if let Some((place, made)) =
+                    place.as_ref().filter(|_| comes_back).and_then(|p| Some((p, p.made?)))
+                {
+                    let (directory, name) = self.save_place(&place.path).await?;
+                    blocking(move || {
+                        let found = open(&directory, &name, false).ok().flatten();
+                        match found.map(|f| f.metadata()).transpose()?.map(|m| (m.dev(), m.ino())) {
+                            Some(found) if found == made => remove(&directory, &name),
+                            _ => Ok(()),
+                        }
+                    })
+                    .await?;
                 }
                 if let Some(driver) = driver {
                     match driver.end(instance, id, MemoryEnd::Cancel).await {
@@ -357,26 +395,30 @@ impl RealAgent {
                     }
                 }
                 match place {
-                    Some(place) => self.drop_part(instance, &place),
+                    Some(place) => self.drop_part(instance, &place).await,
                     None => Ok(()),
                 }
             }
         }
     }
 
-    fn opened_memory(&self, path: &str, write: bool) -> Result<File> {
-        let (directory, name) = self.policy().save_place(path)?;
-        open(&directory, &name, write)?
-            .ok_or_else(|| Error::not_found(format!("{path:?} does not exist on the host")).at("path"))
+    async fn opened_memory(&self, path: &str, write: bool) -> Result<File> {
+        let (policy, path) = (self.policy().clone(), path.to_owned());
+        blocking(move || {
+            let (directory, name) = policy.save_place(&path)?;
+            open(&directory, &name, write)?
+                .ok_or_else(|| Error::not_found(format!("{path:?} does not exist on the host")).at("path"))
+        })
+        .await
     }
 
     pub(crate) async fn read_memory_file(&self, path: String) -> Result<SavedMemory> {
-        let file = self.opened_memory(&path, false)?;
+        let file = self.opened_memory(&path, false).await?;
         blocking(move || Ok(read_whole(&file)?.2)).await
     }
 
     pub(crate) async fn change_memory_file(&self, request: MemoryFileChange) -> Result<()> {
-        let file = self.opened_memory(&request.path, true)?;
+        let file = self.opened_memory(&request.path, true).await?;
         blocking(move || {
             let (layout, number, saved) = read_whole(&file)?;
             if saved.uuid != request.uuid {
@@ -395,7 +437,7 @@ impl RealAgent {
         let uuid = machine.map(|m| m.uuid).ok_or_else(|| {
             Error::unsupported("virtual machines only go on from their memory").at("memory")
         })?;
-        let mut file = self.opened_memory(path, false)?;
+        let mut file = self.opened_memory(path, false).await?;
         blocking(move || {
             let (layout, _, saved) = read_whole(&file)?;
             if saved.uuid != uuid {
@@ -425,7 +467,7 @@ mod tests {
 
     fn place(saved: bool) -> Place {
         let id = MemoryJobId(uuid::Uuid::from_u128(3));
-        Place { id, path: "/srv/saves/a".into(), saved, kept: false }
+        Place { id, path: "/srv/saves/a".into(), saved, kept: false, made: None }
     }
 
     fn directory(dir: &tempfile::TempDir) -> OwnedFd {

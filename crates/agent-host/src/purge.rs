@@ -41,7 +41,7 @@ impl RealAgent {
             left.note(format!("instance {id}"), ended);
         }
         for (id, _) in self.registry.memory_places() {
-            left.note(format!("memory of instance {id}"), self.forget_memory(id));
+            left.note(format!("memory of instance {id}"), self.forget_memory(id).await);
         }
         self.end_keepers(&mut left).await;
         // What no record tells of any more is found by the daemon's id: processes first, then what they held.

@@ -504,6 +504,11 @@ impl Shared {
                 stopping.broken_off(&machine).await?;
                 return Err(e);
             }
+            // The last moment at which it can go on.
+            if matches!(gone.try_recv(), Err(tokio::sync::oneshot::error::TryRecvError::Closed)) {
+                stopping.broken_off(&machine).await?;
+                return Err(Error::new(ErrorKind::Cancelled, "nobody waits for the memory any more"));
+            }
             memory_files::clear(&machine.dir)?;
             shared.force(&machine).await
         });

@@ -111,7 +111,11 @@ async fn state(machine: &Machine, id: Option<MemoryJobId>) -> Result<MemoryState
     }
     let migration = saved::migration(&qmp).await?;
     let phase = match migration.failure() {
-        _ if !now.begun => MemoryPhase::Running,
+        // Whoever was to ask QEMU was broken off, and asks no more.
+        _ if !now.begun => {
+            let reason = "it was broken off before it began; try again".into();
+            MemoryPhase::Failed { reason }
+        }
         _ if migration.status == "completed" => MemoryPhase::Done,
         Some(e) => MemoryPhase::Failed { reason: e.message },
         None => MemoryPhase::Running,
@@ -216,7 +220,8 @@ async fn cancel(machine: &Machine, now: &Written) -> Result<()> {
             sleep(LOOK).await;
         },
     }
-    if now.ran && now.kind == MemoryKind::Save && machine.now().state == RuntimeState::Paused {
+    // Asked also when it seems to run: a pause that nobody waits for any more may still be before this one.
+    if now.ran && now.kind == MemoryKind::Save && machine.now().state != RuntimeState::Error {
         machine.ask(Ask::Resume).await?;
     }
     clear(&machine.dir)

@@ -378,7 +378,7 @@ impl WritingPlan {
 
     /// Until all is written.
     async fn wait(&self, cx: &StepContext) -> Result<()> {
-        let (mut silent, mut last) = (Duration::ZERO, None);
+        let (mut heard, mut last) = (cx.engine.env.monotonic(), None);
         loop {
             let successor =
                 cx.engine.inventory.read().sagas.get(&cx.saga).is_some_and(|s| s.epoch > cx.engine.epoch);
@@ -391,13 +391,11 @@ impl WritingPlan {
             };
             match asked {
                 Err(e)
-                    if matches!(e.kind, ErrorKind::Unavailable | ErrorKind::Timeout) && silent < SILENCE =>
-                {
-                    silent += LOOK;
-                }
+                    if matches!(e.kind, ErrorKind::Unavailable | ErrorKind::Timeout)
+                        && cx.engine.env.monotonic().saturating_sub(heard) < SILENCE => {}
                 Err(e) => return Err(e),
                 Ok(state) => {
-                    silent = Duration::ZERO;
+                    heard = cx.engine.env.monotonic();
                     self.tell(cx, &state, &mut last);
                     match state.phase {
                         MemoryPhase::Running => {}

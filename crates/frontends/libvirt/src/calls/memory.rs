@@ -20,7 +20,7 @@ use crate::{
     xml::{
         self,
         domain::document_of,
-        machine::{Disk, Machine, Nic, refuse},
+        machine::{Disk, Machine, Nic, Screen, refuse},
     },
 };
 use karst_engine::{
@@ -139,6 +139,17 @@ fn document(call: &Call, view: &InstanceView) -> Result<String, VirError> {
     document_of(call, view, config, devices, false, None)
 }
 
+/// What is stored of a document has no password in it: records and files have it in clear.
+fn demand_no_secret(machine: &Machine) -> Result<(), VirError> {
+    match machine.screen {
+        Screen::Guarded(_) => {
+            let text = "is in no file with memory; leave it out, and set it when the domain runs";
+            Err(refuse("graphics passwd", text))
+        }
+        Screen::Unsaid | Screen::Open => Ok(()),
+    }
+}
+
 async fn save_to(call: &Call, named: &Named, path: String, dxml: Option<String>, flags: u32) -> Answered {
     demand_machines(call)?;
     let paused = wanted_state(call, flags, BYPASS_CACHE)?;
@@ -155,8 +166,12 @@ async fn save_to(call: &Call, named: &Named, path: String, dxml: Option<String>,
         return Err(VirError::new(Code::ConfigUnsupported, Part::Qemu, text));
     }
     let mut document = document(call, &view)?;
+    // What could not be read again would be lost: the machine ends.
+    let own = read(call, &document)?;
     if let Some(new) = dxml {
-        demand_same(&xml::machine::read::machine(&document)?, &read(call, &new)?)?;
+        let wanted = read(call, &new)?;
+        demand_no_secret(&wanted)?;
+        demand_same(&own, &wanted)?;
         document = new;
     }
     let request = SaveMemory { path, document, paused };
@@ -297,7 +312,9 @@ pub async fn image_define(call: Call) -> Answered {
     let (file, dxml, flags) = call.arguments(|r| Ok((r.string()?, r.string()?, r.u32()?)))?;
     let wanted = wanted_state(&call, flags, 0)?;
     let (saved, old) = saved(&call, &file).await?;
-    demand_same(&old, &read(&call, &dxml)?)?;
+    let new = read(&call, &dxml)?;
+    demand_no_secret(&new)?;
+    demand_same(&old, &new)?;
     let paused = wanted.unwrap_or(saved.paused);
     let session = &call.session;
     let engine = &session.front.engine;
