@@ -177,8 +177,6 @@ pub const INSTANCE_KEYS: &[Key] = &[
         "The machine has a high precision event timer.",
     ),
     key("hardware.hyperv", Bool, VirtualMachine, "true for Windows", false, "Hyper-V's interfaces (KVM)."),
-    key("hardware.iothreads", Text, VirtualMachine, "none", true, text::IOTHREADS),
-    key("hardware.iothreads.*", Text, VirtualMachine, "QEMU's", true, text::PROPERTIES),
     key(
         "hardware.input",
         Text,
@@ -187,6 +185,8 @@ pub const INSTANCE_KEYS: &[Key] = &[
         false,
         "Input devices of virtio: keyboard, mouse, tablet.",
     ),
+    key("hardware.iothreads", Text, VirtualMachine, "none", true, text::IOTHREADS),
+    key("hardware.iothreads.*", Text, VirtualMachine, "QEMU's", true, text::PROPERTIES),
     key(
         "hardware.machine",
         Text,
