@@ -210,6 +210,7 @@ impl Place {
         for name in ["old", "new"] {
             std::fs::write(dir.path().join(name), "").unwrap();
         }
+        machine.record().root = dir.path().join("old");
         machine.record().devices = Some(crate::record::Devices {
             machine: "q35".into(),
             ports: 8,
