@@ -18,6 +18,7 @@ mod copies;
 mod descriptions;
 mod facts;
 mod history;
+mod host_paths;
 pub mod ids;
 mod kernel;
 mod logs;

@@ -444,6 +444,10 @@ async fn hostile() {
             if *call == "link_state" && request.is_string() || *call == "pools_find" && request.is_object() {
                 continue;
             }
+            // A path is what this one takes; that it is not granted is tried with the rest.
+            if *call == "memory_file_read" && request.is_string() {
+                continue;
+            }
             match raw.ask(read(), call, &request).await {
                 Err(e) if e.kind == ErrorKind::Unsupported => {
                     let parsed = serde_json::from_value::<Call>(json!({"call": call, "request": request}));
