@@ -146,6 +146,8 @@ fn cause(root: Option<&Element>, (code, message): Refused) -> Cause {
             let first = label.split_whitespace().next().unwrap_or_default();
             label.starts_with("domain ") || words.contains(first) || !label.contains(' ')
         }
+        // It names what the document lacks.
+        _ if said.starts_with("missing ") && said.ends_with(" element") => true,
         _ => said
             .split(|c: char| !c.is_ascii_alphanumeric() && !"_:-".contains(c))
             .any(|word| words.contains(word)),
