@@ -79,6 +79,8 @@ pub struct RealAgent {
     pub(crate) launcher: Launcher,
     pub(crate) facts: tokio::sync::OnceCell<HostFacts>,
     pools: Mutex<HashMap<PoolId, Arc<dyn PoolDriver>>>,
+    /// Places for looking at the space of a pool's volumes; those of a file system that does not answer stay taken.
+    pub(crate) looks: Mutex<HashMap<PoolId, Arc<tokio::sync::Semaphore>>>,
     guests: Mutex<BTreeMap<InstanceId, GuestRecord>>,
     drivers: Vec<Arc<dyn GuestDriver>>,
     locks: Mutex<HashMap<uuid::Uuid, Arc<tokio::sync::Mutex<()>>>>,
@@ -145,6 +147,7 @@ impl RealAgent {
             launcher,
             facts: tokio::sync::OnceCell::new(),
             pools: Mutex::default(),
+            looks: Mutex::default(),
             guests: Mutex::default(),
             locks: Mutex::default(),
             audit: Arc::new(Mutex::new(crate::audit::AuditLog::open(root.join("audit"))?)),
@@ -389,6 +392,7 @@ impl RealAgent {
 
     pub(crate) fn forget_pool(&self, id: PoolId) {
         self.pools.lock().remove(&id);
+        self.looks.lock().remove(&id);
         self.unopened.forget(id);
     }
 

@@ -197,6 +197,14 @@ fn keep(directory: &OwnedFd, name: &str, place: &Place) -> Result<()> {
         }
     }
     file.sync_all()?;
+    // Both names are of it already: a kill came between the link and the removal of the first.
+    let of = |file: &File| file.metadata().map(|m| (m.dev(), m.ino()));
+    if let Some(named) = open(directory, name, false).ok().flatten()
+        && of(&named)? == of(&file)?
+    {
+        remove(directory, &part)?;
+        return rustix::fs::fsync(directory).map_err(io);
+    }
     let flags = match demand_own(directory, name, place)? {
         There::Nothing => RenameFlags::NOREPLACE,
         There::Saved => RenameFlags::empty(),
@@ -317,9 +325,10 @@ impl RealAgent {
         let Some(driver) = driver.memory_files() else { return Ok(MemoryState::default()) };
         let place = self.registry.memory_place(at.instance)?.filter(|p| Some(p.id) == at.id);
         let state = driver.state(at.instance, at.id).await?;
-        match (&state.phase, place) {
+        let MemoryPhase::Failed { .. } = state.phase else { return Ok(state) };
+        match place {
             // QEMU does not always say why.
-            (MemoryPhase::Failed { .. }, Some(place)) if self.is_full(&place) => {
+            Some(place) if self.is_full(&place).await => {
                 let reason = format!("there is not enough room for the memory where {:?} is", place.path);
                 Ok(MemoryState { phase: MemoryPhase::Failed { reason }, ..state })
             }
@@ -327,11 +336,14 @@ impl RealAgent {
         }
     }
 
-    fn is_full(&self, place: &Place) -> bool {
-        let found = self.policy().save_place(&place.path);
-        found.is_ok_and(|(directory, _)| {
-            rustix::fs::fstatvfs(&directory).is_ok_and(|s| s.f_bavail.saturating_mul(s.f_frsize) < ROOM)
-        })
+    async fn is_full(&self, place: &Place) -> bool {
+        let (policy, path) = (self.policy().clone(), place.path.clone());
+        let looked = blocking(move || {
+            let (directory, _) = policy.save_place(&path)?;
+            let s = rustix::fs::fstatvfs(&directory).map_err(io)?;
+            Ok(s.f_bavail.saturating_mul(s.f_frsize) < ROOM)
+        });
+        looked.await.unwrap_or(false)
     }
 
     pub(crate) async fn end_memory(&self, request: MachineMemoryEnd) -> Result<()> {
@@ -348,7 +360,13 @@ impl RealAgent {
                     || Error::conflict("the memory of the guest is not being written, or not any more");
                 let (mut place, driver) = place.zip(driver).ok_or_else(gone)?;
                 if place.kept {
-                    return Ok(());
+                    // Of a call that was broken off after the file had its name: QEMU's side may still be noted.
+                    return match driver.state(instance, id).await?.phase {
+                        MemoryPhase::Done => {
+                            driver.end(instance, id, MemoryEnd::Keep).await.map_err(as_state(instance))
+                        }
+                        _ => Ok(()),
+                    };
                 }
                 if driver.state(instance, id).await?.phase != MemoryPhase::Done {
                     return Err(gone());

@@ -40,7 +40,7 @@ use std::{
 };
 use tokio::{
     io::{Interest, unix::AsyncFd},
-    sync::OwnedMutexGuard,
+    sync::{OwnedMutexGuard, Semaphore},
 };
 
 /// A stream may take as long as the other end takes; its session ends it.
@@ -52,6 +52,8 @@ pub(crate) const STREAM: Limits = Limits {
 };
 /// Devices are measured in blocks of their pools, of which none is larger as a rule.
 const BLOCK: u64 = 64 << 20;
+/// Volumes of one pool that are looked at at a time for their space, also those for which nobody waits any more.
+const LOOKS: usize = 8;
 /// What an import may hold: a volume may be larger than any image.
 pub(crate) const BOUNDS: Bounds = Bounds { bytes: 64 << 40, entries: 1 << 32, ratio: 1 << 20 };
 
@@ -236,8 +238,18 @@ impl RealAgent {
             )));
         }
         let ask = |at: VolumeRef| async move {
-            let usage = self.pool(at.pool).ok()?.usage(at.volume).await.ok()?;
-            Some((at.volume, usage))
+            let pool = self.pool(at.pool).ok()?;
+            let room = {
+                let mut all = self.looks.lock();
+                all.entry(at.pool).or_insert_with(|| Arc::new(Semaphore::new(LOOKS))).clone()
+            };
+            let place = room.acquire_owned().await.ok()?;
+            // The place is free when the look has ended, not when its caller has gone.
+            let look = tokio::spawn(async move {
+                let _place = place;
+                pool.usage(at.volume).await
+            });
+            Some((at.volume, look.await.ok()?.ok()?))
         };
         Ok(crate::samples::within(&self.env, all, ask).await)
     }

@@ -124,26 +124,31 @@ impl Engine {
     /// Space of volumes, as far as their host tells it in time.
     pub async fn volume_usages(&self, volumes: &[(PoolId, VolumeId)]) -> HashMap<VolumeId, Usage> {
         let inner = self.inner();
-        let now = inner.env.monotonic();
+        let asked_at = inner.env.monotonic();
         let mut spaces = inner.metrics.spaces.lock().await;
-        spaces.retain(|_, (taken, _)| now.saturating_sub(*taken) < MAX_AGE);
+        // Whoever waited takes what was found meanwhile, also that the host is silent.
+        spaces.retain(|_, (taken, _)| asked_at.saturating_sub(*taken) < MAX_AGE);
         let wanted: Vec<VolumeRef> =
             volumes.iter().map(|(pool, volume)| VolumeRef { pool: *pool, volume: *volume }).collect();
         let unknown: Vec<VolumeRef> =
             wanted.iter().filter(|at| !spaces.contains_key(&at.volume)).copied().collect();
+        let mut silent = false;
         for part in unknown.chunks(MAX_USAGES) {
-            let Ok(agent) = inner.agents.get(inner.node) else { break };
-            let context = CallContext::read(PATIENCE);
-            let asking = agent.volume_usages(&context, part.to_vec());
-            let told: HashMap<VolumeId, Usage> = match inner.env.timeout(PATIENCE, asking).await {
-                Ok(Ok(told)) => told.into_iter().collect(),
-                Ok(Err(e)) => {
-                    tracing::warn!(error = %e, "a host does not tell the space of volumes");
-                    break;
+            let mut told: HashMap<VolumeId, Usage> = HashMap::new();
+            if !silent && let Ok(agent) = inner.agents.get(inner.node) {
+                let context = CallContext::read(PATIENCE);
+                let asking = agent.volume_usages(&context, part.to_vec());
+                match inner.env.timeout(PATIENCE, asking).await {
+                    Ok(Ok(found)) => told.extend(found),
+                    Ok(Err(e)) => {
+                        tracing::warn!(error = %e, "a host does not tell the space of volumes");
+                        silent = true;
+                    }
+                    Err(_) => silent = true,
                 }
-                Err(_) => break,
-            };
-            spaces.extend(part.iter().map(|at| (at.volume, (now, told.get(&at.volume).copied()))));
+            }
+            let taken = inner.env.monotonic();
+            spaces.extend(part.iter().map(|at| (at.volume, (taken, told.get(&at.volume).copied()))));
         }
         wanted.iter().filter_map(|at| Some((at.volume, spaces.get(&at.volume)?.1?))).collect()
     }
