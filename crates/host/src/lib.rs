@@ -11,6 +11,7 @@ pub mod device_mapper;
 pub mod exec;
 pub mod fs;
 pub mod link;
+pub mod memory;
 pub mod mount;
 pub mod mountns;
 pub mod moves;

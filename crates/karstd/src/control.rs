@@ -19,6 +19,8 @@ use tokio::{
 
 /// Time that requests in flight, and what is synced at the end, have when the process is asked to end; the launcher waits 40 s.
 const GRACE: Duration = Duration::from_secs(35);
+/// After so long a daemon has started, and most of what its start used is of no further use.
+pub const SETTLED: Duration = Duration::from_secs(2);
 
 /// Everything that control is made of.
 pub struct ControlContext {
@@ -109,6 +111,10 @@ pub fn block_on<T, F: Future<Output = Result<T>>>(
             (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let work = make(RealEnv::shared(), shutdown)?;
         tokio::pin!(work);
+        tokio::spawn(async {
+            tokio::time::sleep(SETTLED).await;
+            karst_host::memory::give_back();
+        });
         tokio::select! {
             biased;
             outcome = &mut work => return outcome,

@@ -102,6 +102,7 @@ pub fn run(dir: &Path, user: &str, format: Format, log: Option<LogFile>) -> Resu
         format,
         log,
         refusing: Refusing::default(),
+        settled: Some(Instant::now() + control::SETTLED),
         daemons: vec![
             daemon("host", Confined::Host { privileged: false }, vec![host]),
             daemon("control", confined, api),
@@ -124,6 +125,8 @@ struct Launcher {
     log: Option<LogFile>,
     daemons: Vec<Daemon>,
     refusing: Refusing,
+    /// When what its own start used is given back.
+    settled: Option<Instant>,
 }
 
 impl Launcher {
@@ -131,9 +134,12 @@ impl Launcher {
         loop {
             self.start_due();
             let now = Instant::now();
+            if self.settled.take_if(|at| *at <= now).is_some() {
+                karst_host::memory::give_back();
+            }
             let dues = self.daemons.iter().filter_map(|d| d.due);
             let log_look = self.log.as_ref().map(|_| now + log_file::LOOK);
-            let next = dues.chain(self.refusing.next()).chain(log_look).min();
+            let next = dues.chain(self.refusing.next()).chain(log_look).chain(self.settled).min();
             let control = &self.daemons[CONTROL];
             // Its sockets are ours as well; while it is away nobody else takes who comes.
             let listener = control.sockets.first().filter(|_| control.keeps_ending()).map(AsFd::as_fd);
