@@ -392,7 +392,7 @@ async fn a_kernel_is_used_by_the_record_and_not_by_the_guest_that_it_started() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_refused_is_named_and_leaves_nothing() {
     let (server, mut client) = ready().await;
-    let revision = server.engine.inner().inventory.read().revision;
+    let revision = server.settled().await;
     let disk = "<source file='/karst/default/d1'/>";
     for (from, to, code, word) in [
         ("type='qemu' ", "type='lxc' ", Code::ConfigUnsupported, "containers"),

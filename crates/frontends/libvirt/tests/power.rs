@@ -291,7 +291,7 @@ async fn a_document_starts_what_it_defines() {
             w.string(document).u32(0);
         })
     };
-    let revision = server.engine.inner().inventory.read().revision;
+    let revision = server.settled().await;
     let other = document.replacen("<devices>", "<on_crash>restart</on_crash><devices>", 1);
     let other = other.replacen("<on_crash>destroy</on_crash>", "", 1);
     let refused = client.call(CREATE_XML, &create(&other)).await.unwrap_err();

@@ -176,7 +176,7 @@ async fn the_read_only_socket_changes_nothing_by_any_procedure() {
     server.guest("c1", InstanceKind::Container, true).await;
     let mut client = server.open("ro", "lxc:///system").await;
     let c1 = client.domain("c1").await;
-    let revision = server.engine.inner().inventory.read().revision;
+    let revision = server.settled().await;
     for number in (1..=NAMES.len() as i32).filter(|n| *n != 2) {
         let demand = PROCEDURES.iter().find(|p| p.number == number).map(|p| p.demand);
         // Its domain, then what flags, texts and numbers most procedures take: enough for those that exist.
@@ -309,8 +309,9 @@ async fn many_clients_and_one_that_sends_garbage() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_user_may_have_of_the_read_only_socket_is_bounded() {
     let read_only = OfOne { connections: 2, frame: 1 << 20, ..Bounds::default().read_only };
-    let server =
-        Server::bounded(Bounds { first: Duration::from_secs(2), read_only, ..Bounds::default() }).await;
+    // In time for who asks something, also where a thread stands still for a while.
+    let first = Duration::from_secs(5);
+    let server = Server::bounded(Bounds { first, read_only, ..Bounds::default() }).await;
     let ends = async |client: &mut crate::support::Client| {
         let mut rest = vec![];
         let ended = tokio::time::timeout(PATIENCE, client.stream.read_to_end(&mut rest)).await;

@@ -61,7 +61,7 @@ async fn what_libvirt_denies_to_readers_is_denied() {
     let server = Server::start().await;
     server.guest("v1", InstanceKind::VirtualMachine, true).await;
     server.guest("c1", InstanceKind::Container, true).await;
-    let revision = server.engine.inner().inventory.read().revision;
+    let revision = server.settled().await;
     for (uri, name) in [("qemu:///system", "v1"), ("lxc:///system", "c1")] {
         let mut client = server.open("ro", uri).await;
         let domain = client.domain(name).await;
@@ -155,7 +155,7 @@ async fn the_engine_denies_changes_whatever_the_socket() {
         <source file='/karst/default/d1'/><target dev='vda' bus='virtio'/></disk></devices></domain>";
     let disk = "<disk type='file' device='disk'><source file='/karst/default/d1'/><target dev='vdb' bus='virtio'/></disk>";
     let network = "<network><name>n9</name><forward mode='nat'/><ip address='10.9.9.1' netmask='255.255.255.0'/></network>";
-    let revision = server.engine.inner().inventory.read().revision;
+    let revision = server.settled().await;
     // Arguments that whoever may would succeed with.
     let calls: Vec<(&str, Vec<u8>)> = vec![
         ("DOMAIN_CREATE", off.clone()),

@@ -28,7 +28,14 @@ use rustls::{
     crypto::ring,
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
 };
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -36,6 +43,8 @@ use tokio::{
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
 const TODAY: jiff::civil::Date = jiff::civil::date(2026, 1, 1);
+/// Time for a handshake where some never shake hands: others do it in that, also where a thread stands still for a while.
+const HANDSHAKE: Duration = Duration::from_secs(5);
 
 struct Listening {
     server: Server,
@@ -44,8 +53,15 @@ struct Listening {
     settings: ServerSettings,
 }
 
+/// A port of loopback that nobody has and nobody is given by chance: below those that the kernel draws for connections
+/// and for port 0, and never the same twice in one program.
 fn unused_address() -> SocketAddr {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let first = std::process::id().wrapping_mul(64);
+    let drawn = || 10_000 + (first.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % 20_000) as u16;
+    let free = |port: &u16| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    let mut ports = std::iter::repeat_with(drawn).take(1000);
+    SocketAddr::from(([127, 0, 0, 1], ports.find(free).expect("one of 1,000 ports is free")))
 }
 
 impl Listening {
@@ -214,7 +230,7 @@ async fn a_trusted_certificate_is_let_in_and_does_what_the_socket_does() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nobody_else_gets_past_the_handshake() {
-    let l = Listening::start(Bounds { handshake: Duration::from_secs(2), ..Bounds::default() }).await;
+    let l = Listening::start(Bounds { handshake: HANDSHAKE, ..Bounds::default() }).await;
     let (word, mut none) = l.connect(None, "localhost").await.unwrap();
     assert_eq!(word, 0);
     none.ends().await;
@@ -292,18 +308,13 @@ async fn trust_and_the_listener_end_connections_that_are_open() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_are_bounded() {
-    let bounds = Bounds {
-        handshake: Duration::from_secs(2),
-        handshakes: 2,
-        connections: 3,
-        of_one: 2,
-        ..Bounds::default()
-    };
+    let bounds =
+        Bounds { handshake: HANDSHAKE, handshakes: 2, connections: 3, of_one: 2, ..Bounds::default() };
     let l = Listening::start(bounds).await;
     let (first, second) = (l.client(&[]).await, l.client(&[]).await);
     // Those that never shake hands hold up the others as long as they may, and no longer.
     let mut silent = vec![];
-    for _ in 0..6 {
+    for _ in 0..4 {
         silent.push(TcpStream::connect(l.address()).await.unwrap());
     }
     let one = l.enter(&first).await;
@@ -406,18 +417,30 @@ async fn tokens_log_in_over_tls() {
         let (word, tls) = l.connect(None, "localhost").await.unwrap();
         (word == 1).then_some(tls)
     };
+    // Who comes after others waits until the server has seen that those are gone: there are two places.
+    let next = async || {
+        let entered = async {
+            loop {
+                if let Some(tls) = stranger().await {
+                    return tls;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, entered).await.expect("a place is free again")
+    };
     // Before that, four procedures: whatever else he says ends in a refusal, and the third of them the connection.
-    let mut tls = stranger().await.unwrap();
+    let mut tls = next().await;
     assert_eq!(tls.call(66, &[]).await.unwrap(), [0, 0, 0, 1, 0, 0, 0, 1]);
     for procedure in [1, 60, 273] {
         assert_eq!(tls.call(procedure, &[0; 8]).await.unwrap_err().0, Code::AuthFailed as i32);
     }
     tls.ends().await;
     for (user, password) in [("robot", all.as_str()), ("robot", ""), ("nobody", robot.as_str())] {
-        let mut tls = stranger().await.unwrap();
+        let mut tls = next().await;
         assert_eq!(tls.login(user, password).await.unwrap_err().0, Code::AuthFailed as i32, "{user}");
     }
-    let mut tls = stranger().await.unwrap();
+    let mut tls = next().await;
     let refused = tls.call(68, &message(Some("PLAIN"), "x")).await.unwrap_err();
     assert_eq!(refused.0, Code::AuthFailed as i32);
     assert_eq!(tls.call(69, &message(None, "x")).await.unwrap_err().0, Code::AuthFailed as i32);
@@ -426,7 +449,7 @@ async fn tokens_log_in_over_tls() {
     assert!(tls.open("lxc:///system", 0).await.unwrap_err().1.contains("\"default\" not found"));
     tls.open("lxc:///system?project=tenant", 0).await.unwrap();
     assert!(tls.names().await.is_empty());
-    let mut other = stranger().await.unwrap();
+    let mut other = next().await;
     other.login("a=2Cb=3Dc", &all).await.unwrap();
     other.open("qemu:///system", 0).await.unwrap();
     // A token that is deleted is nobody's, also where it is in use.
@@ -434,11 +457,11 @@ async fn tokens_log_in_over_tls() {
     tls.ends().await;
     assert!(other.names().await.is_empty());
     // No frame of a stranger is large, and not many are at it at once.
-    let mut large = stranger().await.unwrap();
+    let mut large = next().await;
     large.stream.write_all(&[0, 0x10, 0, 0, 0x20, 0, 0x80, 0x86]).await.unwrap();
     large.stream.write_all(&[0; 20]).await.unwrap();
     large.ends().await;
-    let (_one, _two) = (stranger().await.unwrap(), stranger().await.unwrap());
+    let (_one, _two) = (next().await, next().await);
     assert!(stranger().await.is_none(), "there are two");
     assert_eq!(other.names().await.len(), 0);
 }

@@ -227,7 +227,8 @@ fn what_is_lost_of_an_upload_is_no_upload() {
         .build()
         .unwrap();
     runtime.block_on(async {
-        let bounds = Bounds { patience: Duration::from_millis(300), ..Bounds::default() };
+        // So long a client may take, too, to read what comes down.
+        let bounds = Bounds { patience: Duration::from_secs(5), ..Bounds::default() };
         let (_server, mut client, volume) = on(Server::bounded(bounds).await).await;
         client.call(UPLOAD, &asked(&volume, 0, 0, 0)).await.unwrap();
         let (release, held) = std::sync::mpsc::channel::<()>();

@@ -157,9 +157,13 @@ mod tests {
 
     const SOON: Duration = Duration::from_secs(30);
 
-    /// An address of this host that nothing listens on.
+    /// A port of loopback that nobody has and nobody is given by chance: below those that the kernel draws for connections
+    /// and for port 0.
     fn free() -> SocketAddr {
-        Bound::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+        let first = std::process::id().wrapping_mul(64);
+        let mut ports = (0..1000).map(|n| 10_000 + (first.wrapping_add(n) % 20_000) as u16);
+        let free = |port: &u16| Bound::bind(("127.0.0.1", *port)).is_ok();
+        SocketAddr::from(([127, 0, 0, 1], ports.find(free).expect("one of 1,000 ports is free")))
     }
 
     /// Tells a byte to whoever comes, and ends when the listener does.

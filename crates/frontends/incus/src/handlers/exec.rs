@@ -36,8 +36,10 @@ const LINGER: Duration = Duration::from_millis(100);
 /// How long a client may take for the last output of a program that has ended. It may be read in a pager; but one that was
 /// stopped takes nothing, and would hold the operation and the session for ever.
 const LAST: Duration = Duration::from_secs(3600);
-/// How long the output of a program that has ended is waited for where it is kept.
-const KEPT: Duration = Duration::from_secs(2);
+/// How long the output of a program that has ended is waited for where it is kept: others of its processes may hold on to it.
+const KEPT: Duration = Duration::from_secs(5);
+/// How long its host may take to write the last of it: a busy disk is not a reason to lose it.
+const WRITTEN: Duration = Duration::from_secs(30);
 /// A terminal without a size.
 const SIZE: (u16, u16) = (80, 25);
 
@@ -220,7 +222,7 @@ async fn recorded(call: &Taken, project: &str, request: ExecRequest, operation: 
     // Others of its processes may hold on to its pipes: what is there is taken.
     taken(copies, KEPT).await;
     for end in ends {
-        let whole = tokio::time::timeout(KEPT, end.wait()).await;
+        let whole = tokio::time::timeout(WRITTEN, end.wait()).await;
         if !matches!(whole, Ok(Ok(0))) {
             tracing::debug!(%operation, "the output of a program is not kept whole");
         }

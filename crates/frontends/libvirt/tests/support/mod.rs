@@ -15,8 +15,12 @@ use karst_frontend_libvirt::{
     xdr::{Reader, Writer},
 };
 use karst_model::{NodeId, access::Principal, instance::InstanceKind};
-use karst_store::{SqliteStore, Store};
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use karst_store::{Revision, SqliteStore, Store};
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use tokio::{
     io::AsyncWriteExt,
     net::{UnixListener, UnixStream},
@@ -73,6 +77,22 @@ impl Server {
             })
             .into();
         Self { engine, front, host, dir, tasks }
+    }
+
+    /// The revision of the records, once the engine has written down what it finds at its start: the facts of its host, and the
+    /// warning that comes of them a second later. From here on the records change when somebody changes them.
+    pub async fn settled(&self) -> Revision {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            {
+                let records = self.engine.inner().inventory.read();
+                if !records.tenancy.warnings.is_empty() {
+                    return records.revision;
+                }
+            }
+            assert!(Instant::now() < end, "nothing is recorded of the host");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
