@@ -9,7 +9,7 @@ mod moved;
 mod stats;
 
 pub use limits::{CgroupLimits, HUGE_PAGES, IoLimit, parse_cpus};
-pub use stats::{CgroupDetails, CgroupStats};
+pub use stats::{CgroupDetails, CgroupStats, CountedGroup};
 
 use karst_model::{Error, Result};
 use std::{
@@ -46,10 +46,6 @@ fn read(path: &Path) -> Option<String> {
     let mut bytes = Vec::with_capacity(4096);
     fs::File::open(path).ok()?.take(u64::MAX).read_to_end(&mut bytes).ok()?;
     Some(std::str::from_utf8(&bytes).ok()?.trim().to_owned())
-}
-
-fn number(path: &Path) -> Option<u64> {
-    read(path)?.parse().ok()
 }
 
 /// The value of a line `key value` in a flat file such as `memory.stat`.

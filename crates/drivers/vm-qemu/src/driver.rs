@@ -772,7 +772,7 @@ impl GuestDriver for QemuDriver {
             let record = machine.record();
             (Groups::of(&record.daemon_id, instance), record.balloon.unwrap_or(record.memory))
         };
-        let stats = self.shared.cgroups.stats(&groups.machine);
+        let stats = self.shared.cgroups.counted(&groups.machine).stats();
         let pid = machine.observed.borrow().pid;
         let (memory, memory_peak) = pid.map_or((None, None), resident);
         let (disk_read, disk_written) = pid.map_or((None, None), moved);

@@ -1,8 +1,9 @@
 //! What control groups count: the figures of every sample, and those that monitoring alone reads. What is dear to read is
 //! read for the latter only; what was read for the former is not read again.
 
-use super::{Cgroups, field, moved, number, read};
-use std::{collections::BTreeMap, path::Path};
+use super::{Cgroups, field, moved};
+use rustix::fs::{self, Mode, OFlags};
+use std::{collections::BTreeMap, fs::File, io::Read, os::fd::OwnedFd, path::Path};
 
 /// Figures of a group and all below; a missing one is `None`.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -54,90 +55,146 @@ const MEMORY: &[(&str, &str, &str)] = &[
     ("Writeback", "total_writeback", "file_writeback"),
 ];
 
-/// Texts of a sample that details are made of.
-struct Texts {
+/// A group whose figures are asked for again and again. Its directories are held, so that no path is walked for each file:
+/// that cost more than all that is read. Of a group that is gone there are no figures.
+#[derive(Debug)]
+pub struct CountedGroup {
+    processors: Option<Directory>,
+    memory: Option<Directory>,
+    processes: Option<Directory>,
+    disks: Option<Directory>,
+}
+
+/// A group in the hierarchy of one controller.
+#[derive(Debug)]
+struct Directory {
     v1: bool,
+    fd: OwnedFd,
+}
+
+/// Texts of a sample that details are made of.
+#[derive(Default)]
+struct Texts {
     memory: String,
     cpu: String,
     disks: String,
 }
 
-impl Cgroups {
-    /// Figures of `group`.
-    pub fn stats(&self, group: &str) -> CgroupStats {
-        self.counted(group).0
+impl Directory {
+    /// One look as a rule: these files are short and do not tell their size, by which the standard library would begin with
+    /// 32 bytes.
+    fn read(&self, file: &str) -> Option<String> {
+        let opened = fs::openat(&self.fd, file, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
+        let mut bytes = Vec::with_capacity(4096);
+        File::from(opened).take(u64::MAX).read_to_end(&mut bytes).ok()?;
+        bytes.truncate(bytes.trim_ascii_end().len());
+        String::from_utf8(bytes).ok()
     }
 
-    /// Figures of `group` with details.
-    pub fn detailed(&self, group: &str) -> (CgroupStats, CgroupDetails) {
-        let (stats, texts) = self.counted(group);
-        let mut d = CgroupDetails { memory: memory(&texts.memory, texts.v1), ..CgroupDetails::default() };
-        let kills = match self.v1("memory", group) {
-            Some(dir) => read(&dir.join("memory.oom_control")),
-            None => self.v2(group).and_then(|dir| read(&dir.join("memory.events"))),
+    fn number(&self, file: &str) -> Option<u64> {
+        let opened = fs::openat(&self.fd, file, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
+        // More than any number has: a single look tells it.
+        let mut bytes = [0; 64];
+        let length = rustix::io::read(&opened, &mut bytes).ok()?;
+        std::str::from_utf8(&bytes[..length]).ok()?.trim().parse().ok()
+    }
+}
+
+impl Cgroups {
+    /// `group`, for reading its figures.
+    pub fn counted(&self, group: &str) -> CountedGroup {
+        let directory = |controller: &str| {
+            let (v1, path) = match self.v1(controller, group) {
+                Some(path) => (true, path),
+                None => (false, self.v2(group)?),
+            };
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            Some(Directory { v1, fd: fs::open(path, flags, Mode::empty()).ok()? })
         };
-        d.oom_kills = kills.and_then(|text| field(&text, "oom_kill"));
-        d.processors = match self.v1("cpuacct", group) {
-            Some(dir) => by_processor(&read(&dir.join("cpuacct.usage_all")).unwrap_or_default()),
-            None => {
+        CountedGroup {
+            processors: directory("cpuacct"),
+            memory: directory("memory"),
+            processes: directory("pids"),
+            disks: directory("blkio"),
+        }
+    }
+}
+
+impl CountedGroup {
+    /// Figures of the group.
+    pub fn stats(&self) -> CgroupStats {
+        self.read().0
+    }
+
+    /// Figures of the group with details.
+    pub fn detailed(&self) -> (CgroupStats, CgroupDetails) {
+        let (stats, texts) = self.read();
+        let mut d = CgroupDetails::default();
+        if let Some(dir) = &self.memory {
+            d.memory = memory(&texts.memory, dir.v1);
+            let kills = dir.read(if dir.v1 { "memory.oom_control" } else { "memory.events" });
+            d.oom_kills = kills.and_then(|text| field(&text, "oom_kill"));
+        }
+        d.processors = match &self.processors {
+            Some(dir) if dir.v1 => by_processor(&dir.read("cpuacct.usage_all").unwrap_or_default()),
+            _ => {
                 let time = |key| field(&texts.cpu, key).map(|us| us * 1000);
                 time("user_usec").zip(time("system_usec")).map(|(u, s)| (0, u, s)).into_iter().collect()
             }
         };
-        let disks = match self.v1("blkio", group) {
-            Some(dir) => {
-                let requests = read(&dir.join("blkio.throttle.io_serviced_recursive"));
+        let disks = match &self.disks {
+            Some(dir) if dir.v1 => {
+                let requests = dir.read("blkio.throttle.io_serviced_recursive");
                 moved::devices_v1(&texts.disks, &requests.unwrap_or_default())
             }
-            None => moved::devices_v2(&texts.disks),
+            _ => moved::devices_v2(&texts.disks),
         };
         d.disks = disks.into_iter().map(|(number, counters)| (name_of(&number), counters)).collect();
         (stats, d)
     }
 
-    fn counted(&self, group: &str) -> (CgroupStats, Texts) {
-        let mut s = CgroupStats::default();
-        let mut texts = Texts { v1: false, memory: String::new(), cpu: String::new(), disks: String::new() };
-        let unlimited = |n: &u64| *n < 1 << 60; // v1 shows "none" as a number near 2^63
-        if let Some(dir) = self.v1("cpuacct", group) {
-            s.cpu_ns = number(&dir.join("cpuacct.usage"));
-        } else if let Some(dir) = self.v2(group) {
-            texts.cpu = read(&dir.join("cpu.stat")).unwrap_or_default();
-            s.cpu_ns = field(&texts.cpu, "usage_usec").map(|us| us * 1000);
+    fn read(&self) -> (CgroupStats, Texts) {
+        let (mut s, mut texts) = (CgroupStats::default(), Texts::default());
+        match &self.processors {
+            Some(dir) if dir.v1 => s.cpu_ns = dir.number("cpuacct.usage"),
+            Some(dir) => {
+                texts.cpu = dir.read("cpu.stat").unwrap_or_default();
+                s.cpu_ns = field(&texts.cpu, "usage_usec").map(|us| us * 1000);
+            }
+            None => {}
         }
-        if let Some(dir) = self.v1("memory", group) {
-            texts.v1 = true;
-            texts.memory = read(&dir.join("memory.stat")).unwrap_or_default();
-            let cache = field(&texts.memory, "total_inactive_file").unwrap_or(0);
-            s.memory = number(&dir.join("memory.usage_in_bytes")).map(|n| n.saturating_sub(cache));
-            s.memory_peak = number(&dir.join("memory.max_usage_in_bytes"));
-            s.swap = field(&texts.memory, "total_swap");
-            s.memory_limit = number(&dir.join("memory.limit_in_bytes")).filter(unlimited);
-        } else if let Some(dir) = self.v2(group) {
-            texts.memory = read(&dir.join("memory.stat")).unwrap_or_default();
-            let cache = field(&texts.memory, "inactive_file").unwrap_or(0);
-            s.memory = number(&dir.join("memory.current")).map(|n| n.saturating_sub(cache));
-            s.memory_peak = number(&dir.join("memory.peak"));
-            s.swap = number(&dir.join("memory.swap.current"));
-            s.memory_limit = number(&dir.join("memory.max"));
+        if let Some(dir) = &self.memory {
+            texts.memory = dir.read("memory.stat").unwrap_or_default();
+            let counted = |key| field(&texts.memory, key);
+            let (used, cache) = match dir.v1 {
+                true => ("memory.usage_in_bytes", "total_inactive_file"),
+                false => ("memory.current", "inactive_file"),
+            };
+            let cache = counted(cache).unwrap_or(0);
+            s.memory = dir.number(used).map(|n| n.saturating_sub(cache));
+            if dir.v1 {
+                s.memory_peak = dir.number("memory.max_usage_in_bytes");
+                s.swap = counted("total_swap");
+                // It shows "none" as a number near 2^63.
+                s.memory_limit = dir.number("memory.limit_in_bytes").filter(|n| *n < 1 << 60);
+            } else {
+                s.memory_peak = dir.number("memory.peak");
+                s.swap = dir.number("memory.swap.current");
+                s.memory_limit = dir.number("memory.max");
+            }
         }
-        if let Some(dir) = self.v1("pids", group).or_else(|| self.v2(group)) {
-            s.processes = number(&dir.join("pids.current"));
-        }
-        let moved = match (self.v1("blkio", group), self.v2(group)) {
-            (Some(dir), _) => read(&dir.join("blkio.throttle.io_service_bytes_recursive")).map(|text| {
-                let sums = (moved::v1(&text, "Read"), moved::v1(&text, "Write"));
+        s.processes = self.processes.as_ref().and_then(|dir| dir.number("pids.current"));
+        if let Some(dir) = &self.disks {
+            let file = if dir.v1 { "blkio.throttle.io_service_bytes_recursive" } else { "io.stat" };
+            if let Some(text) = dir.read(file) {
+                let (read, written) = match dir.v1 {
+                    true => (moved::v1(&text, "Read"), moved::v1(&text, "Write")),
+                    false => (moved::v2(&text, "rbytes="), moved::v2(&text, "wbytes=")),
+                };
+                (s.disk_read, s.disk_written) = (Some(read), Some(written));
                 texts.disks = text;
-                sums
-            }),
-            (None, Some(dir)) => read(&dir.join("io.stat")).map(|text| {
-                let sums = (moved::v2(&text, "rbytes="), moved::v2(&text, "wbytes="));
-                texts.disks = text;
-                sums
-            }),
-            (None, None) => None,
-        };
-        (s.disk_read, s.disk_written) = moved.unzip();
+            }
+        }
         (s, texts)
     }
 }
@@ -217,12 +274,20 @@ mod tests {
         ] {
             std::fs::write(dir.join(file), text).unwrap();
         }
-        let (stats, details) = cgroups.detailed("g");
-        assert_eq!(stats, cgroups.stats("g"));
+        let group = cgroups.counted("g");
+        let (stats, details) = group.detailed();
+        assert_eq!(stats, group.stats());
         assert_eq!((stats.cpu_ns, stats.memory), (Some(30_000), Some(67)));
         assert_eq!(details.processors, [(0, 20_000, 10_000)]);
         assert_eq!(details.oom_kills, Some(2));
         // No such device is on this machine, so its numbers stand for it; loops are of no interest.
         assert_eq!(details.disks, BTreeMap::from([("4095:7".to_owned(), [4096, 1, 512, 2])]));
+        // What is held of it tells nothing when it is gone, also when another has come in its place.
+        std::fs::remove_dir_all(&dir).unwrap();
+        assert_eq!(group.detailed(), Default::default());
+        std::fs::create_dir(&dir).unwrap();
+        std::fs::write(dir.join("memory.current"), "5\n").unwrap();
+        assert_eq!(group.stats(), CgroupStats::default());
+        assert_eq!(cgroups.counted("g").stats().memory, Some(5));
     }
 }

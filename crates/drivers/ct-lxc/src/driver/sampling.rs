@@ -1,12 +1,12 @@
 //! Figures of a running container. They are asked for every few seconds of every guest, so what does not change while its
-//! init lives (who it is, where its groups lie, the way into its network) is kept: a sample reads files of its control
+//! init lives (who it is, its groups, the way into its network) is kept: a sample reads files of its control
 //! groups and asks its network namespace, and wakes no other process.
 
 use super::{Shared, lock};
 use crate::{proc::Init, record::Nic, spaces::Spaces};
 use karst_guest::{Details, DiskCounters, Interface, Metrics, ProcessorTimes};
 use karst_host::{
-    cgroup::{CgroupDetails, CgroupStats, Cgroups},
+    cgroup::{CgroupDetails, CgroupStats, CountedGroup},
     netns::NetnsProbe,
 };
 use karst_model::{InstanceId, Result};
@@ -19,7 +19,7 @@ use std::{
 #[derive(Debug)]
 pub(super) struct Sampled {
     init: Init,
-    group: String,
+    group: CountedGroup,
     nics: Vec<Nic>,
     /// One question at a time.
     probe: Mutex<NetnsProbe>,
@@ -27,8 +27,8 @@ pub(super) struct Sampled {
 }
 
 impl Sampled {
-    async fn sample(&self, cgroups: &Cgroups, detailed: bool) -> Result<Metrics> {
-        let metrics = counted(cgroups, &self.group, detailed);
+    async fn sample(&self, detailed: bool) -> Result<Metrics> {
+        let metrics = counted(&self.group, detailed);
         let mut metrics = Metrics { interfaces: self.interfaces()?, ..metrics };
         if let Some(details) = &mut metrics.details {
             details.filesystems = self.spaces.figures().await;
@@ -61,34 +61,35 @@ impl Shared {
         let guest = self.guest(instance);
         let kept = lock(&guest.sampled).clone().filter(|s| s.init.lives());
         if let Some(kept) = kept {
-            return kept.sample(&self.cgroups, detailed).await;
+            return kept.sample(detailed).await;
         }
         let running = self.running(instance).await?;
+        let group = self.cgroups.counted(&running.groups.limits);
         let Some(init) = running.init() else {
             // Between two lives: no network, and what the groups say is still the guest's.
-            return Ok(counted(&self.cgroups, &running.groups.limits, detailed));
+            return Ok(counted(&group, detailed));
         };
         let sampled = Arc::new(Sampled {
             probe: NetnsProbe::open(&init.pidfd)?.into(),
             init,
-            group: running.groups.limits.clone(),
+            group,
             nics: running.record.nics.clone(),
             spaces: Spaces::of(&running.record),
         });
         *lock(&guest.sampled) = Some(sampled.clone());
-        sampled.sample(&self.cgroups, detailed).await
+        sampled.sample(detailed).await
     }
 }
 
 /// What the groups of a guest count.
-fn counted(cgroups: &Cgroups, group: &str, detailed: bool) -> Metrics {
+fn counted(group: &CountedGroup, detailed: bool) -> Metrics {
     let (s, details) = match detailed {
         true => {
-            let (stats, details) = cgroups.detailed(group);
+            let (stats, details) = group.detailed();
             let details = details_of(&stats, details);
             (stats, Some(Box::new(details)))
         }
-        false => (cgroups.stats(group), None),
+        false => (group.stats(), None),
     };
     Metrics {
         cpu_ns: s.cpu_ns,
