@@ -167,6 +167,7 @@ of_any_machine=(
     "karstd::platform: the default pool and network could not be made; trying again error=$host_gone context=.*"
     "karst_engine::audit: the audit log cannot be written; trying again error=$host_gone"
     'karstd::platform: the last requests are not in the audit log error=the host does not take what is to be audited'
+    'karst_engine::compute::metrics: a host does not tell (its figures node=[^ ]*|the space of volumes) error=[a-z_]+ did not end within its time .*'
     'karst_agent_host::agent: new volumes are not known to be on disk yet'
     'karstd::launcher: did not end in time; killing it role="?(host|control)"? pid=[0-9]+'
 )
@@ -178,7 +179,10 @@ of_kills=(
     'karst_agent::client: the connection to the host process broke error=(unexpected end of file|(Broken pipe|Connection reset by peer) \(os error [0-9]+\))'
     'karst_agent::server: agent connection (without a proper hello|broken) error=(unexpected end of file|(Broken pipe|Connection reset by peer) \(os error [0-9]+\))'
     "karst_engine::reconcile: a network is behind; trying again network=[^ ]* error=$host_gone"
-    "karst_engine::compute::metrics: a host does not tell its figures node=[^ ]* error=$host_gone"
+    "karst_engine::reconcile: a network could not be brought up network=[^ ]* error=$host_gone context=.*"
+    "karst_engine::firewall: the network's rules are behind; its reconciler tries again network=[^ ]* error=$host_gone"
+    "karst_engine::compute::metrics: a host does not tell (its figures node=[^ ]*|the space of volumes) error=$host_gone"
+    "karst_engine::compute::inside: a host does not tell what its machines did node=[^ ]* error=$host_gone"
     "karst_engine::saga::runner: (a step|an undo) failed; trying again saga=[^ ]* step=[^ ]* error=$host_gone attempt=[0-9]+"
     'karst_vm_qemu::driver: QEMU of an adopted guest does not answer instance=[^ ]* error=.*'
 )

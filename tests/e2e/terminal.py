@@ -5,15 +5,15 @@ terminal.py COLUMNSxROWS STEP... -- COMMAND...
 Steps, one after the other:
   send TEXT             types it (\\x01 and the like are understood)
   size COLUMNSxROWS     gives the terminal another size
-  see REGEX             waits until the client has written what matches, at most 30 s
-  until REGEX COMMAND   runs a shell command again and again until it prints what matches, at most 30 s
+  see REGEX             waits until the client has written what matches, at most 120 s
+  until REGEX COMMAND   runs a shell command again and again until it prints what matches, at most 120 s
 
-Then waits for the end of the client, at most 30 s. TERMINAL_PATIENCE is another number of seconds. Prints what the client wrote; exits with its code, 99 when a step or
+Then waits for the end of the client, at most 120 s. TERMINAL_PATIENCE is another number of seconds. Prints what the client wrote; exits with its code, 99 when a step or
 the end did not come.
 """
 import fcntl, os, pty, re, select, signal, struct, subprocess, sys, termios, time
 
-PATIENCE = int(os.environ.get("TERMINAL_PATIENCE", 30))
+PATIENCE = int(os.environ.get("TERMINAL_PATIENCE", 120))
 at = sys.argv.index("--")
 first, steps, command = sys.argv[1], sys.argv[2:at], sys.argv[at + 1 :]
 

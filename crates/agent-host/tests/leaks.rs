@@ -16,7 +16,7 @@ use std::{
     path::Path,
     process::{Child, Command, Stdio},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 fn run(argv: &[&str]) {
@@ -36,6 +36,19 @@ impl Drop for Undo {
 }
 
 struct Running(Child);
+
+impl Running {
+    fn new(mut child: Child) -> Self {
+        // Between exec and its arguments there is a moment in which a process shows none.
+        let line = format!("/proc/{}/cmdline", child.id());
+        let end = Instant::now() + Duration::from_secs(60);
+        while fs::read(&line).unwrap().is_empty() {
+            assert!(child.try_wait().unwrap().is_none() && Instant::now() < end, "{line} stays empty");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Self(child)
+    }
+}
 
 impl Drop for Running {
     fn drop(&mut self) {
@@ -234,7 +247,7 @@ async fn plant(agent: &Arc<RealAgent>, host: &Path, id: &str) -> Undo {
     let mut keeper = Command::new("/bin/sh");
     keeper.arg0("karst-keeper").args(["-c", "read x", "keeper"]);
     keeper.arg(host.join("guests").join(guest)).stdin(Stdio::piped());
-    let keeper = Running(keeper.spawn().unwrap());
+    let keeper = Running::new(keeper.spawn().unwrap());
     found(agent, &[&format!("process {}: karst-keeper", keeper.0.id())]).await;
     drop(keeper);
 
@@ -245,7 +258,7 @@ async fn plant(agent: &Arc<RealAgent>, host: &Path, id: &str) -> Undo {
     fs::write(&conf, quiet).unwrap();
     let mut dnsmasq = Command::new("/usr/sbin/dnsmasq");
     dnsmasq.arg0("dnsmasq").arg(format!("--conf-file={}", conf.display()));
-    let dnsmasq = Running(dnsmasq.stderr(Stdio::null()).spawn().unwrap());
+    let dnsmasq = Running::new(dnsmasq.stderr(Stdio::null()).spawn().unwrap());
     let process = format!("process {}: dnsmasq of no network", dnsmasq.0.id());
     found(agent, &[&process, "which is not recorded"]).await;
     drop(dnsmasq);

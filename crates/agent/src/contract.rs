@@ -97,7 +97,7 @@ impl Subject {
             bridge: "karstct0".into(),
             ipv4: "10.99.7.1/24".parse().unwrap(),
             foreign_bridge: Some("docker0".into()),
-            boot: Duration::from_secs(5),
+            boot: Duration::from_secs(60),
             saves: Some("/srv/saves".into()),
             counter: AtomicU32::new(0),
         }

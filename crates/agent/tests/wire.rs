@@ -290,7 +290,8 @@ async fn the_host_takes_no_descriptors() {
         ends(&host.env, reader).await;
     }
     host.still_answers().await;
-    let deadline = host.env.monotonic() + LONG;
+    // Other tests of this program have some, too, as long as they run.
+    let deadline = host.env.monotonic() + 15 * LONG;
     while open_fds() > before {
         assert!(host.env.monotonic() < deadline, "descriptors leaked: {} after {before}", open_fds());
         tokio::task::yield_now().await;
@@ -434,7 +435,7 @@ async fn what_takes_long_holds_up_nothing_that_must_get_through() {
         // Whether it ever ran: it is answered.
         client.guest_stop(&change(1), stop(7, StopMode::Force)).await
     };
-    let answer = host.env.timeout(LONG / 4, urgent).await.expect("a forced stop waits for what takes long");
+    let answer = host.env.timeout(LONG / 2, urgent).await.expect("a forced stop waits for what takes long");
     assert!(!answer.is_err_and(|e| e.is(ErrorKind::Timeout)));
     held.iter().for_each(|call| call.abort());
 }
@@ -499,7 +500,7 @@ async fn a_host_that_stays_away_is_unavailable_in_time() {
     let context = CallContext::read(Duration::from_millis(200));
     let e = client.host_facts(&context, ()).await.unwrap_err();
     assert_eq!(e.kind, ErrorKind::Unavailable, "{e:?}");
-    assert!(env.monotonic() - began < Duration::from_secs(5));
+    assert!(env.monotonic() - began < LONG);
 }
 
 fn guest(n: u128, volume: uuid::Uuid) -> karst_model::spec::GuestSpec {

@@ -170,7 +170,7 @@ mod tests {
             async move { process.ended().await }
         });
         tokio::task::spawn_blocking(move || process.end(Duration::from_secs(5))).await.unwrap().unwrap();
-        tokio::time::timeout(Duration::from_secs(5), watch).await.unwrap().unwrap().unwrap();
+        tokio::time::timeout(Duration::from_secs(60), watch).await.unwrap().unwrap().unwrap();
         assert!(!found[0].alive());
         assert!(child.wait().is_err(), "its exit status was taken");
         found[0].signal(Signal::TERM).unwrap();

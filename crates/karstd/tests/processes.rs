@@ -168,9 +168,11 @@ fn sockets(pid: u32, table: &str) -> Vec<String> {
         .filter_map(|l| Some(l.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()))
         .collect();
     let all = fs::read_to_string(format!("/proc/{pid}/net/{table}")).unwrap_or_default();
+    // Where the inode stands; another number, as a process id of netlink, may be the same by chance.
+    let column = if table == "packet" { 8 } else { 9 };
     all.lines()
         .skip(1)
-        .filter(|l| l.split_whitespace().any(|w| inodes.iter().any(|i| i == w)))
+        .filter(|l| l.split_whitespace().nth(column).is_some_and(|w| inodes.iter().any(|i| i == w)))
         .map(str::to_owned)
         .collect()
 }

@@ -26,14 +26,21 @@ fn put(key: impl Into<String>, bytes: usize) -> Txn {
 fn transactions_that_queue_share_a_commit_and_keep_their_revisions() {
     block_on(async {
         let directory = tempfile::tempdir().unwrap();
-        let store = Arc::new(open(&directory.path().join("state.db")).await.unwrap());
+        let path = directory.path().join("state.db");
+        let store = Arc::new(open(&path).await.unwrap());
         let first = store.txn(put("/first", 1)).await.unwrap().committed().unwrap();
         assert_eq!((first, store.sync_count()), (2, 1));
-        let mut revisions = futures::future::join_all((0..64).map(|number| {
+        // Until all of them are in the queue nothing can be written; otherwise the writer could be done with each of them
+        // before the next has come, as it is where the two take turns on one processor.
+        let busy = rusqlite::Connection::open(&path).unwrap();
+        busy.execute_batch("BEGIN IMMEDIATE").unwrap();
+        let mut all = Box::pin(futures::future::join_all((0..64).map(|number| {
             let store = store.clone();
             async move { store.txn(put(format!("/k{number}"), 10)).await.unwrap().committed().unwrap() }
-        }))
-        .await;
+        })));
+        assert!(futures::poll!(&mut all).is_pending());
+        drop(busy);
+        let mut revisions = all.await;
         revisions.sort();
         assert_eq!(revisions, (first + 1..=first + 64).collect::<Vec<_>>());
         let counters = store.counters();

@@ -390,28 +390,32 @@ async fn exec(guest: &Guest<'_>) {
     assert_eq!(agent.session_wait(&s.read(), started.value).await.unwrap(), 0);
     agent.session_close(&s.read(), started.value).await.unwrap();
 
-    // A terminal of some size, and another.
-    // A busy machine takes its time, an emulated one more.
-    let pause = if guest.spec.kind == InstanceKind::Container { "2" } else { "4" };
-    let script = format!("stty size; sleep {pause}; stty size; exit 5");
-    let mut request = guest.request(&["sh", "-c", &script]);
-    request.request.terminal = Some((81, 25));
-    request.request.term = Some("xterm".into());
-    let started = agent.exec_start(&s.read(), request).await.unwrap();
-    let terminal = one(started.fds);
-    let resize = SessionResize { session: started.value, columns: 120, rows: 40 };
-    let output = async {
-        let output = read_all(terminal).await;
-        String::from_utf8_lossy(&output).into_owned()
-    };
-    let resized = async {
-        s.env.sleep(Duration::from_millis(120)).await;
-        agent.session_resize(&s.read(), resize).await.unwrap();
-    };
-    let (output, ()) = tokio::join!(output, resized);
-    assert!(output.contains("40 120\r\n"), "{output:?}");
-    assert_eq!(agent.session_wait(&s.read(), started.value).await.unwrap(), 5);
-    agent.session_close(&s.read(), started.value).await.unwrap();
+    // A terminal of some size, and another while the program pauses: for longer where the change came too late.
+    let shortest = if guest.spec.kind == InstanceKind::Container { 2 } else { 4 };
+    for pause in [shortest, 8, 16, 32] {
+        let script = format!("stty size; sleep {pause}; stty size; exit 5");
+        let mut request = guest.request(&["sh", "-c", &script]);
+        request.request.terminal = Some((81, 25));
+        request.request.term = Some("xterm".into());
+        let started = agent.exec_start(&s.read(), request).await.unwrap();
+        let terminal = one(started.fds);
+        let resize = SessionResize { session: started.value, columns: 120, rows: 40 };
+        let output = async {
+            let output = read_all(terminal).await;
+            String::from_utf8_lossy(&output).into_owned()
+        };
+        let resized = async {
+            s.env.sleep(Duration::from_millis(120)).await;
+            agent.session_resize(&s.read(), resize).await
+        };
+        let (output, resized) = tokio::join!(output, resized);
+        assert_eq!(agent.session_wait(&s.read(), started.value).await.unwrap(), 5);
+        agent.session_close(&s.read(), started.value).await.unwrap();
+        if resized.is_ok() && output.contains("40 120\r\n") {
+            break;
+        }
+        assert!(pause < 32, "{output:?}, {resized:?}");
+    }
 
     // Several at a time.
     let many = (0..8).map(|n| async move {

@@ -25,7 +25,7 @@ use std::{
 };
 
 const BOOT: Duration = Duration::from_secs(180);
-const GRACEFUL: StopMode = StopMode::Graceful { timeout: Duration::from_secs(60) };
+const GRACEFUL: StopMode = StopMode::Graceful { timeout: BOOT };
 
 /// Systemd has started everything: what it starts no longer counts against a limit by surprise.
 const SETTLED: &str = "for i in 1 2 3 4; do systemctl is-system-running --wait >/dev/null 2>&1; \
@@ -65,7 +65,8 @@ async fn limits_hold_inside_at_start_and_live() {
     assert!(metrics.memory_peak.unwrap() > 100 << 20, "{metrics:?}");
 
     // Processes: refused.
-    let ran = shell(&driver, &guest, "for i in $(seq 100); do sleep 5 & done; echo all").await;
+    // Each stays for longer than it takes to start all of them with a fifth of a CPU.
+    let ran = shell(&driver, &guest, "for i in $(seq 100); do sleep 20 & done; echo all").await;
     assert!(ran.stderr.contains("fork") || ran.stderr.contains("temporarily"), "{ran:?}");
     assert!(driver.metrics(guest.instance).await.unwrap().processes.unwrap() <= 60);
     until_inside(&driver, &guest, "! pidof sleep >/dev/null 2>&1 || true; true", BOOT).await;

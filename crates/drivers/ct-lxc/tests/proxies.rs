@@ -56,7 +56,7 @@ fn free() -> u16 {
 
 fn ask(port: u16, question: &str) -> Option<String> {
     let mut stream = TcpStream::connect(local(port)).ok()?;
-    stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(30))).ok()?;
     stream.write_all(question.as_bytes()).ok()?;
     stream.shutdown(std::net::Shutdown::Write).ok()?;
     let mut answer = String::new();
@@ -104,7 +104,7 @@ async fn both_ways_and_through_everything() {
     again.adopt().await.unwrap();
     let server = TcpListener::bind(local(0)).unwrap();
     let (out, sink) = (server.local_addr().unwrap(), UdpSocket::bind(local(0)).unwrap());
-    sink.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    sink.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
     guest.proxies.push(proxy("out", ProxyProtocol::Tcp, true, local(1234), out));
     guest.proxies.push(proxy("drops", ProxyProtocol::Udp, true, local(1235), sink.local_addr().unwrap()));
     again.update(&guest).await.unwrap();
@@ -116,7 +116,7 @@ async fn both_ways_and_through_everything() {
         let (n, sender) = sink.recv_from(&mut buffer)?;
         sink.send_to(&buffer[..n], sender)
     });
-    let script = "bash -c 'exec 3<>/dev/udp/127.0.0.1/1235; echo drop >&3; timeout 10 dd bs=64 count=1 <&3 2>/dev/null'";
+    let script = "bash -c 'exec 3<>/dev/udp/127.0.0.1/1235; echo drop >&3; timeout 60 dd bs=64 count=1 <&3 2>/dev/null'";
     assert_eq!(inside(&again, &guest, script).await, "drop");
     answer.join().unwrap().unwrap();
 
@@ -128,7 +128,7 @@ async fn both_ways_and_through_everything() {
         "until systemctl list-units >/dev/null 2>&1; do sleep 0.1; done; systemctl reboot || true",
     )
     .await;
-    let end = Instant::now() + Duration::from_secs(60);
+    let end = Instant::now() + Duration::from_secs(180);
     while again.observe(guest.instance).await.unwrap().pid.is_none_or(|p| Some(p) == first)
         || ask(port, "again") != Some("again".into())
     {
@@ -194,12 +194,12 @@ async fn unix_sockets_of_both_sides() {
 
     // Its init mounts file systems over places where sockets have been made before: they are made again.
     inside(&driver, &guest, "until systemctl list-units >/dev/null 2>&1; do sleep 0.1; done; i=0; \
-        until test -S /run/in.sock && test -S /run/refused.sock || test $i -gt 300; do sleep 0.1; i=$((i+1)); done").await;
+        until test -S /run/in.sock && test -S /run/refused.sock || test $i -gt 1200; do sleep 0.1; i=$((i+1)); done").await;
     let inside_is = |script: &'static str| inside(&driver, &guest, script);
     assert_eq!(inside_is("stat -c '%u %g %a' /run/in.sock").await.trim(), "1000 0 660");
     let talk = |path: String| {
         let mut stream = UnixStream::connect(path).ok()?;
-        stream.set_read_timeout(Some(Duration::from_secs(10))).ok()?;
+        stream.set_read_timeout(Some(Duration::from_secs(30))).ok()?;
         // Whoever is refused finds it closed at once, or while it still writes.
         let _ = stream.write_all(b"hello").and_then(|()| stream.shutdown(std::net::Shutdown::Write));
         let mut answer = String::new();

@@ -312,7 +312,7 @@ async fn exec(driver: &dyn GuestDriver, guest: &ResolvedGuest) {
         driver,
         guest,
         "for p in /proc/[0-9]*/cmdline; do tr '\\0' ' ' <$p 2>/dev/null | grep -q '^[^ ]*sleep 987' && exit 1; done; true",
-        Duration::from_secs(20),
+        Duration::from_secs(120),
     )
     .await;
 }

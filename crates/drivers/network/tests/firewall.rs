@@ -273,7 +273,7 @@ fn answers_come_back_and_tampering_is_repaired() {
             let listens =
                 || run(&["ip", "netns", "exec", &ns, "busybox", "netstat", "-ltn"]).contains(":7777");
             eventually("the server listens", listens);
-            let out = lab.guest(from, &["busybox", "timeout", "6", "busybox", "nc", "-w", "5", to, port]);
+            let out = lab.guest(from, &["busybox", "timeout", "60", "busybox", "nc", "-w", "30", to, port]);
             let _ = server.kill();
             let _ = server.wait();
             String::from_utf8_lossy(&out.stdout).contains("hello")

@@ -174,7 +174,7 @@ impl Lab {
         let _ = std::fs::remove_file(&out);
         let set = format!("KARST_OUT={}", out.display());
         let mut argv = vec![
-            "env", &set, "busybox", "udhcpc", "-f", "-q", "-n", "-t", "5", "-T", "1", "-i", "eth0", "-s",
+            "env", &set, "busybox", "udhcpc", "-f", "-q", "-n", "-t", "20", "-T", "1", "-i", "eth0", "-s",
         ];
         argv.push(script.to_str().unwrap());
         argv.extend(extra);
@@ -253,9 +253,9 @@ impl Lab {
 }
 
 pub fn eventually(what: &str, mut is: impl FnMut() -> bool) {
-    let until = Instant::now() + Duration::from_secs(20);
+    let until = Instant::now() + Duration::from_secs(120);
     while !is() {
-        assert!(Instant::now() < until, "not within 20 s: {what}");
+        assert!(Instant::now() < until, "not within 120 s: {what}");
         std::thread::sleep(Duration::from_millis(20));
     }
 }
