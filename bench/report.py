@@ -129,6 +129,11 @@ def document(bench, facts):
     spreads = [f"- {row.what}: {row.spread()}" for row in bench.rows if row.spread()]
     if spreads:
         lines += ["Smallest and largest sample:", "", *spreads, ""]
-    if bench.notes:
-        lines += ["Notes:", "", *(f"- {n}" for n in bench.notes), ""]
+    # What was taken once has no median and no spread, and the table alone does not show it.
+    once = [row.what for row in bench.rows if not any(len(s) > 1 for s in row.samples.values())]
+    notes = list(bench.notes)
+    if once:
+        notes.append(f"One sample each, no median; rates, CPU, syncs and kB an instance are means over the requests of that one run: {'; '.join(once)}.")
+    if notes:
+        lines += ["Notes:", "", *(f"- {n}" for n in notes), ""]
     return "\n".join(lines)

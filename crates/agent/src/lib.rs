@@ -1,8 +1,10 @@
 //! The host agent: the trait that the engine calls, its wire protocol, the client, and a simulation.
 //!
-//! Between control (no privileges) and host (root) only ids travel: pool, volume, network, image, instance, device. No
-//! host path, argv, raw configuration line, nft text or environment of host processes is on this wire. Bytes (exec,
-//! console, files, images) flow through descriptors that the host opened and passed; the host never receives one.
+//! Between control (no privileges) and host (root) ids travel: pool, volume, network, image, instance, device. No argv, nft
+//! text or environment of host processes is on this wire. Paths of the host (disks, device nodes, pools, files for memory), its
+//! interfaces, lines of `raw.lxc` and `raw.dnsmasq` and commands of QEMU's monitor are, as a user named them: the host grants each by
+//! its policy (`host-policy.toml`) or refuses it. Bytes (exec, console, files, images) flow through descriptors that the host
+//! opened and passed; the host never receives one.
 
 pub mod asks;
 pub mod backups;

@@ -1,5 +1,6 @@
-//! The typed specification of a guest as it travels from the engine to a host's agent. Only ids travel: no host path,
-//! argv, raw configuration line or nft text. The host resolves the ids from its own registry.
+//! The typed specification of a guest as it travels from the engine to a host's agent. Ids travel, which the host resolves from
+//! its own registry; no argv and no nft text. What names something of the host itself ([`DiskSource::Host`], [`NodeSpec`],
+//! interfaces of NICs) and `raw.lxc` are granted or refused by the host's policy.
 
 use crate::{
     ByteSize, DeviceId, ImageId, InstanceId, NetworkId, PoolId, ProjectId, SnapshotId, VolumeId,
@@ -436,8 +437,8 @@ pub enum DiskSource {
         /// Volume.
         volume: VolumeId,
     },
-    /// A directory, image file or block device of the host. The one path that crosses the wire: the host opens it beneath
-    /// a prefix that its policy grants, or refuses.
+    /// A directory, image file or block device of the host, which opens it beneath a prefix that its policy grants, or
+    /// refuses.
     Host {
         /// Absolute, without `..`.
         path: String,

@@ -1,5 +1,7 @@
-//! Wrong input to every use case that changes something: the right class of error, the field named, nothing changed, not
-//! even in the raw store.
+//! Wrong input to the engine's use cases of instances (making, changing, power, files, exec, moves, rebuilds), profiles, projects,
+//! networks, pools, images, recovery, backups, checkpoints, copies of disks and memory in files: the right class of error, the
+//! field named, nothing changed, not even in the raw store. What else changes something (snapshots, volumes, ACLs, roles,
+//! certificates, settings) is sent wrong input over HTTP, by `every_endpoint.rs` of the Incus front end, whose table has all paths.
 
 use futures::future::BoxFuture;
 use karst_engine::{

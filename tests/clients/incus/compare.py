@@ -38,6 +38,7 @@ WORDINGS = [
     (r"Source path '.*' doesn't exist", r"this host does not grant"),
     (r"^Error: Invalid instance name$", r"instance \"\S+\" not found"),
     (r"Project not found", r"project \S+ not found"),
+    (r"VGA console is only supported by virtual machines", r"only virtual machines have a screen"),
 ]
 
 # In order. What the text still says after them is compared.
