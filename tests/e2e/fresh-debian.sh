@@ -54,12 +54,13 @@ processes() {
 fresh_debian() {
     local sources mirror suite
     sources=$(mktemp -p "$work")
-    mirror=$(awk '$1 == "URIs:" { print $2; exit } $1 == "deb" { print ($2 ~ /^\[/) ? $3 : $2; exit }' \
-        /etc/apt/sources.list.d/debian.sources /etc/apt/sources.list 2>/dev/null)
+    mirror=$(cat /etc/apt/sources.list.d/debian.sources /etc/apt/sources.list 2>/dev/null |
+        awk '$1 == "URIs:" { print $2; exit } $1 == "deb" { print ($2 ~ /^\[/) ? $3 : $2; exit }')
     for suite in "$mirror bookworm" "$mirror bookworm-updates" "$mirror-security bookworm-security"; do
         echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $suite main" >>"$sources"
     done
-    ok "it is made" mmdebstrap --quiet --variant=minbase --include=make,git,sudo,debian-archive-keyring,ca-certificates bookworm "$root" "$sources"
+    # By way of its input the list becomes sources.list, where a Debian that was installed has it.
+    ok "it is made" mmdebstrap --quiet --variant=minbase --include=make,git,sudo,debian-archive-keyring,ca-certificates bookworm "$root" - <"$sources"
     chroot "$root" useradd --create-home --shell /bin/bash anna
     echo 'anna ALL=(ALL) NOPASSWD: ALL' >"$root/etc/sudoers.d/anna"
     cp /etc/resolv.conf "$root/etc/resolv.conf"
