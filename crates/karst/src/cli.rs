@@ -6,8 +6,8 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind}
 
 use crate::{
     commands::{
-        access, admin, completion, config, console, copy, create, display, exec, file, host, image, info,
-        lifecycle, list, machine, man, monitor, network, operation, profile, project, query, snapshot,
+        access, admin, backup, completion, config, console, copy, create, display, exec, file, host, image,
+        info, lifecycle, list, machine, man, monitor, network, operation, profile, project, query, snapshot,
         storage, top, trust, version, warning,
     },
     context::Context,
@@ -84,6 +84,13 @@ enum Command {
     Copy(copy::Copy),
     /// Rename an instance
     Rename(lifecycle::Rename),
+    /// Write an instance with its snapshots to a file
+    Export(backup::Export),
+    /// Make an instance of the file that export has written
+    Import(backup::Import),
+    /// Backups of instances that the server keeps
+    #[command(subcommand)]
+    Backup(backup::Backup),
     /// Configuration of instances and of the server
     #[command(subcommand)]
     Config(config::Config),
@@ -187,6 +194,9 @@ async fn run(context: &Context, command: Command) -> Result<()> {
         Command::Delete(command) => command.run(context).await,
         Command::Copy(command) => command.run(context).await,
         Command::Rename(command) => command.run(context).await,
+        Command::Export(command) => command.run(context).await,
+        Command::Import(command) => command.run(context).await,
+        Command::Backup(command) => command.run(context).await,
         Command::Config(command) => command.run(context).await,
         Command::Snapshot(command) => command.run(context).await,
         Command::File(command) => command.run(context).await,

@@ -32,6 +32,12 @@ pub enum Kind {
     Warning,
     /// A trusted certificate.
     Certificate,
+    /// A backup of an instance.
+    Backup,
+    /// A backup of a volume.
+    VolumeBackup,
+    /// A snapshot of a volume.
+    VolumeSnapshot,
 }
 
 impl Kind {
@@ -51,6 +57,8 @@ impl Kind {
             Self::Operation => "operation",
             Self::Warning => "warning",
             Self::Certificate => "certificate",
+            Self::Backup | Self::VolumeBackup => "backup",
+            Self::VolumeSnapshot => "snapshot",
         }
     }
 
@@ -70,6 +78,9 @@ impl Kind {
             Self::Operation => "karst operation list",
             Self::Warning => "karst warning list",
             Self::Certificate => "karst trust list",
+            Self::Backup => "karst backup list INSTANCE",
+            Self::VolumeBackup => "karst storage volume backup list POOL VOLUME",
+            Self::VolumeSnapshot => "karst storage volume snapshot list POOL VOLUME",
         }
     }
 

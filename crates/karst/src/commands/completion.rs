@@ -3,6 +3,7 @@
 
 use std::{ffi::OsStr, time::Duration};
 
+use clap::CommandFactory;
 use clap_complete::{
     engine::{ArgValueCompleter, CompletionCandidate},
     env::Shells,
@@ -67,6 +68,91 @@ pub fn complete_named() -> ArgValueCompleter {
     })
 }
 
+/// What belongs to something that stands before it on the line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Below {
+    /// Snapshots of the instance.
+    Snapshot,
+    /// Backups of the instance.
+    Backup,
+    /// Custom volumes of the pool.
+    Volume,
+    /// Snapshots of the pool's volume.
+    VolumeSnapshot,
+    /// Backups of the pool's volume.
+    VolumeBackup,
+}
+
+impl Below {
+    /// Where they are listed; `operands` are what stands before.
+    fn url(self, operands: &[&str]) -> Option<Url> {
+        let first = *operands.first()?;
+        let instance = || Url::new(&["instances", first]);
+        let volumes = || Url::new(&["storage-pools", first, "volumes", "custom"]);
+        Some(match self {
+            Self::Snapshot => instance().join("snapshots"),
+            Self::Backup => instance().join("backups"),
+            Self::Volume => volumes(),
+            Self::VolumeSnapshot => volumes().join(operands.get(1)?).join("snapshots"),
+            Self::VolumeBackup => volumes().join(operands.get(1)?).join("backups"),
+        })
+    }
+}
+
+/// Completes names of what belongs to something that stands before it on the line: `storage volume show POOL <tab>`.
+pub fn complete_below(below: Below) -> ArgValueCompleter {
+    ArgValueCompleter::new(move |current: &OsStr| match below.url(&operands(&before_cursor())) {
+        Some(url) => of_server(current, async |client: &Client| listed(client, &url).await),
+        None => Vec::new(),
+    })
+}
+
+/// The words between the name of the program and the one that is completed. The shell hands the line over as our own
+/// arguments, after `--`.
+fn before_cursor() -> Vec<String> {
+    let arguments: Vec<String> =
+        std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
+    let start = arguments.iter().position(|word| word == "--").map_or(arguments.len(), |at| at + 1);
+    let words = &arguments[start..];
+    // Shells that do not say which word it is end the line there.
+    let index = std::env::var("_CLAP_COMPLETE_INDEX").ok().and_then(|text| text.parse::<usize>().ok());
+    let current = index.unwrap_or(words.len().saturating_sub(1)).min(words.len());
+    words.get(1..current).unwrap_or_default().to_vec()
+}
+
+/// Those words that are neither commands nor options.
+fn operands(words: &[String]) -> Vec<&str> {
+    let root = crate::cli::Cli::command();
+    let mut command = root.clone();
+    let mut operands = Vec::new();
+    let mut words = words.iter().map(String::as_str);
+    while let Some(word) = words.next() {
+        if word.len() > 1 && word.starts_with('-') {
+            if !word.contains('=') && [&root, &command].iter().any(|command| takes_value(command, word)) {
+                words.next();
+            }
+            continue;
+        }
+        let inner = if operands.is_empty() { command.find_subcommand(word).cloned() } else { None };
+        match inner {
+            Some(inner) => command = inner,
+            None => operands.push(word),
+        }
+    }
+    operands
+}
+
+/// Whether the word after this option is its value.
+fn takes_value(command: &clap::Command, option: &str) -> bool {
+    command.get_arguments().any(|argument| {
+        let named = match option.strip_prefix("--") {
+            Some(long) => argument.get_long_and_visible_aliases().is_some_and(|all| all.contains(&long)),
+            None => option.chars().nth(1).is_some_and(|short| argument.get_short() == Some(short)),
+        };
+        named && argument.get_action().takes_values()
+    })
+}
+
 /// Completes the storage drivers that the server's host can have.
 pub fn complete_driver() -> ArgValueCompleter {
     ArgValueCompleter::new(|current: &OsStr| {
@@ -118,9 +204,17 @@ async fn names(client: &Client, kind: Kind) -> Result<Vec<String>> {
         Kind::Certificate => Url::new(&["certificates"]),
         Kind::Acl => Url::new(&["network-acls"]),
         Kind::AddressSet => Url::new(&["network-address-sets"]),
-        Kind::Volume | Kind::Forward => return Ok(Vec::new()),
+        // Those are asked for below what they belong to.
+        Kind::Volume | Kind::Forward | Kind::Backup | Kind::VolumeBackup | Kind::VolumeSnapshot => {
+            return Ok(Vec::new());
+        }
     };
-    let list = match client.get(&url).await?.metadata {
+    listed(client, &url).await
+}
+
+/// The names in a list of the server.
+async fn listed(client: &Client, url: &Url) -> Result<Vec<String>> {
+    let list = match client.get(url).await?.metadata {
         Value::Array(list) => list,
         // Operations are grouped by status.
         Value::Object(groups) => {
@@ -132,4 +226,33 @@ async fn names(client: &Client, kind: Kind) -> Result<Vec<String>> {
         entry.as_str().map(last_segment).or_else(|| Some(entry.get("name")?.as_str()?.to_owned()))
     };
     Ok(list.iter().filter_map(name).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn url(below: Below, line: &str) -> Option<String> {
+        let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+        below.url(&operands(&words)).map(|url| url.render(None))
+    }
+
+    #[test]
+    fn names_are_looked_for_below_what_stands_before() {
+        let volumes = "/1.0/storage-pools/fast/volumes/custom";
+        assert_eq!(url(Below::Volume, "storage volume show fast").as_deref(), Some(volumes));
+        assert_eq!(url(Below::Volume, "storage volume show"), None);
+        assert_eq!(
+            url(Below::VolumeSnapshot, "--project acme storage volume snapshot delete fast data s1"),
+            Some(format!("{volumes}/data/snapshots"))
+        );
+        assert_eq!(url(Below::VolumeSnapshot, "storage volume snapshot delete fast"), None);
+        let snapshots = "/1.0/instances/web/snapshots";
+        assert_eq!(url(Below::Snapshot, "snapshot rm -q web").as_deref(), Some(snapshots));
+        // An instance may be called as a command is.
+        assert_eq!(
+            url(Below::Backup, "backup delete create").as_deref(),
+            Some("/1.0/instances/create/backups")
+        );
+    }
 }

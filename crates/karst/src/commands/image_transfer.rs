@@ -1,23 +1,23 @@
 //! Importing and exporting images, as streams.
 
 use std::{
-    io::{IsTerminal, Read},
+    io::Read,
     path::{Path, PathBuf},
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use bytes::Bytes;
-use futures::{Stream, StreamExt, TryStreamExt, stream};
+use futures::{StreamExt, stream};
 use hyper::{HeaderMap, Method, header::HeaderValue};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::json;
-use tokio::io::AsyncWriteExt;
 use tokio_util::io::ReaderStream;
 
 use super::{
     image::Import,
     image_alias::add_alias,
     object::{config_object, parse_pairs},
+    transfer::{Target, broken, open},
 };
 use crate::{
     client::{
@@ -28,8 +28,7 @@ use crate::{
     },
     context::{Context, at},
     error::{Error, Result},
-    output::{self, progress::Progress, stdout_error},
-    terminal,
+    output::{self, progress::Progress},
 };
 
 /// How a qcow2 file begins: such a disk is a virtual machine's.
@@ -133,15 +132,6 @@ fn boundary() -> String {
     format!("karst-{:x}-{nanos:x}-8d1f0c5be2a94437", std::process::id())
 }
 
-async fn open(path: &Path) -> Result<(tokio::fs::File, u64)> {
-    let file = tokio::fs::File::open(path).await.map_err(|error| at(path, &error))?;
-    let metadata = file.metadata().await.map_err(|error| at(path, &error))?;
-    if metadata.is_dir() {
-        return Err(Error::Local(format!("{} is a directory", path.display())));
-    }
-    Ok((file, metadata.len()))
-}
-
 fn begins_with(path: &Path, magic: &[u8]) -> Result<bool> {
     let mut beginning = Vec::new();
     let file = std::fs::File::open(path).map_err(|error| at(path, &error))?;
@@ -171,24 +161,15 @@ pub async fn export(context: &Context, fingerprint: &str, target: Option<&Path>)
     let size = header(hyper::header::CONTENT_LENGTH).parse().ok();
     let progress = context.progress("exporting");
     let chunks = progress.count(size, body_chunks(response));
-    let to_stdout = target == Some(Path::new("-"));
     let Some(boundary) = boundary else {
-        if to_stdout {
-            if std::io::stdout().is_terminal() {
-                return Err(Error::Usage("an image is not for a terminal: redirect stdout".to_owned()));
-            }
-            return to_standard_output(chunks).await;
-        }
-        let path = match target {
-            Some(path) if path.is_dir() => path.join(&name),
-            Some(path) => path.to_owned(),
-            None => PathBuf::from(&name),
-        };
-        write(&path, chunks).await?;
+        let written = Target::of(target, &name)?.fill(chunks).await?;
         progress.finish();
-        return output::line(&path.display().to_string());
+        return match written {
+            Some(path) => output::line(&path.display().to_string()),
+            None => Ok(()),
+        };
     };
-    if to_stdout {
+    if target == Some(Path::new("-")) {
         return Err(Error::Local("this image has two files: name a directory instead of stdout".to_owned()));
     }
     let directory = target.unwrap_or(Path::new("."));
@@ -207,7 +188,7 @@ pub async fn export(context: &Context, fingerprint: &str, target: Option<&Path>)
         let part = stream::try_unfold(&mut reader, |reader| async move {
             Ok(reader.next_chunk().await?.map(|chunk| (chunk, reader)))
         });
-        write(&path, part).await?;
+        Target::file(&path)?.fill(part).await?;
         written.push(path);
     }
     progress.finish();
@@ -215,10 +196,6 @@ pub async fn export(context: &Context, fingerprint: &str, target: Option<&Path>)
         output::line(&path.display().to_string())?;
     }
     Ok(())
-}
-
-fn broken(error: std::io::Error) -> Error {
-    Error::Unreachable(format!("the transfer broke: {}", crate::error::io_text(&error)))
 }
 
 /// The file name that a `Content-Disposition` offers.
@@ -231,35 +208,6 @@ fn offered_name(disposition: &str) -> Option<String> {
 fn plain_name(name: &str) -> Option<String> {
     let name = name.rsplit('/').next()?;
     (!matches!(name, "" | "." | "..")).then(|| name.to_owned())
-}
-
-/// Writes a file that appears when it is whole.
-async fn write(path: &Path, chunks: impl Stream<Item = std::io::Result<Bytes>>) -> Result<()> {
-    let directory = path.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let temporary = tempfile::Builder::new()
-        .prefix(".karst-")
-        .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
-        .tempfile_in(directory)
-        .map_err(|error| at(directory, &error))?;
-    let mut file = tokio::fs::File::from_std(temporary.reopen()?);
-    let mut chunks = std::pin::pin!(chunks);
-    while let Some(chunk) = chunks.try_next().await.map_err(broken)? {
-        file.write_all(&chunk).await.map_err(|error| at(path, &error))?;
-    }
-    file.flush().await.map_err(|error| at(path, &error))?;
-    temporary.persist(path).map_err(|error| at(path, &error.error))?;
-    Ok(())
-}
-
-async fn to_standard_output(chunks: impl Stream<Item = std::io::Result<Bytes>>) -> Result<()> {
-    let writer = terminal::Writer::new(terminal::Target::Stdout);
-    let mut chunks = std::pin::pin!(chunks);
-    while let Some(chunk) = chunks.try_next().await.map_err(broken)? {
-        if !writer.write(chunk).await {
-            break;
-        }
-    }
-    writer.finish().await.map_err(stdout_error)
 }
 
 #[cfg(test)]

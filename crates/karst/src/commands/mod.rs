@@ -2,6 +2,7 @@
 
 pub mod access;
 pub mod admin;
+pub mod backup;
 pub mod common;
 pub mod completion;
 pub mod config;
@@ -11,6 +12,7 @@ pub mod create;
 pub mod device;
 pub mod display;
 pub mod exec;
+pub mod expiry;
 pub mod file;
 pub mod file_pull;
 pub mod file_push;
@@ -38,7 +40,10 @@ pub mod snapshot;
 pub mod storage;
 pub mod template;
 pub mod top;
+pub mod transfer;
 pub mod trust;
 pub mod version;
 pub mod volume;
+pub mod volume_backup;
+pub mod volume_snapshot;
 pub mod warning;

@@ -2,11 +2,16 @@
 
 use serde_json::{Value, json};
 
-use super::{completion::complete, lifecycle::instance_url};
+use super::{
+    completion::{Below, complete, complete_below},
+    expiry,
+    lifecycle::instance_url,
+    object::{Object, parse_settings},
+};
 use crate::{
     client::{About, Kind, Url, operation::for_each},
     context::Context,
-    error::Result,
+    error::{Error, Result},
     output::{
         self, member,
         table::{FormatOption, List},
@@ -31,6 +36,9 @@ pub enum Snapshot {
         #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true, default_missing_value = "require",
               value_parser = ["no", "try", "require"])]
         quiesce: Option<String>,
+        /// When it goes by itself: a time (RFC 3339), a span such as 12h or 7d, or never (default: what snapshots.expiry says)
+        #[arg(long, value_name = "WHEN", value_parser = expiry::parse)]
+        expires: Option<String>,
     },
     /// List the snapshots of an instance
     #[command(visible_alias = "ls")]
@@ -47,6 +55,28 @@ pub enum Snapshot {
         #[arg(add = complete(Kind::Instance))]
         instance: String,
         /// Snapshot
+        #[arg(add = complete_below(Below::Snapshot))]
+        name: String,
+    },
+    /// Set what can change: expires_at (a time, a span such as 7d, or never)
+    Set {
+        /// Instance
+        #[arg(add = complete(Kind::Instance))]
+        instance: String,
+        /// Snapshot
+        #[arg(add = complete_below(Below::Snapshot))]
+        name: String,
+        /// Properties
+        #[arg(required = true, value_name = "KEY=VALUE")]
+        keys: Vec<String>,
+    },
+    /// Change a snapshot in an editor, or replace what can change by YAML on stdin
+    Edit {
+        /// Instance
+        #[arg(add = complete(Kind::Instance))]
+        instance: String,
+        /// Snapshot
+        #[arg(add = complete_below(Below::Snapshot))]
         name: String,
     },
     /// Put an instance back to a snapshot
@@ -55,6 +85,7 @@ pub enum Snapshot {
         #[arg(add = complete(Kind::Instance))]
         instance: String,
         /// Snapshot
+        #[arg(add = complete_below(Below::Snapshot))]
         name: String,
         /// With the memory
         #[arg(long)]
@@ -67,7 +98,7 @@ pub enum Snapshot {
         #[arg(add = complete(Kind::Instance))]
         instance: String,
         /// Snapshots
-        #[arg(required = true)]
+        #[arg(required = true, add = complete_below(Below::Snapshot))]
         names: Vec<String>,
     },
     /// Rename a snapshot
@@ -76,10 +107,27 @@ pub enum Snapshot {
         #[arg(add = complete(Kind::Instance))]
         instance: String,
         /// Snapshot
+        #[arg(add = complete_below(Below::Snapshot))]
         name: String,
         /// Its new name
         new_name: String,
     },
+}
+
+/// A snapshot as an object with fields.
+fn object(instance: &str, name: &str) -> Object {
+    let full = format!("{instance}/{name}");
+    Object { url: instance_url(&full), kind: Kind::Instance, name: full, fields: &["expires_at"] }
+}
+
+/// Properties of a snapshot as people say them.
+pub fn properties(mut pairs: Vec<(String, String)>) -> Result<Vec<(String, String)>> {
+    for (key, value) in &mut pairs {
+        if key == "expires_at" {
+            *value = expiry::parse(value).map_err(|text| Error::Usage(format!("expires_at: {text}")))?;
+        }
+    }
+    Ok(pairs)
 }
 
 impl Snapshot {
@@ -87,10 +135,13 @@ impl Snapshot {
     pub async fn run(self, context: &Context) -> Result<()> {
         let client = &context.client;
         match self {
-            Self::Create { instance, name, stateful, quiesce } => {
+            Self::Create { instance, name, stateful, quiesce, expires } => {
                 let mut body = json!({"stateful": stateful});
                 if let Some(quiesce) = &quiesce {
                     body["quiesce"] = json!(quiesce);
+                }
+                if let Some(expires) = &expires {
+                    body["expires_at"] = json!(expires);
                 }
                 if let Some(name) = &name {
                     body["name"] = json!(name);
@@ -126,6 +177,11 @@ impl Snapshot {
                 let answer = client.get(&instance_url(&full)).await.about(client, Kind::Instance, &full)?;
                 output::print(&output::to_yaml(&answer.metadata)?)
             }
+            Self::Set { instance, name, keys } => {
+                let pairs = properties(parse_settings(&keys)?)?;
+                object(&instance, &name).set(context, pairs, true).await
+            }
+            Self::Edit { instance, name } => object(&instance, &name).edit(context).await,
             Self::Restore { instance, name, stateful } => {
                 let body = json!({"restore": name, "stateful": stateful});
                 let work = async {

@@ -1,10 +1,15 @@
 //! `storage volume`.
 
+use std::path::PathBuf;
+
 use serde_json::{Value, json};
 
 use super::{
-    completion::complete,
+    backup::{Contents, Owner},
+    completion::{Below, complete, complete_below},
     object::{Object, config_object, create, parse_settings},
+    volume_backup::{Import, VolumeBackup},
+    volume_snapshot::VolumeSnapshot,
 };
 use crate::{
     client::{About, Kind, Url, operation::for_each},
@@ -21,9 +26,10 @@ use crate::{
 pub struct Which {
     /// Pool
     #[arg(add = complete(Kind::Pool))]
-    pool: String,
+    pub pool: String,
     /// Volume, or TYPE/NAME where the type is not custom
-    name: String,
+    #[arg(add = complete_below(Below::Volume))]
+    pub name: String,
 }
 
 /// `storage volume ...`
@@ -133,12 +139,28 @@ pub enum Volume {
         #[arg(add = complete(Kind::Pool))]
         pool: String,
         /// Volumes
-        #[arg(required = true)]
+        #[arg(required = true, add = complete_below(Below::Volume))]
         names: Vec<String>,
     },
+    /// Write a volume with its snapshots to a file
+    Export {
+        #[command(flatten)]
+        which: Which,
+        /// File or directory; default: VOLUME.tar.gz in this directory; "-" is stdout
+        file: Option<PathBuf>,
+        #[command(flatten)]
+        contents: Contents,
+    },
+    /// Make a volume of a file: a backup, or the image of a disc
+    Import(Import),
+    /// Backups of volumes that the server keeps
+    #[command(subcommand)]
+    Backup(VolumeBackup),
+    /// Snapshots of volumes
+    #[command(subcommand)]
+    Snapshot(VolumeSnapshot),
 }
 
-/// A volume as an object with fields.
 /// Where a volume is to be.
 #[derive(Debug, clap::Args)]
 pub struct To {
@@ -146,10 +168,11 @@ pub struct To {
     #[arg(long, value_name = "POOL", add = complete(Kind::Pool))]
     to_pool: Option<String>,
     /// Project; the same if none
-    #[arg(long, value_name = "PROJECT")]
+    #[arg(long, value_name = "PROJECT", add = complete(Kind::Project))]
     to_project: Option<String>,
 }
 
+/// A volume as an object with fields.
 fn volume(pool: &str, name: &str) -> Object {
     let (kind, short) = match name.split_once('/') {
         Some((kind @ ("custom" | "container" | "virtual-machine" | "image"), short)) => (kind, short),
@@ -237,6 +260,12 @@ impl Volume {
                 })
                 .await
             }
+            Self::Export { which, file, contents } => {
+                Owner::volume(&which.pool, &which.name).export(context, &contents, file.as_deref()).await
+            }
+            Self::Import(options) => options.run(context).await,
+            Self::Backup(command) => command.run(context).await,
+            Self::Snapshot(command) => command.run(context).await,
         }
     }
 }
