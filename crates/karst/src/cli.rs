@@ -7,8 +7,8 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind}
 use crate::{
     commands::{
         access, admin, backup, completion, config, console, copy, create, display, exec, file, host, image,
-        info, lifecycle, list, machine, man, monitor, network, operation, profile, project, query, snapshot,
-        storage, top, trust, version, warning,
+        info, lifecycle, list, machine, man, monitor, network, operation, profile, project, publish, query,
+        relocate, snapshot, storage, top, trust, version, warning,
     },
     context::Context,
     error::{Error, Result},
@@ -82,8 +82,15 @@ enum Command {
     /// Copy an instance or one of its snapshots
     #[command(visible_alias = "cp")]
     Copy(copy::Copy),
+    /// Move an instance to another pool, project or name
+    #[command(visible_alias = "mv")]
+    Move(relocate::Move),
     /// Rename an instance
     Rename(lifecycle::Rename),
+    /// Let an instance begin anew from an image; name, configuration and snapshots stay
+    Rebuild(publish::Rebuild),
+    /// Make an image of an instance or of one of its snapshots
+    Publish(publish::Publish),
     /// Write an instance with its snapshots to a file
     Export(backup::Export),
     /// Make an instance of the file that export has written
@@ -193,7 +200,10 @@ async fn run(context: &Context, command: Command) -> Result<()> {
         Command::Restart(command) => command.run(context, lifecycle::Action::Restart).await,
         Command::Delete(command) => command.run(context).await,
         Command::Copy(command) => command.run(context).await,
+        Command::Move(command) => command.run(context).await,
         Command::Rename(command) => command.run(context).await,
+        Command::Rebuild(command) => command.run(context).await,
+        Command::Publish(command) => command.run(context).await,
         Command::Export(command) => command.run(context).await,
         Command::Import(command) => command.run(context).await,
         Command::Backup(command) => command.run(context).await,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::{Map, Value, json};
 
-use super::{completion::complete, object::parse_pairs};
+use super::{completion::complete, image_server::Server, object::parse_pairs};
 use crate::{
     client::{About, Kind, Url, url::last_segment},
     context::{Context, read_text},
@@ -23,6 +23,8 @@ pub struct Create {
     image: Option<String>,
     /// Name of the new instance; the server chooses one otherwise
     name: Option<String>,
+    #[command(flatten)]
+    server: Server,
     /// A virtual machine instead of a container
     #[arg(long)]
     vm: bool,
@@ -122,7 +124,7 @@ impl Create {
             body.insert("name".to_owned(), json!(name));
         }
         body.insert("type".to_owned(), json!(if self.vm { "virtual-machine" } else { "container" }));
-        body.insert("source".to_owned(), self.source());
+        body.insert("source".to_owned(), self.source()?);
         if start {
             body.insert("start".to_owned(), json!(true));
         }
@@ -156,12 +158,18 @@ impl Create {
     }
 
     /// Where its contents come from.
-    fn source(&self) -> Value {
-        match &self.image {
-            None => json!({"type": "none"}),
-            Some(image) if is_fingerprint(image) => json!({"type": "image", "fingerprint": image}),
-            Some(image) => json!({"type": "image", "alias": image}),
-        }
+    fn source(&self) -> Result<Value> {
+        let Some(image) = &self.image else {
+            if self.server.is_named() {
+                return Err(Error::Usage("--server has images, and --empty takes none".to_owned()));
+            }
+            return Ok(json!({"type": "none"}));
+        };
+        Ok(match self.server.source(image)? {
+            Some(source) => source,
+            None if is_fingerprint(image) => json!({"type": "image", "fingerprint": image}),
+            None => json!({"type": "image", "alias": image}),
+        })
     }
 
     /// `--network`, `--storage` and `--device`; the profiles are only fetched where a device of theirs may be meant.

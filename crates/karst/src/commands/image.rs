@@ -9,6 +9,7 @@ use super::{
     create::is_fingerprint,
     image_alias::Alias,
     image_registry::Registry,
+    image_server::{ImageCopy, ImageRefresh},
     image_transfer::{export, import},
     object::Object,
 };
@@ -57,6 +58,11 @@ pub enum Image {
     },
     /// Put an image into the store
     Import(Import),
+    /// Copy an image of an image server into the store
+    #[command(visible_alias = "cp")]
+    Copy(ImageCopy),
+    /// Look for newer images at the servers that images came from
+    Refresh(ImageRefresh),
     /// Write an image to files
     Export {
         /// Alias or fingerprint
@@ -136,6 +142,8 @@ impl Image {
             Self::Show { image } => object(&resolve(client, &image).await?, &image).show(context).await,
             Self::Edit { image } => object(&resolve(client, &image).await?, &image).edit(context).await,
             Self::Import(options) => import(context, options).await,
+            Self::Copy(options) => options.run(context).await,
+            Self::Refresh(options) => options.run(context).await,
             Self::Export { image, target } => {
                 let fingerprint = resolve(client, &image).await?;
                 interruptible(export(context, &fingerprint, target.as_deref())).await.about(

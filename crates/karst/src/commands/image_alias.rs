@@ -31,6 +31,15 @@ pub enum Alias {
         #[command(flatten)]
         format: FormatOption,
     },
+    /// Let an alias mean another image
+    Set {
+        /// Alias
+        #[arg(add = complete(Kind::Image))]
+        alias: String,
+        /// Fingerprint or another alias
+        #[arg(add = complete(Kind::Image))]
+        image: String,
+    },
     /// Rename an alias
     Rename {
         /// Alias
@@ -56,6 +65,14 @@ impl Alias {
             Self::Create { alias, image } => {
                 let target = resolve(client, &image).await?;
                 add_alias(client, &alias, &target).await
+            }
+            Self::Set { alias, image } => {
+                let target = resolve(client, &image).await?;
+                let url = Url::new(&["images", "aliases", &alias]);
+                let read = client.get(&url).await.about(client, Kind::Image, &alias)?;
+                let body = json!({"target": target, "description": member(&read.metadata, "description")});
+                let etag = read.etag.as_deref();
+                client.change(hyper::Method::PUT, &url, &body, etag).await.map(drop)
             }
             Self::List { format } => {
                 let objects =

@@ -2,7 +2,10 @@
 
 use serde_json::{Value, json};
 
-use super::completion::complete;
+use super::{
+    completion::complete,
+    object::{Object, parse_settings},
+};
 use crate::{
     client::{About, Kind, Url, operation::for_each},
     context::{Context, at},
@@ -25,6 +28,21 @@ pub enum Trust {
     },
     /// Show a certificate as YAML
     Show {
+        /// Its fingerprint, or the beginning of it
+        #[arg(add = complete(Kind::Certificate))]
+        fingerprint: String,
+    },
+    /// Set what can change of a certificate: name, description, restricted (true, false), projects (comma-separated), type
+    Set {
+        /// Its fingerprint, or the beginning of it
+        #[arg(add = complete(Kind::Certificate))]
+        fingerprint: String,
+        /// Properties
+        #[arg(required = true, value_name = "KEY=VALUE")]
+        keys: Vec<String>,
+    },
+    /// Change a certificate's entry in an editor, or replace it by YAML on stdin
+    Edit {
         /// Its fingerprint, or the beginning of it
         #[arg(add = complete(Kind::Certificate))]
         fingerprint: String,
@@ -70,6 +88,16 @@ pub enum Trust {
     },
 }
 
+/// A certificate as an object with fields.
+fn object(fingerprint: &str) -> Object {
+    Object {
+        url: Url::new(&["certificates", fingerprint]),
+        kind: Kind::Certificate,
+        name: fingerprint.to_owned(),
+        fields: &["name", "type", "restricted", "projects", "description"],
+    }
+}
+
 impl Trust {
     /// Runs it.
     pub async fn run(self, context: &Context) -> Result<()> {
@@ -97,6 +125,10 @@ impl Trust {
                 let answer = answer.about(client, Kind::Certificate, &fingerprint)?;
                 output::print(&output::to_yaml(&answer.metadata)?)
             }
+            Self::Set { fingerprint, keys } => {
+                object(&fingerprint).set(context, parse_settings(&keys)?, true).await
+            }
+            Self::Edit { fingerprint } => object(&fingerprint).edit(context).await,
             Self::Add { name, restricted_to } => {
                 let body = json!({"name": name, "type": "client", "token": true,
                     "restricted": !restricted_to.is_empty(), "projects": restricted_to});
