@@ -7,8 +7,8 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind}
 use crate::{
     commands::{
         access, admin, backup, completion, config, console, copy, create, display, exec, file, host, image,
-        info, lifecycle, list, machine, man, monitor, network, operation, profile, project, publish, query,
-        relocate, snapshot, storage, top, trust, version, warning,
+        info, lifecycle, list, log, machine, man, monitor, network, operation, profile, project, publish,
+        query, relocate, snapshot, storage, top, trust, version, warning,
     },
     context::Context,
     error::{Error, Result},
@@ -62,6 +62,9 @@ enum Command {
     Stop(lifecycle::Stop),
     /// Restart instances
     Restart(lifecycle::Stop),
+    /// Logs of instances
+    #[command(subcommand)]
+    Log(log::Log),
     /// Press the reset button of a virtual machine
     Reset(machine::Reset),
     /// Save what a virtual machine shows as a picture
@@ -189,6 +192,7 @@ async fn run(context: &Context, command: Command) -> Result<()> {
         Command::Exec(command) => command.run(context).await,
         Command::Shell(command) => command.run(context).await,
         Command::Console(command) => command.run(context).await,
+        Command::Log(command) => command.run(context).await,
         Command::Start(command) => command.run(context).await,
         Command::Reset(command) => command.run(context).await,
         Command::Screenshot(command) => command.run(context).await,

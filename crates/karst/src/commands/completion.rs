@@ -75,6 +75,8 @@ pub enum Below {
     Snapshot,
     /// Backups of the instance.
     Backup,
+    /// Logs of the instance.
+    Log,
     /// Custom volumes of the pool.
     Volume,
     /// Snapshots of the pool's volume.
@@ -92,6 +94,7 @@ impl Below {
         Some(match self {
             Self::Snapshot => instance().join("snapshots"),
             Self::Backup => instance().join("backups"),
+            Self::Log => instance().join("logs"),
             Self::Volume => volumes(),
             Self::VolumeSnapshot => volumes().join(operands.get(1)?).join("snapshots"),
             Self::VolumeBackup => volumes().join(operands.get(1)?).join("backups"),

@@ -25,19 +25,33 @@ pub struct Console {
     #[arg(long)]
     show_log: bool,
     /// Take the console from whoever is attached
-    #[arg(short, long, conflicts_with = "show_log")]
+    #[arg(short, long, conflicts_with_all = ["show_log", "clear_log"])]
     force: bool,
+    /// Forget what the console has shown so far; with --show-log after printing it
+    #[arg(long)]
+    clear_log: bool,
 }
 
 impl Console {
     /// Attaches or prints.
     pub async fn run(self, context: &Context) -> Result<()> {
-        if self.show_log {
-            show_log(context, &self.instance).await
-        } else {
-            attach(context, &self.instance, self.force).await
+        if !self.show_log && !self.clear_log {
+            return attach(context, &self.instance, self.force).await;
         }
+        if self.show_log {
+            show_log(context, &self.instance).await?;
+        }
+        if self.clear_log {
+            clear_log(context, &self.instance).await?;
+        }
+        Ok(())
     }
+}
+
+/// Empties the console's log.
+async fn clear_log(context: &Context, instance: &str) -> Result<()> {
+    let url = Url::new(&["instances", instance, "console"]);
+    context.client.delete(&url).await.about(&context.client, Kind::Instance, instance).map(drop)
 }
 
 /// Prints the console's log.

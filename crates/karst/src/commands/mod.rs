@@ -26,6 +26,7 @@ pub mod info;
 pub mod lifecycle;
 pub mod list;
 pub mod list_columns;
+pub mod log;
 pub mod machine;
 pub mod man;
 pub mod monitor;
