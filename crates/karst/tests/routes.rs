@@ -209,6 +209,10 @@ async fn answer(State(seen): State<Seen>, method: Method, uri: Uri, body: Bytes)
         let refusal = json!({"type": "error", "error_code": 400, "error": text});
         return (axum::http::StatusCode::BAD_REQUEST, Json(refusal)).into_response();
     }
+    if method == Method::GET && path == "/1.0/instances/c1/snapshots" && uri.query().is_none() {
+        let paths = json!([format!("{path}/s1"), format!("{path}/s2"), format!("{path}/other")]);
+        return Json(json!({"type": "sync", "status_code": 200, "metadata": paths})).into_response();
+    }
     let listed = uri.query().is_some_and(|query| query.contains("recursion"));
     let metadata = if method == Method::GET && listed { json!([]) } else { anything() };
     Json(json!({"type": "sync", "status": "Success", "status_code": 200, "metadata": metadata}))
@@ -335,4 +339,16 @@ async fn imports_are_streamed_from_files_and_stdin() {
     let (_, err, code) = texts(&output);
     assert_eq!((err.as_str(), code), ("karst: missing.tar.gz: no such file or directory\n", 1));
     assert!(seen.is_empty(), "{seen:?}");
+}
+
+#[tokio::test]
+async fn names_are_completed_below_what_stands_before() {
+    let server = Everything::start().await;
+    let line = ["--", "karst", "snapshot", "restore", "c1", "s"];
+    let mut command = karst(server.directory.path(), &line);
+    command.env("COMPLETE", "bash").env("_CLAP_COMPLETE_INDEX", "4").env("_CLAP_COMPLETE_COMP_TYPE", "9");
+    let (out, err, _) = texts(&command.output().await.unwrap());
+    let mut names: Vec<&str> = out.split_whitespace().filter(|word| !word.starts_with('-')).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["s1", "s2"], "{err}");
 }
