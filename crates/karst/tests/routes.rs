@@ -10,6 +10,7 @@ use std::{
     path::Path,
     process::{Output, Stdio},
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use axum::{
@@ -19,7 +20,9 @@ use axum::{
     http::{Method, Uri},
     response::{IntoResponse, Response},
 };
-use common::{PATIENCE, karst, texts};
+use common::{PATIENCE, karst, signal, texts};
+use futures::StreamExt;
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio::{io::AsyncWriteExt, net::UnixListener};
 
@@ -202,6 +205,10 @@ async fn answer(State(seen): State<Seen>, method: Method, uri: Uri, body: Bytes)
             let parts = [Ok(Bytes::from_static(b"half a")), Err(io::Error::other("the disk is gone"))];
             return Body::from_stream(futures::stream::iter(parts)).into_response();
         }
+        if path.contains("/slow/") {
+            let first = futures::stream::iter([Ok::<_, io::Error>(Bytes::from_static(b"half a"))]);
+            return Body::from_stream(first.chain(futures::stream::pending())).into_response();
+        }
         return "a whole backup".into_response();
     }
     if method == Method::POST && path.ends_with("/instances") && body.starts_with(b"backup") {
@@ -319,6 +326,28 @@ async fn an_export_that_breaks_leaves_nothing() {
     let (_, err, code) = texts(&output);
     assert_eq!((code, seen.len()), (1, 0), "{err} {seen:?}");
     assert!(err.contains("no such file or directory"), "{err}");
+}
+
+#[tokio::test]
+async fn ctrl_c_gives_an_export_up() {
+    let server = Everything::start().await;
+    let work = tempfile::tempdir().unwrap();
+    let mut command = karst(server.directory.path(), &["export", "slow"]);
+    let child = command.current_dir(work.path()).spawn().unwrap();
+    let fetched = || server.seen.lock().unwrap().iter().any(|request| request.ends_with("/export"));
+    let wait = async {
+        while !fetched() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, wait).await.expect("the file is asked for");
+    signal(&child, Signal::INT);
+    let output = tokio::time::timeout(PATIENCE, child.wait_with_output()).await.expect("it ends").unwrap();
+    let (_, err, code) = texts(&output);
+    assert_eq!((err.as_str(), code), ("karst: interrupted\n", 130));
+    assert_eq!(std::fs::read_dir(work.path()).unwrap().count(), 0, "no file, not even a part");
+    let last = server.seen.lock().unwrap().last().cloned().unwrap_or_default();
+    assert!(last.starts_with("DELETE /1.0/instances/slow/backups/"), "{last}");
 }
 
 #[tokio::test]

@@ -9,6 +9,7 @@ use super::{
     completion::{Below, complete, complete_below},
     expiry,
     transfer::{Target, put, receive, send},
+    volume::Which,
 };
 use crate::{
     client::{About, Kind, Operation, Url, operation::for_each, url::last_segment},
@@ -148,9 +149,10 @@ impl Owner {
     }
 
     /// A custom volume.
-    pub fn volume(pool: &str, name: &str) -> Self {
-        let url = Url::new(&["storage-pools", pool, "volumes", "custom", name]);
-        Self { url, kind: Kind::Volume, name: name.to_owned() }
+    pub fn volume(which: &Which) -> Result<Self> {
+        let name = which.custom()?;
+        let url = Url::new(&["storage-pools", &which.pool, "volumes", "custom", name]);
+        Ok(Self { url, kind: Kind::Volume, name: name.to_owned() })
     }
 
     fn backups(&self) -> Url {
@@ -353,7 +355,8 @@ mod tests {
     fn owners() {
         let web = Owner::instance("web").unwrap();
         assert_eq!(web.backup("b 1").render(None), "/1.0/instances/web/backups/b%201");
-        let data = Owner::volume("fast", "data");
+        let which = Which { pool: "fast".to_owned(), name: "data".to_owned() };
+        let data = Owner::volume(&which).unwrap();
         let path = "/1.0/storage-pools/fast/volumes/custom/data/backups/b1";
         assert_eq!(data.backup("b1").render(None), path);
         assert_eq!(data.words("b1"), (Kind::VolumeBackup, "data/b1".to_owned()));

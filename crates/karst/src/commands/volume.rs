@@ -14,7 +14,7 @@ use super::{
 use crate::{
     client::{About, Kind, Url, operation::for_each},
     context::Context,
-    error::Result,
+    error::{Error, Result},
     output::{
         member,
         table::{FormatOption, List},
@@ -190,6 +190,20 @@ impl Which {
     fn object(&self) -> Object {
         volume(&self.pool, &self.name)
     }
+
+    /// The name of a custom volume: others are kept with what they are of.
+    pub fn custom(&self) -> Result<&str> {
+        match self.name.split_once('/') {
+            Some(("custom", name)) => Ok(name),
+            Some(("container" | "virtual-machine", instance)) => Err(Error::Usage(format!(
+                "the volume of an instance is kept with it: karst export {instance}, karst snapshot create {instance}"
+            ))),
+            Some(("image", image)) => Err(Error::Usage(format!(
+                "the volume of an image is kept with it: karst image export {image}"
+            ))),
+            _ => Ok(&self.name),
+        }
+    }
 }
 
 impl Volume {
@@ -261,7 +275,7 @@ impl Volume {
                 .await
             }
             Self::Export { which, file, contents } => {
-                Owner::volume(&which.pool, &which.name).export(context, &contents, file.as_deref()).await
+                Owner::volume(&which)?.export(context, &contents, file.as_deref()).await
             }
             Self::Import(options) => options.run(context).await,
             Self::Backup(command) => command.run(context).await,
@@ -298,5 +312,10 @@ mod tests {
             volume("p", "odd/name").url.render(None),
             "/1.0/storage-pools/p/volumes/custom/odd%2Fname"
         );
+        let which = |name: &str| Which { pool: "p".to_owned(), name: name.to_owned() };
+        assert_eq!(which("custom/data").custom().unwrap(), "data");
+        assert_eq!(which("data").custom().unwrap(), "data");
+        let error = which("container/c1").custom().unwrap_err();
+        assert!(error.to_string().contains("karst export c1"), "{error}");
     }
 }

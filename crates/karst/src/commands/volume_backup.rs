@@ -122,20 +122,19 @@ impl Import {
 impl VolumeBackup {
     /// Runs it.
     pub async fn run(self, context: &Context) -> Result<()> {
-        let owner = |which: &Which| Owner::volume(&which.pool, &which.name);
         match self {
             Self::Create { which, backup, contents, expires } => {
-                owner(&which).keep(context, backup.as_deref(), &contents, expires.as_deref()).await
+                Owner::volume(&which)?.keep(context, backup.as_deref(), &contents, expires.as_deref()).await
             }
-            Self::List { which, format } => owner(&which).list(context, format).await,
-            Self::Show { which, backup } => owner(&which).show(context, &backup).await,
+            Self::List { which, format } => Owner::volume(&which)?.list(context, format).await,
+            Self::Show { which, backup } => Owner::volume(&which)?.show(context, &backup).await,
             Self::Export { which, backup, file } => {
-                owner(&which).fetch(context, &backup, file.as_deref()).await
+                Owner::volume(&which)?.fetch(context, &backup, file.as_deref()).await
             }
             Self::Rename { which, backup, new_name } => {
-                owner(&which).rename(context, &backup, &new_name).await
+                Owner::volume(&which)?.rename(context, &backup, &new_name).await
             }
-            Self::Delete { which, backups } => owner(&which).delete_all(context, &backups).await,
+            Self::Delete { which, backups } => Owner::volume(&which)?.delete_all(context, &backups).await,
         }
     }
 }

@@ -101,18 +101,18 @@ pub enum VolumeSnapshot {
     },
 }
 
-fn volume_url(which: &Which) -> Url {
-    Url::new(&["storage-pools", &which.pool, "volumes", "custom", &which.name])
+fn volume_url(which: &Which) -> Result<Url> {
+    Ok(Url::new(&["storage-pools", &which.pool, "volumes", "custom", which.custom()?]))
 }
 
 /// A snapshot as an object with fields.
-fn object(which: &Which, name: &str) -> Object {
-    Object {
-        url: volume_url(which).join("snapshots").join(name),
+fn object(which: &Which, name: &str) -> Result<Object> {
+    Ok(Object {
+        url: volume_url(which)?.join("snapshots").join(name),
         kind: Kind::VolumeSnapshot,
         name: format!("{}/{name}", which.name),
         fields: &["description", "expires_at"],
-    }
+    })
 }
 
 impl VolumeSnapshot {
@@ -130,38 +130,38 @@ impl VolumeSnapshot {
                     }
                 }
                 let work = async {
-                    let answer = client.post(&volume_url(&which).join("snapshots"), &body).await?;
+                    let answer = client.post(&volume_url(&which)?.join("snapshots"), &body).await?;
                     context.finish(answer, format!("snapshot of {}", which.name)).await
                 };
                 let operation = work.await.about(client, Kind::Volume, &which.name)?;
                 print_name(snapshot.is_none(), operation.as_ref(), "storage_volume_snapshots")
             }
             Self::List { which, format } => {
-                let url = volume_url(&which).join("snapshots").with("recursion", 1);
+                let url = volume_url(&which)?.join("snapshots").with("recursion", 1);
                 let objects = client.get(&url).await.about(client, Kind::Volume, &which.name)?.metadata;
                 list(objects).print(format.format)
             }
-            Self::Show { which, snapshot } => object(&which, &snapshot).show(context).await,
+            Self::Show { which, snapshot } => object(&which, &snapshot)?.show(context).await,
             Self::Set { which, snapshot, keys } => {
                 let pairs = snapshot::properties(parse_settings(&keys)?)?;
-                object(&which, &snapshot).set(context, pairs, true).await
+                object(&which, &snapshot)?.set(context, pairs, true).await
             }
-            Self::Edit { which, snapshot } => object(&which, &snapshot).edit(context).await,
+            Self::Edit { which, snapshot } => object(&which, &snapshot)?.edit(context).await,
             Self::Restore { which, snapshot } => {
                 let body = json!({"restore": snapshot});
                 let work = async {
-                    let answer = client.change(hyper::Method::PUT, &volume_url(&which), &body, None).await?;
+                    let answer = client.change(hyper::Method::PUT, &volume_url(&which)?, &body, None).await?;
                     context.finish(answer, format!("restoring {}", which.name)).await
                 };
                 work.await.about(client, Kind::Volume, &which.name).map(drop)
             }
             Self::Rename { which, snapshot, new_name } => {
-                object(&which, &snapshot).rename(context, &new_name).await
+                object(&which, &snapshot)?.rename(context, &new_name).await
             }
             Self::Delete { which, snapshots } => {
                 for_each(&snapshots, |name| {
                     let object = object(&which, &name);
-                    async move { object.delete(context).await }
+                    async move { object?.delete(context).await }
                 })
                 .await
             }
@@ -193,7 +193,7 @@ mod tests {
         assert_eq!(list(objects).render("csv".parse().unwrap()).unwrap(), "s1,,,first\n");
         let which = Which { pool: "fast".to_owned(), name: "data".to_owned() };
         assert_eq!(
-            object(&which, "s1").url.render(None),
+            object(&which, "s1").unwrap().url.render(None),
             "/1.0/storage-pools/fast/volumes/custom/data/snapshots/s1"
         );
     }
