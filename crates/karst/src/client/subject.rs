@@ -36,6 +36,8 @@ pub enum Kind {
     Backup,
     /// A backup of a volume.
     VolumeBackup,
+    /// A snapshot of an instance.
+    Snapshot,
     /// A snapshot of a volume.
     VolumeSnapshot,
 }
@@ -58,7 +60,7 @@ impl Kind {
             Self::Warning => "warning",
             Self::Certificate => "certificate",
             Self::Backup | Self::VolumeBackup => "backup",
-            Self::VolumeSnapshot => "snapshot",
+            Self::Snapshot | Self::VolumeSnapshot => "snapshot",
         }
     }
 
@@ -80,6 +82,7 @@ impl Kind {
             Self::Certificate => "karst trust list",
             Self::Backup => "karst backup list INSTANCE",
             Self::VolumeBackup => "karst storage volume backup list POOL VOLUME",
+            Self::Snapshot => "karst snapshot list INSTANCE",
             Self::VolumeSnapshot => "karst storage volume snapshot list POOL VOLUME",
         }
     }

@@ -208,9 +208,12 @@ async fn names(client: &Client, kind: Kind) -> Result<Vec<String>> {
         Kind::Acl => Url::new(&["network-acls"]),
         Kind::AddressSet => Url::new(&["network-address-sets"]),
         // Those are asked for below what they belong to.
-        Kind::Volume | Kind::Forward | Kind::Backup | Kind::VolumeBackup | Kind::VolumeSnapshot => {
-            return Ok(Vec::new());
-        }
+        Kind::Volume
+        | Kind::Forward
+        | Kind::Backup
+        | Kind::VolumeBackup
+        | Kind::Snapshot
+        | Kind::VolumeSnapshot => return Ok(Vec::new()),
     };
     listed(client, &url).await
 }

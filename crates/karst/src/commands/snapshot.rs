@@ -117,7 +117,7 @@ pub enum Snapshot {
 /// A snapshot as an object with fields.
 fn object(instance: &str, name: &str) -> Object {
     let full = format!("{instance}/{name}");
-    Object { url: instance_url(&full), kind: Kind::Instance, name: full, fields: &["expires_at"] }
+    Object { url: instance_url(&full), kind: Kind::Snapshot, name: full, fields: &["expires_at"] }
 }
 
 /// Properties of a snapshot as people say them.
