@@ -538,6 +538,15 @@ pub const INSTANCE_KEYS: &[Key] = &[
         "When snapshots go that were not taken by the schedule.",
     ),
     key(
+        "snapshots.keep",
+        Integer(1, schedule::MOST_KEPT as i64),
+        Any,
+        "all",
+        true,
+        "How many snapshots of the schedule are kept: when it has taken one, its oldest beyond them go. What was taken by \
+         hand, renamed or given another end is neither counted nor deleted.",
+    ),
+    key(
         "snapshots.pattern",
         Pattern,
         Any,

@@ -1,5 +1,5 @@
-//! When snapshots are taken, how long they are kept, and what they are called: Incus' notations of
-//! `snapshots.schedule`, `snapshots.expiry` and `snapshots.pattern`. Pure; all times are UTC.
+//! When snapshots are taken, how long and how many of them are kept, and what they are called: Incus' notations of
+//! `snapshots.schedule`, `snapshots.expiry` and `snapshots.pattern`, and `snapshots.keep`. Pure; all times are UTC.
 
 use crate::{Error, Result};
 use jiff::{Timestamp, ToSpan, civil, tz::TimeZone};
@@ -52,6 +52,23 @@ impl Span {
         }
         from.to_zoned(TimeZone::UTC).checked_add(span).ok().map(|z| z.timestamp())
     }
+}
+
+/// Most snapshots of a schedule that [`parse_keep`] lets be kept.
+pub const MOST_KEPT: usize = 100_000;
+
+/// Parses `snapshots.keep`, how many snapshots of the schedule are kept; `field` is named in the error.
+///
+/// # Errors
+/// Invalid.
+pub fn parse_keep(field: &str, text: &str) -> Result<usize> {
+    let number = text.parse::<usize>().ok().filter(|n| (1..=MOST_KEPT).contains(n));
+    number.ok_or_else(|| {
+        let text = format!(
+            "{text:?} is not a whole number from 1 to {MOST_KEPT}; leave it out and none goes for its number"
+        );
+        Error::invalid(field, text)
+    })
 }
 
 /// Minutes of the calendar: five fields of cron each, or nothing, or each start.
@@ -307,6 +324,18 @@ mod tests {
         assert_eq!(Span::parse("x", "0d").unwrap().after(from), None);
         for bad in ["", "5", "d", "1x", "1d 2d", "-1d", "soon"] {
             assert!(Span::parse("x", bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn numbers_that_are_kept() {
+        assert_eq!((parse_keep("x", "1").unwrap(), parse_keep("x", "100000").unwrap()), (1, MOST_KEPT));
+        for bad in ["", "0", "-1", "all", "7d", "100001", "99999999999999999999"] {
+            let e = parse_keep("config.snapshots.keep", bad).unwrap_err();
+            assert!(
+                e.field.as_deref() == Some("config.snapshots.keep") && e.message.contains("from 1"),
+                "{e}"
+            );
         }
     }
 

@@ -86,6 +86,10 @@ pub struct Snapshot {
     /// When it may go.
     #[serde(default)]
     pub expires_at: Option<Timestamp>,
+    /// The schedule took it, and no user has made it his own since by a name or an end that he gave it: only such ones are
+    /// counted by `snapshots.keep`, and go by it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub scheduled: bool,
     /// Grows with each change; base of the ETag.
     #[serde(default)]
     pub spec_version: u64,
@@ -114,6 +118,10 @@ pub struct VolumeSnapshot {
     /// When it may go.
     #[serde(default)]
     pub expires_at: Option<Timestamp>,
+    /// The schedule took it, and no user has made it his own since by a name or an end that he gave it: only such ones are
+    /// counted by `snapshots.keep`, and go by it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub scheduled: bool,
     /// Grows with each change; base of the ETag.
     #[serde(default)]
     pub spec_version: u64,

@@ -176,6 +176,12 @@ pub const POOL_KEYS: &[PoolKey] = &[
         text: "The same of snapshots that were asked for.",
     },
     PoolKey {
+        name: "volume.snapshots.keep",
+        kinds: PoolKind::ALL,
+        default: "all",
+        text: "How many snapshots of the schedule of new volumes are kept, where the volume does not say.",
+    },
+    PoolKey {
         name: "volume.snapshots.pattern",
         kinds: PoolKind::ALL,
         default: "`snap%d`",
@@ -501,6 +507,7 @@ pub const VOLUME_KEYS: &[&str] = &[
     "size",
     "snapshots.expiry",
     "snapshots.expiry.manual",
+    "snapshots.keep",
     "snapshots.pattern",
     "snapshots.schedule",
     "user.*",
@@ -548,6 +555,7 @@ pub fn check_volume_config(config: &Config, content: VolumeContent) -> Result<Op
             "snapshots.expiry" | "snapshots.expiry.manual" => {
                 drop(crate::schedule::Span::parse(&field, value)?)
             }
+            "snapshots.keep" => drop(crate::schedule::parse_keep(&field, value)?),
             "snapshots.schedule" => drop(crate::schedule::Schedule::parse(&field, value)?),
             "snapshots.pattern" => crate::schedule::check_pattern(&field, value)?,
             _ => {}
@@ -639,6 +647,7 @@ mod tests {
                 "config.volume.snapshots.schedule",
                 "",
             ),
+            (PoolKind::Lvm, &[("volume.snapshots.keep", "0")], "config.volume.snapshots.keep", "from 1"),
             (PoolKind::Btrfs, &[("volume.sise", "1GiB")], "config.volume.sise", "volume.size"),
             (PoolKind::Dir, &[("volume.user.x", "y")], "config.volume.user.x", "unknown"),
             (PoolKind::Lvm, &[("lvm.thinpool_name", "thin")], "config.lvm.thinpool_name", "source"),
@@ -669,6 +678,7 @@ mod tests {
                 ("volume.size", "20GiB"),
                 ("volume.security.shared", "true"),
                 ("volume.snapshots.expiry", "1w"),
+                ("volume.snapshots.keep", "7"),
                 ("volume.zfs.blocksize", "16KiB"),
             ]),
             spec_version: 1,
@@ -677,13 +687,18 @@ mod tests {
         let shown = |asked: &[(&str, &str)], content| btrfs.volume_config(&map(asked), content);
         assert_eq!(
             shown(&[], Block),
-            map(&[("security.shared", "true"), ("size", "20GiB"), ("snapshots.expiry", "1w")])
+            map(&[
+                ("security.shared", "true"),
+                ("size", "20GiB"),
+                ("snapshots.expiry", "1w"),
+                ("snapshots.keep", "7")
+            ])
         );
         assert_eq!(
-            shown(&[("size", "1GiB"), ("snapshots.expiry", "")], Filesystem),
-            map(&[("size", "1GiB")])
+            shown(&[("size", "1GiB"), ("snapshots.expiry", ""), ("snapshots.keep", "2")], Filesystem),
+            map(&[("size", "1GiB"), ("snapshots.keep", "2")])
         );
-        assert_eq!(shown(&[], Iso), map(&[("snapshots.expiry", "1w")]));
+        assert_eq!(shown(&[], Iso), map(&[("snapshots.expiry", "1w"), ("snapshots.keep", "7")]));
         assert_eq!(btrfs.root_size(Filesystem), Some(ByteSize::gib(20)));
         let dir = pool(PoolKind::Dir);
         assert_eq!((dir.root_size(Filesystem), dir.root_size(Block)), (None, Some(ByteSize::gib(20))));
@@ -708,6 +723,9 @@ mod tests {
             ("security.shared", "perhaps", Block),
             ("security.shifted", "true", Block),
             ("snapshots.expiry", "soon", Block),
+            ("snapshots.keep", "0", Block),
+            ("snapshots.keep", "-1", Filesystem),
+            ("snapshots.keep", "all", Filesystem),
             ("snapshots.schedule", "* *", Block),
             ("snapshots.pattern", "a/b", Block),
         ] {

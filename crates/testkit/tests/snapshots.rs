@@ -2,7 +2,7 @@
 
 use karst_agent::Fault;
 use karst_engine::{
-    compute::create::CreateInstance,
+    compute::{create::CreateInstance, update::UpdateInstance},
     snapshots::{Origin, Taken, change::UpdateSnapshot, create::CreateSnapshot},
     volumes::create::CreateVolume,
 };
@@ -15,13 +15,15 @@ const HOUR: Duration = Duration::from_secs(3600);
 const MINUTE: Duration = Duration::from_secs(60);
 
 fn names(w: &World, name: &str) -> Vec<String> {
-    let all = w.engine.snapshots(&w.admin, Origin::Instance { project: "default", name }).unwrap();
-    all.iter()
-        .map(|s| match s {
-            Taken::Instance { snapshot } => snapshot.name.to_string(),
-            Taken::Volume { .. } => unreachable!("an instance has none of a volume"),
-        })
-        .collect()
+    names_of(w, Origin::Instance { project: "default", name })
+}
+
+fn names_of(w: &World, of: Origin<'_>) -> Vec<String> {
+    let name = |s: &Taken| match s {
+        Taken::Instance { snapshot } => snapshot.name.to_string(),
+        Taken::Volume { snapshot } => snapshot.name.to_string(),
+    };
+    w.engine.snapshots(&w.admin, of).unwrap().iter().map(name).collect()
 }
 
 #[test]
@@ -192,6 +194,88 @@ fn a_snapshot_that_is_kept_longer_while_it_waits_stays() {
         let left = names(&w, "a");
         let has = |name: &str| left.iter().any(|n| n == name);
         assert!(left.len() == 2 && has("kept") && !has("gone"), "{left:?}");
+        assert_eq!(w.faults().await, [""; 0]);
+        w.engine.close();
+    });
+}
+
+/// Of instances and volumes: the schedule's own go, oldest first, when it has taken one; those of users stay, by whatever name.
+#[test]
+fn beyond_their_number_those_of_the_schedule_go() {
+    SeededEnv::run(8, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        // From five minutes after a full hour on, so that whole hours end between two of the schedule's.
+        let hour = Duration::from_secs(3600 - u64::try_from(env.now().as_second()).unwrap() % 3600);
+        env.sleep(hour + MINUTE * 5).await;
+        let config = |keep: &str| {
+            let keys = [
+                ("snapshots.schedule", "0 * * * *"),
+                ("snapshots.schedule.stopped", "true"),
+                ("snapshots.pattern", "auto%d"),
+                ("snapshots.keep", keep),
+            ];
+            Config::from(keys.map(|(k, v)| (k.to_owned(), v.to_owned())))
+        };
+        let request = CreateInstance { config: config("2"), ..container("a") };
+        let (_, operation) = w.engine.instance_create(&w.admin, "default", request).await.unwrap();
+        assert_eq!(w.ended(operation).await.error, None);
+        let mut of_volume = config("2");
+        of_volume.remove("snapshots.schedule.stopped");
+        of_volume.insert("size".into(), "64MiB".into());
+        let volume = CreateVolume {
+            name: "data".into(),
+            content: VolumeContent::Block,
+            description: String::new(),
+            config: of_volume,
+        };
+        let operation = w.engine.volume_create(&w.admin, "default", "default", volume).await.unwrap();
+        assert_eq!(w.ended(operation).await.error, None);
+        let instance = Origin::Instance { project: "default", name: "a" };
+        let volume = Origin::Volume { project: "default", pool: "default", name: "data" };
+        for of in [instance, volume] {
+            // By hand, with a name as the schedule gives them.
+            let request = CreateSnapshot { name: Some("auto0".into()), ..CreateSnapshot::default() };
+            let taken = w.engine.snapshot_create(&w.admin, of, request).await.unwrap();
+            assert_eq!(w.ended(taken).await.error, None);
+        }
+        env.sleep(HOUR * 2).await;
+        for of in [instance, volume] {
+            assert_eq!(names_of(&w, of), ["auto0", "auto1", "auto2"]);
+        }
+        env.sleep(HOUR * 2).await;
+        for of in [instance, volume] {
+            assert_eq!(names_of(&w, of), ["auto0", "auto3", "auto4"]);
+            // Whose name or end its user gave it is his own.
+            w.engine.snapshot_rename(&w.admin, of, "auto3", "mine").await.unwrap();
+            let end = UpdateSnapshot { expires_at: Some(env.now() + HOUR * 1000), ..Default::default() };
+            w.engine.snapshot_update(&w.admin, of, "auto4", end).await.unwrap();
+        }
+        env.sleep(HOUR * 3).await;
+        for of in [instance, volume] {
+            assert_eq!(names_of(&w, of), ["auto0", "mine", "auto4", "auto6", "auto7"]);
+        }
+        // Another number holds from the next one on; without any they all stay.
+        let change = async |config: Config| {
+            let records = w.engine.instance(&w.admin, "default", "a").unwrap();
+            let request = UpdateInstance {
+                description: String::new(),
+                ephemeral: false,
+                config,
+                devices: records.instance.devices.clone(),
+                profiles: vec!["default".into()],
+                if_version: None,
+            };
+            let operation = w.engine.instance_update(&w.admin, "default", "a", request).await.unwrap();
+            assert_eq!(w.ended(operation).await.error, None);
+        };
+        change(config("1")).await;
+        env.sleep(MINUTE * 5).await;
+        assert_eq!(names(&w, "a"), ["auto0", "mine", "auto4", "auto6", "auto7"]);
+        env.sleep(MINUTE * 55).await;
+        assert_eq!(names(&w, "a"), ["auto0", "mine", "auto4", "auto8"]);
+        change(config("")).await;
+        env.sleep(HOUR * 2).await;
+        assert_eq!(names(&w, "a"), ["auto0", "mine", "auto4", "auto8", "auto9", "auto10"]);
         assert_eq!(w.faults().await, [""; 0]);
         w.engine.close();
     });

@@ -234,6 +234,7 @@ impl Engine {
                     stateful: false,
                     created_at: of.created_at().unwrap_or_else(|| inner.env.now()),
                     expires_at: of.expires_at(),
+                    scheduled: false,
                     spec_version: 1,
                     name,
                 });
@@ -356,6 +357,7 @@ impl Engine {
                     config,
                     created_at: of.created_at().unwrap_or_else(|| inner.env.now()),
                     expires_at: of.expires_at(),
+                    scheduled: false,
                     spec_version: 1,
                 });
             }

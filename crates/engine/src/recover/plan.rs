@@ -189,6 +189,7 @@ pub(super) fn plan_volume(
             config: volume.config.clone(),
             created_at: inner.env.now(),
             expires_at: None,
+            scheduled: false,
             spec_version: 1,
         });
     }
@@ -371,6 +372,7 @@ fn snapshots(
                 stateful: false,
                 created_at: inner.env.now(),
                 expires_at: None,
+                scheduled: false,
                 spec_version: 1,
             });
         }

@@ -19,7 +19,7 @@ pub struct UpdateSnapshot {
 }
 
 impl Engine {
-    /// Renames a snapshot.
+    /// Renames a snapshot. One of the schedule is its user's own from then on (`snapshots.keep`).
     ///
     /// # Errors
     /// Invalid name, not found, conflict (taken, busy), forbidden.
@@ -56,6 +56,7 @@ impl Engine {
                     Row2::Instance(s) => {
                         let mut snapshot = s.value.clone();
                         snapshot.name = new.clone();
+                        snapshot.scheduled = false;
                         snapshot.spec_version += 1;
                         tx.replace(s, &snapshot);
                         tx.take_name("snapshots", &s.instance.to_string(), &new, &s.id.to_string());
@@ -63,6 +64,7 @@ impl Engine {
                     Row2::Volume(s) => {
                         let mut snapshot = s.value.clone();
                         snapshot.name = new.clone();
+                        snapshot.scheduled = false;
                         snapshot.spec_version += 1;
                         tx.replace(s, &snapshot);
                         tx.take_name("volume_snapshots", &s.volume.to_string(), &new, &s.id.to_string());
@@ -82,7 +84,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Says when a snapshot goes, and what its user says of it.
+    /// Says when a snapshot goes, and what its user says of it. One of the schedule that gets another end is its user's own
+    /// from then on (`snapshots.keep`).
     ///
     /// # Errors
     /// Invalid (a time that is over, a text that is too long), not found, precondition failed, forbidden.
@@ -110,10 +113,13 @@ impl Engine {
                 if update.expires_at.is_some_and(|t| t <= now) && update.expires_at != row.expires_at() {
                     return Err(Error::invalid("expires_at", "the time at which it goes is over already"));
                 }
+                // Whoever says when it goes says that it does not go before by its number.
+                let own = update.expires_at != row.expires_at();
                 let action = match &row {
                     Row2::Instance(s) => {
                         let mut snapshot = s.value.clone();
                         snapshot.expires_at = update.expires_at;
+                        snapshot.scheduled &= !own;
                         if let Some(text) = &update.note {
                             snapshot.note.clone_from(text);
                         }
@@ -124,6 +130,7 @@ impl Engine {
                     Row2::Volume(s) => {
                         let mut snapshot = s.value.clone();
                         snapshot.expires_at = update.expires_at;
+                        snapshot.scheduled &= !own;
                         if let Some(text) = &update.description {
                             snapshot.description.clone_from(text);
                         }

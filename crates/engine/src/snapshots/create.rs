@@ -129,6 +129,7 @@ impl Engine {
                         stateful: request.stateful,
                         created_at: now,
                         expires_at,
+                        scheduled: request.automatic,
                         spec_version: 1,
                     };
                     (Taken::Instance { snapshot: Box::new(snapshot) }, refs)
@@ -146,6 +147,7 @@ impl Engine {
                         config: row.config.clone(),
                         created_at: now,
                         expires_at,
+                        scheduled: request.automatic,
                         spec_version: 1,
                     };
                     let at = VolumeSnapshotRef { pool: row.pool, volume: row.id, snapshot: id };

@@ -224,6 +224,12 @@ impl Row2 {
             Self::Volume(s) => s.expires_at,
         }
     }
+    pub(crate) fn scheduled(&self) -> bool {
+        match self {
+            Self::Instance(s) => s.scheduled,
+            Self::Volume(s) => s.scheduled,
+        }
+    }
     pub(crate) fn spec_version(&self) -> u64 {
         match self {
             Self::Instance(s) => s.spec_version,

@@ -1,11 +1,14 @@
-//! Snapshots that are taken and go by themselves: `snapshots.schedule` and the time at which each expires. A reconciler
-//! without inputs, by the clock of the environment; times are UTC. What was due while no daemon ran is not made up for, and
-//! what is due again while it still waits or is taken is taken once.
+//! Snapshots that are taken and go by themselves: `snapshots.schedule`, the time at which each expires, and
+//! `snapshots.keep`. A reconciler without inputs, by the clock of the environment; times are UTC. What was due while no daemon
+//! ran is not made up for, and what is due again while it still waits or is taken is taken once.
+//!
+//! After each that the schedule took, its oldest beyond the number go. They are told by the mark in their record, not by
+//! their names; what could not go then, or was left by a daemon that ended, goes after the next one.
 //!
 //! Nobody waits for others' snapshots: several are taken at once, of a project only so many, and what has expired goes beside
 //! that by places of its own. Of one instance or volume one thing is done at a time, in the order in which it was due.
 
-use super::{Found, Origin, create::CreateSnapshot};
+use super::{Found, Origin, Row2, create::CreateSnapshot};
 use crate::{
     Engine, EngineInner, Records,
     context::Context,
@@ -18,7 +21,7 @@ use karst_model::{
     Config, Error, ErrorKind, PoolId, ProjectId, Result,
     instance::{Instance, Lifecycle},
     keys::parse_bool,
-    schedule::{Schedule, minute_before},
+    schedule::{Schedule, minute_before, parse_keep},
     storage::{Volume, VolumeOwner},
 };
 use std::{
@@ -62,11 +65,14 @@ enum Work {
     Take,
     /// That of this name goes.
     Delete(String),
+    /// Those of the schedule that are too many go.
+    Thin,
 }
 
 impl Work {
+    /// Is one as much taken, or deleted, as the other?
     fn is_like(&self, other: &Self) -> bool {
-        std::mem::discriminant(self) == std::mem::discriminant(other)
+        matches!(self, Self::Take) == matches!(other, Self::Take)
     }
 }
 
@@ -79,14 +85,18 @@ struct Due {
 }
 
 impl Due {
-    async fn done(self, engine: Engine) -> Self {
+    /// Does it; the second is what is to be done next because of it.
+    async fn done(self, engine: Engine) -> (Self, Option<Self>) {
         let context = Context::system();
         let origin = self.named.origin();
+        let mut next = None;
         let (what, done) = match &self.work {
             Work::Take => {
                 let request = CreateSnapshot { automatic: true, ..CreateSnapshot::default() };
-                let taken = engine.snapshot_create(&context, origin, request).await;
-                ("a scheduled snapshot was not taken", ended(taken).await)
+                let taken = ended(engine.snapshot_create(&context, origin, request).await).await;
+                let too_many = taken.is_ok() && !surplus(&engine, origin).is_empty();
+                next = too_many.then(|| Self { work: Work::Thin, ..self.clone() });
+                ("a scheduled snapshot was not taken", taken)
             }
             Work::Delete(snapshot) => {
                 let deleted = match has_expired(&engine, origin, snapshot) {
@@ -96,9 +106,22 @@ impl Due {
                 };
                 ("an expired snapshot was not deleted", deleted)
             }
+            Work::Thin => {
+                let mut deleted = Ok(());
+                for snapshot in surplus(&engine, origin) {
+                    // As above: what somebody has made his own meanwhile stays.
+                    if surplus(&engine, origin).contains(&snapshot) {
+                        deleted = ended(engine.snapshot_delete(&context, origin, &snapshot).await).await;
+                    }
+                    if deleted.is_err() {
+                        break;
+                    }
+                }
+                ("a snapshot beyond snapshots.keep was not deleted", deleted)
+            }
         };
         report(&self.named, what, done);
-        self
+        (self, next)
     }
 }
 
@@ -165,7 +188,7 @@ pub(crate) async fn follow(weak: Weak<EngineInner>) {
     let mut last = minute_before(env.now());
     drop(inner);
     let mut queue = Queue::default();
-    let mut running: FuturesUnordered<BoxFuture<'static, Due>> = FuturesUnordered::new();
+    let mut running: FuturesUnordered<BoxFuture<'static, (Due, Option<Due>)>> = FuturesUnordered::new();
     loop {
         {
             let Some(inner) = weak.upgrade() else { return };
@@ -183,7 +206,10 @@ pub(crate) async fn follow(weak: Weak<EngineInner>) {
             }
             tokio::select! {
                 biased;
-                Some(due) = running.next(), if !running.is_empty() => queue.end(&due),
+                Some((due, next)) = running.next(), if !running.is_empty() => {
+                    queue.end(&due);
+                    next.into_iter().for_each(|due| queue.add(due));
+                }
                 () = &mut look => break,
             }
         }
@@ -229,6 +255,20 @@ fn has_expired(engine: &Engine, origin: Origin<'_>, snapshot: &str) -> bool {
     let found = records.project(origin.project()).and_then(|project| origin.find(&records, project.id));
     let row = found.and_then(|found| found.demand(&records, snapshot));
     row.is_ok_and(|row| row.expires_at().is_some_and(|time| time <= now))
+}
+
+/// Names of the snapshots of the schedule beyond `snapshots.keep`, oldest first. Those of users are neither counted nor named.
+fn surplus(engine: &Engine, origin: Origin<'_>) -> Vec<String> {
+    let records = engine.inner().inventory.read();
+    let project = records.project(origin.project());
+    let Ok(found) = project.and_then(|project| origin.find(&records, project.id)) else { return vec![] };
+    let config = found.config(&records);
+    let Some(text) = config.get("snapshots.keep").filter(|v| !v.is_empty()) else { return vec![] };
+    let Ok(keep) = parse_keep("config.snapshots.keep", text) else { return vec![] };
+    let mut all = found.taken(&records);
+    all.retain(Row2::scheduled);
+    all.truncate(all.len().saturating_sub(keep));
+    all.iter().map(|s| s.name().to_owned()).collect()
 }
 
 /// What a snapshot is due of, between two looks.
@@ -353,6 +393,23 @@ mod tests {
         let delete = |snapshot: &str| Work::Delete(snapshot.into());
         let expected = [("a3", Work::Take), ("a1", delete("s1")), ("a4", delete("s2"))];
         assert_eq!(next.collect::<Vec<_>>(), expected.map(|(n, w)| (n.to_owned(), w)));
+    }
+
+    #[test]
+    fn what_is_too_much_goes_by_the_places_of_what_goes() {
+        let mut queue = Queue::default();
+        for name in ["a1", "a2", "a3"] {
+            queue.add(of("a", name, Work::Thin));
+        }
+        queue.add(of("a", "a1", Work::Thin));
+        queue.add(of("a", "a1", Work::Take));
+        queue.add(of("a", "a4", Work::Take));
+        queue.add(of("a", "a5", Work::Delete("s1".into())));
+        assert_eq!(names(&mut queue), ["a1", "a2", "a4"]);
+        queue.end(&of("a", "a1", Work::Thin));
+        let next = std::iter::from_fn(|| queue.take()).map(|d| (d.named.name, d.work));
+        let expected = [("a3", Work::Thin), ("a1", Work::Take)].map(|(n, w)| (n.to_owned(), w));
+        assert_eq!(next.collect::<Vec<_>>(), expected, "once each");
     }
 
     #[test]

@@ -76,7 +76,7 @@ async fn pools_are_described() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pools_have_defaults_of_volumes() {
     let s = Server::start().await;
-    let config = json!({"size": "100GiB", "volume.size": "3GiB", "volume.snapshots.expiry": "1w"});
+    let config = json!({"size": "100GiB", "volume.size": "3GiB", "volume.snapshots.expiry": "1w", "volume.snapshots.keep": "7"});
     let made = json!({"name": "p6", "driver": "btrfs", "config": config});
     assert_eq!(s.post("/1.0/storage-pools", made).await.status, 201);
     let volumes = "/1.0/storage-pools/p6/volumes/custom";
@@ -85,15 +85,22 @@ async fn pools_have_defaults_of_volumes() {
         assert!(answer.status < 300, "{}", answer.json());
         s.get(&format!("{volumes}/{name}")).await.metadata()["config"].clone()
     };
-    assert_eq!(make("plain", json!({})).await, json!({"size": "3GiB", "snapshots.expiry": "1w"}));
+    assert_eq!(
+        make("plain", json!({})).await,
+        json!({"size": "3GiB", "snapshots.expiry": "1w", "snapshots.keep": "7"})
+    );
     let own = make("own", json!({"size": "2GiB", "snapshots.expiry": ""})).await;
-    assert_eq!(own, json!({"size": "2GiB"}), "what is asked for as none stays none");
+    assert_eq!(own, json!({"size": "2GiB", "snapshots.keep": "7"}), "what is asked for as none stays none");
     // They change for volumes that are made from now on.
     s.patch("/1.0/storage-pools/p6", json!({"config": {"volume.size": "4GiB"}})).await.metadata();
     assert_eq!(make("later", json!({})).await["size"], "4GiB");
     assert_eq!(s.get(&format!("{volumes}/plain")).await.metadata()["config"]["size"], "3GiB");
-    for (key, value) in [("volume.size", "1KiB"), ("volume.sise", "1GiB"), ("volume.snapshots.schedule", "x")]
-    {
+    for (key, value) in [
+        ("volume.size", "1KiB"),
+        ("volume.sise", "1GiB"),
+        ("volume.snapshots.keep", "0"),
+        ("volume.snapshots.schedule", "x"),
+    ] {
         let said = s.patch("/1.0/storage-pools/p6", json!({"config": {key: value}})).await.refused(400);
         assert!(said.contains("volume."), "{said}");
     }

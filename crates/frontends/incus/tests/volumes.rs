@@ -225,11 +225,15 @@ async fn snapshots_of_instances_live() {
     s.done(s.delete(&format!("{ALL}/second")).await).await;
     s.delete(&format!("{ALL}/second")).await.refused(404);
     // By keys: pattern and expiry, refused when malformed.
-    let keys = json!({"config": {"snapshots.pattern": "auto-%d", "snapshots.expiry": "1d", "snapshots.schedule": "@daily"}});
+    let keys = json!({"config": {"snapshots.pattern": "auto-%d", "snapshots.expiry": "1d", "snapshots.schedule": "@daily",
+        "snapshots.keep": "7"}});
     s.patch("/1.0/instances/c1", keys).await.metadata();
-    for (key, value) in
-        [("snapshots.schedule", "often"), ("snapshots.expiry", "soon"), ("snapshots.pattern", "a/b")]
-    {
+    for (key, value) in [
+        ("snapshots.schedule", "often"),
+        ("snapshots.expiry", "soon"),
+        ("snapshots.keep", "0"),
+        ("snapshots.pattern", "a/b"),
+    ] {
         let why = s.patch("/1.0/instances/c1", json!({"config": {key: value}})).await.refused(400);
         assert!(why.contains(key), "{why}");
     }

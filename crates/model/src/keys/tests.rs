@@ -24,6 +24,9 @@ fn unknown_and_malformed_keys_are_refused_by_field() {
     {
         assert_eq!(check(&cfg(k, v), None).unwrap_err().field.unwrap(), format!("config.{k}"));
     }
+    for (value, fits) in [("1", true), ("7", true), ("", true), ("0", false), ("-1", false), ("1.5", false)] {
+        assert_eq!(check(&cfg("snapshots.keep", value), None).is_ok(), fits, "{value:?}");
+    }
     assert!(check(&cfg("limits.processes", "5"), Some(InstanceKind::VirtualMachine)).is_err());
     assert!(check(&cfg("user.anything", "x"), None).is_ok());
     assert!(check(&cfg("user.", "x"), None).is_err());
