@@ -159,6 +159,7 @@ fn instance_keys() -> String {
             KeyType::Bool => "`true`, `false`".to_owned(),
             KeyType::Integer(low, high) => format!("{low} to {high}"),
             KeyType::Size => "size (`512MiB`)".to_owned(),
+            KeyType::Memory => "size or share (`512MiB`, `50%`)".to_owned(),
             KeyType::Cpus => "number or set (`2`, `0-1,3`)".to_owned(),
             KeyType::Nodes => "set (`0`, `0-1,3`)".to_owned(),
             KeyType::Swap => "`true`, `false` or size".to_owned(),

@@ -617,6 +617,9 @@ impl RealAgent {
         networks: &BTreeMap<NetworkId, String>,
     ) -> Result<ResolvedGuest> {
         let memory = self.resolve_memory(&spec).await?;
+        if spec.limits.memory_share.is_some() {
+            spec.limits.resolve_share(self.facts.get_or_try_init(facts::collect).await?.memory)?;
+        }
         if let Some(machine) = spec.machine.as_mut().filter(|_| memory.is_some()) {
             machine.resume = true;
         }

@@ -11,6 +11,8 @@ pub enum KeyType {
     Integer(i64, i64),
     /// A size, such as `512MiB`.
     Size,
+    /// A size, or a share of the host's such as `50%`.
+    Memory,
     /// CPUs: a number, or a set such as `0-1,3`.
     Cpus,
     /// NUMA nodes: a set such as `0` or `0-1,3`.

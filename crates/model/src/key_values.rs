@@ -2,7 +2,7 @@
 
 use crate::{
     ByteSize, Error, Result,
-    spec::{self, CpuAllowance, CpuLimit, SwapLimit},
+    spec::{self, CpuAllowance, CpuLimit, MemoryLimit, SwapLimit},
 };
 
 /// Parses a boolean.
@@ -73,6 +73,29 @@ pub fn parse_allowance(field: &str, s: &str) -> Result<CpuAllowance> {
         (Some(quota_us), Some(period_us)) => Ok(CpuAllowance::Quota { quota_us, period_us }),
         _ => Err(wrong()),
     }
+}
+
+/// Parses `limits.memory`.
+pub fn parse_memory(field: &str, s: &str) -> Result<MemoryLimit> {
+    if let Some(percent) = s.trim().strip_suffix('%') {
+        let percent = percent.parse::<u32>().ok().filter(|p| (1..=100).contains(p));
+        let percent = percent.ok_or_else(|| {
+            let text =
+                format!("{s:?} is no share of the host's memory; write a whole number from 1% to 100%");
+            Error::invalid(field, text)
+        })?;
+        return Ok(MemoryLimit::Share { percent });
+    }
+    Ok(MemoryLimit::Size { size: ByteSize::parse(field, s)? })
+}
+
+/// What a guest can begin with at all.
+pub(crate) fn demand_memory(field: &str, size: ByteSize) -> Result<()> {
+    if size < ByteSize::mib(4) {
+        let text = format!("{size} of memory is too little for any guest; give at least 4MiB");
+        return Err(Error::invalid(field, text));
+    }
+    Ok(())
 }
 
 /// Parses `limits.memory.swap`.

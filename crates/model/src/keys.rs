@@ -6,20 +6,21 @@ use crate::{
     error::nearest,
     instance::InstanceKind,
     keys_container, schedule,
-    spec::{CloudInit, KERNEL_LIMITS, Limits},
+    spec::{CloudInit, KERNEL_LIMITS, Limits, MemoryLimit},
     threads::{self, text},
 };
 
 pub use crate::key_row::{Key, KeyScope, KeyType};
 pub use crate::key_values::{
-    parse_allowance, parse_bool, parse_cpus, parse_kernel_limit, parse_nodes, parse_swap,
+    parse_allowance, parse_bool, parse_cpus, parse_kernel_limit, parse_memory, parse_nodes, parse_swap,
 };
 pub use keys_container::security;
 
-use crate::key_row::key;
+use crate::{key_row::key, key_values::demand_memory};
 use KeyScope::{Any, Container, VirtualMachine};
 use KeyType::{
-    Allowance, Bool, Cpus, Integer, KernelLimit, Nodes, OneOf, Pattern, Schedule, Size, Span, Swap, Text,
+    Allowance, Bool, Cpus, Integer, KernelLimit, Memory, Nodes, OneOf, Pattern, Schedule, Size, Span, Swap,
+    Text,
 };
 
 const HUGE_PAGES: &str =
@@ -341,7 +342,14 @@ pub const INSTANCE_KEYS: &[Key] = &[
         false,
         "Resource limit of processes, such as nofile: a number, soft:hard, or unlimited.",
     ),
-    key("limits.memory", Size, Any, "containers: all; virtual machines: 1GiB", true, "Memory."),
+    key(
+        "limits.memory",
+        Memory,
+        Any,
+        "containers: all; virtual machines: 1GiB",
+        true,
+        "Memory: a size, or a share of the host's, which is what it is at the start and at each change.",
+    ),
     key(
         "limits.memory.enforce",
         OneOf(&["hard", "soft"]),
@@ -597,6 +605,7 @@ impl Key {
             Text => Ok(()),
             Bool => parse_bool(field, value).map(drop),
             Size => ByteSize::parse(field, value).map(drop),
+            Memory => parse_memory(field, value).map(drop),
             Cpus => parse_cpus(field, value).map(drop),
             Nodes => parse_nodes(field, value).map(drop),
             Allowance => parse_allowance(field, value).map(drop),
@@ -704,16 +713,7 @@ pub(crate) fn set<'a>(config: &'a Config, name: &str) -> Option<&'a str> {
 
 /// Limits out of an expanded configuration.
 pub fn limits(config: &Config) -> Result<Limits> {
-    let memory =
-        set(config, "limits.memory").map(|v| ByteSize::parse("config.limits.memory", v)).transpose()?;
-    if let Some(m) = memory
-        && m < ByteSize::mib(4)
-    {
-        return Err(Error::invalid(
-            "config.limits.memory",
-            format!("{m} of memory is too little for any guest; give at least 4MiB"),
-        ));
-    }
+    let memory = set(config, "limits.memory").map(|v| parse_memory("config.limits.memory", v)).transpose()?;
     let nodes = "config.limits.cpu.nodes";
     let cpu_nodes = set(config, "limits.cpu.nodes").map(|v| parse_nodes(nodes, v)).transpose()?;
     if cpu_nodes.is_some() && set(config, "limits.cpu").is_some_and(|v| v.parse::<u32>().is_err()) {
@@ -724,6 +724,14 @@ pub fn limits(config: &Config) -> Result<Limits> {
     }
     let cpu = set(config, "limits.cpu").map(|v| parse_cpus("config.limits.cpu", v)).transpose()?;
     let (memory_hard, memory_high) = threads::memory_limits(config, memory)?;
+    let (memory, memory_share) = match memory {
+        Some(MemoryLimit::Size { size }) => {
+            demand_memory("config.limits.memory", size)?;
+            (Some(size), None)
+        }
+        Some(MemoryLimit::Share { percent }) => (None, Some(percent)),
+        None => (None, None),
+    };
     Ok(Limits {
         cpu_nodes,
         pins: threads::pins(config, cpu.as_ref())?,
@@ -744,6 +752,7 @@ pub fn limits(config: &Config) -> Result<Limits> {
             .map(|v| parse_allowance("config.limits.cpu.allowance", v))
             .transpose()?,
         memory,
+        memory_share,
         processes: set(config, "limits.processes").and_then(|v| v.parse().ok()),
         cpu_priority: set(config, "limits.cpu.priority").and_then(|v| v.parse().ok()),
         memory_soft: set(config, "limits.memory.enforce") == Some("soft"),

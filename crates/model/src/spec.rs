@@ -3,7 +3,7 @@
 //! interfaces of NICs) and `raw.lxc` are granted or refused by the host's policy.
 
 use crate::{
-    ByteSize, DeviceId, ImageId, InstanceId, NetworkId, PoolId, ProjectId, SnapshotId, VolumeId,
+    ByteSize, DeviceId, ImageId, InstanceId, NetworkId, PoolId, ProjectId, Result, SnapshotId, VolumeId,
     board::Board,
     device::{
         DiskIo, DriveFormat, DriveMedia, NicModel, NodeDevice, ParentLink, PortVlans, ProxyDevice, RoutedLink,
@@ -11,10 +11,11 @@ use crate::{
     firewall::{AclSpec, AddressSetSpec, ForwardSpec, Policy},
     image::Application,
     instance::{Firmware, Generation, InstanceKind},
+    key_values,
     network::BridgeSpec,
     storage::{PoolKind, VolumeContent},
     syscalls::DeniedCall,
-    threads::{IoThread, Pin},
+    threads::{self, IoThread, Pin},
 };
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -189,6 +190,9 @@ pub struct Limits {
     pub memory_nodes: Option<Vec<u32>>,
     /// Memory in bytes; for virtual machines its size.
     pub memory: Option<ByteSize>,
+    /// Memory as a share of the host's, percent, instead: what it is there its host puts into `memory` at each start and change.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_share: Option<u32>,
     /// Processes (containers).
     pub processes: Option<u32>,
     /// Priority when CPUs are contended (containers): 0 to 10, where 10 is the default.
@@ -212,6 +216,46 @@ pub struct Limits {
     /// Resource limits of the container's processes by their names (`nofile`); see [`KERNEL_LIMITS`].
     #[serde(default)]
     pub kernel: BTreeMap<String, KernelLimit>,
+}
+
+/// `limits.memory`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MemoryLimit {
+    /// So much.
+    Size {
+        /// How much.
+        size: ByteSize,
+    },
+    /// A share of the host's.
+    Share {
+        /// 1 to 100.
+        percent: u32,
+    },
+}
+
+impl Limits {
+    /// The memory on a host that has so many bytes: what was said, or the share of it in whole MiB.
+    pub fn memory_on(&self, host: u64) -> Option<ByteSize> {
+        let Some(percent) = self.memory_share else { return self.memory };
+        let bytes = host.saturating_mul(percent.into()) / 100;
+        Some(ByteSize(bytes - bytes % (1 << 20)))
+    }
+
+    /// Makes of a share of memory what it is on a host that has so many bytes.
+    ///
+    /// # Errors
+    /// Invalid, naming the key, when it is too little there, or more than the limit of the machine with its QEMU allows.
+    pub fn resolve_share(&mut self, host: u64) -> Result<()> {
+        let Some(memory) = self.memory_on(host).filter(|_| self.memory_share.is_some()) else {
+            return Ok(());
+        };
+        key_values::demand_memory("config.limits.memory", memory)?;
+        if let Some(hard) = self.memory_hard {
+            threads::demand_hard(hard, memory)?;
+        }
+        self.memory = Some(memory);
+        Ok(())
+    }
 }
 
 /// `limits.memory.swap`.

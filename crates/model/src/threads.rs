@@ -1,7 +1,12 @@
 //! Threads of a virtual machine's process: those that serve disks beside the main one, and which CPUs of the host each of
 //! them runs on. What their keys mean (the rows are in [`crate::keys`]).
 
-use crate::{ByteSize, Config, Error, Result, key_values::parse_set, keys::set, spec::CpuLimit};
+use crate::{
+    ByteSize, Config, Error, Result,
+    key_values::parse_set,
+    keys::set,
+    spec::{CpuLimit, MemoryLimit},
+};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, fmt};
 
@@ -302,23 +307,34 @@ pub(crate) fn check(name: &str, field: &str, value: &str) -> Result<()> {
     }
 }
 
+/// Refuses a limit of a machine with its QEMU that would end the machine, which has so much memory.
+///
+/// # Errors
+/// Invalid, naming the key.
+pub fn demand_hard(hard: ByteSize, memory: ByteSize) -> Result<()> {
+    let least = ByteSize(memory.bytes().saturating_add(BESIDE.bytes()));
+    if hard >= least {
+        return Ok(());
+    }
+    let why = format!(
+        "{hard} would be the end of the machine, which has {memory}, and QEMU needs memory beside; give at least {least}"
+    );
+    Err(Error::invalid("config.limits.memory.hard", why))
+}
+
 /// What the host gives a machine of memory at most, and what it has when the host is short of it.
 ///
 /// # Errors
-/// Invalid, naming the key, for a limit that would end the machine.
+/// Invalid, naming the key, for a limit that would end the machine. How much a share of the host's memory is its host knows.
 pub fn memory_limits(
     config: &Config,
-    memory: Option<ByteSize>,
+    memory: Option<MemoryLimit>,
 ) -> Result<(Option<ByteSize>, Option<ByteSize>)> {
     let size = |key: &str| set(config, key).map(|v| ByteSize::parse(&format!("config.{key}"), v)).transpose();
     let (hard, soft) = (size("limits.memory.hard")?, size("limits.memory.soft")?);
-    let memory = memory.unwrap_or(ByteSize::gib(1));
-    let least = ByteSize(memory.bytes().saturating_add(BESIDE.bytes()));
-    if let Some(hard) = hard.filter(|h| *h < least) {
-        let why = format!(
-            "{hard} would be the end of the machine, which has {memory}, and QEMU needs memory beside; give at least {least}"
-        );
-        return Err(Error::invalid("config.limits.memory.hard", why));
+    let memory = memory.unwrap_or(MemoryLimit::Size { size: ByteSize::gib(1) });
+    if let (Some(hard), MemoryLimit::Size { size }) = (hard, memory) {
+        demand_hard(hard, size)?;
     }
     if let (Some(hard), Some(soft)) = (hard, soft)
         && soft > hard
@@ -423,11 +439,9 @@ mod tests {
 
     #[test]
     fn a_limit_of_memory_is_no_end_of_the_machine() {
+        let size = MemoryLimit::Size { size: ByteSize::mib(512) };
         let of = |hard: &str, soft: &str| {
-            memory_limits(
-                &config(&[("limits.memory.hard", hard), ("limits.memory.soft", soft)]),
-                Some(ByteSize::mib(512)),
-            )
+            memory_limits(&config(&[("limits.memory.hard", hard), ("limits.memory.soft", soft)]), Some(size))
         };
         assert_eq!(of("768MiB", "512MiB").unwrap(), (Some(ByteSize::mib(768)), Some(ByteSize::mib(512))));
         assert_eq!(of("767MiB", "").unwrap_err().field.as_deref(), Some("config.limits.memory.hard"));

@@ -140,6 +140,7 @@ fn cases() -> Vec<Case> {
         "unknown key" => Invalid, "config.limits.memroy", "limits.memory", |w| w.engine.instance_create(&w.admin, P, with_config(&[("limits.memroy", "1GiB")]));
         "wrong size" => Invalid, "config.limits.memory", "lots", |w| w.engine.instance_create(&w.admin, P, with_config(&[("limits.memory", "lots")]));
         "no snapshots kept" => Invalid, "config.snapshots.keep", "from 1", |w| w.engine.instance_create(&w.admin, P, with_config(&[("snapshots.keep", "0")]));
+        "more memory than the host has" => Invalid, "config.limits.memory", "1% to 100%", |w| w.engine.instance_create(&w.admin, P, with_config(&[("limits.memory", "150%")]));
         "too little memory" => Invalid, "config.limits.memory", "4MiB", |w| w.engine.instance_create(&w.admin, P, with_config(&[("limits.memory", "1MiB")]));
         "huge size" => Invalid, "config.limits.memory", "99999999999999999999999", |w| w.engine.instance_create(&w.admin, P, with_config(&[("limits.memory", "99999999999999999999999TiB")]));
         "overflowing size" => Invalid, "config.limits.memory", "EiB", |w| w.engine.instance_create(&w.admin, P, with_config(&[("limits.memory", "9999999EiB")]));

@@ -373,3 +373,36 @@ fn the_root_of_a_container_has_the_size_that_it_is_given_later() {
         w.engine.close();
     });
 }
+
+/// A project that sums up memory has no instance whose memory is a share of its host's; others may have it.
+#[test]
+fn shares_of_memory_are_not_summed_up() {
+    SeededEnv::run(1, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        project(&w, "free", &[]).await;
+        create(&w, "free", with("c1", &[("limits.memory", "25%")])).await.unwrap();
+        project(&w, "p", &[("limits.memory", "1GiB")]).await;
+        let share = [("limits.memory", "25%")];
+        let named = |outcome: Result<()>| {
+            let e = refused(outcome, ErrorKind::Invalid, "has 25% of its host's memory");
+            assert_eq!(e.field.as_deref(), Some("config.limits.memory"), "{e}");
+        };
+        named(create(&w, "p", with("c1", &share)).await);
+        create(&w, "p", with("c1", &[("limits.memory", "256MiB")])).await.unwrap();
+        named(w.engine.instance_update(&w.admin, "p", "c1", update(&share)).await.map(drop));
+        let devices = w.engine.profile(&w.admin, "p", "default").unwrap().devices.clone();
+        let profile = UpdateProfile { config: config(&share), devices, ..Default::default() };
+        // What the instance says itself counts.
+        w.engine.profile_update(&w.admin, "p", "default", profile).await.unwrap();
+        named(create(&w, "p", container("c2")).await);
+        let state = w.engine.project_state(&w.admin, "p").unwrap();
+        let memory = state.iter().find(|(n, ..)| n == "memory").unwrap();
+        assert_eq!((memory.1, memory.2), (Some(1 << 30), 256 << 20));
+        // Nor does a project with one get such a limit.
+        let view = karst_model::access::Permission::ProjectView;
+        let mut limited = w.engine.project(&w.admin, "free", view).unwrap().config.clone();
+        limited.extend(config(&[("limits.memory", "1GiB")]));
+        named(w.engine.project_update(&w.admin, "free", "", limited, None).await);
+        w.engine.close();
+    });
+}

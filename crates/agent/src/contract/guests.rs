@@ -815,4 +815,19 @@ async fn pause_and_update(guest: &Guest<'_>) {
             assert!(applied.pending.contains(&"limits.memory".into()), "{applied:?}")
         }
     }
+    // A share of the host's memory is what its host makes of it.
+    (spec.limits.memory, spec.limits.memory_share) = (None, Some(50));
+    spec.spec_version += 1;
+    let applied = agent.guest_update(&s.change(), spec.clone()).await.unwrap();
+    let waits = applied.pending.contains(&"limits.memory".into());
+    assert_eq!(waits, guest.spec.kind == InstanceKind::VirtualMachine, "{applied:?}");
+    if !waits {
+        let facts = agent.host_facts(&s.read(), ()).await.unwrap();
+        let share = spec.limits.memory_on(facts.memory).map(ByteSize::bytes);
+        s.until("half of the host's memory", s.boot, async || {
+            let all = agent.guest_metrics(&s.read(), vec![spec.instance]).await.unwrap();
+            all.into_iter().find(|(_, m)| m.memory_total == share)
+        })
+        .await;
+    }
 }

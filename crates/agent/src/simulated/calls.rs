@@ -336,8 +336,10 @@ calls! {
         Ok(u32::from(std::mem::take(&mut guest.still)))
     }
     mutate guest_update(me, spec: GuestSpec) -> Applied {
+        let mut spec = spec;
         let mut state = me.settled();
         me.check_guest(&state, &spec)?;
+        spec.limits.resolve_share(me.options.memory.bytes())?;
         if state.guests.get(&spec.instance).is_some_and(|g| g.spec.disks != spec.disks) {
             state.demand_no_copy(spec.instance)?;
         }

@@ -32,8 +32,8 @@ pub(super) fn update(guest: &mut Guest, new: &GuestSpec, drives: &mut [DiskSpec]
             drive.io.thread = *had;
         }
     }
-    let (cpu, memory) = (guest.spec.limits.cpu.clone(), guest.spec.limits.memory);
-    guest.spec.limits = Limits { cpu, memory, ..new.limits.clone() };
+    let Limits { cpu, memory, memory_share, .. } = guest.spec.limits.clone();
+    guest.spec.limits = Limits { cpu, memory, memory_share, ..new.limits.clone() };
     let (Some(machine), Some(wanted)) = (&mut guest.spec.machine, &new.machine) else { return pending };
     used.extend(machine.scsi_iothread);
     if machine.scsi_iothread != wanted.scsi_iothread {

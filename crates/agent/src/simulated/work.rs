@@ -136,7 +136,7 @@ impl SimulatedAgent {
         Ok(())
     }
 
-    pub(super) fn start(&self, spec: GuestSpec) -> Result<Observed> {
+    pub(super) fn start(&self, mut spec: GuestSpec) -> Result<Observed> {
         let mut state = self.settled();
         if let Some(guest) = state.guests.get(&spec.instance) {
             not_older(guest, spec.generation)?;
@@ -151,6 +151,7 @@ impl SimulatedAgent {
             }
         }
         self.check_guest(&state, &spec)?;
+        spec.limits.resolve_share(self.options.memory.bytes())?;
         state.forget_copies(spec.instance);
         state.demand_memory(&spec)?;
         let resume = spec.machine.as_ref().is_some_and(|m| m.resume) && spec.memory.is_none();

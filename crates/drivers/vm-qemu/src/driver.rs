@@ -345,9 +345,9 @@ impl Shared {
         record.from_file = guest.memory.is_some();
         if let Some(memory) = &guest.memory {
             record.resuming = true;
-            saved::demand_words_fit(&memory.shape, &mut record)?;
+            saved::demand_words_fit(&memory.shape, guest.limits.memory_share, &mut record)?;
         } else if record.resuming {
-            saved::demand_fit(&saved::place(dir), &mut record)?;
+            saved::demand_fit(&saved::place(dir), guest.limits.memory_share, &mut record)?;
         } else {
             saved::discard(dir)?;
         }

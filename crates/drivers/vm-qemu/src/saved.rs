@@ -140,15 +140,16 @@ pub(crate) fn discard(dir: &Path) -> Result<()> {
 }
 
 /// Refuses a start from memory that does not fit the machine as it would be now, or that is not there. What the machine had
-/// been given beyond its limits (room for more processors, memory that its balloon holds) it gets again.
+/// been given beyond its limits (room for more processors, memory that its balloon holds) it gets again, and of a share of the
+/// host's memory, in percent, what that was then.
 ///
 /// # Errors
 /// Not found, conflict naming what differs.
-pub(crate) fn demand_fit(place: &Path, record: &mut Record) -> Result<()> {
+pub(crate) fn demand_fit(place: &Path, share: Option<u32>, record: &mut Record) -> Result<()> {
     if !there(place) {
         return Err(Error::not_found("there is no saved memory of this virtual machine; start it without"));
     }
-    demand_shape(serde_json::from_slice(&std::fs::read(place.join(SHAPE))?)?, record)
+    demand_shape(serde_json::from_slice(&std::fs::read(place.join(SHAPE))?)?, share, record)
 }
 
 /// What must be there again, of the machine as it runs, for memory in a file of the host.
@@ -171,7 +172,7 @@ pub(crate) fn shape(machine: &Inner) -> Result<MemoryShape> {
 ///
 /// # Errors
 /// Invalid for what are no such words, conflict naming what differs.
-pub(crate) fn demand_words_fit(shape: &str, record: &mut Record) -> Result<()> {
+pub(crate) fn demand_words_fit(shape: &str, share: Option<u32>, record: &mut Record) -> Result<()> {
     let shape = serde_json::from_str(shape).map_err(|e| {
         Error::invalid(
             "path",
@@ -179,11 +180,18 @@ pub(crate) fn demand_words_fit(shape: &str, record: &mut Record) -> Result<()> {
         )
         .with_context(e)
     })?;
-    demand_shape(shape, record)
+    demand_shape(shape, share, record)
 }
 
-fn demand_shape(shape: Shape, record: &mut Record) -> Result<()> {
+fn demand_shape(shape: Shape, share: Option<u32>, record: &mut Record) -> Result<()> {
     record.max_cpus = shape.max_cpus;
+    if let Some(percent) = share {
+        // A host counts its memory a little otherwise with another kernel. Half a percent of it is no other share.
+        let then = shape.balloon.unwrap_or(shape.memory);
+        if then.abs_diff(record.memory) < record.memory / (2 * u64::from(percent.max(1))) {
+            record.memory = then;
+        }
+    }
     if shape.balloon == Some(record.memory) {
         (record.memory, record.balloon) = (shape.memory, shape.balloon);
     }
@@ -408,12 +416,38 @@ mod tests {
         let mut record = machine.record().clone();
         let MemoryShape { uuid, words, .. } = shape(&machine).unwrap();
         assert_eq!(uuid, uuid::Uuid::from_u128(7));
-        demand_words_fit(&words, &mut record).unwrap();
+        demand_words_fit(&words, None, &mut record).unwrap();
         record.memory += 1;
-        let e = demand_words_fit(&words, &mut record).unwrap_err();
+        let e = demand_words_fit(&words, None, &mut record).unwrap_err();
         assert!(e.is(ErrorKind::Conflict) && e.message.contains("limits.memory"), "{e}");
         for junk in ["", "{}", "[1]"] {
-            assert!(demand_words_fit(junk, &mut record).unwrap_err().is(ErrorKind::Invalid), "{junk}");
+            assert!(demand_words_fit(junk, None, &mut record).unwrap_err().is(ErrorKind::Invalid), "{junk}");
         }
+    }
+
+    #[test]
+    fn the_same_share_of_a_host_that_counts_otherwise_is_what_it_was() {
+        let (machine, _) = crate::machine::without_owner("/nonexistent".into());
+        machine.record().hardware = Some(karst_guest::samples::machine(7));
+        machine.record().memory = 1000 << 20;
+        let of = |words: &str, memory: u64, share: Option<u32>| {
+            let mut record = machine.record().clone();
+            (record.memory, record.balloon) = (memory, None);
+            demand_words_fit(words, share, &mut record).map(|()| (record.memory >> 20, record.balloon))
+        };
+        let words = shape(&machine).unwrap().words;
+        assert_eq!(of(&words, 1003 << 20, Some(50)).unwrap(), (1000, None));
+        assert_eq!(of(&words, 997 << 20, Some(50)).unwrap(), (1000, None));
+        for (memory, share) in [(1003 << 20, None), (1020 << 20, Some(50)), (500 << 20, Some(25))] {
+            let e = of(&words, memory, share).unwrap_err();
+            assert!(
+                e.is(ErrorKind::Conflict) && e.message.contains("limits.memory"),
+                "{memory} {share:?}: {e}"
+            );
+        }
+        // The balloon has the rest, as it had then.
+        machine.record().balloon = Some(800 << 20);
+        let words = shape(&machine).unwrap().words;
+        assert_eq!(of(&words, 801 << 20, Some(50)).unwrap(), (1000, Some(800 << 20)));
     }
 }

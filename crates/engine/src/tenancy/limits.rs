@@ -63,6 +63,8 @@ pub struct ProjectUsage {
     pub networks: u64,
     /// Instances and volumes without the setting that a limit sums up: the name of the setting, and whose it is.
     missing: Vec<(&'static str, String)>,
+    /// Instances whose memory is a share of their host's, which nobody can sum up.
+    shares: Vec<String>,
 }
 
 /// The configuration and devices of an instance, with one profile as it is to be.
@@ -153,9 +155,10 @@ impl ProjectUsage {
             Some(CpuLimit::Set { cpus }) => self.cpu += cpus.len() as u64,
             None => self.missing.push(("limits.cpu", who())),
         }
-        match limits.memory {
-            Some(m) => self.memory = self.memory.saturating_add(m.0),
-            None => self.missing.push(("limits.memory", who())),
+        match (limits.memory, limits.memory_share) {
+            (Some(m), _) => self.memory = self.memory.saturating_add(m.0),
+            (None, Some(percent)) => self.shares.push(format!("{} has {percent}%", who())),
+            (None, None) => self.missing.push(("limits.memory", who())),
         }
         match (limits.processes, instance.kind) {
             (Some(n), _) => self.processes += u64::from(n),
@@ -223,6 +226,13 @@ impl ProjectUsage {
                         "{who} has no {key}, and project {project:?} demands one because it has limits.{name}; set it, or in a profile"
                     ),
                 ));
+            }
+            if let Some(share) = self.shares.first().filter(|_| name == "memory") {
+                let text = format!(
+                    "{share} of its host's memory, and project {project:?} sums up sizes because it has limits.memory; give it a \
+                     size such as 2GiB, or in a profile"
+                );
+                return Err(Error::invalid("config.limits.memory", text));
             }
             if used > limit {
                 let show = |n: u64| match name.starts_with("disk") || name == "memory" {

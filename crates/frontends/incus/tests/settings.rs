@@ -37,6 +37,40 @@ async fn limits_reach_the_host_live() {
     assert!(limits.cpu_nodes.is_none() && limits.hugepages.is_empty());
 }
 
+/// A share of the host's memory stays one in the configuration, and is so much for the guest and for whoever asks.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn memory_may_be_a_share_of_the_hosts() {
+    let s = Server::start().await;
+    s.container("c1", true).await;
+    let id = only_instance(&s);
+    let set = |memory: &str| s.patch("/1.0/instances/c1", json!({"config": {"limits.memory": memory}}));
+    // The simulated host has 64 GiB.
+    for (share, size) in [("25%", ByteSize::gib(16)), ("50%", ByteSize::gib(32))] {
+        set(share).await.metadata();
+        assert_eq!(s.agent.guest_limits(id).unwrap().memory, Some(size));
+        assert_eq!(s.get("/1.0/instances/c1").await.metadata()["config"]["limits.memory"], share);
+    }
+    // Figures are two seconds old at most.
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    loop {
+        let state = s.get("/1.0/instances/c1/state").await.metadata();
+        if state["memory"]["total"] == ByteSize::gib(32).bytes() {
+            break;
+        }
+        assert!(std::time::Instant::now() < end, "{state}");
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    for wrong in ["0%", "101%", "half%"] {
+        let why = set(wrong).await.refused(400);
+        assert!(why.contains("limits.memory") && why.contains("1% to 100%"), "{why}");
+    }
+    s.patch("/1.0/instances/c1", json!({"config": {"limits.memory.swap": "50%"}})).await.refused(400);
+    assert_eq!(s.agent.guest_limits(id).unwrap().memory, Some(ByteSize::gib(32)), "nothing has changed");
+    set("1GiB").await.metadata();
+    let limits = s.agent.guest_limits(id).unwrap();
+    assert_eq!((limits.memory, limits.memory_share), (Some(ByteSize::gib(1)), None));
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn all_guests_stop_in_order() {
     let mut s = Server::start().await;

@@ -71,7 +71,11 @@ impl Limits {
     /// # Errors
     /// Those of asking for the host's.
     pub fn memory_kib(&self, call: &Call) -> Result<u64, VirError> {
-        let bytes = match (self.limits.memory, self.kind) {
+        let memory = match self.limits.memory_share {
+            Some(_) => self.limits.memory_on(facts(call)?.memory),
+            None => self.limits.memory,
+        };
+        let bytes = match (memory, self.kind) {
             (Some(size), InstanceKind::VirtualMachine) => size.round_up(1 << 20).bytes(),
             (Some(size), InstanceKind::Container) => size.bytes(),
             (None, InstanceKind::VirtualMachine) => MACHINE_MEMORY,

@@ -810,3 +810,36 @@ async fn half_a_tree_is_told() {
     let count = client.call(187, &[v1, vec![0; 4]].concat()).await.unwrap();
     assert_eq!(Reader::new(&count).i32().unwrap(), 0);
 }
+
+/// Documents say sizes: a share of the host's memory is shown as what it is, and stays one until somebody sets a size.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_share_of_the_hosts_memory_is_shown_as_a_size() {
+    let server = Server::start().await;
+    server.settled().await;
+    server.guest("v1", InstanceKind::VirtualMachine, false).await;
+    let mut client = server.open("full", "qemu:///system").await;
+    let admin = Context::new(Principal::system());
+    let view = server.engine.instance(&admin, "default", "v1").unwrap();
+    let mut config = view.instance.config.clone();
+    config.insert("limits.memory".into(), "25%".into());
+    let update = UpdateInstance {
+        description: view.instance.description.clone(),
+        ephemeral: false,
+        config,
+        devices: view.instance.devices.clone(),
+        profiles: view.profiles.iter().map(|p| p.name.to_string()).collect(),
+        if_version: None,
+    };
+    let operation = server.engine.instance_update(&admin, "default", "v1", update).await.unwrap();
+    assert_eq!(operation.ended().await.error, None);
+    // Of its next start; the simulated host has 64 GiB.
+    let shown = dump(&mut client, "v1", 2).await;
+    assert!(shown.contains("<memory unit='KiB'>16777216</memory>"), "{shown}");
+    let memory = |server: &Server| {
+        server.engine.instance(&admin, "default", "v1").unwrap().instance.config["limits.memory"].clone()
+    };
+    define(&mut client, &shown).await.unwrap();
+    assert_eq!(memory(&server), "25%");
+    define(&mut client, &shown.replace(">16777216<", ">524288<")).await.unwrap();
+    assert_eq!(memory(&server), "524288KiB");
+}

@@ -1,7 +1,7 @@
 //! Tests of the table of keys and of what is read of them.
 
 use super::*;
-use crate::spec::{CpuAllowance, CpuLimit, SwapLimit};
+use crate::spec::{CpuAllowance, CpuLimit, MemoryLimit, SwapLimit};
 
 fn cfg(k: &str, v: &str) -> Config {
     Config::from([(k.to_owned(), v.to_owned())])
@@ -79,4 +79,39 @@ fn limits_parse() {
     assert!(e.message.contains("nofile"), "{e}");
     assert_eq!(parse_swap("x", "1MiB").unwrap(), SwapLimit::Bytes { bytes: 1 << 20 });
     assert!(parse_swap("x", "some").is_err());
+}
+
+#[test]
+fn memory_is_a_size_or_a_share_of_the_hosts() {
+    assert_eq!(parse_memory("x", "512MiB").unwrap(), MemoryLimit::Size { size: ByteSize::mib(512) });
+    assert_eq!(parse_memory("x", "50%").unwrap(), MemoryLimit::Share { percent: 50 });
+    for bad in ["0%", "101%", "%", "-5%", "1.5%", "5 %", "50%%", "4294967346%", "lots"] {
+        let e = check(&cfg("limits.memory", bad), None).unwrap_err();
+        assert_eq!(e.field.as_deref(), Some("config.limits.memory"), "{bad}: {e}");
+    }
+    assert!(limits(&cfg("limits.memory", "0%")).unwrap_err().message.contains("1% to 100%"));
+    assert!(parse_swap("x", "50%").is_err(), "that is of memory alone");
+    let host = ByteSize::gib(64).bytes();
+    let of = |percent: &str| limits(&cfg("limits.memory", percent)).unwrap();
+    for (percent, memory) in [("25%", 16 << 10), ("100%", 64 << 10), ("1%", 655)] {
+        let mut limits = of(percent);
+        assert_eq!(limits.memory, None, "nobody knows before the host");
+        assert_eq!(limits.memory_on(host), Some(ByteSize::mib(memory)), "{percent}");
+        limits.resolve_share(host).unwrap();
+        assert_eq!(limits.memory, Some(ByteSize::mib(memory)));
+        // On another host it is another size.
+        limits.resolve_share(host / 2).unwrap();
+        assert_eq!(limits.memory, limits.memory_on(host / 2));
+    }
+    let e = of("1%").resolve_share(300 << 20).unwrap_err();
+    assert!(e.field.as_deref() == Some("config.limits.memory") && e.message.contains("4MiB"), "{e}");
+    let mut sized = of("1GiB");
+    sized.resolve_share(0).unwrap();
+    assert_eq!((sized.memory, sized.memory_on(0)), (Some(ByteSize::gib(1)), Some(ByteSize::gib(1))));
+    // What would be the end of a machine is seen where its size is known.
+    let mut hard = cfg("limits.memory", "50%");
+    hard.extend(cfg("limits.memory.hard", "1GiB"));
+    limits(&hard).unwrap().resolve_share(1 << 30).unwrap();
+    let e = limits(&hard).unwrap().resolve_share(2 << 30).unwrap_err();
+    assert_eq!(e.field.as_deref(), Some("config.limits.memory.hard"));
 }

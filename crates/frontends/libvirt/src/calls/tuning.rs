@@ -3,6 +3,7 @@
 
 use super::{
     Answered, Named,
+    connect::facts,
     devices::{CONFIG, LIVE, live, number, parameters, typed, write},
     domain::is_running,
     nothing,
@@ -291,7 +292,11 @@ pub async fn memory(call: Call) -> Answered {
         return parameters(all, wanted);
     }
     let limits = limits_of(&config)?;
-    let size = limits.memory.map(|s| s.bytes() / 1024);
+    let memory = match limits.memory_share {
+        Some(_) => limits.memory_on(facts(&call)?.memory),
+        None => limits.memory,
+    };
+    let size = memory.map(|s| s.bytes() / 1024);
     let kept = |is: bool| Typed::Ullong(size.filter(|_| is).unwrap_or(UNLIMITED));
     let all = vec![
         ("hard_limit", kept(!limits.memory_soft)),
