@@ -88,9 +88,11 @@ impl RealAgent {
         let _lock = self.lock(at.volume.0).await;
         let pool = self.pool(at.pool)?;
         let now = pool.inspect(at.volume).await?;
+        let mut in_full = false;
         let source = match request.source {
             VolumeSource::Empty => Source::Empty,
-            VolumeSource::Image { image } => {
+            VolumeSource::Image { image, full } => {
+                in_full = full;
                 if content(self.images.facts(image).await?.kind) != now.content {
                     return Err(Error::invalid("image", "the image is one for another kind of instance"));
                 }
@@ -119,7 +121,7 @@ impl RealAgent {
                 drop(disk);
                 filling.commit().await?
             }
-            _ => contents.replace(at.volume, &source).await?,
+            _ => contents.replace(at.volume, &source.clone().in_full(in_full)).await?,
         };
         match request.size {
             Some(wanted) if made.size != Some(wanted) => pool.resize(at.volume, wanted).await.map(drop),

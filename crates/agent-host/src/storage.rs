@@ -147,11 +147,15 @@ impl RealAgent {
             }
             return Ok(());
         }
-        let (mut held, mut size) = (None, spec.size);
+        let (mut held, mut size, mut in_full) = (None, spec.size, false);
         let source = match spec.source {
             VolumeSource::Empty => Source::Empty,
-            VolumeSource::Image { image } => self.image_source(image).await?,
-            VolumeSource::Copy { pool: from, volume, snapshot } => {
+            VolumeSource::Image { image, full } => {
+                in_full = full;
+                self.image_source(image).await?
+            }
+            VolumeSource::Copy { pool: from, volume, snapshot, full } => {
+                in_full = full;
                 let (source, reading) =
                     self.source(VolumeRef { pool: from, volume }, snapshot, spec.pool, spec.content).await?;
                 held = reading;
@@ -165,7 +169,7 @@ impl RealAgent {
                 source
             }
         };
-        let new = NewVolume { content: spec.content, size, source };
+        let new = NewVolume { content: spec.content, size, source: source.in_full(in_full) };
         pool.create(spec.id, &new).await?;
         drop(held);
         Ok(())
@@ -207,18 +211,7 @@ impl RealAgent {
             return Ok((Source::Volume { volume: from.volume, snapshot }, None));
         }
         let reading = contents(&*pool)?.read(from.volume, snapshot).await?;
-        let located = reading.located.clone();
-        let source = match located.format {
-            Format::Directory => Source::Tree { path: located.path, image: None },
-            format => Source::Disk {
-                path: located.path,
-                format,
-                backing: located.backing,
-                size: reading.info.size.unwrap_or_default().bytes(),
-                image: None,
-            },
-        };
-        Ok((source, Some(reading)))
+        Ok((reading.source(), Some(reading)))
     }
 
     pub(crate) async fn delete_volume(&self, at: VolumeRef) -> Result<()> {
@@ -350,13 +343,13 @@ impl RealAgent {
     }
 
     pub(crate) async fn refresh_volume(&self, request: VolumeRefresh) -> Result<()> {
-        let VolumeRefresh { volume: at, from, snapshot } = request;
+        let VolumeRefresh { volume: at, from, snapshot, full } = request;
         let _locks = self.lock_both(at.volume, from.volume).await;
         let pool = self.pool(at.pool)?;
         let now = pool.inspect(at.volume).await?;
         self.unused(at.volume).await?;
         let (source, reading) = self.source(from, snapshot, at.pool, now.content).await?;
-        contents(&*pool)?.replace(at.volume, &source).await?;
+        contents(&*pool)?.replace(at.volume, &source.in_full(full)).await?;
         drop(reading);
         Ok(())
     }

@@ -637,6 +637,9 @@ pub struct VolumeRefresh {
     pub from: VolumeRef,
     /// As that was then; `None`: now.
     pub snapshot: Option<SnapshotId>,
+    /// As a full copy, which shares nothing with the other.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub full: bool,
 }
 
 /// How a volume's content travels.

@@ -204,7 +204,7 @@ impl Subject {
                 InstanceKind::VirtualMachine => VolumeContent::Block,
             },
             size: (kind == InstanceKind::VirtualMachine).then_some(ByteSize::gib(10)),
-            source: image.map_or(VolumeSource::Empty, |image| VolumeSource::Image { image }),
+            source: image.map_or(VolumeSource::Empty, |image| VolumeSource::Image { image, full: false }),
         }
     }
 

@@ -61,7 +61,24 @@ pub fn reflink(from: impl AsFd, to: impl AsFd) -> io::Result<bool> {
 /// # Errors
 /// No space, or reading or writing fails.
 pub fn copy_sparse(from: impl AsFd, to: impl AsFd, size: u64) -> io::Result<()> {
-    let (from, to) = (from.as_fd(), to.as_fd());
+    copy_data(from.as_fd(), to.as_fd(), size, copy_range)
+}
+
+/// As [`copy_sparse`], and no block is shared: some file systems let the kernel share what it is told to copy.
+///
+/// # Errors
+/// No space, or reading or writing fails.
+pub fn copy_apart(from: impl AsFd, to: impl AsFd, size: u64) -> io::Result<()> {
+    copy_data(from.as_fd(), to.as_fd(), size, write_range)
+}
+
+/// Copies what is no hole by `range`.
+fn copy_data(
+    from: BorrowedFd<'_>,
+    to: BorrowedFd<'_>,
+    size: u64,
+    range: impl Fn(BorrowedFd<'_>, BorrowedFd<'_>, u64, u64, u64) -> io::Result<()>,
+) -> io::Result<()> {
     let source = rustix::fs::fstat(from)?;
     if rustix::fs::FileType::from_raw_mode(source.st_mode) == rustix::fs::FileType::BlockDevice {
         return copy_device(from, to, size);
@@ -79,7 +96,7 @@ pub fn copy_sparse(from: impl AsFd, to: impl AsFd, size: u64) -> io::Result<()> 
         } else {
             (at, size)
         };
-        copy_range(from, to, data, end, 0)?;
+        range(from, to, data, end, 0)?;
         at = end;
     }
     let stat = rustix::fs::fstat(to)?;
@@ -170,21 +187,38 @@ fn copy_range(from: BorrowedFd<'_>, to: BorrowedFd<'_>, start: u64, end: u64, of
             Ok(0) => break, // the file became shorter
             Ok(_) => {}
             Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
-                let mut buffer = vec![0; want.min(256 << 10)];
-                let n = rustix::io::pread(from, &mut buffer, source)?;
-                if n == 0 {
-                    break;
-                }
-                let mut done = 0;
-                while done < n {
-                    done += rustix::io::pwrite(to, &buffer[done..n], target + done as u64)?;
-                }
-                source += n as u64;
-                target += n as u64;
+                return write_range(from, to, source, end, offset);
             }
             Err(Errno::INTR) => {}
             Err(e) => return Err(e.into()),
         }
+    }
+    Ok(())
+}
+
+/// As [`copy_range`], by reading and writing.
+fn write_range(
+    from: BorrowedFd<'_>,
+    to: BorrowedFd<'_>,
+    start: u64,
+    end: u64,
+    offset: u64,
+) -> io::Result<()> {
+    let mut buffer = vec![0; end.saturating_sub(start).min(256 << 10) as usize];
+    let mut at = start;
+    while at < end {
+        let want = (end - at).min(buffer.len() as u64) as usize;
+        let n = match rustix::io::pread(from, &mut buffer[..want], at) {
+            Ok(0) => break, // the file became shorter
+            Ok(n) => n,
+            Err(Errno::INTR) => continue,
+            Err(e) => return Err(e.into()),
+        };
+        let mut done = 0;
+        while done < n {
+            done += rustix::io::pwrite(to, &buffer[done..n], at + offset + done as u64)?;
+        }
+        at += n as u64;
     }
     Ok(())
 }
@@ -209,16 +243,18 @@ pub enum TreeMode {
     Layer,
     /// Files of a tree that never changes get a second name instead of a copy, where the file system can; else as plain.
     Names,
+    /// As plain, and no block is shared with the original.
+    Apart,
 }
 
 /// Copies the tree `from` into the existing empty directory `to`: owners, modes, times, extended attributes, hard links,
-/// holes. Regular files share their blocks where the file system can. Works on two threads. Blocking.
+/// holes. Regular files share their blocks where the file system can, unless they are to be apart. Works on two threads. Blocking.
 ///
 /// # Errors
 /// Quota when the disk is full; internal otherwise. What was copied until then is left for the caller to remove.
 pub fn copy_tree(from: &OwnedFd, to: &OwnedFd, mode: TreeMode) -> Result<Copied> {
     let job = TreeCopy { from, to, mode, state: State::default() };
-    job.share.store(true, Ordering::Relaxed);
+    job.share.store(mode != TreeMode::Apart, Ordering::Relaxed);
     let work = || -> Result<()> {
         while let Some(path) = job.take() {
             let done = job.directory(&path);
@@ -407,7 +443,10 @@ impl TreeCopy<'_> {
                         self.shared_any.store(true, Ordering::Relaxed);
                     } else {
                         self.share.store(false, Ordering::Relaxed);
-                        copy_sparse(&from, &to, stat.stx_size)?;
+                        match self.mode {
+                            TreeMode::Apart => copy_apart(&from, &to, stat.stx_size)?,
+                            _ => copy_sparse(&from, &to, stat.stx_size)?,
+                        }
                     }
                 }
                 self.bytes.fetch_add(stat.stx_size, Ordering::Relaxed);

@@ -759,6 +759,9 @@ pub enum VolumeSource {
     Image {
         /// Which.
         image: ImageId,
+        /// A full copy instead: it shares nothing with the image, and does not need it.
+        #[serde(default, skip_serializing_if = "is_false")]
+        full: bool,
     },
     /// A copy of another volume of the same content, in this or another pool of the same host; it shares blocks where the
     /// pool can. Of a volume that a running guest writes the same holds as for a snapshot.
@@ -770,6 +773,9 @@ pub enum VolumeSource {
         /// Its state then; `None`: now.
         #[serde(default)]
         snapshot: Option<SnapshotId>,
+        /// A full copy: it shares nothing with the other.
+        #[serde(default, skip_serializing_if = "is_false")]
+        full: bool,
     },
 }
 

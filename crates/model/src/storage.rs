@@ -146,6 +146,13 @@ pub const POOL_KEYS: &[PoolKey] = &[
         text: "File system of containers' volumes on devices: `ext4` or `xfs`.",
     },
     PoolKey {
+        name: "volume.full_copy",
+        kinds: PoolKind::ALL,
+        default: "false",
+        text: "What is made of an image or is a copy (roots of instances, copies and moves of instances and volumes, refreshed ones) has \
+               all data for itself from the beginning, which takes time and space, rather than sharing it with what it was made of.",
+    },
+    PoolKey {
         name: "volume.security.shared",
         kinds: PoolKind::ALL,
         default: "false",
@@ -255,6 +262,13 @@ impl Pool {
         all
     }
 
+    /// Is what is made in it of an image or another volume a full copy? A custom volume may say it itself, in `own`.
+    pub fn full_copy(&self, own: &Config) -> bool {
+        let own = own.get("full_copy").filter(|v| !v.is_empty());
+        let value = own.or_else(|| self.config.get("volume.full_copy"));
+        value.is_some_and(|v| keys::parse_bool("config.volume.full_copy", v).unwrap_or(false))
+    }
+
     /// The size of a new root disk that says none itself.
     pub fn root_size(&self, content: VolumeContent) -> Option<ByteSize> {
         let size = self.config.get("volume.size").filter(|s| !s.is_empty() && self.bounds(content))?;
@@ -299,7 +313,11 @@ pub fn check_source_name(kind: PoolKind, field: &str, name: &str) -> Result<()> 
 /// Keys of Incus that have one value here, and why.
 const ALWAYS: &[(&str, &str)] = &[
     ("lvm.use_thinpool", "volumes of LVM are thin here; leave it out"),
-    ("zfs.clone_copy", "copies are clones here, which keep nothing that was deleted; leave it out"),
+    (
+        "zfs.clone_copy",
+        "copies are clones here, which keep nothing that was deleted; leave it out, or set volume.full_copy=true for copies that \
+         share nothing",
+    ),
     ("volume.zfs.use_refquota", "limits count what a volume holds, without its snapshots; leave it out"),
 ];
 
@@ -502,6 +520,7 @@ pub const DEFAULT_BLOCK_SIZE: ByteSize = ByteSize::gib(10);
 
 /// Keys of custom volumes.
 pub const VOLUME_KEYS: &[&str] = &[
+    "full_copy",
     "security.shared",
     "security.shifted",
     "size",
@@ -551,7 +570,7 @@ pub fn check_volume_config(config: &Config, content: VolumeContent) -> Result<Op
             "security.shifted" if content != VolumeContent::Filesystem => {
                 return Err(Error::invalid(field, "is for file systems only"));
             }
-            "security.shared" | "security.shifted" => drop(keys::parse_bool(&field, value)?),
+            "full_copy" | "security.shared" | "security.shifted" => drop(keys::parse_bool(&field, value)?),
             "snapshots.expiry" | "snapshots.expiry.manual" => {
                 drop(crate::schedule::Span::parse(&field, value)?)
             }
@@ -641,6 +660,8 @@ mod tests {
             (PoolKind::Zfs, &[("lvm.use_thinpool", "true")], "config.lvm.use_thinpool", "zfs pool"),
             (PoolKind::Dir, &[("volume.size", "1KiB")], "config.volume.size", "too small"),
             (PoolKind::Dir, &[("volume.security.shared", "perhaps")], "config.volume.security.shared", ""),
+            (PoolKind::Lvm, &[("volume.full_copy", "some")], "config.volume.full_copy", "boolean"),
+            (PoolKind::Zfs, &[("zfs.clone_copy", "false")], "config.zfs.clone_copy", "volume.full_copy"),
             (
                 PoolKind::Btrfs,
                 &[("volume.snapshots.schedule", "* *")],
@@ -703,6 +724,12 @@ mod tests {
         let dir = pool(PoolKind::Dir);
         assert_eq!((dir.root_size(Filesystem), dir.root_size(Block)), (None, Some(ByteSize::gib(20))));
         assert!(!dir.volume_config(&Config::new(), Filesystem).contains_key("size"));
+        assert!(!btrfs.full_copy(&Config::new()) && btrfs.full_copy(&map(&[("full_copy", "true")])));
+        let mut full = pool(PoolKind::Lvm);
+        full.config.insert("volume.full_copy".into(), "true".into());
+        assert!(full.full_copy(&Config::new()) && full.full_copy(&map(&[("full_copy", "")])));
+        assert!(!full.full_copy(&map(&[("full_copy", "false")])), "a volume says it for itself");
+        assert_eq!(full.volume_config(&Config::new(), Iso)["full_copy"], "true");
     }
 
     #[test]
@@ -723,6 +750,7 @@ mod tests {
             ("security.shared", "perhaps", Block),
             ("security.shifted", "true", Block),
             ("snapshots.expiry", "soon", Block),
+            ("full_copy", "perhaps", Filesystem),
             ("snapshots.keep", "0", Block),
             ("snapshots.keep", "-1", Filesystem),
             ("snapshots.keep", "all", Filesystem),

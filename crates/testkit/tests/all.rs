@@ -9,6 +9,7 @@ mod commits;
 mod disk_copies;
 mod disk_full;
 mod displays;
+mod full_copies;
 mod generations;
 mod images;
 mod limits;

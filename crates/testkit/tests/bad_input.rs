@@ -260,6 +260,7 @@ fn cases() -> Vec<Case> {
         "delete of a missing network" => NotFound, "", "nope", |w| w.engine.network_delete(&w.admin, P, "nope");
         "pool of an unknown kind" => Invalid, "driver", "drr", |w| w.engine.pool_create(&w.admin, CreatePool { name: "new".into(), driver: "drr".into(), ..Default::default() });
         "pool with an unknown key" => Invalid, "config.size", "size", |w| w.engine.pool_create(&w.admin, CreatePool { name: "new".into(), driver: "dir".into(), config: config(&[("size", "1GiB")]), ..Default::default() });
+        "pool with no truth value" => Invalid, "config.volume.full_copy", "boolean", |w| w.engine.pool_create(&w.admin, CreatePool { name: "new".into(), driver: "dir".into(), config: config(&[("volume.full_copy", "some")]), ..Default::default() });
         "pool with a taken name" => Conflict, "name", "default", |w| w.engine.pool_create(&w.admin, CreatePool { name: P.into(), driver: "dir".into(), ..Default::default() });
         "delete of a used pool" => Conflict, "", "used", |w| w.engine.pool_delete(&w.admin, "default");
         "delete of a missing pool" => NotFound, "", "nope", |w| w.engine.pool_delete(&w.admin, "nope");

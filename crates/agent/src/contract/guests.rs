@@ -733,7 +733,7 @@ async fn volume_in_use(guest: &Guest<'_>) {
     let at = VolumeSnapshotRef { pool: volume.pool, volume: volume.volume, snapshot };
     agent.volume_snapshot_create(&s.change(), at).await.unwrap();
     refused(agent.volume_snapshot_restore(&s.change(), at).await, ErrorKind::Conflict);
-    let from = VolumeRefresh { volume, from: volume, snapshot: Some(snapshot) };
+    let from = VolumeRefresh { volume, from: volume, snapshot: Some(snapshot), full: false };
     refused(agent.volume_refresh(&s.change(), from).await, ErrorKind::Conflict);
     let format = match guest.spec.kind {
         InstanceKind::Container => StreamFormat::Tar,

@@ -47,13 +47,16 @@ pub(super) async fn images_of_trees(s: &Subject) {
     assert_eq!(s.marked(new).await, "one");
 
     let rebuild = |source| VolumeRebuild { volume: new, source, size: None };
-    let of_now = rebuild(VolumeSource::Image { image: now.image });
-    agent.volume_rebuild(&s.change(), of_now.clone()).await.unwrap();
+    for full in [true, false] {
+        let of_now = rebuild(VolumeSource::Image { image: now.image, full });
+        agent.volume_rebuild(&s.change(), of_now).await.unwrap();
+    }
+    let of_now = rebuild(VolumeSource::Image { image: now.image, full: false });
     agent.volume_rebuild(&s.change(), of_now).await.expect("twice is once");
     assert_eq!(s.marked(new).await, "two");
-    let lost = VolumeSource::Image { image: ImageId(s.env.uuid()) };
+    let lost = VolumeSource::Image { image: ImageId(s.env.uuid()), full: false };
     refused(agent.volume_rebuild(&s.change(), rebuild(lost)).await, ErrorKind::NotFound);
-    let copy = VolumeSource::Copy { pool, volume: at.volume, snapshot: None };
+    let copy = VolumeSource::Copy { pool, volume: at.volume, snapshot: None, full: false };
     refused(agent.volume_rebuild(&s.change(), rebuild(copy)).await, ErrorKind::Invalid);
     assert_eq!(s.marked(new).await, "two");
     agent.volume_rebuild(&s.change(), rebuild(VolumeSource::Empty)).await.unwrap();
@@ -84,14 +87,16 @@ pub(super) async fn images_of_disks(s: &Subject) {
     agent.volume_create(&s.change(), grown).await.unwrap();
     for (source, wanted) in [
         (VolumeSource::Empty, size(9)),
-        (VolumeSource::Image { image }, size(9)),
-        (VolumeSource::Image { image }, size(8)),
+        (VolumeSource::Image { image, full: false }, size(9)),
+        (VolumeSource::Image { image, full: true }, size(9)),
+        (VolumeSource::Image { image, full: false }, size(8)),
     ] {
         let request = VolumeRebuild { volume: new, source, size: wanted };
         agent.volume_rebuild(&s.change(), request).await.unwrap();
         assert_eq!(agent.volume_usage(&s.read(), new).await.unwrap().total, wanted.unwrap().bytes());
     }
-    let small = VolumeRebuild { volume: new, source: VolumeSource::Image { image }, size: size(1) };
+    let small =
+        VolumeRebuild { volume: new, source: VolumeSource::Image { image, full: false }, size: size(1) };
     refused(agent.volume_rebuild(&s.change(), small).await, ErrorKind::Invalid);
     agent.image_delete(&s.change(), image).await.unwrap();
     for volume in [at, new] {

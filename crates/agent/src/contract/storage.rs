@@ -61,7 +61,17 @@ impl Subject {
     }
 
     async fn copy(&self, of: &VolumeSpec, pool: PoolId, snapshot: Option<SnapshotId>) -> VolumeRef {
-        let source = VolumeSource::Copy { pool: of.pool, volume: of.id, snapshot };
+        self.copy_as(of, pool, snapshot, false).await
+    }
+
+    async fn copy_as(
+        &self,
+        of: &VolumeSpec,
+        pool: PoolId,
+        snapshot: Option<SnapshotId>,
+        full: bool,
+    ) -> VolumeRef {
+        let source = VolumeSource::Copy { pool: of.pool, volume: of.id, snapshot, full };
         let spec = VolumeSpec { id: VolumeId(self.env.uuid()), pool, source, ..of.clone() };
         self.agent.volume_create(&self.change(), spec.clone()).await.unwrap();
         self.agent.volume_create(&self.change(), spec.clone()).await.expect("twice is once");
@@ -109,12 +119,25 @@ pub(super) async fn trees(s: &Subject) {
     assert_eq!(s.marked(far).await, "one");
     let kept = s.snapshot(far);
     agent.volume_snapshot_create(&s.change(), kept).await.unwrap();
-    let refresh = VolumeRefresh { volume: far, from: at, snapshot: None };
+    let refresh = VolumeRefresh { volume: far, from: at, snapshot: None, full: false };
     agent.volume_refresh(&s.change(), refresh).await.unwrap();
     agent.volume_refresh(&s.change(), refresh).await.expect("twice is once");
     assert_eq!(s.marked(far).await, "two");
     agent.volume_snapshot_restore(&s.change(), kept).await.expect("its snapshots stayed");
     assert_eq!(s.marked(far).await, "one");
+
+    // Full copies, in the same pool and in another, are the same to look at.
+    for pool in [pool, other] {
+        let full = s.copy_as(&spec, pool, Some(first.snapshot), true).await;
+        assert_eq!(s.marked(full).await, "one");
+        let refresh = VolumeRefresh { volume: full, from: at, snapshot: None, full: true };
+        agent.volume_refresh(&s.change(), refresh).await.unwrap();
+        agent.volume_refresh(&s.change(), refresh).await.expect("twice is once");
+        assert_eq!(s.marked(full).await, "two");
+        s.mark(full, "full").await;
+        assert_eq!(s.marked(at).await, "two");
+        agent.volume_delete(&s.change(), full).await.unwrap();
+    }
 
     // Out and in again.
     let stream = s.exported(at, Some(first.snapshot), StreamFormat::Tar).await;
@@ -181,7 +204,10 @@ pub(super) async fn disks(s: &Subject) {
     let packed = s.exported(copy, None, StreamFormat::Qcow2).await;
     assert_eq!(s.imported(far, StreamFormat::Qcow2, &packed).await.unwrap(), 0);
     assert!(s.exported(far, None, StreamFormat::Raw).await == content(2));
-    agent.volume_refresh(&s.change(), VolumeRefresh { volume: far, from: at, snapshot: None }).await.unwrap();
+    agent
+        .volume_refresh(&s.change(), VolumeRefresh { volume: far, from: at, snapshot: None, full: false })
+        .await
+        .unwrap();
     assert!(s.exported(far, None, StreamFormat::Raw).await == content(1));
 
     let disc = VolumeSpec {
@@ -197,7 +223,7 @@ pub(super) async fn disks(s: &Subject) {
     let tar = VolumeExport { volume: at, snapshot: None, format: StreamFormat::Tar };
     refused(agent.volume_export(&s.read(), tar).await, ErrorKind::Invalid);
     let tree = s.volume(pool, InstanceKind::Container, None);
-    let source = VolumeSource::Copy { pool, volume: at.volume, snapshot: None };
+    let source = VolumeSource::Copy { pool, volume: at.volume, snapshot: None, full: false };
     refused(agent.volume_create(&s.change(), VolumeSpec { source, ..tree }).await, ErrorKind::Invalid);
     for volume in [at, copy, far, disc_at] {
         agent.volume_delete(&s.change(), volume).await.unwrap();

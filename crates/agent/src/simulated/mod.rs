@@ -166,6 +166,11 @@ impl SimulatedAgent {
         self.faults.lock().unwrap().entry(name).or_default().push_back(fault);
     }
 
+    /// Is what is in a volume a full copy of what it was made of? `None`: there is no such volume.
+    pub fn is_full_copy(&self, volume: karst_model::VolumeId) -> Option<bool> {
+        self.lock().volumes.get(&volume).map(|v| v.full)
+    }
+
     /// From now on these USB devices are plugged into the host, beside the one that it always has.
     pub fn plug(&self, devices: Vec<UsbResources>) {
         self.lock().plugged = devices;

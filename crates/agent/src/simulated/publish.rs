@@ -54,9 +54,10 @@ impl SimulatedAgent {
     pub(super) fn rebuild_volume(&self, request: VolumeRebuild) -> Result<()> {
         let mut state = self.settled();
         let now = state.volume(request.volume)?.spec.content;
+        let full = matches!(request.source, VolumeSource::Image { full: true, .. });
         let held = match request.source {
             VolumeSource::Empty => Held::default(),
-            VolumeSource::Image { image } => {
+            VolumeSource::Image { image, .. } => {
                 let found = state.images.get(&image);
                 let image =
                     found.ok_or_else(|| Error::not_found(format!("image {image} is not on this host")))?;
@@ -74,7 +75,7 @@ impl SimulatedAgent {
         };
         state.writer(request.volume, false)?;
         let volume = state.volume_mut(request.volume)?;
-        volume.held = held;
+        (volume.held, volume.full) = (held, full);
         if now.is_disk() {
             volume.size = request.size.or(volume.size);
         }

@@ -88,6 +88,8 @@ pub(super) struct Volume {
     pub spec: VolumeSpec,
     pub size: Option<ByteSize>,
     pub held: Held,
+    /// It shares nothing with what it was made of.
+    pub full: bool,
     pub snapshots: BTreeMap<SnapshotId, Snapshot>,
 }
 

@@ -105,7 +105,7 @@ impl SimulatedAgent {
         let (mut wanted, mut held, mut size) = (EMPTY_VOLUME, Held::default(), spec.size);
         match spec.source {
             VolumeSource::Empty => {}
-            VolumeSource::Image { image } => {
+            VolumeSource::Image { image, .. } => {
                 let facts = state.images.get(&image).map(|i| &i.facts);
                 let facts =
                     facts.ok_or_else(|| Error::not_found(format!("image {image} is not on this host")))?;
@@ -122,7 +122,7 @@ impl SimulatedAgent {
                 wanted = facts.size;
                 held = state.images.get(&image).map(|i| i.held.clone()).unwrap_or_default();
             }
-            VolumeSource::Copy { pool, volume, snapshot } => {
+            VolumeSource::Copy { pool, volume, snapshot, .. } => {
                 let (copied, old, content) = state.held(VolumeRef { pool, volume }, snapshot)?;
                 if content != spec.content {
                     return Err(Error::invalid("content", "the volume that is copied holds something else"));
@@ -136,7 +136,11 @@ impl SimulatedAgent {
         if state.pool_used(spec.pool) + wanted > self.options.pool_size.bytes() {
             return Err(Error::quota("no space left in the pool"));
         }
-        state.volumes.insert(spec.id, Volume { size, spec, held, snapshots: BTreeMap::new() });
+        let full = matches!(
+            spec.source,
+            VolumeSource::Image { full: true, .. } | VolumeSource::Copy { full: true, .. }
+        );
+        state.volumes.insert(spec.id, Volume { size, spec, held, full, snapshots: BTreeMap::new() });
         Ok(())
     }
 
@@ -207,7 +211,7 @@ impl SimulatedAgent {
         }
         state.writer(request.volume, false)?;
         let volume = state.volume_mut(request.volume)?;
-        (volume.held, volume.size) = (held, size);
+        (volume.held, volume.size, volume.full) = (held, size, request.full);
         Ok(())
     }
 

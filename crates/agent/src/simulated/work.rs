@@ -62,7 +62,9 @@ impl State {
 
     pub(super) fn used(&self, volume: &Volume) -> u64 {
         let image = match volume.spec.source {
-            VolumeSource::Image { image } => self.images.get(&image).map_or(EMPTY_VOLUME, |i| i.facts.size),
+            VolumeSource::Image { image, .. } => {
+                self.images.get(&image).map_or(EMPTY_VOLUME, |i| i.facts.size)
+            }
             _ => EMPTY_VOLUME,
         };
         image + volume.held.files.values().map(|f| f.data.len() as u64).sum::<u64>()

@@ -16,6 +16,8 @@ pub async fn check(pool: &dyn PoolDriver, scratch: &Path) {
     limits(pool, scratch).await;
     snapshots(pool, scratch).await;
     contents(pool, scratch).await;
+    full_trees(pool, scratch).await;
+    full_disks(pool, scratch).await;
     descriptions(pool).await;
     assert!(pool.list().await.unwrap().is_empty(), "each part removed what it made");
     let space = pool.space().await.unwrap();
@@ -534,4 +536,108 @@ async fn contents(pool: &dyn PoolDriver, scratch: &Path) {
     for f in [raw, image, overlay] {
         std::fs::remove_file(f).unwrap();
     }
+}
+
+/// As a full copy.
+fn full(source: Source) -> Source {
+    source.in_full(true)
+}
+
+/// Full copies of an image's tree, of a volume that lies over it, and of a snapshot: plain trees, which need nothing of what they
+/// were made of.
+async fn full_trees(pool: &dyn PoolDriver, scratch: &Path) {
+    let (Some(contents), Some(snapshots)) = (pool.contents(), pool.snapshots()) else { return };
+    let source = scratch.join("tree");
+    std::fs::create_dir(&source).unwrap();
+    sample_tree(&source);
+    let first = describe(&source);
+    let of_image = Source::Tree { path: source.clone(), image: Some(IMAGE) };
+    let (a, b, c, d) = (id(), id(), id(), id());
+    let new = tree(None, full(of_image.clone()));
+    let made = pool.create(a, &new).await.unwrap();
+    assert_eq!(pool.create(a, &new).await.unwrap(), made, "twice is once");
+    pool.create(b, &tree(None, of_image)).await.unwrap();
+    let then = snapshot();
+    snapshots.create(b, then).await.unwrap();
+    let at = opened(pool, b).await;
+    std::fs::write(at.path.join("later"), b"x").unwrap();
+    std::fs::remove_dir_all(at.path.join("many")).unwrap();
+    let later = describe(&at.path);
+    drop(at);
+    pool.create(c, &tree(None, full(Source::Volume { volume: b, snapshot: None }))).await.unwrap();
+    pool.create(d, &tree(None, full(Source::Volume { volume: b, snapshot: Some(then) }))).await.unwrap();
+    // All of that goes, and nothing waits for the copies.
+    pool.delete(b).await.unwrap();
+    pool.forget_image(IMAGE).await.unwrap();
+    std::fs::remove_dir_all(&source).unwrap();
+    pool.settle().await;
+    for (volume, what) in [(a, &first), (c, &later), (d, &first)] {
+        let located = pool.locate(volume, None).await.unwrap();
+        assert!(located.layers.is_none(), "it lies over nothing");
+        assert_eq!(&describe(&located.path), what);
+        unreachable_by_users(&located.path);
+    }
+    // One that is there becomes one, and is apart from what it is of.
+    for _ in 0..2 {
+        contents.replace(c, &full(Source::Volume { volume: d, snapshot: None })).await.unwrap();
+    }
+    let at = opened(pool, c).await;
+    assert_eq!(describe(&at.path), first);
+    std::fs::write(at.path.join("mine"), b"own").unwrap();
+    drop(at);
+    let other = opened(pool, d).await;
+    assert!(!other.path.join("mine").exists());
+    drop(other);
+    let lost = full(Source::Volume { volume: id(), snapshot: None });
+    let e = pool.create(b, &tree(None, lost)).await.unwrap_err();
+    assert!(e.is(ErrorKind::NotFound), "{e:?}");
+    let wrong = NewVolume {
+        content: VolumeContent::Block,
+        size: None,
+        source: full(Source::Volume { volume: a, snapshot: None }),
+    };
+    assert!(pool.create(b, &wrong).await.unwrap_err().is(ErrorKind::Invalid));
+    assert!(pool.inspect(b).await.unwrap_err().is(ErrorKind::NotFound), "nothing is left");
+    for volume in [a, c, d] {
+        pool.delete(volume).await.unwrap();
+    }
+    pool.settle().await;
+}
+
+/// The same of disks: nothing lies below them.
+async fn full_disks(pool: &dyn PoolDriver, scratch: &Path) {
+    let (Some(_), Some(snapshots)) = (pool.contents(), pool.snapshots()) else { return };
+    let (image, raw) = (scratch.join("image.qcow2"), scratch.join("image.raw"));
+    std::fs::write(&raw, vec![9; 8 << 20]).unwrap();
+    let convert = run(Program::QemuImg).args(["convert", "-f", "raw", "-O", "qcow2"]);
+    convert.arg(&raw).arg(&image).ok().await.unwrap();
+    std::fs::set_permissions(&image, PermissionsExt::from_mode(0o444)).unwrap();
+    let disk =
+        |mib, source| NewVolume { content: VolumeContent::Block, size: Some(ByteSize::mib(mib)), source };
+    let (a, b, c, d) = (id(), id(), id(), id());
+    pool.create(a, &disk(8, full(disk_of(&image)))).await.unwrap();
+    pool.create(b, &disk(8, disk_of(&image))).await.unwrap();
+    let then = snapshot();
+    snapshots.create(b, then).await.unwrap();
+    let now = Source::Volume { volume: b, snapshot: None };
+    pool.create(c, &disk(20, full(now))).await.unwrap();
+    let of_then = Source::Volume { volume: b, snapshot: Some(then) };
+    let made = pool.create(d, &NewVolume { size: None, ..disk(8, full(of_then)) }).await.unwrap();
+    assert_eq!((made.format, made.size), (Format::Raw, pool.inspect(b).await.unwrap().size));
+    pool.delete(b).await.unwrap();
+    pool.forget_image(IMAGE).await.unwrap();
+    std::fs::remove_file(&image).unwrap();
+    pool.settle().await;
+    for (volume, size) in [(a, 8 << 20), (c, 20 << 20), (d, 8 << 20)] {
+        let located = pool.locate(volume, None).await.unwrap();
+        assert_eq!((located.format, located.backing), (Format::Raw, None));
+        let got = bytes(pool, volume, None, scratch).await;
+        assert_eq!(got.len(), size);
+        assert!(got[..8 << 20].iter().all(|b| *b == 9) && got[8 << 20..].iter().all(|b| *b == 0));
+    }
+    for volume in [a, c, d] {
+        pool.delete(volume).await.unwrap();
+    }
+    pool.settle().await;
+    std::fs::remove_file(raw).unwrap();
 }

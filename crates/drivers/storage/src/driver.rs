@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 use karst_host::overlay::Layers;
 use karst_model::{
-    ByteSize, ImageId, Result, SnapshotId, VolumeId,
+    ByteSize, Error, ImageId, Result, SnapshotId, VolumeId,
     storage::{PoolKind, Usage, VolumeContent},
 };
 use serde::{Deserialize, Serialize};
@@ -145,6 +145,23 @@ pub struct Reading {
     pub guard: Option<Box<dyn Send + Sync>>,
 }
 
+impl Reading {
+    /// It, as what another volume is made of.
+    pub fn source(&self) -> Source {
+        let path = self.located.path.clone();
+        match self.located.format {
+            Format::Directory => Source::Tree { path, image: None },
+            format => Source::Disk {
+                path,
+                format,
+                backing: self.located.backing.clone(),
+                size: self.info.size.unwrap_or_default().bytes(),
+                image: None,
+            },
+        }
+    }
+}
+
 /// A tree of a volume, to be worked on.
 pub struct OpenTree {
     /// Where, for this process.
@@ -205,6 +222,32 @@ pub enum Source {
         /// Its state then; `None`: now.
         snapshot: Option<SnapshotId>,
     },
+    /// A copy of one of the others that shares nothing with it, neither blocks nor files: that may go at once.
+    Full(Box<Source>),
+}
+
+impl Source {
+    /// The same as a full copy, where that is wanted.
+    #[must_use]
+    pub fn in_full(self, full: bool) -> Self {
+        if full { Self::Full(Box::new(self)) } else { self }
+    }
+}
+
+/// What a full copy is made of: what lies somewhere and is nobody's to clone from; and what keeps it there meanwhile.
+pub(crate) async fn apart(pool: &dyn Contents, of: &Source) -> Result<(Source, Option<Reading>)> {
+    Ok(match of.clone() {
+        Source::Empty => (Source::Empty, None),
+        Source::Tree { path, .. } => (Source::Tree { path, image: None }, None),
+        Source::Disk { path, format, backing, size, .. } => {
+            (Source::Disk { path, format, backing, size, image: None }, None)
+        }
+        Source::Volume { volume, snapshot } => {
+            let reading = pool.read(volume, snapshot).await?;
+            (reading.source(), Some(reading))
+        }
+        Source::Full(_) => return Err(Error::internal("a full copy of a full copy is asked for", "")),
+    })
 }
 
 /// Form of a volume on disk.

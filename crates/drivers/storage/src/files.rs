@@ -19,7 +19,9 @@
 
 use crate::{
     Contents, Descriptions, Filling, Format, Located, NewVolume, OpenTree, PoolDriver, Reading, Snapshots,
-    Source, VolumeInfo, descriptions, flush,
+    Source, VolumeInfo, descriptions,
+    driver::apart,
+    flush,
     hold::Hold,
     layers::{self, Opened},
     states::{self, Record, States, check_disk_size, copy_file, link_or_copy},
@@ -125,7 +127,7 @@ impl FilePool {
             Source::Empty | Source::Tree { image: Some(_), .. } | Source::Disk { image: Some(_), .. } => {
                 return Ok(());
             }
-            Source::Tree { .. } | Source::Disk { .. } => true,
+            Source::Tree { .. } | Source::Disk { .. } | Source::Full(_) => true,
             Source::Volume { .. } => false,
         };
         self.on_disk(work, copied).await
@@ -159,6 +161,16 @@ impl FilePool {
 
     /// Makes a state at `work` of a source, without its record.
     async fn build(&self, work: &Path, new: &NewVolume) -> Result<Record> {
+        let Source::Full(of) = &new.source else { return self.build_of(work, new, TreeMode::Plain).await };
+        let (source, reading) = apart(self, of).await?;
+        let new = NewVolume { source, ..new.clone() };
+        let built = self.build_of(work, &new, TreeMode::Apart).await;
+        drop(reading);
+        built
+    }
+
+    /// `how`: what is copied, rather than cloned.
+    async fn build_of(&self, work: &Path, new: &NewVolume, how: TreeMode) -> Result<Record> {
         let record = |format, size, based| Record { content: new.content, format, size, based, image: None };
         let at = work.to_owned();
         match (&new.source, new.content.is_disk()) {
@@ -193,7 +205,7 @@ impl FilePool {
                         let from = path.clone();
                         self.with_states(move |states| {
                             states.make_to_fill(&at)?;
-                            states::copy_tree(&from, &at.join("rootfs"), TreeMode::Plain).map(drop)
+                            states::copy_tree(&from, &at.join("rootfs"), how).map(drop)
                         })
                         .await?;
                     }
@@ -222,7 +234,7 @@ impl FilePool {
                     (Format::Raw, _) => {
                         self.with_states(move |states| {
                             states.make_to_fill(&at)?;
-                            copy_file(&from, &at.join("disk.img"), 0o600)
+                            copy_file(&from, &at.join("disk.img"), 0o600, how)
                         })
                         .await?;
                     }
@@ -799,7 +811,10 @@ impl Contents for FilePool {
         let work = self.work();
         let record = self.build(work.path(), &new).await?;
         self.complete(work.path(), &record).await?;
-        let filled = matches!(source, Source::Tree { image: None, .. } | Source::Disk { image: None, .. });
+        let filled = matches!(
+            source,
+            Source::Tree { image: None, .. } | Source::Disk { image: None, .. } | Source::Full(_)
+        );
         self.exchange(work, volume, filled).await?;
         Ok(info(volume, record))
     }

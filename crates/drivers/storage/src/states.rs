@@ -128,7 +128,7 @@ impl States for Directories {
             if record.based {
                 link_or_copy(&from.join("base.img"), &to.join("base.img"))?;
             }
-            copy_file(&from.join("disk.img"), &to.join("disk.img"), 0o600)?;
+            copy_file(&from.join("disk.img"), &to.join("disk.img"), 0o600, TreeMode::Plain)?;
             if record.format == Format::Qcow2 {
                 forget_bitmaps(&to.join("disk.img"))?;
             }
@@ -216,18 +216,23 @@ pub(crate) fn copy_tree(from: &Path, to: &Path, mode: TreeMode) -> Result<hostfs
     Ok(done)
 }
 
-/// Copies a file, sharing blocks where the file system can, holes kept.
-pub(crate) fn copy_file(from: &Path, to: &Path, mode: u32) -> Result<()> {
+/// Copies a file, holes kept; as a file of a tree that is copied in the way of `how` it shares blocks where the file system can.
+pub(crate) fn copy_file(from: &Path, to: &Path, mode: u32, how: TreeMode) -> Result<()> {
     let read = rustix::fs::OFlags::NOFOLLOW.bits() as i32;
     let source = File::options().read(true).custom_flags(read).open(from)?;
     let target = File::options().write(true).create_new(true).mode(mode).open(to)?;
-    if !hostfs::reflink(&source, &target)? {
+    let apart = how == TreeMode::Apart;
+    if apart || !hostfs::reflink(&source, &target)? {
         let size = if source.metadata()?.is_file() {
             source.metadata()?.len()
         } else {
             io::Seek::seek(&mut &source, io::SeekFrom::End(0))?
         };
-        hostfs::copy_sparse(&source, &target, size)?;
+        if apart {
+            hostfs::copy_apart(&source, &target, size)?;
+        } else {
+            hostfs::copy_sparse(&source, &target, size)?;
+        }
     }
     // The umask may have taken some.
     target.set_permissions(Permissions::from_mode(mode))?;
@@ -238,7 +243,7 @@ pub(crate) fn copy_file(from: &Path, to: &Path, mode: u32) -> Result<()> {
 pub(crate) fn link_or_copy(from: &Path, to: &Path) -> Result<()> {
     match std::fs::hard_link(from, to) {
         Err(e) if matches!(e.kind(), io::ErrorKind::CrossesDevices | io::ErrorKind::TooManyLinks) => {
-            copy_file(from, to, 0o444)
+            copy_file(from, to, 0o444, TreeMode::Plain)
         }
         other => Ok(other?),
     }

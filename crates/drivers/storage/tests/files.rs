@@ -158,6 +158,54 @@ async fn dir_pool_on_btrfs_shares_blocks() {
     contract::sample_tree(&from);
     let fd = |p| karst_host::fs::open_dir(p).unwrap();
     assert!(karst_host::fs::copy_tree(&fd(&from), &fd(&to), karst_host::fs::TreeMode::Plain).unwrap().shared);
+    let apart = at.join("apart");
+    std::fs::create_dir(&apart).unwrap();
+    let copied = karst_host::fs::copy_tree(&fd(&from), &fd(&apart), karst_host::fs::TreeMode::Apart).unwrap();
+    assert!(!copied.shared && copied.bytes > 0, "{copied:?}");
+    assert_eq!(contract::describe(&apart), contract::describe(&from));
+}
+
+/// What a clone and a full copy take of the space of their file system.
+#[tokio::test(flavor = "multi_thread")]
+async fn full_copies_have_blocks_of_their_own_on_btrfs() {
+    if skipped() {
+        return;
+    }
+    const SIZE: u64 = 48 << 20;
+    let d = tempfile::tempdir().unwrap();
+    let Some(mounted) = btrfs(d.path()) else { return };
+    let root = mounted.0.join("pool");
+    std::fs::create_dir(&root).unwrap();
+    let pool = FilePool::btrfs(&root, launcher()).await.unwrap();
+    let new = |content, size, source| NewVolume { content, size, source };
+    let (tree, disk) = (id(), id());
+    pool.create(tree, &new(VolumeContent::Filesystem, None, Source::Empty)).await.unwrap();
+    let size = Some(karst_model::ByteSize(SIZE));
+    pool.create(disk, &new(VolumeContent::Block, size, Source::Empty)).await.unwrap();
+    let noise: Vec<u8> = (0..SIZE as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    std::fs::write(pool.locate(tree, None).await.unwrap().path.join("noise"), &noise).unwrap();
+    std::fs::write(pool.locate(disk, None).await.unwrap().path, &noise).unwrap();
+    let mut made = vec![tree, disk];
+    let used = async || {
+        assert!(Command::new("sync").arg("-f").arg(&root).status().unwrap().success());
+        pool.space().await.unwrap().used
+    };
+    for (volume, content) in [(tree, VolumeContent::Filesystem), (disk, VolumeContent::Block)] {
+        for full in [false, true] {
+            let before = used().await;
+            let source = Source::Volume { volume, snapshot: None }.in_full(full);
+            let copy = id();
+            pool.create(copy, &new(content, None, source)).await.unwrap();
+            let more = used().await.saturating_sub(before);
+            // Space is given back some time after what had it: nothing goes before the end.
+            assert_eq!(more >= SIZE / 2, full, "{content:?}: {more}");
+            made.push(copy);
+        }
+    }
+    for volume in made {
+        pool.delete(volume).await.unwrap();
+    }
+    pool.settle().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -221,6 +221,10 @@ impl Engine {
                     from,
                     history,
                     last: frozen.or(at),
+                    full: records
+                        .pools
+                        .get(&create.volume.pool)
+                        .is_some_and(|p| p.full_copy(&create.volume.config)),
                 },
                 machine,
                 snapshots,
@@ -282,6 +286,9 @@ pub(crate) struct VolumeCopy {
     pub(crate) history: Vec<(SnapshotId, SnapshotId)>,
     /// What the copy is in the end: the original at this snapshot, or now.
     pub(crate) last: Option<SnapshotId>,
+    /// It shares nothing with the original.
+    #[serde(default)]
+    pub(crate) full: bool,
 }
 
 impl VolumeCopy {
@@ -289,19 +296,22 @@ impl VolumeCopy {
     /// where it belongs.
     pub(crate) async fn run(&self, cx: &StepContext, agent: &dyn HostAgent) -> Result<()> {
         let first = self.history.first().map(|(old, _)| *old).or(self.last);
-        let source = VolumeSource::Copy { pool: self.from.pool, volume: self.from.volume, snapshot: first };
+        let VolumeRef { pool, volume } = self.from;
+        let source = VolumeSource::Copy { pool, volume, snapshot: first, full: self.full };
         agent.volume_create(&cx.mutate(LONG), VolumeSpec { source, ..self.spec.clone() }).await?;
         let volume = VolumeRef { pool: self.spec.pool, volume: self.spec.id };
         for (n, (old, new)) in self.history.iter().enumerate() {
             if n > 0 {
-                let refresh = VolumeRefresh { volume, from: self.from, snapshot: Some(*old) };
+                let (from, full) = (self.from, self.full);
+                let refresh = VolumeRefresh { volume, from, snapshot: Some(*old), full };
                 agent.volume_refresh(&cx.mutate(LONG), refresh).await?;
             }
             let at = VolumeSnapshotRef { pool: volume.pool, volume: volume.volume, snapshot: *new };
             agent.volume_snapshot_create(&cx.mutate(LONG), at).await?;
         }
         if !self.history.is_empty() {
-            let refresh = VolumeRefresh { volume, from: self.from, snapshot: self.last };
+            let (from, full) = (self.from, self.full);
+            let refresh = VolumeRefresh { volume, from, snapshot: self.last, full };
             agent.volume_refresh(&cx.mutate(LONG), refresh).await?;
         }
         Ok(())

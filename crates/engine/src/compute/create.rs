@@ -409,7 +409,7 @@ pub(crate) fn plan(
     Ok(CreatePlan {
         path: path(&project.name, &name),
         source: match &image {
-            Some(i) => VolumeSource::Image { image: i.id },
+            Some(i) => VolumeSource::Image { image: i.id, full: pool.full_copy(&volume.config) },
             None => VolumeSource::Empty,
         },
         image: image.map(|i| i.id),

@@ -74,7 +74,10 @@ impl Engine {
                 volume: VolumeRebuild {
                     volume: VolumeRef { pool: root.pool, volume: root.id },
                     source: match &image {
-                        Some(image) => VolumeSource::Image { image: image.id },
+                        Some(image) => VolumeSource::Image {
+                            image: image.id,
+                            full: records.pools.get(&root.pool).is_some_and(|p| p.full_copy(&root.config)),
+                        },
                         None => VolumeSource::Empty,
                     },
                     size: root.size.filter(|_| machine),

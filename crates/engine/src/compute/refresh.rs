@@ -169,6 +169,7 @@ impl Engine {
                 to: to.value.clone(),
                 from: VolumeRef { pool: from.pool, volume: from.id },
                 size: from.size,
+                full: is_full(&records, to),
                 kept,
                 last: frozen.or(at),
                 missing,
@@ -289,6 +290,7 @@ impl Engine {
                 to: target.value.clone(),
                 from: VolumeRef { pool: source.pool, volume: source.id },
                 size: source.size,
+                full: is_full(&records, target),
                 kept: SnapshotId(inner.env.uuid()),
                 last: frozen.or(at),
                 missing,
@@ -336,6 +338,11 @@ struct RefreshedMachine {
     memory: bool,
 }
 
+/// Is what is in it a full copy of what it is of?
+fn is_full(records: &Records, volume: &Volume) -> bool {
+    records.pools.get(&volume.pool).is_some_and(|pool| pool.full_copy(&volume.config))
+}
+
 /// Plan of [`ContentRefresh`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct RefreshPlan {
@@ -344,6 +351,9 @@ pub struct RefreshPlan {
     from: VolumeRef,
     /// Size of the original.
     size: Option<ByteSize>,
+    /// It shares nothing with the original.
+    #[serde(default)]
+    full: bool,
     /// A snapshot of what it was, gone in the end.
     kept: SnapshotId,
     /// What it becomes: the original at this snapshot, or now.
@@ -378,6 +388,10 @@ impl RefreshPlan {
         VolumeRef { pool: self.to.pool, volume: self.to.id }
     }
 
+    fn refresh(&self, snapshot: Option<SnapshotId>) -> VolumeRefresh {
+        VolumeRefresh { volume: self.volume(), from: self.from, snapshot, full: self.full }
+    }
+
     fn at(&self, snapshot: SnapshotId) -> VolumeSnapshotRef {
         VolumeSnapshotRef { pool: self.to.pool, volume: self.to.id, snapshot }
     }
@@ -407,11 +421,11 @@ impl RefreshPlan {
             if there.iter().any(|s| s.snapshot == *new) {
                 continue;
             }
-            let refresh = VolumeRefresh { volume: self.volume(), from: self.from, snapshot: Some(*old) };
+            let refresh = self.refresh(Some(*old));
             agent.volume_refresh(&cx.mutate(LONG), refresh).await?;
             agent.volume_snapshot_create(&cx.mutate(LONG), self.at(*new)).await?;
         }
-        let refresh = VolumeRefresh { volume: self.volume(), from: self.from, snapshot: self.last };
+        let refresh = self.refresh(self.last);
         agent.volume_refresh(&cx.mutate(LONG), refresh).await?;
         match self.size() {
             Some(size) if self.size() != self.size => {

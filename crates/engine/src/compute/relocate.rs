@@ -230,6 +230,7 @@ impl Engine {
                     from: VolumeRef { pool: root.pool, volume: root.id },
                     history: all.iter().filter_map(|s| kept(s)).collect(),
                     last: None,
+                    full: pool.full_copy(&volume.config),
                 });
             }
             instance.identities = inner.assign_identities(

@@ -155,6 +155,7 @@ impl Engine {
                     from: VolumeRef { pool: source.pool, volume: source.id },
                     history: kept.iter().zip(&snapshots).map(|(old, new)| (old.id, new.id)).collect(),
                     last: frozen.or(at.map(|s| s.id)),
+                    full: pool.full_copy(&volume.config),
                 },
                 volume,
                 snapshots,

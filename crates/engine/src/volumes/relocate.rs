@@ -159,6 +159,7 @@ impl Engine {
                     from: VolumeRef { pool: row.pool, volume: row.id },
                     history: all.iter().zip(&snapshots).map(|(old, new)| (old.id, new.id)).collect(),
                     last: None,
+                    full: there.full_copy(&volume.config),
                 });
             }
             if elsewhere {

@@ -24,6 +24,7 @@ pub mod zfs;
 
 use crate::{
     Contents, Descriptions, Format, Hold, Located, NewVolume, PoolDriver, Snapshots, Source, VolumeInfo,
+    driver::apart,
     files::{convert, grown_size, mismatch},
     states::{check_disk_size, copy_tree},
 };
@@ -351,6 +352,27 @@ impl ObjectPool {
 
     /// Makes what a new volume begins as.
     async fn build(&self, work: &Work, new: &NewVolume) -> Result<Kept> {
+        let Source::Full(of) = &new.source else { return self.build_of(work, new, TreeMode::Plain).await };
+        let mut size = new.size;
+        if let Source::Volume { volume, snapshot } = &**of {
+            let old = self.known(*volume, *snapshot).await?;
+            size = match size {
+                // As of a clone: what is copied has up to a block of the pool more than was asked for, and of a file system on a
+                // device the size is what it was.
+                Some(size) if old.content.is_disk() => Some(self.backend().rounded(size).await?),
+                None if old.on.is_some() => old.size,
+                size => size,
+            };
+        }
+        let (source, reading) = apart(self, of).await?;
+        let new = NewVolume { content: new.content, size, source };
+        let built = self.build_of(work, &new, TreeMode::Apart).await;
+        drop(reading);
+        built
+    }
+
+    /// `how`: what is copied, rather than cloned.
+    async fn build_of(&self, work: &Work, new: &NewVolume, how: TreeMode) -> Result<Kept> {
         let disk = |size| Kept { content: new.content, size: Some(ByteSize(size)), on: None };
         match (&new.source, new.content.is_disk()) {
             (Source::Empty, false) => {
@@ -376,10 +398,8 @@ impl ObjectPool {
                     }
                 }
                 let from = path.clone();
-                self.filled(work, kept, move |at| {
-                    copy_tree(&from, &at.join("rootfs"), TreeMode::Plain).map(drop)
-                })
-                .await?;
+                self.filled(work, kept, move |at| copy_tree(&from, &at.join("rootfs"), how).map(drop))
+                    .await?;
                 Ok(kept)
             }
             (Source::Disk { path, format, backing, size: of_image, image }, true) => {

@@ -466,6 +466,7 @@ fn prepare(
         history: history.collect(),
         snapshots,
         pool: pool.name.to_string(),
+        full: pool.full_copy(&to.config),
         volume_path: (!owned_target(&to)).then(|| volumes::path(records, &to)),
         to,
         after,

@@ -61,6 +61,9 @@ pub struct CopyPlan {
     pub(super) to: Volume,
     /// Snapshots of the volume, oldest first, with what they are called in the new one.
     pub(super) history: Vec<(SnapshotId, SnapshotId)>,
+    /// They share nothing with what they are of, as the disk itself, which is written out.
+    #[serde(default)]
+    pub(super) full: bool,
     /// Snapshots of the instance that go along.
     pub(super) snapshots: Vec<SnapshotId>,
     /// Name of the copy's pool.
@@ -108,7 +111,8 @@ impl CopyPlan {
         let last = self.history.last().map(|(old, _)| *old);
         // Each snapshot has the size of its time.
         let spec = VolumeSpec { size: None, ..spec };
-        let copy = VolumeCopy { spec, from: self.from, history: self.history.clone(), last };
+        let history = self.history.clone();
+        let copy = VolumeCopy { spec, from: self.from, history, last, full: self.full };
         copy.run(cx, &*agent).await?;
         let rebuild = VolumeRebuild { volume: self.at(), source: VolumeSource::Empty, size: self.to.size };
         agent.volume_rebuild(&cx.mutate(LONG), rebuild).await
