@@ -667,6 +667,7 @@ impl RealAgent {
                 host_interface: nic.host_interface,
                 mtu: nic.mtu,
                 model: nic.model,
+                options: nic.options,
                 disconnected: nic.disconnected,
                 pci: nic.pci,
                 boot_priority: nic.boot_priority,

@@ -289,6 +289,7 @@ impl Subject {
                 ipv6: None,
                 mtu: None,
                 model: Default::default(),
+                options: Default::default(),
                 disconnected: false,
                 pci: vm.then(|| "00:08.0".into()),
                 boot_priority: 0,

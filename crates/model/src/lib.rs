@@ -35,6 +35,7 @@ pub mod news;
 pub mod node;
 pub mod oci;
 pub mod operation;
+pub mod options;
 pub mod preset;
 pub mod profile;
 pub mod project;

@@ -13,6 +13,7 @@ use crate::{
     instance::{Firmware, Generation, InstanceKind},
     key_values,
     network::BridgeSpec,
+    options::NicOptions,
     storage::{PoolKind, VolumeContent},
     syscalls::DeniedCall,
     threads::{self, IoThread, Pin},
@@ -552,6 +553,9 @@ pub struct NicSpec {
     /// What a virtual machine sees.
     #[serde(default)]
     pub model: NicModel,
+    /// What of it is not as usual there.
+    #[serde(default, skip_serializing_if = "usual")]
+    pub options: NicOptions,
     /// The cable is unplugged (virtual machines).
     #[serde(default)]
     pub disconnected: bool,
@@ -573,6 +577,10 @@ pub struct NicSpec {
     /// What it lets through, where no network says it ([`NetworkHost::port`]).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<PortSpec>,
+}
+
+fn usual(options: &NicOptions) -> bool {
+    *options == NicOptions::default()
 }
 
 /// What a NIC is attached to. Interfaces of the host and addresses that the host is to route must be granted by its policy.

@@ -8,6 +8,7 @@ use karst_model::{
     image::Application,
     instance::{Generation, InstanceKind},
     node::AcceleratorKind,
+    options::NicOptions,
     spec::{CloudInit, GuestFile, Limits, MachineSpec, ProxySpec, Security},
 };
 use std::{
@@ -278,6 +279,9 @@ pub struct ResolvedNic {
     pub mtu: Option<u32>,
     /// What a virtual machine sees.
     pub model: NicModel,
+    /// What of it is not as usual there.
+    #[serde(default)]
+    pub options: NicOptions,
     /// The cable is unplugged (virtual machines).
     pub disconnected: bool,
     /// PCI address in the guest.

@@ -76,6 +76,7 @@ pub fn nic(mac: &str, host_interface: &str, bridge: &str) -> ResolvedNic {
         link: ResolvedLink::Bridge(bridge.into()),
         mtu: None,
         model: Default::default(),
+        options: Default::default(),
         disconnected: false,
         pci: None,
         boot_priority: 0,

@@ -483,6 +483,7 @@ pub(crate) mod tests {
                 mtu: None,
                 boot_priority: 0,
                 user: false,
+                options: Default::default(),
             }],
             seed: true,
             firmware_code: None,
@@ -524,6 +525,7 @@ pub(crate) mod tests {
             mtu: Some(1400),
             boot_priority: 5,
             user: false,
+            options: Default::default(),
             mac: "10:66:6a:12:34:57".into(),
         });
         m.seed = false;

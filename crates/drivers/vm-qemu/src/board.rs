@@ -436,6 +436,7 @@ mod tests {
                 mtu: None,
                 boot_priority: 0,
                 user: true,
+                options: Default::default(),
             };
             let network = ("-netdev", nic.host("").to_string());
             let device = nic.device(PC).unwrap().to_string();
@@ -449,6 +450,14 @@ mod tests {
             arguments.extend(order.map(|property| ("-global", property)));
             arguments.push(("-device", disk.device(PC).unwrap().to_string()));
         }
+        accepted("pc-i440fx-7.2", &arguments).await.unwrap();
+        let (disk, nic) = crate::devices::tests::with_options();
+        let arguments = [
+            ("-blockdev", json!({"driver": "null-co", "node-name": disk.top()}).to_string()),
+            ("-device", disk.device(PC).unwrap().to_string()),
+            ("-netdev", nic.host("").to_string()),
+            ("-device", nic.device(PC).unwrap().to_string()),
+        ];
         accepted("pc-i440fx-7.2", &arguments).await.unwrap();
         // It is no test of anything where QEMU takes what it has not.
         let refused = accepted("pc-q35-7.2", &[("-device", "teleporter".into())]).await;

@@ -13,6 +13,7 @@ use karst_guest::{DiskFormat, ResolvedDisk, ResolvedLink, ResolvedNic};
 use karst_model::{
     Error, Result,
     device::{DiskCache, DiskLimits, DiskRate, NicModel},
+    options::{DiskOptions, NicOptions, NicSender, OnError, Virtio},
 };
 use serde_json::{Value, json};
 
@@ -267,6 +268,8 @@ pub struct Disk {
     pub limits: DiskLimits,
     /// Number of the thread that serves it.
     pub thread: Option<u32>,
+    /// What of it is not as usual.
+    pub options: DiskOptions,
     /// PCI address; disks behind a controller have none.
     pub pci: Option<String>,
     /// Boot order, higher first.
@@ -298,6 +301,7 @@ impl Disk {
             cache: disk.io.cache,
             limits: disk.io.limits,
             thread: disk.io.thread,
+            options: disk.io.options,
             pci: disk.pci.clone(),
             boot_priority: disk.boot_priority,
             serial,
@@ -471,6 +475,9 @@ impl Disk {
                 "a disc is in a drive of virtio-scsi, sata or ide",
             ));
         }
+        if self.cdrom && self.options != DiskOptions::default() {
+            return Err(Error::invalid(format!("{field}.io.options"), "a drive of discs has none"));
+        }
         if matches!(bus, Bus::Ide(_) | Bus::Floppy(_)) && !layout.pc {
             return Err(Error::invalid(
                 format!("{field}.io.bus"),
@@ -487,9 +494,10 @@ impl Disk {
         }
         if !self.cdrom {
             device["write-cache"] = "on".into();
-            device["werror"] = "enospc".into();
-            device["rerror"] = "report".into();
+            device["werror"] = on_error(self.options.write_errors.unwrap_or(OnError::Enospace)).into();
+            device["rerror"] = on_error(self.options.read_errors.unwrap_or(OnError::Report)).into();
         }
+        self.say_options(&mut device);
         if self.shared {
             // QEMU locks the image as ever, and demands everything but that nobody else writes. One that only reads must
             // allow it too.
@@ -549,6 +557,57 @@ impl Disk {
         }
         Ok(device)
     }
+
+    /// What of it is not as usual; that it is of a disk on this bus was demanded where it was written.
+    fn say_options(&self, device: &mut Value) {
+        let all = &self.options;
+        virtio(device, &all.virtio);
+        let numbers = [
+            ("num-queues", all.queues.map(u32::from)),
+            ("queue-size", all.queue_size.map(u32::from)),
+            ("rotation_rate", all.rotation.map(u32::from)),
+            ("cyls", all.geometry.map(|g| g.cylinders)),
+            ("heads", all.geometry.map(|g| g.heads)),
+            ("secs", all.geometry.map(|g| g.sectors)),
+            ("logical_block_size", all.blocks.map(|(logical, _)| logical)),
+            ("physical_block_size", all.blocks.map(|(_, physical)| physical)),
+        ];
+        for (property, value) in numbers {
+            if let Some(value) = value {
+                device[property] = value.into();
+            }
+        }
+        if let Some(translation) = all.geometry.and_then(|g| g.translation) {
+            device["bios-chs-trans"] = translation.as_str().into();
+        }
+        for (off, property) in [(all.no_event_index, "event_idx"), (all.no_ioeventfd, "ioeventfd")] {
+            if off {
+                device[property] = false.into();
+            }
+        }
+    }
+}
+
+/// In QEMU's words.
+fn on_error(policy: OnError) -> &'static str {
+    match policy {
+        OnError::Enospace => "enospc",
+        other => other.as_str(),
+    }
+}
+
+/// Adds the options of a device of virtio.
+pub(crate) fn virtio(device: &mut Value, options: &Virtio) {
+    for (on, property) in [
+        (options.iommu, "iommu_platform"),
+        (options.ats, "ats"),
+        (options.packed, "packed"),
+        (options.page_per_queue, "page-per-vq"),
+    ] {
+        if on {
+            device[property] = true.into();
+        }
+    }
 }
 
 /// Takes properties away that a device has not.
@@ -584,6 +643,8 @@ pub struct Nic {
     pub boot_priority: u32,
     /// QEMU itself is its network: there is no tap.
     pub user: bool,
+    /// What of it is not as usual.
+    pub options: NicOptions,
 }
 
 impl Nic {
@@ -598,6 +659,7 @@ impl Nic {
             mtu: nic.mtu,
             boot_priority: nic.boot_priority,
             user: nic.link == ResolvedLink::User {},
+            options: nic.options,
         }
     }
 
@@ -652,8 +714,31 @@ impl Nic {
             NicModel::Pcnet => device["driver"] = "pcnet".into(),
             NicModel::Ne2k => device["driver"] = "ne2k_pci".into(),
         }
+        self.say_options(&mut device);
         layout.put(&mut device, &field, self.pci.as_deref().ok_or_else(|| no_slot(&field))?)?;
         Ok(device)
+    }
+
+    /// What of it is not as usual; that it is of such a NIC was demanded where it was written.
+    fn say_options(&self, device: &mut Value) {
+        let all = &self.options;
+        virtio(device, &all.virtio);
+        if all.no_rom {
+            device["romfile"] = "".into();
+        }
+        match all.sender {
+            Some(NicSender::Loop) => device["tx"] = "bh".into(),
+            Some(NicSender::Timer) => device["tx"] = "timer".into(),
+            None => {}
+        }
+        if let Some(size) = all.receive_queue {
+            device["rx_queue_size"] = size.into();
+        }
+        let off = [(all.no_event_index, "event_idx"), (all.no_ioeventfd, "ioeventfd")];
+        let off = off.into_iter().filter(|(off, _)| *off).map(|(_, property)| property);
+        for property in off.chain(all.without().map(|(_, property)| property)) {
+            device[property] = false.into();
+        }
     }
 }
 
@@ -678,6 +763,7 @@ pub(crate) mod tests {
             cache: None,
             limits: DiskLimits::default(),
             thread: None,
+            options: DiskOptions::default(),
             pci: None,
             boot_priority: 0,
             serial: true,
@@ -770,6 +856,70 @@ pub(crate) mod tests {
         assert_eq!(d.device(Q35).unwrap_err().field.unwrap(), "devices.data.io.bus");
         assert!(disk("virtio1").device(Q35).unwrap_err().message.contains("no free PCI slot"));
         assert!(!disk("sata1").hotplug(Q35).unwrap() && disk("scsi1").hotplug(Q35).unwrap());
+    }
+
+    /// A disk and a NIC with nearly all options that there are.
+    pub(crate) fn with_options() -> (Disk, Nic) {
+        let text = "iommu,ats,packed,page-per-queue,event-index=off,ioeventfd=off,queues=2,queue-size=256,write-errors=stop,\
+                    read-errors=ignore,geometry=100/16/63,blocks=512/4096";
+        let bus = Some(karst_model::device::DiskBus::VirtioBlk);
+        let options = DiskOptions::parse("f", text, bus).unwrap();
+        let disk = Disk { options, pci: Some("00:09.0".into()), ..disk("virtio1") };
+        let text = "iommu,packed,event-index=off,ioeventfd=off,rom=off,tx=timer,rx-queue-size=512,csum=off,guest-ufo=off";
+        let nic = Nic {
+            name: "eth0".into(),
+            slot: "net0".into(),
+            model: NicModel::Virtio,
+            mac: "10:66:6a:12:34:56".into(),
+            pci: Some("00:08.0".into()),
+            mtu: None,
+            boot_priority: 0,
+            user: true,
+            options: NicOptions::parse("f", text, true).unwrap(),
+        };
+        (disk, nic)
+    }
+
+    #[test]
+    fn options_are_said_and_nothing_else_changes() {
+        let pc = Layout { pc: true, ports: 0 };
+        let (on, nic) = with_options();
+        let off = Disk { options: DiskOptions::default(), ..on.clone() };
+        let (mut device, plain) = (on.device(pc).unwrap(), off.device(pc).unwrap());
+        assert_eq!((&plain["werror"], &plain["rerror"]), (&json!("enospc"), &json!("report")));
+        for (property, value) in [
+            ("iommu_platform", json!(true)),
+            ("ats", json!(true)),
+            ("packed", json!(true)),
+            ("page-per-vq", json!(true)),
+            ("event_idx", json!(false)),
+            ("ioeventfd", json!(false)),
+            ("num-queues", json!(2)),
+            ("queue-size", json!(256)),
+            ("cyls", json!(100)),
+            ("heads", json!(16)),
+            ("secs", json!(63)),
+            ("logical_block_size", json!(512)),
+            ("physical_block_size", json!(4096)),
+        ] {
+            assert_eq!(device[property], value, "{property}");
+            assert_eq!(plain.get(property), None, "{property}");
+            without(&mut device, &[property]);
+        }
+        assert_eq!((&device["werror"], &device["rerror"]), (&json!("stop"), &json!("ignore")));
+        (device["werror"], device["rerror"]) = (json!("enospc"), json!("report"));
+        assert_eq!(device, plain);
+        let said = nic.device(pc).unwrap();
+        assert_eq!(
+            (&said["tx"], &said["romfile"], &said["rx_queue_size"]),
+            (&json!("timer"), &json!(""), &json!(512))
+        );
+        assert_eq!(
+            (&said["csum"], &said["guest_ufo"], &said["event_idx"]),
+            (&json!(false), &json!(false), &json!(false))
+        );
+        let disc = Disk { cdrom: true, readonly: true, slot: "sata0".into(), ..on };
+        assert_eq!(disc.device(Q35).unwrap_err().field.unwrap(), "devices.data.io.options");
     }
 
     #[test]

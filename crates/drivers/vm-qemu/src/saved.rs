@@ -49,6 +49,9 @@ struct Shape {
     /// Slots and addresses.
     disks: Vec<(String, Option<String>)>,
     nics: Vec<(String, Option<String>, String)>,
+    /// What of them is not as usual, by slot.
+    #[serde(default)]
+    options: Vec<(String, String)>,
 }
 
 impl Shape {
@@ -63,6 +66,13 @@ impl Shape {
             .collect();
         disks.sort();
         nics.sort();
+        let disks_options = devices.iter().flat_map(|d| &d.disks).map(|d| (&d.slot, d.io.options.text()));
+        let nics_options = devices.iter().flat_map(|d| &d.nics).map(|n| (&n.slot, n.options.text()));
+        let mut options: Vec<_> = disks_options
+            .chain(nics_options)
+            .filter_map(|(slot, text)| Some((slot.clone(), text?)))
+            .collect();
+        options.sort();
         Self {
             hardware: record.hardware.clone().map(|h| MachineSpec {
                 resume: false,
@@ -85,6 +95,7 @@ impl Shape {
             spice: record.spice,
             disks,
             nics,
+            options,
         }
     }
 
@@ -102,6 +113,7 @@ impl Shape {
             () if self.cpus != other.cpus => "limits.cpu",
             () if self.disks != other.disks => "its disks",
             () if self.nics != other.nics => "its NICs",
+            () if self.options != other.options => "io.options of its disks or NICs",
             () if self.accelerator != other.accelerator => "whether KVM is usable",
             () if self.wanted_spice() != other.wanted_spice() => "hardware.spice",
             () if self.spice != other.spice => {

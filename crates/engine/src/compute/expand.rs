@@ -403,6 +403,7 @@ pub fn guest_spec(
             queue_length: nic.queue_length,
             vlans: nic.vlans.clone(),
             model: nic.model,
+            options: nic.options,
             disconnected: !nic.connected,
             pci: id.pci.clone(),
             boot_priority: nic.boot_priority.unwrap_or(0),

@@ -1,7 +1,7 @@
 //! Disks.
 
 use super::Keys;
-use crate::{ByteSize, Error, Result};
+use crate::{ByteSize, Error, Result, options::DiskOptions};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -149,6 +149,13 @@ pub struct DiskIo {
     /// Number of the thread that serves it (virtio-blk); the main one when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub thread: Option<u32>,
+    /// What of it is not as usual.
+    #[serde(default, skip_serializing_if = "usual")]
+    pub options: DiskOptions,
+}
+
+fn usual(options: &DiskOptions) -> bool {
+    *options == DiskOptions::default()
 }
 
 /// Bus of a virtual machine's disk.
@@ -246,8 +253,8 @@ pub(super) const OTHER_KEYS: &[&str] = &[
     "format",
     "media",
 ];
-pub(super) const IO_KEYS: [&str; 6] =
-    ["io.bus", "io.cache", "io.thread", "limits.read", "limits.write", "limits.max"];
+pub(super) const IO_KEYS: [&str; 7] =
+    ["io.bus", "io.cache", "io.options", "io.thread", "limits.read", "limits.write", "limits.max"];
 
 impl DiskIo {
     /// Parses the keys that all disks have.
@@ -275,6 +282,10 @@ impl DiskIo {
             cache: keys.one_of("io.cache", DISK_CACHES)?,
             limits: DiskLimits { read: both.or(read), write: both.or(write) },
             thread,
+            options: match keys.get("io.options") {
+                Some(text) => DiskOptions::parse(&keys.field("io.options"), text, bus)?,
+                None => DiskOptions::default(),
+            },
         })
     }
 }

@@ -5,6 +5,7 @@ use crate::{
     Error, Result,
     firewall::{Action, policy},
     keys::parse_bool,
+    options::NicOptions,
     spec::PortSpec,
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -47,6 +48,9 @@ pub struct NicDevice {
     /// What a virtual machine sees.
     #[serde(default)]
     pub model: NicModel,
+    /// What of it is not as usual there.
+    #[serde(default)]
+    pub options: NicOptions,
     /// The cable is plugged.
     #[serde(default = "yes")]
     pub connected: bool,
@@ -139,6 +143,11 @@ impl NicDevice {
         if mtu.is_some_and(|m| !(68..=65535).contains(&m)) {
             return Err(Error::invalid(keys.field("mtu"), "an MTU is 68 to 65535 bytes"));
         }
+        let model = keys.one_of("io.bus", NIC_MODELS)?.unwrap_or_default();
+        let options = match keys.get("io.options") {
+            Some(text) => NicOptions::parse(&keys.field("io.options"), text, model == NicModel::Virtio)?,
+            None => NicOptions::default(),
+        };
         Ok(Self {
             kind,
             name: name.map(str::to_owned),
@@ -152,7 +161,8 @@ impl NicDevice {
             queue_length: keys.number("queue.tx.length")?,
             vlans,
             boot_priority: keys.number("boot.priority")?,
-            model: keys.one_of("io.bus", NIC_MODELS)?.unwrap_or_default(),
+            model,
+            options,
             connected: keys.get("connected").is_none() || keys.boolean("connected")?,
             attached: keys.get("attached").is_none() || keys.boolean("attached")?,
         })

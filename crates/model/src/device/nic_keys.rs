@@ -11,6 +11,10 @@ pub const NIC_KEYS: &[(&str, &str)] = &[
         "io.bus",
         "Virtual machines: `virtio` (the default), `e1000e`, and of older systems `e1000`, `rtl8139`, `pcnet`, `ne2k_pci`.",
     ),
+    (
+        "io.options",
+        "Virtual machines: what of it is not as usual, a list of `rom=off`, and of `virtio` of `iommu`, `ats`, `packed`, `page-per-queue`, `event-index=off`, `ioeventfd=off`, `tx=loop`, `tx=timer`, `rx-queue-size=`, and offloads such as `csum=off`.",
+    ),
     ("ipv4.address", "Address that the guest always gets; of nictype routed its addresses, comma-separated."),
     ("ipv4.gateway", "`none`: no default route in the guest (auto)."),
     ("ipv4.host_address", "The host's end of the cable (169.254.0.1)."),

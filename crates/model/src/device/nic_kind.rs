@@ -55,8 +55,18 @@ pub struct RoutedLink {
     pub gateways: (bool, bool),
 }
 
-const COMMON: &[&str] =
-    &["type", "nictype", "name", "hwaddr", "mtu", "boot.priority", "io.bus", "connected", "attached"];
+const COMMON: &[&str] = &[
+    "type",
+    "nictype",
+    "name",
+    "hwaddr",
+    "mtu",
+    "boot.priority",
+    "io.bus",
+    "io.options",
+    "connected",
+    "attached",
+];
 const CABLE: &[&str] = &[
     "host_name",
     "limits.egress",

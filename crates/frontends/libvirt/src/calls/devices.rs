@@ -217,6 +217,9 @@ fn update_in(machine: &mut Machine, e: &Element) -> Result<(), VirError> {
     if new.model != old.model {
         return Err(failed("cannot modify network device model"));
     }
+    if new.options != old.options {
+        return Err(failed("cannot modify virtio network device driver attributes"));
+    }
     let (boot, mac) = (new.boot.or(old.boot), old.mac.clone());
     if let Some(mac) = &mac {
         machine.opaque.nics.insert(mac.clone(), e.clone());

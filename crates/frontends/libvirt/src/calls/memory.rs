@@ -98,14 +98,18 @@ fn differs(old: &Machine, new: &Machine, sources: bool) -> Option<String> {
     }
     let disk = |a: &Disk, b: &Disk| {
         let same = (&a.slot, a.bus, a.cdrom, a.readonly) == (&b.slot, b.bus, b.cdrom, b.readonly);
-        same && fits(&a.pci, &b.pci) && (!sources || a.cdrom || a.source == b.source)
+        same && a.options == b.options
+            && fits(&a.pci, &b.pci)
+            && (!sources || a.cdrom || a.source == b.source)
     };
     for a in &old.disks {
         if !new.disks.iter().any(|b| a.target == b.target && disk(a, b)) {
             return Some(format!("disk {}", a.target));
         }
     }
-    let nic = |a: &Nic, b: &Nic| (&a.mac, a.model) == (&b.mac, b.model) && fits(&a.pci, &b.pci);
+    let nic = |a: &Nic, b: &Nic| {
+        (&a.mac, a.model, a.options) == (&b.mac, b.model, b.options) && fits(&a.pci, &b.pci)
+    };
     for a in &old.nics {
         if !new.nics.iter().any(|b| nic(a, b)) {
             return Some(format!("interface {}", a.mac.as_deref().unwrap_or_default()));

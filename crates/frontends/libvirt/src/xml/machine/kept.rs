@@ -419,14 +419,11 @@ const DISK: &[Row] = &[
     (
         "driver",
         When(driver),
-        "what is said of it is name, type, cache, io, iothread, discard and detect_zeroes",
+        "what is said of it is name, type, cache, io, iothread, discard, detect_zeroes, copy_on_read, policies of errors, and of \
+         virtio queues, queue_size, ioeventfd, event_idx, iommu, ats, packed and page_per_vq",
     ),
     ("source", When(|e| is(e, "startupPolicy", &["mandatory"])), "a disk is there at the start"),
-    (
-        "target",
-        When(|e| said(e, "rotation_rate").is_none() && is(e, "removable", &["off"])),
-        "a disk shows itself as it is",
-    ),
+    ("target", When(|e| is(e, "removable", &["off"])), "a disk shows itself as it is"),
     ("backingStore", When(empty), "a disk is one volume, without others below it"),
     ("readonly", Kept, ""),
     ("shareable", Never, "a volume is of several machines by security.shared of the volume"),
@@ -438,8 +435,9 @@ const DISK: &[Row] = &[
     ("wwn", Never, "disks have none"),
     ("vendor", Never, "disks are QEMU's"),
     ("product", Never, "disks are QEMU's"),
-    ("geometry", Never, "disks have none"),
-    ("blockio", Never, "disks have sectors of 512 bytes"),
+    // What is in these is looked at by `options`.
+    ("geometry", Kept, ""),
+    ("blockio", Kept, ""),
     ("auth", Never, "volumes are the host's"),
     ("encryption", Never, "is not there for disks"),
     ("reservations", Never, "is not there for disks"),
@@ -456,11 +454,37 @@ fn driver(e: &Element) -> bool {
         && e.attributes().all(|(name, value)| match name {
             // How the host reads and writes, and what space it gives back: the guest sees nothing of it.
             "name" | "type" | "cache" | "io" | "discard" | "detect_zeroes" | "iothread" => true,
-            "error_policy" => matches!(value, "enospace" | "default"),
-            "rerror_policy" => matches!(value, "report" | "default"),
-            "copy_on_read" => value == "off",
+            // Looked at by `options`.
+            "error_policy" | "rerror_policy" | "queues" | "queue_size" => true,
+            "copy_on_read" | "ioeventfd" | "event_idx" | "iommu" | "ats" | "packed" | "page_per_vq" => {
+                matches!(value, "on" | "off")
+            }
             _ => false,
         })
+}
+
+fn nic_driver(e: &Element) -> bool {
+    let known = |(name, value): (&str, &str)| match name {
+        "name" => matches!(value, "vhost" | "qemu"),
+        "txmode" => matches!(value, "iothread" | "timer"),
+        "queues" => value == "1",
+        // Looked at by `options`.
+        "rx_queue_size" => true,
+        "ioeventfd" | "event_idx" | "iommu" | "ats" | "packed" | "page_per_vq" => {
+            matches!(value, "on" | "off")
+        }
+        _ => false,
+    };
+    e.attributes().all(known)
+        && e.elements().iter().all(|side| match side.name() {
+            "host" | "guest" => side.attributes().all(|(_, value)| matches!(value, "on" | "off")),
+            _ => false,
+        })
+}
+
+/// A ROM is the one that QEMU has for the card, or none.
+fn rom(e: &Element) -> bool {
+    is(e, "bar", &["on"]) && is(e, "enabled", &["no", "yes"]) && is(e, "file", &[""])
 }
 
 /// What is in an `<interface>`.
@@ -480,11 +504,9 @@ const INTERFACE: &[Row] = &[
     ("model", Kept, ""),
     (
         "driver",
-        When(|e| {
-            e.elements().is_empty()
-                && e.attributes().all(|(n, v)| n == "name" && matches!(v, "vhost" | "qemu"))
-        }),
-        "an interface has one queue",
+        When(nic_driver),
+        "an interface has one queue; name, txmode, rx_queue_size, ioeventfd, event_idx, iommu, ats, packed, page_per_vq, and \
+         offloads of host and guest are what is said of it",
     ),
     ("backend", Never, "interfaces of the host are Karst's"),
     ("filterref", Kept, ""),
@@ -501,7 +523,7 @@ const INTERFACE: &[Row] = &[
     ("link", Kept, ""),
     ("mtu", Kept, ""),
     ("port", Kept, ""),
-    ("rom", Never, "the ROM of an interface is QEMU's"),
+    ("rom", When(rom), "the ROM of an interface is QEMU's, or there is none"),
     ("coalesce", Never, "is not there"),
     ("acpi", Never, "interfaces have no number in the tables of ACPI"),
     ("vlan", Never, "tags are not set by XML"),
@@ -791,10 +813,10 @@ mod tests {
             "disk",
             "driver",
             "<driver name='qemu' type='raw' cache='none' io='native' discard='unmap'/>",
-            "<driver name='qemu' queues='2'/>",
+            "<driver name='qemu' discard_no_unref='on'/>",
         ),
         ("disk", "source", "<source file='/x'/>", "<source file='/x' startupPolicy='optional'/>"),
-        ("disk", "target", "<target dev='vda' bus='virtio'/>", "<target dev='sda' rotation_rate='7200'/>"),
+        ("disk", "target", "<target dev='vda' rotation_rate='1'/>", "<target dev='sda' removable='on'/>"),
         (
             "disk",
             "backingStore",
@@ -809,7 +831,9 @@ mod tests {
         ),
         ("interface", "mac", "<mac address='52:54:00:00:00:01'/>", "<mac type='other'/>"),
         ("interface", "source", "<source network='n'/>", "<source network='n' portgroup='p'/>"),
-        ("interface", "driver", "<driver name='vhost'/>", "<driver name='vhost' queues='4'/>"),
+        ("interface", "driver", "<driver name='vhost' ats='on'/>", "<driver name='vhost' queues='4'/>"),
+        ("interface", "driver", "<driver><host csum='off'/></driver>", "<driver><other/></driver>"),
+        ("interface", "rom", "<rom enabled='no'/>", "<rom file='/rom'/>"),
         (
             "interface",
             "bandwidth",

@@ -6,6 +6,7 @@
 
 pub mod board;
 pub mod kept;
+pub mod options;
 pub mod processor;
 pub mod read;
 pub mod spec;
@@ -19,6 +20,7 @@ use karst_model::{
     device::{DiskBus, DiskCache, DriveFormat, NicModel},
     display::{DisplayGuard, DisplayPassword, DisplayProtocol},
     instance::{DeviceIdentity, Firmware},
+    options::{DiskOptions, NicOptions},
 };
 use std::{
     collections::BTreeMap,
@@ -146,6 +148,8 @@ pub struct Disk {
     pub format: DriveFormat,
     /// Number of the thread that serves it.
     pub thread: Option<u32>,
+    /// What of it is not as usual.
+    pub options: DiskOptions,
     /// Boot order, higher first.
     pub boot: Option<u32>,
     /// Alias that the user gave.
@@ -187,6 +191,8 @@ pub struct Nic {
     pub mac: Option<String>,
     /// What the guest sees.
     pub model: NicModel,
+    /// What of it is not as usual.
+    pub options: NicOptions,
     /// The cable is plugged.
     pub connected: bool,
     /// MTU.

@@ -1,8 +1,8 @@
 //! From domain XML to the typed form.
 
 use super::{
-    Disk, Kernel, Machine, Nic, Opaque, Screen, Source, board, kept, number, pci_of, priority, processor,
-    refuse, tuning, wrong,
+    Disk, Kernel, Machine, Nic, Opaque, Screen, Source, board, kept, number, options, pci_of, priority,
+    processor, refuse, tuning, wrong,
 };
 use crate::{
     error::VirError,
@@ -620,6 +620,7 @@ fn disk(e: &Element, order: &Order) -> Result<Option<Disk>, VirError> {
             format!("{dev}: disks on virtio have one of their own; those on scsi have their controller's");
         return Err(refuse("driver iothread", text));
     }
+    let options = options::of_disk(e, bus, cdrom, source.as_ref())?;
     Ok(Some(Disk {
         target: dev.to_owned(),
         slot,
@@ -630,6 +631,7 @@ fn disk(e: &Element, order: &Order) -> Result<Option<Disk>, VirError> {
         cache,
         format,
         thread,
+        options,
         boot: own_order(e)?.or(match (cdrom, floppy) {
             (true, _) => order.cdrom,
             (_, true) => order.floppy,
@@ -715,6 +717,7 @@ fn nic(e: &Element, order: &Order) -> Result<Nic, VirError> {
         network,
         mac,
         model,
+        options: options::of_nic(e, model == NicModel::Virtio)?,
         connected: e.find("link").and_then(|l| l.attribute("state")) != Some("down"),
         mtu,
         boot: own_order(e)?.or(order.network),

@@ -103,6 +103,7 @@ fn disk(keys: &mut Keys, disk: &Disk, root: bool) {
     set(keys, "io.bus", DISK_BUSES.iter().find(|(_, b)| *b == disk.bus).map(|(n, _)| n));
     set(keys, "io.cache", DISK_CACHES.iter().find(|(_, c)| Some(*c) == disk.cache).map(|(n, _)| n));
     set(keys, "io.thread", disk.thread);
+    set(keys, "io.options", disk.options.text());
     set(keys, "boot.priority", disk.boot);
     if let Some(source) = &disk.source {
         let path = match source {
@@ -132,6 +133,7 @@ fn nic(keys: &mut Keys, nic: &Nic) {
     }
     let model = NIC_MODELS.iter().find(|(_, m)| nic.model != NicModel::Virtio && *m == nic.model);
     set(keys, "io.bus", model.map(|(name, _)| name));
+    set(keys, "io.options", nic.options.text());
     set(keys, "connected", (!nic.connected).then_some("false"));
     set(keys, "mtu", nic.mtu);
     set(keys, "boot.priority", nic.boot);

@@ -1,8 +1,8 @@
 //! From an instance to domain XML, with what was kept of the document that it was defined by.
 
 use super::{
-    Kernel, Opaque, ShownGuard, Source, board, kept, owned, pci_of, priority, processor, read, screens,
-    target, tuning,
+    Kernel, Opaque, ShownGuard, Source, board, kept, options, owned, pci_of, priority, processor, read,
+    screens, target, tuning,
 };
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
@@ -18,7 +18,7 @@ use karst_model::{
     board::Board,
     device::{
         DISK_CACHES, DRIVE_FORMATS, Devices, DiskBus, DiskDevice, DiskIo, DiskOrigin, DriveFormat,
-        NIC_MODELS, NicDevice, NicKind,
+        NIC_MODELS, NicDevice, NicKind, NicModel,
     },
     display::DisplayProtocol,
     instance::{DeviceIdentity, Firmware, Hardware},
@@ -124,6 +124,8 @@ const DISK: &[&str] = &[
     "source",
     "backingStore",
     "mirror",
+    "geometry",
+    "blockio",
     "target",
     "iotune",
     "readonly",
@@ -154,6 +156,7 @@ const INTERFACE: &[&str] = &[
     "link",
     "mtu",
     "alias",
+    "rom",
     "address",
 ];
 
@@ -640,9 +643,13 @@ fn disk(
                 .with("unit", unit),
         ),
     }
-    if let Some(kept) = kept {
-        merge(&mut e, kept, &["source", "target", "readonly", "boot", "alias", "address"], DISK);
+    if let (Some(rate), Some(target)) =
+        (io.options.rotation, e.elements_mut().iter_mut().find(|c| c.name() == "target"))
+    {
+        target.set("rotation_rate", rate);
     }
+    let kept = options::disk_now(kept, &io.options, bus, cdrom);
+    merge(&mut e, &kept, &["source", "target", "readonly", "boot", "alias", "address"], DISK);
     e
 }
 
@@ -700,10 +707,8 @@ fn interface(
         "alias",
         "address",
     ];
-    if let Some(kept) = kept {
-        merge(&mut e, kept, &typed, INTERFACE);
-    }
-    sort(&mut e, INTERFACE);
+    let kept = options::nic_now(kept, &nic.options, nic.model == NicModel::Virtio);
+    merge(&mut e, &kept, &typed, INTERFACE);
     e
 }
 
