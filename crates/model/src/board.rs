@@ -4,11 +4,19 @@
 //! Each key has one form in text, which [`Board::keys`] writes and [`Board::of`] reads. Where a device is follows from its place in
 //! its list, so that a machine keeps its addresses for as long as its keys stay.
 
+mod nodes;
+mod parts;
+pub(crate) mod text;
+
 use crate::{
     ByteSize, Config, Error, Result,
     keys::{optional_flag, set},
+    options::Virtio,
 };
+pub use nodes::{CellMemory, Distance, HostNodes, NODE_POLICIES, NodePolicy};
+pub use parts::{Features, Iommu, IommuModel, Rng};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// Controllers of USB of a machine at most, and so of sound cards and screens: functions of one PCI device.
 pub const MOST: usize = 8;
@@ -25,6 +33,27 @@ pub struct Board {
     /// `hardware.numa`: nodes of memory; without any it has one.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub numa: Vec<NumaCell>,
+    /// `hardware.numa.memory`, by node.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub numa_memory: Vec<(u32, CellMemory)>,
+    /// `hardware.numa.host`, by node.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub numa_host: Vec<(u32, HostNodes)>,
+    /// `hardware.numa.distances`: those that are not usual.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub numa_distances: Vec<Distance>,
+    /// `hardware.features`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub features: Option<Features>,
+    /// `hardware.iommu`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iommu: Option<Iommu>,
+    /// `hardware.rng`: without any it has one as usual.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub rngs: Vec<Rng>,
+    /// `hardware.virtio`: options of devices of virtio that each machine has, and of its input devices.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub virtio: BTreeMap<String, Virtio>,
     /// `hardware.memory`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<Memory>,
@@ -258,6 +287,8 @@ words!(
         Ich9 = "ich9",
         /// SoundBlaster 16.
         Sb16 = "sb16",
+        /// The speaker that each machine has: it is heard.
+        Pcspk = "pcspk",
     }
 );
 words!(
@@ -277,6 +308,8 @@ words!(
         Vmvga = "vmvga",
         /// The standard card without VGA's registers.
         Bochs = "bochs",
+        /// A screen in the machine's memory, which its firmware draws into.
+        Ramfb = "ramfb",
     }
 );
 words!(
@@ -523,6 +556,16 @@ impl Board {
         let board = Self {
             topology: set(config, TOPOLOGY).map(topology).transpose()?,
             numa: set(config, NUMA).map(cells).transpose()?.unwrap_or_default(),
+            numa_memory: set(config, nodes::CELLS).map(nodes::cells).transpose()?.unwrap_or_default(),
+            numa_host: set(config, nodes::HOST).map(nodes::host).transpose()?.unwrap_or_default(),
+            numa_distances: set(config, nodes::DISTANCES)
+                .map(nodes::distances)
+                .transpose()?
+                .unwrap_or_default(),
+            features: set(config, parts::FEATURES).map(Features::parse).transpose()?,
+            iommu: set(config, parts::IOMMU).map(Iommu::parse).transpose()?,
+            rngs: set(config, parts::RNG).map(parts::rngs).transpose()?.unwrap_or_default(),
+            virtio: set(config, parts::VIRTIO).map(parts::virtio).transpose()?.unwrap_or_default(),
             memory: set(config, MEMORY).map(Memory::parse).transpose()?,
             usb: list(config, USB, MOST, controller)?,
             usb_devices: list(config, USB_DEVICES, DEVICES, usb_device)?,
@@ -582,6 +625,27 @@ impl Board {
                 return Err(wrong(VIDEO, "further screens are on qxl, virtio or bochs"));
             }
         }
+        if self.sound.iter().filter(|s| **s == Sound::Pcspk).count() > 1 {
+            return Err(wrong(SOUND, "a machine has one speaker (pcspk)"));
+        }
+        let cells = self.numa.len() as u32;
+        let named = [
+            (nodes::CELLS, self.numa_memory.last().map(|(node, _)| *node)),
+            (nodes::HOST, self.numa_host.last().map(|(node, _)| *node)),
+            (nodes::DISTANCES, self.numa_distances.iter().map(|d| d.from.max(d.to)).max()),
+        ];
+        if let Some((key, _)) = named.iter().find(|(_, node)| node.is_some_and(|n| n >= cells)) {
+            return Err(wrong(key, format!("there is no such node; hardware.numa has {cells}")));
+        }
+        let input = |name: &String| name.strip_prefix("input").and_then(|n| n.parse::<usize>().ok());
+        if let Some(n) = self.virtio.keys().filter_map(input).find(|n| *n >= self.inputs.len()) {
+            return Err(wrong(parts::VIRTIO, format!("there is no input{n}; set hardware.input")));
+        }
+        let remaps = self.iommu.is_some_and(|i| i.interrupts == Some(true) || i.extended == Some(true));
+        if remaps && !self.features.is_some_and(|f| f.split_irqchip) {
+            let text = "interrupts pass through it where hardware.features has split-irqchip";
+            return Err(wrong(parts::IOMMU, text));
+        }
         if let (Some(topology), false) = (&self.topology, self.numa.is_empty()) {
             let beyond = |c: &NumaCell| c.cpus.last().is_some_and(|(_, last)| *last >= topology.processors());
             if self.numa.iter().any(beyond) {
@@ -618,12 +682,18 @@ impl Board {
                     format!("sockets={},dies={},cores={},threads={}", t.sockets, t.dies, t.cores, t.threads)
                 }),
             ),
+            (parts::FEATURES, self.features.and_then(Features::text)),
             (GENERATION, self.generation.map(|g| g.to_string())),
             (HPET, flag(self.hpet)),
             (INPUT, joined(&self.inputs, |i| i.as_str().to_owned())),
+            (parts::IOMMU, self.iommu.map(Iommu::text)),
             (MEMORY, self.memory.map(|m| m.text())),
             (NUMA, (!self.numa.is_empty()).then(|| self.numa.iter().map(cell).collect::<Vec<_>>().join(";"))),
+            (nodes::DISTANCES, nodes::distances_text(&self.numa_distances)),
+            (nodes::HOST, nodes::host_text(&self.numa_host)),
+            (nodes::CELLS, nodes::cells_text(&self.numa_memory)),
             (PANIC, flag(self.panic)),
+            (parts::RNG, parts::rngs_text(&self.rngs)),
             (
                 SLEEP,
                 match (self.sleeps, self.hibernates) {
@@ -637,6 +707,7 @@ impl Board {
             (USB, joined(&self.usb, controller)),
             (USB_DEVICES, joined(&self.usb_devices, device)),
             (VIDEO, joined(&self.video, |v| v.as_str().to_owned())),
+            (parts::VIRTIO, parts::virtio_text(&self.virtio)),
             (WATCHDOG, self.watchdog.map(|w| format!("{}:{}", w.model.as_str(), w.end.as_str()))),
         ]
     }
@@ -667,17 +738,27 @@ mod tests {
             (MENU_TIMEOUT, "3000"),
             (DEFLATE, "true"),
             (TOPOLOGY, "sockets=2,dies=1,cores=4,threads=2"),
+            (
+                parts::FEATURES,
+                "core,vmcoreinfo,hyperv-panic,split-irqchip,tpm-tis,dirty-ring=4096,tseg=48,tcg-cache=100",
+            ),
             (GENERATION, "0b3c1f9e-7f2c-4d0a-9a53-3a3f6f0f0001"),
             (HPET, "true"),
             (INPUT, "tablet,mouse"),
+            (parts::IOMMU, "intel,intremap=on,caching,eim=on,iotlb,width=48"),
             (MEMORY, "file,shared,allocated,unmerged,hugepages=2MiB"),
             (NUMA, "0-3,8:512MiB;4-7:1024MiB"),
+            (nodes::DISTANCES, "0-1=21,1-0=31"),
+            (nodes::HOST, "0=bind:0-1,3;1=preferred:2"),
+            (nodes::CELLS, "0=shared;1=private+hugepages=2MiB"),
             (PANIC, "true"),
+            (parts::RNG, "plain,rate=1024/1000+iommu+packed"),
             (SLEEP, "memory"),
-            (SOUND, "ich6,ac97"),
+            (SOUND, "ich6,ac97,pcspk"),
             (USB, "ich9-ehci1,ich9-uhci1:0,ich9-uhci2:2,qemu-xhci:15"),
             (USB_DEVICES, "hub@0:1,mouse@0:1.2,tablet"),
             (VIDEO, "qxl,qxl"),
+            (parts::VIRTIO, "balloon=ats,input1=iommu+page-per-queue,scsi=packed"),
             (WATCHDOG, "i6300esb:poweroff"),
         ];
         let board = of(&all).unwrap();
@@ -716,6 +797,29 @@ mod tests {
             (&[(WATCHDOG, "ib700:bark")], WATCHDOG),
             (&[(GENERATION, "x")], GENERATION),
             (&[(SLEEP, "often")], SLEEP),
+            (&[(SOUND, "pcspk,pcspk")], SOUND),
+            (&[(parts::FEATURES, "fast")], parts::FEATURES),
+            (&[(parts::FEATURES, "core=yes")], parts::FEATURES),
+            (&[(parts::FEATURES, "dirty-ring=5000")], parts::FEATURES),
+            (&[(parts::FEATURES, "tseg=0")], parts::FEATURES),
+            (&[(parts::IOMMU, "amd")], parts::IOMMU),
+            (&[(parts::IOMMU, "virtio,caching")], parts::IOMMU),
+            (&[(parts::IOMMU, "intel,intremap=on")], parts::IOMMU),
+            (&[(parts::IOMMU, "intel,intremap=off,eim=on")], parts::IOMMU),
+            (&[(parts::RNG, "rate=0/1000")], parts::RNG),
+            (&[(parts::RNG, "plain+iommu")], parts::RNG),
+            (&[(parts::VIRTIO, "disk=iommu")], parts::VIRTIO),
+            (&[(parts::VIRTIO, "scsi=fast")], parts::VIRTIO),
+            (&[(parts::VIRTIO, "input0=ats")], parts::VIRTIO),
+            (&[(parts::VIRTIO, "scsi=ats,scsi=iommu")], parts::VIRTIO),
+            (&[(nodes::HOST, "0=bind:0")], nodes::HOST),
+            (&[(NUMA, "0:64MiB"), (nodes::HOST, "0=strict:0")], nodes::HOST),
+            (&[(NUMA, "0:64MiB"), (nodes::HOST, "0=bind:0;0=bind:1")], nodes::HOST),
+            (&[(NUMA, "0:64MiB"), (nodes::HOST, "0=bind:128")], nodes::HOST),
+            (&[(NUMA, "0:64MiB"), (nodes::CELLS, "1=shared")], nodes::CELLS),
+            (&[(NUMA, "0:64MiB"), (nodes::CELLS, "0=hugepages=3MiB")], nodes::CELLS),
+            (&[(NUMA, "0:64MiB"), (nodes::DISTANCES, "0-1=21")], nodes::DISTANCES),
+            (&[(NUMA, "0:64MiB"), (nodes::DISTANCES, "0-0=9")], nodes::DISTANCES),
         ] {
             assert_eq!(of(pairs).unwrap_err().field, Some(format!("config.{key}")), "{pairs:?}");
         }

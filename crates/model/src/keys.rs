@@ -3,6 +3,7 @@
 
 use crate::{
     ByteSize, Config, Error, Result,
+    board::text as of_board,
     error::nearest,
     instance::InstanceKind,
     keys_container, schedule,
@@ -161,6 +162,7 @@ pub const INSTANCE_KEYS: &[Key] = &[
         false,
         "How processors are laid out, such as sockets=2,dies=1,cores=4,threads=1; there is room for as many.",
     ),
+    key("hardware.features", Text, VirtualMachine, "", false, of_board::FEATURES),
     key(
         "hardware.generation",
         Text,
@@ -186,6 +188,7 @@ pub const INSTANCE_KEYS: &[Key] = &[
         false,
         "Input devices of virtio: keyboard, mouse, tablet.",
     ),
+    key("hardware.iommu", Text, VirtualMachine, "", false, of_board::IOMMU),
     key("hardware.iothreads", Text, VirtualMachine, "none", true, text::IOTHREADS),
     key("hardware.iothreads.*", Text, VirtualMachine, "QEMU's", true, text::PROPERTIES),
     key(
@@ -212,6 +215,9 @@ pub const INSTANCE_KEYS: &[Key] = &[
         false,
         "Nodes of memory, each with its processors: 0-1:512MiB;2-3:512MiB. Together they are limits.memory.",
     ),
+    key("hardware.numa.distances", Text, VirtualMachine, "", false, of_board::DISTANCES),
+    key("hardware.numa.host", Text, VirtualMachine, "", false, of_board::HOST),
+    key("hardware.numa.memory", Text, VirtualMachine, "", false, of_board::CELLS),
     key(
         "hardware.panic",
         Bool,
@@ -228,6 +234,7 @@ pub const INSTANCE_KEYS: &[Key] = &[
         false,
         "windows: what its installer has drivers for, where devices do not say otherwise (SATA, e1000e), and a TPM; clock in local time.",
     ),
+    key("hardware.rng", Text, VirtualMachine, "plain", false, of_board::RNG),
     key("hardware.scsi.iothread", Integer(1, 65_535), VirtualMachine, "the main one", false, text::SCSI),
     key(
         "hardware.sleep",
@@ -243,7 +250,7 @@ pub const INSTANCE_KEYS: &[Key] = &[
         VirtualMachine,
         "",
         false,
-        "Sound cards: ac97, es1370, ich6, ich9, sb16. They are heard by SPICE, else nowhere.",
+        "Sound cards: ac97, es1370, ich6, ich9, sb16, and pcspk, the speaker. They are heard by SPICE, else nowhere.",
     ),
     key(
         "hardware.spice",
@@ -277,8 +284,9 @@ pub const INSTANCE_KEYS: &[Key] = &[
         VirtualMachine,
         "vga",
         false,
-        "What screens are on: vga, cirrus, qxl, virtio, vmvga, bochs, none; further ones on qxl, virtio or bochs.",
+        "What screens are on: vga, cirrus, qxl, virtio, vmvga, bochs, ramfb, none; further ones on qxl, virtio or bochs.",
     ),
+    key("hardware.virtio", Text, VirtualMachine, "", false, of_board::VIRTIO),
     key(
         "hardware.watchdog",
         Text,

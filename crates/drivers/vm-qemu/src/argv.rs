@@ -6,13 +6,13 @@
 
 use crate::{
     board,
-    devices::{Bus, Disk, Layout, MAX_DISKS, MAX_NICS, Nic},
+    devices::{Bus, Disk, Layout, MAX_DISKS, MAX_NICS, Nic, virtio},
     directories::{Directory, MAX_DIRECTORIES},
     threads,
 };
 use karst_model::{
     Error, Result,
-    board::UsbKind,
+    board::{Rng, Sound, UsbKind},
     instance::Firmware,
     node::AcceleratorKind,
     spec::{CpuLimit, MachineSpec},
@@ -24,9 +24,9 @@ mod slot {
     use super::Layout;
     pub(super) const SHARE: &str = "00:07.0";
 
-    /// Random numbers. i440FX has its own devices at 01.
-    pub(super) fn rng(layout: Layout) -> &'static str {
-        if layout.pc { "00:1d.0" } else { "00:01.0" }
+    /// Random numbers, each a function. i440FX has its own devices at 01.
+    pub(super) fn rng(layout: Layout, function: usize) -> String {
+        format!("{}.{function}", if layout.pc { "00:1d" } else { "00:01" })
     }
     /// Controller of the USB devices that belong to SPICE.
     pub(super) const USB: &str = "00:1e.0";
@@ -166,11 +166,16 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     // graphics=off is what -nographic means for the firmware: SeaBIOS then speaks on the serial port.
     // System management mode is needed by secure boot alone and costs at every firmware call.
     let on = |on: bool| if on { "on" } else { "off" };
+    let features = m.spec.board.features.unwrap_or_default();
     let mut machine = format!(
-        "{machine},graphics=off,usb=off,vmport=off,hpet={},dump-guest-core=off,smm={}",
+        "{machine},graphics=off,usb=off,vmport=off,hpet={},dump-guest-core={},smm={}",
         on(m.spec.board.hpet),
-        on(secure)
+        on(features.core),
+        on(secure || features.tseg.is_some())
     );
+    if m.spec.board.sound.contains(&Sound::Pcspk) {
+        machine.push_str(&format!(",pcspk-audiodev={}", board::AUDIO));
+    }
     if let Some(memory) = &m.spec.board.memory {
         if memory.unmerged {
             machine.push_str(",mem-merge=off");
@@ -186,14 +191,17 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     opt(
         "-accel",
         match m.accelerator {
-            AcceleratorKind::Kvm => "kvm".into(),
-            AcceleratorKind::Tcg => "tcg,thread=multi".into(),
+            AcceleratorKind::Kvm => board::kvm(&features),
+            AcceleratorKind::Tcg => board::tcg(&features),
         },
     );
     let mut cpu = word("hardware.cpu_model", &m.spec.cpu_model, ",=+")?.to_owned();
     if m.spec.windows && m.accelerator == AcceleratorKind::Kvm {
         // Without them Windows waits in busy loops. TCG knows none of them.
         cpu.push_str(HYPER_V);
+    }
+    if features.hyper_v_panic && m.accelerator == AcceleratorKind::Kvm {
+        cpu.push_str(",hv-crash");
     }
     opt("-cpu", cpu);
     let (cpus, most) = (m.cpus.max(1), m.max_cpus.max(m.cpus).max(1));
@@ -238,6 +246,12 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
             opt("-append", line.clone());
         }
     }
+    if let Some(size) = features.tseg {
+        if layout.pc {
+            return Err(Error::invalid("config.hardware.features", "machines of type q35 have a tseg"));
+        }
+        opt("-global", format!("mch.extended-tseg-mbytes={size}"));
+    }
     if m.hold || m.spec.resume {
         opt("-S", String::new());
     }
@@ -277,11 +291,28 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         );
     }
 
-    opt("-object", "rng-random,id=rng0,filename=/dev/urandom".into());
-    opt(
-        "-device",
-        fixed("rng", json!({"driver": "virtio-rng-pci", "id": "rng0", "rng": "rng0"}), slot::rng(layout))?,
-    );
+    // What translates the addresses of the others is there before them.
+    if let Some(iommu) = &m.spec.board.iommu {
+        opt("-device", board::iommu(iommu, layout)?.to_string());
+    }
+    if features.vmcoreinfo {
+        opt("-device", json!({"driver": "vmcoreinfo", "id": "vmcoreinfo"}).to_string());
+    }
+    let usual = [Rng::default()];
+    let rngs = if m.spec.board.rngs.is_empty() { &usual[..] } else { &m.spec.board.rngs };
+    for (n, rng) in rngs.iter().enumerate() {
+        let id = format!("rng{n}");
+        opt("-object", format!("rng-random,id={id},filename=/dev/urandom"));
+        let mut device = json!({"driver": "virtio-rng-pci", "id": id, "rng": id});
+        if let Some((bytes, period)) = rng.rate {
+            (device["max-bytes"], device["period"]) = (bytes.into(), period.into());
+        }
+        if n == 0 && rngs.len() > 1 {
+            device["multifunction"] = true.into();
+        }
+        virtio(&mut device, &rng.virtio);
+        opt("-device", fixed("rng", device, &slot::rng(layout, n))?);
+    }
 
     opt("-chardev", format!("socket,id=console,fd={}", fd::CONSOLE));
     opt("-serial", "chardev:console".into());
@@ -290,7 +321,13 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     opt("-chardev", format!("socket,id=events,fd={},server=on,wait=off", fd::EVENTS));
     opt("-mon", "chardev=events,mode=control".into());
     opt("-chardev", format!("socket,id=agent,fd={},server=on,wait=off", fd::AGENT));
-    let serial = json!({"driver": "virtio-serial-pci", "id": "serial0", "max_ports": 16});
+    let of_part = |device: &mut Value, part: &str| {
+        if let Some(options) = m.spec.board.virtio.get(part) {
+            virtio(device, options);
+        }
+    };
+    let mut serial = json!({"driver": "virtio-serial-pci", "id": "serial0", "max_ports": 16});
+    of_part(&mut serial, "serial");
     opt("-device", fixed("serial", serial, slot::SERIAL)?);
     let port = |nr: u32, id: &str, chardev: Option<&str>, name: &str| {
         let mut port =
@@ -326,12 +363,14 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         if m.spec.board.balloon_deflates {
             balloon["deflate-on-oom"] = true.into();
         }
+        of_part(&mut balloon, "balloon");
         opt("-device", fixed("balloon", balloon, slot::BALLOON)?);
     }
     if m.spec.tpm {
         opt("-chardev", format!("socket,id=tpm,fd={}", fd::TPM));
         opt("-tpmdev", "emulator,id=tpm0,chardev=tpm".into());
-        opt("-device", json!({"driver": "tpm-crb", "id": "tpm", "tpmdev": "tpm0"}).to_string());
+        let driver = if features.tpm_tis { "tpm-tis" } else { "tpm-crb" };
+        opt("-device", json!({"driver": driver, "id": "tpm", "tpmdev": "tpm0"}).to_string());
     }
 
     if m.spec.display {
@@ -391,6 +430,7 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         if let Some(thread) = m.spec.scsi_iothread {
             controller["iothread"] = threads::id(thread).into();
         }
+        of_part(&mut controller, "scsi");
         opt("-device", fixed("devices.root", controller, at)?);
     }
     if layout.pc && buses.iter().any(|b| matches!(b, Bus::Sata(_))) {

@@ -3,12 +3,12 @@
 //! Each class of PCI devices has one device number of the root bus, and the place in its list is the function: so addresses
 //! follow from the machine's keys alone, and are no others' (disks and NICs have 08 to 17, or root ports).
 
-use crate::devices::Layout;
+use crate::devices::{Layout, virtio};
 use karst_model::{
     Error, Result,
     board::{
-        Board, Memory, Pointer, Sound, Topology, UsbController, UsbDevice, UsbKind, UsbModel, Video,
-        WatchdogEnd, WatchdogModel, ranges,
+        Board, CellMemory, Features, HostNodes, Iommu, IommuModel, Memory, Pointer, Sound, Topology,
+        UsbController, UsbDevice, UsbKind, UsbModel, Video, WatchdogEnd, WatchdogModel, ranges,
     },
 };
 use serde_json::{Value, json};
@@ -24,7 +24,9 @@ const VIDEO: &str = "00:1b";
 /// All of a machine's memory.
 pub const MEMORY: &str = "memory";
 /// Where sound goes.
-const AUDIO: &str = "audio";
+pub const AUDIO: &str = "audio";
+/// The IOMMU of virtio; machines of type pc, which have none, have random numbers from there.
+const IOMMU: &str = "00:1d.0";
 
 /// An option and its value.
 type Argument = (&'static str, String);
@@ -57,6 +59,80 @@ pub fn processors(topology: Option<&Topology>, cpus: u32, most: u32) -> Result<S
         "cpus={cpus},maxcpus={room},sockets={},{dies}cores={},threads={}",
         t.sockets, t.cores, t.threads
     ))
+}
+
+/// `-accel`'s value with KVM.
+pub fn kvm(features: &Features) -> String {
+    let mut text = "kvm".to_owned();
+    if features.split_irqchip {
+        text.push_str(",kernel-irqchip=split");
+    }
+    if let Some(entries) = features.dirty_ring {
+        text.push_str(&format!(",dirty-ring-size={entries}"));
+    }
+    text
+}
+
+/// `-accel`'s value without it.
+pub fn tcg(features: &Features) -> String {
+    let size = features.translations.map(|size| format!(",tb-size={size}")).unwrap_or_default();
+    format!("tcg,thread=multi{size}")
+}
+
+/// The IOMMU.
+///
+/// # Errors
+/// Invalid for a machine that is not of type q35.
+pub fn iommu(one: &Iommu, layout: Layout) -> Result<Value> {
+    if layout.pc {
+        return Err(Error::invalid("config.hardware.iommu", "machines of type q35 have an IOMMU"));
+    }
+    if one.model == IommuModel::Virtio {
+        let mut device = json!({"driver": "virtio-iommu-pci", "id": "iommu"});
+        layout.put(&mut device, "hardware.iommu", IOMMU)?;
+        return Ok(device);
+    }
+    let mut device = json!({"driver": "intel-iommu", "id": "iommu"});
+    let switch = |on: bool| if on { "on" } else { "off" };
+    for (property, state) in [("intremap", one.interrupts), ("eim", one.extended)] {
+        if let Some(on) = state {
+            device[property] = switch(on).into();
+        }
+    }
+    for (property, on) in [("caching-mode", one.caching), ("device-iotlb", one.iotlb)] {
+        if on {
+            device[property] = true.into();
+        }
+    }
+    if let Some(width) = one.width {
+        device["aw-bits"] = width.into();
+    }
+    Ok(device)
+}
+
+/// How the memory of a node is had of the host.
+fn of_cell(all: Option<&Memory>, cell: Option<&CellMemory>) -> Option<Memory> {
+    let Some(cell) = cell else { return all.copied() };
+    let mut memory = all.copied().unwrap_or_default();
+    if let Some(shared) = cell.shared {
+        memory.shared = shared;
+    }
+    if let Some(size) = cell.pages {
+        memory.pages = Some(Some(size));
+    }
+    Some(memory)
+}
+
+/// Keeps a part of memory to nodes of the host.
+fn keep_to(object: &mut Value, host: &HostNodes) {
+    let nodes: Vec<u32> = host.nodes.iter().flat_map(|(first, last)| *first..=*last).collect();
+    object["host-nodes"] = nodes.into();
+    object["policy"] = host.policy.as_str().into();
+}
+
+/// The one of a node.
+fn of_node<T>(all: &[(u32, T)], node: usize) -> Option<&T> {
+    all.iter().find(|(n, _)| *n as usize == node).map(|(_, value)| value)
 }
 
 /// What a part of a machine's memory is.
@@ -97,11 +173,28 @@ pub fn memory(board: &Board, memory: u64) -> Result<Vec<Argument>> {
     }
     let mut arguments = vec![];
     for (n, cell) in cells.iter().enumerate() {
-        let object = backend(board.memory.as_ref(), &format!("memory{n}"), cell.memory.bytes());
+        let memory = of_cell(board.memory.as_ref(), of_node(&board.numa_memory, n));
+        let mut object = backend(memory.as_ref(), &format!("memory{n}"), cell.memory.bytes());
+        if let Some(host) = of_node(&board.numa_host, n) {
+            keep_to(&mut object, host);
+        }
         arguments.push(("-object", object.to_string()));
         let cpus: String =
             ranges(&cell.cpus).split(',').filter(|r| !r.is_empty()).map(|r| format!(",cpus={r}")).collect();
         arguments.push(("-numa", format!("node,nodeid={n}{cpus},memdev=memory{n}")));
+    }
+    if !board.numa_distances.is_empty() {
+        // QEMU wants all of them once it is told of any. What is said of one direction alone holds for both.
+        let said = |from: u32, to: u32| {
+            let one = board.numa_distances.iter().find(|d| (d.from, d.to) == (from, to));
+            one.map(|d| u32::from(d.value))
+        };
+        let last = cells.len() as u32;
+        for (from, to) in (0..last).flat_map(|from| (0..last).map(move |to| (from, to))) {
+            let usual = if from == to { 10 } else { 20 };
+            let value = said(from, to).or_else(|| said(to, from)).unwrap_or(usual);
+            arguments.push(("-numa", format!("dist,src={from},dst={to},val={value}")));
+        }
     }
     Ok(arguments)
 }
@@ -166,6 +259,8 @@ fn sound(n: usize, one: Sound, layout: Layout, many: bool) -> Result<Vec<String>
         Sound::Ich6 => of_intel("intel-hda"),
         Sound::Ich9 => of_intel("ich9-intel-hda"),
         Sound::Sb16 => Ok(vec![plain("sb16").to_string()]),
+        // The machine has it, which is told where it is heard.
+        Sound::Pcspk => Ok(vec![]),
     }
 }
 
@@ -188,6 +283,11 @@ pub fn screens(board: &Board, layout: Layout) -> Result<Vec<Argument>> {
             (Video::Virtio, _) => "virtio-gpu-pci",
             (Video::Vmvga, _) => "vmware-svga",
             (Video::Bochs, _) => "bochs-display",
+            // It is on no bus.
+            (Video::Ramfb, _) => {
+                arguments.push(("-device", json!({"driver": "ramfb", "id": "video"}).to_string()));
+                continue;
+            }
         };
         let id = if n == 0 { "video".to_owned() } else { format!("video{n}") };
         let mut device = json!({"driver": driver, "id": id});
@@ -219,14 +319,15 @@ pub fn devices(board: &Board, layout: Layout, spice: bool) -> Result<Vec<Argumen
         add(usb_device(n, one).to_string());
     }
     // The place of the first is taken also where that is on no PCI bus, for the others to be found.
-    let cards = board.sound.iter().filter(|s| **s != Sound::Sb16).count();
+    let on_pci = |one: &&Sound| !matches!(one, Sound::Sb16 | Sound::Pcspk);
+    let cards = board.sound.iter().filter(on_pci).count();
     let mut place = 0;
     for one in &board.sound {
-        let n = if *one == Sound::Sb16 { cards + place } else { place };
+        let n = if on_pci(&one) { place } else { cards + place };
         for device in sound(n, *one, layout, cards > 1)? {
             add(device);
         }
-        place += usize::from(*one != Sound::Sb16);
+        place += usize::from(on_pci(&one));
     }
     let watches = board.watchdog.is_some_and(|w| w.model == WatchdogModel::I6300esb);
     let first = usize::from(watches);
@@ -246,7 +347,12 @@ pub fn devices(board: &Board, layout: Layout, spice: bool) -> Result<Vec<Argumen
             Pointer::Mouse => "virtio-mouse-pci",
             Pointer::Tablet => "virtio-tablet-pci",
         };
-        add(at(layout, json!({"driver": driver, "id": format!("input{n}")}), REST, first + n, rest > 1)?);
+        let id = format!("input{n}");
+        let mut device = json!({"driver": driver, "id": id});
+        if let Some(options) = board.virtio.get(&id) {
+            virtio(&mut device, options);
+        }
+        add(at(layout, device, REST, first + n, rest > 1)?);
     }
     if board.panic {
         add(json!({"driver": "pvpanic", "id": "panic", "ioport": 0x505}).to_string());

@@ -23,6 +23,8 @@ const MACHINE_LOWLEVEL: &[&str] = &[
     // Properties of threads; how many there are is free.
     "hardware.iothreads.",
     "hardware.memory",
+    "hardware.numa.host",
+    "hardware.numa.memory",
     "limits.cpu.shares",
     "limits.memory.hugepages",
     "limits.memory.nodes",

@@ -1,0 +1,23 @@
+//! What the keys of options of a board mean.
+
+/// `hardware.features`.
+pub const FEATURES: &str = "What is not as usual: core (its memory is in a core of QEMU's), vmcoreinfo, hyperv-panic (KVM), \
+    split-irqchip (KVM), tpm-tis, dirty-ring=4096 (KVM), tseg=48 (MiB, q35), tcg-cache=100 (MiB, without KVM).";
+/// `hardware.iommu`.
+pub const IOMMU: &str = "An IOMMU of machines of type q35: virtio, or intel with intremap=on, eim=on (both with split-irqchip of \
+    hardware.features), caching, iotlb, width=39, width=48.";
+/// `hardware.numa.distances`.
+pub const DISTANCES: &str =
+    "How far nodes of memory are from each other, such as 0-1=21,0-2=31; 20 unless it is said.";
+/// `hardware.numa.host`.
+pub const HOST: &str = "Nodes of the host on which those of the machine are, by bind, preferred or interleave: \
+    0=bind:0-1;1=preferred:3.";
+/// `hardware.numa.memory`.
+pub const CELLS: &str = "How the memory of single nodes is had of the host, where not as hardware.memory says: \
+    0=shared;1=private+hugepages=2MiB.";
+/// `hardware.rng`.
+pub const RNG: &str = "Where random numbers come from, each plain, or of rate=BYTES/MILLISECONDS, iommu, ats, packed, \
+    page-per-queue, as in plain,rate=1024/1000+iommu.";
+/// `hardware.virtio`.
+pub const VIRTIO: &str = "What of the machine's own devices of virtio is not as usual, of balloon, scsi, serial, input0: iommu, ats, \
+    packed, page-per-queue, as in balloon=iommu+ats,scsi=packed.";
