@@ -573,6 +573,44 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn what_is_not_as_usual_is_said() {
+        let mut m = machine();
+        let before = argv(&m).unwrap();
+        let keys = [
+            ("hardware.features", "core,vmcoreinfo,hyperv-panic,tpm-tis,tseg=48,tcg-cache=100"),
+            ("hardware.rng", "plain,rate=1024/1000+iommu"),
+            ("hardware.virtio", "balloon=ats,scsi=packed,serial=iommu"),
+            ("hardware.sound", "pcspk"),
+        ];
+        let keys = keys.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned()));
+        m.spec.board = karst_model::board::Board::of(&keys.collect()).unwrap();
+        (m.spec.balloon, m.spec.tpm, m.spec.ports) = (true, true, 16);
+        let after = argv(&m).unwrap();
+        for text in [
+            "dump-guest-core=on,smm=on,pcspk-audiodev=audio",
+            "tcg,thread=multi,tb-size=100",
+            "mch.extended-tseg-mbytes=48",
+            "{\"driver\":\"vmcoreinfo\"",
+            "{\"driver\":\"tpm-tis\"",
+            "rng-random,id=rng1,filename=/dev/urandom",
+            "\"max-bytes\":1024,\"period\":1000,\"iommu_platform\":true",
+            "\"id\":\"balloon\",\"free-page-reporting\":true,\"ats\":true",
+            "\"id\":\"scsi\",\"packed\":true",
+            "\"max_ports\":16,\"iommu_platform\":true",
+        ] {
+            assert!(after.iter().any(|a| a.contains(text)), "{text} in {after:?}");
+            assert!(!before.iter().any(|a| a.contains(text)), "{text} in {before:?}");
+        }
+        // Of Hyper-V's there is nothing without KVM.
+        let crashes = |m: &Machine| argv(m).unwrap().iter().any(|a| a.contains(",hv-crash"));
+        assert!(!crashes(&m));
+        m.accelerator = AcceleratorKind::Kvm;
+        assert!(crashes(&m));
+        m.spec.machine = "pc-i440fx-7.2".into();
+        assert_eq!(argv(&m).unwrap_err().field.as_deref(), Some("config.hardware.features"));
+    }
+
+    #[test]
     fn a_machine_for_windows() {
         let mut m = machine();
         m.accelerator = AcceleratorKind::Kvm;

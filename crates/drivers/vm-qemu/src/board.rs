@@ -475,6 +475,48 @@ mod tests {
         assert_eq!(memory(&Board::default(), ByteSize::gib(1).bytes()).unwrap(), []);
     }
 
+    #[test]
+    fn nodes_are_where_they_are_said_to_be() {
+        let nodes = board(&[
+            ("hardware.numa", "0-1:512MiB;2-3:512MiB"),
+            ("hardware.memory", "allocated"),
+            ("hardware.numa.memory", "1=shared+hugepages=2MiB"),
+            ("hardware.numa.host", "0=bind:0-1,3"),
+            ("hardware.numa.distances", "0-1=21"),
+        ]);
+        insta::assert_snapshot!(lines(memory(&nodes, 1 << 30).unwrap()), @r#"
+        -object {"qom-type":"memory-backend-ram","id":"memory0","size":536870912,"share":false,"prealloc":true,"host-nodes":[0,1,3],"policy":"bind"}
+        -numa node,nodeid=0,cpus=0-1,memdev=memory0
+        -object {"qom-type":"memory-backend-memfd","id":"memory1","size":536870912,"share":true,"prealloc":true,"hugetlb":true,"hugetlbsize":2097152}
+        -numa node,nodeid=1,cpus=2-3,memdev=memory1
+        -numa dist,src=0,dst=0,val=10
+        -numa dist,src=0,dst=1,val=21
+        -numa dist,src=1,dst=0,val=21
+        -numa dist,src=1,dst=1,val=10
+        "#);
+    }
+
+    #[test]
+    fn features_and_an_iommu() {
+        let all =
+            board(&[("hardware.features", "split-irqchip,dirty-ring=4096,tcg-cache=100")]).features.unwrap();
+        assert_eq!(kvm(&all), "kvm,kernel-irqchip=split,dirty-ring-size=4096");
+        assert_eq!(tcg(&all), "tcg,thread=multi,tb-size=100");
+        assert_eq!(
+            (kvm(&Features::default()).as_str(), tcg(&Features::default()).as_str()),
+            ("kvm", "tcg,thread=multi")
+        );
+        let keys = [
+            ("hardware.iommu", "intel,intremap=on,caching,width=48"),
+            ("hardware.features", "split-irqchip"),
+        ];
+        let one = board(&keys).iommu.unwrap();
+        let q35 = Layout { pc: false, ports: 16 };
+        let expected = json!({"driver": "intel-iommu", "id": "iommu", "intremap": "on", "caching-mode": true, "aw-bits": 48});
+        assert_eq!(iommu(&one, q35).unwrap(), expected);
+        assert_eq!(iommu(&one, PC).unwrap_err().field.as_deref(), Some("config.hardware.iommu"));
+    }
+
     /// What QEMU itself says to arguments, in the few lines of a machine that stands still.
     async fn accepted(machine: &str, arguments: &[Argument]) -> Result<()> {
         let usual =
@@ -496,7 +538,7 @@ mod tests {
             ("hardware.usb", "piix3-uhci piix4-uhci pci-ohci ehci nec-xhci:4 qemu-xhci:15"),
             ("hardware.usb", "ich9-ehci1,ich9-uhci1:0,ich9-uhci2:2,ich9-uhci3:4 qemu-xhci,ehci"),
             ("hardware.sound", "ac97 es1370 ich6 ich9 sb16 ich6,ac97"),
-            ("hardware.video", "vga cirrus qxl virtio vmvga bochs qxl,qxl virtio,bochs none"),
+            ("hardware.video", "vga cirrus qxl virtio vmvga bochs ramfb qxl,qxl virtio,bochs none"),
             ("hardware.input", "keyboard,mouse,tablet"),
             ("hardware.panic", "true"),
             ("hardware.generation", "0b3c1f9e-7f2c-4d0a-9a53-3a3f6f0f0001"),
@@ -512,6 +554,9 @@ mod tests {
             ("hardware.usb.devices", "hub@0:1,mouse@1:1,keyboard,tablet,audio@1:2"),
         ];
         all.push(("devices of USB".into(), board(&usb)));
+        let input =
+            [("hardware.input", "mouse"), ("hardware.virtio", "input0=iommu+ats+packed+page-per-queue")];
+        all.push(("an input device with options".into(), board(&input)));
         for (machine, layout) in [("pc-i440fx-7.2", PC), ("pc-q35-7.2", Layout { pc: false, ports: 16 })] {
             for (what, board) in &all {
                 let mut arguments = screens(board, layout).unwrap();
@@ -565,6 +610,25 @@ mod tests {
             ("-device", nic.device(PC).unwrap().to_string()),
         ];
         accepted("pc-i440fx-7.2", &arguments).await.unwrap();
+        let q35 = Layout { pc: false, ports: 16 };
+        for text in ["virtio", "intel", "intel,caching,iotlb,width=48", "intel,intremap=on,eim=on"] {
+            let keys = [("hardware.iommu", text), ("hardware.features", "split-irqchip")];
+            let device = iommu(board(&keys).iommu.as_ref().unwrap(), q35).unwrap();
+            accepted("pc-q35-7.2", &[("-device", device.to_string())]).await.unwrap();
+        }
+        let speaker = board(&[("hardware.sound", "pcspk,ac97")]);
+        let arguments = devices(&speaker, PC, false).unwrap();
+        accepted("pc-i440fx-7.2,pcspk-audiodev=audio", &arguments).await.unwrap();
+        // Each host has the node 0.
+        let nodes = board(&[
+            ("hardware.numa", "0-3:32MiB;4-7:32MiB"),
+            ("hardware.numa.memory", "1=shared"),
+            ("hardware.numa.host", "0=preferred:0;1=bind:0"),
+            ("hardware.numa.distances", "0-1=21"),
+        ]);
+        let mut arguments = memory(&nodes, 64 << 20).unwrap();
+        arguments.insert(0, ("-smp", "8".into()));
+        accepted("pc-q35-7.2", &arguments).await.unwrap();
         // It is no test of anything where QEMU takes what it has not.
         let refused = accepted("pc-q35-7.2", &[("-device", "teleporter".into())]).await;
         assert!(refused.is_err());

@@ -2,14 +2,14 @@
 //! screens, a watchdog, what tells of a panic, the layout of processors and memory. What it says in a way that QEMU is not told
 //! is refused by name.
 
-use super::{refuse, wrong};
+use super::{nodes, parts, refuse, wrong};
 use crate::{error::VirError, xml::Element};
 use karst_model::{
     ByteSize,
     board::{
-        Board, Memory, NumaCell, POINTERS, Pointer, SOUNDS, Topology, USB_KINDS, USB_MODELS, UsbController,
-        UsbDevice, UsbKind, UsbModel, VIDEOS, Video, WATCHDOG_ENDS, WATCHDOGS, Watchdog, WatchdogEnd,
-        WatchdogModel, parse_ranges, ranges,
+        Board, Features, Memory, NumaCell, POINTERS, Pointer, Rng, SOUNDS, Topology, USB_KINDS, USB_MODELS,
+        UsbController, UsbDevice, UsbKind, UsbModel, VIDEOS, Video, WATCHDOG_ENDS, WATCHDOGS, Watchdog,
+        WatchdogEnd, WatchdogModel, parse_ranges, ranges,
     },
 };
 use uuid::Uuid;
@@ -32,9 +32,20 @@ fn number(e: &Element, name: &str) -> Result<Option<u32>, VirError> {
 pub fn read(root: &Element, cpus: u32) -> Result<Board, VirError> {
     let none = Element::new("devices");
     let mut board = devices(root.find("devices").unwrap_or(&none).elements())?;
+    let mut cells = nodes::Cells::default();
     if let Some(cpu) = root.find("cpu") {
         (board.topology, board.numa) = layout(cpu, cpus)?;
+        cells = nodes::cells(cpu)?;
     }
+    let backed = root.find("memoryBacking");
+    board.numa_memory = nodes::memory(&backed.map(nodes::pages).unwrap_or_default(), &cells.shared);
+    board.numa_distances = cells.distances;
+    board.numa_host = root.find("numatune").map(nodes::host).transpose()?.unwrap_or_default();
+    let said = root.find("features").map(parts::features).transpose()?.unwrap_or_default();
+    let others = board.features.unwrap_or_default();
+    let core = root.find("memory").and_then(|m| m.attribute("dumpCore")) == Some("on");
+    let features = Features { core, hyper_v_panic: others.hyper_v_panic, tpm_tis: others.tpm_tis, ..said };
+    board.features = (features != Features::default()).then_some(features);
     if let Some(os) = root.find("os") {
         (board.menu_timeout, board.boot_retry) = boot(os)?;
     }
@@ -44,8 +55,9 @@ pub fn read(root: &Element, cpus: u32) -> Result<Board, VirError> {
     if let Some(pm) = root.find("pm") {
         (board.sleeps, board.hibernates) = sleep(pm);
     }
-    board.memory = root.find("memoryBacking").and_then(backing);
+    board.memory = backed.and_then(backing);
     board.generation = root.find("genid").map(generation).transpose()?;
+    demand_sense(&board)?;
     Ok(board)
 }
 
@@ -63,10 +75,27 @@ pub fn hpet(clock: &Element) -> bool {
     clock.all("timer").any(|t| t.attribute("name") == Some("hpet") && t.attribute("present") == Some("yes"))
 }
 
-/// A size of pages; nothing for that which the host has by default.
-fn page(e: &Element) -> Option<ByteSize> {
-    let size = Element::text("page", e.attribute("size")?).with("unit", e.attribute("unit").unwrap_or("KiB"));
-    super::read::kib(&size).ok().filter(|kib| kib.is_multiple_of(1024)).map(|kib| ByteSize::mib(kib / 1024))
+/// What does not fit together is told in the words of the keys otherwise.
+fn demand_sense(board: &Board) -> Result<(), VirError> {
+    let config = board.keys().into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?)));
+    Board::of(&config.collect()).map(drop).map_err(|e| {
+        let of = e.field.as_deref().unwrap_or_default();
+        let element = [
+            ("numa.host", "numatune memnode"),
+            ("numa.memory", "numa cell"),
+            ("numa", "numa"),
+            ("iommu", "iommu"),
+            ("video", "video"),
+            ("usb", "controller"),
+            ("sound", "sound"),
+            ("input", "input"),
+            ("virtio", "controller"),
+            ("rng", "rng"),
+            ("features", "features"),
+        ];
+        let element = element.iter().find(|(key, _)| of.contains(key)).map_or("devices", |(_, e)| e);
+        refuse(element, e.message)
+    })
 }
 
 /// How a `<memoryBacking>` wants the memory of a machine.
@@ -79,9 +108,18 @@ pub fn backing(e: &Element) -> Option<Memory> {
         shared: is("access", "mode", "shared"),
         allocated: is("allocation", "mode", "immediate"),
         unmerged: e.find("nosharepages").is_some(),
-        pages: e.find("hugepages").map(|h| h.elements().first().and_then(page)),
+        pages: e.find("hugepages").and_then(of_all),
     };
     (memory != Memory::default()).then_some(memory)
+}
+
+/// The size of the pages of all of it, or those that the host has by default; nothing where only single nodes have any.
+fn of_all(hugepages: &Element) -> Option<Option<ByteSize>> {
+    let all = hugepages.elements().iter().find(|p| p.attribute("nodeset").is_none());
+    match (hugepages.elements().is_empty(), all) {
+        (true, _) => Some(None),
+        (false, all) => all.map(nodes::page),
+    }
 }
 
 /// Does a `<memoryBacking>` say nothing else?
@@ -97,15 +135,9 @@ pub fn is_backing(e: &Element) -> bool {
         "access" => only(inner, &[("mode", &["shared", "private"])]),
         "allocation" => only(inner, &[("mode", &["immediate", "ondemand"])]),
         "nosharepages" => only(inner, &[]),
-        "hugepages" => match inner.elements() {
-            [] => true,
-            [one] => {
-                let size = page(one)
-                    .is_some_and(|s| Memory { pages: Some(Some(s)), ..Memory::default() }.is_possible());
-                only(one, &[("size", &[]), ("unit", &[])]) && size
-            }
-            _ => false,
-        },
+        "hugepages" => inner.attributes().next().is_none() && nodes::is_possible(inner),
+        // No memory of a machine is a file with a name, of which anything would be written back when it ends.
+        "discard" => only(inner, &[]),
         _ => false,
     })
 }
@@ -134,6 +166,9 @@ pub fn boot(os: &Element) -> Result<(Option<u32>, Option<u32>), VirError> {
     };
     Ok((timeout, retry))
 }
+
+/// Attributes of a cell; the last are looked at by [`nodes`].
+const CELL: &[&str] = &["id", "cpus", "memory", "unit", "memAccess", "discard"];
 
 /// How a `<cpu>` lays out processors and memory. One socket with a core for each processor is how machines are anyway.
 pub fn layout(cpu: &Element, cpus: u32) -> Result<(Option<Topology>, Vec<NumaCell>), VirError> {
@@ -166,12 +201,10 @@ pub fn layout(cpu: &Element, cpus: u32) -> Result<(Option<Topology>, Vec<NumaCel
     }
     let mut cells = vec![];
     for (n, e) in (0u32..).zip(numa.elements()) {
-        if let Some((name, _)) =
-            e.attributes().find(|(name, _)| !matches!(*name, "id" | "cpus" | "memory" | "unit"))
-        {
+        if let Some((name, _)) = e.attributes().find(|(name, _)| !CELL.contains(name)) {
             return Err(refuse("numa cell", format!("'{name}' is not there")));
         }
-        if let Some(inner) = e.elements().first() {
+        if let Some(inner) = e.elements().iter().find(|inner| inner.name() != "distances") {
             return Err(refuse("numa cell", format!("<{}> is not there", inner.name())));
         }
         let id = number(e, "id")?.unwrap_or(n);
@@ -277,11 +310,20 @@ pub fn devices(all: &[Element]) -> Result<Board, VirError> {
                 board.watchdog = Some(Watchdog { model, end });
             }
             "panic" => {
-                if board.panic {
-                    return Err(refuse("panic", "a machine has one"));
+                let features = board.features.get_or_insert_default();
+                let there =
+                    if model == Some("hyperv") { &mut features.hyper_v_panic } else { &mut board.panic };
+                if std::mem::replace(there, true) {
+                    return Err(refuse("panic", "a machine has one of a model"));
                 }
-                board.panic = true;
             }
+            "tpm" if model == Some("tpm-tis") => board.features.get_or_insert_default().tpm_tis = true,
+            "iommu" => {
+                if board.iommu.replace(parts::iommu(e)?).is_some() {
+                    return Err(refuse("iommu", "a machine has one"));
+                }
+            }
+            "rng" => board.rngs.push(parts::rng(e)?),
             "memballoon" => board.balloon_deflates = e.attribute("autodeflate") == Some("on"),
             _ => {}
         }
@@ -303,14 +345,14 @@ pub fn devices(all: &[Element]) -> Result<Board, VirError> {
     if screens > 0 && !(screens == 1 && video[0].1 == Video::Vga) {
         board.video = video.into_iter().map(|(_, one)| one).collect();
     }
-    // What does not fit together is told in the words of the keys otherwise.
-    let config = board.keys().into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?)));
-    Board::of(&config.collect()).map_err(|e| {
-        let of = e.field.as_deref().unwrap_or_default();
-        let element = [("video", "video"), ("usb", "controller"), ("sound", "sound"), ("input", "input")];
-        let element = element.iter().find(|(key, _)| of.contains(key)).map_or("devices", |(_, e)| e);
-        refuse(element, e.message)
-    })
+    if board.rngs == [Rng::default()] {
+        board.rngs.clear();
+    }
+    board.virtio = parts::virtio(all)?;
+    board.features = board.features.filter(|f| *f != Features::default());
+    // Whether an IOMMU fits is told by what else the domain says.
+    demand_sense(&Board { iommu: None, ..board.clone() })?;
+    Ok(board)
 }
 
 /// A controller of USB; nothing for the word that there is none.
@@ -341,7 +383,8 @@ fn controller(e: &Element) -> Result<Option<UsbController>, VirError> {
 }
 
 /// The classes of devices that are the board's.
-const CLASSES: &[&str] = &["controller", "hub", "input", "sound", "video", "watchdog", "panic"];
+const CLASSES: &[&str] =
+    &["controller", "hub", "input", "sound", "video", "watchdog", "panic", "iommu", "rng"];
 
 /// Is a device of a document held by the board?
 pub fn holds(e: &Element) -> bool {
@@ -370,8 +413,15 @@ pub fn stale(kept: &[Element], now: &Board) -> Vec<&'static str> {
     if was.watchdog != now.watchdog {
         stale.push("watchdog");
     }
-    if was.panic != now.panic {
+    let says = |board: &Board| board.features.is_some_and(|f| f.hyper_v_panic);
+    if (was.panic, says(&was)) != (now.panic, says(now)) {
         stale.push("panic");
+    }
+    if was.iommu != now.iommu {
+        stale.push("iommu");
+    }
+    if was.rngs != now.rngs {
+        stale.push("rng");
     }
     stale
 }
@@ -422,6 +472,13 @@ pub fn shown(board: &Board, classes: &[&str]) -> Vec<Element> {
     if board.panic && wanted("panic") {
         all.push(Element::new("panic").with("model", "isa"));
     }
+    if board.features.is_some_and(|f| f.hyper_v_panic) && wanted("panic") {
+        all.push(Element::new("panic").with("model", "hyperv"));
+    }
+    all.extend(board.iommu.iter().filter(|_| wanted("iommu")).map(parts::shown_iommu));
+    let usual = [Rng::default()];
+    let rngs = if board.rngs.is_empty() { &usual[..] } else { &board.rngs };
+    all.extend(rngs.iter().filter(|_| wanted("rng")).map(parts::shown_rng));
     all
 }
 
@@ -437,7 +494,9 @@ pub fn show_layout(cpu: &mut Element, board: &Board) {
     let cell = |(n, cell): (usize, &NumaCell)| {
         let cpus = Some(ranges(&cell.cpus)).filter(|c| !c.is_empty());
         let e = Element::new("cell").with("id", n).with_some("cpus", cpus);
-        e.with("memory", cell.memory.bytes() / 1024).with("unit", "KiB")
+        let mut e = e.with("memory", cell.memory.bytes() / 1024).with("unit", "KiB");
+        nodes::show_cell(&mut e, n as u32, board);
+        e
     };
     cpu.push(Element::new("numa").children(board.numa.iter().enumerate().map(cell)));
 }
@@ -448,12 +507,17 @@ pub fn show_domain(root: &mut Element, board: &Board) {
         root.elements_mut().retain(|e| e.name() != "genid");
         root.push(Element::text("genid", generation));
     }
-    if let Some(memory) = board.memory {
+    let of_nodes = nodes::pages_of(board);
+    if board.memory.is_some() || !of_nodes.is_empty() {
+        let memory = board.memory.unwrap_or_default();
         root.elements_mut().retain(|e| e.name() != "memoryBacking");
         let mut all = Element::new("memoryBacking");
-        if let Some(size) = memory.pages {
+        if memory.pages.is_some() || !of_nodes.is_empty() {
             let page = |s: ByteSize| Element::new("page").with("size", s.bytes() / 1024).with("unit", "KiB");
-            all.push(Element::new("hugepages").children(size.map(page)));
+            let whole = memory.pages.flatten().map(page);
+            all.push(
+                Element::new("hugepages").children(whole.into_iter().chain(nodes::shown_pages(&of_nodes))),
+            );
         }
         for (on, name, attribute, value) in [
             (memory.unmerged, "nosharepages", "", ""),
@@ -509,14 +573,19 @@ mod tests {
             <input type='mouse' bus='ps2'/><input type='keyboard' bus='virtio'/>\
             <sound model='ich6'><codec type='duplex'/></sound><sound model='usb'/>\
             <video><model type='qxl'/></video><video><model type='qxl' primary='yes'/></video>\
-            <watchdog model='i6300esb' action='poweroff'/><panic model='isa'/>";
+            <watchdog model='i6300esb' action='poweroff'/><panic model='isa'/><panic model='hyperv'/>\
+            <iommu model='virtio'/><rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>\
+            <rng model='virtio'><rate bytes='5' period='1000'/><backend model='random'>/dev/urandom</backend></rng>";
         let board = devices_of(text).unwrap();
         let keys: Vec<_> = board.keys().into_iter().filter_map(|(k, v)| Some((k, v?))).collect();
         assert_eq!(
             keys,
             [
-                ("hardware.input", "keyboard".to_owned()),
+                ("hardware.features", "hyperv-panic".to_owned()),
+                ("hardware.input", "keyboard".into()),
+                ("hardware.iommu", "virtio".into()),
                 ("hardware.panic", "true".into()),
+                ("hardware.rng", "plain,rate=5/1000".into()),
                 ("hardware.sound", "ich6".into()),
                 ("hardware.usb", "ich9-ehci1,ich9-uhci1:0,ich9-uhci2:2,nec-xhci:8".into()),
                 ("hardware.usb.devices", "hub@0:1,tablet@0:1.2,audio".into()),
@@ -546,6 +615,9 @@ mod tests {
             ("<watchdog model='itco'/>", "watchdog model: "),
             ("<watchdog model='ib700' action='dump'/>", "watchdog action: "),
             ("<panic/><panic/>", "panic: "),
+            ("<panic model='hyperv'/><panic model='hyperv'/>", "panic: "),
+            ("<iommu model='virtio'/><iommu model='intel'/>", "iommu: "),
+            ("<iommu model='smmuv3'/>", "iommu model: "),
             ("<controller type='usb' model='vt82c686b-uhci'/>", "controller model: "),
             ("<controller type='usb' model='ich9-uhci1'/>", "controller: "),
             ("<controller type='usb' model='ehci' ports='4'/>", "controller ports: "),
@@ -572,8 +644,8 @@ mod tests {
         for (text, element) in [
             ("<topology sockets='1' cores='2' threads='1'/>", "cpu topology: "),
             ("<topology sockets='4' clusters='2' cores='1' threads='1'/>", "cpu topology: "),
-            ("<numa><cell id='0' cpus='0-3' memory='1024' memAccess='shared'/></numa>", "numa cell: "),
-            ("<numa><cell id='0' cpus='0-3' memory='1024'><distances/></cell></numa>", "numa cell: "),
+            ("<numa><cell id='0' cpus='0-3' memory='1024' speed='high'/></numa>", "numa cell: "),
+            ("<numa><cell id='0' cpus='0-3' memory='1024'><cache/></cell></numa>", "numa cell: "),
             ("<numa><cell id='0' cpus='0-4' memory='1024'/></numa>", "numa cell cpus: "),
             ("<numa><interconnects/></numa>", "numa: "),
         ] {
@@ -605,16 +677,17 @@ mod tests {
             "<hugepages/>",
             "<hugepages><page size='1' unit='G'/></hugepages>",
             "<allocation mode='immediate'/>",
+            "<hugepages><page size='2' unit='MiB' nodeset='0'/></hugepages>",
+            "<discard/>",
         ] {
             assert!(backing(text), "{text}");
         }
         for text in [
             "<locked/>",
-            "<discard/>",
             "<source type='file'/>",
             "<allocation mode='immediate' threads='8'/>",
             "<hugepages><page size='3' unit='MiB'/></hugepages>",
-            "<hugepages><page size='2' unit='MiB' nodeset='0'/></hugepages>",
+            "<hugepages><page size='2' unit='MiB' nodeset='x'/></hugepages>",
             "<hugepages><page size='2' unit='MiB'/><page size='1' unit='G'/></hugepages>",
         ] {
             assert!(!backing(text), "{text}");

@@ -6,7 +6,9 @@
 
 pub mod board;
 pub mod kept;
+pub mod nodes;
 pub mod options;
+pub mod parts;
 pub mod processor;
 pub mod read;
 pub mod spec;

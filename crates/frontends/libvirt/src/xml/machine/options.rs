@@ -164,7 +164,8 @@ fn taken(e: &mut Element, name: &'static str) -> Element {
     found
 }
 
-fn bare(driver: &mut Element) {
+/// Takes out of a `<driver>` what any device of virtio is said to have.
+pub fn bare(driver: &mut Element) {
     for name in VIRTIO.iter().chain(&USUAL).map(|(name, _)| *name) {
         driver.unset(name);
     }

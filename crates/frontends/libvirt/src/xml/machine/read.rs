@@ -171,6 +171,12 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
             _ => all.opaque.devices.push(e.clone()),
         }
     }
+    if !q35 && all.board.iommu.is_some() {
+        return Err(refuse("iommu", "machines of type q35 have one"));
+    }
+    if !q35 && all.board.features.is_some_and(|f| f.tseg.is_some()) {
+        return Err(refuse("features smm", "machines of type q35 have a tseg"));
+    }
     if q35 && all.disks.iter().any(of_pc) {
         return Err(refuse("disk bus", "'ide' and 'fdc' are of machines of type pc; q35 has sata"));
     }

@@ -1,12 +1,14 @@
 //! Threads, pins and limits of a machine's process: in a document, as keys, and in a document again.
 
-use super::{Machine, read, refuse, wrong};
+use super::{Machine, nodes, read, refuse, wrong};
 use crate::{
     error::VirError,
     xml::{Element, domain::ranges},
 };
 use karst_model::{
-    ByteSize, Config, Error, keys,
+    ByteSize, Config, Error,
+    board::Board,
+    keys,
     spec::{CpuAllowance, SwapLimit},
     threads::{self, IOTHREADS, IoThread, MAX_IOTHREAD, SCSI_IOTHREAD, Thread},
 };
@@ -246,10 +248,13 @@ fn blkiotune(e: &Element, all: &mut Tuning) -> Result<(), VirError> {
 }
 
 fn numatune(e: &Element, all: &mut Tuning) -> Result<(), VirError> {
+    nodes::host(e)?;
     for part in e.elements() {
-        if part.name() != "memory" {
-            let why = "machines have one node of memory";
-            return Err(refuse(&format!("numatune {}", part.name()), why));
+        match part.name() {
+            "memory" => {}
+            // Those are the board's.
+            "memnode" => continue,
+            other => return Err(refuse(&format!("numatune {other}"), "is not known")),
         }
         if let Some(other) = part.attribute("placement").filter(|p| *p != "static") {
             return Err(refuse("numatune placement", format!("'{other}' is not there; static is")));
@@ -502,7 +507,7 @@ pub fn of_config(config: &Config) -> Result<Tuning, Error> {
 ///
 /// # Errors
 /// Invalid, naming the key.
-pub fn show(e: &mut Element, config: &Config, kept: &[Element]) -> Result<(), Error> {
+pub fn show(e: &mut Element, config: &Config, board: &Board, kept: &[Element]) -> Result<(), Error> {
     let all = of_config(config)?;
     let section = |e: &mut Element, name: &'static str, parts: Vec<Element>| {
         if !parts.is_empty() {
@@ -537,12 +542,17 @@ pub fn show(e: &mut Element, config: &Config, kept: &[Element]) -> Result<(), Er
     // The mode that it was said with, of those that mean the same.
     let mut same = Tuning::default();
     let written = kept.iter().find(|k| k.name() == "numatune" && numatune(k, &mut same).is_ok());
-    match (written.filter(|_| same.nodes == all.nodes), &all.nodes) {
-        (_, None) => {}
-        (Some(written), _) => e.push(written.clone()),
-        (None, Some(nodes)) => {
-            let memory = Element::new("memory").with("mode", "strict").with("nodeset", ranges(nodes));
-            e.push(Element::new("numatune").child(memory));
+    let holds = |written: &&Element| {
+        same.nodes == all.nodes && nodes::host(written).is_ok_and(|host| host == board.numa_host)
+    };
+    match written.filter(holds) {
+        Some(written) => e.push(written.clone()),
+        None => {
+            let memory = all
+                .nodes
+                .as_deref()
+                .map(|nodes| Element::new("memory").with("mode", "strict").with("nodeset", ranges(nodes)));
+            section(e, "numatune", memory.into_iter().chain(nodes::shown_host(&board.numa_host)).collect());
         }
     }
     Ok(())
@@ -707,7 +717,11 @@ mod tests {
                 Code::ConfigUnsupported,
                 "numatune mode",
             ),
-            ("<numatune><memnode cellid='0'/></numatune>", Code::ConfigUnsupported, "numatune memnode"),
+            (
+                "<numatune><memnode cellid='0' mode='restrictive' nodeset='0'/></numatune>",
+                Code::ConfigUnsupported,
+                "numatune memnode",
+            ),
             (
                 "<numatune><memory placement='auto'/></numatune>",
                 Code::ConfigUnsupported,

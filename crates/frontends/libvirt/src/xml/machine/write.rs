@@ -1,8 +1,8 @@
 //! From an instance to domain XML, with what was kept of the document that it was defined by.
 
 use super::{
-    Kernel, Opaque, ShownGuard, Source, board, kept, options, owned, pci_of, priority, processor, read,
-    screens, target, tuning,
+    Kernel, Opaque, ShownGuard, Source, board, kept, nodes, options, owned, parts, pci_of, priority,
+    processor, read, screens, target, tuning,
 };
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
@@ -15,7 +15,7 @@ use karst_engine::{
 };
 use karst_model::{
     Config,
-    board::Board,
+    board::{Board, Rng},
     device::{
         DISK_CACHES, DRIVE_FORMATS, Devices, DiskBus, DiskDevice, DiskIo, DiskOrigin, DriveFormat,
         NIC_MODELS, NicDevice, NicKind, NicModel,
@@ -184,12 +184,14 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
         e.push(Element::text("description", &instance.description));
     }
     e.push_some(metadata(shown.config));
-    e.push(Element::text("memory", shown.memory).with("unit", "KiB"));
+    let on_board = Board::of(shown.config)?;
+    let told = on_board.features.unwrap_or_default();
+    let core = told.core.then_some("on");
+    e.push(Element::text("memory", shown.memory).with_some("dumpCore", core).with("unit", "KiB"));
     e.push(Element::text("currentMemory", shown.memory).with("unit", "KiB"));
     let pinned = shown.pinned.as_ref();
     e.push(Element::text("vcpu", shown.cpus).with("placement", "static").with_some("cpuset", pinned));
-    let on_board = Board::of(shown.config)?;
-    tuning::show(&mut e, shown.config, &opaque.domain)?;
+    tuning::show(&mut e, shown.config, &on_board, &opaque.domain)?;
     let mut os = system(shown, &opaque);
     menu(&mut os, shown.config, &on_board)?;
     start_with(&mut os, kernel(shown)?);
@@ -200,6 +202,7 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
         let on = |name: &&'static str| Element::new(*name).with("state", "on");
         features.push(Element::new("hyperv").with("mode", "custom").children(kept::HYPER_V.iter().map(on)));
     }
+    parts::show_features(&mut features, &told);
     e.push(features);
     let mut cpu = processor::shown(&shown.hardware.cpu_model);
     board::show_layout(&mut cpu, &on_board);
@@ -222,17 +225,23 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
             "currentMemory" => false,
             // Shown already, as the keys say.
             name if tuning::ELEMENTS.contains(&name) => false,
-            "features" => same_model && kept::asks_for_hyper_v(kept) == hyper_v,
+            "features" => {
+                let same = parts::features(kept).is_ok_and(|f| f == parts::said_by_features(&told));
+                same_model && same && kept::asks_for_hyper_v(kept) == hyper_v
+            }
             "clock" => {
                 let same = (kept.attribute("offset") == Some("localtime")) == local_time;
                 same_model && same && board::hpet(kept) == on_board.hpet
             }
             "cpu" => {
                 let now = (on_board.topology, on_board.numa.clone());
-                same_model && board::layout(kept, shown.cpus).is_ok_and(|layout| layout == now)
+                let cells = nodes::cells(kept).is_ok_and(|cells| cells == nodes::cells_of(&on_board));
+                same_model && cells && board::layout(kept, shown.cpus).is_ok_and(|layout| layout == now)
             }
             "genid" => board::generation(kept).is_ok_and(|g| Some(g) == on_board.generation),
-            "memoryBacking" => board::backing(kept) == on_board.memory,
+            "memoryBacking" => {
+                board::backing(kept) == on_board.memory && nodes::pages(kept) == nodes::pages_of(&on_board)
+            }
             "pm" => board::sleep(kept) == (on_board.sleeps, on_board.hibernates),
             // Which of the others it says makes no difference to what happens.
             "on_reboot" => {
@@ -255,6 +264,7 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
             sleeps: on_board.sleeps && !pm,
             hibernates: on_board.hibernates && !pm,
             memory: on_board.memory.filter(|_| !backing),
+            numa_memory: if backing { vec![] } else { on_board.numa_memory.clone() },
             ..on_board.clone()
         },
     );
@@ -437,13 +447,16 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
         let target = Element::new("target").with("type", "virtio").with("name", "org.qemu.guest_agent.0");
         devices.push(Element::new("channel").with("type", "unix").child(target));
     }
-    if !given("rng") {
-        let backend = Element::text("backend", "/dev/urandom").with("model", "random");
-        devices.push(Element::new("rng").with("model", "virtio").child(backend));
+    if !given("rng") && on_board.rngs.is_empty() {
+        devices.push(parts::shown_rng(&Rng::default()));
     }
-    if parsed.tpm.is_some() && !given("tpm") {
+    let tis = on_board.features.is_some_and(|f| f.tpm_tis);
+    let same_tpm = |e: &Element| e.name() == "tpm" && (e.attribute("model") == Some("tpm-tis")) == tis;
+    let same_tpm = opaque.devices.iter().any(same_tpm);
+    if parsed.tpm.is_some() && !same_tpm {
         let backend = Element::new("backend").with("type", "emulator").with("version", "2.0");
-        devices.push(Element::new("tpm").with("model", "tpm-crb").child(backend));
+        let model = if tis { "tpm-tis" } else { "tpm-crb" };
+        devices.push(Element::new("tpm").with("model", model).child(backend));
     }
     // Whatever a document asked for, a machine has one screen, which viewers get by a descriptor. A document that asked for none
     // is shown none, unless the screen has a password since, or SPICE. What it said of SPICE stands as long as the key says so.
@@ -490,7 +503,7 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
         devices.push(Element::new("video").child(model.with("primary", "yes")));
     }
     let there = |e: &&Element| match e.name() {
-        "tpm" => parsed.tpm.is_some(),
+        "tpm" => parsed.tpm.is_some() && same_tpm,
         "graphics" => !own_screen && (shown.spice || read::protocol(e) != Some(DisplayProtocol::Spice)),
         "memballoon" => same_balloon,
         name if board::holds(e) => !stale.contains(&name),
@@ -503,6 +516,7 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
     }
     devices.elements_mut().extend(kept);
     tuning::show_controller(&mut devices, shown.config)?;
+    parts::show_virtio(&mut devices, on_board);
     sort(&mut devices, DEVICES);
     Ok(devices)
 }

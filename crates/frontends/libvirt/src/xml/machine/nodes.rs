@@ -1,0 +1,264 @@
+//! What a domain says of single nodes of its machine's memory ([`karst_model::board::CellMemory`] and its like), both ways: the
+//! pages of each in `<memoryBacking>`, who sees it and how far it is from others in `<cpu>`, and where on the host it is in
+//! `<numatune>`.
+
+use super::{refuse, tuning, wrong};
+use crate::{
+    error::VirError,
+    xml::{Element, domain, machine::read::kib},
+};
+use karst_model::{
+    ByteSize,
+    board::{Board, CellMemory, Distance, HostNodes, NodePolicy, parse_ranges, ranges},
+};
+use std::collections::BTreeMap;
+
+/// A set such as `1-2,5-7,^6` as ranges; nothing of what is none.
+fn set(text: &str) -> Option<Vec<(u32, u32)>> {
+    parse_ranges(&domain::ranges(&tuning::set(text)?))
+}
+
+/// The size of a page, whatever its unit; nothing of one that processors do not have.
+pub fn page(e: &Element) -> Option<ByteSize> {
+    let size = Element::text("page", e.attribute("size")?).with("unit", e.attribute("unit").unwrap_or("KiB"));
+    let size = kib(&size).ok().filter(|kib| kib.is_multiple_of(1024)).map(|kib| ByteSize::mib(kib / 1024))?;
+    [ByteSize::mib(2), ByteSize::gib(1)].contains(&size).then_some(size)
+}
+
+/// Can its huge pages be had: of one size for all, and of another for single nodes?
+pub fn is_possible(hugepages: &Element) -> bool {
+    let all = hugepages.elements();
+    let whole = all.iter().filter(|p| p.attribute("nodeset").is_none()).count();
+    let mut seen = vec![];
+    let good = |p: &Element| {
+        let nodes = match p.attribute("nodeset") {
+            None => Some(vec![]),
+            Some(text) => tuning::set(text),
+        };
+        let Some(nodes) = nodes else { return false };
+        let again = nodes.iter().any(|n| seen.contains(n));
+        seen.extend(nodes);
+        let known = |(name, _): (&str, &str)| matches!(name, "size" | "unit" | "nodeset");
+        !again && p.name() == "page" && p.attributes().all(known) && page(p).is_some()
+    };
+    whole <= 1 && all.iter().all(good)
+}
+
+/// The pages of single nodes that a `<memoryBacking>` says.
+pub fn pages(backing: &Element) -> Vec<(u32, ByteSize)> {
+    let mut all = vec![];
+    for e in backing.find("hugepages").map(Element::elements).unwrap_or_default() {
+        let nodes = e.attribute("nodeset").and_then(tuning::set).unwrap_or_default();
+        all.extend(page(e).into_iter().flat_map(|size| nodes.iter().map(move |n| (*n, size))));
+    }
+    all.sort_unstable_by_key(|(node, _)| *node);
+    all
+}
+
+/// Those that a board has.
+pub fn pages_of(board: &Board) -> Vec<(u32, ByteSize)> {
+    board.numa_memory.iter().filter_map(|(node, cell)| Some((*node, cell.pages?))).collect()
+}
+
+/// They as `<page>`.
+pub fn shown_pages(all: &[(u32, ByteSize)]) -> Vec<Element> {
+    let mut by_size: BTreeMap<u64, Vec<u32>> = BTreeMap::new();
+    for (node, size) in all {
+        by_size.entry(size.bytes()).or_default().push(*node);
+    }
+    let one = |(size, nodes): (u64, Vec<u32>)| {
+        let e = Element::new("page").with("size", size / 1024).with("unit", "KiB");
+        e.with("nodeset", domain::ranges(&nodes))
+    };
+    by_size.into_iter().map(one).collect()
+}
+
+/// What the cells of a `<cpu>` say beside processors and size: which are seen by others, or not, and distances.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Cells {
+    /// By node.
+    pub shared: Vec<(u32, bool)>,
+    /// Of pairs of nodes.
+    pub distances: Vec<Distance>,
+}
+
+fn id(e: &Element, name: &str, usual: Option<u32>) -> Result<u32, VirError> {
+    match e.attribute(name) {
+        Some(text) => {
+            text.parse().map_err(|_| wrong(format!("'{name}' of <{}> is no number: '{text}'", e.name())))
+        }
+        None => usual.ok_or_else(|| wrong(format!("<{}> has no {name}", e.name()))),
+    }
+}
+
+/// What a `<cpu>` says.
+///
+/// # Errors
+/// XML error; CONFIG_UNSUPPORTED, naming the element.
+pub fn cells(cpu: &Element) -> Result<Cells, VirError> {
+    let mut found = Cells::default();
+    for (n, e) in (0u32..).zip(cpu.find("numa").into_iter().flat_map(|numa| numa.all("cell"))) {
+        let from = id(e, "id", Some(n))?;
+        match e.attribute("memAccess") {
+            None => {}
+            Some("shared") => found.shared.push((from, true)),
+            Some("private") => found.shared.push((from, false)),
+            Some(other) => return Err(refuse("numa cell", format!("memAccess '{other}' is not there"))),
+        }
+        // Whether what is in the page cache is dropped at the end: no memory of Karst's machines is a file with a name.
+        if let Some(other) = e.attribute("discard").filter(|d| !matches!(*d, "yes" | "no")) {
+            return Err(refuse("numa cell", format!("discard '{other}' is not there")));
+        }
+        for sibling in e.find("distances").map(Element::elements).unwrap_or_default() {
+            let value = id(sibling, "value", None)?;
+            let value = u8::try_from(value).ok().filter(|v| (10..=254).contains(v));
+            let value = value.ok_or_else(|| refuse("numa cell distances", "a distance is 10 to 254"))?;
+            found.distances.push(Distance { from, to: id(sibling, "id", None)?, value });
+        }
+    }
+    found.shared.sort_unstable_by_key(|(node, _)| *node);
+    found.distances.sort_unstable();
+    Ok(found)
+}
+
+/// What a board has of it.
+pub fn cells_of(board: &Board) -> Cells {
+    let shared = board.numa_memory.iter().filter_map(|(node, cell)| Some((*node, cell.shared?))).collect();
+    Cells { shared, distances: board.numa_distances.clone() }
+}
+
+/// Says of a shown `<cell>` what its board has.
+pub fn show_cell(cell: &mut Element, node: u32, board: &Board) {
+    let all = cells_of(board);
+    if let Some((_, shared)) = all.shared.iter().find(|(n, _)| *n == node) {
+        cell.set("memAccess", if *shared { "shared" } else { "private" });
+    }
+    let from = all.distances.iter().filter(|d| d.from == node);
+    let siblings: Vec<_> =
+        from.map(|d| Element::new("sibling").with("id", d.to).with("value", d.value)).collect();
+    if !siblings.is_empty() {
+        cell.push(Element::new("distances").children(siblings));
+    }
+}
+
+/// Where a `<numatune>` wants single nodes.
+///
+/// # Errors
+/// XML error; CONFIG_UNSUPPORTED, naming the element.
+pub fn host(numatune: &Element) -> Result<Vec<(u32, HostNodes)>, VirError> {
+    let mut all = vec![];
+    for e in numatune.all("memnode") {
+        let policy = match e.attribute("mode").unwrap_or("strict") {
+            "strict" => NodePolicy::Bind,
+            "preferred" => NodePolicy::Preferred,
+            "interleave" => NodePolicy::Interleave,
+            other => {
+                let text =
+                    format!("'{other}' is not there for single nodes; strict, preferred and interleave are");
+                return Err(refuse("numatune memnode", text));
+            }
+        };
+        let text = e.attribute("nodeset").unwrap_or_default();
+        let nodes =
+            set(text).ok_or_else(|| wrong(format!("invalid value '{text}' of nodeset in <memnode>")))?;
+        all.push((id(e, "cellid", None)?, HostNodes { policy, nodes }));
+    }
+    all.sort_by_key(|(node, _)| *node);
+    match all.windows(2).all(|w| w[0].0 < w[1].0) {
+        true => Ok(all),
+        false => Err(wrong("multiple memnode elements with the same cellid")),
+    }
+}
+
+/// They as `<memnode>`.
+pub fn shown_host(all: &[(u32, HostNodes)]) -> Vec<Element> {
+    let one = |(node, host): &(u32, HostNodes)| {
+        let mode = if host.policy == NodePolicy::Bind { "strict" } else { host.policy.as_str() };
+        let e = Element::new("memnode").with("cellid", node).with("mode", mode);
+        e.with("nodeset", ranges(&host.nodes))
+    };
+    all.iter().map(one).collect()
+}
+
+/// How single nodes are had of the host, of both elements that say it.
+pub fn memory(pages: &[(u32, ByteSize)], shared: &[(u32, bool)]) -> Vec<(u32, CellMemory)> {
+    let mut all: BTreeMap<u32, CellMemory> = BTreeMap::new();
+    for (node, size) in pages {
+        all.entry(*node).or_default().pages = Some(*size);
+    }
+    for (node, on) in shared {
+        all.entry(*node).or_default().shared = Some(*on);
+    }
+    all.into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::xml::read::document;
+
+    #[test]
+    fn pages_of_single_nodes() {
+        let backing = |text: &str| {
+            document(&format!("<memoryBacking><hugepages>{text}</hugepages></memoryBacking>")).unwrap()
+        };
+        let text = "<page size='2048' unit='KiB' nodeset='1'/><page size='1' unit='G' nodeset='0,2-3'/><page size='2048'/>";
+        let given = backing(text);
+        assert!(is_possible(given.find("hugepages").unwrap()));
+        let (small, large) = (ByteSize::mib(2), ByteSize::gib(1));
+        let found = pages(&given);
+        assert_eq!(found, [(0, large), (1, small), (2, large), (3, large)]);
+        let again = Element::new("hugepages").children(shown_pages(&found));
+        assert_eq!(pages(&Element::new("memoryBacking").child(again)), found);
+        for bad in [
+            "<page size='2048'/><page size='1' unit='G'/>",
+            "<page size='2048' nodeset='0'/><page size='2048' nodeset='0-1'/>",
+            "<page size='2048' nodeset='x'/>",
+            "<page size='4096' nodeset='0'/>",
+        ] {
+            assert!(!is_possible(backing(bad).find("hugepages").unwrap()), "{bad}");
+        }
+        assert_eq!(
+            memory(&[(1, small)], &[(0, true), (1, false)]),
+            [
+                (0, CellMemory { shared: Some(true), pages: None }),
+                (1, CellMemory { shared: Some(false), pages: Some(small) }),
+            ]
+        );
+    }
+
+    #[test]
+    fn cells_and_places_are_read_and_shown_the_same() {
+        let text = "<cpu><numa><cell id='0' memAccess='shared' discard='yes'><distances><sibling id='1' value='21'/></distances></cell>\
+            <cell id='1' memAccess='private'/><cell id='2'/></numa></cpu>";
+        let found = cells(&document(text).unwrap()).unwrap();
+        assert_eq!(found.shared, [(0, true), (1, false)]);
+        assert_eq!(found.distances, [Distance { from: 0, to: 1, value: 21 }]);
+        let board = Board {
+            numa_memory: memory(&[], &found.shared),
+            numa_distances: found.distances.clone(),
+            ..Board::default()
+        };
+        let shown = (0..3).map(|n| {
+            let mut e = Element::new("cell").with("id", n);
+            show_cell(&mut e, n, &board);
+            e
+        });
+        let shown = Element::new("cpu").child(Element::new("numa").children(shown));
+        assert_eq!(cells(&shown).unwrap(), found);
+        let text = "<numatune><memnode cellid='2' mode='strict' nodeset='1-2,5-7,^6'/><memory/>\
+            <memnode cellid='0' mode='preferred' nodeset='3'/></numatune>";
+        let found = host(&document(text).unwrap()).unwrap();
+        assert_eq!(found[0], (0, HostNodes { policy: NodePolicy::Preferred, nodes: vec![(3, 3)] }));
+        assert_eq!(found[1].1.nodes, [(1, 2), (5, 5), (7, 7)]);
+        assert_eq!(host(&Element::new("numatune").children(shown_host(&found))).unwrap(), found);
+        for bad in [
+            "<memnode cellid='0' mode='restrictive' nodeset='0'/>",
+            "<memnode cellid='0' nodeset='x'/>",
+            "<memnode nodeset='0'/>",
+            "<memnode cellid='0' nodeset='0'/><memnode cellid='0' nodeset='1'/>",
+        ] {
+            assert!(host(&document(&format!("<numatune>{bad}</numatune>")).unwrap()).is_err(), "{bad}");
+        }
+    }
+}
