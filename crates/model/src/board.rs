@@ -42,6 +42,9 @@ pub struct Board {
     /// `hardware.numa.distances`: those that are not usual.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub numa_distances: Vec<Distance>,
+    /// `hardware.clock.start`: what its clock shows when it starts, seconds since 1970.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clock_start: Option<u64>,
     /// `hardware.features`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub features: Option<Features>,
@@ -385,6 +388,7 @@ const MEMORY: &str = "hardware.memory";
 const PANIC: &str = "hardware.panic";
 const DEFLATE: &str = "hardware.balloon.deflate";
 const HPET: &str = "hardware.hpet";
+const CLOCK_START: &str = "hardware.clock.start";
 const SLEEP: &str = "hardware.sleep";
 const MENU_TIMEOUT: &str = "hardware.boot_menu.timeout";
 const RETRY: &str = "hardware.boot.retry";
@@ -532,6 +536,14 @@ fn usb_device(text: &str) -> Result<UsbDevice> {
     Ok(UsbDevice { kind: word(USB_DEVICES, kind, USB_KINDS)?, at })
 }
 
+/// The clock of the hardware knows no year after 9999.
+fn start(text: &str) -> Result<u64> {
+    let good = text.parse().ok().filter(|n| *n < 253_402_300_800);
+    good.ok_or_else(|| {
+        wrong(CLOCK_START, format!("{text:?}: write seconds since 1970, before the year 10000"))
+    })
+}
+
 fn watchdog(text: &str) -> Result<Watchdog> {
     let (model, end) = text.split_once(':').unwrap_or((text, "reset"));
     Ok(Watchdog { model: word(WATCHDOG, model, WATCHDOGS)?, end: word(WATCHDOG, end, WATCHDOG_ENDS)? })
@@ -562,6 +574,7 @@ impl Board {
                 .map(nodes::distances)
                 .transpose()?
                 .unwrap_or_default(),
+            clock_start: set(config, CLOCK_START).map(start).transpose()?,
             features: set(config, parts::FEATURES).map(Features::parse).transpose()?,
             iommu: set(config, parts::IOMMU).map(Iommu::parse).transpose()?,
             rngs: set(config, parts::RNG).map(parts::rngs).transpose()?.unwrap_or_default(),
@@ -676,6 +689,7 @@ impl Board {
             (RETRY, self.boot_retry.map(|n| n.to_string())),
             (MENU_TIMEOUT, self.menu_timeout.map(|n| n.to_string())),
             (DEFLATE, flag(self.balloon_deflates)),
+            (CLOCK_START, self.clock_start.map(|n| n.to_string())),
             (
                 TOPOLOGY,
                 self.topology.map(|t| {
@@ -737,10 +751,11 @@ mod tests {
             (RETRY, "5000"),
             (MENU_TIMEOUT, "3000"),
             (DEFLATE, "true"),
+            (CLOCK_START, "253402300799"),
             (TOPOLOGY, "sockets=2,dies=1,cores=4,threads=2"),
             (
                 parts::FEATURES,
-                "core,vmcoreinfo,hyperv-panic,split-irqchip,tpm-tis,dirty-ring=4096,tseg=48,tcg-cache=100",
+                "core,vmcoreinfo,hyperv-panic,split-irqchip,tpm-tis,rtc-realtime,dirty-ring=4096,tseg=48,tcg-cache=100",
             ),
             (GENERATION, "0b3c1f9e-7f2c-4d0a-9a53-3a3f6f0f0001"),
             (HPET, "true"),
@@ -798,6 +813,8 @@ mod tests {
             (&[(GENERATION, "x")], GENERATION),
             (&[(SLEEP, "often")], SLEEP),
             (&[(SOUND, "pcspk,pcspk")], SOUND),
+            (&[(CLOCK_START, "253402300800")], CLOCK_START),
+            (&[(CLOCK_START, "noon")], CLOCK_START),
             (&[(parts::FEATURES, "fast")], parts::FEATURES),
             (&[(parts::FEATURES, "core=yes")], parts::FEATURES),
             (&[(parts::FEATURES, "dirty-ring=5000")], parts::FEATURES),

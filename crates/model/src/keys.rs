@@ -146,6 +146,7 @@ pub const INSTANCE_KEYS: &[Key] = &[
         false,
         "What the clock of the hardware shows.",
     ),
+    key("hardware.clock.start", Text, VirtualMachine, "", false, of_board::CLOCK_START),
     key(
         "hardware.cpu.model",
         Text,

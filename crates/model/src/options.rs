@@ -155,6 +155,9 @@ pub struct DiskOptions {
     /// Turns a minute that it says it makes; 1 is one that does not turn.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rotation: Option<u16>,
+    /// It says that it can be taken out (USB).
+    #[serde(skip_serializing_if = "is_false")]
+    pub removable: bool,
     /// How old systems count what is on it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub geometry: Option<Geometry>,
@@ -213,6 +216,7 @@ impl DiskOptions {
                 (word, "") if found.virtio.take(word) => {}
                 ("event-index", "off") => found.no_event_index = true,
                 ("ioeventfd", "off") => found.no_ioeventfd = true,
+                ("removable", "") => found.removable = true,
                 ("queues", n) => found.queues = Some(within(field, word, n, (1, 1024))?),
                 ("queue-size", n) => {
                     let size: u16 = within(field, word, n, (2, 1024))?;
@@ -242,7 +246,7 @@ impl DiskOptions {
                 }
                 _ => {
                     let why = "is no option; iommu, ats, packed, page-per-queue, event-index=off, ioeventfd=off, queues=, \
-                               queue-size=, write-errors=, read-errors=, rotation=, geometry= and blocks= are";
+                               queue-size=, write-errors=, read-errors=, rotation=, removable, geometry= and blocks= are";
                     return Err(wrong(field, word, why));
                 }
             }
@@ -264,6 +268,9 @@ impl DiskOptions {
         let no = |text: &str| Err(Error::invalid(field, text));
         if plain != *self && !virtio {
             return no("queues and options of virtio are those of a disk on io.bus=virtio-blk");
+        }
+        if self.removable && bus != DiskBus::Usb {
+            return no("removable is said of a disk on usb");
         }
         let turns = matches!(bus, DiskBus::VirtioScsi | DiskBus::Sata | DiskBus::Ide);
         if self.rotation.is_some() && !turns {
@@ -287,6 +294,7 @@ impl DiskOptions {
     /// As it is written; nothing of a usual disk.
     pub fn text(&self) -> Option<String> {
         let mut all: Vec<String> = self.virtio.words().into_iter().map(str::to_owned).collect();
+        all.extend(self.removable.then(|| "removable".to_owned()));
         let mut say = |name: &str, value: Option<String>| all.extend(value.map(|v| format!("{name}={v}")));
         let off = |off: bool| off.then(|| "off".to_owned());
         say("event-index", off(self.no_event_index));
@@ -440,6 +448,7 @@ mod tests {
         assert_eq!(serde_json::to_string(&DiskOptions::default()).unwrap(), "{}");
         assert_eq!(DiskOptions::default().text(), None);
         assert_eq!(DiskOptions::parse("f", "rotation=7200", None).unwrap().rotation, Some(7200));
+        assert!(DiskOptions::parse("f", "removable", Some(DiskBus::Usb)).unwrap().removable);
         let old = DiskOptions::parse("f", "geometry=16383/16/63/lba", Some(DiskBus::Ide)).unwrap();
         assert_eq!(old.text().as_deref(), Some("geometry=16383/16/63/lba"));
         assert_eq!(DiskOptions::parse("f", "blocks=4096", BLK).unwrap().blocks, Some((4096, 4096)));
@@ -464,6 +473,7 @@ mod tests {
             ("write-errors=stop", Some(DiskBus::Nvme)),
             ("geometry=1/2/3", Some(DiskBus::Floppy)),
             ("blocks=512", Some(DiskBus::Floppy)),
+            ("removable", Some(DiskBus::Ide)),
         ] {
             assert_eq!(DiskOptions::parse("f", text, bus).unwrap_err().field.as_deref(), Some("f"), "{text}");
         }

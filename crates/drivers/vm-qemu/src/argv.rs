@@ -218,7 +218,7 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     }
     opt("-uuid", m.spec.uuid.to_string());
     opt("-smbios", format!("type=1,manufacturer=Karst,product=Virtual Machine,uuid={}", m.spec.uuid));
-    opt("-rtc", if m.spec.local_time { "base=localtime" } else { "base=utc" }.into());
+    opt("-rtc", board::clock(&m.spec.board, m.spec.local_time));
     let mut boot = match m.spec.boot_menu {
         true => format!("menu=on,splash-time={}", m.spec.board.menu_timeout.unwrap_or(5000)),
         false => "menu=off".to_owned(),
@@ -438,6 +438,14 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         layout.put(&mut controller, "devices", slot::SATA)?;
         opt("-device", controller.to_string());
     }
+    if !layout.pc && buses.iter().any(|b| matches!(b, Bus::Floppy(_))) {
+        // Machines of type pc have one.
+        opt("-device", json!({"driver": "isa-fdc", "id": "fdc"}).to_string());
+    }
+    if m.spec.board.usb.is_empty() && buses.iter().any(|b| matches!(b, Bus::Usb(_))) {
+        let text = "there is no controller of USB that a disk could be at; set hardware.usb";
+        return Err(Error::invalid("config.hardware.usb", text));
+    }
     for (i, disk) in m.disks.iter().enumerate() {
         let (file_set, base_set) = disk.fd_sets()?;
         let number = fd::DISK + 2 * i as i32;
@@ -573,14 +581,32 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn floppy_disks_and_disks_on_usb() {
+        let mut m = machine();
+        let place = |kind: &str| Disk { pci: None, ..disk(kind) };
+        m.disks.extend([place("floppy0"), place("usb3")]);
+        assert_eq!(argv(&m).unwrap_err().field.as_deref(), Some("config.hardware.usb"));
+        let keys = [("hardware.usb".to_owned(), "qemu-xhci".to_owned())];
+        m.spec.board = karst_model::board::Board::of(&keys.into()).unwrap();
+        let has = |m: &Machine, text: &str| argv(m).unwrap().iter().any(|a| a.contains(text));
+        assert!(
+            has(&m, "\"driver\":\"isa-fdc\"") && has(&m, "\"driver\":\"usb-storage\",\"bus\":\"usb0.0\"")
+                || has(&m, "usb-storage")
+        );
+        m.spec.machine = "pc-i440fx-7.2".into();
+        assert!(!has(&m, "\"driver\":\"isa-fdc\""));
+    }
+
+    #[test]
     fn what_is_not_as_usual_is_said() {
         let mut m = machine();
         let before = argv(&m).unwrap();
         let keys = [
-            ("hardware.features", "core,vmcoreinfo,hyperv-panic,tpm-tis,tseg=48,tcg-cache=100"),
+            ("hardware.features", "core,vmcoreinfo,hyperv-panic,tpm-tis,rtc-realtime,tseg=48,tcg-cache=100"),
             ("hardware.rng", "plain,rate=1024/1000+iommu"),
             ("hardware.virtio", "balloon=ats,scsi=packed,serial=iommu"),
             ("hardware.sound", "pcspk"),
+            ("hardware.clock.start", "253402300799"),
         ];
         let keys = keys.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned()));
         m.spec.board = karst_model::board::Board::of(&keys.collect()).unwrap();
@@ -590,6 +616,7 @@ pub(crate) mod tests {
             "dump-guest-core=on,smm=on,pcspk-audiodev=audio",
             "tcg,thread=multi,tb-size=100",
             "mch.extended-tseg-mbytes=48",
+            "base=9999-12-31T23:59:59,clock=rt",
             "{\"driver\":\"vmcoreinfo\"",
             "{\"driver\":\"tpm-tis\"",
             "rng-random,id=rng1,filename=/dev/urandom",

@@ -61,6 +61,33 @@ pub fn processors(topology: Option<&Topology>, cpus: u32, most: u32) -> Result<S
     ))
 }
 
+/// `-rtc`'s value.
+pub fn clock(board: &Board, local_time: bool) -> String {
+    let base = match (board.clock_start, local_time) {
+        (Some(seconds), _) => date(seconds),
+        (None, true) => "localtime".to_owned(),
+        (None, false) => "utc".to_owned(),
+    };
+    let real = board.features.is_some_and(|f| f.real_time_clock);
+    format!("base={base}{}", if real { ",clock=rt" } else { "" })
+}
+
+/// Seconds since 1970 as a date and time, up to the year 9999.
+fn date(seconds: u64) -> String {
+    let (days, rest) = (seconds / 86_400, seconds % 86_400);
+    // Years begin in March here, so that the day that some have more is their last.
+    let days = days + 719_468;
+    let (era, of_era) = (days / 146_097, days % 146_097);
+    let year = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year + year / 4 - year / 100);
+    let month = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * month + 2) / 5 + 1;
+    let (month, next) = if month < 10 { (month + 3, 0) } else { (month - 9, 1) };
+    let year = year + era * 400 + next;
+    let (hour, minute, second) = (rest / 3600, rest / 60 % 60, rest % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}")
+}
+
 /// `-accel`'s value with KVM.
 pub fn kvm(features: &Features) -> String {
     let mut text = "kvm".to_owned();
@@ -476,6 +503,24 @@ mod tests {
     }
 
     #[test]
+    fn a_clock_begins_when_it_is_said_to() {
+        for (seconds, text) in [
+            (0, "1970-01-01T00:00:00"),
+            (951_782_399, "2000-02-28T23:59:59"),
+            (951_782_400, "2000-02-29T00:00:00"),
+            (4_107_542_400, "2100-03-01T00:00:00"),
+            (253_402_300_799, "9999-12-31T23:59:59"),
+        ] {
+            assert_eq!(date(seconds), text);
+        }
+        assert_eq!(clock(&Board::default(), true), "base=localtime");
+        let real = board(&[("hardware.features", "rtc-realtime")]);
+        assert_eq!(clock(&real, false), "base=utc,clock=rt");
+        let start = board(&[("hardware.clock.start", "60")]);
+        assert_eq!(clock(&start, true), "base=1970-01-01T00:01:00");
+    }
+
+    #[test]
     fn nodes_are_where_they_are_said_to_be() {
         let nodes = board(&[
             ("hardware.numa", "0-1:512MiB;2-3:512MiB"),
@@ -576,6 +621,7 @@ mod tests {
         accepted("pc-q35-7.2,mem-merge=off,memory-backend=memory", &memory(&all, 64 << 20).unwrap())
             .await
             .unwrap();
+        let q35 = Layout { pc: false, ports: 16 };
         // NICs and drives of older systems.
         for (_, model) in karst_model::device::NIC_MODELS {
             let nic = crate::devices::Nic {
@@ -594,7 +640,9 @@ mod tests {
             accepted("pc-i440fx-7.2", &[network, ("-device", device)]).await.unwrap();
         }
         let mut arguments = vec![];
-        for slot in ["ide0", "ide1", "ide2", "ide3", "floppy0", "floppy1"] {
+        let usb = usb_controller(0, 0, &board(&[("hardware.usb", "qemu-xhci")]).usb[0]);
+        arguments.push(("-device", usb.to_string()));
+        for slot in ["ide0", "ide1", "ide2", "ide3", "floppy0", "floppy1", "usb0", "usb1"] {
             let disk = crate::devices::Disk { cdrom: slot == "ide3", ..crate::devices::tests::disk(slot) };
             arguments.push(("-blockdev", json!({"driver": "null-co", "node-name": disk.top()}).to_string()));
             let order = disk.boots_by_controller().unwrap();
@@ -602,6 +650,21 @@ mod tests {
             arguments.push(("-device", disk.device(PC).unwrap().to_string()));
         }
         accepted("pc-i440fx-7.2", &arguments).await.unwrap();
+        let floppy = crate::devices::tests::disk("floppy0");
+        let arguments = [
+            ("-device", json!({"driver": "isa-fdc", "id": "fdc"}).to_string()),
+            ("-blockdev", json!({"driver": "null-co", "node-name": floppy.top()}).to_string()),
+            ("-global", floppy.boots_by_controller().unwrap().unwrap()),
+            ("-device", floppy.device(q35).unwrap().to_string()),
+            (
+                "-rtc",
+                clock(
+                    &board(&[("hardware.clock.start", "60"), ("hardware.features", "rtc-realtime")]),
+                    false,
+                ),
+            ),
+        ];
+        accepted("pc-q35-7.2", &arguments).await.unwrap();
         let (disk, nic) = crate::devices::tests::with_options();
         let arguments = [
             ("-blockdev", json!({"driver": "null-co", "node-name": disk.top()}).to_string()),
@@ -610,7 +673,6 @@ mod tests {
             ("-device", nic.device(PC).unwrap().to_string()),
         ];
         accepted("pc-i440fx-7.2", &arguments).await.unwrap();
-        let q35 = Layout { pc: false, ports: 16 };
         for text in ["virtio", "intel", "intel,caching,iotlb,width=48", "intel,intremap=on,eim=on"] {
             let keys = [("hardware.iommu", text), ("hardware.features", "split-irqchip")];
             let device = iommu(board(&keys).iommu.as_ref().unwrap(), q35).unwrap();

@@ -126,8 +126,10 @@ pub enum Bus {
     Sata(u32),
     /// A drive of the IDE controller that i440FX has.
     Ide(u32),
-    /// A drive of its controller of floppy disks.
+    /// A drive of the controller of floppy disks.
     Floppy(u32),
+    /// At the first controller of USB.
+    Usb(u32),
 }
 
 impl Bus {
@@ -150,6 +152,7 @@ impl Bus {
             )),
             ("floppy", Some(n)) if n < 2 => Ok(Self::Floppy(n)),
             ("floppy", Some(_)) => Err(Error::invalid(field, "a machine has two drives of floppy disks")),
+            ("usb", Some(n)) => Ok(Self::Usb(n)),
             ("ide", Some(n)) if n < IDE_DRIVES => Ok(Self::Ide(n)),
             ("ide", Some(_)) => Err(Error::invalid(
                 field,
@@ -169,6 +172,7 @@ impl Bus {
             Self::Sata(n) => 3 * most + n,
             Self::Ide(n) => 4 * most + n,
             Self::Floppy(n) => 5 * most + n,
+            Self::Usb(n) => 6 * most + n,
         }
     }
 }
@@ -338,7 +342,7 @@ impl Disk {
             Bus::Virtio(_) | Bus::Nvme(_) => {
                 layout.hotplug() && self.pci.as_deref().is_none_or(|p| layout.pc || !p.starts_with("00:"))
             }
-            Bus::Sata(_) | Bus::Ide(_) | Bus::Floppy(_) => false,
+            Bus::Sata(_) | Bus::Ide(_) | Bus::Floppy(_) | Bus::Usb(_) => false,
         })
     }
 
@@ -475,13 +479,16 @@ impl Disk {
                 "a disc is in a drive of virtio-scsi, sata or ide",
             ));
         }
+        if self.ejected && matches!(bus, Bus::Usb(_)) {
+            return Err(Error::invalid(format!("{field}.io.bus"), "a disk on usb is there"));
+        }
         if self.cdrom && self.options != DiskOptions::default() {
             return Err(Error::invalid(format!("{field}.io.options"), "a drive of discs has none"));
         }
-        if matches!(bus, Bus::Ide(_) | Bus::Floppy(_)) && !layout.pc {
+        if matches!(bus, Bus::Ide(_)) && !layout.pc {
             return Err(Error::invalid(
                 format!("{field}.io.bus"),
-                "machines of type pc have controllers of IDE and of floppy disks; use sata",
+                "machines of type pc have controllers of IDE; use sata",
             ));
         }
         match (self.thread, bus) {
@@ -538,6 +545,16 @@ impl Disk {
                 device["unit"] = n.into();
                 // Its place in the order of boot is the controller's to know ([`Disk::boots_by_controller`]).
                 without(&mut device, &["werror", "rerror", "write-cache", "bootindex"]);
+            }
+            Bus::Usb(_) => {
+                device["driver"] = "usb-storage".into();
+                device["bus"] = "usb0.0".into();
+                device["removable"] = self.options.removable.into();
+                if self.serial {
+                    device["serial"] = serial.chars().take(20).collect::<String>().into();
+                }
+                // The disk behind it is made by it, and has what QEMU gives it.
+                without(&mut device, &["write-cache", "werror", "rerror"]);
             }
             Bus::Ide(n) => {
                 device["driver"] = if self.cdrom { "ide-cd" } else { "ide-hd" }.into();

@@ -196,7 +196,7 @@ fn place(
         let behind = |bus: Option<DiskBus>| {
             matches!(
                 bus.unwrap_or(DiskBus::VirtioScsi),
-                DiskBus::VirtioScsi | DiskBus::Sata | DiskBus::Ide | DiskBus::Floppy
+                DiskBus::VirtioScsi | DiskBus::Sata | DiskBus::Ide | DiskBus::Floppy | DiskBus::Usb
             )
         };
         if !disk.is_some_and(behind) {

@@ -495,12 +495,12 @@ pub fn guest_spec(
     })
 }
 
-/// Controllers of IDE and of floppy disks are where there have always been such.
+/// Controllers of IDE are where there have always been such.
 fn demand_bus(device: &str, bus: Option<DiskBus>, pc: bool) -> Result<()> {
     match bus {
-        Some(DiskBus::Ide | DiskBus::Floppy) if !pc => Err(Error::invalid(
+        Some(DiskBus::Ide) if !pc => Err(Error::invalid(
             format!("devices.{device}.io.bus"),
-            "machines of type pc have controllers of IDE and of floppy disks; use sata",
+            "machines of type pc have controllers of IDE; use sata",
         )),
         _ => Ok(()),
     }

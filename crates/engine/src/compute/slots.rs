@@ -65,6 +65,7 @@ pub fn prefix(bus: DiskBus) -> &'static str {
         DiskBus::Sata => "sata",
         DiskBus::Ide => "ide",
         DiskBus::Floppy => "floppy",
+        DiskBus::Usb => "usb",
         DiskBus::Virtiofs | DiskBus::Plan9 => "fs",
     }
 }
@@ -126,7 +127,7 @@ impl Free {
     pub fn disk(&mut self, bus: DiskBus) -> (String, Option<String>) {
         let slot = self.slot(prefix(bus));
         let pci = match bus {
-            DiskBus::VirtioScsi | DiskBus::Sata | DiskBus::Ide | DiskBus::Floppy => None,
+            DiskBus::VirtioScsi | DiskBus::Sata | DiskBus::Ide | DiskBus::Floppy | DiskBus::Usb => None,
             _ => self.pci(),
         };
         (slot, pci)

@@ -128,8 +128,8 @@ async fn what_is_shown_of_any_machine_can_be_defined() {
     let (server, mut client) = ready().await;
     server.guest("v1", InstanceKind::VirtualMachine, false).await;
     let admin = Context::new(Principal::system());
-    // This machine has no IDE controller.
-    let other = [DiskBus::Virtiofs, DiskBus::Plan9, DiskBus::Ide, DiskBus::Floppy];
+    // This machine has no controllers of IDE and of USB.
+    let other = [DiskBus::Virtiofs, DiskBus::Plan9, DiskBus::Ide, DiskBus::Floppy, DiskBus::Usb];
     let drives = DISK_BUSES.iter().filter(|(_, bus)| !other.contains(bus));
     let caches = [None].into_iter().chain(DISK_CACHES.iter().map(|(name, _)| Some(*name)));
     for ((bus, _), cache) in drives.flat_map(|bus| caches.clone().map(move |cache| (bus, cache))) {

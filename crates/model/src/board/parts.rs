@@ -34,6 +34,9 @@ pub struct Features {
     /// Its TPM is a TIS, rather than a CRB.
     #[serde(skip_serializing_if = "is_false")]
     pub tpm_tis: bool,
+    /// The clock of its hardware goes on with the host's, whatever becomes of the machine.
+    #[serde(skip_serializing_if = "is_false")]
+    pub real_time_clock: bool,
     /// Entries of KVM's rings of what memory was written.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dirty_ring: Option<u32>,
@@ -46,13 +49,14 @@ pub struct Features {
 }
 
 impl Features {
-    fn flags(&mut self) -> [(&'static str, &mut bool); 5] {
+    fn flags(&mut self) -> [(&'static str, &mut bool); 6] {
         [
             ("core", &mut self.core),
             ("vmcoreinfo", &mut self.vmcoreinfo),
             ("hyperv-panic", &mut self.hyper_v_panic),
             ("split-irqchip", &mut self.split_irqchip),
             ("tpm-tis", &mut self.tpm_tis),
+            ("rtc-realtime", &mut self.real_time_clock),
         ]
     }
 
@@ -83,7 +87,7 @@ impl Features {
                 }
                 *of = Some(n);
             } else {
-                let known = "core, vmcoreinfo, hyperv-panic, split-irqchip, tpm-tis, dirty-ring=, tseg= and tcg-cache=";
+                let known = "core, vmcoreinfo, hyperv-panic, split-irqchip, tpm-tis, rtc-realtime, dirty-ring=, tseg= and tcg-cache=";
                 return Err(wrong(FEATURES, format!("{word:?} is not there; {known} are")));
             }
         }

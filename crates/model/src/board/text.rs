@@ -1,8 +1,11 @@
 //! What the keys of options of a board mean.
 
+/// `hardware.clock.start`.
+pub const CLOCK_START: &str =
+    "Seconds since 1970 that the clock of the hardware shows at each start, in place of the host's time.";
 /// `hardware.features`.
 pub const FEATURES: &str = "What is not as usual: core (its memory is in a core of QEMU's), vmcoreinfo, hyperv-panic (KVM), \
-    split-irqchip (KVM), tpm-tis, dirty-ring=4096 (KVM), tseg=48 (MiB, q35), tcg-cache=100 (MiB, without KVM).";
+    split-irqchip (KVM), tpm-tis, rtc-realtime, dirty-ring=4096 (KVM), tseg=48 (MiB, q35), tcg-cache=100 (MiB, without KVM).";
 /// `hardware.iommu`.
 pub const IOMMU: &str = "An IOMMU of machines of type q35: virtio, or intel with intremap=on, eim=on (both with split-irqchip of \
     hardware.features), caching, iotlb, width=39, width=48.";

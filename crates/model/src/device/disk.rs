@@ -172,8 +172,10 @@ pub enum DiskBus {
     Sata,
     /// IDE, of machines of type `pc`.
     Ide,
-    /// A drive of floppy disks, of machines of type `pc`.
+    /// A drive of floppy disks.
     Floppy,
+    /// USB, at a controller of `hardware.usb`.
+    Usb,
     /// A shared directory by virtiofs.
     Virtiofs,
     /// A shared directory by 9p.
@@ -189,6 +191,7 @@ pub const DISK_BUSES: &[(&str, DiskBus)] = &[
     ("sata", DiskBus::Sata),
     ("ide", DiskBus::Ide),
     ("floppy", DiskBus::Floppy),
+    ("usb", DiskBus::Usb),
     ("virtiofs", DiskBus::Virtiofs),
     ("9p", DiskBus::Plan9),
 ];

@@ -24,7 +24,7 @@ pub const DISK_KEYS: &[(&str, bool, bool, &str)] = &[
         "io.bus",
         true,
         true,
-        "Virtual machines: `virtio-scsi` (the default), `virtio-blk`, `nvme`, `sata`, `ide` and `floppy` (machines of type `pc`); `9p` for directories.",
+        "Virtual machines: `virtio-scsi` (the default), `virtio-blk`, `nvme`, `sata`, `ide` (machines of type `pc`), `floppy`, `usb` (with `hardware.usb`); `9p` for directories.",
     ),
     ("io.cache", true, true, "Virtual machines: `none` (the default), `writeback`, `unsafe`."),
     (

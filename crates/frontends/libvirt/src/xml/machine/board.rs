@@ -49,8 +49,13 @@ pub fn read(root: &Element, cpus: u32) -> Result<Board, VirError> {
     if let Some(os) = root.find("os") {
         (board.menu_timeout, board.boot_retry) = boot(os)?;
     }
-    if let Some(clock) = root.find("clock") {
-        board.hpet = hpet(clock);
+    if let Some(e) = root.find("clock") {
+        board.hpet = hpet(e);
+        let real;
+        (board.clock_start, real) = clock(e)?;
+        if real {
+            board.features.get_or_insert_default().real_time_clock = true;
+        }
     }
     if let Some(pm) = root.find("pm") {
         (board.sleeps, board.hibernates) = sleep(pm);
@@ -68,6 +73,34 @@ pub fn generation(e: &Element) -> Result<Uuid, VirError> {
         return Err(refuse("genid", "is not made up; say the UUID"));
     }
     Uuid::parse_str(text).map_err(|_| wrong(format!("malformed genid element '{text}'")))
+}
+
+/// What the clock of a machine begins with, and whether it goes on with the host's, whatever becomes of the machine.
+///
+/// # Errors
+/// XML error for a beginning that is none.
+pub fn clock(e: &Element) -> Result<(Option<u64>, bool), VirError> {
+    let start = match e.attribute("offset") {
+        Some("absolute") => {
+            let text = e.attribute("start").unwrap_or_default();
+            let seconds = text.parse().ok().filter(|n| *n < 253_402_300_800u64);
+            Some(seconds.ok_or_else(|| wrong(format!("invalid value '{text}' of start in <clock>")))?)
+        }
+        _ => None,
+    };
+    let real = |t: &Element| t.attribute("name") == Some("rtc") && t.attribute("track") == Some("realtime");
+    Ok((start, e.all("timer").any(real)))
+}
+
+/// Says it in a `<clock>` that says nothing of it.
+pub fn show_clock(e: &mut Element, start: Option<u64>, real: bool) {
+    if let Some(seconds) = start {
+        e.set("offset", "absolute");
+        e.set("start", seconds);
+    }
+    if real {
+        e.push(Element::new("timer").with("name", "rtc").with("track", "realtime"));
+    }
 }
 
 /// Does the clock of a machine have an HPET?
@@ -658,7 +691,7 @@ mod tests {
     fn the_rest_of_a_domain() {
         let root = document(
             "<domain><genid>0b3c1f9e-7f2c-4d0a-9a53-3a3f6f0f0001</genid><os><bootmenu enable='yes' timeout='3000'/>\
-             <bios rebootTimeout='128'/></os><clock offset='utc'><timer name='hpet' present='yes'/></clock>\
+             <bios rebootTimeout='128'/></os><clock offset='absolute' start='60'><timer name='hpet' present='yes'/><timer name='rtc' track='realtime'/></clock>\
              <memoryBacking><hugepages><page size='2' unit='MiB'/></hugepages><nosharepages/>\
              <access mode='shared'/></memoryBacking>\
              <pm><suspend-to-mem enabled='yes'/><suspend-to-disk enabled='no'/></pm></domain>",
@@ -692,7 +725,9 @@ mod tests {
         ] {
             assert!(!backing(text), "{text}");
         }
-        let mut shown = Element::new("domain").child(Element::new("clock").with("offset", "utc"));
+        let mut clock = Element::new("clock").with("offset", "utc");
+        show_clock(&mut clock, board.clock_start, board.features.unwrap().real_time_clock);
+        let mut shown = Element::new("domain").child(clock);
         show_domain(&mut shown, &board);
         let again = read(&shown, 1).unwrap();
         assert_eq!(Board { menu_timeout: Some(3000), boot_retry: Some(128), ..again }, board);

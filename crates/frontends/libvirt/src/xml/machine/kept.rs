@@ -251,19 +251,26 @@ const CPU: &[Row] = &[
 
 /// What is in a `<clock>`.
 const CLOCK: &[Row] = &[
-    ("@offset", When(|e| is(e, "offset", &["utc", "localtime"])), "utc and localtime are there"),
+    (
+        "@offset",
+        When(|e| is(e, "offset", &["utc", "localtime", "absolute"])),
+        "utc, localtime and absolute are there",
+    ),
     ("@adjustment", When(|e| is(e, "adjustment", &["0", "reset"])), "the clock begins with the host's time"),
     ("@basis", Never, "the clock begins with the host's time"),
     ("@timezone", Never, "utc and localtime are there"),
-    ("@start", Never, "the clock begins with the host's time"),
+    ("@start", When(|e| said(e, "offset") == Some("absolute")), "is of the offset absolute"),
     ("timer", When(timer), "the timers are those of the machine"),
 ];
 
 fn timer(e: &Element) -> bool {
-    let there = is(e, "present", &["yes"]) && is(e, "track", &["wall"]) && e.find("catchup").is_none();
+    let present = is(e, "present", &["yes"]) && e.find("catchup").is_none();
+    let there = present && is(e, "track", &["wall"]);
     match said(e, "name") {
         // How ticks that were missed are made up for, as tools write it for every guest.
-        Some("rtc") => there && is(e, "tickpolicy", &["catchup", "delay"]),
+        Some("rtc") => {
+            present && is(e, "track", &["wall", "realtime"]) && is(e, "tickpolicy", &["catchup", "delay"])
+        }
         Some("pit") => there && is(e, "tickpolicy", &["delay", "discard"]),
         Some("hpet") => is(e, "present", &["yes", "no"]),
         Some("kvmclock") => is(e, "present", &["yes", "no"]),
@@ -454,7 +461,7 @@ const DISK: &[Row] = &[
          virtio queues, queue_size, ioeventfd, event_idx, iommu, ats, packed and page_per_vq",
     ),
     ("source", When(|e| is(e, "startupPolicy", &["mandatory"])), "a disk is there at the start"),
-    ("target", When(|e| is(e, "removable", &["off"])), "a disk shows itself as it is"),
+    ("target", When(|e| is(e, "removable", &["off", "on"])), "is removable or not"),
     ("backingStore", When(empty), "a disk is one volume, without others below it"),
     ("readonly", Kept, ""),
     ("shareable", Never, "a volume is of several machines by security.shared of the volume"),

@@ -300,6 +300,7 @@ pub fn target(slot: &str, bus: DiskBus) -> (String, &'static str) {
         DiskBus::Sata => (format!("sd{}", letters(n)), "sata"),
         DiskBus::Ide => (format!("hd{}", letters(n)), "ide"),
         DiskBus::Floppy => (format!("fd{}", letters(n)), "fdc"),
+        DiskBus::Usb => (format!("sd{}", letters(n)), "usb"),
         DiskBus::Nvme => (format!("nvme{n}n1"), "nvme"),
         _ => (format!("sd{}", letters(n)), "scsi"),
     }

@@ -85,6 +85,7 @@ pub fn of_disk(
     of_driver.extend(of(driver, "queue_size").map(|n| format!("queue-size={n}")));
     of_driver.extend(errors(driver)?);
     let rotation = of(e.find("target"), "rotation_rate").map(|n| format!("rotation={n}"));
+    let removable = of(e.find("target"), "removable").filter(|r| *r == "on").map(|_| "removable".to_owned());
     let geometry = e.find("geometry").map(|g| {
         let number = |name: &str| g.attribute(name).unwrap_or_default().to_owned();
         let translation = g.attribute("trans").map(|t| format!("/{t}")).unwrap_or_default();
@@ -98,7 +99,7 @@ pub fn of_disk(
     let mut all = vec![];
     for (element, words) in [
         ("disk driver", of_driver),
-        ("disk target", rotation.into_iter().collect()),
+        ("disk target", rotation.into_iter().chain(removable).collect()),
         ("disk geometry", geometry.into_iter().collect()),
         ("disk blockio", blocks.into_iter().collect()),
     ] {
@@ -281,6 +282,7 @@ mod tests {
                 Some("write-errors=report,read-errors=ignore"),
             ),
             ("<disk><target rotation_rate='1'/></disk>", DiskBus::VirtioScsi, Some("rotation=1")),
+            ("<disk><target removable='on'/></disk>", DiskBus::Usb, Some("removable")),
             (
                 "<disk><geometry cyls='100' heads='16' secs='63' trans='lba'/><blockio physical_block_size='4096'/></disk>",
                 DiskBus::Ide,
@@ -291,12 +293,16 @@ mod tests {
             let found = of_disk(&given, bus, false, None).unwrap();
             assert_eq!(found.text().as_deref(), words, "{text}");
             assert_eq!(disk_now(Some(&given), &found, bus, false), given, "{text}");
-            if found.rotation.is_none() {
+            if found.rotation.is_none() && !found.removable {
                 let shown = disk_now(None, &found, bus, false);
                 assert_eq!(of_disk(&shown, bus, false, None).unwrap(), found, "{text}");
             }
             // What it has no more is not shown.
-            let plain = DiskOptions { rotation: found.rotation, ..DiskOptions::default() };
+            let plain = DiskOptions {
+                rotation: found.rotation,
+                removable: found.removable,
+                ..DiskOptions::default()
+            };
             let shown = disk_now(Some(&given), &plain, bus, false);
             assert_eq!(of_disk(&shown, bus, false, None).unwrap(), plain, "{text}");
         }
@@ -337,6 +343,7 @@ mod tests {
             ("<disk><driver rerror_policy='enospace'/></disk>", DiskBus::Sata, false, "disk driver: "),
             ("<disk><driver error_policy='stop'/></disk>", DiskBus::Sata, true, "disk driver: "),
             ("<disk><target rotation_rate='7200'/></disk>", DiskBus::VirtioBlk, false, "disk target: "),
+            ("<disk><target removable='on'/></disk>", DiskBus::Sata, false, "disk target: "),
             ("<disk><geometry cyls='1'/></disk>", DiskBus::Ide, false, "disk geometry: "),
             ("<disk><blockio logical_block_size='100'/></disk>", DiskBus::Ide, false, "disk blockio: "),
         ] {

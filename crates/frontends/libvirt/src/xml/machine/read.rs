@@ -9,6 +9,7 @@ use crate::{
     xml::{Element, domain::ranges, is_name, is_prefix, nwfilter},
 };
 use karst_model::{
+    board::{UsbController, UsbModel},
     device::{DRIVE_FORMATS, DiskBus, DiskCache, DriveFormat, NIC_MODELS, NicModel, parse_mac},
     display::{DisplayGuard, DisplayPassword, DisplayProtocol},
     instance::Firmware,
@@ -104,7 +105,7 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
     };
     let q35 = all.machine.as_deref().is_some_and(|m| m == "q35" || m.starts_with("pc-q35-"));
     // Nothing is in such a drive, so no guest misses it before somebody puts something in.
-    let of_pc = |disk: &Disk| matches!(disk.bus, DiskBus::Ide | DiskBus::Floppy);
+    let of_pc = |disk: &Disk| disk.bus == DiskBus::Ide;
     let missed = |disk: &Disk| !(q35 && of_pc(disk) && disk.source.is_none());
     let (mut targets, mut macs, mut screens) = (BTreeSet::new(), BTreeSet::new(), vec![]);
     for e in devices.elements() {
@@ -178,10 +179,16 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
         return Err(refuse("features smm", "machines of type q35 have a tseg"));
     }
     if q35 && all.disks.iter().any(of_pc) {
-        return Err(refuse("disk bus", "'ide' and 'fdc' are of machines of type pc; q35 has sata"));
+        return Err(refuse("disk bus", "'ide' is of machines of type pc; q35 has sata"));
     }
-    if q35 && all.opaque.devices.iter().any(|e| e.attribute("type") == Some("fdc")) {
-        return Err(refuse("controller", "'fdc' is of machines of type pc"));
+    if all.board.usb.is_empty() && all.disks.iter().any(|d| d.bus == DiskBus::Usb) {
+        let without =
+            |e: &Element| e.attribute("type") == Some("usb") && e.attribute("model") == Some("none");
+        if devices.all("controller").any(without) {
+            return Err(refuse("disk bus", "there is no controller for 'usb'"));
+        }
+        // As QEMU's machines have it.
+        all.board.usb.push(UsbController { model: UsbModel::Piix3Uhci, ports: None });
     }
     let there = |id: u32| all.tuning.iothreads.iter().any(|t| t.id == id);
     if let Some(id) = all.disks.iter().filter_map(|d| d.thread).find(|id| !there(*id)) {
@@ -551,6 +558,7 @@ fn disk(e: &Element, order: &Order) -> Result<Option<Disk>, VirError> {
         "sata" => (DiskBus::Sata, format!("sata{n}")),
         "ide" => (DiskBus::Ide, format!("ide{n}")),
         "fdc" if floppy => (DiskBus::Floppy, format!("floppy{n}")),
+        "usb" if !floppy && !cdrom => (DiskBus::Usb, format!("usb{n}")),
         // By its name: one of another bus has another.
         "nvme" if dev.starts_with("nvme") => (DiskBus::Nvme, format!("nvme{n}")),
         // Nothing is in it, so no guest misses it before somebody puts something in.
@@ -559,7 +567,7 @@ fn disk(e: &Element, order: &Order) -> Result<Option<Disk>, VirError> {
             return Err(refuse(
                 "disk bus",
                 format!(
-                    "'{other}' of {dev} is not there; virtio, scsi, sata, ide, and nvme of nvme0n1 and its like, are"
+                    "'{other}' of {dev} is not there; virtio, scsi, sata, ide, usb, and nvme of nvme0n1 and its like, are"
                 ),
             ));
         }

@@ -655,7 +655,7 @@ mod tests {
         }
         assert_eq!(of_config(&config).unwrap(), read);
         let mut shown = Element::new("domain").child(Element::text("vcpu", 2));
-        show(&mut shown, &config, &machine.opaque.domain).unwrap();
+        show(&mut shown, &config, &Board::default(), &machine.opaque.domain).unwrap();
         let mut devices = Element::new("devices");
         show_controller(&mut devices, &config).unwrap();
         shown.push(devices);

@@ -212,6 +212,9 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
     if local_time && let Some(clock) = e.elements_mut().iter_mut().find(|c| c.name() == "clock") {
         clock.set("offset", "localtime");
     }
+    if let Some(clock) = e.elements_mut().iter_mut().find(|c| c.name() == "clock") {
+        board::show_clock(clock, on_board.clock_start, told.real_time_clock);
+    }
     let of = |name: &str| opaque.domain.iter().find(|e| e.name() == name);
     let model = shown.config.get("hardware.cpu.model").filter(|m| !m.is_empty());
     let old = of("os").is_some_and(read::is_old);
@@ -231,7 +234,9 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
             }
             "clock" => {
                 let same = (kept.attribute("offset") == Some("localtime")) == local_time;
-                same_model && same && board::hpet(kept) == on_board.hpet
+                let clock =
+                    board::clock(kept).is_ok_and(|c| c == (on_board.clock_start, told.real_time_clock));
+                same_model && same && clock && board::hpet(kept) == on_board.hpet
             }
             "cpu" => {
                 let now = (on_board.topology, on_board.numa.clone());
@@ -657,10 +662,16 @@ fn disk(
                 .with("unit", unit),
         ),
     }
-    if let (Some(rate), Some(target)) =
-        (io.options.rotation, e.elements_mut().iter_mut().find(|c| c.name() == "target"))
-    {
-        target.set("rotation_rate", rate);
+    if let Some(target) = e.elements_mut().iter_mut().find(|c| c.name() == "target") {
+        if let Some(rate) = io.options.rotation {
+            target.set("rotation_rate", rate);
+        }
+        // What the document says is only kept where it is no option of the disk: of one that is not on USB.
+        let said = kept.and_then(|k| k.find("target")?.attribute("removable")).filter(|r| *r == "off");
+        let removable = io.options.removable.then_some("on").or(said);
+        if let Some(word) = removable {
+            target.set("removable", word);
+        }
     }
     let kept = options::disk_now(kept, &io.options, bus, cdrom);
     merge(&mut e, &kept, &["source", "target", "readonly", "boot", "alias", "address"], DISK);

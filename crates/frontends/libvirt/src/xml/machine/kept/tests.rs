@@ -79,6 +79,7 @@ const SAMPLES: &[(&str, &str, &str, &str)] = &[
     ("cpu", "@match", "<cpu match='exact'/>", "<cpu match='any'/>"),
     ("cpu", "@migratable", "<cpu migratable='off'/>", "<cpu migratable='perhaps'/>"),
     ("clock", "@offset", "<clock offset='localtime'/>", "<clock offset='timezone'/>"),
+    ("clock", "@start", "<clock offset='absolute' start='5'/>", "<clock offset='utc' start='5'/>"),
     ("clock", "@adjustment", "<clock adjustment='reset'/>", "<clock adjustment='3600'/>"),
     ("clock", "timer", "<timer name='hpet' present='yes'/>", "<timer name='hpet' present='x'/>"),
     ("clock", "timer", "<timer name='rtc' tickpolicy='catchup'/>", "<timer name='rtc' tickpolicy='merge'/>"),
@@ -171,7 +172,7 @@ const SAMPLES: &[(&str, &str, &str, &str)] = &[
         "<driver name='qemu' discard_no_unref='on'/>",
     ),
     ("disk", "source", "<source file='/x'/>", "<source file='/x' startupPolicy='optional'/>"),
-    ("disk", "target", "<target dev='vda' rotation_rate='1'/>", "<target dev='sda' removable='on'/>"),
+    ("disk", "target", "<target dev='vda' rotation_rate='1'/>", "<target dev='sda' removable='maybe'/>"),
     (
         "disk",
         "backingStore",
