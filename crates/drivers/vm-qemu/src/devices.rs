@@ -12,7 +12,7 @@ use crate::threads;
 use karst_guest::{DiskFormat, ResolvedDisk, ResolvedLink, ResolvedNic};
 use karst_model::{
     Error, Result,
-    device::{DiskCache, DiskLimits, DiskRate, NicModel},
+    device::{DiskCache, DiskIo, NicModel, RATE_WORDS, Rates},
     options::{DiskOptions, NicOptions, NicSender, OnError, Virtio},
 };
 use serde_json::{Value, json};
@@ -269,7 +269,7 @@ pub struct Disk {
     /// Cache mode; `None` is what fits the kind of source.
     pub cache: Option<DiskCache>,
     /// Limits of rates.
-    pub limits: DiskLimits,
+    pub limits: Rates,
     /// Number of the thread that serves it.
     pub thread: Option<u32>,
     /// What of it is not as usual.
@@ -303,7 +303,7 @@ impl Disk {
             ejected: disk.cdrom && disk.ejected,
             shared: disk.shared,
             cache: disk.io.cache,
-            limits: disk.io.limits,
+            limits: rates(&disk.io),
             thread: disk.io.thread,
             options: disk.io.options,
             pci: disk.pci.clone(),
@@ -348,23 +348,25 @@ impl Disk {
 
     /// The object that holds its limits.
     pub fn group(&self) -> Value {
-        json!({"qom-type": "throttle-group", "id": self.side.name('t', &self.slot), "limits": self.throttle()})
+        let mut limits = self.throttle();
+        // Of what a group has when it is made, the usual is not said.
+        let plain = ["bps-read", "bps-write", "iops-read", "iops-write"];
+        if let Some(all) = limits.as_object_mut() {
+            let usual = |name: &String, n: &Value| *n == json!(if name.ends_with("-length") { 1 } else { 0 });
+            all.retain(|name, n| plain.contains(&name.as_str()) || !usual(name, n));
+        }
+        json!({"qom-type": "throttle-group", "id": self.side.name('t', &self.slot), "limits": limits})
     }
 
-    /// Its limits in QEMU's words; 0 is none.
+    /// Its limits in QEMU's words, all of them; 0 is none.
     pub fn throttle(&self) -> Value {
-        let bytes = |r: Option<DiskRate>| match r {
-            Some(DiskRate::Bytes { per_second }) => per_second,
-            _ => 0,
-        };
-        let operations = |r: Option<DiskRate>| match r {
-            Some(DiskRate::Operations { per_second }) => per_second,
-            _ => 0,
-        };
-        json!({
-            "bps-read": bytes(self.limits.read), "bps-write": bytes(self.limits.write),
-            "iops-read": operations(self.limits.read), "iops-write": operations(self.limits.write),
-        })
+        let mut limits = json!({"iops-size": self.limits.operation_size});
+        for ((_, name), rate) in RATE_WORDS.iter().zip(&self.limits.all) {
+            limits[*name] = rate.average.into();
+            limits[format!("{name}-max")] = rate.burst.into();
+            limits[format!("{name}-max-length")] = rate.seconds.max(1).into();
+        }
+        limits
     }
 
     /// Name of the node that the device drives.
@@ -605,6 +607,11 @@ impl Disk {
     }
 }
 
+/// All rates of a disk.
+pub(crate) fn rates(io: &DiskIo) -> Rates {
+    io.rates.unwrap_or_else(|| Rates::of(&io.limits))
+}
+
 /// In QEMU's words.
 fn on_error(policy: OnError) -> &'static str {
     match policy {
@@ -778,7 +785,7 @@ pub(crate) mod tests {
             ejected: false,
             shared: false,
             cache: None,
-            limits: DiskLimits::default(),
+            limits: Rates::default(),
             thread: None,
             options: DiskOptions::default(),
             pci: None,
@@ -854,14 +861,23 @@ pub(crate) mod tests {
     #[test]
     fn limits_cache_and_drives() {
         let mut d = disk("scsi3");
-        d.limits.read = Some(DiskRate::Bytes { per_second: 1 << 20 });
-        d.limits.write = Some(DiskRate::Operations { per_second: 50 });
+        d.limits = Rates::parse("f", "read-bytes=1048576,write-operations=50").unwrap();
         let group = d.group();
         assert_eq!(
             (&group["limits"]["bps-read"], &group["limits"]["iops-write"]),
             (&json!(1 << 20), &json!(50))
         );
         assert_eq!((&group["limits"]["iops-read"], &group["limits"]["bps-write"]), (&json!(0), &json!(0)));
+        assert_eq!(group["limits"].as_object().unwrap().len(), 4);
+        d.limits = Rates::parse("f", "total-bytes=5/9/3,read-operations=7,operation-size=512").unwrap();
+        let limits = d.group()["limits"].clone();
+        let said = ["bps-total", "bps-total-max", "bps-total-max-length", "iops-read", "iops-size"];
+        assert_eq!(said.map(|name| limits[name].clone()), [5, 9, 3, 7, 512].map(|n| json!(n)));
+        assert_eq!(limits.as_object().unwrap().len(), 8);
+        // A change says all of it, so that nothing of before stays.
+        let (all, none) = (d.throttle(), disk("scsi3").throttle());
+        let names = |limits: &Value| limits.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+        assert_eq!((names(&all).len(), names(&all)), (19, names(&none)));
         d.cache = Some(DiskCache::None);
         assert_eq!(d.nodes().unwrap()[0]["aio"], "native");
         d.cache = Some(DiskCache::Unsafe);

@@ -6,7 +6,7 @@
 
 use crate::{
     backups, bitmaps, copies,
-    devices::{Disk, Layout, Nic, Side, device_id},
+    devices::{Disk, Layout, Nic, Side, device_id, rates},
     launch,
     machine::Inner,
     qmp::{Event, Qmp},
@@ -34,6 +34,7 @@ fn same_disk(a: &ResolvedDisk, b: &ResolvedDisk) -> bool {
     let plain = |d: &ResolvedDisk| {
         let mut d = d.clone();
         d.io.limits = Default::default();
+        d.io.rates = None;
         // It stays with its thread until the next start.
         d.io.thread = None;
         d.boot_priority = 0;
@@ -277,7 +278,7 @@ impl Change<'_> {
             if !self.present.contains(&device_id(&disk.slot)) {
                 continue;
             }
-            if old.io.limits != disk.io.limits {
+            if rates(&old.io) != rates(&disk.io) {
                 let limits = Disk::new(disk, false, true).throttle();
                 let side = side(&self.qmp, &disk.slot).await?;
                 let group = format!("/objects/{}", side.name('t', &disk.slot));

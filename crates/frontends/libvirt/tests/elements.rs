@@ -390,3 +390,137 @@ async fn a_machine_needs_no_disk_and_has_what_its_document_says() {
     let left = server.engine.custom_volume(&admin, "default", "default", "bare");
     assert!(left.is_err() && server.engine.instance(&admin, "default", "bare").is_err());
 }
+
+/// What QEMU has beside what is usual is said by keys, shown as it was written, and corrected when the keys say otherwise.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn options_of_a_machine_are_keys_and_are_shown() {
+    let (server, mut client) = ready().await;
+    let text = "<domain type='kvm'><name>rich</name><memory unit='MiB' dumpCore='on'>128</memory><vcpu>2</vcpu>
+        <memoryBacking><hugepages><page size='2' unit='MiB' nodeset='1'/></hugepages><discard/></memoryBacking>
+        <numatune><memory mode='strict' nodeset='0-1'/><memnode cellid='0' mode='preferred' nodeset='0'/></numatune>
+        <os><type arch='x86_64' machine='q35'>hvm</type></os>
+        <features><acpi/><kvm><dirty-ring state='on' size='4096'/></kvm><ioapic driver='qemu'/><vmcoreinfo/></features>
+        <cpu><numa><cell id='0' cpus='0' memory='64' unit='MiB' memAccess='shared'>
+        <distances><sibling id='1' value='21'/></distances></cell><cell id='1' cpus='1' memory='64' unit='MiB'/></numa></cpu>
+        <clock offset='absolute' start='60'><timer name='rtc' track='realtime'/></clock>
+        <devices><disk type='file' device='disk'><driver name='qemu' type='raw' queues='4' error_policy='stop' iommu='on'/>
+        <source file='/var/a'/><target dev='vda' bus='virtio'/><iotune><total_bytes_sec>5000</total_bytes_sec>
+        <total_bytes_sec_max>9000</total_bytes_sec_max></iotune></disk>
+        <disk type='file' device='disk'><source file='/var/b'/><target dev='sda' bus='usb' removable='on'/></disk>
+        <disk type='file' device='floppy'><source file='/var/c'/><target dev='fda' bus='fdc'/></disk>
+        <controller type='scsi' index='0' model='virtio-scsi'><driver packed='on'/></controller>
+        <interface type='user'><mac address='52:54:00:11:22:33'/><model type='virtio'/>
+        <driver txmode='timer' event_idx='off'><host csum='off'/></driver><rom enabled='no'/></interface>
+        <rng model='virtio'><rate bytes='5' period='1000'/><backend model='random'>/dev/urandom</backend></rng>
+        <rng model='virtio'><backend model='random'>/dev/urandom</backend><driver ats='on'/></rng>
+        <tpm model='tpm-tis'><backend type='emulator' version='2.0'/></tpm><panic model='hyperv'/>
+        <iommu model='intel'><driver intremap='on' iotlb='on'/></iommu>
+        <memballoon model='virtio'><driver iommu='on'/></memballoon></devices></domain>";
+    define(&mut client, text).await.unwrap();
+    let admin = Context::new(Principal::system());
+    let view = server.engine.instance(&admin, "default", "rich").unwrap();
+    for (key, value) in [
+        (
+            "hardware.features",
+            "core,vmcoreinfo,hyperv-panic,split-irqchip,tpm-tis,rtc-realtime,dirty-ring=4096",
+        ),
+        ("hardware.clock.start", "60"),
+        ("hardware.iommu", "intel,intremap=on,iotlb"),
+        ("hardware.numa.memory", "0=shared;1=hugepages=2MiB"),
+        ("hardware.numa.host", "0=preferred:0"),
+        ("hardware.numa.distances", "0-1=21"),
+        ("hardware.rng", "rate=5/1000,ats"),
+        ("hardware.virtio", "balloon=iommu,scsi=packed"),
+        ("hardware.usb", "piix3-uhci"),
+        ("limits.memory.nodes", "0-1"),
+    ] {
+        assert_eq!(view.expanded_config.get(key).map(String::as_str), Some(value), "{key}");
+    }
+    for (device, key, value) in [
+        ("vda", "io.options", "iommu,queues=4,write-errors=stop,read-errors=stop"),
+        ("vda", "limits.rates", "total-bytes=5000/9000"),
+        ("sda", "io.options", "removable"),
+        ("net0", "io.options", "event-index=off,rom=off,tx=timer,csum=off"),
+    ] {
+        assert_eq!(view.expanded_devices[device].get(key).map(String::as_str), Some(value), "{device} {key}");
+    }
+    let shown = dump(&mut client, "rich", 2).await;
+    for line in [
+        "dumpCore='on'",
+        "nodeset='1'",
+        "<memnode cellid='0' mode='preferred' nodeset='0'/>",
+        "<sibling id='1' value='21'/>",
+        "<clock offset='absolute' start='60'>",
+        "queues='4' error_policy='stop' iommu='on'",
+        "<total_bytes_sec_max>9000</total_bytes_sec_max>",
+        "<target dev='sda' bus='usb' removable='on'/>",
+        "<driver packed='on'/>",
+        "<driver txmode='timer' event_idx='off'>",
+        "<rate bytes='5' period='1000'/>",
+        "<tpm model='tpm-tis'>",
+        "<panic model='hyperv'/>",
+        "<driver intremap='on' iotlb='on'/>",
+    ] {
+        assert!(shown.contains(line), "{line} in {shown}");
+    }
+    define(&mut client, &shown).await.unwrap();
+    assert_eq!(dump(&mut client, "rich", 2).await, shown);
+    // What is changed elsewhere is shown, and nothing of before.
+    let (mut config, mut devices) = (view.instance.config.clone(), view.instance.devices.clone());
+    for (key, value) in [
+        ("hardware.features", ""),
+        ("hardware.clock.start", ""),
+        ("hardware.iommu", "virtio"),
+        ("hardware.numa.memory", "1=private"),
+        ("hardware.numa.host", "1=bind:1"),
+        ("hardware.numa.distances", ""),
+        ("hardware.rng", ""),
+        ("hardware.virtio", "serial=ats"),
+    ] {
+        config.insert(key.into(), value.into());
+    }
+    let disk = devices.get_mut("vda").unwrap();
+    disk.insert("io.options".into(), "blocks=512/4096".into());
+    disk.remove("limits.rates");
+    disk.insert("limits.read".into(), "7iops".into());
+    devices.get_mut("net0").unwrap().remove("io.options");
+    let request = UpdateInstance {
+        description: String::new(),
+        ephemeral: false,
+        config,
+        devices,
+        profiles: vec![],
+        if_version: None,
+    };
+    let operation = server.engine.instance_update(&admin, "default", "rich", request).await.unwrap();
+    assert_eq!(operation.ended().await.error, None);
+    let shown = dump(&mut client, "rich", 2).await;
+    for line in [
+        "<iommu model='virtio'/>",
+        "memAccess='private'",
+        "<memnode cellid='1' mode='strict' nodeset='1'/>",
+        "<blockio logical_block_size='512' physical_block_size='4096'/>",
+        "<read_iops_sec>7</read_iops_sec>",
+        "<driver ats='on'/>",
+        "<tpm model='tpm-crb'>",
+        "<clock offset='utc'",
+    ] {
+        assert!(shown.contains(line), "{line} in {shown}");
+    }
+    for gone in [
+        "dumpCore",
+        "dirty-ring",
+        "nodeset='1'/></hugepages>",
+        "queues=",
+        "total_bytes_sec",
+        "txmode",
+        "<rate ",
+        "hyperv",
+        "packed",
+        "sibling",
+    ] {
+        assert!(!shown.contains(gone), "{gone} in {shown}");
+    }
+    define(&mut client, &shown).await.unwrap();
+    assert_eq!(dump(&mut client, "rich", 2).await, shown);
+}

@@ -1,6 +1,6 @@
 //! Disks.
 
-use super::Keys;
+use super::{Keys, Rates};
 use crate::{ByteSize, Error, Result, options::DiskOptions};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -146,6 +146,9 @@ pub struct DiskIo {
     /// Limits of rates.
     #[serde(default)]
     pub limits: DiskLimits,
+    /// Limits of rates of a virtual machine's disk that say more than [`Self::limits`] can.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rates: Option<Rates>,
     /// Number of the thread that serves it (virtio-blk); the main one when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub thread: Option<u32>,
@@ -256,8 +259,16 @@ pub(super) const OTHER_KEYS: &[&str] = &[
     "format",
     "media",
 ];
-pub(super) const IO_KEYS: [&str; 7] =
-    ["io.bus", "io.cache", "io.options", "io.thread", "limits.read", "limits.write", "limits.max"];
+pub(super) const IO_KEYS: [&str; 8] = [
+    "io.bus",
+    "io.cache",
+    "io.options",
+    "io.thread",
+    "limits.read",
+    "limits.write",
+    "limits.max",
+    "limits.rates",
+];
 
 impl DiskIo {
     /// Parses the keys that all disks have.
@@ -269,6 +280,12 @@ impl DiskIo {
                 keys.field("limits.max"),
                 "give either limits.max, or limits.read and limits.write",
             ));
+        }
+        let rates = keys.get("limits.rates").map(|text| Rates::parse(&keys.field("limits.rates"), text));
+        let rates = rates.transpose()?;
+        if rates.is_some() && both.or(read).or(write).is_some() {
+            let text = "says all of it; unset limits.read, limits.write and limits.max";
+            return Err(Error::invalid(keys.field("limits.rates"), text));
         }
         let (bus, thread) = (keys.one_of("io.bus", DISK_BUSES)?, keys.number("io.thread")?);
         if thread == Some(0) {
@@ -284,6 +301,7 @@ impl DiskIo {
             bus,
             cache: keys.one_of("io.cache", DISK_CACHES)?,
             limits: DiskLimits { read: both.or(read), write: both.or(write) },
+            rates,
             thread,
             options: match keys.get("io.options") {
                 Some(text) => DiskOptions::parse(&keys.field("io.options"), text, bus)?,
@@ -361,6 +379,11 @@ impl DiskDevice {
             plain_path(&keys.field("path"), &format!("/{}", p.trim_start_matches('/')))
         });
         let path = path.transpose()?;
+        let io = DiskIo::parse(keys)?;
+        if path.is_some() && io.rates.is_some() {
+            let text = "is of a drive of a virtual machine; a directory has limits.read and limits.write";
+            return Err(Error::invalid(keys.field("limits.rates"), text));
+        }
         for key in ["format", "media"] {
             if keys.get(key).is_some() && (path.is_some() || !matches!(source, DiskOrigin::Host { .. })) {
                 let text = "is said of a path of the host that a virtual machine has as a drive, and of nothing else";
@@ -376,7 +399,7 @@ impl DiskDevice {
             shift: keys.boolean("shift")?,
             required: keys.get("required").is_none() || keys.boolean("required")?,
             boot_priority: keys.number("boot.priority")?,
-            io: DiskIo::parse(keys)?,
+            io,
             attached: keys.get("attached").is_none() || keys.boolean("attached")?,
             format: keys.one_of("format", DRIVE_FORMATS)?.unwrap_or_default(),
             media: keys.one_of("media", DRIVE_MEDIA)?,

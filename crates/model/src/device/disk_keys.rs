@@ -40,6 +40,12 @@ pub const DISK_KEYS: &[(&str, bool, bool, &str)] = &[
         "Virtual machines: the thread of `hardware.iothreads` that serves a disk on `virtio-blk`.",
     ),
     ("limits.max", true, true, "Both `limits.read` and `limits.write`."),
+    (
+        "limits.rates",
+        true,
+        true,
+        "Virtual machines: all that can be said of rates, a second, with a burst and its seconds: `total-bytes=5000/10000/3`, and so of `read-`, `write-` and `-operations`, with `operation-size=`; live.",
+    ),
     ("limits.read", true, true, "Bytes a second such as `10MiB`, or operations such as `100iops`; live."),
     ("limits.write", true, true, "The same of writing."),
     (

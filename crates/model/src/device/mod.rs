@@ -8,6 +8,7 @@ mod nic_keys;
 mod nic_kind;
 mod node;
 mod proxy;
+mod rates;
 mod tpm;
 
 pub use disk::*;
@@ -19,6 +20,7 @@ pub(crate) use nic_kind::vlan_id;
 pub use nic_kind::{NicKind, ParentLink, RoutedLink, nic_kinds};
 pub use node::*;
 pub use proxy::*;
+pub use rates::{RATE_WORDS, Rate, Rates};
 pub use tpm::*;
 
 use crate::{ByteSize, Error, Result, error::nearest};

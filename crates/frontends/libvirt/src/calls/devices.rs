@@ -11,11 +11,14 @@ use crate::{
     xdr::{Reader, Typed, Writer},
     xml::{
         self, Element,
-        machine::{Machine, read, refuse, spec},
+        machine::{Machine, iotune, read, refuse, spec},
     },
 };
 use karst_engine::{InstanceView, compute::update::UpdateInstance};
-use karst_model::instance::DeviceIdentity;
+use karst_model::{
+    device::{Rate, Rates},
+    instance::DeviceIdentity,
+};
 use std::collections::BTreeSet;
 
 /// `VIR_DOMAIN_AFFECT_*`
@@ -527,15 +530,14 @@ pub(super) fn parameters(all: Vec<(&str, Typed)>, wanted: i32) -> Answered {
     Ok(w.finish().into())
 }
 
-/// Rates that are not bursts, which QEMU has and Karst not.
-const RATES: [&str; 6] = [
-    "total_bytes_sec",
-    "read_bytes_sec",
-    "write_bytes_sec",
-    "total_iops_sec",
-    "read_iops_sec",
-    "write_iops_sec",
-];
+/// The rates of a disk.
+fn rates_of(view: &InstanceView, device: &str) -> Result<Rates, VirError> {
+    let parsed = karst_engine::compute::expand::parse_devices(&view.expanded_devices)?;
+    let root = std::iter::once((&parsed.root.0, parsed.root.1.io));
+    let all = root.chain(parsed.disks.iter().map(|(name, disk)| (name, disk.io)));
+    let io = all.into_iter().find(|(name, _)| *name == device).map(|(_, io)| io).unwrap_or_default();
+    Ok(io.rates.unwrap_or_else(|| Rates::of(&io.limits)))
+}
 
 /// `DOMAIN_GET_BLOCK_IO_TUNE`
 pub async fn block_tuning(call: Call) -> Answered {
@@ -545,89 +547,60 @@ pub async fn block_tuning(call: Call) -> Answered {
     call.known_flags(flags, LIVE | CONFIG | 4)?;
     let view = call.guest(&named)?;
     live(&view, flags)?;
-    let Some(disk) = disk else {
-        return parameters(tuning_fields(RATES.map(|f| (f, Typed::Ullong(0)))), wanted);
+    let mut rates = match disk {
+        Some(disk) => rates_of(&view, &disk_of(&view, &disk)?)?,
+        None => Rates::default(),
     };
-    let keys = &view.expanded_devices[&disk_of(&view, &disk)?];
-    let rate = |key: &str, iops: bool| {
-        let text = keys.get(key).or(keys.get("limits.max"))?;
-        match (text.strip_suffix("iops"), iops) {
-            (Some(n), true) => n.trim().parse().ok(),
-            (None, false) => karst_model::ByteSize::parse(key, text).ok().map(|s| s.bytes()),
-            _ => None,
-        }
+    // A burst has a second unless it says more.
+    rates.all.iter_mut().filter(|r| r.burst > 0).for_each(|r| r.seconds = r.seconds.max(1));
+    let mut number = |name: &'static str| {
+        let n = iotune::number(&mut rates, name).map_or(0, |n| *n);
+        (name, Typed::Ullong(n))
     };
-    let of = |field: &str| {
-        let iops = field.ends_with("iops_sec");
-        match field.split('_').next() {
-            Some("read") => rate("limits.read", iops),
-            Some("write") => rate("limits.write", iops),
-            _ => None,
-        }
-    };
-    parameters(tuning_fields(RATES.map(|f| (f, Typed::Ullong(of(f).unwrap_or(0))))), wanted)
+    let mut all: Vec<_> = iotune::AVERAGES.into_iter().chain(iotune::BURSTS).map(&mut number).collect();
+    // There are no groups.
+    all.extend([number(iotune::SIZE), ("group_name", Typed::Text(String::new()))]);
+    all.extend(iotune::LENGTHS.map(number));
+    parameters(all, wanted)
 }
 
-/// Rates, and what there is none of: bursts and groups.
-fn tuning_fields(rates: [(&'static str, Typed); 6]) -> Vec<(&'static str, Typed)> {
-    let zero = |f: &'static str| (f, Typed::Ullong(0));
-    let mut all: Vec<_> = rates.into();
-    all.extend(BURSTS.map(zero));
-    all.extend([zero("size_iops_sec"), ("group_name", Typed::Text(String::new()))]);
-    all.extend(BURST_LENGTHS.map(zero));
-    all
-}
-
-const BURSTS: [&str; 6] = [
-    "total_bytes_sec_max",
-    "read_bytes_sec_max",
-    "write_bytes_sec_max",
-    "total_iops_sec_max",
-    "read_iops_sec_max",
-    "write_iops_sec_max",
-];
-const BURST_LENGTHS: [&str; 6] = [
-    "total_bytes_sec_max_length",
-    "read_bytes_sec_max_length",
-    "write_bytes_sec_max_length",
-    "total_iops_sec_max_length",
-    "read_iops_sec_max_length",
-    "write_iops_sec_max_length",
-];
-
-/// `DOMAIN_SET_BLOCK_IO_TUNE`: bytes or operations, of reads and of writes.
+/// `DOMAIN_SET_BLOCK_IO_TUNE`: what is not said stays, but that what is of both ways takes the place of what is of each.
 pub async fn set_block_tuning(call: Call) -> Answered {
     let (named, disk, all, flags) =
         call.arguments(|r| Ok((Named::read_domain(r)?, r.string()?, r.array(32, typed)?, r.u32()?)))?;
     call.known_flags(flags, LIVE | CONFIG)?;
     let view = call.guest(&named)?;
     let device = disk_of(&view, &disk)?;
-    let mut ways: [Vec<String>; 2] = [vec![], vec![]];
+    let mut rates = rates_of(&view, &device)?;
     for (field, value) in &all {
+        if field == "group_name" {
+            return Err(refuse("group_name", "each disk has rates of its own"));
+        }
         let n = number(value).ok_or_else(|| VirError::argument(format!("{field} is no number")))?;
-        if !RATES.contains(&field.as_str()) {
-            if n == 0 {
-                continue;
-            }
-            return Err(refuse(field, "disks have rates of bytes and operations, without bursts"));
-        }
-        if n == 0 {
-            continue;
-        }
-        let text = if field.ends_with("iops_sec") { format!("{n}iops") } else { n.to_string() };
-        match field.split('_').next() {
-            Some("read") => ways[0].push(text),
-            Some("write") => ways[1].push(text),
-            // A limit of both together is none of each.
-            _ => return Err(refuse(field, "reads and writes are limited apart")),
+        match iotune::number(&mut rates, field) {
+            Some(number) => *number = n,
+            None => return Err(refuse(field, "is no rate of a disk")),
         }
     }
-    if ways.iter().any(|w| w.len() > 1) {
-        return Err(refuse("iotune", "either bytes or operations are limited, not both"));
+    let said = |kind: &str, total: bool| {
+        let is = |field: &String| field.contains(kind) && field.starts_with("total_") == total;
+        all.iter().any(|(field, value)| is(field) && number(value).is_some_and(|n| n > 0))
+    };
+    for (first, kind) in [(0, "_bytes_"), (3, "_iops_sec")] {
+        match (said(kind, true), said(kind, false)) {
+            (true, false) => rates.all[first + 1..first + 3].fill(Rate::default()),
+            (false, true) => rates.all[first] = Rate::default(),
+            _ => {}
+        }
+        // Without a rate there is nothing that a burst is of.
+        rates.all[first..first + 3].iter_mut().filter(|r| r.average == 0).for_each(|r| *r = Rate::default());
+        rates.all[first..first + 3].iter_mut().filter(|r| r.burst == 0).for_each(|r| r.seconds = 0);
     }
-    let [mut read, mut write] = ways;
-    let keys = vec![("limits.read", read.pop()), ("limits.write", write.pop()), ("limits.max", None)];
-    set_device(&call, &view, flags, &device, keys).await?;
+    if rates.all[3..].iter().all(|r| r.average == 0) {
+        rates.operation_size = 0;
+    }
+    rates.demand_sense("iotune").map_err(|e| refuse("iotune", e.message))?;
+    set_device(&call, &view, flags, &device, spec::rates(&rates).into()).await?;
     Ok(nothing())
 }
 

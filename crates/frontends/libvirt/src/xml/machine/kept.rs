@@ -467,8 +467,9 @@ const DISK: &[Row] = &[
     ("shareable", Never, "a volume is of several machines by security.shared of the volume"),
     ("transient", Never, "changes are kept"),
     ("mirror", Never, "is the state of a job"),
-    ("iotune", Never, "limits of rates are set by blkdeviotune"),
-    ("throttlefilters", Never, "limits of rates are set by blkdeviotune"),
+    // What is in it is looked at by `iotune`.
+    ("iotune", Kept, ""),
+    ("throttlefilters", Never, "disks have rates of their own (iotune)"),
     ("serial", Never, "the serial number of a disk is made of its name"),
     ("wwn", Never, "disks have none"),
     ("vendor", Never, "disks are QEMU's"),

@@ -5,6 +5,7 @@
 //! change what a guest is or what protects it, and that Karst does not do, is refused by the name of its element ([`kept`]).
 
 pub mod board;
+pub mod iotune;
 pub mod kept;
 pub mod nodes;
 pub mod options;
@@ -19,7 +20,7 @@ use super::Element;
 use crate::error::{Code, Part, VirError};
 use karst_model::{
     board::Board,
-    device::{DiskBus, DiskCache, DriveFormat, NicModel},
+    device::{DiskBus, DiskCache, DriveFormat, NicModel, Rates},
     display::{DisplayGuard, DisplayPassword, DisplayProtocol},
     instance::{DeviceIdentity, Firmware},
     options::{DiskOptions, NicOptions},
@@ -152,6 +153,8 @@ pub struct Disk {
     pub thread: Option<u32>,
     /// What of it is not as usual.
     pub options: DiskOptions,
+    /// Limits of rates.
+    pub rates: Rates,
     /// Boot order, higher first.
     pub boot: Option<u32>,
     /// Alias that the user gave.

@@ -1,8 +1,8 @@
 //! From domain XML to the typed form.
 
 use super::{
-    Disk, Kernel, Machine, Nic, Opaque, Screen, Source, board, kept, number, options, pci_of, priority,
-    processor, refuse, tuning, wrong,
+    Disk, Kernel, Machine, Nic, Opaque, Screen, Source, board, iotune, kept, number, options, pci_of,
+    priority, processor, refuse, tuning, wrong,
 };
 use crate::{
     error::VirError,
@@ -646,6 +646,7 @@ fn disk(e: &Element, order: &Order) -> Result<Option<Disk>, VirError> {
         format,
         thread,
         options,
+        rates: e.find("iotune").map(iotune::read).transpose()?.unwrap_or_default(),
         boot: own_order(e)?.or(match (cdrom, floppy) {
             (true, _) => order.cdrom,
             (_, true) => order.floppy,

@@ -12,7 +12,8 @@ use karst_model::{
     Config,
     board::Board,
     device::{
-        DISK_BUSES, DISK_CACHES, DRIVE_FORMATS, Devices, DriveFormat, NIC_MODELS, NicModel, is_disc_name,
+        DISK_BUSES, DISK_CACHES, DRIVE_FORMATS, Devices, DiskRate, DriveFormat, NIC_MODELS, NicModel, Rates,
+        is_disc_name,
     },
     instance::{DeviceIdentity, Firmware},
     keys_machine::SPICE,
@@ -104,6 +105,9 @@ fn disk(keys: &mut Keys, disk: &Disk, root: bool) {
     set(keys, "io.cache", DISK_CACHES.iter().find(|(_, c)| Some(*c) == disk.cache).map(|(n, _)| n));
     set(keys, "io.thread", disk.thread);
     set(keys, "io.options", disk.options.text());
+    for (key, value) in rates(&disk.rates) {
+        set(keys, key, value);
+    }
     set(keys, "boot.priority", disk.boot);
     if let Some(source) = &disk.source {
         let path = match source {
@@ -121,6 +125,21 @@ fn disk(keys: &mut Keys, disk: &Disk, root: bool) {
         // Drives of discs are read-only by nature.
         false => set(keys, "readonly", yes(disk.readonly && !disk.cdrom)),
     }
+}
+
+/// Keys of a disk that limit its rates, with their values: of all of them, so that none of before stays.
+pub fn rates(all: &Rates) -> [(&'static str, Option<String>); 4] {
+    let limit = |limit: Option<DiskRate>| {
+        limit.map(|limit| match limit {
+            DiskRate::Bytes { per_second } => per_second.to_string(),
+            DiskRate::Operations { per_second } => format!("{per_second}iops"),
+        })
+    };
+    let (read, write, text) = match all.plain() {
+        Some(limits) => (limit(limits.read), limit(limits.write), None),
+        None => (None, None, all.text()),
+    };
+    [("limits.max", None), ("limits.read", read), ("limits.write", write), ("limits.rates", text)]
 }
 
 fn nic(keys: &mut Keys, nic: &Nic) {

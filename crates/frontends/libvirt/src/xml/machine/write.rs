@@ -1,7 +1,7 @@
 //! From an instance to domain XML, with what was kept of the document that it was defined by.
 
 use super::{
-    Kernel, Opaque, ShownGuard, Source, board, kept, nodes, options, owned, parts, pci_of, priority,
+    Kernel, Opaque, ShownGuard, Source, board, iotune, kept, nodes, options, owned, parts, pci_of, priority,
     processor, read, screens, target, tuning,
 };
 use crate::{
@@ -18,7 +18,7 @@ use karst_model::{
     board::{Board, Rng},
     device::{
         DISK_CACHES, DRIVE_FORMATS, Devices, DiskBus, DiskDevice, DiskIo, DiskOrigin, DriveFormat,
-        NIC_MODELS, NicDevice, NicKind, NicModel,
+        NIC_MODELS, NicDevice, NicKind, NicModel, Rates,
     },
     display::DisplayProtocol,
     instance::{DeviceIdentity, Firmware, Hardware},
@@ -673,8 +673,9 @@ fn disk(
             target.set("removable", word);
         }
     }
+    e.push_some(iotune::shown(&io.rates.unwrap_or_else(|| Rates::of(&io.limits))));
     let kept = options::disk_now(kept, &io.options, bus, cdrom);
-    merge(&mut e, &kept, &["source", "target", "readonly", "boot", "alias", "address"], DISK);
+    merge(&mut e, &kept, &["source", "target", "iotune", "readonly", "boot", "alias", "address"], DISK);
     e
 }
 
