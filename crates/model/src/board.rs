@@ -45,6 +45,9 @@ pub struct Board {
     /// `hardware.clock.start`: what its clock shows when it starts, seconds since 1970.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clock_start: Option<u64>,
+    /// `hardware.clock.zone`: the time zone of its clock, in place of the host's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clock_zone: Option<String>,
     /// `hardware.features`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub features: Option<Features>,
@@ -389,6 +392,7 @@ const PANIC: &str = "hardware.panic";
 const DEFLATE: &str = "hardware.balloon.deflate";
 const HPET: &str = "hardware.hpet";
 const CLOCK_START: &str = "hardware.clock.start";
+const CLOCK_ZONE: &str = "hardware.clock.zone";
 const SLEEP: &str = "hardware.sleep";
 const MENU_TIMEOUT: &str = "hardware.boot_menu.timeout";
 const RETRY: &str = "hardware.boot.retry";
@@ -544,6 +548,22 @@ fn start(text: &str) -> Result<u64> {
     })
 }
 
+/// The name of a time zone: of a file below those of the host, never a path of its own or a rule.
+pub fn is_zone(text: &str) -> bool {
+    let part = |p: &str| {
+        p.starts_with(|c: char| c.is_ascii_alphabetic())
+            && p.bytes().all(|b| b.is_ascii_alphanumeric() || b"_+-".contains(&b))
+    };
+    text.len() <= 64 && text.split('/').all(part)
+}
+
+fn zone(text: &str) -> Result<String> {
+    match is_zone(text) {
+        true => Ok(text.to_owned()),
+        false => Err(wrong(CLOCK_ZONE, format!("{text:?} is no time zone; write one such as Europe/Paris"))),
+    }
+}
+
 fn watchdog(text: &str) -> Result<Watchdog> {
     let (model, end) = text.split_once(':').unwrap_or((text, "reset"));
     Ok(Watchdog { model: word(WATCHDOG, model, WATCHDOGS)?, end: word(WATCHDOG, end, WATCHDOG_ENDS)? })
@@ -575,6 +595,7 @@ impl Board {
                 .transpose()?
                 .unwrap_or_default(),
             clock_start: set(config, CLOCK_START).map(start).transpose()?,
+            clock_zone: set(config, CLOCK_ZONE).map(zone).transpose()?,
             features: set(config, parts::FEATURES).map(Features::parse).transpose()?,
             iommu: set(config, parts::IOMMU).map(Iommu::parse).transpose()?,
             rngs: set(config, parts::RNG).map(parts::rngs).transpose()?.unwrap_or_default(),
@@ -690,6 +711,7 @@ impl Board {
             (MENU_TIMEOUT, self.menu_timeout.map(|n| n.to_string())),
             (DEFLATE, flag(self.balloon_deflates)),
             (CLOCK_START, self.clock_start.map(|n| n.to_string())),
+            (CLOCK_ZONE, self.clock_zone.clone()),
             (
                 TOPOLOGY,
                 self.topology.map(|t| {
@@ -752,10 +774,11 @@ mod tests {
             (MENU_TIMEOUT, "3000"),
             (DEFLATE, "true"),
             (CLOCK_START, "253402300799"),
+            (CLOCK_ZONE, "Europe/Paris"),
             (TOPOLOGY, "sockets=2,dies=1,cores=4,threads=2"),
             (
                 parts::FEATURES,
-                "core,vmcoreinfo,hyperv-panic,split-irqchip,tpm-tis,rtc-realtime,dirty-ring=4096,tseg=48,tcg-cache=100",
+                "vmcoreinfo,hyperv-panic,split-irqchip,tpm-tis,rtc-realtime,dirty-ring=4096,tseg=48,tcg-cache=100",
             ),
             (GENERATION, "0b3c1f9e-7f2c-4d0a-9a53-3a3f6f0f0001"),
             (HPET, "true"),
@@ -815,8 +838,10 @@ mod tests {
             (&[(SOUND, "pcspk,pcspk")], SOUND),
             (&[(CLOCK_START, "253402300800")], CLOCK_START),
             (&[(CLOCK_START, "noon")], CLOCK_START),
+            (&[(CLOCK_ZONE, "/etc/passwd")], CLOCK_ZONE),
+            (&[(CLOCK_ZONE, "Europe/../..")], CLOCK_ZONE),
             (&[(parts::FEATURES, "fast")], parts::FEATURES),
-            (&[(parts::FEATURES, "core=yes")], parts::FEATURES),
+            (&[(parts::FEATURES, "vmcoreinfo=yes")], parts::FEATURES),
             (&[(parts::FEATURES, "dirty-ring=5000")], parts::FEATURES),
             (&[(parts::FEATURES, "tseg=0")], parts::FEATURES),
             (&[(parts::IOMMU, "amd")], parts::IOMMU),

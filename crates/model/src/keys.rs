@@ -147,6 +147,7 @@ pub const INSTANCE_KEYS: &[Key] = &[
         "What the clock of the hardware shows.",
     ),
     key("hardware.clock.start", Text, VirtualMachine, "", false, of_board::CLOCK_START),
+    key("hardware.clock.zone", Text, VirtualMachine, "", false, of_board::CLOCK_ZONE),
     key(
         "hardware.cpu.model",
         Text,

@@ -168,9 +168,8 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     let on = |on: bool| if on { "on" } else { "off" };
     let features = m.spec.board.features.unwrap_or_default();
     let mut machine = format!(
-        "{machine},graphics=off,usb=off,vmport=off,hpet={},dump-guest-core={},smm={}",
+        "{machine},graphics=off,usb=off,vmport=off,hpet={},dump-guest-core=off,smm={}",
         on(m.spec.board.hpet),
-        on(features.core),
         on(secure || features.tseg.is_some())
     );
     if m.spec.board.sound.contains(&Sound::Pcspk) {
@@ -602,7 +601,7 @@ pub(crate) mod tests {
         let mut m = machine();
         let before = argv(&m).unwrap();
         let keys = [
-            ("hardware.features", "core,vmcoreinfo,hyperv-panic,tpm-tis,rtc-realtime,tseg=48,tcg-cache=100"),
+            ("hardware.features", "vmcoreinfo,hyperv-panic,tpm-tis,rtc-realtime,tseg=48,tcg-cache=100"),
             ("hardware.rng", "plain,rate=1024/1000+iommu"),
             ("hardware.virtio", "balloon=ats,scsi=packed,serial=iommu"),
             ("hardware.sound", "pcspk"),
@@ -613,7 +612,7 @@ pub(crate) mod tests {
         (m.spec.balloon, m.spec.tpm, m.spec.ports) = (true, true, 16);
         let after = argv(&m).unwrap();
         for text in [
-            "dump-guest-core=on,smm=on,pcspk-audiodev=audio",
+            "dump-guest-core=off,smm=on,pcspk-audiodev=audio",
             "tcg,thread=multi,tb-size=100",
             "mch.extended-tseg-mbytes=48",
             "base=9999-12-31T23:59:59,clock=rt",

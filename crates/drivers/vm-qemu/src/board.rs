@@ -63,7 +63,8 @@ pub fn processors(topology: Option<&Topology>, cpus: u32, most: u32) -> Result<S
 
 /// `-rtc`'s value.
 pub fn clock(board: &Board, local_time: bool) -> String {
-    let base = match (board.clock_start, local_time) {
+    // QEMU is told the time zone by its environment.
+    let base = match (board.clock_start, local_time || board.clock_zone.is_some()) {
         (Some(seconds), _) => date(seconds),
         (None, true) => "localtime".to_owned(),
         (None, false) => "utc".to_owned(),
@@ -516,6 +517,8 @@ mod tests {
         assert_eq!(clock(&Board::default(), true), "base=localtime");
         let real = board(&[("hardware.features", "rtc-realtime")]);
         assert_eq!(clock(&real, false), "base=utc,clock=rt");
+        let zone = board(&[("hardware.clock.zone", "Europe/Paris")]);
+        assert_eq!(clock(&zone, false), "base=localtime");
         let start = board(&[("hardware.clock.start", "60")]);
         assert_eq!(clock(&start, true), "base=1970-01-01T00:01:00");
     }

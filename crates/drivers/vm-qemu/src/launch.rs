@@ -27,6 +27,7 @@ use karst_model::{
 };
 use rustix::fs::{FileType, MemfdFlags, Mode, OFlags, SealFlags};
 use std::{
+    ffi::OsString,
     fs::File,
     io::Write,
     os::{
@@ -403,7 +404,7 @@ pub(crate) fn prepare(
         generation: (guest.generation.incarnation, guest.generation.n),
         program,
         argv: arguments,
-        env: vec![("PATH".into(), "/usr/bin:/bin".into()), ("LC_ALL".into(), "C.UTF-8".into())],
+        env: environment(guest)?,
         user: Some((guest.ids.base, guest.ids.base, kvm.into_iter().collect())),
         no_new_privs: true,
         clear_capabilities: true,
@@ -417,6 +418,20 @@ pub(crate) fn prepare(
         ..Spec::default()
     };
     Ok((spec, fds))
+}
+
+/// What QEMU is told by its environment: the time zone of the clock of its hardware too.
+fn environment(guest: &ResolvedGuest) -> Result<Vec<(OsString, OsString)>> {
+    let mut all = vec![("PATH".into(), "/usr/bin:/bin".into()), ("LC_ALL".into(), "C.UTF-8".into())];
+    if let Some(zone) = guest.machine.as_ref().and_then(|m| m.board.clock_zone.as_deref()) {
+        // Of one that is not there QEMU would make UTC.
+        if !Path::new("/usr/share/zoneinfo").join(zone).is_file() {
+            let text = format!("{zone:?} is no time zone of this host (the package tzdata)");
+            return Err(Error::invalid("config.hardware.clock.zone", text));
+        }
+        all.push(("TZ".into(), zone.into()));
+    }
+    Ok(all)
 }
 
 /// Removes the sockets of a guest that has ended.

@@ -408,6 +408,12 @@ async fn libvirts_documents() {
     let all = count(Path::new(&directory)).await;
     assert!(all.iter().any(|c| c.usable), "no x86 documents with command lines beside them are there");
     let text = report(&all);
+    // For who looks for what is next: each that is refused, with its first cause.
+    for one in all.iter().filter(|c| c.usable) {
+        if let Outcome::Refused(cause) = &one.outcome {
+            println!("refused {}: {}", one.name, cause.text);
+        }
+    }
     println!("{text}");
     let old = before(&std::fs::read_to_string(RESULT).unwrap_or_default());
     std::fs::write(RESULT, &text).unwrap();

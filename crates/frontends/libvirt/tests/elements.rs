@@ -395,7 +395,7 @@ async fn a_machine_needs_no_disk_and_has_what_its_document_says() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn options_of_a_machine_are_keys_and_are_shown() {
     let (server, mut client) = ready().await;
-    let text = "<domain type='kvm'><name>rich</name><memory unit='MiB' dumpCore='on'>128</memory><vcpu>2</vcpu>
+    let text = "<domain type='kvm'><name>rich</name><memory unit='MiB'>128</memory><vcpu>2</vcpu>
         <memoryBacking><hugepages><page size='2' unit='MiB' nodeset='1'/></hugepages><discard/></memoryBacking>
         <numatune><memory mode='strict' nodeset='0-1'/><memnode cellid='0' mode='preferred' nodeset='0'/></numatune>
         <os><type arch='x86_64' machine='q35'>hvm</type></os>
@@ -420,10 +420,7 @@ async fn options_of_a_machine_are_keys_and_are_shown() {
     let admin = Context::new(Principal::system());
     let view = server.engine.instance(&admin, "default", "rich").unwrap();
     for (key, value) in [
-        (
-            "hardware.features",
-            "core,vmcoreinfo,hyperv-panic,split-irqchip,tpm-tis,rtc-realtime,dirty-ring=4096",
-        ),
+        ("hardware.features", "vmcoreinfo,hyperv-panic,split-irqchip,tpm-tis,rtc-realtime,dirty-ring=4096"),
         ("hardware.clock.start", "60"),
         ("hardware.iommu", "intel,intremap=on,iotlb"),
         ("hardware.numa.memory", "0=shared;1=hugepages=2MiB"),
@@ -446,7 +443,6 @@ async fn options_of_a_machine_are_keys_and_are_shown() {
     }
     let shown = dump(&mut client, "rich", 2).await;
     for line in [
-        "dumpCore='on'",
         "nodeset='1'",
         "<memnode cellid='0' mode='preferred' nodeset='0'/>",
         "<sibling id='1' value='21'/>",
@@ -508,7 +504,6 @@ async fn options_of_a_machine_are_keys_and_are_shown() {
         assert!(shown.contains(line), "{line} in {shown}");
     }
     for gone in [
-        "dumpCore",
         "dirty-ring",
         "nodeset='1'/></hugepages>",
         "queues=",

@@ -19,9 +19,6 @@ fn is_false(flag: &bool) -> bool {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
 #[serde(default)]
 pub struct Features {
-    /// Its memory is in a core of QEMU's, if one is written.
-    #[serde(skip_serializing_if = "is_false")]
-    pub core: bool,
     /// Its kernel can tell where it is, for who reads a dump of its memory.
     #[serde(skip_serializing_if = "is_false")]
     pub vmcoreinfo: bool,
@@ -49,9 +46,8 @@ pub struct Features {
 }
 
 impl Features {
-    fn flags(&mut self) -> [(&'static str, &mut bool); 6] {
+    fn flags(&mut self) -> [(&'static str, &mut bool); 5] {
         [
-            ("core", &mut self.core),
             ("vmcoreinfo", &mut self.vmcoreinfo),
             ("hyperv-panic", &mut self.hyper_v_panic),
             ("split-irqchip", &mut self.split_irqchip),
@@ -87,7 +83,7 @@ impl Features {
                 }
                 *of = Some(n);
             } else {
-                let known = "core, vmcoreinfo, hyperv-panic, split-irqchip, tpm-tis, rtc-realtime, dirty-ring=, tseg= and tcg-cache=";
+                let known = "vmcoreinfo, hyperv-panic, split-irqchip, tpm-tis, rtc-realtime, dirty-ring=, tseg= and tcg-cache=";
                 return Err(wrong(FEATURES, format!("{word:?} is not there; {known} are")));
             }
         }

@@ -3,8 +3,11 @@
 /// `hardware.clock.start`.
 pub const CLOCK_START: &str =
     "Seconds since 1970 that the clock of the hardware shows at each start, in place of the host's time.";
+/// `hardware.clock.zone`.
+pub const CLOCK_ZONE: &str =
+    "Time zone that the clock of the hardware shows the time of, such as Europe/Paris.";
 /// `hardware.features`.
-pub const FEATURES: &str = "What is not as usual: core (its memory is in a core of QEMU's), vmcoreinfo, hyperv-panic (KVM), \
+pub const FEATURES: &str = "What is not as usual: vmcoreinfo, hyperv-panic (KVM), \
     split-irqchip (KVM), tpm-tis, rtc-realtime, dirty-ring=4096 (KVM), tseg=48 (MiB, q35), tcg-cache=100 (MiB, without KVM).";
 /// `hardware.iommu`.
 pub const IOMMU: &str = "An IOMMU of machines of type q35: virtio, or intel with intremap=on, eim=on (both with split-irqchip of \

@@ -9,7 +9,7 @@ use karst_model::{
     board::{
         Board, Features, Memory, NumaCell, POINTERS, Pointer, Rng, SOUNDS, Topology, USB_KINDS, USB_MODELS,
         UsbController, UsbDevice, UsbKind, UsbModel, VIDEOS, Video, WATCHDOG_ENDS, WATCHDOGS, Watchdog,
-        WatchdogEnd, WatchdogModel, parse_ranges, ranges,
+        WatchdogEnd, WatchdogModel, is_zone, parse_ranges, ranges,
     },
 };
 use uuid::Uuid;
@@ -43,17 +43,16 @@ pub fn read(root: &Element, cpus: u32) -> Result<Board, VirError> {
     board.numa_host = root.find("numatune").map(nodes::host).transpose()?.unwrap_or_default();
     let said = root.find("features").map(parts::features).transpose()?.unwrap_or_default();
     let others = board.features.unwrap_or_default();
-    let core = root.find("memory").and_then(|m| m.attribute("dumpCore")) == Some("on");
-    let features = Features { core, hyper_v_panic: others.hyper_v_panic, tpm_tis: others.tpm_tis, ..said };
+    let features = Features { hyper_v_panic: others.hyper_v_panic, tpm_tis: others.tpm_tis, ..said };
     board.features = (features != Features::default()).then_some(features);
     if let Some(os) = root.find("os") {
         (board.menu_timeout, board.boot_retry) = boot(os)?;
     }
     if let Some(e) = root.find("clock") {
         board.hpet = hpet(e);
-        let real;
-        (board.clock_start, real) = clock(e)?;
-        if real {
+        let said = clock(e)?;
+        (board.clock_start, board.clock_zone) = (said.start, said.zone);
+        if said.real {
             board.features.get_or_insert_default().real_time_clock = true;
         }
     }
@@ -75,11 +74,30 @@ pub fn generation(e: &Element) -> Result<Uuid, VirError> {
     Uuid::parse_str(text).map_err(|_| wrong(format!("malformed genid element '{text}'")))
 }
 
-/// What the clock of a machine begins with, and whether it goes on with the host's, whatever becomes of the machine.
+/// What a `<clock>` says beside UTC, local time and timers.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Clock {
+    /// What it begins with.
+    pub start: Option<u64>,
+    /// Its time zone.
+    pub zone: Option<String>,
+    /// It goes on with the host's, whatever becomes of the machine.
+    pub real: bool,
+}
+
+impl Clock {
+    /// What a board has of it.
+    pub fn of(board: &Board) -> Self {
+        let real = board.features.is_some_and(|f| f.real_time_clock);
+        Self { start: board.clock_start, zone: board.clock_zone.clone(), real }
+    }
+}
+
+/// What a `<clock>` says of it.
 ///
 /// # Errors
-/// XML error for a beginning that is none.
-pub fn clock(e: &Element) -> Result<(Option<u64>, bool), VirError> {
+/// XML error for a beginning or a time zone that is none.
+pub fn clock(e: &Element) -> Result<Clock, VirError> {
     let start = match e.attribute("offset") {
         Some("absolute") => {
             let text = e.attribute("start").unwrap_or_default();
@@ -89,16 +107,28 @@ pub fn clock(e: &Element) -> Result<(Option<u64>, bool), VirError> {
         _ => None,
     };
     let real = |t: &Element| t.attribute("name") == Some("rtc") && t.attribute("track") == Some("realtime");
-    Ok((start, e.all("timer").any(real)))
+    let zone = match e.attribute("offset") {
+        Some("timezone") => {
+            let text = e.attribute("timezone").unwrap_or_default();
+            let zone = Some(text).filter(|z| is_zone(z)).map(str::to_owned);
+            Some(zone.ok_or_else(|| wrong(format!("invalid value '{text}' of timezone in <clock>")))?)
+        }
+        _ => None,
+    };
+    Ok(Clock { start, zone, real: e.all("timer").any(real) })
 }
 
 /// Says it in a `<clock>` that says nothing of it.
-pub fn show_clock(e: &mut Element, start: Option<u64>, real: bool) {
-    if let Some(seconds) = start {
+pub fn show_clock(e: &mut Element, all: &Clock) {
+    if let Some(zone) = &all.zone {
+        e.set("offset", "timezone");
+        e.set("timezone", zone);
+    }
+    if let Some(seconds) = all.start {
         e.set("offset", "absolute");
         e.set("start", seconds);
     }
-    if real {
+    if all.real {
         e.push(Element::new("timer").with("name", "rtc").with("track", "realtime"));
     }
 }
@@ -115,7 +145,7 @@ fn demand_sense(board: &Board) -> Result<(), VirError> {
         let of = e.field.as_deref().unwrap_or_default();
         let element = [
             ("numa.host", "numatune memnode"),
-            ("numa.memory", "numa cell"),
+            ("numa.memory", "memoryBacking"),
             ("numa", "numa"),
             ("iommu", "iommu"),
             ("video", "video"),
@@ -726,7 +756,14 @@ mod tests {
             assert!(!backing(text), "{text}");
         }
         let mut clock = Element::new("clock").with("offset", "utc");
-        show_clock(&mut clock, board.clock_start, board.features.unwrap().real_time_clock);
+        show_clock(&mut clock, &Clock::of(&board));
+        let zone = document("<clock offset='timezone' timezone='Europe/Paris'/>").unwrap();
+        assert_eq!(super::clock(&zone).unwrap().zone.as_deref(), Some("Europe/Paris"));
+        let mut shown = Element::new("clock");
+        show_clock(&mut shown, &super::clock(&zone).unwrap());
+        assert_eq!(shown, zone);
+        let none = document("<clock offset='timezone' timezone='../x'/>").unwrap();
+        assert!(super::clock(&none).is_err());
         let mut shown = Element::new("domain").child(clock);
         show_domain(&mut shown, &board);
         let again = read(&shown, 1).unwrap();

@@ -57,7 +57,7 @@ const DOMAIN: &[Row] = &[
     ("title", Kept, ""),
     ("description", Kept, ""),
     ("metadata", Kept, ""),
-    ("memory", When(|e| is(e, "dumpCore", &["off", "on"])), "is dumped in a core, on or off"),
+    ("memory", When(|e| is(e, "dumpCore", &["off"])), "the memory of guests is in no core"),
     // There is one size of memory, which is what is shown.
     ("currentMemory", Kept, ""),
     ("maxMemory", Never, "memory modules are not there; set <memory>"),
@@ -104,7 +104,11 @@ const DOMAIN: &[Row] = &[
     // What libvirt found for it on another host; Karst confines its guests by itself.
     (
         "seclabel",
-        When(|e| is(e, "type", &["dynamic"]) && is(e, "relabel", &["yes"])),
+        When(|e| {
+            // Of a host without anything that confines guests by labels.
+            let none = said(e, "type") == Some("none") && said(e, "model") == Some("none");
+            none || is(e, "type", &["dynamic"]) && is(e, "relabel", &["yes"])
+        }),
         "how guests are confined is not said by their document",
     ),
     ("launchSecurity", Never, "encrypted memory is not there"),
@@ -253,12 +257,12 @@ const CPU: &[Row] = &[
 const CLOCK: &[Row] = &[
     (
         "@offset",
-        When(|e| is(e, "offset", &["utc", "localtime", "absolute"])),
-        "utc, localtime and absolute are there",
+        When(|e| is(e, "offset", &["utc", "localtime", "absolute", "timezone"])),
+        "utc, localtime, timezone and absolute are there",
     ),
     ("@adjustment", When(|e| is(e, "adjustment", &["0", "reset"])), "the clock begins with the host's time"),
     ("@basis", Never, "the clock begins with the host's time"),
-    ("@timezone", Never, "utc and localtime are there"),
+    ("@timezone", When(|e| said(e, "offset") == Some("timezone")), "is of the offset timezone"),
     ("@start", When(|e| said(e, "offset") == Some("absolute")), "is of the offset absolute"),
     ("timer", When(timer), "the timers are those of the machine"),
 ];
@@ -460,7 +464,11 @@ const DISK: &[Row] = &[
         "what is said of it is name, type, cache, io, iothread, discard, detect_zeroes, copy_on_read, policies of errors, and of \
          virtio queues, queue_size, ioeventfd, event_idx, iommu, ats, packed and page_per_vq",
     ),
-    ("source", When(|e| is(e, "startupPolicy", &["mandatory"])), "a disk is there at the start"),
+    (
+        "source",
+        When(|e| is(e, "startupPolicy", &["mandatory", "optional"])),
+        "a disk is there at each start, or not (optional)",
+    ),
     ("target", When(|e| is(e, "removable", &["off", "on"])), "is removable or not"),
     ("backingStore", When(empty), "a disk is one volume, without others below it"),
     ("readonly", Kept, ""),

@@ -145,6 +145,8 @@ pub struct Disk {
     pub source: Option<Source>,
     /// The guest cannot write.
     pub readonly: bool,
+    /// The machine starts without it where it is missing.
+    pub optional: bool,
     /// Cache mode.
     pub cache: Option<DiskCache>,
     /// How what is at a path of the host is written down.

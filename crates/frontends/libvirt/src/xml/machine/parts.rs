@@ -55,7 +55,7 @@ pub fn features(e: &Element) -> Result<Features, VirError> {
 
 /// Of those of a board, what a `<features>` says.
 pub fn said_by_features(all: &Features) -> Features {
-    Features { core: false, hyper_v_panic: false, tpm_tis: false, real_time_clock: false, ..*all }
+    Features { hyper_v_panic: false, tpm_tis: false, real_time_clock: false, ..*all }
 }
 
 /// Says it in a `<features>` that says nothing of it.

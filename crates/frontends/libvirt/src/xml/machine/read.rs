@@ -641,6 +641,7 @@ fn disk(e: &Element, order: &Order) -> Result<Option<Disk>, VirError> {
         bus,
         cdrom,
         source,
+        optional: e.find("source").and_then(|s| s.attribute("startupPolicy")) == Some("optional"),
         readonly: cdrom || e.find("readonly").is_some(),
         cache,
         format,

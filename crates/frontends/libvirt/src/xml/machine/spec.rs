@@ -123,7 +123,10 @@ fn disk(keys: &mut Keys, disk: &Disk, root: bool) {
     match root {
         true => set(keys, "path", Some("/")),
         // Drives of discs are read-only by nature.
-        false => set(keys, "readonly", yes(disk.readonly && !disk.cdrom)),
+        false => {
+            set(keys, "readonly", yes(disk.readonly && !disk.cdrom));
+            set(keys, "required", disk.optional.then_some("false"));
+        }
     }
 }
 
@@ -196,7 +199,8 @@ fn kernel(keys: &mut Keys, kernel: &Kernel) {
 /// The disk that is the root: of the volumes that can be written the one that boots first. A machine without one gets a root
 /// that its guest does not see.
 fn root(machine: &Machine) -> Option<&Disk> {
-    let can = |d: &&Disk| !d.cdrom && !d.readonly && matches!(d.source, Some(Source::Volume { .. }));
+    let can =
+        |d: &&Disk| !d.cdrom && !d.readonly && !d.optional && matches!(d.source, Some(Source::Volume { .. }));
     machine.disks.iter().filter(can).reduce(|a, b| if b.boot > a.boot { b } else { a })
 }
 

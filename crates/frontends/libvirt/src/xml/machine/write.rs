@@ -186,8 +186,7 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
     e.push_some(metadata(shown.config));
     let on_board = Board::of(shown.config)?;
     let told = on_board.features.unwrap_or_default();
-    let core = told.core.then_some("on");
-    e.push(Element::text("memory", shown.memory).with_some("dumpCore", core).with("unit", "KiB"));
+    e.push(Element::text("memory", shown.memory).with("unit", "KiB"));
     e.push(Element::text("currentMemory", shown.memory).with("unit", "KiB"));
     let pinned = shown.pinned.as_ref();
     e.push(Element::text("vcpu", shown.cpus).with("placement", "static").with_some("cpuset", pinned));
@@ -213,7 +212,7 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
         clock.set("offset", "localtime");
     }
     if let Some(clock) = e.elements_mut().iter_mut().find(|c| c.name() == "clock") {
-        board::show_clock(clock, on_board.clock_start, told.real_time_clock);
+        board::show_clock(clock, &board::Clock::of(&on_board));
     }
     let of = |name: &str| opaque.domain.iter().find(|e| e.name() == name);
     let model = shown.config.get("hardware.cpu.model").filter(|m| !m.is_empty());
@@ -234,8 +233,7 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
             }
             "clock" => {
                 let same = (kept.attribute("offset") == Some("localtime")) == local_time;
-                let clock =
-                    board::clock(kept).is_ok_and(|c| c == (on_board.clock_start, told.real_time_clock));
+                let clock = board::clock(kept).is_ok_and(|c| c == board::Clock::of(&on_board));
                 same_model && same && clock && board::hpet(kept) == on_board.hpet
             }
             "cpu" => {

@@ -17,7 +17,7 @@ const TABLES: &[(&str, &[Row])] = &[
 /// Of each row with a condition: its element, what is kept of it, and what is refused. Of a row for an attribute the element
 /// that has it.
 const SAMPLES: &[(&str, &str, &str, &str)] = &[
-    ("domain", "memory", "<memory unit='MiB' dumpCore='on'>1</memory>", "<memory dumpCore='half'>1</memory>"),
+    ("domain", "memory", "<memory unit='MiB' dumpCore='off'>1</memory>", "<memory dumpCore='on'>1</memory>"),
     ("domain", "vcpu", "<vcpu placement='static'>1</vcpu>", "<vcpu placement='auto'>1</vcpu>"),
     (
         "domain",
@@ -78,7 +78,13 @@ const SAMPLES: &[(&str, &str, &str, &str)] = &[
     ("features", "ps2", "<ps2 state='on'/>", "<ps2 state='off'/>"),
     ("cpu", "@match", "<cpu match='exact'/>", "<cpu match='any'/>"),
     ("cpu", "@migratable", "<cpu migratable='off'/>", "<cpu migratable='perhaps'/>"),
-    ("clock", "@offset", "<clock offset='localtime'/>", "<clock offset='timezone'/>"),
+    ("clock", "@offset", "<clock offset='localtime'/>", "<clock offset='variable'/>"),
+    (
+        "clock",
+        "@timezone",
+        "<clock offset='timezone' timezone='CET'/>",
+        "<clock offset='utc' timezone='CET'/>",
+    ),
     ("clock", "@start", "<clock offset='absolute' start='5'/>", "<clock offset='utc' start='5'/>"),
     ("clock", "@adjustment", "<clock adjustment='reset'/>", "<clock adjustment='3600'/>"),
     ("clock", "timer", "<timer name='hpet' present='yes'/>", "<timer name='hpet' present='x'/>"),
@@ -171,7 +177,7 @@ const SAMPLES: &[(&str, &str, &str, &str)] = &[
         "<driver name='qemu' type='raw' cache='none' io='native' discard='unmap'/>",
         "<driver name='qemu' discard_no_unref='on'/>",
     ),
-    ("disk", "source", "<source file='/x'/>", "<source file='/x' startupPolicy='optional'/>"),
+    ("disk", "source", "<source file='/x'/>", "<source file='/x' startupPolicy='requisite'/>"),
     ("disk", "target", "<target dev='vda' rotation_rate='1'/>", "<target dev='sda' removable='maybe'/>"),
     (
         "disk",
