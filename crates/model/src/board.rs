@@ -13,7 +13,7 @@ use crate::{
     keys::{optional_flag, set},
     options::Virtio,
 };
-pub use nodes::{CellMemory, Distance, HostNodes, NODE_POLICIES, NodePolicy};
+pub use nodes::{CellMemory, Distance, HostNodes, Module, NODE_POLICIES, NodePolicy, Slots};
 pub use parts::{Features, Iommu, IommuModel, Rng};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -42,6 +42,12 @@ pub struct Board {
     /// `hardware.numa.distances`: those that are not usual.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub numa_distances: Vec<Distance>,
+    /// `hardware.memory.slots`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slots: Option<Slots>,
+    /// `hardware.memory.modules`: they are of the machine's memory, as its nodes are.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub modules: Vec<Module>,
     /// `hardware.clock.start`: what its clock shows when it starts, seconds since 1970.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clock_start: Option<u64>,
@@ -594,6 +600,8 @@ impl Board {
                 .map(nodes::distances)
                 .transpose()?
                 .unwrap_or_default(),
+            slots: set(config, nodes::SLOTS).map(nodes::slots).transpose()?,
+            modules: set(config, nodes::MODULES).map(nodes::modules).transpose()?.unwrap_or_default(),
             clock_start: set(config, CLOCK_START).map(start).transpose()?,
             clock_zone: set(config, CLOCK_ZONE).map(zone).transpose()?,
             features: set(config, parts::FEATURES).map(Features::parse).transpose()?,
@@ -662,6 +670,7 @@ impl Board {
         if self.sound.iter().filter(|s| **s == Sound::Pcspk).count() > 1 {
             return Err(wrong(SOUND, "a machine has one speaker (pcspk)"));
         }
+        nodes::demand_room(&self.modules, self.slots, &self.numa)?;
         let cells = self.numa.len() as u32;
         let named = [
             (nodes::CELLS, self.numa_memory.last().map(|(node, _)| *node)),
@@ -724,6 +733,8 @@ impl Board {
             (INPUT, joined(&self.inputs, |i| i.as_str().to_owned())),
             (parts::IOMMU, self.iommu.map(Iommu::text)),
             (MEMORY, self.memory.map(|m| m.text())),
+            (nodes::MODULES, nodes::modules_text(&self.modules)),
+            (nodes::SLOTS, self.slots.map(nodes::slots_text)),
             (NUMA, (!self.numa.is_empty()).then(|| self.numa.iter().map(cell).collect::<Vec<_>>().join(";"))),
             (nodes::DISTANCES, nodes::distances_text(&self.numa_distances)),
             (nodes::HOST, nodes::host_text(&self.numa_host)),
@@ -785,6 +796,8 @@ mod tests {
             (INPUT, "tablet,mouse"),
             (parts::IOMMU, "intel,intremap=on,caching,eim=on,iotlb,width=48"),
             (MEMORY, "file,shared,allocated,unmerged,hugepages=2MiB"),
+            (nodes::MODULES, "512MiB@0+slot=3+private+hugepages=2MiB+bind:0-1,3;64MiB@1"),
+            (nodes::SLOTS, "16:4096MiB"),
             (NUMA, "0-3,8:512MiB;4-7:1024MiB"),
             (nodes::DISTANCES, "0-1=21,1-0=31"),
             (nodes::HOST, "0=bind:0-1,3;1=preferred:2"),
@@ -855,6 +868,20 @@ mod tests {
             (&[(parts::VIRTIO, "input0=ats")], parts::VIRTIO),
             (&[(parts::VIRTIO, "scsi=ats,scsi=iommu")], parts::VIRTIO),
             (&[(nodes::HOST, "0=bind:0")], nodes::HOST),
+            (&[(nodes::SLOTS, "0:1GiB")], nodes::SLOTS),
+            (&[(nodes::SLOTS, "4:1000")], nodes::SLOTS),
+            (&[(NUMA, "0:64MiB"), (nodes::MODULES, "64MiB@0")], nodes::MODULES),
+            (&[(NUMA, "0:64MiB"), (nodes::SLOTS, "1:1GiB"), (nodes::MODULES, "64MiB@1")], nodes::MODULES),
+            (&[(NUMA, "0:64MiB"), (nodes::SLOTS, "1:1GiB"), (nodes::MODULES, "1GiB@0")], nodes::MODULES),
+            (
+                &[(NUMA, "0:64MiB"), (nodes::SLOTS, "1:1GiB"), (nodes::MODULES, "1MiB@0;1MiB@0")],
+                nodes::MODULES,
+            ),
+            (
+                &[(NUMA, "0:64MiB"), (nodes::SLOTS, "2:1GiB"), (nodes::MODULES, "1MiB@0+slot=2")],
+                nodes::MODULES,
+            ),
+            (&[(NUMA, "0:64MiB"), (nodes::SLOTS, "2:1GiB"), (nodes::MODULES, "1MiB@0+fast")], nodes::MODULES),
             (&[(NUMA, "0:64MiB"), (nodes::HOST, "0=strict:0")], nodes::HOST),
             (&[(NUMA, "0:64MiB"), (nodes::HOST, "0=bind:0;0=bind:1")], nodes::HOST),
             (&[(NUMA, "0:64MiB"), (nodes::HOST, "0=bind:128")], nodes::HOST),

@@ -209,6 +209,8 @@ pub const INSTANCE_KEYS: &[Key] = &[
         false,
         "How memory is had of the host: file, shared, allocated (from the start), unmerged, hugepages or hugepages=2MiB.",
     ),
+    key("hardware.memory.modules", Text, VirtualMachine, "", false, of_board::MODULES),
+    key("hardware.memory.slots", Text, VirtualMachine, "", false, of_board::SLOTS),
     key(
         "hardware.numa",
         Text,

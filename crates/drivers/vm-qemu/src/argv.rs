@@ -211,8 +211,12 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
             "the memory of a virtual machine is a multiple of 1MiB, at least 64MiB",
         ));
     }
-    opt("-m", format!("size={}M", m.memory >> 20));
-    for (option, value) in board::memory(&m.spec.board, m.memory)? {
+    let (size, base) = board::size(&m.spec.board, m.memory)?;
+    opt("-m", size);
+    for (option, value) in board::memory(&m.spec.board, base)? {
+        opt(option, value);
+    }
+    for (option, value) in board::modules(&m.spec.board) {
         opt(option, value);
     }
     opt("-uuid", m.spec.uuid.to_string());

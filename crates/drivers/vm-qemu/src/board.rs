@@ -227,6 +227,41 @@ pub fn memory(board: &Board, memory: u64) -> Result<Vec<Argument>> {
     Ok(arguments)
 }
 
+/// `-m`'s value for so much memory, and how much of it is in no module.
+///
+/// # Errors
+/// Invalid when modules are all of it, or more.
+pub fn size(board: &Board, memory: u64) -> Result<(String, u64)> {
+    let modules = board.modules.iter().fold(0u64, |all, m| all.saturating_add(m.size.bytes()));
+    let Some(base) = memory.checked_sub(modules).filter(|base| *base > 0) else {
+        let text = format!("they have {} MiB, of {} MiB (limits.memory)", modules >> 20, memory >> 20);
+        return Err(Error::invalid("config.hardware.memory.modules", text));
+    };
+    let room = board.slots.map(|room| format!(",slots={},maxmem={}M", room.slots, room.most.bytes() >> 20));
+    Ok((format!("size={}M{}", base >> 20, room.unwrap_or_default()), base))
+}
+
+/// Its modules of memory.
+pub fn modules(board: &Board) -> Vec<Argument> {
+    let mut arguments = vec![];
+    for (n, module) in board.modules.iter().enumerate() {
+        let id = format!("module{n}");
+        let memory = of_cell(board.memory.as_ref(), Some(&module.memory)).filter(|m| *m != Memory::default());
+        let mut object = backend(memory.as_ref(), &id, module.size.bytes());
+        if let Some(host) = &module.host {
+            keep_to(&mut object, host);
+        }
+        arguments.push(("-object", object.to_string()));
+        let mut device =
+            json!({"driver": "pc-dimm", "id": format!("dimm{n}"), "memdev": id, "node": module.node});
+        if let Some(slot) = module.slot {
+            device["slot"] = slot.into();
+        }
+        arguments.push(("-device", device.to_string()));
+    }
+    arguments
+}
+
 fn usb_controller(n: usize, bus: usize, one: &UsbController) -> Value {
     let driver = match one.model {
         UsbModel::Piix3Uhci => "piix3-usb-uhci",
@@ -545,6 +580,26 @@ mod tests {
     }
 
     #[test]
+    fn modules_are_beside_the_nodes() {
+        let some = board(&[
+            ("hardware.numa", "0-1:512MiB"),
+            ("hardware.memory.slots", "16:4GiB"),
+            ("hardware.memory.modules", "256MiB@0+slot=2+bind:1;256MiB@0"),
+        ]);
+        let (room, base) = size(&some, 1 << 30).unwrap();
+        assert_eq!((room.as_str(), base), ("size=512M,slots=16,maxmem=4096M", 512 << 20));
+        insta::assert_snapshot!(lines(modules(&some)), @r#"
+        -object {"qom-type":"memory-backend-ram","id":"module0","size":268435456,"host-nodes":[1],"policy":"bind"}
+        -device {"driver":"pc-dimm","id":"dimm0","memdev":"module0","node":0,"slot":2}
+        -object {"qom-type":"memory-backend-ram","id":"module1","size":268435456}
+        -device {"driver":"pc-dimm","id":"dimm1","memdev":"module1","node":0}
+        "#);
+        assert_eq!(size(&Board::default(), 1 << 30).unwrap(), ("size=1024M".to_owned(), 1 << 30));
+        let none = size(&some, 512 << 20).unwrap_err();
+        assert_eq!(none.field.as_deref(), Some("config.hardware.memory.modules"));
+    }
+
+    #[test]
     fn features_and_an_iommu() {
         let all =
             board(&[("hardware.features", "split-irqchip,dirty-ring=4096,tcg-cache=100")]).features.unwrap();
@@ -681,6 +736,16 @@ mod tests {
             let device = iommu(board(&keys).iommu.as_ref().unwrap(), q35).unwrap();
             accepted("pc-q35-7.2", &[("-device", device.to_string())]).await.unwrap();
         }
+        let modules = board(&[
+            ("hardware.numa", "0-1:64MiB"),
+            ("hardware.memory.slots", "4:1GiB"),
+            ("hardware.memory.modules", "128MiB@0+slot=2+shared;64MiB@0+bind:0"),
+        ]);
+        let (room, base) = size(&modules, 256 << 20).unwrap();
+        let mut arguments = vec![("-smp", "2".into()), ("-m", room)];
+        arguments.extend(memory(&modules, base).unwrap());
+        arguments.extend(super::modules(&modules));
+        accepted("pc-q35-7.2", &arguments).await.unwrap();
         let speaker = board(&[("hardware.sound", "pcspk,ac97")]);
         let arguments = devices(&speaker, PC, false).unwrap();
         accepted("pc-i440fx-7.2,pcspk-audiodev=audio", &arguments).await.unwrap();

@@ -414,11 +414,11 @@ async fn what_is_refused_is_named_and_leaves_nothing() {
             Code::NoStorageVol,
             "\"none\" not found",
         ),
-        ("bus='virtio'", "bus='usb'", Code::ConfigUnsupported, "disk bus"),
+        ("bus='virtio'", "bus='sd'", Code::ConfigUnsupported, "disk bus"),
         // What would have no effect.
         ("<os ", "<cputune><quota>2048</quota></cputune><os ", Code::ConfigUnsupported, "cputune"),
         ("<os ", "<memtune><hard_limit>1</hard_limit></memtune><os ", Code::ConfigUnsupported, "memtune"),
-        ("offset='utc'", "offset='timezone' timezone='CET'", Code::ConfigUnsupported, "clock offset"),
+        ("offset='utc'", "offset='variable' adjustment='5'", Code::ConfigUnsupported, "clock offset"),
         ("<alias name='ua-first'/>", "<serial>S1</serial>", Code::ConfigUnsupported, "disk serial"),
         ("<inbound average='1000'", "<inbound average='1' peak='2'", Code::ConfigUnsupported, "bandwidth"),
         ("placement='static' current='1'", "cpuset='0-'", Code::XmlError, "vcpu cpuset"),

@@ -12,6 +12,11 @@ pub const FEATURES: &str = "What is not as usual: vmcoreinfo, hyperv-panic (KVM)
 /// `hardware.iommu`.
 pub const IOMMU: &str = "An IOMMU of machines of type q35: virtio, or intel with intremap=on, eim=on (both with split-irqchip of \
     hardware.features), caching, iotlb, width=39, width=48.";
+/// `hardware.memory.modules`.
+pub const MODULES: &str = "Modules of memory, each with its node: 512MiB@0;1GiB@1+slot=2+hugepages=2MiB+bind:0. With hardware.numa \
+    they are limits.memory.";
+/// `hardware.memory.slots`.
+pub const SLOTS: &str = "Room for modules: how many, and all memory at most, such as 16:64GiB.";
 /// `hardware.numa.distances`.
 pub const DISTANCES: &str =
     "How far nodes of memory are from each other, such as 0-1=21,0-2=31; 20 unless it is said.";

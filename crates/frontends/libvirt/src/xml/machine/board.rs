@@ -40,6 +40,7 @@ pub fn read(root: &Element, cpus: u32) -> Result<Board, VirError> {
     let backed = root.find("memoryBacking");
     board.numa_memory = nodes::memory(&backed.map(nodes::pages).unwrap_or_default(), &cells.shared);
     board.numa_distances = cells.distances;
+    board.slots = root.find("maxMemory").map(nodes::slots).transpose()?;
     board.numa_host = root.find("numatune").map(nodes::host).transpose()?.unwrap_or_default();
     let said = root.find("features").map(parts::features).transpose()?.unwrap_or_default();
     let others = board.features.unwrap_or_default();
@@ -146,6 +147,8 @@ fn demand_sense(board: &Board) -> Result<(), VirError> {
         let element = [
             ("numa.host", "numatune memnode"),
             ("numa.memory", "memoryBacking"),
+            ("memory.modules", "memory"),
+            ("memory.slots", "maxMemory"),
             ("numa", "numa"),
             ("iommu", "iommu"),
             ("video", "video"),
@@ -387,6 +390,7 @@ pub fn devices(all: &[Element]) -> Result<Board, VirError> {
                 }
             }
             "rng" => board.rngs.push(parts::rng(e)?),
+            "memory" => board.modules.push(nodes::module(e)?),
             "memballoon" => board.balloon_deflates = e.attribute("autodeflate") == Some("on"),
             _ => {}
         }
@@ -413,8 +417,8 @@ pub fn devices(all: &[Element]) -> Result<Board, VirError> {
     }
     board.virtio = parts::virtio(all)?;
     board.features = board.features.filter(|f| *f != Features::default());
-    // Whether an IOMMU fits is told by what else the domain says.
-    demand_sense(&Board { iommu: None, ..board.clone() })?;
+    // Whether an IOMMU and modules fit is told by what else the domain says.
+    demand_sense(&Board { iommu: None, modules: vec![], ..board.clone() })?;
     Ok(board)
 }
 
@@ -447,7 +451,7 @@ fn controller(e: &Element) -> Result<Option<UsbController>, VirError> {
 
 /// The classes of devices that are the board's.
 const CLASSES: &[&str] =
-    &["controller", "hub", "input", "sound", "video", "watchdog", "panic", "iommu", "rng"];
+    &["controller", "hub", "input", "sound", "video", "watchdog", "panic", "iommu", "rng", "memory"];
 
 /// Is a device of a document held by the board?
 pub fn holds(e: &Element) -> bool {
@@ -485,6 +489,9 @@ pub fn stale(kept: &[Element], now: &Board) -> Vec<&'static str> {
     }
     if was.rngs != now.rngs {
         stale.push("rng");
+    }
+    if was.modules != now.modules {
+        stale.push("memory");
     }
     stale
 }
@@ -542,6 +549,7 @@ pub fn shown(board: &Board, classes: &[&str]) -> Vec<Element> {
     let usual = [Rng::default()];
     let rngs = if board.rngs.is_empty() { &usual[..] } else { &board.rngs };
     all.extend(rngs.iter().filter(|_| wanted("rng")).map(parts::shown_rng));
+    all.extend(board.modules.iter().filter(|_| wanted("memory")).map(nodes::shown_module));
     all
 }
 
@@ -569,6 +577,10 @@ pub fn show_domain(root: &mut Element, board: &Board) {
     if let Some(generation) = board.generation {
         root.elements_mut().retain(|e| e.name() != "genid");
         root.push(Element::text("genid", generation));
+    }
+    if let Some(room) = board.slots {
+        root.elements_mut().retain(|e| e.name() != "maxMemory");
+        root.push(nodes::shown_slots(room));
     }
     let of_nodes = nodes::pages_of(board);
     if board.memory.is_some() || !of_nodes.is_empty() {

@@ -60,7 +60,8 @@ const DOMAIN: &[Row] = &[
     ("memory", When(|e| is(e, "dumpCore", &["off"])), "the memory of guests is in no core"),
     // There is one size of memory, which is what is shown.
     ("currentMemory", Kept, ""),
-    ("maxMemory", Never, "memory modules are not there; set <memory>"),
+    // What is in these, and in modules, is looked at by `nodes`.
+    ("maxMemory", Kept, ""),
     ("vcpu", When(|e| is(e, "placement", &["static"])), "placement is static"),
     ("vcpus", Never, "processors are plugged in order; say vcpu current"),
     ("iothreads", Kept, ""),
@@ -350,7 +351,7 @@ const DEVICES: &[Row] = &[
     ("filesystem", Never, "directories are shared with machines by devices of the instance, not by XML"),
     ("lease", Never, "there is no lock manager"),
     ("shmem", Never, "shared memory is not there"),
-    ("memory", Never, "memory modules are not there; set <memory>"),
+    ("memory", When(|e| is(e, "model", &["dimm"])), "modules of the model dimm are there"),
     ("crypto", Never, "is not there"),
     ("nvram", Never, "is for other architectures"),
 ];

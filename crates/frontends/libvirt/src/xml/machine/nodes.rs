@@ -9,7 +9,7 @@ use crate::{
 };
 use karst_model::{
     ByteSize,
-    board::{Board, CellMemory, Distance, HostNodes, NodePolicy, parse_ranges, ranges},
+    board::{Board, CellMemory, Distance, HostNodes, Module, NodePolicy, Slots, parse_ranges, ranges},
 };
 use std::collections::BTreeMap;
 
@@ -180,6 +180,94 @@ pub fn shown_host(all: &[(u32, HostNodes)]) -> Vec<Element> {
     all.iter().map(one).collect()
 }
 
+/// The room for modules that a `<maxMemory>` says.
+///
+/// # Errors
+/// XML error; CONFIG_UNSUPPORTED, naming the element.
+pub fn slots(e: &Element) -> Result<Slots, VirError> {
+    let slots = id(e, "slots", None)?;
+    if !(1..=256).contains(&slots) {
+        return Err(refuse("maxMemory", format!("{slots} slots are not there; 1 to 256 are")));
+    }
+    Ok(Slots { slots, most: ByteSize::mib(kib(e)?.div_ceil(1024)) })
+}
+
+/// As an element.
+pub fn shown_slots(one: Slots) -> Element {
+    Element::text("maxMemory", one.most.bytes() / 1024).with("slots", one.slots).with("unit", "KiB")
+}
+
+/// What a `<memory>` among devices is.
+///
+/// # Errors
+/// XML error; CONFIG_UNSUPPORTED, naming the element.
+pub fn module(e: &Element) -> Result<Module, VirError> {
+    if let Some(other) = e.attribute("model").filter(|m| *m != "dimm") {
+        return Err(refuse("memory model", format!("'{other}' is not there; dimm is")));
+    }
+    let target = e.find("target").ok_or_else(|| wrong("missing target information for a memory module"))?;
+    let part = |name: &str| target.find(name).ok_or_else(|| wrong(format!("a memory module has no {name}")));
+    let node = part("node")?
+        .body()
+        .trim()
+        .parse()
+        .map_err(|_| wrong("the <node> of a memory module is no number"))?;
+    if let Some(other) = target.elements().iter().find(|t| !matches!(t.name(), "size" | "node")) {
+        return Err(refuse("memory target", format!("<{}> is not there", other.name())));
+    }
+    let mut memory = CellMemory::default();
+    match e.attribute("access") {
+        None => {}
+        Some("shared") => memory.shared = Some(true),
+        Some("private") => memory.shared = Some(false),
+        Some(other) => return Err(refuse("memory access", format!("'{other}' is not there"))),
+    }
+    // As with nodes: no memory is a file with a name.
+    if let Some(other) = e.attribute("discard").filter(|d| !matches!(*d, "yes" | "no")) {
+        return Err(refuse("memory discard", format!("'{other}' is not there")));
+    }
+    let mut host = None;
+    for part in e.find("source").map(Element::elements).unwrap_or_default() {
+        let text = part.body().trim();
+        match part.name() {
+            "nodemask" => {
+                let nodes = set(text).ok_or_else(|| wrong(format!("invalid value '{text}' of nodemask")))?;
+                host = Some(HostNodes { policy: NodePolicy::Bind, nodes });
+            }
+            "pagesize" => {
+                let size = Element::new("page").with("size", text);
+                let size = page(&size.with("unit", part.attribute("unit").unwrap_or("KiB")));
+                memory.pages =
+                    Some(size.ok_or_else(|| refuse("memory source pagesize", "is 2 MiB or 1 GiB"))?);
+            }
+            other => return Err(refuse("memory source", format!("<{other}> is not there"))),
+        }
+    }
+    let address = e.find("address").filter(|a| a.attribute("type") == Some("dimm"));
+    let slot = match address.and_then(|a| a.attribute("slot")) {
+        None => None,
+        Some(_) => Some(id(address.unwrap_or(e), "slot", None)?),
+    };
+    Ok(Module { size: ByteSize::mib(kib(part("size")?)?.div_ceil(1024)), node, slot, memory, host })
+}
+
+/// As an element.
+pub fn shown_module(one: &Module) -> Element {
+    let access = one.memory.shared.map(|on| if on { "shared" } else { "private" });
+    let mut e = Element::new("memory").with("model", "dimm").with_some("access", access);
+    let mut source = Element::new("source");
+    source.push_some(one.host.as_ref().map(|host| Element::text("nodemask", ranges(&host.nodes))));
+    source
+        .push_some(one.memory.pages.map(|s| Element::text("pagesize", s.bytes() / 1024).with("unit", "KiB")));
+    if !source.elements().is_empty() {
+        e.push(source);
+    }
+    let size = Element::text("size", one.size.bytes() / 1024).with("unit", "KiB");
+    e.push(Element::new("target").child(size).child(Element::text("node", one.node)));
+    e.push_some(one.slot.map(|n| Element::new("address").with("type", "dimm").with("slot", n)));
+    e
+}
+
 /// How single nodes are had of the host, of both elements that say it.
 pub fn memory(pages: &[(u32, ByteSize)], shared: &[(u32, bool)]) -> Vec<(u32, CellMemory)> {
     let mut all: BTreeMap<u32, CellMemory> = BTreeMap::new();
@@ -225,6 +313,34 @@ mod tests {
                 (1, CellMemory { shared: Some(false), pages: Some(small) }),
             ]
         );
+    }
+
+    #[test]
+    fn modules_are_read_and_shown_the_same() {
+        let text = "<memory model='dimm' access='private'><source><nodemask>1-3</nodemask><pagesize unit='KiB'>2048</pagesize></source>\
+            <target><size unit='KiB'>524288</size><node>0</node></target><address type='dimm' slot='2'/></memory>";
+        let given = document(text).unwrap();
+        let found = module(&given).unwrap();
+        assert_eq!((found.size, found.slot), (ByteSize::mib(512), Some(2)));
+        assert_eq!(shown_module(&found), given);
+        let room = document("<maxMemory slots='16' unit='KiB'>4194304</maxMemory>").unwrap();
+        assert_eq!(shown_slots(slots(&room).unwrap()), room);
+        for (bad, word) in [
+            ("<memory model='nvdimm'/>", "memory model: "),
+            ("<memory model='dimm'/>", "missing target"),
+            ("<memory model='dimm'><target><size>1</size></target></memory>", "a memory module has no node"),
+            (
+                "<memory model='dimm'><source><path>/x</path></source><target><size>1</size><node>0</node></target></memory>",
+                "memory source: ",
+            ),
+            (
+                "<memory model='dimm'><target><size>1</size><node>0</node><label/></target></memory>",
+                "memory target: ",
+            ),
+        ] {
+            let e = module(&document(bad).unwrap()).unwrap_err();
+            assert!(e.text.starts_with(word), "{bad}: {}", e.text);
+        }
     }
 
     #[test]

@@ -54,14 +54,13 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
     }
     let (cpus, pinned) = cpus(&root)?;
     let on_board = board::read(&root, cpus)?;
-    let memory =
-        match on_board.numa.iter().fold(0u64, |all, cell| all.saturating_add(cell.memory.bytes() / 1024)) {
-            // Nodes of memory are all of it.
-            // QEMU has whole MiB, up to which libvirt rounds too.
-            0 => kib(root.find("memory").ok_or_else(|| wrong("missing memory element"))?)?
-                .next_multiple_of(1024),
-            nodes => nodes,
-        };
+    let sizes = on_board.numa.iter().map(|cell| cell.memory).chain(on_board.modules.iter().map(|m| m.size));
+    let memory = match sizes.fold(0u64, |all, size| all.saturating_add(size.bytes() / 1024)) {
+        // Nodes and modules of memory are all of it.
+        // QEMU has whole MiB, up to which libvirt rounds too.
+        0 => kib(root.find("memory").ok_or_else(|| wrong("missing memory element"))?)?.next_multiple_of(1024),
+        nodes => nodes,
+    };
     let os = root.find("os").ok_or_else(|| wrong("an os <type> must be specified"))?;
     let (machine, firmware) = system(os)?;
     let old = is_old(os);

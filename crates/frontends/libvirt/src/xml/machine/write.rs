@@ -116,6 +116,7 @@ const DEVICES: &[&str] = &[
     "panic",
     "iommu",
     "vsock",
+    "memory",
 ];
 /// The same of what is in a disk.
 const DISK: &[&str] = &[
@@ -241,6 +242,7 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
                 let cells = nodes::cells(kept).is_ok_and(|cells| cells == nodes::cells_of(&on_board));
                 same_model && cells && board::layout(kept, shown.cpus).is_ok_and(|layout| layout == now)
             }
+            "maxMemory" => nodes::slots(kept).is_ok_and(|room| Some(room) == on_board.slots),
             "genid" => board::generation(kept).is_ok_and(|g| Some(g) == on_board.generation),
             "memoryBacking" => {
                 board::backing(kept) == on_board.memory && nodes::pages(kept) == nodes::pages_of(&on_board)
@@ -259,7 +261,7 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
         }
     }
     let said = |name: &str| e.find(name).is_some();
-    let (genid, pm, backing) = (said("genid"), said("pm"), said("memoryBacking"));
+    let (genid, pm, backing, room) = (said("genid"), said("pm"), said("memoryBacking"), said("maxMemory"));
     board::show_domain(
         &mut e,
         &Board {
@@ -267,6 +269,7 @@ pub fn document(shown: &Shown<'_>) -> Result<String, VirError> {
             sleeps: on_board.sleeps && !pm,
             hibernates: on_board.hibernates && !pm,
             memory: on_board.memory.filter(|_| !backing),
+            slots: on_board.slots.filter(|_| !room),
             numa_memory: if backing { vec![] } else { on_board.numa_memory.clone() },
             ..on_board.clone()
         },

@@ -134,6 +134,7 @@ const SAMPLES: &[(&str, &str, &str, &str)] = &[
         "<video><model type='virtio'><acceleration accel3d='yes'/></model></video>",
     ),
     ("devices", "audio", "<audio id='1' type='none'/>", "<audio id='1' type='alsa'/>"),
+    ("devices", "memory", "<memory model='dimm'/>", "<memory model='nvdimm'/>"),
     ("devices", "redirdev", "<redirdev bus='usb' type='spicevmc'/>", "<redirdev bus='usb' type='tcp'/>"),
     ("devices", "memballoon", "<memballoon model='none'/>", "<memballoon model='xen'/>"),
     (
