@@ -18,8 +18,10 @@ pub use parts::{Features, Iommu, IommuModel, Rng};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// Controllers of USB of a machine at most, and so of sound cards and screens: functions of one PCI device.
+/// Sound cards of a machine at most, and so screens and input devices: functions of one PCI device.
 pub const MOST: usize = 8;
+/// Controllers of USB at most: functions of two, of which machines of type `pc` have one.
+pub const MOST_USB: usize = 16;
 /// Devices of USB of a machine at most.
 const DEVICES: usize = 32;
 
@@ -609,7 +611,7 @@ impl Board {
             rngs: set(config, parts::RNG).map(parts::rngs).transpose()?.unwrap_or_default(),
             virtio: set(config, parts::VIRTIO).map(parts::virtio).transpose()?.unwrap_or_default(),
             memory: set(config, MEMORY).map(Memory::parse).transpose()?,
-            usb: list(config, USB, MOST, controller)?,
+            usb: list(config, USB, MOST_USB, controller)?,
             usb_devices: list(config, USB_DEVICES, DEVICES, usb_device)?,
             inputs: list(config, INPUT, MOST, |text| word(INPUT, text, POINTERS))?,
             sound: list(config, SOUND, MOST, |text| word(SOUND, text, SOUNDS))?,

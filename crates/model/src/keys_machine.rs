@@ -75,8 +75,8 @@ pub fn hardware(config: &Config) -> Result<HardwareChoice> {
         (Some(false), None) if i440fx => Firmware::Uefi,
         _ => Firmware::UefiSecure,
     };
-    // Flags follow the model, as QEMU writes them.
-    Ok(HardwareChoice { machine, cpu_model: word("hardware.cpu.model", b",+=")?, firmware })
+    // Flags follow the model, as QEMU writes them; a vendor may have a space in its name.
+    Ok(HardwareChoice { machine, cpu_model: word("hardware.cpu.model", b",+= ")?, firmware })
 }
 
 #[cfg(test)]
@@ -110,7 +110,7 @@ mod tests {
             (&[("hardware.machine", "pc"), ("security.secureboot", "true")], "security.secureboot"),
             (&[("hardware.machine", "virt")], "hardware.machine"),
             (&[("hardware.machine", "pc-q35-7.2,kernel=/x")], "hardware.machine"),
-            (&[("hardware.cpu.model", "max -S")], "hardware.cpu.model"),
+            (&[("hardware.cpu.model", "max;-S")], "hardware.cpu.model"),
         ] {
             assert_eq!(choice(pairs).unwrap_err().field.unwrap(), format!("config.{field}"), "{pairs:?}");
         }

@@ -194,7 +194,7 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
             AcceleratorKind::Tcg => board::tcg(&features),
         },
     );
-    let mut cpu = word("hardware.cpu_model", &m.spec.cpu_model, ",=+")?.to_owned();
+    let mut cpu = word("hardware.cpu_model", &m.spec.cpu_model, ",=+ ")?.to_owned();
     if m.spec.windows && m.accelerator == AcceleratorKind::Kvm {
         // Without them Windows waits in busy loops. TCG knows none of them.
         cpu.push_str(HYPER_V);

@@ -7,14 +7,16 @@ use crate::devices::{Layout, virtio};
 use karst_model::{
     Error, Result,
     board::{
-        Board, CellMemory, Features, HostNodes, Iommu, IommuModel, Memory, Pointer, Sound, Topology,
-        UsbController, UsbDevice, UsbKind, UsbModel, Video, WatchdogEnd, WatchdogModel, ranges,
+        Board, CellMemory, Features, HostNodes, Iommu, IommuModel, MOST, MOST_USB, Memory, Pointer, Sound,
+        Topology, UsbController, UsbDevice, UsbKind, UsbModel, Video, WatchdogEnd, WatchdogModel, ranges,
     },
 };
 use serde_json::{Value, json};
 
 /// Controllers of USB.
 const USB: &str = "00:18";
+/// More of them, where machines of type pc have SATA.
+const MORE_USB: &str = "00:1c";
 /// Sound cards.
 const SOUND: &str = "00:19";
 /// The watchdog, and input devices after it.
@@ -369,13 +371,18 @@ pub fn screens(board: &Board, layout: Layout) -> Result<Vec<Argument>> {
 pub fn devices(board: &Board, layout: Layout, spice: bool) -> Result<Vec<Argument>> {
     let mut arguments = vec![];
     let mut add = |device: String| arguments.push(("-device", device));
+    if layout.pc && board.usb.len() > MOST {
+        let text = format!("a machine of type pc has {MOST} at most; those of type q35 have {MOST_USB}");
+        return Err(Error::invalid("config.hardware.usb", text));
+    }
     let (mut bus, many) = (0, board.usb.len() > 1);
     for (n, one) in board.usb.iter().enumerate() {
         // Companions come after their master, and are of its bus.
         if n > 0 && !one.is_companion() {
             bus += 1;
         }
-        add(at(layout, usb_controller(n, bus, one), USB, n, many)?);
+        let (slot, many) = if n < MOST { (USB, many) } else { (MORE_USB, board.usb.len() > MOST + 1) };
+        add(at(layout, usb_controller(n, bus, one), slot, n % MOST, many)?);
     }
     let heard = !board.sound.is_empty() || board.usb_devices.iter().any(|d| d.kind == UsbKind::Audio);
     for (n, one) in board.usb_devices.iter().enumerate() {
@@ -657,6 +664,11 @@ mod tests {
             ("hardware.usb.devices", "hub@0:1,mouse@1:1,keyboard,tablet,audio@1:2"),
         ];
         all.push(("devices of USB".into(), board(&usb)));
+        let many = ["qemu-xhci"; 10].join(",");
+        let arguments = devices(&board(&[("hardware.usb", &many)]), Layout { pc: false, ports: 16 }, false);
+        accepted("pc-q35-7.2", &arguments.unwrap()).await.unwrap();
+        let too_many = devices(&board(&[("hardware.usb", &many)]), PC, false).unwrap_err();
+        assert_eq!(too_many.field.as_deref(), Some("config.hardware.usb"));
         let input =
             [("hardware.input", "mouse"), ("hardware.virtio", "input0=iommu+ats+packed+page-per-queue")];
         all.push(("an input device with options".into(), board(&input)));

@@ -395,7 +395,7 @@ impl Disk {
         // Files keep the host's page cache and honour the guest's flushes; a block device has its cache in the guest.
         let mode =
             self.cache.unwrap_or(if self.block_device { DiskCache::None } else { DiskCache::Writeback });
-        let direct = mode == DiskCache::None;
+        let direct = matches!(mode, DiskCache::None | DiskCache::Directsync);
         let cache = json!({"direct": direct, "no-flush": mode == DiskCache::Unsafe});
         nodes.push(json!({
             "driver": if self.block_device { "host_device" } else { "file" },
@@ -502,7 +502,13 @@ impl Disk {
             }
         }
         if !self.cdrom {
-            device["write-cache"] = "on".into();
+            // Without one the guest is told only what is on the disk.
+            let through = matches!(self.cache, Some(DiskCache::Writethrough | DiskCache::Directsync));
+            if through && matches!(bus, Bus::Nvme(_) | Bus::Floppy(_) | Bus::Usb(_)) {
+                let text = "a disk on nvme, usb or floppy has a cache of its own; use another io.cache";
+                return Err(Error::invalid(format!("{field}.io.cache"), text));
+            }
+            device["write-cache"] = if through { "off" } else { "on" }.into();
             device["werror"] = on_error(self.options.write_errors.unwrap_or(OnError::Enospace)).into();
             device["rerror"] = on_error(self.options.read_errors.unwrap_or(OnError::Report)).into();
         }
@@ -882,6 +888,13 @@ pub(crate) mod tests {
         assert_eq!(d.nodes().unwrap()[0]["aio"], "native");
         d.cache = Some(DiskCache::Unsafe);
         assert_eq!(d.nodes().unwrap()[0]["cache"], json!({"direct": false, "no-flush": true}));
+        for (mode, direct) in [(DiskCache::Writethrough, false), (DiskCache::Directsync, true)] {
+            d.cache = Some(mode);
+            assert_eq!(d.nodes().unwrap()[0]["cache"], json!({"direct": direct, "no-flush": false}));
+            assert_eq!(d.device(Q35).unwrap()["write-cache"], "off");
+            let nvme = Disk { slot: "nvme0".into(), pci: Some("01:00.0".into()), ..d.clone() };
+            assert_eq!(nvme.device(Q35).unwrap_err().field.unwrap(), "devices.data.io.cache");
+        }
         d.cdrom = true;
         d.readonly = true;
         assert_eq!(d.device(Q35).unwrap()["driver"], "scsi-cd");

@@ -207,13 +207,22 @@ pub enum DiskCache {
     None,
     /// The host's page cache, with the guest's flushes.
     Writeback,
+    /// The host's page cache, and what the guest was told is written is on the disk.
+    Writethrough,
+    /// The same by direct input and output.
+    Directsync,
     /// The host's page cache, flushes ignored: loses data when the host goes.
     Unsafe,
 }
 
 /// Names of the cache modes as users write them.
-pub const DISK_CACHES: &[(&str, DiskCache)] =
-    &[("none", DiskCache::None), ("writeback", DiskCache::Writeback), ("unsafe", DiskCache::Unsafe)];
+pub const DISK_CACHES: &[(&str, DiskCache)] = &[
+    ("none", DiskCache::None),
+    ("writeback", DiskCache::Writeback),
+    ("writethrough", DiskCache::Writethrough),
+    ("directsync", DiskCache::Directsync),
+    ("unsafe", DiskCache::Unsafe),
+];
 
 /// Limits of rates, live.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
@@ -297,9 +306,17 @@ impl DiskIo {
                 "a disk with a thread of its own is on io.bus=virtio-blk; those on virtio-scsi have hardware.scsi.iothread",
             ));
         }
+        let cache = keys.one_of("io.cache", DISK_CACHES)?;
+        if matches!(cache, Some(DiskCache::Writethrough | DiskCache::Directsync))
+            && matches!(bus, Some(DiskBus::Nvme | DiskBus::Floppy | DiskBus::Usb))
+        {
+            let text =
+                "a disk on nvme, floppy or usb has a cache of its own; none, writeback and unsafe are there";
+            return Err(Error::invalid(keys.field("io.cache"), text));
+        }
         Ok(Self {
             bus,
-            cache: keys.one_of("io.cache", DISK_CACHES)?,
+            cache,
             limits: DiskLimits { read: both.or(read), write: both.or(write) },
             rates,
             thread,

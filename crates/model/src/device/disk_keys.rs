@@ -26,7 +26,12 @@ pub const DISK_KEYS: &[(&str, bool, bool, &str)] = &[
         true,
         "Virtual machines: `virtio-scsi` (the default), `virtio-blk`, `nvme`, `sata`, `ide` (machines of type `pc`), `floppy`, `usb` (with `hardware.usb`); `9p` for directories.",
     ),
-    ("io.cache", true, true, "Virtual machines: `none` (the default), `writeback`, `unsafe`."),
+    (
+        "io.cache",
+        true,
+        true,
+        "Virtual machines: `none` (the default), `writeback`, `writethrough`, `directsync`, `unsafe`.",
+    ),
     (
         "io.options",
         true,

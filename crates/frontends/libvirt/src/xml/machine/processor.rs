@@ -21,6 +21,11 @@ fn word(s: &str) -> bool {
     !s.is_empty() && s.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
 }
 
+/// The name of a vendor may have spaces in it.
+fn vendor(s: &str) -> bool {
+    !s.is_empty() && s.split(' ').all(|part| part.is_empty() || word(part)) && s.trim() == s
+}
+
 /// QEMU's model for a `<cpu>` with its flags; `None`: what the host has.
 fn model(cpu: &Element) -> Result<Option<String>, VirError> {
     let mode = cpu.attribute("mode").unwrap_or("custom");
@@ -34,8 +39,8 @@ fn model(cpu: &Element) -> Result<Option<String>, VirError> {
     }
     let mut flags = String::new();
     if let Some(vendor) = cpu.find("model").and_then(|m| m.attribute("vendor_id")) {
-        if !word(vendor) || vendor.len() != 12 {
-            return Err(wrong("vendor_id must be exactly 12 characters, letters and digits"));
+        if !self::vendor(vendor) || vendor.len() != 12 {
+            return Err(wrong("vendor_id must be exactly 12 characters, letters, digits and spaces"));
         }
         flags += &format!(",{VENDOR}={vendor}");
     }
@@ -132,8 +137,11 @@ fn of_hyper_v(e: &Element) -> Result<String, VirError> {
         flags += &match name {
             "vendor_id" => {
                 let value = one.attribute("value").unwrap_or_default();
-                if !word(value) || value.len() > 12 {
-                    return Err(refuse("features hyperv vendor_id", "is a word of at most 12 characters"));
+                if !vendor(value) || value.len() > 12 {
+                    return Err(refuse(
+                        "features hyperv vendor_id",
+                        "has at most 12 characters, letters, digits and spaces",
+                    ));
                 }
                 format!(",hv-vendor-id={value}")
             }

@@ -9,7 +9,7 @@ use crate::{
     xml::{Element, domain::ranges, is_name, is_prefix, nwfilter},
 };
 use karst_model::{
-    board::{UsbController, UsbModel},
+    board::{MOST, UsbController, UsbModel},
     device::{DRIVE_FORMATS, DiskBus, DiskCache, DriveFormat, NIC_MODELS, NicModel, parse_mac},
     display::{DisplayGuard, DisplayPassword, DisplayProtocol},
     instance::Firmware,
@@ -170,6 +170,9 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
             }
             _ => all.opaque.devices.push(e.clone()),
         }
+    }
+    if !q35 && all.board.usb.len() > MOST {
+        return Err(refuse("controller", format!("a machine of type pc has {MOST} of usb at most")));
     }
     if !q35 && all.board.iommu.is_some() {
         return Err(refuse("iommu", "machines of type q35 have one"));
@@ -607,10 +610,16 @@ fn disk(e: &Element, order: &Order) -> Result<Option<Disk>, VirError> {
         Some("none") => Some(DiskCache::None),
         Some("writeback") => Some(DiskCache::Writeback),
         Some("unsafe") => Some(DiskCache::Unsafe),
+        Some(name @ ("writethrough" | "directsync")) => {
+            if matches!(bus, DiskBus::Nvme | DiskBus::Floppy | DiskBus::Usb) {
+                return Err(refuse("driver cache", format!("'{name}' is not there for a disk on this bus")));
+            }
+            Some(if name == "directsync" { DiskCache::Directsync } else { DiskCache::Writethrough })
+        }
         Some(other) => {
             return Err(refuse(
                 "driver cache",
-                format!("'{other}' is not there; none, writeback and unsafe are"),
+                format!("'{other}' is not there; none, writeback, writethrough, directsync and unsafe are"),
             ));
         }
     };
