@@ -36,7 +36,7 @@ pub fn hardware(config: &Config) -> Result<HardwareChoice> {
     let boolean = |key: &str| set(config, key).map(|v| parse_bool(&format!("config.{key}"), v)).transpose();
     let word = |key: &str, extra: &[u8]| -> Result<Option<String>> {
         let Some(v) = set(config, key) else { return Ok(None) };
-        let good = v.len() <= 200
+        let good = v.len() <= 500
             && v.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b) || extra.contains(&b));
         if good {
             Ok(Some(v.to_owned()))

@@ -2,6 +2,7 @@
 //! [`crate::board`]): each option has one form in text, which is written as it is read.
 
 use crate::{Error, Result, device::DiskBus};
+use ipnet::{Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 fn is_false(flag: &bool) -> bool {
@@ -360,6 +361,12 @@ pub struct NicOptions {
     /// It has no ROM to boot from.
     #[serde(skip_serializing_if = "is_false")]
     pub no_rom: bool,
+    /// The network that QEMU makes of it (nictype user); 10.0.2.0/24.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ipv4: Option<Ipv4Net>,
+    /// The same of IPv6; fec0::/64.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ipv6: Option<Ipv6Net>,
     /// What of [`OFFLOADS`] is not done (virtio): the bit of each by its place there.
     #[serde(skip_serializing_if = "nothing")]
     pub offloads_off: u16,
@@ -386,6 +393,16 @@ impl NicOptions {
                 ("rom", "off", _) => found.no_rom = true,
                 ("tx", "loop", _) => found.sender = Some(NicSender::Loop),
                 ("tx", "timer", _) => found.sender = Some(NicSender::Timer),
+                ("ipv4", text, _) => {
+                    let net = text.parse::<Ipv4Net>().ok().filter(|n| n.prefix_len() <= 28);
+                    let net = net.ok_or_else(|| wrong(field, word, "write a network such as 10.1.2.0/24"))?;
+                    found.ipv4 = Some(net.trunc());
+                }
+                ("ipv6", text, _) => {
+                    let net = text.parse::<Ipv6Net>().ok().filter(|n| n.prefix_len() <= 126);
+                    let net = net.ok_or_else(|| wrong(field, word, "write a network such as fd01::/64"))?;
+                    found.ipv6 = Some(net.trunc());
+                }
                 ("rx-queue-size", n, _) => {
                     let size: u16 = within(field, word, n, (256, 1024))?;
                     if !size.is_power_of_two() {
@@ -401,9 +418,13 @@ impl NicOptions {
                 }
             }
         }
-        match virtio || found == (Self { no_rom: found.no_rom, ..Self::default() }) {
+        let plain = Self { no_rom: found.no_rom, ipv4: found.ipv4, ipv6: found.ipv6, ..Self::default() };
+        match virtio || found == plain {
             true => Ok(found),
-            false => Err(Error::invalid(field, "of a NIC that is not of virtio rom=off is an option alone")),
+            false => Err(Error::invalid(
+                field,
+                "of a NIC that is not of virtio rom=off, ipv4= and ipv6= are options alone",
+            )),
         }
     }
 
@@ -425,6 +446,8 @@ impl NicOptions {
         ] {
             all.extend(on.then(|| word.to_owned()));
         }
+        all.extend(self.ipv4.map(|net| format!("ipv4={net}")));
+        all.extend(self.ipv6.map(|net| format!("ipv6={net}")));
         all.extend(self.receive_queue.map(|n| format!("rx-queue-size={n}")));
         all.extend(self.without().map(|(word, _)| format!("{word}=off")));
         (!all.is_empty()).then(|| all.join(","))
@@ -481,8 +504,8 @@ mod tests {
 
     #[test]
     fn nics_are_written_as_they_are_read() {
-        let all =
-            "packed,event-index=off,ioeventfd=off,rom=off,tx=timer,rx-queue-size=512,csum=off,guest-ufo=off";
+        let all = "packed,event-index=off,ioeventfd=off,rom=off,tx=timer,ipv4=10.1.2.0/24,ipv6=fd01::/64,\
+                   rx-queue-size=512,csum=off,guest-ufo=off";
         let found = NicOptions::parse("f", all, true).unwrap();
         assert_eq!(found.text().as_deref(), Some(all));
         assert_eq!(found.without().map(|(_, p)| p).collect::<Vec<_>>(), ["csum", "guest_ufo"]);
@@ -490,9 +513,15 @@ mod tests {
         assert_eq!(serde_json::from_str::<NicOptions>(&stored).unwrap(), found);
         assert_eq!(serde_json::to_string(&NicOptions::default()).unwrap(), "{}");
         assert!(NicOptions::parse("f", "rom=off", false).unwrap().no_rom);
-        for (text, virtio) in
-            [("", true), ("tx=never", true), ("rx-queue-size=300", true), ("csum=on", true), ("ats", false)]
-        {
+        for (text, virtio) in [
+            ("", true),
+            ("ipv4=10.1.2.3", true),
+            ("ipv6=::1/128", true),
+            ("tx=never", true),
+            ("rx-queue-size=300", true),
+            ("csum=on", true),
+            ("ats", false),
+        ] {
             assert_eq!(
                 NicOptions::parse("f", text, virtio).unwrap_err().field.as_deref(),
                 Some("f"),

@@ -133,7 +133,7 @@ pub fn cpu_count(limit: Option<&CpuLimit>) -> u32 {
 /// Only what QEMU's option parser cannot mistake: a comma would begin another property.
 fn word<'a>(field: &str, s: &'a str, extra: &str) -> Result<&'a str> {
     let ok = !s.is_empty()
-        && s.len() <= 256
+        && s.len() <= 512
         && s.bytes().all(|b| {
             b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-') || extra.as_bytes().contains(&b)
         });

@@ -504,8 +504,8 @@ impl Disk {
         if !self.cdrom {
             // Without one the guest is told only what is on the disk.
             let through = matches!(self.cache, Some(DiskCache::Writethrough | DiskCache::Directsync));
-            if through && matches!(bus, Bus::Nvme(_) | Bus::Floppy(_) | Bus::Usb(_)) {
-                let text = "a disk on nvme, usb or floppy has a cache of its own; use another io.cache";
+            if through && matches!(bus, Bus::Nvme(_) | Bus::Floppy(_)) {
+                let text = "a disk on nvme or floppy has a cache of its own; use another io.cache";
                 return Err(Error::invalid(format!("{field}.io.cache"), text));
             }
             device["write-cache"] = if through { "off" } else { "on" }.into();
@@ -561,8 +561,6 @@ impl Disk {
                 if self.serial {
                     device["serial"] = serial.chars().take(20).collect::<String>().into();
                 }
-                // The disk behind it is made by it, and has what QEMU gives it.
-                without(&mut device, &["write-cache", "werror", "rerror"]);
             }
             Bus::Ide(n) => {
                 device["driver"] = if self.cdrom { "ide-cd" } else { "ide-hd" }.into();
@@ -710,7 +708,15 @@ impl Nic {
     /// Its host side: a tap, by the number or the name of its descriptor, or QEMU itself.
     pub fn host(&self, fd: &str) -> Value {
         if self.user {
-            return json!({"type": "user", "id": Self::netdev(&self.slot)});
+            let mut host = json!({"type": "user", "id": Self::netdev(&self.slot)});
+            if let Some(net) = self.options.ipv4 {
+                host["net"] = net.to_string().into();
+            }
+            if let Some(net) = self.options.ipv6 {
+                host["ipv6-prefix"] = net.network().to_string().into();
+                host["ipv6-prefixlen"] = net.prefix_len().into();
+            }
+            return host;
         }
         json!({"type": "tap", "id": Self::netdev(&self.slot), "fd": fd, "vhost": false})
     }
@@ -911,7 +917,7 @@ pub(crate) mod tests {
         let bus = Some(karst_model::device::DiskBus::VirtioBlk);
         let options = DiskOptions::parse("f", text, bus).unwrap();
         let disk = Disk { options, pci: Some("00:09.0".into()), ..disk("virtio1") };
-        let text = "iommu,packed,event-index=off,ioeventfd=off,rom=off,tx=timer,rx-queue-size=512,csum=off,guest-ufo=off";
+        let text = "iommu,packed,event-index=off,ioeventfd=off,rom=off,tx=timer,ipv4=10.1.2.0/24,ipv6=fd01::/64,rx-queue-size=512,csum=off,guest-ufo=off";
         let nic = Nic {
             name: "eth0".into(),
             slot: "net0".into(),
@@ -955,6 +961,8 @@ pub(crate) mod tests {
         assert_eq!((&device["werror"], &device["rerror"]), (&json!("stop"), &json!("ignore")));
         (device["werror"], device["rerror"]) = (json!("enospc"), json!("report"));
         assert_eq!(device, plain);
+        let host = nic.host("");
+        assert_eq!((&host["net"], &host["ipv6-prefix"]), (&json!("10.1.2.0/24"), &json!("fd01::")));
         let said = nic.device(pc).unwrap();
         assert_eq!(
             (&said["tx"], &said["romfile"], &said["rx_queue_size"]),

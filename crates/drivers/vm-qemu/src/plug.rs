@@ -35,8 +35,9 @@ fn same_disk(a: &ResolvedDisk, b: &ResolvedDisk) -> bool {
         let mut d = d.clone();
         d.io.limits = Default::default();
         d.io.rates = None;
-        // It stays with its thread until the next start.
+        // It stays with its thread, and what it was made with, until the next start.
         d.io.thread = None;
+        d.io.options = Default::default();
         d.boot_priority = 0;
         d.name = String::new();
         d.mount_point = None;
@@ -68,6 +69,7 @@ fn same_nic(a: &ResolvedNic, b: &ResolvedNic) -> bool {
         guest_name: String::new(),
         disconnected: false,
         boot_priority: 0,
+        options: Default::default(),
         ..n.clone()
     };
     plain(a) == plain(b)
@@ -96,10 +98,13 @@ pub(crate) async fn apply(machine: &Inner, guest: &ResolvedGuest) -> Result<Vec<
     if applied.disks == wanted.disks && applied.nics == wanted.nics {
         return Ok(vec![]);
     }
-    // A thread that waits for the next start is no change.
+    // A thread, or options, that wait for the next start are no change.
     let plain = |disks: &[ResolvedDisk]| -> Vec<ResolvedDisk> {
         let mut disks = disks.to_vec();
-        disks.iter_mut().for_each(|d| d.io.thread = None);
+        for disk in &mut disks {
+            disk.io.thread = None;
+            disk.io.options = Default::default();
+        }
         disks
     };
     if plain(&applied.disks) != plain(&wanted.disks) {
@@ -291,14 +296,14 @@ impl Change<'_> {
             if old.boot_priority != disk.boot_priority {
                 pending.push(format!("devices.{}.boot.priority", disk.name));
             }
-            if old.io.thread != disk.io.thread {
+            if (old.io.thread, old.io.options) != (disk.io.thread, disk.io.options) {
                 pending.push(format!("devices.{}", disk.name));
             }
             self.note(|d| {
                 if let Some(d) = d.disks.iter_mut().find(|d| d.slot == disk.slot) {
-                    let thread = d.io.thread;
+                    let (thread, options) = (d.io.thread, d.io.options);
                     *d = disk.clone();
-                    d.io.thread = thread;
+                    (d.io.thread, d.io.options) = (thread, options);
                 }
             })?;
         }
@@ -316,9 +321,14 @@ impl Change<'_> {
             if old.boot_priority != nic.boot_priority {
                 pending.push(format!("devices.{}.boot.priority", nic.name));
             }
+            if old.options != nic.options {
+                pending.push(format!("devices.{}", nic.name));
+            }
             self.note(|d| {
                 if let Some(n) = d.nics.iter_mut().find(|n| n.slot == nic.slot) {
+                    let options = n.options;
                     *n = nic.clone();
+                    n.options = options;
                 }
             })?;
         }
@@ -496,6 +506,8 @@ mod tests {
         let a = disk();
         let mut b = ResolvedDisk { boot_priority: 3, ..disk() };
         b.io.thread = Some(1);
+        b.io.options.rotation = Some(7200);
+        b.io.rates = Some(karst_model::device::Rates::parse("f", "total-bytes=5").unwrap());
         b.io.limits.read = Some(karst_model::device::DiskRate::Operations { per_second: 5 });
         assert!(same_disk(&a, &b));
         assert!(same_disk(&a, &ResolvedDisk { shared: true, ..disk() }), "its guest has it in use");

@@ -308,10 +308,10 @@ impl DiskIo {
         }
         let cache = keys.one_of("io.cache", DISK_CACHES)?;
         if matches!(cache, Some(DiskCache::Writethrough | DiskCache::Directsync))
-            && matches!(bus, Some(DiskBus::Nvme | DiskBus::Floppy | DiskBus::Usb))
+            && matches!(bus, Some(DiskBus::Nvme | DiskBus::Floppy))
         {
             let text =
-                "a disk on nvme, floppy or usb has a cache of its own; none, writeback and unsafe are there";
+                "a disk on nvme or floppy has a cache of its own; none, writeback and unsafe are there";
             return Err(Error::invalid(keys.field("io.cache"), text));
         }
         Ok(Self {

@@ -148,6 +148,10 @@ impl NicDevice {
             Some(text) => NicOptions::parse(&keys.field("io.options"), text, model == NicModel::Virtio)?,
             None => NicOptions::default(),
         };
+        if (options.ipv4.is_some() || options.ipv6.is_some()) && kind != NicKind::User {
+            let text = "ipv4= and ipv6= are of nictype=user; others have the addresses of their network";
+            return Err(Error::invalid(keys.field("io.options"), text));
+        }
         Ok(Self {
             kind,
             name: name.map(str::to_owned),

@@ -576,7 +576,8 @@ const INTERFACE: &[Row] = &[
     ("acpi", Never, "interfaces have no number in the tables of ACPI"),
     ("vlan", Never, "tags are not set by XML"),
     ("virtualport", Never, "bridges are Linux bridges"),
-    ("ip", Never, "addresses are given by the network"),
+    // What is in it is looked at by `options`.
+    ("ip", Kept, ""),
     ("route", Never, "routes are given by the network"),
     ("teaming", Never, "is not there"),
     ("script", Never, "programs of the host are not started"),

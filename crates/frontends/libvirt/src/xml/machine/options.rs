@@ -139,6 +139,17 @@ pub fn of_nic(e: &Element, virtio: bool) -> Result<NicOptions, VirError> {
             all.push(format!("{prefix}{}=off", name.replace('_', "-")));
         }
     }
+    for ip in e.all("ip") {
+        let address = ip.attribute("address").unwrap_or_default();
+        let (word, usual) =
+            if ip.attribute("family") == Some("ipv6") { ("ipv6", "64") } else { ("ipv4", "24") };
+        let network = format!("{word}={address}/{}", ip.attribute("prefix").unwrap_or(usual));
+        if e.attribute("type") != Some("user") {
+            return Err(refuse("interface ip", "addresses are given by the network"));
+        }
+        NicOptions::parse("", &network, virtio).map_err(|e| refuse("interface ip", e.message))?;
+        all.push(network);
+    }
     let rom = e.find("rom");
     let mut found = match all.is_empty() {
         true => NicOptions::default(),
@@ -246,7 +257,14 @@ pub fn nic_now(kept: Option<&Element>, now: &NicOptions, virtio: bool) -> Elemen
     put(&mut driver, host);
     put(&mut driver, guest);
     put(&mut e, driver);
-    taken(&mut e, "rom");
+    for name in ["rom", "ip"] {
+        taken(&mut e, name);
+    }
+    let ip = |family: &'static str, address: String, prefix: u8| {
+        Element::new("ip").with("family", family).with("address", address).with("prefix", prefix)
+    };
+    e.push_some(now.ipv4.map(|net| ip("ipv4", net.network().to_string(), net.prefix_len())));
+    e.push_some(now.ipv6.map(|net| ip("ipv6", net.network().to_string(), net.prefix_len())));
     e.push_some(now.no_rom.then(|| Element::new("rom").with("enabled", "no")));
     e
 }
@@ -318,6 +336,11 @@ mod tests {
                 Some("packed,event-index=off,rom=off,tx=loop"),
             ),
             (
+                "<interface type='user'><ip family='ipv4' address='10.1.2.0' prefix='24'/>\
+                 <ip family='ipv6' address='fd01::' prefix='64'/></interface>",
+                Some("ipv4=10.1.2.0/24,ipv6=fd01::/64"),
+            ),
+            (
                 "<interface><driver txmode='timer' rx_queue_size='512'><host csum='off' mrg_rxbuf='off' gso='on'/>\
                  <guest ufo='off'/></driver></interface>",
                 Some("tx=timer,rx-queue-size=512,csum=off,mrg-rxbuf=off,guest-ufo=off"),
@@ -327,7 +350,8 @@ mod tests {
             let found = of_nic(&given, true).unwrap();
             assert_eq!(found.text().as_deref(), words, "{text}");
             assert_eq!(nic_now(Some(&given), &found, true), given, "{text}");
-            let shown = nic_now(None, &found, true);
+            let mut shown = nic_now(None, &found, true);
+            shown.set("type", "user");
             assert_eq!(of_nic(&shown, true).unwrap(), found, "{text}");
             let shown = nic_now(Some(&given), &NicOptions::default(), true);
             assert_eq!(of_nic(&shown, true).unwrap(), NicOptions::default(), "{text}");

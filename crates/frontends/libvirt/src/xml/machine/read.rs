@@ -611,7 +611,7 @@ fn disk(e: &Element, order: &Order) -> Result<Option<Disk>, VirError> {
         Some("writeback") => Some(DiskCache::Writeback),
         Some("unsafe") => Some(DiskCache::Unsafe),
         Some(name @ ("writethrough" | "directsync")) => {
-            if matches!(bus, DiskBus::Nvme | DiskBus::Floppy | DiskBus::Usb) {
+            if matches!(bus, DiskBus::Nvme | DiskBus::Floppy) {
                 return Err(refuse("driver cache", format!("'{name}' is not there for a disk on this bus")));
             }
             Some(if name == "directsync" { DiskCache::Directsync } else { DiskCache::Writethrough })

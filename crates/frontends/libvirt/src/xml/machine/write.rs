@@ -144,6 +144,7 @@ const DISK: &[&str] = &[
 const INTERFACE: &[&str] = &[
     "mac",
     "source",
+    "ip",
     "bandwidth",
     "target",
     "port",
@@ -723,6 +724,7 @@ fn interface(
     let typed = [
         "mac",
         "source",
+        "ip",
         "target",
         "bandwidth",
         "port",
@@ -735,6 +737,8 @@ fn interface(
         "address",
     ];
     let kept = options::nic_now(kept, &nic.options, nic.model == NicModel::Virtio);
+    // There may be one of each family.
+    e.elements_mut().extend(kept.all("ip").cloned());
     merge(&mut e, &kept, &typed, INTERFACE);
     e
 }
