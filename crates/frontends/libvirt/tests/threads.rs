@@ -367,3 +367,59 @@ async fn shares_memory_disks_and_nodes_of_a_machine_are_set() {
     assert!(absent.1.contains("node 1"), "{absent:?}");
     assert_eq!(config(&server)["limits.memory.nodes"], "0", "refused by the host, and taken back");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rates_of_a_disk_have_bursts_and_are_of_both_ways() {
+    let (server, mut client) = ready().await;
+    define(&mut client, &domain("v1", &[])).await.unwrap();
+    let set = async |client: &mut Client, all: &[(&str, u64)]| {
+        call(client, "DOMAIN_SET_BLOCK_IO_TUNE", |w| {
+            w.string("vda").u32(all.len() as u32);
+            for (field, value) in all {
+                w.typed(field, &Typed::Ullong(*value));
+            }
+            w.u32(CONFIG)
+        })
+        .await
+    };
+    let get = async |client: &mut Client, field: &str| {
+        let payload =
+            call(client, "DOMAIN_GET_BLOCK_IO_TUNE", |w| w.u32(1).string("vda").i32(32).u32(CONFIG)).await;
+        value(&payload.unwrap(), field)
+    };
+    let key = |name: &str| {
+        let admin = Context::new(Principal::system());
+        let view = server.engine.instance(&admin, "default", "v1").unwrap();
+        view.instance.devices["vda"].get(name).cloned()
+    };
+    // What two rates can say is said by them.
+    set(&mut client, &[("read_bytes_sec", 5000), ("write_iops_sec", 70)]).await.unwrap();
+    assert_eq!(
+        (key("limits.read").as_deref(), key("limits.write").as_deref()),
+        (Some("5000"), Some("70iops"))
+    );
+    let all = [("total_bytes_sec", 5000), ("total_bytes_sec_max", 9000), ("total_bytes_sec_max_length", 3)];
+    set(&mut client, &all).await.unwrap();
+    assert_eq!(key("limits.rates").as_deref(), Some("total-bytes=5000/9000/3,write-operations=70"));
+    assert_eq!((key("limits.read"), key("limits.write")), (None, None));
+    assert_eq!(get(&mut client, "total_bytes_sec_max").await, Typed::Ullong(9000));
+    assert_eq!(get(&mut client, "write_iops_sec").await, Typed::Ullong(70));
+    assert_eq!(get(&mut client, "read_bytes_sec").await, Typed::Ullong(0), "they are said together");
+    let shown = dump(&mut client, "v1", 2).await;
+    assert!(shown.contains("<total_bytes_sec_max_length>3</total_bytes_sec_max_length>"), "{shown}");
+    for (bad, word) in [
+        (&[("total_bytes_sec", 5), ("read_bytes_sec", 5)][..], "together"),
+        (&[("read_iops_sec_max", 5)], "burst"),
+        (&[("write_iops_sec", 5), ("write_iops_sec_max", 4)], "burst"),
+        (&[("speed", 5)], "speed"),
+    ] {
+        is(set(&mut client, bad).await, Code::ConfigUnsupported, word);
+    }
+    assert_eq!(
+        key("limits.rates").as_deref(),
+        Some("total-bytes=5000/9000/3,write-operations=70"),
+        "as before"
+    );
+    set(&mut client, &[("total_bytes_sec", 0), ("total_iops_sec", 0)]).await.unwrap();
+    assert_eq!((key("limits.rates"), key("limits.read"), key("limits.write")), (None, None, None));
+}

@@ -15,10 +15,7 @@ use crate::{
     },
 };
 use karst_engine::{InstanceView, compute::update::UpdateInstance};
-use karst_model::{
-    device::{Rate, Rates},
-    instance::DeviceIdentity,
-};
+use karst_model::{device::Rates, instance::DeviceIdentity};
 use std::collections::BTreeSet;
 
 /// `VIR_DOMAIN_AFFECT_*`
@@ -564,7 +561,7 @@ pub async fn block_tuning(call: Call) -> Answered {
     parameters(all, wanted)
 }
 
-/// `DOMAIN_SET_BLOCK_IO_TUNE`: what is not said stays, but that what is of both ways takes the place of what is of each.
+/// `DOMAIN_SET_BLOCK_IO_TUNE`
 pub async fn set_block_tuning(call: Call) -> Answered {
     let (named, disk, all, flags) =
         call.arguments(|r| Ok((Named::read_domain(r)?, r.string()?, r.array(32, typed)?, r.u32()?)))?;
@@ -572,6 +569,16 @@ pub async fn set_block_tuning(call: Call) -> Answered {
     let view = call.guest(&named)?;
     let device = disk_of(&view, &disk)?;
     let mut rates = rates_of(&view, &device)?;
+    // As with libvirt: who says one of bytes, or of operations, or of their bursts, says all of them.
+    for names in [iotune::AVERAGES, iotune::BURSTS, iotune::LENGTHS] {
+        for part in [&names[..3], &names[3..]] {
+            if all.iter().any(|(field, _)| part.contains(&field.as_str())) {
+                part.iter()
+                    .filter_map(|name| iotune::number(&mut rates, name).map(|n| *n = 0))
+                    .for_each(drop);
+            }
+        }
+    }
     for (field, value) in &all {
         if field == "group_name" {
             return Err(refuse("group_name", "each disk has rates of its own"));
@@ -582,21 +589,17 @@ pub async fn set_block_tuning(call: Call) -> Answered {
             None => return Err(refuse(field, "is no rate of a disk")),
         }
     }
-    let said = |kind: &str, total: bool| {
-        let is = |field: &String| field.contains(kind) && field.starts_with("total_") == total;
-        all.iter().any(|(field, value)| is(field) && number(value).is_some_and(|n| n > 0))
-    };
-    for (first, kind) in [(0, "_bytes_"), (3, "_iops_sec")] {
-        match (said(kind, true), said(kind, false)) {
-            (true, false) => rates.all[first + 1..first + 3].fill(Rate::default()),
-            (false, true) => rates.all[first] = Rate::default(),
-            _ => {}
+    // What was there of a burst goes with its rate; what is said of one without a rate is refused below.
+    let said = |name: &str| all.iter().any(|(field, _)| field == name);
+    for (n, rate) in rates.all.iter_mut().enumerate() {
+        if rate.average == 0 && !said(iotune::BURSTS[n]) {
+            rate.burst = 0;
         }
-        // Without a rate there is nothing that a burst is of.
-        rates.all[first..first + 3].iter_mut().filter(|r| r.average == 0).for_each(|r| *r = Rate::default());
-        rates.all[first..first + 3].iter_mut().filter(|r| r.burst == 0).for_each(|r| r.seconds = 0);
+        if rate.burst == 0 && (rate.seconds == 1 || !said(iotune::LENGTHS[n])) {
+            rate.seconds = 0;
+        }
     }
-    if rates.all[3..].iter().all(|r| r.average == 0) {
+    if rates.all[3..].iter().all(|r| r.average == 0) && !said(iotune::SIZE) {
         rates.operation_size = 0;
     }
     rates.demand_sense("iotune").map_err(|e| refuse("iotune", e.message))?;
