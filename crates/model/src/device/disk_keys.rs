@@ -36,7 +36,7 @@ pub const DISK_KEYS: &[(&str, bool, bool, &str)] = &[
         "io.options",
         true,
         true,
-        "Virtual machines: what of it is not as usual, a list of `iommu`, `ats`, `packed`, `page-per-queue`, `event-index=off`, `ioeventfd=off`, `queues=`, `queue-size=` (all of `virtio-blk`), `write-errors=` and `read-errors=` (`stop`, `report`, `ignore`), `rotation=`, `geometry=16383/16/63`, `blocks=512/4096`.",
+        "Virtual machines: what of it is not as usual, a list of `iommu`, `ats`, `packed`, `page-per-queue`, `event-index=off`, `ioeventfd=off`, `queues=`, `queue-size=` (all of `virtio-blk`), `write-errors=` and `read-errors=` (`stop`, `report`, `ignore`), `rotation=`, `removable` (`usb`), `geometry=16383/16/63`, `blocks=512/4096`.",
     ),
     (
         "io.thread",
