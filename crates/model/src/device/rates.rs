@@ -77,7 +77,7 @@ impl Rates {
             }
         }
         for ((name, _), rate) in RATE_WORDS.iter().zip(&self.all) {
-            if rate.burst > 0 && rate.burst < rate.average.max(1) || rate.burst > 0 && rate.average == 0 {
+            if rate.burst > 0 && (rate.average == 0 || rate.burst < rate.average) {
                 return no(format!("{name}: a burst is of a rate, and not below it"));
             }
             if rate.seconds > 1 && rate.burst == 0 {

@@ -385,7 +385,8 @@ pub fn devices(all: &[Element]) -> Result<Board, VirError> {
             }
             "tpm" if model == Some("tpm-tis") => board.features.get_or_insert_default().tpm_tis = true,
             "iommu" => {
-                if board.iommu.replace(parts::iommu(e)?).is_some() {
+                let iommu = parts::iommu(e)?;
+                if board.iommu.replace(iommu).is_some() {
                     return Err(refuse("iommu", "a machine has one"));
                 }
             }
