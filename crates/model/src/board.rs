@@ -672,6 +672,9 @@ impl Board {
         if self.sound.iter().filter(|s| **s == Sound::Pcspk).count() > 1 {
             return Err(wrong(SOUND, "a machine has one speaker (pcspk)"));
         }
+        if self.clock_start.is_some() && self.clock_zone.is_some() {
+            return Err(wrong(CLOCK_ZONE, "hardware.clock.start says what the clock shows; unset one"));
+        }
         nodes::demand_room(&self.modules, self.slots, &self.numa)?;
         let cells = self.numa.len() as u32;
         let named = [
@@ -787,7 +790,6 @@ mod tests {
             (MENU_TIMEOUT, "3000"),
             (DEFLATE, "true"),
             (CLOCK_START, "253402300799"),
-            (CLOCK_ZONE, "Europe/Paris"),
             (TOPOLOGY, "sockets=2,dies=1,cores=4,threads=2"),
             (
                 parts::FEATURES,
@@ -816,12 +818,14 @@ mod tests {
         ];
         let board = of(&all).unwrap();
         let keys = board.keys();
-        let again: Vec<(&str, &str)> = keys.iter().map(|(k, v)| (*k, v.as_deref().unwrap())).collect();
+        let again: Vec<(&str, &str)> = keys.iter().filter_map(|(k, v)| Some((*k, v.as_deref()?))).collect();
         assert_eq!(again, all);
         assert_eq!(board.differences(&board), [] as [&str; 0]);
         let other = Board { watchdog: None, video: vec![], ..board.clone() };
         assert_eq!(board.differences(&other), [VIDEO, WATCHDOG]);
         assert_eq!(serde_json::from_str::<Board>(&serde_json::to_string(&board).unwrap()).unwrap(), board);
+        let zone = of(&[(CLOCK_ZONE, "Europe/Paris")]).unwrap();
+        assert!(zone.keys().contains(&(CLOCK_ZONE, Some("Europe/Paris".into()))));
         assert_eq!(of(&[(WATCHDOG, "ib700")]).unwrap().watchdog.unwrap().end, WatchdogEnd::Reset);
     }
 
@@ -855,15 +859,18 @@ mod tests {
             (&[(CLOCK_START, "noon")], CLOCK_START),
             (&[(CLOCK_ZONE, "/etc/passwd")], CLOCK_ZONE),
             (&[(CLOCK_ZONE, "Europe/../..")], CLOCK_ZONE),
+            (&[(CLOCK_ZONE, "Europe/Paris"), (CLOCK_START, "60")], CLOCK_ZONE),
             (&[(parts::FEATURES, "fast")], parts::FEATURES),
             (&[(parts::FEATURES, "vmcoreinfo=yes")], parts::FEATURES),
             (&[(parts::FEATURES, "dirty-ring=5000")], parts::FEATURES),
             (&[(parts::FEATURES, "tseg=0")], parts::FEATURES),
+            (&[(parts::FEATURES, "tseg=4096")], parts::FEATURES),
             (&[(parts::IOMMU, "amd")], parts::IOMMU),
             (&[(parts::IOMMU, "virtio,caching")], parts::IOMMU),
             (&[(parts::IOMMU, "intel,intremap=on")], parts::IOMMU),
             (&[(parts::IOMMU, "intel,intremap=off,eim=on")], parts::IOMMU),
             (&[(parts::RNG, "rate=0/1000")], parts::RNG),
+            (&[(parts::RNG, "rate=9223372036854775808/1000")], parts::RNG),
             (&[(parts::RNG, "plain+iommu")], parts::RNG),
             (&[(parts::VIRTIO, "disk=iommu")], parts::VIRTIO),
             (&[(parts::VIRTIO, "scsi=fast")], parts::VIRTIO),
@@ -891,6 +898,7 @@ mod tests {
             (&[(NUMA, "0:64MiB"), (nodes::CELLS, "0=hugepages=3MiB")], nodes::CELLS),
             (&[(NUMA, "0:64MiB"), (nodes::DISTANCES, "0-1=21")], nodes::DISTANCES),
             (&[(NUMA, "0:64MiB"), (nodes::DISTANCES, "0-0=9")], nodes::DISTANCES),
+            (&[(NUMA, "0:64MiB"), (nodes::DISTANCES, "0-0=11")], nodes::DISTANCES),
         ] {
             assert_eq!(of(pairs).unwrap_err().field, Some(format!("config.{key}")), "{pairs:?}");
         }

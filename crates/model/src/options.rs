@@ -220,7 +220,7 @@ impl DiskOptions {
                 ("removable", "") => found.removable = true,
                 ("queues", n) => found.queues = Some(within(field, word, n, (1, 1024))?),
                 ("queue-size", n) => {
-                    let size: u16 = within(field, word, n, (2, 1024))?;
+                    let size: u16 = within(field, word, n, (4, 1024))?;
                     if !size.is_power_of_two() {
                         return Err(wrong(field, word, "it is a power of two"));
                     }
@@ -283,11 +283,18 @@ impl DiskOptions {
         if self.geometry.is_some_and(|g| g.translation.is_some()) && bus != DiskBus::Ide {
             return no("how the firmware counts is said of a disk on ide");
         }
+        let old = matches!(bus, DiskBus::Sata | DiskBus::Ide);
+        if old && (self.geometry.is_some_and(|g| g.heads > 16) || self.blocks.is_some_and(|(l, _)| l != 512))
+        {
+            return no("a disk on sata or ide has 16 heads at most, and sectors of 512 bytes");
+        }
         if (self.write_errors.is_some() || self.read_errors.is_some()) && !(turns || virtio) {
             return no("what becomes of errors is said of a disk on virtio-scsi, virtio-blk, sata or ide");
         }
-        match self.blocks.is_some() && matches!(bus, DiskBus::Floppy | DiskBus::Virtiofs | DiskBus::Plan9) {
-            true => no("a floppy disk, or a directory, has no blocks of its own"),
+        // QEMU's disk on USB does not hand them on to the one within it.
+        let none = matches!(bus, DiskBus::Usb | DiskBus::Floppy | DiskBus::Virtiofs | DiskBus::Plan9);
+        match self.blocks.is_some() && none {
+            true => no("a disk on usb, a floppy disk, or a directory, has no blocks of its own"),
             false => Ok(()),
         }
     }
@@ -394,7 +401,7 @@ impl NicOptions {
                 ("tx", "loop", _) => found.sender = Some(NicSender::Loop),
                 ("tx", "timer", _) => found.sender = Some(NicSender::Timer),
                 ("ipv4", text, _) => {
-                    let net = text.parse::<Ipv4Net>().ok().filter(|n| n.prefix_len() <= 28);
+                    let net = text.parse::<Ipv4Net>().ok().filter(|n| (4..=28).contains(&n.prefix_len()));
                     let net = net.ok_or_else(|| wrong(field, word, "write a network such as 10.1.2.0/24"))?;
                     found.ipv4 = Some(net.trunc());
                 }
@@ -482,6 +489,10 @@ mod tests {
             ("event-index=on", BLK),
             ("queues=0", BLK),
             ("queue-size=100", BLK),
+            ("queue-size=2", BLK),
+            ("geometry=100/17/63", Some(DiskBus::Ide)),
+            ("blocks=4096", Some(DiskBus::Sata)),
+            ("blocks=512/4096", Some(DiskBus::Usb)),
             ("read-errors=enospace", BLK),
             ("write-errors=panic", BLK),
             ("rotation=7200", BLK),
@@ -516,6 +527,7 @@ mod tests {
         for (text, virtio) in [
             ("", true),
             ("ipv4=10.1.2.3", true),
+            ("ipv4=8.0.0.0/3", true),
             ("ipv6=::1/128", true),
             ("tx=never", true),
             ("rx-queue-size=300", true),

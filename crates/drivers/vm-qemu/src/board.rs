@@ -232,13 +232,22 @@ pub fn memory(board: &Board, memory: u64) -> Result<Vec<Argument>> {
 /// `-m`'s value for so much memory, and how much of it is in no module.
 ///
 /// # Errors
-/// Invalid when modules are all of it, or more.
+/// Invalid when modules are all of it, or more, and when all that there is room for is less.
 pub fn size(board: &Board, memory: u64) -> Result<(String, u64)> {
     let modules = board.modules.iter().fold(0u64, |all, m| all.saturating_add(m.size.bytes()));
     let Some(base) = memory.checked_sub(modules).filter(|base| *base > 0) else {
         let text = format!("they have {} MiB, of {} MiB (limits.memory)", modules >> 20, memory >> 20);
         return Err(Error::invalid("config.hardware.memory.modules", text));
     };
+    // Slots that nothing could be in are refused by QEMU too.
+    if let Some(room) = board.slots.filter(|r| r.most.bytes() < memory || r.most.bytes() <= base) {
+        let text = format!(
+            "all memory at most is {} MiB, which is no room beside limits.memory ({} MiB)",
+            room.most.bytes() >> 20,
+            memory >> 20
+        );
+        return Err(Error::invalid("config.hardware.memory.slots", text));
+    }
     let room = board.slots.map(|room| format!(",slots={},maxmem={}M", room.slots, room.most.bytes() >> 20));
     Ok((format!("size={}M{}", base >> 20, room.unwrap_or_default()), base))
 }
@@ -246,6 +255,9 @@ pub fn size(board: &Board, memory: u64) -> Result<(String, u64)> {
 /// Its modules of memory.
 pub fn modules(board: &Board) -> Vec<Argument> {
     let mut arguments = vec![];
+    // QEMU would put one without a slot where another is said to be.
+    let said: Vec<u32> = board.modules.iter().filter_map(|m| m.slot).collect();
+    let mut free = (0u32..).filter(|n| !said.contains(n));
     for (n, module) in board.modules.iter().enumerate() {
         let id = format!("module{n}");
         let memory = of_cell(board.memory.as_ref(), Some(&module.memory)).filter(|m| *m != Memory::default());
@@ -256,7 +268,8 @@ pub fn modules(board: &Board) -> Vec<Argument> {
         arguments.push(("-object", object.to_string()));
         let mut device =
             json!({"driver": "pc-dimm", "id": format!("dimm{n}"), "memdev": id, "node": module.node});
-        if let Some(slot) = module.slot {
+        let slot = module.slot.or_else(|| if said.is_empty() { None } else { free.next() });
+        if let Some(slot) = slot {
             device["slot"] = slot.into();
         }
         arguments.push(("-device", device.to_string()));
@@ -599,11 +612,15 @@ mod tests {
         -object {"qom-type":"memory-backend-ram","id":"module0","size":268435456,"host-nodes":[1],"policy":"bind"}
         -device {"driver":"pc-dimm","id":"dimm0","memdev":"module0","node":0,"slot":2}
         -object {"qom-type":"memory-backend-ram","id":"module1","size":268435456}
-        -device {"driver":"pc-dimm","id":"dimm1","memdev":"module1","node":0}
+        -device {"driver":"pc-dimm","id":"dimm1","memdev":"module1","node":0,"slot":0}
         "#);
         assert_eq!(size(&Board::default(), 1 << 30).unwrap(), ("size=1024M".to_owned(), 1 << 30));
         let none = size(&some, 512 << 20).unwrap_err();
         assert_eq!(none.field.as_deref(), Some("config.hardware.memory.modules"));
+        let full = size(&some, 4 << 30).unwrap().0;
+        assert_eq!(full, "size=3584M,slots=16,maxmem=4096M");
+        let beyond = size(&some, 5 << 30).unwrap_err();
+        assert_eq!(beyond.field.as_deref(), Some("config.hardware.memory.slots"));
     }
 
     #[test]

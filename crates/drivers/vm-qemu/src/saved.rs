@@ -5,8 +5,8 @@
 //! memory never meets newer disks.
 
 use crate::{launch, machine::Inner, qmp::Qmp, record::Record};
-use karst_guest::MemoryShape;
-use karst_model::{Error, ErrorKind, Result, spec::MachineSpec};
+use karst_guest::{MemoryShape, ResolvedDisk};
+use karst_model::{Error, ErrorKind, Result, board::Board, device::DiskCache, spec::MachineSpec};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::{
@@ -72,6 +72,12 @@ impl Shape {
             .chain(nics_options)
             .filter_map(|(slot, text)| Some((slot.clone(), text?)))
             .collect();
+        // The guest is told that such a disk has no cache.
+        let through = |d: &&ResolvedDisk| {
+            !d.cdrom && matches!(d.io.cache, Some(DiskCache::Writethrough | DiskCache::Directsync))
+        };
+        let through = devices.iter().flat_map(|d| &d.disks).filter(through);
+        options.extend(through.map(|d| (d.slot.clone(), "write-cache=off".to_owned())));
         options.sort();
         Self {
             hardware: record.hardware.clone().map(|h| MachineSpec {
@@ -81,6 +87,7 @@ impl Shape {
                 ends_on_reboot: false,
                 // The time goes on as it was saved.
                 local_time: false,
+                board: Board { clock_start: None, clock_zone: None, ..h.board.clone() },
                 // Who serves the disks is not the guest's to see.
                 iothreads: vec![],
                 scsi_iothread: None,
@@ -113,7 +120,9 @@ impl Shape {
             () if self.cpus != other.cpus => "limits.cpu",
             () if self.disks != other.disks => "its disks",
             () if self.nics != other.nics => "its NICs",
-            () if self.options != other.options => "io.options of its disks or NICs",
+            () if self.options != other.options => {
+                "io.options or io.cache of its disks, or io.options of its NICs"
+            }
             () if self.accelerator != other.accelerator => "whether KVM is usable",
             () if self.wanted_spice() != other.wanted_spice() => "hardware.spice",
             () if self.spice != other.spice => {
@@ -429,6 +438,8 @@ mod tests {
         let MemoryShape { uuid, words, .. } = shape(&machine).unwrap();
         assert_eq!(uuid, uuid::Uuid::from_u128(7));
         demand_words_fit(&words, None, &mut record).unwrap();
+        record.hardware.as_mut().unwrap().board.clock_start = Some(60);
+        demand_words_fit(&words, None, &mut record).expect("the time goes on as it was saved");
         record.memory += 1;
         let e = demand_words_fit(&words, None, &mut record).unwrap_err();
         assert!(e.is(ErrorKind::Conflict) && e.message.contains("limits.memory"), "{e}");

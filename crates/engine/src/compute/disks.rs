@@ -277,6 +277,9 @@ pub(crate) fn check_directory(device: &str, disk: &DiskDevice, stateful: bool) -
         let text = "a shared directory has no cache mode; the guest chooses one when it mounts it";
         return Err(Error::invalid(field("io.cache"), text));
     }
+    if disk.io.options != Default::default() {
+        return Err(Error::invalid(field("io.options"), "a shared directory has no options of a drive"));
+    }
     if disk.boot_priority.is_some() {
         return Err(Error::invalid(field("boot.priority"), "no machine boots from a shared directory"));
     }
@@ -369,6 +372,7 @@ mod tests {
             (&[path, ("io.bus", "nvme")], false, "devices.d.io.bus"),
             (&[("io.bus", "9p")], false, "devices.d.io.bus"),
             (&[path, ("io.cache", "none")], false, "devices.d.io.cache"),
+            (&[path, ("io.options", "rotation=1")], false, "devices.d.io.options"),
             (&[path, ("boot.priority", "1")], false, "devices.d.boot.priority"),
             (&[path, ("propagation", "rslave")], false, "devices.d.propagation"),
             (&[("path", "/proc")], false, "devices.d.path"),

@@ -506,10 +506,19 @@ fn demand_bus(device: &str, bus: Option<DiskBus>, pc: bool) -> Result<()> {
     }
 }
 
-/// The threads that disks name are there; those of containers are the host's own.
+/// The threads that disks name are there; those of containers are the host's own, as their drives are, which have nothing of
+/// QEMU.
 fn demand_threads(kind: InstanceKind, parsed: &ParsedDevices, there: &[IoThread]) -> Result<()> {
     let root = std::iter::once((&parsed.root.0, parsed.root.1.io));
     for (name, io) in root.chain(parsed.disks.iter().map(|(name, disk)| (name, disk.io))) {
+        if kind == InstanceKind::Container && io.rates.is_some() {
+            let text = "rates are of disks of virtual machines; a container has limits.read and limits.write";
+            return Err(Error::unsupported(text).at(format!("devices.{name}.limits.rates")));
+        }
+        if kind == InstanceKind::Container && io.options != Default::default() {
+            let text = "options are of disks of virtual machines";
+            return Err(Error::unsupported(text).at(format!("devices.{name}.io.options")));
+        }
         let Some(id) = io.thread else { continue };
         let field = format!("devices.{name}.io.thread");
         if kind == InstanceKind::Container {
@@ -646,6 +655,17 @@ mod tests {
         let moved = assign(&shared, &with(Some(("path", "/srv"))));
         assert_eq!(moved["data"], shared["data"], "it is the same at another place inside");
         assert_eq!(assign(&moved, &with(None))["data"].slot, "scsi1");
+    }
+
+    #[test]
+    fn what_qemu_does_for_a_disk_is_not_said_of_a_containers() {
+        for (key, value) in [("limits.rates", "read-bytes=5"), ("io.options", "rotation=1")] {
+            let drive = [("type", "disk"), ("pool", "p"), ("source", "v"), (key, value)];
+            let parsed = parse_devices(&devices(&[ROOT, NIC, ("data", &drive)])).unwrap();
+            demand_threads(InstanceKind::VirtualMachine, &parsed, &[]).unwrap();
+            let e = demand_threads(InstanceKind::Container, &parsed, &[]).unwrap_err();
+            assert_eq!(e.field, Some(format!("devices.data.{key}")));
+        }
     }
 
     #[test]

@@ -131,6 +131,10 @@ pub(super) fn link(
             "a container has no QEMU that would reach a network for it; use bridged, macvlan, p2p or routed";
         return Err(Error::unsupported(text).at(format!("devices.{name}.nictype")));
     }
+    if kind == InstanceKind::Container && nic.options != Default::default() {
+        let text = "options are of NICs of virtual machines";
+        return Err(Error::unsupported(text).at(format!("devices.{name}.io.options")));
+    }
     let wrong = match (&link, kind) {
         (NicLink::Network(_) | NicLink::Bridge(_) | NicLink::Macvlan(_) | NicLink::User {}, _) => None,
         (_, InstanceKind::Container) => None,

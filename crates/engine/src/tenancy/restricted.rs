@@ -112,7 +112,15 @@ fn containers(rules: &ProjectRules, kind: Option<InstanceKind>, config: &Config)
 }
 
 fn machines(rules: &ProjectRules, kind: Option<InstanceKind>, config: &Config) -> Result<()> {
-    lowlevel(rules, "restricted.virtual-machines.lowlevel", MACHINE_LOWLEVEL, config)?;
+    let low = "restricted.virtual-machines.lowlevel";
+    lowlevel(rules, low, MACHINE_LOWLEVEL, config)?;
+    // They are memory of the host beside what the limits count.
+    let sized = |word: &str| ["tcg-cache=", "dirty-ring="].iter().any(|name| word.trim().starts_with(name));
+    if rules.restriction(low) != Some("allow")
+        && config.get("hardware.features").is_some_and(|all| all.split(',').any(sized))
+    {
+        return Err(refusal("config.hardware.features".into(), low, "a size of QEMU's own memory"));
+    }
     let nesting = "restricted.virtual-machines.nesting";
     if kind.is_some() && rules.restriction(nesting) == Some("block") && is_on(config, "security.nesting") {
         return Err(refusal("config.security.nesting".into(), nesting, "nesting of virtual machines"));
@@ -357,6 +365,8 @@ mod tests {
             (ct, ("linux.sysctl.net.ipv4.ip_forward", "1")),
             (ct, ("security.syscalls.intercept.mount", "true")),
             (vm, ("raw.qemu.conf", "x")),
+            (vm, ("hardware.features", "vmcoreinfo, tcg-cache=4095")),
+            (None, ("hardware.features", "dirty-ring=65536")),
             (None, ("security.privileged", "true")),
             (None, ("raw.qemu", "x")),
         ] {
@@ -365,6 +375,7 @@ mod tests {
         for (kind, config) in [
             (ct, ("security.privileged", "false")),
             (vm, ("security.nesting", "true")),
+            (vm, ("hardware.features", "vmcoreinfo")),
             (ct, ("limits.memory", "1GiB")),
             (ct, ("raw.lxc", "")),
         ] {

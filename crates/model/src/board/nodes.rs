@@ -272,8 +272,12 @@ pub(super) fn distances(text: &str) -> Result<Vec<Distance>> {
         };
         let (pair, value) = part.trim().split_once('=').ok_or_else(odd)?;
         let (from, to) = pair.split_once('-').ok_or_else(odd)?;
-        let value = value.parse().ok().filter(|v| (10..=254).contains(v)).ok_or_else(odd)?;
-        all.push(Distance { from: number(DISTANCES, from)?, to: number(DISTANCES, to)?, value });
+        let value: u8 = value.parse().ok().filter(|v| (10..=254).contains(v)).ok_or_else(odd)?;
+        let (from, to) = (number(DISTANCES, from)?, number(DISTANCES, to)?);
+        if from == to && value != 10 {
+            return Err(wrong(DISTANCES, "a node is 10 from itself"));
+        }
+        all.push(Distance { from, to, value });
     }
     all.sort_unstable();
     match all.windows(2).all(|w| (w[0].from, w[0].to) < (w[1].from, w[1].to)) {

@@ -59,7 +59,7 @@ impl Features {
     fn numbers(&mut self) -> [(&'static str, (u32, u32), &mut Option<u32>); 3] {
         [
             ("dirty-ring", (1024, 65_536), &mut self.dirty_ring),
-            ("tseg", (1, 65_534), &mut self.tseg),
+            ("tseg", (1, 4095), &mut self.tseg),
             ("tcg-cache", (1, 4095), &mut self.translations),
         ]
     }
@@ -208,7 +208,7 @@ pub(super) fn rngs(text: &str) -> Result<Vec<Rng>> {
             let rate = || {
                 let (bytes, period) = word.strip_prefix("rate=")?.split_once('/')?;
                 let (bytes, period): (u64, u32) = (bytes.parse().ok()?, period.parse().ok()?);
-                (bytes > 0 && period > 0).then_some((bytes, period))
+                (bytes > 0 && i64::try_from(bytes).is_ok() && period > 0).then_some((bytes, period))
             };
             if found.virtio.take(word) {
                 continue;

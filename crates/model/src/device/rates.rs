@@ -86,6 +86,12 @@ impl Rates {
             if rate.average.max(rate.burst) > 1_000_000_000_000_000 || rate.seconds > 1_000_000_000 {
                 return no(format!("{name} is too large"));
             }
+            if rate.burst > 0 && rate.seconds.max(1) > 1_000_000_000_000_000 / rate.burst {
+                return no(format!("{name}: its burst is too long"));
+            }
+        }
+        if self.operation_size > u64::from(u32::MAX) {
+            return no("operation-size is too large".into());
         }
         match self.operation_size > 0 && self.all[3..].iter().all(|rate| rate.average == 0) {
             true => no("operation-size is that of a rate of operations".into()),
@@ -174,7 +180,9 @@ mod tests {
             "total-bytes=1/2/3/4",
             "total-bytes=5,read-bytes=5",
             "total-bytes=5/4",
+            "total-bytes=5/1000000000000/2000",
             "operation-size=5",
+            "total-operations=5,operation-size=4294967296",
             "operation-size=5/6,read-operations=1",
             "read-bytes=1000000000000001",
         ] {

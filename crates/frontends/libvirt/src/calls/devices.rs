@@ -15,7 +15,7 @@ use crate::{
     },
 };
 use karst_engine::{InstanceView, compute::update::UpdateInstance};
-use karst_model::{device::Rates, instance::DeviceIdentity};
+use karst_model::{device::Rates, instance::DeviceIdentity, options::DiskOptions};
 use std::collections::BTreeSet;
 
 /// `VIR_DOMAIN_AFFECT_*`
@@ -205,9 +205,14 @@ fn update_in(machine: &mut Machine, e: &Element) -> Result<(), VirError> {
                 format!("what {target} shows stays; that of a drive of discs changes"),
             ));
         }
-        let boot = new.boot.or(old.boot);
-        machine.disks[at] =
-            xml::machine::Disk { boot, alias: old.alias.clone(), pci: old.pci.clone(), ..new };
+        // What is left out stays.
+        if ![DiskOptions::default(), old.options].contains(&new.options) {
+            return Err(failed("cannot modify the driver attributes of a disk"));
+        }
+        let rates = if new.rates == Rates::default() { old.rates } else { new.rates };
+        let (boot, options) = (new.boot.or(old.boot), old.options);
+        let (alias, pci) = (old.alias.clone(), old.pci.clone());
+        machine.disks[at] = xml::machine::Disk { boot, options, rates, alias, pci, ..new };
         machine.opaque.disks.insert(target, e.clone());
         return Ok(());
     }

@@ -485,7 +485,11 @@ const DISK: &[Row] = &[
     ("product", Never, "disks are QEMU's"),
     // What is in these is looked at by `options`.
     ("geometry", Kept, ""),
-    ("blockio", Kept, ""),
+    (
+        "blockio",
+        When(|e| e.attributes().all(|(n, _)| matches!(n, "logical_block_size" | "physical_block_size"))),
+        "logical_block_size and physical_block_size are there",
+    ),
     ("auth", Never, "volumes are the host's"),
     ("encryption", Never, "is not there for disks"),
     ("reservations", Never, "is not there for disks"),

@@ -40,8 +40,8 @@ pub fn features(e: &Element) -> Result<Features, VirError> {
     let cache = e.find("tcg").and_then(|t| t.find("tb-cache"));
     let (tseg, translations) =
         (tseg.map(|t| mib(t, "MiB")).transpose()?, cache.map(|t| mib(t, "KiB")).transpose()?);
-    if tseg.is_some_and(|n| n > 65_534) || translations.is_some_and(|n| n > 4095) {
-        return Err(refuse("features", "a tseg has 65534 MiB at most, a tb-cache 4095"));
+    if tseg.max(translations).is_some_and(|n| n > 4095) {
+        return Err(refuse("features", "a tseg and a tb-cache have 4095 MiB at most"));
     }
     Ok(Features {
         vmcoreinfo: is_on(e.find("vmcoreinfo")),
@@ -248,6 +248,7 @@ mod tests {
         for bad in [
             "<kvm><dirty-ring state='on' size='5000'/></kvm>",
             "<tcg><tb-cache unit='GiB'>4</tb-cache></tcg>",
+            "<smm state='on'><tseg unit='GiB'>4</tseg></smm>",
         ] {
             assert!(features(&document(&format!("<features>{bad}</features>")).unwrap()).is_err(), "{bad}");
         }

@@ -179,6 +179,7 @@ const SAMPLES: &[(&str, &str, &str, &str)] = &[
         "<driver name='qemu' discard_no_unref='on'/>",
     ),
     ("disk", "source", "<source file='/x'/>", "<source file='/x' startupPolicy='requisite'/>"),
+    ("disk", "blockio", "<blockio logical_block_size='512'/>", "<blockio discard_granularity='4096'/>"),
     ("disk", "target", "<target dev='vda' rotation_rate='1'/>", "<target dev='sda' removable='maybe'/>"),
     (
         "disk",
