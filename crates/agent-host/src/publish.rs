@@ -89,6 +89,7 @@ impl RealAgent {
         let pool = self.pool(at.pool)?;
         let now = pool.inspect(at.volume).await?;
         let mut in_full = false;
+        let mut image_held = None;
         let source = match request.source {
             VolumeSource::Empty => Source::Empty,
             VolumeSource::Image { image, full } => {
@@ -96,7 +97,9 @@ impl RealAgent {
                 if content(self.images.facts(image).await?.kind) != now.content {
                     return Err(Error::invalid("image", "the image is one for another kind of instance"));
                 }
-                self.image_source(image).await?
+                let source = self.image_source(image).await?;
+                image_held = Some(self.images.hold(image).await?);
+                source
             }
             VolumeSource::Copy { .. } => {
                 return Err(Error::invalid("source", "a volume is rebuilt of an image, or empty"));
@@ -123,6 +126,7 @@ impl RealAgent {
             }
             _ => contents.replace(at.volume, &source.clone().in_full(in_full)).await?,
         };
+        drop(image_held);
         match request.size {
             Some(wanted) if made.size != Some(wanted) => pool.resize(at.volume, wanted).await.map(drop),
             _ => Ok(()),

@@ -148,11 +148,14 @@ impl RealAgent {
             return Ok(());
         }
         let (mut held, mut size, mut in_full) = (None, spec.size, false);
+        let mut image_held = None;
         let source = match spec.source {
             VolumeSource::Empty => Source::Empty,
             VolumeSource::Image { image, full } => {
                 in_full = full;
-                self.image_source(image).await?
+                let source = self.image_source(image).await?;
+                image_held = Some(self.images.hold(image).await?);
+                source
             }
             VolumeSource::Copy { pool: from, volume, snapshot, full } => {
                 in_full = full;
@@ -171,7 +174,7 @@ impl RealAgent {
         };
         let new = NewVolume { content: spec.content, size, source: source.in_full(in_full) };
         pool.create(spec.id, &new).await?;
-        drop(held);
+        drop((held, image_held));
         Ok(())
     }
 

@@ -60,22 +60,36 @@ pub fn size() -> Option<(u16, u16)> {
 pub fn read_stdin() -> mpsc::Receiver<Bytes> {
     let (sender, receiver) = mpsc::channel(QUEUE);
     std::thread::spawn(move || {
-        let mut stdin = io::stdin().lock();
-        let mut buffer = vec![0; CHUNK];
-        loop {
-            match stdin.read(&mut buffer) {
-                Ok(0) => return,
-                Ok(length) => {
-                    if sender.blocking_send(Bytes::copy_from_slice(&buffer[..length])).is_err() {
-                        return;
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return,
-            }
+        // What cannot be read any more is at its end to who is at a terminal.
+        let _ = each_of_stdin(|chunk| sender.blocking_send(chunk).is_ok());
+    });
+    receiver
+}
+
+/// The same of a file that is sent whole or not at all: an error while it is read is one of the stream.
+pub fn read_stdin_whole() -> mpsc::Receiver<io::Result<Bytes>> {
+    let (sender, receiver) = mpsc::channel(QUEUE);
+    std::thread::spawn(move || {
+        if let Err(error) = each_of_stdin(|chunk| sender.blocking_send(Ok(chunk)).is_ok()) {
+            let _ = sender.blocking_send(Err(error));
         }
     });
     receiver
+}
+
+/// Hands what is read on, to its end, or until nobody takes it.
+fn each_of_stdin(mut take: impl FnMut(Bytes) -> bool) -> io::Result<()> {
+    let mut stdin = io::stdin().lock();
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        match stdin.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(length) if take(Bytes::copy_from_slice(&buffer[..length])) => {}
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// Where a [`Writer`] writes.

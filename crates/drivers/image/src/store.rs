@@ -532,10 +532,38 @@ impl ImageStore {
         })
         .await?;
         if gone {
-            // The name is gone; the rest goes in the background, or at the next start.
-            tokio::task::spawn_blocking(move || remove(&doomed));
+            // The name is gone; the rest goes in the background, or at the next start, and not while it is read whole.
+            tokio::task::spawn_blocking(move || {
+                if let Ok(directory) = std::fs::File::open(&doomed) {
+                    let _ = rustix::fs::flock(&directory, rustix::fs::FlockOperation::LockExclusive);
+                }
+                remove(&doomed)
+            });
         }
         Ok(())
+    }
+
+    /// Keeps the files of an image as long as what this answers is kept, also should it be deleted meanwhile: for who reads
+    /// all of it for minutes.
+    ///
+    /// # Errors
+    /// Not found; the system refuses.
+    pub async fn hold(&self, id: ImageId) -> Result<std::fs::File> {
+        use std::os::unix::fs::MetadataExt;
+        let path = self.image_dir(id);
+        blocking(move || {
+            let gone = || Error::not_found("the image is gone");
+            let directory = std::fs::File::open(&path).map_err(|_| gone())?;
+            rustix::fs::flock(&directory, rustix::fs::FlockOperation::LockShared).map_err(io::Error::from)?;
+            // Whoever deletes takes its name away first.
+            let inode = |found: std::fs::Metadata| (found.dev(), found.ino());
+            let there = std::fs::metadata(&path).map_err(|_| gone())?;
+            match inode(there) == inode(directory.metadata()?) {
+                true => Ok(directory),
+                false => Err(gone()),
+            }
+        })
+        .await
     }
 
     /// All images of this host, by id.

@@ -56,6 +56,8 @@ pub struct CopyInstance {
 }
 
 const LONG: Duration = Duration::from_secs(3600);
+/// All data of a volume may have to be written anew: a day is what a host works on one call at most.
+pub(super) const WHOLE: Duration = Duration::from_secs(24 * 3600);
 const CALL: Duration = Duration::from_secs(30);
 
 impl Engine {
@@ -298,13 +300,13 @@ impl VolumeCopy {
         let first = self.history.first().map(|(old, _)| *old).or(self.last);
         let VolumeRef { pool, volume } = self.from;
         let source = VolumeSource::Copy { pool, volume, snapshot: first, full: self.full };
-        agent.volume_create(&cx.mutate(LONG), VolumeSpec { source, ..self.spec.clone() }).await?;
+        agent.volume_create(&cx.mutate(WHOLE), VolumeSpec { source, ..self.spec.clone() }).await?;
         let volume = VolumeRef { pool: self.spec.pool, volume: self.spec.id };
         for (n, (old, new)) in self.history.iter().enumerate() {
             if n > 0 {
                 let (from, full) = (self.from, self.full);
                 let refresh = VolumeRefresh { volume, from, snapshot: Some(*old), full };
-                agent.volume_refresh(&cx.mutate(LONG), refresh).await?;
+                agent.volume_refresh(&cx.mutate(WHOLE), refresh).await?;
             }
             let at = VolumeSnapshotRef { pool: volume.pool, volume: volume.volume, snapshot: *new };
             agent.volume_snapshot_create(&cx.mutate(LONG), at).await?;
@@ -312,7 +314,7 @@ impl VolumeCopy {
         if !self.history.is_empty() {
             let (from, full) = (self.from, self.full);
             let refresh = VolumeRefresh { volume, from, snapshot: self.last, full };
-            agent.volume_refresh(&cx.mutate(LONG), refresh).await?;
+            agent.volume_refresh(&cx.mutate(WHOLE), refresh).await?;
         }
         Ok(())
     }

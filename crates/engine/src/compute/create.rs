@@ -580,7 +580,7 @@ impl Saga for InstanceCreate {
                     size: plan.volume.size,
                     source: plan.source.clone(),
                 };
-                agent.volume_create(&cx.mutate(Duration::from_secs(1800)), spec).await
+                agent.volume_create(&cx.mutate(super::copy::WHOLE), spec).await
             }
             _ => {
                 if let Some(start) = &plan.start {

@@ -141,7 +141,7 @@ impl Saga for InstanceRebuild {
     }
     async fn run(cx: &StepContext, plan: &RebuildPlan, _: &mut (), _: usize) -> Result<()> {
         let agent = cx.agent(plan.node)?;
-        agent.volume_rebuild(&cx.mutate(Duration::from_secs(3600)), plan.volume.clone()).await?;
+        agent.volume_rebuild(&cx.mutate(super::copy::WHOLE), plan.volume.clone()).await?;
         if plan.fresh {
             agent.guest_destroy(&cx.mutate(Duration::from_secs(60)), plan.instance).await?;
         }

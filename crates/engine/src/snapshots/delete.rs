@@ -2,7 +2,7 @@
 
 use super::{Found, Origin, Row2, Taken};
 use crate::{
-    Engine, EngineInner,
+    Engine, EngineInner, Records,
     context::Context,
     db::Tx,
     operations::{LiveOperation, NewOperation},
@@ -11,7 +11,7 @@ use crate::{
 use async_trait::async_trait;
 use karst_agent::{MachineStateRef, VolumeSnapshotRef};
 use karst_model::{
-    NodeId, Result, SnapshotId,
+    Error, NodeId, Result, SnapshotId,
     instance::{Instance, InstanceKind},
     snapshot::Snapshot,
 };
@@ -29,12 +29,27 @@ impl Engine {
         origin: Origin<'_>,
         name: &str,
     ) -> Result<LiveOperation> {
+        self.snapshot_delete_if(context, origin, name, |_, _, _| true).await
+    }
+
+    /// The same of one that is `still` to go when the deletion begins: somebody may have claimed it, or given its name to
+    /// another, since it was looked at.
+    pub(crate) async fn snapshot_delete_if(
+        &self,
+        context: &Context,
+        origin: Origin<'_>,
+        name: &str,
+        still: impl Fn(&Records, &Found, &Row2) -> bool + Send + Sync,
+    ) -> Result<LiveOperation> {
         let project = origin.editor(self, context)?;
         let inner = self.inner();
         runner::start::<SnapshotDelete>(inner, context, |tx| {
             let records = inner.inventory.read();
             let found = origin.find(&records, project.id)?;
             let row = found.demand(&records, name)?;
+            if !still(&records, &found, &row) {
+                return Err(Error::conflict(format!("snapshot {name:?} is to stay now")));
+            }
             row.expect(tx);
             let snapshot = row.taken();
             let path = found.path(&records, name);

@@ -230,6 +230,18 @@ impl Row2 {
             Self::Volume(s) => s.scheduled,
         }
     }
+    pub(crate) fn id(&self) -> SnapshotId {
+        match self {
+            Self::Instance(s) => s.id,
+            Self::Volume(s) => s.id,
+        }
+    }
+    pub(crate) fn created_at(&self) -> Timestamp {
+        match self {
+            Self::Instance(s) => s.created_at,
+            Self::Volume(s) => s.created_at,
+        }
+    }
     pub(crate) fn spec_version(&self) -> u64 {
         match self {
             Self::Instance(s) => s.spec_version,

@@ -99,9 +99,13 @@ impl Due {
                 ("a scheduled snapshot was not taken", taken)
             }
             Work::Delete(snapshot) => {
+                let env = engine.inner().env.clone();
+                // While this waited somebody may have kept it for longer, or another one has got its name.
+                let expired = move |_: &Records, _: &Found, row: &Row2| {
+                    row.expires_at().is_some_and(|time| time <= env.now())
+                };
                 let deleted = match has_expired(&engine, origin, snapshot) {
-                    true => ended(engine.snapshot_delete(&context, origin, snapshot).await).await,
-                    // While this waited somebody has kept it for longer, or another one has got its name.
+                    true => ended(engine.snapshot_delete_if(&context, origin, snapshot, expired).await).await,
                     false => Ok(()),
                 };
                 ("an expired snapshot was not deleted", deleted)
@@ -109,13 +113,14 @@ impl Due {
             Work::Thin => {
                 let mut deleted = Ok(());
                 for snapshot in surplus(&engine, origin) {
+                    let env = engine.inner().env.clone();
                     // As above: what somebody has made his own meanwhile stays.
-                    if surplus(&engine, origin).contains(&snapshot) {
-                        deleted = ended(engine.snapshot_delete(&context, origin, &snapshot).await).await;
-                    }
-                    if deleted.is_err() {
-                        break;
-                    }
+                    let many = move |records: &Records, found: &Found, row: &Row2| {
+                        too_many(records, found, env.now()).iter().any(|one| one.id() == row.id())
+                    };
+                    let one = ended(engine.snapshot_delete_if(&context, origin, &snapshot, many).await).await;
+                    // One that cannot go keeps none of the others.
+                    deleted = deleted.and(one);
                 }
                 ("a snapshot beyond snapshots.keep was not deleted", deleted)
             }
@@ -262,13 +267,21 @@ fn surplus(engine: &Engine, origin: Origin<'_>) -> Vec<String> {
     let records = engine.inner().inventory.read();
     let project = records.project(origin.project());
     let Ok(found) = project.and_then(|project| origin.find(&records, project.id)) else { return vec![] };
-    let config = found.config(&records);
+    let all = too_many(&records, &found, engine.inner().env.now());
+    all.iter().map(|s| s.name().to_owned()).collect()
+}
+
+/// As [`surplus`], of what was found.
+fn too_many(records: &Records, found: &Found, now: Timestamp) -> Vec<Row2> {
+    let config = found.config(records);
     let Some(text) = config.get("snapshots.keep").filter(|v| !v.is_empty()) else { return vec![] };
     let Ok(keep) = parse_keep("config.snapshots.keep", text) else { return vec![] };
-    let mut all = found.taken(&records);
+    let mut all = found.taken(records);
     all.retain(Row2::scheduled);
+    // Those that a clock which was ahead has dated are older than what was taken since: else the newest would go each time.
+    all.sort_by_key(|s| (s.created_at() <= now, s.created_at()));
     all.truncate(all.len().saturating_sub(keep));
-    all.iter().map(|s| s.name().to_owned()).collect()
+    all
 }
 
 /// What a snapshot is due of, between two looks.

@@ -272,7 +272,7 @@ impl Owner {
     pub async fn delete(&self, context: &Context, name: &str) -> Result<()> {
         let (kind, words) = self.words(name);
         let work = async {
-            let answer = context.client.delete(&self.backup(name)).await?;
+            let answer = interruptible(context.client.delete(&self.backup(name))).await?;
             context.finish(answer, format!("deleting {words}")).await
         };
         work.await.about(&context.client, kind, &words).map(drop)

@@ -121,8 +121,8 @@ impl Pusher<'_> {
     }
 
     async fn stdin(&self, target: &str) -> Result<()> {
-        let input = futures::stream::unfold(terminal::read_stdin(), |mut input| async move {
-            input.recv().await.map(|data| (Ok(data), input))
+        let input = futures::stream::unfold(terminal::read_stdin_whole(), |mut input| async move {
+            input.recv().await.map(|data| (data, input))
         });
         let progress = self.context.progress(target);
         let body = streamed(progress.count(None, input));

@@ -65,16 +65,16 @@ impl Server {
     /// The image as a source of the API; `None` where no server is named.
     pub fn source(&self, image: &str) -> Result<Option<Value>> {
         let Some(server) = &self.server else { return Ok(None) };
-        let rest = server.strip_prefix("https://").unwrap_or_default();
-        let host = rest.split('/').next().unwrap_or_default();
-        if host.contains('@') {
+        let host = |rest: &str| rest.split('/').next().unwrap_or_default().to_owned();
+        // Whatever it begins with: what is wrong of an address is printed.
+        if host(server.split_once("://").map_or(server, |(_, rest)| rest)).contains('@') {
             // Other users of this host can read command lines.
             return Err(Error::Usage(
                 "a password does not belong on a command line: karst image registry add HOST --user NAME"
                     .to_owned(),
             ));
         }
-        if host.is_empty() {
+        if host(server.strip_prefix("https://").unwrap_or_default()).is_empty() {
             return Err(Error::Usage(format!(
                 "\"{server}\" is no address of an image server: write https://HOST[:PORT][/PATH]"
             )));

@@ -113,10 +113,19 @@ impl Rebuild {
     pub async fn run(self, context: &Context) -> Result<()> {
         let (client, force) = (&context.client, self.force);
         let (source, instance, image) = self.parts()?;
-        let runs = force && {
-            let read = client.get_as::<Instance>(&Url::new(&["instances", &instance])).await;
-            read.about(client, Kind::Instance, &instance)?.status != "Stopped"
-        };
+        let read = client.get_as::<Instance>(&Url::new(&["instances", &instance])).await;
+        let now = read.about(client, Kind::Instance, &instance)?;
+        let runs = force && now.status != "Stopped";
+        if runs && now.ephemeral {
+            let text = format!("{instance} is ephemeral and is deleted when it stops; copy it first");
+            return Err(Error::Usage(text));
+        }
+        if runs && !image.is_empty() {
+            // A name that is not there stops nothing.
+            let fingerprint = super::image::resolve(client, &image).await?;
+            let found = client.get(&Url::new(&["images", &fingerprint])).await;
+            found.about(client, Kind::Image, &image)?;
+        }
         let state = async |action: &str, doing: &str| {
             let body = json!({"action": action, "force": true, "timeout": -1});
             let url = Url::new(&["instances", &instance, "state"]);
@@ -134,6 +143,10 @@ impl Rebuild {
         let done = work.await.about(client, Kind::Image, &image).about(client, Kind::Instance, &instance);
         // As it was, also where it could not be rebuilt.
         let started = if runs { state("start", "starting").await } else { Ok(()) };
+        if let (Err(_), Err(error)) = (&done, &started) {
+            // Both are to be known: it was not rebuilt, and it stands still.
+            crate::error::report(error);
+        }
         done.and(started)
     }
 }

@@ -67,7 +67,19 @@ impl Target {
         if path.is_dir() {
             return Err(Error::Local(format!("{} is a directory: name a file", path.display())));
         }
-        let directory = path.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        // A link goes on leading where it leads, and what is no file (a device, a pipe) is not replaced by one.
+        let path = &match std::fs::symlink_metadata(path) {
+            Ok(found) if found.is_symlink() => {
+                std::fs::canonicalize(path).map_err(|error| at(path, &error))?
+            }
+            _ => path.to_owned(),
+        };
+        if std::fs::metadata(path).is_ok_and(|found| !found.is_file()) {
+            let text =
+                format!("{} is no regular file: write to - and redirect standard output", path.display());
+            return Err(Error::Usage(text));
+        }
+        let directory = directory_of(path);
         let temporary = tempfile::Builder::new()
             .prefix(".karst-")
             .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
@@ -87,11 +99,20 @@ impl Target {
                     file.write_all(&chunk).await.map_err(|error| at(&path, &error))?;
                 }
                 file.flush().await.map_err(|error| at(&path, &error))?;
+                // What the server kept of it may go now, so it is on the disk first, and its name after it.
+                file.sync_all().await.map_err(|error| at(&path, &error))?;
                 temporary.persist(&path).map_err(|error| at(&path, &error.error))?;
+                let directory = std::fs::File::open(directory_of(&path));
+                directory.and_then(|directory| directory.sync_all()).map_err(|error| at(&path, &error))?;
                 Ok(Some(path))
             }
         }
     }
+}
+
+/// Where a file is.
+fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// What a broken stream means.
@@ -142,8 +163,8 @@ pub async fn send(
         if io::stdin().is_terminal() {
             return Err(Error::Usage("a file is not typed: name it, or redirect standard input".to_owned()));
         }
-        let input = stream::unfold(terminal::read_stdin(), |mut input| async move {
-            input.recv().await.map(|chunk| (Ok::<_, io::Error>(chunk), input))
+        let input = stream::unfold(terminal::read_stdin_whole(), |mut input| async move {
+            input.recv().await.map(|chunk| (chunk, input))
         });
         (input.boxed(), None)
     } else {
@@ -196,6 +217,23 @@ mod tests {
         assert_eq!(target.fill(whole).await.unwrap(), Some(path.clone()));
         assert_eq!(std::fs::read(&path).unwrap(), b"onetwo");
         assert_eq!(names(directory.path()), ["c1.tar.gz"]);
+    }
+
+    #[tokio::test]
+    async fn what_is_no_file_is_not_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let (file, link) = (directory.path().join("there"), directory.path().join("link"));
+        std::fs::write(&file, "old").unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        let whole = || stream::iter([Ok(Bytes::from_static(b"new"))]);
+        Target::file(&link).unwrap().fill(whole()).await.unwrap();
+        assert_eq!(std::fs::read(&file).unwrap(), b"new");
+        assert!(link.is_symlink());
+        let error = Target::file(Path::new("/dev/null")).unwrap_err();
+        assert!(error.to_string().contains("no regular file"), "{error}");
+        std::fs::remove_file(&file).unwrap();
+        let error = Target::file(&link).unwrap_err();
+        assert!(error.to_string().contains("no such file"), "{error}");
     }
 
     #[test]
