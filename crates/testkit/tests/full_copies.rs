@@ -8,12 +8,13 @@ use karst_engine::{
         create::{CreateInstance, InstanceSource},
         relocate::MoveInstance,
     },
+    images::ImageOptions,
     snapshots::{Origin, create::CreateSnapshot},
     storage::{CreatePool, UpdatePool},
     volumes::{copy::CopyVolume, create::CreateVolume, relocate::MoveVolume},
 };
 use karst_env::SeededEnv;
-use karst_model::{Config, Result, device::Devices, storage::VolumeContent};
+use karst_model::{Config, Result, device::Devices, instance::InstanceKind, storage::VolumeContent};
 use karst_testkit::{World, scenarios::container};
 
 fn config(pairs: &[(&str, &str)]) -> Config {
@@ -41,6 +42,8 @@ async fn world(env: &SeededEnv) -> World {
         let pool = CreatePool { name: name.into(), driver: "dir".into(), config: keys, ..Default::default() };
         done(&w, w.engine.pool_create(&w.admin, pool).await).await;
     }
+    let (container, options) = (InstanceKind::Container, ImageOptions::default());
+    done(&w, w.engine.image_build(&w.admin, "default", "debian/12", container, options).await).await;
     w
 }
 
