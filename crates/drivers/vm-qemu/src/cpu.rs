@@ -4,7 +4,12 @@ use crate::probe::accelerator;
 use karst_host::Program;
 use karst_model::{Error, Result};
 use serde_json::{Value, json};
-use std::{path::PathBuf, time::Duration, time::SystemTime};
+use std::{
+    fs::File,
+    io::{Read, Seek},
+    path::PathBuf,
+    time::{Duration, SystemTime},
+};
 use tokio::sync::Mutex;
 
 /// A model of QEMU.
@@ -23,7 +28,7 @@ pub struct CpuModel {
 /// QEMU on a slow host answers for all models within a second or two.
 const PATIENCE: Duration = Duration::from_secs(25);
 /// About 12 KiB each.
-const OUTPUT: usize = 8 << 20;
+const OUTPUT: u64 = 8 << 20;
 /// Most models that are asked for; QEMU 10 has 64.
 const MOST: usize = 256;
 
@@ -35,7 +40,8 @@ fn odd(what: &str, context: impl std::fmt::Display) -> Error {
     Error::internal(format!("QEMU does not tell {what}"), context)
 }
 
-/// Gives QEMU `commands`, all at once; answers what they returned, in order.
+/// Gives QEMU `commands`, all at once; answers what they returned, in order. It writes into memory: when it ends, QEMU drops
+/// what a full pipe has not taken yet, which is much of it where the reader stands still for a moment.
 async fn ask(accelerator: &str, commands: &[Value]) -> Result<Vec<Value>> {
     let mut input = String::new();
     let first = json!({"execute": "qmp_capabilities"});
@@ -46,7 +52,12 @@ async fn ask(accelerator: &str, commands: &[Value]) -> Result<Vec<Value>> {
     let arguments = ["-S", "-no-user-config", "-nodefaults", "-display", "none", "-M", "none", "-accel"];
     let run =
         karst_host::run(Program::QemuSystemX86).args(arguments).arg(accelerator).args(["-qmp", "stdio"]);
-    let output = run.stdin(input).timeout(PATIENCE).output_cap(OUTPUT).ok().await?;
+    let said = rustix::fs::memfd_create("cpu-models", rustix::fs::MemfdFlags::CLOEXEC);
+    let mut said = File::from(said.map_err(std::io::Error::from)?);
+    run.stdin(input).timeout(PATIENCE).stdout_fd(said.try_clone()?.into()).ok().await?;
+    let mut output = vec![];
+    said.rewind()?;
+    said.take(OUTPUT).read_to_end(&mut output)?;
     answers(&String::from_utf8_lossy(&output), commands.len())
 }
 
