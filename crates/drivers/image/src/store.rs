@@ -532,12 +532,16 @@ impl ImageStore {
         })
         .await?;
         if gone {
-            // The name is gone; the rest goes in the background, or at the next start, and not while it is read whole.
-            tokio::task::spawn_blocking(move || {
-                if let Ok(directory) = std::fs::File::open(&doomed) {
-                    let _ = rustix::fs::flock(&directory, rustix::fs::FlockOperation::LockExclusive);
+            // The name is gone; the rest goes in the background, or at the next start.
+            tokio::spawn(async move {
+                loop {
+                    let at = doomed.clone();
+                    match blocking(move || remove_unread(&at)).await {
+                        Ok(true) => return,
+                        Ok(false) => tokio::time::sleep(READ_WHOLE).await,
+                        Err(e) => return tracing::debug!(error = %e, "left to the next start"),
+                    }
                 }
-                remove(&doomed)
             });
         }
         Ok(())
@@ -724,6 +728,19 @@ fn extension(file: &mut File) -> Result<&'static str> {
     })
 }
 
+/// How often an image that is deleted while somebody reads all of it is looked at again: no thread waits for him.
+const READ_WHOLE: std::time::Duration = std::time::Duration::from_secs(5);
+
+/// Removes what nobody holds ([`ImageStore::hold`]); answers whether nobody does.
+fn remove_unread(doomed: &Path) -> Result<bool> {
+    let Ok(directory) = std::fs::File::open(doomed) else { return remove(doomed).map(|()| true) };
+    let exclusive = rustix::fs::FlockOperation::NonBlockingLockExclusive;
+    match rustix::fs::flock(&directory, exclusive) {
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
+        _ => remove(doomed).map(|()| true),
+    }
+}
+
 fn sync_dir(path: &Path) -> Result<()> {
     File::open(path)?.sync_all().map_err(Into::into)
 }
@@ -737,4 +754,25 @@ fn remove(path: &Path) -> Result<()> {
 
 async fn blocking<T: Send + 'static>(f: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     tokio::task::spawn_blocking(f).await.map_err(|e| Error::internal("a task ended unexpectedly", e))?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_read_whole_stays_until_it_is_read() {
+        let place = tempfile::tempdir().unwrap();
+        let doomed = place.path().join("image");
+        std::fs::create_dir(&doomed).unwrap();
+        std::fs::write(doomed.join("disk"), "x").unwrap();
+        let held = File::open(&doomed).unwrap();
+        rustix::fs::flock(&held, rustix::fs::FlockOperation::LockShared).unwrap();
+        assert!(!remove_unread(&doomed).unwrap());
+        assert!(doomed.join("disk").exists());
+        rustix::fs::flock(&held, rustix::fs::FlockOperation::Unlock).unwrap();
+        assert!(remove_unread(&doomed).unwrap());
+        assert!(!doomed.exists());
+        assert!(remove_unread(&doomed).unwrap(), "gone is gone");
+    }
 }

@@ -104,10 +104,8 @@ impl Due {
                 let expired = move |_: &Records, _: &Found, row: &Row2| {
                     row.expires_at().is_some_and(|time| time <= env.now())
                 };
-                let deleted = match has_expired(&engine, origin, snapshot) {
-                    true => ended(engine.snapshot_delete_if(&context, origin, snapshot, expired).await).await,
-                    false => Ok(()),
-                };
+                let deleted =
+                    ended(engine.snapshot_delete_if(&context, origin, snapshot, expired).await).await;
                 ("an expired snapshot was not deleted", deleted)
             }
             Work::Thin => {
@@ -252,14 +250,6 @@ fn schedule(config: &Config) -> Option<Schedule> {
 fn allowed(records: &Records, project: ProjectId) -> bool {
     let rules = records.projects.get(&project).and_then(|p| ProjectRules::parse(&p.config).ok());
     rules.is_some_and(|r| restricted::check_snapshot(&r).is_ok())
-}
-
-fn has_expired(engine: &Engine, origin: Origin<'_>, snapshot: &str) -> bool {
-    let inner = engine.inner();
-    let (records, now) = (inner.inventory.read(), inner.env.now());
-    let found = records.project(origin.project()).and_then(|project| origin.find(&records, project.id));
-    let row = found.and_then(|found| found.demand(&records, snapshot));
-    row.is_ok_and(|row| row.expires_at().is_some_and(|time| time <= now))
 }
 
 /// Names of the snapshots of the schedule beyond `snapshots.keep`, oldest first. Those of users are neither counted nor named.
