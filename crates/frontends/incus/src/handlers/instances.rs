@@ -276,6 +276,12 @@ pub async fn create(call: Call) -> Result<Reply> {
     f.finish(&["disk_only"])?;
     let engine = call.engine();
     if let Some(architecture) = &architecture {
+        // LXD's numbers, which pylxd and older scripts send.
+        let architecture = match architecture.as_str() {
+            "2" => "x86_64",
+            "4" => "aarch64",
+            name => name,
+        };
         engine.demand_architecture(&call.context, request.target.as_deref(), architecture)?;
     }
     if let Some(far) = far {
