@@ -235,6 +235,12 @@ pub async fn domain_capabilities(call: Call) -> Answered {
     }
     let (facts, kind) = demand_machines(&call, arch.as_deref(), kind.as_deref())?;
     let newest = facts.default_machine.clone().unwrap_or_default();
+    if let Some(name) = machine.as_deref().filter(|m| !["pc", "q35"].contains(m) && !m.starts_with("pc-")) {
+        let emulator = format!("/usr/bin/qemu-system-{}", facts.architecture);
+        return Err(VirError::argument(format!(
+            "the machine '{name}' is not supported by emulator '{emulator}'"
+        )));
+    }
     let machine = karst_engine::compute::slots::versioned(machine.as_deref().or(Some("pc")), &newest);
     let models = super::cpu::catalogue(&call).await?.models;
     Ok(text(&xml::capabilities::domain(&facts, &kind, &machine, MAX_VCPUS, &models)))
