@@ -4,6 +4,7 @@
 //! reach, because its own groups lie below. Interfaces: the kernel's `cgroup-v1/*` and `cgroup-v2` documents. Here is which
 //! groups there are and what is in them; what they are limited to is in `limits`, what they used in `stats`.
 
+mod held;
 mod limits;
 mod moved;
 mod stats;

@@ -1,9 +1,18 @@
 //! What control groups count: the figures of every sample, and those that monitoring alone reads. What is dear to read is
 //! read for the latter only; what was read for the former is not read again.
 
-use super::{Cgroups, field, moved};
-use rustix::fs::{self, Mode, OFlags};
-use std::{collections::BTreeMap, fs::File, io::Read, os::fd::OwnedFd, path::Path};
+use super::{
+    Cgroups, field,
+    held::{self, Held},
+    moved,
+};
+use std::{
+    cell::OnceCell,
+    collections::BTreeMap,
+    path::Path,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
 
 /// Figures of a group and all below; a missing one is `None`.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -55,21 +64,18 @@ const MEMORY: &[(&str, &str, &str)] = &[
     ("Writeback", "total_writeback", "file_writeback"),
 ];
 
-/// A group whose figures are asked for again and again. Its directories are held, so that no path is walked for each file:
-/// that cost more than all that is read. Of a group that is gone there are no figures.
+/// A group whose figures are asked for again and again. What is read of it is held open: to walk a path and to open each file
+/// cost more than all that is read. Of a group that is gone there are no figures.
 #[derive(Debug)]
-pub struct CountedGroup {
-    processors: Option<Directory>,
-    memory: Option<Directory>,
-    processes: Option<Directory>,
-    disks: Option<Directory>,
-}
+pub struct CountedGroup(Mutex<Parts>);
 
-/// A group in the hierarchy of one controller.
+/// The group in the hierarchies of its controllers; one look at a time.
 #[derive(Debug)]
-struct Directory {
-    v1: bool,
-    fd: OwnedFd,
+struct Parts {
+    processors: Option<Held>,
+    memory: Option<Held>,
+    processes: Option<Held>,
+    disks: Option<Held>,
 }
 
 /// Texts of a sample that details are made of.
@@ -80,71 +86,71 @@ struct Texts {
     disks: String,
 }
 
-impl Directory {
-    /// One look as a rule: these files are short and do not tell their size, by which the standard library would begin with
-    /// 32 bytes.
-    fn read(&self, file: &str) -> Option<String> {
-        let opened = fs::openat(&self.fd, file, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
-        let mut bytes = Vec::with_capacity(4096);
-        File::from(opened).take(u64::MAX).read_to_end(&mut bytes).ok()?;
-        bytes.truncate(bytes.trim_ascii_end().len());
-        String::from_utf8(bytes).ok()
-    }
-
-    fn number(&self, file: &str) -> Option<u64> {
-        let opened = fs::openat(&self.fd, file, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
-        // More than any number has: a single look tells it.
-        let mut bytes = [0; 64];
-        let length = rustix::io::read(&opened, &mut bytes).ok()?;
-        std::str::from_utf8(&bytes[..length]).ok()?.trim().parse().ok()
-    }
-}
-
 impl Cgroups {
     /// `group`, for reading its figures.
     pub fn counted(&self, group: &str) -> CountedGroup {
-        let directory = |controller: &str| {
-            let (v1, path) = match self.v1(controller, group) {
-                Some(path) => (true, path),
-                None => (false, self.v2(group)?),
-            };
-            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-            Some(Directory { v1, fd: fs::open(path, flags, Mode::empty()).ok()? })
+        let unified = OnceCell::new();
+        let part = |controller: &str| match self.v1(controller, group) {
+            Some(path) => Some(Held::new(true, held::open(&path)?)),
+            None => {
+                let directory = unified.get_or_init(|| held::open(&self.v2(group)?));
+                Some(Held::new(false, directory.clone()?))
+            }
         };
-        CountedGroup {
-            processors: directory("cpuacct"),
-            memory: directory("memory"),
-            processes: directory("pids"),
-            disks: directory("blkio"),
-        }
+        CountedGroup(Mutex::new(Parts {
+            processors: part("cpuacct"),
+            memory: part("memory"),
+            processes: part("pids"),
+            disks: part("blkio"),
+        }))
     }
 }
 
 impl CountedGroup {
+    fn parts(&self) -> MutexGuard<'_, Parts> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Figures of the group.
     pub fn stats(&self) -> CgroupStats {
-        self.read().0
+        self.parts().read().0
+    }
+
+    /// Its CPU time in nanoseconds and its swap in bytes, without a look at anything else.
+    pub fn processor_and_swap(&self) -> (Option<u64>, Option<u64>) {
+        let mut parts = self.parts();
+        let swap = parts.memory.as_mut().and_then(|part| match part.v1 {
+            true => field(&part.text("memory.stat")?, "total_swap"),
+            false => part.number("memory.swap.current"),
+        });
+        (parts.cpu(&mut String::new()), swap)
     }
 
     /// Figures of the group with details.
     pub fn detailed(&self) -> (CgroupStats, CgroupDetails) {
+        self.parts().detailed()
+    }
+}
+
+impl Parts {
+    fn detailed(&mut self) -> (CgroupStats, CgroupDetails) {
         let (stats, texts) = self.read();
         let mut d = CgroupDetails::default();
-        if let Some(dir) = &self.memory {
-            d.memory = memory(&texts.memory, dir.v1);
-            let kills = dir.read(if dir.v1 { "memory.oom_control" } else { "memory.events" });
+        if let Some(part) = &mut self.memory {
+            d.memory = memory(&texts.memory, part.v1);
+            let kills = part.text(if part.v1 { "memory.oom_control" } else { "memory.events" });
             d.oom_kills = kills.and_then(|text| field(&text, "oom_kill"));
         }
-        d.processors = match &self.processors {
-            Some(dir) if dir.v1 => by_processor(&dir.read("cpuacct.usage_all").unwrap_or_default()),
+        d.processors = match &mut self.processors {
+            Some(part) if part.v1 => by_processor(&part.text("cpuacct.usage_all").unwrap_or_default()),
             _ => {
                 let time = |key| field(&texts.cpu, key).map(|us| us * 1000);
                 time("user_usec").zip(time("system_usec")).map(|(u, s)| (0, u, s)).into_iter().collect()
             }
         };
-        let disks = match &self.disks {
-            Some(dir) if dir.v1 => {
-                let requests = dir.read("blkio.throttle.io_serviced_recursive");
+        let disks = match &mut self.disks {
+            Some(part) if part.v1 => {
+                let requests = part.text("blkio.throttle.io_serviced_recursive");
                 moved::devices_v1(&texts.disks, &requests.unwrap_or_default())
             }
             _ => moved::devices_v2(&texts.disks),
@@ -153,41 +159,44 @@ impl CountedGroup {
         (stats, d)
     }
 
-    fn read(&self) -> (CgroupStats, Texts) {
-        let (mut s, mut texts) = (CgroupStats::default(), Texts::default());
-        match &self.processors {
-            Some(dir) if dir.v1 => s.cpu_ns = dir.number("cpuacct.usage"),
-            Some(dir) => {
-                texts.cpu = dir.read("cpu.stat").unwrap_or_default();
-                s.cpu_ns = field(&texts.cpu, "usage_usec").map(|us| us * 1000);
-            }
-            None => {}
+    /// CPU time; the text that it is of, where there is one.
+    fn cpu(&mut self, text: &mut String) -> Option<u64> {
+        let part = self.processors.as_mut()?;
+        if part.v1 {
+            return part.number("cpuacct.usage");
         }
-        if let Some(dir) = &self.memory {
-            texts.memory = dir.read("memory.stat").unwrap_or_default();
+        *text = part.text("cpu.stat").unwrap_or_default();
+        field(text, "usage_usec").map(|us| us * 1000)
+    }
+
+    fn read(&mut self) -> (CgroupStats, Texts) {
+        let (mut s, mut texts) = (CgroupStats::default(), Texts::default());
+        s.cpu_ns = self.cpu(&mut texts.cpu);
+        if let Some(part) = &mut self.memory {
+            texts.memory = part.text("memory.stat").unwrap_or_default();
             let counted = |key| field(&texts.memory, key);
-            let (used, cache) = match dir.v1 {
+            let (used, cache) = match part.v1 {
                 true => ("memory.usage_in_bytes", "total_inactive_file"),
                 false => ("memory.current", "inactive_file"),
             };
             let cache = counted(cache).unwrap_or(0);
-            s.memory = dir.number(used).map(|n| n.saturating_sub(cache));
-            if dir.v1 {
-                s.memory_peak = dir.number("memory.max_usage_in_bytes");
+            s.memory = part.number(used).map(|n| n.saturating_sub(cache));
+            if part.v1 {
+                s.memory_peak = part.number("memory.max_usage_in_bytes");
                 s.swap = counted("total_swap");
-                // It shows "none" as a number near 2^63.
-                s.memory_limit = dir.number("memory.limit_in_bytes").filter(|n| *n < 1 << 60);
+                // The lowest of its own and of those above. Without one it is a number near 2^63.
+                s.memory_limit = counted("hierarchical_memory_limit").filter(|n| *n < 1 << 60);
             } else {
-                s.memory_peak = dir.number("memory.peak");
-                s.swap = dir.number("memory.swap.current");
-                s.memory_limit = dir.number("memory.max");
+                s.memory_peak = part.number("memory.peak");
+                s.swap = part.number("memory.swap.current");
+                s.memory_limit = part.number("memory.max");
             }
         }
-        s.processes = self.processes.as_ref().and_then(|dir| dir.number("pids.current"));
-        if let Some(dir) = &self.disks {
-            let file = if dir.v1 { "blkio.throttle.io_service_bytes_recursive" } else { "io.stat" };
-            if let Some(text) = dir.read(file) {
-                let (read, written) = match dir.v1 {
+        s.processes = self.processes.as_mut().and_then(|part| part.number("pids.current"));
+        if let Some(part) = &mut self.disks {
+            let file = if part.v1 { "blkio.throttle.io_service_bytes_recursive" } else { "io.stat" };
+            if let Some(text) = part.text(file) {
+                let (read, written) = match part.v1 {
                     true => (moved::v1(&text, "Read"), moved::v1(&text, "Write")),
                     false => (moved::v2(&text, "rbytes="), moved::v2(&text, "wbytes=")),
                 };
@@ -228,11 +237,36 @@ fn by_processor(text: &str) -> Vec<(u32, u64, u64)> {
     text.lines().filter_map(line).collect()
 }
 
-/// The name of a block device by its numbers (`8:0`), which stand for it where it is gone.
+/// The name of a block device by its numbers (`8:0`), which stand for it where it is gone. All guests of a host have few of
+/// them in common: each is looked up once a minute, by which another may have come to its numbers.
 fn name_of(number: &str) -> String {
-    let link = std::fs::read_link(Path::new("/sys/dev/block").join(number));
-    let name = link.ok().and_then(|l| Some(l.file_name()?.to_string_lossy().into_owned()));
-    name.unwrap_or_else(|| number.to_owned())
+    static KNOWN: Mutex<Names> = Mutex::new(Names(BTreeMap::new()));
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    known.get(number, Instant::now(), |number| {
+        let link = std::fs::read_link(Path::new("/sys/dev/block").join(number));
+        let name = link.ok().and_then(|l| Some(l.file_name()?.to_string_lossy().into_owned()));
+        name.unwrap_or_else(|| number.to_owned())
+    })
+}
+
+/// Names by numbers, and when they were found.
+struct Names(BTreeMap<String, (Instant, String)>);
+
+impl Names {
+    const KEPT: Duration = Duration::from_secs(60);
+
+    fn get(&mut self, number: &str, now: Instant, find: impl Fn(&str) -> String) -> String {
+        if let Some((found, name)) = self.0.get(number)
+            && now.saturating_duration_since(*found) < Self::KEPT
+        {
+            return name.clone();
+        }
+        // So there are never more than a host had within a minute.
+        self.0.retain(|_, (found, _)| now.saturating_duration_since(*found) < Self::KEPT);
+        let name = find(number);
+        self.0.insert(number.to_owned(), (now, name.clone()));
+        name
+    }
 }
 
 #[cfg(test)]
@@ -278,16 +312,82 @@ mod tests {
         let (stats, details) = group.detailed();
         assert_eq!(stats, group.stats());
         assert_eq!((stats.cpu_ns, stats.memory), (Some(30_000), Some(67)));
+        assert_eq!(group.processor_and_swap(), (Some(30_000), None));
         assert_eq!(details.processors, [(0, 20_000, 10_000)]);
         assert_eq!(details.oom_kills, Some(2));
         // No such device is on this machine, so its numbers stand for it; loops are of no interest.
         assert_eq!(details.disks, BTreeMap::from([("4095:7".to_owned(), [4096, 1, 512, 2])]));
-        // What is held of it tells nothing when it is gone, also when another has come in its place.
-        std::fs::remove_dir_all(&dir).unwrap();
-        assert_eq!(group.detailed(), Default::default());
-        std::fs::create_dir(&dir).unwrap();
-        std::fs::write(dir.join("memory.current"), "5\n").unwrap();
-        assert_eq!(group.stats(), CgroupStats::default());
-        assert_eq!(cgroups.counted("g").stats().memory, Some(5));
+        // The next look tells what is there then.
+        std::fs::write(dir.join("memory.current"), "50\n").unwrap();
+        std::fs::write(dir.join("cpu.stat"), "usage_usec 31\n").unwrap();
+        let (stats, details) = group.detailed();
+        assert_eq!((stats.cpu_ns, stats.memory), (Some(31_000), Some(10)));
+        assert!(details.processors.is_empty(), "{details:?}");
+        assert_eq!(cgroups.counted("gone").detailed(), Default::default());
+    }
+
+    /// A v1 tree of plain files, each controller mounted by itself.
+    #[test]
+    fn figures_of_a_group_of_v1() {
+        let root = tempfile::tempdir().unwrap();
+        let mount = |controller: &str| (vec![controller.to_owned()], root.path().join(controller));
+        let cgroups = Cgroups { v1: ["cpuacct", "memory", "pids", "blkio"].map(mount).into(), v2: None };
+        for (file, text) in [
+            ("cpuacct/g/cpuacct.usage", "30\n"),
+            ("cpuacct/g/cpuacct.usage_all", "cpu user system\n0 20 10\n"),
+            (
+                "memory/g/memory.stat",
+                "hierarchical_memory_limit 4096\ntotal_inactive_file 40\ntotal_swap 3\ntotal_rss 7\n",
+            ),
+            ("memory/g/memory.usage_in_bytes", "107\n"),
+            ("memory/g/memory.max_usage_in_bytes", "200\n"),
+            ("memory/g/memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n"),
+            ("pids/g/pids.current", "5\n"),
+            ("blkio/g/blkio.throttle.io_service_bytes_recursive", "4095:7 Read 4096\n4095:7 Write 512\n"),
+            ("blkio/g/blkio.throttle.io_serviced_recursive", "4095:7 Read 3\n"),
+        ] {
+            let path = root.path().join(file);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        }
+        let group = cgroups.counted("g");
+        let (stats, details) = group.detailed();
+        let expected = CgroupStats {
+            cpu_ns: Some(30),
+            memory: Some(67),
+            memory_peak: Some(200),
+            swap: Some(3),
+            memory_limit: Some(4096),
+            processes: Some(5),
+            disk_read: Some(4096),
+            disk_written: Some(512),
+        };
+        assert_eq!((&stats, &group.stats()), (&expected, &expected));
+        assert_eq!(group.processor_and_swap(), (Some(30), Some(3)));
+        assert_eq!((details.processors, details.oom_kills), (vec![(0, 20, 10)], Some(2)));
+        assert_eq!((details.memory["RSS"], details.disks["4095:7"]), (7, [4096, 3, 512, 0]));
+        // As the kernel writes that there is none.
+        std::fs::write(
+            root.path().join("memory/g/memory.stat"),
+            "hierarchical_memory_limit 9223372036854771712\n",
+        )
+        .unwrap();
+        assert_eq!(group.stats().memory_limit, None);
+    }
+
+    #[test]
+    fn names_of_devices_are_found_anew_each_minute() {
+        let (mut names, start) = (Names(BTreeMap::new()), Instant::now());
+        let asked = std::cell::Cell::new(0);
+        let mut get = |number: &str, seconds| {
+            let find = |number: &str| {
+                asked.set(asked.get() + 1);
+                format!("{number}-{}", asked.get())
+            };
+            names.get(number, start + Duration::from_secs(seconds), find)
+        };
+        assert_eq!([get("8:0", 0), get("8:0", 59), get("8:16", 59)], ["8:0-1", "8:0-1", "8:16-2"]);
+        assert_eq!([get("8:0", 60), get("8:16", 61)], ["8:0-3", "8:16-2"]);
+        assert_eq!(names.0.len(), 2);
     }
 }
