@@ -1,6 +1,6 @@
 //! Figures of a running container. They are asked for every few seconds of every guest, so what does not change while its
 //! init lives (who it is, its groups, the way into its network) is kept: a sample reads files of its control
-//! groups and asks its network namespace, and wakes no other process.
+//! groups and of its network namespace that are held open, and wakes no other process.
 
 use super::{Shared, lock};
 use crate::{proc::Init, record::Nic, spaces::Spaces};
@@ -37,19 +37,20 @@ impl Sampled {
     }
 
     fn interfaces(&self) -> Result<BTreeMap<String, Interface>> {
-        let links = lock(&self.probe).links()?.into_iter().map(|link| {
+        let mut probe = lock(&self.probe);
+        let links = probe.links()?.iter().map(|link| {
             let host = self.nics.iter().find(|n| n.mac.eq_ignore_ascii_case(&link.mac));
             let interface = Interface {
-                mac: link.mac,
+                mac: link.mac.clone(),
                 host_name: host.map(|n| n.host_interface.clone()).unwrap_or_default(),
                 mtu: link.mtu,
                 up: link.up,
                 loopback: link.loopback,
-                addresses: link.addresses,
+                addresses: link.addresses.clone(),
                 counters: link.counters,
                 losses: link.losses,
             };
-            (link.name, interface)
+            (link.name.clone(), interface)
         });
         Ok(links.collect())
     }
