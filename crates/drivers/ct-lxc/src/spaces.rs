@@ -9,14 +9,16 @@ use std::{
     os::unix::{ffi::OsStringExt, fs::MetadataExt},
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// A remote file system that does not answer by then is left out.
 const PATIENCE: Duration = Duration::from_millis(500);
+/// Where none of them has room of its own, nobody looks again before this: it changes when somebody gives a volume a size.
+const NOTHING: Duration = Duration::from_secs(20);
 
 /// A place of the host that the guest has.
 #[derive(Debug, Clone)]
@@ -35,6 +37,8 @@ pub(crate) struct Spaces {
     /// They were all found to lie where [`QUICK`] says: they are asked without a thread of their own, which costs more than the
     /// answers.
     quick: Arc<AtomicBool>,
+    /// When it was seen that none of them has room of its own.
+    nothing: Arc<Mutex<Option<Instant>>>,
 }
 
 impl Spaces {
@@ -47,11 +51,19 @@ impl Spaces {
             mount_point: d.at.clone(),
         };
         let places = std::iter::once(root).chain(disks.map(disk)).collect();
-        Self { places: Arc::new(places), asked: Arc::default(), quick: Arc::default() }
+        Self {
+            places: Arc::new(places),
+            asked: Arc::default(),
+            quick: Arc::default(),
+            nothing: Arc::default(),
+        }
     }
 
     /// Figures of those with room of their own.
     pub(crate) async fn figures(&self) -> Vec<FilesystemFigures> {
+        if self.nothing().is_some_and(|seen| seen.elapsed() < NOTHING) {
+            return vec![];
+        }
         if self.quick.load(Ordering::Relaxed) {
             return self.look();
         }
@@ -72,9 +84,14 @@ impl Spaces {
 
     fn look(&self) -> Vec<FilesystemFigures> {
         let mut quick = true;
-        let found = self.places.iter().filter_map(|place| look(place, &mut quick)).collect();
+        let found: Vec<_> = self.places.iter().filter_map(|place| look(place, &mut quick)).collect();
         self.quick.store(quick, Ordering::Relaxed);
+        *self.nothing() = found.is_empty().then(Instant::now);
         found
+    }
+
+    fn nothing(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
+        self.nothing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -169,7 +186,14 @@ mod tests {
             place("proc", "/proc/rootfs".into()),
             place("gone", dir.path().join("gone")),
         ];
-        let spaces = Spaces { places: Arc::new(places), asked: Arc::default(), quick: Arc::default() };
+        let spaces = |places| Spaces {
+            places: Arc::new(places),
+            asked: Arc::default(),
+            quick: Arc::default(),
+            nothing: Arc::default(),
+        };
+        let plain = spaces(places[..1].to_vec());
+        let spaces = spaces(places);
         for _ in 0..2 {
             let found = spaces.figures().await;
             assert_eq!(found.len(), 1, "{found:?}");
@@ -183,5 +207,14 @@ mod tests {
         spaces.quick.store(true, Ordering::Relaxed);
         assert_eq!(spaces.figures().await.len(), 1);
         assert!(!spaces.quick.load(Ordering::Relaxed), "it is found out again each time");
+        // Where nothing has room of its own, that is kept for a while, and then looked at again.
+        assert!(spaces.nothing().is_none());
+        assert!(plain.figures().await.is_empty());
+        let seen = plain.nothing().unwrap();
+        assert!(plain.figures().await.is_empty());
+        assert_eq!(*plain.nothing(), Some(seen));
+        *plain.nothing() = seen.checked_sub(NOTHING);
+        assert!(plain.figures().await.is_empty());
+        assert!(plain.nothing().unwrap() >= seen);
     }
 }
