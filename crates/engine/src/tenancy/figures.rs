@@ -1,14 +1,16 @@
 //! Figures for monitoring, as far as the caller may see them.
 
-use crate::{Engine, InstanceView, context::Context};
+use crate::{Engine, InstanceView, compute::metrics::Sample, context::Context};
 use karst_model::{Result, access::Permission, guest::Metrics, warning::WarningStatus};
 use std::{sync::Arc, time::Duration};
 
 /// What monitoring gets.
 #[derive(Debug, Clone, Default)]
 pub struct Figures {
-    /// Running instances, by project and name.
-    pub instances: Vec<(Arc<InstanceView>, Metrics)>,
+    /// Running instances, by project and name; `sample` has figures of each.
+    pub instances: Vec<Arc<InstanceView>>,
+    /// Figures of these, and of others that the caller may not see.
+    sample: Sample,
     /// The server's own; for those who may see all.
     pub server: Option<ServerFigures>,
 }
@@ -24,6 +26,13 @@ pub struct ServerFigures {
     pub uptime: Duration,
 }
 
+impl Figures {
+    /// The instances with their figures.
+    pub fn of_instances(&self) -> impl Iterator<Item = (&Arc<InstanceView>, &Metrics)> {
+        self.instances.iter().filter_map(|v| Some((v, self.sample.get(&v.instance.id)?)))
+    }
+}
+
 impl Engine {
     /// Figures of all running instances that the caller may see, at most 2 s old; of one project when it is named.
     ///
@@ -36,35 +45,34 @@ impl Engine {
             context.demand_known()?;
         }
         let inner = self.inner();
-        let mut views: Vec<Arc<InstanceView>> = {
+        let sees = |p| everything || principal.may(Permission::MetricsView, Some(p));
+        let only = {
             let records = inner.inventory.read();
-            let sees = |p| everything || principal.may(Permission::MetricsView, Some(p));
             if !everything && !records.projects.keys().any(|p| sees(*p)) {
                 context.demand_server(Permission::MetricsView)?;
             }
-            let only = match project {
+            match project {
                 None => None,
                 Some(name) => {
                     Some(records.project(name).ok().filter(|p| sees(p.id)).map(|p| p.id).ok_or_else(
                         || karst_model::Error::not_found(format!("project {name:?} not found")),
                     )?)
                 }
-            };
-            records
-                .instances
-                .values()
+            }
+        };
+        let sample = self.all_details().await;
+        // Of those alone that there are figures of: where most are stopped, to look at all is dearer than the figures.
+        let mut instances: Vec<Arc<InstanceView>> = {
+            let records = inner.inventory.read();
+            let running = sample.keys().filter_map(|id| records.instances.get(id));
+            running
                 .filter(|i| sees(i.project) && only.is_none_or(|o| o == i.project))
                 .filter_map(|i| inner.inventory.view(&records, i.id))
                 .collect()
         };
-        views.sort_by(|a, b| {
+        instances.sort_by(|a, b| {
             (&*a.project.name, &*a.instance.name).cmp(&(&*b.project.name, &*b.instance.name))
         });
-        let sample = self.all_details().await;
-        let instances = views
-            .into_iter()
-            .filter_map(|v| Some((v.clone(), sample.get(&v.instance.id)?.clone())))
-            .collect();
         let server = (everything && project.is_none()).then(|| {
             let records = inner.inventory.read();
             let warnings = records.tenancy.warnings.values();
@@ -74,6 +82,6 @@ impl Engine {
                 uptime: inner.env.monotonic().saturating_sub(inner.opened),
             }
         });
-        Ok(Figures { instances, server })
+        Ok(Figures { instances, sample, server })
     }
 }
