@@ -337,6 +337,16 @@ impl RealAgent {
         self.guests.lock().iter().map(|(id, r)| (*id, r.clone())).collect()
     }
 
+    /// What a guest is, without a copy of what else is kept of it.
+    pub(crate) fn kind(&self, id: InstanceId) -> Option<InstanceKind> {
+        self.guests.lock().get(&id).map(|r| r.kind)
+    }
+
+    /// The same of all guests of this host.
+    pub(crate) fn kinds(&self) -> Vec<(InstanceId, InstanceKind)> {
+        self.guests.lock().iter().map(|(id, r)| (*id, r.kind)).collect()
+    }
+
     /// Its driver, of a guest that was started here.
     pub(crate) fn known(&self, id: InstanceId) -> Result<(GuestRecord, &Arc<dyn GuestDriver>)> {
         let record =

@@ -329,13 +329,12 @@ impl RealAgent {
         instances: Vec<InstanceId>,
         detailed: bool,
     ) -> Result<Vec<(InstanceId, Metrics)>> {
-        let wanted = if instances.is_empty() {
-            self.all_guests().into_iter().map(|(id, _)| id).collect()
-        } else {
-            instances
+        let wanted = match instances.is_empty() {
+            true => self.kinds(),
+            false => instances.into_iter().filter_map(|id| Some((id, self.kind(id)?))).collect(),
         };
-        let figures = |id| async move {
-            let (_, driver) = self.known(id).ok()?;
+        let figures = |(id, kind)| async move {
+            let driver = self.driver(kind).ok()?;
             match driver.sample(id, detailed).await {
                 Ok(metrics) => {
                     let metrics = Metrics { sampled_at: Some(self.env.now().as_millisecond()), ..metrics };

@@ -17,15 +17,13 @@ use karst_model::{
     keys,
     spec::CpuLimit,
 };
-use std::{
-    borrow::Cow,
-    collections::{BTreeMap, HashMap},
-    fmt::Write,
-    sync::{Arc, LazyLock},
-};
+use std::{borrow::Cow, collections::HashMap, fmt::Write, sync::LazyLock};
 
 /// Name, whether it only grows, help.
-const FAMILIES: &[(&str, bool, &str)] = &[
+type Family = (&'static str, bool, &'static str);
+
+/// All, by name.
+const FAMILIES: &[Family] = &[
     ("incus_cpu_effective_total", false, "Total number of effective CPUs."),
     ("incus_cpu_seconds_total", true, "Total number of CPU time used in seconds."),
     ("incus_disk_read_bytes_total", true, "Total number of bytes read."),
@@ -73,8 +71,83 @@ const FAMILIES: &[(&str, bool, &str)] = &[
     ("incus_warnings_total", false, "Number of active warnings."),
 ];
 
-/// Samples by family: labels and value.
-type Samples = BTreeMap<&'static str, Vec<(String, f64)>>;
+/// Where a family stands in the table. For constants: a name that is not there does not compile.
+const fn at(name: &str) -> usize {
+    const fn same(one: &[u8], other: &[u8]) -> bool {
+        let mut n = 0;
+        while n < one.len() && n < other.len() && one[n] == other[n] {
+            n += 1;
+        }
+        n == one.len() && n == other.len()
+    }
+    let mut n = 0;
+    while n < FAMILIES.len() {
+        if same(FAMILIES[n].0.as_bytes(), name.as_bytes()) {
+            return n;
+        }
+        n += 1;
+    }
+    panic!("no such family")
+}
+
+/// The name of a family and that of its figures. In OpenMetrics a family is named without `_total`, which figures keep that
+/// only grow.
+fn names(family: &Family, open: bool) -> (&'static str, &'static str) {
+    let (name, grows, _) = *family;
+    let short = name.trim_end_matches("_total");
+    match (open, grows) {
+        (false, _) => (name, name),
+        (true, true) => (short, name),
+        (true, false) => (short, short),
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Value {
+    Whole(u64),
+    Part(f64),
+}
+
+/// What is answered, a text for each family. There are many figures: each is written where it goes, once.
+struct Lines {
+    open: bool,
+    of: Vec<String>,
+}
+
+impl Lines {
+    /// Prometheus' text form 0.0.4, or OpenMetrics 1.0.
+    fn new(open: bool) -> Self {
+        Self { open, of: vec![String::new(); FAMILIES.len()] }
+    }
+
+    /// A figure. Labels go by name: `more`, which only some have, stand before `own`, which all of an instance have.
+    fn add(&mut self, family: usize, more: &[(&str, &str)], own: &str, value: Value) {
+        debug_assert!(more.iter().map(|(k, _)| *k).chain(["name"]).is_sorted());
+        let text = &mut self.of[family];
+        text.push_str(names(&FAMILIES[family], self.open).1);
+        if !own.is_empty() {
+            text.push('{');
+            for (key, value) in more {
+                text.extend([*key, "=\"", &*escape(value), "\","]);
+            }
+            text.extend([own, "}"]);
+        }
+        // Writing to a string cannot fail.
+        let _ = match value {
+            Value::Whole(n) => writeln!(text, " {n}"),
+            Value::Part(n) => writeln!(text, " {n}"),
+        };
+    }
+
+    fn render(&self) -> String {
+        let mut text = String::with_capacity(self.of.iter().map(|lines| lines.len() + 200).sum());
+        for (family, lines) in FAMILIES.iter().zip(&self.of).filter(|(_, lines)| !lines.is_empty()) {
+            let (name, kind) = (names(family, self.open).0, if family.1 { "counter" } else { "gauge" });
+            text.extend(["# HELP ", name, " ", family.2, "\n# TYPE ", name, " ", kind, "\n", lines]);
+        }
+        text + "# EOF\n"
+    }
+}
 
 fn escape(text: &str) -> Cow<'_, str> {
     if !text.contains(['\\', '"', '\n']) {
@@ -93,88 +166,78 @@ fn own_labels(view: &InstanceView) -> String {
     format!("name=\"{name}\",project=\"{project}\",type=\"{kind}\"")
 }
 
-/// Those of one sample, by name: what only some have stands before what all have.
-fn labels(own: &str, more: &[(&str, &str)]) -> String {
-    debug_assert!(more.iter().map(|(k, _)| *k).chain(["name"]).is_sorted());
-    let mut text =
-        String::with_capacity(own.len() + 2 + more.iter().map(|(k, v)| k.len() + v.len() + 4).sum::<usize>());
-    text.push('{');
-    for (key, value) in more {
-        text.extend([*key, "=\"", &*escape(value), "\","]);
-    }
-    text.push_str(own);
-    text.push('}');
-    text
-}
-
 /// CPUs that an instance may use of `host`: what its limit says, else one of a machine, all of a container.
-fn effective_cpus(view: &InstanceView, host: u32) -> Option<f64> {
-    let limit = keys::limits(&view.expanded_config).ok()?.cpu;
+fn effective_cpus(view: &InstanceView, host: u32) -> Option<u64> {
+    let limit = match view.expanded_config.get("limits.cpu") {
+        // As most have it: nothing of the others need be understood.
+        None => None,
+        Some(_) => keys::limits(&view.expanded_config).ok()?.cpu,
+    };
     let cpus = match (limit, view.instance.kind) {
         (Some(CpuLimit::Count { n }), _) => n,
         (Some(CpuLimit::Set { cpus }), _) => u32::try_from(cpus.len()).ok()?,
         (None, InstanceKind::VirtualMachine) => 1,
         (None, InstanceKind::Container) => host,
     };
-    (cpus > 0).then_some(f64::from(cpus))
+    (cpus > 0).then_some(u64::from(cpus))
 }
 
 /// The family of a part of memory, as hosts and agents name it.
-fn memory_family(part: &str) -> Option<&'static str> {
-    static PARTS: LazyLock<HashMap<&str, &str>> = LazyLock::new(|| {
-        let part =
-            |name: &'static str| Some((name.strip_prefix("incus_memory_")?.strip_suffix("_bytes")?, name));
-        FAMILIES.iter().filter_map(|(name, _, _)| part(name)).collect()
+fn memory_family(part: &str) -> Option<usize> {
+    static PARTS: LazyLock<HashMap<&str, usize>> = LazyLock::new(|| {
+        let part = |name: &'static str| name.strip_prefix("incus_memory_")?.strip_suffix("_bytes");
+        FAMILIES.iter().enumerate().filter_map(|(at, family)| Some((part(family.0)?, at))).collect()
     });
     PARTS.get(part).copied()
 }
 
-fn instance(samples: &mut Samples, view: &InstanceView, m: &Metrics, host_cpus: u32) {
+fn instance(lines: &mut Lines, view: &InstanceView, m: &Metrics, host_cpus: u32) {
     let own = own_labels(view);
-    let mut add = |name: &'static str, more: &[(&str, &str)], value: Option<f64>| {
+    let mut add = |family: usize, more: &[(&str, &str)], value: Option<Value>| {
         if let Some(value) = value {
-            samples.entry(name).or_default().push((labels(&own, more), value));
+            lines.add(family, more, &own, value);
         }
     };
-    let number = |n: Option<u64>| n.map(|n| n as f64);
+    let number = |n: Option<u64>| n.map(Value::Whole);
+    let whole = |n: u64| Some(Value::Whole(n));
     let none = Details::default();
     let d = m.details.as_deref().unwrap_or(&none);
-    add("incus_cpu_effective_total", &[], effective_cpus(view, host_cpus));
+    add(const { at("incus_cpu_effective_total") }, &[], number(effective_cpus(view, host_cpus)));
     for processor in &d.processors {
         let cpu = processor.number.to_string();
         for (mode, ns) in &processor.modes {
             let labels = [("cpu", cpu.as_str()), ("mode", mode.as_str())];
-            add("incus_cpu_seconds_total", &labels, Some(*ns as f64 / 1e9));
+            add(const { at("incus_cpu_seconds_total") }, &labels, Some(Value::Part(*ns as f64 / 1e9)));
         }
     }
     for (device, disk) in &d.disks {
         let device = [("device", device.as_str())];
-        add("incus_disk_read_bytes_total", &device, Some(disk.read_bytes as f64));
-        add("incus_disk_reads_completed_total", &device, number(disk.reads));
-        add("incus_disk_written_bytes_total", &device, Some(disk.written_bytes as f64));
-        add("incus_disk_writes_completed_total", &device, number(disk.writes));
+        add(const { at("incus_disk_read_bytes_total") }, &device, whole(disk.read_bytes));
+        add(const { at("incus_disk_reads_completed_total") }, &device, number(disk.reads));
+        add(const { at("incus_disk_written_bytes_total") }, &device, whole(disk.written_bytes));
+        add(const { at("incus_disk_writes_completed_total") }, &device, number(disk.writes));
     }
     for f in &d.filesystems {
         let place = [("device", &*f.device), ("fstype", &*f.kind), ("mountpoint", &*f.mount_point)];
-        add("incus_filesystem_avail_bytes", &place, Some(f.available as f64));
-        add("incus_filesystem_free_bytes", &place, Some(f.free as f64));
-        add("incus_filesystem_size_bytes", &place, Some(f.size as f64));
+        add(const { at("incus_filesystem_avail_bytes") }, &place, whole(f.available));
+        add(const { at("incus_filesystem_free_bytes") }, &place, whole(f.free));
+        add(const { at("incus_filesystem_size_bytes") }, &place, whole(f.size));
     }
     for (part, bytes) in &d.memory {
         if let Some(family) = memory_family(part) {
-            add(family, &[], Some(*bytes as f64));
+            add(family, &[], whole(*bytes));
         }
     }
     // What the system inside tells goes before what the host sees of it.
     for (part, family, value) in [
-        ("MemTotal", "incus_memory_MemTotal_bytes", m.memory_total),
-        ("RSS", "incus_memory_RSS_bytes", m.memory),
-        ("Swap", "incus_memory_Swap_bytes", m.swap),
+        ("MemTotal", const { at("incus_memory_MemTotal_bytes") }, m.memory_total),
+        ("RSS", const { at("incus_memory_RSS_bytes") }, m.memory),
+        ("Swap", const { at("incus_memory_Swap_bytes") }, m.swap),
     ] {
         add(family, &[], number(value.filter(|_| !d.memory.contains_key(part))));
     }
-    add("incus_memory_OOM_kills_total", &[], number(d.oom_kills));
-    add("incus_procs_total", &[], number(m.processes));
+    add(const { at("incus_memory_OOM_kills_total") }, &[], number(d.oom_kills));
+    add(const { at("incus_procs_total") }, &[], number(m.processes));
     let inside = m.interfaces.iter().map(|(name, i)| (name.as_str(), i.counters, i.losses));
     // Seen from the host only where nobody inside tells.
     let outside = d.nics.iter().filter(|_| m.interfaces.is_empty()).map(|(name, n)| {
@@ -183,38 +246,17 @@ fn instance(samples: &mut Samples, view: &InstanceView, m: &Metrics, host_cpus: 
     });
     for (device, counters, losses) in inside.chain(outside) {
         let device = [("device", device)];
-        let [received, sent, packets_received, packets_sent] = counters.map(|n| Some(n as f64));
-        add("incus_network_receive_bytes_total", &device, received);
-        add("incus_network_transmit_bytes_total", &device, sent);
-        add("incus_network_receive_packets_total", &device, packets_received);
-        add("incus_network_transmit_packets_total", &device, packets_sent);
-        let [errors_received, errors_sent, drops_received, drops_sent] = losses.map(|n| Some(n as f64));
-        add("incus_network_receive_errs_total", &device, errors_received);
-        add("incus_network_transmit_errs_total", &device, errors_sent);
-        add("incus_network_receive_drop_total", &device, drops_received);
-        add("incus_network_transmit_drop_total", &device, drops_sent);
+        let [received, sent, packets_received, packets_sent] = counters.map(whole);
+        add(const { at("incus_network_receive_bytes_total") }, &device, received);
+        add(const { at("incus_network_transmit_bytes_total") }, &device, sent);
+        add(const { at("incus_network_receive_packets_total") }, &device, packets_received);
+        add(const { at("incus_network_transmit_packets_total") }, &device, packets_sent);
+        let [errors_received, errors_sent, drops_received, drops_sent] = losses.map(whole);
+        add(const { at("incus_network_receive_errs_total") }, &device, errors_received);
+        add(const { at("incus_network_transmit_errs_total") }, &device, errors_sent);
+        add(const { at("incus_network_receive_drop_total") }, &device, drops_received);
+        add(const { at("incus_network_transmit_drop_total") }, &device, drops_sent);
     }
-}
-
-/// Prometheus' text form 0.0.4, or OpenMetrics 1.0, where a family that only grows is named without its `_total`.
-fn render(samples: &Samples, open: bool) -> String {
-    let mut text = String::new();
-    for (name, grows, help) in FAMILIES {
-        let Some(found) = samples.get(name) else { continue };
-        let family = if open && *grows { name.trim_end_matches("_total") } else { name };
-        // OpenMetrics keeps `_total` for what only grows.
-        let (family, name) = match open && !*grows {
-            true => (family.trim_end_matches("_total"), name.trim_end_matches("_total")),
-            false => (family, *name),
-        };
-        let kind = if *grows { "counter" } else { "gauge" };
-        // Writing to a string cannot fail.
-        let _ = writeln!(text, "# HELP {family} {help}\n# TYPE {family} {kind}");
-        for (labels, value) in found {
-            let _ = writeln!(text, "{name}{labels} {value}");
-        }
-    }
-    text + "# EOF\n"
 }
 
 /// `GET /1.0/metrics`: of the projects that the caller may see, or of `project` alone.
@@ -224,26 +266,25 @@ fn render(samples: &Samples, open: bool) -> String {
 pub async fn get(call: Call) -> Result<Reply> {
     let engine = call.engine();
     let figures = engine.metrics(&call.context, call.query.get("project")).await?;
-    let mut samples = Samples::new();
-    let all: &[(Arc<InstanceView>, Metrics)] = &figures.instances;
+    let open = call.header(ACCEPT.as_str()).is_some_and(|a| a.contains("application/openmetrics-text"));
+    let mut lines = Lines::new(open);
     let host_cpus = {
         let records = engine.inner().inventory.read();
         records.nodes.get(&engine.inner().node).and_then(|n| n.facts.as_ref()).map_or(0, |f| f.cpus)
     };
-    for (view, metrics) in all {
-        instance(&mut samples, view, metrics, host_cpus);
+    for (view, metrics) in figures.of_instances() {
+        instance(&mut lines, view, metrics, host_cpus);
     }
     if let Some(server) = &figures.server {
-        for (name, value) in [
-            ("incus_operations_total", server.operations as f64),
-            ("incus_uptime_seconds", server.uptime.as_secs_f64().floor()),
-            ("incus_warnings_total", server.warnings as f64),
+        for (family, value) in [
+            (const { at("incus_operations_total") }, server.operations as u64),
+            (const { at("incus_uptime_seconds") }, server.uptime.as_secs()),
+            (const { at("incus_warnings_total") }, server.warnings as u64),
         ] {
-            samples.insert(name, vec![(String::new(), value)]);
+            lines.add(family, &[], "", Value::Whole(value));
         }
     }
-    let open = call.header(ACCEPT.as_str()).is_some_and(|a| a.contains("application/openmetrics-text"));
-    let mut reply = Response::new(full(render(&samples, open)));
+    let mut reply = Response::new(full(lines.render()));
     let kind = match open {
         true => "application/openmetrics-text; version=1.0.0; charset=utf-8",
         false => "text/plain; version=0.0.4; charset=utf-8",
@@ -259,30 +300,35 @@ mod tests {
     #[test]
     fn families_are_sorted_and_rendered_in_both_forms() {
         assert!(FAMILIES.windows(2).all(|w| w[0].0 < w[1].0));
-        assert_eq!(memory_family("Active_anon"), Some("incus_memory_Active_anon_bytes"));
+        assert_eq!(memory_family("Active_anon"), Some(at("incus_memory_Active_anon_bytes")));
         assert_eq!(memory_family("Buffers"), None);
-        let samples = Samples::from([
-            ("incus_cpu_seconds_total", vec![("{name=\"a\"}".to_owned(), 1.5)]),
-            ("incus_procs_total", vec![("{name=\"a\"}".to_owned(), 3.0)]),
-        ]);
-        insta::assert_snapshot!(render(&samples, false), @r#"
+        assert!(FAMILIES.iter().enumerate().all(|(n, family)| at(family.0) == n));
+        let text = |open| {
+            let mut lines = Lines::new(open);
+            lines.add(at("incus_procs_total"), &[], "name=\"a\"", Value::Whole(u64::MAX));
+            lines.add(at("incus_cpu_seconds_total"), &[], "name=\"a\"", Value::Part(1.5));
+            let more = [("cpu", "0"), ("mode", "a\"b")];
+            lines.add(at("incus_cpu_seconds_total"), &more, "name=\"c\"", Value::Part(3.0));
+            lines.add(at("incus_warnings_total"), &[], "", Value::Whole(0));
+            lines.render()
+        };
+        insta::assert_snapshot!(text(false), @r#"
         # HELP incus_cpu_seconds_total Total number of CPU time used in seconds.
         # TYPE incus_cpu_seconds_total counter
         incus_cpu_seconds_total{name="a"} 1.5
+        incus_cpu_seconds_total{cpu="0",mode="a\"b",name="c"} 3
         # HELP incus_procs_total Number of running processes.
         # TYPE incus_procs_total gauge
-        incus_procs_total{name="a"} 3
+        incus_procs_total{name="a"} 18446744073709551615
+        # HELP incus_warnings_total Number of active warnings.
+        # TYPE incus_warnings_total gauge
+        incus_warnings_total 0
         # EOF
         "#);
-        let open = render(&samples, true);
+        let open = text(true);
         assert!(open.contains("# TYPE incus_cpu_seconds counter\nincus_cpu_seconds_total{"), "{open}");
         assert!(open.contains("# TYPE incus_procs gauge\nincus_procs{"), "{open}");
+        assert!(open.contains("# TYPE incus_warnings gauge\nincus_warnings 0\n# EOF\n"), "{open}");
         assert_eq!(escape("a\"b\\c\nd"), "a\\\"b\\\\c\\nd");
-        let own = "name=\"c1\",project=\"p\"";
-        assert_eq!(labels(own, &[]), "{name=\"c1\",project=\"p\"}");
-        assert_eq!(
-            labels(own, &[("cpu", "0"), ("mode", "a\"b")]),
-            "{cpu=\"0\",mode=\"a\\\"b\",name=\"c1\",project=\"p\"}"
-        );
     }
 }
