@@ -591,23 +591,6 @@ async fn files<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'sta
     tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal("files of the guest", e))?
 }
 
-/// Resident memory and its peak of a process, bytes.
-fn resident(pid: u32) -> (Option<u64>, Option<u64>) {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let field = |name: &str| {
-        let line = text.lines().find_map(|l| l.strip_prefix(name))?;
-        line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok().map(|k| k << 10)
-    };
-    (field("VmRSS:"), field("VmHWM:"))
-}
-
-/// What QEMU read from and wrote to disks of the host, bytes. Control groups of v1 do not tell all of it.
-fn moved(pid: u32) -> (Option<u64>, Option<u64>) {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/io")).unwrap_or_default();
-    let field = |name: &str| text.lines().find_map(|l| l.strip_prefix(name)?.trim().parse::<u64>().ok());
-    (field("read_bytes:"), field("write_bytes:"))
-}
-
 #[async_trait]
 impl GuestDriver for QemuDriver {
     fn kind(&self) -> InstanceKind {
@@ -772,10 +755,8 @@ impl GuestDriver for QemuDriver {
             let record = machine.record();
             (Groups::of(&record.daemon_id, instance), record.balloon.unwrap_or(record.memory))
         };
-        let stats = self.shared.cgroups.counted(&groups.machine).stats();
         let pid = machine.observed.borrow().pid;
-        let (memory, memory_peak) = pid.map_or((None, None), resident);
-        let (disk_read, disk_written) = pid.map_or((None, None), moved);
+        let counted = machine.sampled.counted(&self.shared.cgroups, &groups.machine, pid);
         // One whose CPUs stand still would only be waited for.
         let answers = matches!(machine.now().state, RuntimeState::Running | RuntimeState::Stopping);
         let (interfaces, (figures, system)) = match answers {
@@ -786,17 +767,17 @@ impl GuestDriver for QemuDriver {
         let details = match (detailed, figures) {
             (false, _) => None,
             (true, Some(figures)) => Some(details::of_guest(figures)),
-            (true, None) => Some(details::of_host(&machine, memory_total, memory).await),
+            (true, None) => Some(details::of_host(&machine, memory_total, counted.memory).await),
         };
         Ok(Metrics {
-            cpu_ns: stats.cpu_ns,
-            memory,
-            memory_peak,
-            swap: stats.swap,
+            cpu_ns: counted.cpu_ns,
+            memory: counted.memory,
+            memory_peak: counted.memory_peak,
+            swap: counted.swap,
             memory_total: Some(memory_total),
             processes,
-            disk_read,
-            disk_written,
+            disk_read: counted.disk_read,
+            disk_written: counted.disk_written,
             interfaces,
             system,
             sampled_at: None,

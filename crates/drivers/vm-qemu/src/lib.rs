@@ -37,6 +37,7 @@ pub mod probe;
 pub mod qmp;
 mod record;
 mod resize;
+mod sampling;
 mod saved;
 pub mod seed;
 mod share;

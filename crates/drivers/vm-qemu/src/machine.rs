@@ -12,7 +12,7 @@ use crate::{
     news::{self, Budget},
     qmp::{Event, Qmp},
     record::Record,
-    saved, threshold, tpm,
+    sampling, saved, threshold, tpm,
 };
 use karst_guest::{
     Observed, Silence,
@@ -167,6 +167,8 @@ pub(crate) struct Inner {
     news: (broadcast::Sender<MachineNews>, Mutex<Budget>),
     /// Held while the keeper is told who asked for the end, so that none tells it what another has just made untrue.
     pub(crate) telling: tokio::sync::Mutex<()>,
+    /// What its samples are made with.
+    pub(crate) sampled: sampling::Kept,
 }
 
 impl Inner {
@@ -266,6 +268,7 @@ pub(crate) fn own(
         still: tokio::sync::Mutex::default(),
         copying: tokio::sync::Mutex::default(),
         telling: tokio::sync::Mutex::default(),
+        sampled: sampling::Kept::default(),
         news: (tell.news.clone(), Mutex::default()),
     });
     let owner = Owner {
@@ -747,6 +750,7 @@ pub(crate) fn without_owner(dir: PathBuf) -> (Machine, mpsc::Receiver<Request>) 
         copying: tokio::sync::Mutex::default(),
         still: tokio::sync::Mutex::default(),
         telling: tokio::sync::Mutex::default(),
+        sampled: sampling::Kept::default(),
         news: (broadcast::channel(1).0, Mutex::default()),
     });
     (Machine { inner, requests }, receiver)
