@@ -221,16 +221,9 @@ def cpu(pids):
 
 
 def cpu_ns(pids):
-    """Nanoseconds on a processor of all their threads that live now: for little work, where ticks are too coarse."""
-    total = 0
-    for pid in pids:
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            try:
-                with open(f"/proc/{pid}/task/{thread}/schedstat") as file:
-                    total += int(file.read().split()[0])
-            except OSError:
-                pass  # it has ended
-    return total
+    """Nanoseconds on a processor of all threads of the processes, also of those that have ended since they began: for little
+    work, where ticks are too coarse. It is the kernel's clock of each process, by the number that clock_getcpuclockid(3) makes."""
+    return sum(time.clock_gettime_ns((~pid << 3) | 2) for pid in pids)
 
 
 def settle(limit=5.0):

@@ -18,6 +18,7 @@ class Server:
     """A daemon that answers the Incus API."""
 
     name = ""
+    keeps_figures = 2  # seconds for which the figures of guests are answered again
 
     def __init__(self, bench):
         self.bench = bench
@@ -173,6 +174,7 @@ class Karst(Server):
 
 class Incus(Server):
     name = "incus"
+    keeps_figures = 8
 
     def spawn(self):
         environment = {
