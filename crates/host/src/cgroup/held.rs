@@ -2,7 +2,8 @@
 //! no path and makes nothing in the kernel. Each reading from the beginning tells anew (kernel, `seq_file`), and of a group
 //! that is gone nothing (`ENODEV`), also when another of its name has come.
 //!
-//! What is held of a file costs the kernel about 4.5 KiB, so only what is asked for is opened, at its first reading.
+//! What is held of a file costs the kernel about 4.5 KiB, and a descriptor: only what is asked for is held, from its first
+//! reading on, and of all groups together so many at most. What is not held is opened for each reading.
 
 use rustix::{
     buffer::spare_capacity,
@@ -12,9 +13,16 @@ use rustix::{
 use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
+/// Files that are held at most: a quarter of what a daemon may have open.
+const MOST: usize = 16 << 10;
+/// Those that are.
+static HELD: AtomicUsize = AtomicUsize::new(0);
 /// More than these files have as a rule.
 const USUAL: usize = 4096;
 
@@ -25,6 +33,21 @@ pub(super) struct Held {
     directory: Arc<OwnedFd>,
     /// `None` of a file that this kernel does not have.
     files: Vec<(&'static str, Option<OwnedFd>)>,
+    most: usize,
+}
+
+enum Opened<'a> {
+    Held(BorrowedFd<'a>),
+    Now(OwnedFd),
+}
+
+impl AsFd for Opened<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Held(file) => *file,
+            Self::Now(file) => file.as_fd(),
+        }
+    }
 }
 
 /// A group's directory, to be held.
@@ -35,16 +58,17 @@ pub(super) fn open(path: &Path) -> Option<Arc<OwnedFd>> {
 
 impl Held {
     pub(super) fn new(v1: bool, directory: Arc<OwnedFd>) -> Self {
-        Self { v1, directory, files: vec![] }
+        Self { v1, directory, files: vec![], most: MOST }
     }
 
-    fn file(&mut self, name: &'static str) -> Option<BorrowedFd<'_>> {
+    fn file(&mut self, name: &'static str) -> Option<Opened<'_>> {
         let at = match self.files.iter().position(|(known, _)| *known == name) {
             Some(at) => at,
             None => {
                 let flags = OFlags::RDONLY | OFlags::CLOEXEC;
                 let opened = match fs::openat(&self.directory, name, flags, Mode::empty()) {
-                    Ok(file) => Some(file),
+                    Ok(file) if self.place() => Some(file),
+                    Ok(file) => return Some(Opened::Now(file)),
                     Err(Errno::NOENT) => None,
                     // Of a moment, such as a lack of descriptors: the next sample tries again.
                     Err(_) => return None,
@@ -53,7 +77,13 @@ impl Held {
                 self.files.len() - 1
             }
         };
-        self.files[at].1.as_ref().map(AsFd::as_fd)
+        self.files[at].1.as_ref().map(|file| Opened::Held(file.as_fd()))
+    }
+
+    /// Takes a place for one more that is held, where there is one.
+    fn place(&self) -> bool {
+        let one_more = |held| (held < self.most).then_some(held + 1);
+        HELD.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).is_ok()
     }
 
     /// The text of a file, without white space at its end.
@@ -63,7 +93,7 @@ impl Held {
         loop {
             let (at, room) = (bytes.len() as u64, bytes.capacity() - bytes.len());
             // The kernel hands out as much as there is room for: less is all.
-            if pread(file, spare_capacity(&mut bytes), at).ok()? < room {
+            if pread(&file, spare_capacity(&mut bytes), at).ok()? < room {
                 break;
             }
             bytes.reserve(USUAL);
@@ -78,6 +108,13 @@ impl Held {
         let mut bytes = [0; 64];
         let length = pread(self.file(name)?, &mut bytes, 0).ok()?;
         std::str::from_utf8(&bytes[..length]).ok()?.trim().parse().ok()
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let held = self.files.iter().filter(|(_, file)| file.is_some()).count();
+        HELD.fetch_sub(held, Ordering::Relaxed);
     }
 }
 
@@ -102,6 +139,12 @@ mod tests {
         assert_eq!((held.number("memory.stat"), held.number("memory.peak")), (None, None));
         assert_eq!(held.files.len(), 2, "what is not there is asked for once: {held:?}");
         assert!(open(&root.path().join("gone")).is_none());
+        // Where there is no place left each reading opens it, and tells the same.
+        let mut full = Held::new(false, open(root.path()).unwrap());
+        full.most = 0;
+        assert_eq!(full.text("memory.stat"), held.text("memory.stat"));
+        assert_eq!((full.number("memory.peak"), full.number("memory.stat")), (None, None));
+        assert!(full.files.iter().all(|(_, file)| file.is_none()), "{full:?}");
     }
 
     /// A real group: what is held of it tells nothing when it is gone, also when another has come in its place, and keeps
