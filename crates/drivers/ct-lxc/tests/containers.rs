@@ -347,6 +347,16 @@ async fn it_ends_and_reboots_by_itself() {
     assert!(eth0.addresses.contains(&("10.99.5.2".parse().unwrap(), 24, "global".into())), "{eth0:?}");
     let master = std::fs::read_link(format!("/sys/class/net/{}/master", eth0.host_name)).unwrap();
     assert_eq!(master.file_name().unwrap().to_str().unwrap(), place.bridge);
+    // What is kept of it follows what changes; counters move where nothing does.
+    inside(&driver, &guest, "ip addr add 10.99.5.3/24 dev eth0; ip link set eth0 mtu 1300").await;
+    let before = driver.metrics(guest.instance).await.unwrap();
+    assert_eq!((before.interfaces["eth0"].mtu, before.interfaces["eth0"].mac.as_str()), (1300, &*eth0.mac));
+    let other = ("10.99.5.3".parse().unwrap(), 24, "global".into());
+    assert!(before.interfaces["eth0"].addresses.contains(&other), "{before:?}");
+    inside(&driver, &guest, "bash -c 'echo x > /dev/udp/127.0.0.1/9'; seq 100000 | wc -l").await;
+    let after = driver.metrics(guest.instance).await.unwrap();
+    let bytes = |m: &karst_guest::Metrics| m.interfaces["lo"].counters[0];
+    assert!(bytes(&after) > bytes(&before) && after.cpu_ns > before.cpu_ns, "{before:?} {after:?}");
 
     // A reboot from inside is the same start: no event, the limit still there, a new init.
     shell(&driver, &guest, "systemctl reboot").await;
