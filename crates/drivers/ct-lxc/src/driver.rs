@@ -84,6 +84,8 @@ struct Guest {
     requests: asking::Requests,
     /// What samples are made with.
     sampled: Mutex<Option<Arc<sampling::Sampled>>>,
+    /// When a sample found that it does not run.
+    stopped: Mutex<Option<std::time::Instant>>,
     /// Its sockets inside are looked after.
     keeping: Mutex<bool>,
     /// The keeper that a watcher watches.

@@ -389,10 +389,15 @@ async fn it_ends_and_reboots_by_itself() {
     let event = tokio::time::timeout(BOOT, events.recv()).await.unwrap().unwrap();
     assert_eq!((event.state, event.exit), (RuntimeState::Stopped, Some(ExitReason::Shutdown)));
     place.assert_clean();
+    for _ in 0..2 {
+        let e = driver.metrics(guest.instance).await.unwrap_err();
+        assert!(e.is(ErrorKind::NotFound), "{e:?}");
+    }
 
     // A killed init is a crash; a graceful stop right after the start is not lost.
     guest.generation = guest.generation.next();
     let pid = driver.start(&guest).await.unwrap().pid.unwrap();
+    assert!(driver.metrics(guest.instance).await.unwrap().cpu_ns.is_some(), "a start is known at once");
     let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
     let event = tokio::time::timeout(BOOT, events.recv()).await.unwrap().unwrap();

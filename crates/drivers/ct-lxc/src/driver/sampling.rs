@@ -2,18 +2,23 @@
 //! init lives (who it is, its groups, the way into its network) is kept: a sample reads files of its control
 //! groups and of its network namespace that are held open, and wakes no other process.
 
-use super::{Shared, lock};
+use super::{Shared, lock, not_running};
 use crate::{proc::Init, record::Nic, spaces::Spaces};
-use karst_guest::{Details, DiskCounters, Interface, Metrics, ProcessorTimes};
+use karst_guest::{Details, DiskCounters, Interface, Metrics, ProcessorTimes, keeper};
 use karst_host::{
     cgroup::{CgroupDetails, CgroupStats, CountedGroup},
     netns::NetnsProbe,
 };
-use karst_model::{InstanceId, Result};
+use karst_model::{ErrorKind, InstanceId, Result};
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, OnceLock},
+    time::{Duration, Instant},
 };
+
+/// One that was found not to run is not looked for again before this, unless somebody starts it: there may be many more that
+/// are stopped than run.
+const STOPPED: Duration = Duration::from_secs(20);
 
 /// What samples of one life of a guest are made with.
 #[derive(Debug)]
@@ -64,7 +69,17 @@ impl Shared {
         if let Some(kept) = kept {
             return kept.sample(detailed).await;
         }
-        let running = self.running(instance).await?;
+        let unwatched = lock(&guest.watched).is_none();
+        if unwatched && lock(&guest.stopped).is_some_and(|found| found.elapsed() < STOPPED) {
+            return Err(not_running());
+        }
+        let running = match self.running(instance).await {
+            Err(e) if e.is(ErrorKind::NotFound) && !keeper::is_alive(&self.dir(instance)) => {
+                *lock(&guest.stopped) = Some(Instant::now());
+                return Err(e);
+            }
+            other => other?,
+        };
         let group = self.cgroups.counted(&running.groups.limits);
         let Some(init) = running.init() else {
             // Between two lives: no network, and what the groups say is still the guest's.

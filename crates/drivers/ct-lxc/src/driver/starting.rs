@@ -55,6 +55,7 @@ impl Shared {
         if let Some(previous) = &previous {
             network::clear(dir, previous).await?;
         }
+        *lock(&kept.stopped) = None;
         let mut record = Record::new(guest);
         for nic in &mut record.nics {
             nic.home = nic.spec.as_ref().map(nics::home).transpose()?.flatten();
