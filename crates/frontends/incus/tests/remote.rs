@@ -507,7 +507,10 @@ async fn roles_are_given_and_explained() {
 async fn metrics_are_incus() {
     let (s, address) = listening().await;
     assert_eq!(s.post("/1.0/projects", json!({"name": "tenant"})).await.status, 201);
-    s.container("c1", true).await;
+    // Made in an order that is none of names.
+    for (name, runs) in [("c1", true), ("idle", false), ("b1", true)] {
+        s.container(name, runs).await;
+    }
     let text = |a: &Answer| String::from_utf8(a.body.to_vec()).unwrap();
     let answer = s.get("/1.0/metrics").await;
     assert!(answer.header("content-type").starts_with("text/plain; version=0.0.4"));
@@ -534,6 +537,14 @@ async fn metrics_are_incus() {
     ] {
         assert!(all.lines().any(|l| l.starts_with(start)), "{start}: {all}");
     }
+    // Those that run, in the order of their names.
+    let of = |name: &str| format!("incus_memory_MemTotal_bytes{{name=\"{name}\",project=\"default\"");
+    let totals: Vec<&str> = all.lines().filter(|l| l.starts_with("incus_memory_MemTotal_bytes{")).collect();
+    assert!(
+        totals.len() == 2 && totals[0].starts_with(&of("b1")) && totals[1].starts_with(&of("c1")),
+        "{all}"
+    );
+    assert!(!all.contains("name=\"idle\""), "{all}");
     assert!(
         all.contains("incus_memory_RSS_bytes{name=\"c1\",project=\"default\",type=\"container\"}"),
         "{all}"
