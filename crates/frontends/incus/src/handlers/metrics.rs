@@ -111,19 +111,24 @@ enum Value {
 /// What is answered, a text for each family. There are many figures: each is written where it goes, once.
 struct Lines {
     open: bool,
+    /// Bytes that a family will have as a rule.
+    usual: usize,
     of: Vec<String>,
 }
 
 impl Lines {
-    /// Prometheus' text form 0.0.4, or OpenMetrics 1.0.
-    fn new(open: bool) -> Self {
-        Self { open, of: vec![String::new(); FAMILIES.len()] }
+    /// Prometheus' text form 0.0.4, or OpenMetrics 1.0, of so many instances.
+    fn new(open: bool, instances: usize) -> Self {
+        Self { open, usual: 128 * instances.max(1), of: vec![String::new(); FAMILIES.len()] }
     }
 
     /// A figure. Labels go by name: `more`, which only some have, stand before `own`, which all of an instance have.
     fn add(&mut self, family: usize, more: &[(&str, &str)], own: &str, value: Value) {
         debug_assert!(more.iter().map(|(k, _)| *k).chain(["name"]).is_sorted());
         let text = &mut self.of[family];
+        if text.is_empty() {
+            text.reserve(self.usual);
+        }
         text.push_str(names(&FAMILIES[family], self.open).1);
         if !own.is_empty() {
             text.push('{');
@@ -267,7 +272,7 @@ pub async fn get(call: Call) -> Result<Reply> {
     let engine = call.engine();
     let figures = engine.metrics(&call.context, call.query.get("project")).await?;
     let open = call.header(ACCEPT.as_str()).is_some_and(|a| a.contains("application/openmetrics-text"));
-    let mut lines = Lines::new(open);
+    let mut lines = Lines::new(open, figures.instances.len());
     let host_cpus = {
         let records = engine.inner().inventory.read();
         records.nodes.get(&engine.inner().node).and_then(|n| n.facts.as_ref()).map_or(0, |f| f.cpus)
@@ -304,7 +309,7 @@ mod tests {
         assert_eq!(memory_family("Buffers"), None);
         assert!(FAMILIES.iter().enumerate().all(|(n, family)| at(family.0) == n));
         let text = |open| {
-            let mut lines = Lines::new(open);
+            let mut lines = Lines::new(open, 2);
             lines.add(at("incus_procs_total"), &[], "name=\"a\"", Value::Whole(u64::MAX));
             lines.add(at("incus_cpu_seconds_total"), &[], "name=\"a\"", Value::Part(1.5));
             let more = [("cpu", "0"), ("mode", "a\"b")];
