@@ -65,7 +65,12 @@ impl Shared {
     /// A sample of a guest that runs.
     pub(super) async fn sample(&self, instance: InstanceId, detailed: bool) -> Result<Metrics> {
         let guest = self.guest(instance);
-        let kept = lock(&guest.sampled).clone().filter(|s| s.init.lives());
+        let kept = {
+            let mut sampled = lock(&guest.sampled);
+            // What is held of a life that is over holds its network too.
+            sampled.take_if(|s| !s.init.lives());
+            sampled.clone()
+        };
         if let Some(kept) = kept {
             return kept.sample(detailed).await;
         }
