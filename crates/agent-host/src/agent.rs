@@ -135,7 +135,9 @@ impl RealAgent {
             events: Arc::default(),
             sessions: Arc::new(Sessions::new(env.clone())),
             networks: NetworkDriver::new(&options.daemon_id, root.join("networks")),
-            images: ImageStore::open(root.join("images"), launcher.clone()).await?,
+            images: ImageStore::open(root.join("images"), launcher.clone())
+                .await?
+                .with_sources(options.policy.recipes.sources.clone()),
             staging: Arc::new(Staging::open(
                 env.clone(),
                 registry.path("staging"),

@@ -58,6 +58,17 @@ pub struct HostPolicy {
     pub uploads: crate::staging::UploadLimits,
     /// What backups may take.
     pub backups: crate::backup_room::BackupLimits,
+    /// Where images are built of.
+    pub recipes: RecipeSources,
+}
+
+/// Where recipes take their packages from, before the host's own apt sources: the table `recipes`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RecipeSources {
+    /// Lines as sources.list(5) has them: `deb [signed-by=/etc/karst/mirror.gpg] http://mirror.example/ubuntu noble main universe`.
+    /// What they offer becomes part of images with root's rights in them.
+    pub sources: Vec<String>,
 }
 
 impl HostPolicy {
@@ -111,6 +122,12 @@ impl HostPolicy {
         let policy: Self = toml::from_str(&text).map_err(|e| {
             Error::invalid(FILE, format!("{}: {}", path.display(), e.message())).with_context(e.to_string())
         })?;
+        for line in &policy.recipes.sources {
+            karst_image::recipe::check_source(line).map_err(|mut e| {
+                e.message = format!("{}: {}", path.display(), e.message);
+                e
+            })?;
+        }
         let places = policy.path_prefixes.iter().map(|p| ("path_prefixes", p));
         let places = places.chain(policy.disk_paths.iter().map(|p| ("disk_paths", p)));
         let places = places.chain(policy.save_paths.iter().map(|p| ("save_paths", p)));
@@ -409,6 +426,13 @@ mod tests {
         assert!(load().is_err());
         std::fs::write(&file, "pool_sources = [\"srv\"]\n").unwrap();
         assert_eq!(load().unwrap_err().field.as_deref(), Some("pool_sources"));
+        let mirror = "deb [signed-by=/etc/karst/mirror.gpg] http://mirror.example/ubuntu noble main universe";
+        std::fs::write(&file, format!("[recipes]\nsources = [\"{mirror}\"]\n")).unwrap();
+        assert_eq!(load().unwrap().recipes.sources, [mirror]);
+        std::fs::write(&file, "[recipes]\nsources = [\"http://mirror.example/ubuntu\"]\n").unwrap();
+        let e = load().unwrap_err();
+        assert_eq!(e.field.as_deref(), Some("recipes.sources"));
+        assert!(e.message.contains(FILE) && e.message.contains("noble main universe"), "{e}");
         std::fs::remove_file(&file).unwrap();
         std::os::unix::fs::symlink("/etc/passwd", &file).unwrap();
         assert!(load().is_err(), "never through a link");

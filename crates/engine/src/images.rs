@@ -354,8 +354,8 @@ impl Engine {
         Ok(operation)
     }
 
-    /// Builds an image of a recipe such as `debian/12`. One that was built of the same recipe on the same day is taken
-    /// as it is.
+    /// Builds an image of a recipe such as `debian/12` or `ubuntu/24.04`. One that was built of the same recipe on the same day
+    /// is taken as it is.
     ///
     /// # Errors
     /// Invalid options, forbidden; failures of the build come with the operation.

@@ -27,6 +27,9 @@ use std::{
     time::Duration,
 };
 
+/// Those that a real host has.
+const RECIPES: [&str; 4] = ["debian/12", "debian/13", "ubuntu/22.04", "ubuntu/24.04"];
+
 const MAX_SESSIONS: usize = 512;
 /// Bytes that an empty and a cloned volume use.
 pub(super) const EMPTY_VOLUME: u64 = 1 << 20;
@@ -405,10 +408,11 @@ impl SimulatedAgent {
         if let Some(image) = self.lock().images.get(&request.image) {
             return Ok(image.facts.clone());
         }
-        if !matches!(request.recipe.as_str(), "debian/12" | "debian/13") {
+        if !RECIPES.contains(&request.recipe.as_str()) {
             return Err(Error::not_found(format!(
-                "there is no recipe {:?}; known are debian/12, debian/13",
-                request.recipe
+                "there is no recipe {:?}; known are {}",
+                request.recipe,
+                RECIPES.join(", ")
             ))
             .at("recipe"));
         }

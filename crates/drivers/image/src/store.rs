@@ -119,6 +119,8 @@ pub struct ImageStore {
     root: Arc<PathBuf>,
     launcher: Arc<Launcher>,
     bounds: Bounds,
+    /// Lines of a sources.list that recipes take before the host's own.
+    sources: Arc<Vec<String>>,
     building: Arc<tokio::sync::Mutex<()>>,
     importing: Arc<tokio::sync::Semaphore>,
 }
@@ -146,6 +148,7 @@ impl ImageStore {
             root: root.into(),
             launcher: launcher.into(),
             bounds: Bounds::default(),
+            sources: Arc::default(),
             building: Arc::default(),
             importing: Arc::new(tokio::sync::Semaphore::new(2)),
         })
@@ -154,6 +157,13 @@ impl ImageStore {
     /// Other bounds for archives than the default.
     pub fn with_bounds(mut self, bounds: Bounds) -> Self {
         self.bounds = bounds;
+        self
+    }
+
+    /// Recipes take their packages from these archives, where they are of the recipe's distribution: lines that
+    /// [`crate::recipe::check_source`] has taken.
+    pub fn with_sources(mut self, lines: Vec<String>) -> Self {
+        self.sources = lines.into();
         self
     }
 
@@ -608,7 +618,8 @@ impl ImageStore {
         let place = self.root.join("recipes").join(&key);
         if force || !place.join("rootfs").exists() {
             let work = self.work_dir().await?;
-            let built = recipe.build(kind, &date, &work.path, &self.launcher, &progress).await?;
+            let built =
+                recipe.build(kind, &date, &self.sources, &work.path, &self.launcher, &progress).await?;
             let (to, trash) = (place.clone(), work.path.join("old"));
             let label = format!("{} {} {date}", recipe.name, kind.as_str());
             let recipes = self.root.join("recipes");

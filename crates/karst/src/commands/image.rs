@@ -112,7 +112,7 @@ pub struct Import {
 /// Options of `image build`.
 #[derive(Debug, clap::Args)]
 pub struct Build {
-    /// Distribution and release, such as debian/12
+    /// Distribution and release: debian/12, debian/13, ubuntu/22.04, ubuntu/24.04
     recipe: String,
     /// For containers (the default)
     #[arg(long, conflicts_with = "vm")]

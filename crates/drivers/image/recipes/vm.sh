@@ -10,6 +10,9 @@ COMPRESS=zstd
 X
 printf '%s\n' virtio_pci virtio_blk virtio_scsi ahci sd_mod nvme ext4 crc32c >> /etc/initramfs-tools/modules
 update-initramfs -u -k all
+# Where GRUB's configuration looks for them: the kernel's package keeps the links, in one directory or the other.
+{ [ -e /vmlinuz ] && [ -e /initrd.img ]; } || { [ -e /boot/vmlinuz ] && [ -e /boot/initrd.img ]; } ||
+    { echo 'E: the package of the kernel has left no links to what is to be started' >&2; exit 1; }
 
 # BIOS: a core image that finds its configuration on the third partition of the disk it was loaded from.
 mkdir -p bios esp
@@ -17,9 +20,13 @@ grub-mkimage -O i386-pc -o bios/core.img -p '(,gpt3)/boot/grub' \
     biosdisk part_gpt ext2 normal linux configfile search search_fs_uuid echo serial terminal test sleep reboot halt minicmd
 cp /usr/lib/grub/i386-pc/boot.img bios/
 
-# EFI: Debian's signed shim and GRUB, so that Secure Boot works too.
+# EFI: the distribution's signed shim and GRUB, so that Secure Boot works too. Where the package has more than one shim it makes
+# the link to the latest when it is installed.
 for d in deb/*.deb; do dpkg-deb -x "$d" deb; done
-cp deb/usr/lib/shim/shimx64.efi.signed esp/shim
+for shim in deb/usr/lib/shim/shimx64.efi.signed deb/usr/lib/shim/shimx64.efi.signed.latest; do
+    [ ! -f "$shim" ] || { cp "$shim" esp/shim; break; }
+done
+[ -f esp/shim ] || { echo 'E: the package shim-signed has no signed shim at a place known here' >&2; exit 1; }
 cp deb/usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed esp/grub
 rm -r deb
 
