@@ -299,6 +299,118 @@ mod tests {
         );
     }
 
+    /// The simple commands of lines of a shell, each as its words: without comments and redirections, with what runs in `$(…)`
+    /// left as it stands; `None` where a quote is not closed.
+    fn commands(text: &str) -> Option<Vec<Vec<String>>> {
+        /// A word that has ended goes to the command, unless it is where something is redirected to.
+        fn end(word: &mut Option<String>, target: &mut bool, words: &mut Vec<String>) {
+            if let Some(word) = word.take()
+                && !std::mem::take(target)
+            {
+                words.push(word);
+            }
+        }
+        let (mut all, mut words, mut word) = (vec![], vec![], None::<String>);
+        let (mut quote, mut depth, mut target) = (None, 0, false);
+        let mut chars = text.chars().peekable();
+        while let Some(c) = chars.next() {
+            match (quote, c) {
+                (Some(q), c) if c == q => quote = None,
+                (Some('"') | None, '\\') if depth == 0 => {
+                    word.get_or_insert_default().push(chars.next()?);
+                }
+                (Some(_), c) => word.get_or_insert_default().push(c),
+                (None, c) if depth > 0 => {
+                    depth += i32::from(c == '(') - i32::from(c == ')');
+                    word.get_or_insert_default().push(c);
+                }
+                (None, '\'' | '"') => {
+                    quote = Some(c);
+                    word.get_or_insert_default();
+                }
+                (None, '$') if chars.peek() == Some(&'(') => {
+                    chars.next();
+                    depth = 1;
+                    word.get_or_insert_default().push_str("$(");
+                }
+                (None, '#') if word.is_none() => while chars.next_if(|c| *c != '\n').is_some() {},
+                (None, '<' | '>') => {
+                    // The number of what is redirected is no word.
+                    if word.as_ref().is_some_and(|w| w.bytes().all(|b| b.is_ascii_digit())) {
+                        word = None;
+                    }
+                    end(&mut word, &mut target, &mut words);
+                    while chars.next_if(|c| "<>&".contains(*c)).is_some() {}
+                    target = true;
+                }
+                (None, '|' | '&' | ';' | '(' | ')' | '\n') => {
+                    end(&mut word, &mut target, &mut words);
+                    all.push(std::mem::take(&mut words));
+                    target = false;
+                }
+                (None, c) if c.is_whitespace() => end(&mut word, &mut target, &mut words),
+                (None, c) => word.get_or_insert_default().push(c),
+            }
+        }
+        end(&mut word, &mut target, &mut words);
+        all.push(words);
+        (quote.is_none() && depth == 0).then_some(all)
+    }
+
+    #[test]
+    fn what_the_documents_show_is_understood() {
+        let shown =
+            commands("A=1 karst list -f csv 2>&1 | grep 'a b' >x && karst get \"$(cat x)\" # karst x");
+        let words: Vec<String> =
+            shown.unwrap().iter().map(|w| w.join("·")).filter(|w| !w.is_empty()).collect();
+        assert_eq!(words, ["A=1·karst·list·-f·csv", "grep·a b", "karst·get·$(cat x)"]);
+        assert_eq!(commands("echo 'open"), None);
+
+        let top = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
+        let mut files = vec![format!("{top}/README.md"), format!("{top}/docs/tutorial.md")];
+        for entry in std::fs::read_dir(format!("{top}/docs/how-to")).unwrap() {
+            files.push(entry.unwrap().path().to_str().unwrap().to_owned());
+        }
+        let not_the_program = |word: &str| {
+            let name = word.split_once('=').map(|(name, _)| name);
+            let assigns = name.is_some_and(|n| n.bytes().all(|b| b.is_ascii_uppercase() || b == b'_'));
+            assigns || ["do", "then", "else", "!", "if", "while", "sudo", "{"].contains(&word)
+        };
+        let mut count = 0;
+        for file in files {
+            let (mut inside, mut line) = (false, String::new());
+            for part in std::fs::read_to_string(&file).unwrap().lines().map(str::trim) {
+                if part.starts_with("```") {
+                    assert!(line.is_empty(), "{file}: {line}: does not end");
+                    inside = part == "```sh";
+                    continue;
+                }
+                if !inside {
+                    continue;
+                }
+                if let Some(begin) = part.strip_suffix('\\') {
+                    line.push_str(begin);
+                    continue;
+                }
+                line.push_str(part);
+                let Some(found) = commands(&line) else {
+                    line.push('\n');
+                    continue;
+                };
+                line.clear();
+                for words in found {
+                    let words: Vec<String> = words.into_iter().skip_while(|w| not_the_program(w)).collect();
+                    if words.first().is_some_and(|w| w == "karst") {
+                        count += 1;
+                        let parsed = Cli::try_parse_from(&words);
+                        assert!(parsed.is_ok(), "{file}: {}: {}", words.join(" "), parsed.unwrap_err());
+                    }
+                }
+            }
+        }
+        assert!(count > 200, "{count} commands were found");
+    }
+
     #[test]
     fn each_command_has_a_manual_page() {
         let directory = tempfile::tempdir().unwrap();
