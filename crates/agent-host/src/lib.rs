@@ -45,7 +45,7 @@ mod storage;
 
 pub use agent::{RealAgent, RealOptions};
 pub use backup_room::BackupLimits;
-pub use policy::HostPolicy;
+pub use policy::{HostPolicy, RecipeSources};
 pub use registry::set_damaged_aside;
 pub use staging::UploadLimits;
 

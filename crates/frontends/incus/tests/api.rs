@@ -777,6 +777,9 @@ async fn karst_paths_answer() {
     )
     .await;
     assert_eq!(s.get("/1.0/images/aliases/deb").await.metadata()["type"], "container");
+    let ubuntu = json!({"recipe": "ubuntu/24.04", "type": "virtual-machine", "alias": "noble"});
+    s.done(s.post("/1.0/karst/images/build", ubuntu).await).await;
+    assert_eq!(s.get("/1.0/images/aliases/noble").await.metadata()["type"], "virtual-machine");
     s.post("/1.0/karst/images/build", json!({"recipe": "../x"})).await.refused(400);
     let check = s.get("/1.0/karst/check").await.metadata();
     assert_eq!((&check["leaks"], &check["sagas"]), (&json!([]), &json!([])), "{check}");
