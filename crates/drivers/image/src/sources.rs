@@ -208,6 +208,10 @@ pub fn check(line: &str) -> Result<()> {
     if line.contains("signed-by=") && entry.keyring.is_none() {
         return wrong("names its keys by something that is no absolute path");
     }
+    // mmdebstrap installs inside the new system, which has no view of the host's directories.
+    if entry.uri.starts_with("file:") {
+        return wrong("is a directory of this host, which a build cannot reach; serve it over http");
+    }
     let suite = entry.suite.split('-').next().unwrap_or_default();
     if ![DEBIAN, UBUNTU].iter().any(|a| a.has(entry, suite)) {
         return wrong("is of a suite that no recipe knows");
@@ -415,6 +419,7 @@ mod tests {
             ("deb cdrom:[x]/ noble main", "is not one line"),
             ("deb http://a.example/ noble main\ndeb http://b.example/ noble main", "is not one line"),
             ("deb [signed-by=mirror.gpg] http://mirror.example/ubuntu noble main", "no absolute path"),
+            ("deb file:/srv/mirror noble main universe", "serve it over http"),
             ("deb http://mirror.example/fedora rawhide main", "no recipe knows"),
             ("deb http://mirror.example/x stable main", "no recipe knows"),
         ] {
