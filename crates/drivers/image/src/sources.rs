@@ -439,7 +439,7 @@ mod tests {
         let (d, keys) = apt(&[
             ("sources.list", "deb http://archive.example/ubuntu noble main universe\n"),
             ("sources.list.d/browser.list", others),
-            ("sources.list.d/debian.sources", &disabled),
+            ("sources.list.d/debian.sources", disabled.as_str()),
         ]);
         let found = |archive: &Archive, suite: &str| archive.lines_checked_by(suite, &[], d.path(), &keys);
         std::fs::remove_file(&keys).unwrap();
