@@ -359,7 +359,7 @@ mod tests {
         };
         assert_eq!(lines(&UBUNTU, "noble", &[], &UBUNTU_HOST), own("noble"));
         assert_eq!(lines(&UBUNTU, "jammy", &[], &UBUNTU_HOST), own("jammy"));
-        // An own mirror is known by what it has; one without universe says so at apt's, not here.
+        // An own mirror is known by what it has.
         let mirror = "deb [signed-by=/k.gpg] http://mirror.example/u noble main universe\n";
         assert_eq!(
             lines(&UBUNTU, "noble", &[], &[("sources.list", mirror)]),
