@@ -47,6 +47,8 @@ pub enum Program {
     Swtpm,
     /// `thin_check`: with which LVM looks at a thin pool before it uses one.
     ThinCheck,
+    /// `virtiofsd`, the one written in Rust: directories that virtual machines share with their host.
+    Virtiofsd,
     /// `iptables-nft`: the rules of Docker, ufw and others, kept by the kernel's nftables.
     IptablesNft,
     /// `iptables-nft-restore`: several of them in one transaction.
@@ -96,6 +98,7 @@ impl Program {
             Self::Sqfs2tar => "sqfs2tar",
             Self::Swtpm => "swtpm",
             Self::ThinCheck => "thin_check",
+            Self::Virtiofsd => "virtiofsd",
             Self::IptablesNft => "iptables-nft",
             Self::IptablesNftRestore => "iptables-nft-restore",
             Self::IptablesLegacy => "iptables-legacy",
@@ -128,6 +131,7 @@ impl Program {
             Self::Sqfs2tar => "squashfs-tools-ng",
             Self::Swtpm => "swtpm",
             Self::ThinCheck => "thin-provisioning-tools",
+            Self::Virtiofsd => "virtiofsd",
             Self::Nft => "nftables",
             Self::QemuImg => "qemu-utils",
             Self::QemuSystemX86 => "qemu-system-x86",
@@ -144,6 +148,14 @@ impl Program {
         }
     }
 
+    /// Where it may lie. What is no command of anybody's lies apart; QEMU's older virtiofsd (`/usr/lib/qemu`) is another program.
+    fn places(self) -> &'static [&'static str] {
+        match self {
+            Self::Virtiofsd => &["/usr/libexec", "/usr/local/libexec", "/usr/sbin", "/usr/bin"],
+            _ => &["/usr/sbin", "/usr/bin", "/sbin", "/bin"],
+        }
+    }
+
     /// Absolute path: only root-owned system directories are searched, never `PATH`; the keeper lies beside the daemon.
     ///
     /// # Errors
@@ -152,7 +164,7 @@ impl Program {
         if self == Self::Keeper {
             return keeper_path();
         }
-        ["/usr/sbin", "/usr/bin", "/sbin", "/bin"]
+        self.places()
             .iter()
             .map(|d| Path::new(d).join(self.name()))
             .find(|p| p.is_file())
@@ -416,5 +428,8 @@ mod tests {
             assert!(e.message.contains("install"));
         }
         assert_eq!(Program::LxcStart.package(), "lxc");
+        // What came with QEMU 7.2 is another program of the same name.
+        assert!(Program::Virtiofsd.places().iter().all(|place| !place.contains("qemu")));
+        assert!(Program::Virtiofsd.places().contains(&"/usr/libexec"));
     }
 }

@@ -45,8 +45,8 @@ fn failed(what: &str, e: impl Into<io::Error>) -> Error {
     Error::internal(format!("{what} failed"), e.into())
 }
 
-/// A user namespace that maps ids 0 to `count` onto the host's from `base` on; it lives as long as the descriptor. Its
-/// one use is to say how a mount maps ids.
+/// A user namespace that maps ids 0 to `count` onto the host's from `base` on; it lives as long as the descriptor, and as the
+/// processes that entered it. It says how a mount maps ids, and who a helper of a guest is.
 ///
 /// # Errors
 /// Internal when the kernel refuses.

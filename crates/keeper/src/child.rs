@@ -38,6 +38,7 @@ const STEPS: &[&str] = &[
     "executing the program",
     "entering its mount namespace",
     "entering its network namespace",
+    "entering its user namespace",
 ];
 
 fn c(s: &OsStr) -> Result<CString, String> {
@@ -190,6 +191,12 @@ fn prepare(
             let namespace = passed.remove(0);
             sys::check(libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET))?;
         }
+        let mut user_namespace = None;
+        if spec.user_namespace {
+            *step = 14;
+            // Out of the way of the numbers that are given now.
+            user_namespace = Some(sys::move_above(passed.remove(0), above)?);
+        }
 
         *step = 9;
         for (fd, number) in passed.into_iter().zip(&spec.fds) {
@@ -222,6 +229,13 @@ fn prepare(
                     return Err(e);
                 }
             }
+        }
+
+        if let Some(namespace) = &user_namespace {
+            // Last of all that root does; no group of the host goes along.
+            *step = 14;
+            sys::check(libc::setgroups(0, std::ptr::null()))?;
+            sys::check(libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWUSER))?;
         }
 
         *step = 5;

@@ -58,6 +58,9 @@ pub struct Spec {
     pub mount_namespace: bool,
     /// The next descriptor that is passed is a network namespace, which the main process enters; it has no number.
     pub network_namespace: bool,
+    /// The next descriptor that is passed is a user namespace, which the main process enters last to become its user there; it
+    /// has no number. What it may do then it may do to the ids of that namespace only.
+    pub user_namespace: bool,
     /// Console.
     pub console: Console,
     /// Size of each of the two files of the console log, bytes.
@@ -88,6 +91,7 @@ impl Default for Spec {
             fds: vec![],
             mount_namespace: false,
             network_namespace: false,
+            user_namespace: false,
             console: Console::None,
             log_size: 128 * 1024,
             oom_score_adj: 0,
@@ -99,7 +103,8 @@ impl Default for Spec {
 impl Spec {
     /// How many descriptors are passed.
     pub fn passed(&self) -> usize {
-        self.fds.len() + usize::from(self.mount_namespace) + usize::from(self.network_namespace)
+        let namespaces = [self.mount_namespace, self.network_namespace, self.user_namespace];
+        self.fds.len() + namespaces.into_iter().filter(|entered| *entered).count()
     }
 
     /// The file's content.
@@ -143,6 +148,9 @@ impl Spec {
         }
         if self.network_namespace {
             put("network-namespace", b"1");
+        }
+        if self.user_namespace {
+            put("user-namespace", b"1");
         }
         match self.console {
             Console::None => put("console", b"none"),
@@ -197,6 +205,7 @@ impl Spec {
                 "fd" => spec.fds.push(text::number(key, &value)?),
                 "mount-namespace" => spec.mount_namespace = value == b"1",
                 "network-namespace" => spec.network_namespace = value == b"1",
+                "user-namespace" => spec.user_namespace = value == b"1",
                 "console" => {
                     spec.console = match value.as_slice() {
                         b"none" => Console::None,
@@ -221,6 +230,10 @@ impl Spec {
             (None, None) if groups.is_empty() => None,
             _ => return Err("uid and gid belong together".into()),
         };
+        // Whoever enters one has all capabilities there, whatever was taken away before.
+        if spec.user_namespace && (spec.user.is_none() || spec.clear_capabilities) {
+            return Err("a user namespace needs a user, and leaves its capabilities".into());
+        }
         if !spec.program.is_absolute() || spec.argv.is_empty() {
             return Err("program must be absolute and have a name as its first argument".into());
         }
@@ -290,10 +303,21 @@ mod tests {
             Spec::parse(&s)
         };
         assert!(with("").is_ok());
-        for bad in ["seccomp=1\n", "uid=5\n", "fd=2\n", "fd=4\nfd=4\n", "rlimit=1:2\n", "arg=\\x\n", "junk\n"]
-        {
+        for bad in [
+            "seccomp=1\n",
+            "uid=5\n",
+            "fd=2\n",
+            "fd=4\nfd=4\n",
+            "rlimit=1:2\n",
+            "arg=\\x\n",
+            "junk\n",
+            "user-namespace=1\n",
+            "user-namespace=1\nuid=0\ngid=0\nclear-capabilities=1\n",
+        ] {
             assert!(with(bad).is_err(), "{bad}");
         }
+        let entered = with("user-namespace=1\nuid=0\ngid=0\nfd=4\n").unwrap();
+        assert_eq!((entered.passed(), Spec::parse(&entered.render())), (2, Ok(entered.clone())));
         assert!(Spec::parse(b"karst-keeper-spec 2\n").is_err());
     }
 }

@@ -222,6 +222,42 @@ async fn the_main_process_gets_exactly_what_was_specified() {
 }
 
 #[tokio::test]
+async fn a_helper_is_root_of_its_user_namespace_and_nobody_on_the_host() {
+    if !backends::root() {
+        return;
+    }
+    let dir = Guard::new();
+    let file = std::fs::File::open("/etc/hostname").unwrap();
+    let mut s = sh("ls /proc/self/fd; id -u; id -g; tr -s ' ' </proc/self/uid_map; touch /etc/made 2>/dev/null || echo closed; \
+        grep -E '^(Groups|NoNewPrivs)' /proc/self/status; sleep 1000");
+    // A number that the namespaces' own descriptors may have when they come.
+    s.fds = vec![10];
+    (s.mount_namespace, s.user_namespace) = (true, true);
+    s.user = Some((0, 0, vec![]));
+    s.no_new_privs = true;
+    let mounts = karst_host::mountns::new_namespace(|| Ok(())).unwrap();
+    let ids = karst_host::mountns::user_namespace(3_000_000, 65_536).unwrap();
+    let k = keeper::launch(dir.path(), &s, vec![mounts, ids, OwnedFd::from(file)]).await.unwrap();
+    let pid = k.status().await.unwrap().pid.unwrap();
+    let status = || std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    assert!(status().contains("Uid:\t3000000\t3000000\t3000000\t3000000"), "{}", status());
+    assert!(status().contains("Groups:\t \n"), "{}", status());
+    let own = std::fs::read_link("/proc/self/ns/user").unwrap();
+    assert_ne!(std::fs::read_link(format!("/proc/{pid}/ns/user")).unwrap(), own);
+    // It waits for this alone: what it says is whole.
+    let waits = || std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    let sleeps = |child: &str| std::fs::read_to_string(format!("/proc/{child}/comm")).is_ok_and(|c| c == "sleep\n");
+    until("its last program", || waits().split_whitespace().any(sleeps));
+    k.kill().await.unwrap();
+    let End::Exited(s) = k.wait_exit().await.unwrap() else { panic!() };
+    let said: Vec<_> = s.output.lines().collect();
+    let wanted = ["0", "1", "10", "2", "3", "0", "0", " 0 3000000 65536", "closed"];
+    assert_eq!(said[..9], wanted, "{}", s.output);
+    assert!(s.output.contains("NoNewPrivs:\t1"), "{}", s.output);
+    assert!(!Path::new("/etc/made").exists());
+}
+
+#[tokio::test]
 async fn killing_the_keeper_ends_the_guest_and_is_told() {
     let dir = Guard::new();
     let k = keeper::launch(dir.path(), &sh("exec sleep 1000"), vec![]).await.unwrap();
