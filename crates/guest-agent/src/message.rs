@@ -214,8 +214,10 @@ choices! {
         10 SetTime(Time),
         /// Shuts down: an empty reply, then the system goes.
         11 Shutdown(Shutdown),
-        /// Mounts a directory of the host: an empty reply, also where it is mounted already.
+        /// Mounts a directory of the host by 9p: an empty reply, also where it is mounted already.
         12 Mount(Mount),
+        /// The same by virtiofs. Older agents do not know it, and say so.
+        13 MountVirtiofs(Mount),
     }
 }
 
@@ -437,7 +439,7 @@ records! {
         reboot: bool,
     }
 
-    /// A directory of the host (9p).
+    /// A directory of the host.
     Mount {
         /// Its tag.
         tag: String,

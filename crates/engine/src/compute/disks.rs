@@ -5,7 +5,7 @@ use crate::{Records, Row, context::Context, db::Tx, saga::runner, volumes};
 use karst_model::{
     Error, Missing, Result,
     access::Permission,
-    device::{Devices, DiskBus, DiskDevice, DiskOrigin, host_drive},
+    device::{Devices, DiskBus, DiskDevice, DiskLimits, DiskOrigin, host_drive},
     instance::{Instance, InstanceKind},
     keys::parse_bool,
     spec::GuestSpec,
@@ -260,16 +260,17 @@ pub(crate) fn check_directory(device: &str, disk: &DiskDevice, stateful: bool) -
     }
     match disk.io.bus {
         None | Some(DiskBus::Plan9) => {}
+        Some(DiskBus::Virtiofs) if disk.io.limits == DiskLimits::default() => {}
         Some(DiskBus::Virtiofs) => {
-            return Err(Error::unsupported(
-                "directories are shared with virtual machines by 9p; leave io.bus out, or set io.bus=9p",
-            )
-            .at(field("io.bus")));
+            return Err(Error::invalid(
+                field("io.bus"),
+                "virtiofs has no limits of rates; set io.bus=9p, or unset limits.read, limits.write and limits.max",
+            ));
         }
         Some(_) => {
             return Err(Error::invalid(
                 field("io.bus"),
-                "a directory is shared by 9p and on no bus of drives; leave io.bus out, or set io.bus=9p",
+                "a directory is shared by virtiofs or 9p and on no bus of drives; leave io.bus out, or set io.bus=9p",
             ));
         }
     }
@@ -361,16 +362,21 @@ mod tests {
         let path = ("path", "/mnt/data");
         for good in [
             &[path][..],
-            &[path, ("io.bus", "9p")],
+            &[path, ("io.bus", "9p"), ("limits.read", "1MiB")],
+            &[path, ("io.bus", "virtiofs"), ("readonly", "true"), ("recursive", "true"), ("shift", "true")],
+            &[path, ("io.bus", "auto"), ("limits.max", "50iops")],
             &[path, ("readonly", "true"), ("recursive", "true"), ("shift", "true"), ("limits.max", "1MiB")],
             &[("io.bus", "nvme"), ("boot.priority", "1")],
         ] {
             check(good, false).unwrap();
         }
         for (keys, stateful, field) in [
-            (&[path, ("io.bus", "virtiofs")][..], false, "devices.d.io.bus"),
-            (&[path, ("io.bus", "nvme")], false, "devices.d.io.bus"),
+            (&[path, ("io.bus", "nvme")][..], false, "devices.d.io.bus"),
             (&[("io.bus", "9p")], false, "devices.d.io.bus"),
+            (&[("io.bus", "virtiofs")], false, "devices.d.io.bus"),
+            (&[path, ("io.bus", "virtiofs"), ("limits.max", "1MiB")], false, "devices.d.io.bus"),
+            (&[path, ("io.bus", "virtiofs"), ("limits.write", "9iops")], false, "devices.d.io.bus"),
+            (&[path, ("io.bus", "virtiofs")], true, "devices.d.path"),
             (&[path, ("io.cache", "none")], false, "devices.d.io.cache"),
             (&[path, ("io.options", "rotation=1")], false, "devices.d.io.options"),
             (&[path, ("boot.priority", "1")], false, "devices.d.boot.priority"),

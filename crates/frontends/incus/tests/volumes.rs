@@ -508,7 +508,8 @@ async fn directories_are_shared_with_machines() {
         (json!({"source": "gone"}), 404, "gone"),
         (json!({"readonly": "maybe"}), 400, "devices.d.readonly"),
         (json!({"shift": "maybe"}), 400, "devices.d.shift"),
-        (json!({"io.bus": "virtiofs"}), 400, "devices.d.io.bus"),
+        (json!({"io.bus": "virtiofs", "limits.max": "1MiB"}), 400, "devices.d.io.bus"),
+        (json!({"io.bus": "virtio-fs"}), 400, "devices.d.io.bus"),
         (json!({"io.bus": "nvme"}), 400, "devices.d.io.bus"),
         (json!({"io.cache": "unsafe"}), 400, "devices.d.io.cache"),
         (json!({"boot.priority": "1"}), 400, "devices.d.boot.priority"),
@@ -521,6 +522,11 @@ async fn directories_are_shared_with_machines() {
     assert_eq!(pending().await, json!([]));
 
     // Not plugged while it runs; there from the next start on, and its volume in use.
+    for bus in ["virtiofs", "9p", "auto"] {
+        s.patch(V1, device(json!({"readonly": "true", "io.bus": bus}))).await.metadata();
+        assert_eq!(s.get(V1).await.metadata()["devices"]["d"]["io.bus"], bus, "it is kept as it was written");
+        assert_eq!(pending().await[0]["key"], "devices.d");
+    }
     s.patch(V1, device(json!({"readonly": "true"}))).await.metadata();
     assert_eq!(pending().await[0]["key"], "devices.d");
     assert!(s.delete(&format!("{volumes}/data")).await.refused(409).contains(V1));

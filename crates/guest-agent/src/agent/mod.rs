@@ -192,7 +192,8 @@ fn answer(stream: &Stream, request: Request) {
         Request::Freeze(how) => once(stream, freeze::freeze(how)),
         Request::Thaw(_) => once(stream, freeze::thaw()),
         Request::SetTime(time) => once(stream, power::set_time(time)),
-        Request::Mount(directory) => once(stream, mount::mount(&directory)),
+        Request::Mount(directory) => once(stream, mount::mount(&directory, mount::Kind::Plan9)),
+        Request::MountVirtiofs(directory) => once(stream, mount::mount(&directory, mount::Kind::Virtiofs)),
         Request::Shutdown(how) => match power::plan(how) {
             Ok(plan) => {
                 stream.reply(&Reply(Ok(crate::message::Nothing {})));

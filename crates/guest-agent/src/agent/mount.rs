@@ -1,11 +1,11 @@
-//! Directories of the host, mounted where its users want them (9p over virtio).
+//! Directories of the host, mounted where its users want them (virtiofs, or 9p over virtio).
 //!
 //! The host says so whenever the port opens, so all of it can run again: what is mounted is asked of the kernel.
 
 use super::{Refused, failed, freeze, refused};
 use crate::message::{Mount, Nothing, refusal};
 use std::{
-    ffi::CString,
+    ffi::{CStr, CString},
     io,
     path::{Path, PathBuf},
     sync::Mutex,
@@ -15,8 +15,48 @@ use std::{
 const BOOTED: u64 = 60;
 /// Longest tag that the kernel knows.
 const MAX_TAG: usize = 31;
-/// `msize` is what one request carries.
-const OPTIONS: &std::ffi::CStr = c"trans=virtio,version=9p2000.L,msize=262144";
+
+/// How the host shares a directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// 9p over virtio.
+    Plan9,
+    /// virtiofs.
+    Virtiofs,
+}
+
+impl Kind {
+    /// The kernel's name of the file system.
+    fn name(self) -> &'static CStr {
+        match self {
+            Self::Plan9 => c"9p",
+            Self::Virtiofs => c"virtiofs",
+        }
+    }
+
+    fn options(self) -> &'static CStr {
+        match self {
+            // `msize` is what one request carries.
+            Self::Plan9 => c"trans=virtio,version=9p2000.L,msize=262144",
+            Self::Virtiofs => c"",
+        }
+    }
+
+    /// What to do about a kernel that does not have it.
+    fn missing(self) -> &'static str {
+        match self {
+            Self::Plan9 => {
+                "its kernel has no 9p; install one that has (on Debian linux-image-amd64 instead of linux-image-cloud-amd64)"
+            }
+            Self::Virtiofs => "its kernel has no virtiofs (Linux 5.4 and later have); share the directory with io.bus=9p",
+        }
+    }
+
+    /// Is that what is mounted?
+    fn is(self, entry: &Entry) -> bool {
+        self.name().to_bytes() == entry.kind.as_bytes()
+    }
+}
 
 /// One at a time: what is mounted is not mounted over itself.
 static TURN: Mutex<()> = Mutex::new(());
@@ -89,7 +129,7 @@ fn now() -> io::Result<Vec<Entry>> {
 }
 
 /// Mounts it, unless it is mounted.
-pub(super) fn mount(m: &Mount) -> Result<Nothing, Refused> {
+pub(super) fn mount(m: &Mount, kind: Kind) -> Result<Nothing, Refused> {
     let path = check(m)?;
     let _turn = TURN.lock().unwrap_or_else(|e| e.into_inner());
     if freeze::is_frozen() {
@@ -106,15 +146,11 @@ pub(super) fn mount(m: &Mount) -> Result<Nothing, Refused> {
     let at = std::fs::canonicalize(path).map_err(failed)?;
     // The last one is on top.
     let there = now().map_err(failed)?.into_iter().rev().find(|e| e.at == at);
-    if there.is_some_and(|e| e.kind == "9p" && e.source == m.tag) {
+    if there.is_some_and(|e| kind.is(&e) && e.source == m.tag) {
         return Ok(Nothing {});
     }
-    attach(&m.tag, &at, m.readonly).map_err(|e| match e.raw_os_error() {
-        Some(libc::ENODEV) => refused(
-            refusal::UNSUPPORTED,
-            "",
-            "its kernel has no 9p; install one that has (on Debian linux-image-amd64 instead of linux-image-cloud-amd64)",
-        ),
+    attach(m, &at, kind).map_err(|e| match e.raw_os_error() {
+        Some(libc::ENODEV) => refused(refusal::UNSUPPORTED, "", kind.missing()),
         // Without the driver of the device there is neither the tag nor the transport.
         Some(libc::ENOENT | libc::EINVAL) => {
             refused(refusal::BUSY, "", format!("its kernel does not know the directory {:?} yet", m.tag))
@@ -124,13 +160,14 @@ pub(super) fn mount(m: &Mount) -> Result<Nothing, Refused> {
     Ok(Nothing {})
 }
 
-fn attach(tag: &str, at: &Path, readonly: bool) -> io::Result<()> {
+fn attach(m: &Mount, at: &Path, kind: Kind) -> io::Result<()> {
     use std::os::unix::ffi::OsStrExt;
-    let (tag, at) = (CString::new(tag)?, CString::new(at.as_os_str().as_bytes())?);
-    let flags = libc::MS_NODEV | if readonly { libc::MS_RDONLY } else { 0 };
+    let (tag, at) = (CString::new(m.tag.as_str())?, CString::new(at.as_os_str().as_bytes())?);
+    let (name, options) = (kind.name(), kind.options());
+    let flags = libc::MS_NODEV | if m.readonly { libc::MS_RDONLY } else { 0 };
     // SAFETY: all strings end in NUL and live over the call.
     let done =
-        unsafe { libc::mount(tag.as_ptr(), at.as_ptr(), c"9p".as_ptr(), flags, OPTIONS.as_ptr().cast()) };
+        unsafe { libc::mount(tag.as_ptr(), at.as_ptr(), name.as_ptr(), flags, options.as_ptr().cast()) };
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
@@ -151,11 +188,11 @@ mod tests {
     #[test]
     fn places_and_tags_are_checked_before_anything_is_made() {
         for path in ["", "srv", "/", "//", "/srv/../etc", "/srv/./x", "/a\0b"] {
-            let e = mount(&wanted("data", path)).unwrap_err();
+            let e = mount(&wanted("data", path), Kind::Plan9).unwrap_err();
             assert_eq!((e.code, e.field.as_str()), (refusal::INVALID, "path"), "{path:?}");
         }
         for tag in ["", "a,b", "a b", &"x".repeat(32)] {
-            let e = mount(&wanted(tag, "/nonexistent-place")).unwrap_err();
+            let e = mount(&wanted(tag, "/nonexistent-place"), Kind::Virtiofs).unwrap_err();
             assert_eq!((e.code, e.field.as_str()), (refusal::INVALID, "tag"), "{tag:?}");
         }
         assert!(!Path::new("/nonexistent-place").exists());
@@ -167,6 +204,14 @@ mod tests {
         let entry = Entry { at: "/mnt/a b".into(), kind: "9p".into(), source: "data".into() };
         assert_eq!(entries(text), [entry]);
         assert!(now().unwrap().iter().any(|e| e.kind == "proc"));
+    }
+
+    #[test]
+    fn one_kind_is_not_taken_for_the_other() {
+        let entry = |kind: &str| Entry { at: "/mnt".into(), kind: kind.into(), source: "data".into() };
+        assert!(Kind::Plan9.is(&entry("9p")) && Kind::Virtiofs.is(&entry("virtiofs")));
+        assert!(!Kind::Plan9.is(&entry("virtiofs")) && !Kind::Virtiofs.is(&entry("9p")));
+        assert!(Kind::Virtiofs.missing().contains("io.bus=9p") && Kind::Plan9.missing().contains("linux-image"));
     }
 
     #[test]

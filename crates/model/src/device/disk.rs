@@ -199,6 +199,9 @@ pub const DISK_BUSES: &[(&str, DiskBus)] = &[
     ("9p", DiskBus::Plan9),
 ];
 
+/// A directory is shared with a virtual machine in the best way that both have: as if `io.bus` said nothing.
+pub const AUTO_BUS: &str = "auto";
+
 /// Cache mode of a virtual machine's disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -296,7 +299,11 @@ impl DiskIo {
             let text = "says all of it; unset limits.read, limits.write and limits.max";
             return Err(Error::invalid(keys.field("limits.rates"), text));
         }
-        let (bus, thread) = (keys.one_of("io.bus", DISK_BUSES)?, keys.number("io.thread")?);
+        let bus = match keys.get("io.bus") {
+            Some(AUTO_BUS) => None,
+            _ => keys.one_of("io.bus", DISK_BUSES)?,
+        };
+        let thread = keys.number("io.thread")?;
         if thread == Some(0) {
             return Err(Error::invalid(keys.field("io.thread"), "threads are numbered from 1"));
         }
@@ -328,6 +335,17 @@ impl DiskIo {
     }
 }
 
+/// Refuses what is said of directories alone.
+fn demand_drive(keys: &Keys<'_>) -> Result<()> {
+    match keys.get("io.bus") {
+        Some(AUTO_BUS) => Err(Error::invalid(
+            keys.field("io.bus"),
+            "auto is how directories are shared, which have a path; leave io.bus out for a drive's default",
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// `10MiB` (bytes a second) or `100iops`.
 fn rate(keys: &Keys<'_>, key: &str) -> Result<Option<DiskRate>> {
     let Some(text) = keys.get(key) else { return Ok(None) };
@@ -347,6 +365,7 @@ fn rate(keys: &Keys<'_>, key: &str) -> Result<Option<DiskRate>> {
 impl RootDevice {
     pub(super) fn parse(keys: &Keys<'_>) -> Result<Self> {
         keys.known(&[ROOT_KEYS, &IO_KEYS].concat())?;
+        demand_drive(keys)?;
         let (source, size) = (keys.get("source").map(str::to_owned), keys.size("size")?);
         if source.is_some() && size.is_some() {
             return Err(Error::invalid(
@@ -397,6 +416,9 @@ impl DiskDevice {
         });
         let path = path.transpose()?;
         let io = DiskIo::parse(keys)?;
+        if path.is_none() {
+            demand_drive(keys)?;
+        }
         if path.is_some() && io.rates.is_some() {
             let text = "is of a drive of a virtual machine; a directory has limits.read and limits.write";
             return Err(Error::invalid(keys.field("limits.rates"), text));

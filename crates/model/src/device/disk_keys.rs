@@ -24,7 +24,7 @@ pub const DISK_KEYS: &[(&str, bool, bool, &str)] = &[
         "io.bus",
         true,
         true,
-        "Virtual machines: `virtio-scsi` (the default), `virtio-blk`, `nvme`, `sata`, `ide` (machines of type `pc`), `floppy`, `usb` (with `hardware.usb`); `9p` for directories.",
+        "Virtual machines: `virtio-scsi` (the default), `virtio-blk`, `nvme`, `sata`, `ide` (machines of type `pc`), `floppy`, `usb` (with `hardware.usb`); of directories `auto` (the default: `virtiofs` where the host has it and memory can be shared, else `9p`), `virtiofs`, `9p`.",
     ),
     (
         "io.cache",

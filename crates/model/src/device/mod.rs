@@ -246,6 +246,12 @@ mod tests {
         let host = parse(&[("source", "/srv/share"), ("path", "srv")]).unwrap();
         assert!(matches!(host, Device::Disk(d) if d.source == DiskOrigin::Host { path: "/srv/share".into() }
             && d.path.as_deref() == Some("/srv")));
+        for (word, bus) in
+            [("auto", None), ("virtiofs", Some(DiskBus::Virtiofs)), ("9p", Some(DiskBus::Plan9))]
+        {
+            let shared = parse(&[("source", "v"), ("pool", "p"), ("path", "/x"), ("io.bus", word)]).unwrap();
+            assert!(matches!(shared, Device::Disk(d) if d.io.bus == bus), "{word}");
+        }
         for (pairs, field) in [
             (&[("path", "/data")][..], "source"),
             (&[("source", "relative"), ("path", "/x")], "pool"),
@@ -260,6 +266,8 @@ mod tests {
                 "limits.max",
             ),
             (&[("source", "v"), ("pool", "p"), ("io.bus", "scsi")], "io.bus"),
+            (&[("source", "v"), ("pool", "p"), ("io.bus", "auto")], "io.bus"),
+            (&[("source", "v"), ("pool", "p"), ("path", "/x"), ("io.bus", "virtio-fs")], "io.bus"),
             (&[("source", "v"), ("pool", "p"), ("format", "qcow2")], "format"),
             (&[("source", "/srv"), ("path", "/x"), ("media", "cdrom")], "media"),
             (&[("source", "/srv/a"), ("format", "vmdk")], "format"),
