@@ -164,17 +164,13 @@ impl Program {
         if self == Self::Keeper {
             return keeper_path();
         }
-        self.places()
-            .iter()
-            .map(|d| Path::new(d).join(self.name()))
-            .find(|p| p.is_file())
-            .ok_or_else(|| {
-                Error::unsupported(format!(
-                    "{} is not installed on this host; install the package {}",
-                    self.name(),
-                    self.package()
-                ))
-            })
+        self.places().iter().map(|d| Path::new(d).join(self.name())).find(|p| p.is_file()).ok_or_else(|| {
+            Error::unsupported(format!(
+                "{} is not installed on this host; install the package {}",
+                self.name(),
+                self.package()
+            ))
+        })
     }
 }
 

@@ -228,8 +228,10 @@ async fn a_helper_is_root_of_its_user_namespace_and_nobody_on_the_host() {
     }
     let dir = Guard::new();
     let file = std::fs::File::open("/etc/hostname").unwrap();
-    let mut s = sh("ls /proc/self/fd; id -u; id -g; tr -s ' ' </proc/self/uid_map; touch /etc/made 2>/dev/null || echo closed; \
-        grep -E '^(Groups|NoNewPrivs)' /proc/self/status; sleep 1000");
+    let mut s = sh(
+        "ls /proc/self/fd; id -u; id -g; tr -s ' ' </proc/self/uid_map; touch /etc/made 2>/dev/null || echo closed; \
+        grep -E '^(Groups|NoNewPrivs)' /proc/self/status; sleep 1000",
+    );
     // A number that the namespaces' own descriptors may have when they come.
     s.fds = vec![10];
     (s.mount_namespace, s.user_namespace) = (true, true);
@@ -246,7 +248,8 @@ async fn a_helper_is_root_of_its_user_namespace_and_nobody_on_the_host() {
     assert_ne!(std::fs::read_link(format!("/proc/{pid}/ns/user")).unwrap(), own);
     // That is its last program, be it a child of the shell or in its place: what it says is whole.
     let waits = || std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    let sleeps = |child: &str| std::fs::read_to_string(format!("/proc/{child}/comm")).is_ok_and(|c| c == "sleep\n");
+    let sleeps =
+        |child: &str| std::fs::read_to_string(format!("/proc/{child}/comm")).is_ok_and(|c| c == "sleep\n");
     until("its last program", || sleeps(&pid.to_string()) || waits().split_whitespace().any(sleeps));
     k.kill().await.unwrap();
     let End::Exited(s) = k.wait_exit().await.unwrap() else { panic!() };

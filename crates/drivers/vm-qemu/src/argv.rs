@@ -7,7 +7,7 @@
 use crate::{
     board,
     devices::{Bus, Disk, Layout, MAX_DISKS, MAX_NICS, Nic, virtio},
-    directories::{Directory, MAX_DIRECTORIES},
+    directories::{Directory, MAX_DIRECTORIES, Way},
     threads,
 };
 use karst_model::{
@@ -94,8 +94,8 @@ pub struct Machine {
     pub memory: u64,
     /// Disks, the root first.
     pub disks: Vec<Disk>,
-    /// Shared directories, and of which QEMU keeps owners and modes beside the files.
-    pub directories: Vec<(Directory, bool)>,
+    /// Shared directories.
+    pub directories: Vec<(Directory, Way)>,
     /// NICs.
     pub nics: Vec<Nic>,
     /// Has a cloud-init seed.
@@ -175,7 +175,11 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     if m.spec.board.sound.contains(&Sound::Pcspk) {
         machine.push_str(&format!(",pcspk-audiodev={}", board::AUDIO));
     }
-    if let Some(memory) = &m.spec.board.memory {
+    // Who serves a directory by virtiofs reads and writes in the guest's memory.
+    let served = m.directories.iter().any(|(_, way)| *way == Way::Virtiofs);
+    let with_memory = m.spec.board.clone();
+    let with_memory = if served { board::shared(with_memory) } else { with_memory };
+    if let Some(memory) = &with_memory.memory {
         if memory.unmerged {
             machine.push_str(",mem-merge=off");
         }
@@ -213,10 +217,10 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     }
     let (size, base) = board::size(&m.spec.board, m.memory)?;
     opt("-m", size);
-    for (option, value) in board::memory(&m.spec.board, base)? {
+    for (option, value) in board::memory(&with_memory, base)? {
         opt(option, value);
     }
-    for (option, value) in board::modules(&m.spec.board) {
+    for (option, value) in board::modules(&with_memory) {
         opt(option, value);
     }
     opt("-uuid", m.spec.uuid.to_string());
@@ -471,9 +475,10 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         let text = format!("a virtual machine shares {MAX_DIRECTORIES} directories at most");
         return Err(Error::invalid("devices", text));
     }
-    for (i, (directory, mapped)) in m.directories.iter().enumerate() {
-        opt("-fsdev", directory.host(i, *mapped)?);
-        opt("-device", directory.device(layout)?.to_string());
+    for (i, (directory, way)) in m.directories.iter().enumerate() {
+        let (option, host) = directory.host(i, *way)?;
+        opt(option, host);
+        opt("-device", directory.device(layout, *way)?.to_string());
     }
 
     if m.seed {
@@ -714,7 +719,7 @@ pub(crate) mod tests {
             foreign: true,
             ..directory("config", "fs1")
         };
-        m.directories = vec![(first, true), (second, false)];
+        m.directories = vec![(first, Way::Plan9 { mapped: true }), (second, Way::Plan9 { mapped: false })];
         let text = lines(&m);
         let from = text.find("-fsdev local,id=directory-fs0").unwrap();
         let shown: Vec<&str> = text[from..].lines().take(4).collect();
@@ -729,7 +734,22 @@ pub(crate) mod tests {
         );
         // Neither the path of the host nor the place inside is QEMU's to know.
         assert!(!text.contains("/srv/data") && !text.contains("/mnt/data"), "{text}");
-        let many = (0..17).map(|n| (directory("data", &format!("fs{n}")), false));
+        // One that is served by another process: a connection to it, and memory that it is handed.
+        let without: Vec<String> = text.lines().map(str::to_owned).collect();
+        m.directories[0].1 = Way::Virtiofs;
+        let served = lines(&m);
+        assert!(served.contains("virtio-9p-pci\",\"id\":\"directory-fs1\""), "the other stays: {served}");
+        let new: Vec<&str> = served.lines().filter(|l| !without.iter().any(|w| w == l)).collect();
+        let machine = without.iter().find(|l| l.starts_with("-machine")).unwrap();
+        assert_eq!(
+            new.join("\n"),
+            format!("{machine},memory-backend=memory\n")
+                + "-object {\"qom-type\":\"memory-backend-memfd\",\"id\":\"memory\",\"size\":1073741824,\"share\":true}\n\
+                   -chardev socket,id=directory-fs0,fd=200\n\
+                   -device {\"driver\":\"vhost-user-fs-pci\",\"id\":\"directory-fs0\",\"chardev\":\"directory-fs0\",\
+                   \"tag\":\"data\",\"queue-size\":1024,\"bus\":\"pcie.0\",\"addr\":\"0x9.0x0\"}"
+        );
+        let many = (0..17).map(|n| (directory("data", &format!("fs{n}")), Way::Plan9 { mapped: false }));
         m.directories = many.collect();
         assert_eq!(argv(&m).unwrap_err().field.as_deref(), Some("devices"));
     }

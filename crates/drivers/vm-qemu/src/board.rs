@@ -185,6 +185,21 @@ fn backend(memory: Option<&Memory>, id: &str, size: u64) -> Value {
     object
 }
 
+/// The same with memory that others can be handed: all of it, but for parts that are said to be the machine's alone.
+pub fn shared(mut board: Board) -> Board {
+    board.memory.get_or_insert_default().shared = true;
+    board
+}
+
+/// The key by which some of its memory is the machine's alone.
+pub fn private(board: &Board) -> Option<&'static str> {
+    let alone = |memory: &CellMemory| memory.shared == Some(false);
+    if board.numa_memory.iter().any(|(_, memory)| alone(memory)) {
+        return Some("hardware.numa.memory");
+    }
+    board.modules.iter().any(|m| alone(&m.memory)).then_some("hardware.memory.modules")
+}
+
 /// Nodes of memory, or all of it where the host is to have it in a way of its own.
 ///
 /// # Errors
@@ -556,6 +571,36 @@ mod tests {
              \"prealloc\":true,\"hugetlb\":true,\"hugetlbsize\":2097152}"
         );
         assert_eq!(memory(&Board::default(), ByteSize::gib(1).bytes()).unwrap(), []);
+    }
+
+    #[test]
+    fn memory_that_others_are_handed_is_all_of_it() {
+        assert_eq!(
+            lines(memory(&shared(Board::default()), 1 << 30).unwrap()),
+            "-object {\"qom-type\":\"memory-backend-memfd\",\"id\":\"memory\",\"size\":1073741824,\"share\":true}"
+        );
+        let parts = [
+            ("hardware.memory", "allocated,unmerged"),
+            ("hardware.numa", "0-1:512MiB;2-3:256MiB"),
+            ("hardware.memory.slots", "16:4GiB"),
+            ("hardware.memory.modules", "256MiB@0"),
+        ];
+        let plain = board(&parts);
+        let all = shared(plain.clone());
+        let objects = [memory(&all, 768 << 20).unwrap(), modules(&all)].concat();
+        let objects: Vec<_> = objects.iter().filter(|(option, _)| *option == "-object").collect();
+        assert_eq!(objects.len(), 3);
+        for (_, object) in objects {
+            assert!(
+                object.contains("memfd\"") && object.contains("\"share\":true,\"prealloc\":true"),
+                "{object}"
+            );
+        }
+        assert_eq!(private(&plain), None);
+        let node = board(&[parts[1], ("hardware.numa.memory", "1=private")]);
+        assert_eq!(private(&node), Some("hardware.numa.memory"));
+        let module = board(&[parts[1], parts[2], ("hardware.memory.modules", "256MiB@0+private")]);
+        assert_eq!(private(&module), Some("hardware.memory.modules"));
     }
 
     #[test]

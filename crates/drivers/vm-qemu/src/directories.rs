@@ -1,27 +1,27 @@
-//! Directories that a machine shares with its host (9p by QEMU itself): file systems of volumes and paths of the host.
+//! Directories that a machine shares with its host, by virtiofs ([`crate::virtiofs`]) or by 9p, which QEMU has itself: file systems
+//! of volumes and paths of the host.
 //!
 //! Each is a mount that is nowhere: a clone of the directory's own mount in which owners are mapped, so that the user that QEMU
 //! runs as stands for root; of a path of the host only where that was asked for (`shift`). It is made at the start and handed to
-//! QEMU as a descriptor, and goes with the last process that has it, however that ends. So nothing is attached on the host, and
-//! nothing can stay behind. QEMU plugs no such device while the machine runs: what changes waits for the next start, and the
-//! record says what it was started with.
+//! QEMU or virtiofsd as a descriptor, and goes with the last process that has it, however that ends. So nothing is attached on the
+//! host, and nothing can stay behind. No such device is plugged while the machine runs: what changes waits for the next start, and
+//! the record says what it was started with.
 //!
-//! Why it is as it is: ADR 0058.
+//! Why it is as it is: ADR 0058 and ADR 0065.
 
-use crate::{argv::fd, devices::Layout};
+use crate::{argv::fd, devices::Layout, inside::SharedDirectory, owners};
 use karst_guest::{DiskFormat, ResolvedDisk, ResolvedGuest};
 use karst_guest_agent::message;
 use karst_host::mountns::{self as mount, MountOptions};
 use karst_model::{
     Error, Result,
-    device::{DiskLimits, DiskRate},
+    device::{DiskBus, DiskLimits, DiskRate},
 };
-use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::{
     collections::BTreeSet,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::PathBuf,
 };
 
@@ -29,8 +29,21 @@ use std::{
 pub const MAX_DIRECTORIES: usize = 16;
 /// Longest tag that the guest's kernel knows.
 const MAX_TAG: usize = 31;
-/// Where QEMU keeps owners and modes that the guest gives: those of this name are the owners.
-const OWNERS: &str = "user.virtfs.uid";
+/// Requests that a guest can have under way at virtiofsd.
+const QUEUE: u32 = 1024;
+
+/// How a directory is shared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// By 9p, which QEMU has itself. With `mapped` what the guest says of owners and modes is kept beside the files, which are
+    /// QEMU's own then; else a file is what it is.
+    Plan9 {
+        /// Beside the files.
+        mapped: bool,
+    },
+    /// By virtiofs: QEMU has a connection to the process that serves it.
+    Virtiofs,
+}
 
 /// A directory, as it was asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,6 +69,9 @@ pub struct Directory {
     pub shift: bool,
     /// Limits of rates.
     pub limits: DiskLimits,
+    /// How it is to be shared; as is best here when nothing is said.
+    #[serde(default)]
+    pub bus: Option<DiskBus>,
 }
 
 /// Is it a directory to share, not a drive?
@@ -84,55 +100,91 @@ pub(crate) fn of(guest: &ResolvedGuest) -> Vec<Directory> {
             foreign: d.foreign,
             shift: d.shift,
             limits: d.io.limits,
+            bus: d.io.bus,
         })
         .collect()
 }
 
-/// The devices that wait for the next start: those of either list that are not the same in both.
-pub(crate) fn pending(now: &[Directory], wanted: &[Directory]) -> BTreeSet<String> {
-    let stays = |d: &Directory| now.contains(d) && wanted.contains(d);
-    let changed = now.iter().chain(wanted).filter(|d| !stays(d));
-    changed.map(|d| format!("devices.{}", d.name)).collect()
+/// The devices that wait for the next start: those of either list that are not the same in both, and those that are shared in
+/// another way than is said now. `virtiofs`: the slots of those of `now` that are shared by it.
+pub(crate) fn pending(
+    now: &[Directory],
+    wanted: &[Directory],
+    virtiofs: &BTreeSet<String>,
+) -> BTreeSet<String> {
+    let as_said =
+        |d: &Directory| d.bus.is_none_or(|bus| (bus == DiskBus::Virtiofs) == virtiofs.contains(&d.slot));
+    // Where nothing is said of it, every way is right.
+    let same = |a: &Directory, b: &Directory| *a == Directory { bus: a.bus, ..b.clone() };
+    let stays = |a: &Directory, b: &Directory| same(a, b) && as_said(b);
+    let old = now.iter().filter(|d| !wanted.iter().any(|w| stays(d, w)));
+    let new = wanted.iter().filter(|w| !now.iter().any(|d| stays(d, w)));
+    old.chain(new).map(|d| format!("devices.{}", d.name)).collect()
 }
 
 /// What the agent inside mounts, one that lies in another after that.
-pub(crate) fn mounts(directories: &[Directory]) -> Vec<message::Mount> {
-    let one = |d: &Directory| message::Mount { tag: d.tag(), path: d.at.clone(), readonly: d.readonly };
+pub(crate) fn mounts(directories: &[Directory], virtiofs: &BTreeSet<String>) -> Vec<SharedDirectory> {
+    let one = |d: &Directory| SharedDirectory {
+        mount: message::Mount { tag: d.tag(), path: d.at.clone(), readonly: d.readonly },
+        virtiofs: virtiofs.contains(&d.slot),
+    };
     let mut all: Vec<_> = directories.iter().map(one).collect();
-    all.sort_by(|a, b| a.path.cmp(&b.path));
+    all.sort_by(|a, b| a.mount.path.cmp(&b.mount.path));
     all
 }
 
-/// The mounts for a start, and which of them keep owners beside their files; in the order of `directories`. Blocks.
-pub(crate) fn open(guest: &ResolvedGuest, directories: &[Directory]) -> Result<Vec<(OwnedFd, bool)>> {
-    if directories.is_empty() {
-        return Ok(vec![]);
+/// What a directory is on the host.
+pub(crate) fn source(guest: &ResolvedGuest, directory: &Directory) -> Result<OwnedFd> {
+    let resolved = guest.disks.iter().find(|d| d.name == directory.name);
+    match resolved.and_then(|d| d.opened.as_ref()) {
+        Some(opened) => Ok(opened.0.try_clone()?),
+        None => mount::open_path(&directory.source),
+    }
+}
+
+/// A directory as the machine is to see it, mounted nowhere; `ids` is the user namespace of its range.
+pub(crate) fn tree(guest: &ResolvedGuest, directory: &Directory, ids: BorrowedFd<'_>) -> Result<OwnedFd> {
+    let opened = || -> Result<OwnedFd> {
+        let source = source(guest, directory)?;
+        let shifted = !directory.foreign || directory.shift;
+        if !shifted {
+            demand_readable(&source, guest.ids.base)?;
+        }
+        let options =
+            MountOptions { readonly: directory.readonly, recursive: directory.recursive, follow: false };
+        mount::detached(source.as_fd(), options, shifted.then_some(ids))
+    };
+    opened().map_err(|e| e.at(format!("devices.{}.source", directory.name)))
+}
+
+/// How each is shared at a start, in the order of `directories`, and what QEMU has of those that it shares itself. Blocks.
+pub(crate) fn open(
+    guest: &ResolvedGuest,
+    directories: &[Directory],
+    virtiofs: &BTreeSet<String>,
+) -> Result<Vec<(Option<OwnedFd>, Way)>> {
+    let served = |d: &Directory| virtiofs.contains(&d.slot);
+    if directories.iter().all(served) {
+        return Ok(directories.iter().map(|_| (None, Way::Virtiofs)).collect());
     }
     // Making it copies this process, so once for all.
     let ids = mount::user_namespace(guest.ids.base, guest.ids.count)?;
-    let one = |directory: &Directory| -> Result<(OwnedFd, bool)> {
-        let field = || format!("devices.{}.source", directory.name);
-        let resolved = guest.disks.iter().find(|d| d.name == directory.name);
-        let source = match resolved.and_then(|d| d.opened.as_ref()) {
-            Some(opened) => opened.0.try_clone()?,
-            None => mount::open_path(&directory.source).map_err(|e| e.at(field()))?,
-        };
-        let options =
-            MountOptions { readonly: directory.readonly, recursive: directory.recursive, follow: false };
-        let shifted = !directory.foreign || directory.shift;
-        if !shifted {
-            demand_readable(&source, guest.ids.base).map_err(|e| e.at(field()))?;
+    let one = |directory: &Directory| -> Result<(Option<OwnedFd>, Way)> {
+        if served(directory) {
+            return Ok((None, Way::Virtiofs));
         }
-        let ids = shifted.then(|| ids.as_fd());
-        let opened = mount::detached(source.as_fd(), options, ids).map_err(|e| e.at(field()))?;
+        let opened = tree(guest, directory, ids.as_fd())?;
         // Of the volume, whoever reads: what a machine wrote there is what it says beside it.
-        let mapped = !directory.foreign && keeps_owners(&opened);
-        Ok((opened, mapped))
+        let mapped = !directory.foreign && owners::can_be_beside(&opened);
+        if mapped && !directory.readonly {
+            owners::mark(&opened, true);
+        }
+        Ok((Some(opened), Way::Plan9 { mapped }))
     };
     directories.iter().map(one).collect()
 }
 
-/// QEMU reads a directory as the user `uid`, who is in no group of the host.
+/// A directory is read as the user `uid`, who is in no group of the host.
 fn demand_readable(directory: &OwnedFd, uid: u32) -> Result<()> {
     let found = rustix::fs::fstat(directory).map_err(std::io::Error::from)?;
     let needed = if found.st_uid == uid { 0o500 } else { 0o005 };
@@ -144,13 +196,6 @@ fn demand_readable(directory: &OwnedFd, uid: u32) -> Result<()> {
          which makes the machine's root as good as the host's root there"
     );
     Err(Error::invalid("source", text))
-}
-
-/// Can a file there have attributes of users? A file system in memory has none on older kernels.
-fn keeps_owners(directory: &OwnedFd) -> bool {
-    let path = format!("/proc/self/fd/{}", directory.as_raw_fd());
-    let mut value = [0u8; 64];
-    !matches!(rustix::fs::getxattr(path.as_str(), OWNERS, &mut value[..]), Err(Errno::OPNOTSUPP))
 }
 
 impl Directory {
@@ -170,7 +215,7 @@ impl Directory {
     ///
     /// # Errors
     /// Invalid for the slot of something else.
-    fn id(&self) -> Result<String> {
+    pub(crate) fn id(&self) -> Result<String> {
         let number = self.slot.strip_prefix("fs").and_then(|n| n.parse::<u8>().ok());
         let number = number.ok_or_else(|| {
             let text = format!("{:?} is not a slot of a shared directory", self.slot);
@@ -179,18 +224,19 @@ impl Directory {
         Ok(format!("directory-fs{number}"))
     }
 
-    /// Its host side: the `n`th descriptor of a directory. With `mapped` what the guest says of owners and modes is kept beside
-    /// the files, which are QEMU's own then; else a file is what it is.
+    /// Its host side, by the `n`th descriptor of a directory: the option and its value.
     ///
     /// # Errors
     /// Invalid for the slot of something else.
-    pub fn host(&self, n: usize, mapped: bool) -> Result<String> {
+    pub fn host(&self, n: usize, way: Way) -> Result<(&'static str, String)> {
+        let (id, number) = (self.id()?, fd::DIRECTORY + n as i32);
+        let mapped = match way {
+            Way::Virtiofs => return Ok(("-chardev", format!("socket,id={id},fd={number}"))),
+            Way::Plan9 { mapped } => mapped,
+        };
         let model = if mapped { "mapped-xattr" } else { "none" };
-        let mut text = format!(
-            "local,id={},path=/proc/self/fd/{},security_model={model},multidevs=remap",
-            self.id()?,
-            fd::DIRECTORY + n as i32
-        );
+        let mut text =
+            format!("local,id={id},path=/proc/self/fd/{number},security_model={model},multidevs=remap");
         if self.readonly {
             text.push_str(",readonly=on");
         }
@@ -205,18 +251,24 @@ impl Directory {
                 None => {}
             }
         }
-        Ok(text)
+        Ok(("-fsdev", text))
     }
 
     /// The device.
     ///
     /// # Errors
     /// Invalid, naming the device, for what does not fit; conflict where no PCI address was left for it.
-    pub fn device(&self, layout: Layout) -> Result<Value> {
+    pub fn device(&self, layout: Layout, way: Way) -> Result<Value> {
         let id = self.id()?;
-        let mut device = json!({
-            "driver": "virtio-9p-pci", "id": id, "fsdev": id, "mount_tag": self.tag(), "disable-legacy": "on",
-        });
+        let mut device = match way {
+            Way::Plan9 { .. } => json!({
+                "driver": "virtio-9p-pci", "id": id, "fsdev": id, "mount_tag": self.tag(), "disable-legacy": "on",
+            }),
+            // It has no legacy to disable.
+            Way::Virtiofs => json!({
+                "driver": "vhost-user-fs-pci", "id": id, "chardev": id, "tag": self.tag(), "queue-size": QUEUE,
+            }),
+        };
         let pci = self.pci.as_deref().ok_or_else(|| {
             Error::conflict(
                 "the virtual machine has no free PCI slot for a shared directory; remove another device",
@@ -244,9 +296,11 @@ pub(crate) mod tests {
             foreign: false,
             shift: false,
             limits: DiskLimits::default(),
+            bus: None,
         }
     }
 
+    const PLAN9: Way = Way::Plan9 { mapped: false };
     const Q35: Layout = Layout { pc: false, ports: 16 };
 
     #[test]
@@ -258,47 +312,88 @@ pub(crate) mod tests {
         assert_eq!(tag("a,b", "fs1"), "karst-fs1");
         // Neither the agent's share nor the tag of another.
         assert_eq!((tag("config", "fs2"), tag("karst-fs1", "fs3")), ("karst-fs2".into(), "karst-fs3".into()));
-        let told = mounts(&[Directory { readonly: true, ..directory("config", "fs0") }]);
-        let wanted = message::Mount { tag: "karst-fs0".into(), path: "/mnt/data".into(), readonly: true };
-        assert_eq!(told, [wanted]);
+        let told = mounts(&[Directory { readonly: true, ..directory("config", "fs0") }], &BTreeSet::new());
+        let mount = message::Mount { tag: "karst-fs0".into(), path: "/mnt/data".into(), readonly: true };
+        assert_eq!(told, [SharedDirectory { mount, virtiofs: false }]);
         let below = Directory { at: "/mnt/data/below".into(), ..directory("a", "fs0") };
-        let paths = mounts(&[below, directory("b", "fs1")]).into_iter().map(|m| m.path);
-        assert_eq!(paths.collect::<Vec<_>>(), ["/mnt/data", "/mnt/data/below"]);
+        let told = mounts(&[below, directory("b", "fs1")], &["fs0".to_owned()].into());
+        let told = told.into_iter().map(|d| (d.mount.path, d.virtiofs));
+        assert_eq!(
+            told.collect::<Vec<_>>(),
+            [("/mnt/data".to_owned(), false), ("/mnt/data/below".to_owned(), true)]
+        );
     }
 
     #[test]
     fn host_sides_and_devices() {
         let mut d = directory("data", "fs1");
         assert_eq!(
-            d.host(1, true).unwrap(),
-            "local,id=directory-fs1,path=/proc/self/fd/201,security_model=mapped-xattr,multidevs=remap"
+            d.host(1, Way::Plan9 { mapped: true }).unwrap(),
+            (
+                "-fsdev",
+                "local,id=directory-fs1,path=/proc/self/fd/201,security_model=mapped-xattr,multidevs=remap"
+                    .to_owned()
+            )
         );
+        let socket = ("-chardev", "socket,id=directory-fs1,fd=203".to_owned());
+        assert_eq!(d.host(3, Way::Virtiofs).unwrap(), socket);
         d.readonly = true;
         d.limits.read = Some(DiskRate::Bytes { per_second: 1 << 20 });
         d.limits.write = Some(DiskRate::Operations { per_second: 50 });
         assert_eq!(
-            d.host(0, false).unwrap(),
+            d.host(0, PLAN9).unwrap().1,
             "local,id=directory-fs1,path=/proc/self/fd/200,security_model=none,multidevs=remap,readonly=on,\
              throttling.bps-read=1048576,throttling.iops-write=50"
         );
-        let device = d.device(Q35).unwrap();
+        let device = d.device(Q35, PLAN9).unwrap();
         assert_eq!((&device["bus"], &device["mount_tag"]), (&json!("port3"), &json!("data")));
+        let device = d.device(Q35, Way::Virtiofs).unwrap();
+        assert_eq!((&device["bus"], &device["tag"]), (&json!("port3"), &json!("data")));
+        assert_eq!(device["chardev"], device["id"]);
         for (slot, pci) in [("scsi0", Some("03:00.0")), ("fs0,x=y", Some("03:00.0")), ("fs0", None)] {
             let d = Directory { pci: pci.map(str::to_owned), ..directory("data", slot) };
-            assert_eq!(d.device(Q35).unwrap_err().field.as_deref(), Some("devices.data"), "{slot}");
+            for way in [PLAN9, Way::Virtiofs] {
+                assert_eq!(d.device(Q35, way).unwrap_err().field.as_deref(), Some("devices.data"), "{slot}");
+            }
         }
-        assert!(directory("data", "fs1,path=/etc").host(0, false).is_err());
+        for way in [PLAN9, Way::Virtiofs] {
+            assert!(directory("data", "fs1,path=/etc").host(0, way).is_err());
+        }
     }
 
     #[test]
     fn whatever_of_a_directory_changes_waits() {
         let (a, b) = (directory("a", "fs0"), directory("b", "fs1"));
         let now = [a.clone(), b.clone()];
-        assert!(pending(&now, &now).is_empty());
-        let names = |wanted: &[Directory]| pending(&now, wanted).into_iter().collect::<Vec<_>>();
+        let none = BTreeSet::new();
+        assert!(pending(&now, &now, &none).is_empty());
+        let names = |wanted: &[Directory]| pending(&now, wanted, &none).into_iter().collect::<Vec<_>>();
         assert_eq!(names(std::slice::from_ref(&a)), ["devices.b"]);
         let moved = Directory { at: "/srv".into(), ..b.clone() };
         let new = Directory { source: "/srv/new".into(), ..directory("c", "fs2") };
         assert_eq!(names(&[a, moved, new]), ["devices.b", "devices.c"]);
+    }
+
+    #[test]
+    fn a_way_that_is_not_the_one_that_was_said_waits() {
+        let by = |bus: Option<DiskBus>| Directory { bus, ..directory("a", "fs0") };
+        let (plan9, virtiofs) = (BTreeSet::new(), BTreeSet::from(["fs0".to_owned()]));
+        for (said, served, waits) in [
+            (None, &plan9, false),
+            (None, &virtiofs, false),
+            (Some(DiskBus::Plan9), &plan9, false),
+            (Some(DiskBus::Plan9), &virtiofs, true),
+            (Some(DiskBus::Virtiofs), &plan9, true),
+            (Some(DiskBus::Virtiofs), &virtiofs, false),
+        ] {
+            // Whatever was said when it started, also by an earlier version, which wrote nothing down of it.
+            for before in [None, Some(DiskBus::Plan9), Some(DiskBus::Virtiofs)] {
+                let found = pending(&[by(before)], &[by(said)], served);
+                assert_eq!(!found.is_empty(), waits, "{before:?}, {said:?}, {served:?}");
+            }
+        }
+        let old = r#"{"name":"a","slot":"fs0","pci":null,"source":"/srv","at":"/mnt","readonly":false,
+            "recursive":false,"foreign":false,"limits":{"read":null,"write":null}}"#;
+        assert_eq!(serde_json::from_str::<Directory>(old).unwrap().bus, None);
     }
 }

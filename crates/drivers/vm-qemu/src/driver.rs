@@ -11,7 +11,7 @@ use crate::{
     memory_files, monitor, plug, probe,
     qmp::Qmp,
     record::Record,
-    resize, saved, states, still, threads, threshold, tpm,
+    resize, saved, states, still, threads, threshold, tpm, virtiofs,
 };
 use async_trait::async_trait;
 use karst_guest::{
@@ -230,6 +230,7 @@ impl Shared {
         launch::remove_sockets(&dir);
         keeper::wait_gone(&dir).await?;
         tpm::end(&dir).await?;
+        virtiofs::end(&dir).await?;
         launch::drop_links(&record)?;
         Groups::of(&record.daemon_id, record.instance).remove(&self.cgroups).await?;
         Ok(None)
@@ -335,6 +336,7 @@ impl Shared {
             }
         }
         let mut record = Record::new(guest);
+        record.virtiofs = virtiofs::choose(guest, &record.directories).await?;
         record.spice = guest.machine.as_ref().is_some_and(|m| m.spice && m.display) && probe::spice();
         let paused = guest.machine.as_ref().is_some_and(|m| m.paused);
         monitor::unmark(dir)?;
@@ -375,6 +377,7 @@ impl Shared {
                 launch::remove_sockets(dir);
                 keeper::wait_gone(dir).await?;
                 tpm::end(dir).await?;
+                virtiofs::end(dir).await?;
                 launch::drop_links(&record)?;
                 groups.remove(&self.cgroups).await?;
                 Err(e)
@@ -410,6 +413,10 @@ impl Shared {
             spec.fds.push(crate::argv::fd::TPM);
         } else {
             tpm::forget(dir).await?;
+        }
+        for (number, connection) in virtiofs::start(guest, groups, &self.cgroups, record).await? {
+            fds.push(connection);
+            spec.fds.push(number);
         }
         let keeper = keeper::launch(dir, &spec, fds).await?;
         let paused = guest.machine.as_ref().is_some_and(|m| m.paused);
@@ -453,6 +460,9 @@ impl Shared {
                 return Err(failure);
             }
         };
+        if let Some(failure) = virtiofs::explain(dir, record).await {
+            return Err(failure);
+        }
         Err(match end.status() {
             Some(s) => explain(&s.output, record),
             None => failure,
@@ -658,8 +668,10 @@ impl GuestDriver for QemuDriver {
         let (limits, mut pending) = live_limits(guest, machine.record().memory)?;
         let cpus = threads::cpus(&limits, &self.shared.cgroups, &groups.machine);
         threads::demand(&guest.limits.pins, &cpus)?;
-        self.shared.cgroups.limit(&groups.machine, &limits)?;
         let new = Record::new(guest);
+        let served = machine.record().virtiofs.clone();
+        virtiofs::demand(guest, &new.directories, &served).await?;
+        self.shared.cgroups.limit(&groups.machine, &limits)?;
         let iothreads = guest.machine.as_ref().map_or(&[][..], |m| &m.iothreads);
         threads::add(&machine, iothreads).await?;
         pending.extend(plug::apply(&machine, guest).await?);
@@ -737,6 +749,7 @@ impl GuestDriver for QemuDriver {
         shared.settle(&slot).await;
         keeper::wait_gone(&dir).await?;
         tpm::end(&dir).await?;
+        virtiofs::end(&dir).await?;
         if let Some(record) = Record::read(&dir)? {
             launch::drop_links(&record)?;
         }
@@ -836,7 +849,14 @@ impl GuestDriver for QemuDriver {
     }
 
     fn warnings(&self) -> Vec<String> {
-        self.shared.silence.warnings()
+        let mut all = self.shared.silence.warnings();
+        let slots: Vec<Arc<Slot>> = lock(&self.shared.guests).values().cloned().collect();
+        for machine in slots.iter().filter_map(|slot| lock(&slot.machine).clone()) {
+            if machine.now().state != RuntimeState::Stopped {
+                all.extend(virtiofs::warnings(&machine));
+            }
+        }
+        all
     }
 
     fn events(&self) -> mpsc::Receiver<Observed> {

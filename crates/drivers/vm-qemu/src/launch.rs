@@ -138,6 +138,16 @@ pub(crate) fn listen(dir: &Path, name: &str) -> Result<OwnedFd> {
     Ok(listener.into())
 }
 
+/// A socket that listens for one connection, and that connection: nobody else finds the one or makes the other.
+pub(crate) fn paired(dir: &Path, name: &str) -> Result<(OwnedFd, OwnedFd)> {
+    let listener = listen(dir, name)?;
+    let dir = open_dir(dir)?;
+    let path = format!("/proc/self/fd/{}/{name}", dir.as_raw_fd());
+    let connected = std::os::unix::net::UnixStream::connect(&path)?;
+    std::fs::remove_file(&path)?;
+    Ok((listener, connected.into()))
+}
+
 /// Descriptors of a disk: its own, and of the file below a clone; and whether it is a block device.
 pub(crate) fn open_disk(disk: &ResolvedDisk) -> Result<(OwnedFd, Option<OwnedFd>, bool)> {
     let field = format!("devices.{}", disk.name);
@@ -340,10 +350,11 @@ pub(crate) fn prepare(
         disks.push(Disk::new(disk, block_device, layout.hotplug()));
     }
     let mut shared = vec![];
-    let opened = directories::open(guest, &record.directories)?;
-    for (i, (directory, (file, mapped))) in record.directories.iter().zip(opened).enumerate() {
-        fds.push((fd::DIRECTORY + i as i32, file));
-        shared.push((directory.clone(), mapped));
+    let opened = directories::open(guest, &record.directories, &record.virtiofs)?;
+    for (i, (directory, (file, way))) in record.directories.iter().zip(opened).enumerate() {
+        // The connection to who serves one comes when that runs.
+        fds.extend(file.map(|file| (fd::DIRECTORY + i as i32, file)));
+        shared.push((directory.clone(), way));
     }
     let medium = share::read(&guest.state_dir)?;
     fds.push((fd::SHARE, medium.directory));
@@ -489,6 +500,20 @@ pub(crate) fn explain(output: &str, record: &Record) -> Error {
 mod tests {
     use super::*;
     use std::{io::Read, sync::Arc};
+
+    #[test]
+    fn a_connection_is_made_before_anybody_serves_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (listener, connected) = paired(dir.path(), "one").unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nobody else can connect");
+        let mut ours = std::os::unix::net::UnixStream::from(connected);
+        ours.write_all(b"first").unwrap();
+        let (mut theirs, _) = std::os::unix::net::UnixListener::from(listener).accept().unwrap();
+        drop(ours);
+        let mut text = String::new();
+        theirs.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "first");
+    }
 
     #[test]
     fn a_path_of_the_host_is_what_was_found_there() {

@@ -32,6 +32,7 @@ mod machine;
 mod memory_files;
 mod monitor;
 mod news;
+mod owners;
 mod plug;
 pub mod probe;
 pub mod qmp;
@@ -46,6 +47,7 @@ mod still;
 mod threads;
 mod threshold;
 mod tpm;
+pub mod virtiofs;
 
 pub use driver::{QemuDriver, QemuOptions};
 pub use probe::{HostVirtualization, probe};

@@ -12,7 +12,7 @@ use crate::{
     news::{self, Budget},
     qmp::{Event, Qmp},
     record::Record,
-    sampling, saved, threshold, tpm,
+    sampling, saved, threshold, tpm, virtiofs,
 };
 use karst_guest::{
     Observed, Silence,
@@ -27,6 +27,7 @@ use karst_model::{
 };
 use serde_json::{Value, json};
 use std::{
+    collections::BTreeSet,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard},
     task::Poll,
@@ -165,6 +166,8 @@ pub(crate) struct Inner {
     pub(crate) copying: tokio::sync::Mutex<()>,
     /// Who hears what happens in it, and how much more is told.
     news: (broadcast::Sender<MachineNews>, Mutex<Budget>),
+    /// Shared directories whose virtiofsd ended before it did, by the names of their devices.
+    pub(crate) lost: Mutex<BTreeSet<String>>,
     /// Held while the keeper is told who asked for the end, so that none tells it what another has just made untrue.
     pub(crate) telling: tokio::sync::Mutex<()>,
     /// What its samples are made with.
@@ -260,7 +263,7 @@ pub(crate) fn own(
     let (requests, receiver) = mpsc::channel(16);
     let inside = Inside::new(dir.clone(), record.hostname.clone());
     let machine = Arc::new(Inner {
-        inside: Arc::new(inside.with_directories(directories::mounts(&record.directories))),
+        inside: Arc::new(inside.with_directories(directories::mounts(&record.directories, &record.virtiofs))),
         dir,
         keeper,
         observed: watch::Sender::new(observed),
@@ -269,8 +272,10 @@ pub(crate) fn own(
         copying: tokio::sync::Mutex::default(),
         telling: tokio::sync::Mutex::default(),
         sampled: sampling::Kept::default(),
+        lost: Mutex::default(),
         news: (tell.news.clone(), Mutex::default()),
     });
+    virtiofs::watch(&machine);
     let owner = Owner {
         anew: machine.record().anew.then(|| Instant::now() + anew::WINDOW),
         reconnect: Some(Instant::now()),
@@ -690,6 +695,9 @@ impl Owner {
         if !replaced && let Err(e) = tpm::end(&self.machine.dir).await {
             tracing::warn!(%instance, error = %e, context = e.context, "the TPM of a guest could not be ended");
         }
+        if !replaced && let Err(e) = virtiofs::end(&self.machine.dir).await {
+            tracing::warn!(%instance, error = %e, context = e.context, "who shares directories of a guest could not be ended");
+        }
         let record = self.machine.record().clone();
         if !replaced && let Err(e) = crate::launch::drop_links(&record) {
             tracing::warn!(%instance, error = %e, context = e.context, "a network interface of a guest could not be removed");
@@ -751,6 +759,7 @@ pub(crate) fn without_owner(dir: PathBuf) -> (Machine, mpsc::Receiver<Request>) 
         still: tokio::sync::Mutex::default(),
         telling: tokio::sync::Mutex::default(),
         sampled: sampling::Kept::default(),
+        lost: Mutex::default(),
         news: (broadcast::channel(1).0, Mutex::default()),
     });
     (Machine { inner, requests }, receiver)

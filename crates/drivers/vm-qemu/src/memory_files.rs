@@ -160,6 +160,9 @@ async fn begin(machine: &Machine, id: MemoryJobId, job: MemoryJob, file: OwnedFd
         }
         _ => return Err(Error::conflict("the guest starts or ends; try again")),
     };
+    if matches!(job, MemoryJob::Save) {
+        saved::demand_alone(machine)?;
+    }
     copies::demand_none(machine).await?;
     backups::demand_none(machine).await?;
     let kind = match job {

@@ -15,7 +15,7 @@ use karst_model::{
 };
 use serde::{Deserialize, Serialize};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io::Write,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
@@ -93,6 +93,9 @@ pub(crate) struct Record {
     /// The directories that it shares since its start.
     #[serde(default)]
     pub(crate) directories: Vec<Directory>,
+    /// Slots of those that are shared by virtiofs; the others are by 9p, as all were once.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub(crate) virtiofs: BTreeSet<String>,
     /// What it was made of; unknown of a start by an earlier version.
     #[serde(default)]
     pub(crate) hardware: Option<MachineSpec>,
@@ -168,6 +171,7 @@ impl Record {
             environment: guest.environment.clone(),
             devices: Devices::of(guest),
             directories: directories::of(guest),
+            virtiofs: BTreeSet::new(),
             hardware: guest.machine.clone(),
             spice: false,
             resuming: guest.machine.as_ref().is_some_and(|m| m.resume),
@@ -181,7 +185,8 @@ impl Record {
 
     /// Keys whose new value waits for the next start.
     pub(crate) fn pending(&self, new: &Record) -> Vec<String> {
-        let mut pending = Vec::from_iter(directories::pending(&self.directories, &new.directories));
+        let shared = directories::pending(&self.directories, &new.directories, &self.virtiofs);
+        let mut pending = Vec::from_iter(shared);
         if let (Some(now), Some(new)) = (&self.hardware, &new.hardware) {
             let changes = [
                 ("devices.tpm", now.tpm != new.tpm),

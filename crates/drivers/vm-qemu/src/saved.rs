@@ -225,6 +225,18 @@ fn demand_shape(shape: Shape, share: Option<u32>, record: &mut Record) -> Result
     }
 }
 
+/// Refuses a machine that shares directories by virtiofs: with its memory QEMU would save what virtiofsd knows of files, which are
+/// others by the time that it is loaded. Of 9p it refuses what a guest has mounted by itself.
+pub(crate) fn demand_alone(machine: &Inner) -> Result<()> {
+    let record = machine.record();
+    let shared = record.directories.iter().find(|d| record.virtiofs.contains(&d.slot));
+    shared.map_or(Ok(()), |directory| {
+        let text =
+            "the memory of a virtual machine that shares directories cannot be kept; start it without them";
+        Err(Error::unsupported(text).at(format!("devices.{}", directory.name)))
+    })
+}
+
 /// Writes the memory of a machine that stands still into `place`, whole or not at all.
 ///
 /// # Errors
@@ -233,6 +245,7 @@ pub(crate) async fn save(machine: &Inner, place: &Path) -> Result<()> {
     if there(place) {
         return Ok(());
     }
+    demand_alone(machine)?;
     match std::fs::DirBuilder::new().mode(0o700).create(place) {
         Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => return Err(e.into()),
         _ => {}

@@ -48,7 +48,9 @@ impl Kind {
             Self::Plan9 => {
                 "its kernel has no 9p; install one that has (on Debian linux-image-amd64 instead of linux-image-cloud-amd64)"
             }
-            Self::Virtiofs => "its kernel has no virtiofs (Linux 5.4 and later have); share the directory with io.bus=9p",
+            Self::Virtiofs => {
+                "its kernel has no virtiofs (Linux 5.4 and later have); share the directory with io.bus=9p"
+            }
         }
     }
 
@@ -211,7 +213,9 @@ mod tests {
         let entry = |kind: &str| Entry { at: "/mnt".into(), kind: kind.into(), source: "data".into() };
         assert!(Kind::Plan9.is(&entry("9p")) && Kind::Virtiofs.is(&entry("virtiofs")));
         assert!(!Kind::Plan9.is(&entry("virtiofs")) && !Kind::Virtiofs.is(&entry("9p")));
-        assert!(Kind::Virtiofs.missing().contains("io.bus=9p") && Kind::Plan9.missing().contains("linux-image"));
+        assert!(
+            Kind::Virtiofs.missing().contains("io.bus=9p") && Kind::Plan9.missing().contains("linux-image")
+        );
     }
 
     #[test]

@@ -74,6 +74,21 @@ impl Ports {
     }
 }
 
+/// A directory of the host that a guest mounts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct SharedDirectory {
+    pub(crate) mount: message::Mount,
+    /// By virtiofs; else by 9p.
+    pub(crate) virtiofs: bool,
+}
+
+impl SharedDirectory {
+    fn request(&self) -> Request {
+        let mount = self.mount.clone();
+        if self.virtiofs { Request::MountVirtiofs(mount) } else { Request::Mount(mount) }
+    }
+}
+
 /// The agents of one guest.
 #[derive(Debug)]
 pub(crate) struct Inside {
@@ -85,7 +100,7 @@ pub(crate) struct Inside {
     /// Such a look is on its way.
     looking: AtomicBool,
     /// Directories of the host that its own agent mounts.
-    directories: Vec<message::Mount>,
+    directories: Vec<SharedDirectory>,
 }
 
 enum Chosen<'a> {
@@ -108,7 +123,7 @@ impl Inside {
 
     /// The same for a guest that mounts directories of the host.
     #[must_use]
-    pub(crate) fn with_directories(self, directories: Vec<message::Mount>) -> Self {
+    pub(crate) fn with_directories(self, directories: Vec<SharedDirectory>) -> Self {
         Self { directories, ..self }
     }
 
@@ -422,7 +437,7 @@ impl Inside {
 }
 
 /// Has the agent mount directories in their order, each as soon as the guest is ready for it.
-async fn mount_all(link: Arc<Link>, ports: watch::Receiver<Ports>, directories: Vec<message::Mount>) {
+async fn mount_all(link: Arc<Link>, ports: watch::Receiver<Ports>, directories: Vec<SharedDirectory>) {
     for directory in directories {
         let mut ports = ports.clone();
         tokio::select! {
@@ -434,15 +449,15 @@ async fn mount_all(link: Arc<Link>, ports: watch::Receiver<Ports>, directories: 
     }
 }
 
-async fn mount(link: &Arc<Link>, directory: message::Mount) {
+async fn mount(link: &Arc<Link>, directory: SharedDirectory) {
     let until = Instant::now() + MOUNTING;
     loop {
-        let outcome = link.call::<Nothing>(Request::Mount(directory.clone()), MOUNT).await;
+        let outcome = link.call::<Nothing>(directory.request(), MOUNT).await;
         let Err(e) = outcome else { return };
         let later = matches!(e.kind, ErrorKind::Unavailable | ErrorKind::Timeout);
         if !later || Instant::now() >= until {
             tracing::warn!(
-                guest = link.name(), path = ?directory.path, error = %e, context = e.context,
+                guest = link.name(), path = ?directory.mount.path, error = %e, context = e.context,
                 "a directory of the host is not mounted in a guest"
             );
             return;

@@ -626,7 +626,12 @@ async fn directories_are_mounted_in_their_order_whenever_the_port_opens() {
                     let reply = match f.kind {
                         kind::HELLO => welcome(Hello::decoded(&f.payload).unwrap()),
                         kind::OPEN => {
-                            let Ok(Request::Mount(m)) = Request::decoded(&f.payload) else { continue };
+                            // The third is shared in another way.
+                            let m = match Request::decoded(&f.payload) {
+                                Ok(Request::Mount(m)) if m.tag != "third" => m,
+                                Ok(Request::MountVirtiofs(m)) if m.tag == "third" => m,
+                                _ => continue,
+                            };
                             times += 1;
                             let refused = |code| {
                                 Err(message::Refused { code, field: String::new(), text: "no".into() })
@@ -647,7 +652,10 @@ async fn directories_are_mounted_in_their_order_whenever_the_port_opens() {
             }
         }
     });
-    let mount = |tag: &str| message::Mount { tag: tag.into(), path: format!("/mnt/{tag}"), readonly: false };
+    let mount = |tag: &str| SharedDirectory {
+        mount: message::Mount { tag: tag.into(), path: format!("/mnt/{tag}"), readonly: false },
+        virtiofs: tag == "third",
+    };
     let wanted = ["first", "second", "third"].map(mount);
     let inside = Inside::new(dir.path().to_owned(), "v1".into()).with_directories(wanted.to_vec());
     let next = || heard.recv_timeout(Duration::from_secs(60)).unwrap().tag;
