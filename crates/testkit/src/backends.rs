@@ -20,6 +20,8 @@ pub enum Optional {
     Zfs,
     /// Device mapper, of which LVM is made.
     DeviceMapper,
+    /// virtiofsd as it is written today: a package of Debian 13 and Ubuntu 24.04, and none of Debian 12.
+    Virtiofsd,
     /// A machine without a policy of its own in `/etc/karst`, which tests do not touch.
     NoPolicy,
 }
@@ -32,6 +34,7 @@ impl Optional {
             Self::MappedOverlays => "this kernel and file system have no overlays with mapped layers",
             Self::Zfs => "this kernel has no ZFS, or the tests are not root's",
             Self::DeviceMapper => "this kernel has no device mapper, or the tests are not root's",
+            Self::Virtiofsd => "this host has no virtiofsd (no package of Debian 12 brings it)",
             Self::NoPolicy => "this machine has a policy of its own in /etc/karst",
         }
     }

@@ -495,6 +495,26 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_volume_that_has_its_owners_beside_its_files_stays_with_9p() {
+        let root = samples::disk("root", "virtio0", "/nonexistent", DiskFormat::Raw);
+        let guest = samples::guest(InstanceKind::VirtualMachine, root);
+        // Not in /tmp, which may be in memory and have no attributes.
+        let dir = tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
+        let volume = Directory { source: dir.path().to_owned(), ..directory("a", "fs0") };
+        let opened = directories::source(&guest, &volume).unwrap();
+        if !owners::can_be_beside(&opened) {
+            return crate::backends::missing("this file system keeps no attributes");
+        }
+        demand_fit(&guest, &volume).await.unwrap();
+        owners::mark(&opened, true);
+        let refused = demand_fit(&guest, &volume).await.unwrap_err();
+        assert!(refused.message.contains("io.bus=9p"), "{refused}");
+        assert!(choose(&guest, std::slice::from_ref(&volume)).await.unwrap().is_empty());
+        // What a path of the host holds is as it is.
+        demand_fit(&guest, &Directory { foreign: true, ..volume }).await.unwrap();
+    }
+
+    #[tokio::test]
     async fn nothing_that_was_never_there_is_waited_for() {
         let dir = tempfile::tempdir().unwrap();
         end(dir.path()).await.unwrap();

@@ -11,7 +11,11 @@ use karst_guest::{
     DiskFormat, ExecStreams, GuestDriver, Opened, ResolvedDisk, StopMode,
     contract::{collect, content, request, shell, until_inside, write_of},
 };
-use karst_model::{ErrorKind, guest::AgentKind};
+use karst_model::{
+    ErrorKind,
+    device::{DiskBus, DiskIo},
+    guest::AgentKind,
+};
 use std::{
     os::unix::fs::{MetadataExt, PermissionsExt},
     sync::Arc,
@@ -103,7 +107,7 @@ async fn the_qemu_guest_agent_answers_where_only_that_is_there() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn directories_of_the_host_are_mounted_inside() {
+async fn directories_of_the_host_are_mounted_inside_by_9p() {
     if !long() {
         return;
     }
@@ -122,6 +126,8 @@ async fn directories_of_the_host_are_mounted_inside() {
         format: DiskFormat::Directory,
         mount_point: Some("/mnt/data".into()),
         pci: Some("00:09.0".into()),
+        // Also where there is virtiofs.
+        io: DiskIo { bus: Some(DiskBus::Plan9), ..DiskIo::default() },
         ..guest.root.clone()
     };
     let opened = karst_host::mountns::open_path(&granted).unwrap();
