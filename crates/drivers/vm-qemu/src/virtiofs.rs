@@ -307,17 +307,20 @@ pub(crate) async fn end(guest_dir: &Path) -> Result<()> {
         found => found?,
     };
     let dirs = found.map(|entry| entry.map(|e| e.path())).collect::<std::io::Result<Vec<_>>>()?;
-    let ends = dirs.iter().map(|dir| async move {
-        if keeper::read_status(dir).is_none() {
-            return Ok(());
-        }
-        if !matches!(tokio::time::timeout(LAST, keeper::wait_gone(dir)).await, Ok(Ok(()))) {
-            keeper::end_keeper(dir)?;
-            keeper::wait_gone(dir).await?;
-        }
-        Ok::<(), Error>(())
-    });
-    futures::future::join_all(ends).await.into_iter().collect()
+    // Side by side: they end with one QEMU.
+    let ends = futures::future::join_all(dirs.into_iter().map(end_one)).await;
+    ends.into_iter().collect()
+}
+
+async fn end_one(dir: PathBuf) -> Result<()> {
+    if keeper::read_status(&dir).is_none() {
+        return Ok(());
+    }
+    if !matches!(tokio::time::timeout(LAST, keeper::wait_gone(&dir)).await, Ok(Ok(()))) {
+        keeper::end_keeper(&dir)?;
+        keeper::wait_gone(&dir).await?;
+    }
+    Ok(())
 }
 
 /// Why a machine did not start, where that is one of them: QEMU would only say that nobody answers. Its QEMU has ended.
