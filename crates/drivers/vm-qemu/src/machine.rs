@@ -806,6 +806,31 @@ mod tests {
         assert_eq!(machine.ended().await.unwrap().state, S::Stopped);
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn who_serves_a_directory_is_missed_when_it_ends_and_its_machine_does_not() {
+        let told = async |stops: bool| {
+            let dir = tempfile::tempdir().unwrap();
+            let (machine, _owner) = without_owner(dir.path().to_owned());
+            {
+                let mut record = machine.record();
+                let directory = crate::directories::tests::directory;
+                record.directories = vec![directory("data", "fs0"), directory("by-9p", "fs1")];
+                record.virtiofs = ["fs0".to_owned()].into();
+            }
+            // There is no keeper: it has ended.
+            virtiofs::watch(&machine.inner);
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            if stops {
+                machine.observed.send_modify(|o| o.state = S::Stopped);
+            }
+            tokio::time::sleep(Duration::from_secs(60)).await;
+            virtiofs::warnings(&machine)
+        };
+        let warnings = told(false).await;
+        assert!(warnings.len() == 1 && warnings[0].contains("\"data\""), "{warnings:?}");
+        assert_eq!(told(true).await, Vec::<String>::new(), "it ended with its machine");
+    }
+
     #[test]
     fn run_states() {
         for (text, state) in [
