@@ -190,10 +190,10 @@ fn place() -> Result<&'static Path> {
     })
 }
 
-/// What may be opened: what the kernel allows to any process.
+/// How much of that it may: more than this process no process is given without a right for it.
 fn open_files() -> u64 {
-    let most = std::fs::read_to_string("/proc/sys/fs/nr_open").ok().and_then(|s| s.trim().parse().ok());
-    most.map_or(16_384, |most: u64| most.min(OPEN_FILES))
+    let most = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
+    most.unwrap_or(OPEN_FILES).min(OPEN_FILES)
 }
 
 /// What one of them is started with.
