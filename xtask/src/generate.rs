@@ -5,7 +5,7 @@ use karst_model::{
     device::{DISK_KEYS, NIC_KEYS, nic_kinds},
     keys::{INSTANCE_KEYS, Key, KeyScope, KeyType},
     network::BRIDGE_KEYS,
-    project::{FEATURES, LIMITS, RESTRICTIONS, text_of},
+    project::{FEATURES, LIMITS, REFUSED, RESTRICTIONS, SETTINGS, text_of},
     server_keys::SERVER_KEYS,
     storage::{POOL_KEYS, PoolKind, VOLUME_KEYS},
     uplink::UPLINK_KEYS,
@@ -133,7 +133,18 @@ fn project_keys() -> String {
         let default = if default.is_empty() { "all" } else { *default };
         text.push_str(&format!("| `{name}` | {words} | {default} | {} |\n", text_of(name)));
     }
-    text + "| `user.*` | text | | Yours. |\n"
+    text.push_str("| `user.*` | text | | Yours. |\n");
+    text.push_str(
+        "\n## Settings\n\nWithout them it is as the server has it.\n\n| key | what it does |\n|---|---|\n",
+    );
+    for name in SETTINGS {
+        text.push_str(&format!("| `{name}` | {} |\n", text_of(name)));
+    }
+    text.push_str("\n## Not here\n\nKeys of Incus that are refused.\n\n| key | why |\n|---|---|\n");
+    for (name, why) in REFUSED {
+        text.push_str(&format!("| `{name}` | {why} |\n"));
+    }
+    text
 }
 
 fn server_keys() -> String {

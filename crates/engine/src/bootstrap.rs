@@ -54,9 +54,8 @@ pub(crate) async fn ensure_base(inner: &Arc<EngineInner>, nodes: &[(NodeId, Stri
             }
             if records.project(DEFAULT_PROJECT).is_err() {
                 let project = ProjectId(inner.env.uuid());
-                let config: Config = crate::tenancy::rules::FEATURES
-                    .iter()
-                    .map(|(k, _)| ((*k).to_owned(), "true".to_owned()))
+                let config: Config = karst_model::project::new_features()
+                    .map(|(key, _)| (key.to_owned(), "true".to_owned()))
                     .collect();
                 tx.take_name("projects", "", DEFAULT_PROJECT, &project.to_string());
                 tx.create(&Project {

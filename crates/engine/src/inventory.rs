@@ -263,12 +263,7 @@ impl Records {
 
     /// Whose custom volumes instances and users of a project have: its own, or those of the default project.
     pub fn volume_project(&self, project: ProjectId) -> ProjectId {
-        let row = self.projects.get(&project);
-        let shared = row.and_then(|p| p.config.get("features.storage.volumes")).is_some_and(|v| v == "false");
-        match self.project(karst_model::project::DEFAULT_PROJECT) {
-            Ok(default) if shared => default.id,
-            _ => project,
-        }
+        self.projects.get(&project).map_or(project, |row| self.home(row, "features.storage.volumes"))
     }
 
     /// Custom volume that a project has, by the names of its pool and its own.

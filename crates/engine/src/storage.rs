@@ -133,7 +133,7 @@ impl Engine {
         agent.pool_usage(&CallContext::read(Duration::from_secs(10)), pool.id).await
     }
 
-    /// Volumes of a pool that `context` may see, of a project or of all.
+    /// Volumes of a pool that `context` may see, of a project or of all. A project has the custom volumes that it shares.
     ///
     /// # Errors
     /// Not found, forbidden.
@@ -141,13 +141,13 @@ impl Engine {
         let pool = self.pool(context, pool)?;
         let project = project.map(|p| self.project(context, p, Permission::ProjectView)).transpose()?;
         let records = self.inner().inventory.read();
-        Ok(records
-            .volumes
-            .values()
-            .filter(|v| v.pool == pool.id && project.as_ref().is_none_or(|p| p.id == v.project))
-            .filter(|v| context.principal().may(Permission::ProjectView, Some(v.project)))
-            .cloned()
-            .collect())
+        let seen = |v: &&Row<Volume>| match &project {
+            None => context.principal().may(Permission::ProjectView, Some(v.project)),
+            // Whoever sees the project sees what it shares.
+            Some(p) if v.owner == VolumeOwner::Custom => v.project == records.volume_project(p.id),
+            Some(p) => v.project == p.id,
+        };
+        Ok(records.volumes.values().filter(|v| v.pool == pool.id).filter(seen).cloned().collect())
     }
 
     /// Space of a volume.

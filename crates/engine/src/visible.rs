@@ -13,7 +13,7 @@ pub(crate) fn rules(project: &Project) -> ProjectRules {
     let config = &project.config;
     ProjectRules::parse(config).unwrap_or_else(|_| {
         let on = config.get("restricted").is_some_and(|v| keys::parse_bool("restricted", v).unwrap_or(true));
-        ProjectRules { limits: Default::default(), restricted: on.then(|| config.clone()) }
+        ProjectRules { restricted: on.then(|| config.clone()), ..Default::default() }
     })
 }
 

@@ -28,9 +28,46 @@ pub const DEFAULT_PROJECT: &str = "default";
 pub const FEATURES: &[(&str, &str)] = &[
     ("features.images", "true"),
     ("features.networks", "false"),
+    (ZONES, "false"),
     ("features.profiles", "true"),
     ("features.storage.buckets", "true"),
     ("features.storage.volumes", "true"),
+];
+
+/// There are no DNS zones that a project could have of its own: the key is known, and written into no project.
+const ZONES: &str = "features.networks.zones";
+
+/// The features that are written into a new project, and what they begin with.
+pub fn new_features() -> impl Iterator<Item = (&'static str, &'static str)> {
+    FEATURES.iter().copied().filter(|(key, _)| *key != ZONES)
+}
+
+/// Settings of the server that a project may have otherwise, and what else is no limit.
+pub const SETTINGS: &[&str] = &[
+    "backups.compression_algorithm",
+    "images.auto_update_cached",
+    "images.auto_update_interval",
+    "images.compression_algorithm",
+    "images.default_architecture",
+    "images.remote_cache_expiry",
+];
+
+/// Keys of Incus that nothing here could follow, and why: they are refused rather than taken and not kept.
+pub const REFUSED: &[(&str, &str)] = &[
+    ("network.hwaddr_pattern", "MAC addresses are drawn here; give a NIC its own by hwaddr"),
+    (
+        "restricted.cluster.groups",
+        "hosts have no groups here; restricted.cluster.target says who may choose one",
+    ),
+    ("restricted.idmap.gid", "raw.idmap is not there, so no id of the host can be mapped"),
+    ("restricted.idmap.uid", "raw.idmap is not there, so no id of the host can be mapped"),
+    ("restricted.networks.integrations", "networks are joined to no other cluster here"),
+    (
+        "restricted.networks.subnets",
+        "networks of a project have no uplink whose subnets they could take; its addresses are chosen for it",
+    ),
+    ("restricted.networks.uplinks", "networks of a project are bridges, which have no uplink"),
+    ("restricted.networks.zones", "DNS zones are not there"),
 ];
 
 /// Limits, and what they are: a number or a size.
@@ -77,10 +114,14 @@ pub const RESTRICTIONS: &[(&str, &[&str], &str)] = &[
 /// What each key means.
 pub const TEXTS: &[(&str, &str)] = &[
     ("features.images", "Images of its own; else those of the default project."),
-    ("features.networks", "Networks of its own. Only `false` as yet: all projects share the networks."),
+    (
+        "features.networks",
+        "Networks of its own, with their ACLs and address sets; else those of the default project.",
+    ),
+    ("features.networks.zones", "DNS zones of its own. Only `false`: there are no zones."),
     ("features.profiles", "Profiles of its own; else those of the default project."),
     ("features.storage.buckets", "Buckets of its own. Only `true` as yet."),
-    ("features.storage.volumes", "Custom volumes of its own. Only `true` as yet."),
+    ("features.storage.volumes", "Custom volumes of its own; else those of the default project."),
     ("limits.containers", "Containers."),
     ("limits.cpu", "Sum of `limits.cpu`; each instance has to say its own then."),
     ("limits.disk", "Sum of the sizes of root disks and custom volumes; each has to have one then."),
@@ -136,6 +177,18 @@ pub const TEXTS: &[(&str, &str)] = &[
     ("restricted.storage-pools.access", "Pools that may be used, comma-separated; all when empty."),
     ("restricted.virtual-machines.lowlevel", "Keys such as `raw.qemu`."),
     ("restricted.virtual-machines.nesting", "Virtual machines in virtual machines."),
+    ("backups.compression_algorithm", "How its backups are compressed: none, gzip, zstd, xz, bzip2."),
+    ("images.auto_update_cached", "Whether images that were fetched for its instances follow their server."),
+    ("images.auto_update_interval", "Hours after which newer images are looked for; never when 0."),
+    (
+        "images.compression_algorithm",
+        "How images published in it are compressed: none, gzip, zstd, xz, bzip2.",
+    ),
+    ("images.default_architecture", "Architecture of its images; one that its host runs."),
+    (
+        "images.remote_cache_expiry",
+        "Days after which an image that was fetched for an instance goes when nobody uses it; never when 0.",
+    ),
 ];
 
 /// What a key means.
@@ -150,9 +203,12 @@ mod tests {
     #[test]
     fn every_key_says_what_it_means() {
         let two = FEATURES.iter().chain(LIMITS).map(|(k, _)| *k);
-        let all: Vec<&str> = two.chain(["restricted"]).chain(RESTRICTIONS.iter().map(|(k, ..)| *k)).collect();
+        let three = two.chain(["restricted"]).chain(RESTRICTIONS.iter().map(|(k, ..)| *k));
+        let all: Vec<&str> = three.chain(SETTINGS.iter().copied()).collect();
         let said: Vec<&str> = TEXTS.iter().map(|(k, _)| *k).collect();
         assert_eq!(all, said);
         assert!(TEXTS.iter().all(|(_, text)| text.ends_with('.')));
+        assert!(REFUSED.iter().all(|(key, _)| !said.contains(key)), "what is refused does nothing");
+        assert_eq!(new_features().count() + 1, FEATURES.len());
     }
 }

@@ -2,6 +2,10 @@
 
 /// Keys of the server: name and text. `user.*` is free.
 pub const SERVER_KEYS: &[(&str, &str)] = &[
+    (
+        "backups.compression_algorithm",
+        "How backups are compressed: none, gzip, zstd, xz, bzip2 (default gzip)",
+    ),
     ("core.https_address", "Address and port of the API over HTTPS, such as `:8443`; none when empty"),
     (
         "core.libvirt_address",

@@ -22,9 +22,10 @@ use karst_model::{
 };
 
 macro_rules! records {
-    ($($t:ty: $table:literal = |$r:ident| $id:expr;)+) => {$(
+    ($($t:ty: $table:literal $(version $version:literal)? = |$r:ident| $id:expr;)+) => {$(
         impl Record for $t {
             const TABLE: &'static str = $table;
+            $(const VERSION: u32 = $version;)?
             fn record_id(&self) -> String { let $r = self; $id }
         }
     )+};
@@ -32,7 +33,7 @@ macro_rules! records {
 
 records! {
     Node: "nodes" = |r| r.id.to_string();
-    Project: "projects" = |r| r.id.to_string();
+    Project: "projects" version 2 = |r| r.id.to_string();
     Profile: "profiles" = |r| r.id.to_string();
     Pool: "pools" = |r| r.id.to_string();
     Volume: "volumes" = |r| r.id.to_string();

@@ -157,3 +157,57 @@ fn images_follow_their_server_and_go_when_nobody_uses_them() {
         w.engine.close();
     });
 }
+
+/// What a project says of its images goes over what the server says, for that project alone.
+#[test]
+fn a_project_keeps_and_follows_its_images_as_it_says() {
+    SeededEnv::run(4, |env| async move {
+        let (w, server) = world(&env).await;
+        let of = |pairs: &[(&str, &str)]| -> Config {
+            pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect()
+        };
+        let keys = [("images.auto_update_interval", "0"), ("images.remote_cache_expiry", "1")];
+        w.engine.project_create(&w.admin, "still", "", of(&keys)).await.unwrap();
+        let keys = [("images.auto_update_interval", "2"), ("images.auto_update_cached", "false")];
+        w.engine.project_create(&w.admin, "quick", "", of(&keys)).await.unwrap();
+        let devices = w.engine.profile(&w.admin, "default", "default").unwrap().devices.clone();
+        for project in ["default", "still", "quick"] {
+            if project != "default" {
+                let update =
+                    karst_engine::tenancy::UpdateProfile { devices: devices.clone(), ..Default::default() };
+                w.engine.profile_update(&w.admin, project, "default", update).await.unwrap();
+            }
+            let live = w.engine.image_fetch(&w.admin, project, aliased("mine")).await.unwrap();
+            assert_eq!(w.ended(live).await.error, None);
+        }
+        let now = |project: &str| w.engine.image(&w.admin, project, "mine").unwrap().fingerprint.clone();
+        let first = now("default");
+        server.0.lock().unwrap().content = "the second".into();
+        env.sleep(Duration::from_secs(3 * 3600)).await;
+        assert_eq!((now("default"), now("still")), (first.clone(), first.clone()));
+        assert_ne!(now("quick"), first, "every second hour");
+        env.sleep(Duration::from_secs(4 * 3600)).await;
+        assert_eq!(now("still"), first, "never");
+        assert_ne!(now("default"), first, "as the server says");
+
+        // Fetched for an instance: followed or not, and kept a day.
+        server.0.lock().unwrap().content = "of an instance".into();
+        for project in ["default", "still", "quick"] {
+            let live = w.engine.instance_create_remote(&w.admin, project, container("c1"), source("tiny"));
+            assert_eq!(w.ended(live.await.unwrap()).await.error, None);
+        }
+        let cached = |project: &str| {
+            let all = w.engine.images(&w.admin, project).unwrap();
+            let of = all.iter().filter_map(|i| i.origin.clone()).filter(|o| o.cached);
+            of.map(|o| o.auto_update).collect::<Vec<_>>()
+        };
+        assert_eq!((cached("still"), cached("quick")), (vec![true], vec![false]));
+        env.sleep(Duration::from_secs(23 * 3600)).await;
+        assert_eq!(cached("still").len(), 1);
+        env.sleep(Duration::from_secs(2 * 3600)).await;
+        assert_eq!(cached("still").len(), 0);
+        w.settle().await;
+        assert_eq!(w.faults().await, Vec::<String>::new());
+        w.engine.close();
+    });
+}

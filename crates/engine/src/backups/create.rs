@@ -44,8 +44,8 @@ pub struct CreateBackup {
     pub expires_at: Option<Timestamp>,
     /// Without the snapshots.
     pub without_snapshots: bool,
-    /// How it is compressed.
-    pub compression: Compression,
+    /// How it is compressed; `None`: as the project, or the server, says.
+    pub compression: Option<Compression>,
 }
 
 impl Engine {
@@ -62,6 +62,8 @@ impl Engine {
         let project = origin.editor(self, context)?;
         let inner = self.inner();
         restricted::check_backup(&ProjectRules::parse(&project.config)?)?;
+        let compression =
+            request.compression.unwrap_or_else(|| self.settings_in(&project).backup_compression);
         let mut chosen = String::new();
         let operation = runner::start::<BackupCreate>(inner, context, |tx| {
             let records = inner.inventory.read();
@@ -167,7 +169,7 @@ impl Engine {
                     index: index::write(&records, &found, &snapshots),
                     metadata,
                     templates,
-                    compression: request.compression,
+                    compression,
                     machine,
                 },
                 guests,

@@ -280,7 +280,7 @@ impl Engine {
         pool: &str,
         request: ImportVolume,
     ) -> Result<LiveOperation> {
-        let project = self.volume_editor(context, project)?;
+        let project = self.volume_home(context, project)?;
         let inner = self.inner();
         let index = match request.disc {
             true => None,

@@ -32,8 +32,8 @@ pub struct PublishImage {
     pub name: String,
     /// As it was at this snapshot; `None`: now.
     pub snapshot: Option<String>,
-    /// How the archive is compressed.
-    pub compression: Compression,
+    /// How the archive is compressed; `None`: as the project of the image, or the server, says.
+    pub compression: Option<Compression>,
     /// What is said of the image; properties go over those of the instance's own image.
     pub options: ImageOptions,
 }
@@ -54,6 +54,12 @@ impl Engine {
         let origin =
             self.project(context, origin, Permission::InstanceUse).map_err(|e| e.at("source.project"))?;
         check_options(&request.options)?;
+        let compression = match request.compression {
+            Some(compression) => compression,
+            None => {
+                self.settings_in(&*self.project(context, project, Permission::ProjectView)?).image_compression
+            }
+        };
         let inner = self.inner();
         runner::start::<ImagePublish>(inner, context, |tx| {
             let records = inner.inventory.read();
@@ -107,7 +113,7 @@ impl Engine {
                     at,
                     metadata,
                     templates,
-                    compression: request.compression,
+                    compression,
                 },
                 frozen: paused.is_some(),
                 guest: paused,

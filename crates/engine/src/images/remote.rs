@@ -22,10 +22,15 @@ use karst_model::{
     access::Permission,
     image::{Image, ImageOrigin, ImageServerProtocol, UpdateSource},
     instance::InstanceKind,
+    project::Project,
     registry::{check_password, check_user},
 };
 use serde_json::{Map, Value};
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 /// How long finding an image on a server may take.
 const FIND: Duration = Duration::from_secs(120);
@@ -270,7 +275,7 @@ impl Engine {
         let mut new = NewOperation::task("Creating instance", Some(row.id), "instances", path);
         new.may_cancel = true;
         let live = self.inner().operations.begin(context, new);
-        let auto_update = self.server_settings().auto_update_cached;
+        let auto_update = self.settings_in(&row).auto_update_cached;
         let fetch = FetchImage { source, options: ImageOptions::default(), auto_update };
         let (engine, context, outer, project) =
             (self.clone(), context.clone(), live.clone(), project.to_owned());
@@ -497,18 +502,25 @@ pub fn protocol(text: &str) -> Result<ImageServerProtocol> {
 }
 
 impl EngineInner {
-    /// The images whose time has come: those to look for newer ones of, and those that were cached and that nobody used.
-    pub(crate) fn due_images(&self, now: jiff::Timestamp, kept: Option<Duration>) -> (Vec<Due>, Vec<Due>) {
+    /// The images whose time has come: those of the projects `looked` to look for newer ones of, and those that were cached and
+    /// that nobody used as long as `kept` says of their project.
+    pub(crate) fn due_images(
+        &self,
+        now: jiff::Timestamp,
+        looked: &BTreeSet<ProjectId>,
+        kept: &BTreeMap<ProjectId, Duration>,
+    ) -> (Vec<Due>, Vec<Due>) {
         let records = self.inventory.read();
         let due = |i: &Row<Image>| {
             let project = records.projects.get(&i.project)?;
             Some(Due { project: project.name.to_string(), fingerprint: i.fingerprint.clone() })
         };
-        let followed = |i: &&Row<Image>| i.origin.as_ref().is_some_and(|o| o.auto_update);
+        let followed =
+            |i: &&Row<Image>| looked.contains(&i.project) && i.origin.as_ref().is_some_and(|o| o.auto_update);
         let unused = |i: &&Row<Image>| {
             let last = i.last_used_at.unwrap_or(i.uploaded_at);
             let since = Duration::try_from(now.duration_since(last)).unwrap_or_default();
-            i.origin.as_ref().is_some_and(|o| o.cached) && kept.is_some_and(|k| since >= k)
+            i.origin.as_ref().is_some_and(|o| o.cached) && kept.get(&i.project).is_some_and(|k| since >= *k)
         };
         let all = || records.images.values();
         (all().filter(followed).filter_map(due).collect(), all().filter(unused).filter_map(due).collect())
@@ -525,30 +537,39 @@ pub(crate) struct Due {
 const LOOK: Duration = Duration::from_secs(60);
 
 /// Follows the clock until the engine ends: looks for newer images as often as `images.auto_update_interval` says, and lets
-/// cached ones go that nobody used for `images.remote_cache_expiry`.
+/// cached ones go that nobody used for `images.remote_cache_expiry`; of each project as that, or the server, says.
 pub(crate) async fn follow(weak: std::sync::Weak<EngineInner>) {
     let Some(inner) = weak.upgrade() else { return };
     let env = inner.env.clone();
-    let mut last = env.monotonic();
+    let begun = env.monotonic();
+    let mut last: BTreeMap<ProjectId, Duration> = BTreeMap::new();
     drop(inner);
     loop {
         env.sleep(LOOK).await;
         let Some(inner) = weak.upgrade() else { return };
         let engine = Engine { inner };
-        let settings = engine.server_settings();
-        let (followed, unused) = engine.inner().due_images(env.now(), settings.remote_cache_expiry);
+        let projects: Vec<Row<Project>> =
+            engine.inner().inventory.read().projects.values().cloned().collect();
+        last.retain(|id, _| projects.iter().any(|p| p.id == *id));
+        let (mut looked, mut kept) = (BTreeSet::new(), BTreeMap::new());
+        for project in &projects {
+            let settings = engine.settings_in(project);
+            kept.extend(settings.remote_cache_expiry.map(|expiry| (project.id, expiry)));
+            let since = env.monotonic() - last.get(&project.id).copied().unwrap_or(begun);
+            if settings.auto_update_interval.is_some_and(|every| since >= every) {
+                looked.insert(project.id);
+                last.insert(project.id, env.monotonic());
+            }
+        }
+        let (followed, unused) = engine.inner().due_images(env.now(), &looked, &kept);
         let context = Context::system();
         for image in unused {
             let gone = engine.image_delete(&context, &image.project, &image.fingerprint).await;
             report(&image, "a cached image that nobody uses was not deleted", settled(gone).await);
         }
-        let due = settings.auto_update_interval.is_some_and(|every| env.monotonic() - last >= every);
-        if due {
-            last = env.monotonic();
-            for image in followed {
-                let newer = engine.image_refresh(&context, &image.project, &image.fingerprint).await;
-                report(&image, "no newer image could be looked for", settled(newer).await);
-            }
+        for image in followed {
+            let newer = engine.image_refresh(&context, &image.project, &image.fingerprint).await;
+            report(&image, "no newer image could be looked for", settled(newer).await);
         }
     }
 }

@@ -75,7 +75,7 @@ impl Origin<'_> {
     pub(crate) fn editor(&self, engine: &crate::Engine, context: &Context) -> Result<Row<Project>> {
         match self {
             Self::Instance { project, .. } => engine.project(context, project, Permission::ResourceEdit),
-            Self::Volume { project, .. } => engine.volume_editor(context, project),
+            Self::Volume { project, .. } => engine.volume_home(context, project),
         }
     }
 

@@ -255,8 +255,7 @@ impl ProjectUsage {
 
 /// What a project uses now, beside its limits: name, limit, use.
 pub(crate) fn state(records: &Records, project: &Project) -> Vec<(String, Option<u64>, u64)> {
-    let rules = ProjectRules::parse(&project.config);
-    let rules = rules.unwrap_or(ProjectRules { limits: Default::default(), restricted: None });
+    let rules = ProjectRules::parse(&project.config).unwrap_or_default();
     let usage = ProjectUsage::of(records, project.id, &Planned::default());
     usage.against(&rules).into_iter().map(|(name, limit, used, _)| (name, limit, used)).collect()
 }

@@ -10,21 +10,19 @@ use karst_model::{
     access::Permission,
     device::Devices,
     profile::Profile,
-    project::{DEFAULT_PROJECT, Project},
+    project::{DEFAULT_PROJECT, Project, new_features},
     storage::VolumeOwner,
 };
 
-/// Features that a project cannot switch yet: what is refused, rather than taken and not kept.
+/// Features that a project cannot switch: what is refused, rather than taken and not kept.
 fn demand_supported(config: &Config) -> Result<()> {
-    for (key, wanted) in
-        [("features.networks", false), ("features.storage.volumes", true), ("features.storage.buckets", true)]
-    {
+    for (key, wanted, why) in [
+        ("features.networks.zones", false, "DNS zones are not there"),
+        ("features.storage.buckets", true, "every project has its own"),
+    ] {
         if config.contains_key(key) && ProjectRules::has(config, key) != wanted {
-            return Err(Error::unsupported(format!(
-                "{key} can only be {wanted} as yet: {}",
-                if wanted { "every project has its own" } else { "networks are shared by all projects" }
-            ))
-            .at(format!("config.{key}")));
+            let text = format!("{key} can only be {wanted}: {why}");
+            return Err(Error::unsupported(text).at(format!("config.{key}")));
         }
     }
     Ok(())
@@ -126,6 +124,16 @@ impl Engine {
         Ok(limits::state(&self.inner().inventory.read(), &project))
     }
 
+    /// Settings that only a host can tell right from wrong.
+    fn demand_settings(&self, context: &Context, rules: &ProjectRules) -> Result<()> {
+        match &rules.settings.architecture {
+            Some(named) => self
+                .demand_architecture(context, None, named)
+                .map_err(|e| e.at("config.images.default_architecture")),
+            None => Ok(()),
+        }
+    }
+
     /// Creates a project with its `default` profile.
     ///
     /// # Errors
@@ -139,9 +147,9 @@ impl Engine {
     ) -> Result<()> {
         context.demand_server(Permission::ProjectEdit)?;
         let name = Name::parse("name", name)?;
-        ProjectRules::parse(&config)?;
+        self.demand_settings(context, &ProjectRules::parse(&config)?)?;
         let inner = self.inner();
-        let mut full: Config = FEATURES.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let mut full: Config = new_features().map(|(k, v)| (k.to_owned(), v.to_owned())).collect();
         full.extend(config);
         demand_supported(&full)?;
         let id = inner
@@ -190,6 +198,7 @@ impl Engine {
     ) -> Result<()> {
         context.demand_server(Permission::ProjectEdit)?;
         let rules = ProjectRules::parse(&config)?;
+        self.demand_settings(context, &rules)?;
         if name != DEFAULT_PROJECT {
             demand_supported(&config)?;
         }

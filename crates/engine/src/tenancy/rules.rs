@@ -1,7 +1,14 @@
 //! Keys of a project: what it has of its own, its limits, its restrictions; parsed once.
 
-use karst_model::{ByteSize, Config, Error, Result, error::nearest, keys, project::LIMITS};
-use std::collections::BTreeMap;
+use super::server::whole;
+use karst_model::{
+    ByteSize, Config, Error, Result,
+    backup::Compression,
+    error::nearest,
+    keys,
+    project::{LIMITS, REFUSED, SETTINGS},
+};
+use std::{collections::BTreeMap, time::Duration};
 
 pub use karst_model::project::FEATURES;
 pub(crate) use karst_model::project::RESTRICTIONS;
@@ -35,11 +42,30 @@ pub struct ProjectLimits {
     pub networks: Option<u64>,
 }
 
+/// What a project has otherwise than the server. `None`: as the server.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ProjectSettings {
+    /// Do images that were fetched for an instance follow their server?
+    pub auto_update_cached: Option<bool>,
+    /// How often newer images are looked for; the inner `None`: never.
+    pub auto_update_interval: Option<Option<Duration>>,
+    /// How published images are compressed.
+    pub image_compression: Option<Compression>,
+    /// How long an image that was fetched for an instance stays unused; the inner `None`: for ever.
+    pub remote_cache_expiry: Option<Option<Duration>>,
+    /// How backups are compressed.
+    pub backup_compression: Option<Compression>,
+    /// Architecture of images.
+    pub architecture: Option<String>,
+}
+
 /// A project's keys in typed form.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ProjectRules {
     /// Limits.
     pub limits: ProjectLimits,
+    /// Settings.
+    pub settings: ProjectSettings,
     /// Restrictions as written, when they hold.
     pub(crate) restricted: Option<Config>,
 }
@@ -51,11 +77,17 @@ fn refuse_unknown(key: &str) -> Error {
             .map(|(k, _)| *k)
             .chain(LIMITS.iter().map(|(k, _)| *k))
             .filter(|k| !k.ends_with('*'));
-        all.chain(["restricted"]).chain(RESTRICTIONS.iter().map(|(k, ..)| *k))
+        let all = all.chain(["restricted"]).chain(RESTRICTIONS.iter().map(|(k, ..)| *k));
+        all.chain(SETTINGS.iter().copied())
     };
+    if let Some((_, why)) = REFUSED.iter().find(|(k, _)| *k == key) {
+        return Error::unsupported(format!("{key} cannot be set: {why}")).at(format!("config.{key}"));
+    }
     let hint = match nearest(key, known()) {
         Some(n) => format!("did you mean {n:?}?"),
-        None => "known are features.*, limits.*, restricted, restricted.* and user.*".into(),
+        None => {
+            "known are backups.*, features.*, images.*, limits.*, restricted, restricted.* and user.*".into()
+        }
     };
     Error::invalid(format!("config.{key}"), format!("unknown project key {key:?}; {hint}"))
 }
@@ -67,6 +99,7 @@ impl ProjectRules {
     /// Invalid, naming the key.
     pub fn parse(config: &Config) -> Result<Self> {
         let mut limits = ProjectLimits::default();
+        let mut settings = ProjectSettings::default();
         let mut restricted = false;
         for (key, value) in config {
             let field = format!("config.{key}");
@@ -81,6 +114,20 @@ impl ProjectRules {
                 k if FEATURES.iter().any(|(f, _)| *f == k) => {
                     keys::parse_bool(&field, value)?;
                 }
+                // Empty is as the server has it.
+                k if SETTINGS.contains(&k) && value.is_empty() => {}
+                "backups.compression_algorithm" => {
+                    settings.backup_compression = Some(Compression::parse(&field, value)?);
+                }
+                "images.auto_update_cached" => {
+                    settings.auto_update_cached = Some(keys::parse_bool(&field, value)?);
+                }
+                "images.auto_update_interval" => settings.auto_update_interval = whole(&field, value, 3600)?,
+                "images.compression_algorithm" => {
+                    settings.image_compression = Some(Compression::parse(&field, value)?);
+                }
+                "images.default_architecture" => settings.architecture = Some(value.clone()),
+                "images.remote_cache_expiry" => settings.remote_cache_expiry = whole(&field, value, 86_400)?,
                 "restricted" => restricted = keys::parse_bool(&field, value)?,
                 "limits.containers" => limits.containers = Some(number()?),
                 "limits.cpu" => limits.cpu = Some(number()?),
@@ -104,7 +151,7 @@ impl ProjectRules {
                 }
             }
         }
-        Ok(Self { limits, restricted: restricted.then(|| config.clone()) })
+        Ok(Self { limits, settings, restricted: restricted.then(|| config.clone()) })
     }
 
     /// Has the project its own of what `feature` names? What is not written is not its own.
@@ -160,9 +207,20 @@ mod tests {
             ("restricted", "true"),
             ("restricted.devices.gpu", "allow"),
             ("restricted.networks.access", "br0, br1"),
+            ("images.auto_update_interval", "0"),
+            ("images.compression_algorithm", ""),
+            ("images.remote_cache_expiry", "2"),
+            ("backups.compression_algorithm", "zstd"),
             ("user.note", "x"),
         ])
         .unwrap();
+        let wanted = ProjectSettings {
+            auto_update_interval: Some(None),
+            remote_cache_expiry: Some(Some(Duration::from_secs(2 * 86_400))),
+            backup_compression: Some(Compression::Zstd),
+            ..Default::default()
+        };
+        assert_eq!(rules.settings, wanted);
         assert_eq!((rules.limits.memory, rules.limits.cpu), (Some(2 << 30), Some(4)));
         assert_eq!(rules.limits.pools["fast"], 1 << 30);
         assert_eq!(rules.restriction("restricted.devices.gpu"), Some("allow"));
@@ -187,6 +245,11 @@ mod tests {
             ("restricted", "maybe", "boolean"),
             ("restricted.devices.nic", "any", "not one of allow, block, managed"),
             ("features.images", "x", "boolean"),
+            ("images.auto_update_cached", "maybe", "boolean"),
+            ("images.remote_cache_expiry", "-1", "whole number"),
+            ("backups.compression_algorithm", "rar", "zstd"),
+            ("restricted.idmap.uid", "1000", "raw.idmap is not there"),
+            ("restricted.networks.zones", "allow", "DNS zones are not there"),
         ] {
             let e = parse(&[(key, value)]).unwrap_err();
             assert_eq!(e.field, Some(format!("config.{key}")), "{e}");

@@ -3,7 +3,8 @@
 use crate::{Engine, context::Context};
 use async_trait::async_trait;
 use karst_model::{
-    Config, Error, Result, access::Permission, backup::Compression, error::nearest, keys, trust::ServerConfig,
+    Config, Error, Result, access::Permission, backup::Compression, error::nearest, keys, project::Project,
+    trust::ServerConfig,
 };
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -39,6 +40,8 @@ pub struct ServerSettings {
     pub image_compression: Compression,
     /// How long an image that was fetched for an instance stays unused; `None`: for ever.
     pub remote_cache_expiry: Option<Duration>,
+    /// How backups are compressed.
+    pub backup_compression: Compression,
 }
 
 impl Default for ServerSettings {
@@ -54,6 +57,7 @@ impl Default for ServerSettings {
             auto_update_interval: Some(Duration::from_secs(6 * 3600)),
             image_compression: Compression::default(),
             remote_cache_expiry: Some(Duration::from_secs(10 * 86_400)),
+            backup_compression: Compression::default(),
         }
     }
 }
@@ -69,6 +73,9 @@ impl ServerSettings {
             let field = format!("config.{key}");
             match key.as_str() {
                 k if k.starts_with("user.") => keys::check_free(key, value)?,
+                "backups.compression_algorithm" => {
+                    settings.backup_compression = Compression::parse(&field, value)?
+                }
                 "core.https_address" => settings.https_address = address(&field, value, DEFAULT_PORT)?,
                 "core.libvirt_address" => settings.libvirt_address = address(&field, value, LIBVIRT_PORT)?,
                 "core.libvirt_names" => settings.libvirt_names = names(&field, value)?,
@@ -155,7 +162,7 @@ fn names(field: &str, text: &str) -> Result<Vec<String>> {
 }
 
 /// A whole number of `unit` seconds; the inner `None` is 0, the outer an empty text.
-fn whole(field: &str, text: &str, unit: u64) -> Result<Option<Option<Duration>>> {
+pub(super) fn whole(field: &str, text: &str, unit: u64) -> Result<Option<Option<Duration>>> {
     if text.is_empty() {
         return Ok(None);
     }
@@ -226,6 +233,18 @@ impl Engine {
         let config = self.inner().inventory.read().tenancy.server.as_ref().map(|s| s.config.clone());
         // What is recorded was checked; a later version's key must not keep this one from serving.
         ServerSettings::parse(&config.unwrap_or_default()).unwrap_or_default()
+    }
+
+    /// The server's settings with those over them that the project says otherwise.
+    pub(crate) fn settings_in(&self, project: &Project) -> ServerSettings {
+        let own = crate::visible::rules(project).settings;
+        let mut all = self.server_settings();
+        all.auto_update_cached = own.auto_update_cached.unwrap_or(all.auto_update_cached);
+        all.auto_update_interval = own.auto_update_interval.unwrap_or(all.auto_update_interval);
+        all.image_compression = own.image_compression.unwrap_or(all.image_compression);
+        all.remote_cache_expiry = own.remote_cache_expiry.unwrap_or(all.remote_cache_expiry);
+        all.backup_compression = own.backup_compression.unwrap_or(all.backup_compression);
+        all
     }
 
     /// The server's configuration as written, and its version.

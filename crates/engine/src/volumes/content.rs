@@ -127,7 +127,7 @@ impl Engine {
         pool: &str,
         name: &str,
     ) -> Result<LiveOperation> {
-        let project = self.volume_editor(context, project)?;
+        let project = self.volume_home(context, project)?;
         let inner = self.inner();
         runner::start::<VolumeWipe>(inner, context, |tx| {
             let records = inner.inventory.read();
@@ -175,7 +175,7 @@ impl Engine {
         pool: &str,
         name: &str,
     ) -> Result<OpenVolume> {
-        let project = self.volume_editor(context, project)?;
+        let project = self.volume_home(context, project)?;
         let inner = self.inner();
         let at = {
             let records = inner.inventory.read();
@@ -203,7 +203,7 @@ impl Engine {
         name: &str,
         (offset, length): (u64, u64),
     ) -> Result<()> {
-        let project = self.volume_editor(context, project)?;
+        let project = self.volume_home(context, project)?;
         let records = self.inner().inventory.read();
         let row = records.demand_volume(project.id, pool, name)?;
         demand_room(row, offset, length)?;
@@ -216,7 +216,7 @@ impl Engine {
     /// # Errors
     /// Quota, not found, forbidden.
     pub fn volume_upload(&self, context: &Context, project: &str, room: u64) -> Result<VolumeUpload> {
-        let project = self.volume_editor(context, project)?;
+        let project = self.volume_home(context, project)?;
         let inner = self.inner();
         let limit = ProjectRules::parse(&project.config)?.limits.disk;
         let mut open = inner.volume_uploads.lock().unwrap_or_else(|e| e.into_inner());
@@ -258,7 +258,7 @@ impl Engine {
         name: &str,
         request: WriteVolume,
     ) -> Result<LiveOperation> {
-        let project = self.volume_editor(context, project)?;
+        let project = self.volume_home(context, project)?;
         let inner = self.inner();
         runner::start::<VolumeWrite>(inner, context, |tx| {
             let records = inner.inventory.read();

@@ -62,7 +62,7 @@ impl Engine {
         pool: &str,
         request: CopyVolume,
     ) -> Result<LiveOperation> {
-        let project = self.volume_editor(context, project)?;
+        let project = self.volume_home(context, project)?;
         let origin = self
             .project(context, &request.project, Permission::InstanceUse)
             .map_err(|e| e.at("source.project"))?;

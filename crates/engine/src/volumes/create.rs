@@ -44,7 +44,7 @@ impl Engine {
         pool: &str,
         request: CreateVolume,
     ) -> Result<LiveOperation> {
-        let project = self.volume_editor(context, project)?;
+        let project = self.volume_home(context, project)?;
         let inner = self.inner();
         let name = Name::parse("name", &request.name)?;
         check_volume_config(&request.config, request.content)?;

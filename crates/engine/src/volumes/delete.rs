@@ -28,7 +28,7 @@ impl Engine {
         pool: &str,
         name: &str,
     ) -> Result<LiveOperation> {
-        let project = self.volume_editor(context, project)?;
+        let project = self.volume_home(context, project)?;
         let inner = self.inner();
         runner::start::<VolumeDelete>(inner, context, |tx| {
             let records = inner.inventory.read();

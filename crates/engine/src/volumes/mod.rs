@@ -84,12 +84,11 @@ pub fn users(records: &Records, volume: &Volume) -> Users {
     let is_kernel = |keys: &BTreeMap<String, String>| {
         keys.get("type").is_some_and(|t| t == "kernel") && kernel_names(keys, &pool.name, &volume.name)
     };
-    let names = |devices: &Devices, project| {
-        records.volume_project(project) == volume.project
-            && (has_disk(devices, pool, volume) || devices.values().any(is_kernel))
-    };
-    let profiles: Vec<_> =
-        records.profiles.values().filter(|p| names(&p.devices, p.project)).cloned().collect();
+    let says = |devices: &Devices| has_disk(devices, pool, volume) || devices.values().any(is_kernel);
+    let names =
+        |devices: &Devices, project| records.volume_project(project) == volume.project && says(devices);
+    // Profiles and volumes may be another project's each: what a profile means by a name, who has it decides.
+    let profiles: Vec<_> = records.profiles.values().filter(|p| says(&p.devices)).cloned().collect();
     // Those of which a device names it, theirs or their profile's, and those that run: of thousands, few.
     let own = records.instances_naming(&volume.name);
     let running = records.runtimes.values().filter(|r| r.applied.is_some()).map(|r| r.instance);
@@ -105,7 +104,9 @@ pub fn users(records: &Records, volume: &Volume) -> Users {
         // kernel it was given when it started: there is nothing left to give back.
         chance && names(&records.expanded(i).1, i.project) || runs_with(records, pool, volume, i)
     });
-    Users { instances: instances.cloned().collect(), profiles }
+    let instances = instances.cloned().collect();
+    let own = |p: &Row<Profile>| records.volume_project(p.project) == volume.project;
+    Users { instances, profiles: profiles.into_iter().filter(own).collect() }
 }
 
 /// Do these devices have the volume as a disk?
@@ -170,6 +171,23 @@ impl crate::Engine {
     /// Not found, forbidden.
     pub(crate) fn volume_editor(&self, context: &Context, project: &str) -> Result<Row<Project>> {
         let project = self.project(context, project, Permission::ResourceEdit)?;
+        self.demand_volume_editor(context, &project)?;
+        Ok(project)
+    }
+
+    /// As [`Self::volume_editor`], but the project that has the volumes: whose limits and restrictions count.
+    ///
+    /// # Errors
+    /// Not found, forbidden.
+    pub(crate) fn volume_home(&self, context: &Context, project: &str) -> Result<Row<Project>> {
+        let project = self.project(context, project, Permission::ResourceEdit)?;
+        self.demand_volume_editor(context, &project)?;
+        let records = self.inner().inventory.read();
+        let home = records.projects.get(&records.volume_project(project.id)).cloned();
+        Ok(home.unwrap_or(project))
+    }
+
+    fn demand_volume_editor(&self, context: &Context, project: &Project) -> Result<()> {
         let records = self.inner().inventory.read();
         let owner = records.volume_project(project.id);
         if !context.principal().may(Permission::ResourceEdit, Some(owner)) {
@@ -178,7 +196,7 @@ impl crate::Engine {
                 &*project.name
             )));
         }
-        Ok(project)
+        Ok(())
     }
 }
 

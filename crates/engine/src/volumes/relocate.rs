@@ -62,9 +62,9 @@ impl Engine {
         name: &str,
         request: MoveVolume,
     ) -> Result<LiveOperation> {
-        let from = self.volume_editor(context, project)?;
+        let from = self.volume_home(context, project)?;
         let to = match said(&request.project) {
-            Some(project) => self.volume_editor(context, project).map_err(|e| e.at("project"))?,
+            Some(project) => self.volume_home(context, project).map_err(|e| e.at("project"))?,
             None => from.clone(),
         };
         let inner = self.inner();

@@ -48,7 +48,7 @@ impl Engine {
         name: &str,
         request: UpdateVolume,
     ) -> Result<LiveOperation> {
-        let project = self.volume_editor(context, project)?;
+        let project = self.volume_home(context, project)?;
         let inner = self.inner();
         runner::start::<VolumeUpdate>(inner, context, |tx| {
             let records = inner.inventory.read();
@@ -141,7 +141,7 @@ impl Engine {
         name: &str,
         new: &str,
     ) -> Result<()> {
-        let project = self.volume_editor(context, project)?;
+        let project = self.volume_home(context, project)?;
         let inner = self.inner();
         let new = Name::parse("name", new)?;
         let mut renamed = String::new();

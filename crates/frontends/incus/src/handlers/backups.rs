@@ -105,12 +105,12 @@ pub async fn create(call: Call) -> Result<Reply> {
     }
     // Of old clients; each of them says the same.
     let without_snapshots = f.flag("instance_only")? | f.flag("container_only")? | f.flag("volume_only")?;
-    let compression = f.text("compression_algorithm")?.unwrap_or_default();
+    let compression = f.text("compression_algorithm")?.filter(|c| !c.is_empty());
     let request = CreateBackup {
         name: f.text("name")?,
         expires_at: time(&mut f, "expires_at")?.flatten(),
         without_snapshots,
-        compression: Compression::parse("compression_algorithm", &compression)?,
+        compression: compression.map(|c| Compression::parse("compression_algorithm", &c)).transpose()?,
     };
     f.finish(&["created_at"])?;
     let (_, operation) = call.engine().backup_create(&call.context, place.origin(), request).await?;

@@ -156,8 +156,8 @@ pub async fn from_source(call: Call) -> Result<Reply> {
         return Err(Error::invalid("auto_update", text));
     }
     let compression = match f.text("compression_algorithm")?.filter(|c| !c.is_empty()) {
-        Some(name) => Compression::parse("compression_algorithm", &name)?,
-        None => call.engine().server_settings().image_compression,
+        Some(name) => Some(Compression::parse("compression_algorithm", &name)?),
+        None => None,
     };
     if f.text("format")?.is_some_and(|t| !matches!(t.as_str(), "" | "unified")) {
         let text = "an image of an instance is made as one file; leave the format out";
