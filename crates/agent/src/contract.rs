@@ -217,6 +217,7 @@ impl Subject {
             acls: vec![],
             sets: vec![],
             forwards: vec![],
+            owner: None,
         }
     }
 

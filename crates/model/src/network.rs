@@ -24,8 +24,11 @@ pub struct Network {
     /// What it is made of.
     #[serde(default)]
     pub kind: crate::uplink::NetworkKind,
-    /// Name; for a bridge also the interface's, at most 15 bytes.
+    /// Name, unique in its project; at most 15 bytes.
     pub name: Name,
+    /// The bridge's interface on the host; `None`: its name is the network's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interface: Option<Name>,
     /// User's text.
     #[serde(default)]
     pub description: String,

@@ -807,6 +807,9 @@ pub struct NetworkSpec {
     /// Forwards to its guests.
     #[serde(default)]
     pub forwards: Vec<ForwardSpec>,
+    /// The project whose own it is: between it and networks of others nothing passes. `None`: projects share it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<ProjectId>,
 }
 
 /// A guest on a network.

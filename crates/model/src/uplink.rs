@@ -136,7 +136,12 @@ impl Network {
     /// # Errors
     /// Those of [`NetworkForm::parse`].
     pub fn form(&self) -> Result<NetworkForm> {
-        NetworkForm::parse(self.kind, &self.name, &self.config)
+        NetworkForm::parse(self.kind, self.interface(), &self.config)
+    }
+
+    /// The interface that a bridge is on the host.
+    pub fn interface(&self) -> &str {
+        self.interface.as_ref().unwrap_or(&self.name)
     }
 
     /// The bridge that it is.

@@ -17,6 +17,7 @@ mod ruleset;
 mod strays;
 mod subnet;
 mod views;
+mod walls;
 
 use firewall::Firewall;
 use ipnet::{Ipv4Net, Ipv6Net};

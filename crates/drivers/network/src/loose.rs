@@ -79,6 +79,7 @@ pub(crate) fn network(loose: &Loose) -> NetworkSpec {
         acls: vec![],
         sets: vec![],
         forwards: vec![],
+        owner: None,
     }
 }
 

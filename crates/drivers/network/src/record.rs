@@ -91,6 +91,7 @@ impl Paths {
             acls: vec![],
             sets: vec![],
             forwards: vec![],
+            owner: None,
         })
     }
 

@@ -11,7 +11,7 @@
 use crate::{
     loose::{self, Loose, has_rules},
     ruleset::Table,
-    views,
+    views, walls,
 };
 use karst_model::{
     AclId, NetworkId,
@@ -47,6 +47,7 @@ pub(crate) fn tables(
     ports(daemon, &mut bridge, networks, &unmanaged, bridge_reject);
     loose::cables(&mut inet, loose);
     views::rules(&mut inet, &mut bridge, networks);
+    walls::rules(&mut inet, networks);
     [inet, bridge]
 }
 
@@ -421,8 +422,10 @@ fn subjects(
                     .iter()
                     .find(|a| a.name == *name)
                     .map_or_else(|| NetworkId(network.id.uuid()).uuid().into(), |a| a.id);
-                let members: Vec<AddressRange> =
-                    evaluate::members(networks, name).into_iter().filter(|r| r.is_v4() == v4).collect();
+                let members: Vec<AddressRange> = evaluate::members(networks, network, name)
+                    .into_iter()
+                    .filter(|r| r.is_v4() == v4)
+                    .collect();
                 let set = named(t, &format!("g_{}", id.uuid().simple()), v4, &members);
                 found.push(format!("{family} {end} @{set} "));
             }

@@ -8,7 +8,7 @@ mod backends;
 mod lab;
 
 use karst_model::{
-    NetworkId,
+    NetworkId, ProjectId,
     firewall::{
         AclRule, AclSpec, Action, AddressSetSpec, DefaultAction, Direction, ForwardSpec, ForwardTarget,
         Policy,
@@ -52,6 +52,7 @@ fn network(n: u128, bridge: &str, hosts: Vec<NetworkHost>) -> NetworkSpec {
         acls: vec![],
         sets: vec![],
         forwards: vec![],
+        owner: None,
     }
 }
 
@@ -474,6 +475,13 @@ fn explanations_are_what_happens() {
                     port.mac_filter = dice.roll(4) == 0;
                 }
             }
+            // Every third time the second is a project's own, with ACLs of its own under the same names.
+            two.owner = (round % 3 == 2).then(|| ProjectId(uuid::Uuid::from_u128(9)));
+            if two.owner.is_some() {
+                for acl in &mut two.acls {
+                    acl.id = uuid::Uuid::from_u128(1000 + acl.id.uuid().as_u128()).into();
+                }
+            }
             let target: IpAddr = dice.pick(&["10.77.1.10", "10.77.1.11"]).parse().unwrap();
             let to = |port| ForwardTarget {
                 tcp: false,
@@ -565,6 +573,46 @@ fn explanations_are_what_happens() {
         println!("{number} packets, {passed} of them arrived");
         assert!(passed > 200 && number as usize - passed > 200, "both happen: {passed} of {number}");
         driver.purge().await.unwrap();
+    });
+}
+
+/// Bridges of different projects on one host: nothing passes between them, and everything else does.
+#[test]
+fn networks_of_projects_are_apart() {
+    lab("networks_of_projects_are_apart", &[], |lab| async move {
+        lab.outside();
+        let before = lab.trace();
+        let driver = lab.driver();
+        let mut one = network(1, "ktbr0", vec![host(0, MACS[0], "10.77.1.10")]);
+        let mut two = network(2, "ktbr1", vec![host(1, MACS[1], "10.77.2.10")]);
+        driver.ensure(&one).await.unwrap();
+        driver.ensure(&two).await.unwrap();
+        lab.plug("a", MACS[0], "ktbr0");
+        lab.plug("b", MACS[1], "ktbr1");
+        address(&lab, "a", "10.77.1.10/24", "10.77.1.1");
+        address(&lab, "b", "10.77.2.10/24", "10.77.2.1");
+        eventually("the host forwards between bridges that projects share", || lab.pings("a", "10.77.2.10"));
+        eventually("and answers at each", || lab.pings("a", "10.77.2.1"));
+        let project = |n: u128| Some(ProjectId(uuid::Uuid::from_u128(n)));
+        for (first, second) in [(project(1), None), (None, project(1)), (project(1), project(2))] {
+            (one.owner, two.owner) = (first, second);
+            driver.ensure(&one).await.unwrap();
+            driver.ensure(&two).await.unwrap();
+            let story = format!("{first:?} {second:?}");
+            assert!(!lab.pings("a", "10.77.2.10") && !lab.pings("b", "10.77.1.10"), "{story}");
+            assert!(!lab.pings("a", "10.77.2.1") && !lab.pings("b", "10.77.1.1"), "{story}");
+            assert!(lab.pings("a", "10.77.1.1") && lab.pings("b", "10.77.2.1"), "its own host: {story}");
+            assert!(lab.pings("a", "192.0.2.2") && lab.pings("b", "192.0.2.2"), "and outwards: {story}");
+        }
+        // Two of one project.
+        two.owner = one.owner;
+        driver.ensure(&two).await.unwrap();
+        assert!(lab.pings("a", "10.77.2.10") && lab.pings("b", "10.77.1.1"));
+        for link in ["va", "vb"] {
+            karst_host::link::delete(link).unwrap();
+        }
+        driver.purge().await.unwrap();
+        assert_eq!(lab.trace(), before);
     });
 }
 

@@ -40,6 +40,7 @@ fn network(n: u128, bridge: &str, ipv4: &str, hosts: Vec<NetworkHost>) -> Networ
         acls: vec![],
         sets: vec![],
         forwards: vec![],
+        owner: None,
     }
 }
 

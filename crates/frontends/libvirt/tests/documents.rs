@@ -37,6 +37,7 @@ fn a_bridge() {
         project: ProjectId(Uuid::from_u128(2)),
         kind: Default::default(),
         name: Name::parse("name", "karstbr0").unwrap(),
+        interface: None,
         description: String::new(),
         config: config.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect(),
         spec_version: 1,

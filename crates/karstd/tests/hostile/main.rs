@@ -489,6 +489,7 @@ async fn hostile() {
         acls: vec![],
         sets: vec![],
         forwards: vec![],
+        owner: None,
     };
     let taken = [ErrorKind::Conflict, ErrorKind::Invalid];
     refused(agent.network_ensure(&change(5), network(FOREIGN)).await, &taken);

@@ -124,11 +124,12 @@ pub fn link_local(mac: &str) -> Option<IpAddr> {
     eui64(net, mac).map(IpAddr::V6)
 }
 
-/// Addresses of the guests of all `networks` to which an ACL applies.
-pub fn members(networks: &[NetworkSpec], acl: &str) -> Vec<AddressRange> {
+/// Addresses of the guests to which an ACL of the project of `of` applies: on all `networks` of that project.
+pub fn members(networks: &[NetworkSpec], of: &NetworkSpec, acl: &str) -> Vec<AddressRange> {
     let has = |p: &Option<Policy>| p.as_ref().is_some_and(|p| p.acls.iter().any(|a| a == acl));
     let mut found: Vec<AddressRange> = vec![];
-    for network in networks {
+    // Another project's ACL of the same name is another one.
+    for network in networks.iter().filter(|n| n.owner == of.owner) {
         if has(&network.spec.policy) {
             found.extend(network.spec.subnets().map(AddressRange::from));
         }
@@ -151,7 +152,7 @@ impl Subject {
                 .iter()
                 .filter(|s| s.name == *name)
                 .any(|s| s.ranges.iter().any(|r| r.contains(address))),
-            Self::Acl(name) => members(networks, name).iter().any(|r| r.contains(address)),
+            Self::Acl(name) => members(networks, network, name).iter().any(|r| r.contains(address)),
         }
     }
 }
@@ -357,6 +358,15 @@ pub fn explain(networks: &[NetworkSpec], from: End, packet: Packet) -> Explanati
     let target = arrives(networks, packet.destination);
     let source_network = if let End::Guest(n, _) = from { Some(n) } else { None };
     let through = target != End::Host;
+    // What a forward publishes is for everybody.
+    if let (Some(n), Some(m)) = (source_network, target_network)
+        && networks[n].owner != networks[m].owner
+        && before == packet.destination
+    {
+        let place = format!("network {}", networks[n].bridge);
+        way.stop(place, Action::Drop, "networks of different projects are apart");
+        return finish(way, &packet);
+    }
     // In and out of the same bridge, which a forward may bring about, is not its edge.
     if let (Some(n), true) = (source_network, source_network != target_network || target == End::Host) {
         way.edge(n, Direction::Egress, &packet, through);

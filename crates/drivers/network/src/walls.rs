@@ -1,0 +1,103 @@
+//! Walls: between networks of different projects, and between them and those that projects share, the host forwards nothing, and
+//! answers at the bridge of a network to that network's own guests only. What a forward publishes is for everybody. Pure.
+//!
+//! A side is a project with its own networks, or all that projects share; each side has a chain and a few sets, so that a host with
+//! hundreds of tenants has as many, and not one for each pair.
+
+use crate::ruleset::Table;
+use karst_model::spec::NetworkSpec;
+
+/// The rules, where there is anything to be apart from.
+pub(crate) fn rules(t: &mut Table, networks: &[NetworkSpec]) {
+    if networks.iter().all(|network| network.owner.is_none()) {
+        return;
+    }
+    for (base, hook, map) in [("walls", "forward", "walls_from"), ("walls_host", "input", "walls_at")] {
+        t.base(base, &format!("filter hook {hook} priority filter - 1; policy accept"))
+            .push(format!("iifname vmap @{map}"));
+    }
+    for network in networks {
+        let side = network.owner.map_or("shared".to_owned(), |project| project.uuid().simple().to_string());
+        let bridge = format!("\"{}\"", network.bridge);
+        for bridges in [format!("wb_{side}"), "wb_all".to_owned()] {
+            t.set(&bridges, "type ifname;").insert(bridge.clone());
+        }
+        for addresses in [format!("w4_{side}"), "w4_all".to_owned()] {
+            t.set(&addresses, "type ipv4_addr;").extend(network.spec.ipv4.map(|net| net.addr().to_string()));
+        }
+        for addresses in [format!("w6_{side}"), "w6_all".to_owned()] {
+            t.set(&addresses, "type ipv6_addr;").extend(network.spec.ipv6.map(|net| net.addr().to_string()));
+        }
+        t.map("walls_from", "type ifname : verdict;").insert(format!("{bridge} : goto wf_{side}"));
+        t.map("walls_at", "type ifname : verdict;").insert(format!("{bridge} : goto wh_{side}"));
+        *t.chain(&format!("wf_{side}")) = vec![
+            "ct status & dnat != 0 accept".into(),
+            format!("oifname @wb_{side} accept"),
+            "oifname @wb_all drop".into(),
+        ];
+        *t.chain(&format!("wh_{side}")) = vec![
+            format!("ip daddr @w4_{side} accept"),
+            format!("ip6 daddr @w6_{side} accept"),
+            "ip daddr @w4_all drop".into(),
+            "ip6 daddr @w6_all drop".into(),
+        ];
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use karst_model::{NetworkId, ProjectId, network::BridgeSpec};
+
+    fn network(n: u128, owner: Option<u128>) -> NetworkSpec {
+        NetworkSpec {
+            id: NetworkId(uuid::Uuid::from_u128(n)),
+            bridge: format!("br{n}"),
+            spec: BridgeSpec {
+                ipv4: Some(format!("10.77.{n}.1/24").parse().unwrap()),
+                ..BridgeSpec::default()
+            },
+            hosts: vec![],
+            acls: vec![],
+            sets: vec![],
+            forwards: vec![],
+            owner: owner.map(|p| ProjectId(uuid::Uuid::from_u128(p))),
+        }
+    }
+
+    fn table(networks: &[NetworkSpec]) -> Table {
+        let mut t = Table::new("inet", "x".into());
+        rules(&mut t, networks);
+        t
+    }
+
+    #[test]
+    fn without_networks_of_projects_there_are_no_walls() {
+        assert!(table(&[network(1, None), network(2, None)]).is_empty());
+        assert!(table(&[]).is_empty());
+    }
+
+    #[test]
+    fn each_side_passes_to_itself_and_to_no_other() {
+        let t = table(&[network(1, None), network(2, Some(7)), network(3, Some(7)), network(4, Some(8))]);
+        let side = |p: u128| ProjectId(uuid::Uuid::from_u128(p)).uuid().simple().to_string();
+        let elements = |name: &str| t.sets[name].elements.iter().cloned().collect::<Vec<_>>();
+        assert_eq!(elements("wb_all"), ["\"br1\"", "\"br2\"", "\"br3\"", "\"br4\""]);
+        assert_eq!(elements(&format!("wb_{}", side(7))), ["\"br2\"", "\"br3\""]);
+        assert_eq!(elements("wb_shared"), ["\"br1\""]);
+        assert_eq!(elements(&format!("w4_{}", side(8))), ["10.77.4.1"]);
+        assert_eq!(elements("walls_from").len(), 4, "each bridge has its chain");
+        let own = &t.chains[&format!("wf_{}", side(7))].rules;
+        assert_eq!(own[1], format!("oifname @wb_{} accept", side(7)));
+        assert_eq!(own.last().unwrap(), "oifname @wb_all drop");
+        let host = &t.chains["wh_shared"].rules;
+        assert_eq!(host[0], "ip daddr @w4_shared accept");
+        assert!(host.contains(&"ip daddr @w4_all drop".to_owned()), "{host:?}");
+        // Every set and chain that a rule names is there.
+        for rule in t.chains.values().flat_map(|c| &c.rules) {
+            for name in rule.split_whitespace().filter_map(|w| w.strip_prefix('@')) {
+                assert!(t.sets.contains_key(name), "{rule}");
+            }
+        }
+    }
+}
