@@ -105,7 +105,11 @@ impl Engine {
                 .await?;
             succeeded(&*operation.ended().await)?;
         }
-        let network = inner.inventory.read().networks.values().next().map(|n| n.name.to_string());
+        let network = {
+            let records = inner.inventory.read();
+            let mut shared = records.networks.values().filter(|n| records.owner_of(n.project).is_none());
+            shared.next().map(|n| n.name.to_string())
+        };
         let network = match network {
             Some(name) => name,
             None => {

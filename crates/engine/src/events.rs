@@ -116,7 +116,11 @@ impl Subject {
                 let runtime = records.runtimes.get(&row.id).map(|r| Arc::new(r.value.clone()));
                 Some(Self::Instance(Arc::new(row.value.clone()), runtime))
             }
-            "networks" => Some(Self::Network(Arc::new(records.network(name).ok()?.value.clone()))),
+            "networks" => {
+                let default = records.project(karst_model::project::DEFAULT_PROJECT).ok().map(|p| p.id);
+                let row = records.network(project.or(default)?, name).ok()?;
+                Some(Self::Network(Arc::new(row.value.clone())))
+            }
             "storage-pools" => Some(Self::Pool(Arc::new(records.pool(name).ok()?.value.clone()))),
             _ => None,
         }

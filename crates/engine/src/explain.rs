@@ -41,6 +41,7 @@ impl Engine {
             }
             let specs = records.networks.iter().filter_map(|(id, network)| {
                 let mut spec = self.inner().network_spec(&records, *id).ok()?;
+                spec.bridge = network.name.to_string();
                 if !records.sees_network(&project, network) {
                     // It decides about packets all the same.
                     spec.bridge = "that is another project's".into();

@@ -1,6 +1,6 @@
 //! Network ACLs, address sets and forwards: the use cases, and what of them a host gets.
 //!
-//! Like networks they belong to the default project: a bridge is the whole host's. A change writes the record, then brings the
+//! Like networks they belong to the default project, or to one that has networks of its own. A change writes the record, then brings the
 //! networks that it concerns up to date before it answers; where the host does not answer, the reconciler of networks does
 //! so later.
 
@@ -8,6 +8,7 @@ use crate::{
     Engine, EngineInner, Records, Row,
     context::Context,
     db::Tx,
+    inventory::Uses,
     storage::{UsedBy, users_in_words},
     visible::no_acl,
 };
@@ -19,6 +20,7 @@ use karst_model::{
         Policy, Subject, object_name,
     },
     network::{BridgeSpec, Network},
+    project::Project,
     spec::NetworkSpec,
 };
 use std::{
@@ -93,20 +95,28 @@ fn version(read: Option<u64>, now: u64, what: &str, name: &str) -> Result<()> {
 }
 
 /// What [`Tx::touch`] takes for an ACL or address set.
-fn uses(kind: &str, name: &str) -> String {
-    format!("network-{kind}/{name}")
+fn uses(kind: &str, id: uuid::Uuid) -> String {
+    format!("network-{kind}/{id}")
 }
 
-/// ACLs that a policy names exist; marked as used.
+/// Of a transaction that makes something in a project: whoever changes what it has of its own, or removes it, learns of it.
+fn begin_in(tx: &mut Tx, project: &Row<Project>) {
+    tx.expect(project);
+    tx.touch(&crate::tenancy::project_uses(project.id));
+}
+
+/// ACLs that a policy of something of `project` names exist; marked as used.
 pub(crate) fn check_policy(
     records: &Records,
     tx: &mut Tx,
+    project: ProjectId,
     policy: Option<&Policy>,
     field: &str,
 ) -> Result<()> {
     for name in policy.into_iter().flat_map(|p| &p.acls) {
-        tx.expect(records.acl(name).map_err(|e| e.at(field))?);
-        tx.touch(&uses("acls", name));
+        let row = records.acl(project, name).map_err(|e| e.at(field))?;
+        tx.expect(row);
+        tx.touch(&uses("acls", row.id.uuid()));
     }
     Ok(())
 }
@@ -135,7 +145,7 @@ pub(crate) fn rules_of(
     let mut parsed: Vec<AclSpec> = vec![];
     for name in std::mem::take(&mut names) {
         // Checked when it was written; what cannot be read any more leaves its default action.
-        if let Some(acl) = records.acl(name).ok().and_then(|row| row.parse().ok()) {
+        if let Some(acl) = records.acl(network.project, name).ok().and_then(|row| row.parse().ok()) {
             parsed.push(acl);
         }
     }
@@ -143,12 +153,13 @@ pub(crate) fn rules_of(
         for subject in acl.ingress.iter().chain(&acl.egress).flat_map(|r| r.references()) {
             match subject {
                 Subject::Set(name) => {
-                    if let Some(set) = records.address_set(name).ok().and_then(|row| row.parse().ok()) {
+                    let row = records.address_set(network.project, name).ok();
+                    if let Some(set) = row.and_then(|row| row.parse().ok()) {
                         sets.insert(set.name.clone(), set);
                     }
                 }
                 Subject::Acl(name) => {
-                    if let Ok(row) = records.acl(name) {
+                    if let Ok(row) = records.acl(network.project, name) {
                         let bare =
                             AclSpec { id: row.id, name: name.clone(), ingress: vec![], egress: vec![] };
                         acls.entry(name.clone()).or_insert(bare);
@@ -168,12 +179,15 @@ pub(crate) fn rules_of(
 }
 
 /// Whose devices and networks name an ACL: paths, as far as `sees`.
-fn acl_users(records: &Records, name: &str, sees: &dyn Fn(ProjectId) -> bool) -> UsedBy {
+fn acl_users(records: &Records, acl: &NetworkAcl, sees: &dyn Fn(ProjectId) -> bool) -> UsedBy {
     let mut used: UsedBy = vec![];
+    let (name, home) = (&*acl.name, acl.project);
+    let users = records.network_users(home);
+    let sees = |project: ProjectId| sees(project) && users.contains(&project);
     let names = |text: Option<&String>| text.is_some_and(|t| t.split(',').any(|w| w.trim() == name));
-    for network in records.networks.values().filter(|n| sees(n.project)) {
+    for network in records.networks.values().filter(|n| n.project == home && sees(n.project)) {
         if names(network.config.get("security.acls")) {
-            used.push(format!("/1.0/networks/{}", network.name));
+            used.push(records.path_in("networks", &network.name, home));
         }
     }
     let in_devices = |devices: &karst_model::device::Devices| {
@@ -182,15 +196,15 @@ fn acl_users(records: &Records, name: &str, sees: &dyn Fn(ProjectId) -> bool) ->
             .any(|keys| keys.get("type").is_some_and(|t| t == "nic") && names(keys.get("security.acls")))
     };
     for profile in records.profiles.values().filter(|p| sees(p.project) && in_devices(&p.devices)) {
-        used.push(format!("/1.0/profiles/{}", profile.name));
+        used.push(records.path_in("profiles", &profile.name, profile.project));
     }
     for instance in records.instances.values().filter(|i| sees(i.project) && in_devices(&i.devices)) {
         let project = records.projects.get(&instance.project).map(|p| p.name.to_string()).unwrap_or_default();
         used.push(crate::compute::path(&project, &instance.name));
     }
-    for acl in records.acls.values().filter(|a| *a.name != *name && sees(a.project)) {
-        if refers(acl, &Subject::Acl(name.to_owned())) {
-            used.push(format!("/1.0/network-acls/{}", acl.name));
+    for other in records.acls.values().filter(|a| a.project == home && a.id != acl.id && sees(home)) {
+        if refers(other, &Subject::Acl(name.to_owned())) {
+            used.push(records.path_in("network-acls", &other.name, home));
         }
     }
     used
@@ -226,12 +240,14 @@ fn check_acl(records: &Records, tx: &mut Tx, acl: &NetworkAcl) -> Result<()> {
                 let field = format!("{direction}[{}].{side}", rule.number);
                 match subject {
                     Subject::Acl(name) if *name != *acl.name => {
-                        tx.expect(records.acl(name).map_err(|e| e.at(field))?);
-                        tx.touch(&uses("acls", name));
+                        let row = records.acl(acl.project, name).map_err(|e| e.at(field))?;
+                        tx.expect(row);
+                        tx.touch(&uses("acls", row.id.uuid()));
                     }
                     Subject::Set(name) => {
-                        tx.expect(records.address_set(name).map_err(|e| e.at(field))?);
-                        tx.touch(&uses("sets", name));
+                        let row = records.address_set(acl.project, name).map_err(|e| e.at(field))?;
+                        tx.expect(row);
+                        tx.touch(&uses("sets", row.id.uuid()));
                     }
                     _ => {}
                 }
@@ -265,8 +281,9 @@ impl Engine {
     pub fn acls(&self, context: &Context, project: &str) -> Result<Vec<Row<NetworkAcl>>> {
         let project = self.project(context, project, Permission::ProjectView)?;
         let records = self.inner().inventory.read();
-        let seen = records.seen_acls(&project);
-        let mut all: Vec<_> = records.acls.values().filter(|a| seen.has(&a.name)).cloned().collect();
+        let (seen, home) = (records.seen_acls(&project), records.network_home(project.id));
+        let has = |a: &&Row<NetworkAcl>| a.project == home && seen.has(&a.name);
+        let mut all: Vec<_> = records.acls.values().filter(has).cloned().collect();
         all.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(all)
     }
@@ -278,7 +295,7 @@ impl Engine {
     pub fn acl(&self, context: &Context, project: &str, name: &str) -> Result<Row<NetworkAcl>> {
         let project = self.project(context, project, Permission::ProjectView)?;
         let records = self.inner().inventory.read();
-        let row = records.acl(name)?;
+        let row = records.acl(project.id, name)?;
         match records.seen_acls(&project).has(&row.name) {
             true => Ok(row.clone()),
             false => Err(no_acl(name)),
@@ -288,7 +305,7 @@ impl Engine {
     /// What names an ACL, as far as `context` may see it.
     pub fn acl_used_by(&self, context: &Context, acl: &NetworkAcl) -> UsedBy {
         let sees = |p: ProjectId| context.principal().may(Permission::ProjectView, Some(p));
-        acl_users(&self.inner().inventory.read(), &acl.name, &sees)
+        acl_users(&self.inner().inventory.read(), acl, &sees)
     }
 
     /// Creates an ACL.
@@ -308,7 +325,7 @@ impl Engine {
         let id = AclId(inner.env.uuid());
         inner
             .transact(|records, tx| {
-                if records.acl(&name).is_ok() {
+                if records.acl(project.id, &name).is_ok() {
                     return Err(
                         Error::conflict(format!("a network ACL {:?} exists already", &*name)).at("name")
                     );
@@ -324,12 +341,14 @@ impl Engine {
                     spec_version: 1,
                 };
                 check_acl(records, tx, &acl)?;
-                tx.take_name("network-acls", "", &name, &id.to_string());
+                begin_in(tx, &project);
+                tx.take_name("network-acls", &records.network_scope(project.id), &name, &id.to_string());
                 tx.create(&acl);
                 Ok(())
             })
             .await?;
-        inner.announce(context, Some(project.id), "network-acl-created", format!("/1.0/network-acls/{name}"));
+        let path = inner.inventory.read().path_in("network-acls", &name, project.id);
+        inner.announce(context, Some(project.id), "network-acl-created", path);
         Ok(())
     }
 
@@ -346,9 +365,9 @@ impl Engine {
     ) -> Result<()> {
         let project = self.network_project(context, project)?;
         let inner = self.inner();
-        inner
+        let id = inner
             .transact(|records, tx| {
-                let row = records.acl(name)?;
+                let row = records.acl(project.id, name)?;
                 version(new.if_version, row.spec_version, "network ACL", name)?;
                 let acl = NetworkAcl {
                     description: new.description.clone(),
@@ -360,11 +379,12 @@ impl Engine {
                 };
                 check_acl(records, tx, &acl)?;
                 tx.replace(row, &acl);
-                Ok(())
+                Ok(row.id)
             })
             .await?;
-        inner.push_rules(|s| s.acls.iter().any(|a| a.name == name)).await;
-        inner.announce(context, Some(project.id), "network-acl-updated", format!("/1.0/network-acls/{name}"));
+        inner.push_rules(|s| s.acls.iter().any(|a| a.id == id)).await;
+        let path = inner.inventory.read().path_in("network-acls", name, project.id);
+        inner.announce(context, Some(project.id), "network-acl-updated", path);
         Ok(())
     }
 
@@ -378,23 +398,25 @@ impl Engine {
         let new = object_name("name", new)?;
         inner
             .transact(|records, tx| {
-                let row = records.acl(name)?;
-                if records.acl(&new).is_ok() {
+                let row = records.acl(project.id, name)?;
+                if records.acl(project.id, &new).is_ok() {
                     return Err(
                         Error::conflict(format!("a network ACL {:?} exists already", &*new)).at("name")
                     );
                 }
-                demand_unused(context, "network ACL", name, |sees| acl_users(records, name, sees))?;
-                tx.expect_untouched(records, &uses("acls", name));
+                demand_unused(context, "network ACL", name, |sees| acl_users(records, row, sees))?;
+                tx.expect_untouched(records, &uses("acls", row.id.uuid()));
                 let acl =
                     NetworkAcl { name: new.clone(), spec_version: row.spec_version + 1, ..row.value.clone() };
-                tx.release_name("network-acls", "", name, &row.id.to_string());
-                tx.take_name("network-acls", "", &new, &row.id.to_string());
+                let scope = records.network_scope(project.id);
+                tx.release_name("network-acls", &scope, name, &row.id.to_string());
+                tx.take_name("network-acls", &scope, &new, &row.id.to_string());
                 tx.replace(row, &acl);
                 Ok(())
             })
             .await?;
-        inner.announce(context, Some(project.id), "network-acl-renamed", format!("/1.0/network-acls/{new}"));
+        let path = inner.inventory.read().path_in("network-acls", &new, project.id);
+        inner.announce(context, Some(project.id), "network-acl-renamed", path);
         Ok(())
     }
 
@@ -407,15 +429,22 @@ impl Engine {
         let inner = self.inner();
         inner
             .transact(|records, tx| {
-                let row = records.acl(name)?;
-                demand_unused(context, "network ACL", name, |sees| acl_users(records, name, sees))?;
-                tx.expect_untouched(records, &uses("acls", name));
-                tx.release_name("network-acls", "", name, &row.id.to_string());
+                let row = records.acl(project.id, name)?;
+                demand_unused(context, "network ACL", name, |sees| acl_users(records, row, sees))?;
+                tx.expect_untouched(records, &uses("acls", row.id.uuid()));
+                tx.release_name(
+                    "network-acls",
+                    &records.network_scope(project.id),
+                    name,
+                    &row.id.to_string(),
+                );
+                tx.delete_id::<Uses>(&uses("acls", row.id.uuid()));
                 tx.delete(row);
                 Ok(())
             })
             .await?;
-        inner.announce(context, Some(project.id), "network-acl-deleted", format!("/1.0/network-acls/{name}"));
+        let path = inner.inventory.read().path_in("network-acls", name, project.id);
+        inner.announce(context, Some(project.id), "network-acl-deleted", path);
         Ok(())
     }
 
@@ -426,8 +455,9 @@ impl Engine {
     pub fn address_sets(&self, context: &Context, project: &str) -> Result<Vec<Row<AddressSet>>> {
         let project = self.project(context, project, Permission::ProjectView)?;
         let records = self.inner().inventory.read();
-        let seen = records.seen_address_sets(&project);
-        let mut all: Vec<_> = records.address_sets.values().filter(|s| seen.has(&s.name)).cloned().collect();
+        let (seen, home) = (records.seen_address_sets(&project), records.network_home(project.id));
+        let has = |s: &&Row<AddressSet>| s.project == home && seen.has(&s.name);
+        let mut all: Vec<_> = records.address_sets.values().filter(has).cloned().collect();
         all.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(all)
     }
@@ -439,7 +469,7 @@ impl Engine {
     pub fn address_set(&self, context: &Context, project: &str, name: &str) -> Result<Row<AddressSet>> {
         let project = self.project(context, project, Permission::ProjectView)?;
         let records = self.inner().inventory.read();
-        let row = records.address_set(name)?;
+        let row = records.address_set(project.id, name)?;
         match records.seen_address_sets(&project).has(&row.name) {
             true => Ok(row.clone()),
             false => Err(Error::not_found(format!("address set {name:?} not found"))),
@@ -450,7 +480,7 @@ impl Engine {
     pub fn address_set_used_by(&self, context: &Context, set: &AddressSet) -> UsedBy {
         // Sets and ACLs belong to the same project: who may see the set may see them.
         match context.principal().may(Permission::ProjectView, Some(set.project)) {
-            true => set_users(&self.inner().inventory.read(), &set.name),
+            true => set_users(&self.inner().inventory.read(), set),
             false => vec![],
         }
     }
@@ -482,17 +512,19 @@ impl Engine {
         set.parse()?;
         inner
             .transact(|records, tx| {
-                if records.address_set(&name).is_ok() {
+                if records.address_set(project.id, &name).is_ok() {
                     return Err(
                         Error::conflict(format!("an address set {:?} exists already", &*name)).at("name")
                     );
                 }
-                tx.take_name("network-address-sets", "", &name, &set.id.to_string());
+                begin_in(tx, &project);
+                let scope = records.network_scope(project.id);
+                tx.take_name("network-address-sets", &scope, &name, &set.id.to_string());
                 tx.create(&set);
                 Ok(())
             })
             .await?;
-        let path = format!("/1.0/network-address-sets/{name}");
+        let path = inner.inventory.read().path_in("network-address-sets", &name, project.id);
         inner.announce(context, Some(project.id), "network-address-set-created", path);
         Ok(())
     }
@@ -510,9 +542,9 @@ impl Engine {
     ) -> Result<()> {
         let project = self.network_project(context, project)?;
         let inner = self.inner();
-        inner
+        let id = inner
             .transact(|records, tx| {
-                let row = records.address_set(name)?;
+                let row = records.address_set(project.id, name)?;
                 version(new.if_version, row.spec_version, "address set", name)?;
                 let set = AddressSet {
                     description: new.description.clone(),
@@ -524,11 +556,11 @@ impl Engine {
                 user_keys(&set.config)?;
                 set.parse()?;
                 tx.replace(row, &set);
-                Ok(())
+                Ok(row.id)
             })
             .await?;
-        inner.push_rules(|s| s.sets.iter().any(|a| a.name == name)).await;
-        let path = format!("/1.0/network-address-sets/{name}");
+        inner.push_rules(|s| s.sets.iter().any(|a| a.id == id)).await;
+        let path = inner.inventory.read().path_in("network-address-sets", name, project.id);
         inner.announce(context, Some(project.id), "network-address-set-updated", path);
         Ok(())
     }
@@ -549,23 +581,24 @@ impl Engine {
         let new = object_name("name", new)?;
         inner
             .transact(|records, tx| {
-                let row = records.address_set(name)?;
-                if records.address_set(&new).is_ok() {
+                let row = records.address_set(project.id, name)?;
+                if records.address_set(project.id, &new).is_ok() {
                     return Err(
                         Error::conflict(format!("an address set {:?} exists already", &*new)).at("name")
                     );
                 }
-                demand_unused(context, "address set", name, |_| set_users(records, name))?;
-                tx.expect_untouched(records, &uses("sets", name));
+                demand_unused(context, "address set", name, |_| set_users(records, row))?;
+                tx.expect_untouched(records, &uses("sets", row.id.uuid()));
                 let set =
                     AddressSet { name: new.clone(), spec_version: row.spec_version + 1, ..row.value.clone() };
-                tx.release_name("network-address-sets", "", name, &row.id.to_string());
-                tx.take_name("network-address-sets", "", &new, &row.id.to_string());
+                let scope = records.network_scope(project.id);
+                tx.release_name("network-address-sets", &scope, name, &row.id.to_string());
+                tx.take_name("network-address-sets", &scope, &new, &row.id.to_string());
                 tx.replace(row, &set);
                 Ok(())
             })
             .await?;
-        let path = format!("/1.0/network-address-sets/{new}");
+        let path = inner.inventory.read().path_in("network-address-sets", &new, project.id);
         inner.announce(context, Some(project.id), "network-address-set-renamed", path);
         Ok(())
     }
@@ -579,15 +612,17 @@ impl Engine {
         let inner = self.inner();
         inner
             .transact(|records, tx| {
-                let row = records.address_set(name)?;
-                demand_unused(context, "address set", name, |_| set_users(records, name))?;
-                tx.expect_untouched(records, &uses("sets", name));
-                tx.release_name("network-address-sets", "", name, &row.id.to_string());
+                let row = records.address_set(project.id, name)?;
+                demand_unused(context, "address set", name, |_| set_users(records, row))?;
+                tx.expect_untouched(records, &uses("sets", row.id.uuid()));
+                let scope = records.network_scope(project.id);
+                tx.release_name("network-address-sets", &scope, name, &row.id.to_string());
+                tx.delete_id::<Uses>(&uses("sets", row.id.uuid()));
                 tx.delete(row);
                 Ok(())
             })
             .await?;
-        let path = format!("/1.0/network-address-sets/{name}");
+        let path = inner.inventory.read().path_in("network-address-sets", name, project.id);
         inner.announce(context, Some(project.id), "network-address-set-deleted", path);
         Ok(())
     }
@@ -640,14 +675,14 @@ impl Engine {
         listen: &str,
         new: UpdateForward,
     ) -> Result<()> {
-        let owner = self.network_project(context, project)?;
+        let owner = self.forward_project(context, project)?;
         let inner = self.inner();
         let listen: IpAddr = listen
             .parse()
             .map_err(|_| Error::invalid("listen_address", format!("{listen:?} is not an IP address")))?;
         let id = inner
             .transact(|records, tx| {
-                let row = records.network(network)?;
+                let row = records.network(owner.id, network)?;
                 let forward = NetworkForward {
                     network: row.id,
                     listen_address: listen,
@@ -658,9 +693,10 @@ impl Engine {
                 };
                 forward.parse(&row.bridge()?)?;
                 if let Some(other) = records.forwards.values().find(|f| f.listen_address == listen) {
-                    let of =
-                        records.networks.get(&other.network).map(|n| n.name.to_string()).unwrap_or_default();
-                    return Err(Error::conflict(format!("network {of:?} has a forward of {listen} already"))
+                    let of = records.networks.get(&other.network).filter(|n| n.project == owner.id);
+                    let of = of
+                        .map_or("a network of another project".into(), |n| format!("network {:?}", &*n.name));
+                    return Err(Error::conflict(format!("{of} has a forward of {listen} already"))
                         .at("listen_address"));
                 }
                 if let Some(other) = records
@@ -668,8 +704,11 @@ impl Engine {
                     .values()
                     .find(|n| n.bridge().is_ok_and(|s| s.subnets().any(|net| net.contains(&listen))))
                 {
-                    return Err(Error::conflict(format!("{listen} belongs to network {:?}", &*other.name))
-                        .at("listen_address"));
+                    let of = match other.project == owner.id {
+                        true => format!("network {:?}", &*other.name),
+                        false => "a network of another project".into(),
+                    };
+                    return Err(Error::conflict(format!("{listen} belongs to {of}")).at("listen_address"));
                 }
                 tx.expect(row);
                 tx.expect_unlocked(&crate::network::lock(row.id));
@@ -680,7 +719,7 @@ impl Engine {
             })
             .await?;
         inner.push_rules(|s| s.id == id).await;
-        let path = format!("/1.0/networks/{network}/forwards/{listen}");
+        let path = forward_path(&inner.inventory.read(), network, &listen.to_string(), owner.id);
         inner.announce(context, Some(owner.id), "network-forward-created", path);
         Ok(())
     }
@@ -697,11 +736,11 @@ impl Engine {
         listen: &str,
         new: UpdateForward,
     ) -> Result<()> {
-        let owner = self.network_project(context, project)?;
+        let owner = self.forward_project(context, project)?;
         let inner = self.inner();
         let id = inner
             .transact(|records, tx| {
-                let net = records.network(network)?;
+                let net = records.network(owner.id, network)?;
                 let row = forward_row(records, net.id, listen)?;
                 version(new.if_version, row.spec_version, "forward", listen)?;
                 let forward = NetworkForward {
@@ -718,7 +757,7 @@ impl Engine {
             })
             .await?;
         inner.push_rules(|s| s.id == id).await;
-        let path = format!("/1.0/networks/{network}/forwards/{listen}");
+        let path = forward_path(&inner.inventory.read(), network, listen, owner.id);
         inner.announce(context, Some(owner.id), "network-forward-updated", path);
         Ok(())
     }
@@ -734,11 +773,11 @@ impl Engine {
         network: &str,
         listen: &str,
     ) -> Result<()> {
-        let owner = self.network_project(context, project)?;
+        let owner = self.forward_project(context, project)?;
         let inner = self.inner();
         let id = inner
             .transact(|records, tx| {
-                let net = records.network(network)?;
+                let net = records.network(owner.id, network)?;
                 let row = forward_row(records, net.id, listen)?;
                 tx.release_name("network-forwards", "", &row.listen_address.to_string(), &net.id.to_string());
                 tx.delete(row);
@@ -746,7 +785,7 @@ impl Engine {
             })
             .await?;
         inner.push_rules(|s| s.id == id).await;
-        let path = format!("/1.0/networks/{network}/forwards/{listen}");
+        let path = forward_path(&inner.inventory.read(), network, listen, owner.id);
         inner.announce(context, Some(owner.id), "network-forward-deleted", path);
         Ok(())
     }
@@ -763,14 +802,14 @@ pub(crate) fn sets_of(acl: &NetworkAcl) -> BTreeSet<String> {
     all.filter_map(set).collect()
 }
 
-fn set_users(records: &Records, name: &str) -> UsedBy {
-    let subject = Subject::Set(name.to_owned());
-    records
-        .acls
-        .values()
-        .filter(|a| refers(a, &subject))
-        .map(|a| format!("/1.0/network-acls/{}", a.name))
-        .collect()
+fn set_users(records: &Records, set: &AddressSet) -> UsedBy {
+    let subject = Subject::Set(set.name.to_string());
+    let all = records.acls.values().filter(|a| a.project == set.project && refers(a, &subject));
+    all.map(|a| records.path_in("network-acls", &a.name, a.project)).collect()
+}
+
+fn forward_path(records: &Records, network: &str, listen: &str, project: ProjectId) -> String {
+    records.path_in("networks", &format!("{network}/forwards/{listen}"), project)
 }
 
 fn forward_row<'a>(

@@ -4,6 +4,7 @@
 //! revision it saw into the compares of its transaction, and a mutation answers only when the inventory has reached its
 //! revision, so that whoever got an answer sees its effect in the next read.
 
+use crate::network::own::Place;
 use futures::StreamExt;
 use karst_env::{Env, EnvExt};
 use karst_model::{
@@ -87,8 +88,8 @@ pub struct InstanceView {
     pub location: String,
     /// Name of its root's pool.
     pub pool: String,
-    /// Its NICs as networks know them: name of the network, and the guest there.
-    pub(crate) nics: Vec<(String, NetworkHost)>,
+    /// Its NICs as networks know them: what each is on, and the guest there.
+    pub(crate) nics: Vec<(Place, NetworkHost)>,
 }
 
 /// A lock on an aggregate root.
@@ -300,27 +301,6 @@ impl Records {
         all
     }
 
-    /// Network by name. Networks of the spine belong to the default project and serve all.
-    pub fn network(&self, name: &str) -> Result<&Row<Network>> {
-        self.networks
-            .values()
-            .find(|n| &*n.name == name)
-            .ok_or_else(|| Error::missing(Missing::Network, format!("network {name:?} not found")))
-    }
-
-    /// Network ACL by name.
-    pub fn acl(&self, name: &str) -> Result<&Row<NetworkAcl>> {
-        self.acls.values().find(|a| &*a.name == name).ok_or_else(|| crate::visible::no_acl(name))
-    }
-
-    /// Address set by name.
-    pub fn address_set(&self, name: &str) -> Result<&Row<AddressSet>> {
-        self.address_sets
-            .values()
-            .find(|a| &*a.name == name)
-            .ok_or_else(|| Error::not_found(format!("address set {name:?} not found")))
-    }
-
     /// Image by fingerprint, a unique prefix of at least 4 characters of it, or alias.
     pub fn image(&self, project: ProjectId, reference: &str) -> Result<&Row<Image>> {
         if let Some(alias) = self.alias(project, reference)
@@ -372,7 +352,7 @@ impl Records {
 
     /// An instance's NICs on networks with what its project demands of them: guests of restricted projects do not forge
     /// senders, whatever their NICs say.
-    pub(crate) fn nics_of(&self, instance: &Instance, devices: &Devices) -> Vec<(String, NetworkHost)> {
+    pub(crate) fn nics_of(&self, instance: &Instance, devices: &Devices) -> Vec<(Place, NetworkHost)> {
         let mut found = nics(instance, devices);
         let Some(project) = self.projects.get(&instance.project).filter(|_| !found.is_empty()) else {
             return found;
@@ -674,15 +654,15 @@ impl Records {
     }
 }
 
-/// An instance's NICs on networks: the network's name, and what that is told of them as they are written.
-fn nics(instance: &Instance, devices: &Devices) -> Vec<(String, NetworkHost)> {
+/// An instance's NICs on networks: what each is on, and what a network is told of them as they are written.
+fn nics(instance: &Instance, devices: &Devices) -> Vec<(Place, NetworkHost)> {
     let mut found = vec![];
     for (name, keys) in devices {
         let Ok(Device::Nic(NicDevice { kind, ipv4, ipv6, routes, port, .. })) = Device::parse(name, keys)
         else {
             continue;
         };
-        let Some(network) = kind.network().map(str::to_owned) else { continue };
+        let Some(place) = Place::of(&kind) else { continue };
         let identity = instance.identities.get(name);
         if let Some(mac) = identity.and_then(|i| i.mac.clone()) {
             let hostname = instance.name.dns_label();
@@ -690,7 +670,7 @@ fn nics(instance: &Instance, devices: &Devices) -> Vec<(String, NetworkHost)> {
             let port = Some(PortSpec { interface, ..port }).filter(|p| !p.interface.is_empty());
             let view = Some(NameView { project: instance.project, port: 0 });
             let given = instance.is_application();
-            found.push((network, NetworkHost { mac, hostname, ipv4, ipv6, routes, port, view, given }));
+            found.push((place, NetworkHost { mac, hostname, ipv4, ipv6, routes, port, view, given }));
         }
     }
     found

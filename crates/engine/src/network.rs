@@ -1,5 +1,8 @@
 //! Managed networks: the use cases, and what hosts get of them.
 
+pub(crate) mod own;
+
+use self::own::Place;
 use crate::{
     Engine, EngineInner, Records, Row,
     compute::{addresses, labels, nic_checks::confine},
@@ -20,11 +23,10 @@ use karst_agent::{CallContext, NetworkChoose, NetworkState};
 use karst_model::{
     Config, Error, Name, NetworkId, NodeId, ProjectId, Result,
     access::Permission,
-    device::{Device, interface_name},
+    device::{Device, NicKind, interface_name},
     firewall::Policy,
     instance::Instance,
     network::{BridgeSpec, Lease, Network},
-    project::{DEFAULT_PROJECT, Project},
     spec::{NetworkHost, NetworkSpec},
     uplink::{NetworkForm, NetworkKind, UplinkSpec},
 };
@@ -135,12 +137,13 @@ impl EngineInner {
         let Rules { acls, sets, forwards } = firewall::rules_of(records, network, &spec, &policies);
         Ok(NetworkSpec {
             id: network.id,
-            bridge: network.name.to_string(),
+            bridge: network.interface().to_owned(),
             spec,
             hosts,
             acls,
             sets,
             forwards,
+            owner: records.owner_of(network.project),
         })
     }
 
@@ -233,7 +236,7 @@ impl Engine {
     pub fn network(&self, context: &Context, project: &str, name: &str) -> Result<Row<Network>> {
         let project = self.project(context, project, Permission::ProjectView)?;
         let records = self.inner().inventory.read();
-        let row = records.network(name)?;
+        let row = records.network(project.id, name)?;
         match records.sees_network(&project, row) {
             true => Ok(row.clone()),
             false => Err(no_network(name)),
@@ -242,18 +245,20 @@ impl Engine {
 
     /// What uses a network, as far as `context` may see it.
     pub fn network_used_by(&self, context: &Context, network: &Network) -> UsedBy {
-        let sees = |p: ProjectId| context.principal().may(Permission::ProjectView, Some(p));
         let records = self.inner().inventory.read();
+        let users = records.network_users(network.project);
+        let sees =
+            |p: ProjectId| users.contains(&p) && context.principal().may(Permission::ProjectView, Some(p));
+        let on = |kind: &NicKind| Place::of(kind).is_some_and(|place| place.is(network));
         let uses = |devices: &karst_model::device::Devices| {
-            devices.iter().any(|(n, keys)| {
-                matches!(Device::parse(n, keys), Ok(Device::Nic(nic)) if nic.network() == Some(&*network.name))
-            })
+            let mut all = devices.iter();
+            all.any(|(n, keys)| matches!(Device::parse(n, keys), Ok(Device::Nic(nic)) if on(&nic.kind)))
         };
         let mut used: UsedBy = records
             .profiles
             .values()
             .filter(|p| sees(p.project) && uses(&p.devices))
-            .map(|p| format!("/1.0/profiles/{}", p.name))
+            .map(|p| records.path_in("profiles", &p.name, p.project))
             .collect();
         for instance in records.instances.values().filter(|i| sees(i.project) && uses(&records.expanded(i).1))
         {
@@ -304,19 +309,6 @@ impl Engine {
         agent.network_state(&CallContext::read(Duration::from_secs(10)), network.id).await
     }
 
-    /// The project that owns bridges, whichever they are asked for in: they belong to the whole host, so only who may edit
-    /// the default project may change them.
-    pub(crate) fn network_project(&self, context: &Context, project: &str) -> Result<Row<Project>> {
-        self.project(context, project, Permission::ProjectView)?;
-        let owner = self.inner().inventory.read().project(DEFAULT_PROJECT)?.clone();
-        if !context.principal().may(Permission::ResourceEdit, Some(owner.id)) {
-            return Err(Error::forbidden(
-                "networks belong to the default project; changing them needs the permission \"resource_edit\" there",
-            ));
-        }
-        Ok(owner)
-    }
-
     /// Creates a network; answers its name and the operation.
     ///
     /// # Errors
@@ -328,6 +320,7 @@ impl Engine {
         request: CreateNetwork,
     ) -> Result<(String, LiveOperation)> {
         let project = self.network_project(context, project)?;
+        own::demand_reach(self.edits_the_hosts(context), request.kind, &request.config, None)?;
         let inner = self.inner();
         interface_name("name", &request.name)?;
         let mut name = Name::parse("name", &request.name)?;
@@ -335,14 +328,17 @@ impl Engine {
         let auto = |key: &str| config.get(key).is_none_or(|a| a.is_empty() || a == "auto");
         let bridge = request.kind == NetworkKind::Bridge;
         let (automatic, automatic6) = (bridge && auto("ipv4.address"), bridge && auto("ipv6.address"));
-        if automatic || automatic6 || request.any_name {
+        let own = bridge && inner.inventory.read().owner_of(project.id).is_some();
+        let id = NetworkId(inner.env.uuid());
+        let mut interface = None;
+        if automatic || automatic6 || request.any_name || own {
             let agent = inner.agents.get(inner.node)?;
-            let taken = {
+            let taken: Vec<_> = {
                 let records = inner.inventory.read();
                 let parse = |n: &Row<Network>| n.bridge().ok()?.ipv4;
                 records.networks.values().filter_map(parse).collect()
             };
-            let ask = NetworkChoose { name: request.name.clone(), taken };
+            let ask = NetworkChoose { name: request.name.clone(), taken: taken.clone() };
             let choice = agent.network_choose(&CallContext::read(CALL), ask).await?;
             if automatic {
                 config.insert("ipv4.address".into(), choice.ipv4.to_string());
@@ -355,11 +351,20 @@ impl Engine {
                 }
                 config.insert("ipv6.address".into(), chosen);
             }
-            if request.any_name {
+            if own {
+                // Names are the project's, interfaces the host's: where that has one of this name, another is derived.
+                let free = choice.name == *name && inner.inventory.read().network_on(&name).is_none();
+                if !free {
+                    let derived = format!("karst{}", &id.uuid().simple().to_string()[..8]);
+                    let ask = NetworkChoose { name: derived, taken };
+                    let choice = agent.network_choose(&CallContext::read(CALL), ask).await?;
+                    interface = Some(Name::parse("name", &choice.name)?);
+                }
+            } else if request.any_name {
                 name = Name::parse("name", &choice.name)?;
             }
         }
-        let spec = match NetworkForm::parse(request.kind, &name, &config)? {
+        let spec = match NetworkForm::parse(request.kind, interface.as_deref().unwrap_or(&name), &config)? {
             NetworkForm::Bridge(spec) => *spec,
             NetworkForm::Uplink(uplink) => {
                 inner.demand_uplink(&uplink).await?;
@@ -368,29 +373,24 @@ impl Engine {
         };
         let operation = runner::start::<NetworkCreate>(inner, context, |tx| {
             let records = inner.inventory.read();
-            if records.network(&name).is_ok() {
-                return Err(Error::conflict(format!("a network {:?} exists already", &*name)).at("name"));
-            }
-            demand_free_subnet(&records, &spec, None)?;
-            firewall::check_policy(&records, tx, spec.policy.as_ref(), "config.security.acls")?;
-            tx.expect(&project);
-            admit(&records, tx, project.id, &Planned { networks: 1, ..Default::default() })?;
             let network = Network {
-                id: NetworkId(inner.env.uuid()),
+                id,
                 project: project.id,
                 kind: request.kind,
                 name: name.clone(),
+                interface: interface.clone(),
                 description: request.description.clone(),
                 config: config.clone(),
                 spec_version: 1,
             };
-            let new = NewOperation::task(
-                "Creating network",
-                Some(project.id),
-                "networks",
-                format!("/1.0/networks/{name}"),
-            );
-            Ok((NetworkPlan { network, node: inner.node }, new))
+            demand_free(&records, &network, &name)?;
+            demand_free_subnet(&records, project.id, &spec, None)?;
+            firewall::check_policy(&records, tx, project.id, spec.policy.as_ref(), "config.security.acls")?;
+            tx.expect(&project);
+            admit(&records, tx, project.id, &Planned { networks: 1, ..Default::default() })?;
+            let path = records.path_in("networks", &name, project.id);
+            let new = NewOperation::task("Creating network", Some(project.id), "networks", path.clone());
+            Ok((NetworkPlan { network, node: inner.node, path }, new))
         })
         .await?;
         Ok((name.to_string(), operation))
@@ -409,7 +409,13 @@ impl Engine {
     ) -> Result<LiveOperation> {
         let project = self.network_project(context, project)?;
         let inner = self.inner();
-        let kind = inner.inventory.read().network(name)?.kind;
+        let (kind, before) = {
+            let records = inner.inventory.read();
+            let row = records.network(project.id, name)?;
+            (row.kind, row.config.clone())
+        };
+        let whole = self.edits_the_hosts(context);
+        own::demand_reach(whole, kind, &request.config, Some(&before))?;
         if kind != NetworkKind::Bridge
             && let NetworkForm::Uplink(uplink) = NetworkForm::parse(kind, name, &request.config)?
         {
@@ -417,7 +423,9 @@ impl Engine {
         }
         runner::start::<NetworkUpdate>(inner, context, |tx| {
             let records = inner.inventory.read();
-            let row = records.network(name)?;
+            let row = records.network(project.id, name)?;
+            // It may be another one by now than what was looked at.
+            own::demand_reach(whole, kind, &request.config, Some(&row.config))?;
             if request.if_version.is_some_and(|v| v != row.spec_version) {
                 return Err(Error::precondition_failed(format!(
                     "network {name:?} has changed since it was read; read it again"
@@ -437,8 +445,8 @@ impl Engine {
                 // NICs that run keep what they were started with.
                 NetworkForm::Uplink(_) => BridgeSpec::default(),
             };
-            demand_free_subnet(&records, &spec, Some(row.id))?;
-            firewall::check_policy(&records, tx, spec.policy.as_ref(), "config.security.acls")?;
+            demand_free_subnet(&records, project.id, &spec, Some(row.id))?;
+            firewall::check_policy(&records, tx, project.id, spec.policy.as_ref(), "config.security.acls")?;
             if network.kind == NetworkKind::Bridge {
                 let mut now = inner.network_spec(&records, row.id)?;
                 unname_guests(&records, context, now.hosts.iter_mut());
@@ -453,13 +461,9 @@ impl Engine {
                 })?;
             }
             tx.expect(row);
-            let new = NewOperation::task(
-                "Updating network",
-                Some(project.id),
-                "networks",
-                format!("/1.0/networks/{name}"),
-            );
-            Ok((NetworkUpdatePlan { before: row.value.clone(), after: network, node: inner.node }, new))
+            let path = records.path_in("networks", name, project.id);
+            let new = NewOperation::task("Updating network", Some(project.id), "networks", path.clone());
+            Ok((NetworkUpdatePlan { before: row.value.clone(), after: network, node: inner.node, path }, new))
         })
         .await
     }
@@ -480,14 +484,13 @@ impl Engine {
         interface_name("name", new)?;
         let new = Name::parse("name", new)?;
         runner::start::<NetworkUpdate>(inner, context, |tx| {
-            let row = {
+            let (row, own, paths) = {
                 let records = inner.inventory.read();
-                let row = records.network(name)?.clone();
-                if records.network(&new).is_ok() {
-                    return Err(Error::conflict(format!("a network {:?} exists already", &*new)).at("name"));
-                }
+                let row = records.network(project.id, name)?.clone();
+                demand_free(&records, &row, &new)?;
                 tx.expect_untouched(&records, &lock(row.id));
-                row
+                let path = |name: &str| records.path_in("networks", name, project.id);
+                (row, records.owner_of(project.id).is_some(), (path(name), path(&new)))
             };
             let used = self.network_used_by(&Context::system(), &row);
             if !used.is_empty() {
@@ -496,17 +499,18 @@ impl Engine {
                     "network {name:?} is used by {who}; only an unused one can be renamed"
                 )));
             }
-            let after =
+            let mut after =
                 Network { name: new.clone(), spec_version: row.spec_version + 1, ..row.value.clone() };
+            if own && after.kind == NetworkKind::Bridge {
+                // The interface is the host's, where the new name may be another's.
+                after.interface = Some(row.interface.clone().unwrap_or_else(|| row.name.clone()));
+            }
             after.form()?;
             tx.expect(&row);
-            let new = NewOperation::task(
-                "Renaming network",
-                Some(project.id),
-                "networks",
-                format!("/1.0/networks/{name}"),
-            );
-            Ok((NetworkUpdatePlan { before: row.value.clone(), after, node: inner.node }, new))
+            let new = NewOperation::task("Renaming network", Some(project.id), "networks", paths.0);
+            let plan =
+                NetworkUpdatePlan { before: row.value.clone(), after, node: inner.node, path: paths.1 };
+            Ok((plan, new))
         })
         .await
     }
@@ -524,11 +528,11 @@ impl Engine {
         let project = self.network_project(context, project)?;
         let inner = self.inner();
         runner::start::<NetworkDelete>(inner, context, |tx| {
-            let row = {
+            let (row, path) = {
                 let records = inner.inventory.read();
-                let row = records.network(name)?.clone();
+                let row = records.network(project.id, name)?.clone();
                 tx.expect_untouched(&records, &lock(row.id));
-                row
+                (row, records.path_in("networks", name, project.id))
             };
             let used = self.network_used_by(&Context::system(), &row);
             if !used.is_empty() {
@@ -536,13 +540,8 @@ impl Engine {
                 return Err(Error::conflict(format!("network {name:?} is used by {who}")));
             }
             tx.expect(&row);
-            let new = NewOperation::task(
-                "Deleting network",
-                Some(project.id),
-                "networks",
-                format!("/1.0/networks/{name}"),
-            );
-            Ok((NetworkPlan { network: row.value.clone(), node: inner.node }, new))
+            let new = NewOperation::task("Deleting network", Some(project.id), "networks", path.clone());
+            Ok((NetworkPlan { network: row.value.clone(), node: inner.node, path }, new))
         })
         .await
     }
@@ -578,7 +577,28 @@ fn demand_fitting(now: &NetworkSpec, spec: &BridgeSpec) -> Result<()> {
     Ok(())
 }
 
-fn demand_free_subnet(records: &Records, spec: &BridgeSpec, except: Option<NetworkId>) -> Result<()> {
+/// A free name for a network of its project, and for its interface where that is to be made.
+fn demand_free(records: &Records, network: &Network, name: &Name) -> Result<()> {
+    if records.network(network.project, name).is_ok() {
+        return Err(Error::conflict(format!("a network {:?} exists already", &**name)).at("name"));
+    }
+    let own = records.owner_of(network.project).is_some();
+    let interface = if own { network.interface() } else { &**name };
+    if network.kind == NetworkKind::Bridge
+        && records.network_on(interface).is_some_and(|other| other.id != network.id)
+    {
+        let text = format!("{interface:?} is the bridge of another project's network; choose another name");
+        return Err(Error::conflict(text).at("name"));
+    }
+    Ok(())
+}
+
+fn demand_free_subnet(
+    records: &Records,
+    project: ProjectId,
+    spec: &BridgeSpec,
+    except: Option<NetworkId>,
+) -> Result<()> {
     type Subnet = fn(&BridgeSpec) -> Option<IpNet>;
     let families: [(&str, Subnet); 2] = [
         ("config.ipv4.address", |spec| spec.ipv4.map(IpNet::V4)),
@@ -589,12 +609,13 @@ fn demand_free_subnet(records: &Records, spec: &BridgeSpec, except: Option<Netwo
         for other in records.networks.values().filter(|n| Some(n.id) != except) {
             let Some(theirs) = other.bridge().ok().and_then(|other| subnet(&other)) else { continue };
             if theirs.contains(&ours.network()) || ours.contains(&theirs.network()) {
-                return Err(Error::conflict(format!(
-                    "the subnet {} overlaps with network {:?}",
-                    ours.trunc(),
-                    &*other.name
-                ))
-                .at(key));
+                let which = match other.project == project {
+                    true => format!("network {:?}", &*other.name),
+                    false => "a network of another project".to_owned(),
+                };
+                return Err(
+                    Error::conflict(format!("the subnet {} overlaps with {which}", ours.trunc())).at(key)
+                );
             }
         }
     }
@@ -606,18 +627,29 @@ fn demand_free_subnet(records: &Records, spec: &BridgeSpec, except: Option<Netwo
 pub struct NetworkPlan {
     network: Network,
     node: NodeId,
+    /// In the API.
+    #[serde(default)]
+    path: String,
 }
 
-fn bare_spec(network: &Network) -> Result<NetworkSpec> {
+fn bare_spec(engine: &EngineInner, network: &Network) -> Result<NetworkSpec> {
     Ok(NetworkSpec {
         id: network.id,
-        bridge: network.name.to_string(),
+        bridge: network.interface().to_owned(),
         spec: network.bridge()?,
         hosts: vec![],
         acls: vec![],
         sets: vec![],
         forwards: vec![],
+        owner: engine.inventory.read().owner_of(network.project),
     })
+}
+
+/// Gives up all names of a network.
+fn release_names(engine: &EngineInner, tx: &mut Tx, network: &Network) {
+    for (scope, name) in engine.inventory.read().network_names(network) {
+        tx.release_name("networks", &scope, &name, &network.id.to_string());
+    }
 }
 
 /// Of a network that is an interface of the host nothing is made there; that it is there and granted is asked once more.
@@ -641,15 +673,17 @@ impl Saga for NetworkCreate {
     fn locks(plan: &NetworkPlan) -> Vec<String> {
         vec![lock(plan.network.id)]
     }
-    fn begin(plan: &NetworkPlan, _: &EngineInner, tx: &mut Tx) -> Result<()> {
-        tx.take_name("networks", "", &plan.network.name, &plan.network.id.to_string());
+    fn begin(plan: &NetworkPlan, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        for (scope, name) in engine.inventory.read().network_names(&plan.network) {
+            tx.take_name("networks", &scope, &name, &plan.network.id.to_string());
+        }
         Ok(())
     }
     async fn run(cx: &StepContext, plan: &NetworkPlan, _: &mut (), _: usize) -> Result<()> {
         if plan.network.kind != NetworkKind::Bridge {
             return granted(cx, &plan.network).await;
         }
-        cx.agent(plan.node)?.network_ensure(&cx.mutate(CALL), bare_spec(&plan.network)?).await
+        cx.agent(plan.node)?.network_ensure(&cx.mutate(CALL), bare_spec(&cx.engine, &plan.network)?).await
     }
     async fn undo(cx: &StepContext, plan: &NetworkPlan, _: &(), _: usize) -> Result<()> {
         if plan.network.kind != NetworkKind::Bridge {
@@ -661,12 +695,12 @@ impl Saga for NetworkCreate {
         tx.create(&plan.network);
         Ok(())
     }
-    fn abort(plan: &NetworkPlan, _: &(), _: &EngineInner, tx: &mut Tx) -> Result<()> {
-        tx.release_name("networks", "", &plan.network.name, &plan.network.id.to_string());
+    fn abort(plan: &NetworkPlan, _: &(), engine: &EngineInner, tx: &mut Tx) -> Result<()> {
+        release_names(engine, tx, &plan.network);
         Ok(())
     }
     fn announce(plan: &NetworkPlan) -> Vec<(&'static str, String)> {
-        vec![("network-created", format!("/1.0/networks/{}", plan.network.name))]
+        vec![("network-created", plan.path.clone())]
     }
     fn subject(plan: &NetworkPlan) -> Option<Subject> {
         Some(Subject::Network(Arc::new(plan.network.clone())))
@@ -701,7 +735,7 @@ impl Saga for NetworkDelete {
             return Ok(());
         }
         let _ordered = cx.engine.network_order(plan.network.id).await;
-        cx.agent(plan.node)?.network_ensure(&cx.mutate(CALL), bare_spec(&plan.network)?).await
+        cx.agent(plan.node)?.network_ensure(&cx.mutate(CALL), bare_spec(&cx.engine, &plan.network)?).await
     }
     fn commit(plan: &NetworkPlan, _: &(), engine: &EngineInner, tx: &mut Tx) -> Result<()> {
         if let Some(row) = engine.inventory.read().networks.get(&plan.network.id) {
@@ -713,14 +747,14 @@ impl Saga for NetworkDelete {
             tx.delete(forward);
         }
         tx.delete_id::<crate::inventory::Uses>(&lock(plan.network.id));
-        tx.release_name("networks", "", &plan.network.name, &plan.network.id.to_string());
+        release_names(engine, tx, &plan.network);
         Ok(())
     }
     fn abort(_: &NetworkPlan, _: &(), _: &EngineInner, _: &mut Tx) -> Result<()> {
         Ok(())
     }
     fn announce(plan: &NetworkPlan) -> Vec<(&'static str, String)> {
-        vec![("network-deleted", format!("/1.0/networks/{}", plan.network.name))]
+        vec![("network-deleted", plan.path.clone())]
     }
 }
 
@@ -730,6 +764,9 @@ pub struct NetworkUpdatePlan {
     before: Network,
     after: Network,
     node: NodeId,
+    /// In the API, as it is to be.
+    #[serde(default)]
+    path: String,
 }
 
 /// Reconfigures the network on the host, then writes the record.
@@ -745,9 +782,10 @@ impl Saga for NetworkUpdate {
     fn locks(plan: &NetworkUpdatePlan) -> Vec<String> {
         vec![lock(plan.after.id)]
     }
-    fn begin(plan: &NetworkUpdatePlan, _: &EngineInner, tx: &mut Tx) -> Result<()> {
+    fn begin(plan: &NetworkUpdatePlan, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
         if plan.before.name != plan.after.name {
-            tx.take_name("networks", "", &plan.after.name, &plan.after.id.to_string());
+            let scope = engine.inventory.read().network_scope(plan.after.project);
+            tx.take_name("networks", &scope, &plan.after.name, &plan.after.id.to_string());
         }
         Ok(())
     }
@@ -773,19 +811,21 @@ impl Saga for NetworkUpdate {
             records.networks.get(&plan.after.id).ok_or_else(|| Error::not_found("the network is gone"))?;
         tx.replace(row, &plan.after);
         if plan.before.name != plan.after.name {
-            tx.release_name("networks", "", &plan.before.name, &plan.after.id.to_string());
+            let scope = records.network_scope(plan.after.project);
+            tx.release_name("networks", &scope, &plan.before.name, &plan.after.id.to_string());
         }
         Ok(())
     }
-    fn abort(plan: &NetworkUpdatePlan, _: &(), _: &EngineInner, tx: &mut Tx) -> Result<()> {
+    fn abort(plan: &NetworkUpdatePlan, _: &(), engine: &EngineInner, tx: &mut Tx) -> Result<()> {
         if plan.before.name != plan.after.name {
-            tx.release_name("networks", "", &plan.after.name, &plan.after.id.to_string());
+            let scope = engine.inventory.read().network_scope(plan.after.project);
+            tx.release_name("networks", &scope, &plan.after.name, &plan.after.id.to_string());
         }
         Ok(())
     }
     fn announce(plan: &NetworkUpdatePlan) -> Vec<(&'static str, String)> {
         let what = if plan.before.name == plan.after.name { "network-updated" } else { "network-renamed" };
-        vec![(what, format!("/1.0/networks/{}", plan.after.name))]
+        vec![(what, plan.path.clone())]
     }
 }
 

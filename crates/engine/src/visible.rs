@@ -37,7 +37,8 @@ impl Records {
     /// Whether a project may use a network, and so sees it.
     pub(crate) fn sees_network(&self, project: &Project, network: &Network) -> bool {
         let rules = rules(project);
-        rules.restriction("restricted.devices.nic") != Some("block")
+        self.network_home(project.id) == network.project
+            && rules.restriction("restricted.devices.nic") != Some("block")
             && rules.lists("restricted.networks.access", &network.name)
     }
 
@@ -51,7 +52,8 @@ impl Records {
     /// The ACLs that a project sees. One of a network that it does not see tells of guests there: where it sees some networks
     /// only, it sees the ACLs of those, and those that its own NICs name.
     pub(crate) fn seen_acls(&self, project: &Project) -> Seen {
-        if Self::sees_all_networks(project) {
+        // Its own it sees, whatever it may use.
+        if Self::sees_all_networks(project) || self.owner_of(self.network_home(project.id)).is_some() {
             return Seen::All;
         }
         let mut seen = BTreeSet::new();
@@ -93,7 +95,7 @@ impl Records {
             let named = keys.get("security.acls").into_iter().flat_map(|text| text.split(',')).map(str::trim);
             for name in named.filter(|name| !name.is_empty()) {
                 let at = |e: Error| e.at(format!("devices.{device}.security.acls"));
-                let acl = self.acl(name).map_err(at)?;
+                let acl = self.acl(project.id, name).map_err(at)?;
                 if !context.principal().may(Permission::ProjectView, Some(acl.project))
                     && !seen.get_or_insert_with(|| self.seen_acls(project)).has(name)
                 {
@@ -110,7 +112,8 @@ impl Records {
         if acls == Seen::All {
             return Seen::All;
         }
-        let seen = self.acls.values().filter(|acl| acls.has(&acl.name));
+        let home = self.network_home(project.id);
+        let seen = self.acls.values().filter(|acl| acl.project == home && acls.has(&acl.name));
         Seen::Only(seen.flat_map(|acl| firewall::sets_of(acl)).collect())
     }
 

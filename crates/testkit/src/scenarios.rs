@@ -17,7 +17,6 @@ use karst_engine::{
         update::UpdateInstance,
     },
     images::{ImageOptions, publish::PublishImage},
-    network::{CreateNetwork, UpdateNetwork},
     snapshots::{Origin, create::CreateSnapshot},
     storage::CreatePool,
     tenancy::UpdateProfile,
@@ -31,7 +30,6 @@ use karst_model::{
     device::Devices,
     instance::{InstanceKind, PowerAction},
     storage::VolumeContent,
-    uplink::NetworkKind,
 };
 use std::{
     collections::BTreeMap,
@@ -145,21 +143,6 @@ async fn publish(w: &World, snapshot: Option<&str>) -> Result<LiveOperation> {
         ..Default::default()
     };
     w.engine.image_publish(&w.admin, "default", request).await
-}
-
-async fn network(w: &World) -> Result<LiveOperation> {
-    Ok(w.engine.network_create(&w.admin, "default", CreateNetwork::automatic("net1")).await?.1)
-}
-
-/// A network that is the simulated host's one granted interface.
-async fn uplink(w: &World) -> Result<LiveOperation> {
-    let request = CreateNetwork {
-        name: "lan".into(),
-        kind: NetworkKind::Macvlan,
-        config: Config::from([("parent".into(), "granted0".into())]),
-        ..Default::default()
-    };
-    Ok(w.engine.network_create(&w.admin, "default", request).await?.1)
 }
 
 /// A custom volume of 1 GiB.
@@ -277,6 +260,7 @@ macro_rules! scenario {
 }
 
 mod machines;
+mod networks;
 mod pools;
 mod profiles;
 mod recover;
@@ -543,29 +527,6 @@ pub fn all() -> Vec<Scenario> {
             },
             |w| w.engine.instance_rebuild(&w.admin, "default", "c1", InstanceSource::None).await
         ),
-        scenario!("network-create", "automatic", |_w| Ok(()), |w| network(w).await),
-        scenario!("network-delete", "unused", |w| done(w, network(w).await).await, |w| w
-            .engine
-            .network_delete(&w.admin, "default", "net1")
-            .await),
-        scenario!("network-update", "another domain", |w| done(w, network(w).await).await, |w| {
-            let now = w.engine.network(&w.admin, "default", "net1")?;
-            let mut config = now.config.clone();
-            config.insert("dns.domain".into(), "example".into());
-            let update = UpdateNetwork { description: String::new(), config, if_version: None };
-            w.engine.network_update(&w.admin, "default", "net1", update).await
-        }),
-        scenario!("network-create", "interface of the host", |_w| Ok(()), |w| uplink(w).await),
-        scenario!("network-delete", "interface of the host", |w| done(w, uplink(w).await).await, |w| w
-            .engine
-            .network_delete(&w.admin, "default", "lan")
-            .await),
-        scenario!("network-update", "MTU of an interface", |w| done(w, uplink(w).await).await, |w| {
-            let config = [("parent", "granted0"), ("mtu", "1400")];
-            let config = config.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
-            let update = UpdateNetwork { description: String::new(), config, if_version: None };
-            w.engine.network_update(&w.admin, "default", "lan", update).await
-        }),
         scenario!("pool-create", "dir", |_w| Ok(()), |w| {
             let request = CreatePool { name: "second".into(), driver: "dir".into(), ..Default::default() };
             w.engine.pool_create(&w.admin, request).await
@@ -832,6 +793,7 @@ pub fn all() -> Vec<Scenario> {
         ),
     ];
     all.extend(machines::scenarios());
+    all.extend(networks::scenarios());
     all.extend(pools::scenarios());
     all.extend(recover::scenarios());
     all

@@ -141,7 +141,9 @@ fn everything_comes_back_after_the_database_is_lost() {
             let before = whole(&w.engine);
             let (pool, network) = {
                 let records = w.engine.inner().inventory.read();
-                (records.pool("default").unwrap().id, records.network("karstbr0").unwrap().value.clone())
+                let default = records.project("default").unwrap().id;
+                let network = records.network(default, "karstbr0").unwrap().value.clone();
+                (records.pool("default").unwrap().id, network)
             };
             let running =
                 w.host().guest_observe_all(&CallContext::read(Duration::from_secs(9)), ()).await.unwrap();
@@ -152,7 +154,8 @@ fn everything_comes_back_after_the_database_is_lost() {
                 let records = engine.inner().inventory.read();
                 assert_eq!(records.pools.keys().copied().collect::<Vec<_>>(), [pool]);
                 assert_eq!(records.pool("default").unwrap().id, pool);
-                let again = records.network("karstbr0").unwrap();
+                let default = records.project("default").unwrap().id;
+                let again = records.network(default, "karstbr0").unwrap();
                 assert_eq!((again.id, &again.config), (network.id, &network.config));
                 assert!(records.instances.is_empty() && records.volumes.is_empty());
             }

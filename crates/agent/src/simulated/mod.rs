@@ -281,6 +281,11 @@ impl SimulatedAgent {
         self.lock().networks.get(&id).map(|n| n.spec.hosts.clone()).unwrap_or_default()
     }
 
+    /// A network as the host was last told.
+    pub fn network_spec(&self, id: karst_model::NetworkId) -> Option<karst_model::spec::NetworkSpec> {
+        self.lock().networks.get(&id).map(|n| n.spec.clone())
+    }
+
     /// What viewers of a machine's display have to know now, as the host was last told.
     pub fn guard_of_display(&self, instance: InstanceId) -> Option<karst_model::display::DisplayGuard> {
         self.lock().guests.get(&instance)?.display_guard.clone()

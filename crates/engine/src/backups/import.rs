@@ -192,7 +192,7 @@ impl Engine {
             let parsed = expand::parse_devices(&written)?;
             // Of two imports of one backup at once one has its addresses.
             for (device, nic) in parsed.nics.iter().filter(|(device, _)| took.contains(device)) {
-                if let Some((_, network)) = compute::nics::network_of(&records, device, nic)? {
+                if let Some((_, network)) = compute::nics::network_of(&records, project.id, device, nic)? {
                     tx.expect_untouched(&records, &crate::network::lock(network.id));
                 }
             }

@@ -91,9 +91,11 @@ impl EngineInner {
         except: &BTreeSet<InstanceId>,
     ) -> Vec<NetworkHost> {
         let mut hosts = vec![];
-        for id in records.instances.keys().filter(|id| !except.contains(id)) {
-            let Some(view) = self.inventory.view(records, *id) else { continue };
-            let on = view.nics.iter().filter(|(on, _)| **on == *network.name);
+        let users = records.network_users(network.project);
+        let instances = records.instances.values().filter(|i| users.contains(&i.project));
+        for id in instances.map(|i| i.id).filter(|id| !except.contains(id)) {
+            let Some(view) = self.inventory.view(records, id) else { continue };
+            let on = view.nics.iter().filter(|(on, _)| on.is(network));
             hosts.extend(on.map(|(_, host)| host.clone()));
         }
         hosts
@@ -116,7 +118,7 @@ impl EngineInner {
         let mut own: Vec<(karst_model::NetworkId, NetworkHost)> = vec![];
         for (device, nic) in &parsed.nics {
             let NicDevice { ipv4, ipv6, routes, mac: wanted, .. } = nic;
-            let Some((_, network)) = network_of(records, device, nic)? else { continue };
+            let Some((_, network)) = network_of(records, instance.project, device, nic)? else { continue };
             let identity = instance.identities.get(device);
             let Some(mac) = identity.and_then(|i| i.mac.clone()) else { continue };
             // Of what is not a bridge of ours nobody here gives addresses out: the guests on it share the wire and no more.
@@ -148,8 +150,11 @@ impl EngineInner {
                 if together.is_some_and(|profile| other.profiles.contains(&profile)) {
                     continue;
                 }
+                if records.network_home(other.project) != network.project {
+                    continue;
+                }
                 let Some(view) = self.inventory.view(records, id) else { continue };
-                let on = view.nics.iter().filter(|(on, _)| **on == *network.name);
+                let on = view.nics.iter().filter(|(on, _)| on.is(network));
                 let theirs: Vec<&NetworkHost> = on.map(|(_, theirs)| theirs).collect();
                 let same = other.project == instance.project;
                 // Within a project several may have a route, such as those that take over from one another.
@@ -190,7 +195,8 @@ impl EngineInner {
         let mut hosts = self.hosts_on(records, network, &instances.iter().map(|i| i.id).collect());
         for instance in instances {
             let own = records.nics_of(instance, &records.expanded(instance).1).into_iter();
-            for (_, host) in own.filter(|(on, _)| **on == *network.name) {
+            let here = records.network_home(instance.project) == network.project;
+            for (_, host) in own.filter(|(on, _)| here && on.is(network)) {
                 if let Some(shared) = hosts.iter().find_map(|theirs| Shared::of(&host, theirs)) {
                     return Err(Error::conflict(format!(
                         "the {shared} of {} is another guest's on network {:?}; give it another one",

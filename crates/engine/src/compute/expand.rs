@@ -238,6 +238,8 @@ pub fn host_interface(daemon_id: &str, random: [u8; 4]) -> String {
 pub struct Lookups<'a> {
     /// Managed network by name, in the instance's project.
     pub network: &'a dyn Fn(&str) -> Option<crate::Row<Network>>,
+    /// Managed network by its bridge's interface; none for a bridge of the host.
+    pub bridge: &'a dyn Fn(&str) -> Result<Option<crate::Row<Network>>>,
     /// Custom volume by the names of its pool and its own, in the instance's project.
     pub volume: &'a dyn Fn(&str, &str) -> Option<crate::Row<Volume>>,
     /// Name of the instance's host.

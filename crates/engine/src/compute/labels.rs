@@ -65,18 +65,20 @@ impl EngineInner {
         let own = records.nics_of(instance, &records.expanded(instance).1);
         let known = records.with_label(instance.project, &label).any(|id| id == instance.id);
         let before = self.inventory.view(records, instance.id).filter(|_| known);
-        for (network, _) in &own {
-            let bridge = records.network(network).is_ok_and(|n| n.kind == NetworkKind::Bridge);
-            let on = |view: &InstanceView| view.nics.iter().any(|(name, _)| name == network);
+        for (place, _) in &own {
+            let network = records.network_at(instance.project, place);
+            let Some(network) = network.filter(|n| n.kind == NetworkKind::Bridge) else { continue };
+            let on = |view: &InstanceView| view.nics.iter().any(|(place, _)| place.is(network));
             // Where it is already under this name it may stay, with or without it.
-            if !bridge || before.as_deref().is_some_and(on) {
+            if before.as_deref().is_some_and(on) {
                 continue;
             }
             for other in others.iter().filter_map(|id| self.inventory.view(records, *id)) {
                 if on(&other) {
                     return Err(Error::conflict(format!(
-                        "the DNS name {label:?} is instance {:?}'s on network {network:?}; choose another name or network",
-                        &*other.instance.name
+                        "the DNS name {label:?} is instance {:?}'s on network {:?}; choose another name or network",
+                        &*other.instance.name,
+                        &*network.name
                     ))
                     .at(field));
                 }

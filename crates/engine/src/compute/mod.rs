@@ -171,7 +171,8 @@ impl EngineInner {
     ) -> Result<GuestSpec> {
         let (config, devices) = records.expanded(instance);
         let lookups = expand::Lookups {
-            network: &|name| records.network(name).ok().cloned(),
+            network: &|name| records.network(instance.project, name).ok().cloned(),
+            bridge: &|name| Ok(records.network_by_bridge(instance.project, name)?.cloned()),
             volume: &|pool, name| records.custom_volume(instance.project, pool, name).cloned(),
             location: records.nodes.get(&instance.node).map_or("", |n| &*n.name),
         };

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{EngineInner, Records, db::Tx};
 use karst_model::{
-    Error, ProfileId, Result,
+    Error, ProfileId, ProjectId, Result,
     device::{NicDevice, NicKind},
     instance::Instance,
     network::BridgeSpec,
@@ -43,7 +43,7 @@ impl EngineInner {
         parsed: &ParsedDevices,
         together: Option<ProfileId>,
     ) -> Result<()> {
-        check_ports(records, tx, parsed)?;
+        check_ports(records, tx, instance.project, parsed)?;
         check_user(instance, parsed)?;
         self.check_addresses(records, Some(tx), instance, parsed, together)
     }
@@ -62,11 +62,11 @@ fn check_user(instance: &Instance, parsed: &ParsedDevices) -> Result<()> {
 }
 
 /// The networks of NICs exist and stay as they were read, and have what the NICs say.
-fn check_ports(records: &Records, tx: &mut Tx, parsed: &ParsedDevices) -> Result<()> {
+fn check_ports(records: &Records, tx: &mut Tx, project: ProjectId, parsed: &ParsedDevices) -> Result<()> {
     let mut seen = BTreeSet::new();
     for (device, nic) in &parsed.nics {
         let NicDevice { ipv4, ipv6, port, routes, .. } = nic;
-        let Some((network, row)) = network_of(records, device, nic)? else { continue };
+        let Some((network, row)) = network_of(records, project, device, nic)? else { continue };
         let bridge = match row.form()? {
             NetworkForm::Bridge(bridge) => bridge,
             NetworkForm::Uplink(uplink) => {
@@ -107,7 +107,7 @@ fn check_ports(records: &Records, tx: &mut Tx, parsed: &ParsedDevices) -> Result
             ));
         }
         let field = format!("devices.{device}.security.acls");
-        crate::firewall::check_policy(records, tx, port.policy.as_ref(), &field)?;
+        crate::firewall::check_policy(records, tx, project, port.policy.as_ref(), &field)?;
         if seen.insert(row.id) {
             tx.expect(row);
             tx.expect_unlocked(&crate::network::lock(row.id));

@@ -3,7 +3,7 @@
 use super::expand::Lookups;
 use crate::{Records, Row};
 use karst_model::{
-    Error, Missing, Result,
+    Error, Missing, ProjectId, Result,
     device::{NicDevice, NicKind, ParentLink},
     instance::InstanceKind,
     network::Network,
@@ -11,22 +11,24 @@ use karst_model::{
     uplink::{NetworkForm, NetworkKind},
 };
 
-/// The network that a NIC is on; none for one that is on something of the host.
+/// The network that a NIC of a project's instance is on; none for one that is on something of the host.
 ///
 /// # Errors
-/// Not found, naming the key.
+/// Not found, and forbidden for another project's bridge, naming the key.
 pub(crate) fn network_of<'a, 'n>(
     records: &'a Records,
+    project: ProjectId,
     device: &str,
     nic: &'n NicDevice,
 ) -> Result<Option<(&'n str, &'a Row<Network>)>> {
+    let at = |e: Error, key: &str| e.at(format!("devices.{device}.{key}"));
     match &nic.kind {
         NicKind::Network { network } => {
-            let row = records.network(network).map_err(|e| e.at(format!("devices.{device}.network")))?;
+            let row = records.network(project, network).map_err(|e| at(e, "network"))?;
             Ok(Some((network, row)))
         }
         NicKind::Bridged { parent } => {
-            let row = records.network(parent).ok().filter(|n| n.kind == NetworkKind::Bridge);
+            let row = records.network_by_bridge(project, parent).map_err(|e| at(e, "parent"))?;
             match row {
                 None => demand_no_lease(device, nic, parent).map(|()| None),
                 Some(row) => Ok(Some((parent, row))),
@@ -117,7 +119,7 @@ pub(super) fn link(
             }
         }
         NicKind::Bridged { parent } => {
-            let managed = (lookups.network)(parent).filter(|n| n.kind == NetworkKind::Bridge);
+            let managed = (lookups.bridge)(parent).map_err(|e| e.at(format!("devices.{name}.parent")))?;
             (managed.map_or_else(|| NicLink::Bridge(parent.clone()), |n| NicLink::Network(n.id)), None)
         }
         NicKind::Macvlan(link) => (NicLink::Macvlan(link.clone()), None),

@@ -197,7 +197,9 @@ impl Written {
                 {
                     continue;
                 }
-                let networks = records.networks.values().map(|n| n.value.clone()).collect();
+                // Those of a project alone are walled in by what the database says of it: without that they are not taken over.
+                let shared = records.networks.values().filter(|n| records.owner_of(n.project).is_none());
+                let networks = shared.map(|n| n.value.clone()).collect();
                 let said = PoolDescription { version: VERSION, pool: pool.value.clone(), networks };
                 if let Some(text) = text_of(&said, &pool.name) {
                     bytes += text.len();

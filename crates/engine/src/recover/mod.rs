@@ -268,7 +268,7 @@ fn missing(records: &Records, all: &[Looked]) -> Vec<String> {
             let is = |key: &str, value: &str| keys.get(key).is_some_and(|v| v == value);
             if is("type", "nic")
                 && let Some(network) = keys.get("network").filter(|n| !n.is_empty())
-                && records.network(network).is_err()
+                && records.network(project.id, network).is_err()
             {
                 missing.insert(format!("Network {network:?} in project {:?}", of.project));
             }
@@ -508,10 +508,10 @@ async fn adopt_network(inner: &Arc<EngineInner>, network: Network) -> Result<()>
     }
     inner
         .transact(|records, tx| {
-            if records.networks.contains_key(&network.id) || records.network(&network.name).is_ok() {
+            let project = records.project(karst_model::project::DEFAULT_PROJECT)?.id;
+            if records.networks.contains_key(&network.id) || records.network(project, &network.name).is_ok() {
                 return Ok(());
             }
-            let project = records.project(karst_model::project::DEFAULT_PROJECT)?.id;
             tx.take_name("networks", "", &network.name, &network.id.to_string());
             tx.create(&Network { project, spec_version: 1, ..network.clone() });
             Ok(())

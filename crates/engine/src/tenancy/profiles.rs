@@ -16,7 +16,7 @@ use crate::{
     storage::UsedBy,
 };
 use karst_model::{
-    Config, Error, Name, ProfileId, Result,
+    Config, Error, Name, ProfileId, ProjectId, Result,
     access::Permission,
     device::{Device, Devices},
     keys,
@@ -54,12 +54,12 @@ fn check_profile(config: &Config, devices: &Devices) -> Result<()> {
 }
 
 /// Networks and pools that a profile names have to be there.
-fn demand_named(records: &Records, devices: &Devices) -> Result<()> {
+fn demand_named(records: &Records, project: ProjectId, devices: &Devices) -> Result<()> {
     for (name, keys) in devices {
         let kind = keys.get("type").map_or("", String::as_str);
         let named = |key: &str| keys.get(key).filter(|v| !v.is_empty());
         if let (Some(network), "nic") = (named("network"), kind) {
-            records.network(network).map_err(|e| e.at(format!("devices.{name}.network")))?;
+            records.network(project, network).map_err(|e| e.at(format!("devices.{name}.network")))?;
         }
         let pools: &[&str] = match kind {
             "disk" => &["pool"],
@@ -131,7 +131,7 @@ impl Engine {
                 if records.profile(project.id, &name).is_ok() {
                     return Err(Error::conflict(format!("a profile {:?} exists already", &*name)).at("name"));
                 }
-                demand_named(records, &request.devices)?;
+                demand_named(records, project.id, &request.devices)?;
                 records.demand_seen_acls(context, &project, &request.devices)?;
                 let id = ProfileId(inner.env.uuid());
                 let profile = Profile {
@@ -202,7 +202,7 @@ impl Engine {
             profile.spec_version += 1;
             tx.expect(row);
             // Decided when it is written; said now, before anything is touched.
-            demand_named(&records, &profile.devices)?;
+            demand_named(&records, project.id, &profile.devices)?;
             records.demand_seen_acls(context, &project, &profile.devices)?;
             let mut asked = Tx::default();
             demand_valid(inner, &records, &mut asked, &profile)?;

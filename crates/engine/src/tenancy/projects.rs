@@ -33,6 +33,8 @@ fn content(records: &Records, id: ProjectId) -> usize {
     records.instances.values().filter(|i| i.project == id).count()
         + records.images.values().filter(|i| i.project == id).count()
         + records.networks.values().filter(|n| n.project == id).count()
+        + records.acls.values().filter(|a| a.project == id).count()
+        + records.address_sets.values().filter(|s| s.project == id).count()
         + records.volumes.values().filter(|v| v.project == id).count()
         + records.profiles.values().filter(|p| p.project == id && &*p.name != "default").count()
         + crate::secrets::written(records, id)
@@ -97,8 +99,12 @@ impl Engine {
                 .networks
                 .values()
                 .filter(|n| of(n.project))
-                .map(|n| format!("/1.0/networks/{}{suffix}", n.name)),
+                .map(|n| records.path_in("networks", &n.name, n.project)),
         );
+        let acls = records.acls.values().filter(|a| of(a.project));
+        used.extend(acls.map(|a| records.path_in("network-acls", &a.name, a.project)));
+        let sets = records.address_sets.values().filter(|s| of(s.project));
+        used.extend(sets.map(|s| records.path_in("network-address-sets", &s.name, s.project)));
         used.extend(
             records
                 .profiles

@@ -43,9 +43,11 @@ fn conditions(inner: &EngineInner, records: &Records) -> BTreeMap<Uuid, Conditio
         // It names guests: where some are of other projects it is for who may see all.
         let on = |i: &Row<Instance>| {
             let view = inner.inventory.view(records, i.id);
-            view.is_some_and(|v| v.nics.iter().any(|(on, _)| **on == *network.name))
+            view.is_some_and(|v| v.nics.iter().any(|(on, _)| on.is(network)))
         };
-        let mixed = records.instances.values().any(|i| i.project != network.project && on(i));
+        let users = records.network_users(network.project);
+        let others = |i: &Row<Instance>| i.project != network.project && users.contains(&i.project);
+        let mixed = records.instances.values().any(|i| others(i) && on(i));
         for (kind, said, advice) in [
             (
                 "Guests have what is not their network's",
@@ -63,7 +65,7 @@ fn conditions(inner: &EngineInner, records: &Records) -> BTreeMap<Uuid, Conditio
                 severity: Severity::Moderate,
                 message: format!("on network {:?} {}; {advice}", &*network.name, said.join(", and ")),
                 project: (!mixed).then_some(network.project),
-                entity: format!("/1.0/networks/{}", &*network.name),
+                entity: records.path_in("networks", &network.name, network.project),
                 about: network.id.to_string(),
             });
         }

@@ -139,14 +139,14 @@ pub async fn autostart(call: Call) -> Answered {
     Ok(flag(true))
 }
 
-/// `NETWORK_GET_BRIDGE_NAME`: a managed bridge has its network's name.
+/// `NETWORK_GET_BRIDGE_NAME`: its network's name, unless another project's network has that already.
 pub async fn bridge(call: Call) -> Answered {
     let network = only(&call)?;
     if network.kind != NetworkKind::Bridge {
         let text = format!("network '{}' does not have a bridge name.", &*network.name);
         return Err(VirError::new(Code::InternalError, Part::Network, text));
     }
-    Ok(text(&network.name))
+    Ok(text(network.interface()))
 }
 
 /// `NETWORK_IS_ACTIVE`

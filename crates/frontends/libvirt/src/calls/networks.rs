@@ -142,8 +142,10 @@ async fn update_config(
 }
 
 async fn define_text(call: &Call, text: &str) -> Answered {
-    let new: NewNetwork = read::network(text)?;
-    if let Some(there) = all(call)?.into_iter().find(|n| *n.name == *new.name) {
+    let known = all(call)?;
+    let bridge_of = |name: &str| known.iter().find(|n| *n.name == *name).map(|n| n.interface().to_owned());
+    let new: NewNetwork = read::network_again(text, &bridge_of)?;
+    if let Some(there) = known.into_iter().find(|n| *n.name == *new.name) {
         let uuid = network_uuid(&there);
         if new.uuid != Some(uuid) {
             let text = format!("network '{}' already exists with uuid {uuid}", new.name);
@@ -422,7 +424,9 @@ pub async fn port_xml(call: Call) -> Answered {
     call.known_flags(flags, 0)?;
     let (network, port) = port(&call, &named, uuid)?;
     let plug = match network.kind {
-        NetworkKind::Bridge => Element::new("plug").with("type", "network").with("bridge", &network.name),
+        NetworkKind::Bridge => {
+            Element::new("plug").with("type", "network").with("bridge", network.interface())
+        }
         _ => Element::new("plug")
             .with("type", "direct")
             .with_some("dev", network.config.get("parent"))

@@ -61,7 +61,7 @@ pub fn document(network: &Network, guests: &[Arc<InstanceView>]) -> Result<Strin
         let closed = spec.ipv4.is_some() && spec.firewall || spec.ipv6.is_some() && spec.firewall6;
         e.push(Element::new("forward").with("mode", if closed { "route" } else { "open" }));
     }
-    e.push(Element::new("bridge").with("name", &network.name).with("stp", "off").with("delay", 0));
+    e.push(Element::new("bridge").with("name", network.interface()).with("stp", "off").with("delay", 0));
     if let Some(mtu) = spec.mtu {
         e.push(Element::new("mtu").with("size", mtu));
     }

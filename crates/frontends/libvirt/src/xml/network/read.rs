@@ -214,6 +214,14 @@ fn dns(e: &Element, new: &mut NewNetwork) -> Result<(), VirError> {
 /// # Errors
 /// XML error, for what is none; unsupported by name.
 pub fn network(text: &str) -> Result<NewNetwork, VirError> {
+    network_again(text, &|_| None)
+}
+
+/// The same of one that may be there: `bridge_of` answers its bridge by its name, which is then said as it is.
+///
+/// # Errors
+/// Those of [`network`].
+pub fn network_again(text: &str, bridge_of: &dyn Fn(&str) -> Option<String>) -> Result<NewNetwork, VirError> {
     let e = document(text)?;
     if e.name() != "network" {
         return Err(wrong(format!("unexpected root element <{}>, expecting <network>", e.name())));
@@ -240,7 +248,8 @@ pub fn network(text: &str) -> Result<NewNetwork, VirError> {
             "description" => new.description = child.body().to_owned(),
             "bridge" => {
                 // Whether it spans a tree, and how soon, is the kernel's default.
-                if let Some(other) = child.attribute("name").filter(|n| *n != new.name) {
+                let is = |n: &&str| *n == new.name || bridge_of(&new.name).as_deref() == Some(*n);
+                if let Some(other) = child.attribute("name").filter(|n| !is(n)) {
                     let why = format!(
                         "a network's bridge has its name; call the network '{other}', or leave it out"
                     );
