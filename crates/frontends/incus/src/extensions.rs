@@ -116,6 +116,7 @@ pub const TESTED: &[(&str, &str)] = &[
     ("project_usage", "profiles_and_projects_live"),
     ("project_access", "roles_are_given_and_explained"),
     ("projects", "profiles_and_projects_live"),
+    ("projects_networks", "projects_have_networks_of_their_own"),
     ("resources", "storage_pools_live"),
     ("resources_cpu_core_die", "resources_are_the_hosts"),
     ("resources_pci", "resources_are_the_hosts"),

@@ -246,3 +246,52 @@ async fn allocations_are_listed() {
     assert_eq!(of("network-forward")[0]["addresses"], "192.0.2.50/32");
     s.get("/1.0/network-allocations?project=nothing").await.refused(404);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn projects_have_networks_of_their_own() {
+    let s = Server::start().await;
+    let shared = s.get("/1.0/networks").await.metadata();
+    for project in ["acme", "beta"] {
+        let body = json!({"name": project, "config": {"features.networks": "true"}});
+        assert_eq!(s.post("/1.0/projects", body).await.status, 201);
+        let path = format!("/1.0/networks/lan?project={project}");
+        let created = s.post(&format!("/1.0/networks?project={project}"), json!({"name": "lan"})).await;
+        assert_eq!((created.status, created.header("location")), (201, &*path));
+        assert_eq!(s.get(&format!("/1.0/networks?project={project}")).await.metadata(), json!([path]));
+        let project_now = s.get(&format!("/1.0/projects/{project}")).await.metadata();
+        assert!(project_now["used_by"].as_array().unwrap().contains(&json!(path)), "{project_now}");
+    }
+    assert_eq!(s.get("/1.0/networks").await.metadata(), shared);
+    s.get("/1.0/networks/lan").await.refused(404);
+    let first = shared[0].as_str().unwrap();
+    s.get(&format!("{first}?project=beta")).await.refused(404);
+    s.get(&format!("{first}/leases?project=beta")).await.refused(404);
+    let body = json!({"name": "g", "source": {"type": "none"}, "devices": {
+        "root": {"type": "disk", "path": "/", "pool": "default"}, "eth0": {"type": "nic", "network": "lan"}}});
+    s.done(s.post("/1.0/instances?project=beta", body).await).await;
+    let lan = s.get("/1.0/networks/lan?project=beta").await.metadata();
+    assert_eq!(
+        (&lan["project"], &lan["used_by"]),
+        (&json!("beta"), &json!(["/1.0/instances/g?project=beta"]))
+    );
+    assert_eq!(s.get("/1.0/networks/lan?project=acme").await.metadata()["used_by"], json!([]));
+    s.delete("/1.0/networks/lan?project=beta").await.refused(409);
+    s.patch("/1.0/networks/lan?project=acme", json!({"config": {"user.a": "b"}})).await.metadata();
+    assert!(s.get("/1.0/networks/lan?project=beta").await.metadata()["config"].get("user.a").is_none());
+    assert_eq!(s.post("/1.0/network-acls?project=acme", json!({"name": "web"})).await.status, 201);
+    assert_eq!(s.get("/1.0/network-acls").await.metadata(), json!([]));
+    assert_eq!(
+        s.get("/1.0/network-acls?project=acme").await.metadata(),
+        json!(["/1.0/network-acls/web?project=acme"])
+    );
+    let renamed = s.post("/1.0/networks/lan?project=acme", json!({"name": "wan"})).await;
+    assert_eq!((renamed.status, renamed.header("location")), (201, "/1.0/networks/wan?project=acme"));
+    s.delete("/1.0/networks/wan?project=acme").await.metadata();
+    s.delete("/1.0/projects/acme").await.refused(409);
+    s.delete("/1.0/network-acls/web?project=acme").await.metadata();
+    s.delete("/1.0/projects/acme").await.metadata();
+    for key in ["features.networks.zones", "restricted.networks.uplinks"] {
+        let said = s.post("/1.0/projects", json!({"name": "zoned", "config": {key: "true"}})).await;
+        assert!(said.refused(400).contains(key));
+    }
+}
