@@ -57,7 +57,7 @@ impl Engine {
         let compression = match request.compression {
             Some(compression) => compression,
             None => {
-                self.settings_in(&*self.project(context, project, Permission::ProjectView)?).image_compression
+                self.settings_in(&self.project(context, project, Permission::ProjectView)?).image_compression
             }
         };
         let inner = self.inner();
