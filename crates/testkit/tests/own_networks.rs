@@ -43,7 +43,13 @@ async fn make(w: &World, context: &Context, project: &str, name: &str, keys: &[(
     done(w, w.engine.network_create(context, project, request).await.map(|(_, operation)| operation)).await
 }
 
-async fn change(w: &World, context: &Context, project: &str, name: &str, keys: &[(&str, &str)]) -> Result<()> {
+async fn change(
+    w: &World,
+    context: &Context,
+    project: &str,
+    name: &str,
+    keys: &[(&str, &str)],
+) -> Result<()> {
     let mut all = w.engine.network(&w.admin, project, name)?.config.clone();
     all.extend(config(keys));
     let request = UpdateNetwork { description: String::new(), config: all, if_version: None };
@@ -100,7 +106,10 @@ fn names_are_the_projects_and_interfaces_the_hosts() {
             make(&w, c, name, "lan", &[]).await.unwrap();
         }
         refused(make(&w, c, "acme", "lan", &[]).await, ErrorKind::Conflict, "exists already");
-        assert_eq!((names(&w, c, "acme"), names(&w, c, "default")), (vec!["lan".into()], vec!["karstbr0".into()]));
+        assert_eq!(
+            (names(&w, c, "acme"), names(&w, c, "default")),
+            (vec!["lan".into()], vec!["karstbr0".into()])
+        );
         let bridge = |project: &str, name: &str| {
             let spec = w.agent.network_spec(id(&w, project, name)).expect("it is on the host");
             assert_eq!(spec.bridge, e.network(c, project, name).unwrap().interface());
@@ -170,7 +179,11 @@ fn guests_are_on_the_networks_of_their_project() {
             let e1 = refused(create(&w, "acme", nic).await, ErrorKind::NotFound, network);
             assert_eq!(e1.field.as_deref(), Some("devices.eth0.network"));
         }
-        refused(create(&w, "default", with_nic("x", &[("network", "lan")])).await, ErrorKind::NotFound, "lan");
+        refused(
+            create(&w, "default", with_nic("x", &[("network", "lan")])).await,
+            ErrorKind::NotFound,
+            "lan",
+        );
         // Nor by the names that they have on the host.
         let theirs = e.network(c, "beta", "lan").unwrap().interface().to_owned();
         for (project, interface) in [("acme", "karstbr0"), ("acme", &*theirs), ("default", &*theirs)] {
@@ -186,11 +199,16 @@ fn guests_are_on_the_networks_of_their_project() {
             let subnet = e.network(c, project, "lan").unwrap().bridge().unwrap().ipv4.unwrap();
             std::net::Ipv4Addr::from(u32::from(subnet.network()) + 77).to_string()
         };
-        let fixed = |name: &str, address: &str| with_nic(name, &[("network", "lan"), ("ipv4.address", address)]);
+        let fixed =
+            |name: &str, address: &str| with_nic(name, &[("network", "lan"), ("ipv4.address", address)]);
         create(&w, "acme", fixed("one", &address("acme"))).await.unwrap();
         let twice = create(&w, "acme", fixed("two", &address("acme"))).await;
         refused(twice, ErrorKind::Conflict, "by instance \"one\"");
-        refused(create(&w, "beta", fixed("two", &address("acme"))).await, ErrorKind::Invalid, "not an address");
+        refused(
+            create(&w, "beta", fixed("two", &address("acme"))).await,
+            ErrorKind::Invalid,
+            "not an address",
+        );
         // Used, they stay; and a project with networks keeps what it has of its own.
         for name in ["acme", "beta"] {
             let gone = done(&w, e.network_delete(c, name, "lan").await).await;
@@ -222,9 +240,11 @@ fn rules_follow_the_project_of_their_network() {
             ..Default::default()
         };
         let set = |address: &str| UpdateAddressSet { addresses: vec![address.into()], ..Default::default() };
-        for (name, address, action) in
-            [("acme", "192.0.2.1", "drop"), ("default", "192.0.2.2", "allow"), ("beta", "192.0.2.3", "reject")]
-        {
+        for (name, address, action) in [
+            ("acme", "192.0.2.1", "drop"),
+            ("default", "192.0.2.2", "allow"),
+            ("beta", "192.0.2.3", "reject"),
+        ] {
             if name != "default" {
                 project(&w, name, &[]).await;
                 make(&w, c, name, "lan", &[]).await.unwrap();
@@ -253,7 +273,11 @@ fn rules_follow_the_project_of_their_network() {
         assert_eq!(used("default"), [""; 0]);
         refused(e.acl_delete(c, "beta", "web").await, ErrorKind::Conflict, "used by");
         e.acl_delete(c, "default", "web").await.unwrap();
-        refused(change(&w, c, "default", "karstbr0", &[("security.acls", "web")]).await, ErrorKind::NotFound, "web");
+        refused(
+            change(&w, c, "default", "karstbr0", &[("security.acls", "web")]).await,
+            ErrorKind::NotFound,
+            "web",
+        );
         let set_used = e.address_set_used_by(c, &e.address_set(c, "acme", "office").unwrap());
         assert_eq!(set_used, ["/1.0/network-acls/web?project=acme"]);
         e.acl_rename(c, "default", "web", "x").await.expect_err("it is gone");
@@ -274,7 +298,9 @@ fn rules_follow_the_project_of_their_network() {
         assert_eq!(w.agent.network_spec(id(&w, "acme", "lan")).unwrap().forwards.len(), 1);
         assert_eq!(e.forwards(c, "beta", "lan").await.unwrap().len(), 0);
         done(&w, e.network_delete(c, "acme", "lan").await).await.unwrap();
-        e.forward_create(c, "beta", "lan", "198.51.100.7", forward()).await.expect("it went with its network");
+        e.forward_create(c, "beta", "lan", "198.51.100.7", forward())
+            .await
+            .expect("it went with its network");
         w.settle().await;
         assert_eq!(w.faults().await, Vec::<String>::new());
         w.engine.close();
@@ -322,8 +348,13 @@ fn who_may_change_a_project_has_its_networks_but_not_the_host() {
             config: config(&[("parent", "granted0")]),
             ..Default::default()
         };
-        refused(e.network_create(&tenant, "acme", uplink).await, ErrorKind::Forbidden, "interface of the host");
-        let forward = e.forward_create(&tenant, "acme", "lan", "198.51.100.7", UpdateForward::default()).await;
+        refused(
+            e.network_create(&tenant, "acme", uplink).await,
+            ErrorKind::Forbidden,
+            "interface of the host",
+        );
+        let forward =
+            e.forward_create(&tenant, "acme", "lan", "198.51.100.7", UpdateForward::default()).await;
         refused(forward, ErrorKind::Forbidden, "address of the host");
         assert_eq!(w.fingerprint(), before);
         // What an administrator gave the network stays when the tenant changes the rest.

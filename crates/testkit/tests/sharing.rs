@@ -5,9 +5,7 @@ use karst_engine::{
     compute::create::CreateInstance,
     snapshots::{Origin, create::CreateSnapshot},
     tenancy::UpdateProfile,
-    volumes::{
-        copy::CopyVolume, create::CreateVolume, relocate::MoveVolume, update::UpdateVolume, users,
-    },
+    volumes::{copy::CopyVolume, create::CreateVolume, relocate::MoveVolume, update::UpdateVolume, users},
 };
 use karst_env::SeededEnv;
 use karst_model::{
@@ -82,8 +80,11 @@ fn refused<T>(result: Result<T>, kind: ErrorKind, says: &str) -> Error {
 /// Names of the custom volumes of a project.
 fn custom(w: &World, context: &Context, project: Option<&str>) -> Vec<String> {
     let all = w.engine.volumes(context, "default", project).unwrap();
-    let mut names: Vec<_> =
-        all.iter().filter(|v| v.owner == karst_model::storage::VolumeOwner::Custom).map(|v| v.name.clone()).collect();
+    let mut names: Vec<_> = all
+        .iter()
+        .filter(|v| v.owner == karst_model::storage::VolumeOwner::Custom)
+        .map(|v| v.name.clone())
+        .collect();
     names.sort();
     names
 }
@@ -140,7 +141,11 @@ fn a_project_may_share_the_custom_volumes_of_the_default_project() {
         refused(gone, ErrorKind::Conflict, "used by");
         // To a project that shares it, it would not go anywhere.
         let to = MoveVolume { project: Some("lean".into()), ..Default::default() };
-        refused(e.volume_move(c, "default", "default", "x", to).await, ErrorKind::Invalid, "is there already");
+        refused(
+            e.volume_move(c, "default", "default", "x", to).await,
+            ErrorKind::Invalid,
+            "is there already",
+        );
         let copy = CopyVolume {
             project: "lean".into(),
             pool: "default".into(),
@@ -184,11 +189,19 @@ fn who_may_change_a_project_that_shares_volumes_may_use_them_and_no_more() {
         refused(make(&w, &tenant, "lean", "w").await, ErrorKind::Forbidden, "may not change");
         let update =
             UpdateVolume { description: "x".into(), config: config(&[("size", "2GiB")]), if_version: None };
-        refused(e.volume_update(&tenant, "lean", "default", "v", update).await, ErrorKind::Forbidden, "change");
+        refused(
+            e.volume_update(&tenant, "lean", "default", "v", update).await,
+            ErrorKind::Forbidden,
+            "change",
+        );
         refused(e.volume_rename(&tenant, "lean", "default", "v", "x").await, ErrorKind::Forbidden, "change");
         refused(e.volume_delete(&tenant, "lean", "default", "v").await, ErrorKind::Forbidden, "change");
         let of = Origin::Volume { project: "lean", pool: "default", name: "v" };
-        refused(e.snapshot_create(&tenant, of, CreateSnapshot::default()).await, ErrorKind::Forbidden, "change");
+        refused(
+            e.snapshot_create(&tenant, of, CreateSnapshot::default()).await,
+            ErrorKind::Forbidden,
+            "change",
+        );
         refused(e.backup_create(&tenant, of, Default::default()).await, ErrorKind::Forbidden, "change");
         assert_eq!(w.fingerprint(), before);
         // Who is an operator of both may.

@@ -109,13 +109,18 @@ pub fn document_of(
     let (memory, cpus) = (limits.memory_kib(call)?, limits.cpus(call)?);
     let pinned = limits.pinned().map(ranges);
     let instance = &view.instance;
+    let records = call.session.front.engine.inner().inventory.read();
+    let bridge = |network: &str| {
+        let found = records.network(instance.project, network).ok();
+        found.map_or(network, |n| n.interface()).to_owned()
+    };
+    let bridge: &dyn Fn(&str) -> String = &bridge;
     if let (Driver::Qemu, Some(hardware)) = (driver, &instance.hardware) {
         let kind = match view.runtime.as_ref().and_then(|r| r.accelerator.as_deref()) {
             Some("kvm") => "kvm",
             None if facts.accelerator.kind == AcceleratorKind::Kvm => "kvm",
             _ => "qemu",
         };
-        let records = call.session.front.engine.inner().inventory.read();
         let disc = |pool: &str, volume: &str| {
             let found = records.custom_volume(instance.project, pool, volume);
             found.is_some_and(|v| v.content == VolumeContent::Iso)
@@ -123,8 +128,21 @@ pub fn document_of(
         let id = Some(domain_id(view)).filter(|_| live);
         let disc = &disc;
         let spice = hardware.display && speaks_spice(config, live.then_some(&facts));
-        let shown =
-            Shown { view, hardware, config, devices, kind, id, memory, cpus, pinned, spice, guard, disc };
+        let shown = Shown {
+            view,
+            hardware,
+            config,
+            devices,
+            kind,
+            id,
+            memory,
+            cpus,
+            pinned,
+            spice,
+            guard,
+            disc,
+            bridge,
+        };
         return super::machine::write::document(&shown);
     }
     let mut e = Element::new("domain")
@@ -142,7 +160,7 @@ pub fn document_of(
     e.push(Element::text("memory", memory).with("unit", "KiB"));
     e.push(Element::text("currentMemory", memory).with("unit", "KiB"));
     e.push(Element::text("vcpu", cpus).with("placement", "static").with_some("cpuset", pinned));
-    container(&mut e, &facts, &parse_devices(devices)?, view, live);
+    container(&mut e, &facts, &parse_devices(devices)?, view, live.then_some(bridge));
     Ok(e.document())
 }
 
@@ -188,7 +206,14 @@ pub fn ends(e: &mut Element, config: &Config) {
     e.push(Element::text("on_crash", if restarts(config) { "restart" } else { "destroy" }));
 }
 
-fn container(e: &mut Element, facts: &HostFacts, parsed: &ParsedDevices, view: &InstanceView, live: bool) {
+/// `bridge`: of one that runs, the bridge of a network.
+fn container(
+    e: &mut Element,
+    facts: &HostFacts,
+    parsed: &ParsedDevices,
+    view: &InstanceView,
+    bridge: Option<&dyn Fn(&str) -> String>,
+) {
     let kind = Element::text("type", "exe").with("arch", &facts.architecture);
     e.push(Element::new("os").child(kind).child(Element::text("init", "/sbin/init")));
     ends(e, &view.expanded_config);
@@ -214,8 +239,10 @@ fn container(e: &mut Element, facts: &HostFacts, parsed: &ParsedDevices, view: &
     for (name, nic) in parsed.nics.iter().filter(|(_, nic)| nic.attached) {
         let Some(identity) = view.instance.identities.get(name) else { continue };
         let guest = nic.name.as_ref().unwrap_or(name);
-        let i = interface(identity, nic.network().unwrap_or_default(), live)
-            .child(Element::new("guest").with("dev", guest));
+        let network = nic.network().unwrap_or_default();
+        let bridge = bridge.map(|of| of(network));
+        let i =
+            interface(identity, network, bridge.as_deref()).child(Element::new("guest").with("dev", guest));
         devices.push(i);
     }
     devices.push(
@@ -226,14 +253,12 @@ fn container(e: &mut Element, facts: &HostFacts, parsed: &ParsedDevices, view: &
     e.push(devices);
 }
 
-/// What interfaces of both kinds of guests have.
-pub(super) fn interface(identity: &DeviceIdentity, network: &str, live: bool) -> Element {
+/// What interfaces of both kinds of guests have; of those that run also the `bridge`.
+pub(super) fn interface(identity: &DeviceIdentity, network: &str, bridge: Option<&str>) -> Element {
     let mut e = Element::new("interface").with("type", "network");
     e.push(Element::new("mac").with("address", identity.mac.as_deref().unwrap_or_default()));
-    e.push(
-        Element::new("source").with("network", network).with_some("bridge", Some(network).filter(|_| live)),
-    );
-    if let Some(name) = identity.host_interface.as_deref().filter(|_| live) {
+    e.push(Element::new("source").with("network", network).with_some("bridge", bridge));
+    if let Some(name) = identity.host_interface.as_deref().filter(|_| bridge.is_some()) {
         e.push(Element::new("target").with("dev", name));
     }
     e

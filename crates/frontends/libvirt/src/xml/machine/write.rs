@@ -51,6 +51,8 @@ pub struct Shown<'a> {
     pub guard: Option<ShownGuard>,
     /// Is the volume of this pool and name a disc?
     pub disc: &'a dyn Fn(&str, &str) -> bool,
+    /// The bridge of the network of this name.
+    pub bridge: &'a dyn Fn(&str) -> String,
 }
 
 /// The order in which libvirt writes what is in a domain.
@@ -436,7 +438,8 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
         let Some(identity) = of(name) else { continue };
         let mac = identity.mac.clone().unwrap_or_default();
         let kept = opaque.nics.get(&mac).or_else(|| opaque.nics.get(&n.to_string()));
-        devices.push(interface(identity, nic, orders.order(nic.boot_priority), live, kept));
+        let bridge = live.then(|| (shown.bridge)(nic.network().unwrap_or_default()));
+        devices.push(interface(identity, nic, orders.order(nic.boot_priority), bridge.as_deref(), kept));
     }
     let given = |name: &str| opaque.devices.iter().any(|e| e.name() == name);
     let port = |name: &'static str, target: &'static str| {
@@ -686,10 +689,11 @@ fn interface(
     identity: &DeviceIdentity,
     nic: &NicDevice,
     boot: Option<u32>,
-    live: bool,
+    bridge: Option<&str>,
     kept: Option<&Element>,
 ) -> Element {
-    let mut e = super::super::domain::interface(identity, nic.network().unwrap_or_default(), live);
+    let live = bridge.is_some();
+    let mut e = super::super::domain::interface(identity, nic.network().unwrap_or_default(), bridge);
     if nic.kind == NicKind::User {
         e.set("type", "user");
         e.elements_mut().retain(|inner| inner.name() == "mac");
