@@ -307,6 +307,91 @@ fn rules_follow_the_project_of_their_network() {
     });
 }
 
+/// Every change of what a project has of its own, of networks called `lan`, ACLs `web` and address sets `office`, and every look.
+async fn everything(w: &World, c: &Context, p: &str) -> [Vec<(&'static str, Result<()>)>; 2] {
+    let e = &w.engine;
+    let network = UpdateNetwork { description: "x".into(), config: Config::new(), if_version: None };
+    let (acl, set, forward) = (UpdateAcl::default, UpdateAddressSet::default, UpdateForward::default);
+    let changes = vec![
+        ("network_create", e.network_create(c, p, CreateNetwork::automatic("fresh")).await.map(drop)),
+        ("network_update", e.network_update(c, p, "lan", network).await.map(drop)),
+        ("network_rename", e.network_rename(c, p, "lan", "wan").await.map(drop)),
+        ("network_delete", e.network_delete(c, p, "lan").await.map(drop)),
+        ("acl_create", e.acl_create(c, p, "fresh", acl()).await),
+        ("acl_update", e.acl_update(c, p, "web", acl()).await),
+        ("acl_rename", e.acl_rename(c, p, "web", "web2").await),
+        ("acl_delete", e.acl_delete(c, p, "web").await),
+        ("address_set_create", e.address_set_create(c, p, "fresh", set()).await),
+        ("address_set_update", e.address_set_update(c, p, "office", set()).await),
+        ("address_set_rename", e.address_set_rename(c, p, "office", "home").await),
+        ("address_set_delete", e.address_set_delete(c, p, "office").await),
+        ("forward_create", e.forward_create(c, p, "lan", "198.51.100.8", forward()).await),
+        ("forward_update", e.forward_update(c, p, "lan", "198.51.100.7", forward()).await),
+        ("forward_delete", e.forward_delete(c, p, "lan", "198.51.100.7").await),
+    ];
+    let looks = vec![
+        ("networks", e.networks(c, p).map(drop)),
+        ("network", e.network(c, p, "lan").map(drop)),
+        ("network_state", e.network_state(c, p, "lan").await.map(drop)),
+        ("network_leases", e.network_leases(c, p, "lan").await.map(drop)),
+        ("acls", e.acls(c, p).map(drop)),
+        ("acl", e.acl(c, p, "web").map(drop)),
+        ("address_sets", e.address_sets(c, p).map(drop)),
+        ("address_set", e.address_set(c, p, "office").map(drop)),
+        ("forwards", e.forwards(c, p, "lan").await.map(drop)),
+        ("forward", e.forward(c, p, "lan", "198.51.100.7").await.map(drop)),
+    ];
+    [changes, looks]
+}
+
+fn who(w: &World, role: Role, project: Option<&str>) -> Context {
+    let id = project.map(|p| w.engine.project(&w.admin, p, Permission::ProjectView).unwrap().id);
+    let identity = Identity::Token { name: "somebody".into(), address: String::new() };
+    let grants = vec![Grant { role, project: id }];
+    Context::new(Principal::of(PrincipalId(uuid::Uuid::from_u128(97)), identity, grants))
+}
+
+#[test]
+fn each_role_has_its_part_of_a_projects_networks_and_strangers_none() {
+    SeededEnv::run(5, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        let (e, c) = (&w.engine, &w.admin);
+        for name in ["acme", "beta"] {
+            project(&w, name, &[]).await;
+            make(&w, c, name, "lan", &[]).await.unwrap();
+            e.acl_create(c, name, "web", UpdateAcl::default()).await.unwrap();
+            let set = UpdateAddressSet { addresses: vec!["192.0.2.1".into()], ..Default::default() };
+            e.address_set_create(c, name, "office", set).await.unwrap();
+        }
+        e.forward_create(c, "acme", "lan", "198.51.100.7", UpdateForward::default()).await.unwrap();
+        let before = w.fingerprint();
+        let kind = |result: &Result<()>| result.as_ref().err().map(|e| e.kind);
+        for (context, change, look) in [
+            (
+                Context::new(Principal::anonymous()),
+                ErrorKind::Unauthenticated,
+                Some(ErrorKind::Unauthenticated),
+            ),
+            (who(&w, Role::Operator, Some("beta")), ErrorKind::NotFound, Some(ErrorKind::NotFound)),
+            (who(&w, Role::Operator, Some("default")), ErrorKind::NotFound, Some(ErrorKind::NotFound)),
+            (who(&w, Role::Viewer, Some("acme")), ErrorKind::Forbidden, None),
+            (who(&w, Role::User, Some("acme")), ErrorKind::Forbidden, None),
+            (who(&w, Role::Viewer, None), ErrorKind::Forbidden, None),
+        ] {
+            let [changes, looks] = everything(&w, &context, "acme").await;
+            let by = context.principal().identity.describe();
+            for (name, result) in &changes {
+                assert_eq!(kind(result), Some(change), "{name} by {by} {:?}", context.principal().grants);
+            }
+            for (name, result) in &looks {
+                assert_eq!(kind(result), look, "{name} by {by} {:?}", context.principal().grants);
+            }
+        }
+        assert_eq!(w.fingerprint(), before);
+        w.engine.close();
+    });
+}
+
 #[test]
 fn who_may_change_a_project_has_its_networks_but_not_the_host() {
     SeededEnv::run(4, |env| async move {

@@ -236,6 +236,10 @@ pub(super) async fn networks(s: &Subject) {
     let renamed = NetworkSpec { bridge: choice_of(&network.bridge), ..network.clone() };
     s.agent.network_ensure(&s.change(), renamed.clone()).await.unwrap();
     s.agent.network_ensure(&s.change(), network.clone()).await.expect("and the old one back");
+    // A project's alone, with its walls, and again one that projects share.
+    let own = NetworkSpec { owner: Some(karst_model::ProjectId(s.env.uuid())), ..network.clone() };
+    s.agent.network_ensure(&s.change(), own).await.unwrap();
+    s.agent.network_ensure(&s.change(), network.clone()).await.expect("and without");
     s.agent.network_remove(&s.change(), network.id).await.unwrap();
     s.agent.network_remove(&s.change(), network.id).await.expect("twice is once");
     refused(s.agent.network_state(&s.read(), network.id).await, ErrorKind::NotFound);
