@@ -140,6 +140,7 @@ impl EngineInner {
             }
             // Without an address of its own it can share the MAC only, and there is an index of these: with thousands of
             // guests on a network a look at each would be most of what a creation costs.
+            let users = records.network_users(network.project);
             let fixed = host.ipv4.is_some() || host.ipv6.is_some() || !routes.is_empty();
             let others: Vec<InstanceId> = match fixed {
                 true => records.instances.keys().copied().collect(),
@@ -150,7 +151,7 @@ impl EngineInner {
                 if together.is_some_and(|profile| other.profiles.contains(&profile)) {
                     continue;
                 }
-                if records.network_home(other.project) != network.project {
+                if !users.contains(&other.project) {
                     continue;
                 }
                 let Some(view) = self.inventory.view(records, id) else { continue };

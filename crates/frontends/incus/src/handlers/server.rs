@@ -185,6 +185,7 @@ pub async fn metadata(_: Call) -> Result<Reply> {
     sync(&json!({"configs": {
         "instance": groups,
         "network-bridge": {"common": {"keys": texts(BRIDGE_KEYS)}},
+        "project": {"specific": {"keys": texts(karst_model::project::TEXTS)}},
         "server": {"core": {"keys": texts(SERVER_KEYS)}},
     }}))
 }
