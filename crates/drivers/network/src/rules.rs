@@ -47,7 +47,7 @@ pub(crate) fn tables(
     ports(daemon, &mut bridge, networks, &unmanaged, bridge_reject);
     loose::cables(&mut inet, loose);
     views::rules(&mut inet, &mut bridge, networks);
-    walls::rules(&mut inet, networks);
+    walls::rules(daemon, &mut inet, networks);
     [inet, bridge]
 }
 

@@ -2,21 +2,33 @@
 //! answers at the bridge of a network to that network's own guests only. What a forward publishes is for everybody. Pure.
 //!
 //! A side is a project with its own networks, or all that projects share; each side has a chain and a few sets, so that a host with
-//! hundreds of tenants has as many, and not one for each pair.
+//! hundreds of tenants has as many, and not one for each pair. Whose guest is at the other end of a cable (a NIC on no bridge), the
+//! rules do not know: between cables and what is a project's alone nothing passes either.
 
 use crate::ruleset::Table;
 use karst_model::spec::NetworkSpec;
 
+const FORWARD: &str = "filter hook forward priority filter - 1; policy accept";
+const INPUT: &str = "filter hook input priority filter - 1; policy accept";
+
 /// The rules, where there is anything to be apart from.
-pub(crate) fn rules(t: &mut Table, networks: &[NetworkSpec]) {
+pub(crate) fn rules(daemon: &str, t: &mut Table, networks: &[NetworkSpec]) {
     if networks.iter().all(|network| network.owner.is_none()) {
         return;
     }
-    for (base, hook, map) in [("walls", "forward", "walls_from"), ("walls_host", "input", "walls_at")] {
-        t.base(base, &format!("filter hook {hook} priority filter - 1; policy accept"))
-            .push(format!("iifname vmap @{map}"));
-    }
+    t.base("walls_host", INPUT).push("iifname vmap @walls_at".into());
+    // What every interface of this daemon's guests is called; those of ports of bridges are not seen where packets are routed.
+    let cables = format!("\"k{daemon}*\"");
+    t.chain("walls_cables").extend([
+        "ct status & dnat != 0 accept".to_owned(),
+        format!("iifname {cables} oifname @wb_own drop"),
+        format!("iifname @wb_own oifname {cables} drop"),
+    ]);
+    t.base("walls", FORWARD).extend(["jump walls_cables", "iifname vmap @walls_from"].map(str::to_owned));
     for network in networks {
+        if network.owner.is_some() {
+            t.set("wb_own", "type ifname;").insert(format!("\"{}\"", network.bridge));
+        }
         let side = network.owner.map_or("shared".to_owned(), |project| project.uuid().simple().to_string());
         let bridge = format!("\"{}\"", network.bridge);
         for bridges in [format!("wb_{side}"), "wb_all".to_owned()] {
@@ -67,7 +79,7 @@ mod tests {
 
     fn table(networks: &[NetworkSpec]) -> Table {
         let mut t = Table::new("inet", "x".into());
-        rules(&mut t, networks);
+        rules("ab12cd", &mut t, networks);
         t
     }
 
@@ -90,6 +102,11 @@ mod tests {
         let own = &t.chains[&format!("wf_{}", side(7))].rules;
         assert_eq!(own[1], format!("oifname @wb_{} accept", side(7)));
         assert_eq!(own.last().unwrap(), "oifname @wb_all drop");
+        assert_eq!(elements("wb_own"), ["\"br2\"", "\"br3\"", "\"br4\""]);
+        assert_eq!(t.chains["walls"].rules, ["jump walls_cables", "iifname vmap @walls_from"]);
+        assert!(
+            t.chains["walls_cables"].rules.contains(&"iifname \"kab12cd*\" oifname @wb_own drop".to_owned())
+        );
         let host = &t.chains["wh_shared"].rules;
         assert_eq!(host[0], "ip daddr @w4_shared accept");
         assert!(host.contains(&"ip daddr @w4_all drop".to_owned()), "{host:?}");
