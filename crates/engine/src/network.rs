@@ -283,9 +283,11 @@ impl Engine {
             agent.network_leases(&CallContext::read(Duration::from_secs(10)), network.id).await?;
         // One network serves several projects: nobody learns of guests in those that he may not see.
         let records = self.inner().inventory.read();
+        let users = records.network_users(network.project);
         let owners: HashMap<&str, ProjectId> = records
             .instances
             .values()
+            .filter(|i| users.contains(&i.project))
             .flat_map(|i| i.identities.values().filter_map(|d| Some((d.mac.as_deref()?, i.project))))
             .collect();
         leases.retain(|l| {

@@ -117,4 +117,31 @@ mod tests {
             }
         }
     }
+
+    /// What people are told is what the rules do.
+    #[test]
+    fn the_explanation_names_the_wall() {
+        use karst_model::{
+            firewall::evaluate::{End, Packet, Payload, explain},
+            spec::NetworkHost,
+        };
+        let with_guest = |n: u128, owner| {
+            let ipv4 = Some(format!("10.77.{n}.10").parse().unwrap());
+            let guest = NetworkHost { mac: format!("02:00:00:00:00:0{n}"), ipv4, ..NetworkHost::default() };
+            NetworkSpec { hosts: vec![guest], ..network(n, owner) }
+        };
+        let passes = |one, two, to: &str| {
+            let networks = [with_guest(1, one), with_guest(2, two)];
+            let source = "10.77.1.10".parse().unwrap();
+            let packet =
+                Packet { source, destination: to.parse().unwrap(), payload: Payload::Tcp(50_000, 80) };
+            explain(&networks, End::Guest(0, 0), packet).passes
+        };
+        for to in ["10.77.2.10", "10.77.2.1"] {
+            assert!(passes(None, None, to) && passes(Some(7), Some(7), to), "{to}");
+            assert!(!passes(None, Some(7), to) && !passes(Some(7), None, to), "{to}");
+            assert!(!passes(Some(7), Some(8), to), "{to}");
+        }
+        assert!(passes(Some(7), Some(8), "10.77.1.1") && passes(Some(7), Some(8), "192.0.2.1"));
+    }
 }
