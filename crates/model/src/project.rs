@@ -64,7 +64,7 @@ pub const REFUSED: &[(&str, &str)] = &[
     ("restricted.networks.integrations", "networks are joined to no other cluster here"),
     (
         "restricted.networks.subnets",
-        "networks of a project have no uplink whose subnets they could take; its addresses are chosen for it",
+        "networks of a project have no uplink whose subnets they could take; theirs are chosen for them",
     ),
     ("restricted.networks.uplinks", "networks of a project are bridges, which have no uplink"),
     ("restricted.networks.zones", "DNS zones are not there"),
