@@ -57,7 +57,8 @@ impl Engine {
         let compression = match request.compression {
             Some(compression) => compression,
             None => {
-                self.settings_in(&self.project(context, project, Permission::ProjectView)?).image_compression
+                let named = self.project(context, project, Permission::ProjectView)?;
+                self.settings_in(&named).image_compression
             }
         };
         let inner = self.inner();
