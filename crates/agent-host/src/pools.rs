@@ -299,6 +299,19 @@ impl PoolPlace {
         blocking(move || mount_btrfs(&device, &directory)).await
     }
 
+    /// Takes away what the file system of DIR keeps of the pool beside its files, which are about to go with DIR.
+    pub async fn release_limits(&self, spec: &PoolSpec) -> Result<()> {
+        if spec.kind != PoolKind::Dir || matches!(spec.source, PoolSource::Granted { .. }) {
+            return Ok(());
+        }
+        let directory = self.directory.clone();
+        blocking(move || {
+            karst_storage::release_limits(&directory);
+            Ok(())
+        })
+        .await
+    }
+
     /// Undoes what makes it usable; its content stays.
     pub async fn close(&self, spec: &PoolSpec) -> Result<()> {
         if spec.kind.has_names() {
@@ -336,6 +349,7 @@ impl PoolPlace {
                 pool.clear().await?;
             }
         }
+        self.release_limits(spec).await?;
         self.close(spec).await?;
         let (place, spec) = (self.clone(), spec.clone());
         blocking(move || {

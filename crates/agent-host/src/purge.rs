@@ -56,6 +56,7 @@ impl RealAgent {
             self.forget_pool(pool.id);
             // What lies in DIR goes with it; what lies elsewhere goes now.
             let place = self.pool_place(pool.id);
+            left.note(format!("limits of pool {}", pool.id), place.release_limits(&pool).await);
             let closed = match pool.source {
                 PoolSource::Own { .. } => place.close(&pool).await,
                 PoolSource::Granted { .. } => place.remove(&pool).await,

@@ -1,7 +1,7 @@
 //! The contract of [`PoolDriver`]: one suite that each kind of pool passes on a real backend. Panics at the first breach.
 
 use crate::{Format, NewVolume, OpenTree, PoolDriver, Source};
-use karst_host::{Program, run};
+use karst_host::{Program, project_quota::within_limits, run};
 use karst_model::{ByteSize, ErrorKind, ImageId, SnapshotId, VolumeId, storage::VolumeContent};
 use std::{
     os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink},
@@ -337,14 +337,8 @@ async fn limits(pool: &dyn PoolDriver, scratch: &Path) {
     }
     pool.create(v, &new).await.unwrap();
     let at = pool.locate(v, None).await.unwrap().path;
-    let fill = |name: &str, mib: usize| {
-        let file = std::fs::File::create(at.join(name)).unwrap();
-        let piece: Vec<u8> = (0..1u32 << 20).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
-        (0..mib).try_for_each(|i| {
-            file.write_all_at(&piece, (i as u64) << 20)?;
-            file.sync_data()
-        })
-    };
+    // As a guest does, which has no right to pass over limits.
+    let fill = |name: &str, mib| within_limits(|| fill(&at.join(name), mib)).unwrap();
     fill("fits", 5).unwrap();
     let e = fill("does-not", 40).unwrap_err();
     assert!(
@@ -360,6 +354,19 @@ async fn limits(pool: &dyn PoolDriver, scratch: &Path) {
     let _ = scratch;
     pool.delete(v).await.unwrap();
     pool.settle().await;
+}
+
+/// Writes so many MiB that no file system can make smaller.
+///
+/// # Errors
+/// The system's.
+pub fn fill(file: &Path, mib: u64) -> std::io::Result<()> {
+    let file = std::fs::File::create(file)?;
+    let piece: Vec<u8> = (0..1u32 << 20).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    (0..mib).try_for_each(|i| {
+        file.write_all_at(&piece, i << 20)?;
+        file.sync_data()
+    })
 }
 
 /// A tree as others are given it to work on.

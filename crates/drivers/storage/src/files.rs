@@ -21,6 +21,7 @@ use crate::{
     Contents, Descriptions, Filling, Format, Located, NewVolume, OpenTree, PoolDriver, Reading, Snapshots,
     Source, VolumeInfo, descriptions,
     driver::apart,
+    filling::FileFilling,
     flush,
     hold::Hold,
     layers::{self, Opened},
@@ -177,6 +178,7 @@ impl FilePool {
             (Source::Empty, false) => {
                 self.with_states(move |states| {
                     states.make(&at)?;
+                    states.account(&at)?;
                     Ok(std::fs::DirBuilder::new().mode(0o755).create(at.join("rootfs"))?)
                 })
                 .await?;
@@ -205,6 +207,7 @@ impl FilePool {
                         let from = path.clone();
                         self.with_states(move |states| {
                             states.make_to_fill(&at)?;
+                            states.account(&at)?;
                             states::copy_tree(&from, &at.join("rootfs"), how).map(drop)
                         })
                         .await?;
@@ -341,7 +344,7 @@ impl FilePool {
     }
 
     /// Completes the state in `work`: mode, record, limit.
-    async fn complete(&self, work: &Path, record: &Record) -> Result<()> {
+    pub(crate) async fn complete(&self, work: &Path, record: &Record) -> Result<()> {
         let (at, record) = (work.to_owned(), record.clone());
         self.with_states(move |states| {
             std::fs::set_permissions(&at, Permissions::from_mode(Record::mode(record.content)))?;
@@ -356,8 +359,27 @@ impl FilePool {
         .await
     }
 
+    async fn used(&self, state: &Path, record: &Record) -> Result<(u64, u64)> {
+        let (states, at, record) = (self.states.clone(), state.to_owned(), record.clone());
+        blocking(move || states.used(&at, &record)).await
+    }
+
+    /// Refuses a new tree that holds more than it may: its maker is bound by no limit where clones are copies.
+    async fn demand_room(&self, work: &Path, record: &Record) -> Result<()> {
+        let copied = !record.content.is_disk() && !self.states.instant() && self.states.limits();
+        let Some(size) = record.size.filter(|_| copied) else { return Ok(()) };
+        let (used, _) = self.used(work, record).await?;
+        if used <= size.0 {
+            return Ok(());
+        }
+        Err(Error::quota(format!(
+            "it would hold {used} bytes, which is more than its size; choose a larger one"
+        ))
+        .at("size"))
+    }
+
     /// Puts the state in `work` in the place of the volume's, which goes: so it is on disk before.
-    async fn exchange(&self, work: Work, volume: VolumeId, filled: bool) -> Result<()> {
+    pub(crate) async fn exchange(&self, work: Work, volume: VolumeId, filled: bool) -> Result<()> {
         self.on_disk(work.path(), filled).await?;
         self.opened.forget(volume);
         let (new, now) = (work.path().to_owned(), self.dir(volume));
@@ -370,18 +392,17 @@ impl FilePool {
         // What `work` has now is the old state: it goes with it.
     }
 
+    fn no_limits(&self) -> Error {
+        let text = "this pool does not limit the size of containers' volumes";
+        Error::unsupported(format!("{text}; {}", self.states.lacks()))
+    }
+
     fn check_limit(&self, new: &NewVolume) -> Result<()> {
         if !new.content.is_disk() && new.size.is_some() && !self.states.limits() {
-            return Err(no_limits().at("size"));
+            return Err(self.no_limits().at("size"));
         }
         Ok(())
     }
-}
-
-fn no_limits() -> Error {
-    Error::unsupported(
-        "this pool does not limit the size of containers' volumes; leave the size out or use another pool",
-    )
 }
 
 pub(crate) fn mismatch() -> Error {
@@ -472,7 +493,7 @@ fn done(ended: karst_host::sandbox::Ended) -> Result<()> {
     ended.ok("qemu-img").map(drop).map_err(full)
 }
 
-fn info(id: VolumeId, r: Record) -> VolumeInfo {
+pub(crate) fn info(id: VolumeId, r: Record) -> VolumeInfo {
     VolumeInfo { id, content: r.content, format: r.format, size: r.size }
 }
 
@@ -493,6 +514,7 @@ impl PoolDriver for FilePool {
         let work = self.work();
         let record = self.build(work.path(), new).await?;
         self.complete(work.path(), &record).await?;
+        self.demand_room(work.path(), &record).await?;
         self.finish(work.path(), &new.source).await?;
         let (from, to) = (work.path().to_owned(), self.dir(volume));
         let flags = RenameFlags::NOREPLACE;
@@ -568,9 +590,10 @@ impl PoolDriver for FilePool {
         let record = self.known(volume, None).await?;
         let dir = self.dir(volume);
         let limited = record.content.is_disk() || self.states.limits();
+        let states = self.states.clone();
         blocking(move || {
             let total = record.size.filter(|_| limited).map_or(0, |s| s.0);
-            let (used, inodes_used) = states::used(&dir, &record)?;
+            let (used, inodes_used) = states.used(&dir, &record)?;
             Ok(Usage { used, total, inodes_used, inodes_total: 0 })
         })
         .await
@@ -589,11 +612,9 @@ impl PoolDriver for FilePool {
         let dir = self.dir(volume);
         if record.format == Format::Directory {
             if !self.states.limits() {
-                return Err(no_limits());
+                return Err(self.no_limits());
             }
-            let at = dir.clone();
-            let held = record.clone();
-            let (used, _) = blocking(move || states::used(&at, &held)).await?;
+            let (used, _) = self.used(&dir, &record).await?;
             if used > size.0 {
                 return Err(Error::invalid(
                     "size",
@@ -811,6 +832,7 @@ impl Contents for FilePool {
         let work = self.work();
         let record = self.build(work.path(), &new).await?;
         self.complete(work.path(), &record).await?;
+        self.demand_room(work.path(), &record).await?;
         let filled = matches!(
             source,
             Source::Tree { image: None, .. } | Source::Disk { image: None, .. } | Source::Full(_)
@@ -823,57 +845,19 @@ impl Contents for FilePool {
         let old = self.known(volume, None).await?;
         let work = self.work();
         let at = work.path().to_owned();
-        let limit = old.size.filter(|_| !old.content.is_disk() && self.states.limits());
+        let (tree, limit) = (!old.content.is_disk(), old.size.filter(|_| self.states.limits()));
         self.with_states(move |states| {
             states.make_to_fill(&at)?;
-            if limit.is_some() {
+            if tree {
+                states.account(&at)?;
+            }
+            if tree && limit.is_some() {
                 states.limit(&at, limit)?;
             }
             Ok(())
         })
         .await?;
         Ok(Box::new(FileFilling { work, volume, old }))
-    }
-}
-
-struct FileFilling {
-    work: Work,
-    volume: VolumeId,
-    old: Record,
-}
-
-#[async_trait]
-impl Filling for FileFilling {
-    fn directory(&self) -> &Path {
-        self.work.path()
-    }
-
-    async fn commit(self: Box<Self>) -> Result<VolumeInfo> {
-        let Self { work, volume, old } = *self;
-        let at = work.path().to_owned();
-        let record = blocking(move || {
-            if !old.content.is_disk() {
-                std::fs::rename(at.join("tree"), at.join("rootfs"))?;
-                return Ok(Record { format: Format::Directory, based: false, image: None, ..old });
-            }
-            let disk = File::options().write(true).open(at.join("disk.img"))?;
-            let came = disk.metadata()?.len().next_multiple_of(512);
-            // A disc is as large as what is on it; a disk keeps what it has beyond.
-            let size = match old.content {
-                VolumeContent::Iso => came,
-                _ => came.max(old.size.map_or(0, |s| s.0)),
-            };
-            check_disk_size(size)?;
-            disk.set_len(size)?;
-            disk.sync_all()?;
-            disk.set_permissions(Permissions::from_mode(0o600))?;
-            Ok(Record { format: Format::Raw, based: false, size: Some(ByteSize(size)), ..old })
-        })
-        .await?;
-        let pool = work.pool.clone();
-        pool.complete(work.path(), &record).await?;
-        pool.exchange(work, volume, true).await?;
-        Ok(info(volume, record))
     }
 }
 

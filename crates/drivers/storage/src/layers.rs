@@ -132,6 +132,7 @@ impl FilePool {
                 std::fs::remove_file(mark)?;
             }
             states.make(&at)?;
+            states.account(&at)?;
             prepare(&at, Some(&base.join("rootfs")))?;
             written.write(&at)
         })

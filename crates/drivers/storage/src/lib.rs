@@ -5,11 +5,13 @@ pub mod contract;
 mod descriptions;
 mod driver;
 pub mod files;
+mod filling;
 mod flush;
 mod hold;
 mod layers;
 pub mod objects;
 mod open;
+mod projects;
 mod states;
 mod sweep;
 
@@ -18,6 +20,7 @@ pub use driver::*;
 pub use files::FilePool;
 pub use hold::{Hold, hold_by_id};
 pub use objects::ObjectPool;
+pub use projects::release_limits;
 
 #[cfg(test)]
 #[path = "../../../testkit/src/backends.rs"]

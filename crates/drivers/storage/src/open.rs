@@ -5,6 +5,7 @@ use crate::{
     files::{blocking, fresh},
     flush,
     hold::{Hold, hold},
+    projects::{self, Projects, Without},
     states::{Directories, States, Subvolumes},
     sweep::{Live, sweeper},
 };
@@ -26,9 +27,39 @@ enum Purpose {
     Look,
 }
 
-/// Where it is tried whether the pool can have layers: not in the trash, where a sweep that this process began for an earlier use
+/// Where it is tried what the pool can have (layers, limits): not in the trash, where a sweep that this process began for an earlier use
 /// of the pool would take it away.
 const TRIAL: &str = "trial";
+
+/// Tries something in an empty directory of the pool, of which nothing stays.
+fn tried<T>(root: &Path, trial: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+    let at = root.join(TRIAL);
+    // One that was killed in the midst of this left it.
+    let gone = || {
+        projects::release(&at);
+        match std::fs::remove_dir_all(&at) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        }
+    };
+    gone()?;
+    std::fs::create_dir(&at)?;
+    let found = trial(&at);
+    gone()?;
+    found
+}
+
+/// How plain directories are kept in `root`: by what its file system can.
+fn directories(root: &Path, purpose: Purpose) -> Result<Directories> {
+    let projects = match purpose {
+        Purpose::Look => Err(Without::Looking),
+        Purpose::Use => tried(root, |trial| Projects::find(root, trial))?,
+    };
+    if let Ok(projects) = &projects {
+        projects.repair(root)?;
+    }
+    Ok(Directories { projects })
+}
 
 /// To the trash; that sweep may have been there first.
 fn throw_away(state: &Path, root: &Path) -> io::Result<()> {
@@ -95,34 +126,28 @@ impl FilePool {
     }
 
     async fn open(root: PathBuf, kind: PoolKind, worker: Launcher, purpose: Purpose) -> Result<Self> {
-        let states: Arc<dyn States> = match kind {
-            PoolKind::Dir => Arc::new(Directories),
-            PoolKind::Btrfs if karst_host::btrfs::is_btrfs(&root)? => Arc::new(Subvolumes),
-            PoolKind::Btrfs => {
+        match kind {
+            PoolKind::Btrfs if !karst_host::btrfs::is_btrfs(&root)? => {
                 return Err(Error::invalid("source", "the directory is not on a btrfs file system"));
             }
             PoolKind::Zfs | PoolKind::Lvm => {
                 return Err(Error::internal("a pool of this kind is not one of directories", kind.as_str()));
             }
-        };
+            PoolKind::Dir | PoolKind::Btrfs => {}
+        }
         let at = root.clone();
-        let hold = blocking(move || prepare(&at, purpose)).await?;
-        let layered = purpose == Purpose::Use && !states.instant() && {
-            let trial = root.join(TRIAL);
-            blocking(move || {
-                // One that was killed in the midst of this left it.
-                let gone = |trial: &Path| match std::fs::remove_dir_all(trial) {
-                    Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-                    _ => Ok(()),
-                };
-                gone(&trial)?;
-                std::fs::create_dir(&trial)?;
-                let works = karst_host::overlay::works(&trial);
-                gone(&trial)?;
-                Ok(works)
-            })
-            .await?
-        };
+        let (hold, states, layered) = blocking(move || {
+            let hold = prepare(&at, purpose)?;
+            let states: Arc<dyn States> = match kind {
+                PoolKind::Btrfs => Arc::new(Subvolumes),
+                _ => Arc::new(directories(&at, purpose)?),
+            };
+            let layered = purpose == Purpose::Use
+                && !states.instant()
+                && tried(&at, |trial| Ok(karst_host::overlay::works(trial)))?;
+            Ok((hold, states, layered))
+        })
+        .await?;
         let (taking, live) = (Arc::default(), Arc::<Live>::default());
         let (sweep, wanted) = mpsc::channel(64);
         tokio::spawn(sweeper(root.clone(), states.clone(), Arc::clone(&taking), live.clone(), wanted));

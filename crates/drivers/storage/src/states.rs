@@ -2,7 +2,10 @@
 //!
 //! A state is `volume.json` with `rootfs/` (a tree; an empty one with `over/`, see [`crate::layers`]) or `disk.img` and perhaps `base.img` (a disk).
 
-use crate::{Format, flush};
+use crate::{
+    Format, flush,
+    projects::{self, Projects, Without},
+};
 use karst_host::{
     btrfs,
     fs::{self as hostfs, TreeMode},
@@ -73,6 +76,10 @@ pub(crate) trait States: Send + Sync + std::fmt::Debug {
     fn make_to_fill(&self, at: &Path) -> Result<()> {
         self.make(at)
     }
+    /// Lets what is going to be made in it be counted, where that is not so anyway: nothing of the volume's tree is there yet.
+    fn account(&self, _: &Path) -> Result<()> {
+        Ok(())
+    }
     /// Makes `to` what `from` is; `to` cannot be changed with `frozen`, where the file system has that.
     fn clone(&self, from: &Path, to: &Path, record: &Record, frozen: bool) -> Result<()>;
     /// Removes one, or a directory of them.
@@ -81,6 +88,14 @@ pub(crate) trait States: Send + Sync + std::fmt::Debug {
     fn limits(&self) -> bool;
     /// Limits what the state may hold.
     fn limit(&self, at: &Path, size: Option<ByteSize>) -> Result<()>;
+    /// Why there are no limits, and what to do about it; of use where there are none.
+    fn lacks(&self) -> String {
+        String::new()
+    }
+    /// Bytes and entries of a state.
+    fn used(&self, at: &Path, record: &Record) -> Result<(u64, u64)> {
+        used(at, record)
+    }
 }
 
 /// Lets a qcow2 file forget its bitmaps: those of a copy are what changed of its original, and of one that a machine has open they
@@ -105,7 +120,10 @@ const NO_FOLLOW: i32 = rustix::fs::OFlags::NOFOLLOW.bits() as i32;
 
 /// Plain directories: a clone shares blocks where the file system can, and is a copy otherwise.
 #[derive(Debug)]
-pub(crate) struct Directories;
+pub(crate) struct Directories {
+    /// By which limits are held, or why they are not.
+    pub projects: std::result::Result<Projects, Without>,
+}
 
 impl States for Directories {
     fn kind(&self) -> PoolKind {
@@ -121,9 +139,18 @@ impl States for Directories {
         self.make(at)?;
         flush::mark(at)
     }
-    fn clone(&self, from: &Path, to: &Path, record: &Record, _: bool) -> Result<()> {
+    fn account(&self, at: &Path) -> Result<()> {
+        match &self.projects {
+            Ok(projects) => projects.claim(at).map(drop),
+            Err(_) => Ok(()),
+        }
+    }
+    fn clone(&self, from: &Path, to: &Path, record: &Record, frozen: bool) -> Result<()> {
         flush::check(from)?;
         self.make_to_fill(to)?;
+        if !frozen && !record.content.is_disk() {
+            self.account(to)?;
+        }
         if record.content.is_disk() {
             if record.based {
                 link_or_copy(&from.join("base.img"), &to.join("base.img"))?;
@@ -141,16 +168,32 @@ impl States for Directories {
         record.write(to)
     }
     fn remove(&self, at: &Path) -> io::Result<()> {
+        projects::release(at);
         match std::fs::remove_dir_all(at) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
             other => other,
         }
     }
     fn limits(&self) -> bool {
-        false
+        self.projects.is_ok()
     }
-    fn limit(&self, _: &Path, _: Option<ByteSize>) -> Result<()> {
-        Ok(())
+    fn limit(&self, at: &Path, size: Option<ByteSize>) -> Result<()> {
+        match &self.projects {
+            Ok(projects) => projects.limit(at, size),
+            Err(_) => Ok(()),
+        }
+    }
+    fn lacks(&self) -> String {
+        self.projects.as_ref().err().map(|without| without.fix()).unwrap_or_default()
+    }
+    fn used(&self, at: &Path, record: &Record) -> Result<(u64, u64)> {
+        if let Ok(projects) = &self.projects
+            && !record.content.is_disk()
+            && let Some(held) = projects.held(at)?
+        {
+            return Ok(held);
+        }
+        used(at, record)
     }
 }
 

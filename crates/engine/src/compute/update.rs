@@ -310,9 +310,14 @@ pub(crate) fn check_root(
     }
     let (Some(new), Some(volume)) = (size, records.volumes.get(&instance.root)) else { return Ok(None) };
     let disk = instance.kind == InstanceKind::VirtualMachine;
-    if !disk && pool.kind == PoolKind::Dir {
-        // Nothing there limits a tree, which was said when the instance was made.
-        return Ok(None);
+    if !disk && pool.kind == PoolKind::Dir && volume.size.is_none() {
+        // Not every file system of a directory limits a tree: its host refuses what is new. What was written at a time when it was
+        // passed over in silence keeps nothing else from being changed.
+        let row = records.instances.get(&instance.id);
+        let said = row.and_then(|row| expand::parse_devices(&records.expanded(row).1).ok());
+        if said.and_then(|said| said.root.1.size) == Some(*new) {
+            return Ok(None);
+        }
     }
     match volume.size {
         Some(now) if disk && *new < now => {
@@ -392,7 +397,7 @@ pub struct UpdateOutputs {
 }
 
 /// Gives a tree the limit of its record again. More than that may have been written meanwhile, and a file system on a device does
-/// not shrink: then it stays as it is.
+/// not shrink: then it stays as it is. So it does where nothing limits a tree any more.
 pub(crate) async fn limit_again(cx: &StepContext, node: NodeId, root: VolumeId) -> Result<()> {
     let found = cx.engine.inventory.read().volumes.get(&root).map(|v| v.value.clone());
     let Some(Volume { id, pool, content: VolumeContent::Filesystem, size: Some(size), .. }) = found else {
@@ -400,7 +405,7 @@ pub(crate) async fn limit_again(cx: &StepContext, node: NodeId, root: VolumeId) 
     };
     let resize = VolumeResize { volume: VolumeRef { pool, volume: id }, size };
     match cx.agent(node)?.volume_resize(&cx.mutate(Duration::from_secs(120)), resize).await {
-        Err(e) if e.is(ErrorKind::Invalid) => Ok(()),
+        Err(e) if e.is(ErrorKind::Invalid) || e.is(ErrorKind::Unsupported) => Ok(()),
         other => other,
     }
 }

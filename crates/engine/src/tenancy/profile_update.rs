@@ -30,7 +30,7 @@ use karst_model::{
     keys,
     profile::Profile,
     spec::GuestSpec,
-    storage::{PoolKind, Volume},
+    storage::Volume,
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -534,10 +534,8 @@ impl Saga for ProfileUpdate {
         for (id, size) in &outputs.roots {
             let node = {
                 let records = engine.inventory.read();
-                let pool = |i: &Instance| records.pools.get(&i.pool).map(|p| p.kind);
                 let user = records.instances.values().find(|i| i.root == *id);
-                // Where nothing limits a tree there is nothing to be undone.
-                user.filter(|i| size.is_some() && pool(i) != Some(PoolKind::Dir)).map(|i| i.node)
+                user.filter(|_| size.is_some()).map(|i| i.node)
             };
             if let Some(node) = node {
                 limit_again(cx, node, *id).await?;

@@ -108,6 +108,8 @@ fn enter_for_files(request: &Request, subject: OwnedFd) -> Outcome<Root> {
     let descriptors =
         Some(rustix::fs::open("/proc/self/fd", flags, rustix::fs::Mode::empty()).at("opening /proc")?);
     if request.pid == 0 {
+        // As whose files they are: within the limits of the file system.
+        bound(!(1u64 << SYS_RESOURCE))?;
         return Ok(Root { dir: subject, descriptors, inside: false });
     }
     let bounding = init_bounding(request.pid)?;
@@ -165,6 +167,9 @@ fn init_bounding(pid: u32) -> Outcome<u64> {
         .find_map(|l| u64::from_str_radix(l.strip_prefix("CapBnd:")?.trim(), 16).ok())
         .ok_or(Failure::new("reading the container's capabilities", libc::EINVAL))
 }
+
+/// The right to pass over limits of file systems, among others (`linux/capability.h`).
+const SYS_RESOURCE: u32 = 24;
 
 /// Gives up every capability outside `keep`, for good.
 fn bound(keep: u64) -> Outcome<()> {
