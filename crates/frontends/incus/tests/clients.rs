@@ -140,6 +140,8 @@ async fn incus_lives_a_day() {
     assert!(c.ok(&["config", "show", "c0"]).await.contains("edited"));
     c.ok(&["config", "device", "override", "c0", "root", "size=2GiB"]).await;
     assert_eq!(c.ok(&["config", "device", "get", "c0", "root", "size"]).await, "2GiB\n");
+    let state = c.ok(&["query", "/1.0/storage-pools/default/volumes/container/c0/state"]).await;
+    assert!(state.contains("2147483648"), "its root has it: {state}");
     for action in [&["pause"][..], &["resume"], &["restart", "-f"], &["stop", "-f"], &["start"], &["stop"]] {
         let args: Vec<&str> = action.iter().copied().chain(["c1"]).collect();
         c.ok(&args).await;
