@@ -7,7 +7,9 @@
 //! - an empty root (tmpfs, read-only) with the granted directories and files and, for programs, the host's `/usr`
 //!   read-only. No `/proc`, `/dev`, `/sys`, no network, no other process;
 //! - granted directories are *id-mapped mounts* of the same namespace: what the worker stores as id 0 lies on disk as
-//!   id 0 and no privilege outside is needed for it (mount_setattr(2), `MOUNT_ATTR_IDMAP`; ext4, xfs, btrfs, tmpfs);
+//!   id 0 and no privilege outside is needed for it (mount_setattr(2), `MOUNT_ATTR_IDMAP`; ext4, xfs, btrfs, tmpfs). Where one of
+//!   them is on a file system that takes no such mounts (NFS, FAT, FUSE), the namespace maps the host's first ids onto themselves:
+//!   then it is the room alone that keeps a worker, without rights outside, from everything else;
 //! - the five capabilities that storing a tree takes, over its own namespace only; `no_new_privs`; a seccomp filter
 //!   without mounts, namespaces, sockets, tracing, keys, bpf, io_uring; limits of memory, time, file size, descriptors.
 //!
@@ -530,8 +532,21 @@ fn enter(plan: Plan, call: Call) -> io::Result<i32> {
     if let Job::Contained { argv, cwd, env } = &plan.job {
         return contain(argv, cwd, env);
     }
-    let userns = user_namespace(plan.id_base)?;
+    let mapped = user_namespace(plan.id_base)?;
     let empty = CString::default();
+    let mut plain = false;
+    for (i, _) in plan.grants.iter().enumerate().filter(|(_, grant)| !grant.mounted) {
+        match detached(FIRST_FD + i as RawFd, &empty, false, MOUNT_ATTR_NOSUID, Some(mapped.as_raw_fd())) {
+            Err(e) if e.kind() == io::ErrorKind::InvalidInput => plain = true,
+            other => drop(other?),
+        }
+    }
+    if plain && plan.grants.iter().any(|grant| grant.mounted) {
+        return Err(io::Error::other(
+            "what is granted is partly on a file system that takes no id-mapped mounts",
+        ));
+    }
+    let userns = if plain { user_namespace(0)? } else { mapped };
     let mut mounts = Vec::new();
     for (i, grant) in plan.grants.iter().enumerate() {
         let fd = FIRST_FD + i as RawFd;
@@ -547,7 +562,7 @@ fn enter(plan: Plan, call: Call) -> io::Result<i32> {
             continue;
         }
         mounts.push((
-            detached(fd, &empty, false, attributes, Some(userns.as_raw_fd()))?,
+            detached(fd, &empty, false, attributes, (!plain).then(|| userns.as_raw_fd()))?,
             grant.name.clone(),
             is_dir,
         ));

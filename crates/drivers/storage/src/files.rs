@@ -25,6 +25,7 @@ use crate::{
     flush,
     hold::Hold,
     layers::{self, Opened},
+    places,
     states::{self, Record, States, check_disk_size, copy_file, link_or_copy},
     sweep::{Live, Work},
 };
@@ -40,11 +41,10 @@ use karst_model::{
     ByteSize, Error, ImageId, Result, SnapshotId, VolumeId,
     storage::{PoolKind, Usage, VolumeContent},
 };
-use rustix::fs::{CWD, RenameFlags};
 use std::{
-    fs::{File, Permissions},
+    fs::File,
     io,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -347,7 +347,7 @@ impl FilePool {
     pub(crate) async fn complete(&self, work: &Path, record: &Record) -> Result<()> {
         let (at, record) = (work.to_owned(), record.clone());
         self.with_states(move |states| {
-            std::fs::set_permissions(&at, Permissions::from_mode(Record::mode(record.content)))?;
+            states::set_mode(&at, Record::mode(record.content))?;
             if Record::read(&at)?.as_ref() != Some(&record) {
                 record.write(&at)?;
             }
@@ -384,8 +384,7 @@ impl FilePool {
         self.opened.forget(volume);
         let (new, now) = (work.path().to_owned(), self.dir(volume));
         blocking(move || {
-            rustix::fs::renameat_with(CWD, &new, CWD, &now, RenameFlags::EXCHANGE)
-                .map_err(io::Error::from)?;
+            places::exchange(&new, &now)?;
             sync_parent(&now)
         })
         .await
@@ -459,7 +458,7 @@ pub(crate) async fn convert(worker: &Launcher, disk: &Path, backing: Option<&Pat
     let args = ["convert", "-U", "-f", "qcow2", "-O", "raw", "/disk.img", "/out/disk.img"];
     done(sandbox.exec(Program::QemuImg, &args).await?)?;
     let made = to.join("disk.img");
-    Ok(std::fs::set_permissions(made, Permissions::from_mode(0o600))?)
+    states::set_mode(&made, 0o600)
 }
 
 /// A qcow2 overlay over `base.img` beside it.
@@ -472,7 +471,7 @@ async fn overlay(disk: &Path, size: u64) -> Result<()> {
         .ok()
         .await
         .map_err(full)?;
-    Ok(std::fs::set_permissions(disk, Permissions::from_mode(0o600))?)
+    states::set_mode(disk, 0o600)
 }
 
 /// `qemu-img` says in words that the disk is full.
@@ -517,18 +516,16 @@ impl PoolDriver for FilePool {
         self.demand_room(work.path(), &record).await?;
         self.finish(work.path(), &new.source).await?;
         let (from, to) = (work.path().to_owned(), self.dir(volume));
-        let flags = RenameFlags::NOREPLACE;
         let named = blocking(move || {
-            let renamed = rustix::fs::renameat_with(CWD, &from, CWD, &to, flags);
-            if renamed.is_ok() {
+            let named = places::give_name(&from, &to)?;
+            if named {
                 sync_parent(&to)?;
             }
-            Ok(renamed)
+            Ok(named)
         });
-        match named.await? {
+        if !named.await? {
             // Another call was faster; ours is thrown away.
-            Err(rustix::io::Errno::EXIST) => return self.inspect(volume).await,
-            r => r.map_err(io::Error::from)?,
+            return self.inspect(volume).await;
         }
         work.keep();
         self.wake_flusher();

@@ -3,16 +3,12 @@
 use crate::{
     Filling, Format, VolumeInfo,
     files::{blocking, info},
-    states::{Record, check_disk_size},
+    states::{Record, check_disk_size, set_mode},
     sweep::Work,
 };
 use async_trait::async_trait;
 use karst_model::{ByteSize, Result, VolumeId, storage::VolumeContent};
-use std::{
-    fs::{File, Permissions},
-    os::unix::fs::PermissionsExt,
-    path::Path,
-};
+use std::{fs::File, path::Path};
 
 pub(crate) struct FileFilling {
     pub work: Work,
@@ -44,7 +40,7 @@ impl Filling for FileFilling {
             check_disk_size(size)?;
             disk.set_len(size)?;
             disk.sync_all()?;
-            disk.set_permissions(Permissions::from_mode(0o600))?;
+            set_mode(&at.join("disk.img"), 0o600)?;
             Ok(Record { format: Format::Raw, based: false, size: Some(ByteSize(size)), ..old })
         })
         .await?;

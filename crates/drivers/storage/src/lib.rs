@@ -11,6 +11,7 @@ mod hold;
 mod layers;
 pub mod objects;
 mod open;
+mod places;
 mod projects;
 mod states;
 mod sweep;

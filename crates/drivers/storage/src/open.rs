@@ -5,16 +5,16 @@ use crate::{
     files::{blocking, fresh},
     flush,
     hold::{Hold, hold},
+    places,
     projects::{self, Projects, Without},
-    states::{Directories, States, Subvolumes},
+    states::{Directories, States, Subvolumes, set_mode},
     sweep::{Live, sweeper},
 };
 use karst_host::sandbox::Launcher;
 use karst_model::{Error, Result, storage::PoolKind};
 use std::{
-    fs::Permissions,
     io,
-    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -71,9 +71,9 @@ fn throw_away(state: &Path, root: &Path) -> io::Result<()> {
 
 /// Locks the pool in `root`; for use, makes its directories and gets what is half-made or of nothing out of the way.
 fn prepare(root: &Path, purpose: Purpose) -> Result<Arc<Hold>> {
-    let make = |dir: &Path, mode| -> io::Result<()> {
+    let make = |dir: &Path, mode| -> Result<()> {
         std::fs::DirBuilder::new().recursive(true).mode(mode).create(dir)?;
-        std::fs::set_permissions(dir, Permissions::from_mode(mode))
+        set_mode(dir, mode)
     };
     if purpose == Purpose::Look {
         return hold(root);
@@ -89,6 +89,7 @@ fn prepare(root: &Path, purpose: Purpose) -> Result<Arc<Hold>> {
     for entry in std::fs::read_dir(root.join("tmp"))?.flatten() {
         throw_away(&entry.path(), root)?;
     }
+    places::recover(root)?;
     // So do snapshots of volumes whose deletion was interrupted.
     for entry in std::fs::read_dir(root.join("snapshots"))?.flatten() {
         if !root.join("volumes").join(entry.file_name()).exists() {

@@ -278,14 +278,40 @@ pub(crate) fn copy_file(from: &Path, to: &Path, mode: u32, how: TreeMode) -> Res
         }
     }
     // The umask may have taken some.
-    target.set_permissions(Permissions::from_mode(mode))?;
-    Ok(())
+    set_mode(to, mode)
+}
+
+/// Sets the mode of a file or directory. A file system that has none of its own for each (FAT) will do where nobody gets more by it.
+pub(crate) fn set_mode(path: &Path, mode: u32) -> Result<()> {
+    match std::fs::set_permissions(path, Permissions::from_mode(mode)) {
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied || e.kind() == io::ErrorKind::Unsupported => {
+            let now = std::fs::metadata(path)?.mode() & 0o777;
+            if now & 0o077 & !mode == 0 {
+                return Ok(());
+            }
+            Err(Error::unsupported(
+                "the file system of the pool keeps no modes of files, and lets users of the host at what lies there; mount it for root \
+                 alone (such as -o umask=077)",
+            )
+            .with_context(e))
+        }
+        other => Ok(other?),
+    }
 }
 
 /// A second name of a file that never changes, or a copy where that is not possible.
 pub(crate) fn link_or_copy(from: &Path, to: &Path) -> Result<()> {
     match std::fs::hard_link(from, to) {
-        Err(e) if matches!(e.kind(), io::ErrorKind::CrossesDevices | io::ErrorKind::TooManyLinks) => {
+        // Some know no second names.
+        Err(e)
+            if matches!(
+                e.kind(),
+                io::ErrorKind::CrossesDevices
+                    | io::ErrorKind::TooManyLinks
+                    | io::ErrorKind::PermissionDenied
+                    | io::ErrorKind::Unsupported
+            ) =>
+        {
             copy_file(from, to, 0o444, TreeMode::Plain)
         }
         other => Ok(other?),
@@ -303,16 +329,26 @@ pub(crate) fn used(state: &Path, record: &Record) -> Result<(u64, u64)> {
     Ok(hostfs::tree_usage(&hostfs::open_dir(&state.join(tree))?)?)
 }
 
-/// What a guest's user needs of a disk.
+/// Gives a disk to a guest's user. QEMU gets it as a descriptor: where the file system keeps no owners it does without.
 pub(crate) fn give(state: &Path, user: u32) -> Result<()> {
+    let owned = |done: io::Result<()>| match done {
+        Err(e) if keeps_no_owners(&e) => Ok(()),
+        other => other,
+    };
     let disk = state.join("disk.img");
     if std::fs::symlink_metadata(&disk)?.uid() != user {
-        std::os::unix::fs::lchown(&disk, Some(user), Some(user))?;
+        owned(std::os::unix::fs::lchown(&disk, Some(user), Some(user)))?;
     }
     if std::fs::symlink_metadata(state)?.gid() != user {
-        std::os::unix::fs::lchown(state, Some(0), Some(user))?;
+        owned(std::os::unix::fs::lchown(state, Some(0), Some(user)))?;
     }
     Ok(())
+}
+
+/// Is that what a file system says that keeps no owners, or none of root's choice (FAT, an NFS export that squashes root)?
+pub(crate) fn keeps_no_owners(e: &io::Error) -> bool {
+    use io::ErrorKind::{InvalidInput, PermissionDenied, Unsupported};
+    matches!(e.kind(), PermissionDenied | InvalidInput | Unsupported)
 }
 
 /// Refuses what no disk can be.
