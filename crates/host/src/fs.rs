@@ -292,14 +292,14 @@ pub fn copy_tree(from: &OwnedFd, to: &OwnedFd, mode: TreeMode) -> Result<Copied>
 
 /// A directory below `root` by its relative path, links nowhere followed. Paths rather than descriptors are remembered:
 /// a tree may have more directories than a process may have descriptors.
-fn open_below(root: &OwnedFd, path: &[u8]) -> io::Result<OwnedFd> {
+pub(crate) fn open_below(root: &OwnedFd, path: &[u8]) -> io::Result<OwnedFd> {
     let path = if path.is_empty() { b".".as_slice() } else { path };
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     Ok(rustix::fs::openat2(root, path, flags, Mode::empty(), resolve)?)
 }
 
-fn join(dir: &[u8], name: &CStr) -> Vec<u8> {
+pub(crate) fn join(dir: &[u8], name: &CStr) -> Vec<u8> {
     if dir.is_empty() { name.to_bytes().to_vec() } else { [dir, b"/", name.to_bytes()].concat() }
 }
 

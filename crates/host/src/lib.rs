@@ -22,6 +22,7 @@ pub mod nft;
 pub mod nic;
 pub mod numa;
 pub mod overlay;
+pub mod owners;
 pub mod process;
 pub mod project_quota;
 pub mod sandbox;

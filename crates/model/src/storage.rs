@@ -583,6 +583,30 @@ pub fn check_volume_config(config: &Config, content: VolumeContent) -> Result<Op
     Ok(size)
 }
 
+/// What the file system of a pool of directories can, as its host has tried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(default)]
+pub struct Abilities {
+    /// Files keep the owners that they are given: without that it holds disks of machines only.
+    pub owners: bool,
+    /// It can be mounted with other owners; else those of containers' files are changed on disk.
+    pub mapped: bool,
+    /// Overlays: roots of containers lie over their image; else they are copies.
+    pub layers: bool,
+    /// Sizes of trees are held.
+    pub limits: bool,
+    /// Copies share blocks with what they are of.
+    pub clones: bool,
+    /// Files have second names; else each disk has a copy of its image.
+    pub links: bool,
+    /// What was never written takes no space.
+    pub holes: bool,
+    /// Input and output past the host's page cache.
+    pub direct: bool,
+    /// Extended attributes of users.
+    pub attributes: bool,
+}
+
 /// Space of a pool or volume in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
 pub struct Usage {

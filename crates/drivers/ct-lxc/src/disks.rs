@@ -173,7 +173,33 @@ fn detached(guest: &ResolvedGuest, disk: &Disk, ids: Option<&OwnedFd>) -> Result
     };
     let options = MountOptions { readonly: disk.readonly, recursive: disk.recursive, follow: disk.follow };
     let ids = ids.filter(|_| disk.mapped).map(OwnedFd::as_fd);
-    mount::detached(source.as_fd(), options, ids).map(Some).map_err(|e| e.at(field()))
+    mapped(&source, options, ids, guest.inside()).map(Some).map_err(|e| e.at(field()))
+}
+
+/// What id 0 of the guest is on disk in the tree of its root: another than 0 where its pool cannot map owners.
+pub(crate) fn owner(root: &Path, guest: &ResolvedGuest) -> Result<u32> {
+    let found = rustix::fs::stat(root).map_err(std::io::Error::from)?.st_uid;
+    let inside = guest.inside();
+    Ok(if found >= inside.base && found - inside.base < inside.count { inside.base } else { 0 })
+}
+
+/// A mount with the guest's owners: mapped, or as it is on a file system that maps none and where they are the guest's on disk.
+fn mapped(
+    source: &OwnedFd,
+    options: MountOptions,
+    ids: Option<std::os::fd::BorrowedFd<'_>>,
+    inside: IdRange,
+) -> Result<OwnedFd> {
+    match mount::detached(source.as_fd(), options, ids) {
+        Err(e) if ids.is_some() && e.is(karst_model::ErrorKind::Unsupported) => {
+            let owner = rustix::fs::fstat(source).map_err(std::io::Error::from)?.st_uid;
+            match owner.checked_sub(inside.base) {
+                Some(id) if id < inside.count => mount::detached(source.as_fd(), options, None),
+                _ => Err(e),
+            }
+        }
+        other => other,
+    }
 }
 
 /// Puts a mount or node where the container's set-up finds it and learns what the kernel calls it; in the namespace of
@@ -272,7 +298,7 @@ pub(crate) fn namespace(
         Some(layers) => overlay::mount(layers, true, map)?,
         None => {
             let source = mount::open_path(&guest.root.path)?;
-            mount::detached(source.as_fd(), MountOptions::default(), ids.as_ref().map(AsFd::as_fd))?
+            mapped(&source, MountOptions::default(), ids.as_ref().map(AsFd::as_fd), guest.inside())?
         }
     };
     // What is mounted for other guests must not stay in use by this one.

@@ -1,7 +1,7 @@
 //! What is written into a container's root file system before it starts: its host name, cloud-init's NoCloud seed where
 //! cloud-init is installed, and the files of its image's templates. By the same helper and rules as the users' files, so a hostile image gains nothing.
 
-use crate::attach::Helper;
+use crate::{attach::Helper, disks};
 use karst_guest::{ResolvedApplication, ResolvedGuest};
 use karst_host::overlay::{self, Held};
 use karst_keeper::attach::{Operation, Request};
@@ -18,10 +18,25 @@ const SEED: &str = "/var/lib/cloud/seed/nocloud-net";
 struct Root<'a> {
     guest: &'a ResolvedGuest,
     path: PathBuf,
+    /// What id 0 of the guest is on disk.
+    base: u32,
 }
 
 impl Root<'_> {
-    async fn call(&self, request: Request, content: Option<&str>) -> Result<()> {
+    /// What is new belongs to the guest's root unless somebody else is named, as the guest's ids are on disk.
+    async fn call(&self, mut request: Request, content: Option<&str>) -> Result<()> {
+        if self.base != 0 && matches!(request.operation, Operation::WriteFile | Operation::WriteDirectory) {
+            let root = match request.uid.is_none() && self.there(&request.path).await? {
+                true => None,
+                false => Some(0),
+            };
+            request.uid = request.uid.or(root).map(|uid| uid + self.base);
+            request.gid = request.gid.or(root).map(|gid| gid + self.base);
+        }
+        self.send(request, content).await
+    }
+
+    async fn send(&self, request: Request, content: Option<&str>) -> Result<()> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = rustix::fs::open(&self.path, flags, Mode::empty()).map_err(std::io::Error::from)?;
         let mut rest: Vec<OwnedFd> = vec![];
@@ -38,8 +53,12 @@ impl Root<'_> {
     }
 
     async fn exists(&self, path: &str) -> Result<bool> {
-        let request = Request { operation: Operation::Open, path: path.into(), ..Request::default() };
-        match self.call(request, None).await {
+        self.there(std::ffi::OsStr::new(path)).await
+    }
+
+    async fn there(&self, path: &std::ffi::OsStr) -> Result<bool> {
+        let request = Request { operation: Operation::Open, path: path.to_owned(), ..Request::default() };
+        match self.send(request, None).await {
             Ok(()) => Ok(true),
             Err(e) if matches!(e.kind, ErrorKind::NotFound | ErrorKind::Invalid) => Ok(false),
             Err(e) => Err(e),
@@ -144,7 +163,8 @@ pub(crate) async fn apply(guest: &ResolvedGuest, previous: Option<&str>, first: 
         None => None,
     };
     let path = layered.as_ref().map_or_else(|| guest.root.path.clone(), Held::path);
-    let root = Root { guest, path };
+    let base = disks::owner(&path, guest)?;
+    let root = Root { guest, path, base };
     if first {
         beginning(guest, &root, previous).await?;
     }

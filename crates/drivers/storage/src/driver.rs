@@ -1,10 +1,10 @@
 //! The trait of pools.
 
 use async_trait::async_trait;
-use karst_host::overlay::Layers;
+use karst_host::overlay::{Layers, Mapped};
 use karst_model::{
     ByteSize, Error, ImageId, Result, SnapshotId, VolumeId,
-    storage::{PoolKind, Usage, VolumeContent},
+    storage::{Abilities, PoolKind, Usage, VolumeContent},
 };
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -60,6 +60,17 @@ pub trait PoolDriver: Send + Sync {
 
     /// Are size limits of trees enforced? Disks always have their size.
     fn supports_quota(&self) -> bool;
+
+    /// What its file system can, of a pool of directories that is in use.
+    fn abilities(&self) -> Option<Abilities> {
+        None
+    }
+
+    /// Makes the owners of a tree's files those of a guest that is about to have it, where they are not mapped by its mount: id 0 of
+    /// the guest is the first of `ids`. Nothing else may have the tree.
+    async fn move_owners(&self, _volume: VolumeId, _ids: Mapped) -> Result<()> {
+        Ok(())
+    }
 
     /// Waits until the space of all deleted volumes is free (shutdown, tests, purge).
     async fn settle(&self);

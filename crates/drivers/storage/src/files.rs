@@ -19,7 +19,7 @@
 
 use crate::{
     Contents, Descriptions, Filling, Format, Located, NewVolume, OpenTree, PoolDriver, Reading, Snapshots,
-    Source, VolumeInfo, descriptions,
+    Source, VolumeInfo, abilities, descriptions,
     driver::apart,
     filling::FileFilling,
     flush,
@@ -33,13 +33,13 @@ use async_trait::async_trait;
 use karst_host::{
     Program,
     fs::TreeMode,
-    overlay::Held,
+    overlay::{Held, Mapped},
     run,
     sandbox::{Launcher, Sandbox},
 };
 use karst_model::{
     ByteSize, Error, ImageId, Result, SnapshotId, VolumeId,
-    storage::{PoolKind, Usage, VolumeContent},
+    storage::{Abilities, PoolKind, Usage, VolumeContent},
 };
 use std::{
     fs::File,
@@ -58,6 +58,10 @@ pub struct FilePool {
     /// Trees of images are overlays.
     pub(crate) layered: bool,
     pub(crate) opened: Arc<Opened>,
+    /// What its file system can.
+    pub(crate) abilities: Abilities,
+    /// It was opened to be used: that was tried.
+    pub(crate) tried: bool,
     /// Places in `tmp` that somebody answers for.
     pub(crate) live: Arc<Live>,
     /// How disks are converted without privileges.
@@ -172,7 +176,8 @@ impl FilePool {
 
     /// `how`: what is copied, rather than cloned.
     async fn build_of(&self, work: &Path, new: &NewVolume, how: TreeMode) -> Result<Record> {
-        let record = |format, size, based| Record { content: new.content, format, size, based, image: None };
+        let content = new.content;
+        let record = |format, size, based| Record { content, format, size, based, image: None, moved: None };
         let at = work.to_owned();
         match (&new.source, new.content.is_disk()) {
             (Source::Empty, false) => {
@@ -262,8 +267,10 @@ impl FilePool {
                     (true, Some(old)) => Some(ByteSize(grown_size(new.size, old.0)?)),
                     _ => new.size,
                 };
-                let (from, record) =
-                    (self.state(*volume, *snapshot), Record { size, content: new.content, ..old.clone() });
+                let (from, record) = (
+                    self.state(*volume, *snapshot),
+                    Record { size, content: new.content, moved: None, ..old.clone() },
+                );
                 let cloned = record.clone();
                 self.with_states(move |states| states.clone(&from, &at, &cloned, false)).await?;
                 if disk && size != old.size {
@@ -329,7 +336,14 @@ impl FilePool {
                     layers::take(&path, &at.join("rootfs"))
                 })
                 .await?;
-                Record { content, format: Format::Directory, size: None, based: false, image: None }
+                Record {
+                    content,
+                    format: Format::Directory,
+                    size: None,
+                    based: false,
+                    image: None,
+                    moved: None,
+                }
             }
             source => Box::pin(self.build(work.path(), &NewVolume { content, size: None, source })).await?,
         };
@@ -396,7 +410,10 @@ impl FilePool {
         Error::unsupported(format!("{text}; {}", self.states.lacks()))
     }
 
-    fn check_limit(&self, new: &NewVolume) -> Result<()> {
+    fn check(&self, new: &NewVolume) -> Result<()> {
+        if !new.content.is_disk() && !self.abilities.owners {
+            return Err(abilities::no_owners());
+        }
         if !new.content.is_disk() && new.size.is_some() && !self.states.limits() {
             return Err(self.no_limits().at("size"));
         }
@@ -509,7 +526,7 @@ impl PoolDriver for FilePool {
             }
             return Ok(info(volume, record));
         }
-        self.check_limit(new)?;
+        self.check(new)?;
         let work = self.work();
         let record = self.build(work.path(), new).await?;
         self.complete(work.path(), &record).await?;
@@ -570,8 +587,19 @@ impl PoolDriver for FilePool {
         let located = self.locate(volume, None).await?;
         match located.layers {
             Some(layers) => self.open_layered(volume, layers).await,
-            None => Ok(OpenTree { path: located.path, guard: None }),
+            None => {
+                self.move_back(volume).await?;
+                Ok(OpenTree { path: located.path, guard: None })
+            }
         }
+    }
+
+    fn abilities(&self) -> Option<Abilities> {
+        self.tried.then_some(self.abilities)
+    }
+
+    async fn move_owners(&self, volume: VolumeId, ids: Mapped) -> Result<()> {
+        self.move_to(volume, ids).await
     }
 
     async fn flatten(&self, volume: VolumeId) -> Result<()> {
@@ -721,7 +749,7 @@ impl Snapshots for FilePool {
     }
 
     async fn create(&self, volume: VolumeId, snapshot: SnapshotId) -> Result<()> {
-        let record = self.known(volume, None).await?;
+        let record = Record { moved: None, ..self.known(volume, None).await? };
         let (from, to) = (self.dir(volume), self.state(volume, Some(snapshot)));
         let parent = self.snapshots_of(volume);
         let work = self.work();
@@ -809,6 +837,15 @@ impl Contents for FilePool {
             let located =
                 Located { path: mount.path(), layers: Some(layers), format: record.format, backing: None };
             return Ok(Reading { info: info(volume, record), located, guard: Some(Box::new(mount)) });
+        }
+        if record.moved.is_some() {
+            // A guest may have it, to which it belongs as it is: what is read is a copy.
+            let (work, copied) = (self.work(), Record { moved: None, ..record.clone() });
+            let to = work.path().to_owned();
+            self.with_states(move |states| states.clone(&dir, &to, &copied, true)).await?;
+            let path = work.path().join("rootfs");
+            let located = Located { path, layers: None, format: record.format, backing: None };
+            return Ok(Reading { info: info(volume, record), located, guard: Some(Box::new(work)) });
         }
         let name = if record.content.is_disk() { "disk.img" } else { "rootfs" };
         if record.format == Format::Qcow2 {

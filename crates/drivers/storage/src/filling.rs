@@ -28,7 +28,8 @@ impl Filling for FileFilling {
         let record = blocking(move || {
             if !old.content.is_disk() {
                 std::fs::rename(at.join("tree"), at.join("rootfs"))?;
-                return Ok(Record { format: Format::Directory, based: false, image: None, ..old });
+                let format = Format::Directory;
+                return Ok(Record { format, based: false, image: None, moved: None, ..old });
             }
             let disk = File::options().write(true).open(at.join("disk.img"))?;
             let came = disk.metadata()?.len().next_multiple_of(512);

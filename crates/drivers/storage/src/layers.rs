@@ -121,6 +121,7 @@ impl FilePool {
             size: new.size,
             based: false,
             image: Some(image),
+            moved: None,
         };
         // Under the lock: who looks for images that nothing lies over finds this one's record.
         let _one = self.taking.lock().await;

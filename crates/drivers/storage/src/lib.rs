@@ -1,6 +1,7 @@
 //! Storage pools: the trait, its contract, and a module for each kind.
 #![allow(clippy::disallowed_methods)] // drivers and their tests are the real world
 
+mod abilities;
 pub mod contract;
 mod descriptions;
 mod driver;
@@ -9,6 +10,7 @@ mod filling;
 mod flush;
 mod hold;
 mod layers;
+mod moved;
 pub mod objects;
 mod open;
 mod places;

@@ -1,7 +1,7 @@
 //! Opening a pool on a file system: its lock, its directories, and what an earlier process left half-made.
 
 use crate::{
-    FilePool, descriptions,
+    FilePool, abilities, descriptions,
     files::{blocking, fresh},
     flush,
     hold::{Hold, hold},
@@ -137,7 +137,7 @@ impl FilePool {
             PoolKind::Dir | PoolKind::Btrfs => {}
         }
         let at = root.clone();
-        let (hold, states, layered) = blocking(move || {
+        let (hold, states, abilities) = blocking(move || {
             let hold = prepare(&at, purpose)?;
             let states: Arc<dyn States> = match kind {
                 PoolKind::Btrfs => Arc::new(Subvolumes),
@@ -146,7 +146,12 @@ impl FilePool {
             let layered = purpose == Purpose::Use
                 && !states.instant()
                 && tried(&at, |trial| Ok(karst_host::overlay::works(trial)))?;
-            Ok((hold, states, layered))
+            let abilities = match purpose {
+                Purpose::Use => tried(&at, |trial| abilities::find(trial, layered, states.limits()))?,
+                Purpose::Look => abilities::unknown(&at)?,
+            };
+            tracing::debug!(pool = %at.display(), ?abilities, "what the pool's file system can");
+            Ok((hold, states, abilities))
         })
         .await?;
         let (taking, live) = (Arc::default(), Arc::<Live>::default());
@@ -158,7 +163,9 @@ impl FilePool {
         let pool = Self {
             root,
             states,
-            layered,
+            layered: abilities.layers,
+            abilities,
+            tried: purpose == Purpose::Use,
             opened: Arc::default(),
             live,
             worker: worker.into(),

@@ -4,6 +4,7 @@
 
 use crate::{
     Format, flush,
+    moved::{self, Moved},
     projects::{self, Projects, Without},
 };
 use karst_host::{
@@ -37,6 +38,9 @@ pub(crate) struct Record {
     /// A tree over this image: see [`crate::layers`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<ImageId>,
+    /// Whose the files of a tree are on disk, if not those of the guest as they are: see [`crate::moved`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moved: Option<Moved>,
 }
 
 impl Record {
@@ -164,6 +168,9 @@ impl States for Directories {
             copy_tree(&from.join("over/upper"), &to.join("over/upper"), TreeMode::Layer)?;
         } else {
             copy_tree(&from.join("rootfs"), &to.join("rootfs"), TreeMode::Plain)?;
+            // Whatever lies still has its owners as they are in the guest.
+            let from = Record::read(from)?.and_then(|record| record.moved);
+            moved::back(to, from)?;
         }
         record.write(to)
     }
