@@ -384,6 +384,7 @@ impl RealAgent {
     pub(crate) async fn open_pool(&self, spec: &PoolSpec, purpose: Purpose) -> Result<()> {
         if !self.pools.lock().contains_key(&spec.id) {
             let pool = self.pool_place(spec.id).open(spec, &self.options.policy, purpose).await?;
+            self.note_abilities(spec.id, pool.abilities()).await;
             self.pools.lock().insert(spec.id, pool);
         }
         self.unopened.forget(spec.id);
@@ -637,13 +638,26 @@ impl RealAgent {
         }
         let user = (spec.kind == InstanceKind::VirtualMachine).then_some(record.ids.base);
         let at = VolumeRef { pool: spec.root.pool, volume: spec.root.volume };
+        if user.is_none() {
+            self.give_tree(at, record.ids, spec.security.privileged).await?;
+        }
         let located = self.locate(at, user).await?;
         if spec.root.shared {
             demand_raw(&spec.root.name, located.format)?;
         }
         let mut disks = vec![];
         for disk in spec.disks {
-            disks.extend(self.resolve_disk(disk, user).await?);
+            let volume = disk.volume().map(|(pool, volume)| VolumeRef { pool, volume });
+            if let Some(at) = volume.filter(|_| user.is_none()) {
+                self.give_tree(at, record.ids, spec.security.privileged).await.map_err(|e| {
+                    if e.field.is_some() { e } else { e.at(format!("devices.{}.source", disk.name)) }
+                })?;
+            }
+            let mut found = self.resolve_disk(disk, user).await?;
+            if let (Some(found), Some(at)) = (&mut found, volume) {
+                found.io = self.driven(at.pool, found.io)?;
+            }
+            disks.extend(found);
         }
         let mut nodes = vec![];
         for node in &spec.nodes {
@@ -720,7 +734,7 @@ impl RealAgent {
                 cdrom: false,
                 ejected: spec.root.detached,
                 shared: spec.root.shared,
-                io: spec.root.io,
+                io: self.driven(at.pool, spec.root.io)?,
                 pci: spec.root.pci,
                 boot_priority: spec.root.boot_priority,
             },

@@ -24,7 +24,7 @@ use karst_model::{
     network::{ExternalInterface, Lease},
     node::HostFacts,
     spec::{GuestSpec, NetworkSpec, PoolSource, PoolSpec, VolumeSpec},
-    storage::{Usage, VolumeContent},
+    storage::{Abilities, Usage, VolumeContent},
 };
 use karst_storage::OpenTree;
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -604,7 +604,12 @@ calls! {
     }
     mutate pool_grow(me, request: PoolGrow) -> () { me.grow_pool(request).await }
     mutate pool_remove(me, pool: PoolId) -> () { me.remove_pool(pool).await }
-    read pool_usage(me, pool: PoolId) -> Usage { me.pool(pool)?.space().await }
+    read pool_usage(me, pool: PoolId) -> Usage {
+        let driver = me.pool(pool)?;
+        me.reach(pool).await?;
+        driver.space().await
+    }
+    read pool_abilities(me, pool: PoolId) -> Option<Abilities> { Ok(me.pool(pool)?.abilities()) }
     read pool_flush(me, pool: PoolId) -> () { me.pool(pool)?.flush().await }
     mutate pool_describe(me, request: PoolDescribe) -> () { me.describe_pool(request).await }
     read pool_survey(me, request: PoolSurvey) -> PoolSurveyed { me.survey_pool(request).await }

@@ -35,6 +35,7 @@ mod pools;
 mod proxies;
 mod publish;
 mod purge;
+mod reach;
 mod registry;
 mod reopen;
 mod resources;
@@ -42,6 +43,7 @@ mod samples;
 mod sessions;
 mod staging;
 mod storage;
+mod trees;
 
 pub use agent::{RealAgent, RealOptions};
 pub use backup_room::BackupLimits;

@@ -95,6 +95,9 @@ impl PoolPlace {
             PoolSource::Own { .. } => None,
             PoolSource::Granted { source } => {
                 policy.check_pool_source(spec.kind, source)?;
+                if source.starts_with('/') {
+                    crate::reach::answers(Path::new(source)).await?;
+                }
                 Some(look(spec.kind, source).await?)
             }
         };
@@ -338,6 +341,7 @@ impl PoolPlace {
             PoolKind::Dir | PoolKind::Btrfs => {}
         }
         if let PoolSource::Granted { source } = &spec.source {
+            crate::reach::answers(Path::new(source)).await?;
             let place = self.within(Path::new(source));
             // A source that is a device has nothing below it, which the system calls "not a directory".
             if tokio::fs::metadata(&place).await.is_ok_and(|found| found.is_dir()) {
@@ -411,12 +415,25 @@ async fn look(kind: PoolKind, source: &str) -> Result<Granted> {
         if !found.is_dir() {
             return Err(wrong("is neither a directory nor a block device"));
         }
-        if found.uid() != 0 || found.mode() & 0o022 != 0 {
+        if found.mode() & 0o022 != 0 || !is_roots(&path, &found) {
             return Err(wrong("must be a directory of root that nobody else can write"));
         }
         Ok(Granted::Directory(path))
     })
     .await
+}
+
+/// Does a directory belong to root, or to the user that root is to its file system? An NFS export that squashes root has one.
+fn is_roots(directory: &Path, found: &std::fs::Metadata) -> bool {
+    if found.uid() == 0 {
+        return true;
+    }
+    let trial = directory.join(format!(".karst-{}", uuid::Uuid::new_v4()));
+    let made = File::options().write(true).create_new(true).mode(0o600).open(&trial);
+    let acts_as = made.and_then(|file| file.metadata()).map(|m| m.uid());
+    // One that could not be made is not there.
+    let _ = std::fs::remove_file(&trial);
+    acts_as.is_ok_and(|uid| uid == found.uid() && uid != 0)
 }
 
 async fn make_directory(path: PathBuf) -> Result<()> {

@@ -4,6 +4,7 @@
 //! DIR/host/              0711  root
 //!   epoch                      highest epoch of each executor
 //!   registry/pools/ID.json     what control called a pool
+//!   registry/pools/ID.found    what its file system can
 //!   pools/ID/                  its volumes, by their ids
 //!   images/ networks/          of their drivers
 //!   staging/ID.PART      0600  parts of images being uploaded
@@ -21,6 +22,7 @@ use karst_model::{
     Error, InstanceId, PoolId, Result, VolumeId,
     instance::{Generation, InstanceKind},
     spec::PoolSpec,
+    storage::Abilities,
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::{
@@ -119,7 +121,21 @@ impl Registry {
     }
 
     pub fn remove_pool(&self, id: PoolId) -> Result<()> {
+        remove(&self.found_file(id))?;
         remove(&self.pool_file(id))
+    }
+
+    fn found_file(&self, id: PoolId) -> PathBuf {
+        self.pool_file(id).with_extension("found")
+    }
+
+    /// What the file system of a pool could when it was last opened; what is damaged was never found.
+    pub fn abilities(&self, id: PoolId) -> Result<Option<Abilities>> {
+        Ok(read(&self.found_file(id)).unwrap_or_default())
+    }
+
+    pub fn put_abilities(&self, id: PoolId, found: &Abilities) -> Result<()> {
+        write(&self.found_file(id), found, false)
     }
 
     pub fn guest(&self, id: InstanceId) -> Result<Option<GuestRecord>> {

@@ -140,6 +140,7 @@ impl RealAgent {
         };
         let _locks = self.lock_both(spec.id, other).await;
         let pool = self.pool(spec.pool)?;
+        self.reach(spec.pool).await?;
         // What is there already was made of a source that may be gone by now.
         if let Ok(there) = pool.inspect(spec.id).await {
             if there.content != spec.content {
@@ -221,7 +222,10 @@ impl RealAgent {
         let _lock = self.lock(at.volume.0).await;
         self.unused(at.volume).await?;
         match self.pool(at.pool) {
-            Ok(pool) => pool.delete(at.volume).await,
+            Ok(pool) => {
+                self.reach(at.pool).await?;
+                pool.delete(at.volume).await
+            }
             Err(_) => Ok(()),
         }
     }

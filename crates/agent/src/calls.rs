@@ -34,7 +34,7 @@ use karst_model::{
     news::MachineNews,
     node::HostFacts,
     spec::{GuestSpec, NetworkSpec, PoolSpec, VolumeSpec},
-    storage::Usage,
+    storage::{Abilities, Usage},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::value::{RawValue, to_raw_value};
@@ -134,6 +134,7 @@ plain!(
     crate::resources::HostResources,
     Vec<crate::resources::CpuModel>,
     Usage,
+    Option<Abilities>,
     Vec<Lease>,
     Vec<Neighbour>,
     NetworkState,
@@ -252,6 +253,8 @@ agent_calls! {
     mutate fn pool_remove(PoolRemove: PoolId) -> ();
     /// Space of a pool.
     read fn pool_usage(PoolUsage: PoolId) -> Usage;
+    /// What the file system of a pool of directories can, as it was tried when the pool was opened.
+    read fn pool_abilities(PoolAbilities: PoolId) -> Option<Abilities>;
     /// Waits until what was made in a pool is on disk: snapshots of volumes that a guest uses, and volumes of images. All else
     /// is as soon as it is there.
     read fn pool_flush(PoolFlush: PoolId) -> ();

@@ -14,7 +14,7 @@ use karst_model::{
     ByteSize, Config, Error, Name, NodeId, PoolId, ProjectId, Result,
     access::Permission,
     spec::PoolSource,
-    storage::{Pool, PoolKind, Usage, Volume, VolumeOwner},
+    storage::{Abilities, Pool, PoolKind, Usage, Volume, VolumeOwner},
 };
 use serde::{Deserialize, Serialize};
 use std::{sync::Arc, time::Duration};
@@ -131,6 +131,16 @@ impl Engine {
         let pool = self.pool(context, name)?;
         let agent = self.inner().agents.get(self.inner().node)?;
         agent.pool_usage(&CallContext::read(Duration::from_secs(10)), pool.id).await
+    }
+
+    /// What the file system of a pool can, where it lies in a directory.
+    ///
+    /// # Errors
+    /// Not found, forbidden, unavailable.
+    pub async fn pool_abilities(&self, context: &Context, name: &str) -> Result<Option<Abilities>> {
+        let pool = self.pool(context, name)?;
+        let agent = self.inner().agents.get(self.inner().node)?;
+        agent.pool_abilities(&CallContext::read(Duration::from_secs(10)), pool.id).await
     }
 
     /// Volumes of a pool that `context` may see, of a project or of all. A project has the custom volumes that it shares.

@@ -334,6 +334,7 @@ fn cases() -> Vec<Case> {
         health ServerEdit |f, c, p| f.w.engine.health(c).await.map(drop);
         pools ServerView |f, c, p| f.w.engine.pools(c).map(drop);
         pool ServerView |f, c, p| f.w.engine.pool(c, "default").map(drop);
+        pool_abilities ServerView |f, c, p| f.w.engine.pool_abilities(c, "default").await.map(drop);
         pool_usage ServerView |f, c, p| f.w.engine.pool_usage(c, "default").await.map(drop);
         pool_create ServerEdit |f, c, p| f.w.engine.pool_create(c, CreatePool { name: "third".into(), driver: "dir".into(), ..Default::default() }).await.map(drop);
         pool_update ServerEdit |f, c, p| f.w.engine.pool_update(c, "default", Default::default()).await.map(drop);

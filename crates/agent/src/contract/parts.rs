@@ -83,6 +83,8 @@ pub(super) async fn pools(s: &Subject) {
     s.agent.pool_ensure(&s.change(), spec).await.expect("twice is once");
     let usage = s.agent.pool_usage(&s.read(), pool).await.unwrap();
     assert!(usage.total > 0 && usage.used <= usage.total, "{usage:?}");
+    let can = s.agent.pool_abilities(&s.read(), pool).await.unwrap().expect("a directory says what it can");
+    assert!(can.owners, "{can:?}");
     let grow = |pool| PoolGrow { pool, size: ByteSize::gib(1) };
     refused(s.agent.pool_grow(&s.change(), grow(pool)).await, ErrorKind::Unsupported);
     refused(s.agent.pool_grow(&s.change(), grow(PoolId(s.env.uuid()))).await, ErrorKind::NotFound);
@@ -96,6 +98,7 @@ pub(super) async fn pools(s: &Subject) {
     s.agent.pool_remove(&s.change(), pool).await.expect("twice is once");
     refused(s.agent.pool_usage(&s.read(), pool).await, ErrorKind::NotFound);
     refused(s.agent.pool_flush(&s.read(), pool).await, ErrorKind::NotFound);
+    refused(s.agent.pool_abilities(&s.read(), pool).await, ErrorKind::NotFound);
 }
 
 pub(super) async fn images(s: &Subject) {

@@ -27,7 +27,7 @@ use karst_model::{
     news::Happened,
     node::{Accelerator, AcceleratorKind, HostFacts},
     spec::{DiskSpec, GuestSpec, NetworkSpec, PoolSource, PoolSpec, VolumeSpec},
-    storage::{PoolKind, Usage},
+    storage::{Abilities, PoolKind, Usage},
 };
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::io::{Read, Seek, SeekFrom};
@@ -159,6 +159,21 @@ calls! {
     mutate pool_describe(me, request: PoolDescribe) -> () { me.describe_pool(request) }
     read pool_survey(me, request: PoolSurvey) -> PoolSurveyed { me.survey_pool(&request) }
     read pools_find(me, request: PoolsFind) -> Vec<FoundPool> { me.find_pools(&request) }
+    read pool_abilities(me, pool: PoolId) -> Option<Abilities> {
+        let spec = me.lock().pools.get(&pool).cloned().ok_or_else(|| no_pool(pool))?;
+        // As of a disk with ext4.
+        let found = Abilities {
+            owners: true,
+            mapped: true,
+            layers: true,
+            links: true,
+            holes: true,
+            direct: true,
+            attributes: true,
+            ..Abilities::default()
+        };
+        Ok((spec.kind == PoolKind::Dir).then_some(found))
+    }
     read pool_usage(me, pool: PoolId) -> Usage {
         let state = me.lock();
         let spec = state.pools.get(&pool).ok_or_else(|| no_pool(pool))?;

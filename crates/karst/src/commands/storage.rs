@@ -119,6 +119,14 @@ fn info(pool: &Value, resources: &Value, exact: bool) -> Result<String> {
         "name": pool["name"], "description": pool["description"], "driver": pool["driver"],
         "space used": size(&resources["space"]["used"]), "total space": size(&resources["space"]["total"]),
     }});
+    // What it says itself of its file system: names of what it can, and of what it cannot.
+    if let Some(can) = resources["karst_file_system"].as_object() {
+        let those = |wanted: bool| {
+            let all = can.iter().filter(|(_, value)| value.as_bool() == Some(wanted));
+            all.map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", ")
+        };
+        shown["file system"] = json!({"has": those(true), "lacks": those(false)});
+    }
     let mut users: std::collections::BTreeMap<String, Vec<String>> = std::collections::BTreeMap::new();
     for url in pool["used_by"].as_array().into_iter().flatten().filter_map(Value::as_str) {
         let path = url.split('?').next().unwrap_or(url).trim_start_matches("/1.0/");

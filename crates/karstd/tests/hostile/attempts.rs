@@ -106,6 +106,7 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
         add("pool_grow", what, json!({"pool": which, "size": u64::MAX}), Refused);
     }
     add("pool_flush", "of none", no_pool.clone(), Refused);
+    add("pool_abilities", "of none", no_pool.clone(), Refused);
 
     for name in ["$(reboot)", "../x", "a b", ""] {
         add("network_choose", name, json!({"name": name, "taken": []}), Refused);

@@ -61,6 +61,7 @@ pub async fn resources(call: Call) -> Result<Reply> {
     sync(&PoolResources {
         space: UsedTotal { used: usage.used, total: usage.total },
         inodes: UsedTotal { used: usage.inodes_used, total: usage.inodes_total },
+        karst_file_system: call.engine().pool_abilities(&call.context, call.param(0)).await?,
     })
 }
 

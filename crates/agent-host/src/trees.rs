@@ -1,0 +1,100 @@
+//! What the file systems of pools differ in, where guests meet it: owners that no mount maps, and disks past the page cache.
+
+use crate::{
+    RealAgent,
+    agent::{blocking, has_volume},
+};
+use karst_agent::VolumeRef;
+use karst_guest::IdRange;
+use karst_host::overlay::Mapped;
+use karst_model::{
+    Error, PoolId, Result,
+    device::{DiskCache, DiskIo},
+    spec::PoolSource,
+    storage::Abilities,
+};
+
+/// The cache mode without direct input and output that comes nearest to the one that is asked for.
+fn through_the_cache(mode: DiskCache) -> DiskCache {
+    match mode {
+        DiskCache::None => DiskCache::Writeback,
+        DiskCache::Directsync => DiskCache::Writethrough,
+        other => other,
+    }
+}
+
+impl RealAgent {
+    /// Gives the files of a tree to the container that is about to have it, where its pool cannot mount them so. `ids` are the
+    /// container's, whether it is privileged or not.
+    pub(crate) async fn give_tree(&self, at: VolumeRef, ids: IdRange, privileged: bool) -> Result<()> {
+        let pool = self.pool(at.pool)?;
+        if pool.abilities().is_none_or(|can| can.mapped) {
+            return Ok(());
+        }
+        let has = has_volume(at.volume);
+        // The container itself may run, and gets something else.
+        if let Some(user) = self.user(|record| has(record) && record.ids.base != ids.base).await? {
+            return Err(Error::conflict(format!(
+                "the file system of the volume's pool cannot show it to two containers, each with owners of its own, and instance {user} \
+                 has it; stop that one first, or use a pool on another file system"
+            )));
+        }
+        let inside = ids.inside(privileged);
+        pool.move_owners(at.volume, Mapped { base: inside.base, count: inside.count }).await
+    }
+
+    /// Does the file system of a pool in a directory of the host answer?
+    pub(crate) async fn reach(&self, pool: PoolId) -> Result<()> {
+        match self.registry.pool(pool)?.map(|spec| spec.source) {
+            Some(PoolSource::Granted { source }) if source.starts_with('/') => {
+                crate::reach::answers(std::path::Path::new(&source)).await
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes down what a pool's file system can, and says so when that is no longer what it was: what lies in the pool was made by it.
+    pub(crate) async fn note_abilities(&self, pool: PoolId, now: Option<Abilities>) {
+        let (Some(now), registry) = (now, self.registry.clone()) else { return };
+        let noted = blocking(move || {
+            let before = registry.abilities(pool)?;
+            if before != Some(now) {
+                registry.put_abilities(pool, &now)?;
+            }
+            Ok(before)
+        });
+        match noted.await {
+            Ok(Some(before)) if before != now => {
+                tracing::info!(%pool, ?before, ?now, "the file system of a pool can something else than it could");
+            }
+            Ok(_) => {}
+            Err(e) => {
+                tracing::warn!(%pool, error = %e, context = e.context.as_deref(), "what a pool can is not written down");
+            }
+        }
+    }
+
+    /// How a disk of the pool is driven, where its file system knows no direct input and output.
+    pub(crate) fn driven(&self, pool: PoolId, io: DiskIo) -> Result<DiskIo> {
+        let direct = self.pool(pool)?.abilities().is_none_or(|can| can.direct);
+        Ok(if direct { io } else { DiskIo { cache: io.cache.map(through_the_cache), ..io } })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_direct_modes_have_another() {
+        for mode in [DiskCache::Writeback, DiskCache::Writethrough, DiskCache::Unsafe] {
+            assert_eq!(through_the_cache(mode), mode);
+        }
+        assert_eq!(through_the_cache(DiskCache::None), DiskCache::Writeback);
+        assert_eq!(
+            through_the_cache(DiskCache::Directsync),
+            DiskCache::Writethrough,
+            "what is told is written is"
+        );
+    }
+}
