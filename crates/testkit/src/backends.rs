@@ -22,6 +22,8 @@ pub enum Optional {
     DeviceMapper,
     /// virtiofsd as it is written today: a package of Debian 13 and Ubuntu 24.04, and none of Debian 12.
     Virtiofsd,
+    /// FAT.
+    Fat,
     /// Limits of projects, on ext4 and on XFS.
     ProjectQuotas,
     /// A machine without a policy of its own in `/etc/karst`, which tests do not touch.
@@ -37,6 +39,7 @@ impl Optional {
             Self::Zfs => "this kernel has no ZFS, or the tests are not root's",
             Self::DeviceMapper => "this kernel has no device mapper, or the tests are not root's",
             Self::Virtiofsd => "this host has no virtiofsd (no package of Debian 12 brings it)",
+            Self::Fat => "this kernel has no FAT, or no loop devices",
             Self::ProjectQuotas => "this kernel has no project quotas on this file system",
             Self::NoPolicy => "this machine has a policy of its own in /etc/karst",
         }
