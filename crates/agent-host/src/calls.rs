@@ -456,6 +456,12 @@ impl RealAgent {
             true => None,
             false => {
                 let pool = self.pool(file.root.pool)?;
+                // One that is just starting would find its files another's where they are given to it on disk.
+                let moves = pool.abilities().is_some_and(|can| !can.mapped);
+                let _lock = if moves { Some(self.lock(file.root.volume.0).await) } else { None };
+                if moves && self.runs(file.instance).await? {
+                    return Ok((driver, None));
+                }
                 if pool.inspect(file.root.volume).await?.content != VolumeContent::Filesystem {
                     return Err(Error::invalid("root", "the volume is a disk, which has no files"));
                 }

@@ -60,6 +60,8 @@ pub struct FilePool {
     pub(crate) opened: Arc<Opened>,
     /// What its file system can.
     pub(crate) abilities: Abilities,
+    /// Trees being given other owners, one at a time.
+    pub(crate) moving: Arc<tokio::sync::Mutex<()>>,
     /// It was opened to be used: that was tried.
     pub(crate) tried: bool,
     /// Places in `tmp` that somebody answers for.

@@ -79,6 +79,7 @@ impl FilePool {
     }
 
     async fn moved(&self, volume: VolumeId, wanted: Option<(u32, u32)>) -> Result<()> {
+        let _one = self.moving.lock().await;
         let record = self.known(volume, None).await?;
         if record.content.is_disk() || record.moved.is_none() && wanted.is_none() {
             return Ok(());

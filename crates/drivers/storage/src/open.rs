@@ -165,6 +165,7 @@ impl FilePool {
             states,
             layered: abilities.layers,
             abilities,
+            moving: Arc::default(),
             tried: purpose == Purpose::Use,
             opened: Arc::default(),
             live,
