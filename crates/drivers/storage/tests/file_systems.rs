@@ -56,7 +56,7 @@ impl Mounts {
 impl Drop for Mounts {
     fn drop(&mut self) {
         for at in self.0.iter().rev() {
-            let _ = Command::new("umount").arg(at).status();
+            let _ = Command::new("umount").arg("--lazy").arg(at).status();
         }
     }
 }

@@ -51,14 +51,21 @@ impl Mounted {
         mount.is_ok_and(|s| s.success())
     }
 
+    /// What the pool did last may have it in use for a moment.
     fn unmount(&self) {
-        assert!(Command::new("umount").arg(&self.at).status().unwrap().success());
+        for _ in 0..200 {
+            if Command::new("umount").arg(&self.at).output().unwrap().status.success() {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        panic!("{} is in use", self.at.display());
     }
 }
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-q").arg(&self.at).status();
+        let _ = Command::new("umount").arg("--lazy").arg("--quiet").arg(&self.at).status();
     }
 }
 

@@ -185,6 +185,7 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         POST "/1.0/karst/libvirt/clients" => libvirt::create, "clients_of_libvirt_get_certificates",
         GET "/1.0/karst/openapi" => karst::openapi, "the_openapi_document_is_current",
         GET "/1.0/karst/status" => karst::status, "karst_paths_answer",
+        GET "/1.0/karst/storage-pools/{name}" => storage::file_system, "storage_pools_live",
         GET "/1.0/karst/top" => karst::top, "what_instances_use_is_told",
         POST "/1.0/karst/instances/{name}/keys" => exec::keys, "machines_are_seen_and_operated",
         POST "/1.0/karst/instances/{name}/reset" => exec::reset, "machines_are_seen_and_operated",

@@ -655,6 +655,12 @@ async fn storage_pools_live() {
         s.get("/1.0/storage-pools/default/resources").await.metadata()["space"]["total"].as_u64().unwrap()
             > 0
     );
+    let found = s.get("/1.0/karst/storage-pools/default").await.metadata();
+    assert_eq!(
+        (&found["file_system"]["owners"], &found["file_system"]["limits"]),
+        (&json!(true), &json!(false))
+    );
+    s.get("/1.0/karst/storage-pools/nope").await.refused(404);
     let volumes = s.get("/1.0/storage-pools/default/volumes?recursion=1&filter=").await.metadata();
     assert_eq!((volumes[0]["name"].as_str(), volumes[0]["type"].as_str()), (Some("c1"), Some("container")));
     assert_eq!(s.get("/1.0/storage-pools/default/volumes?filter=name+eq+x").await.metadata(), json!([]));

@@ -101,7 +101,10 @@ impl Storage {
                 let space = object.url.clone().join("resources");
                 let (answer, resources) = tokio::try_join!(client.get(&object.url), client.get(&space))
                     .about(client, Kind::Pool, &name)?;
-                output::print(&info(&answer.metadata, &resources.metadata, bytes)?)
+                // Servers of Incus do not say that.
+                let found = client.get(&Url::new(&["karst", "storage-pools", &name])).await.ok();
+                let can = found.map_or(Value::Null, |found| found.metadata["file_system"].clone());
+                output::print(&info(&answer.metadata, &resources.metadata, &can, bytes)?)
             }
             Self::Volume(command) => command.run(context).await,
             Self::Common(command) => command.run(context, pool).await,
@@ -110,7 +113,7 @@ impl Storage {
 }
 
 /// A pool for people, as YAML.
-fn info(pool: &Value, resources: &Value, exact: bool) -> Result<String> {
+fn info(pool: &Value, resources: &Value, can: &Value, exact: bool) -> Result<String> {
     let size = |value: &Value| {
         let value = value.as_u64().unwrap_or_default();
         if exact { value.to_string() } else { units::bytes(value) }
@@ -119,8 +122,8 @@ fn info(pool: &Value, resources: &Value, exact: bool) -> Result<String> {
         "name": pool["name"], "description": pool["description"], "driver": pool["driver"],
         "space used": size(&resources["space"]["used"]), "total space": size(&resources["space"]["total"]),
     }});
-    // What it says itself of its file system: names of what it can, and of what it cannot.
-    if let Some(can) = resources["karst_file_system"].as_object() {
+    // Names of what its file system can, and of what it cannot.
+    if let Some(can) = can.as_object() {
         let those = |wanted: bool| {
             let all = can.iter().filter(|(_, value)| value.as_bool() == Some(wanted));
             all.map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", ")
@@ -148,6 +151,9 @@ mod tests {
         let pool = json!({"name": "default", "description": "", "driver": "dir",
             "used_by": ["/1.0/instances/c1", "/1.0/profiles/default?project=default", "/1.0/instances/c2"]});
         let resources = json!({"space": {"used": 1_073_741_824u64, "total": 2_147_483_648u64}});
-        insta::assert_snapshot!(info(&pool, &resources, false).unwrap());
+        insta::assert_snapshot!(info(&pool, &resources, &Value::Null, false).unwrap());
+        let can = json!({"direct": true, "mapped": false, "owners": true});
+        let shown = info(&pool, &resources, &can, false).unwrap();
+        assert!(shown.contains("has: direct, owners") && shown.contains("lacks: mapped"), "{shown}");
     }
 }

@@ -61,8 +61,18 @@ pub async fn resources(call: Call) -> Result<Reply> {
     sync(&PoolResources {
         space: UsedTotal { used: usage.used, total: usage.total },
         inodes: UsedTotal { used: usage.inodes_used, total: usage.inodes_total },
-        karst_file_system: call.engine().pool_abilities(&call.context, call.param(0)).await?,
     })
+}
+
+/// `GET /1.0/karst/storage-pools/{name}`: what Incus does not tell of a pool: `{"file_system"}` says of a pool in a directory what the
+/// file system there can, as its host has tried: `owners`, `mapped`, `layers`, `limits`, `clones`, `links`, `holes`, `direct`,
+/// `attributes`; `null` of other pools.
+///
+/// # Errors
+/// Those of the engine.
+pub async fn file_system(call: Call) -> Result<Reply> {
+    let found = call.engine().pool_abilities(&call.context, call.param(0)).await?;
+    sync(&serde_json::json!({ "file_system": found }))
 }
 
 /// `POST /1.0/storage-pools`

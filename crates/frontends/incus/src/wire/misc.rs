@@ -165,9 +165,6 @@ pub struct VolumeView<'a> {
 pub struct PoolResources {
     pub space: UsedTotal,
     pub inodes: UsedTotal,
-    /// Karst's own: what the file system can that the pool's directory is on.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub karst_file_system: Option<karst_model::storage::Abilities>,
 }
 
 /// Used and total.
