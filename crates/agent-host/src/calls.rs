@@ -24,7 +24,7 @@ use karst_model::{
     network::{ExternalInterface, Lease},
     node::HostFacts,
     spec::{GuestSpec, NetworkSpec, PoolSource, PoolSpec, VolumeSpec},
-    storage::{Abilities, Usage, VolumeContent},
+    storage::{Abilities, Usage},
 };
 use karst_storage::OpenTree;
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -454,19 +454,7 @@ impl RealAgent {
         }
         let root = match runs {
             true => None,
-            false => {
-                let pool = self.pool(file.root.pool)?;
-                // One that is just starting would find its files another's where they are given to it on disk.
-                let moves = pool.abilities().is_some_and(|can| !can.mapped);
-                let _lock = if moves { Some(self.lock(file.root.volume.0).await) } else { None };
-                if moves && self.runs(file.instance).await? {
-                    return Ok((driver, None));
-                }
-                if pool.inspect(file.root.volume).await?.content != VolumeContent::Filesystem {
-                    return Err(Error::invalid("root", "the volume is a disk, which has no files"));
-                }
-                Some(pool.open_tree(file.root.volume).await?)
-            }
+            false => self.open_root(file).await?,
         };
         Ok((driver, root))
     }
@@ -610,11 +598,7 @@ calls! {
     }
     mutate pool_grow(me, request: PoolGrow) -> () { me.grow_pool(request).await }
     mutate pool_remove(me, pool: PoolId) -> () { me.remove_pool(pool).await }
-    read pool_usage(me, pool: PoolId) -> Usage {
-        let driver = me.pool(pool)?;
-        me.reach(pool).await?;
-        driver.space().await
-    }
+    read pool_usage(me, pool: PoolId) -> Usage { me.space_of(pool).await }
     read pool_abilities(me, pool: PoolId) -> Option<Abilities> { Ok(me.pool(pool)?.abilities()) }
     read pool_flush(me, pool: PoolId) -> () { me.pool(pool)?.flush().await }
     mutate pool_describe(me, request: PoolDescribe) -> () { me.describe_pool(request).await }

@@ -4,15 +4,16 @@ use crate::{
     RealAgent,
     agent::{blocking, has_volume},
 };
-use karst_agent::VolumeRef;
+use karst_agent::{FileRef, VolumeRef};
 use karst_guest::IdRange;
 use karst_host::overlay::Mapped;
 use karst_model::{
     Error, PoolId, Result,
     device::{DiskCache, DiskIo},
     spec::PoolSource,
-    storage::Abilities,
+    storage::{Abilities, Usage, VolumeContent},
 };
+use karst_storage::OpenTree;
 
 /// The cache mode without direct input and output that comes nearest to the one that is asked for.
 fn through_the_cache(mode: DiskCache) -> DiskCache {
@@ -41,6 +42,27 @@ impl RealAgent {
         }
         let inside = ids.inside(privileged);
         pool.move_owners(at.volume, Mapped { base: inside.base, count: inside.count }).await
+    }
+
+    /// The root of a container that is stopped, to work on its files; none when it runs by now.
+    pub(crate) async fn open_root(&self, file: &FileRef) -> Result<Option<OpenTree>> {
+        let (pool, root) = (self.pool(file.root.pool)?, file.root.volume);
+        // One that is just starting would find its files another's where they are given to it on disk.
+        let moves = pool.abilities().is_some_and(|can| !can.mapped);
+        let _lock = if moves { Some(self.lock(root.0).await) } else { None };
+        if moves && self.runs(file.instance).await? {
+            return Ok(None);
+        }
+        if pool.inspect(root).await?.content != VolumeContent::Filesystem {
+            return Err(Error::invalid("root", "the volume is a disk, which has no files"));
+        }
+        pool.open_tree(root).await.map(Some)
+    }
+
+    pub(crate) async fn space_of(&self, id: PoolId) -> Result<Usage> {
+        let pool = self.pool(id)?;
+        self.reach(id).await?;
+        pool.space().await
     }
 
     /// Does the file system of a pool in a directory of the host answer?
