@@ -140,7 +140,7 @@ impl RealAgent {
         };
         let _locks = self.lock_both(spec.id, other).await;
         let pool = self.pool(spec.pool)?;
-        self.reach(spec.pool).await?;
+        self.reach_to_make(spec.pool, spec.id).await?;
         // What is there already was made of a source that may be gone by now.
         if let Ok(there) = pool.inspect(spec.id).await {
             if there.content != spec.content {
@@ -223,6 +223,9 @@ impl RealAgent {
         self.unused(at.volume).await?;
         match self.pool(at.pool) {
             Ok(pool) => {
+                if self.was_never_made(at.volume) {
+                    return Ok(());
+                }
                 self.reach(at.pool).await?;
                 pool.delete(at.volume).await
             }

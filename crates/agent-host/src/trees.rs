@@ -8,12 +8,26 @@ use karst_agent::{FileRef, VolumeRef};
 use karst_guest::IdRange;
 use karst_host::overlay::Mapped;
 use karst_model::{
-    Error, PoolId, Result,
+    Error, PoolId, Result, VolumeId,
     device::{DiskCache, DiskIo},
     spec::PoolSource,
     storage::{Abilities, Usage, VolumeContent},
 };
 use karst_storage::OpenTree;
+use std::{
+    collections::HashSet,
+    sync::{LazyLock, Mutex, MutexGuard},
+};
+
+/// Volumes whose making ended before it began, because their pool's file system did not answer: whoever undoes that has nothing to
+/// wait for. Forgotten with the process; then it is tried again by command.
+static NEVER_MADE: LazyLock<Mutex<HashSet<VolumeId>>> = LazyLock::new(Mutex::default);
+/// More than that nobody undoes at a time.
+const MOST_NEVER_MADE: usize = 4096;
+
+fn never_made() -> MutexGuard<'static, HashSet<VolumeId>> {
+    NEVER_MADE.lock().unwrap_or_else(|e| e.into_inner())
+}
 
 /// The cache mode without direct input and output that comes nearest to the one that is asked for.
 fn through_the_cache(mode: DiskCache) -> DiskCache {
@@ -73,6 +87,26 @@ impl RealAgent {
             }
             _ => Ok(()),
         }
+    }
+
+    /// The same, for who is about to make a volume there.
+    pub(crate) async fn reach_to_make(&self, pool: PoolId, volume: VolumeId) -> Result<()> {
+        let reached = self.reach(pool).await;
+        let mut all = never_made();
+        match &reached {
+            Ok(()) => drop(all.remove(&volume)),
+            Err(_) => {
+                if all.len() >= MOST_NEVER_MADE {
+                    all.clear();
+                }
+                all.insert(volume);
+            }
+        }
+        reached
+    }
+
+    pub(crate) fn was_never_made(&self, volume: VolumeId) -> bool {
+        never_made().contains(&volume)
     }
 
     /// Writes down what a pool's file system can, and says so when that is no longer what it was: what lies in the pool was made by it.

@@ -208,6 +208,13 @@ async fn pools_in_files_of_their_own_grow() {
         let source = |size: ByteSize| PoolSource::Own { size: Some(size) };
         let small = PoolSpec { source: source(ByteSize::mib(512)), ..PoolSpec::own(id, kind) };
         first.pool_ensure(&change, small.clone()).await.unwrap();
+        let found = host.join(format!("registry/pools/{}.found", id.0));
+        let can = first.pool_abilities(&read, id).await.unwrap();
+        assert_eq!(
+            (can.is_some(), found.is_file()),
+            (kind == PoolKind::Btrfs, kind == PoolKind::Btrfs),
+            "{kind:?}"
+        );
         let space = async |agent: &RealAgent| agent.pool_usage(&read, id).await.unwrap().total;
         let before = space(&first).await;
         let grow = |size| PoolGrow { pool: id, size };
@@ -226,6 +233,7 @@ async fn pools_in_files_of_their_own_grow() {
         assert_eq!(space(&first).await, large, "{kind:?}");
         first.pool_ensure(&change, small).await.unwrap();
         first.pool_remove(&change, id).await.unwrap();
+        assert!(!found.exists(), "what was found goes with it");
     }
     first.purge().await.unwrap();
 }
