@@ -26,8 +26,11 @@ fn asked() -> MutexGuard<'static, HashMap<PathBuf, watch::Receiver<bool>>> {
 /// # Errors
 /// Unavailable when it does not answer in time.
 pub(crate) async fn answers(place: &Path) -> Result<()> {
-    // What is wrong with the place is told by whoever uses it.
-    ask(place, PATIENCE, |place| drop(rustix::fs::statvfs(place))).await
+    ask(place, PATIENCE, |place| {
+        // What is wrong with the place is told by whoever uses it.
+        let _ = rustix::fs::statvfs(place);
+    })
+    .await
 }
 
 async fn ask(place: &Path, patience: Duration, question: fn(&Path)) -> Result<()> {
@@ -85,7 +88,6 @@ mod tests {
         answers(&std::env::temp_dir()).await.unwrap();
         answers(Path::new("/nonexistent/other")).await.expect("that it is not there is an answer");
         GONE.store(false, Ordering::SeqCst);
-        ask(place, PATIENCE, hangs).await.unwrap();
         while asked().contains_key(place) {
             tokio::task::yield_now().await;
         }

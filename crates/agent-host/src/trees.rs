@@ -93,14 +93,13 @@ impl RealAgent {
     pub(crate) async fn reach_to_make(&self, pool: PoolId, volume: VolumeId) -> Result<()> {
         let reached = self.reach(pool).await;
         let mut all = never_made();
-        match &reached {
-            Ok(()) => drop(all.remove(&volume)),
-            Err(_) => {
-                if all.len() >= MOST_NEVER_MADE {
-                    all.clear();
-                }
-                all.insert(volume);
+        if reached.is_ok() {
+            all.remove(&volume);
+        } else {
+            if all.len() >= MOST_NEVER_MADE {
+                all.clear();
             }
+            all.insert(volume);
         }
         reached
     }
