@@ -104,6 +104,8 @@ impl Projects {
         match tried {
             Ok(true) => Ok(Ok(found)),
             Ok(false) => Ok(Err(Without::Unknown)),
+            // The kernel says that they are held, and that is all that a full disk tells.
+            Err(e) if e.is(karst_model::ErrorKind::Quota) => Ok(Ok(found)),
             Err(e) => {
                 tracing::warn!(error = %e, context = e.context.as_deref(), "project quotas are there, but cannot be used");
                 Ok(Err(Without::Unknown))
