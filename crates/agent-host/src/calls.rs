@@ -13,7 +13,7 @@ use karst_guest::{
 };
 use karst_image::{Staged, Upload};
 use karst_model::{
-    BackupId, Error, ErrorKind, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId, VolumeId,
+    AclId, BackupId, Error, ErrorKind, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId, VolumeId,
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
     display::{DisplayGuard, DisplayProtocol},
     guest::{CheckpointMark, MonitorAnswer},
@@ -619,6 +619,8 @@ calls! {
     }
     mutate network_remove(me, network: NetworkId) -> () { me.remove_network(network).await }
     read network_leases(me, network: NetworkId) -> Vec<Lease> { me.networks.leases(network).await }
+    read acl_log(me, r: AclLogRead) -> Vec<u8> { me.networks.acl_log(r.acl, r.max.min(ACL_LOG_BYTES) as usize).await }
+    mutate acl_log_remove(me, acl: AclId) -> () { me.networks.acl_log_remove(acl).await }
     read neighbours(_me, request: NeighboursFind) -> Vec<Neighbour> {
         request.check()?;
         blocking(move || crate::nics::neighbours(&request)).await

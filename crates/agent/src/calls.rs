@@ -2,6 +2,7 @@
 //! enumeration and the dispatcher all come from it.
 
 use crate::{
+    acl_logs::AclLogRead,
     asks::GuestAsk,
     backups::{BackupCreate, BackupFacts, VolumeFill, VolumeFilled, VolumeWrite},
     checkpoints::{
@@ -19,7 +20,7 @@ use crate::{
 };
 use async_trait::async_trait;
 use karst_model::{
-    BackupId, ByteSize, ImageId, InstanceId, NetworkId, NodeId, PoolId, Result, SagaId, SessionId,
+    AclId, BackupId, ByteSize, ImageId, InstanceId, NetworkId, NodeId, PoolId, Result, SagaId, SessionId,
     SnapshotId, VolumeId,
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
     guest::{
@@ -274,6 +275,10 @@ agent_calls! {
     mutate fn network_remove(NetworkRemove: NetworkId) -> ();
     /// DHCP leases and static assignments.
     read fn network_leases(NetworkLeases: NetworkId) -> Vec<Lease>;
+    /// What the rules of a network ACL logged on this host, one entry of JSON a line; empty of one that logged nothing.
+    read fn acl_log(AclLog: AclLogRead) -> Vec<u8>;
+    /// Forgets what an ACL logged, which is gone.
+    mutate fn acl_log_remove(AclLogRemove: AclId) -> ();
     /// Addresses of neighbours of the host, as its kernel has learned them (ARP, neighbour discovery).
     read fn neighbours(Neighbours: NeighboursFind) -> Vec<Neighbour>;
     /// State of the bridge.

@@ -16,7 +16,8 @@ mod storage;
 mod threads;
 
 use crate::{
-    asks::*, backups::*, calls::*, copies::*, displays::*, memory::*, outputs::*, publish::*, thresholds::*,
+    acl_logs::*, asks::*, backups::*, calls::*, copies::*, displays::*, memory::*, outputs::*, publish::*,
+    thresholds::*,
 };
 use karst_env::{EnvExt, SharedEnv};
 use karst_model::{

@@ -6,6 +6,7 @@
 //! its policy (`host-policy.toml`) or refuses it. Bytes (exec, console, files, images) flow through descriptors that the host
 //! opened and passed; the host never receives one.
 
+pub mod acl_logs;
 pub mod asks;
 pub mod backups;
 pub mod calls;
@@ -30,6 +31,7 @@ pub mod simulated;
 pub mod thresholds;
 pub mod wire;
 
+pub use acl_logs::*;
 pub use asks::*;
 pub use backups::*;
 pub use calls::*;

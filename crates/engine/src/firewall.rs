@@ -12,6 +12,7 @@ use crate::{
     storage::{UsedBy, users_in_words},
     visible::no_acl,
 };
+use karst_agent::{ACL_LOG_BYTES, AclLogRead, CallContext};
 use karst_model::{
     AclId, AddressSetId, Config, Error, NetworkId, ProjectId, Result,
     access::Permission,
@@ -258,6 +259,17 @@ fn check_acl(records: &Records, tx: &mut Tx, acl: &NetworkAcl) -> Result<()> {
 }
 
 impl EngineInner {
+    /// What a deleted ACL logged goes too.
+    async fn forget_acl_log(&self, id: AclId) {
+        let removed = match self.agents.get(self.node) {
+            Ok(agent) => agent.acl_log_remove(&self.reconcile_context(CALL), id).await,
+            Err(e) => Err(e),
+        };
+        if let Err(e) = removed {
+            tracing::warn!(acl = %id, error = %e, "what a deleted network ACL logged stays until its host finds it old");
+        }
+    }
+
     /// Brings all networks of this node up to date whose specification `concerns` picks.
     async fn push_rules(&self, concerns: impl Fn(&NetworkSpec) -> bool) {
         let ids: Vec<NetworkId> = {
@@ -420,6 +432,19 @@ impl Engine {
         Ok(())
     }
 
+    /// What the rules of an ACL logged on its host, one entry of JSON a line, the newest at the end. It tells of the guests of all
+    /// projects that use the ACL: for who may change it.
+    ///
+    /// # Errors
+    /// Not found, forbidden, unavailable; unsupported where the host's kernel keeps it to itself.
+    pub async fn acl_log(&self, context: &Context, project: &str, name: &str) -> Result<Vec<u8>> {
+        self.network_project(context, project)?;
+        let acl = self.inner().inventory.read().acl(name)?.id;
+        let agent = self.inner().agents.get(self.inner().node)?;
+        let request = AclLogRead { acl, max: ACL_LOG_BYTES };
+        agent.acl_log(&CallContext::read(Duration::from_secs(10)), request).await
+    }
+
     /// Deletes an ACL that nothing uses.
     ///
     /// # Errors
@@ -427,7 +452,7 @@ impl Engine {
     pub async fn acl_delete(&self, context: &Context, project: &str, name: &str) -> Result<()> {
         let project = self.network_project(context, project)?;
         let inner = self.inner();
-        inner
+        let id = inner
             .transact(|records, tx| {
                 let row = records.acl(project.id, name)?;
                 demand_unused(context, "network ACL", name, |sees| acl_users(records, row, sees))?;
@@ -440,9 +465,10 @@ impl Engine {
                 );
                 tx.delete_id::<Uses>(&uses("acls", row.id.uuid()));
                 tx.delete(row);
-                Ok(())
+                Ok(row.id)
             })
             .await?;
+        inner.forget_acl_log(id).await;
         let path = inner.inventory.read().path_in("network-acls", name, project.id);
         inner.announce(context, Some(project.id), "network-acl-deleted", path);
         Ok(())

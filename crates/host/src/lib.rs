@@ -23,6 +23,7 @@ pub mod nic;
 pub mod numa;
 pub mod overlay;
 pub mod owners;
+pub mod packet_log;
 pub mod process;
 pub mod project_quota;
 pub mod sandbox;

@@ -205,6 +205,31 @@ impl Socket {
         }
     }
 
+    /// Reads what the kernel has sent by itself, without waiting: each message's type and what follows its header. `false` when
+    /// so much came that the kernel dropped some.
+    ///
+    /// # Errors
+    /// What `recv(2)` says.
+    pub fn receive(&self, mut each: impl FnMut(u16, &[u8])) -> io::Result<bool> {
+        let mut buffer = vec![0u8; BUFFER];
+        let mut whole = true;
+        loop {
+            match rustix::net::recv(&self.fd, buffer.as_mut_slice(), RecvFlags::DONTWAIT) {
+                Ok((_, received)) => {
+                    let mut rest = &buffer[..received.min(buffer.len())];
+                    while let Some((header, body, next)) = split(rest) {
+                        rest = next;
+                        each(header.kind, body);
+                    }
+                }
+                Err(rustix::io::Errno::NOBUFS) => whole = false,
+                Err(rustix::io::Errno::AGAIN) => return Ok(whole),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
     /// Reads and drops what multicast groups have sent, without waiting. `true` when there was something, also when so
     /// much came that the kernel dropped messages.
     ///

@@ -525,6 +525,7 @@ fn cases() -> Vec<Case> {
         acl_create SharedEdit |f, c, p| f.w.engine.acl_create(c, p, "fresh", UpdateAcl::default()).await.map(drop);
         acl_update SharedEdit |f, c, p| f.w.engine.acl_update(c, p, "web", UpdateAcl { description: "x".into(), ..Default::default() }).await.map(drop);
         acl_rename SharedEdit |f, c, p| f.w.engine.acl_rename(c, p, "web", "web2").await.map(drop);
+        acl_log SharedEdit |f, c, p| f.w.engine.acl_log(c, p, "web").await.map(drop);
         acl_delete SharedEdit |f, c, p| f.w.engine.acl_delete(c, p, "web").await.map(drop);
         acl_used_by Filtered |f, c, p| { let acl = f.w.engine.acl(&f.w.admin, "default", "used")?; demand_nothing_hidden(f, c, f.w.engine.acl_used_by(c, &acl)) };
         address_sets View |f, c, p| f.w.engine.address_sets(c, p).map(drop);

@@ -213,6 +213,10 @@ pub(super) async fn networks(s: &Subject) {
         "{state:?}"
     );
     assert_eq!(s.agent.network_leases(&s.read(), network.id).await.unwrap(), []);
+    let acl = karst_model::AclId(s.env.uuid());
+    let log = AclLogRead { acl, max: ACL_LOG_BYTES };
+    assert_eq!(s.agent.acl_log(&s.read(), log).await.unwrap(), b"", "nobody's has logged nothing");
+    s.agent.acl_log_remove(&s.change(), acl).await.expect("unknown is gone already");
     let twin = s.network();
     refused(s.agent.network_ensure(&s.change(), twin).await, ErrorKind::Conflict);
 

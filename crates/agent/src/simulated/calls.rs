@@ -6,12 +6,12 @@ use super::{
     state::{Guest, State},
 };
 use crate::{
-    asks::*, backups::*, calls::*, checkpoints::*, copies::*, descriptions::*, displays::*, memory::*,
-    neighbours::*, outputs::*, publish::*, thresholds::*,
+    acl_logs::*, asks::*, backups::*, calls::*, checkpoints::*, copies::*, descriptions::*, displays::*,
+    memory::*, neighbours::*, outputs::*, publish::*, thresholds::*,
 };
 use async_trait::async_trait;
 use karst_model::{
-    BackupId, ByteSize, Error, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId, VolumeId,
+    AclId, BackupId, ByteSize, Error, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId, VolumeId,
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
     device::interface_name,
     display::DisplayProtocol,
@@ -217,6 +217,11 @@ calls! {
         Ok(())
     }
     read network_leases(me, network: NetworkId) -> Vec<Lease> { me.leases(network) }
+    read acl_log(me, request: AclLogRead) -> Vec<u8> { me.acl_log(request) }
+    mutate acl_log_remove(me, acl: AclId) -> () {
+        me.settled().acl_logs_removed.insert(acl);
+        Ok(())
+    }
     read link_state(me, name: String) -> NetworkState { me.link_state_of(&name) }
     read neighbours(me, request: NeighboursFind) -> Vec<Neighbour> {
         request.check()?;

@@ -33,6 +33,8 @@ use std::{
 pub(super) struct State {
     pub pools: BTreeMap<PoolId, PoolSpec>,
     pub networks: BTreeMap<NetworkId, Network>,
+    /// ACLs whose logs were forgotten.
+    pub acl_logs_removed: BTreeSet<karst_model::AclId>,
     pub volumes: BTreeMap<VolumeId, Volume>,
     pub described: super::descriptions::Described,
     pub images: BTreeMap<ImageId, Image>,

@@ -6,7 +6,7 @@ use super::{
     state::{Guest, Image, Network, State, Volume},
     storage::Held,
 };
-use crate::{asks::GuestAsk, calls::*, displays::DisplayGuardSet, outputs::*};
+use crate::{acl_logs::AclLogRead, asks::GuestAsk, calls::*, displays::DisplayGuardSet, outputs::*};
 use karst_model::{
     ByteSize, Config, Error, InstanceId, NetworkId, PoolId, Result, SessionId,
     device::interface_name,
@@ -481,6 +481,29 @@ impl SimulatedAgent {
         let network = Network { spec, leases: Default::default() };
         state.networks.insert(network.spec.id, network);
         Ok(())
+    }
+
+    /// Each ACL of a network with a rule that logs has logged one packet by it.
+    pub(super) fn acl_log(&self, request: AclLogRead) -> Result<Vec<u8>> {
+        let state = self.settled();
+        if state.acl_logs_removed.contains(&request.acl) {
+            return Ok(vec![]);
+        }
+        let acls = state.networks.values().flat_map(|n| &n.spec.acls).filter(|a| a.id == request.acl);
+        let mut rules = acls.flat_map(|a| {
+            let ingress = a.ingress.iter().map(|r| ("ingress", r));
+            ingress.chain(a.egress.iter().map(|r| ("egress", r)))
+        });
+        let line = rules.find(|(_, rule)| rule.logged).map(|(direction, rule)| {
+            let (action, number) = (rule.action.as_str(), rule.number);
+            format!(
+                "{{\"time\":\"2026-01-01T00:00:00Z\",\"proto\":\"tcp\",\"src\":\"192.0.2.1\",\"dst\":\"192.0.2.2\",\
+                 \"src_port\":\"40000\",\"dst_port\":\"80\",\"action\":\"{action}\",\"direction\":\"{direction}\",\
+                 \"rule\":{number}}}\n"
+            )
+        });
+        let line = line.unwrap_or_default().into_bytes();
+        Ok(if line.len() > request.max as usize { vec![] } else { line })
     }
 
     pub(super) fn leases(&self, id: NetworkId) -> Result<Vec<Lease>> {

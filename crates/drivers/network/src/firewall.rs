@@ -9,8 +9,9 @@
 
 use crate::loose::Loose;
 use crate::{
+    acl_log::Reader,
     record::Paths,
-    rules,
+    rules::{self, Logs},
     ruleset::{Table, comparable},
 };
 use karst_host::{Program, nft, run};
@@ -33,6 +34,8 @@ pub(crate) struct Firewall {
     iptables: [Option<(Vec<String>, String)>; 4],
     /// This kernel can answer what it refuses on a bridge.
     bridge_reject: Option<bool>,
+    /// Where ACLs log to, once one does; `Err` where this kernel has no such thing.
+    log: Option<Result<Reader, ()>>,
     /// What others' firewalls were made to accept, and at which generation that was found so.
     others: Option<(u32, Vec<Others>)>,
     /// Base chains of others that drop what guests send or receive.
@@ -142,7 +145,7 @@ impl Firewall {
             return Ok(());
         }
         self.settled = None;
-        let after = self.own_tables(daemon, networks, generation).await?;
+        let after = self.own_tables(daemon, paths, networks, generation).await?;
         for backend in &legacy {
             self.iptables(*backend, daemon, paths, &others).await?;
         }
@@ -210,8 +213,16 @@ impl Firewall {
 
     /// Brings the daemon's own tables up to date. Answers the generation at which they are, and everything else is as it was
     /// at `generation`.
-    async fn own_tables(&mut self, daemon: &str, networks: &[NetworkSpec], generation: u32) -> Result<u32> {
-        let wanted = rules::tables(daemon, networks, self.bridge_reject().await?, &self.loose);
+    async fn own_tables(
+        &mut self,
+        daemon: &str,
+        paths: &Paths,
+        networks: &[NetworkSpec],
+        generation: u32,
+    ) -> Result<u32> {
+        self.read_logs(daemon, paths, networks);
+        let reject = self.bridge_reject().await?;
+        let wanted = rules::tables(self.logs(daemon), networks, reject, &self.loose);
         if let Some(applied) = &mut self.tables
             && applied.generation == Some(generation)
         {
@@ -270,6 +281,28 @@ impl Firewall {
         let alone = now == before.wrapping_add(1);
         self.tables = Some(Applied { tables, generation: alone.then_some(now), listing: None });
         Ok(if alone { now } else { before })
+    }
+
+    /// Begins to read what ACLs log, once a rule does.
+    fn read_logs(&mut self, daemon: &str, paths: &Paths, networks: &[NetworkSpec]) {
+        let mut rules = networks.iter().flat_map(|n| &n.acls).flat_map(|a| a.ingress.iter().chain(&a.egress));
+        if self.log.is_some() || !rules.any(|r| r.logged) {
+            return;
+        }
+        self.log = Some(Reader::start(daemon, &paths.0).map_err(|e| {
+            tracing::info!(error = %e, context = e.context, "network ACLs log to the kernel's own log");
+        }));
+    }
+
+    /// Where rules log to now.
+    pub fn logs<'a>(&self, daemon: &'a str) -> Logs<'a> {
+        let group = self.log.as_ref().and_then(|l| l.as_ref().ok()).map(|reader| reader.group);
+        Logs { daemon, group }
+    }
+
+    /// Rules log, and not to this process.
+    pub fn logs_to_kernel(&self) -> bool {
+        matches!(self.log, Some(Err(())))
     }
 
     async fn bridge_reject(&mut self) -> Result<bool> {

@@ -5,6 +5,7 @@
 //! short id, and is compared with what is wanted each time. See `docs/adr/0007-networking.md`.
 #![allow(clippy::disallowed_methods)] // drivers live in the real world: its clock, its tasks
 
+mod acl_log;
 mod bridge;
 mod dnsmasq;
 mod firewall;

@@ -9,6 +9,7 @@
 //! A packet's way through these rules is what `karst_model::firewall::evaluate` says in words.
 
 use crate::{
+    acl_log,
     loose::{self, Loose, has_rules},
     ruleset::Table,
     views, walls,
@@ -32,19 +33,29 @@ pub(crate) fn table_name(daemon: &str) -> String {
     format!("karst_{daemon}")
 }
 
+/// Where rules log to.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Logs<'a> {
+    /// Short id of the daemon.
+    pub daemon: &'a str,
+    /// The group that this process reads; `None`: the kernel's own log, as there is none.
+    pub group: Option<u16>,
+}
+
 /// The daemon's tables `inet` and `bridge`; `bridge_reject`: this kernel can answer what it refuses on a bridge.
 pub(crate) fn tables(
-    daemon: &str,
+    logs: Logs<'_>,
     networks: &[NetworkSpec],
     bridge_reject: bool,
     loose: &Loose,
 ) -> [Table; 2] {
+    let daemon = logs.daemon;
     let mut inet = Table::new("inet", table_name(daemon));
     let mut bridge = Table::new("bridge", table_name(daemon));
     translation(daemon, &mut inet, networks);
-    edges(daemon, &mut inet, networks);
+    edges(logs, &mut inet, networks);
     let unmanaged = loose::network(loose);
-    ports(daemon, &mut bridge, networks, &unmanaged, bridge_reject);
+    ports(logs, &mut bridge, networks, &unmanaged, bridge_reject);
     loose::cables(&mut inet, loose);
     views::rules(&mut inet, &mut bridge, networks);
     walls::rules(daemon, &mut inet, networks);
@@ -136,7 +147,7 @@ fn forwards(t: &mut Table, network: &NetworkSpec) {
 }
 
 /// Routing that is switched off, and ACLs of networks.
-fn edges(daemon: &str, t: &mut Table, networks: &[NetworkSpec]) {
+fn edges(logs: Logs<'_>, t: &mut Table, networks: &[NetworkSpec]) {
     for network in networks {
         for (on, nfproto) in [(network.spec.routing, "ipv4"), (network.spec.routing6, "ipv6")] {
             if !on {
@@ -194,7 +205,7 @@ fn edges(daemon: &str, t: &mut Table, networks: &[NetworkSpec]) {
                 },
                 allow: "accept".into(),
             };
-            policy_rules(daemon, t, &mut rules, networks, network, policy, direction, &verdicts);
+            policy_rules(logs, t, &mut rules, networks, network, policy, direction, &verdicts);
             *t.chain(&chain) = rules;
         }
     }
@@ -238,7 +249,7 @@ fn core(rules: &mut Vec<String>, direction: Direction, network: &NetworkSpec, re
 
 #[allow(clippy::too_many_arguments)] // one place, all of it needed
 fn policy_rules(
-    daemon: &str,
+    logs: Logs<'_>,
     t: &mut Table,
     rules: &mut Vec<String>,
     networks: &[NetworkSpec],
@@ -249,26 +260,40 @@ fn policy_rules(
 ) {
     for action in Action::ORDER {
         for acl in network.acls.iter().filter(|a| policy.acls.contains(&a.name)) {
-            if let Some(chain) = acl_chain(daemon, t, networks, network, acl, direction, action, verdicts) {
+            if let Some(chain) = acl_chain(logs, t, networks, network, acl, direction, action, verdicts) {
                 rules.push(format!("jump {chain}"));
             }
         }
     }
     let default = policy.default_of(direction);
     if default.logged {
-        rules.push(log(daemon, &format!("{} default", network.bridge), direction, default.action));
+        let what = format!("{} default", network.bridge);
+        rules.push(kernel_log(logs.daemon, &what, direction, default.action));
     }
     rules.push(verdicts.of(default.action).to_owned());
 }
 
-fn log(daemon: &str, what: &str, direction: Direction, action: Action) -> String {
+/// Of a packet at most so many are logged by each rule, whatever is sent.
+const RATE: &str = "limit rate 10/second burst 50 packets";
+
+fn kernel_log(daemon: &str, what: &str, direction: Direction, action: Action) -> String {
     let (way, action) = (direction.as_str(), action.as_str());
-    format!("limit rate 10/second burst 50 packets log prefix \"karst-{daemon} {what} {way} {action}: \"")
+    format!("{RATE} log prefix \"karst-{daemon} {what} {way} {action}: \"")
+}
+
+/// What a rule of an ACL logs: to the group, with a prefix that [`acl_log::Origin`] reads back, or else to the kernel's log.
+fn rule_log(logs: Logs<'_>, acl: &AclSpec, rule: &RuleSpec, direction: Direction) -> String {
+    let Logs { daemon, group } = logs;
+    let Some(group) = group else {
+        return kernel_log(daemon, &format!("acl {}[{}]", acl.name, rule.number), direction, rule.action);
+    };
+    let origin = acl_log::Origin { acl: acl.id, rule: rule.number, direction, action: rule.action };
+    format!("{RATE} log prefix \"{}\" group {group}", origin.prefix(daemon))
 }
 
 #[allow(clippy::too_many_arguments)] // one place, all of it needed
 fn acl_chain(
-    daemon: &str,
+    logs: Logs<'_>,
     t: &mut Table,
     networks: &[NetworkSpec],
     network: &NetworkSpec,
@@ -294,8 +319,7 @@ fn acl_chain(
     for rule in acl.rules(direction).iter().filter(|r| r.action == action) {
         for condition in conditions(t, networks, network, rule) {
             if rule.logged {
-                let what = format!("acl {}[{}]", acl.name, rule.number);
-                rules.push(format!("{condition}{}", log(daemon, &what, direction, action)));
+                rules.push(format!("{condition}{}", rule_log(logs, acl, rule, direction)));
             }
             rules.push(format!("{condition}{}", verdicts.of(action)));
         }
@@ -451,7 +475,7 @@ fn named(t: &mut Table, name: &str, v4: bool, ranges: &[AddressRange]) -> String
 
 /// What single ports may send and get.
 fn ports(
-    daemon: &str,
+    logs: Logs<'_>,
     t: &mut Table,
     networks: &[NetworkSpec],
     unmanaged: &NetworkSpec,
@@ -479,7 +503,7 @@ fn ports(
             limits(t, &port);
             if let Some(policy) = &port.policy {
                 for (direction, map) in [(Direction::Egress, "from"), (Direction::Ingress, "to")] {
-                    let chain = port_chain(daemon, t, networks, network, policy, direction, bridge_reject);
+                    let chain = port_chain(logs, t, networks, network, policy, direction, bridge_reject);
                     t.map(map, "type ifname : verdict;")
                         .insert(format!("\"{}\" : goto {chain}", port.interface));
                 }
@@ -623,7 +647,7 @@ fn limits(t: &mut Table, port: &PortSpec) {
 }
 
 fn port_chain(
-    daemon: &str,
+    logs: Logs<'_>,
     t: &mut Table,
     networks: &[NetworkSpec],
     network: &NetworkSpec,
@@ -662,7 +686,7 @@ fn port_chain(
         stateless: "accept".into(),
         allow: remember.into(),
     };
-    policy_rules(daemon, t, &mut rules, networks, network, policy, direction, &verdicts);
+    policy_rules(logs, t, &mut rules, networks, network, policy, direction, &verdicts);
     *t.chain(&name) = rules;
     name
 }

@@ -31,7 +31,7 @@ impl NetworkDriver {
             Ok((specs, found))
         })
         .await?;
-        let wanted = rules::tables(&self.0.daemon, &specs, true, &firewall.loose);
+        let wanted = rules::tables(firewall.logs(&self.0.daemon), &specs, true, &firewall.loose);
         found.extend(tables(&self.0.daemon, &wanted).await?);
         found.extend(firewall::stray_chains(&self.0.daemon, !specs.is_empty()).await?);
         drop(firewall);

@@ -223,6 +223,49 @@ fn forged_senders_get_nowhere() {
     });
 }
 
+/// The pings of `a` are logged by the rule that lets them pass, also after its table was emptied, and a flood is not.
+async fn what_is_logged(lab: &Lab, driver: &karst_network::NetworkDriver) {
+    let acl = karst_model::AclId(uuid::Uuid::from_u128(9));
+    let lines = async || match driver.acl_log(acl, 1 << 20).await {
+        Ok(log) => Some(String::from_utf8(log).unwrap()),
+        Err(e) if e.is(karst_model::ErrorKind::Unsupported) => None,
+        Err(e) => panic!("{e}"),
+    };
+    // Since its first packet, so before the table was emptied.
+    if lines().await.is_none() {
+        backends::missing("the kernel's nfnetlink_log");
+        return;
+    }
+    let until = async |what: &str, done: &dyn Fn(&str) -> bool| {
+        for _ in 0..100 {
+            let log = lines().await.unwrap();
+            if done(&log) {
+                return log;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        panic!("{what}: {:?}", lines().await);
+    };
+    let log = until("what passed before is logged", &|log| log.contains("\"dst\":\"10.77.1.11\"")).await;
+    let first: serde_json::Value = serde_json::from_str(log.lines().next().unwrap()).unwrap();
+    for (key, value) in [
+        ("proto", "icmp"),
+        ("src", "10.77.1.10"),
+        ("icmp_type", "8"),
+        ("action", "allow"),
+        ("direction", "egress"),
+    ] {
+        assert_eq!(first[key], value, "{first}");
+    }
+    driver.acl_log_remove(acl).await.unwrap();
+    // Once more, by the rules that were repaired; and the kernel limits what a guest can have written.
+    lab.guest("a", &["busybox", "ping", "-q", "-c", "300", "-i", "0.005", "-W", "1", "10.77.1.11"]);
+    let log = until("what passes after the repair is logged", &|log| !log.is_empty()).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let count = log.lines().count().max(lines().await.unwrap().lines().count());
+    assert!((1..=200).contains(&count), "{count} of 300 packets are logged");
+}
+
 #[test]
 fn answers_come_back_and_tampering_is_repaired() {
     lab("answers_come_back_and_tampering_is_repaired", &[], |lab| async move {
@@ -239,7 +282,7 @@ fn answers_come_back_and_tampering_is_repaired() {
             "out",
             &[],
             &[
-                &[("action", "allow"), ("protocol", "icmp4")],
+                &[("action", "allow"), ("protocol", "icmp4"), ("state", "logged")],
                 &[("action", "allow"), ("protocol", "tcp"), ("destination_port", "7777")],
             ],
         )];
@@ -288,6 +331,7 @@ fn answers_come_back_and_tampering_is_repaired() {
             run(&["nft", "flush", "table", family, "karst_ab12cd"]);
         }
         eventually("the ACL is back", || !lab.pings("b", "10.77.1.10"));
+        what_is_logged(&lab, &driver).await;
         eventually("the translation is back", || lab.pings("a", "192.0.2.2"));
         // Rates, live: a burst fits, the rest of a flood does not.
         net.hosts[1].port.as_mut().unwrap().egress_limit = Some(8000);

@@ -83,6 +83,7 @@ pub const TESTED: &[(&str, &str)] = &[
     ("metrics_authentication", "metrics_are_incus"),
     ("network", "networks_live_and_are_refused"),
     ("network_acl", "network_acls_live"),
+    ("network_acl_log", "network_acls_live"),
     ("network_acl_stateless", "network_acls_live"),
     ("network_allocations", "allocations_are_listed"),
     ("network_address_set", "network_acls_live"),

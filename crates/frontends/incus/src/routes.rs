@@ -58,7 +58,6 @@ const CLUSTER: &str = "Server is not clustered; clusters come with the etcd mile
 const VOLUMES: &str =
     "files of custom volumes are not reached over the API yet; attach the volume to an instance";
 const BUCKETS: &str = "object storage is not planned before Ceph";
-const ACLS: &str = "what ACLs log goes to the kernel's log, not to files";
 const OVN: &str = "this needs OVN networks, which come with tenant networks";
 const NVRAM: &str = "editing of firmware variables is not there yet";
 
@@ -210,7 +209,7 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         PUT "/1.0/network-acls/{name}" => firewall::change_acl, "network_acls_live",
         PATCH "/1.0/network-acls/{name}" => firewall::change_acl, "network_acls_live",
         DELETE "/1.0/network-acls/{name}" => firewall::delete_acl, "network_acls_live",
-        GET "/1.0/network-acls/{name}/log"; open ACLS,
+        GET "/1.0/network-acls/{name}/log" => firewall::acl_log, "network_acls_live",
         GET "/1.0/network-address-sets" => firewall::sets, "network_acls_live",
         POST "/1.0/network-address-sets" => firewall::create_set, "network_acls_live",
         GET "/1.0/network-address-sets/{name}" => firewall::set, "network_acls_live",

@@ -150,6 +150,15 @@ async fn network_acls_live() {
     assert_eq!(web["used_by"], json!(["/1.0/instances/c1"]));
     s.delete("/1.0/network-acls/web").await.refused(409);
     s.post("/1.0/network-acls/web", json!({"name": "web2"})).await.refused(409);
+    // What its rule logged, a line of JSON each, as the file itself.
+    let log = s.get("/1.0/network-acls/web/log").await;
+    assert_eq!((log.status, log.header("content-type")), (200, "application/octet-stream"));
+    let line: serde_json::Value = serde_json::from_slice(&log.body).unwrap();
+    assert_eq!(
+        (&line["action"], &line["direction"], &line["rule"]),
+        (&json!("allow"), &json!("ingress"), &json!(0))
+    );
+    s.get("/1.0/network-acls/none/log").await.refused(404);
     let ask = |to: &str, port: &str| format!("/1.0/karst/network/explain?from=192.0.2.3&to={to}&port={port}");
     let answer = s.get(&ask("c1", "22")).await.metadata();
     let last = &answer["steps"][0];

@@ -1,5 +1,6 @@
 //! `network acl`, `network address-set`, `network forward`, `network explain`.
 
+use hyper::{HeaderMap, Method};
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -8,7 +9,7 @@ use super::{
     object::{Object, config_object, create, parse_pairs},
 };
 use crate::{
-    client::{About, Kind, Url},
+    client::{About, Kind, Url, empty},
     context::Context,
     error::{Error, Result},
     output::{
@@ -40,6 +41,13 @@ pub enum Acl {
     /// Change its rules
     #[command(subcommand)]
     Rule(Rule),
+    /// Print what its rules of state logged have logged
+    #[command(alias = "show-log")]
+    Log {
+        /// ACL
+        #[arg(add = complete(Kind::Acl))]
+        name: String,
+    },
     #[command(flatten)]
     Common(Common),
 }
@@ -282,6 +290,15 @@ impl Acl {
             Self::Rule(Rule::Remove { acl: name, direction, keys, force }) => {
                 let wanted = parse_pairs(&keys)?;
                 change_list(context, &acl(&name), &direction, |list| remove(list, &wanted, force)).await
+            }
+            Self::Log { name } => {
+                let client = &context.client;
+                let url = acl(&name).url.join("log");
+                let work = async {
+                    let response = client.send(Method::GET, &url, HeaderMap::new(), empty()).await?;
+                    client.bytes(response).await
+                };
+                output::write(&work.await.about(client, Kind::Acl, &name)?)
             }
             Self::Common(command) => command.run(context, acl).await,
         }

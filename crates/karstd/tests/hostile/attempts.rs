@@ -374,6 +374,9 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
     add("guest_stop", "with all the time there is", graceful(4), Refused);
     add("guest_stop", "none, with all the time there is", graceful(99), Refused);
     let ask = |n: u128, wish: &str| json!({"guest": at(n), "wish": wish, "by": "any"});
+    let log = json!({"acl": id(99), "max": u32::MAX});
+    add("acl_log", "of none", log, Nothing("what was never logged is nothing"));
+    add("acl_log_remove", "none", nobody.clone(), GONE);
     add("neighbours", "of a place", json!({"macs": ["../../x"]}), Refused);
     add("neighbours", "of nobody", json!({"macs": ["02:00:00:00:00:01"]}), Nothing("the kernel knows none"));
     let period = |n: u128, seconds: u64| json!({"guest": at(n), "seconds": seconds});

@@ -5,11 +5,15 @@ use crate::{
     app::Call,
     fields::Fields,
     filter::Filter,
-    respond::{Etag, Reply, created, empty, sync, sync_etag},
+    respond::{Etag, Reply, created, empty, full, sync, sync_etag},
     wire::{
         self,
         firewall::{AclView, AddressSetView, ForwardView},
     },
+};
+use hyper::{
+    Response,
+    header::{CONTENT_TYPE, HeaderValue},
 };
 use karst_engine::firewall::{UpdateAcl, UpdateAddressSet, UpdateForward};
 use karst_model::{
@@ -158,6 +162,17 @@ pub async fn change_acl(call: Call) -> Result<Reply> {
     f.finish(READ_ONLY)?;
     call.engine().acl_update(&call.context, call.project(), call.param(0), new).await?;
     Ok(empty())
+}
+
+/// `GET /1.0/network-acls/{name}/log`: the file itself, an entry of JSON a line.
+///
+/// # Errors
+/// Those of the engine.
+pub async fn acl_log(call: Call) -> Result<Reply> {
+    let log = call.engine().acl_log(&call.context, call.project(), call.param(0)).await?;
+    let mut reply: Reply = Response::new(full(log));
+    reply.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+    Ok(reply)
 }
 
 /// `POST /1.0/network-acls/{name}`: rename.
