@@ -1,6 +1,7 @@
 //! Images: the use cases.
 
 pub mod publish;
+pub mod push;
 pub mod registries;
 pub mod remote;
 pub mod shared;
@@ -14,8 +15,8 @@ use crate::{
     saga::{Saga, StepContext, runner},
 };
 use async_trait::async_trait;
-pub use karst_agent::ImagePart;
-use karst_agent::{AgentEvent, CallContext, ImageBuild, ImageFile, ImageImport, WithFds};
+use karst_agent::{AgentEvent, CallContext, ImageBuild, ImageImport, WithFds};
+pub use karst_agent::{ImageFile, ImagePart};
 use karst_model::{
     Config, Error, ImageId, NodeId, ProjectId, Result,
     access::Permission,

@@ -164,6 +164,7 @@ pub struct EngineInner {
     pub(crate) network_listener: RwLock<Option<Arc<dyn tenancy::server::NetworkListener>>>,
     pub(crate) fetching: images::remote::Turns,
     pub(crate) image_secrets: images::shared::Secrets,
+    pub(crate) image_pushes: images::push::Pushes,
     pub(crate) vault: secrets::Vault,
     pub(crate) copy_words: compute::disk_copy::Words,
     /// Sagas that this engine executes now.
@@ -226,6 +227,7 @@ impl Engine {
             network_listener: RwLock::new(None),
             fetching: Default::default(),
             image_secrets: Default::default(),
+            image_pushes: Default::default(),
             vault: Default::default(),
             copy_words: Default::default(),
             executing: Mutex::default(),

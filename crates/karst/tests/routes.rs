@@ -58,6 +58,7 @@ const COMMANDS: &[(&str, &str)] = &[
     ("PUT /1.0/images/aliases/{name}", "image alias set old f6452920a30d"),
     ("DELETE /1.0/images/{fingerprint}", "image delete f6452920a30d"),
     ("PUT /1.0/images/{fingerprint}", "image edit f6452920a30d"),
+    ("POST /1.0/images/{fingerprint}/export", "image push f6452920a30d https://other.example:8443"),
     ("POST /1.0/images/{fingerprint}/refresh", "image refresh debian/12"),
     ("POST /1.0/instances", "launch debian/12 c1"),
     ("DELETE /1.0/instances/{name}", "delete c1"),

@@ -2,14 +2,20 @@
 
 use async_trait::async_trait;
 use karst_agent::ImagePart;
-use karst_engine::images::remote::{ImageServers, Parts, RemoteImage, RemoteSource};
+use karst_engine::images::{
+    push::PushedImage,
+    remote::{ImageServers, Parts, RemoteImage, RemoteSource},
+};
 use karst_model::{
     Config, Error, Result,
     image::{ImageServerProtocol, UpdateSource},
     instance::InstanceKind,
 };
 use sha2::{Digest, Sha256};
-use std::{io::Write, sync::Mutex};
+use std::{
+    io::{Read, Write},
+    sync::Mutex,
+};
 
 /// A server with one image, `tiny`.
 #[derive(Default)]
@@ -26,6 +32,10 @@ pub struct Behaviour {
     pub broken: bool,
     /// How often it was asked for the files.
     pub fetched: usize,
+    /// The secret that it takes an image for.
+    pub awaits: String,
+    /// What was brought: fingerprint and content.
+    pub brought: Option<(String, String)>,
 }
 
 #[async_trait]
@@ -62,6 +72,28 @@ impl ImageServers for OneImage {
             true => Err(Error::unavailable("the download broke off")),
             false => Ok(vec![ImagePart::Unified]),
         }
+    }
+
+    async fn push(
+        &self,
+        target: &RemoteSource,
+        image: PushedImage,
+        told: &(dyn Fn(u64) + Send + Sync),
+    ) -> Result<()> {
+        let mut content = String::new();
+        for (_, fd) in image.files {
+            std::fs::File::from(fd).read_to_string(&mut content)?;
+        }
+        told(content.len() as u64);
+        let mut now = self.0.lock().unwrap();
+        if now.broken {
+            return Err(Error::unavailable("the upload broke off"));
+        }
+        if target.secret.as_deref() != Some(now.awaits.as_str()) {
+            return Err(Error::forbidden("the server awaits no such image"));
+        }
+        now.brought = Some((image.fingerprint, content));
+        Ok(())
     }
 }
 

@@ -22,7 +22,7 @@ use karst_engine::{
         update::UpdateInstance,
     },
     firewall::{UpdateAcl, UpdateAddressSet, UpdateForward},
-    images::{ImageOptions, UpdateImage, publish::PublishImage, remote::FetchImage},
+    images::{ImageOptions, UpdateImage, publish::PublishImage, push::PushImage, remote::FetchImage},
     network::{CreateNetwork, UpdateNetwork},
     recover::RecoverPool,
     secrets::{DefineSecret, SecretKey, SecretValue},
@@ -571,6 +571,8 @@ fn cases() -> Vec<Case> {
         instance_create_remote Edit |f, c, p| f.w.engine.instance_create_remote(c, p, container("fresh"), source("tiny")).await.map(drop);
         image_refresh Edit |f, c, p| match f.w.engine.image_refresh(c, p, "debian/12").await { Err(e) if e.is(ErrorKind::Invalid) => Ok(()), other => other.map(drop) };
         image_secret Edit |f, c, p| f.w.engine.image_secret(c, p, "debian/12").map(drop);
+        image_await Edit |f, c, p| f.w.engine.image_await(c, p, &"ab".repeat(32), ImageOptions::default()).map(drop);
+        image_push Edit |f, c, p| f.w.engine.image_push(c, p, "debian/12", PushImage { server: "https://images.example".into(), secret: "s".into(), ..Default::default() }).await.map(drop);
         images_shown Filtered |f, c, p| { let sees = c.principal().may(karst_model::access::Permission::ProjectView, Some(f.here)); assert_eq!(f.w.engine.images_shown(c, HERE).is_ok_and(|x| !x.is_empty()), sees); let _ = p; Ok(()) };
         image_shown Filtered |f, c, p| { let sees = c.principal().may(karst_model::access::Permission::ProjectView, Some(f.here)); assert_eq!(f.w.engine.image_shown(c, HERE, "debian/12", None).is_ok(), sees); let _ = p; Ok(()) };
         image_shown_export Filtered |f, c, p| { let sees = c.principal().may(karst_model::access::Permission::ProjectView, Some(f.here)); assert_eq!(f.w.engine.image_shown_export(c, HERE, "debian/12", None).await.is_ok(), sees); let _ = p; Ok(()) };
@@ -598,6 +600,9 @@ const WITHOUT_CONTEXT: &[(&str, &str)] = &[
     ("inner", "the harness; front ends are kept from it by review"),
     ("bootstrap", "the daemon's own, at its start"),
     ("change_expected", "a hint to the host's kernel, from which nothing follows"),
+    ("image_admit", "the secret says for whom it is asked"),
+    ("image_came", "takes what image_admit gave"),
+    ("image_came_wait", "the secret says for whom it is asked"),
     ("principal_by_certificate", "authentication itself"),
     ("principal_by_token", "authentication itself"),
     ("certificate_projects", "takes a record that a context showed"),

@@ -2,7 +2,7 @@
 
 use karst_engine::{
     compute::create::CreateInstance,
-    images::{ImageOptions, remote::FetchImage},
+    images::{ImageOptions, push::PushImage, remote::FetchImage},
 };
 use karst_env::{Env, SeededEnv};
 use karst_model::{Config, Result};
@@ -209,5 +209,49 @@ fn a_project_keeps_and_follows_its_images_as_it_says() {
         w.settle().await;
         assert_eq!(w.faults().await, Vec::<String>::new());
         w.engine.close();
+    });
+}
+
+#[test]
+fn a_secret_is_good_once_and_for_a_while() {
+    SeededEnv::run(1, |env| async move {
+        let (w, server) = world(&env).await;
+        fetch(&w, aliased("mine")).await.unwrap();
+        let push = |secret: &str| PushImage {
+            server: "https://images.example".into(),
+            secret: secret.into(),
+            ..Default::default()
+        };
+        let pushed = async |secret: &str| -> Result<()> {
+            let live = w.engine.image_push(&w.admin, "default", "mine", push(secret)).await?;
+            w.ended(live).await.error.clone().map_or(Ok(()), Err)
+        };
+        server.0.lock().unwrap().awaits = "open".into();
+        assert!(pushed("closed").await.unwrap_err().message.contains("awaits"));
+        assert!(pushed("").await.unwrap_err().message.contains("secret is missing"));
+        pushed("open").await.unwrap();
+        let (fingerprint, content) = server.0.lock().unwrap().brought.clone().unwrap();
+        assert_eq!(fingerprints(&w), [fingerprint.clone()]);
+        assert!(!content.is_empty());
+
+        // The other side of it.
+        let awaited = "ab".repeat(32);
+        let options = ImageOptions { public: true, ..Default::default() };
+        let make = || {
+            let live = w.engine.image_await(&w.admin, "default", &awaited, options.clone()).unwrap();
+            live.snapshot().metadata["secret"].as_str().unwrap().to_owned()
+        };
+        let here = w.engine.image_await(&w.admin, "default", &fingerprint, options.clone());
+        assert!(here.unwrap_err().message.contains("exists already"));
+        let secret = make();
+        assert!(w.engine.image_admit("other", &awaited, &secret).is_err(), "of another project");
+        assert!(w.engine.image_admit("default", &fingerprint, &secret).is_err(), "of another image");
+        assert!(w.engine.image_admit("default", &awaited, "").is_err());
+        let admitted = w.engine.image_admit("default", &awaited.to_uppercase(), &secret).unwrap();
+        assert!(admitted.options.public && admitted.context.demand_known().is_ok());
+        assert!(w.engine.image_admit("default", &awaited, &secret).is_err(), "it is used");
+        let late = make();
+        env.sleep(Duration::from_secs(1000)).await;
+        assert!(w.engine.image_admit("default", &awaited, &late).is_err(), "its time is over");
     });
 }

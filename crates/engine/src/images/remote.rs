@@ -4,7 +4,7 @@
 //! writes what comes into staged parts, which the host bounds; that the files are what was asked for, the host's own hash
 //! over them decides. A download that does not end well leaves nothing: what was staged goes with its handle.
 
-use super::{FEATURE, ImageOptions, check_options, name_it, told};
+use super::{FEATURE, ImageOptions, check_options, name_it, push::PushedImage, told};
 use crate::{
     Engine, EngineInner, Row,
     compute::create::{CreateInstance, InstanceSource},
@@ -158,6 +158,16 @@ pub trait ImageServers: Send + Sync {
         image: &RemoteImage,
         to: &dyn Parts,
     ) -> Result<Vec<ImagePart>>;
+    /// Brings an image to a server that awaits it, by the secret of `target`, and waits until it is there; tells how many bytes have gone.
+    ///
+    /// # Errors
+    /// Unavailable, saying why; what the server says against it.
+    async fn push(
+        &self,
+        target: &RemoteSource,
+        image: PushedImage,
+        told: &(dyn Fn(u64) + Send + Sync),
+    ) -> Result<()>;
 }
 
 /// What a user wants fetched.
@@ -207,12 +217,17 @@ impl Engine {
         *self.inner().image_servers.write().unwrap_or_else(|e| e.into_inner()) = Some(servers);
     }
 
-    fn demand_image_server(&self, context: &Context, project: &str, source: &RemoteSource) -> Result<()> {
+    pub(super) fn demand_image_server(
+        &self,
+        context: &Context,
+        project: &str,
+        source: &RemoteSource,
+    ) -> Result<()> {
         let project = self.project(context, project, Permission::ProjectView)?;
         restricted::check_image_server(&ProjectRules::parse(&project.config)?, &source.from.server)
     }
 
-    fn image_servers(&self) -> Result<Arc<dyn ImageServers>> {
+    pub(super) fn image_servers(&self) -> Result<Arc<dyn ImageServers>> {
         let servers = self.inner().image_servers.read().unwrap_or_else(|e| e.into_inner()).clone();
         servers.ok_or_else(|| Error::unsupported("this server fetches no images"))
     }
@@ -292,7 +307,7 @@ impl Engine {
         Ok(live)
     }
 
-    async fn unless_cancelled<T>(
+    pub(super) async fn unless_cancelled<T>(
         &self,
         live: &LiveOperation,
         work: impl Future<Output = Result<T>>,

@@ -14,6 +14,7 @@ pub mod extensions;
 pub mod fields;
 pub mod filter;
 pub mod handlers;
+mod image_files;
 pub mod multipart;
 pub mod openapi;
 mod page;
@@ -82,6 +83,21 @@ fn shows_image(method: &Method, segments: &[String]) -> bool {
             ["1.0", "images", _] | ["1.0", "images", _, "export"] | ["1.0", "images", "aliases", ..]
         )
 }
+
+/// Does it show a secret that stands for somebody: with an image that is brought here, or to wait for what becomes of it? The use
+/// cases say whether it is one.
+fn shows_secret(request: &Request<RequestBody>, segments: &[String], query: &Query) -> bool {
+    let path: Vec<&str> = segments.iter().map(String::as_str).collect();
+    let header = |name: &str| request.headers().get(name).is_some_and(|v| !v.is_empty());
+    match path[..] {
+        ["1.0", "images"] if request.method() == Method::POST => {
+            header("x-incus-secret") || header("x-lxd-secret")
+        }
+        ["1.0", "operations", _, "wait"] if request.method() == Method::GET => query.get("secret").is_some(),
+        _ => false,
+    }
+}
+
 /// Pause after a failure to accept (no descriptors left), so that it does not spin.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -302,6 +318,7 @@ async fn routed(
     let (segments, query) = older_names(request::segments(uri.path())?, Query::parse(uri.query())?);
     let public = PUBLIC.iter().any(|(m, p)| m == request.method() && *p == segments)
         || shows_image(request.method(), &segments)
+        || shows_secret(&request, &segments, &query)
         || (segments == ["1.0", "metrics"] && app.engine.server_settings().open_metrics);
     if !context.principal().is_known() && !public {
         return Err(Error::unauthenticated("authentication is required"));

@@ -108,7 +108,7 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         PATCH "/1.0/images/{fingerprint}" => images::patch, "images_are_uploaded_listed_and_exported",
         DELETE "/1.0/images/{fingerprint}" => images::delete, "images_are_uploaded_listed_and_exported",
         GET "/1.0/images/{fingerprint}/export" => images::export, "images_are_uploaded_listed_and_exported",
-        POST "/1.0/images/{fingerprint}/export"; open "pushing images to other servers is not there yet",
+        POST "/1.0/images/{fingerprint}/export" => images::push, "images_are_pushed_to_servers",
         POST "/1.0/images/{fingerprint}/refresh" => images::refresh, "images_come_from_servers",
         POST "/1.0/images/{fingerprint}/secret" => images::secret, "images_come_from_servers",
         GET "/1.0/instances" => instances::list, "lists_filter_and_recurse",

@@ -3,6 +3,7 @@
 //! trusts nor the one that was stated is none.
 
 mod https;
+mod push;
 mod registry;
 mod streams;
 
@@ -14,6 +15,7 @@ use https::{Body, Https};
 use hyper::header::{CONTENT_DISPOSITION, CONTENT_TYPE};
 use karst_engine::images::{
     ImagePart, PartUpload,
+    push::PushedImage,
     remote::{ImageServers, Parts, RemoteImage, RemoteSource},
 };
 use karst_model::{Config, Error, ErrorKind, Result, image::ImageServerProtocol, instance::InstanceKind};
@@ -122,6 +124,16 @@ impl ImageServers for NetworkServers {
             ImageServerProtocol::Oci => registry::fetch(&https, source, image, to).await,
             ImageServerProtocol::Incus => fetch(&https, source, image, to).await,
         }
+    }
+
+    async fn push(
+        &self,
+        target: &RemoteSource,
+        image: PushedImage,
+        told: &(dyn Fn(u64) + Send + Sync),
+    ) -> Result<()> {
+        let https = Https::new(&target.from).await?;
+        push::push(&https, target, image, told).await
     }
 }
 

@@ -131,6 +131,9 @@ pub fn body(method: &Method, path: &str, image: &str) -> String {
         }
         ("PUT" | "PATCH", "/1.0/instances/{name}/metadata") => json!({"properties": {}}),
         ("POST", "/1.0/storage-pools") => json!({"name": "n9", "driver": "dir"}),
+        ("POST", "/1.0/images/{fingerprint}/export") => {
+            json!({"target": "https://other.example", "secret": "s3cret"})
+        }
         ("POST", "/1.0/images/aliases") => json!({"name": "n9", "target": image}),
         ("PUT", "/1.0/images/aliases/{name}") => json!({"target": image, "description": ""}),
         ("POST", "/1.0/karst/images/build") => json!({"recipe": "debian/12"}),

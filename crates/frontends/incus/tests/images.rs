@@ -4,6 +4,7 @@
 use crate::common::{Answer, Server, unused_address};
 use hyper::Method;
 use karst_frontend_incus::servers::NetworkServers;
+use karst_model::access::Principal;
 use serde_json::{Value, json};
 
 /// What is no upload says so, as every client does.
@@ -227,6 +228,103 @@ async fn images_come_from_servers() {
     let ended = here.wait(here.post("/1.0/instances", body).await).await;
     assert_eq!(ended["status"], "Failure");
     here.get("/1.0/instances/c3").await.refused(404);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn images_are_pushed_to_servers() {
+    let (far, server, certificate) = listening().await;
+    assert_eq!(far.post("/1.0/projects", json!({"name": "there"})).await.status, 201);
+    let here = Server::start().await;
+    here.engine.set_image_servers(std::sync::Arc::new(NetworkServers::new()));
+    let properties = [("x-incus-properties", "os=Here"), ("x-incus-filename", "some image.tar")];
+    let image =
+        here.done(here.send(Method::POST, "/1.0/images", &properties, "an image to push").await).await;
+    let image = image["metadata"]["fingerprint"].as_str().unwrap().to_owned();
+    let export = format!("/1.0/images/{image}/export");
+    let awaited = async |project: &str, more: Value| {
+        let mut body = json!({"source": {"type": "", "mode": "push", "fingerprint": image}});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let json = [("content-type", "application/json")];
+        let path = format!("/1.0/images?project={project}");
+        let answer = far.send(Method::POST, &path, &json, body.to_string()).await;
+        assert_eq!(answer.status, 202, "{}", answer.json());
+        answer.json()["metadata"]["metadata"]["secret"].as_str().unwrap().to_owned()
+    };
+    let to = |secret: &str, project: &str| {
+        // As clients do, which name all aliases that it has here.
+        json!({"target": server, "certificate": certificate, "secret": secret, "project": project,
+            "aliases": [{"name": "unwanted", "description": ""}]})
+    };
+    let failed = async |body: Value| {
+        let ended = here.wait(here.post(&export, body).await).await;
+        assert_eq!(ended["status"], "Failure", "{ended}");
+        ended["err"].as_str().unwrap().to_owned()
+    };
+
+    // Into a project there, public and by the names that were said where the secret was made.
+    let said = json!({"public": true, "aliases": [{"name": "pushed", "description": "d"}], "properties": {"os": "There"}});
+    let secret = awaited("there", said).await;
+    assert!(failed(to(&secret, "default")).await.contains("secret"), "it is for another project");
+    let wrong: String = secret.chars().rev().collect();
+    assert!(failed(to(&wrong, "there")).await.contains("secret"));
+    here.done(here.post(&export, to(&secret, "there")).await).await;
+    let got = far.get(&format!("/1.0/images/{image}?project=there")).await.metadata();
+    assert_eq!(
+        (&got["public"], &got["properties"]["os"], &got["filename"], &got["aliases"]),
+        (
+            &json!(true),
+            &json!("There"),
+            &json!("some_image.tar"),
+            &json!([{"name": "pushed", "description": "d"}])
+        ),
+    );
+    let bytes = far.get(&format!("/1.0/images/{image}/export?project=there")).await;
+    assert_eq!(&bytes.body[..], b"an image to push");
+    // Used up; and what is there is awaited no more.
+    assert!(failed(to(&secret, "there")).await.contains("secret"));
+    let body = json!({"source": {"mode": "push", "fingerprint": image}}).to_string();
+    let json = [("content-type", "application/json")];
+    far.send(Method::POST, "/1.0/images?project=there", &json, body).await.refused(409);
+
+    // Whoever has no secret brings nothing, and a secret opens nothing else.
+    let secret = awaited("default", json!({})).await;
+    let nobody = Principal::anonymous();
+    for (method, path) in [
+        (Method::POST, "/1.0/images".to_owned()),
+        (Method::GET, format!("/1.0/operations/{}/wait", uuid::Uuid::nil())),
+        (Method::GET, format!("/1.0/operations/{}/wait?secret={secret}", uuid::Uuid::nil())),
+    ] {
+        assert_eq!(far.send_as(nobody.clone(), method, &path, "x".into()).await.status, 403, "{path}");
+    }
+    // Another image than the one that is awaited is not taken in.
+    let other = here.done(here.send(Method::POST, "/1.0/images", &[], "another image").await).await;
+    let other = other["metadata"]["fingerprint"].as_str().unwrap();
+    let ended = here.wait(here.post(&format!("/1.0/images/{other}/export"), to(&secret, "")).await).await;
+    assert!(ended["err"].as_str().unwrap().contains("secret"), "{ended}");
+    here.done(here.post(&export, to(&secret, "")).await).await;
+    assert_eq!(far.get(&format!("/1.0/images/{image}")).await.metadata()["public"], false);
+
+    // What is wrong with a request is said at once, with the server by the operation.
+    for (body, field) in [
+        (json!({"target": server}), "secret"),
+        (json!({"secret": "x"}), "target"),
+        (json!({"target": "http://a.example", "secret": "x"}), "https"),
+        (json!({"target": server, "secret": "x", "frobnicate": 1}), "frobnicate"),
+    ] {
+        assert!(here.post(&export, body).await.refused(400).contains(field), "{field}");
+    }
+    here.post(&format!("/1.0/images/{}/export", "0".repeat(64)), to("x", "")).await.refused(404);
+    for (source, field) in [
+        (json!({"mode": "push"}), "source.fingerprint"),
+        (json!({"mode": "push", "fingerprint": "abc"}), "fingerprint"),
+        (json!({"mode": "push", "fingerprint": image, "server": "https://a.example"}), "source.server"),
+    ] {
+        let text = publish(&here, json!({"source": source})).await.refused(400);
+        assert!(text.contains(field), "{field}: {text}");
+    }
+    let unknown = Server::start().await.app.info.identity.as_ref().unwrap().certificate.clone();
+    let body = json!({"target": server, "certificate": unknown, "secret": "x"});
+    assert!(failed(body).await.contains("cannot be reached"), "another certificate");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

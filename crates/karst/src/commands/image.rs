@@ -9,7 +9,7 @@ use super::{
     create::is_fingerprint,
     image_alias::Alias,
     image_registry::Registry,
-    image_server::{ImageCopy, ImageRefresh},
+    image_server::{ImageAwait, ImageCopy, ImagePush, ImageRefresh},
     image_transfer::{export, import},
     object::Object,
 };
@@ -61,6 +61,10 @@ pub enum Image {
     /// Copy an image of an image server into the store
     #[command(visible_alias = "cp")]
     Copy(ImageCopy),
+    /// Let another server bring an image, and print the secret for it
+    Await(ImageAwait),
+    /// Bring an image to another server, which awaits it
+    Push(ImagePush),
     /// Look for newer images at the servers that images came from
     Refresh(ImageRefresh),
     /// Write an image to files
@@ -143,6 +147,8 @@ impl Image {
             Self::Edit { image } => object(&resolve(client, &image).await?, &image).edit(context).await,
             Self::Import(options) => import(context, options).await,
             Self::Copy(options) => options.run(context).await,
+            Self::Await(options) => options.run(context).await,
+            Self::Push(options) => options.run(context).await,
             Self::Refresh(options) => options.run(context).await,
             Self::Export { image, target } => {
                 let fingerprint = resolve(client, &image).await?;

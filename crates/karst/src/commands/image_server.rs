@@ -10,7 +10,7 @@ use crate::{
     client::{Kind, Url},
     context::{Context, read_text},
     error::{Error, Result},
-    output,
+    output, password,
 };
 
 /// Which server an image comes from.
@@ -54,6 +54,70 @@ pub struct ImageRefresh {
     /// Aliases or fingerprints of images that came from a server
     #[arg(required = true, add = complete(Kind::Image))]
     images: Vec<String>,
+}
+
+/// Options of `image await`.
+#[derive(Debug, clap::Args)]
+pub struct ImageAwait {
+    /// Fingerprint of the image
+    fingerprint: String,
+    /// An alias here (repeatable)
+    #[arg(long, value_name = "NAME")]
+    alias: Vec<String>,
+    /// For everyone, also without a certificate
+    #[arg(long)]
+    public: bool,
+}
+
+/// Options of `image push`.
+#[derive(Debug, clap::Args)]
+pub struct ImagePush {
+    /// Alias or fingerprint
+    #[arg(add = complete(Kind::Image))]
+    image: String,
+    /// The server that awaits it: https://HOST[:PORT]
+    server: String,
+    /// Certificate of that server (PEM), where no authority vouches for it
+    #[arg(long, value_name = "FILE")]
+    server_certificate: Option<PathBuf>,
+    /// Project there
+    #[arg(long, value_name = "PROJECT")]
+    target_project: Option<String>,
+    /// File with the secret that `image await` printed there; default: stdin
+    #[arg(long, value_name = "FILE")]
+    file: Option<PathBuf>,
+}
+
+impl ImageAwait {
+    /// Prints the secret by which another server can bring the image.
+    pub async fn run(self, context: &Context) -> Result<()> {
+        let aliases: Vec<Value> = self.alias.iter().map(|name| json!({"name": name})).collect();
+        let source = json!({"mode": "push", "fingerprint": self.fingerprint});
+        let body = json!({"source": source, "aliases": aliases, "public": self.public});
+        let answer = context.client.post(&Url::new(&["images"]), &body).await?;
+        match answer.metadata["metadata"]["secret"].as_str() {
+            Some(secret) => output::line(secret),
+            None => Err(Error::local("the server gave no secret")),
+        }
+    }
+}
+
+impl ImagePush {
+    /// Has the image brought to the server, and waits until it is there.
+    pub async fn run(self, context: &Context) -> Result<()> {
+        let client = &context.client;
+        let fingerprint = super::image::resolve(client, &self.image).await?;
+        let secret = password::read(self.file.as_deref(), &format!("Secret of {}", self.server))?;
+        let mut body = json!({"target": self.server, "secret": secret});
+        if let Some(file) = &self.server_certificate {
+            body["certificate"] = json!(read_text(file)?);
+        }
+        if let Some(project) = &self.target_project {
+            body["project"] = json!(project);
+        }
+        let answer = client.post(&Url::new(&["images", &fingerprint, "export"]), &body).await?;
+        context.finish(answer, format!("pushing {}", self.image)).await.map(drop)
+    }
 }
 
 impl Server {

@@ -1,19 +1,20 @@
 //! `/1.0/images`: lists, uploads, export, aliases.
 
-use super::{files::frames, list as respond_list};
+use super::list as respond_list;
 use crate::{
     app::{Call, running},
     filter::Filter,
+    image_files::content,
     multipart::{Multipart, boundary},
     request::{self, Query},
-    respond::{Etag, Reply, created, empty, stream, sync_etag},
+    respond::{Etag, Reply, accepted, created, empty, sync_etag},
     stream::Stream,
     wire::{
         self,
         image::{AliasView, ImageView},
+        operation::OperationView,
     },
 };
-use bytes::Bytes;
 use http_body_util::BodyExt;
 use hyper::{
     Response,
@@ -21,8 +22,11 @@ use hyper::{
 };
 use karst_engine::images::ImagePart;
 use karst_engine::{
-    Context, Row,
-    images::{ImageOptions, ImageUpload, PartUpload, UpdateImage},
+    Context, LiveOperation, Row,
+    images::{
+        ImageOptions, ImageUpload, PartUpload, UpdateImage,
+        push::{Admitted, PushImage},
+    },
 };
 use karst_model::{
     Error, ErrorKind, Result,
@@ -187,45 +191,18 @@ pub async fn export(call: Call) -> Result<Reply> {
     let (image, answer) =
         call.engine().image_shown_export(&call.context, call.project(), call.param(0), secret).await?;
     let image = of_fingerprint(call.param(0), image)?;
-    let files = answer.value.into_iter().zip(answer.fds).collect::<Vec<_>>();
+    let files = answer.value.into_iter().zip(answer.fds).collect();
     let fingerprint = &image.fingerprint;
-    let mut reply;
-    if let [(_, _)] = files.as_slice() {
-        let Some((file, fd)) = files.into_iter().next() else {
-            return Err(Error::not_found("the image has no files"));
-        };
-        reply = Response::new(stream(frames(vec![Err(Stream::new(fd)?)])));
-        let headers = reply.headers_mut();
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
-        headers.insert(CONTENT_LENGTH, HeaderValue::from(file.size));
-        if let Ok(v) = HeaderValue::from_str(&format!("inline;filename={}", file.filename)) {
+    let content = content(files)?;
+    let mut reply: Reply = Response::new(content.body);
+    let headers = reply.headers_mut();
+    if let Ok(v) = HeaderValue::from_str(&content.content_type) {
+        headers.insert(CONTENT_TYPE, v);
+    }
+    if let Some((size, filename)) = content.single {
+        headers.insert(CONTENT_LENGTH, HeaderValue::from(size));
+        if let Ok(v) = HeaderValue::from_str(&format!("inline;filename={filename}")) {
             headers.insert(CONTENT_DISPOSITION, v);
-        }
-    } else {
-        let boundary = uuid::Uuid::new_v4().simple().to_string();
-        let mut parts = vec![];
-        for (n, (file, fd)) in files.into_iter().enumerate() {
-            let name = match file.part {
-                ImagePart::Metadata | ImagePart::Unified => "metadata",
-                ImagePart::Rootfs => "rootfs",
-                ImagePart::Disk => "rootfs.img",
-            };
-            let filename = if file.part == ImagePart::Metadata && !file.filename.starts_with("meta-") {
-                format!("meta-{}", file.filename)
-            } else {
-                file.filename
-            };
-            let start = if n == 0 { "" } else { "\r\n" };
-            let head = format!(
-                "{start}--{boundary}\r\nContent-Disposition: form-data; name=\"{name}\"; filename=\"{filename}\"\r\nContent-Type: application/octet-stream\r\n\r\n"
-            );
-            parts.push(Ok(Bytes::from(head)));
-            parts.push(Err(Stream::new(fd)?));
-        }
-        parts.push(Ok(Bytes::from(format!("\r\n--{boundary}--\r\n"))));
-        reply = Response::new(stream(frames(parts)));
-        if let Ok(v) = HeaderValue::from_str(&format!("multipart/form-data; boundary={boundary}")) {
-            reply.headers_mut().insert(CONTENT_TYPE, v);
         }
     }
     reply.headers_mut().insert(HeaderName::from_static("x-incus-type"), HeaderValue::from_static("incus"));
@@ -241,6 +218,26 @@ pub async fn secret(call: Call) -> Result<Reply> {
     by_fingerprint(&call)?;
     let call = call.bodiless().await?;
     running(&call.engine().image_secret(&call.context, call.project(), call.param(0))?)
+}
+
+/// `POST /1.0/images/{fingerprint}/export`: pushes it to another server, where a secret was made for it.
+///
+/// # Errors
+/// Those of the engine.
+pub async fn push(call: Call) -> Result<Reply> {
+    by_fingerprint(&call)?;
+    let (call, mut f) = call.fields().await?;
+    let request = PushImage {
+        server: f.need_text("target")?,
+        certificate: f.text("certificate")?,
+        secret: f.need_text("secret")?,
+        project: f.text("project")?,
+        profiles: f.texts("profiles")?.filter(|p| !p.is_empty()),
+    };
+    // What it is called there is said where the secret was made, as with Incus; clients name all aliases that it has here.
+    super::publish::aliases(&mut f)?;
+    f.finish(&[])?;
+    running(&call.engine().image_push(&call.context, call.project(), call.param(0), request).await?)
 }
 
 /// `POST /1.0/images/{fingerprint}/refresh`
@@ -281,7 +278,20 @@ pub async fn upload(call: Call) -> Result<Reply> {
     if let Some(text) = call.incus_header("aliases") {
         options.aliases = aliases_of(text)?;
     }
-    if call.incus_header("profiles").is_some_and(|p| !p.is_empty()) {
+    let profiles = call.incus_header("profiles").filter(|p| !p.is_empty()).map(aliases_of).transpose()?;
+    let secret = call.incus_header("secret").filter(|s| !s.is_empty()).map(str::to_owned);
+    if let Some(secret) = secret {
+        let fingerprint = options.fingerprint.clone().unwrap_or_default();
+        let mut admitted = call.engine().image_admit(call.project(), &fingerprint, &secret)?;
+        if admitted.options.filename.is_empty() {
+            admitted.options.filename = options.filename;
+        }
+        // Those are the one thing that Incus lets the server say that brings it.
+        let said = profiles.map(|all| all.into_iter().map(|(name, _)| name).collect());
+        admitted.options.profiles = admitted.options.profiles.or(said);
+        return pushed(call, &content_type, admitted).await;
+    }
+    if profiles.is_some() {
         return Err(
             Error::unsupported("profiles of an image are set after its upload").at("X-Incus-profiles")
         );
@@ -294,19 +304,41 @@ pub async fn upload(call: Call) -> Result<Reply> {
         let text = "a disk by itself is the whole body; leave X-Karst-disk-format out";
         return Err(Error::invalid("X-Karst-disk-format", text));
     }
-    let upload = call.engine().image_upload(&call.context, call.project())?;
+    let context = call.context.clone();
+    running(&taken_in(call, &content_type, &context, options).await?)
+}
+
+/// Takes the body in, and begins to make an image of it.
+async fn taken_in(
+    call: Call,
+    content_type: &str,
+    context: &Context,
+    mut options: ImageOptions,
+) -> Result<LiveOperation> {
+    let upload = call.engine().image_upload(context, call.project())?;
     let engine = call.engine().clone();
-    let (context, project) = (call.context.clone(), call.project().to_owned());
+    let project = call.project().to_owned();
     let target =
         Target { engine: engine.clone(), context: context.clone(), project: project.clone(), upload };
     let body = call.request.into_body();
     let parts = if content_type.starts_with("multipart/form-data") {
-        split(body, &boundary(&content_type)?, &target, &mut options).await
+        split(body, &boundary(content_type)?, &target, &mut options).await
     } else {
         let part = if options.disk.is_some() { ImagePart::Disk } else { ImagePart::Unified };
         whole(body, &target, part).await
     }?;
-    running(&engine.image_import(&context, &project, target.upload, parts, options).await?)
+    engine.image_import(context, &project, target.upload, parts, options).await
+}
+
+/// An image that another server brings, for whoever made the secret. Who brings it can wait for the operation by another one.
+async fn pushed(call: Call, content_type: &str, admitted: Admitted) -> Result<Reply> {
+    let engine = call.engine().clone();
+    let operation = taken_in(call, content_type, &admitted.context, admitted.options).await?;
+    let record = operation.snapshot();
+    let mut metadata = record.metadata.clone();
+    metadata.insert("secret".into(), engine.image_came(admitted.context, record.id).into());
+    let view = OperationView::of(&record).with_metadata_if(Some(&metadata));
+    accepted(&record.id.to_string(), &view)
 }
 
 struct Target {

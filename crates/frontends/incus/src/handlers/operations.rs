@@ -66,7 +66,12 @@ pub async fn wait(call: Call) -> Result<Reply> {
         Some(n @ 0..) => Some(Duration::from_secs(n.unsigned_abs())),
         _ => None,
     };
-    let record = call.engine().operation_wait(&call.context, call.operation_id()?, timeout).await?;
+    let id = call.operation_id()?;
+    // Who brought an image and is nobody here may wait for what becomes of it.
+    let record = match call.query.get("secret").filter(|_| call.context.demand_known().is_err()) {
+        Some(secret) => call.engine().image_came_wait(id, secret, timeout).await?,
+        None => call.engine().operation_wait(&call.context, id, timeout).await?,
+    };
     sync(&OperationView::of(&record))
 }
 

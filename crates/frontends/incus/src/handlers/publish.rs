@@ -111,13 +111,37 @@ async fn fetch(call: &Taken, mut f: Fields, mut source: Fields) -> Result<Reply>
     running(&call.engine().image_fetch(&call.context, call.project(), request).await?)
 }
 
+/// An image that another server is to bring: the answer has a secret for it.
+fn awaited(call: &Taken, mut f: Fields, mut source: Fields) -> Result<Reply> {
+    let fingerprint = source.need_text("fingerprint")?;
+    for name in ["server", "alias", "name", "secret", "certificate", "url", "project"] {
+        if source.text(name)?.is_some_and(|t| !t.is_empty()) {
+            let text =
+                format!("an image that is pushed comes by its fingerprint alone; leave source.{name} out");
+            return Err(Error::invalid(format!("source.{name}"), text));
+        }
+    }
+    source.finish(&["image_type", "mode", "protocol", "type"])?;
+    let options = options(&mut f)?;
+    if f.flag("auto_update")? {
+        let text = "an image that is pushed follows no server; leave auto_update out";
+        return Err(Error::invalid("auto_update", text));
+    }
+    f.finish(&["compression_algorithm", "format"])?;
+    running(&call.engine().image_await(&call.context, call.project(), &fingerprint, options)?)
+}
+
 /// `POST /1.0/images` with a JSON body.
 ///
 /// # Errors
 /// Those of the engine; invalid by field.
 pub async fn from_source(call: Call) -> Result<Reply> {
     let (call, mut f) = call.fields().await?;
+    let pushed = f.is("source", "mode", "push");
     let mut source = f.object("source")?;
+    if pushed {
+        return awaited(&call, f, source);
+    }
     let kind = source.need_text("type")?;
     match kind.as_str() {
         "image" => return fetch(&call, f, source).await,

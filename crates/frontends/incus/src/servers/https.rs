@@ -22,6 +22,7 @@ use rustls::{
 };
 use std::{path::PathBuf, sync::Arc, time::Duration};
 use tokio::{net::TcpStream, time::timeout};
+use tokio_rustls::client::TlsStream;
 
 /// Redirections that are followed.
 const REDIRECTIONS: usize = 5;
@@ -242,20 +243,81 @@ impl Https {
         Ok(all)
     }
 
-    async fn once(&self, uri: &Uri, headers: &[(HeaderName, String)]) -> Result<(response::Parts, Incoming)> {
+    async fn connect(&self, uri: &Uri) -> Result<TlsStream<TcpStream>> {
         let host = uri.host().unwrap_or_default();
         let bare = host.trim_start_matches('[').trim_end_matches(']');
         let port = uri.port_u16().unwrap_or(443);
-        let away = |e: &dyn std::fmt::Display| {
-            Error::unavailable(format!("the image server {host} cannot be reached: {e}"))
-        };
-        let slow = || Error::timeout(format!("the image server {host} does not answer"));
-        let name = ServerName::try_from(bare.to_owned()).map_err(|e| away(&e))?;
+        let name = ServerName::try_from(bare.to_owned()).map_err(|e| away(host, &e))?;
         let connect = async {
             let stream = TcpStream::connect((bare, port)).await?;
             tokio_rustls::TlsConnector::from(self.config.clone()).connect(name, stream).await
         };
-        let stream = timeout(CONNECT, connect).await.map_err(|_| slow())?.map_err(|e| away(&e))?;
+        timeout(CONNECT, connect).await.map_err(|_| slow(host))?.map_err(|e| away(host, &e))
+    }
+
+    /// Sends a body to what lies at `path` below the server and answers what comes back, whatever its status; of that at most `limit`
+    /// bytes. `sent` counts what has gone, and nothing is redirected.
+    pub(super) async fn send<B>(
+        &self,
+        path: &str,
+        headers: &[(HeaderName, String)],
+        body: B,
+        limit: usize,
+        sent: impl Fn() -> u64 + Send + Sync,
+    ) -> Result<(StatusCode, Vec<u8>)>
+    where
+        B: hyper::body::Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        let uri: Uri = format!("{}{path}", self.base)
+            .parse()
+            .map_err(|e| Error::invalid("target", "this is no address of a server").with_context(e))?;
+        let host = uri.host().unwrap_or_default().to_owned();
+        let stream = self.connect(&uri).await?;
+        let target = uri.path_and_query().map_or("/", |p| p.as_str());
+        let request = headers
+            .iter()
+            .fold(Request::post(target), |request, (name, value)| request.header(name, value))
+            .header(HOST, uri.authority().map_or(host.as_str(), |a| a.as_str()))
+            .header(USER_AGENT, concat!("karst/", env!("CARGO_PKG_VERSION")))
+            .body(body)
+            .map_err(|e| Error::internal("a request could not be made", e))?;
+        let exchange = async {
+            let (mut sender, connection) =
+                hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+            // It ends with the answer; whoever reads that hears what went wrong.
+            tokio::spawn(async move { drop(connection.await) });
+            sender.send_request(request).await
+        };
+        let mut exchange = std::pin::pin!(exchange);
+        let mut before = 0;
+        let answer: std::result::Result<_, hyper::Error> = loop {
+            match timeout(STANDSTILL, &mut exchange).await {
+                Ok(answer) => break answer,
+                Err(_) if sent() == before => {
+                    return Err(Error::timeout(format!("the upload to {host} stands still")));
+                }
+                Err(_) => before = sent(),
+            }
+        };
+        let broken = |e: &dyn std::fmt::Display| {
+            Error::unavailable(format!("the upload to {host} broke off")).with_context(e)
+        };
+        let (head, body) = answer.map_err(|e| broken(&e))?.into_parts();
+        let mut body = Body { body, host: host.clone() };
+        let mut all = vec![];
+        while let Some(piece) = body.next().await? {
+            if all.len() + piece.len() > limit {
+                return Err(nonsense("answer", format!("it is larger than {limit} bytes")));
+            }
+            all.extend_from_slice(&piece);
+        }
+        Ok((head.status, all))
+    }
+
+    async fn once(&self, uri: &Uri, headers: &[(HeaderName, String)]) -> Result<(response::Parts, Incoming)> {
+        let host = uri.host().unwrap_or_default();
+        let stream = self.connect(uri).await?;
         let exchange = async {
             let (mut sender, connection) =
                 hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
@@ -274,11 +336,19 @@ impl Https {
             };
             sender.send_request(request).await.map(Ok)
         };
-        let answer = timeout(HEAD, exchange).await.map_err(|_| slow())?;
+        let answer = timeout(HEAD, exchange).await.map_err(|_| slow(host))?;
         let answer: std::result::Result<_, hyper::Error> = answer;
-        let (head, body) = answer.map_err(|e| away(&e))??.into_parts();
+        let (head, body) = answer.map_err(|e| away(host, &e))??.into_parts();
         Ok((head, body))
     }
+}
+
+fn away(host: &str, e: &dyn std::fmt::Display) -> Error {
+    Error::unavailable(format!("the image server {host} cannot be reached: {e}"))
+}
+
+fn slow(host: &str) -> Error {
+    Error::timeout(format!("the image server {host} does not answer"))
 }
 
 /// Where a server sends to: `https` only.
