@@ -75,6 +75,7 @@ pub struct RealAgent {
     pub(crate) staging: Arc<Staging>,
     pub(crate) backup_room: Arc<BackupRoom>,
     pub(crate) unopened: Unopened,
+    pub(crate) dumping: crate::dumps::Dumping,
     /// How workers without privileges are started.
     pub(crate) launcher: Launcher,
     pub(crate) facts: tokio::sync::OnceCell<HostFacts>,
@@ -145,6 +146,7 @@ impl RealAgent {
             )?),
             backup_room: Arc::new(BackupRoom::new(registry.path("backups"), options.policy.backups.clone())),
             unopened: Unopened::default(),
+            dumping: Default::default(),
             history: Default::default(),
             launcher,
             facts: tokio::sync::OnceCell::new(),
@@ -213,6 +215,7 @@ impl RealAgent {
                 tracing::info!(instance = %observed.instance, state = ?observed.state, "adopted a guest");
             }
         }
+        self.adopt_dumps();
         for (id, record) in known {
             if record.is_some() || self.registry.arrived(id) {
                 continue;

@@ -11,7 +11,6 @@ use karst_env::EnvExt;
 use karst_guest::{
     Applied, DiskBackupState, DiskCopyState, FileKind, MachineFigures, Metrics, Observed, StopMode,
 };
-use karst_image::{Staged, Upload};
 use karst_model::{
     AclId, BackupId, Error, ErrorKind, ImageId, InstanceId, NetworkId, PoolId, Result, SessionId, VolumeId,
     audit::{AuditEntry, AuditHead, AuditRange, AuditRecord, AuditVerdict},
@@ -52,97 +51,6 @@ impl RealAgent {
                 Err(Error::timeout(format!("{name} did not end within its time ({:?})", context.deadline)))
             }
         }
-    }
-
-    async fn stage(&self, request: ImageStage) -> Result<WithFds<ImageStaged>> {
-        let staging = self.staging.clone();
-        let (file, value) = blocking(move || staging.stage(request.image, request.part)).await?;
-        Ok(WithFds { value, fds: vec![file.into()] })
-    }
-
-    async fn import(&self, request: ImageImport) -> Result<ImageFacts> {
-        let _lock = self.lock(request.image.0).await;
-        if let Ok(facts) = self.images.facts(request.image).await {
-            return Ok(facts);
-        }
-        if let Some(format) = request.disk {
-            if request.parts != [ImagePart::Disk] {
-                return Err(Error::invalid("parts", "a disk is one part"));
-            }
-            let staging = self.staging.clone();
-            let disk = blocking(move || staging.read(request.image, ImagePart::Disk)).await?.into();
-            let facts = self.images.import(request.image, Upload::Disk { disk, format }).await?;
-            let staging = self.staging.clone();
-            blocking(move || staging.drop_image(request.image)).await?;
-            return Ok(facts);
-        }
-        let mut parts = vec![];
-        for part in &request.parts {
-            let (staging, part) = (self.staging.clone(), *part);
-            let file = blocking(move || staging.read(request.image, part)).await?;
-            parts.push(Staged::Foreign(file.into()));
-        }
-        let mut parts = parts.into_iter();
-        let upload = match (request.parts.as_slice(), parts.next(), parts.next()) {
-            ([ImagePart::Unified], Some(image), None) => Upload::Unified { image },
-            ([ImagePart::Metadata, ImagePart::Rootfs | ImagePart::Disk], Some(metadata), Some(rootfs)) => {
-                Upload::Split { metadata, rootfs }
-            }
-            _ => {
-                let text = "an image is one unified part, or metadata and a root file system or disk";
-                return Err(Error::invalid("parts", text));
-            }
-        };
-        let facts = self.images.import(request.image, upload).await?;
-        let staging = self.staging.clone();
-        blocking(move || staging.drop_image(request.image)).await?;
-        Ok(facts)
-    }
-
-    async fn build(&self, request: ImageBuild) -> Result<ImageFacts> {
-        let _lock = self.lock(request.image.0).await;
-        if let Ok(facts) = self.images.facts(request.image).await {
-            return Ok(facts);
-        }
-        let (events, image) = (self.events.clone(), request.image);
-        let progress: karst_image::Progress = Arc::new(move |stage: &str, percent| {
-            events.publish(&AgentEvent::ImageProgress {
-                image,
-                stage: stage.to_owned(),
-                percent: Some(percent),
-            });
-        });
-        let upload = self.images.build(&request.recipe, request.kind, false, progress).await?;
-        self.images.import(request.image, upload).await
-    }
-
-    async fn delete_image(&self, image: ImageId) -> Result<()> {
-        let _lock = self.lock(image.0).await;
-        let staging = self.staging.clone();
-        blocking(move || staging.drop_image(image)).await?;
-        self.images.delete(image).await?;
-        for (_, pool) in self.all_pools() {
-            pool.forget_image(image).await?;
-        }
-        Ok(())
-    }
-
-    async fn export(&self, image: ImageId) -> Result<WithFds<Vec<ImageFile>>> {
-        let (mut value, mut fds) = (vec![], vec![]);
-        for part in self.images.export(image).await?.parts {
-            value.push(ImageFile {
-                part: match part.field {
-                    "metadata" => ImagePart::Metadata,
-                    "rootfs" => ImagePart::Rootfs,
-                    "rootfs.img" => ImagePart::Disk,
-                    _ => ImagePart::Unified,
-                },
-                size: part.size,
-                filename: part.filename,
-            });
-            fds.push(part.file);
-        }
-        Ok(WithFds { value, fds })
     }
 
     /// What a network takes of this host beyond its own bridge.
@@ -727,6 +635,7 @@ calls! {
     mutate machine_backup_end(me, at: MachineBackupRef) -> () { me.end_backup(at).await }
     mutate machine_memory_begin(me, request: MachineMemoryBegin) -> () { me.begin_memory(request).await }
     read machine_memory_state(me, at: MachineMemoryRef) -> MemoryState { me.memory_state(at).await }
+    read machine_memory_dump(me, request: MachineDump) -> WithFds<u64> { me.dump_memory(request).await }
     mutate machine_memory_end(me, request: MachineMemoryEnd) -> () { me.end_memory(request).await }
     read memory_file_read(me, path: String) -> SavedMemory { me.read_memory_file(path).await }
     mutate memory_file_change(me, request: MemoryFileChange) -> () { me.change_memory_file(request).await }

@@ -56,7 +56,7 @@ impl Place {
     }
 }
 
-fn files(driver: &Arc<dyn GuestDriver>) -> Result<&dyn MemoryFiles> {
+pub(crate) fn files(driver: &Arc<dyn GuestDriver>) -> Result<&dyn MemoryFiles> {
     driver
         .memory_files()
         .ok_or_else(|| Error::unsupported("only of virtual machines the memory is written to a file"))

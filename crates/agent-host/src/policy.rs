@@ -267,6 +267,49 @@ impl HostPolicy {
 }
 
 impl HostPolicy {
+    /// A file without a name for memory of a virtual machine, where there is the most room of what is granted.
+    ///
+    /// # Errors
+    /// Forbidden when nothing is granted, not found when none of it is there.
+    pub fn save_room(&self) -> Result<File> {
+        use rustix::{
+            fs::{AtFlags, Mode, OFlags, fstatvfs, openat, unlinkat},
+            io::Errno,
+        };
+        if self.save_paths.is_empty() {
+            return Err(Error::forbidden(format!(
+                "this host grants no place for memory of virtual machines; its administrator can, with save_paths in {FILE}"
+            )));
+        }
+        let there = self.save_paths.iter().filter_map(|path| {
+            let directory = File::open(path).ok()?;
+            let space = fstatvfs(&directory).ok()?;
+            directory
+                .metadata()
+                .ok()?
+                .is_dir()
+                .then(|| (space.f_bavail.saturating_mul(space.f_frsize), directory))
+        });
+        let (_, directory) = there.max_by_key(|(room, _)| *room).ok_or_else(|| {
+            Error::not_found(format!("no directory of save_paths in {FILE} is there on the host"))
+        })?;
+        let mode = Mode::from_raw_mode(0o600);
+        let access = OFlags::RDWR | OFlags::CLOEXEC;
+        let made = match openat(&directory, ".", access | OFlags::TMPFILE, mode) {
+            // File systems without that: a name for a moment.
+            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT) => {
+                let name = format!(".karst-{}.part", uuid::Uuid::new_v4());
+                let new = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
+                openat(&directory, name.as_str(), access | new, mode).and_then(|made| {
+                    unlinkat(&directory, name.as_str(), AtFlags::empty())?;
+                    Ok(made)
+                })
+            }
+            other => other,
+        };
+        Ok(made.map_err(std::io::Error::from)?.into())
+    }
+
     fn check_pool_name(&self, kind: PoolKind, source: &str) -> Result<()> {
         karst_model::storage::check_source_name(kind, "source", source)?;
         let wanted = format!("{}:{source}", kind.as_str());
@@ -344,6 +387,25 @@ mod tests {
         assert_eq!(place(dir.path().join("granted2/a.save")), refused(Forbidden));
         let e = HostPolicy::default().save_place("/srv/a").unwrap_err();
         assert!(e.message.contains("save_paths in host-policy.toml"), "{e}");
+    }
+
+    #[test]
+    fn memory_has_room_where_it_is_granted() {
+        use std::io::{Read, Seek, Write};
+        let dir = tempfile::tempdir().unwrap();
+        let e = HostPolicy::default().save_room().unwrap_err();
+        assert!(e.is(karst_model::ErrorKind::Forbidden) && e.message.contains("save_paths"), "{e}");
+        let none = HostPolicy { save_paths: vec![dir.path().join("none")], ..HostPolicy::default() };
+        assert!(none.save_room().is_err_and(|e| e.is(karst_model::ErrorKind::NotFound)));
+        let paths = vec![dir.path().join("none"), dir.path().to_owned()];
+        let policy = HostPolicy { save_paths: paths, ..HostPolicy::default() };
+        let mut file = policy.save_room().unwrap();
+        file.write_all(b"memory").unwrap();
+        file.rewind().unwrap();
+        let mut text = String::new();
+        file.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "memory");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "it has no name");
     }
 
     #[test]

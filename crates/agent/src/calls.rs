@@ -12,7 +12,7 @@ use crate::{
     copies::{MachineCopyBegin, MachineCopyEnd, MachineCopyRef, MachineCopySpeed},
     descriptions::{FoundPool, PoolDescribe, PoolSurvey, PoolSurveyed, PoolsFind},
     displays::{DisplayGuardSet, DisplayGuarded, SpiceChannel},
-    memory::{MachineMemoryBegin, MachineMemoryEnd, MachineMemoryRef, MemoryFileChange},
+    memory::{MachineDump, MachineMemoryBegin, MachineMemoryEnd, MachineMemoryRef, MemoryFileChange},
     neighbours::{MemoryPeriod, Neighbour, NeighboursFind},
     outputs::ExecOutput,
     publish::{ImagePublish, VolumeRebuild},
@@ -434,6 +434,10 @@ agent_calls! {
     /// Ends it. To keep it is a conflict unless it is done; it may be said again. To cancel one that there is none of is fine, and
     /// memory of a machine that has ended since it was kept stays. A cancel answers when the machine goes on.
     mutate fn machine_memory_end(MachineMemoryEnd: MachineMemoryEnd) -> ();
+    /// Dumps the memory of a running virtual machine, which stands still for so long, into a file without a name, below what the host's
+    /// policy grants: one descriptor that reads it, and its bytes. Conflict while memory of it is written already; unsupported for a
+    /// container, and in a form that QEMU or the guest does not have.
+    read fn machine_memory_dump(MachineMemoryDump: MachineDump) -> WithFds<u64>;
     /// What a file with saved memory, which the host's policy grants, says of itself. Invalid for what is none, or is not whole.
     read fn memory_file_read(MemoryFileRead: String) -> SavedMemory;
     /// Has it say something else, in one step.

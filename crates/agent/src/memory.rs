@@ -43,6 +43,15 @@ pub struct MachineMemoryBegin {
     pub wish: MemoryWish,
 }
 
+/// Memory to be dumped into a file without a name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineDump {
+    /// Of which machine.
+    pub guest: GuestRef,
+    /// In which form.
+    pub format: DumpFormat,
+}
+
 /// Memory that is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineMemoryRef {

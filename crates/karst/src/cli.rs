@@ -6,9 +6,9 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind}
 
 use crate::{
     commands::{
-        access, admin, backup, completion, config, console, copy, create, display, exec, file, host, image,
-        info, lifecycle, list, log, machine, man, monitor, network, operation, profile, project, publish,
-        query, relocate, snapshot, storage, top, trust, version, warning,
+        access, admin, backup, completion, config, console, copy, create, debug, display, exec, file, host,
+        image, info, lifecycle, list, log, machine, man, monitor, network, operation, profile, project,
+        publish, query, relocate, snapshot, storage, top, trust, version, warning,
     },
     context::Context,
     error::{Error, Result},
@@ -65,6 +65,9 @@ enum Command {
     /// Logs of instances
     #[command(subcommand)]
     Log(log::Log),
+    /// Look into virtual machines
+    #[command(subcommand)]
+    Debug(debug::Debug),
     /// Press the reset button of a virtual machine
     Reset(machine::Reset),
     /// Save what a virtual machine shows as a picture
@@ -194,6 +197,7 @@ async fn run(context: &Context, command: Command) -> Result<()> {
         Command::Console(command) => command.run(context).await,
         Command::Log(command) => command.run(context).await,
         Command::Start(command) => command.run(context).await,
+        Command::Debug(command) => command.run(context).await,
         Command::Reset(command) => command.run(context).await,
         Command::Screenshot(command) => command.run(context).await,
         Command::SendKey(command) => command.run(context).await,

@@ -54,6 +54,21 @@ pub enum DumpFormat {
 }
 
 impl DumpFormat {
+    /// All.
+    pub const ALL: [Self; 5] = [Self::Elf, Self::KdumpZlib, Self::KdumpLzo, Self::KdumpSnappy, Self::WinDmp];
+
+    /// Reads one.
+    ///
+    /// # Errors
+    /// Invalid at `format`, naming those that there are.
+    pub fn parse(text: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|f| f.as_str() == text).ok_or_else(|| {
+            let all: Vec<&str> = Self::ALL.iter().map(|f| f.as_str()).collect();
+            let text = format!("{text:?} is no form of dumped memory; {} are", all.join(", "));
+            Error::invalid("format", text)
+        })
+    }
+
     /// In QEMU's and libvirt's words.
     pub fn as_str(self) -> &'static str {
         match self {

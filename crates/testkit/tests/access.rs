@@ -415,6 +415,7 @@ fn cases() -> Vec<Case> {
         machine_start_paused Use |f, c, p| of_a_machine(f.w.engine.machine_start_paused(c, p, "still", false).await.map(drop));
         machine_save ServerEdit |f, c, p| of_a_machine(f.w.engine.machine_save(c, HERE, "run", SaveMemory { path: "/srv/saves/a".into(), document: String::new(), paused: None }).await.map(drop));
         machine_dump ServerEdit |f, c, p| of_a_machine(f.w.engine.machine_dump(c, HERE, "run", DumpMemory { path: "/srv/saves/a".into(), format: karst_model::memory::DumpFormat::Elf, after: AfterDump::GoesOn }).await.map(drop));
+        machine_memory ServerEdit |f, c, p| of_a_machine(f.w.engine.machine_memory(c, p, "run", karst_model::memory::DumpFormat::Elf).await.map(drop));
         machine_restore ServerEdit |f, c, p| of_a_machine(f.w.engine.machine_restore(c, HERE, "still", "/srv/saves/a", false).await.map(drop));
         memory_writing View |f, c, p| { let found = f.w.engine.memory_writing(c, p, "run").await?; assert!(found.is_none(), "nothing is written"); Ok(()) };
         memory_writing_abort Use |f, c, p| nothing_is_copied(f.w.engine.memory_writing_abort(c, p, "run").await);

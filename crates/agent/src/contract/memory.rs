@@ -113,6 +113,20 @@ pub(super) async fn of_a_machine(s: &Subject, spec: &GuestSpec) {
     }
     refused(s.agent.memory_file_read(&s.read(), path).await, ErrorKind::NotFound);
     assert_eq!(m.state().await, RuntimeState::Running);
+    // One without a name, twice, and nothing stays of it.
+    for _ in 0..2 {
+        let request = MachineDump { guest, format: DumpFormat::Elf };
+        let limit = CallContext::read(s.boot.max(Duration::from_secs(120)));
+        let answer = s.agent.machine_memory_dump(&limit, request).await.unwrap();
+        let mut file = File::from(answer.fds.into_iter().next().unwrap());
+        let mut magic = [0; 4];
+        file.read_exact(&mut magic).unwrap();
+        assert_eq!((&magic, file.metadata().unwrap().len()), (b"\x7fELF", answer.value));
+        assert_eq!(m.state().await, RuntimeState::Running);
+    }
+    let nobody = GuestRef { instance: InstanceId(s.env.uuid()), generation: spec.generation };
+    let request = MachineDump { guest: nobody, format: DumpFormat::Elf };
+    refused(s.agent.machine_memory_dump(&s.read(), request).await, ErrorKind::NotFound);
 }
 
 /// A machine is saved: broken off, by its end, whole, over an older one; and goes on from there.

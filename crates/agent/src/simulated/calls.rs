@@ -428,6 +428,7 @@ calls! {
     mutate machine_backup_end(me, at: MachineBackupRef) -> () { me.end_backup(at) }
     mutate machine_memory_begin(me, request: MachineMemoryBegin) -> () { me.begin_memory(request) }
     read machine_memory_state(me, at: MachineMemoryRef) -> MemoryState { me.memory_state(at) }
+    read machine_memory_dump(me, request: MachineDump) -> WithFds<u64> { me.dump_memory(request) }
     mutate machine_memory_end(me, request: MachineMemoryEnd) -> () { me.end_memory(request) }
     read memory_file_read(me, path: String) -> SavedMemory { me.read_memory_file(&path) }
     mutate memory_file_change(me, request: MemoryFileChange) -> () { me.change_memory_file(request) }

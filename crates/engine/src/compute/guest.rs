@@ -344,7 +344,7 @@ impl Engine {
     }
 
     /// A guest that has a process, whatever it does.
-    fn active(
+    pub(super) fn active(
         &self,
         context: &Context,
         project: &str,

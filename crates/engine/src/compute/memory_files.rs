@@ -18,7 +18,7 @@ use crate::{
 };
 use async_trait::async_trait;
 use karst_agent::{
-    CallContext, GuestRef, GuestStop, MachineMemoryBegin, MachineMemoryEnd, MachineMemoryRef,
+    CallContext, GuestRef, GuestStop, MachineDump, MachineMemoryBegin, MachineMemoryEnd, MachineMemoryRef,
     MemoryFileChange, MemoryWish, check_memory_path,
 };
 use karst_env::EnvExt;
@@ -30,9 +30,11 @@ use karst_model::{
     memory::{DOCUMENT, DumpFormat, MemoryEnd, MemoryPhase, MemoryState, SavedMemory},
 };
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, os::fd::OwnedFd, time::Duration};
 
 const CALL: Duration = Duration::from_secs(60);
+/// How long a dump may take that somebody waits for.
+const DUMP: Duration = Duration::from_secs(1800);
 /// Between two looks at how far it is.
 const LOOK: Duration = Duration::from_millis(200);
 /// How long a host may be silent before it is given up; one that is started anew is back before.
@@ -156,6 +158,27 @@ impl Engine {
         context.demand_server(Permission::ServerEdit)?;
         let wish = |_| MemoryWish::Dump { format: request.format };
         self.write_memory(context, project, name, &request.path, request.after, wish).await
+    }
+
+    /// Dumps the memory of a running virtual machine, which stands still meanwhile: its bytes, and a descriptor that reads them. On the
+    /// host it has no name, and is gone with the descriptor.
+    ///
+    /// # Errors
+    /// Forbidden to all but administrators of the server, and by the host's policy; not found, conflict (not running, written already),
+    /// unsupported for containers and forms that QEMU or the guest does not have.
+    pub async fn machine_memory(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        format: DumpFormat,
+    ) -> Result<(u64, OwnedFd)> {
+        context.demand_server(Permission::ServerEdit)?;
+        let (guest, _, agent) = self.active(context, project, name)?;
+        let answer =
+            agent.machine_memory_dump(&CallContext::read(DUMP), MachineDump { guest, format }).await?;
+        let fd = answer.fds.into_iter().next();
+        Ok((answer.value, fd.ok_or_else(|| Error::internal("there is no dump", "no descriptor"))?))
     }
 
     async fn write_memory(

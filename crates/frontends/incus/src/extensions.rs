@@ -58,6 +58,7 @@ pub const TESTED: &[(&str, &str)] = &[
     ("instance_get_full", "lists_filter_and_recurse"),
     ("instance_move_config", "instances_are_moved"),
     ("images_push_relay", "images_are_pushed_to_servers"),
+    ("instance_debug_memory", "memory_is_dumped"),
     ("instance_nic_network", "lists_filter_and_recurse"),
     ("instance_oci", "applications_come_from_registries"),
     ("instance_oci_entrypoint", "applications_come_from_registries"),

@@ -4,8 +4,8 @@
 use crate::{
     app::Call,
     handlers::{
-        access, allocations, audit, backups, certificates, displays, events, exec, files, firewall, images,
-        instances, karst, libvirt, logs, metadata, metrics, networks, operations, profiles, projects,
+        access, allocations, audit, backups, certificates, debug, displays, events, exec, files, firewall,
+        images, instances, karst, libvirt, logs, metadata, metrics, networks, operations, profiles, projects,
         publish, recover, registries, resources, server, snapshots, storage, tokens, volumes, warnings,
     },
     respond::Reply,
@@ -52,8 +52,6 @@ macro_rules! rows {
 }
 
 const BACKUPS: &str = "what changed since a checkpoint is reached by libvirt only, as yet (`backup-begin`); backups here are whole";
-const DUMPS: &str =
-    "memory is dumped into a file of the host only, as yet by libvirt (`virsh dump --memory-only`)";
 const CLUSTER: &str = "Server is not clustered; clusters come with the etcd milestone";
 const VOLUMES: &str =
     "files of custom volumes are not reached over the API yet; attach the volume to an instance";
@@ -130,7 +128,7 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         GET "/1.0/instances/{name}/console" => exec::console_log, "console_joins_both_ways",
         POST "/1.0/instances/{name}/console" => exec::console, "console_joins_both_ways",
         DELETE "/1.0/instances/{name}/console" => exec::console_clear, "console_joins_both_ways",
-        GET "/1.0/instances/{name}/debug/memory"; open DUMPS,
+        GET "/1.0/instances/{name}/debug/memory" => debug::memory, "memory_is_dumped",
         POST "/1.0/instances/{name}/debug/repair"; open "repairs of volumes are not there yet",
         POST "/1.0/instances/{name}/exec" => exec::exec, "exec_joins_three_pipes",
         GET "/1.0/instances/{name}/files" => files::get, "files_over_http",

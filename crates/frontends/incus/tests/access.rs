@@ -281,7 +281,7 @@ async fn who_may_look_may_not_touch() {
         // What a guest's programs and its console say is for those who use it.
         let uses = whole
             || row.path.contains("/logs")
-            || ["/log", "/files", "/console", "/sftp", "/karst/check", "/screenshot"]
+            || ["/log", "/debug/memory", "/files", "/console", "/sftp", "/karst/check", "/screenshot"]
                 .iter()
                 .any(|e| row.path.ends_with(e));
         if row.path.starts_with("/1.0/operations/") || row.path == "/1.0/events" {

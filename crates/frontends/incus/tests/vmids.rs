@@ -57,3 +57,28 @@ async fn a_vmid_is_chosen_and_shown() {
     s.done(s.post("/1.0/instances", body("c9", json!(4713))).await).await;
     assert_eq!(known("c9").await["vmid"], json!(4713));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn memory_is_dumped() {
+    let s = Server::start().await;
+    s.container("c1", true).await;
+    let body = json!({"name": "v1", "type": "virtual-machine", "source": {"type": "none"}, "start": true});
+    s.done(s.post("/1.0/instances", body).await).await;
+    let dump = |name: &str, query: &str| format!("/1.0/instances/{name}/debug/memory{query}");
+    for (query, begins) in
+        [("", &b"\x7fELF"[..]), ("?format=elf", b"\x7fELF"), ("?format=kdump-zlib", b"KDUMP")]
+    {
+        let answer = s.get(&dump("v1", query)).await;
+        assert_eq!((answer.status, answer.header("content-type")), (200, "application/octet-stream"));
+        assert_eq!(answer.header("content-length"), answer.body.len().to_string());
+        assert!(answer.body.starts_with(begins), "{query}");
+    }
+    assert_eq!(s.get("/1.0/instances/v1").await.metadata()["status"], "Running");
+    let text = s.get(&dump("v1", "?format=raw")).await.refused(400);
+    assert!(text.contains("raw") && text.contains("win-dmp"), "{text}");
+    s.get(&dump("v1", "?format=win-dmp")).await.refused(501);
+    s.get(&dump("c1", "")).await.refused(501);
+    s.get(&dump("none", "")).await.refused(404);
+    s.done(s.put("/1.0/instances/v1/state", json!({"action": "stop", "force": true})).await).await;
+    s.get(&dump("v1", "")).await.refused(409);
+}

@@ -9,6 +9,7 @@ pub mod config;
 pub mod console;
 pub mod copy;
 pub mod create;
+pub mod debug;
 pub mod device;
 pub mod display;
 pub mod exec;

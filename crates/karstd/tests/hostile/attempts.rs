@@ -478,6 +478,10 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
     add("machine_memory_begin", "of none", memory(99, "/srv/x"), Refused);
     add("machine_memory_begin", "over what is the system's", memory(4, "/etc/shadow"), Refused);
     add("machine_memory_begin", "through a way out", memory(4, "/srv/../etc/cron.d/x"), Refused);
+    let dump = |n: u128, format: &str| json!({"guest": at(n), "format": format});
+    add("machine_memory_dump", "of a container", dump(4, "elf"), Refused);
+    add("machine_memory_dump", "of none", dump(99, "elf"), Refused);
+    add("machine_memory_dump", "in no form", dump(34, "raw"), Refused);
     let written = |n: u128| json!({"instance": id(n), "id": id(23)});
     add("machine_memory_state", "of none", written(99), Nothing("there is none"));
     add("machine_memory_state", "elsewhere", json!({"instance": "../../x", "id": null}), Refused);

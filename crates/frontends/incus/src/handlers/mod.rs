@@ -5,6 +5,7 @@ pub mod allocations;
 pub mod audit;
 pub mod backups;
 pub mod certificates;
+pub mod debug;
 pub mod displays;
 pub mod events;
 pub mod exec;
