@@ -360,6 +360,13 @@ impl RealAgent {
         {
             return Err(Error::conflict("the guest has another root volume on this host"));
         }
+        // The root of a guest that runs is the guest's alone, however it is named.
+        let others = self.all_guests().into_iter().filter(|(id, _)| *id != file.instance);
+        for (id, _) in others.filter(|(_, record)| record.root == file.root.volume) {
+            if self.runs(id).await? {
+                return Err(Error::conflict("the volume is the root of a guest that runs"));
+            }
+        }
         let root = match runs {
             true => None,
             false => self.open_root(file).await?,

@@ -914,10 +914,10 @@ pub struct ConsoleLog {
     pub runner: bool,
 }
 
-/// A file in a guest.
+/// A file in a guest, or in a volume that is a tree by itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileRef {
-    /// Whose.
+    /// Whose; of a volume by itself the id of that, and a container's kind: it is reached as the root of one that does not run.
     pub instance: InstanceId,
     /// Kind of the guest.
     pub kind: InstanceKind,

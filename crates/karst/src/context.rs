@@ -33,6 +33,11 @@ impl Context {
         Self { client: Client::new(Transport::new(socket), project), quiet }
     }
 
+    /// The same, for files of the custom volumes of a pool.
+    pub fn for_volumes(&self, pool: String) -> Self {
+        Self { client: self.client.for_volumes(pool), quiet: self.quiet }
+    }
+
     /// A progress line with this label.
     pub fn progress(&self, label: impl Into<String>) -> Progress {
         Progress::new(label, self.quiet)

@@ -130,6 +130,14 @@ const COMMANDS: &[(&str, &str)] = &[
     ("PUT /1.0/storage-pools/{name}/volumes/{type}/{volumeName}", "storage volume set fast data size=1GiB"),
     ("POST /1.0/storage-pools/{name}/volumes/{type}/{volumeName}", "storage volume rename fast data other"),
     (
+        "POST /1.0/storage-pools/{name}/volumes/{type}/{volumeName}/files",
+        "storage volume file fast push here data/x",
+    ),
+    (
+        "DELETE /1.0/storage-pools/{name}/volumes/{type}/{volumeName}/files",
+        "storage volume file fast delete data/x",
+    ),
+    (
         "POST /1.0/storage-pools/{name}/volumes/{type}/{volumeName}/backups",
         "storage volume backup create fast data b1",
     ),

@@ -229,6 +229,15 @@ fn kept() -> CreateBackup {
     CreateBackup { name: Some("kept".into()), ..CreateBackup::default() }
 }
 
+fn data(project: &str) -> karst_engine::volumes::files::VolumeAt<'_> {
+    karst_engine::volumes::files::VolumeAt { project, pool: "default", name: "data" }
+}
+
+fn link(path: &str) -> FileWrite {
+    let (kind, target) = (FileKind::Symlink, Some("y".into()));
+    FileWrite { path: path.into(), kind, uid: None, gid: None, mode: None, append: false, target }
+}
+
 fn volume(name: &str) -> CreateVolume {
     let content = VolumeContent::Filesystem;
     CreateVolume { name: name.into(), content, description: String::new(), config: Config::new() }
@@ -510,6 +519,12 @@ fn cases() -> Vec<Case> {
         volume_upload Edit |f, c, p| f.w.engine.volume_upload(c, p, 1).map(drop);
         volume_writable Edit |f, c, p| f.w.engine.volume_writable(c, p, "default", "blocks", (0, 1));
         volume_write Edit |f, c, p| { let upload = upload(&f.w, of_still(HERE)).await?; f.w.engine.volume_write(c, p, "default", "blocks", WriteVolume { upload, length: 1, offset: 0 }).await.map(drop) };
+        volume_file_open Use |f, c, p| f.w.engine.volume_file_open(c, data(p), "/").await.map(drop);
+        volume_file_write Use |f, c, p| f.w.engine.volume_file_write(c, data(p), link("/x")).await.map(drop);
+        volume_file_delete Use |f, c, p| {
+            f.w.engine.volume_file_write(&f.w.admin, data(HERE), link("/z")).await?;
+            f.w.engine.volume_file_delete(c, data(p), "/z").await
+        };
         volume_delete Edit |f, c, p| f.w.engine.volume_delete(c, p, "default", "data").await.map(drop);
         // Networks.
         networks View |f, c, p| f.w.engine.networks(c, p).map(drop);

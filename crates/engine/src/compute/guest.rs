@@ -123,6 +123,28 @@ pub struct OpenFile {
     pub content: Option<OwnedFd>,
 }
 
+/// Demands a path that can be one inside.
+pub(crate) fn check_file_path(path: &str) -> Result<()> {
+    if path.len() > 4096 {
+        return Err(Error::invalid("path", "the path is longer than 4096 bytes"));
+    }
+    if !path.starts_with('/') || path.contains('\0') {
+        return Err(Error::invalid("path", format!("{path:?} is not an absolute path")));
+    }
+    Ok(())
+}
+
+/// Demands that it can be written so.
+pub(crate) fn check_write(write: &FileWrite) -> Result<()> {
+    if write.mode.is_some_and(|m| m > 0o7777) {
+        return Err(Error::invalid("mode", "permission bits are at most 07777"));
+    }
+    if write.kind == FileKind::Symlink && write.target.as_deref().unwrap_or_default().is_empty() {
+        return Err(Error::invalid("target", "a symbolic link needs a target"));
+    }
+    Ok(())
+}
+
 /// A regular file that is being written.
 pub struct FileUpload {
     /// Where the content goes; close it at the end.
@@ -131,6 +153,10 @@ pub struct FileUpload {
 }
 
 impl FileUpload {
+    pub(crate) fn new(sink: Option<OwnedFd>, session: Option<Session>) -> Self {
+        Self { sink, session }
+    }
+
     /// After the sink was closed: waits until the file is whole.
     ///
     /// # Errors
@@ -467,12 +493,7 @@ impl Engine {
         path: &str,
     ) -> Result<(FileRef, Arc<dyn HostAgent>)> {
         let view = self.find(context, project, name, Permission::InstanceUse)?;
-        if path.len() > 4096 {
-            return Err(Error::invalid("path", "the path is longer than 4096 bytes"));
-        }
-        if !path.starts_with('/') || path.contains('\0') {
-            return Err(Error::invalid("path", format!("{path:?} is not an absolute path")));
-        }
+        check_file_path(path)?;
         if view.instance.kind == InstanceKind::VirtualMachine && view.status != Status::Running {
             return Err(Error::conflict(format!(
                 "files of the virtual machine {name:?} can be reached only while it runs"
@@ -511,16 +532,11 @@ impl Engine {
         name: &str,
         write: FileWrite,
     ) -> Result<FileUpload> {
-        if write.mode.is_some_and(|m| m > 0o7777) {
-            return Err(Error::invalid("mode", "permission bits are at most 07777"));
-        }
-        if write.kind == FileKind::Symlink && write.target.as_deref().unwrap_or_default().is_empty() {
-            return Err(Error::invalid("target", "a symbolic link needs a target"));
-        }
+        check_write(&write)?;
         let (file, agent) = self.file_ref(context, project, name, &write.path)?;
         let answer = agent.file_write(&CallContext::read(CALL), FileWriteRequest { file, write }).await?;
         let session = answer.value.map(|id| self.session(agent, id));
-        Ok(FileUpload { sink: answer.fds.into_iter().next(), session })
+        Ok(FileUpload::new(answer.fds.into_iter().next(), session))
     }
 
     /// Deletes a file or an empty directory of a guest.

@@ -5,6 +5,7 @@ pub mod content;
 pub mod copy;
 pub mod create;
 pub mod delete;
+pub mod files;
 pub mod relocate;
 pub mod update;
 

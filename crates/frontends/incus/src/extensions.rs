@@ -37,6 +37,7 @@ pub const TESTED: &[(&str, &str)] = &[
     ("event_lifecycle_name_and_project", "events_tell_what_happened"),
     ("event_location", "events_tell_what_happened"),
     ("event_project", "events_tell_what_happened"),
+    ("custom_volume_sftp", "files_of_volumes"),
     ("explicit_trust_token", "certificates_live"),
     ("file_append", "files_over_http"),
     ("file_delete", "files_over_http"),

@@ -53,8 +53,7 @@ macro_rules! rows {
 
 const BACKUPS: &str = "what changed since a checkpoint is reached by libvirt only, as yet (`backup-begin`); backups here are whole";
 const CLUSTER: &str = "Server is not clustered; clusters come with the etcd milestone";
-const VOLUMES: &str =
-    "files of custom volumes are not reached over the API yet; attach the volume to an instance";
+const REBUILD: &str = "volumes are not emptied over this path yet; delete the volume and make it anew";
 const BUCKETS: &str = "object storage is not planned before Ceph";
 const OVN: &str = "this needs OVN networks, which come with tenant networks";
 const NVRAM: &str = "editing of firmware variables is not there yet";
@@ -328,13 +327,13 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/bitmaps"; open BACKUPS,
         GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/bitmaps/{bitmapName}"; open BACKUPS,
         DELETE "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/bitmaps/{bitmapName}"; open BACKUPS,
-        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/files"; open VOLUMES,
-        HEAD "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/files"; open VOLUMES,
-        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/files"; open VOLUMES,
-        DELETE "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/files"; open VOLUMES,
+        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/files" => files::volume_get, "files_of_volumes",
+        HEAD "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/files" => files::volume_get, "files_of_volumes",
+        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/files" => files::volume_post, "files_of_volumes",
+        DELETE "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/files" => files::volume_delete, "files_of_volumes",
         GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/nbd"; open BACKUPS,
-        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/rebuild"; open VOLUMES,
-        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/sftp"; open VOLUMES,
+        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/rebuild"; open REBUILD,
+        GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/sftp" => files::volume_sftp, "files_of_volumes",
         GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots" => snapshots::list, "snapshots_of_volumes_live",
         POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots" => snapshots::create, "snapshots_of_volumes_live",
         GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots/{snapshotName}" => snapshots::get, "snapshots_of_volumes_live",

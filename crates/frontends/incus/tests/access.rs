@@ -126,9 +126,12 @@ pub fn body(method: &Method, path: &str, image: &str) -> String {
         ("POST", "/1.0/instances/{name}/rebuild") => json!({"source": {"type": "none"}}),
         ("PUT", "/1.0/instances/{name}/state") => json!({"action": "stop"}),
         ("POST", "/1.0/instances/{name}/exec") => json!({"command": ["true"]}),
-        ("POST", "/1.0/instances/{name}/files" | "/1.0/instances/{name}/metadata/templates") => {
-            return "x".into();
-        }
+        (
+            "POST",
+            "/1.0/instances/{name}/files"
+            | "/1.0/instances/{name}/metadata/templates"
+            | "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/files",
+        ) => return "x".into(),
         ("PUT" | "PATCH", "/1.0/instances/{name}/metadata") => json!({"properties": {}}),
         ("POST", "/1.0/storage-pools") => json!({"name": "n9", "driver": "dir"}),
         ("POST", "/1.0/images/{fingerprint}/export") => {

@@ -8,7 +8,11 @@ use karst_frontend_incus::routes::{Row, State, TABLE};
 use serde_json::{Value, json};
 
 /// Those whose body is content, not JSON; what is wrong with them stands in [`content_is_refused`].
-const CONTENT: &[&str] = &["/1.0/instances/{name}/files", "/1.0/instances/{name}/metadata/templates"];
+const CONTENT: &[&str] = &[
+    "/1.0/instances/{name}/files",
+    "/1.0/instances/{name}/metadata/templates",
+    "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/files",
+];
 /// Those whose path says all: their body is nothing, or an object without fields.
 const BODILESS: &[(&str, &str)] = &[
     ("POST", "/1.0/images/{fingerprint}/refresh"),

@@ -4,6 +4,7 @@
 use crate::common::Server;
 use hyper::Method;
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn custom_volumes_live() {
@@ -543,4 +544,56 @@ async fn directories_are_shared_with_machines() {
     let host = json!({"devices": {"d": {"type": "disk", "source": "/srv/shared", "path": "/srv"}}});
     s.patch(V1, host).await.metadata();
     assert_eq!(pending().await[0]["key"], "devices.d.path");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn files_of_volumes() {
+    let s = Server::start().await;
+    let all = "/1.0/storage-pools/default/volumes/custom";
+    assert_eq!(s.post(all, json!({"name": "data"})).await.status, 201);
+    let block = json!({"name": "blocks", "content_type": "block", "config": {"size": "16MiB"}});
+    assert_eq!(s.post(all, block).await.status, 201);
+    let at = |path: &str| format!("{all}/data/files?path={path}");
+    let headers = [("x-incus-uid", "5"), ("x-incus-gid", "6"), ("x-incus-mode", "0640")];
+    s.send(Method::POST, &at("/etc/f1"), &headers, "hello\n").await.metadata();
+    let got = s.get(&at("etc%2Ff1")).await;
+    assert_eq!(&got.body[..], b"hello\n");
+    for (name, value) in [("uid", "5"), ("gid", "6"), ("mode", "0640"), ("type", "file")] {
+        assert_eq!(got.header(&format!("x-incus-{name}")), value);
+    }
+    s.send(Method::POST, &at("/d"), &[("x-incus-type", "directory")], "").await.metadata();
+    s.send(Method::POST, &at("/d/l"), &[("x-incus-type", "symlink")], "../etc/f1").await.metadata();
+    let directory = s.get(&at("/d")).await;
+    assert_eq!((directory.header("x-incus-type"), directory.metadata()), ("directory", json!(["l"])));
+    let head = s.send(Method::HEAD, &at("/etc/f1"), &[], "").await;
+    assert_eq!((head.status, head.header("content-length")), (200, "6"));
+    // As it is for a guest that has the volume, and for nobody else.
+    s.delete(&at("/etc/f1")).await.metadata();
+    s.get(&at("/etc/f1")).await.refused(404);
+    s.delete(&at("/d")).await.refused(409);
+    let other = at("/etc/hostname").replace("custom/data", "custom/none");
+    assert!(s.get(&other).await.refused(404).contains("none"));
+    let of_instances = at("/").replace("/custom/", "/container/");
+    assert!(s.get(&of_instances).await.refused(404).contains("/1.0/instances"));
+    assert!(s.get(&at("/").replace("custom/data", "custom/blocks")).await.refused(501).contains("disk"));
+    s.get(&format!("{all}/data/files")).await.refused(400);
+    s.get(&at("%2Fa%00b")).await.refused(400);
+    s.send(Method::POST, &at("/x"), &[("x-incus-mode", "rw")], "").await.refused(400);
+    // SFTP, by hand: INIT is answered by a version, and a wrong volume before the upgrade.
+    s.get(&format!("{all}/none/sftp")).await.refused(404);
+    s.get(&format!("{all}/data/sftp")).await.refused(400);
+    let mut stream = tokio::net::UnixStream::connect(&s.socket).await.unwrap();
+    let head =
+        format!("GET {all}/data/sftp HTTP/1.1\r\nhost: x\r\nconnection: Upgrade\r\nupgrade: sftp\r\n\r\n");
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let mut answer = vec![];
+    while !answer.ends_with(b"\r\n\r\n") {
+        answer.push(stream.read_u8().await.unwrap());
+    }
+    assert!(answer.starts_with(b"HTTP/1.1 101"), "{}", String::from_utf8_lossy(&answer));
+    stream.write_all(&[0, 0, 0, 5, 1, 0, 0, 0, 3]).await.unwrap();
+    let length = stream.read_u32().await.unwrap() as usize;
+    let mut version = vec![0; length];
+    stream.read_exact(&mut version).await.unwrap();
+    assert_eq!(version[..5], [2, 0, 0, 0, 3]);
 }

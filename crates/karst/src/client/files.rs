@@ -52,14 +52,18 @@ pub struct GuestFile {
 }
 
 impl Client {
-    fn file_url(instance: &str, path: &str) -> Url {
-        Url::new(&["instances", instance, "files"]).with("path", path)
+    fn file_url(&self, of: &str, path: &str) -> Url {
+        let url = match self.files_of() {
+            Some(pool) => Url::new(&["storage-pools", pool, "volumes", "custom", of, "files"]),
+            None => Url::new(&["instances", of, "files"]),
+        };
+        url.with("path", path)
     }
 
     /// Asks for a file.
     pub async fn file(&self, instance: &str, path: &str) -> Result<GuestFile> {
         let response =
-            self.send(Method::GET, &Self::file_url(instance, path), HeaderMap::new(), empty()).await?;
+            self.send(Method::GET, &self.file_url(instance, path), HeaderMap::new(), empty()).await?;
         let headers = response.headers();
         let kind = match header(headers, "type") {
             Some("directory") => FileType::Directory,
@@ -99,12 +103,12 @@ impl Client {
             let text = format!("{:04o}", mode & 0o7777);
             headers.insert("x-incus-mode", HeaderValue::from_str(&text).map_err(Error::local)?);
         }
-        self.call(Method::POST, &Self::file_url(instance, path), headers, body).await.map(drop)
+        self.call(Method::POST, &self.file_url(instance, path), headers, body).await.map(drop)
     }
 
     /// Removes a file.
     pub async fn delete_file(&self, instance: &str, path: &str) -> Result<()> {
-        self.delete(&Self::file_url(instance, path)).await.map(drop)
+        self.delete(&self.file_url(instance, path)).await.map(drop)
     }
 }
 

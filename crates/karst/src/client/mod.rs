@@ -33,6 +33,8 @@ const LARGEST_ANSWER: usize = 256 << 20;
 pub struct Client {
     transport: Transport,
     project: Option<String>,
+    /// Files are those of custom volumes of this pool, and not of instances.
+    pool: Option<String>,
 }
 
 /// What the server answered.
@@ -49,7 +51,18 @@ pub struct Answer {
 impl Client {
     /// A client of the server behind `transport`; connects at the first request.
     pub fn new(transport: Transport, project: Option<String>) -> Self {
-        Self { transport, project }
+        Self { transport, project, pool: None }
+    }
+
+    /// Another one, whose files are those of the custom volumes of a pool.
+    #[must_use]
+    pub fn for_volumes(&self, pool: String) -> Self {
+        Self { transport: self.transport.another(), project: self.project.clone(), pool: Some(pool) }
+    }
+
+    /// The pool whose volumes' files are meant; `None`: those of instances.
+    pub fn files_of(&self) -> Option<&str> {
+        self.pool.as_deref()
     }
 
     /// The project that requests are about.

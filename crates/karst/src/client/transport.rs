@@ -63,6 +63,11 @@ impl Transport {
         Self { socket, idle: Mutex::new(Vec::new()) }
     }
 
+    /// Another way to the same server.
+    pub fn another(&self) -> Self {
+        Self::new(self.socket.clone())
+    }
+
     /// Opens a connection; used as it is for websockets.
     pub async fn connect(&self) -> Result<UnixStream> {
         connect(&self.socket).await.map_err(|error| self.unreachable(&error))

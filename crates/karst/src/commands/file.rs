@@ -138,11 +138,10 @@ impl File {
                 let target = options.paths.pop().unwrap_or_default();
                 let (instance, path) = split_guest_path(&target)?;
                 let how = Options { recursive: options.recursive, create_dirs: options.create_dirs };
-                push(context, &options.paths, instance, path, options.attributes.into(), how).await.about(
-                    client,
-                    Kind::Instance,
-                    instance,
-                )
+                let kind = if client.files_of().is_some() { Kind::Volume } else { Kind::Instance };
+                push(context, &options.paths, instance, path, options.attributes.into(), how)
+                    .await
+                    .about(client, kind, instance)
             }
             Self::Pull(mut options) => {
                 let target = options.paths.pop().unwrap_or_default();
@@ -228,6 +227,12 @@ async fn edit(context: &Context, target: &str) -> Result<()> {
 pub fn naming(client: &Client, error: Error, target: &str) -> Error {
     let instance = target.split('/').next().unwrap_or(target);
     match error {
+        // Which volume or pool is missing the message says.
+        Error::Api { status: 404, message }
+            if client.files_of().is_some() && ["volume", "pool"].iter().any(|w| message.contains(w)) =>
+        {
+            Error::Api { status: 404, message }
+        }
         Error::Api { status: 404, message } => {
             if message.to_lowercase().contains("instance") {
                 let missing: Result<()> = Err(Error::Api { status: 404, message });

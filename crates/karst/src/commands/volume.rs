@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::{
     backup::{Contents, Owner},
     completion::{Below, complete, complete_below},
+    file::File,
     object::{Object, config_object, create, parse_settings},
     volume_backup::{Import, VolumeBackup},
     volume_snapshot::VolumeSnapshot,
@@ -159,6 +160,14 @@ pub enum Volume {
     /// Snapshots of volumes
     #[command(subcommand)]
     Snapshot(VolumeSnapshot),
+    /// Files of volumes: as `karst file`, with VOLUME/path instead of INSTANCE/path
+    File {
+        /// Pool
+        #[arg(add = complete(Kind::Pool))]
+        pool: String,
+        #[command(subcommand)]
+        command: File,
+    },
 }
 
 /// Where a volume is to be.
@@ -280,6 +289,7 @@ impl Volume {
             Self::Import(options) => options.run(context).await,
             Self::Backup(command) => command.run(context).await,
             Self::Snapshot(command) => command.run(context).await,
+            Self::File { pool, command } => command.run(&context.for_volumes(pool)).await,
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Files of guests: whole files over HTTP (`lxc`, `pylxd`, Terraform), and SFTP (`incus file`).
+//! Files of guests and of custom volumes: whole files over HTTP (`lxc`, `pylxd`, Terraform), and SFTP (`incus file`).
 
 use crate::{
     app::Call,
@@ -17,7 +17,11 @@ use hyper::{
     body::Frame,
     header::{CONTENT_DISPOSITION, CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue},
 };
-use karst_engine::{Context, Engine, compute::guest::FileUpload};
+use karst_engine::{
+    Context, Engine,
+    compute::guest::{FileUpload, OpenFile},
+    volumes::files::VolumeAt,
+};
 use karst_model::{
     Error, Result,
     guest::{FileInfo, FileKind, FileWrite},
@@ -36,6 +40,80 @@ fn path(call: &Call) -> Result<String> {
         return Err(Error::invalid("path", "the path contains a NUL byte"));
     }
     Ok(sftp::absolute(path))
+}
+
+/// Whose files.
+enum Whose {
+    Instance(String),
+    Volume { pool: String, name: String },
+}
+
+/// Where files are, and who asks for them.
+pub struct Place {
+    engine: Engine,
+    context: Context,
+    project: String,
+    whose: Whose,
+}
+
+impl Place {
+    fn new(call: &Call, whose: Whose) -> Self {
+        Self {
+            engine: call.engine().clone(),
+            context: call.context.clone(),
+            project: call.project().to_owned(),
+            whose,
+        }
+    }
+
+    /// Of `/1.0/instances/{name}/…`.
+    fn instance(call: &Call) -> Self {
+        Self::new(call, Whose::Instance(call.param(0).to_owned()))
+    }
+
+    /// Of `/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/…`.
+    fn volume(call: &Call) -> Result<Self> {
+        let (pool, kind, name) = (call.param(0), call.param(1), call.param(2));
+        if kind != "custom" {
+            let text = format!(
+                "files of volumes of the type {kind:?} are not found here; those of instances are at /1.0/instances/NAME/files"
+            );
+            return Err(Error::not_found(text));
+        }
+        Ok(Self::new(call, Whose::Volume { pool: pool.to_owned(), name: name.to_owned() }))
+    }
+
+    fn at<'a>(&'a self, pool: &'a str, name: &'a str) -> VolumeAt<'a> {
+        VolumeAt { project: &self.project, pool, name }
+    }
+
+    async fn open(&self, path: &str) -> Result<OpenFile> {
+        let Self { engine, context, project, whose } = self;
+        match whose {
+            Whose::Instance(name) => engine.file_open(context, project, name, path).await,
+            Whose::Volume { pool, name } => engine.volume_file_open(context, self.at(pool, name), path).await,
+        }
+    }
+
+    async fn write(&self, write: FileWrite) -> Result<FileUpload> {
+        let Self { engine, context, project, whose } = self;
+        match whose {
+            Whose::Instance(name) => engine.file_write(context, project, name, write).await,
+            Whose::Volume { pool, name } => {
+                engine.volume_file_write(context, self.at(pool, name), write).await
+            }
+        }
+    }
+
+    async fn delete(&self, path: &str) -> Result<()> {
+        let Self { engine, context, project, whose } = self;
+        match whose {
+            Whose::Instance(name) => engine.file_delete(context, project, name, path).await,
+            Whose::Volume { pool, name } => {
+                engine.volume_file_delete(context, self.at(pool, name), path).await
+            }
+        }
+    }
 }
 
 fn word(kind: FileKind) -> &'static str {
@@ -73,9 +151,23 @@ fn describe(reply: &mut Reply, info: &FileInfo) {
 /// # Errors
 /// Those of the engine.
 pub async fn get(call: Call) -> Result<Reply> {
+    let place = Place::instance(&call);
+    read(call, place).await
+}
+
+/// `GET` and `HEAD /1.0/storage-pools/{name}/volumes/{type}/{volumeName}/files?path=…`
+///
+/// # Errors
+/// Those of the engine.
+pub async fn volume_get(call: Call) -> Result<Reply> {
+    let place = Place::volume(&call)?;
+    read(call, place).await
+}
+
+async fn read(call: Call, place: Place) -> Result<Reply> {
     let path = path(&call)?;
     let head = call.request.method() == Method::HEAD;
-    let file = call.engine().file_open(&call.context, call.project(), call.param(0), &path).await?;
+    let file = place.open(&path).await?;
     let info = file.opened.info.clone();
     let mut reply = match info.kind {
         FileKind::Directory => sync(&file.opened.entries)?,
@@ -131,6 +223,20 @@ fn number(call: &Call, name: &str, radix: u32) -> Result<Option<u32>> {
 /// # Errors
 /// Those of the engine; invalid headers.
 pub async fn post(call: Call) -> Result<Reply> {
+    let place = Place::instance(&call);
+    written(call, place).await
+}
+
+/// `POST /1.0/storage-pools/{name}/volumes/{type}/{volumeName}/files?path=…`
+///
+/// # Errors
+/// Those of the engine; invalid headers.
+pub async fn volume_post(call: Call) -> Result<Reply> {
+    let place = Place::volume(&call)?;
+    written(call, place).await
+}
+
+async fn written(call: Call, place: Place) -> Result<Reply> {
     let path = path(&call)?;
     let kind = match call.incus_header("type").unwrap_or("file") {
         "file" | "" => FileKind::File,
@@ -154,8 +260,7 @@ pub async fn post(call: Call) -> Result<Reply> {
         }
     };
     let (uid, gid, mode) = (number(&call, "uid", 10)?, number(&call, "gid", 10)?, number(&call, "mode", 8)?);
-    let Call { app, context, params, query, request, .. } = call;
-    let name = params.first().map_or("", String::as_str);
+    let request = call.request;
     let mut write = FileWrite { path, kind, uid, gid, mode: mode.map(|m| m & 0o7777), append, target: None };
     if kind == FileKind::Symlink {
         let target = request::bytes(request.into_body(), LONGEST_TARGET).await?;
@@ -164,14 +269,14 @@ pub async fn post(call: Call) -> Result<Reply> {
         write.target = Some(target);
         // A link's own bits mean nothing.
         write.mode = None;
-        app.engine.file_write(&context, query.project(), name, write).await?;
+        place.write(write).await?;
         return Ok(empty());
     }
     if kind == FileKind::Directory {
-        app.engine.file_write(&context, query.project(), name, write).await?;
+        place.write(write).await?;
         return Ok(empty());
     }
-    let mut upload = app.engine.file_write(&context, query.project(), name, write).await?;
+    let mut upload = place.write(write).await?;
     let sink = upload.sink.take();
     // The stream does not end before it is known that all of it came.
     let held = sink.as_ref().map(|sink| sink.try_clone()).transpose()?;
@@ -212,17 +317,17 @@ pub(crate) async fn copy_in(
 /// # Errors
 /// Those of the engine.
 pub async fn delete(call: Call) -> Result<Reply> {
-    let path = path(&call)?;
-    call.engine().file_delete(&call.context, call.project(), call.param(0), &path).await?;
+    Place::instance(&call).delete(&path(&call)?).await?;
     Ok(empty())
 }
 
-/// Files of one guest for an SFTP session.
-struct Guest {
-    engine: Engine,
-    context: Context,
-    project: String,
-    name: String,
+/// `DELETE /1.0/storage-pools/{name}/volumes/{type}/{volumeName}/files?path=…`
+///
+/// # Errors
+/// Those of the engine.
+pub async fn volume_delete(call: Call) -> Result<Reply> {
+    Place::volume(&call)?.delete(&path(&call)?).await?;
+    Ok(empty())
 }
 
 struct Upload {
@@ -271,9 +376,9 @@ impl Write for Upload {
 }
 
 #[async_trait]
-impl Files for Guest {
+impl Files for Place {
     async fn open(&self, path: &str) -> Result<Opened> {
-        let file = self.engine.file_open(&self.context, &self.project, &self.name, path).await?;
+        let file = Self::open(self, path).await?;
         let content = file.content.map(Stream::new).transpose()?;
         Ok(Opened {
             info: file.opened.info,
@@ -285,7 +390,7 @@ impl Files for Guest {
 
     async fn write(&self, write: FileWrite) -> Result<Option<Writer>> {
         let regular = write.kind == FileKind::File;
-        let mut upload = self.engine.file_write(&self.context, &self.project, &self.name, write).await?;
+        let mut upload = Self::write(self, write).await?;
         if !regular {
             upload.finish().await?;
             return Ok(None);
@@ -295,7 +400,7 @@ impl Files for Guest {
     }
 
     async fn delete(&self, path: &str) -> Result<()> {
-        self.engine.file_delete(&self.context, &self.project, &self.name, path).await
+        Self::delete(self, path).await
     }
 }
 
@@ -304,16 +409,24 @@ impl Files for Guest {
 /// # Errors
 /// Those of the engine.
 pub async fn sftp(call: Call) -> Result<Reply> {
+    let place = Place::instance(&call);
+    session(call, place).await
+}
+
+/// `GET /1.0/storage-pools/{name}/volumes/{type}/{volumeName}/sftp` with `Upgrade: sftp`
+///
+/// # Errors
+/// Those of the engine.
+pub async fn volume_sftp(call: Call) -> Result<Reply> {
+    let place = Place::volume(&call)?;
+    session(call, place).await
+}
+
+async fn session(call: Call, place: Place) -> Result<Reply> {
     // Looks at the root first, so that a wrong name or a stopped guest is an answer rather than a broken stream.
-    call.engine().file_open(&call.context, call.project(), call.param(0), "/").await?;
-    let guest = Guest {
-        engine: call.engine().clone(),
-        context: call.context.clone(),
-        project: call.project().to_owned(),
-        name: call.param(0).to_owned(),
-    };
+    place.open("/").await?;
     socket::raw(call.request, "sftp", |io| async move {
-        if let Err(e) = sftp::serve(io, &guest).await {
+        if let Err(e) = sftp::serve(io, &place).await {
             tracing::debug!(error = %e, "an SFTP session ended badly");
         }
     })
