@@ -607,6 +607,7 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
         (24, 23, "/a\0b"),
         (24, 13, "/etc/passwd"),
         (4, 23, "/sbin/init"),
+        (99, 3, "/sbin/init"),
         (4, 3, "/../../../etc/passwd"),
         (4, 3, "/a\0b"),
     ] {
