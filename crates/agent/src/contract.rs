@@ -254,6 +254,7 @@ impl Subject {
                 iothreads: vec![],
                 scsi_iothread: None,
                 kernel: None,
+                strings: vec![],
                 resume: false,
                 paused: false,
                 accelerator: None,

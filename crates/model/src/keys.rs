@@ -6,14 +6,15 @@ use crate::{
     board::text as of_board,
     error::nearest,
     instance::InstanceKind,
-    keys_container, schedule,
-    spec::{CloudInit, KERNEL_LIMITS, Limits, MemoryLimit},
+    keys_container, keys_machine, schedule,
+    spec::{KERNEL_LIMITS, Limits, MemoryLimit},
     threads::{self, text},
 };
 
 pub use crate::key_row::{Key, KeyScope, KeyType};
 pub use crate::key_values::{
-    parse_allowance, parse_bool, parse_cpus, parse_kernel_limit, parse_memory, parse_nodes, parse_swap,
+    cloud_init, environment, parse_allowance, parse_bool, parse_cpus, parse_kernel_limit, parse_memory,
+    parse_nodes, parse_swap,
 };
 pub use keys_container::security;
 
@@ -548,6 +549,7 @@ pub const INSTANCE_KEYS: &[Key] = &[
         false,
         "Refuse the calls that no container needs, which is always so here.",
     ),
+    key("smbios11.*", Text, VirtualMachine, "", false, keys_machine::SMBIOS),
     key("snapshots.expiry", Span, Any, "never", true, "When snapshots of the instance go, such as 2w 3d."),
     key(
         "snapshots.expiry.manual",
@@ -599,6 +601,8 @@ pub const INSTANCE_KEYS: &[Key] = &[
         true,
         "Take scheduled snapshots of the stopped instance too.",
     ),
+    key("systemd.credential-binary.*", Text, VirtualMachine, "", false, keys_machine::CREDENTIAL_BINARY),
+    key("systemd.credential.*", Text, VirtualMachine, "", false, keys_machine::CREDENTIAL),
     key("user.*", Text, Any, "", true, "Free for the user."),
     key("volatile.*", Text, Any, "", true, "Kept by the platform."),
 ];
@@ -695,7 +699,7 @@ pub fn check(config: &Config, kind: Option<InstanceKind>) -> Result<()> {
             threads::check(name, &field, value)?;
         }
     }
-    Ok(())
+    keys_machine::strings(config).map(drop)
 }
 
 /// Checks what holds for every key and value, also those that are free (`user.*`).
@@ -808,27 +812,6 @@ pub fn guest_api(config: &Config) -> Result<Option<Config>> {
             .map(|(k, v)| (k.clone(), v.clone()))
             .collect(),
     ))
-}
-
-/// cloud-init data out of an expanded configuration.
-pub fn cloud_init(config: &Config, instance_id: String) -> CloudInit {
-    // The older names are under `user.`; Incus still reads them.
-    let text = |k: &str| {
-        set(config, &format!("cloud-init.{k}"))
-            .or_else(|| set(config, &format!("user.{k}")))
-            .map(str::to_owned)
-    };
-    CloudInit {
-        instance_id,
-        user_data: text("user-data"),
-        vendor_data: text("vendor-data"),
-        network_config: text("network-config"),
-    }
-}
-
-/// `environment.*` without its prefix.
-pub fn environment(config: &Config) -> std::collections::BTreeMap<String, String> {
-    config.iter().filter_map(|(k, v)| Some((k.strip_prefix("environment.")?.to_owned(), v.clone()))).collect()
 }
 
 #[cfg(test)]

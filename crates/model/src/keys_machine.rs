@@ -6,6 +6,59 @@ use crate::{
     keys::{optional_flag, parse_bool, set},
 };
 
+pub(crate) const SMBIOS: &str = "A string of the machine's SMBIOS (type 11) by this name: NAME=VALUE. Programs inside find it without a network.";
+pub(crate) const CREDENTIAL: &str = "A credential of systemd's inside, by its name. It is told by the machine's SMBIOS, so root inside reads it.";
+pub(crate) const CREDENTIAL_BINARY: &str = "The same, its value written as Base64.";
+
+/// Strings of a machine's SMBIOS at most, and bytes of one and of all.
+pub const MOST_STRINGS: usize = 16;
+const LONGEST_STRING: usize = 4096;
+const ALL_STRINGS: usize = 16 << 10;
+
+/// The strings of a machine's SMBIOS (type 11), out of an expanded configuration: `smbios11.*`, and credentials of systemd's as it
+/// looks for them there.
+///
+/// # Errors
+/// Invalid, naming the key.
+pub fn strings(config: &Config) -> Result<Vec<String>> {
+    let mut all = vec![];
+    let mut bytes = 0;
+    for (key, value) in config.iter().filter(|(_, v)| !v.is_empty()) {
+        let (of, name) = if let Some(name) = key.strip_prefix("smbios11.") {
+            ("", name)
+        } else if let Some(name) = key.strip_prefix("systemd.credential-binary.") {
+            ("io.systemd.credential.binary:", name)
+        } else if let Some(name) = key.strip_prefix("systemd.credential.") {
+            ("io.systemd.credential:", name)
+        } else {
+            continue;
+        };
+        let wrong = |text: String| Err(Error::invalid(format!("config.{key}"), text));
+        if name.contains(['=', ' ']) || name.chars().any(char::is_control) {
+            return wrong(format!("{name:?} is not a name: it has no blanks and no \"=\""));
+        }
+        if value.chars().any(char::is_control) {
+            return wrong(
+                "the value is one line; systemd.credential-binary.* takes others as Base64".to_owned(),
+            );
+        }
+        if of.ends_with("binary:") && !value.bytes().all(|b| b.is_ascii_alphanumeric() || b"+/=".contains(&b))
+        {
+            return wrong("the value is written as Base64".to_owned());
+        }
+        let string = format!("{of}{name}={value}");
+        bytes += string.len();
+        if string.len() > LONGEST_STRING || bytes > ALL_STRINGS || all.len() == MOST_STRINGS {
+            return wrong(format!(
+                "a machine has at most {MOST_STRINGS} such strings (smbios11.*, systemd.credential*), of {LONGEST_STRING} bytes each and \
+                 {ALL_STRINGS} in all"
+            ));
+        }
+        all.push(string);
+    }
+    Ok(all)
+}
+
 /// The key that gives a machine's screen SPICE.
 pub const SPICE: &str = "hardware.spice";
 
@@ -87,6 +140,39 @@ mod tests {
     fn spice_is_asked_for() {
         let with = |value: &str| spice(&[(SPICE.to_owned(), value.to_owned())].into());
         assert!(!spice(&Config::new()) && with("true") && !with("false") && !with(""));
+    }
+
+    #[test]
+    fn strings_of_the_firmware() {
+        let of = |pairs: &[(&str, &str)]| {
+            strings(&pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect())
+        };
+        let found = of(&[
+            ("smbios11.vendor:role", "web server"),
+            ("smbios11.empty", ""),
+            ("systemd.credential.a", "b=c,d"),
+            ("systemd.credential-binary.key", "AAE="),
+            ("user.a", "b"),
+        ]);
+        let wanted = [
+            "vendor:role=web server",
+            "io.systemd.credential.binary:key=AAE=",
+            "io.systemd.credential:a=b=c,d",
+        ];
+        assert_eq!(found.unwrap(), wanted);
+        let long = "x".repeat(5000);
+        for (key, value) in [
+            ("smbios11.a=b", "c"),
+            ("smbios11.a b", "c"),
+            ("smbios11.a", "two\nlines"),
+            ("systemd.credential-binary.a", "not base64!"),
+            ("smbios11.a", &long),
+        ] {
+            let e = of(&[(key, value)]).unwrap_err();
+            assert_eq!(e.field.as_deref(), Some(&*format!("config.{key}")), "{e}");
+        }
+        let many: Config = (0..17).map(|n| (format!("smbios11.k{n}"), "v".to_owned())).collect();
+        assert!(strings(&many).unwrap_err().message.contains("at most 16"));
     }
 
     #[test]

@@ -129,6 +129,9 @@ pub struct MachineSpec {
     /// What it is started with in place of what its disks would boot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<KernelSpec>,
+    /// Strings of its SMBIOS (type 11), at most [`crate::keys_machine::MOST_STRINGS`]; some may be secrets.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub strings: Vec<String>,
     /// This start goes on where the machine was when its memory was saved.
     #[serde(default)]
     pub resume: bool,

@@ -107,6 +107,7 @@ pub fn machine(uuid: u128) -> MachineSpec {
         iothreads: vec![],
         scsi_iothread: None,
         kernel: None,
+        strings: vec![],
         resume: false,
         paused: false,
         accelerator: None,

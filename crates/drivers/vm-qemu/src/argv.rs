@@ -14,6 +14,7 @@ use karst_model::{
     Error, Result,
     board::{Rng, Sound, UsbKind},
     instance::Firmware,
+    keys_machine::MOST_STRINGS,
     node::AcceleratorKind,
     spec::{CpuLimit, MachineSpec},
 };
@@ -63,6 +64,8 @@ pub mod fd {
     pub const KERNEL: i32 = 16;
     /// Initial file system of the kernel.
     pub const INITRD: i32 = 36;
+    /// First string of the SMBIOS.
+    pub const STRINGS: i32 = 300;
     /// First tap.
     pub const NIC: i32 = 20;
     /// Of the first disk; each has this and the next, which is of the file below a clone.
@@ -225,6 +228,14 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     }
     opt("-uuid", m.spec.uuid.to_string());
     opt("-smbios", format!("type=1,manufacturer=Karst,product=Virtual Machine,uuid={}", m.spec.uuid));
+    if m.spec.strings.len() > MOST_STRINGS {
+        let text = format!("a machine has at most {MOST_STRINGS} strings of its SMBIOS");
+        return Err(Error::invalid("config.smbios11", text));
+    }
+    for i in 0..m.spec.strings.len() {
+        // By a descriptor: some are secrets, and everybody reads a command line. Sets of descriptors are not there yet.
+        opt("-smbios", format!("type=11,path=/proc/self/fd/{}", fd::STRINGS + i as i32));
+    }
     opt("-rtc", board::clock(&m.spec.board, m.spec.local_time));
     let mut boot = match m.spec.boot_menu {
         true => format!("menu=on,splash-time={}", m.spec.board.menu_timeout.unwrap_or(5000)),
@@ -765,6 +776,18 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn strings_of_the_firmware_are_in_no_argument() {
+        let mut m = machine();
+        m.spec.strings = vec!["role=web".into(), "io.systemd.credential:key=sesame".into()];
+        let args = argv(&m).unwrap();
+        let named: Vec<_> = args.iter().filter(|a| a.starts_with("type=11")).collect();
+        assert_eq!(named, ["type=11,path=/proc/self/fd/300", "type=11,path=/proc/self/fd/301"]);
+        assert!(!args.iter().any(|a| a.contains("sesame") || a.contains("role")), "{args:?}");
+        m.spec.strings = vec!["a=b".into(); MOST_STRINGS + 1];
+        assert_eq!(argv(&m).unwrap_err().field.as_deref(), Some("config.smbios11"));
+    }
+
+    #[test]
     fn a_kernel_is_named_by_its_descriptor_and_its_line_is_one_argument() {
         let mut m = machine();
         m.spec.ends_on_reboot = true;
@@ -853,6 +876,7 @@ pub(crate) mod tests {
             fd::INITRD,
         ];
         all.extend((0..MAX_NICS as i32).map(|i| fd::NIC + i));
+        all.extend((0..MOST_STRINGS as i32).map(|i| fd::STRINGS + i));
         all.extend((0..2 * MAX_DISKS as i32).map(|i| fd::DISK + i));
         all.extend((0..MAX_DIRECTORIES as i32).map(|i| fd::DIRECTORY + i));
         let n = all.len();

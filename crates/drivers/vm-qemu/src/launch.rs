@@ -266,12 +266,12 @@ pub(crate) fn drop_links(record: &Record) -> Result<()> {
     outcome
 }
 
-/// The seed as a sealed, read-only descriptor without a name: user data is in no file.
-fn seed_fd(image: &[u8]) -> Result<OwnedFd> {
-    let memory = rustix::fs::memfd_create("cidata", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+/// A sealed, read-only descriptor without a file: what users say to their guests is in none.
+fn sealed(name: &str, content: &[u8]) -> Result<OwnedFd> {
+    let memory = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
         .map_err(std::io::Error::from)?;
     let mut file = File::from(memory);
-    file.write_all(image)?;
+    file.write_all(content)?;
     rustix::fs::fcntl_add_seals(
         &file,
         SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE | SealFlags::SEAL,
@@ -359,7 +359,10 @@ pub(crate) fn prepare(
     let medium = share::read(&guest.state_dir)?;
     fds.push((fd::SHARE, medium.directory));
     let image = seed::seed(&guest.cloud_init, &guest.hostname, &medium.files)?;
-    fds.push((fd::SEED, seed_fd(&image)?));
+    fds.push((fd::SEED, sealed("cidata", &image)?));
+    for (i, string) in spec.strings.iter().enumerate() {
+        fds.push((fd::STRINGS + i as i32, sealed("smbios", string.as_bytes())?));
+    }
     match (&spec.kernel, &guest.kernel) {
         (None, _) => {}
         (Some(wanted), Some(kernel)) if wanted.initrd.is_some() == kernel.initrd.is_some() => {

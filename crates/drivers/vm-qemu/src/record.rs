@@ -197,6 +197,7 @@ impl Record {
                 ("hardware.clock", now.local_time != new.local_time),
                 ("hardware.hyperv", now.windows != new.windows),
                 ("hardware.balloon", now.balloon != new.balloon),
+                ("smbios11", now.strings != new.strings),
                 (SCSI_IOTHREAD, now.scsi_iothread != new.scsi_iothread),
             ];
             pending.extend(now.board.differences(&new.board).into_iter().map(str::to_owned));

@@ -91,6 +91,8 @@ impl Shape {
                 // Who serves the disks is not the guest's to see.
                 iothreads: vec![],
                 scsi_iothread: None,
+                // The firmware told them when it started.
+                strings: vec![],
                 accelerator: None,
                 ..h
             }),

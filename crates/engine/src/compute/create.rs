@@ -313,7 +313,7 @@ pub(crate) fn plan(
     keys::check(&config, Some(request.kind)).map_err(|e| e.with_context("expanded"))?;
     let parsed = expand::parse_devices(&devices)?;
     check_disks(records, tx, &instance, &parsed)?;
-    let (root_name, RootDevice { pool, size, .. }) = &parsed.root;
+    let (root_name, RootDevice { pool, size, full_copy, .. }) = &parsed.root;
     let pool = records.pool(pool).map_err(|e| e.at(format!("devices.{root_name}.pool")))?;
     crate::storage::use_pool(tx, pool);
     instance.pool = pool.id;
@@ -384,7 +384,7 @@ pub(crate) fn plan(
         owner: VolumeOwner::Instance { instance: id },
         description: String::new(),
         size,
-        config: Config::new(),
+        config: full_copy.iter().map(|full| ("full_copy".to_owned(), full.to_string())).collect(),
         spec_version: 1,
         created_at: now,
     };

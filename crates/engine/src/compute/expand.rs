@@ -434,6 +434,7 @@ pub fn guest_spec(
             scsi_iothread: threads::scsi_iothread(config, &iothreads)?,
             iothreads,
             kernel: parsed.kernel.as_ref().map(|(name, k)| kernel(lookups, name, k)).transpose()?,
+            strings: keys_machine::strings(config)?,
             resume: false,
             paused: false,
             accelerator: None,

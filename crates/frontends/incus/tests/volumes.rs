@@ -597,3 +597,40 @@ async fn files_of_volumes() {
     stream.read_exact(&mut version).await.unwrap();
     assert_eq!(version[..5], [2, 0, 0, 0, 3]);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn roots_begin_as_their_devices_say() {
+    let s = Server::start().await;
+    let body = |name: &str, key: &str, value: &str| {
+        let root = json!({"type": "disk", "path": "/", "pool": "default", key: value});
+        json!({"name": name, "source": {"type": "none"}, "devices": {"root": root}})
+    };
+    for (name, value) in [("c1", "true"), ("c2", "false")] {
+        s.done(s.post("/1.0/instances", body(name, "initial.full_copy", value)).await).await;
+        let volume = s.get(&format!("/1.0/storage-pools/default/volumes/container/{name}")).await.metadata();
+        assert_eq!(volume["config"]["full_copy"], value, "{volume}");
+    }
+    // Later it changes nothing of the volume, and what is kept is what was written.
+    s.patch(
+        "/1.0/instances/c2",
+        json!({"devices": {"root": {"type": "disk", "path": "/", "pool": "default"}}}),
+    )
+    .await;
+    let volume = s.get("/1.0/storage-pools/default/volumes/container/c2").await.metadata();
+    assert_eq!(volume["config"]["full_copy"], "false");
+    let text = s.post("/1.0/instances", body("c3", "initial.zfs.blocksize", "16KiB")).await.refused(501);
+    assert!(text.contains("initial.zfs.blocksize") && text.contains("volume.*"), "{text}");
+
+    // Strings of the firmware are of virtual machines, and the next start tells them.
+    let machine = json!({"name": "v1", "type": "virtual-machine", "source": {"type": "none"},
+        "config": {"smbios11.io.example:role": "web", "systemd.credential.a": "b"}});
+    s.done(s.post("/1.0/instances", machine).await).await;
+    let config = s.get("/1.0/instances/v1").await.metadata()["config"].clone();
+    assert_eq!(config["smbios11.io.example:role"], "web");
+    let wrong = s.patch("/1.0/instances/v1", json!({"config": {"smbios11.a b": "x"}})).await.refused(400);
+    assert!(wrong.contains("smbios11.a b"), "{wrong}");
+    let container = json!({"name": "c4", "source": {"type": "none"}, "config": {"smbios11.a": "b"}});
+    assert!(s.post("/1.0/instances", container).await.refused(400).contains("container"));
+    let text = s.patch("/1.0/instances/v1", json!({"config": {"security.sev": "true"}})).await.refused(501);
+    assert!(text.contains("security.sev"), "{text}");
+}

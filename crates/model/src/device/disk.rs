@@ -24,7 +24,13 @@ pub struct RootDevice {
     /// disk.
     #[serde(default = "yes")]
     pub attached: bool,
+    /// `initial.full_copy`: what the volume's `full_copy` is when it is made; without effect on one that is there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub full_copy: Option<bool>,
 }
+
+/// What the volume of a root disk has from its beginning, besides its size.
+const INITIAL: &str = "initial.full_copy";
 
 /// A disk that is not the root.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -254,7 +260,7 @@ pub enum DiskRate {
 
 /// Keys of the root disk, and those of others; beside [`IO_KEYS`].
 pub(super) const ROOT_KEYS: &[&str] =
-    &["type", "path", "pool", "source", "size", "boot.priority", "attached"];
+    &["type", "path", "pool", "source", "size", "boot.priority", "attached", INITIAL];
 pub(super) const OTHER_KEYS: &[&str] = &[
     "type",
     "path",
@@ -362,8 +368,25 @@ fn rate(keys: &Keys<'_>, key: &str) -> Result<Option<DiskRate>> {
     }
 }
 
+/// Keys of Incus for what volumes are made with, of which those of Karst have one.
+fn demand_no_initial(keys: &Keys<'_>, root: bool) -> Result<()> {
+    let Some(key) = keys.keys.keys().find(|k| k.starts_with("initial.") && !(root && *k == INITIAL)) else {
+        return Ok(());
+    };
+    let what = key.trim_start_matches("initial.");
+    let why = match root {
+        true => format!(
+            "root volumes are made without {what:?}; {INITIAL} can be said of them, their size is the key size, and what others of a \
+             pool are to have are the pool's keys volume.*"
+        ),
+        false => "it is said of root disks; a custom volume is given its keys when it is created".to_owned(),
+    };
+    Err(Error::unsupported(format!("{key:?} is not there; {why}")).at(keys.field(key)))
+}
+
 impl RootDevice {
     pub(super) fn parse(keys: &Keys<'_>) -> Result<Self> {
+        demand_no_initial(keys, true)?;
         keys.known(&[ROOT_KEYS, &IO_KEYS].concat())?;
         demand_drive(keys)?;
         let (source, size) = (keys.get("source").map(str::to_owned), keys.size("size")?);
@@ -373,6 +396,12 @@ impl RootDevice {
                 "a root disk that is a custom volume has the size of that volume",
             ));
         }
+        if source.is_some() && keys.get(INITIAL).is_some() {
+            return Err(Error::invalid(
+                keys.field(INITIAL),
+                "a root disk that is a custom volume was made before; it says full_copy itself",
+            ));
+        }
         Ok(Self {
             pool: keys.demand("pool", "the root disk needs a pool")?.to_owned(),
             source,
@@ -380,12 +409,14 @@ impl RootDevice {
             boot_priority: keys.number("boot.priority")?,
             io: DiskIo::parse(keys)?,
             attached: keys.get("attached").is_none() || keys.boolean("attached")?,
+            full_copy: keys.get(INITIAL).map(|_| keys.boolean(INITIAL)).transpose()?,
         })
     }
 }
 
 impl DiskDevice {
     pub(super) fn parse(keys: &Keys<'_>) -> Result<Self> {
+        demand_no_initial(keys, false)?;
         keys.known(&[OTHER_KEYS, &IO_KEYS].concat())?;
         let source = keys.demand("source", "a disk needs a source: a custom volume of a pool, or a path")?;
         let source = match keys.get("pool") {

@@ -21,6 +21,12 @@ pub const DISK_KEYS: &[(&str, bool, bool, &str)] = &[
         "Virtual machines, of a path of the host: `raw` (the default), or `qcow2` without a file below it. It is never found out.",
     ),
     (
+        "initial.full_copy",
+        true,
+        false,
+        "The volume is made, and made anew, as a full copy of its image or original; said when it is created, without effect later (as the pool says: `volume.full_copy`).",
+    ),
+    (
         "io.bus",
         true,
         true,

@@ -207,8 +207,27 @@ mod tests {
                 boot_priority: None,
                 io: DiskIo::default(),
                 attached: true,
+                full_copy: None,
             })
         );
+        let initial = |key: &str, value: &str| {
+            let keys = dev(&[("type", "disk"), ("path", "/"), ("pool", "default"), (key, value)]);
+            Device::parse("root", &keys)
+        };
+        for (value, full) in [("true", Some(true)), ("no", Some(false)), ("", None)] {
+            let root = initial("initial.full_copy", value).unwrap();
+            assert!(matches!(root, Device::Root(root) if root.full_copy == full), "{value:?}");
+        }
+        assert!(initial("initial.full_copy", "perhaps").is_err());
+        for key in ["initial.zfs.blocksize", "initial.size", "initial."] {
+            let e = initial(key, "1").unwrap_err();
+            assert_eq!(e.field, Some(format!("devices.root.{key}")));
+            assert!(e.message.contains("initial.full_copy") && e.message.contains("volume.*"), "{e}");
+        }
+        let data =
+            [("type", "disk"), ("path", "/data"), ("pool", "p"), ("source", "v"), ("initial.uid", "5")];
+        let e = Device::parse("data", &dev(&data)).unwrap_err();
+        assert!(e.message.contains("when it is created"), "{e}");
         let nic = Device::parse("eth0", &dev(&[("type", "nic"), ("nictype", "bridged"), ("parent", "br0")]))
             .unwrap();
         assert!(matches!(nic, Device::Nic(nic) if nic.network() == Some("br0")));
