@@ -602,7 +602,8 @@ async fn files_of_volumes() {
 async fn roots_begin_as_their_devices_say() {
     let s = Server::start().await;
     let body = |name: &str, key: &str, value: &str| {
-        let root = json!({"type": "disk", "path": "/", "pool": "default", key: value});
+        let mut root = json!({"type": "disk", "path": "/", "pool": "default"});
+        root[key] = json!(value);
         json!({"name": name, "source": {"type": "none"}, "devices": {"root": root}})
     };
     for (name, value) in [("c1", "true"), ("c2", "false")] {
