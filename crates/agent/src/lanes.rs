@@ -60,6 +60,7 @@ impl Call {
             | Self::MachineStateSave(_)
             | Self::MachineStateRestore(_)
             | Self::MachineStateCopy(_)
+            | Self::MachineMemoryDump(_)
             | Self::MachineMemoryEnd(_) => Lane::Storage,
             _ => Lane::Short,
         }
