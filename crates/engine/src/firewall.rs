@@ -438,8 +438,8 @@ impl Engine {
     /// # Errors
     /// Not found, forbidden, unavailable; unsupported where the host's kernel keeps it to itself.
     pub async fn acl_log(&self, context: &Context, project: &str, name: &str) -> Result<Vec<u8>> {
-        self.network_project(context, project)?;
-        let acl = self.inner().inventory.read().acl(name)?.id;
+        let project = self.network_project(context, project)?;
+        let acl = self.inner().inventory.read().acl(project.id, name)?.id;
         let agent = self.inner().agents.get(self.inner().node)?;
         let request = AclLogRead { acl, max: ACL_LOG_BYTES };
         agent.acl_log(&CallContext::read(Duration::from_secs(10)), request).await
