@@ -166,7 +166,7 @@ mod tests {
             ("smbios11.a b", "c"),
             ("smbios11.a", "two\nlines"),
             ("systemd.credential-binary.a", "not base64!"),
-            ("smbios11.a", &long),
+            ("smbios11.a", long.as_str()),
         ] {
             let e = of(&[(key, value)]).unwrap_err();
             assert_eq!(e.field.as_deref(), Some(&*format!("config.{key}")), "{e}");
