@@ -130,6 +130,10 @@ const COMMANDS: &[(&str, &str)] = &[
     ("PUT /1.0/storage-pools/{name}/volumes/{type}/{volumeName}", "storage volume set fast data size=1GiB"),
     ("POST /1.0/storage-pools/{name}/volumes/{type}/{volumeName}", "storage volume rename fast data other"),
     (
+        "POST /1.0/storage-pools/{name}/volumes/{type}/{volumeName}/rebuild",
+        "storage volume rebuild fast data",
+    ),
+    (
         "POST /1.0/storage-pools/{name}/volumes/{type}/{volumeName}/files",
         "storage volume file fast push here data/x",
     ),

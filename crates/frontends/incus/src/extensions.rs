@@ -143,6 +143,7 @@ pub const TESTED: &[(&str, &str)] = &[
     ("storage_api_volume_snapshots", "snapshots_of_volumes_live"),
     ("storage_volume_api_filtering", "storage_pools_live"),
     ("storage_volume_project_move", "custom_volumes_are_refreshed_and_moved"),
+    ("storage_volumes_rebuild", "files_of_volumes"),
     ("storage_volume_state", "storage_pools_live"),
     ("storage_volumes_all_projects", "storage_pools_live"),
     ("virtual-machines", "an_instance_is_launched_in_one_operation"),

@@ -53,7 +53,6 @@ macro_rules! rows {
 
 const BACKUPS: &str = "what changed since a checkpoint is reached by libvirt only, as yet (`backup-begin`); backups here are whole";
 const CLUSTER: &str = "Server is not clustered; clusters come with the etcd milestone";
-const REBUILD: &str = "volumes are not emptied over this path yet; delete the volume and make it anew";
 const BUCKETS: &str = "object storage is not planned before Ceph";
 const OVN: &str = "this needs OVN networks, which come with tenant networks";
 const NVRAM: &str = "editing of firmware variables is not there yet";
@@ -332,7 +331,7 @@ pub static TABLE: LazyLock<Vec<Row>> = LazyLock::new(|| {
         POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/files" => files::volume_post, "files_of_volumes",
         DELETE "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/files" => files::volume_delete, "files_of_volumes",
         GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/nbd"; open BACKUPS,
-        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/rebuild"; open REBUILD,
+        POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/rebuild" => volumes::rebuild, "files_of_volumes",
         GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/sftp" => files::volume_sftp, "files_of_volumes",
         GET "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots" => snapshots::list, "snapshots_of_volumes_live",
         POST "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/snapshots" => snapshots::create, "snapshots_of_volumes_live",

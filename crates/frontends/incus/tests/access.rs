@@ -123,6 +123,7 @@ pub fn body(method: &Method, path: &str, image: &str) -> String {
         ("POST", "/1.0/images") => return "x".into(),
         ("POST", "/1.0/instances") => json!({"name": "c9", "source": {"type": "none"}}),
         ("PUT", "/1.0/instances") => json!({"state": {"action": "start"}}),
+        ("POST", "/1.0/storage-pools/{name}/volumes/{type}/{volumeName}/rebuild") => json!({}),
         ("POST", "/1.0/instances/{name}/rebuild") => json!({"source": {"type": "none"}}),
         ("PUT", "/1.0/instances/{name}/state") => json!({"action": "stop"}),
         ("POST", "/1.0/instances/{name}/exec") => json!({"command": ["true"]}),

@@ -579,6 +579,16 @@ async fn files_of_volumes() {
     s.get(&format!("{all}/data/files")).await.refused(400);
     s.get(&at("%2Fa%00b")).await.refused(400);
     s.send(Method::POST, &at("/x"), &[("x-incus-mode", "rw")], "").await.refused(400);
+    // Made anew it has none, unless a snapshot still shows them.
+    s.send(Method::POST, &at("/etc/f2"), &[], "x").await.metadata();
+    let rebuild = format!("{all}/data/rebuild");
+    s.post(&rebuild, json!({"size": "1GiB"})).await.refused(400);
+    s.done(s.post(&rebuild, json!({})).await).await;
+    s.get(&at("/etc/f2")).await.refused(404);
+    s.post(&rebuild.replace("data", "none"), json!({})).await.refused(404);
+    s.done(s.post(&format!("{all}/blocks/snapshots"), json!({"name": "snap"})).await).await;
+    let text = s.post(&rebuild.replace("data", "blocks"), json!({})).await.refused(409);
+    assert!(text.contains("snapshots"), "{text}");
     // SFTP, by hand: INIT is answered by a version, and a wrong volume before the upgrade.
     s.get(&format!("{all}/none/sftp")).await.refused(404);
     s.get(&format!("{all}/data/sftp")).await.refused(400);

@@ -160,6 +160,11 @@ pub enum Volume {
     /// Snapshots of volumes
     #[command(subcommand)]
     Snapshot(VolumeSnapshot),
+    /// Make a volume empty again
+    Rebuild {
+        #[command(flatten)]
+        which: Which,
+    },
     /// Files of volumes: as `karst file`, with VOLUME/path instead of INSTANCE/path
     File {
         /// Pool
@@ -289,6 +294,14 @@ impl Volume {
             Self::Import(options) => options.run(context).await,
             Self::Backup(command) => command.run(context).await,
             Self::Snapshot(command) => command.run(context).await,
+            Self::Rebuild { which } => {
+                which.custom()?;
+                let work = async {
+                    let answer = client.post(&which.object().url.join("rebuild"), &json!({})).await?;
+                    context.finish(answer, format!("emptying volume {}", which.name)).await
+                };
+                work.await.about(client, Kind::Volume, &which.name).map(drop)
+            }
             Self::File { pool, command } => command.run(&context.for_volumes(pool)).await,
         }
     }

@@ -356,6 +356,18 @@ pub async fn rename(call: Call) -> Result<Reply> {
     created(&location(&call, &new))
 }
 
+/// `POST /1.0/storage-pools/{name}/volumes/{type}/{volume}/rebuild`: it is empty then.
+///
+/// # Errors
+/// Those of the engine.
+pub async fn rebuild(call: Call) -> Result<Reply> {
+    demand_custom(call.param(1))?;
+    let (call, f) = call.fields().await?;
+    f.finish(&[])?;
+    let (pool, name) = (call.param(0), call.param(2));
+    running(&call.engine().volume_wipe(&call.context, call.project(), pool, name).await?)
+}
+
 /// `DELETE /1.0/storage-pools/{name}/volumes/{type}/{volume}`
 ///
 /// # Errors
