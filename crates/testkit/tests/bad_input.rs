@@ -166,6 +166,8 @@ fn cases() -> Vec<Case> {
         "two root disks" => Invalid, "devices.root", "root disks", |w| w.engine.instance_create(&w.admin, P, with_device("again", ROOT));
         "missing pool" => NotFound, "devices.root.pool", "nope", |w| w.engine.instance_create(&w.admin, P, with_device("root", &[("type", "disk"), ("path", "/"), ("pool", "nope")]));
         "wrong size of the root" => Invalid, "devices.root.size", "-5GiB", |w| w.engine.instance_create(&w.admin, P, with_device("root", &[("type", "disk"), ("path", "/"), ("pool", "default"), ("size", "-5GiB")]));
+        "a volume made with what it has not" => Unsupported, "devices.root.initial.zfs.blocksize", "initial.full_copy", |w| w.engine.instance_create(&w.admin, P, with_device("root", &[("type", "disk"), ("path", "/"), ("pool", "default"), ("initial.zfs.blocksize", "16KiB")]));
+        "a key of Incus that is not there" => Unsupported, "config.raw.qemu", "hardware.*", |w| w.engine.instance_create(&w.admin, P, with_config(&[("raw.qemu", "-S")]));
         "missing network" => NotFound, "devices.eth1.network", "nope", |w| w.engine.instance_create(&w.admin, P, with_device("eth1", &[("type", "nic"), ("network", "nope")]));
         "address outside" => Invalid, "devices.eth1.ipv4.address", "9.9.9.9", |w| w.engine.instance_create(&w.admin, P, with_device("eth1", &[("type", "nic"), ("network", "karstbr0"), ("ipv4.address", "9.9.9.9")]));
         "interface twice" => Invalid, "devices.eth1.name", "eth0", |w| w.engine.instance_create(&w.admin, P, with_device("eth1", &[("type", "nic"), ("network", "karstbr0"), ("name", "eth0")]));
