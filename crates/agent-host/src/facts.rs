@@ -47,6 +47,7 @@ pub(crate) async fn complete(facts: &mut HostFacts, policy: &HostPolicy) {
         facts.lxc = version(Program::LxcStart).await;
     }
     facts.storage = crate::pool_kinds::all(policy).await;
+    facts.screens = policy.screens();
     facts.accelerator = karst_vm_qemu::probe::accelerator();
     match karst_vm_qemu::probe().await {
         Ok(found) => {

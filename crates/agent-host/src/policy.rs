@@ -2,7 +2,7 @@
 //! compromised control process gets no further than what stands there. Without the file nothing is granted.
 
 use karst_agent::check_memory_path;
-use karst_model::{Error, Result, storage::PoolKind};
+use karst_model::{Error, Result, screens::ScreenGrants, storage::PoolKind};
 use serde::Deserialize;
 use std::{
     fs::File,
@@ -54,6 +54,12 @@ pub struct HostPolicy {
     pub qemu_monitor: Vec<String>,
     /// May administrators follow the events of QEMU's monitors?
     pub qemu_events: bool,
+    /// Addresses of the host at which screens of virtual machines may listen for viewers (`127.0.0.1`, `::1`, …; `*`: all). Whoever
+    /// reaches such an address and knows a screen's password uses that screen.
+    pub screen_listen: Vec<String>,
+    /// Those of them at which a screen may listen also when it has no password: every user and every program that reaches the
+    /// address uses it then, and on the loopback these are all of the host.
+    pub screen_listen_open: Vec<String>,
     /// What uploads of images may take.
     pub uploads: crate::staging::UploadLimits,
     /// What backups may take.
@@ -128,6 +134,10 @@ impl HostPolicy {
                 e
             })?;
         }
+        policy.screens().check().map_err(|e| {
+            let text = format!("{}: {}", path.display(), e.message);
+            Error::invalid(e.field.as_deref().unwrap_or(FILE), text)
+        })?;
         let places = policy.path_prefixes.iter().map(|p| ("path_prefixes", p));
         let places = places.chain(policy.disk_paths.iter().map(|p| ("disk_paths", p)));
         let places = places.chain(policy.save_paths.iter().map(|p| ("save_paths", p)));
@@ -198,6 +208,11 @@ impl HostPolicy {
 }
 
 impl HostPolicy {
+    /// Where screens may listen. A port is control's to take: it listens, and tells nobody of it whom the host did not let.
+    pub fn screens(&self) -> ScreenGrants {
+        ScreenGrants { listen: self.screen_listen.clone(), open: self.screen_listen_open.clone() }
+    }
+
     /// May this command of QEMU's monitor be run?
     ///
     /// # Errors
@@ -486,6 +501,10 @@ mod tests {
         assert!(load().unwrap_err().to_string().contains("privileged_container"));
         std::fs::write(&file, "path_prefixes = [\"/srv/../etc\"]\n").unwrap();
         assert!(load().is_err());
+        std::fs::write(&file, "screen_listen = [\"eth0\"]\n").unwrap();
+        assert_eq!(load().unwrap_err().field.as_deref(), Some("screen_listen"));
+        std::fs::write(&file, "screen_listen = [\"::1\"]\n").unwrap();
+        assert!(load().unwrap().screens().demand("::1".parse().unwrap()).is_ok());
         std::fs::write(&file, "pool_sources = [\"srv\"]\n").unwrap();
         assert_eq!(load().unwrap_err().field.as_deref(), Some("pool_sources"));
         let mirror = "deb [signed-by=/etc/karst/mirror.gpg] http://mirror.example/ubuntu noble main universe";

@@ -243,6 +243,7 @@ impl Subject {
                 ports: 0,
                 display: true,
                 spice: true,
+                screen: Default::default(),
                 balloon: false,
                 board: Default::default(),
                 tpm: false,

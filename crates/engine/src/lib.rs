@@ -32,6 +32,7 @@ pub mod reconcile;
 pub mod recover;
 mod restarts;
 pub mod saga;
+pub mod screens;
 pub mod secrets;
 pub mod snapshots;
 pub mod storage;
@@ -165,6 +166,7 @@ pub struct EngineInner {
     pub(crate) fetching: images::remote::Turns,
     pub(crate) image_secrets: images::shared::Secrets,
     pub(crate) image_pushes: images::push::Pushes,
+    pub(crate) screens: screens::Listeners,
     pub(crate) vault: secrets::Vault,
     pub(crate) copy_words: compute::disk_copy::Words,
     /// Sagas that this engine executes now.
@@ -228,6 +230,7 @@ impl Engine {
             fetching: Default::default(),
             image_secrets: Default::default(),
             image_pushes: Default::default(),
+            screens: Default::default(),
             vault: Default::default(),
             copy_words: Default::default(),
             executing: Mutex::default(),
@@ -249,6 +252,7 @@ impl Engine {
         for task in self.inner.tasks.lock().unwrap_or_else(|e| e.into_inner()).drain(..) {
             task.abort();
         }
+        self.inner.screens.close();
     }
 
     /// Lets a test interfere with sagas.

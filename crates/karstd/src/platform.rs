@@ -65,6 +65,7 @@ pub async fn run(mut context: ControlContext) -> Result<bool> {
     let front = Front::new(engine.clone());
     let network = Network::new(front.clone(), authority.clone(), Bounds::default());
     engine.set_network_listener(network.clone());
+    engine.screens_open();
     let info = ServerInfo {
         version: env!("CARGO_PKG_VERSION").into(),
         name,

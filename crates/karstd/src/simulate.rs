@@ -2,7 +2,7 @@
 
 use crate::{control, directory::Directory, privilege};
 use karst_agent::{HostAgent, SimulatedAgent, SimulatedOptions};
-use karst_model::Result;
+use karst_model::{Result, screens::ScreenGrants};
 use std::{path::Path, sync::Arc};
 
 /// How much to simulate.
@@ -45,6 +45,8 @@ pub fn run(dir: &Path, size: Size) -> Result<()> {
             let options = SimulatedOptions {
                 name: format!("host{n}"),
                 daemon_id: Some(directory.daemon_id.clone()),
+                // The ports would be this machine's.
+                screens: ScreenGrants::default(),
                 ..SimulatedOptions::default()
             };
             let agent: Arc<dyn HostAgent> = SimulatedAgent::new(env.clone(), options);

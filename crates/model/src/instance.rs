@@ -2,7 +2,7 @@
 
 use crate::{
     Config, DeviceId, Error, ImageId, InstanceId, Name, NodeId, PoolId, ProfileId, ProjectId, Result,
-    SnapshotId, Vmid, VolumeId, device::Devices, template::InstanceMetadata,
+    SnapshotId, Vmid, VolumeId, device::Devices, screens::ScreenKind, template::InstanceMetadata,
 };
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -269,6 +269,9 @@ pub struct Runtime {
     /// Since what it runs; not known of a start by an earlier version.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since: Option<Since>,
+    /// The ports that were free when its screens began to listen: they have them until its end, whatever becomes of the daemons.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub screens: BTreeMap<ScreenKind, u16>,
 }
 
 /// Since what a guest runs.

@@ -1,11 +1,9 @@
 //! Values of keys that are more than a word or a number, from what users write to what is meant.
 
 use crate::{
-    ByteSize, Config, Error, Result,
-    keys::set,
-    spec::{self, CloudInit, CpuAllowance, CpuLimit, MemoryLimit, SwapLimit},
+    ByteSize, Error, Result,
+    spec::{self, CpuAllowance, CpuLimit, MemoryLimit, SwapLimit},
 };
-
 /// Parses a boolean.
 pub fn parse_bool(field: &str, s: &str) -> Result<bool> {
     match s.to_ascii_lowercase().as_str() {
@@ -132,25 +130,4 @@ pub fn parse_kernel_limit(field: &str, s: &str) -> Result<spec::KernelLimit> {
         (Some(soft), Some(hard)) if soft > hard => Err(wrong()),
         _ => Ok(limit),
     }
-}
-
-/// cloud-init data out of an expanded configuration.
-pub fn cloud_init(config: &Config, instance_id: String) -> CloudInit {
-    // The older names are under `user.`; Incus still reads them.
-    let text = |k: &str| {
-        set(config, &format!("cloud-init.{k}"))
-            .or_else(|| set(config, &format!("user.{k}")))
-            .map(str::to_owned)
-    };
-    CloudInit {
-        instance_id,
-        user_data: text("user-data"),
-        vendor_data: text("vendor-data"),
-        network_config: text("network-config"),
-    }
-}
-
-/// `environment.*` without its prefix.
-pub fn environment(config: &Config) -> std::collections::BTreeMap<String, String> {
-    config.iter().filter_map(|(k, v)| Some((k.strip_prefix("environment.")?.to_owned(), v.clone()))).collect()
 }

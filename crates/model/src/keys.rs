@@ -6,17 +6,17 @@ use crate::{
     board::text as of_board,
     error::nearest,
     instance::InstanceKind,
-    keys_container, keys_machine, schedule,
+    keys_container, keys_machine, schedule, screens,
     spec::{KERNEL_LIMITS, Limits, MemoryLimit},
     threads::{self, text},
 };
 
 pub use crate::key_row::{Key, KeyScope, KeyType};
 pub use crate::key_values::{
-    cloud_init, environment, parse_allowance, parse_bool, parse_cpus, parse_kernel_limit, parse_memory,
+    parse_allowance, parse_bool, parse_cpus, parse_kernel_limit, parse_memory,
     parse_nodes, parse_swap,
 };
-pub use keys_container::security;
+pub use keys_container::{cloud_init, environment, guest_api, security};
 
 use crate::{key_row::key, key_values::demand_memory};
 use KeyScope::{Any, Container, VirtualMachine};
@@ -450,6 +450,26 @@ pub const INSTANCE_KEYS: &[Key] = &[
         "Lines added to the configuration that liblxc gets, where the host grants it: raw_keys in host-policy.toml.",
     ),
     key(
+        "screen.keymap",
+        OneOf(screens::KEYMAPS),
+        VirtualMachine,
+        "keys as they are",
+        false,
+        screens::text::KEYMAP,
+    ),
+    key("screen.spice.listen", Text, VirtualMachine, "nowhere", true, screens::text::SPICE),
+    key("screen.vnc.listen", Text, VirtualMachine, "nowhere", true, screens::text::VNC),
+    key("screen.vnc.power_control", Bool, VirtualMachine, "false", false, screens::text::POWER),
+    key(
+        "screen.vnc.share",
+        OneOf(screens::SHARES),
+        VirtualMachine,
+        "allow-exclusive",
+        false,
+        screens::text::SHARE,
+    ),
+    key("screen.vnc.websocket", Text, VirtualMachine, "none", true, screens::text::WEBSOCKET),
+    key(
         "security.csm",
         Bool,
         VirtualMachine,
@@ -697,6 +717,7 @@ pub fn check(config: &Config, kind: Option<InstanceKind>) -> Result<()> {
             row.check(&field, value)?;
             keys_container::check(name, &field, value)?;
             threads::check(name, &field, value)?;
+            screens::check(name, &field, value)?;
         }
     }
     keys_machine::strings(config).map(drop)
@@ -795,23 +816,6 @@ pub fn optional_flag(config: &Config, key: &str) -> Option<bool> {
 /// A boolean of an expanded configuration; `false` when it is not set.
 pub fn flag(config: &Config, key: &str) -> Result<bool> {
     set(config, key).map_or(Ok(false), |v| parse_bool(&format!("config.{key}"), v))
-}
-
-/// What the guest API shows of an expanded configuration, without the large keys that [`cloud_init`] answers; `None` when it
-/// is switched off.
-pub fn guest_api(config: &Config) -> Result<Option<Config>> {
-    if set(config, "security.guestapi").is_some() && !flag(config, "security.guestapi")? {
-        return Ok(None);
-    }
-    let elsewhere = ["cloud-init.network-config", "cloud-init.user-data", "cloud-init.vendor-data"];
-    let shown = |k: &str| k.starts_with("user.") || k.starts_with("cloud-init.") && !elsewhere.contains(&k);
-    Ok(Some(
-        config
-            .iter()
-            .filter(|(k, v)| shown(k) && !v.is_empty())
-            .map(|(k, v)| (k.clone(), v.clone()))
-            .collect(),
-    ))
 }
 
 #[cfg(test)]

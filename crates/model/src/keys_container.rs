@@ -1,9 +1,10 @@
-//! What the keys of a container's security and kernel settings mean together (the rows are in [`crate::keys`]).
+//! What the keys of a container's security and kernel settings mean together, and those that are told inside a guest (the
+//! rows are in [`crate::keys`]).
 
 use crate::{
     Config, Error, Result,
     keys::{flag, set},
-    spec::Security,
+    spec::{CloudInit, Security},
     syscalls,
 };
 
@@ -121,6 +122,44 @@ pub fn security(config: &Config) -> Result<Security> {
             .collect(),
         raw_lxc: set(config, "raw.lxc").map(str::to_owned),
     })
+}
+
+/// What the guest API shows of an expanded configuration, without the large keys that [`cloud_init`] answers; `None` when it
+/// is switched off.
+pub fn guest_api(config: &Config) -> Result<Option<Config>> {
+    if set(config, "security.guestapi").is_some() && !flag(config, "security.guestapi")? {
+        return Ok(None);
+    }
+    let elsewhere = ["cloud-init.network-config", "cloud-init.user-data", "cloud-init.vendor-data"];
+    let shown = |k: &str| k.starts_with("user.") || k.starts_with("cloud-init.") && !elsewhere.contains(&k);
+    Ok(Some(
+        config
+            .iter()
+            .filter(|(k, v)| shown(k) && !v.is_empty())
+            .map(|(k, v)| (k.clone(), v.clone()))
+            .collect(),
+    ))
+}
+
+/// cloud-init data out of an expanded configuration.
+pub fn cloud_init(config: &Config, instance_id: String) -> CloudInit {
+    // The older names are under `user.`; Incus still reads them.
+    let text = |k: &str| {
+        set(config, &format!("cloud-init.{k}"))
+            .or_else(|| set(config, &format!("user.{k}")))
+            .map(str::to_owned)
+    };
+    CloudInit {
+        instance_id,
+        user_data: text("user-data"),
+        vendor_data: text("vendor-data"),
+        network_config: text("network-config"),
+    }
+}
+
+/// `environment.*` without its prefix.
+pub fn environment(config: &Config) -> std::collections::BTreeMap<String, String> {
+    config.iter().filter_map(|(k, v)| Some((k.strip_prefix("environment.")?.to_owned(), v.clone()))).collect()
 }
 
 #[cfg(test)]

@@ -41,6 +41,7 @@ pub mod profile;
 pub mod project;
 pub mod registry;
 pub mod schedule;
+pub mod screens;
 pub mod secret;
 pub mod server_keys;
 pub mod signal;

@@ -1,6 +1,6 @@
 //! Nodes: hosts that run guests, and what they report of themselves.
 
-use crate::{Error, InstanceId, Name, NodeId, Result, storage::PoolKind};
+use crate::{Error, InstanceId, Name, NodeId, Result, screens::ScreenGrants, storage::PoolKind};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
@@ -55,6 +55,9 @@ pub struct HostFacts {
     /// QEMU of this host serves screens by SPICE too.
     #[serde(default)]
     pub spice: bool,
+    /// Where screens of machines may listen.
+    #[serde(default, skip_serializing_if = "ScreenGrants::is_empty")]
+    pub screens: ScreenGrants,
     /// `v1`, `hybrid` or `v2`.
     pub cgroup_layout: String,
     /// Number of usable CPUs.

@@ -14,6 +14,7 @@ use crate::{
     key_values,
     network::BridgeSpec,
     options::NicOptions,
+    screens::ScreenOptions,
     storage::{PoolKind, VolumeContent},
     syscalls::DeniedCall,
     threads::{self, IoThread, Pin},
@@ -96,6 +97,9 @@ pub struct MachineSpec {
     /// Its screen is served by SPICE too, where the host's QEMU can do that; with what SPICE's viewers use beside it.
     #[serde(default, skip_serializing_if = "is_false")]
     pub spice: bool,
+    /// How its screen is served.
+    #[serde(default, skip_serializing_if = "ScreenOptions::is_usual")]
+    pub screen: ScreenOptions,
     /// It has a balloon: its memory can shrink and grow back while it runs.
     #[serde(default)]
     pub balloon: bool,

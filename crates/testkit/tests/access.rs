@@ -608,6 +608,7 @@ const WITHOUT_CONTEXT: &[(&str, &str)] = &[
     ("set_image_servers", "the daemon's own, at its start"),
     ("set_network_listener", "the daemon's own, at its start"),
     ("network_listener", "the daemon's own listeners"),
+    ("screens_open", "the daemon's own, at its start"),
     ("scram_offered", "authentication itself"),
     ("scram_begin", "authentication itself"),
     ("scram_finish", "authentication itself"),

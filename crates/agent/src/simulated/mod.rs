@@ -32,6 +32,7 @@ use karst_model::{
     ByteSize, Error, InstanceId, Result,
     instance::ExitReason,
     news::{Happened, MachineNews},
+    screens::ScreenGrants,
 };
 use state::State;
 use std::{
@@ -77,6 +78,8 @@ pub struct SimulatedOptions {
     pub cpus: u32,
     /// See `cpus`.
     pub memory: ByteSize,
+    /// Where the host lets screens listen.
+    pub screens: ScreenGrants,
 }
 
 impl Default for SimulatedOptions {
@@ -95,6 +98,7 @@ impl Default for SimulatedOptions {
             foreign_bridges: vec!["docker0".into()],
             cpus: 16,
             memory: ByteSize::gib(64),
+            screens: ScreenGrants::all(),
         }
     }
 }

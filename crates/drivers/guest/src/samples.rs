@@ -96,6 +96,7 @@ pub fn machine(uuid: u128) -> MachineSpec {
         ports: 0,
         display: false,
         spice: false,
+        screen: Default::default(),
         balloon: false,
         board: Default::default(),
         tpm: false,

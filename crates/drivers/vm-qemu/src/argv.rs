@@ -16,6 +16,7 @@ use karst_model::{
     instance::Firmware,
     keys_machine::MOST_STRINGS,
     node::AcceleratorKind,
+    screens::ScreenOptions,
     spec::{CpuLimit, MachineSpec},
 };
 use serde_json::{Value, json};
@@ -122,6 +123,18 @@ impl Machine {
     pub fn layout(&self) -> Result<Layout> {
         Layout::of(&self.spec.machine, self.spec.ports)
     }
+}
+
+/// How the screen is served by VNC.
+fn vnc(screen: &ScreenOptions) -> Result<String> {
+    let mut value = "none,password=on".to_owned();
+    if let Some(share) = &screen.share {
+        value += &format!(",share={}", word("config.screen.vnc.share", share, "")?);
+    }
+    if screen.power_control {
+        value += ",power-control=on";
+    }
+    Ok(value)
 }
 
 /// How many virtual CPUs a limit means.
@@ -394,7 +407,10 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     if m.spec.display {
         // Shown to whoever is handed a connection; it listens nowhere. Which of them are asked for a password, and for which one,
         // is said with each.
-        opt("-vnc", "none,password=on".into());
+        opt("-vnc", vnc(&m.spec.screen)?);
+        if let Some(keymap) = &m.spec.screen.keymap {
+            opt("-k", word("config.screen.keymap", keymap, "")?.to_owned());
+        }
         for (option, value) in board::screens(&m.spec.board, layout)? {
             opt(option, value);
         }
@@ -804,6 +820,23 @@ pub(crate) mod tests {
         assert!(args.iter().any(|a| a == "-no-reboot") && !args.iter().any(|a| a.contains("shadow")));
         m.spec.kernel.as_mut().unwrap().cmdline = Some("a\nb".into());
         assert_eq!(argv(&m).unwrap_err().field.as_deref(), Some("devices.boot.cmdline"));
+    }
+
+    #[test]
+    fn a_screen_listens_nowhere_however_it_is_served() {
+        let mut m = machine();
+        m.spec.display = true;
+        let has = |m: &Machine, text: &str| lines(m).lines().any(|line| line == text);
+        assert!(has(&m, "-vnc none,password=on") && !lines(&m).contains("\n-k "));
+        m.spec.screen = ScreenOptions {
+            share: Some("force-shared".into()),
+            power_control: true,
+            keymap: Some("de-ch".into()),
+        };
+        assert!(has(&m, "-vnc none,password=on,share=force-shared,power-control=on"), "{}", lines(&m));
+        assert!(has(&m, "-k de-ch"));
+        m.spec.screen.keymap = Some("de,x".into());
+        assert_eq!(argv(&m).unwrap_err().field.as_deref(), Some("config.screen.keymap"));
     }
 
     #[test]

@@ -87,6 +87,8 @@ impl Shape {
                 ends_on_reboot: false,
                 // The time goes on as it was saved.
                 local_time: false,
+                // Nor who looks at it, and how.
+                screen: Default::default(),
                 board: Board { clock_start: None, clock_zone: None, ..h.board.clone() },
                 // Who serves the disks is not the guest's to see.
                 iothreads: vec![],

@@ -311,6 +311,7 @@ pub(crate) fn plan(
     }
     let (config, devices) = records.expanded(&instance);
     keys::check(&config, Some(request.kind)).map_err(|e| e.with_context("expanded"))?;
+    crate::screens::demand(records, &instance, &Config::new(), &config)?;
     let parsed = expand::parse_devices(&devices)?;
     check_disks(records, tx, &instance, &parsed)?;
     let (root_name, RootDevice { pool, size, full_copy, .. }) = &parsed.root;

@@ -5,7 +5,9 @@
 //! those who are being asked for the password just then.
 
 use super::guest::ExecSession;
-use crate::{Engine, EngineInner, InstanceView, context::Context, secrets::SecretValue};
+use crate::{
+    Engine, EngineInner, InstanceView, context::Context, screens::ScreenListener, secrets::SecretValue,
+};
 use karst_agent::{CallContext, DisplayGuardSet, DisplayGuarded, SpiceChannel};
 use karst_model::{
     Error, InstanceId, Result,
@@ -13,7 +15,7 @@ use karst_model::{
     display::{DisplayGuard, DisplayLock, DisplayPassword, DisplayProtocol},
     instance::{InstanceKind, Status},
 };
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
 
 const CALL: Duration = Duration::from_secs(60);
 
@@ -26,6 +28,8 @@ pub struct DisplayState {
     pub password: bool,
     /// Until when the password lets them in.
     pub valid_to: Option<jiff::Timestamp>,
+    /// What listens for viewers of the running machine, or would.
+    pub listeners: Vec<ScreenListener>,
 }
 
 /// Which password it is, which is sealed with it.
@@ -69,7 +73,13 @@ impl Engine {
         let there = view.instance.hardware.as_ref().is_some_and(|h| h.display);
         let records = self.inner().inventory.read();
         let lock = records.display_locks.get(&view.instance.id);
-        Ok(DisplayState { there, password: lock.is_some(), valid_to: lock.and_then(|l| l.valid_to) })
+        let listeners = self.inner().screens.of(view.instance.id);
+        Ok(DisplayState {
+            there,
+            password: lock.is_some(),
+            valid_to: lock.and_then(|l| l.valid_to),
+            listeners,
+        })
     }
 
     /// The password of a machine's display, for who may change it.
@@ -161,6 +171,31 @@ impl Engine {
         protocol: DisplayProtocol,
         unasked: bool,
     ) -> Result<ExecSession> {
+        let viewer = context.principal().identity.describe();
+        self.attach_display(context, (project, name), protocol, (unasked, false), viewer).await
+    }
+
+    /// The same for a viewer that came over the network; `guarded`: only where there is a password.
+    pub(crate) async fn screen_for(
+        &self,
+        context: &Context,
+        (project, name): (&str, &str),
+        protocol: DisplayProtocol,
+        guarded: bool,
+        peer: SocketAddr,
+    ) -> Result<ExecSession> {
+        let viewer = format!("{} of {peer}", protocol.as_str());
+        self.attach_display(context, (project, name), protocol, (false, guarded), viewer).await
+    }
+
+    async fn attach_display(
+        &self,
+        context: &Context,
+        (project, name): (&str, &str),
+        protocol: DisplayProtocol,
+        (unasked, only_guarded): (bool, bool),
+        viewer: String,
+    ) -> Result<ExecSession> {
         let (view, agent) = self.virtual_machine(context, project, name)?;
         let (inner, instance) = (self.inner(), view.instance.id);
         let trusted = unasked && context.principal().may(Permission::ResourceEdit, Some(view.project.id));
@@ -171,6 +206,9 @@ impl Engine {
             )));
         }
         let guarded = guard.is_some();
+        if only_guarded && !guarded {
+            return Err(Error::forbidden(format!("the display of {name:?} has no password any more")));
+        }
         let call = CallContext::read(CALL);
         let answer = match (protocol, guard) {
             (DisplayProtocol::Vnc, None) => agent.display_attach(&call, instance).await?,
@@ -181,7 +219,7 @@ impl Engine {
                 agent.display_attach_spice(&call, SpiceChannel { instance, guard }).await?
             }
         };
-        let session = self.viewer(context, &view, (protocol, guarded), (agent, answer.value));
+        let session = self.viewer(viewer, &view, (protocol, guarded), (agent, answer.value));
         Ok(ExecSession { fds: answer.fds, session })
     }
 }

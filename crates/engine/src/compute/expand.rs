@@ -11,7 +11,9 @@ use karst_model::{
     instance::{DeviceIdentity, Hardware, Instance, InstanceKind},
     keys, keys_machine,
     network::Network,
-    preset, signal,
+    preset,
+    screens::{ScreenOptions, Screens},
+    signal,
     spec::{
         DiskSource, DiskSpec, GuestApi, GuestSpec, KernelSpec, MachineSpec, NicLink, NicSpec, NodeSpec,
         ProxySpec, RootSpec,
@@ -414,6 +416,9 @@ pub fn guest_spec(
     nics.sort_by_key(|n| slot_number(&n.slot));
     let iothreads = threads::iothreads(config)?;
     demand_threads(instance.kind, &parsed, &iothreads)?;
+    if instance.kind == InstanceKind::VirtualMachine {
+        Screens::of(config)?.demand_served(config)?;
+    }
     let machine = match (&instance.hardware, instance.kind) {
         (Some(h), InstanceKind::VirtualMachine) => Some(MachineSpec {
             machine: h.machine.clone(),
@@ -423,6 +428,7 @@ pub fn guest_spec(
             ports: h.ports,
             display: h.display,
             spice: keys_machine::spice(config),
+            screen: ScreenOptions::of(config),
             balloon: h.balloon && keys::optional_flag(config, "hardware.balloon").unwrap_or(true),
             board: Board::of(config)?,
             tpm: parsed.tpm.is_some(),

@@ -320,12 +320,11 @@ impl Engine {
     /// The session of somebody who looks at a display, which is told, and its end as well.
     pub(crate) fn viewer(
         &self,
-        context: &Context,
+        viewer: String,
         view: &InstanceView,
         (protocol, guarded): (DisplayProtocol, bool),
         (agent, id): (Arc<dyn HostAgent>, SessionId),
     ) -> Session {
-        let viewer = context.principal().identity.describe();
         let what = |opened| Happened::Display { opened, protocol, guarded, viewer: viewer.clone() };
         let (instance, opened) = (view.instance.id, what(true));
         let inner = self.inner();

@@ -145,6 +145,10 @@ impl EngineInner {
             applied: self.applied_of(records, observed.instance, observed.generation, observed.state),
             accelerator: observed.accelerator.clone(),
             since: old.filter(|o| o.generation == observed.generation).and_then(|o| o.since),
+            screens: old
+                .filter(|o| o.generation == observed.generation)
+                .map(|o| o.screens.clone())
+                .unwrap_or_default(),
         }
     }
 

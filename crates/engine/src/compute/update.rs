@@ -137,6 +137,7 @@ impl Engine {
             instance.spec_version += 1;
             let (config, devices) = records.expanded(&instance);
             keys::check(&config, Some(instance.kind))?;
+            crate::screens::demand(&records, &instance, &records.expanded(row).0, &config)?;
             let parsed = expand::parse_devices(&devices)?;
             // Decided when it is written; said now, before anything is touched.
             let planned = Planned { instance: Some(&instance), ..Default::default() };

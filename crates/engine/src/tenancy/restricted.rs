@@ -4,7 +4,7 @@
 //! allowed.
 
 use super::rules::{ProjectRules, SPOOFING};
-use karst_model::{Config, Error, Result, device::Devices, instance::InstanceKind, keys};
+use karst_model::{Config, Error, Result, device::Devices, instance::InstanceKind, keys, screens};
 
 const CONTAINER_LOWLEVEL: &[&str] = &[
     "boot.host_shutdown_",
@@ -32,6 +32,8 @@ const MACHINE_LOWLEVEL: &[&str] = &[
     "raw.idmap",
     "raw.qemu",
 ];
+/// Keys by which a machine has ports of the host.
+const SCREENS: &[&str] = &[screens::SPICE, screens::VNC, screens::WEBSOCKET];
 /// Interceptions that `allow` includes; the others need `full`.
 const HARMLESS_INTERCEPTION: &[&str] = &[
     "security.syscalls.intercept.mknod",
@@ -114,6 +116,13 @@ fn containers(rules: &ProjectRules, kind: Option<InstanceKind>, config: &Config)
 fn machines(rules: &ProjectRules, kind: Option<InstanceKind>, config: &Config) -> Result<()> {
     let low = "restricted.virtual-machines.lowlevel";
     lowlevel(rules, low, MACHINE_LOWLEVEL, config)?;
+    // Ports of the host. Without a word of where, a screen listens in projects that may only.
+    let port = |(key, value): &(&String, &String)| {
+        SCREENS.contains(&key.as_str()) && !value.is_empty() && *value != "auto"
+    };
+    if let (false, Some((key, _))) = (may_listen(rules), config.iter().find(port)) {
+        return Err(refusal(format!("config.{key}"), low, "a port of the host"));
+    }
     // They are memory of the host beside what the limits count.
     let sized = |word: &str| ["tcg-cache=", "dirty-ring="].iter().any(|name| word.trim().starts_with(name));
     if rules.restriction(low) != Some("allow")
@@ -126,6 +135,12 @@ fn machines(rules: &ProjectRules, kind: Option<InstanceKind>, config: &Config) -
         return Err(refusal("config.security.nesting".into(), nesting, "nesting of virtual machines"));
     }
     Ok(())
+}
+
+/// May screens of the project's machines take ports of the host?
+pub(crate) fn may_listen(rules: &ProjectRules) -> bool {
+    let low = "restricted.virtual-machines.lowlevel";
+    rules.restricted.is_none() || rules.restriction(low) == Some("allow")
 }
 
 /// Demands that backups may be made in the project: they leave it whole.
@@ -409,6 +424,20 @@ mod tests {
         ] {
             assert_eq!(refused(&strict, ct, &[], keys).as_deref(), field, "{keys:?}");
         }
+    }
+
+    #[test]
+    fn ports_of_the_host_are_allowed_with_other_low_level_keys() {
+        let strict = rules(&[]);
+        let vm = Some(InstanceKind::VirtualMachine);
+        for key in [screens::VNC, screens::WEBSOCKET] {
+            let field = format!("config.{key}");
+            assert_eq!(refused(&strict, vm, &[(key, "5901")], &[]), Some(field), "{key}");
+            assert_eq!(refused(&strict, vm, &[(key, "auto")], &[]), None, "it listens nowhere");
+        }
+        let low = rules(&[("restricted.virtual-machines.lowlevel", "allow")]);
+        assert_eq!(refused(&low, vm, &[(screens::VNC, "127.0.0.1:5901")], &[]), None);
+        assert!(may_listen(&low) && !may_listen(&strict));
     }
 
     #[test]

@@ -498,7 +498,8 @@ async fn displays_have_passwords() {
     let body = json!({"name": "v1", "type": "virtual-machine", "source": {"type": "none"}, "start": true});
     s.done(s.post("/1.0/instances", body).await).await;
     let (v1, c1) = ("/1.0/karst/instances/v1/vnc", "/1.0/karst/instances/c1/vnc");
-    assert_eq!(s.get(v1).await.metadata(), json!({"display": true, "password": false, "valid_to": null}));
+    let told = json!({"display": true, "password": false, "valid_to": null, "listeners": []});
+    assert_eq!(s.get(v1).await.metadata(), told);
     assert_eq!(s.get(c1).await.metadata()["display"], false);
     // A server without a key for secrets takes none.
     s.put(v1, json!({"password": "opensesa"})).await.refused(503);
@@ -517,7 +518,8 @@ async fn displays_have_passwords() {
     s.delete(v1).await.refused(404);
     assert_eq!(s.get(v1).await.metadata()["password"], false, "what was refused changed nothing");
     s.put(v1, json!({"password": "opensesa", "valid_to": "2200-01-01T00:00:00Z"})).await.metadata();
-    let told = json!({"display": true, "password": true, "valid_to": "2200-01-01T00:00:00Z"});
+    let told =
+        json!({"display": true, "password": true, "valid_to": "2200-01-01T00:00:00Z", "listeners": []});
     assert_eq!(s.get(v1).await.metadata(), told);
     // Who comes now is asked for it, the administrator too.
     let (operation, fds) = secrets(&s.post(v1, json!({})).await);

@@ -342,3 +342,215 @@ async fn a_screen_has_a_password_that_only_who_may_is_shown() {
     define(&mut client, &uuid, "<graphics type='vnc' port='-1' autoport='yes'/>").await.unwrap();
     assert!(!document(&mut client, &d1, 3).await.contains("passwd"));
 }
+
+/// A machine on a disk of its own, with these screens.
+fn machine(name: &str, screens: &str) -> String {
+    format!(
+        "<domain type='qemu'><name>{name}</name><memory>65536</memory><os><type machine='q35'>hvm</type></os><devices>\
+         <disk type='volume' device='disk'><source pool='default' volume='{name}'/><target dev='vda' bus='virtio'/></disk>\
+         {screens}</devices></domain>"
+    )
+}
+
+async fn define(client: &mut Client, name: &str, screens: &str) -> Result<Vec<u8>, (i32, String)> {
+    let pool = client.call(84, &arguments(|w| w.string("default"))).await.unwrap();
+    let volume = format!("<volume><name>{name}</name><capacity unit='MiB'>64</capacity></volume>");
+    // It may be there from before.
+    let _ = client.call(93, &[&pool[..], &arguments(|w| w.string(&volume).u32(0))].concat()).await;
+    client.call(11, &arguments(|w| w.string(&machine(name, screens)))).await
+}
+
+async fn document(client: &mut Client, domain: &[u8], flags: u32) -> String {
+    let payload = client.call(14, &[domain, &flags.to_be_bytes()].concat()).await.unwrap();
+    Reader::new(&payload).string().unwrap()
+}
+
+/// The attribute of the first `<graphics>` of a kind in a document of what runs, once there is one.
+async fn port(client: &mut Client, domain: &[u8], kind: &str, attribute: &str) -> u16 {
+    let end = std::time::Instant::now() + PATIENCE;
+    loop {
+        let text = document(client, domain, 0).await;
+        let root = karst_frontend_libvirt::xml::read::document(&text).unwrap();
+        let of = |e: &&karst_frontend_libvirt::xml::Element| e.attribute("type") == Some(kind);
+        let found = root.find("devices").unwrap().all("graphics").find(of).unwrap();
+        if let Some(port) = found.attribute(attribute) {
+            return port.parse().unwrap();
+        }
+        assert!(std::time::Instant::now() < end, "no {attribute}: {text}");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+}
+
+/// What is at a port says what a server of RFB says first, and takes what is said to it.
+async fn speaks_at(port: u16) {
+    let mut screen = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+    let told = async {
+        let mut greeting = [0; 12];
+        screen.read_exact(&mut greeting).await.unwrap();
+        assert_eq!(&greeting, b"RFB 003.008\n");
+        screen.write_all(b"hello").await.unwrap();
+        let mut back = [0; 5];
+        screen.read_exact(&mut back).await.unwrap();
+        assert_eq!(&back, b"hello");
+    };
+    tokio::time::timeout(PATIENCE, told).await.unwrap();
+}
+
+/// Nobody listens there, sooner or later.
+async fn ends(port: u16) {
+    let end = std::time::Instant::now() + PATIENCE;
+    while tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok() {
+        assert!(std::time::Instant::now() < end, "port {port} is still there");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+}
+
+/// A port that nobody has at the moment.
+fn free() -> u16 {
+    std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn screens_listen_where_their_documents_say() {
+    let server = Server::start().await;
+    server.engine.screens_open();
+    let mut client = server.open("full", "qemu:///system").await;
+    let fixed = free();
+    let said = format!(
+        "<graphics type='vnc' port='{fixed}' autoport='no' websocket='-1' listen='127.0.0.1' sharePolicy='ignore'/>"
+    );
+    let d1 = define(&mut client, "d1", &said).await.unwrap();
+    let d2 = define(&mut client, "d2", "<graphics type='spice' autoport='yes'/><graphics type='vnc'/>")
+        .await
+        .unwrap();
+    assert!(document(&mut client, &d1, 2).await.contains(&said), "as it was written");
+    for domain in [&d1, &d2] {
+        client.call(9, domain).await.unwrap();
+    }
+    assert_eq!(port(&mut client, &d1, "vnc", "port").await, fixed);
+    speaks_at(fixed).await;
+    let live = document(&mut client, &d1, 0).await;
+    assert!(live.contains("sharePolicy='ignore'") && live.contains("address='127.0.0.1'"), "{live}");
+    // A browser's way to it.
+    let at = port(&mut client, &d1, "vnc", "websocket").await;
+    let mut web = tokio::net::TcpStream::connect(("127.0.0.1", at)).await.unwrap();
+    let asked = "GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
+        Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: binary\r\n\r\n";
+    let told = async {
+        web.write_all(asked.as_bytes()).await.unwrap();
+        let mut all = vec![];
+        // A message of binary data, of 12 bytes.
+        while !all.ends_with(b"\x82\x0cRFB 003.008\n") {
+            all.push(web.read_u8().await.unwrap());
+        }
+        let text = String::from_utf8_lossy(&all).to_ascii_lowercase();
+        assert!(text.contains("101 switching") && text.contains("sec-websocket-protocol: binary"), "{text}");
+    };
+    tokio::time::timeout(PATIENCE, told).await.unwrap();
+    // Two that take any have one each.
+    let (spice, vnc) =
+        (port(&mut client, &d2, "spice", "port").await, port(&mut client, &d2, "vnc", "port").await);
+    assert!(spice != vnc && ![spice, vnc].contains(&fixed) && spice >= 5900 && vnc >= 5900);
+    speaks_at(vnc).await;
+    // Live changed, by the key that says it.
+    let admin = karst_engine::Context::new(karst_model::access::Principal::system());
+    let change = async |key: &str, value: String| {
+        let view = server.engine.instance(&admin, "default", "d1").unwrap();
+        let mut config = view.instance.config.clone();
+        config.insert(key.to_owned(), value);
+        let request = karst_engine::compute::update::UpdateInstance {
+            description: String::new(),
+            ephemeral: false,
+            config,
+            devices: view.instance.devices.clone(),
+            profiles: vec![],
+            if_version: None,
+        };
+        let changed = server.engine.instance_update(&admin, "default", "d1", request).await.unwrap();
+        assert_eq!(changed.ended().await.error, None);
+    };
+    let other = free();
+    change("screen.vnc.listen", format!("127.0.0.1:{other}")).await;
+    ends(fixed).await;
+    assert_eq!(port(&mut client, &d1, "vnc", "port").await, other);
+    speaks_at(other).await;
+    assert!(document(&mut client, &d1, 2).await.contains(&format!("port='{other}'")));
+    // With the guest it ends.
+    client.call(12, &d1).await.unwrap();
+    ends(other).await;
+    let state = server.engine.display_state(&admin, "default", "d1").unwrap();
+    assert_eq!(state.listeners, []);
+    // Who comes next finds the ports that were free once where they were.
+    server.engine.close();
+    ends(vnc).await;
+    server.engine.screens_open();
+    assert_eq!(port(&mut client, &d2, "vnc", "port").await, vnc);
+    assert_eq!(port(&mut client, &d2, "spice", "port").await, spice);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn screens_listen_where_the_host_lets_them_only() {
+    let screens = karst_model::screens::ScreenGrants { listen: vec!["127.0.0.1".into()], open: vec![] };
+    let options = karst_agent::SimulatedOptions { screens, ..Default::default() };
+    let server = Server::on(karst_frontend_libvirt::bounds::Bounds::default(), options).await;
+    server.engine.screens_open();
+    server.engine.set_secret_key(SecretKey::new(&[7; 32]).unwrap());
+    let mut client = server.open("full", "qemu:///system").await;
+    for (bad, word) in [
+        ("<graphics type='vnc' port='5907' listen='::1' passwd='x'/>", "graphics listen"),
+        ("<graphics type='vnc' port='5907'/>", "graphics passwd"),
+        ("<graphics type='spice' autoport='yes' listen='127.0.0.1'/>", "graphics passwd"),
+        ("<graphics type='vnc'><listen type='socket' socket='/tmp/x'/></graphics>", "graphics"),
+    ] {
+        let (code, text) = define(&mut client, "d1", bad).await.unwrap_err();
+        assert!(code == Code::ConfigUnsupported as i32 && text.contains(word), "{bad}: {text}");
+    }
+    // What asks for no place is taken everywhere, and does not listen without a password.
+    let d1 = define(&mut client, "d1", "<graphics type='vnc' port='-1' autoport='yes'/>").await.unwrap();
+    client.call(9, &d1).await.unwrap();
+    let admin = karst_engine::Context::new(karst_model::access::Principal::system());
+    let end = std::time::Instant::now() + PATIENCE;
+    let why = loop {
+        let state = server.engine.display_state(&admin, "default", "d1").unwrap();
+        if let [one] = &state.listeners[..] {
+            assert_eq!(one.at, None);
+            break one.why.clone().unwrap();
+        }
+        assert!(std::time::Instant::now() < end);
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    };
+    assert!(why.contains("screen_listen_open"), "{why}");
+    assert!(document(&mut client, &d1, 0).await.contains("<listen type='none'/>"));
+    let xml = "<graphics type='vnc' passwd='opensesa'/>";
+    let payload = [&d1[..], &arguments(|w| w.string(xml).u32(1))].concat();
+    client.call(number("DOMAIN_UPDATE_DEVICE_FLAGS"), &payload).await.unwrap();
+    let at = port(&mut client, &d1, "vnc", "port").await;
+    let mut screen = tokio::net::TcpStream::connect(("127.0.0.1", at)).await.unwrap();
+    let told = async {
+        let mut greeting = [0; 14];
+        screen.read_exact(&mut greeting).await.unwrap();
+        assert_eq!(&greeting, b"RFB 003.008\n\x01\x02", "it asks for the password");
+    };
+    tokio::time::timeout(PATIENCE, told).await.unwrap();
+    // Without it the port goes too.
+    let payload = [&d1[..], &arguments(|w| w.string("<graphics type='vnc'/>").u32(1))].concat();
+    client.call(number("DOMAIN_UPDATE_DEVICE_FLAGS"), &payload).await.unwrap();
+    ends(at).await;
+    // Elsewhere it is the engine that says it.
+    let request = karst_engine::compute::create::CreateInstance {
+        name: Some("v2".into()),
+        kind: InstanceKind::VirtualMachine,
+        description: String::new(),
+        ephemeral: false,
+        config: [("screen.vnc.listen".to_owned(), "0.0.0.0:5901".to_owned())].into(),
+        devices: Default::default(),
+        profiles: None,
+        source: karst_engine::compute::create::InstanceSource::None,
+        start: false,
+        target: None,
+        vmid: None,
+    };
+    let e = server.engine.instance_create(&admin, "default", request).await.map(drop).unwrap_err();
+    assert_eq!(e.field.as_deref(), Some("config.screen.vnc.listen"));
+    assert!(e.message.contains("screen_listen = [\"0.0.0.0\"]"), "{e}");
+}

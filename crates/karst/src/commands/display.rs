@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use hyper::Method;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::completion::complete;
 use crate::{
@@ -17,7 +17,7 @@ use crate::{
 /// `display ...`
 #[derive(Debug, clap::Subcommand)]
 pub enum Display {
-    /// Show whether viewers are asked for a password, and until when it is valid
+    /// Show whether viewers are asked for a password, until when it is valid, and where they reach the display
     Show {
         /// Virtual machine
         #[arg(add = complete(Kind::Instance))]
@@ -47,6 +47,16 @@ fn url(instance: &str) -> Url {
     Url::new(&["karst", "instances", instance, "vnc"])
 }
 
+/// A line about what listens for viewers.
+fn told(listener: &Value) -> String {
+    let kind = member(listener, "kind");
+    match (listener["address"].as_str(), listener["port"].as_u64()) {
+        (Some(address), Some(port)) if address.contains(':') => format!("{kind} at [{address}]:{port}\n"),
+        (Some(address), Some(port)) => format!("{kind} at {address}:{port}\n"),
+        _ => format!("{kind} does not listen: {}\n", member(listener, "why")),
+    }
+}
+
 impl Display {
     /// Runs it.
     pub async fn run(self, context: &Context) -> Result<()> {
@@ -63,7 +73,8 @@ impl Display {
                         end => format!("a display with a password, valid until {end}\n"),
                     },
                 };
-                output::print(&text)
+                let listeners = state["listeners"].as_array().map(Vec::as_slice).unwrap_or_default();
+                output::print(&(text + &listeners.iter().map(told).collect::<String>()))
             }
             Self::SetPassword { instance, file, until } => {
                 let password = password::read(file.as_deref(), &format!("Password of {instance}'s display"))?;

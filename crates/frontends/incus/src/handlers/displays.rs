@@ -5,6 +5,7 @@ use crate::{
     app::Call,
     respond::{Reply, empty, sync},
 };
+use karst_engine::screens::ScreenListener;
 use karst_model::{
     Error, Result,
     display::{DisplayGuard, DisplayPassword, DisplayProtocol},
@@ -12,13 +13,24 @@ use karst_model::{
 use serde_json::json;
 
 /// `GET /1.0/karst/instances/{name}/vnc`: `{"display", "password", "valid_to"}`: is there one, are viewers asked for a password,
-/// and until when that lets them in.
+/// and until when that lets them in; and of a running machine `"listeners"`, each `{"kind", "address", "port", "why"}`: `vnc`,
+/// `websocket` or `spice`, where it listens, or why it does not.
 ///
 /// # Errors
 /// Not found, forbidden.
 pub async fn get(call: Call) -> Result<Reply> {
     let state = call.engine().display_state(&call.context, call.project(), call.param(0))?;
-    sync(&json!({"display": state.there, "password": state.password, "valid_to": state.valid_to}))
+    let listener = |l: &ScreenListener| {
+        let address = l.at.map(|at| at.ip().to_string());
+        json!({"kind": l.kind.as_str(), "address": address, "port": l.at.map(|at| at.port()), "why": l.why})
+    };
+    let listeners: Vec<_> = state.listeners.iter().map(listener).collect();
+    sync(&json!({
+        "display": state.there,
+        "password": state.password,
+        "valid_to": state.valid_to,
+        "listeners": listeners,
+    }))
 }
 
 /// `PUT /1.0/karst/instances/{name}/vnc`: `{"password", "valid_to"}`: from now on viewers have to know this password, until that

@@ -46,6 +46,7 @@ pub(super) fn read(call: &Call, text: &str) -> Result<Machine, VirError> {
     }
     demand_discs(call, &machine)?;
     graphics::demand_settable(call, &machine.screen)?;
+    graphics::demand_places(call, &machine)?;
     Ok(machine)
 }
 

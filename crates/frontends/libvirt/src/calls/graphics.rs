@@ -1,7 +1,7 @@
 //! The screen of a machine, to viewers that ask for a descriptor (`virt-viewer --attach`, virt-manager) or bring one.
 //!
-//! There is no port: a viewer's connection is a socket pair, of which this relays the other end to the machine's display. And the
-//! password of a screen (ADR 56).
+//! A viewer's connection is a socket pair, of which this relays the other end to the machine's display; ports are the engine's
+//! (ADR 70). And the password of a screen (ADR 56).
 
 use super::{
     Answered, Named,
@@ -15,7 +15,7 @@ use crate::{
     session::{Answer, Call, Driver},
     xml::{
         Element, domain,
-        machine::{Screen, read, refuse, screens},
+        machine::{Machine, Screen, read, refuse, screens},
         read::document,
     },
 };
@@ -165,6 +165,18 @@ pub(super) fn demand_settable(call: &Call, said: &Screen) -> Result<(), VirError
         }
         Screen::Unsaid | Screen::Open => Ok(()),
     }
+}
+
+/// Demands that the host lets the screens of a document listen where it says. What says of no place listens where it may.
+pub(super) fn demand_places(call: &Call, machine: &Machine) -> Result<(), VirError> {
+    let grants = facts(call)?.screens;
+    for (_, listen) in machine.places.screens.listeners().filter(|(_, l)| !l.is_free()) {
+        grants.demand(listen.at()).map_err(|e| refuse("graphics listen", e.message))?;
+        if machine.screen == Screen::Open {
+            grants.demand_open(listen.at()).map_err(|e| refuse("graphics passwd", e.message))?;
+        }
+    }
+    Ok(())
 }
 
 /// `DOMAIN_UPDATE_DEVICE_FLAGS` of a screen. A domain has one password, which counts at once.

@@ -140,7 +140,7 @@ fn document(call: &Call, view: &InstanceView) -> Result<String, VirError> {
     let applied = view.runtime.as_ref().and_then(|r| r.applied.as_ref());
     let config = applied.map_or(&view.expanded_config, |a| &a.config);
     let devices = applied.map_or(&view.expanded_devices, |a| &a.devices);
-    document_of(call, view, config, devices, false, None)
+    document_of(call, view, config, devices, false, (None, &[]))
 }
 
 /// What is stored of a document has no password in it: records and files have it in clear.

@@ -137,7 +137,7 @@ pub fn document(call: &Call, shown: &Shown<'_>) -> Result<String, VirError> {
         ..view.instance.value.clone()
     };
     let (config, devices) = call.session.front.engine.inner().inventory.read().expanded(&then);
-    let domain = super::domain::document_of(call, view, &config, &devices, false, None)?;
+    let domain = super::domain::document_of(call, view, &config, &devices, false, (None, &[]))?;
     let domain = super::read::document(&domain)?;
     let mut disks = Element::new("disks");
     for disk in domain.find("devices").into_iter().flat_map(|d| d.all("disk")) {

@@ -2,7 +2,7 @@
 
 use super::{
     Element,
-    machine::{ShownGuard, owned, write::Shown},
+    machine::{ShownGuard, owned, places::Places, write::Shown},
 };
 use crate::{
     calls::{
@@ -17,6 +17,7 @@ use crate::{
 use karst_engine::{
     InstanceView,
     compute::expand::{ParsedDevices, parse_devices},
+    screens::ScreenListener,
 };
 use karst_model::{
     Config,
@@ -24,6 +25,7 @@ use karst_model::{
     instance::DeviceIdentity,
     keys_machine,
     node::{AcceleratorKind, HostFacts},
+    screens::{ScreenOptions, Screens},
     storage::VolumeContent,
 };
 
@@ -88,7 +90,7 @@ pub fn shown(call: &Call, view: &InstanceView, inactive: bool, secure: bool) -> 
             .display_password(context, project, name)?
             .map(|guard| ShownGuard { password: Some(guard.password), valid_to: guard.valid_to }),
     };
-    document_of(call, view, config, devices, live, guard)
+    document_of(call, view, config, devices, live, (guard, &state.listeners))
 }
 
 /// The document of a domain with these keys and devices, expanded.
@@ -101,7 +103,7 @@ pub fn document_of(
     config: &Config,
     devices: &Devices,
     live: bool,
-    guard: Option<ShownGuard>,
+    (guard, listeners): (Option<ShownGuard>, &[ScreenListener]),
 ) -> Result<String, VirError> {
     let driver = call.opened()?.driver;
     let facts = facts(call)?;
@@ -128,6 +130,8 @@ pub fn document_of(
         let id = Some(domain_id(view)).filter(|_| live);
         let disc = &disc;
         let spice = hardware.display && speaks_spice(config, live.then_some(&facts));
+        let places = Places { screens: Screens::of(config)?, options: ScreenOptions::of(config) };
+        let listeners = live.then_some(listeners);
         let shown = Shown {
             view,
             hardware,
@@ -139,6 +143,8 @@ pub fn document_of(
             cpus,
             pinned,
             spice,
+            places,
+            listeners,
             guard,
             disc,
             bridge,

@@ -204,7 +204,7 @@ pub fn document(
         .get(&name)
         .filter(|i| !super::machine::is_no_drive(i))
         .map(|i| super::machine::target(&i.slot, bus).0);
-    let domain = super::domain::document_of(call, view, &config, &devices, false, None)?;
+    let domain = super::domain::document_of(call, view, &config, &devices, false, (None, &[]))?;
     let domain = super::read::document(&domain)?;
     let mut disks = Element::new("disks");
     for disk in domain.find("devices").into_iter().flat_map(|d| d.all("disk")) {

@@ -51,9 +51,14 @@ impl Server {
     }
 
     pub async fn bounded(bounds: Bounds) -> Self {
+        Self::on(bounds, SimulatedOptions::default()).await
+    }
+
+    /// On a host of these properties.
+    pub async fn on(bounds: Bounds, options: SimulatedOptions) -> Self {
         let env = RealEnv::shared();
         let store: Arc<dyn Store> = Arc::new(SqliteStore::memory(env.clone()).unwrap());
-        let options = SimulatedOptions { address_after: Duration::from_millis(20), ..Default::default() };
+        let options = SimulatedOptions { address_after: Duration::from_millis(20), ..options };
         let agents = Agents::default();
         let node = NodeId(Uuid::from_u128(7));
         let host = SimulatedAgent::new(env.clone(), options);

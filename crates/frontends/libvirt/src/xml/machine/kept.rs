@@ -311,7 +311,11 @@ const DEVICES: &[Row] = &[
     ("console", When(|e| port(e, &["serial"])), "a machine has one, which is its serial port"),
     ("parallel", Never, "there is none"),
     ("channel", When(channel), "the one of the guest agent is there"),
-    ("graphics", When(graphics), "a machine has one screen, which viewers get by a descriptor"),
+    (
+        "graphics",
+        When(graphics),
+        "a machine has a screen of vnc, and one of spice, at an address or by a descriptor, without TLS and sockets",
+    ),
     (
         "video",
         When(|e| {
@@ -404,10 +408,8 @@ fn is_spice(e: &Element) -> bool {
 }
 
 fn graphics(e: &Element) -> bool {
-    let free = is(e, "autoport", &["yes"]) && said(e, "autoport").is_some() || is(e, "port", &["-1", "0"]);
+    // Where it listens is looked at by `places`.
     is(e, "type", &["vnc", "spice"])
-        && free
-        && is(e, "websocket", &["-1"])
         && is(e, "tlsPort", &["-1"])
         && said(e, "socket").is_none()
         // That of SPICE is refused by its own name.

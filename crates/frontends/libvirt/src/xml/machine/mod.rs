@@ -10,6 +10,7 @@ pub mod kept;
 pub mod nodes;
 pub mod options;
 pub mod parts;
+pub mod places;
 pub mod processor;
 pub mod read;
 pub mod spec;
@@ -86,6 +87,8 @@ pub struct Machine {
     pub nics: Vec<Nic>,
     /// Its screen is there by SPICE too.
     pub spice: bool,
+    /// Where its screens listen, and how they are served.
+    pub places: places::Places,
     /// The password of its screen.
     pub screen: Screen,
     /// The rest.

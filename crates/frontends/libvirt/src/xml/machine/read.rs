@@ -1,7 +1,7 @@
 //! From domain XML to the typed form.
 
 use super::{
-    Disk, Kernel, Machine, Nic, Opaque, Screen, Source, board, iotune, kept, number, options, pci_of,
+    Disk, Kernel, Machine, Nic, Opaque, Screen, Source, board, iotune, kept, number, options, pci_of, places,
     priority, processor, refuse, tuning, wrong,
 };
 use crate::{
@@ -99,6 +99,7 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
         disks: vec![],
         nics: vec![],
         spice: false,
+        places: Default::default(),
         screen: Screen::Unsaid,
         opaque,
     };
@@ -156,6 +157,7 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
                     }
                     screens.push(protocol);
                     all.spice |= protocol == DisplayProtocol::Spice;
+                    places::read(e, &mut all.places)?;
                 }
                 match (&all.screen, said) {
                     (_, Screen::Unsaid) => {}

@@ -1,7 +1,7 @@
 //! From the typed form to the engine's words: keys, devices and places of a new machine, or of one that is there. Of one that
 //! is there only what the document changes is changed, so that what libvirt has no word for stays.
 
-use super::{Disk, Kernel, Machine, Nic, Source, refuse, tuning};
+use super::{Disk, Kernel, Machine, Nic, Source, places::Places, refuse, tuning};
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
     error::VirError,
@@ -206,7 +206,17 @@ fn root(machine: &Machine) -> Option<&Disk> {
 
 /// The keys of what is on its board, as it is to be.
 fn board(config: &mut Config, was: &Board, is: &Board) {
-    for ((key, was), (_, is)) in was.keys().into_iter().zip(is.keys()) {
+    change_keys(config, was.keys(), is.keys());
+}
+
+/// Those of where its screens listen.
+fn screens(config: &mut Config, was: &Places, is: &Places) {
+    change_keys(config, was.screens.keys(), is.screens.keys());
+    change_keys(config, was.options.keys(), is.options.keys());
+}
+
+fn change_keys<T: IntoIterator<Item = (&'static str, Option<String>)>>(config: &mut Config, was: T, is: T) {
+    for ((key, was), (_, is)) in was.into_iter().zip(is) {
         if was != is {
             // An empty value takes back what a profile says.
             let none = is.is_none() && !config.contains_key(key);
@@ -231,6 +241,7 @@ pub fn create(machine: &Machine) -> Result<Created, VirError> {
     set(&mut config, "hardware.balloon", (!machine.balloon).then_some("false"));
     set(&mut config, "hardware.boot_menu", yes(machine.boot_menu));
     set(&mut config, SPICE, yes(machine.spice));
+    screens(&mut config, &Places::default(), &machine.places);
     set(&mut config, "hardware.clock", machine.local_time.then_some("localtime"));
     set(&mut config, "hardware.hyperv", yes(machine.hyper_v));
     set(&mut config, AUTORESTART, yes(machine.restarts));
@@ -308,6 +319,7 @@ pub fn update(present: &Present<'_>, new: &Machine) -> Result<Updated, VirError>
     if old.spice != new.spice {
         set(&mut config, SPICE, Some(new.spice.to_string()));
     }
+    screens(&mut config, &old.places, &new.places);
     if old.local_time != new.local_time {
         set(&mut config, "hardware.clock", Some(if new.local_time { "localtime" } else { "utc" }));
     }

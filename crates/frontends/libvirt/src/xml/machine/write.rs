@@ -1,8 +1,8 @@
 //! From an instance to domain XML, with what was kept of the document that it was defined by.
 
 use super::{
-    Kernel, Opaque, ShownGuard, Source, board, iotune, kept, nodes, options, owned, parts, pci_of, priority,
-    processor, read, screens, target, tuning,
+    Kernel, Opaque, ShownGuard, Source, board, iotune, kept, nodes, options, owned, parts, pci_of, places,
+    places::Places, priority, processor, read, screens, target, tuning,
 };
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
@@ -12,6 +12,7 @@ use crate::{
 use karst_engine::{
     InstanceView,
     compute::expand::{in_local_time, parse_devices, told_of_hyper_v},
+    screens::ScreenListener,
 };
 use karst_model::{
     Config,
@@ -47,6 +48,10 @@ pub struct Shown<'a> {
     pub pinned: Option<String>,
     /// Its screen is there by SPICE too.
     pub spice: bool,
+    /// Where its screens are to listen, and how they are served.
+    pub places: Places,
+    /// What listens of one that runs.
+    pub listeners: Option<&'a [ScreenListener]>,
     /// The password of its screen, if it has one.
     pub guard: Option<ShownGuard>,
     /// Is the volume of this pool and name a disc?
@@ -474,17 +479,18 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
     let screen = shown.hardware.display && (asked || shown.spice);
     let said = |e: &Element| {
         let protocol = read::protocol(e).filter(|_| e.name() == "graphics");
-        protocol.filter(|p| shown.spice || *p != DisplayProtocol::Spice)
+        protocol
+            .filter(|p| shown.spice || *p != DisplayProtocol::Spice)
+            .filter(|_| places::holds(e, &shown.places))
     };
     let kept_screens: Vec<_> = opaque.devices.iter().filter_map(said).collect();
     let own_screen = screen && (live || kept_screens.is_empty());
     for protocol in screens(shown.spice) {
-        let unsaid = *protocol == DisplayProtocol::Spice && !kept_screens.contains(protocol);
-        if own_screen || (screen && unsaid) {
-            let listen = Element::new("listen").with("type", "none");
-            let mut graphics = Element::new("graphics").with("type", protocol.as_str());
+        let wanted = *protocol == DisplayProtocol::Spice || shown.places.screens.vnc.is_some();
+        if own_screen || (screen && wanted && !kept_screens.contains(protocol)) {
+            let mut graphics = places::shown(*protocol, &shown.places, shown.listeners);
             secure(&mut graphics, shown.guard.as_ref());
-            devices.push(graphics.child(listen));
+            devices.push(graphics);
         }
     }
     if screen && shown.spice {
@@ -514,7 +520,7 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
     }
     let there = |e: &&Element| match e.name() {
         "tpm" => parsed.tpm.is_some() && same_tpm,
-        "graphics" => !own_screen && (shown.spice || read::protocol(e) != Some(DisplayProtocol::Spice)),
+        "graphics" => !own_screen && said(e).is_some(),
         "memballoon" => same_balloon,
         name if board::holds(e) => !stale.contains(&name),
         _ => true,

@@ -125,7 +125,7 @@ const SAMPLES: &[(&str, &str, &str, &str)] = &[
         "devices",
         "graphics",
         "<graphics type='vnc' port='-1' autoport='yes'><listen type='address' address='127.0.0.1'/></graphics>",
-        "<graphics type='vnc' port='5907' autoport='no'/>",
+        "<graphics type='vnc'><listen type='socket'/></graphics>",
     ),
     (
         "devices",
