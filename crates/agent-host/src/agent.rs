@@ -744,6 +744,7 @@ impl RealAgent {
             disks,
             // Read at a start only.
             kernel: None,
+            ports: BTreeMap::new(),
             nodes,
             proxies,
             nics,

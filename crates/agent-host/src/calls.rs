@@ -113,6 +113,7 @@ impl RealAgent {
             }
             let mut guest = self.resolve(spec, &record, &networks).await?;
             guest.kernel = self.kernel(&guest).await?;
+            guest.ports = self.ports(&guest).await?;
             driver.start(&guest).await
         };
         match outcome.await {
@@ -314,6 +315,18 @@ impl RealAgent {
         let stream =
             driver.console(request.instance, request.force).await.map_err(as_state(request.instance))?;
         let (value, fd) = self.sessions.console(request.instance, stream, driver.clone())?;
+        Ok(WithFds { value, fds: vec![fd] })
+    }
+
+    async fn port(&self, request: PortAttach) -> Result<WithFds<SessionId>> {
+        self.sessions.room()?;
+        let PortAttach { instance, port, force } = request;
+        let machine = self.machine(instance)?;
+        if !self.sessions.leave_port(instance, &port, force) {
+            return Err(Error::conflict("somebody is attached to this port; force ends that"));
+        }
+        let stream = machine.port(instance, &port).await.map_err(as_state(instance))?;
+        let (value, fd) = self.sessions.port(instance, port, stream)?;
         Ok(WithFds { value, fds: vec![fd] })
     }
 
@@ -720,6 +733,7 @@ calls! {
         Ok(())
     }
     read console_attach(me, request: ConsoleAttach) -> WithFds<SessionId> { me.console(request).await }
+    read port_attach(me, request: PortAttach) -> WithFds<SessionId> { me.port(request).await }
     read guest_reset(me, guest: GuestRef) -> () {
         let _lock = me.lock(guest.instance.0).await;
         me.meant(guest)?;

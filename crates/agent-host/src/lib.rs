@@ -34,6 +34,7 @@ mod policy;
 mod pool_growth;
 mod pool_kinds;
 mod pools;
+mod ports;
 mod proxies;
 mod publish;
 mod purge;

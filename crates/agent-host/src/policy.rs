@@ -60,6 +60,11 @@ pub struct HostPolicy {
     /// Those of them at which a screen may listen also when it has no password: every user and every program that reaches the
     /// address uses it then, and on the loopback these are all of the host.
     pub screen_listen_open: Vec<String>,
+    /// Files, sockets and devices of the host that ports of virtual machines may lead to, each as it stands there, and those below
+    /// directories. Files are made and written as root, whose they are.
+    pub port_paths: Vec<PathBuf>,
+    /// Addresses that they may listen at and connect to: `127.0.0.1:4555`, `127.0.0.1` for all its ports, `*` for all.
+    pub port_addresses: Vec<String>,
     /// What uploads of images may take.
     pub uploads: crate::staging::UploadLimits,
     /// What backups may take.
@@ -138,9 +143,14 @@ impl HostPolicy {
             let text = format!("{}: {}", path.display(), e.message);
             Error::invalid(e.field.as_deref().unwrap_or(FILE), text)
         })?;
+        policy.check_ports().map_err(|e| {
+            let text = format!("{}: {}", path.display(), e.message);
+            Error::invalid(e.field.as_deref().unwrap_or(FILE), text)
+        })?;
         let places = policy.path_prefixes.iter().map(|p| ("path_prefixes", p));
         let places = places.chain(policy.disk_paths.iter().map(|p| ("disk_paths", p)));
         let places = places.chain(policy.save_paths.iter().map(|p| ("save_paths", p)));
+        let places = places.chain(policy.port_paths.iter().map(|p| ("port_paths", p)));
         let named = |p: &&PathBuf| p.to_str().is_some_and(|p| p.starts_with("zfs:") || p.starts_with("lvm:"));
         let sources = policy.pool_sources.iter().filter(|p| !named(p));
         for (field, prefix) in places.chain(sources.map(|p| ("pool_sources", p))) {

@@ -27,6 +27,8 @@ enum Kind {
     Console(OwnedFd, Arc<dyn GuestDriver>),
     /// The same of a screen, which has no terminal.
     Display(OwnedFd),
+    /// The same of a port, with the name of its device.
+    Port(OwnedFd, String),
     FileWrite,
 }
 
@@ -44,7 +46,7 @@ impl Session {
         match &self.kind {
             Kind::Exec(control) => control.resize(columns, rows).await,
             Kind::Console(_, driver) => driver.console_resize(self.instance, columns, rows).await,
-            Kind::Display(_) | Kind::FileWrite => {
+            Kind::Display(_) | Kind::Port(..) | Kind::FileWrite => {
                 Err(Error::unsupported("only a program with a terminal has a size"))
             }
         }
@@ -58,7 +60,7 @@ impl Session {
     }
 
     fn is_console(&self) -> bool {
-        matches!(self.kind, Kind::Console(..) | Kind::Display(_))
+        matches!(self.kind, Kind::Console(..) | Kind::Display(_) | Kind::Port(..))
     }
 
     fn ended(&self) -> bool {
@@ -69,7 +71,7 @@ impl Session {
         if let Some(task) = self.task.lock().take() {
             task.abort();
         }
-        if let Kind::Console(stream, _) | Kind::Display(stream) = &self.kind {
+        if let Kind::Console(stream, _) | Kind::Display(stream) | Kind::Port(stream, _) = &self.kind {
             // A terminal's master cannot be shut down; closing ours is all there is to do then.
             let _ = rustix::net::shutdown(stream, Shutdown::Both);
         }
@@ -152,6 +154,26 @@ impl Sessions {
     pub fn display(&self, instance: InstanceId, stream: OwnedFd) -> Result<(SessionId, OwnedFd)> {
         let ours = stream.try_clone()?;
         let (id, _) = self.add(instance, Kind::Display(ours));
+        Ok((id, stream))
+    }
+
+    /// Ends who is attached to a port, if `force`; answers whether nobody is.
+    pub fn leave_port(&self, instance: InstanceId, port: &str, force: bool) -> bool {
+        let of = |s: &&Arc<Session>| {
+            let same = matches!(&s.kind, Kind::Port(_, name) if name == port);
+            same && s.instance == instance && !s.ended()
+        };
+        let attached: Vec<_> = self.open.lock().values().filter(of).cloned().collect();
+        if force {
+            attached.iter().for_each(|session| session.end());
+        }
+        force || attached.is_empty()
+    }
+
+    /// A port that is attached to.
+    pub fn port(&self, instance: InstanceId, port: String, stream: OwnedFd) -> Result<(SessionId, OwnedFd)> {
+        let ours = stream.try_clone()?;
+        let (id, _) = self.add(instance, Kind::Port(ours, port));
         Ok((id, stream))
     }
 

@@ -498,6 +498,8 @@ agent_calls! {
     read fn exec_output_delete(ExecOutputDelete: ExecOutput) -> ();
     /// Attaches to the console: one descriptor, both ways.
     read fn console_attach(ConsoleAttach: ConsoleAttach) -> WithFds<SessionId>;
+    /// Attaches to a port of a running virtual machine that leads to who attaches: one descriptor, both ways.
+    read fn port_attach(PortAttach: PortAttach) -> WithFds<SessionId>;
     /// Presses the reset button of a running virtual machine.
     read fn guest_reset(GuestReset: GuestRef) -> ();
     /// Presses keys of a running virtual machine.
@@ -814,6 +816,17 @@ pub struct SessionSignal {
 pub struct ConsoleAttach {
     /// Whose.
     pub instance: InstanceId,
+    /// Ends the attachment that is there.
+    pub force: bool,
+}
+
+/// Port to attach to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortAttach {
+    /// Whose.
+    pub instance: InstanceId,
+    /// Name of its device.
+    pub port: String,
     /// Ends the attachment that is there.
     pub force: bool,
 }

@@ -256,6 +256,7 @@ impl Subject {
                 scsi_iothread: None,
                 kernel: None,
                 strings: vec![],
+                lines: vec![],
                 resume: false,
                 paused: false,
                 accelerator: None,

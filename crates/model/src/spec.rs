@@ -6,7 +6,8 @@ use crate::{
     ByteSize, DeviceId, ImageId, InstanceId, NetworkId, PoolId, ProjectId, Result, SnapshotId, VolumeId,
     board::Board,
     device::{
-        DiskIo, DriveFormat, DriveMedia, NicModel, NodeDevice, ParentLink, PortVlans, ProxyDevice, RoutedLink,
+        DiskIo, DriveFormat, DriveMedia, NicModel, NodeDevice, ParentLink, PortDevice, PortVlans,
+        ProxyDevice, RoutedLink,
     },
     firewall::{AclSpec, AddressSetSpec, ForwardSpec, Policy},
     image::Application,
@@ -136,6 +137,9 @@ pub struct MachineSpec {
     /// Strings of its SMBIOS (type 11), at most [`crate::keys_machine::MOST_STRINGS`]; some may be secrets.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub strings: Vec<String>,
+    /// Ports beside its console.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lines: Vec<LineSpec>,
     /// This start goes on where the machine was when its memory was saved.
     #[serde(default)]
     pub resume: bool,
@@ -144,6 +148,15 @@ pub struct MachineSpec {
     pub paused: bool,
     /// Pass the accelerator explicitly only when a test or the user forces one; otherwise the host chooses.
     pub accelerator: Option<crate::node::AcceleratorKind>,
+}
+
+/// A port of a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LineSpec {
+    /// Name of its device.
+    pub name: String,
+    /// What it is.
+    pub device: PortDevice,
 }
 
 /// A kernel that a virtual machine is started with. The host reads the files at the start and not again.

@@ -438,6 +438,7 @@ fn cases() -> Vec<Case> {
         exec_output Use |f, c, p| { let name = kept_output(f).await; f.w.engine.exec_output(c, p, "run", &name).await.map(drop) };
         exec_output_delete Use |f, c, p| { let name = kept_output(f).await; f.w.engine.exec_output_delete(c, p, "run", &name).await };
         console Use |f, c, p| f.w.engine.console(c, p, "run", false).await.map(drop);
+        machine_port Use |f, c, p| of_a_machine(f.w.engine.machine_port(c, p, "run", "serial1", false).await.map(drop));
         console_log Use |f, c, p| f.w.engine.console_log(c, p, "run", false).await.map(drop);
         console_log Edit |f, c, p| f.w.engine.console_log(c, p, "run", true).await.map(drop);
         instance_log Use |f, c, p| f.w.engine.instance_log(c, p, "run", false).await.map(drop);

@@ -394,6 +394,11 @@ calls! {
             pending.extend(names);
             let mut drives: Vec<_> = spec.disks.iter().filter(|d| d.path.is_none()).cloned().collect();
             pending.extend(super::threads::update(guest, &spec, &mut drives));
+            let ports = |spec: &GuestSpec| spec.machine.as_ref().map(|m| m.lines.clone()).unwrap_or_default();
+            let (now_there, then) = (ports(&guest.spec), ports(&spec));
+            let changed = now_there.iter().chain(&then).filter(|l| !(now_there.contains(l) && then.contains(l)));
+            let names: std::collections::BTreeSet<_> = changed.map(|l| format!("devices.{}", l.name)).collect();
+            pending.extend(names);
             guest.spec.disks = drives.into_iter().chain(now).collect();
         } else {
             guest.spec.limits = spec.limits.clone();
@@ -671,7 +676,11 @@ calls! {
         }
         Ok(())
     }
-    read console_attach(me, request: ConsoleAttach) -> WithFds<SessionId> { me.console(request) }
+    read console_attach(me, request: ConsoleAttach) -> WithFds<SessionId> { me.console(request, None) }
+    read port_attach(me, request: PortAttach) -> WithFds<SessionId> {
+        let PortAttach { instance, port, force } = request;
+        me.console(ConsoleAttach { instance, force }, Some(port))
+    }
     read guest_reset(me, guest: GuestRef) -> () {
         demand_machine(me.settled().running(guest)?)?;
         me.happens(guest.instance, Happened::Reset);

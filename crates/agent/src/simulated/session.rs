@@ -25,6 +25,8 @@ pub(super) struct Session {
     pub instance: InstanceId,
     pub kind: SessionKind,
     pub ends_with_guest: bool,
+    /// The port that it is attached to; the console when there is none.
+    pub port: Option<String>,
     shared: Arc<Shared>,
 }
 
@@ -81,6 +83,7 @@ impl Session {
             instance,
             kind,
             ends_with_guest: kind != SessionKind::FileWrite,
+            port: None,
             shared: Arc::new(Shared {
                 exit: watch::Sender::new(None),
                 signal: AtomicI32::new(0),

@@ -9,7 +9,7 @@ use super::{
 use crate::{acl_logs::AclLogRead, asks::GuestAsk, calls::*, displays::DisplayGuardSet, outputs::*};
 use karst_model::{
     ByteSize, Config, Error, InstanceId, NetworkId, PoolId, Result, SessionId,
-    device::interface_name,
+    device::{PortEnd, interface_name},
     display::{DisplayGuard, DisplayProtocol},
     guest::{AskedBy, FileKind, GuestWish, Observed, StopMode},
     image::{DiskFormat, ImageFacts},
@@ -644,14 +644,25 @@ impl SimulatedAgent {
         Ok(WithFds { value: id, fds: vec![fd] })
     }
 
-    pub(super) fn console(&self, request: ConsoleAttach) -> Result<WithFds<SessionId>> {
+    /// The console, or a port, where what is typed comes back too.
+    pub(super) fn console(&self, request: ConsoleAttach, port: Option<String>) -> Result<WithFds<SessionId>> {
         let mut state = self.settled();
         let guest = state.guests.get(&request.instance).ok_or_else(|| no_guest(request.instance))?;
         if !guest.runs() {
             return Err(Error::conflict(format!("instance {} is not running", request.instance)));
         }
+        if let Some(name) = &port {
+            demand_machine(guest)?;
+            let mut lines = guest.spec.machine.iter().flat_map(|m| &m.lines);
+            match lines.find(|l| l.name == *name).map(|l| &l.device.to) {
+                Some(PortEnd::Stream {}) => {}
+                Some(_) => return Err(Error::unsupported(format!("the port {name:?} leads elsewhere"))),
+                None => return Err(Error::not_found(format!("the machine has no port {name:?}"))),
+            }
+        }
         let attached = |s: &&Session| {
-            s.kind == SessionKind::Console && s.instance == request.instance && s.exit().is_none()
+            let same = s.kind == SessionKind::Console && s.port == port;
+            same && s.instance == request.instance && s.exit().is_none()
         };
         if let Some(old) = state.sessions.values().find(attached) {
             if !request.force {
@@ -660,14 +671,16 @@ impl SimulatedAgent {
             old.end();
         }
         let (states, instance) = (self.state.clone(), request.instance);
+        let own = port.is_none();
         let log = move |typed: &[u8]| {
-            if let Some(guest) = states.lock().unwrap().guests.get_mut(&instance) {
+            if own && let Some(guest) = states.lock().unwrap().guests.get_mut(&instance) {
                 guest.console_extra.extend_from_slice(typed);
                 let surplus = guest.console_extra.len().saturating_sub(64 << 10);
                 guest.console_extra.drain(..surplus);
             }
         };
-        let (session, fd) = Session::console(request.instance, log)?;
+        let (mut session, fd) = Session::console(request.instance, log)?;
+        session.port = port;
         let id = SessionId(self.env.uuid());
         state.add_session(id, session)?;
         Ok(WithFds { value: id, fds: vec![fd] })

@@ -130,6 +130,10 @@ pub trait GuestMachine: Send + Sync {
     /// device has grown before. Conflict for a disk that cannot grow live, not found when no such disk is attached.
     async fn grow(&self, instance: InstanceId, path: &std::path::Path, size: u64) -> Result<()>;
 
+    /// Attaches to the port of this device, which leads to who attaches. One at a time: who keeps the attachments sees to that.
+    /// Not found without such a port, unsupported for one that leads elsewhere.
+    async fn port(&self, instance: InstanceId, port: &str) -> Result<OwnedFd>;
+
     /// What it has done so far.
     async fn figures(&self, instance: InstanceId) -> Result<MachineFigures>;
 

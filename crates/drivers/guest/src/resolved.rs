@@ -75,6 +75,8 @@ pub struct ResolvedGuest {
     pub disks: Vec<ResolvedDisk>,
     /// What a virtual machine is started with in place of what its disks would boot; its command line is in `machine`.
     pub kernel: Option<ResolvedKernel>,
+    /// What its ports lead to, and their logs, by the names of their devices; none for what the driver makes itself.
+    pub ports: BTreeMap<String, ResolvedPort>,
     /// Device nodes (containers).
     pub nodes: Vec<ResolvedNode>,
     /// Proxies (containers).
@@ -134,6 +136,15 @@ impl ResolvedGuest {
             }
         }
     }
+}
+
+/// What is at the other end of a port of a virtual machine.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ResolvedPort {
+    /// A file to be written, a device, a socket that listens, or one that is connected.
+    pub end: Option<Opened>,
+    /// A file to be written.
+    pub log: Option<Opened>,
 }
 
 /// A kernel and its initial file system: open to be read, and readable by the user that QEMU runs as.

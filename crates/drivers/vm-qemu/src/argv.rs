@@ -8,7 +8,7 @@ use crate::{
     board,
     devices::{Bus, Disk, Layout, MAX_DISKS, MAX_NICS, Nic, virtio},
     directories::{Directory, MAX_DIRECTORIES, Way},
-    threads,
+    ports, threads,
 };
 use karst_model::{
     Error, Result,
@@ -73,6 +73,8 @@ pub mod fd {
     pub const DISK: i32 = 40;
     /// First shared directory.
     pub const DIRECTORY: i32 = 200;
+    /// Of the first port; each has this and the next, which is of its log.
+    pub const PORT: i32 = 300;
 }
 
 /// What Windows wants to know of its hypervisor.
@@ -346,7 +348,10 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
     }
 
     opt("-chardev", format!("socket,id=console,fd={}", fd::CONSOLE));
-    opt("-serial", "chardev:console".into());
+    let ports = ports::options(&m.spec.lines)?;
+    if !ports.first_serial {
+        opt("-serial", "chardev:console".into());
+    }
     opt("-chardev", format!("socket,id=qmp,fd={},server=on,wait=off", fd::QMP));
     opt("-mon", "chardev=qmp,mode=control".into());
     opt("-chardev", format!("socket,id=events,fd={},server=on,wait=off", fd::EVENTS));
@@ -442,6 +447,10 @@ pub fn argv(m: &Machine) -> Result<Vec<String>> {
         }
     }
     for (option, value) in board::devices(&m.spec.board, layout, m.spice)? {
+        opt(option, value);
+    }
+    sets.extend(ports.sets);
+    for (option, value) in ports.options {
         opt(option, value);
     }
     threads::demand_few(&m.spec.iothreads)?;

@@ -8,7 +8,7 @@ use crate::{
     inside::Inside,
     launch::{self, Groups, explain, limits, prepare},
     machine::{Ask, Machine, Tell, Tells, exit_reason, own, run_state},
-    memory_files, monitor, plug, probe,
+    memory_files, monitor, plug, ports, probe,
     qmp::Qmp,
     record::Record,
     resize, saved, states, still, threads, threshold, tpm, virtiofs,

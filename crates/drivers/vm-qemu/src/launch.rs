@@ -4,7 +4,7 @@
 use crate::{
     argv::{Machine, argv, fd},
     devices::{Disk, Layout, Nic},
-    directories,
+    directories, ports,
     probe::kvm_group,
     record::Record,
     seed, share, threads,
@@ -375,6 +375,7 @@ pub(crate) fn prepare(
             return Err(Error::internal("the kernel of the guest was not opened", &wanted.name));
         }
     }
+    fds.extend(ports::descriptors(guest, &spec.lines)?);
     if let Some((_, template)) = code {
         fds.push((fd::VARS, nvram(&guest.state_dir, nvram_file(spec.firmware), template)?));
     }
@@ -453,6 +454,7 @@ pub(crate) fn remove_sockets(dir: &Path) {
     for name in [QMP, EVENTS, AGENT, LINK, BACKUP] {
         let _ = std::fs::remove_file(dir.join(name));
     }
+    ports::remove_sockets(dir);
 }
 
 /// What QEMU's last words mean, for a user.

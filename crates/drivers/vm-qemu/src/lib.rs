@@ -34,6 +34,7 @@ mod monitor;
 mod news;
 mod owners;
 mod plug;
+mod ports;
 pub mod probe;
 pub mod qmp;
 mod record;

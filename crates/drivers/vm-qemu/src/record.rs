@@ -200,6 +200,7 @@ impl Record {
                 ("smbios11", now.strings != new.strings),
                 (SCSI_IOTHREAD, now.scsi_iothread != new.scsi_iothread),
             ];
+            pending.extend(crate::ports::pending(&now.lines, &new.lines));
             pending.extend(now.screen.differences(&new.screen).into_iter().map(str::to_owned));
             pending.extend(now.board.differences(&new.board).into_iter().map(str::to_owned));
             if now.kernel != new.kernel {

@@ -6,7 +6,12 @@
 
 use crate::{launch, machine::Inner, qmp::Qmp, record::Record};
 use karst_guest::{MemoryShape, ResolvedDisk};
-use karst_model::{Error, ErrorKind, Result, board::Board, device::DiskCache, spec::MachineSpec};
+use karst_model::{
+    Error, ErrorKind, Result,
+    board::Board,
+    device::{DiskCache, PortDevice, PortEnd},
+    spec::{LineSpec, MachineSpec},
+};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::{
@@ -28,6 +33,12 @@ const RAM_NEW: &str = "ram.new";
 const SHAPE: &str = "shape.json";
 /// Its files; the last says that it is whole.
 pub(crate) const FILES: [&str; 2] = [SHAPE, RAM];
+
+/// What a guest sees of a port.
+fn seen(line: &LineSpec) -> LineSpec {
+    let device = PortDevice { place: line.device.place.clone(), to: PortEnd::Null {}, log: None };
+    LineSpec { name: line.name.clone(), device }
+}
 /// The name of the descriptor in QEMU.
 const FD: &str = "state";
 const GREETING: Duration = Duration::from_secs(10);
@@ -87,8 +98,9 @@ impl Shape {
                 ends_on_reboot: false,
                 // The time goes on as it was saved.
                 local_time: false,
-                // Nor who looks at it, and how.
+                // Nor who looks at it, and how, and what its ports lead to.
                 screen: Default::default(),
+                lines: h.lines.iter().map(seen).collect(),
                 board: Board { clock_start: None, clock_zone: None, ..h.board.clone() },
                 // Who serves the disks is not the guest's to see.
                 iothreads: vec![],

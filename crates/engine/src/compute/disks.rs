@@ -126,6 +126,17 @@ pub(crate) fn demand_drives(context: &Context, now: &Devices, wanted: &Devices) 
         let text = "only administrators of the server let a machine out as the host itself; use a network";
         return Err(Error::forbidden(text).at(format!("devices.{device}.nictype")));
     }
+    let end = |keys: &BTreeMap<String, String>| {
+        let port = keys.get("type").is_some_and(|t| t == "port");
+        let of_host =
+            ["path", "address", "log"].iter().any(|key| keys.get(*key).is_some_and(|v| !v.is_empty()));
+        port && of_host
+    };
+    let new = wanted.iter().find(|(device, keys)| end(keys) && now.get(*device) != Some(*keys));
+    if let Some((device, _)) = new.filter(|_| !context.principal().may(Permission::ServerEdit, None)) {
+        let text = "only administrators of the server lead ports of a machine to paths and addresses of the host; use to=stream";
+        return Err(Error::forbidden(text).at(format!("devices.{device}.to")));
+    }
     let new = wanted.iter().find(|(device, keys)| gains(now.get(*device), keys));
     let Some((device, _)) = new.filter(|_| !context.principal().may(Permission::ServerEdit, None)) else {
         return Ok(());

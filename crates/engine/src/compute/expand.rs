@@ -5,8 +5,8 @@ use karst_model::{
     Config, DeviceId, Error, InstanceId, Missing, Result, VolumeId, application,
     board::Board,
     device::{
-        Device, Devices, DiskBus, DiskDevice, DiskOrigin, KernelDevice, NicDevice, NodeDevice, ProxyDevice,
-        RootDevice,
+        Device, Devices, DiskBus, DiskDevice, DiskOrigin, KernelDevice, NicDevice, NodeDevice, PortDevice,
+        PortPlace, ProxyDevice, RootDevice, VIRTIO_PORTS,
     },
     instance::{DeviceIdentity, Hardware, Instance, InstanceKind},
     keys, keys_machine,
@@ -15,8 +15,8 @@ use karst_model::{
     screens::{ScreenOptions, Screens},
     signal,
     spec::{
-        DiskSource, DiskSpec, GuestApi, GuestSpec, KernelSpec, MachineSpec, NicLink, NicSpec, NodeSpec,
-        ProxySpec, RootSpec,
+        DiskSource, DiskSpec, GuestApi, GuestSpec, KernelSpec, LineSpec, MachineSpec, NicLink, NicSpec,
+        NodeSpec, ProxySpec, RootSpec,
     },
     storage::{Volume, VolumeContent},
     threads::{self, IoThread},
@@ -40,6 +40,8 @@ pub struct ParsedDevices {
     pub tpm: Option<String>,
     /// Name and kernel that it is started with.
     pub kernel: Option<(String, KernelDevice)>,
+    /// Names and ports, in name order.
+    pub ports: Vec<(String, PortDevice)>,
 }
 
 /// Parses expanded devices and checks what they need of each other: exactly one root disk, distinct names and addresses
@@ -50,6 +52,7 @@ pub struct ParsedDevices {
 pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
     let (mut root, mut tpm, mut kernel) = (None, None::<String>, None::<(String, KernelDevice)>);
     let (mut disks, mut nodes, mut proxies, mut nics) = (vec![], vec![], vec![], vec![]);
+    let mut ports = vec![];
     for (name, keys) in devices {
         match Device::parse(name, keys)? {
             Device::Root(d) => {
@@ -65,6 +68,7 @@ pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
             Device::Nic(d) => nics.push((name.clone(), d)),
             Device::Node(d) => nodes.push((name.clone(), d)),
             Device::Proxy(d) => proxies.push((name.clone(), d)),
+            Device::Port(d) => ports.push((name.clone(), d)),
             Device::Tpm(_) => {
                 if let Some(other) = tpm.replace(name.clone()) {
                     return Err(Error::invalid(
@@ -84,6 +88,7 @@ pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
             Device::None => {}
         }
     }
+    demand_places(&ports)?;
     let mut guest_names = BTreeMap::new();
     for (device, nic) in &nics {
         let guest = nic_guest_name(device, nic);
@@ -111,7 +116,28 @@ pub fn parse_devices(devices: &Devices) -> Result<ParsedDevices> {
             "the instance has no root disk; add a disk with path=/ and a pool, or a profile that has one",
         )
     })?;
-    Ok(ParsedDevices { root, disks, nodes, proxies, nics, tpm, kernel })
+    Ok(ParsedDevices { root, disks, nodes, proxies, nics, tpm, kernel, ports })
+}
+
+/// Each port is at a place of its own, and there are not more than QEMU has room for.
+fn demand_places(ports: &[(String, PortDevice)]) -> Result<()> {
+    let mut places: BTreeMap<&PortPlace, &String> = BTreeMap::new();
+    for (name, port) in ports {
+        let unnamed = port.place == PortPlace::Channel { name: None };
+        if let Some(other) = places.insert(&port.place, name).filter(|_| !unnamed) {
+            let key = if port.place.number().is_some() { "number" } else { "name" };
+            let text = format!("the ports {other:?} and {name:?} are the same to the guest");
+            return Err(Error::invalid(format!("devices.{name}.{key}"), text));
+        }
+    }
+    let virtio: Vec<_> = ports.iter().filter(|(_, port)| port.place.is_virtio()).collect();
+    match virtio.get(VIRTIO_PORTS) {
+        Some((name, _)) => {
+            let text = format!("a machine has {VIRTIO_PORTS} consoles and channels of virtio at most");
+            Err(Error::invalid(format!("devices.{name}.port"), text))
+        }
+        None => Ok(()),
+    }
 }
 
 /// Makes the root disk one that the instance owns: that of a copy is never the original's volume.
@@ -441,6 +467,10 @@ pub fn guest_spec(
             iothreads,
             kernel: parsed.kernel.as_ref().map(|(name, k)| kernel(lookups, name, k)).transpose()?,
             strings: keys_machine::strings(config)?,
+            lines: {
+                let lines = parsed.ports.iter();
+                lines.map(|(name, d)| LineSpec { name: name.clone(), device: d.clone() }).collect()
+            },
             resume: false,
             paused: false,
             accelerator: None,
@@ -452,6 +482,10 @@ pub fn guest_spec(
     };
     if let (Some((name, _)), InstanceKind::Container) = (&parsed.kernel, instance.kind) {
         let text = "containers run on the kernel of their host; virtual machines are started with others";
+        return Err(Error::unsupported(text).at(format!("devices.{name}.type")));
+    }
+    if let (Some((name, _)), InstanceKind::Container) = (parsed.ports.first(), instance.kind) {
+        let text = "ports are of virtual machines; a container has its console";
         return Err(Error::unsupported(text).at(format!("devices.{name}.type")));
     }
     if let (Some(name), InstanceKind::Container) = (&parsed.tpm, instance.kind) {
@@ -643,6 +677,26 @@ mod tests {
             uuid: uuid::Uuid::nil(),
             cloud_init_id: uuid::Uuid::nil(),
         }
+    }
+
+    #[test]
+    fn ports_have_places_of_their_own() {
+        let port =
+            |kind: &'static str, number: &'static str| [("type", "port"), ("port", kind), ("number", number)];
+        let (one, two) = (port("serial", "1"), port("serial", "2"));
+        let good = devices(&[ROOT, ("a", &one), ("b", &two), ("c", &port("parallel", "1"))]);
+        assert_eq!(parse_devices(&good).unwrap().ports.len(), 3);
+        let e = parse_devices(&devices(&[ROOT, ("a", &one), ("b", &one)])).unwrap_err();
+        assert_eq!(e.field.as_deref(), Some("devices.b.number"));
+        // Channels without a name are told apart by their order alone.
+        let unnamed = [("type", "port"), ("port", "channel")];
+        let names: Vec<String> = (0..=VIRTIO_PORTS).map(|n| format!("c{n:02}")).collect();
+        let mut all = vec![ROOT];
+        all.extend(names.iter().map(|name| (name.as_str(), &unnamed[..])));
+        let e = parse_devices(&devices(&all)).unwrap_err();
+        assert_eq!(e.field.as_deref(), Some("devices.c10.port"));
+        all.pop();
+        assert_eq!(parse_devices(&devices(&all)).unwrap().ports.len(), VIRTIO_PORTS);
     }
 
     #[test]

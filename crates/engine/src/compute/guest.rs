@@ -3,7 +3,7 @@
 use crate::{Engine, EngineInner, InstanceView, context::Context, events::context_of};
 use karst_agent::{
     CallContext, ConsoleAttach, ConsoleLog, ExecStart, FileOpened, FileRef, FileWriteRequest, GuestAsk,
-    GuestRef, HostAgent, KeyPresses, SessionResize, SessionSignal, VolumeRef,
+    GuestRef, HostAgent, KeyPresses, PortAttach, SessionResize, SessionSignal, VolumeRef,
 };
 use karst_env::EnvExt;
 use karst_model::{
@@ -354,6 +354,26 @@ impl Engine {
         let (view, agent) = self.running(context, project, name)?;
         let attach = ConsoleAttach { instance: view.instance.id, force };
         let answer = agent.console_attach(&CallContext::read(CALL), attach).await?;
+        Ok(ExecSession { fds: answer.fds, session: self.session(agent, answer.value) })
+    }
+
+    /// Attaches to a port of a running virtual machine (a device of type `port`) that leads to who attaches: one descriptor,
+    /// both ways.
+    ///
+    /// # Errors
+    /// Not found, also without such a port since its start; conflict when it does not run or somebody is attached (unless `force`);
+    /// unsupported for a port that leads elsewhere, and for containers; forbidden.
+    pub async fn machine_port(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        port: &str,
+        force: bool,
+    ) -> Result<ExecSession> {
+        let (view, agent) = self.virtual_machine(context, project, name)?;
+        let attach = PortAttach { instance: view.instance.id, port: port.to_owned(), force };
+        let answer = agent.port_attach(&CallContext::read(CALL), attach).await?;
         Ok(ExecSession { fds: answer.fds, session: self.session(agent, answer.value) })
     }
 

@@ -27,6 +27,9 @@ pub struct Console {
     /// Take the console from whoever is attached
     #[arg(short, long, conflicts_with_all = ["show_log", "clear_log"])]
     force: bool,
+    /// The port of a virtual machine in its place: a device of type port
+    #[arg(short, long, value_name = "DEVICE", conflicts_with_all = ["show_log", "clear_log"])]
+    port: Option<String>,
     /// Forget what the console has shown so far; with --show-log after printing it
     #[arg(long)]
     clear_log: bool,
@@ -36,7 +39,7 @@ impl Console {
     /// Attaches or prints.
     pub async fn run(self, context: &Context) -> Result<()> {
         if !self.show_log && !self.clear_log {
-            return attach(context, &self.instance, self.force).await;
+            return attach_to(context, &self.instance, self.port.as_deref(), self.force).await;
         }
         if self.show_log {
             show_log(context, &self.instance).await?;
@@ -66,9 +69,16 @@ pub async fn show_log(context: &Context, instance: &str) -> Result<()> {
 
 /// Attaches until the user detaches or the console ends.
 pub async fn attach(context: &Context, instance: &str, force: bool) -> Result<()> {
+    attach_to(context, instance, None, force).await
+}
+
+async fn attach_to(context: &Context, instance: &str, port: Option<&str>, force: bool) -> Result<()> {
     let client = &context.client;
     let (columns, rows) = terminal::size().unwrap_or((80, 24));
-    let body = json!({"type": "console", "width": columns, "height": rows, "force": force});
+    let mut body = json!({"type": "console", "width": columns, "height": rows, "force": force});
+    if let Some(port) = port {
+        body["port"] = port.into();
+    }
     let url = Url::new(&["instances", instance, "console"]);
     let answer = client.post(&url, &body).await.about(client, Kind::Instance, instance)?;
     let operation =

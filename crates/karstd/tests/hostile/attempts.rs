@@ -575,6 +575,10 @@ pub fn attempts(karstd: &Karstd) -> Vec<(&'static str, String, Value, Comes)> {
     add("session_close", "none", nobody.clone(), GONE);
     add("console_attach", "none", json!({"instance": id(99), "force": true}), Refused);
     add("console_attach", "one that does not run", json!({"instance": id(24), "force": true}), Refused);
+    let port = |id, name: &str| json!({"instance": id, "port": name, "force": true});
+    add("port_attach", "none", port(id(99), "a"), Refused);
+    add("port_attach", "of a container", port(id(4), "a"), Refused);
+    add("port_attach", "by a path", port(id(24), "../../qmp"), Refused);
     add("console_log", "of none", json!({"instance": id(99), "max": u32::MAX, "clear": true}), Refused);
     for chord in ["ctrl; system_reset", "a\nquit", ""] {
         add("guest_keys", &format!("{chord:?}"), json!({"instance": id(4), "chords": [[chord]]}), Refused);

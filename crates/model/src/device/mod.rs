@@ -7,6 +7,7 @@ mod nic;
 mod nic_keys;
 mod nic_kind;
 mod node;
+mod port;
 mod proxy;
 mod rates;
 mod tpm;
@@ -19,6 +20,7 @@ pub use nic_keys::NIC_KEYS;
 pub(crate) use nic_kind::vlan_id;
 pub use nic_kind::{NicKind, ParentLink, RoutedLink, nic_kinds};
 pub use node::*;
+pub use port::*;
 pub use proxy::*;
 pub use rates::{RATE_WORDS, Rate, Rates};
 pub use tpm::*;
@@ -49,11 +51,14 @@ pub enum Device {
     Tpm(TpmDevice),
     /// Kernel that a virtual machine is started with.
     Kernel(KernelDevice),
+    /// Port of a virtual machine.
+    Port(PortDevice),
     /// Removes a device of a profile.
     None,
 }
 
-const TYPES: &[&str] = &["disk", "gpu", "kernel", "nic", "none", "proxy", "tpm", "unix-block", "unix-char"];
+const TYPES: &[&str] =
+    &["disk", "gpu", "kernel", "nic", "none", "port", "proxy", "tpm", "unix-block", "unix-char"];
 /// What Incus has and Karst not.
 const LATER: &[&str] = &["infiniband", "pci", "unix-hotplug", "usb"];
 
@@ -70,6 +75,7 @@ impl Device {
             "unix-block" => NodeDevice::parse_unix(&keys, true).map(Self::Node),
             "gpu" => NodeDevice::parse_gpu(&keys).map(Self::Node),
             "kernel" => KernelDevice::parse(&keys).map(Self::Kernel),
+            "port" => PortDevice::parse(&keys).map(Self::Port),
             "tpm" => TpmDevice::parse(&keys).map(Self::Tpm),
             "none" => Ok(Self::None),
             "proxy" => ProxyDevice::parse(&keys).map(Self::Proxy),

@@ -170,6 +170,10 @@ impl GuestMachine for QemuDriver {
         display::attach(&*self.shared.machine(instance).await?, protocol, guard).await
     }
 
+    async fn port(&self, instance: InstanceId, port: &str) -> Result<OwnedFd> {
+        ports::attach(&*self.shared.machine(instance).await?, port).await
+    }
+
     async fn guard_display(&self, instance: InstanceId, guard: Option<&DisplayGuard>) -> Result<()> {
         display::guard(&*self.shared.machine(instance).await?, guard).await
     }

@@ -424,7 +424,8 @@ fn parse_order(text: &str) -> Option<Order> {
     }
 }
 
-/// `POST /1.0/instances/{name}/console`: the serial console; with the type `vga` the screen ([`super::spice`]).
+/// `POST /1.0/instances/{name}/console`: the serial console; with the type `vga` the screen ([`super::spice`]); with `port` the
+/// port of a virtual machine that this device is (Karst's own).
 ///
 /// # Errors
 /// Those of the engine.
@@ -440,8 +441,14 @@ pub async fn console(call: Call) -> Result<Reply> {
         }
     }
     let force = f.flag("force")?;
+    let port = f.text("port")?.filter(|p| !p.is_empty());
     f.finish(&[])?;
     let project = call.project().to_owned();
+    if let Some(port) = port {
+        let session =
+            call.engine().machine_port(&call.context, &project, call.param(0), &port, force).await?;
+        return show(call, session, (None, None)).await;
+    }
     let session = call.engine().console(&call.context, &project, call.param(0), force).await?;
     show(call, session, (width, height)).await
 }
