@@ -318,18 +318,6 @@ impl RealAgent {
         Ok(WithFds { value, fds: vec![fd] })
     }
 
-    async fn port(&self, request: PortAttach) -> Result<WithFds<SessionId>> {
-        self.sessions.room()?;
-        let PortAttach { instance, port, force } = request;
-        let machine = self.machine(instance)?;
-        if !self.sessions.leave_port(instance, &port, force) {
-            return Err(Error::conflict("somebody is attached to this port; force ends that"));
-        }
-        let stream = machine.port(instance, &port).await.map_err(as_state(instance))?;
-        let (value, fd) = self.sessions.port(instance, port, stream)?;
-        Ok(WithFds { value, fds: vec![fd] })
-    }
-
     /// What only virtual machines can.
     pub(crate) fn machine(&self, id: InstanceId) -> Result<&dyn karst_guest::GuestMachine> {
         let (_, driver) = self.known(id)?;

@@ -6,13 +6,14 @@
 
 use crate::{
     RealAgent,
-    agent::blocking,
+    agent::{as_state, blocking},
     policy::{FILE, HostPolicy},
 };
+use karst_agent::{PortAttach, WithFds};
 use karst_guest::{Opened, ResolvedGuest, ResolvedPort};
 use karst_host::fs::open_beneath;
 use karst_model::{
-    Error, Result,
+    Error, Result, SessionId,
     device::{PortEnd, PortFile},
     spec::LineSpec,
 };
@@ -45,6 +46,23 @@ impl RealAgent {
             lines.iter().map(|line| Ok((line.name.clone(), resolve(&policy, line)?))).collect()
         };
         blocking(all).await
+    }
+
+    /// Attaches to a port that leads to who attaches.
+    pub(crate) async fn port(&self, request: PortAttach) -> Result<WithFds<SessionId>> {
+        self.sessions.room()?;
+        let PortAttach { instance, port, force } = request;
+        let machine = self.machine(instance)?;
+        if !self.sessions.leave_port(instance, &port, force) {
+            return Err(Error::conflict("somebody is attached to this port; force ends that"));
+        }
+        let stream = machine.port(instance, &port).await;
+        let stream = stream.map_err(|e| match e.field.as_deref() {
+            Some("port") => e,
+            _ => as_state(instance)(e),
+        })?;
+        let (value, fd) = self.sessions.port(instance, port, stream)?;
+        Ok(WithFds { value, fds: vec![fd] })
     }
 }
 

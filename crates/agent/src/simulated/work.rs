@@ -657,7 +657,7 @@ impl SimulatedAgent {
             match lines.find(|l| l.name == *name).map(|l| &l.device.to) {
                 Some(PortEnd::Stream {}) => {}
                 Some(_) => return Err(Error::unsupported(format!("the port {name:?} leads elsewhere"))),
-                None => return Err(Error::not_found(format!("the machine has no port {name:?}"))),
+                None => return Err(Error::not_found(format!("the machine has no port {name:?}")).at("port")),
             }
         }
         let attached = |s: &&Session| {

@@ -163,7 +163,7 @@ pub(crate) async fn attach(machine: &Inner, name: &str) -> Result<OwnedFd> {
     let lines = record.hardware.as_ref().map(|h| h.lines.as_slice()).unwrap_or_default();
     let line = lines.iter().find(|l| l.name == name);
     let line = line.ok_or_else(|| {
-        Error::not_found(format!("the virtual machine has no port {name:?} since its start"))
+        Error::not_found(format!("the virtual machine has no port {name:?} since its start")).at("port")
     })?;
     if line.device.to != (PortEnd::Stream {}) {
         let text = format!("the port {name:?} leads to {:?}, not to who attaches", line.device.to.kind());

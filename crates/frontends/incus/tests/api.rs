@@ -567,43 +567,6 @@ async fn console_joins_both_ways() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ports_of_machines_are_attached_to() {
-    let s = Server::start().await;
-    let devices = json!({
-        "serial1": {"type": "port", "port": "serial", "number": "1"},
-        "quiet": {"type": "port", "port": "channel", "name": "org.example.0", "to": "null"},
-    });
-    let body = json!({
-        "name": "v1", "type": "virtual-machine", "source": {"type": "none"}, "start": true, "devices": devices,
-    });
-    s.done(s.post("/1.0/instances", body).await).await;
-    let console = "/1.0/instances/v1/console";
-    let open = json!({"type": "console", "port": "serial1"});
-    let (operation, fds) = secrets(&s.post(console, open.clone()).await);
-    let _control = s.websocket(&at(&operation, &fds, "control")).await;
-    let mut port = s.websocket(&at(&operation, &fds, "0")).await;
-    say(&mut port, Message::binary(&b"hello port\r"[..])).await;
-    expect(&mut port, "hello port").await;
-    // One at a time, beside who is at the console.
-    s.post(console, open.clone()).await.refused(409);
-    let (beside, _) = secrets(&s.post(console, json!({"type": "console"})).await);
-    let forced = json!({"type": "console", "port": "serial1", "force": true});
-    let (after, _) = secrets(&s.post(console, forced).await);
-    s.delete(&beside).await.metadata();
-    s.delete(&after).await.metadata();
-    s.post(console, json!({"type": "console", "port": "none"})).await.refused(404);
-    let text = s.post(console, json!({"type": "console", "port": "quiet"})).await.refused(501);
-    assert!(text.contains("elsewhere"), "{text}");
-    // It is hardware: another one comes with the next start.
-    let changed = json!({"devices": {"serial1": {"type": "port", "port": "serial", "number": "2"}}});
-    s.done(s.patch("/1.0/instances/v1", changed).await).await;
-    s.post(console, open).await.metadata();
-    let twice = json!({"devices": {"more": {"type": "port", "port": "serial", "number": "2"}}});
-    let text = s.patch("/1.0/instances/v1", twice).await.refused(400);
-    assert!(text.contains("the same to the guest"), "{text}");
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn files_over_http() {
     let s = Server::start().await;
     s.container("c1", true).await;

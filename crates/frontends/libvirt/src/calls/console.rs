@@ -5,9 +5,13 @@ use crate::{
     error::VirError,
     frame::{Frame, Header, Status},
     session::{Answer, Call, Input, Session, StreamInput},
+    xml::machine::ports::named,
 };
 use bytes::Bytes;
-use karst_engine::{compute::guest::ExecSession, stream::FdStream};
+use karst_engine::{
+    compute::{expand::parse_devices, guest::ExecSession},
+    stream::FdStream,
+};
 use std::{os::fd::OwnedFd, sync::Arc};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -24,16 +28,21 @@ pub async fn open(call: Call) -> Answered {
         call.arguments(|r| Ok((Named::read_domain(r)?, r.option(|r| r.string())?, r.u32()?)))?;
     call.known_flags(flags, FORCE | SAFE)?;
     let view = call.guest(&named)?;
-    if let Some(device) = device.filter(|d| !matches!(d.as_str(), "" | "console0" | "serial0")) {
-        return Err(VirError::argument(format!("cannot find character device {device}")));
-    }
     if !super::domain::is_running(&view) {
         return Err(VirError::state("domain is not running"));
     }
     let session = &call.session;
     let (engine, context) = (&session.front.engine, &session.context);
     let force = flags & FORCE != 0;
-    let mut console = engine.console(context, &view.project.name, &view.instance.name, force).await?;
+    // What it was started with may differ from what it will start with.
+    let applied = view.runtime.as_ref().and_then(|r| r.applied.as_ref());
+    let ports = parse_devices(applied.map_or(&view.expanded_devices, |a| &a.devices))?.ports;
+    let port = named(&ports, device.as_deref()).map_err(VirError::argument)?;
+    let (project, name) = (&view.project.name, &view.instance.name);
+    let mut console = match port {
+        Some(port) => engine.machine_port(context, project, name, &port, force).await?,
+        None => engine.console(context, project, name, force).await?,
+    };
     let fd = console.fds.pop().ok_or_else(|| VirError::state("the console cannot be attached to"))?;
     let input = session.stream(call.header)?;
     let then = pump(session.clone(), call.header, console, fd, input);

@@ -6,7 +6,7 @@
 //! The tools of libvirt write some things unasked (a sound card, ports for USB over SPICE, the model of the screen). Those
 //! are kept: a guest without them does what it does, and the tools stay usable.
 
-use super::{board, refuse};
+use super::{board, ports, refuse};
 use crate::{error::VirError, xml::Element};
 
 /// What is done with an element or attribute.
@@ -307,10 +307,11 @@ const DEVICES: &[Row] = &[
         }),
         "mouse, keyboard and tablet are there, on usb or virtio (with its options), and but for the tablet on ps2",
     ),
-    ("serial", When(|e| port(e, &["isa-serial"])), "a machine has one, of type pty"),
-    ("console", When(|e| port(e, &["serial"])), "a machine has one, which is its serial port"),
-    ("parallel", Never, "there is none"),
-    ("channel", When(channel), "the one of the guest agent is there"),
+    // What is in these is looked at by `ports`.
+    ("serial", Kept, ""),
+    ("console", Kept, ""),
+    ("parallel", Kept, ""),
+    ("channel", Kept, ""),
     (
         "graphics",
         When(graphics),
@@ -384,23 +385,6 @@ fn of_virtio((name, value): (&str, &str)) -> bool {
 fn virtio(e: &Element, is: bool) -> bool {
     let plain = |d: &Element| d.elements().is_empty() && d.attributes().all(|at| is && of_virtio(at));
     e.find("driver").is_none_or(plain)
-}
-
-fn port(e: &Element, targets: &[&str]) -> bool {
-    let target = e.find("target");
-    is(e, "type", &["pty"])
-        && target.is_none_or(|t| is(t, "type", targets) && is(t, "port", &["0"]))
-        && ["log", "protocol", "auth"].iter().all(|n| e.find(n).is_none())
-}
-
-fn channel(e: &Element) -> bool {
-    let name = e.find("target").and_then(|t| said(t, "name"));
-    match said(e, "type") {
-        Some("unix") => name == Some("org.qemu.guest_agent.0"),
-        // What tools write beside a screen of SPICE.
-        Some("spicevmc") => name.is_none_or(|n| n == "com.redhat.spice.0"),
-        _ => false,
-    }
 }
 
 fn is_spice(e: &Element) -> bool {
@@ -663,10 +647,9 @@ pub fn domain(root: &Element) -> Result<(), VirError> {
 
 fn devices(all: &Element) -> Result<(), VirError> {
     all.elements().iter().try_for_each(device)?;
-    let second = |name: &str| all.all(name).count() > 1;
-    match ["serial", "console", "memballoon"].into_iter().find(|name| second(name)) {
-        Some(name) => Err(refuse(name, "a machine has one")),
-        None => Ok(()),
+    match all.all("memballoon").count() {
+        0 | 1 => Ok(()),
+        _ => Err(refuse("memballoon", "a machine has one")),
     }
 }
 
@@ -679,6 +662,7 @@ pub fn device(e: &Element) -> Result<(), VirError> {
     match e.name() {
         "disk" => disk(e),
         "interface" => interface(e),
+        name if ports::ELEMENTS.contains(&name) => ports::check(e),
         _ => Ok(()),
     }
 }

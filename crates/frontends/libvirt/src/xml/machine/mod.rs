@@ -11,6 +11,7 @@ pub mod nodes;
 pub mod options;
 pub mod parts;
 pub mod places;
+pub mod ports;
 pub mod processor;
 pub mod read;
 pub mod spec;
@@ -85,6 +86,8 @@ pub struct Machine {
     pub disks: Vec<Disk>,
     /// NICs.
     pub nics: Vec<Nic>,
+    /// Ports that each machine has not anyway.
+    pub ports: Vec<ports::Port>,
     /// Its screen is there by SPICE too.
     pub spice: bool,
     /// Where its screens listen, and how they are served.
@@ -383,7 +386,7 @@ mod tests {
         // Of what was kept once and has no effect nothing is shown any more.
         let mut old = opaque.clone();
         old.domain.push(Element::new("cputune").child(Element::text("quota", 2048)));
-        old.devices.push(Element::new("parallel").with("type", "pty"));
+        old.devices.push(Element::new("vsock").with("model", "virtio"));
         old.disks.values_mut().for_each(|disk| disk.push(Element::text("serial", "S1")));
         old.disks.values_mut().for_each(|disk| disk.set("rawio", "yes"));
         assert_eq!(Opaque::parse(&old.document()), opaque);

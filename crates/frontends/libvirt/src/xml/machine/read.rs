@@ -2,7 +2,7 @@
 
 use super::{
     Disk, Kernel, Machine, Nic, Opaque, Screen, Source, board, iotune, kept, number, options, pci_of, places,
-    priority, processor, refuse, tuning, wrong,
+    ports, priority, processor, refuse, tuning, wrong,
 };
 use crate::{
     error::VirError,
@@ -98,6 +98,7 @@ pub fn machine(text: &str) -> Result<Machine, VirError> {
         tpm: false,
         disks: vec![],
         nics: vec![],
+        ports: ports::read(devices.elements())?,
         spice: false,
         places: Default::default(),
         screen: Screen::Unsaid,

@@ -273,6 +273,7 @@ pub fn create(machine: &Machine) -> Result<Created, VirError> {
     if machine.tpm {
         set(devices.entry("tpm0".into()).or_default(), "type", Some("tpm"));
     }
+    devices.extend(machine.ports.iter().map(|port| (port.name.clone(), port.keys())));
     Ok(Created { config, devices, places })
 }
 
@@ -447,6 +448,17 @@ fn devices(present: &Present<'_>, new: &Machine) -> Result<Devices, VirError> {
             }
             (None, None) => {}
         }
+    }
+    if new.ports != old.ports {
+        let is = |keys: &Keys| keys.get("type").is_some_and(|t| t == "port");
+        for (name, _) in present.expanded.iter().filter(|(_, keys)| is(keys)) {
+            match present.devices.contains_key(name) {
+                true => drop(devices.remove(name)),
+                // Of a profile: masked.
+                false => drop(devices.insert(name.clone(), [("type".to_owned(), "none".to_owned())].into())),
+            }
+        }
+        devices.extend(new.ports.iter().map(|port| (port.name.clone(), port.keys())));
     }
     if new.tpm && !old.tpm {
         devices.insert("tpm0".into(), [("type".to_owned(), "tpm".to_owned())].into());

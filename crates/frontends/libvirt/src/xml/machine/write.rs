@@ -2,7 +2,7 @@
 
 use super::{
     Kernel, Opaque, ShownGuard, Source, board, iotune, kept, nodes, options, owned, parts, pci_of, places,
-    places::Places, priority, processor, read, screens, target, tuning,
+    places::Places, ports, priority, processor, read, screens, target, tuning,
 };
 use crate::{
     calls::domain::{METADATA, OPAQUE, TITLE},
@@ -19,7 +19,7 @@ use karst_model::{
     board::{Board, Rng},
     device::{
         DISK_CACHES, DRIVE_FORMATS, Devices, DiskBus, DiskDevice, DiskIo, DiskOrigin, DriveFormat,
-        NIC_MODELS, NicDevice, NicKind, NicModel, Rates,
+        NIC_MODELS, NicDevice, NicKind, NicModel, PortPlace, Rates,
     },
     display::DisplayProtocol,
     instance::{DeviceIdentity, Firmware, Hardware},
@@ -452,15 +452,22 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
             .with("type", "pty")
             .child(Element::new("target").with("type", target).with("port", 0))
     };
-    if !given("serial") && !given("console") {
+    // What a document said of ports stands for as long as it says what there is.
+    let same_ports = ports::holds(&opaque.devices, &parsed.ports);
+    let said_of = |name: &str| same_ports && given(name);
+    let own = !parsed.ports.iter().any(|(_, p)| p.place == PortPlace::Serial { number: 0 });
+    if !said_of("serial") && !said_of("console") && own {
         let mut serial = port("serial", "isa-serial");
         serial.elements_mut()[0].push(Element::new("model").with("name", "isa-serial"));
         devices.push(serial);
         devices.push(port("console", "serial"));
     }
-    if !given("channel") {
+    if !said_of("channel") {
         let target = Element::new("target").with("type", "virtio").with("name", "org.qemu.guest_agent.0");
         devices.push(Element::new("channel").with("type", "unix").child(target));
+    }
+    if !same_ports {
+        devices.elements_mut().extend(parsed.ports.iter().map(|(_, port)| ports::shown(port)));
     }
     if !given("rng") && on_board.rngs.is_empty() {
         devices.push(parts::shown_rng(&Rng::default()));
@@ -494,7 +501,8 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
         }
     }
     if screen && shown.spice {
-        let vdagent = |e: &Element| e.name() == "channel" && e.attribute("type") == Some("spicevmc");
+        let vdagent =
+            |e: &Element| same_ports && e.name() == "channel" && e.attribute("type") == Some("spicevmc");
         if !opaque.devices.iter().any(vdagent) {
             let target = Element::new("target").with("type", "virtio").with("name", "com.redhat.spice.0");
             devices.push(Element::new("channel").with("type", "spicevmc").child(target));
@@ -522,6 +530,7 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
         "tpm" => parsed.tpm.is_some() && same_tpm,
         "graphics" => !own_screen && said(e).is_some(),
         "memballoon" => same_balloon,
+        name if ports::ELEMENTS.contains(&name) => same_ports,
         name if board::holds(e) => !stale.contains(&name),
         _ => true,
     };

@@ -108,19 +108,6 @@ const SAMPLES: &[(&str, &str, &str, &str)] = &[
     ("devices", "panic", "<panic model='isa'/>", "<panic model='pseries'/>"),
     ("devices", "panic", "<panic model='hyperv'/>", "<panic model='hyperv'><address type='isa'/></panic>"),
     ("devices", "watchdog", "<watchdog model='ib700'/>", "<watchdog model='itco'/>"),
-    ("devices", "serial", "<serial type='pty'/>", "<serial type='file'/>"),
-    (
-        "devices",
-        "console",
-        "<console type='pty'><target type='serial' port='0'/></console>",
-        "<console type='pty'><target type='virtio' port='1'/></console>",
-    ),
-    (
-        "devices",
-        "channel",
-        "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>",
-        "<channel type='unix'><target type='virtio' name='com.example'/></channel>",
-    ),
     (
         "devices",
         "graphics",
