@@ -2,7 +2,7 @@
 
 use crate::root;
 use karst_model::{
-    device::{DISK_KEYS, NIC_KEYS, nic_kinds},
+    device::{DISK_KEYS, NIC_KEYS, PORT_KEYS, nic_kinds},
     keys::{INSTANCE_KEYS, Key, KeyScope, KeyType},
     network::BRIDGE_KEYS,
     project::{FEATURES, LIMITS, REFUSED, RESTRICTIONS, SETTINGS, text_of},
@@ -20,6 +20,7 @@ pub fn run(check: bool) -> Vec<String> {
         ("docs/reference/storage-keys.md", storage_keys()),
         ("docs/reference/network-keys.md", network_keys()),
         ("docs/reference/nic-keys.md", nic_keys()),
+        ("docs/reference/port-keys.md", port_keys()),
         ("docs/reference/disk-keys.md", disk_keys()),
         ("docs/reference/project-keys.md", project_keys()),
         ("docs/reference/server-keys.md", server_keys()),
@@ -94,6 +95,15 @@ fn nic_keys() -> String {
             kinds.iter().filter(|(_, keys)| keys.contains(name)).map(|(kind, _)| *kind).collect();
         let of = if of.len() == kinds.len() { "all".to_owned() } else { of.join(", ") };
         text.push_str(&format!("| `{name}` | {of} | {what} |\n"));
+    }
+    text
+}
+
+fn port_keys() -> String {
+    let mut text = page("ports of virtual machines", "device/port");
+    text.push_str("| key | what it does |\n|---|---|\n");
+    for (name, what) in PORT_KEYS {
+        text.push_str(&format!("| `{name}` | {what} |\n"));
     }
     text
 }
