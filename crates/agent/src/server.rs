@@ -283,6 +283,7 @@ impl Connection {
             Call::ExecStart(_)
             | Call::ExecOutputKeep(_)
             | Call::ConsoleAttach(_)
+            | Call::PortAttach(_)
             | Call::DisplayAttach(_)
             | Call::DisplayAttachGuarded(_)
             | Call::FileWrite(_) => (true, None),

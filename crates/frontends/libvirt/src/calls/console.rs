@@ -5,7 +5,7 @@ use crate::{
     error::VirError,
     frame::{Frame, Header, Status},
     session::{Answer, Call, Input, Session, StreamInput},
-    xml::machine::ports::named,
+    xml::machine::ports,
 };
 use bytes::Bytes;
 use karst_engine::{
@@ -36,8 +36,8 @@ pub async fn open(call: Call) -> Answered {
     let force = flags & FORCE != 0;
     // What it was started with may differ from what it will start with.
     let applied = view.runtime.as_ref().and_then(|r| r.applied.as_ref());
-    let ports = parse_devices(applied.map_or(&view.expanded_devices, |a| &a.devices))?.ports;
-    let port = named(&ports, device.as_deref()).map_err(VirError::argument)?;
+    let all = parse_devices(applied.map_or(&view.expanded_devices, |a| &a.devices))?.ports;
+    let port = ports::named(&all, device.as_deref()).map_err(VirError::argument)?;
     let (project, name) = (&view.project.name, &view.instance.name);
     let mut console = match port {
         Some(port) => engine.machine_port(context, project, name, &port, force).await?,
