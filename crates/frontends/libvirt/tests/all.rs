@@ -14,6 +14,7 @@ mod host;
 mod memory;
 mod monitor;
 mod networks;
+mod ports;
 mod power;
 mod protocol;
 mod read_only;

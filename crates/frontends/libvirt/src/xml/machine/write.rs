@@ -480,9 +480,11 @@ fn devices(shown: &Shown<'_>, opaque: &Opaque, on_board: &Board) -> Result<Eleme
         let model = if tis { "tpm-tis" } else { "tpm-crb" };
         devices.push(Element::new("tpm").with("model", model).child(backend));
     }
-    // Whatever a document asked for, a machine has one screen, which viewers get by a descriptor. A document that asked for none
-    // is shown none, unless the screen has a password since, or SPICE. What it said of SPICE stands as long as the key says so.
-    let asked = given("graphics") || shown.guard.is_some() || !shown.config.contains_key(OPAQUE);
+    // Whatever a document asked for, a machine has one screen. A document that asked for none is shown none, unless the screen has a
+    // password since, a place where it listens, or SPICE. What it said of SPICE stands as long as the key says so.
+    let listens = shown.places.screens.vnc.is_some();
+    let own_word = !shown.config.contains_key(OPAQUE);
+    let asked = given("graphics") || shown.guard.is_some() || listens || own_word;
     let screen = shown.hardware.display && (asked || shown.spice);
     let said = |e: &Element| {
         let protocol = read::protocol(e).filter(|_| e.name() == "graphics");
