@@ -228,17 +228,16 @@ pub fn check(e: &Element) -> Result<(), VirError> {
 /// XML error; CONFIG_UNSUPPORTED, naming the element.
 pub fn read(devices: &[Element]) -> Result<Vec<Port>, VirError> {
     let all = |name: &'static str| devices.iter().filter(move |e| e.name() == name);
-    let mut ports = vec![];
+    let mut ports: Vec<Port> = vec![];
     let mut add = |place: PortPlace, e: &Element| {
         let (to, log) = end(e)?;
         let own = place == PortPlace::Serial { number: 0 } && to == (PortEnd::Stream {}) && log.is_none();
         if !own {
             let name = match place.number() {
                 Some(number) => format!("{}{number}", place.kind()),
-                None => format!(
-                    "channel{}",
-                    ports.iter().filter(|p: &&Port| p.device.place.number().is_none()).count()
-                ),
+                None => {
+                    format!("channel{}", ports.iter().filter(|p| p.device.place.number().is_none()).count())
+                }
             };
             ports.push(Port { name, device: PortDevice { place, to, log } });
         }
