@@ -275,6 +275,14 @@ fn device(rules: &ProjectRules, name: &str, keys: &std::collections::BTreeMap<St
                 }
             }
         }
+        // To who attaches, or to nobody; what leads to the host is as a port of the host's.
+        "port" if ["path", "address", "log"].iter().all(|key| get(key).is_empty()) || may_listen(rules) => {
+            Ok(())
+        }
+        "port" => {
+            let low = "restricted.virtual-machines.lowlevel";
+            Err(refusal(field("to"), low, "a port that leads to the host"))
+        }
         other => {
             let restriction = format!("restricted.devices.{other}");
             match rules.restriction(&restriction) {
@@ -418,6 +426,12 @@ mod tests {
             (
                 &[("type", "kernel"), ("source", "k"), ("pool", "default"), ("initrd", "/i")],
                 Some("devices.d.initrd"),
+            ),
+            (&[("type", "port"), ("port", "serial"), ("number", "1")], None),
+            (&[("type", "port"), ("port", "serial"), ("to", "null"), ("log", "/l")], Some("devices.d.to")),
+            (
+                &[("type", "port"), ("port", "serial"), ("to", "tcp"), ("address", "::1")],
+                Some("devices.d.to"),
             ),
             (&[("type", "something-new")], Some("devices.d.type")),
             (&[("type", "none")], None),
