@@ -23,6 +23,7 @@ use karst_env::{EnvExt, SharedEnv};
 use karst_model::{
     ByteSize, DeviceId, Error, ErrorKind, ImageId, InstanceId, NetworkId, NodeId, PoolId, Result, SagaId,
     VolumeId,
+    device::{PortDevice, PortEnd, PortPlace},
     image::ImageFacts,
     instance::{Firmware, Generation, InstanceKind},
     network::BridgeSpec,
@@ -256,7 +257,7 @@ impl Subject {
                 scsi_iothread: None,
                 kernel: None,
                 strings: vec![],
-                lines: vec![],
+                lines: vec![line("second", 1, PortEnd::Stream {}), line("silent", 2, PortEnd::Null {})],
                 resume: false,
                 paused: false,
                 accelerator: None,
@@ -337,6 +338,11 @@ fn one(fds: Vec<OwnedFd>) -> OwnedFd {
     let mut fds = fds;
     assert_eq!(fds.len(), 1, "one descriptor");
     fds.remove(0)
+}
+
+/// A serial port.
+fn line(name: &str, number: u32, to: PortEnd) -> LineSpec {
+    LineSpec { name: name.into(), device: PortDevice { place: PortPlace::Serial { number }, to, log: None } }
 }
 
 fn refused<T: std::fmt::Debug>(outcome: Result<T>, kind: ErrorKind) -> Error {

@@ -13,8 +13,7 @@ use crate::{
 
 pub use crate::key_row::{Key, KeyScope, KeyType};
 pub use crate::key_values::{
-    parse_allowance, parse_bool, parse_cpus, parse_kernel_limit, parse_memory,
-    parse_nodes, parse_swap,
+    parse_allowance, parse_bool, parse_cpus, parse_kernel_limit, parse_memory, parse_nodes, parse_swap,
 };
 pub use keys_container::{cloud_init, environment, guest_api, security};
 

@@ -579,6 +579,8 @@ async fn machine_only(guest: &Guest<'_>) {
         refused(agent.display_guard(&s.read(), guard(None)).await, ErrorKind::Unsupported);
         let channel = SpiceChannel { instance, guard: None };
         refused(agent.display_attach_spice(&s.read(), channel).await, ErrorKind::Unsupported);
+        let port = PortAttach { instance, port: "second".into(), force: false };
+        refused(agent.port_attach(&s.read(), port).await, ErrorKind::Unsupported);
         return;
     }
     agent.guest_keys(&s.read(), keys("shift")).await.unwrap();
@@ -666,8 +668,32 @@ async fn machine_only(guest: &Guest<'_>) {
     agent.session_close(&s.read(), display.value).await.unwrap();
     agent.display_guard(&s.read(), guard(None)).await.unwrap();
     spice(guest).await;
+    ports(guest).await;
     // What runs keeps no memory over a stop.
     refused(agent.machine_memory_drop(&s.change(), instance).await, ErrorKind::Conflict);
+}
+
+/// Ports that lead to who attaches, one at a time; the others, and none, are told apart.
+async fn ports(guest: &Guest<'_>) {
+    let (s, agent, instance) = (guest.s, &guest.s.agent, guest.spec.instance);
+    let attach = |port: &str, force| PortAttach { instance, port: port.into(), force };
+    let first = agent.port_attach(&s.read(), attach("second", false)).await.unwrap();
+    assert_eq!(first.fds.len(), 1);
+    refused(agent.port_attach(&s.read(), attach("second", false)).await, ErrorKind::Conflict);
+    let forced = agent.port_attach(&s.read(), attach("second", true)).await.unwrap();
+    // Who was there is told.
+    let ended = tokio::task::spawn_blocking(move || {
+        let mut stream = std::fs::File::from(one(first.fds));
+        let mut rest = vec![];
+        // However it ends: cut off, or at its end.
+        std::io::Read::read_to_end(&mut stream, &mut rest).is_ok_and(|_| rest.is_empty())
+    });
+    ended.await.unwrap();
+    for session in [first.value, forced.value] {
+        agent.session_close(&s.read(), session).await.unwrap();
+    }
+    refused(agent.port_attach(&s.read(), attach("silent", true)).await, ErrorKind::Unsupported);
+    refused(agent.port_attach(&s.read(), attach("none", true)).await, ErrorKind::NotFound);
 }
 
 /// What a viewer's main channel says first in SPICE: magic, version 2.2, length; connection 0, kind 1, number 0, no capabilities.

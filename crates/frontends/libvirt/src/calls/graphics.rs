@@ -169,7 +169,12 @@ pub(super) fn demand_settable(call: &Call, said: &Screen) -> Result<(), VirError
 
 /// Demands that the host lets the screens of a document listen where it says. What says of no place listens where it may.
 pub(super) fn demand_places(call: &Call, machine: &Machine) -> Result<(), VirError> {
-    let grants = facts(call)?.screens;
+    let facts = facts(call)?;
+    // Who has not said anything yet is told of by the engine.
+    if facts.default_machine.is_none() {
+        return Ok(());
+    }
+    let grants = facts.screens;
     for (_, listen) in machine.places.screens.listeners().filter(|(_, l)| !l.is_free()) {
         grants.demand(listen.at()).map_err(|e| refuse("graphics listen", e.message))?;
         if machine.screen == Screen::Open {
