@@ -452,6 +452,18 @@ async fn screens_listen_where_their_documents_say() {
         (port(&mut client, &d2, "spice", "port").await, port(&mut client, &d2, "vnc", "port").await);
     assert!(spice != vnc && ![spice, vnc].contains(&fixed) && spice >= 5900 && vnc >= 5900);
     speaks_at(vnc).await;
+    // There are 32 places; who comes for one more is let go at once.
+    let (mut viewers, mut refused) = (vec![], 0);
+    for _ in 0..40 {
+        let mut viewer = tokio::net::TcpStream::connect(("127.0.0.1", vnc)).await.unwrap();
+        let mut greeting = [0; 12];
+        match tokio::time::timeout(PATIENCE, viewer.read_exact(&mut greeting)).await.unwrap() {
+            Ok(_) => viewers.push(viewer),
+            Err(_) => refused += 1,
+        }
+    }
+    assert!(viewers.len() <= 32 && refused >= 8, "{} viewers", viewers.len());
+    drop(viewers);
     // Live changed, by the key that says it.
     let admin = karst_engine::Context::new(karst_model::access::Principal::system());
     let change = async |key: &str, value: String| {
