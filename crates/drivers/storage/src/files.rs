@@ -81,7 +81,7 @@ pub struct FilePool {
 }
 
 impl FilePool {
-    fn dir(&self, volume: VolumeId) -> PathBuf {
+    pub(crate) fn dir(&self, volume: VolumeId) -> PathBuf {
         self.root.join("volumes").join(volume.to_string())
     }
 
@@ -110,7 +110,7 @@ impl FilePool {
         blocking(move || Record::read(&state)).await
     }
 
-    async fn known(&self, volume: VolumeId, snapshot: Option<SnapshotId>) -> Result<Record> {
+    pub(crate) async fn known(&self, volume: VolumeId, snapshot: Option<SnapshotId>) -> Result<Record> {
         let found = self.record(self.dir(volume)).await?;
         let found = found.ok_or_else(|| Error::not_found("the pool does not have the volume"))?;
         match snapshot {

@@ -159,15 +159,18 @@ pub(crate) fn pending(now: &[LineSpec], new: &[LineSpec]) -> BTreeSet<String> {
 
 /// Attaches to a port that leads to who attaches.
 pub(crate) async fn attach(machine: &Inner, name: &str) -> Result<OwnedFd> {
-    let record = machine.record();
-    let lines = record.hardware.as_ref().map(|h| h.lines.as_slice()).unwrap_or_default();
-    let line = lines.iter().find(|l| l.name == name);
-    let line = line.ok_or_else(|| {
-        Error::not_found(format!("the virtual machine has no port {name:?} since its start")).at("port")
-    })?;
-    if line.device.to != (PortEnd::Stream {}) {
-        let text = format!("the port {name:?} leads to {:?}, not to who attaches", line.device.to.kind());
-        return Err(Error::unsupported(text));
+    // The record is not held while the port is reached.
+    {
+        let record = machine.record();
+        let lines = record.hardware.as_ref().map(|h| h.lines.as_slice()).unwrap_or_default();
+        let line = lines.iter().find(|l| l.name == name);
+        let line = line.ok_or_else(|| {
+            Error::not_found(format!("the virtual machine has no port {name:?} since its start")).at("port")
+        })?;
+        if line.device.to != (PortEnd::Stream {}) {
+            let text = format!("the port {name:?} leads to {:?}, not to who attaches", line.device.to.kind());
+            return Err(Error::unsupported(text));
+        }
     }
     let stream = launch::connect(&machine.dir, &socket(name)).await?;
     Ok(stream.into_std()?.into())
