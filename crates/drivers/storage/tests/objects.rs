@@ -145,22 +145,33 @@ async fn zfs_pool(name: &str, block_mode: Option<FileSystem>) {
 /// A volume group in a file on a loop device, removed when dropped.
 struct Group {
     name: String,
+    id: uuid::Uuid,
     device: mount::Loop,
 }
 
 impl Group {
     fn make(below: &Path, size: u64) -> Self {
+        let name = format!("karst-test-{}", &uuid::Uuid::new_v4().simple().to_string()[..8]);
+        Self::named(below, size, name, uuid::Uuid::from_u128(0xabcd << 96))
+    }
+
+    /// One as a pool has it that is alone in its group.
+    fn own(below: &Path, size: u64) -> Self {
+        let id = uuid::Uuid::new_v4();
+        Self::named(below, size, lvm::own_group(id), id)
+    }
+
+    fn named(below: &Path, size: u64, name: String, id: uuid::Uuid) -> Self {
         let file = below.join("group");
         std::fs::File::create(&file).unwrap().set_len(size).unwrap();
         let device = mount::attach(&file).unwrap();
-        let name = format!("karst-test-{}", &uuid::Uuid::new_v4().simple().to_string()[..8]);
         out("vgcreate", &["-q", &name, device.path.to_str().unwrap()]);
-        Self { name, device }
+        Self { name, id, device }
     }
 
     fn place(&self) -> lvm::LvmPlace {
         let thin_pool = "thin".to_owned();
-        lvm::LvmPlace { group: self.name.clone(), thin_pool, id: uuid::Uuid::from_u128(0xabcd << 96) }
+        lvm::LvmPlace { group: self.name.clone(), thin_pool, id: self.id }
     }
 
     fn volumes(&self) -> String {
@@ -255,7 +266,7 @@ async fn a_full_pool_is_told_and_leaves_nothing() {
         return;
     }
     let d = tempfile::tempdir().unwrap();
-    let group = Group::make(d.path(), 128 << 20);
+    let group = Group::own(d.path(), 128 << 20);
     let root = d.path().join("pool");
     let pool = lvm::open(group.place(), &root, FileSystem::Ext4, launcher(), hold()).await.unwrap();
     let source = d.path().join("raw");

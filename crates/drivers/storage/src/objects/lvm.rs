@@ -63,8 +63,8 @@ pub async fn open(
     if found.code != 0 {
         let tag = place.tag();
         // What is given out is cleared: no guest reads what another wrote.
-        let args = ["lvcreate", "--type", "thin-pool", "-l", "100%FREE", "-Zy", "--addtag", &tag, "-n"];
-        done(place.command(args).args([&place.thin_pool, &place.group])).await?;
+        let args = ["lvcreate", "--type", "thin-pool", "-l", "100%FREE", "-Zy", "--addtag", &tag];
+        done(place.command(args).args(["-n", &place.thin_pool, &place.group])).await?;
     } else {
         check_pool(&place, String::from_utf8_lossy(&found.stdout).trim())?;
     }
@@ -191,10 +191,14 @@ impl LvmPlace {
     /// A command that changes what is in the group. Of one that is the pool's alone LVM keeps no copies in /etc: they would be
     /// there when the pool is long gone.
     pub fn command<'a>(&self, args: impl IntoIterator<Item = &'a str>) -> karst_host::Command {
-        match self.group == own_group(self.id) {
-            true => lvm(args).args(["--config", "backup{backup=0 archive=0}"]),
-            false => lvm(args),
-        }
+        let mut words = args.into_iter();
+        let verb = lvm(words.next());
+        // Before all else: what a caller adds may belong to the last word that it gave here.
+        let verb = match self.group == own_group(self.id) {
+            true => verb.args(["--config", "backup{backup=0 archive=0}"]),
+            false => verb,
+        };
+        verb.args(words)
     }
 }
 
