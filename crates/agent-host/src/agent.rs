@@ -367,11 +367,12 @@ impl RealAgent {
         Ok((record, driver))
     }
 
+    /// Has it a process, be it that it stands still or that an error halted it?
     pub(crate) async fn runs(&self, id: InstanceId) -> Result<bool> {
         let Ok((_, driver)) = self.known(id) else {
             return Ok(false);
         };
-        Ok(!matches!(driver.observe(id).await?.state, RuntimeState::Stopped | RuntimeState::Error))
+        Ok(!driver.observe(id).await?.state.is_down())
     }
 
     /// The running guest that a volume or network belongs to, if one runs.
@@ -824,6 +825,13 @@ pub(crate) fn not_older(record: &GuestRecord, id: InstanceId, meant: Generation)
         )));
     }
     Ok(())
+}
+
+/// A start that is to be ended never came here, and what runs is not of it: whoever takes back a start ends nothing else.
+pub(crate) fn never_came(id: InstanceId) -> Error {
+    Error::not_found(format!(
+        "the start of instance {id} that is meant never came to this host; what runs there is of an earlier one"
+    ))
 }
 
 /// A DNS label: it stands in files of the guest and in those of the network's name server.

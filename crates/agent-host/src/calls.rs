@@ -2,7 +2,7 @@
 
 use crate::{
     RealAgent,
-    agent::{as_state, blocking, never_ran, not_older},
+    agent::{as_state, blocking, never_came, never_ran, not_older},
     pools::Purpose,
 };
 use async_trait::async_trait;
@@ -18,7 +18,7 @@ use karst_model::{
     guest::{CheckpointMark, MonitorAnswer},
     history::Series,
     image::ImageFacts,
-    instance::{InstanceKind, RuntimeState},
+    instance::{HaltReason, InstanceKind, RuntimeState},
     memory::{MemoryState, SavedMemory},
     network::{ExternalInterface, Lease},
     node::HostFacts,
@@ -91,7 +91,8 @@ impl RealAgent {
                 return Err(Error::conflict(format!("instance {id} is a {} on this host", record.kind)));
             }
             let now = driver.observe(id).await?;
-            if !matches!(now.state, RuntimeState::Stopped | RuntimeState::Error) {
+            // Nor does one that an error halted end for a start: it has its disks open.
+            if !now.state.is_down() {
                 if record.generation == spec.generation {
                     return Ok(now);
                 }
@@ -143,7 +144,10 @@ impl RealAgent {
             return Ok(never_ran(request.guest));
         }
         // No lock: a forced stop must get past a graceful one that waits.
-        let (_, driver) = self.meant(request.guest)?;
+        let (record, driver) = self.meant(request.guest)?;
+        if record.generation < request.guest.generation && !driver.observe(id).await?.state.is_down() {
+            return Err(never_came(id));
+        }
         if let StopMode::Graceful { .. } = request.mode {
             let now = driver.observe(id).await?;
             if now.state == RuntimeState::Running {
@@ -222,7 +226,8 @@ impl RealAgent {
                 // One of which nothing can be said keeps nobody from what can be said of the others.
                 tracing::warn!(instance = %id, error = %e, context = e.context, "a guest cannot be observed");
                 let guest = GuestRef { instance: id, generation: record.generation };
-                Observed { state: RuntimeState::Error, ..never_ran(guest) }
+                let halt = Some(HaltReason::Unknown { detail: e.message });
+                Observed { state: RuntimeState::Error, halt, ..never_ran(guest) }
             });
             Observed {
                 // Of a start that never came so far the driver knows nothing.
@@ -286,9 +291,10 @@ impl RealAgent {
     async fn running(&self, id: InstanceId) -> Result<&Arc<dyn karst_guest::GuestDriver>> {
         let (_, driver) = self.known(id)?;
         match driver.observe(id).await?.state {
-            RuntimeState::Stopped | RuntimeState::Error => {
-                Err(Error::conflict(format!("instance {id} is not running")))
-            }
+            RuntimeState::Stopped => Err(Error::conflict(format!("instance {id} is not running"))),
+            RuntimeState::Error => Err(Error::conflict(format!(
+                "instance {id} is halted by an error; resume it when the cause is gone, or stop it by force"
+            ))),
             RuntimeState::Paused => Err(Error::conflict(format!("instance {id} is frozen; resume it first"))),
             _ => Ok(driver),
         }

@@ -7,7 +7,7 @@ use crate::{
 };
 use karst_agent::{SelfCheck, names::is_guest_interface};
 use karst_guest::GuestDriver;
-use karst_model::{InstanceId, Result, instance::RuntimeState};
+use karst_model::{InstanceId, Result};
 use std::{
     collections::{BTreeMap, BTreeSet},
     os::unix::fs::MetadataExt,
@@ -48,7 +48,7 @@ impl RealAgent {
                 Err(e) => Err(e),
             };
             match observed {
-                Ok(o) if matches!(o.state, RuntimeState::Stopped | RuntimeState::Error) => {}
+                Ok(o) if o.state.is_down() => {}
                 Ok(_) => {
                     running.insert(*id);
                 }

@@ -126,7 +126,8 @@ impl RealAgent {
             return Ok(());
         }
         match driver.observe(user).await?.state {
-            RuntimeState::Paused | RuntimeState::Stopped | RuntimeState::Error => Ok(()),
+            // What an error halted may go on at any time, unless it is kept so, and then it is paused.
+            RuntimeState::Paused | RuntimeState::Stopped => Ok(()),
             _ => Err(Error::conflict(format!(
                 "the volume is in use by instance {user}, which runs; pause it first"
             ))),

@@ -197,6 +197,7 @@ async fn sync_once(
                 pid: None,
                 domain_id: None,
                 started_at: None,
+                halt: None,
                 exit: Some(ExitReason::Crashed {
                     detail: if rebooted {
                         HOST_RESTARTED.into()
@@ -299,8 +300,7 @@ fn autostart_candidates(
     seen: &[Observed],
     stopped_only: bool,
 ) -> Vec<(InstanceId, Duration)> {
-    let down = |o: &&Observed| matches!(o.state, RuntimeState::Stopped | RuntimeState::Error);
-    let up: BTreeSet<_> = seen.iter().filter(|o| !down(o)).map(|o| o.instance).collect();
+    let up: BTreeSet<_> = seen.iter().filter(|o| !o.state.is_down()).map(|o| o.instance).collect();
     let records = inner.inventory.read();
     let mut candidates: Vec<_> = records
         .instances
@@ -349,7 +349,8 @@ async fn record(inner: &Arc<EngineInner>, observed: &Observed, as_of: Option<Rev
                 let same = old.generation == observed.generation
                     && old.state == observed.state
                     && old.pid == observed.pid
-                    && old.exit == observed.exit;
+                    && old.exit == observed.exit
+                    && old.halt == observed.halt;
                 if same {
                     // A look that finds all as it is recorded has seen enough: a saga may be at work for days. An event under one
                     // may be news by what the saga is about to report.

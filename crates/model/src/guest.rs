@@ -2,7 +2,7 @@
 
 use crate::{
     CheckpointId, InstanceId, VolumeId,
-    instance::{ExitReason, Generation, RuntimeState},
+    instance::{ExitReason, Generation, HaltReason, RuntimeState},
     threads::IoThread,
 };
 use serde::{Deserialize, Serialize};
@@ -67,6 +67,9 @@ pub struct Observed {
     pub started_at: Option<i64>,
     /// Why it ended.
     pub exit: Option<ExitReason>,
+    /// Why it stands still though nobody asked for that.
+    #[serde(default)]
+    pub halt: Option<HaltReason>,
     /// `spec_version` that is applied.
     pub applied_spec_version: u64,
     /// `kvm` or `tcg`.
@@ -84,6 +87,7 @@ impl Observed {
             domain_id: None,
             started_at: None,
             exit: None,
+            halt: None,
             applied_spec_version: 0,
             accelerator: None,
         }

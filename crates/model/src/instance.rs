@@ -257,6 +257,9 @@ pub struct Runtime {
     /// Why it ended, in words.
     #[serde(default)]
     pub exit: Option<ExitReason>,
+    /// Why it stands still though nobody asked for that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub halt: Option<HaltReason>,
     /// `spec_version` actually applied: live against configured.
     #[serde(default)]
     pub applied_spec_version: u64,
@@ -302,8 +305,67 @@ pub enum RuntimeState {
     Paused,
     /// Graceful stop was asked for.
     Stopping,
-    /// The host could not keep it (full disk, QEMU internal error).
+    /// An error halted it (a full disk, a fault of QEMU), or its host cannot say what it does. It has a process, as far as is
+    /// known, with its disks open: it is not down.
     Error,
+}
+
+impl RuntimeState {
+    /// Has it no process? Then nothing has its disks open: they may be changed, and it may be started. Anything else is not
+    /// down, least of all one that an error has halted.
+    pub fn is_down(self) -> bool {
+        self == Self::Stopped
+    }
+}
+
+/// Why a guest stands still though nobody asked for that.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum HaltReason {
+    /// A disk could not be read or written.
+    Disk {
+        /// Bus slot of the disk, such as `scsi0`, where that is known.
+        #[serde(default)]
+        slot: Option<String>,
+        /// What it lies on has no space left.
+        full: bool,
+    },
+    /// Its kernel panicked.
+    Panicked,
+    /// Its watchdog was not fed.
+    Watchdog,
+    /// QEMU met something that it cannot go on from.
+    Internal,
+    /// Its host cannot say what it does.
+    Unknown {
+        /// Why, in words.
+        detail: String,
+    },
+}
+
+impl HaltReason {
+    /// In words: why, and what to do. `disk` says what is known of the disk at a slot, such as `disk "root" on pool "local"`.
+    pub fn words(&self, disk: impl Fn(&str) -> Option<String>) -> String {
+        let of = |slot: &Option<String>| {
+            let known = slot.as_deref().and_then(|s| disk(s).or_else(|| Some(format!("the disk at {s}"))));
+            known.unwrap_or_else(|| "a disk".into())
+        };
+        match self {
+            Self::Disk { slot, full: true } => format!(
+                "no space is left for {}; it goes on by itself when there is room again, or resume it then",
+                of(slot)
+            ),
+            Self::Disk { slot, full: false } => {
+                format!("{} cannot be read or written; resume it when that is mended", of(slot))
+            }
+            Self::Panicked => {
+                "the kernel inside panicked; look at its console, then restart it by force".into()
+            }
+            Self::Watchdog => "its watchdog was not fed; resume it, or restart it by force".into(),
+            Self::Internal => "QEMU met an error that it cannot go on from; restart it by force".into(),
+            Self::Unknown { detail } => format!("its host cannot say what it does: {detail}"),
+        }
+    }
 }
 
 /// Why a guest ended.
@@ -321,6 +383,17 @@ pub enum ExitReason {
     },
 }
 
+impl ExitReason {
+    /// In words, after "it".
+    pub fn words(&self) -> &str {
+        match self {
+            Self::Shutdown => "shut down",
+            Self::Forced => "was stopped by force",
+            Self::Crashed { detail } => detail,
+        }
+    }
+}
+
 /// The status that users see; a pure function of desired and observed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -335,8 +408,21 @@ pub enum Status {
     Frozen,
     /// On its way down.
     Stopping,
-    /// In an error.
+    /// Halted by an error, with its process and its disks: not down.
     Error,
+}
+
+impl Status {
+    /// As [`RuntimeState::is_down`].
+    pub fn is_down(self) -> bool {
+        self == Self::Stopped
+    }
+
+    /// Is there a whole guest, be it that it stands still? It can be changed as it runs, copied and looked at. One on its way up
+    /// is neither this nor down.
+    pub fn is_up(self) -> bool {
+        matches!(self, Self::Running | Self::Frozen | Self::Error)
+    }
 }
 
 impl Instance {
@@ -386,7 +472,11 @@ impl PowerAction {
         use PowerAction as A;
         use Status as S;
         match (self, status) {
-            (A::Start, S::Stopped | S::Error) => Ok(()),
+            (A::Start, S::Stopped) => Ok(()),
+            // It has its disks open, and what it had not written yet.
+            (A::Start, S::Error) => Err(Error::conflict(format!(
+                "instance {name:?} is halted by an error and not stopped; resume it when the cause is gone, or stop it by force first"
+            ))),
             (A::Start, S::Frozen) => {
                 Err(Error::conflict(format!("instance {name:?} is frozen; resume it instead")))
             }
@@ -399,8 +489,12 @@ impl PowerAction {
             (A::Restart, _) => Ok(()),
             (A::Freeze, S::Running) => Ok(()),
             (A::Freeze, S::Frozen) => Err(Error::conflict(format!("instance {name:?} is already frozen"))),
+            (A::Freeze, S::Error) => Err(Error::conflict(format!(
+                "instance {name:?} is halted by an error and stands still already; resume it, or stop it by force"
+            ))),
             (A::Freeze, _) => Err(Error::conflict(format!("instance {name:?} is not running"))),
-            (A::Unfreeze, S::Frozen) => Ok(()),
+            // After an error it tries again what failed.
+            (A::Unfreeze, S::Frozen | S::Error) => Ok(()),
             (A::Unfreeze, _) => Err(Error::conflict(format!("instance {name:?} is not frozen"))),
         }
     }
@@ -418,6 +512,33 @@ mod tests {
         );
         assert!(PowerAction::Unfreeze.check("a", Status::Running).is_err());
         assert!(PowerAction::Stop.check("a", Status::Frozen).is_ok());
+    }
+
+    #[test]
+    fn what_an_error_halted_is_not_down() {
+        use RuntimeState as S;
+        for state in [S::Starting, S::Running, S::Paused, S::Stopping, S::Error] {
+            assert!(!state.is_down(), "{state:?}");
+        }
+        assert!(S::Stopped.is_down() && Status::Stopped.is_down());
+        assert!(!Status::Error.is_down() && Status::Error.is_up());
+        let check = |action: PowerAction| action.check("a", Status::Error);
+        assert!(check(PowerAction::Start).unwrap_err().message.contains("resume it"));
+        assert!(check(PowerAction::Freeze).unwrap_err().message.contains("stands still already"));
+        for action in [PowerAction::Unfreeze, PowerAction::Stop, PowerAction::Restart] {
+            check(action).unwrap();
+        }
+    }
+
+    #[test]
+    fn why_it_stands_still_names_the_disk_and_the_cure() {
+        let full = HaltReason::Disk { slot: Some("scsi0".into()), full: true };
+        let named = full.words(|s| (s == "scsi0").then(|| "disk \"root\" on pool \"local\"".into()));
+        assert!(named.contains("no space is left for disk \"root\" on pool \"local\""), "{named}");
+        assert!(full.words(|_| None).contains("the disk at scsi0"));
+        let kept = serde_json::to_value(&full).unwrap();
+        assert_eq!(kept, serde_json::json!({"kind": "disk", "slot": "scsi0", "full": true}));
+        assert_eq!(serde_json::from_value::<HaltReason>(kept).unwrap(), full);
     }
 
     #[test]

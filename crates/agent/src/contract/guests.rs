@@ -232,7 +232,11 @@ async fn start(guest: &Guest<'_>) {
     assert_eq!(again.pid, observed.pid, "the same start");
     let mut newer = guest.spec.clone();
     newer.generation = newer.generation.next();
+    let never_made = GuestRef { instance: newer.instance, generation: newer.generation };
     refused(agent.guest_start(&s.change(), newer).await, ErrorKind::Conflict);
+    // As the undo of that start does: what it did not start it does not end.
+    let undo = GuestStop { guest: never_made, mode: StopMode::Force };
+    refused(agent.guest_stop(&s.change(), undo).await, ErrorKind::NotFound);
     let mut older = guest.spec.clone();
     older.generation.n -= 1;
     refused(agent.guest_start(&s.change(), older).await, ErrorKind::Conflict);

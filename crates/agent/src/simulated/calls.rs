@@ -345,6 +345,7 @@ calls! {
         if guest.state == karst_model::instance::RuntimeState::Paused && !guest.still {
             return Err(Error::conflict("the guest is frozen; resume it first"));
         }
+        guest.demand_not_halted()?;
         guest.still = true;
         Ok(1)
     }
@@ -473,7 +474,8 @@ calls! {
                 false => Ok(()),
             };
         };
-        if request.memory && guest.state != karst_model::instance::RuntimeState::Paused {
+        let pausing = guest.state == karst_model::instance::RuntimeState::Paused && guest.halt.is_none();
+        if request.memory && !pausing {
             return Err(Error::conflict("memory is kept of a machine that is paused"));
         }
         if request.memory {

@@ -157,6 +157,7 @@ impl SimulatedAgent {
         granted(&path)?;
         let guest = state.running(at)?;
         demand_machine(guest)?;
+        guest.demand_not_halted()?;
         let (pid, ran) = (guest.pid, guest.state != RuntimeState::Paused);
         let total = guest.spec.limits.memory.map_or(1 << 30, |m| m.bytes());
         let machine = guest.spec.machine.clone();

@@ -10,6 +10,7 @@ mod checkpoints;
 mod copies;
 mod descriptions;
 mod files;
+mod halt;
 mod hardware;
 mod memory;
 mod monitor;

@@ -28,7 +28,11 @@ impl State {
             return Err(Error::invalid("command", "a command has a name and an object of arguments"));
         }
         self.monitored.insert(instance, guest.pid);
-        let status = |state| if state == RuntimeState::Paused { "paused" } else { "running" };
+        let status = |state| match state {
+            RuntimeState::Paused => "paused",
+            RuntimeState::Error => "io-error",
+            _ => "running",
+        };
         let mut event = None;
         let value = match command.as_str() {
             "query-status" => {
@@ -41,7 +45,10 @@ impl State {
             "stop" | "cont" => {
                 (guest.state, event) = match command.as_str() {
                     "stop" => (RuntimeState::Paused, Some("STOP")),
-                    _ => (RuntimeState::Running, Some("RESUME")),
+                    _ => {
+                        guest.halt = None;
+                        (RuntimeState::Running, Some("RESUME"))
+                    }
                 };
                 json!({})
             }

@@ -17,7 +17,7 @@ use karst_model::{
     },
     history::{Meter, Series},
     image::ImageFacts,
-    instance::{ExitReason, InstanceKind, RuntimeState},
+    instance::{ExitReason, HaltReason, InstanceKind, RuntimeState},
     spec::{CpuLimit, GuestSpec, NetworkSpec, PoolSpec, VolumeSpec},
 };
 use serde::{Deserialize, Serialize};
@@ -125,6 +125,8 @@ pub(super) struct Guest {
     pub started_at: i64,
     pub stops_at: Option<Duration>,
     pub exit: Option<ExitReason>,
+    /// Why it stands still though nobody asked for that.
+    pub halt: Option<HaltReason>,
     pub applied_spec_version: u64,
     pub ignores_shutdown: bool,
     pub refuses_update: bool,
@@ -202,12 +204,13 @@ impl Network {
 
 impl Guest {
     pub fn runs(&self) -> bool {
-        !matches!(self.state, RuntimeState::Stopped | RuntimeState::Error)
+        !self.state.is_down()
     }
 
     pub fn ended(&mut self, _now: Duration, why: ExitReason) {
         self.state = RuntimeState::Stopped;
         self.exit = Some(why);
+        self.halt = None;
         self.stops_at = None;
     }
 
@@ -221,6 +224,7 @@ impl Guest {
             domain_id: runs.then_some(self.spec.domain_id),
             started_at: runs.then_some(self.started_at),
             exit: self.exit.clone(),
+            halt: self.halt.clone(),
             applied_spec_version: self.applied_spec_version,
             accelerator: (self.spec.kind == InstanceKind::VirtualMachine).then(|| "kvm".to_owned()),
         }

@@ -176,6 +176,7 @@ impl SimulatedAgent {
             started_at: self.seconds(),
             stops_at: None,
             exit: None,
+            halt: None,
             applied_spec_version: spec.spec_version,
             ignores_shutdown: state.guests.get(&spec.instance).is_some_and(|g| g.ignores_shutdown),
             refuses_update: state.guests.get(&spec.instance).is_some_and(|g| g.refuses_update),
@@ -204,6 +205,17 @@ impl SimulatedAgent {
             not_older(guest, generation)?;
             if !guest.runs() {
                 return Ok(guest.observed());
+            }
+            // Whoever takes back a start ends nothing else.
+            if guest.spec.generation < generation {
+                return Err(Error::not_found(format!(
+                    "the start of instance {instance} that is meant never came to this host; what runs there is of an earlier one"
+                )));
+            }
+            if request.mode != StopMode::Force && guest.state == RuntimeState::Error {
+                return Err(Error::conflict(
+                    "the guest is halted by an error (often a full disk) and cannot shut down; resume it or force it to stop",
+                ));
             }
             if request.mode == StopMode::Save {
                 state.demand_no_copy(instance)?;
@@ -275,7 +287,10 @@ impl SimulatedAgent {
             if guest.state == RuntimeState::Paused && by == AskedBy::Agent {
                 return Err(Error::conflict("the guest is frozen; resume it first"));
             }
-            if guest.ignores_shutdown || guest.state == RuntimeState::Paused {
+            if by == AskedBy::Agent {
+                guest.demand_not_halted()?;
+            }
+            if guest.ignores_shutdown || matches!(guest.state, RuntimeState::Paused | RuntimeState::Error) {
                 return Ok(());
             }
             guest.pid
@@ -296,9 +311,9 @@ impl SimulatedAgent {
     pub(super) fn set_frozen(&self, guest: GuestRef, frozen: bool) -> Result<Observed> {
         let mut state = self.settled();
         let guest = state.running(guest)?;
-        let wanted = if frozen { RuntimeState::Paused } else { RuntimeState::Running };
-        let changed = guest.state != wanted;
-        guest.state = wanted;
+        let before = guest.state;
+        guest.freeze(frozen);
+        let changed = guest.state != before;
         let observed = guest.observed();
         drop(state);
         if changed {

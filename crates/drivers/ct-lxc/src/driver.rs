@@ -21,7 +21,7 @@ use karst_guest::{
 use karst_host::{Program, cgroup::Cgroups, overlay::Held, run};
 use karst_model::{
     Error, ErrorKind, InstanceId, Result,
-    instance::{ExitReason, InstanceKind, RuntimeState},
+    instance::{ExitReason, HaltReason, InstanceKind, RuntimeState},
 };
 use std::{
     collections::{BTreeMap, HashMap},
@@ -217,8 +217,12 @@ impl Shared {
             None if running.status.pid.is_some_and(keeper::has_ended) => RuntimeState::Error,
             None => RuntimeState::Starting,
         };
+        let halt = (state == RuntimeState::Error).then(|| HaltReason::Unknown {
+            detail: "it has ended and its keeper does not answer; stop it by force".into(),
+        });
         Observed {
             state,
+            halt,
             pid: init.map(|i| i.pid),
             started_at: Some(running.status.started_at),
             ..self.stopped(&running.record, None)
@@ -234,6 +238,7 @@ impl Shared {
             domain_id: Some(record.domain_id),
             started_at: None,
             exit,
+            halt: None,
             applied_spec_version: record.spec_version,
             accelerator: None,
         }

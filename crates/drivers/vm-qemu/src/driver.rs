@@ -7,7 +7,7 @@ use crate::{
     backups, bitmaps, copies, details, display, figures,
     inside::Inside,
     launch::{self, Groups, explain, limits, prepare},
-    machine::{Ask, Machine, Tell, Tells, exit_reason, own, run_state},
+    machine::{Ask, Machine, Tell, Tells, exit_reason, own, seen},
     memory_files, monitor, plug, ports, probe,
     qmp::Qmp,
     record::Record,
@@ -25,7 +25,7 @@ use karst_host::cgroup::{CgroupLimits, Cgroups};
 use karst_model::{
     Error, ErrorKind, InstanceId, Result, SnapshotId,
     display::{DisplayGuard, DisplayProtocol},
-    instance::{InstanceKind, RuntimeState},
+    instance::{HaltReason, InstanceKind, RuntimeState},
     news::MachineNews,
     node::AcceleratorKind,
     threads::BESIDE,
@@ -181,6 +181,7 @@ impl Shared {
             domain_id: Some(record.domain_id),
             started_at: status.map(|s| s.started_at),
             exit: None,
+            halt: None,
             applied_spec_version: record.spec_version,
             accelerator: Some(record.accelerator.as_str().to_owned()),
         }
@@ -199,16 +200,21 @@ impl Shared {
             other => other?,
         };
         // A QEMU that does not answer for the moment still runs; its owner goes on asking.
+        let mut halt = None;
         let state = match Self::run_state(dir, Duration::from_secs(2)).await {
-            Ok(s) => run_state(&s, record.held),
+            Ok(s) => seen(&s, &record),
             // It has ended, and who should say so is silent.
-            Err(_) if status.pid.is_some_and(keeper::has_ended) => RuntimeState::Error,
+            Err(_) if status.pid.is_some_and(keeper::has_ended) => {
+                let detail = "QEMU has ended and its keeper does not answer; stop it by force".into();
+                halt = Some(HaltReason::Unknown { detail });
+                RuntimeState::Error
+            }
             Err(e) => {
                 tracing::warn!(instance = %record.instance, error = %e, context = e.context, "QEMU of an adopted guest does not answer");
                 RuntimeState::Running
             }
         };
-        let observed = Self::observed(&record, state, Some(&status));
+        let observed = Observed { halt, ..Self::observed(&record, state, Some(&status)) };
         let machine = self.own(dir, record, keeper, observed);
         still::adopted(&machine);
         copies::adopted(&machine);
@@ -649,7 +655,7 @@ impl GuestDriver for QemuDriver {
 
     async fn pause(&self, instance: InstanceId) -> Result<Observed> {
         let machine = self.shared.machine(instance).await?;
-        machine.ask(Ask::Pause).await?;
+        machine.ask(Ask::Hold).await?;
         Ok(machine.now())
     }
 

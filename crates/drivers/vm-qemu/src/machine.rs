@@ -4,6 +4,9 @@
 //! a QEMU that hangs can always be ended.
 
 mod anew;
+mod halt;
+
+pub(crate) use halt::seen;
 
 use crate::{
     directories,
@@ -22,7 +25,7 @@ use karst_host::cgroup::Cgroups;
 use karst_model::{
     Error, ErrorKind, Result,
     guest::{MonitorEvent, StopMode, ThresholdReached},
-    instance::{ExitReason, RuntimeState},
+    instance::{ExitReason, HaltReason, RuntimeState},
     news::{Happened, MachineNews},
 };
 use serde_json::{Value, json};
@@ -40,10 +43,6 @@ use tokio::{
 
 /// Between two presses of the power button: a guest that still boots misses the first ones.
 const PRESS: Duration = Duration::from_secs(5);
-/// Between two looks at whether a full disk has room again.
-const ROOM_EVERY: Duration = Duration::from_secs(5);
-/// What must be free before a guest that a full disk halted goes on.
-const ROOM: u64 = 64 << 20;
 /// Before following the events is tried again.
 const RECONNECT: Duration = Duration::from_secs(2);
 /// How long a greeting may take when connecting again.
@@ -54,6 +53,8 @@ const GREETING: Duration = Duration::from_secs(2);
 pub(crate) enum Ask {
     /// Freeze.
     Pause,
+    /// Freeze; what an error halted is kept so: it does not go on by itself until it is resumed.
+    Hold,
     /// Continue.
     Resume,
     /// Shut down, waiting so long.
@@ -69,6 +70,8 @@ enum Do {
     Nothing,
     /// QMP `stop`.
     Stop,
+    /// It stands still by an error: it is to stay so.
+    Keep,
     /// QMP `cont`.
     Cont,
     /// Press the power button, after `cont` where it does not run.
@@ -84,14 +87,15 @@ fn decide(state: RuntimeState, ask: Ask) -> Result<Do> {
         (_, S::Stopped) => Err(Error::not_found("the guest is not running")),
         // One that stands still finds it pressed when it goes on.
         (Ask::Press { anew }, _) => Ok(Do::Press { anew }),
-        (Ask::Pause, S::Paused) | (Ask::Resume, S::Running | S::Stopping) => Ok(Do::Nothing),
-        (Ask::Pause, S::Stopping) => {
+        (Ask::Pause | Ask::Hold, S::Paused) | (Ask::Resume, S::Running | S::Stopping) => Ok(Do::Nothing),
+        (Ask::Pause | Ask::Hold, S::Stopping) => {
             Err(Error::conflict("the guest is shutting down; wait, or force it to stop"))
         }
         (Ask::Pause, S::Error) => {
             Err(Error::conflict("the guest is halted by an error; resume it or force it to stop"))
         }
-        (Ask::Pause, S::Running | S::Starting) => Ok(Do::Stop),
+        (Ask::Hold, S::Error) => Ok(Do::Keep),
+        (Ask::Pause | Ask::Hold, S::Running | S::Starting) => Ok(Do::Stop),
         // After an error: the guest tries again what failed.
         (Ask::Resume, S::Paused | S::Error | S::Starting) => Ok(Do::Cont),
         // The virtual CPUs stand still, so it could not follow.
@@ -413,6 +417,10 @@ impl Owner {
         let changed = self.machine.observed.send_if_modified(|o| {
             let changed = o.state != state;
             o.state = state;
+            // One that is kept so keeps its reason.
+            if !matches!(state, RuntimeState::Error | RuntimeState::Paused) {
+                o.halt = None;
+            }
             changed
         });
         if changed && told {
@@ -452,8 +460,11 @@ impl Owner {
             "SHUTDOWN" if self.heard.is_none() => self.heard = text("reason").map(str::to_owned),
             "BLOCK_IO_ERROR" if text("action") == Some("stop") => {
                 tracing::warn!(instance = %self.machine.record().instance, reason = text("reason"), "a guest is halted by an error of its disk");
-                self.full = Some(Instant::now() + ROOM_EVERY);
-                self.set_state(RuntimeState::Error, true);
+                let kept = self.machine.record().kept_halted;
+                self.full = (!kept).then(|| Instant::now() + halt::ROOM_EVERY);
+                let slot = text("node-name").and_then(news::slot_of_node);
+                let full = event.data.get("nospace").and_then(Value::as_bool) == Some(true);
+                self.halted(Some(HaltReason::Disk { slot, full }));
             }
             // Asked rather than concluded: by now a later command may have undone it.
             "STOP" | "RESUME" => self.refresh().await,
@@ -498,14 +509,29 @@ impl Owner {
         if let Ok(v) = self.execute("query-status").await
             && let Some(s) = v.get("status").and_then(Value::as_str)
         {
-            let held = self.machine.record().held;
-            let state = match run_state(s, held) {
-                RuntimeState::Running => self.running(),
-                other => other,
+            let (held, kept) = {
+                let record = self.machine.record();
+                (record.held, record.kept_halted)
             };
             // Also after an adoption, and when somebody else has resumed it.
-            self.full = (s == "io-error").then(|| self.full.unwrap_or(Instant::now() + ROOM_EVERY));
-            self.set_state(state, true);
+            let full = s == "io-error" && !kept;
+            self.full = full.then(|| self.full.unwrap_or(Instant::now() + halt::ROOM_EVERY));
+            match run_state(s, held) {
+                RuntimeState::Error => {
+                    let disks = match s {
+                        "io-error" => self.execute("query-block").await.ok(),
+                        _ => None,
+                    };
+                    self.halted(halt::reason(s, disks.as_ref().and_then(halt::failed_disk)));
+                }
+                other => {
+                    if kept && let Err(e) = self.keep_halted(false) {
+                        tracing::warn!(error = %e, "the record of a guest could not be written");
+                    }
+                    let state = if other == RuntimeState::Running { self.running() } else { other };
+                    self.set_state(state, true);
+                }
+            }
             if s == "shutdown" {
                 self.has_shut_down().await;
             }
@@ -516,6 +542,10 @@ impl Owner {
     }
 
     async fn request(&mut self, ask: Ask, reply: oneshot::Sender<Result<()>>) {
+        if ask == Ask::Resume && self.machine.record().kept_halted {
+            let released = self.release().await;
+            return drop(reply.send(released));
+        }
         let action = match decide(self.state(), ask) {
             Ok(a) => a,
             Err(e) => return drop(reply.send(Err(e))),
@@ -524,6 +554,10 @@ impl Owner {
             Do::Nothing => Ok(()),
             Do::Press { anew } => self.press(anew).await,
             Do::Stop => self.command("stop", RuntimeState::Paused).await,
+            Do::Keep => self.keep_halted(true).map(|()| {
+                self.full = None;
+                self.set_state(RuntimeState::Paused, false);
+            }),
             Do::Cont => {
                 let to = self.running();
                 self.cont(to).await
@@ -564,7 +598,14 @@ impl Owner {
     }
 
     async fn command(&mut self, command: &str, then: RuntimeState) -> Result<()> {
-        self.execute(command).await?;
+        self.execute(command).await.map_err(|e| match e.context.as_deref() {
+            // QEMU's word for a machine that only a reset brings back.
+            Some(said) if said.contains("Resetting the Virtual Machine") => {
+                Error::conflict("the guest cannot go on from its error; restart it by force")
+                    .with_context(said)
+            }
+            _ => e,
+        })?;
         self.set_state(then, false);
         Ok(())
     }
@@ -631,42 +672,6 @@ impl Owner {
         }
     }
 
-    /// A guest that a full disk halted goes on by itself when there is room. A block device does not tell: there it is tried,
-    /// and QEMU halts the guest again when it was too early.
-    async fn go_on_with_room(&mut self) {
-        if self.state() != RuntimeState::Error {
-            return;
-        }
-        let devices = self.machine.record().devices.clone();
-        let paths: Vec<PathBuf> = devices
-            .into_iter()
-            .flat_map(|d| d.disks)
-            .filter(|d| !d.readonly && !d.cdrom)
-            .map(|d| d.path)
-            .collect();
-        // What changes its disk lets it go on by itself.
-        let machine = self.machine.clone();
-        let Ok(_turn) = machine.copying.try_lock() else {
-            self.full = Some(Instant::now() + ROOM_EVERY);
-            return;
-        };
-        let room = tokio::task::spawn_blocking(move || paths.iter().all(|p| has_room(p))).await;
-        if !room.unwrap_or(false) {
-            self.full = Some(Instant::now() + ROOM_EVERY);
-            return;
-        }
-        match self.execute("cont").await {
-            Ok(_) => {
-                tracing::info!(instance = %self.machine.record().instance, "a guest that a full disk halted goes on");
-                self.refresh().await;
-            }
-            Err(e) => {
-                tracing::debug!(error = %e, "a halted guest does not go on yet");
-                self.full = Some(Instant::now() + ROOM_EVERY);
-            }
-        }
-    }
-
     async fn finish(mut self, end: End) {
         // QEMU's last words may still be on the way; its end closes the connection.
         let following = self.events.is_some();
@@ -711,19 +716,12 @@ impl Owner {
             o.pid = None;
             o.started_at = None;
             o.exit = exit;
+            o.halt = None;
         });
         for (_, reply) in self.stopping.take().into_iter().flat_map(|s| s.waiters) {
             let _ = reply.send(Ok(()));
         }
         (self.tell.changed)(self.machine.observed.borrow().clone());
-    }
-}
-
-/// Has the file system of a disk's file room for more? What cannot be asked is no reason to wait.
-fn has_room(path: &std::path::Path) -> bool {
-    match rustix::fs::statvfs(path) {
-        Ok(s) if path.is_file() => s.f_bavail.saturating_mul(s.f_frsize) >= ROOM,
-        _ => true,
     }
 }
 
@@ -745,6 +743,7 @@ pub(crate) fn without_owner(dir: PathBuf) -> (Machine, mpsc::Receiver<Request>) 
         domain_id: None,
         started_at: None,
         exit: None,
+        halt: None,
         applied_spec_version: 1,
         accelerator: None,
     };
@@ -780,6 +779,10 @@ mod tests {
         assert_eq!(decide(S::Paused, Ask::Pause).unwrap(), Do::Nothing);
         assert_eq!(decide(S::Paused, Ask::Resume).unwrap(), Do::Cont);
         assert_eq!(decide(S::Error, Ask::Resume).unwrap(), Do::Cont);
+        // For a copy of its disks it is kept as it is; nobody else freezes it.
+        assert_eq!(decide(S::Error, Ask::Hold).unwrap(), Do::Keep);
+        assert!(decide(S::Error, Ask::Pause).unwrap_err().message.contains("resume it"));
+        assert_eq!(decide(S::Running, Ask::Hold).unwrap(), Do::Stop);
         assert_eq!(decide(S::Running, Ask::Resume).unwrap(), Do::Nothing);
         assert_eq!(decide(S::Paused, wait).unwrap(), Do::PowerDown { cont: true });
         assert_eq!(decide(S::Running, wait).unwrap(), Do::PowerDown { cont: false });

@@ -40,7 +40,7 @@ impl Budget {
 }
 
 /// The slot of a device by its id in QEMU; nothing of one that is part of the machine.
-fn slot_of(id: &str) -> Option<String> {
+pub(crate) fn slot_of(id: &str) -> Option<String> {
     let disk = device_id("");
     match id.strip_prefix(disk.as_str()) {
         Some(slot) => Some(slot.to_owned()),
@@ -50,7 +50,7 @@ fn slot_of(id: &str) -> Option<String> {
 }
 
 /// The slot of a disk by the node that its device drives, or by the filter above that while it is copied.
-fn slot_of_node(node: &str) -> Option<String> {
+pub(crate) fn slot_of_node(node: &str) -> Option<String> {
     let side = Side::First;
     let begins = [side.name('d', ""), side.filter("")];
     let slot = begins.iter().find_map(|b| node.strip_prefix(b.as_str()))?;

@@ -111,6 +111,9 @@ pub(crate) struct Record {
     /// It was started to stand still, or was reset while it did: it is not on its way up.
     #[serde(default)]
     pub(crate) held: bool,
+    /// An error halted it, and it was asked to stand still then: it does not go on by itself until it is resumed.
+    #[serde(default)]
+    pub(crate) kept_halted: bool,
     /// How often it tells of its memory, seconds, where that was asked for.
     #[serde(default)]
     pub(crate) memory_period: Option<u32>,
@@ -177,6 +180,7 @@ impl Record {
             resuming: guest.machine.as_ref().is_some_and(|m| m.resume),
             from_file: false,
             held: false,
+            kept_halted: false,
             memory_period: None,
             anew: false,
             exit: None,

@@ -61,6 +61,11 @@ pub(crate) async fn freeze(machine: &Arc<Machine>, limit: Duration) -> Result<u3
         RuntimeState::Paused if marked(dir).is_some() => return Ok(0),
         RuntimeState::Running | RuntimeState::Stopping => {}
         RuntimeState::Paused => return Err(Error::conflict("the guest is frozen; resume it first")),
+        RuntimeState::Error => {
+            return Err(Error::conflict(
+                "the guest is halted by an error, and nobody inside can make them so",
+            ));
+        }
         _ => return Err(Error::conflict("the guest does not run")),
     }
     if marked(dir).is_some() {

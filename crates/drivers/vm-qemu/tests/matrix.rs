@@ -13,7 +13,7 @@ use karst_model::{
     ByteSize, ErrorKind, SnapshotId,
     device::NicModel,
     display::{DisplayGuard, DisplayPassword, DisplayProtocol},
-    instance::{ExitReason, Firmware, RuntimeState},
+    instance::{ExitReason, Firmware, HaltReason, RuntimeState},
     node::AcceleratorKind,
     spec::CpuLimit,
 };
@@ -467,8 +467,21 @@ async fn a_full_disk_halts_the_machine_until_there_is_room() {
     shell.until_up();
     shell.run("(dd if=/dev/urandom of=/dev/sdb bs=1M count=60 conv=fsync 2>/dev/null && echo written >/done) & true");
     until_state(&driver, &guest, RuntimeState::Error).await;
+    let why = Some(HaltReason::Disk { slot: Some("scsi1".into()), full: true });
+    let now = driver.observe(guest.instance).await.unwrap();
+    assert_eq!((now.halt, now.pid.is_some()), (why.clone(), true));
+    // Kept so for a copy of its disks, it does not go on by itself, whatever room there is and whoever looks after it.
+    assert_eq!(driver.pause(guest.instance).await.unwrap().state, RuntimeState::Paused);
     room.grow("300m");
+    let driver = place.driver();
+    assert_eq!(driver.adopt().await.unwrap()[0].state, RuntimeState::Paused);
+    // Longer than between two looks at the room that there is.
+    tokio::time::sleep(std::time::Duration::from_secs(7)).await;
+    let now = driver.observe(guest.instance).await.unwrap();
+    assert_eq!((now.state, now.halt), (RuntimeState::Paused, why));
+    assert_eq!(driver.resume(guest.instance).await.unwrap().state, RuntimeState::Error, "as it was");
     until_state(&driver, &guest, RuntimeState::Running).await;
+    assert_eq!(driver.observe(guest.instance).await.unwrap().halt, None);
     shell.until("cat /done", "written");
     driver.stop(guest.instance, StopMode::Force).await.unwrap();
     driver.destroy(guest.instance).await.unwrap();

@@ -16,7 +16,7 @@ use karst_model::{
     checkpoint::{Checkpoint, CheckpointDisk},
     device::DiskOrigin,
     guest::CheckpointMark,
-    instance::{Instance, InstanceKind, Lifecycle, Status},
+    instance::{Instance, InstanceKind, Lifecycle},
     storage::{Volume, VolumeContent},
 };
 use std::time::Duration;
@@ -97,7 +97,7 @@ fn running<'a>(records: &Records, row: &'a Row<Instance>) -> Result<Running<'a>>
     }
     let runtime = records.runtimes.get(&row.id);
     let status = row.status(runtime.map(|r| &r.value));
-    if row.lifecycle != Lifecycle::Ready || !matches!(status, Status::Running | Status::Frozen) {
+    if row.lifecycle != Lifecycle::Ready || !status.is_up() {
         return Err(Error::conflict(format!("instance {name:?} is not running; start it first")));
     }
     let generation = runtime.map_or(row.generation, |r| r.generation);

@@ -39,7 +39,7 @@ impl EngineInner {
         generation: Generation,
         state: RuntimeState,
     ) -> Option<AppliedSpec> {
-        if matches!(state, RuntimeState::Stopped | RuntimeState::Error) {
+        if state.is_down() {
             return None;
         }
         let old = records.runtimes.get(&id).filter(|r| r.generation == generation);

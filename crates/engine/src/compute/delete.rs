@@ -63,9 +63,10 @@ impl Engine {
             let records = inner.inventory.read();
             let row = records.instance(&project, name)?;
             let status = row.status(records.runtimes.get(&row.id).map(|r| &r.value));
-            if !matches!(status, Status::Stopped | Status::Error) {
+            if !status.is_down() {
+                let does = if status == Status::Error { "halted by an error and not stopped" } else { "running" };
                 return Err(Error::conflict(format!(
-                    "instance {name:?} is running; stop it first, or delete it with --force"
+                    "instance {name:?} is {does}; stop it first, or delete it with --force"
                 )));
             }
             let (config, devices) = records.expanded(row);

@@ -13,7 +13,7 @@ use karst_model::{
     Error, InstanceId, Result,
     access::Permission,
     display::{DisplayGuard, DisplayLock, DisplayPassword, DisplayProtocol},
-    instance::{InstanceKind, Status},
+    instance::InstanceKind,
 };
 use std::{net::SocketAddr, time::Duration};
 
@@ -129,7 +129,7 @@ impl Engine {
             None => None,
         };
         // The host first: should it refuse, nothing has changed. What it knows beyond the record lasts to the next viewer.
-        if matches!(view.status, Status::Running | Status::Frozen) {
+        if view.status.is_up() {
             let agent = inner.agents.get(view.instance.node)?;
             let request = DisplayGuardSet { instance: id, guard: guard.clone() };
             agent.display_guard(&CallContext::read(CALL), request).await?;

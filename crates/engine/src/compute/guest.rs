@@ -225,6 +225,11 @@ impl Engine {
             Status::Frozen => {
                 return Err(Error::conflict(format!("instance {name:?} is frozen; resume it first")));
             }
+            Status::Error => {
+                return Err(Error::conflict(format!(
+                    "instance {name:?} is halted by an error; resume it when the cause is gone"
+                )));
+            }
             _ => {
                 return Err(Error::conflict(format!("instance {name:?} is not running; start it first")));
             }

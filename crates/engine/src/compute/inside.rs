@@ -4,7 +4,7 @@ use crate::{Engine, context::Context};
 use karst_agent::{
     AgentCommand, CallContext, DiskThresholdSet, GuestRef, MemoryPeriod, Neighbour, NeighboursFind,
 };
-use karst_model::{Error, InstanceId, Result, guest::MachineFigures, instance::Status};
+use karst_model::{Error, InstanceId, Result, guest::MachineFigures};
 use std::{collections::HashMap, time::Duration};
 
 /// A host that takes longer is left out of the answer.
@@ -25,7 +25,7 @@ impl Engine {
         name: &str,
     ) -> Result<Option<MachineFigures>> {
         let view = self.instance(context, project, name)?;
-        if matches!(view.status, Status::Stopped | Status::Error) {
+        if view.status.is_down() {
             return Ok(None);
         }
         let agent = self.inner().agents.get(view.instance.node)?;

@@ -204,7 +204,12 @@ impl Engine {
             }
             let runtime = records.runtimes.get(&row.id);
             let status = row.status(runtime.map(|r| &r.value));
-            if row.lifecycle != Lifecycle::Ready || !matches!(status, Status::Running | Status::Frozen) {
+            if status == Status::Error {
+                return Err(Error::conflict(format!(
+                    "instance {name:?} is halted by an error: resume it when the cause is gone, then write its memory"
+                )));
+            }
+            if row.lifecycle != Lifecycle::Ready || !status.is_up() {
                 return Err(Error::conflict(format!("instance {name:?} is not running; start it first")));
             }
             let wish = wish(status == Status::Frozen);

@@ -4,8 +4,7 @@ use crate::{Engine, context::Context};
 use karst_agent::{CallContext, MAX_USAGES, VolumeRef};
 use karst_env::EnvExt;
 use karst_model::{
-    InstanceId, NodeId, PoolId, Result, VolumeId, guest::Metrics, history::Series, instance::Status,
-    storage::Usage,
+    InstanceId, NodeId, PoolId, Result, VolumeId, guest::Metrics, history::Series, storage::Usage,
 };
 use std::{
     collections::HashMap,
@@ -47,7 +46,7 @@ impl Engine {
         name: &str,
     ) -> Result<Option<Metrics>> {
         let view = self.instance(context, project, name)?;
-        if !matches!(view.status, Status::Running | Status::Frozen) {
+        if !view.status.is_up() {
             return Ok(None);
         }
         let agent = self.inner().agents.get(view.instance.node)?;

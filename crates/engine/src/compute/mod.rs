@@ -36,7 +36,7 @@ use karst_model::{
     Error, InstanceId, ProjectId, Result,
     access::Permission,
     guest::Observed,
-    instance::{Instance, Runtime, RuntimeState},
+    instance::{Instance, Runtime, RuntimeState, Status},
     spec::GuestSpec,
 };
 use std::sync::Arc;
@@ -118,6 +118,27 @@ pub(crate) fn called(from: ProjectId, instance: &Instance) -> String {
     }
 }
 
+impl Records {
+    /// Why the guest of an instance stands still though nobody asked for that, in words.
+    pub(crate) fn why_halted(&self, instance: &Instance) -> Option<String> {
+        let runtime = self.runtimes.get(&instance.id)?;
+        let halted = instance.status(Some(&runtime.value)) == Status::Error;
+        let halt = runtime.halt.as_ref().filter(|_| halted)?;
+        Some(halt.words(|slot| self.disk_at(instance, slot)))
+    }
+
+    /// The disk at a slot in the user's words.
+    fn disk_at(&self, instance: &Instance, slot: &str) -> Option<String> {
+        let (name, _) = instance.identities.iter().find(|(_, identity)| identity.slot == slot)?;
+        let devices = self.expanded(instance).1;
+        let pool = devices.get(name).and_then(|keys| keys.get("pool"));
+        Some(match pool {
+            Some(pool) => format!("disk {name:?} on pool {pool:?}"),
+            None => format!("disk {name:?}"),
+        })
+    }
+}
+
 impl EngineInner {
     /// The current row of an instance that a saga works on.
     pub(crate) fn instance_row(&self, id: InstanceId) -> Result<Row<Instance>> {
@@ -141,6 +162,7 @@ impl EngineInner {
             domain_id: observed.domain_id,
             started_at: observed.started_at.and_then(|s| jiff::Timestamp::from_second(s).ok()),
             exit: observed.exit.clone(),
+            halt: observed.halt.clone(),
             applied_spec_version: observed.applied_spec_version,
             applied: self.applied_of(records, observed.instance, observed.generation, observed.state),
             accelerator: observed.accelerator.clone(),

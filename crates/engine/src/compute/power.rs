@@ -137,7 +137,10 @@ impl Engine {
             let row = records.instance(&project, name)?;
             let runtime = records.runtimes.get(&row.id);
             let status = row.status(runtime.map(|r| &r.value));
-            request.action.check(name, status)?;
+            request.action.check(name, status).map_err(|e| match records.why_halted(row) {
+                Some(why) => Error { message: format!("{} ({why})", e.message), ..e },
+                None => e,
+            })?;
             if save {
                 demand_savable(row, &records.expanded(row).0)?;
             }
@@ -309,6 +312,7 @@ fn plan(
             .then_some(GuestStop { guest: running, mode }),
         running,
         was_frozen: status == Status::Frozen,
+        was_halted: status == Status::Error,
         start,
         instance,
     })
@@ -342,6 +346,9 @@ pub struct PowerPlan {
     paused: bool,
     running: GuestRef,
     was_frozen: bool,
+    /// An error had halted it.
+    #[serde(default)]
+    was_halted: bool,
     stop: Option<GuestStop>,
     start: Option<StartPlan>,
 }
@@ -439,6 +446,8 @@ impl Saga for InstancePower {
             (_, PowerAction::Freeze) => {
                 still_there(agent.guest_resume(&cx.mutate(Duration::from_secs(30)), plan.running).await)
             }
+            // It stands still by itself again where the error has stayed.
+            (_, PowerAction::Unfreeze) if plan.was_halted => Ok(()),
             (_, PowerAction::Unfreeze) => {
                 still_there(agent.guest_pause(&cx.mutate(Duration::from_secs(30)), plan.running).await)
             }

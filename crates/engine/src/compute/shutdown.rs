@@ -49,10 +49,7 @@ fn order(records: &Records, tried: &BTreeSet<InstanceId>) -> Vec<Vec<Guest>> {
     let mut groups: BTreeMap<std::cmp::Reverse<u64>, Vec<Guest>> = BTreeMap::new();
     let ready = |i: &&crate::Row<Instance>| i.lifecycle == Lifecycle::Ready && !tried.contains(&i.id);
     for instance in records.instances.values().filter(ready) {
-        let runs = records
-            .runtimes
-            .get(&instance.id)
-            .is_some_and(|r| !matches!(r.state, RuntimeState::Stopped | RuntimeState::Error));
+        let runs = records.runtimes.get(&instance.id).is_some_and(|r| !r.state.is_down());
         let Some(project) = records.projects.get(&instance.project).filter(|_| runs) else { continue };
         let (config, _) = records.expanded(instance);
         let guest = guest(instance, project.name.to_string(), &config);
@@ -188,8 +185,7 @@ impl Engine {
 
     fn runs(&self, id: InstanceId) -> bool {
         let records = self.inner().inventory.read();
-        let down = |s| matches!(s, RuntimeState::Stopped | RuntimeState::Error);
-        records.runtimes.get(&id).is_some_and(|r| !down(r.state))
+        records.runtimes.get(&id).is_some_and(|r| !r.state.is_down())
     }
 
     /// Waits for what is at work on the instance, for a time.

@@ -156,7 +156,7 @@ impl Engine {
             inner.check_nics(&records, tx, &instance, &parsed)?;
             inner.demand_own_label(&records, &instance, "devices")?;
             let runtime = records.runtimes.get(&row.id);
-            let running = matches!(row.status(runtime.map(|r| &r.value)), Status::Running | Status::Frozen);
+            let running = row.status(runtime.map(|r| &r.value)).is_up();
             let domain_id = runtime.and_then(|r| r.domain_id).unwrap_or(0);
             change_hardware(&mut instance, &records.expanded(row).0, &config, running, name)?;
             let mut live = None;

@@ -429,7 +429,7 @@ pub(super) fn plan_instance(
         metadata.templates.check("templates")?;
     }
     let seen = observed.get(&was.id);
-    let runs = |o: &&Observed| !matches!(o.state, RuntimeState::Stopped | RuntimeState::Error);
+    let runs = |o: &&Observed| !o.state.is_down();
     let running = seen.filter(runs);
     let taken = records.taken_vmids.contains(&was.vmid.0) || !Vmid::RANGE.contains(&was.vmid.0);
     let mut instance = Instance {

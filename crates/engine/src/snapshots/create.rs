@@ -185,9 +185,14 @@ impl Engine {
 /// A machine whose processors stand still cannot make its file systems so.
 fn demand_awake(records: &Records, row: &Instance) -> Result<()> {
     let status = row.status(records.runtimes.get(&row.id).map(|r| &r.value));
-    if row.kind == InstanceKind::VirtualMachine && status == Status::Frozen {
+    let still = match status {
+        Status::Frozen => "frozen",
+        Status::Error => "halted by an error",
+        _ => return Ok(()),
+    };
+    if row.kind == InstanceKind::VirtualMachine {
         return Err(Error::conflict(format!(
-            "instance {:?} is frozen: its file systems cannot be made still; resume it, or take the snapshot with {QUIESCE}=no",
+            "instance {:?} is {still}: its file systems cannot be made still; resume it, or take the snapshot with {QUIESCE}=no",
             &*row.name
         ))
         .at("quiesce"));
@@ -202,7 +207,14 @@ fn demand_memory(records: &Records, found: &Found) -> Result<()> {
     };
     crate::compute::power::demand_stateful(row, &records.expanded(row).0)?;
     let status = row.status(records.runtimes.get(&row.id).map(|r| &r.value));
-    if !matches!(status, Status::Running | Status::Frozen) {
+    if status == Status::Error {
+        return Err(Error::conflict(format!(
+            "instance {:?} is halted by an error; resume it when the cause is gone, or take the snapshot without memory",
+            &*row.name
+        ))
+        .at("stateful"));
+    }
+    if !status.is_up() {
         return Err(Error::conflict(format!(
             "instance {:?} is not running: it has no memory to be kept",
             &*row.name

@@ -39,12 +39,13 @@ pub(crate) fn quiesce(records: &Records, instance: &Instance) -> Quiesce {
     chosen.filter(|_| instance.kind == InstanceKind::VirtualMachine).unwrap_or_default()
 }
 
-/// The guest of an instance that is to be paused while a snapshot is taken: one that runs and is not paused already.
+/// The guest of an instance that is to be paused while a snapshot is taken: one that runs and is not paused already. One that an
+/// error halted could go on by itself in the middle of it: it is kept halted, and is halted as before when it is resumed.
 pub(crate) fn guest(records: &Records, instance: &Instance) -> Option<PausedGuest> {
     let runtime = records.runtimes.get(&instance.id)?;
-    let running = instance.status(Some(&runtime.value)) == Status::Running;
+    let moves = matches!(instance.status(Some(&runtime.value)), Status::Running | Status::Error);
     let at = GuestRef { instance: instance.id, generation: runtime.generation };
-    running.then(|| PausedGuest { at, node: instance.node, quiesce: quiesce(records, instance) })
+    moves.then(|| PausedGuest { at, node: instance.node, quiesce: quiesce(records, instance) })
 }
 
 /// What ended meanwhile needs neither pause nor resume.

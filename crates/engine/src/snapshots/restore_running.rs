@@ -29,7 +29,7 @@ use karst_model::{
     Error, ErrorKind, Result,
     applied::AppliedSpec,
     guest::{Observed, StopMode},
-    instance::{DesiredPower, Instance, RuntimeState, Since, Status},
+    instance::{DesiredPower, Instance, Since, Status},
     spec::GuestSpec,
 };
 use serde::{Deserialize, Serialize};
@@ -60,7 +60,8 @@ impl Engine {
             let generation = runtime.map_or(row.generation, |r| r.generation);
             let status = row.status(runtime.map(|r| &r.value));
             let was = match status {
-                Status::Running => Was::Running,
+                // It stood still, and would begin anew either way.
+                Status::Running | Status::Error => Was::Running,
                 Status::Frozen => Was::Frozen,
                 Status::Stopped if memory => Was::Stopped,
                 Status::Stopped => {
@@ -163,10 +164,8 @@ async fn seen(cx: &StepContext, plan: &RunningPlan) -> Result<Option<Observed>> 
 /// Starts the guest as it was, and says so at once: the end of the saga reads it. One that cannot start any more, because
 /// what it needs is gone, is recorded as what it is: stopped.
 async fn bring_back(cx: &StepContext, plan: &RunningPlan) -> Result<()> {
-    let untouched = seen(cx, plan).await?.is_some_and(|o| {
-        o.generation == plan.running.generation
-            && !matches!(o.state, RuntimeState::Stopped | RuntimeState::Error)
-    });
+    let untouched =
+        seen(cx, plan).await?.is_some_and(|o| o.generation == plan.running.generation && !o.state.is_down());
     if untouched {
         return Ok(());
     }
@@ -279,11 +278,7 @@ impl Saga for SnapshotRestoreRunning {
     fn abort(plan: &RunningPlan, _: &RunningOutputs, engine: &EngineInner, tx: &mut Tx) -> Result<()> {
         let row = engine.instance_row(plan.running.instance)?;
         let records = engine.inventory.read();
-        let up = records
-            .runtimes
-            .get(&row.id)
-            .filter(|r| !matches!(r.state, RuntimeState::Stopped | RuntimeState::Error))
-            .map(|r| r.generation);
+        let up = records.runtimes.get(&row.id).filter(|r| !r.state.is_down()).map(|r| r.generation);
         let mut instance = row.value.clone();
         match (up, plan.was) {
             // Whichever of the two the undo found or started.

@@ -26,7 +26,7 @@ use karst_model::{
     ByteSize, Error, ErrorKind, InstanceId, NetworkId, NodeId, Result, VolumeId,
     device::{Devices, DiskOrigin},
     guest::Applied,
-    instance::{DeviceIdentity, Generation, Instance, Status},
+    instance::{DeviceIdentity, Generation, Instance},
     keys,
     profile::Profile,
     spec::GuestSpec,
@@ -239,7 +239,7 @@ fn running_users(engine: &EngineInner, profile: &Profile, had: &[(InstanceId, Ha
     for instance in records.instances.values().filter(|i| i.profiles.contains(&profile.id)) {
         let runtime = records.runtimes.get(&instance.id);
         let status = instance.status(runtime.map(|r| &r.value));
-        let (Status::Running | Status::Frozen, Some(runtime)) = (status, runtime) else { continue };
+        let Some(runtime) = runtime.filter(|_| status.is_up()) else { continue };
         let name = called(profile.project, instance);
         let named = |e: Error| Error { message: format!("{name}: {}", e.message), ..e };
         let (generation, domain) = (runtime.generation, runtime.domain_id.unwrap_or(0));

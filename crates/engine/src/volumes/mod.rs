@@ -14,7 +14,7 @@ use karst_model::{
     Error, InstanceId, Missing, Name, ProjectId, Result, VolumeId,
     access::Permission,
     device::{Devices, kernel_names},
-    instance::{Instance, Status},
+    instance::Instance,
     profile::Profile,
     project::{DEFAULT_PROJECT, Project},
     storage::{Pool, Volume},
@@ -158,10 +158,10 @@ pub fn attached(records: &Records, volume: &Volume) -> Vec<Row<Instance>> {
     users.filter(has).collect()
 }
 
-/// Does the guest of an instance run?
+/// Has the guest of an instance a process, be it that it stands still or that an error halted it? Then its disks are open.
 pub(crate) fn runs(records: &Records, instance: &Instance) -> bool {
     let status = instance.status(records.runtimes.get(&instance.id).map(|r| &r.value));
-    !matches!(status, Status::Stopped | Status::Error)
+    !status.is_down()
 }
 
 impl crate::Engine {

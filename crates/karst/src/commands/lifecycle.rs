@@ -114,7 +114,8 @@ impl Action {
     fn concerns(self, status: &str) -> bool {
         match self {
             Self::Start => status == "Stopped",
-            Self::Unfreeze => status == "Frozen",
+            // What an error halted tries again what failed.
+            Self::Unfreeze => matches!(status, "Frozen" | "Error"),
             Self::Freeze | Self::Restart => status == "Running",
             Self::Stop => status != "Stopped",
         }

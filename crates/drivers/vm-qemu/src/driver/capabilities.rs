@@ -30,7 +30,9 @@ impl GuestMachine for QemuDriver {
         let _changing = slot.changing.lock().await;
         let place = states::begin(&dir, snapshot)?;
         if memory {
-            let machine = machine.filter(|m| m.now().state == RuntimeState::Paused);
+            // Nor of one that an error halted: it would have to go on from there.
+            let pausing = |m: &Arc<Machine>| m.now().state == RuntimeState::Paused && !m.record().kept_halted;
+            let machine = machine.filter(pausing);
             let machine =
                 machine.ok_or_else(|| Error::conflict("memory is kept of a machine that is paused"))?;
             if still::marked(&dir).is_some() {

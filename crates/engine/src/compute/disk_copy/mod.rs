@@ -29,7 +29,7 @@ use karst_model::{
     access::Permission,
     device::DiskOrigin,
     guest::{DiskCopyEnd, DiskCopyPhase, DiskCopyState},
-    instance::{Instance, InstanceKind, Lifecycle, Status},
+    instance::{Instance, InstanceKind, Lifecycle},
     project::Project,
     storage::{Volume, VolumeContent, VolumeOwner},
 };
@@ -369,7 +369,7 @@ fn prepare(
     }
     let runtime = records.runtimes.get(&row.id);
     let status = row.status(runtime.map(|r| &r.value));
-    if row.lifecycle != Lifecycle::Ready || !matches!(status, Status::Running | Status::Frozen) {
+    if row.lifecycle != Lifecycle::Ready || !status.is_up() {
         let text = format!("instance {name:?} is not running; its volumes are copied as they are");
         return Err(Error::conflict(text));
     }

@@ -31,7 +31,7 @@ use karst_model::{
     Error, ErrorKind, Result, Vmid,
     access::Permission,
     guest::Metrics,
-    instance::{InstanceKind, PowerAction, Status},
+    instance::{InstanceKind, PowerAction},
     operation::OperationClass,
 };
 use serde::Serialize;
@@ -591,7 +591,7 @@ pub async fn delete(call: Call) -> Result<Reply> {
     let operation = result.map_err(|e| {
         // That it runs is the request's fault by Incus' contract (400), not a conflict; pylxd tells the two apart.
         let view = call.engine().instance(&call.context, call.project(), call.param(0));
-        let runs = view.is_ok_and(|v| !matches!(v.status, Status::Stopped | Status::Error));
+        let runs = view.is_ok_and(|v| !v.status.is_down());
         match e.kind {
             ErrorKind::Conflict if runs => Error { kind: ErrorKind::Invalid, ..e },
             _ => e,

@@ -66,10 +66,7 @@ impl<'a> Merged<'a> {
     fn of(view: &'a View) -> Self {
         let i = &view.instance;
         let mut all: BTreeMap<Cow<'a, str>, Cow<'a, str>> = BTreeMap::new();
-        let power = match view.status {
-            Status::Stopped | Status::Error => "STOPPED",
-            _ => "RUNNING",
-        };
+        let power = if view.status.is_down() { "STOPPED" } else { "RUNNING" };
         all.insert("volatile.last_state.power".into(), power.into());
         all.insert("volatile.uuid".into(), i.id.to_string().into());
         let running = !matches!(view.status, Status::Stopped);
@@ -241,7 +238,7 @@ impl<'a> StateView<'a> {
     /// say so: 0 for memory, -1 for counts.
     pub fn of(view: &View, metrics: Option<&'a Metrics>) -> Self {
         let (status, status_code) = status(view.status);
-        let runs = !matches!(view.status, Status::Stopped | Status::Error);
+        let runs = !view.status.is_down();
         let runtime = view.runtime.as_deref().filter(|_| runs);
         let none = Metrics::default();
         let m = metrics.unwrap_or(&none);

@@ -12,7 +12,7 @@ use crate::{
 };
 use karst_engine::{InstanceView, compute::update::UpdateInstance};
 use karst_model::{
-    instance::{ExitReason, InstanceKind, Since, Status},
+    instance::{ExitReason, HaltReason, InstanceKind, Since, Status},
     keys::parse_bool,
 };
 use std::{collections::BTreeSet, sync::Arc};
@@ -37,8 +37,13 @@ pub fn state_of(view: &InstanceView) -> (i32, i32) {
         },
         // By the user.
         Status::Frozen => (3, 1),
-        // By an error of IO: the host could not keep it.
-        Status::Error => (3, 5),
+        Status::Error => match view.runtime.as_ref().and_then(|r| r.halt.as_ref()) {
+            // By an error of IO, the watchdog, a crash of the system inside; else nobody knows.
+            None | Some(HaltReason::Disk { .. }) => (3, 5),
+            Some(HaltReason::Watchdog) => (3, 6),
+            Some(HaltReason::Panicked) => (3, 10),
+            Some(HaltReason::Internal | HaltReason::Unknown { .. }) => (3, 0),
+        },
         Status::Stopping => (4, 1),
         // Saved.
         Status::Stopped if view.instance.stateful => (5, 5),

@@ -274,7 +274,8 @@ pub async fn reset(call: Call) -> Answered {
 pub async fn suspend(call: Call) -> Answered {
     let view = call.only_guest()?;
     demand_running(&view)?;
-    if view.status != Status::Frozen {
+    // What an error halted stands still already, which libvirt calls paused.
+    if !matches!(view.status, Status::Frozen | Status::Error) {
         freeze(&call, &view).await?;
     }
     Ok(nothing())
@@ -285,7 +286,9 @@ pub async fn resume(call: Call) -> Answered {
     let view = call.only_guest()?;
     demand_running(&view)?;
     match view.status {
-        Status::Frozen => ended(begin(&call, &view, PowerAction::Unfreeze, false).await?).await?,
+        Status::Frozen | Status::Error => {
+            ended(begin(&call, &view, PowerAction::Unfreeze, false).await?).await?;
+        }
         _ => return Err(VirError::state("domain is already running")),
     }
     Ok(nothing())
