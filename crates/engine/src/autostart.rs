@@ -149,7 +149,8 @@ impl Starts {
         if start.settled {
             tracing::warn!(instance = %id, %error, "does not start {why}");
             let mut unstarted = inner.unstarted.lock().unwrap_or_else(|e| e.into_inner());
-            unstarted.insert(id, error.message.clone());
+            let text = format!("was to start with its host and does not: {}", error.message);
+            unstarted.insert(id, text);
         } else {
             tracing::warn!(instance = %id, %error, wait = ?wait(start.failures), "does not start {why}; trying again");
         }

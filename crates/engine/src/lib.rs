@@ -153,7 +153,7 @@ pub struct EngineInner {
     pub daemon_id: String,
     /// All guests are being stopped: none starts any more.
     pub(crate) leaving: AtomicBool,
-    /// Who was to start with its host and did not, and why: a warning for as long as it is down.
+    /// Who was to start by itself and did not, and what is said of it: a warning for as long as it is down.
     pub(crate) unstarted: Mutex<BTreeMap<karst_model::InstanceId, String>>,
     pub(crate) next_vmid: AtomicU32,
     pub(crate) next_domain_id: AtomicU32,

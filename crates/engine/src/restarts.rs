@@ -1,12 +1,14 @@
 //! Guests that crashed start again (`boot.autorestart`), each time a little later; one that then runs for a while begins
-//! afresh. What an administrator stopped, what shut itself down and what a restart of the host ended are no crashes.
+//! afresh. A start that fails is tried again for an hour, later each time, and is a warning from the second time on. What an
+//! administrator stopped, what shut itself down and what a restart of the host ended are no crashes.
 
-use crate::{Engine, EngineInner, compute::power::PowerRequest, context::Context};
+use crate::{Engine, EngineInner, compute::power::PowerRequest, context::Context, operations::LiveOperation};
 use karst_env::EnvExt;
 use karst_model::{
-    InstanceId,
-    instance::{DesiredPower, ExitReason, Generation, Lifecycle, PowerAction, RuntimeState},
+    Error, InstanceId,
+    instance::{DesiredPower, ExitReason, Generation, Lifecycle, PowerAction},
     keys,
+    operation::OperationState,
 };
 use std::{
     collections::HashMap,
@@ -22,16 +24,29 @@ const LONGEST: Duration = Duration::from_secs(300);
 const RECOVERED: Duration = Duration::from_secs(600);
 /// How often it is looked even when nothing was announced.
 const SWEEP: Duration = Duration::from_secs(30);
+/// How often while starts are under way.
+const LOOK: Duration = Duration::from_secs(5);
+
+/// How long one that does not start is tried again.
+const GIVE_UP: Duration = Duration::from_secs(3600);
 
 /// How a guest crashed so far. Kept in memory: a new daemon begins afresh.
+#[derive(Default)]
 struct Crashes {
+    /// The start that crashed last.
     generation: Generation,
-    /// Crashes in a row, this one included.
+    /// Crashes in a row, this one included, and starts that failed after it.
     count: u32,
     /// When it is started.
     due: Duration,
-    /// Was it, since this crash?
-    started: bool,
+    /// The start that is under way.
+    operation: Option<LiveOperation>,
+    /// It crashed and has not been started since.
+    owed: bool,
+    /// When a start failed first since the crash.
+    failed_since: Option<Duration>,
+    /// Why it ended, in words.
+    why: String,
 }
 
 /// The wait before the start that follows the `count`th crash in a row.
@@ -56,8 +71,69 @@ pub(crate) async fn follow(weak: Weak<EngineInner>) {
     }
 }
 
+impl Crashes {
+    /// Its guest has crashed in the start of this generation.
+    fn crashed(&mut self, generation: Generation, why: &str, now: Duration) {
+        self.generation = generation;
+        why.clone_into(&mut self.why);
+        // The end of a start that failed: it is counted as that.
+        if std::mem::replace(&mut self.owed, true) {
+            return;
+        }
+        let calm = now.saturating_sub(self.due) >= RECOVERED;
+        self.count = if calm { 1 } else { self.count + 1 };
+        self.due = now + wait(self.count);
+        self.failed_since = None;
+    }
+
+    /// A start failed. Is it tried again, later than before? The second time people are told.
+    fn failed(&mut self, now: Duration) -> (bool, bool) {
+        let again = self.failed_since.is_some();
+        let since = *self.failed_since.get_or_insert(now);
+        self.count += 1;
+        self.due = now + wait(self.count);
+        self.owed = self.due.saturating_sub(since) <= GIVE_UP;
+        (self.owed, again || !self.owed)
+    }
+}
+
+/// Notes that a start failed, and says so.
+fn failed(inner: &EngineInner, id: InstanceId, crashes: &mut Crashes, error: &Error) {
+    let (again, told) = crashes.failed(inner.env.monotonic());
+    let (wait, why) = (wait(crashes.count), &crashes.why);
+    if again {
+        tracing::warn!(instance = %id, %error, ?wait, "does not start again after a crash; trying again");
+    } else {
+        tracing::warn!(instance = %id, %error, "does not start again after a crash");
+    }
+    if told {
+        let how = if again { "it is tried again" } else { "it is not tried again; start it" };
+        let text = format!("crashed ({why}) and does not start again: {}; {how}", error.message);
+        inner.unstarted.lock().unwrap_or_else(|e| e.into_inner()).insert(id, text);
+    }
+}
+
+/// What became of the starts under way.
+fn note_ends(inner: &EngineInner, crashes: &mut HashMap<InstanceId, Crashes>) {
+    for (id, known) in crashes.iter_mut() {
+        let Some(operation) = known.operation.as_ref().map(LiveOperation::snapshot) else { continue };
+        if !operation.state.is_final() {
+            continue;
+        }
+        known.operation = None;
+        if operation.state == OperationState::Success {
+            (known.owed, known.failed_since) = (false, None);
+            continue;
+        }
+        let nothing = || Error::internal("the start ended without a word", operation.id);
+        let error = operation.error.clone().unwrap_or_else(nothing);
+        failed(inner, *id, known, &error);
+    }
+}
+
 /// Starts what is due; answers when to look again.
 async fn round(inner: &Arc<EngineInner>, crashes: &mut HashMap<InstanceId, Crashes>) -> Duration {
+    note_ends(inner, crashes);
     let now = inner.env.monotonic();
     let mut due = vec![];
     let mut next = SWEEP;
@@ -66,9 +142,27 @@ async fn round(inner: &Arc<EngineInner>, crashes: &mut HashMap<InstanceId, Crash
         crashes.retain(|id, _| records.instances.contains_key(id));
         for instance in records.instances.values() {
             let Some(runtime) = records.runtimes.get(&instance.id) else { continue };
-            let crashed = matches!(&runtime.exit, Some(ExitReason::Crashed { detail }) if detail != crate::reconcile::HOST_RESTARTED);
-            let wanted = runtime.state == RuntimeState::Stopped
-                && crashed
+            if !runtime.state.is_down() {
+                // Somebody else has started it.
+                if let Some(known) = crashes.get_mut(&instance.id)
+                    && known.operation.is_none()
+                    && known.generation < runtime.generation
+                {
+                    (known.owed, known.failed_since) = (false, None);
+                }
+                continue;
+            }
+            let crash = match &runtime.exit {
+                Some(ExitReason::Crashed { detail }) if detail != crate::reconcile::HOST_RESTARTED => {
+                    Some(detail)
+                }
+                _ => None,
+            };
+            let known = crashes.get(&instance.id);
+            // A start that failed and was undone by force is no word of anybody's: the crash before it is still owed a start.
+            let undone = matches!(runtime.exit, None | Some(ExitReason::Forced))
+                && known.is_some_and(|k| k.owed && k.generation < runtime.generation);
+            let wanted = (crash.is_some() || undone)
                 // A start that failed since does not make up for the crash.
                 && runtime.generation <= instance.generation
                 && instance.power == DesiredPower::Running
@@ -79,25 +173,17 @@ async fn round(inner: &Arc<EngineInner>, crashes: &mut HashMap<InstanceId, Crash
             {
                 continue;
             }
-            let entry = crashes.entry(instance.id);
-            let known = entry.or_insert(Crashes {
-                generation: Generation::default(),
-                count: 0,
-                due: now,
-                started: false,
-            });
-            if known.generation != runtime.generation {
-                let calm = now.saturating_sub(known.due) >= RECOVERED;
-                known.count = if calm { 1 } else { known.count + 1 };
-                known.generation = runtime.generation;
-                known.due = now + wait(known.count);
-                known.started = false;
+            let known =
+                crashes.entry(instance.id).or_insert_with(|| Crashes { due: now, ..Crashes::default() });
+            if let Some(why) = crash
+                && known.generation != runtime.generation
+            {
+                known.crashed(runtime.generation, why, now);
             }
-            if known.started {
+            if !known.owed || known.operation.is_some() {
                 continue;
             }
             if known.due <= now {
-                known.started = true;
                 let project = records.projects.get(&instance.project).map(|p| p.name.to_string());
                 due.extend(project.map(|p| (p, instance.name.to_string(), instance.id)));
             } else {
@@ -109,21 +195,21 @@ async fn round(inner: &Arc<EngineInner>, crashes: &mut HashMap<InstanceId, Crash
     for (project, name, id) in due {
         let request =
             PowerRequest { action: PowerAction::Start, force: false, timeout: None, stateful: true };
-        match engine.instance_power(&Context::system(), &project, &name, request).await {
-            Ok(_) => tracing::info!(instance = %name, "starts again after a crash"),
+        let begun = engine.instance_power(&Context::system(), &project, &name, request).await;
+        let Some(known) = crashes.get_mut(&id) else { continue };
+        match begun {
+            Ok(operation) => {
+                tracing::info!(instance = %name, "starts again after a crash");
+                known.operation = Some(operation);
+            }
             Err(e) => {
-                tracing::warn!(instance = %name, error = %e, "does not start again after a crash");
-                // Tried again, later than before.
-                if let Some(c) = crashes.get_mut(&id) {
-                    c.count += 1;
-                    c.due = now + wait(c.count);
-                    c.started = false;
-                    next = next.min(wait(c.count));
-                }
+                failed(inner, id, known, &e);
+                next = next.min(wait(known.count));
             }
         }
     }
-    next
+    // How they end is looked at soon, also when nothing else changes.
+    if crashes.values().any(|k| k.operation.is_some()) { next.min(LOOK) } else { next }
 }
 
 #[cfg(test)]
@@ -135,5 +221,26 @@ mod tests {
         let waits: Vec<u64> = (1..=10).map(|n| wait(n).as_secs()).collect();
         assert_eq!(waits, [1, 2, 4, 8, 16, 32, 64, 128, 256, 300]);
         assert_eq!(wait(u32::MAX), LONGEST);
+    }
+
+    #[test]
+    fn a_start_that_fails_is_tried_again_told_of_and_given_up() {
+        let mut known = Crashes::default();
+        let mut now = Duration::from_secs(1000);
+        known.crashed(Generation { incarnation: 1, n: 1 }, "QEMU crashed with signal 11", now);
+        assert_eq!((known.count, known.due - now), (1, Duration::from_secs(1)));
+        assert_eq!(known.failed(now), (true, false));
+        assert_eq!((known.failed(now), known.count), ((true, true), 3));
+        let mut tries = 2;
+        while known.owed {
+            now = known.due;
+            known.failed(now);
+            tries += 1;
+            assert!(tries < 100);
+        }
+        assert!(tries > 10, "it took {tries} tries");
+        known.crashed(Generation { incarnation: 1, n: 2 }, "again", now);
+        assert_eq!(known.why, "again");
+        assert!(known.owed && known.failed_since.is_none(), "another crash begins afresh");
     }
 }

@@ -7,6 +7,7 @@ use karst_model::{
     Config, Error, ErrorKind, InstanceId,
     instance::{DesiredPower, Generation, PowerAction, Status},
     operation::OperationState,
+    warning::WarningStatus,
 };
 use karst_store::TxnBuilder;
 use karst_testkit::{World, scenarios::container};
@@ -122,6 +123,40 @@ fn a_restart_that_stops_nothing_orders_nothing() {
             w.engine.instance(&w.admin, "default", "staying").unwrap().status == Status::Running
         })
         .await;
+        w.settle().await;
+        assert_eq!(w.faults().await, Vec::<String>::new());
+        w.engine.close();
+    });
+}
+
+/// Each start after a crash may fail as what caused the crash still does: it is tried again, later each time, and told.
+#[test]
+fn a_start_after_a_crash_that_fails_is_tried_again_and_told() {
+    SeededEnv::run(4, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        let again = Config::from([("boot.autorestart".into(), "true".into())]);
+        let id = stubborn(&w, CreateInstance { config: again, ..container("c1") }).await;
+        let view = || w.engine.instance(&w.admin, "default", "c1").unwrap();
+        let told = || {
+            let all = w.engine.warnings(&w.admin).unwrap();
+            all.into_iter().find(|row| row.kind == "Instance not started" && row.status == WarningStatus::New)
+        };
+        // Without effect, and with one that is undone by force: that is nobody's wish either.
+        w.agent.inject("guest_start", Fault::FailBefore(Error::unavailable("the pool is away")));
+        w.agent.inject("guest_start", Fault::FailAfter(Error::timeout("it took too long")));
+        w.agent.inject("guest_start", Fault::FailBefore(Error::internal("no memory", "")));
+        assert!(w.agent.crash_guest(id));
+        until(&w, "it is told", || told().is_some()).await;
+        assert_eq!((view().status, view().instance.power), (Status::Stopped, DesiredPower::Running));
+        let message = told().unwrap().message.clone();
+        assert!(
+            message.contains("crashed (killed by signal 9)") && message.contains("tried again"),
+            "{message}"
+        );
+        until(&w, "it runs again", || view().status == Status::Running).await;
+        // One start that the user ordered, three that failed, one that did not.
+        assert_eq!(view().instance.generation.n, 5);
+        until(&w, "that is over", || told().is_none()).await;
         w.settle().await;
         assert_eq!(w.faults().await, Vec::<String>::new());
         w.engine.close();

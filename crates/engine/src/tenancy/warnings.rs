@@ -133,7 +133,7 @@ fn conditions(inner: &EngineInner, records: &Records) -> BTreeMap<Uuid, Conditio
         all.push(Condition {
             kind: "Instance not started",
             severity: Severity::High,
-            message: format!("instance {:?} was to start with its host and does not: {why}", &*instance.name),
+            message: format!("instance {:?} {why}", &*instance.name),
             project: Some(instance.project),
             entity: crate::compute::path(&project, &instance.name),
             about: id.to_string(),
