@@ -27,6 +27,8 @@ pub const DISK_THRESHOLD: &str = "instance-disk-threshold-reached";
 pub const REASON: &str = "reason";
 /// Of a start: it went on from memory that was kept.
 pub const RESUMED: &str = "resumed";
+/// Of one that ended by itself: how, in words.
+pub const DETAIL: &str = "detail";
 /// Of a new name: the one before, as Incus has it.
 pub const OLD_NAME: &str = "old_name";
 /// Of one that was put back to a snapshot: it ran before.
@@ -50,7 +52,13 @@ pub fn reason(exit: Option<&ExitReason>, saved: bool) -> Option<&'static str> {
 /// The same as a context.
 pub(crate) fn reason_context(exit: Option<&ExitReason>, saved: bool) -> BTreeMap<String, serde_json::Value> {
     let said = reason(exit, saved).map(|word| (REASON.to_owned(), serde_json::Value::from(word)));
-    said.into_iter().collect()
+    let detail = match exit {
+        Some(crashed @ ExitReason::Crashed { .. }) if !saved => {
+            Some((DETAIL.to_owned(), crashed.words().into()))
+        }
+        _ => None,
+    };
+    said.into_iter().chain(detail).collect()
 }
 
 /// The context of an event that tells what happened in a machine.

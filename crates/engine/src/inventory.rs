@@ -84,6 +84,8 @@ pub struct InstanceView {
     pub expanded_devices: Devices,
     /// Status out of desired and observed.
     pub status: Status,
+    /// Why it is so, in words, where nobody asked for it: what halted it, or how it ended by itself.
+    pub reason: Option<String>,
     /// Name of its node.
     pub location: String,
     /// Name of its root's pool.
@@ -338,6 +340,7 @@ impl Records {
         let (expanded_config, expanded_devices) = self.expanded(&instance);
         Some(InstanceView {
             status: instance.status(runtime.as_ref().map(|r| &r.value)),
+            reason: self.why(&instance),
             nics: self.nics_of(&instance, &expanded_devices),
             runtime,
             project: self.projects.get(&instance.project)?.clone(),

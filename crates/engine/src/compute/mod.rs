@@ -36,7 +36,7 @@ use karst_model::{
     Error, InstanceId, ProjectId, Result,
     access::Permission,
     guest::Observed,
-    instance::{Instance, Runtime, RuntimeState, Status},
+    instance::{ExitReason, Instance, Runtime, RuntimeState, Status},
     spec::GuestSpec,
 };
 use std::sync::Arc;
@@ -125,6 +125,18 @@ impl Records {
         let halted = instance.status(Some(&runtime.value)) == Status::Error;
         let halt = runtime.halt.as_ref().filter(|_| halted)?;
         Some(halt.words(|slot| self.disk_at(instance, slot)))
+    }
+
+    /// Why an instance is as it is, in words, where nobody asked for it: what halted it, or how it ended by itself.
+    pub(crate) fn why(&self, instance: &Instance) -> Option<String> {
+        let runtime = self.runtimes.get(&instance.id)?;
+        match (instance.status(Some(&runtime.value)), &runtime.exit) {
+            (Status::Error, _) => Some(
+                self.why_halted(instance).unwrap_or_else(|| "an error halted it; look at its log".to_owned()),
+            ),
+            (Status::Stopped, Some(ExitReason::Crashed { detail })) => Some(detail.clone()),
+            _ => None,
+        }
     }
 
     /// The disk at a slot in the user's words.

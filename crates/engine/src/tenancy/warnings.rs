@@ -6,7 +6,8 @@ use karst_env::EnvExt;
 use karst_model::{
     Error, ProjectId, Result,
     access::Permission,
-    instance::{Instance, Status},
+    instance::{DesiredPower, ExitReason, Instance, Lifecycle, Status},
+    keys,
     operation::OperationState,
     warning::{Severity, Warning, WarningStatus},
 };
@@ -107,16 +108,21 @@ fn conditions(inner: &EngineInner, records: &Records) -> BTreeMap<Uuid, Conditio
         });
     }
     for instance in records.instances.values() {
-        let runtime = records.runtimes.get(&instance.id);
-        if instance.status(runtime.map(|r| &r.value)) != Status::Error {
+        let Some(why) = records.why(instance) else { continue };
+        let halted = records.runtimes.get(&instance.id).is_some_and(|r| !r.state.is_down());
+        // Who stopped it since, or lost it with the host, knows; who is to start by itself is below.
+        if !halted && !crashed_unseen(records, instance) {
             continue;
         }
         let project = records.projects.get(&instance.project).map(|p| p.name.to_string()).unwrap_or_default();
-        let exit = runtime.and_then(|r| r.exit.as_ref()).map(|e| format!(": {e:?}")).unwrap_or_default();
+        let (kind, message) = match halted {
+            true => ("Instance in error", format!("instance {:?} is halted: {why}", &*instance.name)),
+            false => ("Instance crashed", format!("instance {:?} ended by itself: {why}", &*instance.name)),
+        };
         all.push(Condition {
-            kind: "Instance in error",
+            kind,
             severity: Severity::High,
-            message: format!("instance {:?} is in error{exit}", &*instance.name),
+            message,
             project: Some(instance.project),
             entity: crate::compute::path(&project, &instance.name),
             about: instance.id.to_string(),
@@ -143,6 +149,17 @@ fn conditions(inner: &EngineInner, records: &Records) -> BTreeMap<Uuid, Conditio
     drop(unstarted);
     let id = |c: &Condition| Uuid::new_v5(&Uuid::NAMESPACE_OID, format!("{} {}", c.kind, c.about).as_bytes());
     all.into_iter().map(|c| (id(&c), c)).collect()
+}
+
+/// Did the instance, which is down, end by itself, and is nothing about to start it again?
+fn crashed_unseen(records: &Records, instance: &Instance) -> bool {
+    let Some(runtime) = records.runtimes.get(&instance.id) else { return false };
+    let lost = |detail: &String| detail == crate::reconcile::HOST_RESTARTED;
+    instance.lifecycle == Lifecycle::Ready
+        && instance.power != DesiredPower::Stopped
+        && runtime.generation == instance.generation
+        && matches!(&runtime.exit, Some(ExitReason::Crashed { detail }) if !lost(detail))
+        && keys::optional_flag(&records.expanded(instance).0, "boot.autorestart") != Some(true)
 }
 
 /// Keeps the records of warnings as things are, until the engine ends.

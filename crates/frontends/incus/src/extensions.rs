@@ -77,6 +77,7 @@ pub const TESTED: &[(&str, &str)] = &[
     ("karst_display_password", "displays_have_passwords"),
     ("karst_host", "karst_paths_answer"),
     ("karst_images_build", "karst_paths_answer"),
+    ("karst_instance_reason", "why_an_instance_stands_still_is_said"),
     ("karst_machine_ports", "ports_of_machines_are_attached_to"),
     ("karst_paging", "lists_come_in_pages"),
     ("karst_registries", "registries_know_projects_by_name"),

@@ -16,6 +16,7 @@ mod networks;
 mod oci;
 mod pending;
 mod pools;
+mod reasons;
 mod recover;
 mod remote;
 mod sessions;

@@ -14,7 +14,9 @@ async fn a_vmid_is_chosen_and_shown() {
     s.container("c3", false).await;
     let c1 = known("c1").await;
     let id = s.get("/1.0/instances/c1").await.metadata()["config"]["volatile.uuid"].clone();
-    assert_eq!(c1, json!({"name": "c1", "project": "default", "id": id, "vmid": 4711, "vmid_chosen": true}));
+    let expected = json!({"name": "c1", "project": "default", "id": id, "vmid": 4711, "vmid_chosen": true,
+        "last_end": null, "reason": null});
+    assert_eq!(c1, expected);
     for (name, vmid) in [("c2", 100), ("c3", 101)] {
         let drawn = known(name).await;
         assert_eq!((&drawn["vmid"], &drawn["vmid_chosen"]), (&json!(vmid), &json!(false)), "{name}");

@@ -1,7 +1,7 @@
 //! Power: how a domain begins, and what of it stays when it begins anew.
 #![allow(clippy::disallowed_methods)] // a test tool
 
-use crate::support::{Server, argument};
+use crate::support::{PATIENCE, Server, argument};
 use karst_agent::{AgentEvent, Fault, HostAgent};
 use karst_engine::{
     Context,
@@ -12,7 +12,7 @@ use karst_frontend_libvirt::{error::Code, xdr::Reader};
 use karst_model::{
     Config, Error,
     access::Principal,
-    instance::{DesiredPower, InstanceKind, RuntimeState},
+    instance::{DesiredPower, HaltReason, InstanceKind, RuntimeState, Status},
     storage::VolumeContent,
 };
 use tokio::sync::mpsc::Receiver;
@@ -323,4 +323,48 @@ async fn a_document_starts_what_it_defines() {
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     }
     assert_eq!(client.state(&v2).await.0, 1);
+}
+
+/// One that a full disk halted is paused to libvirt, by an error of IO: it is resumed or destroyed, and not started.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_domain_that_a_full_disk_halted_is_paused() {
+    let server = Server::start().await;
+    let admin = Context::new(Principal::system());
+    server.guest("v1", InstanceKind::VirtualMachine, true).await;
+    let mut client = server.open("full", "qemu:///system").await;
+    let v1 = client.domain("v1").await;
+    let id = server.engine.instance(&admin, "default", "v1").unwrap().instance.id;
+    let status = || server.engine.instance(&admin, "default", "v1").unwrap().status;
+    let until = async |wanted: Status| {
+        let end = std::time::Instant::now() + PATIENCE;
+        while status() != wanted {
+            assert!(std::time::Instant::now() < end, "{:?}, not {wanted:?}", status());
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    for (why, reason) in [
+        (HaltReason::Disk { slot: None, full: true }, 5),
+        (HaltReason::Watchdog, 6),
+        (HaltReason::Panicked, 10),
+    ] {
+        let pid = server.host.pid_of(id);
+        assert!(server.host.halt_guest(id, why));
+        until(Status::Error).await;
+        assert_eq!(client.state(&v1).await, (3, reason));
+        let (code, _) = client.call(START_WITH_FLAGS, &flagged(&v1, 0)).await.unwrap_err();
+        assert_eq!(code, Code::OperationInvalid as i32);
+        // What it says of itself is a line of `virsh dominfo`.
+        let said = client.call(426, &flagged(&v1, 0)).await.unwrap();
+        let said = Reader::new(&said).array(10, |r| r.string()).unwrap();
+        assert_eq!(said.len(), 1, "{said:?}");
+        client.call(SUSPEND, &v1).await.unwrap();
+        assert_eq!(client.state(&v1).await, (3, reason), "it stands still already");
+        client.call(RESUME, &v1).await.unwrap();
+        assert_eq!(client.state(&v1).await.0, 1);
+        assert_eq!(server.host.pid_of(id), pid, "the same process");
+    }
+    assert!(server.host.halt_guest(id, HaltReason::Internal));
+    until(Status::Error).await;
+    client.call(DESTROY, &v1).await.unwrap();
+    assert_eq!(client.state(&v1).await.0, 5);
 }

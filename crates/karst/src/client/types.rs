@@ -178,6 +178,8 @@ pub struct State {
     pub processes: i64,
     /// RFC 3339; year 1 when not running.
     pub started_at: String,
+    /// Why it is halted, or how it ended by itself.
+    pub karst_reason: String,
     /// Processor.
     #[serde(deserialize_with = "nullable")]
     pub cpu: Cpu,

@@ -134,6 +134,7 @@ fn text(instance: &Instance) -> String {
     out.field(0, "Name", &instance.name);
     out.field(0, "Description", &instance.description);
     out.field(0, "Status", instance.status.to_uppercase());
+    out.field(0, "Reason", instance.state.as_ref().map_or("", |s| s.karst_reason.as_str()));
     out.field(0, "Type", kind);
     out.field(0, "VMID", instance.vmid.map(|n| n.to_string()).unwrap_or_default());
     out.field(0, "Architecture", &instance.architecture);

@@ -11,7 +11,8 @@ use crate::{
 /// Their letters, for `--help`.
 pub const COLUMNS_HELP: &str = "Columns, a letter each: n name, s state, t type, 4 IPv4, 6 IPv6, u CPU time, m memory, M memory \
 of the limit in percent, D disk, a architecture, b storage pool, c created, d description, e project, f base image, \
-F base image (full), l last used, L location, N processes, p PID, P profiles, S snapshots, U started; \
+F base image (full), l last used, L location, N processes, p PID, P profiles, r reason of a halt or \
+crash, S snapshots, U started; \
 KEY[:NAME] of a configuration key, separated by commas";
 
 /// A column of the table.
@@ -60,6 +61,9 @@ impl Column {
             'N' => ("PROCESSES", true, |_, i| positive(i.state.as_ref().map_or(0, |s| s.processes))),
             'p' => ("PID", true, |_, i| positive(i.state.as_ref().map_or(0, |s| s.pid))),
             'P' => ("PROFILES", false, |_, i| i.profiles.join("\n")),
+            'r' => {
+                ("REASON", true, |_, i| i.state.as_ref().map(|s| s.karst_reason.clone()).unwrap_or_default())
+            }
             'S' => ("SNAPSHOTS", true, |_, i| i.snapshots.len().to_string()),
             'U' => ("STARTED AT", true, |_, i| {
                 i.state.as_ref().map(|s| units::time(&s.started_at)).unwrap_or_default()

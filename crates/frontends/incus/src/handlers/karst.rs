@@ -58,7 +58,9 @@ pub async fn status(call: Call) -> Result<Reply> {
 }
 
 /// `GET /1.0/karst/instances/{name}`: what an instance is known by besides its name:
-/// `{"name", "project", "id", "vmid", "vmid_chosen"}`, the last telling whether a client chose the number.
+/// `{"name", "project", "id", "vmid", "vmid_chosen", "last_end", "reason"}`. `vmid_chosen` tells whether a client chose the number,
+/// `last_end` how the guest ended last (`shutdown`, `forced`, `crashed`; `null` where it runs or that is not known), and `reason`,
+/// in words, why it is halted or how it ended by itself.
 ///
 /// # Errors
 /// Not found, forbidden.
@@ -71,6 +73,8 @@ pub async fn instance(call: Call) -> Result<Reply> {
         "id": instance.id,
         "vmid": instance.vmid,
         "vmid_chosen": instance.vmid_chosen,
+        "last_end": karst_engine::events::reason(view.runtime.as_ref().and_then(|r| r.exit.as_ref()), false),
+        "reason": view.reason,
     }))
 }
 

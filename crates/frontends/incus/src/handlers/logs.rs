@@ -13,6 +13,7 @@ use hyper::{
 };
 use karst_engine::InstanceView;
 use karst_model::{Error, Result, instance::InstanceKind};
+use std::sync::Arc;
 use tokio::io::AsyncReadExt;
 
 /// The one log that an instance has.
@@ -24,11 +25,11 @@ fn name_of(kind: InstanceKind) -> &'static str {
 }
 
 /// The log that the path names must be the one that there is.
-fn demand(call: &Call) -> Result<()> {
+fn demand(call: &Call) -> Result<Arc<InstanceView>> {
     let view = call.engine().instance(&call.context, call.project(), call.param(0))?;
     let (there, asked) = (name_of(view.instance.kind), call.param(1));
     if asked == there {
-        return Ok(());
+        return Ok(view);
     }
     let text = format!("log {asked:?} not found; instance {:?} has {there}", &*view.instance.name);
     Err(Error::not_found(text))
@@ -42,7 +43,7 @@ pub async fn list(call: Call) -> Result<Reply> {
     let view = call.engine().instance(&call.context, call.project(), call.param(0))?;
     let log = call.engine().instance_log(&call.context, call.project(), call.param(0), false).await?;
     let path = below(&view, "logs");
-    let all = match log.is_empty() {
+    let all = match log.is_empty() && view.reason.is_none() {
         true => vec![],
         false => vec![path(name_of(view.instance.kind))],
     };
@@ -103,8 +104,15 @@ pub async fn output_delete(call: Call) -> Result<Reply> {
 /// # Errors
 /// Those of the engine.
 pub async fn get(call: Call) -> Result<Reply> {
-    demand(&call)?;
-    let log = call.engine().instance_log(&call.context, call.project(), call.param(0), false).await?;
+    let view = demand(&call)?;
+    let mut log = call.engine().instance_log(&call.context, call.project(), call.param(0), false).await?;
+    // Clients of Incus show the log, and have no place for why it is as it is.
+    if let Some(reason) = &view.reason {
+        if !log.is_empty() && !log.ends_with(b"\n") {
+            log.push(b'\n');
+        }
+        log.extend_from_slice(format!("{reason}\n").as_bytes());
+    }
     let mut reply: Reply = Response::new(crate::respond::full(log));
     reply.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
     Ok(reply)

@@ -159,6 +159,9 @@ pub struct StateView<'a> {
     #[serde(serialize_with = "time")]
     pub started_at: Option<Timestamp>,
     pub os_info: Option<OsView<'a>>,
+    /// Why it is halted, or how it ended by itself, in words.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub karst_reason: Option<String>,
 }
 
 /// Memory.
@@ -267,6 +270,7 @@ impl<'a> StateView<'a> {
             },
             started_at: runtime.and_then(|r| r.started_at),
             os_info: metrics.and_then(|m| m.system.as_ref()).map(OsView::of),
+            karst_reason: view.reason.clone(),
         }
     }
 }

@@ -391,7 +391,7 @@ pub async fn set_metadata(call: Call) -> Answered {
     Ok(nothing())
 }
 
-/// `DOMAIN_GET_MESSAGES`: nothing of a guest here is deprecated or tainted in libvirt's sense.
+/// `DOMAIN_GET_MESSAGES`: whether it is tainted, and why it is halted or how it ended by itself.
 pub async fn messages(call: Call) -> Answered {
     let (named, flags) = call.arguments(|r| Ok((Named::read_domain(r)?, r.u32()?)))?;
     // Deprecations, of which nothing is known, and what was done past the record (`VIR_DOMAIN_MESSAGE_TAINTING`).
@@ -406,12 +406,18 @@ pub async fn messages(call: Call) -> Answered {
         let (engine, context) = (&session.front.engine, &session.context);
         let figures = engine.machine_figures(context, &view.project.name, &view.instance.name).await?;
         if figures.is_some_and(|f| f.monitored) {
-            said.push("tainted: custom monitor control commands issued");
+            said.push("tainted: custom monitor control commands issued".to_owned());
         }
+    }
+    // libvirt has no other place for it that its clients show.
+    if flags == 0
+        && let Some(reason) = &view.reason
+    {
+        said.push(reason.clone());
     }
     let mut w = Writer::new();
     w.array(said, |w, m| {
-        w.string(m);
+        w.string(&m);
     });
     Ok(w.finish().into())
 }
