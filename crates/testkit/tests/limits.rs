@@ -1,6 +1,7 @@
 //! Limits and restrictions of projects, and profiles that change under running users: what must hold also when two come
 //! at once.
 
+use karst_agent::simulated::Fault;
 use karst_engine::{
     compute::{create::CreateInstance, relocate::MoveInstance, update::UpdateInstance},
     storage::CreatePool,
@@ -403,6 +404,51 @@ fn shares_of_memory_are_not_summed_up() {
         let mut limited = w.engine.project(&w.admin, "free", view).unwrap().config.clone();
         limited.extend(config(&[("limits.memory", "1GiB")]));
         named(w.engine.project_update(&w.admin, "free", "", limited, None).await);
+        w.engine.close();
+    });
+}
+
+/// A size that its pool does not hold is refused also where it is set later, and by a profile: what is recorded binds.
+#[test]
+fn a_size_that_nothing_holds_is_not_recorded() {
+    SeededEnv::run(21, |env| async move {
+        let w = World::new(&env).await.unwrap();
+        create(&w, "default", container("c1")).await.unwrap();
+        // As a pool of directories does whose file system limits no tree.
+        let not_there = || {
+            let text = "this pool does not limit the size of containers' volumes; leave the size out or use another pool";
+            w.agent.inject("volume_resize", Fault::FailBefore(Error::unsupported(text)));
+        };
+        let before = w.fingerprint();
+        let root = config(&[("type", "disk"), ("path", "/"), ("pool", "default"), ("size", "1GiB")]);
+        let devices = Devices::from([("root".into(), root)]);
+        let change = UpdateInstance { devices, ..update(&[]) };
+        not_there();
+        let operation = w.engine.instance_update(&w.admin, "default", "c1", change.clone()).await.unwrap();
+        let done = w.ended(operation).await.error.clone().map_or(Ok(()), Err);
+        refused(done, ErrorKind::Unsupported, "use another pool");
+        w.settle().await;
+        assert_eq!(w.fingerprint(), before, "nothing of it is recorded");
+
+        let row = w.engine.profile(&w.admin, "default", "default").unwrap();
+        let mut profile =
+            UpdateProfile { config: row.config.clone(), devices: row.devices.clone(), ..Default::default() };
+        profile.devices.get_mut("root").unwrap().insert("size".into(), "1GiB".into());
+        not_there();
+        let done = w.engine.profile_update(&w.admin, "default", "default", profile).await;
+        refused(done, ErrorKind::Unsupported, "use another pool");
+        let row = w.engine.profile(&w.admin, "default", "default").unwrap();
+        assert!(!row.devices["root"].contains_key("size"), "{:?}", row.devices);
+        w.settle().await;
+        assert_eq!(w.fingerprint(), before);
+
+        // Where it is held it is taken, and what is so already is asked of nobody.
+        let operation = w.engine.instance_update(&w.admin, "default", "c1", change.clone()).await.unwrap();
+        assert_eq!(w.ended(operation).await.error, None);
+        not_there();
+        let operation = w.engine.instance_update(&w.admin, "default", "c1", change).await.unwrap();
+        assert_eq!(w.ended(operation).await.error, None);
+        assert_eq!(w.faults().await, Vec::<String>::new());
         w.engine.close();
     });
 }
