@@ -5,6 +5,7 @@
 //! revision, so that whoever got an answer sees its effect in the next read.
 
 use crate::network::own::Place;
+use crate::audit::AuditPending;
 use futures::StreamExt;
 use karst_env::{Env, EnvExt};
 use karst_model::{
@@ -192,6 +193,8 @@ pub struct Records {
     pub operations: BTreeMap<OperationId, Row<Operation>>,
     locks: BTreeMap<String, Row<Lock>>,
     uses: BTreeMap<String, Row<Uses>>,
+    /// Who asked for changes that the audit log may not have yet.
+    pub(crate) audits: BTreeMap<String, Row<AuditPending>>,
     project_names: HashMap<String, ProjectId>,
     /// Highest VMID that was drawn for any instance that is or was here; at least 99. Chosen ones may lie above it.
     pub highest_vmid: u32,
@@ -624,6 +627,10 @@ impl Records {
             }
             t if t == Uses::TABLE => {
                 put!(self.uses, Some(id.to_owned()));
+                Touched::Nothing
+            }
+            t if t == AuditPending::TABLE => {
+                put!(self.audits, Some(id.to_owned()));
                 Touched::Nothing
             }
             "meta" if *key == VMID_KEY => {

@@ -424,8 +424,10 @@ impl EngineInner {
             if tx.is_empty() {
                 return Ok(value);
             }
+            let asked = self.audit.note((self.node, self.epoch), &mut tx);
             match self.db.commit(tx).await? {
                 Commit::Applied(revision) => {
+                    asked.iter().for_each(|asking| asking.mark_stored());
                     self.inventory.wait_for(revision).await?;
                     return Ok(value);
                 }

@@ -354,6 +354,7 @@ fn cases() -> Vec<Case> {
         warning_acknowledge ServerEditHidden |f, c, p| f.w.engine.warning_acknowledge(c, f.warning(), true).await;
         warning_delete ServerEditHidden |f, c, p| f.w.engine.warning_delete(c, f.warning()).await;
         audit Filtered |f, c, p| { f.w.engine.audit(c, Default::default()); Ok(()) };
+        audit_asked Filtered |f, c, p| { drop(f.w.engine.audit_asked(c, "request PUT", "/1.0", "")); Ok(()) };
         audit_read ServerInspect |f, c, p| f.w.engine.audit_read(c, 1, 10).await.map(drop);
         audit_verify ServerInspect |f, c, p| f.w.engine.audit_verify(c).await.map(drop);
         metrics Metrics |f, c, p| f.w.engine.metrics(c, Some(p)).await.map(drop);

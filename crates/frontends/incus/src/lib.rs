@@ -273,8 +273,14 @@ pub async fn answer(
     let changes = ![Method::GET, Method::HEAD, Method::OPTIONS].contains(request.method());
     let (what, object) = (format!("request {}", request.method()), request.uri().path().to_owned());
     let project = Query::parse(request.uri().query()).ok().and_then(|q| q.get("project").map(str::to_owned));
+    let project = project.unwrap_or_default();
     let (request, unread) = RequestBody::of(request);
-    let answered = routed(&app, &context, certificate, request).await;
+    let asked = changes.then(|| app.engine.audit_asked(&context, &what, &object, &project));
+    let work = routed(&app, &context, certificate, request);
+    let answered = match &asked {
+        Some(asked) => asked.during(work).await,
+        None => work.await,
+    };
     let (mut reply, detail) = match answered {
         Ok(reply) => (reply, String::new()),
         Err(e) => (respond::error(&e), e.to_string()),
@@ -290,8 +296,11 @@ pub async fn answer(
             StatusCode::FORBIDDEN => "refused",
             _ => "failed",
         };
-        let project = project.unwrap_or_default();
-        app.engine.audit(&context, AuditRequest { what, object, project, outcome, detail });
+        let request = AuditRequest { what, object, project, outcome, detail };
+        match asked {
+            Some(asked) => asked.ended(request),
+            None => app.engine.audit(&context, request),
+        }
     }
     reply
 }

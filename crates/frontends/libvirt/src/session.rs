@@ -649,18 +649,27 @@ async fn run(call: Call, serial: Serial) {
     }
     let procedure = table::find(header.program, header.procedure);
     let object = procedure.map(|p| object_of(p, &call.payload)).unwrap_or_default();
+    let changes = procedure.filter(|p| p.demand == table::Demand::Change);
+    let (engine, context) = (&session.front.engine, &session.context);
+    let asked = changes.map(|procedure| {
+        let project = session.opened().map(|o| o.project.clone()).unwrap_or_default();
+        engine.audit_asked(context, &format!("libvirt {}", procedure.name), &object, &project)
+    });
     let answered = match procedure {
         _ if header.version != 1 => {
             let text = format!("Cannot find program {} version {}", header.program, header.version);
             Err(VirError::rpc(text))
         }
         Some(procedure) => match procedure.admit(&session) {
-            Ok(()) => (procedure.handler)(call).await,
+            Ok(()) => match &asked {
+                Some(asked) => asked.during((procedure.handler)(call)).await,
+                None => (procedure.handler)(call).await,
+            },
             Err(e) => Err(e),
         },
         None => Err(VirError::no_support(table::why_not(header.program, header.procedure))),
     };
-    if let Some(procedure) = procedure.filter(|p| p.demand == table::Demand::Change) {
+    if let (Some(procedure), Some(asked)) = (changes, asked) {
         let outcome = match &answered {
             Ok(_) => ("done", String::new()),
             Err(e) if matches!(e.code, Code::OperationDenied | Code::AccessDenied) => {
@@ -676,7 +685,7 @@ async fn run(call: Call, serial: Serial) {
             outcome: outcome.0,
             detail: outcome.1,
         };
-        session.front.engine.audit(&session.context, request);
+        asked.ended(request);
     }
     // Before the client is answered, which may use it again.
     drop(serial);
