@@ -161,7 +161,10 @@ fn what_a_running_machine_can_it_can_too() {
             profiles: vec!["default".into()],
             if_version: None,
         };
-        end(&w, w.engine.instance_update(&w.admin, P, "m", update).await).await.unwrap();
+        let changed = w.engine.instance_update(&w.admin, P, "m", update).await.unwrap();
+        let changed = w.ended(changed).await;
+        assert_eq!(changed.error, None);
+        assert_eq!(changed.metadata["karst_pending"], serde_json::json!(["limits.memory"]), "what waits is said");
         w.settle().await;
         demand_same(&w, id, pid, "a change");
         // The cure of a full pool is another one. It keeps its process, and its disk.

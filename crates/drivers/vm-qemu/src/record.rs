@@ -146,13 +146,8 @@ impl Record {
             cpus: cpu_count(guest.limits.cpu.as_ref()),
             max_cpus: match guest.machine.as_ref().and_then(|m| Some((m.board.topology?, m.firmware))) {
                 // Others have the room, and keep the processors that they began with ([`most_cpus`]).
-                Some((topology, firmware))
-                    if guest.accelerator == AcceleratorKind::Kvm && firmware != Firmware::UefiSecure =>
-                {
-                    topology.processors()
-                }
+                Some((topology, firmware)) if firmware != Firmware::UefiSecure => topology.processors(),
                 _ => most_cpus(
-                    guest.accelerator,
                     guest.machine.as_ref().map(|m| m.firmware),
                     cpu_count(guest.limits.cpu.as_ref()),
                 ),

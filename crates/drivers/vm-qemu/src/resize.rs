@@ -15,21 +15,32 @@ const LOOK: Duration = Duration::from_millis(100);
 /// A balloon stops short of its goal by a few pages.
 const NEAR: u64 = 16 << 20;
 
-/// Processors that a machine can have later: those of this host, as far as a machine of any type can have them. TCG ends with
-/// an assertion when a processor comes that had been there before. With secure boot a new processor is first the
-/// firmware's, in system management mode, and a guest was seen to stand still in that.
-pub(crate) fn most_cpus(accelerator: AcceleratorKind, firmware: Option<Firmware>, now: u32) -> u32 {
-    if accelerator == AcceleratorKind::Tcg || firmware == Some(Firmware::UefiSecure) {
+/// Processors that a machine can have later: those of this host, as far as a machine of any type can have them. With secure boot a
+/// new processor is first the firmware's, in system management mode, and a guest was seen to stand still in that.
+pub(crate) fn most_cpus(firmware: Option<Firmware>, now: u32) -> u32 {
+    if firmware == Some(Firmware::UefiSecure) {
         return now;
     }
     let host = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
     now.max(host.min(240))
 }
 
-/// May processors come and go? Only in a machine that has places beyond both numbers: one without any began with all
-/// that it can have (see [`most_cpus`]), and must not lose a processor that could not come back.
-fn cpus_live(accelerator: AcceleratorKind, most: u32, now: u32, wanted: u32) -> bool {
-    accelerator == AcceleratorKind::Kvm && most > now.max(wanted)
+/// May processors come and go, up to `most`? TCG counts those that ever were, and ends with an assertion when one comes that had been
+/// there before: there they come, and none goes that could not come back. Of a start by an earlier version, whose firmware is
+/// not known, only places beyond both numbers say that its processors can.
+fn cpus_live(
+    accelerator: AcceleratorKind,
+    firmware: Option<Firmware>,
+    most: u32,
+    now: u32,
+    wanted: u32,
+) -> bool {
+    let kvm = accelerator == AcceleratorKind::Kvm;
+    match firmware {
+        Some(Firmware::UefiSecure) => false,
+        Some(_) => wanted <= most && (kvm || wanted > now),
+        None => kvm && most > now.max(wanted),
+    }
 }
 
 /// Brings a running machine to these numbers; answers the keys that wait for the next start. The caller holds the
@@ -55,7 +66,8 @@ pub(crate) async fn apply(machine: &Machine, wanted: &Record) -> Result<Vec<Stri
         }
     }
     if now.cpus != wanted.cpus {
-        if cpus_live(now.accelerator, now.max_cpus, now.cpus, wanted.cpus) {
+        let firmware = now.hardware.as_ref().map(|h| h.firmware);
+        if cpus_live(now.accelerator, firmware, now.max_cpus, now.cpus, wanted.cpus) {
             set_cpus(machine, wanted.cpus).await?;
         } else {
             pending.push("limits.cpu".to_owned());
@@ -189,11 +201,19 @@ mod tests {
 
     #[test]
     fn a_processor_that_cannot_come_back_does_not_go() {
-        // Emulated, or with secure boot: as many places as at the start.
-        assert!(!cpus_live(Tcg, 2, 2, 1));
-        assert!(!cpus_live(Tcg, 4, 2, 1));
-        assert!(!cpus_live(Kvm, most_cpus(Kvm, Some(Firmware::UefiSecure), 2), 2, 1));
-        assert!(cpus_live(Kvm, 8, 2, 4) && cpus_live(Kvm, 8, 4, 1));
-        assert!(!cpus_live(Kvm, 8, 2, 9));
+        let (bios, secure) = (Some(Firmware::Bios), Some(Firmware::UefiSecure));
+        // Emulated ones come and stay.
+        assert!(cpus_live(Tcg, bios, 4, 2, 4) && cpus_live(Tcg, Some(Firmware::Uefi), 4, 2, 3));
+        assert!(!cpus_live(Tcg, bios, 4, 2, 1) && !cpus_live(Tcg, bios, 4, 2, 5));
+        // With secure boot neither: there are as many places as at the start.
+        assert_eq!(most_cpus(secure, 2), 2);
+        assert!(!cpus_live(Kvm, secure, 8, 2, 4) && !cpus_live(Tcg, secure, 8, 2, 4));
+        assert!(cpus_live(Kvm, bios, 8, 2, 8) && cpus_live(Kvm, bios, 8, 8, 1));
+        assert!(!cpus_live(Kvm, bios, 8, 2, 9));
+        // Of an earlier version.
+        assert!(
+            cpus_live(Kvm, None, 8, 2, 4) && !cpus_live(Kvm, None, 4, 4, 2) && !cpus_live(Tcg, None, 4, 2, 4)
+        );
+        assert!(most_cpus(bios, 300) == 300 && most_cpus(None, 1) >= 1);
     }
 }

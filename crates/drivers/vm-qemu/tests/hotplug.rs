@@ -12,6 +12,8 @@ use karst_model::{
     ErrorKind,
     device::{DiskLimits, DiskRate, NicModel},
     instance::RuntimeState,
+    node::AcceleratorKind,
+    spec::CpuLimit,
 };
 
 fn disk(place: &Place, name: &str, slot: &str, mib: u64) -> ResolvedDisk {
@@ -113,6 +115,21 @@ async fn devices_come_and_go() {
     shell.until("cat /sys/class/net/eth0/carrier", "1");
     shell.until("cat /sys/class/net/*/address | grep -c 10:66:6a", "1");
     assert!(!std::path::Path::new("/sys/class/net").join(&changed.nics[1].host_interface).exists());
+
+    // A processor comes. One that is to go waits where it could not come back, which is so of emulated ones.
+    if std::thread::available_parallelism().is_ok_and(|n| n.get() > 1) {
+        let emulated = guest.accelerator == AcceleratorKind::Tcg;
+        let mut changed = guest.clone();
+        changed.spec_version += 10;
+        changed.limits.cpu = Some(CpuLimit::Count { n: 2 });
+        assert_eq!(driver.update(&changed).await.unwrap().pending, Vec::<String>::new());
+        shell.until("echo 1 >/sys/devices/system/cpu/cpu1/online; nproc", "2");
+        changed.spec_version += 1;
+        changed.limits.cpu = None;
+        let waits: &[&str] = if emulated { &["limits.cpu"] } else { &[] };
+        assert_eq!(driver.update(&changed).await.unwrap().pending, waits);
+        shell.until("nproc", if emulated { "2" } else { "1" });
+    }
 
     assert_eq!(driver.observe(id).await.unwrap().state, RuntimeState::Running);
     driver.stop(id, StopMode::Force).await.unwrap();

@@ -23,7 +23,8 @@ impl Engine {
     }
 }
 
-fn pending(records: &Records, instance: &Instance) -> Vec<Pending> {
+/// The same over the records.
+pub(crate) fn pending(records: &Records, instance: &Instance) -> Vec<Pending> {
     let runtime = records.runtimes.get(&instance.id);
     let Some(applied) = runtime.and_then(|r| r.applied.as_ref()) else { return vec![] };
     let (config, devices) = records.expanded(instance);

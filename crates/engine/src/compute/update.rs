@@ -51,6 +51,9 @@ pub struct UpdateInstance {
     pub if_version: Option<u64>,
 }
 
+/// In the metadata of a change of a running guest: the keys that take effect with its next start.
+pub const PENDING: &str = "karst_pending";
+
 impl Engine {
     /// Replaces what a user may set of an instance. A running guest gets at once what can change live.
     ///
@@ -495,6 +498,16 @@ impl Saga for InstanceUpdate {
             engine.note_applied(tx, runtime, &instance, &config, &devices, applied);
         }
         Ok(())
+    }
+
+    /// What waits for the next start: clients that do not ask for it see it here.
+    fn result(
+        _: &UpdatePlan,
+        outputs: &UpdateOutputs,
+        _: &EngineInner,
+    ) -> serde_json::Map<String, serde_json::Value> {
+        let waits = outputs.applied.iter().filter(|a| !a.pending.is_empty());
+        waits.map(|a| (PENDING.to_owned(), a.pending.clone().into())).collect()
     }
 
     fn abort(_: &UpdatePlan, _: &UpdateOutputs, _: &EngineInner, _: &mut Tx) -> Result<()> {

@@ -6,7 +6,7 @@ use karst_env::EnvExt;
 use karst_model::{
     Error, ProjectId, Result,
     access::Permission,
-    instance::{DesiredPower, ExitReason, Instance, Lifecycle, Status},
+    instance::{DesiredPower, ExitReason, Instance, InstanceKind, Lifecycle, Status},
     keys,
     operation::OperationState,
     warning::{Severity, Warning, WarningStatus},
@@ -125,6 +125,29 @@ fn conditions(inner: &EngineInner, records: &Records) -> BTreeMap<Uuid, Conditio
             message,
             project: Some(instance.project),
             entity: crate::compute::path(&project, &instance.name),
+            about: instance.id.to_string(),
+        });
+    }
+    for instance in records.instances.values().filter(|i| i.kind == InstanceKind::VirtualMachine) {
+        // Keys that are live by their table, and were not in this machine as it runs.
+        let waits = crate::compute::applied::pending(records, instance).into_iter();
+        let waits = waits.filter(|p| keys::lookup(&p.key).is_some_and(|k| k.live));
+        let text = |value: &Option<String>| value.clone().unwrap_or_else(|| "unset".into());
+        let keys: Vec<String> =
+            waits.map(|p| format!("{}={} (now {})", p.key, text(&p.configured), text(&p.live))).collect();
+        let Some(project) = records.projects.get(&instance.project).filter(|_| !keys.is_empty()) else {
+            continue;
+        };
+        all.push(Condition {
+            kind: "Change waits for a restart",
+            severity: Severity::Low,
+            message: format!(
+                "instance {:?} could not change as it runs and has it from its next start on: {}",
+                &*instance.name,
+                keys.join(", ")
+            ),
+            project: Some(instance.project),
+            entity: crate::compute::path(&project.name, &instance.name),
             about: instance.id.to_string(),
         });
     }

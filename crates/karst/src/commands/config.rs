@@ -143,22 +143,31 @@ impl Config {
                 object.print_key(context, &rest[0], property).await
             }
             Self::Set { words, property } => {
-                let (object, rest) =
-                    if words[0].contains('=') || (words.len() == 2 && !words[1].contains('=')) {
-                        (server(), words.as_slice())
-                    } else {
-                        (instance(&words[0]), &words[1..])
-                    };
+                let of_server = words[0].contains('=') || (words.len() == 2 && !words[1].contains('='));
+                let (object, rest) = match of_server {
+                    true => (server(), words.as_slice()),
+                    false => (instance(&words[0]), &words[1..]),
+                };
                 if rest.is_empty() {
                     return Err(Error::Usage(
                         "no KEY=VALUE given (karst config set --help shows how)".to_owned(),
                     ));
                 }
-                object.set(context, parse_settings(rest)?, property).await
+                let settings = parse_settings(rest)?;
+                let keys: Vec<String> = settings.iter().map(|(key, _)| key.clone()).collect();
+                object.set(context, settings, property).await?;
+                if !of_server && !property {
+                    super::info::tell_waiting(context, &words[0], &keys).await;
+                }
+                Ok(())
             }
             Self::Unset { words, property } => {
                 let (object, rest) = target(&words, 1);
-                object.unset(context, &rest[0], property).await
+                object.unset(context, &rest[0], property).await?;
+                if words.len() == 2 && !property {
+                    super::info::tell_waiting(context, &words[0], rest).await;
+                }
+                Ok(())
             }
             Self::Show { instance: None, .. } => {
                 let answer = server().get(context).await?;

@@ -84,6 +84,23 @@ async fn pending(context: &Context, name: &str) -> Result<String> {
     Ok(changes(&decode::<Vec<Pending>>(answer.metadata)?))
 }
 
+/// Says which of these keys wait for the instance's next start: what was set is so for the record only, then.
+pub(super) async fn tell_waiting(context: &Context, name: &str, keys: &[String]) {
+    let Ok(answer) = context.client.get(&Url::new(&["karst", "instances", name, "pending"])).await else {
+        return;
+    };
+    let Ok(pending) = decode::<Vec<Pending>>(answer.metadata) else { return };
+    for change in pending.iter().filter(|p| keys.contains(&p.key)) {
+        crate::error::report_line(&waiting(name, change));
+    }
+}
+
+fn waiting(name: &str, change: &Pending) -> String {
+    let now = change.live.as_deref().filter(|v| !v.contains('\n'));
+    let now = now.map(|v| format!("; it runs with {v}")).unwrap_or_default();
+    format!("{} takes effect with the next start of {name}{now}", change.key)
+}
+
 fn changes(pending: &[Pending]) -> String {
     let mut out = Text::default();
     if !pending.is_empty() {
@@ -233,6 +250,11 @@ mod tests {
              cloud-init.user-data: - -> (2 lines)\n  devices.eth1: type=nic -> -\n"
         );
         assert_eq!(changes(&[]), "");
+        assert_eq!(
+            waiting("v1", &pending[0]),
+            "limits.memory takes effect with the next start of v1; it runs with 1GiB"
+        );
+        assert_eq!(waiting("v1", &pending[1]), "cloud-init.user-data takes effect with the next start of v1");
     }
 
     #[test]
