@@ -43,7 +43,12 @@ pub(crate) fn quiesce(records: &Records, instance: &Instance) -> Quiesce {
 /// error halted could go on by itself in the middle of it: it is kept halted, and is halted as before when it is resumed.
 pub(crate) fn guest(records: &Records, instance: &Instance) -> Option<PausedGuest> {
     let runtime = records.runtimes.get(&instance.id)?;
-    let moves = matches!(instance.status(Some(&runtime.value)), Status::Running | Status::Error);
+    let moves = match instance.status(Some(&runtime.value)) {
+        Status::Running => true,
+        // A container in an error has ended, and nobody has said so yet.
+        Status::Error => instance.kind == InstanceKind::VirtualMachine,
+        _ => false,
+    };
     let at = GuestRef { instance: instance.id, generation: runtime.generation };
     moves.then(|| PausedGuest { at, node: instance.node, quiesce: quiesce(records, instance) })
 }
