@@ -306,8 +306,7 @@ pub const INSTANCE_KEYS: &[Key] = &[
         Any,
         "containers: all; virtual machines: 1",
         true,
-        "Number of CPUs, or a set of host CPUs such as 0-1,3. A virtual machine with secure boot has another number from its next \
-         start on, an emulated one a smaller number, and any one more than its host has.",
+        "Number of CPUs, or a set of host CPUs such as 0-1,3. A virtual machine with secure boot has another number from its next start on, an emulated one a smaller number, and any one more than its host has.",
     ),
     key(
         "limits.cpu.allowance",
