@@ -241,8 +241,8 @@ impl AuditQueue {
         }
         let id = {
             let mut key = asking.key.lock().unwrap_or_else(|e| e.into_inner());
-            match &*key {
-                Some(key) => key.clone(),
+            match key.clone() {
+                Some(known) => known,
                 None => {
                     if self.stored[0].load(Ordering::Relaxed) >= STORED {
                         return None;
