@@ -4,8 +4,8 @@
 //! revision it saw into the compares of its transaction, and a mutation answers only when the inventory has reached its
 //! revision, so that whoever got an answer sees its effect in the next read.
 
-use crate::network::own::Place;
 use crate::audit::AuditPending;
+use crate::network::own::Place;
 use futures::StreamExt;
 use karst_env::{Env, EnvExt};
 use karst_model::{
