@@ -212,6 +212,7 @@ pub const SHARED: &[&str] = &[
     "/1.0/storage-pools",
     "/1.0/storage-pools/{name}",
     "/1.0/storage-pools/{name}/resources",
+    "/1.0/karst/storage-pools/{name}",
     "/1.0/warnings",
     "/internal/ready",
 ];

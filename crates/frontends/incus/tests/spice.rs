@@ -112,7 +112,7 @@ async fn ports_of_machines_are_attached_to() {
     assert!(text.contains("elsewhere"), "{text}");
     // It is hardware: another one comes with the next start.
     let changed = json!({"devices": {"serial1": {"type": "port", "port": "serial", "number": "2"}}});
-    s.done(s.patch("/1.0/instances/v1", changed).await).await;
+    s.patch("/1.0/instances/v1", changed).await.metadata();
     let forced = json!({"type": "console", "port": "serial1", "force": true});
     secrets(&s.post(console, forced).await);
     let twice = json!({"devices": {"more": {"type": "port", "port": "serial", "number": "2"}}});

@@ -50,6 +50,7 @@ fn the_table_is_whole() {
         include_str!("pending.rs"),
         include_str!("pools.rs"),
         include_str!("clients.rs"),
+        include_str!("reasons.rs"),
         include_str!("recover.rs"),
         include_str!("remote.rs"),
         include_str!("settings.rs"),

@@ -78,7 +78,7 @@ async fn memory_is_dumped() {
     assert_eq!(s.get("/1.0/instances/v1").await.metadata()["status"], "Running");
     let text = s.get(&dump("v1", "?format=raw")).await.refused(400);
     assert!(text.contains("raw") && text.contains("win-dmp"), "{text}");
-    s.get(&dump("v1", "?format=win-dmp")).await.refused(501);
+    s.get(&dump("v1", "?format=win-dmp")).await.refused(400);
     s.get(&dump("c1", "")).await.refused(501);
     s.get(&dump("none", "")).await.refused(404);
     s.done(s.put("/1.0/instances/v1/state", json!({"action": "stop", "force": true})).await).await;

@@ -629,7 +629,7 @@ async fn roots_begin_as_their_devices_say() {
     .await;
     let volume = s.get("/1.0/storage-pools/default/volumes/container/c2").await.metadata();
     assert_eq!(volume["config"]["full_copy"], "false");
-    let text = s.post("/1.0/instances", body("c3", "initial.zfs.blocksize", "16KiB")).await.refused(501);
+    let text = s.post("/1.0/instances", body("c3", "initial.zfs.blocksize", "16KiB")).await.refused(400);
     assert!(text.contains("initial.zfs.blocksize") && text.contains("volume.*"), "{text}");
 
     // Strings of the firmware are of virtual machines, and the next start tells them.
