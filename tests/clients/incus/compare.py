@@ -5,6 +5,9 @@ addresses and sizes that differ between any two servers are replaced before; eve
 code. What is accepted to differ stands in `accepted`: a line names the command and why. An accepted difference that does not
 occur any more is a failure too: the list only becomes shorter. `CASE || LINES => REASON` accepts only that lines of the output
 are missing (`-LINE`) or more (`+LINE`); any other difference of that case is wrong, and each line has to differ.
+
+`complete RECORDING` tells which commands of the client no case has with success and with bad input, but for the list `uncovered`;
+`prove` tries the comparison of errors on pairs that are alike and on pairs that are not.
 """
 
 import argparse
@@ -252,6 +255,47 @@ def compare(arguments):
     return 1 if differ or not equal else 0
 
 
+def leaves(path=()):
+    """The commands of the client that have no commands below them."""
+    said = subprocess.run(["incus", *path, "--help"], capture_output=True, text=True, env=dict(os.environ, LC_ALL="C")).stdout
+    listed = re.search(r"Available Commands:\n(.*?)(\n\n|\Z)", said, re.S)
+    below = [line.split()[0] for line in listed[1].splitlines() if line.strip()] if listed else []
+    below = [name for name in below if name not in ("help", "completion")]
+    return [leaf for name in below for leaf in leaves((*path, name))] if below else [" ".join(path)]
+
+
+def complete(arguments):
+    """Every command of the client stands in the cases with success and with bad input, but for those of `uncovered`."""
+    with open(arguments.recording) as file:
+        answers = json.load(file)
+    reasons, wrong, used = {}, 0, set()
+    with open(os.path.join(HERE, "uncovered")) as file:
+        for line in (line.rstrip("\n") for line in file):
+            if line and not line.startswith("#"):
+                what, arrow, reason = line.partition(" => ")
+                if not arrow or not reason.strip() or what.partition(": ")[0] not in ("success", "bad input"):
+                    sys.exit(f"uncovered: {line!r} is not `success|bad input: COMMAND => REASON`")
+                reasons[what] = reason
+    all_leaves = leaves()
+    for leaf in all_leaves:
+        command = re.compile(rf"\bincus {re.escape(leaf)}(?![\w-])")
+        codes = {answer["code"] == 0 for answer in answers if command.search(answer["case"].partition(": ")[2])}
+        for kind, there in (("success", True in codes), ("bad input", False in codes)):
+            # A line of a whole family ends in ` *`.
+            names = [f"{kind}: {leaf}"] + [f"{kind}: {' '.join(leaf.split()[:n])} *" for n in range(1, leaf.count(" ") + 1)]
+            found = next((name for name in names if name in reasons), None)
+            if not there and found is None:
+                print(f"{kind} of `incus {leaf}` is in no case")
+                wrong += 1
+            if not there and found is not None:
+                used.add(found)
+    for stale in reasons.keys() - used:
+        print(f"uncovered: {stale}: is covered now, or no command; take it out")
+        wrong += 1
+    print(f"{len(all_leaves)} commands, {len(reasons)} lines of what is not covered, {wrong} wrong")
+    return 1 if wrong or len(all_leaves) < 200 else 0
+
+
 # (a command, what Incus says, what Karst may say, what it may not say)
 PROOFS = [
     ("incus create bb c4 -c limits.memory=much", "Error: Failed creating instance record: Invalid value: much",
@@ -302,6 +346,9 @@ def main():
     two.add_argument("--accepted", default=os.path.join(HERE, "accepted"))
     two.add_argument("--long", action="store_true")
     two.set_defaults(run=compare)
+    three = commands.add_parser("complete")
+    three.add_argument("recording")
+    three.set_defaults(run=complete)
     commands.add_parser("prove").set_defaults(run=prove)
     arguments = parser.parse_args()
     sys.exit(arguments.run(arguments))
