@@ -1,6 +1,6 @@
 //! Documents that are made of the code, checked in, and compared in CI.
 
-use crate::root;
+use crate::{pages, root};
 use karst_model::{
     device::{DISK_KEYS, NIC_KEYS, PORT_KEYS, nic_kinds},
     keys::{INSTANCE_KEYS, Key, KeyScope, KeyType},
@@ -15,6 +15,10 @@ use std::fs;
 /// Writes or compares all documents; answers the stale ones.
 pub fn run(check: bool) -> Vec<String> {
     let mut faults = vec![];
+    let host_policy = pages::host_policy().unwrap_or_else(|e| {
+        faults.push(e);
+        String::new()
+    });
     let documents = [
         ("docs/reference/instance-keys.md", instance_keys()),
         ("docs/reference/storage-keys.md", storage_keys()),
@@ -24,8 +28,11 @@ pub fn run(check: bool) -> Vec<String> {
         ("docs/reference/disk-keys.md", disk_keys()),
         ("docs/reference/project-keys.md", project_keys()),
         ("docs/reference/server-keys.md", server_keys()),
+        ("docs/reference/device-keys.md", pages::device_keys()),
+        ("docs/reference/host-policy.md", host_policy),
     ];
-    for (name, text) in documents {
+    // One that could not be made stays as it was.
+    for (name, text) in documents.into_iter().filter(|(_, text)| !text.is_empty()) {
         let path = root().join(name);
         if fs::read_to_string(&path).unwrap_or_default() == text {
             continue;

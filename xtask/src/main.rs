@@ -3,6 +3,7 @@
 
 mod generate;
 mod lab;
+mod pages;
 mod tidy;
 
 use clap::{Parser, Subcommand};

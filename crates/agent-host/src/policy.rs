@@ -31,9 +31,10 @@ pub struct HostPolicy {
     /// Directories of the host below which administrators may have the memory of virtual machines written into files (`virsh save`,
     /// `virsh dump`), and start machines from there. The files are root's alone.
     pub save_paths: Vec<PathBuf>,
-    /// Classes of devices of the host that guests may have (`gpu`, `usb`, `unix-char`, …).
+    /// Classes of devices of the host that containers may have (`gpu`, `unix-block`, `unix-char`, and `proxy` for its sockets with
+    /// abstract names), or one device of a class (`unix-char:/dev/ttyUSB0`, `gpu:0000:01:00.0`, `proxy:@NAME`).
     pub device_classes: Vec<String>,
-    /// `raw.*` keys that are passed on (`raw.lxc`, `raw.qemu`, …).
+    /// `raw.*` keys that are passed on: `raw.lxc` of containers, `raw.dnsmasq` of networks.
     pub raw_keys: Vec<String>,
     /// Interfaces of the host that networks and guests may have (`eth1`, …; `*`: all).
     pub network_interfaces: Vec<String>,
@@ -42,7 +43,7 @@ pub struct HostPolicy {
     pub user_networking: bool,
     /// Addresses and subnets that the host routes to guests (NICs of type `routed`, routes of `p2p`): `192.0.2.0/24`, ….
     pub routed_subnets: Vec<ipnet::IpNet>,
-    /// PCI addresses (`0000:01:00.0`) that may be passed through.
+    /// PCI addresses (`0000:01:00.0`) that may be passed through; no device is as yet.
     pub pci: Vec<String>,
     /// Directories and block devices that storage pools may be made of: each as it stands there, and directories below. Also
     /// data sets of ZFS (`zfs:tank/guests`, and those below) and volume groups of LVM (`lvm:vg0`).

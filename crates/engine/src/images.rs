@@ -55,7 +55,7 @@ pub struct ImageOptions {
     /// What is uploaded is a disk by itself, of this format.
     #[serde(default)]
     pub disk: Option<DiskFormat>,
-    /// When it may go; `None`: what its metadata says.
+    /// Until when it is vouched for; `None`: what its metadata says.
     #[serde(default)]
     pub expires_at: Option<jiff::Timestamp>,
     /// The server that it comes from.
@@ -77,7 +77,7 @@ pub struct UpdateImage {
     pub profiles: Vec<String>,
     /// Follow the server that it came from; `None` keeps.
     pub auto_update: Option<bool>,
-    /// When it may go; the outer `None` keeps.
+    /// Until when it is vouched for; the outer `None` keeps.
     pub expires_at: Option<Option<jiff::Timestamp>>,
     /// `spec_version` that was read (If-Match).
     pub if_version: Option<u64>,

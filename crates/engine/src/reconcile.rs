@@ -55,6 +55,7 @@ pub(crate) fn spawn_all(inner: &Arc<EngineInner>) -> Vec<TaskHandle> {
     tasks.push(inner.env.spawn_task("snapshots", schedule));
     tasks.push(inner.env.spawn_task("backups", crate::backups::follow(Arc::downgrade(inner))));
     tasks.push(inner.env.spawn_task("images", crate::images::remote::follow(Arc::downgrade(inner))));
+    tasks.push(inner.env.spawn_task("cached-images", crate::images::remote::forget(Arc::downgrade(inner))));
     tasks.push(inner.env.spawn_task("restarts", crate::restarts::follow(Arc::downgrade(inner))));
     let describe = crate::recover::describe::follow(Arc::downgrade(inner));
     tasks.push(inner.env.spawn_task("descriptions", describe));

@@ -38,7 +38,7 @@ pub struct Image {
     /// When an instance was last made of it.
     #[serde(default)]
     pub last_used_at: Option<Timestamp>,
-    /// When it may go.
+    /// Until when whoever made it vouches for it: told, and written into its files; nothing deletes it then.
     #[serde(default)]
     pub expires_at: Option<Timestamp>,
     /// The server that it was fetched from.
@@ -106,6 +106,9 @@ pub struct ImageOrigin {
     /// A newer one takes its place.
     #[serde(default)]
     pub auto_update: bool,
+    /// When a newer one was last looked for by the clock, whatever came of it.
+    #[serde(default)]
+    pub looked_at: Option<Timestamp>,
 }
 
 /// A name for an image.

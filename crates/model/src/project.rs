@@ -136,11 +136,14 @@ pub const TEXTS: &[(&str, &str)] = &[
         "What reaches into the host is refused, as the keys below say; without it they say nothing.",
     ),
     ("restricted.backups", "Backups of instances and volumes."),
-    ("restricted.cluster.target", "The choice of a host."),
+    (
+        "restricted.cluster.target",
+        "The choice of a host. On a single host there is none to make, and it restricts nothing.",
+    ),
     ("restricted.containers.interception", "Keys that intercept calls of the kernel."),
     (
         "restricted.containers.lowlevel",
-        "Keys such as `raw.lxc`, `linux.kernel_modules`, `security.syscalls.*`.",
+        "Keys such as `raw.lxc`, `linux.kernel_modules`, `linux.sysctl.*`, `security.idmap.base`.",
     ),
     ("restricted.containers.nesting", "`security.nesting`."),
     (
@@ -176,7 +179,10 @@ pub const TEXTS: &[(&str, &str)] = &[
     ("restricted.snapshots", "Snapshots of instances and volumes."),
     ("restricted.storage-pools.access", "Pools that may be used, comma-separated; all when empty."),
     ("restricted.virtual-machines.lowlevel", "Keys such as `raw.qemu`."),
-    ("restricted.virtual-machines.nesting", "Virtual machines in virtual machines."),
+    (
+        "restricted.virtual-machines.nesting",
+        "Virtual machines in virtual machines: blocked, `hardware.cpu.model` has to end in the flags `-vmx,-svm`.",
+    ),
     ("backups.compression_algorithm", "How its backups are compressed: none, gzip, zstd, xz, bzip2."),
     ("images.auto_update_cached", "Whether images that were fetched for its instances follow their server."),
     ("images.auto_update_interval", "Hours after which newer images are looked for; never when 0."),

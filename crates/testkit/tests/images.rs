@@ -158,6 +158,47 @@ fn images_follow_their_server_and_go_when_nobody_uses_them() {
     });
 }
 
+#[test]
+fn images_are_followed_by_a_daemon_that_starts_often_and_not_at_each_start() {
+    SeededEnv::run(4, |env| async move {
+        let (mut w, server) = world(&env).await;
+        fetch(&w, aliased("mine")).await.unwrap();
+        let fingerprint =
+            |w: &World| w.engine.image(&w.admin, "default", "mine").unwrap().fingerprint.clone();
+        let first = fingerprint(&w);
+        server.0.lock().unwrap().content = "the second".into();
+        // Each life is shorter than the six hours, and none of them is long enough by itself.
+        for _ in 0..2 {
+            env.sleep(Duration::from_secs(2 * 3600)).await;
+            w.reopen().await.unwrap();
+            w.engine.set_image_servers(server.clone());
+            assert_eq!(fingerprint(&w), first, "not yet");
+        }
+        env.sleep(Duration::from_secs(3 * 3600)).await;
+        let second = fingerprint(&w);
+        assert_ne!(first, second);
+
+        // That the server is away counts as a look: it is not asked again each minute, nor at each start.
+        server.0.lock().unwrap().content = "the third".into();
+        server.0.lock().unwrap().broken = true;
+        env.sleep(Duration::from_secs(6 * 3600)).await;
+        let asked = server.0.lock().unwrap().fetched;
+        for _ in 0..3 {
+            env.sleep(Duration::from_secs(1200)).await;
+            w.reopen().await.unwrap();
+            w.engine.set_image_servers(server.clone());
+        }
+        assert_eq!((server.0.lock().unwrap().fetched, fingerprint(&w)), (asked, second.clone()));
+        assert_eq!(asked, 3, "of the third it heard once");
+        server.0.lock().unwrap().broken = false;
+        env.sleep(Duration::from_secs(6 * 3600)).await;
+        assert_ne!(fingerprint(&w), second);
+        w.settle().await;
+        assert_eq!(w.faults().await, Vec::<String>::new());
+        w.engine.close();
+    });
+}
+
 /// What a project says of its images goes over what the server says, for that project alone.
 #[test]
 fn a_project_keeps_and_follows_its_images_as_it_says() {
@@ -208,6 +249,22 @@ fn a_project_keeps_and_follows_its_images_as_it_says() {
         assert_eq!(cached("still").len(), 0);
         w.settle().await;
         assert_eq!(w.faults().await, Vec::<String>::new());
+        w.engine.close();
+    });
+}
+
+#[test]
+fn an_image_whose_time_is_over_stays() {
+    SeededEnv::run(5, |env| async move {
+        let (w, _server) = world(&env).await;
+        let mut request = aliased("mine");
+        request.options.expires_at = Some(env.now() + Duration::from_secs(3600));
+        fetch(&w, request).await.unwrap();
+        let shown = |w: &World| w.engine.image(&w.admin, "default", "mine").unwrap().expires_at;
+        let at = shown(&w);
+        assert!(at.is_some());
+        env.sleep(Duration::from_secs(25 * 3600)).await;
+        assert_eq!(shown(&w), at, "as with Incus, it is told and nothing follows of it");
         w.engine.close();
     });
 }

@@ -5,6 +5,9 @@ addresses and sizes that differ between any two servers are replaced before; eve
 code. What is accepted to differ stands in `accepted`: a line names the command and why. An accepted difference that does not
 occur any more is a failure too: the list only becomes shorter. `CASE || LINES => REASON` accepts only that lines of the output
 are missing (`-LINE`) or more (`+LINE`); any other difference of that case is wrong, and each line has to differ.
+
+`complete RECORDING` tells which commands of the client no case has with success and with bad input, but for the list `uncovered`;
+`prove` tries the comparison of errors on pairs that are alike and on pairs that are not.
 """
 
 import argparse
@@ -22,7 +25,6 @@ WORDINGS = [
     (r"not found|doesn't exist|does not exist|Image source not found|No such object", r"not found|has no forward of|does not exist"),
     (r"UNIQUE constraint|already exists|already in use|already in trust store|already defined", r"exists already|has a snapshot|has a forward of|trusted already|already exists|at \".*\""),
     (r"Unknown configuration key|[Uu]nknown key|Invalid option|Invalid config option|Invalid project configuration key \"\S+\"$|Invalid device option", r"unknown .*key"),
-    (r"Invalid value|invalid boolean|Invalid CPU|Invalid cpuset|Invalid expiry|Schedule must|invalid CIDR|Invalid MTU|Item \"|Couldn't resolve|unmarshal|Invalid MAC|Unknown protocol|not within network|Invalid (ingress|egress) rule|Duplicate listen port|Invalid port|out of range|Failed parsing|Invalid UUID|Invalid filter|Unsupported operation|Invalid volume content|No root device|Unsupported compression|More than one disk|Custom block volumes|missing the required \"(source|path)", r"^Error: [a-z_]+(\[\d+\])?([.:]| must)|^Error: the filter is malformed|is not an address|^Error: the backup is corrupt"),
     (r"name:|[Nn]ames? (may|can|must)|Network interface", r"name \"|name has|is not an interface name"),
     (r"clustered|only allowed when clustered", r"clustered|\"clustering_|node \"one\" not found"),
     (r"already (running|stopped|frozen)|isn't running|not running|is frozen|currently running", r"is (already )?(running|stopped|frozen)|is not (running|frozen)"),
@@ -41,6 +43,30 @@ WORDINGS = [
     (r"Project not found", r"project \S+ not found"),
     (r"VGA console is only supported by virtual machines", r"only virtual machines have a screen"),
 ]
+
+# A value that is wrong is told with the field that has it, in Karst's words. Incus often names the field, or else it is the one
+# whose value its text repeats; what says neither stands here.
+SUBJECTS = [
+    (r"Invalid CPU limit syntax|Invalid cpuset", "limits.cpu"),
+    (r"Device IP address \"[^\"]*:", "ipv6.address"),
+    (r"Device IP address", "ipv4.address"),
+    (r"missing the required \"source|Custom block volumes", "source"),
+    (r"More than one disk device uses the same path", "path"),
+    (r"No root device could be found", "devices"),
+    (r"Action must be one of", "action"),
+    (r"[Pp]rotocol must be one of", "protocol"),
+    (r"Destination port cannot be used", "destination_port"),
+    (r"Invalid Source:", "source"),
+    (r"forward listen address", "listen_address"),
+    (r"Duplicate listen port|Service out of range", "listen_port"),
+    (r"Invalid volume content type", "content_type"),
+    (r"Schedule must be of the form", "snapshots.schedule"),
+    (r"Invalid expiry expression", "snapshots.expiry"),
+    (r"Invalid filter|Unsupported operation", "filter"),
+    (r"cannot unmarshal (string|array) into", "body"),
+]
+# What is imported is told by its command only.
+IMPORTED = {"image": r"\bincus image import\b", "backup": r"\bincus (storage volume )?import\b"}
 
 # In order. What the text still says after them is compared.
 NORMAL = [
@@ -124,6 +150,29 @@ def record(arguments):
     return 1 if broken else 0
 
 
+def subjects(case, theirs):
+    """The fields that an error of Incus may be about; none when it is not about a value."""
+    named = re.findall(r"\boption \"([^\"]+)\"|\bkey \"([^\"]+)\" value|^Error: cannot set '([^']+)'", theirs)
+    if named:
+        return {next(filter(None, groups)) for groups in named}
+    for pattern, subject in SUBJECTS:
+        if re.search(pattern, theirs):
+            return {subject}
+    if "Unsupported compression" in theirs:
+        return {what for what, command in IMPORTED.items() if re.search(command, case)}
+    wrong = re.search(r"Invalid value(?: for an? \w+)?:? \"?([^\s\"]+)\"?$", theirs)
+    values = re.findall(r"([a-z][\w.-]*)=('[^']*'|\S+)", case)
+    return {key for key, value in values if wrong and value.strip("'") == wrong[1]}
+
+
+def names(ours, subject):
+    """Is an error of Karst about this field? It begins with the field, unless its sentence has the name anyway."""
+    field = re.match(r"Error: ([a-z_][\w.\[\]-]*): ", ours)
+    if field:
+        return field[1] == subject or field[1].endswith("." + subject)
+    return re.search(rf"(?<![\w-]){re.escape(subject)}(?![\w-]|\.\w)", ours) is not None
+
+
 def alike(got, want):
     """Are both the same, or errors about the same thing?"""
     if got == want:
@@ -133,7 +182,9 @@ def alike(got, want):
     ours, theirs = "\n".join(got["err"]), "\n".join(want["err"])
     if not ours.startswith("Error: "):
         return False
-    return any(re.search(b, ours, re.M) and re.search(a, theirs, re.M) for a, b in WORDINGS)
+    if any(re.search(b, ours, re.M) and re.search(a, theirs, re.M) for a, b in WORDINGS):
+        return True
+    return any(names(ours, subject) for subject in subjects(want["case"], theirs))
 
 
 def lines_of(text):
@@ -204,6 +255,80 @@ def compare(arguments):
     return 1 if differ or not equal else 0
 
 
+def leaves(path=()):
+    """The commands of the client that have no commands below them."""
+    said = subprocess.run(["incus", *path, "--help"], capture_output=True, text=True, env=dict(os.environ, LC_ALL="C")).stdout
+    listed = re.search(r"Available Commands:\n(.*?)(\n\n|\Z)", said, re.S)
+    below = [line.split()[0] for line in listed[1].splitlines() if line.strip()] if listed else []
+    below = [name for name in below if name not in ("help", "completion")]
+    return [leaf for name in below for leaf in leaves((*path, name))] if below else [" ".join(path)]
+
+
+def complete(arguments):
+    """Every command of the client stands in the cases with success and with bad input, but for those of `uncovered`."""
+    with open(arguments.recording) as file:
+        answers = json.load(file)
+    reasons, wrong, used = {}, 0, set()
+    with open(os.path.join(HERE, "uncovered")) as file:
+        for line in (line.rstrip("\n") for line in file):
+            if line and not line.startswith("#"):
+                what, arrow, reason = line.partition(" => ")
+                if not arrow or not reason.strip() or what.partition(": ")[0] not in ("success", "bad input"):
+                    sys.exit(f"uncovered: {line!r} is not `success|bad input: COMMAND => REASON`")
+                reasons[what] = reason
+    all_leaves = leaves()
+    for leaf in all_leaves:
+        command = re.compile(rf"\bincus {re.escape(leaf)}(?![\w-])")
+        codes = {answer["code"] == 0 for answer in answers if command.search(answer["case"].partition(": ")[2])}
+        for kind, there in (("success", True in codes), ("bad input", False in codes)):
+            # A line of a whole family ends in ` *`.
+            names = [f"{kind}: {leaf}"] + [f"{kind}: {' '.join(leaf.split()[:n])} *" for n in range(1, leaf.count(" ") + 1)]
+            found = next((name for name in names if name in reasons), None)
+            if not there and found is None:
+                print(f"{kind} of `incus {leaf}` is in no case")
+                wrong += 1
+            if not there and found is not None:
+                used.add(found)
+    for stale in reasons.keys() - used:
+        print(f"uncovered: {stale}: is covered now, or no command; take it out")
+        wrong += 1
+    print(f"{len(all_leaves)} commands, {len(reasons)} lines of what is not covered, {wrong} wrong")
+    return 1 if wrong or len(all_leaves) < 200 else 0
+
+
+# (a command, what Incus says, what Karst may say, what it may not say)
+PROOFS = [
+    ("incus create bb c4 -c limits.memory=much", "Error: Failed creating instance record: Invalid value: much",
+     "Error: config.limits.memory: \"much\" is not a size", "Error: config.limits.cpu: \"much\" is not a number"),
+    ("incus config set c4 limits.cpu=many", "Error: Invalid config: Invalid CPU limit syntax",
+     "Error: config.limits.cpu: \"many\" is no number", "Error: config.limits.cpu.allowance: \"many\" is no share"),
+    ("incus config set c4 boot.autostart.priority=first", "Error: Invalid config: Invalid value for an integer \"first\"",
+     "Error: config.boot.autostart.priority must be a number", "Error: config.boot.autostart must be true or false"),
+    ("incus network create n2 ipv4.dhcp.ranges=x ipv4.address=10.9.2.1/24",
+     "Error: Invalid value for network \"n2\" option \"ipv4.dhcp.ranges\": Item \"x\": IP range must contain start and end IP addresses",
+     "Error: config.ipv4.dhcp.ranges: \"x\" is no range", "Error: config.ipv4.address: \"x\" is not an address with prefix"),
+    ("incus network acl rule add web ingress action=allow protocol=nothing",
+     "Error: Invalid ingress rule 1: Protocol must be one of: icmp4, icmp6, tcp, udp",
+     "Error: ingress[0].protocol: \"nothing\" is not known", "Error: ingress[0].action: \"allow\" is not known"),
+    ("echo rubbish > $W/rubbish; incus image import $W/rubbish", "Error: Unsupported compression",
+     "Error: image: the archive is corrupt or cut off", "Error: the backup is corrupt"),
+    ("incus config set c1 user.x=1", "Error: Failed for a reason that nobody knows",
+     "Error: Failed for a reason that nobody knows", "Error: config.user.x: is wrong"),
+]  # fmt: skip
+
+
+def prove(_):
+    """Errors about the same field are alike, and those about another one are not."""
+    wrong = 0
+    for case, theirs, right, other in PROOFS:
+        answer = lambda text: {"case": f"area: {case}", "code": 1, "out": [], "err": [text]}  # noqa: E731
+        for text, wanted in ((right, True), (other, False)):
+            if alike(answer(text), answer(theirs)) != wanted:
+                print(f"{case}\n  incus: {theirs}\n  karst: {text}\n  should be {'alike' if wanted else 'wrong'}")
+                wrong += 1
+    return 1 if wrong else 0
+
+
 def main():
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers(required=True)
@@ -221,6 +346,10 @@ def main():
     two.add_argument("--accepted", default=os.path.join(HERE, "accepted"))
     two.add_argument("--long", action="store_true")
     two.set_defaults(run=compare)
+    three = commands.add_parser("complete")
+    three.add_argument("recording")
+    three.set_defaults(run=complete)
+    commands.add_parser("prove").set_defaults(run=prove)
     arguments = parser.parse_args()
     sys.exit(arguments.run(arguments))
 

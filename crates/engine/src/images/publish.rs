@@ -73,7 +73,7 @@ impl Engine {
             let mut options = request.options.clone();
             let now = inner.env.now();
             if options.expires_at.is_some_and(|t| t <= now) {
-                return Err(Error::invalid("expires_at", "the time at which it goes is over already"));
+                return Err(Error::invalid("expires_at", "the time at which it expires is over already"));
             }
             demand_unlike(&records, target.id, &options)?;
             let root = records.volumes.get(&source.root);

@@ -11,14 +11,14 @@ use crate::{
     context::Context,
     operations::{LiveOperation, NewOperation},
     secrets::SecretValue,
-    tenancy::{restricted, rules::ProjectRules},
+    tenancy::{restricted, rules::ProjectRules, server::ServerSettings},
     uploads::{ImageUpload, PartUpload},
 };
 use async_trait::async_trait;
 use karst_agent::ImagePart;
 use karst_env::EnvExt;
 use karst_model::{
-    Config, Error, ErrorKind, Name, ProjectId, Result,
+    Config, Error, ErrorKind, ImageId, Name, ProjectId, Result,
     access::Permission,
     image::{Image, ImageOrigin, ImageServerProtocol, UpdateSource},
     instance::InstanceKind,
@@ -26,11 +26,7 @@ use karst_model::{
     registry::{check_password, check_user},
 };
 use serde_json::{Map, Value};
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 /// How long finding an image on a server may take.
 const FIND: Duration = Duration::from_secs(120);
@@ -120,7 +116,7 @@ pub struct RemoteImage {
     pub filename: String,
     /// `os`, `release`, …
     pub properties: Config,
-    /// When it may go, as it says.
+    /// Until when it is vouched for, as it says.
     pub expires_at: Option<jiff::Timestamp>,
     /// It was found by an alias, which may name a newer one some day.
     pub by_alias: bool,
@@ -381,6 +377,7 @@ impl Engine {
             },
             cached,
             auto_update: request.auto_update && found.by_alias,
+            looked_at: None,
         });
         let import = self.image_import(context, project, upload, parts, options).await?;
         ended(import).await?;
@@ -483,9 +480,7 @@ impl Engine {
 
 /// Locks by what is being fetched; one goes when nobody holds it.
 #[derive(Default)]
-pub(crate) struct Turns(
-    std::sync::Mutex<std::collections::BTreeMap<String, std::sync::Weak<tokio::sync::Mutex<()>>>>,
-);
+pub(crate) struct Turns(std::sync::Mutex<BTreeMap<String, std::sync::Weak<tokio::sync::Mutex<()>>>>);
 
 impl Turns {
     fn of(&self, what: String) -> Arc<tokio::sync::Mutex<()>> {
@@ -516,75 +511,127 @@ pub fn protocol(text: &str) -> Result<ImageServerProtocol> {
     }
 }
 
-impl EngineInner {
-    /// The images whose time has come: those of the projects `looked` to look for newer ones of, and those that were cached and
-    /// that nobody used as long as `kept` says of their project.
-    pub(crate) fn due_images(
-        &self,
-        now: jiff::Timestamp,
-        looked: &BTreeSet<ProjectId>,
-        kept: &BTreeMap<ProjectId, Duration>,
-    ) -> (Vec<Due>, Vec<Due>) {
-        let records = self.inventory.read();
-        let due = |i: &Row<Image>| {
-            let project = records.projects.get(&i.project)?;
-            Some(Due { project: project.name.to_string(), fingerprint: i.fingerprint.clone() })
-        };
-        let followed =
-            |i: &&Row<Image>| looked.contains(&i.project) && i.origin.as_ref().is_some_and(|o| o.auto_update);
-        let unused = |i: &&Row<Image>| {
-            let last = i.last_used_at.unwrap_or(i.uploaded_at);
-            let since = Duration::try_from(now.duration_since(last)).unwrap_or_default();
-            i.origin.as_ref().is_some_and(|o| o.cached) && kept.get(&i.project).is_some_and(|k| since >= *k)
-        };
-        let all = || records.images.values();
-        (all().filter(followed).filter_map(due).collect(), all().filter(unused).filter_map(due).collect())
+/// The settings that each project's images follow.
+type OfProjects = BTreeMap<ProjectId, ServerSettings>;
+
+impl Engine {
+    fn image_settings(&self) -> OfProjects {
+        let projects: Vec<Row<Project>> = self.inner().inventory.read().projects.values().cloned().collect();
+        projects.iter().map(|project| (project.id, self.settings_in(project))).collect()
+    }
+
+    /// Notes that a newer image is looked for now. It stands in the record before anything is asked: a daemon that is restarted
+    /// in between, or often, neither forgets the time nor asks at each start.
+    async fn note_look(&self, image: &Due) -> Result<()> {
+        let now = self.inner().env.now();
+        self.inner()
+            .transact(|records, tx| {
+                let row =
+                    records.images.get(&image.id).ok_or_else(|| Error::not_found("the image is gone"))?;
+                let Some(origin) = &row.origin else { return Ok(()) };
+                tx.expect_unlocked(&super::lock(image.id));
+                let origin = Some(ImageOrigin { looked_at: Some(now), ..origin.clone() });
+                tx.replace(row, &Image { origin, ..row.value.clone() });
+                Ok(())
+            })
+            .await
     }
 }
 
+impl EngineInner {
+    /// Images with those of `settings` that their project has, and where they came from.
+    fn due_images(
+        &self,
+        settings: &OfProjects,
+        is_due: impl Fn(&Image, &ImageOrigin, &ServerSettings) -> bool,
+    ) -> Vec<Due> {
+        let records = self.inventory.read();
+        let due = |image: &Row<Image>| {
+            let project = records.projects.get(&image.project)?;
+            let (origin, settings) = (image.origin.as_ref()?, settings.get(&image.project)?);
+            let due = || Due {
+                id: image.id,
+                project: project.name.to_string(),
+                fingerprint: image.fingerprint.clone(),
+            };
+            is_due(image, origin, settings).then(due)
+        };
+        records.images.values().filter_map(due).collect()
+    }
+
+    /// The images to look for newer ones of.
+    fn followed_images(&self, now: jiff::Timestamp, settings: &OfProjects) -> Vec<Due> {
+        self.due_images(settings, |image, origin, settings| {
+            let last = origin.looked_at.unwrap_or(image.uploaded_at);
+            origin.auto_update && settings.auto_update_interval.is_some_and(|every| since(now, last) >= every)
+        })
+    }
+
+    /// The images that were cached and that nobody used for long.
+    fn unused_images(&self, now: jiff::Timestamp, settings: &OfProjects) -> Vec<Due> {
+        self.due_images(settings, |image, origin, settings| {
+            let last = image.last_used_at.unwrap_or(image.uploaded_at);
+            origin.cached && settings.remote_cache_expiry.is_some_and(|kept| since(now, last) >= kept)
+        })
+    }
+}
+
+/// How long ago that was; nothing when the clock was put back.
+fn since(now: jiff::Timestamp, then: jiff::Timestamp) -> Duration {
+    Duration::try_from(now.duration_since(then)).unwrap_or_default()
+}
+
 /// An image whose time has come.
-pub(crate) struct Due {
+struct Due {
+    id: ImageId,
     project: String,
     fingerprint: String,
 }
 
 /// How often the clock is looked at.
 const LOOK: Duration = Duration::from_secs(60);
+/// So many images are looked for at once; one whose server is slow holds up no other.
+const AT_ONCE: usize = 4;
 
-/// Follows the clock until the engine ends: looks for newer images as often as `images.auto_update_interval` says, and lets
-/// cached ones go that nobody used for `images.remote_cache_expiry`; of each project as that, or the server, says.
+/// Follows the clock until the engine ends: looks for newer images as often as `images.auto_update_interval` says.
 pub(crate) async fn follow(weak: std::sync::Weak<EngineInner>) {
     let Some(inner) = weak.upgrade() else { return };
     let env = inner.env.clone();
-    let begun = env.monotonic();
-    let mut last: BTreeMap<ProjectId, Duration> = BTreeMap::new();
     drop(inner);
+    let turns = Arc::new(tokio::sync::Semaphore::new(AT_ONCE));
+    let context = Context::system();
     loop {
         env.sleep(LOOK).await;
         let Some(inner) = weak.upgrade() else { return };
         let engine = Engine { inner };
-        let projects: Vec<Row<Project>> =
-            engine.inner().inventory.read().projects.values().cloned().collect();
-        last.retain(|id, _| projects.iter().any(|p| p.id == *id));
-        let (mut looked, mut kept) = (BTreeSet::new(), BTreeMap::new());
-        for project in &projects {
-            let settings = engine.settings_in(project);
-            kept.extend(settings.remote_cache_expiry.map(|expiry| (project.id, expiry)));
-            let since = env.monotonic() - last.get(&project.id).copied().unwrap_or(begun);
-            if settings.auto_update_interval.is_some_and(|every| since >= every) {
-                looked.insert(project.id);
-                last.insert(project.id, env.monotonic());
-            }
+        for image in engine.inner().followed_images(env.now(), &engine.image_settings()) {
+            // The others are due at the next look, too.
+            let Ok(turn) = turns.clone().try_acquire_owned() else { break };
+            let newer = match engine.note_look(&image).await {
+                Ok(()) => engine.image_refresh(&context, &image.project, &image.fingerprint).await,
+                Err(e) => Err(e),
+            };
+            env.spawn_task("image-follow", async move {
+                report(&image, "no newer image could be looked for", settled(newer).await);
+                drop(turn);
+            });
         }
-        let (followed, unused) = engine.inner().due_images(env.now(), &looked, &kept);
-        let context = Context::system();
-        for image in unused {
+    }
+}
+
+/// Follows the clock until the engine ends: lets cached images go that nobody used for `images.remote_cache_expiry`.
+pub(crate) async fn forget(weak: std::sync::Weak<EngineInner>) {
+    let Some(inner) = weak.upgrade() else { return };
+    let env = inner.env.clone();
+    drop(inner);
+    let context = Context::system();
+    loop {
+        env.sleep(LOOK).await;
+        let Some(inner) = weak.upgrade() else { return };
+        let engine = Engine { inner };
+        for image in engine.inner().unused_images(env.now(), &engine.image_settings()) {
             let gone = engine.image_delete(&context, &image.project, &image.fingerprint).await;
             report(&image, "a cached image that nobody uses was not deleted", settled(gone).await);
-        }
-        for image in followed {
-            let newer = engine.image_refresh(&context, &image.project, &image.fingerprint).await;
-            report(&image, "no newer image could be looked for", settled(newer).await);
         }
     }
 }

@@ -32,6 +32,8 @@ const MACHINE_LOWLEVEL: &[&str] = &[
     "raw.idmap",
     "raw.qemu",
 ];
+/// What takes virtualization from a processor, whatever its model: Intel's and AMD's.
+const NO_NESTING: &[&str] = &["-vmx", "-svm"];
 /// Keys by which a machine has ports of the host.
 const SCREENS: &[&str] = &[screens::SPICE, screens::VNC, screens::WEBSOCKET];
 /// Interceptions that `allow` includes; the others need `full`.
@@ -130,9 +132,14 @@ fn machines(rules: &ProjectRules, kind: Option<InstanceKind>, config: &Config) -
     {
         return Err(refusal("config.hardware.features".into(), low, "a size of QEMU's own memory"));
     }
+    // A profile need not say the model. Nothing after these flags brings virtualization back: QEMU takes what `-` takes last.
     let nesting = "restricted.virtual-machines.nesting";
-    if kind.is_some() && rules.restriction(nesting) == Some("block") && is_on(config, "security.nesting") {
-        return Err(refusal("config.security.nesting".into(), nesting, "nesting of virtual machines"));
+    let flags = config.get("hardware.cpu.model").map_or("", String::as_str).split(',').skip(1);
+    let lacks = |flag: &str| flags.clone().all(|f| f != flag);
+    if kind.is_some() && rules.restriction(nesting) == Some("block") && NO_NESTING.iter().copied().any(lacks)
+    {
+        let what = "a processor with virtualization (without it: hardware.cpu.model=host,-vmx,-svm)";
+        return Err(refusal("config.hardware.cpu.model".into(), nesting, what));
     }
     Ok(())
 }
@@ -438,6 +445,30 @@ mod tests {
         ] {
             assert_eq!(refused(&strict, ct, &[], keys).as_deref(), field, "{keys:?}");
         }
+    }
+
+    #[test]
+    fn machines_in_machines_need_a_processor_that_can() {
+        let blocked = rules(&[("restricted.virtual-machines.nesting", "block")]);
+        let vm = Some(InstanceKind::VirtualMachine);
+        let field = Some("config.hardware.cpu.model".to_owned());
+        assert_eq!(
+            refused(&blocked, vm, &[], &[]),
+            field,
+            "the model that a machine has by itself is the host's"
+        );
+        for model in
+            ["host", "host,-vmx", "EPYC-v4,-svm", "host,-vmx,+svm", "host,vmx=off,svm=off", "-vmx,-svm"]
+        {
+            assert_eq!(refused(&blocked, vm, &[("hardware.cpu.model", model)], &[]), field, "{model}");
+        }
+        for model in ["host,-vmx,-svm", "max,+avx2,-svm,-vmx"] {
+            assert_eq!(refused(&blocked, vm, &[("hardware.cpu.model", model)], &[]), None, "{model}");
+        }
+        for kind in [None, Some(InstanceKind::Container)] {
+            assert_eq!(refused(&blocked, kind, &[], &[]), None, "{kind:?}");
+        }
+        assert_eq!(refused(&rules(&[]), vm, &[], &[]), None, "allowed where nothing is said");
     }
 
     #[test]

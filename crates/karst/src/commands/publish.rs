@@ -28,7 +28,7 @@ pub struct Publish {
     /// Compression: gzip, zstd, xz, bzip2 or none (default: what the server's images.compression_algorithm says)
     #[arg(long, value_name = "NAME", value_parser = ["gzip", "zstd", "xz", "bzip2", "none"])]
     compression: Option<String>,
-    /// When it goes by itself: a time (RFC 3339), a span such as 12h or 7d, or never
+    /// Until when you vouch for it: a time (RFC 3339), a span such as 12h or 7d, or never; told, nothing deletes it then
     #[arg(long, value_name = "WHEN", value_parser = expiry::parse)]
     expires: Option<String>,
 }

@@ -3,7 +3,7 @@
 //! Its firmware gets the files when the machine starts and keeps none of them: afterwards they may change or go. So a volume
 //! is used by the record that names it, not by the guest that was started with it.
 
-use super::{DiskOrigin, Keys, plain_path};
+use super::{DiskOrigin, Keys, other_keys::keys_of, plain_path};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -24,7 +24,7 @@ pub struct KernelDevice {
 
 impl KernelDevice {
     pub(super) fn parse(keys: &Keys<'_>) -> Result<Self> {
-        keys.known(&["type", "pool", "source", "initrd", "initrd.pool", "cmdline"])?;
+        keys.known(&keys_of("kernel"))?;
         let kernel = keys.demand("source", "it needs the kernel: a custom volume of a pool, or a path")?;
         let initrd = keys.get("initrd");
         if let (None, Some(_)) = (initrd, keys.get("initrd.pool")) {

@@ -1,6 +1,6 @@
 //! Device nodes of the host in containers: `unix-char`, `unix-block` and `gpu`.
 
-use super::{Keys, disk::plain_path};
+use super::{Keys, disk::plain_path, other_keys::keys_of};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -50,11 +50,9 @@ pub enum NodeOrigin {
     },
 }
 
-const OWNER: [&str; 3] = ["uid", "gid", "mode"];
-
 impl NodeDevice {
     pub(super) fn parse_unix(keys: &Keys<'_>, block: bool) -> Result<Self> {
-        keys.known(&[&["type", "source", "path", "major", "minor", "required"][..], &OWNER].concat())?;
+        keys.known(&keys_of(if block { "unix-block" } else { "unix-char" }))?;
         let absolute = |key: &str| {
             let Some(path) = keys.get(key) else { return Ok(None) };
             if !path.starts_with('/') {
@@ -90,7 +88,7 @@ impl NodeDevice {
     }
 
     pub(super) fn parse_gpu(keys: &Keys<'_>) -> Result<Self> {
-        keys.known(&[&["type", "gputype", "id", "pci"][..], &OWNER].concat())?;
+        keys.known(&keys_of("gpu"))?;
         keys.one_of("gputype", &[("physical", ())])?;
         let source = NodeOrigin::Gpu { card: keys.number("id")?, pci: keys.get("pci").map(str::to_owned) };
         Self::owned(keys, source, None, true)

@@ -1,6 +1,6 @@
 //! Proxies: connections that are taken on one side, the host or the container, and made on the other.
 
-use super::{Keys, disk::plain_path};
+use super::{Keys, disk::plain_path, other_keys::keys_of};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -120,19 +120,7 @@ impl ProxyAddress {
 
 impl ProxyDevice {
     pub(super) fn parse(keys: &Keys<'_>) -> Result<Self> {
-        keys.known(&[
-            "type",
-            "listen",
-            "connect",
-            "bind",
-            "nat",
-            "proxy_protocol",
-            "uid",
-            "gid",
-            "mode",
-            "security.uid",
-            "security.gid",
-        ])?;
+        keys.known(&keys_of("proxy"))?;
         if keys.boolean("nat")? {
             return Err(Error::unsupported(
                 "proxies by address translation are not there yet; leave nat out",

@@ -1,6 +1,6 @@
 //! The TPM of a virtual machine: `tpm`.
 
-use super::Keys;
+use super::{Keys, other_keys::keys_of};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -10,7 +10,7 @@ pub struct TpmDevice {}
 
 impl TpmDevice {
     pub(super) fn parse(keys: &Keys<'_>) -> Result<Self> {
-        keys.known(&["type", "path", "pathrm"])?;
+        keys.known(&keys_of("tpm"))?;
         // Incus has them for containers, where they are demanded.
         for key in ["path", "pathrm"] {
             if keys.get(key).is_some() {

@@ -1,6 +1,8 @@
 //! The lab of the tests: network namespaces that play host, guests and the outside.
 #![allow(dead_code)] // each suite uses a part
 
+pub mod probe;
+
 use karst_network::NetworkDriver;
 use std::{
     future::Future,
