@@ -114,7 +114,7 @@ make_image() {
     # What the kernel needs for its root, and beside that for network, agent, power button.
     mkdir -p initrd/{bin,lib,proc,sys,dev,root}
     cp "$(command -v busybox)" initrd/bin/busybox
-    modules initrd/lib virtio_pci virtio_blk virtio_scsi sd_mod crc32c_generic ext4 virtio_net virtio_console virtio_balloon isofs \
+    modules initrd/lib virtio_pci virtio_blk virtio_scsi sd_mod crc32c_generic ext4 virtio_net e1000e 8021q virtio_console virtio_balloon isofs \
         9p 9pnet_virtio
     cat >initrd/init <<'INIT'
 #!/bin/busybox sh

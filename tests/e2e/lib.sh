@@ -152,6 +152,19 @@ busybox_image() {
     tar -C "$1" --numeric-owner --owner 0 --group 0 --mtime @1700000000 --sort name -cJf "$1.tar.xz" metadata.yaml rootfs
 }
 
+# small_machine: prints the directory of the cached image of `small-machine.sh image`, in its two parts metadata and rootfs; made where
+# it is missing, of packages that are fetched. It starts by SeaBIOS: security.csm=true.
+small_machine() {
+    local cache=${CARGO_TARGET_DIR:-$top/target}/test-cache image
+    # As crates/agent-host/tests/real.rs has it.
+    image=$cache/small-machine-2
+    mkdir -p "$cache"
+    (
+        flock 9
+        [ -e "$image" ] || { rm -rf "$image.making" && "$top/tests/small-machine.sh" image "$image.making" >&2 && mv "$image.making" "$image"; }
+    ) 9>"$cache/small-machine-lock" && printf '%s\n' "$image"
+}
+
 # What a call of the host hears that does not answer yet, or ends meanwhile.
 host_gone='the host process (ended while it worked on this|does not answer|closed the connection)'
 # Complaints are listed as whole messages, with their target and those fields that decide; a quote around a field's value may

@@ -130,8 +130,8 @@ impl Place {
 
 /// The cached image of `small-machine.sh`.
 fn small_machine() -> ImageSource {
-    // Grows with each change of the script.
-    let cache = target().join("test-cache/small-machine-1");
+    // Grows with each change of the script; tests/e2e/lib.sh has it too.
+    let cache = target().join("test-cache/small-machine-2");
     if !cache.exists() {
         let making = cache.with_extension("making");
         let _ = fs::remove_dir_all(&making);
