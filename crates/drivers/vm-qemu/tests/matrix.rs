@@ -1,5 +1,6 @@
-//! Firmware x machine x disk bus x NIC: a small Linux boots, sees its hardware, is reset, is saved with its memory, goes on,
-//! and is brought back to a snapshot. A sample runs always, the whole with `KARST_TEST_LONG=1`.
+//! Firmware x machine x disk bus x NIC: a small Linux boots, sees its hardware, which comes, goes and grows, reaches its bridge by a NIC
+//! that is plugged, is reset, is saved with its memory, goes on, and is brought back to a snapshot, with what was on its disk then. A
+//! sample runs always, the whole with `KARST_TEST_LONG=1`.
 #![allow(clippy::disallowed_methods)] // deals with the real world
 
 #[path = "../../../testkit/src/backends.rs"]
@@ -8,7 +9,7 @@ mod backends;
 mod common;
 
 use common::{Place, console::Shell};
-use karst_guest::{GuestDriver, ResolvedDisk, ResolvedGuest, StopMode};
+use karst_guest::{GuestDriver, ResolvedDisk, ResolvedGuest, ResolvedNic, StopMode};
 use karst_model::{
     ByteSize, ErrorKind, SnapshotId,
     device::NicModel,
@@ -29,6 +30,9 @@ struct Kind {
     bus: &'static str,
     nic: NicModel,
 }
+
+/// The host at the machines' bridge.
+const BRIDGE: &str = "198.18.77.1";
 
 const SAMPLE: &[Kind] =
     &[Kind { firmware: Firmware::UefiSecure, machine: "pc-q35-7.2", bus: "scsi0", nic: NicModel::Virtio }];
@@ -178,6 +182,48 @@ async fn one(place: &Place, driver: &dyn GuestDriver, kind: Kind, n: u128) {
     let gone = if disk == "sda" { sectors.to_string() } else { String::new() };
     shell.until(sizes, &gone);
 
+    // So does a NIC, with packets.
+    let second = place.tap().replace("ktw", "ktx");
+    let mut more = guest.clone();
+    more.spec_version += 1;
+    more.nics.push(ResolvedNic {
+        name: "eth1".into(),
+        slot: "net1".into(),
+        mac: "10:66:6a:00:00:08".into(),
+        host_interface: second.clone(),
+        pci: Some(if kind.machine.starts_with("pc-i440fx") { "00:0a.0" } else { "03:00.0" }.into()),
+        ..guest.nics[0].clone()
+    });
+    assert_eq!(driver.update(&more).await.unwrap().pending, Vec::<String>::new());
+    let nics = "cat /sys/class/net/*/address | grep -c 10:66:6a";
+    shell.until(nics, "2");
+    shell.run("ip link set eth1 up; ip addr add 198.18.77.2/24 dev eth1");
+    shell.until(&format!("ping -c 1 -W 5 {BRIDGE} >/dev/null && echo reached"), "reached");
+    guest.spec_version += 2;
+    assert_eq!(driver.update(&guest).await.unwrap().pending, Vec::<String>::new());
+    shell.until(nics, "1");
+    assert!(!std::path::Path::new("/sys/class/net").join(&second).exists());
+
+    // The root grows. On virtio its system is told; by SATA it sees that when it starts anew; NVMe has to be off for it.
+    let size = format!("cat /sys/block/{disk}/size");
+    let mark = sectors - 1;
+    let larger = (sectors << 9) + (1 << 20);
+    let grown = match kind.bus {
+        "nvme0" => {
+            let e = machine.grow(id, &guest.root.path, larger).await.unwrap_err();
+            assert!(e.is(ErrorKind::Conflict) && e.message.contains("NVMe"), "{e}");
+            sectors
+        }
+        _ => {
+            machine.grow(id, &guest.root.path, larger).await.unwrap();
+            larger >> 9
+        }
+    };
+    assert_eq!(std::fs::metadata(&guest.root.path).unwrap().len() >> 9, grown);
+    if matches!(kind.bus, "scsi0" | "virtio0") {
+        shell.until(&size, &grown.to_string());
+    }
+
     // Processors and memory within what was set aside; more waits for the next start.
     guest.spec_version += 1;
     let hotplug = kind.firmware != Firmware::UefiSecure;
@@ -213,6 +259,7 @@ async fn one(place: &Place, driver: &dyn GuestDriver, kind: Kind, n: u128) {
     let pid = driver.observe(id).await.unwrap().pid;
     machine.reset(id).await.unwrap();
     shell.until_up();
+    assert_eq!(shell.run(&size), grown.to_string());
     assert_eq!(driver.observe(id).await.unwrap().pid, pid);
     shell.run("ip link set eth0 up; word=first");
     let picture = machine.screenshot(id).await.unwrap();
@@ -273,24 +320,39 @@ async fn one(place: &Place, driver: &dyn GuestDriver, kind: Kind, n: u128) {
     assert_eq!(shell.run("echo $word; cat /sys/class/net/eth0/carrier"), "first\n1");
     assert!(!guest.state_dir.join("saved").exists(), "memory of the past is gone");
 
-    // With its memory in a snapshot, to which it is brought back after it went on.
+    // With its memory in a snapshot, to which it is brought back after it went on, and so is its disk: a mark where neither loader nor
+    // system is, behind all that the file system holds.
     let snapshot = SnapshotId(uuid::Uuid::from_u128(77));
-    shell.run("word=second");
+    let write = |word: &str| {
+        format!(
+            "word={word}; echo $word | dd of=/dev/{disk} bs=512 seek={mark} count=1 conv=sync,fsync 2>/dev/null"
+        )
+    };
+    let read = format!(
+        "echo 3 >/proc/sys/vm/drop_caches; echo $word; dd if=/dev/{disk} bs=512 skip={mark} count=1 2>/dev/null | head -n 1"
+    );
+    let kept = place.dir.join("kept.raw");
+    shell.run(&write("second"));
+    assert_eq!(shell.run(&read), "second\nsecond");
     let e = machine.state_save(id, snapshot, true).await.unwrap_err();
     assert!(e.is(ErrorKind::Conflict) && e.message.contains("paused"), "{e}");
     driver.pause(id).await.unwrap();
     machine.state_save(id, snapshot, true).await.unwrap();
     machine.state_save(id, snapshot, true).await.unwrap();
+    std::fs::copy(&guest.root.path, &kept).unwrap();
     driver.resume(id).await.unwrap();
-    assert_eq!(shell.run("echo $word; word=third"), "second");
+    assert_eq!(shell.run(&read), "second\nsecond");
+    shell.run(&write("third"));
+    assert_eq!(shell.run(&read), "third\nthird");
     assert!(machine.state_restore(id, snapshot, true).await.unwrap_err().is(ErrorKind::Conflict));
     driver.stop(id, StopMode::Force).await.unwrap();
+    std::fs::copy(&kept, &guest.root.path).unwrap();
     machine.state_restore(id, snapshot, true).await.unwrap();
     next(&mut guest, true);
     driver.start(&guest).await.unwrap();
     assert!(machine.memory_drop(id).await.unwrap_err().is(ErrorKind::Conflict), "it runs");
     let mut shell = Shell::open(driver, id).await;
-    assert_eq!(shell.run("echo $word"), "second");
+    assert_eq!(shell.run(&read), "second\nsecond");
     // The snapshot outlives its use.
     driver.stop(id, StopMode::Force).await.unwrap();
     machine.state_restore(id, snapshot, true).await.unwrap();
@@ -311,6 +373,7 @@ async fn each_kind_of_machine() {
     let long = std::env::var_os("KARST_TEST_LONG").is_some();
     let kinds = if long { all() } else { SAMPLE.to_vec() };
     let driver = place.driver();
+    common::run("ip", &["addr", "add", &format!("{BRIDGE}/24"), "dev", &place.bridge]);
     for (n, kind) in kinds.into_iter().enumerate() {
         one(&place, &driver, kind, n as u128 + 1).await;
     }
