@@ -82,7 +82,11 @@ class Websocket:
             if kind == CLOSE:
                 return b""
             if kind == PING:
-                self.send(PONG, data)
+                try:
+                    self.send(PONG, data)
+                except OSError:
+                    # The other end has said all that it has to say.
+                    pass
             elif kind != PONG:
                 self.bytes = data
         data, self.bytes = self.bytes[:n], self.bytes[n:]
