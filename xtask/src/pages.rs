@@ -122,7 +122,7 @@ fn fields(sources: &[String], name: &str) -> Result<Vec<Field>, String> {
             if words.is_empty() {
                 return Err(format!("{HOST}: {name}.{field} has no documentation"));
             }
-            let text = words.drain(..).collect::<Vec<_>>().join(" ");
+            let text = std::mem::take(&mut words).join(" ");
             all.push(Field { name: field.to_owned(), of: of.to_owned(), text });
         }
     }

@@ -2,6 +2,7 @@
 //! would hold the whole daemon again. A file that is not named here does not run; `cargo xtask tidy` refuses it.
 mod access;
 mod addresses;
+mod audit;
 mod autostart;
 mod bad_input;
 mod checkpoints;
@@ -11,6 +12,7 @@ mod disk_full;
 mod displays;
 mod full_copies;
 mod generations;
+mod halted;
 mod images;
 mod limits;
 mod memory_files;

@@ -39,7 +39,13 @@ async fn power(w: &World, action: PowerAction, force: bool) -> Result<()> {
     end(w, w.engine.instance_power(&w.admin, P, "m", request).await).await
 }
 
-async fn snapshot(w: &World, of: Origin<'_>, name: &str, stateful: bool, quiesce: Option<Quiesce>) -> Result<()> {
+async fn snapshot(
+    w: &World,
+    of: Origin<'_>,
+    name: &str,
+    stateful: bool,
+    quiesce: Option<Quiesce>,
+) -> Result<()> {
     let request = CreateSnapshot { name: Some(name.into()), stateful, quiesce, ..Default::default() };
     end(w, w.engine.snapshot_create(&w.admin, of, request).await).await
 }
@@ -164,7 +170,11 @@ fn what_a_running_machine_can_it_can_too() {
         let changed = w.engine.instance_update(&w.admin, P, "m", update).await.unwrap();
         let changed = w.ended(changed).await;
         assert_eq!(changed.error, None);
-        assert_eq!(changed.metadata["karst_pending"], serde_json::json!(["limits.memory"]), "what waits is said");
+        assert_eq!(
+            changed.metadata["karst_pending"],
+            serde_json::json!(["limits.memory"]),
+            "what waits is said"
+        );
         w.settle().await;
         demand_same(&w, id, pid, "a change");
         // The cure of a full pool is another one. It keeps its process, and its disk.

@@ -288,7 +288,7 @@ fn a_secret_is_good_once_and_for_a_while() {
         assert!(pushed("").await.unwrap_err().message.contains("secret is missing"));
         pushed("open").await.unwrap();
         let (fingerprint, content) = server.0.lock().unwrap().brought.clone().unwrap();
-        assert_eq!(fingerprints(&w), [fingerprint.clone()]);
+        assert_eq!(fingerprints(&w), std::slice::from_ref(&fingerprint));
         assert!(!content.is_empty());
 
         // The other side of it.

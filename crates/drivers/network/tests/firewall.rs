@@ -592,7 +592,7 @@ fn explanations_are_what_happens() {
             });
             for (name, source, end, v4) in senders {
                 let mut lot = vec![];
-                let places = PLACES.iter().map(|(_, own, own6)| ip(if v4 { *own } else { *own6 }));
+                let places = PLACES.iter().map(|(_, own, own6)| ip(if v4 { own } else { own6 }));
                 let listens = ip(if v4 { LISTEN[0] } else { LISTEN[1] });
                 for destination in places.chain([listens]).filter(|d| *d != source) {
                     let next =

@@ -1,6 +1,6 @@
 //! Live against configured, over a socket: what waits for the next start is shown until it has come.
 
-use crate::common::{PATIENCE, Server};
+use crate::common::{Server, until};
 use serde_json::json;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -21,22 +21,16 @@ async fn pending_changes_are_shown() {
     ]);
     assert_eq!(pending("v1").await.metadata(), expected);
     // A key that is live elsewhere is a warning here; one that never is was not expected to be.
-    let end = std::time::Instant::now() + PATIENCE;
-    loop {
+    until("a warning of what waits", async || {
         let all = s.get("/1.0/warnings?recursion=1").await.metadata();
         let said =
             all.as_array().unwrap().iter().find(|w| w["type"] == "Change waits for a restart").cloned();
-        if let Some(said) = said {
-            let text = said["last_message"].as_str().unwrap();
-            assert!(
-                text.contains("limits.memory=512MiB (now 256MiB)") && !text.contains("cloud-init"),
-                "{text}"
-            );
-            break;
-        }
-        assert!(std::time::Instant::now() < end, "never: a warning of what waits: {all}");
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-    }
+        let Some(said) = said else { return false };
+        let text = said["last_message"].as_str().unwrap();
+        assert!(text.contains("limits.memory=512MiB (now 256MiB)") && !text.contains("cloud-init"), "{text}");
+        true
+    })
+    .await;
     // Another change does not make it forgotten; one of a profile is part of it.
     s.patch("/1.0/instances/v1", json!({"description": "y"})).await.metadata();
     assert_eq!(pending("v1").await.metadata(), expected);

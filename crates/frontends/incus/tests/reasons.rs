@@ -1,20 +1,12 @@
 //! Why an instance stands still or ended by itself, over a socket: in its state, its log, its warnings and where Incus has no place.
 
-use crate::common::{PATIENCE, Server};
+use crate::common::{Server, until};
 use karst_engine::Context;
 use karst_model::{InstanceId, access::Principal, instance::HaltReason};
 use serde_json::{Value, json};
 
 fn id_of(s: &Server, name: &str) -> InstanceId {
     s.engine.instance(&Context::new(Principal::system()), "default", name).unwrap().instance.id
-}
-
-async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
-    let end = std::time::Instant::now() + PATIENCE;
-    while !holds().await {
-        assert!(std::time::Instant::now() < end, "never: {what}");
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

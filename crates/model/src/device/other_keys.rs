@@ -1,7 +1,10 @@
 //! What the keys of devices mean that are neither disks nor NICs. The parsers take their lists from here.
 
+/// A type of devices: its name, which instances have it, and its keys with their texts.
+pub type DeviceKeys = (&'static str, &'static str, &'static [(&'static str, &'static str)]);
+
 /// Type, which instances have such devices, and the keys with their texts, by name. `type` is one of each.
-pub const DEVICE_KEYS: &[(&str, &str, &[(&str, &str)])] = &[
+pub const DEVICE_KEYS: &[DeviceKeys] = &[
     (
         "gpu",
         "Containers, where `device_classes` of host-policy.toml grants `gpu`, or `gpu:PCI-ADDRESS`: the nodes of graphics cards.",

@@ -126,7 +126,7 @@ impl Probe {
                 net::sendto(&socket, &self.number.to_be_bytes(), SendFlags::empty(), &self.to).map(drop)
             }
             // Sent when this returns; nobody asks what became of the connection.
-            Kind::Tcp => net::connect(&open(SocketType::STREAM, SocketFlags::NONBLOCK), &self.to),
+            Kind::Tcp => net::connect(open(SocketType::STREAM, SocketFlags::NONBLOCK), &self.to),
             Kind::Icmp => {
                 let to = SocketAddr::new(self.to.ip(), 0);
                 net::sendto(raw(Kind::Icmp, from), &self.echo(), SendFlags::empty(), &to).map(drop)

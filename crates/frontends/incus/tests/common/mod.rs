@@ -305,3 +305,15 @@ pub async fn expect(socket: &mut WebSocketStream<UnixStream>, wanted: &str) {
 pub async fn say(socket: &mut WebSocketStream<UnixStream>, message: Message) {
     socket.send(message).await.unwrap();
 }
+
+/// Waits until it holds, looking again and again.
+pub async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    let look = async {
+        while !holds().await {
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+    };
+    if tokio::time::timeout(PATIENCE, look).await.is_err() {
+        panic!("never: {what}");
+    }
+}
