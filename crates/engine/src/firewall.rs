@@ -20,6 +20,7 @@ use karst_model::{
         AclRule, AclSpec, AddressSet, AddressSetSpec, ForwardPort, ForwardSpec, NetworkAcl, NetworkForward,
         Policy, Subject, object_name,
     },
+    instance::Instance,
     network::{BridgeSpec, Network},
     project::Project,
     spec::NetworkSpec,
@@ -199,7 +200,10 @@ fn acl_users(records: &Records, acl: &NetworkAcl, sees: &dyn Fn(ProjectId) -> bo
     for profile in records.profiles.values().filter(|p| sees(p.project) && in_devices(&p.devices)) {
         used.push(records.path_in("profiles", &profile.name, profile.project));
     }
-    for instance in records.instances.values().filter(|i| sees(i.project) && in_devices(&i.devices)) {
+    let runs_with = |i: &Instance| records.runtimes.get(&i.id).and_then(|r| r.applied.as_ref());
+    let has =
+        |i: &Instance| in_devices(&i.devices) || runs_with(i).is_some_and(|run| in_devices(&run.devices));
+    for instance in records.instances.values().filter(|i| sees(i.project) && has(i)) {
         let project = records.projects.get(&instance.project).map(|p| p.name.to_string()).unwrap_or_default();
         used.push(crate::compute::path(&project, &instance.name));
     }

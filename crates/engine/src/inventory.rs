@@ -11,13 +11,14 @@ use karst_env::{Env, EnvExt};
 use karst_model::{
     AclId, AddressSetId, BackupId, CheckpointId, Config, Error, ImageId, InstanceId, Missing, NetworkId,
     NodeId, OperationId, PoolId, ProfileId, ProjectId, Result, SnapshotId, VolumeId,
+    applied::AppliedSpec,
     backup::Backup,
     checkpoint::{Checkpoint, in_line},
     device::{Device, Devices, NicDevice},
     display::DisplayLock,
     firewall::{AddressSet, NetworkAcl, NetworkForward},
     image::{Image, ImageAlias},
-    instance::{Instance, Runtime, Status},
+    instance::{DeviceIdentity, Instance, Runtime, Status},
     network::Network,
     node::Node,
     operation::Operation,
@@ -93,6 +94,22 @@ pub struct InstanceView {
     pub pool: String,
     /// Its NICs as networks know them: what each is on, and the guest there.
     pub(crate) nics: Vec<(Place, NetworkHost)>,
+}
+
+impl InstanceView {
+    /// What its guest runs with, as far as that is known; none when it does not run.
+    pub fn run(&self) -> Option<&AppliedSpec> {
+        self.runtime.as_ref().and_then(|r| r.applied.as_ref())
+    }
+
+    /// What its devices are known by, those that only its run has too; of a device that the run has otherwise than the record, as
+    /// the run has it.
+    pub fn run_identities(&self) -> BTreeMap<String, DeviceIdentity> {
+        match self.run() {
+            Some(run) => run.known_by(&self.instance.identities),
+            None => self.instance.identities.clone(),
+        }
+    }
 }
 
 /// A lock on an aggregate root.
@@ -337,6 +354,15 @@ impl Records {
         expand(instance.kind, profiles, (&instance.config, &instance.devices))
     }
 
+    /// The devices of an instance, with those that only its running guest has.
+    pub(crate) fn devices_in_use(&self, instance: &Instance) -> Devices {
+        let devices = self.expanded(instance).1;
+        match self.runtimes.get(&instance.id).and_then(|r| r.applied.as_ref()) {
+            Some(run) => run.in_use(&devices),
+            None => devices,
+        }
+    }
+
     fn view(&self, id: InstanceId) -> Option<InstanceView> {
         let instance = self.instances.get(&id)?.clone();
         let runtime = self.runtimes.get(&id).cloned();
@@ -344,7 +370,13 @@ impl Records {
         Some(InstanceView {
             status: instance.status(runtime.as_ref().map(|r| &r.value)),
             reason: self.why(&instance),
-            nics: self.nics_of(&instance, &expanded_devices),
+            nics: match runtime.as_ref().and_then(|r| r.applied.as_ref()) {
+                Some(run) if !run.held.is_empty() => self.nics_of(
+                    &Instance { identities: run.known_by(&instance.identities), ..instance.value.clone() },
+                    &run.in_use(&expanded_devices),
+                ),
+                _ => self.nics_of(&instance, &expanded_devices),
+            },
             runtime,
             project: self.projects.get(&instance.project)?.clone(),
             profiles: instance.profiles.iter().filter_map(|p| self.profiles.get(p).cloned()).collect(),

@@ -260,7 +260,8 @@ impl Engine {
             .filter(|p| sees(p.project) && uses(&p.devices))
             .map(|p| records.path_in("profiles", &p.name, p.project))
             .collect();
-        for instance in records.instances.values().filter(|i| sees(i.project) && uses(&records.expanded(i).1))
+        for instance in
+            records.instances.values().filter(|i| sees(i.project) && uses(&records.devices_in_use(i)))
         {
             let project =
                 records.projects.get(&instance.project).map(|p| p.name.to_string()).unwrap_or_default();

@@ -73,7 +73,7 @@ impl Records {
             own.for_each(|p| of_nics(&p.devices));
         }
         for instance in self.instances.values().filter(|i| i.project == project.id) {
-            of_nics(&self.expanded(instance).1);
+            of_nics(&self.devices_in_use(instance));
         }
         Seen::Only(seen)
     }

@@ -68,8 +68,21 @@ impl EngineInner {
         hardware: Option<&Hardware>,
         root: karst_model::VolumeId,
     ) -> BTreeMap<String, DeviceIdentity> {
+        self.assign_beside(records, (old, &BTreeMap::new()), parsed, hardware, root)
+    }
+
+    /// The same, where places of the second of the two are taken; see [`super::expand::assign_beside`].
+    pub(crate) fn assign_beside(
+        &self,
+        records: &Records,
+        (old, beside): (&BTreeMap<String, DeviceIdentity>, &BTreeMap<String, DeviceIdentity>),
+        parsed: &ParsedDevices,
+        hardware: Option<&Hardware>,
+        root: karst_model::VolumeId,
+    ) -> BTreeMap<String, DeviceIdentity> {
         let random = &mut |bytes: &mut [u8]| self.env.fill_random(bytes);
-        let mut new = super::expand::assign_identities(old, parsed, hardware, root, &self.daemon_id, random);
+        let of = (root, self.daemon_id.as_str());
+        let mut new = super::expand::assign_beside(old, beside, parsed, hardware, of, random);
         for (name, nic) in &parsed.nics {
             let kept = nic.mac.is_some() || old.get(name).is_some_and(|i| i.mac.is_some());
             let Some(identity) = new.get_mut(name).filter(|_| !kept) else { continue };

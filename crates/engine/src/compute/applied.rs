@@ -51,25 +51,32 @@ impl EngineInner {
         Some(AppliedSpec::of_start(&config, &devices))
     }
 
-    /// Notes what a live change did. `instance` is the record as it will be, `config` and `devices` its expanded form.
+    /// Notes what a change of a running instance did. `instance` is the record as it will be, `config` and `devices` its
+    /// expanded form, `wanted` what the guest was to have, `applied` what became of that on its host; `None`: nobody asked the
+    /// host, and what is held has changed only.
     pub(crate) fn note_applied(
         &self,
         tx: &mut Tx,
         runtime: &Row<Runtime>,
         instance: &Instance,
-        config: &Config,
-        devices: &Devices,
-        applied: &Applied,
+        (config, devices): (&Config, &Devices),
+        wanted: &AppliedSpec,
+        applied: Option<&Applied>,
     ) {
         let mut new = runtime.value.clone();
         let before = new.applied.take().unwrap_or_default();
-        let after = before.after(config, devices, &applied.pending);
-        if after.pending(config, devices).is_empty() {
+        let after = match applied {
+            Some(applied) => before.after(&wanted.config, &wanted.devices, &applied.pending),
+            None => before,
+        };
+        let (held, identities) = (wanted.held.clone(), wanted.identities.clone());
+        let after = AppliedSpec { held, identities, ..after }.settled(config, devices, &instance.identities);
+        if applied.is_some() && after.pending(config, devices).is_empty() {
             new.applied_spec_version = instance.spec_version;
         }
         new.applied = Some(after);
-        new.seq += 1;
         if new != runtime.value {
+            new.seq += 1;
             tx.replace(runtime, &new);
         }
     }
@@ -87,8 +94,19 @@ impl EngineInner {
             let (Some(runtime), Some(instance)) = (runtime, records.instances.get(&id)) else {
                 return Ok(());
             };
-            if runtime.applied.is_some() {
-                self.note_applied(tx, runtime, instance, as_is.0, as_is.1, applied);
+            if let Some(has) = &runtime.applied {
+                // A profile changes nothing of what is held, and whether the record says the same now is not decided yet.
+                let (config, devices) = has.over(as_is.0, as_is.1);
+                let after = has.after(&config, &devices, &applied.pending);
+                let mut new = runtime.value.clone();
+                if after.pending(as_is.0, as_is.1).is_empty() {
+                    new.applied_spec_version = instance.spec_version;
+                }
+                new.applied = Some(after);
+                new.seq += 1;
+                if new != runtime.value {
+                    tx.replace(runtime, &new);
+                }
             }
             Ok(())
         })

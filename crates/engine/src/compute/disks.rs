@@ -96,7 +96,9 @@ fn check_drive(
         let text = format!("{path:?} is no disc, which alone leaves its drive. Remove the device");
         return Err(Error::invalid(field("attached"), text));
     }
-    let has = |i: &Instance| i.devices.values().any(|keys| host_drive(keys) == Some(path.as_str()));
+    let is = |devices: &Devices| devices.values().any(|keys| host_drive(keys) == Some(path.as_str()));
+    let runs_with = |i: &Instance| records.runtimes.get(&i.id).and_then(|r| r.applied.as_ref());
+    let has = |i: &Instance| is(&i.devices) || runs_with(i).is_some_and(|run| is(&run.devices));
     if let Some(other) = records.instances.values().find(|i| i.id != instance.id && has(i)) {
         return Err(Error::conflict(format!(
             "{path:?} is a drive of {}; remove it there first",

@@ -164,6 +164,18 @@ pub fn assign_identities(
     daemon_id: &str,
     random: &mut dyn FnMut(&mut [u8]),
 ) -> BTreeMap<String, DeviceIdentity> {
+    assign_beside(old, &BTreeMap::new(), parsed, hardware, (root_volume, daemon_id), random)
+}
+
+/// The same, where places of `beside` are taken: what these devices do not have and the running guest still does.
+pub(crate) fn assign_beside(
+    old: &BTreeMap<String, DeviceIdentity>,
+    beside: &BTreeMap<String, DeviceIdentity>,
+    parsed: &ParsedDevices,
+    hardware: Option<&Hardware>,
+    (root_volume, daemon_id): (VolumeId, &str),
+    random: &mut dyn FnMut(&mut [u8]),
+) -> BTreeMap<String, DeviceIdentity> {
     let mut new = BTreeMap::new();
     let uuid = |random: &mut dyn FnMut(&mut [u8])| {
         let mut b = [0u8; 16];
@@ -209,7 +221,8 @@ pub fn assign_identities(
         .filter(|(name, _)| named(name) && stays(name))
         .map(|(n, i)| (n.clone(), i.clone()))
         .collect();
-    let mut free = slots::Free::of(hardware, kept.values());
+    let others = beside.iter().filter(|(name, _)| !named(name)).map(|(_, identity)| identity);
+    let mut free = slots::Free::of(hardware, kept.values().chain(others));
     let root_identity = kept.get(root_name).cloned().unwrap_or_else(|| {
         let (slot, pci) = match hardware {
             None => ("rootfs".into(), None),

@@ -215,6 +215,7 @@ impl Engine {
             let wish = wish(status == Status::Frozen);
             if matches!(wish, MemoryWish::Save { .. }) {
                 super::power::demand_stateful(row, &records.expanded(row).0)?;
+                super::run::demand_defined(&records, row)?;
             }
             tx.expect(row);
             tx.expect(&project);

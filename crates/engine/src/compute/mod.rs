@@ -24,6 +24,7 @@ pub mod power;
 pub mod rebuild;
 pub mod refresh;
 pub mod relocate;
+pub mod run;
 pub mod shutdown;
 pub mod slots;
 pub(crate) mod states;

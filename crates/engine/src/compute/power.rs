@@ -125,6 +125,7 @@ impl Engine {
             let records = inner.inventory.read();
             let row = records.instance(&project, name)?;
             demand_savable(row, &records.expanded(row).0)?;
+            super::run::demand_defined(&records, row)?;
         }
         if matches!(request.action, PowerAction::Stop | PowerAction::Restart) {
             if request.force {
@@ -143,6 +144,7 @@ impl Engine {
             })?;
             if save {
                 demand_savable(row, &records.expanded(row).0)?;
+                super::run::demand_defined(&records, row)?;
             }
             tx.expect(row);
             let path = path(&project.name, name);

@@ -1,9 +1,10 @@
 //! Changing instances: configuration, devices, profiles, name.
 
 use super::{
-    create::{StartPlan, check_devices, networks_of},
+    create::{check_devices, networks_of},
     disks::check_disks,
     expand, lock, path,
+    run::{Live, MachineChange, RunPlan, Running, Wanted, as_run, of_run_only},
 };
 use crate::{
     Engine, EngineInner,
@@ -24,6 +25,7 @@ use karst_model::{
     instance::{DeviceIdentity, Hardware, Instance, InstanceKind, Status},
     keys,
     keys_machine::{self, HardwareChoice},
+    project::Project,
     spec::GuestSpec,
     storage::{PoolKind, Volume, VolumeContent, VolumeOwner},
     template::Trigger,
@@ -66,7 +68,8 @@ impl Engine {
         name: &str,
         request: UpdateInstance,
     ) -> Result<LiveOperation> {
-        self.update_instance(context, project, name, request, true, &BTreeMap::new()).await
+        let wanted = Wanted { definition: Some(&request), live: Live::Follow, slots: &BTreeMap::new() };
+        self.change_instance(context, project, name, wanted).await
     }
 
     /// Replaces what a user may set of an instance from its next start on: a running guest keeps what it has.
@@ -80,7 +83,8 @@ impl Engine {
         name: &str,
         request: UpdateInstance,
     ) -> Result<LiveOperation> {
-        self.update_instance(context, project, name, request, false, &BTreeMap::new()).await
+        let wanted = Wanted { definition: Some(&request), live: Live::Leave, slots: &BTreeMap::new() };
+        self.change_instance(context, project, name, wanted).await
     }
 
     /// As [`Engine::instance_update`], or as [`Engine::instance_configure`] unless `now`, with the bus slots of new disks
@@ -97,47 +101,44 @@ impl Engine {
         now: bool,
         slots: &BTreeMap<String, String>,
     ) -> Result<LiveOperation> {
-        self.update_instance(context, project, name, request, now, slots).await
+        let live = if now { Live::Follow } else { Live::Leave };
+        self.change_instance(context, project, name, Wanted { definition: Some(&request), live, slots }).await
     }
 
-    async fn update_instance(
+    /// Changes what the next start takes, what runs, or both, each as is said. What is changed of the run only ends with it.
+    ///
+    /// # Errors
+    /// Those of [`Engine::instance_update`]; conflict when the guest does not run, precondition failed when what it runs with
+    /// has changed since it was read.
+    pub async fn machine_change(
         &self,
         context: &Context,
         project: &str,
         name: &str,
-        request: UpdateInstance,
-        now: bool,
-        slots: &BTreeMap<String, String>,
+        change: MachineChange,
+    ) -> Result<LiveOperation> {
+        let live = change.run.as_ref().map_or(Live::Leave, Live::Given);
+        let wanted = Wanted { definition: change.definition.as_ref(), live, slots: &change.slots };
+        self.change_instance(context, project, name, wanted).await
+    }
+
+    async fn change_instance(
+        &self,
+        context: &Context,
+        project: &str,
+        name: &str,
+        wanted: Wanted<'_>,
     ) -> Result<LiveOperation> {
         let project = self.project(context, project, Permission::ResourceEdit)?;
         let inner = self.inner();
         runner::start::<InstanceUpdate>(inner, context, |tx| {
             let records = inner.inventory.read();
             let row = records.instance(&project, name)?;
-            if request.if_version.is_some_and(|v| v != row.spec_version) {
-                return Err(Error::precondition_failed(format!(
-                    "instance {name:?} has changed since it was read; read it again"
-                )));
-            }
             tx.expect(row);
-            super::disks::demand_drives(context, &row.devices, &request.devices)?;
             let mut instance = row.value.clone();
-            instance.description = request.description.clone();
-            instance.ephemeral = request.ephemeral;
-            let platform = |k: &str| k.starts_with("volatile.") || k.starts_with("image.");
-            instance.config = request
-                .config
-                .iter()
-                .filter(|(k, v)| !platform(k) && !v.is_empty())
-                .map(|(k, v)| (k.clone(), v.clone()))
-                .collect();
-            keys::check(&instance.config, Some(instance.kind))?;
-            check_devices(&request.devices)?;
-            records.demand_seen_acls(context, &project, &request.devices)?;
-            instance.devices = request.devices.clone();
-            instance.profiles =
-                profiles(&records, tx, records.home(&project, "features.profiles"), &request.profiles)?;
-            instance.spec_version += 1;
+            if let Some(request) = wanted.definition {
+                redefine(context, &records, tx, (&project, row), request, &mut instance)?;
+            }
             let (config, devices) = records.expanded(&instance);
             keys::check(&config, Some(instance.kind))?;
             crate::screens::demand(&records, &instance, &records.expanded(row).0, &config)?;
@@ -145,47 +146,68 @@ impl Engine {
             // Decided when it is written; said now, before anything is touched.
             let planned = Planned { instance: Some(&instance), ..Default::default() };
             admit(&records, &mut Tx::default(), project.id, &planned)?;
-            let grown = check_root(&records, &instance, &parsed)?;
+            let grown = check_root(&records, &instance, &parsed)?.filter(|_| wanted.definition.is_some());
             check_disks(&records, tx, &instance, &parsed)?;
+            let runtime = records.runtimes.get(&row.id);
+            let running = row.status(runtime.map(|r| &r.value)).is_up();
+            let run = runtime.filter(|_| running).and_then(|r| r.applied.as_ref());
+            if let (Live::Given(_), false) = (wanted.live, running) {
+                return Err(Error::conflict(format!("instance {name:?} is not running; start it first")));
+            }
             // A profile may have got devices since the last start: they are no change of this request.
             let mut before = row.value.clone();
+            let defined = records.expanded(&before);
+            let only = of_run_only(run, &before, &defined.1);
             let assign = |from: &Instance, parsed: &expand::ParsedDevices| {
-                inner.assign_identities(&records, &from.identities, parsed, from.hardware.as_ref(), from.root)
+                let of = (&from.identities, &only);
+                inner.assign_beside(&records, of, parsed, from.hardware.as_ref(), from.root)
             };
-            before.identities = assign(&before, &expand::parse_devices(&records.expanded(&before).1)?);
+            before.identities = assign(&before, &expand::parse_devices(&defined.1)?);
+            for (name, identity) in &only {
+                before.identities.entry(name.clone()).or_insert_with(|| identity.clone());
+            }
             let mut placed = before.clone();
-            place_disks(inner, &mut placed, &parsed, slots);
+            place_disks(inner, &mut placed, &parsed, wanted.slots);
             instance.identities = assign(&placed, &parsed);
             inner.check_nics(&records, tx, &instance, &parsed)?;
             inner.demand_own_label(&records, &instance, "devices")?;
-            let runtime = records.runtimes.get(&row.id);
-            let running = row.status(runtime.map(|r| &r.value)).is_up();
+            change_hardware(&mut instance, &defined.0, &config, running, name)?;
             let domain_id = runtime.and_then(|r| r.domain_id).unwrap_or(0);
-            change_hardware(&mut instance, &records.expanded(row).0, &config, running, name)?;
-            let mut live = None;
             let after = inner.guest_spec(&records, &instance, domain_id)?;
-            if running && !now {
+            let (mut run_plan, mut live) = (None, None);
+            if let Some(runtime) = runtime.filter(|_| running) {
+                let as_is = Running {
+                    runtime,
+                    before: &before,
+                    defined: (&defined.0, &defined.1),
+                    after: (&config, &devices),
+                };
+                (run_plan, live) =
+                    inner.plan_run(&records, (context, &project), &as_is, &mut instance, &wanted)?;
+            }
+            if running && run.is_none() {
                 // What the guest still has keeps what it is known by until the next start.
                 for (name, identity) in &before.identities {
                     instance.identities.entry(name.clone()).or_insert_with(|| identity.clone());
                 }
             }
-            if running && !now && grown.is_some() {
+            if running && live.is_none() && grown.is_some() {
                 return Err(Error::conflict(format!(
                     "the root disk of instance {name:?} changes its size at once; stop the instance first or change it live"
                 ))
                 .at(format!("devices.{}.size", parsed.root.0)));
             }
-            if running && now {
-                let generation = runtime.map_or(row.generation, |r| r.generation);
-                let now = GuestSpec { generation, ..inner.guest_spec(&records, &before, domain_id)? };
-                live = Some((now, GuestSpec { generation, ..after.clone() }));
+            if let (Some(plan), Some(has)) = (run_plan.as_ref().filter(|plan| plan.given), run) {
+                // Decided when it is written, and held until then by what it compares.
+                inner.check_run(&records, tx, &instance, &plan.wanted, has)?;
             }
             let path = path(&project.name, name);
+            let spec = live.as_ref().map_or(&after, |(_, after)| after);
             let plan = UpdatePlan {
-                networks: StartPlan { networks: networks_of(&after), spec: after }.networks,
+                networks: networks_of(spec),
                 instance,
                 live,
+                run: run_plan,
                 grown,
                 path: path.clone(),
             };
@@ -240,8 +262,42 @@ impl Engine {
     }
 }
 
+/// What a request says of the definition of an instance.
+fn redefine(
+    context: &Context,
+    records: &crate::Records,
+    tx: &mut Tx,
+    (project, row): (&Project, &Instance),
+    request: &UpdateInstance,
+    instance: &mut Instance,
+) -> Result<()> {
+    if request.if_version.is_some_and(|v| v != row.spec_version) {
+        return Err(Error::precondition_failed(format!(
+            "instance {:?} has changed since it was read; read it again",
+            &*row.name
+        )));
+    }
+    super::disks::demand_drives(context, &row.devices, &request.devices)?;
+    instance.description = request.description.clone();
+    instance.ephemeral = request.ephemeral;
+    let platform = |k: &str| k.starts_with("volatile.") || k.starts_with("image.");
+    instance.config = request
+        .config
+        .iter()
+        .filter(|(k, v)| !platform(k) && !v.is_empty())
+        .map(|(k, v)| (k.clone(), v.clone()))
+        .collect();
+    keys::check(&instance.config, Some(instance.kind))?;
+    check_devices(&request.devices)?;
+    records.demand_seen_acls(context, project, &request.devices)?;
+    instance.devices = request.devices.clone();
+    instance.profiles = profiles(records, tx, records.home(project, "features.profiles"), &request.profiles)?;
+    instance.spec_version += 1;
+    Ok(())
+}
+
 /// Gives new disks the slots that were asked for.
-fn place_disks(
+pub(super) fn place_disks(
     inner: &EngineInner,
     instance: &mut Instance,
     parsed: &expand::ParsedDevices,
@@ -387,11 +443,24 @@ pub struct UpdatePlan {
     instance: Instance,
     /// What the running guest has, and what it is to have.
     live: Option<(GuestSpec, GuestSpec)>,
+    /// What is kept of the run afterwards.
+    #[serde(default)]
+    run: Option<RunPlan>,
     /// The root volume as it is to be, when it grows.
     #[serde(default)]
     grown: Option<Volume>,
     networks: Vec<karst_model::NetworkId>,
     path: String,
+}
+
+impl UpdatePlan {
+    /// The instance as its networks are to know it: with the NICs of the definition and those of the run only.
+    fn on_networks(&self, engine: &EngineInner) -> Instance {
+        let Some(run) = self.run.as_ref().map(|plan| &plan.wanted) else { return self.instance.clone() };
+        let (config, devices) = engine.inventory.read().expanded(&self.instance);
+        let identities = run.known_by(&self.instance.identities);
+        as_run(&self.instance, config, run.in_use(&devices), identities)
+    }
 }
 
 /// Outputs of [`InstanceUpdate`].
@@ -439,8 +508,11 @@ impl Saga for InstanceUpdate {
             let agent = cx.agent(plan.instance.node)?;
             // What a NIC may send is settled before it comes.
             if before.nics != after.nics {
-                let (instance, from) = (std::slice::from_ref(&plan.instance), plan.instance.project);
-                cx.engine.ensure_networks_for(cx, plan.instance.node, from, instance, &plan.networks).await?;
+                let instance = plan.on_networks(&cx.engine);
+                let (instances, from) = (std::slice::from_ref(&instance), plan.instance.project);
+                cx.engine
+                    .ensure_networks_for(cx, plan.instance.node, from, instances, &plan.networks)
+                    .await?;
             }
             outputs.applied = Some(agent.guest_update(&cx.mutate(UPDATE), after.clone()).await?);
         }
@@ -490,12 +562,22 @@ impl Saga for InstanceUpdate {
         if let (Some(grown), Some(volume)) = (&plan.grown, records.volumes.get(&plan.instance.root)) {
             tx.replace(volume, grown);
         }
-        if let (Some(applied), Some((_, live))) = (&outputs.applied, &plan.live)
+        if let Some(run) = &plan.run
             && let Some(runtime) = records.runtimes.get(&plan.instance.id)
-            && runtime.generation == live.generation
-            && runtime.applied.is_some()
+            && runtime.generation == run.generation
+            && let Some(has) = &runtime.applied
         {
-            engine.note_applied(tx, runtime, &instance, &config, &devices, applied);
+            if run.given {
+                engine.check_run(&records, tx, &instance, &run.wanted, has)?;
+            }
+            // What the host left for the next start nobody holds apart, unless it was so before.
+            let mut wanted = run.wanted.clone();
+            let left = outputs.applied.iter().flat_map(|applied| &applied.pending);
+            for key in left.filter(|key| !run.held.contains(*key)) {
+                wanted.held.remove(key);
+            }
+            let applied = outputs.applied.as_ref().filter(|_| plan.live.is_some());
+            engine.note_applied(tx, runtime, &instance, (&config, &devices), &wanted, applied);
         }
         Ok(())
     }

@@ -206,6 +206,7 @@ fn demand_memory(records: &Records, found: &Found) -> Result<()> {
         return Err(Error::unsupported("a volume has no memory").at("stateful"));
     };
     crate::compute::power::demand_stateful(row, &records.expanded(row).0)?;
+    crate::compute::run::demand_defined(records, row)?;
     let status = row.status(records.runtimes.get(&row.id).map(|r| &r.value));
     if status == Status::Error {
         return Err(Error::conflict(format!(

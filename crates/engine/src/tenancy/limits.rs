@@ -10,7 +10,7 @@ use karst_model::{
     keys,
     profile::Profile,
     project::Project,
-    spec::CpuLimit,
+    spec::{CpuLimit, Limits},
     storage::{Volume, VolumeContent, VolumeOwner},
 };
 use std::collections::BTreeMap;
@@ -78,6 +78,15 @@ pub(crate) fn expanded(
         None => records.profiles.get(id).map(|p| (&p.config, &p.devices)),
     });
     karst_model::profile::expand(instance.kind, profiles, (&instance.config, &instance.devices))
+}
+
+/// Limits that a running guest has apart from its record; none where it has those of its record.
+fn held_limits(records: &Records, instance: &Instance) -> Option<Limits> {
+    let run = records.runtimes.get(&instance.id).and_then(|r| r.applied.as_ref())?;
+    let keys = ["limits.cpu", "limits.memory", "limits.processes"];
+    let held = keys.into_iter().filter(|key| run.held.contains(*key));
+    let held: Config = held.filter_map(|key| Some((key.to_owned(), run.config.get(key)?.clone()))).collect();
+    (!held.is_empty()).then(|| keys::limits(&held).unwrap_or_default())
 }
 
 /// The instances of a project as they are to be.
@@ -149,7 +158,20 @@ impl ProjectUsage {
             InstanceKind::VirtualMachine => self.machines += 1,
         }
         // What was checked when it was written parses; what does not adds nothing and is missing.
-        let limits = keys::limits(&config).unwrap_or_default();
+        let mut limits = keys::limits(&config).unwrap_or_default();
+        if let Some(run) = held_limits(records, instance) {
+            // Of what runs and what is defined, the larger: the one is there now, the other at the next start.
+            let count = |cpu: &Option<CpuLimit>| match cpu {
+                Some(CpuLimit::Count { n }) => u64::from(*n),
+                Some(CpuLimit::Set { cpus }) => cpus.len() as u64,
+                None => 0,
+            };
+            if limits.cpu.is_some() && count(&run.cpu) > count(&limits.cpu) {
+                limits.cpu = run.cpu;
+            }
+            limits.memory = limits.memory.map(|size| run.memory.map_or(size, |more| size.max(more)));
+            limits.processes = limits.processes.map(|n| run.processes.map_or(n, |more| n.max(more)));
+        }
         match limits.cpu {
             Some(CpuLimit::Count { n }) => self.cpu += u64::from(n),
             Some(CpuLimit::Set { cpus }) => self.cpu += cpus.len() as u64,

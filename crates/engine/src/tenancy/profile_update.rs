@@ -15,6 +15,7 @@ use crate::{
         create::networks_of,
         disks::check_disks,
         expand::{self, ParsedDevices},
+        run::{as_run, of_run_only, over_flat},
         update::{check_root, limit_again},
     },
     db::Tx,
@@ -24,6 +25,7 @@ use async_trait::async_trait;
 use karst_agent::{VolumeRef, VolumeResize};
 use karst_model::{
     ByteSize, Error, ErrorKind, InstanceId, NetworkId, NodeId, Result, VolumeId,
+    applied::AppliedSpec,
     device::{Devices, DiskOrigin},
     guest::Applied,
     instance::{DeviceIdentity, Generation, Instance},
@@ -85,9 +87,10 @@ fn flat(
     let (config, devices) = limits::expanded(records, instance, changed);
     let parsed = expand::parse_devices(&devices)?;
     let mut flat = instance.clone();
-    flat.identities = engine.assign_identities(
+    let run = records.runtimes.get(&instance.id).and_then(|r| r.applied.as_ref());
+    flat.identities = engine.assign_beside(
         records,
-        &instance.identities,
+        (&instance.identities, &of_run_only(run, instance, &devices)),
         &parsed,
         instance.hardware.as_ref(),
         instance.root,
@@ -133,7 +136,7 @@ fn demand_valid_user(
 
 /// The disks of a change, and those with the same volume as one of them. The others were asked when they came: with many users that
 /// have volumes of their own, a transaction has no room to expect all of these, and one that is at work stops nobody.
-fn disks_of_change(parsed: &ParsedDevices, before: &Devices, after: &Devices) -> ParsedDevices {
+pub(crate) fn disks_of_change(parsed: &ParsedDevices, before: &Devices, after: &Devices) -> ParsedDevices {
     let changed = |name: &String| before.get(name) != after.get(name);
     let disks = parsed.disks.iter().filter(|(name, _)| changed(name)).map(|(_, disk)| &disk.source);
     let mut sources: Vec<DiskOrigin> = disks.cloned().collect();
@@ -204,6 +207,14 @@ struct User {
     after: GuestSpec,
     /// The same as records, with the profiles written in.
     flat: [Instance; 2],
+    /// What it is to be for its networks: with the NICs that only its run has.
+    on_networks: Instance,
+}
+
+fn in_use(run: Option<&AppliedSpec>, flat: &Instance, known: &Identities) -> Instance {
+    let Some(run) = run.filter(|run| !run.held.is_empty()) else { return flat.clone() };
+    let identities = over_flat(Some(run), flat, known).identities;
+    as_run(flat, flat.config.clone(), run.in_use(&flat.devices), identities)
 }
 
 impl User {
@@ -252,10 +263,13 @@ fn running_users(engine: &EngineInner, profile: &Profile, had: &[(InstanceId, Ha
         }
         let before = flat(engine, &records, &now, None).map_err(named)?.0;
         let after = flat(engine, &records, instance, Some(profile)).map_err(named)?.0;
+        // What a run holds apart from its definition is none of a profile's.
+        let run = runtime.applied.as_ref();
         users.push(User {
             node: instance.node,
-            before: spec(&before).map_err(named)?,
-            after: spec(&after).map_err(named)?,
+            before: spec(&over_flat(run, &before, &now.identities)).map_err(named)?,
+            after: spec(&over_flat(run, &after, &instance.identities)).map_err(named)?,
+            on_networks: in_use(run, &after, &instance.identities),
             flat: [before, after],
             name,
         });
@@ -391,7 +405,7 @@ async fn apply(cx: &StepContext, profile: &Profile, users: &[User]) -> Result<()
     let engine = &cx.engine;
     for (node, ids) in networks(users) {
         let flats = users.iter().filter(|u| u.node == node && u.before.nics != u.after.nics);
-        let flats: Vec<Instance> = flats.map(|u| u.flat[1].clone()).collect();
+        let flats: Vec<Instance> = flats.map(|u| u.on_networks.clone()).collect();
         engine.ensure_networks_for(cx, node, profile.project, &flats, &ids).await?;
     }
     for user in users.iter().filter(|u| u.is_changed()) {
